@@ -1,0 +1,55 @@
+"""What EdgeLM raises when the input, the file or the machine is at fault.
+
+Every message says what is wrong, where, and what to do about it. The command line prints it in one line and exits
+with 1; a bug in EdgeLM itself raises something else and is shown with its traceback.
+"""
+
+from __future__ import annotations
+
+
+class EdgeLMError(Exception):
+    """Base of every error a user can cause or mend."""
+
+
+class CheckpointError(EdgeLMError):
+    """A checkpoint folder is incomplete, damaged or of another model."""
+
+
+class UnsupportedConfigError(CheckpointError):
+    """A config field changes the arithmetic in a way that is not implemented."""
+
+
+class TokenizerError(EdgeLMError):
+    """No usable tokenizer, or its special tokens contradict each other."""
+
+
+class RecipeError(EdgeLMError):
+    """A quantisation recipe is malformed or does not fit the tensors."""
+
+
+class ExportError(EdgeLMError):
+    """The export cannot be done as asked."""
+
+
+class MemoryLimitError(ExportError):
+    """The work does not fit into the memory that was allowed."""
+
+
+class BundleError(EdgeLMError):
+    """A bundle is missing a file, damaged, or of a newer format."""
+
+
+class RuntimeUnavailableError(EdgeLMError):
+    """No runtime on this device can run this bundle."""
+
+
+class ContextLengthError(EdgeLMError):
+    """More tokens than the model's context holds."""
+
+
+class GenerationError(EdgeLMError):
+    """Sampling options or messages that cannot be used."""
+
+
+class ParityError(EdgeLMError):
+    """The parity check could not be carried out (a failed check is a verdict, not an error)."""

@@ -1,0 +1,66 @@
+"""Progress of long work, in bytes or steps, with rate and time left.
+
+Library functions take a `Progress`; `Silent` is the default, the command line passes `Bars`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+Advance = Callable[[float], None]
+
+
+class Progress(ABC):
+    """Where long work reports to."""
+
+    @abstractmethod
+    def task(self, label: str, total: float, *, unit: str = "bytes") -> AbstractContextManager[Advance]:
+        """Open a task of `total` units ("bytes" or "steps"); call the yielded function with each amount done."""
+
+    def note(self, message: str) -> None:  # noqa: B027 - a sink may ignore notes
+        """Say one line between the bars."""
+
+
+class Silent(Progress):
+    """Reports nothing."""
+
+    @contextlib.contextmanager
+    def task(self, label: str, total: float, *, unit: str = "bytes") -> Iterator[Advance]:
+        del label, total, unit
+        yield lambda amount: None
+
+
+class Bars(Progress):
+    """Bars on standard error, so that standard output stays the command's result."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True)
+
+    @contextlib.contextmanager
+    def task(self, label: str, total: float, *, unit: str = "bytes") -> Iterator[Advance]:
+        from rich import progress as bars
+
+        counters: tuple[bars.ProgressColumn, ...] = (
+            (bars.DownloadColumn(), bars.TransferSpeedColumn()) if unit == "bytes" else (bars.MofNCompleteColumn(),)
+        )
+        with bars.Progress(
+            bars.TextColumn("{task.description:<22}"),
+            bars.BarColumn(),
+            *counters,
+            bars.TimeElapsedColumn(),
+            bars.TimeRemainingColumn(),
+            console=self.console,
+        ) as display:
+            task_id = display.add_task(label, total=total)
+            yield lambda amount: display.advance(task_id, amount)
+
+    def note(self, message: str) -> None:
+        self.console.print(message, highlight=False)
