@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -236,7 +237,7 @@ class Bundle:
         return problems
 
 
-def sha256_of(path: Path, advance: Any = None) -> str:
+def sha256_of(path: Path, advance: Callable[[float], None] | None = None) -> str:
     """SHA-256 of a file as hexadecimal digits, read in chunks; `advance` is called with the bytes of each."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as stream:
