@@ -1,0 +1,183 @@
+"""Recipes: which scheme each tensor of a checkpoint gets.
+
+    name = "mine"
+    default = "int4-g32-sym"
+
+    [[rule]]
+    match = "*.mlp.gate.weight"
+    scheme = "float"
+
+`match` is a shell pattern over the tensor's full name (`*` crosses dots). The first rule that matches decides; where
+none does, `default` does. "float" keeps a tensor as it is, and tensors that are not matrices are always kept.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from edgelm.errors import RecipeError
+from edgelm.quant.scheme import Scheme
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors whose name matches `pattern` get `scheme`, or stay float where it is None."""
+
+    pattern: str
+    scheme: Scheme | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named default with exceptions."""
+
+    name: str
+    default: Scheme | None
+    rules: tuple[Rule, ...] = ()
+
+    def match(self, tensor: str) -> Scheme | None:
+        """Return the scheme written for a tensor of that name, before its shape is looked at."""
+        for rule in self.rules:
+            if fnmatchcase(tensor, rule.pattern):
+                return rule.scheme
+        return self.default
+
+    def scheme_for(self, tensor: str, shape: tuple[int, ...]) -> Scheme | None:
+        """Return the scheme of a tensor with its group made to fit the rows; None keeps it float.
+
+        Raises:
+            RecipeError: no group fits.
+        """
+        scheme = self.match(tensor) if len(shape) == 2 else None
+        return None if scheme is None else scheme.effective(shape[1], tensor)
+
+    @property
+    def is_preset(self) -> bool:
+        """Whether this is one of the named presets."""
+        return PRESETS.get(self.name) == self
+
+    def check(self, tensors: Collection[str]) -> None:
+        """Refuse a pattern that matches no tensor: most likely a typo. Presets serve every model and are exempt.
+
+        Raises:
+            RecipeError: naming the pattern.
+        """
+        if self.is_preset:
+            return
+        for rule in self.rules:
+            if not any(fnmatchcase(tensor, rule.pattern) for tensor in tensors):
+                example = next(iter(sorted(tensors)), "none")
+                raise RecipeError(
+                    f'recipe {self.name}: the pattern "{rule.pattern}" matches none of the {len(tensors)} tensors '
+                    f"(e.g. {example}); patterns match the whole name"
+                )
+
+    def to_toml(self) -> str:
+        """Return the TOML that `from_toml` reads back to an equal recipe."""
+        lines = [f"name = {_quoted(self.name)}", f"default = {_quoted(_scheme_name(self.default))}"]
+        for rule in self.rules:
+            lines += [
+                "",
+                "[[rule]]",
+                f"match = {_quoted(rule.pattern)}",
+                f"scheme = {_quoted(_scheme_name(rule.scheme))}",
+            ]
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def from_toml(cls, text: str, where: str = "the recipe", name: str | None = None) -> Recipe:
+        """Read a recipe; `name` is used where the text gives none.
+
+        Raises:
+            RecipeError: it is no TOML, a key is unknown or missing, or a scheme does not exist.
+        """
+        try:
+            table = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"{where} is not valid TOML: {error}") from error
+        _only(table, ("name", "default", "rule"), where)
+        rules = table.get("rule", [])
+        if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+            raise RecipeError(f'{where}: rules are tables headed "[[rule]]"')
+        found = []
+        for number, rule in enumerate(rules, 1):
+            place = f"{where}, rule {number}"
+            _only(rule, ("match", "scheme"), place)
+            found.append(Rule(_text(rule, "match", place), _scheme(rule, "scheme", place)))
+        if name is None or "name" in table:
+            name = _text(table, "name", where)
+        return cls(name, _scheme(table, "default", where), tuple(found))
+
+    @classmethod
+    def load(cls, preset_or_path: str | Path) -> Recipe:
+        """Return a preset by its name, or read a TOML file.
+
+        Raises:
+            RecipeError: it is neither, or the file is malformed.
+        """
+        if isinstance(preset_or_path, str) and preset_or_path in PRESETS:
+            return PRESETS[preset_or_path]
+        path = Path(preset_or_path)
+        if not path.is_file():
+            raise RecipeError(f"no recipe {preset_or_path}: give {', '.join(PRESETS)}, or the path of a .toml file")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path} is not valid TOML: {error}") from error
+        return cls.from_toml(text, str(path), path.stem)
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
+
+
+def _only(table: Mapping[str, object], keys: tuple[str, ...], where: str) -> None:
+    unknown = sorted(set(table) - set(keys))
+    if unknown:
+        raise RecipeError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(keys)}")
+
+
+def _text(table: Mapping[str, object], key: str, where: str) -> str:
+    value = table.get(key)
+    if not isinstance(value, str) or not value:
+        raise RecipeError(f'{where}: "{key}" is missing or not a text')
+    return value
+
+
+def _scheme(table: Mapping[str, object], key: str, where: str) -> Scheme | None:
+    name = _text(table, key, where)
+    if name == FLOAT:
+        return None
+    try:
+        return Scheme.parse(name)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}, or {FLOAT}") from error
+
+
+def _scheme_name(scheme: Scheme | None) -> str:
+    return FLOAT if scheme is None else scheme.name
+
+
+_INT8 = Scheme(8, 128)
+_ROUTER = Rule("*.mlp.gate.weight", None)
+# The tables of the vocabulary stay at 8 bits: an error of the head goes straight into every logit, and the embedding
+# is read one row a token, so its width costs storage but no speed. Norms are vectors, which no rule quantises.
+_TABLES = (Rule("model.embed_tokens.weight", _INT8), Rule("lm_head.weight", _INT8))
+
+PRESETS: Mapping[str, Recipe] = {
+    "int4": Recipe("int4", Scheme(4, 32), (_ROUTER, *_TABLES)),
+    "int8": Recipe("int8", _INT8, (_ROUTER,)),
+    "none": Recipe("none", None),
+}
