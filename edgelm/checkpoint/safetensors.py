@@ -364,6 +364,13 @@ class SafetensorsWriter:
         row_bytes = self.tensors[name].nbytes // shape[0] if shape[0] else 0
         self._put(name, array, start * row_bytes)
 
+    def write_flat(self, name: str, start: int, array: NDArray[Any]) -> None:
+        """Write values `start ..` of a tensor in C order, `array` being one-dimensional. Each exactly once."""
+        count = math.prod(self.tensors[name].shape)
+        if array.ndim != 1 or not 0 <= start <= start + array.size <= count:
+            raise ValueError(f"tensor {name!r}: values {start}.. of shape {array.shape} do not fit into {count}")
+        self._put(name, array, start * array.itemsize)
+
     def _put(self, name: str, array: NDArray[Any], offset: int) -> None:
         declared = NUMPY_DTYPES[self.tensors[name].dtype]
         if array.dtype != declared:
@@ -452,6 +459,10 @@ class ShardedWriter:
     def write_rows(self, name: str, start: int, array: NDArray[Any]) -> None:
         """See `SafetensorsWriter.write_rows`."""
         self._writers[self._weight_map[name]].write_rows(name, start, array)
+
+    def write_flat(self, name: str, start: int, array: NDArray[Any]) -> None:
+        """See `SafetensorsWriter.write_flat`."""
+        self._writers[self._weight_map[name]].write_flat(name, start, array)
 
     def _abandon(self) -> None:
         for writer in self._writers.values():
