@@ -1,0 +1,219 @@
+"""What this machine is: processor, cores this process may use, memory, instruction sets.
+
+Standard library only; what cannot be learnt on a system is None or empty, never an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+_CPU = Path("/sys/devices/system/cpu")
+_CGROUP = Path("/sys/fs/cgroup")
+# The ones whose presence decides which kernels run.
+_FEATURES = (
+    *("sse4_2", "avx", "fma", "f16c", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16"),
+    *("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
+)
+
+
+@dataclass(frozen=True)
+class Device:
+    """The machine as this process sees it; memory in bytes."""
+
+    cpu: str
+    architecture: str
+    system: str
+    logical_cores: int
+    physical_cores: int
+    allowed_cores: int
+    """Physical cores that affinity and container quota leave to this process; the default number of threads."""
+    memory_total: int | None
+    memory_available: int | None
+    instruction_sets: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        """The fields as JSON-ready values."""
+        return {**asdict(self), "instruction_sets": list(self.instruction_sets)}
+
+
+def describe() -> Device:
+    """Describe this machine. Takes about a millisecond on Linux."""
+    logical = os.cpu_count() or 1
+    memory_total, memory_available = _memory()
+    return Device(
+        cpu=_cpu_name(),
+        architecture=platform.machine(),
+        system=f"{platform.system()} {platform.release()}",
+        logical_cores=logical,
+        physical_cores=_physical_cores(set(range(logical))) or logical,
+        allowed_cores=allowed_cores(),
+        memory_total=memory_total,
+        memory_available=memory_available,
+        instruction_sets=_instruction_sets(),
+    )
+
+
+def allowed_cores() -> int:
+    """Physical cores that this process may use: by affinity, container quota and core siblings; at least 1."""
+    logical = _allowed_logical()
+    cores = _physical_cores(logical) or len(logical)
+    quota = _cgroup_quota()
+    if quota is not None:
+        # Half a core of quota still wants one thread; 2.5 cores are better served by 2 threads than by 3 throttled.
+        cores = min(cores, max(1, int(quota)))
+    return max(1, cores)
+
+
+def _allowed_logical() -> set[int]:
+    if sys.platform == "linux":
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def _physical_cores(logical: set[int]) -> int | None:
+    """Distinct (package, core) pairs among these logical processors."""
+    if sys.platform == "darwin":
+        text = _sysctl("hw.physicalcpu")
+        return int(text) if text.isdigit() else None
+    cores = set()
+    for cpu in logical:
+        topology = _CPU / f"cpu{cpu}" / "topology"
+        # The list of siblings identifies a core even where core ids repeat over dies and clusters.
+        siblings = _read(topology / "core_cpus_list") or _read(topology / "thread_siblings_list")
+        if not siblings:
+            return None
+        cores.add(siblings)
+    return len(cores)
+
+
+def _cgroup_quota() -> float | None:
+    """Cores' worth of time that the container may use, None where there is no limit."""
+    quotas = []
+    for folder in _own_cgroups():
+        fields = _read(folder / "cpu.max").split()
+        if len(fields) == 2 and fields[0].isdigit():
+            quotas.append(int(fields[0]) / int(fields[1]))
+        quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+        if quota.isdigit() and period.isdigit() and int(period):
+            quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
+
+
+def _own_cgroups() -> list[Path]:
+    """The folders of this process's control groups and of the groups above them."""
+    folders = [_CGROUP, _CGROUP / "cpu", _CGROUP / "memory"]
+    for line in _read(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, path = line.split(":", 2)
+        for base in {_CGROUP, *(_CGROUP / name for name in controllers.split(",") if name)}:
+            folder = base / path.lstrip("/")
+            folders += [folder, *(parent for parent in folder.parents if base in parent.parents)]
+    return folders
+
+
+def _cgroup_memory() -> tuple[int, int] | None:
+    """(limit, used) in bytes of the tightest memory limit of this process's control groups."""
+    limits = []
+    for folder in _own_cgroups():
+        limit = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
+        used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
+        if limit.isdigit() and used.isdigit():
+            limits.append((int(limit), int(used)))
+    return min(limits, default=None)
+
+
+def _memory() -> tuple[int | None, int | None]:
+    """(total, available) bytes, never more than the container allows."""
+    if sys.platform == "linux":
+        fields = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read(Path("/proc/meminfo")), re.MULTILINE))
+        if "MemTotal" not in fields:
+            return None, None
+        total, available = (int(fields.get(key, 0)) * 1024 for key in ("MemTotal", "MemAvailable"))
+        limit = _cgroup_memory()
+        if limit is not None and limit[0] < total:
+            total, available = limit[0], min(available, limit[0] - limit[1])
+        return total, available
+    if sys.platform == "darwin":
+        text = _sysctl("hw.memsize")
+        return (int(text) if text.isdigit() else None), None
+    if sys.platform == "win32":
+        return _windows_memory()
+    return None, None
+
+
+def _windows_memory() -> tuple[int | None, int | None]:
+    import ctypes
+
+    class Status(ctypes.Structure):
+        _fields_ = (
+            ("length", ctypes.c_ulong),
+            ("load", ctypes.c_ulong),
+            *((name, ctypes.c_ulonglong) for name in ("total", "available", "a", "b", "c", "d", "e")),
+        )
+
+    status = Status(length=ctypes.sizeof(Status))
+    kernel = getattr(ctypes, "windll").kernel32  # noqa: B009 - the attribute exists on Windows only
+    if not kernel.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return None, None
+    return int(status.total), int(status.available)
+
+
+def _cpu_name() -> str:
+    if sys.platform == "darwin":
+        return _sysctl("machdep.cpu.brand_string") or platform.processor()
+    text = _read(Path("/proc/cpuinfo"))
+    match = re.search(r"^(?:model name|Model|Hardware|cpu model)\s*:\s*(.+)$", text, re.MULTILINE)
+    if match:
+        return match.group(1).strip()
+    model = _read(Path("/proc/device-tree/model")).strip("\0")
+    return model or platform.processor() or platform.machine()
+
+
+def _instruction_sets() -> tuple[str, ...]:
+    if sys.platform == "darwin":
+        text = _sysctl("machdep.cpu.features") + " " + _sysctl("machdep.cpu.leaf7_features")
+        flags = set(text.lower().replace("fma", "fma ").split())
+        flags |= {"asimd"} if platform.machine() == "arm64" else set()
+    else:
+        match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
+        flags = set(match.group(1).split()) if match else set()
+    return tuple(name for name in _FEATURES if name in flags)
+
+
+def resident_memory() -> tuple[int | None, int | None]:
+    """(now, peak) resident bytes of this process; pages of mapped files count."""
+    if sys.platform == "linux":
+        fields: dict[str, str] = dict(
+            re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB", _read(Path("/proc/self/status")), re.MULTILINE)
+        )
+        if "VmRSS" in fields:
+            return int(fields["VmRSS"]) * 1024, int(fields.get("VmHWM", fields["VmRSS"])) * 1024
+        return None, None
+    if sys.platform == "win32":
+        return None, None
+    import resource
+
+    # macOS reports bytes, the BSDs kilobytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return None, int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
+
+
+def _sysctl(name: str) -> str:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(
+            ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+    return ""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""

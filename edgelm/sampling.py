@@ -1,0 +1,232 @@
+"""From logits to the next token.
+
+The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p, then a draw from the softmax of
+what is left. Each is defined so that the tokens kept are the ones transformers' warpers keep, ties included.
+
+A draw is the inverse of the cumulative distribution in float64 at a number from PCG64's raw 64-bit stream, which NumPy
+keeps stable over its versions and systems (it does not promise that of `Generator`'s distributions): the same logits,
+options and seed give the same token everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.errors import GenerationError
+
+# A nucleus is almost always smaller than this; a larger one costs a full sort.
+_FIRST_GUESS = 1024
+_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. The default is greedy: the most probable token, always the same.
+
+    `temperature`: 0 is greedy; 1 samples from the model's own distribution.
+    `top_k`: sample among the k most probable tokens (0: all).
+    `top_p`: among the most probable tokens that together reach this probability (1: all).
+    `min_p`: among the tokens at least this fraction as probable as the most probable one (0: all).
+    `repetition_penalty`: divides positive and multiplies negative logits of every token that the prompt or the answer
+    has already; 1 changes nothing. It applies to greedy choice too.
+    `seed`: makes sampling repeatable; None draws a fresh one.
+
+    Raises:
+        GenerationError: a value outside its range, or top_k, top_p or min_p with a temperature of 0, where they would
+            do nothing.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _require("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or more")
+        _require("top_k", self.top_k, _is_int(self.top_k) and self.top_k >= 0, "an integer, 0 (all tokens) or more")
+        _require("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1 (all tokens)")
+        _require("min_p", self.min_p, 0 <= self.min_p <= 1, "0 (all tokens) to 1")
+        _require(
+            "repetition_penalty",
+            self.repetition_penalty,
+            0 < self.repetition_penalty < math.inf,
+            "more than 0 (1 changes nothing)",
+        )
+        seed_fits = self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**64)
+        _require("seed", self.seed, seed_fits, "an integer from 0 to 2**64 - 1")
+        idle = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) != _DEFAULTS[name]]
+        if self.temperature == 0 and idle:
+            raise GenerationError(
+                f"{' and '.join(idle)} would do nothing with temperature 0 (greedy): give a temperature, such as 0.8"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is always taken."""
+        return self.temperature == 0
+
+
+_DEFAULTS = {field.name: field.default for field in fields(Sampling)}
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _require(name: str, value: object, valid: bool, wanted: str) -> None:
+    if not valid:
+        raise GenerationError(f"{name} is {value}: it has to be {wanted}")
+
+
+def penalise(logits: NDArray[np.float32], tokens: NDArray[np.int64], penalty: float) -> NDArray[np.float32]:
+    """`logits` [V] with those of the distinct ids `tokens` divided by `penalty` where positive, multiplied elsewhere.
+
+    Keskar et al. 2019 (CTRL), with the sign rule of transformers.
+    """
+    result = logits.copy()
+    chosen = result[tokens]
+    result[tokens] = np.where(chosen < 0, chosen * np.float32(penalty), chosen / np.float32(penalty))
+    return result
+
+
+def candidates(logits: NDArray[np.float32], options: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The tokens that may be drawn and their probabilities, for a temperature above 0.
+
+    What is left after a filter is computed in float64; sums over the whole vocabulary have float32 terms.
+
+    Args:
+        logits: [V], after the repetition penalty; the highest is finite.
+        options: temperature, top_k, top_p and min_p.
+
+    Returns:
+        ids [C] and probabilities [C] that sum to 1, in no particular order.
+    """
+    highest = logits.max()
+    total = None
+    if 0 < options.top_k < logits.size:
+        ids = _top_k(logits, options.top_k)
+    elif options.top_p < 1:
+        with np.errstate(over="ignore"):
+            total = float(np.exp((logits - highest) / np.float32(options.temperature)).sum(dtype=np.float64))
+        ids = _at_least_best(logits, _FIRST_GUESS)
+    elif options.min_p > 0:
+        ids = np.arange(logits.size)
+    else:
+        with np.errstate(over="ignore"):
+            weights = np.exp((logits - highest) / np.float32(options.temperature)).astype(np.float64)
+        return np.arange(logits.size), weights / weights.sum()
+    if options.min_p > 0 and options.top_p == 1:
+        # A superset by a hair, cheaply, before the exact test below.
+        floor = float(highest) + options.temperature * math.log(options.min_p)
+        ids = ids[logits[ids] >= np.float32(floor - 1e-3 * (1 + abs(floor)))]
+    scores = _scores(logits, ids, options.temperature)
+    if options.top_p < 1:
+        kept = _nucleus(scores, options.top_p, total)
+        guess = _FIRST_GUESS
+        while kept is None:
+            guess *= 16
+            ids = _at_least_best(logits, guess)
+            scores = _scores(logits, ids, options.temperature)
+            kept = _nucleus(scores, options.top_p, total if ids.size < logits.size else None)
+        ids, scores = ids[kept], scores[kept]
+    if options.min_p > 0:
+        near = scores >= math.log(options.min_p)
+        ids, scores = ids[near], scores[near]
+    weights = np.exp(scores)
+    return ids, weights / weights.sum()
+
+
+def _scores(logits: NDArray[np.float32], ids: NDArray[np.int64], temperature: float) -> NDArray[np.float64]:
+    """Logits over temperature, less the highest of them, so that the best score is 0."""
+    chosen = logits[ids].astype(np.float64)
+    return (chosen - chosen.max()) / temperature
+
+
+def _at_least_best(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Ids of a set that holds the `count` best logits and every tie with the last of them; all ids where that is many.
+
+    The count-th highest of the maxima of strided blocks is a bound that at least `count` logits reach, and costs a
+    tenth of a partition.
+    """
+    blocks = logits.size // _BLOCK
+    if logits.size < 4 * count:
+        return np.arange(logits.size)
+    if blocks < 2 * count:
+        return np.flatnonzero(logits >= np.partition(logits, logits.size - count)[logits.size - count])
+    maxima = logits[: blocks * _BLOCK].reshape(_BLOCK, blocks).max(axis=0)
+    bound = np.partition(maxima, blocks - count)[blocks - count]
+    return np.flatnonzero(logits >= bound)
+
+
+def _top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Ids of the k highest logits and of every tie with the k-th (as in transformers)."""
+    ids = _at_least_best(logits, k)
+    chosen = logits[ids]
+    return ids[chosen >= np.partition(chosen, chosen.size - k)[chosen.size - k]]
+
+
+def _nucleus(scores: NDArray[np.float64], top_p: float, total: float | None) -> NDArray[np.int64] | None:
+    """Indices of the fewest best scores whose exponentials reach `top_p` of `total`; None if all of them do not.
+
+    Without a total the scores are all there are.
+    """
+    order = np.argsort(-scores, kind="stable")
+    reached = np.cumsum(np.exp(scores[order]))
+    if total is not None and reached[-1] < top_p * total:
+        return None
+    # A token stays while the tokens above it have not reached top_p; the first always stays.
+    wanted = top_p * (reached[-1] if total is None else total)
+    return order[: int(np.searchsorted(reached, wanted, side="left")) + 1]
+
+
+class Sampler:
+    """Draws one sequence's tokens; holds its generator and the tokens it has seen.
+
+    Args:
+        options: how to choose.
+        seen: the prompt's ids, which the repetition penalty counts.
+    """
+
+    def __init__(self, options: Sampling, seen: Iterable[int] = ()) -> None:
+        self.options = options
+        seed = secrets.randbits(64) if options.seed is None else int(options.seed)
+        self._bits = np.random.PCG64(seed)
+        self._seen = dict.fromkeys(seen) if options.repetition_penalty != 1 else {}
+
+    def sample(self, logits: NDArray[np.float32]) -> int:
+        """Choose the token after logits [V], which stay untouched, and remember it.
+
+        Raises:
+            GenerationError: logits are not numbers.
+        """
+        options = self.options
+        highest = float(logits.max())
+        if not math.isfinite(highest):
+            raise GenerationError(
+                f"the model's highest logit is {highest}: the bundle is damaged or its runtime is at fault; "
+                "check with `edgelm inspect --verify` and `edgelm parity`"
+            )
+        if self._seen:
+            logits = penalise(logits, np.fromiter(self._seen, np.int64, len(self._seen)), options.repetition_penalty)
+        if options.greedy:
+            token = int(logits.argmax())
+        else:
+            ids, probabilities = candidates(logits, options)
+            cumulative = np.cumsum(probabilities)
+            draw = self._uniform() * cumulative[-1]
+            token = int(ids[min(int(np.searchsorted(cumulative, draw, side="right")), ids.size - 1)])
+        if options.repetition_penalty != 1:
+            self._seen[token] = None
+        return token
+
+    def _uniform(self) -> float:
+        """In [0, 1), from the upper 53 bits."""
+        return int(self._bits.random_raw() >> 11) * 2.0**-53

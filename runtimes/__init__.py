@@ -1,0 +1,103 @@
+"""What runs a bundle on a device. A further runtime is one entry of `_ENTRIES` and one module."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgelm.errors import EdgeLMError, RuntimeUnavailableError
+from edgelm.runtimes.base import Runtime
+
+if TYPE_CHECKING:
+    from edgelm.bundle import Bundle
+
+__all__ = ["Runtime", "RuntimeEntry", "open_runtime", "runtimes"]
+
+
+@dataclass(frozen=True)
+class RuntimeEntry:
+    """One way to run bundles.
+
+    `module` has `open(bundle, **options) -> Runtime` and is imported only when the runtime is opened.
+    """
+
+    name: str
+    module: str
+    targets: tuple[str, ...]
+    requires: str
+    install: str
+    options: tuple[str, ...]
+    summary: str
+
+    @property
+    def available(self) -> bool:
+        """Whether the package it needs is installed."""
+        return importlib.util.find_spec(self.requires) is not None
+
+
+_ENTRIES = (
+    RuntimeEntry(
+        name="onnxruntime-cpu",
+        module="edgelm.runtimes.onnxruntime_cpu",
+        targets=("cpu",),
+        requires="onnxruntime",
+        install="pip install 'edgelm[cpu]'",
+        options=("threads", "context_length", "chunk"),
+        summary="ONNX Runtime on the processor",
+    ),
+)
+
+
+def runtimes() -> tuple[RuntimeEntry, ...]:
+    """Every runtime there is, best first, whether or not it is available here."""
+    return _ENTRIES
+
+
+def _choose(bundle: Bundle, name: str | None) -> RuntimeEntry:
+    target = bundle.manifest.target
+    if name is not None:
+        entry = next((entry for entry in _ENTRIES if entry.name == name), None)
+        if entry is None:
+            valid = ", ".join(entry.name for entry in _ENTRIES)
+            raise RuntimeUnavailableError(f"there is no runtime {name!r}; there are: {valid}")
+        if target not in entry.targets:
+            raise RuntimeUnavailableError(
+                f"{bundle.path} was exported for {target}, {name} runs {', '.join(entry.targets)}: "
+                f"export with --target {entry.targets[0]}, or leave the choice of runtime out"
+            )
+        candidates = [entry]
+    else:
+        candidates = [entry for entry in _ENTRIES if target in entry.targets]
+        if not candidates:
+            known = sorted({target for entry in _ENTRIES for target in entry.targets})
+            raise RuntimeUnavailableError(
+                f"{bundle.path} was exported for {target}, which no runtime here runs (they run {', '.join(known)})"
+            )
+    for entry in candidates:
+        if entry.available:
+            return entry
+    ways = " or ".join(f"{entry.install} (for {entry.name})" for entry in candidates)
+    raise RuntimeUnavailableError(f"nothing installed can run {bundle.path}: {ways}")
+
+
+def open_runtime(bundle: Bundle, name: str | None = None, **options: int | None) -> Runtime:
+    """Load `bundle` into a runtime: the one called `name`, else the best available one for the bundle's target.
+
+    Options that are None are left to the runtime. `threads`: default the physical cores this process may use.
+    `context_length`: positions to allocate, default the model's, at most 4096. `chunk`: tokens a prefill step.
+
+    Raises:
+        RuntimeUnavailableError: no such runtime, not one for this bundle, or its package is not installed.
+        EdgeLMError: an option that the runtime does not have.
+        BundleError: the graph cannot be loaded.
+    """
+    entry = _choose(bundle, name)
+    for option in options:
+        if option not in entry.options:
+            raise EdgeLMError(f"{entry.name} has no option {option!r}; it has: {', '.join(entry.options)}")
+    given = {option: value for option, value in options.items() if value is not None}
+    module = importlib.import_module(entry.module)
+    runtime: Runtime = module.open(bundle, **given)
+    return runtime

@@ -1,0 +1,149 @@
+"""What every runtime can do: append tokens, give logits, forget the end of what it has seen."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError
+
+Self = TypeVar("Self", bound="Runtime")
+
+DEFAULT_CONTEXT_LENGTH = 4096
+
+
+class Runtime(ABC):
+    """A model that is loaded on a device, with the cache of one sequence.
+
+    A runtime serves one thread at a time. Logits that it returns are float32 and lie in a buffer of the runtime: they
+    are valid until its next call; copy what you keep.
+    """
+
+    name: str
+    """The registry's name, e.g. "onnxruntime-cpu"."""
+
+    def __init__(self, *, vocab_size: int, context_length: int, model_context_length: int, threads: int) -> None:
+        self.vocab_size = vocab_size
+        self.context_length = context_length
+        self.model_context_length = model_context_length
+        self.threads = threads
+        self._position = 0
+        self._closed = False
+
+    @property
+    def position(self) -> int:
+        """How many tokens are cached: the next one is at this position."""
+        return self._position
+
+    @abstractmethod
+    def prefill(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append `tokens` after what is cached; return the logits [vocab_size] after the last of them.
+
+        Raises:
+            ContextLengthError: they do not all fit; nothing was appended.
+            GenerationError: no token, or an id outside the vocabulary; nothing was appended.
+        """
+
+    @abstractmethod
+    def decode(self, token: int) -> NDArray[np.float32]:
+        """Append one token; return the logits [vocab_size] after it. Raises as `prefill` does."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the model's memory. Closing twice is harmless; any other use after it raises EdgeLMError."""
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` cached tokens and forget the rest.
+
+        Raises:
+            GenerationError: `length` is negative or more than is cached.
+        """
+        self._require_open()
+        if not 0 <= length <= self._position:
+            raise GenerationError(f"cannot keep {length} cached tokens: {self._position} are cached")
+        self._position = length
+
+    def reset(self) -> None:
+        """Forget every cached token."""
+        self.truncate(0)
+
+    def logits_all(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """Append `tokens`; yield the logits after each of them in blocks [rows, vocab_size], in order.
+
+        The blocks are small, so that a long text with a large vocabulary never is in memory at once. Raises as
+        `prefill` does, before the first block.
+        """
+        self._checked(tokens)
+        for token in tokens:
+            yield self.decode(token)[None, :]
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise EdgeLMError(f"this {self.name} runtime was closed: load the bundle again")
+
+    def _checked(self, tokens: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """`tokens` as int64 [T], after the checks that `prefill` promises."""
+        self._require_open()
+        ids = checked_tokens(tokens, self.vocab_size)
+        if self._position + ids.size > self.context_length:
+            raise context_full(ids.size, self._position, self.context_length, self.model_context_length)
+        return ids
+
+
+def checked_tokens(tokens: Sequence[int] | NDArray[np.int64], vocab_size: int) -> NDArray[np.int64]:
+    """`tokens` as int64 [T].
+
+    Raises:
+        GenerationError: there is none, or an id is outside the vocabulary.
+    """
+    ids = np.asarray(tokens, dtype=np.int64)
+    if ids.ndim != 1 or ids.size == 0:
+        raise GenerationError("no tokens to append: give at least one token id")
+    outside = (ids < 0) | (ids >= vocab_size)
+    if outside.any():
+        index = int(outside.argmax())
+        raise GenerationError(
+            f"token id {ids[index]} (number {index} of {ids.size}) is outside the vocabulary 0..{vocab_size - 1}: "
+            "was it made by another model's tokenizer?"
+        )
+    return ids
+
+
+def context_full(asked: int, position: int, context_length: int, model_context_length: int) -> ContextLengthError:
+    """The error that says how many tokens were asked for and how many fit."""
+    used = f", {position} are taken" if position else ""
+    larger = (
+        f" or load with a larger context_length (the model's limit is {model_context_length})"
+        if context_length < model_context_length
+        else ""
+    )
+    return ContextLengthError(
+        f"{asked} tokens do not fit: the context holds {context_length}{used}, so {context_length - position} fit. "
+        f"Shorten the text{larger}"
+    )
+
+
+def choose_context_length(asked: int | None, model_context_length: int) -> int:
+    """The context to allocate: `asked`, or the model's, at most 4096 by default.
+
+    Raises:
+        ContextLengthError: `asked` is not between 1 and the model's limit.
+    """
+    if asked is None:
+        return min(model_context_length, DEFAULT_CONTEXT_LENGTH)
+    if not 1 <= asked <= model_context_length:
+        raise ContextLengthError(f"context_length {asked} cannot be had: this model takes 1 to {model_context_length}")
+    return asked

@@ -1,0 +1,243 @@
+"""Does the CPU runtime compute what one plain pass of the graph computes, and refuse what it cannot do?"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from tiny_graph import Shape, write_manifest, write_tiny_bundle
+
+from edgelm.bundle import Bundle
+from edgelm.errors import BundleError, ContextLengthError, EdgeLMError, GenerationError, RuntimeUnavailableError
+from edgelm.runtimes import Runtime, open_runtime, runtimes
+from edgelm.runtimes.onnxruntime_cpu import OnnxRuntimeCpu, TracingRuntime, trace
+
+SHAPE = Shape()
+IDS = np.random.default_rng(1).integers(0, SHAPE.vocab, 40).tolist()
+# Kernels for one row and for many sum in different orders.
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def expected(bundle: Bundle) -> NDArray[np.float32]:
+    """Logits at every position from one pass without a cache, bound or chunked."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(bundle.file("model.onnx"), options, providers=["CPUExecutionProvider"])
+    feed = {
+        "input_ids": np.array([IDS]),
+        "attention_mask": np.ones((1, len(IDS)), np.int64),
+        "logits_start": np.array([0]),
+    }
+    for i in range(SHAPE.layers):
+        for part in ("key", "value"):
+            feed[f"past_key_values.{i}.{part}"] = np.zeros((1, SHAPE.kv_heads, 0, SHAPE.head_dim), np.float32)
+    return np.asarray(session.run(["logits"], feed)[0])[0]
+
+
+def opened(bundle: Bundle, **options: int) -> OnnxRuntimeCpu:
+    runtime = open_runtime(bundle, threads=1, **options)
+    assert isinstance(runtime, OnnxRuntimeCpu)
+    return runtime
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 39, 40, 64])
+def test_prefill_in_chunks_equals_one_pass(bundle: Bundle, expected: NDArray[np.float32], chunk: int) -> None:
+    with opened(bundle, chunk=chunk) as runtime:
+        np.testing.assert_allclose(runtime.prefill(IDS), expected[-1], atol=TOLERANCE)
+        assert runtime.position == len(IDS)
+
+
+@pytest.mark.parametrize("split", [1, 8, 39])
+def test_decode_after_prefill_equals_one_pass(bundle: Bundle, expected: NDArray[np.float32], split: int) -> None:
+    with opened(bundle) as runtime:
+        np.testing.assert_allclose(runtime.prefill(IDS[:split]), expected[split - 1], atol=TOLERANCE)
+        for position in range(split, len(IDS)):
+            np.testing.assert_allclose(runtime.decode(IDS[position]), expected[position], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("chunk", [5, 64])
+def test_logits_all_gives_every_position_in_order(bundle: Bundle, expected: NDArray[np.float32], chunk: int) -> None:
+    with opened(bundle, chunk=chunk) as runtime:
+        runtime.prefill(IDS[:3])
+        blocks = [block.copy() for block in runtime.logits_all(IDS[3:])]
+        assert max(len(block) for block in blocks) <= chunk
+        np.testing.assert_allclose(np.concatenate(blocks), expected[3:], atol=TOLERANCE)
+        # One row again afterwards: the buffer has grown, the result must still be the last position's.
+        runtime.truncate(9)
+        np.testing.assert_allclose(runtime.decode(IDS[9]), expected[9], atol=TOLERANCE)
+
+
+def test_the_base_class_gives_every_position_too(bundle: Bundle, expected: NDArray[np.float32]) -> None:
+    with opened(bundle) as runtime:
+        blocks = [block.copy() for block in Runtime.logits_all(runtime, IDS)]
+        np.testing.assert_allclose(np.concatenate(blocks), expected, atol=TOLERANCE)
+
+
+def test_truncate_keeps_the_first_positions(bundle: Bundle, expected: NDArray[np.float32]) -> None:
+    with opened(bundle) as runtime:
+        runtime.prefill(IDS[:10])
+        runtime.prefill([5, 6, 7])
+        runtime.truncate(10)
+        assert runtime.position == 10
+        np.testing.assert_allclose(runtime.prefill(IDS[10:]), expected[-1], atol=TOLERANCE)
+        runtime.reset()
+        np.testing.assert_allclose(runtime.prefill(IDS[:2]), expected[1], atol=TOLERANCE)
+        for length in (-1, 3):
+            with pytest.raises(GenerationError, match=f"cannot keep {length} cached tokens: 2 are cached"):
+                runtime.truncate(length)
+
+
+def test_the_cache_is_written_in_place(bundle: Bundle) -> None:
+    with opened(bundle, context_length=16) as runtime:
+        addresses = [cache.ctypes.data for cache in runtime._caches]
+        runtime.prefill(IDS[:5])
+        before = [cache.copy() for cache in runtime._caches]
+        assert all(cache[:, :, :5].all(axis=-1).any() and not cache[:, :, 5:].any() for cache in before)
+        runtime.decode(IDS[5])
+        assert [cache.ctypes.data for cache in runtime._caches] == addresses
+        for old, new in zip(before, runtime._caches, strict=True):
+            assert np.array_equal(old[:, :, :5], new[:, :, :5])
+            assert new[:, :, 5].any()
+            assert not new[:, :, 6:].any()
+
+
+def test_a_full_context_is_refused_before_anything_is_appended(bundle: Bundle) -> None:
+    with opened(bundle, context_length=16) as runtime:
+        runtime.prefill(IDS[:10])
+        with pytest.raises(ContextLengthError, match=r"7 tokens do not fit: .* holds 16, 10 are taken, so 6 fit.*64"):
+            runtime.prefill(IDS[:7])
+        assert runtime.position == 10
+        runtime.prefill(IDS[:6])
+        with pytest.raises(ContextLengthError, match="so 0 fit"):
+            runtime.decode(1)
+        with pytest.raises(ContextLengthError, match="so 0 fit"):
+            next(runtime.logits_all([1]))
+
+
+@pytest.mark.parametrize("length", [0, -3, 65])
+def test_a_context_the_model_lacks_is_refused(bundle: Bundle, length: int) -> None:
+    with pytest.raises(ContextLengthError, match=rf"context_length {length} .* 1 to 64"):
+        opened(bundle, context_length=length)
+
+
+def test_the_default_context_is_the_models_up_to_4096(bundle: Bundle, tmp_path: Path) -> None:
+    with opened(bundle) as runtime:
+        assert runtime.context_length == 64
+    long = write_tiny_bundle(tmp_path / "long", Shape(layers=1, context=8192))
+    with opened(long) as runtime:
+        assert (runtime.context_length, runtime.model_context_length) == (4096, 8192)
+
+
+@pytest.mark.parametrize("bad", [[97], [1, 2, -1], [1, 2**40]])
+def test_token_ids_outside_the_vocabulary_are_named(bundle: Bundle, bad: list[int]) -> None:
+    with opened(bundle) as runtime:
+        with pytest.raises(GenerationError, match=rf"token id {bad[-1]} \(number {len(bad) - 1} of .* 0\.\.96"):
+            runtime.prefill(bad)
+        with pytest.raises(GenerationError, match="at least one token"):
+            runtime.prefill([])
+        assert runtime.position == 0
+
+
+def test_a_closed_runtime_refuses_use(bundle: Bundle) -> None:
+    runtime = opened(bundle)
+    runtime.prefill([1, 2])
+    runtime.close()
+    runtime.close()
+    for use in (lambda: runtime.prefill([1]), lambda: runtime.decode(1), runtime.reset):
+        with pytest.raises(EdgeLMError, match="was closed"):
+            use()
+
+
+def test_unknown_names_and_options_list_the_valid_ones(bundle: Bundle) -> None:
+    with pytest.raises(RuntimeUnavailableError, match="no runtime 'npu'; there are: onnxruntime-cpu"):
+        open_runtime(bundle, "npu")
+    with pytest.raises(EdgeLMError, match="no option 'beams'; it has: threads, context_length, chunk"):
+        open_runtime(bundle, beams=4)
+    for option in ("threads", "chunk"):
+        with pytest.raises(EdgeLMError, match=f"{option} is 0"):
+            open_runtime(bundle, **{option: 0})
+
+
+def test_a_bundle_for_another_target_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "b"
+    write_tiny_bundle(path, Shape(layers=1))
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"target": "cpu"', '"target": "npu"'))
+    with pytest.raises(RuntimeUnavailableError, match="exported for npu, which no runtime here runs"):
+        open_runtime(Bundle.open(path))
+    with pytest.raises(RuntimeUnavailableError, match="export with --target cpu"):
+        open_runtime(Bundle.open(path), "onnxruntime-cpu")
+
+
+def test_a_damaged_graph_says_how_to_check_it(tmp_path: Path) -> None:
+    path = tmp_path / "b"
+    write_tiny_bundle(path, Shape(layers=1))
+    graph = path / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[::-1])
+    with pytest.raises(BundleError, match=r"cannot load .*model\.onnx.*inspect --verify"):
+        open_runtime(Bundle.open(path))
+
+
+def test_a_graph_without_the_agreed_inputs_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "b"
+    write_tiny_bundle(path, Shape(layers=1))
+    model = onnx.load(path / "model.onnx")
+    for node in model.graph.node:
+        node.input[:] = ["mask" if name == "attention_mask" else name for name in node.input]
+    model.graph.input[1].name = "mask"
+    onnx.save(model, path / "model.onnx")
+    with pytest.raises(BundleError, match="lacks attention_mask"):
+        open_runtime(write_manifest(path, Shape(layers=1), ()))
+
+
+def test_the_trace_holds_logits_and_hidden_states(bundle: Bundle, expected: NDArray[np.float32]) -> None:
+    got = trace(bundle, IDS, threads=1)
+    assert got.logits is not None
+    np.testing.assert_allclose(got.logits, expected, atol=TOLERANCE)
+    assert [hidden.shape for hidden in got.hidden] == [(len(IDS), SHAPE.hidden)] * (SHAPE.layers + 1)
+    assert got.router_logits == []
+    with TracingRuntime(bundle, threads=1) as runtime:
+        short = runtime.trace(IDS[:5], logits=False)
+        assert short.logits is None
+        np.testing.assert_allclose(short.hidden[-1], got.hidden[-1][:5], atol=TOLERANCE)
+        with pytest.raises(ContextLengthError, match="65 tokens do not fit"):
+            runtime.trace([1] * 65)
+    with pytest.raises(EdgeLMError, match="was closed"):
+        runtime.trace([1])
+
+
+def test_every_runtime_listed_says_how_to_install_it() -> None:
+    assert [entry.name for entry in runtimes()] == ["onnxruntime-cpu"]
+    assert all(entry.install and entry.targets and entry.available for entry in runtimes())
+
+
+def test_ctrl_c_during_a_long_prefill_leaves_the_runtime_usable(tmp_path: Path) -> None:
+    slow = write_tiny_bundle(tmp_path / "slow", Shape(hidden=64, layers=24, heads=4, head_dim=16, context=2048))
+    with opened(slow, chunk=2048) as runtime:
+        want = runtime.prefill([3, 4]).copy()
+        runtime.reset()
+        threading.Timer(0.03, signal.raise_signal, [signal.SIGINT]).start()
+        started = time.perf_counter()
+        with pytest.raises(KeyboardInterrupt):
+            runtime.prefill([1] * 2048)
+        interrupted_after = time.perf_counter() - started
+        assert runtime.position == 0
+        np.testing.assert_array_equal(runtime.prefill([3, 4]), want)
+        runtime.reset()
+        started = time.perf_counter()
+        runtime.prefill([1] * 2048)
+        whole = time.perf_counter() - started
+        assert interrupted_after < whole
