@@ -1,0 +1,76 @@
+"""`edgelm export`: a checkpoint to a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Bundle folder to write.")
+@click.option("--recipe", default=None, help="int4 (default), int8, none, or a TOML file.")
+@click.option("--target", default="cpu", show_default=True, type=click.Choice(["cpu"]), help="What the bundle is for.")
+@click.option("--ops", default="portable", show_default=True, type=click.Choice(["portable"]), help="Operator flavour.")
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
+    help="Storage of the matrices that the recipe keeps in float; auto keeps the checkpoint's.",
+)
+@click.option("--max-ram", metavar="SIZE", help="Resident memory not to exceed, for example 3GiB.")
+@click.option("--parity-prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Golden prompts.")
+@click.option("--greedy-tokens", type=click.IntRange(min=0), help="Golden greedy tokens per prompt.")
+@click.option("--threads", type=click.IntRange(min=1), help="Worker threads; default: the processors allowed.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing bundle once the new one is complete.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+def export(
+    checkpoint: str,
+    out: Path,
+    recipe: str | None,
+    target: str,
+    ops: str,
+    dtype: str,
+    max_ram: str | None,
+    parity_prompts: Path | None,
+    greedy_tokens: int | None,
+    threads: int | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Export CHECKPOINT (a folder or a hub id) to a bundle."""
+    import json
+    import time
+
+    from edgelm.cli.extras import need_export_extra
+
+    need_export_extra()
+    from edgelm.export import ExportOptions, export_bundle
+    from edgelm.export.memory import parse_size
+    from edgelm.parity.golden import GoldenOptions
+    from edgelm.progress import Bars
+
+    golden = None
+    if parity_prompts is not None or greedy_tokens is not None:
+        golden = GoldenOptions.from_arguments(parity_prompts, greedy_tokens)
+    options = ExportOptions(
+        target=target,
+        ops=ops,
+        dtype=dtype,
+        max_ram=None if max_ram is None else parse_size(max_ram),
+        threads=threads,
+        overwrite=overwrite,
+        golden=golden,
+    )
+    progress = Bars()
+    start = time.monotonic()
+    bundle = export_bundle(checkpoint, out, recipe=recipe, options=options, progress=progress)
+    seconds = time.monotonic() - start
+    if as_json:
+        summary = {"bundle": str(bundle.path), "bytes": bundle.size, "seconds": round(seconds, 1)}
+        click.echo(json.dumps(summary | {"recipe": bundle.manifest.recipe.name}))
+    else:
+        progress.note(f"{bundle.path}: {bundle.size / 1e9:.3f} GB, {bundle.manifest.recipe.name}, in {seconds:.0f} s")
+        progress.note(f"try: edgelm run {bundle.path} 'Once upon a time'   and   edgelm parity {bundle.path}")

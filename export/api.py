@@ -1,0 +1,295 @@
+"""`export_bundle`: from a checkpoint and a recipe to a bundle that is complete or absent."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from edgelm.bundle import (
+    MANIFEST,
+    Bundle,
+    FileInfo,
+    GraphInfo,
+    Manifest,
+    ModelInfo,
+    RecipeInfo,
+    SourceInfo,
+    TensorEntry,
+    TokenIds,
+    sha256_of,
+)
+from edgelm.checkpoint import Checkpoint
+from edgelm.devices import allowed_cores
+from edgelm.errors import ExportError
+from edgelm.export import onnx_fox, onnx_olmoe
+from edgelm.export.decoder import DecoderFrame
+from edgelm.export.genai import genai_config
+from edgelm.export.graph import GraphBuilder
+from edgelm.export.memory import check_disk, plan_memory
+from edgelm.export.portable import PortableOps
+from edgelm.export.weights import WeightsPlan
+from edgelm.files import atomic_directory
+from edgelm.models import family as family_of
+from edgelm.parity.golden import GoldenOptions, golden_tokens, write_pack
+from edgelm.progress import Progress, Silent
+from edgelm.quant.recipe import Recipe
+from edgelm.quant.source import WeightSource, stored_recipe
+from edgelm.tokenizer import Tokenizer
+
+GRAPH_FILE = "model.onnx"
+DEBUG_FILE = "model.debug.onnx"
+WEIGHTS_FILE = "model.onnx.data"
+TARGETS = ("cpu",)
+FLAVOURS = ("portable",)
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+_SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_BUILDERS: dict[str, Callable[[PortableOps, ModelInfo, Any], DecoderFrame]] = {
+    "olmoe": onnx_olmoe.build,
+    "fox": onnx_fox.build,
+}
+# What an interpreter, a tokenizer or a template needs besides the tokenizer's own files.
+_COPIED = ("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export.
+
+    Attributes:
+        target: device kind, one of `TARGETS`.
+        ops: operator flavour, one of `FLAVOURS`.
+        dtype: storage of matrices the recipe keeps in float, one of `DTYPES` ("fp32", "fp16", "bf16" are understood);
+            "auto" keeps the checkpoint's. The router and the norms are always float32.
+        max_ram: bytes of resident memory not to exceed; None is no limit.
+        threads: worker threads; None is one per processor allowed to this process.
+        overwrite: replace an existing bundle (it stays until the new one is complete).
+        golden: the parity pack's prompts and sizes; None takes the built-in ones.
+    """
+
+    target: str = "cpu"
+    ops: str = "portable"
+    dtype: str = "auto"
+    max_ram: int | None = None
+    threads: int | None = None
+    overwrite: bool = False
+    golden: GoldenOptions | None = None
+
+    def __post_init__(self) -> None:
+        for field, valid in (("target", TARGETS), ("ops", FLAVOURS), ("dtype", (*DTYPES, *_SHORT_DTYPES))):
+            if getattr(self, field) not in valid:
+                raise ExportError(f"{field} {getattr(self, field)!r} is not one of {', '.join(valid)}")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that is known before the first byte is written."""
+
+    info: ModelInfo
+    tokens: TokenIds
+    dtype: str
+    weights: WeightsPlan
+    graph: onnx.ModelProto
+    debug_graph: onnx.ModelProto
+    source_bytes: int
+
+
+def export_bundle(
+    checkpoint: str | Path | Checkpoint,
+    out: str | Path,
+    *,
+    recipe: str | Path | Recipe | None = None,
+    options: ExportOptions | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a checkpoint (folder, hub id, or one that is open) to the bundle folder `out`.
+
+    `recipe` is a preset's name, a TOML file or a `Recipe`; None is int4, or the recipe that a quantised checkpoint
+    brings. The weights are read, quantised and written block by block and the reference runs layer by layer, so
+    memory does not grow with the model's depth.
+
+    Raises:
+        EdgeLMError: the checkpoint, the recipe or an option cannot be used, or memory or disk do not suffice. Nothing
+            is left at `out` then, and what was there before stays.
+    """
+    options = options or ExportOptions()
+    progress = progress or Silent()
+    out = Path(out)
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint.open(checkpoint, progress=progress)
+    family = family_of(checkpoint.config)
+    config = family.config_class.from_dict(checkpoint.config)
+    chosen = _recipe(recipe, checkpoint)
+    # The export's own threads each work on a tensor, so the kernel inside takes one.
+    source = WeightSource(checkpoint, chosen, threads=1)
+    source.check_tensors(family.tensor_shapes(config))
+    tokenizer = Tokenizer.from_folder(checkpoint.path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ExportError(
+            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model's table only "
+            f"{config.vocab_size} rows: this is another model's tokenizer"
+        )
+    for note in tokenizer.notes:
+        progress.note(note)
+    golden = options.golden or GoldenOptions.default_for(config)
+    plan = _plan(checkpoint, source, tokenizer, family.name, config, options)
+    threads = options.threads or allowed_cores()
+    memory = plan_memory(
+        plan.info, config.intermediate_size, golden_tokens(golden, tokenizer), threads, options.max_ram
+    )
+    check_disk(out, plan.weights.size + (64 << 20))
+    with atomic_directory(out, overwrite=options.overwrite) as folder:
+        tensors, hashes = _write_weights(plan, checkpoint, folder, memory.threads, progress)
+        (folder / GRAPH_FILE).write_bytes(plan.graph.SerializeToString())
+        (folder / DEBUG_FILE).write_bytes(plan.debug_graph.SerializeToString())
+        _copy_texts(checkpoint.path, tokenizer, folder)
+        _write_genai(folder, plan)
+        _write_parity(folder / "parity", checkpoint, chosen, tokenizer, golden, progress)
+        _write_manifest(folder, plan, source.recipe, checkpoint.source_id, tensors, hashes, options, progress)
+    return Bundle.open(out)
+
+
+def _recipe(recipe: str | Path | Recipe | None, checkpoint: Checkpoint) -> Recipe | None:
+    """None stays None for a quantised checkpoint, which brings its own, and is int4 for any other."""
+    if recipe is None:
+        return None if stored_recipe(checkpoint.config) is not None else Recipe.load("int4")
+    return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+
+
+def _write_parity(
+    folder: Path,
+    checkpoint: Checkpoint,
+    recipe: Recipe | None,
+    tokenizer: Tokenizer,
+    golden: GoldenOptions,
+    progress: Progress,
+) -> None:
+    folder.mkdir()
+    source = WeightSource(checkpoint, recipe)
+    config = checkpoint.config
+    if source.is_stored_quantized:
+        # The float weights are gone: the reference is the PyTorch model of what the checkpoint holds.
+        write_pack(folder, source.dequantized(), None, config, tokenizer, golden, progress)
+        return
+    quantises = any(source.scheme(name) is not None for name in source.shapes)
+    quantised = source.dequantized() if quantises else None
+    write_pack(folder, checkpoint, quantised, config, tokenizer, golden, progress)
+
+
+def _plan(
+    checkpoint: Checkpoint, source: WeightSource, tokenizer: Tokenizer, family: str, config: Any, options: ExportOptions
+) -> _Plan:
+    info = ModelInfo(
+        family=family,
+        name=checkpoint.source_id,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        context_length=config.max_position_embeddings,
+        tied=config.tie_word_embeddings,
+        num_experts=getattr(config, "num_experts", 0),
+        experts_per_token=getattr(config, "num_experts_per_tok", 0),
+        norm_topk_prob=getattr(config, "norm_topk_prob", False),
+    )
+    dtype = _SHORT_DTYPES.get(options.dtype, options.dtype)
+    if dtype == "auto":
+        kept = [_STORED[tensor.dtype] for tensor in checkpoint.tensors.values() if tensor.dtype in _STORED]
+        dtype = kept[0] if kept else "float32"
+    weights = WeightsPlan()
+    graph = GraphBuilder(WEIGHTS_FILE)
+    frame = _BUILDERS[family](PortableOps(graph, weights, source, dtype), info, config)
+    return _Plan(
+        info=info,
+        tokens=TokenIds(tokenizer.bos_id, tuple(tokenizer.eos_ids), tokenizer.pad_id),
+        dtype=dtype,
+        weights=weights,
+        graph=graph.model(info.name),
+        debug_graph=graph.model(f"{info.name} (debug)", frame.debug_outputs),
+        source_bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
+    )
+
+
+def _write_weights(
+    plan: _Plan, checkpoint: Checkpoint, folder: Path, threads: int, progress: Progress
+) -> tuple[tuple[TensorEntry, ...], Mapping[str, Any]]:
+    # The source's hashes are taken on the side: they are bound by the digest, the quantiser by its arithmetic.
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="hash") as pool:
+        hashes: Future[Mapping[str, Any]] = pool.submit(checkpoint.hashes)
+        with progress.task("quantising", plan.source_bytes) as advance:
+            tensors = plan.weights.write(folder / WEIGHTS_FILE, threads, advance)
+        return tensors, hashes.result()
+
+
+def _copy_texts(source: Path, tokenizer: Tokenizer, folder: Path) -> None:
+    names = {path.name: path for path in tokenizer.files}
+    names |= {name: source / name for name in _COPIED if (source / name).is_file()}
+    for name, path in sorted(names.items()):
+        shutil.copyfile(path, folder / name)
+
+
+def _write_genai(folder: Path, plan: _Plan) -> None:
+    path = folder / "generation_config.json"
+    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = genai_config(plan.info, plan.tokens, GRAPH_FILE, generation)
+    (folder / "genai_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_manifest(
+    folder: Path,
+    plan: _Plan,
+    recipe: Recipe,
+    source_id: str,
+    tensors: tuple[TensorEntry, ...],
+    hashes: Mapping[str, Any],
+    options: ExportOptions,
+    progress: Progress,
+) -> None:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {}
+    with progress.task("hashing", sum(path.stat().st_size for path in paths)) as advance:
+        for path in paths:
+            files[path.relative_to(folder).as_posix()] = FileInfo(path.stat().st_size, sha256_of(path, advance))
+    manifest = Manifest(
+        model=plan.info,
+        target=options.target,
+        ops=options.ops,
+        dtype=plan.dtype,
+        recipe=RecipeInfo(recipe.name, recipe.to_toml()),
+        graph=GraphInfo(GRAPH_FILE, DEBUG_FILE, WEIGHTS_FILE),
+        tokens=plan.tokens,
+        source=SourceInfo(source_id, {name: FileInfo(**info) for name, info in hashes.items()}),
+        files=files,
+        tensors=tensors,
+        tools=_tool_versions(),
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    )
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _tool_versions() -> dict[str, str]:
+    import torch
+
+    import edgelm
+
+    return {
+        "edgelm": edgelm.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "onnx": onnx.__version__,
+        "torch": torch.__version__,
+        "tokenizers": importlib.metadata.version("tokenizers"),
+    }

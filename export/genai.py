@@ -1,0 +1,54 @@
+"""genai_config.json, with which ONNX Runtime GenAI (C, C++, C#, Java, Python) runs the same folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgelm.bundle import ModelInfo, TokenIds
+
+# GenAI knows model types, not architectures: "olmo" and "llama" both mean a decoder with exactly these inputs.
+_TYPES = {"olmoe": "olmo", "fox": "llama"}
+_SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def genai_config(
+    info: ModelInfo, tokens: TokenIds, graph_file: str, generation_config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The configuration as a JSON-ready dictionary; sampling defaults are the checkpoint's own."""
+    search: dict[str, Any] = {"max_length": info.context_length, "min_length": 0, "past_present_share_buffer": True}
+    search |= {key: generation_config[key] for key in _SEARCH if generation_config.get(key) is not None}
+    eos = list(tokens.eos_ids)
+    first_eos = eos[0] if eos else 0
+    return {
+        "model": {
+            "bos_token_id": first_eos if tokens.bos_id is None else tokens.bos_id,
+            "eos_token_id": first_eos if len(eos) == 1 else eos,
+            "pad_token_id": first_eos if tokens.pad_id is None else tokens.pad_id,
+            "context_length": info.context_length,
+            "type": _TYPES[info.family],
+            "vocab_size": info.vocab_size,
+            "decoder": {
+                # Level 3: ONNX Runtime would warn at every load that `logits_start` may be fed, which is its purpose.
+                "session_options": {"log_id": "onnxruntime-genai", "log_severity_level": 3, "provider_options": []},
+                "filename": graph_file,
+                "head_size": info.head_dim,
+                "hidden_size": info.hidden_size,
+                "num_attention_heads": info.num_heads,
+                "num_key_value_heads": info.num_kv_heads,
+                "num_hidden_layers": info.num_layers,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": search,
+    }

@@ -1,0 +1,88 @@
+"""Builds an ONNX graph whose weights live in the planned weights file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from edgelm.export.weights import Slot
+
+OPSET = 21
+IR_VERSION = 10
+MICROSOFT = "com.microsoft"
+
+Dims = Sequence[int | str]
+
+
+class GraphBuilder:
+    """Nodes, inputs, outputs and initializers in the order they are added; names are given by the caller or derived."""
+
+    def __init__(self, weights_file: str) -> None:
+        self._weights_file = weights_file
+        self._nodes: list[onnx.NodeProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._initializers: dict[str, TensorProto] = {}
+
+    def input(self, name: str, elem_type: int, dims: Dims) -> str:
+        """Declare a graph input."""
+        self._inputs.append(helper.make_tensor_value_info(name, elem_type, list(dims)))
+        return name
+
+    def overridable(self, name: str, default: NDArray[Any]) -> str:
+        """Declare an input with a default: an initializer that a caller may feed."""
+        self.constant(name, default)
+        return self.input(name, helper.np_dtype_to_tensor_dtype(default.dtype), default.shape)
+
+    def output(self, name: str, elem_type: int, dims: Dims) -> str:
+        """Declare a graph output."""
+        self._outputs.append(helper.make_tensor_value_info(name, elem_type, list(dims)))
+        return name
+
+    def node(self, op: str, inputs: Sequence[str], outputs: str | Sequence[str], domain: str = "", **attrs: Any) -> str:
+        """Add a node named after its first output; return that output."""
+        names = [outputs] if isinstance(outputs, str) else list(outputs)
+        self._nodes.append(helper.make_node(op, list(inputs), names, name=f"{names[0]}/{op}", domain=domain, **attrs))
+        return names[0]
+
+    def constant(self, name: str, value: NDArray[Any]) -> str:
+        """Add a small initializer stored in the graph itself."""
+        if name not in self._initializers:
+            self._initializers[name] = numpy_helper.from_array(value, name)
+        return name
+
+    def weight(self, slot: Slot, name: str | None = None, dims: Sequence[int] | None = None, bf16: bool = False) -> str:
+        """Add an initializer that lies in the weights file; `name` and `dims` let two views share one slot."""
+        name = name or slot.name
+        tensor = TensorProto(name=name, data_location=TensorProto.EXTERNAL)
+        tensor.dims.extend(slot.dims if dims is None else dims)
+        # numpy has no bfloat16: such slots are planned as uint16 and declared as what they are.
+        tensor.data_type = TensorProto.BFLOAT16 if bf16 else helper.np_dtype_to_tensor_dtype(slot.dtype)
+        for key, value in (("location", self._weights_file), ("offset", slot.offset), ("length", slot.size)):
+            tensor.external_data.add(key=key, value=str(value))
+        assert name not in self._initializers, f"{name} is added twice"
+        self._initializers[name] = tensor
+        return name
+
+    def has(self, name: str) -> bool:
+        """Whether an initializer of this name exists."""
+        return name in self._initializers
+
+    def model(self, name: str, extra_outputs: Sequence[tuple[str, Dims]] = ()) -> onnx.ModelProto:
+        """The finished model; `extra_outputs` (float32) are intermediate values that a debug graph also returns."""
+        outputs = self._outputs + [
+            helper.make_tensor_value_info(n, TensorProto.FLOAT, list(d)) for n, d in extra_outputs
+        ]
+        graph = helper.make_graph(self._nodes, name, self._inputs, outputs, list(self._initializers.values()))
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgelm")
+
+
+def int64(*values: int) -> NDArray[np.int64]:
+    """A 1-D int64 array, the type of ONNX shapes and axes."""
+    return np.asarray(values, np.int64)

@@ -1,0 +1,111 @@
+"""From quantised tensors to the layouts of ONNX Runtime's operators, without another rounding.
+
+A `QuantTensor` row is `K` codes, `G` scales and perhaps `G` zero points. The operators want one block size and one
+width per weight; every function here only repeats, widens or reorders what is there, so that the operator computes
+exactly `(code - zero) * scale` with the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.errors import ExportError
+from edgelm.quant.primitives import unpack
+from edgelm.quant.scheme import MIN_GROUP, Scheme
+from edgelm.quant.tensor import QuantTensor
+
+# MLAS has n-bit kernels for these block sizes; a scale per row is stored as equal scales of blocks of this many.
+ROW_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """What an n-bit operator is told: width, weights per block, and whether zero points are stored."""
+
+    bits: int
+    block: int
+    zeros: bool
+
+    def code_bytes(self, columns: int) -> int:
+        """Bytes of one row's codes."""
+        return columns * self.bits // 8
+
+    def blocks(self, columns: int) -> int:
+        """Blocks (and scales) of one row."""
+        return columns // self.block
+
+    def zero_bytes(self, columns: int) -> int:
+        """Bytes of one row's packed zero points."""
+        return -(-self.blocks(columns) * self.bits // 8)
+
+
+def block_of(scheme: Scheme, columns: int) -> int:
+    """Weights per block in which a row of `columns` weights of this (effective) scheme is stored."""
+    if scheme.group is not None:
+        return scheme.group
+    block = min(columns & -columns, ROW_BLOCK)  # the largest power of two that divides the row
+    if block < MIN_GROUP:
+        raise ExportError(
+            f"a row of {columns} weights cannot be cut into the blocks of {MIN_GROUP} or more that ONNX Runtime needs: "
+            "keep such tensors in float in the recipe"
+        )
+    return block
+
+
+def common_format(schemes: list[tuple[Scheme, int]]) -> BlockFormat:
+    """The one format that holds all of `(scheme, columns)` exactly: widest codes, smallest block, zeros if any has."""
+    return BlockFormat(
+        bits=max(scheme.bits for scheme, _ in schemes),
+        block=min(block_of(scheme, columns) for scheme, columns in schemes),
+        zeros=not all(scheme.symmetric for scheme, _ in schemes),
+    )
+
+
+def codes_in(tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.uint8]:
+    """Codes [N, K * bits / 8] at the format's width; 4-bit codes are widened by moving their zero point to 128."""
+    bits = tensor.scheme.bits
+    if bits == fmt.bits:
+        return tensor.codes
+    assert bits < fmt.bits, "codes are never narrowed"
+    widened = unpack(tensor.codes, bits)
+    return (widened + np.uint8(_zero_shift(bits, fmt.bits))).astype(np.uint8)
+
+
+def scales_in(tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.float32]:
+    """Scales float32 [N, K / block]: each repeated over the blocks that its group covers."""
+    return _per_block(tensor.scales, tensor, fmt).astype(np.float32)
+
+
+def zeros_in(tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.uint8]:
+    """Zero points packed along the blocks, [N, ceil(K / block * bits / 8)], low nibble first."""
+    bits = tensor.scheme.bits
+    middle = np.full(tensor.scales.shape, tensor.scheme.symmetric_zero, np.uint8)
+    groups = middle if tensor.zeros is None else tensor.zeros
+    zeros = _per_block(groups, tensor, fmt).astype(np.uint8)
+    if bits != fmt.bits:
+        zeros = (zeros + np.uint8(_zero_shift(bits, fmt.bits))).astype(np.uint8)
+    if fmt.bits == 8:
+        return np.ascontiguousarray(zeros)
+    if zeros.shape[1] % 2:
+        zeros = np.pad(zeros, ((0, 0), (0, 1)))
+    packed: NDArray[np.uint8] = zeros[:, 0::2] | (zeros[:, 1::2] << np.uint8(4))
+    return packed
+
+
+def interleave(gate: NDArray[np.generic], up: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Rows gate 0, up 0, gate 1, up 1, ... as the fused SwiGLU of (Q)MoE reads them: [N, X], [N, X] -> [2N, X]."""
+    return np.stack([gate, up], axis=1).reshape(2 * gate.shape[0], -1)
+
+
+def _zero_shift(bits: int, wider: int) -> int:
+    return (1 << (wider - 1)) - (1 << (bits - 1))
+
+
+def _per_block(values: NDArray[np.generic], tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.generic]:
+    blocks = tensor.shape[1] // fmt.block
+    repeat, remainder = divmod(blocks, values.shape[1])
+    assert remainder == 0 and repeat >= 1, "a block never spans two groups"
+    return np.repeat(values, repeat, axis=1) if repeat > 1 else values

@@ -1,0 +1,85 @@
+"""What an export needs in memory and on disk, said before it starts."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgelm.bundle import ModelInfo
+from edgelm.devices import resident_memory
+from edgelm.errors import ExportError, MemoryLimitError
+from edgelm.export.weights import BLOCK_WEIGHTS
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+MIB = 1 << 20
+# What Python, torch and onnx take where the system does not say how much is resident now.
+ASSUMED_BASE = 700 * MIB
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "4GiB", "1.5 GB", "800MiB" or a plain number.
+
+    Raises:
+        ExportError: not a positive size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size <= 0:
+        raise ExportError(f'"{text}" is not a size: write for example 4GiB, 1.5GB or 800MiB')
+    return size
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes an export will need at its peak, and with how many threads it stays below the limit."""
+
+    threads: int
+    needed: int
+
+
+def plan_memory(info: ModelInfo, expert_width: int, golden_tokens: int, threads: int, limit: int | None) -> MemoryPlan:
+    """Choose the thread count that fits `limit`, the largest first.
+
+    Two phases never overlap: writing the weights (a few blocks per thread) and the reference's golden values (one
+    layer's dense weights, one expert, the sequences' activations and caches).
+
+    Raises:
+        MemoryLimitError: not even one thread fits; says what it would take.
+    """
+    base = resident_memory()[0] or ASSUMED_BASE
+    dense = (2 * info.num_heads + 2 * info.num_kv_heads) * info.head_dim * info.hidden_size
+    mlp = 3 * expert_width * info.hidden_size  # of one expert, or of the whole layer where there are none
+    per_token = 4 * info.hidden_size * (3 * (info.num_layers + 1) + 16) + 8 * info.num_layers * (
+        info.num_kv_heads * info.head_dim
+    )
+    # bf16 as read plus float32 as computed: six bytes a weight; heads and embeddings go by blocks like everything else.
+    reference = 6 * (dense + mlp) + 6 * 2 * BLOCK_WEIGHTS + golden_tokens * (per_token + 64 * info.num_experts)
+    for count in range(threads, 0, -1):
+        # A thread holds one block as read, as float32 and as codes, and the kernels' or numpy's scratch.
+        writing = count * 24 * min(max(BLOCK_WEIGHTS, mlp), 2 * BLOCK_WEIGHTS)
+        needed = base + max(writing, reference) + 64 * MIB
+        if limit is None or needed <= limit:
+            return MemoryPlan(count, needed)
+    raise MemoryLimitError(
+        f"--max-ram {limit / MIB:.0f} MiB is too little: this export takes about {needed / MIB:.0f} MiB "
+        f"({base / MIB:.0f} MiB of it Python and its libraries)"
+    )
+
+
+def check_disk(out: Path, needed: int) -> None:
+    """Refuse before any work when the bundle does not fit on the disk.
+
+    Raises:
+        ExportError: says what is needed and what is free.
+    """
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise ExportError(
+            f"{out} needs {needed / 1e9:.2f} GB but {parent} has {free / 1e9:.2f} GB free: "
+            "free some space or choose another place with -o"
+        )

@@ -1,0 +1,75 @@
+"""OLMoE's graph: pre-norm blocks of attention with QK-norm over the whole width, and an unrenormalised mixture."""
+
+from __future__ import annotations
+
+from edgelm.bundle import ModelInfo
+from edgelm.export.decoder import DecoderFrame
+from edgelm.export.graph import int64
+from edgelm.export.portable import MICROSOFT, PortableOps, RouterSpec
+from edgelm.models.olmoe import OlmoeConfig
+
+
+def build(ops: PortableOps, info: ModelInfo, config: OlmoeConfig) -> DecoderFrame:
+    """Add the whole model to the graph of `ops`."""
+    frame = DecoderFrame(ops, info, config.rope_theta)
+    eps = config.rms_norm_eps
+    x = frame.embedding("model.embed_tokens.weight")
+    normed = ops.norm(x, "model.layers.0.input_layernorm.weight", "layers.0.attn_in", 0, eps)
+    for i in range(info.num_layers):
+        key, stem = f"model.layers.{i}", f"layers.{i}"
+        attended = _attention(frame, config, normed, i)
+        normed = ops.add_norm(
+            x, attended, f"{key}.post_attention_layernorm.weight", f"{stem}.moe_in", f"{stem}.attn_sum", i, eps
+        )
+        mixed = _mixture(frame, config, normed, i)
+        x = frame.record_hidden(i + 1)
+        last = i + 1 == info.num_layers
+        weight = "model.norm.weight" if last else f"model.layers.{i + 1}.input_layernorm.weight"
+        out = "final_norm" if last else f"layers.{i + 1}.attn_in"
+        normed = ops.add_norm(f"{stem}.attn_sum", mixed, weight, out, x, None if last else i + 1, eps)
+    frame.head(normed, "model.embed_tokens.weight" if info.tied else "lm_head.weight")
+    return frame
+
+
+def _attention(frame: DecoderFrame, config: OlmoeConfig, normed: str, i: int) -> str:
+    ops, graph, info = frame.ops, frame.graph, frame.info
+    key, stem = f"model.layers.{i}.self_attn", f"layers.{i}.attn"
+    fused = ops.linear(normed, [f"{key}.{p}_proj.weight" for p in "qkv"], f"{stem}.qkv", i)
+    widths = int64(info.num_heads * info.head_dim, *[info.num_kv_heads * info.head_dim] * 2)
+    names = [f"{stem}.{p}" for p in "qkv"]
+    graph.node("Split", [fused, graph.constant("qkv_split", widths)], names, axis=-1)
+    q = ops.norm(names[0], f"{key}.q_norm.weight", f"{stem}.q_normed", i, config.rms_norm_eps)
+    k = ops.norm(names[1], f"{key}.k_norm.weight", f"{stem}.k_normed", i, config.rms_norm_eps)
+    q, k, v = (_clipped(frame, config, name) for name in (q, k, names[2]))
+    out = frame.attention((q, k, v), i, f"{stem}.out")
+    return ops.linear(out, [f"{key}.o_proj.weight"], f"{stem}.o", i)
+
+
+def _clipped(frame: DecoderFrame, config: OlmoeConfig, name: str) -> str:
+    if config.clip_qkv is None:
+        return name
+    import numpy as np
+
+    low = frame.graph.constant("clip_low", np.asarray(-config.clip_qkv, np.float32))
+    high = frame.graph.constant("clip_high", np.asarray(config.clip_qkv, np.float32))
+    return frame.graph.node("Clip", [name, low, high], f"{name}.clipped")
+
+
+def _mixture(frame: DecoderFrame, config: OlmoeConfig, normed: str, i: int) -> str:
+    ops, graph = frame.ops, frame.graph
+    key, stem = f"model.layers.{i}.mlp", f"layers.{i}"
+    # The router decides in float32 whatever the recipe stores experts in: a flipped choice costs far more than bytes.
+    router = graph.weight(ops.float_matrix(f"{key}.gate.weight", i, "float32"))
+    scores = graph.node("FusedMatMul", [normed, router], f"{stem}.router", MICROSOFT, transA=0, transB=1, alpha=1.0)
+    flat = graph.constant("flat_tokens", int64(-1, config.num_experts))
+    logits = graph.node("Reshape", [scores, flat], frame.record_router(i))
+    experts = [
+        (
+            f"{key}.experts.{e}.gate_proj.weight",
+            f"{key}.experts.{e}.up_proj.weight",
+            f"{key}.experts.{e}.down_proj.weight",
+        )
+        for e in range(config.num_experts)
+    ]
+    spec = RouterSpec(config.num_experts, config.num_experts_per_tok, config.norm_topk_prob)
+    return ops.experts(normed, logits, experts, spec, f"{stem}.moe", i)

@@ -1,0 +1,366 @@
+"""The layers both families are made of, in operators that every ONNX Runtime has (ai.onnx and com.microsoft).
+
+Facts these choices rest on, all checked on ONNX Runtime 1.31:
+
+- `MatMulNBits` and `QMoE` take scales in the activations' type: float32 here, so int4 with groups of 32 costs 5 bits.
+- QMoE's routing differs per execution provider. The CPU softmaxes over the *selected* experts only, so it always
+  renormalises, unless `router_weights` (input 14) is fed; CUDA softmaxes over all experts and ignores input 14. Logits
+  in `router_probs`, the full softmax in `router_weights` and `normalize_routing_weights=0` is right on both.
+- The CPU's (Q)MoE wants gate and up interleaved row by row (`swiglu_fusion=1`), one width and one block size.
+- `FusedMatMul` with `transB` reads a weight in the checkpoint's own [out, in] layout, so nothing is transposed on the
+  way and a tied embedding serves lookup and head from the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from edgelm.errors import ExportError
+from edgelm.export.graph import MICROSOFT, GraphBuilder, int64
+from edgelm.export.layout import BlockFormat, codes_in, common_format, interleave, scales_in, zeros_in
+from edgelm.export.weights import BLOCK_WEIGHTS, Slot, SlotWriter, WeightsPlan
+from edgelm.progress import Advance
+from edgelm.quant.source import PARTS, WeightSource, part_name
+
+FLOAT = TensorProto.FLOAT
+# MatMulNBits' and QMoE's "4": activations are quantised to int8 per block on the fly, about 1 % of noise per product
+# and the only mode whose kernels use the CPU's integer dot products.
+ACCURACY_INT8 = 4
+
+STORAGE = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+
+
+@dataclass(frozen=True)
+class QuantizedSlots:
+    """A quantised matrix [rows, columns] in the weights file."""
+
+    rows: int
+    columns: int
+    fmt: BlockFormat
+    codes: Slot
+    scales: Slot
+    zeros: Slot | None
+
+    @property
+    def all(self) -> list[Slot]:
+        """The slots in the order that jobs fill them."""
+        return [self.codes, self.scales] + ([self.zeros] if self.zeros else [])
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """How a mixture routes: experts in all, experts per token, and whether their weights are renormalised."""
+
+    experts: int
+    experts_per_token: int
+    renormalise: bool
+
+
+class PortableOps:
+    """Adds layers to a graph and plans their weights.
+
+    Args:
+        graph: the graph to add to.
+        plan: where weights are planned.
+        source: the checkpoint's tensors, quantised as the recipe says.
+        dtype: how matrices that stay unquantised are stored: "float32", "float16" or "bfloat16". Arithmetic is float32.
+    """
+
+    def __init__(self, graph: GraphBuilder, plan: WeightsPlan, source: WeightSource, dtype: str) -> None:
+        self.graph = graph
+        self.plan = plan
+        self.source = source
+        self.dtype = dtype
+        self._quantized: dict[str, QuantizedSlots] = {}
+        self._float: dict[str, Slot] = {}
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor in the checkpoint, where it is stored whole or in quantised parts."""
+        tensors = self.source.checkpoint.tensors
+        keys = [name] if name in tensors else [part_name(name, part) for part in PARTS]
+        return sum(tensors[key].nbytes for key in keys if key in tensors)
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def vector(self, name: str, layer: int | None) -> str:
+        """A float32 vector of the checkpoint (a norm's weight)."""
+        slot = self.plan.slot(name, self.source.shape(name), np.float32, layer)
+
+        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+            writers[0].append(self.source.float32(name))
+            advance(self.nbytes(name))
+
+        self.plan.job([slot], fill)
+        return self.graph.weight(slot)
+
+    def computed(self, name: str, value: NDArray[np.float32]) -> str:
+        """A float32 tensor that is computed here (the rotary tables)."""
+        slot = self.plan.slot(name, value.shape, np.float32, None)
+        self.plan.job([slot], lambda writers, advance: writers[0].append(value))
+        return self.graph.weight(slot)
+
+    def float_matrix(self, name: str, layer: int | None, dtype: str) -> Slot:
+        """Plan an unquantised matrix, stored as it stands in the checkpoint, [out, in]."""
+        if name in self._float:
+            return self._float[name]
+        rows, columns = self.source.shape(name)
+        slot = self.plan.slot(name, (rows, columns), STORAGE[dtype], layer)
+
+        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+            for block in _row_blocks(rows, columns):
+                writers[0].append(stored_as(self.source.float32(name, block), dtype, name))
+                advance(self.nbytes(name) * (block.stop - block.start) / rows)
+
+        self.plan.job([slot], fill)
+        self._float[name] = slot
+        return slot
+
+    def quantized_matrix(self, names: Sequence[str], stem: str, layer: int | None) -> QuantizedSlots:
+        """Plan quantised matrices of the same width, stacked along the rows as one."""
+        if stem in self._quantized:
+            return self._quantized[stem]
+        shapes = [self.source.shape(name) for name in names]
+        columns = shapes[0][1]
+        rows = sum(shape[0] for shape in shapes)
+        fmt = common_format([(_scheme(self.source, name), columns) for name in names])
+        slots = self._quantized_slots(stem, (), rows, columns, fmt, layer)
+
+        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+            for name, (count, _) in zip(names, shapes, strict=True):
+                for block in _row_blocks(count, columns):
+                    tensor = self.source.quantized(name, block)
+                    writers[0].append(codes_in(tensor, fmt))
+                    writers[1].append(scales_in(tensor, fmt))
+                    if fmt.zeros:
+                        writers[2].append(zeros_in(tensor, fmt))
+                    advance(self.nbytes(name) * (block.stop - block.start) / count)
+
+        self.plan.job(slots.all, fill)
+        self._quantized[stem] = slots
+        return slots
+
+    def _quantized_slots(
+        self, stem: str, outer: tuple[int, ...], rows: int, columns: int, fmt: BlockFormat, layer: int | None
+    ) -> QuantizedSlots:
+        def slot(kind: str, width: int, dtype: Any) -> Slot:
+            return self.plan.slot(f"{stem}.{kind}", (*outer, rows, width), dtype, layer)
+
+        codes = slot("qweight", fmt.code_bytes(columns), np.uint8)
+        scales = slot("scales", fmt.blocks(columns), np.float32)
+        zeros = slot("zeros", fmt.zero_bytes(columns), np.uint8) if fmt.zeros else None
+        return QuantizedSlots(rows, columns, fmt, codes, scales, zeros)
+
+    # -- layers ----------------------------------------------------------------------------------------------------
+
+    def linear(self, x: str, names: Sequence[str], out: str, layer: int | None) -> str:
+        """x [..., in] times the rows of all `names` (each [out_i, in]): [..., sum of out_i], without bias."""
+        quantized = [self.source.scheme(name) is not None for name in names]
+        if all(quantized):
+            stem = out if len(names) > 1 else names[0].removesuffix(".weight")
+            return self._quantized_linear(x, self.quantized_matrix(names, stem, layer), out)
+        if len(names) == 1:
+            return self._float_linear(x, self.float_matrix(names[0], layer, self.dtype), out)
+        parts = [self.linear(x, [name], f"{out}.{i}", layer) for i, name in enumerate(names)]
+        return self.graph.node("Concat", parts, out, axis=-1)
+
+    def _quantized_linear(self, x: str, matrix: QuantizedSlots, out: str) -> str:
+        fmt = matrix.fmt
+        dims = (matrix.rows, fmt.blocks(matrix.columns), fmt.block * fmt.bits // 8)
+        inputs = [
+            x,
+            self.graph.weight(matrix.codes, f"{out}.B", dims),
+            self._scales(matrix),
+            *([self.graph.weight(matrix.zeros, f"{out}.zeros")] if matrix.zeros else []),
+        ]
+        return self.graph.node(
+            "MatMulNBits", inputs, out, MICROSOFT, K=matrix.columns, N=matrix.rows, bits=fmt.bits, block_size=fmt.block,
+            accuracy_level=ACCURACY_INT8,
+        )  # fmt: skip
+
+    def _scales(self, matrix: QuantizedSlots) -> str:
+        name = matrix.scales.name
+        return name if self.graph.has(name) else self.graph.weight(matrix.scales)
+
+    def _float_linear(self, x: str, slot: Slot, out: str) -> str:
+        weight = self._as_float32(slot)
+        return self.graph.node("FusedMatMul", [x, weight], out, MICROSOFT, transA=0, transB=1, alpha=1.0)
+
+    def _stored(self, slot: Slot) -> str:
+        if self.graph.has(slot.name):
+            return slot.name
+        return self.graph.weight(slot, bf16=slot.dtype == np.uint16)
+
+    def _as_float32(self, slot: Slot) -> str:
+        weight = self._stored(slot)
+        if slot.dtype == np.float32:
+            return weight
+        return self.graph.node("Cast", [weight], f"{slot.name}.float32", to=FLOAT)
+
+    def embedding(self, ids: str, name: str, out: str) -> str:
+        """Rows `ids` [B, T] of the table `name` [V, D] as float32 [B, T, D]."""
+        if self.source.scheme(name) is None:
+            slot = self.float_matrix(name, None, self.dtype)
+            if slot.dtype == np.float32:
+                return self.graph.node("Gather", [self._stored(slot), ids], out, axis=0)
+            rows = self.graph.node("Gather", [self._stored(slot), ids], f"{out}.stored", axis=0)
+            return self.graph.node("Cast", [rows], out, to=FLOAT)
+        table = self.quantized_matrix([name], name.removesuffix(".weight"), None)
+        inputs = [
+            self.graph.weight(table.codes, f"{table.codes.name}.table"),
+            ids,
+            self._scales(table),
+            *([self.graph.weight(table.zeros, f"{table.zeros.name}.table")] if table.zeros else []),
+        ]
+        return self.graph.node(
+            "GatherBlockQuantized", inputs, out, MICROSOFT, bits=table.fmt.bits, block_size=table.fmt.block,
+            gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
+
+    def norm(self, x: str, weight: str, out: str, layer: int | None, eps: float) -> str:
+        """RMSNorm over the last axis, float32 inside."""
+        inputs = [x, self.vector(weight, layer)]
+        return self.graph.node("SimplifiedLayerNormalization", inputs, out, axis=-1, epsilon=eps, stash_type=1)
+
+    def add_norm(self, x: str, y: str, weight: str, out: str, total: str, layer: int | None, eps: float) -> str:
+        """`total` = x + y and `out` = RMSNorm(total), in one pass over memory."""
+        inputs = [x, y, self.vector(weight, layer)]
+        outputs = [out, "", "", total]
+        return self.graph.node("SkipSimplifiedLayerNormalization", inputs, outputs, MICROSOFT, epsilon=eps)
+
+    def silu_gate(self, gate_up: str, width: int, out: str) -> str:
+        """SwiGLU's product: silu(first `width` columns) * the others. `QuickGelu` with alpha 1 is SiLU."""
+        gate, up = f"{out}.gate", f"{out}.up"
+        self.graph.node(
+            "Split", [gate_up, self.graph.constant("swiglu_split", int64(width, width))], [gate, up], axis=-1
+        )
+        activated = self.graph.node("QuickGelu", [gate], f"{out}.silu", MICROSOFT, alpha=1.0)
+        return self.graph.node("Mul", [activated, up], out)
+
+    def experts(
+        self, x: str, logits: str, names: Sequence[tuple[str, str, str]], router: RouterSpec, out: str, layer: int
+    ) -> str:
+        """Top-k mixture of SwiGLU experts.
+
+        Args:
+            x: activations [B, T, D].
+            logits: router logits [B * T, E].
+            names: per expert its gate [F, D], up [F, D] and down [D, F].
+            router: how the mixture routes.
+            out: name of the result [B, T, D]; also the stem of the weights' names.
+            layer: layer index.
+        """
+        flat = [name for expert in names for name in expert]
+        schemes = [self.source.scheme(name) for name in flat]
+        common: dict[str, Any] = {
+            "k": router.experts_per_token,
+            "activation_type": "swiglu",
+            "swiglu_fusion": 1,
+            "activation_alpha": 1.0,
+            "activation_beta": 0.0,
+            "normalize_routing_weights": int(router.renormalise),
+        }
+        if all(scheme is None for scheme in schemes):
+            fc1, fc2 = self._float_experts(names, out, layer)
+            inputs = [self._not_in_place(x, fc1.dims[2], out), logits, self._as_float32(fc1), "", self._as_float32(fc2)]
+            return self.graph.node("MoE", inputs, out, MICROSOFT, **common)
+        if any(scheme is None for scheme in schemes):
+            kept = next(name for name, scheme in zip(flat, schemes, strict=True) if scheme is None)
+            raise ExportError(
+                f"the recipe keeps {kept} in float but quantises other experts of layer {layer}: one layer's experts "
+                "are one operator here and must be all quantised or all float; change the recipe's patterns"
+            )
+        fc1, fc2 = self._quantized_experts(names, out, layer)
+        weight = self.graph.weight
+        zeros = [weight(m.zeros) if m.zeros else "" for m in (fc1, fc2)]
+        inputs = [x, logits, weight(fc1.codes), weight(fc1.scales), "", weight(fc2.codes), weight(fc2.scales), ""]
+        inputs += ["", "", "", *zeros, ""]
+        if not router.renormalise:
+            inputs.append(self.graph.node("Softmax", [logits], f"{out}.router_weights", axis=-1))
+        return self.graph.node(
+            "QMoE", inputs, out, MICROSOFT, expert_weight_bits=fc1.fmt.bits, block_size=fc1.fmt.block,
+            accuracy_level=ACCURACY_INT8, **common,
+        )  # fmt: skip
+
+    def _not_in_place(self, x: str, hidden: int, out: str) -> str:
+        """x [B, T, D] behind a reshape that hides its number of tokens from shape inference.
+
+        The CPU's MoE (1.31) lets its output take over its input's buffer when their shapes are known to be equal, and
+        then reads what it has overwritten: wrong by 20 % here. With an unknown size the planner keeps them apart.
+        """
+        shape = self.graph.constant("same_tokens", int64(0, -1, hidden))
+        return self.graph.node("Reshape", [x, shape], f"{out}.in")
+
+    def _float_experts(self, names: Sequence[tuple[str, str, str]], stem: str, layer: int) -> tuple[Slot, Slot]:
+        width, hidden = self.source.shape(names[0][0])
+        dtype = STORAGE[self.dtype]
+        fc1 = self.plan.slot(f"{stem}.gate_up", (len(names), 2 * width, hidden), dtype, layer)
+        fc2 = self.plan.slot(f"{stem}.down", (len(names), hidden, width), dtype, layer)
+        source = self.source
+
+        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+            for gate, up, down in names:
+                rows = interleave(source.float32(gate), source.float32(up))
+                writers[0].append(stored_as(rows, self.dtype, gate))
+                writers[1].append(stored_as(source.float32(down), self.dtype, down))
+                advance(sum(self.nbytes(name) for name in (gate, up, down)))
+
+        self.plan.job([fc1, fc2], fill)
+        return fc1, fc2
+
+    def _quantized_experts(
+        self, names: Sequence[tuple[str, str, str]], stem: str, layer: int
+    ) -> tuple[QuantizedSlots, QuantizedSlots]:
+        width, hidden = self.source.shape(names[0][0])
+        source = self.source
+        # QMoE has one block size and one width for both products: what is coarser or narrower is stored as the finer.
+        fmt = common_format([(_scheme(source, n), source.shape(n)[1]) for expert in names for n in expert])
+        fc1 = self._quantized_slots(f"{stem}.gate_up", (len(names),), 2 * width, hidden, fmt, layer)
+        fc2 = self._quantized_slots(f"{stem}.down", (len(names),), hidden, width, fmt, layer)
+        parts = [codes_in, scales_in] + ([zeros_in] if fmt.zeros else [])
+
+        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+            for gate, up, down in names:
+                tensors = [source.quantized(name) for name in (gate, up, down)]
+                for part, first, second in zip(parts, writers[: len(parts)], writers[len(parts) :], strict=True):
+                    first.append(interleave(part(tensors[0], fmt), part(tensors[1], fmt)))
+                    second.append(part(tensors[2], fmt))
+                advance(sum(self.nbytes(name) for name in (gate, up, down)))
+
+        self.plan.job(fc1.all + fc2.all, fill)
+        return fc1, fc2
+
+
+def stored_as(values: NDArray[np.float32], dtype: str, name: str) -> NDArray[Any]:
+    """Round float32 to the storage type: nearest, ties to even; bfloat16 as its upper 16 bits.
+
+    Raises:
+        ExportError: a value does not fit into float16.
+    """
+    if dtype == "float32":
+        return values
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        return (rounded >> np.uint32(16)).astype(np.uint16)
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ExportError(f"{name} has values beyond float16's range (65504): export it as bfloat16 or float32")
+    return half
+
+
+def _row_blocks(rows: int, columns: int) -> list[slice]:
+    step = max(1, BLOCK_WEIGHTS // columns)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _scheme(source: WeightSource, name: str) -> Any:
+    scheme = source.scheme(name)
+    assert scheme is not None, name
+    return scheme
