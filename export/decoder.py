@@ -8,7 +8,7 @@ Names and shapes are those ONNX Runtime GenAI expects, so that it runs the same 
 | `attention_mask` | int64 | [batch, total]: ones for every token so far, the new ones included |
 | `past_key_values.{i}.key`, `.value` | float32 | [batch, kv_heads, past, head_dim] |
 | `logits_start` (optional, default -1) | int64 | [1]: logits are computed from this position of the input on |
-| `logits` | float32 | [batch, positions, vocabulary]: by default of the last token only |
+| `logits` | float32 | [batch, 1, vocabulary]: of the last token; [batch, positions, ...] where `logits_start` is fed |
 | `present.{i}.key`, `.value` | float32 | like past; may be the same buffer, then of the context's full length |
 
 The debug graph returns in addition `hidden.{i}` [batch, tokens, hidden] (the residual stream: 0 is the embedding's
@@ -47,8 +47,9 @@ class DecoderFrame:
         self._lengths(mask)
         cos, sin = rotary_tables(info.context_length, info.head_dim, rope_theta)
         self.cos, self.sin = ops.computed("rope.cos", cos), ops.computed("rope.sin", sin)
-        # The last position's logits alone are what generation needs; their number is 1 unless a caller asks for more.
-        graph.output("logits", FLOAT, ["batch_size", "logits_length", info.vocab_size])
+        # The declared 1 tells GenAI not to allocate logits for every position of a prompt; whoever feeds `logits_start`
+        # gets as many as asked for (ONNX Runtime only logs that the declaration differs).
+        graph.output("logits", FLOAT, ["batch_size", 1, info.vocab_size])
         present: Dims = ["batch_size", info.num_kv_heads, "total_sequence_length", info.head_dim]
         for i in range(info.num_layers):
             graph.output(f"present.{i}.key", FLOAT, present)

@@ -1,0 +1,22 @@
+"""Says which extra a verb needs, instead of a bare ImportError."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from edgelm.errors import EdgeLMError
+
+EXPORT_PACKAGES = ("torch", "onnx", "safetensors", "huggingface_hub")
+
+
+def need_export_extra() -> None:
+    """Check that the packages of `edgelm[export]` are installed.
+
+    Raises:
+        EdgeLMError: names what is missing and how to install it.
+    """
+    missing = [name for name in EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EdgeLMError(
+            f"this needs {', '.join(missing)}, which a run-only install leaves out: pip install 'edgelm[export]'"
+        )
