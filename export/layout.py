@@ -8,6 +8,7 @@ exactly `(code - zero) * scale` with the same numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,7 +96,7 @@ def zeros_in(tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.uint8]:
     return packed
 
 
-def interleave(gate: NDArray[np.generic], up: NDArray[np.generic]) -> NDArray[np.generic]:
+def interleave(gate: NDArray[Any], up: NDArray[Any]) -> NDArray[Any]:
     """Rows gate 0, up 0, gate 1, up 1, ... as the fused SwiGLU of (Q)MoE reads them: [N, X], [N, X] -> [2N, X]."""
     return np.stack([gate, up], axis=1).reshape(2 * gate.shape[0], -1)
 
@@ -104,7 +105,7 @@ def _zero_shift(bits: int, wider: int) -> int:
     return (1 << (wider - 1)) - (1 << (bits - 1))
 
 
-def _per_block(values: NDArray[np.generic], tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.generic]:
+def _per_block(values: NDArray[Any], tensor: QuantTensor, fmt: BlockFormat) -> NDArray[Any]:
     blocks = tensor.shape[1] // fmt.block
     repeat, remainder = divmod(blocks, values.shape[1])
     assert remainder == 0 and repeat >= 1, "a block never spans two groups"

@@ -62,6 +62,7 @@ def plan_memory(info: ModelInfo, expert_width: int, golden_tokens: int, threads:
         needed = base + max(writing, reference) + 64 * MIB
         if limit is None or needed <= limit:
             return MemoryPlan(count, needed)
+    assert limit is not None
     raise MemoryLimitError(
         f"--max-ram {limit / MIB:.0f} MiB is too little: this export takes about {needed / MIB:.0f} MiB "
         f"({base / MIB:.0f} MiB of it Python and its libraries)"

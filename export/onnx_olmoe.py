@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from edgelm.bundle import ModelInfo
 from edgelm.export.decoder import DecoderFrame
-from edgelm.export.graph import int64
-from edgelm.export.portable import MICROSOFT, PortableOps, RouterSpec
+from edgelm.export.graph import MICROSOFT, int64
+from edgelm.export.portable import PortableOps, RouterSpec
 from edgelm.models.olmoe import OlmoeConfig
 
 
@@ -48,8 +50,6 @@ def _attention(frame: DecoderFrame, config: OlmoeConfig, normed: str, i: int) ->
 def _clipped(frame: DecoderFrame, config: OlmoeConfig, name: str) -> str:
     if config.clip_qkv is None:
         return name
-    import numpy as np
-
     low = frame.graph.constant("clip_low", np.asarray(-config.clip_qkv, np.float32))
     high = frame.graph.constant("clip_high", np.asarray(config.clip_qkv, np.float32))
     return frame.graph.node("Clip", [name, low, high], f"{name}.clipped")

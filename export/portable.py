@@ -13,7 +13,7 @@ Facts these choices rest on, all checked on ONNX Runtime 1.31:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from edgelm.export.layout import BlockFormat, codes_in, common_format, interleav
 from edgelm.export.weights import BLOCK_WEIGHTS, Slot, SlotWriter, WeightsPlan
 from edgelm.progress import Advance
 from edgelm.quant.source import PARTS, WeightSource, part_name
+from edgelm.quant.tensor import QuantTensor
 
 FLOAT = TensorProto.FLOAT
 # MatMulNBits' and QMoE's "4": activations are quantised to int8 per block on the fly, about 1 % of noise per product
@@ -275,15 +276,17 @@ class PortableOps:
                 f"the recipe keeps {kept} in float but quantises other experts of layer {layer}: one layer's experts "
                 "are one operator here and must be all quantised or all float; change the recipe's patterns"
             )
-        fc1, fc2 = self._quantized_experts(names, out, layer)
+        first, second = self._quantized_experts(names, out, layer)
         weight = self.graph.weight
-        zeros = [weight(m.zeros) if m.zeros else "" for m in (fc1, fc2)]
-        inputs = [x, logits, weight(fc1.codes), weight(fc1.scales), "", weight(fc2.codes), weight(fc2.scales), ""]
+        zeros = [weight(matrix.zeros) if matrix.zeros else "" for matrix in (first, second)]
+        inputs = [x, logits]
+        for matrix in (first, second):
+            inputs += [weight(matrix.codes), weight(matrix.scales), ""]
         inputs += ["", "", "", *zeros, ""]
         if not router.renormalise:
             inputs.append(self.graph.node("Softmax", [logits], f"{out}.router_weights", axis=-1))
         return self.graph.node(
-            "QMoE", inputs, out, MICROSOFT, expert_weight_bits=fc1.fmt.bits, block_size=fc1.fmt.block,
+            "QMoE", inputs, out, MICROSOFT, expert_weight_bits=first.fmt.bits, block_size=first.fmt.block,
             accuracy_level=ACCURACY_INT8, **common,
         )  # fmt: skip
 
@@ -322,7 +325,9 @@ class PortableOps:
         fmt = common_format([(_scheme(source, n), source.shape(n)[1]) for expert in names for n in expert])
         fc1 = self._quantized_slots(f"{stem}.gate_up", (len(names),), 2 * width, hidden, fmt, layer)
         fc2 = self._quantized_slots(f"{stem}.down", (len(names),), hidden, width, fmt, layer)
-        parts = [codes_in, scales_in] + ([zeros_in] if fmt.zeros else [])
+        parts: list[Callable[[QuantTensor, BlockFormat], NDArray[Any]]] = [codes_in, scales_in]
+        if fmt.zeros:
+            parts.append(zeros_in)
 
         def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
             for gate, up, down in names:
@@ -336,7 +341,7 @@ class PortableOps:
         return fc1, fc2
 
 
-def stored_as(values: NDArray[np.float32], dtype: str, name: str) -> NDArray[Any]:
+def stored_as(values: NDArray[Any], dtype: str, name: str) -> NDArray[Any]:
     """Round float32 to the storage type: nearest, ties to even; bfloat16 as its upper 16 bits.
 
     Raises:

@@ -52,7 +52,7 @@ class SlotWriter:
     def append(self, block: NDArray[Any]) -> None:
         """Write the next rows; their dtype must be the slot's."""
         assert block.dtype == self.slot.dtype, (self.slot.name, block.dtype, self.slot.dtype)
-        data = memoryview(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
+        data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
         self.crc32 = zlib.crc32(data, self.crc32)
         assert self.written + len(data) <= self.slot.size, f"{self.slot.name} is larger than planned"
         while data:
