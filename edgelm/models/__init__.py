@@ -54,6 +54,11 @@ class Family:
         function: Callable[..., Any] = self._attribute("layer_from_disk")
         return function
 
+    @property
+    def norm_class(self) -> Any:
+        """The model's RMSNorm module: `RMSNorm(size, eps)` with one `weight`."""
+        return self._attribute("RMSNorm")
+
 
 FAMILIES = (
     Family("olmoe", "OlmoeForCausalLM", "olmoe", "Olmoe"),

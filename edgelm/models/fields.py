@@ -21,7 +21,7 @@ HARMLESS = frozenset(
     typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences output_scores forced_bos_token_id forced_eos_token_id remove_invalid_values
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens unsloth_version unsloth_fixed
-    """.split()
+    """.split()  # noqa: SIM905 - sixty names read better as prose
 )
 
 # Fields that do change the arithmetic (or the kind of model), with the values that mean "not used".
@@ -48,7 +48,8 @@ _ROPE_TYPE_KEYS = ("rope_type", "type")
 
 def _refuse(field: str, value: object, accepted: str) -> UnsupportedConfigError:
     return UnsupportedConfigError(
-        f"config.json: {field} is {value!r}, which changes the arithmetic and is not implemented; EdgeLM accepts {accepted}"
+        f"config.json: {field} is {value!r}, which changes the arithmetic and is not implemented; "
+        f"EdgeLM accepts {accepted}"
     )
 
 

@@ -104,6 +104,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Norm [..., size]."""
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()
 
 
@@ -115,6 +116,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [..., inputs] to [..., outputs]."""
         return F.linear(x, self.weight.float())
 
 
@@ -170,6 +172,7 @@ class Attention(nn.Module):
         return mixed.transpose(1, 2).reshape(batch, new, c.num_attention_heads * c.head_dim)
 
     def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        """Attention's contribution [B, T, D] to the residual stream; `layer` is its place in the cache."""
         out: Tensor = self.o_proj(self.attend(*self.project(x), cache, layer))
         return out
 
@@ -184,6 +187,7 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, trace: Trace | None = None) -> Tensor:
+        """Map [..., D] token by token."""
         del trace  # nothing is chosen here
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
@@ -200,8 +204,10 @@ class Layer(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(self, x: Tensor, cache: KVCache | None, layer: int, trace: Trace | None) -> Tensor:
+        """Advance the residual stream [B, T, D] through layer number `layer`."""
         x = x + self.self_attn(self.input_layernorm(x), cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x), trace)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x), trace)
+        return out
 
 
 class Fox(nn.Module):

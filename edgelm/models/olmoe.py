@@ -87,7 +87,8 @@ class OlmoeConfig:
         fields.check_heads(heads, config.num_key_value_heads, config.head_dim)
         if config.num_experts_per_tok > config.num_experts:
             raise CheckpointError(
-                f"config.json: num_experts_per_tok {config.num_experts_per_tok} exceeds num_experts {config.num_experts}"
+                f"config.json: num_experts_per_tok {config.num_experts_per_tok} is above num_experts "
+                f"{config.num_experts}"
             )
         return config
 
@@ -128,6 +129,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Norm [..., size]."""
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()
 
 
@@ -139,6 +141,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [..., inputs] to [..., outputs]."""
         return F.linear(x, self.weight.float())
 
 
@@ -201,6 +204,7 @@ class Attention(nn.Module):
         return mixed.transpose(1, 2).reshape(batch, new, c.hidden_size)
 
     def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        """Attention's contribution [B, T, D] to the residual stream; `layer` is its place in the cache."""
         out: Tensor = self.o_proj(self.attend(*self.project(x), cache, layer))
         return out
 
@@ -211,7 +215,8 @@ ExpertWeights = tuple[Tensor, Tensor, Tensor]  # gate [F, D], up [F, D], down [D
 class ExpertSource(Protocol):
     """Where an expert's weights come from: memory, or the checkpoint on demand."""
 
-    def __getitem__(self, expert: int) -> ExpertWeights: ...
+    def __getitem__(self, expert: int, /) -> ExpertWeights:
+        """Weights of one expert."""
 
 
 class ExpertStack(nn.Module):
@@ -224,7 +229,8 @@ class ExpertStack(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(shape))
         self.down_proj = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))  # [E, D, F]
 
-    def source(self) -> ExpertSource:
+    def source(self) -> list[ExpertWeights]:
+        """The E experts."""
         # unbind, not indexing: the gradient is then stacked once instead of E times added into zeros.
         return list(zip(self.gate_proj.unbind(), self.up_proj.unbind(), self.down_proj.unbind(), strict=True))
 
@@ -260,7 +266,7 @@ class SparseMoE(nn.Module):
             trace.router_logits.append(logits)
             trace.experts.append(chosen)
             trace.expert_weights.append(weights)
-        source = self.outside_experts if self.experts is None else self.experts.source()
+        source: ExpertSource | None = self.outside_experts if self.experts is None else self.experts.source()
         assert source is not None
         flat = x.reshape(-1, x.shape[-1])  # [N, D]
         picks = chosen.reshape(-1)  # [N*A], token-major
@@ -268,7 +274,7 @@ class SparseMoE(nn.Module):
         counts: list[int] = torch.bincount(picks, minlength=self.config.num_experts).tolist()
         tokens = order // self.config.num_experts_per_tok  # [N*A], token of each row
         outputs = []
-        for expert, rows in enumerate(flat[tokens].split(counts)):
+        for expert, rows in enumerate(torch.split(flat[tokens], counts)):
             if counts[expert]:
                 gate, up, down = (w.float() for w in source[expert])
                 outputs.append(F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down))
@@ -287,8 +293,10 @@ class Layer(nn.Module):
         self.mlp = SparseMoE(config, experts)
 
     def forward(self, x: Tensor, cache: KVCache | None, layer: int, trace: Trace | None) -> Tensor:
+        """Advance the residual stream [B, T, D] through layer number `layer`."""
         x = x + self.self_attn(self.input_layernorm(x), cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x), trace)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x), trace)
+        return out
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names within the layer, as on disk, with views of the weights in memory."""
@@ -296,7 +304,7 @@ class Layer(nn.Module):
             if not name.startswith("mlp.experts."):
                 yield name, parameter.data
         if self.mlp.experts is not None:
-            for e, weights in enumerate(self.mlp.experts.source()):  # type: ignore[arg-type,var-annotated]  # a list
+            for e, weights in enumerate(self.mlp.experts.source()):
                 for matrix, weight in zip(("gate_proj", "up_proj", "down_proj"), weights, strict=True):
                     yield f"mlp.experts.{e}.{matrix}.weight", weight.data
 
