@@ -76,7 +76,6 @@ def relative(got: np.ndarray, expected: torch.Tensor) -> float:
     params=[OLMOE, {**OLMOE, "tie_word_embeddings": True, "norm_topk_prob": True}, FOX],
     ids=["olmoe", "olmoe-tied", "fox"],
 )
-)
 def config_json(request: pytest.FixtureRequest) -> dict[str, Any]:
     config: dict[str, Any] = request.param
     return config
