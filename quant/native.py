@@ -1,6 +1,11 @@
-"""The quantisation kernel where it was compiled, `primitives` where it was not; the results are equal bit for bit."""
+"""The quantisation kernel where it was compiled, `primitives` where it was not: the results are equal bit for bit."""
 
 from __future__ import annotations
+
+import ctypes
+import os
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +14,80 @@ from edgelm.quant import primitives
 from edgelm.quant.scheme import Scheme
 from edgelm.quant.tensor import QuantTensor
 
+ABI = 1
+LIBRARY = "_edgelm_quant.so"
+LIBRARY_VARIABLE = "EDGELM_QUANT_LIBRARY"
+"""Environment variable: path of the library to load in place of the installed one; empty loads none."""
+
+ISAS = {"auto": 0, "scalar": 1, "baseline": 2, "avx2": 3, "avx512": 4}
+"""Instruction sets by their number in quantize.h."""
+
+_OK, _NOT_FINITE, _TOO_LARGE = 0, 2, 3
+_WEIGHT_TYPES = {np.dtype(np.float32): 0, np.dtype(np.uint16): 1}
+
+
+class _Matrix(ctypes.Structure):
+    # struct edgelm_quant_matrix
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("symmetric", ctypes.c_int32),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("threads", ctypes.c_int32),
+        ("isa", ctypes.c_int32),
+    )
+
+
+class _QuantizeArguments(ctypes.Structure):
+    # struct edgelm_quantize_arguments
+    _fields_ = (
+        ("matrix", _Matrix),
+        ("weights", ctypes.c_void_p),
+        ("row_stride", ctypes.c_int64),
+        ("targets", ctypes.c_void_p),
+        ("target_count", ctypes.c_int32),
+        ("weight_type", ctypes.c_int32),
+        ("bad_index", ctypes.c_int64),
+    )
+
+
+class _DequantizeArguments(ctypes.Structure):
+    # struct edgelm_dequantize_arguments
+    _fields_ = (("matrix", _Matrix), ("values", ctypes.c_void_p), ("row_stride", ctypes.c_int64))
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """Return the compiled kernel, or None where this installation has none.
+
+    Raises:
+        OSError: the file is there but cannot be loaded, or is of another version of EdgeLM.
+    """
+    named = os.environ.get(LIBRARY_VARIABLE)
+    path = Path(__file__).with_name(LIBRARY) if named is None else Path(named)
+    if named == "" or (named is None and not path.exists()):
+        return None
+    found = ctypes.CDLL(str(path))
+    abi = found.edgelm_quant_abi()
+    if abi != ABI:
+        raise OSError(f"{path} is of another version of EdgeLM (kernel interface {abi}, not {ABI}): install it again")
+    return found
+
+
+def isas() -> tuple[str, ...]:
+    """Names of the instruction sets that the kernel can use here; empty without a kernel."""
+    kernel = library()
+    return () if kernel is None else tuple(name for name, isa in ISAS.items() if kernel.edgelm_quant_has_isa(isa))
+
+
+def default_threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 def quantize(
     weight: NDArray[np.float32] | NDArray[np.uint16],
@@ -16,13 +95,88 @@ def quantize(
     *,
     name: str = "weight",
     threads: int | None = None,
+    isa: str = "auto",
 ) -> QuantTensor:
-    """Quantise a matrix [N, K] as `primitives.quantize` does."""
-    del threads
-    return primitives.quantize(weight, scheme, name=name)
+    """Quantise a matrix [N, K], float32 or bfloat16 as uint16.
+
+    Args:
+        weight: [N, K]; rows may be apart, values within a row are copied together if they are.
+        scheme: the scheme wanted; the result's is `scheme.effective(K)`.
+        name: what errors call the tensor.
+        threads: None is every core this process may use.
+        isa: one of `isas()`; only tests and benchmarks choose.
+
+    Raises:
+        RecipeError: no group fits K.
+        CheckpointError: a weight is not finite, or too large for a float16 scale.
+    """
+    kernel = library()
+    if kernel is None:
+        return primitives.quantize(weight, scheme, name=name)
+    if weight.dtype not in _WEIGHT_TYPES:
+        raise TypeError(f"weights are float32, or bfloat16 as uint16, not {weight.dtype}")
+    rows, columns = weight.shape
+    scheme = scheme.effective(columns, name)
+    if weight.strides[1] != weight.itemsize or weight.strides[0] % weight.itemsize or weight.strides[0] < 0:
+        weight = np.ascontiguousarray(weight)
+    per_group = (rows, scheme.groups(columns))
+    result = QuantTensor(
+        np.empty((rows, columns * scheme.bits // 8), np.uint8),
+        np.empty(per_group, np.float16),
+        None if scheme.symmetric else np.empty(per_group, np.uint8),
+        scheme,
+        (rows, columns),
+    )
+    targets = primitives.search_targets(scheme, columns)
+    arguments = _QuantizeArguments(
+        matrix=_matrix(result, threads, isa),
+        weights=weight.ctypes.data,
+        row_stride=max(weight.strides[0] // weight.itemsize, columns),
+        targets=targets.ctypes.data,
+        target_count=targets.size,
+        weight_type=_WEIGHT_TYPES[weight.dtype],
+    )
+    status = kernel.edgelm_quantize(ctypes.byref(arguments))
+    if status in (_NOT_FINITE, _TOO_LARGE):
+        row, column = divmod(arguments.bad_index, columns)
+        value = float(primitives.as_float32(weight[row : row + 1, column : column + 1])[0, 0])
+        refuse = primitives.not_finite if status == _NOT_FINITE else primitives.too_large
+        raise refuse(name, row, column, value)
+    _require_ok(status, isa)
+    return result
 
 
-def dequantize(tensor: QuantTensor, *, threads: int | None = None) -> NDArray[np.float32]:
-    """Return float32 [N, K] as `primitives.dequantize` does."""
-    del threads
-    return primitives.dequantize(tensor)
+def dequantize(tensor: QuantTensor, *, threads: int | None = None, isa: str = "auto") -> NDArray[np.float32]:
+    """Return float32 [N, K] = (code - zero) * scale."""
+    kernel = library()
+    if kernel is None:
+        return primitives.dequantize(tensor)
+    values = np.empty(tensor.shape, np.float32)
+    arguments = _DequantizeArguments(
+        matrix=_matrix(tensor, threads, isa), values=values.ctypes.data, row_stride=tensor.shape[1]
+    )
+    _require_ok(kernel.edgelm_dequantize(ctypes.byref(arguments)), isa)
+    return values
+
+
+def _matrix(tensor: QuantTensor, threads: int | None, isa: str) -> _Matrix:
+    for array in (tensor.codes, tensor.scales, tensor.zeros):
+        if array is not None and not array.flags.c_contiguous:
+            raise ValueError("the arrays of a QuantTensor lie row after row without gaps")
+    return _Matrix(
+        rows=tensor.shape[0],
+        columns=tensor.shape[1],
+        group=tensor.scheme.group_size(tensor.shape[1]),
+        bits=tensor.scheme.bits,
+        symmetric=tensor.scheme.symmetric,
+        codes=tensor.codes.ctypes.data,
+        scales=tensor.scales.ctypes.data,
+        zeros=None if tensor.zeros is None else tensor.zeros.ctypes.data,
+        threads=default_threads() if threads is None else max(1, threads),
+        isa=ISAS[isa],
+    )
+
+
+def _require_ok(status: int, isa: str) -> None:
+    # Shapes were checked in Python, so that anything else here is a bug of this module.
+    assert status == _OK, f"the quantisation kernel ({isa}) returned status {status}"
