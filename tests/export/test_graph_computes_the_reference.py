@@ -1,0 +1,170 @@
+"""Does the ONNX graph compute what the PyTorch model computes, for every variant of both families?
+
+Unquantised graphs are held to float32 rounding. Quantised ones are compared with the PyTorch model of the dequantised
+weights, with the operators told to keep float32 activations, so that a wrong layout cannot hide behind int8 noise.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from conftest import MakeCheckpoint
+from numpy.typing import NDArray
+
+from edgelm.checkpoint import Checkpoint
+from edgelm.export import api, portable
+from edgelm.models import family
+from edgelm.models.trace import Trace
+from edgelm.quant.recipe import Recipe
+from edgelm.quant.source import WeightSource
+from edgelm.tokenizer import Tokenizer
+
+ROUTER = '[[rule]]\nmatch = "*.mlp.gate.weight"\nscheme = "float"\n'
+VARIANTS = [
+    ("olmoe", {}),
+    ("olmoe", {"norm_topk_prob": True}),
+    ("olmoe", {"num_key_value_heads": 2, "clip_qkv": 0.4}),
+    ("olmoe", {"tie_word_embeddings": True, "rope_theta": 500.0}),
+    ("olmoe", {"num_experts_per_tok": 1}),
+    ("fox", {}),
+    ("fox", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
+    ("fox", {"rope_theta": 1e6, "rms_norm_eps": 1e-2}),
+]
+
+
+def recipe(scheme: str, family_name: str) -> Recipe:
+    rules = ROUTER if family_name == "olmoe" else ""
+    return Recipe.from_toml(f'name = "test"\ndefault = "{scheme}"\n{rules}', "test")
+
+
+def write_graph(folder: Path, path: Path, chosen: Recipe, dtype: str) -> tuple[WeightSource, Any]:
+    checkpoint = Checkpoint.open(path)
+    kind = family(checkpoint.config)
+    config = kind.config_class.from_dict(checkpoint.config)
+    source = WeightSource(checkpoint, chosen, threads=1)
+    options = api.ExportOptions(dtype=dtype)
+    plan = api._plan(checkpoint, source, Tokenizer.from_folder(path), kind.name, config, options)
+    plan.weights.write(folder / api.WEIGHTS_FILE, 2, lambda amount: None)
+    (folder / "graph.onnx").write_bytes(plan.debug_graph.SerializeToString())
+    model = kind.module_class(config)
+    model.load_weights(source.dequantized().read_float32)
+    return source, model
+
+
+def relative(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def run_both(folder: Path, model: Any, split: int) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.float32], Trace]:
+    """The graph on two chunks (the second after a cache), PyTorch on the whole."""
+    ids = np.random.default_rng(5).integers(4, 600, (1, 24))
+    trace = Trace()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(ids), trace=trace).numpy()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(folder / "graph.onnx"), options, providers=["CPUExecutionProvider"])
+    past = {
+        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
+        for i in session.get_inputs()
+        if i.name.startswith("past_")
+    }
+    names = [output.name for output in session.get_outputs()]
+    parts = []
+    for start, stop in ((0, split), (split, ids.shape[1])):
+        feeds = {"input_ids": ids[:, start:stop], "attention_mask": np.ones((1, stop), np.int64), **past}
+        found = dict(zip(names, session.run(None, {**feeds, "logits_start": np.zeros(1, np.int64)}), strict=True))
+        past = {key: found[key.replace("past_key_values", "present")] for key in past}
+        parts.append(found)
+    router = [name for name in names if name.startswith("router_logits")]
+    joined = {name: np.concatenate([part[name] for part in parts], axis=0) for name in router}
+    joined |= {
+        n: np.concatenate([p[n] for p in parts], axis=1) for n in names if n == "logits" or n.startswith("hidden")
+    }
+    return joined, logits, trace
+
+
+def check(folder: Path, model: Any, tolerance: float) -> None:
+    found, logits, trace = run_both(folder, model, split=17)
+    for i, hidden in enumerate(trace.hidden):
+        assert relative(found[f"hidden.{i}"], hidden.numpy()) < tolerance, f"hidden.{i}"
+    for i, router in enumerate(trace.router_logits):
+        expected = router.numpy().reshape(found[f"router_logits.{i}"].shape)
+        assert relative(found[f"router_logits.{i}"], expected) < tolerance, f"router_logits.{i}"
+    assert relative(found["logits"], logits) < tolerance
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "changes"), VARIANTS)
+def test_unquantised(
+    tmp_path: Path, checkpoint: MakeCheckpoint, name: str, changes: dict[str, Any], dtype: str
+) -> None:
+    _, model = write_graph(tmp_path, checkpoint(name, **changes), Recipe.load("none"), dtype)
+    check(tmp_path, model, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "scheme", ["int4-g32-sym", "int4-g32-asym", "int4-g64-sym", "int4-g128-asym", "int4-row-sym", "int4-g16-sym"]
+)
+@pytest.mark.parametrize(("name", "changes"), [VARIANTS[0], VARIANTS[1], VARIANTS[3], VARIANTS[5], VARIANTS[6]])
+def test_int4_in_float_activation_mode(
+    tmp_path: Path,
+    checkpoint: MakeCheckpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    changes: dict[str, Any],
+    scheme: str,
+) -> None:
+    monkeypatch.setattr(portable, "ACCURACY_INT8", 1)
+    _, model = write_graph(tmp_path, checkpoint(name, **changes), recipe(scheme, name), "float32")
+    check(tmp_path, model, 2e-5)
+
+
+@pytest.mark.parametrize("scheme", ["int8-g32-sym", "int8-g128-asym", "int8-row-sym"])
+def test_int8_of_the_dense_model_in_float_activation_mode(
+    tmp_path: Path, checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    monkeypatch.setattr(portable, "ACCURACY_INT8", 1)
+    _, model = write_graph(tmp_path, checkpoint("fox"), recipe(scheme, "fox"), "float32")
+    check(tmp_path, model, 2e-5)
+
+
+@pytest.mark.parametrize("preset", ["int4", "int8"])
+@pytest.mark.parametrize("name", ["olmoe", "fox"])
+def test_presets_as_deployed_stay_within_int8_activation_noise(
+    tmp_path: Path, checkpoint: MakeCheckpoint, name: str, preset: str
+) -> None:
+    # One experts' choice flips at a near-tie with this noise and moves a whole position: the median is what to hold.
+    _, model = write_graph(tmp_path, checkpoint(name), Recipe.load(preset), "float32")
+    found, _, trace = run_both(tmp_path, model, split=17)
+    last = len(trace.hidden) - 1
+    expected = trace.hidden[last].numpy()[0]
+    error = np.linalg.norm(found[f"hidden.{last}"][0] - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert float(np.median(error)) < 0.05
+
+
+def test_mixed_widths_within_a_layers_experts_are_widened_exactly(
+    tmp_path: Path, checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (
+        'name = "mixed"\ndefault = "int8-g64-sym"\n'
+        '[[rule]]\nmatch = "*.experts.3.*"\nscheme = "int4-g32-asym"\n' + ROUTER
+    )
+    source, _ = write_graph(tmp_path, checkpoint("olmoe"), Recipe.from_toml(text, "test"), "float32")
+    stored = {slot.name: slot for slot in _slots(checkpoint("olmoe"), source)}
+    codes, zeros = stored["layers.0.moe.down.qweight"], stored["layers.0.moe.down.zeros"]
+    assert codes.dims == (16, 128, 64), "8-bit codes for all experts"
+    assert zeros.dims == (16, 128, 2), "zero points, in blocks of the finest group"
+
+
+def _slots(path: Path, source: WeightSource) -> list[Any]:
+    checkpoint = source.checkpoint
+    kind = family(checkpoint.config)
+    config = kind.config_class.from_dict(checkpoint.config)
+    plan = api._plan(checkpoint, source, Tokenizer.from_folder(path), kind.name, config, api.ExportOptions())
+    return list(plan.weights.slots.values())
