@@ -218,16 +218,22 @@ class OnnxRuntimeCpu(Runtime):
     def _step(self, ids: NDArray[np.int64], rows: int) -> NDArray[np.float32]:
         """Run at most one chunk; return the logits [rows, V] of its last positions: 1 or all of them."""
         end = self._position + ids.size
-        if rows > len(self._logits):
-            self._allocate_logits(rows)
         self._ids[: ids.size] = ids
         self._start[0] = -1 if rows == 1 else 0
         self._bind_input("input_ids", self._ids, (1, ids.size))
         self._bind_input("attention_mask", self._mask, (1, end))
-        self._bind_output("logits", self._logits, (1, rows, self.vocab_size))
+        if rows == 1:
+            self._bind_output("logits", self._logits, (1, 1, self.vocab_size))
+        else:
+            # The graph declares one row, by which GenAI allocates: ONNX Runtime refuses a larger buffer that is bound
+            # to it, but allocates one of the true size itself.
+            self._binding.bind_output("logits", "cpu")
         self._run(long=ids.size > 1)
         self._position = end
-        return self._logits[:rows]
+        if rows == 1:
+            return self._logits
+        logits: NDArray[np.float32] = self._binding.get_outputs()[-1].numpy()[0]
+        return logits
 
     def _run(self, *, long: bool) -> None:
         ort = _import()
