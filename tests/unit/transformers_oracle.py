@@ -1,0 +1,110 @@
+"""transformers as the judge of our reference models: the same weights, the same tokens, both outcomes side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgelm.models import family
+from edgelm.models.trace import Trace
+
+TOLERANCE = 1e-5  # relative error in the Euclidean norm
+
+
+@dataclass
+class Comparison:
+    """What both sides say about the same batch of tokens."""
+
+    model: Any
+    ids: Tensor
+    logits: Tensor
+    trace: Trace
+    expected: Any  # transformers' output, with hidden states
+    expected_experts: list[Tensor]  # [N, A] a layer
+    expected_router_logits: list[Tensor]  # [N, E] a layer
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    assert got.shape == expected.shape
+    return float((got - expected).detach().norm() / expected.detach().norm())
+
+
+def disk_tensors(model: Any) -> dict[str, Tensor]:
+    """The state dict under the names on disk: transformers 5 keeps experts stacked in memory."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        prefix, _, last = name.rpartition(".")
+        if last == "gate_up_proj":
+            for e, weight in enumerate(tensor):
+                gate, up = weight.chunk(2)
+                tensors[f"{prefix}.{e}.gate_proj.weight"], tensors[f"{prefix}.{e}.up_proj.weight"] = gate, up
+        elif last == "down_proj":
+            tensors |= {f"{prefix}.{e}.down_proj.weight": weight for e, weight in enumerate(tensor)}
+        elif not (name == "lm_head.weight" and model.config.tie_word_embeddings):
+            tensors[name] = tensor
+    return tensors
+
+
+def randomize(model: Any, seed: int) -> None:
+    """Weights large enough that attention and routing are far from uniform, and norms that are not all one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(0, 2 / parameter.shape[-1] ** 0.5, generator=generator)
+
+
+def compare(config_json: dict[str, Any], hf_config: Any, hf_class: Any, seed: int) -> Comparison:
+    hf_config._attn_implementation = hf_config._experts_implementation = "eager"
+    theirs = hf_class(hf_config).eval()
+    randomize(theirs, seed)
+    tensors = disk_tensors(theirs)
+    found = family(config_json)
+    config = found.config_class.from_dict(config_json)
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == found.tensor_shapes(config)
+    ours = found.module_class(config)
+    assert {name: tuple(t.shape) for name, t in ours.tensors()} == found.tensor_shapes(config)
+    ours.load_weights(lambda name: tensors[name].numpy())
+    experts: list[Tensor] = []
+    router_logits: list[Tensor] = []
+
+    def keep_routing(module: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        router_logits.append(output[0])
+        experts.append(output[2])
+
+    for layer in theirs.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.gate.register_forward_hook(keep_routing)
+    ids = torch.randint(0, config.vocab_size, (2, 19), generator=torch.Generator().manual_seed(seed))
+    trace = Trace()
+    with torch.no_grad():
+        expected = theirs(ids, output_hidden_states=True, use_cache=False)
+        logits = ours(ids, trace=trace)
+    return Comparison(ours, ids, logits, trace, expected, experts, router_logits)
+
+
+def check_hidden_states(c: Comparison) -> None:
+    expected = c.expected.hidden_states
+    assert len(c.trace.hidden) == len(expected)
+    for got, want in zip(c.trace.hidden[:-1], expected[:-1], strict=True):
+        assert relative(got, want) < TOLERANCE
+    # transformers gives the last one after the final norm, we before it.
+    assert relative(c.model.norm(c.trace.hidden[-1]), expected[-1]) < TOLERANCE
+
+
+def check_cached_decoding(c: Comparison) -> None:
+    """A prompt, single tokens, and an uneven rest, then the same again after going back."""
+    cache = c.model.new_cache()
+    with torch.no_grad():
+        for start, end in ((0, 5), (5, 6), (6, 7), (7, 19)):
+            logits = c.model(c.ids[:, start:end], cache)
+            assert relative(logits, c.logits[:, start:end]) < TOLERANCE
+        assert cache.length == 19
+        cache.truncate(6)
+        assert relative(c.model(c.ids[:, 6:9], cache), c.logits[:, 6:9]) < TOLERANCE
+        assert cache.length == 9
