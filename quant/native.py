@@ -6,10 +6,13 @@ import ctypes
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+import edgelm.quant
+from edgelm.devices import allowed_cores
 from edgelm.quant import primitives
 from edgelm.quant.scheme import Scheme
 from edgelm.quant.tensor import QuantTensor
@@ -68,8 +71,13 @@ def library() -> ctypes.CDLL | None:
         OSError: the file is there but cannot be loaded, or is of another version of EdgeLM.
     """
     named = os.environ.get(LIBRARY_VARIABLE)
-    path = Path(__file__).with_name(LIBRARY) if named is None else Path(named)
-    if named == "" or (named is None and not path.exists()):
+    if named is not None:
+        path = Path(named) if named else None
+    else:
+        # An editable install has the sources in one folder and the compiled library in another, both on this path.
+        places = (Path(place) / LIBRARY for place in edgelm.quant.__path__)
+        path = next((place for place in places if place.exists()), None)
+    if path is None:
         return None
     found = ctypes.CDLL(str(path))
     abi = found.edgelm_quant_abi()
@@ -82,11 +90,6 @@ def isas() -> tuple[str, ...]:
     """Names of the instruction sets that the kernel can use here; empty without a kernel."""
     kernel = library()
     return () if kernel is None else tuple(name for name, isa in ISAS.items() if kernel.edgelm_quant_has_isa(isa))
-
-
-def default_threads() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def quantize(
@@ -118,7 +121,7 @@ def quantize(
     rows, columns = weight.shape
     scheme = scheme.effective(columns, name)
     if weight.strides[1] != weight.itemsize or weight.strides[0] % weight.itemsize or weight.strides[0] < 0:
-        weight = np.ascontiguousarray(weight)
+        weight = cast("NDArray[np.float32] | NDArray[np.uint16]", np.ascontiguousarray(weight))
     per_group = (rows, scheme.groups(columns))
     result = QuantTensor(
         np.empty((rows, columns * scheme.bits // 8), np.uint8),
@@ -172,7 +175,7 @@ def _matrix(tensor: QuantTensor, threads: int | None, isa: str) -> _Matrix:
         codes=tensor.codes.ctypes.data,
         scales=tensor.scales.ctypes.data,
         zeros=None if tensor.zeros is None else tensor.zeros.ctypes.data,
-        threads=default_threads() if threads is None else max(1, threads),
+        threads=allowed_cores() if threads is None else max(1, threads),
         isa=ISAS[isa],
     )
 

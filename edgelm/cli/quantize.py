@@ -1,0 +1,53 @@
+"""`edgelm quantize`: a float checkpoint to a quantised one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--recipe", default="int4", show_default=True, help="int4, int8, or a TOML file.")
+@click.option("--threads", type=click.IntRange(min=1), help="Blocks in work at once; default: the cores allowed.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing folder once the new one is complete.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+def quantize(checkpoint: str, out: Path, recipe: str, threads: int | None, overwrite: bool, as_json: bool) -> None:
+    """Quantise CHECKPOINT (a folder or a hub id); `edgelm export` takes the result as it takes a float one."""
+    import json
+    import time
+
+    from edgelm.progress import Bars
+    from edgelm.quant.checkpoint import quantize_checkpoint
+    from edgelm.quant.recipe import Recipe
+
+    progress = Bars()
+    start = time.monotonic()
+    made = quantize_checkpoint(
+        checkpoint, out, Recipe.load(recipe), threads=threads, overwrite=overwrite, progress=progress
+    )
+    seconds = time.monotonic() - start
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "checkpoint": str(made.path),
+                    "recipe": made.recipe.name,
+                    "bytes": made.stored_bytes,
+                    "source_bytes": made.source_bytes,
+                    "bits_per_weight": round(made.bits_per_weight, 3),
+                    "quantized_tensors": made.quantized_tensors,
+                    "float_tensors": made.float_tensors,
+                    "seconds": round(seconds, 1),
+                }
+            )
+        )
+    else:
+        progress.note(
+            f"{made.path}: {made.quantized_tensors} tensors quantised, {made.float_tensors} kept, "
+            f"{made.source_bytes / 1e9:.3f} -> {made.stored_bytes / 1e9:.3f} GB "
+            f"({made.bits_per_weight:.2f} bits a weight), {recipe}, in {seconds:.0f} s"
+        )
+        progress.note(f"try: edgelm export {made.path} -o BUNDLE")

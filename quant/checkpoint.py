@@ -1,0 +1,204 @@
+"""Write a quantised checkpoint: the same folder with codes and scales in place of the matrices that a recipe names.
+
+A quantised `a.b.weight` becomes `a.b.qweight`, `a.b.scales` and, asymmetric, `a.b.zeros`, laid out as in `QuantTensor`;
+config.json gains `quantization_config`, which holds the recipe. `WeightSource` reads it back.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from edgelm.checkpoint import Checkpoint, ShardedWriter, TensorSpec
+from edgelm.devices import allowed_cores
+from edgelm.errors import RecipeError
+from edgelm.files import atomic_directory
+from edgelm.progress import Progress, Silent
+from edgelm.quant.recipe import Recipe
+from edgelm.quant.scheme import Scheme
+from edgelm.quant.source import FORMAT_VERSION, METHOD, WeightSource, part_name, stored_recipe
+
+SHARD_BYTES = 5_000_000_000
+"""Largest weight file, as the hub has them."""
+
+_BLOCK_BYTES = 16 << 20
+_CONFIG = "config.json"
+_INDEX_SUFFIX = ".index.json"
+# The small files that make up the rest of a checkpoint. Other formats of the same weights stay behind.
+_COMPANION_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")
+_COMPANION_NAMES = ("LICENSE", "NOTICE")
+
+
+@dataclass(frozen=True)
+class QuantizedSummary:
+    """What a quantised checkpoint came to; sizes in bytes of the tensors."""
+
+    path: Path
+    recipe: Recipe
+    quantized_tensors: int
+    float_tensors: int
+    source_bytes: int
+    stored_bytes: int
+    weights: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each weight of the model, the float ones included."""
+        return 8 * self.stored_bytes / self.weights
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    threads: int | None = None,
+    shard_bytes: int | None = SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> QuantizedSummary:
+    """Quantise the checkpoint `source` (a folder or a hub id) with `recipe` into the folder `out`.
+
+    Reads, quantises and writes blocks of rows, so that memory stays at tens of megabytes. `out` is whole or absent.
+
+    Args:
+        source: float checkpoint.
+        out: folder to write.
+        recipe: must quantise something.
+        threads: blocks in work at once; None is one for each core.
+        shard_bytes: largest weight file; None writes one file.
+        overwrite: replace an existing `out` once the new one is complete.
+        progress: gets the bytes read.
+
+    Raises:
+        CheckpointError: `source` is incomplete or damaged, or some weight is not finite.
+        RecipeError: `source` is already quantised, or the recipe does not fit its tensors.
+        EdgeLMError: `out` exists, or the disk is full.
+    """
+    progress = progress or Silent()
+    with Checkpoint.open(source, progress) as checkpoint:
+        if stored_recipe(checkpoint.config) is not None:
+            raise RecipeError(f"{checkpoint.path} is already quantised: start from the float checkpoint")
+        weights = WeightSource(checkpoint, recipe, threads=1)
+        schemes = {name: weights.scheme(name) for name in checkpoint.tensors}
+        if not any(schemes.values()):
+            raise RecipeError(f'the recipe "{recipe.name}" quantises none of the tensors of {checkpoint.path}')
+        specs = {key: spec for name in schemes for key, spec in _specs(checkpoint, name, schemes[name]).items()}
+        total = sum(info.nbytes for info in checkpoint.tensors.values())
+        with atomic_directory(out, overwrite=overwrite) as folder:
+            _copy_companions(checkpoint.path, folder)
+            _write_config(checkpoint, folder, recipe)
+            with (
+                ShardedWriter(folder, specs, shard_bytes) as writer,
+                progress.task("quantising", total) as advance,
+            ):
+                jobs = _jobs(weights, schemes, writer)
+                for done in _run(jobs, allowed_cores() if threads is None else threads):
+                    advance(done)
+    return QuantizedSummary(
+        path=Path(out),
+        recipe=recipe,
+        quantized_tensors=sum(scheme is not None for scheme in schemes.values()),
+        float_tensors=sum(scheme is None for scheme in schemes.values()),
+        source_bytes=total,
+        stored_bytes=sum(spec.nbytes for spec in specs.values()),
+        weights=sum(_count(info.shape) for info in checkpoint.tensors.values()),
+    )
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _specs(checkpoint: Checkpoint, name: str, scheme: Scheme | None) -> dict[str, TensorSpec]:
+    info = checkpoint.tensors[name]
+    if scheme is None:
+        return {name: TensorSpec(info.dtype, info.shape)}
+    if not name.endswith(".weight"):
+        raise RecipeError(f'{name} does not end in ".weight" and cannot be stored quantised: keep it float by a rule')
+    rows, columns = info.shape
+    specs = {
+        part_name(name, "qweight"): TensorSpec("U8", (rows, columns * scheme.bits // 8)),
+        part_name(name, "scales"): TensorSpec("F16", (rows, scheme.groups(columns))),
+    }
+    if not scheme.symmetric:
+        specs[part_name(name, "zeros")] = TensorSpec("U8", (rows, scheme.groups(columns)))
+    taken = [key for key in specs if key in checkpoint.tensors]
+    if taken:
+        raise RecipeError(f"{checkpoint.path} has a tensor {taken[0]}, which the quantised {name} would be stored as")
+    return specs
+
+
+def _jobs(
+    weights: WeightSource, schemes: dict[str, Scheme | None], writer: ShardedWriter
+) -> Iterator[Callable[[], int]]:
+    for name, scheme in schemes.items():
+        info = weights.checkpoint.tensors[name]
+        if not info.shape:
+            yield partial(_copy_whole, weights, writer, name)
+            continue
+        rows = info.shape[0]
+        step = max(1, _BLOCK_BYTES * rows // max(info.nbytes, 1))
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
+            yield partial(_copy_rows if scheme is None else _quantize_rows, weights, writer, name, part)
+
+
+def _copy_whole(weights: WeightSource, writer: ShardedWriter, name: str) -> int:
+    values = weights.checkpoint.read_raw(name)
+    writer.write(name, values)
+    return values.nbytes
+
+
+def _copy_rows(weights: WeightSource, writer: ShardedWriter, name: str, rows: slice) -> int:
+    values = weights.checkpoint.read_raw(name, rows)
+    writer.write_rows(name, rows.start, values)
+    return values.nbytes
+
+
+def _quantize_rows(weights: WeightSource, writer: ShardedWriter, name: str, rows: slice) -> int:
+    found = weights.quantized(name, rows)
+    writer.write_rows(part_name(name, "qweight"), rows.start, found.codes)
+    writer.write_rows(part_name(name, "scales"), rows.start, found.scales)
+    if found.zeros is not None:
+        writer.write_rows(part_name(name, "zeros"), rows.start, found.zeros)
+    info = weights.checkpoint.tensors[name]
+    return info.nbytes // info.shape[0] * found.shape[0]
+
+
+def _run(jobs: Iterable[Callable[[], int]], threads: int) -> Iterator[int]:
+    """Yield each job's result in order, with a few jobs ahead in the works; the first error stops the rest."""
+    with ThreadPoolExecutor(max(1, threads), thread_name_prefix="quantise") as pool:
+        pending: deque[Future[int]] = deque()
+        try:
+            for job in jobs:
+                pending.append(pool.submit(job))
+                if len(pending) > 2 * threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    for path in sorted(source.iterdir()):
+        wanted = path.suffix in _COMPANION_SUFFIXES or path.name.startswith(_COMPANION_NAMES)
+        if path.is_file() and wanted and path.name != _CONFIG and not path.name.endswith(_INDEX_SUFFIX):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> None:
+    entry = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "recipe": recipe.to_toml()}
+    config = {**checkpoint.config, "quantization_config": entry}
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
