@@ -218,7 +218,7 @@ def _plan(
         dtype=dtype,
         weights=weights,
         graph=graph.model(info.name),
-        debug_graph=graph.model(f"{info.name} (debug)", frame.debug_outputs),
+        debug_graph=graph.model(f"{info.name} (debug)", frame.debug_outputs, exact=True),
         source_bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -271,8 +272,30 @@ class Trace:
     router_logits: list[NDArray[np.float32]]
 
 
+@contextlib.contextmanager
+def _float32_experts() -> Iterator[None]:
+    """QMoE created within this computes in float32, as the debug graph's other products do.
+
+    Its 8-bit kernel otherwise quantises activations to int8 whatever `accuracy_level` says, and the 0.3 % of noise that
+    this makes would hide a small error of a weight.
+    """
+    name = "ORT_QMOE_CPU_QNBIT_GEMM"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 class TracingRuntime:
-    """The bundle's debug graph, loaded. It takes as much memory as the main graph: close that one first."""
+    """The bundle's debug graph, loaded. It takes as much memory as the main graph: close that one first.
+
+    Its products are computed in float32, so it differs from the quantised reference by rounding only.
+    """
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         self._model = bundle.manifest.model
@@ -281,9 +304,10 @@ class TracingRuntime:
         self._hidden = [f"hidden.{i}" for i in range(self._model.num_layers + 1)]
         self._routers = [f"router_logits.{i}" for i in layers] if self._model.num_experts else []
         file = bundle.manifest.graph.debug_file
-        self._session: onnxruntime.InferenceSession | None = _create_session(
-            bundle, file, allowed_cores() if threads is None else threads
-        )
+        with _float32_experts():
+            self._session: onnxruntime.InferenceSession | None = _create_session(
+                bundle, file, allowed_cores() if threads is None else threads
+            )
         _check_graph(self._session, bundle, [*self._hidden, *self._routers])
 
     def trace(self, tokens: Sequence[int], *, logits: bool = True) -> Trace:
