@@ -1,0 +1,225 @@
+"""Where a device leaves the reference: the first diverged layer, and which part of it.
+
+Layer i takes `hidden.i` through attention, router and experts to `hidden.{i+1}`. Errors that come in are carried on by
+any layer, healthy or not; what is judged is therefore the error a layer **adds**. With S the reference's sketches, D
+the device's and delta_i = D_i - S_i:
+
+    added(i, p)    = |delta_{i+1} - delta_i| / max(|S_{i+1} - S_i|, FLOOR |S_i|)     error of the layer's own update
+    incoming(i, p) = max(|delta_i| / |S_i| at p, its mean over the positions of the prompt up to p)
+    excess(i, p)   = added / (base + gain * incoming)
+
+The incoming error counts the earlier positions too because attention mixes them in. A layer has diverged when more
+positions than the limit allows have excess above 1. A position whose chosen experts differ by a near-tie does not count
+in that layer: such a flip changes the output without anything being wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.parity import metrics
+from edgelm.parity.metrics import Floats, Mask
+from edgelm.parity.pack import FloatArray, IntArray, ParityPack, ReferenceRecord
+from edgelm.parity.thresholds import Limits
+
+# Updates below a hundredth of the residual stream are measured against the stream: where one position carries a huge
+# activation, the stream's own rounding would otherwise look like an error of the update.
+FLOOR = 1e-2
+
+
+@dataclass(frozen=True)
+class DeviceTrace:
+    """What the device's debug graph computed at the pack's N positions."""
+
+    norms: FloatArray  # [L + 1, N]
+    sketches: FloatArray  # [L + 1, N, 64]
+    router: FloatArray | None  # [L, N, E]
+    experts: IntArray | None  # [L, N, k]
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One layer's numbers; arrays over positions are summarised, NaN where there is nothing to summarise.
+
+    `error` and `error_float` are the relative error of the layer's output against the quantised and the float
+    reference (median over positions), `added` the median error of its update, `worst` the largest excess. `clear` and
+    `near` are the share of positions with the reference's very experts, where its margin was clear and where it was a
+    near-tie; `clear_count` the number of clear positions.
+    """
+
+    layer: int
+    error: float
+    error_float: float
+    added: float
+    worst: float
+    bad: int
+    diverged: bool
+    clear: float
+    near: float
+    clear_count: int
+    near_count: int
+    severe_flips: int
+    cause: str | None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The layers in order, the embedding's error, and the first place that is wrong.
+
+    `first`: layer index, -1 for the embedding, None when no layer has diverged.
+    """
+
+    layers: tuple[LayerResult, ...]
+    embedding_error: float
+    first: int | None
+    cause: str | None
+    experts_seen: int
+    experts_total: int
+
+
+def diagnose(pack: ParityPack, trace: DeviceTrace, limits: Limits) -> Diagnosis:
+    """Compare a device's trace with the pack, layer by layer."""
+    want = pack.target
+    error = metrics.relative_error(want.sketches, trace.sketches, want.norms)
+    error_float = metrics.relative_error(pack.reference.sketches, trace.sketches, pack.reference.norms)
+    embedding_error = metrics.largest(error[0])
+    first: int | None = None
+    cause: str | None = None
+    if not embedding_error <= limits.embedding_error:
+        first, cause = -1, _embedding_cause(pack, error[0], limits)
+    layers = []
+    for index in range(pack.num_layers):
+        result = _layer(pack, want, trace, index, error, error_float, limits)
+        if first is None and result.diverged:
+            first, cause = index, result.cause
+        layers.append(result)
+    seen = 0
+    if want.experts is not None:
+        seen = sum(len(np.unique(want.experts[index])) for index in range(pack.num_layers))
+    return Diagnosis(tuple(layers), embedding_error, first, cause, seen, pack.num_experts * pack.num_layers)
+
+
+def _embedding_cause(pack: ParityPack, error: Floats, limits: Limits) -> str:
+    bad = ~(error <= limits.embedding_error)
+    tokens = np.unique(pack.ids[bad])
+    if len(tokens) * 4 <= len(np.unique(pack.ids)):
+        return f"embedding: the rows of token ids {', '.join(str(int(token)) for token in tokens[:8])}"
+    return "embedding: most rows"
+
+
+def _layer(
+    pack: ParityPack,
+    want: ReferenceRecord,
+    trace: DeviceTrace,
+    index: int,
+    error: Floats,
+    error_float: Floats,
+    limits: Limits,
+) -> LayerResult:
+    before = trace.sketches[index].astype(np.float64) - want.sketches[index]
+    after = trace.sketches[index + 1].astype(np.float64) - want.sketches[index + 1]
+    update = want.sketches[index + 1].astype(np.float64) - want.sketches[index]
+    width = update.shape[-1]
+    moved = np.linalg.norm(after - before, axis=-1) / np.sqrt(width)
+    scale = np.maximum(np.linalg.norm(update, axis=-1) / np.sqrt(width), FLOOR * want.norms[index])
+    added = moved / np.maximum(scale, 1e-30)
+    incoming = np.maximum(error[index], _mean_so_far(pack, error[index]))
+    allowed = limits.layer_base + limits.layer_gain * incoming
+    excess = added / allowed
+
+    count = len(pack.ids)
+    flips = metrics.Flips(np.zeros(count, dtype=bool), np.zeros(count))
+    margin = np.full(count, np.inf)
+    if want.router is not None and want.experts is not None and trace.experts is not None:
+        flips = metrics.expert_flips(want.router[index], want.experts[index], trace.experts[index])
+        margin = metrics.router_margin(want.router[index], want.experts.shape[-1])
+    # An error that came in may tip a choice that would be clear otherwise: the tolerance grows with it.
+    tolerance = limits.router_near_tie + limits.layer_gain * incoming
+    severe = flips.changed & ~(flips.severity < tolerance)
+    counted = ~flips.changed
+    bad = (counted & ~(excess <= 1)) | severe
+    diverged = int(bad.sum()) > limits.bad_positions * count
+    clear = margin >= limits.router_near_tie
+    same = ~flips.changed
+    return LayerResult(
+        layer=index,
+        error=metrics.quantile(error[index + 1], 0.5),
+        error_float=metrics.quantile(error_float[index + 1], 0.5),
+        added=metrics.quantile(added[counted], 0.5),
+        worst=metrics.largest(excess[counted]) if counted.any() else float("nan"),
+        bad=int(bad.sum()),
+        diverged=diverged,
+        clear=metrics.mean(same[clear]),
+        near=metrics.mean(same[~clear]),
+        clear_count=int(clear.sum()),
+        near_count=int((~clear).sum()),
+        severe_flips=int(severe.sum()),
+        cause=_cause(pack, want, trace, index, bad, counted, moved, incoming) if diverged else None,
+    )
+
+
+def _mean_so_far(pack: ParityPack, error: Floats) -> Floats:
+    result = np.empty_like(error)
+    for prompt in pack.prompts:
+        rows = error[prompt.positions]
+        result[prompt.positions] = np.cumsum(rows) / np.arange(1, len(rows) + 1)
+    return result
+
+
+def _cause(
+    pack: ParityPack,
+    want: ReferenceRecord,
+    trace: DeviceTrace,
+    index: int,
+    bad: Mask,
+    counted: Mask,
+    moved: NDArray[np.float64],
+    incoming: Floats,
+) -> str:
+    """Name the part of layer `index` that is wrong, as narrowly as the evidence allows."""
+    firsts = np.zeros(len(bad), dtype=bool)
+    firsts[[prompt.start for prompt in pack.prompts]] = True
+    later = bad[~firsts]
+    # A first token attends to itself alone: whatever turns or scales queries and keys cannot change it.
+    scores = not bad[firsts].any() and later.mean() > 0.5
+    attention = "attention scores (rotary embedding, query or key projection or norm, mask)"
+    if want.router is None or want.experts is None or trace.router is None:
+        if scores:
+            return f"layer {index}: {attention}: first positions agree, later ones do not"
+        return f"layer {index}: attention or feed-forward"
+    if _before_router(want, trace, index, bad, moved, incoming):
+        if scores:
+            return f"layer {index}: {attention}: first positions agree, later ones do not"
+        return f"layer {index}: attention, its norms or the router: router logits differ though the input agrees"
+    guilty = metrics.guilty_experts(want.experts[index], bad & counted, ~bad & counted)
+    if guilty is not None:
+        names = ", ".join(str(expert) for expert in guilty)
+        return f"layer {index}: expert{'s' if len(guilty) > 1 else ''} {names}: only positions that chose them are wrong"
+    return f"layer {index}: the mixture of experts as a whole (routing weights, or gate and up): router logits agree"
+
+
+def _before_router(
+    want: ReferenceRecord,
+    trace: DeviceTrace,
+    index: int,
+    bad: Mask,
+    moved: NDArray[np.float64],
+    incoming: Floats,
+) -> bool:
+    """Whether the router already saw the disturbance that the layer's output shows.
+
+    The router reads the normalised residual stream after attention: a disturbance there changes its logits by about
+    the same relative amount. What happens in the experts leaves them untouched.
+    """
+    assert want.router is not None
+    assert trace.router is not None
+    expected, actual = want.router[index].astype(np.float64), trace.router[index].astype(np.float64)
+    norms = np.maximum(np.linalg.norm(expected, axis=-1), 1e-30)
+    seen = np.linalg.norm(actual - expected, axis=-1) / norms
+    disturbance = np.maximum(moved / np.maximum(want.norms[index], 1e-30), 1e-30)
+    ratio = (seen - 2 * incoming)[bad] / disturbance[bad]
+    # NaN (a device that computes nonsense) counts as seen by the router if the router is nonsense itself.
+    return bool(np.isnan(seen[bad]).mean() > 0.5) or bool(np.median(ratio) > 0.1)

@@ -1,0 +1,317 @@
+"""Makes a parity pack: runs the PyTorch reference over the golden prompts, layer by layer from disk.
+
+The float reference is run first: one sweep over all prompts, then one sweep per greedy token. The quantised reference
+needs a single sweep, over the prompts and the float reference's continuation together, so that both references and the
+device are compared on the same tokens even where they would choose different ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.errors import ParityError
+from edgelm.parity.pack import PROBES, TOP, GoldenPrompt, ParityPack, ReferenceRecord, TokenizerPrint
+from edgelm.parity.prompts import BUILT_IN, Prompt, load_prompts
+from edgelm.parity.sketch import SKETCH_WIDTH, probe_ids, sign_matrix, sketch
+from edgelm.progress import Advance, Progress, Silent
+
+if TYPE_CHECKING:
+    from edgelm.checkpoint import WeightReader
+    from edgelm.models.layerwise import LayerwiseReference, LayerwiseResult, SequenceState
+    from edgelm.tokenizer import Tokenizer
+
+# From this many weights on, a sweep over the model takes seconds and the greedy continuations are kept short.
+BIG = 300_000_000
+GREEDY_TOKENS, GREEDY_TOKENS_BIG, GREEDY_PROMPTS_BIG = 16, 8, 2
+MAX_PROMPT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class GoldenOptions:
+    """What goes into a pack.
+
+    Attributes:
+        prompts: the golden prompts.
+        greedy_tokens: length of each greedy continuation; None: 16, and 8 for a big model.
+        greedy_prompts: how many prompts, from the first, are continued; None: all, and 2 for a big model.
+        max_prompt_tokens: longer prompts are cut there (and at the model's context).
+    """
+
+    prompts: tuple[Prompt, ...] = BUILT_IN
+    greedy_tokens: int | None = None
+    greedy_prompts: int | None = None
+    max_prompt_tokens: int = MAX_PROMPT_TOKENS
+
+    @classmethod
+    def from_arguments(cls, prompts_file: Path | None, greedy_tokens: int | None) -> GoldenOptions:
+        """The options of the command line; None keeps a default.
+
+        Raises:
+            ParityError: the file holds no prompts.
+        """
+        prompts = BUILT_IN if prompts_file is None else load_prompts(prompts_file)
+        return cls(prompts=prompts, greedy_tokens=greedy_tokens)
+
+    @classmethod
+    def default_for(cls, config: Any) -> GoldenOptions:
+        """The built-in prompts with continuations whose length suits the model's size."""
+        return cls().resolved(config)
+
+    def resolved(self, config: Any) -> GoldenOptions:
+        """These options with every None replaced by what suits the model's size."""
+        big = weight_count(config) >= BIG
+        tokens = self.greedy_tokens
+        prompts = self.greedy_prompts
+        if tokens is None:
+            tokens = GREEDY_TOKENS_BIG if big else GREEDY_TOKENS
+        if prompts is None:
+            prompts = GREEDY_PROMPTS_BIG if big else len(self.prompts)
+        return replace(self, greedy_tokens=tokens, greedy_prompts=prompts)
+
+
+def weight_count(config: Any) -> int:
+    """Weights of a model, roughly: tables, attention as four square matrices, and the feed-forward blocks."""
+    blocks = 3 * config.intermediate_size * max(getattr(config, "num_experts", 1), 1) + 4 * config.hidden_size
+    return int(config.hidden_size * (2 * config.vocab_size + config.num_hidden_layers * blocks))
+
+
+def golden_tokens(options: GoldenOptions, tokenizer: Tokenizer) -> int:
+    """An upper bound of the positions a pack will hold, which decides how much memory making it takes."""
+    continued = GREEDY_TOKENS if options.greedy_tokens is None else options.greedy_tokens
+    lengths = [min(len(tokenizer.encode(prompt.text)), options.max_prompt_tokens) for prompt in options.prompts]
+    return sum(lengths) + continued * len(lengths)
+
+
+def write_pack(
+    folder: Path,
+    reference: WeightReader,
+    quantized: WeightReader | None,
+    config_json: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    options: GoldenOptions,
+    progress: Progress | None = None,
+) -> None:
+    """Make a pack and write it to `folder` (pack.npz and pack.json).
+
+    Args:
+        folder: where to.
+        reference: the checkpoint's own weights.
+        quantized: the weights the bundle computes with, dequantised; None when they are the checkpoint's own.
+        config_json: the checkpoint's config.json.
+        tokenizer: the checkpoint's tokenizer.
+        options: prompts and sizes.
+        progress: where to report sweeps.
+
+    Raises:
+        ParityError: a prompt has no tokens.
+    """
+    make_pack(reference, quantized, config_json, tokenizer, options, progress).save(folder)
+
+
+def make_pack(
+    reference: WeightReader,
+    quantized: WeightReader | None,
+    config_json: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    options: GoldenOptions,
+    progress: Progress | None = None,
+) -> ParityPack:
+    """As `write_pack`, but keeps the pack in memory."""
+    import torch
+
+    import edgelm
+    from edgelm.models.layerwise import LayerwiseReference
+
+    model = LayerwiseReference(config_json, reference)
+    options = options.resolved(model.config)
+    assert options.greedy_tokens is not None
+    ids = _prompt_ids(tokenizer, options, model.config.max_position_embeddings)
+    sweeps = max(options.greedy_tokens, 1) + (quantized is not None)
+    with (progress or Silent()).task("reference", sweeps, unit="steps") as advance:
+        continued = options.greedy_prompts if options.greedy_tokens else 0
+        run = _float_run(model, ids, options.greedy_tokens, continued or 0, advance)
+        target = None
+        if quantized is not None:
+            target = _quantized_run(LayerwiseReference(config_json, quantized), run)
+            advance(1)
+    return ParityPack(
+        prompts=_golden_prompts(options.prompts, ids, run, tokenizer),
+        ids=np.concatenate(run.fed).astype(np.int32),
+        top_ids=run.top_ids,
+        probe_ids=run.probes,
+        reference=run.record,
+        quantized=target,
+        tokenizer=TokenizerPrint(tokenizer.vocab_size, tokenizer.fingerprint()),
+        made_with={"edgelm": edgelm.__version__, "torch": torch.__version__, "numpy": np.__version__},
+    )
+
+
+def _prompt_ids(tokenizer: Tokenizer, options: GoldenOptions, context: int) -> list[NDArray[np.int64]]:
+    room = min(options.max_prompt_tokens, context - (options.greedy_tokens or 0))
+    if room < 1:
+        raise ParityError(f"{options.greedy_tokens} greedy tokens leave no room for a prompt in a context of {context}")
+    ids = []
+    for prompt in options.prompts:
+        tokens = np.asarray(tokenizer.encode(prompt.text)[:room], dtype=np.int64)
+        if not len(tokens):
+            raise ParityError(f"the golden prompt {prompt.name!r} has no tokens: leave it out")
+        ids.append(tokens)
+    return ids
+
+
+@dataclass
+class _FloatRun:
+    """The float reference over all prompts and their continuations."""
+
+    fed: list[NDArray[np.int64]]
+    greedy: list[tuple[int, ...]]
+    top_ids: NDArray[np.int32]
+    probes: NDArray[np.int32]
+    next_ids: list[NDArray[np.int64]]
+    record: ReferenceRecord
+
+
+def _golden_prompts(
+    prompts: Sequence[Prompt], ids: Sequence[NDArray[np.int64]], run: _FloatRun, tokenizer: Tokenizer
+) -> tuple[GoldenPrompt, ...]:
+    golden, start = [], 0
+    for prompt, tokens, fed, greedy in zip(prompts, ids, run.fed, run.greedy, strict=True):
+        decoded = tokenizer.decode(tokens.tolist())
+        golden.append(GoldenPrompt(prompt.name, prompt.text, decoded, start, len(tokens), greedy))
+        start += len(fed)
+    return tuple(golden)
+
+
+def _float_run(
+    model: LayerwiseReference, ids: list[NDArray[np.int64]], greedy: int, continued: int, advance: Advance
+) -> _FloatRun:
+    vocab = model.config.vocab_size
+    probes = probe_ids(vocab, PROBES)
+    top = min(TOP, vocab)
+    # The token after each position; 0 where the text does not say (only positions of the text use it).
+    next_ids = [np.append(tokens[1:], 0) for tokens in ids]
+    result = model.step(ids, None, trace=True)
+    first = _chunks(result, top, probes, next_ids)
+    chunks = [[chunk] for chunk in first]
+    advance(1)
+    tokens = [[int(chunk.best[-1])] for chunk in first[:continued]]
+    states: list[SequenceState] = result.states[:continued]
+    for _ in range(greedy - 1 if continued else 0):
+        step = [np.asarray(so_far[-1:], dtype=np.int64) for so_far in tokens]
+        result = model.step(step, states, trace=True)
+        for i, chunk in enumerate(_chunks(result, top, probes, [np.zeros(1, np.int64)] * len(step))):
+            chunks[i].append(chunk)
+            tokens[i].append(int(chunk.best[-1]))
+        advance(1)
+    continuations = [tuple(so_far) for so_far in tokens] + [()] * (len(ids) - continued)
+    fed = [
+        np.concatenate([prompt, np.asarray(continuation[:-1], dtype=np.int64)])
+        for prompt, continuation in zip(ids, continuations, strict=True)
+    ]
+    flat = [chunk for sequence in chunks for chunk in sequence]
+    return _FloatRun(
+        fed=fed,
+        greedy=continuations,
+        top_ids=np.concatenate([chunk.indices for chunk in flat]).astype(np.int32),
+        probes=probes,
+        next_ids=[
+            np.concatenate([after, np.zeros(len(sequence) - len(after), np.int64)])
+            for after, sequence in zip(next_ids, fed, strict=True)
+        ],
+        record=_join(flat, [chunk.values for chunk in flat]),
+    )
+
+
+def _quantized_run(model: LayerwiseReference, run: _FloatRun) -> ReferenceRecord:
+    result = model.step(run.fed, None, trace=True)
+    width = run.top_ids.shape[1]
+    starts = np.cumsum([0, *(len(fed) for fed in run.fed)])
+    wanted = [run.top_ids[start : start + len(fed)] for start, fed in zip(starts, run.fed, strict=False)]
+    chunks = _chunks(result, min(2, model.config.vocab_size), run.probes, run.next_ids, wanted)
+    assert all(chunk.extra.shape[1] == width for chunk in chunks)
+    return _join(chunks, [chunk.extra for chunk in chunks])
+
+
+@dataclass
+class _Chunk:
+    """One sequence's new positions of one sweep, reduced to what a pack keeps. T positions, L layers."""
+
+    values: NDArray[np.float32]  # [T, k], falling
+    indices: NDArray[np.int64]  # [T, k]
+    logsumexp: NDArray[np.float32]  # [T]
+    probes: NDArray[np.float32]  # [T, P]
+    next_logit: NDArray[np.float32]  # [T]
+    extra: NDArray[np.float32]  # [T, m] at the tokens asked for
+    norms: NDArray[np.float32]  # [L + 1, T]
+    sketches: NDArray[np.float32]  # [L + 1, T, 64]
+    router: NDArray[np.float32] | None  # [L, T, E]
+    experts: NDArray[np.int64] | None  # [L, T, k]
+
+    @property
+    def best(self) -> NDArray[np.int64]:
+        return self.indices[:, 0]
+
+
+def _chunks(
+    result: LayerwiseResult,
+    k: int,
+    probes: NDArray[np.int32],
+    next_ids: Sequence[NDArray[np.int64]],
+    wanted: Sequence[NDArray[np.int32]] | None = None,
+) -> list[_Chunk]:
+    """Reduce a sweep; one pass over the head serves the top logits, the probes, the next tokens and `wanted`."""
+    asked = []
+    for i, after in enumerate(next_ids):
+        columns = [np.broadcast_to(probes, (len(after), len(probes))), after[:, None]]
+        if wanted is not None:
+            columns.append(wanted[i])
+        asked.append(np.concatenate(columns, axis=1).astype(np.int64))
+    tops, gathered = result.topk(k, asked)
+    assert gathered is not None
+    signs = sign_matrix(result.reference.config.hidden_size)
+    chunks = []
+    for sequence, top, found in zip(result.sequences, tops, gathered, strict=True):
+        hidden = np.stack(sequence.hidden)
+        assert hidden.shape[-1] == len(signs)
+        assert signs.shape[1] == SKETCH_WIDTH
+        chunks.append(
+            _Chunk(
+                values=top.values,
+                indices=top.indices,
+                logsumexp=top.logsumexp,
+                probes=found[:, : len(probes)],
+                next_logit=found[:, len(probes)],
+                extra=found[:, len(probes) + 1 :],
+                norms=np.linalg.norm(hidden, axis=-1).astype(np.float32),
+                sketches=sketch(hidden, signs),
+                router=np.stack(sequence.router_logits) if sequence.router_logits else None,
+                experts=np.stack(sequence.experts) if sequence.experts else None,
+            )
+        )
+    return chunks
+
+
+def _join(chunks: Sequence[_Chunk], top_logits: Sequence[NDArray[np.float32]]) -> ReferenceRecord:
+    def routed(arrays: list[NDArray[Any] | None], dtype: Any) -> NDArray[Any] | None:
+        present = [array for array in arrays if array is not None]
+        return np.concatenate(present, axis=1).astype(dtype) if present else None
+
+    second = [chunk.values[:, min(1, chunk.values.shape[1] - 1)] for chunk in chunks]
+    return ReferenceRecord(
+        top_logits=np.concatenate(top_logits).astype(np.float32),
+        logsumexp=np.concatenate([chunk.logsumexp for chunk in chunks]).astype(np.float32),
+        probe_logits=np.concatenate([chunk.probes for chunk in chunks]).astype(np.float32),
+        next_logit=np.concatenate([chunk.next_logit for chunk in chunks]).astype(np.float32),
+        best=np.concatenate([chunk.best for chunk in chunks]).astype(np.int32),
+        gap=np.concatenate([chunk.values[:, 0] - s for chunk, s in zip(chunks, second, strict=True)]).astype(np.float32),
+        norms=np.concatenate([chunk.norms for chunk in chunks], axis=1),
+        sketches=np.concatenate([chunk.sketches for chunk in chunks], axis=1),
+        router=routed([chunk.router for chunk in chunks], np.float32),
+        experts=routed([chunk.experts for chunk in chunks], np.int32),
+    )

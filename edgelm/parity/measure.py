@@ -1,0 +1,165 @@
+"""Runs the golden prompts on the device and keeps what the pack can be compared with.
+
+Three passes: the shipped graph over all positions at once, the shipped graph as it is used (prefill, then one token at
+a time through the cache), and the debug graph with its hidden states. Logits are reduced block by block: a whole
+[N, 256000] never exists.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.parity import metrics
+from edgelm.parity.diagnose import DeviceTrace
+from edgelm.parity.pack import ParityPack
+from edgelm.parity.sketch import sign_matrix, sketch
+from edgelm.progress import Progress
+
+if TYPE_CHECKING:
+    from edgelm.bundle import Bundle
+    from edgelm.runtimes import Runtime
+
+# Logits of the debug graph come in one piece; above this they are left out for a prompt.
+_DEBUG_LOGITS_BYTES = 512 << 20
+
+
+class LogitRecord:
+    """The device's logits at the recorded tokens of each position; NaN where it was not run."""
+
+    def __init__(self, pack: ParityPack) -> None:
+        count, top = pack.top_ids.shape
+        self._pack = pack
+        self._next_ids = pack.next_ids
+        self.top_logits = np.full((count, top), np.nan, np.float32)
+        self.probe_logits = np.full((count, len(pack.probe_ids)), np.nan, np.float32)
+        self.next_logit = np.full(count, np.nan, np.float32)
+        self.logsumexp = np.full(count, np.nan, np.float64)
+        self.best = np.full(count, -1, np.int64)
+        self.seen = np.zeros(count, dtype=bool)
+
+    def put(self, first: int, logits: NDArray[np.float32]) -> int:
+        """Take logits [rows, V] of positions from `first` on; return the position after them."""
+        rows = slice(first, first + len(logits))
+        self.top_logits[rows] = np.take_along_axis(logits, self._pack.top_ids[rows], axis=1)
+        self.probe_logits[rows] = logits[:, self._pack.probe_ids]
+        self.next_logit[rows] = np.take_along_axis(logits, self._next_ids[rows, None], axis=1)[:, 0]
+        self.logsumexp[rows] = metrics.logsumexp(logits)
+        self.best[rows] = logits.argmax(axis=1)
+        self.seen[rows] = True
+        return rows.stop
+
+    @property
+    def sampled(self) -> NDArray[np.float32]:
+        """[N, 64 + P]: the logits of the recorded tokens and of the probes."""
+        return np.concatenate([self.top_logits, self.probe_logits], axis=1)
+
+
+@dataclass
+class DeviceRun:
+    """Everything measured on the device. `decoded` covers the positions that choose greedy tokens."""
+
+    at_once: LogitRecord
+    decoded: LogitRecord
+    debug: LogitRecord
+    trace: DeviceTrace | None = None
+    runtime: str = ""
+    threads: int = 0
+    load_s: float = float("nan")
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+def run_device(
+    bundle: Bundle, pack: ParityPack, runtime: str | None, threads: int | None, progress: Progress
+) -> DeviceRun:
+    """Run both graphs over the pack's prompts, one graph after the other so that only one is in memory."""
+    from edgelm.runtimes import open_runtime
+
+    run = DeviceRun(LogitRecord(pack), LogitRecord(pack), LogitRecord(pack))
+    longest = max(prompt.fed for prompt in pack.prompts)
+    start = time.perf_counter()
+    with open_runtime(bundle, runtime, threads=threads, context_length=longest) as model:
+        run.load_s = time.perf_counter() - start
+        run.runtime, run.threads = model.name, model.threads
+        with progress.task("running the graph", sum(prompt.fed for prompt in pack.prompts), unit="steps") as advance:
+            for prompt in pack.prompts:
+                ids = pack.ids[prompt.positions].tolist()
+                _decode(model, run, ids, prompt.start, prompt.length)
+                model.reset()
+                at = prompt.start
+                for block in model.logits_all(ids):
+                    at = run.at_once.put(at, block)
+                advance(prompt.fed)
+    tracer = _tracer(model.name)
+    if tracer is None:
+        run.notes.append(f"{model.name} has no debug graph: layers were not compared, only logits")
+    else:
+        run.trace = _trace(tracer, bundle, pack, threads, run, progress)
+    return run
+
+
+def _decode(model: Runtime, run: DeviceRun, ids: list[int], first: int, length: int) -> None:
+    """Prefill the prompt, then feed the reference's continuation token by token, whatever the device would choose."""
+    model.reset()
+    start = time.perf_counter()
+    logits = model.prefill(ids[:length])
+    run.prefill_s += time.perf_counter() - start
+    run.prefill_tokens += length
+    at = run.decoded.put(first + length - 1, logits[None, :])
+    start = time.perf_counter()
+    spent = 0.0
+    for token in ids[length:]:
+        start = time.perf_counter()
+        logits = model.decode(token)
+        spent += time.perf_counter() - start
+        at = run.decoded.put(at, logits[None, :])
+    run.decode_s += spent
+    run.decode_tokens += len(ids) - length
+
+
+def _tracer(runtime: str) -> Any:
+    from edgelm.runtimes import runtimes
+
+    module = next(entry.module for entry in runtimes() if entry.name == runtime)
+    return getattr(importlib.import_module(module), "TracingRuntime", None)
+
+
+def _trace(
+    tracer: Any, bundle: Bundle, pack: ParityPack, threads: int | None, run: DeviceRun, progress: Progress
+) -> DeviceTrace:
+    layers, count, experts = pack.num_layers, len(pack.ids), pack.num_experts
+    signs = sign_matrix(bundle.manifest.model.hidden_size, pack.sketch_seed)
+    norms = np.zeros((layers + 1, count), np.float32)
+    sketches = np.zeros((layers + 1, count, signs.shape[1]), np.float32)
+    router = np.zeros((layers, count, experts), np.float32) if experts else None
+    with (
+        tracer(bundle, threads=threads) as debug,
+        progress.task("tracing the layers", count, unit="steps") as advance,
+    ):
+        for prompt in pack.prompts:
+            rows = prompt.positions
+            fits = prompt.fed * bundle.manifest.model.vocab_size * 4 <= _DEBUG_LOGITS_BYTES
+            result = debug.trace(pack.ids[rows].tolist(), logits=fits)
+            for index, hidden in enumerate(result.hidden):
+                norms[index, rows] = np.linalg.norm(hidden, axis=-1)
+                sketches[index, rows] = sketch(hidden, signs)
+            if router is not None:
+                for index, logits in enumerate(result.router_logits):
+                    router[index, rows] = logits
+            if result.logits is not None:
+                run.debug.put(prompt.start, result.logits)
+            advance(prompt.fed)
+    chosen = None
+    if router is not None:
+        assert pack.target.experts is not None
+        chosen = metrics.choose(router, pack.target.experts.shape[-1])
+    return DeviceTrace(norms, sketches, router, chosen)

@@ -1,0 +1,73 @@
+"""The golden prompts: what the reference and the device are both asked.
+
+Chosen to reach different parts of a tokenizer and of a router: prose, code, a table of numbers, a list, other scripts,
+a conversation, and one longer text so that attention has something to look back on.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgelm.errors import ParityError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One golden prompt; `name` is how reports call it."""
+
+    name: str
+    text: str
+
+
+BUILT_IN: tuple[Prompt, ...] = (
+    Prompt(
+        "prose",
+        "The lighthouse keeper wrote one line in the log every night. On the last night of October the line was longer "
+        "than usual, because the sea had",
+    ),
+    Prompt(
+        "code",
+        "def merge(left, right):\n    result = []\n    while left and right:\n        if left[0] <= right[0]:\n"
+        "            result.append(left.pop(0))\n        else:\n            result.append(",
+    ),
+    Prompt("numbers", "1 1 2 3 5 8 13 21 34 55 89\nyear,price\n1998,12.50\n1999,13.75\n2000,"),
+    Prompt("list", "Things to pack:\n- two warm shirts\n- a map of the coast\n- matches, salt and coffee\n-"),
+    Prompt("languages", "Guten Morgen! Où est la gare? ¿Cuánto cuesta? Привет, 東京は今日も雨です。 naïve café 🙂"),
+    Prompt("chat", "User: What is the capital of France, and which river runs through it?\nAssistant: The capital is"),
+    Prompt(
+        "long",
+        "A sparse mixture of experts replaces the feed-forward block of a transformer by many small ones and a router. "
+        "For each token the router scores every expert, keeps the best few, and adds their outputs, weighted by the "
+        "scores. Most weights are therefore idle for any one token: the model is large on disk but cheap to run. What "
+        "makes it hard to run well on a small device is memory, because the experts that the next token needs are not "
+        "known until its router has been evaluated, and they are rarely the ones that the last token used. In short, a "
+        "mixture of experts trades",
+    ),
+)
+
+
+def load_prompts(path: Path) -> tuple[Prompt, ...]:
+    """Prompts from a file: a JSON list of strings, or one prompt per line (blank lines skipped).
+
+    Raises:
+        ParityError: the file cannot be read, holds no prompt, or is a JSON document of another kind.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParityError(f"the prompts in {path} cannot be read: {error}") from error
+    if text.lstrip().startswith("["):
+        try:
+            texts = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ParityError(f"{path} starts like a JSON list but is none: {error}") from error
+        if not isinstance(texts, list) or not all(isinstance(item, str) for item in texts):
+            raise ParityError(f"{path} must be a JSON list of strings, or plain text with one prompt per line")
+    else:
+        texts = text.splitlines()
+    texts = [item for item in texts if item.strip()]
+    if not texts:
+        raise ParityError(f"{path} holds no prompt: write one per line, or a JSON list of strings")
+    return tuple(Prompt(f"prompt {number}", item) for number, item in enumerate(texts, 1))

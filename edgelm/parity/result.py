@@ -1,0 +1,111 @@
+"""What a parity check found: every single check with its limit, and the curves behind them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from edgelm.parity.diagnose import Diagnosis
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the verdict.
+
+    `passed` is None where there was nothing to judge, which `detail` explains. `value` and `limit` are numbers to read
+    side by side; `better` says which way: "lower" passes at or below the limit, "higher" at or above.
+    """
+
+    name: str
+    title: str
+    passed: bool | None
+    detail: str
+    value: float | None = None
+    limit: float | None = None
+    better: str = "lower"
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """One golden prompt on the device; the lists have one number per fed position."""
+
+    name: str
+    text: str
+    length: int
+    kl: list[float]
+    kl_float: list[float]
+    top1_same: list[bool]
+    greedy: list[int]
+    greedy_float: list[int]
+    greedy_prefix: int
+    greedy_text: str
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Times of this check's own runs; `edgelm bench` measures properly."""
+
+    load_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+
+
+@dataclass
+class ParityReport:
+    """The verdict and everything behind it. `kl_*` compare the device with the quantised reference, in nats."""
+
+    bundle: str
+    passed: bool
+    kind: str
+    checks: list[Check]
+    kl_mean: float
+    kl_p99: float
+    kl_max: float
+    float_kl_mean: float
+    quantization_kl_mean: float
+    logit_error: float
+    top1: float
+    top1_clear: float
+    top1_float: float
+    perplexity_float: float
+    perplexity_quantized: float
+    perplexity: float
+    greedy_prefix: int
+    greedy_total: int
+    positions: int
+    first_diverged_layer: int | None
+    cause: str | None
+    diagnosis: Diagnosis | None
+    prompts: list[PromptResult]
+    speed: Speed | None
+    threads: int
+    runtime: str
+    device: dict[str, object]
+    model: dict[str, object]
+    recipe: str
+    source: str
+    files: dict[str, dict[str, object]]
+    reference: str
+    tools: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def failures(self) -> list[Check]:
+        """The checks that failed."""
+        return [check for check in self.checks if check.passed is False]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; numbers that are not finite become null, which JSON has no other word for."""
+        return {"format": "edgelm-parity", "format_version": 1, **_plain(asdict(self))}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,83 @@
+"""The one table of limits, by kind of recipe. The check, the tests and docs/parity.md read it.
+
+First values, to be measured.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from edgelm.errors import ParityError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a healthy bundle stays within. Logits are in nats; errors are relative; shares are of positions.
+
+    Against the quantised reference (what the implementation and the device add): `kl_mean`, `kl_p99`, `kl_max`;
+    `logit_error`, the mean over positions; `clear_gap`, the top-1 minus top-2 logit from which a choice counts as
+    clear; `top1_clear`, the least agreement over clear positions; `perplexity`, the most by which the ratio of the
+    perplexities may differ from 1.
+
+    Against the float reference (what the bundle lost in all): `float_kl_mean`, `float_perplexity`.
+
+    In the debug graph: `embedding_error`; `layer_base` and `layer_gain` as in diagnose.py; `bad_positions`, the share
+    of positions that may exceed them; `router_near_tie`, the margin below which a router was undecided, in standard
+    deviations of its logits; `head_error`, of the debug graph's log-probabilities beyond what the layers bring.
+    """
+
+    kl_mean: float
+    kl_p99: float
+    kl_max: float
+    logit_error: float
+    clear_gap: float
+    top1_clear: float
+    perplexity: float
+    float_kl_mean: float
+    float_perplexity: float
+    embedding_error: float
+    layer_base: float
+    layer_gain: float
+    bad_positions: float
+    router_near_tie: float
+    head_error: float
+
+
+# Relative difference up to which a stored pack and one recomputed on another machine count as the same: float32 matrix
+# products in another order give about 1e-6, a near-tie flip of an expert more, at single positions.
+SAME_PACK = 1e-3
+
+
+LIMITS: dict[str, Limits] = {
+    "none": Limits(
+        kl_mean=1e-6, kl_p99=1e-5, kl_max=1e-4, logit_error=1e-3, clear_gap=1e-2, top1_clear=1.0, perplexity=1e-3,
+        float_kl_mean=1e-2, float_perplexity=0.02,
+        embedding_error=1e-5, layer_base=1e-4, layer_gain=8.0, bad_positions=0.0, router_near_tie=1e-3, head_error=1e-3,
+    ),
+    "int8": Limits(
+        kl_mean=5e-3, kl_p99=2e-2, kl_max=1e-1, logit_error=0.1, clear_gap=0.3, top1_clear=1.0, perplexity=0.02,
+        float_kl_mean=2e-2, float_perplexity=0.05,
+        embedding_error=1e-5, layer_base=1e-4, layer_gain=8.0, bad_positions=0.0, router_near_tie=1e-3, head_error=1e-3,
+    ),
+    "int4": Limits(
+        kl_mean=5e-3, kl_p99=2e-2, kl_max=1e-1, logit_error=0.1, clear_gap=0.3, top1_clear=1.0, perplexity=0.02,
+        float_kl_mean=0.3, float_perplexity=0.3,
+        embedding_error=1e-5, layer_base=1e-4, layer_gain=8.0, bad_positions=0.0, router_near_tie=1e-3, head_error=1e-3,
+    ),
+}  # fmt: skip
+
+
+def kind_of(recipe_toml: str) -> str:
+    """The kind of a recipe: the narrowest type that its default or one of its rules names, "none" if all is float.
+
+    Raises:
+        ParityError: it uses a type there are no limits for.
+    """
+    schemes = re.findall(r"""^\s*(?:default|scheme)\s*=\s*["'](int|fp)(\d+)""", recipe_toml, re.MULTILINE)
+    if not schemes:
+        return "none"
+    kind = "".join(min(schemes, key=lambda scheme: int(scheme[1])))
+    if kind not in LIMITS:
+        raise ParityError(f"there are no parity limits for {kind}; there are: {', '.join(LIMITS)}")
+    return kind

@@ -1,0 +1,285 @@
+"""Turns measurements into checks: one function per subject, each giving lines that pass or fail."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from edgelm.parity import metrics
+from edgelm.parity.diagnose import Diagnosis
+from edgelm.parity.measure import DeviceRun, LogitRecord
+from edgelm.parity.metrics import Floats
+from edgelm.parity.pack import ParityPack, ReferenceRecord
+from edgelm.parity.result import Check
+from edgelm.parity.thresholds import SAME_PACK, Limits
+
+if TYPE_CHECKING:
+    from edgelm.tokenizer import Tokenizer
+
+
+class Sampled(Protocol):
+    """Logits at recorded tokens: a reference's or a device's."""
+
+    @property
+    def top_logits(self) -> np.ndarray: ...  # noqa: D102
+    @property
+    def probe_logits(self) -> np.ndarray: ...  # noqa: D102
+    @property
+    def logsumexp(self) -> np.ndarray: ...  # noqa: D102
+
+
+def divergence(expected: Sampled, actual: Sampled, rows: np.ndarray | None = None) -> Floats:
+    """Bucketed KL(expected || actual) at every position (of `rows`), in nats."""
+    chosen = slice(None) if rows is None else rows
+    return metrics.bucketed_kl(
+        expected.top_logits[chosen], expected.logsumexp[chosen], actual.top_logits[chosen], actual.logsumexp[chosen]
+    )
+
+
+def logit_errors(expected: Sampled, actual: Sampled) -> Floats:
+    """Relative error of the log-probabilities at the recorded tokens and the probes, per position."""
+    want = np.concatenate([expected.top_logits, expected.probe_logits], axis=1)
+    got = np.concatenate([actual.top_logits, actual.probe_logits], axis=1)
+    return metrics.logit_error(want, got, expected.logsumexp, actual.logsumexp)
+
+
+def at_most(name: str, title: str, value: float, limit: float, detail: str = "", layer: int | None = None) -> Check:
+    """A check that passes at or below its limit. NaN fails: it means that the device computed no number."""
+    return Check(name, title, value <= limit, detail, value, limit, "lower", layer)
+
+
+def at_least(name: str, title: str, value: float, limit: float, detail: str = "", layer: int | None = None) -> Check:
+    """A check that passes at or above its limit; NaN fails."""
+    return Check(name, title, value >= limit, detail, value, limit, "higher", layer)
+
+
+def integrity(problems: Sequence[str]) -> Check:
+    """Every file as it was exported."""
+    detail = "; ".join(problems[:8]) or "every file has the hash it was exported with"
+    return Check("integrity", "Files: hashes", not problems, detail)
+
+
+def tokenizer(tokenizer: Tokenizer, pack: ParityPack) -> list[Check]:
+    """The bundle's tokenizer gives the pack's ids, reads them back, and has its vocabulary."""
+    wrong, unread = [], []
+    for prompt in pack.prompts:
+        ids = pack.ids[prompt.start : prompt.start + prompt.length].tolist()
+        encoded = tokenizer.encode(prompt.text)
+        if encoded[: prompt.length] != ids:
+            wrong.append(prompt.name)
+        if tokenizer.decode(ids) != prompt.decoded:
+            unread.append(prompt.name)
+    checks = [
+        Check(
+            "tokenizer.encode",
+            "Tokenizer: same ids for the prompts",
+            not wrong,
+            f"other ids for: {', '.join(wrong)}" if wrong else f"{len(pack.prompts)} prompts",
+        ),
+        Check(
+            "tokenizer.decode",
+            "Tokenizer: same text for the ids",
+            not unread,
+            f"other text for: {', '.join(unread)}" if unread else f"{len(pack.prompts)} prompts",
+        ),
+    ]
+    if pack.tokenizer is not None:
+        size, known = tokenizer.vocab_size, pack.tokenizer
+        same = size == known.vocab_size and tokenizer.fingerprint() == known.sha256
+        detail = f"{size} tokens"
+        if size != known.vocab_size:
+            detail = f"{size} tokens, the checkpoint's tokenizer had {known.vocab_size}"
+        elif not same:
+            detail = "some ids stand for other texts, some texts have other ids, or special ids differ"
+        checks.append(Check("tokenizer.vocabulary", "Tokenizer: same vocabulary", same, detail))
+    return checks
+
+
+def same_pack(stored: ParityPack, live: ParityPack) -> Check:
+    """The pack in the bundle is what the checkpoint gives now, up to rounding of another machine's matrix products."""
+    title = "Parity pack: as recomputed from the checkpoint"
+    if stored.ids.shape != live.ids.shape or not np.array_equal(stored.ids, live.ids):
+        return Check("pack", title, False, "the tokens differ: other prompts, tokenizer or greedy continuation")
+    worst = 0.0
+    for a, b in ((stored.reference, live.reference), (stored.target, live.target)):
+        if a.sketches.shape != b.sketches.shape:
+            return Check("pack", title, False, "the pack is of another model")
+        errors = metrics.relative_error(b.sketches, a.sketches, b.norms)
+        worst = max(worst, metrics.quantile(errors, 0.99), metrics.quantile(logit_errors(b, a), 0.99))
+    detail = "99th percentile over positions and layers of the relative difference"
+    return at_most("pack", title, worst, SAME_PACK, detail)
+
+
+def logits(pack: ParityPack, run: DeviceRun, limits: Limits) -> list[Check]:
+    """The shipped graph's logits against both references."""
+    want, device = pack.target, run.at_once
+    kl = divergence(want, device)
+    clear = want.gap >= limits.clear_gap
+    text = pack.has_next
+    own, lost = "quantised reference || device", "float reference || device"
+    ppl = metrics.perplexity(device.next_logit, device.logsumexp, text)
+    ppl_want = metrics.perplexity(want.next_logit, want.logsumexp, text)
+    ppl_float = metrics.perplexity(pack.reference.next_logit, pack.reference.logsumexp, text)
+    kl_float = metrics.mean(divergence(pack.reference, device))
+    kl_quantised = metrics.mean(divergence(pack.reference, want))
+    checks = [
+        at_most("logits.kl_mean", f"KL({own}), mean, nats", metrics.mean(kl), limits.kl_mean),
+        at_most("logits.kl_p99", f"KL({own}), 99th percentile, nats", metrics.quantile(kl, 0.99), limits.kl_p99),
+        at_most("logits.kl_max", f"KL({own}), largest, nats", metrics.largest(kl), limits.kl_max, _where(pack, kl)),
+        at_most(
+            "logits.error",
+            "Log-probabilities: relative error against the quantised reference, mean",
+            metrics.mean(logit_errors(want, device)),
+            limits.logit_error,
+        ),
+        _top1(want, device, clear, limits),
+        at_most(
+            "logits.float_kl",
+            f"KL({lost}), mean, nats",
+            kl_float,
+            limits.float_kl_mean,
+            f"of which quantisation itself, by the references: {kl_quantised:.3g}",
+        ),
+    ]
+    if not text.any():
+        return [*checks, Check("perplexity", "Perplexity", None, "every prompt is a single token")]
+    detail = f"float reference {ppl_float:.4g}, quantised reference {ppl_want:.4g}, device {ppl:.4g}"
+    return [
+        *checks,
+        at_most(
+            "perplexity.device",
+            "Perplexity of the prompts: |device / quantised reference - 1|",
+            abs(ppl / ppl_want - 1),
+            limits.perplexity,
+            detail,
+        ),
+        at_most(
+            "perplexity.float",
+            "Perplexity of the prompts: device / float reference - 1",
+            ppl / ppl_float - 1,
+            limits.float_perplexity,
+        ),
+    ]
+
+
+def _top1(want: ReferenceRecord, device: LogitRecord, clear: np.ndarray, limits: Limits) -> Check:
+    title = "Most likely token as the quantised reference's, where that is clear"
+    everywhere = metrics.agreement(want.best, device.best)
+    detail = f"{int(clear.sum())} of {len(clear)} positions are clear; over all positions {100 * everywhere:.4g} % agree"
+    if not clear.any():
+        return Check("logits.top1", title, None, f"no position has a clear first choice; {detail}")
+    return at_least("logits.top1", title, metrics.agreement(want.best, device.best, clear), limits.top1_clear, detail)
+
+
+def _where(pack: ParityPack, values: Floats) -> str:
+    if np.isnan(values).any():
+        return f"{int(np.isnan(values).sum())} positions have logits that are no numbers"
+    worst = int(values.argmax())
+    prompt = next(p for p in pack.prompts if p.start <= worst < p.start + p.fed)
+    return f"at token {worst - prompt.start} of the prompt {prompt.name!r}"
+
+
+def greedy(pack: ParityPack, run: DeviceRun, limits: Limits) -> list[Check]:
+    """The graph as it is used: prefill, then token by token through the cache."""
+    continued = [prompt for prompt in pack.prompts if prompt.greedy]
+    if not continued:
+        return [Check("greedy", "Greedy continuation", None, "the pack has no greedy continuations")]
+    want, device = pack.target, run.decoded
+    failed, same, total, float_same = [], 0, 0, 0
+    for prompt in continued:
+        steps = prompt.greedy_positions
+        result = metrics.greedy_prefix(want.best[steps], device.best[steps], want.gap[steps], limits.clear_gap)
+        same, total = same + result.prefix, total + result.total
+        float_same += metrics.greedy_prefix(
+            np.asarray(prompt.greedy), device.best[steps], pack.reference.gap[steps], limits.clear_gap
+        ).prefix
+        if result.clear_failure:
+            failed.append(f"{prompt.name!r} at token {result.prefix}")
+    detail = f"{same} of {total} tokens as the quantised reference up to the first difference, {float_same} as the float"
+    if failed:
+        detail = f"a clear choice differs in {', '.join(failed)}; {detail}"
+    rows = np.concatenate([np.arange(prompt.greedy_positions.start, prompt.greedy_positions.stop) for prompt in continued])
+    kl = divergence(want, device, rows)
+    return [
+        Check("greedy.tokens", "Greedy continuation, token by token through the cache", not failed, detail),
+        at_most(
+            "greedy.kl",
+            "KL(quantised reference || device) while decoding, largest, nats",
+            metrics.largest(kl),
+            limits.kl_max,
+            f"{len(rows)} steps fed with the float reference's tokens",
+        ),
+    ]
+
+
+def layers(pack: ParityPack, run: DeviceRun, diagnosis: Diagnosis, limits: Limits) -> list[Check]:
+    """The debug graph, layer by layer, and its logits."""
+    count = len(pack.ids)
+    allowed = limits.bad_positions * count
+    checks = [
+        at_most(
+            "embedding",
+            "Embedding: relative error, largest",
+            diagnosis.embedding_error,
+            limits.embedding_error,
+            diagnosis.cause or "" if diagnosis.first == -1 else "",
+        )
+    ]
+    for layer in diagnosis.layers:
+        detail = f"added error {layer.added:.3g} (median), worst {layer.worst:.3g} times the allowed"
+        if layer.cause:
+            detail = f"{layer.cause}; {detail}"
+        title = f"Layer {layer.layer}: positions whose error is not explained by what came in"
+        checks.append(at_most(f"layer[{layer.layer}]", title, float(layer.bad), allowed, detail, layer.layer))
+        if pack.num_experts:
+            checks.append(_experts(layer.layer, diagnosis, allowed))
+    seen = run.debug.seen
+    if seen.any():
+        error = logit_errors(pack.target, run.debug)[seen]
+        checks.append(
+            at_most(
+                "head",
+                "Debug graph: relative error of the log-probabilities, median",
+                metrics.quantile(error, 0.5),
+                limits.head_error + limits.layer_gain * _last_error(diagnosis),
+            )
+        )
+    return checks
+
+
+def _last_error(diagnosis: Diagnosis) -> float:
+    error = diagnosis.layers[-1].error if diagnosis.layers else diagnosis.embedding_error
+    return error if math.isfinite(error) else 0.0
+
+
+def _experts(index: int, diagnosis: Diagnosis, allowed: float) -> Check:
+    layer = diagnosis.layers[index]
+    clear = "none" if not layer.clear_count else f"{100 * layer.clear:.4g} % of {layer.clear_count}"
+    near = "none" if not layer.near_count else f"{100 * layer.near:.4g} % of {layer.near_count}"
+    title = f"Layer {index}: positions with other experts than a near-tie explains"
+    detail = f"same experts where the margin is clear: {clear} positions; at near-ties: {near}"
+    return at_most(f"experts[{index}]", title, float(layer.severe_flips), allowed, detail, index)
+
+
+def first_divergence(
+    pack: ParityPack, run: DeviceRun, diagnosis: Diagnosis | None, checks: Sequence[Check], limits: Limits
+) -> tuple[int | None, str | None]:
+    """The first layer that is wrong (-1: the embedding) and what is known about the cause."""
+    del pack, limits
+    failed = {check.name for check in checks if check.passed is False}
+    if diagnosis is None:
+        return None, None
+    if diagnosis.first is not None:
+        return diagnosis.first, diagnosis.cause
+    if "head" in failed:
+        return None, "final norm or output head: every layer agrees, the logits do not"
+    numeric = {name for name in failed if name.startswith(("logits.", "greedy.", "perplexity.device"))}
+    if numeric - {"logits.float_kl"} and run.trace is not None:
+        return None, (
+            "the shipped graph only: the debug graph, which reads the same weights, agrees in every layer; the shipped "
+            "graph differs from it, or a kernel that only it uses is wrong on this device"
+        )
+    return None, None

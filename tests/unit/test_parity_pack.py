@@ -1,0 +1,177 @@
+"""Does a parity pack survive the disk, and are damaged ones refused by name?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from edgelm.errors import ParityError
+from edgelm.parity.pack import GoldenPrompt, ParityPack, ReferenceRecord, TokenizerPrint
+from edgelm.parity.prompts import BUILT_IN, load_prompts
+from edgelm.parity.thresholds import LIMITS, kind_of
+
+
+def make_record(rng, layers=2, count=9, top=4, probes=3, experts=8, k=2):
+    def floats(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    def integers(*shape):
+        return rng.integers(0, max(experts, 1), shape).astype(np.int32)
+
+    return ReferenceRecord(
+        top_logits=floats(count, top),
+        logsumexp=floats(count),
+        probe_logits=floats(count, probes),
+        next_logit=floats(count),
+        best=integers(count),
+        gap=floats(count),
+        norms=floats(layers + 1, count),
+        sketches=floats(layers + 1, count, 64),
+        router=floats(layers, count, experts) if experts else None,
+        experts=integers(layers, count, k) if experts else None,
+    )
+
+
+def make_pack(quantized=True, **options):
+    rng = np.random.default_rng(0)
+    return ParityPack(
+        prompts=(GoldenPrompt("a", "Ä text", "Ä text", 0, 4, (5, 6, 7)), GoldenPrompt("b", "more", " more", 6, 3, ())),
+        ids=np.arange(9, dtype=np.int32),
+        top_ids=rng.integers(0, 50, (9, 4)).astype(np.int32),
+        probe_ids=np.array([1, 20, 40], np.int32),
+        reference=make_record(rng, **options),
+        quantized=make_record(rng, **options) if quantized else None,
+        tokenizer=TokenizerPrint(50, "ab" * 32),
+        made_with={"edgelm": "0.1.0"},
+    )
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("experts", [8, 0])
+def test_a_pack_reads_back_equal(tmp_path, quantized, experts):
+    pack = make_pack(quantized, experts=experts)
+    pack.save(tmp_path)
+    again = ParityPack.load(tmp_path)
+    assert again.prompts == pack.prompts
+    assert again.tokenizer == pack.tokenizer
+    assert again.made_with == pack.made_with
+    assert (again.quantized is None) == (not quantized)
+    for item in dataclasses.fields(ReferenceRecord):
+        a, b = getattr(again.target, item.name), getattr(pack.target, item.name)
+        assert (a is None and b is None) or (np.array_equal(a, b) and a.dtype == b.dtype)
+
+
+def test_equal_packs_give_equal_bytes(tmp_path):
+    for name in ("one", "two"):
+        make_pack().save(tmp_path / name)
+    assert (tmp_path / "one/pack.npz").read_bytes() == (tmp_path / "two/pack.npz").read_bytes()
+
+
+def test_positions_of_prompts_and_continuations():
+    pack = make_pack()
+    first, second = pack.prompts
+    assert (first.fed, second.fed) == (6, 3)
+    assert first.greedy_positions == slice(3, 6)
+    assert second.greedy_positions == slice(8, 8)
+    assert pack.has_next.tolist() == [True] * 3 + [False] * 3 + [True] * 2 + [False]
+    assert pack.next_ids.tolist() == [1, 2, 3, 4, 5, 0, 7, 8, 0]
+
+
+def test_a_missing_pack_is_said_to_be_missing(tmp_path):
+    with pytest.raises(ParityError, match=r"pack\.json is missing"):
+        ParityPack.load(tmp_path)
+
+
+def test_a_truncated_archive_is_refused(tmp_path):
+    make_pack().save(tmp_path)
+    file = tmp_path / "pack.npz"
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(ParityError, match=r"pack\.npz cannot be read"):
+        ParityPack.load(tmp_path)
+
+
+def test_a_flipped_byte_in_the_archive_is_refused(tmp_path):
+    make_pack().save(tmp_path)
+    file = tmp_path / "pack.npz"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    file.write_bytes(bytes(data))
+    with pytest.raises(ParityError, match=r"pack\.npz"):
+        ParityPack.load(tmp_path)
+
+
+def change_index(folder, change):
+    file = folder / "pack.json"
+    index = json.loads(file.read_text())
+    change(index)
+    file.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index.update(format_version=99), "format version 99"),
+        (lambda index: index["prompts"].pop(), "do not add up"),
+        (lambda index: index["prompts"][1].update(start=5), "misplaced"),
+        (lambda index: index["prompts"][0].pop("text"), "text"),
+        (lambda index: index["arrays"]["ids"].update(shape=[8]), "'ids'"),
+        (lambda index: index["arrays"].pop("reference.norms"), "reference.norms"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(tmp_path, change, message):
+    make_pack().save(tmp_path)
+    change_index(tmp_path, change)
+    with pytest.raises(ParityError, match=message):
+        ParityPack.load(tmp_path)
+
+
+def test_arrays_of_different_lengths_are_refused(tmp_path):
+    pack = make_pack()
+    broken = dataclasses.replace(pack, quantized=dataclasses.replace(pack.target, gap=pack.target.gap[:-1]))
+    broken.save(tmp_path)
+    with pytest.raises(ParityError, match=r"quantized\.gap"):
+        ParityPack.load(tmp_path)
+
+
+def test_the_built_in_prompts_are_of_several_kinds_and_not_long():
+    names = [prompt.name for prompt in BUILT_IN]
+    assert len(set(names)) == len(names) >= 6
+    assert sum(len(prompt.text) for prompt in BUILT_IN) < 1500
+    assert any(not prompt.text.isascii() for prompt in BUILT_IN)
+
+
+def test_prompts_from_a_file_one_per_line_or_as_json(tmp_path):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("first\n\nzweite Zeile\n", encoding="utf-8")
+    assert [prompt.text for prompt in load_prompts(lines)] == ["first", "zweite Zeile"]
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps(["two\nlines", "x"]))
+    assert [prompt.text for prompt in load_prompts(listed)] == ["two\nlines", "x"]
+
+
+@pytest.mark.parametrize(("content", "message"), [("\n \n", "no prompt"), ("[1, 2]", "list of strings"), ("[", "none")])
+def test_useless_prompt_files_are_refused(tmp_path, content, message):
+    file = tmp_path / "prompts"
+    file.write_text(content)
+    with pytest.raises(ParityError, match=message):
+        load_prompts(file)
+
+
+@pytest.mark.parametrize(
+    ("toml", "kind"),
+    [
+        ('name = "int4"\ndefault = "float"\n', "none"),
+        ('default = "int8-g128-sym"\n', "int8"),
+        ('default = "int8-g128-sym"\n\n[[rule]]\nmatch = "x"\nscheme = "int4-g32-sym"\n', "int4"),
+    ],
+)
+def test_a_recipe_is_judged_by_its_narrowest_type(toml, kind):
+    assert kind_of(toml) == kind
+    assert kind in LIMITS
+
+
+def test_a_type_without_limits_is_refused():
+    with pytest.raises(ParityError, match="int2"):
+        kind_of('default = "int2-g32-sym"')
