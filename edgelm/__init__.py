@@ -1,1 +1,46 @@
-"""Core."""
+"""OLMoE and Fox-1 on edge devices: quantise, export, run, and prove that the device computes what PyTorch computes.
+
+    import edgelm
+    model = edgelm.load("bundle/")
+    for piece in model.stream("Once upon a time", max_tokens=64):
+        print(piece, end="")
+    report = edgelm.check_parity("bundle/")
+
+Importing this package imports nothing heavy: each name below is fetched from its module when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgelm.bundle import Bundle as Bundle
+    from edgelm.errors import EdgeLMError as EdgeLMError
+    from edgelm.generate import Generation as Generation
+    from edgelm.generate import LanguageModel as LanguageModel
+    from edgelm.generate import load as load
+    from edgelm.parity import check_parity as check_parity
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Bundle": "edgelm.bundle",
+    "EdgeLMError": "edgelm.errors",
+    "Generation": "edgelm.generate",
+    "LanguageModel": "edgelm.generate",
+    "check_parity": "edgelm.parity",
+    "load": "edgelm.generate",
+}
+__all__ = ["Bundle", "EdgeLMError", "Generation", "LanguageModel", "__version__", "check_parity", "load"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE])

@@ -146,8 +146,10 @@ def candidates(logits: NDArray[np.float32], options: Sampling) -> tuple[NDArray[
 
 def _scores(logits: NDArray[np.float32], ids: NDArray[np.int64], temperature: float) -> NDArray[np.float64]:
     """Logits over temperature, less the highest of them, so that the best score is 0."""
-    chosen = logits[ids].astype(np.float64)
-    return (chosen - chosen.max()) / temperature
+    scores: NDArray[np.float64] = logits[ids].astype(np.float64)
+    scores -= scores.max()
+    scores /= temperature
+    return scores
 
 
 def _at_least_best(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
@@ -170,7 +172,8 @@ def _top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     """Ids of the k highest logits and of every tie with the k-th (as in transformers)."""
     ids = _at_least_best(logits, k)
     chosen = logits[ids]
-    return ids[chosen >= np.partition(chosen, chosen.size - k)[chosen.size - k]]
+    kept: NDArray[np.int64] = ids[chosen >= np.partition(chosen, chosen.size - k)[chosen.size - k]]
+    return kept
 
 
 def _nucleus(scores: NDArray[np.float64], top_p: float, total: float | None) -> NDArray[np.int64] | None:

@@ -183,3 +183,13 @@ def write_manifest(path: Path, shape: Shape, eos_ids: tuple[int, ...]) -> Bundle
     )
     (path / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     return Bundle.open(path)
+
+
+def write_tiny_model(path: Path, shape: Shape | None = None, *, seed: int = 0, eos_ids: tuple[int, ...] = ()) -> Bundle:
+    """`write_tiny_bundle` with a byte-level tokenizer and a chat template: all that `edgelm.load` needs."""
+    from edgelm.synth_tokenizer import write_olmoe_tokenizer
+
+    shape = shape or Shape(vocab=512, context=256)
+    write_tiny_bundle(path, shape, seed=seed)
+    write_olmoe_tokenizer(path, shape.vocab, 2, renamed_eos=False)
+    return write_manifest(path, shape, eos_ids)

@@ -1,0 +1,206 @@
+"""How fast a bundle runs here, what it takes, and how near that is to what the memory allows.
+
+Decoding one token reads every weight that takes part once, so it is bound by memory bandwidth. The bandwidth that the
+machine has is measured in the same process, with as many threads, after the model.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm import devices
+from edgelm.bundle import Bundle, Manifest
+from edgelm.errors import ContextLengthError, EdgeLMError
+from edgelm.progress import Progress, Silent
+from edgelm.runtimes import Runtime, open_runtime
+
+_READ_BYTES = 512 << 20
+_READ_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A measurement's runs: median, least and greatest."""
+
+    median: float
+    low: float
+    high: float
+    runs: tuple[float, ...]
+
+    @classmethod
+    def of(cls, runs: Sequence[float]) -> Spread:
+        """Of at least one run."""
+        return cls(statistics.median(runs), min(runs), max(runs), tuple(runs))
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Seconds, tokens a second, bytes, bytes a second. Memory is None where the system does not tell."""
+
+    bundle: str
+    model: str
+    recipe: str
+    runtime: str
+    threads: int
+    prompt_tokens: int
+    new_tokens: int
+    load_seconds: float
+    prefill_tokens_per_second: Spread
+    time_to_first_token: Spread
+    decode_tokens_per_second: Spread
+    resident_before_load: int | None
+    resident_after_load: int | None
+    resident_after_run: int | None
+    resident_peak: int | None
+    files: dict[str, int]
+    bytes_per_token: int
+    decode_bandwidth: float
+    machine_bandwidth: float
+    load_average: float | None
+    device: devices.Device
+
+    @property
+    def bandwidth_share(self) -> float:
+        """The part of the machine's read bandwidth that decoding uses."""
+        return self.decode_bandwidth / self.machine_bandwidth
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self), "bandwidth_share": self.bandwidth_share, "device": self.device.as_dict()}
+
+
+def bytes_per_token(manifest: Manifest, position: float) -> int:
+    """Bytes that decoding one token at `position` has to read: weights that take part, and the cache so far.
+
+    Of a mixture's experts the chosen ones count; an embedding table counts as far as it also is the head.
+    """
+    model = manifest.model
+    total = 0.0
+    for tensor in manifest.tensors:
+        if ".moe." in tensor.name:
+            total += tensor.size * model.experts_per_token / max(1, model.num_experts)
+        elif tensor.name.startswith("rope.") or ("embed_tokens" in tensor.name and not model.tied):
+            continue
+        else:
+            total += tensor.size
+    element = np.dtype(manifest.graph.kv_dtype).itemsize
+    return round(total + 2 * model.num_layers * model.num_kv_heads * model.head_dim * element * position)
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes a second that `threads` threads read from memory: the best of a few passes over half a gigabyte."""
+    available = devices.describe().memory_available
+    size = _READ_BYTES if available is None else min(_READ_BYTES, available // 4)
+    # Written, so that every page is its own: untouched zeros all lie in one page that stays in the cache.
+    parts = np.array_split(np.ones(size // 8, np.uint64), threads)
+    read: Callable[[NDArray[np.uint64]], np.uint64] = np.bitwise_or.reduce
+    best = float("inf")
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(_READ_REPEATS):
+            started = time.perf_counter()
+            list(pool.map(read, parts))
+            best = min(best, time.perf_counter() - started)
+    return size / best
+
+
+def bench(
+    path: Path | str,
+    *,
+    prompt_tokens: int = 512,
+    new_tokens: int = 128,
+    repeat: int = 5,
+    threads: int | None = None,
+    runtime: str | None = None,
+    progress: Progress | None = None,
+) -> BenchResult:
+    """Load the bundle and measure it `repeat` times, after one run that is not counted.
+
+    Raises:
+        ContextLengthError: prompt and new tokens do not fit into the model's context.
+        EdgeLMError: a count below 1.
+        BundleError, RuntimeUnavailableError: as `edgelm.load`.
+    """
+    for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeat", repeat)):
+        if value < 1:
+            raise EdgeLMError(f"{name} is {value}: give 1 or more")
+    progress = progress or Silent()
+    bundle = Bundle.open(path)
+    model, context = bundle.manifest.model, prompt_tokens + new_tokens
+    if context > model.context_length:
+        raise ContextLengthError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones are more than the model's context of "
+            f"{model.context_length}: give smaller numbers"
+        )
+    before, _ = devices.resident_memory()
+    started = time.perf_counter()
+    opened = open_runtime(bundle, runtime, threads=threads, context_length=context)
+    load_seconds = time.perf_counter() - started
+    loaded, _ = devices.resident_memory()
+    with opened:
+        # Random tokens: a mixture routes them over all its experts, and no text favours one model's tokenizer.
+        prompt = np.random.default_rng(0).integers(0, model.vocab_size, prompt_tokens).tolist()
+        runs = []
+        with progress.task("measuring", repeat + 1, unit="steps") as advance:
+            for _ in range(repeat + 1):
+                runs.append(_run(opened, prompt, new_tokens))
+                advance(1)
+        used, peak = devices.resident_memory()
+        counted = runs[1:]
+        threads_used, name = opened.threads, opened.name
+    del opened
+    gc.collect()
+    decode = Spread.of([run.decode_rate for run in counted])
+    bytes_read = bytes_per_token(bundle.manifest, prompt_tokens + new_tokens / 2)
+    return BenchResult(
+        bundle=str(bundle.path),
+        model=model.name,
+        recipe=bundle.manifest.recipe.name,
+        runtime=name,
+        threads=threads_used,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        load_seconds=load_seconds,
+        prefill_tokens_per_second=Spread.of([prompt_tokens / run.prefill for run in counted]),
+        time_to_first_token=Spread.of([run.first for run in counted]),
+        decode_tokens_per_second=decode,
+        resident_before_load=before,
+        resident_after_load=loaded,
+        resident_after_run=used,
+        resident_peak=peak,
+        files={file: info.size for file, info in bundle.manifest.files.items()},
+        bytes_per_token=bytes_read,
+        decode_bandwidth=bytes_read * decode.median,
+        machine_bandwidth=read_bandwidth(threads_used),
+        load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        device=devices.describe(),
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    prefill: float
+    first: float
+    decode_rate: float
+
+
+def _run(runtime: Runtime, prompt: list[int], new_tokens: int) -> _Run:
+    runtime.reset()
+    started = time.perf_counter()
+    logits = runtime.prefill(prompt)
+    prefilled = time.perf_counter()
+    token = int(logits.argmax())
+    first = time.perf_counter()
+    for _ in range(new_tokens):
+        token = int(runtime.decode(token).argmax())
+    return _Run(prefilled - started, first - started, new_tokens / (time.perf_counter() - first))

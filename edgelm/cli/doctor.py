@@ -1,0 +1,123 @@
+"""`edgelm doctor`: what this machine has and what is missing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import platform
+from typing import Any
+
+import click
+
+CORE = ("numpy", "click", "tokenizers", "sentencepiece", "jinja2", "rich")
+EXPORT = ("torch", "onnx", "safetensors", "huggingface_hub")
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+def doctor(as_json: bool) -> None:
+    """Say what this machine has: versions, runtimes, processor, memory; and how to install what is missing.
+
+    Exit code 1 if no runtime can be used.
+    """
+    import json
+
+    from edgelm.cli.tables import pairs
+
+    document = examine()
+    click.echo(json.dumps(document) if as_json else pairs(rows(document)))
+    if not any(runtime["available"] for runtime in document["runtimes"].values()):
+        raise click.exceptions.Exit(1)
+
+
+def version_of(package: str) -> str | None:
+    """The installed version, None where there is none."""
+    if importlib.util.find_spec(package) is None:
+        return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        # Installed under another distribution's name, as onnxruntime by onnxruntime-gpu.
+        return str(getattr(importlib.import_module(package), "__version__", "of unknown version"))
+
+
+def examine() -> dict[str, Any]:
+    """Everything doctor reports."""
+    import edgelm
+    from edgelm import devices
+    from edgelm.runtimes import runtimes
+
+    found = {
+        entry.name: {
+            "summary": entry.summary,
+            "available": entry.available,
+            "version": version_of(entry.requires),
+            "targets": list(entry.targets),
+            "install": entry.install,
+        }
+        for entry in runtimes()
+    }
+    return {
+        "edgelm": edgelm.__version__,
+        "python": platform.python_version(),
+        "packages": {name: version_of(name) for name in (*CORE, *EXPORT)},
+        "runtimes": found,
+        "providers": providers(),
+        "native_quantizer": native_quantizer(),
+        "device": devices.describe().as_dict(),
+    }
+
+
+def providers() -> list[str]:
+    """ONNX Runtime's execution providers."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return []
+    module = importlib.import_module("onnxruntime")
+    return [str(name) for name in module.get_available_providers()]
+
+
+def native_quantizer() -> bool:
+    """Whether the compiled kernel is here; without it quantising takes NumPy, which is far slower."""
+    from edgelm.quant import native
+
+    return native.library() is not None
+
+
+def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
+    """The document for people."""
+    from edgelm.cli.tables import size
+
+    device, packages = document["device"], document["packages"]
+    missing_core = [name for name in CORE if packages[name] is None]
+    missing_export = [name for name in EXPORT if packages[name] is None]
+    lines = [
+        ("edgelm", f"{document['edgelm']}, Python {document['python']}"),
+        ("system", f"{device['system']}, {device['architecture']}"),
+        ("processor", device["cpu"]),
+        (
+            "cores",
+            f"{device['allowed_cores']} may be used, of {device['physical_cores']} physical and "
+            f"{device['logical_cores']} logical",
+        ),
+        ("instructions", " ".join(device["instruction_sets"]) or "unknown"),
+        ("memory", f"{size(device['memory_total'])}, {size(device['memory_available'])} available"),
+    ]
+    for name, runtime in document["runtimes"].items():
+        state = f"ready, {runtime['version']}" if runtime["available"] else f"missing: {runtime['install']}"
+        lines.append((name, f"{state} ({runtime['summary']}, for {', '.join(runtime['targets'])})"))
+    lines += [
+        ("providers", ", ".join(document["providers"]) or "none"),
+        ("packages", ", ".join(f"{name} {packages[name]}" for name in CORE if packages[name])),
+    ]
+    if missing_core:
+        lines.append(("missing", f"{', '.join(missing_core)}: pip install --force-reinstall edgelm"))
+    export = (
+        f"missing {', '.join(missing_export)} (only needed to export): pip install 'edgelm[export]'"
+        if missing_export
+        else "ready, " + ", ".join(f"{name} {packages[name]}" for name in EXPORT)
+    )
+    lines.append(("export", export))
+    quantizer = "compiled" if document["native_quantizer"] else "NumPy only, slow: install a wheel with compiled parts"
+    lines.append(("quantiser", quantizer))
+    return lines

@@ -1,0 +1,121 @@
+"""`edgelm inspect`: what a folder is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from edgelm.bundle import Bundle
+    from edgelm.checkpoint import Checkpoint
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Hash every file of a bundle and compare with its manifest.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+def inspect(path: Path, verify: bool, as_json: bool) -> None:
+    """Say what PATH, a bundle or a checkpoint, is: model, sizes, recipe; --verify checks a bundle's hashes.
+
+    Exit code 1 if --verify finds a difference.
+    """
+    import json
+
+    from edgelm.bundle import MANIFEST, Bundle
+    from edgelm.cli.tables import pairs
+    from edgelm.progress import Bars
+
+    if (path / MANIFEST).is_file() or not (path / "config.json").is_file():
+        bundle = Bundle.open(path)
+        problems = bundle.verify(Bars()) if verify else None
+        document, rows = bundle_document(bundle, problems), bundle_rows(bundle, problems)
+    else:
+        from edgelm.checkpoint import Checkpoint
+
+        if verify:
+            raise click.UsageError("--verify needs a bundle: a checkpoint has no hashes to compare with")
+        checkpoint = Checkpoint.open(path)
+        problems = None
+        document, rows = checkpoint_document(checkpoint), checkpoint_rows(checkpoint)
+    click.echo(json.dumps(document) if as_json else pairs(rows))
+    if problems:
+        raise click.exceptions.Exit(1)
+
+
+def bundle_document(bundle: Bundle, problems: list[str] | None) -> dict[str, Any]:
+    """The manifest without its table of tensors, and what verification found."""
+    import json
+
+    manifest = json.loads(bundle.manifest.to_json())
+    del manifest["tensors"]
+    return {"kind": "bundle", "path": str(bundle.path), "bytes": bundle.size, **manifest, "problems": problems}
+
+
+def bundle_rows(bundle: Bundle, problems: list[str] | None) -> list[tuple[str, str]]:
+    """What a person wants to know of a bundle."""
+    from edgelm.cli.tables import size
+
+    manifest, model = bundle.manifest, bundle.manifest.model
+    experts = f", {model.num_experts} experts of which {model.experts_per_token} act" if model.num_experts else ""
+    kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim * (2 if manifest.graph.kv_dtype == "float16" else 4)
+    rows = [
+        ("bundle", f"{bundle.path}, format {manifest.format_version}, made {manifest.created}"),
+        ("model", f"{model.name} ({model.family}): {model.num_layers} layers of {model.hidden_size}{experts}"),
+        ("attention", f"{model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} for keys and values"),
+        ("vocabulary", f"{model.vocab_size}{', embedding and head tied' if model.tied else ''}"),
+        ("context", f"{model.context_length} positions, {size(kv)} of cache each"),
+        ("recipe", f"{manifest.recipe.name}, floats as {manifest.dtype}"),
+        ("target", f"{manifest.target}, {manifest.ops} operators"),
+        ("source", manifest.source.id),
+        ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
+        ("size", size(bundle.size)),
+        *(("", f"{size(info.size):>8}  {name}") for name, info in manifest.files.items()),
+    ]
+    if problems is None:
+        rows.append(("verified", "sizes only; --verify checks every byte"))
+    elif problems:
+        rows += [("DAMAGED", problem) for problem in problems]
+    else:
+        rows.append(("verified", "every file is what was exported"))
+    return rows
+
+
+def checkpoint_document(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Config, sizes and dtypes."""
+    dtypes: dict[str, int] = {}
+    for tensor in checkpoint.tensors.values():
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
+    return {
+        "kind": "checkpoint",
+        "path": str(checkpoint.path),
+        "config": checkpoint.config,
+        "tensors": len(checkpoint.tensors),
+        "dtypes": dtypes,
+        "bytes": sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
+        "quantized": "quantization_config" in checkpoint.config,
+    }
+
+
+def checkpoint_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """What a person wants to know of a checkpoint."""
+    from edgelm.cli.tables import size
+
+    document, config = checkpoint_document(checkpoint), checkpoint.config
+    architecture = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
+    rows = [
+        ("checkpoint", str(checkpoint.path)),
+        ("architecture", str(architecture)),
+        *(
+            (name, str(config[name]))
+            for name in ("num_hidden_layers", "hidden_size", "vocab_size", "num_experts", "num_experts_per_tok")
+            if name in config
+        ),
+        ("tensors", ", ".join(f"{count} {dtype}" for dtype, count in document["dtypes"].items())),
+        ("size", size(document["bytes"])),
+    ]
+    if document["quantized"]:
+        quantization = config["quantization_config"]
+        rows.append(("quantised", str(quantization.get("quant_method", "yes"))))
+    return rows

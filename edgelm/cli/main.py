@@ -1,0 +1,106 @@
+"""The `edgelm` command: finds the verb, and turns what goes wrong into one line and an exit code.
+
+0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C or SIGTERM).
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+import traceback
+from typing import Any
+
+import click
+
+import edgelm
+from edgelm.errors import EdgeLMError
+
+# The help is here too, so that `edgelm --help` imports no verb.
+VERBS = {
+    "export": "Export a checkpoint to a bundle.",
+    "quantize": "Quantise a checkpoint to a smaller checkpoint.",
+    "run": "Continue a prompt.",
+    "chat": "Talk with a model.",
+    "bench": "Measure load time, speed and memory.",
+    "parity": "Check that a bundle computes what its reference computes.",
+    "inspect": "Say what a bundle or a checkpoint is.",
+    "doctor": "Say what this machine has and what is missing.",
+    "synth": "Write a random checkpoint of full size.",
+    "demo": "Export, run and check the tiny models.",
+}
+INTERRUPTED = 130
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came. Unlike Ctrl-C it ends an interactive command too."""
+
+
+class Failure(click.ClickException):
+    """An error of the user's input or machine, shown in one line."""
+
+    def show(self, file: Any = None) -> None:
+        """Print it on standard error."""
+        click.echo(f"edgelm: error: {self.format_message()}", file=file, err=file is None)
+
+
+class VerbGroup(click.Group):
+    """Imports a verb's module when the verb is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs, in the order of a first use."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command object named like the verb in `edgelm.cli.<verb>`."""
+        if cmd_name not in VERBS:
+            return None
+        command = getattr(importlib.import_module(f"edgelm.cli.{cmd_name}"), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the verbs with their help, importing none."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb; see the module's docstring for what becomes of errors."""
+        debug = bool(ctx.params.get("debug"))
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            if debug:
+                traceback.print_exc()
+            click.echo("terminated" if isinstance(error, Terminated) else "interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+        except BrokenPipeError:
+            # The reader of a pipe has gone: click ends quietly.
+            raise
+        except (EdgeLMError, OSError, MemoryError) as error:
+            if debug:
+                traceback.print_exc()
+            message = str(error) or "not enough memory"
+            raise Failure(message) from error
+
+
+@click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(edgelm.__version__, prog_name="edgelm", message="%(prog)s %(version)s")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Take OLMoE and Fox-1 to a device: export, quantise, run, and prove that it still computes the same."""
+    del debug  # read by VerbGroup.invoke
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
+def main() -> None:
+    """The console script."""
+    signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        # Generated text may hold characters that a terminal's encoding lacks; they must not end the program.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    cli(prog_name="edgelm")

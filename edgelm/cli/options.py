@@ -1,0 +1,105 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+BUNDLE = click.Path(path_type=Path)
+
+
+def loading_options(command: Command) -> Command:
+    """Which runtime, how many threads, how much context."""
+    for option in (
+        click.option("--context-length", type=click.IntRange(min=1), help="Positions to allocate [model's, <= 4096]."),
+        click.option("--threads", type=click.IntRange(min=1), help="Threads [physical cores allowed]."),
+        click.option("--runtime", metavar="NAME", help="Runtime [the best one here]; `edgelm doctor` lists them."),
+    ):
+        command = option(command)
+    return command
+
+
+def sampling_options(temperature: float) -> Callable[[Command], Command]:
+    """How tokens are chosen and when to stop; `temperature` is the verb's default."""
+
+    def decorate(command: Command) -> Command:
+        for option in (
+            click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."),
+            click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Make sampling repeatable."),
+            click.option(
+                "--repetition-penalty",
+                type=click.FloatRange(min=0, min_open=True),
+                default=1.0,
+                show_default=True,
+                help="Above 1 avoids tokens that were there already.",
+            ),
+            click.option(
+                "--min-p", type=click.FloatRange(0, 1), help="Only tokens this fraction as likely as the best."
+            ),
+            click.option(
+                "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Only the most likely that reach this."
+            ),
+            click.option("--top-k", type=click.IntRange(min=0), help="Only the K most likely tokens; 0: all."),
+            click.option(
+                "--temperature",
+                "-t",
+                type=click.FloatRange(min=0),
+                default=temperature,
+                show_default=True,
+                help="0: always the most likely token.",
+            ),
+            click.option(
+                "--max-tokens",
+                "-n",
+                type=click.IntRange(min=1),
+                default=256,
+                show_default=True,
+                help="Tokens to generate at most.",
+            ),
+        ):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Drop the options that were left out, so that the library's defaults hold."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def timings_line(generation: Any) -> str:
+    """One line about what a generation took."""
+    timings = generation.timings
+    parts = [f"{timings.prompt_tokens} prompt tokens"]
+    if timings.reused_tokens:
+        parts[0] += f" ({timings.reused_tokens} cached)"
+    if timings.prefill_tokens_per_second:
+        parts[0] += f" at {timings.prefill_tokens_per_second:.1f}/s"
+    if generation.tokens:
+        parts.append(f"first after {timings.time_to_first_token:.2f} s")
+        speed = f" at {timings.decode_tokens_per_second:.1f} tokens/s" if timings.decoded_tokens else ""
+        parts.append(f"{len(generation.tokens)} generated{speed}")
+    parts.append(f"ended by {generation.stop_reason}")
+    return "[" + ", ".join(parts) + "]"
+
+
+def generation_json(generation: Any) -> dict[str, Any]:
+    """A generation as a JSON document."""
+    timings = generation.timings
+    return {
+        "text": generation.text,
+        "tokens": list(generation.tokens),
+        "stop_reason": generation.stop_reason,
+        "timings": {
+            **dataclasses.asdict(timings),
+            "prefill_tokens_per_second": timings.prefill_tokens_per_second,
+            "decode_tokens_per_second": timings.decode_tokens_per_second,
+        },
+    }

@@ -1,0 +1,51 @@
+"""Stop strings in streamed text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from edgelm.errors import GenerationError
+
+
+class StopStrings:
+    """Cuts a stream of text at the first stop string, which may be spread over several pieces.
+
+    No part of a stop string is ever let through, and no more is held back than could still become one. "First" is the
+    one that is complete first; of several that end there, the longest. So the result depends on the text alone, not on
+    how it was cut into pieces.
+
+    Raises:
+        GenerationError: a stop string is empty or not a string.
+    """
+
+    def __init__(self, stops: Iterable[str] = ()) -> None:
+        self._stops = tuple(stops)
+        for stop in self._stops:
+            if not isinstance(stop, str) or not stop:
+                raise GenerationError(f"stop string {stop!r} cannot be found in a text: give non-empty strings")
+        self._held = ""
+        self._longest = max(map(len, self._stops), default=0)
+
+    def push(self, piece: str) -> tuple[str, bool]:
+        """Add a piece; return the text that may be shown now, and whether a stop string was found."""
+        text = self._held + piece
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            _, start = min(found)
+            self._held = ""
+            return text[:start], True
+        held = next(
+            (
+                length
+                for length in range(min(self._longest - 1, len(text)), 0, -1)
+                if any(stop.startswith(text[-length:]) for stop in self._stops)
+            ),
+            0,
+        )
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held], False
+
+    def flush(self) -> str:
+        """What was held back, when the text has ended without a stop string."""
+        held, self._held = self._held, ""
+        return held

@@ -1,0 +1,8 @@
+"""Makes the helper modules beside the tests importable (tiny_graph, transformers_oracle)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,310 @@
+"""Does a loaded model generate what its runtime's logits say, stop where it should, and keep its cache right?"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tiny_graph import Shape, write_tiny_model
+
+import edgelm
+from edgelm.bundle import Bundle
+from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError, TokenizerError
+from edgelm.generate import LanguageModel, load
+from edgelm.runtimes import Runtime
+from edgelm.tokenizer import Tokenizer
+
+PROMPT = "def main():\n    return"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "bundle", eos_ids=(2,))
+
+
+@pytest.fixture
+def model(bundle: Bundle) -> LanguageModel:
+    return load(bundle.path, threads=1)
+
+
+class Scripted(Runtime):
+    """A runtime whose most probable tokens are given; it counts what it was fed."""
+
+    name = "scripted"
+
+    def __init__(self, tokens: Sequence[int], prompt_length: int, context_length: int = 64) -> None:
+        super().__init__(vocab_size=512, context_length=context_length, model_context_length=128, threads=1)
+        self.tokens = list(tokens)
+        self.start = prompt_length
+        self.fed: list[int] = []
+
+    def prefill(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        self.fed += self._checked(tokens).tolist()
+        self._position += len(tokens)
+        return self._logits()
+
+    def decode(self, token: int) -> NDArray[np.float32]:
+        return self.prefill([token])
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _logits(self) -> NDArray[np.float32]:
+        logits = np.zeros(self.vocab_size, np.float32)
+        logits[self.tokens[min(self._position - self.start, len(self.tokens) - 1)]] = 5
+        return logits
+
+
+def scripted(bundle: Bundle, text: str, *, end: bool = True, context_length: int = 64) -> LanguageModel:
+    """A model that answers the prompt "x" with `text`, one token a byte, and then ends."""
+    tokenizer = Tokenizer.from_folder(bundle.path)
+    tokens = [tokenizer.encode(char)[0] for char in text] + ([2] if end else [])
+    return LanguageModel(bundle, Scripted(tokens, 1, context_length), tokenizer)
+
+
+def test_greedy_is_the_runtimes_best_token_each_time(model: LanguageModel) -> None:
+    got = model.generate(PROMPT, max_tokens=12)
+    tokens = model.tokenizer.encode(PROMPT)
+    want = []
+    model.runtime.reset()
+    for token in tokens:
+        logits = model.runtime.decode(token)
+    for _ in range(12):
+        want.append(int(logits.argmax()))
+        logits = model.runtime.decode(want[-1])
+    assert got.tokens == tuple(want)
+    assert got.text == model.tokenizer.decode(want)
+    assert got.stop_reason == "length"
+
+
+def test_a_stream_joins_to_the_generation(model: LanguageModel) -> None:
+    stream = model.stream(PROMPT, max_tokens=30, temperature=1.5, seed=1)
+    pieces = list(stream)
+    assert len(pieces) > 5
+    assert "".join(pieces) == stream.generation.text == model.tokenizer.decode(stream.generation.tokens)
+    assert stream.generation == stream.generation
+    assert list(stream) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.2, "top_p": 0.9, "seed": 5}])
+def test_the_same_call_gives_the_same_text_on_a_used_and_on_a_fresh_model(
+    model: LanguageModel, bundle: Bundle, options: dict[str, float]
+) -> None:
+    first = model.generate(PROMPT, max_tokens=40, **options)
+    model.generate("something else", max_tokens=3)
+    model.generate(PROMPT, max_tokens=3)
+    again = model.generate(PROMPT, max_tokens=40, **options)
+    assert again.timings.reused_tokens == again.timings.prompt_tokens
+    with load(bundle.path, threads=1) as fresh:
+        assert first.tokens == again.tokens == fresh.generate(PROMPT, max_tokens=40, **options).tokens
+
+
+def test_without_a_seed_texts_differ(model: LanguageModel) -> None:
+    assert len({model.generate(PROMPT, max_tokens=20, temperature=2.0).text for _ in range(4)}) > 1
+
+
+def test_a_longer_prompt_pays_only_for_its_new_part(model: LanguageModel, bundle: Bundle) -> None:
+    tokens = model.tokenizer.encode(PROMPT)
+    first = model.generate(tokens, max_tokens=10)
+    assert first.timings.reused_tokens == 0
+    # The last generated token was never fed, so it is not cached.
+    longer = [*tokens, *first.tokens, 70, 71]
+    second = model.generate(longer, max_tokens=10)
+    assert second.timings.reused_tokens == len(tokens) + 9
+    changed = [*longer[:5], 99, *longer[6:]]
+    third = model.generate(changed, max_tokens=10)
+    assert third.timings.reused_tokens == 5
+    shorter = model.generate(changed[:8], max_tokens=10)
+    assert shorter.timings.reused_tokens == 7
+    with load(bundle.path, threads=1) as fresh:
+        assert fresh.generate(longer, max_tokens=10).tokens == second.tokens
+        assert fresh.generate(changed, max_tokens=10).tokens == third.tokens
+        assert fresh.generate(changed[:8], max_tokens=10).tokens == shorter.tokens
+
+
+def test_the_end_token_ends_and_is_no_text(bundle: Bundle) -> None:
+    got = scripted(bundle, "hello").generate("x")
+    assert (got.text, got.stop_reason, len(got.tokens)) == ("hello", "eos", 5)
+
+
+@pytest.mark.parametrize("stop", ["lo w", ["zzz", "lo w"], ("world", "lo w", "o wor")])
+def test_a_stop_string_over_several_tokens_ends_the_text_before_it(bundle: Bundle, stop: str | list[str]) -> None:
+    stream = scripted(bundle, "hello world").stream("x", stop=stop)
+    assert list(stream) == ["h", "e", "l"]
+    assert (stream.generation.text, stream.generation.stop_reason) == ("hel", "stop")
+    assert len(stream.generation.tokens) == len("hello w")
+
+
+def test_a_stop_string_that_does_not_come_changes_nothing(bundle: Bundle) -> None:
+    got = scripted(bundle, "hello wor").generate("x", stop="world")
+    assert (got.text, got.stop_reason) == ("hello wor", "eos")
+
+
+def test_a_character_of_several_tokens_comes_whole(bundle: Bundle) -> None:
+    tokenizer = Tokenizer.from_folder(bundle.path)
+    tokens = [token for char in "aé漢🎉" for token in tokenizer.encode(char)]
+    assert len(tokens) > 4
+    model = LanguageModel(bundle, Scripted([*tokens, 2], 1), tokenizer)
+    assert list(model.stream("x")) == ["a", "é", "漢", "🎉"]
+    cut_short = model.generate("x", max_tokens=2)
+    assert cut_short.text == "a\ufffd"
+
+
+def test_the_context_ends_a_generation_quietly(bundle: Bundle) -> None:
+    model = scripted(bundle, "a" * 20, end=False, context_length=8)
+    got = model.generate("x", max_tokens=None)
+    # 8 positions hold the prompt and 7 of the tokens; the eighth comes from the last position's logits.
+    assert (got.text, got.stop_reason, model.runtime.position) == ("a" * 8, "length", 8)
+
+
+def test_a_prompt_longer_than_the_context_is_refused_at_once(bundle: Bundle) -> None:
+    with load(bundle.path, threads=1, context_length=16) as model:
+        model.generate([5] * 10, max_tokens=2)
+        with pytest.raises(ContextLengthError, match=r"17 tokens do not fit: the context holds 16, so 16 fit.*256"):
+            model.stream([5] * 17)
+        assert model.generate([5] * 16, max_tokens=9).stop_reason == "length"
+
+
+def test_leaving_a_stream_early_is_an_interruption_and_the_model_goes_on(model: LanguageModel) -> None:
+    want = model.generate(PROMPT, max_tokens=10).tokens
+    stream = model.stream(PROMPT, max_tokens=50)
+    next(stream)
+    stream.close()
+    assert stream.generation.stop_reason == "interrupted"
+    assert list(stream) == []
+    assert model.generate(PROMPT, max_tokens=10).tokens == want
+
+
+def test_two_streams_at_once_are_refused(model: LanguageModel) -> None:
+    first, second = model.stream("a"), model.stream("b")
+    next(first)
+    next(second)
+    with pytest.raises(GenerationError, match="another generation began"):
+        next(first)
+    assert isinstance(next(second), str)
+
+
+class Interrupting(Scripted):
+    """Ctrl-C comes while a decode runs, after the runtime has written the cache."""
+
+    def decode(self, token: int) -> NDArray[np.float32]:
+        logits = super().decode(token)
+        if self._position == 5:
+            raise KeyboardInterrupt
+        return logits
+
+
+def test_ctrl_c_in_the_middle_leaves_a_right_cache(bundle: Bundle) -> None:
+    tokenizer = Tokenizer.from_folder(bundle.path)
+    runtime = Interrupting([tokenizer.encode(char)[0] for char in "abcdefgh"], 1)
+    model = LanguageModel(bundle, runtime, tokenizer)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate("x", max_tokens=8)
+    prompt = [tokenizer.encode(char)[0] for char in "xabcdeZ"]
+    runtime.fed.clear()
+    model.stream(prompt, max_tokens=1).__next__()
+    assert runtime.fed == prompt[5:]
+    assert len(runtime.fed) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_token": 3}, "no option 'max_token'; there are: max_tokens, stop, temperature"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"top_p": 0.5}, "top_p would do nothing"),
+        ({"stop": ["a", ""]}, "stop string ''"),
+        ({"temperature": -1}, "temperature is -1"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(
+    model: LanguageModel, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(GenerationError, match=message):
+        model.stream(PROMPT, **options)
+    assert model.runtime.position == 0
+
+
+def test_prompts_without_usable_tokens_are_refused(model: LanguageModel) -> None:
+    with pytest.raises(GenerationError, match="prompt is empty"):
+        model.generate("")
+    with pytest.raises(GenerationError, match="token id 512"):
+        model.generate([1, 512])
+
+
+def test_timings_count_tokens_and_leave_the_consumer_out(model: LanguageModel) -> None:
+    import time
+
+    stream = model.stream(PROMPT, max_tokens=5)
+    for _ in stream:
+        time.sleep(0.05)
+    timings = stream.generation.timings
+    assert timings.prompt_tokens == len(model.tokenizer.encode(PROMPT))
+    assert timings.decoded_tokens == 4
+    assert 0 < timings.prefill_seconds <= timings.time_to_first_token
+    assert 0 < timings.decode_seconds < 0.05
+    assert timings.decode_tokens_per_second == pytest.approx(4 / timings.decode_seconds)
+    assert timings.prefill_tokens_per_second == pytest.approx(timings.prompt_tokens / timings.prefill_seconds)
+
+
+def test_chat_renders_the_bundles_template(model: LanguageModel) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    rendered = model.render_chat(messages)
+    assert rendered.endswith("<|user|>\nHi\n<|assistant|>\n")
+    answer = model.chat(messages, max_tokens=8)
+    assert answer.tokens == model.generate(model.tokenizer.encode(rendered, add_bos=False), max_tokens=8).tokens
+    followed = [*messages, {"role": "assistant", "content": answer.text}, {"role": "user", "content": "More"}]
+    shared = answer.timings.prompt_tokens - 1
+    assert model.chat(followed, max_tokens=2).timings.reused_tokens >= shared
+
+
+def test_chat_without_a_template_says_so(bundle: Bundle, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    folder = tmp_path / "b"
+    shutil.copytree(bundle.path, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = LanguageModel(bundle, load(bundle.path, threads=1).runtime, Tokenizer.from_folder(folder))
+    model.bundle = Bundle(folder, bundle.manifest)
+    with pytest.raises(TokenizerError, match="no chat template"):
+        model.chat([{"role": "user", "content": "Hi"}])
+
+
+def test_a_closed_model_refuses_use(bundle: Bundle) -> None:
+    with load(bundle.path, threads=1) as model:
+        model.generate(PROMPT, max_tokens=1)
+    with pytest.raises(EdgeLMError, match="was closed"):
+        model.generate(PROMPT, max_tokens=1)
+
+
+def test_the_package_exports_what_it_says_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, edgelm; "
+        "heavy = {'numpy', 'onnxruntime', 'torch', 'jinja2', 'tokenizers', 'click'} & set(sys.modules); "
+        "assert not heavy, heavy; assert callable(edgelm.load); assert 'torch' not in sys.modules; "
+        "assert set(edgelm.__all__) <= set(dir(edgelm))"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    assert edgelm.load is load
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        edgelm.lode  # noqa: B018
+
+
+def test_every_exported_name_can_be_fetched() -> None:
+    for name in edgelm.__all__:
+        assert getattr(edgelm, name) is not None
+
+
+def test_shape_of_the_tiny_model_is_used(tmp_path: Path) -> None:
+    bundle = write_tiny_model(tmp_path / "b", Shape(vocab=300, layers=1, context=32))
+    with load(bundle.path, threads=1) as model:
+        assert (model.runtime.vocab_size, model.runtime.context_length) == (300, 32)
+        assert len(model.generate([4, 5], max_tokens=None).tokens) == 31
