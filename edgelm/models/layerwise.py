@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgelm.checkpoint import WeightReader
 from edgelm.errors import ContextLengthError
 from edgelm.models import family
 from edgelm.models.trace import KVCache, Trace
@@ -27,16 +28,6 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 HEAD_BLOCK_BYTES = 64 << 20  # of float32 weights; a head of 256000 x 2048 is 2 GB
-
-
-class WeightReader(Protocol):
-    """A checkpoint's tensors as float32 arrays (see `edgelm.checkpoint`)."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-
-    def read_float32(self, name: str, rows: slice | None = None) -> Floats:
-        """Read a tensor, or some rows of its first axis."""
 
 
 @dataclass
