@@ -6,7 +6,7 @@ import importlib.util
 
 from edgelm.errors import EdgeLMError
 
-EXPORT_PACKAGES = ("torch", "onnx", "safetensors", "huggingface_hub")
+EXPORT_PACKAGES = ("torch", "onnx", "huggingface_hub")
 
 
 def need_export_extra() -> None:
