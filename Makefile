@@ -1,7 +1,57 @@
-# Symlink tree that gives mypy, editors and a working checkout the import names of the installed package.
-.PHONY: pyview
+# make demo   the whole chain on the two tiny trained checkpoints: export, run, parity
+# make test   lint, types, C++ tests, Python tests
+# make pyview the import tree of a working checkout, for mypy and editors
+# make kernel the compiled kernels of a working checkout, in build/csrc
+#
+# Needs Python 3.11 or newer, a C++17 compiler (GCC or Clang) and CMake. The first run makes .venv; after that it is
+# made again only when the build files change. New Python files need no new install, new folders beside edgelm/ do.
+# pip's own variables work (PIP_INDEX_URL, PIP_FIND_LINKS, ...); where PyTorch's CPU index is among them, its small CPU
+# build is taken in place of the CUDA one.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt $(wildcard runtimes/csrc/*.h runtimes/csrc/*.cc)
+
+.PHONY: demo test lint types test-cpp test-python install pyview kernel clean
+
+demo: $(INSTALLED)
+	$(BIN)/edgelm demo
+
+test: lint types test-cpp test-python
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED) pyview
+	cd build/pyview && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p edgelm
+
+kernel:
+	cmake -S runtimes/csrc -B build/csrc -DEDGELM_BUILD_TESTS=ON
+	cmake --build build/csrc --parallel 2
+
+test-cpp: kernel
+	ctest --test-dir build/csrc --output-on-failure
+
+test-python: $(INSTALLED)
+	$(BIN)/python -m pytest -q
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt $(KERNEL_SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit("EdgeLM needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Links, not copies, set in place: others may be running from the tree.
 pyview:
 	mkdir -p build/pyview/edgelm
 	find build/pyview/edgelm -xtype l -delete
 	for f in edgelm/*; do ln -sfn ../../../$$f build/pyview/edgelm/; done
 	for d in export quant runtimes; do ln -sfn ../../../$$d build/pyview/edgelm/$$d; done
+
+clean:
+	rm -rf build $(VENV)

@@ -13,7 +13,7 @@ none does, `default` does. "float" keeps a tensor as it is, and tensors that are
 
 from __future__ import annotations
 
-import sys
+import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -21,11 +21,6 @@ from pathlib import Path
 
 from edgelm.errors import RecipeError
 from edgelm.quant.scheme import Scheme
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FLOAT = "float"
 
