@@ -1,0 +1,95 @@
+"""Does the benchmark count what a token reads, and report what it measured?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from tiny_graph import Shape, write_tiny_model
+
+from edgelm.benchmark import Spread, bench, bytes_per_token, read_bandwidth
+from edgelm.bundle import Bundle, TensorEntry
+from edgelm.cli.main import cli
+from edgelm.errors import ContextLengthError, EdgeLMError
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "bundle", Shape(vocab=512, context=128))
+
+
+def tensor(name: str, size: int) -> TensorEntry:
+    return TensorEntry(name, 0, size, 0)
+
+
+def test_a_token_reads_its_experts_once_and_no_table(bundle: Bundle) -> None:
+    manifest = dataclasses.replace(
+        bundle.manifest,
+        model=dataclasses.replace(bundle.manifest.model, num_experts=8, experts_per_token=2),
+        tensors=(
+            tensor("layers.0.moe.gate_up.qweight", 8000),
+            tensor("layers.0.attn.qkv.qweight", 300),
+            tensor("model.embed_tokens.qweight", 5000),
+            tensor("rope.cos", 77),
+            tensor("lm_head.scales", 20),
+        ),
+    )
+    cache = 2 * 2 * 2 * 16 * 4  # keys and values, layers, KV heads, head_dim, float32
+    assert bytes_per_token(manifest, 0) == 8000 * 2 // 8 + 300 + 20
+    assert bytes_per_token(manifest, 10) == 8000 * 2 // 8 + 300 + 20 + 10 * cache
+    tied = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, tied=True))
+    assert bytes_per_token(tied, 0) == 2000 + 300 + 20 + 5000
+
+
+def test_the_median_and_spread_are_of_the_runs() -> None:
+    spread = Spread.of([3.0, 1.0, 2.0, 10.0])
+    assert (spread.median, spread.low, spread.high) == (2.5, 1.0, 10.0)
+
+
+def test_bandwidth_is_that_of_a_machine_not_of_a_cache_or_a_disk() -> None:
+    assert 5e8 < read_bandwidth(1) < 1e12
+
+
+def test_bench_measures_and_says_with_what(bundle: Bundle) -> None:
+    result = bench(bundle.path, prompt_tokens=20, new_tokens=10, repeat=2, threads=1)
+    assert len(result.decode_tokens_per_second.runs) == 2
+    assert result.decode_tokens_per_second.low > 0
+    assert result.prefill_tokens_per_second.median > 0
+    # A prompt takes longer than no time, and the first token comes after it.
+    assert all(seconds * 1.001 >= 20 / max(result.prefill_tokens_per_second.runs)
+               for seconds in result.time_to_first_token.runs)  # fmt: skip
+    assert result.files["model.onnx"] == bundle.manifest.files["model.onnx"].size
+    assert 0 < result.bandwidth_share < 1
+
+
+@pytest.mark.parametrize("option", ["prompt_tokens", "new_tokens", "repeat"])
+def test_counts_below_one_are_refused(bundle: Bundle, option: str) -> None:
+    with pytest.raises(EdgeLMError, match=f"{option} is 0"):
+        bench(bundle.path, **{option: 0})  # type: ignore[arg-type]
+
+
+def test_more_tokens_than_the_context_are_refused(bundle: Bundle) -> None:
+    with pytest.raises(ContextLengthError, match=r"100 prompt tokens and 29 new ones .* context of 128"):
+        bench(bundle.path, prompt_tokens=100, new_tokens=29)
+
+
+def test_the_verb_prints_a_table_or_one_document(bundle: Bundle) -> None:
+    arguments = ["bench", str(bundle.path), "--prompt-tokens", "16", "--new-tokens", "4", "--repeat", "1"]
+    table = CliRunner().invoke(cli, arguments)
+    assert table.exit_code == 0, table.output
+    for word in ("load", "prefill 16", "first token", "decode 4", "resident peak", "GB/s"):
+        assert word in table.stdout
+    result = CliRunner().invoke(cli, [*arguments, "--json"])
+    document = json.loads(result.stdout)
+    assert document["decode_tokens_per_second"]["median"] > 0
+    assert document["bandwidth_share"] > 0
+    assert document["device"]["cpu"]
+
+
+def test_a_missing_bundle_fails_before_measuring(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["bench", str(tmp_path / "none")])
+    assert result.exit_code == 1
+    assert "is not a folder" in result.stderr

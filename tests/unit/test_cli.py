@@ -1,0 +1,316 @@
+"""Do the verbs print what they should, fail in one line, and end cleanly when interrupted?"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from tiny_graph import Shape, write_tiny_model
+
+import edgelm
+from edgelm.cli.main import VERBS, cli
+from edgelm.generate import load
+
+PROMPT = "def main():"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "bundle", eos_ids=(2,)).path
+
+
+def invoke(*arguments: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments], input=stdin)
+
+
+def spawn(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-P", "-m", "edgelm", *(str(argument) for argument in arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_help_lists_every_verb_and_imports_none() -> None:
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert all(verb in result.stdout for verb in VERBS)
+    code = (
+        "import sys; from click.testing import CliRunner; from edgelm.cli.main import cli; "
+        "assert CliRunner().invoke(cli, ['--help']).exit_code == 0; "
+        "loaded = [name for name in sys.modules if name.startswith('edgelm.cli.')]; "
+        "assert loaded == ['edgelm.cli.main'], loaded; assert 'numpy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_a_command_with_help(verb: str) -> None:
+    result = invoke(verb, "--help")
+    assert result.exit_code == 0, result.output
+    assert f"edgelm {verb}" in result.stdout or f"cli {verb}" in result.stdout
+
+
+def test_version() -> None:
+    assert invoke("--version").stdout == f"edgelm {edgelm.__version__}\n"
+
+
+def test_run_streams_the_text_to_stdout_and_speed_to_stderr(bundle: Path) -> None:
+    with load(bundle, threads=1) as model:
+        want = model.generate(PROMPT, max_tokens=12)
+    result = invoke("run", bundle, PROMPT, "-n", 12, "--threads", 1)
+    assert result.exit_code == 0
+    assert result.stdout == want.text + "\n"
+    assert "tokens/s" in result.stderr
+    assert "ended by length" in result.stderr
+    quiet = invoke("run", bundle, "-", "-n", 12, "--threads", 1, "-q", stdin=PROMPT)
+    assert (quiet.stdout, quiet.stderr) == (want.text + "\n", "")
+
+
+def test_run_json_is_one_document(bundle: Path) -> None:
+    result = invoke("run", bundle, PROMPT, "-n", 5, "--json", "-t", 0.9, "--top-k", 20, "--seed", 3)
+    document = json.loads(result.stdout)
+    assert len(document["tokens"]) == 5
+    assert document["stop_reason"] == "length"
+    assert document["timings"]["decode_tokens_per_second"] > 0
+    again = json.loads(invoke("run", bundle, PROMPT, "-n", 5, "--json", "-t", 0.9, "--top-k", 20, "--seed", 3).stdout)
+    assert again["tokens"] == document["tokens"]
+
+
+def test_run_chat_applies_the_template(bundle: Path) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    with load(bundle, threads=1) as model:
+        want = model.chat(messages, max_tokens=6)
+    result = invoke("run", bundle, "Hi", "--chat", "--system", "Be brief.", "-n", 6, "--json", "--threads", 1)
+    assert json.loads(result.stdout)["tokens"] == list(want.tokens)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["/nowhere/at/all", "x"], 1, "edgelm: error: /nowhere/at/all is not a folder"),
+        (["{bundle}", "x", "--runtime", "npu"], 1, "there is no runtime 'npu'; there are: onnxruntime-cpu"),
+        (["{bundle}", "x", "--top-p", "0.5"], 1, "top_p would do nothing with temperature 0"),
+        (["{bundle}", "x" * 3000, "--context-length", "16"], 1, "do not fit: the context holds 16"),
+        (["{bundle}", ""], 1, "the prompt is empty"),
+        (["{bundle}"], 2, "Missing argument 'PROMPT'"),
+        (["{bundle}", "x", "--top-p", "2"], 2, "2.0 is not in the range"),
+        (["{bundle}", "x", "--system", "y"], 2, "--system needs --chat"),
+        (["{bundle}", "x", "--bogus"], 2, "No such option"),
+    ],
+)
+def test_errors_are_one_line_with_an_exit_code(bundle: Path, arguments: list[str], code: int, message: str) -> None:
+    result = invoke("run", *(argument.replace("{bundle}", str(bundle)) for argument in arguments))
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    if code == 1:
+        assert result.stderr.count("\n") == 1
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = CliRunner().invoke(cli, ["--debug", "run", "/nowhere/at/all", "x"])
+    process = spawn("--debug", "run", "/nowhere/at/all", "x")
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == result.exit_code == 1
+    assert "Traceback" in stderr
+    assert "edgelm: error: /nowhere/at/all is not a folder" in stderr
+
+
+def test_an_unknown_verb_is_wrong_usage() -> None:
+    result = invoke("ran")
+    assert result.exit_code == 2
+    assert "No such command 'ran'" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Never ends by itself, and has context for a minute of generation."""
+    shape = Shape(vocab=512, hidden=64, layers=8, context=1 << 16)
+    return write_tiny_model(tmp_path_factory.mktemp("endless") / "bundle", shape).path
+
+
+@pytest.fixture
+def generating(endless: Path) -> Iterator[subprocess.Popen[str]]:
+    """`edgelm run` in its own process, after its first text."""
+    process = spawn("run", endless, PROMPT, "-n", 60000, "--context-length", 65000, "--threads", 1)
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no POSIX signals")
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_stops_run_with_its_speed_and_130(
+    generating: subprocess.Popen[str], number: signal.Signals, word: str
+) -> None:
+    generating.send_signal(number)
+    started = time.perf_counter()
+    _, stderr = generating.communicate(timeout=60)
+    assert time.perf_counter() - started < 10
+    assert generating.returncode == 130
+    assert "ended by interrupted" in stderr
+    assert "tokens/s" in stderr
+    assert word in stderr
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no POSIX pipes")
+def test_a_reader_that_goes_away_ends_run_quietly(generating: subprocess.Popen[str]) -> None:
+    assert generating.stdout is not None
+    generating.stdout.close()
+    generating.stdout = None
+    stderr = generating.communicate(timeout=60)[1]
+    assert generating.returncode in (0, 1)
+    assert "Traceback" not in stderr
+    assert "Exception" not in stderr
+
+
+def test_chat_keeps_history_and_forgets_it_on_reset(bundle: Path) -> None:
+    arguments = ["chat", bundle, "-t", 0, "-n", 4, "--threads", 1]
+    result = invoke(*arguments, stdin="Hi\nMore\n/reset\nHi\n/what\n/exit\nnever\n")
+    assert result.exit_code == 0, result.output
+    with load(bundle, threads=1) as model:
+        first = model.chat([{"role": "user", "content": "Hi"}], max_tokens=4).text
+        second = model.chat(
+            [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": first},
+                {"role": "user", "content": "More"},
+            ],
+            max_tokens=4,
+        ).text
+    answers = [part.strip() for part in result.stdout.split("> ")[1:]]
+    assert first != second
+    assert [answer for answer in answers if answer] == [text.strip() for text in (first, second, first)]
+    assert result.stderr.count("/reset forgets") == 2
+    assert result.stderr.count("ended by") == 3
+    assert "cached" in result.stderr
+
+
+def test_chat_ends_with_its_input_and_survives_a_full_context(bundle: Path) -> None:
+    result = invoke("chat", bundle, "-n", 4, "--context-length", 64, stdin="word " * 60 + "\nHi\n")
+    assert result.exit_code == 0, result.output
+    assert "do not fit: the context holds 64" in result.stderr
+    assert result.stderr.count("ended by") == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no POSIX signals")
+def test_ctrl_c_stops_an_answer_and_sigterm_ends_the_chat(endless: Path) -> None:
+    process = spawn("chat", endless, "-n", 60000, "--context-length", 65000, "--threads", 1, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        process.stdin.write("Hi\n")
+        process.stdin.flush()
+        assert process.stdout.read(4).startswith("> ")
+        process.send_signal(signal.SIGINT)
+        assert any("ended by interrupted" in line for line in process.stderr)
+        process.stdin.write("Again\n")
+        process.stdin.flush()
+        for _ in range(2000):
+            if process.stdout.read(1) == ">":
+                break
+        assert process.stdout.read(3)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+        assert process.returncode == 130
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_inspect_describes_and_verifies_a_bundle(bundle: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    document = json.loads(invoke("inspect", copy, "--json").stdout)
+    assert (document["kind"], document["model"]["vocab_size"], document["problems"]) == ("bundle", 512, None)
+    assert "tiny-graph" in invoke("inspect", copy).stdout
+    intact = invoke("inspect", copy, "--verify")
+    assert intact.exit_code == 0
+    assert "every file is what was exported" in intact.stdout
+    graph = copy / "config.json"
+    graph.write_bytes(graph.read_bytes().replace(b"512", b"513"))
+    damaged = invoke("inspect", copy, "--verify")
+    assert damaged.exit_code == 1
+    assert "config.json: contents differ" in damaged.stdout
+    assert json.loads(invoke("inspect", copy, "--verify", "--json").stdout)["problems"]
+
+
+def test_inspect_of_a_folder_that_is_neither_fails(tmp_path: Path) -> None:
+    result = invoke("inspect", tmp_path)
+    assert result.exit_code == 1
+    assert "is not a bundle" in result.stderr
+
+
+def test_inspect_describes_a_checkpoint(tmp_path: Path) -> None:
+    checkpoint = write_fox(tmp_path / "checkpoint")
+    result = invoke("inspect", checkpoint)
+    assert result.exit_code == 0, result.output
+    assert "LlamaForCausalLM" in result.stdout
+    document = json.loads(invoke("inspect", checkpoint, "--json").stdout)
+    assert (document["kind"], document["dtypes"]["BF16"], document["quantized"]) == (
+        "checkpoint",
+        document["tensors"],
+        False,
+    )
+    assert invoke("inspect", checkpoint, "--verify").exit_code == 2
+
+
+def write_fox(path: Path) -> Path:
+    pytest.importorskip("torch")
+    from edgelm.synth import write_random_checkpoint
+
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return write_random_checkpoint(config, path)
+
+
+def test_doctor_knows_this_machine() -> None:
+    document = json.loads(invoke("doctor", "--json").stdout)
+    assert document["edgelm"] == edgelm.__version__
+    assert document["runtimes"]["onnxruntime-cpu"]["available"] is True
+    assert document["device"]["allowed_cores"] >= 1
+    assert document["packages"]["numpy"]
+    text = invoke("doctor")
+    assert text.exit_code == 0
+    assert "onnxruntime-cpu" in text.stdout
+
+
+def test_doctor_says_how_to_install_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    real = importlib.util.find_spec
+    gone = {"onnxruntime", "torch", "onnx"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in gone else real(name, *rest))
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert "missing: pip install 'edgelm[cpu]'" in result.stdout
+    assert "missing torch, onnx (only needed to export): pip install 'edgelm[export]'" in result.stdout
