@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm import synth_tokenizer
-from edgelm.checkpoint.safetensors import NUMPY_DTYPES, ShardedWriter, TensorSpec, float32_to_bf16
+from edgelm.checkpoint.safetensors import NUMPY_DTYPES
+from edgelm.checkpoint.writer import ShardedWriter, TensorSpec, float32_to_bf16
 from edgelm.errors import CheckpointError, EdgeLMError
 from edgelm.files import atomic_directory
 from edgelm.models import family

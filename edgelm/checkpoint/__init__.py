@@ -18,17 +18,10 @@ from numpy.typing import NDArray
 
 from edgelm.checkpoint.index import INDEX, open_weight_files
 from edgelm.checkpoint.jsonfile import read_json_object
-from edgelm.checkpoint.safetensors import (
-    SafetensorsFile,
-    SafetensorsWriter,
-    ShardedWriter,
-    TensorInfo,
-    TensorSpec,
-    bf16_to_float32,
-    float32_to_bf16,
-    write_sharded,
-)
-from edgelm.errors import CheckpointError
+from edgelm.checkpoint.safetensors import SafetensorsFile, TensorInfo, bf16_to_float32
+from edgelm.checkpoint.writer import SafetensorsWriter, ShardedWriter, TensorSpec, float32_to_bf16, write_sharded
+from edgelm.errors import CheckpointError, UnsupportedConfigError
+from edgelm.models import Family, family
 from edgelm.progress import Progress, Silent
 
 __all__ = [
@@ -58,6 +51,20 @@ class WeightReader(Protocol):
         """The tensor, or the given rows of its first axis."""
 
 
+def _family(folder: Path, config: Mapping[str, Any]) -> Family:
+    architectures = config.get("architectures")
+    if architectures is not None and not (isinstance(architectures, list) and all(map(_is_text, architectures))):
+        raise CheckpointError(f"{folder / 'config.json'}: architectures is not a list of names; fetch the file again")
+    try:
+        return family(config)
+    except UnsupportedConfigError as error:
+        raise UnsupportedConfigError(f"{folder}: {error}") from None
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
 class Checkpoint:
     """An open checkpoint folder. Reads may come from several threads at once.
 
@@ -65,6 +72,7 @@ class Checkpoint:
         path: the folder.
         source_id: the hub id with its revision, or the folder's name.
         config: config.json.
+        family: the supported model family that config.json names.
         tensors: what there is, by name, sorted by file and place in it.
     """
 
@@ -74,6 +82,7 @@ class Checkpoint:
         if not (path / "config.json").exists():
             raise CheckpointError(f"{path}: no config.json; is this a checkpoint folder?")
         self.config: dict[str, Any] = read_json_object(path / "config.json")
+        self.family = _family(path, self.config)
         self._files = {file.path: file for file in open_weight_files(path)}
         found = (info for file in self._files.values() for info in file.tensors.values())
         self.tensors: Mapping[str, TensorInfo] = {
@@ -84,8 +93,11 @@ class Checkpoint:
     def open(cls, path_or_hub_id: str | Path, progress: Progress | None = None) -> Checkpoint:
         """Open a folder, or download `owner/name[@revision]` from the hub and open that. A folder of that name wins.
 
+        That the tensors are those of the model that config.json describes is `check_tensors`' business.
+
         Raises:
             CheckpointError: no such folder or repository, or the checkpoint is incomplete or damaged.
+            UnsupportedConfigError: it is of an unknown architecture.
         """
         path = Path(path_or_hub_id)
         if path.is_dir():

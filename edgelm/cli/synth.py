@@ -12,21 +12,31 @@ NAMES = ("olmoe-1b-7b", "fox-1-1.6b")
 
 @click.command()
 @click.argument("name", type=click.Choice(NAMES))
-@click.option("--out", "-o", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same seed, same bytes.")
-@click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
-def synth(name: str, out: Path, seed: int, overwrite: bool) -> None:
+@click.option("--overwrite", is_flag=True, help="Replace an existing folder once the new one is complete.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+def synth(name: str, out: Path, seed: int, overwrite: bool, as_json: bool) -> None:
     """Write a random checkpoint with the tensors, shapes, types and files of a published model.
 
     olmoe-1b-7b takes 13.8 GB, fox-1-1.6b 3.3 GB. It serves to measure export, speed and memory without a download; the
     text it generates is noise.
     """
+    import json
+    import time
+
     from edgelm.cli.extras import need_export_extra
     from edgelm.progress import Bars
 
     need_export_extra()
     from edgelm.synth import synth as write
 
+    start = time.monotonic()
     write(name, out, seed, Bars(), overwrite=overwrite)
+    seconds = time.monotonic() - start
     total = sum(path.stat().st_size for path in out.iterdir())
-    click.echo(f"{out}: {name}, seed {seed}, {total / 1e9:.1f} GB")
+    if as_json:
+        document = {"checkpoint": str(out), "name": name, "seed": seed, "bytes": total, "seconds": round(seconds, 1)}
+        click.echo(json.dumps(document))
+    else:
+        click.echo(f"{out}: {name}, seed {seed}, {total / 1e9:.2f} GB in {seconds:.0f} s")
