@@ -1,0 +1,197 @@
+"""Ways to damage a bundle, and to re-seal its manifest so that only arithmetic can notice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper
+
+GRAPHS = ("model.onnx", "model.debug.onnx")
+
+
+def manifest(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def reseal(folder: Path) -> None:
+    """Make the manifest's sizes, hashes and checksums those of the files as they are."""
+    data = manifest(folder)
+    for name, info in data["files"].items():
+        content = (folder / name).read_bytes()
+        info.update(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    weights = (folder / data["graph"]["weights_file"]).read_bytes()
+    for tensor in data["tensors"]:
+        tensor["crc32"] = zlib.crc32(weights[tensor["offset"] : tensor["offset"] + tensor["size"]])
+    (folder / "manifest.json").write_text(json.dumps(data))
+
+
+class Tensor:
+    """A tensor of the weights file as a writable array; leaving the block stores it."""
+
+    def __init__(self, folder: Path, name: str, dtype, shape=(-1,)) -> None:
+        data = manifest(folder)
+        self._entry = next(entry for entry in data["tensors"] if entry["name"] == name)
+        self._path = folder / data["graph"]["weights_file"]
+        self._dtype, self._shape = dtype, shape
+
+    def __enter__(self) -> np.ndarray:
+        with self._path.open("rb") as file:
+            file.seek(self._entry["offset"])
+            self.array = np.frombuffer(file.read(self._entry["size"]), self._dtype).reshape(self._shape).copy()
+        return self.array
+
+    def __exit__(self, *_: object) -> None:
+        with self._path.open("r+b") as file:
+            file.seek(self._entry["offset"])
+            file.write(self.array.tobytes())
+
+
+def tensor_names(folder: Path) -> list[str]:
+    return [entry["name"] for entry in manifest(folder)["tensors"]]
+
+
+def edit_graphs(folder: Path, change, graphs=GRAPHS) -> None:
+    """Apply `change(graph)` to the graphs and store them; it returns how many nodes it changed, which must not be none."""
+    for name in graphs:
+        model = onnx.load(folder / name, load_external_data=False)
+        assert change(model.graph), f"the damage found nothing to change in {name}"
+        (folder / name).write_bytes(model.SerializeToString())
+
+
+def find(graph, op: str, output: str):
+    return next(node for node in graph.node if node.op_type == op and output in node.output)
+
+
+def renormalise_routing(folder: Path, layer: int) -> None:
+    """Drop input 14 of QMoE: the CPU kernel then softmaxes over the chosen experts only."""
+
+    def change(graph) -> int:
+        node = next(n for n in graph.node if n.op_type in ("QMoE", "MoE") and n.output[0] == f"layers.{layer}.moe")
+        if node.op_type == "QMoE":
+            assert len(node.input) == 15
+            del node.input[14:]
+        else:
+            next(a for a in node.attribute if a.name == "normalize_routing_weights").i = 1
+        return 1
+
+    edit_graphs(folder, change)
+
+
+def expert_parts(folder: Path, layer: int, matrix: str):
+    """(tensor name, bytes of one element) of the stacked experts' tensors of a layer."""
+    stem = f"layers.{layer}.moe.{matrix}"
+    return [name for name in tensor_names(folder) if name == stem or name.startswith(f"{stem}.")]
+
+
+def swap_gate_and_up(folder: Path, layer: int) -> None:
+    """Gate and up rows are interleaved in a mixture and one after the other in a dense block."""
+    experts = manifest(folder)["model"]["num_experts"]
+    names = [n for n in tensor_names(folder) if n.startswith((f"layers.{layer}.moe.gate_up", f"layers.{layer}.mlp.gate_up"))]
+    if names:
+        assert names
+        for name in names:
+            rows = fused_rows(folder, layer) * max(experts, 1)
+            with Tensor(folder, name, np.uint8, (rows, -1)) as array:
+                if experts:
+                    array[:] = array.reshape(-1, 2, array.shape[1])[:, ::-1].reshape(array.shape)
+                else:
+                    array[:] = np.concatenate([array[rows // 2 :], array[: rows // 2]])
+        return
+    stem = f"model.layers.{layer}.mlp"
+    with (
+        Tensor(folder, f"{stem}.gate_proj.weight", np.uint8) as gate,
+        Tensor(folder, f"{stem}.up_proj.weight", np.uint8) as up,
+    ):
+        gate[:], up[:] = up.copy(), gate.copy()
+
+
+def fused_rows(folder: Path, layer: int) -> int:
+    del layer
+    return 2 * json.loads((folder / "config.json").read_text())["intermediate_size"]
+
+
+def corrupt_expert_scales(folder: Path, layer: int, expert: int, factor: float = 1.25) -> None:
+    experts = manifest(folder)["model"]["num_experts"]
+    with Tensor(folder, f"layers.{layer}.moe.gate_up.scales", np.float32, (experts, -1)) as scales:
+        scales[expert] *= factor
+
+
+def exchange_experts(folder: Path, layer: int, first: int, second: int) -> None:
+    experts = manifest(folder)["model"]["num_experts"]
+    for matrix in ("gate_up", "down"):
+        for name in expert_parts(folder, layer, matrix):
+            with Tensor(folder, name, np.uint8, (experts, -1)) as array:
+                array[[first, second]] = array[[second, first]]
+
+
+def change_rope_base(folder: Path, theta: float) -> None:
+    model = manifest(folder)["model"]
+    half = model["head_dim"] // 2
+    inverse = theta ** (-np.arange(half, dtype=np.float64) * 2 / model["head_dim"])
+    angles = np.outer(np.arange(model["context_length"]), inverse)
+    for name, values in (("rope.cos", np.cos(angles)), ("rope.sin", np.sin(angles))):
+        with Tensor(folder, name, np.float32, (-1, half)) as array:
+            array[:] = values
+
+
+def norm_queries_per_head(folder: Path, layer: int) -> None:
+    """RMS over each head's width instead of the whole projection, the weights as before."""
+    model = manifest(folder)["model"]
+    heads, width = model["num_heads"], model["head_dim"]
+
+    def change(graph) -> int:
+        name = f"layers.{layer}.attn.q_normed"
+        index, node = next((i, n) for i, n in enumerate(graph.node) if name in n.output)
+        weight = node.input[1]
+        eps = next(a.f for a in node.attribute if a.name == "epsilon")
+        graph.initializer.append(helper.make_tensor("d.split", onnx.TensorProto.INT64, [4], [0, 0, heads, width]))
+        graph.initializer.append(helper.make_tensor("d.join", onnx.TensorProto.INT64, [3], [0, 0, heads * width]))
+        graph.initializer.append(helper.make_tensor("d.ones", onnx.TensorProto.FLOAT, [width], [1.0] * width))
+        new = [
+            helper.make_node("Reshape", [node.input[0], "d.split"], ["d.heads"]),
+            helper.make_node("SimplifiedLayerNormalization", ["d.heads", "d.ones"], ["d.normed"], axis=-1, epsilon=eps),
+            helper.make_node("Reshape", ["d.normed", "d.join"], ["d.joined"]),
+            helper.make_node("Mul", ["d.joined", weight], [name]),
+        ]
+        nodes = [*graph.node[:index], *new, *graph.node[index + 1 :]]
+        del graph.node[:]
+        graph.node.extend(nodes)
+        return 1
+
+    edit_graphs(folder, change)
+
+
+def flip_byte(folder: Path, tensor: str, position: int, mask: int = 0x80) -> None:
+    with Tensor(folder, tensor, np.uint8) as array:
+        array[position] ^= mask
+
+
+def exchange_tokens(folder: Path) -> None:
+    """Give two ordinary tokens each other's id."""
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        data = json.loads(path.read_text(encoding="utf-8"))
+        vocab = data["model"]["vocab"]
+        first, second = [token for token in vocab if token.isalpha() and token.isascii() and len(token) == 1][:2]
+        vocab[first], vocab[second] = vocab[second], vocab[first]
+        path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+        return
+    path = folder / "tokenizer.model"
+    data = path.read_bytes()
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_proto=data)
+    pieces = [model.IdToPiece(i) for i in range(model.GetPieceSize())]
+    # Two pieces of equal length exchange their texts in place: a valid file of another vocabulary.
+    first, second = [piece for piece in pieces if piece.isalpha() and piece.isascii() and len(piece) == 3][-2:]
+    mark = "\0" * 3
+    for old, new in ((first, mark), (second, first), (mark, second)):
+        needle = b"\n\x03" + old.encode()
+        assert data.count(needle) == 1, old
+        data = data.replace(needle, b"\n\x03" + new.encode())
+    path.write_bytes(data)
