@@ -1,0 +1,242 @@
+"""Does text survive the tokenizers, do streams join to the whole, and do both agree with the libraries?"""
+
+from __future__ import annotations
+
+import random
+import unicodedata
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizer_folders import KINDS, TEXTS, gemma, gemma_json, olmoe, plain_byte_level, put
+
+from edgelm.errors import TokenizerError
+from edgelm.tokenizer import Tokenizer
+
+Library = tuple[Callable[[str], list[int]], Callable[[list[int]], str]]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = KINDS[request.param](tmp_path_factory.mktemp("tokenizer") / request.param)
+    return path
+
+
+def library(folder: Path) -> Library:
+    """Encode and decode of the library itself."""
+    if (folder / "tokenizer.json").exists():
+        fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        fast.no_truncation()
+        fast.no_padding()
+        return lambda text: fast.encode(text, add_special_tokens=False).ids, fast.decode
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    return pieces.encode, pieces.decode
+
+
+def random_ids(tokenizer: Tokenizer, count: int, chooser: random.Random) -> list[int]:
+    """Ids of which many are bytes, so that invalid and cut characters occur."""
+    byte_ids = [i for i in range(tokenizer.vocab_size) if tokenizer.vocabulary.is_byte(i)]
+    return [
+        chooser.choice(byte_ids) if byte_ids and chooser.random() < 0.5 else chooser.randrange(tokenizer.vocab_size)
+        for _ in range(count)
+    ]
+
+
+def stream(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
+    detokenizer = tokenizer.detokenizer()
+    return [*(detokenizer.push(i) for i in ids), detokenizer.flush()]
+
+
+def test_ids_and_texts_are_the_librarys(folder: Path) -> None:
+    tokenizer = Tokenizer.from_folder(folder)
+    encode, decode = library(folder)
+    for text in TEXTS:
+        ids = tokenizer.encode(text, add_bos=False)
+        assert ids == encode(text)
+        assert tokenizer.decode(ids) == decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "gemma", "gemma_json", "llama_json", "pieces_identity"])
+def test_texts_come_back_from_tokenizers_that_keep_them(kind: str, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(KINDS[kind](tmp_path / kind))
+    for text in TEXTS:
+        # GPT-NeoX's tokenizer, and so OLMoE's, composes characters first.
+        expected = unicodedata.normalize("NFC", text) if kind == "olmoe" else text
+        assert tokenizer.decode(tokenizer.encode(text)) == expected
+
+
+def test_random_ids_decode_as_the_library_does_where_they_are_utf8(folder: Path) -> None:
+    tokenizer = Tokenizer.from_folder(folder)
+    _, decode = library(folder)
+    chooser = random.Random(1)
+    compared = 0
+    for _ in range(400):
+        ids = random_ids(tokenizer, chooser.randint(1, 6), chooser)
+        if any(i in tokenizer.special and i not in tokenizer.vocabulary.special for i in ids):
+            continue  # named special by config.json only, which the library does not read
+        text = tokenizer.decode(ids)
+        if "\ufffd" not in text:
+            assert text == decode(ids), ids
+            compared += 1
+    assert compared > 50
+
+
+def test_the_stream_joins_to_the_whole_and_never_splits_a_character(folder: Path) -> None:
+    tokenizer = Tokenizer.from_folder(folder)
+    chooser = random.Random(2)
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        pieces = stream(tokenizer, ids)
+        assert "".join(pieces) == tokenizer.decode(ids)
+        if "\ufffd" not in text:
+            assert not any("\ufffd" in piece for piece in pieces)
+    for _ in range(300):
+        ids = random_ids(tokenizer, chooser.randint(0, 12), chooser)
+        assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_a_character_of_several_tokens_appears_with_its_last(folder: Path) -> None:
+    tokenizer = Tokenizer.from_folder(folder)
+    for character in "🎉漢":
+        ids = tokenizer.encode("a" + character, add_bos=False)
+        pieces = stream(tokenizer, ids)
+        assert pieces[-2] == character
+        assert pieces[-1] == ""
+        assert len(ids) >= 4, "the vocabularies of these tests have no such character"
+
+
+def test_a_cut_character_becomes_one_replacement_at_the_end(tmp_path: Path) -> None:
+    for make in (olmoe, gemma, gemma_json):
+        tokenizer = Tokenizer.from_folder(make(tmp_path / make.__name__))
+        ids = tokenizer.encode("a🎉", add_bos=False)
+        assert stream(tokenizer, ids[:-1]) == ["a", "", "", "", "\ufffd"]
+        assert tokenizer.decode([*ids[:-1], ids[0]]) == "a\ufffda"
+
+
+def test_a_stream_can_be_used_again_after_flush(folder: Path) -> None:
+    tokenizer = Tokenizer.from_folder(folder)
+    detokenizer = tokenizer.detokenizer()
+    ids = tokenizer.encode("the people")
+    first, second = ("".join([*map(detokenizer.push, ids), detokenizer.flush()]) for _ in range(2))
+    assert first == second == tokenizer.decode(ids)
+
+
+def test_ids_without_a_token_give_nothing(folder: Path) -> None:
+    tokenizer = Tokenizer.from_folder(folder)
+    ids = tokenizer.encode("the people", add_bos=False)
+    assert tokenizer.decode([tokenizer.vocab_size, *ids, tokenizer.vocab_size + 99, -1]) == tokenizer.decode(ids)
+    assert tokenizer.token(tokenizer.vocab_size) is None
+    assert tokenizer.token_id("no such token") is None
+
+
+def test_special_tokens_in_a_text_are_parsed_by_both_kinds(tmp_path: Path) -> None:
+    for make in (gemma, gemma_json):
+        tokenizer = Tokenizer.from_folder(make(tmp_path / make.__name__))
+        ids = tokenizer.encode("<bos>a<eos><bos>", add_bos=False)
+        assert [ids[0], *ids[-2:]] == [2, 1, 2]
+        assert tokenizer.decode(ids) == "a"
+        assert tokenizer.decode(ids, skip_special=False) == "<bos>a<eos><bos>"
+
+
+def test_bos_is_put_where_the_files_say_so(tmp_path: Path) -> None:
+    byte_level = Tokenizer.from_folder(olmoe(tmp_path / "o"))
+    assert byte_level.add_bos is False
+    assert byte_level.encode("a", add_bos=True) == [byte_level.bos_id, *byte_level.encode("a")]
+    for folder in (gemma(tmp_path / "g"), gemma_json(tmp_path / "j")):
+        tokenizer = Tokenizer.from_folder(folder)
+        assert tokenizer.add_bos is True
+        assert tokenizer.encode("a") == [2, *tokenizer.encode("a", add_bos=False)]
+        put(folder, "tokenizer_config.json", {"add_bos_token": False})
+        assert Tokenizer.from_folder(folder).add_bos is False
+    without = Tokenizer.from_folder(plain_byte_level(tmp_path / "p"))
+    assert without.bos_id is None
+    assert without.add_bos is False
+    with pytest.raises(TokenizerError, match="pass add_bos=False"):
+        without.encode("a", add_bos=True)
+
+
+def test_settings_for_training_do_not_cut_or_fill_a_text(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(plain_byte_level(tmp_path / "p"))
+    assert len(tokenizer.encode("x" * 50)) == 50
+    assert len(tokenizer.encode("x")) == 1
+
+
+def test_text_that_is_no_unicode_is_refused(folder: Path) -> None:
+    with pytest.raises(TokenizerError, match="not valid Unicode at character 1"):
+        Tokenizer.from_folder(folder).encode("a\udcff")
+
+
+def test_the_fingerprint_follows_the_vocabulary_and_the_special_ids(folder: Path, tmp_path: Path) -> None:
+    fingerprint = Tokenizer.from_folder(folder).fingerprint()
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    assert Tokenizer.from_folder(copy).fingerprint() == fingerprint
+    put(copy, "tokenizer_config.json", {"eos_token": Tokenizer.from_folder(copy).token(5), "add_bos_token": True})
+    put(copy, "generation_config.json", {"eos_token_id": 5})
+    assert Tokenizer.from_folder(copy).fingerprint() != fingerprint
+
+
+def test_a_swapped_token_changes_the_fingerprint(tmp_path: Path) -> None:
+    folder = olmoe(tmp_path / "o")
+    before = Tokenizer.from_folder(folder).fingerprint()
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace('"(": 9', '"(": 10', 1).replace('")": 10', '")": 9', 1))
+    assert Tokenizer.from_folder(folder).fingerprint() != before
+
+
+def test_files_are_what_a_bundle_needs(tmp_path: Path) -> None:
+    folder = gemma(tmp_path / "g")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    tokenizer = Tokenizer.from_folder(folder)
+    names = {path.name for path in tokenizer.files}
+    assert names == {"tokenizer.model", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in [*tokenizer.files, folder / "config.json"]:
+        (copy / path.name).write_bytes(path.read_bytes())
+    assert Tokenizer.from_folder(copy).fingerprint() == tokenizer.fingerprint()
+
+
+def test_json_is_preferred_to_the_model(tmp_path: Path) -> None:
+    folder = gemma(tmp_path / "g")
+    other = gemma_json(tmp_path / "j")
+    (folder / "tokenizer.json").write_bytes((other / "tokenizer.json").read_bytes())
+    assert Tokenizer.from_folder(folder).vocab_size == Tokenizer.from_folder(other).vocab_size
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 50, b"version https://git-lfs.github.com/spec/v1\n"])
+def test_damaged_files_are_refused_by_name(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TokenizerError, match=name):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"neither tokenizer.json nor tokenizer.model"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_decoder_of_another_kind_is_refused(tmp_path: Path) -> None:
+    folder = plain_byte_level(tmp_path / "p")
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="step WordPiece"):
+        Tokenizer.from_folder(folder)
+    tokenizer.decoder = None
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="step None"):
+        Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_garbled_settings_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    folder = olmoe(tmp_path / "o")
+    (folder / name).write_text("{")
+    with pytest.raises(TokenizerError, match=name):
+        Tokenizer.from_folder(folder)

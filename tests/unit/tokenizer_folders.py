@@ -1,0 +1,126 @@
+"""Folders with tokenizers of every kind that is read, made in a moment."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+
+from edgelm import synth_tokenizer
+
+TEXTS = (
+    "Hello, world! The people know how to make it good.",
+    "  two  spaces\n\n\ttab 12345 3.14 ",
+    "def f(x):\n    return x**2  # Größe",
+    "漢字かな交じり文 한국어 العربية हिन्दी",
+    "🎉👩‍👩‍👧 flags 🇩🇪 and e\u0301 \u00e9 \ufffd",
+    "",
+    " ",
+    "\n",
+)
+
+
+def put(folder: Path, name: str, value: Any) -> None:
+    (folder / name).write_text(json.dumps(value))
+
+
+def olmoe(folder: Path, size: int = 3000, *, renamed_eos: bool = True) -> Path:
+    """Byte-level BPE in OLMoE's layout."""
+    folder.mkdir()
+    synth_tokenizer.write_olmoe_tokenizer(folder, size, size - 1, renamed_eos=renamed_eos)
+    put(folder, "config.json", {"eos_token_id": size - 1, "pad_token_id": 1})
+    return folder
+
+
+def gemma(folder: Path, size: int = 3000) -> Path:
+    """SentencePiece in Gemma's layout with Fox's wrong configs."""
+    folder.mkdir()
+    synth_tokenizer.write_gemma_tokenizer(folder, size)
+    for name in ("config.json", "generation_config.json"):
+        put(folder, name, {"bos_token_id": 1, "eos_token_id": 2})
+    return folder
+
+
+def _byte_fallback_model() -> models.BPE:
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abcdehlort,!."]
+    merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("o", "r"), ("l", "d")]
+    names += [left + right for left, right in merges]
+    vocab = {name: i for i, name in enumerate(names)}
+    return models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+
+
+def gemma_json(folder: Path) -> Path:
+    """tokenizer.json as Gemma's is: BPE with byte tokens, bos put there by a post-processor."""
+    folder.mkdir()
+    tokenizer = tokenizers.Tokenizer(_byte_fallback_model())
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<pad>", "<eos>", "<bos>", "<unk>")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def llama_json(folder: Path) -> Path:
+    """tokenizer.json as Llama 2's is: a space put before the text and taken away again."""
+    folder.mkdir()
+    tokenizer = tokenizers.Tokenizer(_byte_fallback_model())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<pad>", "<eos>", "<bos>", "<unk>")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def plain_byte_level(folder: Path) -> Path:
+    """Byte-level BPE with an added token that holds spaces, as GPT-NeoX's runs of spaces are."""
+    folder.mkdir()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken("    ", normalized=False), AddedToken("é", normalized=False)])
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=20)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def trained_pieces(folder: Path, **options: Any) -> Path:
+    """A SentencePiece model trained with the library's defaults, which put and take away spaces, or with `options`."""
+    folder.mkdir()
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(synth_tokenizer.SAMPLE.splitlines() * 4),
+        model_writer=model,
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+        num_threads=1,
+        **options,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder
+
+
+KINDS = {
+    "olmoe": olmoe,
+    "gemma": gemma,
+    "gemma_json": gemma_json,
+    "llama_json": llama_json,
+    "plain_byte_level": plain_byte_level,
+    "pieces_defaults": trained_pieces,
+    "pieces_prefix": lambda folder: trained_pieces(folder, remove_extra_whitespaces=False),
+    "pieces_identity": lambda folder: trained_pieces(
+        folder, remove_extra_whitespaces=False, add_dummy_prefix=False, normalization_rule_name="identity"
+    ),
+}
