@@ -23,6 +23,7 @@ from edgelm.checkpoint import WeightReader
 from edgelm.errors import ContextLengthError
 from edgelm.models import family
 from edgelm.models.trace import KVCache, Trace
+from edgelm.progress import Progress, Silent
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -136,14 +137,20 @@ class LayerwiseReference:
 
     @torch.no_grad()
     def step(
-        self, ids: Sequence[Ints], states: Sequence[SequenceState] | None = None, trace: bool = False
+        self,
+        ids: Sequence[Ints],
+        states: Sequence[SequenceState] | None = None,
+        trace: bool = False,
+        progress: Progress | None = None,
     ) -> LayerwiseResult:
         """Advance every sequence by its new tokens in one sweep over the weights.
 
         Args:
             ids: for each sequence int64 [T] new tokens, T >= 1; lengths may differ.
-            states: where each stands, as an earlier result returned them; they are advanced in place. None: the start.
+            states: where each stands, as an earlier result returned them; they are advanced in place, or left as they
+                were if reading fails. None: the start.
             trace: keep hidden states and routing.
+            progress: told of every layer.
 
         Raises:
             ValueError: not as many states as sequences, an empty sequence, or a token outside the vocabulary.
@@ -151,24 +158,39 @@ class LayerwiseReference:
         """
         states = [self.new_state() for _ in ids] if states is None else list(states)
         self._check(ids, states)
+        before = [state.length for state in states]
+        try:
+            final, kept = self._sweep(ids, states, trace, progress or Silent())
+        except BaseException:
+            for state, length in zip(states, before, strict=True):
+                state.truncate(length)
+            raise
+        lengths = [len(sequence) for sequence in ids]
+        return LayerwiseResult(_by_sequence(final, kept if trace else None, lengths), states, self)
+
+    def _sweep(
+        self, ids: Sequence[Ints], states: Sequence[SequenceState], trace: bool, progress: Progress
+    ) -> tuple[Tensor, Trace]:
+        """The normed residual stream [N, D] of all new tokens, and what was traced on the way."""
         lengths = [len(sequence) for sequence in ids]
         x = self._embed(np.concatenate(ids))  # [N, D]
         kept = Trace(hidden=[x])
-        for index in range(self.config.num_hidden_layers):
-            layer = self.family.layer_from_disk(self.config, index, self.weights.read_float32)
-            projected = layer.self_attn.project(layer.input_layernorm(x))
-            mixed = [
-                layer.self_attn.attend(q[None], k[None], v[None], state.cache, index)[0]
-                for q, k, v, state in zip(*(torch.split(p, lengths) for p in projected), states, strict=True)
-            ]
-            x = x + layer.self_attn.o_proj(torch.cat(mixed))
-            x = x + layer.mlp(layer.post_attention_layernorm(x), kept if trace else None)
-            if trace:
-                kept.hidden.append(x)
+        with progress.task("reference layers", self.config.num_hidden_layers, unit="steps") as advance:
+            for index in range(self.config.num_hidden_layers):
+                layer = self.family.layer_from_disk(self.config, index, self.weights.read_float32)
+                projected = layer.self_attn.project(layer.input_layernorm(x))
+                mixed = [
+                    layer.self_attn.attend(q[None], k[None], v[None], state.cache, index)[0]
+                    for q, k, v, state in zip(*(torch.split(p, lengths) for p in projected), states, strict=True)
+                ]
+                x = x + layer.self_attn.o_proj(torch.cat(mixed))
+                x = x + layer.mlp(layer.post_attention_layernorm(x), kept if trace else None)
+                if trace:
+                    kept.hidden.append(x)
+                advance(1)
         norm = self.family.norm_class(self.config.hidden_size, self.config.rms_norm_eps)
         norm.weight.copy_(torch.from_numpy(self.weights.read_float32("model.norm.weight")))
-        final: Tensor = norm(x)
-        return LayerwiseResult(_by_sequence(final, kept if trace else None, lengths), states, self)
+        return norm(x), kept
 
     def _check(self, ids: Sequence[Ints], states: Sequence[SequenceState]) -> None:
         if not ids or len(ids) != len(states):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from edgelm.errors import ContextLengthError
 from edgelm.models import family
 from edgelm.models.layerwise import LayerwiseReference
 from edgelm.models.trace import Trace
+from edgelm.progress import Advance, Progress
 
 OLMOE: dict[str, Any] = {
     "architectures": ["OlmoeForCausalLM"],
@@ -208,6 +211,33 @@ def test_outgrowing_the_context_is_refused_before_anything_is_computed() -> None
         reference.step([np.array([1, 2])], states)
     assert not weights.reads
     assert states[0].length == 39
+
+
+def test_a_sweep_that_cannot_read_leaves_the_states_as_they_were() -> None:
+    weights = Weights(OLMOE)
+    reference = LayerwiseReference(OLMOE, weights)
+    expected = reference.step([SEQUENCES[0]]).sequences[0].final[3:]
+    states = reference.step([SEQUENCES[0][:3]]).states
+    lost = weights.tensors.pop("model.layers.2.input_layernorm.weight")
+    with pytest.raises(KeyError):
+        reference.step([SEQUENCES[0][3:]], states)
+    weights.tensors["model.layers.2.input_layernorm.weight"] = lost
+    assert states[0].length == 3
+    again = reference.step([SEQUENCES[0][3:]], states).sequences[0].final
+    assert relative(again, torch.from_numpy(expected)) < 1e-5
+
+
+def test_progress_is_told_of_every_layer() -> None:
+    told: list[tuple[str, float]] = []
+
+    class Told(Progress):
+        @contextlib.contextmanager
+        def task(self, label: str, total: float, *, unit: str = "bytes") -> Iterator[Advance]:
+            told.append((unit, total))
+            yield lambda amount: told.append(("done", amount))
+
+    LayerwiseReference(FOX, Weights(FOX)).step([SEQUENCES[0]], progress=Told())
+    assert told == [("steps", 3), *[("done", 1)] * 3]
 
 
 def test_unusable_questions_about_logits_are_refused() -> None:
