@@ -1,0 +1,108 @@
+"""Does a recipe say what it means, survive TOML, and refuse what it cannot mean?"""
+
+from __future__ import annotations
+
+import pytest
+
+from edgelm.errors import RecipeError
+from edgelm.quant import PRESETS, Recipe, Rule, Scheme
+
+EXPERT = "model.layers.3.mlp.experts.17.down_proj.weight"
+ROUTER = "model.layers.3.mlp.gate.weight"
+
+
+@pytest.mark.parametrize(
+    ("preset", "tensor", "shape", "scheme"),
+    [
+        ("int4", EXPERT, (2048, 1024), "int4-g32-sym"),
+        ("int4", "model.layers.0.mlp.gate_proj.weight", (4096, 2048), "int4-g32-sym"),  # Fox: not a router
+        ("int4", ROUTER, (64, 2048), None),
+        ("int4", "model.embed_tokens.weight", (50304, 2048), "int8-g128-sym"),
+        ("int4", "lm_head.weight", (50304, 2048), "int8-g128-sym"),
+        ("int4", "model.norm.weight", (2048,), None),
+        ("int4", EXPERT, (64, 48), "int4-g16-sym"),
+        ("int8", EXPERT, (2048, 1024), "int8-g128-sym"),
+        ("int8", ROUTER, (64, 2048), None),
+        ("int8", "model.embed_tokens.weight", (50304, 2048), "int8-g128-sym"),
+        ("none", EXPERT, (2048, 1024), None),
+    ],
+)
+def test_presets_give_each_kind_of_tensor_its_scheme(preset, tensor, shape, scheme):
+    found = PRESETS[preset].scheme_for(tensor, shape)
+    assert (found and found.name) == scheme
+
+
+def test_the_first_rule_that_matches_decides():
+    recipe = Recipe(
+        "r",
+        None,
+        (Rule("*.experts.17.*", Scheme(8, 64)), Rule("*.experts.*", Scheme(4, 32)), Rule("*", Scheme(8, None))),
+    )
+    assert recipe.scheme_for(EXPERT, (64, 128)) == Scheme(8, 64)
+    assert recipe.scheme_for(EXPERT.replace("17", "18"), (64, 128)) == Scheme(4, 32)
+    assert recipe.scheme_for(ROUTER, (64, 128)) == Scheme(8, None)
+    assert recipe.scheme_for("model.norm.weight", (64,)) is None
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *PRESETS.values(),
+        Recipe(
+            "all", Scheme(4, 64, symmetric=False), (Rule("*.[qk]_proj.*", None), Rule("lm_head.*", Scheme(8, None)))
+        ),
+        Recipe('odd "name" \\ \x07 Ω', None, (Rule('a"b\\c', Scheme(4, 128)),)),
+    ],
+    ids=lambda recipe: repr(recipe.name),
+)
+def test_toml_round_trips(recipe, tmp_path):
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+    (tmp_path / "r.toml").write_text(recipe.to_toml(), encoding="utf-8")
+    assert Recipe.load(tmp_path / "r.toml") == recipe
+
+
+def test_a_file_without_a_name_is_called_after_the_file(tmp_path):
+    (tmp_path / "mine.toml").write_text('default = "int8-row-sym"\n')
+    assert Recipe.load(str(tmp_path / "mine.toml")) == Recipe("mine", Scheme(8, None))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('default = "int4-g32-sym"\ngroup = 32', "unknown key group; known are name, default, rule"),
+        ('default = "float"\n[[rule]]\nmatch = "*"\nscheme = "float"\nbits = 4', "rule 1: unknown key bits"),
+        ('default = "float"\n[[rule]]\nscheme = "float"', 'rule 1: "match" is missing'),
+        ('default = "float"\n[[rule]]\nmatch = ""\nscheme = "float"', 'rule 1: "match" is missing'),
+        ('default = "float"\n[rule]\nmatch = "*"', r"\[\[rule\]\]"),
+        ('name = "x"', '"default" is missing'),
+        ("default = 4", '"default" is missing or not a text'),
+        ('default = "int3-g32-sym"', "int3-g32-sym.*or float"),
+        ('default = "int4-g24-sym"', "power of two"),
+        ("default = ", "not valid TOML"),
+        (b"\xff\xfe", "not valid TOML"),
+    ],
+)
+def test_what_a_recipe_cannot_mean_is_refused_with_its_place(tmp_path, text, said):
+    path = tmp_path / "r.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(RecipeError, match=said) as error:
+        Recipe.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones():
+    with pytest.raises(RecipeError, match=r"no recipe int3: give int4, int8, none, or the path of a \.toml file"):
+        Recipe.load("int3")
+
+
+def test_a_pattern_that_matches_nothing_is_refused_except_in_presets():
+    names = ["model.layers.0.mlp.gate_proj.weight", "model.norm.weight"]
+    recipe = Recipe("mine", None, (Rule("*.gate_proj.weight", Scheme(4, 32)), Rule("*.gate_porj.weight", None)))
+    with pytest.raises(RecipeError, match=r"\*\.gate_porj\.weight.*none of the 2 tensors.*model\.layers\.0"):
+        recipe.check(names)
+    recipe.check([*names, "x.gate_porj.weight"])
+    for preset in PRESETS.values():
+        preset.check(names)
+    same_name = Recipe("int4", None, PRESETS["int4"].rules)
+    with pytest.raises(RecipeError, match="matches none"):
+        same_name.check(names)
