@@ -174,7 +174,7 @@ class ChatTemplate:
             raise GenerationError(f"{self._where} refuses these messages: {error}") from error
         except (TemplateLimit, RecursionError) as error:
             reason = "recursion without end" if isinstance(error, RecursionError) else error
-            raise GenerationError(f"{self._where} does not come to an end: {reason}") from error
+            raise GenerationError(f"{self._where} does more than a chat template may: {reason}") from error
         except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
             # The template's own expressions raise these, for example when it adds a text to nothing.
             raise GenerationError(f"{self._where} fails on these messages: {error}") from error

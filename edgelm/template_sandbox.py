@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-MAX_VALUE = 1 << 20  # characters or items of one value made by the template; no number given to a call may be larger
-MAX_STEPS = 1_000_000  # loop rounds and calls of one rendering
+MAX_VALUE = 1 << 20  # characters and items in one value; no number given to a call may be larger
+MAX_STEPS = 300_000  # loop rounds and calls of one rendering
 
 # "%99999d", "%*d", "{:99999}", and a field inside a field, which could hold any width.
 WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\d{5,}|\*)|\{[^}]*(\d{5,}|\{)")
@@ -56,8 +56,22 @@ def _check_length(length: int) -> None:
 
 
 def _bounded(value: Any) -> Any:
-    if isinstance(value, str | list | tuple):
-        _check_length(len(value))
+    """The value itself, if all its characters and items, those of items included, are not too many."""
+    total = 0
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            total += len(item)
+        elif isinstance(item, dict):
+            total += len(item)
+            stack += item.values()
+        elif isinstance(item, list | tuple):
+            # Before they are stacked: they may be a million times the same list.
+            total += len(item)
+            _check_length(total)
+            stack += item
+        _check_length(total)
     return value
 
 
@@ -71,14 +85,18 @@ def _binary(operator: str, left: Any, right: Any, apply: Callable[[], Any]) -> A
                 _check_length(len(sequence) * times)
     if operator == "%" and isinstance(left, str) and WIDE_FORMAT.search(left):
         raise TemplateLimit("a format wider than 9999")
-    result = _bounded(apply())
+    if operator == "%":
+        _bounded(right)
+    result = apply()
+    if isinstance(result, str | list | tuple):
+        _check_length(len(result))
     if isinstance(result, int) and result.bit_length() > 4096:
         raise TemplateLimit("a number of more than 4096 bits")
     return result
 
 
 def _replace(value: Any, old: str, new: str, count: int | None = None) -> str:
-    text, old, new = str(value), str(old), str(new)
+    text, old, new = str(value), str(_bounded(old)), str(_bounded(new))
     _check_length(len(text) + text.count(old) * len(new))
     return text.replace(old, new, -1 if count is None else count)
 
@@ -95,15 +113,17 @@ def _join(parts: Iterable[Any], separator: str) -> str:
     texts: list[str] = []
     length = 0
     for part in parts:
-        texts.append(str(part))
+        texts.append(str(_bounded(part)))
         length += len(texts[-1]) + len(separator)
         _check_length(length)
     return separator.join(texts)
 
 
 def _check_string_method(text: str, name: str, args: tuple[Any, ...]) -> None:
-    if name in ("format", "format_map") and WIDE_FORMAT.search(text):
-        raise TemplateLimit("a format wider than 9999")
+    if name in ("format", "format_map"):
+        _bounded(args)
+        if WIDE_FORMAT.search(text):
+            raise TemplateLimit("a format wider than 9999")
     if name == "replace" and len(args) > 1 and isinstance(args[0], str) and isinstance(args[1], str):
         _check_length(len(text) + text.count(args[0]) * len(args[1]))
     if name == "join" and args and isinstance(args[0], list | tuple):
@@ -150,6 +170,9 @@ def sandbox(budget: Budget) -> Any:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
+    def bounded(node: nodes.Expr) -> nodes.Expr:
+        return nodes.Filter(node, "_bounded", [], [], None, None)
+
     class Bounded(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -157,7 +180,10 @@ def sandbox(budget: Budget) -> Any:
             for loop in list(source.find_all(nodes.For)):
                 loop.iter = nodes.Filter(loop.iter, "_count", [], [], None, None)
             for join in list(source.find_all(nodes.Concat)):
-                join.nodes = [nodes.Filter(part, "_bounded", [], [], None, None) for part in join.nodes]
+                join.nodes = [bounded(part) for part in join.nodes]
+            for step in list(source.find_all(nodes.Filter)):
+                if step.node is not None and not step.name.startswith("_"):
+                    step.node = bounded(step.node)
             return super()._generate(source, *args, **kwargs)
 
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -166,12 +192,14 @@ def sandbox(budget: Budget) -> Any:
 
         def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
             budget.step()
-            name, owner = getattr(function, "__name__", "a function"), getattr(function, "__self__", None)
+            # jinja2 wraps str.format in a function that remembers the method.
+            owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)
+            name = getattr(function, "__name__", "a function")
             if any(isinstance(value, int) and abs(value) > MAX_VALUE for value in (*args, *kwargs.values())):
                 raise TemplateLimit(f"a number above {MAX_VALUE} given to {name}")
             if isinstance(owner, str):
-                _check_string_method(owner, name, args)
-            return _bounded(super().call(context, function, *args, **kwargs))
+                _check_string_method(owner, name, (*args, *kwargs.values()))
+            return super().call(context, function, *args, **kwargs)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             return _binary(
@@ -184,7 +212,9 @@ def sandbox(budget: Budget) -> Any:
             parts = map(filters.make_attrgetter(environment, attribute), parts)
         return _join(parts, str(separator))
 
-    environment = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment = Bounded(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], finalize=_bounded
+    )
     environment.filters = {name: function for name, function in environment.filters.items() if name in FILTERS}
     environment.filters |= {"tojson": _tojson, "replace": _replace, "indent": _indent, "join": join}
     environment.filters |= {"_count": budget.count, "_bounded": _bounded}
