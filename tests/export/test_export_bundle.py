@@ -1,0 +1,286 @@
+"""Is a bundle complete or absent, does it say what it is, and does ONNX Runtime GenAI run it?"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import MakeCheckpoint
+
+import edgelm
+from edgelm.bundle import Bundle, sha256_of
+from edgelm.checkpoint import Checkpoint
+from edgelm.errors import EdgeLMError, ExportError, MemoryLimitError
+from edgelm.export import ExportOptions, export_bundle
+from edgelm.export.memory import parse_size
+from edgelm.parity.golden import GoldenOptions
+from edgelm.parity.prompts import Prompt
+from edgelm.progress import Advance, Progress
+from edgelm.quant.checkpoint import quantize_checkpoint
+from edgelm.quant.recipe import Recipe
+
+SHORT = GoldenOptions(prompts=(Prompt("short", "The quick brown fox"),), greedy_tokens=2)
+OPTIONS = ExportOptions(golden=SHORT, threads=2)
+
+
+@pytest.fixture(scope="module")
+def bundles(checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Bundle]:
+    folder = tmp_path_factory.mktemp("bundles")
+    return {
+        (name, recipe): export_bundle(checkpoint(name), folder / f"{name}-{recipe}", recipe=recipe, options=OPTIONS)
+        for name in ("olmoe", "fox")
+        for recipe in ("int4", "int8")
+    }
+
+
+@pytest.mark.parametrize("recipe", ["int4", "int8"])
+@pytest.mark.parametrize("name", ["olmoe", "fox"])
+def test_genai_generates_the_same_greedy_tokens(bundles: dict[tuple[str, str], Bundle], name: str, recipe: str) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    bundle = bundles[name, recipe]
+    prompt = list(range(5, 45))
+    model = genai.Model(str(bundle.path))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + 24, min_length=len(prompt) + 24, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    theirs = [int(token) for token in generator.get_sequence(0)][len(prompt) :]
+    with edgelm.load(bundle.path, threads=1) as ours:
+        logits = ours.runtime.prefill(prompt)
+        tokens: list[int] = []
+        for _ in theirs:
+            tokens.append(_best(logits, bundle.manifest.tokens.eos_ids))
+            logits = ours.runtime.decode(tokens[-1])
+    assert len(theirs) == 24
+    assert theirs == tokens
+
+
+def _best(logits: np.ndarray, never: tuple[int, ...]) -> int:
+    """GenAI's greedy choice under min_length: the end tokens do not take part."""
+    masked = logits.copy()
+    masked[list(never)] = -np.inf
+    return int(masked.argmax())
+
+
+def test_manifest_describes_what_was_written(
+    bundles: dict[tuple[str, str], Bundle], checkpoint: MakeCheckpoint
+) -> None:
+    bundle = bundles["olmoe", "int4"]
+    manifest = bundle.manifest
+    on_disk = {p.relative_to(bundle.path).as_posix() for p in bundle.path.rglob("*") if p.is_file()}
+    assert on_disk == set(manifest.files) | {"manifest.json"}
+    for name, info in manifest.files.items():
+        assert (info.size, info.sha256) == (bundle.file(name).stat().st_size, sha256_of(bundle.file(name)))
+    source = checkpoint("olmoe")
+    assert manifest.source.files["model.safetensors"].sha256 == sha256_of(source / "model.safetensors")
+    assert (manifest.model.num_experts, manifest.model.experts_per_token) == (16, 4)
+    assert manifest.recipe.name == "int4"
+    assert Recipe.from_toml(manifest.recipe.toml, "manifest") == Recipe.load("int4")
+    assert bundle.verify() == []
+
+
+def test_a_damaged_weight_is_named_by_tensor_and_layer(bundles: dict[tuple[str, str], Bundle], tmp_path: Path) -> None:
+    import shutil
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(bundles["olmoe", "int4"].path, damaged)
+    bundle = Bundle.open(damaged)
+    entry = next(e for e in bundle.manifest.tensors if e.name == "layers.1.moe.down.qweight")
+    with bundle.file("model.onnx.data").open("r+b") as stream:
+        stream.seek(entry.offset + 100)
+        byte = stream.read(1)[0]
+        stream.seek(entry.offset + 100)
+        stream.write(bytes([byte ^ 1]))
+    assert bundle.verify() == [
+        "model.onnx.data: tensor layers.1.moe.down.qweight (layer 1) differs from what was exported"
+    ]
+    with bundle.file("model.onnx.data").open("ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(EdgeLMError, match=r"model\.onnx\.data has \d+ bytes, the manifest says"):
+        Bundle.open(damaged)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(format_version=2), "bundle format 2, this EdgeLM reads 1: upgrade edgelm"),
+        (lambda m: m.update(format="other"), "not the manifest of an EdgeLM bundle"),
+        (lambda m: m["model"].pop("family"), "missing or unknown field"),
+        (lambda m: m["files"].update({"../x": {"size": 1, "sha256": ""}}), "outside the bundle"),
+        (lambda m: m["files"].update({"gone.bin": {"size": 1, "sha256": ""}}), "lacks gone.bin"),
+    ],
+)
+def test_a_wrong_manifest_is_refused(
+    bundles: dict[tuple[str, str], Bundle], tmp_path: Path, change, message: str
+) -> None:  # type: ignore[no-untyped-def]
+    import shutil
+
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundles["fox", "int4"].path, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(EdgeLMError, match=re.escape(message)):
+        Bundle.open(folder)
+
+
+def test_tied_table_is_stored_once(bundles: dict[tuple[str, str], Bundle]) -> None:
+    bundle = bundles["fox", "int4"]
+    model = onnx.load(bundle.file("model.onnx"), load_external_data=False)
+    places = {}
+    for tensor in model.graph.initializer:
+        external = {entry.key: entry.value for entry in tensor.external_data}
+        if external:
+            places.setdefault((external["offset"], external["length"]), []).append(tensor.name)
+    shared = [names for names in places.values() if len(names) > 1]
+    assert shared == [["model.embed_tokens.qweight.table", "logits.B"]]
+    stored = sum(entry.size for entry in bundle.manifest.tensors if entry.name.startswith("model.embed_tokens"))
+    vocabulary, hidden = bundle.manifest.model.vocab_size, bundle.manifest.model.hidden_size
+    assert stored < 1.2 * vocabulary * hidden
+
+
+def test_router_decides_in_float_and_unrenormalised(bundles: dict[tuple[str, str], Bundle]) -> None:
+    model = onnx.load(bundles["olmoe", "int4"].file("model.onnx"), load_external_data=False)
+    for node in (n for n in model.graph.node if n.op_type == "QMoE"):
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert attributes["normalize_routing_weights"] == 0
+        producer = next(n for n in model.graph.node if node.input[14] in n.output)
+        assert producer.op_type == "Softmax"
+        assert producer.input[0] == node.input[1]
+
+
+def test_a_quantised_checkpoint_exports_to_the_same_weights(
+    bundles: dict[tuple[str, str], Bundle], checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    quantize_checkpoint(checkpoint("olmoe"), tmp_path / "quantised", Recipe.load("int4"))
+    bundle = export_bundle(tmp_path / "quantised", tmp_path / "bundle", options=OPTIONS)
+    direct = bundles["olmoe", "int4"]
+    assert bundle.manifest.files["model.onnx.data"] == direct.manifest.files["model.onnx.data"]
+    assert bundle.manifest.recipe.name == "int4"
+
+
+def test_two_exports_write_the_same_bytes(
+    bundles: dict[tuple[str, str], Bundle], checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    again = export_bundle(checkpoint("fox"), tmp_path / "again", recipe="int4", options=OPTIONS)
+    assert again.manifest.files["model.onnx.data"] == bundles["fox", "int4"].manifest.files["model.onnx.data"]
+
+
+class _Interrupting(Progress):
+    """Ctrl-C in the middle of a task."""
+
+    def __init__(self, label: str, error: BaseException) -> None:
+        self.label = label
+        self.error = error
+
+    @contextmanager
+    def task(self, label: str, total: float, *, unit: str = "bytes") -> Iterator[Advance]:
+        def advance(amount: float) -> None:
+            if label == self.label:
+                raise self.error
+
+        yield advance
+
+
+@pytest.mark.parametrize("label", ["quantising", "reference", "hashing"])
+def test_an_interrupted_export_leaves_nothing_and_spares_the_old(
+    checkpoint: MakeCheckpoint, tmp_path: Path, label: str
+) -> None:
+    out = tmp_path / "bundle"
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(checkpoint("fox"), out, options=OPTIONS, progress=_Interrupting(label, KeyboardInterrupt()))
+    assert list(tmp_path.iterdir()) == []
+    first = export_bundle(checkpoint("fox"), out, recipe="int8", options=OPTIONS)
+    options = ExportOptions(golden=SHORT, overwrite=True)
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(checkpoint("fox"), out, options=options, progress=_Interrupting(label, KeyboardInterrupt()))
+    assert list(tmp_path.iterdir()) == [out]
+    assert Bundle.open(out).manifest == first.manifest
+    assert export_bundle(checkpoint("fox"), out, options=options).manifest.recipe.name == "int4"
+
+
+def test_a_full_disk_leaves_nothing_and_says_so(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(EdgeLMError, match="the disk is full while writing"):
+        export_bundle(checkpoint("fox"), tmp_path / "b", options=OPTIONS, progress=_Interrupting("quantising", full))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+def test_signals_leave_no_bundle_and_the_next_run_starts_clean(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    command = [sys.executable, "-P", "-m", "edgelm", "export", str(checkpoint("olmoe")), "-o", str(out)]
+    for sent, code in ((signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(".bundle.partial-*/model.onnx.data")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(sent)
+        assert process.wait(60) == code
+        assert not out.exists()
+        left = list(tmp_path.iterdir())
+        assert len(left) == (1 if sent == signal.SIGKILL else 0), left
+    export_bundle(checkpoint("olmoe"), out, options=OPTIONS)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_cannot_be_done_is_refused_before_any_work(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    path, out = checkpoint("fox"), tmp_path / "bundle"
+    with pytest.raises(MemoryLimitError, match=r"--max-ram 50 MiB is too little: this export takes about \d+ MiB"):
+        export_bundle(path, out, options=ExportOptions(golden=SHORT, max_ram=50 << 20))
+    with pytest.raises(ExportError, match="target 'tpu' is not one of cpu"):
+        ExportOptions(target="tpu")
+    with pytest.raises(ExportError, match="dtype 'int3' is not one of"):
+        ExportOptions(dtype="int3")
+    out.mkdir()
+    with pytest.raises(EdgeLMError, match="exists already"):
+        export_bundle(path, out, options=OPTIONS)
+    text = 'name = "x"\ndefault = "int8-g32-sym"\n[[rule]]\nmatch = "*.experts.0.*"\nscheme = "float"\n'
+    with pytest.raises(ExportError, match=r"keeps model\.layers\.0\.mlp\.experts\.0\.gate_proj\.weight in float"):
+        export_bundle(checkpoint("olmoe"), tmp_path / "mixed", recipe=Recipe.from_toml(text, "x"), options=OPTIONS)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_weights_beyond_float16_are_refused_for_fp16(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = tmp_path / "large"
+    import shutil
+
+    shutil.copytree(checkpoint("fox"), path)
+    with Checkpoint.open(path) as opened:
+        tensors = {name: opened.read_float32(name).copy() for name in opened.tensors}
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e5
+    save_file(tensors, path / "model.safetensors")
+    assert load_file(path / "model.safetensors")
+    options = ExportOptions(golden=SHORT, dtype="fp16")
+    with pytest.raises(ExportError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has values beyond float16"):
+        export_bundle(path, tmp_path / "bundle", recipe="none", options=options)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("4GiB", 4 << 30), ("1.5 GB", 1_500_000_000), ("800MiB", 800 << 20), ("123", 123), ("2k", 2000)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "4 TiBs", "0"])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ExportError, match="is not a size"):
+        parse_size(text)
