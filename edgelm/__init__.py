@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from edgelm.generate import Generation as Generation
     from edgelm.generate import LanguageModel as LanguageModel
     from edgelm.generate import load as load
-    from edgelm.parity import check_parity as check_parity
+    from edgelm.parity.check import check_parity as check_parity
 
 __version__ = "0.1.0"
 
@@ -28,7 +28,7 @@ _WHERE = {
     "EdgeLMError": "edgelm.errors",
     "Generation": "edgelm.generate",
     "LanguageModel": "edgelm.generate",
-    "check_parity": "edgelm.parity",
+    "check_parity": "edgelm.parity.check",
     "load": "edgelm.generate",
 }
 __all__ = ["Bundle", "EdgeLMError", "Generation", "LanguageModel", "__version__", "check_parity", "load"]

@@ -138,10 +138,10 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def generating(endless: Path) -> Iterator[subprocess.Popen[str]]:
-    """`edgelm run` in its own process, after its first text."""
+    """`edgelm run` in its own process, after some text."""
     process = spawn("run", endless, PROMPT, "-n", 60000, "--context-length", 65000, "--threads", 1)
     assert process.stdout is not None
-    assert process.stdout.read(1)
+    assert len(process.stdout.read(40)) == 40
     yield process
     process.kill()
     process.wait()

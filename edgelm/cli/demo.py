@@ -1,0 +1,150 @@
+"""`edgelm demo`: the whole chain on the two tiny trained checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from edgelm.generate import Generation
+    from edgelm.parity.result import ParityReport
+    from edgelm.progress import Progress
+
+NAMES = ("olmoe-tiny", "fox-tiny")
+RECIPES = ("int4", "int8")
+# They were trained on the Python standard library's sources.
+PROMPT = 'def read(self, path):\n    """Return'
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one checkpoint under one recipe."""
+
+    bundle: Path
+    checkpoint_bytes: int
+    bundle_bytes: int
+    generation: Generation
+    report: ParityReport
+    page: Path
+
+
+@click.command()
+@click.option(
+    "--out",
+    "-o",
+    type=click.Path(path_type=Path),
+    default=Path("bundles/demo"),
+    show_default=True,
+    help="Where bundles go.",
+)
+@click.option(
+    "--checkpoints",
+    type=click.Path(path_type=Path),
+    help="Folder of the tiny checkpoints [a checkout's examples/checkpoints].",
+)
+@click.option(
+    "--max-tokens", "-n", type=click.IntRange(min=1), default=48, show_default=True, help="Tokens to generate."
+)
+def demo(out: Path, checkpoints: Path | None, max_tokens: int) -> None:
+    """Export both tiny trained models as int4 and int8, run them, check parity, and compare.
+
+    Exit code 1 if a parity check fails.
+    """
+    import time
+
+    from edgelm.cli.extras import need_export_extra
+    from edgelm.progress import Bars
+
+    need_export_extra()
+    started = time.perf_counter()
+    folder = find_checkpoints(checkpoints)
+    progress = Bars()
+    outcomes = []
+    for name in NAMES:
+        for recipe in RECIPES:
+            click.echo(f"== {name}, {recipe}")
+            outcome = take(folder / name, out / f"{name}-{recipe}", recipe, max_tokens, progress)
+            outcomes.append(outcome)
+            click.echo(PROMPT + outcome.generation.text)
+            click.echo()
+    click.echo(table(outcomes))
+    click.echo()
+    for outcome in outcomes:
+        click.echo(f"report  {outcome.page}")
+    click.echo(f"next    edgelm run {outcomes[0].bundle} 'import os'   ({time.perf_counter() - started:.0f} s in all)")
+    if not all(outcome.report.passed for outcome in outcomes):
+        raise click.exceptions.Exit(1)
+
+
+def find_checkpoints(given: Path | None) -> Path:
+    """The folder that holds the tiny checkpoints.
+
+    Raises:
+        EdgeLMError: it lacks one of them, or there is no checkout to find them in.
+    """
+    from edgelm.errors import EdgeLMError
+
+    # From a checkout, in its folder or installed from it as editable.
+    places = (
+        [given]
+        if given
+        else [Path("examples/checkpoints"), Path(__file__).resolve().parents[2] / "examples/checkpoints"]
+    )
+    for place in places:
+        if all((place / name / "config.json").is_file() for name in NAMES):
+            return place
+    raise EdgeLMError(
+        f"{' and '.join(NAMES)} are not in {' or '.join(map(str, places))}: run this in a checkout of EdgeLM, or name "
+        "the folder that holds them with --checkpoints"
+    )
+
+
+def take(checkpoint: Path, out: Path, recipe: str, max_tokens: int, progress: Progress) -> Outcome:
+    """Export, run and check one checkpoint."""
+    from edgelm.bundle import MANIFEST
+    from edgelm.errors import EdgeLMError
+    from edgelm.export import ExportOptions, export_bundle
+    from edgelm.generate import load
+    from edgelm.parity.check import check_parity
+    from edgelm.parity.report import write_report
+
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise EdgeLMError(f"{out} exists and is not a bundle: remove it or choose another folder with --out")
+    bundle = export_bundle(checkpoint, out, recipe=recipe, options=ExportOptions(overwrite=True), progress=progress)
+    with load(out) as model:
+        generation = model.generate(PROMPT, max_tokens=max_tokens)
+    report = check_parity(out, progress=progress)
+    page = out.with_name(f"{out.name}.html")
+    write_report(report, page)
+    weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    return Outcome(
+        out, weights, bundle.manifest.files[bundle.manifest.graph.weights_file].size, generation, report, page
+    )
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """All outcomes side by side."""
+    from edgelm.cli.tables import grid, size
+
+    header = ("bundle", "weights", "of bf16", "prefill/s", "decode/s", "KL lost", "KL added", "top-1", "parity")
+    rows = []
+    for outcome in outcomes:
+        report, timings = outcome.report, outcome.generation.timings
+        rows.append(
+            (
+                outcome.bundle.name,
+                size(outcome.bundle_bytes),
+                f"{outcome.bundle_bytes / outcome.checkpoint_bytes:.0%}",
+                f"{timings.prefill_tokens_per_second:.0f}",
+                f"{timings.decode_tokens_per_second:.0f}",
+                f"{report.float_kl_mean:.4f}",
+                f"{report.kl_mean:.1e}",
+                f"{report.top1:.1%}",
+                "passed" if report.passed else "FAILED",
+            )
+        )
+    note = "KL in nats: lost against the float model in all, added by this device to what quantisation cost"
+    return f"{grid(header, rows)}\n{note}"

@@ -1,0 +1,65 @@
+"""Does the app in examples/ serve?"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_graph import Shape, write_tiny_model
+
+from edgelm.generate import load
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "bundle", Shape(vocab=512, context=4096)).path
+
+
+@pytest.fixture(scope="module")
+def port(bundle: Path) -> Iterator[int]:
+    command = [sys.executable, "-P", str(EXAMPLES / "embed.py"), str(bundle), "--port", "0", "--threads", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("listening on")
+    yield int(line.rpartition(":")[2])
+    process.terminate()
+    process.wait()
+
+
+def post(port: int, **request: object) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/complete", json.dumps(request))
+    response = connection.getresponse()
+    text = response.read().decode()
+    connection.close()
+    return response.status, text
+
+
+def test_the_service_answers_what_the_model_generates(port: int, bundle: Path) -> None:
+    with load(bundle, threads=1) as model:
+        assert post(port, prompt="hello", max_tokens=8) == (200, model.generate("hello", max_tokens=8).text)
+        messages = [{"role": "user", "content": "Hi"}]
+        assert post(port, messages=messages, max_tokens=8) == (200, model.chat(messages, max_tokens=8).text)
+
+
+def test_a_client_that_leaves_does_not_block_the_next(port: int) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/complete", json.dumps({"prompt": "hello", "max_tokens": 4000}))
+    assert connection.getresponse().read(1)
+    connection.close()
+    assert post(port, prompt="hello", max_tokens=2)[0] == 200
+
+
+@pytest.mark.parametrize("request_", [{"prompt": "x", "temperature": -1}, {}, {"prompt": "x" * 50_000}])
+def test_unusable_requests_are_refused_with_a_reason(port: int, request_: dict[str, object]) -> None:
+    status, text = post(port, **request_)
+    assert status == 400
+    assert any(word in text for word in ("temperature", "prompt", "do not fit"))
