@@ -36,7 +36,7 @@ test-cpp: kernel
 	ctest --test-dir build/csrc --output-on-failure
 
 test-python: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	$(BIN)/pytest -q
 
 install: $(INSTALLED)
 
