@@ -24,7 +24,7 @@ from edgelm.errors import BundleError, EdgeLMError, RuntimeUnavailableError
 from edgelm.runtimes.base import Runtime, checked_tokens, choose_context_length, context_full
 
 if TYPE_CHECKING:
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped]  # it has no type information
 
     from edgelm.bundle import Bundle
 
@@ -87,7 +87,7 @@ def _create_session(bundle: Bundle, file: str, threads: int) -> onnxruntime.Infe
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
+    from onnxruntime.capi import onnxruntime_pybind11_state as state  # type: ignore[import-untyped]  # likewise
 
     names = ("Fail", "InvalidGraph", "InvalidProtobuf", "InvalidArgument", "NoSuchFile", "NotImplemented")
     return (*(getattr(state, name) for name in names), state.RuntimeException)
@@ -239,10 +239,15 @@ class OnnxRuntimeCpu(Runtime):
 
     def _run(self, *, long: bool) -> None:
         assert self._session is not None
-        if not long or threading.current_thread() is not threading.main_thread():
+        if not long:
             self._session.run_with_iobinding(self._binding)
             return
         options = _import().RunOptions()
+        # A chunk's activations are large and decoding does not need them: give them back.
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        if threading.current_thread() is not threading.main_thread():
+            self._session.run_with_iobinding(self._binding, options)
+            return
         # A chunk can take seconds. Python handles Ctrl-C in the main thread, which therefore only waits here.
         if self._worker is None:
             self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="edgelm-prefill")
