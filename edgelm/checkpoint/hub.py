@@ -1,7 +1,14 @@
-"""Downloading a checkpoint from the Hugging Face hub, with progress; an interrupted download resumes."""
+"""Downloading a checkpoint from the Hugging Face hub into its cache, with progress.
+
+What `huggingface_hub` makes of an interruption: a connection that breaks is taken up at the byte where it broke; after
+a killed process the files that were complete are kept and the one under way is fetched again. Two files at a time keep
+that loss small.
+"""
 
 from __future__ import annotations
 
+import fnmatch
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,35 +18,46 @@ from edgelm.errors import CheckpointError
 from edgelm.progress import Advance, Progress, Silent
 
 # Only what is read: pickled copies of the weights, ONNX exports and pictures stay on the hub.
-FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja"]
-IGNORED = ["*/*"]
+FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
+SUBFOLDERS = "*/*"
+WORKERS = 2
 
 
 def _bar_class(advance: Advance) -> type[Any]:
-    """A stand-in for tqdm that hands the bytes it is told of to `advance`."""
+    """A stand-in for the library's progress bar that hands the bytes it is told of to `advance`."""
     from huggingface_hub.utils.tqdm import tqdm
 
     class Bar(tqdm):
-        """Counts bytes only: the library also makes a bar that counts files."""
-
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._bytes = kwargs.get("unit") == "B"
+            # The library makes a bar that counts files, one for bytes, and newer ones another for bytes on the wire.
+            self._counts = kwargs.get("unit") == "B" and not str(kwargs.get("name")).endswith(".transfer")
             kwargs["disable"] = True
             super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]  # the library has no types here
 
         def update(self, n: float | None = 1) -> bool | None:
-            if self._bytes and n:
+            if self._counts and n:
                 advance(n)
             return None
 
     return Bar
 
 
+def _transport_errors() -> tuple[type[BaseException], ...]:
+    """What a broken connection raises; the library has used requests, httpx and httpx2 in turn."""
+    modules = [sys.modules[name] for name in ("httpx2", "httpx", "requests.exceptions") if name in sys.modules]
+    return tuple(
+        getattr(module, name)
+        for module in modules
+        for name in ("HTTPError", "ConnectionError")
+        if hasattr(module, name)
+    )
+
+
 @contextmanager
-def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
+def _explained(name: str) -> Iterator[None]:
     from huggingface_hub import errors
 
-    name = repo_id + (f"@{revision}" if revision else "")
+    failures: tuple[type[BaseException], ...] = (OSError, *_transport_errors())
     try:
         yield
     except errors.GatedRepoError as error:
@@ -56,13 +74,45 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
         raise CheckpointError(f"{name}: not a valid hub id, which looks like owner/name") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise CheckpointError(
-            f"{name}: no such folder here, and the hub cannot be reached; "
+            f"{name}: no such folder here, not complete in the hub's cache, and the hub cannot be reached: "
             "check the connection and HF_HUB_OFFLINE, or give a folder"
         ) from error
+    except failures as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(
+            f"{name}: the download failed ({reason}); run the same command again: files that are complete are kept"
+        ) from error
+
+
+def _wanted(file: str) -> bool:
+    return not fnmatch.fnmatch(file, SUBFOLDERS) and any(fnmatch.fnmatch(file, pattern) for pattern in FILES)
+
+
+def _missing_bytes(repo_id: str, revision: str | None) -> int:
+    """Bytes that are not in the cache yet; 0 where the hub does not answer (the download will say why)."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    failures: tuple[type[BaseException], ...] = (OSError, ValueError, *_transport_errors())
+    try:
+        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+    except failures:
+        return 0
+    files = [file for file in info.siblings or [] if _wanted(file.rfilename)]
+    cached = {
+        file.rfilename
+        for file in files
+        if isinstance(try_to_load_from_cache(repo_id, file.rfilename, revision=info.sha), str)
+    }
+    return sum(file.size or 0 for file in files if file.rfilename not in cached)
 
 
 def download(repo_id: str, revision: str | None = None, progress: Progress | None = None) -> tuple[Path, str]:
     """Download what EdgeLM reads of `owner/name` into the hub's cache, or find it there.
+
+    Args:
+        repo_id: owner/name.
+        revision: branch, tag or commit; the default branch when absent.
+        progress: gets the bytes fetched.
 
     Returns:
         The folder and the commit it is at.
@@ -70,21 +120,23 @@ def download(repo_id: str, revision: str | None = None, progress: Progress | Non
     Raises:
         CheckpointError: huggingface_hub is not installed, or the repository cannot be had; says why.
     """
+    name = repo_id + (f"@{revision}" if revision else "")
     try:
         import huggingface_hub
     except ImportError as error:
         raise CheckpointError(
-            f"{repo_id}: no such folder here; downloading it from the hub needs huggingface_hub: "
+            f"{name}: no such folder here; downloading it from the hub needs huggingface_hub: "
             "pip install 'edgelm[export]'"
         ) from error
-    with _explained(repo_id, revision), (progress or Silent()).task(f"download {repo_id}", 0) as advance:
-        folder = Path(
-            huggingface_hub.snapshot_download(
+    with _explained(name):
+        total = _missing_bytes(repo_id, revision)
+        with (progress or Silent()).task(f"download {repo_id}", total) as advance:
+            folder = huggingface_hub.snapshot_download(
                 repo_id,
                 revision=revision,
-                allow_patterns=FILES,
-                ignore_patterns=IGNORED,
+                allow_patterns=list(FILES),
+                ignore_patterns=[SUBFOLDERS],
+                max_workers=WORKERS,
                 tqdm_class=_bar_class(advance),
             )
-        )
-    return folder, folder.name
+    return Path(folder), Path(folder).name
