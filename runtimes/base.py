@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
 from types import TracebackType
 from typing import TypeVar
 
@@ -13,6 +17,7 @@ from numpy.typing import NDArray
 from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError
 
 Self = TypeVar("Self", bound="Runtime")
+Result = TypeVar("Result")
 
 DEFAULT_CONTEXT_LENGTH = 4096
 
@@ -120,6 +125,26 @@ def checked_tokens(tokens: Sequence[int] | NDArray[np.int64], vocab_size: int) -
             "was it made by another model's tokenizer?"
         )
     return ids
+
+
+def interruptible(work: Callable[[], Result], cancel: Callable[[], None]) -> Result:
+    """Run `work`, a long call into native code, so that Ctrl-C takes effect at once instead of after it.
+
+    Python handles signals in the main thread and not before a native call returns. So the main thread only waits, and
+    on any interruption calls `cancel` and waits for the work to notice. In other threads the work is simply done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return work()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="edgelm") as pool:
+        running = pool.submit(work)
+        try:
+            while True:
+                with contextlib.suppress(NotYet):
+                    # The timeout is for Windows, where a wait without one cannot be interrupted.
+                    return running.result(timeout=0.25)
+        except BaseException:
+            cancel()
+            raise
 
 
 def context_full(asked: int, position: int, context_length: int, model_context_length: int) -> ContextLengthError:

@@ -9,10 +9,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +18,7 @@ from numpy.typing import NDArray
 
 from edgelm.devices import allowed_cores
 from edgelm.errors import BundleError, EdgeLMError, RuntimeUnavailableError
-from edgelm.runtimes.base import Runtime, checked_tokens, choose_context_length, context_full
+from edgelm.runtimes.base import Runtime, checked_tokens, choose_context_length, context_full, interruptible
 
 if TYPE_CHECKING:
     import onnxruntime  # type: ignore[import-untyped]  # it has no type information
@@ -78,7 +75,10 @@ def _create_session(bundle: Bundle, file: str, threads: int) -> onnxruntime.Infe
     options.log_severity_level = 4
     path = bundle.file(file)
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return interruptible(
+            lambda: ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]),
+            lambda: options.set_load_cancellation_flag(True),
+        )
     except _errors() as error:
         raise BundleError(
             f"onnxruntime {ort.__version__} cannot load {path}: {_first_line(error)}; "
@@ -155,7 +155,6 @@ class OnnxRuntimeCpu(Runtime):
         self._allocate_logits(1)
         self._bind_input("logits_start", self._start, (1,))
         self._caches = self._bind_caches(bundle)
-        self._worker: ThreadPoolExecutor | None = None
 
     def _bind_caches(self, bundle: Bundle) -> list[NDArray[Any]]:
         model, kind = bundle.manifest.model, bundle.manifest.graph.kv_dtype
@@ -211,8 +210,6 @@ class OnnxRuntimeCpu(Runtime):
         if self._closed:
             return
         self._closed = True
-        if self._worker is not None:
-            self._worker.shutdown()
         self._session = None
         self._binding = None
         self._caches = []
@@ -238,30 +235,23 @@ class OnnxRuntimeCpu(Runtime):
         return logits
 
     def _run(self, *, long: bool) -> None:
-        assert self._session is not None
-        if not long:
-            self._session.run_with_iobinding(self._binding)
-            return
-        options = _import().RunOptions()
-        # A chunk's activations are large and decoding does not need them: give them back.
-        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        if threading.current_thread() is not threading.main_thread():
-            self._session.run_with_iobinding(self._binding, options)
-            return
-        # A chunk can take seconds. Python handles Ctrl-C in the main thread, which therefore only waits here.
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="edgelm-prefill")
-        running = self._worker.submit(self._session.run_with_iobinding, self._binding, options)
+        session, binding = self._session, self._binding
+        assert session is not None
         try:
-            while True:
-                with contextlib.suppress(NotYet):
-                    # The timeout is for Windows, where a wait without one cannot be interrupted.
-                    running.result(timeout=0.25)
-                    return
-        except BaseException:
-            options.terminate = True
-            running.exception()
-            raise
+            if not long:
+                session.run_with_iobinding(binding)
+                return
+            options = _import().RunOptions()
+            # A chunk's activations are large and decoding does not need them: give them back.
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+            interruptible(
+                lambda: session.run_with_iobinding(binding, options), lambda: setattr(options, "terminate", True)
+            )
+        except (RuntimeError, *_errors()) as error:
+            raise EdgeLMError(
+                f"onnxruntime failed in the middle: {_first_line(error)}; if memory ran out, take a smaller "
+                f"context_length than {self.context_length} or a smaller chunk than {self._chunk}"
+            ) from error
 
 
 @dataclass(frozen=True)

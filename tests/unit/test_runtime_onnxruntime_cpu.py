@@ -17,6 +17,7 @@ from tiny_graph import Shape, write_manifest, write_tiny_bundle
 from edgelm.bundle import Bundle
 from edgelm.errors import BundleError, ContextLengthError, EdgeLMError, GenerationError, RuntimeUnavailableError
 from edgelm.runtimes import Runtime, open_runtime, runtimes
+from edgelm.runtimes.base import interruptible
 from edgelm.runtimes.onnxruntime_cpu import OnnxRuntimeCpu, TracingRuntime, trace
 
 SHAPE = Shape()
@@ -241,3 +242,51 @@ def test_ctrl_c_during_a_long_prefill_leaves_the_runtime_usable(tmp_path: Path) 
         runtime.prefill([1] * 2048)
         whole = time.perf_counter() - started
         assert interrupted_after < whole
+
+
+def test_an_interruption_cancels_native_work_and_waits_for_it() -> None:
+    cancelled, finished = threading.Event(), threading.Event()
+
+    def work() -> None:
+        threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
+        assert cancelled.wait(30)
+        finished.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(work, cancelled.set)
+    assert finished.is_set()
+
+
+@pytest.mark.parametrize("in_main_thread", [True, False])
+def test_uninterrupted_work_gives_its_result_or_its_error(in_main_thread: bool) -> None:
+    def fail() -> None:
+        raise BundleError("broken")
+
+    got: list[object] = []
+
+    def attempt() -> None:
+        got.append(interruptible(lambda: 7, lambda: None))
+        try:
+            interruptible(fail, lambda: None)
+        except BundleError as error:
+            got.append(str(error))
+
+    if in_main_thread:
+        attempt()
+    else:
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        thread.join()
+    assert got == [7, "broken"]
+
+
+def test_a_failure_while_running_is_explained(tmp_path: Path) -> None:
+    # A model that claims more positions than its rotary tables hold: ONNX Runtime refuses the position past them.
+    path = tmp_path / "b"
+    write_tiny_bundle(path, Shape(layers=1, context=16))
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"context_length": 16', '"context_length": 32'))
+    with opened(Bundle.open(path)) as runtime:
+        runtime.prefill([1] * 16)
+        with pytest.raises(EdgeLMError, match=r"onnxruntime failed in the middle: .*smaller context_length than 32"):
+            runtime.prefill([1] * 16)
