@@ -120,7 +120,8 @@ def quantize(
         raise TypeError(f"weights are float32, or bfloat16 as uint16, not {weight.dtype}")
     rows, columns = weight.shape
     scheme = scheme.effective(columns, name)
-    if weight.strides[1] != weight.itemsize or weight.strides[0] % weight.itemsize or weight.strides[0] < 0:
+    row_bytes = columns * weight.itemsize
+    if weight.strides[1] != weight.itemsize or weight.strides[0] % weight.itemsize or weight.strides[0] < row_bytes:
         weight = cast("NDArray[np.float32] | NDArray[np.uint16]", np.ascontiguousarray(weight))
     per_group = (rows, scheme.groups(columns))
     result = QuantTensor(

@@ -230,7 +230,13 @@ def test_the_kernel_gives_the_same_bytes_as_numpy(scheme, kind):
 @needs_kernel
 def test_the_kernel_reads_rows_that_lie_apart():
     wide = weights((9, 160))
-    for view in (wide[:, :128], wide[::2, 16:144], wide[::-1, :128], wide.T[:, 1:9]):
+    for view in (
+        wide[:, :128],
+        wide[::2, 16:144],
+        wide[::-1, :128],
+        wide.T[:, 1:9],
+        np.broadcast_to(wide[0], (5, 160)),
+    ):
         scheme = Scheme(8, None)
         expected = primitives.quantize(np.ascontiguousarray(view), scheme)
         assert np.array_equal(native.quantize(view, scheme).codes, expected.codes), view.strides
