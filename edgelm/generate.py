@@ -161,7 +161,7 @@ class TextStream(Iterator[str]):
         model, options = self._model, self._options
         self._resumed = time.perf_counter()
         turn = model._take_turn()
-        logits, self._reused = model._prefill(self._prompt)
+        logits, self._reused = model._prefill(self._prompt, exact=options.sampling.seed is not None)
         self._prefill_seconds = time.perf_counter() - self._resumed
         sampler = Sampler(options.sampling, self._prompt)
         pieces, stops = model.tokenizer.detokenizer(), StopStrings(options.stop)
@@ -194,12 +194,24 @@ class TextStream(Iterator[str]):
         self._tick()
 
 
+@dataclass(frozen=True)
+class _Prefilled:
+    """The last prompt that went through the runtime; its cache stays as it is until the next one does.
+
+    `fresh`: it was computed from its first token on.
+    """
+
+    tokens: list[int]
+    logits: NDArray[np.float32]
+    fresh: bool
+
+
 class LanguageModel:
     """A bundle that is loaded and ready. Made by `edgelm.load`; one thread at a time may use it.
 
     The cache of an earlier call is reused as far as the new prompt begins like it, so a growing conversation only pays
-    for its new part. The very same prompt again is answered from the very same numbers: with equal options and seed the
-    text is equal. A prompt that was reached by another way (in other pieces) may differ in the last bits of its logits.
+    for its new part. Numbers that were computed in other pieces differ by rounding, which can tip a close choice. So
+    with a seed, which asks for the same text whatever came before, only a prompt that is repeated as a whole is reused.
     """
 
     def __init__(self, bundle: Bundle, runtime: Runtime, tokenizer: Tokenizer) -> None:
@@ -210,7 +222,7 @@ class LanguageModel:
         self._chat_template: ChatTemplate | None = None
         # The ids behind the cached positions; entries past the runtime's position are not cached.
         self._cached: list[int] = []
-        self._last_prompt: tuple[list[int], NDArray[np.float32]] | None = None
+        self._last_prompt: _Prefilled | None = None
         self._turn = 0
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
@@ -285,23 +297,27 @@ class LanguageModel:
                 "another generation began on this model while this stream was open: finish or close one before the next"
             )
 
-    def _prefill(self, tokens: list[int]) -> tuple[NDArray[np.float32], int]:
-        """Logits after `tokens`, and how many of them an earlier call had cached."""
-        runtime = self.runtime
+    def _prefill(self, tokens: list[int], *, exact: bool) -> tuple[NDArray[np.float32], int]:
+        """Logits after `tokens`, and how many of them an earlier call had cached.
+
+        `exact`: they and the cache have to be what a fresh model computes, to the last bit.
+        """
+        runtime, last = self.runtime, self._last_prompt
         cached = self._cached[: runtime.position]
         common = next((i for i, (a, b) in enumerate(zip(cached, tokens, strict=False)) if a != b), None)
         common = min(len(cached), len(tokens)) if common is None else common
         if common == len(tokens):
-            if self._last_prompt is not None and self._last_prompt[0] == tokens:
+            if last is not None and last.tokens == tokens and (last.fresh or not exact):
                 runtime.truncate(common)
-                self._cached = list(tokens)
-                return self._last_prompt[1], common
+                return last.logits, common
             common -= 1
+        if exact:
+            common = 0
         runtime.truncate(common)
         # Set before the work: if it is interrupted, the runtime's position says how much of this is cached.
-        self._cached = list(tokens)
+        self._cached, self._last_prompt = list(tokens), None
         logits = runtime.prefill(tokens[common:])
-        self._last_prompt = (list(tokens), logits.copy())
+        self._last_prompt = _Prefilled(list(tokens), logits.copy(), fresh=common == 0)
         return logits, common
 
     def _decode(self, token: int) -> NDArray[np.float32]:

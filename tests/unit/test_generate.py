@@ -104,6 +104,28 @@ def test_the_same_call_gives_the_same_text_on_a_used_and_on_a_fresh_model(
         assert first.tokens == again.tokens == fresh.generate(PROMPT, max_tokens=40, **options).tokens
 
 
+def test_with_a_seed_the_past_does_not_matter_to_the_last_bit(model: LanguageModel, bundle: Bundle) -> None:
+    tokens = model.tokenizer.encode(PROMPT * 4)
+    with load(bundle.path, threads=1) as fresh:
+        want, _ = fresh._prefill(tokens, exact=True)
+        model._prefill(tokens[:1], exact=False)
+        for token in tokens[1:-1]:
+            model._decode(token)
+        reused, count = model._prefill(tokens, exact=False)
+        assert count == len(tokens) - 1
+        # The point of it: computed in other pieces, the numbers are close but not the same.
+        np.testing.assert_allclose(reused, want, atol=1e-4)
+        assert not np.array_equal(reused, want)
+        again, count = model._prefill(tokens, exact=True)
+        assert count == 0
+        np.testing.assert_array_equal(again, want)
+        model._decode(5)
+        repeated, count = model._prefill(tokens, exact=True)
+        assert count == len(tokens)
+        np.testing.assert_array_equal(repeated, want)
+        np.testing.assert_array_equal(model._decode(7), fresh._decode(7))
+
+
 def test_without_a_seed_texts_differ(model: LanguageModel) -> None:
     assert len({model.generate(PROMPT, max_tokens=20, temperature=2.0).text for _ in range(4)}) > 1
 
