@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import MakeCheckpoint
+from tiny_models import MakeCheckpoint
 
 import edgelm
 from edgelm.bundle import Bundle, sha256_of

@@ -13,8 +13,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import MakeCheckpoint
 from numpy.typing import NDArray
+from tiny_models import MakeCheckpoint
 
 from edgelm.checkpoint import Checkpoint
 from edgelm.export import api, portable
