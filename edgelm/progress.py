@@ -32,6 +32,7 @@ class Silent(Progress):
 
     @contextlib.contextmanager
     def task(self, label: str, total: float, *, unit: str = "bytes") -> Iterator[Advance]:
+        """Count nothing."""
         del label, total, unit
         yield lambda amount: None
 
@@ -46,6 +47,7 @@ class Bars(Progress):
 
     @contextlib.contextmanager
     def task(self, label: str, total: float, *, unit: str = "bytes") -> Iterator[Advance]:
+        """Show a bar while the block runs."""
         from rich import progress as bars
 
         counters: tuple[bars.ProgressColumn, ...] = (
@@ -63,4 +65,5 @@ class Bars(Progress):
             yield lambda amount: display.advance(task_id, amount)
 
     def note(self, message: str) -> None:
+        """Print one line above the bars."""
         self.console.print(message, highlight=False)

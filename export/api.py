@@ -275,7 +275,7 @@ def _write_manifest(
         files=files,
         tensors=tensors,
         tools=_tool_versions(),
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
