@@ -29,7 +29,7 @@ from edgelm.files import atomic_directory
 from edgelm.models import family
 from edgelm.progress import Progress, Silent
 
-BLOCK = 1 << 20  # values drawn at a time: 2 MB of random bits, 2 to 4 MB of weights
+BLOCK = 1 << 18  # values drawn at a time: half a megabyte, which stays in a core's cache until it is written
 SHARD_BYTES = 5_000_000_000  # transformers' "5GB", which the published checkpoints were saved with
 DISK_RESERVE = 64 << 20  # for tokenizer and index
 

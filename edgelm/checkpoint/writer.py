@@ -225,8 +225,11 @@ class ShardedWriter:
 
     def close(self) -> None:
         """Close every shard, check that all was written, and write the index where there are several."""
-        for writer in self._writers.values():
-            writer.close()
+        try:
+            for writer in self._writers.values():
+                writer.close()
+        finally:
+            self._abandon()
         if len(self.files) > 1:
             total = sum(spec.nbytes for spec in self.tensors.values())
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(self._weight_map.items()))}
