@@ -152,7 +152,8 @@ class Tokenizer:
 
         Args:
             text: any text.
-            add_bos: put `bos_id` first; None does what the tokenizer does by default (`self.add_bos`).
+            add_bos: put `bos_id` first; None does what the tokenizer does by default (`self.add_bos`). The end token is
+                never put last, whatever `add_eos_token` says: a prompt is to be continued.
 
         Raises:
             TokenizerError: the text holds a lone surrogate, or bos is asked for and there is none.

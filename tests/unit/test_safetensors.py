@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import struct
 import threading
@@ -306,3 +307,16 @@ def test_random_damage_ends_in_an_error_of_ours_or_a_readable_file(tmp_path: Pat
             assert str(path) in str(error)
             refused += 1
     assert 400 < refused <= 600
+
+
+def test_systems_without_pread_read_and_write_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = a_file(tmp_path / "f.safetensors")
+    for name in ("preadv", "pwrite"):
+        monkeypatch.delattr(os, name)
+    with SafetensorsFile(tmp_path / "f.safetensors") as file:
+        specs = {name: TensorSpec(info.dtype, info.shape) for name, info in file.tensors.items()}
+        with SafetensorsWriter(tmp_path / "g.safetensors", specs) as writer:
+            for name in specs:
+                writer.write(name, file.read_raw(name))
+    for name, tensor in safetensors.torch.load_file(tmp_path / "g.safetensors").items():
+        assert torch.equal(tensor, tensors[name])
