@@ -153,7 +153,9 @@ def _curve(series: Series, x_axis: Axis, y_axis: Axis) -> str:
         open_line = True
         if series.dots:
             tip = escape(f"{series.label}: {x:g} -> {y:.4g}")
-            dots.append(f'<circle class="c{series.colour}" cx="{px:.1f}" cy="{py:.1f}" r="3"><title>{tip}</title></circle>')
+            dots.append(
+                f'<circle class="c{series.colour}" cx="{px:.1f}" cy="{py:.1f}" r="3"><title>{tip}</title></circle>'
+            )
     dash = ' stroke-dasharray="5 4"' if series.dashed else ""
     return f'<path class="s{series.colour}" d="{"".join(pieces)}"{dash}/>{"".join(dots)}'
 

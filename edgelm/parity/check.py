@@ -135,12 +135,9 @@ def _report(
     kl_float = verdict.divergence(pack.reference, device)
     clear = want.gap >= limits.clear_gap
     manifest = bundle.manifest
-    greedy = [
-        metrics.greedy_prefix(want.best[p.greedy_positions], run.decoded.best[p.greedy_positions], want.gap[p.greedy_positions], limits.clear_gap)
-        for p in pack.prompts
-    ]  # fmt: skip
+    greedy = verdict.greedy_results(pack, run, limits)
     text = pack.has_next
-    first, cause = verdict.first_divergence(pack, run, diagnosis, checks, limits)
+    first, cause = verdict.first_divergence(diagnosis, checks)
     return ParityReport(
         bundle=str(bundle.path),
         passed=all(check.passed is not False for check in checks),

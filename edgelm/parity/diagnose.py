@@ -49,7 +49,8 @@ class LayerResult:
     `error` and `error_float` are the relative error of the layer's output against the quantised and the float
     reference (median over positions), `added` the median error of its update, `worst` the largest excess. `clear` and
     `near` are the share of positions with the reference's very experts, where its margin was clear and where it was a
-    near-tie; `clear_count` the number of clear positions.
+    near-tie; `clear_count` the number of clear positions. `same_float` is the share of positions with the float
+    reference's experts: what quantisation changed in the routing. NaN for a dense model.
     """
 
     layer: int
@@ -63,6 +64,7 @@ class LayerResult:
     near: float
     clear_count: int
     near_count: int
+    same_float: float
     severe_flips: int
     cause: str | None
 
@@ -158,9 +160,18 @@ def _layer(
         near=metrics.mean(same[~clear]),
         clear_count=int(clear.sum()),
         near_count=int((~clear).sum()),
+        same_float=_same_as_float(pack, trace, index),
         severe_flips=int(severe.sum()),
         cause=_cause(pack, want, trace, index, bad, counted, moved, incoming) if diverged else None,
     )
+
+
+def _same_as_float(pack: ParityPack, trace: DeviceTrace, index: int) -> float:
+    reference = pack.reference
+    if reference.router is None or reference.experts is None or trace.experts is None:
+        return float("nan")
+    flips = metrics.expert_flips(reference.router[index], reference.experts[index], trace.experts[index])
+    return metrics.mean(~flips.changed)
 
 
 def _mean_so_far(pack: ParityPack, error: Floats) -> Floats:

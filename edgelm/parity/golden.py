@@ -7,7 +7,8 @@ device are compared on the same tokens even where they would choose different on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,14 +133,14 @@ def make_pack(
     options = options.resolved(model.config)
     assert options.greedy_tokens is not None
     ids = _prompt_ids(tokenizer, options, model.config.max_position_embeddings)
-    sweeps = max(options.greedy_tokens, 1) + (quantized is not None)
+    continued = (options.greedy_prompts or 0) if options.greedy_tokens else 0
+    sweeps = (options.greedy_tokens if continued else 1) + (quantized is not None)
     with (progress or Silent()).task("reference", sweeps, unit="steps") as advance:
-        continued = options.greedy_prompts if options.greedy_tokens else 0
-        run = _float_run(model, ids, options.greedy_tokens, continued or 0, advance)
+        share = _Share(advance)
+        run = _float_run(model, ids, options.greedy_tokens, continued, share)
         target = None
         if quantized is not None:
-            target = _quantized_run(LayerwiseReference(config_json, quantized), run)
-            advance(1)
+            target = _quantized_run(LayerwiseReference(config_json, quantized), run, share)
     return ParityPack(
         prompts=_golden_prompts(options.prompts, ids, run, tokenizer),
         ids=np.concatenate(run.fed).astype(np.int32),
@@ -189,26 +190,24 @@ def _golden_prompts(
 
 
 def _float_run(
-    model: LayerwiseReference, ids: list[NDArray[np.int64]], greedy: int, continued: int, advance: Advance
+    model: LayerwiseReference, ids: list[NDArray[np.int64]], greedy: int, continued: int, progress: Progress
 ) -> _FloatRun:
     vocab = model.config.vocab_size
     probes = probe_ids(vocab, PROBES)
     top = min(TOP, vocab)
     # The token after each position; 0 where the text does not say (only positions of the text use it).
     next_ids = [np.append(tokens[1:], 0) for tokens in ids]
-    result = model.step(ids, None, trace=True)
+    result = model.step(ids, None, trace=True, progress=progress)
     first = _chunks(result, top, probes, next_ids)
     chunks = [[chunk] for chunk in first]
-    advance(1)
     tokens = [[int(chunk.best[-1])] for chunk in first[:continued]]
     states: list[SequenceState] = result.states[:continued]
     for _ in range(greedy - 1 if continued else 0):
         step = [np.asarray(so_far[-1:], dtype=np.int64) for so_far in tokens]
-        result = model.step(step, states, trace=True)
+        result = model.step(step, states, trace=True, progress=progress)
         for i, chunk in enumerate(_chunks(result, top, probes, [np.zeros(1, np.int64)] * len(step))):
             chunks[i].append(chunk)
             tokens[i].append(int(chunk.best[-1]))
-        advance(1)
     continuations = [tuple(so_far) for so_far in tokens] + [()] * (len(ids) - continued)
     fed = [
         np.concatenate([prompt, np.asarray(continuation[:-1], dtype=np.int64)])
@@ -228,14 +227,31 @@ def _float_run(
     )
 
 
-def _quantized_run(model: LayerwiseReference, run: _FloatRun) -> ReferenceRecord:
-    result = model.step(run.fed, None, trace=True)
+def _quantized_run(model: LayerwiseReference, run: _FloatRun, progress: Progress) -> ReferenceRecord:
+    result = model.step(run.fed, None, trace=True, progress=progress)
     width = run.top_ids.shape[1]
     starts = np.cumsum([0, *(len(fed) for fed in run.fed)])
     wanted = [run.top_ids[start : start + len(fed)] for start, fed in zip(starts, run.fed, strict=False)]
     chunks = _chunks(result, min(2, model.config.vocab_size), run.probes, run.next_ids, wanted)
     assert all(chunk.extra.shape[1] == width for chunk in chunks)
     return _join(chunks, [chunk.extra for chunk in chunks])
+
+
+def _routed(arrays: Sequence[NDArray[Any]]) -> NDArray[Any] | None:
+    return np.concatenate(arrays, axis=1) if arrays else None
+
+
+class _Share(Progress):
+    """Counts each task given to it as one step of an outer task: one bar for all sweeps, which moves at every layer."""
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance = advance
+
+    @contextlib.contextmanager
+    def task(self, label: str, total: float, *, unit: str = "bytes") -> Iterator[Advance]:
+        """Yield what advances the outer task by the same part of one step."""
+        del label, unit
+        yield lambda amount: self._advance(amount / total)
 
 
 @dataclass
@@ -257,6 +273,10 @@ class _Chunk:
     def best(self) -> NDArray[np.int64]:
         return self.indices[:, 0]
 
+    @property
+    def gap(self) -> NDArray[np.float32]:
+        return self.values[:, 0] - self.values[:, min(1, self.values.shape[1] - 1)]
+
 
 def _chunks(
     result: LayerwiseResult,
@@ -268,7 +288,7 @@ def _chunks(
     """Reduce a sweep; one pass over the head serves the top logits, the probes, the next tokens and `wanted`."""
     asked = []
     for i, after in enumerate(next_ids):
-        columns = [np.broadcast_to(probes, (len(after), len(probes))), after[:, None]]
+        columns: list[NDArray[Any]] = [np.broadcast_to(probes, (len(after), len(probes))), after[:, None]]
         if wanted is not None:
             columns.append(wanted[i])
         asked.append(np.concatenate(columns, axis=1).astype(np.int64))
@@ -298,20 +318,15 @@ def _chunks(
 
 
 def _join(chunks: Sequence[_Chunk], top_logits: Sequence[NDArray[np.float32]]) -> ReferenceRecord:
-    def routed(arrays: list[NDArray[Any] | None], dtype: Any) -> NDArray[Any] | None:
-        present = [array for array in arrays if array is not None]
-        return np.concatenate(present, axis=1).astype(dtype) if present else None
-
-    second = [chunk.values[:, min(1, chunk.values.shape[1] - 1)] for chunk in chunks]
     return ReferenceRecord(
         top_logits=np.concatenate(top_logits).astype(np.float32),
         logsumexp=np.concatenate([chunk.logsumexp for chunk in chunks]).astype(np.float32),
         probe_logits=np.concatenate([chunk.probes for chunk in chunks]).astype(np.float32),
         next_logit=np.concatenate([chunk.next_logit for chunk in chunks]).astype(np.float32),
         best=np.concatenate([chunk.best for chunk in chunks]).astype(np.int32),
-        gap=np.concatenate([chunk.values[:, 0] - s for chunk, s in zip(chunks, second, strict=True)]).astype(np.float32),
+        gap=np.concatenate([chunk.gap for chunk in chunks]).astype(np.float32),
         norms=np.concatenate([chunk.norms for chunk in chunks], axis=1),
         sketches=np.concatenate([chunk.sketches for chunk in chunks], axis=1),
-        router=routed([chunk.router for chunk in chunks], np.float32),
-        experts=routed([chunk.experts for chunk in chunks], np.int32),
+        router=_routed([chunk.router for chunk in chunks if chunk.router is not None]),
+        experts=_routed([chunk.experts.astype(np.int32) for chunk in chunks if chunk.experts is not None]),
     )

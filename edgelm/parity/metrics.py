@@ -137,7 +137,7 @@ def expert_flips(router: ArrayLike, expected: ArrayLike, actual: ArrayLike) -> F
     count = logits.shape[-1]
     want, got = _as_sets(expected, count), _as_sets(actual, count)
     dropped, added = want & ~got, got & ~want
-    changed = dropped.any(axis=-1)
+    changed: Mask = np.asarray(dropped.any(axis=-1))
     best_dropped = np.where(dropped, logits, -np.inf).max(axis=-1)
     worst_added = np.where(added, logits, np.inf).min(axis=-1)
     spread = np.maximum(logits.std(axis=-1), 1e-12)

@@ -258,7 +258,9 @@ def _read_arrays(path: Path, index: dict[str, Any]) -> dict[str, NDArray[Any]]:
             for name, info in index["arrays"].items():
                 arrays[name] = archive[name]
                 if list(arrays[name].shape) != info["shape"] or arrays[name].dtype.name != info["dtype"]:
-                    raise ParityError(f"array {name!r} of {path} is not what {INDEX_FILE} says: export the bundle again")
+                    raise ParityError(
+                        f"array {name!r} of {path} is not what {INDEX_FILE} says: export the bundle again"
+                    )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ParityError(f"{path} cannot be read ({error}): export the bundle again") from error
     return arrays

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -43,7 +43,9 @@ path { fill: none; stroke-width: 2; } .s1 { stroke: var(--series-1); } .s2 { str
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13px; color: var(--soft); }
 .legend i { display: inline-block; width: 18px; height: 0; border-top: 3px solid; margin: 0 6px 4px 0; }
 .legend .dashed { border-top-style: dashed; } .b1 { color: var(--series-1); } .b2 { color: var(--series-2); }
-.b3 { color: var(--series-3); } .b4 { color: var(--series-4); } .blimit { color: var(--bad); border-top-style: dotted !important; }
+.b3 { color: var(--series-3); } .b4 { color: var(--series-4); }
+.legend .blimit { color: var(--bad); border-top-style: dotted; }
+details { margin: 12px 0; } summary { cursor: pointer; color: var(--soft); }
 .text { white-space: pre-wrap; word-break: break-word; } .more { color: var(--soft); }
 """
 
@@ -56,7 +58,14 @@ def write_report(report: ParityReport, path: Path) -> None:
 
 def render(report: ParityReport) -> str:
     """The report as an HTML document."""
-    sections = [_head(report), _cards(report), _checks(report.checks), _charts(report), _prompts(report), _facts(report)]
+    sections = [
+        _head(report),
+        _cards(report),
+        _checks(report.checks),
+        _charts(report),
+        _prompts(report),
+        _facts(report),
+    ]
     title = escape(f"Parity of {Path(report.bundle).name}")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -83,11 +92,11 @@ def _head(report: ParityReport) -> str:
     notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in report.notes)
     return (
         f'<h1>Parity report <span class="verdict {style}">{word}</span></h1>'
-        f'<p>{escape(str(model.get("name", "")))} · recipe <code>{escape(report.recipe)}</code> · limits for '
-        f'<code>{escape(report.kind)}</code> · {escape(str(report.device.get("cpu", "")))}</p>'
-        f'<p class="soft">What this device computes with <code>{escape(report.bundle)}</code>, against what the PyTorch '
-        f"reference computed ({escape(report.reference)}), at {report.positions} positions of {len(report.prompts)} "
-        f"prompts.</p>{cause}{notes}"
+        f"<p>{escape(str(model.get('name', '')))} · recipe <code>{escape(report.recipe)}</code> · limits for "
+        f"<code>{escape(report.kind)}</code> · {escape(str(report.device.get('cpu', '')))}</p>"
+        f'<p class="soft">What this device computes with <code>{escape(report.bundle)}</code>, against what the '
+        f"PyTorch reference computed ({escape(report.reference)}), at {report.positions} positions of "
+        f"{len(report.prompts)} prompts.</p>{cause}{notes}"
     )
 
 
@@ -106,11 +115,26 @@ def _cards(report: ParityReport) -> str:
         ("Perplexity, device / quantised reference", _number(ratio)),
         ("First diverged layer", diverged),
     ]
-    items = "".join(f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for label, value in cards)
+    items = "".join(
+        f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for label, value in cards
+    )
     return f'<div class="cards">{items}</div>'
 
 
-def _checks(checks: Iterable[Check]) -> str:
+def _checks(checks: Sequence[Check]) -> str:
+    """What is judged as a whole, and every failure; the layers that pass are folded away."""
+    shown = [check for check in checks if check.layer is None or check.passed is False]
+    layers = [check for check in checks if check.layer is not None]
+    folded = ""
+    if layers:
+        good = sum(check.passed is True for check in layers)
+        folded = (
+            f"<details><summary>Layers: {good} of {len(layers)} checks pass</summary>{_check_table(layers)}</details>"
+        )
+    return f"<h2>Checks</h2>{_check_table(shown)}{folded}"
+
+
+def _check_table(checks: Iterable[Check]) -> str:
     rows = []
     for check in checks:
         word, style = {True: ("pass", "pass"), False: ("FAIL", "fail"), None: ("not judged", "skip")}[check.passed]
@@ -121,7 +145,7 @@ def _checks(checks: Iterable[Check]) -> str:
             f"<td>{escape(check.detail)}</td></tr>"
         )
     return (
-        '<h2>Checks</h2><div class="wide"><table><tr><th>Verdict</th><th>Check</th><th class="num">Measured</th>'
+        '<div class="wide"><table><tr><th>Verdict</th><th>Check</th><th class="num">Measured</th>'
         f'<th class="num">Limit</th><th>Detail</th></tr>{"".join(rows)}</table></div>'
     )
 
@@ -147,10 +171,11 @@ def _charts(report: ParityReport) -> str:
         if report.diagnosis.experts_total:
             charts.append(
                 line_chart(
-                    "Share of positions with exactly the quantised reference's experts",
+                    "Share of positions with exactly the reference's experts",
                     [
-                        Series("router margin clear", 1, x, [layer.clear for layer in layers]),
-                        Series("near-tie", 2, x, [layer.near for layer in layers], dashed=True),
+                        Series("quantised reference, router margin clear", 1, x, [layer.clear for layer in layers]),
+                        Series("quantised reference, near-tie", 3, x, [layer.near for layer in layers], dashed=True),
+                        Series("float reference", 2, x, [layer.same_float for layer in layers]),
                     ],
                     x_label="layer",
                     y_label="share of positions",
@@ -191,7 +216,8 @@ def _prompts(report: ParityReport) -> str:
         mean = sum(prompt.kl) / len(prompt.kl) if prompt.kl else float("nan")
         same = sum(prompt.top1_same) / len(prompt.top1_same) if prompt.top1_same else float("nan")
         rows.append(
-            f'<tr><td>{escape(prompt.name)}</td><td class="num">{prompt.length}</td><td class="num">{_number(mean)}</td>'
+            f'<tr><td>{escape(prompt.name)}</td><td class="num">{prompt.length}</td>'
+            f'<td class="num">{_number(mean)}</td>'
             f'<td class="num">{_percent(same)}</td><td class="num">{greedy}</td>'
             f'<td class="mono text">{escape(prompt.text)}{continuation}</td></tr>'
         )
@@ -228,7 +254,8 @@ def _facts(report: ParityReport) -> str:
 
 def _table(facts: Mapping[str, object]) -> str:
     rows = "".join(
-        f"<tr><td>{escape(key.replace('_', ' '))}</td><td>{escape(_fact(value))}</td></tr>" for key, value in facts.items()
+        f"<tr><td>{escape(key.replace('_', ' '))}</td><td>{escape(_fact(value))}</td></tr>"
+        for key, value in facts.items()
     )
     return f'<div class="wide"><table><tr><th>What</th><th>Value</th></tr>{rows}</table></div>'
 

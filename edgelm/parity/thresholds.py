@@ -74,10 +74,13 @@ def kind_of(recipe_toml: str) -> str:
     Raises:
         ParityError: it uses a type there are no limits for.
     """
-    schemes = re.findall(r"""^\s*(?:default|scheme)\s*=\s*["'](int|fp)(\d+)""", recipe_toml, re.MULTILINE)
+    schemes: list[tuple[str, str]] = re.findall(
+        r"""^\s*(?:default|scheme)\s*=\s*["'](int|fp)(\d+)""", recipe_toml, re.MULTILINE
+    )
     if not schemes:
         return "none"
-    kind = "".join(min(schemes, key=lambda scheme: int(scheme[1])))
+    family, bits = min(schemes, key=lambda scheme: int(scheme[1]))
+    kind = f"{family}{bits}"
     if kind not in LIMITS:
         raise ParityError(f"there are no parity limits for {kind}; there are: {', '.join(LIMITS)}")
     return kind

@@ -56,7 +56,7 @@ def tensor_names(folder: Path) -> list[str]:
 
 
 def edit_graphs(folder: Path, change, graphs=GRAPHS) -> None:
-    """Apply `change(graph)` to the graphs and store them; it returns how many nodes it changed, which must not be none."""
+    """Apply `change(graph)` to the graphs and store them; it returns how many nodes it changed, never none."""
     for name in graphs:
         model = onnx.load(folder / name, load_external_data=False)
         assert change(model.graph), f"the damage found nothing to change in {name}"
@@ -91,11 +91,12 @@ def expert_parts(folder: Path, layer: int, matrix: str):
 def swap_gate_and_up(folder: Path, layer: int) -> None:
     """Gate and up rows are interleaved in a mixture and one after the other in a dense block."""
     experts = manifest(folder)["model"]["num_experts"]
-    names = [n for n in tensor_names(folder) if n.startswith((f"layers.{layer}.moe.gate_up", f"layers.{layer}.mlp.gate_up"))]
+    names = [
+        n for n in tensor_names(folder) if n.startswith((f"layers.{layer}.moe.gate_up", f"layers.{layer}.mlp.gate_up"))
+    ]
     if names:
-        assert names
         for name in names:
-            rows = fused_rows(folder, layer) * max(experts, 1)
+            rows = fused_rows(folder) * max(experts, 1)
             with Tensor(folder, name, np.uint8, (rows, -1)) as array:
                 if experts:
                     array[:] = array.reshape(-1, 2, array.shape[1])[:, ::-1].reshape(array.shape)
@@ -110,8 +111,7 @@ def swap_gate_and_up(folder: Path, layer: int) -> None:
         gate[:], up[:] = up.copy(), gate.copy()
 
 
-def fused_rows(folder: Path, layer: int) -> int:
-    del layer
+def fused_rows(folder: Path) -> int:
     return 2 * json.loads((folder / "config.json").read_text())["intermediate_size"]
 
 

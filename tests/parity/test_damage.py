@@ -1,12 +1,13 @@
 """Is every known kind of damage caught, by arithmetic alone, and is the layer named?
 
-Each test damages a copy of a healthy bundle of a trained checkpoint and re-seals the manifest, so that no hash can help.
+Each test damages a copy of a healthy bundle of a trained checkpoint and re-seals the manifest: no hash can help.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from edgelm.parity.check import check_parity
 from edgelm.parity.pack import ParityPack
 

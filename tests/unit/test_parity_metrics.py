@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+
 from edgelm.parity import metrics
 from edgelm.parity.sketch import SKETCH_SEED, probe_ids, sign_matrix, sketch, splitmix64
 
@@ -35,7 +36,13 @@ def bucketed(p_logits, q_logits, ids):
 
 def test_splitmix64_gives_the_published_sequence():
     # The first outputs for seed 1234567, as in the reference implementation (Vigna's splitmix64.c).
-    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
     assert splitmix64(1234567, 5).tolist() == expected
 
 

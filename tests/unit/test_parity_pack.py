@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+
 from edgelm.errors import ParityError
 from edgelm.parity.pack import GoldenPrompt, ParityPack, ReferenceRecord, TokenizerPrint
 from edgelm.parity.prompts import BUILT_IN, load_prompts

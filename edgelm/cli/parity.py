@@ -1,0 +1,87 @@
+"""`edgelm parity`: does this bundle compute on this device what the reference computed?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from edgelm.parity.result import Check, ParityReport
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--report", "report_path", type=click.Path(path_type=Path, dir_okay=False), help="Write an HTML report.")
+@click.option("--checkpoint", metavar="DIR", help="Compute the reference anew from this checkpoint (needs torch).")
+@click.option("--runtime", metavar="NAME", help="Runtime [the best one here]; `edgelm doctor` lists them.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads [physical cores allowed].")
+@click.option("--no-integrity", is_flag=True, help="Do not hash the files first; judge the arithmetic alone.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+def parity(
+    bundle: Path,
+    report_path: Path | None,
+    checkpoint: str | None,
+    runtime: str | None,
+    threads: int | None,
+    no_integrity: bool,
+    as_json: bool,
+) -> None:
+    """Run BUNDLE's golden prompts here and compare with what the PyTorch reference computed.
+
+    Exit code 1 if any check fails.
+    """
+    import json
+
+    from edgelm.parity.check import check_parity
+    from edgelm.progress import Bars
+
+    progress = Bars()
+    result = check_parity(
+        bundle,
+        runtime=runtime,
+        threads=threads,
+        checkpoint=checkpoint,
+        integrity=not no_integrity,
+        progress=progress,
+    )
+    if report_path is not None:
+        from edgelm.parity.report import write_report
+
+        write_report(result, report_path)
+        progress.note(f"report: {report_path}")
+    click.echo(json.dumps(result.to_dict(), allow_nan=False) if as_json else summary(result))
+    if not result.passed:
+        raise click.exceptions.Exit(1)
+
+
+def summary(report: ParityReport) -> str:
+    """The verdict for a terminal: what failed, else the numbers that matter."""
+    from edgelm.cli.tables import pairs
+
+    lines = [_row(check) for check in report.checks if check.layer is None or check.passed is False]
+    per_layer = [check for check in report.checks if check.layer is not None]
+    good = sum(check.passed is True for check in per_layer)
+    if per_layer:
+        lines.append(("pass" if good == len(per_layer) else "FAIL", f"Layers: {good} of {len(per_layer)} checks pass"))
+    total = len([check for check in report.checks if check.passed is not None])
+    verdict = "PASSED" if report.passed else "FAILED"
+    end = [f"parity {verdict}: {total - len(report.failures)} of {total} checks, limits for {report.kind}"]
+    if report.cause:
+        end.append(f"first divergence: {report.cause}")
+    if report.speed is not None:
+        end.append(
+            f"{report.runtime}, {report.threads} threads: prefill {report.speed.prefill_tokens_per_s:.1f}, "
+            f"decode {report.speed.decode_tokens_per_s:.1f} tokens/s"
+        )
+    return "\n".join([pairs(lines), *report.notes, *end])
+
+
+def _row(check: Check) -> tuple[str, str]:
+    word = {True: "pass", False: "FAIL", None: "-"}[check.passed]
+    text = check.title
+    if check.value is not None and check.limit is not None:
+        text += f": {check.value:.3g} ({'at most' if check.better == 'lower' else 'at least'} {check.limit:.3g})"
+    show = check.detail and (check.passed is not True or check.value is None)
+    return word, f"{text}: {check.detail}" if show else text

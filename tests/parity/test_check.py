@@ -1,0 +1,181 @@
+"""Does the check need only a run-time install, and does the live reference agree with the stored pack?"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edgelm
+from edgelm.errors import ParityError, RecipeError
+from edgelm.parity.check import check_parity
+from edgelm.parity.golden import GoldenOptions, make_pack
+from edgelm.parity.pack import ParityPack
+from edgelm.parity.prompts import Prompt
+
+from . import damage
+from .conftest import CHECKPOINTS
+
+IMPORT_ROOT = Path(edgelm.__file__).parents[1]
+EXPORT_ONLY = ("torch", "onnx", "safetensors", "huggingface_hub", "transformers")
+
+
+def test_the_check_runs_where_only_the_run_time_packages_are(exported, tmp_path):
+    script = f"""
+import sys, json
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {EXPORT_ONLY!r}:
+            raise ImportError(name + " is not installed here")
+sys.meta_path.insert(0, Refuse())
+import edgelm
+report = edgelm.check_parity(sys.argv[1], threads=1)
+from edgelm.parity.report import render
+render(report)
+print(json.dumps([report.passed, sorted(set({EXPORT_ONLY!r}) & set(sys.modules))]))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(IMPORT_ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script, str(exported("olmoe", "int4"))],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [True, []]
+
+
+@pytest.mark.parametrize(("model", "recipe"), [("olmoe", "int4"), ("fox", "none")])
+def test_the_reference_computed_anew_agrees_with_the_pack(exported, model, recipe):
+    report = check_parity(exported(model, recipe), threads=1, checkpoint=CHECKPOINTS / f"{model}-tiny")
+    pack = next(check for check in report.checks if check.name == "pack")
+    assert pack.passed, pack
+    assert report.passed
+    assert "computed now" in report.reference
+
+
+def test_another_checkpoint_is_noticed(exported, tmp_path):
+    from edgelm.synth import write_random_checkpoint
+
+    config = json.loads((CHECKPOINTS / "fox-tiny" / "config.json").read_text())
+    write_random_checkpoint(config, tmp_path / "other")
+    report = check_parity(exported("fox", "int4"), threads=1, checkpoint=tmp_path / "other")
+    assert report.passed is False
+    assert next(check for check in report.checks if check.name == "pack").passed is False
+
+
+def test_the_pack_of_another_model_is_refused(exported, copied):
+    folder = copied("fox", "int4")
+    for name in ("pack.npz", "pack.json"):
+        (folder / "parity" / name).write_bytes((exported("olmoe", "int4") / "parity" / name).read_bytes())
+    damage.reseal(folder)
+    with pytest.raises(ParityError, match="another model's"):
+        check_parity(folder, threads=1, integrity=False)
+
+
+class OneTensorChanged:
+    """A reader whose layer 1 is another: the quantised reference of a made-up recipe."""
+
+    def __init__(self, reader, name, change):
+        self._reader, self._name, self._change = reader, name, change
+
+    def shape(self, name):
+        return self._reader.shape(name)
+
+    def read_float32(self, name, rows=None):
+        values = self._reader.read_float32(name, rows)
+        return self._change(values) if name == self._name else values
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    from edgelm.checkpoint import Checkpoint
+    from edgelm.tokenizer import Tokenizer
+
+    checkpoint = Checkpoint.open(CHECKPOINTS / "olmoe-tiny")
+    return checkpoint, Tokenizer.from_folder(checkpoint.path)
+
+
+OPTIONS = GoldenOptions(prompts=(Prompt("a", "def f(x):\n    return"), Prompt("b", "import os")), greedy_tokens=5)
+
+
+def test_a_pack_holds_what_the_whole_model_in_memory_computes(tiny):
+    import torch
+
+    from edgelm.models.olmoe import Olmoe, OlmoeConfig
+    from edgelm.models.trace import Trace
+
+    checkpoint, tokenizer = tiny
+    pack = make_pack(checkpoint, None, checkpoint.config, tokenizer, OPTIONS)
+    model = Olmoe(OlmoeConfig.from_dict(checkpoint.config))
+    model.load_weights(checkpoint.read_float32)
+    for prompt in pack.prompts:
+        ids = pack.ids[prompt.positions]
+        assert ids[: prompt.length].tolist() == tokenizer.encode(prompt.text)
+        assert len(prompt.greedy) == 5
+        trace = Trace()
+        with torch.no_grad():
+            logits = model(torch.from_numpy(ids.astype(np.int64))[None], trace=trace)[0].numpy()
+        record, rows = pack.reference, prompt.positions
+        assert logits[prompt.length - 1 :].argmax(-1).tolist() == list(prompt.greedy)
+        assert np.allclose(np.take_along_axis(logits, pack.top_ids[rows], 1), record.top_logits[rows], atol=1e-4)
+        assert np.allclose(logits[:, pack.probe_ids], record.probe_logits[rows], atol=1e-4)
+        assert np.allclose(np.sort(logits)[:, ::-1][:, :64], record.top_logits[rows], atol=1e-4)
+        total = torch.from_numpy(logits).logsumexp(-1).numpy()
+        assert np.allclose(total, record.logsumexp[rows], atol=1e-4)
+        after = ids[1 : prompt.length]
+        assert np.allclose(logits[np.arange(len(after)), after], record.next_logit[rows][: len(after)], atol=1e-4)
+        for index, hidden in enumerate(trace.hidden):
+            assert np.allclose(hidden[0].norm(dim=-1).numpy(), record.norms[index, rows], rtol=1e-4)
+        for index, chosen in enumerate(trace.experts):
+            assert np.array_equal(chosen[0].numpy(), record.experts[index, rows])
+
+
+def test_both_references_are_over_the_same_tokens(tiny):
+    checkpoint, tokenizer = tiny
+    name = "model.layers.1.self_attn.o_proj.weight"
+    other = OneTensorChanged(checkpoint, name, lambda values: -values)
+    pack = make_pack(checkpoint, other, checkpoint.config, tokenizer, OPTIONS)
+    assert pack.quantized.norms.shape == pack.reference.norms.shape
+    assert np.allclose(pack.quantized.sketches[1], pack.reference.sketches[1], rtol=1e-3, atol=1e-3)
+    assert not np.allclose(pack.quantized.sketches[2], pack.reference.sketches[2], rtol=1e-2)
+
+
+def test_a_pack_does_not_depend_on_how_often_it_is_made(tiny, tmp_path):
+    checkpoint, tokenizer = tiny
+    for name in ("one", "two"):
+        make_pack(checkpoint, checkpoint, checkpoint.config, tokenizer, OPTIONS).save(tmp_path / name)
+    first, second = (ParityPack.load(tmp_path / name) for name in ("one", "two"))
+    assert np.array_equal(first.reference.sketches, second.reference.sketches)
+    assert np.allclose(first.reference.top_logits, first.quantized.top_logits, atol=1e-4)
+
+
+def test_no_greedy_tokens_and_long_prompts_are_possible(tiny):
+    checkpoint, tokenizer = tiny
+    options = GoldenOptions(prompts=(Prompt("long", "x = 1\n" * 500),), greedy_tokens=0, max_prompt_tokens=40)
+    pack = make_pack(checkpoint, None, checkpoint.config, tokenizer, options)
+    assert len(pack.ids) == 40
+    assert pack.prompts[0].greedy == ()
+
+
+def test_a_prompt_without_tokens_is_refused(tiny):
+    checkpoint, tokenizer = tiny
+    with pytest.raises(ParityError, match="'nothing' has no tokens"):
+        make_pack(checkpoint, None, checkpoint.config, tokenizer, GoldenOptions(prompts=(Prompt("nothing", ""),)))
+
+
+def test_a_checkpoint_quantised_otherwise_is_refused(exported, tmp_path):
+    from edgelm.quant.checkpoint import quantize_checkpoint
+    from edgelm.quant.recipe import Recipe
+
+    quantize_checkpoint(CHECKPOINTS / "fox-tiny", tmp_path / "q8", Recipe.load("int8"))
+    with pytest.raises(RecipeError, match="already quantised"):
+        check_parity(exported("fox", "int4"), threads=1, checkpoint=tmp_path / "q8")

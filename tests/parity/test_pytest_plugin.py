@@ -1,0 +1,80 @@
+"""Does `pytest --edgelm-bundle` run the check as tests, and stay out of the way otherwise?"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import edgelm
+
+from . import damage
+
+IMPORT_ROOT = Path(edgelm.__file__).parents[1]
+
+
+def run_pytest(folder, *arguments):
+    # A process of its own, outside the repository: the plugin as a device has it, whether or not edgelm is installed.
+    # autoload off and -p: an installed edgelm would register the entry point a second time.
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(IMPORT_ROOT)}
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "edgelm.parity.pytest_plugin", "--rootdir", str(folder)]
+    return subprocess.run(
+        [*command, "-p", "no:cacheprovider", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_every_check_of_a_healthy_bundle_is_a_passing_item(exported, tmp_path):
+    bundle = exported("olmoe", "int4")
+    result = run_pytest(tmp_path, "-v", "--edgelm-threads", "1", "--edgelm-bundle", str(bundle))
+    assert result.returncode == 0, result.stdout + result.stderr
+    layers = damage.manifest(bundle)["model"]["num_layers"]
+    assert f"{7 + 2 * layers} passed" in result.stdout
+    assert f"experts[{layers - 1}] PASSED" in result.stdout
+
+
+def test_a_damaged_bundle_fails_in_the_items_that_noticed(copied, tmp_path):
+    folder = copied("olmoe", "int4")
+    damage.renormalise_routing(folder, layer=2)
+    damage.reseal(folder)
+    result = run_pytest(tmp_path, "--edgelm-threads", "1", "--edgelm-bundle", str(folder))
+    assert result.returncode == 1
+    assert "first divergence: layer 2: the mixture of experts" in result.stdout
+    assert "Traceback" not in result.stdout
+    assert "::layer[2]" in result.stdout or "layer[2]" in result.stdout
+
+
+def test_markers_and_names_select_items(exported, tmp_path):
+    (tmp_path / "test_other.py").write_text("def test_other():\n    pass\n")
+    bundle = str(exported("fox", "int4"))
+    both = run_pytest(tmp_path, "-q", "--collect-only", "--strict-markers", "--edgelm-bundle", bundle)
+    assert "test_other" in both.stdout
+    alone = run_pytest(tmp_path, "-q", "--collect-only", "-m", "edgelm_bundle", "--edgelm-bundle", bundle)
+    assert "test_other" not in alone.stdout
+    assert "tokenizer" in alone.stdout
+    one = run_pytest(tmp_path, "-q", "-k", "tokenizer", "--edgelm-threads", "1", "--edgelm-bundle", bundle)
+    assert "1 passed" in one.stdout
+
+
+def test_a_folder_that_is_no_bundle_is_a_usage_error(tmp_path):
+    result = run_pytest(tmp_path, "--edgelm-bundle", str(tmp_path))
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "is not a bundle" in result.stdout + result.stderr
+
+
+def test_without_the_option_nothing_is_collected_and_nothing_heavy_imported(tmp_path):
+    heavy = "{'numpy', 'onnxruntime', 'torch', 'edgelm.bundle', 'edgelm.parity.check'}"
+    (tmp_path / "test_other.py").write_text(
+        f"import sys\n\ndef test_other():\n    assert not {heavy} & set(sys.modules)\n"
+    )
+    result = run_pytest(tmp_path, "-q")
+    assert result.returncode == 0, result.stdout
+    assert "1 passed" in result.stdout

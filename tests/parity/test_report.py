@@ -1,0 +1,166 @@
+"""Is the report one self-contained, well-formed file that says what was found, and the JSON a document?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from html.parser import HTMLParser
+
+import pytest
+from click.testing import CliRunner
+
+from edgelm.cli.parity import parity, summary
+from edgelm.errors import ParityError
+from edgelm.parity.charts import Axis, Series, line_chart
+from edgelm.parity.check import check_parity
+from edgelm.parity.report import render, write_report
+
+from . import damage
+
+VOID = {"meta", "br", "rect", "line", "circle", "path"}
+
+
+class WellFormed(HTMLParser):
+    """Checks that every element is closed in order, and collects what would be fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.fetched += [value for name, value in attrs if name in ("src", "href", "xlink:href", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+
+def parse(html):
+    page = WellFormed()
+    page.feed(html)
+    page.close()
+    assert not page.open
+    return page
+
+
+@pytest.fixture(scope="module")
+def healthy(exported):
+    return check_parity(exported("olmoe", "int4"), threads=1)
+
+
+def test_the_report_is_well_formed_and_fetches_nothing(healthy):
+    html = render(healthy)
+    page = parse(html)
+    assert page.fetched == []
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    for outside in ("http://", "https://", "@import", "url("):
+        assert outside not in html
+    assert page.tags.count("svg") == 3
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_the_report_says_the_verdict_the_device_and_the_hashes(healthy):
+    html = render(healthy)
+    assert ">PASSED<" in html
+    assert healthy.files["model.onnx.data"]["sha256"] in html
+    assert "tokens a second" in html
+    assert "instruction sets" in html
+    for prompt in healthy.prompts:
+        assert f"<td>{prompt.name}</td>" in html
+
+
+def test_a_failed_report_names_the_layer(copied, tmp_path):
+    folder = copied("olmoe", "int4")
+    damage.renormalise_routing(folder, layer=1)
+    damage.reseal(folder)
+    report = check_parity(folder, threads=1)
+    file = tmp_path / "report.html"
+    write_report(report, file)
+    html = file.read_text(encoding="utf-8")
+    parse(html)
+    assert ">FAILED<" in html
+    assert "layer 1: the mixture of experts as a whole" in html
+    assert "FAIL" in summary(report)
+    assert "first divergence: layer 1" in summary(report)
+
+
+def test_names_and_texts_cannot_break_out_of_the_page(healthy):
+    evil = "<script>alert('x')</script>"
+    prompt = dataclasses.replace(healthy.prompts[0], name=evil, text=evil, greedy_text=evil)
+    report = dataclasses.replace(healthy, prompts=[prompt], bundle=f"/tmp/{evil}", notes=[evil])
+    page = parse(render(report))
+    assert "script" not in page.tags
+
+
+def test_a_device_that_gives_no_numbers_still_has_a_report(healthy):
+    nan = float("nan")
+    prompts = [dataclasses.replace(p, kl=[nan] * len(p.kl), kl_float=[nan] * len(p.kl)) for p in healthy.prompts]
+    report = dataclasses.replace(healthy, prompts=prompts, kl_mean=nan, perplexity_quantized=0.0)
+    parse(render(report))
+    assert report.to_dict()["kl_mean"] is None
+
+
+def test_the_json_document_has_every_number_and_no_nan(healthy):
+    text = json.dumps(healthy.to_dict(), allow_nan=False)
+    document = json.loads(text)
+    assert document["passed"] is True
+    assert document["format"] == "edgelm-parity"
+    assert {check["name"] for check in document["checks"]} >= {
+        "integrity",
+        "tokenizer.encode",
+        "layer[0]",
+        "experts[3]",
+    }
+    assert len(document["diagnosis"]["layers"]) == document["model"]["num_layers"]
+    assert math.isclose(document["kl_mean"], healthy.kl_mean)
+
+
+def test_the_command_prints_one_json_document_and_exits_by_the_verdict(exported, copied, tmp_path):
+    good = str(exported("fox", "int4"))
+    result = CliRunner().invoke(parity, [good, "--json", "--threads", "1", "--report", str(tmp_path / "r.html")])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["passed"] is True
+    assert (tmp_path / "r.html").stat().st_size > 10_000
+    folder = copied("fox", "int4")
+    damage.flip_byte(folder, "layers.1.attn.qkv.qweight", 77)
+    result = CliRunner().invoke(parity, [str(folder), "--threads", "1"])
+    assert result.exit_code == 1
+    assert "layers.1.attn.qkv.qweight (layer 1)" in result.stdout
+    assert "parity FAILED" in result.stdout
+
+
+def test_a_bundle_without_a_pack_is_an_error_not_a_verdict(copied):
+    folder = copied("fox", "int4")
+    (folder / "parity" / "pack.json").write_text("not json")
+    damage.reseal(folder)
+    with pytest.raises(ParityError, match=r"pack\.json"):
+        check_parity(folder, threads=1)
+
+
+def test_a_logarithmic_axis_maps_decades_to_equal_steps():
+    axis = Axis(1e-4, 1.0, 0.0, 400.0, log=True)
+    assert [axis.at(10.0**power) for power in (-4, -3, -1, 0)] == pytest.approx([0, 100, 300, 400])
+    assert axis.at(1e-9) == 0.0
+
+
+def test_a_gap_in_a_curve_stays_a_gap():
+    nan = float("nan")
+    svg = line_chart("t", [Series("s", 1, [0, 1, 2, 3], [1.0, 2.0, nan, 3.0])], x_label="x", y_label="y")
+    path = svg.split('d="')[1].split('"')[0]
+    assert path.count("M") == 2
+    assert path.count("L") == 1
+
+
+def test_a_chart_of_nothing_is_nothing():
+    assert line_chart("t", [Series("s", 1, [0.0], [float("nan")])], x_label="x", y_label="y") == ""
