@@ -258,5 +258,6 @@ def layer_from_disk(config: FoxConfig, index: int, read: Read) -> Layer:
     """One layer with its weights read now."""
     layer = Layer(config)
     for name, parameter in layer.named_parameters():
-        parameter.data.copy_(torch.from_numpy(read(f"model.layers.{index}.{name}")))
+        # Taken over, not copied: a sweep over a big model is bound by memory.
+        parameter.data = torch.from_numpy(read(f"model.layers.{index}.{name}"))
     return layer

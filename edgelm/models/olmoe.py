@@ -401,6 +401,7 @@ def layer_from_disk(config: OlmoeConfig, index: int, read: Read) -> Layer:
     """One layer with its weights read now, except the experts, which are read whenever some token chooses them."""
     prefix = f"model.layers.{index}"
     layer = Layer(config, _ExpertsOnDisk(f"{prefix}.mlp.experts", read))
-    for name, tensor in layer.tensors():
-        tensor.copy_(torch.from_numpy(read(f"{prefix}.{name}")))
+    for name, parameter in layer.named_parameters():
+        # Taken over, not copied: a sweep over a big model is bound by memory.
+        parameter.data = torch.from_numpy(read(f"{prefix}.{name}"))
     return layer
