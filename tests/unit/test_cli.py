@@ -314,3 +314,38 @@ def test_doctor_says_how_to_install_what_is_missing(monkeypatch: pytest.MonkeyPa
     assert result.exit_code == 1
     assert "missing: pip install 'edgelm[cpu]'" in result.stdout
     assert "missing torch, onnx (only needed to export): pip install 'edgelm[export]'" in result.stdout
+
+
+def test_a_run_only_install_runs_measures_and_inspects(bundle: Path) -> None:
+    code = f"""
+import sys
+for name in ("torch", "onnx", "safetensors", "huggingface_hub", "transformers", "ml_dtypes", "onnx_ir"):
+    sys.modules[name] = None  # importing it now raises ImportError
+from click.testing import CliRunner
+from edgelm.cli.main import cli
+for arguments in (
+    ["run", {str(bundle)!r}, "x", "-n", "2", "--chat", "-t", "1"],
+    ["bench", {str(bundle)!r}, "--prompt-tokens", "4", "--new-tokens", "2", "--repeat", "1"],
+    ["inspect", {str(bundle)!r}, "--verify"],
+    ["doctor"],
+    ["parity", "--help"],
+):
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, (arguments, result.output, result.exception)
+"""
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+def test_making_a_bundle_in_a_run_only_install_says_what_to_install(tmp_path: Path) -> None:
+    code = f"""
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else real(name, *rest)
+from click.testing import CliRunner
+from edgelm.cli.main import cli
+for arguments in (["export", "x", "-o", {str(tmp_path / "out")!r}], ["demo"]):
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 1, (result.output, result.exception)
+    assert "needs torch" in result.stderr and "pip install 'edgelm[export]'" in result.stderr, result.stderr
+"""
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
