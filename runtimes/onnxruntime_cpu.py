@@ -90,7 +90,8 @@ def _errors() -> tuple[type[Exception], ...]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state  # type: ignore[import-untyped]  # likewise
 
     names = ("Fail", "InvalidGraph", "InvalidProtobuf", "InvalidArgument", "NoSuchFile", "NotImplemented")
-    return (*(getattr(state, name) for name in names), state.RuntimeException)
+    # A run with bound buffers raises plain RuntimeErrors.
+    return (RuntimeError, state.RuntimeException, *(getattr(state, name) for name in names))
 
 
 def _first_line(error: Exception) -> str:
@@ -247,7 +248,7 @@ class OnnxRuntimeCpu(Runtime):
             interruptible(
                 lambda: session.run_with_iobinding(binding, options), lambda: setattr(options, "terminate", True)
             )
-        except (RuntimeError, *_errors()) as error:
+        except _errors() as error:
             raise EdgeLMError(
                 f"onnxruntime failed in the middle: {_first_line(error)}; if memory ran out, take a smaller "
                 f"context_length than {self.context_length} or a smaller chunk than {self._chunk}"
