@@ -254,7 +254,8 @@ def _read_index(path: Path) -> dict[str, Any]:
 def _read_arrays(path: Path, index: dict[str, Any]) -> dict[str, NDArray[Any]]:
     arrays: dict[str, NDArray[Any]] = {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here: np.load leaves the file open when it is no archive.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             for name, info in index["arrays"].items():
                 arrays[name] = archive[name]
                 if list(arrays[name].shape) != info["shape"] or arrays[name].dtype.name != info["dtype"]:

@@ -226,7 +226,7 @@ def test_ctrl_c_stops_an_answer_and_sigterm_ends_the_chat(endless: Path) -> None
         assert process.returncode == 130
     finally:
         process.kill()
-        process.wait()
+        process.communicate()  # closes the pipes
 
 
 def test_inspect_describes_and_verifies_a_bundle(bundle: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def port(bundle: Path) -> Iterator[int]:
     assert line.startswith("listening on")
     yield int(line.rpartition(":")[2])
     process.terminate()
-    process.wait()
+    process.communicate()  # closes the pipe
 
 
 def post(port: int, **request: object) -> tuple[int, str]:
