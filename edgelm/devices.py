@@ -6,6 +6,7 @@ Standard library only; what cannot be learnt on a system is None or empty, never
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 import re
@@ -148,7 +149,6 @@ def _memory() -> tuple[int | None, int | None]:
 
 
 def _windows_memory() -> tuple[int | None, int | None]:
-    import ctypes
 
     class Status(ctypes.Structure):
         _fields_ = (
@@ -202,6 +202,17 @@ def resident_memory() -> tuple[int | None, int | None]:
     # macOS reports bytes, the BSDs kilobytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return None, int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
+
+
+def return_free_memory() -> None:
+    """Give what the C library holds free back to the system, where the library can (glibc).
+
+    glibc raises the size from which it maps blocks on their own as soon as such a block was freed. So a second model
+    that is loaded lies in its heap, and would stay resident after it was closed.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _sysctl(name: str) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.devices import allowed_cores
+from edgelm.devices import allowed_cores, return_free_memory
 from edgelm.errors import BundleError, EdgeLMError, RuntimeUnavailableError
 from edgelm.runtimes.base import Runtime, checked_tokens, choose_context_length, context_full, interruptible
 
@@ -214,6 +214,7 @@ class OnnxRuntimeCpu(Runtime):
         self._session = None
         self._binding = None
         self._caches = []
+        return_free_memory()
 
     def _step(self, ids: NDArray[np.int64], rows: int) -> NDArray[np.float32]:
         """Run at most one chunk; return the logits [rows, V] of its last positions: 1 or all of them."""
@@ -337,6 +338,7 @@ class TracingRuntime:
     def close(self) -> None:
         """Free the session."""
         self._session = None
+        return_free_memory()
 
     def __enter__(self) -> TracingRuntime:
         return self
