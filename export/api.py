@@ -42,6 +42,7 @@ from edgelm.export.weights import WeightsPlan
 from edgelm.files import atomic_directory
 from edgelm.models import family as family_of
 from edgelm.parity.golden import GoldenOptions, golden_tokens, write_pack
+from edgelm.parity.live import references
 from edgelm.progress import Progress, Silent
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource, stored_recipe
@@ -155,7 +156,7 @@ def export_bundle(
         (folder / DEBUG_FILE).write_bytes(plan.debug_graph.SerializeToString())
         _copy_texts(checkpoint.path, tokenizer, folder)
         _write_genai(folder, plan)
-        _write_parity(folder / "parity", checkpoint, chosen, tokenizer, golden, progress)
+        _write_parity(folder / "parity", checkpoint, chosen, plan.dtype, tokenizer, golden, progress)
         _write_manifest(folder, plan, source.recipe, checkpoint.source_id, tensors, hashes, options, progress)
     return Bundle.open(out)
 
@@ -171,20 +172,14 @@ def _write_parity(
     folder: Path,
     checkpoint: Checkpoint,
     recipe: Recipe | None,
+    dtype: str,
     tokenizer: Tokenizer,
     golden: GoldenOptions,
     progress: Progress,
 ) -> None:
     folder.mkdir()
-    source = WeightSource(checkpoint, recipe)
-    config = checkpoint.config
-    if source.is_stored_quantized:
-        # The float weights are gone: the reference is the PyTorch model of what the checkpoint holds.
-        write_pack(folder, source.dequantized(), None, config, tokenizer, golden, progress)
-        return
-    quantises = any(source.scheme(name) is not None for name in source.shapes)
-    quantised = source.dequantized() if quantises else None
-    write_pack(folder, checkpoint, quantised, config, tokenizer, golden, progress)
+    reference, quantised = references(WeightSource(checkpoint, recipe), dtype)
+    write_pack(folder, reference, quantised, checkpoint.config, tokenizer, golden, progress)
 
 
 def _plan(

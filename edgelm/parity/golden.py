@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from edgelm.models.layerwise import LayerwiseReference, LayerwiseResult, SequenceState
     from edgelm.tokenizer import Tokenizer
 
-# From this many weights on, a sweep over the model takes seconds and the greedy continuations are kept short.
+# From this many weights on, a sweep over the model takes seconds and prompts and continuations are kept short.
 BIG = 300_000_000
 GREEDY_TOKENS, GREEDY_TOKENS_BIG, GREEDY_PROMPTS_BIG = 16, 8, 2
-MAX_PROMPT_TOKENS = 512
+MAX_PROMPT_TOKENS, MAX_PROMPT_TOKENS_BIG, MAX_PROMPT_TOKENS_OWN = 512, 96, 2048
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class GoldenOptions:
         prompts: the golden prompts.
         greedy_tokens: length of each greedy continuation; None: 16, and 8 for a big model.
         greedy_prompts: how many prompts, from the first, are continued; None: all, and 2 for a big model.
-        max_prompt_tokens: longer prompts are cut there (and at the model's context).
+        max_prompt_tokens: longer prompts are cut there (and at the model's context); None: 512, and 96 for a big model.
     """
 
     prompts: tuple[Prompt, ...] = BUILT_IN
     greedy_tokens: int | None = None
     greedy_prompts: int | None = None
-    max_prompt_tokens: int = MAX_PROMPT_TOKENS
+    max_prompt_tokens: int | None = None
 
     @classmethod
     def from_arguments(cls, prompts_file: Path | None, greedy_tokens: int | None) -> GoldenOptions:
@@ -56,8 +56,9 @@ class GoldenOptions:
         Raises:
             ParityError: the file holds no prompts.
         """
-        prompts = BUILT_IN if prompts_file is None else load_prompts(prompts_file)
-        return cls(prompts=prompts, greedy_tokens=greedy_tokens)
+        if prompts_file is None:
+            return cls(greedy_tokens=greedy_tokens)
+        return cls(load_prompts(prompts_file), greedy_tokens, max_prompt_tokens=MAX_PROMPT_TOKENS_OWN)
 
     @classmethod
     def default_for(cls, config: Any) -> GoldenOptions:
@@ -67,13 +68,14 @@ class GoldenOptions:
     def resolved(self, config: Any) -> GoldenOptions:
         """These options with every None replaced by what suits the model's size."""
         big = weight_count(config) >= BIG
-        tokens = self.greedy_tokens
-        prompts = self.greedy_prompts
+        tokens, prompts, length = self.greedy_tokens, self.greedy_prompts, self.max_prompt_tokens
         if tokens is None:
             tokens = GREEDY_TOKENS_BIG if big else GREEDY_TOKENS
         if prompts is None:
             prompts = GREEDY_PROMPTS_BIG if big else len(self.prompts)
-        return replace(self, greedy_tokens=tokens, greedy_prompts=prompts)
+        if length is None:
+            length = MAX_PROMPT_TOKENS_BIG if big else MAX_PROMPT_TOKENS
+        return replace(self, greedy_tokens=tokens, greedy_prompts=prompts, max_prompt_tokens=length)
 
 
 def weight_count(config: Any) -> int:
@@ -85,7 +87,8 @@ def weight_count(config: Any) -> int:
 def golden_tokens(options: GoldenOptions, tokenizer: Tokenizer) -> int:
     """An upper bound of the positions a pack will hold, which decides how much memory making it takes."""
     continued = GREEDY_TOKENS if options.greedy_tokens is None else options.greedy_tokens
-    lengths = [min(len(tokenizer.encode(prompt.text)), options.max_prompt_tokens) for prompt in options.prompts]
+    longest = MAX_PROMPT_TOKENS if options.max_prompt_tokens is None else options.max_prompt_tokens
+    lengths = [min(len(tokenizer.encode(prompt.text)), longest) for prompt in options.prompts]
     return sum(lengths) + continued * len(lengths)
 
 
@@ -154,7 +157,7 @@ def make_pack(
 
 
 def _prompt_ids(tokenizer: Tokenizer, options: GoldenOptions, context: int) -> list[NDArray[np.int64]]:
-    room = min(options.max_prompt_tokens, context - (options.greedy_tokens or 0))
+    room = min(options.max_prompt_tokens or MAX_PROMPT_TOKENS, context - (options.greedy_tokens or 0))
     if room < 1:
         raise ParityError(f"{options.greedy_tokens} greedy tokens leave no room for a prompt in a context of {context}")
     ids = []

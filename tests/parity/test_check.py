@@ -62,6 +62,22 @@ def test_the_reference_computed_anew_agrees_with_the_pack(exported, model, recip
     assert "computed now" in report.reference
 
 
+@pytest.mark.parametrize(("model", "dtype"), [("olmoe", "fp16"), ("fox", "bf16")])
+def test_weights_rounded_for_storage_are_what_the_device_is_compared_with(tmp_path, model, dtype):
+    from edgelm.export import ExportOptions, export_bundle
+    from edgelm.synth import write_random_checkpoint
+
+    config = json.loads((CHECKPOINTS / f"{model}-tiny" / "config.json").read_text())
+    config |= {"vocab_size": 600, "num_hidden_layers": 2}
+    write_random_checkpoint(config, tmp_path / "float32", dtype="F32")
+    bundle = export_bundle(tmp_path / "float32", tmp_path / "b", recipe="none", options=ExportOptions(dtype=dtype))
+    report = check_parity(bundle, threads=1)
+    assert report.passed, [(check.name, check.value, check.limit) for check in report.failures]
+    pack = ParityPack.load(bundle.file("parity"))
+    assert pack.quantized is not None
+    assert not np.array_equal(pack.quantized.sketches[-1], pack.reference.sketches[-1])
+
+
 def test_another_checkpoint_is_noticed(exported, tmp_path):
     from edgelm.synth import write_random_checkpoint
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from edgelm.errors import ParityError
 from edgelm.parity.pack import GoldenPrompt, ParityPack, ReferenceRecord, TokenizerPrint
 from edgelm.parity.prompts import BUILT_IN, load_prompts
-from edgelm.parity.thresholds import LIMITS, kind_of
+from edgelm.parity.thresholds import LIMITS, kind_of, markdown_table
 
 
 def make_record(rng, layers=2, count=9, top=4, probes=3, experts=8, k=2):
@@ -171,6 +172,12 @@ def test_useless_prompt_files_are_refused(tmp_path, content, message):
 def test_a_recipe_is_judged_by_its_narrowest_type(toml, kind):
     assert kind_of(toml) == kind
     assert kind in LIMITS
+
+
+def test_the_documentation_shows_the_limits_in_force():
+    page = Path(__file__).parents[2] / "docs" / "parity.md"
+    shown = page.read_text(encoding="utf-8").split("<!-- limits -->\n")[1].split("\n<!-- /limits -->")[0]
+    assert shown == markdown_table()
 
 
 def test_a_type_without_limits_is_refused():
