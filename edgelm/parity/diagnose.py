@@ -18,7 +18,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgelm.parity import metrics
 from edgelm.parity.metrics import Floats, Mask
@@ -66,7 +65,16 @@ class LayerResult:
     near_count: int
     same_float: float
     severe_flips: int
-    cause: str | None
+
+
+@dataclass(frozen=True)
+class _Suspects:
+    """Per position of one layer: bad; counted (no other experts); how far its update moved; the error that came in."""
+
+    bad: Mask
+    counted: Mask
+    moved: Floats
+    incoming: Floats
 
 
 @dataclass(frozen=True)
@@ -96,9 +104,9 @@ def diagnose(pack: ParityPack, trace: DeviceTrace, limits: Limits) -> Diagnosis:
         first, cause = -1, _embedding_cause(pack, error[0], limits)
     layers = []
     for index in range(pack.num_layers):
-        result = _layer(pack, want, trace, index, error, error_float, limits)
+        result, suspects = _layer(pack, want, trace, index, error, error_float, limits)
         if first is None and result.diverged:
-            first, cause = index, result.cause
+            first, cause = index, _cause(pack, want, trace, index, suspects)
         layers.append(result)
     seen = 0
     if want.experts is not None:
@@ -122,7 +130,7 @@ def _layer(
     error: Floats,
     error_float: Floats,
     limits: Limits,
-) -> LayerResult:
+) -> tuple[LayerResult, _Suspects]:
     before = trace.sketches[index].astype(np.float64) - want.sketches[index]
     after = trace.sketches[index + 1].astype(np.float64) - want.sketches[index + 1]
     update = want.sketches[index + 1].astype(np.float64) - want.sketches[index]
@@ -148,7 +156,7 @@ def _layer(
     diverged = int(bad.sum()) > limits.bad_positions * count
     clear = margin >= limits.router_near_tie
     same = ~flips.changed
-    return LayerResult(
+    result = LayerResult(
         layer=index,
         error=metrics.quantile(error[index + 1], 0.5),
         error_float=metrics.quantile(error_float[index + 1], 0.5),
@@ -162,8 +170,8 @@ def _layer(
         near_count=int((~clear).sum()),
         same_float=_same_as_float(pack, trace, index),
         severe_flips=int(severe.sum()),
-        cause=_cause(pack, want, trace, index, bad, counted, moved, incoming) if diverged else None,
     )
+    return result, _Suspects(bad, counted, moved, incoming)
 
 
 def _same_as_float(pack: ParityPack, trace: DeviceTrace, index: int) -> float:
@@ -187,12 +195,10 @@ def _cause(
     want: ReferenceRecord,
     trace: DeviceTrace,
     index: int,
-    bad: Mask,
-    counted: Mask,
-    moved: NDArray[np.float64],
-    incoming: Floats,
+    suspects: _Suspects,
 ) -> str:
     """Name the part of layer `index` that is wrong, as narrowly as the evidence allows."""
+    bad, counted = suspects.bad, suspects.counted
     firsts = np.zeros(len(bad), dtype=bool)
     firsts[[prompt.start for prompt in pack.prompts]] = True
     later = bad[~firsts]
@@ -204,7 +210,7 @@ def _cause(
             return f"layer {index}: {attention}: first positions agree, later ones do not"
         return f"layer {index}: attention or feed-forward"
     mixture = f"layer {index}: the mixture of experts as a whole (routing weights, or gate and up): router logits agree"
-    if _before_router(want, trace, index, bad, moved, incoming):
+    if _before_router(want, trace, index, suspects):
         mixture = f"layer {index}: attention, its norms or the router: router logits differ though the input agrees"
     else:
         guilty = metrics.guilty_experts(want.experts[index], bad & counted, ~bad & counted)
@@ -218,9 +224,7 @@ def _before_router(
     want: ReferenceRecord,
     trace: DeviceTrace,
     index: int,
-    bad: Mask,
-    moved: NDArray[np.float64],
-    incoming: Floats,
+    suspects: _Suspects,
 ) -> bool:
     """Whether the router already saw the disturbance that the layer's output shows.
 
@@ -229,11 +233,12 @@ def _before_router(
     """
     assert want.router is not None
     assert trace.router is not None
+    bad = suspects.bad
     expected, actual = want.router[index].astype(np.float64), trace.router[index].astype(np.float64)
     norms = np.maximum(np.linalg.norm(expected, axis=-1), 1e-30)
     seen = np.linalg.norm(actual - expected, axis=-1) / norms
-    disturbance = np.maximum(moved / np.maximum(want.norms[index], 1e-30), 1e-30)
-    ratio = (seen - 2 * incoming)[bad] / disturbance[bad]
+    disturbance = np.maximum(suspects.moved / np.maximum(want.norms[index], 1e-30), 1e-30)
+    ratio = (seen - 2 * suspects.incoming)[bad] / disturbance[bad]
     if np.isnan(seen[bad]).mean() > 0.5:
         return True
     # Routers are less sensitive in some directions than in others, so a hundredth counts, if it is above rounding.

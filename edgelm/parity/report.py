@@ -28,7 +28,7 @@ h1 { font-size: 25px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 8p
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(205px, 1fr)); gap: 10px; margin: 18px 0; }
 .card { border: 1px solid var(--line); border-radius: 8px; padding: 9px 12px; }
 .card b { display: block; font-size: 20px; } .card span { color: var(--soft); font-size: 13px; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 14px; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; min-width: 640px; font-size: 14px; }
 th, td { text-align: left; padding: 5px 10px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; } td.num { text-align: right; white-space: nowrap; }
 th.num { text-align: right; } .pass { color: var(--good); } .fail { color: var(--bad); font-weight: 700; }

@@ -248,8 +248,10 @@ def layers(pack: ParityPack, run: DeviceRun, diagnosis: Diagnosis, limits: Limit
     ]
     for layer in diagnosis.layers:
         detail = f"added error {layer.added:.3g} (median), worst {layer.worst:.3g} times the allowed"
-        if layer.cause:
-            detail = f"{layer.cause}; {detail}"
+        if layer.layer == diagnosis.first:
+            detail = f"{diagnosis.cause}; {detail}"
+        elif layer.diverged:
+            detail = f"what came in was wrong already; {detail}"
         title = f"Layer {layer.layer}: positions whose error is not explained by what came in"
         checks.append(at_most(f"layer[{layer.layer}]", title, float(layer.bad), allowed, detail, layer.layer))
         if pack.num_experts:
