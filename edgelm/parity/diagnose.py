@@ -5,12 +5,12 @@ any layer, healthy or not; what is judged is therefore the error a layer **adds*
 the device's and delta_i = D_i - S_i:
 
     added(i, p)    = |delta_{i+1} - delta_i| / max(|S_{i+1} - S_i|, FLOOR |S_i|)     error of the layer's own update
-    incoming(i, p) = max(|delta_i| / |S_i| at p, its mean over the positions of the prompt up to p)
+    incoming(i, p) = max(|delta_i| / |S_i| at p, its mean over the prompt's positions up to p, 1/8 of its largest there)
     excess(i, p)   = added / (base + gain * incoming)
 
-The incoming error counts the earlier positions too because attention mixes them in. A layer has diverged when more
-positions than the limit allows have excess above 1. A position whose chosen experts differ by a near-tie does not count
-in that layer: such a flip changes the output without anything being wrong.
+The incoming error counts the earlier positions too because attention mixes them in, and may look at a single one. A
+layer has diverged when more positions than the limit allows have excess above 1. A position whose chosen experts differ
+by a near-tie does not count in that layer: such a flip changes the output without anything being wrong.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from edgelm.parity.thresholds import Limits
 # Updates below a hundredth of the residual stream are measured against the stream: where one position carries a huge
 # activation, the stream's own rounding would otherwise look like an error of the update.
 FLOOR = 1e-2
+# How much of one earlier position's error counts. Times a gain of 8 it is all of it.
+SINGLE = 1 / 8
 # Float32 rounding moves router logits by about 1e-6.
 ROUTER_ROUNDING = 1e-5
 
@@ -138,7 +140,7 @@ def _layer(
     moved = np.linalg.norm(after - before, axis=-1) / np.sqrt(width)
     scale = np.maximum(np.linalg.norm(update, axis=-1) / np.sqrt(width), FLOOR * want.norms[index])
     added = moved / np.maximum(scale, 1e-30)
-    incoming = np.maximum(error[index], _mean_so_far(pack, error[index]))
+    incoming = np.maximum(error[index], _mixed_in(pack, error[index]))
     allowed = limits.layer_base + limits.layer_gain * incoming
     excess = added / allowed
 
@@ -182,11 +184,13 @@ def _same_as_float(pack: ParityPack, trace: DeviceTrace, index: int) -> float:
     return metrics.mean(~flips.changed)
 
 
-def _mean_so_far(pack: ParityPack, error: Floats) -> Floats:
+def _mixed_in(pack: ParityPack, error: Floats) -> Floats:
+    """What attention can bring from a prompt's positions so far: their mean, or much of one that it looks at."""
     result = np.empty_like(error)
     for prompt in pack.prompts:
         rows = error[prompt.positions]
-        result[prompt.positions] = np.cumsum(rows) / np.arange(1, len(rows) + 1)
+        mean = np.cumsum(rows) / np.arange(1, len(rows) + 1)
+        result[prompt.positions] = np.maximum(mean, SINGLE * np.maximum.accumulate(rows))
     return result
 
 

@@ -62,6 +62,29 @@ def test_the_reference_computed_anew_agrees_with_the_pack(exported, model, recip
     assert "computed now" in report.reference
 
 
+@pytest.mark.parametrize("scheme", ["int4-g64-asym", "int8-row-sym"])
+def test_recipes_of_ones_own_pass_by_the_limits_of_their_kind(tmp_path, scheme):
+    from edgelm.export import export_bundle
+    from edgelm.quant.recipe import Recipe, Rule
+    from edgelm.quant.scheme import Scheme
+
+    recipe = Recipe("own", Scheme.parse(scheme), (Rule("*.mlp.gate.weight", None),))
+    report = check_parity(export_bundle(CHECKPOINTS / "olmoe-tiny", tmp_path / "b", recipe=recipe), threads=1)
+    assert report.passed, [(check.name, check.value, check.limit) for check in report.failures]
+    assert report.kind == scheme[:4]
+
+
+def test_a_bundle_of_a_quantised_checkpoint_passes(tmp_path):
+    from edgelm.export import export_bundle
+    from edgelm.quant.checkpoint import quantize_checkpoint
+    from edgelm.quant.recipe import Recipe
+
+    quantize_checkpoint(CHECKPOINTS / "fox-tiny", tmp_path / "q", Recipe.load("int4"))
+    report = check_parity(export_bundle(tmp_path / "q", tmp_path / "b"), threads=1)
+    assert report.passed, [(check.name, check.value, check.limit) for check in report.failures]
+    assert report.kind == "int4"
+
+
 @pytest.mark.parametrize(("model", "dtype"), [("olmoe", "fp16"), ("fox", "bf16")])
 def test_weights_rounded_for_storage_are_what_the_device_is_compared_with(tmp_path, model, dtype):
     from edgelm.export import ExportOptions, export_bundle

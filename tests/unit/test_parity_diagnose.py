@@ -1,0 +1,191 @@
+"""Is the first diverged layer found, its cause named, and a near-tie not blamed? On traces made by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from edgelm.parity import metrics
+from edgelm.parity.diagnose import DeviceTrace, diagnose
+from edgelm.parity.pack import GoldenPrompt, ParityPack, ReferenceRecord
+from edgelm.parity.sketch import sign_matrix, sketch
+from edgelm.parity.thresholds import LIMITS
+
+LAYERS, WIDTH, EXPERTS, CHOSEN = 4, 256, 16, 2
+PROMPTS = (30, 50, 40)
+COUNT = sum(PROMPTS)
+LIMIT = LIMITS["int4"]
+
+
+def make(dense=False):
+    """A made-up model: hidden states that drift, router logits that are a projection of them."""
+    rng = np.random.default_rng(0)
+    hidden = np.cumsum(rng.standard_normal((LAYERS + 1, COUNT, WIDTH)).astype(np.float32), axis=0)
+    gate = rng.standard_normal((LAYERS, WIDTH, EXPERTS)).astype(np.float32)
+    starts = np.cumsum([0, *PROMPTS])
+    prompts = tuple(GoldenPrompt(f"p{i}", "", "", int(starts[i]), n, ()) for i, n in enumerate(PROMPTS))
+    norms, sketches, router, experts = trace_of(hidden, gate)
+    nothing = np.zeros((COUNT, 1), np.float32)
+    record = ReferenceRecord(
+        top_logits=nothing,
+        logsumexp=nothing[:, 0],
+        probe_logits=nothing,
+        next_logit=nothing[:, 0],
+        best=np.zeros(COUNT, np.int32),
+        gap=nothing[:, 0],
+        norms=norms,
+        sketches=sketches,
+        router=None if dense else router,
+        experts=None if dense else experts,
+    )
+    ids = np.arange(COUNT, dtype=np.int32)
+    pack = ParityPack(prompts, ids, np.zeros((COUNT, 1), np.int32), np.zeros(1, np.int32), record, None, None)
+    return pack, hidden, gate
+
+
+def trace_of(hidden, gate):
+    signs = sign_matrix(WIDTH)
+    router = np.stack([hidden[i] @ gate[i] for i in range(LAYERS)])
+    return (
+        np.linalg.norm(hidden, axis=-1).astype(np.float32),
+        sketch(hidden, signs),
+        router,
+        metrics.choose(router, CHOSEN),
+    )
+
+
+def judge(pack, hidden, gate, router=None, experts=None):
+    norms, sketches, own_router, own_experts = trace_of(hidden, gate)
+    if pack.reference.router is None:
+        return diagnose(pack, DeviceTrace(norms, sketches, None, None), LIMIT)
+    router = own_router if router is None else router
+    experts = own_experts if experts is None else experts
+    return diagnose(pack, DeviceTrace(norms, sketches, router, experts), LIMIT)
+
+
+def noise(shape, size, seed=1):
+    return size * np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_rounding_is_no_divergence(dense):
+    pack, hidden, gate = make(dense)
+    result = judge(pack, hidden + noise(hidden.shape, 1e-6), gate)
+    assert result.first is None
+    assert result.cause is None
+    assert max(layer.worst for layer in result.layers) < 0.2
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_the_first_wrong_layer_is_found_and_later_ones_carry_it_on(layer):
+    pack, hidden, gate = make()
+    wrong = hidden.copy()
+    wrong[layer + 1 :] += noise(hidden.shape[1:], 0.01)
+    result = judge(pack, wrong, gate)
+    assert result.first == layer
+    assert [item.diverged for item in result.layers] == [item.layer == layer for item in result.layers]
+
+
+def test_what_happens_after_the_router_is_told_from_what_happens_before():
+    pack, hidden, gate = make()
+    wrong = hidden.copy()
+    wrong[2:] += noise(hidden.shape[1:], 0.01)
+    after = judge(pack, wrong, gate)
+    assert "mixture of experts as a whole" in after.cause
+    router = np.stack([wrong[i] @ gate[i] for i in range(LAYERS)])
+    router[1] = (hidden[1] + noise(hidden.shape[1:], 0.01)) @ gate[1]
+    before = judge(pack, wrong, gate, router=router, experts=pack.reference.experts)
+    assert before.first == 1
+    assert "router logits differ though the input agrees" in before.cause
+
+
+def test_single_experts_are_named():
+    pack, hidden, gate = make()
+    guilty = int(pack.reference.experts[2][0, 0])
+    hit = (pack.reference.experts[2] == guilty).any(1)
+    wrong = hidden.copy()
+    wrong[3:, hit] += noise((int(hit.sum()), WIDTH), 0.01)
+    result = judge(pack, wrong, gate, experts=pack.reference.experts, router=pack.reference.router)
+    assert result.first == 2
+    assert result.cause == f"layer 2: expert {guilty}: only positions that chose it are wrong"
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_first_positions_that_agree_point_at_the_attention_scores(dense):
+    pack, hidden, gate = make(dense)
+    wrong = hidden.copy()
+    later = np.ones(COUNT, bool)
+    later[[prompt.start for prompt in pack.prompts]] = False
+    wrong[1:, later] += noise((int(later.sum()), WIDTH), 0.01)
+    result = judge(pack, wrong, gate)
+    assert result.first == 0
+    assert "attention scores" in result.cause
+
+
+def tie(pack, layer, position):
+    """Make the last chosen and the first left-out expert of a position nearly equal, and return the pack and both."""
+    router = pack.reference.router.copy()
+    order = np.argsort(-router[layer, position])
+    last, out = order[CHOSEN - 1], order[CHOSEN]
+    router[layer, position, out] = router[layer, position, last] - 1e-4 * router[layer, position].std()
+    record = dataclasses.replace(pack.reference, router=router, experts=metrics.choose(router, CHOSEN))
+    return dataclasses.replace(pack, reference=record), int(last), int(out)
+
+
+def test_a_near_tie_that_falls_the_other_way_is_not_blamed():
+    pack, hidden, gate = make()
+    pack, last, out = tie(pack, layer=1, position=40)
+    experts = pack.reference.experts.copy()
+    experts[1, 40, CHOSEN - 1] = out
+    assert last in pack.reference.experts[1, 40]
+    wrong = hidden.copy()
+    wrong[2:, 40] += noise(WIDTH, 0.3)
+    # Attention looks at the position and brings a part of its error to later ones.
+    wrong[3:, 41:80] += 0.1 * noise((39, WIDTH), 0.3)
+    result = judge(pack, wrong, gate, router=pack.reference.router, experts=experts)
+    assert result.first is None, result.cause
+    assert result.layers[1].near < 1
+    assert result.layers[1].clear == 1
+    assert result.layers[1].severe_flips == 0
+
+
+def test_a_clear_choice_that_falls_otherwise_is_blamed():
+    pack, hidden, gate = make()
+    experts = pack.reference.experts.copy()
+    experts[1, 40, CHOSEN - 1] = int(np.argmin(pack.reference.router[1, 40]))
+    result = judge(pack, hidden, gate, experts=experts)
+    assert result.layers[1].severe_flips == 1
+    assert result.first == 1
+
+
+def test_rows_of_the_embedding_are_named():
+    pack, hidden, gate = make()
+    wrong = hidden.copy()
+    wrong[:, [7, 90]] *= 1.01
+    result = judge(pack, wrong, gate)
+    assert result.first == -1
+    assert result.cause == "embedding: the rows of token ids 7, 90"
+    assert judge(pack, hidden * 1.01, gate).cause == "embedding: most rows"
+
+
+def test_numbers_that_are_none_are_a_divergence():
+    pack, hidden, gate = make()
+    wrong = hidden.copy()
+    wrong[3:] = np.nan
+    result = judge(pack, wrong, gate)
+    assert result.first == 2
+    assert result.layers[2].bad == COUNT
+
+
+def test_a_huge_activation_does_not_turn_rounding_into_an_error():
+    pack, hidden, gate = make()
+    # One coordinate of one position is enormous from layer 1 on: float32 rounds the sum to 1e-7 of it.
+    huge = hidden.copy()
+    huge[1:, 5, 3] += 5e4
+    norms, sketches, router, experts = trace_of(huge, gate)
+    record = dataclasses.replace(pack.reference, norms=norms, sketches=sketches, router=router, experts=experts)
+    pack = dataclasses.replace(pack, reference=record)
+    result = judge(pack, huge * np.float32(1 + 2e-7), gate)
+    assert result.first is None, result.cause
