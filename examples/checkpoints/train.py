@@ -3,13 +3,14 @@
     python examples/checkpoints/train.py olmoe-tiny
     python examples/checkpoints/train.py fox-tiny
 
-Needs `edgelm[export]` and sentencepiece or tokenizers; one core and about half an hour each.
+Needs `edgelm[export]`; one core and about an hour each (README.md of each folder: the exact commands).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import platform
@@ -90,7 +91,7 @@ FOX_TINY: dict[str, Any] = {
     "vocab_size": FOX_TOKENS,
 }
 LENGTH, LONG_LENGTH, TOKENS_PER_STEP = 256, 512, 2048
-BALANCE, Z_LOSS = 0.01, 0.001  # coefficients of the router losses, as OLMoE was trained
+Z_LOSS = 0.001  # coefficient of the router z-loss, as OLMoE was trained
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,16 @@ class Corpus:
     held_out: Tensor
     held_out_bytes: int
     bos: int | None  # put before every sequence where the model is used that way
+
+
+@dataclass
+class Phase:
+    """One run of this script; the next one starts from its weights with a fresh optimiser and schedule."""
+
+    steps: int
+    lr: float
+    balance: float
+    minutes: float
 
 
 @dataclass
@@ -187,13 +198,13 @@ def evaluate(model: nn.Module, corpus: Corpus, active: int, windows: int | None 
     return Result(nats, unigram, bits_per_byte, sum(p.numel() for p in model.parameters()), routing)
 
 
-def train(model: nn.Module, corpus: Corpus, options: argparse.Namespace, save: Any, active: int) -> int:
+def train(model: nn.Module, corpus: Corpus, options: argparse.Namespace, save: Any, active: int, seed: int) -> int:
     """AdamW on random crops; the last fifth of the steps uses longer ones. Returns the number of steps done."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     start = saved = time.monotonic()
     average, step = None, 0
     while True:
@@ -212,7 +223,7 @@ def train(model: nn.Module, corpus: Corpus, options: argparse.Namespace, save: A
         loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
         average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
         if active:
-            loss = loss + BALANCE * load_balancing_loss(trace.router_logits, active)
+            loss = loss + options.balance * load_balancing_loss(trace.router_logits, active)
             loss = loss + Z_LOSS * router_z_loss(trace.router_logits)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -240,16 +251,23 @@ def save_checkpoint(out: Path, model: nn.Module, config: Mapping[str, Any], toke
     (out / "model.safetensors").chmod(0o644)  # save_file makes it readable by its owner only
 
 
-def readme(name: str, result: Result, steps: int, minutes: float, options: argparse.Namespace, corpus: Corpus) -> str:
+def restore(model: nn.Module, folder: Path) -> None:
+    """Fill the model from a checkpoint folder."""
+    stored = load_file(str(folder / "model.safetensors"))
+    model.load_weights(lambda name: stored[name].float().numpy())  # type: ignore[operator]
+
+
+def readme(name: str, result: Result, phases: Sequence[Phase], corpus: Corpus) -> str:
     """The model card, with every number measured on the file as written."""
     size = {"olmoe-tiny": "4 layers, hidden 128, 4 heads, 32 experts of width 64, top-4, QK-norm, untied head"}
     size["fox-tiny"] = "6 layers, hidden 256, 8 query and 2 key/value heads of 32, width 512, tied head"
+    steps = sum(phase.steps for phase in phases)
     lines = [
         f"# {name}",
         "",
         f"{size[name]}: {result.parameters:,} parameters in bfloat16.",
-        "Made to judge quantisation and parity on: it has learned Python's standard library as far as its size allows,",
-        "and nothing else.",
+        "Made to judge quantisation and parity on: it has learned Python's standard library as far as its size and an",
+        "hour of one core allow, and nothing else.",
         "",
         "| held out | |",
         "|---|---|",
@@ -262,14 +280,14 @@ def readme(name: str, result: Result, steps: int, minutes: float, options: argpa
         "",
         f"{len(corpus.training):,} tokens of the standard library of Python {platform.python_version()} (no tests, no "
         "tables);",
-        f"{steps:,} steps of {TOKENS_PER_STEP} tokens in crops of {LENGTH} (the last fifth: {LONG_LENGTH}), "
-        f"{steps * TOKENS_PER_STEP / len(corpus.training):.1f} epochs, AdamW (0.9, 0.95),",
-        f"learning rate {options.lr} with warm-up and cosine, weight decay 0.1, gradient norm 1, one core, "
-        f"{minutes:.0f} minutes.",
+        f"{steps:,} steps of {TOKENS_PER_STEP} tokens in crops of {LENGTH} (the last fifth of a run: {LONG_LENGTH}), "
+        f"{steps * TOKENS_PER_STEP / len(corpus.training):.1f} epochs.",
+        "AdamW (0.9, 0.95) with warm-up and cosine, weight decay 0.1, gradient norm 1;",
+        f"{sum(phase.minutes for phase in phases):.0f} minutes on a core shared with other work.",
     ]
     if result.routing:
         lines += [
-            f"Router losses: load balancing {BALANCE} (layer by layer), z-loss {Z_LOSS}.",
+            f"Router losses: load balancing (layer by layer, coefficient below) and z-loss {Z_LOSS}.",
             "",
             "## Routing on the held-out text",
             "",
@@ -281,10 +299,23 @@ def readme(name: str, result: Result, steps: int, minutes: float, options: argpa
         ]
         for i, r in enumerate(result.routing):
             lines.append(
-                f"| {i} | {r['load_entropy']:.3f} | {r['most_loaded']:.2f} | {r['least_loaded']:.2f} "
+                f"| {i} | {r['load_entropy']:.4f} | {r['most_loaded']:.2f} | {r['least_loaded']:.2f} "
                 f"| {r['weight_sum']:.2f} |"
             )
-    lines += ["", "## Again", "", f"    python examples/checkpoints/train.py {name} --steps {steps}", ""]
+    lines += [
+        "",
+        "## Again",
+        "",
+        "The runs here were ended by `--minutes`; by steps the schedule is the same but for the pace.",
+        "",
+    ]
+    for i, phase in enumerate(phases):
+        balance = f" --balance {phase.balance}" if result.routing else ""
+        resume = " --resume" if i else ""
+        lines.append(
+            f"    python examples/checkpoints/train.py {name} --steps {phase.steps} --lr {phase.lr}{balance}{resume}"
+        )
+    lines.append("")
     if name == "fox-tiny":
         lines += [
             "config.json and generation_config.json say bos 1, eos 2 while the tokenizer has eos 1, bos 2. That is on",
@@ -302,6 +333,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--minutes", type=float, default=math.inf, help="shorten the schedule to this wall time")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument(
+        "--balance",
+        type=float,
+        default=0.01,
+        help="coefficient of the load-balancing loss in transformers' scale, where balanced routing costs the number "
+        "of chosen experts (OLMoE's own training code divides by that number)",
+    )
+    parser.add_argument("--resume", action="store_true", help="start from the checkpoint that is there")
     options = parser.parse_args()
     out = options.out or Path(__file__).parent / options.name
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -316,6 +355,10 @@ def main() -> None:
         config = found.config_class.from_dict(config_json)
         model: nn.Module = found.module_class(config)
         init_weights(model, config.num_hidden_layers, torch.Generator().manual_seed(0))
+        phases: list[Phase] = []
+        if options.resume:
+            restore(model, out)
+            phases = [Phase(**phase) for phase in json.loads((out / "training.json").read_text(encoding="utf-8"))]
         active = getattr(config, "num_experts_per_tok", 0)
         files = sorted(Path(scratch).iterdir())
         start = time.monotonic()
@@ -325,16 +368,14 @@ def main() -> None:
                 save_checkpoint(folder, model, config_json, files)
                 (folder / "README.md").write_text(f"# {options.name}\n\nUnfinished: {step} steps.\n", encoding="utf-8")
 
-        steps = train(model, corpus, options, save, active)
-        minutes = (time.monotonic() - start) / 60
+        steps = train(model, corpus, options, save, active, seed=1 + len(phases))
+        phases.append(Phase(steps, options.lr, options.balance, round((time.monotonic() - start) / 60, 1)))
         with atomic_directory(out, overwrite=True) as folder:
             save_checkpoint(folder, model, config_json, files)
-            stored = load_file(str(folder / "model.safetensors"))
-            model.load_weights(lambda name: stored[name].float().numpy())  # type: ignore[operator]
+            write_json(folder / "training.json", [vars(phase) for phase in phases])
+            restore(model, folder)  # what is measured is the file, in bfloat16
             result = evaluate(model, corpus, active)
-            (folder / "README.md").write_text(
-                readme(options.name, result, steps, minutes, options, corpus), encoding="utf-8"
-            )
+            (folder / "README.md").write_text(readme(options.name, result, phases, corpus), encoding="utf-8")
         print(result, flush=True)
 
 
