@@ -357,8 +357,8 @@ class Olmoe(nn.Module):
 def load_balancing_loss(router_logits: Sequence[Tensor], active: int, *, pooled: bool = False) -> Tensor:
     """E * sum over experts of (share of tokens that chose it) * (mean probability of it): A when balanced, more if not.
 
-    That is transformers' scale; the code that OLMoE was trained with divides by A, so its coefficient of 0.01 is
-    0.01 / A here.
+    That is transformers' scale. A form that is 1 when balanced divides by A, and a coefficient for it is A times the
+    one for this.
 
     Args:
         router_logits: one [..., E] a layer.

@@ -338,7 +338,7 @@ def main() -> None:
         type=float,
         default=0.01,
         help="coefficient of the load-balancing loss in transformers' scale, where balanced routing costs the number "
-        "of chosen experts (OLMoE's own training code divides by that number)",
+        "of chosen experts",
     )
     parser.add_argument("--resume", action="store_true", help="start from the checkpoint that is there")
     options = parser.parse_args()
