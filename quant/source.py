@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.devices import allowed_cores
 from edgelm.errors import CheckpointError, RecipeError
 from edgelm.quant import native
 from edgelm.quant.recipe import Recipe
@@ -78,7 +79,8 @@ class WeightSource:
         self.checkpoint = checkpoint
         self.recipe = stored or recipe or Recipe.load("none")
         self.is_stored_quantized = stored is not None
-        self._threads = threads
+        # Asked once: finding out reads a dozen files of the system, and there are thousands of tensors.
+        self._threads = allowed_cores() if threads is None else threads
         self.shapes: Mapping[str, tuple[int, ...]] = self._logical_shapes()
         """Shape of every tensor under its float name."""
         self.recipe.check(self.shapes)
