@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edgelm import chat, special_tokens
+from edgelm import special_tokens, template_files
 from edgelm.checkpoint.jsonfile import read_optional_json
 from edgelm.errors import CheckpointError, TokenizerError
 from edgelm.vocabulary import JsonVocabulary, LeadingSpace, PieceVocabulary, Vocabulary
@@ -106,7 +106,7 @@ class Tokenizer:
             read_optional_json(folder / "generation_config.json"),
             read_optional_json(folder / "config.json"),
             settings,
-            chat.read_source(folder),
+            template_files.read_source(folder),
         )
         self.bos_id, self.eos_ids, self.pad_id = ids.bos, ids.eos, ids.pad
         self.notes = ids.notes
