@@ -50,7 +50,7 @@ SAME_PACK = 1e-3
 
 
 _QUANTISED = Limits(
-    kl_mean=5e-3, kl_p99=5e-2, kl_max=1.0, logit_error=0.1, clear_gap=0.5, top1_clear=0.98, perplexity=0.03,
+    kl_mean=1e-2, kl_p99=0.1, kl_max=1.0, logit_error=0.1, clear_gap=0.5, top1_clear=0.97, perplexity=0.05,
     float_kl_mean=0.3, float_perplexity=0.3,
     embedding_error=1e-5, layer_base=1e-4, layer_gain=8.0, bad_positions=0.0, router_near_tie=1e-3, head_error=1e-4,
 )  # fmt: skip
