@@ -7,6 +7,7 @@ its rows in place and copies nothing. Every other input and the logits are bound
 from __future__ import annotations
 
 import contextlib
+import json
 import mmap
 import os
 from collections.abc import Iterator, Sequence
@@ -269,23 +270,34 @@ class Trace:
     router_logits: list[NDArray[np.float32]]
 
 
+def _has_8_bit_experts(bundle: Bundle) -> bool:
+    model = bundle.manifest.model
+    codes = [entry for entry in bundle.manifest.tensors if entry.name.endswith(".moe.gate_up.qweight")]
+    if not codes:
+        return False
+    width = json.loads(bundle.file("config.json").read_text(encoding="utf-8"))["intermediate_size"]
+    return any(entry.size >= model.num_experts * 2 * width * model.hidden_size for entry in codes)
+
+
 @contextlib.contextmanager
-def _float32_experts() -> Iterator[None]:
+def _float32_experts(bundle: Bundle) -> Iterator[None]:
     """QMoE created within this computes in float32, as the debug graph's other products do.
 
-    Its 8-bit kernel otherwise quantises activations to int8 whatever `accuracy_level` says, and the 0.3 % of noise that
-    this makes would hide a small error of a weight.
+    Its 8-bit kernel quantises activations to int8 whatever `accuracy_level` says, and the 0.3 % of noise that this
+    makes would hide a small error of a weight. The 4-bit kernel obeys, and is left alone: switched off, OLMoE loads 20
+    times as long.
     """
-    name = "ORT_QMOE_CPU_QNBIT_GEMM"
-    before = os.environ.get(name)
-    os.environ[name] = "0"
+    names = ("ORT_QMOE_CPU_QNBIT_GEMM", "ORT_USE_MLAS_Q4_GEMM_MOE") if _has_8_bit_experts(bundle) else ()
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "0"))
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class TracingRuntime:
@@ -301,7 +313,7 @@ class TracingRuntime:
         self._hidden = [f"hidden.{i}" for i in range(self._model.num_layers + 1)]
         self._routers = [f"router_logits.{i}" for i in layers] if self._model.num_experts else []
         file = bundle.manifest.graph.debug_file
-        with _float32_experts():
+        with _float32_experts(bundle):
             self._session: onnxruntime.InferenceSession | None = _create_session(
                 bundle, file, allowed_cores() if threads is None else threads
             )
@@ -313,27 +325,45 @@ class TracingRuntime:
         Raises:
             ContextLengthError, GenerationError: as `Runtime.prefill`, against the model's own context length.
         """
+        return self.trace_all([tokens], logits=logits)[0]
+
+    def trace_all(self, texts: Sequence[Sequence[int]], *, logits: bool = True) -> list[Trace]:
+        """Run several texts in one pass over the weights, each from position 0.
+
+        Shorter ones are filled up at the end with a token of their own: attention looks back only, so what is computed
+        before stays as it is. Memory grows with the number of texts times the longest. Raises as `trace`.
+        """
         if self._session is None:
             raise EdgeLMError("this tracing runtime was closed: load the bundle again")
         model = self._model
-        ids = checked_tokens(tokens, model.vocab_size)
-        if ids.size > model.context_length:
-            raise context_full(ids.size, 0, model.context_length, model.context_length)
+        parts = [checked_tokens(tokens, model.vocab_size) for tokens in texts]
+        longest = max(part.size for part in parts)
+        if longest > model.context_length:
+            raise context_full(longest, 0, model.context_length, model.context_length)
+        ids = np.stack([np.pad(part, (0, longest - part.size), mode="edge") for part in parts])
         feed: dict[str, NDArray[Any]] = {
-            "input_ids": ids[None, :],
-            "attention_mask": np.ones((1, ids.size), np.int64),
+            "input_ids": ids,
+            "attention_mask": np.ones(ids.shape, np.int64),
             "logits_start": np.array([0 if logits else -1], np.int64),
         }
         for past, _ in _kv_names(model.num_layers):
-            feed[past] = np.zeros((1, model.num_kv_heads, 0, model.head_dim), self._dtype)
+            feed[past] = np.zeros((len(parts), model.num_kv_heads, 0, model.head_dim), self._dtype)
         names = ["logits", *self._hidden, *self._routers]
         values = [np.asarray(value) for value in self._session.run(names, feed)]
         first_router = 1 + len(self._hidden)
-        return Trace(
-            logits=values[0].reshape(-1, model.vocab_size) if logits else None,
-            hidden=[value.reshape(ids.size, -1) for value in values[1:first_router]],
-            router_logits=[value.reshape(ids.size, -1) for value in values[first_router:]],
-        )
+        rows = [value.reshape(len(parts), longest, -1) for value in values[1:]]
+
+        def of(number: int, arrays: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+            return [array[number, : parts[number].size] for array in arrays]
+
+        return [
+            Trace(
+                logits=values[0][number, : parts[number].size] if logits else None,
+                hidden=of(number, rows[: first_router - 1]),
+                router_logits=of(number, rows[first_router - 1 :]),
+            )
+            for number in range(len(parts))
+        ]
 
     def close(self) -> None:
         """Free the session."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from edgelm.parity import metrics
 from edgelm.parity.diagnose import DeviceTrace
-from edgelm.parity.pack import ParityPack
+from edgelm.parity.pack import GoldenPrompt, ParityPack
 from edgelm.parity.sketch import sign_matrix, sketch
 from edgelm.progress import Progress
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from edgelm.bundle import Bundle
     from edgelm.runtimes import Runtime
 
-# Logits of the debug graph come in one piece; above this they are left out for a prompt.
+# Logits of the debug graph come in one piece a pass; a prompt whose logits are larger alone is traced without.
 _DEBUG_LOGITS_BYTES = 512 << 20
 
 
@@ -133,6 +134,27 @@ def _tracer(runtime: str) -> Any:
     return getattr(importlib.import_module(module), "TracingRuntime", None)
 
 
+def _batches(pack: ParityPack, vocab_size: int) -> Iterator[tuple[list[GoldenPrompt], bool]]:
+    """Prompts that are traced in one pass, of similar length, and whether their logits fit into memory too.
+
+    Few passes, because in float32 every pass dequantises all weights anew.
+    """
+    batch: list[GoldenPrompt] = []
+    # The longest first: it sets the size that the others are filled up to.
+    for prompt in sorted(pack.prompts, key=lambda item: -item.fed):
+        longest = batch[0].fed if batch else prompt.fed
+        padded = (len(batch) + 1) * longest
+        if batch and (padded * vocab_size * 4 > _DEBUG_LOGITS_BYTES or 4 * prompt.fed < longest):
+            yield batch, True
+            batch = []
+        batch.append(prompt)
+        if batch[0].fed * vocab_size * 4 > _DEBUG_LOGITS_BYTES:
+            yield batch, False
+            batch = []
+    if batch:
+        yield batch, True
+
+
 def _trace(
     tracer: Any, bundle: Bundle, pack: ParityPack, threads: int | None, run: DeviceRun, progress: Progress
 ) -> DeviceTrace:
@@ -145,19 +167,19 @@ def _trace(
         tracer(bundle, threads=threads) as debug,
         progress.task("tracing the layers", count, unit="steps") as advance,
     ):
-        for prompt in pack.prompts:
-            rows = prompt.positions
-            fits = prompt.fed * bundle.manifest.model.vocab_size * 4 <= _DEBUG_LOGITS_BYTES
-            result = debug.trace(pack.ids[rows].tolist(), logits=fits)
-            for index, hidden in enumerate(result.hidden):
-                norms[index, rows] = np.linalg.norm(hidden, axis=-1)
-                sketches[index, rows] = sketch(hidden, signs)
-            if router is not None:
-                for index, logits in enumerate(result.router_logits):
-                    router[index, rows] = logits
-            if result.logits is not None:
-                run.debug.put(prompt.start, result.logits)
-            advance(prompt.fed)
+        for prompts, fits in _batches(pack, bundle.manifest.model.vocab_size):
+            results = debug.trace_all([pack.ids[prompt.positions].tolist() for prompt in prompts], logits=fits)
+            for prompt, result in zip(prompts, results, strict=True):
+                rows = prompt.positions
+                for index, hidden in enumerate(result.hidden):
+                    norms[index, rows] = np.linalg.norm(hidden, axis=-1)
+                    sketches[index, rows] = sketch(hidden, signs)
+                if router is not None:
+                    for index, logits in enumerate(result.router_logits):
+                        router[index, rows] = logits
+                if result.logits is not None:
+                    run.debug.put(prompt.start, result.logits)
+                advance(prompt.fed)
     chosen = None
     if router is not None:
         assert pack.target.experts is not None

@@ -290,3 +290,15 @@ def test_a_failure_while_running_is_explained(tmp_path: Path) -> None:
         runtime.prefill([1] * 16)
         with pytest.raises(EdgeLMError, match=r"onnxruntime failed in the middle: .*smaller context_length than 32"):
             runtime.prefill([1] * 16)
+
+
+def test_texts_traced_together_give_what_they_give_alone(bundle):
+    texts = [IDS[:9], IDS[:4], IDS[2:7]]
+    with TracingRuntime(bundle, threads=1) as runtime:
+        together = runtime.trace_all(texts)
+        alone = [runtime.trace(text) for text in texts]
+    for one, other, text in zip(together, alone, texts, strict=True):
+        assert one.logits.shape[0] == len(text)
+        np.testing.assert_allclose(one.logits, other.logits, rtol=1e-5, atol=1e-5)
+        for a, b in zip(one.hidden + one.router_logits, other.hidden + other.router_logits, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
