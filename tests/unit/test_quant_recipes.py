@@ -21,7 +21,7 @@ ROUTER = "model.layers.3.mlp.gate.weight"
         ("int4", "lm_head.weight", (50304, 2048), "int8-g128-sym"),
         ("int4", "model.norm.weight", (2048,), None),
         ("int4", EXPERT, (64, 48), "int4-g16-sym"),
-        ("int8", EXPERT, (2048, 1024), "int8-g128-sym"),
+        ("int8", EXPERT, (2048, 1024), "int8-g32-sym"),
         ("int8", ROUTER, (64, 2048), None),
         ("int8", "model.embed_tokens.weight", (50304, 2048), "int8-g128-sym"),
         ("none", EXPERT, (2048, 1024), None),
