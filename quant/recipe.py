@@ -172,8 +172,8 @@ _TABLES = (Rule("model.embed_tokens.weight", Scheme(8, 128)), Rule("lm_head.weig
 
 PRESETS: Mapping[str, Recipe] = {
     "int4": Recipe("int4", Scheme(4, 32), (_ROUTER, *_TABLES)),
-    # The activations are rounded to int8 in blocks of the weights' group: with 128 in place of 32 a mixture loses almost
-    # twice as much (docs/log.md), for 8 % fewer bytes.
+    # The activations are rounded to int8 in blocks of the weights' group: with 128 in place of 32 a mixture loses
+    # almost twice as much (docs/log.md), for 8 % fewer bytes.
     "int8": Recipe("int8", Scheme(8, 32), (_ROUTER, *_TABLES)),
     "none": Recipe("none", None),
 }
