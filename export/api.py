@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ from edgelm.files import atomic_directory
 from edgelm.models import family as family_of
 from edgelm.parity.golden import GoldenOptions, golden_tokens, write_pack
 from edgelm.parity.live import references
-from edgelm.progress import Progress, Silent
+from edgelm.progress import Advance, Progress, Silent
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource, stored_recipe
 from edgelm.tokenizer import Tokenizer
@@ -222,11 +224,35 @@ def _write_weights(
     plan: _Plan, checkpoint: Checkpoint, folder: Path, threads: int, progress: Progress
 ) -> tuple[tuple[TensorEntry, ...], Mapping[str, Any]]:
     # The source's hashes are taken on the side: they are bound by the digest, the quantiser by its arithmetic.
+    stop = threading.Event()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="hash") as pool:
-        hashes: Future[Mapping[str, Any]] = pool.submit(checkpoint.hashes)
-        with progress.task("quantising", plan.source_bytes) as advance:
-            tensors = plan.weights.write(folder / WEIGHTS_FILE, threads, advance)
+        hashes: Future[Mapping[str, Any]] = pool.submit(checkpoint.hashes, _Stoppable(stop))
+        try:
+            with progress.task("quantising", plan.source_bytes) as advance:
+                tensors = plan.weights.write(folder / WEIGHTS_FILE, threads, advance)
+        except BaseException:
+            # Leaving the pool waits for its thread, which would read on to the end of a large checkpoint.
+            stop.set()
+            raise
         return tensors, hashes.result()
+
+
+class _Stoppable(Progress):
+    """Reports nothing, and ends the work at its next report once `stop` is set."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self._stop = stop
+
+    @contextlib.contextmanager
+    def task(self, label: str, total: float, *, unit: str = "bytes") -> Iterator[Advance]:
+        """Yield what raises when the work is to end."""
+        del label, total, unit
+
+        def advance(amount: float) -> None:
+            if self._stop.is_set():
+                raise CancelledError
+
+        yield advance
 
 
 def _copy_texts(source: Path, tokenizer: Tokenizer, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """The layers both families are made of, in operators that every ONNX Runtime has (ai.onnx and com.microsoft).
 
-Facts these choices rest on, all checked on ONNX Runtime 1.31:
+Facts these choices rest on, checked on the CPU with ONNX Runtime 1.31 (what is said of CUDA is as documented):
 
 - `MatMulNBits` and `QMoE` take scales in the activations' type: float32 here, so int4 with groups of 32 costs 5 bits.
 - QMoE's routing differs per execution provider. The CPU softmaxes over the *selected* experts only, so it always

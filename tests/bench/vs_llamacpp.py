@@ -83,7 +83,9 @@ def export(checkpoint: Path, bundle: Path, recipe: str) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start, "peak": peak * 1024}
 
 
-def measure(name: str, checkpoint: Path, recipe: str, work: Path, peer_python: str | None, rounds: int, threads: int) -> dict[str, Any]:  # fmt: skip  # noqa: E501
+def measure(
+    name: str, checkpoint: Path, recipe: str, work: Path, peer_python: str | None, rounds: int, threads: int
+) -> dict[str, Any]:
     """All figures of one checkpoint under one recipe."""
     path = work / f"{name}-{recipe}"
     result: dict[str, Any] = {
@@ -103,7 +105,8 @@ def measure(name: str, checkpoint: Path, recipe: str, work: Path, peer_python: s
     peer = Peer(peer_python) if peer_python else None
     if peer:
         gguf = work / f"{name}-{FILE_TYPES[recipe]}.gguf"
-        result["peer_bytes"] = peer("prepare", checkpoint=str(checkpoint), gguf=str(gguf), file_type=FILE_TYPES[recipe])["bytes"]  # fmt: skip  # noqa: E501
+        made = peer("prepare", checkpoint=str(checkpoint), gguf=str(gguf), file_type=FILE_TYPES[recipe])
+        result["peer_bytes"] = made["bytes"]
         peer.close()
         for flash in (True, False):
             worker = Peer(peer_python or "")

@@ -9,8 +9,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -211,6 +213,34 @@ def test_an_interrupted_export_leaves_nothing_and_spares_the_old(
     assert list(tmp_path.iterdir()) == [out]
     assert Bundle.open(out).manifest == first.manifest
     assert export_bundle(checkpoint("fox"), out, options=options).manifest.recipe.name == "int4"
+
+
+def test_an_interruption_does_not_wait_for_the_checkpoints_hashes(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+
+    def endless(self: Checkpoint, progress: Progress) -> None:
+        # Stands for a checkpoint too large to wait for: it reports, as the real one does, and never ends by itself.
+        try:
+            with progress.task("hash checkpoint", 1) as advance:
+                deadline = time.monotonic() + 30
+                while time.monotonic() < deadline:
+                    advance(0)
+        except CancelledError:
+            ended.set()
+            raise
+
+    monkeypatch.setattr(Checkpoint, "hashes", endless)
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(
+            checkpoint("fox"),
+            tmp_path / "b",
+            options=OPTIONS,
+            progress=_Interrupting("quantising", KeyboardInterrupt()),
+        )
+    assert ended.is_set()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_leaves_nothing_and_says_so(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
