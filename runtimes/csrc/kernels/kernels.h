@@ -1,0 +1,96 @@
+// The kernels: raw pointers in, raw pointers out, no allocation, no threads, no knowledge of ONNX Runtime.
+//
+// One table of functions per instruction set, compiled from the same templates over `simd_*.h`. All tables give the
+// same bits: sums are taken in one canonical order (16 lanes, then halves added to halves), every a * b + c is one fused
+// operation, and exponentials are one polynomial. So a bundle's results do not depend on which machine runs it, and any
+// table is checked against the scalar one without a tolerance.
+//
+// Work is cut by the caller: a function computes the tiles or rows it is told to, and what it writes depends on nothing
+// else. Whoever runs the pieces, on however many threads, gets the same result.
+#ifndef EDGELM_KERNELS_KERNELS_H_
+#define EDGELM_KERNELS_KERNELS_H_
+
+#include <cstdint>
+
+#include "layout.h"
+
+namespace edgelm {
+
+// Rows of activations in int8, one scale per block of 32: x ~ codes * scales. A block with a value that is not finite
+// has a scale of NaN, which makes its row's results NaN and no other's.
+struct QuantRows {
+  int8_t* codes = nullptr;     // [rows, columns rounded up to 32]
+  float* scales = nullptr;     // [rows, blocks]
+  int32_t* offsets = nullptr;  // [rows, blocks]: -8 times the sum of the codes, what int4's zero point adds
+  int64_t columns = 0;         // codes from row to row; a multiple of 32
+
+  EDGELM_INLINE int64_t blocks() const { return columns / kBlock; }
+  EDGELM_INLINE QuantRows From(int64_t row) const {
+    return {codes + row * columns, scales + row * blocks(), offsets + row * blocks(), columns};
+  }
+};
+
+enum class Finish {
+  kStore,        // y[r, n] = product, + residual[r, n] where given
+  kScatterAdd,   // y[index[r], n] += weight[r] * product: a mixture's weighted sum
+  kSwiglu,       // y[r, n] = silu(gate) * up
+  kSwigluQuant,  // the same, quantised into `quant` (a tile's 32 columns are a block)
+};
+
+// What becomes of a product. `y` has `ldy` floats from row to row.
+struct Output {
+  Finish finish = Finish::kStore;
+  float* y = nullptr;
+  int64_t ldy = 0;
+  const float* residual = nullptr;  // same row stride as y
+  const int32_t* index = nullptr;
+  const float* weight = nullptr;
+  QuantRows quant;
+
+  // The same for rows from `row` on.
+  EDGELM_INLINE Output From(int64_t row) const {
+    Output out = *this;
+    if (finish != Finish::kScatterAdd && y != nullptr) out.y += row * ldy;
+    if (residual != nullptr) out.residual += row * ldy;
+    if (index != nullptr) out.index += row;
+    if (weight != nullptr) out.weight += row;
+    if (quant.codes != nullptr) out.quant = quant.From(row);
+    return out;
+  }
+};
+
+struct LinearKernels {
+  // x [rows, columns] with `ldx` floats from row to row -> int8. `columns` need not be a multiple of 32: zeros follow.
+  void (*quantize_rows)(const float* x, int64_t ldx, int64_t rows, int64_t columns, const QuantRows& out);
+  // y = x / sqrt(mean(x^2) + eps) * weight, row by row (Zhang & Sennrich 2019, arXiv 1910.07467). y may be x.
+  void (*rms_norm)(const float* x, int64_t ldx, int64_t rows, int64_t columns, const float* weight, float eps, float* y,
+                   int64_t ldy);
+  // Units [begin, end) of an integer matrix times rows of int8 activations.
+  void (*linear_int8)(const Matrix& matrix, int64_t begin, int64_t end, const QuantRows& x, int64_t rows,
+                      const Output& out);
+  // kInt8Planes: the same from the upper halves alone, whose unknown lower halves count as 8 (their middle).
+  void (*linear_upper)(const Matrix& matrix, int64_t begin, int64_t end, const QuantRows& x, int64_t rows,
+                       const Output& out);
+  // Units [begin, end) of any matrix times rows of float32 activations [rows, columns].
+  void (*linear_float)(const Matrix& matrix, int64_t begin, int64_t end, const float* x, int64_t ldx, int64_t rows,
+                       const Output& out);
+  // In place, row by row: softmax over `columns` (maximum subtracted).
+  void (*softmax)(float* x, int64_t rows, int64_t columns);
+};
+
+// One instruction set's kernels.
+struct Kernels {
+  const char* name;  // as EDGELM_ISA spells it
+  LinearKernels linear;
+};
+
+extern const Kernels kScalarKernels;
+#if defined(EDGELM_X86)
+extern const Kernels kAvx2Kernels, kAvx2VnniKernels, kAvx512VnniKernels;
+#elif defined(EDGELM_ARM64)
+extern const Kernels kNeonDotKernels, kNeonI8mmKernels;
+#endif
+
+}  // namespace edgelm
+
+#endif  // EDGELM_KERNELS_KERNELS_H_

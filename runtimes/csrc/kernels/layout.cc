@@ -1,0 +1,177 @@
+#include "layout.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace edgelm {
+namespace {
+
+constexpr int64_t kMost = int64_t{1} << 40;  // of rows, columns: keeps every product below 2^63
+
+bool Known(Kind kind) {
+  switch (kind) {
+    case Kind::kInt3: case Kind::kInt4: case Kind::kInt8: case Kind::kInt8Planes:
+    case Kind::kFp8E4M3: case Kind::kFloat16: case Kind::kBFloat16: case Kind::kFloat32:
+      return true;
+  }
+  return false;
+}
+
+float FromBits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+uint32_t Code(const Matrix& m, const uint8_t* codes, const uint8_t* low, int64_t n, int64_t k) {
+  const int64_t block = k / kBlock, c = k % kBlock;
+  switch (m.kind) {
+    case Kind::kInt8: return codes[block * 1024 + 128 * (c / 4) + 4 * n + c % 4];
+    case Kind::kInt3: {
+      const uint8_t* base = codes + block * 384;
+      const uint32_t pair = base[128 * (c / 16) + 4 * n + c % 4] >> (2 * (c % 16 / 4)) & 3;
+      return pair | (base[256 + 4 * n + c % 4] >> (c / 4) & 1) << 2;
+    }
+    default: {
+      const int64_t at = 128 * (c / 8) + 4 * n + c % 4;
+      const int shift = c % 8 < 4 ? 0 : 4;
+      const uint32_t code = codes[block * 512 + at] >> shift & 15;
+      return m.kind == Kind::kInt4 ? code : code << 4 | (low[block * 512 + at] >> shift & 15);
+    }
+  }
+}
+
+}  // namespace
+
+int64_t CodeBytes(Kind kind, int64_t columns) {
+  switch (kind) {
+    case Kind::kInt3: return columns / kBlock * 384;
+    case Kind::kInt4: case Kind::kInt8Planes: return columns / kBlock * 512;
+    case Kind::kInt8: case Kind::kFp8E4M3: return columns * kTile;
+    case Kind::kFloat16: case Kind::kBFloat16: return columns * kTile * 2;
+    case Kind::kFloat32: return columns * kTile * 4;
+  }
+  return 0;
+}
+
+const char* ParseMatrix(const uint8_t* blob, int64_t size, Matrix* matrix) {
+  MatrixHeader h;
+  if (size < static_cast<int64_t>(sizeof h)) return "it is shorter than its header";
+  std::memcpy(&h, blob, sizeof h);
+  if (std::memcmp(h.magic, "EDLM", 4) != 0) return "it does not begin with EDLM";
+  if (h.version != kLayoutVersion) return "its layout version is not 1";
+  if (!Known(h.kind)) return "its kind of weights is unknown";
+  Matrix m;
+  m.kind = h.kind;
+  m.scale = h.scale;
+  m.zeros = (h.flags & kHasZeros) != 0;
+  m.swiglu = (h.flags & kSwiglu) != 0;
+  m.rows = h.rows;
+  m.columns = h.columns;
+  m.group = h.group;
+  if ((h.flags & ~(kHasZeros | kSwiglu)) != 0) return "its flags are unknown";
+  if (m.rows < 1 || m.columns < 1 || m.rows > kMost || m.columns > kMost) return "its shape is not possible";
+  if (m.group < 1 || m.columns % m.group != 0) return "its group does not divide its columns";
+  if (m.integer() && m.group % kBlock != 0) return "its group is not a multiple of 32";
+  if (m.integer() && m.scale == ScaleKind::kNone) return "its integer codes have no scales";
+  if (m.scale > ScaleKind::kFloat32) return "its kind of scales is unknown";
+  if (m.zeros && (!m.integer() || m.kind == Kind::kInt8Planes)) return "its kind has no zero points";
+  if (m.swiglu && m.rows % 2 != 0) return "a SwiGLU matrix has an even number of rows";
+  const int64_t tiles = (m.outputs() + kTile - 1) / kTile;
+  m.tiles = m.swiglu ? 2 * tiles : tiles;
+  m.groups = m.columns / m.group;
+  m.head_bytes = (m.scale == ScaleKind::kFloat16 ? 64 : m.scale == ScaleKind::kFloat32 ? 128 : 0) + (m.zeros ? 64 : 0);
+  m.record_bytes = m.head_bytes + CodeBytes(m.kind, m.group);
+  // Divided rather than multiplied: a damaged header may hold any numbers.
+  const int64_t room = size - static_cast<int64_t>(sizeof h);
+  if (m.record_bytes > room / m.tiles / m.groups) return "it is shorter than its shape needs";
+  m.tile_bytes = m.groups * m.record_bytes;
+  m.data = blob + sizeof h;
+  int64_t end = static_cast<int64_t>(sizeof h) + m.tiles * m.tile_bytes;
+  if (m.kind == Kind::kInt8Planes) {
+    if (h.low_plane < end || h.low_plane > size) return "its lower halves lie outside it";
+    m.low = blob + h.low_plane;
+    end = h.low_plane + m.tiles * (m.columns / kBlock) * 512;
+  } else if (h.low_plane != 0) {
+    return "its kind has no lower halves";
+  }
+  if (h.bytes != end || end > size) return "its size is not what its shape needs";
+  *matrix = m;
+  return nullptr;
+}
+
+void DequantizeRow(const Matrix& m, int64_t row, float* out) {
+  int64_t tile = row / kTile;
+  if (m.swiglu) {
+    const int64_t width = m.outputs();
+    tile = row < width ? 2 * (row / kTile) : 2 * ((row - width) / kTile) + 1;
+    row = row < width ? row : row - width;
+  }
+  const int64_t n = row % kTile;
+  const uint8_t* record = m.data + tile * m.tile_bytes;
+  const uint8_t* low = m.low == nullptr ? nullptr : m.low + tile * (m.columns / kBlock) * 512;
+  for (int64_t g = 0; g < m.groups; ++g, record += m.record_bytes) {
+    float scale = 1.0f;
+    if (m.scale == ScaleKind::kFloat16) {
+      uint16_t bits;
+      std::memcpy(&bits, record + 2 * n, 2);
+      scale = HalfToFloat32(bits);
+    } else if (m.scale == ScaleKind::kFloat32) {
+      std::memcpy(&scale, record + 4 * n, 4);
+    }
+    const uint8_t* codes = record + m.head_bytes;
+    const int32_t zero = m.zeros                  ? codes[n - 64]
+                         : m.kind == Kind::kInt3 ? 4
+                         : m.kind == Kind::kInt4 ? 8
+                                                 : 128;
+    for (int64_t k = 0; k < m.group; ++k) {
+      float value;
+      if (m.integer()) {
+        value = static_cast<float>(static_cast<int32_t>(Code(m, codes, low, n, k)) - zero);
+      } else if (m.kind == Kind::kFp8E4M3) {
+        value = Fp8ToFloat32(codes[k * kTile + n]);
+      } else if (m.kind == Kind::kFloat32) {
+        std::memcpy(&value, codes + 4 * (k * kTile + n), 4);
+      } else {
+        uint16_t bits;
+        std::memcpy(&bits, codes + 2 * (k * kTile + n), 2);
+        value = m.kind == Kind::kFloat16 ? HalfToFloat32(bits) : FromBits(static_cast<uint32_t>(bits) << 16);
+      }
+      *out++ = value * scale;
+    }
+    if (low != nullptr) low += m.group / kBlock * 512;
+  }
+}
+
+float HalfToFloat32(uint16_t bits) {
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16, exponent = bits >> 10 & 31u, fraction = bits & 1023u;
+  if (exponent == 31) return FromBits(sign | 0x7F800000u | fraction << 13);
+  if (exponent != 0) return FromBits(sign | (exponent + 112u) << 23 | fraction << 13);
+  const float magnitude = static_cast<float>(fraction) * 0x1p-24f;
+  return sign != 0 ? -magnitude : magnitude;
+}
+
+uint16_t Float32ToHalf(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  bits &= 0x7FFFFFFFu;
+  if (bits > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u | (bits >> 13 & 0x3FFu));
+  if (bits >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);
+  if (bits < 0x38800000u) {  // subnormal: adding 0.5 aligns the fraction and rounds it
+    const float aligned = FromBits(bits) + 0.5f;
+    std::memcpy(&bits, &aligned, 4);
+    return static_cast<uint16_t>(sign | (bits - 0x3F000000u));
+  }
+  return static_cast<uint16_t>(sign | (bits + 0xFFFu + (bits >> 13 & 1u) - 0x38000000u) >> 13);
+}
+
+float Fp8ToFloat32(uint8_t bits) {
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x80u) << 24, exponent = bits >> 3 & 15u, fraction = bits & 7u;
+  if ((bits & 0x7Fu) == 0x7Fu) return FromBits(sign | 0x7FC00000u);
+  if (exponent != 0) return FromBits(sign | (exponent + 120u) << 23 | fraction << 20);
+  const float magnitude = static_cast<float>(fraction) * 0x1p-9f;
+  return sign != 0 ? -magnitude : magnitude;
+}
+
+}  // namespace edgelm

@@ -1,0 +1,123 @@
+// The one on-disk layout of matrices, which every kernel reads straight from the mapped file.
+//
+// A matrix of N rows (outputs) and K columns (inputs) is cut into tiles of 32 rows, and a tile along K into groups: one
+// record per group, all records of a tile in order, all tiles in order. So a product with one row of activations reads
+// the file from front to back in one stream.
+//
+//   record  [scales: 32 x float16 | float32, or none] [zero points: 32 x uint8, then 32 bytes unused, or none] [codes]
+//
+// `n` is a row within its tile, `k` a column within a block of 32; a group holds group / 32 such blocks. The codes of
+// four neighbouring columns of one row lie together, the unit of every instruction set's integer dot product:
+//
+//   int8   1024 bytes  byte 128 q + 4 n + j       holds column 4 q + j                              (q 0..7, j 0..3)
+//   int4    512 bytes  byte 128 p + 4 n + j       holds 8 p + j low, 8 p + 4 + j high               (p 0..3)
+//   int3    256 bytes  byte 128 h + 4 n + j       holds the low two bits of 16 h + 4 i + j at bit 2 i (h 0..1, i 0..3)
+//         + 128 bytes  byte       4 n + j         holds the third bit of 4 i + j at bit i           (i 0..7)
+//   int8 in planes     codes' upper halves as int4 lays them, with scales, for the whole matrix; then, from `low_plane`
+//                      on, the lower halves of all blocks, 512 bytes each: half the bytes give a first approximation
+//   fp8, float16, bfloat16, float32    element 32 k + n, for all columns of the group (any number of columns)
+//
+// w = (code - zero) * scale, zero = 4, 8 or 128 where no zero points are stored. Rows that fill up the last tile have
+// scales (or values) of 0. A SwiGLU matrix holds gate and up in alternating tiles: tile 2 i is rows 32 i of gate.
+// All numbers are little-endian. Nothing here allocates or throws.
+#ifndef EDGELM_KERNELS_LAYOUT_H_
+#define EDGELM_KERNELS_LAYOUT_H_
+
+#include <cstddef>
+#include <cstdint>
+
+// Members are forced inline: an out-of-line copy would be compiled for whichever instruction set the linker meets first.
+#define EDGELM_INLINE inline __attribute__((always_inline))
+
+namespace edgelm {
+
+constexpr int64_t kTile = 32;   // rows of a tile
+constexpr int64_t kBlock = 32;  // columns that share an activation scale
+
+enum class Kind : uint8_t {
+  kInt3 = 3,
+  kInt4 = 4,
+  kInt8 = 8,
+  kInt8Planes = 9,
+  kFp8E4M3 = 16,
+  kFloat16 = 17,
+  kBFloat16 = 18,
+  kFloat32 = 19,
+};
+
+enum class ScaleKind : uint8_t { kNone = 0, kFloat16 = 1, kFloat32 = 2 };
+
+// The first 64 bytes of a packed matrix. Its records follow at once.
+struct MatrixHeader {
+  char magic[4];  // "EDLM"
+  uint8_t version;
+  Kind kind;
+  ScaleKind scale;
+  uint8_t flags;  // kHasZeros | kSwiglu
+  int64_t rows;
+  int64_t columns;
+  int64_t group;      // columns of a record; `columns` for one record a tile
+  int64_t bytes;      // of the whole packed matrix, header included
+  int64_t low_plane;  // kInt8Planes: where the lower halves begin, from the header's start; else 0
+  int64_t reserved[2];
+};
+static_assert(sizeof(MatrixHeader) == 64, "the header is one cache line");
+
+constexpr uint8_t kLayoutVersion = 1;
+constexpr uint8_t kHasZeros = 1;
+constexpr uint8_t kSwiglu = 2;
+
+// The first 64 bytes of the packed experts of a layer; then `experts` pairs of int64: where gate+up and down begin,
+// from this header's start.
+struct ExpertsHeader {
+  char magic[4];  // "EDLX"
+  uint8_t version;
+  uint8_t unused[3];
+  int64_t experts;
+  int64_t bytes;  // of the whole, this header included
+  int64_t reserved[5];
+};
+static_assert(sizeof(ExpertsHeader) == 64, "the header is one cache line");
+
+// A packed matrix, checked. `data` is its first record.
+struct Matrix {
+  Kind kind = Kind::kFloat32;
+  ScaleKind scale = ScaleKind::kNone;
+  bool zeros = false;
+  bool swiglu = false;
+  int64_t rows = 0, columns = 0, group = 0;
+  int64_t tiles = 0;         // tiles of 32 rows; a SwiGLU matrix has an even number
+  int64_t groups = 0;        // records of a tile
+  int64_t head_bytes = 0;    // of a record before its codes
+  int64_t record_bytes = 0;  // of a record
+  int64_t tile_bytes = 0;    // of a tile's records
+  const uint8_t* data = nullptr;
+  const uint8_t* low = nullptr;  // kInt8Planes: lower halves, tile by tile, block by block
+
+  EDGELM_INLINE bool integer() const { return kind < Kind::kFp8E4M3; }
+  // Columns of the product's result: half the rows for SwiGLU.
+  EDGELM_INLINE int64_t outputs() const { return swiglu ? rows / 2 : rows; }
+  // Units of work: tiles, or pairs of them for SwiGLU.
+  EDGELM_INLINE int64_t units() const { return swiglu ? tiles / 2 : tiles; }
+};
+
+// Bytes of `columns` columns of one tile's codes (upper halves only for kInt8Planes).
+int64_t CodeBytes(Kind kind, int64_t columns);
+
+// Reads and checks a header of `size` bytes at `blob`. Returns nullptr and fills `matrix`, or says what is wrong.
+const char* ParseMatrix(const uint8_t* blob, int64_t size, Matrix* matrix);
+
+// One row of the matrix as float32 [columns]: the lookup of an embedding. `row` counts as in the checkpoint, for SwiGLU
+// gate's rows first.
+void DequantizeRow(const Matrix& matrix, int64_t row, float* out);
+
+// float16 bits to float32, exact.
+float HalfToFloat32(uint16_t bits);
+// float32 to float16 bits, to nearest, ties to even.
+uint16_t Float32ToHalf(float value);
+// FP8 E4M3 (OCP 8-bit floating point, revision 1.0: no infinities, 0x7F and 0xFF are NaN) to float32, exact.
+float Fp8ToFloat32(uint8_t bits);
+
+}  // namespace edgelm
+
+#endif  // EDGELM_KERNELS_LAYOUT_H_

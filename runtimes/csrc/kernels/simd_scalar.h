@@ -1,0 +1,165 @@
+// The vector operations that the kernels are written in, one lane at a time: the reference for every instruction set,
+// and what runs where there is none of them.
+//
+// A vector has 16 lanes of 32 bits everywhere; an instruction set with shorter registers takes two or four. The
+// contract of each operation is stated here. Included inside namespace edgelm::(anonymous): nothing in these headers may
+// have external linkage, or the linker would keep one copy, compiled for whichever instruction set.
+#ifndef EDGELM_KERNELS_SIMD_H_
+#define EDGELM_KERNELS_SIMD_H_
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace edgelm {
+namespace {
+
+// Rows of activations that one pass over a tile serves, and vectors of 16 columns it works on at once.
+constexpr int kRowTile = 4;
+constexpr int kVectors = 2;
+// Whether DotFull takes codes as code - 128 rather than as they are.
+constexpr bool kDotFullSigned = false;
+
+struct F32 { float v[16]; };
+struct I32 { int32_t v[16]; };
+struct B8 { uint8_t v[64]; };  // lane l holds bytes 4 l .. 4 l + 3
+
+#define EDGELM_LANES for (int l = 0; l < 16; ++l)
+
+inline F32 Load(const float* p) { F32 r; std::memcpy(r.v, p, 64); return r; }
+inline void Store(float* p, F32 a) { std::memcpy(p, a.v, 64); }
+// The first n (0..16) lanes; the others are 0, or stay unwritten.
+inline F32 LoadPart(const float* p, int64_t n) { F32 r = {}; std::memcpy(r.v, p, 4 * n); return r; }
+inline void StorePart(float* p, F32 a, int64_t n) { std::memcpy(p, a.v, 4 * n); }
+inline F32 Splat(float x) { F32 r; EDGELM_LANES r.v[l] = x; return r; }
+inline F32 Add(F32 a, F32 b) { EDGELM_LANES a.v[l] += b.v[l]; return a; }
+inline F32 Sub(F32 a, F32 b) { EDGELM_LANES a.v[l] -= b.v[l]; return a; }
+inline F32 Mul(F32 a, F32 b) { EDGELM_LANES a.v[l] *= b.v[l]; return a; }
+inline F32 Div(F32 a, F32 b) { EDGELM_LANES a.v[l] /= b.v[l]; return a; }
+// a * b + c, rounded once.
+inline F32 Fma(F32 a, F32 b, F32 c) { EDGELM_LANES c.v[l] = std::fma(a.v[l], b.v[l], c.v[l]); return c; }
+inline F32 Abs(F32 a) { EDGELM_LANES a.v[l] = std::fabs(a.v[l]); return a; }
+// The larger / smaller; where one is NaN, b. (x86's rule: Arm's differs and is made equal.)
+inline F32 Max(F32 a, F32 b) { EDGELM_LANES a.v[l] = a.v[l] > b.v[l] ? a.v[l] : b.v[l]; return a; }
+inline F32 Min(F32 a, F32 b) { EDGELM_LANES a.v[l] = a.v[l] < b.v[l] ? a.v[l] : b.v[l]; return a; }
+
+inline I32 SplatI(int32_t x) { I32 r; EDGELM_LANES r.v[l] = x; return r; }
+inline I32 LoadI(const int32_t* p) { I32 r; std::memcpy(r.v, p, 64); return r; }
+inline I32 AddI(I32 a, I32 b) { EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) + static_cast<uint32_t>(b.v[l])); return a; }
+inline I32 SubI(I32 a, I32 b) { EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) - static_cast<uint32_t>(b.v[l])); return a; }
+inline I32 MulI(I32 a, I32 b) { EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) * static_cast<uint32_t>(b.v[l])); return a; }
+template <int kBits> inline I32 ShiftLeftI(I32 a) { EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) << kBits); return a; }
+inline F32 ToFloat(I32 a) { F32 r; EDGELM_LANES r.v[l] = static_cast<float>(a.v[l]); return r; }
+// To nearest, ties to even; |a| < 2^31 (anything else, NaN too, gives some value).
+inline I32 Round(F32 a) {
+  I32 r;
+  EDGELM_LANES r.v[l] = std::fabs(a.v[l]) < 2147483648.0f ? static_cast<int32_t>(std::nearbyint(a.v[l])) : INT32_MIN;
+  return r;
+}
+inline F32 AsFloat(I32 a) { F32 r; std::memcpy(r.v, a.v, 64); return r; }
+inline I32 AsInt(F32 a) { I32 r; std::memcpy(r.v, a.v, 64); return r; }
+
+// Sums in the one canonical order: lane l + lane l + 8, then 4, 2, 1 apart.
+inline float Sum(F32 a) {
+  for (int step = 8; step > 0; step /= 2)
+    for (int l = 0; l < step; ++l) a.v[l] += a.v[l + step];
+  return a.v[0];
+}
+inline float Largest(F32 a) {  // no lane is NaN
+  float m = a.v[0];
+  EDGELM_LANES m = a.v[l] > m ? a.v[l] : m;
+  return m;
+}
+inline int32_t SumI(I32 a) { uint32_t s = 0; EDGELM_LANES s += static_cast<uint32_t>(a.v[l]); return static_cast<int32_t>(s); }
+
+// 16 elements of each storage type to float32, exact.
+inline F32 LoadHalf(const uint16_t* p) {
+  F32 r;
+  EDGELM_LANES {
+    const uint32_t sign = static_cast<uint32_t>(p[l] & 0x8000u) << 16, exponent = (p[l] >> 10) & 31u, fraction = p[l] & 1023u;
+    if (exponent == 0) {
+      const float magnitude = static_cast<float>(fraction) * 0x1p-24f;
+      r.v[l] = sign != 0 ? -magnitude : magnitude;
+    } else {
+      const uint32_t bits = sign | (exponent == 31 ? 0x7F800000u : (exponent + 112u) << 23) | fraction << 13;
+      std::memcpy(&r.v[l], &bits, 4);
+    }
+  }
+  return r;
+}
+inline F32 LoadBFloat16(const uint16_t* p) {
+  F32 r;
+  EDGELM_LANES { const uint32_t bits = static_cast<uint32_t>(p[l]) << 16; std::memcpy(&r.v[l], &bits, 4); }
+  return r;
+}
+inline F32 LoadFp8(const uint8_t* p) {
+  F32 r;
+  EDGELM_LANES {
+    const uint32_t sign = static_cast<uint32_t>(p[l] & 0x80u) << 24, exponent = (p[l] >> 3) & 15u, fraction = p[l] & 7u;
+    if (exponent == 0) {
+      const float magnitude = static_cast<float>(fraction) * 0x1p-9f;
+      r.v[l] = sign != 0 ? -magnitude : magnitude;
+    } else {
+      uint32_t bits = sign | (exponent + 120u) << 23 | fraction << 20;
+      if ((p[l] & 0x7Fu) == 0x7Fu) bits = sign | 0x7FC00000u;
+      std::memcpy(&r.v[l], &bits, 4);
+    }
+  }
+  return r;
+}
+// To nearest, ties to even; beyond float16's range infinity.
+inline void StoreHalf(uint16_t* p, F32 a) {
+  EDGELM_LANES {
+    uint32_t bits;
+    std::memcpy(&bits, &a.v[l], 4);
+    const uint32_t sign = bits >> 16 & 0x8000u;
+    bits &= 0x7FFFFFFFu;
+    uint32_t half;
+    if (bits > 0x7F800000u) {
+      half = 0x7E00u | (bits >> 13 & 0x3FFu);
+    } else if (bits >= 0x477FF000u) {
+      half = 0x7C00u;
+    } else if (bits < 0x38800000u) {  // subnormal: adding 0.5 aligns the fraction and rounds it
+      float magnitude;
+      std::memcpy(&magnitude, &bits, 4);
+      magnitude += 0.5f;
+      std::memcpy(&half, &magnitude, 4);
+      half -= 0x3F000000u;
+    } else {
+      half = (bits + 0xFFFu + (bits >> 13 & 1u) - 0x38000000u) >> 13;
+    }
+    p[l] = static_cast<uint16_t>(sign | half);
+  }
+}
+// The low bytes of the lanes, which are within -128 .. 127.
+inline void StoreBytes(int8_t* p, I32 a) { EDGELM_LANES p[l] = static_cast<int8_t>(a.v[l]); }
+// 16 bytes, unsigned, as lanes.
+inline I32 LoadBytes(const uint8_t* p) { I32 r; EDGELM_LANES r.v[l] = p[l]; return r; }
+
+inline B8 LoadB(const uint8_t* p) { B8 r; std::memcpy(r.v, p, 64); return r; }
+inline B8 LowNibbles(B8 a) { for (auto& x : a.v) x &= 15; return a; }
+inline B8 HighNibbles(B8 a) { for (auto& x : a.v) x >>= 4; return a; }
+// upper * 16 + lower, both below 16.
+inline B8 JoinNibbles(B8 upper, B8 lower) { for (int i = 0; i < 64; ++i) upper.v[i] = static_cast<uint8_t>(upper.v[i] << 4 | lower.v[i]); return upper; }
+// Bits 2 kIndex and 2 kIndex + 1 of `pairs`, and above them bit kBit of `thirds`.
+template <int kIndex, int kBit> inline B8 ThreeBits(B8 pairs, B8 thirds) {
+  for (int i = 0; i < 64; ++i) pairs.v[i] = static_cast<uint8_t>((pairs.v[i] >> (2 * kIndex) & 3) | (thirds.v[i] >> kBit & 1) << 2);
+  return pairs;
+}
+// Byte kIndex of each lane as a number.
+template <int kIndex> inline I32 ByteOfLane(B8 a) { I32 r; EDGELM_LANES r.v[l] = a.v[4 * l + kIndex]; return r; }
+
+// acc + the dot product of each lane's four codes with the four int8 of `x`. Codes below 16.
+inline I32 DotNibbles(I32 acc, B8 codes, const int8_t* x) {
+  EDGELM_LANES for (int j = 0; j < 4; ++j) acc.v[l] += codes.v[4 * l + j] * x[j];
+  return acc;
+}
+// The same for any codes.
+inline I32 DotFull(I32 acc, B8 codes, const int8_t* x) { return DotNibbles(acc, codes, x); }
+
+#undef EDGELM_LANES
+
+}  // namespace
+}  // namespace edgelm
+
+#endif  // EDGELM_KERNELS_SIMD_H_
