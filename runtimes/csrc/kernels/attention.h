@@ -1,0 +1,92 @@
+// Causal attention with grouped heads over a cache of keys and values, in three steps that the caller runs one after
+// another, each cut into units that may run at the same time, in any order and on any threads:
+//
+//   prepare   queries, keys, values of the new tokens: QK-norm, clip, rotary embedding; keys and values into the cache
+//   attend    scores, online softmax and weighted sum (Milakov & Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022,
+//             arXiv 2205.14135); few new tokens: split over pieces of the cache, else over blocks of the new tokens
+//   combine   the pieces' results into one; no units where nothing was split
+//
+// What a unit is depends on the call alone, never on threads: results are the same however units are spread.
+//
+// Cache of one sequence: [kv_heads] x capacity x AttentionRowBytes() bytes, for keys and for values. What lies where
+// within a head's bytes is this kernel's own: tiles of 16 tokens, in each all tokens' elements and then, for int8, their
+// scales. Keys lie dimension by dimension (int8: four by four), so that lanes are tokens; values token by token (int8:
+// four tokens by four), so that lanes are dimensions. A token's bytes are its own: tokens may be dropped from the end and
+// written again, and whatever lies beyond the valid tokens is never used.
+#ifndef EDGELM_KERNELS_ATTENTION_H_
+#define EDGELM_KERNELS_ATTENTION_H_
+
+#include <cstdint>
+
+#include "layout.h"
+
+namespace edgelm {
+
+enum class CacheKind : uint8_t {
+  kFloat32,
+  kFloat16,
+  kInt8,  // one float32 scale per head and token, for the key and for the value
+};
+
+constexpr int64_t kPrepareRows = 16;   // tokens of a unit of `prepare`
+constexpr int64_t kFewRows = 8;        // at most so many new tokens: split over the cache
+constexpr int64_t kCachePiece = 512;   // tokens of such a piece
+constexpr int64_t kQueryRows = 64;     // else: tokens x query heads of a KV head that a unit of `attend` serves, about
+
+// Bytes a token takes of one head's keys, and again of its values.
+EDGELM_INLINE int64_t AttentionRowBytes(CacheKind cache, int64_t head_dim) {
+  return cache == CacheKind::kInt8 ? head_dim + 4 : cache == CacheKind::kFloat16 ? 2 * head_dim : 4 * head_dim;
+}
+
+// One sequence's new tokens. All pointers are the caller's; nothing overlaps.
+struct Attention {
+  CacheKind cache = CacheKind::kFloat32;
+  int64_t heads = 0, kv_heads = 0;  // heads is a multiple of kv_heads: query head h reads KV head h / (heads / kv_heads)
+  int64_t head_dim = 0;             // even
+  int64_t capacity = 0;             // tokens the cache holds: past + rows at least
+  int64_t past = 0;                 // valid tokens in the cache
+  int64_t rows = 0;                 // new tokens, 1 at least: tokens past .. past + rows - 1
+  float scale = 0.0f;               // of the scores; 0 for 1 / sqrt(head_dim)
+  float clip = 0.0f;                // queries, keys and values are clamped to -clip .. clip after the norm; 0: they are not
+  float epsilon = 0.0f;             // of the norms
+  const float* q_norm = nullptr;    // [heads * head_dim], RMSNorm over all heads at once; or null
+  const float* k_norm = nullptr;    // [kv_heads * head_dim], or null
+  const float* cos = nullptr;       // [past + rows at least, head_dim / 2], row = position
+  const float* sin = nullptr;
+  const float* qkv = nullptr;       // [rows, (heads + 2 kv_heads) * head_dim]
+  uint8_t* key = nullptr;           // [kv_heads, capacity, AttentionRowBytes]
+  uint8_t* value = nullptr;
+  float* out = nullptr;             // [rows, heads * head_dim]
+  uint8_t* scratch = nullptr;       // AttentionScratchBytes, aligned to 64; kept from `prepare` to `combine`
+
+  EDGELM_INLINE int64_t group() const { return heads / kv_heads; }
+  EDGELM_INLINE int64_t total() const { return past + rows; }
+  EDGELM_INLINE bool split() const { return rows <= kFewRows; }
+  // Pieces of the cache, or blocks of new tokens.
+  EDGELM_INLINE int64_t pieces() const { return split() ? (total() + kCachePiece - 1) / kCachePiece : 1; }
+  EDGELM_INLINE int64_t block_rows() const {
+    return split() ? rows : group() >= kQueryRows ? 1 : kQueryRows / group();
+  }
+  EDGELM_INLINE int64_t blocks() const { return (rows + block_rows() - 1) / block_rows(); }
+
+  EDGELM_INLINE int64_t prepare_units() const { return (rows + kPrepareRows - 1) / kPrepareRows; }
+  EDGELM_INLINE int64_t attend_units() const { return kv_heads * pieces() * blocks(); }
+  EDGELM_INLINE int64_t combine_units() const { return pieces() == 1 ? 0 : rows * kv_heads; }
+};
+
+// Bytes of `scratch` for a call (the pointers need not be set): it may grow with `past`, ask at every call.
+int64_t AttentionScratchBytes(const Attention& call);
+// Bytes of the workspace of each `prepare` or `attend` that runs at the same time as others; it keeps nothing between
+// units, and its size depends on the head counts, head_dim and cache kind only.
+int64_t AttentionWorkspaceBytes(const Attention& call);
+
+// Each does one unit, 0 .. its count of units - 1. `workspace` is aligned to 64.
+struct AttentionKernels {
+  void (*prepare)(const Attention& call, int64_t unit, uint8_t* workspace);
+  void (*attend)(const Attention& call, int64_t unit, uint8_t* workspace);
+  void (*combine)(const Attention& call, int64_t unit);
+};
+
+}  // namespace edgelm
+
+#endif  // EDGELM_KERNELS_ATTENTION_H_
