@@ -268,62 +268,80 @@ void LinearUpper(const Matrix& m, int64_t begin, int64_t end, const QuantRows& x
 
 // -- float activations -------------------------------------------------------------------------------------------------
 
-// Up to 32 columns of a tile as float32, w[k][n]. Integer weights come out exact: 8 bits times a float16's 11.
-inline void DequantizeBlock(const Matrix& m, int64_t tile, int64_t column, int64_t count, float (*w)[kTile]) {
+// Four columns of 16 rows as the codes of an integer kind lie: columns 4 q .. 4 q + 3 of the block at `codes`.
+template <Kind kKind>
+inline __attribute__((always_inline)) B8 FourColumns(const uint8_t* codes, const uint8_t* low, int q, int half) {
+  if constexpr (kKind == Kind::kInt8) return LoadB(codes + 128 * q + 64 * half);
+  if constexpr (kKind == Kind::kInt3) {
+    const B8 pairs = LoadB(codes + 128 * (q / 4) + 64 * half), thirds = LoadB(codes + 256 + 64 * half);
+    switch (q) {
+      case 0: return ThreeBits<0, 0>(pairs, thirds);
+      case 1: return ThreeBits<1, 1>(pairs, thirds);
+      case 2: return ThreeBits<2, 2>(pairs, thirds);
+      case 3: return ThreeBits<3, 3>(pairs, thirds);
+      case 4: return ThreeBits<0, 4>(pairs, thirds);
+      case 5: return ThreeBits<1, 5>(pairs, thirds);
+      case 6: return ThreeBits<2, 6>(pairs, thirds);
+      default: return ThreeBits<3, 7>(pairs, thirds);
+    }
+  }
+  const int64_t at = 128 * (q / 2) + 64 * half;
+  const B8 bytes = LoadB(codes + at);
+  const B8 four = q % 2 ? HighNibbles(bytes) : LowNibbles(bytes);
+  if constexpr (kKind != Kind::kInt8Planes) return four;
+  const B8 lower = LoadB(low + at);
+  return JoinNibbles(four, q % 2 ? HighNibbles(lower) : LowNibbles(lower));
+}
+
+template <Kind kKind>
+inline F32 LoadFloats(const uint8_t* codes, int64_t element) {
+  if constexpr (kKind == Kind::kFp8E4M3) return LoadFp8(codes + element);
+  if constexpr (kKind == Kind::kFloat16) return LoadHalf(reinterpret_cast<const uint16_t*>(codes) + element);
+  if constexpr (kKind == Kind::kBFloat16) return LoadBFloat16(reinterpret_cast<const uint16_t*>(codes) + element);
+  return Load(reinterpret_cast<const float*>(codes) + element);
+}
+
+// Calls visit(k, left, right) for up to 32 columns of a tile in order, with the weights of its rows 0..15 and 16..31 as
+// float32. Integer weights come out exact: 8 bits times a float16's 11.
+template <Kind kKind, typename Visit>
+inline __attribute__((always_inline)) void VisitColumns(const Matrix& m, int64_t tile, int64_t column, int64_t count,
+                                                        Visit visit) {
   const int64_t g = column / m.group, within = column - g * m.group;
   const uint8_t* record = m.data + tile * m.tile_bytes + g * m.record_bytes;
   const uint8_t* codes = record + m.head_bytes;
+  const bool scaled = m.scale != ScaleKind::kNone;
+  F32 s[2] = {Splat(1.0f), Splat(1.0f)};
   for (int half = 0; half < 2; ++half) {
-    F32 s = Splat(1.0f);
-    if (m.scale == ScaleKind::kFloat16) s = LoadHalf(reinterpret_cast<const uint16_t*>(record) + 16 * half);
-    if (m.scale == ScaleKind::kFloat32) s = Load(reinterpret_cast<const float*>(record) + 16 * half);
-    if (!m.integer()) {
-      for (int64_t k = 0; k < count; ++k) {
-        const int64_t at = (within + k) * kTile + 16 * half;
-        F32 value;
-        switch (m.kind) {
-          case Kind::kFp8E4M3: value = LoadFp8(codes + at); break;
-          case Kind::kFloat16: value = LoadHalf(reinterpret_cast<const uint16_t*>(codes) + at); break;
-          case Kind::kBFloat16: value = LoadBFloat16(reinterpret_cast<const uint16_t*>(codes) + at); break;
-          default: value = Load(reinterpret_cast<const float*>(codes) + at); break;
-        }
-        Store(w[k] + 16 * half, m.scale == ScaleKind::kNone ? value : Mul(value, s));
-      }
-      continue;
-    }
-    const I32 zero = m.zeros ? LoadBytes(record + m.head_bytes - 64 + 16 * half) : SplatI(SymmetricZero(m.kind));
-    const int64_t block = within / kBlock;
-    // Four columns of 16 rows at a time, as the codes lie.
+    if (m.scale == ScaleKind::kFloat16) s[half] = LoadHalf(reinterpret_cast<const uint16_t*>(record) + 16 * half);
+    if (m.scale == ScaleKind::kFloat32) s[half] = Load(reinterpret_cast<const float*>(record) + 16 * half);
+  }
+  if constexpr (kKind < Kind::kFp8E4M3) {
+    I32 zero[2] = {SplatI(SymmetricZero(kKind)), SplatI(SymmetricZero(kKind))};
+    for (int half = 0; half < 2 && m.zeros; ++half) zero[half] = LoadBytes(record + m.head_bytes - 64 + 16 * half);
+    codes += within / kBlock * BlockCodeBytes(kKind);
+    const uint8_t* low =
+        kKind == Kind::kInt8Planes ? m.low + (tile * (m.columns / kBlock) + column / kBlock) * 512 : nullptr;
+#pragma GCC unroll 8
     for (int q = 0; q < 8; ++q) {
-      B8 four;
-      if (m.kind == Kind::kInt8) {
-        four = LoadB(codes + block * 1024 + 128 * q + 64 * half);
-      } else if (m.kind == Kind::kInt3) {
-        const uint8_t* base = codes + block * 384 + 64 * half;
-        const B8 pairs = LoadB(base + 128 * (q / 4)), thirds = LoadB(base + 256);
-        switch (q) {
-          case 0: four = ThreeBits<0, 0>(pairs, thirds); break;
-          case 1: four = ThreeBits<1, 1>(pairs, thirds); break;
-          case 2: four = ThreeBits<2, 2>(pairs, thirds); break;
-          case 3: four = ThreeBits<3, 3>(pairs, thirds); break;
-          case 4: four = ThreeBits<0, 4>(pairs, thirds); break;
-          case 5: four = ThreeBits<1, 5>(pairs, thirds); break;
-          case 6: four = ThreeBits<2, 6>(pairs, thirds); break;
-          default: four = ThreeBits<3, 7>(pairs, thirds); break;
-        }
+      const B8 a = FourColumns<kKind>(codes, low, q, 0), b = FourColumns<kKind>(codes, low, q, 1);
+      const auto one = [&](int k, I32 left, I32 right) {
+        visit(4 * q + k, Mul(ToFloat(SubI(left, zero[0])), s[0]), Mul(ToFloat(SubI(right, zero[1])), s[1]));
+      };
+      one(0, ByteOfLane<0>(a), ByteOfLane<0>(b));
+      one(1, ByteOfLane<1>(a), ByteOfLane<1>(b));
+      one(2, ByteOfLane<2>(a), ByteOfLane<2>(b));
+      one(3, ByteOfLane<3>(a), ByteOfLane<3>(b));
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < count; ++k) {
+      const F32 left = LoadFloats<kKind>(codes, (within + k) * kTile);
+      const F32 right = LoadFloats<kKind>(codes, (within + k) * kTile + 16);
+      if (scaled) {
+        visit(k, Mul(left, s[0]), Mul(right, s[1]));
       } else {
-        const int64_t at = 128 * (q / 2) + 64 * half;
-        const B8 bytes = LoadB(codes + block * 512 + at);
-        four = q % 2 ? HighNibbles(bytes) : LowNibbles(bytes);
-        if (m.kind == Kind::kInt8Planes) {
-          const B8 lower = LoadB(m.low + (tile * (m.columns / kBlock) + column / kBlock) * 512 + at);
-          four = JoinNibbles(four, q % 2 ? HighNibbles(lower) : LowNibbles(lower));
-        }
+        visit(k, left, right);
       }
-      Store(w[4 * q] + 16 * half, Mul(ToFloat(SubI(ByteOfLane<0>(four), zero)), s));
-      Store(w[4 * q + 1] + 16 * half, Mul(ToFloat(SubI(ByteOfLane<1>(four), zero)), s));
-      Store(w[4 * q + 2] + 16 * half, Mul(ToFloat(SubI(ByteOfLane<2>(four), zero)), s));
-      Store(w[4 * q + 3] + 16 * half, Mul(ToFloat(SubI(ByteOfLane<3>(four), zero)), s));
     }
   }
 }
@@ -358,26 +376,62 @@ inline void FloatBlock(const float* x, int64_t ldx, int64_t count, const float (
 // As many rows as share one dequantised block: their sums stay in the first-level cache.
 constexpr int64_t kFloatRows = 64;
 
-inline void FloatTile(const Matrix& m, int64_t tile, const float* x, int64_t ldx, int64_t rows, float (*sums)[kTile]) {
+template <Kind kKind>
+void FloatTile(const Matrix& m, int64_t tile, const float* x, int64_t ldx, int64_t rows, float (*sums)[kTile]) {
+  if (rows == 1) {  // decoding: straight from the codes
+    F32 left = Splat(0.0f), right = Splat(0.0f);
+    for (int64_t column = 0; column < m.columns; column += kBlock) {
+      const int64_t count = m.columns - column < kBlock ? m.columns - column : kBlock;
+      const float* block = x + column;
+      VisitColumns<kKind>(m, tile, column, count, [&](int64_t k, F32 a, F32 b) __attribute__((always_inline)) {
+        const F32 xs = Splat(block[k]);
+        left = Fma(xs, a, left);
+        right = Fma(xs, b, right);
+      });
+    }
+    Store(sums[0], left);
+    Store(sums[0] + 16, right);
+    return;
+  }
   alignas(64) float w[kBlock][kTile];
   std::memset(sums, 0, sizeof(float) * kTile * rows);
   for (int64_t column = 0; column < m.columns; column += kBlock) {
     const int64_t count = m.columns - column < kBlock ? m.columns - column : kBlock;
-    DequantizeBlock(m, tile, column, count, w);
+    VisitColumns<kKind>(m, tile, column, count, [&](int64_t k, F32 a, F32 b) __attribute__((always_inline)) {
+      Store(w[k], a);
+      Store(w[k] + 16, b);
+    });
     int64_t row = 0;
-    for (; row + 4 <= rows; row += 4) FloatBlock<4>(x + row * ldx + column, ldx, count, w, sums + row);
+    for (; row + kRowTile <= rows; row += kRowTile)
+      FloatBlock<kRowTile>(x + row * ldx + column, ldx, count, w, sums + row);
     for (; row < rows; ++row) FloatBlock<1>(x + row * ldx + column, ldx, count, w, sums + row);
+  }
+}
+
+using FloatTileFunction = void (*)(const Matrix&, int64_t, const float*, int64_t, int64_t, float (*)[kTile]);
+
+inline FloatTileFunction FloatTileFor(Kind kind) {
+  switch (kind) {
+    case Kind::kInt3: return FloatTile<Kind::kInt3>;
+    case Kind::kInt4: return FloatTile<Kind::kInt4>;
+    case Kind::kInt8: return FloatTile<Kind::kInt8>;
+    case Kind::kInt8Planes: return FloatTile<Kind::kInt8Planes>;
+    case Kind::kFp8E4M3: return FloatTile<Kind::kFp8E4M3>;
+    case Kind::kFloat16: return FloatTile<Kind::kFloat16>;
+    case Kind::kBFloat16: return FloatTile<Kind::kBFloat16>;
+    default: return FloatTile<Kind::kFloat32>;
   }
 }
 
 void LinearFloat(const Matrix& m, int64_t begin, int64_t end, const float* x, int64_t ldx, int64_t rows,
                  const Output& out) {
   alignas(64) float sums[kFloatRows][kTile], second[kFloatRows][kTile];
+  const FloatTileFunction tile = FloatTileFor(m.kind);
   for (int64_t unit = begin; unit < end; ++unit) {
     for (int64_t row = 0; row < rows; row += kFloatRows) {
       const int64_t count = rows - row < kFloatRows ? rows - row : kFloatRows;
-      FloatTile(m, m.swiglu ? 2 * unit : unit, x + row * ldx, ldx, count, sums);
-      if (m.swiglu) FloatTile(m, 2 * unit + 1, x + row * ldx, ldx, count, second);
+      tile(m, m.swiglu ? 2 * unit : unit, x + row * ldx, ldx, count, sums);
+      if (m.swiglu) tile(m, 2 * unit + 1, x + row * ldx, ldx, count, second);
       FinishRows(m, unit, count, sums, second, out.From(row));
     }
   }

@@ -10,7 +10,7 @@
 namespace edgelm {
 namespace {
 
-constexpr int kRowTile = 8;
+constexpr int kRowTile = 6;
 constexpr int kVectors = 2;
 constexpr bool kDotFullSigned = false;
 
@@ -62,14 +62,13 @@ inline F32 LoadBFloat16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
 inline F32 LoadFp8(const uint8_t* p) {
-  // As float16 with the exponent 8 too small, which the product mends exactly; NaN needs its own exponent.
-  const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m256i magnitude = _mm256_and_si256(bytes, _mm256_set1_epi16(0x7F));
-  const __mmask16 nan = _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x7F));
-  __m256i half = _mm256_or_si256(_mm256_slli_epi16(magnitude, 7),
-                                 _mm256_slli_epi16(_mm256_and_si256(bytes, _mm256_set1_epi16(0x80)), 8));
-  half = _mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7E00));
-  return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+  // As float16 with the exponent 8 too small, which the product mends exactly; NaN needs its own exponent. The sign is
+  // extended, so one shift brings it to the top, and a second copy of it to the bit below, which is cleared.
+  const __m256i bytes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __mmask16 number = _mm256_test_epi16_mask(_mm256_xor_si256(bytes, _mm256_set1_epi16(0x7F)), _mm256_set1_epi16(0x7F));
+  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(bytes, 7), _mm256_set1_epi16(static_cast<short>(0xBF80)));
+  return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_mask_mov_epi16(_mm256_set1_epi16(0x7E00), number, half)),
+                       _mm512_set1_ps(256.0f));
 }
 inline void StoreHalf(uint16_t* p, F32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
