@@ -1,0 +1,127 @@
+"""Where the compiled operators are, and which of their instruction sets this processor uses.
+
+The library is one file for every processor of its architecture: it holds the kernels once per instruction set and
+chooses when it is registered. Nothing here needs ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import edgelm.runtimes
+from edgelm.errors import RuntimeUnavailableError
+
+__all__ = ["ISA_VARIABLE", "LIBRARY_VARIABLE", "CpuKernels", "InstructionSet", "describe_cpu", "library_path"]
+
+ABI = 1
+LIBRARY = "_edgelm_ops.so"
+LIBRARY_VARIABLE = "EDGELM_OPS_LIBRARY"
+"""Environment variable: path of the library to use in place of the installed one; empty uses none."""
+ISA_VARIABLE = "EDGELM_ISA"
+"""Environment variable: name of the instruction set to use in place of the best; an error where it cannot be."""
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """Kernels compiled for one instruction set."""
+
+    name: str
+    """As EDGELM_ISA spells it."""
+    available: bool
+    missing: str | None
+    """What keeps it from running here; None where it can."""
+
+
+@dataclass(frozen=True)
+class CpuKernels:
+    """Which kernels the compiled operators use on this machine."""
+
+    library: str | None
+    """The library's path; None without one: bundles with native operators do not run, portable ones do."""
+    chosen: str | None
+    """The instruction set in use; None without a library, or where EDGELM_ISA names one that cannot be used."""
+    forced: bool
+    """Whether EDGELM_ISA is set."""
+    why: str
+    """Why it was chosen, or what is wrong and what to do."""
+    instruction_sets: tuple[InstructionSet, ...]
+    """Every one in the library, best first."""
+
+    def as_dict(self) -> dict[str, object]:
+        """The fields as JSON-ready values."""
+        return {**asdict(self), "instruction_sets": [asdict(isa) for isa in self.instruction_sets]}
+
+
+def library_path() -> Path | None:
+    """Where the compiled operators are; None where this installation has none.
+
+    Raises:
+        RuntimeUnavailableError: EDGELM_OPS_LIBRARY names a file that does not exist.
+    """
+    named = os.environ.get(LIBRARY_VARIABLE)
+    if named is not None:
+        path = Path(named)
+        if named and not path.is_file():
+            raise RuntimeUnavailableError(
+                f"{LIBRARY_VARIABLE}={named}: there is no such file; unset it to use the installed library"
+            )
+        return path.absolute() if named else None
+    # An editable install has the sources in one folder and the compiled library in another, both on this path.
+    places = (Path(place) / LIBRARY for place in edgelm.runtimes.__path__)
+    return next((place for place in places if place.is_file()), None)
+
+
+def describe_cpu() -> CpuKernels:
+    """Ask the compiled operators which instruction set they use here, and why.
+
+    Raises:
+        RuntimeUnavailableError: the library is there but cannot be loaded, or is of another version of EdgeLM.
+    """
+    path = library_path()
+    forced = bool(os.environ.get(ISA_VARIABLE))
+    if path is None:
+        why = (
+            "this installation has no compiled operators: bundles with portable operators run, native ones do not; "
+            "install a wheel with compiled parts, or install without EDGELM_PURE where there is a C++ compiler"
+        )
+        return CpuKernels(None, None, forced, why, ())
+    library = _load(path)
+    found = []
+    for index in range(library.edgelm_isa_count()):
+        missing = library.edgelm_isa_missing(index)
+        found.append(
+            InstructionSet(
+                name=library.edgelm_isa_name(index).decode(),
+                available=missing is None,
+                missing=None if missing is None else missing.decode(),
+            )
+        )
+    reason = ctypes.create_string_buffer(1024)
+    chosen = library.edgelm_isa_chosen(reason, len(reason))
+    name = found[chosen].name if chosen >= 0 else None
+    return CpuKernels(str(path), name, forced, reason.value.decode(errors="replace"), tuple(found))
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(path))
+        abi = library.edgelm_ops_abi()
+    except (OSError, AttributeError) as error:
+        raise RuntimeUnavailableError(
+            f"{path} is not a library of EdgeLM's operators that this machine can load ({error}): install edgelm again"
+        ) from error
+    if abi != ABI:
+        raise RuntimeUnavailableError(
+            f"{path} is of another version of EdgeLM (interface {abi}, not {ABI}): install edgelm again"
+        )
+    # c_int32 and c_int64 by the header; ctypes would take int for all.
+    library.edgelm_isa_name.argtypes = [ctypes.c_int32]
+    library.edgelm_isa_name.restype = ctypes.c_char_p
+    library.edgelm_isa_missing.argtypes = [ctypes.c_int32]
+    library.edgelm_isa_missing.restype = ctypes.c_char_p
+    library.edgelm_isa_chosen.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+    library.edgelm_isa_chosen.restype = ctypes.c_int32
+    return library
