@@ -67,8 +67,9 @@ inline F32 LoadFp8(const uint8_t* p) {
   const __m256i bytes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   const __mmask16 number = _mm256_test_epi16_mask(_mm256_xor_si256(bytes, _mm256_set1_epi16(0x7F)), _mm256_set1_epi16(0x7F));
   const __m256i half = _mm256_and_si256(_mm256_slli_epi16(bytes, 7), _mm256_set1_epi16(static_cast<short>(0xBF80)));
-  return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_mask_mov_epi16(_mm256_set1_epi16(0x7E00), number, half)),
-                       _mm512_set1_ps(256.0f));
+  const __m256i nan = _mm256_or_si256(_mm256_and_si256(half, _mm256_set1_epi16(static_cast<short>(0x8000))),
+                                      _mm256_set1_epi16(0x7E00));
+  return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_mask_mov_epi16(nan, number, half)), _mm512_set1_ps(256.0f));
 }
 inline void StoreHalf(uint16_t* p, F32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
