@@ -98,12 +98,26 @@ def bytes_per_token(manifest: Manifest, position: float) -> int:
     return round(total + 2 * model.num_layers * model.num_kv_heads * model.head_dim * element * position)
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes a second that `threads` threads read from memory: the best of a few passes over half a gigabyte."""
+def read_bandwidth(threads: int, file: Path | None = None) -> float:
+    """Bytes a second that `threads` threads read: the best of a few passes over half a gigabyte.
+
+    From anonymous memory, or from a mapping of `file`, as weights are read: its first half gigabyte, or all it has. The
+    first pass brings it into the page cache.
+
+    Raises:
+        EdgeLMError: `file` is too small to have 8 bytes for every thread.
+    """
     available = devices.describe().memory_available
     size = _READ_BYTES if available is None else min(_READ_BYTES, available // 4)
-    # Written, so that every page is its own: untouched zeros all lie in one page that stays in the cache.
-    parts = np.array_split(np.ones(size // 8, np.uint64), threads)
+    if file is None:
+        # Written, so that every page is its own: untouched zeros all lie in one page that stays in the cache.
+        words = np.ones(size // 8, np.uint64)
+    else:
+        count = min(size, file.stat().st_size) // 8
+        if count < threads:
+            raise EdgeLMError(f"{file} is too small to measure bandwidth with: give a file of half a gigabyte")
+        words = np.memmap(file, np.uint64, "r", shape=(count,))
+    parts = np.array_split(words, threads)
     read: Callable[[NDArray[np.uint64]], np.uint64] = np.bitwise_or.reduce
     best = float("inf")
     with ThreadPoolExecutor(threads) as pool:
@@ -111,7 +125,7 @@ def read_bandwidth(threads: int) -> float:
             started = time.perf_counter()
             list(pool.map(read, parts))
             best = min(best, time.perf_counter() - started)
-    return size / best
+    return words.nbytes / best
 
 
 def bench(

@@ -93,3 +93,11 @@ def test_a_missing_bundle_fails_before_measuring(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["bench", str(tmp_path / "none")])
     assert result.exit_code == 1
     assert "is not a folder" in result.stderr
+
+
+def test_bandwidth_of_a_mapped_file(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(bytes(4 << 20))
+    assert 5e8 < read_bandwidth(2, tmp_path / "weights") < 1e13
+    (tmp_path / "small").write_bytes(bytes(9))
+    with pytest.raises(EdgeLMError, match="small is too small"):
+        read_bandwidth(2, tmp_path / "small")
