@@ -21,7 +21,7 @@ from edgelm.errors import RecipeError
 from edgelm.files import atomic_directory
 from edgelm.progress import Progress, Silent
 from edgelm.quant.recipe import Recipe
-from edgelm.quant.scheme import Scheme
+from edgelm.quant.scheme import AnyScheme
 from edgelm.quant.source import FORMAT_VERSION, METHOD, WeightSource, part_name, stored_recipe
 
 SHARD_BYTES = 5_000_000_000
@@ -119,7 +119,7 @@ def _count(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _specs(checkpoint: Checkpoint, name: str, scheme: Scheme | None) -> dict[str, TensorSpec]:
+def _specs(checkpoint: Checkpoint, name: str, scheme: AnyScheme | None) -> dict[str, TensorSpec]:
     info = checkpoint.tensors[name]
     if scheme is None:
         return {name: TensorSpec(info.dtype, info.shape)}
@@ -127,10 +127,10 @@ def _specs(checkpoint: Checkpoint, name: str, scheme: Scheme | None) -> dict[str
         raise RecipeError(f'{name} does not end in ".weight" and cannot be stored quantised: keep it float by a rule')
     rows, columns = info.shape
     specs = {
-        part_name(name, "qweight"): TensorSpec("U8", (rows, columns * scheme.bits // 8)),
-        part_name(name, "scales"): TensorSpec("F16", (rows, scheme.groups(columns))),
+        part_name(name, "qweight"): TensorSpec("U8", (rows, scheme.code_bytes(columns))),
+        part_name(name, "scales"): TensorSpec(f"F{8 * scheme.scale_dtype.itemsize}", (rows, scheme.groups(columns))),
     }
-    if not scheme.symmetric:
+    if scheme.has_zeros:
         specs[part_name(name, "zeros")] = TensorSpec("U8", (rows, scheme.groups(columns)))
     taken = [key for key in specs if key in checkpoint.tensors]
     if taken:
@@ -139,7 +139,7 @@ def _specs(checkpoint: Checkpoint, name: str, scheme: Scheme | None) -> dict[str
 
 
 def _jobs(
-    weights: WeightSource, schemes: dict[str, Scheme | None], writer: ShardedWriter
+    weights: WeightSource, schemes: dict[str, AnyScheme | None], writer: ShardedWriter
 ) -> Iterator[Callable[[], int]]:
     for name, scheme in schemes.items():
         info = weights.checkpoint.tensors[name]

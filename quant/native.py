@@ -1,4 +1,4 @@
-"""The quantisation kernel where it was compiled, `primitives` where it was not: the results are equal bit for bit."""
+"""Quantise to integers by the kernel where it was compiled, by `primitives` where not: equal bit for bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgelm.quant import primitives
 from edgelm.quant.scheme import Scheme
 from edgelm.quant.tensor import QuantTensor
 
-ABI = 1
+ABI = 2
 LIBRARY = "_edgelm_quant.so"
 LIBRARY_VARIABLE = "EDGELM_QUANT_LIBRARY"
 """Environment variable: path of the library to load in place of the installed one; empty loads none."""
@@ -125,9 +125,9 @@ def quantize(
         weight = cast("NDArray[np.float32] | NDArray[np.uint16]", np.ascontiguousarray(weight))
     per_group = (rows, scheme.groups(columns))
     result = QuantTensor(
-        np.empty((rows, columns * scheme.bits // 8), np.uint8),
+        np.empty((rows, scheme.code_bytes(columns)), np.uint8),
         np.empty(per_group, np.float16),
-        None if scheme.symmetric else np.empty(per_group, np.uint8),
+        np.empty(per_group, np.uint8) if scheme.has_zeros else None,
         scheme,
         (rows, columns),
     )
@@ -164,15 +164,16 @@ def dequantize(tensor: QuantTensor, *, threads: int | None = None, isa: str = "a
 
 
 def _matrix(tensor: QuantTensor, threads: int | None, isa: str) -> _Matrix:
+    scheme = tensor.integers
     for array in (tensor.codes, tensor.scales, tensor.zeros):
         if array is not None and not array.flags.c_contiguous:
             raise ValueError("the arrays of a QuantTensor lie row after row without gaps")
     return _Matrix(
         rows=tensor.shape[0],
         columns=tensor.shape[1],
-        group=tensor.scheme.group_size(tensor.shape[1]),
-        bits=tensor.scheme.bits,
-        symmetric=tensor.scheme.symmetric,
+        group=scheme.group_size(tensor.shape[1]),
+        bits=scheme.bits,
+        symmetric=scheme.symmetric,
         codes=tensor.codes.ctypes.data,
         scales=tensor.scales.ctypes.data,
         zeros=None if tensor.zeros is None else tensor.zeros.ctypes.data,

@@ -1,4 +1,4 @@
-"""Quantise and dequantise a matrix: pure functions, and the definition that the native kernel is tested against.
+"""Quantise a matrix to integers and back: pure functions, and the definition that the native kernel is tested against.
 
 Round to nearest, with the scale of each group searched for the least squared error:
 
@@ -41,17 +41,25 @@ TINY = np.float32(2.0**-40)
 """A group whose largest magnitude is below this is all zeros: even its 4-bit scale is far below float16's smallest."""
 
 
+_WIDE = 256
+_TARGETS = {
+    # bits, symmetric: the ends of the grid for groups up to _WIDE values, and for wider ones
+    (3, True): ((2.9, 6.0), (3.2, 10.5)),
+    (3, False): ((6.3, 10.0), (7.5, 18.0)),
+    (4, True): ((6.9, 10.5), (8.0, 18.0)),
+    (4, False): ((14.2, 19.0), (15.0, 30.0)),
+    (8, True): ((123.0, 130.0), (123.0, 130.0)),
+    (8, False): ((246.0, 259.0), (246.0, 259.0)),
+}
+
+
 def search_targets(scheme: Scheme, columns: int) -> Floats:
     """Trial scales, as the code distance to which the largest magnitude (symmetric) or the range (else) is mapped.
 
     The wider the group, the further its largest value stands out, and the more clipping pays. The grids were chosen by
     the error on normal and Student-t weights: at 4 bits each is within 0.05 dB of a search with 200 trials.
     """
-    wide = scheme.group_size(columns) > 256
-    if scheme.symmetric:
-        low, high = ((8.0, 18.0) if wide else (6.9, 10.5)) if scheme.bits == 4 else (123.0, 130.0)
-    else:
-        low, high = ((15.0, 30.0) if wide else (14.2, 19.0)) if scheme.bits == 4 else (246.0, 259.0)
+    low, high = _TARGETS[scheme.bits, scheme.symmetric][scheme.group_size(columns) > _WIDE]
     return np.linspace(low, high, 12, dtype=np.float32)
 
 
@@ -65,21 +73,38 @@ def as_float32(weight: NDArray[np.float32] | NDArray[np.uint16]) -> Floats:
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Pack codes [N, K], one to a byte, into [N, K * bits / 8]; of two 4-bit neighbours the first is the low nibble."""
+    """Pack codes [N, K], one to a byte, into [N, K * bits / 8] as `QuantTensor` has them. K fills the last byte."""
     if bits == 8:
         return codes
-    packed: NDArray[np.uint8] = np.left_shift(codes[:, 1::2], 4, dtype=np.uint8)
-    packed |= codes[:, 0::2]
-    return packed
+    if bits == 4:
+        packed: NDArray[np.uint8] = np.left_shift(codes[:, 1::2], 4, dtype=np.uint8)
+        packed |= codes[:, 0::2]
+        return packed
+    # Eight codes make a number of 24 bits, and that three bytes.
+    words = np.zeros((codes.shape[0], codes.shape[1] // 8), np.uint32)
+    for code in range(8):
+        words |= codes[:, code::8].astype(np.uint32) << 3 * code
+    packed = np.empty((*words.shape, 3), np.uint8)
+    for byte in range(3):
+        packed[:, :, byte] = words >> 8 * byte & 255
+    return packed.reshape(codes.shape[0], 3 * words.shape[1])
 
 
 def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """Return the codes one to a byte, [N, K]: the inverse of `pack`."""
     if bits == 8:
         return packed
-    codes = np.empty((packed.shape[0], packed.shape[1] * 2), np.uint8)
-    np.bitwise_and(packed, 15, out=codes[:, 0::2])
-    np.right_shift(packed, 4, out=codes[:, 1::2])
+    rows, columns = packed.shape[0], packed.shape[1] * 8 // bits
+    codes = np.empty((rows, columns), np.uint8)
+    if bits == 4:
+        np.bitwise_and(packed, 15, out=codes[:, 0::2])
+        np.right_shift(packed, 4, out=codes[:, 1::2])
+        return codes
+    # Three bytes hold eight codes: a number of 24 bits.
+    three = packed.reshape(rows, columns // 8, 3).astype(np.uint32)
+    words = three[:, :, 0] | three[:, :, 1] << np.uint32(8) | three[:, :, 2] << np.uint32(16)
+    for code in range(8):
+        codes[:, code::8] = (words >> np.uint32(3 * code)) & np.uint32(7)
     return codes
 
 
@@ -135,9 +160,9 @@ def quantize(weight: NDArray[np.float32] | NDArray[np.uint16], scheme: Scheme, *
 def dequantize(tensor: QuantTensor) -> Floats:
     """Return float32 [N, K] = (code - zero) * scale; each product is exact in float32."""
     rows, columns = tensor.shape
-    group = tensor.scheme.group_size(columns)
-    codes = unpack(tensor.codes, tensor.scheme.bits).reshape(rows, tensor.scales.shape[1], group)
-    zeros = np.float32(tensor.scheme.symmetric_zero) if tensor.zeros is None else tensor.zeros[:, :, None]
+    scheme = tensor.integers
+    codes = unpack(tensor.codes, scheme.bits).reshape(rows, tensor.scales.shape[1], scheme.group_size(columns))
+    zeros = np.float32(scheme.symmetric_zero) if tensor.zeros is None else tensor.zeros[:, :, None]
     values = np.subtract(codes, zeros, dtype=np.float32)
     values *= tensor.scales.astype(np.float32)[:, :, None]
     return values.reshape(rows, columns)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.quant.native import dequantize, quantize
-from edgelm.quant.scheme import Scheme
+from edgelm.quant.codec import dequantize, quantize
+from edgelm.quant.scheme import AnyScheme, Scheme, parse_scheme
 
 ROWS, COLUMNS = 256, 2048
 """The matrices measured: rows as long as those of OLMoE and Fox."""
@@ -19,13 +19,14 @@ ROWS, COLUMNS = 256, 2048
 class Quality:
     """Signal to quantisation noise in dB, of normal and of Student-t weights (5 degrees of freedom: outliers).
 
-    `plain` is rounding of the normal weights with a scale from the largest magnitude alone, for comparison.
+    `plain` is rounding of the normal weights with a scale from the largest magnitude alone, for comparison; None for
+    FP8, which is nothing else.
     6.02 dB are one bit.
     """
 
     scheme: str
     normal: float
-    plain: float
+    plain: float | None
     heavy: float
 
 
@@ -56,7 +57,7 @@ def sqnr(reference: NDArray[np.float32], found: NDArray[np.float32]) -> float:
     return float("inf") if noise == 0 else float(10 * np.log10(np.square(exact).sum() / noise))
 
 
-def measure(scheme: Scheme, seed: int = 0) -> Quality:
+def measure(scheme: AnyScheme, seed: int = 0) -> Quality:
     """Measure one row of the table."""
     rng = np.random.default_rng(seed)
     normal = (0.02 * rng.standard_normal((ROWS, COLUMNS))).astype(np.float32)
@@ -64,7 +65,7 @@ def measure(scheme: Scheme, seed: int = 0) -> Quality:
     return Quality(
         scheme.name,
         sqnr(normal, dequantize(quantize(normal, scheme))),
-        sqnr(normal, plain_rounding(normal, scheme)),
+        sqnr(normal, plain_rounding(normal, scheme)) if isinstance(scheme, Scheme) else None,
         sqnr(heavy, dequantize(quantize(heavy, scheme))),
     )
 
@@ -94,5 +95,6 @@ def markdown() -> Iterator[str]:
     yield "| scheme | bits a weight | normal, dB | plain rounding, dB | Student-t, dB |"
     yield "|---|---|---|---|---|"
     for row in QUALITY:
-        bits = Scheme.parse(row.scheme).bits_per_weight(COLUMNS)
-        yield f"| {row.scheme} | {bits:.2f} | {row.normal:.2f} | {row.plain:.2f} | {row.heavy:.2f} |"
+        bits = parse_scheme(row.scheme).bits_per_weight(COLUMNS)
+        plain = "" if row.plain is None else f"{row.plain:.2f}"
+        yield f"| {row.scheme} | {bits:.2f} | {row.normal:.2f} | {plain} | {row.heavy:.2f} |"

@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from edgelm.errors import RecipeError
-from edgelm.quant.scheme import Scheme
+from edgelm.quant.scheme import AnyScheme, Fp8Scheme, Scheme, parse_scheme
 
 FLOAT = "float"
 
@@ -30,7 +30,7 @@ class Rule:
     """Tensors whose name matches `pattern` get `scheme`, or stay float where it is None."""
 
     pattern: str
-    scheme: Scheme | None
+    scheme: AnyScheme | None
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,17 @@ class Recipe:
     """A named default with exceptions."""
 
     name: str
-    default: Scheme | None
+    default: AnyScheme | None
     rules: tuple[Rule, ...] = ()
 
-    def match(self, tensor: str) -> Scheme | None:
+    def match(self, tensor: str) -> AnyScheme | None:
         """Return the scheme written for a tensor of that name, before its shape is looked at."""
         for rule in self.rules:
             if fnmatchcase(tensor, rule.pattern):
                 return rule.scheme
         return self.default
 
-    def scheme_for(self, tensor: str, shape: tuple[int, ...]) -> Scheme | None:
+    def scheme_for(self, tensor: str, shape: tuple[int, ...]) -> AnyScheme | None:
         """Return the scheme of a tensor with its group made to fit the rows; None keeps it float.
 
         Raises:
@@ -151,17 +151,17 @@ def _text(table: Mapping[str, object], key: str, where: str) -> str:
     return value
 
 
-def _scheme(table: Mapping[str, object], key: str, where: str) -> Scheme | None:
+def _scheme(table: Mapping[str, object], key: str, where: str) -> AnyScheme | None:
     name = _text(table, key, where)
     if name == FLOAT:
         return None
     try:
-        return Scheme.parse(name)
+        return parse_scheme(name)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}, or {FLOAT}") from error
 
 
-def _scheme_name(scheme: Scheme | None) -> str:
+def _scheme_name(scheme: AnyScheme | None) -> str:
     return FLOAT if scheme is None else scheme.name
 
 
@@ -175,5 +175,9 @@ PRESETS: Mapping[str, Recipe] = {
     # The activations are rounded to int8 in blocks of the weights' group: with 128 in place of 32 a mixture loses
     # almost twice as much (docs/log.md), for 8 % fewer bytes.
     "int8": Recipe("int8", Scheme(8, 32), (_ROUTER, *_TABLES)),
+    # As most FP8 checkpoints have it: one scale a row; embedding, head and router stay float.
+    "fp8": Recipe(
+        "fp8", Fp8Scheme(None), (_ROUTER, Rule("model.embed_tokens.weight", None), Rule("lm_head.weight", None))
+    ),
     "none": Recipe("none", None),
 }

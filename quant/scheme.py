@@ -1,28 +1,113 @@
-"""How one matrix is quantised: bits, group and symmetry."""
+"""How one matrix is quantised: the numbers that codes stand for, and how many values share a scale."""
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from math import gcd
+from typing import Any, ClassVar, Self
+
+import numpy as np
 
 from edgelm.errors import RecipeError
 
 MIN_GROUP = 16
 """Smallest group: ONNX Runtime's block-quantised operators want a power of two of at least 16."""
 
-_NAME = re.compile(r"int(?P<bits>[48])-(?:g(?P<group>\d+)|row)-(?P<symmetry>sym|asym)")
+INTEGER_BITS = (3, 4, 8)
+
+FORMS = (
+    "int3|int4|int8 - g<group>|row - sym|asym (such as int4-g32-sym, int3-g64-asym, int8-row-sym), "
+    "fp8-row, fp8-b<block> (such as fp8-b128)"
+)
+"""The names of schemes, for messages."""
+
+_INTEGER = re.compile(r"int(?P<bits>[348])-(?:g(?P<group>\d+)|row)-(?P<symmetry>sym|asym)")
+_FP8 = re.compile(r"fp8-(?:b(?P<block>\d+)|row)")
+
+
+class AnyScheme(ABC):
+    """What storing, cutting and sizing a quantised matrix has to know; the arithmetic is each scheme's own.
+
+    Attributes:
+        bits: of a code. Codes of one row fill its bytes from the lowest bit up.
+        group: values per scale along the row, a power of two of at least 16; None is one scale for the whole row.
+        scale_dtype: in which the scales are stored.
+    """
+
+    bits: int
+    group: int | None
+    scale_dtype: ClassVar[np.dtype[Any]]
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """As `parse_scheme` reads it."""
+
+    @property
+    @abstractmethod
+    def has_zeros(self) -> bool:
+        """Whether each group stores a zero point, uint8."""
+
+    @abstractmethod
+    def with_group(self, group: int | None) -> Self:
+        """Return the same scheme with another group."""
+
+    def groups(self, columns: int) -> int:
+        """Scales in a row of `columns` values."""
+        return 1 if self.group is None else -(-columns // self.group)
+
+    def group_size(self, columns: int) -> int:
+        """Values per scale in a row of `columns` values."""
+        return columns if self.group is None else self.group
+
+    def code_bytes(self, columns: int) -> int:
+        """Bytes of the codes of a row of `columns` values."""
+        return columns * self.bits // 8
+
+    def bits_per_weight(self, columns: int) -> float:
+        """Storage for each weight in a row of `columns` values, scales and 8-bit zero points included."""
+        of_group = 8 * self.scale_dtype.itemsize + (8 if self.has_zeros else 0)
+        return self.bits + self.groups(columns) * of_group / columns
+
+    def effective(self, columns: int, name: str = "the tensor") -> Self:
+        """Return this scheme with a group that divides `columns`: its own, or the largest smaller one that does.
+
+        Raises:
+            RecipeError: no power of two of at least 16 divides `columns`, or a row's codes do not fill its last byte.
+        """
+        if columns * self.bits % 8:
+            raise RecipeError(
+                f"{name} has rows of {columns} values: {self.bits}-bit codes need a multiple of "
+                f"{8 // gcd(8, self.bits)}; keep it float"
+            )
+        if self.group is None:
+            return self
+        group = min(self.group, columns & -columns)
+        if group < MIN_GROUP:
+            raise RecipeError(
+                f"{name} has rows of {columns} values, which no group of {MIN_GROUP} or a larger power of two divides: "
+                f"use {self.with_group(None).name}, or keep it float"
+            )
+        return self if group == self.group else self.with_group(group)
+
+
+def _check_group(group: int | None) -> None:
+    if group is not None and (group < MIN_GROUP or group & (group - 1)):
+        raise RecipeError(f"a group is a power of two of at least {MIN_GROUP}, or the whole row, not {group!r}")
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """One scale (and, asymmetric, one zero point) for each `group` neighbouring values of a matrix row.
+class Scheme(AnyScheme):
+    """Integers: one float16 scale (and, asymmetric, one zero point) for each `group` neighbouring values of a row.
 
     A weight is `w = (code - zero) * scale` with `code` in 0 .. 2**bits - 1. A symmetric scheme fixes `zero` at
     2**(bits - 1); its scale may be negative, so that the one code more on the negative side serves whichever sign
     holds the largest value.
 
     Attributes:
-        bits: 4 or 8.
+        bits: 3, 4 or 8.
         group: values per scale along the row, a power of two of at least 16; None is one scale for the whole row.
         symmetric: whether the zero point is fixed.
 
@@ -34,34 +119,27 @@ class Scheme:
     group: int | None
     symmetric: bool = True
 
+    scale_dtype = np.dtype(np.float16)
+
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise RecipeError(f"a scheme has 4 or 8 bits, not {self.bits!r}")
-        if self.group is not None and (self.group < MIN_GROUP or self.group & (self.group - 1)):
-            raise RecipeError(
-                f"a group is a power of two of at least {MIN_GROUP}, or the whole row, not {self.group!r}"
-            )
+        if self.bits not in INTEGER_BITS:
+            raise RecipeError(f"a scheme of integers has 3, 4 or 8 bits, not {self.bits!r}")
+        _check_group(self.group)
 
     @property
     def name(self) -> str:
-        """Such as "int4-g32-sym" or "int8-row-sym"; `parse` reads it."""
+        """Such as "int4-g32-sym" or "int8-row-sym"."""
         group = "row" if self.group is None else f"g{self.group}"
         return f"int{self.bits}-{group}-{'sym' if self.symmetric else 'asym'}"
 
-    @classmethod
-    def parse(cls, name: str) -> Scheme:
-        """Read a `name`.
+    @property
+    def has_zeros(self) -> bool:
+        """Whether each group stores a zero point: unless it is symmetric."""
+        return not self.symmetric
 
-        Raises:
-            RecipeError: `name` is not of the form int4|int8 - g<group>|row - sym|asym.
-        """
-        match = _NAME.fullmatch(name)
-        if match is None:
-            raise RecipeError(
-                f'"{name}" is no scheme: write e.g. int4-g32-sym, int4-g64-asym, int8-g128-sym, int8-row-sym'
-            )
-        group = match["group"]
-        return cls(int(match["bits"]), None if group is None else int(group), match["symmetry"] == "sym")
+    def with_group(self, group: int | None) -> Self:
+        """Return the same scheme with another group."""
+        return replace(self, group=group)
 
     @property
     def levels(self) -> int:
@@ -73,32 +151,53 @@ class Scheme:
         """The zero point of the symmetric scheme, 2**(bits - 1)."""
         return 1 << (self.bits - 1)
 
-    def groups(self, columns: int) -> int:
-        """Scales in a row of `columns` values."""
-        return 1 if self.group is None else -(-columns // self.group)
 
-    def group_size(self, columns: int) -> int:
-        """Values per scale in a row of `columns` values."""
-        return columns if self.group is None else self.group
+@dataclass(frozen=True)
+class Fp8Scheme(AnyScheme):
+    """FP8 E4M3 (OCP 8-bit floating point, revision 1.0) with one float32 scale for each block of a row.
 
-    def bits_per_weight(self, columns: int) -> float:
-        """Storage for each weight in a row of `columns` values, float16 scales and 8-bit zero points included."""
-        return self.bits + self.groups(columns) * (16 + (0 if self.symmetric else 8)) / columns
+    A weight is `w = value(code) * scale`, and scale = absmax / 448, so that a block's largest weight becomes E4M3's
+    largest number.
 
-    def effective(self, columns: int, name: str = "the tensor") -> Scheme:
-        """Return this scheme with a group that divides `columns`: its own, or the largest smaller one that does.
+    Attributes:
+        group: values per scale along the row, a power of two of at least 16; None is one scale for the whole row.
 
-        Raises:
-            RecipeError: no power of two of at least 16 divides `columns`, or two 4-bit codes do not fill a byte.
-        """
-        if self.bits == 4 and columns % 2:
-            raise RecipeError(f"{name} has rows of {columns} values: 4-bit codes need an even number; keep it float")
-        if self.group is None:
-            return self
-        group = min(self.group, columns & -columns)
-        if group < MIN_GROUP:
-            raise RecipeError(
-                f"{name} has rows of {columns} values, which no group of {MIN_GROUP} or a larger power of two divides: "
-                f"use {replace(self, group=None).name}, or keep it float"
-            )
-        return self if group == self.group else replace(self, group=group)
+    Raises:
+        RecipeError: group is none of these.
+    """
+
+    group: int | None
+
+    bits = 8
+    scale_dtype = np.dtype(np.float32)
+
+    def __post_init__(self) -> None:
+        _check_group(self.group)
+
+    @property
+    def name(self) -> str:
+        """Such as "fp8-row" or "fp8-b128"."""
+        return "fp8-row" if self.group is None else f"fp8-b{self.group}"
+
+    @property
+    def has_zeros(self) -> bool:
+        """Never: zero is a code of its own."""
+        return False
+
+    def with_group(self, group: int | None) -> Self:
+        """Return the same scheme with another block."""
+        return replace(self, group=group)
+
+
+def parse_scheme(name: str) -> AnyScheme:
+    """Read a scheme's `name`.
+
+    Raises:
+        RecipeError: it is none of `FORMS`, or its group is no power of two of at least 16.
+    """
+    if match := _INTEGER.fullmatch(name):
+        group = match["group"]
+        return Scheme(int(match["bits"]), None if group is None else int(group), match["symmetry"] == "sym")
+    if match := _FP8.fullmatch(name):
+        return Fp8Scheme(None if match["block"] is None else int(match["block"]))
+    raise RecipeError(f'"{name}" is no scheme: write {FORMS}')

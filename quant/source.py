@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from edgelm.devices import allowed_cores
 from edgelm.errors import CheckpointError, RecipeError
-from edgelm.quant import native
+from edgelm.quant import codec
 from edgelm.quant.recipe import Recipe
-from edgelm.quant.scheme import Scheme
+from edgelm.quant.scheme import AnyScheme
 from edgelm.quant.tensor import QuantTensor
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class WeightSource:
         """Shape of every tensor under its float name."""
         self.recipe.check(self.shapes)
 
-    def scheme(self, name: str) -> Scheme | None:
+    def scheme(self, name: str) -> AnyScheme | None:
         """Return the scheme of a tensor, None where it stays float."""
         return self.recipe.scheme_for(name, self.shape(name))
 
@@ -130,8 +130,8 @@ class WeightSource:
             return self._stored(name, scheme, rows)
         if self.checkpoint.tensors[name].dtype == "BF16":
             weight = cast("NDArray[np.uint16]", self.checkpoint.read_raw(name, rows))
-            return native.quantize(weight, scheme, name=name, threads=self._threads)
-        return native.quantize(self.checkpoint.read_float32(name, rows), scheme, name=name, threads=self._threads)
+            return codec.quantize(weight, scheme, name=name, threads=self._threads)
+        return codec.quantize(self.checkpoint.read_float32(name, rows), scheme, name=name, threads=self._threads)
 
     def float32(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
         """Return a tensor, or some of its rows, as stored in the checkpoint, before any quantisation.
@@ -153,17 +153,17 @@ class WeightSource:
         """Return float32 values, through quantisation where the recipe quantises the tensor."""
         if self.scheme(name) is None:
             return self.float32(name, rows)
-        return native.dequantize(self.quantized(name, rows), threads=self._threads)
+        return codec.dequantize(self.quantized(name, rows), threads=self._threads)
 
-    def _stored(self, name: str, scheme: Scheme, rows: slice | None) -> QuantTensor:
+    def _stored(self, name: str, scheme: AnyScheme, rows: slice | None) -> QuantTensor:
         shape = self.shape(name)
         codes = self.checkpoint.read_raw(part_name(name, "qweight"), rows)
         scales = self.checkpoint.read_raw(part_name(name, "scales"), rows)
-        zeros = None if scheme.symmetric else self.checkpoint.read_raw(part_name(name, "zeros"), rows)
+        zeros = self.checkpoint.read_raw(part_name(name, "zeros"), rows) if scheme.has_zeros else None
         try:
             return QuantTensor(
                 cast("NDArray[np.uint8]", codes),
-                cast("NDArray[np.float16]", scales),
+                scales,
                 cast("NDArray[np.uint8] | None", zeros),
                 scheme,
                 (codes.shape[0], shape[1]),
@@ -189,7 +189,7 @@ class WeightSource:
             scheme = self.recipe.match(name)
             if scheme is None or len(info.shape) != 2:
                 raise CheckpointError(f"{self.checkpoint.path} has {key}, but its recipe keeps {name} float")
-            for needed in PARTS if not scheme.symmetric else PARTS[:-1]:
+            for needed in PARTS if scheme.has_zeros else PARTS[:-1]:
                 if f"{stem}.{needed}" not in tensors:
                     raise CheckpointError(f"{self.checkpoint.path} lacks {stem}.{needed} of the quantised {name}")
             shapes[name] = (info.shape[0], info.shape[1] * 8 // scheme.bits)

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import RecipeError
-from edgelm.quant.scheme import Scheme
+from edgelm.quant.scheme import AnyScheme, Scheme
 
 
 @dataclass(frozen=True)
 class QuantTensor:
-    """A matrix of `shape` (N, K), w[n, k] = (code[n, k] - zero[n, k // group]) * scale[n, k // group].
+    """A matrix of `shape` (N, K) in the numbers of `scheme`, in memory as in a quantised checkpoint.
+
+    Integers: w[n, k] = (code[n, k] - zero[n, k // group]) * scale[n, k // group].
+    FP8: w[n, k] = value(code[n, k]) * scale[n, k // group].
 
     Attributes:
-        codes: uint8 [N, K * bits / 8]. 4-bit: two neighbouring k values to a byte, the even one in the low nibble.
-        scales: float16 [N, G] with G = ceil(K / group), or 1 for one scale a row. May be negative where symmetric.
-        zeros: uint8 [N, G], one to a byte at either width; None where symmetric (zero point 2**(bits - 1)).
+        codes: uint8 [N, K * bits / 8], the codes of a row one after the other from the lowest bit up, as
+            `primitives.unpack` takes them apart. 4-bit: two neighbouring k values to a byte, the even one in the low
+            nibble. 3-bit: eight to three bytes, the code of 8 i + j at bit 3 j of the 24-bit little-endian number in
+            bytes 3 i .. 3 i + 2.
+        scales: [N, G] with G = ceil(K / group), or 1 for one scale a row: float16 for integers (may be negative where
+            symmetric), float32 for FP8.
+        zeros: uint8 [N, G], one to a byte at any width; None where the scheme has none (symmetric integers, whose zero
+            point is 2**(bits - 1), and FP8).
         scheme: the scheme these codes have, whose group divides K.
         shape: (N, K).
 
@@ -27,28 +36,38 @@ class QuantTensor:
     """
 
     codes: NDArray[np.uint8]
-    scales: NDArray[np.float16]
+    scales: NDArray[np.floating[Any]]
     zeros: NDArray[np.uint8] | None
-    scheme: Scheme
+    scheme: AnyScheme
     shape: tuple[int, int]
 
     def __post_init__(self) -> None:
         rows, columns = self.shape
         per_group = (rows, self.scheme.groups(columns))
-        expected: dict[str, tuple[NDArray[np.generic] | None, tuple[int, int], type[np.generic]]] = {
-            "codes": (self.codes, (rows, columns * self.scheme.bits // 8), np.uint8),
-            "scales": (self.scales, per_group, np.float16),
+        uint8 = np.dtype(np.uint8)
+        expected: dict[str, tuple[NDArray[Any] | None, tuple[int, int], np.dtype[Any]]] = {
+            "codes": (self.codes, (rows, self.scheme.code_bytes(columns)), uint8),
+            "scales": (self.scales, per_group, self.scheme.scale_dtype),
         }
-        if not self.scheme.symmetric:
-            expected["zeros"] = (self.zeros, per_group, np.uint8)
+        if self.scheme.has_zeros:
+            expected["zeros"] = (self.zeros, per_group, uint8)
         elif self.zeros is not None:
-            raise ValueError(f"{self.scheme.name} is symmetric and has no zero points")
+            raise ValueError(f"{self.scheme.name} has no zero points")
         for what, (array, shape, dtype) in expected.items():
             if array is None or array.shape != shape or array.dtype != dtype:
                 found = "none" if array is None else f"{array.dtype} {array.shape}"
-                raise ValueError(
-                    f"{what} of {self.scheme.name} {self.shape}: expected {dtype.__name__} {shape}, found {found}"
-                )
+                raise ValueError(f"{what} of {self.scheme.name} {self.shape}: expected {dtype} {shape}, found {found}")
+
+    @property
+    def integers(self) -> Scheme:
+        """The scheme of codes that are integers; for functions that serve no others.
+
+        Raises:
+            TypeError: the codes are FP8.
+        """
+        if not isinstance(self.scheme, Scheme):
+            raise TypeError(f"the codes of {self.scheme.name} are no integers")
+        return self.scheme
 
     @property
     def nbytes(self) -> int:
@@ -75,5 +94,5 @@ class QuantTensor:
         times = present // group
         zeros = None if self.zeros is None else np.repeat(self.zeros, times, axis=1)
         return replace(
-            self, scales=np.repeat(self.scales, times, axis=1), zeros=zeros, scheme=replace(self.scheme, group=group)
+            self, scales=np.repeat(self.scales, times, axis=1), zeros=zeros, scheme=self.scheme.with_group(group)
         )

@@ -187,6 +187,13 @@ void Store(const edgelm_quant_matrix& m, int64_t first, int count, const uint8_t
     if (m.bits == 8) {
       uint8_t* to = m.codes + (first + lane) * group;
       for (int64_t k = 0; k < group; ++k) to[k] = from[k * kLanes];
+    } else if (m.bits == 3) {
+      uint8_t* to = m.codes + (first + lane) * group / 8 * 3;
+      for (int64_t k = 0; k < group; k += 8, to += 3) {
+        uint32_t eight = 0;
+        for (int i = 0; i < 8; ++i) eight |= static_cast<uint32_t>(from[(k + i) * kLanes]) << (3 * i);
+        for (int i = 0; i < 3; ++i) to[i] = static_cast<uint8_t>(eight >> (8 * i));
+      }
     } else {
       uint8_t* to = m.codes + (first + lane) * group / 2;
       for (int64_t k = 0; k < group / 2; ++k) {
@@ -233,6 +240,12 @@ void Dequantize(const edgelm_dequantize_arguments& arguments, int64_t first_row,
     if (m.bits == 8) {
       const uint8_t* from = m.codes + g * group;
       for (int64_t k = 0; k < group; ++k) out[k] = static_cast<float>(from[k] - zero) * scale;
+    } else if (m.bits == 3) {
+      const uint8_t* from = m.codes + g * group / 8 * 3;
+      for (int64_t k = 0; k < group; k += 8, from += 3) {
+        const int eight = from[0] | from[1] << 8 | from[2] << 16;
+        for (int i = 0; i < 8; ++i) out[k + i] = static_cast<float>((eight >> (3 * i) & 7) - zero) * scale;
+      }
     } else {
       const uint8_t* from = m.codes + g * group / 2;
       for (int64_t k = 0; k < group / 2; ++k) {

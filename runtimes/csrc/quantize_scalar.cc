@@ -68,6 +68,21 @@ Final Search(const edgelm_quantize_arguments& arguments, const float* x) {
   return found.error <= rounded.error ? found : rounded;
 }
 
+// Codes are written in rising order: what lies above one in its byte is not there yet.
+void Put(uint8_t* codes, int64_t at, int bits, unsigned code) {
+  uint8_t* byte = codes + at * bits / 8;
+  const int shift = static_cast<int>(at * bits % 8);
+  byte[0] = static_cast<uint8_t>((byte[0] & ((1u << shift) - 1)) | code << shift);
+  if (shift + bits > 8) byte[1] = static_cast<uint8_t>(code >> (8 - shift));
+}
+
+int Get(const uint8_t* codes, int64_t at, int bits) {
+  const uint8_t* byte = codes + at * bits / 8;
+  const int shift = static_cast<int>(at * bits % 8);
+  const int next = shift + bits > 8 ? byte[1] : 0;
+  return (byte[0] | next << 8) >> shift & ((1 << bits) - 1);
+}
+
 int64_t Quantize(const edgelm_quantize_arguments& arguments, int64_t first, int64_t last, void* scratch,
                  int32_t* status) {
   const edgelm_quant_matrix& m = arguments.matrix;
@@ -89,14 +104,7 @@ int64_t Quantize(const edgelm_quantize_arguments& arguments, int64_t first, int6
     const float inverse = Reciprocal(found.scale);
     for (int64_t k = 0; k < m.group; ++k) {
       const auto code = static_cast<uint8_t>(Code(x[k], inverse, -found.zero, levels - found.zero) + found.zero);
-      const int64_t at = row * m.columns + start + k;
-      if (m.bits == 8) {
-        m.codes[at] = code;
-      } else if (at % 2 == 0) {
-        m.codes[at / 2] = code;
-      } else {
-        m.codes[at / 2] = static_cast<uint8_t>(m.codes[at / 2] | code << 4);
-      }
+      Put(m.codes, row * m.columns + start + k, m.bits, code);
     }
   }
   return -1;
@@ -107,9 +115,9 @@ void Dequantize(const edgelm_dequantize_arguments& arguments, int64_t first_row,
   for (int64_t row = first_row; row < last_row; ++row) {
     for (int64_t k = 0; k < m.columns; ++k) {
       const int64_t at = row * m.columns + k, g = at / m.group;
-      const int code = m.bits == 8 ? m.codes[at] : m.codes[at / 2] >> (at % 2 * 4) & 15;
       const int zero = m.symmetric ? 1 << (m.bits - 1) : m.zeros[g];
-      arguments.values[row * arguments.row_stride + k] = static_cast<float>(code - zero) * HalfToFloat(m.scales[g]);
+      const float code = static_cast<float>(Get(m.codes, at, m.bits) - zero);
+      arguments.values[row * arguments.row_stride + k] = code * HalfToFloat(m.scales[g]);
     }
   }
 }

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 from edgelm import devices
-from edgelm.quant import Scheme, native, primitives
+from edgelm.quant import native, parse_scheme, primitives
 
 SCHEMES = ("int4-g32-sym", "int4-g64-asym", "int8-g128-sym", "int8-row-sym")
 SHAPE = (1024, 2048)
@@ -41,7 +41,7 @@ def main() -> None:
     print(f"{device.cpu}, one thread, million weights a second: median (lowest .. highest) of {REPEATS}")
     records = []
     for name in SCHEMES:
-        scheme = Scheme.parse(name)
+        scheme = parse_scheme(name)
         reference = primitives.quantize(bf16, scheme)
         for isa in (*native.isas()[1:], "numpy"):
             if isa == "numpy":

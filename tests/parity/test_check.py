@@ -66,9 +66,9 @@ def test_the_reference_computed_anew_agrees_with_the_pack(exported, model, recip
 def test_recipes_of_ones_own_pass_by_the_limits_of_their_kind(tmp_path, scheme):
     from edgelm.export import export_bundle
     from edgelm.quant.recipe import Recipe, Rule
-    from edgelm.quant.scheme import Scheme
+    from edgelm.quant.scheme import parse_scheme
 
-    recipe = Recipe("own", Scheme.parse(scheme), (Rule("*.mlp.gate.weight", None),))
+    recipe = Recipe("own", parse_scheme(scheme), (Rule("*.mlp.gate.weight", None),))
     report = check_parity(export_bundle(CHECKPOINTS / "olmoe-tiny", tmp_path / "b", recipe=recipe), threads=1)
     assert report.passed, [(check.name, check.value, check.limit) for check in report.failures]
     assert report.kind == scheme[:4]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgelm.quant import Scheme
+from edgelm.quant import parse_scheme
 from edgelm.quant.quality import QUALITY, markdown, measure, sqnr
 
 PAGE = Path(__file__).parents[2] / "docs" / "quantisation.md"
@@ -15,12 +15,12 @@ PAGE = Path(__file__).parents[2] / "docs" / "quantisation.md"
 
 @pytest.mark.parametrize("row", QUALITY, ids=lambda row: row.scheme)
 def test_quality_is_as_the_table_says(row):
-    found = measure(Scheme.parse(row.scheme))
+    found = measure(parse_scheme(row.scheme))
     # The numbers are of one seed and deterministic; 0.02 dB leaves room for numpy's random numbers and rounding.
     assert found.normal == pytest.approx(row.normal, abs=0.02)
     assert found.plain == pytest.approx(row.plain, abs=0.02)
     assert found.heavy == pytest.approx(row.heavy, abs=0.02)
-    other = measure(Scheme.parse(row.scheme), seed=1)
+    other = measure(parse_scheme(row.scheme), seed=1)
     assert other.normal == pytest.approx(row.normal, abs=0.2)  # not a property of one seed
 
 

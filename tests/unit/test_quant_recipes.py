@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edgelm.errors import RecipeError
-from edgelm.quant import PRESETS, Recipe, Rule, Scheme
+from edgelm.quant import PRESETS, Fp8Scheme, Recipe, Rule, Scheme
 
 EXPERT = "model.layers.3.mlp.experts.17.down_proj.weight"
 ROUTER = "model.layers.3.mlp.gate.weight"
@@ -24,6 +24,11 @@ ROUTER = "model.layers.3.mlp.gate.weight"
         ("int8", EXPERT, (2048, 1024), "int8-g32-sym"),
         ("int8", ROUTER, (64, 2048), None),
         ("int8", "model.embed_tokens.weight", (50304, 2048), "int8-g128-sym"),
+        ("fp8", EXPERT, (2048, 1024), "fp8-row"),
+        ("fp8", "model.layers.0.self_attn.q_proj.weight", (2048, 2048), "fp8-row"),
+        ("fp8", ROUTER, (64, 2048), None),
+        ("fp8", "model.embed_tokens.weight", (50304, 2048), None),
+        ("fp8", "lm_head.weight", (50304, 2048), None),
         ("none", EXPERT, (2048, 1024), None),
     ],
 )
@@ -51,6 +56,7 @@ def test_the_first_rule_that_matches_decides():
         Recipe(
             "all", Scheme(4, 64, symmetric=False), (Rule("*.[qk]_proj.*", None), Rule("lm_head.*", Scheme(8, None)))
         ),
+        Recipe("floats", Fp8Scheme(128), (Rule("lm_head.*", Fp8Scheme(None)), Rule("*.experts.*", Scheme(3, 32)))),
         Recipe('odd "name" \\ \x07 Ω', None, (Rule('a"b\\c', Scheme(4, 128)),)),
     ],
     ids=lambda recipe: repr(recipe.name),
@@ -76,7 +82,8 @@ def test_a_file_without_a_name_is_called_after_the_file(tmp_path):
         ('default = "float"\n[rule]\nmatch = "*"', r"\[\[rule\]\]"),
         ('name = "x"', '"default" is missing'),
         ("default = 4", '"default" is missing or not a text'),
-        ('default = "int3-g32-sym"', "int3-g32-sym.*or float"),
+        ('default = "int5-g32-sym"', r"int5-g32-sym.*int3\|int4\|int8.*fp8-row, fp8-b.*or float"),
+        ('default = "fp8-b100"', "power of two"),
         ('default = "int4-g24-sym"', "power of two"),
         ("default = ", "not valid TOML"),
         (b"\xff\xfe", "not valid TOML"),
@@ -91,7 +98,7 @@ def test_what_a_recipe_cannot_mean_is_refused_with_its_place(tmp_path, text, sai
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(RecipeError, match=r"no recipe int3: give int4, int8, none, or the path of a \.toml file"):
+    with pytest.raises(RecipeError, match=r"no recipe int3: give int4, int8, fp8, none, or the path of a \.toml file"):
         Recipe.load("int3")
 
 
