@@ -13,7 +13,7 @@ from edgelm.checkpoint import Checkpoint, TensorSpec, float32_to_bf16, write_sha
 from edgelm.cli.quantize import quantize as quantize_command
 from edgelm.errors import CheckpointError, EdgeLMError, RecipeError
 from edgelm.progress import Progress
-from edgelm.quant import PRESETS, Recipe, Rule, Scheme, WeightSource, primitives
+from edgelm.quant import PRESETS, Fp8Scheme, Recipe, Rule, Scheme, WeightSource, dequantize, quantize
 from edgelm.quant import checkpoint as writing
 from edgelm.quant.checkpoint import quantize_checkpoint
 
@@ -28,6 +28,9 @@ SHAPES = {
 RECIPES = [
     PRESETS["int4"],
     PRESETS["int8"],
+    PRESETS["fp8"],
+    Recipe("narrow", Scheme(3, 32), (Rule("*.mlp.gate.*", None), Rule("*_tokens.*", Scheme(3, 16, symmetric=False)))),
+    Recipe("blocks", Fp8Scheme(32), (Rule("*.mlp.gate.*", None), Rule("lm_head.*", Scheme(8, 128)))),
     Recipe("asymmetric", Scheme(4, 64, symmetric=False), (Rule("*norm*", None), Rule("lm_head.*", Scheme(8, None)))),
 ]
 
@@ -79,10 +82,10 @@ def test_stored_codes_are_those_made_on_the_fly(folder, tmp_path, recipe, shard_
                 if scheme is None:
                     assert np.array_equal(kept.float32(name, rows), wanted)
                 else:
-                    expected = primitives.quantize(np.ascontiguousarray(wanted), scheme)
+                    expected = quantize(np.ascontiguousarray(wanted), scheme)
                     assert_same(fly.quantized(name, rows), expected)
                     assert_same(kept.quantized(name, rows), expected)
-                    wanted = primitives.dequantize(expected)
+                    wanted = dequantize(expected)
                     assert np.array_equal(fly.float32(name, rows), reference if rows is None else reference[rows])
                 for source in (fly, kept):
                     assert np.array_equal(source.dequantized().read_float32(name, rows), wanted), name
