@@ -74,11 +74,48 @@ struct Attention {
   EDGELM_INLINE int64_t combine_units() const { return pieces() == 1 ? 0 : rows * kv_heads; }
 };
 
+// Tokens of a step of the online softmax, and of a tile of the cache.
+constexpr int64_t kKeyBlock = 128;
+constexpr int64_t kCacheTile = 16;
+
+EDGELM_INLINE int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Where things lie in `scratch` and in a workspace, in bytes from its start. A query row is (KV head, token, head of
+// the group), in this order.
+struct AttentionLayout {
+  int64_t width;                                              // head_dim rounded up to whole vectors
+  int64_t queries, query_scales, query_sums;                  // scratch: float32 or int8 [query rows, width]
+  int64_t tops, sums, partials, scratch_bytes;                // scratch: [query rows, pieces] and [.., width]
+  int64_t scores, accumulators, state, codes, keys, values;   // workspace
+  int64_t workspace_bytes;
+
+  EDGELM_INLINE explicit AttentionLayout(const Attention& call) {
+    width = RoundUp(call.head_dim, 16);
+    const int64_t query_rows = call.rows * call.heads, split = call.pieces() == 1 ? 0 : query_rows * call.pieces();
+    queries = 0;
+    query_scales = queries + query_rows * width * (call.cache == CacheKind::kInt8 ? 1 : 4);
+    query_sums = query_scales + RoundUp(4 * query_rows, 64);
+    tops = query_sums + RoundUp(4 * query_rows, 64);
+    sums = tops + RoundUp(4 * split, 64);
+    partials = sums + RoundUp(4 * split, 64);
+    scratch_bytes = partials + 4 * split * width;
+
+    const int64_t most = kFewRows * call.group() > kQueryRows ? kFewRows * call.group() : kQueryRows;
+    scores = 0;
+    accumulators = scores + 4 * most * kKeyBlock;
+    state = accumulators + 4 * most * width;
+    codes = state + RoundUp(4 * 5 * most, 64);
+    keys = codes + 2 * most * kKeyBlock;
+    values = keys + 4 * kKeyBlock * (width + 16);
+    workspace_bytes = values + 4 * kKeyBlock * (width + 16);
+  }
+};
+
 // Bytes of `scratch` for a call (the pointers need not be set): it may grow with `past`, ask at every call.
-int64_t AttentionScratchBytes(const Attention& call);
+EDGELM_INLINE int64_t AttentionScratchBytes(const Attention& call) { return AttentionLayout(call).scratch_bytes; }
 // Bytes of the workspace of each `prepare` or `attend` that runs at the same time as others; it keeps nothing between
-// units, and its size depends on the head counts, head_dim and cache kind only.
-int64_t AttentionWorkspaceBytes(const Attention& call);
+// units, and its size depends on the head counts and head_dim only.
+EDGELM_INLINE int64_t AttentionWorkspaceBytes(const Attention& call) { return AttentionLayout(call).workspace_bytes; }
 
 // Each does one unit, 0 .. its count of units - 1. `workspace` is aligned to 64.
 struct AttentionKernels {

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include EDGELM_SIMD
+#include "attention_impl.h"
 #include "linear_impl.h"
 
 namespace edgelm {
@@ -12,6 +13,7 @@ extern const Kernels EDGELM_TABLE;
 const Kernels EDGELM_TABLE = {
     EDGELM_NAME,
     {QuantizeRows, RmsNorm, LinearInt8, LinearUpper, LinearFloat, Softmax},
+    {AttentionPrepare, AttentionAttend, AttentionCombine},
 };
 
 }  // namespace edgelm

@@ -12,6 +12,7 @@
 
 #include <cstdint>
 
+#include "attention.h"
 #include "layout.h"
 
 namespace edgelm {
@@ -82,6 +83,7 @@ struct LinearKernels {
 struct Kernels {
   const char* name;  // as EDGELM_ISA spells it
   LinearKernels linear;
+  AttentionKernels attention;
 };
 
 extern const Kernels kScalarKernels;
