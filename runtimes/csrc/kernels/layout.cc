@@ -72,7 +72,7 @@ const char* ParseMatrix(const uint8_t* blob, int64_t size, Matrix* matrix) {
   if ((h.flags & ~(kHasZeros | kSwiglu)) != 0) return "its flags are unknown";
   if (m.rows < 1 || m.columns < 1 || m.rows > kMost || m.columns > kMost) return "its shape is not possible";
   if (m.group < 1 || m.columns % m.group != 0) return "its group does not divide its columns";
-  if (m.integer() && m.group % kBlock != 0) return "its group is not a multiple of 32";
+  if (m.group % kBlock != 0 && (m.integer() || m.group != m.columns)) return "its group is not a multiple of 32";
   if (m.integer() && m.scale == ScaleKind::kNone) return "its integer codes have no scales";
   if (m.scale > ScaleKind::kFloat32) return "its kind of scales is unknown";
   if (m.zeros && (!m.integer() || m.kind == Kind::kInt8Planes)) return "its kind has no zero points";
