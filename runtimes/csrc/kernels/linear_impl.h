@@ -22,6 +22,37 @@ constexpr int64_t BlockCodeBytes(Kind kind) {
   return kind == Kind::kInt3 ? 384 : kind == Kind::kInt8 ? 1024 : 512;
 }
 
+// Four columns of 16 rows as the codes of an integer kind lie: columns 4 q .. 4 q + 3 of the block at `codes`.
+template <Kind kKind>
+inline __attribute__((always_inline)) B8 FourColumns(const uint8_t* codes, const uint8_t* low, int q, int half) {
+  if constexpr (kKind == Kind::kInt8) return LoadB(codes + 128 * q + 64 * half);
+  if constexpr (kKind == Kind::kInt3) {
+    const B8 pairs = LoadB(codes + 128 * (q / 4) + 64 * half), thirds = LoadB(codes + 256 + 64 * half);
+    switch (q) {
+      case 0: return ThreeBits<0, 0>(pairs, thirds);
+      case 1: return ThreeBits<1, 1>(pairs, thirds);
+      case 2: return ThreeBits<2, 2>(pairs, thirds);
+      case 3: return ThreeBits<3, 3>(pairs, thirds);
+      case 4: return ThreeBits<0, 4>(pairs, thirds);
+      case 5: return ThreeBits<1, 5>(pairs, thirds);
+      case 6: return ThreeBits<2, 6>(pairs, thirds);
+      default: return ThreeBits<3, 7>(pairs, thirds);
+    }
+  }
+  const int64_t at = 128 * (q / 2) + 64 * half;
+  const B8 bytes = LoadB(codes + at);
+  const B8 four = q % 2 ? HighNibbles(bytes) : LowNibbles(bytes);
+  if constexpr (kKind != Kind::kInt8Planes) return four;
+  const B8 lower = LoadB(low + at);
+  return JoinNibbles(four, q % 2 ? HighNibbles(lower) : LowNibbles(lower));
+}
+
+#if defined(EDGELM_NEON_DOT)
+#include "neon_dot_impl.h"
+#else
+// Rows of activations that one pass over a tile serves.
+constexpr int kIntRows = kRowTile;
+
 // Adds one block's dot products: lanes are columns 16 (half + v) .. of the tile, c[r][v].
 // `more` is a second set of sums that shortens the chains of a single row.
 template <Kind kKind, int kRows, int kVec>
@@ -93,6 +124,7 @@ inline __attribute__((always_inline)) void DotBlock(const uint8_t* codes, const 
     }
   }
 }
+#endif
 
 // The sums a block starts from: minus its zero point times the sum of the activations' codes.
 template <Kind kKind>
@@ -167,23 +199,24 @@ inline void IntTile(const Matrix& m, int64_t tile, int half, const QuantRows& x,
 
 template <Kind kKind, bool kZeros, int kRows>
 void IntTileRows(const Matrix& m, int64_t tile, const QuantRows& x, float (*sums)[kTile]) {
-  for (int half = 0; half < 2; half += kVectors) IntTile<kKind, kZeros, kRows, kVectors>(m, tile, half, x, sums);
+  constexpr int kVec = kRows == 1 ? 2 : kVectors;  // one row reads the file from front to back
+  for (int half = 0; half < 2; half += kVec) IntTile<kKind, kZeros, kRows, kVec>(m, tile, half, x, sums);
 }
 
 using TileFunction = void (*)(const Matrix&, int64_t, const QuantRows&, float (*)[kTile]);
 
 template <Kind kKind, bool kZeros>
 TileFunction TileFor(int64_t rows) {
-  static_assert(kRowTile <= 8);
+  static_assert(kIntRows <= 8);
   switch (rows) {
     case 1: return IntTileRows<kKind, kZeros, 1>;
     case 2: return IntTileRows<kKind, kZeros, 2>;
     case 3: return IntTileRows<kKind, kZeros, 3>;
     case 4: return IntTileRows<kKind, kZeros, 4>;
-    case 5: return IntTileRows<kKind, kZeros, kRowTile >= 5 ? 5 : 1>;
-    case 6: return IntTileRows<kKind, kZeros, kRowTile >= 6 ? 6 : 1>;
-    case 7: return IntTileRows<kKind, kZeros, kRowTile >= 7 ? 7 : 1>;
-    default: return IntTileRows<kKind, kZeros, kRowTile >= 8 ? 8 : 1>;
+    case 5: return IntTileRows<kKind, kZeros, kIntRows >= 5 ? 5 : 1>;
+    case 6: return IntTileRows<kKind, kZeros, kIntRows >= 6 ? 6 : 1>;
+    case 7: return IntTileRows<kKind, kZeros, kIntRows >= 7 ? 7 : 1>;
+    default: return IntTileRows<kKind, kZeros, kIntRows >= 8 ? 8 : 1>;
   }
 }
 
@@ -245,10 +278,10 @@ inline void FinishRows(const Matrix& m, int64_t unit, int64_t rows, const float 
 
 void LinearIntegerOf(Kind kind, const Matrix& m, int64_t begin, int64_t end, const QuantRows& x, int64_t rows,
                      const Output& out) {
-  alignas(64) float sums[kRowTile][kTile], second[kRowTile][kTile];
+  alignas(64) float sums[kIntRows][kTile], second[kIntRows][kTile];
   for (int64_t unit = begin; unit < end; ++unit) {
-    for (int64_t row = 0; row < rows; row += kRowTile) {
-      const int64_t count = rows - row < kRowTile ? rows - row : kRowTile;
+    for (int64_t row = 0; row < rows; row += kIntRows) {
+      const int64_t count = rows - row < kIntRows ? rows - row : kIntRows;
       const TileFunction tile = TileFor(kind, m.zeros, count);
       const QuantRows part = x.From(row);
       tile(m, m.swiglu ? 2 * unit : unit, part, sums);
@@ -267,31 +300,6 @@ void LinearUpper(const Matrix& m, int64_t begin, int64_t end, const QuantRows& x
 }
 
 // -- float activations -------------------------------------------------------------------------------------------------
-
-// Four columns of 16 rows as the codes of an integer kind lie: columns 4 q .. 4 q + 3 of the block at `codes`.
-template <Kind kKind>
-inline __attribute__((always_inline)) B8 FourColumns(const uint8_t* codes, const uint8_t* low, int q, int half) {
-  if constexpr (kKind == Kind::kInt8) return LoadB(codes + 128 * q + 64 * half);
-  if constexpr (kKind == Kind::kInt3) {
-    const B8 pairs = LoadB(codes + 128 * (q / 4) + 64 * half), thirds = LoadB(codes + 256 + 64 * half);
-    switch (q) {
-      case 0: return ThreeBits<0, 0>(pairs, thirds);
-      case 1: return ThreeBits<1, 1>(pairs, thirds);
-      case 2: return ThreeBits<2, 2>(pairs, thirds);
-      case 3: return ThreeBits<3, 3>(pairs, thirds);
-      case 4: return ThreeBits<0, 4>(pairs, thirds);
-      case 5: return ThreeBits<1, 5>(pairs, thirds);
-      case 6: return ThreeBits<2, 6>(pairs, thirds);
-      default: return ThreeBits<3, 7>(pairs, thirds);
-    }
-  }
-  const int64_t at = 128 * (q / 2) + 64 * half;
-  const B8 bytes = LoadB(codes + at);
-  const B8 four = q % 2 ? HighNibbles(bytes) : LowNibbles(bytes);
-  if constexpr (kKind != Kind::kInt8Planes) return four;
-  const B8 lower = LoadB(low + at);
-  return JoinNibbles(four, q % 2 ? HighNibbles(lower) : LowNibbles(lower));
-}
 
 template <Kind kKind>
 inline F32 LoadFloats(const uint8_t* codes, int64_t element) {

@@ -1,5 +1,5 @@
 // Arm NEON with the int8 dot product (FEAT_DotProd): a vector is four registers. Where the build also has the int8 matrix
-// product (FEAT_I8MM), codes are taken unsigned, and several rows go through neon_matrix_impl.h. Contracts: simd_scalar.h.
+// product (FEAT_I8MM), codes are taken unsigned. Integer products of blocks: neon_dot_impl.h. Contracts: simd_scalar.h.
 //
 // Vectors are structures of four named registers and not arrays: GCC would give an array of them four neighbouring
 // registers, and spend its time on moving them there.
@@ -17,6 +17,8 @@
 #if defined(__AARCH64EB__)
 #error "the kernels read little-endian files in place"
 #endif
+
+#define EDGELM_NEON_DOT
 
 namespace edgelm {
 namespace {
