@@ -1,0 +1,395 @@
+// Does attention compute what it says, on every instruction set, whatever else is in the call or in the cache?
+//
+// The reference is naive and in float64, on queries, keys and values rounded as the cache stores them. Its tolerances are
+// derived element by element: float32's roundoff in scores and sums, the second level of int8 caches' weights, and one
+// step of storage for every element so close to halfway that float32 may have rounded it the other way.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "tables.h"
+
+namespace {
+
+using namespace edgelm;
+using namespace edgelm_test;
+
+struct Shape {
+  CacheKind cache;
+  int64_t heads, kv_heads, dim, capacity;
+  bool norm = false;
+  float clip = 0.0f;
+
+  int64_t columns() const { return (heads + 2 * kv_heads) * dim; }
+  int64_t cache_bytes() const { return kv_heads * capacity * AttentionRowBytes(cache, dim); }
+};
+
+const char* Name(CacheKind kind) {
+  return kind == CacheKind::kInt8 ? "int8" : kind == CacheKind::kFloat16 ? "float16" : "float32";
+}
+
+// A sequence: its tokens, the tables of rotation and the weights of the norms.
+struct Sequence {
+  Shape shape;
+  int64_t tokens;
+  std::vector<float> qkv, cos, sin, q_norm, k_norm;
+
+  Sequence(const Shape& s, int64_t count, uint32_t seed, float deviation = 1.0f) : shape(s), tokens(count) {
+    qkv = RandomRows(count * s.columns(), seed, deviation);
+    q_norm = RandomRows(s.heads * s.dim, seed + 1);
+    k_norm = RandomRows(s.kv_heads * s.dim, seed + 2);
+    for (int64_t position = 0; position < count; ++position) {
+      for (int64_t i = 0; i < s.dim / 2; ++i) {
+        const double share = static_cast<double>(2 * i) / static_cast<double>(s.dim);
+        const double angle = static_cast<double>(position) * std::pow(10000.0, -share);
+        cos.push_back(static_cast<float>(std::cos(angle)));
+        sin.push_back(static_cast<float>(std::sin(angle)));
+      }
+    }
+  }
+};
+
+// A cache that begins with bytes of no meaning: as float32 and float16 they are NaN, as scales too.
+struct CacheBuffer {
+  std::vector<uint8_t> key, value;
+  explicit CacheBuffer(const Shape& shape)
+      : key(static_cast<size_t>(shape.cache_bytes()), 0xFF), value(static_cast<size_t>(shape.cache_bytes()), 0xFF) {}
+  bool operator==(const CacheBuffer& other) const { return key == other.key && value == other.value; }
+};
+
+struct AlignedBytes {
+  explicit AlignedBytes(int64_t size) : bytes(static_cast<size_t>(size) + 64, 0xFF) {}
+  uint8_t* data() { return bytes.data() + (64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64) % 64; }
+  std::vector<uint8_t> bytes;
+};
+
+// Tokens past .. past + rows - 1 of the sequence through one table; their rows of the output.
+std::vector<float> Run(const Kernels& table, const Sequence& sequence, CacheBuffer& cache, int64_t past, int64_t rows,
+                       bool backwards = false) {
+  const Shape& s = sequence.shape;
+  std::vector<float> out(static_cast<size_t>(rows * s.heads * s.dim), -77.0f);
+  Attention call;
+  call.cache = s.cache;
+  call.heads = s.heads;
+  call.kv_heads = s.kv_heads;
+  call.head_dim = s.dim;
+  call.capacity = s.capacity;
+  call.past = past;
+  call.rows = rows;
+  call.clip = s.clip;
+  call.epsilon = 1e-5f;
+  call.q_norm = s.norm ? sequence.q_norm.data() : nullptr;
+  call.k_norm = s.norm ? sequence.k_norm.data() : nullptr;
+  call.cos = sequence.cos.data();
+  call.sin = sequence.sin.data();
+  call.qkv = sequence.qkv.data() + past * s.columns();
+  call.key = cache.key.data();
+  call.value = cache.value.data();
+  call.out = out.data();
+  AlignedBytes scratch(AttentionScratchBytes(call));
+  call.scratch = scratch.data();
+  const auto each = [&](int64_t units, auto run) {
+    for (int64_t i = 0; i < units; ++i) {
+      AlignedBytes workspace(AttentionWorkspaceBytes(call));
+      run(backwards ? units - 1 - i : i, workspace.data());
+    }
+  };
+  each(call.prepare_units(), [&](int64_t unit, uint8_t* space) { table.attention.prepare(call, unit, space); });
+  each(call.attend_units(), [&](int64_t unit, uint8_t* space) { table.attention.attend(call, unit, space); });
+  each(call.combine_units(), [&](int64_t unit, uint8_t*) { table.attention.combine(call, unit); });
+  return out;
+}
+
+// -- reference ---------------------------------------------------------------------------------------------------------
+
+// A head's vector as it is stored, and how far each element may be off because float32 rounds it first.
+struct Stored {
+  std::vector<double> value, slack;
+  double scale = 1;  // int8
+};
+
+Stored Store(CacheKind kind, const std::vector<double>& x, bool query) {
+  Stored out = {x, std::vector<double>(x.size(), 0.0), 1};
+  if (kind == CacheKind::kFloat32 || (kind == CacheKind::kFloat16 && query)) return out;
+  double largest = 0;
+  for (const double value : x) largest = std::max(largest, std::fabs(value));
+  for (size_t i = 0; i < x.size(); ++i) {
+    // The step to the neighbouring stored number.
+    double step = largest / 127;
+    if (kind == CacheKind::kFloat16) step = std::ldexp(1.0, std::max(std::ilogb(std::fabs(x[i]) + 1e-30), -14) - 10);
+    if (step == 0) continue;
+    const double codes = x[i] / step;
+    out.value[i] = std::nearbyint(codes) * step;
+    if (std::fabs(std::fabs(codes - std::floor(codes)) - 0.5) < 16 * 2048 * kUnit) out.slack[i] = step;
+  }
+  if (kind == CacheKind::kInt8) out.scale = largest / 127;
+  return out;
+}
+
+// One head of one token after norm, clip and rotation. `weight` null: no norm; `rotate` false for values.
+std::vector<double> Head(const Sequence& sequence, int64_t token, int64_t first, int64_t columns, int64_t head,
+                         const float* weight, bool rotate) {
+  const Shape& s = sequence.shape;
+  const float* x = sequence.qkv.data() + token * s.columns() + first;
+  double factor = 1;
+  if (weight != nullptr) {
+    double squares = 0;
+    for (int64_t i = 0; i < columns; ++i) squares += static_cast<double>(x[i]) * x[i];
+    factor = 1 / std::sqrt(squares / static_cast<double>(columns) + 1e-5f);
+  }
+  std::vector<double> y(static_cast<size_t>(s.dim)), z;
+  for (int64_t d = 0; d < s.dim; ++d) {
+    double value = x[head * s.dim + d] * factor * (weight != nullptr ? weight[head * s.dim + d] : 1.0f);
+    if (s.clip > 0) value = std::min<double>(s.clip, std::max<double>(-s.clip, value));
+    y[static_cast<size_t>(d)] = value;
+  }
+  if (!rotate) return y;
+  z = y;
+  const size_t half = y.size() / 2;
+  for (size_t i = 0; i < half; ++i) {
+    const size_t at = static_cast<size_t>(token) * half + i;
+    const double c = sequence.cos[at], n = sequence.sin[at];
+    z[i] = y[i] * c - y[half + i] * n;
+    z[half + i] = y[half + i] * c + y[i] * n;
+  }
+  return z;
+}
+
+class Reference {
+ public:
+  explicit Reference(const Sequence& sequence) : sequence_(sequence) {
+    const Shape& s = sequence.shape;
+    for (int64_t t = 0; t < sequence.tokens; ++t) {
+      for (int64_t h = 0; h < s.kv_heads; ++h) {
+        const int64_t columns = s.kv_heads * s.dim, k = s.heads * s.dim, v = k + columns;
+        const float* norm = s.norm ? sequence.k_norm.data() : nullptr;
+        keys_.push_back(Store(s.cache, Head(sequence, t, k, columns, h, norm, true), false));
+        values_.push_back(Store(s.cache, Head(sequence, t, v, 0, h, nullptr, false), false));
+      }
+    }
+  }
+
+  // Compares rows of the output, the first of which is token `past`.
+  void Check(const std::vector<float>& out, int64_t past, int64_t rows, const std::string& what) const {
+    const Shape& s = sequence_.shape;
+    Worst worst;
+    for (int64_t t = 0; t < rows; ++t) {
+      for (int64_t h = 0; h < s.heads; ++h) Row(out, past + t, h, (t * s.heads + h) * s.dim, &worst);
+    }
+    worst.Expect(what);
+  }
+
+ private:
+  void Row(const std::vector<float>& out, int64_t token, int64_t head, int64_t at, Worst* worst) const {
+    const Shape& s = sequence_.shape;
+    const int64_t kv = head / (s.heads / s.kv_heads);
+    const float* norm = s.norm ? sequence_.q_norm.data() : nullptr;
+    const Stored q = Store(s.cache, Head(sequence_, token, 0, s.heads * s.dim, head, norm, true), true);
+    const size_t count = static_cast<size_t>(token) + 1, dim = static_cast<size_t>(s.dim);
+    const double scale = 1 / std::sqrt(static_cast<double>(s.dim));
+    std::vector<double> p(count), error(count), step(count);
+    double top = -INFINITY, sum = 0;
+    for (size_t t = 0; t < count; ++t) {
+      const Stored& k = keys_[t * static_cast<size_t>(s.kv_heads) + static_cast<size_t>(kv)];
+      double score = 0, magnitude = 0, slack = 0;
+      for (size_t d = 0; d < dim; ++d) {
+        score += q.value[d] * k.value[d];
+        magnitude += std::fabs(q.value[d] * k.value[d]);
+        slack += std::fabs(q.value[d]) * k.slack[d] + std::fabs(k.value[d]) * q.slack[d];
+      }
+      p[t] = score * scale;
+      // Roundoff of the sum over dimensions, and of norm and rotation before it.
+      error[t] = scale * (slack + (static_cast<double>(dim) + 32) * kUnit * magnitude) + 8 * kUnit * (1 + std::fabs(p[t]));
+      top = std::max(top, p[t]);
+    }
+    for (double& value : p) sum += value = std::exp(value - top);
+    for (double& value : p) value /= sum;
+    const size_t block = static_cast<size_t>(kKeyBlock);
+    for (size_t first = 0; s.cache == CacheKind::kInt8 && first < count; first += block) {
+      double largest = 0;  // of the block's weights: the second level's step follows from it
+      const size_t end = std::min(count, first + block);
+      for (size_t t = first; t < end; ++t) largest = std::max(largest, p[t] * Value(t, kv).scale);
+      for (size_t t = first; t < end; ++t) step[t] = largest / 127 / 254;
+    }
+    for (size_t d = 0; d < dim; ++d) {
+      double y = 0, tolerance = 1e-30;
+      for (size_t t = 0; t < count; ++t) y += p[t] * Value(t, kv).value[d];
+      for (size_t t = 0; t < count; ++t) {
+        const Stored& v = Value(t, kv);
+        const double codes = std::fabs(v.value[d]) / (v.scale + 1e-300);
+        tolerance += p[t] * (2 * error[t] * std::fabs(v.value[d] - y) + v.slack[d]) + 0.51 * step[t] * codes;
+        tolerance += (static_cast<double>(count) + 64) * kUnit * p[t] * std::fabs(v.value[d]);
+      }
+      worst->Add(at + static_cast<int64_t>(d), out[static_cast<size_t>(at) + d], y, tolerance);
+    }
+  }
+  const Stored& Value(size_t token, int64_t kv) const {
+    return values_[token * static_cast<size_t>(sequence_.shape.kv_heads) + static_cast<size_t>(kv)];
+  }
+
+  const Sequence& sequence_;
+  std::vector<Stored> keys_, values_;  // [tokens, kv_heads]
+};
+
+// -- questions ---------------------------------------------------------------------------------------------------------
+
+std::string Describe(const Shape& s, int64_t past, int64_t rows) {
+  char text[160];
+  std::snprintf(text, sizeof(text), "%s cache, %d/%d heads of %d, capacity %d, norm %d, clip %g, %d new after %d",
+                Name(s.cache), static_cast<int>(s.heads), static_cast<int>(s.kv_heads), static_cast<int>(s.dim),
+                static_cast<int>(s.capacity), s.norm, static_cast<double>(s.clip), static_cast<int>(rows),
+                static_cast<int>(past));
+  return text;
+}
+
+// Scalar against the reference, every other table against scalar, caches too.
+void TestCase(const Shape& shape, int64_t past, int64_t rows, float deviation = 1.0f) {
+  const Sequence sequence(shape, past + rows, static_cast<uint32_t>(past * 131 + rows), deviation);
+  const std::string what = Describe(shape, past, rows);
+  CacheBuffer cache(shape);
+  if (past > 0) Run(kScalarKernels, sequence, cache, 0, past);
+  const CacheBuffer before = cache;
+  const std::vector<float> out = Run(kScalarKernels, sequence, cache, past, rows);
+  Reference(sequence).Check(out, past, rows, what);
+  for (const Kernels* table : FastTables()) {
+    CacheBuffer own = before;
+    ExpectSame(Run(*table, sequence, own, past, rows, true), out, what + ", " + table->name);
+    EXPECT(own == cache, "%s, %s: cache", what.c_str(), table->name);
+  }
+}
+
+const CacheKind kKinds[] = {CacheKind::kFloat32, CacheKind::kFloat16, CacheKind::kInt8};
+
+void TestLengths(bool reduced) {
+  std::vector<int64_t> counts = {1, 2, 5, 8, 9, 17, 64, 100};
+  if (!reduced) counts = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 64, 100};
+  for (const CacheKind kind : kKinds) {
+    for (const int64_t past : {0, 1, 15, 16, 17, 511, 513}) {
+      for (const int64_t rows : counts) {
+        if (reduced && past > 100 && rows > 9) continue;
+        TestCase({kind, rows % 2 ? 4 : 2, rows % 2 ? 1 : 2, 16, past + rows + (past + rows) % 3}, past, rows);
+      }
+    }
+  }
+}
+
+void TestShapes(bool reduced) {
+  for (const CacheKind kind : kKinds) {
+    for (const int64_t dim : {2, 6, 16, 24, 30, 64, 80, 128}) {
+      for (const int64_t rows : {1, 3, 20}) {
+        if (reduced && rows == 3) continue;
+        for (const int64_t past : {0, 37, 130}) {
+          const int64_t spare = dim % 5;
+          TestCase({kind, 4, 1, dim, past + rows + spare, true, 0.0f}, past, rows);
+          TestCase({kind, 2, 2, dim, past + rows + spare, false, 1.5f}, past, rows);
+        }
+      }
+    }
+    TestCase({kind, 12, 1, 8, 40, true, 2.0f}, 20, 12);
+    TestCase({kind, 80, 1, 8, 40, false, 0.0f}, 5, 12);
+    // Scores far apart: most probabilities vanish beside the largest.
+    TestCase({kind, 2, 1, 64, 300, false, 0.0f}, 270, 1, 6.0f);
+    TestCase({kind, 2, 1, 64, 300, false, 0.0f}, 200, 40, 6.0f);
+  }
+}
+
+// Decoding, five tokens at once give what one by one gives; so do prompts cut anywhere.
+void TestRowsAreAlone(const Kernels& table) {
+  for (const CacheKind kind : kKinds) {
+    const Shape shape = {kind, 8, 2, 32, 1203};
+    const Sequence sequence(shape, 1200, 5);
+    const std::string what = std::string(Name(kind)) + ", " + table.name;
+    CacheBuffer whole(shape), parts(shape);
+    const std::vector<float> all = Run(table, sequence, whole, 0, 1200);
+    std::vector<float> joined = Run(table, sequence, parts, 0, 700);
+    const std::vector<float> rest = Run(table, sequence, parts, 700, 500);
+    joined.insert(joined.end(), rest.begin(), rest.end());
+    ExpectSame(joined, all, what + ": a prompt in two");
+    EXPECT(whole == parts, "%s: cache of a prompt in two", what.c_str());
+    for (const int64_t past : {3, 510, 1030}) {
+      const std::vector<float> five = Run(table, sequence, parts, past, 5);
+      std::vector<float> singles;
+      for (int64_t i = 0; i < 5; ++i) {
+        const std::vector<float> one = Run(table, sequence, parts, past + i, 1);
+        singles.insert(singles.end(), one.begin(), one.end());
+      }
+      ExpectSame(singles, five, what + ": five tokens one by one");
+    }
+  }
+}
+
+// Dropping tokens from the end and writing others leaves no trace of the former.
+void TestOverwriting(const Kernels& table) {
+  for (const CacheKind kind : kKinds) {
+    const Shape shape = {kind, 2, 2, 24, 53};
+    const Sequence first(shape, 53, 8), second(shape, 53, 9);
+    Sequence mixed = first;  // 21 tokens of the first, then the second's
+    std::copy(second.qkv.begin() + 21 * shape.columns(), second.qkv.end(), mixed.qkv.begin() + 21 * shape.columns());
+    CacheBuffer used(shape), fresh(shape);
+    Run(table, first, used, 0, 53);
+    Run(table, mixed, used, 21, 32);
+    Run(table, mixed, fresh, 0, 53);
+    EXPECT(used == fresh, "%s, %s: cache after overwriting", Name(kind), table.name);
+    CacheBuffer stale(shape), clean(shape);
+    Run(table, first, stale, 0, 53);
+    Run(table, first, clean, 0, 21);
+    for (const int64_t rows : {2, 12}) {
+      const std::vector<float> wanted = Run(table, mixed, clean, 21, rows);
+      ExpectSame(Run(table, mixed, stale, 21, rows), wanted, std::string(Name(kind)) + ": stale tokens");
+    }
+  }
+}
+
+// What is not finite in one token's query spoils that row and head; in its key or value, that head's rows from there on.
+void TestNotFinite(const Kernels& table) {
+  for (const CacheKind kind : kKinds) {
+    for (const float bad : {NAN, INFINITY, -INFINITY}) {
+      for (const int part : {0, 1, 2}) {
+        for (const int64_t rows : {5, 30}) {
+          const Shape shape = {kind, 4, 2, 32, 60};
+          Sequence sequence(shape, 60, 3);
+          CacheBuffer cache(shape), clean_cache(shape);
+          const std::vector<float> clean = Run(table, sequence, clean_cache, 0, rows);
+          const int64_t token = 2, head = 1;  // query head 1, or KV head 1 with query heads 2 and 3
+          const int64_t first = part == 0 ? 0 : part == 1 ? 4 : 6;
+          sequence.qkv[static_cast<size_t>(token * shape.columns() + (first + head) * 32 + 7)] = bad;
+          const std::vector<float> out = Run(table, sequence, cache, 0, rows);
+          for (int64_t t = 0; t < rows; ++t) {
+            for (int64_t h = 0; h < 4; ++h) {
+              const bool hit = part == 0 ? t == token && h == head : t >= token && h / 2 == head;
+              bool finite = true, same = true;
+              for (size_t i = static_cast<size_t>((t * 4 + h) * 32), d = 0; d < 32; ++d) {
+                finite = finite && std::isfinite(out[i + d]);
+                same = same && SameFloat(out[i + d], clean[i + d]);
+              }
+              // An infinite score may be minus infinity, which is no more than a probability of zero.
+              const bool spoilt = !finite || (std::isinf(bad) && part != 2);
+              EXPECT(hit ? spoilt : same, "%s, %s: %g in part %d, %d rows: token %d, head %d", Name(kind), table.name,
+                     static_cast<double>(bad), part, static_cast<int>(rows), static_cast<int>(t), static_cast<int>(h));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+// `attention_test reduced` leaves out what an emulated processor takes too long for.
+int main(int argc, char** argv) {
+  const bool reduced = argc > 1 && std::strcmp(argv[1], "reduced") == 0;
+  TestLengths(reduced);
+  TestShapes(reduced);
+  std::vector<const Kernels*> tables = FastTables();
+  if (!reduced || tables.empty()) tables.push_back(&kScalarKernels);
+  for (const Kernels* table : tables) {
+    TestRowsAreAlone(*table);
+    TestOverwriting(*table);
+    TestNotFinite(*table);
+  }
+  return edgelm_test::Finish();
+}
