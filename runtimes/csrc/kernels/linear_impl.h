@@ -280,8 +280,10 @@ void LinearIntegerOf(Kind kind, const Matrix& m, int64_t begin, int64_t end, con
                      const Output& out) {
   alignas(64) float sums[kIntRows][kTile], second[kIntRows][kTile];
   for (int64_t unit = begin; unit < end; ++unit) {
-    for (int64_t row = 0; row < rows; row += kIntRows) {
-      const int64_t count = rows - row < kIntRows ? rows - row : kIntRows;
+    // Passes of about equal size: one of a row or two costs nearly as much as a full one.
+    int64_t passes = (rows + kIntRows - 1) / kIntRows;
+    for (int64_t row = 0, count = 0; row < rows; row += count, --passes) {
+      count = (rows - row + passes - 1) / passes;
       const TileFunction tile = TileFor(kind, m.zeros, count);
       const QuantRows part = x.From(row);
       tile(m, m.swiglu ? 2 * unit : unit, part, sums);
