@@ -1,0 +1,442 @@
+// Do products with packed matrices compute what they should, with the same bits in every table and however they are cut?
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "packed_matrix.h"
+#include "tables.h"
+
+namespace {
+
+using namespace edgelm_test;
+using edgelm::Finish;
+using edgelm::Kernels;
+using edgelm::kScalarKernels;
+
+constexpr float kCanary = -12345.0f;
+
+enum class Product { kInt8, kUpper, kFloat };
+
+// Activations, as float32 and quantised by the scalar table.
+struct Rows {
+  int64_t rows, columns;
+  std::vector<float> x;
+  QuantBuffer q;
+
+  Rows(int64_t count, int64_t width, uint32_t seed) : Rows(count, width, RandomRows(count * width, seed)) {}
+  Rows(int64_t count, int64_t width, std::vector<float> values)
+      : rows(count), columns(width), x(std::move(values)), q(count, width) {
+    kScalarKernels.linear.quantize_rows(x.data(), width, count, width, q.Rows());
+  }
+  // What the product sees of [row, column], exactly.
+  double Value(Product product, int64_t row, int64_t column) const {
+    if (product == Product::kFloat) return x[static_cast<size_t>(row * columns + column)];
+    const double scale = q.scales[static_cast<size_t>((row * q.columns + column) / 32)];
+    return q.codes[static_cast<size_t>(row * q.columns + column)] * scale;
+  }
+};
+
+// Where a product goes: everything an Output can point to, with canaries around it.
+struct Result {
+  int64_t ldy;
+  std::vector<float> y, residual, weight;
+  std::vector<int32_t> index;
+  QuantBuffer q;
+  edgelm::Output out;
+
+  Result(const Packed& packed, Finish finish, int64_t rows, bool with_residual, bool gap = true)
+      : ldy(packed.matrix.outputs() + (gap ? 3 : 0)), q(rows, packed.matrix.outputs()) {
+    out.finish = finish;
+    out.ldy = ldy;
+    y.assign(static_cast<size_t>(rows * ldy), kCanary);
+    if (finish == Finish::kSwigluQuant) out.quant = q.Rows();
+    if (finish != Finish::kSwigluQuant) out.y = y.data();
+    if (with_residual) {
+      residual = RandomRows(rows * ldy, 77);
+      out.residual = residual.data();
+    }
+    if (finish != Finish::kScatterAdd) return;
+    weight = RandomRows(rows, 78);
+    // Indices repeat, and some rows of y get nothing.
+    for (int64_t r = 0; r < rows; ++r) index.push_back(static_cast<int32_t>(r % 5 == 4 ? 0 : r * 3 % rows / 2));
+    for (float& value : y) value = 0.5f;
+    out.weight = weight.data();
+    out.index = index.data();
+  }
+};
+
+void Run(const Kernels& table, Product product, const Packed& packed, int64_t begin, int64_t end, Rows& x, int64_t rows,
+         const edgelm::Output& out) {
+  if (product == Product::kInt8) table.linear.linear_int8(packed.matrix, begin, end, x.q.Rows(), rows, out);
+  if (product == Product::kUpper) table.linear.linear_upper(packed.matrix, begin, end, x.q.Rows(), rows, out);
+  if (product == Product::kFloat) {
+    table.linear.linear_float(packed.matrix, begin, end, x.x.data(), x.columns, rows, out);
+  }
+}
+
+void RunAll(const Kernels& table, Product product, const Packed& packed, Rows& x, Result* result) {
+  Run(table, product, packed, 0, packed.matrix.units(), x, x.rows, result->out);
+}
+
+// sum_k w[n, k] x[r, k] and sum_k |w x| in double.
+struct Exact {
+  double sum = 0, norm = 0;
+
+  Exact(Product product, const Packed& packed, const Rows& x, int64_t row, int64_t n) {
+    for (int64_t k = 0; k < packed.shape.columns; ++k) {
+      double weight = packed.Weight(n, k);
+      // The lower half of a code is unknown and taken for 8.
+      if (product == Product::kUpper) weight = UpperOnly(packed, n, k);
+      const double term = weight * x.Value(product, row, k);
+      sum += term;
+      norm += std::fabs(term);
+    }
+  }
+
+  // From the bytes of the upper plane alone: column 8 p + j low, 8 p + 4 + j high.
+  static double UpperOnly(const Packed& packed, int64_t n, int64_t k) {
+    const Shape& s = packed.shape;
+    const bool half = s.scale == ScaleKind::kFloat16;
+    const int64_t record_bytes = (half ? 64 : 128) + s.group * 16;
+    const uint8_t* record = packed.blob.data() + 64 + (n / 32 * (s.columns / s.group) + k / s.group) * record_bytes;
+    const int64_t within = k % s.group, c = within % 32;
+    const uint8_t byte = record[(half ? 64 : 128) + within / 32 * 512 + 128 * (c / 8) + 4 * (n % 32) + c % 4];
+    double scale;
+    if (half) {
+      uint16_t bits;
+      std::memcpy(&bits, record + 2 * (n % 32), 2);
+      scale = Decode(bits, 5, 10);
+    } else {
+      float value;
+      std::memcpy(&value, record + 4 * (n % 32), 4);
+      scale = value;
+    }
+    return (16 * (c % 8 < 4 ? byte & 15 : byte >> 4) + 8 - 128) * scale;
+  }
+
+  // Integer products: one rounding of the scales' product a block and one of each of the block sums' additions; float
+  // ones: one of the weight and one of each addition. Underflow: 2^-149 a term, times a block's sum below 2^21.
+  double Tolerance(Product product, int64_t columns) const {
+    const double terms = static_cast<double>(product == Product::kFloat ? columns : (columns + 31) / 32);
+    return (terms + 2) * kUnit * norm + terms * 0x1p-128;
+  }
+};
+
+std::string Name(const Packed& packed, Product product, int64_t rows) {
+  const char* const kNames[] = {"int8", "upper", "float"};
+  return packed.shape.Name() + " x " + std::to_string(rows) + " rows " + kNames[static_cast<int>(product)];
+}
+
+// The scalar table against double arithmetic: plain products, or SwiGLU.
+void CheckAgainstDouble(Product product, const Packed& packed, const Rows& x, const Result& result) {
+  const int64_t outputs = packed.matrix.outputs(), columns = packed.shape.columns;
+  Worst worst;
+  for (int64_t r = 0; r < x.rows; ++r) {
+    for (int64_t n = 0; n < result.ldy; ++n) {
+      const double got = result.y[static_cast<size_t>(r * result.ldy + n)];
+      if (n >= outputs) {
+        worst.Add(r * result.ldy + n, got, static_cast<double>(kCanary), 0);
+        continue;
+      }
+      const Exact first(product, packed, x, r, n);
+      const double tolerance = first.Tolerance(product, columns);
+      if (!packed.shape.swiglu) {
+        worst.Add(r * result.ldy + n, got, first.sum, tolerance);
+        continue;
+      }
+      const Exact second(product, packed, x, r, outputs + n);
+      const double gate = first.sum, up = second.sum, up_error = second.Tolerance(product, columns);
+      const double silu = gate / (1 + std::exp(-gate)), wanted = silu * up;
+      // |silu'| < 1.1; Exp, the sum, the quotient and the product round; past -88.3 the exponential stops growing.
+      worst.Add(r * result.ldy + n, got, wanted,
+                1.1 * tolerance * (std::fabs(up) + up_error) + std::fabs(silu) * up_error +
+                    16 * kUnit * std::fabs(wanted) + 1e-36 * (std::fabs(up) + 1));
+    }
+  }
+  worst.Expect("scalar, " + Name(packed, product, x.rows));
+}
+
+// Every finish follows from the plain product (or kSwiglu) by operations that round once, so it is known to the bit.
+void CheckFinish(Product product, const Packed& packed, Rows& x, Finish finish, bool with_residual) {
+  const bool swiglu = packed.shape.swiglu;
+  const int64_t outputs = packed.matrix.outputs();
+  const std::string what = "scalar, " + Name(packed, product, x.rows);
+  Result plain(packed, swiglu ? Finish::kSwiglu : Finish::kStore, x.rows, false, false);
+  RunAll(kScalarKernels, product, packed, x, &plain);
+  Result result(packed, finish, x.rows, with_residual);
+  std::vector<float> wanted = result.y;
+  RunAll(kScalarKernels, product, packed, x, &result);
+  if (finish == Finish::kSwigluQuant) {
+    QuantBuffer q(x.rows, outputs);
+    kScalarKernels.linear.quantize_rows(plain.y.data(), outputs, x.rows, outputs, q.Rows());
+    result.q.ExpectSame(q, what + ", quantised");
+    return;
+  }
+  for (int64_t r = 0; r < x.rows; ++r) {
+    for (int64_t n = 0; n < outputs; ++n) {
+      const float value = plain.y[static_cast<size_t>(r * outputs + n)];
+      const size_t at = static_cast<size_t>(r * result.ldy + n);
+      if (finish == Finish::kScatterAdd) {
+        float& sum = wanted[static_cast<size_t>(result.index[static_cast<size_t>(r)] * result.ldy + n)];
+        sum = std::fma(result.weight[static_cast<size_t>(r)], value, sum);
+      } else {
+        wanted[at] = with_residual ? value + result.residual[at] : value;
+      }
+    }
+  }
+  ExpectSame(result.y, wanted, what + (with_residual ? ", residual" : ", scattered or stored"));
+}
+
+// Every table, unit by unit from the last to the first, against the scalar table in one go.
+void CheckTables(Product product, const Packed& packed, Rows& x, Finish finish, bool with_residual) {
+  Result reference(packed, finish, x.rows, with_residual);
+  RunAll(kScalarKernels, product, packed, x, &reference);
+  for (const Kernels* table : FastTables()) {
+    Result result(packed, finish, x.rows, with_residual);
+    for (int64_t unit = packed.matrix.units() - 1; unit >= 0; --unit) {
+      Run(*table, product, packed, unit, unit + 1, x, x.rows, result.out);
+    }
+    const std::string what = std::string(table->name) + ", " + Name(packed, product, x.rows);
+    ExpectSame(result.y, reference.y, what);
+    result.q.ExpectSame(reference.q, what);
+  }
+}
+
+// A row's result does not depend on how many rows there are.
+void CheckRowAlone(Product product, const Packed& packed, Rows& x, int64_t row) {
+  const Finish finish = packed.shape.swiglu ? Finish::kSwiglu : Finish::kStore;
+  Result all(packed, finish, x.rows, false, false);
+  RunAll(kScalarKernels, product, packed, x, &all);
+  const float* from = x.x.data() + row * x.columns;
+  Rows one(1, x.columns, std::vector<float>(from, from + x.columns));
+  Result alone(packed, finish, 1, false, false);
+  RunAll(kScalarKernels, product, packed, one, &alone);
+  const float* wanted = all.y.data() + row * all.ldy;
+  ExpectSame(alone.y, std::vector<float>(wanted, wanted + all.ldy), "row " + std::to_string(row) + " alone, " +
+                                                                        Name(packed, product, x.rows));
+}
+
+const std::vector<Shape>& IntegerShapes() {
+  static const std::vector<Shape> shapes = [] {
+    std::vector<Shape> all;
+    const int64_t remainders[] = {1, 31, 33, 70, 32};
+    size_t count = 0;
+    for (const Kind kind : {Kind::kInt3, Kind::kInt4, Kind::kInt8, Kind::kInt8Planes}) {
+      for (const int64_t group : {32, 64, 128, 160}) {  // 160: the whole row
+        for (const ScaleKind scale : {ScaleKind::kFloat16, ScaleKind::kFloat32}) {
+          for (const bool zeros : {false, true}) {
+            if (zeros && kind == Kind::kInt8Planes) continue;
+            const int64_t columns = group == 160 ? 160 : group == 128 ? 256 : 192, n = remainders[count++ % 5];
+            all.push_back({kind, n, columns, group, scale, zeros, false});
+            all.push_back({kind, 2 * n, columns, group, scale, zeros, true});
+          }
+        }
+      }
+    }
+    return all;
+  }();
+  return shapes;
+}
+
+void TestIntegerProducts() {
+  uint32_t seed = 1;
+  for (const Shape& shape : IntegerShapes()) {
+    const Packed packed(shape, ++seed);
+    const int64_t count = 1 + seed % 17;
+    Rows x(count, shape.columns, ++seed);
+    std::vector<Finish> finishes = {Finish::kStore, Finish::kScatterAdd};
+    if (shape.swiglu) finishes = {Finish::kSwiglu, Finish::kSwigluQuant};
+    Result result(packed, finishes[0], count, false);
+    RunAll(kScalarKernels, Product::kInt8, packed, x, &result);
+    CheckAgainstDouble(Product::kInt8, packed, x, result);
+    for (const Finish finish : finishes) {
+      CheckFinish(Product::kInt8, packed, x, finish, false);
+      CheckTables(Product::kInt8, packed, x, finish, false);
+    }
+    if (!shape.swiglu) {
+      CheckFinish(Product::kInt8, packed, x, Finish::kStore, true);
+      CheckTables(Product::kInt8, packed, x, Finish::kStore, true);
+    }
+    CheckRowAlone(Product::kInt8, packed, x, count / 2);
+  }
+}
+
+// All numbers of rows, so every remainder of a tile of rows in every kind.
+void TestEveryNumberOfRows() {
+  uint32_t seed = 1000;
+  for (const Kind kind : {Kind::kInt3, Kind::kInt4, Kind::kInt8, Kind::kInt8Planes, Kind::kFp8E4M3}) {
+    for (const bool swiglu : {false, true}) {
+      const bool zeros = seed % 2 == 0 && kind < Kind::kInt8Planes;
+      const Packed packed({kind, swiglu ? 68 : 34, 64, 32, ScaleKind::kFloat16, zeros, swiglu}, ++seed);
+      const Product product = kind == Kind::kFp8E4M3 ? Product::kFloat : Product::kInt8;
+      for (int64_t count = 1; count <= 18; ++count) {
+        Rows x(count == 18 ? 64 : count, 64, ++seed);
+        CheckTables(product, packed, x, swiglu ? Finish::kSwiglu : Finish::kStore, false);
+        CheckRowAlone(product, packed, x, x.rows - 1);
+      }
+      Rows x(131, 64, ++seed);  // more than linear_float takes at once
+      CheckTables(product, packed, x, swiglu ? Finish::kSwigluQuant : Finish::kScatterAdd, false);
+      CheckRowAlone(product, packed, x, 130);
+    }
+  }
+}
+
+void TestUpperHalves() {
+  uint32_t seed = 2000;
+  for (const int64_t group : {32, 64, 128, 160}) {
+    for (const ScaleKind scale : {ScaleKind::kFloat16, ScaleKind::kFloat32}) {
+      for (const int64_t n : {1, 33, 70}) {
+        const Packed packed({Kind::kInt8Planes, n, group == 160 ? 160 : 256, group, scale}, ++seed);
+        Rows x(1 + seed % 9, packed.shape.columns, seed);
+        Result result(packed, Finish::kStore, x.rows, false);
+        RunAll(kScalarKernels, Product::kUpper, packed, x, &result);
+        CheckAgainstDouble(Product::kUpper, packed, x, result);
+        CheckFinish(Product::kUpper, packed, x, Finish::kStore, true);
+        CheckTables(Product::kUpper, packed, x, Finish::kStore, true);
+        CheckTables(Product::kUpper, packed, x, Finish::kScatterAdd, false);
+      }
+    }
+  }
+}
+
+std::vector<Shape> FloatShapes() {
+  std::vector<Shape> shapes;
+  for (const Shape& shape : IntegerShapes()) {
+    if (shape.group == 64 || shape.group == 160) shapes.push_back(shape);
+  }
+  for (const Kind kind : {Kind::kFp8E4M3, Kind::kFloat16, Kind::kBFloat16, Kind::kFloat32}) {
+    for (const int64_t columns : {1, 7, 31, 33, 77, 129}) {
+      for (const ScaleKind scale : {ScaleKind::kNone, ScaleKind::kFloat16, ScaleKind::kFloat32}) {
+        const bool swiglu = columns % 4 == 3;
+        shapes.push_back({kind, swiglu ? 2 * columns / 2 * 2 : 33, columns, columns, scale, false, swiglu});
+      }
+    }
+    shapes.push_back({kind, 70, 96, 32, ScaleKind::kFloat32});
+    shapes.push_back({kind, 66, 128, 64, ScaleKind::kFloat16, false, true});
+  }
+  return shapes;
+}
+
+void TestFloatProducts() {
+  uint32_t seed = 3000;
+  for (const Shape& shape : FloatShapes()) {
+    const Packed packed(shape, ++seed);
+    Rows x(1 + seed % 13, shape.columns, seed);
+    std::vector<Finish> finishes = {Finish::kStore, Finish::kScatterAdd};
+    if (shape.swiglu) finishes = {Finish::kSwiglu, Finish::kSwigluQuant};
+    Result result(packed, finishes[0], x.rows, false);
+    RunAll(kScalarKernels, Product::kFloat, packed, x, &result);
+    CheckAgainstDouble(Product::kFloat, packed, x, result);
+    for (const Finish finish : finishes) {
+      CheckFinish(Product::kFloat, packed, x, finish, finish == Finish::kStore);
+      CheckTables(Product::kFloat, packed, x, finish, finish == Finish::kStore);
+    }
+    CheckRowAlone(Product::kFloat, packed, x, x.rows / 2);
+  }
+}
+
+// Scales at the ends of their types overflow and underflow alike everywhere; what stays finite is right.
+void TestExtremeScales() {
+  uint32_t seed = 4000;
+  for (Shape shape : FloatShapes()) {
+    if (shape.scale == ScaleKind::kNone || shape.columns < 31) continue;
+    shape.scales = Scales::kExtreme;
+    const Packed packed(shape, ++seed);
+    Rows x(3, shape.columns, ++seed);
+    for (const Product product : {Product::kInt8, Product::kFloat}) {
+      if (product == Product::kInt8 && !shape.integer()) continue;
+      CheckTables(product, packed, x, shape.swiglu ? Finish::kSwiglu : Finish::kStore, false);
+      if (shape.swiglu) {
+        CheckTables(product, packed, x, Finish::kSwigluQuant, false);
+      } else if (shape.scale == ScaleKind::kFloat16) {
+        Result result(packed, Finish::kStore, 3, false);
+        RunAll(kScalarKernels, product, packed, x, &result);
+        CheckAgainstDouble(product, packed, x, result);
+      }
+    }
+  }
+}
+
+// The largest codes on both sides, where sums of products would leave 16 bits.
+void TestLargestCodes() {
+  for (const Kind kind : {Kind::kInt3, Kind::kInt4, Kind::kInt8, Kind::kInt8Planes}) {
+    for (const uint8_t fill : {0x00, 0xFF}) {
+      for (const float sign : {1.0f, -1.0f}) {
+        Packed packed({kind, 32, 64, 64, ScaleKind::kFloat32}, 5);
+        const size_t code_bytes = static_cast<size_t>(packed.matrix.record_bytes - packed.matrix.head_bytes);
+        std::fill_n(packed.blob.begin() + 64 + packed.matrix.head_bytes, code_bytes, fill);
+        if (packed.matrix.low != nullptr) {
+          std::fill(packed.blob.end() - 1024, packed.blob.end(), fill);
+        }
+        const int bits = kind == Kind::kInt3 ? 3 : kind == Kind::kInt4 ? 4 : 8;
+        const double code = (fill != 0 ? (1 << bits) - 1 : 0) - (1 << (bits - 1));
+        for (int64_t n = 0; n < 32; ++n) {
+          float scale;
+          std::memcpy(&scale, packed.blob.data() + 64 + 4 * n, 4);
+          for (int64_t k = 0; k < 64; ++k) packed.weights[static_cast<size_t>(n * 64 + k)] = code * double(scale);
+        }
+        Rows x(5, 64, std::vector<float>(5 * 64, sign * 3.25f));
+        Result result(packed, Finish::kStore, 5, false);
+        RunAll(kScalarKernels, Product::kInt8, packed, x, &result);
+        CheckAgainstDouble(Product::kInt8, packed, x, result);
+        CheckTables(Product::kInt8, packed, x, Finish::kStore, false);
+      }
+    }
+  }
+}
+
+void TestNaNAndInfinityStayInTheirRow() {
+  std::vector<const Kernels*> tables = FastTables();
+  tables.push_back(&kScalarKernels);
+  uint32_t seed = 5000;
+  for (const Shape& shape : {Shape{Kind::kInt4, 66, 96, 32, ScaleKind::kFloat16, false, true},
+                             Shape{Kind::kInt3, 33, 64, 64, ScaleKind::kFloat16},
+                             Shape{Kind::kInt8, 33, 96, 96, ScaleKind::kFloat32, true},
+                             Shape{Kind::kInt8Planes, 34, 64, 32, ScaleKind::kFloat16},
+                             Shape{Kind::kFp8E4M3, 40, 70, 70, ScaleKind::kFloat32},
+                             Shape{Kind::kBFloat16, 66, 33, 33, ScaleKind::kNone, false, true}}) {
+    const Packed packed(shape, ++seed);
+    const Finish finish = shape.swiglu ? Finish::kSwiglu : Finish::kStore;
+    for (const Product product : {Product::kInt8, Product::kFloat}) {
+      if (product == Product::kInt8 && !shape.integer()) continue;
+      Rows clean(9, shape.columns, ++seed);
+      Result wanted(packed, finish, 9, false, false);
+      RunAll(kScalarKernels, product, packed, clean, &wanted);
+      for (const float bad : {NAN, std::numeric_limits<float>::infinity()}) {
+        for (const int64_t row : {0, 4, 8}) {
+          std::vector<float> values = clean.x;
+          values[static_cast<size_t>(row * shape.columns + 20)] = bad;
+          Rows x(9, shape.columns, values);
+          for (const Kernels* table : tables) {
+            Result result(packed, finish, 9, false, false);
+            RunAll(*table, product, packed, x, &result);
+            const std::string what = std::string(table->name) + ", " + Name(packed, product, 9);
+            for (int64_t i = 0; i < static_cast<int64_t>(result.y.size()); ++i) {
+              const float got = result.y[static_cast<size_t>(i)], expected = wanted.y[static_cast<size_t>(i)];
+              if (i / result.ldy != row) {
+                EXPECT(SameFloat(got, expected), "%s: a neighbour of %g in row %d", what.c_str(), double(bad), int(row));
+              } else if (std::isnan(bad) || product == Product::kInt8) {
+                EXPECT(std::isnan(got), "%s: %g of a row with %g", what.c_str(), double(got), double(bad));
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  TestIntegerProducts();
+  TestEveryNumberOfRows();
+  TestUpperHalves();
+  TestFloatProducts();
+  TestExtremeScales();
+  TestLargestCodes();
+  TestNaNAndInfinityStayInTheirRow();
+  return edgelm_test::Finish();
+}

@@ -1,0 +1,12 @@
+# Fails if an object of OBJECTS defines a weak symbol or more than one global one, its table.
+if(NOT OBJECTS)
+  message(FATAL_ERROR "no objects given")
+endif()
+foreach(object IN LISTS OBJECTS)
+  execute_process(COMMAND ${NM} --defined-only ${object} OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
+  string(REGEX MATCHALL " [A-Zuvw] [^\n]+" shared "${symbols}")
+  list(LENGTH shared count)
+  if(NOT count EQUAL 1 OR NOT shared MATCHES "Kernels")
+    message(FATAL_ERROR "${object} should define its table alone, but defines:\n${shared}")
+  endif()
+endforeach()
