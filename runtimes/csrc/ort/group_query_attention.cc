@@ -1,0 +1,210 @@
+// GroupQueryAttention: QK-norm, rotary embedding and causal attention of new tokens over a cache that they join.
+//
+// The cache is updated in place where the runtime binds one buffer as past and present; else past is copied first.
+#include <atomic>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "pieces.h"
+#include "scratch.h"
+#include "weights.h"
+
+namespace edgelm::ort {
+namespace {
+
+constexpr int64_t kCopyPiece = 1 << 20;  // bytes
+
+// Threads that may be at work at once. The kernel wants a workspace for each, and the runtime does not say which thread
+// a piece runs on: so there is a piece for each workspace, which takes unit after unit until none is left. A unit's
+// result depends on neither.
+int64_t Workers() {
+  static const int64_t workers = std::max(1u, std::thread::hardware_concurrency());
+  return workers;
+}
+
+class GroupQueryAttention {
+ public:
+  static constexpr const char* kName = "GroupQueryAttention";
+  static constexpr Declared kInputs[] = {{kFloat},           {kUint8},           {kUint8},
+                                         {kInt64},           {kFloat},           {kFloat},
+                                         {kFloat, kOptional}, {kFloat, kOptional}, {kInt64, kOptional}};
+  static constexpr Declared kOutputs[] = {{kFloat}, {kUint8}, {kUint8}};
+
+  explicit GroupQueryAttention(const Node& node)
+      : heads_(node.Int("num_heads", 0)),
+        kv_heads_(node.Int("kv_num_heads", 0)),
+        epsilon_(node.Float("epsilon", 1e-5f)),
+        clip_(node.Float("clip", 0.0f)),
+        scale_(node.Float("scale", 0.0f)),
+        q_norm_(node, 6, "q_norm"),
+        k_norm_(node, 7, "k_norm") {
+    if (heads_ < 1 || kv_heads_ < 1 || heads_ % kv_heads_ != 0) {
+      Fail("attributes num_heads and kv_num_heads are ", heads_, " and ", kv_heads_,
+           ", expected num_heads to be a multiple of kv_num_heads");
+    }
+  }
+
+  void Compute(const Run& run) const {
+    const Tensor qkv = run.Required(0, "qkv");
+    const Tensor past_key = run.Required(1, "past_key"), past_value = run.Required(2, "past_value");
+    const Attention call = Check(run, qkv, past_key.shape, past_value.shape);
+    const int64_t batch = qkv.shape[0], tokens = qkv.shape[1], width = heads_ * call.head_dim;
+    const std::vector<Attention> all = Sequences(run, call, batch, tokens);
+
+    float* out = run.Output<float>(0, {batch, tokens, width});
+    uint8_t* key = run.Output<uint8_t>(1, past_key.shape);
+    uint8_t* value = run.Output<uint8_t>(2, past_value.shape);
+    CopyCache(run, past_key, key);
+    CopyCache(run, past_value, value);
+
+    Plan plan;
+    std::vector<Attention> calls;
+    std::vector<Slot<uint8_t>> slots;
+    const int64_t cache_bytes = past_key.shape.elements() / std::max<int64_t>(1, batch);
+    for (int64_t b = 0; b < batch; ++b) {
+      Attention one = all[b];
+      one.qkv = qkv.As<float>() + b * tokens * qkv.shape.last();
+      one.key = key + b * cache_bytes;
+      one.value = value + b * cache_bytes;
+      one.out = out + b * tokens * width;
+      std::memset(one.out + one.rows * width, 0, (tokens - one.rows) * width * sizeof(float));
+      if (one.rows == 0) continue;
+      slots.push_back(plan.Add<uint8_t>(AttentionScratchBytes(one)));
+      calls.push_back(one);
+    }
+    if (calls.empty()) return;
+    const int64_t workspace_bytes = (AttentionWorkspaceBytes(call) + 63) / 64 * 64;
+    const Slot<uint8_t> workspaces = plan.Add<uint8_t>(Workers() * workspace_bytes);
+    const Scratch scratch(plan);
+    for (size_t i = 0; i < calls.size(); ++i) calls[i].scratch = scratch[slots[i]];
+
+    const AttentionKernels& kernels = ChosenKernels().attention;
+    uint8_t* const workspace = scratch[workspaces];
+    const auto prepare = [](const Attention& one) { return one.prepare_units(); };
+    const auto attend = [](const Attention& one) { return one.attend_units(); };
+    const auto combine = [](const Attention& one) { return one.combine_units(); };
+    Units(run, calls, prepare, [&](const Attention& one, int64_t unit, int64_t worker) {
+      kernels.prepare(one, unit, workspace + worker * workspace_bytes);
+    });
+    Units(run, calls, attend, [&](const Attention& one, int64_t unit, int64_t worker) {
+      kernels.attend(one, unit, workspace + worker * workspace_bytes);
+    });
+    Units(run, calls, combine, [&](const Attention& one, int64_t unit, int64_t) { kernels.combine(one, unit); });
+  }
+
+ private:
+  // What is the same for all sequences.
+  Attention Check(const Run& run, const Tensor& qkv, const Shape& past_key, const Shape& past_value) const;
+  // Each sequence's lengths, and whether they fit the cache and the rotary tables.
+  std::vector<Attention> Sequences(const Run& run, const Attention& call, int64_t batch, int64_t tokens) const;
+
+  static void CopyCache(const Run& run, const Tensor& past, uint8_t* present) {
+    const uint8_t* from = past.As<uint8_t>();
+    if (from == present) return;
+    const int64_t bytes = past.shape.elements();
+    run.ParallelFor(Pieces(bytes, kCopyPiece), [&](int64_t i) {
+      std::memcpy(present + i * kCopyPiece, from + i * kCopyPiece, std::min(kCopyPiece, bytes - i * kCopyPiece));
+    });
+  }
+
+  // Runs all units of a step: work(call, unit, worker).
+  template <typename Count, typename Work>
+  static void Units(const Run& run, const std::vector<Attention>& calls, const Count& count, const Work& work) {
+    std::vector<int64_t> ends;
+    int64_t total = 0;
+    for (const Attention& call : calls) ends.push_back(total += count(call));
+    std::atomic<int64_t> next{0};
+    run.ParallelFor(std::min(total, Workers()), [&](int64_t worker) {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total;) {
+        const auto b = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), i) - ends.begin());
+        work(calls[b], b == 0 ? i : i - ends[b - 1], worker);
+      }
+    });
+  }
+
+  int64_t heads_, kv_heads_;
+  float epsilon_, clip_, scale_;
+  VectorInput q_norm_, k_norm_;
+};
+
+Attention GroupQueryAttention::Check(const Run& run, const Tensor& qkv, const Shape& past_key,
+                                     const Shape& past_value) const {
+  const int64_t all = heads_ + 2 * kv_heads_;
+  const Shape& shape = qkv.shape;
+  if (shape.rank != 3 || shape.last() < 1 || shape.last() % (2 * all) != 0) {
+    Fail("qkv has shape ", shape, ", expected [batch, tokens, ", all,
+         " * head size] with an even head size (num_heads + 2 * kv_num_heads = ", all, ")");
+  }
+  Attention call;
+  call.heads = heads_;
+  call.kv_heads = kv_heads_;
+  call.head_dim = shape.last() / all;
+  call.epsilon = epsilon_;
+  call.clip = clip_;
+  call.scale = scale_;
+  const int64_t batch = shape[0], dim = call.head_dim;
+  if (past_key.rank != 4 || past_key[0] != batch || past_key[1] != kv_heads_) {
+    Fail("past_key has shape ", past_key, ", expected [", batch, ", ", kv_heads_, ", capacity, bytes a token]");
+  }
+  if (!(past_value == past_key)) Fail("past_value has shape ", past_value, ", past_key ", past_key);
+  call.capacity = past_key[2];
+  // Where two kinds take the same bytes (heads of 4), the wider type is meant.
+  bool known = false;
+  for (CacheKind kind : {CacheKind::kInt8, CacheKind::kFloat16, CacheKind::kFloat32}) {
+    if (past_key[3] != AttentionRowBytes(kind, dim)) continue;
+    call.cache = kind;
+    known = true;
+  }
+  if (!known) {
+    Fail("past_key has ", past_key[3], " bytes a token, expected ", AttentionRowBytes(CacheKind::kFloat32, dim),
+         " (float32), ", AttentionRowBytes(CacheKind::kFloat16, dim), " (float16) or ",
+         AttentionRowBytes(CacheKind::kInt8, dim), " (int8) for heads of ", dim);
+  }
+  call.q_norm = q_norm_.Get(run, heads_ * dim, "one value an element of the queries");
+  call.k_norm = k_norm_.Get(run, kv_heads_ * dim, "one value an element of the keys");
+  return call;
+}
+
+std::vector<Attention> GroupQueryAttention::Sequences(const Run& run, const Attention& call, int64_t batch,
+                                                      int64_t tokens) const {
+  const Tensor past = run.Required(3, "past_lengths"), cos = run.Required(4, "cos"), sin = run.Required(5, "sin");
+  Tensor lengths;
+  const bool padded = run.Input(8, &lengths);
+  if (!(past.shape == Shape{batch})) Fail("past_lengths has shape ", past.shape, ", expected ", Shape{batch});
+  if (padded && !(lengths.shape == Shape{batch})) {
+    Fail("new_lengths has shape ", lengths.shape, ", expected ", Shape{batch});
+  }
+  if (cos.shape.rank != 2 || cos.shape.last() != call.head_dim / 2) {
+    Fail("cos has shape ", cos.shape, ", expected [positions, ", call.head_dim / 2, "], half a head's size");
+  }
+  if (!(sin.shape == cos.shape)) Fail("sin has shape ", sin.shape, ", cos ", cos.shape);
+  std::vector<Attention> calls(static_cast<size_t>(batch), call);
+  for (int64_t b = 0; b < batch; ++b) {
+    Attention& one = calls[b];
+    one.past = past.As<int64_t>()[b];
+    one.rows = padded ? lengths.As<int64_t>()[b] : tokens;
+    one.cos = cos.As<float>();
+    one.sin = sin.As<float>();
+    if (one.rows < 0 || one.rows > tokens) {
+      Fail("new_lengths of sequence ", b, " is ", one.rows, ", expected 0..", tokens, ", the tokens in qkv");
+    }
+    if (one.past < 0 || one.past > call.capacity - one.rows) {
+      Fail("sequence ", b, " has ", one.past, " past tokens and ", one.rows, " new ones, the cache has room for ",
+           call.capacity);
+    }
+    if (one.total() > cos.shape[0]) {
+      Fail("sequence ", b, " has ", one.past, " past tokens and ", one.rows, " new ones, cos has ", cos.shape[0],
+           " positions");
+    }
+  }
+  return calls;
+}
+
+const Operator<GroupQueryAttention> op;
+
+}  // namespace
+
+const OrtCustomOp* GroupQueryAttentionOp() { return &op; }
+
+}  // namespace edgelm::ort

@@ -1,0 +1,155 @@
+// QuantLinear: [RMSNorm,] product with a packed matrix [, SwiGLU or a residual added].
+#include <cmath>
+
+#include "activations.h"
+#include "pieces.h"
+#include "scratch.h"
+#include "weights.h"
+
+namespace edgelm::ort {
+namespace {
+
+class QuantLinear {
+ public:
+  static constexpr const char* kName = "QuantLinear";
+  static constexpr Declared kInputs[] = {{kFloat}, {kUint8}, {kFloat, kOptional}, {kFloat, kOptional}};
+  static constexpr Declared kOutputs[] = {{kFloat}};
+
+  explicit QuantLinear(const Node& node)
+      : activations_(node),
+        epsilon_(node.Float("epsilon", 1e-5f)),
+        refine_(node.Int("refine", 0)),
+        weights_(node, 1, "weights"),
+        norm_(node, 2, "norm") {
+    if (refine_ < 0) Fail("attribute refine is ", refine_, ", expected 0 or more");
+  }
+
+  void Compute(const Run& run) const {
+    const Matrix m = weights_.Get(run);
+    const Tensor x = run.Required(0, "x");
+    if (x.shape.rank < 1 || x.shape.last() != m.columns) {
+      Fail("x has shape ", x.shape, ", weights are for ", m.columns, " columns");
+    }
+    Shape shape = x.shape;
+    shape[shape.rank - 1] = m.outputs();
+    Call call{m, x.As<float>(), 0, nullptr, {}};
+    call.rows = x.shape.elements() / m.columns;
+    call.norm = norm_.Get(run, m.columns, "one value a column of the weights");
+    call.out.finish = m.swiglu ? Finish::kSwiglu : Finish::kStore;
+    call.out.residual = Residual(run, 3, shape);
+    call.out.ldy = m.outputs();
+    if (m.swiglu && call.out.residual != nullptr) Fail("a residual cannot be added to the result of a SwiGLU matrix");
+    if (refine_ > 0 && m.kind != Kind::kInt8Planes) Fail("attribute refine is for weights of kind int8 in planes");
+    if (refine_ > 0 && !activations_.Int8(m)) Fail("attribute refine is for activations int8");
+    call.out.y = run.Output<float>(0, shape);
+    if (call.rows == 0) return;
+    if (activations_.Int8(m)) {
+      ComputeInt8(run, call);
+    } else {
+      ComputeFloat(run, call);
+    }
+  }
+
+ private:
+  struct Call {
+    const Matrix& m;
+    const float* x;
+    int64_t rows = 0;
+    const float* norm = nullptr;
+    Output out;
+  };
+
+  void ComputeFloat(const Run& run, const Call& call) const {
+    const LinearKernels& kernels = ChosenKernels().linear;
+    const int64_t columns = call.m.columns;
+    Plan plan;
+    const Slot<float> normed = plan.Add<float>(call.norm != nullptr ? call.rows * columns : 0);
+    const Scratch scratch(plan);
+    const float* x = call.x;
+    if (call.norm != nullptr) {
+      float* to = scratch[normed];
+      ForRows(run, call.rows, kRowsPiece, [&](int64_t first, int64_t count) {
+        kernels.rms_norm(x + first * columns, columns, count, columns, call.norm, epsilon_, to + first * columns,
+                         columns);
+      });
+      x = to;
+    }
+    const Grid grid(call.m, call.rows, false);
+    run.ParallelFor(grid.pieces, [&](int64_t i) {
+      grid.Piece(i, [&](int64_t begin, int64_t end, int64_t row, int64_t count) {
+        kernels.linear_float(call.m, begin, end, x + row * columns, columns, count, call.out.From(row));
+      });
+    });
+  }
+
+  void ComputeInt8(const Run& run, const Call& call) const {
+    const LinearKernels& kernels = ChosenKernels().linear;
+    const int64_t columns = call.m.columns, rows = call.rows;
+    const bool refined = refine_ > 0 && rows == 1;
+    Plan plan;
+    const QuantSlot slot = plan.AddRows(rows, columns);
+    // A normed row lives only until it is quantised: one for each piece of rows.
+    const Slot<float> normed = plan.Add<float>(call.norm != nullptr ? Pieces(rows, kRowsPiece) * columns : 0);
+    const Slot<float> largest = plan.Add<float>(refined ? call.m.units() : 0);
+    const Slot<int32_t> chosen = plan.Add<int32_t>(refined ? call.m.units() : 0);
+    const Scratch scratch(plan);
+    const QuantRows x = scratch[slot];
+    ForRows(run, rows, kRowsPiece, [&](int64_t first, int64_t count) {
+      if (call.norm == nullptr) {
+        return kernels.quantize_rows(call.x + first * columns, columns, count, columns, x.From(first));
+      }
+      float* row = scratch[normed] + first / kRowsPiece * columns;
+      for (int64_t r = first; r < first + count; ++r) {
+        kernels.rms_norm(call.x + r * columns, columns, 1, columns, call.norm, epsilon_, row, columns);
+        kernels.quantize_rows(row, columns, 1, columns, x.From(r));
+      }
+    });
+    if (refined) return Refine(run, call, x, scratch[largest], scratch[chosen]);
+    const Grid grid(call.m, rows, true);
+    run.ParallelFor(grid.pieces, [&](int64_t i) {
+      grid.Piece(i, [&](int64_t begin, int64_t end, int64_t row, int64_t count) {
+        kernels.linear_int8(call.m, begin, end, x.From(row), count, call.out.From(row));
+      });
+    });
+  }
+
+  // One row: every result from the upper halves of the weights, then exactly the `refine` tiles of 32 results whose
+  // largest is largest. No more tiles than that can hold the `refine` largest results, so those are among the exact.
+  void Refine(const Run& run, const Call& call, const QuantRows& x, float* largest, int32_t* chosen) const {
+    const LinearKernels& kernels = ChosenKernels().linear;
+    const int64_t units = call.m.units(), width = call.m.outputs();
+    const Grid grid(call.m, 1, true);
+    run.ParallelFor(grid.pieces, [&](int64_t i) {
+      grid.Piece(i, [&](int64_t begin, int64_t end, int64_t, int64_t) {
+        kernels.linear_upper(call.m, begin, end, x, 1, call.out);
+        for (int64_t unit = begin; unit < end; ++unit) {
+          float most = -INFINITY;  // also of a tile of NaN
+          for (int64_t n = unit * kTile; n < std::min((unit + 1) * kTile, width); ++n) {
+            most = call.out.y[n] > most ? call.out.y[n] : most;
+          }
+          largest[unit] = most;
+        }
+      });
+    });
+    for (int64_t i = 0; i < units; ++i) chosen[i] = static_cast<int32_t>(i);
+    const int64_t count = std::min(refine_, units);
+    std::nth_element(chosen, chosen + count, chosen + units, [&](int32_t a, int32_t b) {
+      return largest[a] > largest[b] || (largest[a] == largest[b] && a < b);
+    });
+    run.ParallelFor(count, [&](int64_t i) { kernels.linear_int8(call.m, chosen[i], chosen[i] + 1, x, 1, call.out); });
+  }
+
+  Activations activations_;
+  float epsilon_;
+  int64_t refine_;
+  MatrixInput weights_;
+  VectorInput norm_;
+};
+
+const Operator<QuantLinear> op;
+
+}  // namespace
+
+const OrtCustomOp* QuantLinearOp() { return &op; }
+
+}  // namespace edgelm::ort

@@ -1,0 +1,69 @@
+// The library's entry point, which ONNX Runtime calls for each SessionOptions.register_custom_ops_library.
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "kernels/cpu.h"
+#include "op.h"
+
+namespace edgelm::ort {
+namespace {
+
+const Kernels* chosen = nullptr;
+
+// The operators' domain, made once for each runtime in the process (there may be two: ONNX Runtime GenAI brings its
+// own) and shared by its sessions. The runtime keeps pointers to it, and unloads this library after its last session.
+struct Domain {
+  const OrtApi* api;
+  OrtCustomOpDomain* domain;
+
+  explicit Domain(const OrtApi* of) : api(of), domain(nullptr) {
+    Check(api, CreateCustomOpDomain(api, "edgelm", &domain));
+    for (const OrtCustomOp* op : {QuantEmbeddingOp(), QuantLinearOp(), SparseMoeOp(), GroupQueryAttentionOp()}) {
+      Check(api, CustomOpDomainAdd(api, domain, op));
+    }
+  }
+  Domain(const Domain&) = delete;
+  Domain& operator=(const Domain&) = delete;
+  ~Domain() {
+    if (domain != nullptr) ReleaseCustomOpDomain(api, domain);
+  }
+};
+
+std::mutex mutex;
+std::vector<std::unique_ptr<Domain>> domains;
+
+void Register(OrtSessionOptions* options, const OrtApi* api) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (chosen == nullptr) {
+    std::string why;
+    const Kernels* kernels = ChooseKernels(&why);
+    if (kernels == nullptr) Fail(why);
+    chosen = kernels;
+  }
+  const Domain* found = nullptr;
+  for (const auto& domain : domains) {
+    if (domain->api == api) found = domain.get();
+  }
+  if (found == nullptr) {
+    domains.push_back(std::make_unique<Domain>(api));
+    found = domains.back().get();
+  }
+  Check(api, AddCustomOpDomain(api, options, found->domain));
+}
+
+}  // namespace
+
+const Kernels& ChosenKernels() { return *chosen; }
+
+}  // namespace edgelm::ort
+
+extern "C" EDGELM_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+  using namespace edgelm::ort;
+  const OrtApi* api = base->GetApi(kApiVersion);
+  if (api == nullptr) {  // an older runtime; CreateStatus is the first entry of every version
+    return CreateStatus(base->GetApi(1), kFail,
+                        "EdgeLM's operators need ONNX Runtime 1.17 or newer: install onnxruntime>=1.31.1");
+  }
+  return Guarded(api, "EdgeLM's operators", "", [&] { Register(options, api); });
+}

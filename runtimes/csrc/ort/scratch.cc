@@ -1,0 +1,86 @@
+#include "scratch.h"
+
+#include <sys/mman.h>
+
+#include <mutex>
+#include <new>
+
+namespace edgelm::ort {
+namespace {
+
+struct Block {
+  uint8_t* data = nullptr;
+  size_t size = 0;
+};
+
+constexpr size_t kSmall = 1 << 20;  // what may stay for good
+
+// Straight from the system, because free() keeps what it is given back: its threshold rises with use.
+Block Map(size_t size) {
+  size = (size + 65535) / 65536 * 65536;
+  void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED) throw std::bad_alloc();
+  return {static_cast<uint8_t*>(data), size};
+}
+
+void Unmap(const Block& block) { munmap(block.data, block.size); }
+
+class Pool {
+ public:
+  ~Pool() {
+    for (size_t i = 0; i < count_; ++i) Unmap(free_[i]);
+  }
+
+  // The smallest free block that is large enough. Where there is none, a new one takes the place of the largest.
+  Block Take(size_t size) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      size_t best = count_, largest = count_;
+      for (size_t i = 0; i < count_; ++i) {
+        if (free_[i].size >= size && (best == count_ || free_[i].size < free_[best].size)) best = i;
+        if (largest == count_ || free_[i].size > free_[largest].size) largest = i;
+      }
+      if (best != count_) return Remove(best);
+      if (largest != count_) Unmap(Remove(largest));
+    }
+    return Map(size);
+  }
+
+  // `needed` is what was asked for, which may be less than the block holds.
+  void Give(const Block& block, size_t needed) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (count_ == kBlocks) return Unmap(block);
+    free_[count_++] = block;
+    if (needed > kSmall) return;
+    for (size_t i = count_; i-- > 0;) {
+      if (free_[i].size > kSmall) Unmap(Remove(i));
+    }
+  }
+
+ private:
+  static constexpr size_t kBlocks = 16;  // sessions side by side that find a block
+
+  Block Remove(size_t i) {
+    const Block block = free_[i];
+    free_[i] = free_[--count_];
+    return block;
+  }
+
+  std::mutex mutex_;
+  Block free_[kBlocks];
+  size_t count_ = 0;
+};
+
+Pool pool;
+
+}  // namespace
+
+Scratch::Scratch(const Plan& plan) : needed_(plan.bytes()) {
+  const Block block = pool.Take(needed_);
+  data_ = block.data;
+  size_ = block.size;
+}
+
+Scratch::~Scratch() { pool.Give({data_, size_}, needed_); }
+
+}  // namespace edgelm::ort
