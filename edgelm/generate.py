@@ -338,6 +338,7 @@ def load(
     runtime: str | None = None,
     threads: int | None = None,
     context_length: int | None = None,
+    kv: str | None = None,
 ) -> LanguageModel:
     """Load a bundle.
 
@@ -346,16 +347,19 @@ def load(
         runtime: a name from `edgelm.runtimes.runtimes()`; default: the best one this device has for the bundle.
         threads: default the physical cores this process may use.
         context_length: positions to allocate; default the model's, at most 4096.
+        kv: type of the cache of keys and values: "float16" (the default), "float32" or "int8", which halves what a long
+            context reads. Bundles with portable operators have float32 alone.
 
     Raises:
         BundleError: not a bundle, damaged, or of a newer format.
         RuntimeUnavailableError: nothing installed can run it.
         TokenizerError: its tokenizer cannot be read.
         ContextLengthError: the model has no such context length.
+        EdgeLMError: no such type of cache.
     """
     from edgelm.tokenizer import Tokenizer
 
     bundle = Bundle.open(path)
     tokenizer = Tokenizer.from_folder(bundle.path)
-    opened = open_runtime(bundle, runtime, threads=threads, context_length=context_length)
+    opened = open_runtime(bundle, runtime, threads=threads, context_length=context_length, kv=kv)
     return LanguageModel(bundle, opened, tokenizer)

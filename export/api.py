@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import json
 import platform
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,9 @@ from edgelm.errors import ExportError
 from edgelm.export import onnx_fox, onnx_olmoe
 from edgelm.export.decoder import DecoderFrame
 from edgelm.export.genai import genai_config
-from edgelm.export.graph import GraphBuilder
+from edgelm.export.graph import Dims, GraphBuilder
 from edgelm.export.memory import check_disk, plan_memory
+from edgelm.export.native import NativeDecoder
 from edgelm.export.portable import PortableOps
 from edgelm.export.weights import WeightsPlan
 from edgelm.files import atomic_directory
@@ -48,19 +50,25 @@ from edgelm.parity.live import references
 from edgelm.progress import Advance, Progress, Silent
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource, stored_recipe
+from edgelm.runtimes.native_library import library_path
 from edgelm.tokenizer import Tokenizer
 
 GRAPH_FILE = "model.onnx"
 DEBUG_FILE = "model.debug.onnx"
 WEIGHTS_FILE = "model.onnx.data"
 TARGETS = ("cpu",)
-FLAVOURS = ("portable",)
+FLAVOURS = ("native", "portable")
+AUTO = "auto"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_BUILDERS: dict[str, Callable[[PortableOps, ModelInfo, Any], DecoderFrame]] = {
-    "olmoe": onnx_olmoe.build,
-    "fox": onnx_fox.build,
+_PORTABLE: dict[str, Callable[[PortableOps, ModelInfo, Any], DecoderFrame]] = {
+    "olmoe": onnx_olmoe.build_portable,
+    "fox": onnx_fox.build_portable,
+}
+_NATIVE: dict[str, Callable[[NativeDecoder, Any], None]] = {
+    "olmoe": onnx_olmoe.build_native,
+    "fox": onnx_fox.build_native,
 }
 # What an interpreter, a tokenizer or a template needs besides the tokenizer's own files.
 _COPIED = ("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json")
@@ -72,7 +80,8 @@ class ExportOptions:
 
     Attributes:
         target: device kind, one of `TARGETS`.
-        ops: operator flavour, one of `FLAVOURS`.
+        ops: operator flavour, one of `FLAVOURS`; "auto" is native where this installation has the compiled operators
+            and the target is a processor, else portable.
         dtype: storage of matrices the recipe keeps in float, one of `DTYPES` ("fp32", "fp16", "bf16" are understood);
             "auto" keeps the checkpoint's. The router and the norms are always float32.
         max_ram: bytes of resident memory not to exceed; None is no limit.
@@ -82,7 +91,7 @@ class ExportOptions:
     """
 
     target: str = "cpu"
-    ops: str = "portable"
+    ops: str = AUTO
     dtype: str = "auto"
     max_ram: int | None = None
     threads: int | None = None
@@ -90,7 +99,7 @@ class ExportOptions:
     golden: GoldenOptions | None = None
 
     def __post_init__(self) -> None:
-        for field, valid in (("target", TARGETS), ("ops", FLAVOURS), ("dtype", (*DTYPES, *_SHORT_DTYPES))):
+        for field, valid in (("target", TARGETS), ("ops", (AUTO, *FLAVOURS)), ("dtype", (*DTYPES, *_SHORT_DTYPES))):
             if getattr(self, field) not in valid:
                 raise ExportError(f"{field} {getattr(self, field)!r} is not one of {', '.join(valid)}")
 
@@ -100,6 +109,7 @@ class _Plan:
     """Everything that is known before the first byte is written."""
 
     info: ModelInfo
+    ops: str
     tokens: TokenIds
     dtype: str
     weights: WeightsPlan
@@ -145,6 +155,7 @@ def export_bundle(
         )
     for note in tokenizer.notes:
         progress.note(note)
+    options = dataclasses.replace(options, ops=_flavour(options, progress))
     golden = options.golden or GoldenOptions.default_for(config)
     plan = _plan(checkpoint, source, tokenizer, family.name, config, options)
     threads = options.threads or allowed_cores()
@@ -157,7 +168,8 @@ def export_bundle(
         (folder / GRAPH_FILE).write_bytes(plan.graph.SerializeToString())
         (folder / DEBUG_FILE).write_bytes(plan.debug_graph.SerializeToString())
         _copy_texts(checkpoint.path, tokenizer, folder)
-        _write_genai(folder, plan)
+        if plan.ops == "portable":
+            _write_genai(folder, plan)
         _write_parity(folder / "parity", checkpoint, chosen, plan.dtype, tokenizer, golden, progress)
         _write_manifest(folder, plan, source.recipe, checkpoint.source_id, tensors, hashes, options, progress)
     return Bundle.open(out)
@@ -168,6 +180,20 @@ def _recipe(recipe: str | Path | Recipe | None, checkpoint: Checkpoint) -> Recip
     if recipe is None:
         return None if stored_recipe(checkpoint.config) is not None else Recipe.load("int4")
     return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+
+
+def _flavour(options: ExportOptions, progress: Progress) -> str:
+    """The operators to export for."""
+    if options.ops != AUTO:
+        return options.ops
+    if options.target == "cpu" and library_path() is not None:
+        return "native"
+    progress.note(
+        "exporting with portable operators, because this installation has no compiled ones: the bundle runs wherever "
+        "ONNX Runtime does, but slower and with more memory than with native operators; to have them, install edgelm "
+        "where there is a C++ compiler, or export for another machine with --ops native"
+    )
+    return "portable"
 
 
 def _write_parity(
@@ -208,14 +234,21 @@ def _plan(
         dtype = kept[0] if kept else "float32"
     weights = WeightsPlan()
     graph = GraphBuilder(WEIGHTS_FILE)
-    frame = _BUILDERS[family](PortableOps(graph, weights, source, dtype), info, config)
+    debug_outputs: Sequence[tuple[str, Dims]]
+    if options.ops == "native":
+        model = NativeDecoder(graph, weights, source, dtype, info, config.rms_norm_eps, config.rope_theta)
+        _NATIVE[family](model, config)
+        debug_outputs = model.debug_outputs
+    else:
+        debug_outputs = _PORTABLE[family](PortableOps(graph, weights, source, dtype), info, config).debug_outputs
     return _Plan(
         info=info,
+        ops=options.ops,
         tokens=TokenIds(tokenizer.bos_id, tuple(tokenizer.eos_ids), tokenizer.pad_id),
         dtype=dtype,
         weights=weights,
         graph=graph.model(info.name),
-        debug_graph=graph.model(f"{info.name} (debug)", frame.debug_outputs, exact=True),
+        debug_graph=graph.model(f"{info.name} (debug)", debug_outputs, exact=True),
         source_bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
     )
 
@@ -287,10 +320,10 @@ def _write_manifest(
     manifest = Manifest(
         model=plan.info,
         target=options.target,
-        ops=options.ops,
+        ops=plan.ops,
         dtype=plan.dtype,
         recipe=RecipeInfo(recipe.name, recipe.to_toml()),
-        graph=GraphInfo(GRAPH_FILE, DEBUG_FILE, WEIGHTS_FILE),
+        graph=GraphInfo(GRAPH_FILE, DEBUG_FILE, WEIGHTS_FILE, _kv_dtype(plan.ops, recipe)),
         tokens=plan.tokens,
         source=SourceInfo(source_id, {name: FileInfo(**info) for name, info in hashes.items()}),
         files=files,
@@ -299,6 +332,12 @@ def _write_manifest(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _kv_dtype(ops: str, recipe: Recipe) -> str:
+    """The type of cache that a runtime allocates unless told otherwise: it does not round where nothing else does."""
+    exact = recipe.default is None and all(rule.scheme is None for rule in recipe.rules)
+    return "float32" if ops == "portable" or exact else "float16"
 
 
 def _tool_versions() -> dict[str, str]:

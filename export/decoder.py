@@ -1,4 +1,4 @@
-"""What the graphs of both families share: the documented inputs and outputs, positions, the KV cache, the head.
+"""What the portable graphs of both families share: documented inputs and outputs, positions, the KV cache, the head.
 
 Names and shapes are those ONNX Runtime GenAI expects, so that it runs the same folder:
 
@@ -18,7 +18,6 @@ output, i + 1 what layer i leaves) and, for a mixture, `router_logits.{i}` [batc
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 from onnx import TensorProto
 
 from edgelm.bundle import ModelInfo
@@ -45,8 +44,7 @@ class DecoderFrame:
             graph.input(f"past_key_values.{i}.value", FLOAT, cache)
         self.logits_start = graph.overridable("logits_start", int64(-1))
         self._lengths(mask)
-        cos, sin = rotary_tables(info.context_length, info.head_dim, rope_theta)
-        self.cos, self.sin = ops.computed("rope.cos", cos), ops.computed("rope.sin", sin)
+        self.cos, self.sin = ops.rotary(info.context_length, info.head_dim, rope_theta)
         # The declared 1 tells GenAI not to allocate logits for every position of a prompt; whoever feeds `logits_start`
         # gets as many as asked for (ONNX Runtime only logs that the declaration differs).
         graph.output("logits", FLOAT, ["batch_size", 1, info.vocab_size])
@@ -103,16 +101,3 @@ class DecoderFrame:
     def _record(self, name: str) -> str:
         self.debug_outputs.append((name, ["batch_size", "sequence_length", self.info.hidden_size]))
         return name
-
-
-def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """cos and sin [length, head_dim / 2] of rotate-half RoPE (Su et al. 2021, arXiv 2104.09864, section 3.4.2).
-
-    Angles are float32 products of float32 inverse frequencies, as the reference computes them, so that both agree to
-    the last bit at every position.
-    """
-    import torch
-
-    inverse = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
-    angles = torch.outer(torch.arange(length, dtype=torch.int64).float(), inverse)
-    return angles.cos().numpy(), angles.sin().numpy()

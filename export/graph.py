@@ -15,6 +15,7 @@ from edgelm.export.weights import Slot
 OPSET = 21
 IR_VERSION = 10
 MICROSOFT = "com.microsoft"
+EDGELM = "edgelm"
 
 Dims = Sequence[int | str]
 
@@ -50,20 +51,50 @@ class GraphBuilder:
         self._nodes.append(helper.make_node(op, list(inputs), names, name=f"{names[0]}/{op}", domain=domain, **attrs))
         return names[0]
 
+    def native_node(
+        self, op: str, inputs: Sequence[str], outputs: str | Sequence[str], label: str, **attrs: Any
+    ) -> str:
+        """Add a node of the domain `edgelm`; return its first output.
+
+        ONNX Runtime does not tell an operator its node's name: the attribute `name` is what its errors begin with.
+        Optional inputs at the end are left out, those in the middle have empty names.
+        """
+        used = list(inputs)
+        while not used[-1]:
+            used.pop()
+        first = self.node(op, used, outputs, EDGELM, **attrs)
+        self._nodes[-1].attribute.append(helper.make_attribute("name", label))
+        return first
+
     def constant(self, name: str, value: NDArray[Any]) -> str:
         """Add a small initializer stored in the graph itself."""
         if name not in self._initializers:
             self._initializers[name] = numpy_helper.from_array(value, name)
         return name
 
-    def weight(self, slot: Slot, name: str | None = None, dims: Sequence[int] | None = None, bf16: bool = False) -> str:
-        """Add an initializer that lies in the weights file; `name` and `dims` let two views share one slot."""
+    def weight(
+        self,
+        slot: Slot,
+        name: str | None = None,
+        dims: Sequence[int] | None = None,
+        bf16: bool = False,
+        size: int | None = None,
+    ) -> str:
+        """Add an initializer that lies in the weights file.
+
+        `name` and `dims` let two views share one slot; with `size` bytes a 1-D uint8 tensor goes on into what follows.
+        """
         name = name or slot.name
         tensor = TensorProto(name=name, data_location=TensorProto.EXTERNAL)
-        tensor.dims.extend(slot.dims if dims is None else dims)
+        dims = (size,) if size is not None else slot.dims if dims is None else dims
+        tensor.dims.extend(dims)
         # numpy has no bfloat16: such slots are planned as uint16 and declared as what they are.
         tensor.data_type = TensorProto.BFLOAT16 if bf16 else helper.np_dtype_to_tensor_dtype(slot.dtype)
-        for key, value in (("location", self._weights_file), ("offset", slot.offset), ("length", slot.size)):
+        for key, value in (
+            ("location", self._weights_file),
+            ("offset", slot.offset),
+            ("length", slot.size if size is None else size),
+        ):
             tensor.external_data.add(key=key, value=str(value))
         assert name not in self._initializers, f"{name} is added twice"
         self._initializers[name] = tensor
@@ -78,24 +109,30 @@ class GraphBuilder:
     ) -> onnx.ModelProto:
         """The finished model; `extra_outputs` (float32) are intermediate values that a debug graph also returns.
 
-        `exact` asks the quantised products for float32 activations instead of the int8 that they are faster with: a
-        debug graph then differs from the reference by float32 rounding only, and a wrong weight stands out.
+        `exact` asks the quantised products for float32 activations instead of the int8 that they are faster with, and
+        for all bits of every weight: a debug graph then differs from the reference by float32 rounding only, and a
+        wrong weight stands out.
         """
         outputs = self._outputs + [
             helper.make_tensor_value_info(n, TensorProto.FLOAT, list(d)) for n, d in extra_outputs
         ]
         nodes = [_exact(node) for node in self._nodes] if exact else self._nodes
         graph = helper.make_graph(nodes, name, self._inputs, outputs, list(self._initializers.values()))
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        domains = sorted({node.domain for node in nodes} - {""})
+        opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in domains)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgelm")
+
+
+# What the attributes of quantised products are in an exact graph, whichever flavour has them.
+_EXACT: dict[str, int | str] = {"accuracy_level": 0, "activations": "float32", "refine": 0}
 
 
 def _exact(node: onnx.NodeProto) -> onnx.NodeProto:
     copy = onnx.NodeProto()
     copy.CopyFrom(node)
     for attribute in copy.attribute:
-        if attribute.name == "accuracy_level":
-            attribute.i = 0
+        if attribute.name in _EXACT:
+            attribute.CopyFrom(helper.make_attribute(attribute.name, _EXACT[attribute.name]))
     return copy
 
 

@@ -68,11 +68,7 @@ def common_format(schemes: list[tuple[Scheme, int]]) -> BlockFormat:
 def codes_in(tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.uint8]:
     """Codes [N, K * bits / 8] at the format's width; 4-bit codes are widened by moving their zero point to 128."""
     bits = tensor.scheme.bits
-    if bits == fmt.bits:
-        return tensor.codes
-    assert bits < fmt.bits, "codes are never narrowed"
-    widened = unpack(tensor.codes, bits)
-    return (widened + np.uint8(_zero_shift(bits, fmt.bits))).astype(np.uint8)
+    return tensor.codes if bits == fmt.bits else widened(unpack(tensor.codes, bits), bits, fmt.bits)
 
 
 def scales_in(tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.float32]:
@@ -83,11 +79,10 @@ def scales_in(tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.float32]:
 def zeros_in(tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.uint8]:
     """Zero points packed along the blocks, [N, ceil(K / block * bits / 8)], low nibble first."""
     bits = tensor.scheme.bits
-    middle = np.full(tensor.scales.shape, tensor.scheme.symmetric_zero, np.uint8)
+    middle = np.full(tensor.scales.shape, tensor.integers.symmetric_zero, np.uint8)
     groups = middle if tensor.zeros is None else tensor.zeros
     zeros = _per_block(groups, tensor, fmt).astype(np.uint8)
-    if bits != fmt.bits:
-        zeros = (zeros + np.uint8(_zero_shift(bits, fmt.bits))).astype(np.uint8)
+    zeros = widened(zeros, bits, fmt.bits)
     if fmt.bits == 8:
         return np.ascontiguousarray(zeros)
     if zeros.shape[1] % 2:
@@ -101,8 +96,13 @@ def interleave(gate: NDArray[Any], up: NDArray[Any]) -> NDArray[Any]:
     return np.stack([gate, up], axis=1).reshape(2 * gate.shape[0], -1)
 
 
-def _zero_shift(bits: int, wider: int) -> int:
-    return (1 << (wider - 1)) - (1 << (bits - 1))
+def widened(codes: NDArray[np.uint8], bits: int, wider: int) -> NDArray[np.uint8]:
+    """Codes or zero points, one to a byte, as those of a wider type: the middle of one becomes that of the other."""
+    assert bits <= wider, "codes are never narrowed"
+    if bits == wider:
+        return codes
+    moved: NDArray[np.uint8] = codes + np.uint8((1 << (wider - 1)) - (1 << (bits - 1)))
+    return moved
 
 
 def _per_block(values: NDArray[Any], tensor: QuantTensor, fmt: BlockFormat) -> NDArray[Any]:

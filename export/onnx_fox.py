@@ -5,12 +5,30 @@ from __future__ import annotations
 from edgelm.bundle import ModelInfo
 from edgelm.export.decoder import DecoderFrame
 from edgelm.export.graph import int64
+from edgelm.export.native import NativeDecoder
 from edgelm.export.portable import PortableOps
 from edgelm.models.fox import FoxConfig
 
 
-def build(ops: PortableOps, info: ModelInfo, config: FoxConfig) -> DecoderFrame:
-    """Add the whole model to the graph of `ops`."""
+def build_native(model: NativeDecoder, config: FoxConfig) -> None:
+    """Add the whole model in native operators."""
+    del config
+    x = model.embedding("model.embed_tokens.weight")
+    for i in range(model.info.num_layers):
+        key, stem = f"model.layers.{i}", f"layers.{i}"
+        qkv = [f"{key}.self_attn.{p}_proj.weight" for p in "qkv"]
+        fused = model.linear(x, qkv, f"{stem}.attn.qkv", i, norm=f"{key}.input_layernorm.weight")
+        out = model.attention(fused, f"{stem}.attn.out", i)
+        x = model.linear(out, [f"{key}.self_attn.o_proj.weight"], f"{stem}.attn_sum", i, residual=x)
+        names = [f"{key}.mlp.gate_proj.weight", f"{key}.mlp.up_proj.weight"]
+        norm = f"{key}.post_attention_layernorm.weight"
+        product = model.linear(x, names, f"{stem}.mlp.gate_up", i, norm=norm, swiglu=True)
+        x = model.linear(product, [f"{key}.mlp.down_proj.weight"], model.hidden(i + 1), i, residual=x)
+    model.head(x, "model.norm.weight")
+
+
+def build_portable(ops: PortableOps, info: ModelInfo, config: FoxConfig) -> DecoderFrame:
+    """Add the whole model in portable operators to the graph of `ops`."""
     frame = DecoderFrame(ops, info, config.rope_theta)
     graph, eps = frame.graph, config.rms_norm_eps
     widths = int64(info.num_heads * info.head_dim, *[info.num_kv_heads * info.head_dim] * 2)

@@ -7,12 +7,35 @@ import numpy as np
 from edgelm.bundle import ModelInfo
 from edgelm.export.decoder import DecoderFrame
 from edgelm.export.graph import MICROSOFT, int64
+from edgelm.export.native import NativeDecoder
 from edgelm.export.portable import PortableOps, RouterSpec
 from edgelm.models.olmoe import OlmoeConfig
 
 
-def build(ops: PortableOps, info: ModelInfo, config: OlmoeConfig) -> DecoderFrame:
-    """Add the whole model to the graph of `ops`."""
+def build_native(model: NativeDecoder, config: OlmoeConfig) -> None:
+    """Add the whole model in native operators."""
+    x = model.embedding("model.embed_tokens.weight")
+    for i in range(model.info.num_layers):
+        key, stem = f"model.layers.{i}", f"layers.{i}"
+        qkv = [f"{key}.self_attn.{p}_proj.weight" for p in "qkv"]
+        fused = model.linear(x, qkv, f"{stem}.attn.qkv", i, norm=f"{key}.input_layernorm.weight")
+        norms = {f"{p}_norm": f"{key}.self_attn.{p}_norm.weight" for p in "qk"}
+        out = model.attention(fused, f"{stem}.attn.out", i, clip=config.clip_qkv, **norms)
+        x = model.linear(out, [f"{key}.self_attn.o_proj.weight"], f"{stem}.attn_sum", i, residual=x)
+        norm = f"{key}.post_attention_layernorm.weight"
+        router, experts = f"{key}.mlp.gate.weight", _experts(config, i)
+        x = model.mixture(x, router, experts, model.hidden(i + 1), i, norm=norm)
+    model.head(x, "model.norm.weight")
+
+
+def _experts(config: OlmoeConfig, layer: int) -> list[tuple[str, str, str]]:
+    """Each expert's gate, up and down."""
+    stems = [f"model.layers.{layer}.mlp.experts.{e}" for e in range(config.num_experts)]
+    return [(f"{s}.gate_proj.weight", f"{s}.up_proj.weight", f"{s}.down_proj.weight") for s in stems]
+
+
+def build_portable(ops: PortableOps, info: ModelInfo, config: OlmoeConfig) -> DecoderFrame:
+    """Add the whole model in portable operators to the graph of `ops`."""
     frame = DecoderFrame(ops, info, config.rope_theta)
     eps = config.rms_norm_eps
     x = frame.embedding("model.embed_tokens.weight")
@@ -63,13 +86,5 @@ def _mixture(frame: DecoderFrame, config: OlmoeConfig, normed: str, i: int) -> s
     scores = graph.node("FusedMatMul", [normed, router], f"{stem}.router", MICROSOFT, transA=0, transB=1, alpha=1.0)
     flat = graph.constant("flat_tokens", int64(-1, config.num_experts))
     logits = graph.node("Reshape", [scores, flat], frame.record_router(i))
-    experts = [
-        (
-            f"{key}.experts.{e}.gate_proj.weight",
-            f"{key}.experts.{e}.up_proj.weight",
-            f"{key}.experts.{e}.down_proj.weight",
-        )
-        for e in range(config.num_experts)
-    ]
     spec = RouterSpec(config.num_experts, config.num_experts_per_tok, config.norm_topk_prob)
-    return ops.experts(normed, logits, experts, spec, f"{stem}.moe", i)
+    return ops.experts(normed, logits, _experts(config, i), spec, f"{stem}.moe", i)

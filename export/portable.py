@@ -24,17 +24,18 @@ from onnx import TensorProto
 from edgelm.errors import ExportError
 from edgelm.export.graph import MICROSOFT, GraphBuilder, int64
 from edgelm.export.layout import BlockFormat, codes_in, common_format, interleave, scales_in, zeros_in
+from edgelm.export.ops import STORAGE, LayerOps, stored_as
 from edgelm.export.weights import BLOCK_WEIGHTS, Slot, SlotWriter, WeightsPlan
 from edgelm.progress import Advance
-from edgelm.quant.source import PARTS, WeightSource, part_name
+from edgelm.quant.scheme import Scheme
+from edgelm.quant.source import WeightSource
 from edgelm.quant.tensor import QuantTensor
 
 FLOAT = TensorProto.FLOAT
 # MatMulNBits' and QMoE's "4": activations are quantised to int8 per block on the fly, about 1 % of noise per product
 # and the only mode whose kernels use the CPU's integer dot products.
 ACCURACY_INT8 = 4
-
-STORAGE = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+BITS = (4, 8)
 
 
 @dataclass(frozen=True)
@@ -63,48 +64,15 @@ class RouterSpec:
     renormalise: bool
 
 
-class PortableOps:
-    """Adds layers to a graph and plans their weights.
-
-    Args:
-        graph: the graph to add to.
-        plan: where weights are planned.
-        source: the checkpoint's tensors, quantised as the recipe says.
-        dtype: how matrices that stay unquantised are stored: "float32", "float16" or "bfloat16". Arithmetic is float32.
-    """
+class PortableOps(LayerOps):
+    """Adds layers in portable operators to a graph; the arguments are those of `LayerOps`."""
 
     def __init__(self, graph: GraphBuilder, plan: WeightsPlan, source: WeightSource, dtype: str) -> None:
-        self.graph = graph
-        self.plan = plan
-        self.source = source
-        self.dtype = dtype
+        super().__init__(graph, plan, source, dtype)
         self._quantized: dict[str, QuantizedSlots] = {}
         self._float: dict[str, Slot] = {}
 
-    def nbytes(self, name: str) -> int:
-        """Bytes of a tensor in the checkpoint, where it is stored whole or in quantised parts."""
-        tensors = self.source.checkpoint.tensors
-        keys = [name] if name in tensors else [part_name(name, part) for part in PARTS]
-        return sum(tensors[key].nbytes for key in keys if key in tensors)
-
     # -- weights ---------------------------------------------------------------------------------------------------
-
-    def vector(self, name: str, layer: int | None) -> str:
-        """A float32 vector of the checkpoint (a norm's weight)."""
-        slot = self.plan.slot(name, self.source.shape(name), np.float32, layer)
-
-        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
-            writers[0].append(self.source.float32(name))
-            advance(self.nbytes(name))
-
-        self.plan.job([slot], fill)
-        return self.graph.weight(slot)
-
-    def computed(self, name: str, value: NDArray[np.float32]) -> str:
-        """A float32 tensor that is computed here (the rotary tables)."""
-        slot = self.plan.slot(name, value.shape, np.float32, None)
-        self.plan.job([slot], lambda writers, advance: writers[0].append(value))
-        return self.graph.weight(slot)
 
     def float_matrix(self, name: str, layer: int | None, dtype: str) -> Slot:
         """Plan an unquantised matrix, stored as it stands in the checkpoint, [out, in]."""
@@ -341,31 +309,17 @@ class PortableOps:
         return fc1, fc2
 
 
-def stored_as(values: NDArray[Any], dtype: str, name: str) -> NDArray[Any]:
-    """Round float32 to the storage type: nearest, ties to even; bfloat16 as its upper 16 bits.
-
-    Raises:
-        ExportError: a value does not fit into float16.
-    """
-    if dtype == "float32":
-        return values
-    if dtype == "bfloat16":
-        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-        rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-        return (rounded >> np.uint32(16)).astype(np.uint16)
-    with np.errstate(over="ignore"):
-        half = values.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise ExportError(f"{name} has values beyond float16's range (65504): export it as bfloat16 or float32")
-    return half
-
-
 def _row_blocks(rows: int, columns: int) -> list[slice]:
     step = max(1, BLOCK_WEIGHTS // columns)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _scheme(source: WeightSource, name: str) -> Any:
+def _scheme(source: WeightSource, name: str) -> Scheme:
     scheme = source.scheme(name)
     assert scheme is not None, name
+    if not isinstance(scheme, Scheme) or scheme.bits not in BITS:
+        raise ExportError(
+            f"{name} is {scheme.name} in this recipe, which ONNX Runtime's own operators do not have (they have int4 "
+            "and int8): export with --ops native, or choose another recipe"
+        )
     return scheme

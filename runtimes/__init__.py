@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from edgelm.errors import EdgeLMError, RuntimeUnavailableError
@@ -12,19 +14,21 @@ from edgelm.runtimes.base import Runtime
 
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
+    from edgelm.runtimes.onnxruntime_common import TracingModel
 
-__all__ = ["Runtime", "RuntimeEntry", "open_runtime", "runtimes"]
+__all__ = ["Runtime", "RuntimeEntry", "open_runtime", "open_tracing", "runtimes"]
 
 
 @dataclass(frozen=True)
 class RuntimeEntry:
     """One way to run bundles.
 
-    `module` has `open(bundle, **options) -> Runtime` and is imported only when the runtime is opened.
+    `modules` has one for each flavour of operators that it runs. A module has `open(bundle, **options) -> Runtime`, may
+    have `open_tracing(bundle, threads=...)` for the debug graph, and is imported only when it is needed.
     """
 
     name: str
-    module: str
+    modules: Mapping[str, str]
     targets: tuple[str, ...]
     requires: str
     install: str
@@ -40,11 +44,14 @@ class RuntimeEntry:
 _ENTRIES = (
     RuntimeEntry(
         name="onnxruntime-cpu",
-        module="edgelm.runtimes.onnxruntime_cpu",
+        modules={
+            "native": "edgelm.runtimes.onnxruntime_native",
+            "portable": "edgelm.runtimes.onnxruntime_cpu",
+        },
         targets=("cpu",),
         requires="onnxruntime",
         install="pip install 'edgelm[cpu]'",
-        options=("threads", "context_length", "chunk"),
+        options=("threads", "context_length", "chunk", "kv"),
         summary="ONNX Runtime on the processor",
     ),
 )
@@ -82,11 +89,31 @@ def _choose(bundle: Bundle, name: str | None) -> RuntimeEntry:
     raise RuntimeUnavailableError(f"nothing installed can run {bundle.path}: {ways}")
 
 
-def open_runtime(bundle: Bundle, name: str | None = None, **options: int | None) -> Runtime:
+def _module(entry: RuntimeEntry, bundle: Bundle) -> ModuleType:
+    ops = bundle.manifest.ops
+    if ops not in entry.modules:
+        raise RuntimeUnavailableError(
+            f"{bundle.path} has {ops} operators, {entry.name} runs {', '.join(entry.modules)}: upgrade edgelm, or "
+            "export the bundle again"
+        )
+    return importlib.import_module(entry.modules[ops])
+
+
+def open_tracing(bundle: Bundle, name: str, *, threads: int | None = None) -> TracingModel | None:
+    """Load the debug graph into the runtime called `name`, None where it has none. Raises as `open_runtime`."""
+    opener = getattr(_module(_choose(bundle, name), bundle), "open_tracing", None)
+    if opener is None:
+        return None
+    tracing: TracingModel = opener(bundle, threads=threads)
+    return tracing
+
+
+def open_runtime(bundle: Bundle, name: str | None = None, **options: int | str | None) -> Runtime:
     """Load `bundle` into a runtime: the one called `name`, else the best available one for the bundle's target.
 
     Options that are None are left to the runtime. `threads`: default the physical cores this process may use.
-    `context_length`: positions to allocate, default the model's, at most 4096. `chunk`: tokens a prefill step.
+    `context_length`: positions to allocate, default the model's, at most 4096. `chunk`: tokens a prefill step. `kv`:
+    type of the cache, for bundles with native operators "float16" (the default), "float32" or "int8".
 
     Raises:
         RuntimeUnavailableError: no such runtime, not one for this bundle, or its package is not installed.
@@ -98,6 +125,5 @@ def open_runtime(bundle: Bundle, name: str | None = None, **options: int | None)
         if option not in entry.options:
             raise EdgeLMError(f"{entry.name} has no option {option!r}; it has: {', '.join(entry.options)}")
     given = {option: value for option, value in options.items() if value is not None}
-    module = importlib.import_module(entry.module)
-    runtime: Runtime = module.open(bundle, **given)
+    runtime: Runtime = _module(entry, bundle).open(bundle, **given)
     return runtime

@@ -29,6 +29,7 @@ def chat(
     runtime: str | None,
     threads: int | None,
     context_length: int | None,
+    kv: str | None,
     quiet: bool,
     **sampling: Any,
 ) -> None:
@@ -37,7 +38,7 @@ def chat(
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - line editing and history in input()
-    with load(bundle, runtime=runtime, threads=threads, context_length=context_length) as model:
+    with load(bundle, runtime=runtime, threads=threads, context_length=context_length, kv=kv) as model:
         start = [] if system is None else [{"role": "system", "content": system}]
         # A model without a template, or one that takes no system message, says so before the first question.
         model.render_chat([*start, {"role": "user", "content": "?"}])

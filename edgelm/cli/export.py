@@ -12,7 +12,13 @@ import click
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Bundle folder to write.")
 @click.option("--recipe", default=None, help="int4 (default), int8, none, or a TOML file.")
 @click.option("--target", default="cpu", show_default=True, type=click.Choice(["cpu"]), help="What the bundle is for.")
-@click.option("--ops", default="portable", show_default=True, type=click.Choice(["portable"]), help="Operator flavour.")
+@click.option(
+    "--ops",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "native", "portable"]),
+    help="Operators: EdgeLM's own, or ONNX Runtime's, which run everywhere; auto is native where they are installed.",
+)
 @click.option(
     "--dtype",
     default="auto",

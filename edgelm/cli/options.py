@@ -14,9 +14,17 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 BUNDLE = click.Path(path_type=Path)
 
 
+kv_option = click.option(
+    "--kv",
+    type=click.Choice(["float16", "float32", "int8"]),
+    help="Type of the cache [float16; float32 for portable bundles].",
+)
+
+
 def loading_options(command: Command) -> Command:
-    """Which runtime, how many threads, how much context."""
+    """Which runtime, how many threads, how much context, what cache."""
     for option in (
+        kv_option,
         click.option("--context-length", type=click.IntRange(min=1), help="Positions to allocate [model's, <= 4096]."),
         click.option("--threads", type=click.IntRange(min=1), help="Threads [physical cores allowed]."),
         click.option("--runtime", metavar="NAME", help="Runtime [the best one here]; `edgelm doctor` lists them."),

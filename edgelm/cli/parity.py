@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgelm.cli.options import kv_option
+
 if TYPE_CHECKING:
     from edgelm.parity.result import Check, ParityReport
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 @click.option("--checkpoint", metavar="DIR", help="Compute the reference anew from this checkpoint (needs torch).")
 @click.option("--runtime", metavar="NAME", help="Runtime [the best one here]; `edgelm doctor` lists them.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads [physical cores allowed].")
+@kv_option
 @click.option("--no-integrity", is_flag=True, help="Do not hash the files first; judge the arithmetic alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 def parity(
@@ -25,6 +28,7 @@ def parity(
     checkpoint: str | None,
     runtime: str | None,
     threads: int | None,
+    kv: str | None,
     no_integrity: bool,
     as_json: bool,
 ) -> None:
@@ -42,6 +46,7 @@ def parity(
         bundle,
         runtime=runtime,
         threads=threads,
+        kv=kv,
         checkpoint=checkpoint,
         integrity=not no_integrity,
         progress=progress,

@@ -27,6 +27,7 @@ def run(
     runtime: str | None,
     threads: int | None,
     context_length: int | None,
+    kv: str | None,
     quiet: bool,
     as_json: bool,
     **sampling: Any,
@@ -45,7 +46,7 @@ def run(
         raise click.UsageError("--system needs --chat: without a chat template there is no system message")
     text = sys.stdin.read() if prompt == "-" else prompt
     options = given(**sampling)
-    with load(bundle, runtime=runtime, threads=threads, context_length=context_length) as model:
+    with load(bundle, runtime=runtime, threads=threads, context_length=context_length, kv=kv) as model:
         if as_chat:
             messages = [{"role": "user", "content": text}]
             if system is not None:

@@ -31,6 +31,7 @@ def check_parity(
     *,
     runtime: str | None = None,
     threads: int | None = None,
+    kv: str | None = None,
     checkpoint: Path | str | None = None,
     integrity: bool = True,
     progress: Progress | None = None,
@@ -41,6 +42,7 @@ def check_parity(
         bundle: an opened bundle or its folder.
         runtime: which runtime to use; None picks the best one here.
         threads: for the runtime; None is its default.
+        kv: type of the cache of keys and values, for runtimes that have a choice; None is the runtime's default.
         checkpoint: compute the reference anew from this checkpoint (needs torch) and compare the stored pack with it.
         integrity: hash every file first. Without it only the arithmetic is judged.
         progress: where to report to.
@@ -69,7 +71,7 @@ def check_parity(
         reference = f"computed now from {checkpoint}"
     tokenizer, checks_of_it = _tokenizer(bundle, pack)
     checks += checks_of_it
-    run = run_device(bundle, pack, runtime, threads, progress)
+    run = run_device(bundle, pack, runtime, threads, progress, kv)
     diagnosis = None if run.trace is None else diagnose(pack, run.trace, limits)
     checks += verdict.logits(pack, run, limits)
     checks += verdict.greedy(pack, run, limits)

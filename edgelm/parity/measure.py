@@ -7,11 +7,10 @@ a time through the cache), and the debug graph with its hidden states. Logits ar
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +24,7 @@ from edgelm.progress import Progress
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
     from edgelm.runtimes import Runtime
+    from edgelm.runtimes.onnxruntime_common import TracingModel
 
 # Logits of the debug graph come in one piece a pass; a prompt whose logits are larger alone is traced without.
 _DEBUG_LOGITS_BYTES = 512 << 20
@@ -80,15 +80,23 @@ class DeviceRun:
 
 
 def run_device(
-    bundle: Bundle, pack: ParityPack, runtime: str | None, threads: int | None, progress: Progress
+    bundle: Bundle,
+    pack: ParityPack,
+    runtime: str | None,
+    threads: int | None,
+    progress: Progress,
+    kv: str | None = None,
 ) -> DeviceRun:
-    """Run both graphs over the pack's prompts, one graph after the other so that only one is in memory."""
-    from edgelm.runtimes import open_runtime
+    """Run both graphs over the pack's prompts, one graph after the other so that only one is in memory.
+
+    `kv` is the type of the cache that the shipped graph is run with; None is the runtime's own choice.
+    """
+    from edgelm.runtimes import open_runtime, open_tracing
 
     run = DeviceRun(LogitRecord(pack), LogitRecord(pack), LogitRecord(pack))
     longest = max(prompt.fed for prompt in pack.prompts)
     start = time.perf_counter()
-    with open_runtime(bundle, runtime, threads=threads, context_length=longest) as model:
+    with open_runtime(bundle, runtime, threads=threads, context_length=longest, kv=kv) as model:
         run.load_s = time.perf_counter() - start
         run.runtime, run.threads = model.name, model.threads
         with progress.task("running the graph", sum(prompt.fed for prompt in pack.prompts), unit="steps") as advance:
@@ -100,11 +108,12 @@ def run_device(
                 for block in model.logits_all(ids):
                     at = run.at_once.put(at, block)
                 advance(prompt.fed)
-    tracer = _tracer(model.name)
-    if tracer is None:
+    debug = open_tracing(bundle, model.name, threads=threads)
+    if debug is None:
         run.notes.append(f"{model.name} has no debug graph: layers were not compared, only logits")
-    else:
-        run.trace = _trace(tracer, bundle, pack, threads, run, progress)
+        return run
+    with debug:
+        run.trace = _trace(debug, bundle, pack, run, progress)
     return run
 
 
@@ -125,13 +134,6 @@ def _decode(model: Runtime, run: DeviceRun, ids: list[int], first: int, length: 
         at = run.decoded.put(at, logits[None, :])
     run.decode_s += spent
     run.decode_tokens += len(ids) - length
-
-
-def _tracer(runtime: str) -> Any:
-    from edgelm.runtimes import runtimes
-
-    module = next(entry.module for entry in runtimes() if entry.name == runtime)
-    return getattr(importlib.import_module(module), "TracingRuntime", None)
 
 
 def _batches(pack: ParityPack, vocab_size: int) -> Iterator[tuple[list[GoldenPrompt], bool]]:
@@ -155,18 +157,13 @@ def _batches(pack: ParityPack, vocab_size: int) -> Iterator[tuple[list[GoldenPro
         yield batch, True
 
 
-def _trace(
-    tracer: Any, bundle: Bundle, pack: ParityPack, threads: int | None, run: DeviceRun, progress: Progress
-) -> DeviceTrace:
+def _trace(debug: TracingModel, bundle: Bundle, pack: ParityPack, run: DeviceRun, progress: Progress) -> DeviceTrace:
     layers, count, experts = pack.num_layers, len(pack.ids), pack.num_experts
     signs = sign_matrix(bundle.manifest.model.hidden_size, pack.sketch_seed)
     norms = np.zeros((layers + 1, count), np.float32)
     sketches = np.zeros((layers + 1, count, signs.shape[1]), np.float32)
     router = np.zeros((layers, count, experts), np.float32) if experts else None
-    with (
-        tracer(bundle, threads=threads) as debug,
-        progress.task("tracing the layers", count, unit="steps") as advance,
-    ):
+    with progress.task("tracing the layers", count, unit="steps") as advance:
         for prompts, fits in _batches(pack, bundle.manifest.model.vocab_size):
             results = debug.trace_all([pack.ids[prompt.positions].tolist() for prompt in prompts], logits=fits)
             for prompt, result in zip(prompts, results, strict=True):

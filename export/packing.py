@@ -1,0 +1,286 @@
+"""Packs matrices into the layout that the compiled operators read in place (`edgelm.packed`), and unpacks them.
+
+Pure numpy. Codes, scales and zero points are reordered and, where a matrix joins others of more bits or smaller groups,
+widened and repeated: nothing is rounded. Neighbouring columns of a row are moved as units of four bytes, so packing is
+a few passes over 32-bit numbers and one transposition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.errors import ExportError
+from edgelm.export.layout import widened
+from edgelm.packed import BLOCK, TILE, Kind, PackedMatrix, Scales
+from edgelm.quant.primitives import pack, unpack
+from edgelm.quant.scheme import Scheme
+from edgelm.quant.tensor import QuantTensor
+
+Bytes = NDArray[np.uint8]
+Units = NDArray[np.uint32]
+
+FLOAT_KINDS = {"float16": Kind.FLOAT16, "bfloat16": Kind.BFLOAT16, "float32": Kind.FLOAT32}
+_INTEGER_KINDS = {3: Kind.INT3, 4: Kind.INT4, 8: Kind.INT8}
+_BITS = {Kind.INT3: 3, Kind.INT4: 4, Kind.INT8: 8, Kind.INT8_PLANES: 8}
+_FLOAT_TYPES = {Kind.FP8: np.uint8, Kind.FLOAT16: np.float16, Kind.BFLOAT16: np.uint16, Kind.FLOAT32: np.float32}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a matrix of any number of rows is to be packed: weights, scales, zero points, and columns to a scale."""
+
+    kind: Kind
+    scales: Scales
+    zeros: bool
+    group: int
+
+    def matrix(self, rows: int, columns: int, *, swiglu: bool = False) -> PackedMatrix:
+        """A matrix of this format."""
+        return PackedMatrix(self.kind, self.scales, self.zeros, swiglu, rows, columns, self.group)
+
+
+def float_format(dtype: str, columns: int) -> Format:
+    """The format of a matrix that stays float: `dtype` is "float16", "bfloat16" or "float32"."""
+    return Format(FLOAT_KINDS[dtype], Scales.NONE, False, columns)
+
+
+def common_format(schemes: Sequence[Any], columns: int, name: str) -> Format | None:
+    """The one format that holds rows of all these (effective) schemes exactly; None where there is none.
+
+    `schemes` are `edgelm.quant.scheme`'s. `name` is what errors call the matrix.
+
+    Raises:
+        ExportError: the layout cannot hold one of them: groups that are no multiple of 32.
+    """
+    groups = [scheme.group_size(columns) for scheme in schemes]
+    integer = [isinstance(scheme, Scheme) for scheme in schemes]
+    if not any(integer):
+        return Format(Kind.FP8, Scales.FLOAT32, False, min(groups))
+    if not all(integer):
+        return None
+    for scheme, group in zip(schemes, groups, strict=True):
+        if group % BLOCK:
+            raise ExportError(
+                f"{name} is {scheme.name} with rows of {columns}: the native operators want groups of 32, or a "
+                "multiple; choose a wider group in the recipe, keep it float, or export with --ops portable"
+            )
+    bits = max(scheme.bits for scheme in schemes)
+    zeros = not all(scheme.symmetric for scheme in schemes)
+    return Format(_INTEGER_KINDS[bits], Scales.FLOAT16, zeros, min(groups))
+
+
+def pack_codes(tensor: QuantTensor, fmt: Format, out: Bytes, lower: Bytes | None = None) -> None:
+    """Pack quantised rows into tiles.
+
+    Args:
+        tensor: rows whose scheme `fmt` holds exactly.
+        fmt: the format of the whole matrix.
+        out: zeros [tiles, groups, record bytes] to fill, of at least as many rows; strides are free but the last.
+        lower: for INT8_PLANES, [tiles, K / 32 * 512] to fill with the lower halves.
+    """
+    tiles, groups = out.shape[:2]
+    columns = tensor.shape[1]
+    scales = _repeated(tensor.scales, groups).astype(_scale_type(fmt.scales), copy=False)
+    _place(scales, out[:, :, : _scale_bytes(fmt)].view(scales.dtype), 1)
+    if fmt.kind is Kind.FP8:
+        _place(tensor.codes, out[:, :, _scale_bytes(fmt) :], columns // groups)
+        return
+    bits = _BITS[fmt.kind]
+    if fmt.zeros:
+        middle = 1 << (tensor.scheme.bits - 1)
+        zeros = np.full(tensor.scales.shape, middle, np.uint8) if tensor.zeros is None else tensor.zeros
+        zeros = widened(_repeated(zeros, groups), tensor.scheme.bits, bits)
+        start = _scale_bytes(fmt)
+        _place(zeros, out[:, :, start : start + TILE], 1)
+    units, low = _units(tensor, fmt.kind)
+    _place(units, out[:, :, _head_bytes(fmt) :].view(np.uint32), units.shape[1] // groups)
+    if low is not None:
+        assert lower is not None
+        _place(low, lower.reshape(tiles, 1, -1).view(np.uint32), low.shape[1])
+
+
+def stacked(tensors: Sequence[QuantTensor], fmt: Format) -> QuantTensor:
+    """The rows of several matrices as one, whose scheme holds what `fmt` holds."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first
+    columns = first.shape[1]
+    if any(tensor.scheme != first.scheme for tensor in tensors):
+        bits, groups = _BITS.get(fmt.kind, 8), columns // fmt.group
+        if fmt.kind is Kind.FP8:
+            finest = min((tensor.scheme for tensor in tensors), key=lambda scheme: scheme.group_size(columns))
+            tensors = [replace(t, scales=_repeated(t.scales, groups), scheme=finest) for t in tensors]
+        else:
+            scheme = Scheme(bits, None if fmt.group == columns else fmt.group, not fmt.zeros)
+            tensors = [_as_scheme(tensor, scheme, groups) for tensor in tensors]
+    zeros = [tensor.zeros for tensor in tensors if tensor.zeros is not None]
+    return QuantTensor(
+        np.concatenate([tensor.codes for tensor in tensors]),
+        np.concatenate([tensor.scales for tensor in tensors]),
+        np.concatenate(zeros) if zeros else None,
+        tensors[0].scheme,
+        (sum(tensor.shape[0] for tensor in tensors), columns),
+    )
+
+
+def _as_scheme(tensor: QuantTensor, scheme: Scheme, groups: int) -> QuantTensor:
+    """The very same values with as many or more bits, groups and zero points."""
+    bits = tensor.scheme.bits
+    codes = tensor.codes
+    if bits != scheme.bits:
+        codes = pack(widened(unpack(codes, bits), bits, scheme.bits), scheme.bits)
+    zeros = None
+    if not scheme.symmetric:
+        zeros = np.full(tensor.scales.shape, 1 << (bits - 1), np.uint8) if tensor.zeros is None else tensor.zeros
+        zeros = widened(_repeated(zeros, groups), bits, scheme.bits)
+    return QuantTensor(codes, _repeated(tensor.scales, groups), zeros, scheme, tensor.shape)
+
+
+def pack_floats(values: NDArray[Any], out: Bytes) -> None:
+    """Pack rows [N, K] of float32, float16 or bfloat16 (as uint16) into `out`, zeros [tiles, 1, record bytes]."""
+    _place(values, out.view(values.dtype), values.shape[1])
+
+
+def _scale_type(scales: Scales) -> type[np.floating[Any]]:
+    return np.float16 if scales is Scales.FLOAT16 else np.float32
+
+
+def _scale_bytes(fmt: Format) -> int:
+    return TILE * np.dtype(_scale_type(fmt.scales)).itemsize
+
+
+def _head_bytes(fmt: Format) -> int:
+    return _scale_bytes(fmt) + (2 * TILE if fmt.zeros else 0)
+
+
+def _repeated(values: NDArray[Any], groups: int) -> NDArray[Any]:
+    times, rest = divmod(groups, values.shape[1])
+    assert rest == 0, "a group never spans two"
+    return np.repeat(values, times, axis=1) if times > 1 else values
+
+
+def _place(values: NDArray[Any], out: NDArray[Any], per_group: int) -> None:
+    """[N, groups * per_group] to `out` [tiles, groups, per_group * 32]: the rows of a tile become neighbours."""
+    tiles, groups = out.shape[:2]
+    target = out.reshape(tiles, groups, per_group, TILE)
+    assert np.may_share_memory(target, out), "the last axis of a record has no gaps"
+    whole, rest = divmod(len(values), TILE)
+    shape = (whole, TILE, groups, per_group)
+    target[:whole] = values[: whole * TILE].reshape(shape).transpose(0, 2, 3, 1)
+    if rest:
+        target[whole, :, :, :rest] = values[whole * TILE :].reshape(rest, groups, per_group).transpose(1, 2, 0)
+
+
+def _units(tensor: QuantTensor, kind: Kind) -> tuple[Units, Units | None]:
+    """Codes as units of 32 bits [N, K / 32 * units of a block], in the columns' order; for planes, upper and lower."""
+    bits = tensor.scheme.bits
+    if kind is Kind.INT4 and bits == 4:
+        return _shuffled(_as_units(tensor.codes)), None
+    codes = _as_units(widened(unpack(tensor.codes, bits), bits, _BITS[kind]))
+    if kind is Kind.INT8:
+        return codes, None
+    if kind is Kind.INT3:
+        return _int3(codes), None
+    even, odd = codes[:, 0::2], codes[:, 1::2]
+    low = (even & _LOW) | ((odd & _LOW) << np.uint32(4))
+    if kind is Kind.INT4:
+        return low, None
+    return ((even >> np.uint32(4)) & _LOW) | (odd & ~_LOW), low
+
+
+_LOW = np.uint32(0x0F0F0F0F)
+
+
+def _as_units(codes: Bytes) -> Units:
+    return np.ascontiguousarray(codes).view(np.uint32)
+
+
+def _shuffled(units: Units) -> Units:
+    """Nibbles 0 .. 7 of each unit to the order 0 4 1 5 2 6 3 7: two columns four apart share a byte."""
+    inner = (units ^ (units >> np.uint32(8))) & np.uint32(0x0000FF00)
+    units = units ^ inner ^ (inner << np.uint32(8))
+    inner = (units ^ (units >> np.uint32(4))) & np.uint32(0x00F000F0)
+    units ^= inner
+    units ^= inner << np.uint32(4)
+    return units
+
+
+def _int3(codes: Units) -> Units:
+    """[N, K / 4] units of a code a byte to [N, K / 32 * 3]: low two bits of 16 columns twice, then the third of 32."""
+    octets = codes.reshape(len(codes), -1, 2, 4)
+    pairs = octets & np.uint32(0x03030303)
+    found = np.empty((*octets.shape[:2], 3), np.uint32)
+    found[:, :, :2] = np.bitwise_or.reduce(pairs << (np.arange(4, dtype=np.uint32) * 2), axis=3)
+    third = (octets.reshape(len(codes), -1, 8) >> np.uint32(2)) & np.uint32(0x01010101)
+    found[:, :, 2] = np.bitwise_or.reduce(third << np.arange(8, dtype=np.uint32), axis=2)
+    return found.reshape(len(codes), -1)
+
+
+def unpack_matrix(matrix: PackedMatrix, data: bytes | Bytes) -> tuple[NDArray[Any], ...]:
+    """Take a packed matrix apart again: the slow, obvious inverse of packing.
+
+    Args:
+        matrix: its header, parsed.
+        data: all its bytes, from the header on.
+
+    Returns:
+        Codes uint8 [N, K], scales [N, groups] and zero points uint8 [N, groups] (all the middle where none are stored);
+        of a float matrix its values [N, K] alone, of fp8 codes and scales.
+    """
+    raw = np.frombuffer(data, np.uint8)
+    tiles, groups = matrix.tiles, matrix.groups
+    records = raw[64 : matrix.first_bytes].reshape(tiles, groups, matrix.record_bytes)
+    codes = np.ascontiguousarray(records[:, :, matrix.head_bytes :])
+    scales = np.ascontiguousarray(records[:, :, : matrix.head_bytes - (2 * TILE if matrix.zeros else 0)])
+    if not matrix.kind.is_integer:
+        values = codes.view(_FLOAT_TYPES[matrix.kind]).reshape(tiles, groups, matrix.group, TILE)
+        found: list[NDArray[Any]] = [_rows(values.transpose(0, 3, 1, 2).reshape(tiles * TILE, -1), matrix)]
+        if matrix.scales is not Scales.NONE:
+            found.append(_per_row(scales.view(_scale_type(matrix.scales)), matrix))
+        return tuple(found)
+    stored = codes.reshape(tiles, groups * matrix.group // BLOCK, -1)
+    lower = None
+    if matrix.kind is Kind.INT8_PLANES:
+        lower = raw[matrix.low_plane : matrix.nbytes].reshape(stored.shape)
+    columns = np.stack([_column(stored, lower, k, matrix.kind) for k in range(BLOCK)], axis=-1)
+    unpacked = _rows(columns.transpose(0, 2, 1, 3).reshape(tiles * TILE, -1), matrix)
+    if matrix.zeros:
+        start = matrix.head_bytes - 2 * TILE
+        zeros = _per_row(np.ascontiguousarray(records[:, :, start : start + TILE]), matrix)
+    else:
+        zeros = np.full((matrix.rows, groups), 1 << (_BITS[matrix.kind] - 1), np.uint8)
+    return unpacked, _per_row(scales.view(_scale_type(matrix.scales)), matrix), zeros
+
+
+def _column(blocks: Bytes, lower: Bytes | None, k: int, kind: Kind) -> Bytes:
+    """Column k of every block [tiles, blocks, bytes]: codes [tiles, blocks, 32], as layout.h writes it down."""
+
+    def taken(data: Bytes, at: int) -> Bytes:
+        return data[:, :, [at + 4 * n + k % 4 for n in range(TILE)]]
+
+    if kind is Kind.INT8:
+        return taken(blocks, 128 * (k // 4))
+    if kind is Kind.INT3:
+        pair = taken(blocks, 128 * (k // 16)) >> np.uint8(2 * (k % 16 // 4)) & np.uint8(3)
+        return pair | (taken(blocks, 256) >> np.uint8(k // 4) & np.uint8(1)) << np.uint8(2)
+    shift = np.uint8(4 * (k % 8 // 4))
+    upper = taken(blocks, 128 * (k // 8)) >> shift & np.uint8(15)
+    return upper if lower is None else upper << np.uint8(4) | (taken(lower, 128 * (k // 8)) >> shift & np.uint8(15))
+
+
+def _per_row(values: NDArray[Any], matrix: PackedMatrix) -> NDArray[Any]:
+    """[tiles, groups, 32] to [N, groups]."""
+    return _rows(values.transpose(0, 2, 1).reshape(matrix.tiles * TILE, -1), matrix)
+
+
+def _rows(values: NDArray[Any], matrix: PackedMatrix) -> NDArray[Any]:
+    """Rows in the checkpoint's order, without those that fill up a tile."""
+    if not matrix.swiglu:
+        return values[: matrix.rows]
+    parts = values.reshape(matrix.tiles // 2, 2, TILE, -1)
+    return np.concatenate([parts[:, i].reshape(-1, values.shape[1])[: matrix.outputs] for i in range(2)])

@@ -1,0 +1,378 @@
+"""What both flavours of ONNX graph share on the processor: sessions, bound buffers, prefill in chunks, tracing.
+
+The cache of keys and values is allocated once and bound both as the graph's past and as its present, so a step writes
+its rows in place and copies nothing. Every other input and the logits are bound to buffers that are reused.
+"""
+
+from __future__ import annotations
+
+import mmap
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.devices import allowed_cores, return_free_memory
+from edgelm.errors import BundleError, EdgeLMError, RuntimeUnavailableError
+from edgelm.runtimes.base import Runtime, checked_tokens, choose_context_length, context_full, interruptible
+
+if TYPE_CHECKING:
+    import onnxruntime  # type: ignore[import-untyped]  # it has no type information
+
+    from edgelm.bundle import Bundle
+
+MINIMUM_VERSION = (1, 31, 1)
+DEFAULT_CHUNK = 512
+_LOGITS_BYTES = 64 << 20
+
+
+def import_onnxruntime() -> Any:
+    """The package, new enough.
+
+    Raises:
+        RuntimeUnavailableError: it is missing or too old.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise RuntimeUnavailableError("onnxruntime is not installed: pip install 'edgelm[cpu]'") from error
+    # Until 1.31.1 QMoE on the CPU renormalised the routing weights: wrong by about three times on OLMoE.
+    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:3] if part.isdigit())
+    if version < MINIMUM_VERSION:
+        wanted = ".".join(map(str, MINIMUM_VERSION))
+        raise RuntimeUnavailableError(
+            f"onnxruntime {onnxruntime.__version__} is too old, {wanted} is needed: pip install 'onnxruntime>={wanted}'"
+        )
+    return onnxruntime
+
+
+def create_session(
+    bundle: Bundle, file: str, threads: int, prepare: Callable[[Any], None] | None = None
+) -> onnxruntime.InferenceSession:
+    """Load one of the bundle's graphs; `prepare` may change the session's options first.
+
+    Raises:
+        BundleError: ONNX Runtime cannot load it.
+        EdgeLMError: fewer than one thread.
+    """
+    ort = import_onnxruntime()
+    if threads < 1:
+        raise EdgeLMError(f"threads is {threads}: give 1 or more")
+    options = ort.SessionOptions()
+    # Given explicitly: with 0 it would pin threads to cores, outside containers' cpusets too.
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    # A pattern is planned and kept for every shape of the inputs, and the portable mask is one longer at each token.
+    options.enable_mem_pattern = False
+    # Long enough to catch the next operator, short enough to leave the core to others: with the default of a
+    # millisecond, decoding falls to a half or a third as soon as another process wants a core.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+    # Failures come as exceptions; the log would say them a second time on stderr.
+    options.log_severity_level = 4
+    if prepare is not None:
+        prepare(options)
+    path = bundle.file(file)
+    try:
+        return interruptible(
+            lambda: ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]),
+            lambda: options.set_load_cancellation_flag(True),
+        )
+    except ort_errors() as error:
+        raise BundleError(
+            f"onnxruntime {ort.__version__} cannot load {path}: {first_line(error)}; "
+            f"check the files with `edgelm inspect --verify {bundle.path}`"
+        ) from error
+
+
+def ort_errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state  # type: ignore[import-untyped]  # likewise
+
+    names = ("Fail", "InvalidGraph", "InvalidProtobuf", "InvalidArgument", "NoSuchFile", "NotImplemented")
+    # A run with bound buffers raises plain RuntimeErrors.
+    return (RuntimeError, state.RuntimeException, *(getattr(state, name) for name in names))
+
+
+def first_line(error: Exception) -> str:
+    """An error's message without what follows it."""
+    return str(error).strip().splitlines()[0]
+
+
+def kv_names(layers: int) -> list[tuple[str, str]]:
+    """The names of every cache as input and as output."""
+    return [(f"past_key_values.{i}.{part}", f"present.{i}.{part}") for i in range(layers) for part in ("key", "value")]
+
+
+def check_graph(
+    session: onnxruntime.InferenceSession, bundle: Bundle, lengths: str, extra_outputs: Sequence[str] = ()
+) -> None:
+    """Compare a graph's inputs and outputs with what a runtime feeds; `lengths` says how much is cached.
+
+    Raises:
+        BundleError: naming what is missing.
+    """
+    layers = bundle.manifest.model.num_layers
+    inputs = {item.name for item in session.get_inputs()}
+    optional = {item.name for item in session.get_overridable_initializers()}
+    outputs = {item.name for item in session.get_outputs()}
+    wanted_in = {"input_ids", lengths, *(past for past, _ in kv_names(layers))}
+    wanted_out = {"logits", *(present for _, present in kv_names(layers)), *extra_outputs}
+    missing = sorted(wanted_in - inputs) + sorted({"logits_start"} - optional) + sorted(wanted_out - outputs)
+    if missing:
+        raise BundleError(f"the graph of {bundle.path} lacks {', '.join(missing[:4])}: export the bundle again")
+
+
+def untouched(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+    """Zeros whose pages are taken only when written.
+
+    numpy asks for huge pages, and each head's first row would then take 2 MB at once.
+    """
+    count = int(np.prod(shape))
+    return np.frombuffer(mmap.mmap(-1, count * np.dtype(dtype).itemsize), dtype, count).reshape(shape)
+
+
+class BoundGraph:
+    """A session whose inputs and outputs are buffers that are bound once and reused.
+
+    `batch`: rows of `input_ids`. `chunk`: the most tokens a row has in one step.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, *, batch: int, chunk: int, vocab_size: int) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        self._ids = np.zeros(batch * chunk, np.int64)
+        self._start = np.zeros(1, np.int64)
+        self._logits: NDArray[np.float32] = np.zeros((batch, vocab_size), np.float32)
+        self._bound: tuple[int, ...] = ()
+        self.bind_input("logits_start", self._start, (1,))
+
+    def bind_input(self, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+        """Let the graph read an input of `shape` from where `array` begins."""
+        self._binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
+
+    def bind_output(self, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+        """Let the graph write an output of `shape` to where `array` begins."""
+        self._binding.bind_output(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
+
+    def step(self, ids: NDArray[np.int64], *, all_positions: bool = False) -> NDArray[np.float32]:
+        """Run ids [B, T]; return the logits of each row's last position, [B, V], or of all of them, [B, T, V].
+
+        The result lies in a buffer that the next step overwrites.
+
+        Raises:
+            EdgeLMError: ONNX Runtime failed.
+        """
+        batch, tokens = ids.shape
+        self._ids[: ids.size] = ids.reshape(-1)
+        if self._bound != ids.shape:
+            self.bind_input("input_ids", self._ids, ids.shape)
+            self._bound = ids.shape
+        self._start[0] = 0 if all_positions else -1
+        if all_positions and tokens > 1:
+            # The graph declares one row, by which GenAI allocates: ONNX Runtime refuses a larger buffer that is bound
+            # to it, but allocates one of the true size itself.
+            self._binding.bind_output("logits", "cpu")
+        else:
+            self.bind_output("logits", self._logits, (batch, 1, self._logits.shape[1]))
+        self._run(long=tokens > 1)
+        if not all_positions:
+            return self._logits[:batch]
+        if tokens == 1:
+            return self._logits[:batch, None]
+        found: NDArray[np.float32] = self._binding.get_outputs()[-1].numpy()
+        return found
+
+    def _run(self, *, long: bool) -> None:
+        session, binding = self._session, self._binding
+        try:
+            if not long:
+                session.run_with_iobinding(binding)
+                return
+            options = import_onnxruntime().RunOptions()
+            # A chunk's activations are large and decoding does not need them: give them back.
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+            interruptible(
+                lambda: session.run_with_iobinding(binding, options), lambda: setattr(options, "terminate", True)
+            )
+        except ort_errors() as error:
+            raise EdgeLMError(
+                f"onnxruntime failed in the middle: {first_line(error)}; if memory ran out, take a smaller "
+                f"context_length or a smaller chunk than {self._ids.size}"
+            ) from error
+
+
+class OnnxRuntimeModel(Runtime):
+    """A bundle's graph in ONNX Runtime's CPU provider, with the cache of one sequence."""
+
+    name = "onnxruntime-cpu"
+    lengths: str
+    """The input that says how much is cached."""
+
+    def __init__(self, bundle: Bundle, *, threads: int | None, context_length: int | None, chunk: int) -> None:
+        model = bundle.manifest.model
+        if chunk < 1:
+            raise EdgeLMError(f"chunk is {chunk}: give 1 or more tokens a prefill step")
+        super().__init__(
+            vocab_size=model.vocab_size,
+            context_length=choose_context_length(context_length, model.context_length),
+            model_context_length=model.context_length,
+            threads=allowed_cores() if threads is None else threads,
+        )
+        self._chunk = min(chunk, self.context_length)
+        session = self._session(bundle)
+        check_graph(session, bundle, self.lengths)
+        self._graph: BoundGraph | None = BoundGraph(session, batch=1, chunk=self._chunk, vocab_size=self.vocab_size)
+        self._caches = self._bind_caches(self._graph, bundle)
+
+    @abstractmethod
+    def _session(self, bundle: Bundle) -> onnxruntime.InferenceSession:
+        """Load the bundle's main graph."""
+
+    @abstractmethod
+    def _bind_caches(self, graph: BoundGraph, bundle: Bundle) -> list[NDArray[Any]]:
+        """Allocate and bind the caches and whatever else is bound once."""
+
+    @abstractmethod
+    def _bind_step(self, graph: BoundGraph, tokens: int) -> None:
+        """Tell the graph that `tokens` follow the cached ones."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of address space of the whole cache; resident is only what was written."""
+        return sum(cache.nbytes for cache in self._caches)
+
+    def prefill(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append tokens, `chunk` at a time."""
+        ids = self._checked(tokens)
+        for begin in range(0, ids.size, self._chunk):
+            logits = self._step(ids[begin : begin + self._chunk])
+        last: NDArray[np.float32] = logits[0]
+        return last
+
+    def decode(self, token: int) -> NDArray[np.float32]:
+        """Append one token."""
+        last: NDArray[np.float32] = self._step(self._checked((token,)))[0]
+        return last
+
+    def logits_all(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """Append tokens; yield logits in blocks of at most 64 MiB, valid until the next is asked for."""
+        ids = self._checked(tokens)
+        block = max(1, min(self._chunk, _LOGITS_BYTES // (4 * self.vocab_size)))
+        for begin in range(0, ids.size, block):
+            yield self._step(self._checked(ids[begin : begin + block]), all_positions=True)[0]
+
+    def close(self) -> None:
+        """Free the session and the cache."""
+        if self._closed:
+            return
+        self._closed = True
+        self._graph = None
+        self._caches = []
+        return_free_memory()
+
+    def _step(self, ids: NDArray[np.int64], *, all_positions: bool = False) -> NDArray[np.float32]:
+        """Run at most one chunk: logits [1, V], or [1, T, V]."""
+        assert self._graph is not None
+        self._bind_step(self._graph, ids.size)
+        logits = self._graph.step(ids[None, :], all_positions=all_positions)
+        self._position += ids.size
+        return logits
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the debug graph computed at every position of a text of T tokens.
+
+    `logits` [T, V], None where they were not asked for; `hidden`: L + 1 arrays [T, D], the embedding's output and the
+    residual stream after each layer; `router_logits`: L arrays [T, E], empty for a dense model.
+    """
+
+    logits: NDArray[np.float32] | None
+    hidden: list[NDArray[np.float32]]
+    router_logits: list[NDArray[np.float32]]
+
+
+class TracingModel(ABC):
+    """A bundle's debug graph, loaded. It takes as much memory as the main graph: close that one first.
+
+    Its products are computed in float32, so it differs from the quantised reference by rounding only.
+    """
+
+    lengths: str
+    """The input that says how much is cached."""
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        self._model = bundle.manifest.model
+        layers = range(self._model.num_layers)
+        self._hidden = [f"hidden.{i}" for i in range(self._model.num_layers + 1)]
+        self._routers = [f"router_logits.{i}" for i in layers] if self._model.num_experts else []
+        session = self._load(bundle, allowed_cores() if threads is None else threads)
+        check_graph(session, bundle, self.lengths, [*self._hidden, *self._routers])
+        self._session: onnxruntime.InferenceSession | None = session
+
+    @abstractmethod
+    def _load(self, bundle: Bundle, threads: int) -> onnxruntime.InferenceSession:
+        """Load the bundle's debug graph."""
+
+    @abstractmethod
+    def _empty_cache(self, batch: int, tokens: int) -> dict[str, NDArray[Any]]:
+        """What to feed so that `batch` rows of `tokens` begin at position 0."""
+
+    def trace(self, tokens: Sequence[int], *, logits: bool = True) -> Trace:
+        """Run `tokens` from position 0 in one pass. `logits=False` spares their [T, V] float32.
+
+        Raises:
+            ContextLengthError, GenerationError: as `Runtime.prefill`, against the model's own context length.
+        """
+        return self.trace_all([tokens], logits=logits)[0]
+
+    def trace_all(self, texts: Sequence[Sequence[int]], *, logits: bool = True) -> list[Trace]:
+        """Run several texts in one pass over the weights, each from position 0.
+
+        Shorter ones are filled up at the end with a token of their own: attention looks back only, so what is computed
+        before stays as it is. Memory grows with the number of texts times the longest. Raises as `trace`.
+        """
+        if self._session is None:
+            raise EdgeLMError("this tracing runtime was closed: load the bundle again")
+        model = self._model
+        parts = [checked_tokens(tokens, model.vocab_size) for tokens in texts]
+        longest = max(part.size for part in parts)
+        if longest > model.context_length:
+            raise context_full(longest, 0, model.context_length, model.context_length)
+        ids = np.stack([np.pad(part, (0, longest - part.size), mode="edge") for part in parts])
+        feed: dict[str, NDArray[Any]] = {
+            "input_ids": ids,
+            "logits_start": np.array([0 if logits else -1], np.int64),
+            **self._empty_cache(*ids.shape),
+        }
+        names = ["logits", *self._hidden, *self._routers]
+        values = [np.asarray(value) for value in self._session.run(names, feed)]
+        first_router = 1 + len(self._hidden)
+        rows = [value.reshape(len(parts), longest, -1) for value in values[1:]]
+
+        def of(number: int, arrays: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+            return [array[number, : parts[number].size] for array in arrays]
+
+        return [
+            Trace(
+                logits=values[0][number, : parts[number].size] if logits else None,
+                hidden=of(number, rows[: first_router - 1]),
+                router_logits=of(number, rows[first_router - 1 :]),
+            )
+            for number in range(len(parts))
+        ]
+
+    def close(self) -> None:
+        """Free the session."""
+        self._session = None
+        return_free_memory()
+
+    def __enter__(self) -> TracingModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
