@@ -1,0 +1,202 @@
+// Are results the same on every instruction set, and on every kind of machine? Prints one checksum per kernel and kind of
+// weights over the results of fixed inputs. Fails where two tables of this machine differ; that machines agree is seen
+// by comparing what it prints on each.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "packed_matrix.h"
+#include "tables.h"
+
+namespace {
+
+using namespace edgelm;
+using namespace edgelm_test;
+
+// Inputs are made of integers alone, so that they are the same wherever this is compiled.
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+  uint64_t Next() {  // splitmix64 (Steele et al. 2014)
+    uint64_t z = state_ += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+  }
+  // Of any sign, between 2^low and 2^high.
+  float Float(int low, int high) {
+    const uint64_t bits = Next();
+    const float magnitude = std::ldexp(1.0f + static_cast<float>(bits & 0x7FFFFF) * 0x1p-23f,
+                                       low + static_cast<int>(bits >> 24 & 0xFFFF) % (high - low));
+    return bits >> 63 != 0 ? -magnitude : magnitude;
+  }
+
+ private:
+  uint64_t state_;
+};
+
+class Digest {
+ public:
+  void Bytes(const void* data, size_t size) {  // CRC-32, as in ISO 3309
+    const uint8_t* bytes = static_cast<const uint8_t*>(data);
+    for (size_t i = 0; i < size; ++i) {
+      crc_ ^= bytes[i];
+      for (int bit = 0; bit < 8; ++bit) crc_ = crc_ >> 1 ^ (0xEDB88320u & (0u - (crc_ & 1)));
+    }
+  }
+  // Which NaN it is may differ: its sign and payload are the processor's own.
+  void Floats(const std::vector<float>& values) {
+    for (float value : values) {
+      uint32_t bits = 0x7FC00000u;
+      if (!std::isnan(value)) std::memcpy(&bits, &value, 4);
+      Bytes(&bits, 4);
+    }
+  }
+  uint32_t value() const { return ~crc_; }
+
+ private:
+  uint32_t crc_ = 0xFFFFFFFFu;
+};
+
+// Rows of activations with what breaks kernels: zeros, tiny and huge values, one that is not finite.
+std::vector<float> Activations(int64_t rows, int64_t columns, Random* random) {
+  std::vector<float> x(static_cast<size_t>(rows * columns));
+  for (float& value : x) value = random->Float(-10, 4);
+  for (int64_t i = 0; i < columns; ++i) {
+    if (rows > 3) x[static_cast<size_t>(columns + i)] = 0.0f;
+    if (rows > 4) x[static_cast<size_t>(3 * columns + i)] *= 0x1p-110f;
+    if (rows > 5) x[static_cast<size_t>(4 * columns + i)] *= 0x1p90f;
+  }
+  if (rows > 6) x[static_cast<size_t>(5 * columns + 1)] = INFINITY;
+  if (rows > 7) x[static_cast<size_t>(6 * columns + 2)] = NAN;
+  return x;
+}
+
+void Into(Digest* digest, const QuantBuffer& quantised) {
+  digest->Bytes(quantised.codes.data(), quantised.codes.size());
+  digest->Floats(quantised.scales);
+  digest->Bytes(quantised.offsets.data(), 4 * quantised.offsets.size());
+}
+
+// Every way to finish a product, `multiply(output)`.
+template <typename Multiply>
+void Finishes(const Matrix& m, int64_t rows, Random* random, Digest* digest, const Multiply& multiply) {
+  const int64_t width = m.outputs();
+  const size_t size = static_cast<size_t>(rows * width);
+  std::vector<float> y(size), residual(size), weight(static_cast<size_t>(rows));
+  std::vector<int32_t> index(static_cast<size_t>(rows));
+  for (float& value : residual) value = random->Float(-3, 3);
+  for (int64_t r = 0; r < rows; ++r) {
+    weight[static_cast<size_t>(r)] = random->Float(-4, 0);
+    index[static_cast<size_t>(r)] = static_cast<int32_t>(rows - 1 - r);
+  }
+  Output out;
+  out.y = y.data();
+  out.ldy = width;
+  if (m.swiglu) {
+    out.finish = Finish::kSwiglu;
+    multiply(out);
+    digest->Floats(y);
+    QuantBuffer quantised(rows, width);
+    out.finish = Finish::kSwigluQuant;
+    out.quant = quantised.Rows();
+    multiply(out);
+    Into(digest, quantised);
+    return;
+  }
+  multiply(out);
+  digest->Floats(y);
+  out.residual = residual.data();
+  multiply(out);
+  digest->Floats(y);
+  out.residual = nullptr;
+  out.finish = Finish::kScatterAdd;
+  out.index = index.data();
+  out.weight = weight.data();
+  multiply(out);
+  digest->Floats(y);
+}
+
+enum class Of { kInt8, kUpper, kFloat };
+
+uint32_t Product(const LinearKernels& kernels, const Packed& weights, Of product) {
+  Random random(1);
+  Digest digest;
+  const Matrix& m = weights.matrix;
+  for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17}) {
+    const std::vector<float> x = Activations(rows, m.columns, &random);
+    QuantBuffer q(rows, m.columns);
+    kScalarKernels.linear.quantize_rows(x.data(), m.columns, rows, m.columns, q.Rows());
+    Finishes(m, rows, &random, &digest, [&](const Output& out) {
+      if (product == Of::kInt8) kernels.linear_int8(m, 0, m.units(), q.Rows(), rows, out);
+      if (product == Of::kUpper) kernels.linear_upper(m, 0, m.units(), q.Rows(), rows, out);
+      if (product == Of::kFloat) kernels.linear_float(m, 0, m.units(), x.data(), m.columns, rows, out);
+    });
+  }
+  return digest.value();
+}
+
+uint32_t Rows(const LinearKernels& kernels) {
+  Random random(2);
+  Digest digest;
+  for (int64_t columns : {1, 7, 15, 16, 17, 31, 32, 33, 100, 2048}) {
+    const int64_t rows = 9;
+    const std::vector<float> x = Activations(rows, columns, &random), weight = Activations(1, columns, &random);
+    QuantBuffer quantised(rows, columns);
+    kernels.quantize_rows(x.data(), columns, rows, columns, quantised.Rows());
+    Into(&digest, quantised);
+    std::vector<float> y(x.size());
+    kernels.rms_norm(x.data(), columns, rows, columns, weight.data(), 1e-5f, y.data(), columns);
+    digest.Floats(y);
+    y = x;
+    kernels.softmax(y.data(), rows, columns);
+    digest.Floats(y);
+  }
+  return digest.value();
+}
+
+// Prints the scalar table's checksum once every table has given it.
+template <typename Compute>
+void Line(const std::string& name, const Compute& compute) {
+  const uint32_t expected = compute(kScalarKernels.linear);
+  for (const Kernels* table : FastTables()) {
+    const uint32_t got = compute(table->linear);
+    EXPECT(got == expected, "%s: %s gives %08x, scalar %08x", name.c_str(), table->name, got, expected);
+  }
+  std::printf("digest %08x %s\n", expected, name.c_str());
+}
+
+}  // namespace
+
+int main() {
+  const ScaleKind f16 = ScaleKind::kFloat16, f32 = ScaleKind::kFloat32, none = ScaleKind::kNone;
+  const Shape shapes[] = {
+      {Kind::kInt3, 65, 192, 64, f16},
+      {Kind::kInt3, 78, 96, 32, f32, true, true},
+      {Kind::kInt4, 65, 256, 128, f16},
+      {Kind::kInt4, 47, 96, 32, f16, true, false, Scales::kExtreme},
+      {Kind::kInt4, 94, 128, 128, f32, false, true},
+      {Kind::kInt8, 65, 192, 64, f16},
+      {Kind::kInt8, 64, 96, 32, f16, true, true},
+      {Kind::kInt8Planes, 65, 128, 32, f16},
+      {Kind::kFp8E4M3, 33, 96, 32, f32},
+      {Kind::kFloat16, 66, 70, 70, none, false, true},
+      {Kind::kBFloat16, 40, 50, 50, none},
+      {Kind::kFloat32, 48, 33, 33, none},
+  };
+  for (const Shape& shape : shapes) {
+    Packed weights(shape, 3);
+    if (shape.kind == Kind::kFp8E4M3) weights.blob[64 + 128 + 5] = 0xFF;  // NaN, row 5
+    if (shape.integer()) {
+      Line("linear_int8 " + shape.Name(), [&](const LinearKernels& k) { return Product(k, weights, Of::kInt8); });
+    }
+    if (shape.kind == Kind::kInt8Planes) {
+      Line("linear_upper " + shape.Name(), [&](const LinearKernels& k) { return Product(k, weights, Of::kUpper); });
+    }
+    Line("linear_float " + shape.Name(), [&](const LinearKernels& k) { return Product(k, weights, Of::kFloat); });
+  }
+  Line("quantize_rows, rms_norm, softmax", Rows);
+  return edgelm_test::Finish();
+}
