@@ -55,6 +55,7 @@ _QUANTISED = Limits(
     embedding_error=1e-5, layer_base=1e-4, layer_gain=8.0, bad_positions=0.0, router_near_tie=1e-3, head_error=1e-4,
 )  # fmt: skip
 
+# From the finest kind to the coarsest.
 LIMITS: dict[str, Limits] = {
     "none": Limits(
         kl_mean=1e-6, kl_p99=1e-5, kl_max=1e-4, logit_error=1e-4, clear_gap=1e-2, top1_clear=1.0, perplexity=1e-4,
@@ -62,7 +63,9 @@ LIMITS: dict[str, Limits] = {
         embedding_error=1e-5, layer_base=1e-4, layer_gain=8.0, bad_positions=0.0, router_near_tie=1e-3, head_error=1e-4,
     ),
     "int8": replace(_QUANTISED, float_kl_mean=0.03, float_perplexity=0.05),
+    "fp8": replace(_QUANTISED, float_kl_mean=0.1, float_perplexity=0.1),
     "int4": _QUANTISED,
+    "int3": replace(_QUANTISED, float_kl_mean=0.5, float_perplexity=0.5),
 }  # fmt: skip
 
 
@@ -76,18 +79,13 @@ def markdown_table() -> str:
 
 
 def kind_of(recipe_toml: str) -> str:
-    """The kind of a recipe: the narrowest type that its default or one of its rules names, "none" if all is float.
+    """The kind of a recipe: the coarsest type that its default or one of its rules names, "none" if all is float.
 
     Raises:
         ParityError: it uses a type there are no limits for.
     """
-    schemes: list[tuple[str, str]] = re.findall(
-        r"""^\s*(?:default|scheme)\s*=\s*["'](int|fp)(\d+)""", recipe_toml, re.MULTILINE
-    )
-    if not schemes:
-        return "none"
-    family, bits = min(schemes, key=lambda scheme: int(scheme[1]))
-    kind = f"{family}{bits}"
-    if kind not in LIMITS:
-        raise ParityError(f"there are no parity limits for {kind}; there are: {', '.join(LIMITS)}")
-    return kind
+    kinds: list[str] = re.findall(r"""^\s*(?:default|scheme)\s*=\s*["']((?:int|fp)\d+)""", recipe_toml, re.MULTILINE)
+    for kind in kinds:
+        if kind not in LIMITS:
+            raise ParityError(f"there are no parity limits for {kind}; there are: {', '.join(LIMITS)}")
+    return max(kinds, key=list(LIMITS).index, default="none")

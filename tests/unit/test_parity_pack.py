@@ -167,9 +167,12 @@ def test_useless_prompt_files_are_refused(tmp_path, content, message):
         ('name = "int4"\ndefault = "float"\n', "none"),
         ('default = "int8-g128-sym"\n', "int8"),
         ('default = "int8-g128-sym"\n\n[[rule]]\nmatch = "x"\nscheme = "int4-g32-sym"\n', "int4"),
+        ('default = "int8-g128-sym"\n\n[[rule]]\nmatch = "x"\nscheme = "fp8-row"\n', "fp8"),
+        ('default = "int4-g32-sym"\n\n[[rule]]\nmatch = "x"\nscheme = "fp8-b128"\n', "int4"),
+        ('default = "int4-g32-sym"\n\n[[rule]]\nmatch = "x"\nscheme = "int3-g32-sym"\n', "int3"),
     ],
 )
-def test_a_recipe_is_judged_by_its_narrowest_type(toml, kind):
+def test_a_recipe_is_judged_by_its_coarsest_type(toml, kind):
     assert kind_of(toml) == kind
     assert kind in LIMITS
 
