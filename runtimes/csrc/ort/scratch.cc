@@ -17,7 +17,7 @@ constexpr size_t kSmall = 1 << 20;  // what may stay for good
 
 // Straight from the system, because free() keeps what it is given back: its threshold rises with use.
 Block Map(size_t size) {
-  size = (size + 65535) / 65536 * 65536;
+  size = (size / 65536 + 1) * 65536;  // also what needs none gets some
   void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) throw std::bad_alloc();
   return {static_cast<uint8_t*>(data), size};
