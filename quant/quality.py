@@ -31,6 +31,14 @@ class Quality:
 
 
 QUALITY: tuple[Quality, ...] = (
+    Quality("int3-g32-sym", 15.79, 12.89, 14.01),
+    Quality("int3-g32-asym", 15.90, 15.24, 14.61),
+    Quality("int3-g64-sym", 15.05, 11.99, 12.84),
+    Quality("int3-g64-asym", 15.08, 14.18, 13.27),
+    Quality("int3-g128-sym", 14.57, 11.22, 11.97),
+    Quality("int3-g128-asym", 14.58, 13.32, 12.27),
+    Quality("int3-row-sym", 13.94, 9.11, 10.56),
+    Quality("int3-row-asym", 13.94, 10.91, 10.59),
     Quality("int4-g32-sym", 21.84, 20.26, 19.73),
     Quality("int4-g32-asym", 22.30, 21.86, 20.99),
     Quality("int4-g64-sym", 20.92, 19.35, 18.25),
@@ -47,6 +55,9 @@ QUALITY: tuple[Quality, ...] = (
     Quality("int8-g128-asym", 44.97, 44.55, 42.42),
     Quality("int8-row-sym", 41.80, 41.64, 34.87),
     Quality("int8-row-asym", 42.22, 42.15, 36.53),
+    Quality("fp8-b32", 32.40, None, 33.02),
+    Quality("fp8-b128", 31.80, None, 32.19),
+    Quality("fp8-row", 31.54, None, 31.67),
 )
 
 

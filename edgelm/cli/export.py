@@ -10,7 +10,7 @@ import click
 @click.command()
 @click.argument("checkpoint")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Bundle folder to write.")
-@click.option("--recipe", default=None, help="int4 (default), int8, none, or a TOML file.")
+@click.option("--recipe", default=None, help="int4 (default), int8, fp8, none, or a TOML file.")
 @click.option("--target", default="cpu", show_default=True, type=click.Choice(["cpu"]), help="What the bundle is for.")
 @click.option(
     "--ops",

@@ -10,7 +10,7 @@ import click
 @click.command()
 @click.argument("checkpoint")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--recipe", default="int4", show_default=True, help="int4, int8, or a TOML file.")
+@click.option("--recipe", default="int4", show_default=True, help="int4, int8, fp8, or a TOML file.")
 @click.option("--threads", type=click.IntRange(min=1), help="Blocks in work at once; default: the cores allowed.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing folder once the new one is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")

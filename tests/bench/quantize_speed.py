@@ -18,7 +18,7 @@ import numpy as np
 from edgelm import devices
 from edgelm.quant import native, parse_scheme, primitives
 
-SCHEMES = ("int4-g32-sym", "int4-g64-asym", "int8-g128-sym", "int8-row-sym")
+SCHEMES = ("int3-g32-sym", "int4-g32-sym", "int4-g64-asym", "int8-g128-sym", "int8-row-sym")
 SHAPE = (1024, 2048)
 REPEATS = 15
 

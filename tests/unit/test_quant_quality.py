@@ -18,16 +18,24 @@ def test_quality_is_as_the_table_says(row):
     found = measure(parse_scheme(row.scheme))
     # The numbers are of one seed and deterministic; 0.02 dB leaves room for numpy's random numbers and rounding.
     assert found.normal == pytest.approx(row.normal, abs=0.02)
-    assert found.plain == pytest.approx(row.plain, abs=0.02)
+    assert found.plain == (None if row.plain is None else pytest.approx(row.plain, abs=0.02))
     assert found.heavy == pytest.approx(row.heavy, abs=0.02)
     other = measure(parse_scheme(row.scheme), seed=1)
     assert other.normal == pytest.approx(row.normal, abs=0.2)  # not a property of one seed
 
 
 def test_every_scheme_of_the_table_beats_plain_rounding():
-    assert {row.scheme for row in QUALITY} >= {"int4-g32-sym", "int4-g64-asym", "int8-g128-sym", "int8-row-sym"}
+    assert {row.scheme for row in QUALITY} >= {
+        "int4-g32-sym",
+        "int4-g64-asym",
+        "int8-g128-sym",
+        "int8-row-sym",
+        "int3-g32-sym",
+    }
     for row in QUALITY:
-        assert row.normal > row.plain, row.scheme
+        if row.scheme.startswith("int"):
+            assert row.plain is not None
+            assert row.normal > row.plain, row.scheme
 
 
 def test_the_page_prints_the_table():

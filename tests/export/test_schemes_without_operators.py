@@ -1,0 +1,35 @@
+"""Is a recipe that ONNX Runtime's own operators cannot compute refused by name, before anything is written?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_models import MakeCheckpoint
+
+from edgelm.errors import ExportError
+from edgelm.export import ExportOptions, export_bundle
+from edgelm.quant import PRESETS, Recipe, Rule, Scheme
+from edgelm.quant.checkpoint import quantize_checkpoint
+
+NARROW_EXPERTS = Recipe("narrow", Scheme(4, 32), (Rule("*.experts.1.*", Scheme(3, 32)), *PRESETS["int4"].rules))
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe", "tensor"),
+    [
+        ("fox", PRESETS["fp8"], r"model\.layers\.0\.self_attn\.q_proj\.weight is fp8-row"),
+        ("olmoe", NARROW_EXPERTS, r"model\.layers\.0\.mlp\.experts\.1\.gate_proj\.weight is int3-g32-sym"),
+    ],
+)
+@pytest.mark.parametrize("stored", [False, True], ids=["quantised on the way", "quantised checkpoint"])
+def test_the_tensor_and_the_way_out_are_named(
+    checkpoint: MakeCheckpoint, tmp_path: Path, family: str, recipe: Recipe, tensor: str, stored: bool
+) -> None:
+    source = checkpoint(family)
+    if stored:
+        quantize_checkpoint(source, tmp_path / "q", recipe)
+        source = tmp_path / "q"
+    with pytest.raises(ExportError, match=rf"{tensor} .*--ops native"):
+        export_bundle(source, tmp_path / "b", recipe=recipe, options=ExportOptions(ops="portable"))
+    assert not (tmp_path / "b").exists()
