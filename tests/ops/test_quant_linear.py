@@ -42,9 +42,8 @@ def check_product(y: Array, x: Array, matrix: Packed, terms: int) -> None:
     gate_error, up_error = np.split(terms * U * magnitude, 2, axis=-1)
     silu = gate / (1 + np.exp(-gate))
     # silu's slope is at most 1.1; the exponential is good to 2 units in the last place, and three operations follow.
-    return assert_close(
-        y, silu * up, 1.1 * gate_error * np.abs(up) + (np.abs(silu) + 1e-6) * up_error + 8 * U * abs(silu * up)
-    )
+    tolerance = 1.1 * gate_error * np.abs(up) + (np.abs(silu) + 1.1 * gate_error) * up_error
+    return assert_close(y, silu * up, tolerance + 8 * U * np.abs(silu * up))
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
@@ -58,14 +57,12 @@ def test_float_activations_give_the_exact_weights_product(rng: Generator, kind: 
 
 
 @pytest.mark.parametrize("scales", ["float16", "float32"])
-@pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("group", [32, 64, 192])
-@pytest.mark.parametrize("kind", INTEGER_KINDS)
+# The layout has no zero points for planes.
+@pytest.mark.parametrize(("kind", "zeros"), [(kind, zeros) for kind in INTEGER_KINDS for zeros in (False, True)][:-1])
 def test_int8_activations_give_the_product_of_the_codes(
     rng: Generator, kind: str, group: int, zeros: bool, scales: str
 ) -> None:
-    if kind == "planes" and zeros:
-        pytest.skip("the layout has no zero points for planes")
     matrix = random_matrix(rng, kind, 70, 192, group=group, zeros=zeros, scales=scales)
     x = floats(rng, 11, 192)
     (y,) = run("QuantLinear", {"x": x, "weights": matrix.blob})
