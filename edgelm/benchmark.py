@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from edgelm import devices
 from edgelm.bundle import Bundle, Manifest
 from edgelm.errors import ContextLengthError, EdgeLMError
+from edgelm.packed import REFINE, TILE
 from edgelm.progress import Progress, Silent
 from edgelm.runtimes import Runtime, open_runtime
 
@@ -80,10 +81,12 @@ class BenchResult:
         return {**asdict(self), "bandwidth_share": self.bandwidth_share, "device": self.device.as_dict()}
 
 
-def bytes_per_token(manifest: Manifest, position: float) -> int:
+def bytes_per_token(manifest: Manifest, position: float, kv: str | None = None) -> int:
     """Bytes that decoding one token at `position` has to read: weights that take part, and the cache so far.
 
-    Of a mixture's experts the chosen ones count; an embedding table counts as far as it also is the head.
+    Of a mixture's experts the chosen ones count; an embedding table counts as far as it also is the head. Of a head in
+    planes the lower one is read only for the logits that are computed again, in whole tiles. `kv` is the cache's
+    type ("float32", "float16" or "int8" with a float32 scale per head and token), None the bundle's own.
     """
     model = manifest.model
     total = 0.0
@@ -92,10 +95,13 @@ def bytes_per_token(manifest: Manifest, position: float) -> int:
             total += tensor.size * model.experts_per_token / max(1, model.num_experts)
         elif tensor.name.startswith("rope.") or ("embed_tokens" in tensor.name and not model.tied):
             continue
+        elif tensor.name.endswith(".lower"):
+            total += tensor.size * min(1.0, REFINE * TILE / model.vocab_size)
         else:
             total += tensor.size
-    element = np.dtype(manifest.graph.kv_dtype).itemsize
-    return round(total + 2 * model.num_layers * model.num_kv_heads * model.head_dim * element * position)
+    kind = kv or manifest.graph.kv_dtype
+    row = model.head_dim + 4 if kind == "int8" else model.head_dim * np.dtype(kind).itemsize
+    return round(total + 2 * model.num_layers * model.num_kv_heads * row * position)
 
 
 def read_bandwidth(threads: int, file: Path | None = None) -> float:

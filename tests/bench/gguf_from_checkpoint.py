@@ -109,3 +109,18 @@ def write_gguf(folder: Path, out: Path, file_type: str) -> None:
     whole.unlink()
     if code != 0:
         raise RuntimeError(f"llama.cpp could not quantise {whole} (code {code})")
+
+
+def bytes_per_token(path: Path) -> int:
+    """Bytes of weights that decoding one token reads: of a mixture's experts those used, of tables the head."""
+    reader = gguf.GGUFReader(path)
+    fields = {field.split(".", 1)[1]: int(reader.fields[field].contents())
+              for field in reader.fields if field.endswith(("expert_count", "expert_used_count"))}  # fmt: skip
+    used = fields.get("expert_used_count", 1) / fields.get("expert_count", 1)
+    names = {tensor.name for tensor in reader.tensors}
+    total = 0.0
+    for tensor in reader.tensors:
+        if tensor.name == "token_embd.weight" and "output.weight" in names:
+            continue
+        total += tensor.n_bytes * (used if "_exps" in tensor.name else 1)
+    return round(total)

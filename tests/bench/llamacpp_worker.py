@@ -1,62 +1,76 @@
-"""llama.cpp behind a pipe: reads one JSON command a line, answers one JSON line. Runs in the peer's environment."""
+"""llama.cpp as an engine of the benchmark, through llama-cpp-python. Runs in the peer's environment."""
 
 from __future__ import annotations
 
-import json
-import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
-from gguf_from_checkpoint import write_gguf
-
-from edgelm.devices import resident_memory
+from worker import Engine, serve
 
 
-class Peer:
+class LlamaCpp(Engine):
+    """One model; `flash` and `cache` ("f16" or "q8_0") are its settings."""
+
     def __init__(self) -> None:
         self.model: Any = None
 
-    def prepare(self, checkpoint: str, gguf: str, file_type: str) -> dict[str, Any]:
-        if not Path(gguf).exists():
-            write_gguf(Path(checkpoint), Path(gguf), file_type)
-        return {"bytes": Path(gguf).stat().st_size}
+    def imports(self) -> dict[str, Any]:
+        """As the base class."""
+        import llama_cpp
 
-    def load(self, gguf: str, threads: int, context: int, flash: bool) -> dict[str, Any]:
-        start = time.perf_counter()
+        return {"version": llama_cpp.__version__}
+
+    def prepare(self, checkpoint: str, out: str, file_type: str) -> dict[str, Any]:
+        """Make the GGUF if there is none; return the bytes that decoding a token reads of it."""
+        from gguf_from_checkpoint import bytes_per_token, write_gguf
+
+        if not Path(out).exists():
+            write_gguf(Path(checkpoint), Path(out), file_type)
+        return {"bytes": bytes_per_token(Path(out))}
+
+    def load(self, *, path: str, threads: int, context: int, flash: bool, cache: str) -> dict[str, Any]:
+        """As the base class."""
+        import llama_cpp
+
+        kind = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}[cache]
         self.model = llama_cpp.Llama(
-            gguf, n_ctx=context, n_batch=512, n_threads=threads, n_threads_batch=threads, flash_attn=flash,
-            verbose=False,
+            path, n_ctx=context, n_batch=512, n_ubatch=512, n_threads=threads, n_threads_batch=threads,
+            flash_attn=flash, type_k=kind, type_v=kind, verbose=False,
         )  # fmt: skip
-        return {"seconds": time.perf_counter() - start, "version": llama_cpp.__version__}
+        return {}
 
-    def prefill(self, tokens: list[int]) -> dict[str, Any]:
+    def run(self, prompt: list[int], new: list[int]) -> dict[str, Any]:
+        """As the base class."""
         self.model.reset()
-        start = time.perf_counter()
-        self.model.eval(tokens)
-        return {"seconds": time.perf_counter() - start}
+        clocks = [time.perf_counter()]
+        for part in (prompt, *([token] for token in new)):
+            self.model.eval(part)
+            int(self._last_logits().argmax())
+            clocks.append(time.perf_counter())
+        steps = [end - begin for begin, end in pairwise(clocks)]
+        return {"prefill": steps[0], "decode": steps[1:]}
 
-    def decode(self, tokens: list[int]) -> dict[str, Any]:
-        start = time.perf_counter()
-        for token in tokens:
-            self.model.eval([token])
-        return {"seconds": time.perf_counter() - start, "resident": resident_memory()[0]}
+    def logits(self, tokens: list[int], lengths: list[int], out: str) -> dict[str, Any]:
+        """As the base class: a prefill to the first length, further ones from there."""
+        import numpy as np
 
-    def logits(self, tokens: list[int]) -> dict[str, Any]:
         self.model.reset()
-        self.model.eval(tokens)
+        rows = []
+        for begin, end in zip([0, *lengths], lengths, strict=False):
+            self.model.eval(tokens[begin:end])
+            rows.append(self._last_logits().copy())
+        np.save(out, np.stack(rows))
+        return {}
+
+    def _last_logits(self) -> Any:
+        import llama_cpp
+        import numpy as np
+
         pointer = llama_cpp.llama_get_logits_ith(self.model._ctx.ctx, -1)
-        return {"logits": [round(pointer[i], 4) for i in range(self.model.n_vocab())]}
-
-
-def main() -> None:
-    peer = Peer()
-    for line in sys.stdin:
-        command = json.loads(line)
-        result = getattr(peer, command.pop("do"))(**command)
-        print(json.dumps(result), flush=True)
+        return np.ctypeslib.as_array(pointer, (self.model.n_vocab(),))
 
 
 if __name__ == "__main__":
-    main()
+    serve(LlamaCpp())

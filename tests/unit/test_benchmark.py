@@ -44,6 +44,22 @@ def test_a_token_reads_its_experts_once_and_no_table(bundle: Bundle) -> None:
     assert bytes_per_token(tied, 0) == 2000 + 300 + 20 + 5000
 
 
+def test_a_head_in_planes_is_read_in_its_upper_half_and_the_refined_tiles(bundle: Bundle) -> None:
+    manifest = dataclasses.replace(
+        bundle.manifest,
+        model=dataclasses.replace(bundle.manifest.model, vocab_size=256 * 32 * 4),
+        tensors=(tensor("lm_head.weight", 1000), tensor("lm_head.weight.lower", 800)),
+    )
+    assert bytes_per_token(manifest, 0) == 1000 + 800 // 4
+
+
+def test_the_cache_counts_in_its_own_type(bundle: Bundle) -> None:
+    manifest = dataclasses.replace(bundle.manifest, tensors=())
+    heads = 2 * 2 * 2  # keys and values, layers, KV heads
+    assert bytes_per_token(manifest, 3, "float16") == 3 * heads * 16 * 2
+    assert bytes_per_token(manifest, 3, "int8") == 3 * heads * (16 + 4)
+
+
 def test_the_median_and_spread_are_of_the_runs() -> None:
     spread = Spread.of([3.0, 1.0, 2.0, 10.0])
     assert (spread.median, spread.low, spread.high) == (2.5, 1.0, 10.0)
