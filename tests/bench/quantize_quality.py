@@ -1,0 +1,304 @@
+"""What does each way to quantise cost the tiny trained models? Prints the table of docs/quantisation.md.
+
+    python tests/bench/quantize_quality.py [MODEL ...] [--windows N]
+
+Mean KL(float || quantised), in nats a token, of the PyTorch reference in float32: weights are quantised, activations
+are not, so this is what the weights lose and nothing else. The text is held out from training (Python's standard
+library, examples/checkpoints/corpus.py), in windows of 256 tokens; the error is that of the mean over windows.
+Deterministic for one interpreter. MB are the weights that a token would read in the full-size model of the family: of
+all experts as often as the tiny one's router chooses those of their kind, and of the embedding nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgelm.checkpoint import Checkpoint
+from edgelm.models.trace import Trace
+from edgelm.quant import PRESETS, AnyScheme, Recipe, Rule, Scheme, WeightSource, parse_scheme, primitives, quantize
+from edgelm.tokenizer import Tokenizer
+
+CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
+MODELS = ("olmoe-tiny", "fox-tiny")
+LENGTH = 256
+_MLP = ("gate_proj", "up_proj", "down_proj")
+COMMON = PRESETS["int4"].rules
+
+# Of the full-size model, by the kind of matrix: weights that a token reads, in millions, and columns.
+_SQUARE = 2048 * 2048 / 1e6
+FULL_SIZE: Mapping[str, Mapping[str, tuple[float, int]]] = {
+    "olmoe-tiny": {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (16 * _SQUARE, 2048)),
+        **{kind: (16 * 8 * _SQUARE / 2, columns) for kind, columns in zip(_MLP, (2048, 2048, 1024), strict=True)},
+        "gate": (16 * 64 * 2048 / 1e6, 2048),
+        "lm_head": (50304 * 2048 / 1e6, 2048),
+    },
+    "fox-tiny": {
+        **dict.fromkeys(("q_proj", "o_proj"), (32 * _SQUARE, 2048)),
+        **dict.fromkeys(("k_proj", "v_proj"), (32 * _SQUARE / 4, 2048)),
+        **{kind: (32 * _SQUARE * 2, columns) for kind, columns in zip(_MLP, (2048, 2048, 4096), strict=True)},
+        "embed_tokens": (256000 * 2048 / 1e6, 2048),
+    },
+}
+
+Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of the table: a recipe, and perhaps another way to compute the head, with the bits a weight it reads."""
+
+    name: str
+    recipe: Recipe
+    head: Head | None = None
+    head_bits: float = 0.0
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a variant came to: MB a token, KL and its standard error in nats a token, first choices kept, perplexity."""
+
+    name: str
+    megabytes: float
+    kl: float
+    error: float
+    top1: float
+    perplexity: float
+
+
+class Model:
+    """A tiny checkpoint with windows of text that it has not seen."""
+
+    def __init__(self, name: str, windows: int) -> None:
+        self.checkpoint = Checkpoint.open(CHECKPOINTS / name)
+        self.config = self.checkpoint.family.config_class.from_dict(self.checkpoint.config)
+        self.head_name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        self.full_size = FULL_SIZE[name]
+        self.tokenizer = Tokenizer.from_folder(self.checkpoint.path)
+        sys.path.insert(0, str(CHECKPOINTS))
+        from corpus import read_corpus  # beside the checkpoints, no package
+
+        training, held_out = read_corpus()
+        self.windows = self._windows(held_out, windows)
+        self.experts: int = getattr(self.config, "num_experts", 0)
+        module = self._module(self.checkpoint.read_float32)
+        # How often each expert is chosen: on other text than that which is judged.
+        self.loads = self._loads(module, self._windows(training[::40], windows)) if self.experts else None
+        self.reference = [self._log_probabilities(module, window, None) for window in self.windows]
+
+    def _windows(self, texts: Sequence[str], count: int) -> list[Tensor]:
+        ids = [i for text in texts for i in self.tokenizer.encode(text, add_bos=False)]
+        starts = np.linspace(0, len(ids) - LENGTH - 1, count).astype(int)
+        found = [torch.tensor(ids[start : start + LENGTH + 1]) for start in starts]
+        if self.tokenizer.bos_id is not None:
+            for window in found:
+                window[0] = self.tokenizer.bos_id
+        return found
+
+    def _module(self, read: Callable[[str], NDArray[np.float32]]) -> Any:
+        module = self.checkpoint.family.module_class(self.config)
+        module.load_weights(read)
+        return module.eval()
+
+    @torch.no_grad()
+    def _log_probabilities(self, module: Any, window: Tensor, head: Head | None) -> Tensor:
+        final: list[Tensor] = []
+        hook = module.norm.register_forward_hook(lambda _module, _inputs, output: final.append(output))
+        logits = module(window[None, :-1])
+        hook.remove()
+        if head is not None:
+            logits = head(final[-1])
+        return torch.log_softmax(logits[0].double(), dim=-1)
+
+    @torch.no_grad()
+    def _loads(self, module: Any, windows: Sequence[Tensor]) -> NDArray[np.float64]:
+        counts = np.zeros((self.config.num_hidden_layers, self.experts))
+        for window in windows:
+            trace = Trace()
+            module(window[None, :-1], trace=trace)
+            for layer, chosen in enumerate(trace.experts):
+                counts[layer] += np.bincount(chosen.flatten().numpy(), minlength=self.experts)
+        return counts / counts.sum(axis=1, keepdims=True)
+
+    def measure(self, variant: Variant) -> Line:
+        """Quantise, run every window, compare."""
+        # One recipe serves both models: rules for what this one lacks are left out.
+        rules = [rule for rule in variant.recipe.rules if fnmatch.filter(self.checkpoint.tensors, rule.pattern)]
+        source = WeightSource(self.checkpoint, replace(variant.recipe, rules=tuple(rules)), threads=1)
+        module = self._module(source.dequantized().read_float32)
+        kl, kept, nats = [], [], []
+        for window, expected in zip(self.windows, self.reference, strict=True):
+            found = self._log_probabilities(module, window, variant.head)
+            kl.append(float((expected.exp() * (expected - found)).sum(-1).mean()))
+            kept.append(float((expected.argmax(-1) == found.argmax(-1)).double().mean()))
+            targets = window[1:, None]
+            nats.append(float((expected.gather(1, targets) - found.gather(1, targets)).mean()))
+        return Line(
+            variant.name,
+            self._megabytes(source, variant),
+            float(np.mean(kl)),
+            float(np.std(kl) / np.sqrt(len(kl))),
+            float(np.mean(kept)),
+            float(np.exp(np.mean(nats))),
+        )
+
+    def _megabytes(self, source: WeightSource, variant: Variant) -> float:
+        bits: dict[str, float] = {}
+        weights: dict[str, float] = {}
+        for name, shape in source.shapes.items():
+            kind = name.split(".")[-2]
+            if kind not in self.full_size or len(shape) < 2:
+                continue
+            # What is written in the recipe, not what fits the tiny model's rows.
+            scheme = source.recipe.match(name)
+            each = (
+                (32.0 if kind == "gate" else 16.0)
+                if scheme is None
+                else scheme.bits_per_weight(self.full_size[kind][1])
+            )
+            if name == self.head_name and variant.head is not None:
+                each = variant.head_bits
+            share = 1.0
+            if self.loads is not None and ".experts." in name:
+                _, _, layer, _, _, expert, *_ = name.split(".")
+                share = self.loads[int(layer), int(expert)]
+            bits[kind] = bits.get(kind, 0) + each * share
+            weights[kind] = weights.get(kind, 0) + share
+        assert bits.keys() == self.full_size.keys()
+        return sum(millions * bits[kind] / weights[kind] / 8 for kind, (millions, _) in self.full_size.items())
+
+    def least_routed(self, share: float) -> list[str]:
+        """Patterns of the experts chosen least often, `share` of each layer's."""
+        assert self.loads is not None
+        count = int(self.experts * share)
+        return [
+            f"model.layers.{layer}.mlp.experts.{expert}.*"
+            for layer, loads in enumerate(self.loads)
+            for expert in np.argsort(loads)[:count]
+        ]
+
+    def head_in_planes(self, group: int, exact: int) -> tuple[Head, float]:
+        """The head from the upper halves of int8 codes, the `exact` largest logits from both; and its bits a weight."""
+        tensor = quantize(self.checkpoint.read_float32(self.head_name), Scheme(8, group))
+        rows, columns = tensor.shape
+        codes = primitives.unpack(tensor.codes, 8).reshape(rows, tensor.scales.shape[1], -1)
+        scales = tensor.scales.astype(np.float32)[:, :, None]
+        upper = ((codes >> 4).astype(np.float32) * 16 + 8 - 128) * scales
+        coarse = torch.from_numpy(upper.reshape(rows, columns))
+        fine = torch.from_numpy(primitives.dequantize(tensor))
+
+        def head(final: Tensor) -> Tensor:
+            logits = final @ coarse.T
+            if exact:
+                chosen = logits.topk(exact, dim=-1).indices
+                logits.scatter_(-1, chosen, (final @ fine.T).gather(-1, chosen))
+            return logits
+
+        return head, 4 + 16 / group + 4 * exact / rows
+
+
+def recipe(default: str, *rules: tuple[str, str]) -> Recipe:
+    """The presets' recipe with another default and other rules before theirs."""
+    own = tuple(Rule(pattern, _scheme(scheme)) for pattern, scheme in rules)
+    return Recipe(default, _scheme(default), (*own, *COMMON))
+
+
+def _scheme(name: str) -> AnyScheme | None:
+    return None if name == "float" else parse_scheme(name)
+
+
+def tables(scheme: str) -> tuple[tuple[str, str], ...]:
+    """Rules for the embedding and the head."""
+    return ("model.embed_tokens.weight", scheme), ("lm_head.weight", scheme)
+
+
+def variants(model: Model) -> Iterator[Variant]:
+    """The lines of the table for a model."""
+    yield Variant("int8: int8-g32, tables int8-g128", PRESETS["int8"])
+    yield Variant("int8-row, tables int8-g128", recipe("int8-row-sym"))
+    yield Variant("fp8: fp8-row, tables float", PRESETS["fp8"])
+    yield Variant("fp8-row, tables int8-g128", recipe("fp8-row"))
+    yield Variant("fp8-row, tables fp8-row", recipe("fp8-row", *tables("fp8-row")))
+    yield Variant("fp8-b128, tables float", recipe("fp8-b128", *tables("float")))
+    yield Variant("fp8-b32, tables float", recipe("fp8-b32", *tables("float")))
+    yield Variant("int4: int4-g32, tables int8-g128", PRESETS["int4"])
+    yield Variant("int4-g64, tables int8-g128", recipe("int4-g64-sym"))
+    yield Variant("int4-g128, tables int8-g128", recipe("int4-g128-sym"))
+    yield Variant("int4-g32, tables int4-g32", recipe("int4-g32-sym", *tables("int4-g32-sym")))
+    yield Variant("int4-g32, tables float", recipe("int4-g32-sym", *tables("float")))
+    for group, exact in ((128, 0), (128, 16), (128, 64), (128, 256), (32, 0), (32, 64)):
+        head, bits = model.head_in_planes(group, exact)
+        name = f"int4-g32, head int8-g{group} by its upper half, {exact} largest exact"
+        yield Variant(name, recipe("int4-g32-sym"), head, bits)
+    head, bits = model.head_in_planes(128, 64)
+    for group in (64, 128):
+        name = f"int4-g{group}, head int8-g128 by its upper half, 64 largest exact"
+        yield Variant(name, recipe(f"int4-g{group}-sym"), head, bits)
+    if not model.experts:
+        yield Variant("int3-g32, tables int8-g128", recipe("int3-g32-sym"))
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            yield Variant(f"int4-g32, {part} int3-g32", recipe("int4-g32-sym", (f"*.{part}.weight", "int3-g32-sym")))
+        return
+    yield Variant("int4-g32, experts int3-g32", recipe("int4-g32-sym", ("*.experts.*", "int3-g32-sym")))
+    yield Variant("int4-g32, experts int3-g64", recipe("int4-g32-sym", ("*.experts.*", "int3-g64-sym")))
+    yield Variant("int4-g32, experts int3-g16", recipe("int4-g32-sym", ("*.experts.*", "int3-g16-sym")))
+    yield Variant("int4-g32, experts int3-g32-asym", recipe("int4-g32-sym", ("*.experts.*", "int3-g32-asym")))
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        rule = (f"*.experts.*.{part}.weight", "int3-g32-sym")
+        yield Variant(f"int4-g32, experts' {part} int3-g32", recipe("int4-g32-sym", rule))
+    yield Variant(
+        "int4-g32, experts int3-g32, head int8-g128 by its upper half, 64 largest exact",
+        recipe("int4-g32-sym", ("*.experts.*", "int3-g32-sym")),
+        head,
+        bits,
+    )
+    for what, share in (("quarter", 0.25), ("half", 0.5)):
+        rules = [(pattern, "int3-g32-sym") for pattern in model.least_routed(share)]
+        yield Variant(f"int4-g32, the least chosen {what} of the experts int3-g32", recipe("int4-g32-sym", *rules))
+    rules = [(f"model.layers.{layer}.mlp.experts.*", "int3-g32-sym") for layer in (0, 3)]
+    yield Variant("int4-g32, experts of the first layer int3-g32", recipe("int4-g32-sym", rules[0]))
+    yield Variant("int4-g32, experts of the last layer int3-g32", recipe("int4-g32-sym", rules[1]))
+
+
+def main() -> None:
+    """Measure and print a table for each model, and one JSON line last."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=MODELS, help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--windows", type=int, default=64, help=f"windows of {LENGTH} tokens (default 64)")
+    options = parser.parse_args()
+    records = {}
+    for name in options.models:
+        start = time.monotonic()
+        model = Model(name, options.windows)
+        print(f"\n{name}, {options.windows * LENGTH} tokens held out\n")
+        print("| | MB a token | KL, nats a token | first choice kept | perplexity |")
+        print("|---|---|---|---|---|")
+        lines = []
+        for variant in variants(model):
+            line = model.measure(variant)
+            lines.append(asdict(line))
+            print(
+                f"| {line.name} | {line.megabytes:.0f} | {line.kl:.2e} +- {line.error:.0e} | {line.top1:.2%} "
+                f"| x {line.perplexity:.4f} |",
+                flush=True,
+            )
+        print(f"\nin {time.monotonic() - start:.0f} s")
+        records[name] = lines
+    print(json.dumps(records))
+
+
+if __name__ == "__main__":
+    main()
