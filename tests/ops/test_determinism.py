@@ -93,7 +93,7 @@ def test_threads_do_not_change_a_bit(threads: int, one_thread: dict[str, str]) -
 
 def in_another_process(code: str, isa: str) -> subprocess.CompletedProcess[str]:
     """Runs `code` with an instruction set: the library chooses its kernels once."""
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, "-P", "-c", code],  # -P: without the current folder, a checkout's edgelm/ alone
         env=os.environ | {"EDGELM_ISA": isa, "PYTHONPATH": path},
