@@ -1,4 +1,5 @@
 // The library's entry point, which ONNX Runtime calls for each SessionOptions.register_custom_ops_library.
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -9,7 +10,9 @@
 namespace edgelm::ort {
 namespace {
 
-const Kernels* chosen = nullptr;
+// Chosen anew at each registration, so that EDGELM_ISA is heard whenever it is set, and refused where it cannot be. All
+// sessions of the process follow: every table gives the same bits.
+std::atomic<const Kernels*> chosen{nullptr};
 
 // The operators' domain, made once for each runtime in the process (there may be two: ONNX Runtime GenAI brings its
 // own) and shared by its sessions. The runtime keeps pointers to it, and unloads this library after its last session.
@@ -35,12 +38,10 @@ std::vector<std::unique_ptr<Domain>> domains;
 
 void Register(OrtSessionOptions* options, const OrtApi* api) {
   const std::lock_guard<std::mutex> lock(mutex);
-  if (chosen == nullptr) {
-    std::string why;
-    const Kernels* kernels = ChooseKernels(&why);
-    if (kernels == nullptr) Fail(why);
-    chosen = kernels;
-  }
+  std::string why;
+  const Kernels* kernels = ChooseKernels(&why);
+  if (kernels == nullptr) Fail(why);
+  chosen = kernels;
   const Domain* found = nullptr;
   for (const auto& domain : domains) {
     if (domain->api == api) found = domain.get();
