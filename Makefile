@@ -12,7 +12,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt $(wildcard runtimes/csrc/*.h runtimes/csrc/*.cc)
+KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
+    $(foreach folder,. kernels ort,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
 
 .PHONY: demo test lint types test-cpp test-python install pyview kernel clean
 
@@ -32,8 +33,12 @@ kernel:
 	cmake -S runtimes/csrc -B build/csrc -DEDGELM_BUILD_TESTS=ON
 	cmake --build build/csrc --parallel 2
 
+# Once as it is used, once under AddressSanitizer and UndefinedBehaviorSanitizer.
 test-cpp: kernel
 	ctest --test-dir build/csrc --output-on-failure
+	cmake -S runtimes/csrc -B build/csrc-sanitize -DEDGELM_BUILD_TESTS=ON -DEDGELM_SANITIZE=ON
+	cmake --build build/csrc-sanitize --parallel 2 --target edgelm_tests
+	ctest --test-dir build/csrc-sanitize --output-on-failure --parallel 2
 
 test-python: $(INSTALLED)
 	$(BIN)/pytest -q

@@ -65,6 +65,7 @@ def examine() -> dict[str, Any]:
         "runtimes": found,
         "providers": providers(),
         "native_quantizer": native_quantizer(),
+        "native_operators": native_operators(),
         "device": devices.describe().as_dict(),
     }
 
@@ -82,6 +83,18 @@ def native_quantizer() -> bool:
     from edgelm.quant import native
 
     return native.library() is not None
+
+
+def native_operators() -> dict[str, Any]:
+    """The compiled operators and the instruction set they use; without a library, what that costs."""
+    from edgelm.errors import RuntimeUnavailableError
+    from edgelm.runtimes.native_library import describe_cpu
+
+    try:
+        found = describe_cpu()
+    except RuntimeUnavailableError as error:  # one damaged part: the report goes on
+        return {"library": None, "instruction_set": None, "why": str(error)}
+    return {"library": found.library, "instruction_set": found.chosen, "why": found.why}
 
 
 def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
@@ -119,5 +132,10 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
     )
     lines.append(("export", export))
     quantizer = "compiled" if document["native_quantizer"] else "NumPy only, slow: install a wheel with compiled parts"
-    lines.append(("quantiser", quantizer))
+    operators = document["native_operators"]
+    kernels = operators["instruction_set"]
+    lines += [
+        ("quantiser", quantizer),
+        ("operators", f"compiled, {kernels}: {operators['why']}" if kernels else operators["why"]),
+    ]
     return lines

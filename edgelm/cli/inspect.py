@@ -10,16 +10,18 @@ import click
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
     from edgelm.checkpoint import Checkpoint
+    from edgelm.runtimes.native_library import CpuKernels
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path), required=False)
+@click.option("--cpu", is_flag=True, help="In place of PATH: the kernels that this processor runs, and why those.")
 @click.option("--verify", is_flag=True, help="Hash every file of a bundle and compare with its manifest.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
-def inspect(path: Path, verify: bool, as_json: bool) -> None:
+def inspect(path: Path | None, cpu: bool, verify: bool, as_json: bool) -> None:
     """Say what PATH, a bundle or a checkpoint, is: model, sizes, recipe; --verify checks a bundle's hashes.
 
-    Exit code 1 if --verify finds a difference.
+    Exit code 1 if --verify finds a difference, or with --cpu if EDGELM_ISA names what cannot be used.
     """
     import json
 
@@ -27,6 +29,13 @@ def inspect(path: Path, verify: bool, as_json: bool) -> None:
     from edgelm.cli.tables import pairs
     from edgelm.progress import Bars
 
+    if cpu:
+        if path is not None or verify:
+            raise click.UsageError("--cpu describes this machine: it takes neither PATH nor --verify")
+        inspect_cpu(as_json)
+        return
+    if path is None:
+        raise click.UsageError("name a bundle or a checkpoint, or ask for --cpu")
     if (path / MANIFEST).is_file() or not (path / "config.json").is_file():
         bundle = Bundle.open(path)
         problems = bundle.verify(Bars()) if verify else None
@@ -42,6 +51,37 @@ def inspect(path: Path, verify: bool, as_json: bool) -> None:
     click.echo(json.dumps(document) if as_json else pairs(rows))
     if problems:
         raise click.exceptions.Exit(1)
+
+
+def inspect_cpu(as_json: bool) -> None:
+    """Print which kernels this processor runs; exit with 1 where it was told to run ones that it cannot."""
+    import json
+
+    from edgelm import devices
+    from edgelm.cli.tables import pairs
+    from edgelm.runtimes.native_library import describe_cpu
+
+    device, kernels = devices.describe(), describe_cpu()
+    document = {"kind": "cpu", "processor": device.cpu, "architecture": device.architecture, **kernels.as_dict()}
+    click.echo(json.dumps(document) if as_json else pairs(cpu_rows(f"{device.cpu}, {device.architecture}", kernels)))
+    if kernels.library is not None and kernels.chosen is None:
+        raise click.exceptions.Exit(1)
+
+
+def cpu_rows(processor: str, kernels: CpuKernels) -> list[tuple[str, str]]:
+    """What a person wants to know of the kernels."""
+    rows = [("processor", processor), ("operators", kernels.library or "none"), ("chosen", kernels.why)]
+    if kernels.chosen is not None:
+        rows[-1] = ("chosen", f"{kernels.chosen}: {kernels.why}")
+    for isa in kernels.instruction_sets:
+        if isa.name == kernels.chosen:
+            state = "in use, forced" if kernels.forced else "in use"
+        elif isa.available:
+            state = f"available: EDGELM_ISA={isa.name} forces it"
+        else:
+            state = f"not available: {isa.missing}"
+        rows.append((isa.name, state))
+    return rows
 
 
 def bundle_document(bundle: Bundle, problems: list[str] | None) -> dict[str, Any]:

@@ -293,6 +293,75 @@ def write_fox(path: Path) -> Path:
     return write_random_checkpoint(config, path)
 
 
+@pytest.fixture
+def operators(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The compiled operators, with the instruction set left to them."""
+    from edgelm.runtimes.native_library import library_path
+
+    monkeypatch.delenv("EDGELM_ISA", raising=False)
+    path = library_path()
+    if path is None:
+        pytest.skip("this installation has no compiled operators")
+    return path
+
+
+def test_inspect_cpu_says_which_kernels_run_and_why(operators: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = json.loads(invoke("inspect", "--cpu", "--json").stdout)
+    states = {isa["name"]: isa["available"] for isa in document["instruction_sets"]}
+    assert (document["kind"], document["library"], document["forced"]) == ("cpu", str(operators), False)
+    assert document["chosen"] == next(name for name, available in states.items() if available)
+    assert all((isa["missing"] is None) == isa["available"] for isa in document["instruction_sets"])
+    text = invoke("inspect", "--cpu")
+    assert text.exit_code == 0
+    assert "the best that this processor has" in text.stdout
+    assert all(name in text.stdout for name in states)
+    monkeypatch.setenv("EDGELM_ISA", "scalar")
+    assert "scalar: EDGELM_ISA asks for it" in invoke("inspect", "--cpu").stdout
+    assert json.loads(invoke("inspect", "--cpu", "--json").stdout)["chosen"] == "scalar"
+    assert "compiled, scalar: EDGELM_ISA asks for it" in invoke("doctor").stdout
+
+
+def test_inspect_cpu_refuses_an_instruction_set_that_cannot_be(
+    operators: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = json.loads(invoke("inspect", "--cpu", "--json").stdout)["instruction_sets"]
+    absent = [isa["name"] for isa in found if not isa["available"]]
+    for name in ("avx9", "AVX2", *absent):
+        monkeypatch.setenv("EDGELM_ISA", name)
+        result = invoke("inspect", "--cpu")
+        assert result.exit_code == 1
+        assert f"EDGELM_ISA={name}: " in result.stdout
+        assert "scalar, or unset it for the best" in result.stdout
+        assert json.loads(invoke("inspect", "--cpu", "--json").stdout)["chosen"] is None
+
+
+def test_inspect_cpu_without_the_library_says_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGELM_OPS_LIBRARY", "")
+    result = invoke("inspect", "--cpu")
+    assert result.exit_code == 0
+    assert "no compiled operators: bundles with portable operators run, native ones do not" in result.stdout
+    document = json.loads(invoke("inspect", "--cpu", "--json").stdout)
+    assert (document["library"], document["chosen"], document["instruction_sets"]) == (None, None, [])
+    assert "no compiled operators" in invoke("doctor").stdout
+
+
+def test_a_library_that_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    for path, wanted in ((broken, "install edgelm again"), (tmp_path / "none.so", "there is no such file")):
+        monkeypatch.setenv("EDGELM_OPS_LIBRARY", str(path))
+        result = invoke("inspect", "--cpu")
+        assert result.exit_code == 1
+        assert str(path) in result.stderr
+        assert wanted in result.stderr
+        assert wanted in invoke("doctor").stdout
+
+
+def test_inspect_takes_a_path_or_cpu(tmp_path: Path) -> None:
+    for arguments in ((), (tmp_path, "--cpu"), ("--cpu", "--verify")):
+        assert invoke("inspect", *arguments).exit_code == 2
+
+
 def test_doctor_knows_this_machine() -> None:
     document = json.loads(invoke("doctor", "--json").stdout)
     assert document["edgelm"] == edgelm.__version__

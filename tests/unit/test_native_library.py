@@ -1,0 +1,65 @@
+"""Is the operators' library found where it should be, and does a session that registers it hear what is wrong?"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import onnxruntime as ort
+import pytest
+
+from edgelm.errors import RuntimeUnavailableError
+from edgelm.runtimes import native_library
+from edgelm.runtimes.native_library import describe_cpu, library_path
+
+
+@pytest.fixture
+def operators(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The compiled operators, with the instruction set left to them."""
+    monkeypatch.delenv("EDGELM_ISA", raising=False)
+    path = library_path()
+    if path is None:
+        pytest.skip("this installation has no compiled operators")
+    return path
+
+
+def test_the_variable_names_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "x.so"
+    library.touch()
+    monkeypatch.setenv("EDGELM_OPS_LIBRARY", str(library))
+    assert library_path() == library
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EDGELM_OPS_LIBRARY", "x.so")
+    assert library_path() == library
+    monkeypatch.setenv("EDGELM_OPS_LIBRARY", "")
+    assert library_path() is None
+    monkeypatch.setenv("EDGELM_OPS_LIBRARY", str(tmp_path / "none.so"))
+    with pytest.raises(RuntimeUnavailableError, match="there is no such file"):
+        library_path()
+
+
+def test_a_library_of_another_version_or_kind_is_refused(operators: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_library, "ABI", 99)
+    with pytest.raises(RuntimeUnavailableError, match=r"another version of EdgeLM \(interface 1, not 99\)"):
+        describe_cpu()
+    monkeypatch.setenv("EDGELM_OPS_LIBRARY", str(Path(ctypes.__file__)))
+    with pytest.raises(RuntimeUnavailableError, match="not a library of EdgeLM's operators"):
+        describe_cpu()
+
+
+def test_every_available_instruction_set_can_be_registered(operators: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for isa in describe_cpu().instruction_sets:
+        monkeypatch.setenv("EDGELM_ISA", isa.name)
+        if isa.available:
+            assert describe_cpu().chosen == isa.name
+            ort.SessionOptions().register_custom_ops_library(str(operators))
+
+
+def test_registering_with_an_instruction_set_that_cannot_be_fails_in_words(
+    operators: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = [isa.name for isa in describe_cpu().instruction_sets if not isa.available]
+    for name in ("sse9", *absent):
+        monkeypatch.setenv("EDGELM_ISA", name)
+        with pytest.raises(Exception, match=f"EDGELM_ISA={name}: .*Set it to one of .*scalar"):
+            ort.SessionOptions().register_custom_ops_library(str(operators))
