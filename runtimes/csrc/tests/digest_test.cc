@@ -1,6 +1,6 @@
-// Are results the same on every instruction set, and on every kind of machine? Prints one checksum per kernel and kind of
-// weights over the results of fixed inputs. Fails where two tables of this machine differ; that machines agree is seen
-// by comparing what it prints on each.
+// Are results the same on every instruction set, and on every kind of machine? Prints one checksum per kernel and kind
+// of weights over the results of fixed inputs. Fails where two tables of this machine differ; that machines agree is
+// seen by comparing what it prints on each.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -60,10 +60,15 @@ class Digest {
   uint32_t crc_ = 0xFFFFFFFFu;
 };
 
+std::vector<float> Floats(int64_t count, Random* random) {
+  std::vector<float> x(static_cast<size_t>(count));
+  for (float& value : x) value = random->Float(-10, 4);
+  return x;
+}
+
 // Rows of activations with what breaks kernels: zeros, tiny and huge values, one that is not finite.
 std::vector<float> Activations(int64_t rows, int64_t columns, Random* random) {
-  std::vector<float> x(static_cast<size_t>(rows * columns));
-  for (float& value : x) value = random->Float(-10, 4);
+  std::vector<float> x = Floats(rows * columns, random);
   for (int64_t i = 0; i < columns; ++i) {
     if (rows > 3) x[static_cast<size_t>(columns + i)] = 0.0f;
     if (rows > 4) x[static_cast<size_t>(3 * columns + i)] *= 0x1p-110f;
@@ -143,7 +148,7 @@ uint32_t Rows(const LinearKernels& kernels) {
   Digest digest;
   for (int64_t columns : {1, 7, 15, 16, 17, 31, 32, 33, 100, 2048}) {
     const int64_t rows = 9;
-    const std::vector<float> x = Activations(rows, columns, &random), weight = Activations(1, columns, &random);
+    const std::vector<float> x = Activations(rows, columns, &random), weight = Floats(columns, &random);
     QuantBuffer quantised(rows, columns);
     kernels.quantize_rows(x.data(), columns, rows, columns, quantised.Rows());
     Into(&digest, quantised);
@@ -157,12 +162,56 @@ uint32_t Rows(const LinearKernels& kernels) {
   return digest.value();
 }
 
+// A prompt in two parts, cut within a tile of the cache, then few tokens over more than one piece of it, then one.
+uint32_t Attend(const AttentionKernels& kernels, CacheKind kind) {
+  Random random(4);
+  Digest digest;
+  for (int64_t dim : {6, 80}) {
+    const int64_t tokens = 528;
+    Attention call;
+    call.cache = kind;
+    call.heads = 6;
+    call.kv_heads = 2;
+    call.head_dim = dim;
+    call.capacity = tokens;
+    call.clip = dim == 80 ? 1.5f : 0.0f;
+    call.epsilon = 1e-5f;
+    const int64_t columns = (call.heads + 2 * call.kv_heads) * dim;
+    const std::vector<float> qkv = Floats(tokens * columns, &random), norm = Floats(call.heads * dim, &random);
+    const std::vector<float> cos = Floats((tokens + 1) * dim / 2, &random);  // what is a rotation does not matter here
+    std::vector<uint8_t> key(static_cast<size_t>(call.kv_heads * tokens * AttentionRowBytes(kind, dim))), value(key);
+    call.q_norm = call.k_norm = dim == 6 ? nullptr : norm.data();
+    call.cos = cos.data();
+    call.sin = cos.data() + dim / 2;
+    call.key = key.data();
+    call.value = value.data();
+    for (const int64_t rows : {21, 500, 6, 1}) {
+      std::vector<float> out(static_cast<size_t>(rows * call.heads * dim));
+      call.rows = rows;
+      call.qkv = qkv.data() + call.past * columns;
+      call.out = out.data();
+      const int64_t scratch_bytes = (AttentionScratchBytes(call) + 63) / 64 * 64;
+      std::vector<uint8_t> space(static_cast<size_t>(scratch_bytes + AttentionWorkspaceBytes(call) + 64));
+      call.scratch = space.data() + (64 - reinterpret_cast<uintptr_t>(space.data()) % 64) % 64;
+      uint8_t* workspace = call.scratch + scratch_bytes;
+      for (int64_t unit = 0; unit < call.prepare_units(); ++unit) kernels.prepare(call, unit, workspace);
+      for (int64_t unit = 0; unit < call.attend_units(); ++unit) kernels.attend(call, unit, workspace);
+      for (int64_t unit = 0; unit < call.combine_units(); ++unit) kernels.combine(call, unit);
+      digest.Floats(out);
+      call.past += rows;
+    }
+    digest.Bytes(key.data(), key.size());
+    digest.Bytes(value.data(), value.size());
+  }
+  return digest.value();
+}
+
 // Prints the scalar table's checksum once every table has given it.
 template <typename Compute>
 void Line(const std::string& name, const Compute& compute) {
-  const uint32_t expected = compute(kScalarKernels.linear);
+  const uint32_t expected = compute(kScalarKernels);
   for (const Kernels* table : FastTables()) {
-    const uint32_t got = compute(table->linear);
+    const uint32_t got = compute(*table);
     EXPECT(got == expected, "%s: %s gives %08x, scalar %08x", name.c_str(), table->name, got, expected);
   }
   std::printf("digest %08x %s\n", expected, name.c_str());
@@ -190,13 +239,16 @@ int main() {
     Packed weights(shape, 3);
     if (shape.kind == Kind::kFp8E4M3) weights.blob[64 + 128 + 5] = 0xFF;  // NaN, row 5
     if (shape.integer()) {
-      Line("linear_int8 " + shape.Name(), [&](const LinearKernels& k) { return Product(k, weights, Of::kInt8); });
+      Line("linear_int8 " + shape.Name(), [&](const Kernels& k) { return Product(k.linear, weights, Of::kInt8); });
     }
     if (shape.kind == Kind::kInt8Planes) {
-      Line("linear_upper " + shape.Name(), [&](const LinearKernels& k) { return Product(k, weights, Of::kUpper); });
+      Line("linear_upper " + shape.Name(), [&](const Kernels& k) { return Product(k.linear, weights, Of::kUpper); });
     }
-    Line("linear_float " + shape.Name(), [&](const LinearKernels& k) { return Product(k, weights, Of::kFloat); });
+    Line("linear_float " + shape.Name(), [&](const Kernels& k) { return Product(k.linear, weights, Of::kFloat); });
   }
-  Line("quantize_rows, rms_norm, softmax", Rows);
+  Line("quantize_rows, rms_norm, softmax", [](const Kernels& k) { return Rows(k.linear); });
+  Line("attention float32", [](const Kernels& k) { return Attend(k.attention, CacheKind::kFloat32); });
+  Line("attention float16", [](const Kernels& k) { return Attend(k.attention, CacheKind::kFloat16); });
+  Line("attention int8", [](const Kernels& k) { return Attend(k.attention, CacheKind::kInt8); });
   return edgelm_test::Finish();
 }
