@@ -1,5 +1,5 @@
 # make demo   the whole chain on the two tiny trained checkpoints: export, run, parity
-# make test   lint, types, C++ tests, Python tests
+# make test   lint, types, C++ tests (also for Arm, emulated), Python tests
 # make pyview the import tree of a working checkout, for mypy and editors
 # make kernel the compiled kernels of a working checkout, in build/csrc
 #
@@ -15,12 +15,12 @@ INSTALLED := $(VENV)/.installed
 KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
     $(foreach folder,. kernels ort,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
 
-.PHONY: demo test lint types test-cpp test-python install pyview kernel clean
+.PHONY: demo test lint types test-cpp test-arm test-python install pyview kernel clean
 
 demo: $(INSTALLED)
 	$(BIN)/edgelm demo
 
-test: lint types test-cpp test-python
+test: lint types test-cpp test-arm test-python
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -39,6 +39,10 @@ test-cpp: kernel
 	cmake -S runtimes/csrc -B build/csrc-sanitize -DEDGELM_BUILD_TESTS=ON -DEDGELM_SANITIZE=ON
 	cmake --build build/csrc-sanitize --parallel 2 --target edgelm_tests
 	ctest --test-dir build/csrc-sanitize --output-on-failure --parallel 2
+
+# The same for 64-bit Arm, cross-compiled and emulated; needs g++-aarch64-linux-gnu and qemu-user.
+test-arm: kernel
+	runtimes/csrc/tests/arm.sh
 
 test-python: $(INSTALLED)
 	$(BIN)/pytest -q

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The C++ tests on 64-bit Arm: cross-compiled, run under qemu-user, and the kernels' results compared with those of this
+# machine's build (build/csrc). Where a tool is missing it says so and leaves; with CI=true that is a failure.
+set -euo pipefail
+cd "$(dirname "$0")/../../.."
+
+if [[ $(uname -m) == aarch64 ]]; then
+    echo "test-arm: this machine is 64-bit Arm, test-cpp has run these tests"
+    exit 0
+fi
+missing=()
+command -v aarch64-linux-gnu-g++ >/dev/null || missing+=(g++-aarch64-linux-gnu)
+command -v qemu-aarch64 >/dev/null || missing+=(qemu-user)
+if ((${#missing[@]})); then
+    echo "test-arm: SKIPPED, the Arm kernels are not tested. To test them: apt-get install ${missing[*]}" >&2
+    [[ ${CI:-} != true ]]
+    exit
+fi
+
+cmake -S runtimes/csrc -B build/csrc-arm -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DEDGELM_BUILD_TESTS=ON
+cmake --build build/csrc-arm --parallel 2
+ctest --test-dir build/csrc-arm --output-on-failure --parallel 2
+
+build/csrc/digest_test >build/digest-here.txt
+qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu build/csrc-arm/digest_test >build/digest-arm.txt
+if ! diff -u <(grep '^digest ' build/digest-here.txt) <(grep '^digest ' build/digest-arm.txt); then
+    echo "test-arm: these kernels' results differ between $(uname -m) and aarch64" >&2
+    exit 1
+fi
+echo "test-arm: $(grep -c '^digest ' build/digest-arm.txt) checksums are the same on $(uname -m) and aarch64"
