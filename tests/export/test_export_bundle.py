@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from tiny_models import MakeCheckpoint
+from tiny_models import FLAVOURS, MakeCheckpoint
 
 import edgelm
 from edgelm.bundle import Bundle, sha256_of
@@ -29,29 +30,48 @@ from edgelm.export import ExportOptions, export_bundle
 from edgelm.export.memory import parse_size
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
-from edgelm.progress import Advance, Progress
+from edgelm.progress import Advance, Progress, Silent
 from edgelm.quant.checkpoint import quantize_checkpoint
 from edgelm.quant.recipe import Recipe
 
 SHORT = GoldenOptions(prompts=(Prompt("short", "The quick brown fox"),), greedy_tokens=2)
 OPTIONS = ExportOptions(golden=SHORT, threads=2)
+PORTABLE = ExportOptions(golden=SHORT, threads=2, ops="portable")
+NATIVE = ExportOptions(golden=SHORT, threads=2, ops="native")
+Bundles = dict[tuple[str, str], Bundle]
 
 
 @pytest.fixture(scope="module")
-def bundles(checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Bundle]:
+def portable(checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     folder = tmp_path_factory.mktemp("bundles")
     return {
-        (name, recipe): export_bundle(checkpoint(name), folder / f"{name}-{recipe}", recipe=recipe, options=OPTIONS)
+        (name, recipe): export_bundle(checkpoint(name), folder / f"{name}-{recipe}", recipe=recipe, options=PORTABLE)
         for name in ("olmoe", "fox")
         for recipe in ("int4", "int8")
     }
 
 
+@pytest.fixture(scope="module")
+def native(checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundles:
+    # Needs no compiled operators: they run a bundle, writing one is Python's.
+    folder = tmp_path_factory.mktemp("native")
+    return {
+        (name, "int4"): export_bundle(checkpoint(name), folder / name, recipe="int4", options=NATIVE)
+        for name in ("olmoe", "fox")
+    }
+
+
+@pytest.fixture(params=["native", "portable"])
+def bundles(request: pytest.FixtureRequest) -> Bundles:
+    found: Bundles = request.getfixturevalue(request.param)
+    return found
+
+
 @pytest.mark.parametrize("recipe", ["int4", "int8"])
 @pytest.mark.parametrize("name", ["olmoe", "fox"])
-def test_genai_generates_the_same_greedy_tokens(bundles: dict[tuple[str, str], Bundle], name: str, recipe: str) -> None:
+def test_genai_generates_the_same_greedy_tokens(portable: Bundles, name: str, recipe: str) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
-    bundle = bundles[name, recipe]
+    bundle = portable[name, recipe]
     prompt = list(range(5, 45))
     model = genai.Model(str(bundle.path))
     parameters = genai.GeneratorParams(model)
@@ -78,9 +98,7 @@ def _best(logits: np.ndarray, never: tuple[int, ...]) -> int:
     return int(masked.argmax())
 
 
-def test_manifest_describes_what_was_written(
-    bundles: dict[tuple[str, str], Bundle], checkpoint: MakeCheckpoint
-) -> None:
+def test_manifest_describes_what_was_written(bundles: Bundles, checkpoint: MakeCheckpoint) -> None:
     bundle = bundles["olmoe", "int4"]
     manifest = bundle.manifest
     on_disk = {p.relative_to(bundle.path).as_posix() for p in bundle.path.rglob("*") if p.is_file()}
@@ -95,21 +113,20 @@ def test_manifest_describes_what_was_written(
     assert bundle.verify() == []
 
 
-def test_a_damaged_weight_is_named_by_tensor_and_layer(bundles: dict[tuple[str, str], Bundle], tmp_path: Path) -> None:
+def test_a_damaged_weight_is_named_by_tensor_and_layer(bundles: Bundles, tmp_path: Path) -> None:
     import shutil
 
     damaged = tmp_path / "damaged"
     shutil.copytree(bundles["olmoe", "int4"].path, damaged)
     bundle = Bundle.open(damaged)
-    entry = next(e for e in bundle.manifest.tensors if e.name == "layers.1.moe.down.qweight")
+    names = ("layers.1.moe.down.qweight", "layers.1.moe.experts")
+    entry = next(e for e in bundle.manifest.tensors if e.name in names)
     with bundle.file("model.onnx.data").open("r+b") as stream:
         stream.seek(entry.offset + 100)
         byte = stream.read(1)[0]
         stream.seek(entry.offset + 100)
         stream.write(bytes([byte ^ 1]))
-    assert bundle.verify() == [
-        "model.onnx.data: tensor layers.1.moe.down.qweight (layer 1) differs from what was exported"
-    ]
+    assert bundle.verify() == [f"model.onnx.data: tensor {entry.name} (layer 1) differs from what was exported"]
     with bundle.file("model.onnx.data").open("ab") as stream:
         stream.write(b"x")
     with pytest.raises(EdgeLMError, match=r"model\.onnx\.data has \d+ bytes, the manifest says"):
@@ -126,9 +143,7 @@ def test_a_damaged_weight_is_named_by_tensor_and_layer(bundles: dict[tuple[str, 
         (lambda m: m["files"].update({"gone.bin": {"size": 1, "sha256": ""}}), "lacks gone.bin"),
     ],
 )
-def test_a_wrong_manifest_is_refused(
-    bundles: dict[tuple[str, str], Bundle], tmp_path: Path, change, message: str
-) -> None:  # type: ignore[no-untyped-def]
+def test_a_wrong_manifest_is_refused(bundles: Bundles, tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
     import shutil
 
     folder = tmp_path / "bundle"
@@ -140,8 +155,8 @@ def test_a_wrong_manifest_is_refused(
         Bundle.open(folder)
 
 
-def test_tied_table_is_stored_once(bundles: dict[tuple[str, str], Bundle]) -> None:
-    bundle = bundles["fox", "int4"]
+def test_tied_table_is_stored_once(portable: Bundles) -> None:
+    bundle = portable["fox", "int4"]
     model = onnx.load(bundle.file("model.onnx"), load_external_data=False)
     places = {}
     for tensor in model.graph.initializer:
@@ -155,8 +170,64 @@ def test_tied_table_is_stored_once(bundles: dict[tuple[str, str], Bundle]) -> No
     assert stored < 1.2 * vocabulary * hidden
 
 
-def test_router_decides_in_float_and_unrenormalised(bundles: dict[tuple[str, str], Bundle]) -> None:
-    model = onnx.load(bundles["olmoe", "int4"].file("model.onnx"), load_external_data=False)
+def test_a_native_tied_table_is_one_initializer_for_lookup_and_head(native: Bundles) -> None:
+    bundle = native["fox", "int4"]
+    model = onnx.load(bundle.file("model.onnx"), load_external_data=False)
+    users = [node.op_type for node in model.graph.node if "model.embed_tokens.weight" in node.input]
+    assert users == ["QuantEmbedding", "QuantLinear"]
+    stored = {entry.name: entry.size for entry in bundle.manifest.tensors if entry.name.startswith("model.embed")}
+    vocabulary, hidden = bundle.manifest.model.vocab_size, bundle.manifest.model.hidden_size
+    assert set(stored) == {"model.embed_tokens.weight", "model.embed_tokens.weight.lower"}
+    assert stored["model.embed_tokens.weight.lower"] == vocabulary * hidden // 2
+    assert sum(stored.values()) < 1.05 * vocabulary * hidden + 64
+
+
+def test_a_native_decode_reads_half_of_the_head_and_the_debug_graph_all(native: Bundles) -> None:
+    for file, expected in (("model.onnx", (256, b"int8")), ("model.debug.onnx", (0, b"float32"))):
+        model = onnx.load(native["olmoe", "int4"].file(file), load_external_data=False)
+        head = next(node for node in model.graph.node if "logits" in node.output)
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in head.attribute}
+        assert (attributes["refine"], attributes["activations"]) == expected
+
+
+def test_a_native_layer_is_a_handful_of_nodes(native: Bundles) -> None:
+    for name, per_layer in (("fox", 5), ("olmoe", 4)):
+        model = onnx.load(native[name, "int4"].file("model.onnx"), load_external_data=False)
+        operators = [node.op_type for node in model.graph.node]
+        # Besides them the lookup, the slice of the last position and the head.
+        assert len(operators) == 2 * per_layer + 3, operators
+        assert {op.domain for op in model.opset_import} == {"", "edgelm"}
+
+
+def test_only_portable_bundles_are_for_genai(native: Bundles, portable: Bundles) -> None:
+    assert portable["fox", "int4"].file("genai_config.json").is_file()
+    assert not native["fox", "int4"].file("genai_config.json").exists()
+    assert (portable["fox", "int4"].manifest.ops, native["fox", "int4"].manifest.ops) == ("portable", "native")
+    assert native["fox", "int4"].manifest.graph.kv_dtype == "float16"
+
+
+def test_without_compiled_operators_the_export_is_portable_and_says_what_is_lost(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGELM_OPS_LIBRARY", "")
+    notes: list[str] = []
+
+    class Noting(Silent):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    bundle = export_bundle(checkpoint("fox"), tmp_path / "b", options=OPTIONS, progress=Noting())
+    assert bundle.manifest.ops == "portable"
+    assert any("slower and with more memory" in note and "C++ compiler" in note for note in notes)
+
+
+@pytest.mark.skipif("native" not in FLAVOURS, reason="needs the compiled operators")
+def test_with_compiled_operators_the_export_is_native(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    assert export_bundle(checkpoint("fox"), tmp_path / "b", options=OPTIONS).manifest.ops == "native"
+
+
+def test_router_decides_in_float_and_unrenormalised(portable: Bundles) -> None:
+    model = onnx.load(portable["olmoe", "int4"].file("model.onnx"), load_external_data=False)
     for node in (n for n in model.graph.node if n.op_type == "QMoE"):
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert attributes["normalize_routing_weights"] == 0
@@ -166,20 +237,21 @@ def test_router_decides_in_float_and_unrenormalised(bundles: dict[tuple[str, str
 
 
 def test_a_quantised_checkpoint_exports_to_the_same_weights(
-    bundles: dict[tuple[str, str], Bundle], checkpoint: MakeCheckpoint, tmp_path: Path
+    bundles: Bundles, checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     quantize_checkpoint(checkpoint("olmoe"), tmp_path / "quantised", Recipe.load("int4"))
-    bundle = export_bundle(tmp_path / "quantised", tmp_path / "bundle", options=OPTIONS)
     direct = bundles["olmoe", "int4"]
+    options = dataclasses.replace(OPTIONS, ops=direct.manifest.ops)
+    bundle = export_bundle(tmp_path / "quantised", tmp_path / "bundle", options=options)
     assert bundle.manifest.files["model.onnx.data"] == direct.manifest.files["model.onnx.data"]
     assert bundle.manifest.recipe.name == "int4"
 
 
-def test_two_exports_write_the_same_bytes(
-    bundles: dict[tuple[str, str], Bundle], checkpoint: MakeCheckpoint, tmp_path: Path
-) -> None:
-    again = export_bundle(checkpoint("fox"), tmp_path / "again", recipe="int4", options=OPTIONS)
-    assert again.manifest.files["model.onnx.data"] == bundles["fox", "int4"].manifest.files["model.onnx.data"]
+def test_two_exports_write_the_same_bytes(bundles: Bundles, checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    first = bundles["fox", "int4"]
+    options = dataclasses.replace(OPTIONS, ops=first.manifest.ops)
+    again = export_bundle(checkpoint("fox"), tmp_path / "again", recipe="int4", options=options)
+    assert again.manifest.files["model.onnx.data"] == first.manifest.files["model.onnx.data"]
 
 
 class _Interrupting(Progress):
@@ -275,6 +347,8 @@ def test_what_cannot_be_done_is_refused_before_any_work(checkpoint: MakeCheckpoi
         export_bundle(path, out, options=ExportOptions(golden=SHORT, max_ram=50 << 20))
     with pytest.raises(ExportError, match="target 'tpu' is not one of cpu"):
         ExportOptions(target="tpu")
+    with pytest.raises(ExportError, match="ops 'own' is not one of auto, native, portable"):
+        ExportOptions(ops="own")
     with pytest.raises(ExportError, match="dtype 'int3' is not one of"):
         ExportOptions(dtype="int3")
     out.mkdir()
@@ -282,7 +356,18 @@ def test_what_cannot_be_done_is_refused_before_any_work(checkpoint: MakeCheckpoi
         export_bundle(path, out, options=OPTIONS)
     text = 'name = "x"\ndefault = "int8-g32-sym"\n[[rule]]\nmatch = "*.experts.0.*"\nscheme = "float"\n'
     with pytest.raises(ExportError, match=r"keeps model\.layers\.0\.mlp\.experts\.0\.gate_proj\.weight in float"):
-        export_bundle(checkpoint("olmoe"), tmp_path / "mixed", recipe=Recipe.from_toml(text, "x"), options=OPTIONS)
+        export_bundle(checkpoint("olmoe"), tmp_path / "mixed", recipe=Recipe.from_toml(text, "x"), options=PORTABLE)
+    for scheme in ("int3-g32-sym", "fp8-row"):
+        own = Recipe.from_toml(f'name = "x"\ndefault = "{scheme}"\n', "x")
+        with pytest.raises(ExportError, match=rf"is {scheme} in this recipe.*--ops native"):
+            export_bundle(path, tmp_path / "narrow", recipe=own, options=PORTABLE)
+    own = Recipe.from_toml('name = "x"\ndefault = "int4-g16-sym"\n', "x")
+    with pytest.raises(ExportError, match=r"embed_tokens\.weight is int4-g16-sym .*--ops portable"):
+        export_bundle(path, tmp_path / "g16", recipe=own, options=NATIVE)
+    text = text.replace("*.experts.0.*", "*.experts.0.up_proj.weight")
+    with pytest.raises(ExportError, match=r"experts\.0\.gate_proj\.weight and .*up_proj\.weight in types"):
+        recipe = Recipe.from_toml(text, "x")
+        export_bundle(checkpoint("olmoe"), tmp_path / "mixed", recipe=recipe, options=NATIVE)
     assert list(tmp_path.iterdir()) == [out]
 
 

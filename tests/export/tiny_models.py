@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from edgelm.runtimes.native_library import library_path
+
+FLAVOURS = ("native", "portable") if library_path() is not None else ("portable",)
+"""The operators that bundles can be run with here."""
+
 OLMOE = {
     "architectures": ["OlmoeForCausalLM"],
     "model_type": "olmoe",

@@ -1,4 +1,4 @@
-"""Bundles of the tiny trained checkpoints, exported once a session."""
+"""Bundles of the tiny trained checkpoints, exported once a session, in every flavour that can run here."""
 
 from __future__ import annotations
 
@@ -7,25 +7,43 @@ from pathlib import Path
 
 import pytest
 
+from edgelm.runtimes.native_library import library_path
+
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 
 
+FLAVOURS = ("native", "portable") if library_path() is not None else ("portable",)
+
+
+@pytest.fixture
+def flavour():
+    """The operators of the bundles; a module that wants more than the first overrides this."""
+    return FLAVOURS[0]
+
+
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory):
-    """Function (model, recipe) to the folder of a healthy bundle."""
-    from edgelm.export import export_bundle
+def export(tmp_path_factory):
+    """Function (model, recipe, flavour) to the folder of a healthy bundle."""
+    from edgelm.export import ExportOptions, export_bundle
 
     root = tmp_path_factory.mktemp("bundles")
-    made: dict[tuple[str, str], Path] = {}
+    made: dict[tuple[str, str, str], Path] = {}
 
-    def get(model: str, recipe: str) -> Path:
-        if (model, recipe) not in made:
-            folder = root / f"{model}-{recipe}"
-            export_bundle(CHECKPOINTS / f"{model}-tiny", folder, recipe=recipe)
-            made[model, recipe] = folder
-        return made[model, recipe]
+    def get(model: str, recipe: str, flavour: str) -> Path:
+        key = (model, recipe, flavour)
+        if key not in made:
+            folder = root / "-".join(key)
+            export_bundle(CHECKPOINTS / f"{model}-tiny", folder, recipe=recipe, options=ExportOptions(ops=flavour))
+            made[key] = folder
+        return made[key]
 
     return get
+
+
+@pytest.fixture
+def exported(export, flavour):
+    """Function (model, recipe) to the folder of a healthy bundle."""
+    return lambda model, recipe: export(model, recipe, flavour)
 
 
 @pytest.fixture

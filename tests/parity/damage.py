@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from edgelm.packed import HEADER_BYTES, TILE, read_matrices
+
 GRAPHS = ("model.onnx", "model.debug.onnx")
 
 
@@ -67,19 +69,70 @@ def find(graph, op: str, output: str):
     return next(node for node in graph.node if node.op_type == op and output in node.output)
 
 
-def renormalise_routing(folder: Path, layer: int) -> None:
-    """Drop input 14 of QMoE: the CPU kernel then softmaxes over the chosen experts only."""
+def is_native(folder: Path) -> bool:
+    return manifest(folder)["ops"] == "native"
+
+
+def renormalise_routing(folder: Path, layer: int, graphs=GRAPHS) -> None:
+    """Native: say that the model renormalises. Portable: drop input 14 of QMoE, so that the kernel softmaxes over the
+    chosen experts only.
+    """
 
     def change(graph) -> int:
-        node = next(n for n in graph.node if n.op_type in ("QMoE", "MoE") and n.output[0] == f"layers.{layer}.moe")
+        if is_native(folder):
+            node = next(n for n in graph.node if label(n) == f"layers.{layer}.moe")
+        else:
+            node = next(n for n in graph.node if n.op_type in ("QMoE", "MoE") and n.output[0] == f"layers.{layer}.moe")
         if node.op_type == "QMoE":
             assert len(node.input) == 15
             del node.input[14:]
         else:
-            next(a for a in node.attribute if a.name == "normalize_routing_weights").i = 1
+            names = ("normalize", "normalize_routing_weights")
+            next(a for a in node.attribute if a.name in names).i = 1
         return 1
 
-    edit_graphs(folder, change)
+    edit_graphs(folder, change, graphs)
+
+
+def label(node) -> str:
+    return next((a.s.decode() for a in node.attribute if a.name == "name"), "")
+
+
+class Packed:
+    """The records of one packed matrix as a writable array [tiles, groups, bytes]; leaving the block stores them.
+
+    `index` counts the matrices of a tensor: in a mixture gate+up of the first expert, its down, and so on.
+    """
+
+    def __init__(self, folder: Path, tensor: str, index: int = 0) -> None:
+        data = manifest(folder)
+        entry = next(entry for entry in data["tensors"] if entry["name"] == tensor)
+        self._path = folder / data["graph"]["weights_file"]
+        with self._path.open("rb") as file:
+            place, self.matrix = read_matrices(file, entry["offset"], tensor)[index]
+            self.first = place + HEADER_BYTES
+            self._offset = entry["offset"] + self.first
+            file.seek(self._offset)
+            shape = (self.matrix.tiles, self.matrix.groups, self.matrix.record_bytes)
+            self.records = np.frombuffer(file.read(int(np.prod(shape))), np.uint8).reshape(shape).copy()
+
+    def __enter__(self) -> Packed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._path.open("r+b") as file:
+            file.seek(self._offset)
+            file.write(self.records.tobytes())
+
+    @property
+    def scales(self) -> np.ndarray:
+        """float16 [tiles, groups, 32], a view."""
+        return self.records[:, :, :64].view(np.float16)
+
+    def middle_code(self) -> int:
+        """Where in its tensor a code in the middle of the matrix lies."""
+        matrix = self.matrix
+        return self.first + matrix.tiles // 2 * matrix.groups * matrix.record_bytes + matrix.record_bytes // 2
 
 
 def expert_parts(folder: Path, layer: int, matrix: str):
@@ -89,26 +142,28 @@ def expert_parts(folder: Path, layer: int, matrix: str):
 
 
 def swap_gate_and_up(folder: Path, layer: int) -> None:
-    """Gate and up rows are interleaved in a mixture and one after the other in a dense block."""
+    """Native: in alternating tiles. Portable: in alternating rows of a mixture, one after the other elsewhere."""
     experts = manifest(folder)["model"]["num_experts"]
+    if is_native(folder):
+        tensor = f"layers.{layer}.moe.experts" if experts else f"layers.{layer}.mlp.gate_up.weight"
+        for expert in range(max(experts, 1)):
+            with Packed(folder, tensor, 2 * expert) as packed:
+                assert packed.matrix.swiglu
+                packed.records[:] = packed.records.reshape(-1, 2, *packed.records.shape[1:])[:, ::-1].reshape(
+                    packed.records.shape
+                )
+        return
     names = [
         n for n in tensor_names(folder) if n.startswith((f"layers.{layer}.moe.gate_up", f"layers.{layer}.mlp.gate_up"))
     ]
-    if names:
-        for name in names:
-            rows = fused_rows(folder) * max(experts, 1)
-            with Tensor(folder, name, np.uint8, (rows, -1)) as array:
-                if experts:
-                    array[:] = array.reshape(-1, 2, array.shape[1])[:, ::-1].reshape(array.shape)
-                else:
-                    array[:] = np.concatenate([array[rows // 2 :], array[: rows // 2]])
-        return
-    stem = f"model.layers.{layer}.mlp"
-    with (
-        Tensor(folder, f"{stem}.gate_proj.weight", np.uint8) as gate,
-        Tensor(folder, f"{stem}.up_proj.weight", np.uint8) as up,
-    ):
-        gate[:], up[:] = up.copy(), gate.copy()
+    assert names
+    for name in names:
+        rows = fused_rows(folder) * max(experts, 1)
+        with Tensor(folder, name, np.uint8, (rows, -1)) as array:
+            if experts:
+                array[:] = array.reshape(-1, 2, array.shape[1])[:, ::-1].reshape(array.shape)
+            else:
+                array[:] = np.concatenate([array[rows // 2 :], array[: rows // 2]])
 
 
 def fused_rows(folder: Path) -> int:
@@ -116,6 +171,10 @@ def fused_rows(folder: Path) -> int:
 
 
 def corrupt_expert_scales(folder: Path, layer: int, expert: int, factor: float = 1.25) -> None:
+    if is_native(folder):
+        with Packed(folder, f"layers.{layer}.moe.experts", 2 * expert) as packed:
+            packed.scales[:] = packed.scales * np.float16(factor)
+        return
     experts = manifest(folder)["model"]["num_experts"]
     with Tensor(folder, f"layers.{layer}.moe.gate_up.scales", np.float32, (experts, -1)) as scales:
         scales[expert] *= factor
@@ -123,10 +182,25 @@ def corrupt_expert_scales(folder: Path, layer: int, expert: int, factor: float =
 
 def exchange_experts(folder: Path, layer: int, first: int, second: int) -> None:
     experts = manifest(folder)["model"]["num_experts"]
+    if is_native(folder):
+        with Tensor(folder, f"layers.{layer}.moe.experts", np.uint8) as array:
+            table = array[HEADER_BYTES : HEADER_BYTES + 16 * experts].reshape(experts, 16)
+            table[[first, second]] = table[[second, first]]
+        return
     for matrix in ("gate_up", "down"):
         for name in expert_parts(folder, layer, matrix):
             with Tensor(folder, name, np.uint8, (experts, -1)) as array:
                 array[[first, second]] = array[[second, first]]
+
+
+def damage_embedding_row(folder: Path, token: int, factor: float = 1.5) -> None:
+    if is_native(folder):
+        with Packed(folder, "model.embed_tokens.weight") as packed:
+            packed.scales[token // TILE, :, token % TILE] *= np.float16(factor)
+        return
+    rows = manifest(folder)["model"]["vocab_size"]
+    with Tensor(folder, "model.embed_tokens.scales", np.float32, (rows, -1)) as scales:
+        scales[token] *= factor
 
 
 def change_rope_base(folder: Path, theta: float) -> None:
@@ -143,27 +217,53 @@ def norm_queries_per_head(folder: Path, layer: int) -> None:
     """RMS over each head's width instead of the whole projection, the weights as before."""
     model = manifest(folder)["model"]
     heads, width = model["num_heads"], model["head_dim"]
+    kv_width = model["num_kv_heads"] * width
 
-    def change(graph) -> int:
-        name = f"layers.{layer}.attn.q_normed"
-        index, node = next((i, n) for i, n in enumerate(graph.node) if name in n.output)
-        weight = node.input[1]
-        eps = next(a.f for a in node.attribute if a.name == "epsilon")
+    def add_constants(graph) -> None:
         graph.initializer.append(helper.make_tensor("d.split", onnx.TensorProto.INT64, [4], [0, 0, heads, width]))
         graph.initializer.append(helper.make_tensor("d.join", onnx.TensorProto.INT64, [3], [0, 0, heads * width]))
         graph.initializer.append(helper.make_tensor("d.ones", onnx.TensorProto.FLOAT, [width], [1.0] * width))
-        new = [
-            helper.make_node("Reshape", [node.input[0], "d.split"], ["d.heads"]),
+
+    def per_head(x: str, eps: float) -> list:
+        return [
+            helper.make_node("Reshape", [x, "d.split"], ["d.heads"]),
             helper.make_node("SimplifiedLayerNormalization", ["d.heads", "d.ones"], ["d.normed"], axis=-1, epsilon=eps),
             helper.make_node("Reshape", ["d.normed", "d.join"], ["d.joined"]),
-            helper.make_node("Mul", ["d.joined", weight], [name]),
         ]
-        nodes = [*graph.node[:index], *new, *graph.node[index + 1 :]]
-        del graph.node[:]
-        graph.node.extend(nodes)
-        return 1
+
+    def portable(graph) -> int:
+        name = f"layers.{layer}.attn.q_normed"
+        index, node = next((i, n) for i, n in enumerate(graph.node) if name in n.output)
+        eps = next(a.f for a in node.attribute if a.name == "epsilon")
+        new = [*per_head(node.input[0], eps), helper.make_node("Mul", ["d.joined", node.input[1]], [name])]
+        return replace_nodes(graph, index, [*new], 1)
+
+    def native(graph) -> int:
+        # The operator's own norm follows: on heads that all have a mean square of 1 it only multiplies by the weights.
+        index, node = next((i, n) for i, n in enumerate(graph.node) if label(n) == f"layers.{layer}.attn")
+        eps = next(a.f for a in node.attribute if a.name == "epsilon")
+        sizes = [heads * width, 2 * kv_width]
+        graph.initializer.append(helper.make_tensor("d.sizes", onnx.TensorProto.INT64, [2], sizes))
+        new = [
+            helper.make_node("Split", [node.input[0], "d.sizes"], ["d.q", "d.kv"], axis=-1),
+            *per_head("d.q", eps),
+            helper.make_node("Concat", ["d.joined", "d.kv"], ["d.qkv"], axis=-1),
+        ]
+        node.input[0] = "d.qkv"
+        return replace_nodes(graph, index, new, 0)
+
+    def change(graph) -> int:
+        add_constants(graph)
+        return native(graph) if is_native(folder) else portable(graph)
 
     edit_graphs(folder, change)
+
+
+def replace_nodes(graph, index: int, new: list, count: int) -> int:
+    nodes = [*graph.node[:index], *new, *graph.node[index + count :]]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return 1
 
 
 def flip_byte(folder: Path, tensor: str, position: int, mask: int = 0x80) -> None:

@@ -8,13 +8,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from edgelm.errors import BundleError
 from edgelm.parity.check import check_parity
 from edgelm.parity.pack import ParityPack
 
 from . import damage
+from .conftest import FLAVOURS
 
 MODELS = ("olmoe", "fox")
 RECIPES = ("int4", "int8", "none")
+
+
+@pytest.fixture(params=FLAVOURS)
+def flavour(request):
+    return request.param
 
 
 def judge(folder, **options):
@@ -105,39 +112,42 @@ def test_qk_norm_per_head(copied, recipe):
 
 
 BLOCKS = [
-    ("olmoe", "layers.1.attn.qkv.qweight", 1),
-    ("olmoe", "model.layers.3.self_attn.o_proj.qweight", 3),
-    ("olmoe", "layers.2.moe.gate_up.qweight", 2),
-    ("olmoe", "layers.0.moe.down.qweight", 0),
-    ("fox", "layers.1.attn.qkv.qweight", 1),
-    ("fox", "layers.2.mlp.gate_up.qweight", 2),
+    ("olmoe", "layers.1.attn.qkv", 1),
+    ("olmoe", "model.layers.3.self_attn.o_proj", 3),
+    ("olmoe", "layers.2.moe.gate_up", 2),
+    ("olmoe", "layers.0.moe.down", 0),
+    ("fox", "layers.1.attn.qkv", 1),
+    ("fox", "layers.2.mlp.gate_up", 2),
 ]
 
 
-def used_byte(folder, tensor, layer):
-    """A byte in the middle of the tensor, in a mixture of an expert that many positions chose."""
+def used_byte(folder, block, layer):
+    """(tensor, place) of a code in the middle of a matrix, in a mixture of an expert that many positions chose."""
+    expert = used_experts(folder, layer, 3)[2] if ".moe." in block else 0
+    if damage.is_native(folder):
+        tensor = f"layers.{layer}.moe.experts" if ".moe." in block else f"{block}.weight"
+        return tensor, damage.Packed(folder, tensor, 2 * expert + block.endswith(".down")).middle_code()
+    tensor = f"{block}.qweight"
     entry = next(entry for entry in damage.manifest(folder)["tensors"] if entry["name"] == tensor)
-    experts = damage.manifest(folder)["model"]["num_experts"]
-    if ".moe." not in tensor:
-        return entry["size"] // 2 + 1
-    one = entry["size"] // experts
-    return used_experts(folder, layer, 3)[2] * one + one // 2 + 1
+    one = entry["size"] // (damage.manifest(folder)["model"]["num_experts"] if ".moe." in block else 1)
+    return tensor, expert * one + one // 2 + 1
 
 
-@pytest.mark.parametrize(("model", "tensor", "layer"), BLOCKS)
-def test_one_flipped_weight_byte_is_named_by_the_hashes(copied, model, tensor, layer):
+@pytest.mark.parametrize(("model", "block", "layer"), BLOCKS)
+def test_one_flipped_weight_byte_is_named_by_the_hashes(copied, model, block, layer):
     folder = copied(model, "int4")
-    damage.flip_byte(folder, tensor, used_byte(folder, tensor, layer))
+    tensor, place = used_byte(folder, block, layer)
+    damage.flip_byte(folder, tensor, place)
     report = check_parity(folder, threads=1)
     integrity = next(check for check in report.checks if check.name == "integrity")
     assert integrity.passed is False
     assert f"{tensor} (layer {layer})" in integrity.detail
 
 
-@pytest.mark.parametrize(("model", "tensor", "layer"), BLOCKS)
-def test_one_flipped_weight_byte_is_found_by_arithmetic_alone(copied, model, tensor, layer):
+@pytest.mark.parametrize(("model", "block", "layer"), BLOCKS)
+def test_one_flipped_weight_byte_is_found_by_arithmetic_alone(copied, model, block, layer):
     folder = copied(model, "int4")
-    damage.flip_byte(folder, tensor, used_byte(folder, tensor, layer))
+    damage.flip_byte(folder, *used_byte(folder, block, layer))
     report = judge(folder)
     assert report.passed is False
     assert report.first_diverged_layer == layer
@@ -162,9 +172,7 @@ def test_a_tokenizer_that_cannot_be_read(copied):
 def test_rows_of_the_embedding_damaged(copied):
     folder = copied("olmoe", "int4")
     token = int(ParityPack.load(folder / "parity").ids[3])
-    rows = damage.manifest(folder)["model"]["vocab_size"]
-    with damage.Tensor(folder, "model.embed_tokens.scales", np.float32, (rows, -1)) as scales:
-        scales[token] *= 1.5
+    damage.damage_embedding_row(folder, token)
     report = judge(folder)
     assert report.first_diverged_layer == -1
     assert f"token ids {token}" in report.cause
@@ -182,13 +190,7 @@ def test_a_wrong_final_norm_is_told_from_the_layers(copied, recipe):
 
 def test_damage_in_the_shipped_graph_only_is_told_from_the_weights(copied):
     folder = copied("olmoe", "int4")
-
-    def change(graph):
-        node = next(node for node in graph.node if node.op_type == "QMoE")
-        del node.input[14:]
-        return 1
-
-    damage.edit_graphs(folder, change, graphs=["model.onnx"])
+    damage.renormalise_routing(folder, layer=0, graphs=["model.onnx"])
     report = judge(folder)
     assert report.passed is False
     assert report.first_diverged_layer is None
@@ -204,6 +206,27 @@ def test_weights_that_are_no_numbers_fail(copied):
     assert report.passed is False
     assert report.first_diverged_layer == 2
     assert {"logits.kl_mean", "logits.kl_max", "perplexity.device", "layer[2]"} <= failed(report)
+
+
+@pytest.mark.skipif("native" not in FLAVOURS, reason="needs the compiled operators")
+@pytest.mark.parametrize(
+    ("tensor", "position", "message"),
+    [
+        ("layers.1.attn.qkv.weight", 0, r"QuantLinear layers\.1\.attn\.qkv\.weight.* EDLM"),
+        ("layers.1.attn.qkv.weight", 9, r"QuantLinear layers\.1\.attn\.qkv\.weight"),
+        ("layers.2.moe.experts", 0, r"SparseMoE layers\.2\.moe"),
+        ("layers.2.moe.experts", 64 + 7, r"SparseMoE layers\.2\.moe"),
+        ("model.embed_tokens.weight", 5, r"QuantEmbedding model\.embed_tokens\.weight"),
+    ],
+)
+def test_a_damaged_header_of_packed_weights_is_refused_by_name(copied, flavour, tensor, position, message):
+    if flavour != "native":
+        pytest.skip("portable weights have no headers")
+    folder = copied("olmoe", "int4")
+    damage.flip_byte(folder, tensor, position)
+    damage.reseal(folder)
+    with pytest.raises(BundleError, match=message):
+        check_parity(folder, threads=1)
 
 
 def test_a_bundle_with_the_weights_of_another_recipe_fails(exported, copied):
