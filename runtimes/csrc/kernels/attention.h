@@ -84,6 +84,7 @@ EDGELM_INLINE int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) /
 // the group), in this order.
 struct AttentionLayout {
   int64_t width;                                              // head_dim rounded up to whole vectors
+  int64_t most;                                               // query rows of a unit
   int64_t queries, query_scales, query_sums;                  // scratch: float32 or int8 [query rows, width]
   int64_t tops, sums, partials, scratch_bytes;                // scratch: [query rows, pieces] and [.., width]
   int64_t scores, accumulators, state, codes, keys, values;   // workspace
@@ -100,11 +101,11 @@ struct AttentionLayout {
     partials = sums + RoundUp(4 * split, 64);
     scratch_bytes = partials + 4 * split * width;
 
-    const int64_t most = kFewRows * call.group() > kQueryRows ? kFewRows * call.group() : kQueryRows;
+    most = kFewRows * call.group() > kQueryRows ? kFewRows * call.group() : kQueryRows;
     scores = 0;
     accumulators = scores + 4 * most * kKeyBlock;
     state = accumulators + 4 * most * width;
-    codes = state + RoundUp(4 * 5 * most, 64);
+    codes = state + RoundUp(4 * 6 * most, 64);
     keys = codes + 2 * most * kKeyBlock;
     values = keys + 4 * kKeyBlock * (width + 16);
     workspace_bytes = values + 4 * kKeyBlock * (width + 16);

@@ -19,6 +19,8 @@ namespace edgelm {
 namespace {
 
 constexpr int64_t kBlockTiles = kKeyBlock / kCacheTile;
+// Query rows that work on kVectors vectors of the cache at once: their sums take half of the registers.
+constexpr int kQueryTile = kVectors == 2 ? 8 : 4;
 
 template <int kN> struct Count { static constexpr int kValue = kN; };
 
@@ -219,57 +221,102 @@ struct Unit {
   AttentionLayout at;
   int64_t head, first, tokens, rows;
   int64_t query;        // index of row 0 in the scratch
-  float* scores;        // [rows, kKeyBlock], then probabilities
+  float* scores;        // [rows, kKeyBlock], then probabilities, then int8 caches' weights
   float* accumulators;  // [rows, width]
-  float* tops;          // [rows] running maximum, then running sum
+  float* tops;          // [rows] running maximum, then running sum, then what the last block's maximum made of both
   float* sums;
-  float* weight_steps;  // int8: of a row's codes in `codes`
+  float* factors;
+  float* steps;         // int8: of a row's codes in `codes`
   int32_t* starts;      // [rows, 2] what their sums start from
   int8_t* codes;        // [rows, 2, kKeyBlock]
   uint8_t* keys;        // packed
   uint8_t* values;
 
-  // Tokens of the cache that row r sees.
-  EDGELM_INLINE int64_t Limit(int64_t r) const { return call->past + first + r / call->group() + 1; }
+  // Tokens of the block at `begin` that row r sees.
+  EDGELM_INLINE int64_t Seen(int64_t r, int64_t begin, int64_t count) const {
+    const int64_t limit = call->past + first + r / call->group() + 1 - begin;
+    return limit < count ? limit : count;
+  }
 };
 
 inline Unit MakeUnit(const Attention& call, int64_t head, int64_t first, int64_t tokens, uint8_t* workspace) {
   const AttentionLayout at(call);
-  const int64_t most = kFewRows * call.group() > kQueryRows ? kFewRows * call.group() : kQueryRows;
   float* state = reinterpret_cast<float*>(workspace + at.state);
   return {&call, at, head, first, tokens, tokens * call.group(), (head * call.rows + first) * call.group(),
           reinterpret_cast<float*>(workspace + at.scores), reinterpret_cast<float*>(workspace + at.accumulators), state,
-          state + most, state + 2 * most, reinterpret_cast<int32_t*>(state + 3 * most),
+          state + at.most, state + 2 * at.most, state + 3 * at.most, reinterpret_cast<int32_t*>(state + 4 * at.most),
           reinterpret_cast<int8_t*>(workspace + at.codes), workspace + at.keys, workspace + at.values};
 }
 
-// A row's scores of a block become probabilities relative to its new maximum; its sum and accumulators follow.
-inline void UpdateRow(const Unit& u, int64_t r, int64_t valid) {
-  float* s = u.scores + r * kKeyBlock;
-  const int64_t whole = valid / 16 * 16, padded = RoundUp(valid, 16);
-  for (int64_t i = valid; i < padded; ++i) s[i] = -INFINITY;
-  F32 most = Splat(u.tops[r]);
-  for (int64_t i = 0; i < padded; i += 16) most = Max(Load(s + i), most);  // passes over NaN
-  const float top = Largest(most);
-  F32 sum = Splat(0.0f);
-  for (int64_t i = 0; i < whole; i += 16) {
-    const F32 p = Exp(Sub(Load(s + i), Splat(top)));
-    Store(s + i, p);
+// A row's scores of a block become probabilities relative to its new maximum (weights, where the values' `scales` are
+// given: times those). Returns the largest of them in *most, and their sum before that.
+template <bool kScaled>
+inline float Exponentials(float* s, int64_t valid, float top, const float* scales, float* most) {
+  const F32 tops = Splat(top);
+  F32 sum = Splat(0.0f), largest = Splat(0.0f);
+  int64_t i = 0;
+  for (; i + 16 <= valid; i += 16) {
+    F32 p = Exp(Sub(Load(s + i), tops));
     sum = Add(sum, p);
+    if (kScaled) {
+      p = Mul(p, Load(scales + i));
+      largest = Max(p, largest);
+    }
+    Store(s + i, p);
   }
-  if (whole < padded) {  // Exp never gives 0: what is masked is set to it
-    const F32 p = Exp(Sub(Load(s + whole), Splat(top)));
-    Store(s + whole, Splat(0.0f));
-    StorePart(s + whole, p, valid - whole);
-    sum = Add(sum, Load(s + whole));
+  if (i < valid) {  // Exp never gives 0: what is masked is set to it
+    const int64_t left = valid - i;
+    F32 p = Exp(Sub(LoadPart(s + i, left), tops));
+    Store(s + i, Splat(0.0f));
+    StorePart(s + i, p, left);
+    p = Load(s + i);
+    sum = Add(sum, p);
+    if (kScaled) {
+      p = Mul(p, LoadPart(scales + i, left));
+      largest = Max(p, largest);
+      Store(s + i, p);
+    }
   }
-  float factor[16];
-  Store(factor, Exp(Splat(u.tops[r] - top)));
-  u.sums[r] = __builtin_fmaf(u.sums[r], factor[0], Sum(sum));
-  u.tops[r] = top;
-  if (factor[0] == 1.0f) return;
+  if (kScaled) *most = Largest(largest);
+  return Sum(sum);
+}
+
+// The rows' running maxima take in a block's scores; `factors` is what becomes of what was summed before.
+inline void UpdateTops(const Unit& u, int64_t from, int64_t begin, int64_t count) {
+  for (int64_t r = from; r < u.rows; ++r) {
+    float* s = u.scores + r * kKeyBlock;
+    const int64_t valid = u.Seen(r, begin, count), padded = RoundUp(valid, 16);
+    for (int64_t i = valid; i < padded; ++i) s[i] = -INFINITY;
+    F32 most = Splat(u.tops[r]);
+    for (int64_t i = 0; i < padded; i += 16) most = Max(Load(s + i), most);  // passes over NaN
+    u.factors[r] = Largest(most);
+  }
+  for (int64_t r = from; r < u.rows; r += 16) {
+    const int64_t n = u.rows - r < 16 ? u.rows - r : 16;
+    const F32 before = LoadPart(u.tops + r, n), after = LoadPart(u.factors + r, n);
+    StorePart(u.tops + r, after, n);
+    StorePart(u.factors + r, Exp(Sub(before, after)), n);
+  }
+}
+
+// A row's sum and accumulators relative to its new maximum, with a block's sum.
+inline void UpdateSum(const Unit& u, int64_t r, float sum) {
+  const float factor = u.factors[r];
+  u.sums[r] = __builtin_fmaf(u.sums[r], factor, sum);
+  if (factor == 1.0f) return;
   float* acc = u.accumulators + r * u.at.width;
-  for (int64_t i = 0; i < u.at.width; i += 16) Store(acc + i, Mul(Load(acc + i), Splat(factor[0])));
+  for (int64_t i = 0; i < u.at.width; i += 16) Store(acc + i, Mul(Load(acc + i), Splat(factor)));
+}
+
+// Vectors that a tile of rows works on at once.
+constexpr int VectorsFor(int rows) { return rows == 1 ? 4 * kVectors : rows < kQueryTile ? 2 * kVectors : kVectors; }
+
+// The functions of one tile come in two forms. kFew: few query rows, whose time is the memory's. They take the cache from
+// front to back, since two streams a few kilobytes apart halve what memory gives, and while they work on a block's keys
+// they call for its values (`ahead`), on its values for the next block's keys, for the processor foresees neither turn.
+template <bool kFew>
+inline void CallFor(const uint8_t* p) {
+  if (kFew) __builtin_prefetch(p, 0, 2);
 }
 
 // -- float32 and float16 caches ----------------------------------------------------------------------------------------
@@ -277,36 +324,47 @@ inline void UpdateRow(const Unit& u, int64_t r, int64_t valid) {
 inline F32 LoadElements(const float* p) { return Load(p); }
 inline F32 LoadElements(const uint16_t* p) { return LoadHalf(p); }
 
-// Scores of kRows rows with kVec tiles of 16 tokens.
-template <typename T, int kRows, int kVec>
-inline __attribute__((always_inline)) void FloatScores(const uint8_t* const* tiles, const float* q, int64_t stride,
-                                                       int64_t head_dim, float* s) {
-  F32 f[kRows][kVec];
+// Scores of kRows rows with kVec tiles of 16 tokens. kFew: two sums, of the even and of the odd dimensions, since one
+// tile alone is one chain of additions.
+template <typename T, bool kFew, int kRows, int kVec>
+__attribute__((noinline)) void FloatScores(const uint8_t* const* tiles, const uint8_t* ahead, const float* q,
+                                           int64_t stride, int64_t head_dim, float* s) {
+  constexpr int kChains = kFew ? 2 : 1;
+  F32 f[kChains][kRows][kVec];
+  for (int chain = 0; chain < kChains; ++chain)
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVec; ++v) f[r][v] = Splat(0.0f);
-  for (int64_t d = 0; d < head_dim; ++d) {
-    F32 k[kVec];
+      for (int v = 0; v < kVec; ++v) f[chain][r][v] = Splat(0.0f);
+  for (int64_t d = 0; d < head_dim; d += kChains) {
+#pragma GCC unroll 2
+    for (int chain = 0; chain < kChains; ++chain) {
+      F32 k[kVec];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVec; ++v) k[v] = LoadElements(reinterpret_cast<const T*>(tiles[v]) + 16 * d);
+      for (int v = 0; v < kVec; ++v) k[v] = LoadElements(reinterpret_cast<const T*>(tiles[v]) + 16 * (d + chain));
+      if (sizeof(T) == 4 || chain == 0) CallFor<kFew>(ahead + 16 * sizeof(T) * d + 64 * chain);
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const F32 x = Splat(q[r * stride + d]);
+      for (int r = 0; r < kRows; ++r) {
+        const F32 x = Splat(q[r * stride + d + chain]);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVec; ++v) f[r][v] = Fma(x, k[v], f[r][v]);
+        for (int v = 0; v < kVec; ++v) f[chain][r][v] = Fma(x, k[v], f[chain][r][v]);
+      }
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVec; ++v) Store(s + r * kKeyBlock + 16 * v, f[r][v]);
+    for (int v = 0; v < kVec; ++v) {
+      if (kFew) f[0][r][v] = Add(f[0][r][v], f[kChains - 1][r][v]);
+      Store(s + r * kKeyBlock + 16 * v, f[0][r][v]);
+    }
 }
 
 // acc[r, 16 v ..] += p[r, t] * values[t, 16 v ..] for `count` tokens t in order.
-template <typename T, int kRows, int kVec>
-inline __attribute__((always_inline)) void FloatSums(const float* p, int64_t count, const T* values, int64_t stride,
-                                                     float* acc, int64_t width) {
+template <typename T, bool kFew, int kRows, int kVec>
+__attribute__((noinline)) void FloatSums(const float* p, int64_t count, const T* values, int64_t stride,
+                                         const uint8_t* ahead, float* acc, int64_t width) {
+  constexpr int kLines = kVec * sizeof(T) / 4;
   F32 f[kRows][kVec];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -316,6 +374,8 @@ inline __attribute__((always_inline)) void FloatSums(const float* p, int64_t cou
     F32 x[kVec];
 #pragma GCC unroll 8
     for (int v = 0; v < kVec; ++v) x[v] = LoadElements(values + t * stride + 16 * v);
+#pragma GCC unroll 8
+    for (int line = 0; line < kLines; ++line) CallFor<kFew>(ahead + 64 * (t * kLines + line));
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const F32 w = Splat(p[r * kKeyBlock + t]);
@@ -329,44 +389,57 @@ inline __attribute__((always_inline)) void FloatSums(const float* p, int64_t cou
     for (int v = 0; v < kVec; ++v) Store(acc + r * width + 16 * v, f[r][v]);
 }
 
-// Vectors that a tile of rows works on at once.
-constexpr int VectorsFor(int rows) { return rows == 1 ? 4 * kVectors : rows < kRowTile ? 2 * kVectors : kVectors; }
-constexpr int Smaller(int a, int b) { return a < b ? a : b; }
-
-// Rows from `from` on, whose limits lie beyond the block's first token. T: elements of the tiles and of `values`.
+// A block's keys and values as the kernels read them, and what they call for meanwhile.
 template <typename T>
-inline void FloatBlockRows(const Unit& u, int64_t from, int64_t begin, int64_t count, const uint8_t* const* tiles,
-                           const T* values, int64_t stride) {
-  const int64_t width = u.at.width, vectors = width / 16, dim = u.call->head_dim, all = RoundUp(count, 16) / 16;
+struct FloatView {
+  const uint8_t* keys[kBlockTiles];
+  const T* values;
+  int64_t stride;
+  const uint8_t* values_ahead;
+  const uint8_t* keys_ahead;
+};
+
+// Rows from `from` on, which see the block's first token at least.
+template <typename T, bool kFew>
+inline void FloatRows(const Unit& u, int64_t from, int64_t begin, int64_t count, const FloatView<T>& view) {
+  const int64_t width = u.at.width, dim = u.call->head_dim, tiles = RoundUp(count, 16) / 16;
   const float* queries = reinterpret_cast<const float*>(u.call->scratch + u.at.queries) + u.query * width;
-  for (int64_t tile = 0; tile < all; tile += 4) {
-    const int64_t some = all - tile < 4 ? all - tile : 4;
-    EachTile<kRowTile>(u.rows - from, [&](auto rows, int64_t r) __attribute__((always_inline)) {
-      constexpr int kRows = decltype(rows)::kValue;
+  constexpr int64_t kSome = kFew ? 1 : 4;
+  for (int64_t tile = 0; tile < tiles; tile += kSome) {
+    const int64_t some = tiles - tile < kSome ? tiles - tile : kSome;
+    const uint8_t* ahead = view.values_ahead + tile * 16 * dim * sizeof(T);
+    EachTile<kQueryTile>(u.rows - from, [&](auto rows, int64_t r) __attribute__((always_inline)) {
       const float* q = queries + (from + r) * width;
       float* s = u.scores + (from + r) * kKeyBlock + 16 * tile;
-      EachTile<Smaller(4, VectorsFor(kRows))>(some, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
-        FloatScores<T, kRows, decltype(vecs)::kValue>(tiles + tile + v, q, width, dim, s + 16 * v);
+      EachTile<kFew ? 1 : kVectors>(some, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
+        FloatScores<T, kFew, decltype(rows)::kValue, decltype(vecs)::kValue>(view.keys + tile + v, ahead, q, width, dim,
+                                                                            s + 16 * v);
       });
     });
   }
-  for (int64_t r = from; r < u.rows; ++r) UpdateRow(u, r, u.Limit(r) - begin < count ? u.Limit(r) - begin : count);
-  EachTile<kRowTile>(u.rows - from, [&](auto rows, int64_t r) __attribute__((always_inline)) {
+  UpdateTops(u, from, begin, count);
+  for (int64_t r = from; r < u.rows; ++r) {
+    float* s = u.scores + r * kKeyBlock;
+    UpdateSum(u, r, Exponentials<false>(s, u.Seen(r, begin, count), u.tops[r], nullptr, nullptr));
+  }
+  EachTile<kQueryTile>(u.rows - from, [&](auto rows, int64_t r) __attribute__((always_inline)) {
     constexpr int kRows = decltype(rows)::kValue;
     // What the first row sees, all see; the rest one by one: 0 times what a later token left may be NaN.
-    const int64_t limit = u.Limit(from + r) - begin, common = limit < count ? limit : count;
+    const int64_t common = u.Seen(from + r, begin, count);
     const float* p = u.scores + (from + r) * kKeyBlock;
     float* acc = u.accumulators + (from + r) * width;
-    EachTile<VectorsFor(kRows)>(vectors, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
-      FloatSums<T, kRows, decltype(vecs)::kValue>(p, common, values + 16 * v, stride, acc + 16 * v, width);
+    EachTile<VectorsFor(kRows)>(width / 16, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
+      FloatSums<T, kFew, kRows, decltype(vecs)::kValue>(p, common, view.values + 16 * v, view.stride,
+                                                        view.keys_ahead + v * 16 * sizeof(T) * count, acc + 16 * v,
+                                                        width);
     });
     for (int64_t one = 1; one < kRows; ++one) {
-      const int64_t own = u.Limit(from + r + one) - begin, seen = own < count ? own : count;
-      if (seen <= common) continue;
-      EachTile<VectorsFor(1)>(vectors, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
-        FloatSums<T, 1, decltype(vecs)::kValue>(p + one * kKeyBlock + common, seen - common,
-                                                values + common * stride + 16 * v, stride, acc + one * width + 16 * v,
-                                                width);
+      const int64_t more = u.Seen(from + r + one, begin, count) - common;
+      if (more == 0) continue;
+      EachTile<VectorsFor(1)>(width / 16, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
+        FloatSums<T, false, 1, decltype(vecs)::kValue>(p + one * kKeyBlock + common, more,
+                                                       view.values + common * view.stride + 16 * v, view.stride, nullptr,
+                                                       acc + one * width + 16 * v, width);
       });
     }
   });
@@ -379,48 +452,60 @@ inline void WidenKeys(const uint8_t* tile, int64_t n, int64_t head_dim, uint8_t*
   for (int64_t d = 0; d < head_dim; ++d) std::memcpy(to + sizeof(T) * 16 * d, tile + sizeof(T) * n * d, sizeof(T) * n);
 }
 
+// The block as float32 with whole vectors.
 template <typename T>
-void FloatBlockOf(const Unit& u, int64_t from, int64_t begin, int64_t count) {
-  const Attention& call = *u.call;
-  const HeadCache keys = Cache(call, call.key, u.head), values = Cache(call, call.value, u.head);
-  const int64_t dim = call.head_dim, width = u.at.width;
-  const uint8_t* tiles[kBlockTiles];
-  for (int64_t i = 0; 16 * i < count; ++i) {
-    const int64_t tile = begin / kCacheTile + i;
-    tiles[i] = keys.Tile(tile);
-    if (keys.Tokens(tile) < 16) {  // the last of its block and of the cache
-      uint8_t* to = u.keys + 4 * 16 * width * (kBlockTiles - 1);
-      WidenKeys<T>(tiles[i], keys.Tokens(tile), dim, to);
-      tiles[i] = to;
-    }
-  }
-  const T* direct = reinterpret_cast<const T*>(values.data) + begin * dim;
-  // Where several tiles of rows would convert the same elements, or a vector would reach past a token's, they are
-  // converted to float32 once.
-  if (width == dim && (sizeof(T) == 4 || u.rows - from <= kRowTile)) {
-    FloatBlockRows<T>(u, from, begin, count, tiles, direct, dim);
-    return;
-  }
-  float* packed = reinterpret_cast<float*>(u.values);
+inline FloatView<float> Pack(const Unit& u, const FloatView<T>& view, int64_t count) {
+  const int64_t dim = u.call->head_dim, width = u.at.width;
+  float* values = reinterpret_cast<float*>(u.values);
+  FloatView<float> out = {{}, values, width, view.values_ahead, view.keys_ahead};
   for (int64_t t = 0; t < count; ++t) {
     for (int64_t i = 0; i < dim; i += 16) {
       T part[16] = {};
-      const T* p = direct + t * dim + i;
+      const T* p = view.values + t * view.stride + i;
       if (dim - i < 16) {
         std::memcpy(part, p, sizeof(T) * (dim - i));
         p = part;
       }
-      Store(packed + t * width + i, LoadElements(p));
+      Store(values + t * width + i, LoadElements(p));
     }
   }
   for (int64_t i = 0; 16 * i < count; ++i) {
-    if (sizeof(T) == 4) break;
     float* to = reinterpret_cast<float*>(u.keys) + 16 * width * i;
-    // From the last dimension on: a widened tile lies where it becomes float32.
-    for (int64_t d = dim; d-- > 0;) Store(to + 16 * d, LoadElements(reinterpret_cast<const T*>(tiles[i]) + 16 * d));
-    tiles[i] = reinterpret_cast<const uint8_t*>(to);
+    // From the last dimension on: a widened tile may lie where it becomes float32.
+    for (int64_t d = dim; d-- > 0;) Store(to + 16 * d, LoadElements(reinterpret_cast<const T*>(view.keys[i]) + 16 * d));
+    out.keys[i] = reinterpret_cast<const uint8_t*>(to);
   }
-  FloatBlockRows<float>(u, from, begin, count, tiles, packed, width);
+  return out;
+}
+
+template <typename T>
+void AttendFloat(const Unit& u, int64_t from, int64_t begin, int64_t count) {
+  const Attention& call = *u.call;
+  const HeadCache keys = Cache(call, call.key, u.head), values = Cache(call, call.value, u.head);
+  const int64_t dim = call.head_dim, width = u.at.width, first = begin / kCacheTile;
+  FloatView<T> view;
+  view.values = reinterpret_cast<const T*>(values.data) + begin * dim;
+  view.stride = dim;
+  view.values_ahead = values.Tile(first);
+  view.keys_ahead = keys.Tile(begin + count < call.total() ? first + kBlockTiles : first);
+  for (int64_t i = 0; 16 * i < count; ++i) {
+    view.keys[i] = keys.Tile(first + i);
+    if (keys.Tokens(first + i) < 16) {  // the last of its block and of the cache
+      uint8_t* to = u.keys + 4 * 16 * width * (kBlockTiles - 1);
+      WidenKeys<T>(view.keys[i], keys.Tokens(first + i), dim, to);
+      view.keys[i] = to;
+    }
+  }
+  // Where several tiles of rows would convert the same elements, or a vector would reach past a token's, a packed copy
+  // serves all.
+  const bool copy = width != dim || (sizeof(T) < 4 && u.rows - from > kQueryTile);
+  if (call.split()) {
+    copy ? FloatRows<float, true>(u, from, begin, count, Pack(u, view, count))
+         : FloatRows<T, true>(u, from, begin, count, view);
+  } else {
+    copy ? FloatRows<float, false>(u, from, begin, count, Pack(u, view, count))
+         : FloatRows<T, false>(u, from, begin, count, view);
+  }
 }
 
 // -- int8 cache --------------------------------------------------------------------------------------------------------
@@ -435,75 +520,85 @@ inline __attribute__((always_inline)) void Dots(I32 (&c)[kRows][kVec], const B8 
     for (int v = 0; v < kVec; ++v) c[r][v] = DotFull(c[r][v], codes[v], x + r * stride);
 }
 
-template <int kRows, int kVec>
-inline __attribute__((always_inline)) void Int8Scores(const uint8_t* const* tiles, int64_t fours, const int8_t* q,
-                                                      int64_t stride, const float* steps, const int32_t* sums,
-                                                      float* s) {
-  I32 c[kRows][kVec];
+// Scores of kRows rows with kVec tiles. Several sums of a row shorten the chains where there are few.
+template <bool kFew, int kRows, int kVec>
+__attribute__((noinline)) void Int8Scores(const uint8_t* const* tiles, const uint8_t* ahead, int64_t fours,
+                                          const int8_t* q, int64_t stride, const float* steps, const int32_t* sums,
+                                          float* s) {
+  constexpr int kChains = kRows * kVec <= 2 ? 4 : kRows * kVec <= 4 ? 2 : 1;
+  I32 c[kChains][kRows][kVec];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVec; ++v) c[r][v] = SplatI(kDotFullSigned ? 0 : -128 * sums[r]);
-  for (int64_t i = 0; i < fours; ++i) {
+    for (int v = 0; v < kVec; ++v) {
+      c[0][r][v] = SplatI(kDotFullSigned ? 0 : -128 * sums[r]);
+#pragma GCC unroll 8
+      for (int chain = 1; chain < kChains; ++chain) c[chain][r][v] = SplatI(0);
+    }
+  }
+  const auto add = [&](I32(&to)[kRows][kVec], int64_t i) __attribute__((always_inline)) {
     B8 codes[kVec];
 #pragma GCC unroll 8
     for (int v = 0; v < kVec; ++v) codes[v] = LoadB(tiles[v] + 64 * i);
-    Dots<kRows, kVec>(c, codes, q + 4 * i, stride);
+    CallFor<kFew>(ahead + 64 * i);
+    Dots<kRows, kVec>(to, codes, q + 4 * i, stride);
+  };
+  int64_t i = 0;
+  for (; i + kChains <= fours; i += kChains) {
+#pragma GCC unroll 8
+    for (int chain = 0; chain < kChains; ++chain) add(c[chain], i + chain);
   }
+  for (; i < fours; ++i) add(c[0], i);
+  CallFor<kFew>(ahead + 64 * fours);
 #pragma GCC unroll 8
   for (int v = 0; v < kVec; ++v) {
     const F32 scales = Load(reinterpret_cast<const float*>(tiles[v] + 64 * fours));
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-      Store(s + r * kKeyBlock + 16 * v, Mul(Mul(ToFloat(c[r][v]), Splat(steps[r])), scales));
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int chain = 1; chain < kChains; ++chain) c[0][r][v] = AddI(c[0][r][v], c[chain][r][v]);
+      Store(s + r * kKeyBlock + 16 * v, Mul(Mul(ToFloat(c[0][r][v]), Splat(steps[r])), scales));
+    }
   }
 }
 
-// A row's probabilities times the values' scales, in two levels.
-inline void QuantWeights(const Unit& u, int64_t r, int64_t valid, const float* scales, int64_t padded) {
-  float* w = u.scores + r * kKeyBlock;
+// A row's weights in two levels: w ~ (high + low / 254) * step. `spoilt`: one of them is NaN.
+inline void QuantWeights(const Unit& u, int64_t r, int64_t valid, int64_t padded, float largest, bool spoilt) {
+  const float* w = u.scores + r * kKeyBlock;
   int8_t* high = u.codes + r * 2 * kKeyBlock;
   int8_t* low = high + kKeyBlock;
-  F32 top = Splat(0.0f), odd = Splat(0.0f);
-  for (int64_t i = 0; i < valid; i += 16) {
-    const F32 x = Mul(Load(w + i), LoadPart(scales + i, valid - i < 16 ? valid - i : 16));
-    Store(w + i, x);
-    top = Max(x, top);
-    odd = Fma(x, Splat(0.0f), odd);
-  }
-  const float largest = Largest(top), probe = Sum(odd);
   u.starts[2 * r] = u.starts[2 * r + 1] = 0;
-  if (!(probe == 0.0f) || largest < 0x1p-100f) {
+  if (spoilt || largest < 0x1p-100f) {
     std::memset(high, 0, 2 * kKeyBlock);
-    u.weight_steps[r] = probe == 0.0f ? 0.0f : probe - probe;
+    u.steps[r] = spoilt ? NAN : 0.0f;
     return;
   }
   const F32 inverse = Splat(127.0f / largest);
-  I32 highs = SplatI(0), lows = SplatI(0);
+  I32 both = SplatI(0);  // sums of `high` times 2^16 plus those of `low`, which are within +-127 * kKeyBlock
+  static_assert(127 * kKeyBlock < 32768);
   int64_t i = 0;
   for (; i < valid; i += 16) {
-    const F32 x = Load(w + i);
-    const I32 a = Round(Mul(x, inverse));
-    const I32 b = Round(Mul(Fma(x, inverse, Sub(Splat(0.0f), ToFloat(a))), Splat(254.0f)));
+    const F32 x = Mul(Load(w + i), inverse);
+    const I32 a = Round(x), b = Round(Mul(Sub(x, ToFloat(a)), Splat(254.0f)));
     StoreBytes(high + i, a);
     StoreBytes(low + i, b);
-    highs = AddI(highs, a);
-    lows = AddI(lows, b);
+    both = AddI(both, AddI(ShiftLeftI<16>(a), b));
   }
   for (; i < padded; i += 16) {
     StoreBytes(high + i, SplatI(0));
     StoreBytes(low + i, SplatI(0));
   }
-  u.weight_steps[r] = largest / 127.0f;
+  u.steps[r] = largest / 127.0f;
   if (kDotFullSigned) return;
-  u.starts[2 * r] = -128 * SumI(highs);
-  u.starts[2 * r + 1] = -128 * SumI(lows);
+  const int32_t sum = SumI(both), lows = static_cast<int16_t>(sum & 0xFFFF);
+  u.starts[2 * r] = -128 * ((sum - lows) / 65536);
+  u.starts[2 * r + 1] = -128 * lows;
 }
 
 // acc[r, 16 v ..] += the block's weighted sum.
-template <int kRows, int kVec>
-inline __attribute__((always_inline)) void Int8Sums(const Unit& u, int64_t row, int64_t count, int64_t dims,
-                                                    const uint8_t* const* tiles) {
+template <bool kFew, int kRows, int kVec>
+__attribute__((noinline)) void Int8Sums(const Unit& u, int64_t row, int64_t count, int64_t dims,
+                                        const uint8_t* const* tiles, const uint8_t* ahead) {
   const int64_t dim = u.call->head_dim, width = u.at.width;
   const int8_t* x = u.codes + row * 2 * kKeyBlock;
   I32 c[2 * kRows][kVec];
@@ -517,14 +612,18 @@ inline __attribute__((always_inline)) void Int8Sums(const Unit& u, int64_t row, 
     for (int i = 0; i < 4; ++i, four += 4 * dim) {
       B8 codes[kVec];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVec; ++v) codes[v] = LoadB(four + 64 * v);
+      for (int v = 0; v < kVec; ++v) {
+        codes[v] = LoadB(four + 64 * v);
+        CallFor<kFew>(ahead + 64 * v);
+      }
+      if (kFew) ahead += 64 * kVec;
       Dots<2 * kRows, kVec>(c, codes, x + t + 4 * i, kKeyBlock);
     }
   }
   float* acc = u.accumulators + row * width + dims;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    const F32 step = Splat(u.weight_steps[row + r]), small = Splat(u.weight_steps[row + r] / 254.0f);
+    const F32 step = Splat(u.steps[row + r]), small = Splat(u.steps[row + r] / 254.0f);
 #pragma GCC unroll 8
     for (int v = 0; v < kVec; ++v) {
       float* to = acc + r * width + 16 * v;
@@ -552,55 +651,82 @@ inline void WidenCodes(const HeadCache& cache, int64_t tile, int64_t codes, uint
   std::memcpy(to + codes, from + n * dim, 4 * n);
 }
 
-void Int8Block(const Unit& u, int64_t from, int64_t begin, int64_t count) {
+struct Int8View {
+  const uint8_t* keys[kBlockTiles];
+  const uint8_t* values[kBlockTiles];
+  const uint8_t* values_ahead;
+  const uint8_t* keys_ahead;
+};
+
+inline Int8View ViewInt8(const Unit& u, int64_t begin, int64_t count) {
   const Attention& call = *u.call;
   const HeadCache keys = Cache(call, call.key, u.head), values = Cache(call, call.value, u.head);
-  const int64_t dim = call.head_dim, width = u.at.width, fours = (dim + 3) / 4, padded = RoundUp(count, 16);
-  const int64_t all = padded / 16;
-  const uint8_t* key_tiles[kBlockTiles];
-  const uint8_t* value_tiles[kBlockTiles];
-  alignas(64) float scales[kKeyBlock];
-  for (int64_t i = 0; i < all; ++i) {
-    const int64_t tile = begin / kCacheTile + i;
-    key_tiles[i] = keys.Tile(tile);
-    value_tiles[i] = values.Tile(tile);
-    const int64_t at = i * 16 * (width + 16);
-    if (dim % 4 != 0 || keys.Tokens(tile) < 16) {
-      WidenCodes<true>(keys, tile, 64 * fours, u.keys + at);
-      key_tiles[i] = u.keys + at;
+  const int64_t dim = call.head_dim, first = begin / kCacheTile;
+  Int8View view;
+  view.values_ahead = values.Tile(first);
+  view.keys_ahead = keys.Tile(begin + count < call.total() ? first + kBlockTiles : first);
+  for (int64_t i = 0; 16 * i < count; ++i) {
+    const int64_t at = i * 16 * (u.at.width + 16);
+    view.keys[i] = keys.Tile(first + i);
+    view.values[i] = values.Tile(first + i);
+    if (dim % 4 != 0 || keys.Tokens(first + i) < 16) {
+      WidenCodes<true>(keys, first + i, (dim + 3) / 4 * 64, u.keys + at);
+      view.keys[i] = u.keys + at;
     }
-    if (values.Tokens(tile) < 16) {
-      WidenCodes<false>(values, tile, 16 * dim, u.values + at);
-      value_tiles[i] = u.values + at;
+    if (values.Tokens(first + i) < 16) {
+      WidenCodes<false>(values, first + i, 16 * dim, u.values + at);
+      view.values[i] = u.values + at;
     }
-    std::memcpy(scales + 16 * i, value_tiles[i] + 16 * dim, 64);
   }
+  return view;
+}
+
+template <bool kFew>
+void AttendInt8(const Unit& u, int64_t from, int64_t begin, int64_t count) {
+  const Attention& call = *u.call;
+  const Int8View view = ViewInt8(u, begin, count);
+  const int64_t dim = call.head_dim, width = u.at.width, padded = RoundUp(count, 16), tiles = padded / 16;
   const int8_t* queries = reinterpret_cast<const int8_t*>(call.scratch + u.at.queries) + u.query * width;
   const float* steps = reinterpret_cast<const float*>(call.scratch + u.at.query_scales) + u.query;
   const int32_t* sums = reinterpret_cast<const int32_t*>(call.scratch + u.at.query_sums) + u.query;
-  for (int64_t tile = 0; tile < all; tile += 4) {
-    EachTile<kRowTile>(u.rows - from, [&](auto rows, int64_t r) __attribute__((always_inline)) {
-      constexpr int kRows = decltype(rows)::kValue;
+  constexpr int64_t kSome = kFew ? 1 : 4;
+  for (int64_t tile = 0; tile < tiles; tile += kSome) {
+    const int64_t some = tiles - tile < kSome ? tiles - tile : kSome;
+    EachTile<kQueryTile>(u.rows - from, [&](auto rows, int64_t r) __attribute__((always_inline)) {
       const int64_t row = from + r;
-      float* s = u.scores + row * kKeyBlock + 16 * tile;
-      EachTile<Smaller(4, VectorsFor(kRows))>(all - tile < 4 ? all - tile : 4,
-                                              [&](auto vecs, int64_t v) __attribute__((always_inline)) {
-        Int8Scores<kRows, decltype(vecs)::kValue>(key_tiles + tile + v, fours, queries + row * width, width,
-                                                  steps + row, sums + row, s + 16 * v);
+      EachTile<kFew ? 1 : kVectors>(some, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
+        Int8Scores<kFew, decltype(rows)::kValue, decltype(vecs)::kValue>(
+            view.keys + tile + v, view.values_ahead + tile * 16 * (dim + 4), (dim + 3) / 4, queries + row * width, width,
+            steps + row, sums + row, u.scores + row * kKeyBlock + 16 * (tile + v));
       });
     });
   }
+  // A value's scale is NaN where the value is not finite.
+  alignas(64) float scales[kKeyBlock];
+  for (int64_t i = 0; i < tiles; ++i) std::memcpy(scales + 16 * i, view.values[i] + 16 * dim, 64);
+  int64_t finite = 0;
+  while (finite < count && scales[finite] == scales[finite]) ++finite;
+  UpdateTops(u, from, begin, count);
   for (int64_t r = from; r < u.rows; ++r) {
-    const int64_t limit = u.Limit(r) - begin, valid = limit < count ? limit : count;
-    UpdateRow(u, r, valid);
-    QuantWeights(u, r, valid, scales, padded);
+    const int64_t valid = u.Seen(r, begin, count);
+    float largest;
+    const float sum = Exponentials<true>(u.scores + r * kKeyBlock, valid, u.tops[r], scales, &largest);
+    UpdateSum(u, r, sum);
+    QuantWeights(u, r, valid, padded, largest, valid > finite || !(sum == sum));
   }
-  EachTile<kRowTile / 2>(u.rows - from, [&](auto rows, int64_t r) __attribute__((always_inline)) {
-    constexpr int kRows = decltype(rows)::kValue;
-    EachTile<VectorsFor(2 * kRows)>(width / 16, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
-      Int8Sums<kRows, decltype(vecs)::kValue>(u, from + r, count, 16 * v, value_tiles);
+  const auto add = [&](auto rows, auto most, int64_t row) __attribute__((always_inline)) {
+    EachTile<decltype(most)::kValue>(width / 16, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
+      Int8Sums<kFew, decltype(rows)::kValue, decltype(vecs)::kValue>(u, row, count, 16 * v, view.values,
+                                                                     view.keys_ahead + v * 16 * padded);
     });
-  });
+  };
+  if constexpr (kFew) {  // all dimensions of a row at once, as the values lie
+    for (int64_t r = from; r < u.rows; ++r) add(Count<1>(), Count<kVectors == 2 ? 8 : 2>(), r);
+  } else {
+    EachTile<kQueryTile / 2>(u.rows - from, [&](auto rows, int64_t r) __attribute__((always_inline)) {
+      add(rows, Count<kVectors>(), from + r);
+    });
+  }
 }
 
 // -- attend ------------------------------------------------------------------------------------------------------------
@@ -617,9 +743,11 @@ inline void AttendTokens(const Unit& u, int64_t begin, int64_t end) {
     // Rows of tokens before the block see nothing of it.
     const int64_t before = block - u.call->past - u.first, from = before > 0 ? before * u.call->group() : 0;
     switch (u.call->cache) {
-      case CacheKind::kFloat32: FloatBlockOf<float>(u, from, block, count); break;
-      case CacheKind::kFloat16: FloatBlockOf<uint16_t>(u, from, block, count); break;
-      case CacheKind::kInt8: Int8Block(u, from, block, count); break;
+      case CacheKind::kFloat32: AttendFloat<float>(u, from, block, count); break;
+      case CacheKind::kFloat16: AttendFloat<uint16_t>(u, from, block, count); break;
+      case CacheKind::kInt8:
+        u.call->split() ? AttendInt8<true>(u, from, block, count) : AttendInt8<false>(u, from, block, count);
+        break;
     }
   }
 }
