@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <mutex>
 #include <new>
 
@@ -14,6 +15,7 @@ struct Block {
 };
 
 constexpr size_t kSmall = 1 << 20;  // what may stay for good
+constexpr int kWindow = 64;         // calls
 
 // Straight from the system, because free() keeps what it is given back: its threshold rises with use.
 Block Map(size_t size) {
@@ -51,10 +53,14 @@ class Pool {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (count_ == kBlocks) return Unmap(block);
     free_[count_++] = block;
-    if (needed > kSmall) return;
+    most_ = std::max(most_, needed);
+    if (++calls_ < kWindow) return;
+    const size_t keep = std::max(kSmall, 2 * most_);
     for (size_t i = count_; i-- > 0;) {
-      if (free_[i].size > kSmall) Unmap(Remove(i));
+      if (free_[i].size > keep) Unmap(Remove(i));
     }
+    calls_ = 0;
+    most_ = 0;
   }
 
  private:
@@ -69,6 +75,8 @@ class Pool {
   std::mutex mutex_;
   Block free_[kBlocks];
   size_t count_ = 0;
+  size_t most_ = 0;  // needed by a call of this window
+  int calls_ = 0;    // in this window
 };
 
 Pool pool;
