@@ -24,7 +24,7 @@ from edgelm.bundle import Bundle, Manifest
 from edgelm.errors import ContextLengthError, EdgeLMError
 from edgelm.packed import REFINE, TILE
 from edgelm.progress import Progress, Silent
-from edgelm.runtimes import Runtime, open_runtime
+from edgelm.runtimes import Runtime, SequenceBatch, open_batch, open_runtime
 
 _READ_BYTES = 512 << 20
 _READ_REPEATS = 5
@@ -47,13 +47,19 @@ class Spread:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Seconds, tokens a second, bytes, bytes a second. Memory is None where the system does not tell."""
+    """Seconds, tokens a second, bytes, bytes a second.
+
+    Memory is None where the system does not tell, and the bandwidth of decoding where sequences share what is read.
+    """
 
     bundle: str
     model: str
     recipe: str
     runtime: str
     threads: int
+    ops: str
+    kv: str
+    batch: int
     prompt_tokens: int
     new_tokens: int
     load_seconds: float
@@ -66,15 +72,15 @@ class BenchResult:
     resident_peak: int | None
     files: dict[str, int]
     bytes_per_token: int
-    decode_bandwidth: float
+    decode_bandwidth: float | None
     machine_bandwidth: float
     load_average: float | None
     device: devices.Device
 
     @property
-    def bandwidth_share(self) -> float:
+    def bandwidth_share(self) -> float | None:
         """The part of the machine's read bandwidth that decoding uses."""
-        return self.decode_bandwidth / self.machine_bandwidth
+        return None if self.decode_bandwidth is None else self.decode_bandwidth / self.machine_bandwidth
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -142,16 +148,23 @@ def bench(
     repeat: int = 5,
     threads: int | None = None,
     runtime: str | None = None,
+    kv: str | None = None,
+    batch: int = 1,
     progress: Progress | None = None,
 ) -> BenchResult:
     """Load the bundle and measure it `repeat` times, after one run that is not counted.
+
+    `kv` is the cache's type. With a `batch` above 1, that many sequences are prefilled one after the other and decode
+    together: rates count the tokens of all of them. It needs native operators.
 
     Raises:
         ContextLengthError: prompt and new tokens do not fit into the model's context.
         EdgeLMError: a count below 1.
         BundleError, RuntimeUnavailableError: as `edgelm.load`.
     """
-    for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeat", repeat)):
+    for name, value in (
+        ("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeat", repeat), ("batch", batch),
+    ):  # fmt: skip
         if value < 1:
             raise EdgeLMError(f"{name} is {value}: give 1 or more")
     progress = progress or Silent()
@@ -164,16 +177,23 @@ def bench(
         )
     before, _ = devices.resident_memory()
     started = time.perf_counter()
-    opened = open_runtime(bundle, runtime, threads=threads, context_length=context)
+    opened: Runtime | SequenceBatch
+    if batch == 1:
+        opened = open_runtime(bundle, runtime, threads=threads, context_length=context, kv=kv)
+    else:
+        opened = open_batch(bundle, batch, runtime, threads=threads, context_length=context, kv=kv)
     load_seconds = time.perf_counter() - started
     loaded, _ = devices.resident_memory()
     with opened:
         # Random tokens: a mixture routes them over all its experts, and no text favours one model's tokenizer.
-        prompt = np.random.default_rng(0).integers(0, model.vocab_size, prompt_tokens).tolist()
+        prompts = np.random.default_rng(0).integers(0, model.vocab_size, (batch, prompt_tokens)).tolist()
         runs = []
         with progress.task("measuring", repeat + 1, unit="steps") as advance:
             for _ in range(repeat + 1):
-                runs.append(_run(opened, prompt, new_tokens))
+                if isinstance(opened, Runtime):
+                    runs.append(_run(opened, prompts[0], new_tokens))
+                else:
+                    runs.append(_run_batch(opened, prompts, new_tokens))
                 advance(1)
         used, peak = devices.resident_memory()
         counted = runs[1:]
@@ -181,17 +201,20 @@ def bench(
     del opened
     gc.collect()
     decode = Spread.of([run.decode_rate for run in counted])
-    bytes_read = bytes_per_token(bundle.manifest, prompt_tokens + new_tokens / 2)
+    bytes_read = bytes_per_token(bundle.manifest, prompt_tokens + new_tokens / 2, kv)
     return BenchResult(
         bundle=str(bundle.path),
         model=model.name,
         recipe=bundle.manifest.recipe.name,
         runtime=name,
         threads=threads_used,
+        ops=bundle.manifest.ops,
+        kv=kv or bundle.manifest.graph.kv_dtype,
+        batch=batch,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         load_seconds=load_seconds,
-        prefill_tokens_per_second=Spread.of([prompt_tokens / run.prefill for run in counted]),
+        prefill_tokens_per_second=Spread.of([batch * prompt_tokens / run.prefill for run in counted]),
         time_to_first_token=Spread.of([run.first for run in counted]),
         decode_tokens_per_second=decode,
         resident_before_load=before,
@@ -200,7 +223,7 @@ def bench(
         resident_peak=peak,
         files={file: info.size for file, info in bundle.manifest.files.items()},
         bytes_per_token=bytes_read,
-        decode_bandwidth=bytes_read * decode.median,
+        decode_bandwidth=bytes_read * decode.median if batch == 1 else None,
         machine_bandwidth=read_bandwidth(threads_used),
         load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         device=devices.describe(),
@@ -224,3 +247,15 @@ def _run(runtime: Runtime, prompt: list[int], new_tokens: int) -> _Run:
     for _ in range(new_tokens):
         token = int(runtime.decode(token).argmax())
     return _Run(prefilled - started, first - started, new_tokens / (time.perf_counter() - first))
+
+
+def _run_batch(batch: SequenceBatch, prompts: list[list[int]], new_tokens: int) -> _Run:
+    for row in range(len(prompts)):
+        batch.truncate(row, 0)
+    started = time.perf_counter()
+    tokens = [int(batch.prefill(row, prompt).argmax()) for row, prompt in enumerate(prompts)]
+    prefilled = time.perf_counter()
+    for _ in range(new_tokens):
+        tokens = batch.decode_batch(tokens).argmax(axis=1).tolist()
+    decoded = time.perf_counter() - prefilled
+    return _Run(prefilled - started, prefilled - started, len(prompts) * new_tokens / decoded)

@@ -10,13 +10,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from edgelm.errors import EdgeLMError, RuntimeUnavailableError
-from edgelm.runtimes.base import Runtime
+from edgelm.runtimes.base import Runtime, SequenceBatch
 
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
     from edgelm.runtimes.onnxruntime_common import TracingModel
 
-__all__ = ["Runtime", "RuntimeEntry", "open_runtime", "open_tracing", "runtimes"]
+__all__ = ["Runtime", "RuntimeEntry", "SequenceBatch", "open_batch", "open_runtime", "open_tracing", "runtimes"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class RuntimeEntry:
     """One way to run bundles.
 
     `modules` has one for each flavour of operators that it runs. A module has `open(bundle, **options) -> Runtime`, may
-    have `open_tracing(bundle, threads=...)` for the debug graph, and is imported only when it is needed.
+    have `open_tracing(bundle, threads=...)` for the debug graph and `open_batch(bundle, batch, **options)`, and is
+    imported only when it is needed.
     """
 
     name: str
@@ -108,6 +109,30 @@ def open_tracing(bundle: Bundle, name: str, *, threads: int | None = None) -> Tr
     return tracing
 
 
+def open_batch(bundle: Bundle, batch: int, name: str | None = None, **options: int | str | None) -> SequenceBatch:
+    """Load `bundle` for `batch` sequences that decode together; options and errors as for `open_runtime`.
+
+    Raises:
+        RuntimeUnavailableError: also where the bundle's operators run one sequence at a time.
+    """
+    entry = _choose(bundle, name)
+    opener = getattr(_module(entry, bundle), "open_batch", None)
+    if opener is None:
+        raise RuntimeUnavailableError(
+            f"{bundle.path} has {bundle.manifest.ops} operators, with which {entry.name} runs one sequence at a time: "
+            "export with --ops native"
+        )
+    opened: SequenceBatch = opener(bundle, batch, **_given(entry, options))
+    return opened
+
+
+def _given(entry: RuntimeEntry, options: Mapping[str, int | str | None]) -> dict[str, int | str]:
+    for option in options:
+        if option not in entry.options:
+            raise EdgeLMError(f"{entry.name} has no option {option!r}; it has: {', '.join(entry.options)}")
+    return {option: value for option, value in options.items() if value is not None}
+
+
 def open_runtime(bundle: Bundle, name: str | None = None, **options: int | str | None) -> Runtime:
     """Load `bundle` into a runtime: the one called `name`, else the best available one for the bundle's target.
 
@@ -121,9 +146,5 @@ def open_runtime(bundle: Bundle, name: str | None = None, **options: int | str |
         BundleError: the graph cannot be loaded.
     """
     entry = _choose(bundle, name)
-    for option in options:
-        if option not in entry.options:
-            raise EdgeLMError(f"{entry.name} has no option {option!r}; it has: {', '.join(entry.options)}")
-    given = {option: value for option, value in options.items() if value is not None}
-    runtime: Runtime = _module(entry, bundle).open(bundle, **given)
+    runtime: Runtime = _module(entry, bundle).open(bundle, **_given(entry, options))
     return runtime

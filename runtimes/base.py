@@ -22,6 +22,70 @@ Result = TypeVar("Result")
 DEFAULT_CONTEXT_LENGTH = 4096
 
 
+class SequenceBatch(ABC):
+    """A model that is loaded on a device, with the caches of several sequences that decode together.
+
+    Every sequence is prefilled on its own and has its own length. Logits lie in a buffer that the next call overwrites.
+    One thread at a time may use it.
+
+        with open_batch(Bundle.open("bundle"), 8) as model:
+            tokens = [int(model.prefill(row, prompt).argmax()) for row, prompt in enumerate(prompts)]
+            while ...:
+                tokens = model.decode_batch(tokens).argmax(axis=1)
+    """
+
+    name: str
+    """The registry's name."""
+    batch: int
+    threads: int
+    vocab_size: int
+    context_length: int
+    """Positions of each sequence."""
+
+    @property
+    @abstractmethod
+    def lengths(self) -> NDArray[np.int64]:
+        """How many tokens of each sequence are cached, [batch]."""
+
+    @abstractmethod
+    def prefill(self, row: int, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append `tokens` to sequence `row`; return the logits [vocab_size] after the last of them.
+
+        Raises:
+            ContextLengthError: they do not all fit; nothing was appended.
+            GenerationError: no such sequence, no token, or an id outside the vocabulary; nothing was appended.
+        """
+
+    @abstractmethod
+    def decode_batch(self, tokens: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append one token to every sequence, in one pass over the weights; return the logits [batch, vocab_size].
+
+        Raises:
+            ContextLengthError: a sequence is full; nothing was appended.
+            GenerationError: not one token for each sequence, or an id outside the vocabulary; nothing was appended.
+        """
+
+    @abstractmethod
+    def truncate(self, row: int, length: int) -> None:
+        """Keep the first `length` cached tokens of sequence `row`.
+
+        Raises:
+            GenerationError: no such sequence, or `length` is negative or more than is cached.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the model's memory; any other use after it raises EdgeLMError."""
+
+    def __enter__(self) -> SequenceBatch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
 class Runtime(ABC):
     """A model that is loaded on a device, with the cache of one sequence.
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgelm.devices import allowed_cores, return_free_memory
 from edgelm.errors import EdgeLMError, GenerationError, RuntimeUnavailableError
-from edgelm.runtimes.base import checked_tokens, choose_context_length, context_full
+from edgelm.runtimes.base import SequenceBatch, checked_tokens, choose_context_length, context_full
 from edgelm.runtimes.native_library import describe_cpu
 from edgelm.runtimes.onnxruntime_common import (
     DEFAULT_CHUNK,
@@ -40,6 +40,11 @@ _LENGTHS = "past_lengths"
 def open(bundle: Bundle, **options: Any) -> NativeRuntime:  # noqa: A001 - the name the registry calls
     """Load the bundle's graph; the options are those of `NativeRuntime`."""
     return NativeRuntime(bundle, **options)
+
+
+def open_batch(bundle: Bundle, batch: int, **options: Any) -> NativeBatch:
+    """Load the bundle's graph for several sequences; the options are those of `NativeRuntime`."""
+    return NativeBatch(bundle, batch, **options)
 
 
 def open_tracing(bundle: Bundle, *, threads: int | None = None) -> NativeTracing:
@@ -130,28 +135,10 @@ class NativeRuntime(OnnxRuntimeModel):
         self._lengths[0] = self._position
 
 
-class NativeBatch:
-    """Several sequences that decode together: one pass over the weights gives each its next token.
+class NativeBatch(SequenceBatch):
+    """A bundle's native graph with the caches of `batch` sequences; the other options are those of `NativeRuntime`."""
 
-    Every sequence is prefilled on its own and may have its own length. One thread at a time may use it.
-
-        with NativeBatch(Bundle.open("bundle"), batch=8) as model:
-            logits = np.stack([model.prefill(row, prompt).copy() for row, prompt in enumerate(prompts)])
-            while ...:
-                logits = model.decode_batch(logits.argmax(axis=1))
-
-    Args:
-        bundle: one with native operators.
-        batch: how many sequences.
-        threads: default the physical cores this process may use.
-        context_length: positions of each sequence; default the model's, at most 4096.
-        chunk: tokens a prefill step.
-        kv: the cache's type, as for `NativeRuntime`.
-
-    Raises:
-        RuntimeUnavailableError: the bundle has other operators, or they are not installed.
-        EdgeLMError: an option out of range.
-    """
+    name = "onnxruntime-cpu"
 
     def __init__(
         self,
@@ -164,11 +151,6 @@ class NativeBatch:
         kv: str | None = None,
     ) -> None:
         model = bundle.manifest.model
-        if bundle.manifest.ops != "native":
-            raise RuntimeUnavailableError(
-                f"{bundle.path} has {bundle.manifest.ops} operators, which run one sequence at a time here: "
-                "export with --ops native"
-            )
         for name, value in (("batch", batch), ("chunk", chunk)):
             if value < 1:
                 raise EdgeLMError(f"{name} is {value}: give 1 or more")
@@ -194,12 +176,7 @@ class NativeBatch:
         return self._lengths.copy()
 
     def prefill(self, row: int, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Append `tokens` to sequence `row`; return the logits [vocab_size] after the last, valid until the next call.
-
-        Raises:
-            ContextLengthError: they do not all fit; nothing was appended.
-            GenerationError: no such sequence, no token, or an id outside the vocabulary; nothing was appended.
-        """
+        """Append tokens to one sequence, `chunk` at a time."""
         self._require_row(row)
         ids = checked_tokens(tokens, self.vocab_size)
         self._require_room(row, ids.size)
@@ -209,12 +186,7 @@ class NativeBatch:
         return last
 
     def decode_batch(self, tokens: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
-        """Append one token to every sequence; return the logits [batch, vocab_size], valid until the next call.
-
-        Raises:
-            ContextLengthError: a sequence is full; nothing was appended.
-            GenerationError: not one token for each sequence, or an id outside the vocabulary; nothing was appended.
-        """
+        """Append one token to every sequence."""
         ids = checked_tokens(tokens, self.vocab_size)
         if ids.size != self.batch:
             raise GenerationError(f"{ids.size} tokens for {self.batch} sequences: give one to each")
@@ -222,11 +194,7 @@ class NativeBatch:
         return self._step(slice(0, self.batch), ids[:, None])
 
     def truncate(self, row: int, length: int) -> None:
-        """Keep the first `length` cached tokens of sequence `row`.
-
-        Raises:
-            GenerationError: no such sequence, or `length` is negative or more than is cached.
-        """
+        """Keep the first cached tokens of one sequence."""
         self._require_row(row)
         if not 0 <= length <= self._lengths[row]:
             raise GenerationError(f"cannot keep {length} cached tokens: {self._lengths[row]} are cached")
@@ -237,12 +205,6 @@ class NativeBatch:
         self._graph = None
         self._caches = []
         return_free_memory()
-
-    def __enter__(self) -> NativeBatch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _require_row(self, row: int) -> None:
         if not 0 <= row < self.batch:

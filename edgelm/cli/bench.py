@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.options import BUNDLE
+from edgelm.cli.options import BUNDLE, kv_option
 
 if TYPE_CHECKING:
     from edgelm.benchmark import BenchResult, Spread
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 @click.option("--repeat", type=click.IntRange(min=1), default=5, show_default=True, help="Runs, after one not counted.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads [physical cores allowed].")
 @click.option("--runtime", metavar="NAME", help="Runtime [the best one here].")
+@kv_option
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences that decode together."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 def bench(
     bundle: Path,
@@ -30,6 +34,8 @@ def bench(
     repeat: int,
     threads: int | None,
     runtime: str | None,
+    kv: str | None,
+    batch: int,
     as_json: bool,
 ) -> None:
     """Measure BUNDLE on this machine: load time, prefill, time to first token, decode, memory, bandwidth."""
@@ -45,6 +51,8 @@ def bench(
         repeat=repeat,
         threads=threads,
         runtime=runtime,
+        kv=kv,
+        batch=batch,
         progress=Bars(),
     )
     click.echo(json.dumps(result.as_dict()) if as_json else table(result))
@@ -57,26 +65,33 @@ def table(result: BenchResult) -> str:
     def spread(value: Spread, unit: str, digits: int) -> str:
         return f"{value.median:.{digits}f} {unit}  ({value.low:.{digits}f} to {value.high:.{digits}f})"
 
+    several = f" x {result.batch}" if result.batch > 1 else ""
     repeat = len(result.decode_tokens_per_second.runs)
     rows = [
         ("bundle", f"{result.bundle} ({result.model}, {result.recipe})"),
         ("device", f"{result.device.cpu}, {result.threads} of {result.device.logical_cores} logical cores used"),
-        ("runtime", result.runtime),
+        ("runtime", f"{result.runtime}, {result.ops} operators, {result.kv} cache"),
         ("load", f"{result.load_seconds:.2f} s"),
         (f"prefill {result.prompt_tokens}", spread(result.prefill_tokens_per_second, "tokens/s", 1)),
         ("first token", spread(result.time_to_first_token, "s", 3)),
-        (f"decode {result.new_tokens}", spread(result.decode_tokens_per_second, "tokens/s", 1)),
+        (
+            f"decode {result.new_tokens}{several}",
+            spread(result.decode_tokens_per_second, "tokens/s", 1),
+        ),
         ("runs", f"{repeat}: median (least to greatest)"),
         ("resident", f"{size(result.resident_after_load)} loaded, {size(result.resident_after_run)} after the runs"),
         ("resident peak", f"{size(result.resident_peak)} ({size(result.resident_before_load)} before loading)"),
         ("files", f"{size(sum(result.files.values()))} in {len(result.files)} files"),
-        (
-            "bandwidth",
-            f"{result.decode_bandwidth / 1e9:.1f} GB/s: {size(result.bytes_per_token)} a token; "
-            f"{result.bandwidth_share:.0%} of the {result.machine_bandwidth / 1e9:.1f} GB/s that "
-            f"{result.threads} threads read here",
-        ),
     ]
+    if result.decode_bandwidth is not None:
+        rows += [
+            (
+                "bandwidth",
+                f"{result.decode_bandwidth / 1e9:.1f} GB/s: {size(result.bytes_per_token)} a token; "
+                f"{result.bandwidth_share:.0%} of the {result.machine_bandwidth / 1e9:.1f} GB/s that "
+                f"{result.threads} threads read here",
+            )
+        ]
     if result.load_average is not None and result.load_average > result.threads + 1:
         rows.append(("note", f"the machine was busy (load {result.load_average:.1f}): measure again when it is quiet"))
     return pairs(rows)

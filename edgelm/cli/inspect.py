@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import click
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
     from edgelm.checkpoint import Checkpoint
+    from edgelm.packed import PackedMatrix
     from edgelm.runtimes.native_library import CpuKernels
 
 
@@ -90,7 +92,63 @@ def bundle_document(bundle: Bundle, problems: list[str] | None) -> dict[str, Any
 
     manifest = json.loads(bundle.manifest.to_json())
     del manifest["tensors"]
-    return {"kind": "bundle", "path": str(bundle.path), "bytes": bundle.size, **manifest, "problems": problems}
+    weights = [group.as_dict() for group in packed_groups(bundle)]
+    document = {"kind": "bundle", "path": str(bundle.path), "bytes": bundle.size, **manifest, "problems": problems}
+    return {**document, "weights": weights} if weights else document
+
+
+@dataclass(frozen=True)
+class PackedGroup:
+    """Packed matrices of one kind and shape, of all layers (and experts): `count` of them, of `bytes` together."""
+
+    name: str
+    matrix: PackedMatrix
+    count: int
+    bytes: int
+
+    def line(self) -> str:
+        """For people."""
+        times = f"{self.count} x " if self.count > 1 else ""
+        return f"{self.name}: {times}{self.matrix.describe()}, {self.matrix.bits_per_weight:.2f} bits a weight"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        matrix = self.matrix
+        return {
+            "name": self.name,
+            "count": self.count,
+            "kind": matrix.kind.label,
+            "group": matrix.group,
+            "zeros": matrix.zeros,
+            "swiglu": matrix.swiglu,
+            "rows": matrix.rows,
+            "columns": matrix.columns,
+            "bits_per_weight": matrix.bits_per_weight,
+            "bytes": self.bytes,
+        }
+
+
+def packed_groups(bundle: Bundle) -> list[PackedGroup]:
+    """What the headers of a native bundle's weights say; empty for a portable one.
+
+    Raises:
+        BundleError: a header is damaged.
+    """
+    import dataclasses
+    import re
+
+    from edgelm.packed import read_matrices
+
+    manifest = bundle.manifest
+    if manifest.ops != "native":
+        return []
+    found: dict[tuple[str, PackedMatrix], list[int]] = {}
+    with bundle.file(manifest.graph.weights_file).open("rb") as stream:
+        for tensor in manifest.tensors:
+            for _, matrix in read_matrices(stream, tensor.offset, tensor.name):
+                key = (re.sub(r"layers\.\d+\.", "layers.*.", tensor.name), dataclasses.replace(matrix, low_plane=0))
+                found.setdefault(key, []).append(matrix.first_bytes + matrix.lower_bytes)
+    return [PackedGroup(name, matrix, len(sizes), sum(sizes)) for (name, matrix), sizes in found.items()]
 
 
 def bundle_rows(bundle: Bundle, problems: list[str] | None) -> list[tuple[str, str]]:
@@ -112,6 +170,7 @@ def bundle_rows(bundle: Bundle, problems: list[str] | None) -> list[tuple[str, s
         ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
         ("size", size(bundle.size)),
         *(("", f"{size(info.size):>8}  {name}") for name, info in manifest.files.items()),
+        *(("weights", f"{size(group.bytes):>8}  {group.line()}") for group in packed_groups(bundle)),
     ]
     if problems is None:
         rows.append(("verified", "sizes only; --verify checks every byte"))

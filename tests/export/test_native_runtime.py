@@ -1,0 +1,264 @@
+"""Does the native runtime compute the same however a text is cut, cached and batched, and refuse what it cannot do?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from numpy.typing import NDArray
+from tiny_models import FLAVOURS, MakeCheckpoint
+
+import edgelm
+from edgelm.bundle import Bundle
+from edgelm.cli.main import cli
+from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError, RuntimeUnavailableError
+from edgelm.export import ExportOptions, export_bundle
+from edgelm.parity.golden import GoldenOptions
+from edgelm.parity.prompts import Prompt
+from edgelm.runtimes import Runtime, open_batch, open_runtime, open_tracing
+
+pytestmark = pytest.mark.skipif("native" not in FLAVOURS, reason="needs the compiled operators")
+
+SHORT = GoldenOptions(prompts=(Prompt("short", "The quick brown fox"),), greedy_tokens=2)
+IDS = np.random.default_rng(3).integers(4, 600, 60).tolist()
+
+
+@pytest.fixture(scope="module")
+def bundles(checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Bundle]:
+    folder = tmp_path_factory.mktemp("native")
+    options = ExportOptions(golden=SHORT, ops="native")
+    return {
+        (name, recipe): export_bundle(checkpoint(name), folder / f"{name}-{recipe}", recipe=recipe, options=options)
+        for name in ("olmoe", "fox")
+        for recipe in ("none", "int4")
+    }
+
+
+@pytest.fixture(scope="module")
+def portable(checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    options = ExportOptions(golden=SHORT, ops="portable")
+    return export_bundle(checkpoint("fox"), tmp_path_factory.mktemp("portable") / "b", options=options)
+
+
+@pytest.fixture(params=["olmoe", "fox"])
+def exact(bundles: dict[tuple[str, str], Bundle], request: pytest.FixtureRequest) -> Bundle:
+    return bundles[request.param, "none"]
+
+
+def opened(bundle: Bundle, **options: int | str) -> Runtime:
+    return open_runtime(bundle, **{"threads": 1, **options})
+
+
+def all_logits(runtime: Runtime, ids: list[int]) -> NDArray[np.float32]:
+    runtime.reset()
+    return np.concatenate([block.copy() for block in runtime.logits_all(ids)])
+
+
+def assert_close(found: NDArray[np.float32], expected: NDArray[np.float32], tolerance: float) -> None:
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error <= tolerance, error
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 59, 512])
+def test_a_text_may_be_cut_anywhere(exact: Bundle, chunk: int) -> None:
+    with opened(exact) as whole, opened(exact, chunk=chunk) as cut:
+        expected = all_logits(whole, IDS)
+        assert expected.shape == (len(IDS), whole.vocab_size)
+        assert_close(all_logits(cut, IDS), expected, 1e-6)
+        cut.reset()
+        assert_close(cut.prefill(IDS[:40]), expected[39], 1e-6)
+        for position in range(40, 60):
+            assert_close(cut.decode(IDS[position]), expected[position], 1e-6)
+        cut.truncate(10)
+        assert_close(cut.prefill(IDS[10:13]), expected[12], 1e-6)
+
+
+def test_results_do_not_depend_on_the_number_of_threads(bundles: dict[tuple[str, str], Bundle]) -> None:
+    for bundle in bundles.values():
+        with opened(bundle) as one, opened(bundle, threads=3) as three:
+            np.testing.assert_array_equal(one.prefill(IDS), three.prefill(IDS))
+            np.testing.assert_array_equal(one.decode(5), three.decode(5))
+
+
+@pytest.mark.parametrize(("kv", "row", "tolerance"), [("float32", 128, 0.0), ("float16", 64, 1e-3), ("int8", 36, 3e-2)])
+def test_the_caches_type_is_chosen_at_load(exact: Bundle, kv: str, row: int, tolerance: float) -> None:
+    with opened(exact) as default, opened(exact, kv=kv, context_length=100) as chosen:
+        heads = exact.manifest.model.num_kv_heads
+        assert chosen.cache_bytes == 2 * exact.manifest.model.num_layers * heads * 100 * row
+        # Nothing else rounds in an unquantised bundle, so its default cache does not either.
+        assert_close(all_logits(chosen, IDS), all_logits(default, IDS), tolerance)
+        assert_close(chosen.decode(7), default.decode(7), tolerance)
+
+
+def test_a_quantised_bundle_has_a_float16_cache(bundles: dict[tuple[str, str], Bundle]) -> None:
+    with opened(bundles["fox", "int4"]) as default, opened(bundles["fox", "int4"], kv="float16") as chosen:
+        assert default.cache_bytes == chosen.cache_bytes
+        np.testing.assert_array_equal(default.prefill(IDS), chosen.prefill(IDS))
+
+
+def test_decoding_with_half_of_the_head_gives_the_same_best_tokens(bundles: dict[tuple[str, str], Bundle]) -> None:
+    with opened(bundles["olmoe", "int4"]) as runtime:
+        exact = all_logits(runtime, IDS)
+        runtime.reset()
+        for position, token in enumerate(IDS):
+            logits = runtime.decode(token)
+            best = np.argsort(-exact[position])[:20]
+            assert_close(logits[best], exact[position, best], 5e-2)
+            assert logits.argmax() == best[0] or exact[position, logits.argmax()] > exact[position, best[0]] - 0.05
+
+
+@pytest.mark.parametrize("recipe", ["none", "int4"])
+@pytest.mark.parametrize("name", ["olmoe", "fox"])
+def test_a_batch_gives_each_sequence_what_it_gets_alone(
+    bundles: dict[tuple[str, str], Bundle], name: str, recipe: str
+) -> None:
+    bundle = bundles[name, recipe]
+    prompts = [IDS[:9], IDS[9:10], IDS[20:53], IDS[2:7]]
+    with open_batch(bundle, 4, threads=2, context_length=80, chunk=8) as batch, opened(bundle, chunk=8) as alone:
+        steps = [[5, 6, 7, 8], [15, 16, 17, 18], [25, 26, 27, 28]]
+        first = [batch.prefill(row, prompt).copy() for row, prompt in enumerate(prompts)]
+        together = [batch.decode_batch(step).copy() for step in steps]
+        assert batch.lengths.tolist() == [12, 4, 36, 8]
+        for row, prompt in enumerate(prompts):
+            alone.reset()
+            np.testing.assert_array_equal(first[row], alone.prefill(prompt))
+            for logits, step in zip(together, steps, strict=True):
+                # A step of one row takes the head's other halves only where they matter.
+                single = alone.decode(step[row])
+                assert_close(logits[row], single, 1e-6 if recipe == "none" else 0.1)
+                assert logits[row].argmax() == single.argmax()
+        # One of them goes back and on alone, the others stay where they were.
+        batch.truncate(2, 33)
+        again = batch.prefill(2, [step[2] for step in steps])
+        assert_close(again, together[-1][2], 1e-6 if recipe == "none" else 0.1)
+        assert batch.lengths.tolist() == [12, 4, 36, 8]
+
+
+def test_a_batch_refuses_what_does_not_fit(bundles: dict[tuple[str, str], Bundle], portable: Bundle) -> None:
+    bundle = bundles["fox", "int4"]
+    with open_batch(bundle, 2, threads=1, context_length=10) as batch:
+        batch.prefill(1, IDS[:10])
+        batch.prefill(0, IDS[:3])
+        with pytest.raises(ContextLengthError, match="1 tokens do not fit: the context holds 10, 10 are taken"):
+            batch.decode_batch([1, 2])
+        assert batch.lengths.tolist() == [3, 10]
+        for use, message in (
+            (lambda: batch.decode_batch([1]), "1 tokens for 2 sequences"),
+            (lambda: batch.prefill(2, [1]), r"no sequence 2: there are 0\.\.1"),
+            (lambda: batch.truncate(0, 4), "cannot keep 4 cached tokens: 3 are cached"),
+            (lambda: batch.prefill(0, [bundle.manifest.model.vocab_size]), "outside the vocabulary"),
+        ):
+            with pytest.raises(GenerationError, match=message):
+                use()
+    with pytest.raises(EdgeLMError, match="was closed"):
+        batch.prefill(0, [1])
+    with pytest.raises(EdgeLMError, match="batch is 0"):
+        open_batch(bundle, 0)
+    with pytest.raises(RuntimeUnavailableError, match=r"portable operators, with which .* one sequence at a time"):
+        open_batch(portable, 2)
+
+
+def test_options_that_do_not_exist_are_refused(bundles: dict[tuple[str, str], Bundle], portable: Bundle) -> None:
+    with pytest.raises(EdgeLMError, match="kv is 'int4': the cache can be float32, float16, int8"):
+        opened(bundles["fox", "int4"], kv="int4")
+    with pytest.raises(EdgeLMError, match=r"kv is 'int8'.*portable operators, whose cache is float32.*--ops native"):
+        opened(portable, kv="int8")
+    with opened(portable, kv="float32") as runtime:
+        assert runtime.prefill([1, 2]).shape == (640,)
+
+
+def test_without_compiled_operators_the_way_out_is_named(
+    bundles: dict[tuple[str, str], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGELM_OPS_LIBRARY", "")
+    with pytest.raises(RuntimeUnavailableError, match=r"compiled operators, .*C\+\+ compiler.*--ops portable"):
+        opened(bundles["fox", "int4"])
+
+
+def test_an_instruction_set_that_cannot_be_used_is_refused(
+    bundles: dict[tuple[str, str], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGELM_ISA", "mmx")
+    with pytest.raises(RuntimeUnavailableError, match=r"mmx.*scalar"):
+        opened(bundles["fox", "int4"])
+
+
+def test_every_instruction_set_gives_the_same_bits(
+    bundles: dict[tuple[str, str], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgelm.runtimes.native_library import describe_cpu
+
+    found = []
+    for isa in describe_cpu().instruction_sets:
+        if isa.available:
+            monkeypatch.setenv("EDGELM_ISA", isa.name)
+            with opened(bundles["olmoe", "int4"]) as runtime:
+                found.append(np.stack([runtime.prefill(IDS[:20]), runtime.decode(3)]))
+    assert len(found) > 1
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0], other)
+
+
+def test_texts_traced_together_give_what_they_give_alone(exact: Bundle) -> None:
+    texts = [IDS[:9], IDS[:4], IDS[2:37]]
+    runtime = open_tracing(exact, "onnxruntime-cpu", threads=1)
+    assert runtime is not None
+    with runtime:
+        together = runtime.trace_all(texts)
+        alone = [runtime.trace(text) for text in texts]
+    for one, other, text in zip(together, alone, texts, strict=True):
+        assert one.logits is not None
+        assert other.logits is not None
+        assert one.logits.shape[0] == len(text)
+        assert_close(one.logits, other.logits, 1e-6)
+        for a, b in zip(one.hidden + one.router_logits, other.hidden + other.router_logits, strict=True):
+            assert_close(a, b, 1e-6)
+
+
+def test_the_verbs_take_the_cache_and_the_batch(bundles: dict[tuple[str, str], Bundle]) -> None:
+    path = str(bundles["olmoe", "int4"].path)
+    run = CliRunner().invoke(cli, ["run", path, "hello", "--kv", "int8", "--max-tokens", "4", "--json"])
+    assert run.exit_code == 0, run.output
+    with edgelm.load(path, kv="int8") as model:
+        assert model.generate("hello", max_tokens=4).text == json.loads(run.stdout)["text"]
+    sizes = ["--prompt-tokens", "8", "--new-tokens", "4", "--repeat", "1"]
+    bench = CliRunner().invoke(cli, ["bench", path, *sizes, "--batch", "3", "--kv", "int8"])
+    assert bench.exit_code == 0, bench.output
+    assert "decode 4 x 3" in bench.stdout
+    assert "native operators, int8 cache" in bench.stdout
+    document = json.loads(CliRunner().invoke(cli, ["bench", path, *sizes, "--json"]).stdout)
+    assert (document["ops"], document["kv"], document["batch"]) == ("native", "float16", 1)
+
+
+def test_inspect_says_how_weights_are_packed(bundles: dict[tuple[str, str], Bundle]) -> None:
+    path = str(bundles["olmoe", "int4"].path)
+    shown = CliRunner().invoke(cli, ["inspect", path]).stdout
+    for text in (
+        "layers.*.attn.qkv.weight: 2 x int4, groups of 32 [384, 128], 4.51 bits a weight",
+        "layers.*.moe.experts: 32 x int4, groups of 32, SwiGLU [128, 128]",
+        "lm_head.weight: int8 in planes, a scale per row [640, 128]",
+        "model.layers.*.mlp.gate.weight: 2 x float32 [16, 128]",
+    ):
+        assert text in shown, shown
+    document = json.loads(CliRunner().invoke(cli, ["inspect", path, "--json"]).stdout)
+    assert document["weights"][0]["kind"]
+    assert sum(entry["count"] for entry in document["weights"]) == 2 * (2 + 1 + 2 * 16) + 2
+
+
+def test_inspect_names_the_tensor_whose_header_is_damaged(
+    bundles: dict[tuple[str, str], Bundle], tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(bundles["fox", "int4"].path, tmp_path / "b")
+    bundle = Bundle.open(tmp_path / "b")
+    entry = next(e for e in bundle.manifest.tensors if e.name == "layers.0.attn.qkv.weight")
+    with bundle.file("model.onnx.data").open("r+b") as stream:
+        stream.seek(entry.offset + 5)
+        stream.write(b"\x77")
+    shown = CliRunner().invoke(cli, ["inspect", str(bundle.path)])
+    assert shown.exit_code == 1
+    assert "layers.0.attn.qkv.weight is no packed matrix: 119 is not a valid Kind" in shown.stderr
