@@ -7,8 +7,9 @@ measured in turns share a `match`; only within one are values paired, because th
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,8 @@ UNITS = {
     BYTES: "GB",
 }
 
+COLUMNS = ("olmoe int4", "fox int4", "olmoe int8", "fox int8")
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -59,6 +62,13 @@ class Measurement:
         """JSON-ready."""
         return {**asdict(self), "unit": UNITS[self.row], "median": self.median}
 
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Measurement:
+        """What `as_dict` gave."""
+        return cls(
+            record["column"], record["match"], record["row"], record["engine"], tuple(map(float, record["values"]))
+        )
+
 
 class Measurements:
     """All of a run."""
@@ -70,6 +80,11 @@ class Measurements:
         """Keep the values; none of them is no measurement."""
         if values:
             self.all.append(Measurement(column, match, row, engine, tuple(values)))
+
+    def extend(self, earlier: Iterable[Measurement]) -> None:
+        """Keep what earlier runs measured too, after what is here, but of a row in a match only the latest run's."""
+        known = {(item.column, item.match, item.row) for item in self.all}
+        self.all += [item for item in earlier if (item.column, item.match, item.row) not in known]
 
     def select(
         self, column: str, row: str, engines: Iterable[str] | None = None, match: str | None = None
@@ -87,8 +102,9 @@ class Measurements:
 
     @property
     def columns(self) -> list[str]:
-        """In order of appearance."""
-        return list(dict.fromkeys(item.column for item in self.all))
+        """Those that have targets first, then in order of appearance."""
+        found = dict.fromkeys(item.column for item in self.all)
+        return [*(name for name in COLUMNS if name in found), *(name for name in found if name not in COLUMNS)]
 
 
 def paired(ours: Measurement, theirs: Measurement) -> list[float]:
@@ -154,8 +170,8 @@ class Target:
 
 
 def _per_column(olmoe4: float | None, fox4: float | None, olmoe8: float | None, fox8: float | None) -> dict[str, float]:
-    bounds = {"olmoe int4": olmoe4, "fox int4": fox4, "olmoe int8": olmoe8, "fox int8": fox8}
-    return {column: bound for column, bound in bounds.items() if bound is not None}
+    bounds = zip(COLUMNS, (olmoe4, fox4, olmoe8, fox8), strict=True)
+    return {column: bound for column, bound in bounds if bound is not None}
 
 
 def _against(row: str, ours: str, *theirs: str) -> Figure:

@@ -288,11 +288,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small sizes; without --checkpoint the tiny checkpoints")
     parser.add_argument("--prepare", action="store_true", help="make what is missing in --work, measure nothing")
     parser.add_argument("--out", type=Path, help="write the JSON line to this file too, after every recipe")
+    parser.add_argument(
+        "--add", type=Path, action="append", default=[], help="what an earlier run wrote with --out, for the same table"
+    )
     options = parser.parse_args(arguments)
-    if not options.checkpoint and not options.quick:
-        parser.error("give --checkpoint NAME=DIR, or --quick")
+    if not (options.checkpoint or options.quick or options.add):
+        parser.error("give --checkpoint NAME=DIR, or --quick, or --add FILE to print earlier results")
     options.checkpoints = {}
-    for pair in options.checkpoint or [f"{name}={folder}" for name, folder in TINY.items()]:
+    tiny = [f"{name}={folder}" for name, folder in TINY.items()] if options.quick else []
+    for pair in options.checkpoint or tiny:
         name, _, folder = pair.partition("=")
         if not (name and Path(folder, "config.json").is_file()):
             parser.error(f"--checkpoint {pair}: give NAME=DIR with a config.json in DIR")
@@ -334,6 +338,15 @@ def measure(options: argparse.Namespace, place: Workplace) -> Iterator[Run]:
             yield run
 
 
+def together(runs: Sequence[Run], earlier: Sequence[Path]) -> Measurements:
+    """The measurements of this run, and of earlier ones (their JSON lines, oldest first) what this one has not."""
+    found = Measurements([item for run in runs for item in run.found.all])
+    for path in reversed(earlier):
+        records = json.loads(path.read_text(encoding="utf-8"))["measurements"]
+        found.extend(figures.Measurement.from_dict(record) for record in records)
+    return found
+
+
 def report(runs: Sequence[Run], found: Measurements, notes: Sequence[str], options: argparse.Namespace) -> str:
     """The JSON line."""
     return json.dumps(
@@ -357,18 +370,16 @@ def main() -> int:
     place = Workplace(options.work, options.threads, options.llama_python, options.openvino_python)
     print(f"{devices.describe().cpu}, {options.threads} threads, load average {os.getloadavg()[0]:.2f}")
     runs: list[Run] = []
-    found = Measurements()
-    line = ""
+    found = together(runs, options.add)
     for run in measure(options, place):
         runs.append(run)
-        found.all += run.found.all
+        found = together(runs, options.add)
         print(f"\n{run.column}: median (least .. greatest); ratios are of single repetitions")
         print(figures.row_table(run.found, run.column), flush=True)
-        line = report(runs, found, place.notes, options)
         if options.out:
-            options.out.write_text(line + "\n", encoding="utf-8")
-    if runs:
-        print(f"\n{figures.target_table(found)}\n\n{line}")
+            options.out.write_text(report(runs, found, place.notes, options) + "\n", encoding="utf-8")
+    if found.all:
+        print(f"\n{figures.target_table(found)}\n\n{report(runs, found, place.notes, options)}")
     return 0
 
 

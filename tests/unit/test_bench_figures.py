@@ -79,6 +79,19 @@ def test_what_was_not_measured_in_turns_is_not_paired() -> None:
         figures.paired(*other.all)
 
 
+def test_an_earlier_runs_rows_complete_the_table() -> None:
+    found = measured(("llama.cpp", DECODE, NATIVE, [3.0]), ("llama.cpp", DECODE, LLAMA, [2.0]))
+    earlier = measured(
+        ("llama.cpp", DECODE, NATIVE, [9.0, 9.0]),
+        ("llama.cpp", DECODE, LLAMA_PLAIN, [1.0, 1.0]),
+        ("portable", DECODE, NATIVE, [4.0]),
+        ("portable", DECODE, PORTABLE, [2.0]),
+    )
+    found.extend(figures.Measurement.from_dict(json.loads(json.dumps(item.as_dict()))) for item in earlier.all)
+    assert [item.match for item in found.all] == ["llama.cpp", "llama.cpp", "portable", "portable"]
+    assert found.all[2:] == earlier.all[2:]
+
+
 def test_no_values_are_no_measurement() -> None:
     assert measured(("alone", DECODE, NATIVE, [])).all == []
 
@@ -198,6 +211,18 @@ def test_the_options_have_defaults_and_are_checked(tmp_path: Path, capsys: pytes
         with pytest.raises(SystemExit):
             vs_peers.parse([*work, *wrong])
         assert message in capsys.readouterr().err
+
+
+def test_earlier_results_are_read_and_the_latest_counts(tmp_path: Path) -> None:
+    files = []
+    for name, values in (("old", [1.0]), ("new", [2.0])):
+        found = measured(("alone", figures.FIRST, NATIVE, values))
+        files.append(tmp_path / name)
+        files[-1].write_text(json.dumps({"measurements": [item.as_dict() for item in found.all]}))
+    options = vs_peers.parse(["--work", str(tmp_path), "--add", str(files[0]), "--add", str(files[1])])
+    assert options.checkpoints == {}
+    (item,) = vs_peers.together([], options.add).all
+    assert item.values == (2.0,)
 
 
 def test_a_short_context_shortens_the_rows() -> None:
