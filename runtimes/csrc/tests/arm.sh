@@ -19,7 +19,7 @@ fi
 
 cmake -S runtimes/csrc -B build/csrc-arm -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DEDGELM_BUILD_TESTS=ON
 cmake --build build/csrc-arm --parallel 2
-ctest --test-dir build/csrc-arm --output-on-failure --parallel 2
+ctest --test-dir build/csrc-arm --output-on-failure --parallel 2 --exclude-regex digest  # which follows
 
 build/csrc/digest_test >build/digest-here.txt
 qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu build/csrc-arm/digest_test >build/digest-arm.txt
