@@ -1,5 +1,5 @@
 // AVX2 with FMA and F16C, and with AVX-VNNI where the compiler is told so: a vector is two registers. Contracts:
-// simd_scalar.h.
+// simd_scalar.h. (AVX512-VNNI in its stead is for tests: the same operation in an encoding that other processors have.)
 #ifndef EDGELM_KERNELS_SIMD_H_
 #define EDGELM_KERNELS_SIMD_H_
 
@@ -14,7 +14,8 @@ namespace {
 // 16 registers: four rows' sums of one vector take eight of them, its codes two to four.
 constexpr int kRowTile = 4;
 constexpr int kVectors = 1;
-#if defined(__AVXVNNI__)
+#if defined(__AVXVNNI__) || defined(__AVX512VNNI__)
+#define EDGELM_DPBUSD 1
 constexpr bool kDotFullSigned = false;
 #else
 constexpr bool kDotFullSigned = true;
@@ -167,11 +168,18 @@ inline __m256i SplatFour(const int8_t* x) {
   return _mm256_set1_epi32(four);
 }
 
-#if defined(__AVXVNNI__)
+#if defined(EDGELM_DPBUSD)
 
+inline __m256i Dpbusd(__m256i acc, __m256i codes, __m256i x) {
+#if defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(acc, codes, x);
+#else
+  return _mm256_dpbusd_epi32(acc, codes, x);
+#endif
+}
 inline I32 DotNibbles(I32 acc, B8 codes, const int8_t* x) {
   const __m256i four = SplatFour(x);
-  return {_mm256_dpbusd_avx_epi32(acc.a, codes.a, four), _mm256_dpbusd_avx_epi32(acc.b, codes.b, four)};
+  return {Dpbusd(acc.a, codes.a, four), Dpbusd(acc.b, codes.b, four)};
 }
 inline I32 DotFull(I32 acc, B8 codes, const int8_t* x) { return DotNibbles(acc, codes, x); }
 
@@ -197,6 +205,7 @@ inline I32 DotFull(I32 acc, B8 codes, const int8_t* x) {
 }
 
 #endif
+#undef EDGELM_DPBUSD
 
 }  // namespace
 }  // namespace edgelm

@@ -14,6 +14,12 @@
 #include "../kernels/kernels.h"
 #include "check.h"
 
+#if defined(EDGELM_TEST_EVEX)
+namespace edgelm {
+extern const Kernels kAvx2EvexKernels;  // avx2-vnni in AVX-512's encoding
+}
+#endif
+
 namespace edgelm_test {
 
 constexpr double kUnit = 0x1p-24;  // float32's unit roundoff
@@ -25,6 +31,11 @@ inline const std::vector<const edgelm::Kernels*>& FastTables() {
     for (const edgelm::InstructionSet& set : edgelm::InstructionSets()) {
       std::printf("%s: %s\n", set.kernels->name, set.available() ? "tested" : set.missing.c_str());
       if (set.available() && set.kernels != &edgelm::kScalarKernels) found.push_back(set.kernels);
+#if defined(EDGELM_TEST_EVEX)
+      if (!set.available() || set.kernels != &edgelm::kAvx512VnniKernels) continue;
+      std::printf("%s: tested\n", edgelm::kAvx2EvexKernels.name);
+      found.push_back(&edgelm::kAvx2EvexKernels);
+#endif
     }
     return found;
   }();
