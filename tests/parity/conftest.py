@@ -15,7 +15,7 @@ CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 FLAVOURS = ("native", "portable") if library_path() is not None else ("portable",)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def flavour():
     """The operators of the bundles; a module that wants more than the first overrides this."""
     return FLAVOURS[0]
@@ -40,7 +40,7 @@ def export(tmp_path_factory):
     return get
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def exported(export, flavour):
     """Function (model, recipe) to the folder of a healthy bundle."""
     return lambda model, recipe: export(model, recipe, flavour)

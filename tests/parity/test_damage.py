@@ -19,7 +19,7 @@ MODELS = ("olmoe", "fox")
 RECIPES = ("int4", "int8", "none")
 
 
-@pytest.fixture(params=FLAVOURS)
+@pytest.fixture(params=FLAVOURS, scope="session")
 def flavour(request):
     return request.param
 

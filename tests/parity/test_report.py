@@ -133,10 +133,11 @@ def test_the_command_prints_one_json_document_and_exits_by_the_verdict(exported,
     assert json.loads(result.stdout)["passed"] is True
     assert (tmp_path / "r.html").stat().st_size > 10_000
     folder = copied("fox", "int4")
-    damage.flip_byte(folder, "layers.1.attn.qkv.qweight", 77)
+    tensor = next(name for name in damage.tensor_names(folder) if name.startswith("layers.1.attn.qkv"))
+    damage.flip_byte(folder, tensor, 77)
     result = CliRunner().invoke(parity, [str(folder), "--threads", "1"])
     assert result.exit_code == 1
-    assert "layers.1.attn.qkv.qweight (layer 1)" in result.stdout
+    assert f"{tensor} (layer 1)" in result.stdout
     assert "parity FAILED" in result.stdout
 
 
