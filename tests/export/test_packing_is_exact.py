@@ -1,7 +1,4 @@
-"""Is the native layout the same numbers, whatever the scheme, the shape and the format it is stored in?
-
-The unpacker is written from layout.h's table and shares no code with the packer.
-"""
+"""Is the native layout the same numbers, whatever the scheme, the shape and the format it is stored in?"""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from unpack_native import unpack_matrix
 
 from edgelm.errors import BundleError, ExportError
 from edgelm.export.layout import widened
@@ -22,7 +20,6 @@ from edgelm.export.packing import (
     pack_codes,
     pack_floats,
     stacked,
-    unpack_matrix,
 )
 from edgelm.packed import (
     HEADER_BYTES,

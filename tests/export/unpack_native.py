@@ -1,0 +1,81 @@
+"""The slow, obvious inverse of packing, written from the table in layout.h; it shares no code with the packer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.packed import BLOCK, TILE, Kind, PackedMatrix, Scales
+
+Bytes = NDArray[np.uint8]
+
+BITS = {Kind.INT3: 3, Kind.INT4: 4, Kind.INT8: 8, Kind.INT8_PLANES: 8}
+FLOAT_TYPES = {Kind.FP8: np.uint8, Kind.FLOAT16: np.float16, Kind.BFLOAT16: np.uint16, Kind.FLOAT32: np.float32}
+SCALE_TYPES = {Scales.FLOAT16: np.float16, Scales.FLOAT32: np.float32}
+
+
+def unpack_matrix(matrix: PackedMatrix, data: bytes | Bytes) -> tuple[NDArray[Any], ...]:
+    """Take a packed matrix apart again.
+
+    Args:
+        matrix: its header, parsed.
+        data: all its bytes, from the header on.
+
+    Returns:
+        Codes uint8 [N, K], scales [N, groups] and zero points uint8 [N, groups] (all the middle where none are stored);
+        of a float matrix its values [N, K] alone, of fp8 codes and scales.
+    """
+    raw = np.frombuffer(data, np.uint8)
+    tiles, groups = matrix.tiles, matrix.groups
+    records = raw[64 : matrix.first_bytes].reshape(tiles, groups, matrix.record_bytes)
+    codes = np.ascontiguousarray(records[:, :, matrix.head_bytes :])
+    scales = np.ascontiguousarray(records[:, :, : matrix.head_bytes - (2 * TILE if matrix.zeros else 0)])
+    if not matrix.kind.is_integer:
+        values = codes.view(FLOAT_TYPES[matrix.kind]).reshape(tiles, groups, matrix.group, TILE)
+        found: list[NDArray[Any]] = [_rows(values.transpose(0, 3, 1, 2).reshape(tiles * TILE, -1), matrix)]
+        if matrix.scales is not Scales.NONE:
+            found.append(_per_row(scales.view(SCALE_TYPES[matrix.scales]), matrix))
+        return tuple(found)
+    stored = codes.reshape(tiles, groups * matrix.group // BLOCK, -1)
+    lower = None
+    if matrix.kind is Kind.INT8_PLANES:
+        lower = raw[matrix.low_plane : matrix.nbytes].reshape(stored.shape)
+    columns = np.stack([_column(stored, lower, k, matrix.kind) for k in range(BLOCK)], axis=-1)
+    unpacked = _rows(columns.transpose(0, 2, 1, 3).reshape(tiles * TILE, -1), matrix)
+    if matrix.zeros:
+        start = matrix.head_bytes - 2 * TILE
+        zeros = _per_row(np.ascontiguousarray(records[:, :, start : start + TILE]), matrix)
+    else:
+        zeros = np.full((matrix.rows, groups), 1 << (BITS[matrix.kind] - 1), np.uint8)
+    return unpacked, _per_row(scales.view(SCALE_TYPES[matrix.scales]), matrix), zeros
+
+
+def _column(blocks: Bytes, lower: Bytes | None, k: int, kind: Kind) -> Bytes:
+    """Column k of every block [tiles, blocks, bytes]: codes [tiles, blocks, 32], as layout.h writes it down."""
+
+    def taken(data: Bytes, at: int) -> Bytes:
+        return data[:, :, [at + 4 * n + k % 4 for n in range(TILE)]]
+
+    if kind is Kind.INT8:
+        return taken(blocks, 128 * (k // 4))
+    if kind is Kind.INT3:
+        pair = taken(blocks, 128 * (k // 16)) >> np.uint8(2 * (k % 16 // 4)) & np.uint8(3)
+        return pair | (taken(blocks, 256) >> np.uint8(k // 4) & np.uint8(1)) << np.uint8(2)
+    shift = np.uint8(4 * (k % 8 // 4))
+    upper = taken(blocks, 128 * (k // 8)) >> shift & np.uint8(15)
+    return upper if lower is None else upper << np.uint8(4) | (taken(lower, 128 * (k // 8)) >> shift & np.uint8(15))
+
+
+def _per_row(values: NDArray[Any], matrix: PackedMatrix) -> NDArray[Any]:
+    """[tiles, groups, 32] to [N, groups]."""
+    return _rows(values.transpose(0, 2, 1).reshape(matrix.tiles * TILE, -1), matrix)
+
+
+def _rows(values: NDArray[Any], matrix: PackedMatrix) -> NDArray[Any]:
+    """Rows in the checkpoint's order, without those that fill up a tile."""
+    if not matrix.swiglu:
+        return values[: matrix.rows]
+    parts = values.reshape(matrix.tiles // 2, 2, TILE, -1)
+    return np.concatenate([parts[:, i].reshape(-1, values.shape[1])[: matrix.outputs] for i in range(2)])
