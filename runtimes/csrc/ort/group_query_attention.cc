@@ -68,7 +68,8 @@ class GroupQueryAttention {
       one.key = key + b * cache_bytes;
       one.value = value + b * cache_bytes;
       one.out = out + b * tokens * width;
-      std::memset(one.out + one.rows * width, 0, (tokens - one.rows) * width * sizeof(float));
+      const int64_t padding = tokens - one.rows;
+      if (padding > 0) std::memset(one.out + one.rows * width, 0, padding * width * sizeof(float));
       if (one.rows == 0) continue;
       slots.push_back(plan.Add<uint8_t>(AttentionScratchBytes(one)));
       calls.push_back(one);
