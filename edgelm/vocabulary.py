@@ -200,23 +200,18 @@ def _wire_fields(data: bytes) -> list[tuple[int, int | bytes]]:
     return result
 
 
-_CONTROL = b"\x18\x03"  # of a piece: field 3, its type, is 3
-
-
-def _pieces(data: bytes) -> tuple[list[bytes], bytes]:
-    """The pieces that a sentencepiece model begins with (field 1, repeated), and the fields after them.
+def _after_pieces(data: bytes) -> bytes:
+    """What follows the pieces that a sentencepiece model begins with (field 1, repeated).
 
     Apart from `_wire_fields`, because there may be a quarter of a million of them.
     """
-    pieces = []
     position = 0
     while position < len(data) and data[position] == 0x0A:
         size, start = data[position + 1], position + 2
         if size >= 0x80:
             size, start = size & 0x7F | data[start] << 7, start + 1
         position = start + size
-        pieces.append(data[start:position])
-    return pieces, data[position:]
+    return data[position:]
 
 
 class PieceVocabulary(Vocabulary):
@@ -236,10 +231,8 @@ class PieceVocabulary(Vocabulary):
         try:
             self._model.LoadFromSerializedProto(path.read_bytes())
             self.size: int = self._model.GetPieceSize()
-            pieces, rest = _pieces(self._model.serialized_model_proto())
-            if len(pieces) != self.size:
-                raise ValueError("its pieces do not come first")
-            normalizer = [value for number, value in _wire_fields(rest) if number == 3]
+            fields = _wire_fields(_after_pieces(self._model.serialized_model_proto()))
+            normalizer = [value for number, value in fields if number == 3]
             flags = dict(_wire_fields(normalizer[-1])) if normalizer and isinstance(normalizer[-1], bytes) else {}
         except (RuntimeError, OSError, ValueError, IndexError) as error:
             raise TokenizerError(f"{path}: not a usable tokenizer.model ({error}); fetch the file again") from error
@@ -250,7 +243,7 @@ class PieceVocabulary(Vocabulary):
             self.leading_space = LeadingSpace.DROP_EACH_PIECE
         elif flags.get(3, 1):  # add_dummy_prefix
             self.leading_space = LeadingSpace.DROP_ONE_PIECE
-        self.special = frozenset(i for i, piece in enumerate(pieces) if _CONTROL in piece and self._model.IsControl(i))
+        self.special = frozenset(i for i in range(self.size) if self._model.IsControl(i))
         names = sorted((self._model.IdToPiece(i) for i in self.special), key=len, reverse=True)
         self._controls = re.compile(f"({'|'.join(map(re.escape, names))})") if names else None
         self._ids = {self._model.IdToPiece(i): i for i in self.special}
