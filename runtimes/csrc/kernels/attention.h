@@ -105,7 +105,7 @@ struct AttentionLayout {
     scores = 0;
     accumulators = scores + 4 * most * kKeyBlock;
     state = accumulators + 4 * most * width;
-    codes = state + RoundUp(4 * 6 * most, 64);
+    codes = state + RoundUp(4 * 10 * most, 64);
     keys = codes + 2 * most * kKeyBlock;
     values = keys + 4 * kKeyBlock * (width + 16);
     workspace_bytes = values + 4 * kKeyBlock * (width + 16);

@@ -5,9 +5,13 @@
 // no part in the arithmetic of another, so a row's result depends on neither its neighbours nor how work is cut.
 //
 // float32, float16: fused multiply-adds in float32, dimensions (scores) and tokens (sums) in order.
-// int8: integer dot products. Queries are quantised to int8 with one scale per head. The weights of a block's values,
-// probability times the value's scale, are quantised in two levels, hi + lo / 254 (15 bits): with one level, everything
-// below 1/254 of a block's largest weight would be lost, and with it most of a flat distribution beside one peak.
+// int8: integer dot products. Queries are quantised to int8 with one scale per head, and so are the weights of a block's
+// values (probability times the value's scale), with one step per row and block, in one or two levels:
+//   fine    high + low / 254, 15 bits. With one level, all that is below 1/254 of the block's largest weight would be
+//           lost, and with it most of a flat distribution beside one peak.
+//   coarse  one level, rounded with dither: a pattern of offsets that makes errors cancel over tokens, so that small
+//           weights survive in the sum. For blocks whose largest weight is at most 1/16 of what the row has summed so
+//           far: each then adds noise of 0.4/127 * sqrt(128) / 16 = 0.2 % of a value at most, less than its own rounding.
 #ifndef EDGELM_KERNELS_ATTENTION_IMPL_H_
 #define EDGELM_KERNELS_ATTENTION_IMPL_H_
 
@@ -24,13 +28,16 @@ constexpr int kQueryTile = kVectors == 2 ? 8 : 4;
 
 template <int kN> struct Count { static constexpr int kValue = kN; };
 
-// visit(Count<n>, r) for rows r .. r + n - 1, `kMost` at a time, then four, then one.
+// visit(Count<n>, r) for rows r .. r + n - 1, `kMost` at a time, then four, two, one.
 template <int kMost, typename Visit>
 inline __attribute__((always_inline)) void EachTile(int64_t rows, Visit visit) {
   int64_t r = 0;
   for (; r + kMost <= rows; r += kMost) visit(Count<kMost>(), r);
   if constexpr (kMost > 4) {
     for (; r + 4 <= rows; r += 4) visit(Count<4>(), r);
+  }
+  if constexpr (kMost > 2) {
+    for (; r + 2 <= rows; r += 2) visit(Count<2>(), r);
   }
   if constexpr (kMost > 1) {
     for (; r < rows; ++r) visit(Count<1>(), r);
@@ -226,9 +233,11 @@ struct Unit {
   float* tops;          // [rows] running maximum, then running sum, then what the last block's maximum made of both
   float* sums;
   float* factors;
-  float* steps;         // int8: of a row's codes in `codes`
-  int32_t* starts;      // [rows, 2] what their sums start from
-  int8_t* codes;        // [rows, 2, kKeyBlock]
+  float* weights;       // int8: running sum of weights
+  int8_t* codes;        // int8: [rows of codes, kKeyBlock], at most two for a row: of its weights, of their second level
+  float* steps;         // of rows of codes
+  int32_t* starts;      // of rows of codes: what their sums start from
+  int32_t* targets;     // of rows of codes: whose they are
   uint8_t* keys;        // packed
   uint8_t* values;
 
@@ -244,8 +253,9 @@ inline Unit MakeUnit(const Attention& call, int64_t head, int64_t first, int64_t
   float* state = reinterpret_cast<float*>(workspace + at.state);
   return {&call, at, head, first, tokens, tokens * call.group(), (head * call.rows + first) * call.group(),
           reinterpret_cast<float*>(workspace + at.scores), reinterpret_cast<float*>(workspace + at.accumulators), state,
-          state + at.most, state + 2 * at.most, state + 3 * at.most, reinterpret_cast<int32_t*>(state + 4 * at.most),
-          reinterpret_cast<int8_t*>(workspace + at.codes), workspace + at.keys, workspace + at.values};
+          state + at.most, state + 2 * at.most, state + 3 * at.most, reinterpret_cast<int8_t*>(workspace + at.codes),
+          state + 4 * at.most, reinterpret_cast<int32_t*>(state + 6 * at.most),
+          reinterpret_cast<int32_t*>(state + 8 * at.most), workspace + at.keys, workspace + at.values};
 }
 
 // A row's scores of a block become probabilities relative to its new maximum (weights, where the values' `scales` are
@@ -309,7 +319,7 @@ inline void UpdateSum(const Unit& u, int64_t r, float sum) {
 }
 
 // Vectors that a tile of rows works on at once.
-constexpr int VectorsFor(int rows) { return rows == 1 ? 4 * kVectors : rows < kQueryTile ? 2 * kVectors : kVectors; }
+constexpr int VectorsFor(int rows) { return rows <= 2 && kVectors == 2 ? 8 : kQueryTile * kVectors / rows; }
 
 // The functions of one tile come in two forms. kFew: few query rows, whose time is the memory's. They take the cache from
 // front to back, since two streams a few kilobytes apart halve what memory gives, and while they work on a block's keys
@@ -540,16 +550,19 @@ __attribute__((noinline)) void Int8Scores(const uint8_t* const* tiles, const uin
     B8 codes[kVec];
 #pragma GCC unroll 8
     for (int v = 0; v < kVec; ++v) codes[v] = LoadB(tiles[v] + 64 * i);
-    CallFor<kFew>(ahead + 64 * i);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVec; ++v) CallFor<kFew>(ahead + 64 * (kVec * i + v));
     Dots<kRows, kVec>(to, codes, q + 4 * i, stride);
   };
+  constexpr int kUnroll = kChains == 1 ? 4 : kChains;
   int64_t i = 0;
-  for (; i + kChains <= fours; i += kChains) {
+  for (; i + kUnroll <= fours; i += kUnroll) {
 #pragma GCC unroll 8
-    for (int chain = 0; chain < kChains; ++chain) add(c[chain], i + chain);
+    for (int j = 0; j < kUnroll; ++j) add(c[j % kChains], i + j);
   }
   for (; i < fours; ++i) add(c[0], i);
-  CallFor<kFew>(ahead + 64 * fours);
+#pragma GCC unroll 8
+  for (int v = 0; v < kVec; ++v) CallFor<kFew>(ahead + 64 * (kVec * fours + v));
 #pragma GCC unroll 8
   for (int v = 0; v < kVec; ++v) {
     const F32 scales = Load(reinterpret_cast<const float*>(tiles[v] + 64 * fours));
@@ -562,50 +575,86 @@ __attribute__((noinline)) void Int8Scores(const uint8_t* const* tiles, const uin
   }
 }
 
-// A row's weights in two levels: w ~ (high + low / 254) * step. `spoilt`: one of them is NaN.
-inline void QuantWeights(const Unit& u, int64_t r, int64_t valid, int64_t padded, float largest, bool spoilt) {
-  const float* w = u.scores + r * kKeyBlock;
-  int8_t* high = u.codes + r * 2 * kKeyBlock;
-  int8_t* low = high + kKeyBlock;
-  u.starts[2 * r] = u.starts[2 * r + 1] = 0;
-  if (spoilt || largest < 0x1p-100f) {
-    std::memset(high, 0, 2 * kKeyBlock);
-    u.steps[r] = spoilt ? NAN : 0.0f;
-    return;
+// Offsets of -0.5 .. 0.5 by the golden ratio: any few tokens in a row have them spread evenly.
+struct Dither {
+  alignas(64) float offsets[kKeyBlock];
+  constexpr Dither() : offsets() {
+    double x = 0.25;
+    for (float& offset : offsets) {
+      x += 0.6180339887498949;
+      if (x >= 1.0) x -= 1.0;
+      offset = static_cast<float>(x - 0.5);
+    }
   }
-  const F32 inverse = Splat(127.0f / largest);
+};
+constexpr Dither kDither;
+
+// Appends the codes of a row's weights to the `rows` there are. `spoilt`: one of the weights is NaN.
+inline int64_t QuantWeights(const Unit& u, int64_t rows, int64_t r, int64_t valid, int64_t padded, float largest,
+                            bool spoilt) {
+  const float* w = u.scores + r * kKeyBlock;
+  const float before = u.weights[r] * u.factors[r];
+  const bool coarse = valid == kKeyBlock && 16.0f * largest <= before && !spoilt;
+  int8_t* low = u.codes + rows * kKeyBlock;
+  int8_t* high = coarse ? low : low + kKeyBlock;
+  const int64_t at = coarse ? rows : rows + 1;
+  if (spoilt || largest < 0x1p-100f) {
+    std::memset(low, 0, kKeyBlock);
+    u.steps[rows] = spoilt ? NAN : 0.0f;
+    u.starts[rows] = 0;
+    u.targets[rows] = static_cast<int32_t>(r);
+    u.weights[r] = before;
+    return rows + 1;
+  }
   I32 both = SplatI(0);  // sums of `high` times 2^16 plus those of `low`, which are within +-127 * kKeyBlock
   static_assert(127 * kKeyBlock < 32768);
+  float step;
   int64_t i = 0;
-  for (; i < valid; i += 16) {
-    const F32 x = Mul(Load(w + i), inverse);
-    const I32 a = Round(x), b = Round(Mul(Sub(x, ToFloat(a)), Splat(254.0f)));
-    StoreBytes(high + i, a);
-    StoreBytes(low + i, b);
-    both = AddI(both, AddI(ShiftLeftI<16>(a), b));
+  if (coarse) {
+    step = largest / 126.49f;  // so that with its offset none is above 127
+    const F32 inverse = Splat(126.49f / largest);
+    for (; i < valid; i += 16) {
+      const I32 a = Round(Fma(Load(w + i), inverse, Load(kDither.offsets + i)));
+      StoreBytes(high + i, a);
+      both = AddI(both, a);
+    }
+    both = ShiftLeftI<16>(both);
+  } else {
+    step = largest / 127.0f;
+    const F32 inverse = Splat(127.0f / largest);
+    for (; i < valid; i += 16) {
+      const F32 x = Mul(Load(w + i), inverse);
+      const I32 a = Round(x), b = Round(Mul(Sub(x, ToFloat(a)), Splat(254.0f)));
+      StoreBytes(high + i, a);
+      StoreBytes(low + i, b);
+      both = AddI(both, AddI(ShiftLeftI<16>(a), b));
+    }
+    for (; i < padded; i += 16) {
+      StoreBytes(high + i, SplatI(0));
+      StoreBytes(low + i, SplatI(0));
+    }
   }
-  for (; i < padded; i += 16) {
-    StoreBytes(high + i, SplatI(0));
-    StoreBytes(low + i, SplatI(0));
-  }
-  u.steps[r] = largest / 127.0f;
-  if (kDotFullSigned) return;
-  const int32_t sum = SumI(both), lows = static_cast<int16_t>(sum & 0xFFFF);
-  u.starts[2 * r] = -128 * ((sum - lows) / 65536);
-  u.starts[2 * r + 1] = -128 * lows;
+  const int32_t sum = SumI(both), lows = static_cast<int16_t>(sum & 0xFFFF), highs = (sum - lows) / 65536;
+  u.weights[r] = __builtin_fmaf(step, static_cast<float>(highs), before);
+  u.steps[rows] = step / 254.0f;  // where coarse, overwritten
+  u.steps[at] = step;
+  u.starts[rows] = kDotFullSigned ? 0 : -128 * lows;
+  u.starts[at] = kDotFullSigned ? 0 : -128 * highs;
+  u.targets[rows] = u.targets[at] = static_cast<int32_t>(r);
+  return at + 1;
 }
 
-// acc[r, 16 v ..] += the block's weighted sum.
+// acc[target, dims ..] += the block's values weighted by kRows rows of codes.
 template <bool kFew, int kRows, int kVec>
 __attribute__((noinline)) void Int8Sums(const Unit& u, int64_t row, int64_t count, int64_t dims,
                                         const uint8_t* const* tiles, const uint8_t* ahead) {
-  const int64_t dim = u.call->head_dim, width = u.at.width;
-  const int8_t* x = u.codes + row * 2 * kKeyBlock;
-  I32 c[2 * kRows][kVec];
+  const int64_t dim = u.call->head_dim;
+  const int8_t* x = u.codes + row * kKeyBlock;
+  I32 c[kRows][kVec];
 #pragma GCC unroll 8
-  for (int r = 0; r < 2 * kRows; ++r)
+  for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVec; ++v) c[r][v] = SplatI(u.starts[2 * row + r]);
+    for (int v = 0; v < kVec; ++v) c[r][v] = SplatI(u.starts[row + r]);
   for (int64_t t = 0; t < count; t += 16) {
     const uint8_t* four = tiles[t / 16] + 4 * dims;
 #pragma GCC unroll 4
@@ -617,18 +666,15 @@ __attribute__((noinline)) void Int8Sums(const Unit& u, int64_t row, int64_t coun
         CallFor<kFew>(ahead + 64 * v);
       }
       if (kFew) ahead += 64 * kVec;
-      Dots<2 * kRows, kVec>(c, codes, x + t + 4 * i, kKeyBlock);
+      Dots<kRows, kVec>(c, codes, x + t + 4 * i, kKeyBlock);
     }
   }
-  float* acc = u.accumulators + row * width + dims;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    const F32 step = Splat(u.steps[row + r]), small = Splat(u.steps[row + r] / 254.0f);
+    const F32 step = Splat(u.steps[row + r]);
+    float* acc = u.accumulators + u.targets[row + r] * u.at.width + dims;
 #pragma GCC unroll 8
-    for (int v = 0; v < kVec; ++v) {
-      float* to = acc + r * width + 16 * v;
-      Store(to, Fma(ToFloat(c[2 * r][v]), step, Fma(ToFloat(c[2 * r + 1][v]), small, Load(to))));
-    }
+    for (int v = 0; v < kVec; ++v) Store(acc + 16 * v, Fma(ToFloat(c[r][v]), step, Load(acc + 16 * v)));
   }
 }
 
@@ -693,11 +739,12 @@ void AttendInt8(const Unit& u, int64_t from, int64_t begin, int64_t count) {
   for (int64_t tile = 0; tile < tiles; tile += kSome) {
     const int64_t some = tiles - tile < kSome ? tiles - tile : kSome;
     EachTile<kQueryTile>(u.rows - from, [&](auto rows, int64_t r) __attribute__((always_inline)) {
+      constexpr int kRows = decltype(rows)::kValue;
       const int64_t row = from + r;
       EachTile<kFew ? 1 : kVectors>(some, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
-        Int8Scores<kFew, decltype(rows)::kValue, decltype(vecs)::kValue>(
-            view.keys + tile + v, view.values_ahead + tile * 16 * (dim + 4), (dim + 3) / 4, queries + row * width, width,
-            steps + row, sums + row, u.scores + row * kKeyBlock + 16 * (tile + v));
+        Int8Scores<kFew, kRows, decltype(vecs)::kValue>(
+            view.keys + tile + v, view.values_ahead + (tile + v) * 16 * (dim + 4), (dim + 3) / 4,
+            queries + row * width, width, steps + row, sums + row, u.scores + row * kKeyBlock + 16 * (tile + v));
       });
     });
   }
@@ -707,26 +754,20 @@ void AttendInt8(const Unit& u, int64_t from, int64_t begin, int64_t count) {
   int64_t finite = 0;
   while (finite < count && scales[finite] == scales[finite]) ++finite;
   UpdateTops(u, from, begin, count);
+  int64_t code_rows = 0;
   for (int64_t r = from; r < u.rows; ++r) {
     const int64_t valid = u.Seen(r, begin, count);
     float largest;
     const float sum = Exponentials<true>(u.scores + r * kKeyBlock, valid, u.tops[r], scales, &largest);
     UpdateSum(u, r, sum);
-    QuantWeights(u, r, valid, padded, largest, valid > finite || !(sum == sum));
+    code_rows = QuantWeights(u, code_rows, r, valid, padded, largest, valid > finite || !(sum == sum));
   }
-  const auto add = [&](auto rows, auto most, int64_t row) __attribute__((always_inline)) {
-    EachTile<decltype(most)::kValue>(width / 16, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
-      Int8Sums<kFew, decltype(rows)::kValue, decltype(vecs)::kValue>(u, row, count, 16 * v, view.values,
-                                                                     view.keys_ahead + v * 16 * padded);
+  EachTile<kQueryTile>(code_rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
+    constexpr int kRows = decltype(rows)::kValue;
+    EachTile<VectorsFor(kRows)>(width / 16, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
+      Int8Sums<kFew, kRows, decltype(vecs)::kValue>(u, r, count, 16 * v, view.values, view.keys_ahead + v * 16 * padded);
     });
-  };
-  if constexpr (kFew) {  // all dimensions of a row at once, as the values lie
-    for (int64_t r = from; r < u.rows; ++r) add(Count<1>(), Count<kVectors == 2 ? 8 : 2>(), r);
-  } else {
-    EachTile<kQueryTile / 2>(u.rows - from, [&](auto rows, int64_t r) __attribute__((always_inline)) {
-      add(rows, Count<kVectors>(), from + r);
-    });
-  }
+  });
 }
 
 // -- attend ------------------------------------------------------------------------------------------------------------
@@ -736,6 +777,7 @@ inline void AttendTokens(const Unit& u, int64_t begin, int64_t end) {
   for (int64_t r = 0; r < u.rows; ++r) {
     u.tops[r] = -INFINITY;
     u.sums[r] = 0.0f;
+    u.weights[r] = 0.0f;
   }
   std::memset(u.accumulators, 0, 4 * u.rows * u.at.width);
   for (int64_t block = begin; block < end; block += kKeyBlock) {

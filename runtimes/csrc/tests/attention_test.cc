@@ -1,8 +1,8 @@
 // Does attention compute what it says, on every instruction set, whatever else is in the call or in the cache?
 //
 // The reference is naive and in float64, on queries, keys and values rounded as the cache stores them. Its tolerances are
-// derived element by element: float32's roundoff in scores and sums, the second level of int8 caches' weights, and one
-// step of storage for every element so close to halfway that float32 may have rounded it the other way.
+// derived element by element: float32's roundoff in scores and sums, the steps of int8 caches' weights, and one step of
+// storage for every element so close to halfway that float32 may have rounded it the other way.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -190,7 +190,7 @@ class Reference {
     const Stored q = Store(s.cache, Head(sequence_, token, 0, s.heads * s.dim, head, norm, true), true);
     const size_t count = static_cast<size_t>(token) + 1, dim = static_cast<size_t>(s.dim);
     const double scale = 1 / std::sqrt(static_cast<double>(s.dim));
-    std::vector<double> p(count), error(count), step(count);
+    std::vector<double> p(count), error(count), fine(count), coarse(count);
     double top = -INFINITY, sum = 0;
     for (size_t t = 0; t < count; ++t) {
       const Stored& k = keys_[t * static_cast<size_t>(s.kv_heads) + static_cast<size_t>(kv)];
@@ -202,27 +202,36 @@ class Reference {
       }
       p[t] = score * scale;
       // Roundoff of the sum over dimensions, and of norm and rotation before it.
-      error[t] = scale * (slack + (static_cast<double>(dim) + 32) * kUnit * magnitude) + 8 * kUnit * (1 + std::fabs(p[t]));
+      error[t] = scale * (slack + (static_cast<double>(dim) + 32) * kUnit * magnitude);
+      error[t] += 8 * kUnit * (1 + std::fabs(p[t]));
       top = std::max(top, p[t]);
     }
     for (double& value : p) sum += value = std::exp(value - top);
     for (double& value : p) value /= sum;
     const size_t block = static_cast<size_t>(kKeyBlock);
+    double before = 0;  // weights of the blocks before
     for (size_t first = 0; s.cache == CacheKind::kInt8 && first < count; first += block) {
-      double largest = 0;  // of the block's weights: the second level's step follows from it
       const size_t end = std::min(count, first + block);
-      for (size_t t = first; t < end; ++t) largest = std::max(largest, p[t] * Value(t, kv).scale);
-      for (size_t t = first; t < end; ++t) step[t] = largest / 127 / 254;
+      double largest = 0, all = 0;
+      for (size_t t = first; t < end; ++t) {
+        largest = std::max(largest, p[t] * Value(t, kv).scale);
+        all += p[t] * Value(t, kv).scale;
+      }
+      const bool may_be_coarse = end - first == block && 16 * largest < 1.02 * before;
+      for (size_t t = first; t < end; ++t) (may_be_coarse ? coarse : fine)[t] = largest / 126.49;
+      before += all;
     }
     for (size_t d = 0; d < dim; ++d) {
-      double y = 0, tolerance = 1e-30;
+      double y = 0, tolerance = 1e-30, noise = 0;
       for (size_t t = 0; t < count; ++t) y += p[t] * Value(t, kv).value[d];
       for (size_t t = 0; t < count; ++t) {
         const Stored& v = Value(t, kv);
         const double codes = std::fabs(v.value[d]) / (v.scale + 1e-300);
-        tolerance += p[t] * (2 * error[t] * std::fabs(v.value[d] - y) + v.slack[d]) + 0.51 * step[t] * codes;
+        tolerance += p[t] * (2 * error[t] * std::fabs(v.value[d] - y) + v.slack[d]) + 0.51 * fine[t] / 254 * codes;
+        noise += coarse[t] * codes * coarse[t] * codes / 6;  // dithered: the sum of two errors of a twelfth
         tolerance += (static_cast<double>(count) + 64) * kUnit * p[t] * std::fabs(v.value[d]);
       }
+      tolerance += 6 * std::sqrt(noise);
       worst->Add(at + static_cast<int64_t>(d), out[static_cast<size_t>(at) + d], y, tolerance);
     }
   }
@@ -294,6 +303,29 @@ void TestShapes(bool reduced) {
     TestCase({kind, 2, 1, 64, 300, false, 0.0f}, 270, 1, 6.0f);
     TestCase({kind, 2, 1, 64, 300, false, 0.0f}, 200, 40, 6.0f);
   }
+}
+
+// int8: many small weights count for what they are together, beside a large one in each block that makes each of them
+// less than the smallest code.
+void TestSmallWeightsSurvive() {
+  const Shape shape = {CacheKind::kInt8, 1, 1, 16, 3000};
+  Sequence sequence(shape, 3000, 21, 0.01f);
+  std::fill(sequence.cos.begin(), sequence.cos.end(), 1.0f);
+  std::fill(sequence.sin.begin(), sequence.sin.end(), 0.0f);
+  for (size_t t = 0; t < 3000; ++t) {
+    float* row = sequence.qkv.data() + t * 48;
+    const bool large = t % 128 == 77;
+    for (size_t d = 0; d < 16; ++d) {
+      row[d] = 1.0f;
+      row[16 + d] = large ? 1.426f : 0.01f * static_cast<float>(d % 3);  // e^(4 * 1.426) = 300
+      row[32 + d] += large ? -1.0f : 1.0f;
+    }
+  }
+  CacheBuffer cache(shape);
+  Run(kScalarKernels, sequence, cache, 0, 2960);
+  Reference reference(sequence);
+  reference.Check(Run(kScalarKernels, sequence, cache, 2960, 1), 2960, 1, "small weights, one row");
+  reference.Check(Run(kScalarKernels, sequence, cache, 2960, 40), 2960, 40, "small weights, many rows");
 }
 
 // Decoding, five tokens at once give what one by one gives; so do prompts cut anywhere.
@@ -384,6 +416,7 @@ int main(int argc, char** argv) {
   const bool reduced = argc > 1 && std::strcmp(argv[1], "reduced") == 0;
   TestLengths(reduced);
   TestShapes(reduced);
+  TestSmallWeightsSurvive();
   std::vector<const Kernels*> tables = FastTables();
   if (!reduced || tables.empty()) tables.push_back(&kScalarKernels);
   for (const Kernels* table : tables) {
