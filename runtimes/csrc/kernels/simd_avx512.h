@@ -10,7 +10,7 @@
 namespace edgelm {
 namespace {
 
-constexpr int kRowTile = 6;
+constexpr int kRowTile = 4;
 constexpr int kVectors = 2;
 constexpr bool kDotFullSigned = false;
 
