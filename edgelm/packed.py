@@ -21,7 +21,7 @@ HEADER_BYTES = 64
 ALIGNMENT = 64
 """Where a matrix among packed experts may begin."""
 
-REFINE = 256
+REFINE = 128
 """How many of a head's logits are recomputed from all bits when it is stored in planes and one token is decoded."""
 
 _MATRIX_MAGIC, _EXPERTS_MAGIC, _VERSION = b"EDLM", b"EDLX", 1
