@@ -9,10 +9,10 @@
 // What a unit is depends on the call alone, never on threads: results are the same however units are spread.
 //
 // Cache of one sequence: [kv_heads] x capacity x AttentionRowBytes() bytes, for keys and for values. What lies where
-// within a head's bytes is this kernel's own: tiles of 16 tokens, in each all tokens' elements and then, for int8, their
-// scales. Keys lie dimension by dimension (int8: four by four), so that lanes are tokens; values token by token (int8:
-// four tokens by four), so that lanes are dimensions. A token's bytes are its own: tokens may be dropped from the end and
-// written again, and whatever lies beyond the valid tokens is never used.
+// within a head's bytes is this kernel's own: tiles of 16 tokens, in each all tokens' elements and then, for int8,
+// their scales. Keys lie dimension by dimension (int8: four by four), so that lanes are tokens; values token by token
+// (int8: four tokens by four), so that lanes are dimensions. A token's bytes are its own: tokens may be dropped from
+// the end and written again, and whatever lies beyond the valid tokens is never used.
 #ifndef EDGELM_KERNELS_ATTENTION_H_
 #define EDGELM_KERNELS_ATTENTION_H_
 
@@ -41,13 +41,13 @@ EDGELM_INLINE int64_t AttentionRowBytes(CacheKind cache, int64_t head_dim) {
 // One sequence's new tokens. All pointers are the caller's; nothing overlaps.
 struct Attention {
   CacheKind cache = CacheKind::kFloat32;
-  int64_t heads = 0, kv_heads = 0;  // heads is a multiple of kv_heads: query head h reads KV head h / (heads / kv_heads)
+  int64_t heads = 0, kv_heads = 0;  // a multiple of kv_heads: query head h reads KV head h / (heads / kv_heads)
   int64_t head_dim = 0;             // even
   int64_t capacity = 0;             // tokens the cache holds: past + rows at least
   int64_t past = 0;                 // valid tokens in the cache
   int64_t rows = 0;                 // new tokens, 1 at least: tokens past .. past + rows - 1
   float scale = 0.0f;               // of the scores; 0 for 1 / sqrt(head_dim)
-  float clip = 0.0f;                // queries, keys and values are clamped to -clip .. clip after the norm; 0: they are not
+  float clip = 0.0f;                // queries, keys and values are clamped to -clip .. clip after the norm; 0: not
   float epsilon = 0.0f;             // of the norms
   const float* q_norm = nullptr;    // [heads * head_dim], RMSNorm over all heads at once; or null
   const float* k_norm = nullptr;    // [kv_heads * head_dim], or null

@@ -1,17 +1,19 @@
 // Attention over a cache of keys and values, over the vectors of simd_*.h. Included after one of those.
 //
-// One step serves a block of kKeyBlock tokens: scores of all query rows of the unit, one update of their running maximum
-// and sum, their weighted sum of values. Blocks are counted from the start of the cache and go in order, and a row takes
-// no part in the arithmetic of another, so a row's result depends on neither its neighbours nor how work is cut.
+// One step serves a block of kKeyBlock tokens: scores of all query rows of the unit, one update of their running
+// maximum and sum, their weighted sum of values. Blocks are counted from the start of the cache and go in order, and a
+// row takes no part in the arithmetic of another, so a row's result depends on neither its neighbours nor how work is
+// cut.
 //
 // float32, float16: fused multiply-adds in float32, dimensions (scores) and tokens (sums) in order.
-// int8: integer dot products. Queries are quantised to int8 with one scale per head, and so are the weights of a block's
-// values (probability times the value's scale), with one step per row and block, in one or two levels:
+// int8: integer dot products. Queries are quantised to int8 with one scale per head, and so are the weights of a
+// block's values (probability times the value's scale), with one step per row and block, in one or two levels:
 //   fine    high + low / 254, 15 bits. With one level, all that is below 1/254 of the block's largest weight would be
 //           lost, and with it most of a flat distribution beside one peak.
 //   coarse  one level, rounded with dither: a pattern of offsets that makes errors cancel over tokens, so that small
 //           weights survive in the sum. For blocks whose largest weight is at most 1/16 of what the row has summed so
-//           far: each then adds noise of 0.4/127 * sqrt(128) / 16 = 0.2 % of a value at most, less than its own rounding.
+//           far: each then adds noise of 0.4/127 * sqrt(128) / 16 = 0.2 % of a value at most, no more than its rounding
+//           to int8.
 #ifndef EDGELM_KERNELS_ATTENTION_IMPL_H_
 #define EDGELM_KERNELS_ATTENTION_IMPL_H_
 
@@ -44,7 +46,7 @@ inline __attribute__((always_inline)) void EachTile(int64_t rows, Visit visit) {
   }
 }
 
-// -- the cache ---------------------------------------------------------------------------------------------------------
+// -- the cache --------------------------------------------------------------------------------------------------------
 
 // One head's bytes. A tile holds 16 tokens, the last one of the cache what is left.
 struct HeadCache {
@@ -97,7 +99,8 @@ inline void QuantHead(const float* x, int64_t width, int8_t* codes, float* scale
 template <bool kKey>
 inline void StoreToken(const HeadCache& cache, CacheKind kind, int64_t position, const float* x, int64_t width,
                        float* temporary) {
-  const int64_t tile = position / kCacheTile, slot = position % kCacheTile, n = cache.Tokens(tile), dim = cache.head_dim;
+  const int64_t tile = position / kCacheTile, slot = position % kCacheTile;
+  const int64_t n = cache.Tokens(tile), dim = cache.head_dim;
   uint8_t* to = cache.Tile(tile);
   if (kind == CacheKind::kInt8) {
     int8_t* codes = reinterpret_cast<int8_t*>(temporary);
@@ -126,7 +129,7 @@ inline void StoreToken(const HeadCache& cache, CacheKind kind, int64_t position,
   for (int64_t d = 0; d < dim; ++d) std::memcpy(to + 2 * (first + d * step), half + d, 2);
 }
 
-// -- prepare -----------------------------------------------------------------------------------------------------------
+// -- prepare ----------------------------------------------------------------------------------------------------------
 
 // What turns x into what is stored: factor * weight (norm), clip, rotation. Null: left out.
 struct Transform {
@@ -220,7 +223,7 @@ void AttentionPrepare(const Attention& call, int64_t unit, uint8_t* workspace) {
   }
 }
 
-// -- attend: one unit's state ------------------------------------------------------------------------------------------
+// -- attend: one unit's state -----------------------------------------------------------------------------------------
 
 // The query rows of a unit (tokens first .. first + tokens - 1 by heads of the group) and what is known of them.
 struct Unit {
@@ -234,7 +237,7 @@ struct Unit {
   float* sums;
   float* factors;
   float* weights;       // int8: running sum of weights
-  int8_t* codes;        // int8: [rows of codes, kKeyBlock], at most two for a row: of its weights, of their second level
+  int8_t* codes;        // int8: [rows of codes, kKeyBlock], two at most for a row: second level, first level
   float* steps;         // of rows of codes
   int32_t* starts;      // of rows of codes: what their sums start from
   int32_t* targets;     // of rows of codes: whose they are
@@ -321,15 +324,15 @@ inline void UpdateSum(const Unit& u, int64_t r, float sum) {
 // Vectors that a tile of rows works on at once.
 constexpr int VectorsFor(int rows) { return rows <= 2 && kVectors == 2 ? 8 : kQueryTile * kVectors / rows; }
 
-// The functions of one tile come in two forms. kFew: few query rows, whose time is the memory's. They take the cache from
-// front to back, since two streams a few kilobytes apart halve what memory gives, and while they work on a block's keys
-// they call for its values (`ahead`), on its values for the next block's keys, for the processor foresees neither turn.
+// The functions of one tile come in two forms. kFew: few query rows, whose time is the memory's. They take the cache
+// from front to back, since two streams a few kilobytes apart halve what memory gives, and while they work on a block's
+// keys they call for its values (`ahead`), on its values for the next block's keys: the processor foresees no turn.
 template <bool kFew>
 inline void CallFor(const uint8_t* p) {
   if (kFew) __builtin_prefetch(p, 0, 2);
 }
 
-// -- float32 and float16 caches ----------------------------------------------------------------------------------------
+// -- float32 and float16 caches ---------------------------------------------------------------------------------------
 
 inline F32 LoadElements(const float* p) { return Load(p); }
 inline F32 LoadElements(const uint16_t* p) { return LoadHalf(p); }
@@ -447,8 +450,8 @@ inline void FloatRows(const Unit& u, int64_t from, int64_t begin, int64_t count,
       const int64_t more = u.Seen(from + r + one, begin, count) - common;
       if (more == 0) continue;
       EachTile<VectorsFor(1)>(width / 16, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
-        FloatSums<T, false, 1, decltype(vecs)::kValue>(p + one * kKeyBlock + common, more,
-                                                       view.values + common * view.stride + 16 * v, view.stride, nullptr,
+        const T* later = view.values + common * view.stride + 16 * v;
+        FloatSums<T, false, 1, decltype(vecs)::kValue>(p + one * kKeyBlock + common, more, later, view.stride, nullptr,
                                                        acc + one * width + 16 * v, width);
       });
     }
@@ -518,7 +521,7 @@ void AttendFloat(const Unit& u, int64_t from, int64_t begin, int64_t count) {
   }
 }
 
-// -- int8 cache --------------------------------------------------------------------------------------------------------
+// -- int8 cache -------------------------------------------------------------------------------------------------------
 
 // c[r][v] += the dot products of four codes with the four int8 at x + r * stride.
 template <int kRows, int kVec>
@@ -765,12 +768,13 @@ void AttendInt8(const Unit& u, int64_t from, int64_t begin, int64_t count) {
   EachTile<kQueryTile>(code_rows, [&](auto rows, int64_t r) __attribute__((always_inline)) {
     constexpr int kRows = decltype(rows)::kValue;
     EachTile<VectorsFor(kRows)>(width / 16, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
-      Int8Sums<kFew, kRows, decltype(vecs)::kValue>(u, r, count, 16 * v, view.values, view.keys_ahead + v * 16 * padded);
+      Int8Sums<kFew, kRows, decltype(vecs)::kValue>(u, r, count, 16 * v, view.values,
+                                                    view.keys_ahead + v * 16 * padded);
     });
   });
 }
 
-// -- attend ------------------------------------------------------------------------------------------------------------
+// -- attend -----------------------------------------------------------------------------------------------------------
 
 // Rows of the unit over the cache's tokens [begin, end), from the start of their softmax.
 inline void AttendTokens(const Unit& u, int64_t begin, int64_t end) {

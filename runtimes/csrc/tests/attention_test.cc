@@ -1,8 +1,8 @@
 // Does attention compute what it says, on every instruction set, whatever else is in the call or in the cache?
 //
-// The reference is naive and in float64, on queries, keys and values rounded as the cache stores them. Its tolerances are
-// derived element by element: float32's roundoff in scores and sums, the steps of int8 caches' weights, and one step of
-// storage for every element so close to halfway that float32 may have rounded it the other way.
+// The reference is naive and in float64, on queries, keys and values rounded as the cache stores them. Its tolerances
+// are derived element by element: float32's roundoff in scores and sums, the steps of int8 caches' weights, and one
+// step of storage for every element so close to halfway that float32 may have rounded it the other way.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -103,7 +103,7 @@ std::vector<float> Run(const Kernels& table, const Sequence& sequence, CacheBuff
   return out;
 }
 
-// -- reference ---------------------------------------------------------------------------------------------------------
+// -- reference --------------------------------------------------------------------------------------------------------
 
 // A head's vector as it is stored, and how far each element may be off because float32 rounds it first.
 struct Stored {
@@ -243,7 +243,7 @@ class Reference {
   std::vector<Stored> keys_, values_;  // [tokens, kv_heads]
 };
 
-// -- questions ---------------------------------------------------------------------------------------------------------
+// -- questions --------------------------------------------------------------------------------------------------------
 
 std::string Describe(const Shape& s, int64_t past, int64_t rows) {
   char text[160];
@@ -375,7 +375,7 @@ void TestOverwriting(const Kernels& table) {
   }
 }
 
-// What is not finite in one token's query spoils that row and head; in its key or value, that head's rows from there on.
+// What is not finite in one token's query spoils that row and head; in its key or value, that head's later rows.
 void TestNotFinite(const Kernels& table) {
   for (const CacheKind kind : kKinds) {
     for (const float bad : {NAN, INFINITY, -INFINITY}) {
@@ -414,9 +414,9 @@ void TestNotFinite(const Kernels& table) {
 // `attention_test reduced` leaves out what an emulated processor takes too long for.
 int main(int argc, char** argv) {
   const bool reduced = argc > 1 && std::strcmp(argv[1], "reduced") == 0;
+  TestSmallWeightsSurvive();
   TestLengths(reduced);
   TestShapes(reduced);
-  TestSmallWeightsSurvive();
   std::vector<const Kernels*> tables = FastTables();
   if (!reduced || tables.empty()) tables.push_back(&kScalarKernels);
   for (const Kernels* table : tables) {
