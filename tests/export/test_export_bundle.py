@@ -28,6 +28,7 @@ from edgelm.checkpoint import Checkpoint
 from edgelm.errors import EdgeLMError, ExportError, MemoryLimitError
 from edgelm.export import ExportOptions, export_bundle
 from edgelm.export.memory import parse_size
+from edgelm.packed import REFINE
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
 from edgelm.progress import Advance, Progress, Silent
@@ -183,7 +184,7 @@ def test_a_native_tied_table_is_one_initializer_for_lookup_and_head(native: Bund
 
 
 def test_a_native_decode_reads_half_of_the_head_and_the_debug_graph_all(native: Bundles) -> None:
-    for file, expected in (("model.onnx", (256, b"int8")), ("model.debug.onnx", (0, b"float32"))):
+    for file, expected in (("model.onnx", (REFINE, b"int8")), ("model.debug.onnx", (0, b"float32"))):
         model = onnx.load(native["olmoe", "int4"].file(file), load_external_data=False)
         head = next(node for node in model.graph.node if "logits" in node.output)
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in head.attribute}
