@@ -11,7 +11,7 @@ namespace edgelm::ort {
 // With few rows a product is bound by reading its weights: a piece is a stretch of the file that takes some
 // microseconds, long enough to pay for being claimed (0.1 us), short enough that the last thread's wait is not seen.
 constexpr int64_t kFewRows = 8;
-constexpr int64_t kFewRowsWeights = 64 << 10;  // bytes
+constexpr int64_t kFewRowsWeights = 128 << 10;  // bytes
 // With many it is bound by arithmetic: a piece's activations stay in the second-level cache while weights stream by,
 // and pieces of the same weights follow one another, so that memory sends them once.
 constexpr int64_t kManyRowsWeights = 256 << 10;

@@ -298,10 +298,9 @@ void SparseMoe::Down(const Run& run, const Layer& layer, const Stretch& stretch,
                      const QuantRows& hidden, const float* hidden_float) const {
   const LinearKernels& kernels = ChosenKernels().linear;
   const int64_t units = layer.experts->front().down.units(), d = layer.d;
-  const int64_t unit_step = stretch.tokens <= kFewRows ? 1 : kDownUnits;
-  const int64_t column_pieces = Pieces(units, unit_step);
+  const int64_t column_pieces = Pieces(units, kDownUnits);
   run.ParallelFor(column_pieces * Pieces(stretch.tokens, kDownTokens), [&](int64_t i) {
-    const int64_t begin = i % column_pieces * unit_step, end = std::min(begin + unit_step, units);
+    const int64_t begin = i % column_pieces * kDownUnits, end = std::min(begin + kDownUnits, units);
     const int64_t first = i / column_pieces * kDownTokens, last = std::min(first + kDownTokens, stretch.tokens);
     const int64_t column = begin * kTile, width = std::min(end * kTile, d) - column;
     for (int64_t t = first; t < last; ++t) {
