@@ -79,7 +79,7 @@ class NativeDecoder(LayerOps):
 
     def embedding(self, name: str) -> str:
         """The residual stream's start, `hidden.0`."""
-        planes = name == self._head()
+        planes = name == self._head() and self._head_in_planes()
         table = self._require([name], name, None, planes=planes)
         return self.graph.native_node("QuantEmbedding", ["input_ids", table], self.hidden(0), name)
 
@@ -157,7 +157,7 @@ class NativeDecoder(LayerOps):
         name = self._head()
         ends, axes = constant("slice_end", int64(_END)), constant("axis_1", int64(1))
         last = self.graph.node("Slice", [x, self._logits_start, ends, axes], "head_input")
-        weights = self._require([name], name, None, planes=True)
+        weights = self._require([name], name, None, planes=self._head_in_planes())
         refine = REFINE if self._matrices[name].kind is Kind.INT8_PLANES else 0
         self._product(last, weights, "logits", self._vector_once(norm, None), "", refine=refine)
 
@@ -169,6 +169,11 @@ class NativeDecoder(LayerOps):
 
     def _head(self) -> str:
         return "model.embed_tokens.weight" if self.info.tied else "lm_head.weight"
+
+    def _head_in_planes(self) -> bool:
+        """Whether the layers lose more than a head read by halves does: not where they have 8 bits themselves."""
+        names = (name for name in self.source.shapes if name.startswith("model.layers."))
+        return any(scheme is not None and scheme.bits < 8 for scheme in map(self.source.scheme, names))
 
     def _product(self, x: str, weights: str, out: str, norm: str, residual: str, refine: int = 0) -> str:
         return self.graph.native_node(

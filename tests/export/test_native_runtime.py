@@ -33,7 +33,7 @@ def bundles(checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory
     return {
         (name, recipe): export_bundle(checkpoint(name), folder / f"{name}-{recipe}", recipe=recipe, options=options)
         for name in ("olmoe", "fox")
-        for recipe in ("none", "int4")
+        for recipe in ("none", "int8", "int4")
     }
 
 
@@ -262,3 +262,11 @@ def test_inspect_names_the_tensor_whose_header_is_damaged(
     shown = CliRunner().invoke(cli, ["inspect", str(bundle.path)])
     assert shown.exit_code == 1
     assert "layers.0.attn.qkv.weight is no packed matrix: 119 is not a valid Kind" in shown.stderr
+
+
+def test_a_head_is_in_planes_only_below_layers_of_fewer_than_eight_bits(
+    bundles: dict[tuple[str, str], Bundle],
+) -> None:
+    for (family, recipe), bundle in bundles.items():
+        lower = [tensor.name for tensor in bundle.manifest.tensors if tensor.name.endswith(".lower")]
+        assert bool(lower) == (recipe == "int4"), (family, recipe, lower)

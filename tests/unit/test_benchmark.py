@@ -14,6 +14,7 @@ from edgelm.benchmark import Spread, bench, bytes_per_token, read_bandwidth
 from edgelm.bundle import Bundle, TensorEntry
 from edgelm.cli.main import cli
 from edgelm.errors import ContextLengthError, EdgeLMError
+from edgelm.packed import REFINE
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_a_token_reads_its_experts_once_and_no_table(bundle: Bundle) -> None:
 def test_a_head_in_planes_is_read_in_its_upper_half_and_the_refined_tiles(bundle: Bundle) -> None:
     manifest = dataclasses.replace(
         bundle.manifest,
-        model=dataclasses.replace(bundle.manifest.model, vocab_size=256 * 32 * 4),
+        model=dataclasses.replace(bundle.manifest.model, vocab_size=REFINE * 32 * 4),
         tensors=(tensor("lm_head.weight", 1000), tensor("lm_head.weight.lower", 800)),
     )
     assert bytes_per_token(manifest, 0) == 1000 + 800 // 4
