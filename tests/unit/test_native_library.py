@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 import onnxruntime as ort
@@ -21,6 +22,11 @@ def operators(monkeypatch: pytest.MonkeyPatch) -> Path:
     if path is None:
         pytest.skip("this installation has no compiled operators")
     return path
+
+
+@pytest.mark.skipif(os.environ.get("CI") != "true", reason="a machine without a compiler may lack them; CI may not")
+def test_ci_has_the_operators_whose_tests_skip_without_them() -> None:
+    assert library_path() is not None
 
 
 def test_the_variable_names_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
