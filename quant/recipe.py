@@ -9,13 +9,19 @@
 
 `match` is a shell pattern over the tensor's full name (`*` crosses dots). The first rule that matches decides; where
 none does, `default` does. "float" keeps a tensor as it is, and tensors that are not matrices are always kept.
+
+Three more keys may stand at the top, and the first two of them in a rule:
+
+    activations = "float"   what the matrix multiplies: one of `ACTIVATIONS`; "auto" leaves it to the target
+    method = "gptq"         how codes are found where there are calibration data: one of `METHODS`
+    kv = "int8"             the type of cache that a bundle asks for: one of `KV_TYPES`; "auto" leaves it to the target
 """
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -23,14 +29,29 @@ from edgelm.errors import RecipeError
 from edgelm.quant.scheme import AnyScheme, Fp8Scheme, Scheme, parse_scheme
 
 FLOAT = "float"
+AUTO = "auto"
+ACTIVATIONS = (AUTO, FLOAT, "int8-token", "int8-static", "fp8-token", "fp8-static")
+"""What a matrix multiplies: float; int8 or FP8 E4M3 with a scale for each token, or one calibrated for all."""
+METHODS = (AUTO, "gptq", "search", "rtn")
+"""How codes are found: by the least error of the output with its columns corrected in turn (gptq), by scales that
+weigh the error with the inputs' magnitude (search), by the least error of the weights (rtn), or the best (auto)."""
+KV_TYPES = (AUTO, "float32", "float16", "int8", "fp8")
+
+_CHOICES = {"activations": ACTIVATIONS, "method": METHODS, "kv": KV_TYPES}
+_OF_RULES = ("activations", "method")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors whose name matches `pattern` get `scheme`, or stay float where it is None."""
+    """Tensors whose name matches `pattern` get `scheme`, or stay float where it is None.
+
+    `activations` and `method` of None are the recipe's own.
+    """
 
     pattern: str
     scheme: AnyScheme | None
+    activations: str | None = None
+    method: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,13 +61,22 @@ class Recipe:
     name: str
     default: AnyScheme | None
     rules: tuple[Rule, ...] = ()
+    activations: str = AUTO
+    method: str = AUTO
+    kv: str = AUTO
 
     def match(self, tensor: str) -> AnyScheme | None:
         """Return the scheme written for a tensor of that name, before its shape is looked at."""
+        return self.rule(tensor).scheme
+
+    def rule(self, tensor: str) -> Rule:
+        """Return what is written for a tensor of that name, nothing left to defaults."""
         for rule in self.rules:
             if fnmatchcase(tensor, rule.pattern):
-                return rule.scheme
-        return self.default
+                return replace(
+                    rule, activations=rule.activations or self.activations, method=rule.method or self.method
+                )
+        return Rule("*", self.default, self.activations, self.method)
 
     def scheme_for(self, tensor: str, shape: tuple[int, ...]) -> AnyScheme | None:
         """Return the scheme of a tensor with its group made to fit the rows; None keeps it float.
@@ -81,12 +111,14 @@ class Recipe:
     def to_toml(self) -> str:
         """Return the TOML that `from_toml` reads back to an equal recipe."""
         lines = [f"name = {_quoted(self.name)}", f"default = {_quoted(_scheme_name(self.default))}"]
+        lines += [f"{key} = {_quoted(getattr(self, key))}" for key in _CHOICES if getattr(self, key) != AUTO]
         for rule in self.rules:
             lines += [
                 "",
                 "[[rule]]",
                 f"match = {_quoted(rule.pattern)}",
                 f"scheme = {_quoted(_scheme_name(rule.scheme))}",
+                *(f"{key} = {_quoted(value)}" for key in _OF_RULES if (value := getattr(rule, key)) is not None),
             ]
         return "\n".join(lines) + "\n"
 
@@ -101,18 +133,20 @@ class Recipe:
             table = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"{where} is not valid TOML: {error}") from error
-        _only(table, ("name", "default", "rule"), where)
+        _only(table, ("name", "default", "rule", *_CHOICES), where)
         rules = table.get("rule", [])
         if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
             raise RecipeError(f'{where}: rules are tables headed "[[rule]]"')
         found = []
         for number, rule in enumerate(rules, 1):
             place = f"{where}, rule {number}"
-            _only(rule, ("match", "scheme"), place)
-            found.append(Rule(_text(rule, "match", place), _scheme(rule, "scheme", place)))
+            _only(rule, ("match", "scheme", *_OF_RULES), place)
+            chosen = {key: _choice(rule, key, place) for key in _OF_RULES if key in rule}
+            found.append(Rule(_text(rule, "match", place), _scheme(rule, "scheme", place), **chosen))
         if name is None or "name" in table:
             name = _text(table, "name", where)
-        return cls(name, _scheme(table, "default", where), tuple(found))
+        chosen = {key: _choice(table, key, where) for key in _CHOICES if key in table}
+        return cls(name, _scheme(table, "default", where), tuple(found), **chosen)
 
     @classmethod
     def load(cls, preset_or_path: str | Path) -> Recipe:
@@ -148,6 +182,13 @@ def _text(table: Mapping[str, object], key: str, where: str) -> str:
     value = table.get(key)
     if not isinstance(value, str) or not value:
         raise RecipeError(f'{where}: "{key}" is missing or not a text')
+    return value
+
+
+def _choice(table: Mapping[str, object], key: str, where: str) -> str:
+    value = _text(table, key, where)
+    if value not in _CHOICES[key]:
+        raise RecipeError(f'{where}: {key} = "{value}" is none of {", ".join(_CHOICES[key])}')
     return value
 
 

@@ -15,16 +15,19 @@ from edgelm.errors import RecipeError
 MIN_GROUP = 16
 """Smallest group: ONNX Runtime's block-quantised operators want a power of two of at least 16."""
 
-INTEGER_BITS = (3, 4, 8)
+INTEGER_BITS = (3, 4, 5, 6, 8)
+
+FP8_FORMS = {"e4m3": "fp8", "e5m2": "fp8e5m2"}
+"""Formats of FP8 by what the names of their schemes start with."""
 
 FORMS = (
-    "int3|int4|int8 - g<group>|row - sym|asym (such as int4-g32-sym, int3-g64-asym, int8-row-sym), "
-    "fp8-row, fp8-b<block> (such as fp8-b128)"
+    "int3|int4|int5|int6|int8 - g<group>|row - sym|asym (such as int4-g32-sym, int3-g64-asym, int8-row-sym), "
+    "fp8-row, fp8-b<block> (such as fp8-b128), and fp8e5m2 in place of fp8"
 )
 """The names of schemes, for messages."""
 
-_INTEGER = re.compile(r"int(?P<bits>[348])-(?:g(?P<group>\d+)|row)-(?P<symmetry>sym|asym)")
-_FP8 = re.compile(r"fp8-(?:b(?P<block>\d+)|row)")
+_INTEGER = re.compile(r"int(?P<bits>[34568])-(?:g(?P<group>\d+)|row)-(?P<symmetry>sym|asym)")
+_FP8 = re.compile(r"(?P<format>fp8|fp8e5m2)-(?:b(?P<block>\d+)|row)")
 
 
 class AnyScheme(ABC):
@@ -107,7 +110,7 @@ class Scheme(AnyScheme):
     holds the largest value.
 
     Attributes:
-        bits: 3, 4 or 8.
+        bits: one of `INTEGER_BITS`.
         group: values per scale along the row, a power of two of at least 16; None is one scale for the whole row.
         symmetric: whether the zero point is fixed.
 
@@ -123,7 +126,7 @@ class Scheme(AnyScheme):
 
     def __post_init__(self) -> None:
         if self.bits not in INTEGER_BITS:
-            raise RecipeError(f"a scheme of integers has 3, 4 or 8 bits, not {self.bits!r}")
+            raise RecipeError(f"a scheme of integers has 3, 4, 5, 6 or 8 bits, not {self.bits!r}")
         _check_group(self.group)
 
     @property
@@ -154,30 +157,34 @@ class Scheme(AnyScheme):
 
 @dataclass(frozen=True)
 class Fp8Scheme(AnyScheme):
-    """FP8 E4M3 (OCP 8-bit floating point, revision 1.0) with one float32 scale for each block of a row.
+    """FP8 (OCP 8-bit floating point, revision 1.0) with one float32 scale for each block of a row.
 
-    A weight is `w = value(code) * scale`, and scale = absmax / 448, so that a block's largest weight becomes E4M3's
-    largest number.
+    A weight is `w = value(code) * scale`, and scale = absmax / largest, so that a block's largest weight becomes the
+    format's largest number: 448 of E4M3 (4 bits of exponent, 3 of mantissa), 57344 of E5M2 (5 and 2).
 
     Attributes:
         group: values per scale along the row, a power of two of at least 16; None is one scale for the whole row.
+        form: "e4m3" or "e5m2".
 
     Raises:
-        RecipeError: group is none of these.
+        RecipeError: group or form is none of these.
     """
 
     group: int | None
+    form: str = "e4m3"
 
     bits = 8
     scale_dtype = np.dtype(np.float32)
 
     def __post_init__(self) -> None:
         _check_group(self.group)
+        if self.form not in FP8_FORMS:
+            raise RecipeError(f"FP8 is one of {', '.join(FP8_FORMS)}, not {self.form!r}")
 
     @property
     def name(self) -> str:
-        """Such as "fp8-row" or "fp8-b128"."""
-        return "fp8-row" if self.group is None else f"fp8-b{self.group}"
+        """Such as "fp8-row", "fp8-b128" or "fp8e5m2-row"."""
+        return f"{FP8_FORMS[self.form]}-{'row' if self.group is None else f'b{self.group}'}"
 
     @property
     def has_zeros(self) -> bool:
@@ -199,5 +206,6 @@ def parse_scheme(name: str) -> AnyScheme:
         group = match["group"]
         return Scheme(int(match["bits"]), None if group is None else int(group), match["symmetry"] == "sym")
     if match := _FP8.fullmatch(name):
-        return Fp8Scheme(None if match["block"] is None else int(match["block"]))
+        form = next(form for form, stem in FP8_FORMS.items() if stem == match["format"])
+        return Fp8Scheme(None if match["block"] is None else int(match["block"]), form)
     raise RecipeError(f'"{name}" is no scheme: write {FORMS}')

@@ -57,6 +57,14 @@ def test_the_first_rule_that_matches_decides():
             "all", Scheme(4, 64, symmetric=False), (Rule("*.[qk]_proj.*", None), Rule("lm_head.*", Scheme(8, None)))
         ),
         Recipe("floats", Fp8Scheme(128), (Rule("lm_head.*", Fp8Scheme(None)), Rule("*.experts.*", Scheme(3, 32)))),
+        Recipe(
+            "choices",
+            Fp8Scheme(None, "e5m2"),
+            (Rule("*.o_proj.*", Scheme(5, 32), "float", "rtn"), Rule("lm_head.*", Scheme(6, 64), method="gptq")),
+            activations="int8-static",
+            method="search",
+            kv="int8",
+        ),
         Recipe('odd "name" \\ \x07 Ω', None, (Rule('a"b\\c', Scheme(4, 128)),)),
     ],
     ids=lambda recipe: repr(recipe.name),
@@ -82,7 +90,12 @@ def test_a_file_without_a_name_is_called_after_the_file(tmp_path):
         ('default = "float"\n[rule]\nmatch = "*"', r"\[\[rule\]\]"),
         ('name = "x"', '"default" is missing'),
         ("default = 4", '"default" is missing or not a text'),
-        ('default = "int5-g32-sym"', r"int5-g32-sym.*int3\|int4\|int8.*fp8-row, fp8-b.*or float"),
+        ('default = "int7-g32-sym"', r"int7-g32-sym.*int3\|int4\|int5\|int6\|int8.*fp8-row, fp8-b.*or float"),
+        ('default = "float"\nkv = "int4"', "kv = .int4. is none of auto, float32, float16, int8, fp8"),
+        (
+            'default = "float"\n[[rule]]\nmatch = "*"\nscheme = "float"\nmethod = "best"',
+            "rule 1: method = .best. is none of auto",
+        ),
         ('default = "fp8-b100"', "power of two"),
         ('default = "int4-g24-sym"', "power of two"),
         ("default = ", "not valid TOML"),
