@@ -1,11 +1,18 @@
-"""FP8 E4M3: a matrix to codes with one float32 scale for each block, and back. Pure numpy.
+"""FP8: a matrix to codes with one float32 scale for each block, and back. Pure numpy.
 
-The numbers are those of the OCP 8-bit floating point specification, revision 1.0 (E4M3): 4 bits of exponent with bias
-7, 3 of mantissa, subnormals down to 2**-9, the largest 448, no infinities; 0x7F and 0xFF are NaN, which no weight
-becomes.
+The numbers are those of the OCP 8-bit floating point specification, revision 1.0:
+
+    E4M3    4 bits of exponent with bias 7, 3 of mantissa, subnormals down to 2**-9, the largest 448; 0x7F is NaN
+    E5M2    5 bits of exponent with bias 15, 2 of mantissa, subnormals down to 2**-16, the largest 57344; 0x7C is
+            infinity, 0x7D to 0x7F are NaN
+
+Infinities and NaNs have codes that no weight becomes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,59 +23,94 @@ from edgelm.quant.tensor import QuantTensor
 
 Floats = NDArray[np.float32]
 
-LARGEST = np.float32(448)
-"""The largest number of E4M3, code 0x7E."""
-
 _CHUNK = 1 << 18
 """Values quantised at once: a few arrays of this size stay in the second-level cache."""
 
-_SMALLEST_NORMAL = np.float32(2.0**-6)
-_SUBNORMAL_STEP = np.float32(2.0**-9)
-# From float32's bits, cut to 3 bits of mantissa, to E4M3's: the difference of the exponents' biases, 127 - 7.
-_REBIAS = np.uint32(120 << 3)
 
-TINY = np.float32(448 * 2.0**-126)
-"""A block whose largest magnitude is below this is all zeros: its scale would be subnormal, too coarse to divide by."""
+@dataclass(frozen=True)
+class Form:
+    """One format of FP8.
+
+    Attributes:
+        mantissa: bits of it.
+        bias: of the exponent.
+        top: code of the largest finite number.
+        infinity: code of infinity, None where there is none; codes from it, or past `top`, are no numbers.
+        table: the 256 numbers by their code, float32.
+    """
+
+    mantissa: int
+    bias: int
+    top: int
+    infinity: int | None = None
+    table: Floats = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        code = np.arange(256)
+        magnitude_code = code & 0x7F
+        exponent, fraction = magnitude_code >> self.mantissa, code & (1 << self.mantissa) - 1
+        step = np.exp2(np.maximum(exponent, 1) - float(self.bias + self.mantissa))
+        magnitude = (fraction + np.where(exponent == 0, 0, 1 << self.mantissa)) * step
+        magnitude[magnitude_code > self.top] = np.nan
+        if self.infinity is not None:
+            magnitude[magnitude_code == self.infinity] = np.inf
+        table = np.copysign(magnitude, np.where(code < 128, 1.0, -1.0)).astype(np.float32)
+        object.__setattr__(self, "table", table)
+
+    @property
+    def largest(self) -> np.float32:
+        """The largest finite number."""
+        return np.float32(self.table[self.top])
+
+    @property
+    def smallest_normal(self) -> np.float32:
+        """The smallest number with all bits of mantissa."""
+        return np.float32(2.0 ** (1 - self.bias))
+
+    @property
+    def tiny(self) -> np.float32:
+        """A block whose largest magnitude is below this is all zeros: its scale would be subnormal, too coarse."""
+        return np.float32(self.largest * 2.0**-126)
 
 
-def decode_table() -> Floats:
-    """Return the 256 numbers of E4M3 by their code, float32."""
-    code = np.arange(256)
-    exponent, mantissa = code >> 3 & 15, code & 7
-    magnitude = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * np.exp2(exponent - 10.0))
-    magnitude[exponent * 8 + mantissa == 127] = np.nan
-    return np.copysign(magnitude, np.where(code < 128, 1.0, -1.0)).astype(np.float32)
+E4M3 = Form(mantissa=3, bias=7, top=0x7E)
+E5M2 = Form(mantissa=2, bias=15, top=0x7B, infinity=0x7C)
+FORMS: Mapping[str, Form] = {"e4m3": E4M3, "e5m2": E5M2}
+"""By the `form` of a scheme."""
+
+LARGEST = E4M3.largest
+"""The largest number of E4M3, code 0x7E."""
 
 
-_TABLE = decode_table()
-
-
-def decode(codes: NDArray[np.uint8]) -> Floats:
+def decode(codes: NDArray[np.uint8], form: Form = E4M3) -> Floats:
     """Return the numbers that codes stand for, exactly; same shape."""
-    return _TABLE[codes]
+    return form.table[codes]
 
 
-def encode(values: Floats) -> NDArray[np.uint8]:
-    """Round finite values to the nearest E4M3 number, ties to the even code, past 448 to 448; same shape, uint8.
+def encode(values: Floats, form: Form = E4M3) -> NDArray[np.uint8]:
+    """Round finite values to the nearest number, ties to the even code, past the largest to it; same shape, uint8.
 
     The sign of zero is kept.
     """
-    bits = values.view(np.uint32)
-    sign = bits >> np.uint32(24) & np.uint32(0x80)
-    magnitude = np.minimum(np.abs(values), LARGEST)
-    # Half a unit of the third mantissa bit less the tie, plus that bit: the carry runs into the exponent as it should.
+    shift = np.uint32(23 - form.mantissa)
+    sign = values.view(np.uint32) >> np.uint32(24) & np.uint32(0x80)
+    magnitude = np.minimum(np.abs(values), form.largest)
+    # Half a unit of the last mantissa bit less the tie, plus that bit: the carry runs into the exponent as it should.
     bits = magnitude.view(np.uint32)
-    normal = (bits + np.uint32(0x7FFFF) + (bits >> np.uint32(20) & np.uint32(1)) >> np.uint32(20)) - _REBIAS
-    # 8 steps are 2**-6, whose code is 8.
-    subnormal = np.rint(np.minimum(magnitude, _SMALLEST_NORMAL) / _SUBNORMAL_STEP).astype(np.uint32)
-    codes: NDArray[np.uint8] = (np.where(magnitude < _SMALLEST_NORMAL, subnormal, normal) | sign).astype(np.uint8)
+    half = np.uint32((1 << int(shift) - 1) - 1)
+    rebias = np.uint32(127 - form.bias << form.mantissa)
+    normal = (bits + half + (bits >> shift & np.uint32(1)) >> shift) - rebias
+    # The smallest normal number is 2**mantissa steps of the subnormals, and has that code.
+    step = np.float32(form.smallest_normal * 2.0**-form.mantissa)
+    subnormal = np.rint(np.minimum(magnitude, form.smallest_normal) / step).astype(np.uint32)
+    codes: NDArray[np.uint8] = (np.where(magnitude < form.smallest_normal, subnormal, normal) | sign).astype(np.uint8)
     return codes
 
 
 def quantize(
     weight: NDArray[np.float32] | NDArray[np.uint16], scheme: Fp8Scheme, *, name: str = "weight"
 ) -> QuantTensor:
-    """Quantise a matrix [N, K] (float32, or bfloat16 as uint16): scale = absmax / 448, code = nearest to w / scale.
+    """Quantise a matrix [N, K] (float32, or bfloat16 as uint16): scale = absmax / largest, code = nearest to w / scale.
 
     Args:
         weight: [N, K].
@@ -80,7 +122,7 @@ def quantize(
         CheckpointError: a weight is not finite.
     """
     rows, columns = weight.shape
-    scheme = scheme.effective(columns, name)
+    scheme, form = scheme.effective(columns, name), FORMS[scheme.form]
     groups = scheme.groups(columns)
     codes = np.empty((rows, columns), np.uint8)
     scales = np.empty((rows, groups), np.float32)
@@ -94,17 +136,24 @@ def quantize(
             raise not_finite(name, start + row, column, float(values[row, column]))
         blocks = np.ascontiguousarray(values).reshape(part.stop - start, groups, -1)
         largest = np.abs(blocks).max(axis=2, initial=0.0)
-        scale: Floats = np.where(largest < TINY, np.float32(0), largest / LARGEST).astype(np.float32, copy=False)
+        scale: Floats = np.where(largest < form.tiny, np.float32(0), largest / form.largest).astype(np.float32)
         scales[part] = scale
         # A block of zeros has codes of zero: divided by one, it rounds to them.
         divisor: Floats = np.where(scale == 0, np.float32(1), scale)[:, :, None]
-        codes[part] = encode(blocks / divisor).reshape(-1, columns)
+        codes[part] = encode(blocks / divisor, form).reshape(-1, columns)
     return QuantTensor(codes, scales, None, scheme, (rows, columns))
 
 
 def dequantize(tensor: QuantTensor) -> Floats:
-    """Return float32 [N, K] = value(code) * scale, each product rounded once."""
+    """Return float32 [N, K] = value(code) * scale, each product rounded once.
+
+    Raises:
+        TypeError: the codes are integers.
+    """
+    if not isinstance(tensor.scheme, Fp8Scheme):
+        raise TypeError(f"the codes of {tensor.scheme.name} are integers")
     rows, columns = tensor.shape
-    values = decode(tensor.codes).reshape(rows, tensor.scales.shape[1], tensor.scheme.group_size(columns))
+    values = decode(tensor.codes, FORMS[tensor.scheme.form])
+    values = values.reshape(rows, tensor.scales.shape[1], tensor.scheme.group_size(columns))
     values *= tensor.scales[:, :, None]
     return values.reshape(rows, columns)
