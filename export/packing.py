@@ -18,7 +18,7 @@ from edgelm.errors import ExportError
 from edgelm.export.layout import widened
 from edgelm.packed import BLOCK, TILE, Kind, PackedMatrix, Scales
 from edgelm.quant.primitives import pack, unpack
-from edgelm.quant.scheme import Scheme
+from edgelm.quant.scheme import Fp8Scheme, Scheme
 from edgelm.quant.tensor import QuantTensor
 
 Bytes = NDArray[np.uint8]
@@ -54,8 +54,15 @@ def common_format(schemes: Sequence[Any], columns: int, name: str) -> Format | N
     `schemes` are `edgelm.quant.scheme`'s. `name` is what errors call the matrix.
 
     Raises:
-        ExportError: the layout cannot hold one of them: groups that are no multiple of 32.
+        ExportError: the layout cannot hold one of them: groups that are no multiple of 32, or FP8 E5M2.
     """
+    for scheme in schemes:
+        if isinstance(scheme, Fp8Scheme) and scheme.form != "e4m3":
+            e4m3 = Fp8Scheme(scheme.group).name
+            raise ExportError(
+                f"{name} is {scheme.name} in this recipe: of FP8 the native operators have E4M3 alone; choose {e4m3} "
+                "in the recipe, or keep it float"
+            )
     groups = [scheme.group_size(columns) for scheme in schemes]
     integer = [isinstance(scheme, Scheme) for scheme in schemes]
     if not any(integer):

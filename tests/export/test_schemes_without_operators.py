@@ -9,7 +9,7 @@ from tiny_models import MakeCheckpoint
 
 from edgelm.errors import ExportError
 from edgelm.export import ExportOptions, export_bundle
-from edgelm.quant import PRESETS, Recipe, Rule, Scheme
+from edgelm.quant import PRESETS, Fp8Scheme, Recipe, Rule, Scheme
 from edgelm.quant.checkpoint import quantize_checkpoint
 
 NARROW_EXPERTS = Recipe("narrow", Scheme(4, 32), (Rule("*.experts.1.*", Scheme(3, 32)), *PRESETS["int4"].rules))
@@ -32,4 +32,12 @@ def test_the_tensor_and_the_way_out_are_named(
         source = tmp_path / "q"
     with pytest.raises(ExportError, match=rf"{tensor} .*--ops native"):
         export_bundle(source, tmp_path / "b", recipe=recipe, options=ExportOptions(ops="portable"))
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("family", ["fox", "olmoe"])
+def test_the_native_operators_refuse_e5m2_by_name(checkpoint: MakeCheckpoint, tmp_path: Path, family: str) -> None:
+    recipe = Recipe("range", Fp8Scheme(None, "e5m2"), PRESETS["fp8"].rules)
+    with pytest.raises(ExportError, match=r"layers\.0\..* is fp8e5m2-row .*choose fp8-row"):
+        export_bundle(checkpoint(family), tmp_path / "b", recipe=recipe, options=ExportOptions(ops="native"))
     assert not (tmp_path / "b").exists()
