@@ -20,6 +20,7 @@ for bit on every machine, and an exported file does not depend on where it was m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from typing import cast
 
 import numpy as np
@@ -48,6 +49,10 @@ _TARGETS = {
     (3, False): ((6.3, 10.0), (7.5, 18.0)),
     (4, True): ((6.9, 10.5), (8.0, 18.0)),
     (4, False): ((14.2, 19.0), (15.0, 30.0)),
+    (5, True): ((14.0, 18.5), (15.5, 28.0)),
+    (5, False): ((28.5, 35.0), (30.5, 48.0)),
+    (6, True): ((29.0, 35.0), (30.5, 44.0)),
+    (6, False): ((59.0, 67.0), (61.5, 85.0)),
     (8, True): ((123.0, 130.0), (123.0, 130.0)),
     (8, False): ((246.0, 259.0), (246.0, 259.0)),
 }
@@ -57,7 +62,7 @@ def search_targets(scheme: Scheme, columns: int) -> Floats:
     """Trial scales, as the code distance to which the largest magnitude (symmetric) or the range (else) is mapped.
 
     The wider the group, the further its largest value stands out, and the more clipping pays. The grids were chosen by
-    the error on normal and Student-t weights: at 4 bits each is within 0.05 dB of a search with 200 trials.
+    the error on normal and Student-t weights: at 4, 5 and 6 bits each is within 0.05 dB of a search with 200 trials.
     """
     low, high = _TARGETS[scheme.bits, scheme.symmetric][scheme.group_size(columns) > _WIDE]
     return np.linspace(low, high, 12, dtype=np.float32)
@@ -80,14 +85,12 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
         packed: NDArray[np.uint8] = np.left_shift(codes[:, 1::2], 4, dtype=np.uint8)
         packed |= codes[:, 0::2]
         return packed
-    # Eight codes make a number of 24 bits, and that three bytes.
-    words = np.zeros((codes.shape[0], codes.shape[1] // 8), np.uint32)
-    for code in range(8):
-        words |= codes[:, code::8].astype(np.uint32) << 3 * code
-    packed = np.empty((*words.shape, 3), np.uint8)
-    for byte in range(3):
-        packed[:, :, byte] = words >> 8 * byte & 255
-    return packed.reshape(codes.shape[0], 3 * words.shape[1])
+    codes_of_word, bytes_of_word = _word(bits)
+    words = np.zeros((codes.shape[0], codes.shape[1] // codes_of_word), np.uint64)
+    for code in range(codes_of_word):
+        words |= codes[:, code::codes_of_word].astype(np.uint64) << np.uint64(bits * code)
+    little_endian = words.astype("<u8").view(np.uint8).reshape(*words.shape, 8)
+    return little_endian[:, :, :bytes_of_word].reshape(codes.shape[0], bytes_of_word * words.shape[1])
 
 
 def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -100,12 +103,19 @@ def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
         np.bitwise_and(packed, 15, out=codes[:, 0::2])
         np.right_shift(packed, 4, out=codes[:, 1::2])
         return codes
-    # Three bytes hold eight codes: a number of 24 bits.
-    three = packed.reshape(rows, columns // 8, 3).astype(np.uint32)
-    words = three[:, :, 0] | three[:, :, 1] << np.uint32(8) | three[:, :, 2] << np.uint32(16)
-    for code in range(8):
-        codes[:, code::8] = (words >> np.uint32(3 * code)) & np.uint32(7)
+    codes_of_word, bytes_of_word = _word(bits)
+    little_endian = np.zeros((rows, columns // codes_of_word, 8), np.uint8)
+    little_endian[:, :, :bytes_of_word] = packed.reshape(rows, columns // codes_of_word, bytes_of_word)
+    words = little_endian.view("<u8")[:, :, 0]
+    for code in range(codes_of_word):
+        codes[:, code::codes_of_word] = (words >> np.uint64(bits * code)) & np.uint64((1 << bits) - 1)
     return codes
+
+
+def _word(bits: int) -> tuple[int, int]:
+    # The fewest codes that fill whole bytes, and these bytes: 8 codes in 3 at 3 bits, 8 in 5 at 5, 4 in 3 at 6.
+    codes = 8 // gcd(8, bits)
+    return codes, codes * bits // 8
 
 
 def not_finite(name: str, row: int, column: int, value: float) -> CheckpointError:

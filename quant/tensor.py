@@ -22,8 +22,8 @@ class QuantTensor:
     Attributes:
         codes: uint8 [N, K * bits / 8], the codes of a row one after the other from the lowest bit up, as
             `primitives.unpack` takes them apart. 4-bit: two neighbouring k values to a byte, the even one in the low
-            nibble. 3-bit: eight to three bytes, the code of 8 i + j at bit 3 j of the 24-bit little-endian number in
-            bytes 3 i .. 3 i + 2.
+            nibble. 3, 5 and 6 bits: eight codes to three bytes, eight to five, four to three, each such a little-endian
+            number of 24, 40, 24 bits with the first code in its lowest bits.
         scales: [N, G] with G = ceil(K / group), or 1 for one scale a row: float16 for integers (may be negative where
             symmetric), float32 for FP8.
         zeros: uint8 [N, G], one to a byte at any width; None where the scheme has none (symmetric integers, whose zero

@@ -41,7 +41,7 @@ const QuantizeKernel* FindKernel(int32_t isa) {
 }
 
 bool Fits(const edgelm_quant_matrix& m, int64_t row_stride) {
-  return (m.bits == 3 || m.bits == 4 || m.bits == 8) && m.rows >= 0 && m.columns > 0 && m.group > 0 &&
+  return ((m.bits >= 3 && m.bits <= 6) || m.bits == 8) && m.rows >= 0 && m.columns > 0 && m.group > 0 &&
          m.columns % m.group == 0 && m.group * m.bits % 8 == 0 && row_stride >= m.columns && m.codes != nullptr &&
          m.scales != nullptr && (m.symmetric != 0 || m.zeros != nullptr) && m.threads >= 1;
 }

@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 // Raised by one whenever a struct or the meaning of a field changes; the caller must see the number it was written for.
-#define EDGELM_QUANT_ABI 2
+#define EDGELM_QUANT_ABI 3
 
 enum edgelm_quant_status {
   EDGELM_QUANT_OK = 0,
@@ -42,7 +42,7 @@ enum edgelm_isa {
 struct edgelm_quant_matrix {
   int64_t rows, columns;
   int64_t group;  // values per scale; divides columns
-  int32_t bits;   // 3, 4 or 8; codes lie one after the other from the lowest bit up, and each group fills its bytes
+  int32_t bits;   // 3 to 6, or 8; codes lie one after the other from the lowest bit up, and each group fills its bytes
   int32_t symmetric;
   uint8_t* codes;    // [rows, columns * bits / 8]
   uint16_t* scales;  // float16 [rows, columns / group]

@@ -180,26 +180,28 @@ int64_t FindRefused(const edgelm_quantize_arguments& arguments, int64_t first, i
   __builtin_unreachable();  // the caller saw such a magnitude among these very weights
 }
 
+// The fewest codes that fill whole bytes: 8 codes in 3 bytes at 3 bits, 2 in 1 at 4, 8 in 5 at 5, 4 in 3 at 6, 1 at 8.
+constexpr int CodesOfWord(int bits) { return bits % 8 == 0 ? 1 : bits % 4 == 0 ? 2 : bits % 2 == 0 ? 4 : 8; }
+
+// Codes of one group lie kLanes apart, as Quantize makes them.
+template <int kBits>
+void StoreGroup(const uint8_t* from, int64_t group, uint8_t* to) {
+  constexpr int kCodes = CodesOfWord(kBits), kBytes = kCodes * kBits / 8;
+  for (int64_t k = 0; k < group; k += kCodes, to += kBytes) {
+    uint64_t word = 0;
+    for (int i = 0; i < kCodes; ++i) word |= static_cast<uint64_t>(from[(k + i) * kLanes]) << (kBits * i);
+    for (int i = 0; i < kBytes; ++i) to[i] = static_cast<uint8_t>(word >> (8 * i));
+  }
+}
+
 void Store(const edgelm_quant_matrix& m, int64_t first, int count, const uint8_t* codes) {
-  const int64_t group = m.group;
+  const auto store = m.bits == 3   ? StoreGroup<3>
+                     : m.bits == 4 ? StoreGroup<4>
+                     : m.bits == 5 ? StoreGroup<5>
+                     : m.bits == 6 ? StoreGroup<6>
+                                   : StoreGroup<8>;
   for (int lane = 0; lane < count; ++lane) {
-    const uint8_t* from = codes + lane;
-    if (m.bits == 8) {
-      uint8_t* to = m.codes + (first + lane) * group;
-      for (int64_t k = 0; k < group; ++k) to[k] = from[k * kLanes];
-    } else if (m.bits == 3) {
-      uint8_t* to = m.codes + (first + lane) * group / 8 * 3;
-      for (int64_t k = 0; k < group; k += 8, to += 3) {
-        uint32_t eight = 0;
-        for (int i = 0; i < 8; ++i) eight |= static_cast<uint32_t>(from[(k + i) * kLanes]) << (3 * i);
-        for (int i = 0; i < 3; ++i) to[i] = static_cast<uint8_t>(eight >> (8 * i));
-      }
-    } else {
-      uint8_t* to = m.codes + (first + lane) * group / 2;
-      for (int64_t k = 0; k < group / 2; ++k) {
-        to[k] = static_cast<uint8_t>(from[2 * k * kLanes] | from[(2 * k + 1) * kLanes] << 4);
-      }
-    }
+    store(codes + lane, m.group, m.codes + (first + lane) * (m.group * m.bits / 8));
   }
 }
 
@@ -230,29 +232,31 @@ int64_t Quantize(const edgelm_quantize_arguments& arguments, int64_t first, int6
   return -1;
 }
 
+template <int kBits>
+void LoadGroup(const uint8_t* from, int64_t group, int zero, float scale, float* out) {
+  constexpr int kCodes = CodesOfWord(kBits), kBytes = kCodes * kBits / 8;
+  for (int64_t k = 0; k < group; k += kCodes, from += kBytes) {
+    uint64_t word = 0;
+    for (int i = 0; i < kBytes; ++i) word |= static_cast<uint64_t>(from[i]) << (8 * i);
+    for (int i = 0; i < kCodes; ++i) {
+      const int code = static_cast<int>(word >> (kBits * i)) & ((1 << kBits) - 1);
+      out[k + i] = static_cast<float>(code - zero) * scale;
+    }
+  }
+}
+
 void Dequantize(const edgelm_dequantize_arguments& arguments, int64_t first_row, int64_t last_row) {
   const edgelm_quant_matrix& m = arguments.matrix;
-  const int64_t group = m.group, per_row = m.columns / group;
+  const int64_t group = m.group, per_row = m.columns / group, bytes = group * m.bits / 8;
+  const auto load = m.bits == 3   ? LoadGroup<3>
+                    : m.bits == 4 ? LoadGroup<4>
+                    : m.bits == 5 ? LoadGroup<5>
+                    : m.bits == 6 ? LoadGroup<6>
+                                  : LoadGroup<8>;
   for (int64_t g = first_row * per_row; g < last_row * per_row; ++g) {
-    const float scale = HalfToFloat(m.scales[g]);
     const int zero = m.symmetric ? 1 << (m.bits - 1) : m.zeros[g];
     float* out = arguments.values + g / per_row * arguments.row_stride + g % per_row * group;
-    if (m.bits == 8) {
-      const uint8_t* from = m.codes + g * group;
-      for (int64_t k = 0; k < group; ++k) out[k] = static_cast<float>(from[k] - zero) * scale;
-    } else if (m.bits == 3) {
-      const uint8_t* from = m.codes + g * group / 8 * 3;
-      for (int64_t k = 0; k < group; k += 8, from += 3) {
-        const int eight = from[0] | from[1] << 8 | from[2] << 16;
-        for (int i = 0; i < 8; ++i) out[k + i] = static_cast<float>((eight >> (3 * i) & 7) - zero) * scale;
-      }
-    } else {
-      const uint8_t* from = m.codes + g * group / 2;
-      for (int64_t k = 0; k < group / 2; ++k) {
-        out[2 * k] = static_cast<float>((from[k] & 15) - zero) * scale;
-        out[2 * k + 1] = static_cast<float>((from[k] >> 4) - zero) * scale;
-      }
-    }
+    load(m.codes + g * bytes, group, zero, HalfToFloat(m.scales[g]), out);
   }
 }
 

@@ -11,7 +11,7 @@ from edgelm.errors import CheckpointError, RecipeError
 from edgelm.quant import QuantTensor, Scheme, native, parse_scheme, primitives
 from edgelm.quant.quality import plain_rounding
 
-SCHEMES = [Scheme(b, g, s) for b, g, s in itertools.product((3, 4, 8), (16, 32, 64, 128, None), (True, False))]
+SCHEMES = [Scheme(b, g, s) for b, g, s in itertools.product((3, 4, 5, 6, 8), (16, 32, 64, 128, None), (True, False))]
 SHAPES = [(1, 16), (3, 48), (17, 128), (2, 1008), (5, 2048)]
 
 
@@ -77,7 +77,7 @@ def test_every_code_is_the_nearest_to_its_weight(scheme):
         assert (error <= np.abs(grouped - (other - zero) * scale) + 1e-7 * np.abs(grouped))[allowed].all()
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 5, 6, 8])
 @pytest.mark.parametrize("columns", [8, 16, 40, 256])
 def test_packing_round_trips(bits, columns):
     codes = np.random.default_rng(columns).integers(0, 1 << bits, (7, columns), dtype=np.uint8)
@@ -90,10 +90,13 @@ def test_the_even_value_lies_in_the_low_nibble():
     assert primitives.pack(np.array([[0x1, 0xF, 0x3, 0x8]], np.uint8), 4).tolist() == [[0xF1, 0x83]]
 
 
-def test_eight_three_bit_codes_fill_three_bytes_from_the_lowest_bit_up():
-    codes = np.array([[1, 2, 3, 4, 5, 6, 7, 0], [0, 0, 0, 0, 0, 0, 0, 7]], np.uint8)
-    packed = primitives.pack(codes, 3)
-    numbers = [sum(int(code) << 3 * i for i, code in enumerate(row)) for row in codes]
+@pytest.mark.parametrize(("bits", "codes_of_word"), [(3, 8), (5, 8), (6, 4)])
+def test_codes_of_odd_widths_fill_whole_bytes_from_the_lowest_bit_up(bits, codes_of_word):
+    most = (1 << bits) - 1
+    codes = np.array([range(1, codes_of_word + 1), [0] * (codes_of_word - 1) + [most]], np.uint8) & most
+    packed = primitives.pack(codes, bits)
+    assert packed.shape == (2, codes_of_word * bits // 8)
+    numbers = [sum(int(code) << bits * i for i, code in enumerate(row)) for row in codes]
     assert [int.from_bytes(row.tobytes(), "little") for row in packed] == numbers
 
 
@@ -137,7 +140,7 @@ def test_a_weight_that_is_not_finite_is_named(quantize, value, said):
 
 
 @pytest.mark.parametrize("quantize", [primitives.quantize, native.quantize])
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 5, 6, 8])
 def test_a_scale_past_float16_is_refused_and_the_last_one_before_is_not(quantize, bits):
     weight = weights((2, 64))
     limit = 65504 * (2 ** (bits - 1) - 1)
@@ -168,7 +171,15 @@ def test_a_group_shrinks_until_it_divides_the_row(group, columns, expected):
 
 @pytest.mark.parametrize(
     ("scheme", "columns"),
-    [(Scheme(4, 32), 40), (Scheme(8, 16), 8), (Scheme(4, None), 15), (Scheme(3, None), 20), (Scheme(3, 32), 24)],
+    [
+        (Scheme(4, 32), 40),
+        (Scheme(8, 16), 8),
+        (Scheme(4, None), 15),
+        (Scheme(3, None), 20),
+        (Scheme(3, 32), 24),
+        (Scheme(5, None), 20),
+        (Scheme(6, None), 18),
+    ],
 )
 def test_rows_that_no_group_fits_are_refused_by_name(scheme, columns):
     for quantize in (primitives.quantize, native.quantize):
@@ -189,7 +200,7 @@ def test_names_of_schemes_are_read_back(scheme):
         "fp8-b100",
         "fp8-b8",
         "fp8-row-sym",
-        "int5-g32-sym",
+        "int7-g32-sym",
         "int4-g32",
         "int4-g0-sym",
         "int4-g48-sym",
@@ -219,7 +230,14 @@ def test_a_tensor_whose_arrays_do_not_fit_is_refused():
 
 @pytest.mark.parametrize(
     "scheme",
-    [Scheme(4, 128), Scheme(8, None), Scheme(4, 64, symmetric=False), Scheme(3, 64, symmetric=False)],
+    [
+        Scheme(4, 128),
+        Scheme(8, None),
+        Scheme(4, 64, symmetric=False),
+        Scheme(3, 64, symmetric=False),
+        Scheme(5, 64, symmetric=False),
+        Scheme(6, 128),
+    ],
     ids=lambda s: s.name,
 )
 def test_rows_and_smaller_groups_keep_every_value(scheme):

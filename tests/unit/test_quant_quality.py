@@ -31,6 +31,8 @@ def test_every_scheme_of_the_table_beats_plain_rounding():
         "int8-g128-sym",
         "int8-row-sym",
         "int3-g32-sym",
+        "int5-g32-sym",
+        "int6-g32-sym",
     }
     for row in QUALITY:
         if row.scheme.startswith("int"):

@@ -115,7 +115,7 @@ double PlainError(const float* w, int64_t count, int bits) {
 
 void TestEveryInstructionSetAgreesWithTheReference() {
   uint32_t seed = 1;
-  for (const int bits : {3, 4, 8}) {
+  for (const int bits : {3, 4, 5, 6, 8}) {
     for (const bool symmetric : {true, false}) {
       for (const int64_t group : {2, 8, 16, 32, 48, 64, 128}) {
         if (group * bits % 8 != 0) continue;
@@ -156,7 +156,7 @@ void TestEveryInstructionSetAgreesWithTheReference() {
 void TestNeverWorseThanPlainRounding() {
   double found = 0, plain = 0;
   for (uint32_t seed = 1; seed < 40; ++seed) {
-    const Case c = {8, 256, seed % 2 ? 32 : 128, std::vector<int>{3, 4, 8}[seed % 3], true};
+    const Case c = {8, 256, seed % 2 ? 32 : 128, std::vector<int>{3, 4, 5, 6, 8}[seed % 5], true};
     const std::vector<float> w = Weights(c, c.columns, seed);
     Result q = Quantize(c, w.data(), EDGELM_FLOAT32, c.columns, EDGELM_ISA_AUTO, 1);
     const std::vector<float> v = Dequantize(c, q, EDGELM_ISA_AUTO, 1);
@@ -233,8 +233,10 @@ void TestZeroGroupsAreExactlyZero() {
 void TestWrongArgumentsAreRefused() {
   const Case good = {2, 64, 32, 4, true};
   const std::vector<float> w = Weights(good, 64, 1);
-  for (const Case& c : {Case{2, 64, 48, 4, true}, Case{2, 64, 0, 4, true}, Case{2, 64, 32, 5, true}, Case{2, 0, 32, 4, true},
-                        Case{-1, 64, 32, 4, true}, Case{2, 64, 4, 3, true}, Case{2, 64, 1, 4, true}}) {
+  for (const Case& c : {Case{2, 64, 48, 4, true}, Case{2, 64, 0, 4, true}, Case{2, 64, 32, 7, true},
+                        Case{2, 64, 32, 2, true}, Case{2, 0, 32, 4, true}, Case{-1, 64, 32, 4, true},
+                        Case{2, 64, 4, 3, true}, Case{2, 64, 4, 5, true}, Case{2, 64, 2, 6, true},
+                        Case{2, 64, 1, 4, true}}) {
     Result r;
     const std::vector<float> targets = Targets(good);
     edgelm_quantize_arguments arguments = {};
