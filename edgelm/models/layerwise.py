@@ -10,7 +10,7 @@ V vocabulary, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from edgelm.checkpoint import WeightReader
 from edgelm.errors import ContextLengthError
 from edgelm.models import family
+from edgelm.models.hooks import Hooks, head_name, hook_layer
 from edgelm.models.trace import KVCache, Trace
 from edgelm.progress import Progress, Silent
 
@@ -29,6 +30,11 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 HEAD_BLOCK_BYTES = 64 << 20  # of float32 weights; a head of 256000 x 2048 is 2 GB
+WINDOW_BYTES = 768 << 20  # of what a layer computes for the windows that go through it together
+
+Visit = Callable[[int, int, Tensor, "Tensor | None", Trace], None]
+"""Called with (layer, first window, residual stream [n, T, D] after it, input [n, T, D] of its feed-forward block, its
+trace). Layer -1 is the embedding, which has neither input nor trace."""
 
 
 @dataclass
@@ -119,9 +125,16 @@ class LayerwiseReference:
     """The reference of a checkpoint of either family, reading weights as it goes."""
 
     def __init__(
-        self, config_json: Mapping[str, Any], weights: WeightReader, *, head_block_bytes: int = HEAD_BLOCK_BYTES
+        self,
+        config_json: Mapping[str, Any],
+        weights: WeightReader,
+        *,
+        head_block_bytes: int = HEAD_BLOCK_BYTES,
+        hooks: Hooks | None = None,
     ) -> None:
         """Take the config.json and where to read tensors from; nothing is read yet.
+
+        `hooks` see, and may change, what each matrix multiplies and what is cached.
 
         Raises:
             UnsupportedConfigError, CheckpointError: the config is of no supported model.
@@ -130,6 +143,7 @@ class LayerwiseReference:
         self.config = self.family.config_class.from_dict(config_json)
         self.weights = weights
         self.head_block_bytes = head_block_bytes
+        self.hooks = hooks
 
     def new_state(self) -> SequenceState:
         """A sequence of no positions."""
@@ -178,6 +192,8 @@ class LayerwiseReference:
         with progress.task("reference layers", self.config.num_hidden_layers, unit="steps") as advance:
             for index in range(self.config.num_hidden_layers):
                 layer = self.family.layer_from_disk(self.config, index, self.weights.read_float32)
+                if self.hooks is not None:
+                    hook_layer(layer, index, self.hooks)
                 projected = layer.self_attn.project(layer.input_layernorm(x))
                 mixed = [
                     layer.self_attn.attend(q[None], k[None], v[None], state.cache, index)[0]
@@ -187,13 +203,63 @@ class LayerwiseReference:
                 x = x + layer.mlp(layer.post_attention_layernorm(x), kept if trace else None)
                 if trace:
                     kept.hidden.append(x)
+                if self.hooks is not None:
+                    self.hooks.after_layer(index)
                 advance(1)
+        return self._final_norm(x), kept
+
+    @torch.no_grad()
+    def windows(
+        self, ids: Ints, visit: Visit | None = None, progress: Progress | None = None, *, label: str = "reference"
+    ) -> Floats:
+        """Run windows of one length, each from position 0, in one sweep; return the normed residual stream [W, T, D].
+
+        Unlike `step` it keeps no keys and values, so that its memory is that of the residual stream, one layer, and
+        `WINDOW_BYTES` of what that computes. Experts are read once for as many windows as that allows.
+
+        Args:
+            ids: int64 [W, T].
+            visit: shown every layer's work; what it keeps it must copy.
+            progress: told of every window and layer.
+            label: what the progress is called.
+
+        Raises:
+            ValueError, ContextLengthError: as `step`.
+        """
+        self._check(ids, [self.new_state() for _ in ids])
+        x = self._embed(ids.reshape(-1)).view(*ids.shape, -1)
+        together = max(1, WINDOW_BYTES // (ids.shape[1] * self._bytes_per_token()))
+        starts = range(0, len(ids), together)
+        if visit is not None:
+            for start in starts:
+                visit(-1, start, x[start : start + together], None, Trace())
+        with (progress or Silent()).task(label, self.config.num_hidden_layers * len(ids), unit="steps") as advance:
+            for index in range(self.config.num_hidden_layers):
+                layer = self.family.layer_from_disk(self.config, index, self.weights.read_float32)
+                inputs: list[Tensor] = []
+                layer.mlp.register_forward_pre_hook(lambda _module, given, kept=inputs: kept.append(given[0]))
+                for start in starts:
+                    part, trace = slice(start, start + together), Trace()
+                    x[part] = layer(x[part], None, index, trace)
+                    entered = inputs.pop()
+                    if visit is not None:
+                        visit(index, start, x[part], entered, trace)
+                    advance(len(x[part]))
+        return self._final_norm(x).numpy()
+
+    def _bytes_per_token(self) -> int:
+        """What a layer computes for one token, roughly: the feed-forward block's rows, gathered, computed, weighted."""
+        active = getattr(self.config, "num_experts_per_tok", 1)
+        return int(4 * (3 * active * self.config.hidden_size + 3 * self.config.intermediate_size))
+
+    def _final_norm(self, x: Tensor) -> Tensor:
         norm = self.family.norm_class(self.config.hidden_size, self.config.rms_norm_eps)
         norm.weight.copy_(torch.from_numpy(self.weights.read_float32("model.norm.weight")))
-        return norm(x), kept
+        out: Tensor = norm(x)
+        return out
 
-    def _check(self, ids: Sequence[Ints], states: Sequence[SequenceState]) -> None:
-        if not ids or len(ids) != len(states):
+    def _check(self, ids: Sequence[Ints] | Ints, states: Sequence[SequenceState]) -> None:
+        if not len(ids) or len(ids) != len(states):
             raise ValueError(f"{len(ids)} sequences and {len(states)} states: expected as many, and at least one")
         limit = self.config.max_position_embeddings
         for i, (sequence, state) in enumerate(zip(ids, states, strict=True)):
@@ -214,7 +280,9 @@ class LayerwiseReference:
 
     def head_blocks(self, final: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Logits of `final` [N, D] as (range of tokens, [N, tokens in the range]), from the first token to the last."""
-        name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        name = head_name(self.config.tie_word_embeddings)
+        if self.hooks is not None:
+            final = self.hooks.inputs(name, final)
         size = max(1, self.head_block_bytes // (4 * self.config.hidden_size))
         for start in range(0, self.config.vocab_size, size):
             rows = slice(start, min(start + size, self.config.vocab_size))

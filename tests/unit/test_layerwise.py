@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from edgelm.errors import ContextLengthError
-from edgelm.models import family
+from edgelm.models import family, layerwise
 from edgelm.models.layerwise import LayerwiseReference
 from edgelm.models.trace import Trace
 from edgelm.progress import Advance, Progress
@@ -121,6 +121,34 @@ def test_one_sweep_over_several_sequences_equals_the_whole_model(config_json: di
             assert relative(sequence.router_logits[layer], trace.router_logits[layer][0]) < 1e-5
             assert relative(sequence.expert_weights[layer], trace.expert_weights[layer][0]) < 1e-5
             assert (np.diff(sequence.expert_weights[layer], axis=-1) <= 0).all()
+
+
+@pytest.mark.parametrize("window_bytes", [1, 1 << 30], ids=["one at a time", "all together"])
+def test_windows_in_one_sweep_equal_separate_sequences(
+    config_json: dict[str, Any], window_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layerwise, "WINDOW_BYTES", window_bytes)
+    reference = LayerwiseReference(config_json, Weights(config_json))
+    ids = np.arange(3 * 9).reshape(3, 9) * 7 % 101
+    expected = reference.step(list(ids), trace=True).sequences
+    hidden: dict[tuple[int, int], np.ndarray] = {}
+    experts: dict[tuple[int, int], np.ndarray] = {}
+
+    def visit(layer: int, first: int, x: torch.Tensor, inputs: torch.Tensor | None, trace: Trace) -> None:
+        assert (inputs is None) == (layer < 0)
+        assert inputs is None or inputs.shape == x.shape
+        for i in range(len(x)):
+            hidden[layer, first + i] = x[i].numpy().copy()
+            if trace.experts:
+                experts[layer, first + i] = trace.experts[0][i].numpy().copy()
+
+    final = reference.windows(ids, visit)
+    for i, sequence in enumerate(expected):
+        assert relative(final[i], torch.from_numpy(sequence.final)) < 1e-5
+        for layer, residual in enumerate(sequence.hidden, -1):
+            assert relative(hidden[layer, i], torch.from_numpy(residual)) < 1e-5
+        for layer, chosen in enumerate(sequence.experts or []):
+            assert np.array_equal(experts[layer, i], chosen)
 
 
 def test_continuing_with_states_equals_one_long_sequence(config_json: dict[str, Any]) -> None:
