@@ -1,0 +1,96 @@
+// One head's cache: where each element lies, and how a token is written.
+#ifndef EDGELM_KERNELS_ATTENTION_CACHE_IMPL_H_
+#define EDGELM_KERNELS_ATTENTION_CACHE_IMPL_H_
+
+#include "attention.h"
+#include "kernels.h"
+#include "math_impl.h"
+
+namespace edgelm {
+namespace {
+
+// One head's bytes. A tile holds 16 tokens, the last one of the cache what is left.
+struct HeadCache {
+  uint8_t* data;
+  int64_t head_dim, row_bytes, capacity;
+
+  EDGELM_INLINE uint8_t* Tile(int64_t tile) const { return data + tile * kCacheTile * row_bytes; }
+  EDGELM_INLINE int64_t Tokens(int64_t tile) const {
+    const int64_t left = capacity - tile * kCacheTile;
+    return left < kCacheTile ? left : kCacheTile;
+  }
+};
+
+inline HeadCache Cache(const Attention& call, uint8_t* data, int64_t head) {
+  const int64_t row_bytes = AttentionRowBytes(call.cache, call.head_dim);
+  return {data + head * call.capacity * row_bytes, call.head_dim, row_bytes, call.capacity};
+}
+
+// Where element d of token `slot` of a tile of n tokens lies, in elements.
+inline int64_t KeyCode(int64_t d, int64_t slot, int64_t n, int64_t head_dim) {
+  const int64_t four = d / 4 * 4, width = head_dim - four < 4 ? head_dim - four : 4;
+  return n * four + width * slot + d - four;
+}
+inline int64_t ValueCode(int64_t d, int64_t slot, int64_t n, int64_t head_dim) {
+  const int64_t four = slot / 4 * 4, width = n - four < 4 ? n - four : 4;
+  return head_dim * four + width * d + slot - four;
+}
+
+// x [head_dim, zeros up to whole vectors] into int8: codes = round(x * 127 / max|x|), as QuantBlock does it.
+inline void QuantHead(const float* x, int64_t width, int8_t* codes, float* scale) {
+  F32 odd = Splat(0.0f), top = Splat(0.0f);
+  for (int64_t i = 0; i < width; i += 16) {
+    const F32 a = Load(x + i);
+    odd = Fma(a, Splat(0.0f), odd);
+    top = Max(Abs(a), top);
+  }
+  const float probe = Sum(odd), largest = Largest(top);
+  if (!(probe == 0.0f) || largest < 0x1p-100f) {
+    std::memset(codes, 0, width);
+    *scale = probe == 0.0f ? 0.0f : probe - probe;
+    return;
+  }
+  const F32 inverse = Splat(127.0f / largest);
+  for (int64_t i = 0; i < width; i += 16) StoreBytes(codes + i, Round(Mul(Load(x + i), inverse)));
+  *scale = largest / 127.0f;
+}
+
+// One token's key (or value) of one head, x [head_dim, zeros up to whole vectors], into the cache. `temporary` holds as
+// many floats.
+template <bool kKey>
+inline void StoreToken(const HeadCache& cache, CacheKind kind, int64_t position, const float* x, int64_t width,
+                       float* temporary) {
+  const int64_t tile = position / kCacheTile, slot = position % kCacheTile;
+  const int64_t n = cache.Tokens(tile), dim = cache.head_dim;
+  uint8_t* to = cache.Tile(tile);
+  if (kind == CacheKind::kInt8) {
+    int8_t* codes = reinterpret_cast<int8_t*>(temporary);
+    float scale;
+    QuantHead(x, width, codes, &scale);
+    std::memcpy(to + n * dim + 4 * slot, &scale, 4);
+    const int64_t whole = kKey && n == kCacheTile ? dim / 4 : 0;
+    for (int64_t q = 0; q < whole; ++q) {
+      uint32_t four;
+      std::memcpy(&four, codes + 4 * q, 4);
+      four ^= 0x80808080u;
+      std::memcpy(to + 64 * q + 4 * slot, &four, 4);
+    }
+    for (int64_t d = 4 * whole; d < dim; ++d) {
+      to[kKey ? KeyCode(d, slot, n, dim) : ValueCode(d, slot, n, dim)] = static_cast<uint8_t>(codes[d] ^ 0x80);
+    }
+    return;
+  }
+  const int64_t step = kKey ? n : 1, first = kKey ? slot : slot * dim;
+  if (kind == CacheKind::kFloat32) {
+    for (int64_t d = 0; d < dim; ++d) std::memcpy(to + 4 * (first + d * step), x + d, 4);
+    return;
+  }
+  uint16_t* half = reinterpret_cast<uint16_t*>(temporary);
+  for (int64_t i = 0; i < width; i += 16) StoreHalf(half + i, Load(x + i));
+  for (int64_t d = 0; d < dim; ++d) std::memcpy(to + 2 * (first + d * step), half + d, 2);
+}
+
+}  // namespace
+}  // namespace edgelm
+
+#endif  // EDGELM_KERNELS_ATTENTION_CACHE_IMPL_H_
