@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from edgelm.errors import CheckpointError
 from edgelm.models import fields
+from edgelm.models.hooks import Cached, Inputs
 from edgelm.models.trace import KVCache, Trace
 
 Read = Callable[[str], NDArray[np.float32]]
@@ -114,10 +115,11 @@ class Linear(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.inputs: Inputs | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., inputs] to [..., outputs]."""
-        return F.linear(x, self.weight.float())
+        return F.linear(x if self.inputs is None else self.inputs(x), self.weight.float())
 
 
 def rotary_table(start: int, length: int, config: FoxConfig) -> tuple[Tensor, Tensor]:
@@ -144,6 +146,7 @@ class Attention(nn.Module):
     def __init__(self, config: FoxConfig) -> None:
         super().__init__()
         self.config = config
+        self.cached: Cached | None = None
         queries, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, queries)
         self.k_proj = Linear(config.hidden_size, kv)
@@ -163,6 +166,8 @@ class Attention(nn.Module):
         start = 0 if cache is None else cache.layer_length(layer)
         cos, sin = rotary_table(start, new, c)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.cached is not None:
+            k, v = self.cached(k, v)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # [B, K, S, Dh]
         group = c.num_attention_heads // c.num_key_value_heads
@@ -220,6 +225,7 @@ class Fox(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.head_inputs: Inputs | None = None
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, trace: Trace | None = None) -> Tensor:
         """Logits float32 [B, T, V] for int64 ids [B, T] that follow what the cache holds."""
@@ -231,6 +237,8 @@ class Fox(nn.Module):
             if trace is not None:
                 trace.hidden.append(x)
         x = self.norm(x)
+        if self.head_inputs is not None:
+            x = self.head_inputs(x)
         logits: Tensor = F.linear(x, self.embed_tokens.float()) if self.lm_head is None else self.lm_head(x)
         return logits
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from edgelm.errors import CheckpointError, UnsupportedConfigError
 from edgelm.models import fields
+from edgelm.models.hooks import Cached, ExpertInputs, Inputs
 from edgelm.models.trace import KVCache, Trace
 
 Read = Callable[[str], NDArray[np.float32]]
@@ -139,10 +140,11 @@ class Linear(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.inputs: Inputs | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., inputs] to [..., outputs]."""
-        return F.linear(x, self.weight.float())
+        return F.linear(x if self.inputs is None else self.inputs(x), self.weight.float())
 
 
 def rotary_table(start: int, length: int, config: OlmoeConfig) -> tuple[Tensor, Tensor]:
@@ -172,6 +174,7 @@ class Attention(nn.Module):
     def __init__(self, config: OlmoeConfig) -> None:
         super().__init__()
         self.config = config
+        self.cached: Cached | None = None
         kv = config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, config.hidden_size)
         self.k_proj = Linear(config.hidden_size, kv)
@@ -195,6 +198,8 @@ class Attention(nn.Module):
         start = 0 if cache is None else cache.layer_length(layer)
         cos, sin = rotary_table(start, new, c)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.cached is not None:
+            k, v = self.cached(k, v)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # [B, K, S, Dh]
         group = c.num_attention_heads // c.num_key_value_heads
@@ -250,6 +255,7 @@ class SparseMoE(nn.Module):
         self.gate = Linear(config.hidden_size, config.num_experts)
         self.experts = ExpertStack(config) if experts is None else None
         self.outside_experts = experts
+        self.expert_inputs: ExpertInputs | None = None
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Router logits [..., E], chosen experts [..., A] by falling weight, and their weights [..., A]."""
@@ -276,10 +282,18 @@ class SparseMoE(nn.Module):
         outputs = []
         for expert, rows in enumerate(torch.split(flat[tokens], counts)):
             if counts[expert]:
-                gate, up, down = (w.float() for w in source[expert])
-                outputs.append(F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down))
+                outputs.append(self._expert(rows, expert, source[expert]))
         weighted = torch.cat(outputs) * weights.reshape(-1)[order, None]  # [N*A, D]
         return torch.zeros_like(flat).index_add(0, tokens, weighted).view_as(x)
+
+    def _expert(self, x: Tensor, expert: int, weights: ExpertWeights) -> Tensor:
+        """One expert's output [n, D] for rows [n, D]."""
+        gate, up, down = (w.float() for w in weights)
+        hook = self.expert_inputs
+        if hook is None:
+            return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+        inner = F.silu(F.linear(hook(x, expert, "gate_proj"), gate)) * F.linear(hook(x, expert, "up_proj"), up)
+        return F.linear(hook(inner, expert, "down_proj"), down)
 
 
 class Layer(nn.Module):
@@ -319,6 +333,7 @@ class Olmoe(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.head_inputs: Inputs | None = None
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, trace: Trace | None = None) -> Tensor:
         """Logits float32 [B, T, V] for int64 ids [B, T] that follow what the cache holds."""
@@ -330,6 +345,8 @@ class Olmoe(nn.Module):
             if trace is not None:
                 trace.hidden.append(x)
         x = self.norm(x)
+        if self.head_inputs is not None:
+            x = self.head_inputs(x)
         logits: Tensor = F.linear(x, self.embed_tokens.float()) if self.lm_head is None else self.lm_head(x)
         return logits
 
