@@ -236,6 +236,8 @@ class LayerwiseReference:
         with (progress or Silent()).task(label, self.config.num_hidden_layers * len(ids), unit="steps") as advance:
             for index in range(self.config.num_hidden_layers):
                 layer = self.family.layer_from_disk(self.config, index, self.weights.read_float32)
+                if self.hooks is not None:
+                    hook_layer(layer, index, self.hooks)
                 inputs: list[Tensor] = []
                 layer.mlp.register_forward_pre_hook(lambda _module, given, kept=inputs: kept.append(given[0]))
                 for start in starts:
@@ -245,6 +247,8 @@ class LayerwiseReference:
                     if visit is not None:
                         visit(index, start, x[part], entered, trace)
                     advance(len(x[part]))
+                if self.hooks is not None:
+                    self.hooks.after_layer(index)
         return self._final_norm(x).numpy()
 
     def _bytes_per_token(self) -> int:
