@@ -1,4 +1,4 @@
-// Integer products of a block on Arm, in place of linear_impl.h's own, which includes this inside its namespaces: four
+// Integer products of a block on Arm, in place of linear_int8_impl.h's own, which includes this inside its namespaces: four
 // columns of an activation row come from a lane of a register, and with FEAT_I8MM several rows go through matrix products.
 #ifndef EDGELM_KERNELS_NEON_DOT_IMPL_H_
 #define EDGELM_KERNELS_NEON_DOT_IMPL_H_
@@ -157,7 +157,7 @@ EDGELM_FLATTEN void MultiplyEight(const uint8_t* codes, const uint8_t* low, int6
 }
 #endif
 
-// As in linear_impl.h.
+// As in linear_int8_impl.h.
 template <Kind kKind, int kRows, int kVec>
 EDGELM_FLATTEN void DotBlock(const uint8_t* codes, const uint8_t* low, int half, const int8_t* x, int64_t stride,
                              I32 (&c)[kRows][kVec], I32 (&more)[kRows][kVec]) {

@@ -1,0 +1,226 @@
+// Products of integer matrices with rows of int8 activations. Included after one of simd_*.h.
+//
+// A block of 32 columns is summed in int32, exactly; then one fused multiply-add a block joins it, with the product of
+// the two scales, to the float32 sum of its row and column, blocks in order. Every instruction set does this arithmetic
+// and no other, so they agree bit for bit.
+#ifndef EDGELM_KERNELS_LINEAR_INT8_IMPL_H_
+#define EDGELM_KERNELS_LINEAR_INT8_IMPL_H_
+
+#include "linear_finish_impl.h"
+#include "unpack_impl.h"
+
+namespace edgelm {
+namespace {
+
+#if defined(EDGELM_NEON_DOT)
+#include "neon_dot_impl.h"
+#else
+// Rows of activations that one pass over a tile serves.
+constexpr int kIntRows = kRowTile;
+
+// Adds one block's dot products: lanes are columns 16 (half + v) .. of the tile, c[r][v].
+// `more` is a second set of sums that shortens the chains of a single row.
+template <Kind kKind, int kRows, int kVec>
+inline __attribute__((always_inline)) void DotBlock(const uint8_t* codes, const uint8_t* low, int half, const int8_t* x,
+                                                    int64_t stride, I32 (&c)[kRows][kVec], I32 (&more)[kRows][kVec]) {
+  const int64_t at = 64 * half;
+  if constexpr (kKind == Kind::kInt4 || kKind == kUpperPlane) {
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVec; ++v) {
+        const B8 bytes = LoadB(codes + 128 * p + at + 64 * v);
+        const B8 lower = LowNibbles(bytes), upper = HighNibbles(bytes);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          c[r][v] = DotNibbles(c[r][v], lower, x + r * stride + 8 * p);
+          I32& other = kRows == 1 ? more[r][v] : c[r][v];
+          other = DotNibbles(other, upper, x + r * stride + 8 * p + 4);
+        }
+      }
+    }
+  } else if constexpr (kKind == Kind::kInt8) {
+#pragma GCC unroll 8
+    for (int q = 0; q < 8; ++q) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVec; ++v) {
+        const B8 bytes = LoadB(codes + 128 * q + at + 64 * v);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          I32& sum = kRows == 1 && q % 2 ? more[r][v] : c[r][v];
+          sum = DotFull(sum, bytes, x + r * stride + 4 * q);
+        }
+      }
+    }
+  } else if constexpr (kKind == Kind::kInt8Planes) {
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVec; ++v) {
+        const B8 upper = LoadB(codes + 128 * p + at + 64 * v), lower = LoadB(low + 128 * p + at + 64 * v);
+        const B8 first = JoinNibbles(LowNibbles(upper), LowNibbles(lower));
+        const B8 second = JoinNibbles(HighNibbles(upper), HighNibbles(lower));
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          c[r][v] = DotFull(c[r][v], first, x + r * stride + 8 * p);
+          I32& other = kRows == 1 ? more[r][v] : c[r][v];
+          other = DotFull(other, second, x + r * stride + 8 * p + 4);
+        }
+      }
+    }
+  } else {
+    static_assert(kKind == Kind::kInt3);
+#pragma GCC unroll 2
+    for (int v = 0; v < kVec; ++v) {
+      const B8 pairs0 = LoadB(codes + at + 64 * v), pairs1 = LoadB(codes + 128 + at + 64 * v);
+      const B8 thirds = LoadB(codes + 256 + at + 64 * v);
+      const B8 three[8] = {ThreeBits<0, 0>(pairs0, thirds), ThreeBits<1, 1>(pairs0, thirds),
+                           ThreeBits<2, 2>(pairs0, thirds), ThreeBits<3, 3>(pairs0, thirds),
+                           ThreeBits<0, 4>(pairs1, thirds), ThreeBits<1, 5>(pairs1, thirds),
+                           ThreeBits<2, 6>(pairs1, thirds), ThreeBits<3, 7>(pairs1, thirds)};
+#pragma GCC unroll 8
+      for (int q = 0; q < 8; ++q) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          I32& sum = kRows == 1 && q % 2 ? more[r][v] : c[r][v];
+          sum = DotNibbles(sum, three[q], x + r * stride + 4 * q);
+        }
+      }
+    }
+  }
+}
+#endif
+
+// The sums a block starts from: minus its zero point times the sum of the activations' codes.
+template <Kind kKind>
+inline I32 BlockStart(int32_t offset) {
+  if constexpr (kKind == Kind::kInt4) return SplatI(offset);
+  if constexpr (kKind == Kind::kInt3) return SplatI(offset / 2);
+  if constexpr (kKind == kUpperPlane) return SplatI(0);
+  if constexpr (kKind == Kind::kInt8 || kKind == Kind::kInt8Planes) {
+    return kDotFullSigned ? SplatI(0) : ShiftLeftI<4>(SplatI(offset));
+  }
+}
+
+template <Kind kKind>
+inline I32 BlockStart(int32_t offset, I32 zeros) {
+  const bool is_signed = kDotFullSigned && (kKind == Kind::kInt8 || kKind == Kind::kInt8Planes);
+  return MulI(SubI(zeros, SplatI(is_signed ? 128 : 0)), SplatI(offset / 8));
+}
+
+// kRows rows times kVec * 16 columns of a tile, from column 16 * half on: sums[r][column of the tile].
+template <Kind kKind, bool kZeros, int kRows, int kVec>
+inline void IntTile(const Matrix& m, int64_t tile, int half, const QuantRows& x, float (*sums)[kTile]) {
+  const uint8_t* record = m.data + tile * m.tile_bytes;
+  const uint8_t* low = kKind == Kind::kInt8Planes ? m.low + tile * (m.columns / kBlock) * 512 : nullptr;
+  const int64_t blocks_per_group = m.group / kBlock, stride = x.columns, all = x.blocks();
+  F32 f[kRows][kVec];
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVec; ++v) f[r][v] = Splat(0.0f);
+  int64_t block = 0;
+  for (int64_t g = 0; g < m.groups; ++g, record += m.record_bytes) {
+    F32 s[kVec];
+    I32 z[kVec];
+    for (int v = 0; v < kVec; ++v) {
+      s[v] = m.scale == ScaleKind::kFloat16 ? LoadHalf(reinterpret_cast<const uint16_t*>(record) + 16 * (half + v))
+                                            : Load(reinterpret_cast<const float*>(record) + 16 * (half + v));
+      if constexpr (kZeros) z[v] = LoadBytes(record + m.head_bytes - 64 + 16 * (half + v));
+    }
+    const uint8_t* codes = record + m.head_bytes;
+    for (int64_t b = 0; b < blocks_per_group; ++b, ++block, codes += BlockCodeBytes(kKind)) {
+      I32 c[kRows][kVec], more[kRows][kVec];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVec; ++v) {
+          const int32_t offset = x.offsets[r * all + block];
+          if constexpr (kZeros) {
+            c[r][v] = BlockStart<kKind>(offset, z[v]);
+          } else {
+            c[r][v] = BlockStart<kKind>(offset);
+          }
+          if (kRows == 1) more[r][v] = SplatI(0);
+        }
+      }
+      DotBlock<kKind, kRows, kVec>(codes, low, half, x.codes + block * kBlock, stride, c, more);
+      if (kKind == Kind::kInt8Planes) low += 512;
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const F32 xs = Splat(x.scales[r * all + block]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVec; ++v) {
+          I32 total = kRows == 1 ? AddI(c[r][v], more[r][v]) : c[r][v];
+          if constexpr (kKind == kUpperPlane) {  // 16 * upper + 8 - 128 = 16 * upper - 15 * 8
+            total = AddI(ShiftLeftI<4>(total), SplatI(15 * x.offsets[r * all + block]));
+          }
+          f[r][v] = Fma(ToFloat(total), Mul(s[v], xs), f[r][v]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVec; ++v) Store(sums[r] + 16 * (half + v), f[r][v]);
+}
+
+template <Kind kKind, bool kZeros, int kRows>
+void IntTileRows(const Matrix& m, int64_t tile, const QuantRows& x, float (*sums)[kTile]) {
+  constexpr int kVec = kRows == 1 ? 2 : kVectors;  // one row reads the file from front to back
+  for (int half = 0; half < 2; half += kVec) IntTile<kKind, kZeros, kRows, kVec>(m, tile, half, x, sums);
+}
+
+using TileFunction = void (*)(const Matrix&, int64_t, const QuantRows&, float (*)[kTile]);
+
+template <Kind kKind, bool kZeros>
+TileFunction TileFor(int64_t rows) {
+  static_assert(kIntRows <= 8);
+  switch (rows) {
+    case 1: return IntTileRows<kKind, kZeros, 1>;
+    case 2: return IntTileRows<kKind, kZeros, 2>;
+    case 3: return IntTileRows<kKind, kZeros, 3>;
+    case 4: return IntTileRows<kKind, kZeros, 4>;
+    case 5: return IntTileRows<kKind, kZeros, kIntRows >= 5 ? 5 : 1>;
+    case 6: return IntTileRows<kKind, kZeros, kIntRows >= 6 ? 6 : 1>;
+    case 7: return IntTileRows<kKind, kZeros, kIntRows >= 7 ? 7 : 1>;
+    default: return IntTileRows<kKind, kZeros, kIntRows >= 8 ? 8 : 1>;
+  }
+}
+
+inline TileFunction TileFor(Kind kind, bool zeros, int64_t rows) {
+  switch (kind) {
+    case Kind::kInt3: return zeros ? TileFor<Kind::kInt3, true>(rows) : TileFor<Kind::kInt3, false>(rows);
+    case Kind::kInt4: return zeros ? TileFor<Kind::kInt4, true>(rows) : TileFor<Kind::kInt4, false>(rows);
+    case Kind::kInt8: return zeros ? TileFor<Kind::kInt8, true>(rows) : TileFor<Kind::kInt8, false>(rows);
+    case Kind::kInt8Planes: return TileFor<Kind::kInt8Planes, false>(rows);
+    default: return TileFor<kUpperPlane, false>(rows);
+  }
+}
+
+void LinearIntegerOf(Kind kind, const Matrix& m, int64_t begin, int64_t end, const QuantRows& x, int64_t rows,
+                     const Output& out) {
+  alignas(64) float sums[kIntRows][kTile], second[kIntRows][kTile];
+  for (int64_t unit = begin; unit < end; ++unit) {
+    // Passes of about equal size: one of a row or two costs nearly as much as a full one.
+    int64_t passes = (rows + kIntRows - 1) / kIntRows;
+    for (int64_t row = 0, count = 0; row < rows; row += count, --passes) {
+      count = (rows - row + passes - 1) / passes;
+      const TileFunction tile = TileFor(kind, m.zeros, count);
+      const QuantRows part = x.From(row);
+      tile(m, m.swiglu ? 2 * unit : unit, part, sums);
+      if (m.swiglu) tile(m, 2 * unit + 1, part, second);
+      FinishRows(m, unit, count, sums, second, out.From(row));
+    }
+  }
+}
+
+void LinearInt8(const Matrix& m, int64_t begin, int64_t end, const QuantRows& x, int64_t rows, const Output& out) {
+  LinearIntegerOf(m.kind, m, begin, end, x, rows, out);
+}
+
+void LinearUpper(const Matrix& m, int64_t begin, int64_t end, const QuantRows& x, int64_t rows, const Output& out) {
+  LinearIntegerOf(kUpperPlane, m, begin, end, x, rows, out);
+}
+
+}  // namespace
+}  // namespace edgelm
+
+#endif  // EDGELM_KERNELS_LINEAR_INT8_IMPL_H_
