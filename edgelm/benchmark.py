@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from edgelm import devices
 from edgelm.bundle import Bundle, Manifest
 from edgelm.errors import ContextLengthError, EdgeLMError
+from edgelm.kv_cache import row_bytes
 from edgelm.packed import REFINE, TILE
 from edgelm.progress import Progress, Silent
 from edgelm.runtimes import Runtime, SequenceBatch, open_batch, open_runtime
@@ -92,7 +93,7 @@ def bytes_per_token(manifest: Manifest, position: float, kv: str | None = None) 
 
     Of a mixture's experts the chosen ones count; an embedding table counts as far as it also is the head. Of a head in
     planes the lower one is read only for the logits that are computed again, in whole tiles. `kv` is the cache's
-    type ("float32", "float16" or "int8" with a float32 scale per head and token), None the bundle's own.
+    type, one of `edgelm.kv_cache.KV_TYPES`, None the bundle's own.
     """
     model = manifest.model
     total = 0.0
@@ -106,8 +107,8 @@ def bytes_per_token(manifest: Manifest, position: float, kv: str | None = None) 
         else:
             total += tensor.size
     kind = kv or manifest.graph.kv_dtype
-    row = model.head_dim + 4 if kind == "int8" else model.head_dim * np.dtype(kind).itemsize
-    return round(total + 2 * model.num_layers * model.num_kv_heads * row * position)
+    row = 2 * model.num_layers * model.num_kv_heads * row_bytes(kind, model.head_dim)
+    return round(total + row * position)
 
 
 def read_bandwidth(threads: int, file: Path | None = None) -> float:

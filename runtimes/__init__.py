@@ -138,7 +138,7 @@ def open_runtime(bundle: Bundle, name: str | None = None, **options: int | str |
 
     Options that are None are left to the runtime. `threads`: default the physical cores this process may use.
     `context_length`: positions to allocate, default the model's, at most 4096. `chunk`: tokens a prefill step. `kv`:
-    type of the cache, for bundles with native operators "float16" (the default), "float32" or "int8".
+    type of the cache, for bundles with native operators one of `edgelm.kv_cache.KV_TYPES`, default the bundle's.
 
     Raises:
         RuntimeUnavailableError: no such runtime, not one for this bundle, or its package is not installed.

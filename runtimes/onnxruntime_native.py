@@ -1,7 +1,7 @@
 """Bundles with native operators: EdgeLM's own compiled ones, registered with ONNX Runtime, on the processor.
 
-Weights are used where the file is mapped. The cache is bytes whose row says what it holds: float32, float16, or int8
-with a scale per head and token, chosen when a bundle is loaded.
+Weights are used where the file is mapped. The cache is bytes whose row says what it holds (`edgelm.kv_cache`), chosen
+when a bundle is loaded.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgelm.devices import allowed_cores, return_free_memory
 from edgelm.errors import EdgeLMError, GenerationError, RuntimeUnavailableError
+from edgelm.kv_cache import row_bytes
 from edgelm.runtimes.base import SequenceBatch, checked_tokens, choose_context_length, context_full
 from edgelm.runtimes.native_library import describe_cpu
 from edgelm.runtimes.onnxruntime_common import (
@@ -80,23 +81,10 @@ def _load(bundle: Bundle, file: str, threads: int) -> onnxruntime.InferenceSessi
     return create_session(bundle, file, threads, register)
 
 
-def _row_bytes(kv: str, bundle: Bundle) -> int:
-    """Bytes of a head and token in a cache of this type.
-
-    Raises:
-        EdgeLMError: there is no such type.
-    """
-    width = bundle.manifest.model.head_dim
-    rows = {"float32": 4 * width, "float16": 2 * width, "int8": width + 4}
-    if kv not in rows:
-        raise EdgeLMError(f"kv is {kv!r}: the cache can be {', '.join(rows)}")
-    return rows[kv]
-
-
 class NativeRuntime(OnnxRuntimeModel):
     """A bundle's native graph.
 
-    `kv`: the cache's type, "float32", "float16" or "int8"; default the bundle's, float16.
+    `kv`: the cache's type, one of `edgelm.kv_cache.KV_TYPES`; default the bundle's.
     """
 
     lengths = _LENGTHS
@@ -111,7 +99,7 @@ class NativeRuntime(OnnxRuntimeModel):
         kv: str | None = None,
     ) -> None:
         self.kv = kv or bundle.manifest.graph.kv_dtype
-        self._row_bytes = _row_bytes(self.kv, bundle)
+        self._row_bytes = row_bytes(self.kv, bundle.manifest.model.head_dim)
         super().__init__(bundle, threads=threads, context_length=context_length, chunk=chunk)
 
     def _session(self, bundle: Bundle) -> onnxruntime.InferenceSession:
@@ -161,7 +149,7 @@ class NativeBatch(SequenceBatch):
         self.threads = allowed_cores() if threads is None else threads
         self.kv = kv or bundle.manifest.graph.kv_dtype
         self._chunk = min(chunk, self.context_length)
-        shape = (batch, model.num_kv_heads, self.context_length, _row_bytes(self.kv, bundle))
+        shape = (batch, model.num_kv_heads, self.context_length, row_bytes(self.kv, model.head_dim))
         session = _load(bundle, bundle.manifest.graph.file, self.threads)
         check_graph(session, bundle, _LENGTHS)
         self._graph: BoundGraph | None = BoundGraph(session, batch=batch, chunk=self._chunk, vocab_size=self.vocab_size)
@@ -239,7 +227,7 @@ class NativeTracing(TracingModel):
     lengths = _LENGTHS
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
-        self._row = _row_bytes("float32", bundle)
+        self._row = row_bytes("float32", bundle.manifest.model.head_dim)
         super().__init__(bundle, threads=threads)
 
     def _load(self, bundle: Bundle, threads: int) -> onnxruntime.InferenceSession:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from edgelm.quant.calibration import CalibrationOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -16,8 +19,8 @@ BUNDLE = click.Path(path_type=Path)
 
 kv_option = click.option(
     "--kv",
-    type=click.Choice(["float16", "float32", "int8"]),
-    help="Type of the cache [float16; float32 for portable bundles].",
+    type=click.Choice(["float16", "float32", "int8", "fp8"]),
+    help="Type of the cache [as exported: float16 unless the recipe says another; float32 for portable bundles].",
 )
 
 
@@ -75,6 +78,60 @@ def sampling_options(temperature: float) -> Callable[[Command], Command]:
         return command
 
     return decorate
+
+
+def calibration_options(command: Command) -> Command:
+    """Whether to choose codes by a text, which, and when an expert has seen enough of it."""
+    for option in (
+        click.option(
+            "--require-coverage", is_flag=True, help="Fail where an expert sees too few tokens to be calibrated."
+        ),
+        click.option(
+            "--min-expert-tokens",
+            type=click.IntRange(min=0),
+            help="Tokens that an expert needs to be calibrated [an eighth of its columns].",
+        ),
+        click.option("--sample-length", type=click.IntRange(min=2), help="Tokens of a sample [512]."),
+        click.option("--samples", type=click.IntRange(min=1), help="Samples of the text [128]."),
+        click.option(
+            "--calibration",
+            metavar="TEXT",
+            help="Choose codes by what the model computes for a text: a file, a folder, or builtin.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def chosen_calibration(
+    calibration: str | None,
+    samples: int | None,
+    sample_length: int | None,
+    min_expert_tokens: int | None,
+    require_coverage: bool,
+) -> CalibrationOptions | None:
+    """What `calibration_options` came to; None without --calibration.
+
+    Raises:
+        click.UsageError: another of them was given without it.
+    """
+    if calibration is None:
+        if require_coverage or any(value is not None for value in (samples, sample_length, min_expert_tokens)):
+            raise click.UsageError(
+                "--samples, --sample-length, --min-expert-tokens and --require-coverage go with --calibration"
+            )
+        return None
+    from edgelm.cli.extras import need_export_extra
+
+    need_export_extra()
+    from edgelm.quant.calibration import CalibrationOptions, CoverageOptions
+
+    return CalibrationOptions(
+        text=calibration,
+        coverage=CoverageOptions(min_tokens=min_expert_tokens),
+        require_coverage=require_coverage,
+        **given(samples=samples, length=sample_length),
+    )
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -83,7 +83,9 @@ def test_results_do_not_depend_on_the_number_of_threads(bundles: dict[tuple[str,
             np.testing.assert_array_equal(one.decode(5), three.decode(5))
 
 
-@pytest.mark.parametrize(("kv", "row", "tolerance"), [("float32", 128, 0.0), ("float16", 64, 1e-3), ("int8", 36, 3e-2)])
+@pytest.mark.parametrize(
+    ("kv", "row", "tolerance"), [("float32", 128, 0.0), ("float16", 64, 1e-3), ("int8", 36, 3e-2), ("fp8", 34, 2e-1)]
+)
 def test_the_caches_type_is_chosen_at_load(exact: Bundle, kv: str, row: int, tolerance: float) -> None:
     with opened(exact) as default, opened(exact, kv=kv, context_length=100) as chosen:
         heads = exact.manifest.model.num_kv_heads
@@ -162,7 +164,7 @@ def test_a_batch_refuses_what_does_not_fit(bundles: dict[tuple[str, str], Bundle
 
 
 def test_options_that_do_not_exist_are_refused(bundles: dict[tuple[str, str], Bundle], portable: Bundle) -> None:
-    with pytest.raises(EdgeLMError, match="kv is 'int4': the cache can be float32, float16, int8"):
+    with pytest.raises(EdgeLMError, match="kv is 'int4': the cache can be float32, float16, int8, fp8"):
         opened(bundles["fox", "int4"], kv="int4")
     with pytest.raises(EdgeLMError, match=r"kv is 'int8'.*portable operators, whose cache is float32.*--ops native"):
         opened(portable, kv="int8")

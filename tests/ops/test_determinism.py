@@ -14,6 +14,7 @@ import pytest
 from operator_models import Array, feeds, session
 from packed_weights import pack_experts, random_matrix
 
+from edgelm.kv_cache import KV_TYPES, row_bytes
 from edgelm.runtimes.native_library import describe_cpu
 
 D = 256
@@ -54,9 +55,9 @@ def cases() -> dict[str, tuple[str, dict[str, Array], dict[str, object]]]:
         for activations in ("int8", "float32"):
             found[f"moe {tokens} {activations}"] = ("SparseMoE", layer, {"k": 3, "activations": activations})
     positions = np.arange(900)[:, None] / 10000 ** (np.arange(16) / 16)
-    for row in (128, 64, 36):
+    for kv in KV_TYPES:
         for past, tokens in ((700, 2), (0, 80)):
-            cache = np.zeros((2, 2, 800, row), np.uint8)
+            cache = np.zeros((2, 2, 800, row_bytes(kv, 32)), np.uint8)
             attention = {
                 "qkv": rng.standard_normal((2, tokens, 8 * 32)).astype(np.float32),
                 "past_key": cache,
@@ -65,7 +66,7 @@ def cases() -> dict[str, tuple[str, dict[str, Array], dict[str, object]]]:
                 "cos": np.cos(positions).astype(np.float32),
                 "sin": np.sin(positions).astype(np.float32),
             }
-            found[f"attention {row} {tokens}"] = ("GroupQueryAttention", attention, {"num_heads": 4, "kv_num_heads": 2})
+            found[f"attention {kv} {tokens}"] = ("GroupQueryAttention", attention, {"num_heads": 4, "kv_num_heads": 2})
     return found
 
 

@@ -11,8 +11,10 @@ import onnxruntime as ort
 import pytest
 from operator_models import Array, feeds, run, session
 
+from edgelm.kv_cache import KV_TYPES, row_bytes
+
 U = 2.0**-24  # unit roundoff of float32
-CACHES = ["float32", "float16", "int8"]
+CACHES = list(KV_TYPES)
 POSITIONS = 800
 Generator = np.random.Generator
 
@@ -38,8 +40,7 @@ class Heads:
 
     def cache(self, kind: str, batch: int, capacity: int, rng: Generator) -> Array:
         """A cache full of what nobody may read."""
-        row = {"float32": 4 * self.size, "float16": 2 * self.size, "int8": self.size + 4}[kind]
-        return rng.integers(0, 256, (batch, self.kv_heads, capacity, row)).astype(np.uint8)
+        return rng.integers(0, 256, (batch, self.kv_heads, capacity, row_bytes(kind, self.size))).astype(np.uint8)
 
 
 GROUPED = Heads(4, 2, 16)
@@ -51,6 +52,21 @@ def norms(rng: Generator, heads: Heads) -> dict[str, Array]:
         "q_norm": rng.uniform(0.5, 2, heads.heads * heads.size).astype(np.float32),
         "k_norm": rng.uniform(0.5, 2, heads.kv_heads * heads.size).astype(np.float32),
     }
+
+
+def as_fp8(x: Array) -> tuple[Array, Array]:
+    """x [..., size] as an fp8 cache has it, and how far elements may be off that float32 rounds to another neighbour.
+
+    E4M3: three bits of mantissa, steps of 2^-9 below 2^-6; the scale has eight bits and is rounded up.
+    """
+    largest = np.abs(x).max(-1, keepdims=True)
+    unit = np.exp2(np.floor(np.log2(largest / 448)) - 7)
+    units = largest / 448 / unit
+    scale = np.ceil(units) * unit
+    step = scale * np.exp2(np.maximum(np.floor(np.log2(np.abs(x) / scale + 1e-30)), -6) - 3)
+    codes = x / step
+    unsure = (np.abs(units - np.rint(units)) < 2e-4) | (np.abs(np.abs(codes) % 1 - 0.5) < 2e-5)
+    return np.rint(codes) * step, np.where(unsure, step, 0.0)
 
 
 def expected(
@@ -71,8 +87,11 @@ def expected(
         return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
     q, k = rotated(q.reshape(tokens, h, size)), rotated(k.reshape(tokens, kv, size))
-    k = np.repeat(k, h // kv, axis=1)
-    v = np.repeat(v.reshape(tokens, kv, size), h // kv, axis=1)
+    v = v.reshape(tokens, kv, size)
+    k_slack, v_slack = np.zeros_like(k), np.zeros_like(v)
+    if kind == "fp8":
+        (k, k_slack), (v, v_slack) = as_fp8(k), as_fp8(v)
+    k, v, k_slack, v_slack = (np.repeat(x, h // kv, axis=1) for x in (k, v, k_slack, v_slack))
     factor = scale or 1 / np.sqrt(size)
     scores = np.einsum("thd,uhd->htu", q, k) * factor
     scores = np.where(np.tril(np.ones((tokens, tokens), bool)), scores, -np.inf)
@@ -84,13 +103,16 @@ def expected(
     # half a step of 127, or of float16's 11 bits. Independently for each element, so six standard deviations bound a
     # score's error. That changes the weights by at most twice as much; int8 weights are half a step of their largest
     # off too.
-    step = {"float32": 0.0, "float16": 2.0**-11, "int8": 0.5 / 127}[kind]
+    # What fp8 rounds to is known, save for the few elements that have slack.
+    step = {"float32": 0.0, "float16": 2.0**-11, "int8": 0.5 / 127, "fp8": 0.0}[kind]
     largest_q, largest_k, largest_v = (np.abs(x).max() for x in (q, k, v))
     norm_q, norm_k = (np.linalg.norm(x, axis=-1).max() for x in (q, k))
     score_error = factor * (
         6 / np.sqrt(3) * step * (norm_q * largest_k + norm_k * largest_q) + (size + 24) * U * norm_q * norm_k
     )
-    return out, float(largest_v * (2 * np.expm1(score_error) + 3 * step + (tokens + 16) * U))
+    slack = 4 * largest_v * factor * np.einsum("thd,uhd->htu", np.abs(q), k_slack) + v_slack.max(-1).T[:, None]
+    unsure = (p * slack).sum(-1).max()
+    return out, float(largest_v * (2 * np.expm1(score_error) + 3 * step + (tokens + 16) * U) + unsure)
 
 
 def check_steps(rng: Generator, heads: Heads, kind: str, steps: list[int], **attributes: Any) -> None:
@@ -217,6 +239,23 @@ def test_tokens_may_be_dropped_from_the_end(rng: Generator, kind: str) -> None:
     assert again.tobytes() == fresh.tobytes()
 
 
+def test_fp8_rounds_keys_and_values_and_nothing_else(rng: Generator) -> None:
+    """Where keys and values are numbers of E4M3 already, the result is a float32 cache's to the last bit."""
+    inputs = arguments(rng, GROUPED, "float32", 1, 40, 60)
+    inputs["cos"], inputs["sin"] = np.ones_like(inputs["cos"]), np.zeros_like(inputs["sin"])  # no rotation
+    heads = inputs["qkv"][0, :, 64:].reshape(40, 4, 16)
+    steps = rng.integers(0, 8, heads.shape)
+    numbers = np.where(
+        rng.random(heads.shape) < 0.1, steps * 2.0**-9, (8 + steps) * np.exp2(rng.integers(-9, 5, heads.shape))
+    )
+    numbers[:, :, 3] = 448
+    inputs["qkv"][0, :, 64:] = (np.sign(heads) * numbers / 256).reshape(40, 64)  # and the scale 1 / 256
+    exact, _, _ = run("GroupQueryAttention", inputs, **GROUPED.attributes)
+    inputs |= {name: GROUPED.cache("fp8", 1, 60, rng) for name in ("past_key", "past_value")}
+    rounded, _, _ = run("GroupQueryAttention", inputs, **GROUPED.attributes)
+    assert rounded.tobytes() == exact.tobytes()
+
+
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 0), (0, 3)])
 def test_nothing_gives_nothing(rng: Generator, batch: int, tokens: int) -> None:
     inputs = arguments(rng, GROUPED, "int8", batch, tokens, 8)
@@ -252,7 +291,7 @@ def zeros(*shape: int) -> Array:
         (
             {"past_key": np.zeros((2, 2, 10, 48), np.uint8), "past_value": np.zeros((2, 2, 10, 48), np.uint8)},
             {},
-            "past_key has 48 bytes a token, expected 64 (float32), 32 (float16) or 20 (int8) for heads of 16",
+            "past_key has 48 bytes a token, expected 64 (float32), 32 (float16), 20 (int8) or 18 (fp8) for heads of 16",
         ),
         (
             {"past_lengths": np.array([1, 8])},

@@ -9,10 +9,10 @@
 // What a unit is depends on the call alone, never on threads: results are the same however units are spread.
 //
 // Cache of one sequence: [kv_heads] x capacity x AttentionRowBytes() bytes, for keys and for values. What lies where
-// within a head's bytes is this kernel's own: tiles of 16 tokens, in each all tokens' elements and then, for int8,
-// their scales. Keys lie dimension by dimension (int8: four by four), so that lanes are tokens; values token by token
-// (int8: four tokens by four), so that lanes are dimensions. A token's bytes are its own: tokens may be dropped from
-// the end and written again, and whatever lies beyond the valid tokens is never used.
+// within a head's bytes is this kernel's own: tiles of 16 tokens, in each all tokens' elements and then, for int8 and
+// fp8, their scales. Keys lie dimension by dimension (int8: four by four), so that lanes are tokens; values token by
+// token (int8: four tokens by four), so that lanes are dimensions. A token's bytes are its own: tokens may be dropped
+// from the end and written again, and whatever lies beyond the valid tokens is never used.
 #ifndef EDGELM_KERNELS_ATTENTION_H_
 #define EDGELM_KERNELS_ATTENTION_H_
 
@@ -26,6 +26,7 @@ enum class CacheKind : uint8_t {
   kFloat32,
   kFloat16,
   kInt8,  // one float32 scale per head and token, for the key and for the value
+  kFp8,   // E4M3, one bfloat16 scale per head and token: largest magnitude / 448, rounded up so that none is above 448
 };
 
 constexpr int64_t kPrepareRows = 16;   // tokens of a unit of `prepare`
@@ -35,7 +36,13 @@ constexpr int64_t kQueryRows = 64;     // else: tokens x query heads of a KV hea
 
 // Bytes a token takes of one head's keys, and again of its values.
 EDGELM_INLINE int64_t AttentionRowBytes(CacheKind cache, int64_t head_dim) {
-  return cache == CacheKind::kInt8 ? head_dim + 4 : cache == CacheKind::kFloat16 ? 2 * head_dim : 4 * head_dim;
+  switch (cache) {
+    case CacheKind::kFloat32: return 4 * head_dim;
+    case CacheKind::kFloat16: return 2 * head_dim;
+    case CacheKind::kInt8: return head_dim + 4;
+    case CacheKind::kFp8: return head_dim + 2;
+  }
+  return 0;
 }
 
 // One sequence's new tokens. All pointers are the caller's; nothing overlaps.

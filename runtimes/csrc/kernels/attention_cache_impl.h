@@ -36,8 +36,9 @@ inline int64_t ValueCode(int64_t d, int64_t slot, int64_t n, int64_t head_dim) {
   return head_dim * four + width * d + slot - four;
 }
 
-// x [head_dim, zeros up to whole vectors] into int8: codes = round(x * 127 / max|x|), as QuantBlock does it.
-inline void QuantHead(const float* x, int64_t width, int8_t* codes, float* scale) {
+// The largest magnitude of x [head_dim, zeros up to whole vectors]; 0 where it is too small to divide by, NaN where one
+// is not finite.
+inline float LargestOf(const float* x, int64_t width) {
   F32 odd = Splat(0.0f), top = Splat(0.0f);
   for (int64_t i = 0; i < width; i += 16) {
     const F32 a = Load(x + i);
@@ -45,14 +46,61 @@ inline void QuantHead(const float* x, int64_t width, int8_t* codes, float* scale
     top = Max(Abs(a), top);
   }
   const float probe = Sum(odd), largest = Largest(top);
-  if (!(probe == 0.0f) || largest < 0x1p-100f) {
+  if (!(probe == 0.0f)) return probe - probe;
+  return largest < 0x1p-100f ? 0.0f : largest;
+}
+
+// x [head_dim, zeros up to whole vectors] into int8: codes = round(x * 127 / max|x|), as QuantBlock does it.
+inline void QuantHead(const float* x, int64_t width, int8_t* codes, float* scale) {
+  const float largest = LargestOf(x, width);
+  if (!(largest > 0.0f)) {
     std::memset(codes, 0, width);
-    *scale = probe == 0.0f ? 0.0f : probe - probe;
+    *scale = largest;
     return;
   }
   const F32 inverse = Splat(127.0f / largest);
   for (int64_t i = 0; i < width; i += 16) StoreBytes(codes + i, Round(Mul(Load(x + i), inverse)));
   *scale = largest / 127.0f;
+}
+
+// The nearest number of E4M3 (ties to even), past 448 that; not for NaN.
+inline uint8_t Fp8Code(float x) {
+  constexpr uint32_t kLargest = 0x43E00000, kSmallestNormal = 0x3C800000, kShift = 0x46800000;  // 448, 2^-6, 2^14
+  uint32_t bits, shifted;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 24 & 0x80;
+  bits &= 0x7FFFFFFF;
+  bits = bits < kLargest ? bits : kLargest;
+  // To three bits of mantissa: the carry runs into the exponent, whose bias is 7 in place of 127.
+  const uint32_t normal = ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - (120 << 3);
+  // Below 2^-6 in steps of 2^-9, the unit in the last place of what lies above 2^14.
+  float magnitude;
+  std::memcpy(&magnitude, &bits, 4);
+  magnitude += 16384.0f;
+  std::memcpy(&shifted, &magnitude, 4);
+  return static_cast<uint8_t>(sign | (bits < kSmallestNormal ? shifted - kShift : normal));
+}
+
+// x [head_dim, zeros up to whole vectors] into E4M3: codes = x / scale, scale = max|x| / 448 rounded up to bfloat16.
+// A code times a scale is then exact in float32.
+inline void QuantHeadFp8(const float* x, int64_t width, uint8_t* codes, uint16_t* scale) {
+  const float largest = LargestOf(x, width);
+  if (!(largest > 0.0f)) {
+    std::memset(codes, 0, width);
+    *scale = largest == 0.0f ? 0 : 0x7FC0;
+    return;
+  }
+  float rounded = largest / 448.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &rounded, 4);
+  bits = (bits + 0xFFFF) & 0xFFFF0000;
+  std::memcpy(&rounded, &bits, 4);
+  *scale = static_cast<uint16_t>(bits >> 16);
+  for (int64_t i = 0; i < width; i += 16) {
+    float part[16];
+    Store(part, Div(Load(x + i), Splat(rounded)));
+    for (int64_t j = 0; j < 16; ++j) codes[i + j] = Fp8Code(part[j]);
+  }
 }
 
 // One token's key (or value) of one head, x [head_dim, zeros up to whole vectors], into the cache. `temporary` holds as
@@ -83,6 +131,14 @@ inline void StoreToken(const HeadCache& cache, CacheKind kind, int64_t position,
   const int64_t step = kKey ? n : 1, first = kKey ? slot : slot * dim;
   if (kind == CacheKind::kFloat32) {
     for (int64_t d = 0; d < dim; ++d) std::memcpy(to + 4 * (first + d * step), x + d, 4);
+    return;
+  }
+  if (kind == CacheKind::kFp8) {
+    uint8_t* codes = reinterpret_cast<uint8_t*>(temporary);
+    uint16_t scale;
+    QuantHeadFp8(x, width, codes, &scale);
+    std::memcpy(to + n * dim + 2 * slot, &scale, 2);
+    for (int64_t d = 0; d < dim; ++d) to[first + d * step] = codes[d];
     return;
   }
   uint16_t* half = reinterpret_cast<uint16_t*>(temporary);

@@ -6,11 +6,13 @@
 // cut.
 //
 // float32, float16: fused multiply-adds in float32, dimensions (scores) and tokens (sums) in order.
+// fp8: a block's keys and values become float32, and then the same.
 // int8: integer dot products of rounded queries and weights: attention_int8_impl.h.
 #ifndef EDGELM_KERNELS_ATTENTION_IMPL_H_
 #define EDGELM_KERNELS_ATTENTION_IMPL_H_
 
 #include "attention_float_impl.h"
+#include "attention_fp8_impl.h"
 #include "attention_int8_impl.h"
 #include "attention_prepare_impl.h"
 
@@ -32,6 +34,7 @@ inline void AttendTokens(const Unit& u, int64_t begin, int64_t end) {
     switch (u.call->cache) {
       case CacheKind::kFloat32: AttendFloat<float>(u, from, block, count); break;
       case CacheKind::kFloat16: AttendFloat<uint16_t>(u, from, block, count); break;
+      case CacheKind::kFp8: AttendFp8(u, from, block, count); break;
       case CacheKind::kInt8:
         u.call->split() ? AttendInt8<true>(u, from, block, count) : AttendInt8<false>(u, from, block, count);
         break;

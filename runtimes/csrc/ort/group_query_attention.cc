@@ -150,17 +150,18 @@ Attention GroupQueryAttention::Check(const Run& run, const Tensor& qkv, const Sh
   }
   if (!(past_value == past_key)) Fail("past_value has shape ", past_value, ", past_key ", past_key);
   call.capacity = past_key[2];
-  // Where two kinds take the same bytes (heads of 4), the wider type is meant.
+  // Where two kinds take the same bytes (heads of 2 or 4), the wider type is meant.
   bool known = false;
-  for (CacheKind kind : {CacheKind::kInt8, CacheKind::kFloat16, CacheKind::kFloat32}) {
+  for (CacheKind kind : {CacheKind::kFp8, CacheKind::kInt8, CacheKind::kFloat16, CacheKind::kFloat32}) {
     if (past_key[3] != AttentionRowBytes(kind, dim)) continue;
     call.cache = kind;
     known = true;
   }
   if (!known) {
     Fail("past_key has ", past_key[3], " bytes a token, expected ", AttentionRowBytes(CacheKind::kFloat32, dim),
-         " (float32), ", AttentionRowBytes(CacheKind::kFloat16, dim), " (float16) or ",
-         AttentionRowBytes(CacheKind::kInt8, dim), " (int8) for heads of ", dim);
+         " (float32), ", AttentionRowBytes(CacheKind::kFloat16, dim), " (float16), ",
+         AttentionRowBytes(CacheKind::kInt8, dim), " (int8) or ", AttentionRowBytes(CacheKind::kFp8, dim),
+         " (fp8) for heads of ", dim);
   }
   call.q_norm = q_norm_.Get(run, heads_ * dim, "one value an element of the queries");
   call.k_norm = k_norm_.Get(run, kv_heads_ * dim, "one value an element of the keys");

@@ -28,7 +28,13 @@ struct Shape {
 };
 
 const char* Name(CacheKind kind) {
-  return kind == CacheKind::kInt8 ? "int8" : kind == CacheKind::kFloat16 ? "float16" : "float32";
+  switch (kind) {
+    case CacheKind::kFloat32: return "float32";
+    case CacheKind::kFloat16: return "float16";
+    case CacheKind::kInt8: return "int8";
+    case CacheKind::kFp8: return "fp8";
+  }
+  return "";
 }
 
 // A sequence: its tokens, the tables of rotation and the weights of the norms.
@@ -66,9 +72,11 @@ struct AlignedBytes {
   std::vector<uint8_t> bytes;
 };
 
-// Tokens past .. past + rows - 1 of the sequence through one table; their rows of the output.
+// Tokens past .. past + rows - 1 of the sequence through one table; their rows of the output. `between` is called once
+// the cache is written and before it is read.
+template <typename Between>
 std::vector<float> Run(const Kernels& table, const Sequence& sequence, CacheBuffer& cache, int64_t past, int64_t rows,
-                       bool backwards = false) {
+                       bool backwards, const Between& between) {
   const Shape& s = sequence.shape;
   std::vector<float> out(static_cast<size_t>(rows * s.heads * s.dim), -77.0f);
   Attention call;
@@ -98,9 +106,15 @@ std::vector<float> Run(const Kernels& table, const Sequence& sequence, CacheBuff
     }
   };
   each(call.prepare_units(), [&](int64_t unit, uint8_t* space) { table.attention.prepare(call, unit, space); });
+  between();
   each(call.attend_units(), [&](int64_t unit, uint8_t* space) { table.attention.attend(call, unit, space); });
   each(call.combine_units(), [&](int64_t unit, uint8_t*) { table.attention.combine(call, unit); });
   return out;
+}
+
+std::vector<float> Run(const Kernels& table, const Sequence& sequence, CacheBuffer& cache, int64_t past, int64_t rows,
+                       bool backwards = false) {
+  return Run(table, sequence, cache, past, rows, backwards, [] {});
 }
 
 // -- reference --------------------------------------------------------------------------------------------------------
@@ -111,9 +125,29 @@ struct Stored {
   double scale = 1;  // int8
 };
 
+// E4M3, three bits of mantissa and subnormals below 2^-6, with a scale of eight bits that is rounded up.
+Stored StoreFp8(const std::vector<double>& x) {
+  Stored out = {x, std::vector<double>(x.size(), 0.0), 1};
+  double largest = 0;
+  for (const double value : x) largest = std::max(largest, std::fabs(value));
+  if (largest == 0) return out;
+  const double unit = std::ldexp(1.0, std::ilogb(largest / 448) - 7), units = largest / 448 / unit;
+  const double scale = std::ceil(units) * unit;
+  // Where float32 may have rounded the scale to its neighbour, any element may have another code.
+  const bool unsure = std::fabs(units - std::nearbyint(units)) < 256 * 64 * kUnit;
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double step = scale * std::ldexp(1.0, std::max(std::ilogb(std::fabs(x[i]) / scale + 1e-30), -6) - 3);
+    const double codes = x[i] / step;
+    out.value[i] = std::nearbyint(codes) * step;
+    if (unsure || std::fabs(std::fabs(codes - std::floor(codes)) - 0.5) < 16 * 2048 * kUnit) out.slack[i] = step;
+  }
+  return out;
+}
+
 Stored Store(CacheKind kind, const std::vector<double>& x, bool query) {
   Stored out = {x, std::vector<double>(x.size(), 0.0), 1};
-  if (kind == CacheKind::kFloat32 || (kind == CacheKind::kFloat16 && query)) return out;
+  if (kind == CacheKind::kFloat32 || (kind != CacheKind::kInt8 && query)) return out;
+  if (kind == CacheKind::kFp8) return StoreFp8(x);
   double largest = 0;
   for (const double value : x) largest = std::max(largest, std::fabs(value));
   for (size_t i = 0; i < x.size(); ++i) {
@@ -270,7 +304,7 @@ void TestCase(const Shape& shape, int64_t past, int64_t rows, float deviation = 
   }
 }
 
-const CacheKind kKinds[] = {CacheKind::kFloat32, CacheKind::kFloat16, CacheKind::kInt8};
+const CacheKind kKinds[] = {CacheKind::kFloat32, CacheKind::kFloat16, CacheKind::kInt8, CacheKind::kFp8};
 
 void TestLengths(bool reduced) {
   std::vector<int64_t> counts = {1, 2, 5, 8, 9, 17, 64, 100};
@@ -326,6 +360,54 @@ void TestSmallWeightsSurvive() {
   Reference reference(sequence);
   reference.Check(Run(kScalarKernels, sequence, cache, 2960, 1), 2960, 1, "small weights, one row");
   reference.Check(Run(kScalarKernels, sequence, cache, 2960, 40), 2960, 40, "small weights, many rows");
+}
+
+// What E4M3's codes stand for, by the format's definition (OCP 8-bit floating point, revision 1.0).
+float Fp8Value(uint8_t code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  const double magnitude = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+  return static_cast<float>(exponent == 15 && mantissa == 7 ? NAN : code >= 128 ? -magnitude : magnitude);
+}
+
+// Keys or values of an fp8 cache as those of a float32 one, whose elements lie in the same order.
+std::vector<uint8_t> Widened(const Shape& shape, const std::vector<uint8_t>& cache, bool keys) {
+  std::vector<float> wide;
+  for (int64_t h = 0; h < shape.kv_heads; ++h) {
+    for (int64_t first = 0; first < shape.capacity; first += kCacheTile) {
+      const int64_t n = std::min(kCacheTile, shape.capacity - first);
+      const uint8_t* tile = cache.data() + (h * shape.capacity + first) * AttentionRowBytes(shape.cache, shape.dim);
+      for (int64_t i = 0; i < n * shape.dim; ++i) {
+        const int64_t token = keys ? i % n : i / shape.dim;
+        uint32_t bits = 0;
+        std::memcpy(reinterpret_cast<uint8_t*>(&bits) + 2, tile + n * shape.dim + 2 * token, 2);
+        float scale;
+        std::memcpy(&scale, &bits, 4);
+        wide.push_back(Fp8Value(tile[i]) * scale);
+      }
+    }
+  }
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(wide.data());
+  return std::vector<uint8_t>(bytes, bytes + 4 * wide.size());
+}
+
+// fp8: the result is that of a float32 cache with the same keys and values.
+void TestFp8IsFloat32OfTheRounded(const Kernels& table) {
+  for (const int64_t rows : {2, 40}) {
+    const Shape shape = {CacheKind::kFp8, 4, 2, 24, 309};
+    Shape wide_shape = shape;
+    wide_shape.cache = CacheKind::kFloat32;
+    Sequence sequence(shape, 300, 17), wide_sequence(wide_shape, 300, 17);
+    CacheBuffer cache(shape), wide(wide_shape);
+    const int64_t past = 300 - rows;
+    Run(table, sequence, cache, 0, past);
+    const std::vector<float> got = Run(table, sequence, cache, past, rows);
+    const std::vector<float> wanted = Run(table, wide_sequence, wide, past, rows, false, [&] {
+      const std::vector<uint8_t> keys = Widened(shape, cache.key, true), values = Widened(shape, cache.value, false);
+      std::copy(keys.begin(), keys.end(), wide.key.begin());
+      std::copy(values.begin(), values.end(), wide.value.begin());
+    });
+    ExpectSame(got, wanted, std::string("fp8 as float32, ") + table.name);
+  }
 }
 
 // Decoding, five tokens at once give what one by one gives; so do prompts cut anywhere.
@@ -421,6 +503,7 @@ int main(int argc, char** argv) {
   if (!reduced || tables.empty()) tables.push_back(&kScalarKernels);
   for (const Kernels* table : tables) {
     TestRowsAreAlone(*table);
+    TestFp8IsFloat32OfTheRounded(*table);
     TestOverwriting(*table);
     TestNotFinite(*table);
   }

@@ -250,5 +250,6 @@ int main() {
   Line("attention float32", [](const Kernels& k) { return Attend(k.attention, CacheKind::kFloat32); });
   Line("attention float16", [](const Kernels& k) { return Attend(k.attention, CacheKind::kFloat16); });
   Line("attention int8", [](const Kernels& k) { return Attend(k.attention, CacheKind::kInt8); });
+  Line("attention fp8", [](const Kernels& k) { return Attend(k.attention, CacheKind::kFp8); });
   return edgelm_test::Finish();
 }

@@ -1,0 +1,35 @@
+"""Types of the cache of keys and values, and the bytes a token takes in one.
+
+| type | a head's keys (or values) of one token |
+|---|---|
+| float32, float16 | as they are, or rounded to nearest |
+| int8 | codes round(x * 127 / max|x|), one float32 scale |
+| fp8 | E4M3 (OCP 8-bit floating point, revision 1.0), one bfloat16 scale: max|x| / 448, rounded up |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from edgelm.errors import EdgeLMError
+
+_ROWS: dict[str, Callable[[int], int]] = {
+    "float32": lambda width: 4 * width,
+    "float16": lambda width: 2 * width,
+    "int8": lambda width: width + 4,
+    "fp8": lambda width: width + 2,
+}
+
+KV_TYPES = tuple(_ROWS)
+"""What a cache can be with native operators; portable ones have float32."""
+
+
+def row_bytes(kv: str, head_dim: int) -> int:
+    """Bytes of one head's keys, and again of its values, of one token.
+
+    Raises:
+        EdgeLMError: there is no such type.
+    """
+    if kv not in _ROWS:
+        raise EdgeLMError(f"kv is {kv!r}: the cache can be {', '.join(_ROWS)}")
+    return _ROWS[kv](head_dim)
