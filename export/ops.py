@@ -11,7 +11,7 @@ from edgelm.errors import ExportError
 from edgelm.export.graph import GraphBuilder
 from edgelm.export.weights import SlotWriter, WeightsPlan
 from edgelm.progress import Advance
-from edgelm.quant.source import PARTS, WeightSource, part_name
+from edgelm.quant.source import WeightSource
 
 STORAGE = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
 """numpy has no bfloat16: its bits are kept as uint16."""
@@ -35,9 +35,7 @@ class LayerOps:
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor in the checkpoint, where it is stored whole or in quantised parts."""
-        tensors = self.source.checkpoint.tensors
-        keys = [name] if name in tensors else [part_name(name, part) for part in PARTS]
-        return sum(tensors[key].nbytes for key in keys if key in tensors)
+        return self.source.nbytes(name)
 
     def vector(self, name: str, layer: int | None) -> str:
         """A float32 vector of the checkpoint (a norm's weight)."""

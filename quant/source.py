@@ -11,39 +11,38 @@ from numpy.typing import NDArray
 from edgelm.devices import allowed_cores
 from edgelm.errors import CheckpointError, RecipeError
 from edgelm.quant import codec
+from edgelm.quant.foreign import ForeignWeights, recipe_of
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.scheme import AnyScheme
+from edgelm.quant.stored import FORMAT_VERSION, METHOD, PARTS, OwnWeights, Stored, part_name
 from edgelm.quant.tensor import QuantTensor
 
 if TYPE_CHECKING:
     from edgelm.checkpoint import Checkpoint, WeightReader
 
-METHOD = "edgelm"
-FORMAT_VERSION = 1
-PARTS = ("qweight", "scales", "zeros")
-
-
-def part_name(tensor: str, part: str) -> str:
-    """Return the key under which `part` of a quantised tensor is stored: "a.b.weight" -> "a.b.qweight"."""
-    return f"{tensor.removesuffix('.weight')}.{part}"
+__all__ = ["FORMAT_VERSION", "METHOD", "PARTS", "WeightSource", "part_name", "stored_recipe"]
 
 
 def stored_recipe(config: Mapping[str, object]) -> Recipe | None:
     """Return the recipe of a quantised checkpoint from its config.json, None where it is not quantised.
 
+    Of a checkpoint that others quantised it is the name and the default, such as "gptq-int4-g128"; which tensors are
+    exceptions only the tensors tell, and `WeightSource.recipe` says.
+
     Raises:
-        CheckpointError: it was quantised by something else, or by a newer version.
+        CheckpointError: it was quantised by something that is not read, or by a newer version.
         RecipeError: the recipe in it is malformed.
     """
     entry = config.get("quantization_config")
     if entry is None:
         return None
-    if not isinstance(entry, dict) or entry.get("quant_method") != METHOD:
-        method = entry.get("quant_method") if isinstance(entry, dict) else entry
+    if not isinstance(entry, dict):
         raise CheckpointError(
-            f"config.json says that the weights are quantised by {method!r}, which is not supported: "
-            "start from the float checkpoint"
+            f"config.json: quantization_config is {entry!r} and no object: fetch the file again, or start from the "
+            "float checkpoint"
         )
+    if entry.get("quant_method") != METHOD:
+        return recipe_of(entry)
     if entry.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"config.json has quantization_config.format_version {entry.get('format_version')!r}, this version reads "
@@ -52,11 +51,20 @@ def stored_recipe(config: Mapping[str, object]) -> Recipe | None:
     return Recipe.from_toml(str(entry.get("recipe")), "config.json: quantization_config.recipe")
 
 
+def _open_stored(checkpoint: Checkpoint) -> Stored | None:
+    """The checkpoint's quantised tensors, whoever made them; None where it is float."""
+    recipe = stored_recipe(checkpoint.config)
+    if recipe is None:
+        return None
+    entry = checkpoint.config["quantization_config"]
+    return OwnWeights(checkpoint, recipe) if entry["quant_method"] == METHOD else ForeignWeights(checkpoint, entry)
+
+
 class WeightSource:
     """Gives each tensor of `checkpoint` by its float name, quantised on the fly or as it was stored.
 
     Args:
-        checkpoint: float, or written by `quantize_checkpoint`.
+        checkpoint: float, written by `quantize_checkpoint`, or quantised by others (`edgelm.quant.foreign`).
         recipe: None is the stored recipe of a quantised checkpoint, and "none" for a float one.
         threads: for the quantisation kernel; None is all cores this process may use.
 
@@ -66,7 +74,8 @@ class WeightSource:
     """
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe | None = None, *, threads: int | None = None) -> None:
-        stored = stored_recipe(checkpoint.config)
+        self._stored = _open_stored(checkpoint)
+        stored = None if self._stored is None else self._stored.recipe
         if (
             stored is not None
             and recipe is not None
@@ -81,13 +90,18 @@ class WeightSource:
         self.is_stored_quantized = stored is not None
         # Asked once: finding out reads a dozen files of the system, and there are thousands of tensors.
         self._threads = allowed_cores() if threads is None else threads
-        self.shapes: Mapping[str, tuple[int, ...]] = self._logical_shapes()
+        self.shapes: Mapping[str, tuple[int, ...]] = (
+            {name: tuple(info.shape) for name, info in checkpoint.tensors.items()}
+            if self._stored is None
+            else self._stored.shapes
+        )
         """Shape of every tensor under its float name."""
         self.recipe.check(self.shapes)
 
     def scheme(self, name: str) -> AnyScheme | None:
         """Return the scheme of a tensor, None where it stays float."""
-        return self.recipe.scheme_for(name, self.shape(name))
+        shape = self.shape(name)
+        return self.recipe.scheme_for(name, shape) if self._stored is None else self._stored.scheme(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of the float tensor.
@@ -126,8 +140,8 @@ class WeightSource:
         scheme = self.scheme(name)
         if scheme is None:
             raise RecipeError(f"the recipe {self.recipe.name} keeps {name} in float")
-        if self.is_stored_quantized:
-            return self._stored(name, scheme, rows)
+        if self._stored is not None:
+            return self._stored.quantized(name, rows)
         if self.checkpoint.tensors[name].dtype == "BF16":
             weight = cast("NDArray[np.uint16]", self.checkpoint.read_raw(name, rows))
             return codec.quantize(weight, scheme, name=name, threads=self._threads)
@@ -155,48 +169,17 @@ class WeightSource:
             return self.float32(name, rows)
         return codec.dequantize(self.quantized(name, rows), threads=self._threads)
 
-    def _stored(self, name: str, scheme: AnyScheme, rows: slice | None) -> QuantTensor:
-        shape = self.shape(name)
-        codes = self.checkpoint.read_raw(part_name(name, "qweight"), rows)
-        scales = self.checkpoint.read_raw(part_name(name, "scales"), rows)
-        zeros = self.checkpoint.read_raw(part_name(name, "zeros"), rows) if scheme.has_zeros else None
-        try:
-            return QuantTensor(
-                cast("NDArray[np.uint8]", codes),
-                scales,
-                cast("NDArray[np.uint8] | None", zeros),
-                scheme,
-                (codes.shape[0], shape[1]),
-            )
-        except ValueError as error:
-            raise CheckpointError(f"{self.checkpoint.path}: {name} is damaged: {error}") from error
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor in the checkpoint, where it is stored whole or in quantised parts."""
+        return self.checkpoint.info(name).nbytes if self._stored is None else self._stored.nbytes(name)
 
-    def _logical_shapes(self) -> dict[str, tuple[int, ...]]:
-        tensors = self.checkpoint.tensors
-        if not self.is_stored_quantized:
-            return {name: tuple(info.shape) for name, info in tensors.items()}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for key, info in tensors.items():
-            stem, _, part = key.rpartition(".")
-            if part in PARTS:
-                if f"{stem}.qweight" not in tensors:
-                    raise CheckpointError(f"{self.checkpoint.path} has {key} but not {stem}.qweight")
-            else:
-                shapes[key] = tuple(info.shape)
-            if part != "qweight":
-                continue
-            name = f"{stem}.weight"
-            scheme = self.recipe.match(name)
-            if scheme is None or len(info.shape) != 2:
-                raise CheckpointError(f"{self.checkpoint.path} has {key}, but its recipe keeps {name} float")
-            for needed in PARTS if scheme.has_zeros else PARTS[:-1]:
-                if f"{stem}.{needed}" not in tensors:
-                    raise CheckpointError(f"{self.checkpoint.path} lacks {stem}.{needed} of the quantised {name}")
-            shapes[name] = (info.shape[0], info.shape[1] * 8 // scheme.bits)
-        for name, shape in shapes.items():
-            if name in tensors and self.recipe.scheme_for(name, shape) is not None:
-                raise CheckpointError(f"{self.checkpoint.path} holds {name} in float, but its recipe quantises it")
-        return shapes
+    def input_scale(self, name: str) -> float | None:
+        """Return the static scale of a matrix's inputs, x = code * scale, that the checkpoint brings; None for none.
+
+        Raises:
+            CheckpointError: it is not a number above zero.
+        """
+        return None if self._stored is None else self._stored.input_scale(name)
 
 
 class _Dequantized:

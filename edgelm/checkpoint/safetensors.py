@@ -42,6 +42,9 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "U16": np.dtype("<u2"),
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
+    # numpy has no 8-bit floats: they are handed out as their codes.
+    "F8_E4M3": np.dtype("u1"),
+    "F8_E5M2": np.dtype("u1"),
 }
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 

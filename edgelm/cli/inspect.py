@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from edgelm.bundle import Bundle
     from edgelm.checkpoint import Checkpoint
     from edgelm.packed import PackedMatrix
+    from edgelm.quant.recipe import Recipe
     from edgelm.runtimes.native_library import CpuKernels
 
 
@@ -184,6 +185,7 @@ def bundle_rows(bundle: Bundle, problems: list[str] | None) -> list[tuple[str, s
 def checkpoint_document(checkpoint: Checkpoint) -> dict[str, Any]:
     """Config, sizes and dtypes."""
     dtypes: dict[str, int] = {}
+    recipe, problem, scales = _stored_recipe(checkpoint)
     for tensor in checkpoint.tensors.values():
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
     return {
@@ -194,7 +196,27 @@ def checkpoint_document(checkpoint: Checkpoint) -> dict[str, Any]:
         "dtypes": dtypes,
         "bytes": sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
         "quantized": "quantization_config" in checkpoint.config,
+        "recipe": None if recipe is None else {"name": recipe.name, "toml": recipe.to_toml()},
+        "input_scales": scales,
+        "refused": problem,
     }
+
+
+def _stored_recipe(checkpoint: Checkpoint) -> tuple[Recipe | None, str | None, int]:
+    """The recipe of a quantised checkpoint, or why it cannot be exported; and how many static scales of inputs it has.
+
+    None and None for a float one. Only headers are read: what the values of a matrix refuse, an export finds.
+    """
+    from edgelm.errors import EdgeLMError
+    from edgelm.quant.source import WeightSource
+
+    if "quantization_config" not in checkpoint.config:
+        return None, None, 0
+    try:
+        source = WeightSource(checkpoint)
+        return source.recipe, None, sum(source.input_scale(name) is not None for name in source.shapes)
+    except EdgeLMError as error:
+        return None, str(error), 0
 
 
 def checkpoint_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
@@ -216,5 +238,12 @@ def checkpoint_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     ]
     if document["quantized"]:
         quantization = config["quantization_config"]
-        rows.append(("quantised", str(quantization.get("quant_method", "yes"))))
+        recipe = document["recipe"]
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        name = f", recipe {recipe['name']}" if recipe else ""
+        rows.append(("quantised", f"by {method}{name}"))
+        if document["input_scales"]:
+            rows.append(("", f"{document['input_scales']} matrices with a static scale of their inputs"))
+        if document["refused"]:
+            rows.append(("REFUSED", document["refused"]))
     return rows

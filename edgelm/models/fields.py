@@ -43,6 +43,9 @@ UNUSED: Mapping[str, tuple[object, ...]] = {
     "num_local_experts": (None,),
 }
 
+QUANTISED_BY = ("edgelm", "gptq", "awq", "compressed-tensors", "fp8")
+"""Formats of quantised weights that `edgelm.quant.WeightSource` reads; it knows them closer."""
+
 _ROPE_TYPE_KEYS = ("rope_type", "type")
 
 
@@ -64,8 +67,8 @@ def check_fields(config: Mapping[str, Any], model: str, read: Collection[str]) -
             continue
         if key == "quantization_config":
             method = value.get("quant_method") if isinstance(value, Mapping) else value
-            if method not in (None, "edgelm"):
-                raise _refuse("quantization_config.quant_method", method, '"edgelm" (made by `edgelm quantize`)')
+            if method not in (None, *QUANTISED_BY):
+                raise _refuse("quantization_config.quant_method", method, ", ".join(QUANTISED_BY))
         elif key in UNUSED:
             if value not in UNUSED[key]:
                 raise _refuse(key, value, " or ".join(map(repr, UNUSED[key])))

@@ -253,7 +253,7 @@ def test_fields_that_do_not_change_the_arithmetic_are_fine(change: dict[str, Any
         ({"attention_bias": True}, "attention_bias"),
         ({"head_dim": 64}, "head_dim"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "bits": 4}}, "quantization_config"),
         ({"num_shared_experts": 2}, "num_shared_experts"),
         ({"layer_types": ["sliding_attention"]}, "layer_types"),
     ],

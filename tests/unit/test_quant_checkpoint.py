@@ -141,7 +141,7 @@ def test_a_quantised_checkpoint_takes_no_other_recipe(folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"quant_method": "gptq"}, CheckpointError, "quantised by 'gptq'"),
+        ({"quant_method": "bitsandbytes"}, CheckpointError, "quantised by 'bitsandbytes', which is not supported"),
         ({"format_version": 2}, CheckpointError, "format_version 2"),
         ({"recipe": 'name = "x"\ndefault = "int9"'}, RecipeError, "int9"),
         ({"recipe": Recipe("f", None).to_toml()}, CheckpointError, "qweight, but its recipe keeps"),

@@ -1,0 +1,121 @@
+"""Quantised tensors as a checkpoint holds them: EdgeLM's own format, and the protocol that foreign ones share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.errors import CheckpointError
+from edgelm.quant.recipe import Recipe
+from edgelm.quant.scheme import AnyScheme
+from edgelm.quant.tensor import QuantTensor
+
+if TYPE_CHECKING:
+    from edgelm.checkpoint import Checkpoint
+
+METHOD = "edgelm"
+FORMAT_VERSION = 1
+PARTS = ("qweight", "scales", "zeros")
+
+
+def part_name(tensor: str, part: str) -> str:
+    """Return the key under which `part` of a quantised tensor is stored: "a.b.weight" -> "a.b.qweight"."""
+    return f"{tensor.removesuffix('.weight')}.{part}"
+
+
+class Stored(Protocol):
+    """A quantised checkpoint, its tensors under their float names.
+
+    Attributes:
+        recipe: which gives every matrix the scheme that it is stored in.
+        shapes: of every tensor, quantised or not.
+    """
+
+    recipe: Recipe
+    shapes: dict[str, tuple[int, ...]]
+
+    def scheme(self, name: str) -> AnyScheme | None:
+        """Return the scheme of a tensor, None where it is float."""
+
+    def quantized(self, name: str, rows: slice | None) -> QuantTensor:
+        """Return rows of a quantised matrix, None all of them. Raises `CheckpointError` where they are damaged."""
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor in the file, all its parts together."""
+
+    def input_scale(self, name: str) -> float | None:
+        """Return the static scale of a matrix's inputs, None where none is stored."""
+
+
+class OwnWeights:
+    """A checkpoint that `quantize_checkpoint` wrote.
+
+    Raises:
+        CheckpointError: parts are missing, or there is what the recipe does not describe.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
+        self._checkpoint = checkpoint
+        self.recipe = recipe
+        self.shapes = self._logical_shapes()
+
+    def scheme(self, name: str) -> AnyScheme | None:
+        """Return the scheme of a tensor, None where it is float."""
+        return self.recipe.scheme_for(name, self.shapes[name])
+
+    def quantized(self, name: str, rows: slice | None) -> QuantTensor:
+        """Return rows of a quantised matrix."""
+        scheme = self.scheme(name)
+        assert scheme is not None
+        codes = self._checkpoint.read_raw(part_name(name, "qweight"), rows)
+        scales = self._checkpoint.read_raw(part_name(name, "scales"), rows)
+        zeros = self._checkpoint.read_raw(part_name(name, "zeros"), rows) if scheme.has_zeros else None
+        try:
+            return QuantTensor(
+                cast("NDArray[np.uint8]", codes),
+                scales,
+                cast("NDArray[np.uint8] | None", zeros),
+                scheme,
+                (codes.shape[0], self.shapes[name][1]),
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{self._checkpoint.path}: {name} is damaged: {error}") from error
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor in the file, all its parts together."""
+        tensors: Mapping[str, object] = self._checkpoint.tensors
+        keys = [name] if name in tensors else [part_name(name, part) for part in PARTS]
+        return sum(self._checkpoint.tensors[key].nbytes for key in keys if key in tensors)
+
+    def input_scale(self, name: str) -> float | None:
+        """Return None: this format stores none."""
+        del name
+        return None
+
+    def _logical_shapes(self) -> dict[str, tuple[int, ...]]:
+        tensors, path = self._checkpoint.tensors, self._checkpoint.path
+        shapes: dict[str, tuple[int, ...]] = {}
+        for key, info in tensors.items():
+            stem, _, part = key.rpartition(".")
+            if part in PARTS:
+                if f"{stem}.qweight" not in tensors:
+                    raise CheckpointError(f"{path} has {key} but not {stem}.qweight")
+            else:
+                shapes[key] = tuple(info.shape)
+            if part != "qweight":
+                continue
+            name = f"{stem}.weight"
+            scheme = self.recipe.match(name)
+            if scheme is None or len(info.shape) != 2:
+                raise CheckpointError(f"{path} has {key}, but its recipe keeps {name} float")
+            for needed in PARTS if scheme.has_zeros else PARTS[:-1]:
+                if f"{stem}.{needed}" not in tensors:
+                    raise CheckpointError(f"{path} lacks {stem}.{needed} of the quantised {name}")
+            shapes[name] = (info.shape[0], info.shape[1] * 8 // scheme.bits)
+        for name, shape in shapes.items():
+            if name in tensors and self.recipe.scheme_for(name, shape) is not None:
+                raise CheckpointError(f"{path} holds {name} in float, but its recipe quantises it")
+        return shapes
