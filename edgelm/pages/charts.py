@@ -68,25 +68,38 @@ def line_chart(
     positions = [x for item in series for x in item.x]
     if not values or not positions:
         return ""
-    y_axis = _value_axis(values, log, floor, y_range)
+    y_axis = value_axis(values, log, floor, y_range)
     x_low, x_high = min(positions), max(positions)
     x_axis = Axis(x_low, x_high, LEFT, WIDTH - RIGHT)
-    parts = [_spans(spans, x_axis), _grid(y_axis), _x_ticks(x_axis, spans)]
+    parts = [_spans(spans, x_axis), value_grid(y_axis), _x_ticks(x_axis, spans)]
     if limit:
         y = y_axis.at(limit[1])
         parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
     parts += [_curve(item, x_axis, y_axis) for item in series]
-    parts.append(f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}">{escape(x_label)}</text>')
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(f'<text class="label" transform="translate(16 {middle}) rotate(-90)">{escape(y_label)}</text>')
+    parts.append(axis_labels(x_label, y_label))
+    return svg_figure(title, "".join(parts), _legend(series, limit))
+
+
+def svg_figure(title: str, content: str, legend: str = "") -> str:
+    """A figure of the charts' size around SVG elements."""
     svg = (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
-        f"<title>{escape(title)}</title>{''.join(parts)}</svg>"
+        f"<title>{escape(title)}</title>{content}</svg>"
     )
-    return f"<figure><figcaption>{escape(title)}</figcaption>{_legend(series, limit)}{svg}</figure>"
+    return f"<figure><figcaption>{escape(title)}</figcaption>{legend}{svg}</figure>"
 
 
-def _value_axis(values: Sequence[float], log: bool, floor: float, given: tuple[float, float] | None) -> Axis:
+def axis_labels(x_label: str, y_label: str) -> str:
+    """What the axes are."""
+    middle = (TOP + HEIGHT - BOTTOM) / 2
+    return (
+        f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}">{escape(x_label)}</text>'
+        f'<text class="label" transform="translate(16 {middle}) rotate(-90)">{escape(y_label)}</text>'
+    )
+
+
+def value_axis(values: Sequence[float], log: bool, floor: float, given: tuple[float, float] | None) -> Axis:
+    """The vertical axis for these values: whole decades where it is logarithmic, else from zero (or below)."""
     if given:
         low, high = given
     elif log:
@@ -98,7 +111,8 @@ def _value_axis(values: Sequence[float], log: bool, floor: float, given: tuple[f
     return Axis(low, high, HEIGHT - BOTTOM, TOP, log)
 
 
-def _grid(axis: Axis) -> str:
+def value_grid(axis: Axis) -> str:
+    """Lines and numbers of the vertical axis."""
     if axis.log:
         first, last = round(math.log10(axis.low)), round(math.log10(axis.high))
         step = max(1, (last - first + 5) // 6)

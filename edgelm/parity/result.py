@@ -98,14 +98,15 @@ class ParityReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; numbers that are not finite become null, which JSON has no other word for."""
-        return {"format": "edgelm-parity", "format_version": 1, **_plain(asdict(self))}
+        return {"format": "edgelm-parity", "format_version": 1, **json_ready(asdict(self))}
 
 
-def _plain(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
+    """Plain lists and dicts; numbers that are not finite become null, which JSON has no other word for."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [json_ready(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -1,0 +1,153 @@
+"""`edgelm eval`: how much of the float model quantised ones keep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgelm.kv_cache import KV_TYPES
+
+if TYPE_CHECKING:
+    from edgelm.evaluation import EvaluationReport
+    from edgelm.evaluation.result import TargetResult
+
+
+@click.command()
+@click.argument("targets", nargs=-1, required=True, metavar="TARGET...")
+@click.option("--checkpoint", metavar="FLOAT", help="The float model: a folder or a hub id (needs torch).")
+@click.option("--text", default="builtin", show_default=True, metavar="FILE|FOLDER", help="What is read.")
+@click.option("--tokens", type=click.IntRange(min=2), default=16384, show_default=True, help="How much of it.")
+@click.option("--length", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens of a window.")
+@click.option("--layers", is_flag=True, help="Also the error of every layer and every expert.")
+@click.option("--speed/--no-speed", default=True, help="Also how fast bundles are here [yes].")
+@click.option("--kv", multiple=True, type=click.Choice(KV_TYPES), help="Cache of bundles; may be repeated [their own].")
+@click.option("--runtime", metavar="NAME", help="Runtime for bundles [the best one here].")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads for bundles [physical cores allowed].")
+@click.option("--report", "report_path", type=click.Path(path_type=Path, dir_okay=False), help="Write an HTML report.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+def eval(  # noqa: A001 - the verb's name
+    targets: tuple[str, ...],
+    checkpoint: str | None,
+    text: str,
+    tokens: int,
+    length: int,
+    layers: bool,
+    speed: bool,
+    kv: tuple[str, ...],
+    runtime: str | None,
+    threads: int | None,
+    report_path: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure what each TARGET keeps of the float model: KL, agreement, perplexity, size, speed.
+
+    A TARGET is a bundle (run as deployed), a quantised checkpoint, or a recipe (int4, int8, fp8, none, or a TOML file)
+    for the weights of FLOAT. Without --checkpoint there is perplexity alone.
+    """
+    from edgelm.evaluation import EvalOptions, evaluate
+    from edgelm.progress import Bars
+
+    progress = Bars()
+    options = EvalOptions(
+        text=text, tokens=tokens, length=length, layers=layers, speed=speed, kv=kv, runtime=runtime, threads=threads
+    )
+    found = evaluate(targets, checkpoint, options, progress)
+    if report_path is not None:
+        from edgelm.evaluation.report import write_report
+
+        write_report(found, report_path)
+        progress.note(f"report: {report_path}")
+    click.echo(found.to_json() if as_json else summary(found))
+
+
+def summary(report: EvaluationReport) -> str:
+    """The report for a terminal."""
+    from edgelm.cli.tables import grid
+
+    text = report.text
+    lines = [
+        f"{report.model}: {text.tokens} tokens of {text.name}, {text.windows} windows of {text.length}",
+        "",
+        grid(_header(report), [row for row in (_reference_row(report), *map(_row, report.targets)) if row]),
+    ]
+    lines += _cache_lines(report) + _layer_lines(report)
+    notes = [*report.notes, *dict.fromkeys(f"{t.target}: {note}" for t in report.targets for note in t.notes)]
+    return "\n".join(lines + (["", *notes] if notes else []))
+
+
+def _header(report: EvaluationReport) -> tuple[str, ...]:
+    del report
+    return (
+        *("target", "size", "bits/weight", "KL, nats/token", "median", "p99", "top-1", "perplexity"),
+        *("prefill/s", "decode/s", "peak memory"),
+    )
+
+
+def _reference_row(report: EvaluationReport) -> tuple[str, ...]:
+    from edgelm.cli.tables import size
+
+    reference = report.reference
+    if reference is None:
+        return ()
+    blank = ("",) * 4
+    bits = f"{reference.bits_per_weight:.2f}"
+    return ("float model", size(reference.stored_bytes), bits, *blank, f"{reference.perplexity:.4g}", "", "", "")
+
+
+def _row(target: TargetResult) -> tuple[str, ...]:
+    from edgelm.cli.tables import size
+
+    kl, speed = target.kl, target.speed
+    bits = "" if target.bits_per_weight is None else f"{target.bits_per_weight:.2f}"
+    found = ("", "", "", "")
+    if kl is not None:
+        found = (f"{kl.mean:.3g} ± {kl.standard_error:.1g}", f"{kl.median:.2g}", f"{kl.p99:.2g}", f"{kl.top1:.2%}")
+    fast = ("", "", "")
+    if speed is not None:
+        fast = (
+            f"{speed.prefill_tokens_per_second:.4g}",
+            f"{speed.decode_tokens_per_second:.4g}",
+            size(speed.peak_memory),
+        )
+    return (target.name, size(target.stored_bytes), bits, *found, f"{target.perplexity:.4g}", *fast)
+
+
+def _cache_lines(report: EvaluationReport) -> list[str]:
+    found = []
+    bases = {target.target: target.kl.mean for target in report.targets if target.kl and target.kv == "float32"}
+    for target in report.targets:
+        if target.kv_loss is not None:
+            base, lost = bases[target.target], target.kv_loss
+            share = f", {lost.mean / base:+.1%}" if base > 0 else ""
+            found.append(
+                f"{target.name}: KL {lost.mean:+.2g} ± {lost.standard_error:.1g} over the float32 cache{share}"
+            )
+    return ["", *found] if found else []
+
+
+def _layer_lines(report: EvaluationReport) -> list[str]:
+    lines: list[str] = []
+    # The layers are measured once for all caches of a bundle.
+    for target in _once(report):
+        if target.layers:
+            worst = max(target.layers, key=lambda layer: layer.error)
+            where = "the embedding" if worst.layer < 0 else f"layer {worst.layer}"
+            line = f"{target.target}: residual stream worst after {where}, {worst.error:.3g}"
+            same = [layer.same_experts for layer in target.layers if layer.same_experts is not None]
+            lines.append(line + (f"; same experts {min(same):.1%} of tokens or more" if same else ""))
+        if target.experts and target.experts.worst:
+            named = [
+                f"{expert.layer}.{expert.expert} {expert.error:.3g} ({expert.tokens} tokens)"
+                for expert in target.experts.worst[:5]
+            ]
+            lines.append(f"{target.target}: worst experts (layer.expert, squared error): {', '.join(named)}")
+    return ["", *lines] if lines else []
+
+
+def _once(report: EvaluationReport) -> list[TargetResult]:
+    found: dict[str, TargetResult] = {}
+    for target in report.targets:
+        found.setdefault(target.target, target)
+    return list(found.values())

@@ -1,0 +1,144 @@
+"""How far one model's predictions are from another's, without ever holding the logits of all tokens.
+
+Logits come in blocks of the vocabulary; what is kept of a token are running sums. With logits a of the float model P
+and b of the target Q, shifted by the running maximum m of a (the "online softmax"):
+
+    KL(P || Q) = sum_v p_v (log p_v - log q_v) = [sum_v e^(a_v - m) (a_v - b_v)] / [sum_v e^(a_v - m)] - (lse a - lse b)
+
+A constant added to all logits of either model cancels. Sums are float64, logits float32.
+
+Letters: n rows (tokens), v width of a block, W windows, T tokens of a window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from edgelm.evaluation.result import Divergence, Estimate
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_ELEMENTS = 1 << 19
+"""Logits that are widened to float64 at once: a few copies of them stay in the processor's cache."""
+
+
+class Predictions:
+    """Log-sum, largest logit and logit of the token that follows, of n rows whose logits come in blocks."""
+
+    def __init__(self, following: Ints) -> None:
+        """`following`: int64 [n], the token after each row."""
+        count = len(following)
+        self._following = following
+        self._peak = np.full(count, -np.inf)
+        self._total = np.zeros(count)
+        self._following_logit = np.full(count, np.nan)
+        self.best = np.zeros(count, np.int64)
+        """int64 [n], the most likely token; the first of equals."""
+
+    def add(self, start: int, logits: NDArray[np.float32], first_row: int = 0) -> None:
+        """Take float32 logits [n', v] of the tokens from `start` on, for the rows from `first_row` on."""
+        for part in _parts(*logits.shape):
+            rows = slice(first_row + part.start, first_row + part.stop)
+            self.add_wide(rows, start, logits[part].astype(np.float64))
+
+    def add_wide(self, rows: slice, start: int, logits: Floats) -> tuple[Floats, Floats]:
+        """Take float64 logits [n', v] of the tokens from `start` on, for these rows, few enough to be widened.
+
+        Returns:
+            exp(logits - running maximum) [n', v], and what earlier sums of such are to be scaled by [n'].
+        """
+        peak, best = logits.max(axis=1), logits.argmax(axis=1)
+        before = self._peak[rows]
+        self.best[rows] = np.where(peak > before, best + start, self.best[rows])
+        after = np.maximum(before, peak)
+        exponentials = np.exp(logits - after[:, None])
+        scale = np.exp(before - after)
+        self._total[rows] = self._total[rows] * scale + exponentials.sum(axis=1)
+        self._peak[rows] = after
+        local = self._following[rows] - start
+        inside = np.flatnonzero((local >= 0) & (local < logits.shape[1]))
+        self._following_logit[rows.start + inside] = logits[inside, local[inside]]
+        return exponentials, scale
+
+    @property
+    def logsumexp(self) -> Floats:
+        """float64 [n]."""
+        return np.asarray(self._peak + np.log(self._total))
+
+    @property
+    def total(self) -> Floats:
+        """Sum of exp(logits - maximum), float64 [n]."""
+        return self._total
+
+    @property
+    def loss(self) -> Floats:
+        """-log p(the token that follows), float64 [n], in nats."""
+        return np.asarray(self.logsumexp - self._following_logit)
+
+
+class Comparison:
+    """Running sums over n rows of a float model and a target."""
+
+    def __init__(self, following: Ints) -> None:
+        self.reference = Predictions(following)
+        self.target = Predictions(following)
+        self._weighted = np.zeros(len(following))
+
+    def add(self, start: int, reference: ArrayLike, target: ArrayLike, first_row: int = 0) -> None:
+        """Take logits float32 [n', v] of both for the tokens from `start` on and the rows from `first_row` on."""
+        a, b = np.asarray(reference), np.asarray(target)
+        for part in _parts(*a.shape):
+            rows = slice(first_row + part.start, first_row + part.stop)
+            wide_a, wide_b = a[part].astype(np.float64), b[part].astype(np.float64)
+            exponentials, scale = self.reference.add_wide(rows, start, wide_a)
+            self.target.add_wide(rows, start, wide_b)
+            exponentials *= wide_a - wide_b
+            self._weighted[rows] = self._weighted[rows] * scale + exponentials.sum(axis=1)
+
+    @property
+    def kl(self) -> Floats:
+        """KL(float || target) of each row, float64 [n], in nats; not below zero."""
+        mean = self._weighted / self.reference.total
+        return np.maximum(mean - (self.reference.logsumexp - self.target.logsumexp), 0.0)
+
+
+def _parts(rows: int, width: int) -> Iterator[slice]:
+    step = max(1, _ELEMENTS // width)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def standard_error(window_means: ArrayLike) -> float:
+    """Of the mean over windows: s / sqrt(W), s^2 = sum (x - mean)^2 / (W - 1). NaN for fewer than two windows.
+
+    Tokens of one window depend on each other, so windows, not tokens, are the sample.
+    """
+    values = np.asarray(window_means, np.float64)
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def estimate(values: Floats) -> Estimate:
+    """Mean of values [W, T] and its standard error over windows."""
+    return Estimate(float(values.mean()), standard_error(values.mean(axis=1)))
+
+
+def perplexity(loss: Floats) -> float:
+    """exp of the mean loss in nats."""
+    return float(np.exp(loss.mean()))
+
+
+def divergence(kl: Floats, same: NDArray[np.bool_]) -> Divergence:
+    """Summary of the KL [W, T] of every token and of whether its most likely token stayed the same."""
+    found = estimate(kl)
+    return Divergence(
+        mean=found.mean,
+        standard_error=found.standard_error,
+        median=float(np.median(kl)),
+        p99=float(np.quantile(kl, 0.99)),
+        top1=float(same.mean()),
+    )

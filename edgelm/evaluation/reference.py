@@ -1,0 +1,180 @@
+"""The float model over the windows, computed once, and what is compared with it. Needs torch.
+
+Memory: the final normed states of all tokens, one layer, and blocks of logits; never the logits of all tokens. The
+head is read in blocks of rows for every group of tokens, or kept where it is small enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgelm.checkpoint import WeightReader
+from edgelm.evaluation.distances import Comparison, Predictions
+from edgelm.evaluation.experts import ExpertProbe
+from edgelm.evaluation.layers import Trail
+from edgelm.models.hooks import head_name
+from edgelm.models.layerwise import LayerwiseReference
+from edgelm.models.trace import Trace
+from edgelm.progress import Progress, Silent
+
+LOGITS_BYTES = 128 << 20
+"""Of float32 logits of one model that are held at once."""
+KEEP_HEAD_BYTES = 1 << 30
+"""A float32 head up to this size stays in memory where it is read for every group of tokens."""
+
+Floats32 = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+class WeightModel:
+    """A model given by its weights, run over the windows layer by layer.
+
+    Attributes:
+        model: the reference that computes.
+        ids: int64 [W, T], what is read.
+        following: int64 [W * T], the token after each.
+        final: float32 [W * T, D], what the head reads.
+        trail: where asked for.
+    """
+
+    def __init__(
+        self,
+        config_json: Mapping[str, Any],
+        weights: WeightReader,
+        windows: Sequence[Ints],
+        *,
+        layers: bool = False,
+        probe: ExpertProbe | None = None,
+        progress: Progress | None = None,
+        label: str = "float model",
+        logits_bytes: int = LOGITS_BYTES,
+    ) -> None:
+        """Run the windows, each int64 [T + 1]; the last token is only predicted.
+
+        Args:
+            config_json: the checkpoint's.
+            weights: where to read tensors.
+            windows: all of one length.
+            layers: keep a `Trail`.
+            probe: shown what every expert is given.
+            progress: told of every layer and window.
+            label: what the progress is called.
+            logits_bytes: of logits held at once; changes memory and nothing else.
+
+        Raises:
+            CheckpointError, ContextLengthError: as `LayerwiseReference.windows`.
+        """
+        stacked = np.stack(windows)
+        self.ids, self.following = stacked[:, :-1], stacked[:, 1:].reshape(-1)
+        self._config_json = config_json
+        self.model = LayerwiseReference(config_json, weights)
+        config = self.model.config
+        self._logits_bytes = logits_bytes
+        self.trail: Trail | None = None
+        if layers:
+            active = getattr(config, "num_experts_per_tok", 0)
+            self.trail = Trail(config.num_hidden_layers, self.ids.size, config.hidden_size, active)
+        self._probe = probe
+        visit = self._visit if layers or probe is not None else None
+        self.final: Floats32 = self.model.windows(self.ids, visit, progress, label=label).reshape(
+            self.ids.size, config.hidden_size
+        )
+
+    def _visit(self, layer: int, first: int, x: Tensor, inputs: Tensor | None, trace: Trace) -> None:
+        start = first * self.ids.shape[1]
+        if self.trail is not None:
+            self.trail.put(layer, start, x.reshape(-1, x.shape[-1]).numpy())
+        if inputs is None or not trace.experts:
+            return
+        chosen = trace.experts[0].reshape(-1, trace.experts[0].shape[-1])
+        if self.trail is not None:
+            self.trail.put_experts(layer, start, chosen.numpy())
+        if self._probe is not None:
+            self._probe.add(layer, inputs.reshape(-1, inputs.shape[-1]), chosen)
+
+    def compare(self, target: WeightModel, progress: Progress | None = None) -> Comparison:
+        """Compare with another model over the same windows, in one pass over both heads."""
+        found = Comparison(self.following)
+        with (progress or Silent()).task("logits", self.model.config.vocab_size, unit="steps") as advance:
+            mine, theirs = self._blocks(), target._blocks()
+            for (rows, expected), (same_rows, logits) in zip(mine, theirs, strict=True):
+                assert rows == same_rows
+                found.add(rows.start, expected.numpy(), logits.numpy())
+                advance(rows.stop - rows.start)
+        return found
+
+    def predictions(self) -> Predictions:
+        """What this model alone predicts."""
+        found = Predictions(self.following)
+        for rows, logits in self._blocks():
+            found.add(rows.start, logits.numpy())
+        return found
+
+    def compare_logits(self, blocks: Iterable[Floats32]) -> Comparison:
+        """Compare with logits [n, V] of the tokens in order, from anywhere; a block may be overwritten after its turn.
+
+        Raises:
+            ValueError: the blocks have not as many rows as there are tokens.
+        """
+        found, model = Comparison(self.following), self._with_head()
+        first = 0
+        for logits in _grouped(blocks, max(1, self._logits_bytes // (4 * model.config.vocab_size))):
+            final = torch.from_numpy(self.final[first : first + len(logits)])
+            if len(final) < len(logits):
+                raise ValueError(f"more logits than the {len(self.final)} tokens")
+            for rows, expected in model.head_blocks(final):
+                found.add(rows.start, expected.numpy(), logits[:, rows], first)
+            first += len(logits)
+        if first < len(self.final):
+            raise ValueError(f"logits of {first} tokens, there are {len(self.final)}")
+        return found
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Logits of all tokens [N, v] by blocks of the vocabulary."""
+        width = max(1, self._logits_bytes // (4 * len(self.final)))
+        self.model.head_block_bytes = 4 * self.model.config.hidden_size * width
+        yield from self.model.head_blocks(torch.from_numpy(self.final))
+
+    def _with_head(self) -> LayerwiseReference:
+        config = self.model.config
+        if 4 * config.vocab_size * config.hidden_size > KEEP_HEAD_BYTES:
+            return self.model
+        kept = _KeptHead(self.model.weights, head_name(config.tie_word_embeddings))
+        return LayerwiseReference(self._config_json, kept)
+
+
+class _KeptHead:
+    """Weights of which the head is kept in memory."""
+
+    def __init__(self, weights: WeightReader, name: str) -> None:
+        self._weights = weights
+        self._name = name
+        self._head = weights.read_float32(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._weights.shape(name)
+
+    def read_float32(self, name: str, rows: slice | None = None) -> Floats32:
+        if name != self._name:
+            return self._weights.read_float32(name, rows)
+        return self._head if rows is None else self._head[rows]
+
+
+def _grouped(blocks: Iterable[Floats32], rows: int) -> Iterator[Floats32]:
+    """Copy blocks together to groups of up to `rows` rows (or one larger block): few passes over a head."""
+    waiting: list[Floats32] = []
+    count = 0
+    for block in blocks:
+        if waiting and count + len(block) > rows:
+            yield np.concatenate(waiting)
+            waiting, count = [], 0
+        waiting.append(block.copy())
+        count += len(block)
+    if waiting:
+        yield np.concatenate(waiting)

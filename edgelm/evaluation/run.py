@@ -1,0 +1,381 @@
+"""`evaluate`: several candidates against one float model on one text."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import edgelm
+from edgelm.devices import describe
+from edgelm.errors import EdgeLMError
+from edgelm.evaluation import bundles, distances
+from edgelm.evaluation.distances import Comparison, Predictions
+from edgelm.evaluation.result import (
+    Estimate,
+    EvaluationReport,
+    ExpertErrors,
+    LayerError,
+    ReferenceResult,
+    Speed,
+    TargetResult,
+    TextResult,
+)
+from edgelm.evaluation.targets import BundleTarget, Target, WeightTarget, open_targets, weight_count
+from edgelm.kv_cache import KV_TYPES
+from edgelm.progress import Progress, Silent
+from edgelm.texts import BUILTIN, Texts, read_texts, windows
+from edgelm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from edgelm.checkpoint import Checkpoint
+    from edgelm.evaluation.experts import ExpertProbe
+    from edgelm.evaluation.reference import WeightModel
+
+FLOAT32_CACHE = "float32"
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How to evaluate.
+
+    Attributes:
+        text: "builtin" (the standard library's files that calibration does not see), a file or a folder.
+        tokens: at least this many less one window are read; whole windows only.
+        length: tokens of a window. Windows are independent: each begins with an empty cache.
+        layers: also the error of every layer and expert.
+        speed: also how fast bundles are here.
+        kv: types of cache to run bundles with; none is the bundle's own. With any, float32 is measured too.
+        runtime: for bundles; None picks the best one here.
+        threads: for bundles; None is the runtime's default.
+    """
+
+    text: str | Path = BUILTIN
+    tokens: int = 16384
+    length: int = 256
+    layers: bool = False
+    speed: bool = True
+    kv: tuple[str, ...] = ()
+    runtime: str | None = None
+    threads: int | None = None
+
+    def check(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            EdgeLMError: saying which option.
+        """
+        if self.length < 2:
+            raise EdgeLMError(f"length is {self.length}: a window needs 2 tokens or more")
+        if self.tokens < self.length:
+            raise EdgeLMError(f"tokens is {self.tokens}, less than one window of {self.length}: give more")
+        for kv in self.kv:
+            if kv not in KV_TYPES:
+                raise EdgeLMError(f"kv is {kv!r}: the cache can be {', '.join(KV_TYPES)}")
+
+    @property
+    def caches(self) -> tuple[str | None, ...]:
+        """The types to run, float32 first, from which the loss of the others is told."""
+        others = tuple(dict.fromkeys(kv for kv in self.kv if kv != FLOAT32_CACHE))
+        return (FLOAT32_CACHE, *others) if self.kv else (None,)
+
+
+def evaluate(
+    targets: Sequence[str | Path],
+    checkpoint: str | Path | None = None,
+    options: EvalOptions | None = None,
+    progress: Progress | None = None,
+) -> EvaluationReport:
+    """Measure every target on the same windows of text.
+
+    Args:
+        targets: bundles, (quantised) checkpoints, recipes (a preset's name or a TOML file).
+        checkpoint: the float model, a folder or a hub id. Without it there is perplexity alone, and no recipes.
+        options: text, sizes, what to measure.
+        progress: where to report to.
+
+    Raises:
+        EdgeLMError: of the options; no such text, or too little of it; something is no target, another model, or has
+            another tokenizer; torch is needed and missing; a runtime is.
+        CheckpointError, BundleError, RecipeError: something cannot be read or is damaged.
+    """
+    options, progress, started = options or EvalOptions(), progress or Silent(), time.monotonic()
+    options.check()
+    opened = _open_checkpoint(checkpoint, progress)
+    found = open_targets(targets, opened)
+    if any(isinstance(target, WeightTarget) for target in found):
+        _need_torch("a checkpoint")
+    for target in found:
+        if isinstance(target, BundleTarget) and target.bundle.manifest.ops == "portable" and options.kv:
+            raise EdgeLMError(f"{target.given} has portable operators, whose cache has one type: leave --kv out")
+    evaluation = _Evaluation(found, opened, options, progress)
+    results = [result for target in found for result in evaluation.results(target)]
+    return EvaluationReport(
+        model=evaluation.model,
+        text=evaluation.text,
+        reference=evaluation.reference(),
+        targets=tuple(results),
+        device=describe().as_dict(),
+        versions=_versions(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=round(time.monotonic() - started, 1),
+        notes=tuple(evaluation.notes),
+    )
+
+
+def _open_checkpoint(checkpoint: str | Path | None, progress: Progress) -> Checkpoint | None:
+    if checkpoint is None:
+        return None
+    _need_torch("a float checkpoint")
+    from edgelm.checkpoint import Checkpoint
+    from edgelm.quant.source import stored_recipe
+
+    opened = Checkpoint.open(checkpoint, progress)
+    if stored_recipe(opened.config) is not None:
+        raise EdgeLMError(f"{opened.path} is quantised: --checkpoint takes the float model it was made from")
+    opened.check_tensors(opened.family.tensor_shapes(opened.family.config_class.from_dict(opened.config)))
+    return opened
+
+
+def _need_torch(what: str) -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise EdgeLMError(f"evaluating {what} needs torch: pip install 'edgelm[export]'; bundles alone do not")
+
+
+class _Evaluation:
+    """One text, the float model over it, and what every target is measured with."""
+
+    def __init__(
+        self, targets: Sequence[Target], checkpoint: Checkpoint | None, options: EvalOptions, progress: Progress
+    ) -> None:
+        self._options, self._progress, self._checkpoint = options, progress, checkpoint
+        self.notes: list[str] = []
+        tokenizer = targets[0].tokenizer() if checkpoint is None else Tokenizer.from_folder(checkpoint.path)
+        self._windows, self.text = self._cut(tokenizer)
+        self._reference_files = {} if checkpoint is None else dict(checkpoint.hashes(progress))
+        self._weight_targets = [target for target in targets if isinstance(target, WeightTarget)]
+        self._probe: ExpertProbe | None = None
+        self._float: WeightModel | None = None
+        self.model = Path(targets[0].given).name
+        if checkpoint is None:
+            self.notes.append("perplexity alone: KL and agreement need the float model, --checkpoint")
+        else:
+            self.model = checkpoint.source_id
+            self._float = self._run_float(checkpoint)
+        self._float_predictions: Predictions | None = None
+
+    def _cut(self, tokenizer: Tokenizer) -> tuple[list[NDArray[np.int64]], TextResult]:
+        options = self._options
+        texts: Texts = read_texts(options.text, held_out=True)
+        counted = _Counted(tokenizer)
+        count = options.tokens // options.length
+        # One token more than is read: the one after the last is predicted too.
+        found = windows(counted, texts.documents, count, options.length + 1)
+        if counted.tokens < count * (options.length + 1):
+            self.notes.append(
+                f"the text has {counted.tokens} tokens, so {count} windows of {options.length} overlap and the "
+                "standard errors are too small"
+            )
+        name = f"{texts.name}, held out" if options.text == BUILTIN else texts.name
+        return found, TextResult(name, texts.sha256, count, options.length, count * options.length)
+
+    def _run_float(self, checkpoint: Checkpoint) -> WeightModel:
+        from edgelm.evaluation.experts import ExpertProbe
+        from edgelm.evaluation.reference import WeightModel
+
+        experts = int(checkpoint.config.get("num_experts") or 0)
+        if self._options.layers and experts:
+            sources = [target.source for target in self._weight_targets]
+            self._probe = ExpertProbe(int(checkpoint.config["num_hidden_layers"]), experts, checkpoint, sources)
+        return WeightModel(
+            checkpoint.config,
+            checkpoint,
+            self._windows,
+            layers=self._options.layers,
+            probe=self._probe,
+            progress=self._progress,
+        )
+
+    def reference(self) -> ReferenceResult | None:
+        """The float model's own numbers."""
+        if self._checkpoint is None or self._float is None:
+            return None
+        if self._float_predictions is None:
+            self._float_predictions = self._float.predictions()
+        loss = self._by_window(self._float_predictions.loss)
+        tokens = None
+        if self._probe is not None:
+            tokens = tuple(tuple(int(count) for count in row) for row in self._probe.tokens)
+        tensors = self._checkpoint.tensors.values()
+        return ReferenceResult(
+            checkpoint=self._checkpoint.source_id,
+            stored_bytes=sum(info.nbytes for info in tensors),
+            weights=weight_count({info.name: tuple(info.shape) for info in tensors}),
+            loss=distances.estimate(loss),
+            perplexity=distances.perplexity(loss),
+            expert_tokens=tokens,
+            files=self._reference_files,
+        )
+
+    def results(self, target: Target) -> list[TargetResult]:
+        """One for each type of cache; one for what has none."""
+        files = target.hashes(self._progress)
+        if isinstance(target, WeightTarget):
+            return [self._weights(target, files)]
+        return self._bundle(target, files)
+
+    def _weights(self, target: WeightTarget, files: dict[str, dict[str, Any]]) -> TargetResult:
+        from edgelm.evaluation.reference import WeightModel
+
+        layers = self._options.layers and self._float is not None
+        checkpoint, weights = target.source.checkpoint, target.source.dequantized()
+        model = WeightModel(
+            checkpoint.config, weights, self._windows, layers=layers, progress=self._progress, label=target.name
+        )
+        measured: Comparison | Predictions
+        measured = model.predictions() if self._float is None else self._float.compare(model, self._progress)
+        trail = None
+        if self._float is not None and self._float.trail is not None and model.trail is not None:
+            trail = self._float.trail.errors_of(model.trail)
+        experts = None if self._probe is None else self._probe.errors(self._weight_targets.index(target))
+        return self._result(
+            target, target.name, measured, files, "PyTorch reference, float32", layers=trail, experts=experts
+        )
+
+    def _bundle(self, target: BundleTarget, files: dict[str, dict[str, Any]]) -> list[TargetResult]:
+        options, manifest = self._options, target.bundle.manifest
+        ids = np.stack(self._windows)[:, :-1]
+        runs: list[tuple[str, str, Comparison | Predictions]] = []
+        for kv in options.caches:
+            with bundles.open_for(target.bundle, options.length, options.runtime, options.threads, kv) as runtime:
+                cache = kv or manifest.graph.kv_dtype
+                blocks = bundles.logits_of(runtime, ids, self._progress, f"{target.name}, {cache} cache")
+                if self._float is not None:
+                    measured: Comparison | Predictions = self._float.compare_logits(blocks)
+                else:
+                    measured = Predictions(np.stack(self._windows)[:, 1:].reshape(-1))
+                    first = 0
+                    for block in blocks:
+                        measured.add(0, block, first)
+                        first += len(block)
+                runs.append((cache, runtime.name, measured))
+        layers = self._bundle_layers(target, ids, runs[0][1])
+        base = next((run for cache, _, run in runs if cache == FLOAT32_CACHE), None)
+        results = []
+        for (cache, name, measured), kv in zip(runs, options.caches, strict=True):
+            speed = None
+            if options.speed:
+                self._progress.note(f"measuring the speed of {target.name}")
+                speed = bundles.measure_speed(target.bundle, options.runtime, options.threads, kv)
+            lost = None
+            if options.kv and cache != FLOAT32_CACHE and isinstance(measured, Comparison):
+                assert isinstance(base, Comparison)
+                lost = distances.estimate(self._by_window(measured.kl - base.kl))
+            label = f"{target.name}, {cache} cache" if options.kv else target.name
+            arithmetic = f"{name}, {manifest.ops} operators, {cache} cache"
+            results.append(
+                self._result(
+                    target, label, measured, files, arithmetic, kv=cache, kv_loss=lost, speed=speed, layers=layers
+                )
+            )
+        return results
+
+    def _bundle_layers(
+        self, target: BundleTarget, ids: NDArray[np.int64], runtime: str
+    ) -> tuple[LayerError, ...] | None:
+        if self._float is None or self._float.trail is None:
+            return None
+        trail = bundles.trail_of(target.bundle, ids, runtime, self._options.threads, self._progress)
+        return None if trail is None else self._float.trail.errors_of(trail)
+
+    def _by_window(self, values: distances.Floats) -> distances.Floats:
+        return values.reshape(len(self._windows), -1)
+
+    def _result(
+        self,
+        target: Target,
+        name: str,
+        measured: Comparison | Predictions,
+        files: dict[str, dict[str, Any]],
+        arithmetic: str,
+        *,
+        kv: str | None = None,
+        kv_loss: Estimate | None = None,
+        speed: Speed | None = None,
+        layers: tuple[LayerError, ...] | None = None,
+        experts: ExpertErrors | None = None,
+    ) -> TargetResult:
+        notes = target.notes(self._reference_files)
+        if self._probe is not None and isinstance(target, BundleTarget):
+            notes.append(
+                "errors of experts are told for weights: evaluate the checkpoint or recipe it was exported from"
+            )
+        kl = None
+        predictions = measured
+        if isinstance(measured, Comparison):
+            self._float_predictions = measured.reference
+            predictions = measured.target
+            kl = distances.divergence(self._by_window(measured.kl), measured.reference.best == measured.target.best)
+        assert isinstance(predictions, Predictions)
+        loss = self._by_window(predictions.loss)
+        if not np.isfinite(loss).all():
+            notes.append(f"{int((~np.isfinite(loss)).sum())} of {loss.size} tokens have logits that are no numbers")
+        weights = None
+        if self._checkpoint is not None:
+            weights = weight_count({name: tuple(info.shape) for name, info in self._checkpoint.tensors.items()})
+        elif isinstance(target, WeightTarget):
+            weights = weight_count(target.source.shapes)
+        return TargetResult(
+            name=name,
+            target=target.given,
+            kind=target.kind,
+            recipe=target.recipe,
+            arithmetic=arithmetic,
+            kv=kv,
+            stored_bytes=target.stored_bytes,
+            bits_per_weight=None if weights is None else 8 * target.stored_bytes / weights,
+            loss=distances.estimate(loss),
+            perplexity=distances.perplexity(loss),
+            kl=kl,
+            kv_loss=kv_loss,
+            speed=speed,
+            layers=layers,
+            experts=experts,
+            files=files,
+            notes=tuple(notes),
+        )
+
+
+class _Counted:
+    """A tokenizer that counts what it encodes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.tokens = 0
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._tokenizer.bos_id
+
+    def encode(self, text: str, add_bos: bool = False) -> list[int]:
+        ids = self._tokenizer.encode(text, add_bos=add_bos)
+        self.tokens += len(ids)
+        return ids
+
+
+def _versions() -> dict[str, str]:
+    """Of what took part."""
+    found = {"edgelm": edgelm.__version__, "python": platform.python_version(), "numpy": np.__version__}
+    for name in ("torch", "onnxruntime"):
+        if name in sys.modules:
+            found[name] = str(sys.modules[name].__version__)
+    return found

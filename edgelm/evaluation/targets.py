@@ -1,0 +1,209 @@
+"""What can be evaluated: bundles, checkpoints, recipes; that they are the same model; and what they take."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgelm.bundle import MANIFEST, Bundle
+from edgelm.errors import BundleError, EdgeLMError, RecipeError
+from edgelm.evaluation.result import BUNDLE, CHECKPOINT, RECIPE
+from edgelm.progress import Progress
+from edgelm.quant.recipe import AUTO, FLOAT, PRESETS, Recipe
+from edgelm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from edgelm.checkpoint import Checkpoint
+    from edgelm.quant.source import WeightSource
+
+
+@dataclass
+class BundleTarget:
+    """A bundle, run by its runtime."""
+
+    name: str
+    given: str
+    bundle: Bundle
+
+    kind = BUNDLE
+
+    @property
+    def recipe(self) -> str:
+        """The recipe's name."""
+        return self.bundle.manifest.recipe.name
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the weights; tables of rotary angles, which are computed, do not count."""
+        return sum(tensor.size for tensor in self.bundle.manifest.tensors if not tensor.name.startswith("rope."))
+
+    def hashes(self, progress: Progress) -> dict[str, dict[str, Any]]:
+        """Hash what is run and compare with the manifest.
+
+        Raises:
+            BundleError: a file is not what was exported.
+        """
+        problems = self.bundle.verify(progress)
+        if problems:
+            raise BundleError(f"{self.bundle.path} is damaged: {problems[0]}; export it again")
+        return {name: {"size": info.size, "sha256": info.sha256} for name, info in self.bundle.manifest.files.items()}
+
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's own."""
+        return Tokenizer.from_folder(self.bundle.path)
+
+    def check(self, config: Mapping[str, Any], family: str, checkpoint: Path) -> None:
+        """Compare with the float model.
+
+        Raises:
+            EdgeLMError: it is another model.
+        """
+        model = self.bundle.manifest.model
+        facts = (
+            ("family", model.family, family),
+            ("layers", model.num_layers, config["num_hidden_layers"]),
+            ("hidden size", model.hidden_size, config["hidden_size"]),
+            ("vocabulary", model.vocab_size, config["vocab_size"]),
+            ("experts", model.num_experts, config.get("num_experts") or 0),
+        )
+        different = [f"{what} {mine}, there {theirs}" for what, mine, theirs in facts if mine != theirs]
+        if different:
+            raise EdgeLMError(f"{self.bundle.path} is not the model of {checkpoint}: {'; '.join(different)}")
+
+    def notes(self, reference_files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """What is to be said about where it came from."""
+        source = self.bundle.manifest.source
+        weights = {name: info.sha256 for name, info in source.files.items() if name.endswith(".safetensors")}
+        float_weights = {info["sha256"] for name, info in reference_files.items() if name.endswith(".safetensors")}
+        if not float_weights or not weights or set(weights.values()) <= float_weights:
+            return []
+        return [
+            f"exported from {source.id}, whose weights are not the float checkpoint's: as it should be for a "
+            "quantised checkpoint, a mistake for anything else"
+        ]
+
+
+@dataclass
+class WeightTarget:
+    """A checkpoint or a recipe: weights as they are dequantised, in the PyTorch reference."""
+
+    name: str
+    given: str
+    kind: str
+    source: WeightSource
+
+    @property
+    def recipe(self) -> str:
+        """The recipe's name."""
+        return self.source.recipe.name
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all tensors, as a quantised checkpoint holds them."""
+        return sum(self._stored(name, shape) for name, shape in self.source.shapes.items())
+
+    def _stored(self, name: str, shape: tuple[int, ...]) -> int:
+        scheme = self.source.scheme(name)
+        if scheme is None:
+            return self.source.checkpoint.tensors[name].nbytes
+        rows, columns = shape
+        each = scheme.scale_dtype.itemsize + scheme.has_zeros
+        return rows * (scheme.code_bytes(columns) + scheme.groups(columns) * each)
+
+    def hashes(self, progress: Progress) -> dict[str, dict[str, Any]]:
+        """Size and SHA-256 of the checkpoint's files, or of the recipe's text."""
+        if self.kind == CHECKPOINT:
+            return dict(self.source.checkpoint.hashes(progress))
+        text = self.source.recipe.to_toml().encode()
+        return {f"{self.recipe}.toml": {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}}
+
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's."""
+        return Tokenizer.from_folder(self.source.checkpoint.path)
+
+    def check(self, config: Mapping[str, Any], family: str, checkpoint: Path) -> None:
+        """Compare with the float model.
+
+        Raises:
+            EdgeLMError: it is another model.
+        """
+        mine = self.source.checkpoint
+        if mine.family.name == family:
+            read = mine.family.config_class.from_dict
+            if read(mine.config) == read(config):
+                return
+        raise EdgeLMError(f"{mine.path} is not the model of {checkpoint}: their config.json describe different models")
+
+    def notes(self, reference_files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """What a recipe asks for that the float arithmetic leaves out."""
+        del reference_files
+        activations = {self.source.recipe.activations, *(rule.activations for rule in self.source.recipe.rules)}
+        asked = sorted(kind for kind in activations if kind not in (None, AUTO, FLOAT))
+        if not asked:
+            return []
+        return [
+            f"activations {', '.join(asked)} are not applied here: what the weights alone lose. Evaluate the bundle"
+        ]
+
+
+Target = BundleTarget | WeightTarget
+
+
+def open_targets(given: Sequence[str | Path], checkpoint: Checkpoint | None) -> list[Target]:
+    """Find out what each is and open it; names are made different.
+
+    Raises:
+        EdgeLMError: nothing is given, something is none of the three, is another model than the float checkpoint or
+            has another tokenizer, or a recipe comes without a float checkpoint.
+        BundleError, CheckpointError, RecipeError: it cannot be opened.
+    """
+    if not given:
+        raise EdgeLMError("nothing to evaluate: give a bundle, a quantised checkpoint or a recipe")
+    texts = [str(item) for item in given]
+    short = [Path(text).name or text for text in texts]
+    names = [name if short.count(name) == 1 else text for name, text in zip(short, texts, strict=True)]
+    if len(set(names)) < len(names):
+        raise EdgeLMError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
+    targets = [_open(text, name, checkpoint) for text, name in zip(texts, names, strict=True)]
+    if checkpoint is not None:
+        for target in targets:
+            target.check(checkpoint.config, checkpoint.family.name, checkpoint.path)
+    first = Tokenizer.from_folder(checkpoint.path) if checkpoint is not None else targets[0].tokenizer()
+    where = checkpoint.path if checkpoint is not None else texts[0]
+    expected = first.fingerprint()
+    for target in targets:
+        if target.kind != RECIPE and target.tokenizer().fingerprint() != expected:
+            raise EdgeLMError(f"{target.given} has another tokenizer than {where}: their numbers cannot be compared")
+    return targets
+
+
+def weight_count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Weights of a model."""
+    return sum(prod(shape) for shape in shapes.values())
+
+
+def _open(text: str, name: str, checkpoint: Checkpoint | None) -> Target:
+    path = Path(text)
+    if text not in PRESETS and path.is_dir():
+        if (path / MANIFEST).is_file():
+            return BundleTarget(name, text, Bundle.open(path))
+        if not (path / "config.json").is_file():
+            raise EdgeLMError(f"{path} is neither a bundle nor a checkpoint: it has no {MANIFEST} and no config.json")
+        from edgelm.checkpoint import Checkpoint
+        from edgelm.quant.source import WeightSource
+
+        return WeightTarget(name, text, CHECKPOINT, WeightSource(Checkpoint.open(path)))
+    if text not in PRESETS and not path.is_file():
+        raise RecipeError(
+            f"{text} is no bundle, no checkpoint and no recipe (give {', '.join(PRESETS)} or a .toml file)"
+        )
+    recipe = Recipe.load(text)
+    if checkpoint is None:
+        raise EdgeLMError(f"the recipe {text} needs weights to quantise: give the float model with --checkpoint")
+    from edgelm.quant.source import WeightSource
+
+    return WeightTarget(name, text, RECIPE, WeightSource(checkpoint, recipe))
