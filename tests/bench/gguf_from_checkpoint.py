@@ -1,11 +1,12 @@
-"""A checkpoint as llama.cpp reads it: a bfloat16 GGUF through the `gguf` package, then llama.cpp's own quantiser.
+"""A checkpoint as llama.cpp reads it, a float GGUF by the `gguf` package, then llama.cpp's own quantiser; and back.
 
-Its tokenizer is left out ("none"): the benchmark feeds token ids. Runs in the peer's environment.
+Its tokenizer is left out ("none"): the benchmarks feed token ids. Runs in the peer's environment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ import numpy as np
 
 from edgelm.checkpoint import Checkpoint
 
-FILE_TYPES = {"Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0}
+FLOAT_TYPES = {
+    "F32": (gguf.GGMLQuantizationType.F32, np.dtype(np.float32)),
+    # NumPy has no bfloat16: its bits.
+    "BF16": (gguf.GGMLQuantizationType.BF16, np.dtype(np.uint16)),
+}
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -72,43 +77,106 @@ def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...], lis
         yield "output.weight", checkpoint.shape("lm_head.weight"), ["lm_head.weight"]
 
 
+def _rotated(config: Mapping[str, Any], name: str) -> int:
+    """Heads of a tensor whose rows llama.cpp has in another order, 0 for the others."""
+    if "num_experts" in config or not name.endswith(("attn_q.weight", "attn_k.weight")):
+        return 0
+    heads: int = config["num_attention_heads" if name.endswith("attn_q.weight") else "num_key_value_heads"]
+    return heads
+
+
 def _values(checkpoint: Checkpoint, name: str, names: list[str], as_float: bool) -> np.ndarray:
-    if as_float:
-        return checkpoint.read_float32(names[0])
-    values = np.stack([checkpoint.read_raw(n) for n in names]) if len(names) > 1 else checkpoint.read_raw(names[0])
-    config = checkpoint.config
-    if "num_experts" not in config and name.endswith(("attn_q.weight", "attn_k.weight")):
-        heads = config["num_attention_heads" if name.endswith("attn_q.weight") else "num_key_value_heads"]
-        values = _interleaved(values, heads)
-    return values
+    read = checkpoint.read_float32 if as_float else checkpoint.read_raw
+    values = np.stack([read(n) for n in names]) if len(names) > 1 else read(names[0])
+    heads = _rotated(checkpoint.config, name)
+    return _interleaved(values, heads) if heads else values
+
+
+def write_float(folder: Path, out: Path, kind: str) -> None:
+    """Write `out` with the weights in "F32" or "BF16"; the latter needs a checkpoint of that type."""
+    with Checkpoint.open(folder) as checkpoint:
+        writer = gguf.GGUFWriter(str(out), "olmoe" if "num_experts" in checkpoint.config else "llama")
+        _parameters(writer, checkpoint.config)
+        # llama.cpp adds norms and routes in float32: it wants those tensors so.
+        kinds = {
+            name: "F32" if len(shape) == 1 or "gate_inp" in name else kind for name, shape, _ in _tensors(checkpoint)
+        }
+        for name, shape, _ in _tensors(checkpoint):
+            raw, dtype = FLOAT_TYPES[kinds[name]]
+            writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize, raw_dtype=raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, _, names in _tensors(checkpoint):
+            writer.write_tensor_data(_values(checkpoint, name, names, kinds[name] == "F32"))
+        writer.close()
+
+
+def quantize(whole: Path, out: Path, file_type: str, importance: Mapping[str, np.ndarray] | None = None) -> None:
+    """Quantise a float GGUF to "Q4_0", "Q4_K_M", ... with the types that llama.cpp chooses for each tensor.
+
+    Args:
+        importance: mean square of each input of a matrix, float32 [columns] or [experts, columns] under the tensor's
+            GGUF name: llama.cpp's importance matrix.
+    """
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{file_type}")
+    parameters.nthread = 1
+    kept = {name: np.ascontiguousarray(values, np.float32) for name, values in (importance or {}).items()}
+    # The list ends with an entry without a name.
+    entries = (llama_cpp.llama_model_imatrix_data * (len(kept) + 1))()
+    for entry, (name, values) in zip(entries, kept.items(), strict=False):
+        entry.name, entry.size = name.encode(), values.size
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    if kept:
+        parameters.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
+    code = llama_cpp.llama_model_quantize(str(whole).encode(), str(out).encode(), parameters)
+    if code != 0:
+        raise RuntimeError(f"llama.cpp could not quantise {whole} (code {code})")
 
 
 def write_gguf(folder: Path, out: Path, file_type: str) -> None:
     """Write `out`, quantised to "Q4_0" or "Q8_0" as llama.cpp does by itself (head at Q6_K under Q4_0)."""
     whole = out.with_suffix(".bf16.gguf")
-    with Checkpoint.open(folder) as checkpoint:
-        architecture = "olmoe" if "num_experts" in checkpoint.config else "llama"
-        writer = gguf.GGUFWriter(str(whole), architecture)
-        _parameters(writer, checkpoint.config)
-        for name, shape, _ in _tensors(checkpoint):
-            # llama.cpp adds norms and routes in float32: it wants those tensors so.
-            as_float = len(shape) == 1 or "gate_inp" in name
-            count = int(np.prod(shape))
-            kind = gguf.GGMLQuantizationType.F32 if as_float else gguf.GGMLQuantizationType.BF16
-            dtype = np.dtype(np.float32) if as_float else np.dtype(np.uint16)
-            writer.add_tensor_info(name, shape, dtype, count * dtype.itemsize, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, shape, names in _tensors(checkpoint):
-            writer.write_tensor_data(_values(checkpoint, name, names, len(shape) == 1 or "gate_inp" in name))
-        writer.close()
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = FILE_TYPES[file_type]
-    code = llama_cpp.llama_model_quantize(str(whole).encode(), str(out).encode(), parameters)
+    write_float(folder, whole, "BF16")
+    quantize(whole, out, file_type)
     whole.unlink()
-    if code != 0:
-        raise RuntimeError(f"llama.cpp could not quantise {whole} (code {code})")
+
+
+def importance_of(folder: Path, squares: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Mean squares by the checkpoint's names as llama.cpp's tool stores them: the layers' matrices, experts stacked.
+
+    An expert that no token chose has no entry in `squares`; it gets ones, as there.
+    """
+    found = {}
+    with Checkpoint.open(folder) as checkpoint:
+        for name, shape, names in _tensors(checkpoint):
+            if name.startswith("blk.") and len(shape) > 1 and "gate_inp" not in name:
+                rows = [squares.get(n, np.ones(shape[-1], np.float32)) for n in names]
+                found[name] = np.stack(rows) if len(rows) > 1 else rows[0]
+    return found
+
+
+def dequantized(folder: Path, path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of a GGUF made from the checkpoint `folder`, float32, under its name in there and in its order."""
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    with Checkpoint.open(folder) as checkpoint:
+        for name, shape, names in _tensors(checkpoint):
+            values = gguf.quants.dequantize(stored[name].data, stored[name].tensor_type).reshape(shape)
+            heads = _rotated(checkpoint.config, name)
+            if heads:
+                values = values.reshape(heads, shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(shape)
+            yield from zip(names, values if len(names) > 1 else [values], strict=True)
+
+
+def stored_types(path: Path) -> dict[str, dict[str, int]]:
+    """By type: tensors, weights and bytes of a GGUF."""
+    found: dict[str, dict[str, int]] = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        entry = found.setdefault(tensor.tensor_type.name, {"tensors": 0, "weights": 0, "bytes": 0})
+        for key, value in (("tensors", 1), ("weights", int(tensor.n_elements)), ("bytes", int(tensor.n_bytes))):
+            entry[key] += value
+    return found
 
 
 def bytes_per_token(path: Path) -> int:

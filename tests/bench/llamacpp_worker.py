@@ -64,6 +64,42 @@ class LlamaCpp(Engine):
         np.save(out, np.stack(rows))
         return {}
 
+    def quantize(
+        self, checkpoint: str, whole: str, kind: str, out: str, file_type: str | None, squares: str | None
+    ) -> dict[str, Any]:
+        """Make a GGUF and write what its weights are to `out` + ".npz"; return its types.
+
+        `whole` is the float GGUF, made from the checkpoint in `kind` where it is missing, and is the one meant where
+        `file_type` is None. `squares`: an .npz file with the mean squares of the matrices' inputs.
+        """
+        import numpy as np
+        from gguf_from_checkpoint import dequantized, importance_of, quantize, stored_types, write_float
+
+        folder, made = Path(checkpoint), Path(whole if file_type is None else out)
+        if not Path(whole).exists():
+            write_float(folder, Path(whole), kind)
+        if file_type is not None:
+            quantize(Path(whole), made, file_type, importance_of(folder, np.load(squares)) if squares else None)
+        np.savez(f"{out}.npz", **dict(dequantized(folder, made)))
+        return {"path": str(made), "types": stored_types(made)}
+
+    def all_logits(self, path: str, windows: str, out: str) -> dict[str, Any]:
+        """Write the logits [windows, tokens, vocabulary] of every window in the .npy file `windows` to `out`."""
+        import llama_cpp
+        import numpy as np
+
+        tokens = np.load(windows)
+        count = tokens.shape[1]
+        model = llama_cpp.Llama(path, n_ctx=count, n_batch=count, n_ubatch=count, n_threads=1, n_threads_batch=1,
+                                logits_all=True, verbose=False)  # fmt: skip
+        found = np.empty((*tokens.shape, model.n_vocab()), np.float32)
+        for logits, window in zip(found, tokens, strict=True):
+            model.reset()
+            model.eval(window.tolist())
+            logits[:] = model.scores[:count]
+        np.save(out, found)
+        return {}
+
     def _last_logits(self) -> Any:
         import llama_cpp
         import numpy as np
