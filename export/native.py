@@ -23,6 +23,7 @@ from onnx import TensorProto
 
 from edgelm.bundle import ModelInfo
 from edgelm.errors import ExportError
+from edgelm.export import activations
 from edgelm.export.graph import Dims, GraphBuilder, int64
 from edgelm.export.ops import LayerOps, stored_as
 from edgelm.export.packing import Format, common_format, float_format, pack_codes, pack_floats, stacked
@@ -109,10 +110,10 @@ class NativeDecoder(LayerOps):
         weights = self._matrix(names, stem, layer, swiglu=swiglu)
         normed = "" if norm is None else self._vector_once(norm, layer)
         if weights is not None:
-            return self._product(x, weights, out, normed, residual)
+            return self._product(x, weights, names, out, normed, residual)
         # One of them is float and another is not, or fp8: each is a product of its own.
         parts = [
-            self._product(x, self._require([name], name, layer), f"{out}.{i}", normed, "")
+            self._product(x, self._require([name], name, layer), [name], f"{out}.{i}", normed, "")
             for i, name in enumerate(names)
         ]
         node = self.graph.node
@@ -146,9 +147,10 @@ class NativeDecoder(LayerOps):
         gate = self._require([router], router, layer, dtype="float32")
         packed = self._experts(experts, f"layers.{layer}.moe.experts", layer)
         inputs = [x, gate, packed, self._vector_once(norm, layer), x]
+        kind = activations.of_experts(self.source, [name for expert in experts for name in expert], layer)
         return self.graph.native_node(
             "SparseMoE", inputs, [out, name], f"layers.{layer}.moe", k=self.info.experts_per_token,
-            normalize=int(self.info.norm_topk_prob), activations="int8", epsilon=self.epsilon,
+            normalize=int(self.info.norm_topk_prob), activations=kind, epsilon=self.epsilon,
         )  # fmt: skip
 
     def head(self, x: str, norm: str) -> None:
@@ -159,7 +161,7 @@ class NativeDecoder(LayerOps):
         last = self.graph.node("Slice", [x, self._logits_start, ends, axes], "head_input")
         weights = self._require([name], name, None, planes=self._head_in_planes())
         refine = REFINE if self._matrices[name].kind is Kind.INT8_PLANES else 0
-        self._product(last, weights, "logits", self._vector_once(norm, None), "", refine=refine)
+        self._product(last, weights, [name], "logits", self._vector_once(norm, None), "", refine=refine)
 
     def hidden(self, index: int) -> str:
         """The name of the residual stream before layer `index`; the debug graph returns it."""
@@ -171,13 +173,21 @@ class NativeDecoder(LayerOps):
         return "model.embed_tokens.weight" if self.info.tied else "lm_head.weight"
 
     def _head_in_planes(self) -> bool:
-        """Whether the layers lose more than a head read by halves does: not where they have 8 bits themselves."""
+        """Whether the layers lose more than a head read by halves does: not where they have 8 bits themselves.
+
+        Halves are for int8 activations only.
+        """
+        if activations.of_product(self.source, [self._head()]) != activations.INT8:
+            return False
         names = (name for name in self.source.shapes if name.startswith("model.layers."))
         return any(scheme is not None and scheme.bits < 8 for scheme in map(self.source.scheme, names))
 
-    def _product(self, x: str, weights: str, out: str, norm: str, residual: str, refine: int = 0) -> str:
+    def _product(
+        self, x: str, weights: str, names: Sequence[str], out: str, norm: str, residual: str, refine: int = 0
+    ) -> str:
+        kind = activations.of_product(self.source, names)
         return self.graph.native_node(
-            "QuantLinear", [x, weights, norm, residual], out, weights, activations="int8", epsilon=self.epsilon,
+            "QuantLinear", [x, weights, norm, residual], out, weights, activations=kind, epsilon=self.epsilon,
             refine=refine,
         )  # fmt: skip
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from edgelm.errors import ExportError
+from edgelm.export import activations
 from edgelm.export.graph import MICROSOFT, GraphBuilder, int64
 from edgelm.export.layout import BlockFormat, codes_in, common_format, interleave, scales_in, zeros_in
 from edgelm.export.ops import STORAGE, LayerOps, stored_as
@@ -34,7 +35,8 @@ from edgelm.quant.tensor import QuantTensor
 FLOAT = TensorProto.FLOAT
 # MatMulNBits' and QMoE's "4": activations are quantised to int8 per block on the fly, about 1 % of noise per product
 # and the only mode whose kernels use the CPU's integer dot products.
-ACCURACY_INT8 = 4
+# At "0" they stay float32.
+ACCURACY = {activations.INT8: 4, activations.FLOAT32: 0}
 BITS = (4, 8)
 
 
@@ -132,13 +134,14 @@ class PortableOps(LayerOps):
         quantized = [self.source.scheme(name) is not None for name in names]
         if all(quantized):
             stem = out if len(names) > 1 else names[0].removesuffix(".weight")
-            return self._quantized_linear(x, self.quantized_matrix(names, stem, layer), out)
+            kind = activations.of_product(self.source, names)
+            return self._quantized_linear(x, self.quantized_matrix(names, stem, layer), kind, out)
         if len(names) == 1:
             return self._float_linear(x, self.float_matrix(names[0], layer, self.dtype), out)
         parts = [self.linear(x, [name], f"{out}.{i}", layer) for i, name in enumerate(names)]
         return self.graph.node("Concat", parts, out, axis=-1)
 
-    def _quantized_linear(self, x: str, matrix: QuantizedSlots, out: str) -> str:
+    def _quantized_linear(self, x: str, matrix: QuantizedSlots, kind: str, out: str) -> str:
         fmt = matrix.fmt
         dims = (matrix.rows, fmt.blocks(matrix.columns), fmt.block * fmt.bits // 8)
         inputs = [
@@ -149,7 +152,7 @@ class PortableOps(LayerOps):
         ]
         return self.graph.node(
             "MatMulNBits", inputs, out, MICROSOFT, K=matrix.columns, N=matrix.rows, bits=fmt.bits, block_size=fmt.block,
-            accuracy_level=ACCURACY_INT8,
+            accuracy_level=ACCURACY[kind],
         )  # fmt: skip
 
     def _scales(self, matrix: QuantizedSlots) -> str:
@@ -245,6 +248,12 @@ class PortableOps(LayerOps):
                 "are one operator here and must be all quantised or all float; change the recipe's patterns"
             )
         first, second = self._quantized_experts(names, out, layer)
+        kind = activations.of_experts(self.source, flat, layer)
+        if kind == activations.FLOAT32 and first.fmt.bits == 8:
+            raise ExportError(
+                f"the recipe has float activations for {flat[0]}, but ONNX Runtime's mixture of experts rounds what "
+                "meets 8-bit weights to int8 whatever it is told: export with --ops native, or leave activations out"
+            )
         weight = self.graph.weight
         zeros = [weight(matrix.zeros) if matrix.zeros else "" for matrix in (first, second)]
         inputs = [x, logits]
@@ -255,7 +264,7 @@ class PortableOps(LayerOps):
             inputs.append(self.graph.node("Softmax", [logits], f"{out}.router_weights", axis=-1))
         return self.graph.node(
             "QMoE", inputs, out, MICROSOFT, expert_weight_bits=first.fmt.bits, block_size=first.fmt.block,
-            accuracy_level=ACCURACY_INT8, **common,
+            accuracy_level=ACCURACY[kind], **common,
         )  # fmt: skip
 
     def _not_in_place(self, x: str, hidden: int, out: str) -> str:

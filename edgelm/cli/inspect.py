@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from edgelm.bundle import Bundle
+    from edgelm.bundle import Bundle, Manifest
     from edgelm.checkpoint import Checkpoint
     from edgelm.packed import PackedMatrix
     from edgelm.quant.recipe import Recipe
@@ -152,20 +152,43 @@ def packed_groups(bundle: Bundle) -> list[PackedGroup]:
     return [PackedGroup(name, matrix, len(sizes), sum(sizes)) for (name, matrix), sizes in found.items()]
 
 
+def activations_line(manifest: Manifest) -> str:
+    """What the products of a bundle multiply: as the recipe asks, or what its target has in place of that."""
+    from edgelm.quant.recipe import AUTO, FLOAT, Recipe
+
+    recipe = Recipe.from_toml(manifest.recipe.toml)
+    if recipe.default is None and all(rule.scheme is None for rule in recipe.rules):
+        return "float32"
+    blocks = "int8 in blocks of 32" if manifest.ops == "native" else "int8 in blocks of the weights' groups"
+
+    def words(asked: str) -> str:
+        if asked == AUTO:
+            return f"{blocks} where weights are integers, else float32"
+        if asked == FLOAT:
+            return "float32"
+        return f"{blocks}, finer than {asked}" if asked.startswith("int8") else f"float32, in place of {asked}"
+
+    own = [rule for rule in recipe.rules if rule.activations not in (None, recipe.activations)]
+    return "; ".join([words(recipe.activations), *(f"{rule.pattern}: {words(str(rule.activations))}" for rule in own)])
+
+
 def bundle_rows(bundle: Bundle, problems: list[str] | None) -> list[tuple[str, str]]:
     """What a person wants to know of a bundle."""
     from edgelm.cli.tables import size
+    from edgelm.kv_cache import row_bytes
 
     manifest, model = bundle.manifest, bundle.manifest.model
     experts = f", {model.num_experts} experts of which {model.experts_per_token} act" if model.num_experts else ""
-    kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim * (2 if manifest.graph.kv_dtype == "float16" else 4)
+    kv = manifest.graph.kv_dtype
+    cached = 2 * model.num_layers * model.num_kv_heads * row_bytes(kv, model.head_dim)
     rows = [
         ("bundle", f"{bundle.path}, format {manifest.format_version}, made {manifest.created}"),
         ("model", f"{model.name} ({model.family}): {model.num_layers} layers of {model.hidden_size}{experts}"),
         ("attention", f"{model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} for keys and values"),
         ("vocabulary", f"{model.vocab_size}{', embedding and head tied' if model.tied else ''}"),
-        ("context", f"{model.context_length} positions, {size(kv)} of cache each"),
+        ("context", f"{model.context_length} positions, {size(cached)} of {kv} cache each"),
         ("recipe", f"{manifest.recipe.name}, floats as {manifest.dtype}"),
+        ("activations", activations_line(manifest)),
         ("target", f"{manifest.target}, {manifest.ops} operators"),
         ("source", manifest.source.id),
         ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),

@@ -1,7 +1,7 @@
 """Does the ONNX graph compute what the PyTorch model computes, for every variant of both families?
 
 Unquantised graphs are held to float32 rounding. Quantised ones are compared with the PyTorch model of the dequantised
-weights, with the operators told to keep float32 activations, so that a wrong layout cannot hide behind int8 noise.
+weights, with float32 activations, so that a wrong layout cannot hide behind int8 noise.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tiny_models import FLAVOURS, MakeCheckpoint
 
 from edgelm.checkpoint import Checkpoint
-from edgelm.export import api, portable
+from edgelm.export import api
 from edgelm.models import family
 from edgelm.models.trace import Trace
 from edgelm.quant.recipe import Recipe
@@ -38,9 +38,10 @@ VARIANTS = [
 ]
 
 
-def recipe(scheme: str, family_name: str) -> Recipe:
+def recipe(scheme: str, family_name: str, activations: str = "auto") -> Recipe:
     rules = ROUTER if family_name == "olmoe" else ""
-    return Recipe.from_toml(f'name = "test"\ndefault = "{scheme}"\n{rules}', "test")
+    top = f'name = "test"\ndefault = "{scheme}"\nactivations = "{activations}"\n'
+    return Recipe.from_toml(top + rules, "test")
 
 
 @pytest.fixture(params=FLAVOURS)
@@ -137,7 +138,6 @@ def test_unquantised(
 def test_int4_in_float_activation_mode(
     tmp_path: Path,
     checkpoint: MakeCheckpoint,
-    monkeypatch: pytest.MonkeyPatch,
     name: str,
     changes: dict[str, Any],
     scheme: str,
@@ -145,17 +145,17 @@ def test_int4_in_float_activation_mode(
 ) -> None:
     if ops == "native" and "g16" in scheme:
         pytest.skip("native groups are multiples of 32: it is refused, as another test shows")
-    monkeypatch.setattr(portable, "ACCURACY_INT8", 1)
-    _, model = write_graph(tmp_path, checkpoint(name, **changes), recipe(scheme, name), "float32", ops)
+    chosen = recipe(scheme, name, "float")
+    _, model = write_graph(tmp_path, checkpoint(name, **changes), chosen, "float32", ops, as_deployed=True)
     check(tmp_path, model, 2e-5)
 
 
 @pytest.mark.parametrize("scheme", ["int8-g32-sym", "int8-g128-asym", "int8-row-sym"])
 def test_int8_of_the_dense_model_in_float_activation_mode(
-    tmp_path: Path, checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, scheme: str, ops: str
+    tmp_path: Path, checkpoint: MakeCheckpoint, scheme: str, ops: str
 ) -> None:
-    monkeypatch.setattr(portable, "ACCURACY_INT8", 1)
-    _, model = write_graph(tmp_path, checkpoint("fox"), recipe(scheme, "fox"), "float32", ops)
+    chosen = recipe(scheme, "fox", "float")
+    _, model = write_graph(tmp_path, checkpoint("fox"), chosen, "float32", ops, as_deployed=True)
     check(tmp_path, model, 2e-5)
 
 
