@@ -63,6 +63,32 @@ class RecipeInfo:
 
 
 @dataclass(frozen=True)
+class ExpertFallback:
+    """An expert that saw only `tokens` calibration tokens, too few, and was rounded to nearest."""
+
+    layer: int
+    expert: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class CalibrationInfo:
+    """What the codes were chosen by: the text and its SHA-256, windows of it and their tokens, and what came of it.
+
+    Attributes:
+        methods: matrices by the method that found their codes.
+        fallbacks: experts that saw too few tokens.
+    """
+
+    text: str
+    sha256: str
+    samples: int
+    length: int
+    methods: dict[str, int] = field(default_factory=dict)
+    fallbacks: tuple[ExpertFallback, ...] = ()
+
+
+@dataclass(frozen=True)
 class TokenIds:
     """Special token ids as resolved at export."""
 
@@ -114,12 +140,17 @@ class Manifest:
     tensors: tuple[TensorEntry, ...]
     tools: dict[str, str]
     created: str
+    calibration: CalibrationInfo | None = None
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
         """The manifest as indented JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        data = dataclasses.asdict(self)
+        if self.calibration is None:
+            # Versions that know no calibration refuse the field, and there is nothing in it.
+            del data["calibration"]
+        return json.dumps(data, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: Path) -> Manifest:
@@ -147,6 +178,7 @@ class Manifest:
                 recipe=RecipeInfo(**data.pop("recipe")),
                 tokens=_tokens(data.pop("tokens")),
                 source=_source(data.pop("source")),
+                calibration=_calibration(data.pop("calibration", None)),
                 files={name: FileInfo(**info) for name, info in data.pop("files").items()},
                 tensors=tuple(TensorEntry(**entry) for entry in data.pop("tensors")),
                 **data,
@@ -157,6 +189,12 @@ class Manifest:
 
 def _tokens(data: dict[str, Any]) -> TokenIds:
     return TokenIds(bos_id=data["bos_id"], eos_ids=tuple(data["eos_ids"]), pad_id=data["pad_id"])
+
+
+def _calibration(data: dict[str, Any] | None) -> CalibrationInfo | None:
+    if data is None:
+        return None
+    return CalibrationInfo(**{**data, "fallbacks": tuple(ExpertFallback(**entry) for entry in data["fallbacks"])})
 
 
 def _source(data: dict[str, Any]) -> SourceInfo:

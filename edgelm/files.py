@@ -57,6 +57,23 @@ def disk_full_explained(target: Path) -> Iterator[None]:
         ) from error
 
 
+def need_disk(target: Path, needed: int) -> None:
+    """Refuse before any work where `needed` bytes do not fit on the disk of `target`, which need not exist.
+
+    Raises:
+        EdgeLMError: says what is needed and what is free.
+    """
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise EdgeLMError(
+            f"{target} needs {needed / 1e9:.2f} GB but {parent} has {free / 1e9:.2f} GB free: "
+            "free some space or choose another place with -o"
+        )
+
+
 @contextlib.contextmanager
 def atomic_directory(target: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty directory beside `target`; rename it to `target` when the block ends without an error.
@@ -91,15 +108,22 @@ def atomic_directory(target: Path | str, *, overwrite: bool = False) -> Iterator
 
 
 @contextlib.contextmanager
-def atomic_file(target: Path | str) -> Iterator[Path]:
-    """Yield a path beside `target` to write to; rename it over `target` when the block ends without an error."""
+def atomic_file(target: Path | str, *, durable: bool = False) -> Iterator[Path]:
+    """Yield a path beside `target` to write to; rename it over `target` when the block ends without an error.
+
+    `durable` has the disk hold all of it, also through a loss of power, before this returns.
+    """
     target = Path(target).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}{PARTIAL}{os.getpid()}"
     try:
         with disk_full_explained(target):
             yield partial
+            if durable:
+                _sync(partial)
             partial.replace(target)
+            if durable and os.name == "posix":
+                _sync(target.parent)  # the new name too; elsewhere a folder cannot be opened
     except BaseException:
         _remove(partial)
         raise
@@ -109,8 +133,12 @@ def _sync_tree(root: Path) -> None:
     # The rename must not become durable before the data it names.
     for path in root.rglob("*"):
         if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -21,7 +21,11 @@ class Progress(ABC):
 
     @abstractmethod
     def task(self, label: str, total: float, *, unit: str = "bytes") -> AbstractContextManager[Advance]:
-        """Open a task of `total` units ("bytes" or "steps"); call the yielded function with each amount done."""
+        """Open a task of `total` units; call the yielded function with each amount done.
+
+        Units are "bytes", "steps", or "work": shares of uneven steps, shown as a percentage, with the time left taken
+        from the last ten minutes.
+        """
 
     def note(self, message: str) -> None:  # noqa: B027 - a sink may ignore notes
         """Say one line between the bars."""
@@ -50,9 +54,11 @@ class Bars(Progress):
         """Show a bar while the block runs."""
         from rich import progress as bars
 
-        counters: tuple[bars.ProgressColumn, ...] = (
-            (bars.DownloadColumn(), bars.TransferSpeedColumn()) if unit == "bytes" else (bars.MofNCompleteColumn(),)
-        )
+        counters: tuple[bars.ProgressColumn, ...] = {
+            "bytes": (bars.DownloadColumn(), bars.TransferSpeedColumn()),
+            "steps": (bars.MofNCompleteColumn(),),
+            "work": (bars.TaskProgressColumn(),),
+        }[unit]
         with bars.Progress(
             bars.TextColumn("{task.description:<22}"),
             bars.BarColumn(),
@@ -60,6 +66,7 @@ class Bars(Progress):
             bars.TimeElapsedColumn(),
             bars.TimeRemainingColumn(),
             console=self.console,
+            speed_estimate_period=600 if unit == "work" else 30,
         ) as display:
             task_id = display.add_task(label, total=total)
             yield lambda amount: display.advance(task_id, amount)

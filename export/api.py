@@ -22,6 +22,7 @@ import onnx
 from edgelm.bundle import (
     MANIFEST,
     Bundle,
+    CalibrationInfo,
     FileInfo,
     GraphInfo,
     Manifest,
@@ -48,6 +49,7 @@ from edgelm.models import family as family_of
 from edgelm.parity.golden import GoldenOptions, golden_tokens, write_pack
 from edgelm.parity.live import references
 from edgelm.progress import Advance, Progress, Silent
+from edgelm.quant.calibration import CalibrationOptions, CalibrationReport, calibrated
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource, stored_recipe
 from edgelm.runtimes.native_library import library_path
@@ -88,6 +90,8 @@ class ExportOptions:
         threads: worker threads; None is one per processor allowed to this process.
         overwrite: replace an existing bundle (it stays until the new one is complete).
         golden: the parity pack's prompts and sizes; None takes the built-in ones.
+        reference: float checkpoint (folder or hub id) that a quantised one was made from, for the parity pack's float
+            reference; a float checkpoint is its own.
     """
 
     target: str = "cpu"
@@ -97,6 +101,7 @@ class ExportOptions:
     threads: int | None = None
     overwrite: bool = False
     golden: GoldenOptions | None = None
+    reference: str | Path | None = None
 
     def __post_init__(self) -> None:
         for field, valid in (("target", TARGETS), ("ops", (AUTO, *FLAVOURS)), ("dtype", (*DTYPES, *_SHORT_DTYPES))):
@@ -124,13 +129,16 @@ def export_bundle(
     *,
     recipe: str | Path | Recipe | None = None,
     options: ExportOptions | None = None,
+    calibration: CalibrationOptions | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export a checkpoint (folder, hub id, or one that is open) to the bundle folder `out`.
 
     `recipe` is a preset's name, a TOML file or a `Recipe`; None is int4, or the recipe that a quantised checkpoint
     brings. The weights are read, quantised and written block by block and the reference runs layer by layer, so
-    memory does not grow with the model's depth.
+    memory does not grow with the model's depth. With `calibration` the codes are chosen by what the model does with a
+    text, see `edgelm.quant.calibration.calibrate_checkpoint`; what an interrupted run has done lies in
+    `<out>.calibrating`, and the same call goes on from there.
 
     Raises:
         EdgeLMError: the checkpoint, the recipe or an option cannot be used, or memory or disk do not suffice. Nothing
@@ -139,13 +147,63 @@ def export_bundle(
     options = options or ExportOptions()
     progress = progress or Silent()
     out = Path(out)
+    if out.exists() and not options.overwrite:
+        raise ExportError(f"{out} exists already: remove it, choose another place, or pass --overwrite")
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(checkpoint, progress=progress)
+    chosen = _recipe(recipe, checkpoint)
+    options = dataclasses.replace(options, ops=_flavour(options, progress))
+    original = None if options.reference is None else _original(checkpoint, options.reference, progress)
+    if calibration is None:
+        # The export's own threads each work on a tensor, so the kernel inside takes one.
+        source = WeightSource(checkpoint, chosen, threads=1)
+        report = CalibrationReport.read(checkpoint.path) if source.is_stored_quantized else None
+        return _export(source, out, options, None if report is None else report.info, original, progress)
+    if chosen is None:
+        raise ExportError(f"{checkpoint.path} is already quantised: calibration starts from the float checkpoint")
+    # What cannot be exported is to be refused before hours of calibration.
+    _prepare(WeightSource(checkpoint, chosen, threads=1), out, options, Silent())
+    with calibrated(checkpoint, chosen, calibration, out, threads=options.threads, progress=progress, copies=2) as (
+        source,
+        report,
+    ):
+        return _export(source, out, options, report.info, None, progress)
+
+
+def _export(
+    source: WeightSource,
+    out: Path,
+    options: ExportOptions,
+    calibration: CalibrationInfo | None,
+    original: Checkpoint | None,
+    progress: Progress,
+) -> Bundle:
+    """Write the bundle of the weights that `source` gives; `original` is the float checkpoint of quantised ones."""
+    tokenizer, golden, plan, threads = _prepare(source, out, options, progress)
+    checkpoint = source.checkpoint
+    with atomic_directory(out, overwrite=options.overwrite) as folder:
+        tensors, hashes = _write_weights(plan, checkpoint, folder, threads, progress)
+        (folder / GRAPH_FILE).write_bytes(plan.graph.SerializeToString())
+        (folder / DEBUG_FILE).write_bytes(plan.debug_graph.SerializeToString())
+        _copy_texts(checkpoint.path, tokenizer, folder)
+        if plan.ops == "portable":
+            _write_genai(folder, plan)
+        (folder / "parity").mkdir()
+        reference, quantised = references(source, plan.dtype, original)
+        write_pack(folder / "parity", reference, quantised, checkpoint.config, tokenizer, golden, progress)
+        _write_manifest(
+            folder, plan, source.recipe, checkpoint.source_id, tensors, hashes, options, calibration, progress
+        )
+    return Bundle.open(out)
+
+
+def _prepare(
+    source: WeightSource, out: Path, options: ExportOptions, progress: Progress
+) -> tuple[Tokenizer, GoldenOptions, _Plan, int]:
+    """Everything that can be refused before the first byte is written; and how many threads memory allows."""
+    checkpoint = source.checkpoint
     family = family_of(checkpoint.config)
     config = family.config_class.from_dict(checkpoint.config)
-    chosen = _recipe(recipe, checkpoint)
-    # The export's own threads each work on a tensor, so the kernel inside takes one.
-    source = WeightSource(checkpoint, chosen, threads=1)
     source.check_tensors(family.tensor_shapes(config))
     tokenizer = Tokenizer.from_folder(checkpoint.path)
     if tokenizer.vocab_size > config.vocab_size:
@@ -155,7 +213,6 @@ def export_bundle(
         )
     for note in tokenizer.notes:
         progress.note(note)
-    options = dataclasses.replace(options, ops=_flavour(options, progress))
     golden = options.golden or GoldenOptions.default_for(config)
     plan = _plan(checkpoint, source, tokenizer, family.name, config, options)
     threads = options.threads or allowed_cores()
@@ -163,16 +220,33 @@ def export_bundle(
         plan.info, config.intermediate_size, golden_tokens(golden, tokenizer), threads, options.max_ram
     )
     check_disk(out, plan.weights.size + (64 << 20))
-    with atomic_directory(out, overwrite=options.overwrite) as folder:
-        tensors, hashes = _write_weights(plan, checkpoint, folder, memory.threads, progress)
-        (folder / GRAPH_FILE).write_bytes(plan.graph.SerializeToString())
-        (folder / DEBUG_FILE).write_bytes(plan.debug_graph.SerializeToString())
-        _copy_texts(checkpoint.path, tokenizer, folder)
-        if plan.ops == "portable":
-            _write_genai(folder, plan)
-        _write_parity(folder / "parity", checkpoint, chosen, plan.dtype, tokenizer, golden, progress)
-        _write_manifest(folder, plan, source.recipe, checkpoint.source_id, tensors, hashes, options, progress)
-    return Bundle.open(out)
+    return tokenizer, golden, plan, memory.threads
+
+
+def _original(checkpoint: Checkpoint, reference: str | Path, progress: Progress) -> Checkpoint:
+    """The float checkpoint `reference`, of which `checkpoint` is said to be the quantised form."""
+    if checkpoint.config.get("quantization_config") is None:
+        raise ExportError(f"{checkpoint.path} is a float checkpoint and its own reference: leave --reference out")
+    original = Checkpoint.open(reference, progress=progress)
+    if original.config.get("quantization_config") is not None:
+        raise ExportError(f"{original.path} is quantised: --reference takes the float checkpoint")
+    configs = [
+        family_of(opened.config).config_class.from_dict(
+            {key: value for key, value in opened.config.items() if key != "quantization_config"}
+        )
+        for opened in (checkpoint, original)
+    ]
+    if configs[0] != configs[1]:
+        fields = [
+            field.name
+            for field in dataclasses.fields(configs[0])
+            if getattr(configs[0], field.name) != getattr(configs[1], field.name, None)
+        ]
+        raise ExportError(
+            f"{original.path} is not what {checkpoint.path} was made from: config.json differs in {', '.join(fields)}"
+        )
+    original.check_tensors(original.family.tensor_shapes(configs[1]))
+    return original
 
 
 def _recipe(recipe: str | Path | Recipe | None, checkpoint: Checkpoint) -> Recipe | None:
@@ -196,20 +270,6 @@ def _flavour(options: ExportOptions, progress: Progress) -> str:
     return "portable"
 
 
-def _write_parity(
-    folder: Path,
-    checkpoint: Checkpoint,
-    recipe: Recipe | None,
-    dtype: str,
-    tokenizer: Tokenizer,
-    golden: GoldenOptions,
-    progress: Progress,
-) -> None:
-    folder.mkdir()
-    reference, quantised = references(WeightSource(checkpoint, recipe), dtype)
-    write_pack(folder, reference, quantised, checkpoint.config, tokenizer, golden, progress)
-
-
 def _plan(
     checkpoint: Checkpoint, source: WeightSource, tokenizer: Tokenizer, family: str, config: Any, options: ExportOptions
 ) -> _Plan:
@@ -230,7 +290,9 @@ def _plan(
     )
     dtype = _SHORT_DTYPES.get(options.dtype, options.dtype)
     if dtype == "auto":
-        kept = [_STORED[tensor.dtype] for tensor in checkpoint.tensors.values() if tensor.dtype in _STORED]
+        # The scales of a quantised checkpoint may be of another type than what it keeps in float.
+        floats = [checkpoint.tensors[name].dtype for name in source.shapes if source.scheme(name) is None]
+        kept = [_STORED[dtype] for dtype in floats if dtype in _STORED]
         dtype = kept[0] if kept else "float32"
     weights = WeightsPlan()
     graph = GraphBuilder(WEIGHTS_FILE)
@@ -310,6 +372,7 @@ def _write_manifest(
     tensors: tuple[TensorEntry, ...],
     hashes: Mapping[str, Any],
     options: ExportOptions,
+    calibration: CalibrationInfo | None,
     progress: Progress,
 ) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -329,6 +392,7 @@ def _write_manifest(
         files=files,
         tensors=tensors,
         tools=_tool_versions(),
+        calibration=calibration,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

@@ -11,7 +11,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -86,30 +86,62 @@ def quantize_checkpoint(
         if stored_recipe(checkpoint.config) is not None:
             raise RecipeError(f"{checkpoint.path} is already quantised: start from the float checkpoint")
         weights = WeightSource(checkpoint, recipe, threads=1)
-        schemes = {name: weights.scheme(name) for name in checkpoint.tensors}
-        if not any(schemes.values()):
+        if not any(weights.scheme(name) for name in checkpoint.tensors):
             raise RecipeError(f'the recipe "{recipe.name}" quantises none of the tensors of {checkpoint.path}')
-        specs = {key: spec for name in schemes for key, spec in _specs(checkpoint, name, schemes[name]).items()}
-        total = sum(info.nbytes for info in checkpoint.tensors.values())
+        stored_specs(weights)  # refuses before the folder is made
         with atomic_directory(out, overwrite=overwrite) as folder:
-            _copy_companions(checkpoint.path, folder)
-            _write_config(checkpoint, folder, recipe)
-            with (
-                ShardedWriter(folder, specs, shard_bytes) as writer,
-                progress.task("quantising", total) as advance,
-            ):
-                jobs = _jobs(weights, schemes, writer)
-                for done in _run(jobs, allowed_cores() if threads is None else threads):
-                    advance(done)
+            summary = write_quantized(weights, folder, threads=threads, shard_bytes=shard_bytes, progress=progress)
+    return replace(summary, path=Path(out))
+
+
+def write_quantized(
+    weights: WeightSource, folder: Path, *, threads: int | None, shard_bytes: int | None, progress: Progress
+) -> QuantizedSummary:
+    """Write the tensors that `weights` gives, its recipe, and the rest of its checkpoint's folder into `folder`.
+
+    Args:
+        weights: a float checkpoint seen through a recipe.
+        folder: exists and is empty.
+        threads: blocks in work at once; None is one for each core.
+        shard_bytes: largest weight file; None writes one file.
+        progress: gets the bytes of the source that are done.
+
+    Raises:
+        As `quantize_checkpoint`.
+    """
+    checkpoint = weights.checkpoint
+    specs = stored_specs(weights)
+    schemes = {name: weights.scheme(name) for name in checkpoint.tensors}
+    total = sum(info.nbytes for info in checkpoint.tensors.values())
+    copy_companions(checkpoint.path, folder)
+    _write_config(checkpoint, folder, weights.recipe)
+    with (
+        ShardedWriter(folder, specs, shard_bytes) as writer,
+        progress.task("quantising", total) as advance,
+    ):
+        for done in _run(_jobs(weights, schemes, writer), allowed_cores() if threads is None else threads):
+            advance(done)
     return QuantizedSummary(
-        path=Path(out),
-        recipe=recipe,
+        path=folder,
+        recipe=weights.recipe,
         quantized_tensors=sum(scheme is not None for scheme in schemes.values()),
         float_tensors=sum(scheme is None for scheme in schemes.values()),
         source_bytes=total,
         stored_bytes=sum(spec.nbytes for spec in specs.values()),
         weights=sum(_count(info.shape) for info in checkpoint.tensors.values()),
     )
+
+
+def stored_specs(weights: WeightSource) -> dict[str, TensorSpec]:
+    """What the tensors of a float checkpoint are stored as once they are quantised.
+
+    Raises:
+        RecipeError: a tensor that is to be quantised cannot be stored so.
+    """
+    checkpoint = weights.checkpoint
+    return {
+        key: spec for name in checkpoint.tensors for key, spec in _specs(checkpoint, name, weights.scheme(name)).items()
+    }
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -191,7 +223,8 @@ def _run(jobs: Iterable[Callable[[], int]], threads: int) -> Iterator[int]:
             raise
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what a checkpoint's folder holds besides config.json and weights: tokenizer, template, licence."""
     for path in sorted(source.iterdir()):
         wanted = path.suffix in _COMPANION_SUFFIXES or path.name.startswith(_COMPANION_NAMES)
         if path.is_file() and wanted and path.name != _CONFIG and not path.name.endswith(_INDEX_SUFFIX):

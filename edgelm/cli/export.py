@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from edgelm.cli.options import calibration_options, chosen_calibration
+
 
 @click.command()
 @click.argument("checkpoint")
@@ -26,6 +28,12 @@ import click
     type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
     help="Storage of the matrices that the recipe keeps in float; auto keeps the checkpoint's.",
 )
+@calibration_options
+@click.option(
+    "--reference",
+    metavar="CHECKPOINT",
+    help="The float checkpoint that a quantised one was made from: parity then compares with it.",
+)
 @click.option("--max-ram", metavar="SIZE", help="Resident memory not to exceed, for example 3GiB.")
 @click.option("--parity-prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Golden prompts.")
 @click.option("--greedy-tokens", type=click.IntRange(min=0), help="Golden greedy tokens per prompt.")
@@ -39,6 +47,12 @@ def export(
     target: str,
     ops: str,
     dtype: str,
+    calibration: str | None,
+    samples: int | None,
+    sample_length: int | None,
+    min_expert_tokens: int | None,
+    require_coverage: bool,
+    reference: str | None,
     max_ram: str | None,
     parity_prompts: Path | None,
     greedy_tokens: int | None,
@@ -46,7 +60,10 @@ def export(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Export CHECKPOINT (a folder or a hub id) to a bundle."""
+    """Export CHECKPOINT (a folder or a hub id) to a bundle.
+
+    With --calibration an interrupted run goes on where it was when the same command is given again.
+    """
     import json
     import time
 
@@ -58,6 +75,7 @@ def export(
     from edgelm.parity.golden import GoldenOptions
     from edgelm.progress import Bars
 
+    calibrating = chosen_calibration(calibration, samples, sample_length, min_expert_tokens, require_coverage)
     golden = None
     if parity_prompts is not None or greedy_tokens is not None:
         golden = GoldenOptions.from_arguments(parity_prompts, greedy_tokens)
@@ -69,10 +87,11 @@ def export(
         threads=threads,
         overwrite=overwrite,
         golden=golden,
+        reference=reference,
     )
     progress = Bars()
     start = time.monotonic()
-    bundle = export_bundle(checkpoint, out, recipe=recipe, options=options, progress=progress)
+    bundle = export_bundle(checkpoint, out, recipe=recipe, options=options, calibration=calibrating, progress=progress)
     seconds = time.monotonic() - start
     if as_json:
         summary = {"bundle": str(bundle.path), "bytes": bundle.size, "seconds": round(seconds, 1)}

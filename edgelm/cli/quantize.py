@@ -6,28 +6,69 @@ from pathlib import Path
 
 import click
 
+from edgelm.cli.options import calibration_options, chosen_calibration
+
 
 @click.command()
 @click.argument("checkpoint")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--recipe", default="int4", show_default=True, help="int4, int8, fp8, or a TOML file.")
+@calibration_options
 @click.option("--threads", type=click.IntRange(min=1), help="Blocks in work at once; default: the cores allowed.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing folder once the new one is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
-def quantize(checkpoint: str, out: Path, recipe: str, threads: int | None, overwrite: bool, as_json: bool) -> None:
-    """Quantise CHECKPOINT (a folder or a hub id); `edgelm export` takes the result as it takes a float one."""
+def quantize(
+    checkpoint: str,
+    out: Path,
+    recipe: str,
+    calibration: str | None,
+    samples: int | None,
+    sample_length: int | None,
+    min_expert_tokens: int | None,
+    require_coverage: bool,
+    threads: int | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Quantise CHECKPOINT (a folder or a hub id); `edgelm export` takes the result as it takes a float one.
+
+    With --calibration an interrupted run goes on where it was when the same command is given again.
+    """
+    import dataclasses
     import json
     import time
 
     from edgelm.progress import Bars
-    from edgelm.quant.checkpoint import quantize_checkpoint
+    from edgelm.quant.checkpoint import QuantizedSummary, quantize_checkpoint
     from edgelm.quant.recipe import Recipe
 
+    options = chosen_calibration(calibration, samples, sample_length, min_expert_tokens, require_coverage)
     progress = Bars()
     start = time.monotonic()
-    made = quantize_checkpoint(
-        checkpoint, out, Recipe.load(recipe), threads=threads, overwrite=overwrite, progress=progress
-    )
+    made: QuantizedSummary
+    extra = {}
+    if options is None:
+        made = quantize_checkpoint(
+            checkpoint, out, Recipe.load(recipe), threads=threads, overwrite=overwrite, progress=progress
+        )
+    else:
+        from edgelm.quant.calibration import calibrate_checkpoint
+
+        calibrated = calibrate_checkpoint(
+            checkpoint,
+            out,
+            Recipe.load(recipe),
+            text=options.text,
+            samples=options.samples,
+            length=options.length,
+            coverage=options.coverage,
+            require_coverage=options.require_coverage,
+            threads=threads,
+            overwrite=overwrite,
+            progress=progress,
+        )
+        made = calibrated
+        extra = {"calibration": dataclasses.asdict(calibrated.report.info)}
     seconds = time.monotonic() - start
     if as_json:
         click.echo(
@@ -41,6 +82,7 @@ def quantize(checkpoint: str, out: Path, recipe: str, threads: int | None, overw
                     "quantized_tensors": made.quantized_tensors,
                     "float_tensors": made.float_tensors,
                     "seconds": round(seconds, 1),
+                    **extra,
                 }
             )
         )

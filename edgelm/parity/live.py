@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from edgelm.bundle import Bundle
 from edgelm.checkpoint import Checkpoint, WeightReader, bf16_to_float32, float32_to_bf16
+from edgelm.errors import ParityError
 from edgelm.parity.golden import GoldenOptions, make_pack
 from edgelm.parity.pack import ParityPack
 from edgelm.parity.prompts import Prompt
@@ -24,11 +25,18 @@ def live_pack(bundle: Bundle, stored: ParityPack, checkpoint: Path | str, progre
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
+        ParityError: the bundle is calibrated and the checkpoint is float.
         RecipeError: it is quantised with another recipe than the bundle's.
     """
     opened = Checkpoint.open(checkpoint, progress=progress)
     recipe = Recipe.from_toml(bundle.manifest.recipe.toml, f"the recipe of {bundle.path}")
     source = WeightSource(opened, recipe)
+    if bundle.manifest.calibration is not None and not source.is_stored_quantized:
+        raise ParityError(
+            f"{bundle.path} is calibrated, and its codes cannot be had from the float checkpoint {opened.path} without "
+            "calibrating again: leave --checkpoint out (the bundle holds what both references computed), or give the "
+            "quantised checkpoint"
+        )
     options = GoldenOptions(
         prompts=tuple(Prompt(prompt.name, prompt.text) for prompt in stored.prompts),
         greedy_tokens=max(len(prompt.greedy) for prompt in stored.prompts),
@@ -39,17 +47,21 @@ def live_pack(bundle: Bundle, stored: ParityPack, checkpoint: Path | str, progre
     return make_pack(reference, quantized, opened.config, Tokenizer.from_folder(opened.path), options, progress)
 
 
-def references(source: WeightSource, dtype: str) -> tuple[WeightReader, WeightReader | None]:
+def references(
+    source: WeightSource, dtype: str, original: WeightReader | None = None
+) -> tuple[WeightReader, WeightReader | None]:
     """The float reference's weights and the quantised reference's (None where they are the same).
 
     `dtype` is how the bundle stores matrices that the recipe keeps in float: where that rounds them, the rounded ones
-    are what the device computes with.
+    are what the device computes with. `original` is the float checkpoint that a quantised `source` was made from.
     """
     quantises = any(source.scheme(name) is not None for name in source.shapes)
     rounded = {name for name in source.shapes if _is_rounded(source, name, dtype)}
     computed: WeightReader = source.dequantized()
     if rounded:
         computed = AsStored(computed, rounded, dtype)
+    if source.is_stored_quantized and original is not None:
+        return original, computed
     if source.is_stored_quantized:
         # The float weights are gone: the reference is the PyTorch model of what the checkpoint holds.
         return source.dequantized(), computed if rounded else None

@@ -1,0 +1,71 @@
+"""What a calibration can be asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgelm.errors import EdgeLMError
+from edgelm.texts import BUILTIN
+
+SAMPLES = 128
+LENGTH = 512
+
+
+@dataclass(frozen=True)
+class CoverageOptions:
+    """How many tokens an expert must see for its codes to be chosen by them.
+
+    Attributes:
+        min_tokens: fewer than these are too few; None is `threshold` of the model.
+        reach: where an expert sees too few, it borrows tokens for which it is among the `reach` times A most probable
+            experts, A being how many the model chooses; 1 borrows none.
+
+    Raises:
+        EdgeLMError: a value is out of range.
+    """
+
+    min_tokens: int | None = None
+    reach: int = 2
+
+    def __post_init__(self) -> None:
+        if self.min_tokens is not None and self.min_tokens < 0:
+            raise EdgeLMError(f"an expert's least number of tokens is 0 or more, not {self.min_tokens}")
+        if self.reach < 1:
+            raise EdgeLMError(f"reach is 1 or more, not {self.reach}")
+
+    def threshold(self, columns: int) -> int:
+        """Tokens an expert needs whose widest input has `columns` values: an eighth of them unless it was given.
+
+        Measured (docs/quantisation.md): from about there on codes chosen by an expert's own tokens lose less on other
+        tokens than rounding to nearest does; the damping of the moments takes care of what few tokens leave open.
+        """
+        return max(1, columns // 8) if self.min_tokens is None else self.min_tokens
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What to calibrate with.
+
+    Attributes:
+        text: a UTF-8 file, a folder of them, or "builtin": Python's standard library.
+        samples: windows of text.
+        length: tokens of each.
+        coverage: when an expert has seen enough.
+        require_coverage: fail where an expert has not, in place of rounding it to nearest.
+
+    Raises:
+        EdgeLMError: a value is out of range.
+    """
+
+    text: str | Path = BUILTIN
+    samples: int = SAMPLES
+    length: int = LENGTH
+    coverage: CoverageOptions = field(default_factory=CoverageOptions)
+    require_coverage: bool = False
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.length < 2:
+            raise EdgeLMError(
+                f"calibration takes at least one sample of at least two tokens, not {self.samples} of {self.length}"
+            )

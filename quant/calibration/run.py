@@ -1,0 +1,315 @@
+"""Calibrate a whole checkpoint: text to hidden states, through every layer, to codes.
+
+In memory at any time: the residual stream of all samples and one array of its size, one layer's attention weights, the
+weights and moments of one expert. A layer that is done is on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgelm.checkpoint import Checkpoint, SafetensorsFile
+from edgelm.devices import allowed_cores
+from edgelm.errors import EdgeLMError, RecipeError
+from edgelm.files import atomic_directory, need_disk
+from edgelm.progress import Advance, Progress, Silent
+from edgelm.quant import codec
+from edgelm.quant.calibration.options import LENGTH, SAMPLES, CalibrationOptions, CoverageOptions
+from edgelm.quant.calibration.report import CalibrationReport, LayerReport
+from edgelm.quant.calibration.stream import SLICE_TOKENS, LayerStream, Quantiser, aligned, slices
+from edgelm.quant.calibration.work import SUFFIX, CalibratedSource, WorkFolder, open_work
+from edgelm.quant.checkpoint import SHARD_BYTES, QuantizedSummary, stored_specs, write_quantized
+from edgelm.quant.methods import Moments
+from edgelm.quant.recipe import Recipe
+from edgelm.quant.source import WeightSource, stored_recipe
+from edgelm.texts import BUILTIN, Texts, read_texts, windows
+from edgelm.tokenizer import Tokenizer
+
+FORMAT = "edgelm-calibration 1"
+"""Of the work folder; another number makes a new start."""
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class CalibratedSummary(QuantizedSummary):
+    """What a calibrated checkpoint came to, and how."""
+
+    report: CalibrationReport
+
+
+def calibrate_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    text: str | Path = BUILTIN,
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    coverage: CoverageOptions | None = None,
+    require_coverage: bool = False,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> CalibratedSummary:
+    """Quantise the checkpoint `source` into the folder `out`, its codes chosen by what the model does with a text.
+
+    The result has the format of `quantize_checkpoint`, with `calibration.json` beside. Interrupted, it keeps what is
+    done in `<out>.calibrating`, and the same call goes on at the layer it was in and ends in the same bytes.
+
+    Args:
+        source: float checkpoint, a folder or a hub id.
+        out: folder to write.
+        recipe: must quantise something.
+        text: a UTF-8 file, a folder of them, or "builtin".
+        samples: windows of text.
+        length: tokens of each.
+        coverage: when an expert has seen enough tokens; None is the default.
+        require_coverage: fail where an expert has not, in place of rounding it to nearest.
+        threads: of the arithmetic; None is one for each core. Other numbers may add up in another order.
+        overwrite: replace an existing `out` once the new one is complete.
+        progress: gets the work done, and a line for each layer.
+
+    Raises:
+        CheckpointError: `source` is incomplete or damaged, or some weight is not finite.
+        RecipeError: `source` is already quantised, or the recipe does not fit its tensors.
+        EdgeLMError: there is no text or too little, `out` exists, coverage is required and missing, or the disk is
+            full.
+    """
+    progress = progress or Silent()
+    options = CalibrationOptions(text, samples, length, coverage or CoverageOptions(), require_coverage)
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise EdgeLMError(f"{out} exists already: remove it, choose another place, or pass --overwrite")
+    with (
+        Checkpoint.open(source, progress) as checkpoint,
+        calibrated(checkpoint, recipe, options, out, threads=threads, progress=progress, copies=2) as (weights, report),
+        atomic_directory(out, overwrite=overwrite) as folder,
+    ):
+        summary = write_quantized(weights, folder, threads=threads, shard_bytes=SHARD_BYTES, progress=progress)
+        report.write(folder)
+    return CalibratedSummary(**(vars(summary) | {"path": out, "report": report}))
+
+
+@contextlib.contextmanager
+def calibrated(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    options: CalibrationOptions,
+    out: Path,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    copies: int = 1,
+) -> Iterator[tuple[CalibratedSource, CalibrationReport]]:
+    """Calibrate, or go on calibrating, in a folder beside `out`; yields the result to be written to `out`.
+
+    The folder is removed when the block ends without an error.
+
+    Args:
+        checkpoint: float.
+        recipe: must quantise something.
+        options: what to calibrate with.
+        out: what is to be made of it.
+        threads: of the arithmetic; None is one for each core.
+        progress: gets the work done, and a line for each layer.
+        copies: how many times the quantised tensors need space on the disk of `out`, those in the folder included.
+
+    Raises:
+        As `calibrate_checkpoint`.
+    """
+    progress = progress or Silent()
+    if stored_recipe(checkpoint.config) is not None:
+        raise RecipeError(f"{checkpoint.path} is already quantised: calibration starts from the float checkpoint")
+    # The writers' own threads each work on a tensor, so the kernel inside takes one.
+    weights = WeightSource(checkpoint, recipe, threads=1)
+    family = checkpoint.family
+    config = family.config_class.from_dict(checkpoint.config)
+    weights.check_tensors(family.tensor_shapes(config))
+    if not any(weights.scheme(name) for name in weights.shapes):
+        raise RecipeError(f'the recipe "{recipe.name}" quantises none of the tensors of {checkpoint.path}')
+    stored = sum(spec.nbytes for spec in stored_specs(weights).values())
+    texts = read_texts(options.text)
+    ids = _windows(checkpoint, config, texts, options)
+    stream_bytes = 4 * ids.size * config.hidden_size
+    need_disk(out, copies * stored + 2 * stream_bytes)
+    asked = _asked(checkpoint, recipe, texts, ids, options)
+    work_path = out.absolute().parent / f"{out.name}{SUFFIX}"
+    with open_work(work_path, asked, progress) as work, contextlib.ExitStack() as stack:
+        with _threads(threads):
+            run = _Run(weights, config, options, work, progress)
+            layers, head = run.all(ids)
+        files = [stack.enter_context(SafetensorsFile(path)) for path in work.files(len(layers))]
+        needed = options.coverage.threshold(max(config.hidden_size, config.intermediate_size))
+        report = CalibrationReport(
+            text=texts.name,
+            sha256=texts.sha256,
+            samples=options.samples,
+            length=options.length,
+            min_tokens=needed if getattr(config, "num_experts", 0) else 0,
+            layers=layers,
+            head=head,
+        )
+        yield CalibratedSource(checkpoint, recipe, files, threads=1), report
+
+
+def _windows(checkpoint: Checkpoint, config: Any, texts: Texts, options: CalibrationOptions) -> np.ndarray[Any, Any]:
+    """Token ids int64 [S, T]."""
+    if options.length > config.max_position_embeddings:
+        raise EdgeLMError(
+            f"samples of {options.length} tokens are longer than the model's context of "
+            f"{config.max_position_embeddings}: give a smaller --sample-length"
+        )
+    tokenizer = Tokenizer.from_folder(checkpoint.path)
+    ids = np.stack(windows(tokenizer, texts.documents, options.samples, options.length))
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise EdgeLMError(
+            f"{checkpoint.path}: the tokenizer gives token {ids.max()}, the model's table has {config.vocab_size} "
+            "rows: this is another model's tokenizer"
+        )
+    return ids
+
+
+def _asked(
+    checkpoint: Checkpoint, recipe: Recipe, texts: Texts, ids: np.ndarray[Any, Any], options: CalibrationOptions
+) -> dict[str, Any]:
+    """What the result depends on, by the words of a note about a folder that was left by another run."""
+    stats = {path.name: path.stat() for path in checkpoint.files}
+    return {
+        "format": FORMAT,
+        "checkpoint": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()],
+        "config.json": checkpoint.config,
+        "recipe": recipe.to_toml(),
+        "text": texts.sha256,
+        "samples": options.samples,
+        "sample length": options.length,
+        "tokens": hashlib.sha256(ids.tobytes()).hexdigest(),
+        "coverage": [options.coverage.min_tokens, options.coverage.reach],
+    }
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or allowed_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Run:
+    """The way through the layers."""
+
+    def __init__(
+        self, weights: WeightSource, config: Any, options: CalibrationOptions, work: WorkFolder, progress: Progress
+    ) -> None:
+        self.weights = weights
+        self.config = config
+        self.options = options
+        self.work = work
+        self.progress = progress
+        self.layers: int = config.num_hidden_layers
+        self.shares = _work(weights.shapes, config, options.samples * options.length)
+
+    @torch.no_grad()
+    def all(self, ids: np.ndarray[Any, Any]) -> tuple[list[LayerReport], LayerReport]:
+        """Do what is left to do; returns the reports of the layers and of the head."""
+        head = self.work.head_report()
+        start = self.work.next_layer() or 0
+        if head is None:
+            with self.progress.task("calibrating", sum(self.shares.values()), unit="work") as advance:
+                if start:
+                    self.progress.note(f"{self.work.path}: going on with layer {start} of {self.layers}")
+                    advance(sum(share for name, share in self.shares.items() if _layer_of(name) < start))
+                    x = self.work.load_stream(start)
+                else:
+                    x = self._embed(ids)
+                for index in range(start, self.layers):
+                    self._layer(index, x, advance)
+                head = self._head(x, advance)
+        return [self.work.layer_report(index) for index in range(self.layers)], head
+
+    def _embed(self, ids: np.ndarray[Any, Any]) -> Tensor:
+        """Rows [S, T, D] of the embedding as the device will have it."""
+        scheme = self.weights.scheme(EMBEDDING)
+        wanted, places = np.unique(ids, return_inverse=True)
+        rows = np.concatenate(
+            [self.weights.checkpoint.read_float32(EMBEDDING, slice(int(i), int(i) + 1)) for i in wanted]
+        )
+        if scheme is not None:
+            rows = codec.dequantize(codec.quantize(rows, scheme, name=EMBEDDING, threads=1), threads=1)
+        return torch.from_numpy(aligned(rows))[torch.from_numpy(places.reshape(ids.shape))]
+
+    def _layer(self, index: int, x: Tensor, advance: Advance) -> None:
+        began = time.monotonic()
+        quantiser = Quantiser(self.weights, self.shares, advance)
+        layer = self.weights.checkpoint.family.layer_from_disk(
+            self.config, index, lambda name: aligned(self.weights.checkpoint.read_float32(name))
+        )
+        LayerStream(self.config, index, layer, quantiser, self.options.coverage, self.options.require_coverage).run(x)
+        self.work.save_layer(index, quantiser.tensors, quantiser.report)
+        self.work.save_stream(index + 1, x)
+        self._say(index, quantiser.report, time.monotonic() - began)
+
+    def _head(self, x: Tensor, advance: Advance) -> LayerReport:
+        """Quantise the head by the normed states; a tied one is the embedding, which is looked up before all else."""
+        quantiser = Quantiser(self.weights, self.shares, advance)
+        if not self.config.tie_word_embeddings:
+            moments = None
+            if quantiser.wants_moments([HEAD]):
+                norm = self.weights.checkpoint.family.norm_class(self.config.hidden_size, self.config.rms_norm_eps)
+                norm.weight.copy_(torch.from_numpy(quantiser.read("model.norm.weight")))
+                moments = Moments.zeros(self.config.hidden_size)
+                for part in slices(len(x), max(1, SLICE_TOKENS // x.shape[1])):
+                    moments.add(norm(x[part]).reshape(-1, x.shape[2]))
+            quantiser.matrix(HEAD, moments)
+        self.work.save_head(quantiser.tensors, quantiser.report)
+        return quantiser.report
+
+    def _say(self, index: int, report: LayerReport, seconds: float) -> None:
+        parts = [f"layer {index} ({index + 1} of {self.layers})"]
+        if report.mean_error is not None:
+            parts.append(f"mean relative error {report.mean_error:.2e}")
+        if report.tokens:
+            least = min(range(len(report.tokens)), key=report.tokens.__getitem__)
+            parts.append(f"expert {least} was chosen least, for {report.tokens[least]} tokens")
+        self.progress.note(f"{', '.join(parts)}; {seconds:.0f} s")
+        for expert in report.fallbacks:
+            seen, near = report.tokens[expert], report.borrowed[expert]
+            self.progress.note(
+                f"layer {index}, expert {expert} saw too few tokens to be calibrated, {seen} and {near} that route "
+                "near it: it is rounded to nearest"
+            )
+
+
+def _layer_of(name: str) -> float:
+    """The layer a tensor belongs to; beyond all of them for those outside."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[1] == "layers" else math.inf
+
+
+def _work(shapes: Mapping[str, Sequence[int]], config: Any, tokens: int) -> dict[str, float]:
+    """Multiplications that each matrix takes, roughly: moments, product, and correcting its columns."""
+    experts = getattr(config, "num_experts", 0)
+    each = tokens * config.num_experts_per_tok / experts if experts else tokens
+    found = {}
+    for name, shape in shapes.items():
+        if len(shape) == 2 and (name == HEAD or _layer_of(name) < math.inf):
+            rows, columns = shape
+            seen = each if ".experts." in name else tokens
+            product = 0 if name == HEAD else seen * columns * rows
+            found[name] = float(product + seen * columns * columns / 2 + columns * columns * (rows + columns))
+    return found

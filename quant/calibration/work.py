@@ -1,0 +1,218 @@
+"""The folder in which a calibration keeps what is done, so that it can go on where it was interrupted.
+
+    state.json                    what the run was asked for
+    layer-00000.safetensors       codes and scales of a finished layer, its report among the file's metadata
+    head.safetensors              those of the head
+    stream-00001.safetensors      the residual stream before the next layer
+
+Each file is on the disk under another name before it gets its own, and a layer's file before the stream behind it: the
+last stream says where to go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgelm.checkpoint import Checkpoint, SafetensorsFile, SafetensorsWriter, TensorSpec
+from edgelm.errors import CheckpointError, EdgeLMError
+from edgelm.files import atomic_file
+from edgelm.progress import Progress
+from edgelm.quant.calibration.report import LayerReport
+from edgelm.quant.recipe import Recipe
+from edgelm.quant.source import WeightSource, part_name
+from edgelm.quant.tensor import QuantTensor
+
+SUFFIX = ".calibrating"
+_STATE = "state.json"
+_HEAD = "head.safetensors"
+_REPORT = "report"
+_STREAM = "x"
+_LOCK = "lock"
+
+
+class WorkFolder:
+    """What is done of one calibration. Open it with `open_work`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def next_layer(self) -> int | None:
+        """The layer to go on with, None where even the embedding is still to be looked up."""
+        found = [int(path.stem.rpartition("-")[2]) for path in self.path.glob("stream-*.safetensors")]
+        # Two are there where the run ended between writing one and removing the other.
+        return max(found, default=None)
+
+    def save_stream(self, layer: int, x: Tensor) -> None:
+        """Keep the residual stream [S, T, D] before `layer`, and forget the one before it."""
+        _write(self._stream(layer), {_STREAM: x.numpy()}, {})
+        self._stream(layer - 1).unlink(missing_ok=True)
+
+    def load_stream(self, layer: int) -> Tensor:
+        """Read what `save_stream` kept."""
+        with SafetensorsFile(self._stream(layer)) as file:
+            info = file.tensors[_STREAM]
+            x = torch.empty(info.shape)  # torch's own memory, see stream.aligned
+            file.read_into(x.numpy(), info.offset)
+        return x
+
+    def save_layer(self, layer: int, tensors: Mapping[str, QuantTensor], report: LayerReport) -> None:
+        """Keep a finished layer."""
+        self._save(self._layer(layer), tensors, report)
+
+    def save_head(self, tensors: Mapping[str, QuantTensor], report: LayerReport) -> None:
+        """Keep the head."""
+        self._save(self.path / _HEAD, tensors, report)
+
+    def layer_report(self, layer: int) -> LayerReport:
+        """The report of a finished layer."""
+        return _report(self._layer(layer))
+
+    def head_report(self) -> LayerReport | None:
+        """The report of the head, None where it is still to be done."""
+        path = self.path / _HEAD
+        return _report(path) if path.is_file() else None
+
+    def files(self, layers: int) -> list[Path]:
+        """All files of tensors."""
+        return [*(self._layer(layer) for layer in range(layers)), self.path / _HEAD]
+
+    def _save(self, path: Path, tensors: Mapping[str, QuantTensor], report: LayerReport) -> None:
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, tensor in tensors.items():
+            arrays[part_name(name, "qweight")] = tensor.codes
+            arrays[part_name(name, "scales")] = tensor.scales
+            if tensor.zeros is not None:
+                arrays[part_name(name, "zeros")] = tensor.zeros
+        _write(path, arrays, {_REPORT: report.to_json()})
+
+    def _layer(self, layer: int) -> Path:
+        return self.path / f"layer-{layer:05d}.safetensors"
+
+    def _stream(self, layer: int) -> Path:
+        return self.path / f"stream-{layer:05d}.safetensors"
+
+
+_DTYPES = {"uint8": "U8", "float16": "F16", "float32": "F32"}
+
+
+def _write(path: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
+    specs = {name: TensorSpec(_DTYPES[array.dtype.name], array.shape) for name, array in arrays.items()}
+    with atomic_file(path, durable=True) as partial, SafetensorsWriter(partial, specs, metadata) as writer:
+        for name, array in arrays.items():
+            writer.write(name, array)
+
+
+def _report(path: Path) -> LayerReport:
+    with SafetensorsFile(path) as file:
+        return LayerReport.from_json(file.metadata[_REPORT])
+
+
+@contextlib.contextmanager
+def open_work(path: Path, asked: Mapping[str, Any], progress: Progress) -> Iterator[WorkFolder]:
+    """Make the folder, or go on with the one there if it is of the same run; it is removed where all went well.
+
+    Args:
+        path: of the folder.
+        asked: everything that the result depends on, by what a user would call it.
+        progress: told what becomes of a folder that is there.
+
+    Raises:
+        EdgeLMError: another process works in the folder, or something else is in its place.
+    """
+    wanted = json.loads(json.dumps(asked))
+    if path.exists() and not path.is_dir():
+        raise EdgeLMError(f"{path} is in the way: calibration keeps its work there; remove it")
+    path.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        _clear_unless(path, wanted, progress)
+        state = path / _STATE
+        if not state.is_file():
+            with atomic_file(state, durable=True) as partial:
+                partial.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+        work = WorkFolder(path)
+        try:
+            yield work
+        except BaseException:
+            if work.next_layer() is None:
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                progress.note(f"what is done so far is kept in {path}: the same command goes on from there")
+            raise
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _clear_unless(path: Path, wanted: Mapping[str, Any], progress: Progress) -> None:
+    """Empty the folder of everything that another run left there."""
+    left = [entry for entry in path.iterdir() if entry.name != _LOCK]
+    if not left:
+        return
+    try:
+        found = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if found == wanted:
+        return
+    if not isinstance(found, dict) or "format" not in found:
+        # Not ours to empty, whatever it is; unless a run ended before its first file.
+        if any(not entry.name.startswith(f".{_STATE}") for entry in left):
+            raise EdgeLMError(f"{path} is in the way: it holds no calibration that EdgeLM left; remove it")
+        found = wanted
+    differing = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+    if differing:
+        progress.note(f"{path} holds an interrupted calibration with another {', '.join(differing)}: starting anew")
+    for entry in left:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes out; the system lets go of the lock however this process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two runs into one place are then the user's business
+        yield
+        return
+    with (path / _LOCK).open("w") as stream:
+        try:
+            fcntl.flock(cast("IO[str]", stream), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise EdgeLMError(f"another process is calibrating into {path}: wait for it") from error
+        yield
+
+
+class CalibratedSource(WeightSource):
+    """A float checkpoint seen through a recipe, with the codes that a calibration has found."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, recipe: Recipe, files: Sequence[SafetensorsFile], *, threads: int | None = None
+    ) -> None:
+        super().__init__(checkpoint, recipe, threads=threads)
+        self._found = {name: file for file in files for name in file.tensors}
+
+    def quantized(self, name: str, rows: slice | None = None) -> QuantTensor:
+        """See `WeightSource.quantized`; what was not calibrated, such as the embedding, is rounded to nearest."""
+        file = self._found.get(part_name(name, "qweight"))
+        scheme = self.scheme(name)
+        if file is None or scheme is None:
+            return super().quantized(name, rows)
+        codes = cast("NDArray[np.uint8]", file.read_raw(part_name(name, "qweight"), rows))
+        scales = file.read_raw(part_name(name, "scales"), rows)
+        zeros = file.read_raw(part_name(name, "zeros"), rows) if scheme.has_zeros else None
+        try:
+            shape = (len(codes), self.shape(name)[1])
+            return QuantTensor(codes, scales, cast("NDArray[np.uint8] | None", zeros), scheme, shape)
+        except ValueError as error:
+            raise CheckpointError(f"{file.path}: {name} is damaged: {error}; remove the folder") from error
