@@ -117,6 +117,7 @@ class _Plan:
     ops: str
     tokens: TokenIds
     dtype: str
+    kv: str
     weights: WeightsPlan
     graph: onnx.ModelProto
     debug_graph: onnx.ModelProto
@@ -308,6 +309,7 @@ def _plan(
         ops=options.ops,
         tokens=TokenIds(tokenizer.bos_id, tuple(tokenizer.eos_ids), tokenizer.pad_id),
         dtype=dtype,
+        kv=_kv_dtype(options.ops, source.recipe),
         weights=weights,
         graph=graph.model(info.name),
         debug_graph=graph.model(f"{info.name} (debug)", debug_outputs, exact=True),
@@ -386,7 +388,7 @@ def _write_manifest(
         ops=plan.ops,
         dtype=plan.dtype,
         recipe=RecipeInfo(recipe.name, recipe.to_toml()),
-        graph=GraphInfo(GRAPH_FILE, DEBUG_FILE, WEIGHTS_FILE, _kv_dtype(plan.ops, recipe)),
+        graph=GraphInfo(GRAPH_FILE, DEBUG_FILE, WEIGHTS_FILE, plan.kv),
         tokens=plan.tokens,
         source=SourceInfo(source_id, {name: FileInfo(**info) for name, info in hashes.items()}),
         files=files,
@@ -399,9 +401,22 @@ def _write_manifest(
 
 
 def _kv_dtype(ops: str, recipe: Recipe) -> str:
-    """The type of cache that a runtime allocates unless told otherwise: it does not round where nothing else does."""
+    """The type of cache that a runtime allocates unless told otherwise: the recipe's, if it has one.
+
+    Else it does not round where nothing else does.
+
+    Raises:
+        ExportError: these operators have no such cache.
+    """
+    if ops == "portable":
+        if recipe.kv not in (AUTO, "float32"):
+            raise ExportError(
+                f'recipe {recipe.name} has kv = "{recipe.kv}", but portable operators have float32 caches only: export '
+                "with --ops native, or leave kv out"
+            )
+        return "float32"
     exact = recipe.default is None and all(rule.scheme is None for rule in recipe.rules)
-    return "float32" if ops == "portable" or exact else "float16"
+    return recipe.kv if recipe.kv != AUTO else "float32" if exact else "float16"
 
 
 def _tool_versions() -> dict[str, str]:
