@@ -17,7 +17,7 @@ from edgelm.quant import primitives
 from edgelm.quant.scheme import Scheme
 from edgelm.quant.tensor import QuantTensor
 
-ABI = 3
+ABI = 4
 LIBRARY = "_edgelm_quant.so"
 LIBRARY_VARIABLE = "EDGELM_QUANT_LIBRARY"
 """Environment variable: path of the library to load in place of the installed one; empty loads none."""

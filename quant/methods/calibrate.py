@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from edgelm.errors import CheckpointError
 from edgelm.quant import codec
+from edgelm.quant.methods.feedback import fit_scale
 from edgelm.quant.methods.gptq import Rounded, gptq
 from edgelm.quant.methods.grids import Grid, grid, inverse
 from edgelm.quant.methods.moments import Moments
@@ -83,18 +84,17 @@ def calibrate(
         return Calibrated(plain, "rtn", error, {"rtn": error})
     if not bool(moments.hessian.isfinite().all()):
         raise CheckpointError(f"the calibration inputs of {name} are not finite: this checkpoint computes no numbers")
-    # Rows are independent, so a sample of them says which method is best, and only the best does them all.
-    step = -(-len(weight) // _JUDGED)
-    sample = np.ascontiguousarray(weight[::step])
-    wanted = list(_METHODS) if method == AUTO else [method]
-    errors = {
-        which: _relative_error(sample, _by_rows(sample, plain.scheme, moments, _METHODS[which]), moments)
-        for which in wanted
-    }
-    if method == AUTO:
-        errors["rtn"] = _relative_error(sample, codec.quantize(sample, plain.scheme, name=name), moments)
+    # Rows are independent: a sample of them says which method is best.
+    sample = slice(None, None, -(-len(weight) // _JUDGED))
+    judged = np.ascontiguousarray(weight[sample])
+    found = {"rtn": plain} if method == AUTO else {}
+    if method != "search":
+        found["gptq"] = _by_rows(weight, plain.scheme, moments, _gptq)
+    errors = {which: _relative_error(judged, _rows(tensor, sample), moments) for which, tensor in found.items()}
+    if method != "gptq":
+        errors["search"] = _relative_error(judged, _by_rows(judged, plain.scheme, moments, _search), moments)
     best = min(errors, key=lambda which: errors[which])
-    tensor = plain if best == "rtn" else _by_rows(weight, plain.scheme, moments, _METHODS[best])
+    tensor = found[best] if best in found else _by_rows(weight, plain.scheme, moments, _search)
     return Calibrated(tensor, best, errors[best], errors)
 
 
@@ -110,16 +110,14 @@ def _search(weights: Tensor, numbers: Grid, moments: Moments, group: int) -> Rou
     importance = moments.hessian.diagonal().clone()
     if not bool(importance.any()):
         importance.fill_(1.0)
-    parts = zip(torch.split(weights, group), torch.split(importance, group), strict=True)
-    scales, lowest = zip(*(numbers.scale(part, each) for part, each in parts), strict=True)
-    found = Rounded(torch.empty_like(weights), torch.stack(scales), torch.stack(lowest))
-    for i, part in enumerate(torch.split(weights, group)):
-        values = numbers.nearest(part, inverse(found.scales[i]), found.lowest[i])
-        found.values[i * group : (i + 1) * group] = values
-    return found
-
-
-_METHODS: dict[str, _Method] = {"gptq": _gptq, "search": _search}
+    values, scales, lowest = [], [], []
+    for part, each in zip(torch.split(weights, group), torch.split(importance, group), strict=True):
+        trials, least = numbers.trials(part)
+        scale = fit_scale(part, each, trials, least, numbers)
+        values.append(numbers.nearest(part, inverse(scale), least))
+        scales.append(scale)
+        lowest.append(least)
+    return Rounded(torch.cat(values), torch.stack(scales), torch.stack(lowest))
 
 
 def _by_rows(weight: NDArray[np.float32], scheme: AnyScheme, moments: Moments, method: _Method) -> QuantTensor:
@@ -145,6 +143,12 @@ def _by_rows(weight: NDArray[np.float32], scheme: AnyScheme, moments: Moments, m
 def _chunks(weight: NDArray[np.float32]) -> Iterator[Tensor]:
     for start in range(0, len(weight), _CHUNK):
         yield torch.from_numpy(np.ascontiguousarray(weight[start : start + _CHUNK]))
+
+
+def _rows(tensor: QuantTensor, rows: slice) -> QuantTensor:
+    cut = tensor.rows(rows)
+    zeros = None if cut.zeros is None else np.ascontiguousarray(cut.zeros)
+    return replace(cut, codes=np.ascontiguousarray(cut.codes), scales=np.ascontiguousarray(cut.scales), zeros=zeros)
 
 
 def _relative_error(weight: NDArray[np.float32], tensor: QuantTensor, moments: Moments | None) -> float:

@@ -12,16 +12,17 @@ Arrays are transposed, [columns, rows].
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from edgelm.quant.methods.grids import Grid, inverse
+from edgelm.quant.methods.feedback import LARGEST_BLOCK, Block, fit_scale, recode_block, round_block
+from edgelm.quant.methods.grids import Grid
 from edgelm.quant.methods.moments import Factor
 
-BLOCK = 128
-"""Columns between two updates of all others: wider groups are walked in blocks of this, narrower ones are a block."""
+_BLOCK_OF_WIDE_GROUPS = 64  # columns between two updates of all others; narrower groups are a block each
 
 
 @dataclass
@@ -58,77 +59,60 @@ class _State:
     def __init__(self, weights: Tensor, grid: Grid, factor: Factor, group: int) -> None:
         columns, rows = weights.shape
         self.weights, self.grid, self.factor, self.group = weights, grid, factor, group
-        self.block = min(group, BLOCK)
+        self.block = group if group <= LARGEST_BLOCK else _BLOCK_OF_WIDE_GROUPS
         self.values = torch.empty_like(weights)
         self.error = torch.empty_like(weights)
         self.scales = torch.empty(columns // group, rows)
         self.lowest = torch.empty(columns // group, rows)
 
     def round_forward(self) -> None:
-        """The first pass: every column once, with what came before fed into it."""
+        """The first pass: every column once, with the errors of what came before fed into it."""
         feedback, importance = self.factor.feedback, self.factor.importance
-        for start in range(0, len(self.weights), self.block):
-            cut = slice(start, start + self.block)
-            target = self.weights[cut] + feedback[:start, cut].T @ self.error[:start]
-            number, first = divmod(start, self.group)
-            if first == 0:
-                # A group of several blocks gets its scale from the weights as they were, beyond its first block.
-                whole = slice(start, start + self.group)
-                seen = target if self.group == self.block else torch.cat([target, self.weights[whole][self.block :]])
-                self.scales[number], self.lowest[number] = self.grid.scale(seen, importance[whole])
-            scale, lowest = self.scales[number], self.lowest[number]
-            inverted = inverse(scale)
-            # Errors of the block against the weights as they are on disk, as the later feedback wants them.
-            error = self.error[cut]
-            for j in range(self.block):
-                column = target[j]
-                if j:
-                    column = torch.addmv(column, error[:j].T, feedback[start : start + j, start + j])
-                value = self.grid.nearest(column, inverted, lowest)
-                self.values[start + j] = value
-                torch.addcmul(self.weights[start + j], value, scale, value=-1, out=error[j])
+        for cut, number, first in self._blocks():
+            target = torch.addmm(self.weights[cut], feedback[: cut.start, cut].T, self.error[: cut.start])
+            if first:
+                whole = slice(cut.start, cut.start + self.group)
+                # A group of several blocks gets its scale from the weights as they are beyond its first block.
+                beyond = self.weights[cut.stop : whole.stop]
+                seen = torch.cat([target, beyond]) if len(beyond) else target
+                trials, self.lowest[number] = self.grid.trials(seen)
+                self.scales[number] = fit_scale(seen, importance[whole], trials, self.lowest[number], self.grid)
+            round_block(self._block(cut, number), target, feedback[cut, cut], self.grid)
 
     def refine(self) -> None:
         """One sweep: each group's scale and each column's code made best for all that is fixed at that moment."""
         hessian = self.factor.hessian
-        # Half the gradient of the objective; every change below keeps it up to date.
+        # Half the gradient of the objective with its sign turned; every change below keeps it up to date.
         pull = hessian @ self.error
-        for start in range(0, len(self.weights), self.block):
-            number, first = divmod(start, self.group)
-            if first == 0:
-                self._refit(number, pull)
-            cut = slice(start, start + self.block)
+        for cut, number, first in self._blocks():
+            if first and self.group > self.block:
+                whole = slice(cut.start, cut.start + self.group)
+                before = self.error[whole].clone()
+                self._refit(whole, number, pull[whole])
+                pull.addmm_(hessian[:, whole], self.error[whole] - before)
             before = self.error[cut].clone()
-            self._recode(cut, number, pull[cut].clone())
+            here = pull[cut].clone()
+            if self.group <= self.block:
+                self._refit(cut, number, here)
+                here.addmm_(hessian[cut, cut], self.error[cut] - before)
+            recode_block(self._block(cut, number), here, hessian[cut, cut], self.grid)
             pull.addmm_(hessian[:, cut], self.error[cut] - before)
 
-    def _refit(self, number: int, pull: Tensor) -> None:
-        """The scale of least error for a group's codes: s + (c . pull) / (c . H c)."""
-        cut = slice(number * self.group, (number + 1) * self.group)
-        hessian, values = self.factor.hessian[:, cut], self.values[cut]
-        norm = (values * (hessian[cut] @ values)).sum(0)
-        step = torch.where(norm > 0, (values * pull[cut]).sum(0) / norm, 0.0)
+    def _refit(self, group: slice, number: int, pull: Tensor) -> None:
+        """The scale of least error for a group's values: s + (v . pull) / (v . H v)."""
+        values = self.values[group]
+        norm = (values * (self.factor.hessian[group, group] @ values)).sum(0)
+        step = torch.where(norm > 0, (values * pull).sum(0) / norm, 0.0)
         wanted = self.grid.stored(self.scales[number] + step)
         scale = torch.where(wanted.isfinite() & (wanted != 0), wanted, self.scales[number])
-        change = values * (self.scales[number] - scale)
+        self.error[group] += values * (self.scales[number] - scale)
         self.scales[number] = scale
-        self.error[cut] += change
-        pull.addmm_(hessian, change)
 
-    def _recode(self, cut: slice, number: int, pull: Tensor) -> None:
-        """Columns of one block in turn: the value nearest to where the squared error has its minimum."""
-        hessian = self.factor.hessian[cut, cut]
-        scale, lowest = self.scales[number], self.lowest[number]
-        inverted = inverse(scale)
-        values, error, weights = self.values[cut], self.error[cut], self.weights[cut]
-        changes = torch.empty_like(error)
-        for j in range(self.block):
-            slope = pull[j]
-            if j:
-                slope = torch.addmv(slope, changes[:j].T, hessian[j, :j])
-            wanted = torch.add(weights[j] - error[j], slope, alpha=1 / float(hessian[j, j]))
-            value = self.grid.nearest(wanted, inverted, lowest)
-            values[j] = value
-            new = torch.addcmul(weights[j], value, scale, value=-1)
-            torch.sub(new, error[j], out=changes[j])
-            error[j] = new
+    def _blocks(self) -> Iterator[tuple[slice, int, bool]]:
+        """Columns of each block in turn, the number of its group, and whether it is the group's first."""
+        for start in range(0, len(self.weights), self.block):
+            number, within = divmod(start, self.group)
+            yield slice(start, start + min(self.block, self.group - within)), number, within == 0
+
+    def _block(self, cut: slice, number: int) -> Block:
+        return Block(self.weights[cut], self.values[cut], self.error[cut], self.scales[number], self.lowest[number])

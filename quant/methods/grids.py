@@ -26,18 +26,24 @@ def grid(scheme: AnyScheme, columns: int) -> Grid:
 
 
 class Grid(ABC):
-    """Values and scales of one scheme. Shapes: g columns of a group, N rows."""
+    """Values and scales of one scheme. Shapes: g columns of a group, N rows.
+
+    Attributes:
+        numbers: what the compiled kernel calls the kind of values (edgelm_numbers in quantize.h).
+        range: from the least integer to the largest; of no meaning for FP8.
+        half: whether scales are stored as float16; else they are float32.
+    """
+
+    numbers: int
+    range: float
+    half: bool
 
     @abstractmethod
-    def scale(self, weights: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-        """Search the scale that leaves the least sum of importance * (w - value * scale)^2.
-
-        Args:
-            weights: float32 [g, N].
-            importance: float32 [g], of each column's squared error.
+    def trials(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales to try for `weights`, float32 [g, N].
 
         Returns:
-            Scales [N] as they will be stored, and lowest values [N] (minus the zero point, for integers).
+            Trial scales [T, N], and lowest values [N] (minus the zero point, for integers).
         """
 
     @abstractmethod
@@ -52,23 +58,6 @@ class Grid(ABC):
     def codes(self, values: Tensor, lowest: Tensor) -> Tensor:
         """Codes uint8 [K, N] of values [K, N], with `lowest` [K, N] of each."""
 
-    def _best(self, weights: Tensor, importance: Tensor, trials: Tensor, lowest: Tensor) -> Tensor:
-        """The best of trial scales [T, N], each first fitted to the values that it gives (least squares)."""
-        weighted = importance[:, None] * weights
-        best = torch.full(weights.shape[1:], torch.inf)
-        found = torch.zeros_like(best)
-        for trial in trials:
-            value = self.nearest(weights, inverse(trial), lowest)
-            weighed = importance[:, None] * value
-            norm = (weighed * value).sum(0)
-            fitted = self.stored(torch.where(norm > 0, (weighted * value).sum(0) / norm, 0.0))
-            value = self.nearest(weights, inverse(fitted), lowest)
-            error = (importance[:, None] * (weights - value * fitted).square()).sum(0)
-            better = error < best
-            best = torch.where(better, error, best)
-            found = torch.where(better, fitted, found)
-        return found
-
 
 def inverse(scale: Tensor) -> Tensor:
     """1 / scale, and 0 where it is 0."""
@@ -80,10 +69,11 @@ class IntegerGrid(Grid):
 
     def __init__(self, scheme: Scheme, columns: int) -> None:
         self.scheme = scheme
+        self.numbers, self.range, self.half = 0, scheme.levels - 1.0, True
         self._targets = torch.from_numpy(search_targets(scheme, columns))
 
-    def scale(self, weights: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Grid.scale`, from the trials of the plain search (`primitives.search_targets`)."""
+    def trials(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The trials of the plain search (`primitives.search_targets`)."""
         levels = self.scheme.levels - 1
         if self.scheme.symmetric:
             # The side with one code more goes to the largest magnitude: scales may be negative.
@@ -94,8 +84,7 @@ class IntegerGrid(Grid):
             bottom = weights.amin(0).clamp_max(0)
             extent = weights.amax(0).clamp_min(0) - bottom
             lowest = -(-bottom * levels * inverse(extent)).clamp(0, levels).round()
-        trials = extent / self._targets[:, None]
-        return self._best(weights, importance, trials, lowest), lowest
+        return extent / self._targets[:, None], lowest
 
     def nearest(self, weights: Tensor, inverse: Tensor, lowest: Tensor) -> Tensor:
         """Integers lowest .. lowest + 2^bits - 1."""
@@ -115,16 +104,16 @@ class Fp8Grid(Grid):
     """E4M3 or E5M2 with a float32 scale."""
 
     def __init__(self, scheme: Fp8Scheme) -> None:
-        self._type = torch.float8_e4m3fn if scheme.form == "e4m3" else torch.float8_e5m2
+        self._type, self.numbers = (torch.float8_e4m3fn, 1) if scheme.form == "e4m3" else (torch.float8_e5m2, 2)
+        self.range, self.half = 0.0, False
         self._largest = float(torch.finfo(self._type).max)
 
-    def scale(self, weights: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Grid.scale`, from absmax / largest and a few below that, which fill the numbers' gaps otherwise."""
+    def trials(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """absmax / largest, and a few within the binade above it, whose gaps lie elsewhere."""
         largest = weights.abs().amax(0) / self._largest
         shrink = torch.exp2(-torch.arange(_FP8_SHRINK) / _FP8_SHRINK)
         # Larger, not smaller: nothing is clipped, the largest weight becomes a number below the format's largest.
-        trials = largest / shrink[:, None]
-        return self._best(weights, importance, trials, torch.zeros_like(largest)), torch.zeros_like(largest)
+        return largest / shrink[:, None], torch.zeros_like(largest)
 
     def nearest(self, weights: Tensor, inverse: Tensor, lowest: Tensor) -> Tensor:
         """Numbers of the format; past the largest, the largest."""

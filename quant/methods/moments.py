@@ -74,7 +74,7 @@ class Factor:
         upper = _reversed_cholesky(self.hessian)
         scale = upper.diagonal().clone()
         self.importance = scale.square()
-        self.feedback = (upper / scale).triu_(1)
+        self.feedback = (upper / scale).triu_(1).contiguous()
 
 
 def _reversed_cholesky(matrix: Tensor) -> Tensor:

@@ -122,4 +122,35 @@ int32_t edgelm_dequantize(const edgelm_dequantize_arguments* arguments) {
   return EDGELM_QUANT_OK;
 }
 
+int32_t edgelm_fit(const edgelm_fit_arguments* arguments) {
+  using namespace edgelm;
+  const edgelm_fit_arguments& a = *arguments;
+  if (a.rows < 0 || a.columns < 1 || a.stride < a.rows || a.trial_count < 1 || a.threads < 1 ||
+      a.numbers < EDGELM_INTEGERS || a.numbers > EDGELM_E5M2 || a.weights == nullptr || a.importance == nullptr ||
+      a.trials == nullptr || a.lowest == nullptr || a.scale == nullptr) {
+    return EDGELM_QUANT_BAD_ARGUMENT;
+  }
+  const QuantizeKernel* kernel = FindKernel(a.isa);
+  if (kernel == nullptr) return EDGELM_QUANT_NO_SUCH_ISA;
+  Share(a.rows, 256, a.threads, [&](int64_t first, int64_t last) { kernel->fit(a, first, last); });
+  return EDGELM_QUANT_OK;
+}
+
+int32_t edgelm_feedback(const edgelm_feedback_arguments* arguments) {
+  using namespace edgelm;
+  const edgelm_feedback_arguments& a = *arguments;
+  if (a.rows < 0 || a.columns < 1 || a.columns > EDGELM_FEEDBACK_COLUMNS || a.stride < a.rows ||
+      a.coupling_stride < a.columns || a.threads < 1 || a.numbers < EDGELM_INTEGERS || a.numbers > EDGELM_E5M2) {
+    return EDGELM_QUANT_BAD_ARGUMENT;
+  }
+  for (const float* array : {a.weights, a.target, static_cast<const float*>(a.values),
+                             static_cast<const float*>(a.error), a.coupling, a.scale, a.inverse, a.lowest}) {
+    if (array == nullptr) return EDGELM_QUANT_BAD_ARGUMENT;
+  }
+  const QuantizeKernel* kernel = FindKernel(a.isa);
+  if (kernel == nullptr) return EDGELM_QUANT_NO_SUCH_ISA;
+  Share(a.rows, 256, a.threads, [&](int64_t first, int64_t last) { kernel->feedback(a, first, last); });
+  return EDGELM_QUANT_OK;
+}
+
 }  // extern "C"

@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 // Raised by one whenever a struct or the meaning of a field changes; the caller must see the number it was written for.
-#define EDGELM_QUANT_ABI 3
+#define EDGELM_QUANT_ABI 4
 
 enum edgelm_quant_status {
   EDGELM_QUANT_OK = 0,
@@ -67,11 +67,64 @@ struct edgelm_dequantize_arguments {
   int64_t row_stride;
 };
 
+// Most columns of a block that is rounded with feedback.
+#define EDGELM_FEEDBACK_COLUMNS 128
+
+enum edgelm_numbers { EDGELM_INTEGERS = 0, EDGELM_E4M3 = 1, EDGELM_E5M2 = 2 };
+
+// Some columns of a matrix, transposed: arrays are [columns, rows], `stride` floats from column to column. Columns are
+// rounded in turn, each after what the errors of those before it have added to its target:
+//
+//   round:   value = nearest(target / scale),                                 error = weight - value * scale,
+//            target[k] += coupling[j, k] * error            for each k > j
+//   recode:  value = nearest((weight - error + target / coupling[j, j]) / scale), error as above,
+//            target[k] += coupling[j, k] * (error - error before)
+//
+// See quant/methods/gptq.py for what coupling and target are.
+struct edgelm_feedback_arguments {
+  int64_t rows, columns;  // at most EDGELM_FEEDBACK_COLUMNS columns
+  int64_t stride;
+  const float* weights;
+  const float* target;    // what to round (round), or the pull of all errors on each value (recode)
+  float* values;          // out
+  float* error;           // out; recode: in as well
+  const float* coupling;  // [columns, columns], `coupling_stride` floats from row to row; only j <= k is read
+  int64_t coupling_stride;
+  const float* scale;    // [rows]
+  const float* inverse;  // [rows], 1 / scale, or 0
+  const float* lowest;   // [rows], integers: the least value; the largest is `range` above it
+  float range;
+  int32_t numbers;  // edgelm_numbers
+  int32_t recode;
+  int32_t threads;
+  int32_t isa;
+};
+
+// The best scale for a group of columns, transposed as above: for each row the trial that leaves the least sum of
+// importance * (weight - value * scale)^2, after its scale was fitted to the values that it gives (least squares).
+struct edgelm_fit_arguments {
+  int64_t rows, columns;
+  int64_t stride;
+  const float* weights;     // [columns, rows]
+  const float* importance;  // [columns]
+  const float* trials;      // [trial_count, rows]
+  int64_t trial_count;
+  const float* lowest;  // [rows], as in edgelm_feedback_arguments
+  float* scale;         // out: [rows]
+  float range;
+  int32_t numbers;  // edgelm_numbers
+  int32_t half;     // whether scales are stored as float16
+  int32_t threads;
+  int32_t isa;
+};
+
 EDGELM_EXPORT int32_t edgelm_quant_abi(void);
 // Whether `isa` can be used here.
 EDGELM_EXPORT int32_t edgelm_quant_has_isa(int32_t isa);
 EDGELM_EXPORT int32_t edgelm_quantize(struct edgelm_quantize_arguments* arguments);
 EDGELM_EXPORT int32_t edgelm_dequantize(const struct edgelm_dequantize_arguments* arguments);
+EDGELM_EXPORT int32_t edgelm_fit(const struct edgelm_fit_arguments* arguments);
+EDGELM_EXPORT int32_t edgelm_feedback(const struct edgelm_feedback_arguments* arguments);
 
 #ifdef __cplusplus
 }

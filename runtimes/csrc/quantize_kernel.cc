@@ -260,9 +260,11 @@ void Dequantize(const edgelm_dequantize_arguments& arguments, int64_t first_row,
   }
 }
 
+#include "feedback_impl.h"
+
 }  // namespace
 
 extern const QuantizeKernel EDGELM_KERNEL;  // else a constant is local to its file
-const QuantizeKernel EDGELM_KERNEL = {kLanes, Quantize, Dequantize};
+const QuantizeKernel EDGELM_KERNEL = {kLanes, Quantize, Dequantize, Fit, Feedback};
 
 }  // namespace edgelm

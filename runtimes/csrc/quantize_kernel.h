@@ -17,6 +17,8 @@ struct QuantizeKernel {
   int64_t (*quantize)(const edgelm_quantize_arguments& arguments, int64_t first, int64_t last, void* scratch,
                       int32_t* status);
   void (*dequantize)(const edgelm_dequantize_arguments& arguments, int64_t first_row, int64_t last_row);
+  void (*fit)(const edgelm_fit_arguments& arguments, int64_t first_row, int64_t last_row);
+  void (*feedback)(const edgelm_feedback_arguments& arguments, int64_t first_row, int64_t last_row);
 };
 
 extern const QuantizeKernel kScalarKernel;

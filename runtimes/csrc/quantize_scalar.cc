@@ -122,8 +122,10 @@ void Dequantize(const edgelm_dequantize_arguments& arguments, int64_t first_row,
   }
 }
 
+#include "feedback_impl.h"
+
 }  // namespace
 
-const QuantizeKernel kScalarKernel = {1, Quantize, Dequantize};
+const QuantizeKernel kScalarKernel = {1, Quantize, Dequantize, Fit, Feedback};
 
 }  // namespace edgelm
