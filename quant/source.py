@@ -51,6 +51,11 @@ def stored_recipe(config: Mapping[str, object]) -> Recipe | None:
     return Recipe.from_toml(str(entry.get("recipe")), "config.json: quantization_config.recipe")
 
 
+def _schemes(recipe: Recipe) -> tuple[object, ...]:
+    """What quantises: neither activations, method nor cache."""
+    return (recipe.default, *((rule.pattern, rule.scheme) for rule in recipe.rules))
+
+
 def _open_stored(checkpoint: Checkpoint) -> Stored | None:
     """The checkpoint's quantised tensors, whoever made them; None where it is float."""
     recipe = stored_recipe(checkpoint.config)
@@ -76,17 +81,14 @@ class WeightSource:
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe | None = None, *, threads: int | None = None) -> None:
         self._stored = _open_stored(checkpoint)
         stored = None if self._stored is None else self._stored.recipe
-        if (
-            stored is not None
-            and recipe is not None
-            and (stored.default, stored.rules) != (recipe.default, recipe.rules)
-        ):
+        if stored is not None and recipe is not None and _schemes(stored) != _schemes(recipe):
             raise RecipeError(
                 f'{checkpoint.path} is already quantised with the recipe "{stored.name}", "{recipe.name}" is another: '
                 "leave the recipe out, or start from the float checkpoint"
             )
         self.checkpoint = checkpoint
-        self.recipe = stored or recipe or Recipe.load("none")
+        # Of a quantised checkpoint the schemes are given; what its products multiply and its cache are still a choice.
+        self.recipe = recipe or stored or Recipe.load("none")
         self.is_stored_quantized = stored is not None
         # Asked once: finding out reads a dozen files of the system, and there are thousands of tensors.
         self._threads = allowed_cores() if threads is None else threads

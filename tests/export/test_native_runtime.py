@@ -13,11 +13,23 @@ from tiny_models import FLAVOURS, MakeCheckpoint
 
 import edgelm
 from edgelm.bundle import Bundle
+from edgelm.cli.inspect import bundle_rows
 from edgelm.cli.main import cli
-from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError, RuntimeUnavailableError
+from edgelm.errors import (
+    ContextLengthError,
+    EdgeLMError,
+    ExportError,
+    GenerationError,
+    RecipeError,
+    RuntimeUnavailableError,
+)
 from edgelm.export import ExportOptions, export_bundle
+from edgelm.kv_cache import KV_TYPES
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
+from edgelm.quant.checkpoint import quantize_checkpoint
+from edgelm.quant.recipe import KV_TYPES as RECIPE_KV_TYPES
+from edgelm.quant.recipe import Recipe
 from edgelm.runtimes import Runtime, open_batch, open_runtime, open_tracing
 
 pytestmark = pytest.mark.skipif("native" not in FLAVOURS, reason="needs the compiled operators")
@@ -99,6 +111,41 @@ def test_a_quantised_bundle_has_a_float16_cache(bundles: dict[tuple[str, str], B
     with opened(bundles["fox", "int4"]) as default, opened(bundles["fox", "int4"], kv="float16") as chosen:
         assert default.cache_bytes == chosen.cache_bytes
         np.testing.assert_array_equal(default.prefill(IDS), chosen.prefill(IDS))
+
+
+def test_the_recipes_cache_is_the_bundles(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    recipe = Recipe.from_toml('name = "small"\ndefault = "int4-g32-sym"\nkv = "int8"\n')
+    bundle = export_bundle(
+        checkpoint("fox"), tmp_path / "b", recipe=recipe, options=ExportOptions(golden=SHORT, ops="native")
+    )
+    assert bundle.manifest.graph.kv_dtype == "int8"
+    assert "int8 cache each" in dict(bundle_rows(bundle, None))["context"]
+    with opened(bundle) as default, opened(bundle, kv="int8") as same, opened(bundle, kv="float16") as other:
+        assert default.cache_bytes == same.cache_bytes < other.cache_bytes
+        np.testing.assert_array_equal(default.prefill(IDS), same.prefill(IDS))
+        assert (default.prefill(IDS) != other.prefill(IDS)).any()
+    with pytest.raises(ExportError, match=r'recipe small has kv = "int8", but portable operators .* --ops native'):
+        export_bundle(checkpoint("fox"), tmp_path / "p", recipe=recipe, options=ExportOptions(ops="portable"))
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_quantised_checkpoint_still_has_a_choice_of_cache_and_activations(
+    checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    schemes = 'default = "int4-g32-sym"\n'
+    quantize_checkpoint(checkpoint("fox"), tmp_path / "q", Recipe.from_toml('name = "a"\n' + schemes))
+    chosen = Recipe.from_toml('name = "b"\nkv = "fp8"\nactivations = "float"\n' + schemes)
+    options = ExportOptions(golden=SHORT, ops="native")
+    bundle = export_bundle(tmp_path / "q", tmp_path / "b", recipe=chosen, options=options)
+    assert bundle.manifest.graph.kv_dtype == "fp8"
+    assert dict(bundle_rows(bundle, None))["activations"] == "float32"
+    other = Recipe.from_toml('name = "c"\ndefault = "int8-g32-sym"\n')
+    with pytest.raises(RecipeError, match='already quantised with the recipe "a", "c" is another'):
+        export_bundle(tmp_path / "q", tmp_path / "c", recipe=other, options=options)
+
+
+def test_every_cache_that_recipes_can_name_exists() -> None:
+    assert set(RECIPE_KV_TYPES) == {"auto", *KV_TYPES}
 
 
 def test_decoding_with_half_of_the_head_gives_the_same_best_tokens(bundles: dict[tuple[str, str], Bundle]) -> None:
