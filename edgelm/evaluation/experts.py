@@ -44,7 +44,9 @@ class ExpertProbe:
             expected = _expert(x, self._reference, names)
             self._energy[layer, expert] += float(expected.double().square().sum())
             for number, source in enumerate(self._targets):
-                if any(source.scheme(name) is not None for name in names):
+                # A recipe that keeps an expert float changes nothing; another checkpoint's floats may be others.
+                changed = source.checkpoint is not self._reference or any(source.scheme(name) for name in names)
+                if changed:
                     found = _expert(x, source.dequantized(), names)
                     self._error[number, layer, expert] += float((found - expected).double().square().sum())
 

@@ -376,6 +376,7 @@ def _versions() -> dict[str, str]:
     """Of what took part."""
     found = {"edgelm": edgelm.__version__, "python": platform.python_version(), "numpy": np.__version__}
     for name in ("torch", "onnxruntime"):
-        if name in sys.modules:
-            found[name] = str(sys.modules[name].__version__)
+        module = sys.modules.get(name)
+        if module is not None:
+            found[name] = str(module.__version__)
     return found
