@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 METHOD = "edgelm"
 FORMAT_VERSION = 1
 PARTS = ("qweight", "scales", "zeros")
+INPUT_SCALE = "input_scale"
+"""A further part, float32: the calibrated scale of what the matrix multiplies, where its activations are static."""
 
 
 def part_name(tensor: str, part: str) -> str:
@@ -87,20 +89,22 @@ class OwnWeights:
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor in the file, all its parts together."""
         tensors: Mapping[str, object] = self._checkpoint.tensors
-        keys = [name] if name in tensors else [part_name(name, part) for part in PARTS]
+        keys = [name] if name in tensors else [part_name(name, part) for part in (*PARTS, INPUT_SCALE)]
         return sum(self._checkpoint.tensors[key].nbytes for key in keys if key in tensors)
 
     def input_scale(self, name: str) -> float | None:
-        """Return None: this format stores none."""
-        del name
-        return None
+        """Return the static scale of a matrix's inputs, None where none is stored."""
+        key = part_name(name, INPUT_SCALE)
+        if key not in self._checkpoint.tensors or name in self._checkpoint.tensors:
+            return None
+        return float(self._checkpoint.read_float32(key).reshape(-1)[0])
 
     def _logical_shapes(self) -> dict[str, tuple[int, ...]]:
         tensors, path = self._checkpoint.tensors, self._checkpoint.path
         shapes: dict[str, tuple[int, ...]] = {}
         for key, info in tensors.items():
             stem, _, part = key.rpartition(".")
-            if part in PARTS:
+            if part in (*PARTS, INPUT_SCALE):
                 if f"{stem}.qweight" not in tensors:
                     raise CheckpointError(f"{path} has {key} but not {stem}.qweight")
             else:

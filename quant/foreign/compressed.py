@@ -64,7 +64,7 @@ _EVERY_LINEAR = "Linear"
 
 @dataclass(frozen=True)
 class _Group:
-    """One entry of `config_groups`: `activations` is what a module with a static input scale multiplies."""
+    """One entry of `config_groups`."""
 
     targets: tuple[str, ...]
     scheme: AnyScheme
@@ -114,9 +114,8 @@ class CompressedTensors(Format):
             shape = _unpacked_shape(checkpoint, module, parts, group) if packed else info.shape
             if len(shape) != 2:
                 raise CheckpointError(f"{checkpoint.path}: {key} has the shape {shape}, and is no matrix: {WAY_OUT}")
-            static = "input_scale" in parts
             name = f"{module}.weight"
-            found[name] = Matrix(name, (shape[0], shape[1]), group.scheme, parts, group.activations if static else None)
+            found[name] = Matrix(name, (shape[0], shape[1]), group.scheme, parts, group.activations)
             _check_parts(checkpoint, found[name], group)
         orphans = tuple(part for part in _PARTS if part not in ("weight", "bias"))
         refuse_orphans(checkpoint, found, orphans, "weight_packed, nor a quantised weight beside it")
@@ -218,14 +217,18 @@ def _scheme(where: str, weights: Settings) -> tuple[AnyScheme, int | None]:
 
 
 def _activations(where: str, inputs: Settings) -> str | None:
-    """What modules with a static scale of their inputs multiply; None where there are no static scales."""
-    if not inputs or inputs.get("dynamic"):
+    """What modules multiply; None where that is float, or rounded at run time in a way that no recipe names."""
+    if not inputs:
         return None
+    kind = "fp8" if inputs.get("type") == "float" else "int8"
+    if inputs.get("dynamic"):
+        plain = inputs.get("strategy") == "token" and inputs.get("num_bits") == 8 and inputs.get("symmetric", True)
+        return f"{kind}-token" if plain else None
     if inputs.get("num_bits", 8) != 8 or inputs.get("strategy") not in (None, "tensor"):
         raise reading.unsupported(f"{where}.input_activations", dict(inputs), "static scales for 8 bits, one a tensor")
     if not reading.flag(inputs, "symmetric", True):
         raise reading.unsupported(f"{where}.input_activations.symmetric", False, "true where the scale is static")
-    return "fp8-static" if inputs.get("type") == "float" else "int8-static"
+    return f"{kind}-static"
 
 
 def _unpacked_shape(checkpoint: Checkpoint, module: str, parts: dict[str, str], group: _Group) -> tuple[int, ...]:
@@ -256,7 +259,7 @@ def _check_parts(checkpoint: Checkpoint, matrix: Matrix, group: _Group) -> None:
         if group.packed:
             shapes = (*shapes, (-(-rows * bits // 32), groups))
         require(checkpoint, matrix, "weight_zero_point", tuple(shapes), ("I32", "I8") if group.packed else ("I8",))
-    if "input_scale" in matrix.parts:
+    if "input_scale" in matrix.parts or (group.activations or "").endswith("-static"):
         require(checkpoint, matrix, "input_scale", ((), (1,), (1, 1)), FLOATS)
     if "input_zero_point" in matrix.parts and checkpoint.read_raw(matrix.parts["input_zero_point"]).astype(bool).any():
         raise CheckpointError(

@@ -65,8 +65,8 @@ class Fp8(Format):
             if any(skip == module or f".{skip}." in f".{module}." for skip in self._skipped):
                 raise reading.contradiction(module, " or ".join(_SKIPS))
             parts = parts_of(checkpoint, module, _PARTS)
-            static = self._static and "input_scale" in parts
-            matrix = Matrix(key, (info.shape[0], info.shape[1]), self.default, parts, "fp8-static" if static else None)
+            activations = "fp8-static" if self._static else None
+            matrix = Matrix(key, (info.shape[0], info.shape[1]), self.default, parts, activations)
             found[key] = matrix
             check_scales(checkpoint, matrix, scale, self._block_rows)
             if self._static:

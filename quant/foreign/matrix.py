@@ -33,8 +33,7 @@ class Matrix:
         shape: (N, K) of the float matrix.
         written: the scheme as the format has it, its group perhaps wider than a row.
         parts: key in the file by the part's own name, those of them that are there.
-        activations: what the matrix multiplies where the file says so: "int8-static" or "fp8-static" with a stored
-            `input_scale`; None leaves it open.
+        activations: what the matrix multiplies where the config says so, as recipes name it; None leaves it open.
     """
 
     name: str
