@@ -19,10 +19,12 @@ Three more keys may stand at the top, and the first two of them in a rule:
 
 from __future__ import annotations
 
+import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import cached_property
 from pathlib import Path
 
 from edgelm.errors import RecipeError
@@ -37,6 +39,7 @@ METHODS = (AUTO, "gptq", "search", "rtn")
 weigh the error with the inputs' magnitude (search), by the least error of the weights (rtn), or the best (auto)."""
 KV_TYPES = (AUTO, "float32", "float16", "int8", "fp8")
 
+_WILDCARD = re.compile(r"[*?[]")
 _CHOICES = {"activations": ACTIVATIONS, "method": METHODS, "kv": KV_TYPES}
 _OF_RULES = ("activations", "method")
 
@@ -71,12 +74,36 @@ class Recipe:
 
     def rule(self, tensor: str) -> Rule:
         """Return what is written for a tensor of that name, nothing left to defaults."""
-        for rule in self.rules:
-            if fnmatchcase(tensor, rule.pattern):
-                return replace(
-                    rule, activations=rule.activations or self.activations, method=rule.method or self.method
-                )
-        return Rule("*", self.default, self.activations, self.method)
+        index = min(self._matching(tensor), default=None)
+        if index is None:
+            return Rule("*", self.default, self.activations, self.method)
+        rule = self.rules[index]
+        return replace(rule, activations=rule.activations or self.activations, method=rule.method or self.method)
+
+    def _matching(self, tensor: str) -> Iterator[int]:
+        """Indices of the rules that match, in no order."""
+        for length, patterns in self._patterns.items():
+            for index, pattern in patterns.get(tensor[:length], ()):
+                if pattern is None:
+                    if len(tensor) == length:
+                        yield index
+                elif pattern.match(tensor):
+                    yield index
+
+    @cached_property
+    def _patterns(self) -> dict[int, dict[str, list[tuple[int, re.Pattern[str] | None]]]]:
+        """Rules by the text before the first wildcard, and by its length; a pattern without one is None.
+
+        A recipe with a scheme for each expert has thousands of rules, and a checkpoint thousands of tensors: most
+        pairs of them are told apart here.
+        """
+        found: dict[int, dict[str, list[tuple[int, re.Pattern[str] | None]]]] = {}
+        for index, rule in enumerate(self.rules):
+            start = _WILDCARD.search(rule.pattern)
+            stem = rule.pattern if start is None else rule.pattern[: start.start()]
+            pattern = None if start is None else re.compile(translate(rule.pattern))
+            found.setdefault(len(stem), {}).setdefault(stem, []).append((index, pattern))
+        return found
 
     def scheme_for(self, tensor: str, shape: tuple[int, ...]) -> AnyScheme | None:
         """Return the scheme of a tensor with its group made to fit the rows; None keeps it float.
@@ -100,8 +127,9 @@ class Recipe:
         """
         if self.is_preset:
             return
-        for rule in self.rules:
-            if not any(fnmatchcase(tensor, rule.pattern) for tensor in tensors):
+        matched = {index for tensor in tensors for index in self._matching(tensor)}
+        for index, rule in enumerate(self.rules):
+            if index not in matched:
                 example = next(iter(sorted(tensors)), "none")
                 raise RecipeError(
                     f'recipe {self.name}: the pattern "{rule.pattern}" matches none of the {len(tensors)} tensors '
