@@ -125,7 +125,8 @@ def _caches(report: EvaluationReport) -> str:
 
 def _layers(report: EvaluationReport) -> str:
     # The layers are computed once for all caches of a bundle.
-    shown = {target.target: target for target in reversed(report.targets) if target.layers}
+    measured = [target for target in report.targets if any(layer.error > 0 for layer in target.layers or ())]
+    shown = {target.target: target for target in reversed(measured)}
     targets = list(reversed(shown.values()))
     charts = []
     for start in range(0, len(targets), _COLOURS):

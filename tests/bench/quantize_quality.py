@@ -1,10 +1,10 @@
 """What does each way to quantise cost the tiny trained models? Prints the table of docs/quantisation.md.
 
-    python tests/bench/quantize_quality.py [MODEL ...] [--windows N]
+    python tests/bench/quantize_quality.py [MODEL ...] [--tokens N]
 
-Mean KL(float || quantised), in nats a token, of the PyTorch reference in float32: weights are quantised, activations
-are not, so this is what the weights lose and nothing else. The text is held out from training (Python's standard
-library, examples/checkpoints/corpus.py), in windows of 256 tokens; the error is that of the mean over windows.
+Measured by edgelm.evaluation: mean KL(float || quantised), in nats a token, of the PyTorch reference in float32:
+weights are quantised, activations are not, so this is what the weights lose and nothing else. The text is held out
+from training (Python's standard library), in windows of 256 tokens; the error is that of the mean over windows.
 Deterministic for one interpreter. MB are the weights that a token would read in the full-size model of the family: of
 all experts as often as the tiny one's router chooses those of their kind, and of the embedding nothing.
 """
@@ -14,12 +14,10 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +25,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgelm.checkpoint import Checkpoint
-from edgelm.models.trace import Trace
+from edgelm.evaluation import distances
+from edgelm.evaluation.experts import ExpertProbe
+from edgelm.evaluation.reference import WeightModel
+from edgelm.models.hooks import head_name
 from edgelm.quant import PRESETS, AnyScheme, Recipe, Rule, Scheme, WeightSource, parse_scheme, primitives, quantize
+from edgelm.texts import standard_library, windows
 from edgelm.tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
@@ -55,6 +57,7 @@ FULL_SIZE: Mapping[str, Mapping[str, tuple[float, int]]] = {
 }
 
 Head = Callable[[Tensor], Tensor]
+"""From final states [n, D] to logits [n, V]."""
 
 
 @dataclass(frozen=True)
@@ -82,77 +85,44 @@ class Line:
 class Model:
     """A tiny checkpoint with windows of text that it has not seen."""
 
-    def __init__(self, name: str, windows: int) -> None:
+    def __init__(self, name: str, tokens: int) -> None:
         self.checkpoint = Checkpoint.open(CHECKPOINTS / name)
         self.config = self.checkpoint.family.config_class.from_dict(self.checkpoint.config)
-        self.head_name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        self.head_name = head_name(self.config.tie_word_embeddings)
         self.full_size = FULL_SIZE[name]
-        self.tokenizer = Tokenizer.from_folder(self.checkpoint.path)
-        sys.path.insert(0, str(CHECKPOINTS))
-        from corpus import read_corpus  # beside the checkpoints, no package
-
-        training, held_out = read_corpus()
-        self.windows = self._windows(held_out, windows)
+        tokenizer = Tokenizer.from_folder(self.checkpoint.path)
+        training, held_out = standard_library()
+        count = tokens // LENGTH
+        self.windows = windows(tokenizer, held_out, count, LENGTH + 1)
         self.experts: int = getattr(self.config, "num_experts", 0)
-        module = self._module(self.checkpoint.read_float32)
         # How often each expert is chosen: on other text than that which is judged.
-        self.loads = self._loads(module, self._windows(training[::40], windows)) if self.experts else None
-        self.reference = [self._log_probabilities(module, window, None) for window in self.windows]
+        self.loads = self._loads(windows(tokenizer, training[::40], count, LENGTH + 1)) if self.experts else None
+        self.reference = WeightModel(self.checkpoint.config, self.checkpoint, self.windows)
 
-    def _windows(self, texts: Sequence[str], count: int) -> list[Tensor]:
-        ids = [i for text in texts for i in self.tokenizer.encode(text, add_bos=False)]
-        starts = np.linspace(0, len(ids) - LENGTH - 1, count).astype(int)
-        found = [torch.tensor(ids[start : start + LENGTH + 1]) for start in starts]
-        if self.tokenizer.bos_id is not None:
-            for window in found:
-                window[0] = self.tokenizer.bos_id
-        return found
-
-    def _module(self, read: Callable[[str], NDArray[np.float32]]) -> Any:
-        module = self.checkpoint.family.module_class(self.config)
-        module.load_weights(read)
-        return module.eval()
-
-    @torch.no_grad()
-    def _log_probabilities(self, module: Any, window: Tensor, head: Head | None) -> Tensor:
-        final: list[Tensor] = []
-        hook = module.norm.register_forward_hook(lambda _module, _inputs, output: final.append(output))
-        logits = module(window[None, :-1])
-        hook.remove()
-        if head is not None:
-            logits = head(final[-1])
-        return torch.log_softmax(logits[0].double(), dim=-1)
-
-    @torch.no_grad()
-    def _loads(self, module: Any, windows: Sequence[Tensor]) -> NDArray[np.float64]:
-        counts = np.zeros((self.config.num_hidden_layers, self.experts))
-        for window in windows:
-            trace = Trace()
-            module(window[None, :-1], trace=trace)
-            for layer, chosen in enumerate(trace.experts):
-                counts[layer] += np.bincount(chosen.flatten().numpy(), minlength=self.experts)
-        return counts / counts.sum(axis=1, keepdims=True)
+    def _loads(self, found: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
+        probe = ExpertProbe(self.config.num_hidden_layers, self.experts, self.checkpoint, ())
+        WeightModel(self.checkpoint.config, self.checkpoint, found, probe=probe)
+        return probe.tokens / probe.tokens.sum(axis=1, keepdims=True)
 
     def measure(self, variant: Variant) -> Line:
         """Quantise, run every window, compare."""
         # One recipe serves both models: rules for what this one lacks are left out.
         rules = [rule for rule in variant.recipe.rules if fnmatch.filter(self.checkpoint.tensors, rule.pattern)]
         source = WeightSource(self.checkpoint, replace(variant.recipe, rules=tuple(rules)), threads=1)
-        module = self._module(source.dequantized().read_float32)
-        kl, kept, nats = [], [], []
-        for window, expected in zip(self.windows, self.reference, strict=True):
-            found = self._log_probabilities(module, window, variant.head)
-            kl.append(float((expected.exp() * (expected - found)).sum(-1).mean()))
-            kept.append(float((expected.argmax(-1) == found.argmax(-1)).double().mean()))
-            targets = window[1:, None]
-            nats.append(float((expected.gather(1, targets) - found.gather(1, targets)).mean()))
+        target = WeightModel(self.checkpoint.config, source.dequantized(), self.windows)
+        if variant.head is None:
+            found = self.reference.compare(target)
+        else:
+            found = self.reference.compare_logits(_logits(variant.head, target.final))
+        shape = (len(self.windows), LENGTH)
+        kl = distances.divergence(found.kl.reshape(shape), found.reference.best == found.target.best)
         return Line(
             variant.name,
             self._megabytes(source, variant),
-            float(np.mean(kl)),
-            float(np.std(kl) / np.sqrt(len(kl))),
-            float(np.mean(kept)),
-            float(np.exp(np.mean(nats))),
+            kl.mean,
+            kl.standard_error,
+            kl.top1,
+            float(np.exp(found.target.loss.mean() - found.reference.loss.mean())),
         )
 
     def _megabytes(self, source: WeightSource, variant: Variant) -> float:
@@ -208,6 +178,11 @@ class Model:
             return logits
 
         return head, 4 + 16 / group + 4 * exact / rows
+
+
+def _logits(head: Head, final: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    for start in range(0, len(final), LENGTH):
+        yield head(torch.from_numpy(final[start : start + LENGTH])).numpy()
 
 
 def recipe(default: str, *rules: tuple[str, str]) -> Recipe:
@@ -277,13 +252,13 @@ def main() -> None:
     """Measure and print a table for each model, and one JSON line last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=MODELS, help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--windows", type=int, default=64, help=f"windows of {LENGTH} tokens (default 64)")
+    parser.add_argument("--tokens", type=int, default=16384, help=f"in windows of {LENGTH} (default 16384)")
     options = parser.parse_args()
     records = {}
     for name in options.models:
         start = time.monotonic()
-        model = Model(name, options.windows)
-        print(f"\n{name}, {options.windows * LENGTH} tokens held out\n")
+        model = Model(name, options.tokens)
+        print(f"\n{name}, {len(model.windows) * LENGTH} tokens held out\n")
         print("| | MB a token | KL, nats a token | first choice kept | perplexity |")
         print("|---|---|---|---|---|")
         lines = []
