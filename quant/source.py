@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.checkpoint.safetensors import FLOAT_DTYPES
 from edgelm.devices import allowed_cores
 from edgelm.errors import CheckpointError, RecipeError
 from edgelm.quant import codec
-from edgelm.quant.foreign import ForeignWeights, recipe_of
+from edgelm.quant.foreign import FORMATS, ForeignWeights, recipe_of
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.scheme import AnyScheme
 from edgelm.quant.stored import FORMAT_VERSION, METHOD, PARTS, OwnWeights, Stored, part_name
@@ -65,6 +66,21 @@ def _open_stored(checkpoint: Checkpoint) -> Stored | None:
     return OwnWeights(checkpoint, recipe) if entry["quant_method"] == METHOD else ForeignWeights(checkpoint, entry)
 
 
+def _refuse_unannounced(checkpoint: Checkpoint) -> None:
+    """Refuse quantised weights without a `quantization_config`: AutoGPTQ and AutoAWQ once wrote it beside config.json.
+
+    Raises:
+        CheckpointError: naming one of the tensors.
+    """
+    for key, info in checkpoint.tensors.items():
+        if key.endswith((".qweight", ".weight_packed")) or (key.endswith(".weight") and info.dtype not in FLOAT_DTYPES):
+            raise CheckpointError(
+                f"{checkpoint.path}: {key} of the type {info.dtype} is quantised, but config.json has no "
+                "quantization_config: put there what quantize_config.json or quant_config.json says, with its "
+                f"quant_method ({METHOD}, {', '.join(FORMATS)}), or start from the float checkpoint"
+            )
+
+
 class WeightSource:
     """Gives each tensor of `checkpoint` by its float name, quantised on the fly or as it was stored.
 
@@ -90,6 +106,8 @@ class WeightSource:
         # Of a quantised checkpoint the schemes are given; what its products multiply and its cache are still a choice.
         self.recipe = recipe or stored or Recipe.load("none")
         self.is_stored_quantized = stored is not None
+        if stored is None:
+            _refuse_unannounced(checkpoint)
         # Asked once: finding out reads a dozen files of the system, and there are thousands of tensors.
         self._threads = allowed_cores() if threads is None else threads
         self.shapes: Mapping[str, tuple[int, ...]] = (

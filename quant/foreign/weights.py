@@ -31,6 +31,9 @@ FORMATS: Mapping[str, type[Format]] = {
 }
 """What `quantization_config.quant_method` may be, besides EdgeLM's own."""
 
+# What may be computed beside the product with a stored matrix; compressed-tensors checks its own.
+_ADDITIONS = ("sparsity_config", "rotation", "adapter")
+
 _KEPT = 2
 """Tensors that each thread keeps in memory: an expert's gate and up are read in turns."""
 
@@ -47,8 +50,10 @@ def format_of(settings: Settings) -> Format:
             f"config.json says that the weights are quantised by {method!r}, which is not supported (edgelm, "
             f"{', '.join(FORMATS)} are): {WAY_OUT}"
         )
-    if settings.get("sparsity_config") and method != "compressed-tensors":
-        raise unsupported("sparsity_config", settings["sparsity_config"], "none")
+    if method != "compressed-tensors":
+        for key in _ADDITIONS:
+            if settings.get(key):
+                raise unsupported(key, settings[key], "none")
     return FORMATS[method](settings)
 
 

@@ -238,6 +238,8 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("gptq", {"dynamic": {"-:.*q_proj": {}}}, rf"{Q_PROJ} is stored quantised, but .* lists it in .*\.dynamic"),
     ("gptq", {"dynamic": {"+:(": {}}}, "a pattern is '\\('"),
     ("gptq", {"modules_to_not_convert": ["self_attn"]}, r"modules_to_not_convert"),
+    ("gptq", {"rotation": "hadamard"}, "rotation is 'hadamard'; EdgeLM reads none"),
+    ("awq", {"adapter": {"rank": 8}}, "adapter"),
     ("gptq", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
     ("gptq", {"bits": 8}, "qzeros is I32"),
     ("gptq", {"group_size": 64}, r"qzeros is I32 \(4, 16\); int4-g64-sym of .* needs I32 \(2, 16\)"),
@@ -294,6 +296,14 @@ def test_a_config_that_is_not_read_is_refused(write: Write, style: str, change: 
     written = write(style)
     written.configure(change)
     refused(written, said)
+
+
+@pytest.mark.parametrize("style", ["gptq", "packed", "int8", "fp8-block"])
+def test_a_config_that_does_not_say_so_is_refused(write: Write, style: str) -> None:
+    written = write(style)
+    path = written.path / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "quantization_config"}))
+    refused(written, "is quantised, but config.json has no quantization_config")
 
 
 def test_a_config_that_is_no_object_is_refused(write: Write) -> None:

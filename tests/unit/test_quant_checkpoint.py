@@ -191,6 +191,23 @@ def test_damage_to_a_quantised_checkpoint_is_named(folder, tmp_path):
         WeightSource(damaged).quantized(f"{stem}.weight")
 
 
+def test_a_calibrated_scale_of_inputs_is_a_part_of_its_matrix(folder, tmp_path):
+    quantize_checkpoint(folder, tmp_path / "q", PRESETS["int8"])
+    with Checkpoint.open(tmp_path / "q") as stored:
+        arrays = {n: (info.dtype, stored.read_raw(n)) for n, info in stored.tensors.items()}
+    stem = "model.layers.0.self_attn.q_proj"
+    arrays[f"{stem}.input_scale"] = ("F32", np.array(0.5, np.float32))
+    specs = {n: TensorSpec(dtype, array.shape) for n, (dtype, array) in arrays.items()}
+    write_sharded(tmp_path / "q", specs, lambda name: [arrays[name][1]])
+    with Checkpoint.open(tmp_path / "q") as stored:
+        source = WeightSource(stored)
+        source.check_tensors(SHAPES)
+        assert {name: source.input_scale(name) for name in SHAPES if source.input_scale(name)} == {
+            f"{stem}.weight": 0.5
+        }
+        assert sum(map(source.nbytes, SHAPES)) == sum(info.nbytes for info in stored.tensors.values())
+
+
 def test_tensors_of_another_model_are_named(folder):
     with Checkpoint.open(folder) as checkpoint:
         source = WeightSource(checkpoint, PRESETS["int4"])
