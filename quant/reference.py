@@ -1,0 +1,167 @@
+"""The reference model of a recipe: quantised weights, activations rounded, the cache rounded; float32 arithmetic.
+
+This is what a device computes, but for the order of sums. `reference_module` gives a whole model in memory, and
+`QuantizedActivations` are the hooks for one that exists already or for a layer-by-layer run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from edgelm.errors import RecipeError
+from edgelm.models.hooks import Hooks, head_name, hook_model
+from edgelm.quant.activations import DYNAMIC, STATIC, KvScales, round_cache
+from edgelm.quant.recipe import AUTO, FLOAT, Recipe
+from edgelm.quant.source import WeightSource
+
+if TYPE_CHECKING:
+    from edgelm.checkpoint import Checkpoint
+
+_EMBEDDING = "model.embed_tokens.weight"
+
+INPUT_SCALE = "input_scale"
+"""A quantised checkpoint holds the static scale of `a.b.weight`'s input as the F32 scalar `a.b.input_scale`."""
+
+
+def activation_kinds(source: WeightSource, recipe: Recipe | None = None, *, auto: str = FLOAT) -> dict[str, str]:
+    """Return how the input of each quantised matrix is rounded, by its name; inputs that stay float are left out.
+
+    A matrix that the recipe keeps in float multiplies floats.
+
+    Args:
+        source: the checkpoint and its recipe.
+        recipe: asked for the activations in place of the source's own.
+        auto: what "auto" stands for: "float", "int8-b32" (the native CPU operators), or any key of DYNAMIC, STATIC.
+
+    Raises:
+        RecipeError: there is no such kind.
+    """
+    kinds: dict[str, str] = {}
+    recipe = recipe or source.recipe
+    config = source.checkpoint.family.config_class.from_dict(source.checkpoint.config)
+    # A table that is no head is looked up, not multiplied.
+    looked_up = {_EMBEDDING} - {head_name(config.tie_word_embeddings)}
+    for name in source.shapes:
+        if name in looked_up or source.scheme(name) is None:
+            continue
+        kind = recipe.rule(name).activations or AUTO
+        kind = auto if kind == AUTO else kind
+        if kind != FLOAT and kind not in DYNAMIC and kind not in STATIC:
+            raise RecipeError(f"no activations {kind}: give {', '.join((FLOAT, *DYNAMIC, *STATIC))}")
+        if kind != FLOAT:
+            kinds[name] = kind
+    return kinds
+
+
+def stored_scales(checkpoint: Checkpoint) -> dict[str, float]:
+    """Return the calibrated input scales that a quantised checkpoint holds, by the name of the matrix."""
+    stem = f".{INPUT_SCALE}"
+    return {
+        f"{name.removesuffix(stem)}.weight": float(checkpoint.read_float32(name).reshape(()))
+        for name in checkpoint.tensors
+        if name.endswith(stem)
+    }
+
+
+class QuantizedActivations(Hooks):
+    """Rounds what matrices multiply and what is cached.
+
+    Args:
+        kinds: of each matrix by its name, a key of `activations.DYNAMIC` or `STATIC`; others stay float.
+        scales: of the static ones.
+        kv: type of the cache: "float32", "float16", "int8", "fp8".
+        kv_scales: calibrated scales of the cache by layer; None is a scale for each head and token.
+
+    Raises:
+        RecipeError: a static matrix has no scale.
+    """
+
+    def __init__(
+        self,
+        kinds: Mapping[str, str],
+        scales: Mapping[str, float] | None = None,
+        *,
+        kv: str = "float32",
+        kv_scales: Mapping[int, KvScales] | None = None,
+    ) -> None:
+        self.kinds = dict(kinds)
+        self.scales = dict(scales or {})
+        self.kv = kv
+        self.kv_scales = kv_scales
+        missing = [name for name, kind in self.kinds.items() if kind in STATIC and name not in self.scales]
+        if missing:
+            raise RecipeError(
+                f"{missing[0]} has {self.kinds[missing[0]]} activations, whose scale is calibrated, and none is known: "
+                'calibrate, or choose "int8-token" or "fp8-token" in the recipe'
+            )
+
+    def inputs(self, name: str, x: Tensor) -> Tensor:
+        """Round x [..., K] as `name` has it."""
+        kind = self.kinds.get(name)
+        if kind is None:
+            return x
+        if kind in DYNAMIC:
+            return DYNAMIC[kind](x)
+        return STATIC[kind].rounding(x, self.scales[name])
+
+    def cached(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Round keys and values [B, K, T, Dh] to the cache's type."""
+        return round_cache(keys, values, self.kv, None if self.kv_scales is None else self.kv_scales[layer])
+
+
+def quantized_activations(
+    source: WeightSource,
+    recipe: Recipe | None = None,
+    *,
+    scales: Mapping[str, float] | None = None,
+    kv_scales: Mapping[int, KvScales] | None = None,
+    auto: str = FLOAT,
+    auto_kv: str = "float32",
+) -> QuantizedActivations | None:
+    """Return the hooks of a recipe's `activations` and `kv`, None where it rounds neither.
+
+    Args:
+        source: the checkpoint and its recipe.
+        recipe: asked in place of the source's own.
+        scales: calibrated, by matrix; None are those that the checkpoint holds (`<stem>.input_scale`).
+        kv_scales: calibrated, by layer; None is a scale for each head and token.
+        auto: what activations of "auto" are.
+        auto_kv: what a cache of "auto" is.
+
+    Raises:
+        RecipeError: a static scale is missing, or there is no such kind.
+    """
+    recipe = recipe or source.recipe
+    kinds = activation_kinds(source, recipe, auto=auto)
+    kv = auto_kv if recipe.kv == AUTO else recipe.kv
+    if not kinds and kv == "float32":
+        return None
+    if scales is None:
+        scales = stored_scales(source.checkpoint)
+    return QuantizedActivations(kinds, scales, kv=kv, kv_scales=kv_scales)
+
+
+@torch.no_grad()
+def reference_module(
+    source: WeightSource, recipe: Recipe | None = None, *, hooks: Hooks | None = None, **options: Any
+) -> Any:
+    """Return the whole model in memory, its logits those of quantised weights, activations and cache.
+
+    Args:
+        source: the checkpoint and its recipe.
+        recipe: asked for activations and cache in place of the source's own.
+        hooks: in place of those of `quantized_activations`.
+        options: of `quantized_activations`.
+
+    Raises:
+        RecipeError: as there.
+    """
+    checkpoint = source.checkpoint
+    module = checkpoint.family.module_class(checkpoint.family.config_class.from_dict(checkpoint.config))
+    module.load_weights(source.dequantized().read_float32)
+    hook_model(module, hooks or quantized_activations(source, recipe, **options))
+    return module.eval().requires_grad_(False)
