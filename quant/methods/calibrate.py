@@ -74,7 +74,7 @@ def calibrate(
     """
     if method not in METHODS:
         raise ValueError(f"{method!r} is none of {', '.join(METHODS)}")
-    plain = codec.quantize(weight, scheme, name=name)
+    plain = codec.quantize(weight, scheme, name=name, threads=torch.get_num_threads())
     if moments is None or moments.tokens == 0:
         moments = None
     elif moments.hessian.shape[0] != weight.shape[1]:
@@ -156,7 +156,7 @@ def _relative_error(weight: NDArray[np.float32], tensor: QuantTensor, moments: M
     start = 0
     for part in _chunks(weight):
         rows = slice(start, start + len(part))
-        wrong = part - torch.from_numpy(codec.dequantize(tensor.rows(rows)))
+        wrong = part - torch.from_numpy(codec.dequantize(tensor.rows(rows), threads=torch.get_num_threads()))
         if moments is None:
             missing += float(wrong.square().sum(dtype=torch.float64))
             whole += float(part.square().sum(dtype=torch.float64))

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgelm.devices import allowed_cores
 from edgelm.quant import native
 from edgelm.quant.methods.grids import Grid, inverse
 
@@ -102,7 +101,7 @@ def fit_scale(weights: Tensor, importance: Tensor, trials: Tensor, lowest: Tenso
         range=grid.range,
         numbers=grid.numbers,
         half=grid.half,
-        threads=allowed_cores(),
+        threads=torch.get_num_threads(),
     )
     status = kernel.edgelm_fit(ctypes.byref(arguments))
     assert status == 0, f"the kernel that fits scales returned status {status}"
@@ -194,7 +193,7 @@ def _compiled(block: Block, target: Tensor, coupling: Tensor, grid: Grid, *, rec
         range=grid.range,
         numbers=grid.numbers,
         recode=recode,
-        threads=allowed_cores(),
+        threads=torch.get_num_threads(),
     )
     status = kernel.edgelm_feedback(ctypes.byref(arguments))
     assert status == 0, f"the feedback kernel returned status {status}"
