@@ -20,6 +20,7 @@ from edgelm.errors import EdgeLMError
 VERBS = {
     "export": "Export a checkpoint to a bundle.",
     "quantize": "Quantise a checkpoint to a smaller checkpoint.",
+    "recipe": "Find out where bits matter, and write a recipe for a size.",
     "run": "Continue a prompt.",
     "chat": "Talk with a model.",
     "bench": "Measure load time, speed and memory.",

@@ -1,0 +1,104 @@
+"""`edgelm recipe`: bits where they matter, as a recipe to read, edit, and quantise with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option("--bits", type=click.FloatRange(min=0, min_open=True), help="Mean bits of a weight, scales included.")
+@click.option("--budget", metavar="SIZE", help="Or: size of the bundle's weights file, for example 3.2GiB.")
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="TOML file to write [budget.toml].")
+@click.option(
+    "--calibration", "text", default="builtin", show_default=True, help="Text to measure with: a file or a folder."
+)
+@click.option("--tokens", type=click.IntRange(min=2), help="Tokens of it [8192].")
+@click.option("--schemes", metavar="NAMES", help="To choose from, for example int3-g32,int4-g32,int8-g128,float.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+def recipe(
+    checkpoint: str,
+    bits: float | None,
+    budget: str | None,
+    out: Path | None,
+    text: str,
+    tokens: int | None,
+    schemes: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Measure which matrices of CHECKPOINT (a folder or a hub id) lose most, and give them more bits than others.
+
+    The result is a recipe for `edgelm quantize` and `edgelm export`.
+    """
+    import json
+    import time
+
+    from edgelm.cli.options import given
+    from edgelm.errors import EdgeLMError
+    from edgelm.export.memory import parse_size
+    from edgelm.files import atomic_file
+    from edgelm.progress import Bars
+    from edgelm.quant.budget import budget_recipe, parse_candidates
+
+    if (bits is None) == (budget is None):
+        raise click.UsageError("give either --bits or --budget")
+    out = out or Path("budget.toml")
+    if out.exists() and not overwrite:
+        raise EdgeLMError(f"{out} exists already: choose another place with -o, or pass --overwrite")
+    progress = Bars()
+    start = time.monotonic()
+    result = budget_recipe(
+        checkpoint,
+        bits=bits,
+        budget=None if budget is None else parse_size(budget),
+        text=text,
+        name=out.stem,
+        progress=progress,
+        **given(tokens=tokens, schemes=None if schemes is None else parse_candidates(schemes)),
+    )
+    with atomic_file(out) as partial:
+        partial.write_text(result.toml, encoding="utf-8")
+    seconds = time.monotonic() - start
+    if as_json:
+        click.echo(json.dumps(_document(result, out, seconds)))
+        return
+    click.echo(_summary(result))
+    progress.note(
+        f"{out}: {result.bits:.2f} bits a weight, a weights file of {result.file_bytes / 1e9:.3f} GB, expected KL "
+        f"{result.predicted:.1e} nats a token (bound {result.bound:.1e}), in {seconds:.0f} s"
+    )
+    progress.note(f"try: edgelm export {checkpoint} -o BUNDLE --recipe {out}")
+
+
+def _document(result: Any, out: Path, seconds: float) -> dict[str, Any]:
+    from edgelm.quant.budget.writing import table
+
+    return {
+        "recipe": str(out),
+        "bits": round(result.bits, 4),
+        "bytes": result.nbytes,
+        "file_bytes": result.file_bytes,
+        "predicted_kl": result.predicted,
+        "bound_kl": result.bound,
+        "text": result.text,
+        "tokens": result.tokens,
+        "kinds": table(result.choices),
+        "notes": list(result.notes),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _summary(result: Any) -> str:
+    from edgelm.cli.tables import grid
+    from edgelm.quant.budget.writing import table
+
+    rows = []
+    for row in table(result.choices):
+        schemes = ", ".join(f"{count} x {scheme}" for scheme, count in list(row["schemes"].items())[:4])  # type: ignore[attr-defined]
+        rows.append([str(row["kind"]), f"{row['weights']:,}", f"{row['bits']:.2f}", f"{row['loss']:.1e}", schemes])
+    return grid(["", "weights", "bits", "nats a token", "schemes"], rows)
