@@ -7,7 +7,7 @@ This is what a device computes, but for the order of sums. `reference_module` gi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +18,7 @@ from edgelm.quant.activations import DYNAMIC, STATIC, KvScales, round_cache
 from edgelm.quant.recipe import AUTO, FLOAT, Recipe
 from edgelm.quant.source import WeightSource
 
-if TYPE_CHECKING:
-    from edgelm.checkpoint import Checkpoint
-
 _EMBEDDING = "model.embed_tokens.weight"
-
-INPUT_SCALE = "input_scale"
-"""A quantised checkpoint holds the static scale of `a.b.weight`'s input as the F32 scalar `a.b.input_scale`."""
 
 
 def activation_kinds(source: WeightSource, recipe: Recipe | None = None, *, auto: str = FLOAT) -> dict[str, str]:
@@ -55,16 +49,6 @@ def activation_kinds(source: WeightSource, recipe: Recipe | None = None, *, auto
         if kind != FLOAT:
             kinds[name] = kind
     return kinds
-
-
-def stored_scales(checkpoint: Checkpoint) -> dict[str, float]:
-    """Return the calibrated input scales that a quantised checkpoint holds, by the name of the matrix."""
-    stem = f".{INPUT_SCALE}"
-    return {
-        f"{name.removesuffix(stem)}.weight": float(checkpoint.read_float32(name).reshape(()))
-        for name in checkpoint.tensors
-        if name.endswith(stem)
-    }
 
 
 class QuantizedActivations(Hooks):
@@ -141,7 +125,8 @@ def quantized_activations(
     if not kinds and kv == "float32":
         return None
     if scales is None:
-        scales = stored_scales(source.checkpoint)
+        stored = {name: source.input_scale(name) for name in kinds}
+        scales = {name: scale for name, scale in stored.items() if scale is not None}
     return QuantizedActivations(kinds, scales, kv=kv, kv_scales=kv_scales)
 
 

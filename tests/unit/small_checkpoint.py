@@ -39,7 +39,7 @@ CONFIGS = {"olmoe": OLMOE, "fox": FOX}
 
 
 def write_small(folder: Path, name: str, *, bf16: bool = True, **changes: Any) -> Checkpoint:
-    """Write and open one; three channels of every norm are twenty times the others."""
+    """Write and open one; three channels of every norm are eight times the others."""
     config = CONFIGS[name] | changes
     found = family(config)
     shapes = found.tensor_shapes(found.config_class.from_dict(config))
@@ -50,7 +50,7 @@ def write_small(folder: Path, name: str, *, bf16: bool = True, **changes: Any) -
         for tensor, shape in shapes.items():
             if len(shape) == 1:
                 values = 1 + 0.1 * generator.standard_normal(shape, dtype=np.float32)
-                values[[3, 17, 24]] *= 20
+                values[[3, 17, 24]] *= 8
             else:
                 values = generator.standard_normal(shape, dtype=np.float32) / np.float32(np.sqrt(shape[1]))
             writer.write(tensor, float32_to_bf16(values) if bf16 else values)

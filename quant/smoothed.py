@@ -1,0 +1,128 @@
+"""A float checkpoint whose matrices are read with scaled rows and columns, and written so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.checkpoint import Checkpoint, ShardedWriter, TensorSpec
+from edgelm.checkpoint.safetensors import TensorInfo
+from edgelm.checkpoint.writer import float32_to_bf16
+from edgelm.files import atomic_directory
+from edgelm.progress import Progress, Silent
+from edgelm.quant.checkpoint import SHARD_BYTES, copy_companions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgelm.quant.smoothing import Choice
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A tensor's rows (elements, if it is a vector) and columns are multiplied by these, float32; None is by one."""
+
+    rows: Floats | None = None
+    columns: Floats | None = None
+
+    def over_rows(self, factors: Tensor) -> Scaling:
+        """Return this with the rows multiplied again."""
+        more = factors.numpy()
+        return replace(self, rows=more if self.rows is None else self.rows * more)
+
+    def times_columns(self, factors: Tensor) -> Scaling:
+        """Return this with the columns multiplied again."""
+        more = factors.numpy()
+        return replace(self, columns=more if self.columns is None else self.columns * more)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all factors are powers of two, which change exponents only."""
+        return all(
+            bool((np.frexp(factors)[0] == 0.5).all()) for factors in (self.rows, self.columns) if factors is not None
+        )
+
+    def apply(self, values: Floats, rows: slice | None = None) -> Floats:
+        """Return `values` (the given rows of the tensor) scaled."""
+        result = values
+        if self.rows is not None:
+            factors = self.rows if rows is None else self.rows[rows]
+            result = result * factors.reshape(-1, *(1,) * (values.ndim - 1))
+        if self.columns is not None:
+            result = result * self.columns
+        return result
+
+
+class SmoothedCheckpoint(Checkpoint):
+    """A view of a float checkpoint: reads come scaled, bfloat16 where that is exact, and float32 else.
+
+    Attributes:
+        scaling: of each tensor that is changed, by its name.
+        choices: how these were chosen, in the order of the layers.
+    """
+
+    def __init__(self, base: Checkpoint, scaling: Mapping[str, Scaling], choices: tuple[Choice, ...] = ()) -> None:
+        super().__init__(base.path, base.source_id)
+        self.scaling = scaling
+        self.choices = choices
+        self.tensors = {name: self._seen(info) for name, info in self.tensors.items()}
+
+    def _seen(self, info: TensorInfo) -> TensorInfo:
+        scaling = self.scaling.get(info.name)
+        if scaling is None or (info.dtype == "BF16" and scaling.is_exact):
+            return info
+        return replace(info, dtype="F32", nbytes=TensorSpec("F32", info.shape).nbytes)
+
+    def read_raw(self, name: str, rows: slice | None = None) -> NDArray[Any]:
+        """As `Checkpoint.read_raw`, of the type that `tensors` says."""
+        if name not in self.scaling:
+            return super().read_raw(name, rows)
+        values = self.read_float32(name, rows)
+        return float32_to_bf16(values) if self.tensors[name].dtype == "BF16" else values
+
+    def read_float32(self, name: str, rows: slice | None = None) -> Floats:
+        """As `Checkpoint.read_float32`, scaled."""
+        values = super().read_float32(name, rows)
+        return self.scaling[name].apply(values, rows) if name in self.scaling else values
+
+    def write(
+        self,
+        out: str | Path,
+        *,
+        shard_bytes: int | None = SHARD_BYTES,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Write this as a checkpoint folder of its own, whole or not at all; one tensor is in memory at a time.
+
+        Args:
+            out: folder to write.
+            shard_bytes: largest weight file; None writes one file.
+            overwrite: replace an existing `out`.
+            progress: gets the bytes written.
+
+        Raises:
+            EdgeLMError: `out` exists, or the disk is full.
+        """
+        specs = {name: TensorSpec(info.dtype, info.shape) for name, info in self.tensors.items()}
+        total = sum(spec.nbytes for spec in specs.values())
+        with atomic_directory(out, overwrite=overwrite) as folder:
+            copy_companions(self.path, folder)
+            (folder / "config.json").write_text(
+                json.dumps(self.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+            with (
+                ShardedWriter(folder, specs, shard_bytes) as writer,
+                (progress or Silent()).task("writing", total) as advance,
+            ):
+                for name, spec in specs.items():
+                    writer.write(name, self.read_raw(name))
+                    advance(spec.nbytes)

@@ -1,0 +1,329 @@
+"""Scales between neighbouring weights that leave the model's function as it is and make it easier to quantise.
+
+A matrix W that multiplies x computes (x / s) (W diag(s)) for any positive s, one number a channel. The division is
+folded into what makes x, exactly but for float rounding:
+
+    norm weight -> q, k, v          norm weight -> gate and up (all experts, and the router: choices stay as they are)
+    rows of v   -> columns of o     rows of up  -> columns of down (for each expert)
+    final norm  -> head, where it is not tied
+
+The query heads of one KV head share the scales of its values; v -> o is left out where clip_qkv clamps v. The norms of
+OLMoE's queries and keys come after the products and are untouched.
+
+How s is chosen, for a grid of alpha, by the error of the outputs on calibration inputs, weights rounded to nearest:
+
+    activations    s = max|x|**alpha / max|W|**(1 - alpha)    SmoothQuant, arXiv 2211.10438, section 4
+    weights        s = mean|x|**alpha                          AWQ, arXiv 2306.00978, section 3.2
+
+No scaling at all is always among the candidates. With `powers_of_two` scales are rounded to these: the smoothed weights
+are then the very same numbers with other exponents, so they stay in bfloat16 and the function is kept to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgelm.errors import RecipeError
+from edgelm.models.hooks import Hooks, head_name
+from edgelm.models.layerwise import LayerwiseReference
+from edgelm.progress import Progress
+from edgelm.quant import codec
+from edgelm.quant.activations import DYNAMIC, STATIC
+from edgelm.quant.recipe import AUTO, FLOAT, Recipe
+from edgelm.quant.scheme import AnyScheme, Fp8Scheme
+from edgelm.quant.smoothed import Scaling, SmoothedCheckpoint
+
+if TYPE_CHECKING:
+    from edgelm.checkpoint import Checkpoint
+
+TARGETS = ("activations", "weights")
+ALPHAS = tuple(float(alpha) for alpha in np.linspace(0, 1, 11))
+ROWS = 512
+"""Calibration inputs kept of a matrix to judge by; of an expert's, fewer."""
+ROWS_OF_EXPERT = 64
+_ENOUGH = 8
+_SMALLEST = 2.0**-20  # of a channel's magnitude, relative to the largest: beyond that nothing is gained
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Scales s [C]: `producer` is divided by them along its first axis, the columns of `consumers` multiplied.
+
+    Attributes:
+        producer: a norm's weight [C], or a matrix [C, ...].
+        consumers: matrices [..., C], or [..., C * group] where heads share.
+        heads: (KV heads, query heads to each) where `producer` makes values: C is KV heads x width.
+    """
+
+    producer: str
+    consumers: tuple[str, ...]
+    heads: tuple[int, int] | None = None
+
+    def spread(self, s: Tensor) -> Tensor:
+        """Scales [C] for the columns of the consumers."""
+        if self.heads is None:
+            return s
+        kv, group = self.heads
+        return s.view(kv, 1, -1).expand(kv, group, -1).reshape(-1)
+
+    def gathered(self, columns: Tensor) -> Tensor:
+        """The largest of what columns of the consumers say, for each of the C channels."""
+        if self.heads is None:
+            return columns
+        kv, group = self.heads
+        return columns.view(kv, group, -1).amax(1).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for one fold: alpha (None: no scales), and the relative squared error before and after."""
+
+    producer: str
+    alpha: float | None
+    before: float
+    after: float
+
+
+def layer_folds(config: Any, index: int) -> list[Fold]:
+    """All folds of one layer of either family, by the config of `edgelm.models`."""
+    layer = f"model.layers.{index}"
+    attention = f"{layer}.self_attn"
+    folds = [
+        Fold(f"{layer}.input_layernorm.weight", tuple(f"{attention}.{m}_proj.weight" for m in "qkv")),
+    ]
+    if getattr(config, "clip_qkv", None) is None:
+        kv = config.num_key_value_heads
+        heads = (kv, config.num_attention_heads // kv)
+        folds.append(Fold(f"{attention}.v_proj.weight", (f"{attention}.o_proj.weight",), heads))
+    count = getattr(config, "num_experts", 0)
+    blocks = [f"{layer}.mlp.experts.{e}" for e in range(count)] or [f"{layer}.mlp"]
+    readers = [f"{block}.{m}_proj.weight" for block in blocks for m in ("gate", "up")]
+    router = [f"{layer}.mlp.gate.weight"] if count else []
+    folds.append(Fold(f"{layer}.post_attention_layernorm.weight", (*readers, *router)))
+    folds += [Fold(f"{block}.up_proj.weight", (f"{block}.down_proj.weight",)) for block in blocks]
+    return folds
+
+
+def head_folds(config: Any) -> list[Fold]:
+    """The fold of the head, which a tied one does not have: the embedding would change with it."""
+    return [] if config.tie_word_embeddings else [Fold("model.norm.weight", (head_name(False),))]
+
+
+class Seen:
+    """Of the first half of what came by the magnitudes, of the second some rows, each as likely as any other.
+
+    Scales are made from one and judged by the other: made and judged by the same rows, every channel would be stretched
+    to the very end of the range, and the next text would be clipped.
+
+    Attributes:
+        absmax: float32 [K].
+        total: float64 [K], sum of magnitudes.
+        tokens: rows that came by, of both.
+        rows: [at most `limit`, K].
+    """
+
+    def __init__(self, columns: int, limit: int) -> None:
+        self.absmax = torch.zeros(columns)
+        self.total = torch.zeros(columns, dtype=torch.float64)
+        self.tokens = 0
+        self.rows = torch.zeros(0, columns)
+        self._limit = limit
+        self._lots = torch.zeros(0)
+        self._generator = torch.Generator().manual_seed(columns)
+
+    def add(self, x: Tensor) -> None:
+        """Look at rows [..., K]."""
+        x = x.detach().reshape(-1, x.shape[-1])
+        if not len(x):
+            return
+        self.tokens += len(x)
+        first, x = x[: (len(x) + 1) // 2], x[(len(x) + 1) // 2 :]
+        magnitudes = first.abs()
+        self.absmax = torch.maximum(self.absmax, magnitudes.amax(0))
+        self.total += magnitudes.sum(0, dtype=torch.float64)
+        # Every row draws a lot and the highest stay: each row is as likely as any other to be kept.
+        lots = torch.cat([self._lots, torch.rand(len(x), generator=self._generator)])
+        self._lots, kept = lots.topk(min(self._limit, len(lots)))
+        old = len(self.rows)
+        rows = torch.empty(len(kept), x.shape[1])
+        from_old = kept < old
+        rows[from_old], rows[~from_old] = self.rows[kept[from_old]], x[kept[~from_old] - old]
+        self.rows = rows
+
+
+class _Watcher(Hooks):
+    """Keeps what each matrix of the layer under way multiplies, and lets `done` use it when the layer is through."""
+
+    def __init__(self, search: _Search, config: Any) -> None:
+        self.seen: dict[str, Seen] = {}
+        self._search = search
+        self._config = config
+        self._last: tuple[Tensor, Seen] | None = None
+
+    def inputs(self, name: str, x: Tensor) -> Tensor:
+        if self._last is not None and x is self._last[0]:
+            self.seen.setdefault(name, self._last[1])
+            return x
+        limit = ROWS_OF_EXPERT if ".experts." in name else ROWS
+        found = self.seen.setdefault(name, Seen(x.shape[-1], limit))
+        found.add(x)
+        self._last = (x, found)
+        return x
+
+    def after_layer(self, layer: int) -> None:
+        self._search.run(layer_folds(self._config, layer), self.seen)
+        self.seen, self._last = {}, None
+
+
+def _candidates(fold: Fold, target: str, seen: Sequence[Seen], weights: Sequence[Tensor]) -> Iterator[tuple[Any, Any]]:
+    """(alpha, scales [C]) for each alpha; magnitudes are gathered over consumers, the heads that share included."""
+    if target == "activations":
+        x = fold.gathered(torch.stack([s.absmax for s in seen]).amax(0))
+    else:
+        x = fold.gathered(torch.stack([s.total for s in seen]).sum(0).float())
+    w = fold.gathered(torch.stack([w.abs().amax(0) for w in weights]).amax(0))
+    if not x.max() or not w.max():
+        return
+    x, w = x.clamp_min(float(x.max()) * _SMALLEST), w.clamp_min(float(w.max()) * _SMALLEST)
+    for alpha in ALPHAS:
+        s = x**alpha / w ** (1 - alpha) if target == "activations" else x**alpha
+        # About one in the middle: norms and rows keep their order of magnitude.
+        yield alpha, s / s.log().mean().exp()
+
+
+class _Search:
+    """Chooses the scales of folds by the error of what the consumers compute."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, recipe: Recipe, target: str, powers_of_two: bool, threads: int | None
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.recipe = recipe
+        self.target = target
+        self.powers_of_two = powers_of_two
+        self.threads = threads
+        self.scaling: dict[str, Scaling] = {}
+        self.choices: list[Choice] = []
+
+    def run(self, folds: Sequence[Fold], seen: Mapping[str, Seen]) -> None:
+        """Choose for each fold, given the inputs of all its consumers."""
+        for fold in folds:
+            quantised = [name for name in fold.consumers if name in seen and self._scheme(name) is not None]
+            # An expert that hardly any text came to is left alone.
+            if sum(len(seen[name].rows) for name in quantised) < _ENOUGH:
+                continue
+            weights = [torch.from_numpy(self.checkpoint.read_float32(name)) for name in quantised]
+            inputs = [seen[name] for name in quantised]
+            before = self._error(fold, quantised, inputs, weights, None)
+            best: tuple[float, float | None, Tensor | None] = (before, None, None)
+            for alpha, s in _candidates(fold, self.target, inputs, weights):
+                rounded = torch.exp2(s.log2().round()) if self.powers_of_two else s
+                error = self._error(fold, quantised, inputs, weights, rounded)
+                if error < best[0]:
+                    best = (error, alpha, rounded)
+            self.choices.append(Choice(fold.producer, best[1], before, best[0]))
+            if best[2] is not None:
+                self._fold(fold, best[2])
+
+    def _fold(self, fold: Fold, s: Tensor) -> None:
+        one = Scaling()
+        producer = self.scaling.get(fold.producer, one)
+        self.scaling[fold.producer] = producer.over_rows(1 / s)
+        for name in fold.consumers:
+            self.scaling[name] = self.scaling.get(name, one).times_columns(fold.spread(s))
+
+    def _scheme(self, name: str) -> AnyScheme | None:
+        return self.recipe.scheme_for(name, self.checkpoint.shape(name))
+
+    def _activations(self, name: str, scheme: AnyScheme) -> str:
+        kind = self.recipe.rule(name).activations or AUTO
+        if self.target == "weights":
+            return FLOAT
+        if kind in (AUTO, FLOAT):
+            return "fp8-token" if isinstance(scheme, Fp8Scheme) else "int8-token"
+        return kind
+
+    def _error(
+        self, fold: Fold, names: Sequence[str], inputs: Sequence[Seen], weights: Sequence[Tensor], s: Tensor | None
+    ) -> float:
+        """Mean over the kinds of consumers (q, k, v, ...) of their squared error relative to their squared output."""
+        spread = None if s is None else fold.spread(s)
+        error: dict[str, float] = {}
+        size: dict[str, float] = {}
+        for name, seen, weight in zip(names, inputs, weights, strict=True):
+            scheme = self._scheme(name)
+            assert scheme is not None
+            x, absmax = seen.rows, seen.absmax
+            if not len(x):
+                continue
+            exact = F.linear(x, weight)
+            scaled = weight
+            if spread is not None:
+                x, absmax, scaled = x / spread, absmax / spread, weight * spread
+            kind = self._activations(name, scheme)
+            if kind in DYNAMIC:
+                x = DYNAMIC[kind](x)
+            elif kind in STATIC:
+                x = STATIC[kind].rounding(x, max(float(absmax.max()) / STATIC[kind].largest, 1e-30))
+            tensor = codec.quantize(scaled.numpy(), scheme, name=name, threads=self.threads)
+            rounded = codec.dequantize(tensor, threads=self.threads)
+            found = F.linear(x, torch.from_numpy(rounded))
+            what = name.split(".")[-2]
+            # An expert's rows stand for all that came to it.
+            share = seen.tokens / len(x)
+            error[what] = error.get(what, 0.0) + share * float((found - exact).double().square().sum())
+            size[what] = size.get(what, 0.0) + share * float(exact.double().square().sum())
+        return float(np.mean([error[what] / size[what] if size[what] else 0.0 for what in error] or [0.0]))
+
+
+@torch.no_grad()
+def smooth(
+    checkpoint: Checkpoint,
+    windows: NDArray[np.int64],
+    recipe: Recipe,
+    target: str = "activations",
+    *,
+    powers_of_two: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> SmoothedCheckpoint:
+    """Return a view of a float checkpoint that computes the same and is easier to quantise with `recipe`.
+
+    One sweep over the layers; inputs of one layer are in memory at a time. Whatever reads checkpoints reads the view:
+    `WeightSource(smooth(...), recipe)`, a calibration, or `SmoothedCheckpoint.write`.
+
+    Args:
+        checkpoint: float.
+        windows: int64 [W, T] tokens of calibration text.
+        recipe: the schemes that weights will have; for the target "activations" also what these will be ("auto" and
+            "float" count as int8, with FP8 weights as FP8, per token).
+        target: "activations" moves their outliers into the weights, "weights" protects those with large inputs.
+        powers_of_two: scales that change exponents only.
+        threads: for quantising; None is every core this process may use.
+        progress: told of every window and layer.
+
+    Raises:
+        RecipeError: no such target, or the checkpoint is quantised already.
+    """
+    if target not in TARGETS:
+        raise RecipeError(f"smoothing is for {' or '.join(TARGETS)}, not {target!r}")
+    if checkpoint.config.get("quantization_config") is not None:
+        raise RecipeError(f"{checkpoint.path} is quantised: smoothing starts from the float checkpoint")
+    search = _Search(checkpoint, recipe, target, powers_of_two, threads)
+    reference = LayerwiseReference(checkpoint.config, checkpoint)
+    watcher = _Watcher(search, reference.config)
+    reference.hooks = watcher
+    final = torch.from_numpy(reference.windows(windows, progress=progress, label="smoothing"))
+    for fold in head_folds(reference.config):
+        watcher.inputs(fold.consumers[0], final)
+        search.run([fold], watcher.seen)
+    return SmoothedCheckpoint(checkpoint, MappingProxyType(search.scaling), tuple(search.choices))
