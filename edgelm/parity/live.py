@@ -33,9 +33,8 @@ def live_pack(bundle: Bundle, stored: ParityPack, checkpoint: Path | str, progre
     source = WeightSource(opened, recipe)
     if bundle.manifest.calibration is not None and not source.is_stored_quantized:
         raise ParityError(
-            f"{bundle.path} is calibrated, and its codes cannot be had from the float checkpoint {opened.path} without "
-            "calibrating again: leave --checkpoint out (the bundle holds what both references computed), or give the "
-            "quantised checkpoint"
+            f"{bundle.path} is calibrated: its codes cannot be had from the float checkpoint {opened.path} without "
+            "calibrating again. Leave --checkpoint out: the bundle holds what both references computed"
         )
     options = GoldenOptions(
         prompts=tuple(Prompt(prompt.name, prompt.text) for prompt in stored.prompts),
