@@ -154,9 +154,13 @@ def packed_groups(bundle: Bundle) -> list[PackedGroup]:
 
 def activations_line(manifest: Manifest) -> str:
     """What the products of a bundle multiply: as the recipe asks, or what its target has in place of that."""
+    from edgelm.errors import RecipeError
     from edgelm.quant.recipe import AUTO, FLOAT, Recipe
 
-    recipe = Recipe.from_toml(manifest.recipe.toml)
+    try:
+        recipe = Recipe.from_toml(manifest.recipe.toml)
+    except RecipeError as error:
+        return f"unknown: {error}"  # another version's recipe: what it says of the bundle besides is still of use
     if recipe.default is None and all(rule.scheme is None for rule in recipe.rules):
         return "float32"
     blocks = "int8 in blocks of 32" if manifest.ops == "native" else "int8 in blocks of the weights' groups"
