@@ -18,7 +18,7 @@ from edgelm.checkpoint import WeightReader
 from edgelm.evaluation.distances import Comparison, Predictions
 from edgelm.evaluation.experts import ExpertProbe
 from edgelm.evaluation.layers import Trail
-from edgelm.models.hooks import head_name
+from edgelm.models.hooks import Hooks, head_name
 from edgelm.models.layerwise import LayerwiseReference
 from edgelm.models.trace import Trace
 from edgelm.progress import Progress, Silent
@@ -54,6 +54,7 @@ class WeightModel:
         progress: Progress | None = None,
         label: str = "float model",
         logits_bytes: int = LOGITS_BYTES,
+        hooks: Hooks | None = None,
     ) -> None:
         """Run the windows, each int64 [T + 1]; the last token is only predicted.
 
@@ -66,6 +67,7 @@ class WeightModel:
             progress: told of every layer and window.
             label: what the progress is called.
             logits_bytes: of logits held at once; changes memory and nothing else.
+            hooks: round what matrices multiply and what is cached.
 
         Raises:
             CheckpointError, ContextLengthError: as `LayerwiseReference.windows`.
@@ -73,7 +75,7 @@ class WeightModel:
         stacked = np.stack(windows)
         self.ids, self.following = stacked[:, :-1], stacked[:, 1:].reshape(-1)
         self._config_json = config_json
-        self.model = LayerwiseReference(config_json, weights)
+        self.model = LayerwiseReference(config_json, weights, hooks=hooks)
         config = self.model.config
         self._logits_bytes = logits_bytes
         self.trail: Trail | None = None
@@ -146,7 +148,7 @@ class WeightModel:
         if 4 * config.vocab_size * config.hidden_size > KEEP_HEAD_BYTES:
             return self.model
         kept = _KeptHead(self.model.weights, head_name(config.tie_word_embeddings))
-        return LayerwiseReference(self._config_json, kept)
+        return LayerwiseReference(self._config_json, kept, hooks=self.model.hooks)
 
 
 class _KeptHead:

@@ -235,11 +235,18 @@ class _Evaluation:
 
     def _weights(self, target: WeightTarget, files: dict[str, dict[str, Any]]) -> TargetResult:
         from edgelm.evaluation.reference import WeightModel
+        from edgelm.quant.reference import quantized_activations
 
         layers = self._options.layers and self._float is not None
         checkpoint, weights = target.source.checkpoint, target.source.dequantized()
         model = WeightModel(
-            checkpoint.config, weights, self._windows, layers=layers, progress=self._progress, label=target.name
+            checkpoint.config,
+            weights,
+            self._windows,
+            layers=layers,
+            progress=self._progress,
+            label=target.name,
+            hooks=quantized_activations(target.source),
         )
         measured: Comparison | Predictions
         measured = model.predictions() if self._float is None else self._float.compare(model, self._progress)

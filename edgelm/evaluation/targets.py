@@ -139,15 +139,15 @@ class WeightTarget:
         raise EdgeLMError(f"{mine.path} is not the model of {checkpoint}: their config.json describe different models")
 
     def notes(self, reference_files: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """What a recipe asks for that the float arithmetic leaves out."""
+        """What is rounded besides the weights."""
         del reference_files
-        activations = {self.source.recipe.activations, *(rule.activations for rule in self.source.recipe.rules)}
+        recipe = self.source.recipe
+        activations = {recipe.activations, *(rule.activations for rule in recipe.rules)}
         asked = sorted(kind for kind in activations if kind not in (None, AUTO, FLOAT))
-        if not asked:
-            return []
-        return [
-            f"activations {', '.join(asked)} are not applied here: what the weights alone lose. Evaluate the bundle"
-        ]
+        notes = [f"activations are rounded as the recipe has it: {', '.join(asked)}"] if asked else []
+        if recipe.kv not in (AUTO, "float32"):
+            notes.append(f"keys and values are rounded to the recipe's cache, {recipe.kv}")
+        return notes
 
 
 Target = BundleTarget | WeightTarget
