@@ -53,6 +53,9 @@ $(INSTALLED): pyproject.toml constraints.txt $(KERNEL_SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit("EdgeLM needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	# lm-evaluation-harness with what the tests touch: 385 MB. SciPy, scikit-learn and others of its metrics make it 620.
+	$(BIN)/python -m pip install --constraint constraints.txt --no-deps lm_eval
+	$(BIN)/python -m pip install --constraint constraints.txt datasets pytablewriter requests sacrebleu
 	touch $@
 
 # Links, not copies, set in place: others may be running from the tree.

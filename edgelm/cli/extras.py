@@ -20,3 +20,13 @@ def need_export_extra() -> None:
         raise EdgeLMError(
             f"this needs {', '.join(missing)}, which a run-only install leaves out: pip install 'edgelm[export]'"
         )
+
+
+def need_eval_extra() -> None:
+    """Check that lm-evaluation-harness is installed.
+
+    Raises:
+        EdgeLMError: it is not; says how to install it.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise EdgeLMError("this needs lm-evaluation-harness: pip install 'edgelm[eval]'")
