@@ -84,14 +84,18 @@ class LlamaCpp(Engine):
         return {"path": str(made), "types": stored_types(made)}
 
     def all_logits(self, path: str, windows: str, out: str) -> dict[str, Any]:
-        """Write the logits [windows, tokens, vocabulary] of every window in the .npy file `windows` to `out`."""
+        """Write the logits [windows, tokens, vocabulary] of every window in the .npy file `windows` to `out`.
+
+        The cache is float32: what its float16 would lose is no part of a format of weights.
+        """
         import llama_cpp
         import numpy as np
 
         tokens = np.load(windows)
         count = tokens.shape[1]
         model = llama_cpp.Llama(path, n_ctx=count, n_batch=count, n_ubatch=count, n_threads=1, n_threads_batch=1,
-                                logits_all=True, verbose=False)  # fmt: skip
+                                logits_all=True, verbose=False,
+                                type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32)  # fmt: skip
         found = np.empty((*tokens.shape, model.n_vocab()), np.float32)
         for logits, window in zip(found, tokens, strict=True):
             model.reset()
