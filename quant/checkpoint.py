@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from edgelm.checkpoint import Checkpoint, ShardedWriter, TensorSpec
 from edgelm.devices import allowed_cores
@@ -23,6 +25,7 @@ from edgelm.progress import Progress, Silent
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.scheme import AnyScheme
 from edgelm.quant.source import FORMAT_VERSION, METHOD, WeightSource, part_name, stored_recipe
+from edgelm.quant.stored import INPUT_SCALE
 
 SHARD_BYTES = 5_000_000_000
 """Largest weight file, as the hub has them."""
@@ -95,7 +98,13 @@ def quantize_checkpoint(
 
 
 def write_quantized(
-    weights: WeightSource, folder: Path, *, threads: int | None, shard_bytes: int | None, progress: Progress
+    weights: WeightSource,
+    folder: Path,
+    *,
+    threads: int | None,
+    shard_bytes: int | None,
+    progress: Progress,
+    input_scales: Mapping[str, float] | None = None,
 ) -> QuantizedSummary:
     """Write the tensors that `weights` gives, its recipe, and the rest of its checkpoint's folder into `folder`.
 
@@ -105,12 +114,14 @@ def write_quantized(
         threads: blocks in work at once; None is one for each core.
         shard_bytes: largest weight file; None writes one file.
         progress: gets the bytes of the source that are done.
+        input_scales: of quantised matrices whose activations are static (`edgelm.quant.ranges.calibrated_scales`).
 
     Raises:
         As `quantize_checkpoint`.
     """
     checkpoint = weights.checkpoint
-    specs = stored_specs(weights)
+    scales = {part_name(name, INPUT_SCALE): scale for name, scale in (input_scales or {}).items()}
+    specs = stored_specs(weights) | {key: TensorSpec("F32", ()) for key in scales}
     schemes = {name: weights.scheme(name) for name in checkpoint.tensors}
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     copy_companions(checkpoint.path, folder)
@@ -121,6 +132,8 @@ def write_quantized(
     ):
         for done in _run(_jobs(weights, schemes, writer), allowed_cores() if threads is None else threads):
             advance(done)
+        for key, scale in scales.items():
+            writer.write(key, np.array(scale, np.float32))
     return QuantizedSummary(
         path=folder,
         recipe=weights.recipe,

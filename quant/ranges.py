@@ -23,9 +23,11 @@ from edgelm.models.hooks import Hooks, head_name
 from edgelm.models.layerwise import LayerwiseReference
 from edgelm.progress import Progress
 from edgelm.quant.activations import STATIC, KvScales
+from edgelm.quant.reference import activation_kinds
 
 if TYPE_CHECKING:
     from edgelm.checkpoint import WeightReader
+    from edgelm.quant.source import WeightSource
 
 METHODS = ("absmax", "mse")
 
@@ -94,7 +96,7 @@ class InputRange:
         result.tokens = self.tokens + other.tokens
         return result
 
-    def scale(self, kind: str, method: str = "absmax") -> float:
+    def scale(self, kind: str, method: str = "mse") -> float:
         """Return the scale of a static rounding (a key of `activations.STATIC`); 1 where only zeros were seen.
 
         Args:
@@ -182,7 +184,7 @@ class RangeRecorder(Hooks):
             scales[layer] = KvScales(*(_positive(s / largest) for s in (of_keys, self.values[layer].amax(-1))))
         return scales
 
-    def scales(self, kinds: Mapping[str, str], method: str = "absmax") -> dict[str, float]:
+    def scales(self, kinds: Mapping[str, str], method: str = "mse") -> dict[str, float]:
         """Return the scale of every matrix whose kind is static.
 
         The experts of a layer share the scale of gate and up, so that a token is rounded once for all of them; down has
@@ -260,3 +262,27 @@ def record_ranges(
     final = reference.windows(windows, progress=progress, label="ranges")
     recorder.inputs(head_name(reference.config.tie_word_embeddings), torch.from_numpy(final))
     return recorder
+
+
+def calibrated_scales(
+    source: WeightSource, windows: NDArray[np.int64], method: str = "mse", progress: Progress | None = None
+) -> dict[str, float]:
+    """Return the input scale of every matrix whose activations a recipe has static; runs nothing where none has.
+
+    The ranges are those of the quantised model: what a device will see.
+
+    Args:
+        source: a checkpoint and its recipe.
+        windows: int64 [W, T] tokens of calibration text.
+        method: see `InputRange.scale`. Clipping gave the tiny models' static int8 0.35 and 0.83 of the KL of "absmax",
+            and static FP8 the same.
+        progress: told of every window and layer.
+
+    Raises:
+        RecipeError: no text reached some matrix, or an activation is not finite.
+    """
+    kinds = activation_kinds(source)
+    if not any(kind in STATIC for kind in kinds.values()):
+        return {}
+    recorder = record_ranges(source.checkpoint.config, source.dequantized(), windows, progress)
+    return recorder.scales(kinds, method)
