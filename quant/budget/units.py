@@ -71,7 +71,7 @@ class Unit:
 
 
 def find_units(shapes: Mapping[str, Sequence[int]]) -> list[Unit]:
-    """Group the matrices of a checkpoint; routers and vectors are none of them and stay float. By layer, kind, expert."""
+    """Group the matrices of a checkpoint; routers and vectors stay float. By layer, kind, expert."""
     found: dict[tuple[str, int | None, int | None], dict[str, tuple[int, int]]] = {}
     for name, shape in shapes.items():
         if len(shape) != 2 or name.endswith(".mlp.gate.weight"):

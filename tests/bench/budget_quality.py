@@ -1,0 +1,149 @@
+"""What are bits worth that lie where they matter? Uniform recipes against `edgelm recipe` at the same bytes.
+
+    python tests/bench/budget_quality.py [MODEL ...] [--windows N] [--tokens N]
+
+Mean KL(float || quantised), in nats a token, of the PyTorch reference with weights rounded to nearest, on held-out text
+in windows of 256 tokens; what the recipes are made from is the text that is not held out. Bytes are those of a native
+bundle. "by layer" gives all experts of a layer one scheme, "by kind" all layers too: what is left to "each" is what
+choosing for single experts is worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edgelm.checkpoint import Checkpoint
+from edgelm.quant import AnyScheme, dequantize, parse_scheme, quantize
+from edgelm.quant.budget import SCHEMES
+from edgelm.quant.budget.losses import Sensitivity
+from edgelm.quant.budget.sensitivity import Measured, measure
+from edgelm.quant.budget.solve import Option, solve
+from edgelm.quant.budget.units import Unit
+from edgelm.texts import BUILTIN, read_texts, windows
+from edgelm.tokenizer import Tokenizer
+
+CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
+MODELS = ("olmoe-tiny", "fox-tiny")
+LENGTH = 256
+BATCH = 8
+UNIFORM = (
+    ("int3-g32-sym", None), ("int4-g128-sym", None), ("int4-g32-sym", None), ("int4-g32-sym", "int8-g128-sym"),
+    ("int5-g32-sym", None),
+)  # fmt: skip
+GROUPS: Mapping[str, Callable[[Unit], Hashable]] = {
+    "each": lambda unit: (unit.kind, unit.layer, unit.expert),
+    "by layer": lambda unit: (unit.kind, unit.layer),
+    "by kind": lambda unit: unit.kind,
+}
+
+Schemes = Sequence[AnyScheme]  # one a unit
+
+
+class Model:
+    """A tiny checkpoint in memory, with windows that its training has not seen."""
+
+    def __init__(self, name: str, count: int, tokens: int) -> None:
+        self.checkpoint = Checkpoint.open(CHECKPOINTS / name)
+        tokenizer = Tokenizer.from_folder(self.checkpoint.path)
+        held_out = windows(tokenizer, read_texts(BUILTIN, held_out=True).documents, count, LENGTH)
+        self.batches = torch.from_numpy(np.stack(held_out)).split(BATCH)
+        self.sample = windows(tokenizer, read_texts(BUILTIN).documents, tokens // LENGTH, LENGTH)
+        config = self.checkpoint.family.config_class.from_dict(self.checkpoint.config)
+        self.module = self.checkpoint.family.module_class(config)
+        self.module.load_weights(self.checkpoint.read_float32)
+        self.tensors = dict(self.module.tensors())
+        self.expected = [self._run(batch) for batch in self.batches]
+
+    @torch.no_grad()
+    def _run(self, batch: torch.Tensor) -> torch.Tensor:
+        return torch.log_softmax(self.module(batch).double(), -1)
+
+    def kl(self, units: Sequence[Sensitivity], schemes: Schemes) -> float:
+        """Mean over tokens, with every unit in its scheme."""
+        for one, scheme in zip(units, schemes, strict=True):
+            for name in one.unit.tensors:
+                weight = quantize(self.checkpoint.read_float32(name), scheme)
+                self.tensors[name].copy_(torch.from_numpy(dequantize(weight)))
+        total = 0.0
+        for batch, expected in zip(self.batches, self.expected, strict=True):
+            total += float((expected.exp() * (expected - self._run(batch))).sum())
+        return total / sum(batch.numel() for batch in self.batches)
+
+
+def choose(units: Sequence[Sensitivity], budget: int, key: Callable[[Unit], Hashable]) -> Schemes:
+    """The best schemes within a budget where units of the same key share one."""
+    members: dict[Hashable, list[int]] = {}
+    for i, one in enumerate(units):
+        members.setdefault(key(one.unit), []).append(i)
+    candidates = [[units[i].unit.effective(parse_scheme(name)) for name in SCHEMES] for i in range(len(units))]
+    options = [
+        [
+            Option(
+                sum(units[i].unit.nbytes(candidates[i][c]) for i in inside),
+                sum(units[i].losses[candidates[i][c].name] for i in inside),
+            )
+            for c in range(len(SCHEMES))
+        ]
+        for inside in members.values()
+    ]
+    picked: dict[int, AnyScheme] = {}
+    for inside, pick in zip(members.values(), solve(options, budget).picks, strict=True):
+        picked |= {i: candidates[i][pick] for i in inside}
+    return [picked[i] for i in range(len(units))]
+
+
+def report(model: Model) -> list[dict[str, float | str]]:
+    """Measure, print the rows of a table, and return them."""
+    lines: list[dict[str, float | str]] = []
+    for layers, tables in UNIFORM:
+        uniform = parse_scheme(layers)
+        measured: Measured = measure(model.checkpoint, model.sample, list(map(parse_scheme, SCHEMES)), about=uniform)
+        units = measured.units
+        weights = sum(one.unit.weights for one in units)
+        same: Schemes = [
+            one.unit.effective(parse_scheme(tables) if tables and one.unit.layer is None else uniform) for one in units
+        ]
+        budget = sum(one.unit.nbytes(scheme) for one, scheme in zip(units, same, strict=True))
+        base = model.kl(units, same)
+        name = layers + (f", tables {tables}" if tables else "")
+        line: dict[str, float | str] = {"uniform": name, "bits": 8 * budget / weights, "kl": base}
+        groups = {label: key for label, key in GROUPS.items() if label == "each" or measured.swaps}
+        for label, key in groups.items():
+            schemes = choose(units, budget, key)
+            line[label] = model.kl(units, schemes)
+            if label == "each":
+                losses = (one.losses[scheme.name] for one, scheme in zip(units, schemes, strict=True))
+                line["predicted"] = sum(losses) + measured.swaps
+        cells = [f"{line[label]:.2e} ({float(line[label]) / base:.2f})" if label in line else "" for label in GROUPS]
+        print(
+            f"| {name} | {line['bits']:.2f} | {base:.2e} | {' | '.join(cells)} | {line['predicted']:.2e} |", flush=True
+        )
+        lines.append(line)
+    return lines
+
+
+def main() -> None:
+    """Print a table for each model, and one JSON line last."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=MODELS, help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--windows", type=int, default=64, help=f"held-out windows of {LENGTH} tokens (default 64)")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens to choose by (default 8192)")
+    options = parser.parse_args()
+    records = {}
+    for name in options.models:
+        model = Model(name, options.windows, options.tokens)
+        print(f"\n{name}, {options.windows * LENGTH} tokens held out\n")
+        print(f"| uniform | bits | KL | {' | '.join(GROUPS)} | predicted, each |")
+        print("|---|---|---|---|---|---|---|")
+        records[name] = report(model)
+    print(json.dumps(records))
+
+
+if __name__ == "__main__":
+    main()
