@@ -35,6 +35,8 @@ class Kind(IntEnum):
 
     INT3 = 3
     INT4 = 4
+    INT5 = 5
+    INT6 = 6
     INT8 = 8
     INT8_PLANES = 9
     FP8 = 16
@@ -62,7 +64,9 @@ class Scales(IntEnum):
 
 
 # Bytes of 32 rows and 32 columns; of a matrix in planes, of one plane.
-_BLOCK_BYTES = {Kind.INT3: 384, Kind.INT4: 512, Kind.INT8: 1024, Kind.INT8_PLANES: 512}
+_BLOCK_BYTES = {
+    Kind.INT3: 384, Kind.INT4: 512, Kind.INT5: 640, Kind.INT6: 768, Kind.INT8: 1024, Kind.INT8_PLANES: 512
+}  # fmt: skip
 _ELEMENT_BYTES = {Kind.FP8: 1, Kind.FLOAT16: 2, Kind.BFLOAT16: 2, Kind.FLOAT32: 4}
 _SCALE_BYTES = {Scales.NONE: 0, Scales.FLOAT16: 2, Scales.FLOAT32: 4}
 

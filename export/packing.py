@@ -25,8 +25,17 @@ Bytes = NDArray[np.uint8]
 Units = NDArray[np.uint32]
 
 FLOAT_KINDS = {"float16": Kind.FLOAT16, "bfloat16": Kind.BFLOAT16, "float32": Kind.FLOAT32}
-_INTEGER_KINDS = {3: Kind.INT3, 4: Kind.INT4, 8: Kind.INT8}
-_BITS = {Kind.INT3: 3, Kind.INT4: 4, Kind.INT8: 8, Kind.INT8_PLANES: 8}
+_INTEGER_KINDS = {3: Kind.INT3, 4: Kind.INT4, 5: Kind.INT5, 6: Kind.INT6, 8: Kind.INT8}
+_BITS = {kind: bits for bits, kind in _INTEGER_KINDS.items()} | {Kind.INT8_PLANES: 8}
+_PARTS = {
+    # of a block's codes, in the order in which they are stored: the lowest bit taken and how many
+    Kind.INT3: ((0, 2), (2, 1)),
+    Kind.INT4: ((0, 4),),
+    Kind.INT5: ((0, 4), (4, 1)),
+    Kind.INT6: ((0, 4), (4, 2)),
+    Kind.INT8: ((0, 8),),
+    Kind.INT8_PLANES: ((4, 4),),
+}
 
 
 @dataclass(frozen=True)
@@ -188,18 +197,24 @@ def _units(tensor: QuantTensor, kind: Kind) -> tuple[Units, Units | None]:
     if kind is Kind.INT4 and bits == 4:
         return _shuffled(_as_units(tensor.codes)), None
     codes = _as_units(widened(unpack(tensor.codes, bits), bits, _BITS[kind]))
-    if kind is Kind.INT8:
-        return codes, None
-    if kind is Kind.INT3:
-        return _int3(codes), None
-    even, odd = codes[:, 0::2], codes[:, 1::2]
-    low = (even & _LOW) | ((odd & _LOW) << np.uint32(4))
-    if kind is Kind.INT4:
-        return low, None
-    return ((even >> np.uint32(4)) & _LOW) | (odd & ~_LOW), low
+    blocks = codes.reshape(len(codes), -1, BLOCK // 4)
+    parts = [_taken(blocks, lowest, count) for lowest, count in _PARTS[kind]]
+    units = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
+    low = _taken(blocks, 0, 4).reshape(len(codes), -1) if kind is Kind.INT8_PLANES else None
+    return units.reshape(len(codes), -1), low
 
 
-_LOW = np.uint32(0x0F0F0F0F)
+def _taken(units: Units, lowest: int, count: int) -> Units:
+    """Some bits of every code, `count` from bit `lowest` on: of 8 / count neighbouring units [..., U] one is made."""
+    if count == 8:
+        return units
+    mask = np.uint32(((1 << count) - 1) * 0x01010101)
+    bits = (units >> np.uint32(lowest)) & mask
+    together = 8 // count
+    found = bits[..., 0::together].copy()
+    for i in range(1, together):
+        found |= bits[..., i::together] << np.uint32(count * i)
+    return found
 
 
 def _as_units(codes: Bytes) -> Units:
@@ -214,14 +229,3 @@ def _shuffled(units: Units) -> Units:
     units ^= inner
     units ^= inner << np.uint32(4)
     return units
-
-
-def _int3(codes: Units) -> Units:
-    """[N, K / 4] units of a code a byte to [N, K / 32 * 3]: low two bits of 16 columns twice, then the third of 32."""
-    octets = codes.reshape(len(codes), -1, 2, 4)
-    pairs = octets & np.uint32(0x03030303)
-    found = np.empty((*octets.shape[:2], 3), np.uint32)
-    found[:, :, :2] = np.bitwise_or.reduce(pairs << (np.arange(4, dtype=np.uint32) * 2), axis=3)
-    third = (octets.reshape(len(codes), -1, 8) >> np.uint32(2)) & np.uint32(0x01010101)
-    found[:, :, 2] = np.bitwise_or.reduce(third << np.arange(8, dtype=np.uint32), axis=2)
-    return found.reshape(len(codes), -1)

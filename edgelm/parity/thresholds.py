@@ -63,7 +63,9 @@ LIMITS: dict[str, Limits] = {
         embedding_error=1e-5, layer_base=1e-4, layer_gain=8.0, bad_positions=0.0, router_near_tie=1e-3, head_error=1e-4,
     ),
     "int8": replace(_QUANTISED, float_kl_mean=0.03, float_perplexity=0.05),
+    "int6": replace(_QUANTISED, float_kl_mean=0.06, float_perplexity=0.08),
     "fp8": replace(_QUANTISED, float_kl_mean=0.1, float_perplexity=0.1),
+    "int5": replace(_QUANTISED, float_kl_mean=0.15, float_perplexity=0.15),
     "int4": _QUANTISED,
     "int3": replace(_QUANTISED, float_kl_mean=0.5, float_perplexity=0.5),
 }  # fmt: skip

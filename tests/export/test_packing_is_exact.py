@@ -74,7 +74,7 @@ def assert_same(tensor: QuantTensor, found: tuple[NDArray[np.generic], ...], bit
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 70])
 @pytest.mark.parametrize("group", ["g32", "g64", "row"])
 @pytest.mark.parametrize("symmetry", ["sym", "asym"])
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 5, 6, 8])
 def test_every_integer_scheme_comes_back(bits: int, symmetry: str, group: str, rows: int) -> None:
     tensor = quantize(weight(rows), parse_scheme(f"int{bits}-{group}-{symmetry}"))
     fmt = common_format([tensor.scheme], COLUMNS, "x")
@@ -88,14 +88,16 @@ def test_every_integer_scheme_comes_back(bits: int, symmetry: str, group: str, r
 
 @pytest.mark.parametrize("columns", [32, 96, 160])
 def test_any_number_of_blocks(columns: int) -> None:
-    for bits in (3, 4, 8):
+    for bits in (3, 4, 5, 6, 8):
         tensor = quantize(weight(40, columns), parse_scheme(f"int{bits}-g32-sym"))
         fmt = common_format([tensor.scheme], columns, "x")
         assert fmt is not None
         assert_same(tensor, unpack_matrix(*packed([tensor], fmt)), bits)
 
 
-@pytest.mark.parametrize("name", ["int8-g128-sym", "int8-row-sym", "int4-g32-sym", "int3-g64-sym"])
+@pytest.mark.parametrize(
+    "name", ["int8-g128-sym", "int8-row-sym", "int4-g32-sym", "int3-g64-sym", "int5-g32-sym", "int6-row-sym"]
+)
 def test_planes_hold_eight_bits(name: str) -> None:
     tensor = quantize(weight(50), parse_scheme(name))
     group = tensor.scheme.group_size(COLUMNS)
@@ -103,7 +105,7 @@ def test_planes_hold_eight_bits(name: str) -> None:
     assert_same(tensor, unpack_matrix(matrix, data), 8)
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 5, 6, 8])
 @pytest.mark.parametrize("rows", [32, 40, 96])
 def test_gate_and_up_lie_in_alternating_tiles(bits: int, rows: int) -> None:
     gate, up = (quantize(weight(rows, seed=i), parse_scheme(f"int{bits}-g32-asym")) for i in range(2))
@@ -123,6 +125,9 @@ MIXES = [
     (["int4-g32-sym", "int4-g128-sym"], Kind.INT4, 32, False),
     (["int4-g64-asym", "int8-row-sym", "int3-g32-sym"], Kind.INT8, 32, True),
     (["int3-row-sym", "int4-row-sym"], Kind.INT4, COLUMNS, False),
+    (["int4-g32-sym", "int5-g64-asym"], Kind.INT5, 32, True),
+    (["int6-g64-sym", "int3-g64-sym", "int5-row-sym"], Kind.INT6, 64, False),
+    (["int6-g128-asym", "int8-g32-sym"], Kind.INT8, 32, True),
 ]
 
 

@@ -12,14 +12,19 @@ from edgelm.export import ExportOptions, export_bundle
 from edgelm.quant import PRESETS, Fp8Scheme, Recipe, Rule, Scheme
 from edgelm.quant.checkpoint import quantize_checkpoint
 
-NARROW_EXPERTS = Recipe("narrow", Scheme(4, 32), (Rule("*.experts.1.*", Scheme(3, 32)), *PRESETS["int4"].rules))
+
+def one_expert(bits: int) -> Recipe:
+    return Recipe("mixed", Scheme(4, 32), (Rule("*.experts.1.*", Scheme(bits, 32)), *PRESETS["int4"].rules))
 
 
 @pytest.mark.parametrize(
     ("family", "recipe", "tensor"),
     [
         ("fox", PRESETS["fp8"], r"model\.layers\.0\.self_attn\.q_proj\.weight is fp8-row"),
-        ("olmoe", NARROW_EXPERTS, r"model\.layers\.0\.mlp\.experts\.1\.gate_proj\.weight is int3-g32-sym"),
+        *(
+            ("olmoe", one_expert(bits), rf"model\.layers\.0\.mlp\.experts\.1\.gate_proj\.weight is int{bits}-g32-sym")
+            for bits in (3, 5, 6)
+        ),
     ],
 )
 @pytest.mark.parametrize("stored", [False, True], ids=["quantised on the way", "quantised checkpoint"])

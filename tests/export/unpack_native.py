@@ -11,7 +11,7 @@ from edgelm.packed import BLOCK, TILE, Kind, PackedMatrix, Scales
 
 Bytes = NDArray[np.uint8]
 
-BITS = {Kind.INT3: 3, Kind.INT4: 4, Kind.INT8: 8, Kind.INT8_PLANES: 8}
+BITS = {Kind.INT3: 3, Kind.INT4: 4, Kind.INT5: 5, Kind.INT6: 6, Kind.INT8: 8, Kind.INT8_PLANES: 8}
 FLOAT_TYPES = {Kind.FP8: np.uint8, Kind.FLOAT16: np.float16, Kind.BFLOAT16: np.uint16, Kind.FLOAT32: np.float32}
 SCALE_TYPES = {Scales.FLOAT16: np.float16, Scales.FLOAT32: np.float32}
 
@@ -65,6 +65,11 @@ def _column(blocks: Bytes, lower: Bytes | None, k: int, kind: Kind) -> Bytes:
         return pair | (taken(blocks, 256) >> np.uint8(k // 4) & np.uint8(1)) << np.uint8(2)
     shift = np.uint8(4 * (k % 8 // 4))
     upper = taken(blocks, 128 * (k // 8)) >> shift & np.uint8(15)
+    if kind is Kind.INT5:
+        return upper | (taken(blocks, 512) >> np.uint8(k // 4) & np.uint8(1)) << np.uint8(4)
+    if kind is Kind.INT6:
+        pair = taken(blocks, 512 + 128 * (k // 16)) >> np.uint8(2 * (k % 16 // 4)) & np.uint8(3)
+        return upper | pair << np.uint8(4)
     return upper if lower is None else upper << np.uint8(4) | (taken(lower, 128 * (k // 8)) >> shift & np.uint8(15))
 
 

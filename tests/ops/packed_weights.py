@@ -11,11 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-KINDS = {"int3": 3, "int4": 4, "int8": 8, "planes": 9, "fp8": 16, "float16": 17, "bfloat16": 18, "float32": 19}
-INTEGER_KINDS = ("int3", "int4", "int8", "planes")
+KINDS = {
+    "int3": 3, "int4": 4, "int5": 5, "int6": 6, "int8": 8, "planes": 9,
+    "fp8": 16, "float16": 17, "bfloat16": 18, "float32": 19,
+}  # fmt: skip
+INTEGER_KINDS = ("int3", "int4", "int5", "int6", "int8", "planes")
 FLOAT_KINDS = ("fp8", "float16", "bfloat16", "float32")
-_MIDDLE = {"int3": 4, "int4": 8, "int8": 128, "planes": 128}
-_BLOCK_BYTES = {"int3": 384, "int4": 512, "int8": 1024, "planes": 512}
+_MIDDLE = {"int3": 4, "int4": 8, "int5": 16, "int6": 32, "int8": 128, "planes": 128}
+_BLOCK_BYTES = {"int3": 384, "int4": 512, "int5": 640, "int6": 768, "int8": 1024, "planes": 512}
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,12 @@ def _block(kind: str, codes: NDArray[np.uint8]) -> bytes:
         code = codes[:, k]
         if kind == "int8":
             out[128 * (k // 4) + 4 * n + k % 4] = code
-        elif kind == "int4":
-            out[128 * (k // 8) + 4 * n + k % 4] |= code << (4 if k % 8 >= 4 else 0)
+        elif kind in ("int4", "int5", "int6"):
+            out[128 * (k // 8) + 4 * n + k % 4] |= (code & 15) << (4 if k % 8 >= 4 else 0)
+            if kind == "int5":
+                out[512 + 4 * n + k % 4] |= (code >> 4) << (k // 4)
+            elif kind == "int6":
+                out[512 + 128 * (k // 16) + 4 * n + k % 4] |= (code >> 4) << (2 * (k % 16 // 4))
         else:
             out[128 * (k // 16) + 4 * n + k % 4] |= (code & 3) << (2 * (k % 16 // 4))
             out[256 + 4 * n + k % 4] |= (code >> 2) << (k // 4)

@@ -18,7 +18,7 @@ from edgelm.kv_cache import KV_TYPES, row_bytes
 from edgelm.runtimes.native_library import describe_cpu
 
 D = 256
-KINDS = ["int4", "int8", "int3", "planes", "fp8", "bfloat16", "float16", "float32"]
+KINDS = ["int4", "int8", "int3", "int5", "int6", "planes", "fp8", "bfloat16", "float16", "float32"]
 
 
 def cases() -> dict[str, tuple[str, dict[str, Array], dict[str, object]]]:

@@ -91,7 +91,9 @@ def test_floats(dtype: str) -> None:
     assert matrix.header() + out.tobytes() == pack(dtype, stored, 50).tobytes()
 
 
-@pytest.mark.parametrize("scheme", ["int3-g32-sym", "int4-g64-asym", "int8-row-sym", "fp8-b64"])
+@pytest.mark.parametrize(
+    "scheme", ["int3-g32-sym", "int4-g64-asym", "int5-g32-asym", "int6-g64-sym", "int8-row-sym", "fp8-b64"]
+)
 def test_the_operators_read_the_checkpoints_numbers(scheme: str) -> None:
     made, fmt = formatted(scheme)
     (y,) = run("QuantEmbedding", {"ids": np.arange(ROWS)[None], "table": exported([made], fmt)})

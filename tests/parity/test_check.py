@@ -22,7 +22,7 @@ from . import damage
 from .conftest import CHECKPOINTS, FLAVOURS
 
 # Types that portable operators do not have.
-NATIVE_SCHEMES = ["int3-g32-sym", "fp8-b32"] if "native" in FLAVOURS else []
+NATIVE_SCHEMES = ["int3-g32-sym", "int5-g64-asym", "int6-g32-sym", "fp8-b32"] if "native" in FLAVOURS else []
 IMPORT_ROOT = Path(edgelm.__file__).parents[1]
 EXPORT_ONLY = ("torch", "onnx", "safetensors", "huggingface_hub", "transformers")
 
@@ -74,6 +74,27 @@ def test_recipes_of_ones_own_pass_by_the_limits_of_their_kind(tmp_path, scheme):
     report = check_parity(export_bundle(CHECKPOINTS / "olmoe-tiny", tmp_path / "b", recipe=recipe), threads=1)
     assert report.passed, [(check.name, check.value, check.limit) for check in report.failures]
     assert report.kind == scheme.split("-")[0]
+
+
+@pytest.mark.skipif("native" not in FLAVOURS, reason="portable operators have one type for the experts of a layer")
+def test_experts_of_every_width_side_by_side_pass(tmp_path):
+    from edgelm.bundle import Bundle
+    from edgelm.cli.inspect import packed_groups
+    from edgelm.export import export_bundle
+    from edgelm.quant.recipe import PRESETS, Recipe, Rule
+    from edgelm.quant.scheme import Scheme
+
+    widths = (3, 4, 5, 6, 8)
+    rules = [Rule(f"*.experts.{e}.*", Scheme(widths[e % 5], 32, e % 2 == 0)) for e in range(32)]
+    # Gate and up are one matrix: these take the wider of their types.
+    rules.insert(0, Rule("*.experts.0.up_proj.weight", Scheme(5, 64)))
+    recipe = Recipe("mixed", Scheme(4, 32), (*rules, *PRESETS["int4"].rules))
+    bundle = export_bundle(CHECKPOINTS / "olmoe-tiny", tmp_path / "b", recipe=recipe)
+    stored = {group.matrix.kind for group in packed_groups(Bundle.open(tmp_path / "b")) if "experts" in group.name}
+    assert {int(kind) for kind in stored} == set(widths)
+    report = check_parity(bundle, threads=1)
+    assert report.passed, [(check.name, check.value, check.limit) for check in report.failures]
+    assert report.kind == "int3"
 
 
 def test_a_bundle_of_a_quantised_checkpoint_passes(tmp_path):

@@ -170,6 +170,8 @@ def test_useless_prompt_files_are_refused(tmp_path, content, message):
         ('default = "int8-g128-sym"\n\n[[rule]]\nmatch = "x"\nscheme = "fp8-row"\n', "fp8"),
         ('default = "int4-g32-sym"\n\n[[rule]]\nmatch = "x"\nscheme = "fp8-b128"\n', "int4"),
         ('default = "int4-g32-sym"\n\n[[rule]]\nmatch = "x"\nscheme = "int3-g32-sym"\n', "int3"),
+        ('default = "int5-g32-sym"\n\n[[rule]]\nmatch = "x"\nscheme = "int6-g32-sym"\n', "int5"),
+        ('default = "fp8-row"\n\n[[rule]]\nmatch = "x"\nscheme = "int6-g32-sym"\n', "fp8"),
     ],
 )
 def test_a_recipe_is_judged_by_its_coarsest_type(toml, kind):

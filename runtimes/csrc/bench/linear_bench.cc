@@ -2,8 +2,8 @@
 //
 //   linear_bench [table] [threads] [rows] [N] [K]
 //
-// Prints, per kind of weights, billions of operations a second (two per multiply-add) and the bandwidth at which packed
-// weights are read. Matrices are many enough that weights come from memory, as they do when a model decodes.
+// Prints, per kind of weights, billions of operations a second (two per multiply-add), the bandwidth at which packed
+// weights are read, and how many weights that is. Matrices are many enough that weights come from memory, as they do when a model decodes.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -96,6 +96,8 @@ int main(int count, char** args) {
   const Case cases[] = {{"int3 g32", Kind::kInt3, 32, false},
                         {"int4 g32", Kind::kInt4, 32, false},
                         {"int4 g128", Kind::kInt4, 128, false},
+                        {"int5 g32", Kind::kInt5, 32, false},
+                        {"int6 g32", Kind::kInt6, 32, false},
                         {"int8 g32", Kind::kInt8, 32, false},
                         {"int8 g128", Kind::kInt8, 128, false},
                         {"planes g128", Kind::kInt8Planes, 128, false},
@@ -145,7 +147,8 @@ int main(int count, char** args) {
     const Matrix& m = matrices[0];
     const double read = static_cast<double>(m.tiles) * static_cast<double>(m.tile_bytes) *
                         (c.kind == Kind::kInt8Planes && !c.upper ? 2.0 : 1.0);
-    std::printf("  %-17s %8.3f ms %7.0f GOPS %6.1f GB/s\n", c.name, best * 1e3,
-                2.0 * static_cast<double>(rows * n * k) / best / 1e9, read / best / 1e9);
+    std::printf("  %-17s %8.3f ms %7.0f GOPS %6.1f GB/s %6.2f G weights/s\n", c.name, best * 1e3,
+                2.0 * static_cast<double>(rows * n * k) / best / 1e9, read / best / 1e9,
+                static_cast<double>(n * k) / best / 1e9);
   }
 }

@@ -10,7 +10,7 @@ constexpr int64_t kMost = int64_t{1} << 40;  // of rows, columns: keeps every pr
 
 bool Known(Kind kind) {
   switch (kind) {
-    case Kind::kInt3: case Kind::kInt4: case Kind::kInt8: case Kind::kInt8Planes:
+    case Kind::kInt3: case Kind::kInt4: case Kind::kInt5: case Kind::kInt6: case Kind::kInt8: case Kind::kInt8Planes:
     case Kind::kFp8E4M3: case Kind::kFloat16: case Kind::kBFloat16: case Kind::kFloat32:
       return true;
   }
@@ -23,21 +23,36 @@ float FromBits(uint32_t bits) {
   return value;
 }
 
+// One bit of each of 32 columns in 128 bytes, and two bits of each in 256; `c` is the column, `n` the row.
+uint32_t OneBit(const uint8_t* codes, int64_t n, int64_t c) { return codes[4 * n + c % 4] >> (c / 4) & 1; }
+uint32_t TwoBits(const uint8_t* codes, int64_t n, int64_t c) {
+  return codes[128 * (c / 16) + 4 * n + c % 4] >> (2 * (c % 16 / 4)) & 3;
+}
+uint32_t Nibble(const uint8_t* codes, int64_t n, int64_t c) {
+  return codes[128 * (c / 8) + 4 * n + c % 4] >> (c % 8 < 4 ? 0 : 4) & 15;
+}
+
 uint32_t Code(const Matrix& m, const uint8_t* codes, const uint8_t* low, int64_t n, int64_t k) {
   const int64_t block = k / kBlock, c = k % kBlock;
+  codes += CodeBytes(m.kind, block * kBlock);
   switch (m.kind) {
-    case Kind::kInt8: return codes[block * 1024 + 128 * (c / 4) + 4 * n + c % 4];
-    case Kind::kInt3: {
-      const uint8_t* base = codes + block * 384;
-      const uint32_t pair = base[128 * (c / 16) + 4 * n + c % 4] >> (2 * (c % 16 / 4)) & 3;
-      return pair | (base[256 + 4 * n + c % 4] >> (c / 4) & 1) << 2;
-    }
-    default: {
-      const int64_t at = 128 * (c / 8) + 4 * n + c % 4;
-      const int shift = c % 8 < 4 ? 0 : 4;
-      const uint32_t code = codes[block * 512 + at] >> shift & 15;
-      return m.kind == Kind::kInt4 ? code : code << 4 | (low[block * 512 + at] >> shift & 15);
-    }
+    case Kind::kInt8: return codes[128 * (c / 4) + 4 * n + c % 4];
+    case Kind::kInt3: return TwoBits(codes, n, c) | OneBit(codes + 256, n, c) << 2;
+    case Kind::kInt5: return Nibble(codes, n, c) | OneBit(codes + 512, n, c) << 4;
+    case Kind::kInt6: return Nibble(codes, n, c) | TwoBits(codes + 512, n, c) << 4;
+    case Kind::kInt8Planes: return Nibble(codes, n, c) << 4 | Nibble(low + block * 512, n, c);
+    default: return Nibble(codes, n, c);
+  }
+}
+
+// What the codes of an integer kind count as zero where no zero points are stored.
+int32_t SymmetricZero(Kind kind) {
+  switch (kind) {
+    case Kind::kInt3: return 4;
+    case Kind::kInt4: return 8;
+    case Kind::kInt5: return 16;
+    case Kind::kInt6: return 32;
+    default: return 128;
   }
 }
 
@@ -47,6 +62,8 @@ int64_t CodeBytes(Kind kind, int64_t columns) {
   switch (kind) {
     case Kind::kInt3: return columns / kBlock * 384;
     case Kind::kInt4: case Kind::kInt8Planes: return columns / kBlock * 512;
+    case Kind::kInt5: return columns / kBlock * 640;
+    case Kind::kInt6: return columns / kBlock * 768;
     case Kind::kInt8: case Kind::kFp8E4M3: return columns * kTile;
     case Kind::kFloat16: case Kind::kBFloat16: return columns * kTile * 2;
     case Kind::kFloat32: return columns * kTile * 4;
@@ -120,10 +137,7 @@ void DequantizeRow(const Matrix& m, int64_t row, float* out) {
       std::memcpy(&scale, record + 4 * n, 4);
     }
     const uint8_t* codes = record + m.head_bytes;
-    const int32_t zero = m.zeros                  ? codes[n - 64]
-                         : m.kind == Kind::kInt3 ? 4
-                         : m.kind == Kind::kInt4 ? 8
-                                                 : 128;
+    const int32_t zero = m.zeros ? codes[n - 64] : SymmetricZero(m.kind);
     for (int64_t k = 0; k < m.group; ++k) {
       float value;
       if (m.integer()) {

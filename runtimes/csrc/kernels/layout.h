@@ -13,12 +13,15 @@
 //   int4    512 bytes  byte 128 p + 4 n + j       holds 8 p + j low, 8 p + 4 + j high               (p 0..3)
 //   int3    256 bytes  byte 128 h + 4 n + j       holds the low two bits of 16 h + 4 i + j at bit 2 i (h 0..1, i 0..3)
 //         + 128 bytes  byte       4 n + j         holds the third bit of 4 i + j at bit i           (i 0..7)
+//   int5    640 bytes  the low nibbles as int4 lays them, then the fifth bits as int3 lays its third
+//   int6    768 bytes  the low nibbles as int4 lays them, then the high two bits as int3 lays its low two
 //   int8 in planes     codes' upper halves as int4 lays them, with scales, for the whole matrix; then, from `low_plane`
 //                      on, the lower halves of all blocks, 512 bytes each: half the bytes give a first approximation
 //   fp8, float16, bfloat16, float32    element 32 k + n, for all columns of the group (any number of columns)
 //
-// w = (code - zero) * scale, zero = 4, 8 or 128 where no zero points are stored. Rows that fill up the last tile have
-// scales (or values) of 0. A SwiGLU matrix holds gate and up in alternating tiles: tile 2 i is rows 32 i of gate.
+// w = (code - zero) * scale, zero = half the codes (4, 8, 16, 32, 128) where no zero points are stored. Rows that fill
+// up the last tile have scales (or values) of 0. A SwiGLU matrix holds gate and up in alternating tiles: tile 2 i is
+// rows 32 i of gate.
 // All numbers are little-endian. Nothing here allocates or throws.
 #ifndef EDGELM_KERNELS_LAYOUT_H_
 #define EDGELM_KERNELS_LAYOUT_H_
@@ -37,6 +40,8 @@ constexpr int64_t kBlock = 32;  // columns that share an activation scale
 enum class Kind : uint8_t {
   kInt3 = 3,
   kInt4 = 4,
+  kInt5 = 5,
+  kInt6 = 6,
   kInt8 = 8,
   kInt8Planes = 9,
   kFp8E4M3 = 16,

@@ -16,6 +16,20 @@ inline F32 LoadFloats(const uint8_t* codes, int64_t element) {
   return Load(reinterpret_cast<const float*>(codes) + element);
 }
 
+// VisitColumns for columns 4 kQ .. 4 kQ + 3 of a block of integer codes.
+template <Kind kKind, int kQ, typename Visit>
+inline __attribute__((always_inline)) void VisitFour(const uint8_t* codes, const uint8_t* low, const I32 (&zero)[2],
+                                                     const F32 (&s)[2], Visit visit) {
+  const B8 a = FourColumns<kKind, kQ>(codes, low, 0), b = FourColumns<kKind, kQ>(codes, low, 1);
+  const auto one = [&](int k, I32 left, I32 right) __attribute__((always_inline)) {
+    visit(4 * kQ + k, Mul(ToFloat(SubI(left, zero[0])), s[0]), Mul(ToFloat(SubI(right, zero[1])), s[1]));
+  };
+  one(0, ByteOfLane<0>(a), ByteOfLane<0>(b));
+  one(1, ByteOfLane<1>(a), ByteOfLane<1>(b));
+  one(2, ByteOfLane<2>(a), ByteOfLane<2>(b));
+  one(3, ByteOfLane<3>(a), ByteOfLane<3>(b));
+}
+
 // Calls visit(k, left, right) for up to 32 columns of a tile in order, with the weights of its rows 0..15 and 16..31 as
 // float32. Integer weights come out exact: 8 bits times a float16's 11.
 template <Kind kKind, typename Visit>
@@ -36,17 +50,14 @@ inline __attribute__((always_inline)) void VisitColumns(const Matrix& m, int64_t
     codes += within / kBlock * BlockCodeBytes(kKind);
     const uint8_t* low =
         kKind == Kind::kInt8Planes ? m.low + (tile * (m.columns / kBlock) + column / kBlock) * 512 : nullptr;
-#pragma GCC unroll 8
-    for (int q = 0; q < 8; ++q) {
-      const B8 a = FourColumns<kKind>(codes, low, q, 0), b = FourColumns<kKind>(codes, low, q, 1);
-      const auto one = [&](int k, I32 left, I32 right) {
-        visit(4 * q + k, Mul(ToFloat(SubI(left, zero[0])), s[0]), Mul(ToFloat(SubI(right, zero[1])), s[1]));
-      };
-      one(0, ByteOfLane<0>(a), ByteOfLane<0>(b));
-      one(1, ByteOfLane<1>(a), ByteOfLane<1>(b));
-      one(2, ByteOfLane<2>(a), ByteOfLane<2>(b));
-      one(3, ByteOfLane<3>(a), ByteOfLane<3>(b));
-    }
+    VisitFour<kKind, 0>(codes, low, zero, s, visit);
+    VisitFour<kKind, 1>(codes, low, zero, s, visit);
+    VisitFour<kKind, 2>(codes, low, zero, s, visit);
+    VisitFour<kKind, 3>(codes, low, zero, s, visit);
+    VisitFour<kKind, 4>(codes, low, zero, s, visit);
+    VisitFour<kKind, 5>(codes, low, zero, s, visit);
+    VisitFour<kKind, 6>(codes, low, zero, s, visit);
+    VisitFour<kKind, 7>(codes, low, zero, s, visit);
   } else {
 #pragma GCC unroll 4
     for (int64_t k = 0; k < count; ++k) {
@@ -129,6 +140,8 @@ inline FloatTileFunction FloatTileFor(Kind kind) {
   switch (kind) {
     case Kind::kInt3: return FloatTile<Kind::kInt3>;
     case Kind::kInt4: return FloatTile<Kind::kInt4>;
+    case Kind::kInt5: return FloatTile<Kind::kInt5>;
+    case Kind::kInt6: return FloatTile<Kind::kInt6>;
     case Kind::kInt8: return FloatTile<Kind::kInt8>;
     case Kind::kInt8Planes: return FloatTile<Kind::kInt8Planes>;
     case Kind::kFp8E4M3: return FloatTile<Kind::kFp8E4M3>;

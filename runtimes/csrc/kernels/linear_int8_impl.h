@@ -18,75 +18,40 @@ namespace {
 // Rows of activations that one pass over a tile serves.
 constexpr int kIntRows = kRowTile;
 
+// Columns 4 kQ .. 4 kQ + 3 of a block for vectors [begin, end).
+template <Kind kKind, int kRows, int kVec, int kQ>
+inline __attribute__((always_inline)) void DotFour(const uint8_t* codes, const uint8_t* low, int half, int begin,
+                                                   int end, const int8_t* x, int64_t stride, I32 (&c)[kRows][kVec],
+                                                   I32 (&more)[kRows][kVec]) {
+#pragma GCC unroll 2
+  for (int v = begin; v < end; ++v) {
+    const B8 four = FourColumns<kKind, kQ>(codes, low, half + v);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      I32& sum = kRows == 1 && kQ % 2 ? more[r][v] : c[r][v];
+      const int8_t* columns = x + r * stride + 4 * kQ;
+      sum = IsFull(kKind) ? DotFull(sum, four, columns) : DotSmall(sum, four, columns);
+    }
+  }
+}
+
 // Adds one block's dot products: lanes are columns 16 (half + v) .. of the tile, c[r][v].
 // `more` is a second set of sums that shortens the chains of a single row.
 template <Kind kKind, int kRows, int kVec>
 inline __attribute__((always_inline)) void DotBlock(const uint8_t* codes, const uint8_t* low, int half, const int8_t* x,
                                                     int64_t stride, I32 (&c)[kRows][kVec], I32 (&more)[kRows][kVec]) {
-  const int64_t at = 64 * half;
-  if constexpr (kKind == Kind::kInt4 || kKind == kUpperPlane) {
-#pragma GCC unroll 4
-    for (int p = 0; p < 4; ++p) {
+  // Bytes that are needed more than twice stay in registers: one vector at a time.
+  constexpr int kStep = HasParts(kKind) ? 1 : kVec;
 #pragma GCC unroll 2
-      for (int v = 0; v < kVec; ++v) {
-        const B8 bytes = LoadB(codes + 128 * p + at + 64 * v);
-        const B8 lower = LowNibbles(bytes), upper = HighNibbles(bytes);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          c[r][v] = DotNibbles(c[r][v], lower, x + r * stride + 8 * p);
-          I32& other = kRows == 1 ? more[r][v] : c[r][v];
-          other = DotNibbles(other, upper, x + r * stride + 8 * p + 4);
-        }
-      }
-    }
-  } else if constexpr (kKind == Kind::kInt8) {
-#pragma GCC unroll 8
-    for (int q = 0; q < 8; ++q) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVec; ++v) {
-        const B8 bytes = LoadB(codes + 128 * q + at + 64 * v);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          I32& sum = kRows == 1 && q % 2 ? more[r][v] : c[r][v];
-          sum = DotFull(sum, bytes, x + r * stride + 4 * q);
-        }
-      }
-    }
-  } else if constexpr (kKind == Kind::kInt8Planes) {
-#pragma GCC unroll 4
-    for (int p = 0; p < 4; ++p) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVec; ++v) {
-        const B8 upper = LoadB(codes + 128 * p + at + 64 * v), lower = LoadB(low + 128 * p + at + 64 * v);
-        const B8 first = JoinNibbles(LowNibbles(upper), LowNibbles(lower));
-        const B8 second = JoinNibbles(HighNibbles(upper), HighNibbles(lower));
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          c[r][v] = DotFull(c[r][v], first, x + r * stride + 8 * p);
-          I32& other = kRows == 1 ? more[r][v] : c[r][v];
-          other = DotFull(other, second, x + r * stride + 8 * p + 4);
-        }
-      }
-    }
-  } else {
-    static_assert(kKind == Kind::kInt3);
-#pragma GCC unroll 2
-    for (int v = 0; v < kVec; ++v) {
-      const B8 pairs0 = LoadB(codes + at + 64 * v), pairs1 = LoadB(codes + 128 + at + 64 * v);
-      const B8 thirds = LoadB(codes + 256 + at + 64 * v);
-      const B8 three[8] = {ThreeBits<0, 0>(pairs0, thirds), ThreeBits<1, 1>(pairs0, thirds),
-                           ThreeBits<2, 2>(pairs0, thirds), ThreeBits<3, 3>(pairs0, thirds),
-                           ThreeBits<0, 4>(pairs1, thirds), ThreeBits<1, 5>(pairs1, thirds),
-                           ThreeBits<2, 6>(pairs1, thirds), ThreeBits<3, 7>(pairs1, thirds)};
-#pragma GCC unroll 8
-      for (int q = 0; q < 8; ++q) {
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          I32& sum = kRows == 1 && q % 2 ? more[r][v] : c[r][v];
-          sum = DotNibbles(sum, three[q], x + r * stride + 4 * q);
-        }
-      }
-    }
+  for (int v = 0; v < kVec; v += kStep) {
+    DotFour<kKind, kRows, kVec, 0>(codes, low, half, v, v + kStep, x, stride, c, more);
+    DotFour<kKind, kRows, kVec, 1>(codes, low, half, v, v + kStep, x, stride, c, more);
+    DotFour<kKind, kRows, kVec, 2>(codes, low, half, v, v + kStep, x, stride, c, more);
+    DotFour<kKind, kRows, kVec, 3>(codes, low, half, v, v + kStep, x, stride, c, more);
+    DotFour<kKind, kRows, kVec, 4>(codes, low, half, v, v + kStep, x, stride, c, more);
+    DotFour<kKind, kRows, kVec, 5>(codes, low, half, v, v + kStep, x, stride, c, more);
+    DotFour<kKind, kRows, kVec, 6>(codes, low, half, v, v + kStep, x, stride, c, more);
+    DotFour<kKind, kRows, kVec, 7>(codes, low, half, v, v + kStep, x, stride, c, more);
   }
 }
 #endif
@@ -94,18 +59,20 @@ inline __attribute__((always_inline)) void DotBlock(const uint8_t* codes, const 
 // The sums a block starts from: minus its zero point times the sum of the activations' codes.
 template <Kind kKind>
 inline I32 BlockStart(int32_t offset) {
-  if constexpr (kKind == Kind::kInt4) return SplatI(offset);
-  if constexpr (kKind == Kind::kInt3) return SplatI(offset / 2);
-  if constexpr (kKind == kUpperPlane) return SplatI(0);
-  if constexpr (kKind == Kind::kInt8 || kKind == Kind::kInt8Planes) {
-    return kDotFullSigned ? SplatI(0) : ShiftLeftI<4>(SplatI(offset));
+  if constexpr (kKind == kUpperPlane || (IsFull(kKind) && kDotFullSigned)) {
+    return SplatI(0);
+  } else if constexpr (kKind == Kind::kInt3) {
+    return SplatI(offset / 2);
+  } else if constexpr (kKind == Kind::kInt4) {
+    return SplatI(offset);
+  } else {
+    return ShiftLeftI<kKind == Kind::kInt5 ? 1 : kKind == Kind::kInt6 ? 2 : 4>(SplatI(offset));
   }
 }
 
 template <Kind kKind>
 inline I32 BlockStart(int32_t offset, I32 zeros) {
-  const bool is_signed = kDotFullSigned && (kKind == Kind::kInt8 || kKind == Kind::kInt8Planes);
-  return MulI(SubI(zeros, SplatI(is_signed ? 128 : 0)), SplatI(offset / 8));
+  return MulI(SubI(zeros, SplatI(IsFull(kKind) && kDotFullSigned ? 128 : 0)), SplatI(offset / 8));
 }
 
 // kRows rows times kVec * 16 columns of a tile, from column 16 * half on: sums[r][column of the tile].
@@ -189,6 +156,8 @@ inline TileFunction TileFor(Kind kind, bool zeros, int64_t rows) {
   switch (kind) {
     case Kind::kInt3: return zeros ? TileFor<Kind::kInt3, true>(rows) : TileFor<Kind::kInt3, false>(rows);
     case Kind::kInt4: return zeros ? TileFor<Kind::kInt4, true>(rows) : TileFor<Kind::kInt4, false>(rows);
+    case Kind::kInt5: return zeros ? TileFor<Kind::kInt5, true>(rows) : TileFor<Kind::kInt5, false>(rows);
+    case Kind::kInt6: return zeros ? TileFor<Kind::kInt6, true>(rows) : TileFor<Kind::kInt6, false>(rows);
     case Kind::kInt8: return zeros ? TileFor<Kind::kInt8, true>(rows) : TileFor<Kind::kInt8, false>(rows);
     case Kind::kInt8Planes: return TileFor<Kind::kInt8Planes, false>(rows);
     default: return TileFor<kUpperPlane, false>(rows);

@@ -1,5 +1,6 @@
-// Integer products of a block on Arm, in place of linear_int8_impl.h's own, which includes this inside its namespaces: four
-// columns of an activation row come from a lane of a register, and with FEAT_I8MM several rows go through matrix products.
+// Integer products of a block on Arm, in place of linear_int8_impl.h's own, which includes this inside its namespaces:
+// four columns of an activation row come from a lane of a register, and with FEAT_I8MM several rows go through matrix
+// products.
 #ifndef EDGELM_KERNELS_NEON_DOT_IMPL_H_
 #define EDGELM_KERNELS_NEON_DOT_IMPL_H_
 
@@ -37,8 +38,8 @@ EDGELM_FLATTEN void DotFour(const uint8_t* codes, const uint8_t* low, int half, 
                             I32 (&c)[kRows][kVec]) {
 #pragma GCC unroll 2
   for (int v = 0; v < kVec; ++v) {
-    B8 four = FourColumns<kKind>(codes, low, kQ, half + v);
-    if constexpr (kDotFullSigned && (kKind == Kind::kInt8 || kKind == Kind::kInt8Planes)) {
+    B8 four = FourColumns<kKind, kQ>(codes, low, half + v);
+    if constexpr (kDotFullSigned && IsFull(kKind)) {
       const uint8x16_t flip = vdupq_n_u8(0x80);
       four = {veorq_u8(four.a, flip), veorq_u8(four.b, flip), veorq_u8(four.c, flip), veorq_u8(four.d, flip)};
     }
@@ -94,16 +95,26 @@ EDGELM_FLATTEN Sixteen SplitNibbles(const uint8_t* codes, int64_t at, int half) 
 
 template <Kind kKind, int kHalf>
 EDGELM_FLATTEN Sixteen SixteenColumns(const uint8_t* codes, const uint8_t* low, int64_t at) {
-  if constexpr (kKind == Kind::kInt8 || kKind == Kind::kInt3) {
+  constexpr int kQ = 4 * kHalf;
+  if constexpr (kKind == Kind::kInt8 || kKind == Kind::kInt3 || kKind == Kind::kInt5 || kKind == Kind::kInt6) {
     uint8x16_t four[4];
     if constexpr (kKind == Kind::kInt8) {
-      for (int i = 0; i < 4; ++i) four[i] = vld1q_u8(codes + 512 * kHalf + 128 * i + at);
-    } else {
+      for (int i = 0; i < 4; ++i) four[i] = vld1q_u8(codes + 128 * (kQ + i) + at);
+    } else if constexpr (kKind == Kind::kInt3) {
       const uint8x16_t pairs = vld1q_u8(codes + 128 * kHalf + at), thirds = vld1q_u8(codes + 256 + at);
-      four[0] = ThreeBitsOf<0, 4 * kHalf>(pairs, thirds);
-      four[1] = ThreeBitsOf<1, 4 * kHalf + 1>(pairs, thirds);
-      four[2] = ThreeBitsOf<2, 4 * kHalf + 2>(pairs, thirds);
-      four[3] = ThreeBitsOf<3, 4 * kHalf + 3>(pairs, thirds);
+      four[0] = JoinBitsOf<0, 2, kQ, 1>(pairs, thirds);
+      four[1] = JoinBitsOf<2, 2, kQ + 1, 1>(pairs, thirds);
+      four[2] = JoinBitsOf<4, 2, kQ + 2, 1>(pairs, thirds);
+      four[3] = JoinBitsOf<6, 2, kQ + 3, 1>(pairs, thirds);
+    } else {
+      const uint8x16_t x = vld1q_u8(codes + 256 * kHalf + at), y = vld1q_u8(codes + 256 * kHalf + 128 + at);
+      constexpr bool kFive = kKind == Kind::kInt5;
+      constexpr int kBits = kFive ? 1 : 2, kAt = kFive ? kQ : 0;
+      const uint8x16_t high = vld1q_u8(codes + 512 + (kFive ? 0 : 128 * kHalf) + at);
+      four[0] = JoinBitsOf<0, 4, kAt, kBits>(x, high);
+      four[1] = JoinBitsOf<4, 4, kAt + kBits, kBits>(x, high);
+      four[2] = JoinBitsOf<0, 4, kAt + 2 * kBits, kBits>(y, high);
+      four[3] = JoinBitsOf<4, 4, kAt + 3 * kBits, kBits>(y, high);
     }
     return {Front(four[0], four[2]), Back(four[0], four[2]), Front(four[1], four[3]), Back(four[1], four[3])};
   } else {

@@ -147,14 +147,22 @@ inline B8 JoinNibbles(B8 upper, B8 lower) {
   return {_mm256_or_si256(_mm256_slli_epi16(upper.a, 4), lower.a),
           _mm256_or_si256(_mm256_slli_epi16(upper.b, 4), lower.b)};
 }
-template <int kIndex, int kBit> inline __m256i ThreeBits(__m256i pairs, __m256i thirds) {
-  const __m256i low = _mm256_and_si256(_mm256_srli_epi16(pairs, 2 * kIndex), _mm256_set1_epi8(3));
-  const __m256i high = kBit >= 2 ? _mm256_srli_epi16(thirds, kBit >= 2 ? kBit - 2 : 0)
-                                 : _mm256_slli_epi16(thirds, kBit >= 2 ? 0 : 2 - kBit);
-  return _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi8(4)));
+// Each byte's bits shifted right by kBits, left where that is negative; some of its neighbour's come in.
+template <int kBits> inline __m256i ShiftBytes(__m256i x) {
+  if constexpr (kBits > 0) {
+    return _mm256_srli_epi16(x, kBits);
+  } else {
+    return kBits == 0 ? x : _mm256_slli_epi16(x, -kBits);
+  }
 }
-template <int kIndex, int kBit> inline B8 ThreeBits(B8 pairs, B8 thirds) {
-  return {ThreeBits<kIndex, kBit>(pairs.a, thirds.a), ThreeBits<kIndex, kBit>(pairs.b, thirds.b)};
+template <int kLowAt, int kLowBits, int kHighAt, int kHighBits> inline __m256i JoinBits(__m256i low, __m256i high) {
+  constexpr int kLowMask = (1 << kLowBits) - 1, kHighMask = ((1 << kHighBits) - 1) << kLowBits;
+  return _mm256_or_si256(_mm256_and_si256(ShiftBytes<kLowAt>(low), _mm256_set1_epi8(kLowMask)),
+                         _mm256_and_si256(ShiftBytes<kHighAt - kLowBits>(high), _mm256_set1_epi8(kHighMask)));
+}
+template <int kLowAt, int kLowBits, int kHighAt, int kHighBits> inline B8 JoinBits(B8 low, B8 high) {
+  return {JoinBits<kLowAt, kLowBits, kHighAt, kHighBits>(low.a, high.a),
+          JoinBits<kLowAt, kLowBits, kHighAt, kHighBits>(low.b, high.b)};
 }
 template <int kIndex> inline I32 ByteOfLane(B8 x) {
   const __m256i mask = _mm256_set1_epi32(255);
@@ -177,11 +185,11 @@ inline __m256i Dpbusd(__m256i acc, __m256i codes, __m256i x) {
   return _mm256_dpbusd_epi32(acc, codes, x);
 #endif
 }
-inline I32 DotNibbles(I32 acc, B8 codes, const int8_t* x) {
+inline I32 DotSmall(I32 acc, B8 codes, const int8_t* x) {
   const __m256i four = SplatFour(x);
   return {Dpbusd(acc.a, codes.a, four), Dpbusd(acc.b, codes.b, four)};
 }
-inline I32 DotFull(I32 acc, B8 codes, const int8_t* x) { return DotNibbles(acc, codes, x); }
+inline I32 DotFull(I32 acc, B8 codes, const int8_t* x) { return DotSmall(acc, codes, x); }
 
 #else
 
@@ -190,8 +198,8 @@ inline __m256i AddPairs(__m256i acc, __m256i magnitudes, __m256i x) {
   const __m256i pairs = _mm256_maddubs_epi16(magnitudes, x);
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-// A pair is at most 2 * 15 * 127: never saturated.
-inline I32 DotNibbles(I32 acc, B8 codes, const int8_t* x) {
+// A pair is at most 2 * 127 * 127 = 32,258: never saturated.
+inline I32 DotSmall(I32 acc, B8 codes, const int8_t* x) {
   const __m256i four = SplatFour(x);
   return {AddPairs(acc.a, codes.a, four), AddPairs(acc.b, codes.b, four)};
 }

@@ -86,25 +86,31 @@ inline B8 LoadB(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline B8 LowNibbles(B8 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 inline B8 HighNibbles(B8 a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
 inline B8 JoinNibbles(B8 upper, B8 lower) { return {_mm512_or_si512(_mm512_slli_epi16(upper.v, 4), lower.v)}; }
-template <int kIndex, int kBit> inline B8 ThreeBits(B8 pairs, B8 thirds) {
-  const __m512i low = _mm512_srli_epi16(pairs.v, 2 * kIndex);
-  const __m512i high = kBit >= 2 ? _mm512_srli_epi16(thirds.v, kBit >= 2 ? kBit - 2 : 0)
-                                 : _mm512_slli_epi16(thirds.v, kBit >= 2 ? 0 : 2 - kBit);
-  // (low & 3) | (high & 4) in one operation after the masks are one: bits outside 3 come from `high`.
-  const __m512i mixed = _mm512_ternarylogic_epi32(_mm512_set1_epi8(3), low, high, 0xCA);
-  return {_mm512_and_si512(mixed, _mm512_set1_epi8(7))};
+// Each byte's bits shifted right by kBits, left where that is negative; some of its neighbour's come in.
+template <int kBits> inline __m512i ShiftBytes(__m512i x) {
+  if constexpr (kBits > 0) {
+    return _mm512_srli_epi16(x, kBits);
+  } else {
+    return kBits == 0 ? x : _mm512_slli_epi16(x, -kBits);
+  }
+}
+template <int kLowAt, int kLowBits, int kHighAt, int kHighBits> inline B8 JoinBits(B8 low, B8 high) {
+  const __m512i l = ShiftBytes<kLowAt>(low.v), h = ShiftBytes<kHighAt - kLowBits>(high.v);
+  // Two masks and their union in one operation: bits outside the low ones come from `h`; one mask after it.
+  const __m512i mixed = _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << kLowBits) - 1), l, h, 0xCA);
+  return {_mm512_and_si512(mixed, _mm512_set1_epi8((1 << (kLowBits + kHighBits)) - 1))};
 }
 template <int kIndex> inline I32 ByteOfLane(B8 a) {
   if (kIndex == 3) return _mm512_srli_epi32(a.v, 24);
   return _mm512_and_si512(_mm512_srli_epi32(a.v, 8 * kIndex), _mm512_set1_epi32(255));
 }
 
-inline I32 DotNibbles(I32 acc, B8 codes, const int8_t* x) {
+inline I32 DotSmall(I32 acc, B8 codes, const int8_t* x) {
   int32_t four;
   std::memcpy(&four, x, 4);
   return _mm512_dpbusd_epi32(acc, codes.v, _mm512_set1_epi32(four));
 }
-inline I32 DotFull(I32 acc, B8 codes, const int8_t* x) { return DotNibbles(acc, codes, x); }
+inline I32 DotFull(I32 acc, B8 codes, const int8_t* x) { return DotSmall(acc, codes, x); }
 
 }  // namespace
 }  // namespace edgelm

@@ -155,13 +155,17 @@ template <int kBits> inline uint8x16_t ShiftBytes(uint8x16_t x) {
     return vshlq_n_u8(x, -kBits);
   }
 }
-template <int kIndex, int kBit> inline uint8x16_t ThreeBitsOf(uint8x16_t pairs, uint8x16_t thirds) {
-  const uint8x16_t mixed = vbslq_u8(vdupq_n_u8(3), ShiftBytes<2 * kIndex>(pairs), ShiftBytes<kBit - 2>(thirds));
-  return vandq_u8(mixed, vdupq_n_u8(7));
+template <int kLowAt, int kLowBits, int kHighAt, int kHighBits>
+inline uint8x16_t JoinBitsOf(uint8x16_t low, uint8x16_t high) {
+  const uint8x16_t mixed = vbslq_u8(vdupq_n_u8((1 << kLowBits) - 1), ShiftBytes<kLowAt>(low),
+                                    ShiftBytes<kHighAt - kLowBits>(high));
+  return vandq_u8(mixed, vdupq_n_u8((1 << (kLowBits + kHighBits)) - 1));
 }
-template <int kIndex, int kBit> inline B8 ThreeBits(B8 pairs, B8 thirds) {
-  return {ThreeBitsOf<kIndex, kBit>(pairs.a, thirds.a), ThreeBitsOf<kIndex, kBit>(pairs.b, thirds.b),
-          ThreeBitsOf<kIndex, kBit>(pairs.c, thirds.c), ThreeBitsOf<kIndex, kBit>(pairs.d, thirds.d)};
+template <int kLowAt, int kLowBits, int kHighAt, int kHighBits> inline B8 JoinBits(B8 low, B8 high) {
+  return {JoinBitsOf<kLowAt, kLowBits, kHighAt, kHighBits>(low.a, high.a),
+          JoinBitsOf<kLowAt, kLowBits, kHighAt, kHighBits>(low.b, high.b),
+          JoinBitsOf<kLowAt, kLowBits, kHighAt, kHighBits>(low.c, high.c),
+          JoinBitsOf<kLowAt, kLowBits, kHighAt, kHighBits>(low.d, high.d)};
 }
 template <int kIndex> inline int32x4_t ByteOf(uint8x16_t x) {
   const uint32x4_t lanes = vreinterpretq_u32_u8(x);
@@ -182,7 +186,7 @@ inline int8x16_t FourOf(const int8_t* x) {
   std::memcpy(&four, x, 4);
   return vreinterpretq_s8_s32(vdupq_n_s32(four));
 }
-inline I32 DotNibbles(I32 acc, B8 codes, const int8_t* x) {
+inline I32 DotSmall(I32 acc, B8 codes, const int8_t* x) {
   const int8x16_t four = FourOf(x);
   return {vdotq_s32(acc.a, vreinterpretq_s8_u8(codes.a), four), vdotq_s32(acc.b, vreinterpretq_s8_u8(codes.b), four),
           vdotq_s32(acc.c, vreinterpretq_s8_u8(codes.c), four), vdotq_s32(acc.d, vreinterpretq_s8_u8(codes.d), four)};
@@ -194,7 +198,7 @@ inline I32 DotFull(I32 acc, B8 codes, const int8_t* x) {
           vusdotq_s32(acc.d, codes.d, four)};
 #else
   const uint8x16_t flip = vdupq_n_u8(0x80);
-  return DotNibbles(acc, {veorq_u8(codes.a, flip), veorq_u8(codes.b, flip), veorq_u8(codes.c, flip),
+  return DotSmall(acc, {veorq_u8(codes.a, flip), veorq_u8(codes.b, flip), veorq_u8(codes.c, flip),
                           veorq_u8(codes.d, flip)}, x);
 #endif
 }

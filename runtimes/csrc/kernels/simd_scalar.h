@@ -141,21 +141,24 @@ inline B8 LowNibbles(B8 a) { for (auto& x : a.v) x &= 15; return a; }
 inline B8 HighNibbles(B8 a) { for (auto& x : a.v) x >>= 4; return a; }
 // upper * 16 + lower, both below 16.
 inline B8 JoinNibbles(B8 upper, B8 lower) { for (int i = 0; i < 64; ++i) upper.v[i] = static_cast<uint8_t>(upper.v[i] << 4 | lower.v[i]); return upper; }
-// Bits 2 kIndex and 2 kIndex + 1 of `pairs`, and above them bit kBit of `thirds`.
-template <int kIndex, int kBit> inline B8 ThreeBits(B8 pairs, B8 thirds) {
-  for (int i = 0; i < 64; ++i) pairs.v[i] = static_cast<uint8_t>((pairs.v[i] >> (2 * kIndex) & 3) | (thirds.v[i] >> kBit & 1) << 2);
-  return pairs;
+// kLowBits bits of each byte of `low` from bit kLowAt on, and above them kHighBits of `high` from kHighAt on.
+template <int kLowAt, int kLowBits, int kHighAt, int kHighBits> inline B8 JoinBits(B8 low, B8 high) {
+  constexpr int kLowMask = (1 << kLowBits) - 1, kHighMask = (1 << kHighBits) - 1;
+  for (int i = 0; i < 64; ++i) {
+    low.v[i] = static_cast<uint8_t>((low.v[i] >> kLowAt & kLowMask) | (high.v[i] >> kHighAt & kHighMask) << kLowBits);
+  }
+  return low;
 }
 // Byte kIndex of each lane as a number.
 template <int kIndex> inline I32 ByteOfLane(B8 a) { I32 r; EDGELM_LANES r.v[l] = a.v[4 * l + kIndex]; return r; }
 
-// acc + the dot product of each lane's four codes with the four int8 of `x`. Codes below 16.
-inline I32 DotNibbles(I32 acc, B8 codes, const int8_t* x) {
+// acc + the dot product of each lane's four codes with the four int8 of `x`. Codes below 128.
+inline I32 DotSmall(I32 acc, B8 codes, const int8_t* x) {
   EDGELM_LANES for (int j = 0; j < 4; ++j) acc.v[l] += codes.v[4 * l + j] * x[j];
   return acc;
 }
 // The same for any codes.
-inline I32 DotFull(I32 acc, B8 codes, const int8_t* x) { return DotNibbles(acc, codes, x); }
+inline I32 DotFull(I32 acc, B8 codes, const int8_t* x) { return DotSmall(acc, codes, x); }
 
 #undef EDGELM_LANES
 

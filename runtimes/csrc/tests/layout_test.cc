@@ -22,6 +22,10 @@ const std::vector<Shape>& Shapes() {
       {Kind::kInt3, 64, 64, 64, ScaleKind::kFloat32, true, true},
       {Kind::kInt4, 70, 128, 64, ScaleKind::kFloat16},
       {Kind::kInt4, 66, 96, 32, ScaleKind::kFloat32, true, true},
+      {Kind::kInt5, 37, 128, 64, ScaleKind::kFloat16},
+      {Kind::kInt5, 66, 96, 32, ScaleKind::kFloat32, true, true},
+      {Kind::kInt6, 33, 96, 96, ScaleKind::kFloat16, true},
+      {Kind::kInt6, 70, 128, 32, ScaleKind::kFloat32, false, true},
       {Kind::kInt8, 31, 128, 128, ScaleKind::kFloat16},
       {Kind::kInt8, 1, 64, 32, ScaleKind::kFloat32, true},
       {Kind::kInt8Planes, 40, 128, 64, ScaleKind::kFloat16},
@@ -188,7 +192,7 @@ void TestEachFieldIsChecked() {
   };
   refuses("EDLM", [](edgelm::MatrixHeader* h) { h->magic[3] = 'X'; });
   refuses("version", [](edgelm::MatrixHeader* h) { h->version = 2; });
-  refuses("kind of weights", [](edgelm::MatrixHeader* h) { h->kind = static_cast<Kind>(5); });
+  refuses("kind of weights", [](edgelm::MatrixHeader* h) { h->kind = static_cast<Kind>(7); });
   refuses("flags", [](edgelm::MatrixHeader* h) { h->flags = 4; });
   refuses("shape", [](edgelm::MatrixHeader* h) { h->rows = 0; });
   refuses("shape", [](edgelm::MatrixHeader* h) { h->columns = -64; });

@@ -218,12 +218,14 @@ void CheckRowAlone(Product product, const Packed& packed, Rows& x, int64_t row) 
                                                                         Name(packed, product, x.rows));
 }
 
+constexpr Kind kIntegerKinds[] = {Kind::kInt3, Kind::kInt4, Kind::kInt5, Kind::kInt6, Kind::kInt8, Kind::kInt8Planes};
+
 const std::vector<Shape>& IntegerShapes() {
   static const std::vector<Shape> shapes = [] {
     std::vector<Shape> all;
     const int64_t remainders[] = {1, 31, 33, 70, 32};
     size_t count = 0;
-    for (const Kind kind : {Kind::kInt3, Kind::kInt4, Kind::kInt8, Kind::kInt8Planes}) {
+    for (const Kind kind : kIntegerKinds) {
       for (const int64_t group : {32, 64, 128, 160}) {  // 160: the whole row
         for (const ScaleKind scale : {ScaleKind::kFloat16, ScaleKind::kFloat32}) {
           for (const bool zeros : {false, true}) {
@@ -266,7 +268,8 @@ void TestIntegerProducts() {
 // All numbers of rows, so every remainder of a tile of rows in every kind.
 void TestEveryNumberOfRows() {
   uint32_t seed = 1000;
-  for (const Kind kind : {Kind::kInt3, Kind::kInt4, Kind::kInt8, Kind::kInt8Planes, Kind::kFp8E4M3}) {
+  for (const Kind kind :
+       {Kind::kInt3, Kind::kInt4, Kind::kInt5, Kind::kInt6, Kind::kInt8, Kind::kInt8Planes, Kind::kFp8E4M3}) {
     for (const bool swiglu : {false, true}) {
       const bool zeros = seed % 2 == 0 && kind < Kind::kInt8Planes;
       const Packed packed({kind, swiglu ? 68 : 34, 64, 32, ScaleKind::kFloat16, zeros, swiglu}, ++seed);
@@ -361,7 +364,7 @@ void TestExtremeScales() {
 
 // The largest codes on both sides, where sums of products would leave 16 bits.
 void TestLargestCodes() {
-  for (const Kind kind : {Kind::kInt3, Kind::kInt4, Kind::kInt8, Kind::kInt8Planes}) {
+  for (const Kind kind : kIntegerKinds) {
     for (const uint8_t fill : {0x00, 0xFF}) {
       for (const float sign : {1.0f, -1.0f}) {
         Packed packed({kind, 32, 64, 64, ScaleKind::kFloat32}, 5);
@@ -370,7 +373,7 @@ void TestLargestCodes() {
         if (packed.matrix.low != nullptr) {
           std::fill(packed.blob.end() - 1024, packed.blob.end(), fill);
         }
-        const int bits = kind == Kind::kInt3 ? 3 : kind == Kind::kInt4 ? 4 : 8;
+        const int bits = packed.shape.bits();
         const double code = (fill != 0 ? (1 << bits) - 1 : 0) - (1 << (bits - 1));
         for (int64_t n = 0; n < 32; ++n) {
           float scale;
@@ -393,6 +396,8 @@ void TestNaNAndInfinityStayInTheirRow() {
   uint32_t seed = 5000;
   for (const Shape& shape : {Shape{Kind::kInt4, 66, 96, 32, ScaleKind::kFloat16, false, true},
                              Shape{Kind::kInt3, 33, 64, 64, ScaleKind::kFloat16},
+                             Shape{Kind::kInt5, 34, 96, 32, ScaleKind::kFloat16, true},
+                             Shape{Kind::kInt6, 66, 64, 32, ScaleKind::kFloat32, false, true},
                              Shape{Kind::kInt8, 33, 96, 96, ScaleKind::kFloat32, true},
                              Shape{Kind::kInt8Planes, 34, 64, 32, ScaleKind::kFloat16},
                              Shape{Kind::kFp8E4M3, 40, 70, 70, ScaleKind::kFloat32},

@@ -28,6 +28,7 @@ struct Shape {
   Scales scales = Scales::kUsual;
 
   bool integer() const { return kind < Kind::kFp8E4M3; }
+  int bits() const { return kind == Kind::kInt8Planes ? 8 : static_cast<int>(kind); }  // of an integer's code
   std::string Name() const {
     static const char* const kNames[] = {"fp8", "float16", "bfloat16", "float32"};
     const int number = static_cast<int>(kind);
@@ -94,6 +95,8 @@ struct Packed {
     switch (shape.kind) {
       case Kind::kInt3: return columns * 12;
       case Kind::kInt4: case Kind::kInt8Planes: return columns * 16;
+      case Kind::kInt5: return columns * 20;
+      case Kind::kInt6: return columns * 24;
       case Kind::kInt8: case Kind::kFp8E4M3: return columns * 32;
       case Kind::kFloat16: case Kind::kBFloat16: return columns * 64;
       case Kind::kFloat32: return columns * 128;
@@ -110,8 +113,8 @@ struct Packed {
     for (int64_t g = 0; g < groups; ++g) {
       uint8_t* record = blob.data() + 64 + (tile * groups + g) * record_;
       const double scale = WriteScale(record, n);
-      int zero = s.kind == Kind::kInt3 ? 4 : s.kind == Kind::kInt4 ? 8 : 128;
-      if (s.zeros) zero = record[head_ - 64 + n] = static_cast<uint8_t>(Random(s.kind == Kind::kInt8 ? 256 : 16));
+      int zero = 1 << (s.bits() - 1);
+      if (s.zeros) zero = record[head_ - 64 + n] = static_cast<uint8_t>(Random(s.bits() > 4 ? 1u << s.bits() : 16));
       for (int64_t k = 0; k < s.group; ++k) {
         const int64_t column = g * s.group + k;
         const double value = s.integer() ? WriteCode(record + head_, tile, n, k, column) - zero
@@ -143,7 +146,7 @@ struct Packed {
   // A random code for column k of the group, which is `column` of the matrix.
   int WriteCode(uint8_t* codes, int64_t tile, int64_t n, int64_t k, int64_t column) {
     const int64_t block = k / 32, c = k % 32, j = c % 4;
-    const int code = static_cast<int>(Random(shape.kind == Kind::kInt3 ? 8 : shape.kind == Kind::kInt4 ? 16 : 256));
+    const int code = static_cast<int>(Random(1u << shape.bits()));
     const auto put = [](uint8_t& byte, int bits, int64_t shift) { byte = static_cast<uint8_t>(byte | bits << shift); };
     switch (shape.kind) {
       case Kind::kInt8: put(codes[1024 * block + 128 * (c / 4) + 4 * n + j], code, 0); break;
@@ -151,6 +154,14 @@ struct Packed {
       case Kind::kInt3:
         put(codes[384 * block + 128 * (c / 16) + 4 * n + j], code & 3, c % 16 / 4 * 2);
         put(codes[384 * block + 256 + 4 * n + j], code >> 2, c / 4);
+        break;
+      case Kind::kInt5:
+        put(codes[640 * block + 128 * (c / 8) + 4 * n + j], code & 15, c % 8 / 4 * 4);
+        put(codes[640 * block + 512 + 4 * n + j], code >> 4, c / 4);
+        break;
+      case Kind::kInt6:
+        put(codes[768 * block + 128 * (c / 8) + 4 * n + j], code & 15, c % 8 / 4 * 4);
+        put(codes[768 * block + 512 + 128 * (c / 16) + 4 * n + j], code >> 4, c % 16 / 4 * 2);
         break;
       default: {
         uint8_t* low = blob.data() + low_ + (tile * (shape.columns / 32) + column / 32) * 512;
