@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -163,6 +163,9 @@ class _Evaluation:
         self._windows, self.text = self._cut(tokenizer)
         self._reference_files = {} if checkpoint is None else dict(checkpoint.hashes(progress))
         self._weight_targets = [target for target in targets if isinstance(target, WeightTarget)]
+        # Before the long work: what is damaged or cannot be computed is refused here.
+        self._files = {target.name: target.hashes(progress) for target in targets}
+        self._hooks = {target.name: target.hooks() for target in self._weight_targets}
         self._probe: ExpertProbe | None = None
         self._float: WeightModel | None = None
         self.model = Path(targets[0].given).name
@@ -228,14 +231,10 @@ class _Evaluation:
 
     def results(self, target: Target) -> list[TargetResult]:
         """One for each type of cache; one for what has none."""
-        files = target.hashes(self._progress)
-        if isinstance(target, WeightTarget):
-            return [self._weights(target, files)]
-        return self._bundle(target, files)
+        return [self._weights(target)] if isinstance(target, WeightTarget) else self._bundle(target)
 
-    def _weights(self, target: WeightTarget, files: dict[str, dict[str, Any]]) -> TargetResult:
+    def _weights(self, target: WeightTarget) -> TargetResult:
         from edgelm.evaluation.reference import WeightModel
-        from edgelm.quant.reference import quantized_activations
 
         layers = self._options.layers and self._float is not None
         checkpoint, weights = target.source.checkpoint, target.source.dequantized()
@@ -246,7 +245,7 @@ class _Evaluation:
             layers=layers,
             progress=self._progress,
             label=target.name,
-            hooks=quantized_activations(target.source),
+            hooks=self._hooks[target.name],
         )
         measured: Comparison | Predictions
         measured = model.predictions() if self._float is None else self._float.compare(model, self._progress)
@@ -254,11 +253,9 @@ class _Evaluation:
         if self._float is not None and self._float.trail is not None and model.trail is not None:
             trail = self._float.trail.errors_of(model.trail)
         experts = None if self._probe is None else self._probe.errors(self._weight_targets.index(target))
-        return self._result(
-            target, target.name, measured, files, "PyTorch reference, float32", layers=trail, experts=experts
-        )
+        return self._result(target, target.name, measured, "PyTorch reference, float32", layers=trail, experts=experts)
 
-    def _bundle(self, target: BundleTarget, files: dict[str, dict[str, Any]]) -> list[TargetResult]:
+    def _bundle(self, target: BundleTarget) -> list[TargetResult]:
         options, manifest = self._options, target.bundle.manifest
         ids = np.stack(self._windows)[:, :-1]
         runs: list[tuple[str, str, Comparison | Predictions]] = []
@@ -290,9 +287,7 @@ class _Evaluation:
             label = f"{target.name}, {cache} cache" if options.kv else target.name
             arithmetic = f"{name}, {manifest.ops} operators, {cache} cache"
             results.append(
-                self._result(
-                    target, label, measured, files, arithmetic, kv=cache, kv_loss=lost, speed=speed, layers=layers
-                )
+                self._result(target, label, measured, arithmetic, kv=cache, kv_loss=lost, speed=speed, layers=layers)
             )
         return results
 
@@ -312,7 +307,6 @@ class _Evaluation:
         target: Target,
         name: str,
         measured: Comparison | Predictions,
-        files: dict[str, dict[str, Any]],
         arithmetic: str,
         *,
         kv: str | None = None,
@@ -357,7 +351,7 @@ class _Evaluation:
             speed=speed,
             layers=layers,
             experts=experts,
-            files=files,
+            files=self._files[target.name],
             notes=tuple(notes),
         )
 

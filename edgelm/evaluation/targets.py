@@ -18,6 +18,7 @@ from edgelm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from edgelm.checkpoint import Checkpoint
+    from edgelm.quant.reference import QuantizedActivations
     from edgelm.quant.source import WeightSource
 
 
@@ -89,7 +90,10 @@ class BundleTarget:
 
 @dataclass
 class WeightTarget:
-    """A checkpoint or a recipe: weights as they are dequantised, in the PyTorch reference."""
+    """A checkpoint or a recipe: weights as they are dequantised, in the PyTorch reference.
+
+    Activations and cache are float but where the recipe names others.
+    """
 
     name: str
     given: str
@@ -137,6 +141,16 @@ class WeightTarget:
             if read(mine.config) == read(config):
                 return
         raise EdgeLMError(f"{mine.path} is not the model of {checkpoint}: their config.json describe different models")
+
+    def hooks(self) -> QuantizedActivations | None:
+        """What rounds the activations and the cache that the recipe names, None where it names none.
+
+        Raises:
+            RecipeError: static activations without their calibrated scales.
+        """
+        from edgelm.quant.reference import quantized_activations
+
+        return quantized_activations(self.source)
 
     def notes(self, reference_files: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """What is rounded besides the weights."""
