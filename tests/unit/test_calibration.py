@@ -213,6 +213,18 @@ def test_each_matrix_meets_the_inputs_that_the_quantised_model_gives_it(
         assert len(set(sums)) == 6
 
 
+@pytest.mark.parametrize("columns", [96, 1024, 1030])
+def test_moments_of_wide_inputs_are_the_whole_product(columns: int) -> None:
+    inputs = torch.randn(50, columns, generator=torch.Generator().manual_seed(1))
+    moments = Moments.zeros(columns)
+    for part in (inputs[:20], inputs[20:]):
+        moments.add(part)
+    wanted = inputs.double().T @ inputs.double()
+    assert moments.tokens == 50
+    assert torch.equal(moments.hessian, moments.hessian.T)
+    assert torch.allclose(moments.hessian.double(), wanted, rtol=0, atol=50 * 2**-22 * float(wanted.max()))
+
+
 def test_matrices_are_taken_in_the_order_in_which_they_compute(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path, calls: Calls
 ) -> None:
