@@ -290,7 +290,7 @@ def test_every_requirement_is_pinned_and_the_pins_satisfy_it():
             assert specifier.operator == "==", line
             pins[canonicalize_name(pin.name)] = specifier.version
     extras = project["optional-dependencies"]
-    for text in (*project["dependencies"], *extras["cpu"], *extras["export"], *extras["dev"]):
+    for text in (*project["dependencies"], *extras["cpu"], *extras["export"], *extras["eval"], *extras["dev"]):
         requirement = Requirement(text)
         if requirement.name != "edgelm":
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
