@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgelm.devices import allowed_cores
 from edgelm.quant.budget.units import Unit
 from edgelm.quant.codec import dequantize, quantize
 from edgelm.quant.scheme import AnyScheme
@@ -50,6 +51,8 @@ class Losses:
 
     def __init__(self, units: Sequence[Unit], schemes: Sequence[AnyScheme], tokens: int) -> None:
         self.tokens = tokens
+        # Asked once: finding out reads a dozen files of the system, and there are thousands of matrices.
+        self._threads = allowed_cores()
         self._schemes: dict[str, list[AnyScheme]] = {}
         for unit in units:
             fitting = list(dict.fromkeys(unit.effective(scheme) for scheme in schemes))
@@ -63,11 +66,15 @@ class Losses:
         for start in range(0, len(weight), step):
             part, of_part = weight[start : start + step], fisher[start : start + step]
             for scheme in self._schemes[name]:
-                error = dequantize(quantize(part, scheme, name=name))
+                error = self.rounded(name, part, scheme)
                 error -= part
                 np.square(error, out=error)
                 self._found[name][scheme.name] += 0.5 * float(np.vdot(error, of_part)) / self.tokens
         self._seen[name] += tokens
+
+    def rounded(self, name: str, weight: NDArray[np.float32], scheme: AnyScheme) -> NDArray[np.float32]:
+        """Return a matrix [N, K] as `scheme` has it."""
+        return dequantize(quantize(weight, scheme, name=name, threads=self._threads), threads=self._threads)
 
     def add_product(self, name: str, weight: Tensor, x: Tensor, gradient: Tensor, groups: Tensor) -> None:
         """Add a matrix [N, K] by what it was given [n, K] and the gradient of what it gave [n, N].

@@ -35,7 +35,6 @@ from edgelm.progress import Advance, Progress, Silent
 from edgelm.quant.budget.losses import Losses, Sensitivity, slices
 from edgelm.quant.budget.routing import Margin, Swaps
 from edgelm.quant.budget.units import EMBEDDING, HEAD, find_units
-from edgelm.quant.codec import dequantize, quantize
 from edgelm.quant.scheme import AnyScheme, Scheme
 
 Ints = NDArray[np.int64]
@@ -155,7 +154,7 @@ class _Sweep:
         weight = self.checkpoint.read_float32(name)
         if weight.ndim != 2 or name.endswith(".mlp.gate.weight"):
             return weight
-        return dequantize(quantize(weight, self.about, name=name))
+        return self.losses.rounded(name, weight, self.about)
 
     def _used(self) -> tuple[Ints, Tensor]:
         """The tokens that occur, and which of them each token [N] is."""
