@@ -89,7 +89,7 @@ def calibration_options(command: Command) -> Command:
         click.option(
             "--min-expert-tokens",
             type=click.IntRange(min=0),
-            help="Tokens that an expert needs to be calibrated [an eighth of its columns].",
+            help="Tokens that an expert needs to be calibrated [as many as its inputs have values].",
         ),
         click.option("--sample-length", type=click.IntRange(min=2), help="Tokens of a sample [512]."),
         click.option("--samples", type=click.IntRange(min=1), help="Samples of the text [128]."),

@@ -47,7 +47,7 @@ def float_checkpoint(checkpoint: MakeCheckpoint) -> Path:
 
 @pytest.fixture(scope="module")
 def calibration(text: Path) -> CalibrationOptions:
-    return CalibrationOptions(text=text, samples=4, length=24)
+    return CalibrationOptions(text=text, samples=48, length=24)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def quantised(
     float_checkpoint: Path, calibration: CalibrationOptions, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     out = tmp_path_factory.mktemp("quantised") / "checkpoint"
-    options = {"text": calibration.text, "samples": 4, "length": 24, "threads": 1}
+    options = {"text": calibration.text, "samples": 48, "length": 24, "threads": 1}
     calibrate_checkpoint(float_checkpoint, out, Recipe.load("int4"), **options)  # type: ignore[arg-type]
     return out
 
@@ -76,7 +76,7 @@ def test_a_calibrated_bundle_passes_parity(bundle: Bundle) -> None:
 def test_the_manifest_says_how_it_was_calibrated(bundle: Bundle, text: Path) -> None:
     found = bundle.manifest.calibration
     assert found is not None
-    assert (found.text, found.samples, found.length, found.fallbacks) == ("words.txt", 4, 24, ())
+    assert (found.text, found.samples, found.length, found.fallbacks) == ("words.txt", 48, 24, ())
     assert len(found.sha256) == 64
     # Two layers of four projections and six experts, and the head; the embedding is a lookup.
     assert sum(found.methods.values()) == 2 * (4 + 3 * 6) + 1
@@ -188,7 +188,7 @@ def test_what_cannot_be_exported_is_refused_before_the_calibration(
 
 def test_the_command_line_goes_the_same_way(bundle: Bundle, float_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     base = [str(float_checkpoint), "-o", str(tmp_path / "b"), "--ops", FLAVOURS[0], "--threads", "1", "--json"]
-    given = [*base, "--greedy-tokens", "2", "--calibration", str(text), "--samples", "4", "--sample-length", "24"]
+    given = [*base, "--greedy-tokens", "2", "--calibration", str(text), "--samples", "48", "--sample-length", "24"]
     done = CliRunner().invoke(export_command, given)
     assert done.exit_code == 0, done.output
     made = Bundle.open(tmp_path / "b")
@@ -208,12 +208,12 @@ def test_a_manifest_round_trips_with_and_without_calibration(bundle: Bundle, tmp
 
 
 def test_experts_that_fell_back_are_in_the_manifest(float_checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    options = CalibrationOptions(text=text, samples=4, length=24, coverage=CoverageOptions(min_tokens=1000))
+    options = CalibrationOptions(text=text, samples=48, length=24, coverage=CoverageOptions(min_tokens=100_000))
     made = export_bundle(float_checkpoint, tmp_path / "b", recipe="int4", options=OPTIONS, calibration=options)
     assert made.manifest.calibration is not None
     fallen = made.manifest.calibration.fallbacks
     assert [(entry.layer, entry.expert) for entry in fallen] == [(i, e) for i in range(2) for e in range(6)]
-    assert all(entry.tokens < 1000 for entry in fallen)
+    assert all(entry.tokens < 100_000 for entry in fallen)
 
 
 def test_quantize_without_a_text_is_as_it_was(float_checkpoint: Path, tmp_path: Path) -> None:
