@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 import platform
 import shutil
 import threading
@@ -291,10 +292,7 @@ def _plan(
     )
     dtype = _SHORT_DTYPES.get(options.dtype, options.dtype)
     if dtype == "auto":
-        # The scales of a quantised checkpoint may be of another type than what it keeps in float.
-        floats = [checkpoint.tensors[name].dtype for name in source.shapes if source.scheme(name) is None]
-        kept = [_STORED[dtype] for dtype in floats if dtype in _STORED]
-        dtype = kept[0] if kept else "float32"
+        dtype = _float_type(checkpoint, source)
     weights = WeightsPlan()
     graph = GraphBuilder(WEIGHTS_FILE)
     debug_outputs: Sequence[tuple[str, Dims]]
@@ -315,6 +313,17 @@ def _plan(
         debug_graph=graph.model(f"{info.name} (debug)", debug_outputs, exact=True),
         source_bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
     )
+
+
+def _float_type(checkpoint: Checkpoint, source: WeightSource) -> str:
+    """The type of most values that stay float: scales are of another, and a calibrated checkpoint's routers too."""
+    counts: dict[str, int] = {}
+    for name, shape in source.shapes.items():
+        if source.scheme(name) is None and checkpoint.tensors[name].dtype in _STORED:
+            dtype = _STORED[checkpoint.tensors[name].dtype]
+            if not name.endswith(".mlp.gate.weight"):
+                counts[dtype] = counts.get(dtype, 0) + math.prod(shape)
+    return max(counts, key=lambda dtype: counts[dtype], default="float32")
 
 
 def _write_weights(

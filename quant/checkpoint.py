@@ -152,9 +152,10 @@ def stored_specs(weights: WeightSource) -> dict[str, TensorSpec]:
         RecipeError: a tensor that is to be quantised cannot be stored so.
     """
     checkpoint = weights.checkpoint
-    return {
+    specs = {
         key: spec for name in checkpoint.tensors for key, spec in _specs(checkpoint, name, weights.scheme(name)).items()
     }
+    return specs | {name: TensorSpec("F32", array.shape) for name, array in weights.replaced.items()}
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -188,6 +189,9 @@ def _jobs(
 ) -> Iterator[Callable[[], int]]:
     for name, scheme in schemes.items():
         info = weights.checkpoint.tensors[name]
+        if name in weights.replaced:
+            yield partial(_write_replaced, weights, writer, name)
+            continue
         if not info.shape:
             yield partial(_copy_whole, weights, writer, name)
             continue
@@ -202,6 +206,11 @@ def _copy_whole(weights: WeightSource, writer: ShardedWriter, name: str) -> int:
     values = weights.checkpoint.read_raw(name)
     writer.write(name, values)
     return values.nbytes
+
+
+def _write_replaced(weights: WeightSource, writer: ShardedWriter, name: str) -> int:
+    writer.write(name, weights.replaced[name])
+    return weights.checkpoint.tensors[name].nbytes
 
 
 def _copy_rows(weights: WeightSource, writer: ShardedWriter, name: str, rows: slice) -> int:

@@ -116,6 +116,8 @@ class WeightSource:
             else self._stored.shapes
         )
         """Shape of every tensor under its float name."""
+        self.replaced: Mapping[str, NDArray[np.float32]] = {}
+        """Float tensors that take the place of the checkpoint's; a calibration fits some."""
         self.recipe.check(self.shapes)
 
     def scheme(self, name: str) -> AnyScheme | None:
@@ -168,7 +170,7 @@ class WeightSource:
         return codec.quantize(self.checkpoint.read_float32(name, rows), scheme, name=name, threads=self._threads)
 
     def float32(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
-        """Return a tensor, or some of its rows, as stored in the checkpoint, before any quantisation.
+        """Return a tensor, or some of its rows, as stored in the checkpoint (or `replaced`), before any quantisation.
 
         Raises:
             RecipeError: the checkpoint holds it in quantised form only.
@@ -177,6 +179,8 @@ class WeightSource:
         if self.is_stored_quantized and self.scheme(name) is not None:
             raise RecipeError(f"{self.checkpoint.path} holds {name} quantised: its float values are gone")
         self.shape(name)
+        if name in self.replaced:
+            return self.replaced[name] if rows is None else self.replaced[name][rows]
         return self.checkpoint.read_float32(name, rows)
 
     def dequantized(self) -> WeightReader:

@@ -1,7 +1,7 @@
 """Calibrate a whole checkpoint: text to hidden states, through every layer, to codes.
 
-In memory at any time: the residual stream of all samples and one array of its size, one layer's attention weights, the
-weights and moments of one expert. A layer that is done is on the disk.
+In memory at any time: the residual streams of all samples in the quantised and in the float model and as much again,
+one layer's attention weights, the weights and moments of one expert. A layer that is done is on the disk.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from edgelm.quant.calibration.stream import SLICE_TOKENS, LayerStream, Quantiser
 from edgelm.quant.calibration.work import SUFFIX, CalibratedSource, WorkFolder, open_work
 from edgelm.quant.checkpoint import SHARD_BYTES, QuantizedSummary, stored_specs, write_quantized
 from edgelm.quant.methods import Moments
+from edgelm.quant.methods.drift import Drift
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource, stored_recipe
 from edgelm.texts import BUILTIN, Texts, read_texts, windows
 from edgelm.tokenizer import Tokenizer
 
-FORMAT = "edgelm-calibration 1"
+FORMAT = "edgelm-calibration 2"
 """Of the work folder; another number makes a new start."""
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -144,7 +145,7 @@ def calibrated(
     texts = read_texts(options.text)
     ids = _windows(checkpoint, config, texts, options)
     stream_bytes = 4 * ids.size * config.hidden_size
-    need_disk(out, copies * stored + 2 * stream_bytes)
+    need_disk(out, copies * stored + 4 * stream_bytes)
     asked = _asked(checkpoint, recipe, texts, ids, options)
     work_path = out.absolute().parent / f"{out.name}{SUFFIX}"
     with open_work(work_path, asked, progress) as work, contextlib.ExitStack() as stack:
@@ -234,48 +235,58 @@ class _Run:
                 if start:
                     self.progress.note(f"{self.work.path}: going on with layer {start} of {self.layers}")
                     advance(sum(share for name, share in self.shares.items() if _layer_of(name) < start))
-                    x = self.work.load_stream(start)
+                    x, reference = self.work.load_streams(start)
                 else:
-                    x = self._embed(ids)
+                    x, reference = self._embed(ids)
                 for index in range(start, self.layers):
-                    self._layer(index, x, advance)
-                head = self._head(x, advance)
+                    self._layer(index, x, reference, advance)
+                head = self._head(x, reference, advance)
         return [self.work.layer_report(index) for index in range(self.layers)], head
 
-    def _embed(self, ids: np.ndarray[Any, Any]) -> Tensor:
-        """Rows [S, T, D] of the embedding as the device will have it."""
+    def _embed(self, ids: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
+        """Rows [S, T, D] of the embedding as the device will have it, and as the float model has it."""
         scheme = self.weights.scheme(EMBEDDING)
         wanted, places = np.unique(ids, return_inverse=True)
-        rows = np.concatenate(
+        exact = np.concatenate(
             [self.weights.checkpoint.read_float32(EMBEDDING, slice(int(i), int(i) + 1)) for i in wanted]
         )
+        rows = exact
         if scheme is not None:
             rows = codec.dequantize(codec.quantize(rows, scheme, name=EMBEDDING, threads=1), threads=1)
-        return torch.from_numpy(aligned(rows))[torch.from_numpy(places.reshape(ids.shape))]
+        where = torch.from_numpy(places.reshape(ids.shape))
+        return torch.from_numpy(aligned(rows))[where], torch.from_numpy(aligned(exact))[where]
 
-    def _layer(self, index: int, x: Tensor, advance: Advance) -> None:
+    def _layer(self, index: int, x: Tensor, reference: Tensor, advance: Advance) -> None:
         began = time.monotonic()
         quantiser = Quantiser(self.weights, self.shares, advance)
-        layer = self.weights.checkpoint.family.layer_from_disk(
-            self.config, index, lambda name: aligned(self.weights.checkpoint.read_float32(name))
+        layer, exact = (
+            self.weights.checkpoint.family.layer_from_disk(
+                self.config, index, lambda name: aligned(self.weights.checkpoint.read_float32(name))
+            )
+            for _ in range(2)
         )
-        LayerStream(self.config, index, layer, quantiser, self.options.coverage, self.options.require_coverage).run(x)
-        self.work.save_layer(index, quantiser.tensors, quantiser.report)
-        self.work.save_stream(index + 1, x)
+        stream = LayerStream(
+            self.config, index, layer, exact, quantiser, self.options.coverage, self.options.require_coverage
+        )
+        stream.run(x, reference)
+        self.work.save_layer(index, quantiser.tensors, quantiser.floats, quantiser.report)
+        self.work.save_streams(index + 1, x, reference)
         self._say(index, quantiser.report, time.monotonic() - began)
 
-    def _head(self, x: Tensor, advance: Advance) -> LayerReport:
+    def _head(self, x: Tensor, reference: Tensor, advance: Advance) -> LayerReport:
         """Quantise the head by the normed states; a tied one is the embedding, which is looked up before all else."""
         quantiser = Quantiser(self.weights, self.shares, advance)
         if not self.config.tie_word_embeddings:
-            moments = None
+            moments, drift = None, Drift()
             if quantiser.wants_moments([HEAD]):
                 norm = self.weights.checkpoint.family.norm_class(self.config.hidden_size, self.config.rms_norm_eps)
                 norm.weight.copy_(torch.from_numpy(quantiser.read("model.norm.weight")))
                 moments = Moments.zeros(self.config.hidden_size)
                 for part in slices(len(x), max(1, SLICE_TOKENS // x.shape[1])):
-                    moments.add(norm(x[part]).reshape(-1, x.shape[2]))
-            quantiser.matrix(HEAD, moments)
+                    inputs = norm(x[part]).flatten(0, 1)
+                    moments.add(inputs)
+                    drift.add(inputs, norm(reference[part]).flatten(0, 1))
+            quantiser.matrix(HEAD, moments, drift)
         self.work.save_head(quantiser.tensors, quantiser.report)
         return quantiser.report
 

@@ -4,15 +4,20 @@ As GPTQ does it (arXiv 2210.17323, section 4): each matrix is calibrated on inpu
 has made, and computes with its dequantised weights from then on. Within a layer: q, k and v; o; gate and up; down. An
 expert is calibrated on the tokens that the quantised model routes to it.
 
+The float model runs beside it on the same tokens. Where the two part, matrices are calibrated towards what the float
+model computes (`methods.drift`), and the router, which stays float, is fitted to the quantised model's states: it then
+chooses the experts that the float model's router chooses more often.
+
 Shape letters: S samples, T tokens of each, N = S * T, D hidden, F feed-forward width, n tokens of an expert.
 
-What is kept for all N tokens: the residual stream and one array beside it, [N, D] float32 each; of a dense
+What is kept for all N tokens: the residual streams of both models and an array beside each, [N, D] float32; of a dense
 feed-forward block also its activations [N, F]. All else is made slice by slice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -27,6 +32,7 @@ from edgelm.quant.calibration.coverage import ExpertTokens, assign
 from edgelm.quant.calibration.options import CoverageOptions
 from edgelm.quant.calibration.report import LayerReport, TensorReport
 from edgelm.quant.methods import Moments, calibrate
+from edgelm.quant.methods.drift import ROUTER_DAMPING, Drift
 from edgelm.quant.recipe import AUTO
 from edgelm.quant.source import WeightSource
 from edgelm.quant.tensor import QuantTensor
@@ -57,6 +63,7 @@ class Quantiser:
     def __init__(self, weights: WeightSource, work: Mapping[str, float], advance: Callable[[float], None]) -> None:
         self.weights = weights
         self.tensors: dict[str, QuantTensor] = {}
+        self.floats: dict[str, Floats] = {}
         self.report = LayerReport()
         self._work = work
         self._advance = advance
@@ -71,12 +78,15 @@ class Quantiser:
             self.weights.scheme(name) is not None and self.weights.recipe.rule(name).method != "rtn" for name in names
         )
 
-    def matrix(self, name: str, moments: Moments | None) -> Tensor:
+    def matrix(self, name: str, moments: Moments | None, drift: Drift | None = None) -> Tensor:
         """Quantise a matrix; returns the float32 [N, K] that a device computes with.
 
-        `moments` of its inputs; None rounds to nearest. What the recipe keeps float comes back as it is.
+        `moments` of its inputs; None rounds to nearest. What the recipe keeps float comes back as it is. `drift` of
+        its inputs from the float model's makes up for it, where there are moments.
         """
         weight = self.read(name)
+        if moments is not None and drift is not None and self.weights.scheme(name) is not None:
+            weight = drift.corrected(torch.from_numpy(weight)).numpy()
         scheme = self.weights.scheme(name)
         if scheme is not None:
             method = "rtn" if moments is None else self.weights.recipe.rule(name).method or AUTO
@@ -93,6 +103,21 @@ class Quantiser:
         self._advance(self._work.get(name, 0.0))
         return torch.from_numpy(weight)
 
+    def fit(self, name: str, drift: Drift) -> Tensor:
+        """A matrix that stays float, fitted to inputs that have drifted; returns the float32 [N, K]."""
+        fitted = drift.corrected(torch.from_numpy(self.read(name)), ROUTER_DAMPING)
+        self.floats[name] = fitted.numpy()
+        self._advance(self._work.get(name, 0.0))
+        return fitted
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The same [N, D] of the quantised and of the float model."""
+
+    quantised: Tensor
+    exact: Tensor
+
 
 class LayerStream:
     """Takes all samples through a layer.
@@ -100,7 +125,8 @@ class LayerStream:
     Args:
         config: of the model.
         index: of the layer.
-        layer: its module, with float weights; experts are read one by one.
+        layer: its module, with float weights that are replaced on the way; experts are read one by one.
+        exact: another of it, which stays as it is.
         quantiser: takes the matrices.
         coverage: when an expert has seen enough.
         require_coverage: fail where one has not.
@@ -111,6 +137,7 @@ class LayerStream:
         config: Any,
         index: int,
         layer: Any,
+        exact: Any,
         quantiser: Quantiser,
         coverage: CoverageOptions,
         require_coverage: bool,
@@ -118,47 +145,61 @@ class LayerStream:
         self.config = config
         self.index = index
         self.layer = layer
+        self.exact = exact
         self.quantiser = quantiser
         self.coverage = coverage
         self.require_coverage = require_coverage
         self.prefix = f"model.layers.{index}"
 
-    def run(self, x: Tensor) -> None:
-        """Advance the residual stream [S, T, D] through the layer, in place, quantising on the way.
+    def run(self, x: Tensor, reference: Tensor) -> None:
+        """Advance the residual streams [S, T, D] of the quantised and of the float model, in place.
 
         Raises:
             EdgeLMError: coverage is required and some expert has too few tokens.
             CheckpointError: the stream ceases to be finite.
         """
-        self._attention(x)
-        stream = x.view(-1, x.shape[-1])  # [N, D]
-        normed = torch.empty_like(stream)
-        for part in slices(len(stream)):
-            normed[part] = self.layer.post_attention_layernorm(stream[part])
+        self._attention(x, reference)
+        streams = Streams(x.view(-1, x.shape[-1]), reference.view(-1, x.shape[-1]))  # [N, D]
+        normed = Streams(torch.empty_like(streams.quantised), torch.empty_like(streams.exact))
+        drift = Drift()
+        for part in slices(len(streams.quantised)):
+            normed.quantised[part] = self.layer.post_attention_layernorm(streams.quantised[part])
+            normed.exact[part] = self.exact.post_attention_layernorm(streams.exact[part])
+            drift.add(normed.quantised[part], normed.exact[part])
         if getattr(self.config, "num_experts", 0):
-            self._mixture(stream, normed)
+            self._mixture(streams, normed, drift)
         else:
-            self._feed_forward(stream, normed, f"{self.prefix}.mlp", None)
-        if not all(torch.isfinite(stream[part]).all() for part in slices(len(stream))):
+            self._dense(streams, normed, drift)
+        if not all(torch.isfinite(streams.quantised[part]).all() for part in slices(len(streams.quantised))):
             raise CheckpointError(
                 f"the hidden states after layer {self.index} are not finite: some weight is damaged, or the recipe "
                 "rounds this layer to uselessness"
             )
 
-    def _attention(self, x: Tensor) -> None:
-        attention, norm = self.layer.self_attn, self.layer.input_layernorm
+    def _attention(self, x: Tensor, reference: Tensor) -> None:
+        attention, exact, norm = self.layer.self_attn, self.exact.self_attn, self.layer.input_layernorm
         prefix = f"{self.prefix}.self_attn"
         samples = list(slices(len(x), max(1, SLICE_TOKENS // x.shape[1])))
         names = [f"{prefix}.{matrix}_proj.weight" for matrix in "qkv"]
+        drift = Drift()
+        for part in samples:
+            drift.add(norm(x[part]).flatten(0, 1), norm(reference[part]).flatten(0, 1))
         moments = self._moments(names, (norm(x[part]) for part in samples))
         for name, module in zip(names, (attention.q_proj, attention.k_proj, attention.v_proj), strict=True):
-            module.weight.data = self.quantiser.matrix(name, moments)
+            module.weight.data = self.quantiser.matrix(name, moments, drift)
         del moments
+        drift = Drift()
         mixed = torch.empty(*x.shape[:2], attention.o_proj.weight.shape[1])  # [S, T, H*Dh]
         for part in samples:
             mixed[part] = attention.attend(*attention.project(norm(x[part])), None, self.index)
+            wanted = exact.attend(*exact.project(norm(reference[part])), None, self.index)
+            # The stream's own drift before this layer is for o to make up for too.
+            apart = (reference[part] - x[part]).flatten(0, 1)
+            drift.add(mixed[part].flatten(0, 1), wanted.flatten(0, 1), apart)
+            reference[part] += exact.o_proj(wanted)
         name = f"{prefix}.o_proj.weight"
-        attention.o_proj.weight.data = self.quantiser.matrix(name, self._moments([name], (mixed[p] for p in samples)))
+        moments = self._moments([name], (mixed[part] for part in samples))
+        attention.o_proj.weight.data = self.quantiser.matrix(name, moments, drift)
         for part in samples:
             x[part] += attention.o_proj(mixed[part])
 
@@ -173,13 +214,36 @@ class LayerStream:
             moments.add(rows)
         return moments
 
-    def _mixture(self, stream: Tensor, normed: Tensor) -> None:
+    def _dense(self, streams: Streams, normed: Streams, drift: Drift) -> None:
+        """Quantise gate, up and down of a dense block and add what they compute."""
+        count = len(normed.quantised)
+        prefix = f"{self.prefix}.mlp"
+        pair = [f"{prefix}.{matrix}_proj.weight" for matrix in ("gate", "up")]
+        moments = self._moments(pair, (normed.quantised[part] for part in slices(count)))
+        gate, up = (self.quantiser.matrix(name, moments, drift) for name in pair)
+        del moments
+        exact = self.exact.mlp
+        drift = Drift()
+        inner = torch.empty(count, len(gate))  # [N, F]
+        for part in slices(count):
+            inner[part] = swiglu(normed.quantised[part], gate, up)
+            wanted = swiglu(normed.exact[part], exact.gate_proj.weight, exact.up_proj.weight)
+            drift.add(inner[part], wanted, streams.exact[part] - streams.quantised[part])
+            streams.exact[part] += exact.down_proj(wanted)
+        name = f"{prefix}.down_proj.weight"
+        down = self.quantiser.matrix(name, self._moments([name], (inner[part] for part in slices(count))), drift)
+        for part in slices(count):
+            streams.quantised[part] += F.linear(inner[part], down)
+
+    def _mixture(self, streams: Streams, normed: Streams, drift: Drift) -> None:
         mlp = self.layer.mlp
         name = f"{self.prefix}.mlp.gate.weight"
-        router = self._moments([name], (normed[part] for part in slices(len(normed))))
-        mlp.gate.weight.data = self.quantiser.matrix(name, router)
-        routed = [mlp.route(normed[part]) for part in slices(len(normed))]
-        logits, chosen, weights = (torch.cat(parts) for parts in zip(*routed, strict=True))
+        if self.quantiser.weights.scheme(name) is None:
+            mlp.gate.weight.data = self.quantiser.fit(name, drift)
+        else:
+            router = self._moments([name], (normed.quantised[part] for part in slices(len(normed.quantised))))
+            mlp.gate.weight.data = self.quantiser.matrix(name, router, drift)
+        logits, chosen, weights = _routes(mlp, normed.quantised)
         needed = self.coverage.threshold(max(self.config.hidden_size, self.config.intermediate_size))
         shares = assign(logits, chosen, weights, self.coverage, needed)
         report = self.quantiser.report
@@ -188,37 +252,54 @@ class LayerStream:
         report.fallbacks = [expert for expert, share in enumerate(shares) if share.starved]
         if report.fallbacks and self.require_coverage:
             raise EdgeLMError(starved_message(self.index, report, needed))
+        _, chosen, weights = _routes(self.exact.mlp, normed.exact)
         for expert, share in enumerate(shares):
-            self._feed_forward(stream, normed, f"{self.prefix}.mlp.experts.{expert}", share)
+            tokens, rank = (chosen == expert).nonzero(as_tuple=True)
+            self._exact_expert(streams.exact, normed.exact, expert, tokens, weights[tokens, rank])
+            self._expert(streams.quantised, normed.quantised, f"{self.prefix}.mlp.experts.{expert}", share, drift)
 
-    def _feed_forward(self, stream: Tensor, normed: Tensor, prefix: str, share: ExpertTokens | None) -> None:
-        """Quantise gate, up and down of an expert (or of a dense block: no `share`) and add what they compute."""
-        tokens = None if share is None else share.seen
-        count = len(normed) if tokens is None else len(tokens)
-        own = count if share is None else len(share.own)
-        blind = share is not None and (share.starved or not count)
+    def _exact_expert(self, stream: Tensor, normed: Tensor, expert: int, tokens: Tensor, weights: Tensor) -> None:
+        """Add what an expert of the float model computes for its tokens [n], weighed with `weights` [n]."""
+        if not len(tokens):
+            return
+        gate, up, down = self.exact.mlp.outside_experts[expert]
+        for part in slices(len(tokens)):
+            out = F.linear(swiglu(normed[tokens[part]], gate, up), down)
+            stream.index_add_(0, tokens[part], out.mul_(weights[part, None]))
 
-        def picked(part: slice) -> Tensor:
-            return normed[part] if tokens is None else normed[tokens[part]]
+    def _expert(self, stream: Tensor, normed: Tensor, prefix: str, share: ExpertTokens, drift: Drift) -> None:
+        """Quantise gate, up and down of an expert and add what they compute for its own tokens.
 
+        The drift of gate's and up's inputs is that of all tokens: an expert's own are too few to tell it from noise.
+        """
+        tokens = share.seen
+        count = len(tokens)
+        blind = share.starved or not count
         pair = [f"{prefix}.{matrix}_proj.weight" for matrix in ("gate", "up")]
-        moments = None if blind else self._moments(pair, (picked(part) for part in slices(count)))
-        gate, up = (self.quantiser.matrix(name, moments) for name in pair)
+        moments = None if blind else self._moments(pair, (normed[tokens[part]] for part in slices(count)))
+        gate, up = (self.quantiser.matrix(name, moments, drift) for name in pair)
         del moments
-        inner = torch.empty(own if blind else count, len(gate))  # [n, F]
+        inner = torch.empty(len(share.own) if blind else count, len(gate))  # [n, F]
         for part in slices(len(inner)):
-            rows = picked(part)
-            inner[part] = F.silu(F.linear(rows, gate)) * F.linear(rows, up)
+            inner[part] = swiglu(normed[tokens[part]], gate, up)
         name = f"{prefix}.down_proj.weight"
-        down = self.quantiser.matrix(
-            name, None if blind else self._moments([name], (inner[part] for part in slices(count)))
-        )
-        for part in slices(own):
+        moments = None if blind else self._moments([name], (inner[part] for part in slices(count)))
+        down = self.quantiser.matrix(name, moments)
+        for part in slices(len(share.own)):
             out = F.linear(inner[part], down)
-            if share is None:
-                stream[part] += out
-            else:
-                stream.index_add_(0, share.own[part], out.mul_(share.weights[part, None]))
+            stream.index_add_(0, share.own[part], out.mul_(share.weights[part, None]))
+
+
+def swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """silu(x gate^T) * (x up^T): [n, F] of [n, D]."""
+    return F.silu(F.linear(x, gate)) * F.linear(x, up)
+
+
+def _routes(mlp: Any, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Router logits [N, E], experts [N, A] and their weights [N, A]."""
+    routed = [mlp.route(normed[part]) for part in slices(len(normed))]
+    logits, chosen, weights = (torch.cat(parts) for parts in zip(*routed, strict=True))
+    return logits, chosen, weights
 
 
 def slices(count: int, size: int | None = None) -> Iterator[slice]:

@@ -3,7 +3,7 @@
     state.json                    what the run was asked for
     layer-00000.safetensors       codes and scales of a finished layer, its report among the file's metadata
     head.safetensors              those of the head
-    stream-00001.safetensors      the residual stream before the next layer
+    stream-00001.safetensors      the residual streams before the next layer, quantised and float
 
 Each file is on the disk under another name before it gets its own, and a layer's file before the stream behind it: the
 last stream says where to go on.
@@ -36,7 +36,7 @@ SUFFIX = ".calibrating"
 _STATE = "state.json"
 _HEAD = "head.safetensors"
 _REPORT = "report"
-_STREAM = "x"
+_STREAM, _REFERENCE = "x", "reference"
 _LOCK = "lock"
 
 
@@ -52,22 +52,30 @@ class WorkFolder:
         # Two are there where the run ended between writing one and removing the other.
         return max(found, default=None)
 
-    def save_stream(self, layer: int, x: Tensor) -> None:
-        """Keep the residual stream [S, T, D] before `layer`, and forget the one before it."""
-        _write(self._stream(layer), {_STREAM: x.numpy()}, {})
+    def save_streams(self, layer: int, x: Tensor, reference: Tensor) -> None:
+        """Keep both residual streams [S, T, D] before `layer`, and forget those before it."""
+        _write(self._stream(layer), {_STREAM: x.numpy(), _REFERENCE: reference.numpy()}, {})
         self._stream(layer - 1).unlink(missing_ok=True)
 
-    def load_stream(self, layer: int) -> Tensor:
-        """Read what `save_stream` kept."""
+    def load_streams(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Read what `save_streams` kept."""
+        found = []
         with SafetensorsFile(self._stream(layer)) as file:
-            info = file.tensors[_STREAM]
-            x = torch.empty(info.shape)  # torch's own memory, see stream.aligned
-            file.read_into(x.numpy(), info.offset)
-        return x
+            for name in (_STREAM, _REFERENCE):
+                info = file.tensors[name]
+                found.append(torch.empty(info.shape))  # torch's own memory, see stream.aligned
+                file.read_into(found[-1].numpy(), info.offset)
+        return found[0], found[1]
 
-    def save_layer(self, layer: int, tensors: Mapping[str, QuantTensor], report: LayerReport) -> None:
-        """Keep a finished layer."""
-        self._save(self._layer(layer), tensors, report)
+    def save_layer(
+        self,
+        layer: int,
+        tensors: Mapping[str, QuantTensor],
+        floats: Mapping[str, NDArray[np.float32]],
+        report: LayerReport,
+    ) -> None:
+        """Keep a finished layer: its codes, and matrices that stay float but changed."""
+        self._save(self._layer(layer), tensors, report, floats)
 
     def save_head(self, tensors: Mapping[str, QuantTensor], report: LayerReport) -> None:
         """Keep the head."""
@@ -86,8 +94,14 @@ class WorkFolder:
         """All files of tensors."""
         return [*(self._layer(layer) for layer in range(layers)), self.path / _HEAD]
 
-    def _save(self, path: Path, tensors: Mapping[str, QuantTensor], report: LayerReport) -> None:
-        arrays: dict[str, NDArray[Any]] = {}
+    def _save(
+        self,
+        path: Path,
+        tensors: Mapping[str, QuantTensor],
+        report: LayerReport,
+        floats: Mapping[str, NDArray[np.float32]] | None = None,
+    ) -> None:
+        arrays: dict[str, NDArray[Any]] = dict(floats or {})
         for name, tensor in tensors.items():
             arrays[part_name(name, "qweight")] = tensor.codes
             arrays[part_name(name, "scales")] = tensor.scales
@@ -201,6 +215,12 @@ class CalibratedSource(WeightSource):
     ) -> None:
         super().__init__(checkpoint, recipe, threads=threads)
         self._found = {name: file for file in files for name in file.tensors}
+        # Routers, fitted to the quantised model's states.
+        self.replaced = {
+            name: cast("NDArray[np.float32]", file.read_raw(name))
+            for name, file in self._found.items()
+            if name in self.shapes
+        }
 
     def quantized(self, name: str, rows: slice | None = None) -> QuantTensor:
         """See `WeightSource.quantized`; what was not calibrated, such as the embedding, is rounded to nearest."""

@@ -271,10 +271,10 @@ def test_what_is_written_is_what_was_found(
         Checkpoint.open(tmp_path / "plain") as plain,
     ):
         assert made.config == plain.config
-        assert list(made.tensors) == list(plain.tensors)
+        assert set(made.tensors) == set(plain.tensors)
         source = WeightSource(made)
         for name in source.shapes:
-            if source.scheme(name) is None:
+            if source.scheme(name) is None and not name.endswith(".mlp.gate.weight"):
                 assert np.array_equal(made.read_raw(name), original.read_raw(name)), name
         for part in ("qweight", "scales"):
             key = f"model.embed_tokens.{part}"
@@ -289,7 +289,8 @@ def test_what_is_written_is_what_was_found(
         )
         for name, entry in report.tensors.items():
             better += entry.error is not None and entry.error < entry.errors["rtn"]
-            if name.startswith(borrowing):
+            # All others are calibrated towards what the float model computes, not towards their own weights.
+            if name.startswith(borrowing) or ".down_proj." not in name:
                 continue
             rows, weight = inputs[name].double(), torch.from_numpy(original.read_float32(name)).double()
             outputs = rows @ weight.T
@@ -331,7 +332,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
         assert "the same command goes on" in first.notes[-1]
 
 
-@pytest.mark.parametrize("failing", ["save_stream", "save_head"])
+@pytest.mark.parametrize("failing", ["save_streams", "save_head"])
 def test_a_run_that_ends_between_two_files_goes_on(
     whole: Path, checkpoints: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
@@ -541,7 +542,13 @@ def test_a_recipe_decides_what_is_quantised_and_how(
         for tensor, shape in source.shapes.items():
             assert source.scheme(tensor) == recipe.scheme_for(tensor, shape)
             if source.scheme(tensor) is None:
-                assert np.array_equal(opened.read_raw(tensor), original.read_raw(tensor))
+                if tensor.endswith(".mlp.gate.weight"):
+                    # The router is fitted to the quantised model's states: near what it was, and not rounded.
+                    apart = opened.read_float32(tensor) - original.read_float32(tensor)
+                    assert 0 < np.abs(apart).max() < 0.5 * np.abs(original.read_float32(tensor)).max()
+                    assert opened.info(tensor).dtype == "F32"
+                else:
+                    assert np.array_equal(opened.read_raw(tensor), original.read_raw(tensor))
             elif name == "by method" and tensor != "model.embed_tokens.weight":
                 wanted = "rtn" if "q_proj" in tensor else "search" if "down_proj" in tensor else "gptq"
                 assert made.report.tensors[tensor].method == wanted
@@ -644,11 +651,11 @@ def test_codes_of_a_finished_layer_are_read_as_they_were_made(tmp_path: Path) ->
     report = LayerReport(
         {"a": TensorReport("int4-g32-sym", "gptq", 0.25, {"gptq": 0.25, "rtn": 0.5})}, [3, 4], [0, 1], [1]
     )
-    folder.save_layer(3, tensors, report)
+    folder.save_layer(3, tensors, {}, report)
     assert folder.layer_report(3) == report
     x = torch.randn(2, 3, 8)
-    folder.save_stream(3, x)
-    folder.save_stream(4, x + 1)
+    folder.save_streams(3, x, x)
+    folder.save_streams(4, x + 1, x)
     assert folder.next_layer() == 4
-    assert torch.equal(folder.load_stream(4), x + 1)
+    assert all(map(torch.equal, folder.load_streams(4), (x + 1, x)))
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["layer-00003.safetensors", "stream-00004.safetensors"]
