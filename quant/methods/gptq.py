@@ -46,8 +46,8 @@ def gptq(weights: Tensor, grid: Grid, factor: Factor, group: int, sweeps: int) -
     """
     state = _State(weights[factor.order], grid, factor, group)
     state.round_forward()
-    for _ in range(sweeps):
-        state.refine()
+    for sweep in range(sweeps):
+        state.refine(last=sweep == sweeps - 1)
     back = factor.order.argsort()
     groups = factor.groups.argsort()
     return Rounded(state.values[back], state.scales[groups], state.lowest[groups])
@@ -64,6 +64,7 @@ class _State:
         self.error = torch.empty_like(weights)
         self.scales = torch.empty(columns // group, rows)
         self.lowest = torch.empty(columns // group, rows)
+        self.pull: Tensor | None = None
 
     def round_forward(self) -> None:
         """The first pass: every column once, with the errors of what came before fed into it."""
@@ -79,11 +80,14 @@ class _State:
                 self.scales[number] = fit_scale(seen, importance[whole], trials, self.lowest[number], self.grid)
             round_block(self._block(cut, number), target, feedback[cut, cut], self.grid)
 
-    def refine(self) -> None:
+    def refine(self, last: bool) -> None:
         """One sweep: each group's scale and each column's code made best for all that is fixed at that moment."""
         hessian = self.factor.hessian
-        # Half the gradient of the objective with its sign turned; every change below keeps it up to date.
-        pull = hessian @ self.error
+        # Half the gradient of the objective with its sign turned; every change below keeps it up to date, as far as
+        # it is still needed.
+        if self.pull is None:
+            self.pull = hessian @ self.error
+        pull = self.pull
         for cut, number, first in self._blocks():
             if first and self.group > self.block:
                 whole = slice(cut.start, cut.start + self.group)
@@ -96,7 +100,8 @@ class _State:
                 self._refit(cut, number, here)
                 here.addmm_(hessian[cut, cut], self.error[cut] - before)
             recode_block(self._block(cut, number), here, hessian[cut, cut], self.grid)
-            pull.addmm_(hessian[:, cut], self.error[cut] - before)
+            needed = slice(cut.stop, None) if last else slice(None)
+            pull[needed].addmm_(hessian[needed, cut], self.error[cut] - before)
 
     def _refit(self, group: slice, number: int, pull: Tensor) -> None:
         """The scale of least error for a group's values: s + (v . pull) / (v . H v)."""
