@@ -66,7 +66,7 @@ def test_each_method_loses_less_than_rounding_and_what_it_says(inputs, weight, s
 
 def test_without_correlation_the_methods_agree_with_weighing(weight):
     """Where H is diagonal there is nothing to feed back: GPTQ is a search with each column's weight."""
-    moments = Moments(torch.diag(torch.linspace(1, 50, K)), 100)
+    moments = Moments(torch.diag(torch.linspace(1, 50, K)), 100_000)
     search, corrected = (calibrate(weight, parse_scheme("int4-g32-sym"), moments, method=m) for m in ("search", "gptq"))
     assert corrected.error <= search.error * 1.001
     assert corrected.error > 0.8 * search.error
