@@ -4,20 +4,20 @@ As GPTQ does it (arXiv 2210.17323, section 4): each matrix is calibrated on inpu
 has made, and computes with its dequantised weights from then on. Within a layer: q, k and v; o; gate and up; down. An
 expert is calibrated on the tokens that the quantised model routes to it.
 
-The float model runs beside it on the same tokens. Where the two part, matrices are calibrated towards what the float
-model computes (`methods.drift`), and the router, which stays float, is fitted to the quantised model's states: it then
-chooses the experts that the float model's router chooses more often.
+The float model runs beside it on some of the samples. Where the two part, matrices are calibrated towards what the
+float model computes (`methods.drift`), and the router, which stays float, is fitted to the quantised model's states: it
+then chooses the experts that the float model's router chooses more often.
 
-Shape letters: S samples, T tokens of each, N = S * T, D hidden, F feed-forward width, n tokens of an expert.
+Shape letters: S samples, T tokens of each, N = S * T, R samples that the float model sees too, D hidden, F feed-forward
+width, n tokens of an expert.
 
-What is kept for all N tokens: the residual streams of both models and an array beside each, [N, D] float32; of a dense
-feed-forward block also its activations [N, F]. All else is made slice by slice.
+What is kept for all N tokens: the residual stream and one array beside it, [N, D] float32, and as much for the R * T
+tokens of the float model; of a dense feed-forward block also its activations [N, F]. All else is made slice by slice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -39,6 +39,9 @@ from edgelm.quant.tensor import QuantTensor
 
 SLICE_TOKENS = 8192
 """Tokens in work at once: enough for matrix products at full speed, and tens of megabytes."""
+
+PAIRED_TOKENS = 16384
+"""Tokens that the float model sees too, at least: eight for each column of the published models; more only cost time."""
 
 Floats = NDArray[np.float32]
 
@@ -111,12 +114,9 @@ class Quantiser:
         return fitted
 
 
-@dataclass(frozen=True)
-class Streams:
-    """The same [N, D] of the quantised and of the float model."""
-
-    quantised: Tensor
-    exact: Tensor
+def paired(samples: int, length: int) -> slice:
+    """Which of the samples the float model sees too."""
+    return slice(None, None, max(1, samples * length // PAIRED_TOKENS))
 
 
 class LayerStream:
@@ -152,25 +152,23 @@ class LayerStream:
         self.prefix = f"model.layers.{index}"
 
     def run(self, x: Tensor, reference: Tensor) -> None:
-        """Advance the residual streams [S, T, D] of the quantised and of the float model, in place.
+        """Advance the residual stream [S, T, D], and that of the float model [R, T, D], in place.
 
         Raises:
             EdgeLMError: coverage is required and some expert has too few tokens.
             CheckpointError: the stream ceases to be finite.
         """
         self._attention(x, reference)
-        streams = Streams(x.view(-1, x.shape[-1]), reference.view(-1, x.shape[-1]))  # [N, D]
-        normed = Streams(torch.empty_like(streams.quantised), torch.empty_like(streams.exact))
-        drift = Drift()
-        for part in slices(len(streams.quantised)):
-            normed.quantised[part] = self.layer.post_attention_layernorm(streams.quantised[part])
-            normed.exact[part] = self.exact.post_attention_layernorm(streams.exact[part])
-            drift.add(normed.quantised[part], normed.exact[part])
+        normed, exact = torch.empty_like(x), torch.empty_like(reference)
+        for part in self._samples(x):
+            normed[part] = self.layer.post_attention_layernorm(x[part])
+        for part in self._samples(reference):
+            exact[part] = self.exact.post_attention_layernorm(reference[part])
         if getattr(self.config, "num_experts", 0):
-            self._mixture(streams, normed, drift)
+            self._mixture(x, normed, reference, exact)
         else:
-            self._dense(streams, normed, drift)
-        if not all(torch.isfinite(streams.quantised[part]).all() for part in slices(len(streams.quantised))):
+            self._dense(x, normed, reference, exact)
+        if not all(torch.isfinite(x[part]).all() for part in self._samples(x)):
             raise CheckpointError(
                 f"the hidden states after layer {self.index} are not finite: some weight is damaged, or the recipe "
                 "rounds this layer to uselessness"
@@ -179,29 +177,35 @@ class LayerStream:
     def _attention(self, x: Tensor, reference: Tensor) -> None:
         attention, exact, norm = self.layer.self_attn, self.exact.self_attn, self.layer.input_layernorm
         prefix = f"{self.prefix}.self_attn"
-        samples = list(slices(len(x), max(1, SLICE_TOKENS // x.shape[1])))
+        pairs = paired(*x.shape[:2])
         names = [f"{prefix}.{matrix}_proj.weight" for matrix in "qkv"]
         drift = Drift()
-        for part in samples:
-            drift.add(norm(x[part]).flatten(0, 1), norm(reference[part]).flatten(0, 1))
-        moments = self._moments(names, (norm(x[part]) for part in samples))
+        for part in self._samples(reference):
+            drift.add(norm(x[pairs][part]).flatten(0, 1), norm(reference[part]).flatten(0, 1))
+        moments = self._moments(names, (norm(x[part]) for part in self._samples(x)))
         for name, module in zip(names, (attention.q_proj, attention.k_proj, attention.v_proj), strict=True):
             module.weight.data = self.quantiser.matrix(name, moments, drift)
         del moments
-        drift = Drift()
         mixed = torch.empty(*x.shape[:2], attention.o_proj.weight.shape[1])  # [S, T, H*Dh]
-        for part in samples:
+        for part in self._samples(x):
             mixed[part] = attention.attend(*attention.project(norm(x[part])), None, self.index)
+        drift = Drift()
+        for part in self._samples(reference):
             wanted = exact.attend(*exact.project(norm(reference[part])), None, self.index)
             # The stream's own drift before this layer is for o to make up for too.
-            apart = (reference[part] - x[part]).flatten(0, 1)
-            drift.add(mixed[part].flatten(0, 1), wanted.flatten(0, 1), apart)
+            apart = reference[part] - x[pairs][part]
+            drift.add(mixed[pairs][part].flatten(0, 1), wanted.flatten(0, 1), apart.flatten(0, 1))
             reference[part] += exact.o_proj(wanted)
         name = f"{prefix}.o_proj.weight"
-        moments = self._moments([name], (mixed[part] for part in samples))
+        moments = self._moments([name], (mixed[part] for part in self._samples(x)))
         attention.o_proj.weight.data = self.quantiser.matrix(name, moments, drift)
-        for part in samples:
+        for part in self._samples(x):
             x[part] += attention.o_proj(mixed[part])
+
+    @staticmethod
+    def _samples(x: Tensor) -> list[slice]:
+        """Slices of the samples of [S, T, D]."""
+        return list(slices(len(x), max(1, SLICE_TOKENS // x.shape[1])))
 
     def _moments(self, names: Sequence[str], inputs: Iterator[Tensor]) -> Moments | None:
         """The moments of inputs [..., K] that all the matrices `names` have in common; None where none wants them."""
@@ -214,36 +218,50 @@ class LayerStream:
             moments.add(rows)
         return moments
 
-    def _dense(self, streams: Streams, normed: Streams, drift: Drift) -> None:
-        """Quantise gate, up and down of a dense block and add what they compute."""
-        count = len(normed.quantised)
+    def _dense(self, x: Tensor, normed: Tensor, reference: Tensor, exact: Tensor) -> None:
+        """Quantise gate, up and down of a dense block and add what they compute; of both models, [S or R, T, D]."""
         prefix = f"{self.prefix}.mlp"
+        pairs = paired(*x.shape[:2])
         pair = [f"{prefix}.{matrix}_proj.weight" for matrix in ("gate", "up")]
-        moments = self._moments(pair, (normed.quantised[part] for part in slices(count)))
+        moments = self._moments(pair, (normed[part] for part in self._samples(x)))
+        drift = self._drift(normed[pairs], exact)
         gate, up = (self.quantiser.matrix(name, moments, drift) for name in pair)
         del moments
-        exact = self.exact.mlp
+        inner = torch.empty(*x.shape[:2], len(gate))  # [S, T, F]
+        for part in self._samples(x):
+            inner[part] = swiglu(normed[part], gate, up)
+        mlp = self.exact.mlp
         drift = Drift()
-        inner = torch.empty(count, len(gate))  # [N, F]
-        for part in slices(count):
-            inner[part] = swiglu(normed.quantised[part], gate, up)
-            wanted = swiglu(normed.exact[part], exact.gate_proj.weight, exact.up_proj.weight)
-            drift.add(inner[part], wanted, streams.exact[part] - streams.quantised[part])
-            streams.exact[part] += exact.down_proj(wanted)
+        for part in self._samples(reference):
+            wanted = swiglu(exact[part], mlp.gate_proj.weight, mlp.up_proj.weight)
+            apart = reference[part] - x[pairs][part]
+            drift.add(inner[pairs][part].flatten(0, 1), wanted.flatten(0, 1), apart.flatten(0, 1))
+            reference[part] += mlp.down_proj(wanted)
         name = f"{prefix}.down_proj.weight"
-        down = self.quantiser.matrix(name, self._moments([name], (inner[part] for part in slices(count))), drift)
-        for part in slices(count):
-            streams.quantised[part] += F.linear(inner[part], down)
+        moments = self._moments([name], (inner[part] for part in self._samples(x)))
+        down = self.quantiser.matrix(name, moments, drift)
+        for part in self._samples(x):
+            x[part] += F.linear(inner[part], down)
 
-    def _mixture(self, streams: Streams, normed: Streams, drift: Drift) -> None:
+    def _drift(self, inputs: Tensor, wanted: Tensor) -> Drift:
+        """Of inputs [R, T, K] from those of the float model."""
+        drift = Drift()
+        for part in self._samples(wanted):
+            drift.add(inputs[part].flatten(0, 1), wanted[part].flatten(0, 1))
+        return drift
+
+    def _mixture(self, x: Tensor, normed: Tensor, reference: Tensor, exact: Tensor) -> None:
+        """Fit the router, quantise the experts and add what they compute; of both models, [S or R, T, D]."""
+        drift = self._drift(normed[paired(*x.shape[:2])], exact)
         mlp = self.layer.mlp
+        x, normed, reference, exact = (stream.view(-1, stream.shape[-1]) for stream in (x, normed, reference, exact))
         name = f"{self.prefix}.mlp.gate.weight"
         if self.quantiser.weights.scheme(name) is None:
             mlp.gate.weight.data = self.quantiser.fit(name, drift)
         else:
-            router = self._moments([name], (normed.quantised[part] for part in slices(len(normed.quantised))))
+            router = self._moments([name], (normed[part] for part in slices(len(normed))))
             mlp.gate.weight.data = self.quantiser.matrix(name, router, drift)
-        logits, chosen, weights = _routes(mlp, normed.quantised)
+        logits, chosen, weights = _routes(mlp, normed)
         needed = self.coverage.threshold(max(self.config.hidden_size, self.config.intermediate_size))
         shares = assign(logits, chosen, weights, self.coverage, needed)
         report = self.quantiser.report
@@ -252,11 +270,11 @@ class LayerStream:
         report.fallbacks = [expert for expert, share in enumerate(shares) if share.starved]
         if report.fallbacks and self.require_coverage:
             raise EdgeLMError(starved_message(self.index, report, needed))
-        _, chosen, weights = _routes(self.exact.mlp, normed.exact)
+        _, chosen, weights = _routes(self.exact.mlp, exact)
         for expert, share in enumerate(shares):
             tokens, rank = (chosen == expert).nonzero(as_tuple=True)
-            self._exact_expert(streams.exact, normed.exact, expert, tokens, weights[tokens, rank])
-            self._expert(streams.quantised, normed.quantised, f"{self.prefix}.mlp.experts.{expert}", share, drift)
+            self._exact_expert(reference, exact, expert, tokens, weights[tokens, rank])
+            self._expert(x, normed, f"{self.prefix}.mlp.experts.{expert}", share, drift)
 
     def _exact_expert(self, stream: Tensor, normed: Tensor, expert: int, tokens: Tensor, weights: Tensor) -> None:
         """Add what an expert of the float model computes for its tokens [n], weighed with `weights` [n]."""

@@ -31,7 +31,7 @@ class Drift:
         self._hessian: Tensor | None = None
         self._drift: Tensor | None = None
         self._residual: Tensor | None = None
-        self._factor: tuple[float, Tensor] | None = None
+        self._shared: tuple[float, Tensor] | None = None
 
     def add(self, inputs: Tensor, reference: Tensor, residual: Tensor | None = None) -> None:
         """Count the same tokens in both models.
@@ -50,18 +50,27 @@ class Drift:
             if self._residual is None:
                 self._residual = torch.zeros(residual.shape[1], inputs.shape[1])
             self._residual.addmm_(residual.T, inputs)
-        self._factor = None
+        self._shared = None
 
     def corrected(self, weight: Tensor, damping: float = DAMPING) -> Tensor:
         """W' for `weight`, float32 [N, K]; `damping` is a share of the mean of H's diagonal."""
         if self._hessian is None or self._drift is None:
             return weight
+        if self._residual is None and len(weight) * 4 >= weight.shape[1]:
+            # Several matrices have the same inputs: what they share is worth a matrix of its own.
+            if self._shared is None or self._shared[0] != damping:
+                self._shared = (damping, self._solve(self._drift, damping))
+            return torch.addmm(weight, weight, self._shared[1])
         wanted = weight @ self._drift
         if self._residual is not None:
             wanted += self._residual
-        if self._factor is None or self._factor[0] != damping:
-            damped = self._hessian.clone()
-            mean = float(damped.diagonal().double().mean())
-            damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
-            self._factor = (damping, torch.linalg.cholesky(damped))
-        return weight + torch.cholesky_solve(wanted.T, self._factor[1]).T
+        return weight + self._solve(wanted, damping)
+
+    def _solve(self, wanted: Tensor, damping: float) -> Tensor:
+        """wanted (H + a)^-1."""
+        assert self._hessian is not None
+        damped = self._hessian.clone()
+        mean = float(damped.diagonal().double().mean())
+        damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
+        solved: Tensor = torch.cholesky_solve(wanted.T, torch.linalg.cholesky(damped)).T
+        return solved
