@@ -78,6 +78,7 @@ class CalibrationInfo:
     Attributes:
         methods: matrices by the method that found their codes.
         fallbacks: experts that saw too few tokens.
+        smoothing: what the float weights were scaled for first, "activations" or "weights"; None: they were not.
     """
 
     text: str
@@ -86,6 +87,7 @@ class CalibrationInfo:
     length: int
     methods: dict[str, int] = field(default_factory=dict)
     fallbacks: tuple[ExpertFallback, ...] = ()
+    smoothing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,8 @@ class Manifest:
         if self.calibration is None:
             # Versions that know no calibration refuse the field, and there is nothing in it.
             del data["calibration"]
+        elif self.calibration.smoothing is None:
+            del data["calibration"]["smoothing"]
         return json.dumps(data, indent=1) + "\n"
 
     @classmethod

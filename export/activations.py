@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from edgelm.errors import ExportError
-from edgelm.quant.recipe import ACTIVATIONS, AUTO, FLOAT
+from edgelm.quant.recipe import ACTIVATIONS, AUTO, FLOAT, STATIC_ACTIVATIONS
 from edgelm.quant.scheme import Scheme
 from edgelm.quant.source import WeightSource
 
@@ -48,6 +48,19 @@ def of_experts(source: WeightSource, names: Sequence[str], layer: int) -> str:
                 f"{layer} are one operator here, so write one rule for all of them"
             )
     return asked.get(first, INT8)
+
+
+def about_static(source: WeightSource) -> str | None:
+    """What a user who asked for static activations should know of a processor's; None where nobody did."""
+    kinds = {source.recipe.rule(name).activations for name in source.static_inputs}
+    if not kinds:
+        return None
+    instead = {
+        "int8-static": "int8 in blocks (float32 with FP8 weights), finer than one scale for all",
+        "fp8-static": "float32 in place of FP8",
+    }
+    said = "; ".join(f"{kind}: {instead[kind]}" for kind in STATIC_ACTIVATIONS if kind in kinds)
+    return f"static activations are for other devices, a processor's bundle needs no scales of them: it has {said}"
 
 
 def _asked(source: WeightSource, names: Sequence[str]) -> dict[str, str]:

@@ -37,7 +37,7 @@ from edgelm.bundle import (
 from edgelm.checkpoint import Checkpoint
 from edgelm.devices import allowed_cores
 from edgelm.errors import ExportError
-from edgelm.export import onnx_fox, onnx_olmoe
+from edgelm.export import activations, onnx_fox, onnx_olmoe
 from edgelm.export.decoder import DecoderFrame
 from edgelm.export.genai import genai_config
 from edgelm.export.graph import Dims, GraphBuilder
@@ -169,7 +169,8 @@ def export_bundle(
         source,
         report,
     ):
-        return _export(source, out, options, report.info, None, progress)
+        # Of a smoothed checkpoint, too, the float reference is the one that was given.
+        return _export(source, out, options, report.info, checkpoint, progress)
 
 
 def _export(
@@ -180,7 +181,12 @@ def _export(
     original: Checkpoint | None,
     progress: Progress,
 ) -> Bundle:
-    """Write the bundle of the weights that `source` gives; `original` is the float checkpoint of quantised ones."""
+    """Write the bundle of the weights that `source` gives; `original` is the float checkpoint that they were made from,
+    None where it is `source`'s own or unknown.
+    """
+    note = activations.about_static(source)
+    if note is not None:
+        progress.note(note)
     tokenizer, golden, plan, threads = _prepare(source, out, options, progress)
     checkpoint = source.checkpoint
     with atomic_directory(out, overwrite=options.overwrite) as folder:

@@ -81,7 +81,8 @@ def quantize_checkpoint(
 
     Raises:
         CheckpointError: `source` is incomplete or damaged, or some weight is not finite.
-        RecipeError: `source` is already quantised, or the recipe does not fit its tensors.
+        RecipeError: `source` is already quantised, or the recipe does not fit its tensors, or it has static
+            activations, whose scales are calibrated.
         EdgeLMError: `out` exists, or the disk is full.
     """
     progress = progress or Silent()
@@ -91,10 +92,21 @@ def quantize_checkpoint(
         weights = WeightSource(checkpoint, recipe, threads=1)
         if not any(weights.scheme(name) for name in checkpoint.tensors):
             raise RecipeError(f'the recipe "{recipe.name}" quantises none of the tensors of {checkpoint.path}')
+        _refuse_static(weights)
         stored_specs(weights)  # refuses before the folder is made
         with atomic_directory(out, overwrite=overwrite) as folder:
             summary = write_quantized(weights, folder, threads=threads, shard_bytes=shard_bytes, progress=progress)
     return replace(summary, path=Path(out))
+
+
+def _refuse_static(weights: WeightSource) -> None:
+    static = weights.static_inputs
+    if static:
+        kind = weights.recipe.rule(static[0]).activations
+        raise RecipeError(
+            f'the recipe "{weights.recipe.name}" has {kind} activations for {static[0]} ({len(static)} in all), whose '
+            'scales are calibrated: quantise with --calibration, or choose "int8-token" or "fp8-token" in the recipe'
+        )
 
 
 def write_quantized(

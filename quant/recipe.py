@@ -34,6 +34,8 @@ FLOAT = "float"
 AUTO = "auto"
 ACTIVATIONS = (AUTO, FLOAT, "int8-token", "int8-static", "fp8-token", "fp8-static")
 """What a matrix multiplies: float; int8 or FP8 E4M3 with a scale for each token, or one calibrated for all."""
+STATIC_ACTIVATIONS = ("int8-static", "fp8-static")
+"""Those whose scale is calibrated."""
 METHODS = (AUTO, "gptq", "search", "rtn")
 """How codes are found: by the least error of the output with its columns corrected in turn (gptq), by scales that
 weigh the error with the inputs' magnitude (search), by the least error of the weights (rtn), or the best (auto)."""

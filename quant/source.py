@@ -13,7 +13,7 @@ from edgelm.devices import allowed_cores
 from edgelm.errors import CheckpointError, RecipeError
 from edgelm.quant import codec
 from edgelm.quant.foreign import FORMATS, ForeignWeights, recipe_of
-from edgelm.quant.recipe import Recipe
+from edgelm.quant.recipe import STATIC_ACTIVATIONS, Recipe
 from edgelm.quant.scheme import AnyScheme
 from edgelm.quant.stored import FORMAT_VERSION, METHOD, PARTS, OwnWeights, Stored, part_name
 from edgelm.quant.tensor import QuantTensor
@@ -197,8 +197,21 @@ class WeightSource:
         """Bytes of a tensor in the checkpoint, where it is stored whole or in quantised parts."""
         return self.checkpoint.info(name).nbytes if self._stored is None else self._stored.nbytes(name)
 
+    @property
+    def static_inputs(self) -> list[str]:
+        """Quantised matrices that multiply what is rounded with one calibrated scale, by the recipe."""
+        # A table that is no head is looked up, not multiplied.
+        looked_up = "model.embed_tokens.weight" if "lm_head.weight" in self.shapes else None
+        return [
+            name
+            for name in self.shapes
+            if name != looked_up
+            and self.recipe.rule(name).activations in STATIC_ACTIVATIONS
+            and self.scheme(name) is not None
+        ]
+
     def input_scale(self, name: str) -> float | None:
-        """Return the static scale of a matrix's inputs, x = code * scale, that the checkpoint brings; None for none.
+        """Return the static scale of a matrix's inputs, x = code * scale, that is known; None for none.
 
         Raises:
             CheckpointError: it is not a number above zero.

@@ -7,12 +7,14 @@ from pathlib import Path
 import click
 
 from edgelm.cli.options import calibration_options, chosen_calibration
+from edgelm.cli.recipes import budget_options, budgeted, in_json, refuse_two
 
 
 @click.command()
 @click.argument("checkpoint")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Bundle folder to write.")
 @click.option("--recipe", default=None, help="int4 (default), int8, fp8, none, or a TOML file.")
+@budget_options
 @click.option("--target", default="cpu", show_default=True, type=click.Choice(["cpu"]), help="What the bundle is for.")
 @click.option(
     "--ops",
@@ -44,6 +46,8 @@ def export(
     checkpoint: str,
     out: Path,
     recipe: str | None,
+    bits: float | None,
+    budget: str | None,
     target: str,
     ops: str,
     dtype: str,
@@ -52,6 +56,7 @@ def export(
     sample_length: int | None,
     min_expert_tokens: int | None,
     require_coverage: bool,
+    smooth: str | None,
     reference: str | None,
     max_ram: str | None,
     parity_prompts: Path | None,
@@ -62,7 +67,8 @@ def export(
 ) -> None:
     """Export CHECKPOINT (a folder or a hub id) to a bundle.
 
-    With --calibration an interrupted run goes on where it was when the same command is given again.
+    With --bits or --budget the recipe is chosen by what each matrix loses. With --calibration an interrupted run goes
+    on where it was when the same command is given again.
     """
     import json
     import time
@@ -75,7 +81,8 @@ def export(
     from edgelm.parity.golden import GoldenOptions
     from edgelm.progress import Bars
 
-    calibrating = chosen_calibration(calibration, samples, sample_length, min_expert_tokens, require_coverage)
+    refuse_two(recipe, bits, budget)
+    calibrating = chosen_calibration(calibration, samples, sample_length, min_expert_tokens, require_coverage, smooth)
     golden = None
     if parity_prompts is not None or greedy_tokens is not None:
         golden = GoldenOptions.from_arguments(parity_prompts, greedy_tokens)
@@ -91,11 +98,40 @@ def export(
     )
     progress = Bars()
     start = time.monotonic()
-    bundle = export_bundle(checkpoint, out, recipe=recipe, options=options, calibration=calibrating, progress=progress)
+    if bits is not None or budget is not None:
+        _refuse_portable(ops)
+    result = budgeted(
+        checkpoint, out, bits=bits, budget=budget, calibration=calibrating, overwrite=overwrite, progress=progress
+    )
+    chosen = recipe if result is None else result.recipe
+    bundle = export_bundle(checkpoint, out, recipe=chosen, options=options, calibration=calibrating, progress=progress)
     seconds = time.monotonic() - start
     if as_json:
         summary = {"bundle": str(bundle.path), "bytes": bundle.size, "seconds": round(seconds, 1)}
-        click.echo(json.dumps(summary | {"recipe": bundle.manifest.recipe.name}))
+        extra = {} if result is None else {"budget": in_json(result)}
+        click.echo(json.dumps(summary | {"recipe": bundle.manifest.recipe.name, **extra}))
     else:
         progress.note(f"{bundle.path}: {bundle.size / 1e9:.3f} GB, {bundle.manifest.recipe.name}, in {seconds:.0f} s")
+        if result is not None:
+            asked = f"--bits {bits:g}" if budget is None else f"--budget {budget!r}"
+            progress.note(
+                "the recipe stands in its manifest.json; as a file to edit, with what each matrix costs: "
+                f"edgelm recipe {checkpoint} {asked} -o FILE"
+            )
         progress.note(f"try: edgelm run {bundle.path} 'Once upon a time'   and   edgelm parity {bundle.path}")
+
+
+def _refuse_portable(ops: str) -> None:
+    """Budgets are of native bundles, whose bits may differ from one expert to the next.
+
+    Raises:
+        ExportError: this export is for portable operators.
+    """
+    from edgelm.errors import ExportError
+    from edgelm.runtimes.native_library import library_path
+
+    if ops == "portable" or (ops == "auto" and library_path() is None):
+        raise ExportError(
+            "--bits and --budget choose among schemes that only native operators have: export with --ops native, or "
+            "have a recipe chosen from others (edgelm recipe --schemes int4-g32,int8-g32) and pass it with --recipe"
+        )

@@ -94,6 +94,12 @@ def calibration_options(command: Command) -> Command:
         click.option("--sample-length", type=click.IntRange(min=2), help="Tokens of a sample [512]."),
         click.option("--samples", type=click.IntRange(min=1), help="Samples of the text [128]."),
         click.option(
+            "--smooth",
+            type=click.Choice(["activations", "weights"]),
+            help="Scale float weights first, the model's function kept: activations where these are int8 or fp8, "
+            "weights where they are float.",
+        ),
+        click.option(
             "--calibration",
             metavar="TEXT",
             help="Choose codes by what the model computes for a text: a file, a folder, or builtin.",
@@ -109,6 +115,7 @@ def chosen_calibration(
     sample_length: int | None,
     min_expert_tokens: int | None,
     require_coverage: bool,
+    smooth: str | None,
 ) -> CalibrationOptions | None:
     """What `calibration_options` came to; None without --calibration.
 
@@ -116,9 +123,9 @@ def chosen_calibration(
         click.UsageError: another of them was given without it.
     """
     if calibration is None:
-        if require_coverage or any(value is not None for value in (samples, sample_length, min_expert_tokens)):
+        if require_coverage or any(value is not None for value in (samples, sample_length, min_expert_tokens, smooth)):
             raise click.UsageError(
-                "--samples, --sample-length, --min-expert-tokens and --require-coverage go with --calibration"
+                "--samples, --sample-length, --min-expert-tokens, --require-coverage and --smooth go with --calibration"
             )
         return None
     from edgelm.cli.extras import need_export_extra
@@ -130,6 +137,7 @@ def chosen_calibration(
         text=calibration,
         coverage=CoverageOptions(min_tokens=min_expert_tokens),
         require_coverage=require_coverage,
+        smoothing=smooth,
         **given(samples=samples, length=sample_length),
     )
 

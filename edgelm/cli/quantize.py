@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from edgelm.cli.options import calibration_options, chosen_calibration
+from edgelm.cli.recipes import budget_options, budgeted, chosen, in_json, refuse_two
+
+RECIPE_FILE = "recipe.toml"
 
 
 @click.command()
 @click.argument("checkpoint")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--recipe", default="int4", show_default=True, help="int4, int8, fp8, or a TOML file.")
+@click.option("--recipe", help="int4 (default), int8, fp8, or a TOML file.")
+@budget_options
 @calibration_options
 @click.option("--threads", type=click.IntRange(min=1), help="Blocks in work at once; default: the cores allowed.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing folder once the new one is complete.")
@@ -20,55 +25,67 @@ from edgelm.cli.options import calibration_options, chosen_calibration
 def quantize(
     checkpoint: str,
     out: Path,
-    recipe: str,
+    recipe: str | None,
+    bits: float | None,
+    budget: str | None,
     calibration: str | None,
     samples: int | None,
     sample_length: int | None,
     min_expert_tokens: int | None,
     require_coverage: bool,
+    smooth: str | None,
     threads: int | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
     """Quantise CHECKPOINT (a folder or a hub id); `edgelm export` takes the result as it takes a float one.
 
+    With --bits or --budget the recipe is chosen by what each matrix loses; the output then holds it as recipe.toml.
     With --calibration an interrupted run goes on where it was when the same command is given again.
     """
     import dataclasses
     import json
     import time
 
+    from edgelm.files import atomic_file
     from edgelm.progress import Bars
     from edgelm.quant.checkpoint import QuantizedSummary, quantize_checkpoint
-    from edgelm.quant.recipe import Recipe
 
-    options = chosen_calibration(calibration, samples, sample_length, min_expert_tokens, require_coverage)
+    refuse_two(recipe, bits, budget)
+    options = chosen_calibration(calibration, samples, sample_length, min_expert_tokens, require_coverage, smooth)
     progress = Bars()
     start = time.monotonic()
+    result = budgeted(
+        checkpoint, out, bits=bits, budget=budget, calibration=options, overwrite=overwrite, progress=progress
+    )
+    plan = chosen(recipe, result, "int4")
     made: QuantizedSummary
-    extra = {}
+    extra: dict[str, Any] = {} if result is None else {"budget": in_json(result)}
     if options is None:
-        made = quantize_checkpoint(
-            checkpoint, out, Recipe.load(recipe), threads=threads, overwrite=overwrite, progress=progress
-        )
+        made = quantize_checkpoint(checkpoint, out, plan, threads=threads, overwrite=overwrite, progress=progress)
     else:
         from edgelm.quant.calibration import calibrate_checkpoint
 
         calibrated = calibrate_checkpoint(
             checkpoint,
             out,
-            Recipe.load(recipe),
+            plan,
             text=options.text,
             samples=options.samples,
             length=options.length,
             coverage=options.coverage,
             require_coverage=options.require_coverage,
+            smoothing=options.smoothing,
             threads=threads,
             overwrite=overwrite,
             progress=progress,
         )
         made = calibrated
-        extra = {"calibration": dataclasses.asdict(calibrated.report.info)}
+        extra["calibration"] = dataclasses.asdict(calibrated.report.info)
+    if result is not None:
+        # No checkpoint's companion ends in .toml: nothing of that name is there.
+        with atomic_file(made.path / RECIPE_FILE) as partial:
+            partial.write_text(result.toml, encoding="utf-8")
     seconds = time.monotonic() - start
     if as_json:
         click.echo(
@@ -90,6 +107,8 @@ def quantize(
         progress.note(
             f"{made.path}: {made.quantized_tensors} tensors quantised, {made.float_tensors} kept, "
             f"{made.source_bytes / 1e9:.3f} -> {made.stored_bytes / 1e9:.3f} GB "
-            f"({made.bits_per_weight:.2f} bits a weight), {recipe}, in {seconds:.0f} s"
+            f"({made.bits_per_weight:.2f} bits a weight), {plan.name}, in {seconds:.0f} s"
         )
+        if result is not None:
+            progress.note(f"its recipe, to read and edit: {made.path / RECIPE_FILE}")
         progress.note(f"try: edgelm export {made.path} -o BUNDLE")

@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
+from edgelm.cli.recipes import budget_options, in_json, in_words
+
 
 @click.command()
 @click.argument("checkpoint")
-@click.option("--bits", type=click.FloatRange(min=0, min_open=True), help="Mean bits of a weight, scales included.")
-@click.option("--budget", metavar="SIZE", help="Or: size of the bundle's weights file, for example 3.2GiB.")
+@budget_options
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="TOML file to write [budget.toml].")
 @click.option(
     "--calibration", "text", default="builtin", show_default=True, help="Text to measure with: a file or a folder."
@@ -68,29 +69,14 @@ def recipe(
         click.echo(json.dumps(_document(result, out, seconds)))
         return
     click.echo(_summary(result))
-    progress.note(
-        f"{out}: {result.bits:.2f} bits a weight, a weights file of {result.file_bytes / 1e9:.3f} GB, expected KL "
-        f"{result.predicted:.1e} nats a token (bound {result.bound:.1e}), in {seconds:.0f} s"
-    )
+    progress.note(f"{out}: {in_words(result)}, in {seconds:.0f} s")
     progress.note(f"try: edgelm export {checkpoint} -o BUNDLE --recipe {out}")
 
 
 def _document(result: Any, out: Path, seconds: float) -> dict[str, Any]:
     from edgelm.quant.budget.writing import table
 
-    return {
-        "recipe": str(out),
-        "bits": round(result.bits, 4),
-        "bytes": result.nbytes,
-        "file_bytes": result.file_bytes,
-        "predicted_kl": result.predicted,
-        "bound_kl": result.bound,
-        "text": result.text,
-        "tokens": result.tokens,
-        "kinds": table(result.choices),
-        "notes": list(result.notes),
-        "seconds": round(seconds, 1),
-    }
+    return {"recipe": str(out), **in_json(result), "kinds": table(result.choices), "seconds": round(seconds, 1)}
 
 
 def _summary(result: Any) -> str:

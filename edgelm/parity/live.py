@@ -52,7 +52,8 @@ def references(
     """The float reference's weights and the quantised reference's (None where they are the same).
 
     `dtype` is how the bundle stores matrices that the recipe keeps in float: where that rounds them, the rounded ones
-    are what the device computes with. `original` is the float checkpoint that a quantised `source` was made from.
+    are what the device computes with. `original` is the float checkpoint that a quantised or smoothed `source` was
+    made from.
     """
     quantises = any(source.scheme(name) is not None for name in source.shapes)
     rounded = {name for name in source.shapes if _is_rounded(source, name, dtype)}
@@ -64,7 +65,8 @@ def references(
     if source.is_stored_quantized:
         # The float weights are gone: the reference is the PyTorch model of what the checkpoint holds.
         return source.dequantized(), computed if rounded else None
-    return source.checkpoint, computed if rounded or quantises else None
+    exact = source.checkpoint if original is None else original
+    return exact, computed if rounded or quantises else None
 
 
 def _is_rounded(source: WeightSource, name: str, dtype: str) -> bool:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from edgelm.quant.budget.choose import SCHEMES, BudgetResult, budget_recipe, parse_candidates
+from edgelm.quant.budget.choose import SCHEMES, TOKENS, BudgetResult, budget_recipe, parse_candidates
 
-__all__ = ["SCHEMES", "BudgetResult", "budget_recipe", "parse_candidates"]
+__all__ = ["SCHEMES", "TOKENS", "BudgetResult", "budget_recipe", "parse_candidates"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgelm.errors import EdgeLMError
+from edgelm.quant.smoothing import TARGETS
 from edgelm.texts import BUILTIN
 
 SAMPLES = 128
@@ -53,6 +54,8 @@ class CalibrationOptions:
         length: tokens of each.
         coverage: when an expert has seen enough.
         require_coverage: fail where an expert has not, in place of rounding it to nearest.
+        smoothing: scale the float weights first, with the same text: for "activations" or for "weights"
+            (`edgelm.quant.smoothing`); None does not.
 
     Raises:
         EdgeLMError: a value is out of range.
@@ -63,9 +66,12 @@ class CalibrationOptions:
     length: int = LENGTH
     coverage: CoverageOptions = field(default_factory=CoverageOptions)
     require_coverage: bool = False
+    smoothing: str | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.length < 2:
             raise EdgeLMError(
                 f"calibration takes at least one sample of at least two tokens, not {self.samples} of {self.length}"
             )
+        if self.smoothing is not None and self.smoothing not in TARGETS:
+            raise EdgeLMError(f"smoothing is for {' or '.join(TARGETS)}, not {self.smoothing!r}")

@@ -84,6 +84,7 @@ class CalibrationReport:
         min_tokens: an expert needed; 0 for a dense model.
         layers: in order.
         head: the head, and nothing else.
+        smoothing: what the float weights were scaled for first, "activations" or "weights"; None: they were not.
         format_version: of the file.
     """
 
@@ -94,6 +95,7 @@ class CalibrationReport:
     min_tokens: int
     layers: list[LayerReport]
     head: LayerReport
+    smoothing: str | None = None
     format_version: int = FORMAT_VERSION
 
     @property
@@ -118,7 +120,9 @@ class CalibrationReport:
     @property
     def info(self) -> CalibrationInfo:
         """The summary that a bundle's manifest holds."""
-        return CalibrationInfo(self.text, self.sha256, self.samples, self.length, self.methods, self.fallbacks)
+        return CalibrationInfo(
+            self.text, self.sha256, self.samples, self.length, self.methods, self.fallbacks, self.smoothing
+        )
 
     def write(self, folder: Path) -> None:
         """Write `calibration.json`; no times in it, so that equal runs write equal files."""

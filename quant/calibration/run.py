@@ -1,7 +1,9 @@
 """Calibrate a whole checkpoint: text to hidden states, through every layer, to codes.
 
-In memory at any time: the residual streams of all samples in the quantised and in the float model and as much again,
-one layer's attention weights, the weights and moments of one expert. A layer that is done is on the disk.
+Where the recipe has static activations, the quantised model runs over the text once more for their scales.
+
+In memory at any time: the residual stream of all samples, that of some of them in the float model, an array beside
+each, one layer's attention weights, the weights and moments of one expert. A layer that is done is on the disk.
 """
 
 from __future__ import annotations
@@ -27,17 +29,20 @@ from edgelm.progress import Advance, Progress, Silent
 from edgelm.quant import codec
 from edgelm.quant.calibration.options import LENGTH, SAMPLES, CalibrationOptions, CoverageOptions
 from edgelm.quant.calibration.report import CalibrationReport, LayerReport
-from edgelm.quant.calibration.stream import SLICE_TOKENS, LayerStream, Quantiser, aligned, slices
+from edgelm.quant.calibration.stream import SLICE_TOKENS, LayerStream, Quantiser, aligned, paired, slices
 from edgelm.quant.calibration.work import SUFFIX, CalibratedSource, WorkFolder, open_work
 from edgelm.quant.checkpoint import SHARD_BYTES, QuantizedSummary, stored_specs, write_quantized
 from edgelm.quant.methods import Moments
 from edgelm.quant.methods.drift import Drift
+from edgelm.quant.ranges import calibrated_scales
 from edgelm.quant.recipe import Recipe
+from edgelm.quant.smoothed import SmoothedCheckpoint
+from edgelm.quant.smoothing import smooth
 from edgelm.quant.source import WeightSource, stored_recipe
 from edgelm.texts import BUILTIN, Texts, read_texts, windows
 from edgelm.tokenizer import Tokenizer
 
-FORMAT = "edgelm-calibration 2"
+FORMAT = "edgelm-calibration 3"
 """Of the work folder; another number makes a new start."""
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -61,13 +66,15 @@ def calibrate_checkpoint(
     length: int = LENGTH,
     coverage: CoverageOptions | None = None,
     require_coverage: bool = False,
+    smoothing: str | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> CalibratedSummary:
     """Quantise the checkpoint `source` into the folder `out`, its codes chosen by what the model does with a text.
 
-    The result has the format of `quantize_checkpoint`, with `calibration.json` beside. Interrupted, it keeps what is
+    The result has the format of `quantize_checkpoint`, with `calibration.json` beside and, of matrices whose
+    activations the recipe has static, the scales of these (`<stem>.input_scale`). Interrupted, it keeps what is
     done in `<out>.calibrating`, and the same call goes on at the layer it was in and ends in the same bytes.
 
     Args:
@@ -79,6 +86,7 @@ def calibrate_checkpoint(
         length: tokens of each.
         coverage: when an expert has seen enough tokens; None is the default.
         require_coverage: fail where an expert has not, in place of rounding it to nearest.
+        smoothing: scale the float weights first: for "activations" or for "weights"; None does not.
         threads: of the arithmetic; None is one for each core. Other numbers may add up in another order.
         overwrite: replace an existing `out` once the new one is complete.
         progress: gets the work done, and a line for each layer.
@@ -90,16 +98,25 @@ def calibrate_checkpoint(
             full.
     """
     progress = progress or Silent()
-    options = CalibrationOptions(text, samples, length, coverage or CoverageOptions(), require_coverage)
+    options = CalibrationOptions(text, samples, length, coverage or CoverageOptions(), require_coverage, smoothing)
     out = Path(out)
     if out.exists() and not overwrite:
         raise EdgeLMError(f"{out} exists already: remove it, choose another place, or pass --overwrite")
     with (
         Checkpoint.open(source, progress) as checkpoint,
-        calibrated(checkpoint, recipe, options, out, threads=threads, progress=progress, copies=2) as (weights, report),
+        calibrated(
+            checkpoint, recipe, options, out, threads=threads, progress=progress, copies=2, input_scales=True
+        ) as (weights, report),
         atomic_directory(out, overwrite=overwrite) as folder,
     ):
-        summary = write_quantized(weights, folder, threads=threads, shard_bytes=SHARD_BYTES, progress=progress)
+        summary = write_quantized(
+            weights,
+            folder,
+            threads=threads,
+            shard_bytes=SHARD_BYTES,
+            progress=progress,
+            input_scales=weights.input_scales,
+        )
         report.write(folder)
     return CalibratedSummary(**(vars(summary) | {"path": out, "report": report}))
 
@@ -114,6 +131,7 @@ def calibrated(
     threads: int | None = None,
     progress: Progress | None = None,
     copies: int = 1,
+    input_scales: bool = False,
 ) -> Iterator[tuple[CalibratedSource, CalibrationReport]]:
     """Calibrate, or go on calibrating, in a folder beside `out`; yields the result to be written to `out`.
 
@@ -127,6 +145,7 @@ def calibrated(
         threads: of the arithmetic; None is one for each core.
         progress: gets the work done, and a line for each layer.
         copies: how many times the quantised tensors need space on the disk of `out`, those in the folder included.
+        input_scales: find those of static activations too, on the quantised model.
 
     Raises:
         As `calibrate_checkpoint`.
@@ -150,9 +169,16 @@ def calibrated(
     work_path = out.absolute().parent / f"{out.name}{SUFFIX}"
     with open_work(work_path, asked, progress) as work, contextlib.ExitStack() as stack:
         with _threads(threads):
+            if options.smoothing is not None:
+                checkpoint = stack.enter_context(_smoothed(checkpoint, recipe, options.smoothing, ids, work, progress))
+                weights = WeightSource(checkpoint, recipe, threads=1)
             run = _Run(weights, config, options, work, progress)
             layers, head = run.all(ids)
-        files = [stack.enter_context(SafetensorsFile(path)) for path in work.files(len(layers))]
+            files = [stack.enter_context(SafetensorsFile(path)) for path in work.files(len(layers))]
+            made = CalibratedSource(checkpoint, recipe, files, threads=1)
+            if input_scales and made.static_inputs:
+                quantised = CalibratedSource(checkpoint, recipe, files, threads=threads)
+                made.input_scales = calibrated_scales(quantised, ids, progress=progress)
         needed = options.coverage.threshold(max(config.hidden_size, config.intermediate_size))
         report = CalibrationReport(
             text=texts.name,
@@ -162,8 +188,34 @@ def calibrated(
             min_tokens=needed if getattr(config, "num_experts", 0) else 0,
             layers=layers,
             head=head,
+            smoothing=options.smoothing,
         )
-        yield CalibratedSource(checkpoint, recipe, files, threads=1), report
+        yield made, report
+
+
+def _smoothed(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    target: str,
+    ids: np.ndarray[Any, Any],
+    work: WorkFolder,
+    progress: Progress,
+) -> SmoothedCheckpoint:
+    """The checkpoint with the scales that an interrupted run found, or with new ones."""
+    kept = work.load_smoothing()
+    if kept is not None:
+        progress.note(f"{work.path}: the weights are smoothed already")
+        return SmoothedCheckpoint(checkpoint, kept)
+    began = time.monotonic()
+    found = smooth(checkpoint, ids, recipe, target, threads=torch.get_num_threads(), progress=progress)
+    work.save_smoothing(found.scaling)
+    scaled = [choice for choice in found.choices if choice.alpha is not None]
+    gained = 1 - np.mean([choice.after / choice.before for choice in scaled]) if scaled else 0.0
+    progress.note(
+        f"smoothed for {target}: {len(scaled)} of {len(found.choices)} places scaled, the squared error of rounding "
+        f"to nearest less by {gained:.0%} there; {time.monotonic() - began:.0f} s"
+    )
+    return found
 
 
 def _windows(checkpoint: Checkpoint, config: Any, texts: Texts, options: CalibrationOptions) -> np.ndarray[Any, Any]:
@@ -188,6 +240,7 @@ def _asked(
 ) -> dict[str, Any]:
     """What the result depends on, by the words of a note about a folder that was left by another run."""
     stats = {path.name: path.stat() for path in checkpoint.files}
+    smoothing = {} if options.smoothing is None else {"smoothing": options.smoothing}
     return {
         "format": FORMAT,
         "checkpoint": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()],
@@ -198,6 +251,7 @@ def _asked(
         "sample length": options.length,
         "tokens": hashlib.sha256(ids.tobytes()).hexdigest(),
         "coverage": [options.coverage.min_tokens, options.coverage.reach],
+        **smoothing,
     }
 
 
@@ -244,7 +298,7 @@ class _Run:
         return [self.work.layer_report(index) for index in range(self.layers)], head
 
     def _embed(self, ids: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
-        """Rows [S, T, D] of the embedding as the device will have it, and as the float model has it."""
+        """Rows [S, T, D] of the embedding as the device will have it, and [R, T, D] as the float model has it."""
         scheme = self.weights.scheme(EMBEDDING)
         wanted, places = np.unique(ids, return_inverse=True)
         exact = np.concatenate(
@@ -254,7 +308,7 @@ class _Run:
         if scheme is not None:
             rows = codec.dequantize(codec.quantize(rows, scheme, name=EMBEDDING, threads=1), threads=1)
         where = torch.from_numpy(places.reshape(ids.shape))
-        return torch.from_numpy(aligned(rows))[where], torch.from_numpy(aligned(exact))[where]
+        return torch.from_numpy(aligned(rows))[where], torch.from_numpy(aligned(exact))[where[paired(*ids.shape)]]
 
     def _layer(self, index: int, x: Tensor, reference: Tensor, advance: Advance) -> None:
         began = time.monotonic()
@@ -283,9 +337,10 @@ class _Run:
                 norm.weight.copy_(torch.from_numpy(quantiser.read("model.norm.weight")))
                 moments = Moments.zeros(self.config.hidden_size)
                 for part in slices(len(x), max(1, SLICE_TOKENS // x.shape[1])):
-                    inputs = norm(x[part]).flatten(0, 1)
-                    moments.add(inputs)
-                    drift.add(inputs, norm(reference[part]).flatten(0, 1))
+                    moments.add(norm(x[part]).flatten(0, 1))
+                pairs = paired(*x.shape[:2])
+                for part in slices(len(reference), max(1, SLICE_TOKENS // x.shape[1])):
+                    drift.add(norm(x[pairs][part]).flatten(0, 1), norm(reference[part]).flatten(0, 1))
             quantiser.matrix(HEAD, moments, drift)
         self.work.save_head(quantiser.tensors, quantiser.report)
         return quantiser.report

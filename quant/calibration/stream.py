@@ -41,7 +41,7 @@ SLICE_TOKENS = 8192
 """Tokens in work at once: enough for matrix products at full speed, and tens of megabytes."""
 
 PAIRED_TOKENS = 16384
-"""Tokens that the float model sees too, at least: eight for each column of the published models; more only cost time."""
+"""Tokens that the float model sees too, at least: eight for each column of the published models."""
 
 Floats = NDArray[np.float32]
 

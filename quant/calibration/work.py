@@ -4,6 +4,7 @@
     layer-00000.safetensors       codes and scales of a finished layer, its report among the file's metadata
     head.safetensors              those of the head
     stream-00001.safetensors      the residual streams before the next layer, quantised and float
+    smoothing.safetensors         the scales that smoothing gave the float weights, where it was asked for
 
 Each file is on the disk under another name before it gets its own, and a layer's file before the stream behind it: the
 last stream says where to go on.
@@ -29,12 +30,15 @@ from edgelm.files import atomic_file
 from edgelm.progress import Progress
 from edgelm.quant.calibration.report import LayerReport
 from edgelm.quant.recipe import Recipe
+from edgelm.quant.smoothed import Scaling
 from edgelm.quant.source import WeightSource, part_name
 from edgelm.quant.tensor import QuantTensor
 
 SUFFIX = ".calibrating"
 _STATE = "state.json"
 _HEAD = "head.safetensors"
+_SMOOTHING = "smoothing.safetensors"
+_ROWS, _COLUMNS = "rows/", "columns/"
 _REPORT = "report"
 _STREAM, _REFERENCE = "x", "reference"
 _LOCK = "lock"
@@ -51,6 +55,29 @@ class WorkFolder:
         found = [int(path.stem.rpartition("-")[2]) for path in self.path.glob("stream-*.safetensors")]
         # Two are there where the run ended between writing one and removing the other.
         return max(found, default=None)
+
+    @property
+    def is_worth_keeping(self) -> bool:
+        """Whether anything is done that a run would otherwise have to do again."""
+        return self.next_layer() is not None or (self.path / _SMOOTHING).is_file()
+
+    def save_smoothing(self, scaling: Mapping[str, Scaling]) -> None:
+        """Keep the scales of the float weights: found anew they might differ from those that layers were done with."""
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, found in scaling.items():
+            arrays |= {} if found.rows is None else {_ROWS + name: found.rows}
+            arrays |= {} if found.columns is None else {_COLUMNS + name: found.columns}
+        _write(self.path / _SMOOTHING, arrays, {})
+
+    def load_smoothing(self) -> dict[str, Scaling] | None:
+        """Read what `save_smoothing` kept; None where there is nothing yet."""
+        path = self.path / _SMOOTHING
+        if not path.is_file():
+            return None
+        with SafetensorsFile(path) as file:
+            parts = {key: cast("NDArray[np.float32]", file.read_raw(key)) for key in file.tensors}
+        names = dict.fromkeys(key.removeprefix(_ROWS).removeprefix(_COLUMNS) for key in parts)
+        return {name: Scaling(parts.get(_ROWS + name), parts.get(_COLUMNS + name)) for name in names}
 
     def save_streams(self, layer: int, x: Tensor, reference: Tensor) -> None:
         """Keep both residual streams [S, T, D] before `layer`, and forget those before it."""
@@ -157,7 +184,7 @@ def open_work(path: Path, asked: Mapping[str, Any], progress: Progress) -> Itera
         try:
             yield work
         except BaseException:
-            if work.next_layer() is None:
+            if not work.is_worth_keeping:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 progress.note(f"what is done so far is kept in {path}: the same command goes on from there")
@@ -208,7 +235,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 class CalibratedSource(WeightSource):
-    """A float checkpoint seen through a recipe, with the codes that a calibration has found."""
+    """A float checkpoint seen through a recipe, with the codes that a calibration has found.
+
+    Attributes:
+        input_scales: of matrices whose activations are static, where they were asked for.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, recipe: Recipe, files: Sequence[SafetensorsFile], *, threads: int | None = None
@@ -221,6 +252,11 @@ class CalibratedSource(WeightSource):
             for name, file in self._found.items()
             if name in self.shapes
         }
+        self.input_scales: Mapping[str, float] = {}
+
+    def input_scale(self, name: str) -> float | None:
+        """See `WeightSource.input_scale`."""
+        return self.input_scales.get(name)
 
     def quantized(self, name: str, rows: slice | None = None) -> QuantTensor:
         """See `WeightSource.quantized`; what was not calibrated, such as the embedding, is rounded to nearest."""
