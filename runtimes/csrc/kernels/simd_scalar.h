@@ -14,9 +14,10 @@
 namespace edgelm {
 namespace {
 
-// Rows of activations that one pass over a tile serves, and vectors of 16 columns it works on at once.
-constexpr int kRowTile = 4;
-constexpr int kVectors = 2;
+// Rows of activations that one pass over a tile serves, and vectors of 16 columns it works on at once: few, for there
+// are no registers that they could fill.
+constexpr int kRowTile = 2;
+constexpr int kVectors = 1;
 // Whether DotFull takes codes as code - 128 rather than as they are.
 constexpr bool kDotFullSigned = false;
 
@@ -25,6 +26,9 @@ struct I32 { int32_t v[16]; };
 struct B8 { uint8_t v[64]; };  // lane l holds bytes 4 l .. 4 l + 3
 
 #define EDGELM_LANES for (int l = 0; l < 16; ++l)
+// Not inlined: the kernels unroll for registers that are not there, and with every lane of every operation written out
+// in each of them GCC took two minutes.
+#define EDGELM_CALLED inline __attribute__((noinline))
 
 inline F32 Load(const float* p) { F32 r; std::memcpy(r.v, p, 64); return r; }
 inline void Store(float* p, F32 a) { std::memcpy(p, a.v, 64); }
@@ -32,26 +36,26 @@ inline void Store(float* p, F32 a) { std::memcpy(p, a.v, 64); }
 inline F32 LoadPart(const float* p, int64_t n) { F32 r = {}; std::memcpy(r.v, p, 4 * n); return r; }
 inline void StorePart(float* p, F32 a, int64_t n) { std::memcpy(p, a.v, 4 * n); }
 inline F32 Splat(float x) { F32 r; EDGELM_LANES r.v[l] = x; return r; }
-inline F32 Add(F32 a, F32 b) { EDGELM_LANES a.v[l] += b.v[l]; return a; }
-inline F32 Sub(F32 a, F32 b) { EDGELM_LANES a.v[l] -= b.v[l]; return a; }
-inline F32 Mul(F32 a, F32 b) { EDGELM_LANES a.v[l] *= b.v[l]; return a; }
-inline F32 Div(F32 a, F32 b) { EDGELM_LANES a.v[l] /= b.v[l]; return a; }
+EDGELM_CALLED F32 Add(F32 a, F32 b) { EDGELM_LANES a.v[l] += b.v[l]; return a; }
+EDGELM_CALLED F32 Sub(F32 a, F32 b) { EDGELM_LANES a.v[l] -= b.v[l]; return a; }
+EDGELM_CALLED F32 Mul(F32 a, F32 b) { EDGELM_LANES a.v[l] *= b.v[l]; return a; }
+EDGELM_CALLED F32 Div(F32 a, F32 b) { EDGELM_LANES a.v[l] /= b.v[l]; return a; }
 // a * b + c, rounded once.
-inline F32 Fma(F32 a, F32 b, F32 c) { EDGELM_LANES c.v[l] = std::fma(a.v[l], b.v[l], c.v[l]); return c; }
-inline F32 Abs(F32 a) { EDGELM_LANES a.v[l] = std::fabs(a.v[l]); return a; }
+EDGELM_CALLED F32 Fma(F32 a, F32 b, F32 c) { EDGELM_LANES c.v[l] = std::fma(a.v[l], b.v[l], c.v[l]); return c; }
+EDGELM_CALLED F32 Abs(F32 a) { EDGELM_LANES a.v[l] = std::fabs(a.v[l]); return a; }
 // The larger / smaller; where one is NaN, b. (x86's rule: Arm's differs and is made equal.)
-inline F32 Max(F32 a, F32 b) { EDGELM_LANES a.v[l] = a.v[l] > b.v[l] ? a.v[l] : b.v[l]; return a; }
-inline F32 Min(F32 a, F32 b) { EDGELM_LANES a.v[l] = a.v[l] < b.v[l] ? a.v[l] : b.v[l]; return a; }
+EDGELM_CALLED F32 Max(F32 a, F32 b) { EDGELM_LANES a.v[l] = a.v[l] > b.v[l] ? a.v[l] : b.v[l]; return a; }
+EDGELM_CALLED F32 Min(F32 a, F32 b) { EDGELM_LANES a.v[l] = a.v[l] < b.v[l] ? a.v[l] : b.v[l]; return a; }
 
 inline I32 SplatI(int32_t x) { I32 r; EDGELM_LANES r.v[l] = x; return r; }
 inline I32 LoadI(const int32_t* p) { I32 r; std::memcpy(r.v, p, 64); return r; }
-inline I32 AddI(I32 a, I32 b) { EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) + static_cast<uint32_t>(b.v[l])); return a; }
-inline I32 SubI(I32 a, I32 b) { EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) - static_cast<uint32_t>(b.v[l])); return a; }
-inline I32 MulI(I32 a, I32 b) { EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) * static_cast<uint32_t>(b.v[l])); return a; }
-template <int kBits> inline I32 ShiftLeftI(I32 a) { EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) << kBits); return a; }
-inline F32 ToFloat(I32 a) { F32 r; EDGELM_LANES r.v[l] = static_cast<float>(a.v[l]); return r; }
+EDGELM_CALLED I32 AddI(I32 a, I32 b) { EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) + static_cast<uint32_t>(b.v[l])); return a; }
+EDGELM_CALLED I32 SubI(I32 a, I32 b) { EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) - static_cast<uint32_t>(b.v[l])); return a; }
+EDGELM_CALLED I32 MulI(I32 a, I32 b) { EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) * static_cast<uint32_t>(b.v[l])); return a; }
+template <int kBits> EDGELM_CALLED I32 ShiftLeftI(I32 a) { EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) << kBits); return a; }
+EDGELM_CALLED F32 ToFloat(I32 a) { F32 r; EDGELM_LANES r.v[l] = static_cast<float>(a.v[l]); return r; }
 // To nearest, ties to even; |a| < 2^31 (anything else, NaN too, gives some value).
-inline I32 Round(F32 a) {
+EDGELM_CALLED I32 Round(F32 a) {
   I32 r;
   EDGELM_LANES r.v[l] = std::fabs(a.v[l]) < 2147483648.0f ? static_cast<int32_t>(std::nearbyint(a.v[l])) : INT32_MIN;
   return r;
@@ -60,20 +64,20 @@ inline F32 AsFloat(I32 a) { F32 r; std::memcpy(r.v, a.v, 64); return r; }
 inline I32 AsInt(F32 a) { I32 r; std::memcpy(r.v, a.v, 64); return r; }
 
 // Sums in the one canonical order: lane l + lane l + 8, then 4, 2, 1 apart.
-inline float Sum(F32 a) {
+EDGELM_CALLED float Sum(F32 a) {
   for (int step = 8; step > 0; step /= 2)
     for (int l = 0; l < step; ++l) a.v[l] += a.v[l + step];
   return a.v[0];
 }
-inline float Largest(F32 a) {  // no lane is NaN
+EDGELM_CALLED float Largest(F32 a) {  // no lane is NaN
   float m = a.v[0];
   EDGELM_LANES m = a.v[l] > m ? a.v[l] : m;
   return m;
 }
-inline int32_t SumI(I32 a) { uint32_t s = 0; EDGELM_LANES s += static_cast<uint32_t>(a.v[l]); return static_cast<int32_t>(s); }
+EDGELM_CALLED int32_t SumI(I32 a) { uint32_t s = 0; EDGELM_LANES s += static_cast<uint32_t>(a.v[l]); return static_cast<int32_t>(s); }
 
 // 16 elements of each storage type to float32, exact.
-inline F32 LoadHalf(const uint16_t* p) {
+EDGELM_CALLED F32 LoadHalf(const uint16_t* p) {
   F32 r;
   EDGELM_LANES {
     const uint32_t sign = static_cast<uint32_t>(p[l] & 0x8000u) << 16, exponent = (p[l] >> 10) & 31u, fraction = p[l] & 1023u;
@@ -87,12 +91,12 @@ inline F32 LoadHalf(const uint16_t* p) {
   }
   return r;
 }
-inline F32 LoadBFloat16(const uint16_t* p) {
+EDGELM_CALLED F32 LoadBFloat16(const uint16_t* p) {
   F32 r;
   EDGELM_LANES { const uint32_t bits = static_cast<uint32_t>(p[l]) << 16; std::memcpy(&r.v[l], &bits, 4); }
   return r;
 }
-inline F32 LoadFp8(const uint8_t* p) {
+EDGELM_CALLED F32 LoadFp8(const uint8_t* p) {
   F32 r;
   EDGELM_LANES {
     const uint32_t sign = static_cast<uint32_t>(p[l] & 0x80u) << 24, exponent = (p[l] >> 3) & 15u, fraction = p[l] & 7u;
@@ -108,7 +112,7 @@ inline F32 LoadFp8(const uint8_t* p) {
   return r;
 }
 // To nearest, ties to even; beyond float16's range infinity.
-inline void StoreHalf(uint16_t* p, F32 a) {
+EDGELM_CALLED void StoreHalf(uint16_t* p, F32 a) {
   EDGELM_LANES {
     uint32_t bits;
     std::memcpy(&bits, &a.v[l], 4);
@@ -132,17 +136,17 @@ inline void StoreHalf(uint16_t* p, F32 a) {
   }
 }
 // The low bytes of the lanes, which are within -128 .. 127.
-inline void StoreBytes(int8_t* p, I32 a) { EDGELM_LANES p[l] = static_cast<int8_t>(a.v[l]); }
+EDGELM_CALLED void StoreBytes(int8_t* p, I32 a) { EDGELM_LANES p[l] = static_cast<int8_t>(a.v[l]); }
 // 16 bytes, unsigned, as lanes.
-inline I32 LoadBytes(const uint8_t* p) { I32 r; EDGELM_LANES r.v[l] = p[l]; return r; }
+EDGELM_CALLED I32 LoadBytes(const uint8_t* p) { I32 r; EDGELM_LANES r.v[l] = p[l]; return r; }
 
 inline B8 LoadB(const uint8_t* p) { B8 r; std::memcpy(r.v, p, 64); return r; }
-inline B8 LowNibbles(B8 a) { for (auto& x : a.v) x &= 15; return a; }
-inline B8 HighNibbles(B8 a) { for (auto& x : a.v) x >>= 4; return a; }
+EDGELM_CALLED B8 LowNibbles(B8 a) { for (auto& x : a.v) x &= 15; return a; }
+EDGELM_CALLED B8 HighNibbles(B8 a) { for (auto& x : a.v) x >>= 4; return a; }
 // upper * 16 + lower, both below 16.
-inline B8 JoinNibbles(B8 upper, B8 lower) { for (int i = 0; i < 64; ++i) upper.v[i] = static_cast<uint8_t>(upper.v[i] << 4 | lower.v[i]); return upper; }
+EDGELM_CALLED B8 JoinNibbles(B8 upper, B8 lower) { for (int i = 0; i < 64; ++i) upper.v[i] = static_cast<uint8_t>(upper.v[i] << 4 | lower.v[i]); return upper; }
 // kLowBits bits of each byte of `low` from bit kLowAt on, and above them kHighBits of `high` from kHighAt on.
-template <int kLowAt, int kLowBits, int kHighAt, int kHighBits> inline B8 JoinBits(B8 low, B8 high) {
+template <int kLowAt, int kLowBits, int kHighAt, int kHighBits> EDGELM_CALLED B8 JoinBits(B8 low, B8 high) {
   constexpr int kLowMask = (1 << kLowBits) - 1, kHighMask = (1 << kHighBits) - 1;
   for (int i = 0; i < 64; ++i) {
     low.v[i] = static_cast<uint8_t>((low.v[i] >> kLowAt & kLowMask) | (high.v[i] >> kHighAt & kHighMask) << kLowBits);
@@ -150,10 +154,10 @@ template <int kLowAt, int kLowBits, int kHighAt, int kHighBits> inline B8 JoinBi
   return low;
 }
 // Byte kIndex of each lane as a number.
-template <int kIndex> inline I32 ByteOfLane(B8 a) { I32 r; EDGELM_LANES r.v[l] = a.v[4 * l + kIndex]; return r; }
+template <int kIndex> EDGELM_CALLED I32 ByteOfLane(B8 a) { I32 r; EDGELM_LANES r.v[l] = a.v[4 * l + kIndex]; return r; }
 
 // acc + the dot product of each lane's four codes with the four int8 of `x`. Codes below 128.
-inline I32 DotSmall(I32 acc, B8 codes, const int8_t* x) {
+EDGELM_CALLED I32 DotSmall(I32 acc, B8 codes, const int8_t* x) {
   EDGELM_LANES for (int j = 0; j < 4; ++j) acc.v[l] += codes.v[4 * l + j] * x[j];
   return acc;
 }
@@ -161,6 +165,7 @@ inline I32 DotSmall(I32 acc, B8 codes, const int8_t* x) {
 inline I32 DotFull(I32 acc, B8 codes, const int8_t* x) { return DotSmall(acc, codes, x); }
 
 #undef EDGELM_LANES
+#undef EDGELM_CALLED
 
 }  // namespace
 }  // namespace edgelm
