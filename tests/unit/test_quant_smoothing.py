@@ -131,7 +131,7 @@ def test_it_is_written_and_read_as_any_checkpoint(family, tmp_path):
     up = "model.layers.0.mlp.experts.1.up_proj.weight" if family == "olmoe" else "model.layers.0.mlp.up_proj.weight"
     assert np.array_equal(view.read_float32(up)[3:7], view.read_float32(up, slice(3, 7)))
     # Quantised on the way, or from what was written: the same codes.
-    quantize_checkpoint(tmp_path / "s", tmp_path / "q", recipe(family), threads=1)
+    quantize_checkpoint(tmp_path / "s", tmp_path / "q", recipe(family, "int8-token"), threads=1)
     with Checkpoint.open(tmp_path / "q") as quantised:
         found = WeightSource(quantised).quantized(name)
     expected = WeightSource(view, recipe(family), threads=1).quantized(name)
@@ -143,7 +143,7 @@ def test_what_cannot_be_smoothed_is_refused(tmp_path):
     checkpoint = write_small(tmp_path / "c", "fox")
     with pytest.raises(RecipeError, match="activations or weights, not 'both'"):
         smooth(checkpoint, tokens(), recipe("fox"), "both")
-    quantize_checkpoint(tmp_path / "c", tmp_path / "q", recipe("fox"), threads=1)
+    quantize_checkpoint(tmp_path / "c", tmp_path / "q", recipe("fox", "int8-token"), threads=1)
     with pytest.raises(RecipeError, match="is quantised"):
         smooth(Checkpoint.open(tmp_path / "q"), tokens(), recipe("fox"))
 
