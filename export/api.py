@@ -41,11 +41,11 @@ from edgelm.export import activations, onnx_fox, onnx_olmoe
 from edgelm.export.decoder import DecoderFrame
 from edgelm.export.genai import genai_config
 from edgelm.export.graph import Dims, GraphBuilder
-from edgelm.export.memory import check_disk, plan_memory
+from edgelm.export.memory import plan_memory
 from edgelm.export.native import NativeDecoder
 from edgelm.export.portable import PortableOps
 from edgelm.export.weights import WeightsPlan
-from edgelm.files import atomic_directory
+from edgelm.files import atomic_directory, need_disk
 from edgelm.models import family as family_of
 from edgelm.parity.golden import GoldenOptions, golden_tokens, write_pack
 from edgelm.parity.live import references
@@ -227,7 +227,7 @@ def _prepare(
     memory = plan_memory(
         plan.info, config.intermediate_size, golden_tokens(golden, tokenizer), threads, options.max_ram
     )
-    check_disk(out, plan.weights.size + (64 << 20))
+    need_disk(out, plan.weights.size + (64 << 20))
     return tokenizer, golden, plan, memory.threads
 
 

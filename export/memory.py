@@ -1,11 +1,9 @@
-"""What an export needs in memory and on disk, said before it starts."""
+"""What an export needs in memory, said before it starts."""
 
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 from edgelm.bundle import ModelInfo
 from edgelm.devices import resident_memory
@@ -69,20 +67,3 @@ def plan_memory(info: ModelInfo, expert_width: int, golden_tokens: int, threads:
         f"--max-ram {limit / MIB:.0f} MiB is too little: this export takes about {needed / MIB:.0f} MiB "
         f"({base / MIB:.0f} MiB of it Python and its libraries)"
     )
-
-
-def check_disk(out: Path, needed: int) -> None:
-    """Refuse before any work when the bundle does not fit on the disk.
-
-    Raises:
-        ExportError: says what is needed and what is free.
-    """
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise ExportError(
-            f"{out} needs {needed / 1e9:.2f} GB but {parent} has {free / 1e9:.2f} GB free: "
-            "free some space or choose another place with -o"
-        )

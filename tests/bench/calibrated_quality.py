@@ -1,0 +1,181 @@
+"""What do calibration and a budget leave of the tiny trained models? Prints the table of docs/quantisation.md.
+
+    python tests/bench/calibrated_quality.py [MODEL ...] [--samples N] [--peer-bits B ...] [--keep DIR]
+
+Mean KL(float || quantised) in nats a token, of the PyTorch reference with quantised weights (and activations or cache
+where a row says so), on 64 held-out windows of 256 tokens; calibrated on the part of the text that is not held out.
+"budget" rows have no more bits a weight than the row that they are named after. `--peer-bits` adds rows of so many bits
+a weight: those that llamacpp_quality.py finds for a format of llama.cpp. `--keep` leaves the checkpoints in a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from edgelm.checkpoint import Checkpoint
+from edgelm.evaluation import EvalOptions, evaluate
+from edgelm.quant import PRESETS, AnyScheme, Recipe, Rule
+from edgelm.quant.budget import budget_recipe, parse_candidates
+from edgelm.quant.budget.units import find_units
+from edgelm.quant.calibration import calibrate_checkpoint
+from edgelm.quant.checkpoint import quantize_checkpoint
+
+CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
+MODELS = ("olmoe-tiny", "fox-tiny")
+LENGTH = 256
+NEAR_FLOAT = "int5-g32,int6-g32,int8-g32,float"
+"""What an 8-bit budget chooses from: where a mixture's router is shaken most, float is worth its bytes."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: a checkpoint in a folder, or the folder of an earlier line run in another way."""
+
+    name: str
+    folder: Path
+    bits: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """What came of it: bits a weight as stored, KL with its standard error over windows, first choices kept."""
+
+    name: str
+    bits: float
+    kl: float
+    error: float
+    top1: float
+    perplexity: float
+
+
+class Maker:
+    """Makes the checkpoints of one model, each once."""
+
+    def __init__(self, model: str, folder: Path, samples: int) -> None:
+        self.source = CHECKPOINTS / model
+        self.folder = folder
+        self.samples = samples
+        with Checkpoint.open(self.source) as checkpoint:
+            self.units = find_units({name: info.shape for name, info in checkpoint.tensors.items()})
+        self.rows: list[Row] = []
+
+    def make(self, name: str, recipe: Recipe, *, calibrated: bool) -> Row:
+        """A row of a recipe."""
+        out = self.folder / name.replace(" ", "-").replace(",", "").replace(":", "")
+        if calibrated:
+            bits = calibrate_checkpoint(
+                self.source, out, recipe, samples=self.samples, length=LENGTH, overwrite=True
+            ).bits_per_weight
+        else:
+            bits = quantize_checkpoint(self.source, out, recipe, overwrite=True).bits_per_weight
+        return self._keep(Row(name, out, bits))
+
+    def budget(self, name: str, bits: float, schemes: str | None, *, calibrated: bool) -> Row:
+        """A row of a budgeted recipe with at most `bits` for each weight of the units."""
+        candidates = None if schemes is None else parse_candidates(schemes)
+        return self.make(
+            name, budget_recipe(self.source, bits=bits, schemes=candidates, tokens=16384).recipe, calibrated=calibrated
+        )
+
+    def run_as(self, name: str, row: Row, recipe: Recipe) -> Row:
+        """The weights of `row` under a recipe with other activations or another cache."""
+        out = self.folder / name.replace(" ", "-").replace(",", "")
+        shutil.copytree(row.folder, out, dirs_exist_ok=True)
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        config["quantization_config"]["recipe"] = recipe.to_toml()
+        (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return self._keep(Row(name, out, row.bits))
+
+    def unit_bits(self, recipe: Recipe) -> float:
+        """Mean bits of a weight that a recipe gives the units of a bundle."""
+        total = sum(unit.nbytes(unit.effective(_scheme(recipe, next(iter(unit.tensors))))) for unit in self.units)
+        return 8 * total / sum(unit.weights for unit in self.units)
+
+    def _keep(self, row: Row) -> Row:
+        self.rows.append(row)
+        return row
+
+
+def _scheme(recipe: Recipe, tensor: str) -> AnyScheme:
+    scheme = recipe.match(tensor)
+    assert scheme is not None, f"{tensor} is no unit of a budget"
+    return scheme
+
+
+def rows(maker: Maker, peer_bits: Sequence[float]) -> None:
+    """The lines of the table."""
+    int4, int8, fp8 = (PRESETS[name] for name in ("int4", "int8", "fp8"))
+    maker.make("int4, rounded", int4, calibrated=False)
+    made = maker.make("int4, calibrated", int4, calibrated=True)
+    maker.run_as("int4, calibrated, int8 cache", made, replace(int4, kv="int8"))
+    maker.run_as("int4, calibrated, fp8 cache", made, replace(int4, kv="fp8"))
+    maker.budget("budget of int4, rounded", maker.unit_bits(int4), None, calibrated=False)
+    maker.budget("budget of int4, calibrated", maker.unit_bits(int4), None, calibrated=True)
+    for bits in peer_bits:
+        maker.budget(f"budget of {bits:.2f} bits, calibrated", bits - 0.06, None, calibrated=True)
+    maker.make("int8, rounded", int8, calibrated=False)
+    made = maker.make("int8, calibrated", int8, calibrated=True)
+    maker.run_as("int8, calibrated, activations int8-token", made, replace(int8, activations="int8-token"))
+    maker.budget("budget of int8, calibrated", maker.unit_bits(int8) - 0.05, NEAR_FLOAT, calibrated=True)
+    maker.make("fp8, rounded", fp8, calibrated=False)
+    made = maker.make("fp8, calibrated", fp8, calibrated=True)
+    maker.run_as("fp8, calibrated, activations fp8-token", made, replace(fp8, activations="fp8-token"))
+    attention = Rule("*.self_attn.*", fp8.default, "float")
+    spared = replace(fp8, activations="fp8-token", rules=(attention, *fp8.rules))
+    maker.run_as("fp8, calibrated, activations fp8-token but attention's float", made, spared)
+
+
+def measure(maker: Maker) -> list[Line]:
+    """Evaluate every row against the float model."""
+    report = evaluate([row.folder for row in maker.rows], maker.source, EvalOptions(length=LENGTH, speed=False))
+    lines = []
+    for row, found in zip(maker.rows, report.targets, strict=True):
+        assert found.kl is not None
+        kl = found.kl
+        lines.append(Line(row.name, row.bits, kl.mean, kl.standard_error, kl.top1, found.perplexity))
+    return lines
+
+
+@contextmanager
+def _folder(keep: Path | None) -> Iterator[Path]:
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep
+        return
+    with tempfile.TemporaryDirectory(prefix="edgelm-") as folder:
+        yield Path(folder)
+
+
+def main() -> None:
+    """Make, measure and print a table for each model, and one JSON line last."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=MODELS, help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--samples", type=int, default=256, help=f"of {LENGTH} tokens to calibrate with (default 256)")
+    parser.add_argument("--peer-bits", type=float, nargs="*", default=(), help="one for each model, in their order")
+    parser.add_argument("--keep", type=Path, help="folder to leave the checkpoints in")
+    options = parser.parse_args()
+    records = {}
+    for i, model in enumerate(options.models):
+        start = time.monotonic()
+        with _folder(options.keep and options.keep / model) as folder:
+            maker = Maker(model, folder, options.samples)
+            rows(maker, options.peer_bits[i : i + 1])
+            lines = measure(maker)
+        print(f"\n{model}\n\n| | bits | KL, nats a token | first choice kept |\n|---|---|---|---|")
+        for line in lines:
+            print(f"| {line.name} | {line.bits:.2f} | {line.kl:.2e} +- {line.error:.0e} | {line.top1:.2%} |")
+        print(f"\nin {time.monotonic() - start:.0f} s", flush=True)
+        records[model] = [asdict(line) for line in lines]
+    print(json.dumps(records))
+
+
+if __name__ == "__main__":
+    main()
