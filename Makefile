@@ -12,6 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+HARNESS := $(VENV)/.harness
 KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
     $(foreach folder,. kernels ort,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
 
@@ -44,7 +45,7 @@ test-cpp: kernel
 test-arm: kernel
 	runtimes/csrc/tests/arm.sh
 
-test-python: $(INSTALLED)
+test-python: $(INSTALLED) $(HARNESS)
 	$(BIN)/pytest -q
 
 install: $(INSTALLED)
@@ -53,7 +54,10 @@ $(INSTALLED): pyproject.toml constraints.txt $(KERNEL_SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit("EdgeLM needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
-	# lm-evaluation-harness with what the tests touch: 385 MB. SciPy, scikit-learn and others of its metrics make it 620.
+	touch $@
+
+# lm-evaluation-harness with what the tests touch: 385 MB. SciPy, scikit-learn and others of its metrics make it 620.
+$(HARNESS): $(INSTALLED)
 	$(BIN)/python -m pip install --constraint constraints.txt --no-deps lm_eval
 	$(BIN)/python -m pip install --constraint constraints.txt datasets pytablewriter requests sacrebleu
 	touch $@

@@ -11,6 +11,7 @@ a weight: those that llamacpp_quality.py finds for a format of llama.cpp. `--kee
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import shutil
 import tempfile
@@ -64,12 +65,13 @@ class Maker:
         self.folder = folder
         self.samples = samples
         with Checkpoint.open(self.source) as checkpoint:
-            self.units = find_units({name: info.shape for name, info in checkpoint.tensors.items()})
+            self.shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        self.units = find_units(self.shapes)
         self.rows: list[Row] = []
 
     def make(self, name: str, recipe: Recipe, *, calibrated: bool) -> Row:
         """A row of a recipe."""
-        out = self.folder / name.replace(" ", "-").replace(",", "").replace(":", "")
+        out, recipe = self.folder / _file_name(name), self._fitted(recipe)
         if calibrated:
             bits = calibrate_checkpoint(
                 self.source, out, recipe, samples=self.samples, length=LENGTH, overwrite=True
@@ -87,7 +89,7 @@ class Maker:
 
     def run_as(self, name: str, row: Row, recipe: Recipe) -> Row:
         """The weights of `row` under a recipe with other activations or another cache."""
-        out = self.folder / name.replace(" ", "-").replace(",", "")
+        out, recipe = self.folder / _file_name(name), self._fitted(recipe)
         shutil.copytree(row.folder, out, dirs_exist_ok=True)
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"]["recipe"] = recipe.to_toml()
@@ -99,9 +101,18 @@ class Maker:
         total = sum(unit.nbytes(unit.effective(_scheme(recipe, next(iter(unit.tensors))))) for unit in self.units)
         return 8 * total / sum(unit.weights for unit in self.units)
 
+    def _fitted(self, recipe: Recipe) -> Recipe:
+        """Without the rules for what this model lacks: a preset may have them, what is made of one may not."""
+        rules = tuple(rule for rule in recipe.rules if fnmatch.filter(self.shapes, rule.pattern))
+        return recipe if recipe.is_preset else replace(recipe, rules=rules)
+
     def _keep(self, row: Row) -> Row:
         self.rows.append(row)
         return row
+
+
+def _file_name(name: str) -> str:
+    return name.replace(" ", "-").replace(",", "").replace("'", "")
 
 
 def _scheme(recipe: Recipe, tensor: str) -> AnyScheme:
