@@ -4,8 +4,8 @@
 
 Mean KL(float || quantised) in nats a token, of the PyTorch reference with quantised weights (and activations or cache
 where a row says so), on 64 held-out windows of 256 tokens; calibrated on the part of the text that is not held out.
-"budget" rows have no more bits a weight than the row that they are named after. `--peer-bits` adds rows of so many bits
-a weight: those that llamacpp_quality.py finds for a format of llama.cpp. `--keep` leaves the checkpoints in a folder.
+"budget" rows have no more bits a weight than the rounded row that they are named after. `--peer-bits` adds rows of so
+many bits a weight: those that llamacpp_quality.py finds for a format of llama.cpp. `--keep` leaves the checkpoints.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from edgelm.checkpoint import Checkpoint
 from edgelm.evaluation import EvalOptions, evaluate
-from edgelm.quant import PRESETS, AnyScheme, Recipe, Rule
+from edgelm.quant import PRESETS, Recipe, Rule
 from edgelm.quant.budget import budget_recipe, parse_candidates
 from edgelm.quant.budget.units import find_units
 from edgelm.quant.calibration import calibrate_checkpoint
@@ -80,8 +81,9 @@ class Maker:
             bits = quantize_checkpoint(self.source, out, recipe, overwrite=True).bits_per_weight
         return self._keep(Row(name, out, bits))
 
-    def budget(self, name: str, bits: float, schemes: str | None, *, calibrated: bool) -> Row:
-        """A row of a budgeted recipe with at most `bits` for each weight of the units."""
+    def budget(self, name: str, stored: float, schemes: str | None, *, calibrated: bool) -> Row:
+        """A row of a budgeted recipe, with at most `stored` bits for each weight of the whole checkpoint."""
+        bits = self._unit_bits(stored, calibrated)
         candidates = None if schemes is None else parse_candidates(schemes)
         return self.make(
             name, budget_recipe(self.source, bits=bits, schemes=candidates, tokens=16384).recipe, calibrated=calibrated
@@ -96,10 +98,13 @@ class Maker:
         (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
         return self._keep(Row(name, out, row.bits))
 
-    def unit_bits(self, recipe: Recipe) -> float:
-        """Mean bits of a weight that a recipe gives the units of a bundle."""
-        total = sum(unit.nbytes(unit.effective(_scheme(recipe, next(iter(unit.tensors))))) for unit in self.units)
-        return 8 * total / sum(unit.weights for unit in self.units)
+    def _unit_bits(self, stored: float, calibrated: bool) -> float:
+        """Bits for each weight of the units that leave `stored` for all: norms have 16, a fitted router 32."""
+        sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        units = sum(unit.weights for unit in self.units)
+        routers = sum(size for name, size in sizes.items() if name.endswith(".mlp.gate.weight"))
+        others = sum(sizes.values()) - units
+        return (stored * sum(sizes.values()) - 16 * others - (16 * routers if calibrated else 0)) / units
 
     def _fitted(self, recipe: Recipe) -> Recipe:
         """Without the rules for what this model lacks: a preset may have them, what is made of one may not."""
@@ -115,27 +120,21 @@ def _file_name(name: str) -> str:
     return name.replace(" ", "-").replace(",", "").replace("'", "")
 
 
-def _scheme(recipe: Recipe, tensor: str) -> AnyScheme:
-    scheme = recipe.match(tensor)
-    assert scheme is not None, f"{tensor} is no unit of a budget"
-    return scheme
-
-
 def rows(maker: Maker, peer_bits: Sequence[float]) -> None:
     """The lines of the table."""
     int4, int8, fp8 = (PRESETS[name] for name in ("int4", "int8", "fp8"))
-    maker.make("int4, rounded", int4, calibrated=False)
+    plain = maker.make("int4, rounded", int4, calibrated=False)
     made = maker.make("int4, calibrated", int4, calibrated=True)
     maker.run_as("int4, calibrated, int8 cache", made, replace(int4, kv="int8"))
     maker.run_as("int4, calibrated, fp8 cache", made, replace(int4, kv="fp8"))
-    maker.budget("budget of int4, rounded", maker.unit_bits(int4), None, calibrated=False)
-    maker.budget("budget of int4, calibrated", maker.unit_bits(int4), None, calibrated=True)
+    maker.budget("budget of int4, rounded", plain.bits, None, calibrated=False)
+    maker.budget("budget of int4, calibrated", plain.bits, None, calibrated=True)
     for bits in peer_bits:
-        maker.budget(f"budget of {bits:.2f} bits, calibrated", bits - 0.06, None, calibrated=True)
-    maker.make("int8, rounded", int8, calibrated=False)
+        maker.budget(f"budget of {bits:.2f} bits, calibrated", bits, None, calibrated=True)
+    plain = maker.make("int8, rounded", int8, calibrated=False)
     made = maker.make("int8, calibrated", int8, calibrated=True)
     maker.run_as("int8, calibrated, activations int8-token", made, replace(int8, activations="int8-token"))
-    maker.budget("budget of int8, calibrated", maker.unit_bits(int8) - 0.05, NEAR_FLOAT, calibrated=True)
+    maker.budget("budget of int8, calibrated", plain.bits, NEAR_FLOAT, calibrated=True)
     maker.make("fp8, rounded", fp8, calibrated=False)
     made = maker.make("fp8, calibrated", fp8, calibrated=True)
     maker.run_as("fp8, calibrated, activations fp8-token", made, replace(fp8, activations="fp8-token"))
