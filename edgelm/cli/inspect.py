@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from edgelm.bundle import Bundle, Manifest
+    from edgelm.bundle import Bundle, CalibrationInfo, Manifest
     from edgelm.checkpoint import Checkpoint
     from edgelm.packed import PackedMatrix
     from edgelm.quant.recipe import Recipe
@@ -152,6 +152,20 @@ def packed_groups(bundle: Bundle) -> list[PackedGroup]:
     return [PackedGroup(name, matrix, len(sizes), sum(sizes)) for (name, matrix), sizes in found.items()]
 
 
+def calibration_line(info: CalibrationInfo | None) -> str:
+    """The text that chose a bundle's codes, and the experts that it did not reach."""
+    if info is None:
+        return "no: weights are rounded to nearest, or came quantised"
+    methods = ", ".join(f"{count} {method}" for method, count in info.methods.items())
+    line = f"{info.samples} x {info.length} tokens of {info.text} (SHA-256 {info.sha256[:12]}); matrices: {methods}"
+    if info.smoothing:
+        line += f"; smoothed for {info.smoothing}"
+    if info.fallbacks:
+        named = ", ".join(f"{f.layer}.{f.expert} ({f.tokens})" for f in info.fallbacks)
+        line += f"; layer.expert (tokens) that saw too few and were rounded to nearest: {named}"
+    return line
+
+
 def activations_line(manifest: Manifest) -> str:
     """What the products of a bundle multiply: as the recipe asks, or what its target has in place of that."""
     from edgelm.errors import RecipeError
@@ -192,6 +206,7 @@ def bundle_rows(bundle: Bundle, problems: list[str] | None) -> list[tuple[str, s
         ("vocabulary", f"{model.vocab_size}{', embedding and head tied' if model.tied else ''}"),
         ("context", f"{model.context_length} positions, {size(cached)} of {kv} cache each"),
         ("recipe", f"{manifest.recipe.name}, floats as {manifest.dtype}"),
+        ("calibrated", calibration_line(manifest.calibration)),
         ("activations", activations_line(manifest)),
         ("target", f"{manifest.target}, {manifest.ops} operators"),
         ("source", manifest.source.id),

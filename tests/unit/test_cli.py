@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -246,6 +247,21 @@ def test_inspect_describes_and_verifies_a_bundle(bundle: Path, tmp_path: Path) -
     assert damaged.exit_code == 1
     assert "config.json: contents differ" in damaged.stdout
     assert json.loads(invoke("inspect", copy, "--verify", "--json").stdout)["problems"]
+
+
+def test_inspect_says_what_chose_the_codes() -> None:
+    from edgelm.bundle import CalibrationInfo, ExpertFallback
+    from edgelm.cli.inspect import calibration_line
+
+    assert "rounded to nearest" in calibration_line(None)
+    info = CalibrationInfo("mine.txt", "0123456789abcdef" * 4, 128, 512, {"gptq": 9, "rtn": 1})
+    line = calibration_line(info)
+    assert "128 x 512 tokens of mine.txt (SHA-256 0123456789ab)" in line
+    assert "9 gptq, 1 rtn" in line
+    assert "too few" not in line
+    starved = dataclasses.replace(info, fallbacks=(ExpertFallback(3, 17, 5),), smoothing="weights")
+    assert "smoothed for weights" in calibration_line(starved)
+    assert "3.17 (5)" in calibration_line(starved)
 
 
 def test_inspect_of_a_folder_that_is_neither_fails(tmp_path: Path) -> None:
