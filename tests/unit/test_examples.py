@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 from tiny_graph import Shape, write_tiny_model
 
+from edgelm.bundle import Bundle
 from edgelm.generate import load
+from edgelm.quant import Recipe
+from edgelm.texts import standard_library
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -63,3 +66,28 @@ def test_unusable_requests_are_refused_with_a_reason(port: int, request_: dict[s
     status, text = post(port, **request_)
     assert status == 400
     assert any(word in text for word in ("temperature", "prompt", "do not fit"))
+
+
+def test_the_calibration_example_goes_all_the_way(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(standard_library()[0][5:200:20])[:60_000], encoding="utf-8")
+    command = [sys.executable, "-P", str(EXAMPLES / "calibrate.py"), str(EXAMPLES / "checkpoints" / "olmoe-tiny")]
+    command += [
+        str(tmp_path / "out"),
+        "--bits",
+        "4.5",
+        "--text",
+        str(text),
+        "--samples",
+        "8",
+        "--length",
+        "128",
+        "--threads",
+        "1",
+    ]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "bits a weight, expected KL" in done.stdout
+    kl = float(done.stdout.rpartition("KL ")[2].split()[0])
+    assert 0 < kl < 0.02  # int4 rounded to nearest loses 0.0155, at half a bit more
+    assert Recipe.load(tmp_path / "out" / "recipe.toml").rules
+    assert Bundle.open(tmp_path / "out" / "bundle").manifest.calibration is not None
