@@ -236,7 +236,7 @@ def in_groups(values: NDArray[Any], matrix: Matrix) -> NDArray[Any]:
     stored, cut = matrix.written.group, matrix.scheme.group
     if stored is None or cut is None or stored == cut:
         return np.ascontiguousarray(values)
-    return np.repeat(values, stored // cut, axis=1)[:, : matrix.shape[1] // cut]
+    return np.ascontiguousarray(np.repeat(values, stored // cut, axis=1)[:, : matrix.shape[1] // cut])
 
 
 def stored_groups(matrix: Matrix) -> int:
