@@ -10,8 +10,8 @@ r is what is to be added to the output besides: for a matrix that writes into th
 stream itself. W' costs nothing to run. (GPTAQ, arXiv 2504.02692, puts the first term into GPTQ's column updates; here
 it is a matrix of its own, so that every method profits and experts can share it.)
 
-The damping `a` keeps W' from fitting noise: a tenth of the mean of H's diagonal was best with four calibration tokens
-for each column, and as good as less with fifty (docs/log.md).
+The damping `a` keeps W' from fitting noise: a tenth of the mean of H's diagonal was no worse than a hundredth, with few
+calibration tokens and with many (docs/log.md).
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ enum edgelm_numbers { EDGELM_INTEGERS = 0, EDGELM_E4M3 = 1, EDGELM_E5M2 = 2 };
 //
 //   round:   value = nearest(target / scale),                                 error = weight - value * scale,
 //            target[k] += coupling[j, k] * error            for each k > j
-//   recode:  value = nearest((weight - error + target / coupling[j, j]) / scale), error as above,
+//   recode:  value = nearest((weight - error + target * (1 / coupling[j, j])) / scale), error as above,
 //            target[k] += coupling[j, k] * (error - error before)
 //
 // See quant/methods/gptq.py for what coupling and target are.

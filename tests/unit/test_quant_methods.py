@@ -169,7 +169,7 @@ def test_degenerate_inputs_and_weights(scheme, weight):
             assert untouched.max() <= 1.5 * plain
 
 
-def test_a_zero_column_of_inputs_does_not_change_its_weights_much(weight):
+def test_without_inputs_weights_are_rounded_to_nearest(weight):
     assert calibrate(weight, parse_scheme("int4-g32-sym"), None).method == "rtn"
     assert calibrate(weight, parse_scheme("int4-g32-sym"), Moments.zeros(K)).method == "rtn"
 
