@@ -53,3 +53,11 @@ class GenerationError(EdgeLMError):
 
 class ParityError(EdgeLMError):
     """The parity check could not be carried out (a failed check is a verdict, not an error)."""
+
+
+class DeviceError(EdgeLMError):
+    """A GPU, its driver or a library of it is missing, too old, or failed."""
+
+
+class DeviceMemoryError(DeviceError):
+    """The device has not enough memory free."""
