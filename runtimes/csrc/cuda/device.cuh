@@ -1,0 +1,139 @@
+// What the kernels are written in: indices, barriers, shuffles, tensor-core products, copies, conversions.
+//
+// There are two implementations of it. NVRTC (or nvcc) takes this file's own, in CUDA and PTX. With EDGELM_EMULATED the
+// same kernels are compiled for a processor, where emulator.h runs a block's threads as fibers: their arithmetic,
+// barriers and copies can then be tested where there is no GPU. Nothing here needs a header of CUDA's or the standard
+// library's, so that NVRTC alone compiles it.
+//
+// A kernel is a function template of one struct:
+//
+//     template <class A, int N>
+//     EDGELM_BODY void scale(const ScaleArgs& args) { ... }
+//     EDGELM_KERNEL(scale_bf16_4, ScaleArgs, 256, 1, scale<bf16, 4>)
+//
+// 256 is the number of threads it is launched with (blocks have one dimension), 1 the blocks that must fit on a
+// multiprocessor, from which the compiler knows how many registers it may take.
+#pragma once
+
+namespace edgelm {
+
+using i8 = signed char;
+using u8 = unsigned char;
+using i16 = short;
+using u16 = unsigned short;
+using i32 = int;
+using u32 = unsigned int;
+using i64 = long long;
+using u64 = unsigned long long;
+
+// Numbers of two bytes and one: bits only, converted explicitly.
+struct bf16 { u16 bits; };
+struct f16 { u16 bits; };
+struct e4m3 { u8 bits; };  // OCP FP8: 4 bits of exponent, 3 of mantissa, largest 448
+
+struct alignas(8) Words2 { u32 x, y; };
+struct alignas(16) Words4 { u32 x, y, z, w; };
+
+template <class T, class U> struct Same { static constexpr bool value = false; };
+template <class T> struct Same<T, T> { static constexpr bool value = true; };
+
+constexpr int kWarp = 32;
+
+}  // namespace edgelm
+
+#ifdef EDGELM_EMULATED
+#include "emulator.h"
+#else
+#include "device_cuda.cuh"
+#endif
+
+namespace edgelm {
+
+// -- conversions -------------------------------------------------------------------------------------------------------
+
+EDGELM_DEVICE float to_float(float x) { return x; }
+EDGELM_DEVICE float to_float(bf16 x) { return bits_to_float(u32(x.bits) << 16); }
+EDGELM_DEVICE float to_float(f16 x) { return f16_to_float(x.bits); }
+
+template <class T> struct From;
+template <> struct From<float> { static EDGELM_INLINE float of(float x) { return x; } };
+template <> struct From<bf16> { static EDGELM_INLINE bf16 of(float x) { return {u16(float_to_bf16x2(x, 0.f))}; } };
+template <> struct From<f16> { static EDGELM_INLINE f16 of(float x) { return {u16(float_to_f16x2(x, 0.f))}; } };
+
+// To the nearest, ties to even. float16 becomes infinite beyond 65504.
+template <class T> EDGELM_DEVICE T from_float(float x) { return From<T>::of(x); }
+
+// Two neighbours in one word, the first in the lower half.
+template <class A> EDGELM_DEVICE u32 pack2(float low, float high) {
+  static_assert(Same<A, bf16>::value || Same<A, f16>::value, "pairs are of 16-bit numbers");
+  if constexpr (Same<A, bf16>::value) return float_to_bf16x2(low, high);
+  else return float_to_f16x2(low, high);
+}
+
+template <class A> EDGELM_DEVICE void unpack2(u32 pair, float& low, float& high) {
+  if constexpr (Same<A, bf16>::value) {
+    low = bits_to_float(pair << 16);
+    high = bits_to_float(pair & 0xffff0000u);
+  } else {
+    low = f16_to_float(u16(pair));
+    high = f16_to_float(u16(pair >> 16));
+  }
+}
+
+// E4M3's exponent is eight less than float16's for the same bits, and its subnormals are float16's: shifted into place
+// and multiplied by 2^8 every finite code is exact. (The two NaN codes come out as 480; weights and caches have none.)
+EDGELM_DEVICE float to_float(e4m3 x) {
+  return f16_to_float(u16((x.bits & 0x80) << 8 | (x.bits & 0x7f) << 7)) * 256.f;
+}
+
+// To the nearest, ties to even, saturating at 448: the rule of cvt.rn.satfinite, in integers for processors without it.
+EDGELM_DEVICE u8 float_to_e4m3_bits(float x) {
+  const u32 bits = float_to_bits(x);
+  const u32 sign = bits >> 24 & 0x80;
+  const u32 magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000u) return u8(sign | 0x7f);
+  if (magnitude >= 0x43e80000u) return u8(sign | 0x7e);  // 464, halfway to what would follow 448, and more
+  if (magnitude < 0x3c800000u) {                         // below 2^-6: multiples of 2^-9
+    const float steps = bits_to_float(magnitude) * 512.f + 8388608.f;  // the addition rounds to an integer
+    return u8(sign | (float_to_bits(steps) & 0xff));
+  }
+  const u32 rounded = magnitude + 0x7ffffu + (magnitude >> 20 & 1);
+  return u8(sign | ((rounded >> 20) - (120u << 3)));
+}
+
+template <> struct From<e4m3> {
+  static EDGELM_INLINE e4m3 of(float x) {
+#ifdef EDGELM_HAS_FP8
+    return {u8(float_to_e4m3x2(x, 0.f))};
+#else
+    return {float_to_e4m3_bits(x)};
+#endif
+  }
+};
+
+// -- sums over a warp and a block --------------------------------------------------------------------------------------
+
+EDGELM_DEVICE float warp_sum(float x) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+
+EDGELM_DEVICE float warp_max(float x) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) x = max_(x, shuffle_xor(x, mask));
+  return x;
+}
+
+// Over all threads, whose number is a multiple of 32; `scratch` is shared memory of one float a warp. Every thread gets
+// the result, and all have passed a barrier after it was read.
+EDGELM_DEVICE float block_sum(float x, float* scratch) {
+  x = warp_sum(x);
+  const int warps = block_threads() / kWarp;
+  if (thread() % kWarp == 0) scratch[thread() / kWarp] = x;
+  sync_block();
+  float total = 0.f;
+  for (int i = 0; i < warps; ++i) total += scratch[i];
+  sync_block();
+  return total;
+}
+
+}  // namespace edgelm
