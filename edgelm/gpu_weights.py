@@ -1,0 +1,120 @@
+"""The layout of weights that the GPU kernels read: tiles in the order of a tensor core's operand.
+
+A matrix [N, K] is cut into tiles of 16 rows and `GpuKind.columns` columns, 512 bytes each, which one warp reads with a
+single load of 16 bytes a lane: lane 4 g + q holds what mma.m16n8k16 wants of rows g and g + 8. The four words of a lane
+(little-endian), with k counted within the tile:
+
+    float16, bfloat16 (16 columns)  w0: row g, k 2q, 2q+1; w1: row g+8, same; w2: row g, k 2q+8, 2q+9; w3: row g+8, same
+    float32 (8 columns)             w0: row g, k q; w1: row g+8, k q; w2: row g, k q+4; w3: row g+8, k q+4
+    int8, fp8 (32 columns)          steps s = 0, 1: w[2s]: row g, bytes k 16s + (2q, 2q+1, 2q+8, 2q+9); w[2s+1]: row g+8
+    int4 (64 columns)               steps s = 0..3: w[s]: register j has nibbles j and j + 4: j = 0: row g, k 16s + (2q,
+                                    2q+1); 1: row g+8, same; 2: row g, k 16s + (2q+8, 2q+9); 3: row g+8, same
+
+Tiles of a block of 16 rows follow each other along K. Codes are unsigned, as in a quantised checkpoint: w = (code -
+zero) * scale. Scales (float16 of integers, float32 of fp8) and zero points (uint8) lie as [N / 16, groups, 16]. In a
+SwiGLU matrix rows 0..7 of block t are gate's 8t .. 8t+7 and rows 8..15 up's, so that a lane has both of one result.
+
+A blob is codes | scales | zeros of all its matrices (one, or a layer's experts), each part starting at a multiple of
+256 bytes; matrix e's part begins at e times the part's stride.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+ROWS = 16
+TILE_BYTES = 512
+ALIGNMENT = 256
+
+
+class GpuKind(StrEnum):
+    """How weights are stored."""
+
+    INT4 = "int4"
+    INT8 = "int8"
+    FP8 = "fp8"
+    FLOAT16 = "f16"
+    BFLOAT16 = "bf16"
+    FLOAT32 = "f32"
+
+    @property
+    def columns(self) -> int:
+        """Columns of a tile."""
+        return {GpuKind.INT4: 64, GpuKind.INT8: 32, GpuKind.FP8: 32, GpuKind.FLOAT32: 8}.get(self, 16)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a scale; 0 where there is none."""
+        return {GpuKind.INT4: 2, GpuKind.INT8: 2, GpuKind.FP8: 4}.get(self, 0)
+
+
+@dataclass(frozen=True)
+class GpuMatrix:
+    """A blob of `count` matrices of one shape and format.
+
+    Attributes:
+        kind: how weights are stored.
+        rows, columns: N and K; of a SwiGLU matrix N counts gate and up together. K is a multiple of the tile's columns.
+        group: columns to a scale, a multiple of 16 that divides K; K for kinds without scales.
+        zeros: whether groups have zero points.
+        swiglu: whether gate and up alternate by blocks of 8 rows.
+        count: matrices in the blob.
+    """
+
+    kind: GpuKind
+    rows: int
+    columns: int
+    group: int
+    zeros: bool = False
+    swiglu: bool = False
+    count: int = 1
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 16 rows; the last is filled up with zeros. In a SwiGLU matrix each has 8 of gate and 8 of up."""
+        return -(-self.rows // ROWS)
+
+    @property
+    def groups(self) -> int:
+        """Scales of a row."""
+        return self.columns // self.group
+
+    @property
+    def outputs(self) -> int:
+        """Columns of the product."""
+        return self.rows // 2 if self.swiglu else self.rows
+
+    @property
+    def codes_stride(self) -> int:
+        """Bytes from one matrix's codes to the next's."""
+        return self.blocks * (self.columns // self.kind.columns) * TILE_BYTES
+
+    @property
+    def scales_stride(self) -> int:
+        """Bytes from one matrix's scales to the next's."""
+        return self.blocks * self.groups * ROWS * self.kind.scale_bytes
+
+    @property
+    def zeros_stride(self) -> int:
+        """Bytes from one matrix's zero points to the next's."""
+        return self.blocks * self.groups * ROWS if self.zeros else 0
+
+    @property
+    def scales_offset(self) -> int:
+        """Where the scales begin in the blob."""
+        return _aligned(self.count * self.codes_stride)
+
+    @property
+    def zeros_offset(self) -> int:
+        """Where the zero points begin in the blob."""
+        return self.scales_offset + _aligned(self.count * self.scales_stride)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the blob."""
+        return self.zeros_offset + _aligned(self.count * self.zeros_stride)
+
+
+def _aligned(value: int) -> int:
+    return -(-value // ALIGNMENT) * ALIGNMENT
