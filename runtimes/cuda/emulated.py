@@ -80,8 +80,13 @@ class EmulatedDevice(Device):
         """
         missing = sorted(set(names) - self._launchers.keys())
         if missing:
-            launcher = _compiled(missing, self.info.capability, self._cache)
-            self._launchers |= dict.fromkeys(missing, launcher)
+            source, _ = translation_unit(missing)
+            self.load_source(missing, source)
+
+    def load_source(self, names: Sequence[str], source: str) -> None:
+        """Compile `source`, which instantiates the kernels `names` of headers in `SOURCES`. Raises as `load`."""
+        launcher = _compiled(source, self.info.capability, self._cache)
+        self._launchers |= dict.fromkeys(names, launcher)
 
     def launch(self, launch: Launch, stream: int = 0) -> None:
         """Run a kernel to its end.
@@ -138,8 +143,7 @@ class EmulatedDevice(Device):
                 raise DeviceError(f"a kernel wrote {where} the buffer of {nbytes} bytes at {address:#x}")
 
 
-def _compiled(names: Sequence[str], capability: tuple[int, int], cache: Path) -> Callable[..., bytes | None]:
-    source, headers = translation_unit(names)
+def _compiled(source: str, capability: tuple[int, int], cache: Path) -> Callable[..., bytes | None]:
     fp8 = ["-DEDGELM_HAS_FP8=1"] if capability >= (8, 9) else []
     # -ffp-contract=off: what is fused is written fused.
     command = [
@@ -153,8 +157,8 @@ def _compiled(names: Sequence[str], capability: tuple[int, int], cache: Path) ->
         "-DEDGELM_EMULATED",
         *fp8,
     ]
-    emulator = (SOURCES / "emulator.h").read_bytes()
-    text = "\0".join([source, *headers.values(), *command]).encode() + emulator
+    included = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.glob("*.*h"))]
+    text = "\0".join([source, *included, *command]).encode()
     library = cache / f"{hashlib.sha256(text).hexdigest()[:32]}.so"
     if not library.is_file():
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -169,7 +173,7 @@ def _compiled(names: Sequence[str], capability: tuple[int, int], cache: Path) ->
             done = subprocess.run(call, capture_output=True, text=True, check=False)
             if done.returncode:
                 first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:500])
-                raise DeviceError(f"{compiler} refuses the kernels {', '.join(names[:3])} ...: {first}")
+                raise DeviceError(f"{compiler} refuses the kernels' sources: {first}")
             output.replace(library)
     function: Callable[..., bytes | None] = ctypes.CDLL(str(library)).edgelm_emulated_launch
     function.argtypes = [  # type: ignore[attr-defined]  # a foreign function
