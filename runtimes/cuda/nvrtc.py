@@ -30,6 +30,8 @@ LIBRARY_VARIABLE = "EDGELM_NVRTC"
 INSTALL = "pip install 'edgelm[gpu-export]'"
 
 _SUCCESS, _COMPILATION = 0, 6
+# A kernel whose only parameter is a struct.
+_PTX_ENTRY = re.compile(r"\.entry\s+([A-Za-z_$][\w$]*)\s*\(\s*\.param\s+\.align\s+\d+\s+\.b8\s+\w+\[(\d+)\]\s*\)")
 # Every choice that changes the arithmetic is spelt out: what a kernel may approximate it calls by name.
 _OPTIONS = ("-std=c++17", "--fmad=true", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 
@@ -41,14 +43,14 @@ class Compiled:
     Attributes:
         target: `sm_86` (image is a cubin) or `compute_80` (image is PTX text).
         image: what the driver loads.
-        kernels: the names in it.
+        argument_bytes: size of each kernel's parameters, by name: these are the kernels in it.
         resources: what each kernel uses; empty for PTX, which has no registers yet.
         log: what the compiler said: its warnings.
     """
 
     target: str
     image: bytes
-    kernels: tuple[str, ...]
+    argument_bytes: dict[str, int]
     resources: dict[str, Resources]
     log: str
 
@@ -78,17 +80,16 @@ def compile_kernels(
         if status == _COMPILATION:
             raise ExportError(f"{_first_error(log)} ({_naming(names)} for {target}, by NVRTC {nvrtc.version_text})")
         if target.startswith("compute_"):
-            image = nvrtc.text("nvrtcGetPTX", program)
-            used = {}
-            found = tuple(re.findall(r"\.entry\s+([A-Za-z_$][\w$]*)", image.decode(errors="replace")))
+            image, used = nvrtc.text("nvrtcGetPTX", program), {}
+            arguments = {name: int(size) for name, size in _PTX_ENTRY.findall(image.decode(errors="replace"))}
         else:
             image = nvrtc.text("nvrtcGetCUBIN", program)
             used = resources(image)
-            found = tuple(used)
-    missing = [name for name in names if name not in found]
+            arguments = {name: one.argument_bytes for name, one in used.items()}
+    missing = [name for name in names if name not in arguments]
     if missing:
         raise ExportError(f"the source compiled for {target} but has no {_naming(missing)}")
-    return Compiled(target, image, found, used, log)
+    return Compiled(target, image, arguments, used, log)
 
 
 class Nvrtc:

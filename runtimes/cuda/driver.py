@@ -1,0 +1,409 @@
+"""A device through the NVIDIA driver's own library: memory, kernels, streams, graphs. Needs nothing else."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import threading
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.errors import DeviceError, DeviceMemoryError
+from edgelm.runtimes.cuda.device import Device, DeviceInfo
+from edgelm.runtimes.cuda.driver_library import OUT_OF_MEMORY, Driver
+from edgelm.runtimes.cuda.kernels_file import Image
+from edgelm.runtimes.cuda.launch import Launch
+
+__all__ = ["INDEX_VARIABLE", "CudaDevice", "Graph", "KernelSource", "find_devices"]
+
+INDEX_VARIABLE = "EDGELM_GPU"
+"""Environment variable: which of the GPUs to use, counted from 0 as CUDA_VISIBLE_DEVICES leaves them."""
+OLDEST = (8, 0)
+"""The oldest compute capability that the kernels run on."""
+
+# Numbers of the driver's interface.
+_MULTIPROCESSORS, _MAJOR, _MINOR, _MOST_SHARED = 16, 75, 76, 97
+_DYNAMIC_SHARED = 8
+_NON_BLOCKING, _NO_TIMING, _CAPTURE_THIS_THREAD = 1, 2, 1
+_JIT_ERROR_LOG, _JIT_ERROR_LOG_SIZE = 5, 6
+# What a kernel may have without being asked.
+_SHARED = 48 << 10
+# Uploads go through two pinned buffers of this size: while one is copied to the GPU the other is filled.
+_STAGING = 8 << 20
+
+
+class KernelSource(Protocol):
+    """Where compiled kernels come from: a bundle's folder, or the compiler."""
+
+    def image(self, names: Sequence[str], capability: tuple[int, int], driver: tuple[int, int]) -> Image:
+        """An image that has these kernels and suits the device; see `KernelFolder.image`."""
+
+
+@dataclass
+class _Function:
+    handle: int
+    argument_bytes: int
+    shared: int = _SHARED
+
+
+class Graph:
+    """Recorded launches; calling it starts them all."""
+
+    def __init__(self, device: CudaDevice, handle: int) -> None:
+        self._device, self._handle = device, handle
+
+    def __call__(self) -> None:
+        """Start the launches, on the device's own stream."""
+        self._device.call("cuGraphLaunch", self._handle, self._device.stream)
+
+    def close(self) -> None:
+        """Free it; the device does so too when it is closed."""
+        if self._handle:
+            self._device.call("cuGraphExecDestroy", self._handle)
+            self._handle = 0
+
+
+class CudaDevice(Device):
+    """One GPU. It lives in the process's primary context, so that other libraries can share its memory.
+
+    Args:
+        kernels: where kernels come from.
+        index: which GPU, as CUDA_VISIBLE_DEVICES leaves them; default EDGELM_GPU, else 0.
+        library: path of the driver's library, where it is not the system's.
+
+    Raises:
+        DeviceError: no driver, no such GPU, or one that is too old.
+    """
+
+    def __init__(self, kernels: KernelSource, index: int | None = None, library: str | None = None) -> None:
+        self._driver = Driver(library)
+        self._kernels = kernels
+        self.index = _chosen(index, _count(self._driver))
+        ordinal = _integer(self._driver, "cuDeviceGet", self.index)
+        self.info = _describe(self._driver, ordinal)
+        if self.info.capability < OLDEST:
+            raise DeviceError(
+                f"{self.info.name} has compute capability {'{}.{}'.format(*self.info.capability)}, and the kernels "
+                f"need {'{}.{}'.format(*OLDEST)} (Ampere, 2020) or newer: use --target cuda or cpu"
+            )
+        self._most_shared = _integer(self._driver, "cuDeviceGetAttribute", _MOST_SHARED, ordinal)
+        self._ordinal: int | None = ordinal
+        self._context = self._handle("cuDevicePrimaryCtxRetain", ordinal, doing="making a context")
+        self._thread: int | None = None
+        self._capturing = False
+        self._modules: list[tuple[int, Image]] = []
+        self._functions: dict[str, _Function] = {}
+        self._buffers: dict[int, int] = {}
+        self._pinned: dict[int, NDArray[np.uint8]] = {}
+        self._graphs: list[Graph] = []
+        self._streams: list[int] = []
+        self._staging: list[tuple[NDArray[np.uint8], int]] = []
+        self.stream = self.new_stream()
+        """Handle of the device's own stream, for other libraries."""
+
+    def call(self, function: str, *args: object, allowed: Container[int] = (), doing: str = "") -> int:
+        """Call the driver in this device's context; see `Driver.call`."""
+        thread = threading.get_ident()
+        if thread != self._thread:
+            self._driver.call("cuCtxSetCurrent", self._context)
+            self._thread = thread
+        return self._driver.call(function, *args, allowed=allowed, doing=doing)
+
+    # -- memory --------------------------------------------------------------------------------------------------------
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes of the GPU now, whoever holds the rest."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self.call("cuMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+        return free.value, total.value
+
+    @property
+    def allocated(self) -> int:
+        """Bytes that `allocate` handed out and that were not freed."""
+        return sum(self._buffers.values())
+
+    def allocate(self, nbytes: int) -> int:
+        """Reserve memory; see `Device.allocate`."""
+        assert not self._capturing, "memory must be there before launches are recorded"
+        address = ctypes.c_ulonglong()
+        status = self.call("cuMemAlloc", ctypes.byref(address), max(nbytes, 1), allowed=(OUT_OF_MEMORY,))
+        if status == OUT_OF_MEMORY:
+            free, total = self.memory()
+            raise DeviceMemoryError(
+                f"{self.info.name} has {_size(free)} of {_size(total)} free, {_size(self.allocated)} are this model's, "
+                f"and {_size(nbytes)} more are needed: end what else uses the GPU, or use a shorter context, a smaller "
+                "batch or int4 weights"
+            )
+        self._buffers[address.value] = nbytes
+        return address.value
+
+    def free(self, address: int) -> None:
+        """Give memory back."""
+        del self._buffers[address]
+        self.call("cuMemFree", address)
+
+    def upload(self, address: int, data: NDArray[Any] | bytes) -> None:
+        """Copy to the device in the order of the launches; `data` may be changed when this returns."""
+        assert not self._capturing, "a recorded copy would read this memory later: use start_upload"
+        source = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else np.ascontiguousarray(data)
+        start, left = source.ctypes.data, source.nbytes
+        if 0 < left <= _STAGING // 64:  # the driver's own buffer takes it
+            self.call("cuMemcpyHtoDAsync", address, start, left, self.stream)
+            return
+        if left and not self._staging:
+            self._staging = [(self.pinned(_STAGING), self._event(_NO_TIMING)) for _ in range(2)]
+        turn = 0
+        while left > 0:
+            buffer, copied = self._staging[turn]
+            self.call("cuEventSynchronize", copied)
+            part = min(left, _STAGING)
+            ctypes.memmove(buffer.ctypes.data, start, part)
+            self.start_upload(address, buffer[:part])
+            self.call("cuEventRecord", copied, self.stream)
+            start, address, left, turn = start + part, address + part, left - part, 1 - turn
+
+    def download(self, address: int, out: NDArray[Any]) -> None:
+        """Copy from the device into `out`, which must be contiguous; returns when it is there."""
+        assert not self._capturing, "nothing can be waited for while launches are recorded: use start_download"
+        assert out.flags.c_contiguous
+        if out.nbytes:
+            self.call("cuMemcpyDtoHAsync", out.ctypes.data, address, out.nbytes, self.stream)
+            self.call("cuStreamSynchronize", self.stream, doing="waiting for a copy and the kernels before it")
+
+    def fill(self, address: int, value: int, nbytes: int) -> None:
+        """Set bytes."""
+        if nbytes:
+            self.call("cuMemsetD8Async", address, value, nbytes, self.stream)
+
+    def copy(self, destination: int, source: int, nbytes: int, stream: int = 0) -> None:
+        """Copy within the device, in the order of the launches; the two must not overlap."""
+        if nbytes:
+            self.call("cuMemcpyDtoDAsync", destination, source, nbytes, stream or self.stream)
+
+    def pinned(self, nbytes: int) -> NDArray[np.uint8]:
+        """Host memory that the device copies from and to by itself; it lives until `close`."""
+        address = ctypes.c_void_p()
+        self.call("cuMemHostAlloc", ctypes.byref(address), max(nbytes, 1), 0, doing="pinning host memory")
+        assert address.value is not None
+        array = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address.value))
+        self._pinned[address.value] = array
+        return array
+
+    def start_upload(self, address: int, pinned: NDArray[Any], stream: int = 0) -> None:
+        """Start a copy from pinned memory, which must stay as it is until the copy is done; it can be recorded."""
+        self.call("cuMemcpyHtoDAsync", address, pinned.ctypes.data, pinned.nbytes, stream or self.stream)
+
+    def start_download(self, pinned: NDArray[Any], address: int, stream: int = 0) -> None:
+        """Start a copy into pinned memory; it can be recorded."""
+        self.call("cuMemcpyDtoHAsync", pinned.ctypes.data, address, pinned.nbytes, stream or self.stream)
+
+    # -- kernels -------------------------------------------------------------------------------------------------------
+
+    def load(self, names: Sequence[str]) -> None:
+        """Make kernels ready; see `Device.load`.
+
+        Raises:
+            RuntimeUnavailableError: there is no image for this GPU and driver.
+            DeviceError: the driver refuses the image.
+        """
+        have = {name for _, image in self._modules for name in image.argument_bytes}
+        missing = [name for name in dict.fromkeys(names) if name not in have]
+        if missing:
+            image = self._kernels.image(missing, self.info.capability, self.info.driver)
+            self._modules.append((self._module(image), image))
+        for name in names:
+            if name not in self._functions:
+                module, image = next(found for found in self._modules if name in found[1].argument_bytes)
+                handle = self._handle("cuModuleGetFunction", module, name.encode(), doing=f"looking for {name}")
+                # Drivers load a kernel when it is first used, which may be while launches are recorded, and wait then.
+                if self._driver.has("cuFuncLoad"):
+                    self.call("cuFuncLoad", handle, doing=f"loading {name}")
+                self._functions[name] = _Function(handle, image.argument_bytes[name])
+
+    def _module(self, image: Image) -> int:
+        module, log = ctypes.c_void_p(), ctypes.create_string_buffer(4096)
+        keys = (ctypes.c_int * 2)(_JIT_ERROR_LOG, _JIT_ERROR_LOG_SIZE)
+        values = (ctypes.c_void_p * 2)(ctypes.addressof(log), len(log))
+        data = image.data + b"\0"  # where PTX text ends
+        try:
+            self.call(
+                "cuModuleLoadDataEx", ctypes.byref(module), data, 2, keys, values, doing=f"loading {image.target}"
+            )
+        except DeviceError as error:
+            said = log.value.decode(errors="replace").strip()
+            raise type(error)(f"{error} ({said.splitlines()[0]})" if said else str(error)) from error
+        assert module.value is not None
+        return module.value
+
+    def launch(self, launch: Launch, stream: int = 0) -> None:
+        """Start a kernel.
+
+        Raises:
+            DeviceError: it was not loaded, or this GPU has too little shared memory for it.
+        """
+        function = self._functions.get(launch.kernel)
+        if function is None:
+            raise DeviceError(f"the kernel {launch.kernel} was not loaded")
+        assert len(launch.args) == function.argument_bytes, (launch.kernel, len(launch.args), function.argument_bytes)
+        if launch.shared > function.shared:
+            if launch.shared > self._most_shared:
+                raise DeviceError(
+                    f"{launch.kernel} needs {launch.shared} bytes of shared memory, and a block on {self.info.name} "
+                    f"has {self._most_shared}: a bug in EdgeLM, report it"
+                )
+            self.call("cuFuncSetAttribute", function.handle, _DYNAMIC_SHARED, launch.shared)
+            function.shared = launch.shared
+        arguments = ctypes.c_char_p(launch.args)
+        parameters = ctypes.cast(arguments, ctypes.c_void_p)  # of the struct's bytes, which the driver copies
+        self.call(
+            "cuLaunchKernel", function.handle, *launch.grid, launch.block, 1, 1, launch.shared, stream or self.stream,
+            ctypes.byref(parameters), None, doing=f"launching {launch.kernel}",
+        )  # fmt: skip
+
+    # -- order and time ------------------------------------------------------------------------------------------------
+
+    def new_stream(self) -> int:
+        """One more queue of launches, beside the device's own; lives until `close`."""
+        self._streams.append(self._handle("cuStreamCreate", _NON_BLOCKING))
+        return self._streams[-1]
+
+    def wait(self, stream: int, other: int = 0) -> None:
+        """Let what is launched in `stream` from now on wait for all that `other` has now; can be recorded."""
+        event = self._event(_NO_TIMING)
+        self.call("cuEventRecord", event, other or self.stream)
+        self.call("cuStreamWaitEvent", stream or self.stream, event, 0)
+        self.call("cuEventDestroy", event)  # the driver keeps it until it has happened
+
+    def synchronize(self) -> None:
+        """Wait for everything; an error of a kernel that ran shows here."""
+        self.call("cuCtxSynchronize", doing="waiting for kernels")
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """Record what `work` launches; it must neither wait nor allocate."""
+        self.call("cuStreamBeginCapture", self.stream, _CAPTURE_THIS_THREAD)
+        self._capturing = True
+        graph, recorded = ctypes.c_void_p(), False
+        try:
+            work()
+            recorded = True
+        finally:
+            self._capturing = False
+            # After an error of `work` that error is the one to show.
+            status = self._driver.call("cuStreamEndCapture", self.stream, ctypes.byref(graph), allowed=range(1, 10000))
+            if status and recorded:
+                self._driver.fail("cuStreamEndCapture", status, "recording launches")
+            if graph.value and not recorded:
+                self.call("cuGraphDestroy", graph)
+        handle = self._handle("cuGraphInstantiate", graph, 0, doing="making a graph of launches")
+        self.call("cuGraphDestroy", graph)
+        self.call("cuGraphUpload", handle, self.stream)
+        self._graphs.append(Graph(self, handle))
+        return self._graphs[-1]
+
+    def elapsed(self, work: Callable[[], None], repeat: int = 1) -> list[float]:
+        """Seconds of device time that each of `repeat` runs of `work` takes on the device's own stream."""
+        events = [self._event(0) for _ in range(repeat + 1)]
+        self.call("cuEventRecord", events[0], self.stream)
+        for event in events[1:]:
+            work()
+            self.call("cuEventRecord", event, self.stream)
+        self.call("cuEventSynchronize", events[-1], doing="waiting for what is timed")
+        times = []
+        for start, end in itertools.pairwise(events):
+            milliseconds = ctypes.c_float()
+            self.call("cuEventElapsedTime", ctypes.byref(milliseconds), start, end)
+            times.append(milliseconds.value / 1000)
+        for event in events:
+            self.call("cuEventDestroy", event)
+        return times
+
+    def close(self) -> None:
+        """Free everything; a second time it does nothing. After an error of a kernel only the context is released."""
+        if self._ordinal is None:
+            return
+        ordinal, self._ordinal = self._ordinal, None
+        try:
+            self.synchronize()
+            for graph in self._graphs:
+                graph.close()
+            for _, copied in self._staging:
+                self.call("cuEventDestroy", copied)
+            for stream in self._streams:
+                self.call("cuStreamDestroy", stream)
+            for module, _ in self._modules:
+                self.call("cuModuleUnload", module)
+            for address in list(self._buffers):
+                self.free(address)
+            for host in self._pinned:
+                self.call("cuMemFreeHost", host)
+        finally:
+            self._driver.call("cuDevicePrimaryCtxRelease", ordinal)
+
+    def _handle(self, function: str, *args: object, doing: str = "") -> int:
+        handle = ctypes.c_void_p()
+        # The context itself is made before there is one to be current.
+        call = self._driver.call if function == "cuDevicePrimaryCtxRetain" else self.call
+        call(function, ctypes.byref(handle), *args, doing=doing)
+        assert handle.value is not None, function
+        return handle.value
+
+    def _event(self, flags: int) -> int:
+        return self._handle("cuEventCreate", flags)
+
+
+def find_devices(library: str | None = None) -> tuple[DeviceInfo, ...]:
+    """Every GPU of this machine that CUDA_VISIBLE_DEVICES leaves; makes no context.
+
+    Raises:
+        DeviceError: no driver, or no GPU.
+    """
+    driver = Driver(library)
+    return tuple(_describe(driver, _integer(driver, "cuDeviceGet", index)) for index in range(_count(driver)))
+
+
+def _count(driver: Driver) -> int:
+    count = _integer(driver, "cuDeviceGetCount")
+    if not count:
+        driver.fail("cuDeviceGetCount", 100)
+    return count
+
+
+def _chosen(index: int | None, count: int) -> int:
+    named = os.environ.get(INDEX_VARIABLE)
+    if index is None and named:
+        if not named.isdigit():
+            raise DeviceError(f"{INDEX_VARIABLE}={named} is not the number of a GPU: 0 to {count - 1}")
+        index = int(named)
+    index = index or 0
+    if not 0 <= index < count:
+        raise DeviceError(
+            f"there is no GPU {index}: this machine shows {count}, counted from 0 ({INDEX_VARIABLE} chooses)"
+        )
+    return index
+
+
+def _describe(driver: Driver, ordinal: int) -> DeviceInfo:
+    name, memory = ctypes.create_string_buffer(256), ctypes.c_size_t()
+    driver.call("cuDeviceGetName", name, len(name), ordinal)
+    driver.call("cuDeviceTotalMem", ctypes.byref(memory), ordinal)
+    major, minor, multiprocessors = (
+        _integer(driver, "cuDeviceGetAttribute", attribute, ordinal) for attribute in (_MAJOR, _MINOR, _MULTIPROCESSORS)
+    )
+    return DeviceInfo(
+        name.value.decode(errors="replace"), (major, minor), multiprocessors, memory.value, driver.version
+    )
+
+
+def _integer(driver: Driver, function: str, *args: object) -> int:
+    value = ctypes.c_int()
+    driver.call(function, ctypes.byref(value), *args)
+    return value.value
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 1 << 28 else f"{nbytes / 2**20:.1f} MiB"

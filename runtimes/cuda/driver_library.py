@@ -1,0 +1,177 @@
+"""libcuda.so.1, the driver's own library, by ctypes: loading it, calling it, and what its errors mean for a user.
+
+It comes with the driver, so that a device needs no part of the CUDA toolkit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Container
+from typing import NoReturn
+
+from edgelm.errors import DeviceError, DeviceMemoryError
+
+__all__ = ["LIBRARY_VARIABLE", "Driver"]
+
+LIBRARY = "libcuda.so.1"
+LIBRARY_VARIABLE = "EDGELM_CUDA_DRIVER"
+"""Environment variable: path of the driver's library to use in place of the system's."""
+
+OUT_OF_MEMORY = 2
+_NO_DEVICE_HELP = (
+    "check that nvidia-smi lists a GPU, that CUDA_VISIBLE_DEVICES does not hide it, and that a container was started "
+    "with its GPUs (--gpus all)"
+)
+# By the driver's number; what none of these says, the driver's own words do.
+_HELP = {
+    2: "end what else uses the GPU (nvidia-smi shows it), or use a shorter context, a smaller batch or int4 weights",
+    3: "the process forked after it used the GPU: load the model in the child process",
+    34: "this is the toolkit's stub of the driver: install the driver, or take the stubs' folder off LD_LIBRARY_PATH",
+    46: "another process has the GPU for itself: end it, or change the GPU's compute mode",
+    100: _NO_DEVICE_HELP,
+    101: "there is no GPU of that number: nvidia-smi lists them; EDGELM_GPU and CUDA_VISIBLE_DEVICES choose",
+    200: "the bundle's kernels are damaged, or too new for this driver: copy the bundle again, or update the driver",
+    201: "another library in this process reset the GPU: load the model again",
+    209: "the bundle has no kernels for this GPU: export with --sm and its number",
+    214: "the GPU's memory has errors that it cannot correct: restart the machine, and have the GPU looked at",
+    218: "the driver cannot compile the bundle's PTX: update the driver, or export with --sm and this GPU's number",
+    222: "the bundle's PTX is newer than the driver: update the driver, or export with --sm and this GPU's number",
+    700: "a kernel left its memory, a bug in EdgeLM: report it; this process cannot use the GPU any more",
+    701: "the kernel needs more registers or shared memory than this GPU has: a bug in EdgeLM, report it",
+    702: "a kernel ran for too long for a GPU that also drives a display: use another GPU or turn its watchdog off",
+    719: "a kernel failed, a bug in EdgeLM or a fault of the GPU: report it; this process cannot use the GPU any more",
+    802: "the system is still starting its GPUs: start nvidia-fabricmanager, then try again",
+    803: "the driver's library and its kernel module are of different versions: restart the machine",
+    804: "the compatibility libraries of a newer CUDA do not run on this GPU: take them off LD_LIBRARY_PATH",
+}
+_I, _U, _L, _Z, _P, _S = (
+    *(ctypes.c_int, ctypes.c_uint, ctypes.c_ulonglong),
+    *(ctypes.c_size_t, ctypes.c_void_p, ctypes.c_char_p),
+)
+# Symbol and parameters. Addresses and handles are 64 bits, which ctypes would cut to an int where no type is given.
+# Where a function has several forms the one of CUDA 11 is taken, which every later driver keeps.
+_FUNCTIONS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "cuDriverGetVersion": ("cuDriverGetVersion", (_P,)),
+    "cuInit": ("cuInit", (_U,)),
+    "cuGetErrorName": ("cuGetErrorName", (_I, _P)),
+    "cuGetErrorString": ("cuGetErrorString", (_I, _P)),
+    "cuDeviceGetCount": ("cuDeviceGetCount", (_P,)),
+    "cuDeviceGet": ("cuDeviceGet", (_P, _I)),
+    "cuDeviceGetName": ("cuDeviceGetName", (_S, _I, _I)),
+    "cuDeviceGetAttribute": ("cuDeviceGetAttribute", (_P, _I, _I)),
+    "cuDeviceTotalMem": ("cuDeviceTotalMem_v2", (_P, _I)),
+    "cuDevicePrimaryCtxRetain": ("cuDevicePrimaryCtxRetain", (_P, _I)),
+    "cuDevicePrimaryCtxRelease": ("cuDevicePrimaryCtxRelease_v2", (_I,)),
+    "cuCtxSetCurrent": ("cuCtxSetCurrent", (_P,)),
+    "cuCtxSynchronize": ("cuCtxSynchronize", ()),
+    "cuMemGetInfo": ("cuMemGetInfo_v2", (_P, _P)),
+    "cuMemAlloc": ("cuMemAlloc_v2", (_P, _Z)),
+    "cuMemFree": ("cuMemFree_v2", (_L,)),
+    "cuMemHostAlloc": ("cuMemHostAlloc", (_P, _Z, _U)),
+    "cuMemFreeHost": ("cuMemFreeHost", (_P,)),
+    "cuMemcpyHtoDAsync": ("cuMemcpyHtoDAsync_v2", (_L, _P, _Z, _P)),
+    "cuMemcpyDtoHAsync": ("cuMemcpyDtoHAsync_v2", (_P, _L, _Z, _P)),
+    "cuMemcpyDtoDAsync": ("cuMemcpyDtoDAsync_v2", (_L, _L, _Z, _P)),
+    "cuMemsetD8Async": ("cuMemsetD8Async", (_L, ctypes.c_ubyte, _Z, _P)),
+    "cuModuleLoadDataEx": ("cuModuleLoadDataEx", (_P, _S, _U, _P, _P)),
+    "cuModuleUnload": ("cuModuleUnload", (_P,)),
+    "cuModuleGetFunction": ("cuModuleGetFunction", (_P, _P, _S)),
+    "cuFuncLoad": ("cuFuncLoad", (_P,)),
+    "cuFuncSetAttribute": ("cuFuncSetAttribute", (_P, _I, _I)),
+    "cuLaunchKernel": ("cuLaunchKernel", (_P, _U, _U, _U, _U, _U, _U, _U, _P, _P, _P)),
+    "cuStreamCreate": ("cuStreamCreate", (_P, _U)),
+    "cuStreamDestroy": ("cuStreamDestroy_v2", (_P,)),
+    "cuStreamSynchronize": ("cuStreamSynchronize", (_P,)),
+    "cuStreamWaitEvent": ("cuStreamWaitEvent", (_P, _P, _U)),
+    "cuStreamBeginCapture": ("cuStreamBeginCapture_v2", (_P, _I)),
+    "cuStreamEndCapture": ("cuStreamEndCapture", (_P, _P)),
+    "cuGraphInstantiate": ("cuGraphInstantiateWithFlags", (_P, _P, _L)),
+    "cuGraphUpload": ("cuGraphUpload", (_P, _P)),
+    "cuGraphLaunch": ("cuGraphLaunch", (_P, _P)),
+    "cuGraphDestroy": ("cuGraphDestroy", (_P,)),
+    "cuGraphExecDestroy": ("cuGraphExecDestroy", (_P,)),
+    "cuEventCreate": ("cuEventCreate", (_P, _U)),
+    "cuEventRecord": ("cuEventRecord", (_P, _P)),
+    "cuEventSynchronize": ("cuEventSynchronize", (_P,)),
+    "cuEventElapsedTime": ("cuEventElapsedTime", (_P, _P, _P)),
+    "cuEventDestroy": ("cuEventDestroy_v2", (_P,)),
+}
+
+
+class Driver:
+    """The loaded and initialised library."""
+
+    def __init__(self, library: str | None = None) -> None:
+        """Load it.
+
+        Args:
+            library: its path; by default what EDGELM_CUDA_DRIVER names, else the system's.
+
+        Raises:
+            DeviceError: there is no driver, or no GPU that it can use.
+        """
+        self.path = library or os.environ.get(LIBRARY_VARIABLE) or LIBRARY
+        try:
+            self._library = ctypes.CDLL(self.path)
+        except OSError as error:
+            raise DeviceError(
+                f"no NVIDIA driver: {self.path} cannot be loaded ({error}); install the driver, and start a container "
+                "with its GPUs (--gpus all)"
+            ) from error
+        self._functions: dict[str, Callable[..., int]] = {}
+        version = ctypes.c_int()
+        self.call("cuDriverGetVersion", ctypes.byref(version))
+        self.version = (version.value // 1000, version.value % 1000 // 10)
+        """The CUDA version that it speaks, e.g. (13, 0)."""
+        self.call("cuInit", 0)
+
+    def has(self, function: str) -> bool:
+        """Whether this driver is new enough for a function."""
+        return hasattr(self._library, _FUNCTIONS[function][0])
+
+    def call(self, function: str, *args: object, allowed: Container[int] = (), doing: str = "") -> int:
+        """Call a function of the driver and return its status: 0 or one of `allowed`.
+
+        Args:
+            function: its name without the suffix of its version.
+            args: integers for addresses and handles, byref() for what is written to.
+            allowed: errors that the caller deals with.
+            doing: what it is for, as a message says it.
+
+        Raises:
+            DeviceMemoryError: not enough memory.
+            DeviceError: any other failure.
+        """
+        found = self._functions.get(function) or self._find(function)
+        status = found(*args)
+        if status and status not in allowed:
+            self.fail(function, status, doing)
+        return status
+
+    def _find(self, function: str) -> Callable[..., int]:
+        symbol, parameters = _FUNCTIONS[function]
+        try:
+            found = self._library[symbol]
+        except AttributeError as error:
+            raise DeviceError(f"the NVIDIA driver ({self.path}) is too old: it lacks {symbol}; update it") from error
+        found.argtypes, found.restype = parameters, ctypes.c_int
+        self._functions[function] = found
+        return found
+
+    def fail(self, function: str, status: int, doing: str = "") -> NoReturn:
+        """Raise what a status means."""
+        said = f"{self._name(status)} from {function}{f' while {doing}' if doing else ''}"
+        kind = DeviceMemoryError if status == OUT_OF_MEMORY else DeviceError
+        raise kind(f"the GPU or its driver failed, {said}: {_HELP.get(status, self._words(status))}")
+
+    def _name(self, status: int) -> str:
+        return self._text("cuGetErrorName", status) or f"error {status}"
+
+    def _words(self, status: int) -> str:
+        return self._text("cuGetErrorString", status) or "the driver does not say why"
+
+    def _text(self, function: str, status: int) -> str:
+        text = ctypes.c_char_p()
+        (self._functions.get(function) or self._find(function))(status, ctypes.byref(text))
+        return text.value.decode(errors="replace") if text.value else ""

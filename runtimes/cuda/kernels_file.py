@@ -1,0 +1,209 @@
+"""The compiled kernels of a bundle: a folder `kernels` with one image a target, and `kernels.json` about them.
+
+    kernels/sm_86.cubin ... kernels/compute_80.ptx   kernels/kernels.json
+
+Its hashes are in the bundle's manifest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgelm.devices import allowed_cores
+from edgelm.errors import BundleError, ExportError, RuntimeUnavailableError
+from edgelm.progress import Progress, Silent
+from edgelm.runtimes.cuda import nvrtc, sources
+from edgelm.runtimes.cuda.cubin import Resources
+
+__all__ = ["FOLDER", "Image", "KernelCompiler", "KernelFolder", "choose", "compile_bundle_kernels", "compile_images"]
+
+FOLDER = "kernels"
+INDEX = "kernels.json"
+FORMAT = 1
+# A cubin runs on later devices of its generation, except that boards (Orin, Thor) have code of their own.
+_BOARDS = (87, 88, 110)
+
+
+@dataclass(frozen=True)
+class Image:
+    """What a driver loads.
+
+    Attributes:
+        target: `sm_86` or `compute_80`.
+        data: a cubin or PTX text.
+        argument_bytes: size of each kernel's parameters, by name: these are the kernels that it has.
+        compiler: version of the NVRTC that made it.
+    """
+
+    target: str
+    data: bytes
+    argument_bytes: Mapping[str, int]
+    compiler: tuple[int, int]
+
+
+def compile_images(
+    names: Sequence[str], targets: Sequence[str], progress: Progress | None = None
+) -> dict[str, nvrtc.Compiled]:
+    """Compile kernels for several targets, as many at a time as there are cores.
+
+    Raises:
+        ExportError: a kernel does not compile, or NVRTC does not know a target.
+        DeviceError: there is no NVRTC.
+    """
+    library = nvrtc.load()
+    for target in targets:
+        library.check_target(target)
+    source, headers = sources.translation_unit(names)
+    done = {}
+    with (
+        (progress or Silent()).task("compiling GPU kernels", len(targets), unit="steps") as advance,
+        ThreadPoolExecutor(min(allowed_cores(), len(targets)) or 1) as pool,
+    ):
+        futures = [pool.submit(nvrtc.compile_kernels, source, headers, target, names) for target in targets]
+        try:
+            for target, future in zip(targets, futures, strict=True):
+                done[target] = future.result()
+                advance(1)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return done
+
+
+def compile_bundle_kernels(
+    names: Sequence[str], sms: Sequence[int], folder: Path, progress: Progress | None = None
+) -> None:
+    """Compile kernels for these SMs, and as PTX for the others, into `folder` (made if absent).
+
+    Raises:
+        ExportError: a kernel does not compile, spills registers, or NVRTC does not know an SM.
+        DeviceError: there is no NVRTC.
+    """
+    targets = [*dict.fromkeys(f"sm_{sm}" for sm in sms), nvrtc.PTX_TARGET]
+    compiled = compile_images(names, targets, progress)
+    for target, one in compiled.items():
+        for name, used in one.resources.items():
+            if used.local_bytes:
+                raise ExportError(
+                    f"{name} for {target} spills {used.local_bytes} bytes a thread: this is a bug, report it"
+                )
+    folder.mkdir(parents=True, exist_ok=True)
+    images = {}
+    for target, one in compiled.items():
+        file = f"{target}.{'ptx' if target == nvrtc.PTX_TARGET else 'cubin'}"
+        (folder / file).write_bytes(one.image)
+        images[target] = {"file": file, "resources": {name: asdict(used) for name, used in one.resources.items()}}
+    some = compiled[targets[0]]
+    index = {
+        "format": FORMAT,
+        "nvrtc": list(nvrtc.load().version),
+        "source": sources.fingerprint(*sources.translation_unit(names)),
+        "argument_bytes": dict(sorted(some.argument_bytes.items())),
+        "images": images,
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+class KernelFolder:
+    """Reads the folder; an image's bytes are read when it is chosen."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open it.
+
+        Raises:
+            BundleError: it is missing, damaged or of a newer format.
+        """
+        self.folder = folder
+        try:
+            data: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            if data["format"] != FORMAT:
+                raise BundleError(f"{folder / INDEX} has format {data['format']}, not {FORMAT}: update edgelm")
+            major, minor = data["nvrtc"]
+            self.compiler = (int(major), int(minor))
+            self.argument_bytes = {str(name): int(size) for name, size in data["argument_bytes"].items()}
+            self.files = {str(target): str(image["file"]) for target, image in data["images"].items()}
+            self.resources = {
+                target: {name: Resources(**used) for name, used in image["resources"].items()}
+                for target, image in data["images"].items()
+            }
+        except FileNotFoundError as error:
+            raise BundleError(
+                f"{folder / INDEX} is missing: the bundle holds no GPU kernels; export it again"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{folder / INDEX} is damaged ({error!r}): copy the bundle again") from error
+
+    def image(self, names: Sequence[str], capability: tuple[int, int], driver: tuple[int, int]) -> Image:
+        """The image that suits a device best.
+
+        Args:
+            names: kernels that it must have.
+            capability: of the device, e.g. (8, 6).
+            driver: the CUDA version that its driver speaks.
+
+        Raises:
+            RuntimeUnavailableError: no image runs there, or a kernel is missing.
+        """
+        missing = [name for name in names if name not in self.argument_bytes]
+        if missing:
+            raise RuntimeUnavailableError(
+                f"{self.folder} lacks the kernel {missing[0]} (of {len(missing)}): it was exported by another version "
+                "of edgelm; export it again"
+            )
+        target = choose(tuple(self.files), capability, self.compiler, driver)
+        path = self.folder / self.files[target]
+        try:
+            return Image(target, path.read_bytes(), self.argument_bytes, self.compiler)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read ({error.strerror}): copy the bundle again") from error
+
+
+class KernelCompiler:
+    """Compiles what is asked for with the NVRTC of this machine: for tests and measurements, which have no bundle."""
+
+    def image(self, names: Sequence[str], capability: tuple[int, int], driver: tuple[int, int]) -> Image:
+        """Compile kernels for a device; see `KernelFolder.image`."""
+        library = nvrtc.load()
+        known = tuple(f"sm_{sm}" for sm in library.sms)
+        target = choose((*known, nvrtc.PTX_TARGET), capability, library.version, driver)
+        (compiled,) = compile_images(names, [target]).values()
+        return Image(target, compiled.image, compiled.argument_bytes, library.version)
+
+
+def choose(
+    targets: Sequence[str], capability: tuple[int, int], compiler: tuple[int, int], driver: tuple[int, int]
+) -> str:
+    """Which of the targets a device runs best: its own, an earlier one of its generation, or PTX.
+
+    Raises:
+        RuntimeUnavailableError: none of them.
+    """
+    version, spoken = ("{}.{}".format(*pair) for pair in (compiler, driver))
+    if driver[0] < compiler[0]:
+        raise RuntimeUnavailableError(
+            f"this GPU's driver speaks CUDA {spoken}, and the kernels were compiled with CUDA {version}: update the "
+            f"driver to one for CUDA {compiler[0]}.0 or newer, or export the bundle where EDGELM_NVRTC names the NVRTC "
+            f"of CUDA {driver[0]}"
+        )
+    sm = capability[0] * 10 + capability[1]
+    cubins = sorted(int(target[3:]) for target in targets if target.startswith("sm_"))
+    texts = sorted(int(target[8:]) for target in targets if target.startswith("compute_"))
+    if sm in cubins:
+        return f"sm_{sm}"
+    kin = [other for other in cubins if other // 10 == sm // 10 and other < sm and not {sm, other} & set(_BOARDS)]
+    if kin:
+        return f"sm_{kin[-1]}"
+    older = [other for other in texts if other <= sm]
+    if older and driver >= compiler:
+        return f"compute_{older[-1]}"
+    has = ", ".join(targets) or "nothing"
+    if older:
+        raise RuntimeUnavailableError(
+            f"this GPU is SM {sm}, for which the bundle has PTX of CUDA {version} only, and its driver speaks CUDA "
+            f"{spoken}: update the driver, or export with --sm {sm}"
+        )
+    raise RuntimeUnavailableError(f"this GPU is SM {sm}, and the bundle has kernels for {has}: export with --sm {sm}")
