@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: our operators as plugins, engines of a bundle, and what runs them."""

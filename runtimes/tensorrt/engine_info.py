@@ -1,0 +1,180 @@
+"""What a bundle says of its engines, and which plugins an engine holds: read without TensorRT and without a GPU.
+
+Beside `engines/NAME.engine` lies `engines/NAME.json`. TensorRT's own inspector needs the GPU that the engine
+is for; but a plugin's serialised form is the text that we gave it, so the engine's bytes tell which of our plugins
+it will make when it is loaded, in every layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import mmap
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgelm.errors import BundleError
+from edgelm.runtimes.tensorrt.library import FULL, RTX
+from edgelm.runtimes.tensorrt.operators import MARK, PREFIX, PluginSpec
+
+if TYPE_CHECKING:
+    from edgelm.bundle import Bundle
+
+FOLDER = "engines"
+PYTHON, PTX = "python", "ptx"
+_FORMAT = 1
+_SPEC_LIMIT = 1 << 16
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """An engine as its description beside it says.
+
+    Attributes:
+        file: its path within the bundle.
+        flavour: `library.FULL` or `library.RTX`.
+        version: of the TensorRT that built it, which must be the one that runs it.
+        sms: compute capabilities that it was built for, e.g. (86, 89).
+        plugins: how ours run: "python": registered by our runtime; "ptx": baked into the engine.
+        max_batch: sequences that can decode together.
+        chunk: tokens of a prefill step at most.
+        context_length: positions of a cache at most.
+        kv: the cache's type.
+        weight_streaming: whether weights can stay in the host's memory, under a budget.
+        operators: how many of each of our plugins it holds, by the operator's name.
+        seconds: how long the build took.
+        linears: what computes the products of float matrices: "engine" or "plugin".
+        attention: "plugin", or "engine" for TensorRT's own.
+    """
+
+    file: str
+    flavour: str
+    version: str
+    sms: tuple[int, ...]
+    plugins: str
+    max_batch: int
+    chunk: int
+    context_length: int
+    kv: str
+    weight_streaming: bool
+    operators: dict[str, int]
+    seconds: float
+    linears: str = "plugin"
+    attention: str = "plugin"
+
+    def to_json(self) -> str:
+        """The description's text."""
+        return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: Path) -> EngineInfo:
+        """Parse a description.
+
+        Raises:
+            BundleError: it is none, or of another version.
+        """
+        try:
+            data = json.loads(text)
+            version = data.pop("format")
+            if version != _FORMAT:
+                raise ValueError(f"format {version}, this EdgeLM reads {_FORMAT}")
+            return cls(**{**data, "sms": tuple(data["sms"])})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{where} does not describe an engine ({error}): run `edgelm build` again") from error
+
+    @property
+    def needs(self) -> str:
+        """What must be on the device to run it, in words."""
+        name = "TensorRT" if self.flavour == FULL else "TensorRT-RTX"
+        how = (
+            "no Python: its plugins' PTX is in the engine"
+            if self.plugins == PTX
+            else "this package's runtime, which registers the plugins in Python"
+        )
+        return f"{name} {self.version} and {how}"
+
+    @property
+    def devices(self) -> str:
+        """The compute capabilities in words."""
+        return ", ".join(f"SM {sm}" for sm in self.sms)
+
+
+def engines(bundle: Bundle) -> list[EngineInfo]:
+    """The engines of a bundle, in the order of their names.
+
+    Raises:
+        BundleError: a description is damaged, or its engine is not in the manifest.
+    """
+    found = []
+    for name in sorted(bundle.manifest.files):
+        if name.startswith(f"{FOLDER}/") and name.endswith(".json"):
+            path = bundle.file(name)
+            info = EngineInfo.from_json(path.read_text(encoding="utf-8"), path)
+            if info.file not in bundle.manifest.files:
+                raise BundleError(f"{path} describes {info.file}, which the manifest does not list: build again")
+            found.append(info)
+    return found
+
+
+def engine_name(flavour: str, sms: tuple[int, ...], version: str) -> str:
+    """The stem of an engine's file, e.g. "rtx-1.7.1-sm86-sm89"."""
+    short = ".".join(version.split(".")[:3])
+    return "-".join(["rtx" if flavour == RTX else "trt", short, *(f"sm{sm}" for sm in sms)])
+
+
+def plugins_in(engine: Path) -> list[PluginSpec]:
+    """The plugins that an engine makes when it is loaded, without loading it; each once, however many profiles.
+
+    Raises:
+        BundleError: the file is empty.
+        EdgeLMError: a plugin of another version of EdgeLM.
+    """
+    found: dict[str, PluginSpec] = {}
+    if engine.stat().st_size == 0:
+        raise BundleError(f"{engine} is empty: run `edgelm build` again")
+    with engine.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        mark = MARK.encode()
+        place = data.find(mark)
+        while place >= 0:
+            text = _json_at(data, place)
+            if text is not None:
+                spec = PluginSpec.from_text(text)
+                found.setdefault(spec.name, spec)
+            place = data.find(mark, place + len(mark))
+    return list(found.values())
+
+
+def _json_at(data: mmap.mmap, place: int) -> str | None:
+    raw = data[place : place + _SPEC_LIMIT]
+    text = raw.split(b"\n", 1)[0].decode("utf-8", "replace")
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except ValueError:
+        return None
+    return text[:end]
+
+
+def count_operators(specs: list[PluginSpec]) -> dict[str, int]:
+    """How many of each operator, named as the plugins are without their prefix."""
+    return dict(sorted(Counter(spec.op for spec in specs).items()))
+
+
+def engine_document(info: EngineInfo, bundle: Bundle) -> dict[str, Any]:
+    """For `edgelm inspect --json`."""
+    document = dataclasses.asdict(info)
+    return document | {"bytes": bundle.manifest.files[info.file].size, "needs": info.needs}
+
+
+def engine_lines(info: EngineInfo, bundle: Bundle) -> list[str]:
+    """For `edgelm inspect`: what it is, what it needs, what it holds."""
+    size = bundle.manifest.files[info.file].size
+    held = ", ".join(f"{count} {PREFIX}{op}" for op, count in info.operators.items())
+    streaming = "; its weights can stay in host memory (--weight-budget)" if info.weight_streaming else ""
+    return [
+        f"{info.file}: {info.devices}, {size / 1e9:.3f} GB, built by {info.flavour} {info.version}",
+        f"needs {info.needs}{streaming}",
+        f"up to {info.max_batch} sequences, prefill by {info.chunk}, context {info.context_length}, {info.kv} cache; "
+        f"{held or 'no plugin of ours'}; dense products by the {info.linears}, attention by the {info.attention}",
+    ]

@@ -1,0 +1,176 @@
+"""What TensorRT has to know of our operators: shapes and types of results, and which input a result lies in.
+
+Pure data and functions of it, without TensorRT: tests and the plugins read the same table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgelm.errors import EdgeLMError
+
+PREFIX = "EdgeLM"
+"""Of plugins' names. TensorRT's parser keeps names such as GroupQueryAttention to itself, whatever their domain."""
+NAMESPACE = "edgelm"
+VERSION = "1"
+MARK = '{"edgelm_plugin": 1, '
+"""How the serialised form of a plugin begins; engines are searched for it."""
+
+Value = int | float | str
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A dimension of a result that is one of an input: axis `axis` of input `input` of the operator's full list."""
+
+    input: int
+    axis: int
+
+
+Term = int | Dim | tuple[Dim, ...]
+"""A dimension of a result: a constant, an input's, or the product of several of these."""
+
+
+@dataclass(frozen=True)
+class PluginSpec:
+    """One node as a plugin keeps it, and as it lies in an engine.
+
+    Attributes:
+        name: the node's label, e.g. "layers.3.attn".
+        op: operator of the domain `edgelm`.
+        attrs: the node's attributes.
+        present: for each input of the operator's list whether the node has it. TensorRT takes no empty inputs, so a
+            plugin gets those that are present, in order.
+        outputs: how many results are used.
+    """
+
+    name: str
+    op: str
+    attrs: Mapping[str, Value] = field(default_factory=dict)
+    present: tuple[bool, ...] = ()
+    outputs: int = 1
+
+    def to_text(self) -> str:
+        """One line of JSON that begins with `MARK`."""
+        fields = {
+            "name": self.name,
+            "op": self.op,
+            "present": [int(there) for there in self.present],
+            "outputs": self.outputs,
+            "attrs": dict(sorted(self.attrs.items())),
+        }
+        return MARK + json.dumps(fields)[1:]
+
+    @classmethod
+    def from_text(cls, text: str) -> PluginSpec:
+        """Parse what `to_text` wrote.
+
+        Raises:
+            EdgeLMError: it is something else, or of an operator that this version lacks.
+        """
+        try:
+            data = json.loads(text)
+            if data["edgelm_plugin"] != 1:
+                raise ValueError(f"version {data['edgelm_plugin']}")
+            found = cls(
+                data["name"], data["op"], data["attrs"], tuple(map(bool, data["present"])), int(data["outputs"])
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise EdgeLMError(
+                f"a plugin of this engine is not one that this EdgeLM reads ({error}): build the engine again with "
+                "`edgelm build BUNDLE`"
+            ) from error
+        if found.op not in OPERATORS:
+            raise EdgeLMError(
+                f"{found.name}: the engine has the operator {found.op}, this EdgeLM has {', '.join(OPERATORS)}: "
+                "upgrade edgelm, or build the engine again"
+            )
+        return found
+
+    def spread(self, given: Sequence[Any]) -> list[Any]:
+        """The plugin's inputs at their places in the operator's list, None where one is absent."""
+        queue = list(given)
+        if len(queue) != sum(self.present):
+            raise EdgeLMError(
+                f"{self.name}: {self.op} takes {sum(self.present)} inputs here, it was given {len(queue)}"
+            )
+        return [queue.pop(0) if there else None for there in self.present]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator's results.
+
+    Attributes:
+        inputs: names of its inputs in order; those behind `required` may be absent.
+        required: how many must be there.
+        shapes: the dimensions of its results, of a node's attributes.
+        types: element types of its results, of a node's attributes and the inputs' types: "f32", "f16", "bf16", ...
+        aliases: results that are an input written in place: result -> input.
+    """
+
+    inputs: tuple[str, ...]
+    required: int
+    shapes: Callable[[Mapping[str, Value]], list[list[Term]]]
+    types: Callable[[Mapping[str, Value], Sequence[str | None]], list[str]]
+    aliases: Mapping[int, int] = field(default_factory=dict)
+
+
+def _like(index: int, rank: int) -> list[Term]:
+    return [Dim(index, axis) for axis in range(rank)]
+
+
+_ROWS: list[Term] = [Dim(0, 0), Dim(0, 1)]
+
+OPERATORS: dict[str, Operator] = {
+    "QuantEmbedding": Operator(
+        ("ids", "table"), 2, lambda a: [[*_ROWS, int(a["columns"])]], lambda a, t: ["f32"]
+    ),
+    "QuantLinear": Operator(
+        ("x", "weights", "norm", "residual"), 2,
+        lambda a: [[*_ROWS, int(a["rows"]) // (2 if a.get("swiglu") else 1)]],
+        lambda a, t: [str(a["output"])],
+    ),
+    "SparseMoE": Operator(
+        ("x", "router", "gate_up", "down", "norm"), 5,
+        lambda a: [_like(0, 3), [(Dim(0, 0), Dim(0, 1)), Dim(1, 0)]],
+        lambda a, t: ["f32", "f32"],
+    ),
+    "GroupQueryAttention": Operator(
+        ("qkv", "key_cache", "value_cache", "past_lengths", "cos", "sin", "q_norm", "k_norm"), 6,
+        lambda a: [[*_ROWS, int(a["num_heads"]) * int(a["head_size"])], _like(1, 4), _like(2, 4)],
+        lambda a, t: [str(t[0]), str(t[1]), str(t[2])],
+        {1: 1, 2: 2},
+    ),
+    "LastToken": Operator(
+        ("x", "new_lengths"), 1, lambda a: [[Dim(0, 0), 1, Dim(0, 2)]], lambda a, t: [str(t[0])]
+    ),
+    "Argmax": Operator(("logits",), 1, lambda a: [[Dim(0, 0)]], lambda a, t: ["int32"]),
+}  # fmt: skip
+
+
+def output_shapes(spec: PluginSpec, shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """Shapes of a node's results for concrete shapes of the inputs that it has.
+
+    Raises:
+        EdgeLMError: not its number of inputs.
+    """
+    places = spec.spread(shapes)
+
+    def value(term: Term) -> int:
+        if isinstance(term, int):
+            return term
+        dims = (term,) if isinstance(term, Dim) else term
+        return math.prod(int(places[dim.input][dim.axis]) for dim in dims)
+
+    found = OPERATORS[spec.op].shapes(spec.attrs)[: spec.outputs]
+    return [tuple(value(term) for term in shape) for shape in found]
+
+
+def output_types(spec: PluginSpec, types: Sequence[str]) -> list[str]:
+    """Element types of a node's results for those of the inputs that it has."""
+    return OPERATORS[spec.op].types(spec.attrs, spec.spread(types))[: spec.outputs]
