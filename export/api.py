@@ -44,6 +44,8 @@ from edgelm.export.graph import Dims, GraphBuilder
 from edgelm.export.memory import plan_memory
 from edgelm.export.native import NativeDecoder
 from edgelm.export.portable import PortableOps
+from edgelm.export.providers import CPU, PROVIDERS, Provider
+from edgelm.export.router_probe import router_probe
 from edgelm.export.weights import WeightsPlan
 from edgelm.files import atomic_directory, need_disk
 from edgelm.models import family as family_of
@@ -54,12 +56,13 @@ from edgelm.quant.calibration import CalibrationOptions, CalibrationReport, cali
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource, stored_recipe
 from edgelm.runtimes.native_library import library_path
+from edgelm.runtimes.router_probe import PROBE_FILE
 from edgelm.tokenizer import Tokenizer
 
 GRAPH_FILE = "model.onnx"
 DEBUG_FILE = "model.debug.onnx"
 WEIGHTS_FILE = "model.onnx.data"
-TARGETS = ("cpu",)
+TARGETS = ("cpu", "cuda")
 FLAVOURS = ("native", "portable")
 AUTO = "auto"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -123,6 +126,8 @@ class _Plan:
     graph: onnx.ModelProto
     debug_graph: onnx.ModelProto
     source_bytes: int
+    provider: Provider = CPU
+    probe: onnx.ModelProto | None = None
 
 
 def export_bundle(
@@ -196,6 +201,8 @@ def _export(
         _copy_texts(checkpoint.path, tokenizer, folder)
         if plan.ops == "portable":
             _write_genai(folder, plan)
+        if plan.probe is not None:
+            (folder / PROBE_FILE).write_bytes(plan.probe.SerializeToString())
         (folder / "parity").mkdir()
         reference, quantised = references(source, plan.dtype, original)
         write_pack(folder / "parity", reference, quantised, checkpoint.config, tokenizer, golden, progress)
@@ -266,6 +273,13 @@ def _recipe(recipe: str | Path | Recipe | None, checkpoint: Checkpoint) -> Recip
 
 def _flavour(options: ExportOptions, progress: Progress) -> str:
     """The operators to export for."""
+    if options.target == "cuda":
+        if options.ops == "native":
+            raise ExportError(
+                "native operators are for processors: leave --ops out, or export with --target tensorrt for our own on "
+                "a GPU"
+            )
+        return "portable"
     if options.ops != AUTO:
         return options.ops
     if options.target == "cpu" and library_path() is not None:
@@ -296,28 +310,36 @@ def _plan(
         experts_per_token=getattr(config, "num_experts_per_tok", 0),
         norm_topk_prob=getattr(config, "norm_topk_prob", False),
     )
-    dtype = _SHORT_DTYPES.get(options.dtype, options.dtype)
-    if dtype == "auto":
-        dtype = _float_type(checkpoint, source)
+    provider = PROVIDERS.get(options.target, CPU)
+    quantises = any(source.scheme(name) is not None for name in source.shapes)
+    dtype = provider.storage(
+        _SHORT_DTYPES.get(options.dtype, options.dtype), _float_type(checkpoint, source), quantises=quantises
+    )
     weights = WeightsPlan()
     graph = GraphBuilder(WEIGHTS_FILE)
     debug_outputs: Sequence[tuple[str, Dims]]
+    probe = None
     if options.ops == "native":
         model = NativeDecoder(graph, weights, source, dtype, info, config.rms_norm_eps, config.rope_theta)
         _NATIVE[family](model, config)
         debug_outputs = model.debug_outputs
     else:
-        debug_outputs = _PORTABLE[family](PortableOps(graph, weights, source, dtype), info, config).debug_outputs
+        ops = PortableOps(graph, weights, source, dtype, provider)
+        debug_outputs = _PORTABLE[family](ops, info, config).debug_outputs
+        if options.target == "cuda":
+            probe = router_probe(graph.model(info.name), ops, info.experts_per_token)
     return _Plan(
         info=info,
         ops=options.ops,
         tokens=TokenIds(tokenizer.bos_id, tuple(tokenizer.eos_ids), tokenizer.pad_id),
         dtype=dtype,
-        kv=_kv_dtype(options.ops, source.recipe),
+        kv=_kv_dtype(options.ops, source.recipe, provider.compute_type(dtype)),
         weights=weights,
         graph=graph.model(info.name),
         debug_graph=graph.model(f"{info.name} (debug)", debug_outputs, exact=True),
         source_bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
+        provider=provider,
+        probe=probe,
     )
 
 
@@ -377,7 +399,7 @@ def _copy_texts(source: Path, tokenizer: Tokenizer, folder: Path) -> None:
 def _write_genai(folder: Path, plan: _Plan) -> None:
     path = folder / "generation_config.json"
     generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    config = genai_config(plan.info, plan.tokens, GRAPH_FILE, generation)
+    config = genai_config(plan.info, plan.tokens, GRAPH_FILE, generation, plan.provider.session)
     (folder / "genai_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
@@ -415,21 +437,21 @@ def _write_manifest(
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def _kv_dtype(ops: str, recipe: Recipe) -> str:
+def _kv_dtype(ops: str, recipe: Recipe, compute: str = "float32") -> str:
     """The type of cache that a runtime allocates unless told otherwise: the recipe's, if it has one.
 
-    Else it does not round where nothing else does.
+    Else it does not round where nothing else does. `compute` is what a portable graph computes in.
 
     Raises:
         ExportError: these operators have no such cache.
     """
     if ops == "portable":
-        if recipe.kv not in (AUTO, "float32"):
+        if recipe.kv not in (AUTO, compute):
             raise ExportError(
-                f'recipe {recipe.name} has kv = "{recipe.kv}", but portable operators have float32 caches only: export '
-                "with --ops native, or leave kv out"
+                f'recipe {recipe.name} has kv = "{recipe.kv}", but portable operators have {compute} caches only here: '
+                "export for a processor with --ops native, or leave kv out"
             )
-        return "float32"
+        return compute
     exact = recipe.default is None and all(rule.scheme is None for rule in recipe.rules)
     return recipe.kv if recipe.kv != AUTO else "float32" if exact else "float16"
 

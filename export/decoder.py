@@ -6,13 +6,16 @@ Names and shapes are those ONNX Runtime GenAI expects, so that it runs the same 
 |---|---|---|
 | `input_ids` | int64 | [batch, tokens] |
 | `attention_mask` | int64 | [batch, total]: ones for every token so far, the new ones included |
-| `past_key_values.{i}.key`, `.value` | float32 | [batch, kv_heads, past, head_dim] |
+| `past_key_values.{i}.key`, `.value` | float32; float16 or bfloat16 for CUDA | [batch, kv_heads, past, head_dim] |
 | `logits_start` (optional, default -1) | int64 | [1]: logits are computed from this position of the input on |
 | `logits` | float32 | [batch, 1, vocabulary]: of the last token; [batch, positions, ...] where `logits_start` is fed |
 | `present.{i}.key`, `.value` | float32 | like past; may be the same buffer, then of the context's full length |
 
 The debug graph returns in addition `hidden.{i}` [batch, tokens, hidden] (the residual stream: 0 is the embedding's
-output, i + 1 what layer i leaves) and, for a mixture, `router_logits.{i}` [batch * tokens, experts].
+output, i + 1 what layer i leaves) and, for a mixture, `router_logits.{i}` [batch * tokens, experts], all float32.
+
+A graph for CUDA is captured once and replayed for every token: nothing on the host may depend on a length. So the mask
+may be as long as the cache, with zeros at the end: its sum says how many tokens there are, its length only bounds them.
 """
 
 from __future__ import annotations
@@ -40,8 +43,8 @@ class DecoderFrame:
         mask = graph.input("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"])
         cache: Dims = ["batch_size", info.num_kv_heads, "past_sequence_length", info.head_dim]
         for i in range(info.num_layers):
-            graph.input(f"past_key_values.{i}.key", FLOAT, cache)
-            graph.input(f"past_key_values.{i}.value", FLOAT, cache)
+            graph.input(f"past_key_values.{i}.key", ops.element, cache)
+            graph.input(f"past_key_values.{i}.value", ops.element, cache)
         self.logits_start = graph.overridable("logits_start", int64(-1))
         self._lengths(mask)
         self.cos, self.sin = ops.rotary(info.context_length, info.head_dim, rope_theta)
@@ -50,8 +53,8 @@ class DecoderFrame:
         graph.output("logits", FLOAT, ["batch_size", 1, info.vocab_size])
         present: Dims = ["batch_size", info.num_kv_heads, "total_sequence_length", info.head_dim]
         for i in range(info.num_layers):
-            graph.output(f"present.{i}.key", FLOAT, present)
-            graph.output(f"present.{i}.value", FLOAT, present)
+            graph.output(f"present.{i}.key", ops.element, present)
+            graph.output(f"present.{i}.value", ops.element, present)
 
     def _lengths(self, mask: str) -> None:
         """GroupQueryAttention's lengths, from the mask alone, as GenAI's graphs do it."""
@@ -66,8 +69,7 @@ class DecoderFrame:
 
     def embedding(self, name: str) -> str:
         """The residual stream's start, `hidden.0`."""
-        self._record("hidden.0")
-        return self.ops.embedding(self.ids, name, "hidden.0")
+        return self.ops.embedding(self.ids, name, self._record("hidden.0"))
 
     def attention(self, qkv: tuple[str, str, str], layer: int, out: str) -> str:
         """Rotary grouped-query attention over the in-place cache. q [B, T, H * Dh]; k and v [B, T, KVH * Dh]."""
@@ -96,8 +98,17 @@ class DecoderFrame:
         constant = self.graph.constant
         ends, axes = constant("slice_end", int64(_END)), constant("axis_1", int64(1))
         last = self.graph.node("Slice", [normed, self.logits_start, ends, axes], "head_input")
-        self.ops.linear(last, [name], "logits", None)
+        if self.ops.compute == "float32":
+            self.ops.linear(last, [name], "logits", None)
+        else:
+            narrow = self.ops.linear(last, [name], f"logits.{self.ops.compute}", None)
+            self.ops.cast(narrow, "float32", "logits")
 
     def _record(self, name: str) -> str:
+        """Let the debug graph return `name`, in float32; the name under which the graph itself has the value."""
         self.debug_outputs.append((name, ["batch_size", "sequence_length", self.info.hidden_size]))
-        return name
+        if self.ops.compute == "float32":
+            return name
+        value = f"{name}.{self.ops.compute}"
+        self.graph.debug_node("Cast", [value], name, to=FLOAT)
+        return value

@@ -13,9 +13,17 @@ _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
 def genai_config(
-    info: ModelInfo, tokens: TokenIds, graph_file: str, generation_config: Mapping[str, Any]
+    info: ModelInfo,
+    tokens: TokenIds,
+    graph_file: str,
+    generation_config: Mapping[str, Any],
+    session: tuple[str, Mapping[str, str]] | None = None,
 ) -> dict[str, Any]:
-    """The configuration as a JSON-ready dictionary; sampling defaults are the checkpoint's own."""
+    """The configuration as a JSON-ready dictionary; sampling defaults are the checkpoint's own.
+
+    `session` names the execution provider and its options; None is the processor's.
+    """
+    providers = [] if session is None else [{session[0]: dict(session[1])}]
     search: dict[str, Any] = {"max_length": info.context_length, "min_length": 0, "past_present_share_buffer": True}
     search |= {key: generation_config[key] for key in _SEARCH if generation_config.get(key) is not None}
     eos = list(tokens.eos_ids)
@@ -30,7 +38,11 @@ def genai_config(
             "vocab_size": info.vocab_size,
             "decoder": {
                 # Level 3: ONNX Runtime would warn at every load that `logits_start` may be fed, which is its purpose.
-                "session_options": {"log_id": "onnxruntime-genai", "log_severity_level": 3, "provider_options": []},
+                "session_options": {
+                    "log_id": "onnxruntime-genai",
+                    "log_severity_level": 3,
+                    "provider_options": providers,
+                },
                 "filename": graph_file,
                 "head_size": info.head_dim,
                 "hidden_size": info.hidden_size,

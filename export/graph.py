@@ -26,6 +26,7 @@ class GraphBuilder:
     def __init__(self, weights_file: str) -> None:
         self._weights_file = weights_file
         self._nodes: list[onnx.NodeProto] = []
+        self._debug_nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._initializers: dict[str, TensorProto] = {}
@@ -50,6 +51,11 @@ class GraphBuilder:
         names = [outputs] if isinstance(outputs, str) else list(outputs)
         self._nodes.append(helper.make_node(op, list(inputs), names, name=f"{names[0]}/{op}", domain=domain, **attrs))
         return names[0]
+
+    def debug_node(self, op: str, inputs: Sequence[str], output: str, **attrs: Any) -> str:
+        """Add a node that only an exact graph has, after all others."""
+        self._debug_nodes.append(helper.make_node(op, list(inputs), [output], name=f"{output}/{op}", **attrs))
+        return output
 
     def native_node(
         self, op: str, inputs: Sequence[str], outputs: str | Sequence[str], label: str, **attrs: Any
@@ -116,7 +122,7 @@ class GraphBuilder:
         outputs = self._outputs + [
             helper.make_tensor_value_info(n, TensorProto.FLOAT, list(d)) for n, d in extra_outputs
         ]
-        nodes = [_exact(node) for node in self._nodes] if exact else self._nodes
+        nodes = [*map(_exact, self._nodes), *self._debug_nodes] if exact else self._nodes
         graph = helper.make_graph(nodes, name, self._inputs, outputs, list(self._initializers.values()))
         domains = sorted({node.domain for node in nodes} - {""})
         opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in domains)]

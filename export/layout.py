@@ -56,11 +56,15 @@ def block_of(scheme: Scheme, columns: int) -> int:
     return block
 
 
-def common_format(schemes: list[tuple[Scheme, int]]) -> BlockFormat:
-    """The one format that holds all of `(scheme, columns)` exactly: widest codes, smallest block, zeros if any has."""
+def common_format(schemes: list[tuple[Scheme, int]], largest: int | None = None) -> BlockFormat:
+    """The one format that holds all of `(scheme, columns)` exactly: widest codes, smallest block, zeros if any has.
+
+    A group above `largest` is stored as several blocks of that many weights with equal scales.
+    """
+    block = min(block_of(scheme, columns) for scheme, columns in schemes)
     return BlockFormat(
         bits=max(scheme.bits for scheme, _ in schemes),
-        block=min(block_of(scheme, columns) for scheme, columns in schemes),
+        block=block if largest is None else min(block, largest),
         zeros=not all(scheme.symmetric for scheme, _ in schemes),
     )
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from edgelm.bundle import ModelInfo
 from edgelm.export.decoder import DecoderFrame
-from edgelm.export.graph import MICROSOFT, int64
+from edgelm.export.graph import int64
 from edgelm.export.native import NativeDecoder
 from edgelm.export.portable import PortableOps, RouterSpec
 from edgelm.models.olmoe import OlmoeConfig
@@ -71,20 +69,12 @@ def _attention(frame: DecoderFrame, config: OlmoeConfig, normed: str, i: int) ->
 
 
 def _clipped(frame: DecoderFrame, config: OlmoeConfig, name: str) -> str:
-    if config.clip_qkv is None:
-        return name
-    low = frame.graph.constant("clip_low", np.asarray(-config.clip_qkv, np.float32))
-    high = frame.graph.constant("clip_high", np.asarray(config.clip_qkv, np.float32))
-    return frame.graph.node("Clip", [name, low, high], f"{name}.clipped")
+    return name if config.clip_qkv is None else frame.ops.clipped(name, config.clip_qkv, f"{name}.clipped")
 
 
 def _mixture(frame: DecoderFrame, config: OlmoeConfig, normed: str, i: int) -> str:
-    ops, graph = frame.ops, frame.graph
-    key, stem = f"model.layers.{i}.mlp", f"layers.{i}"
-    # The router decides in float32 whatever the recipe stores experts in: a flipped choice costs far more than bytes.
-    router = graph.weight(ops.float_matrix(f"{key}.gate.weight", i, "float32"))
-    scores = graph.node("FusedMatMul", [normed, router], f"{stem}.router", MICROSOFT, transA=0, transB=1, alpha=1.0)
-    flat = graph.constant("flat_tokens", int64(-1, config.num_experts))
-    logits = graph.node("Reshape", [scores, flat], frame.record_router(i))
-    spec = RouterSpec(config.num_experts, config.num_experts_per_tok, config.norm_topk_prob)
+    ops, key, stem = frame.ops, f"model.layers.{i}.mlp", f"layers.{i}"
+    experts = config.num_experts
+    logits = ops.router(normed, f"{key}.gate.weight", experts, f"{stem}.router", frame.record_router(i), i)
+    spec = RouterSpec(experts, config.num_experts_per_tok, config.norm_topk_prob)
     return ops.experts(normed, logits, _experts(config, i), spec, f"{stem}.moe", i)

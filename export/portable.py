@@ -1,8 +1,9 @@
 """The layers both families are made of, in operators that every ONNX Runtime has (ai.onnx and com.microsoft).
 
-Facts these choices rest on, checked on the CPU with ONNX Runtime 1.31 (what is said of CUDA is as documented):
+Values have the type that the provider computes in (providers.py), float32 on processors; the router is float32 always.
+Facts these choices rest on, checked on the CPU with ONNX Runtime 1.31 (what is said of CUDA is in providers.py):
 
-- `MatMulNBits` and `QMoE` take scales in the activations' type: float32 here, so int4 with groups of 32 costs 5 bits.
+- `MatMulNBits` and `QMoE` take scales in the activations' type: as float32, int4 with groups of 32 costs 5 bits.
 - QMoE's routing differs per execution provider. The CPU softmaxes over the *selected* experts only, so it always
   renormalises, unless `router_weights` (input 14) is fed; CUDA softmaxes over all experts and ignores input 14. Logits
   in `router_probs`, the full softmax in `router_weights` and `normalize_routing_weights=0` is right on both.
@@ -26,6 +27,7 @@ from edgelm.export import activations
 from edgelm.export.graph import MICROSOFT, GraphBuilder, int64
 from edgelm.export.layout import BlockFormat, codes_in, common_format, interleave, scales_in, zeros_in
 from edgelm.export.ops import STORAGE, LayerOps, stored_as
+from edgelm.export.providers import CPU, Provider
 from edgelm.export.weights import BLOCK_WEIGHTS, Slot, SlotWriter, WeightsPlan
 from edgelm.progress import Advance
 from edgelm.quant.scheme import Scheme
@@ -33,6 +35,7 @@ from edgelm.quant.source import WeightSource
 from edgelm.quant.tensor import QuantTensor
 
 FLOAT = TensorProto.FLOAT
+ELEMENT = {"float32": FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 # MatMulNBits' and QMoE's "4": activations are quantised to int8 per block on the fly, about 1 % of noise per product
 # and the only mode whose kernels use the CPU's integer dot products.
 # At "0" they stay float32.
@@ -67,10 +70,18 @@ class RouterSpec:
 
 
 class PortableOps(LayerOps):
-    """Adds layers in portable operators to a graph; the arguments are those of `LayerOps`."""
+    """Adds layers in portable operators to a graph; the arguments are those of `LayerOps`, and whom the graph is for.
 
-    def __init__(self, graph: GraphBuilder, plan: WeightsPlan, source: WeightSource, dtype: str) -> None:
+    `compute` and `element` say in what type values are, as a name and as ONNX knows it.
+    """
+
+    def __init__(
+        self, graph: GraphBuilder, plan: WeightsPlan, source: WeightSource, dtype: str, provider: Provider = CPU
+    ) -> None:
         super().__init__(graph, plan, source, dtype)
+        self.provider = provider
+        self.compute = provider.compute_type(dtype)
+        self.element = ELEMENT[self.compute]
         self._quantized: dict[str, QuantizedSlots] = {}
         self._float: dict[str, Slot] = {}
 
@@ -99,7 +110,7 @@ class PortableOps(LayerOps):
         shapes = [self.source.shape(name) for name in names]
         columns = shapes[0][1]
         rows = sum(shape[0] for shape in shapes)
-        fmt = common_format([(_scheme(self.source, name), columns) for name in names])
+        fmt = self._format([(self._scheme(name), columns) for name in names])
         slots = self._quantized_slots(stem, (), rows, columns, fmt, layer)
 
         def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
@@ -107,7 +118,7 @@ class PortableOps(LayerOps):
                 for block in _row_blocks(count, columns):
                     tensor = self.source.quantized(name, block)
                     writers[0].append(codes_in(tensor, fmt))
-                    writers[1].append(scales_in(tensor, fmt))
+                    writers[1].append(self._scales_in(tensor, fmt))
                     if fmt.zeros:
                         writers[2].append(zeros_in(tensor, fmt))
                     advance(self.nbytes(name) * (block.stop - block.start) / count)
@@ -123,9 +134,43 @@ class PortableOps(LayerOps):
             return self.plan.slot(f"{stem}.{kind}", (*outer, rows, width), dtype, layer)
 
         codes = slot("qweight", fmt.code_bytes(columns), np.uint8)
-        scales = slot("scales", fmt.blocks(columns), np.float32)
+        scales = slot("scales", fmt.blocks(columns), STORAGE[self.compute])
         zeros = slot("zeros", fmt.zero_bytes(columns), np.uint8) if fmt.zeros else None
         return QuantizedSlots(rows, columns, fmt, codes, scales, zeros)
+
+    def _scheme(self, name: str) -> Scheme:
+        return _scheme(self.source, name, self.provider.instead)
+
+    def _format(self, schemes: list[tuple[Scheme, int]]) -> BlockFormat:
+        return common_format(schemes, self.provider.largest_block())
+
+    def _scales_in(self, tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.generic]:
+        return stored_as(scales_in(tensor, fmt), self.compute, "a scale")
+
+    def vector(self, name: str, layer: int | None) -> str:
+        """A vector of the checkpoint (a norm's weight) in the type of values."""
+        slot = self.plan.slot(name, self.source.shape(name), STORAGE[self.compute], layer)
+
+        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+            writers[0].append(stored_as(self.source.float32(name), self.compute, name))
+            advance(self.nbytes(name))
+
+        self.plan.job([slot], fill)
+        return self._stored(slot)
+
+    def computed(self, name: str, value: NDArray[np.float32]) -> str:
+        """A tensor that is computed here (the rotary tables) in the type of values."""
+        slot = self.plan.slot(name, value.shape, STORAGE[self.compute], None)
+        self.plan.job([slot], lambda writers, advance: writers[0].append(stored_as(value, self.compute, name)))
+        return self._stored(slot)
+
+    def cast(self, x: str, to: str, out: str) -> str:
+        """`x`, which is in the type of values, as `to`; x itself where that is the same."""
+        return x if to == self.compute else self.graph.node("Cast", [x], out, to=ELEMENT[to])
+
+    def narrowed(self, x: str, out: str) -> str:
+        """`x`, which is float32, in the type of values; x itself where that is the same."""
+        return x if self.compute == "float32" else self.graph.node("Cast", [x], out, to=self.element)
 
     # -- layers ----------------------------------------------------------------------------------------------------
 
@@ -152,15 +197,14 @@ class PortableOps(LayerOps):
         ]
         return self.graph.node(
             "MatMulNBits", inputs, out, MICROSOFT, K=matrix.columns, N=matrix.rows, bits=fmt.bits, block_size=fmt.block,
-            accuracy_level=ACCURACY[kind],
+            accuracy_level=self._accuracy(kind),
         )  # fmt: skip
 
     def _scales(self, matrix: QuantizedSlots) -> str:
-        name = matrix.scales.name
-        return name if self.graph.has(name) else self.graph.weight(matrix.scales)
+        return self._stored(matrix.scales)
 
     def _float_linear(self, x: str, slot: Slot, out: str) -> str:
-        weight = self._as_float32(slot)
+        weight = self._as_computed(slot)
         return self.graph.node("FusedMatMul", [x, weight], out, MICROSOFT, transA=0, transB=1, alpha=1.0)
 
     def _stored(self, slot: Slot) -> str:
@@ -168,21 +212,26 @@ class PortableOps(LayerOps):
             return slot.name
         return self.graph.weight(slot, bf16=slot.dtype == np.uint16)
 
-    def _as_float32(self, slot: Slot) -> str:
+    def _as_computed(self, slot: Slot) -> str:
         weight = self._stored(slot)
-        if slot.dtype == np.float32:
+        if slot.dtype == STORAGE[self.compute]:
             return weight
-        return self.graph.node("Cast", [weight], f"{slot.name}.float32", to=FLOAT)
+        return self.graph.node("Cast", [weight], f"{slot.name}.{self.compute}", to=self.element)
 
     def embedding(self, ids: str, name: str, out: str) -> str:
-        """Rows `ids` [B, T] of the table `name` [V, D] as float32 [B, T, D]."""
+        """Rows `ids` [B, T] of the table `name` [V, D], [B, T, D]."""
         if self.source.scheme(name) is None:
             slot = self.float_matrix(name, None, self.dtype)
-            if slot.dtype == np.float32:
+            if slot.dtype == STORAGE[self.compute]:
                 return self.graph.node("Gather", [self._stored(slot), ids], out, axis=0)
             rows = self.graph.node("Gather", [self._stored(slot), ids], f"{out}.stored", axis=0)
-            return self.graph.node("Cast", [rows], out, to=FLOAT)
+            return self.graph.node("Cast", [rows], out, to=self.element)
         table = self.quantized_matrix([name], name.removesuffix(".weight"), None)
+        if table.zeros and self.provider.whole_zero_rows and table.fmt.blocks(table.columns) * table.fmt.bits % 8:
+            raise ExportError(
+                f"{name} has {table.fmt.blocks(table.columns)} groups a row with zero points of {table.fmt.bits} bits, "
+                f"which {self.provider.title} reads wrongly: give it a symmetric scheme in the recipe"
+            )
         inputs = [
             self.graph.weight(table.codes, f"{table.codes.name}.table"),
             ids,
@@ -214,6 +263,39 @@ class PortableOps(LayerOps):
         activated = self.graph.node("QuickGelu", [gate], f"{out}.silu", MICROSOFT, alpha=1.0)
         return self.graph.node("Mul", [activated, up], out)
 
+    def clipped(self, x: str, limit: float, out: str) -> str:
+        """x within -limit..limit, in float32: not every provider has Clip in all types."""
+        low = self.graph.constant("clip_low", np.asarray(-limit, np.float32))
+        high = self.graph.constant("clip_high", np.asarray(limit, np.float32))
+        wide = self.graph.node("Clip", [self.cast(x, "float32", f"{out}.in"), low, high], f"{out}.float32")
+        return self.narrowed(wide, out)
+
+    def router(self, x: str, name: str, experts: int, out: str, logits: str, layer: int) -> str:
+        """Router logits `logits` [B * T, E] of x [B, T, D], float32: a flipped choice costs far more than bytes."""
+        weight = self._stored(self.float_matrix(name, layer, "float32"))
+        wide = self.cast(x, "float32", f"{out}.in")
+        scores = self.graph.node("FusedMatMul", [wide, weight], out, MICROSOFT, transA=0, transB=1, alpha=1.0)
+        flat = self.graph.constant("flat_tokens", int64(-1, experts))
+        return self.graph.node("Reshape", [scores, flat], logits)
+
+    def _router_probs(self, logits: str, out: str) -> str:
+        """What the mixture selects and weighs by, in the type of values.
+
+        Where that is narrower than the logits, log-probabilities are handed over: their softmax is the same, and those
+        of the experts with the largest weights are close to 0, where a narrow type is finest.
+        """
+        if self.compute == "float32":
+            return logits
+        logarithm = self.graph.node("LogSoftmax", [logits], f"{out}.log_probabilities", axis=-1)
+        return self.narrowed(logarithm, f"{out}.router_logits")
+
+    def _router_weights(self, logits: str, out: str) -> str:
+        """The softmax over all experts, for providers that would renormalise without it."""
+        stem = f"{out}.router_weights"
+        if self.compute == "float32":
+            return self.graph.node("Softmax", [logits], stem, axis=-1)
+        return self.narrowed(self.graph.node("Softmax", [logits], f"{stem}.float32", axis=-1), stem)
+
     def experts(
         self, x: str, logits: str, names: Sequence[tuple[str, str, str]], router: RouterSpec, out: str, layer: int
     ) -> str:
@@ -239,7 +321,8 @@ class PortableOps(LayerOps):
         }
         if all(scheme is None for scheme in schemes):
             fc1, fc2 = self._float_experts(names, out, layer)
-            inputs = [self._not_in_place(x, fc1.dims[2], out), logits, self._as_float32(fc1), "", self._as_float32(fc2)]
+            weights = [self._as_computed(fc1), "", self._as_computed(fc2)]
+            inputs = [self._not_in_place(x, fc1.dims[2], out), self._router_probs(logits, out), *weights]
             return self.graph.node("MoE", inputs, out, MICROSOFT, **common)
         if any(scheme is None for scheme in schemes):
             kept = next(name for name, scheme in zip(flat, schemes, strict=True) if scheme is None)
@@ -249,23 +332,26 @@ class PortableOps(LayerOps):
             )
         first, second = self._quantized_experts(names, out, layer)
         kind = activations.of_experts(self.source, flat, layer)
-        if kind == activations.FLOAT32 and first.fmt.bits == 8:
+        if self.provider.rounds_activations and kind == activations.FLOAT32 and first.fmt.bits == 8:
             raise ExportError(
                 f"the recipe has float activations for {flat[0]}, but ONNX Runtime's mixture of experts rounds what "
                 "meets 8-bit weights to int8 whatever it is told: export with --ops native, or leave activations out"
             )
         weight = self.graph.weight
         zeros = [weight(matrix.zeros) if matrix.zeros else "" for matrix in (first, second)]
-        inputs = [x, logits]
+        inputs = [x, self._router_probs(logits, out)]
         for matrix in (first, second):
-            inputs += [weight(matrix.codes), weight(matrix.scales), ""]
+            inputs += [weight(matrix.codes), self._stored(matrix.scales), ""]
         inputs += ["", "", "", *zeros, ""]
-        if not router.renormalise:
-            inputs.append(self.graph.node("Softmax", [logits], f"{out}.router_weights", axis=-1))
+        if self.provider.router_weights and not router.renormalise:
+            inputs.append(self._router_weights(logits, out))
         return self.graph.node(
             "QMoE", inputs, out, MICROSOFT, expert_weight_bits=first.fmt.bits, block_size=first.fmt.block,
-            accuracy_level=ACCURACY[kind], **common,
+            accuracy_level=self._accuracy(kind), **self.provider.expert_attributes, **common,
         )  # fmt: skip
+
+    def _accuracy(self, kind: str) -> int:
+        return ACCURACY[kind] if self.provider.rounds_activations else ACCURACY[activations.FLOAT32]
 
     def _not_in_place(self, x: str, hidden: int, out: str) -> str:
         """x [B, T, D] behind a reshape that hides its number of tokens from shape inference.
@@ -299,10 +385,12 @@ class PortableOps(LayerOps):
         width, hidden = self.source.shape(names[0][0])
         source = self.source
         # QMoE has one block size and one width for both products: what is coarser or narrower is stored as the finer.
-        fmt = common_format([(_scheme(source, n), source.shape(n)[1]) for expert in names for n in expert])
+        fmt = self._format([(self._scheme(n), source.shape(n)[1]) for expert in names for n in expert])
+        for name in (names[0][0], names[0][2]):
+            self.provider.check_block(fmt.block, source.shape(name)[1], name)
         fc1 = self._quantized_slots(f"{stem}.gate_up", (len(names),), 2 * width, hidden, fmt, layer)
         fc2 = self._quantized_slots(f"{stem}.down", (len(names),), hidden, width, fmt, layer)
-        parts: list[Callable[[QuantTensor, BlockFormat], NDArray[Any]]] = [codes_in, scales_in]
+        parts: list[Callable[[QuantTensor, BlockFormat], NDArray[Any]]] = [codes_in, self._scales_in]
         if fmt.zeros:
             parts.append(zeros_in)
 
@@ -323,12 +411,12 @@ def _row_blocks(rows: int, columns: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _scheme(source: WeightSource, name: str) -> Scheme:
+def _scheme(source: WeightSource, name: str, instead: str) -> Scheme:
     scheme = source.scheme(name)
     assert scheme is not None, name
     if not isinstance(scheme, Scheme) or scheme.bits not in BITS:
         raise ExportError(
             f"{name} is {scheme.name} in this recipe, which ONNX Runtime's own operators do not have (they have int4 "
-            "and int8): export with --ops native, or choose another recipe"
+            f"and int8): {instead}, or choose another recipe"
         )
     return scheme

@@ -15,7 +15,9 @@ from edgelm.cli.recipes import budget_options, budgeted, in_json, refuse_two
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Bundle folder to write.")
 @click.option("--recipe", default=None, help="int4 (default), int8, fp8, none, or a TOML file.")
 @budget_options
-@click.option("--target", default="cpu", show_default=True, type=click.Choice(["cpu"]), help="What the bundle is for.")
+@click.option(
+    "--target", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]), help="What the bundle is for."
+)
 @click.option(
     "--ops",
     default="auto",
@@ -28,7 +30,8 @@ from edgelm.cli.recipes import budget_options, budgeted, in_json, refuse_two
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
-    help="Storage of the matrices that the recipe keeps in float; auto keeps the checkpoint's.",
+    help="Type of the matrices that the recipe keeps in float, and on a GPU of all values; auto is the checkpoint's, or "
+    "fp16 for quantised bundles on a GPU.",
 )
 @calibration_options
 @click.option(

@@ -1,0 +1,50 @@
+"""Does a provider leave a mixture's routing weights as the graph says? Asked at load, by a tiny graph of the bundle's.
+
+Needs nothing but numpy and ONNX Runtime: the graph and the answers come with the bundle.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.errors import RuntimeUnavailableError
+
+if TYPE_CHECKING:
+    import onnxruntime  # type: ignore[import-untyped]  # it has no type information
+
+PROBE_FILE = "router_probe.onnx"
+FOUND, EXPECTED, RENORMALISED = "found", "expected", "renormalised"
+TOLERANCE = 0.05
+"""Of the answer's norm. Narrow types stay below 1 %; renormalising, or leaving it out, is off by a factor."""
+
+
+def check_router(session: onnxruntime.InferenceSession, provider: str) -> None:
+    """Run the probe.
+
+    Raises:
+        RuntimeUnavailableError: the provider computes another mixture, and which.
+    """
+    found, expected, renormalised = (
+        np.asarray(value, np.float32) for value in session.run([FOUND, EXPECTED, RENORMALISED], {})
+    )
+    error = relative_error(found, expected)
+    if error <= TOLERANCE:
+        return
+    reason = (
+        "it ignores whether the weights of the chosen experts are to be renormalised"
+        if relative_error(found, renormalised) <= TOLERANCE
+        else f"its answer to a mixture of experts that is known is {error:.0%} off"
+    )
+    raise RuntimeUnavailableError(
+        f"{provider} does not compute this model's mixture of experts: {reason}; use another version of ONNX Runtime, "
+        "or export for another target"
+    )
+
+
+def relative_error(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """The distance over the norm of what is expected; infinite where something is not a number."""
+    error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    return error if np.isfinite(error) else float("inf")
