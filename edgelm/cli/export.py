@@ -30,8 +30,8 @@ from edgelm.cli.recipes import budget_options, budgeted, in_json, refuse_two
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
-    help="Type of the matrices that the recipe keeps in float, and on a GPU of all values; auto is the checkpoint's, or "
-    "fp16 for quantised bundles on a GPU.",
+    help="Type of the matrices that the recipe keeps in float, and on a GPU of all values; auto is the checkpoint's, "
+    "or fp16 for quantised bundles on a GPU.",
 )
 @calibration_options
 @click.option(
