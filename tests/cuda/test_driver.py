@@ -1,0 +1,362 @@
+"""Does what is asked of a GPU reach the driver as it must, and is every failure of a driver one clear line?
+
+The driver is a stand-in (fake_driver.c) where there is no GPU: the code under test, its ctypes calls and what becomes
+of errors are the real ones. tests/gpu/test_driver.py does the same on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgelm.errors import DeviceError, DeviceMemoryError, EdgeLMError, RuntimeUnavailableError
+from edgelm.runtimes.cuda import driver as drivers
+from edgelm.runtimes.cuda.driver import CudaDevice, find_devices
+from edgelm.runtimes.cuda.kernels_file import Image
+from edgelm.runtimes.cuda.launch import Launch
+
+_STAGING = drivers._STAGING
+
+
+class OneKernel:
+    """A cubin by its first bytes; the stand-in looks no further."""
+
+    def __init__(self, target: str = "sm_86") -> None:
+        self.target, self.asked = target, []
+
+    def image(self, names, capability, driver):
+        self.asked.append((list(names), capability, driver))
+        data = b"\x7fELF" if self.target.startswith("sm_") else b"// PTX"
+        return Image(self.target, data, {"increment": 16}, (13, 0))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> str:
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
+    assert compiler is not None, "these tests need a C compiler"
+    path = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
+    source = Path(__file__).with_name("fake_driver.c")
+    subprocess.run([compiler, "-std=gnu11", "-Wall", "-O1", "-shared", "-fPIC", source, "-o", path], check=True)
+    return str(path)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """What was called so far, as [function, arguments ...]."""
+    log = tmp_path / "calls"
+    monkeypatch.setenv("FAKE_CUDA_LOG", str(log))
+    monkeypatch.delenv(drivers.INDEX_VARIABLE, raising=False)
+    return lambda name="": [line.split() for line in log.read_text().splitlines() if line.startswith(name)]
+
+
+@pytest.fixture
+def device(library: str, calls):
+    made = CudaDevice(OneKernel(), library=library)
+    yield made
+    made.close()
+
+
+def increment(address: int, count: int, by: float, shared: int = 0) -> Launch:
+    return Launch("increment", (2, 3, 4), 128, shared, struct.pack("<Qif", address, count, by))
+
+
+def test_a_device_is_described(device):
+    assert device.info == drivers.DeviceInfo("Fake GPU 0", (8, 6), 14, 1 << 30, (13, 0))
+
+
+def test_data_goes_up_through_a_kernel_and_down_again(device, calls):
+    x = np.arange(1000, dtype=np.float32)
+    address = device.allocate(x.nbytes)
+    assert address % 256 == 0
+    device.load(["increment"])
+    device.upload(address, x)
+    device.launch(increment(address, 1000, 0.5))
+    out = np.empty_like(x)
+    device.download(address, out)
+    np.testing.assert_array_equal(out, x + 0.5)
+    (launched,) = calls("cuLaunchKernel")
+    assert launched[2:9] == ["2", "3", "4", "128", "1", "1", "0"]
+    # Everything is in the order of one stream.
+    streams = {call[-1] for name in ("cuMemcpy", "cuLaunchKernel", "cuStreamSynchronize") for call in calls(name)}
+    assert streams == {hex(device.stream)}
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1, _STAGING + 12345])
+def test_large_uploads_pass_through_two_buffers_and_arrive_whole(device, calls, extra):
+    data = np.random.default_rng(1).integers(0, 256, 2 * _STAGING + extra, np.uint8)
+    address = device.allocate(data.nbytes)
+    device.upload(address, data.tobytes())
+    out = np.empty_like(data)
+    device.download(address, out)
+    np.testing.assert_array_equal(out, data)
+    assert len(calls("cuMemcpyHtoDAsync")) == -(-data.nbytes // _STAGING)
+    # A buffer is filled again only after its copy is done.
+    order = [call[:2] for call in calls("cuEvent") if call[0] in ("cuEventRecord", "cuEventSynchronize")]
+    for number, call in enumerate(order):
+        if call[0] == "cuEventSynchronize" and number >= 4:
+            assert ["cuEventRecord", call[1]] in order[number - 3 : number], order
+
+
+def test_what_is_not_contiguous_is_uploaded_as_it_reads(device):
+    x = np.arange(12, dtype=np.int32).reshape(3, 4).T
+    address = device.allocate(x.nbytes)
+    device.upload(address, x)
+    out = np.empty((4, 3), np.int32)
+    device.download(address, out)
+    np.testing.assert_array_equal(out, x)
+
+
+def test_empty_arrays_touch_nothing(device, calls):
+    address = device.allocate(0)
+    device.upload(address, b"")
+    device.download(address, np.empty(0, np.float32))
+    device.fill(address, 1, 0)
+    device.copy(address, address, 0)
+    assert not calls("cuMemcpy") + calls("cuMemset")
+
+
+def test_memory_is_filled_copied_and_counted(device):
+    first, second = device.allocate(64), device.allocate(64)
+    device.fill(first, 0xAB, 64)
+    device.copy(second, first, 64)
+    out = np.empty(64, np.uint8)
+    device.download(second, out)
+    assert (out == 0xAB).all()
+    assert device.allocated == 128
+    free, total = device.memory()
+    assert (total, total - free) == (1 << 30, 128)
+    device.free(first)
+    assert device.allocated == 64
+
+
+def test_a_recorded_graph_does_its_work_each_time_it_is_called_and_not_before(device, calls):
+    device.load(["increment"])
+    address = device.allocate(16)
+    device.fill(address, 0, 16)
+    host = device.pinned(16)
+
+    def work():
+        device.launch(increment(address, 4, 1.0))
+        device.launch(increment(address, 4, 2.0))
+        device.start_download(host, address)
+
+    host[:] = 0
+    graph = device.capture(work)
+    assert (host.view(np.float32) == 0).all()
+    graph()
+    graph()
+    device.synchronize()
+    assert (host.view(np.float32) == 6).all()
+    assert [call[-1] for call in calls("cuStreamBeginCapture")] == ["1"]
+    assert len(calls("cuGraphDestroy")) == 1
+
+
+def test_an_error_while_recording_is_the_one_that_shows_and_the_device_goes_on(device, calls):
+    address = device.allocate(16)
+
+    def work():
+        device.fill(address, 1, 16)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        device.capture(work)
+    assert len(calls("cuStreamEndCapture")) == len(calls("cuGraphDestroy")) == 1
+    device.fill(address, 2, 16)
+    out = np.empty(16, np.uint8)
+    device.download(address, out)
+    assert (out == 2).all()
+
+
+def test_what_would_wait_or_allocate_is_refused_while_launches_are_recorded(device):
+    address = device.allocate(4)
+    for wrong in (
+        lambda: device.allocate(4),
+        lambda: device.upload(address, b"1234"),
+        lambda: device.download(address, np.empty(1, np.int32)),
+    ):
+        with pytest.raises(AssertionError):
+            device.capture(wrong)
+
+
+def test_large_shared_memory_is_asked_for_once_and_too_much_is_an_error(device, calls):
+    device.load(["increment"])
+    address = device.allocate(16)
+    for shared in (48 << 10, 60_000, 50_000, 99 << 10):
+        device.launch(increment(address, 1, 0.0, shared))
+    assert [call[2:] for call in calls("cuFuncSetAttribute")] == [["8", "60000"], ["8", str(99 << 10)]]
+    with pytest.raises(DeviceError, match=r"increment needs 101377 bytes of shared memory.* Fake GPU 0 has 101376"):
+        device.launch(increment(address, 1, 0.0, (99 << 10) + 1))
+
+
+def test_kernels_are_loaded_before_they_are_used_and_only_once(device, calls):
+    with pytest.raises(DeviceError, match="increment was not loaded"):
+        device.launch(increment(0, 0, 0.0))
+    device.load(["increment", "increment"])
+    device.load(["increment"])
+    assert device._kernels.asked == [(["increment"], (8, 6), (13, 0))]
+    assert len(calls("cuModuleLoadDataEx")) == len(calls("cuFuncLoad")) == 1
+    with pytest.raises(AssertionError, match="increment"):
+        device.launch(Launch("increment", (1, 1, 1), 32, 0, b"12345678"))
+
+
+def test_streams_wait_for_each_other(device, calls):
+    stream = device.new_stream()
+    device.wait(stream)
+    device.wait(0, stream)
+    recorded, waited = calls("cuEventRecord"), calls("cuStreamWaitEvent")
+    assert [call[2] for call in recorded] == [hex(device.stream), hex(stream)]
+    assert [call[1] for call in waited] == [hex(stream), hex(device.stream)]
+    assert [call[2] for call in waited] == [call[1] for call in recorded]
+
+
+def test_work_is_timed_between_events(device):
+    done = []
+    times = device.elapsed(lambda: done.append(1), repeat=3)
+    assert len(done) == 3
+    assert times == pytest.approx([0.001] * 3)  # the stand-in counts a millisecond from event to event
+
+
+def test_close_gives_everything_back(library, calls):
+    device = CudaDevice(OneKernel(), library=library)
+    device.load(["increment"])
+    device.allocate(1000)
+    host = device.pinned(4)
+    device.upload(device.allocate(1 << 20), bytes(1 << 20))
+    device.capture(lambda: device.fill(host.ctypes.data, 0, 4))
+    device.close()
+    device.close()
+    assert calls("cuMemFree_v2")[-1] == ["cuMemFree_v2", "left", "0"]
+    assert calls("cuDevicePrimaryCtxRelease")[-1][-1] == "0"
+    for made, freed in (("cuStreamCreate", "cuStreamDestroy"), ("cuEventCreate", "cuEventDestroy")):
+        assert len(calls(made)) == len(calls(freed)) > 0
+    assert len(calls("cuMemHostAlloc")) == len(calls("cuMemFreeHost")) == 3
+    assert len(calls("cuModuleUnload")) == len(calls("cuGraphExecDestroy")) == 1
+
+
+def test_close_after_a_kernel_failed_still_lets_go_of_the_gpu(library, calls, monkeypatch):
+    device = CudaDevice(OneKernel(), library=library)
+    monkeypatch.setenv("FAKE_CUDA_FAIL", "cuCtxSynchronize=719")
+    with pytest.raises(DeviceError, match="a kernel failed"):
+        device.close()
+    assert len(calls("cuDevicePrimaryCtxRelease")) == 1
+    device.close()
+
+
+def test_another_thread_gets_the_context_first(device, calls):
+    import threading
+
+    before = len(calls("cuCtxSetCurrent"))
+    worker = threading.Thread(target=device.synchronize)
+    worker.start()
+    worker.join()
+    assert len(calls("cuCtxSetCurrent")) == before + 1
+
+
+# -- what can be wrong with a machine ---------------------------------------------------------------------------------
+
+
+def failure(library: str | None, kind: type[EdgeLMError] = DeviceError) -> str:
+    with pytest.raises(kind) as caught:
+        CudaDevice(OneKernel(), library=library)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_no_driver_is_one_clear_line(tmp_path, monkeypatch):
+    assert "no NVIDIA driver" in failure(str(tmp_path / "libcuda.so.1"))
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setenv("EDGELM_CUDA_DRIVER", str(broken))
+    assert "install the driver" in failure(None)
+
+
+def test_a_library_that_is_no_driver_is_named(tmp_path):
+    source, path = tmp_path / "a.c", tmp_path / "a.so"
+    source.write_text("int a;")
+    subprocess.run(["gcc", "-shared", source, "-o", path], check=True)
+    assert f"({path}) is too old: it lacks cuDriverGetVersion" in failure(str(path))
+
+
+def test_no_gpu_is_one_clear_line(library, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_DEVICES", "0")
+    said = failure(library)
+    assert "nvidia-smi" in said
+    assert "CUDA_VISIBLE_DEVICES" in said
+
+
+def test_the_gpu_can_be_chosen_and_a_wrong_choice_is_named(library, monkeypatch, calls):
+    monkeypatch.setenv("FAKE_CUDA_DEVICES", "3")
+    choices = ((None, "", "Fake GPU 0"), (2, "", "Fake GPU 2"), (None, "1", "Fake GPU 1"), (0, "1", "Fake GPU 0"))
+    for index, variable, name in choices:
+        monkeypatch.setenv("EDGELM_GPU", variable)
+        device = CudaDevice(OneKernel(), index, library)
+        assert device.info.name == name
+        device.close()
+    assert [info.name for info in find_devices(library)] == ["Fake GPU 0", "Fake GPU 1", "Fake GPU 2"]
+    monkeypatch.setenv("EDGELM_GPU", "3")
+    assert "there is no GPU 3: this machine shows 3" in failure(library)
+    monkeypatch.setenv("EDGELM_GPU", "first")
+    assert "EDGELM_GPU=first is not the number of a GPU: 0 to 2" in failure(library)
+
+
+def test_a_gpu_that_is_too_old_is_named(library, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_SM", "75")
+    assert "Fake GPU 0 has compute capability 7.5, and the kernels need 8.0" in failure(library)
+
+
+def test_too_little_memory_says_how_much_there_is(library, monkeypatch, calls):
+    monkeypatch.setenv("FAKE_CUDA_MEMORY", str(3 << 30))
+    device = CudaDevice(OneKernel(), library=library)
+    held = device.allocate(1 << 30)
+    with pytest.raises(DeviceMemoryError) as caught:
+        device.allocate(5 << 29)
+    expected = "Fake GPU 0 has 2.00 GiB of 3.00 GiB free, 1.00 GiB are this model's, and 2.50 GiB more are needed"
+    assert expected in str(caught.value)
+    device.free(held)
+    device.free(device.allocate(5 << 29))  # it goes on
+    device.close()
+
+
+def test_a_kernel_that_fails_is_reported_where_it_is_waited_for(device, monkeypatch):
+    device.load(["increment"])
+    monkeypatch.setenv("FAKE_CUDA_FAIL", "cuStreamSynchronize=700")
+    with pytest.raises(DeviceError) as caught:
+        device.download(device.allocate(4), np.empty(1, np.int32))
+    assert "CUDA_ERROR_ILLEGAL_ADDRESS" in str(caught.value)
+    assert "waiting for a copy and the kernels before it" in str(caught.value)
+    assert "report it" in str(caught.value)
+
+
+def test_an_unknown_error_is_told_in_the_drivers_words(device, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_FAIL", "cuCtxSynchronize=977")
+    with pytest.raises(DeviceError, match=r"CUDA_ERROR_X from cuCtxSynchronize .*: as the driver says"):
+        device.synchronize()
+    monkeypatch.delenv("FAKE_CUDA_FAIL")
+
+
+def test_ptx_that_the_driver_refuses_shows_its_compilers_first_line(library, monkeypatch, calls):
+    device = CudaDevice(OneKernel("compute_80"), library=library)
+    monkeypatch.setenv("FAKE_CUDA_FAIL", "cuModuleLoadDataEx=218")
+    with pytest.raises(DeviceError) as caught:
+        device.load(["increment"])
+    assert str(caught.value).endswith("(ptxas fatal : as the compiler says)")
+    assert "export with --sm" in str(caught.value)
+    monkeypatch.delenv("FAKE_CUDA_FAIL")
+    device.close()
+
+
+def test_kernels_that_no_image_has_are_an_error_of_the_image_not_of_the_driver(library, calls):
+    class Nothing:
+        def image(self, names, capability, driver):
+            raise RuntimeUnavailableError(f"no image for {capability}")
+
+    device = CudaDevice(Nothing(), library=library)
+    with pytest.raises(RuntimeUnavailableError, match=r"no image for \(8, 6\)"):
+        device.load(["increment"])
+    device.close()
