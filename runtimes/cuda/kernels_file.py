@@ -88,9 +88,7 @@ def compile_bundle_kernels(
     for target, one in compiled.items():
         for name, used in one.resources.items():
             if used.local_bytes:
-                raise ExportError(
-                    f"{name} for {target} spills {used.local_bytes} bytes a thread: this is a bug, report it"
-                )
+                raise ExportError(f"{name} spills {used.local_bytes} bytes a thread on {target}: report this bug")
     folder.mkdir(parents=True, exist_ok=True)
     images = {}
     for target, one in compiled.items():
