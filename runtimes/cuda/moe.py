@@ -1,15 +1,244 @@
-"""Launches of the kernels in moe.cuh."""
+"""Launches of the kernels in moe.cuh: the router, the choice of experts, sorting by expert, the weighted sum."""
 
 from __future__ import annotations
 
+import struct
+from dataclasses import dataclass
+
+from edgelm.runtimes.cuda.launch import Launch
+
 HEADER = "moe.cuh"
+
+MAX_EXPERTS = 256
+MAX_CHOSEN = 16
+CHOOSE_TOKENS = 32
+"""Tokens for which one block chooses and sorts: an expert's tokens are the bits of one word."""
+TILED_TOKENS = 257
+"""From so many tokens on the router is computed in tiles: before, a block a few tokens and experts is sooner done."""
+ALIGNMENT = 256
+
+_ACTIVATIONS = {"bf16": "bf16", "f16": "f16", "f32": "float"}
+_ACTIVATION_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
+# (tokens, experts, threads) of a block of the router for few tokens, by kernel.
+_ROUTERS = {"n1": (1, 2, 512), "n4": (4, 4, 256)}
+_TILE_TOKENS, _TILE_SHARED, _TILE_THREADS = 32, 64 * (32 + 64) * 4, 256
+_PLACE_THREADS = 256
+_COMBINE_THREADS = 128
+
+# The structs of moe.cuh.
+_ROUTER_ARGS = struct.Struct("<5Q3if")
+_CHOOSE_ARGS = struct.Struct("<9Q4i")
+_COMBINE_ARGS = struct.Struct("<5Q3i4x")
+
+
+@dataclass(frozen=True)
+class MoeShape:
+    """What a mixture's launches depend on; the letters are those of moe.cuh.
+
+    Attributes:
+        tokens: M, of all sequences together.
+        columns: D, the width of x; a multiple of 8.
+        hidden: F, the width of an expert.
+        experts: E, 1 to 256.
+        k: experts of a token, 1 to 16 and at most E.
+        normalize: whether a token's weights are divided by their sum.
+        activation: what the experts' products take: bf16, f16, or f32 for the exact kernels.
+        epsilon: of the norm.
+    """
+
+    tokens: int
+    columns: int
+    hidden: int
+    experts: int
+    k: int
+    normalize: bool = False
+    activation: str = "bf16"
+    epsilon: float = 1e-5
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what the kernels cannot do."""
+        if self.tokens < 1:
+            raise ValueError(f"tokens is {self.tokens}, expected 1 or more")
+        for name, value in (("columns", self.columns), ("hidden", self.hidden)):
+            if value < 8 or value % 8:
+                raise ValueError(f"{name} is {value}, expected a multiple of 8")
+        if not 1 <= self.experts <= MAX_EXPERTS:
+            raise ValueError(f"there are {self.experts} experts, expected 1 to {MAX_EXPERTS}")
+        if not 1 <= self.k <= min(MAX_CHOSEN, self.experts):
+            raise ValueError(f"k is {self.k}, expected 1 to {min(MAX_CHOSEN, self.experts)} of {self.experts} experts")
+        if self.activation not in _ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation!r}, expected one of {', '.join(_ACTIVATIONS)}")
+        if self.tokens * self.k * max(self.columns, self.hidden) >= 1 << 40 or self.tokens * self.k >= 1 << 30:
+            raise ValueError(f"{self.tokens} tokens are more than one launch takes: cut the prompt")
+
+    @property
+    def slots(self) -> int:
+        """Pairs of a token and an expert."""
+        return self.tokens * self.k
+
+    @property
+    def most_active(self) -> int:
+        """How many experts can have tokens."""
+        return min(self.experts, self.slots)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 32 tokens."""
+        return -(-self.tokens // CHOOSE_TOKENS)
+
+
+@dataclass(frozen=True)
+class MoeWorkspace:
+    """Addresses of intermediate results, int32 and float32 unless said otherwise.
+
+    Attributes:
+        logits: [M, E].
+        normed: [M, D] of the activation's type, RMSNorm(x).
+        chosen, chosen_weights, counts: [M, k], [M, k] and [ceil(M / 32), E]; of use between two kernels only.
+        offsets: [E + 1], where an expert's slots begin.
+        row_map: [M k], a slot's token.
+        slot_weights: [M k], a slot's weight.
+        slot_of: [M, k], a token's slots, ascending, which is in the order of the experts.
+        active: [1 + min(E, M k)], how many experts have tokens, and which, ascending.
+        hidden: [M k, F] of the activation's type, what gate and up gave.
+        outputs: [M k, D], what down gave.
+    """
+
+    logits: int
+    normed: int
+    chosen: int
+    chosen_weights: int
+    counts: int
+    offsets: int
+    row_map: int
+    slot_weights: int
+    slot_of: int
+    active: int
+    hidden: int
+    outputs: int
+
+
+def _sizes(shape: MoeShape) -> dict[str, int]:
+    width = _ACTIVATION_BYTES[shape.activation]
+    many = shape.tokens > CHOOSE_TOKENS
+    return {
+        "logits": 4 * shape.tokens * shape.experts,
+        "normed": width * shape.tokens * shape.columns,
+        "chosen": 4 * shape.slots * many,
+        "chosen_weights": 4 * shape.slots * many,
+        "counts": 4 * shape.blocks * shape.experts * many,
+        "offsets": 4 * (shape.experts + 1),
+        "row_map": 4 * shape.slots,
+        "slot_weights": 4 * shape.slots,
+        "slot_of": 4 * shape.slots,
+        "active": 4 * (1 + shape.most_active),
+        "hidden": width * shape.slots * shape.hidden,
+        "outputs": 4 * shape.slots * shape.columns,
+    }
+
+
+def workspace_bytes(shape: MoeShape) -> int:
+    """Bytes that `workspace` divides; more tokens never need less."""
+    return sum(map(_aligned, _sizes(shape).values()))
+
+
+def workspace(shape: MoeShape, address: int) -> MoeWorkspace:
+    """Divide memory of `workspace_bytes(shape)` bytes; parts begin at multiples of 256 bytes if `address` is one."""
+    places = {}
+    for name, size in _sizes(shape).items():
+        places[name] = address
+        address += _aligned(size)
+    return MoeWorkspace(**places)
+
+
+def router_launch(shape: MoeShape, x: int, norm: int, router: int, logits: int, normed: int) -> Launch:
+    """Logits and normed rows.
+
+    Args:
+        shape: sizes.
+        x: address of [M, D] float32.
+        norm: of [D] float32.
+        router: of [E, D] float32.
+        logits: of [M, E] float32, written.
+        normed: of [M, D] of the activation's type, written.
+    """
+    sizes = (shape.tokens, shape.columns, shape.experts, shape.epsilon)
+    args = _ROUTER_ARGS.pack(x, norm, router, logits, normed, *sizes)
+    if shape.tokens >= TILED_TOKENS:
+        grid = (-(-shape.tokens // _TILE_TOKENS), 1, 1)
+        return Launch(f"moe_router_{shape.activation}_tiled", grid, _TILE_THREADS, _TILE_SHARED, args)
+    kind = "n1" if shape.tokens <= 2 else "n4"
+    tokens, experts, threads = _ROUTERS[kind]
+    grid = (-(-shape.experts // experts), -(-shape.tokens // tokens), 1)
+    shared = 4 * (threads // 32) * tokens * (experts + 1)
+    return Launch(f"moe_router_{shape.activation}_{kind}", grid, threads, shared, args)
+
+
+def choose_launches(shape: MoeShape, logits: int, places: MoeWorkspace) -> list[Launch]:
+    """The choice of experts and the order of slots: one launch up to 32 tokens, two for more.
+
+    Args:
+        shape: sizes.
+        logits: address of [M, E] float32.
+        places: offsets, row_map, slot_weights, slot_of and active are written.
+    """
+    args = _CHOOSE_ARGS.pack(
+        logits, places.chosen, places.chosen_weights, places.counts, places.offsets, places.row_map,
+        places.slot_weights, places.slot_of, places.active, shape.tokens, shape.experts, shape.k, shape.normalize,
+    )  # fmt: skip
+    lanes = _experts_per_lane(shape.experts)
+    if shape.tokens <= CHOOSE_TOKENS:
+        return [Launch(f"moe_choose_e{32 * lanes}", (1, 1, 1), 32 * shape.tokens, 12 * shape.experts, args)]
+    grid = (shape.blocks, 1, 1)
+    return [
+        Launch(f"moe_choose_many_e{32 * lanes}", grid, 32 * CHOOSE_TOKENS, 4 * shape.experts, args),
+        Launch(f"moe_place_e{32 * lanes}", grid, _PLACE_THREADS, 12 * shape.experts, args),
+    ]
+
+
+def combine_launch(shape: MoeShape, x: int, outputs: int, slot_weights: int, slot_of: int, y: int) -> Launch:
+    """y = x + the weighted sum of the experts' outputs.
+
+    Args:
+        shape: sizes.
+        x: address of [M, D] float32.
+        outputs: of [M k, D] float32, in the order of slots.
+        slot_weights: of [M k] float32.
+        slot_of: of [M, k] int32.
+        y: of [M, D] float32, written; may be x.
+    """
+    args = _COMBINE_ARGS.pack(x, outputs, slot_weights, slot_of, y, shape.tokens, shape.columns, shape.k)
+    grid = (-(-shape.columns // (4 * _COMBINE_THREADS)), shape.tokens, 1)
+    return Launch("moe_combine_f32", grid, _COMBINE_THREADS, 0, args)
 
 
 def all_kernels() -> tuple[str, ...]:
     """Return the name of every kernel."""
-    return ()
+    routers = [f"moe_router_{a}_{kind}" for a in _ACTIVATIONS for kind in (*_ROUTERS, "tiled")]
+    choices = [f"moe_{what}_e{32 * p}" for what in ("choose", "choose_many", "place") for p in (1, 2, 4, 8)]
+    return (*routers, *choices, "moe_combine_f32")
 
 
 def instantiation(name: str) -> str:
     """Return the line of C++ that makes the kernel of that name."""
-    raise KeyError(name)
+    if name not in all_kernels():
+        raise KeyError(name)
+    if name == "moe_combine_f32":
+        return f"EDGELM_KERNEL({name}, MoeCombineArgs, {_COMBINE_THREADS}, 1, moe_combine)"
+    what, _, variant = name.rpartition("_")
+    if what.startswith("moe_router_"):
+        activation = _ACTIVATIONS[what.removeprefix("moe_router_")]
+        if variant == "tiled":
+            return f"EDGELM_KERNEL({name}, MoeRouterArgs, {_TILE_THREADS}, 1, moe_router_tiled<{activation}>)"
+        tokens, experts, threads = _ROUTERS[variant]
+        return f"EDGELM_KERNEL({name}, MoeRouterArgs, {threads}, 1, moe_router<{activation}, {tokens}, {experts}>)"
+    threads = _PLACE_THREADS if what == "moe_place" else 32 * CHOOSE_TOKENS
+    return f"EDGELM_KERNEL({name}, MoeChooseArgs, {threads}, 1, {what}<{int(variant[1:]) // 32}>)"
+
+
+def _experts_per_lane(experts: int) -> int:
+    return next(p for p in (1, 2, 4, 8) if experts <= 32 * p)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

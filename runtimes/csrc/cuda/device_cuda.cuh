@@ -60,6 +60,7 @@ EDGELM_DEVICE u32 shuffle(u32 x, int lane) { return __shfl_sync(0xffffffffu, x, 
 // Lanes below `delta` keep their own.
 EDGELM_DEVICE int shuffle_up(int x, int delta) { return __shfl_up_sync(0xffffffffu, x, delta); }
 EDGELM_DEVICE u32 ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
+EDGELM_DEVICE int warp_max(int x) { return __reduce_max_sync(0xffffffffu, x); }
 
 // -- tensor cores ------------------------------------------------------------------------------------------------------
 
@@ -147,6 +148,8 @@ EDGELM_DEVICE float exp_fast(float a) { return __expf(a); }  // 2 ulp and a litt
 EDGELM_DEVICE float exp2_fast(float a) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a)); return r; }
 EDGELM_DEVICE float rsqrt_(float a) { return 1.f / sqrtf(a); }
 EDGELM_DEVICE bool is_nan(float a) { return a != a; }
+EDGELM_DEVICE int count_bits(u32 x) { return __popc(x); }
+EDGELM_DEVICE int lowest_bit(u32 x) { return __ffs(int(x)) - 1; }  // its number; x is not 0
 
 EDGELM_DEVICE float f16_to_float(u16 x) { float r; asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x)); return r; }
 EDGELM_DEVICE u32 float_to_bf16x2(float low, float high) {

@@ -440,6 +440,13 @@ EDGELM_DEVICE u32 ballot(bool x) {
   emulator::wait(emulator::Waits::kBallot, &slot);
   return slot.result;
 }
+EDGELM_DEVICE int warp_max(int x) {
+  for (int mask = 16; mask > 0; mask /= 2) {
+    const int other = shuffle_xor(x, mask);
+    x = other > x ? other : x;
+  }
+  return x;
+}
 
 template <class A> EDGELM_DEVICE void mma_16x8x16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
   emulator::Mma slot{d, a, b, Same<A, bf16>::value ? emulator::bf16_value : emulator::f16_value};
@@ -509,6 +516,8 @@ EDGELM_DEVICE float exp_fast(float a) { return std::exp(a); }
 EDGELM_DEVICE float exp2_fast(float a) { return std::exp2(a); }
 EDGELM_DEVICE float rsqrt_(float a) { return 1.f / std::sqrt(a); }
 EDGELM_DEVICE bool is_nan(float a) { return a != a; }
+EDGELM_DEVICE int count_bits(u32 x) { return __builtin_popcount(x); }
+EDGELM_DEVICE int lowest_bit(u32 x) { return __builtin_ctz(x); }
 EDGELM_DEVICE float f16_to_float(u16 x) { return emulator::f16_value(x); }
 EDGELM_DEVICE u32 float_to_bf16x2(float low, float high) {
   return u32(emulator::bf16_bits(low)) | u32(emulator::bf16_bits(high)) << 16;

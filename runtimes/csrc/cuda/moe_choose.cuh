@@ -1,0 +1,216 @@
+// Choosing experts and sorting by them, and the weighted sum: see moe.cuh.
+#pragma once
+
+namespace edgelm {
+
+// A warp chooses for one token. Lane r < k gets the r-th most probable expert, its weight, and its place among the
+// token's experts in the order of their indices. P experts a lane, `experts` <= 32 P.
+// Equal probabilities: the lower index first. NaN is less than any number; k experts are chosen whatever the logits.
+template <int P>
+EDGELM_DEVICE void choose_experts(const float* logits, int experts, int k, bool normalize, int& expert, float& weight,
+                                  int& place) {
+  const int lane = thread() % kWarp;
+  const float infinity = bits_to_float(0x7f800000u);
+  float value[P], largest = -infinity, sum = 0.f;
+  EDGELM_UNROLL
+  for (int i = 0; i < P; ++i) {
+    value[i] = lane * P + i < experts ? logits[lane * P + i] : -infinity;
+    largest = max_(largest, value[i]);
+  }
+  largest = warp_max(largest);
+  EDGELM_UNROLL
+  for (int i = 0; i < P; ++i) {
+    value[i] = lane * P + i < experts ? exp_(value[i] - largest) : 0.f;
+    sum += value[i];
+  }
+  sum = warp_sum(sum);
+  // Probabilities are not negative: their bits are in their order.
+  constexpr int kNan = -1, kNone = -2;
+  int key[P];
+  EDGELM_UNROLL
+  for (int i = 0; i < P; ++i) {
+    const float probability = value[i] / sum;
+    key[i] = lane * P + i >= experts ? kNone : is_nan(probability) ? kNan : int(float_to_bits(probability));
+  }
+  expert = 0;
+  weight = 0.f;
+  for (int r = 0; r < k; ++r) {
+    int best = key[0], index = 0;
+    EDGELM_UNROLL
+    for (int i = 1; i < P; ++i) {
+      if (key[i] > best) {
+        best = key[i];
+        index = i;
+      }
+    }
+    const int most = warp_max(best);
+    const int winner = lowest_bit(ballot(best == most));
+    const int found = shuffle(lane * P + index, winner);
+    EDGELM_UNROLL
+    for (int i = 0; i < P; ++i) {
+      if (lane * P + i == found) key[i] = kNone;
+    }
+    if (lane == r) {
+      expert = found;
+      weight = most == kNan ? bits_to_float(0x7fffffffu) : bits_to_float(u32(most));
+    }
+  }
+  if (normalize) {
+    float total = 0.f;
+    for (int r = 0; r < k; ++r) total += shuffle(weight, r);
+    weight /= total;
+  }
+  place = 0;
+  for (int r = 0; r < k; ++r) place += shuffle(expert, r) < expert;
+}
+
+// Warp 0: from the numbers of an expert's tokens, in shared memory, where its slots begin (`starts`), and for everybody
+// (`publish`) the same and the experts that have any. P experts a lane.
+template <int P> EDGELM_DEVICE void scan_counts(const MoeChooseArgs& args, const int* counts, int* starts, bool publish) {
+  const int lane = thread() % kWarp;
+  int sum = 0, active = 0;
+  EDGELM_UNROLL
+  for (int i = 0; i < P; ++i) {
+    const int count = lane * P + i < args.experts ? counts[lane * P + i] : 0;
+    sum += count;
+    active += count > 0;
+  }
+  int before = sum, active_before = active;
+  for (int delta = 1; delta < kWarp; delta *= 2) {
+    const int other = shuffle_up(before, delta), other_active = shuffle_up(active_before, delta);
+    if (lane >= delta) {
+      before += other;
+      active_before += other_active;
+    }
+  }
+  if (publish && lane == kWarp - 1) {
+    args.offsets[args.experts] = before;
+    args.active[0] = active_before;
+  }
+  before -= sum;
+  active_before -= active;
+  EDGELM_UNROLL
+  for (int i = 0; i < P; ++i) {
+    const int e = lane * P + i;
+    if (e >= args.experts) continue;
+    starts[e] = before;
+    if (publish) args.offsets[e] = before;
+    const int count = counts[e];
+    before += count;
+    if (publish && count > 0) args.active[1 + active_before++] = e;
+  }
+}
+
+EDGELM_DEVICE void place_pair(const MoeChooseArgs& args, int token, int place, int slot, float weight) {
+  args.row_map[slot] = token;
+  args.slot_weights[slot] = weight;
+  args.slot_of[i64(token) * args.k + place] = slot;
+}
+
+// Up to 32 tokens in one block, a warp each; 3 * 4 bytes of shared memory an expert.
+template <int P> EDGELM_BODY void moe_choose(const MoeChooseArgs& args) {
+  int* const tokens = reinterpret_cast<int*>(shared_memory());  // [experts] the tokens that chose it, as bits
+  int* const counts = tokens + args.experts;
+  int* const starts = counts + args.experts;
+  const int token = thread() / kWarp, lane = thread() % kWarp;
+  for (int e = thread(); e < args.experts; e += block_threads()) tokens[e] = 0;
+  sync_block();
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  int expert, place;
+  float weight;
+  choose_experts<P>(args.logits + i64(token) * args.experts, args.experts, args.k, args.normalize != 0, expert, weight,
+                    place);
+  // A token chooses an expert once: adding its bit sets it.
+  if (lane < args.k) atomic_add(tokens + expert, int(1u << token));
+  sync_block();
+  for (int e = thread(); e < args.experts; e += block_threads()) counts[e] = count_bits(u32(tokens[e]));
+  sync_block();
+  if (thread() < kWarp) scan_counts<P>(args, counts, starts, true);
+  sync_block();
+  if (lane < args.k) {
+    const u32 before = u32(tokens[expert]) & ((1u << token) - 1);
+    place_pair(args, token, place, starts[expert] + count_bits(before), weight);
+  }
+}
+
+// 32 tokens a block, of many; what remains is how many pairs the blocks before it have for the same expert.
+template <int P> EDGELM_BODY void moe_choose_many(const MoeChooseArgs& args) {
+  int* const tokens = reinterpret_cast<int*>(shared_memory());
+  const int bit = thread() / kWarp, lane = thread() % kWarp, token = block_x() * kChooseTokens + bit;
+  for (int e = thread(); e < args.experts; e += block_threads()) tokens[e] = 0;
+  sync_block();
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  int expert = 0, place = 0;
+  float weight = 0.f;
+  const bool chooses = token < args.tokens && lane < args.k;
+  if (token < args.tokens) {
+    choose_experts<P>(args.logits + i64(token) * args.experts, args.experts, args.k, args.normalize != 0, expert, weight,
+                      place);
+  }
+  if (chooses) atomic_add(tokens + expert, int(1u << bit));
+  sync_block();
+  for (int e = thread(); e < args.experts; e += block_threads()) {
+    args.counts[i64(block_x()) * args.experts + e] = count_bits(u32(tokens[e]));
+  }
+  if (chooses) {
+    const i64 at = i64(token) * args.k + place;
+    args.chosen[at] = expert * kChooseTokens + count_bits(u32(tokens[expert]) & ((1u << bit) - 1));
+    args.chosen_weights[at] = weight;
+  }
+}
+
+// The same 32 tokens a block. Every block adds up all blocks' counts for itself: they are few, and in the cache.
+// 3 * 4 bytes of shared memory an expert; at least as many threads as experts.
+template <int P> EDGELM_BODY void moe_place(const MoeChooseArgs& args) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  int* const counts = reinterpret_cast<int*>(shared_memory());  // [experts] of all blocks
+  int* const before = counts + args.experts;                    // of those before this one
+  int* const starts = before + args.experts;
+  for (int e = thread(); e < args.experts; e += block_threads()) counts[e] = before[e] = 0;
+  sync_block();
+  const int parts = block_threads() / args.experts, part = thread() / args.experts, e = thread() % args.experts;
+  if (part < parts) {
+    int sum = 0, sum_before = 0;
+    for (int block = part; block < grid_x(); block += parts) {
+      const int count = args.counts[i64(block) * args.experts + e];
+      sum += count;
+      sum_before += block < block_x() ? count : 0;
+    }
+    atomic_add(counts + e, sum);
+    atomic_add(before + e, sum_before);
+  }
+  sync_block();
+  if (thread() < kWarp) scan_counts<P>(args, counts, starts, block_x() == 0);
+  sync_block();
+  const int pairs = min_(kChooseTokens, args.tokens - block_x() * kChooseTokens) * args.k;
+  for (int i = thread(); i < pairs; i += block_threads()) {
+    const i64 at = i64(block_x()) * kChooseTokens * args.k + i;
+    const int chosen = args.chosen[at], expert = chosen / kChooseTokens;
+    const int slot = starts[expert] + before[expert] + chosen % kChooseTokens;
+    place_pair(args, block_x() * kChooseTokens + i / args.k, i % args.k, slot, args.chosen_weights[at]);
+  }
+}
+
+// y = x + sum of weight * output, in the order of the experts' indices, which is that of their slots: four columns a
+// thread, a token a block_y.
+EDGELM_BODY void moe_combine(const MoeCombineArgs& args) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int column = 4 * (block_x() * block_threads() + thread());
+  if (column >= args.columns) return;
+  const i64 at = i64(block_y()) * args.columns + column;
+  Float4 sum = load_floats(args.x + at);
+  for (int j = 0; j < args.k; ++j) {
+    const int slot = args.slot_of[i64(block_y()) * args.k + j];
+    const float weight = args.slot_weights[slot];
+    const Float4 output = load_floats(args.outputs + i64(slot) * args.columns + column);
+    EDGELM_UNROLL
+    for (int i = 0; i < 4; ++i) sum.v[i] = fma_(weight, output.v[i], sum.v[i]);
+  }
+  store_floats(args.y + at, sum);
+}
+
+}  // namespace edgelm
