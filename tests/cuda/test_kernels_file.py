@@ -125,9 +125,7 @@ def test_a_device_without_an_image_is_told_what_there_is():
 
 
 def test_an_old_driver_is_told_which_it_must_be():
-    with pytest.raises(
-        RuntimeUnavailableError, match=r"speaks CUDA 12.8, .* with CUDA 13.0: update the driver"
-    ):
+    with pytest.raises(RuntimeUnavailableError, match=r"speaks CUDA 12.8, .* with CUDA 13.0: update the driver"):
         choose(ALL, (9, 0), (13, 0), (12, 8))
     # Within one major version older drivers take newer cubins, but no newer PTX.
     assert choose(ALL, (9, 0), (13, 1), (13, 0)) == "sm_90"

@@ -170,7 +170,10 @@ def test_the_wheel_holds_one_package_and_the_kernels(wheel):
     assert {"edgelm/quant/_edgelm_quant.so", "edgelm/runtimes/_edgelm_ops.so"} <= names
     assert "edgelm/py.typed" in names
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
-    assert not [name for name in names if "csrc" in name or "__pycache__" in name or name.endswith((".cc", ".o"))]
+    assert not [name for name in names if "__pycache__" in name or name.endswith((".cc", ".o"))]
+    sources = {f"edgelm/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "runtimes/csrc/cuda").iterdir()}
+    assert {name for name in names if "csrc" in name} == sources  # of the GPU kernels, which an export compiles
+    assert {Path(name).suffix for name in sources} == {".cuh", ".h"}
 
 
 def test_the_wheel_holds_every_module_of_the_checkout(wheel):
@@ -290,7 +293,8 @@ def test_every_requirement_is_pinned_and_the_pins_satisfy_it():
             assert specifier.operator == "==", line
             pins[canonicalize_name(pin.name)] = specifier.version
     extras = project["optional-dependencies"]
-    for text in (*project["dependencies"], *extras["cpu"], *extras["export"], *extras["eval"], *extras["dev"]):
+    pinned = ("cpu", "export", "gpu-export", "tensorrt-rtx", "eval", "dev")
+    for text in (*project["dependencies"], *(text for extra in pinned for text in extras[extra])):
         requirement = Requirement(text)
         if requirement.name != "edgelm":
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
