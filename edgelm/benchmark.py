@@ -246,7 +246,7 @@ def _run(runtime: Runtime, prompt: list[int], new_tokens: int) -> _Run:
     token = int(logits.argmax())
     first = time.perf_counter()
     for _ in range(new_tokens):
-        token = int(runtime.decode(token).argmax())
+        token = runtime.decode_greedy(token)
     return _Run(prefilled - started, first - started, new_tokens / (time.perf_counter() - first))
 
 

@@ -166,8 +166,8 @@ class TextStream(Iterator[str]):
         sampler = Sampler(options.sampling, self._prompt)
         pieces, stops = model.tokenizer.detokenizer(), StopStrings(options.stop)
         reason: StopReason | None = None
+        token = sampler.sample(logits)
         while reason is None:
-            token = sampler.sample(logits)
             self._tick()
             self._first_seconds = self._first_seconds or self._spent
             if token in model.end_ids:
@@ -183,7 +183,9 @@ class TextStream(Iterator[str]):
             elif full or len(self._tokens) == options.max_tokens:
                 reason = "length"
             else:
-                logits = model._decode(token)
+                # With nothing else to ask of the logits, they stay on the device.
+                plain = options.sampling.plain
+                token = model._decode_greedy(token) if plain else sampler.sample(model._decode(token))
                 self._decoded += 1
                 self._tick()
         if reason != "stop":
@@ -321,9 +323,16 @@ class LanguageModel:
         return logits, common
 
     def _decode(self, token: int) -> NDArray[np.float32]:
+        self._append(token)
+        return self.runtime.decode(token)
+
+    def _decode_greedy(self, token: int) -> int:
+        self._append(token)
+        return self.runtime.decode_greedy(token)
+
+    def _append(self, token: int) -> None:
         del self._cached[self.runtime.position :]
         self._cached.append(token)
-        return self.runtime.decode(token)
 
 
 def _drained(stream: TextStream) -> Generation:

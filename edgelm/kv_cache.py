@@ -21,15 +21,24 @@ _ROWS: dict[str, Callable[[int], int]] = {
 }
 
 KV_TYPES = tuple(_ROWS)
-"""What a cache can be with native operators; portable ones have float32."""
+"""What a cache can be with native operators; portable ones have float32, and float16 or bfloat16 on a GPU."""
 
 
-def row_bytes(kv: str, head_dim: int) -> int:
-    """Bytes of one head's keys, and again of its values, of one token.
+def require_type(kv: str) -> str:
+    """`kv`, if it is one of KV_TYPES.
 
     Raises:
         EdgeLMError: there is no such type.
     """
     if kv not in _ROWS:
         raise EdgeLMError(f"kv is {kv!r}: the cache can be {', '.join(_ROWS)}")
-    return _ROWS[kv](head_dim)
+    return kv
+
+
+def row_bytes(kv: str, head_dim: int) -> int:
+    """Bytes of one head's keys, and again of its values, of one token; bfloat16, which only GPUs have, too.
+
+    Raises:
+        EdgeLMError: there is no such type.
+    """
+    return 2 * head_dim if kv == "bfloat16" else _ROWS[require_type(kv)](head_dim)

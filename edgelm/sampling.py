@@ -73,6 +73,11 @@ class Sampling:
         """Whether the most probable token is always taken."""
         return self.temperature == 0
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is taken by the model's own logits, which nothing changes."""
+        return self.greedy and self.repetition_penalty == 1
+
 
 _DEFAULTS = {field.name: field.default for field in fields(Sampling)}
 
@@ -190,6 +195,30 @@ def _nucleus(scores: NDArray[np.float64], top_p: float, total: float | None) -> 
     return order[: int(np.searchsorted(reached, wanted, side="left")) + 1]
 
 
+def most_probable(logits: NDArray[np.float32]) -> int:
+    """The token with the highest of logits [V], the first of equals.
+
+    Raises:
+        GenerationError: logits are not numbers.
+    """
+    token = int(logits.argmax())
+    require_finite(float(logits[token]))
+    return token
+
+
+def require_finite(highest: float) -> None:
+    """Refuse to choose by logits that are not numbers.
+
+    Raises:
+        GenerationError: saying what `highest`, the highest of them, is.
+    """
+    if not math.isfinite(highest):
+        raise GenerationError(
+            f"the model's highest logit is {highest}: the bundle is damaged or its runtime is at fault; "
+            "check with `edgelm inspect --verify` and `edgelm parity`"
+        )
+
+
 class Sampler:
     """Draws one sequence's tokens; holds its generator and the tokens it has seen.
 
@@ -212,11 +241,7 @@ class Sampler:
         """
         options = self.options
         highest = float(logits.max())
-        if not math.isfinite(highest):
-            raise GenerationError(
-                f"the model's highest logit is {highest}: the bundle is damaged or its runtime is at fault; "
-                "check with `edgelm inspect --verify` and `edgelm parity`"
-            )
+        require_finite(highest)
         if self._seen:
             logits = penalise(logits, np.fromiter(self._seen, np.int64, len(self._seen)), options.repetition_penalty)
         if options.greedy:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError
+from edgelm.sampling import most_probable
 
 Self = TypeVar("Self", bound="Runtime")
 Result = TypeVar("Result")
@@ -121,6 +122,14 @@ class Runtime(ABC):
     @abstractmethod
     def decode(self, token: int) -> NDArray[np.float32]:
         """Append one token; return the logits [vocab_size] after it. Raises as `prefill` does."""
+
+    def decode_greedy(self, token: int) -> int:
+        """Append one token; return the most probable one after it, as `most_probable` of `decode`'s logits.
+
+        A device with memory of its own copies back the token alone. Of exactly equal logits it may take another than
+        the first. Raises as `decode` and `most_probable` do.
+        """
+        return most_probable(self.decode(token))
 
     @abstractmethod
     def close(self) -> None:

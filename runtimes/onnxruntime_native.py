@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgelm.devices import allowed_cores, return_free_memory
 from edgelm.errors import EdgeLMError, GenerationError, RuntimeUnavailableError
-from edgelm.kv_cache import row_bytes
+from edgelm.kv_cache import require_type, row_bytes
 from edgelm.runtimes.base import SequenceBatch, checked_tokens, choose_context_length, context_full
 from edgelm.runtimes.native_library import describe_cpu
 from edgelm.runtimes.onnxruntime_common import (
@@ -98,7 +98,7 @@ class NativeRuntime(OnnxRuntimeModel):
         chunk: int = DEFAULT_CHUNK,
         kv: str | None = None,
     ) -> None:
-        self.kv = kv or bundle.manifest.graph.kv_dtype
+        self.kv = require_type(kv or bundle.manifest.graph.kv_dtype)
         self._row_bytes = row_bytes(self.kv, bundle.manifest.model.head_dim)
         super().__init__(bundle, threads=threads, context_length=context_length, chunk=chunk)
 
@@ -147,7 +147,7 @@ class NativeBatch(SequenceBatch):
         self.context_length = choose_context_length(context_length, model.context_length)
         self.model_context_length = model.context_length
         self.threads = allowed_cores() if threads is None else threads
-        self.kv = kv or bundle.manifest.graph.kv_dtype
+        self.kv = require_type(kv or bundle.manifest.graph.kv_dtype)
         self._chunk = min(chunk, self.context_length)
         shape = (batch, model.num_kv_heads, self.context_length, row_bytes(self.kv, model.head_dim))
         session = _load(bundle, bundle.manifest.graph.file, self.threads)
