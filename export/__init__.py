@@ -6,6 +6,7 @@ both are built from.
 
 from __future__ import annotations
 
-from edgelm.export.api import ExportOptions, export_bundle
+from edgelm.export.api import export_bundle
+from edgelm.export.options import ExportOptions
 
 __all__ = ["ExportOptions", "export_bundle"]

@@ -96,10 +96,14 @@ class Rows:
     scales: NDArray[Any] | None = None
     zeros: Bytes | None = None
 
-    def map(self, change: Any, *others: Rows) -> Rows:
+    def map(self, change: Callable[..., NDArray[Any]], *others: Rows) -> Rows:
         """Apply a function of arrays to the codes, the scales and the zero points."""
-        parts = zip(*((rows.codes, rows.scales, rows.zeros) for rows in (self, *others)), strict=True)
-        return Rows(*(None if part[0] is None else change(*part) for part in parts))
+        found = [
+            None if getattr(self, name) is None else change(*(getattr(rows, name) for rows in (self, *others)))
+            for name in ("codes", "scales", "zeros")
+        ]
+        assert found[0] is not None
+        return Rows(found[0], found[1], found[2])
 
 
 def quantized_rows(tensor: QuantTensor, fmt: GpuFormat) -> Rows:
@@ -181,10 +185,10 @@ def tiles(codes: NDArray[Any], kind: GpuKind) -> Bytes:
     if kind is GpuKind.INT4:
         return _tiles_of_nibbles(codes)
     if kind in _BITS:
-        pairs = codes.view(np.uint16)
+        pairs: NDArray[Any] = codes.view(np.uint16)
         split = pairs.reshape(-1, 2, _HALF, pairs.shape[1] // 16, 2, 2, 4)  # block, half, g, tile, step, side, q
         return _bytes(split.transpose(0, 3, 2, 6, 4, 1, 5))
-    units = codes.view(np.uint32)  # one float32, or two neighbours of 16 bits
+    units: NDArray[Any] = codes.view(np.uint32)  # one float32, or two neighbours of 16 bits
     split = units.reshape(-1, 2, _HALF, units.shape[1] // 8, 2, 4)  # block, half, g, tile, side, q
     return _bytes(split.transpose(0, 3, 2, 5, 4, 1))
 

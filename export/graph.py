@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,34 +111,38 @@ class GraphBuilder:
         return name in self._initializers
 
     def model(
-        self, name: str, extra_outputs: Sequence[tuple[str, Dims]] = (), *, exact: bool = False
+        self,
+        name: str,
+        extra_outputs: Sequence[tuple[str, Dims]] = (),
+        *,
+        exact: Mapping[str, int | float | str] | None = None,
     ) -> onnx.ModelProto:
         """The finished model; `extra_outputs` (float32) are intermediate values that a debug graph also returns.
 
-        `exact` asks the quantised products for float32 activations instead of the int8 that they are faster with, and
-        for all bits of every weight: a debug graph then differs from the reference by float32 rounding only, and a
-        wrong weight stands out.
+        `exact` is what attributes are in a debug graph, `EXACT` for processors: quantised products then have float32
+        activations instead of those they are faster with, and all bits of every weight. So the debug graph differs from
+        the reference by float32 rounding only, and a wrong weight stands out.
         """
         outputs = self._outputs + [
             helper.make_tensor_value_info(n, TensorProto.FLOAT, list(d)) for n, d in extra_outputs
         ]
-        nodes = [*map(_exact, self._nodes), *self._debug_nodes] if exact else self._nodes
+        nodes = self._nodes if exact is None else [_exact(node, exact) for node in self._nodes] + self._debug_nodes
         graph = helper.make_graph(nodes, name, self._inputs, outputs, list(self._initializers.values()))
         domains = sorted({node.domain for node in nodes} - {""})
         opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in domains)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgelm")
 
 
-# What the attributes of quantised products are in an exact graph, whichever flavour has them.
-_EXACT: dict[str, int | str] = {"accuracy_level": 0, "activations": "float32", "refine": 0}
+EXACT: Mapping[str, int | float | str] = {"accuracy_level": 0, "activations": "float32", "refine": 0}
+"""What the attributes of quantised products are in an exact graph for processors, whichever flavour has them."""
 
 
-def _exact(node: onnx.NodeProto) -> onnx.NodeProto:
+def _exact(node: onnx.NodeProto, attributes: Mapping[str, int | float | str]) -> onnx.NodeProto:
     copy = onnx.NodeProto()
     copy.CopyFrom(node)
     for attribute in copy.attribute:
-        if attribute.name in _EXACT:
-            attribute.CopyFrom(helper.make_attribute(attribute.name, _EXACT[attribute.name]))
+        if attribute.name in attributes:
+            attribute.CopyFrom(helper.make_attribute(attribute.name, attributes[attribute.name]))
     return copy
 
 

@@ -310,19 +310,9 @@ class NativeDecoder(LayerOps):
         upper: NDArray[np.uint8],
         lower: NDArray[np.uint8] | None,
     ) -> None:
-        pieces = list(self._pieces(names, rows))
+        pieces = list(self.pieces(names, rows))
         if fmt.scales is Scales.NONE:
             values = [stored_as(self.source.float32(name, piece), dtype, name) for name, piece in pieces]
             pack_floats(np.concatenate(values), upper)
         else:
             pack_codes(stacked([self.source.quantized(name, piece) for name, piece in pieces], fmt), fmt, upper, lower)
-
-    def _pieces(self, names: Sequence[str], rows: slice) -> Iterator[tuple[str, slice]]:
-        """Where rows of stacked matrices come from."""
-        first = 0
-        for name in names:
-            count = self.source.shape(name)[0]
-            start, stop = max(rows.start - first, 0), min(rows.stop - first, count)
-            if start < stop:
-                yield name, slice(start, stop)
-            first += count

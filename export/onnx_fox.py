@@ -5,12 +5,12 @@ from __future__ import annotations
 from edgelm.bundle import ModelInfo
 from edgelm.export.decoder import DecoderFrame
 from edgelm.export.graph import int64
-from edgelm.export.native import NativeDecoder
+from edgelm.export.operators import OperatorDecoder
 from edgelm.export.portable import PortableOps
 from edgelm.models.fox import FoxConfig
 
 
-def build_native(model: NativeDecoder, config: FoxConfig) -> None:
+def build_native(model: OperatorDecoder, config: FoxConfig) -> None:
     """Add the whole model in native operators."""
     del config
     x = model.embedding("model.embed_tokens.weight")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from edgelm.bundle import ModelInfo
 from edgelm.export.decoder import DecoderFrame
 from edgelm.export.graph import int64
-from edgelm.export.native import NativeDecoder
+from edgelm.export.operators import OperatorDecoder
 from edgelm.export.portable import PortableOps, RouterSpec
 from edgelm.models.olmoe import OlmoeConfig
 
 
-def build_native(model: NativeDecoder, config: OlmoeConfig) -> None:
+def build_native(model: OperatorDecoder, config: OlmoeConfig) -> None:
     """Add the whole model in native operators."""
     x = model.embedding("model.embed_tokens.weight")
     for i in range(model.info.num_layers):

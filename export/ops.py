@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,16 @@ class LayerOps:
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor in the checkpoint, where it is stored whole or in quantised parts."""
         return self.source.nbytes(name)
+
+    def pieces(self, names: Sequence[str], rows: slice) -> Iterator[tuple[str, slice]]:
+        """Where rows of matrices that are stacked come from: a matrix's name, and which of its rows."""
+        first = 0
+        for name in names:
+            count = self.source.shape(name)[0]
+            start, stop = max(rows.start - first, 0), min(rows.stop - first, count)
+            if start < stop:
+                yield name, slice(start, stop)
+            first += count
 
     def vector(self, name: str, layer: int | None) -> str:
         """A float32 vector of the checkpoint (a norm's weight)."""

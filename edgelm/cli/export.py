@@ -10,13 +10,28 @@ from edgelm.cli.options import calibration_options, chosen_calibration
 from edgelm.cli.recipes import budget_options, budgeted, in_json, refuse_two
 
 
+def chosen_sms(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """The numbers of --sm."""
+    del context, parameter
+    if text is None:
+        return None
+    parts = [part.strip().removeprefix("sm_") for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise click.BadParameter(f"{text!r} is no list of compute capabilities: write for example 86,89")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
 @click.command()
 @click.argument("checkpoint")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Bundle folder to write.")
 @click.option("--recipe", default=None, help="int4 (default), int8, fp8, none, or a TOML file.")
 @budget_options
 @click.option(
-    "--target", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]), help="What the bundle is for."
+    "--target",
+    default="cpu",
+    show_default=True,
+    type=click.Choice(["cpu", "cuda", "tensorrt"]),
+    help="What the bundle is for: ONNX Runtime on the processor or on a GPU, or our kernels and TensorRT on a GPU.",
 )
 @click.option(
     "--ops",
@@ -32,6 +47,13 @@ from edgelm.cli.recipes import budget_options, budgeted, in_json, refuse_two
     type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
     help="Type of the matrices that the recipe keeps in float, and on a GPU of all values; auto is the checkpoint's, "
     "or fp16 for quantised bundles on a GPU.",
+)
+@click.option(
+    "--sm",
+    "sms",
+    metavar="SM,...",
+    callback=chosen_sms,
+    help="With --target tensorrt: the GPUs to compile kernels for, for example 86,89 [the GPU here, or all].",
 )
 @calibration_options
 @click.option(
@@ -54,6 +76,7 @@ def export(
     target: str,
     ops: str,
     dtype: str,
+    sms: tuple[int, ...] | None,
     calibration: str | None,
     samples: int | None,
     sample_length: int | None,
@@ -93,6 +116,7 @@ def export(
         target=target,
         ops=ops,
         dtype=dtype,
+        sms=sms,
         max_ram=None if max_ram is None else parse_size(max_ram),
         threads=threads,
         overwrite=overwrite,

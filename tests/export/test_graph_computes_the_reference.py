@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 from tiny_models import FLAVOURS, MakeCheckpoint
 
 from edgelm.checkpoint import Checkpoint
-from edgelm.export import api
+from edgelm.export import ExportOptions
+from edgelm.export.plan import WEIGHTS_FILE, Graphs, make_plan
+from edgelm.export.targets import TARGETS
 from edgelm.models import family
 from edgelm.models.trace import Trace
+from edgelm.progress import Silent
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
 from edgelm.runtimes.native_library import library_path
@@ -49,6 +52,14 @@ def ops(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def planned(path: Path, source: WeightSource, options: ExportOptions) -> Graphs:
+    checkpoint = source.checkpoint
+    kind = family(checkpoint.config)
+    config = kind.config_class.from_dict(checkpoint.config)
+    tokenizer, target = Tokenizer.from_folder(path), TARGETS[options.target]
+    return make_plan(checkpoint, source, tokenizer, kind.name, config, options, target, Silent()).graphs
+
+
 def write_graph(
     folder: Path, path: Path, chosen: Recipe, dtype: str, ops: str, *, as_deployed: bool = False
 ) -> tuple[WeightSource, Any]:
@@ -56,9 +67,8 @@ def write_graph(
     kind = family(checkpoint.config)
     config = kind.config_class.from_dict(checkpoint.config)
     source = WeightSource(checkpoint, chosen, threads=1)
-    options = api.ExportOptions(dtype=dtype, ops=ops)
-    plan = api._plan(checkpoint, source, Tokenizer.from_folder(path), kind.name, config, options)
-    plan.weights.write(folder / api.WEIGHTS_FILE, 2, lambda amount: None)
+    plan = planned(path, source, ExportOptions(dtype=dtype, ops=ops))
+    plan.weights.write(folder / WEIGHTS_FILE, 2, lambda amount: None)
     graph = plan.debug_graph
     if as_deployed:
         # The debug graph's outputs with the main graph's arithmetic.
@@ -229,10 +239,4 @@ def test_mixed_widths_within_a_layers_experts_are_widened_exactly(
 
 
 def _slots(path: Path, source: WeightSource) -> list[Any]:
-    checkpoint = source.checkpoint
-    kind = family(checkpoint.config)
-    config = kind.config_class.from_dict(checkpoint.config)
-    plan = api._plan(
-        checkpoint, source, Tokenizer.from_folder(path), kind.name, config, api.ExportOptions(ops="portable")
-    )
-    return list(plan.weights.slots.values())
+    return list(planned(path, source, ExportOptions(ops="portable")).weights.slots.values())

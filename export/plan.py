@@ -1,0 +1,162 @@
+"""What is known of a bundle before its first byte is written, and what a target has to say about it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from edgelm.bundle import ModelInfo, TokenIds
+from edgelm.checkpoint import Checkpoint
+from edgelm.export.options import ExportOptions
+from edgelm.export.weights import WeightsPlan
+from edgelm.progress import Progress
+from edgelm.quant.source import WeightSource
+from edgelm.tokenizer import Tokenizer
+
+GRAPH_FILE = "model.onnx"
+DEBUG_FILE = "model.debug.onnx"
+WEIGHTS_FILE = "model.onnx.data"
+_STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a graph is to be built of.
+
+    `dtype` is how matrices that the recipe keeps in float are stored, `config` the family's own.
+    """
+
+    source: WeightSource
+    family: str
+    config: Any
+    info: ModelInfo
+    ops: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The graphs of a bundle, the weights that they share, and the type of their cache.
+
+    `finish` writes what else belongs to the bundle; the weights, graphs and the checkpoint's texts are in the folder.
+    """
+
+    graph: onnx.ModelProto
+    debug_graph: onnx.ModelProto
+    weights: WeightsPlan
+    kv: str
+    finish: Callable[[Path, Plan, ExportOptions, Progress], None]
+
+
+class Target(ABC):
+    """A kind of device, and how bundles for it are made."""
+
+    name: str
+
+    @abstractmethod
+    def flavour(self, ops: str, progress: Progress) -> str:
+        """The operators to export for, given `ops` of the options.
+
+        Raises:
+            ExportError: this target has none of these.
+        """
+
+    @abstractmethod
+    def storage(self, asked: str, checkpoint: str, *, quantises: bool) -> str:
+        """How float matrices are stored: what was asked for, "auto" being the checkpoint's type where that will do.
+
+        Raises:
+            ExportError: this target cannot compute with what was asked for.
+        """
+
+    @abstractmethod
+    def about(self, source: WeightSource) -> str | None:
+        """What a user should know of what products multiply; None where the recipe asks for nothing special."""
+
+    @abstractmethod
+    def build(self, order: Order) -> Graphs:
+        """Build the graphs and plan their weights.
+
+        Raises:
+            ExportError: the target cannot hold or compute what the recipe asks for.
+        """
+
+    def check(self, options: ExportOptions) -> None:
+        """Refuse what can be refused before anything is read.
+
+        Raises:
+            EdgeLMError: something that the export would need at its end is missing.
+        """
+        del options
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before the first byte is written."""
+
+    info: ModelInfo
+    ops: str
+    tokens: TokenIds
+    dtype: str
+    graphs: Graphs
+    source_bytes: int
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    source: WeightSource,
+    tokenizer: Tokenizer,
+    family: str,
+    config: Any,
+    options: ExportOptions,
+    target: Target,
+    progress: Progress,
+) -> Plan:
+    """Plan the bundle of the weights that `source` gives.
+
+    Raises:
+        ExportError: the target cannot hold or compute what the recipe asks for.
+    """
+    info = ModelInfo(
+        family=family,
+        name=checkpoint.source_id,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        context_length=config.max_position_embeddings,
+        tied=config.tie_word_embeddings,
+        num_experts=getattr(config, "num_experts", 0),
+        experts_per_token=getattr(config, "num_experts_per_tok", 0),
+        norm_topk_prob=getattr(config, "norm_topk_prob", False),
+    )
+    quantises = any(source.scheme(name) is not None for name in source.shapes)
+    dtype = target.storage(options.storage, _float_type(checkpoint, source), quantises=quantises)
+    ops = target.flavour(options.ops, progress)
+    return Plan(
+        info=info,
+        ops=ops,
+        tokens=TokenIds(tokenizer.bos_id, tuple(tokenizer.eos_ids), tokenizer.pad_id),
+        dtype=dtype,
+        graphs=target.build(Order(source, family, config, info, ops, dtype)),
+        source_bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
+    )
+
+
+def _float_type(checkpoint: Checkpoint, source: WeightSource) -> str:
+    """The type of most values that stay float: scales are of another, and a calibrated checkpoint's routers too."""
+    counts: dict[str, int] = {}
+    for name, shape in source.shapes.items():
+        if source.scheme(name) is None and checkpoint.tensors[name].dtype in _STORED:
+            dtype = _STORED[checkpoint.tensors[name].dtype]
+            if not name.endswith(".mlp.gate.weight"):
+                counts[dtype] = counts.get(dtype, 0) + math.prod(shape)
+    return max(counts, key=lambda dtype: counts[dtype], default="float32")

@@ -1,0 +1,160 @@
+"""The targets there are. A further one is one entry of `TARGETS` and one module."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from edgelm.bundle import ModelInfo
+from edgelm.errors import ExportError
+from edgelm.export import activations, onnx_fox, onnx_olmoe
+from edgelm.export.decoder import DecoderFrame
+from edgelm.export.genai import genai_config
+from edgelm.export.gpu_target import TensorrtTarget
+from edgelm.export.graph import EXACT, Dims, GraphBuilder
+from edgelm.export.native import NativeDecoder
+from edgelm.export.options import AUTO, ExportOptions
+from edgelm.export.plan import GRAPH_FILE, WEIGHTS_FILE, Graphs, Order, Plan, Target
+from edgelm.export.portable import PortableOps
+from edgelm.export.providers import CPU, CUDA, Provider
+from edgelm.export.router_probe import router_probe
+from edgelm.export.weights import WeightsPlan
+from edgelm.progress import Progress
+from edgelm.quant.recipe import Recipe
+from edgelm.quant.source import WeightSource
+from edgelm.runtimes.native_library import library_path
+from edgelm.runtimes.router_probe import PROBE_FILE
+
+_PORTABLE: Mapping[str, Callable[[PortableOps, ModelInfo, Any], DecoderFrame]] = {
+    "olmoe": onnx_olmoe.build_portable,
+    "fox": onnx_fox.build_portable,
+}
+_NATIVE: Mapping[str, Callable[[NativeDecoder, Any], None]] = {
+    "olmoe": onnx_olmoe.build_native,
+    "fox": onnx_fox.build_native,
+}
+
+
+class OnnxRuntimeTarget(Target):
+    """What ONNX Runtime runs with one of its execution providers."""
+
+    provider: Provider
+
+    def storage(self, asked: str, checkpoint: str, *, quantises: bool) -> str:
+        """As the provider has it."""
+        return self.provider.storage(asked, checkpoint, quantises=quantises)
+
+    def about(self, source: WeightSource) -> str | None:
+        """Static activations have no use here."""
+        return activations.about_static(source)
+
+    def build(self, order: Order) -> Graphs:
+        """Build the graphs in the operators of the order."""
+        return self._native(order) if order.ops == "native" else self._portable(order)
+
+    def _native(self, order: Order) -> Graphs:
+        graph, weights, info, config = GraphBuilder(WEIGHTS_FILE), WeightsPlan(), order.info, order.config
+        model = NativeDecoder(graph, weights, order.source, order.dtype, info, config.rms_norm_eps, config.rope_theta)
+        _NATIVE[order.family](model, config)
+        return self._graphs(order, graph, weights, model.debug_outputs, lambda *_: None)
+
+    def _portable(self, order: Order) -> Graphs:
+        graph, weights, info = GraphBuilder(WEIGHTS_FILE), WeightsPlan(), order.info
+        ops = PortableOps(graph, weights, order.source, order.dtype, self.provider)
+        outputs = _PORTABLE[order.family](ops, info, order.config).debug_outputs
+        probe = self._probe(graph.model(info.name), ops, info)
+
+        def finish(folder: Path, plan: Plan, options: ExportOptions, progress: Progress) -> None:
+            del options, progress
+            path = folder / "generation_config.json"
+            generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            config = genai_config(plan.info, plan.tokens, GRAPH_FILE, generation, self.provider.session)
+            (folder / "genai_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            if probe is not None:
+                (folder / PROBE_FILE).write_bytes(probe.SerializeToString())
+
+        return self._graphs(order, graph, weights, outputs, finish)
+
+    def _graphs(
+        self,
+        order: Order,
+        graph: GraphBuilder,
+        weights: WeightsPlan,
+        outputs: Sequence[tuple[str, Dims]],
+        finish: Callable[[Path, Plan, ExportOptions, Progress], None],
+    ) -> Graphs:
+        name = order.info.name
+        kv = _kv_dtype(order.ops, order.source.recipe, self.provider.compute_type(order.dtype))
+        return Graphs(graph.model(name), graph.model(f"{name} (debug)", outputs, exact=EXACT), weights, kv, finish)
+
+    def _probe(self, graph: onnx.ModelProto, ops: PortableOps, info: ModelInfo) -> onnx.ModelProto | None:
+        """A graph that shows whether a device routes as asked, where that is in doubt."""
+        del graph, ops, info
+        return None
+
+
+class CpuTarget(OnnxRuntimeTarget):
+    """ONNX Runtime on the processor, with our compiled operators or its own."""
+
+    name = "cpu"
+    provider = CPU
+
+    def flavour(self, ops: str, progress: Progress) -> str:
+        """Native where this installation has the compiled operators."""
+        if ops != AUTO:
+            return ops
+        if library_path() is not None:
+            return "native"
+        progress.note(
+            "exporting with portable operators, because this installation has no compiled ones: the bundle runs "
+            "wherever ONNX Runtime does, but slower and with more memory than with native operators; to have them, "
+            "install edgelm where there is a C++ compiler, or export for another machine with --ops native"
+        )
+        return "portable"
+
+
+class CudaTarget(OnnxRuntimeTarget):
+    """ONNX Runtime's CUDA provider, with its own operators."""
+
+    name = "cuda"
+    provider = CUDA
+
+    def flavour(self, ops: str, progress: Progress) -> str:
+        """Portable, the only one."""
+        del progress
+        if ops == "native":
+            raise ExportError(
+                "native operators are for processors: leave --ops out, or export with --target tensorrt for our own on "
+                "a GPU"
+            )
+        return "portable"
+
+    def _probe(self, graph: onnx.ModelProto, ops: PortableOps, info: ModelInfo) -> onnx.ModelProto | None:
+        return router_probe(graph, ops, info.experts_per_token)
+
+
+TARGETS: Mapping[str, Target] = {target.name: target for target in (CpuTarget(), CudaTarget(), TensorrtTarget())}
+"""By the name that `--target` takes."""
+
+
+def _kv_dtype(ops: str, recipe: Recipe, compute: str) -> str:
+    """The type of cache that a runtime allocates unless told otherwise: the recipe's, if it has one.
+
+    Else it does not round where nothing else does. `compute` is what a portable graph computes in.
+
+    Raises:
+        ExportError: these operators have no such cache.
+    """
+    if ops == "portable":
+        if recipe.kv not in (AUTO, compute):
+            raise ExportError(
+                f'recipe {recipe.name} has kv = "{recipe.kv}", but portable operators have {compute} caches only here: '
+                "export for a processor with --ops native, or leave kv out"
+            )
+        return compute
+    exact = recipe.default is None and all(rule.scheme is None for rule in recipe.rules)
+    return recipe.kv if recipe.kv != AUTO else "float32" if exact else "float16"
