@@ -1,99 +1,156 @@
-"""The graph that TensorRT's parser reads: a pass over the graph in our operators.
+"""The graph that TensorRT's parser reads, made of a bundle's program.
 
-- Nodes of the domain `edgelm` become plugins: the operator's name with a prefix (the parser keeps names such as
-  GroupQueryAttention to itself), absent inputs left out (it takes no empty ones), and one attribute, the text of a
-  `PluginSpec`.
-- Bytes become int8: TensorRT widens constants of uint8, and its plugins take int8 as what it is.
-- ids and lengths become int32, which engines have; shapes stay int64.
+- Every node is a plugin: the operator's name with a prefix (the parser keeps names such as GroupQueryAttention to
+  itself), absent inputs left out (it takes no empty ones), and one attribute, the text of a `PluginSpec`.
+- Weights and caches are int8: TensorRT widens constants of uint8, and gives a plugin int8 as it is.
+- Batch, tokens and the caches' positions stay open; a cache's bytes a position are fixed, since its type is.
+
+`edgelm.export.tensorrt_linear` puts products that the engine computes itself in the place of some of the nodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import onnx
 from onnx import TensorProto, helper
 
+from edgelm.bundle import ModelInfo
 from edgelm.errors import ExportError
-from edgelm.export.graph import EDGELM
-from edgelm.runtimes.tensorrt.operators import NAMESPACE, OPERATORS, PREFIX, PluginSpec, Value
+from edgelm.runtimes.cuda.program import Node, Program, Value
+from edgelm.runtimes.tensorrt.operators import NAMESPACE, OPERATORS, PREFIX, PluginSpec
 from edgelm.runtimes.tensorrt.plugins import FIELD
 
 OPSET = 24
 IR_VERSION = 11
-_NARROW = {TensorProto.UINT8: TensorProto.INT8, TensorProto.INT64: TensorProto.INT32}
+_TYPES = {"f32": TensorProto.FLOAT, "int32": TensorProto.INT32, "uint8": TensorProto.INT8}
+CACHES = ("key", "value")
 
 
-def parser_graph(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of `model` for TensorRT's parser; `model` stays as it is.
+@dataclass(frozen=True)
+class Stored:
+    """A weight of the graph: its element type, dimensions, and where its bytes lie."""
 
-    Raises:
-        ExportError: a node of the domain `edgelm` that is no operator of ours, or with more or fewer inputs.
-    """
-    made = onnx.ModelProto()
-    made.CopyFrom(model)
-    del made.opset_import[:]
-    made.opset_import.extend([helper.make_opsetid("", OPSET), helper.make_opsetid(EDGELM, 1)])
-    made.ir_version = IR_VERSION
-    graph = made.graph
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        tensor = value.type.tensor_type
-        tensor.elem_type = _NARROW.get(tensor.elem_type, tensor.elem_type)
-    used_by_plugins = {name for node in graph.node if node.domain == EDGELM for name in node.input}
-    for weight in graph.initializer:
-        if weight.data_type == TensorProto.UINT8 and weight.name in used_by_plugins:
-            weight.data_type = TensorProto.INT8
-    kept = [plugin_node(node) if node.domain == EDGELM else node for node in graph.node]
-    del graph.node[:]
-    graph.node.extend(kept)
+    type: int
+    dims: tuple[int, ...]
+    file: str
+    offset: int
+    size: int
+
+
+class ParserGraph:
+    """Collects what the graph is made of."""
+
+    def __init__(self, program: Program, weights_file: str) -> None:
+        self.program = program
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: dict[str, Stored] = {}
+        self._constants: dict[str, TensorProto] = {}
+        self._file = weights_file
+
+    def weight(self, name: str) -> str:
+        """Use a weight of the program as it is stored."""
+        stored = self.program.weights[name]
+        self.weights[name] = Stored(_TYPES[stored.type], stored.dims, self._file, stored.offset, stored.size)
+        return name
+
+    def constant(self, tensor: TensorProto) -> str:
+        """Use a small tensor that lies in the graph itself."""
+        self._constants[tensor.name] = tensor
+        return str(tensor.name)
+
+    def node(self, op: str, inputs: list[str], output: str, **attrs: object) -> str:
+        """Add a node of ai.onnx; return its result's name."""
+        self.nodes.append(helper.make_node(op, inputs, [output], name=f"{output}/{op}", **attrs))
+        return output
+
+    def plugin(self, node: Node) -> None:
+        """Add a node as a plugin."""
+        self.nodes.append(plugin_node(node, self.program.values))
+        for name in node.inputs:
+            if name in self.program.weights:
+                self.weight(name)
+
+    def model(self, info: ModelInfo, row_bytes: int) -> onnx.ModelProto:
+        """The finished graph; `row_bytes` of a cache for one head and position."""
+        cache = ["batch", info.num_kv_heads, "capacity", row_bytes]
+        tensor = helper.make_tensor_value_info
+        inputs = [
+            tensor("input_ids", TensorProto.INT32, ["batch", "tokens"]),
+            tensor("past_lengths", TensorProto.INT32, ["batch"]),
+        ]
+        outputs = [tensor("logits", TensorProto.FLOAT, ["batch", 1, info.vocab_size])]
+        for i in range(info.num_layers):
+            inputs += [tensor(f"past_key_values.{i}.{which}", TensorProto.INT8, cache) for which in CACHES]
+            outputs += [tensor(f"present.{i}.{which}", TensorProto.INT8, cache) for which in CACHES]
+        initializers = [*self._constants.values(), *(_external(name, at) for name, at in self.weights.items())]
+        graph = helper.make_graph(self.nodes, info.name, inputs, outputs, initializers)
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(NAMESPACE, 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgelm")
+
+
+def _external(name: str, at: Stored) -> TensorProto:
+    made = TensorProto(name=name, data_type=at.type, data_location=TensorProto.EXTERNAL)
+    made.dims.extend(at.dims)
+    for key, value in (("location", at.file), ("offset", at.offset), ("length", at.size)):
+        made.external_data.add(key=key, value=str(value))
     return made
 
 
-def plugin_node(node: onnx.NodeProto) -> onnx.NodeProto:
-    """The plugin of one node of the domain `edgelm`.
+def plugin_node(node: Node, values: Mapping[str, Value]) -> onnx.NodeProto:
+    """The plugin of one node.
 
     Raises:
         ExportError: it is no operator of ours, or has more or fewer inputs than one.
     """
-    operator = OPERATORS.get(node.op_type)
-    attrs = _attributes(node)
-    name = str(attrs.pop("name", node.name))
+    operator = OPERATORS.get(node.op)
     if operator is None:
-        raise ExportError(f"{name}: the TensorRT plugins have no operator {node.op_type}; they have {list(OPERATORS)}")
-    present = tuple(bool(given) for given in node.input) + (False,) * (len(operator.inputs) - len(node.input))
+        raise ExportError(f"{node.name}: the TensorRT plugins have no operator {node.op}; they have {list(OPERATORS)}")
+    present = tuple(map(bool, node.inputs)) + (False,) * (len(operator.inputs) - len(node.inputs))
     if len(present) > len(operator.inputs) or not all(present[: operator.required]):
         raise ExportError(
-            f"{name}: {node.op_type} takes {', '.join(operator.inputs)}, of which the first {operator.required} must "
-            f"be there; the node has {list(node.input)}"
+            f"{node.name}: {node.op} takes {', '.join(operator.inputs)}, of which the first {operator.required} must "
+            f"be there; the node has {list(node.inputs)}"
         )
-    outputs = [output for output in node.output if output]
-    if list(node.output)[: len(outputs)] != outputs:
-        raise ExportError(f"{name}: a result of {node.op_type} is left out before one that is used")
-    spec = PluginSpec(name, node.op_type, attrs, present, len(outputs))
+    own = len(node.outputs) - len(operator.aliases)
+    results = tuple((values[name].type, values[name].width) for name in node.outputs[:own])
+    spec = PluginSpec(node.name, node.op, node.attrs, present, results)
     return helper.make_node(
-        f"{PREFIX}{node.op_type}",
-        [given for given in node.input if given],
-        outputs,
-        name=name,
+        f"{PREFIX}{node.op}",
+        [name for name in node.inputs if name],
+        list(node.outputs),
+        name=node.name,
         domain=NAMESPACE,
         **{FIELD: spec.to_text()},
     )
 
 
-def _attributes(node: onnx.NodeProto) -> dict[str, Value]:
-    found: dict[str, Value] = {}
-    for attribute in node.attribute:
-        value = helper.get_attribute_value(attribute)
-        if isinstance(value, bytes):
-            value = value.decode()
-        if not isinstance(value, int | float | str):
-            raise ExportError(f"{node.name}: the attribute {attribute.name} is a list, which plugins do not take")
-        found[attribute.name] = value
-    return found
+def cache_kind(program: Program) -> str:
+    """The type of the caches that the program's attention has: "f16", "bf16", "f32", "int8" or "fp8".
+
+    Raises:
+        ExportError: it has several, or there is no attention.
+    """
+    found = {node.text("kv") for node in program.nodes if node.op == "GroupQueryAttention"}
+    if len(found) != 1:
+        raise ExportError(f"the program's caches are of {len(found)} types ({', '.join(sorted(found))}), expected one")
+    return found.pop()
+
+
+def cache_row_bytes(program: Program) -> int:
+    """Bytes of a cache for one head and position: its codes and, of int8 and fp8, a float32 scale."""
+    kind = cache_kind(program)
+    width = next(node.whole("head_size") for node in program.nodes if node.op == "GroupQueryAttention")
+    sizes = {"f32": 4 * width, "f16": 2 * width, "bf16": 2 * width, "int8": width + 4, "fp8": width + 4}
+    if kind not in sizes:
+        raise ExportError(f"a cache of {kind} cannot be part of an engine: it can be {', '.join(sizes)}")
+    return sizes[kind]
 
 
 def plugins_of(model: onnx.ModelProto) -> Iterable[PluginSpec]:
     """The plugins of a graph that `parser_graph` made, in order."""
     for node in model.graph.node:
         if node.domain == NAMESPACE:
-            yield PluginSpec.from_text(str(_attributes(node)[FIELD]))
+            text = next(helper.get_attribute_value(a) for a in node.attribute if a.name == FIELD)
+            yield PluginSpec.from_text(text.decode())

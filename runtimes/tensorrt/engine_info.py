@@ -131,7 +131,7 @@ def plugins_in(engine: Path) -> list[PluginSpec]:
         BundleError: the file is empty.
         EdgeLMError: a plugin of another version of EdgeLM.
     """
-    found: dict[str, PluginSpec] = {}
+    found: dict[tuple[str, str], PluginSpec] = {}
     if engine.stat().st_size == 0:
         raise BundleError(f"{engine} is empty: run `edgelm build` again")
     with engine.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -141,7 +141,7 @@ def plugins_in(engine: Path) -> list[PluginSpec]:
             text = _json_at(data, place)
             if text is not None:
                 spec = PluginSpec.from_text(text)
-                found.setdefault(spec.name, spec)
+                found.setdefault((spec.op, spec.name), spec)
             place = data.find(mark, place + len(mark))
     return list(found.values())
 

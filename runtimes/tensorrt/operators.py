@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,14 +45,20 @@ class PluginSpec:
         attrs: the node's attributes.
         present: for each input of the operator's list whether the node has it. TensorRT takes no empty inputs, so a
             plugin gets those that are present, in order.
-        outputs: how many results are used.
+        results: element type ("f32", "f16", "bf16", "int32") and width, the last dimension, of the results that are
+            used; caches, which lie in their inputs, are not among them.
     """
 
     name: str
     op: str
     attrs: Mapping[str, Value] = field(default_factory=dict)
     present: tuple[bool, ...] = ()
-    outputs: int = 1
+    results: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def outputs(self) -> int:
+        """How many results the plugin has, caches included."""
+        return len(self.results) + len(OPERATORS[self.op].aliases)
 
     def to_text(self) -> str:
         """One line of JSON that begins with `MARK`."""
@@ -60,7 +66,7 @@ class PluginSpec:
             "name": self.name,
             "op": self.op,
             "present": [int(there) for there in self.present],
-            "outputs": self.outputs,
+            "results": [list(result) for result in self.results],
             "attrs": dict(sorted(self.attrs.items())),
         }
         return MARK + json.dumps(fields)[1:]
@@ -76,9 +82,8 @@ class PluginSpec:
             data = json.loads(text)
             if data["edgelm_plugin"] != 1:
                 raise ValueError(f"version {data['edgelm_plugin']}")
-            found = cls(
-                data["name"], data["op"], data["attrs"], tuple(map(bool, data["present"])), int(data["outputs"])
-            )
+            results = tuple((str(kind), int(width)) for kind, width in data["results"])
+            found = cls(data["name"], data["op"], data["attrs"], tuple(map(bool, data["present"])), results)
         except (ValueError, KeyError, TypeError) as error:
             raise EdgeLMError(
                 f"a plugin of this engine is not one that this EdgeLM reads ({error}): build the engine again with "
@@ -103,54 +108,45 @@ class PluginSpec:
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator's results.
+    """What is the same for all nodes of an operator.
 
     Attributes:
         inputs: names of its inputs in order; those behind `required` may be absent.
         required: how many must be there.
-        shapes: the dimensions of its results, of a node's attributes.
-        types: element types of its results, of a node's attributes and the inputs' types: "f32", "f16", "bf16", ...
-        aliases: results that are an input written in place: result -> input.
+        shapes: the dimensions of its results before the last, which is the width that the spec says; of Argmax all.
+        aliases: results that are an input written in place: result -> input. They come after the others.
     """
 
     inputs: tuple[str, ...]
     required: int
-    shapes: Callable[[Mapping[str, Value]], list[list[Term]]]
-    types: Callable[[Mapping[str, Value], Sequence[str | None]], list[str]]
+    shapes: tuple[tuple[Term, ...], ...]
     aliases: Mapping[int, int] = field(default_factory=dict)
 
 
-def _like(index: int, rank: int) -> list[Term]:
-    return [Dim(index, axis) for axis in range(rank)]
-
-
-_ROWS: list[Term] = [Dim(0, 0), Dim(0, 1)]
+_BATCH, _TOKENS = Dim(0, 0), Dim(0, 1)
+_ROWS = (_BATCH, _TOKENS)
+_CACHE_RANK = 4
 
 OPERATORS: dict[str, Operator] = {
-    "QuantEmbedding": Operator(
-        ("ids", "table"), 2, lambda a: [[*_ROWS, int(a["columns"])]], lambda a, t: ["f32"]
-    ),
-    "QuantLinear": Operator(
-        ("x", "weights", "norm", "residual"), 2,
-        lambda a: [[*_ROWS, int(a["rows"]) // (2 if a.get("swiglu") else 1)]],
-        lambda a, t: [str(a["output"])],
-    ),
-    "SparseMoE": Operator(
-        ("x", "router", "gate_up", "down", "norm"), 5,
-        lambda a: [_like(0, 3), [(Dim(0, 0), Dim(0, 1)), Dim(1, 0)]],
-        lambda a, t: ["f32", "f32"],
-    ),
+    "QuantEmbedding": Operator(("ids", "table"), 2, (_ROWS,)),
+    "QuantLinear": Operator(("x", "weights", "norm", "residual"), 2, (_ROWS,)),
+    "SparseMoE": Operator(("x", "router", "gate_up", "down", "norm"), 5, (_ROWS, ((_BATCH, _TOKENS),))),
     "GroupQueryAttention": Operator(
-        ("qkv", "key_cache", "value_cache", "past_lengths", "cos", "sin", "q_norm", "k_norm"), 6,
-        lambda a: [[*_ROWS, int(a["num_heads"]) * int(a["head_size"])], _like(1, 4), _like(2, 4)],
-        lambda a, t: [str(t[0]), str(t[1]), str(t[2])],
-        {1: 1, 2: 2},
+        ("qkv", "key_cache", "value_cache", "past_lengths", "cos", "sin", "q_norm", "k_norm"), 6, (_ROWS,), {1: 1, 2: 2}
     ),
-    "LastToken": Operator(
-        ("x", "new_lengths"), 1, lambda a: [[Dim(0, 0), 1, Dim(0, 2)]], lambda a, t: [str(t[0])]
-    ),
-    "Argmax": Operator(("logits",), 1, lambda a: [[Dim(0, 0)]], lambda a, t: ["int32"]),
-}  # fmt: skip
+    "LastToken": Operator(("x", "new_lengths"), 1, ((_BATCH, 1),)),
+    "Argmax": Operator(("logits",), 1, ((_BATCH,),)),
+}
+
+
+def result_terms(spec: PluginSpec) -> list[tuple[Term, ...]]:
+    """The dimensions of a node's results, caches included."""
+    operator = OPERATORS[spec.op]
+    found: list[tuple[Term, ...]] = []
+    for (_, width), before in zip(spec.results, operator.shapes, strict=False):
+        found.append(before if spec.op == "Argmax" else (*before, width))
+    caches = (tuple(Dim(place, axis) for axis in range(_CACHE_RANK)) for place in operator.aliases.values())
+    return [*found, *caches]
 
 
 def output_shapes(spec: PluginSpec, shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
@@ -167,10 +163,10 @@ def output_shapes(spec: PluginSpec, shapes: Sequence[Sequence[int]]) -> list[tup
         dims = (term,) if isinstance(term, Dim) else term
         return math.prod(int(places[dim.input][dim.axis]) for dim in dims)
 
-    found = OPERATORS[spec.op].shapes(spec.attrs)[: spec.outputs]
-    return [tuple(value(term) for term in shape) for shape in found]
+    return [tuple(value(term) for term in terms) for terms in result_terms(spec)]
 
 
 def output_types(spec: PluginSpec, types: Sequence[str]) -> list[str]:
     """Element types of a node's results for those of the inputs that it has."""
-    return OPERATORS[spec.op].types(spec.attrs, spec.spread(types))[: spec.outputs]
+    places = spec.spread(types)
+    return [kind for kind, _ in spec.results] + [str(places[i]) for i in OPERATORS[spec.op].aliases.values()]

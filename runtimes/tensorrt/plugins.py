@@ -26,6 +26,7 @@ from edgelm.runtimes.tensorrt.operators import (
     PluginSpec,
     Term,
     output_types,
+    result_terms,
 )
 
 FIELD = "spec"
@@ -187,7 +188,7 @@ def plugin_class(api: ModuleType) -> type[Any]:
                 return functools.reduce(lambda a, b: builder.operation(api.DimensionOperation.PROD, a, b), found)
 
             results = []
-            for shape in OPERATORS[self.spec.op].shapes(self.spec.attrs)[: self.num_outputs]:
+            for shape in result_terms(self.spec):
                 result = api.DimsExprs(len(shape))
                 for axis, term in enumerate(shape):
                     result[axis] = expression(term)

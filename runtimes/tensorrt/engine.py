@@ -1,0 +1,282 @@
+"""An engine on a device: whether it fits is decided and said before it is loaded."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgelm.errors import BundleError, DeviceError, DeviceMemoryError, EdgeLMError, RuntimeUnavailableError
+from edgelm.runtimes.cuda.device import DeviceInfo
+from edgelm.runtimes.tensorrt.engine_info import PTX, EngineInfo
+from edgelm.runtimes.tensorrt.library import FULL, RTX, Library, messages
+from edgelm.runtimes.tensorrt.plugins import STATE
+
+DECODE, PREFILL = 0, 1
+"""Optimisation profiles, in the order of `builder.profiles`."""
+_OLDEST_CUDA = 12
+# What TensorRT-RTX's check of an engine can say, by the names of its flags.
+_INVALID = {
+    "VERSION_MISMATCH": "another version of TensorRT-RTX built it: build it again with `edgelm build BUNDLE`",
+    "UNSUPPORTED_CC": "it was not built for this GPU: build it with `edgelm build BUNDLE --sm` and its number",
+    "OLD_CUDA_DRIVER": "the GPU's driver is too old for it: update the driver",
+    "OLD_CUDA_RUNTIME": "the CUDA runtime is too old for it: update TensorRT-RTX",
+    "INSUFFICIENT_GPU_MEMORY": "the GPU has not enough memory free: end what else uses it, or give --weight-budget",
+    "CUDA_ERROR": "the driver failed: check that nvidia-smi works",
+    "MALFORMED_ENGINE": "the file is damaged: copy the bundle again, or run `edgelm build`",
+}
+
+
+def sm_of(device: DeviceInfo) -> int:
+    """A device's compute capability as it is named, e.g. 86."""
+    return device.capability[0] * 10 + device.capability[1]
+
+
+def unfit(info: EngineInfo, device: DeviceInfo, versions: dict[str, str]) -> str | None:
+    """Why an engine cannot run on a device with these TensorRT flavours installed, by version; None if it can."""
+    sm = sm_of(device)
+    have = versions.get(info.flavour)
+    if have is None:
+        return f"needs {info.flavour} {info.version}, which is not installed"
+    if have != info.version:
+        return f"was built by {info.flavour} {info.version}, and {have} is installed"
+    if sm not in info.sms:
+        return f"was built for {info.devices}, and {device.name} is SM {sm}"
+    if device.driver[0] < _OLDEST_CUDA:
+        spoken = "{}.{}".format(*device.driver)
+        return f"needs a driver for CUDA {_OLDEST_CUDA} or newer, and this one speaks {spoken}"
+    return None
+
+
+def choose(found: Sequence[EngineInfo], device: DeviceInfo, versions: dict[str, str], where: Path) -> EngineInfo:
+    """The engine to run: full TensorRT's where both flavours fit.
+
+    Raises:
+        RuntimeUnavailableError: none fits; says why each does not, and what to do.
+    """
+    reasons = {info.file: unfit(info, device, versions) for info in found}
+    fitting = [info for info in found if reasons[info.file] is None]
+    if fitting:
+        return min(fitting, key=lambda info: (info.flavour != FULL, info.plugins != PTX, info.file))
+    how = f"run `edgelm build {where}` on this device, or use the runtime cuda-kernels, which needs no engine"
+    if not found:
+        raise RuntimeUnavailableError(f"{where} has no engine: {how}")
+    lines = "; ".join(f"{file} {reason}" for file, reason in reasons.items())
+    raise RuntimeUnavailableError(f"no engine of {where} fits here: {lines}. So {how}")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or a result of an engine.
+
+    Attributes:
+        name: as in the graph.
+        is_input: or a result.
+        element_bytes: of one element.
+        aliased: the input that a result lies in.
+    """
+
+    name: str
+    is_input: bool
+    element_bytes: int
+    aliased: str | None
+
+
+class Engine:
+    """A deserialised engine.
+
+    Args:
+        library: the TensorRT to run it with.
+        info: its description.
+        path: its file.
+        weight_budget: bytes of weights that may lie in the GPU's memory; None is all.
+
+    Raises:
+        RuntimeUnavailableError: it does not fit the device or the library.
+        DeviceMemoryError: the GPU has not enough memory.
+        BundleError: the file is damaged.
+    """
+
+    def __init__(self, library: Library, info: EngineInfo, path: Path, weight_budget: int | None = None) -> None:
+        if weight_budget is not None and not info.weight_streaming:
+            raise EdgeLMError(
+                f"{path} was built without weight streaming, so all its weights lie in the GPU's memory: build it "
+                "again with `edgelm build BUNDLE --weight-streaming`, or leave --weight-budget out"
+            )
+        self.library = library
+        self.info = info
+        self.path = path
+        self._log = messages(library)
+        self._runtime = library.api.Runtime(self._log.logger)
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if library.flavour == RTX:
+                self._check(data)
+            engine = self._taking("loading it", self._runtime.deserialize_cuda_engine, data)
+        self._engine: Any = engine
+        if weight_budget is not None:
+            engine.weight_streaming_budget_v2 = self._budget(weight_budget)
+        self.tensors = [self._tensor(engine.get_tensor_name(i)) for i in range(engine.num_io_tensors)]
+
+    def _check(self, data: mmap.mmap) -> None:
+        """Ask TensorRT-RTX whether the engine's header fits this device."""
+        api = self.library.api
+        header = data[: self._runtime.engine_header_size]
+        validity, flags = self._runtime.get_engine_validity(header)
+        self._log.take()
+        if validity == api.EngineValidity.INVALID:
+            raise RuntimeUnavailableError(f"{self.path} does not run here: {diagnosis(api, int(flags))}")
+
+    def _taking(self, doing: str, call: Any, *args: Any) -> Any:
+        self._log.take()
+        STATE.take_failure()
+        result = call(*args)
+        if result is None:
+            raise self._failed(doing)
+        return result
+
+    def _failed(self, doing: str) -> EdgeLMError:
+        failure, said = STATE.take_failure(), self._log.take()
+        if isinstance(failure, EdgeLMError):
+            return failure
+        error = failed(f"{self.library.flavour} {self.library.version}: {doing} ({self.path}) failed", said)
+        error.__cause__ = failure
+        return error
+
+    def _budget(self, asked: int) -> int:
+        return min(asked, int(self._engine.streamable_weights_size))
+
+    def _tensor(self, name: str) -> Tensor:
+        engine = self._engine
+        is_input = engine.get_tensor_mode(name) == self.library.api.TensorIOMode.INPUT
+        aliased = None if is_input else getattr(engine, "get_aliased_input_tensor", lambda _: None)(name)
+        return Tensor(name, is_input, int(engine.get_tensor_dtype(name).itemsize), aliased or None)
+
+    def input_shape(self, name: str) -> tuple[int, ...]:
+        """An input's shape; -1 where it may vary."""
+        return tuple(self._engine.get_tensor_shape(name))
+
+    @property
+    def weights_bytes(self) -> int:
+        """Weights that can be streamed, in bytes; 0 where the engine was built without."""
+        return int(self._engine.streamable_weights_size) if self.info.weight_streaming else 0
+
+    def activation_bytes(self) -> int:
+        """Scratch memory for the larger of the profiles."""
+        engine = self._engine
+        return max(int(engine.get_device_memory_size_for_profile_v2(i)) for i in (DECODE, PREFILL))
+
+    def layers(self) -> str:
+        """What TensorRT's inspector says, as JSON; which plugins there are, `engine_info.plugins_in` says as well."""
+        inspector = self._engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self.library.api.LayerInformationFormat.JSON))
+
+    def context(self, profile: int, stream: int, scratch: int, scratch_bytes: int, cache: Path | None) -> Context:
+        """An execution context of one profile; contexts may share `scratch`, which is theirs one at a time.
+
+        `cache`: where TensorRT-RTX keeps what it compiled for this device; read if it is there, and written.
+        """
+        api = self.library.api
+        strategy = api.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.library.flavour == RTX:
+            config = self._engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            compiled = config.create_runtime_cache()
+            if cache is not None and cache.is_file():
+                compiled.deserialize(cache.read_bytes())
+            config.set_runtime_cache(compiled)
+            made = self._taking("making a context", self._engine.create_execution_context, config)
+        else:
+            compiled = None
+            made = self._taking("making a context", self._engine.create_execution_context, strategy)
+        if not made.set_optimization_profile_async(profile, stream):
+            raise self._failed("choosing a profile")
+        if scratch_bytes:
+            made.set_device_memory(scratch, scratch_bytes)
+        return Context(self, made, compiled, cache)
+
+    def close(self) -> None:
+        """Free it; contexts must be gone."""
+        self._engine = None
+        self._runtime = None
+
+
+class Context:
+    """An execution context: shapes and addresses bound, then run on a stream."""
+
+    def __init__(self, engine: Engine, made: Any, compiled: Any, cache: Path | None) -> None:
+        self._engine, self._made, self._compiled, self._cache = engine, made, compiled, cache
+
+    def bind(self, name: str, address: int, shape: Sequence[int] | None = None) -> None:
+        """Set a tensor's address, and of an input its shape."""
+        if shape is not None and not self._made.set_input_shape(name, tuple(shape)):
+            raise self._engine._failed(f"giving {name} the shape {tuple(shape)}")
+        if not self._made.set_tensor_address(name, address):
+            raise self._engine._failed(f"giving {name} its place")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape for the inputs' shapes that are set."""
+        return tuple(self._made.get_tensor_shape(name))
+
+    def run(self, stream: int) -> None:
+        """Start it.
+
+        Raises:
+            DeviceError: it could not be started; what a plugin raised comes as it is.
+        """
+        STATE.take_failure()
+        if not self._made.execute_async_v3(stream):
+            raise self._engine._failed("running it")
+
+    def capturable(self, stream: int) -> bool:
+        """Whether its work can be recorded in a CUDA graph."""
+        ask = getattr(self._made, "is_stream_capturable", None)
+        return True if ask is None else bool(ask(stream))
+
+    def keep_compiled(self) -> None:
+        """Write what TensorRT-RTX compiled, so that the next start is short. A full disk is no reason to fail."""
+        if self._compiled is None or self._cache is None:
+            return
+        from edgelm.files import atomic_file
+
+        try:
+            with atomic_file(self._cache) as path:
+                path.write_bytes(bytes(self._compiled.serialize()))
+        except (OSError, EdgeLMError):
+            return
+
+    def close(self) -> None:
+        """Free it."""
+        self._made = None
+
+
+def diagnosis(api: Any, flags: int) -> str:
+    """What TensorRT-RTX's diagnostics of an engine mean.
+
+    It sets none of them where it cannot reach a GPU at all.
+    """
+    found = [
+        text
+        for name, text in _INVALID.items()
+        if (flag := getattr(api.EngineInvalidityDiagnostics, name, None)) is not None and flags & int(flag)
+    ]
+    return "; ".join(found) or "TensorRT-RTX finds no GPU that it can use: check that nvidia-smi lists one"
+
+
+def failed(what: str, said: str) -> EdgeLMError:
+    """The error of a failure that TensorRT's log describes."""
+    lower = said.lower()
+    if "out of memory" in lower or "outofmemory" in lower or "cudaerror 2)" in lower:
+        return DeviceMemoryError(
+            f"{what}: the GPU has not enough memory free ({said}); end what else uses it, use a shorter context, or "
+            "build with --weight-streaming and give --weight-budget"
+        )
+    if "insufficient for cuda runtime version" in lower:
+        return DeviceError(
+            f"{what}: there is no NVIDIA driver, or it is too old for this TensorRT; install or update the driver, and "
+            f"check that nvidia-smi lists a GPU ({said})"
+        )
+    if "serialization" in lower or "magic" in lower or "corrupt" in lower:
+        return BundleError(f"{what}: {said}; copy the bundle again, or run `edgelm build`")
+    return DeviceError(f"{what}: {said}")

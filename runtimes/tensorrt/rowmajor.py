@@ -1,0 +1,152 @@
+"""Matrices in rows, as TensorRT's own products take them, from the tiles that a bundle has.
+
+An engine keeps its own copy of these, so a bundle stores the tiles only: the file of rows is made when an engine is
+built and deleted after it. Needs numpy alone, since full TensorRT builds on the device.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.errors import BundleError
+from edgelm.gpu_weights import ROWS, TILE_BYTES, GpuKind, GpuMatrix
+
+ALIGNMENT = 4096
+_HALF = ROWS // 2
+_BLOCK_BYTES = 16 << 20
+_ALL, _GATE, _UP = "all", "gate", "up"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tensor of the file of rows.
+
+    Attributes:
+        name: in the graph.
+        matrix: the blob's description; of one matrix.
+        source: where the blob begins in the bundle's weights file.
+        part: "all" rows, or of a SwiGLU matrix "gate" or "up".
+        what: "values" [N, K]: float16 or bfloat16 bits, int8 or FP8; or "scales" [N] float32, of a scale a row.
+        offset: in the file of rows.
+    """
+
+    name: str
+    matrix: GpuMatrix
+    source: int
+    part: str
+    what: str
+    offset: int
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.matrix.rows if self.part == _ALL else self.matrix.outputs
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return (self.rows, self.matrix.columns) if self.what == "values" else (self.rows,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        if self.what == "scales":
+            return 4 * self.rows
+        return self.rows * self.matrix.columns * (1 if self.matrix.kind in (GpuKind.INT8, GpuKind.FP8) else 2)
+
+
+def parts_of(matrix: GpuMatrix) -> tuple[str, ...]:
+    """The matrices that a blob holds one beside the other."""
+    return (_GATE, _UP) if matrix.swiglu else (_ALL,)
+
+
+def to_json(entries: list[Rows]) -> str:
+    """What `from_json` reads back."""
+    return json.dumps([asdict(entry) for entry in entries], indent=1) + "\n"
+
+
+def from_json(text: str, where: Path) -> list[Rows]:
+    """Parse a list of rows.
+
+    Raises:
+        BundleError: it is damaged.
+    """
+    try:
+        entries: list[dict[str, Any]] = json.loads(text)
+        return [
+            Rows(**{**entry, "matrix": GpuMatrix(**{**entry["matrix"], "kind": GpuKind(entry["matrix"]["kind"])})})
+            for entry in entries
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{where} is damaged ({error}): export the bundle again") from error
+
+
+def write(entries: list[Rows], weights: Path, out: Path) -> None:
+    """Write the file of rows, a block at a time.
+
+    Raises:
+        BundleError: the weights file is shorter than the entries say.
+    """
+    data = np.memmap(weights, np.uint8, "r")
+    with out.open("wb") as stream:
+        for entry in entries:
+            if entry.source + entry.matrix.nbytes > data.size:
+                raise BundleError(f"{weights} ends within {entry.name}: copy or export the bundle again")
+            blob = data[entry.source : entry.source + entry.matrix.nbytes]
+            stream.seek(entry.offset)
+            for block in blocks(entry, blob):
+                stream.write(block)
+
+
+def blocks(entry: Rows, blob: NDArray[np.uint8]) -> Iterator[memoryview]:
+    """A tensor's bytes in order, in pieces of some megabytes."""
+    matrix = entry.matrix
+    if entry.what == "scales":
+        yield np.ascontiguousarray(_scales(entry, blob)).data
+        return
+    tiles = matrix.columns // matrix.kind.columns
+    block_bytes = tiles * TILE_BYTES
+    step = max(1, _BLOCK_BYTES // block_bytes)
+    left = entry.rows
+    for start in range(0, matrix.blocks, step):
+        count = min(step, matrix.blocks - start)
+        codes = blob[start * block_bytes : (start + count) * block_bytes]
+        rows = _selected(_untiled(codes.reshape(count, tiles, TILE_BYTES), matrix.kind), entry.part)[:left]
+        left -= len(rows)
+        yield np.ascontiguousarray(rows).view(np.uint8).data
+
+
+def _untiled(tiles: NDArray[np.uint8], kind: GpuKind) -> NDArray[Any]:
+    """[blocks, tiles, 512] bytes as [blocks, 16, K] values: 16-bit patterns, signed codes, or FP8."""
+    count, along, _ = tiles.shape
+    if kind in (GpuKind.FLOAT16, GpuKind.BFLOAT16):
+        # g, q, half of the columns, half of the rows, neighbours
+        lanes = tiles.view(np.uint16).reshape(count, along, _HALF, 4, 2, 2, 2)
+        return lanes.transpose(0, 5, 2, 1, 4, 3, 6).reshape(count, ROWS, along * kind.columns)
+    # g, q, step of 16 columns, half of the rows, half of the columns, neighbours
+    lanes = tiles.reshape(count, along, _HALF, 4, 2, 2, 2, 2)
+    found = lanes.transpose(0, 5, 2, 1, 4, 6, 3, 7).reshape(count, ROWS, along * kind.columns)
+    # Unsigned codes around 128 become signed ones around 0.
+    return found if kind is GpuKind.FP8 else found ^ np.uint8(0x80)
+
+
+def _selected(rows: NDArray[Any], part: str) -> NDArray[Any]:
+    """Of [blocks, 16, X] the rows of one part, [N, X]."""
+    chosen = {_ALL: slice(0, ROWS), _GATE: slice(0, _HALF), _UP: slice(_HALF, ROWS)}[part]
+    return rows[:, chosen].reshape(-1, rows.shape[2])
+
+
+def _scales(entry: Rows, blob: NDArray[np.uint8]) -> NDArray[np.float32]:
+    matrix = entry.matrix
+    kind = np.float32 if matrix.kind is GpuKind.FP8 else np.float16
+    raw = blob[matrix.scales_offset : matrix.scales_offset + matrix.scales_stride].view(kind)
+    rows = _selected(raw.reshape(matrix.blocks, ROWS, 1), entry.part)
+    # A row of zeros may have the scale 0, which TensorRT refuses.
+    return np.maximum(rows[: entry.rows, 0].astype(np.float32), np.finfo(np.float32).tiny)
