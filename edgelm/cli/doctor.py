@@ -66,6 +66,8 @@ def examine() -> dict[str, Any]:
         "providers": providers(),
         "native_quantizer": native_quantizer(),
         "native_operators": native_operators(),
+        "gpu": gpus(),
+        "gpu_compiler": gpu_compiler(),
         "device": devices.describe().as_dict(),
     }
 
@@ -95,6 +97,39 @@ def native_operators() -> dict[str, Any]:
     except RuntimeUnavailableError as error:  # one damaged part: the report goes on
         return {"library": None, "instruction_set": None, "why": str(error)}
     return {"library": found.library, "instruction_set": found.chosen, "why": found.why}
+
+
+def gpus() -> dict[str, Any]:
+    """The NVIDIA GPUs that can be used and the CUDA version that their driver speaks; else why there are none."""
+    from edgelm.errors import DeviceError
+    from edgelm.runtimes.cuda.driver import find_devices
+
+    try:
+        devices = find_devices()
+    except DeviceError as error:
+        return {"devices": [], "driver": None, "why": str(error)}
+    found = [
+        {
+            "name": info.name,
+            "sm": info.capability[0] * 10 + info.capability[1],
+            "multiprocessors": info.multiprocessors,
+            "memory": info.memory,
+        }
+        for info in devices
+    ]
+    return {"devices": found, "driver": "{}.{}".format(*devices[0].driver), "why": None}
+
+
+def gpu_compiler() -> dict[str, Any]:
+    """NVRTC, which an export for GPUs needs: its version and the SMs that it compiles for; else why it is not here."""
+    from edgelm.errors import DeviceError
+    from edgelm.runtimes.cuda import nvrtc
+
+    try:
+        library = nvrtc.load()
+    except DeviceError as error:
+        return {"library": None, "version": None, "sms": [], "why": str(error)}
+    return {"library": library.path, "version": library.version_text, "sms": list(library.sms), "why": None}
 
 
 def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
@@ -138,4 +173,19 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         ("quantiser", quantizer),
         ("operators", f"compiled, {kernels}: {operators['why']}" if kernels else operators["why"]),
     ]
-    return lines
+    return lines + gpu_rows(document["gpu"], document["gpu_compiler"])
+
+
+def gpu_rows(gpu: dict[str, Any], compiler: dict[str, Any]) -> list[tuple[str, str]]:
+    """What there is of NVIDIA's."""
+    from edgelm.cli.tables import size
+
+    lines = [
+        ("GPU", f"{device['name']}, SM {device['sm']}, {size(device['memory'])}, driver for CUDA {gpu['driver']}")
+        for device in gpu["devices"]
+    ]
+    made_for = f"NVRTC {compiler['version']}, for SM {', '.join(map(str, compiler['sms']))}"
+    return [
+        *(lines or [("GPU", f"none: {gpu['why']}")]),
+        ("GPU kernels", f"compiled by {made_for}" if compiler["version"] else f"cannot be exported: {compiler['why']}"),
+    ]

@@ -401,6 +401,32 @@ def test_doctor_says_how_to_install_what_is_missing(monkeypatch: pytest.MonkeyPa
     assert "missing torch, onnx (only needed to export): pip install 'edgelm[export]'" in result.stdout
 
 
+def test_doctor_knows_the_gpus_and_the_compiler_of_their_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("EDGELM_CUDA_DRIVER", str(tmp_path / "libcuda.so.1"))
+    monkeypatch.setenv("EDGELM_NVRTC", str(tmp_path / "libnvrtc.so.13"))
+    document = json.loads(invoke("doctor", "--json").stdout)
+    assert document["gpu"]["devices"] == document["gpu_compiler"]["sms"] == []
+    text = invoke("doctor")
+    assert text.exit_code == 0
+    assert "GPU              none: no NVIDIA driver" in text.stdout
+    assert f"cannot be exported: EDGELM_NVRTC={tmp_path}" in text.stdout
+
+    source = Path(__file__).parents[1] / "cuda" / "fake_driver.c"
+    driver = tmp_path / "driver.so"
+    subprocess.run([os.environ.get("CC", "cc"), "-std=gnu11", "-shared", "-fPIC", source, "-o", driver], check=True)
+    monkeypatch.setenv("EDGELM_CUDA_DRIVER", str(driver))
+    monkeypatch.setenv("FAKE_CUDA_DEVICES", "2")
+    monkeypatch.delenv("EDGELM_NVRTC")
+    document = json.loads(invoke("doctor", "--json").stdout)
+    assert [device["name"] for device in document["gpu"]["devices"]] == ["Fake GPU 0", "Fake GPU 1"]
+    assert {80, 86, 87, 89, 90, 100, 110, 120} <= set(document["gpu_compiler"]["sms"])
+    text = invoke("doctor")
+    assert "GPU              Fake GPU 1, SM 86, 1.07 GB, driver for CUDA 13.0" in text.stdout
+    assert "GPU kernels      compiled by NVRTC 13.0, for SM 75, 80" in text.stdout
+
+
 def test_a_run_only_install_runs_measures_and_inspects(bundle: Path) -> None:
     code = f"""
 import sys
