@@ -1,5 +1,5 @@
 // A stand-in for libcuda.so.1 where there is no GPU, so that edgelm's own calls can be followed and made to fail.
-// Memory is the host's; the only kernel it knows is `increment` of test_driver.py; launches and copies happen at once,
+// Memory is the host's; the only kernel it knows is `increment` of test_driver_calls.py; launches and copies happen at once,
 // or are kept while a stream is captured. What it is to be comes from the environment:
 //   FAKE_CUDA_VERSION 13000, FAKE_CUDA_SM 86, FAKE_CUDA_DEVICES 1, FAKE_CUDA_MEMORY bytes of the GPU,
 //   FAKE_CUDA_FAIL "cuStreamSynchronize=700": that function returns this error.
