@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
@@ -45,7 +46,7 @@ from edgelm.runtimes.cuda.program import Attribute, Node, Program, Value, Weight
 ACTIVATIONS = {"bfloat16": "bf16", "float16": "f16"}
 """A by the type in which matrices that stay float are stored."""
 _F32 = "f32"
-EXACT: Mapping[str, Attribute] = {"activation": _F32, "output": _F32, "kv": _F32, "activations": "float"}
+EXACT: Mapping[str, Attribute] = {"activation": _F32, "output": _F32, "kv": "float32", "activations": "float"}
 """Attributes of the debug graph."""
 _TYPES = {TensorProto.FLOAT: "f32", TensorProto.UINT8: "uint8"}
 
@@ -90,7 +91,9 @@ class GpuDecoder(LayerOps):
         for i in range(info.num_layers):
             graph.input(f"past_key_values.{i}.key", TensorProto.UINT8, cache)
             graph.input(f"past_key_values.{i}.value", TensorProto.UINT8, cache)
-        self._cos, self._sin = self.rotary(info.context_length, info.head_dim, rope_theta)
+        # Caches are of a multiple of 64 tokens, and every place in one has a position.
+        positions = -(-info.context_length // 64) * 64
+        self._cos, self._sin = self.rotary(positions, info.head_dim, rope_theta)
         graph.output("logits", TensorProto.FLOAT, ["batch_size", 1, info.vocab_size])
         for i in range(info.num_layers):
             graph.output(f"present.{i}.key", TensorProto.UINT8, cache)

@@ -25,7 +25,6 @@ _FAMILIES: Mapping[str, Callable[[GpuDecoder, Any], None]] = {
     "olmoe": onnx_olmoe.build_native,
     "fox": onnx_fox.build_native,
 }
-_KV = {"bfloat16": "bfloat16", "float16": "float16"}
 
 
 class TensorrtTarget(Target):
@@ -68,7 +67,13 @@ class TensorrtTarget(Target):
         """Build the graph, plan its weights, and write it for runtimes without ONNX."""
         graph, weights, info, config = GraphBuilder(WEIGHTS_FILE), WeightsPlan(), order.info, order.config
         asked = order.source.recipe.kv
-        kv = _KV[order.dtype] if asked == AUTO else asked
+        # Finer than bfloat16, and keys and values stay far from its limit of 65504.
+        kv = "float16" if asked == AUTO else asked
+        if kv == "float32":
+            raise ExportError(
+                f'recipe {order.source.recipe.name} has kv = "float32", which on a GPU only the debug graph has: leave '
+                "kv out, or choose float16, int8 or fp8"
+            )
         model = GpuDecoder(graph, weights, order.source, order.dtype, info, config.rms_norm_eps, config.rope_theta, kv)
         _FAMILIES[order.family](model, config)
         main = graph.model(info.name)
