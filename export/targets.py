@@ -16,6 +16,7 @@ from edgelm.export.decoder import DecoderFrame
 from edgelm.export.genai import genai_config
 from edgelm.export.gpu_target import TensorrtTarget
 from edgelm.export.graph import EXACT, Dims, GraphBuilder
+from edgelm.export.greedy import greedy_graph
 from edgelm.export.native import NativeDecoder
 from edgelm.export.options import AUTO, ExportOptions
 from edgelm.export.plan import GRAPH_FILE, WEIGHTS_FILE, Graphs, Order, Plan, Target
@@ -27,6 +28,7 @@ from edgelm.progress import Progress
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
 from edgelm.runtimes.native_library import library_path
+from edgelm.runtimes.onnxruntime_cuda import GREEDY_FILE
 from edgelm.runtimes.router_probe import PROBE_FILE
 
 _PORTABLE: Mapping[str, Callable[[PortableOps, ModelInfo, Any], DecoderFrame]] = {
@@ -66,7 +68,7 @@ class OnnxRuntimeTarget(Target):
         graph, weights, info = GraphBuilder(WEIGHTS_FILE), WeightsPlan(), order.info
         ops = PortableOps(graph, weights, order.source, order.dtype, self.provider)
         outputs = _PORTABLE[order.family](ops, info, order.config).debug_outputs
-        probe = self._probe(graph.model(info.name), ops, info)
+        helpers = self._helpers(graph.model(info.name), ops, info)
 
         def finish(folder: Path, plan: Plan, options: ExportOptions, progress: Progress) -> None:
             del options, progress
@@ -74,8 +76,8 @@ class OnnxRuntimeTarget(Target):
             generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
             config = genai_config(plan.info, plan.tokens, GRAPH_FILE, generation, self.provider.session)
             (folder / "genai_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-            if probe is not None:
-                (folder / PROBE_FILE).write_bytes(probe.SerializeToString())
+            for name, model in helpers.items():
+                (folder / name).write_bytes(model.SerializeToString())
 
         return self._graphs(order, graph, weights, outputs, finish)
 
@@ -91,10 +93,10 @@ class OnnxRuntimeTarget(Target):
         kv = _kv_dtype(order.ops, order.source.recipe, self.provider.compute_type(order.dtype))
         return Graphs(graph.model(name), graph.model(f"{name} (debug)", outputs, exact=EXACT), weights, kv, finish)
 
-    def _probe(self, graph: onnx.ModelProto, ops: PortableOps, info: ModelInfo) -> onnx.ModelProto | None:
-        """A graph that shows whether a device routes as asked, where that is in doubt."""
+    def _helpers(self, graph: onnx.ModelProto, ops: PortableOps, info: ModelInfo) -> Mapping[str, onnx.ModelProto]:
+        """Small graphs that the runtime wants beside the model's, by the names of their files."""
         del graph, ops, info
-        return None
+        return {}
 
 
 class CpuTarget(OnnxRuntimeTarget):
@@ -133,8 +135,11 @@ class CudaTarget(OnnxRuntimeTarget):
             )
         return "portable"
 
-    def _probe(self, graph: onnx.ModelProto, ops: PortableOps, info: ModelInfo) -> onnx.ModelProto | None:
-        return router_probe(graph, ops, info.experts_per_token)
+    def _helpers(self, graph: onnx.ModelProto, ops: PortableOps, info: ModelInfo) -> Mapping[str, onnx.ModelProto]:
+        """One that chooses the next token, and for a mixture one that shows whether a device routes as asked."""
+        helpers = {GREEDY_FILE: greedy_graph(info.vocab_size)}
+        probe = router_probe(graph, ops, info.experts_per_token)
+        return helpers if probe is None else {**helpers, PROBE_FILE: probe}
 
 
 TARGETS: Mapping[str, Target] = {target.name: target for target in (CpuTarget(), CudaTarget(), TensorrtTarget())}

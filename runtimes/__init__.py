@@ -55,6 +55,15 @@ _ENTRIES = (
         options=("threads", "context_length", "chunk", "kv"),
         summary="ONNX Runtime on the processor",
     ),
+    RuntimeEntry(
+        name="onnxruntime-cuda",
+        modules={"portable": "edgelm.runtimes.onnxruntime_cuda"},
+        targets=("cuda",),
+        requires="onnxruntime",
+        install="pip install 'edgelm[cuda]'",
+        options=("threads", "context_length", "chunk", "kv"),
+        summary="ONNX Runtime's CUDA provider on an NVIDIA GPU",
+    ),
 )
 
 

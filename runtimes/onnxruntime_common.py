@@ -50,7 +50,11 @@ def import_onnxruntime() -> Any:
 
 
 def create_session(
-    bundle: Bundle, file: str, threads: int, prepare: Callable[[Any], None] | None = None
+    bundle: Bundle,
+    file: str,
+    threads: int,
+    prepare: Callable[[Any], None] | None = None,
+    providers: Sequence[str | tuple[str, dict[str, str]]] = ("CPUExecutionProvider",),
 ) -> onnxruntime.InferenceSession:
     """Load one of the bundle's graphs; `prepare` may change the session's options first.
 
@@ -78,7 +82,7 @@ def create_session(
     path = bundle.file(file)
     try:
         return interruptible(
-            lambda: ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]),
+            lambda: ort.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0),
             lambda: options.set_load_cancellation_flag(True),
         )
     except ort_errors() as error:
@@ -350,7 +354,7 @@ class TracingModel(ABC):
             **self._empty_cache(*ids.shape),
         }
         names = ["logits", *self._hidden, *self._routers]
-        values = [np.asarray(value) for value in self._session.run(names, feed)]
+        values = self._compute(names, feed)
         first_router = 1 + len(self._hidden)
         rows = [value.reshape(len(parts), longest, -1) for value in values[1:]]
 
@@ -365,6 +369,11 @@ class TracingModel(ABC):
             )
             for number in range(len(parts))
         ]
+
+    def _compute(self, names: Sequence[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+        """The outputs `names` for inputs of [batch, tokens], from position 0."""
+        assert self._session is not None
+        return [np.asarray(value) for value in self._session.run(names, feed)]
 
     def close(self) -> None:
         """Free the session."""

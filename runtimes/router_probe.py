@@ -33,11 +33,12 @@ def check_router(session: onnxruntime.InferenceSession, provider: str) -> None:
     error = relative_error(found, expected)
     if error <= TOLERANCE:
         return
-    reason = (
-        "it ignores whether the weights of the chosen experts are to be renormalised"
-        if relative_error(found, renormalised) <= TOLERANCE
-        else f"its answer to a mixture of experts that is known is {error:.0%} off"
-    )
+    if relative_error(found, renormalised) <= TOLERANCE:
+        reason = "it ignores whether the weights of the chosen experts are to be renormalised"
+    elif np.isfinite(error):
+        reason = f"its answer to a mixture that is known is {error:.0%} off"
+    else:
+        reason = "its answer to a mixture that is known has values that are not numbers"
     raise RuntimeUnavailableError(
         f"{provider} does not compute this model's mixture of experts: {reason}; use another version of ONNX Runtime, "
         "or export for another target"
@@ -46,5 +47,6 @@ def check_router(session: onnxruntime.InferenceSession, provider: str) -> None:
 
 def relative_error(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     """The distance over the norm of what is expected; infinite where something is not a number."""
-    error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    with np.errstate(all="ignore"):
+        error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
     return error if np.isfinite(error) else float("inf")
