@@ -12,6 +12,7 @@ from edgelm.export.gpu import ACTIVATIONS, EXACT, GpuDecoder, program_of
 from edgelm.export.graph import GraphBuilder
 from edgelm.export.options import AUTO, ExportOptions
 from edgelm.export.plan import WEIGHTS_FILE, Graphs, Order, Plan, Target
+from edgelm.export.tensorrt import add_engines, check_engines
 from edgelm.export.weights import WeightsPlan
 from edgelm.progress import Progress
 from edgelm.quant.source import WeightSource
@@ -62,6 +63,7 @@ class TensorrtTarget(Target):
         library = nvrtc.load()
         for sm in chosen_sms(options):
             library.check_target(f"sm_{sm}")
+        check_engines(options.engines)
 
     def build(self, order: Order) -> Graphs:
         """Build the graph, plan its weights, and write it for runtimes without ONNX."""
@@ -80,9 +82,10 @@ class TensorrtTarget(Target):
         program = program_of(main, model.values)
 
         def finish(folder: Path, plan: Plan, options: ExportOptions, progress: Progress) -> None:
-            del plan
             (folder / PROGRAM_FILE).write_text(program.to_json(), encoding="utf-8")
-            compile_bundle_kernels(all_kernels(), chosen_sms(options), folder / FOLDER, progress)
+            sms = chosen_sms(options)
+            compile_bundle_kernels(all_kernels(), sms, folder / FOLDER, progress)
+            add_engines(folder, program, plan.info, WEIGHTS_FILE, options.engines, sms, progress)
 
         debug = graph.model(f"{info.name} (debug)", model.debug_outputs, exact=EXACT)
         return Graphs(main, debug, weights, kv, finish)

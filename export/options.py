@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgelm.errors import ExportError
+from edgelm.export.engine_options import EngineOptions
 from edgelm.parity.golden import GoldenOptions
 
 TARGETS = ("cpu", "cuda", "tensorrt")
@@ -26,6 +27,7 @@ class ExportOptions:
         dtype: storage of matrices the recipe keeps in float, one of `DTYPES` ("fp32", "fp16", "bf16" are understood);
             "auto" keeps the checkpoint's. The router and the norms are always float32. On a GPU also what values are
             computed in.
+        engines: for TensorRT, how engines are made.
         sms: for TensorRT, the compute capabilities to compile kernels for, such as (80, 86); None is that of the GPU
             in this machine, or without one all that there are.
         max_ram: bytes of resident memory not to exceed; None is no limit.
@@ -40,6 +42,7 @@ class ExportOptions:
     ops: str = AUTO
     dtype: str = AUTO
     sms: tuple[int, ...] | None = None
+    engines: EngineOptions = field(default_factory=EngineOptions)
     max_ram: int | None = None
     threads: int | None = None
     overwrite: bool = False
@@ -47,9 +50,9 @@ class ExportOptions:
     reference: str | Path | None = None
 
     def __post_init__(self) -> None:
-        for field, valid in (("target", TARGETS), ("ops", (AUTO, *FLAVOURS)), ("dtype", (*DTYPES, *_SHORT_DTYPES))):
-            if getattr(self, field) not in valid:
-                raise ExportError(f"{field} {getattr(self, field)!r} is not one of {', '.join(valid)}")
+        for name, valid in (("target", TARGETS), ("ops", (AUTO, *FLAVOURS)), ("dtype", (*DTYPES, *_SHORT_DTYPES))):
+            if getattr(self, name) not in valid:
+                raise ExportError(f"{name} {getattr(self, name)!r} is not one of {', '.join(valid)}")
         if self.sms is not None and self.target != "tensorrt":
             raise ExportError(f"--sm is for --target tensorrt: bundles for {self.target} hold no compiled kernels")
 

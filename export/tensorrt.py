@@ -9,67 +9,118 @@ The first two are all that `edgelm build` needs on a device, with TensorRT and n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx
 
 from edgelm.bundle import ModelInfo
-from edgelm.errors import ExportError
+from edgelm.errors import DeviceError
+from edgelm.export.engine_options import ENGINE, EngineOptions
 from edgelm.export.tensorrt_graph import ParserGraph, cache_kind, cache_row_bytes
 from edgelm.export.tensorrt_linear import EngineLinears
+from edgelm.progress import Progress
+from edgelm.runtimes.cuda.driver import find_devices
 from edgelm.runtimes.cuda.program import Program
-from edgelm.runtimes.tensorrt.rowmajor import Rows
+from edgelm.runtimes.tensorrt.build import GRAPH_FILE, RECIPE_FILE, GraphRecipe, build_into
+from edgelm.runtimes.tensorrt.builder import BuildOptions, GraphShape
+from edgelm.runtimes.tensorrt.engine import sm_of
+from edgelm.runtimes.tensorrt.library import RTX, installed, load
 
-PLUGIN, ENGINE = "plugin", "engine"
-WHO = (ENGINE, PLUGIN)
-_FP8_SM = 89
-
-
-@dataclass(frozen=True)
-class GraphOptions:
-    """Who computes what.
-
-    Attributes:
-        linears: "engine": TensorRT's own products where it has them, see `tensorrt_linear`; "plugin": ours.
-        attention: "plugin": ours; "engine": TensorRT's own, see `tensorrt_attention`.
-        fp8: whether FP8 products may be the engine's, which has them from SM 89 on.
-    """
-
-    linears: str = ENGINE
-    attention: str = PLUGIN
-    fp8: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("linears", "attention"):
-            if getattr(self, name) not in WHO:
-                raise ExportError(f"{name} is {getattr(self, name)!r}: it can be {' or '.join(WHO)}")
+FP8_SM = 89
+"""The first devices that multiply FP8."""
 
 
 @dataclass(frozen=True)
 class TensorRtGraph:
-    """A graph for TensorRT's parser, and what has to be unpacked for it."""
+    """A graph for TensorRT's parser, and what an engine's builder has to know besides."""
 
     model: onnx.ModelProto
-    rows: list[Rows]
-    kv: str
+    recipe: GraphRecipe
 
 
-def fp8_products(sms: tuple[int, ...]) -> bool:
-    """Whether all these devices have FP8 products."""
-    return all(sm >= _FP8_SM for sm in sms)
-
-
-def tensorrt_graph(program: Program, info: ModelInfo, weights_file: str, options: GraphOptions) -> TensorRtGraph:
-    """TensorRT's graph of a program.
+def tensorrt_graph(
+    program: Program, info: ModelInfo, weights_file: str, options: EngineOptions, sms: Sequence[int]
+) -> TensorRtGraph:
+    """TensorRT's graph of a program, for these devices.
 
     Raises:
         ExportError: a node that is no operator of ours, or caches of a type that an engine cannot have.
     """
     graph = ParserGraph(program, weights_file)
-    linears = EngineLinears(graph, fp8=options.fp8)
+    linears = EngineLinears(graph, fp8=all(sm >= FP8_SM for sm in sms))
     for node in program.nodes:
         if options.linears == ENGINE and linears.takes(node):
             linears.add(node)
         else:
             graph.plugin(node)
-    return TensorRtGraph(graph.model(info, cache_row_bytes(program)), linears.rows, cache_kind(program))
+    shape = GraphShape(info.context_length, cache_kind(program), options.linears, options.attention)
+    model = graph.model(info, cache_row_bytes(program))
+    return TensorRtGraph(model, GraphRecipe(shape, linears.has_fp8, linears.rows))
+
+
+def check_engines(options: EngineOptions) -> None:
+    """Refuse before hours of quantising what cannot be built at the end.
+
+    Raises:
+        RuntimeUnavailableError: engines are asked for, and there is no TensorRT; or it cannot be imported.
+        ExportError: an option makes no sense.
+    """
+    BuildOptions((), options.max_batch, options.chunk, options.weight_streaming)
+    if options.build or (options.build is None and installed()):
+        load()
+
+
+def add_engines(
+    folder: Path,
+    program: Program,
+    info: ModelInfo,
+    weights_file: str,
+    options: EngineOptions,
+    sms: tuple[int, ...],
+    progress: Progress,
+) -> None:
+    """Write TensorRT's graph into a bundle's folder, whose weights are there, and the engines that can be built here.
+
+    Args:
+        folder: the bundle's.
+        program: its program.
+        info: the model's shapes.
+        weights_file: the weights' name in it.
+        options: how.
+        sms: the devices that the bundle is for.
+        progress: is told which devices have to finish with `edgelm build`.
+
+    Raises:
+        ExportError: TensorRT refuses the graph, or there is none and `options.build` asks for engines.
+    """
+    made = tensorrt_graph(program, info, weights_file, options, sms)
+    (folder / GRAPH_FILE).write_bytes(made.model.SerializeToString())
+    (folder / RECIPE_FILE).write_text(made.recipe.to_json(), encoding="utf-8")
+    if options.build is False:
+        return
+    versions = installed()
+    build = BuildOptions((), options.max_batch, options.chunk, options.weight_streaming)
+    built: set[int] = set()
+    for flavour in versions:
+        library = load(flavour)
+        here = set(library.sms) if flavour == RTX else _devices()
+        mine = tuple(sorted((set(sms) & here) - built))
+        if mine:
+            build_into(folder, weights_file, library, build, mine, progress)
+            built |= set(mine)
+    left = sorted(set(sms) - built)
+    if left:
+        progress.note(
+            f"no engine for {', '.join(f'SM {sm}' for sm in left)}: TensorRT builds it on such a device, with "
+            "`edgelm build BUNDLE`; without one the bundle runs with the runtime cuda-kernels"
+        )
+
+
+def _devices() -> set[int]:
+    """The compute capabilities of the GPUs here."""
+    try:
+        return {sm_of(device) for device in find_devices()}
+    except DeviceError:
+        return set()

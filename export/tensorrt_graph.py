@@ -12,12 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
 
 from edgelm.bundle import ModelInfo
 from edgelm.errors import ExportError
+from edgelm.export.graph import Dims
+from edgelm.runtimes.cuda.attention import row_bytes
+from edgelm.runtimes.cuda.operators import kv_code
 from edgelm.runtimes.cuda.program import Node, Program, Value
 from edgelm.runtimes.tensorrt.operators import NAMESPACE, OPERATORS, PREFIX, PluginSpec
 from edgelm.runtimes.tensorrt.plugins import FIELD
@@ -60,7 +64,7 @@ class ParserGraph:
         self._constants[tensor.name] = tensor
         return str(tensor.name)
 
-    def node(self, op: str, inputs: list[str], output: str, **attrs: object) -> str:
+    def node(self, op: str, inputs: list[str], output: str, **attrs: Any) -> str:
         """Add a node of ai.onnx; return its result's name."""
         self.nodes.append(helper.make_node(op, inputs, [output], name=f"{output}/{op}", **attrs))
         return output
@@ -74,7 +78,7 @@ class ParserGraph:
 
     def model(self, info: ModelInfo, row_bytes: int) -> onnx.ModelProto:
         """The finished graph; `row_bytes` of a cache for one head and position."""
-        cache = ["batch", info.num_kv_heads, "capacity", row_bytes]
+        cache: Dims = ["batch", info.num_kv_heads, "capacity", row_bytes]
         tensor = helper.make_tensor_value_info
         inputs = [
             tensor("input_ids", TensorProto.INT32, ["batch", "tokens"]),
@@ -127,7 +131,7 @@ def plugin_node(node: Node, values: Mapping[str, Value]) -> onnx.NodeProto:
 
 
 def cache_kind(program: Program) -> str:
-    """The type of the caches that the program's attention has: "f16", "bf16", "f32", "int8" or "fp8".
+    """The type of the caches that the program's attention has, e.g. "bfloat16".
 
     Raises:
         ExportError: it has several, or there is no attention.
@@ -139,13 +143,9 @@ def cache_kind(program: Program) -> str:
 
 
 def cache_row_bytes(program: Program) -> int:
-    """Bytes of a cache for one head and position: its codes and, of int8 and fp8, a float32 scale."""
-    kind = cache_kind(program)
+    """Bytes of a cache for one head and position."""
     width = next(node.whole("head_size") for node in program.nodes if node.op == "GroupQueryAttention")
-    sizes = {"f32": 4 * width, "f16": 2 * width, "bf16": 2 * width, "int8": width + 4, "fp8": width + 4}
-    if kind not in sizes:
-        raise ExportError(f"a cache of {kind} cannot be part of an engine: it can be {', '.join(sizes)}")
-    return sizes[kind]
+    return row_bytes(kv_code(cache_kind(program)), width)
 
 
 def plugins_of(model: onnx.ModelProto) -> Iterable[PluginSpec]:

@@ -15,17 +15,16 @@ from onnx import TensorProto, helper
 from edgelm.export.tensorrt_graph import ParserGraph, Stored
 from edgelm.gpu_weights import GpuKind, GpuMatrix
 from edgelm.runtimes.cuda.program import Node, matrix_of
+from edgelm.runtimes.tensorrt.build import ROWS_FILE
 from edgelm.runtimes.tensorrt.rowmajor import ALIGNMENT, Rows, parts_of
 
-ROWS_FILE = "model.rows.data"
-"""Made when an engine is built, from the bundle's weights file."""
 _FLOATS = {GpuKind.FLOAT16: TensorProto.FLOAT16, GpuKind.BFLOAT16: TensorProto.BFLOAT16}
 _CODES = {GpuKind.INT8: TensorProto.INT8, GpuKind.FP8: TensorProto.FLOAT8E4M3FN}
 _TYPES = {"f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 
 class EngineLinears:
-    """Adds products to a graph; `rows` is what must be unpacked for them.
+    """Adds products to a graph; `rows` is what must be unpacked for them, `has_fp8` whether one is of FP8.
 
     Args:
         graph: the graph to add to.
@@ -34,6 +33,7 @@ class EngineLinears:
 
     def __init__(self, graph: ParserGraph, *, fp8: bool) -> None:
         self.rows: list[Rows] = []
+        self.has_fp8 = False
         self._graph = graph
         self._fp8 = fp8
         self._size = 0
@@ -59,6 +59,7 @@ class EngineLinears:
             )
             kind = "f32"
         matrix = matrix_of(node)
+        self.has_fp8 |= matrix.kind is GpuKind.FP8
         products = self._float(node, matrix, x, kind) if matrix.kind in _FLOATS else self._scaled(node, matrix, x, kind)
         wide = [self._cast(product, "f32", f"{out}.{i}.f32") for i, product in enumerate(products)]
         if matrix.swiglu:

@@ -6,19 +6,9 @@ from pathlib import Path
 
 import click
 
+from edgelm.cli.engine_options import chosen_sms, engine_options
 from edgelm.cli.options import calibration_options, chosen_calibration
 from edgelm.cli.recipes import budget_options, budgeted, in_json, refuse_two
-
-
-def chosen_sms(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
-    """The numbers of --sm."""
-    del context, parameter
-    if text is None:
-        return None
-    parts = [part.strip().removeprefix("sm_") for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
-        raise click.BadParameter(f"{text!r} is no list of compute capabilities: write for example 86,89")
-    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 @click.command()
@@ -55,6 +45,7 @@ def chosen_sms(context: click.Context, parameter: click.Parameter, text: str | N
     callback=chosen_sms,
     help="With --target tensorrt: the GPUs to compile kernels for, for example 86,89 [the GPU here, or all].",
 )
+@engine_options
 @calibration_options
 @click.option(
     "--reference",
@@ -77,6 +68,12 @@ def export(
     ops: str,
     dtype: str,
     sms: tuple[int, ...] | None,
+    engines: bool | None,
+    linears: str,
+    attention: str,
+    max_batch: int,
+    chunk: int,
+    weight_streaming: bool,
     calibration: str | None,
     samples: int | None,
     sample_length: int | None,
@@ -103,6 +100,7 @@ def export(
 
     need_export_extra()
     from edgelm.export import ExportOptions, export_bundle
+    from edgelm.export.engine_options import EngineOptions
     from edgelm.export.memory import parse_size
     from edgelm.parity.golden import GoldenOptions
     from edgelm.progress import Bars
@@ -117,6 +115,7 @@ def export(
         ops=ops,
         dtype=dtype,
         sms=sms,
+        engines=EngineOptions(linears, attention, engines, max_batch, chunk, weight_streaming),
         max_ram=None if max_ram is None else parse_size(max_ram),
         threads=threads,
         overwrite=overwrite,

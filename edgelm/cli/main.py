@@ -19,6 +19,7 @@ from edgelm.errors import EdgeLMError
 # The help is here too, so that `edgelm --help` imports no verb.
 VERBS = {
     "export": "Export a checkpoint to a bundle.",
+    "build": "Build a TensorRT engine of a bundle.",
     "quantize": "Quantise a checkpoint to a smaller checkpoint.",
     "recipe": "Find out where bits matter, and write a recipe for a size.",
     "run": "Continue a prompt.",

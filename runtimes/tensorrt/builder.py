@@ -146,7 +146,7 @@ def profiles(
     """
     context, chunk = shape.context_length, min(options.chunk, shape.context_length)
     steps = (((1, 1, options.max_batch), (1, 1, 1)), ((1, 1, 1), (1, chunk, chunk)))
-    capacity = (1, context, context)
+    capacity = (min(64, context), context, context)
     made = []
     for batch, tokens in steps:
         ranges = {}

@@ -6,9 +6,8 @@ built and deleted after it. Needs numpy alone, since full TensorRT builds on the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,19 +66,13 @@ def parts_of(matrix: GpuMatrix) -> tuple[str, ...]:
     return (_GATE, _UP) if matrix.swiglu else (_ALL,)
 
 
-def to_json(entries: list[Rows]) -> str:
-    """What `from_json` reads back."""
-    return json.dumps([asdict(entry) for entry in entries], indent=1) + "\n"
-
-
-def from_json(text: str, where: Path) -> list[Rows]:
-    """Parse a list of rows.
+def from_list(entries: list[dict[str, Any]], where: Path) -> list[Rows]:
+    """Entries as `dataclasses.asdict` gives them, read from JSON.
 
     Raises:
-        BundleError: it is damaged.
+        BundleError: one is damaged.
     """
     try:
-        entries: list[dict[str, Any]] = json.loads(text)
         return [
             Rows(**{**entry, "matrix": GpuMatrix(**{**entry["matrix"], "kind": GpuKind(entry["matrix"]["kind"])})})
             for entry in entries
@@ -128,8 +121,8 @@ def _untiled(tiles: NDArray[np.uint8], kind: GpuKind) -> NDArray[Any]:
     count, along, _ = tiles.shape
     if kind in (GpuKind.FLOAT16, GpuKind.BFLOAT16):
         # g, q, half of the columns, half of the rows, neighbours
-        lanes = tiles.view(np.uint16).reshape(count, along, _HALF, 4, 2, 2, 2)
-        return lanes.transpose(0, 5, 2, 1, 4, 3, 6).reshape(count, ROWS, along * kind.columns)
+        words = tiles.view(np.uint16).reshape(count, along, _HALF, 4, 2, 2, 2)
+        return words.transpose(0, 5, 2, 1, 4, 3, 6).reshape(count, ROWS, along * kind.columns)
     # g, q, step of 16 columns, half of the rows, half of the columns, neighbours
     lanes = tiles.reshape(count, along, _HALF, 4, 2, 2, 2, 2)
     found = lanes.transpose(0, 5, 2, 1, 4, 6, 3, 7).reshape(count, ROWS, along * kind.columns)

@@ -21,8 +21,8 @@ from edgelm.runtimes.base import choose_context_length
 from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.kernels_file import FOLDER, KernelFolder
 from edgelm.runtimes.tensorrt.engine import DECODE, PREFILL, Context, Engine, choose
-from edgelm.runtimes.tensorrt.engine_info import EngineInfo, engines
-from edgelm.runtimes.tensorrt.host import DeviceHost
+from edgelm.runtimes.tensorrt.engine_info import EngineInfo, engines, plugins_in
+from edgelm.runtimes.tensorrt.host import DeviceHost, counter_bytes
 from edgelm.runtimes.tensorrt.library import installed, load
 from edgelm.runtimes.tensorrt.plugins import register
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 IDS, LENGTHS, LOGITS = "input_ids", "past_lengths", "logits"
 PAST, PRESENT = "past_key_values.", "present."
+CAPACITY_MULTIPLE = 64
+"""Caches hold a multiple of so many positions, which aligns every head's part of them."""
 
 
 class Session:
@@ -77,7 +79,11 @@ class Session:
             self.lengths: NDArray[np.int32] = np.zeros(batch, np.int32)
             library = load(info.flavour)
             self.device.load(list(kernels.argument_bytes))
-            register(library, DeviceHost(self.device))
+            self.capacity = min(_rounded(self.context_length), info.context_length)
+            counters = counter_bytes(plugins_in(bundle.file(info.file)), batch, self.chunk, self.capacity)
+            place = self.device.allocate(counters)
+            self.device.fill(place, 0, counters)
+            register(library, DeviceHost(self.device, place))
             self._engine = Engine(library, info, bundle.file(info.file), weight_budget)
             self._caches = self._allocate(model.num_kv_heads)
             self._contexts = self._make_contexts()
@@ -97,7 +103,7 @@ class Session:
         for tensor in self._engine.tensors:
             if tensor.name.startswith(PAST):
                 shape = self._engine.input_shape(tensor.name)
-                size = kv_heads * self.context_length * shape[3] * tensor.element_bytes
+                size = kv_heads * self.capacity * shape[3] * tensor.element_bytes
                 address = device.allocate(self.batch * size)
                 device.fill(address, 0, self.batch * size)
                 caches[tensor.name] = (address, size)
@@ -129,7 +135,7 @@ class Session:
             if tensor.name in self._caches:
                 address, size = self._caches[tensor.name]
                 shape = self._engine.input_shape(tensor.name)
-                context.bind(tensor.name, address + row * size, (rows, shape[1], self.context_length, shape[3]))
+                context.bind(tensor.name, address + row * size, (rows, shape[1], self.capacity, shape[3]))
         context.bind(LENGTHS, self._device_lengths + 4 * row, (rows,))
         context.bind(IDS, self._ids, (rows, 1))
         for tensor in self._engine.tensors:
@@ -169,7 +175,8 @@ class Session:
             # The pinned buffers are written again for the next part.
             device.synchronize()
             self.lengths[row] += len(part)
-        return self._pinned_logits[row]
+        logits: NDArray[np.float32] = self._pinned_logits[row]
+        return logits
 
     def decode(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Append one id to every sequence: the logits [batch, vocabulary], in a buffer. The caller has checked room."""
@@ -209,6 +216,10 @@ class Session:
             context.close()
         self._engine.close()
         self.device.close()
+
+
+def _rounded(positions: int) -> int:
+    return -(-positions // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
 
 
 def check_options(info: EngineInfo, *, batch: int, chunk: int | None, kv: str | None) -> None:

@@ -10,7 +10,7 @@ from edgelm.bundle import ModelInfo
 from edgelm.gpu_weights import GpuKind, GpuMatrix
 from edgelm.runtimes.cuda.program import Attribute, Node, Program, Value, Weight, matrix_attrs
 
-D, H, G, S, E, F, V, C = 64, 4, 2, 16, 8, 64, 96, 128
+D, H, G, S, E, F, V, C = 128, 4, 2, 32, 8, 64, 96, 128
 WEIGHTS = "weights.bin"
 
 
@@ -27,7 +27,7 @@ class SmallProgram:
 
     def __init__(
         self, folder: Path, layers: int = 2, *, mixture: bool = True, kind: str = "bf16", activation: str = "bf16",
-        kv: str = "f16", activations: str = "float",
+        kv: str = "float16", activations: str = "float",
     ) -> None:  # fmt: skip
         self.kind, self.activation, self.activations = GpuKind(kind), activation, activations
         self._data = bytearray()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edgelm.errors import BundleError
-from edgelm.export.gpu_packing import BlobWriter
+from edgelm.export.gpu_packing import BlobWriter, interleaved
 from edgelm.export.gpu_packing import Rows as Packed
-from edgelm.export.gpu_packing import interleaved
 from edgelm.gpu_weights import GpuKind, GpuMatrix
-from edgelm.runtimes.tensorrt.rowmajor import Rows, from_json, parts_of, to_json, write
+from edgelm.runtimes.tensorrt.rowmajor import Rows, from_list, parts_of, write
 
 
 def packed(folder: Path, matrix: GpuMatrix, rows: list[Packed], before: int) -> Path:
@@ -44,7 +45,7 @@ def test_rows_come_back(tmp_path: Path, kind: GpuKind, rows: int, swiglu: bool) 
         for what in ("values",) if wide else ("values", "scales"):
             entries.append(Rows(f"{part}.{what}", matrix, 4096, part, what, place))
             place += entries[-1].nbytes
-    entries = from_json(to_json(entries), tmp_path)
+    entries = from_list(json.loads(json.dumps([dataclasses.asdict(entry) for entry in entries])), tmp_path)
     out = tmp_path / "rows.bin"
     write(entries, weights, out)
     data = out.read_bytes()
@@ -67,4 +68,4 @@ def test_a_weights_file_that_ends_early_is_named(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"weights.bin ends within a: copy or export"):
         write([Rows("a", matrix, 0, "all", "values", 0)], tmp_path / "weights.bin", tmp_path / "rows.bin")
     with pytest.raises(BundleError, match="is damaged"):
-        from_json('[{"name": 1}]', tmp_path)
+        from_list([{"name": 1}], tmp_path)

@@ -1,0 +1,193 @@
+"""Engines of a bundle: `edgelm build`, and the end of `edgelm export --target tensorrt`.
+
+An engine is built in a folder beside the bundle's files, renamed into `engines/`, and only then named in the manifest,
+which is replaced as a whole: whatever happens, the bundle stays one that opens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgelm.bundle import MANIFEST, Bundle, FileInfo, sha256_of
+from edgelm.errors import BundleError, ExportError
+from edgelm.files import PARTIAL, atomic_file, disk_full_explained, need_disk
+from edgelm.progress import Progress, Silent
+from edgelm.runtimes.cuda.driver import find_devices
+from edgelm.runtimes.cuda.kernels_file import FOLDER as KERNELS
+from edgelm.runtimes.cuda.kernels_file import KernelFolder
+from edgelm.runtimes.tensorrt import rowmajor
+from edgelm.runtimes.tensorrt.builder import BuildOptions, GraphShape, build_engine, check_sms
+from edgelm.runtimes.tensorrt.engine import sm_of
+from edgelm.runtimes.tensorrt.engine_info import FOLDER, EngineInfo, engine_name, engines
+from edgelm.runtimes.tensorrt.host import BuildHost
+from edgelm.runtimes.tensorrt.library import FULL, Library, load
+from edgelm.runtimes.tensorrt.rowmajor import Rows
+
+GRAPH_FILE = "model.tensorrt.onnx"
+RECIPE_FILE = "model.tensorrt.json"
+ROWS_FILE = "model.rows.data"
+"""Matrices in rows, which exists only while an engine is built."""
+_FORMAT = 1
+_FP8_SM = 89
+
+
+@dataclass(frozen=True)
+class GraphRecipe:
+    """What `model.tensorrt.json` says of the graph beside it.
+
+    Attributes:
+        shape: what the builder is told.
+        fp8: whether the graph has FP8 products, which only devices from SM 89 on have.
+        rows: matrices that have to be unpacked.
+    """
+
+    shape: GraphShape
+    fp8: bool
+    rows: list[Rows]
+
+    def to_json(self) -> str:
+        """What `read` reads."""
+        data = {"format": _FORMAT, **dataclasses.asdict(self.shape), "fp8": self.fp8}
+        return json.dumps(data | {"rows": [dataclasses.asdict(entry) for entry in self.rows]}, indent=1) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> GraphRecipe:
+        """Read the file.
+
+        Raises:
+            BundleError: it is missing or damaged, or of another version.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            version, fp8, rows = data.pop("format"), bool(data.pop("fp8")), data.pop("rows")
+            if version != _FORMAT:
+                raise ValueError(f"format {version}, this EdgeLM reads {_FORMAT}")
+            return cls(GraphShape(**data), fp8, rowmajor.from_list(rows, path))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{path} cannot be used ({error}): export the bundle again") from error
+
+
+def build_bundle(
+    bundle: Bundle,
+    options: BuildOptions,
+    *,
+    flavour: str | None = None,
+    progress: Progress | None = None,
+) -> EngineInfo:
+    """Build an engine of a bundle and add it, in the place of one of the same flavour and devices.
+
+    `options.sms`: of TensorRT-RTX the devices to build for, by default the GPU here, else those that the bundle has
+    kernels for; full TensorRT builds for the GPU here alone.
+
+    Raises:
+        ExportError: the bundle is for another target, or TensorRT cannot build it.
+        RuntimeUnavailableError: there is no TensorRT.
+        DeviceError: full TensorRT without a GPU.
+    """
+    progress = progress or Silent()
+    manifest = bundle.manifest
+    if manifest.target != "tensorrt":
+        raise ExportError(
+            f"{bundle.path} was exported for {manifest.target}: engines are built of bundles that were exported with "
+            "--target tensorrt"
+        )
+    library = load(flavour)
+    sms = chosen_sms(library, options.sms, bundle.path)
+    made = build_into(bundle.path, manifest.graph.weights_file, library, options, sms, progress)
+    old = [info for info in engines(bundle) if (info.flavour, info.sms) == (made.flavour, made.sms)]
+    gone = {name for info in old for name in (info.file, _description(info.file))} - {made.file}
+    files = {name: info for name, info in manifest.files.items() if name not in gone}
+    for name in (made.file, _description(made.file)):
+        path = bundle.file(name)
+        files[name] = FileInfo(path.stat().st_size, sha256_of(path))
+    with atomic_file(bundle.file(MANIFEST), durable=True) as path:
+        path.write_text(dataclasses.replace(manifest, files=files).to_json(), encoding="utf-8")
+    for name in gone - {_description(made.file)}:
+        bundle.file(name).unlink(missing_ok=True)
+    return made
+
+
+def chosen_sms(library: Library, asked: Sequence[int], folder: Path) -> tuple[int, ...]:
+    """The devices to build for; see `build_bundle`. Raises as it."""
+    if library.flavour == FULL:
+        here = sm_of(find_devices()[0])
+        if asked and tuple(asked) != (here,):
+            raise ExportError(
+                f"full TensorRT builds for the GPU of this machine, SM {here}, and not for "
+                f"{', '.join(f'SM {sm}' for sm in asked)}: leave --sm out, or use TensorRT-RTX (--flavour tensorrt-rtx)"
+            )
+        return (here,)
+    if asked:
+        check_sms(library, asked)
+        return tuple(asked)
+    has = (int(target.removeprefix("sm_")) for target in KernelFolder(folder / KERNELS).files if "sm_" in target)
+    found = tuple(sorted(set(has) & set(library.sms)))
+    check_sms(library, found)
+    return found
+
+
+def build_into(
+    folder: Path,
+    weights_file: str,
+    library: Library,
+    options: BuildOptions,
+    sms: tuple[int, ...],
+    progress: Progress,
+) -> EngineInfo:
+    """Build an engine of the graph in `folder`, a bundle's, into its `engines/`; the manifest is not touched.
+
+    Raises:
+        ExportError: TensorRT cannot build it, or not for these devices.
+        BundleError: the bundle has no graph for TensorRT.
+    """
+    recipe = GraphRecipe.read(folder / RECIPE_FILE)
+    old = [sm for sm in sms if sm < _FP8_SM]
+    if recipe.fp8 and old:
+        raise ExportError(
+            f"{folder / GRAPH_FILE} has FP8 products, which SM {old[0]} has not: export the bundle again with "
+            f"--sm {old[0]}, which makes them products of our plugin"
+        )
+    weights = folder / weights_file
+    need_disk(folder / FOLDER, weights.stat().st_size + 2 * sum(entry.nbytes for entry in recipe.rows) + (16 << 20))
+    (folder / FOLDER).mkdir(exist_ok=True)
+    stem = _free_name(folder, engine_name(library.flavour, sms, library.version))
+    target = folder / FOLDER / f"{stem}.engine"
+    with _workplace(folder) as work, disk_full_explained(target), progress.task("building an engine", 1, unit="steps"):
+        # The parser looks for weights beside the graph, and only there.
+        (work / GRAPH_FILE).symlink_to((folder / GRAPH_FILE).absolute())
+        (work / weights_file).symlink_to(weights.absolute())
+        rowmajor.write(recipe.rows, weights, work / ROWS_FILE)
+        asked = dataclasses.replace(options, sms=sms)
+        made = build_engine(library, work / GRAPH_FILE, work / "engine", recipe.shape, asked, BuildHost(sms), sms)
+        (work / "engine").rename(target)
+    made = dataclasses.replace(made, file=f"{FOLDER}/{target.name}")
+    (folder / _description(made.file)).write_text(made.to_json(), encoding="utf-8")
+    return made
+
+
+def _description(engine: str) -> str:
+    return engine.removesuffix(".engine") + ".json"
+
+
+def _free_name(folder: Path, stem: str) -> str:
+    """A name that no engine has: one that is replaced is in the manifest until the new one is."""
+    names = [stem, *(f"{stem}-{i}" for i in range(2, 100))]
+    return next(name for name in names if not (folder / FOLDER / f"{name}.engine").exists())
+
+
+@contextlib.contextmanager
+def _workplace(folder: Path) -> Iterator[Path]:
+    """A folder on the bundle's disk, gone afterwards."""
+    work = Path(tempfile.mkdtemp(prefix=f".engine{PARTIAL}{os.getpid()}-", dir=folder))
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
