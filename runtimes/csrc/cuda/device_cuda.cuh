@@ -131,6 +131,9 @@ EDGELM_DEVICE Words4 load16_stream(const void* p) {
 }
 
 EDGELM_DEVICE int atomic_add(int* p, int x) { return atomicAdd(p, x); }
+// What this thread has written is seen by whoever sees what it writes, or adds, afterwards; and what was written before
+// what this thread has seen is seen by it.
+EDGELM_DEVICE void fence_device() { __threadfence(); }
 
 // -- arithmetic --------------------------------------------------------------------------------------------------------
 

@@ -501,6 +501,7 @@ EDGELM_DEVICE void store16(void* p, Words4 x) { emulator::stored(p, x, "store16"
 EDGELM_DEVICE void store8(void* p, Words2 x) { emulator::stored(p, x, "store8"); }
 EDGELM_DEVICE void store4(void* p, u32 x) { emulator::stored(p, x, "store4"); }
 EDGELM_DEVICE int atomic_add(int* p, int x) { const int before = *p; *p += x; return before; }
+EDGELM_DEVICE void fence_device() {}
 
 EDGELM_DEVICE u32 float_to_bits(float x) { return emulator::bits_of(x); }
 EDGELM_DEVICE float bits_to_float(u32 x) { return emulator::float_of(x); }
