@@ -1,15 +1,291 @@
-"""Launches of the kernels in attention.cuh."""
+"""Launches of the kernels in attention.cuh: GroupQueryAttention with its cache.
+
+`docs/operators.md` says what is computed. Here qkv and the result are bfloat16, float16 or float32; a cache is bytes
+[B, G, C, R]: in one sequence and head C * S codes, then, for int8 and fp8, C float32 scales.
+
+| new tokens | launches |
+|---|---|
+| T * H / G <= 16 rows, `counters` given | 1: decode, which prepares what it needs itself |
+| T * H / G <= 16 rows | 2: prepare, split |
+| more | 2: prepare, prefill |
+| float32 | 2: prepare, exact |
+
+Lengths stay on the device: grids depend on shapes alone, so that a CUDA graph can be replayed as the cache fills.
+"""
 
 from __future__ import annotations
 
+import math
+import struct
+from dataclasses import dataclass
+
+from edgelm.errors import DeviceError
+from edgelm.runtimes.cuda.launch import Launch
+
 HEADER = "attention.cuh"
+
+HEAD_SIZES = (32, 64, 128)
+CODE_BYTES = {"f16": 2, "bf16": 2, "f32": 4, "int8": 1, "fp8": 1}
+"""What a cache can hold, and the bytes of one code."""
+FEW_ROWS = 16
+"""Rows, T * H / G, up to which the cache is split over the warps of a block."""
+
+_THREADS = 128
+_TILE_KEYS = 64
+_PREFILL_ROWS = 64
+_MAX_SPLITS = {"few": 64, "many": 16}
+_CACHE_TYPES = {"f16": "f16", "bf16": "bf16", "f32": "float", "int8": "i8", "fp8": "e4m3"}
+_ARGS = struct.Struct("<14Q7i3f")  # AttentionArgs in attention_cache.cuh
+_BODIES = {
+    "prepare": "attention_prepare<{a}, {e}, {s}>",
+    "decode": "attention_tiles<{a}, {e}, {s}, true, true>",
+    "split": "attention_tiles<{a}, {e}, {s}, true, false>",
+    "prefill": "attention_tiles<{a}, {e}, {s}, false, false>",
+    "exact": "attention_exact<{s}>",
+}
+_MIN_BLOCKS = {"prepare": 4, "decode": 2, "split": 2, "prefill": 2, "exact": 4}
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What one call of the operator is about.
+
+    Attributes:
+        batch: sequences, B.
+        tokens: new tokens of each, T, padding included.
+        heads: query heads, H.
+        kv_heads: key and value heads, G, which divides H.
+        size: numbers of a head, S: 32, 64 or 128.
+        capacity: tokens that the cache has room for, C; of int8 and fp8 caches a multiple of 4.
+        positions: rows of the rotary tables, at least C.
+        activations: type of qkv and the result: bf16, f16, or f32 (exact, with an f32 cache).
+        cache: what the cache holds: bf16, f16, int8, fp8, or f32.
+
+    Raises:
+        DeviceError: there are no kernels for such a shape.
+    """
+
+    batch: int
+    tokens: int
+    heads: int
+    kv_heads: int
+    size: int
+    capacity: int
+    positions: int
+    activations: str = "bf16"
+    cache: str = "bf16"
+
+    def __post_init__(self) -> None:
+        def refuse(what: str, found: object, expected: str) -> None:
+            raise DeviceError(f"GroupQueryAttention: {what} is {found}, expected {expected}")
+
+        if self.activations not in ("bf16", "f16", "f32"):
+            refuse("the type of qkv", self.activations, "bf16, f16 or f32")
+        caches = ("f32",) if self.activations == "f32" else ("bf16", "f16", "int8", "fp8")
+        if self.cache not in caches:
+            refuse(f"the cache of {self.activations} activations", self.cache, " or ".join(caches))
+        for name in ("batch", "tokens", "heads", "kv_heads", "capacity"):
+            if getattr(self, name) < 1:
+                refuse(name, getattr(self, name), "at least 1")
+        if self.heads % self.kv_heads:
+            refuse("heads", self.heads, f"a multiple of the {self.kv_heads} key/value heads")
+        if self.size not in HEAD_SIZES:
+            refuse("the size of a head", self.size, ", ".join(map(str, HEAD_SIZES)))
+        if CODE_BYTES[self.cache] == 1 and self.capacity % 4:
+            refuse(f"the capacity of an {self.cache} cache", self.capacity, "a multiple of 4")
+        if self.tokens > self.capacity:
+            refuse("tokens", self.tokens, f"at most the cache's {self.capacity}")
+        if self.positions < self.capacity:
+            refuse("the number of rotary positions", self.positions, f"at least the cache's {self.capacity}")
+        if self.batch > 65535 or self.kv_heads > 65535:
+            refuse("batch and key/value heads", (self.batch, self.kv_heads), "at most 65535 each")
+
+    @property
+    def rows(self) -> int:
+        """Rows of one sequence and key/value head."""
+        return self.tokens * self.heads // self.kv_heads
+
+    @property
+    def few(self) -> bool:
+        """Whether the kernels for few rows are used."""
+        return self.rows <= FEW_ROWS
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks that the rows of one sequence and key/value head are cut into."""
+        return 1 if self.few else -(-self.rows // _PREFILL_ROWS)
+
+    def cache_bytes(self) -> int:
+        """Bytes of the key cache, and of the value cache."""
+        return self.batch * self.kv_heads * self.capacity * row_bytes(self.cache, self.size)
+
+    def counter_bytes(self) -> int:
+        """Bytes of `counters`."""
+        return 4 * self.batch * self.kv_heads * self.row_blocks
+
+
+@dataclass(frozen=True)
+class AttentionBuffers:
+    """Addresses on the device; 0 where there is none.
+
+    Attributes:
+        qkv: A [B, T, (H + 2 G) S].
+        key_cache: bytes [B, G, C, R], changed in place.
+        value_cache: likewise.
+        past_lengths: int32 [B], tokens in the cache. past + new tokens must not exceed C: what would lie beyond is
+            dropped.
+        cos: float32 [positions, S / 2].
+        sin: likewise.
+        out: A [B, T, H S].
+        workspace: `workspace_bytes` of scratch memory.
+        q_norm: float32 [H S], or 0.
+        k_norm: float32 [G S]; both or none.
+        new_lengths: int32 [B], or 0: all T are new.
+        counters: `AttentionShape.counter_bytes` of zeros, which the kernels leave as zeros, or 0. Only calls on one
+            stream may share them. They spare a launch for few rows.
+    """
+
+    qkv: int
+    key_cache: int
+    value_cache: int
+    past_lengths: int
+    cos: int
+    sin: int
+    out: int
+    workspace: int
+    q_norm: int = 0
+    k_norm: int = 0
+    new_lengths: int = 0
+    counters: int = 0
+
+
+def row_bytes(kind: str, size: int) -> int:
+    """Bytes of the cache for one head and token.
+
+    Raises:
+        DeviceError: there is no such cache.
+    """
+    if kind not in CODE_BYTES:
+        raise DeviceError(f"there is no {kind} cache on a GPU, only {', '.join(CODE_BYTES)}")
+    return CODE_BYTES[kind] * size + (4 if CODE_BYTES[kind] == 1 else 0)
+
+
+def split_count(shape: AttentionShape, multiprocessors: int) -> int:
+    """Ranges that the cache is cut into: as many as keep two blocks on each multiprocessor, of two tiles at least."""
+    blocks = shape.batch * shape.kv_heads * shape.row_blocks
+    tiles = -(-shape.capacity // _TILE_KEYS)
+    most = _MAX_SPLITS["few" if shape.few else "many"]
+    return max(1, min(2 * multiprocessors // blocks, -(-tiles // 2), most))
+
+
+def workspace_bytes(shape: AttentionShape, multiprocessors: int, splits: int | None = None) -> int:
+    """Bytes of scratch memory; the largest over T is not at the largest T: ask for every T that will be used."""
+    return _workspace(shape, splits or split_count(shape, multiprocessors))[-1]
+
+
+def attention_launches(
+    shape: AttentionShape,
+    buffers: AttentionBuffers,
+    multiprocessors: int,
+    *,
+    epsilon: float = 1e-5,
+    clip: float = 0.0,
+    scale: float = 0.0,
+    splits: int | None = None,
+) -> tuple[Launch, ...]:
+    """The launches of one GroupQueryAttention.
+
+    Args:
+        shape: of the call.
+        buffers: where everything is.
+        multiprocessors: of the device, by which the cache is split.
+        epsilon: of the norms.
+        clip: queries, keys and values are clamped to it after the norms; 0: not at all.
+        scale: of the scores; 0: 1 / sqrt(S).
+        splits: instead of `split_count`'s.
+
+    Raises:
+        DeviceError: a buffer is missing.
+    """
+    needed = ("qkv", "key_cache", "value_cache", "past_lengths", "cos", "sin", "out", "workspace")
+    missing = [name for name in needed if not getattr(buffers, name)]
+    if missing:
+        raise DeviceError(f"GroupQueryAttention: {', '.join(missing)} has no address, expected a buffer")
+    if bool(buffers.q_norm) != bool(buffers.k_norm):
+        raise DeviceError("GroupQueryAttention: one of q_norm and k_norm has no address, expected both or none")
+    splits = splits or split_count(shape, multiprocessors)
+    one_launch = shape.few and buffers.counters != 0 and shape.activations != "f32"
+    counters, queries, partials, totals, _ = (buffers.workspace + offset for offset in _workspace(shape, splits))
+    args = _ARGS.pack(
+        buffers.qkv, buffers.key_cache, buffers.value_cache, buffers.past_lengths, buffers.new_lengths,
+        buffers.cos, buffers.sin, buffers.q_norm, buffers.k_norm, buffers.out,
+        queries, partials, totals, buffers.counters if one_launch else counters,
+        shape.tokens, shape.heads, shape.kv_heads, shape.capacity, shape.positions, splits, shape.row_blocks,
+        epsilon, clip, scale or 1 / math.sqrt(shape.size),
+    )  # fmt: skip
+
+    def launch(step: str, grid: tuple[int, int, int], shared: int) -> Launch:
+        return Launch(kernel_name(step, shape.activations, shape.cache, shape.size), grid, _THREADS, shared, args)
+
+    tiles_grid = (shape.row_blocks * splits, shape.kv_heads, shape.batch)
+    if one_launch:
+        return (launch("decode", tiles_grid, shared_bytes("decode", shape.cache, shape.size)),)
+    prepare = launch("prepare", (shape.tokens, shape.batch, 1), shared_bytes("prepare", shape.cache, shape.size))
+    if shape.activations == "f32":
+        return prepare, launch("exact", (-(-shape.rows // (_THREADS // 32)), shape.kv_heads, shape.batch), 0)
+    step = "split" if shape.few else "prefill"
+    return prepare, launch(step, tiles_grid, shared_bytes(step, shape.cache, shape.size))
+
+
+def shared_bytes(step: str, cache: str, size: int) -> int:
+    """Shared memory of a block: two or three stages of a tile of keys and values with their scales."""
+    if step == "prepare":
+        return 64
+    if step == "exact":
+        return 0
+    stage = _TILE_KEYS * 2 * row_bytes(cache, size)
+    return (2 if step == "prefill" else 3) * stage
+
+
+def kernel_name(step: str, activations: str, cache: str, size: int) -> str:
+    """Name of a kernel, e.g. `attention_decode_bf16_int8_s128`."""
+    return f"attention_{step}_{activations}_{cache}_s{size}"
+
+
+def kernels_for(activations: str, cache: str, size: int) -> tuple[str, ...]:
+    """Every kernel that a model needs whose heads have this size."""
+    steps = ("prepare", "exact") if activations == "f32" else ("prepare", "decode", "split", "prefill")
+    return tuple(kernel_name(step, activations, cache, size) for step in steps)
 
 
 def all_kernels() -> tuple[str, ...]:
     """Return the name of every kernel."""
-    return ()
+    pairs = [("f32", "f32"), *((a, e) for a in ("bf16", "f16") for e in ("bf16", "f16", "int8", "fp8"))]
+    return tuple(name for a, e in pairs for size in HEAD_SIZES for name in kernels_for(a, e, size))
 
 
 def instantiation(name: str) -> str:
-    """Return the line of C++ that makes the kernel of that name."""
-    raise KeyError(name)
+    """Return the line of C++ that makes the kernel of that name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if name not in all_kernels():
+        raise KeyError(name)
+    _, step, activations, cache, size = name.split("_")
+    kinds = {"a": _CACHE_TYPES[activations], "e": _CACHE_TYPES[cache], "s": size[1:]}
+    body = _BODIES[step].format(**kinds)
+    return f"EDGELM_KERNEL({name}, AttentionArgs, {_THREADS}, {_MIN_BLOCKS[step]}, ({body}))"
+
+
+def _workspace(shape: AttentionShape, splits: int) -> tuple[int, int, int, int, int]:
+    """Where counters, queries, partial results and their totals begin, and where all ends."""
+    heads = shape.batch * shape.kv_heads
+    number = 4 if shape.activations == "f32" else 2
+    queries = heads * shape.rows * shape.size
+    block_rows = FEW_ROWS if shape.few else _PREFILL_ROWS
+    rows = heads * shape.row_blocks * splits * block_rows if splits > 1 and shape.activations != "f32" else 0
+    offsets = [0]
+    for part in (shape.counter_bytes(), queries * number, rows * shape.size * 4, rows * 8):
+        offsets.append(offsets[-1] + -(-part // 256) * 256)
+    return offsets[0], offsets[1], offsets[2], offsets[3], offsets[4]

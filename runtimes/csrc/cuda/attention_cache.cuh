@@ -1,0 +1,135 @@
+// The arguments of attention's kernels, the kinds of cache, and how codes become operands of a tensor core.
+#pragma once
+
+#include "device.cuh"
+
+namespace edgelm {
+
+struct AttentionArgs {
+  const void* qkv;           // A [B, T, (H + 2 G) S]
+  u8* key_cache;             // [B, G, C, R], as is value_cache
+  u8* value_cache;
+  const i32* past_lengths;   // [B]
+  const i32* new_lengths;    // [B], or null: T
+  const float* cos;          // [positions, S / 2], as is sin
+  const float* sin;
+  const float* q_norm;       // [H S], or null
+  const float* k_norm;       // [G S], or null: both or none
+  void* out;                 // A [B, T, H S]
+  void* queries;             // workspace: M [B, G, T, H / G, S]
+  float* partials;           // workspace: [B, G, row_blocks, splits, rows of a block, S]
+  float* totals;             // workspace: [B, G, row_blocks, splits, rows of a block, 2], maximum and sum
+  i32* counters;             // [B, G, row_blocks], zeros; left as zeros
+  i32 tokens, heads, kv_heads, capacity, positions, splits, row_blocks;
+  float epsilon, clip, scale;
+};
+
+constexpr int kAttentionThreads = 128;
+constexpr int kAttentionWarps = kAttentionThreads / kWarp;
+constexpr float kLog2E = 1.4426950408889634f;
+
+// What a cache of elements E is multiplied in: 16-bit elements as they are, codes as the activations' type.
+template <class A, class E, int bytes = int(sizeof(E))> struct ProductOf { using Type = E; };
+template <class A, class E> struct ProductOf<A, E, 1> { using Type = A; };
+template <class A, class E> using Product = typename ProductOf<A, E>::Type;
+
+// int8 and fp8 have a scale for each head and token.
+template <class E> constexpr bool kScaled = sizeof(E) == 1;
+
+template <class E> constexpr float kLargestCode = 0.f;
+template <> constexpr float kLargestCode<i8> = 127.f;
+template <> constexpr float kLargestCode<e4m3> = 448.f;
+
+template <class E> EDGELM_DEVICE E encode(float x) {
+  if constexpr (Same<E, i8>::value) return i8(int(round_(min_(max_(x, -127.f), 127.f))));
+  else return from_float<E>(x);
+}
+
+// Tokens in the cache and tokens that join it. The host checks that they fit; beyond the cache nothing is written.
+struct Lengths { int past, fresh; };
+EDGELM_DEVICE Lengths lengths_of(const AttentionArgs& args, int b) {
+  const int past = min_(max_(args.past_lengths[b], 0), args.capacity);
+  int fresh = args.tokens;
+  if (args.new_lengths != nullptr) fresh = min_(max_(args.new_lengths[b], 0), fresh);
+  return {past, min_(fresh, args.capacity - past)};
+}
+
+// Where (b, g) begins in a cache.
+template <class E, int S> EDGELM_DEVICE i64 cache_offset(const AttentionArgs& args, int b, int g) {
+  constexpr int kRow = S * int(sizeof(E)) + (kScaled<E> ? 4 : 0);
+  return (i64(b) * args.kv_heads + g) * args.capacity * kRow;
+}
+
+// Two codes of a word, of its bytes i and j, as a pair of M. All are exact.
+template <class M, class E> EDGELM_DEVICE u32 widen(u32 word, int i, int j) {
+  static_assert(Same<M, bf16>::value || Same<M, f16>::value, "pairs are of 16-bit numbers");
+  const u32 apart = u32(i) | 0x40u | u32(j) << 8 | 0x4000u;  // a byte in the lower half of each number
+  if constexpr (Same<E, i8>::value && Same<M, f16>::value) {
+    const u32 shifted = permute_bytes(word ^ 0x80808080u, 0x64646464u, apart);  // 1024 + code + 128
+    return f16x2_fma(shifted, 0x3c003c00u, 0xe480e480u);
+  } else if constexpr (Same<E, i8>::value) {
+    // 128 + the lower seven bits, less 128, or less 256 where the sign bit is set: -256 is -128's bits and 0x80.
+    const u32 codes = permute_bytes(word, 0, apart);
+    return bf16x2_fma(and_or(codes, 0x007f007fu, 0x43004300u), 0x3f803f80u, and_or(codes, 0x00800080u, 0xc300c300u));
+  } else if constexpr (Same<M, f16>::value) {
+    return e4m3x2_to_f16x2(permute_bytes(word, 0, u32(i) | u32(j) << 4 | 0x4400u));
+  } else {
+    // The exponent's bias is 120 less: shifted into place and multiplied by 2^120, subnormals are exact too.
+    const u32 codes = permute_bytes(word, 0, apart);
+    return bf16x2_fma(and_or(codes << 8, 0x80008000u, (codes & 0x007f007fu) << 4), 0x7b807b80u, 0x80008000u);
+  }
+}
+
+// -- a tile of keys and values in shared memory ------------------------------------------------------------------------
+
+constexpr int kTileKeys = 64;
+
+template <class E, int S> struct Stage {
+  static constexpr int kRow = S * int(sizeof(E));  // bytes of a key's codes
+  static constexpr int kChunks = kRow / 16;
+  static constexpr int kValues = kTileKeys * kRow;  // where the values begin
+  static constexpr int kKeyScales = 2 * kValues;
+  static constexpr int kValueScales = kKeyScales + 4 * kTileKeys;
+  static constexpr int kBytes = kKeyScales + (kScaled<E> ? 8 * kTileKeys : 0);
+
+  // Where chunk `chunk` of 16 bytes of a row lies: rows that are read at the same time lie in different banks.
+  static EDGELM_INLINE int at(int row, int chunk) {
+    constexpr int kMask = kChunks < 8 ? kChunks - 1 : 7;
+    constexpr int kShare = kChunks < 8 ? 8 / kChunks : 1;  // rows in 128 bytes
+    return row * kRow + 16 * (chunk ^ (row / kShare & kMask));
+  }
+};
+
+// Copies `count` keys and values of a tile, from `from` on, in the background; zeros beyond `end`. Keys from `skip` to
+// `end` are left out: another thread puts them there. Keys are consecutive positions; `loader` is this thread's number.
+template <class E, int S, int count, int loaders>
+EDGELM_DEVICE void load_keys(u8* stage, const u8* keys, const u8* values, int capacity, int tile, int from, int loader,
+                             int end, int skip) {
+  using Tile = Stage<E, S>;
+  EDGELM_UNROLL
+  for (int i = loader; i < count * Tile::kChunks; i += loaders) {
+    const int row = from + i / Tile::kChunks, chunk = i % Tile::kChunks;
+    const int position = tile * kTileKeys + row;
+    const bool there = position < end;
+    if (there && position >= skip) continue;
+    const i64 offset = i64(position) * Tile::kRow + 16 * chunk;
+    cp_async16(stage + Tile::at(row, chunk), keys + offset, there);
+    cp_async16(stage + Tile::kValues + Tile::at(row, chunk), values + offset, there);
+  }
+  if constexpr (kScaled<E>) {
+    for (int i = loader; i < count / 2; i += loaders) {
+      const int row = from + i / 2 * 4;
+      const int position = tile * kTileKeys + row;
+      if (position >= end) continue;
+      const u8* scales = (i % 2 ? values : keys) + i64(capacity) * S + 4 * i64(position);
+      u8* to = stage + (i % 2 ? Tile::kValueScales : Tile::kKeyScales) + 4 * row;
+      if (position + 4 <= skip || skip >= end) {
+        cp_async16(to, scales);
+      } else {
+        for (int k = 0; k < 4 && position + k < skip; ++k) store4(to + 4 * k, load4(scales + 4 * k));
+      }
+    }
+  }
+}
+
+}  // namespace edgelm

@@ -1,0 +1,312 @@
+"""Do the GPU kernels of GroupQueryAttention compute causal attention over their cache, for every kind of cache?
+
+The kernels run in emulation, from the sources that a GPU runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.runtimes.cuda import attention
+from edgelm.runtimes.cuda.attention import AttentionBuffers, AttentionShape
+from edgelm.runtimes.cuda.emulated import EmulatedDevice
+
+Array = NDArray[Any]
+Generator = np.random.Generator
+
+U = 2.0**-24
+"""Unit roundoff of float32."""
+UNIT = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": U}
+"""Half a step, as a part of the number."""
+MULTIPROCESSORS = 4
+
+
+# -- numbers of two bytes and one --------------------------------------------------------------------------------------
+
+
+def to_bits(x: Array, kind: str) -> Array:
+    """float -> what a device stores."""
+    if kind == "f32":
+        return x.astype(np.float32)
+    if kind == "f16":
+        return x.astype(np.float16)
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_bits(x: Array, kind: str) -> Array:
+    if kind == "bf16":
+        return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return x.astype(np.float64)
+
+
+def rounded(x: Array, kind: str) -> Array:
+    return from_bits(to_bits(x, kind), kind)
+
+
+def e4m3_values() -> Array:
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    size = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    return np.where(codes & 0x80, -size, size)
+
+
+# -- the operator in float64 -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: what there is, and what is in the cache before it."""
+
+    shape: AttentionShape
+    past: tuple[int, ...]
+    new: tuple[int, ...] | None = None
+    norm: bool = False
+    clip: float = 0.0
+    scale: float = 0.0
+    splits: int | None = None
+    counters: bool = True
+    seed: int = 0
+    epsilon: float = 1e-5
+
+    @property
+    def fresh(self) -> tuple[int, ...]:
+        return self.new or (self.shape.tokens,) * self.shape.batch
+
+    @property
+    def factor(self) -> float:
+        return self.scale or 1 / math.sqrt(self.shape.size)
+
+
+def rotary(shape: AttentionShape) -> tuple[Array, Array]:
+    half = shape.size // 2
+    angles = np.arange(shape.positions)[:, None] / 10000 ** (np.arange(half) / half)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def prepared(case: Case, qkv: Array, weights: dict[str, Array]) -> tuple[Array, Array, Array]:
+    """Queries [B, T, H, S], keys and values [B, T, G, S] after norm, clip and rotation, in float64."""
+    s = case.shape
+    q, k, v = np.split(qkv.astype(np.float64), [s.heads * s.size, (s.heads + s.kv_heads) * s.size], axis=-1)
+    if case.norm:
+        q = q / np.sqrt((q * q).mean(-1, keepdims=True) + case.epsilon) * weights["q_norm"]
+        k = k / np.sqrt((k * k).mean(-1, keepdims=True) + case.epsilon) * weights["k_norm"]
+    if case.clip:
+        q, k, v = (np.clip(x, -case.clip, case.clip) for x in (q, k, v))
+    cos, sin = (table.astype(np.float64) for table in rotary(s))
+    at = np.minimum(np.asarray(case.past)[:, None] + np.arange(s.tokens), s.positions - 1)
+
+    def rotated(x: Array) -> Array:
+        first, second = np.split(x, 2, axis=-1)
+        c, n = cos[at][:, :, None], sin[at][:, :, None]
+        return np.concatenate([first * c - second * n, second * c + first * n], axis=-1)
+
+    q = rotated(q.reshape(s.batch, s.tokens, s.heads, s.size))
+    k = rotated(k.reshape(s.batch, s.tokens, s.kv_heads, s.size))
+    return q, k, v.reshape(s.batch, s.tokens, s.kv_heads, s.size)
+
+
+def read_cache(shape: AttentionShape, cache: Array) -> Array:
+    """What a cache holds: float64 [B, G, C, S]."""
+    count = shape.capacity * shape.size
+    width = attention.CODE_BYTES[shape.cache]
+    flat = cache.reshape(shape.batch, shape.kv_heads, -1)
+    codes = np.ascontiguousarray(flat[..., : count * width])
+    full = (shape.batch, shape.kv_heads, shape.capacity, shape.size)
+    if width > 1:
+        dtype = {"f16": np.float16, "bf16": np.uint16, "f32": np.float32}[shape.cache]
+        return from_bits(codes.view(dtype).reshape(full), shape.cache)
+    scales = np.ascontiguousarray(flat[..., count:]).view(np.float32).astype(np.float64)
+    numbers = codes.view(np.int8).astype(np.float64) if shape.cache == "int8" else e4m3_values()[codes]
+    return numbers.reshape(full) * scales.reshape(*full[:3], 1)
+
+
+def attended(case: Case, q: Array, keys: Array, values: Array) -> tuple[Array, Array]:
+    """Attention [B, T, H, S] over what the cache holds after the call, and how far a kernel may be from it."""
+    s = case.shape
+    out, tolerance = np.zeros(q.shape), np.zeros(q.shape)
+    shared_by = s.heads // s.kv_heads
+    product = s.activations if attention.CODE_BYTES[s.cache] == 1 else s.cache
+    unit = UNIT[product]
+    for b in range(s.batch):
+        for t in range(case.fresh[b]):
+            seen = case.past[b] + t + 1
+            for h in range(s.heads):
+                k, v = keys[b, h // shared_by, :seen], values[b, h // shared_by, :seen]
+                score = k @ q[b, t, h] * case.factor
+                p = np.exp(score - score.max())
+                p /= p.sum()
+                out[b, t, h] = p @ v
+                # Queries and weights of the values are rounded to what is multiplied, the result to A. A query's
+                # elements are rounded independently: six standard deviations of that sum, and float32's own errors.
+                moved = case.factor * (
+                    6 / math.sqrt(3) * unit * np.sqrt((k * k) @ (q[b, t, h] * q[b, t, h]))
+                    + (s.size + 24) * U * np.abs(k) @ np.abs(q[b, t, h])
+                )
+                about = np.abs(v - out[b, t, h])  # a common factor of all weights changes nothing
+                tolerance[b, t, h] = (
+                    (p * np.expm1(np.minimum(moved, 50))) @ about * 1.05
+                    + (unit + (seen + 40) * U) * (p @ np.abs(v))
+                    + UNIT[s.activations] * np.abs(out[b, t, h])
+                )
+    return out, tolerance + 1e-30
+
+
+# -- running it --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def emulated(capability: tuple[int, int], seed: int, activations: str, cache: str, size: int) -> EmulatedDevice:
+    device = EmulatedDevice(capability, seed)
+    device.load(attention.kernels_for(activations, cache, size))
+    return device
+
+
+@dataclass
+class Result:
+    out: Array
+    key_cache: Array
+    value_cache: Array
+    launches: int
+
+
+def compute(
+    case: Case, qkv: Array, weights: dict[str, Array], caches: tuple[Array, Array],
+    capability: tuple[int, int] = (8, 0), order: int = 0,
+) -> Result:  # fmt: skip
+    s = case.shape
+    device = emulated(capability, order, s.activations, s.cache, s.size)
+    addresses = []
+
+    def uploaded(data: Array) -> int:
+        addresses.append(device.allocate(max(data.nbytes, 1)))
+        device.upload(addresses[-1], data)
+        return addresses[-1]
+
+    cos, sin = rotary(s)
+    raw = to_bits(qkv, s.activations)
+    out = np.empty((s.batch, s.tokens, s.heads, s.size), raw.dtype)
+    workspace = attention.workspace_bytes(s, MULTIPROCESSORS, case.splits)
+    nothing = np.full(workspace, 0xFF, np.uint8)
+    counters = np.zeros(s.counter_bytes(), np.uint8)
+    buffers = AttentionBuffers(
+        uploaded(raw), uploaded(caches[0]), uploaded(caches[1]), uploaded(np.array(case.past, np.int32)),
+        uploaded(cos), uploaded(sin), uploaded(np.full(out.nbytes, 0xFF, np.uint8)), uploaded(nothing),
+        uploaded(weights["q_norm"]) if case.norm else 0, uploaded(weights["k_norm"]) if case.norm else 0,
+        uploaded(np.array(case.new, np.int32)) if case.new is not None else 0,
+        uploaded(counters) if case.counters else 0,
+    )  # fmt: skip
+    launches = attention.attention_launches(
+        s, buffers, MULTIPROCESSORS, epsilon=case.epsilon, clip=case.clip, scale=case.scale, splits=case.splits
+    )
+    for launch in launches:
+        device.launch(launch)
+    device.synchronize()
+    result = Result(out, np.empty_like(caches[0]), np.empty_like(caches[1]), len(launches))
+    device.download(buffers.out, out)
+    device.download(buffers.key_cache, result.key_cache)
+    device.download(buffers.value_cache, result.value_cache)
+    if case.counters:
+        device.download(buffers.counters, counters)
+        assert not counters.any(), "the counters were not left as zeros"
+    for address in addresses:
+        device.free(address)
+    result.out = from_bits(out, s.activations)
+    return result
+
+
+def random_call(case: Case) -> tuple[Array, dict[str, Array], tuple[Array, Array]]:
+    """qkv, norms, and caches whose past is random and whose rest is NaNs."""
+    s = case.shape
+    rng = np.random.default_rng(case.seed)
+    qkv = rounded(rng.standard_normal((s.batch, s.tokens, (s.heads + 2 * s.kv_heads) * s.size)), s.activations)
+    weights = {
+        "q_norm": rng.uniform(0.5, 2, s.heads * s.size).astype(np.float32),
+        "k_norm": rng.uniform(0.5, 2, s.kv_heads * s.size).astype(np.float32),
+    }
+    return qkv, weights, (random_cache(case, rng), random_cache(case, rng))
+
+
+def random_cache(case: Case, rng: Generator) -> Array:
+    s = case.shape
+    cache = np.full((s.batch, s.kv_heads, s.capacity * attention.row_bytes(s.cache, s.size)), 0xFF, np.uint8)
+    for b, past in enumerate(case.past):
+        x = rng.standard_normal((s.kv_heads, past, s.size)) * 1.5
+        width = attention.CODE_BYTES[s.cache]
+        if width > 1:
+            codes = to_bits(x, s.cache)
+        elif s.cache == "int8":
+            codes = rng.integers(-127, 128, x.shape).astype(np.int8)
+        else:
+            codes = rng.integers(0, 0x7F, x.shape).astype(np.uint8) | rng.integers(0, 2, x.shape).astype(np.uint8) << 7
+        cache[b, :, : past * s.size * width] = codes.reshape(s.kv_heads, -1).view(np.uint8)
+        if width == 1:
+            largest = 127 if s.cache == "int8" else 448
+            scales = (rng.uniform(0.5, 2, (s.kv_heads, past)) / largest).astype(np.float32)
+            start = s.capacity * s.size
+            cache[b, :, start : start + 4 * past] = scales.view(np.uint8)
+    return cache
+
+
+def check_appended(case: Case, before: Array, after: Array, x: Array) -> None:
+    """Whether x [B, T, G, S] was appended to the nearest code, and nothing else was touched."""
+    s = case.shape
+    old, new = read_cache(s, before), read_cache(s, after)
+    for b, past in enumerate(case.past):
+        fresh = case.fresh[b]
+        assert np.array_equal(old[b, :, :past], new[b, :, :past])
+        assert np.array_equal(old[b, :, past + fresh :], new[b, :, past + fresh :], equal_nan=True)
+        exact = np.moveaxis(x[b, :fresh], 0, 1)
+        found = new[b, :, past : past + fresh]
+        largest = np.abs(exact).max(-1, keepdims=True)
+        if s.cache == "int8":
+            step = largest / 127 / 2
+        elif s.cache == "fp8":
+            step = np.maximum(np.abs(exact) * 2.0**-4, largest / 448 * 2.0**-10)
+        else:
+            step = np.maximum(np.abs(exact) * UNIT[s.cache], 2.0**-25 if s.cache == "f16" else 0)
+        # Before it is rounded an element has the errors of the norm's sum, its products and the rotation.
+        tolerance = step * (1 + 2.0**-10) + 12 * U * largest * (1.5 if s.cache == "f32" else 1)
+        if not fresh:
+            continue
+        worst = np.unravel_index((np.abs(found - exact) - tolerance).argmax(), exact.shape)
+        assert np.abs(found - exact)[worst] <= np.broadcast_to(tolerance, exact.shape)[worst], (
+            f"sequence {b}, (g, token, element) {worst}: {found[worst]} for {exact[worst]}"
+        )
+
+
+def check(case: Case, capability: tuple[int, int] = (8, 0), order: int = 0) -> Result:
+    qkv, weights, caches = random_call(case)
+    result = compute(case, qkv, weights, caches, capability, order)
+    q, k, v = prepared(case, qkv, weights)
+    check_appended(case, caches[0], result.key_cache, k)
+    check_appended(case, caches[1], result.value_cache, v)
+    held = [read_cache(case.shape, cache) for cache in (result.key_cache, result.value_cache)]
+    compare(case, result.out, *attended(case, q, *held))
+    return result
+
+
+def compare(case: Case, out: Array, expected: Array, tolerance: Array) -> None:
+    error = np.where(np.isnan(out), np.inf, np.abs(out - expected))
+    worst = np.unravel_index((error / tolerance).argmax(), out.shape)
+    assert error[worst] <= tolerance[worst], (
+        f"{case}: at (sequence, token, head, element) {tuple(map(int, worst))} {out[worst]}, expected "
+        f"{expected[worst]} +- {tolerance[worst]}; {int((error > tolerance).sum())} of {error.size} are off"
+    )
+
+
+def shape(
+    batch: int, tokens: int, heads: int, kv_heads: int, size: int, capacity: int,
+    cache: str = "bf16", activations: str = "bf16",
+) -> AttentionShape:  # fmt: skip
+    return AttentionShape(batch, tokens, heads, kv_heads, size, capacity, capacity + 3, activations, cache)
+
+
+def test_smoke() -> None:
+    check(Case(shape(2, 1, 4, 1, 32, 132), (70, 3), norm=True))
