@@ -25,7 +25,9 @@ class RuntimeEntry:
 
     `modules` has one for each flavour of operators that it runs. A module has `open(bundle, **options) -> Runtime`, may
     have `open_tracing(bundle, threads=...)` for the debug graph and `open_batch(bundle, batch, **options)`, and is
-    imported only when it is needed.
+    imported only when it is needed. `requires` is the package that it needs, and `instead` others that do as well.
+    `fitting`, if given, is a module with `fits(bundle) -> bool`: an entry that does not fit is passed over where no
+    runtime is named and there is another.
     """
 
     name: str
@@ -35,11 +37,22 @@ class RuntimeEntry:
     install: str
     options: tuple[str, ...]
     summary: str
+    instead: tuple[str, ...] = ()
+    fitting: str = ""
+
+    @property
+    def package(self) -> str | None:
+        """The installed package that it runs with; None where there is none."""
+        return next((name for name in (self.requires, *self.instead) if importlib.util.find_spec(name)), None)
 
     @property
     def available(self) -> bool:
         """Whether the package it needs is installed."""
-        return importlib.util.find_spec(self.requires) is not None
+        return self.package is not None
+
+    def fits(self, bundle: Bundle) -> bool:
+        """Whether it can run this bundle on this device, as far as that is known without loading it."""
+        return not self.fitting or bool(importlib.import_module(self.fitting).fits(bundle))
 
 
 _ENTRIES = (
@@ -63,6 +76,17 @@ _ENTRIES = (
         install="pip install 'edgelm[cuda]'",
         options=("threads", "context_length", "chunk", "kv"),
         summary="ONNX Runtime's CUDA provider on an NVIDIA GPU",
+    ),
+    RuntimeEntry(
+        name="tensorrt",
+        modules={"gpu": "edgelm.runtimes.tensorrt.runtime"},
+        targets=("tensorrt",),
+        requires="tensorrt",
+        instead=("tensorrt_rtx",),
+        install="pip install 'edgelm[tensorrt-rtx]' or 'edgelm[tensorrt]'",
+        options=("context_length", "chunk", "kv", "weight_budget"),
+        summary="TensorRT or TensorRT-RTX with our plugins on an NVIDIA GPU",
+        fitting="edgelm.runtimes.tensorrt.fit",
     ),
 )
 
@@ -92,9 +116,12 @@ def _choose(bundle: Bundle, name: str | None) -> RuntimeEntry:
             raise RuntimeUnavailableError(
                 f"{bundle.path} was exported for {target}, which no runtime here runs (they run {', '.join(known)})"
             )
-    for entry in candidates:
-        if entry.available:
-            return entry
+    found = [entry for entry in candidates if entry.available]
+    if len(found) > 1:
+        # The last is taken unasked: what it lacks it says itself, better than a refusal here.
+        return next((entry for entry in found[:-1] if entry.fits(bundle)), found[-1])
+    if found:
+        return found[0]
     ways = " or ".join(f"{entry.install} (for {entry.name})" for entry in candidates)
     raise RuntimeUnavailableError(f"nothing installed can run {bundle.path}: {ways}")
 
@@ -148,6 +175,7 @@ def open_runtime(bundle: Bundle, name: str | None = None, **options: int | str |
     Options that are None are left to the runtime. `threads`: default the physical cores this process may use.
     `context_length`: positions to allocate, default the model's, at most 4096. `chunk`: tokens a prefill step. `kv`:
     type of the cache, for bundles with native operators one of `edgelm.kv_cache.KV_TYPES`, default the bundle's.
+    `weight_budget`: bytes of weights that a TensorRT engine may have in the GPU's memory.
 
     Raises:
         RuntimeUnavailableError: no such runtime, not one for this bundle, or its package is not installed.

@@ -52,7 +52,7 @@ def examine() -> dict[str, Any]:
         entry.name: {
             "summary": entry.summary,
             "available": entry.available,
-            "version": version_of(entry.requires),
+            "version": version_of(entry.package or entry.requires),
             "targets": list(entry.targets),
             "install": entry.install,
         }
@@ -68,6 +68,7 @@ def examine() -> dict[str, Any]:
         "native_operators": native_operators(),
         "gpu": gpus(),
         "gpu_compiler": gpu_compiler(),
+        "tensorrt": tensorrt_flavours(),
         "device": devices.describe().as_dict(),
     }
 
@@ -132,6 +133,22 @@ def gpu_compiler() -> dict[str, Any]:
     return {"library": library.path, "version": library.version_text, "sms": list(library.sms), "why": None}
 
 
+def tensorrt_flavours() -> list[dict[str, Any]]:
+    """The TensorRT flavours that are installed, and the SMs that each builds engines for on any machine."""
+    from edgelm.errors import RuntimeUnavailableError
+    from edgelm.runtimes.tensorrt import library
+
+    found = []
+    for flavour, version in library.installed().items():
+        try:
+            loaded = library.load(flavour)
+        except RuntimeUnavailableError as error:
+            found.append({"flavour": flavour, "version": version, "sms": [], "why": str(error)})
+        else:
+            found.append({"flavour": flavour, "version": version, "sms": list(loaded.sms), "why": None})
+    return found
+
+
 def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
     """The document for people."""
     from edgelm.cli.tables import size
@@ -173,7 +190,17 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         ("quantiser", quantizer),
         ("operators", f"compiled, {kernels}: {operators['why']}" if kernels else operators["why"]),
     ]
+    lines += [(entry["flavour"], tensorrt_line(entry)) for entry in document["tensorrt"]]
     return lines + gpu_rows(document["gpu"], document["gpu_compiler"])
+
+
+def tensorrt_line(entry: dict[str, Any]) -> str:
+    """What an installed TensorRT can do."""
+    if entry["why"]:
+        return str(entry["why"])
+    sms = ", ".join(map(str, entry["sms"]))
+    where = f"SM {sms} on any machine" if sms else "the GPU of this machine alone"
+    return f"{entry['version']}, builds engines for {where}"
 
 
 def gpu_rows(gpu: dict[str, Any], compiler: dict[str, Any]) -> list[tuple[str, str]]:

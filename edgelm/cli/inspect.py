@@ -95,6 +95,10 @@ def bundle_document(bundle: Bundle, problems: list[str] | None) -> dict[str, Any
     del manifest["tensors"]
     weights = [group.as_dict() for group in packed_groups(bundle)]
     document = {"kind": "bundle", "path": str(bundle.path), "bytes": bundle.size, **manifest, "problems": problems}
+    if bundle.manifest.target == "tensorrt":
+        from edgelm.runtimes.tensorrt.engine_info import engine_document, engines
+
+        document["engines"] = [engine_document(info, bundle) for info in engines(bundle)]
     return {**document, "weights": weights} if weights else document
 
 
@@ -214,6 +218,7 @@ def bundle_rows(bundle: Bundle, problems: list[str] | None) -> list[tuple[str, s
         ("size", size(bundle.size)),
         *(("", f"{size(info.size):>8}  {name}") for name, info in manifest.files.items()),
         *(("weights", f"{size(group.bytes):>8}  {group.line()}") for group in packed_groups(bundle)),
+        *engine_rows(bundle),
     ]
     if problems is None:
         rows.append(("verified", "sizes only; --verify checks every byte"))
@@ -222,6 +227,22 @@ def bundle_rows(bundle: Bundle, problems: list[str] | None) -> list[tuple[str, s
     else:
         rows.append(("verified", "every file is what was exported"))
     return rows
+
+
+def engine_rows(bundle: Bundle) -> list[tuple[str, str]]:
+    """The TensorRT engines of a bundle for GPUs, and what each needs."""
+    if bundle.manifest.target != "tensorrt":
+        return []
+    from edgelm.runtimes.tensorrt.engine_info import engine_lines, engines
+
+    found = engines(bundle)
+    if not found:
+        return [("engines", f"none: `edgelm build {bundle.path}` adds one; the runtime cuda-kernels needs none")]
+    return [
+        (label, line)
+        for info in found
+        for label, line in zip(("engine", "", ""), engine_lines(info, bundle), strict=True)
+    ]
 
 
 def checkpoint_document(checkpoint: Checkpoint) -> dict[str, Any]:
