@@ -19,8 +19,8 @@ from edgelm.quant.source import WeightSource
 from edgelm.runtimes.cuda import nvrtc
 from edgelm.runtimes.cuda.driver import find_devices
 from edgelm.runtimes.cuda.kernels_file import FOLDER, compile_bundle_kernels
+from edgelm.runtimes.cuda.operators import bundle_kernels
 from edgelm.runtimes.cuda.program import PROGRAM_FILE
-from edgelm.runtimes.cuda.sources import all_kernels
 
 _FAMILIES: Mapping[str, Callable[[GpuDecoder, Any], None]] = {
     "olmoe": onnx_olmoe.build_native,
@@ -84,7 +84,7 @@ class TensorrtTarget(Target):
         def finish(folder: Path, plan: Plan, options: ExportOptions, progress: Progress) -> None:
             (folder / PROGRAM_FILE).write_text(program.to_json(), encoding="utf-8")
             sms = chosen_sms(options)
-            compile_bundle_kernels(all_kernels(), sms, folder / FOLDER, progress)
+            compile_bundle_kernels(bundle_kernels(program), sms, folder / FOLDER, progress)
             add_engines(folder, program, plan.info, WEIGHTS_FILE, options.engines, sms, progress)
 
         debug = graph.model(f"{info.name} (debug)", model.debug_outputs, exact=EXACT)

@@ -27,7 +27,7 @@ class RuntimeEntry:
     have `open_tracing(bundle, threads=...)` for the debug graph and `open_batch(bundle, batch, **options)`, and is
     imported only when it is needed. `requires` is the package that it needs, and `instead` others that do as well.
     `fitting`, if given, is a module with `fits(bundle) -> bool`: an entry that does not fit is passed over where no
-    runtime is named and there is another.
+    runtime is named and there is another. One that is `only_by_name` is never chosen otherwise.
     """
 
     name: str
@@ -39,6 +39,7 @@ class RuntimeEntry:
     summary: str
     instead: tuple[str, ...] = ()
     fitting: str = ""
+    only_by_name: bool = False
 
     @property
     def package(self) -> str | None:
@@ -88,6 +89,25 @@ _ENTRIES = (
         summary="TensorRT or TensorRT-RTX with our plugins on an NVIDIA GPU",
         fitting="edgelm.runtimes.tensorrt.fit",
     ),
+    RuntimeEntry(
+        name="cuda-kernels",
+        modules={"gpu": "edgelm.runtimes.cuda.model"},
+        targets=("tensorrt",),
+        requires="numpy",
+        install="pip install edgelm",
+        options=("threads", "context_length", "chunk", "kv"),
+        summary="our own kernels on an NVIDIA GPU, with nothing but its driver",
+    ),
+    RuntimeEntry(
+        name="cuda-emulated",
+        modules={"gpu": "edgelm.runtimes.cuda.emulated_model"},
+        targets=("tensorrt",),
+        requires="numpy",
+        install="pip install edgelm",
+        options=("threads", "context_length", "chunk", "kv"),
+        summary="the same kernels emulated on the processor, to check them: thousands of times slower",
+        only_by_name=True,
+    ),
 )
 
 
@@ -110,7 +130,7 @@ def _choose(bundle: Bundle, name: str | None) -> RuntimeEntry:
             )
         candidates = [entry]
     else:
-        candidates = [entry for entry in _ENTRIES if target in entry.targets]
+        candidates = [entry for entry in _ENTRIES if target in entry.targets and not entry.only_by_name]
         if not candidates:
             known = sorted({target for entry in _ENTRIES for target in entry.targets})
             raise RuntimeUnavailableError(

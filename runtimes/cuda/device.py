@@ -36,6 +36,10 @@ class Device(ABC):
 
     info: DeviceInfo
 
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes now, whoever holds the rest; a device without others has all of it free."""
+        return self.info.memory, self.info.memory
+
     @abstractmethod
     def allocate(self, nbytes: int) -> int:
         """Reserve memory, aligned to 256 bytes, with undefined contents; return its address.

@@ -102,6 +102,11 @@ class Program:
     weights: Mapping[str, Weight]
     exact: Mapping[str, Attribute] = field(default_factory=dict)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights file that are used, counted from its start."""
+        return max((weight.offset + weight.size for weight in self.weights.values()), default=0)
+
     def debug(self) -> Program:
         """The debug graph: the same nodes with exact products; all values are float32."""
         nodes = tuple(

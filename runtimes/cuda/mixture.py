@@ -1,0 +1,107 @@
+"""SparseMoE as launches: the kernels of moe.cuh around the grouped products of linear.cuh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgelm.gpu_weights import GpuMatrix
+from edgelm.runtimes.cuda import linear, moe
+from edgelm.runtimes.cuda.device import DeviceInfo
+from edgelm.runtimes.cuda.launch import Launch
+from edgelm.runtimes.cuda.linear import Product
+from edgelm.runtimes.cuda.moe import MoeShape, MoeWorkspace
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """One call of the operator: sizes, the experts' two blobs, and what their products round x to (`Product`)."""
+
+    shape: MoeShape
+    gate_up: GpuMatrix
+    down: GpuMatrix
+    rounding: float = 0.0
+
+    @property
+    def fuses_down(self) -> bool:
+        """Whether the second product and the weighted sum are one launch."""
+        return self.shape.activation != "f32" and self.rounding == 0 and self.shape.tokens <= moe.DOWN_TOKENS
+
+    def first(self, normed: int, blob: int, hidden: int, places: MoeWorkspace) -> Product:
+        """Gate and up of every slot."""
+        shape = self.shape
+        return Product(
+            self.gate_up, blob, normed, hidden, shape.slots, activation=shape.activation, row_map=places.row_map,
+            offsets=places.offsets, x_rows=shape.tokens, most_rows=shape.tokens, rounding=self.rounding,
+        )  # fmt: skip
+
+    def second(self, hidden: int, blob: int, outputs: int, places: MoeWorkspace) -> Product:
+        """Down of every slot."""
+        shape = self.shape
+        return Product(
+            self.down, blob, hidden, outputs, shape.slots, activation=shape.activation, y_float=True,
+            offsets=places.offsets, most_rows=shape.tokens, rounding=self.rounding,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MixtureBuffers:
+    """Addresses on the device.
+
+    Attributes:
+        x: float32 [M, D].
+        norm: float32 [D].
+        router: float32 [E, D].
+        gate_up, down: the blobs.
+        y: float32 [M, D], written; may be x.
+        workspace: `workspace_bytes` of scratch memory.
+        logits: float32 [M, E] for the router's logits; 0: not wanted.
+    """
+
+    x: int
+    norm: int
+    router: int
+    gate_up: int
+    down: int
+    y: int
+    workspace: int
+    logits: int = 0
+
+
+def workspace_bytes(mixture: Mixture) -> int:
+    """Bytes of scratch memory that `mixture_launches` needs."""
+    places = moe.workspace(mixture.shape, 0)
+    products = [mixture.first(0, 0, 0, places), mixture.second(0, 0, 0, places)]
+    return moe.workspace_bytes(mixture.shape) + max(map(linear.workspace_bytes, products))
+
+
+def mixture_launches(mixture: Mixture, buffers: MixtureBuffers, info: DeviceInfo) -> list[Launch]:
+    """The launches of one SparseMoE."""
+    shape = mixture.shape
+    places = moe.workspace(shape, buffers.workspace)
+    scratch = buffers.workspace + moe.workspace_bytes(shape)
+    logits = buffers.logits or places.logits
+    launches = [
+        moe.router_launch(shape, buffers.x, buffers.norm, buffers.router, logits, places.normed),
+        *moe.choose_launches(shape, logits, places),
+        *linear.product_launches(mixture.first(places.normed, buffers.gate_up, places.hidden, places), info, scratch),
+    ]
+    if mixture.fuses_down:
+        down = moe.down_launch(shape, mixture.down, buffers.down, buffers.x, places.hidden, places, buffers.y)
+        return [*launches, down]
+    second = mixture.second(places.hidden, buffers.down, places.outputs, places)
+    return [
+        *launches,
+        *linear.product_launches(second, info, scratch),
+        moe.combine_launch(shape, buffers.x, places.outputs, places.slot_weights, places.slot_of, buffers.y),
+    ]
+
+
+def kernels_of(mixture: Mixture) -> tuple[str, ...]:
+    """Every kernel that such a mixture may launch, for any number of tokens."""
+    shape, activation = mixture.shape, mixture.shape.activation
+    lanes = next(e for e in (32, 64, 128, 256) if shape.experts <= e)
+    wanted = [f"moe_router_{activation}_", f"moe_down_{activation}_{mixture.down.kind}_", "moe_combine_"]
+    names = [name for name in moe.all_kernels() if name.startswith(tuple(wanted)) or name.endswith(f"_e{lanes}")]
+    for matrix in (mixture.gate_up, mixture.down):
+        names += linear.kernels_of(matrix, activation, mixture.rounding)
+    return tuple(names)

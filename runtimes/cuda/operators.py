@@ -1,0 +1,207 @@
+"""From a node of a program to launches: attributes and shapes to what the modules of the kernels ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from edgelm.errors import BundleError, EdgeLMError
+from edgelm.runtimes.cuda import attention, linear, mixture
+from edgelm.runtimes.cuda.attention import AttentionBuffers, AttentionShape
+from edgelm.runtimes.cuda.device import DeviceInfo
+from edgelm.runtimes.cuda.launch import Launch
+from edgelm.runtimes.cuda.linear import Product
+from edgelm.runtimes.cuda.mixture import Mixture, MixtureBuffers
+from edgelm.runtimes.cuda.moe import MoeShape
+from edgelm.runtimes.cuda.program import PROGRAM_FILE, Node, Program, matrix_of
+
+KV_CODES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "int8": "int8", "fp8": "fp8"}
+"""Types of caches, and how the kernels call them."""
+_ROUNDINGS = {"float": 0.0, "fp8-token": -1.0}
+"""What products multiply, as `linear.Product` has it."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How much a step computes: `batch` sequences of `tokens` new tokens each."""
+
+    batch: int
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        """Tokens in all."""
+        return self.batch * self.tokens
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Addresses of memory that nodes share: `workspace` has no meaning between them, `counters` are zeros there."""
+
+    workspace: int
+    counters: int
+
+
+class Operators:
+    """Plans the launches of a program's nodes.
+
+    Args:
+        program: which nodes there are.
+        kv: type of the caches, one of `KV_CODES`.
+        capacity: tokens of each cache.
+        info: the device.
+
+    Raises:
+        BundleError: it has an operator that this version does not know.
+        EdgeLMError: there is no such cache.
+    """
+
+    def __init__(self, program: Program, kv: str, capacity: int, info: DeviceInfo) -> None:
+        if kv not in KV_CODES:
+            raise EdgeLMError(f"kv is {kv!r}: the cache can be {', '.join(KV_CODES)}")
+        for node in program.nodes:
+            if node.op not in _LAUNCHES:
+                raise BundleError(
+                    f"{PROGRAM_FILE}: {node.name} is the operator {node.op!r}, this EdgeLM has {', '.join(_LAUNCHES)}: "
+                    "upgrade edgelm"
+                )
+        self.program = program
+        self._kv = KV_CODES[kv]
+        self._capacity = capacity
+        self._info = info
+
+    def launches(self, node: Node, step: Step, addresses: Mapping[str, int], scratch: Scratch) -> list[Launch]:
+        """The launches of a node, given where its inputs and outputs lie (0 for one that is left out)."""
+        return _LAUNCHES[node.op](self, node, step, addresses, scratch)
+
+    def kernels(self) -> tuple[str, ...]:
+        """Every kernel that steps of this program may launch."""
+        return tuple(dict.fromkeys(_kernels(self.program, (self._kv,))))
+
+    def cache_bytes(self, node: Node, batch: int) -> int:
+        """Bytes of an attention node's keys, and again of its values, of some sequences."""
+        row = attention.row_bytes(self._kv, node.whole("head_size"))
+        return batch * node.whole("kv_num_heads") * self._capacity * row
+
+    def scratch_bytes(self, batch: int, tokens: int) -> tuple[int, int]:
+        """Bytes of workspace and of counters for one sequence of up to so many tokens, or `batch` of a part of them."""
+        steps = [Step(1, count) for count in range(1, tokens + 1)]
+        steps += [Step(batch, count) for count in range(1, max(1, tokens // batch) + 1)]
+        # Attention's is not largest where there are most tokens; for other operators the rows alone count.
+        kinds = {tuple(sorted(node.attrs.items())): node for node in self.program.nodes if node.op in _SCRATCH}
+        workspace = linear.top_workspace_bytes(max(batch, 1), self.program.values["logits"].width)
+        counters = 0
+        most = max(steps, key=lambda step: step.rows)
+        for node in kinds.values():
+            if node.op == "GroupQueryAttention":
+                shapes = [self._attention_shape(node, step) for step in steps if step.tokens <= self._capacity]
+                sizes = [attention.workspace_bytes(shape, self._info.multiprocessors) for shape in shapes]
+                workspace = max(workspace, *sizes)
+                counters = max(counters, *(shape.counter_bytes() for shape in shapes if shape.few), 0)
+            elif node.op == "SparseMoE":
+                workspace = max(workspace, *(mixture.workspace_bytes(_mixture(node, step.rows)) for step in steps))
+            else:
+                product = self._product(node, most.rows, dict.fromkeys((*node.inputs, *node.outputs, ""), 0))
+                workspace = max(workspace, linear.workspace_bytes(product))
+        return workspace, counters
+
+    # -- operators -------------------------------------------------------------------------------------------------
+
+    def _embedding(self, node: Node, step: Step, at: Mapping[str, int], scratch: Scratch) -> list[Launch]:
+        del scratch
+        ids, table = (at[name] for name in node.inputs)
+        return [linear.embedding_launch(ids, matrix_of(node), table, at[node.outputs[0]], step.rows)]
+
+    def _linear(self, node: Node, step: Step, at: Mapping[str, int], scratch: Scratch) -> list[Launch]:
+        return linear.product_launches(self._product(node, step.rows, at), self._info, scratch.workspace)
+
+    def _product(self, node: Node, rows: int, at: Mapping[str, int]) -> Product:
+        return Product(
+            matrix_of(node), at[node.inputs[1]], at[node.inputs[0]], at[node.outputs[0]], rows,
+            activation=node.text("activation"), x_float=self.program.values[node.inputs[0]].type == "f32",
+            y_float=node.text("output") == "f32", norm=at[node.input(2)], residual=at[node.input(3)],
+            rounding=_rounding(node), epsilon=node.number("epsilon"),
+        )  # fmt: skip
+
+    def _attention_shape(self, node: Node, step: Step) -> AttentionShape:
+        return AttentionShape(
+            step.batch, step.tokens, node.whole("num_heads"), node.whole("kv_num_heads"), node.whole("head_size"),
+            self._capacity, self.program.weights[node.inputs[4]].dims[0], node.text("activation"), self._kv,
+        )  # fmt: skip
+
+    def _attention(self, node: Node, step: Step, at: Mapping[str, int], scratch: Scratch) -> list[Launch]:
+        qkv, keys, values, lengths, cos, sin = (at[name] for name in node.inputs[:6])
+        buffers = AttentionBuffers(
+            qkv, keys, values, lengths, cos, sin, at[node.outputs[0]], scratch.workspace,
+            q_norm=at[node.input(6)], k_norm=at[node.input(7)], counters=scratch.counters,
+        )  # fmt: skip
+        launches = attention.attention_launches(
+            self._attention_shape(node, step), buffers, self._info.multiprocessors,
+            epsilon=node.number("epsilon"), clip=node.number("clip"),
+        )  # fmt: skip
+        return list(launches)
+
+    def _moe(self, node: Node, step: Step, at: Mapping[str, int], scratch: Scratch) -> list[Launch]:
+        x, router, gate_up, down, norm = (at[name] for name in node.inputs)
+        logits = at[node.outputs[1]] if len(node.outputs) > 1 else 0
+        buffers = MixtureBuffers(x, norm, router, gate_up, down, at[node.outputs[0]], scratch.workspace, logits)
+        return mixture.mixture_launches(_mixture(node, step.rows), buffers, self._info)
+
+    def _last_token(self, node: Node, step: Step, at: Mapping[str, int], scratch: Scratch) -> list[Launch]:
+        del scratch
+        width = self.program.values[node.outputs[0]].width
+        return [linear.last_token_launch(at[node.inputs[0]], at[node.outputs[0]], step.batch, step.tokens, width)]
+
+
+def argmax_launches(rows: int, columns: int, logits: int, ids: int, scratch: Scratch) -> list[Launch]:
+    """The most probable token of each row, int32, -1 where all logits are NaN."""
+    return linear.top_launches(logits, ids, rows, columns, scratch.workspace)
+
+
+def bundle_kernels(program: Program) -> tuple[str, ...]:
+    """Every kernel that a bundle needs: of its program and of its debug program, for any cache and number of tokens."""
+    narrow = tuple(code for code in KV_CODES.values() if code != "f32")
+    return tuple(dict.fromkeys([*_kernels(program, narrow), *_kernels(program.debug(), ("f32",))]))
+
+
+def _kernels(program: Program, caches: tuple[str, ...]) -> Iterator[str]:
+    yield from ("last_token_f32", "top_parts_f32", "top_all_f32")
+    for node in program.nodes:
+        if node.op == "QuantEmbedding":
+            yield f"quant_embedding_{node.text('kind')}_f32"
+        elif node.op == "QuantLinear":
+            yield from linear.kernels_of(matrix_of(node), node.text("activation"), _rounding(node))
+        elif node.op == "SparseMoE":
+            yield from mixture.kernels_of(_mixture(node, 1))
+        elif node.op == "GroupQueryAttention":
+            for cache in caches:
+                yield from attention.kernels_for(node.text("activation"), cache, node.whole("head_size"))
+
+
+def _mixture(node: Node, rows: int) -> Mixture:
+    gate_up, down = matrix_of(node, "gate_up_"), matrix_of(node, "down_")
+    shape = MoeShape(
+        rows, gate_up.columns, down.columns, gate_up.count, node.whole("k"), bool(node.whole("normalize")),
+        node.text("activation"), node.number("epsilon"),
+    )  # fmt: skip
+    return Mixture(shape, gate_up, down, _rounding(node))
+
+
+def _rounding(node: Node) -> float:
+    kind = node.text("activations")
+    if kind not in _ROUNDINGS:
+        raise BundleError(
+            f"{PROGRAM_FILE}: {node.name} multiplies {kind!r}, this EdgeLM has {', '.join(_ROUNDINGS)}: upgrade edgelm"
+        )
+    return _ROUNDINGS[kind]
+
+
+_Plan = Callable[[Operators, Node, Step, Mapping[str, int], Scratch], list[Launch]]
+_LAUNCHES: Mapping[str, _Plan] = {
+    "QuantEmbedding": Operators._embedding,
+    "QuantLinear": Operators._linear,
+    "GroupQueryAttention": Operators._attention,
+    "SparseMoE": Operators._moe,
+    "LastToken": Operators._last_token,
+}
+_SCRATCH = ("QuantLinear", "GroupQueryAttention", "SparseMoE")

@@ -1,0 +1,65 @@
+"""A bundle's weights in a device's memory: one allocation that is the weights file, read a block at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from edgelm.errors import BundleError
+from edgelm.runtimes.cuda.device import Device
+from edgelm.runtimes.cuda.program import Program
+
+_BLOCK = 16 << 20
+
+
+class DeviceWeights:
+    """The weights of a program on a device, until `free`.
+
+    Args:
+        device: where they go.
+        program: names them.
+        path: the weights file.
+
+    Raises:
+        BundleError: the file is shorter than the program says, or cannot be read.
+        DeviceMemoryError: they do not fit.
+    """
+
+    def __init__(self, device: Device, program: Program, path: Path) -> None:
+        self._device = device
+        self._program = program
+        self.nbytes = program.weight_bytes
+        size = path.stat().st_size
+        if size < self.nbytes:
+            raise BundleError(
+                f"{path} has {size} bytes, the program's weights end at {self.nbytes}: copy or export the bundle again"
+            )
+        self._base = device.allocate(self.nbytes)
+        try:
+            self._upload(path)
+        except BaseException:
+            device.free(self._base)
+            raise
+
+    def address(self, name: str) -> int:
+        """Where a weight lies on the device."""
+        return self._base + self._program.weights[name].offset
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self._device.free(self._base)
+
+    def _upload(self, path: Path) -> None:
+        # Read, not mapped: a map of a file larger than the host's memory would push everything else out of it.
+        memory = bytearray(min(_BLOCK, self.nbytes))
+        buffer, view = np.frombuffer(memory, np.uint8), memoryview(memory)
+        done = 0
+        with path.open("rb", buffering=0) as stream:
+            while done < self.nbytes:
+                count = stream.readinto(view[: self.nbytes - done])
+                if not count:
+                    raise BundleError(f"{path} ends at byte {done}: copy or export the bundle again")
+                self._device.upload(self._base + done, buffer[:count])
+                done += count
+        self._device.synchronize()

@@ -1,0 +1,98 @@
+"""A bundle's debug graph, whatever runs it: texts in, every layer's values out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.runtimes.base import checked_tokens, context_full
+
+if TYPE_CHECKING:
+    from edgelm.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the debug graph computed at every position of a text of T tokens.
+
+    `logits` [T, V], None where they were not asked for; `hidden`: L + 1 arrays [T, D], the embedding's output and the
+    residual stream after each layer; `router_logits`: L arrays [T, E], empty for a dense model.
+    """
+
+    logits: NDArray[np.float32] | None
+    hidden: list[NDArray[np.float32]]
+    router_logits: list[NDArray[np.float32]]
+
+
+class TracingModel(ABC):
+    """A bundle's debug graph, loaded. It takes as much memory as the main graph: close that one first.
+
+    Its products are computed in float32, so it differs from the quantised reference by rounding only.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._model = bundle.manifest.model
+        layers = range(self._model.num_layers)
+        self._hidden = [f"hidden.{i}" for i in range(self._model.num_layers + 1)]
+        self._routers = [f"router_logits.{i}" for i in layers] if self._model.num_experts else []
+
+    @abstractmethod
+    def _run(self, ids: NDArray[np.int64], names: Sequence[str], *, logits: bool) -> list[NDArray[np.float32]]:
+        """Run ids [B, T] from position 0; the values `names`, each of B * T rows.
+
+        The first of the names is "logits", which need not be complete unless `logits`.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the graph; any other use after it raises EdgeLMError."""
+
+    def trace(self, tokens: Sequence[int], *, logits: bool = True) -> Trace:
+        """Run `tokens` from position 0 in one pass. `logits=False` spares their [T, V] float32.
+
+        Raises:
+            ContextLengthError, GenerationError: as `Runtime.prefill`, against the model's own context length.
+        """
+        return self.trace_all([tokens], logits=logits)[0]
+
+    def trace_all(self, texts: Sequence[Sequence[int]], *, logits: bool = True) -> list[Trace]:
+        """Run several texts in one pass over the weights, each from position 0.
+
+        Shorter ones are filled up at the end with a token of their own: attention looks back only, so what is computed
+        before stays as it is. Memory grows with the number of texts times the longest. Raises as `trace`.
+        """
+        model = self._model
+        parts = [checked_tokens(tokens, model.vocab_size) for tokens in texts]
+        longest = max(part.size for part in parts)
+        if longest > model.context_length:
+            raise context_full(longest, 0, model.context_length, model.context_length)
+        ids = np.stack([np.pad(part, (0, longest - part.size), mode="edge") for part in parts])
+        names = ["logits", *self._hidden, *self._routers]
+        values = self._run(ids, names, logits=logits)
+        first_router = 1 + len(self._hidden)
+        rows = [value.reshape(len(parts), longest, -1) for value in values[0 if logits else 1 :]]
+        if not logits:
+            rows.insert(0, rows[0])
+
+        def of(number: int, arrays: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+            return [array[number, : parts[number].size] for array in arrays]
+
+        return [
+            Trace(
+                logits=rows[0][number, : parts[number].size] if logits else None,
+                hidden=of(number, rows[1:first_router]),
+                router_logits=of(number, rows[first_router:]),
+            )
+            for number in range(len(parts))
+        ]
+
+    def __enter__(self) -> TracingModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
