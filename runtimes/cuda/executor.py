@@ -244,7 +244,7 @@ class Executor:
     def _addresses(self, node: Node, first: int, renamed: Mapping[str, str]) -> dict[str, int]:
         """Where a node's inputs and outputs lie."""
         found = {"": 0}
-        for name in (*node.inputs, *node.outputs):
+        for name in filter(None, (*node.inputs, *node.outputs)):
             actual = renamed.get(name, name)
             if actual == "input_ids":
                 found[name] = self._base + self.layout.ids
