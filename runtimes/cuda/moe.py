@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+from edgelm.errors import DeviceError
+from edgelm.gpu_weights import GpuKind, GpuMatrix
 from edgelm.runtimes.cuda.launch import Launch
 
 HEADER = "moe.cuh"
@@ -24,11 +26,17 @@ _ROUTERS = {"n1": (1, 2, 512), "n4": (4, 4, 256)}
 _TILE_TOKENS, _TILE_SHARED, _TILE_THREADS = 32, 64 * (32 + 64) * 4, 256
 _PLACE_THREADS = 256
 _COMBINE_THREADS = 128
+DOWN_TOKENS = 32
+"""Tokens for which the second product and the weighted sum are one launch."""
+_DOWN_THREADS = 512
+_DOWN_RINGS = {1: 8, 2: 8, 4: 6}  # tiles of a warp in shared memory, by the tiles of 8 tokens
+_DOWN_WEIGHTS = {GpuKind.INT4: "Int4", GpuKind.INT8: "Int8", GpuKind.FP8: "e4m3"}
 
 # The structs of moe.cuh.
 _ROUTER_ARGS = struct.Struct("<5Q3if")
 _CHOOSE_ARGS = struct.Struct("<9Q4i")
 _COMBINE_ARGS = struct.Struct("<5Q3i4x")
+_DOWN_ARGS = struct.Struct("<10Q3q6i")
 
 
 @dataclass(frozen=True)
@@ -56,20 +64,20 @@ class MoeShape:
     epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what the kernels cannot do."""
+        """Raise DeviceError for what the kernels cannot do."""
         if self.tokens < 1:
-            raise ValueError(f"tokens is {self.tokens}, expected 1 or more")
+            raise DeviceError(f"tokens is {self.tokens}, expected 1 or more")
         for name, value in (("columns", self.columns), ("hidden", self.hidden)):
-            if value < 8 or value % 8:
-                raise ValueError(f"{name} is {value}, expected a multiple of 8")
+            if value < 16 or value % 8:
+                raise DeviceError(f"{name} is {value}, expected a multiple of 8, 16 or more")
         if not 1 <= self.experts <= MAX_EXPERTS:
-            raise ValueError(f"there are {self.experts} experts, expected 1 to {MAX_EXPERTS}")
+            raise DeviceError(f"there are {self.experts} experts, expected 1 to {MAX_EXPERTS}")
         if not 1 <= self.k <= min(MAX_CHOSEN, self.experts):
-            raise ValueError(f"k is {self.k}, expected 1 to {min(MAX_CHOSEN, self.experts)} of {self.experts} experts")
+            raise DeviceError(f"k is {self.k}, expected 1 to {min(MAX_CHOSEN, self.experts)} of {self.experts} experts")
         if self.activation not in _ACTIVATIONS:
-            raise ValueError(f"activation is {self.activation!r}, expected one of {', '.join(_ACTIVATIONS)}")
+            raise DeviceError(f"activation is {self.activation!r}, expected one of {', '.join(_ACTIVATIONS)}")
         if self.tokens * self.k * max(self.columns, self.hidden) >= 1 << 40 or self.tokens * self.k >= 1 << 30:
-            raise ValueError(f"{self.tokens} tokens are more than one launch takes: cut the prompt")
+            raise DeviceError(f"{self.tokens} tokens are more than one launch takes: cut the prompt")
 
     @property
     def slots(self) -> int:
@@ -208,15 +216,59 @@ def combine_launch(shape: MoeShape, x: int, outputs: int, slot_weights: int, slo
         y: of [M, D] float32, written; may be x.
     """
     args = _COMBINE_ARGS.pack(x, outputs, slot_weights, slot_of, y, shape.tokens, shape.columns, shape.k)
-    grid = (-(-shape.columns // (4 * _COMBINE_THREADS)), shape.tokens, 1)
+    grid = (shape.tokens, -(-shape.columns // (4 * _COMBINE_THREADS)), 1)
     return Launch("moe_combine_f32", grid, _COMBINE_THREADS, 0, args)
+
+
+def down_launch(
+    shape: MoeShape, matrix: GpuMatrix, weights: int, x: int, hidden: int, places: MoeWorkspace, y: int
+) -> Launch:
+    """y = x + the weighted sum of the experts' second products: for up to 32 tokens, and activations of 16 bits.
+
+    Args:
+        shape: sizes.
+        matrix: the experts' [D, F].
+        weights: address of their blob.
+        x: of [M, D] float32.
+        hidden: of [M k, F] of the activation's type, in the order of slots.
+        places: offsets, active, slot_weights and slot_of are read.
+        y: of [M, D] float32, written; may be x.
+
+    Raises:
+        DeviceError: there is no such kernel, or the matrix is not that of these experts.
+    """
+    wanted = (shape.experts, shape.columns, shape.hidden, False)
+    if (matrix.count, matrix.rows, matrix.columns, matrix.swiglu) != wanted:
+        raise DeviceError(f"down is {matrix}, expected {shape.experts} matrices [{shape.columns}, {shape.hidden}]")
+    if shape.hidden % matrix.kind.columns or (matrix.kind.scale_bytes and matrix.group % 16):
+        raise DeviceError(f"{matrix} has no whole tiles, or groups that are no multiple of 16")
+    if shape.tokens > DOWN_TOKENS or (shape.activation, matrix.kind) not in _downs():
+        raise DeviceError(
+            f"no kernel does {shape.tokens} tokens of {shape.activation} with {matrix.kind} weights in one"
+        )
+    tiles = next(n for n in _DOWN_RINGS if shape.tokens <= 8 * n)
+    warps = _DOWN_THREADS // 32
+    # With few experts several warps share one's rows, as far as each has some tiles.
+    split = 1
+    while split * 2 * min(shape.most_active, 8) <= warps and split * 8 <= shape.hidden // matrix.kind.columns:
+        split *= 2
+    args = _DOWN_ARGS.pack(
+        hidden, weights, weights + matrix.scales_offset, weights + matrix.zeros_offset if matrix.zeros else 0,
+        places.offsets, places.active, places.slot_weights, places.slot_of, x, y, matrix.codes_stride,
+        matrix.scales_stride, matrix.zeros_stride, shape.tokens, shape.columns, shape.hidden, matrix.group, shape.k,
+        split,
+    )  # fmt: skip
+    shared = _DOWN_RINGS[tiles] * _DOWN_THREADS * 16 + warps * (tiles * 8 * 20 + 2) * 4
+    name = f"moe_down_{shape.activation}_{matrix.kind}_f32_n{8 * tiles}"
+    return Launch(name, (matrix.blocks, 1, 1), _DOWN_THREADS, shared, args)
 
 
 def all_kernels() -> tuple[str, ...]:
     """Return the name of every kernel."""
     routers = [f"moe_router_{a}_{kind}" for a in _ACTIVATIONS for kind in (*_ROUTERS, "tiled")]
     choices = [f"moe_{what}_e{32 * p}" for what in ("choose", "choose_many", "place") for p in (1, 2, 4, 8)]
-    return (*routers, *choices, "moe_combine_f32")
+    downs = [f"moe_down_{a}_{kind}_f32_n{8 * tiles}" for a, kind in _downs() for tiles in _DOWN_RINGS]
+    return (*routers, *choices, *downs, "moe_combine_f32")
 
 
 def instantiation(name: str) -> str:
@@ -232,8 +284,17 @@ def instantiation(name: str) -> str:
             return f"EDGELM_KERNEL({name}, MoeRouterArgs, {_TILE_THREADS}, 1, moe_router_tiled<{activation}>)"
         tokens, experts, threads = _ROUTERS[variant]
         return f"EDGELM_KERNEL({name}, MoeRouterArgs, {threads}, 1, moe_router<{activation}, {tokens}, {experts}>)"
+    if what.startswith("moe_down_"):
+        activation, kind = what.split("_")[2:4]
+        weights = _ACTIVATIONS[kind] if kind in _ACTIVATIONS else _DOWN_WEIGHTS[GpuKind(kind)]
+        body = f"moe_down<{_ACTIVATIONS[activation]}, {weights}, {int(variant[1:]) // 8}>"
+        return f"EDGELM_KERNEL({name}, MoeDownArgs, {_DOWN_THREADS}, 1, {body})"
     threads = _PLACE_THREADS if what == "moe_place" else 32 * CHOOSE_TOKENS
     return f"EDGELM_KERNEL({name}, MoeChooseArgs, {threads}, 1, {what}<{int(variant[1:]) // 32}>)"
+
+
+def _downs() -> list[tuple[str, str]]:
+    return [(activation, kind) for activation in ("bf16", "f16") for kind in (*_DOWN_WEIGHTS, activation)]
 
 
 def _experts_per_lane(experts: int) -> int:

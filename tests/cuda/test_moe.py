@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda import moe
 from edgelm.runtimes.cuda.emulated import EmulatedDevice
 from edgelm.runtimes.cuda.launch import Launch
@@ -26,7 +27,7 @@ class Layer:
 
     def __init__(self) -> None:
         self.device = EmulatedDevice()
-        self.device.load(moe.all_kernels())
+        self.device.load([name for name in moe.all_kernels() if not name.startswith("moe_down_")])
 
     def put(self, array: Array) -> int:
         address = self.device.allocate(array.nbytes)
@@ -258,7 +259,7 @@ def test_any_input_chooses_k_experts(device: Layer, normalize: bool) -> None:
 # -- the sum -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tokens", "columns", "k"), [(1, 8, 1), (3, 520, 8), (40, 72, 3)])
+@pytest.mark.parametrize(("tokens", "columns", "k"), [(1, 16, 1), (3, 520, 8), (40, 72, 3)])
 def test_experts_are_summed_in_the_order_of_their_indices(
     device: Layer, rng: np.random.Generator, tokens: int, columns: int, k: int
 ) -> None:
@@ -288,7 +289,7 @@ def test_shapes_that_no_kernel_takes_are_refused() -> None:
         ({"activation": "int8"}, "activation is 'int8', expected one of bf16, f16, f32"),
         ({"tokens": 1 << 29}, "cut the prompt"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(DeviceError, match=message):
             replace(good, **change)
 
 

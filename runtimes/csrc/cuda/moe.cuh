@@ -5,7 +5,8 @@
 //   router    logits = RMSNorm(x) . router^T in float32, and RMSNorm(x) as the experts take it
 //   choose    softmax over all experts, the k most probable, and where each (token, expert) pair goes: its *slot*.
 //             Slots are in the order of experts, within one expert in the order of tokens.
-//   combine   y = x + the weighted sum, in the order of the experts' indices
+//   combine   y = x + the weighted sum, in the order of the experts' indices; up to 32 tokens `down` does the experts'
+//             second product as well, and nothing of it passes through memory
 //
 // Up to 32 tokens one block chooses and sorts; more are chosen by 32s (`choose_many`), and `place` gives each its slot.
 // Everything is deterministic, and nothing about a launch depends on which experts are chosen.
@@ -268,3 +269,4 @@ template <class A> EDGELM_BODY void moe_router_tiled(const MoeRouterArgs& args) 
 }  // namespace edgelm
 
 #include "moe_choose.cuh"
+#include "moe_down.cuh"

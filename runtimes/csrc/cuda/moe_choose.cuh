@@ -195,16 +195,16 @@ template <int P> EDGELM_BODY void moe_place(const MoeChooseArgs& args) {
 }
 
 // y = x + sum of weight * output, in the order of the experts' indices, which is that of their slots: four columns a
-// thread, a token a block_y.
+// thread (block_y), a token a block_x.
 EDGELM_BODY void moe_combine(const MoeCombineArgs& args) {
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const int column = 4 * (block_x() * block_threads() + thread());
+  const int column = 4 * (block_y() * block_threads() + thread());
   if (column >= args.columns) return;
-  const i64 at = i64(block_y()) * args.columns + column;
+  const i64 at = i64(block_x()) * args.columns + column;
   Float4 sum = load_floats(args.x + at);
   for (int j = 0; j < args.k; ++j) {
-    const int slot = args.slot_of[i64(block_y()) * args.k + j];
+    const int slot = args.slot_of[i64(block_x()) * args.k + j];
     const float weight = args.slot_weights[slot];
     const Float4 output = load_floats(args.outputs + i64(slot) * args.columns + column);
     EDGELM_UNROLL
