@@ -112,6 +112,9 @@ class Layout:
     def _values(self, kept: set[str]) -> None:
         nodes = self.program.nodes
         last = {name: index for index, node in enumerate(nodes) for name in node.inputs}
+        for node in nodes:
+            if node.op == "LastToken":  # with one token a row its reader reads its input instead
+                last[node.inputs[0]] = max(last[node.inputs[0]], last.get(node.outputs[0], 0))
         free: list[tuple[int, int]] = []  # (size, offset)
         held: dict[str, tuple[int, int]] = {}
         for index, node in enumerate(nodes):

@@ -1,0 +1,156 @@
+"""A model of a published shape with random weights on a device, in seconds: no checkpoint, no export, no disk.
+
+The program is the exporter's own, from the shapes alone. Codes are random bytes and scales are such that activations
+keep their size; norms are ones. Nothing is zero: zeros are faster to multiply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.bundle import ModelInfo
+from edgelm.export import onnx_fox, onnx_olmoe
+from edgelm.export.gpu import GpuDecoder, program_of
+from edgelm.export.graph import GraphBuilder
+from edgelm.export.ops import rotary_tables
+from edgelm.export.weights import WeightsPlan
+from edgelm.gpu_weights import GpuKind, GpuMatrix
+from edgelm.models import family as family_of
+from edgelm.quant.recipe import Recipe
+from edgelm.quant.scheme import Fp8Scheme, Scheme
+from edgelm.runtimes.cuda.device import Device
+from edgelm.runtimes.cuda.executor import Executor, Layout, Sizes
+from edgelm.runtimes.cuda.program import Node, Program, matrix_of
+from edgelm.synth import PUBLISHED
+
+RECIPES: Mapping[str, Recipe] = {
+    "bf16": Recipe.load("none"),
+    "fp8": Recipe("fp8", Fp8Scheme(None), Recipe.load("fp8").rules[:1]),  # the tables too: they are bytes of a token
+    "int8": Recipe.load("int8"),
+    "int4": Recipe("int4", Scheme(4, 32), Recipe.load("int4").rules[:1]),  # likewise
+}
+"""By name. Speed depends on the tables' width; how much quality it costs is not this program's business."""
+
+_RANDOM = 64 << 20
+
+
+class _Shapes:
+    """What a decoder asks of a checkpoint that is never read."""
+
+    def __init__(self, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.recipe = recipe
+        self.shapes = shapes
+        self.static_inputs: dict[str, float] = {}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def scheme(self, name: str) -> Any:
+        return self.recipe.scheme_for(name, self.shapes[name])
+
+
+def random_program(config: Mapping[str, Any], recipe: Recipe) -> Program:
+    """The program of a model with this config.json under a recipe."""
+    family = family_of(config)
+    parsed = family.config_class.from_dict(config)
+    info = ModelInfo(
+        family=family.name,
+        name="random",
+        hidden_size=parsed.hidden_size,
+        num_layers=parsed.num_hidden_layers,
+        num_heads=parsed.num_attention_heads,
+        num_kv_heads=parsed.num_key_value_heads,
+        head_dim=parsed.head_dim,
+        vocab_size=parsed.vocab_size,
+        context_length=parsed.max_position_embeddings,
+        tied=parsed.tie_word_embeddings,
+        num_experts=getattr(parsed, "num_experts", 0),
+        experts_per_token=getattr(parsed, "num_experts_per_tok", 0),
+        norm_topk_prob=getattr(parsed, "norm_topk_prob", False),
+    )
+    source: Any = _Shapes(recipe, family.tensor_shapes(parsed))
+    graph = GraphBuilder("weights")
+    args = (graph, WeightsPlan(), source, "bfloat16", info, parsed.rms_norm_eps, parsed.rope_theta, "float16")
+    decoder = GpuDecoder(*args)
+    {"olmoe": onnx_olmoe, "fox": onnx_fox}[family.name].build_native(decoder, parsed)
+    return program_of(graph.model("random"), decoder.values)
+
+
+class RandomWeights:
+    """Random weights of a program on a device; what the executor asks of `DeviceWeights`."""
+
+    def __init__(self, device: Device, program: Program, theta: float = 10000.0, seed: int = 0) -> None:
+        self._program = program
+        self.nbytes = program.weight_bytes
+        self._base = device.allocate(self.nbytes)
+        random = np.random.default_rng(seed)
+        matrices = dict(matrix for node in program.nodes for matrix in _matrices(node))
+        pools = {kind: _codes(kind, random) for kind in {matrix.kind for matrix in matrices.values()}}
+        for name, weight in program.weights.items():
+            at = self.address(name)
+            if name in matrices:
+                _upload_blob(device, at, matrices[name], pools, random)
+            elif name in ("rope.cos", "rope.sin"):
+                device.upload(at, rotary_tables(weight.dims[0], 2 * weight.dims[1], theta)[name == "rope.sin"])
+            elif len(weight.dims) == 1:
+                device.upload(at, np.ones(weight.dims, np.float32))
+            else:
+                device.upload(at, random.standard_normal(weight.dims, np.float32) / np.float32(weight.dims[1] ** 0.5))
+
+    def address(self, name: str) -> int:
+        """Where a weight lies on the device."""
+        return self._base + self._program.weights[name].offset
+
+
+def _matrices(node: Node) -> list[tuple[str, GpuMatrix]]:
+    if node.op in ("QuantLinear", "QuantEmbedding"):
+        return [(node.inputs[1], matrix_of(node))]
+    if node.op == "SparseMoE":
+        return [(node.inputs[2], matrix_of(node, "gate_up_")), (node.inputs[3], matrix_of(node, "down_"))]
+    return []
+
+
+def _codes(kind: GpuKind, random: np.random.Generator) -> NDArray[np.uint8]:
+    """Random codes, of floats with a standard deviation near 0.02."""
+    if kind in (GpuKind.BFLOAT16, GpuKind.FLOAT16):
+        values = random.standard_normal(_RANDOM // 2, np.float32) * np.float32(0.02)
+        if kind is GpuKind.FLOAT16:
+            return values.astype(np.float16).view(np.uint8)
+        return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    codes = random.integers(0, 256, _RANDOM, np.uint8)
+    return codes & np.uint8(0xB7) if kind is GpuKind.FP8 else codes  # |value| below 2
+
+
+def _upload_blob(
+    device: Device, at: int, matrix: GpuMatrix, pools: Mapping[GpuKind, NDArray[np.uint8]], random: np.random.Generator
+) -> None:
+    codes, pool = matrix.count * matrix.codes_stride, pools[matrix.kind]
+    for start in range(0, codes, _RANDOM):
+        device.upload(at + start, pool[: min(_RANDOM, codes - start)])
+    if matrix.kind.scale_bytes:
+        spread = {GpuKind.INT4: 4.6, GpuKind.INT8: 74.0, GpuKind.FP8: 0.5}[matrix.kind]
+        count = matrix.count * matrix.scales_stride // matrix.kind.scale_bytes
+        scales = random.uniform(0.9, 1.1, count) * 0.02 / spread
+        device.upload(
+            at + matrix.scales_offset, scales.astype(np.float16 if matrix.kind.scale_bytes == 2 else np.float32)
+        )
+    if matrix.zeros:
+        middle = 8 if matrix.kind is GpuKind.INT4 else 128
+        device.upload(at + matrix.zeros_offset, np.full(matrix.count * matrix.zeros_stride, middle, np.uint8))
+
+
+def random_model(device: Device, name: str, kind: str, sizes: Sizes) -> Executor:
+    """A published shape ("olmoe-1b-7b", "fox-1-1.6b") with random weights of a kind of `RECIPES`, ready to run."""
+    return loaded(device, random_program(PUBLISHED[name], RECIPES[kind]), sizes)
+
+
+def loaded(device: Device, program: Program, sizes: Sizes) -> Executor:
+    """A program with random weights on a device, ready to run."""
+    layout = Layout(program, sizes, device.info)
+    device.load(layout.operators.kernels())
+    weights: Any = RandomWeights(device, program)
+    return Executor(device, weights, layout)
