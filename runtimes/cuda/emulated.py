@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -143,6 +144,18 @@ class EmulatedDevice(Device):
                 raise DeviceError(f"a kernel wrote {where} the buffer of {nbytes} bytes at {address:#x}")
 
 
+def _included(source: str) -> list[str]:
+    """The texts of the headers that a source includes, and of those that they include: a change to others is none."""
+    found: dict[str, str] = {}
+    texts = [source]
+    while texts:
+        for name in re.findall(r'^#include "(.+)"', texts.pop(), re.MULTILINE):
+            if name not in found:
+                found[name] = (SOURCES / name).read_text(encoding="utf-8")
+                texts.append(found[name])
+    return list(found.values())
+
+
 def _compiled(source: str, capability: tuple[int, int], cache: Path) -> Callable[..., bytes | None]:
     fp8 = ["-DEDGELM_HAS_FP8=1"] if capability >= (8, 9) else []
     # -ffp-contract=off: what is fused is written fused.
@@ -157,8 +170,7 @@ def _compiled(source: str, capability: tuple[int, int], cache: Path) -> Callable
         "-DEDGELM_EMULATED",
         *fp8,
     ]
-    included = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.glob("*.*h"))]
-    text = "\0".join([source, *included, *command]).encode()
+    text = "\0".join([source, *_included(source), *command]).encode()
     library = cache / f"{hashlib.sha256(text).hexdigest()[:32]}.so"
     if not library.is_file():
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")

@@ -1,0 +1,170 @@
+// What stands at the ends of a model: rows of the embedding, the last token's row, the largest logits.
+#pragma once
+
+#include "linear_args.cuh"
+
+namespace edgelm {
+
+constexpr int kEndThreads = 256;
+
+struct EmbeddingArgs {
+  const i32* ids;     // [rows]
+  const u8* codes;    // the table [n, k] as a matrix of weights: the head may read the same one
+  const u8* scales;
+  const u8* zeros;
+  float* y;           // [rows, k]
+  i32 rows;
+  i32 n;              // ids beyond 0 .. n - 1 take row 0
+  i32 k;
+  i32 group;
+};
+
+// Block (row, part of the columns).
+template <class W> EDGELM_BODY void quant_embedding(const EmbeddingArgs& args) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  int id = args.ids[block_x()];
+  if (id < 0 || id >= args.n) id = 0;
+  const int block = id / kTileRows, g = id % 8, high = id / 8 % 2;
+  const int tiles = args.k / Format<W>::columns;
+  const int groups = Is<W>::scaled ? args.k / args.group : 1;
+  for (int i = block_y() * block_threads() + thread(); i < tiles * 4; i += grid_y() * block_threads()) {
+    const int tile = i / 4, q = i % 4;
+    const Words4 words = load16(args.codes + (i64(block) * tiles + tile) * kTileBytes + (4 * g + q) * 16);
+    EDGELM_UNROLL
+    for (int j = 0; j < Scalars<W>::count; ++j) {
+      const int column = tile * Format<W>::columns + column_of<W>(j, q);
+      // Both are compile-time choices of registers.
+      float value = high ? number_of<W>(words, 1, j) : number_of<W>(words, 0, j);
+      if constexpr (Is<W>::scaled) {
+        const i64 index = (i64(block) * groups + column / args.group) * kTileRows + id % kTileRows;
+        if constexpr (Is<W>::integer) value -= float(args.zeros ? int(args.zeros[index]) : middle<W>());
+        value *= scale_at<W>(args.scales, index);
+      }
+      args.y[i64(block_x()) * args.k + column] = value;
+    }
+  }
+}
+
+struct LastTokenArgs {
+  const float* x;      // [batch, tokens, k]
+  const i32* lengths;  // [batch]: how many of the tokens are new; null: all
+  float* y;            // [batch, k]
+  i32 tokens;
+  i32 k;
+};
+
+template <class A> EDGELM_BODY void last_token(const LastTokenArgs& args) {
+  static_assert(Same<A, float>::value, "the residual stream is float32");
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const int row = args.lengths ? min_(max_(args.lengths[block_x()], 1), args.tokens) - 1 : args.tokens - 1;
+  const float* from = args.x + (i64(block_x()) * args.tokens + row) * args.k;
+  for (int k = thread(); k < args.k; k += block_threads()) args.y[i64(block_x()) * args.k + k] = from[k];
+}
+
+// The largest of each row, the first of equals; NaN is less than everything. Two kernels: parts of a row, then these.
+// `count` > 1 finds as many, from the largest down.
+struct TopArgs {
+  const float* x;    // [rows, n] of the first kernel
+  float* values;     // [rows, parts, count] between them, [rows, count] at the end
+  i32* ids;          // likewise
+  float* out_values; // null: not wanted
+  i32* out_ids;
+  i32 n;
+  i32 parts;
+  i32 part;          // columns of a part
+  i32 count;
+};
+
+EDGELM_DEVICE bool is_better(float a, int a_id, float b, int b_id) {
+  if (a_id < 0 || b_id < 0) return b_id < 0 && a_id >= 0;
+  if (is_nan(a) || is_nan(b)) return is_nan(b) && (!is_nan(a) || a_id < b_id);
+  return a > b || (a == b && a_id < b_id);
+}
+
+// The best of all threads' (value, id), in every thread; `scratch` has two words a warp.
+EDGELM_DEVICE void block_best(float& value, int& id, float* scratch) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    const float other = shuffle_xor(value, mask);
+    const int other_id = shuffle_xor(id, mask);
+    if (is_better(other, other_id, value, id)) {
+      value = other;
+      id = other_id;
+    }
+  }
+  const int warps = block_threads() / kWarp;
+  int* ids = reinterpret_cast<int*>(scratch + warps);
+  if (thread() % kWarp == 0) {
+    scratch[thread() / kWarp] = value;
+    ids[thread() / kWarp] = id;
+  }
+  sync_block();
+  for (int i = 0; i < warps; ++i) {
+    if (is_better(scratch[i], ids[i], value, id)) {
+      value = scratch[i];
+      id = ids[i];
+    }
+  }
+  sync_block();
+}
+
+// Writes the `count` best of n candidates, by turns: each is the best of those after the one before it.
+// Candidate i is (values[i], ids ? ids[i] : first + i); negative ids are none.
+EDGELM_DEVICE void best_of(const float* values, const i32* ids, int first, int n, int count, float* to_values, i32* to_ids,
+                           float* scratch) {
+  float limit = 0.f;
+  int limit_id = -1;
+  for (int turn = 0; turn < count; ++turn) {
+    float value = 0.f;
+    int id = -1;
+    for (int i = thread(); i < n; i += block_threads()) {
+      const float x = values[i];
+      const int x_id = ids ? ids[i] : first + i;
+      if (turn > 0 && !is_better(limit, limit_id, x, x_id)) continue;
+      if (is_better(x, x_id, value, id)) {
+        value = x;
+        id = x_id;
+      }
+    }
+    block_best(value, id, scratch);
+    if (thread() == 0) {
+      if (to_values) to_values[turn] = value;
+      to_ids[turn] = id;
+    }
+    limit = value;
+    limit_id = id;
+    if (id < 0) {  // fewer than asked for
+      if (thread() == 0) {
+        for (int rest = turn; rest < count; ++rest) {
+          if (to_values) to_values[rest] = 0.f;
+          to_ids[rest] = -1;
+        }
+      }
+      return;
+    }
+  }
+}
+
+// Block (part, row).
+template <class A> EDGELM_BODY void top_parts(const TopArgs& args) {
+  static_assert(Same<A, float>::value, "logits are float32");
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const int first = block_x() * args.part, n = min_(args.part, args.n - first);
+  const i64 to = (i64(block_y()) * args.parts + block_x()) * args.count;
+  best_of(args.x + i64(block_y()) * args.n + first, nullptr, first, n, args.count, args.values + to, args.ids + to,
+          reinterpret_cast<float*>(shared_memory()));
+}
+
+// Block (row).
+template <class A> EDGELM_BODY void top_all(const TopArgs& args) {
+  static_assert(Same<A, float>::value, "logits are float32");
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const i64 from = i64(block_x()) * args.parts * args.count, to = i64(block_x()) * args.count;
+  best_of(args.values + from, args.ids + from, 0, args.parts * args.count, args.count,
+          args.out_values ? args.out_values + to : nullptr, args.out_ids + to, reinterpret_cast<float*>(shared_memory()));
+}
+
+}  // namespace edgelm

@@ -1,0 +1,8 @@
+// Products of activations and quantised weights, and the small kernels around them.
+#pragma once
+
+#include "embedding.cuh"
+#include "linear_exact.cuh"
+#include "linear_gemm.cuh"
+#include "linear_skinny.cuh"
+#include "norm.cuh"

@@ -1,0 +1,69 @@
+// The arguments of every product of activations and weights, and what is done with its results.
+#pragma once
+
+#include "weights.cuh"
+
+namespace edgelm {
+
+// y[slot, :] = residual[slot, :] + f(matrix of the slot's expert * g(x[row of the slot, :]))
+// g: nothing, an RMSNorm, rounding to FP8; f: nothing or SwiGLU.
+//
+// A slot is a row of the product. Without `row_map` it is row `slot` of x. With `experts` > 0 matrix e has the slots
+// offsets[e] .. offsets[e + 1] - 1; otherwise there is one matrix, which has all `rows` slots.
+struct LinearArgs {
+  const void* x;          // [*, k]: float32 where x_float, else A, or E4M3 as convert_rows writes it
+  const u8* codes;        // the matrices in tiles
+  const u8* scales;       // [experts][n / 16][groups][16]
+  const u8* zeros;        // the same of zero points; null: symmetric
+  const float* norm;      // [k]: x is normalised first, and is then float32; null: it is not
+  const float* residual;  // [rows, outputs]; null: none
+  const float* x_scales;  // [*]: a factor of each row of x, by its row; null: none
+  void* y;                // [rows, outputs]: float32 where y_float, else A
+  const i32* row_map;     // [rows]; null: row s belongs to slot s
+  const i32* offsets;     // [experts + 1]; null: one matrix
+  i64 codes_stride;       // bytes from one expert's codes to the next's
+  i64 scales_stride;
+  i64 zeros_stride;
+  i32 rows;               // slots
+  i32 n;                  // rows of a matrix: with swiglu gate and up together
+  i32 k;                  // columns
+  i32 group;              // columns to a scale
+  i32 experts;
+  i32 swiglu;             // 1: rows 0 .. 7 of each 16 are the gate of 8 .. 15
+  i32 x_float;
+  i32 y_float;
+  float epsilon;          // of the norm
+  float round_scale;      // x is rounded to E4M3 first: > 0 with this scale, < 0 with absmax / 448 of its row, 0 not at all
+  i32 split;              // skinny: warps that share the columns of 16 rows
+  i32 chunk;              // skinny: columns of x in shared memory at a time, a multiple of 64 or all
+};
+
+EDGELM_DEVICE int outputs_of(const LinearArgs& args) { return args.swiglu ? args.n / 2 : args.n; }
+EDGELM_DEVICE int blocks_of(const LinearArgs& args) { return (args.n + kTileRows - 1) / kTileRows; }
+EDGELM_DEVICE int source_row(const LinearArgs& args, int slot) { return args.row_map ? args.row_map[slot] : slot; }
+
+EDGELM_DEVICE float silu(float x) { return x / (1.f + exp_(-x)); }
+
+// The scale with which a row is rounded to E4M3; below this every number of it is 0.
+EDGELM_DEVICE float fp8_scale(float absmax) { return absmax < 0x1p-100f ? 1.f : absmax / 448.f; }
+
+template <class A> EDGELM_DEVICE void put(const LinearArgs& args, int slot, int column, float value) {
+  const int outputs = outputs_of(args);
+  if (column >= outputs) return;
+  const i64 at = i64(slot) * outputs + column;
+  if (args.residual) value += args.residual[at];
+  if (args.y_float) static_cast<float*>(args.y)[at] = value;
+  else static_cast<A*>(args.y)[at] = from_float<A>(value);
+}
+
+// Results of rows g and g + 8 of a block of 16.
+template <class A> EDGELM_DEVICE void put_pair(const LinearArgs& args, int slot, int block, int g, float low, float high) {
+  if (args.swiglu) {
+    put<A>(args, slot, block * 8 + g, silu(low) * high);
+  } else {
+    put<A>(args, slot, block * kTileRows + g, low);
+    put<A>(args, slot, block * kTileRows + g + 8, high);
+  }
+}
+
+}  // namespace edgelm

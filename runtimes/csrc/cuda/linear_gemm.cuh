@@ -1,0 +1,342 @@
+// Products with many rows on tensor cores: a block makes TM rows of a matrix times TN tokens.
+//
+// Weights go through shared memory as they are stored, in tiles that a lane reads with one load of 16 bytes, and become
+// operands in registers. x goes there in rows of 128 bytes whose 16-byte parts are swizzled, for ldmatrix. Both come by
+// cp.async, kStages - 1 stages ahead. Scales of groups multiply float32 sums of a group; a scale for a whole row
+// multiplies at the end. Results leave through shared memory, so that stores are whole lines.
+//
+// XF8: x is E4M3 (convert_rows) and so are the weights; A is only what y may be.
+#pragma once
+
+#include "linear_args.cuh"
+
+namespace edgelm {
+
+constexpr int kGemmThreads = 256;
+constexpr int kGemmStages = 3;
+constexpr int kGemmRowBytes = 128;  // of x in a stage
+
+template <class W, bool XF8, int TM, int TN> struct GemmShape {
+  static constexpr int step_columns = XF8 ? 32 : 16;         // of a product
+  static constexpr int columns = 4 * step_columns;           // of a stage
+  static constexpr int tiles = columns / Format<W>::columns;  // of 16 rows in a stage
+  static constexpr int steps_per_tile = 4 / tiles;
+  static constexpr int weight_bytes = TM / kTileRows * tiles * kTileBytes;
+  static constexpr int stage_bytes = weight_bytes + TN * kGemmRowBytes;
+};
+
+// Which rows a block has: of expert `expert` the slots `first` .. `first` + `rows` - 1.
+struct GemmRows { int expert, first, rows; };
+
+// Number `tile` of the tiles of TN slots that all experts have, one expert after the other. Every warp finds it alone.
+template <int TN> EDGELM_DEVICE GemmRows gemm_rows(const LinearArgs& args, int tile) {
+  if (args.experts == 0) return {0, tile * TN, min_(TN, args.rows - tile * TN)};
+  const int lane = thread() % kWarp;
+  int before = 0;
+  for (int base = 0; base < args.experts; base += kWarp) {
+    const int expert = base + lane;
+    const int first = args.offsets[min_(expert, args.experts)], end = args.offsets[min_(expert + 1, args.experts)];
+    const int own = (end - first + TN - 1) / TN;
+    int sum = own;
+    for (int delta = 1; delta < kWarp; delta *= 2) {
+      const int up = shuffle_up(sum, delta);
+      if (lane >= delta) sum += up;
+    }
+    const int all = shuffle(sum, kWarp - 1);
+    if (tile < before + all) {
+      const u32 found = ballot(before + sum > tile);
+      const int owner = lowest_bit(found);
+      const int skipped = (tile - before - shuffle(sum - own, owner)) * TN;
+      const int start = shuffle(first, owner) + skipped;
+      return {base + owner, start, min_(TN, shuffle(end, owner) - start)};
+    }
+    before += all;
+  }
+  return {0, 0, 0};
+}
+
+// A scale and a zero point in one word each.
+template <class W> struct GemmScale {
+  float scale;
+  int zero;
+};
+
+template <class A, class W, bool XF8, bool GROUPED, int TM, int TN, int WARPS_M> struct Gemm {
+  using Shape = GemmShape<W, XF8, TM, TN>;
+  static constexpr int kWarps = kGemmThreads / kWarp;
+  static constexpr int kWarpsN = kWarps / WARPS_M;
+  static constexpr int kStrips = TM / kTileRows / WARPS_M;  // blocks of 16 rows of a warp
+  static constexpr int kParts = TN / 8 / kWarpsN;           // of 8 tokens of a warp
+  static_assert(kParts % 2 == 0, "ldmatrix brings 16 tokens");
+  static constexpr int kXCopies = TN * 8 / kGemmThreads;
+  static constexpr int kPitch = TM + 4;  // floats from one token's results to the next's in shared memory
+  static constexpr bool kScaled = Is<W>::scaled;
+
+  const LinearArgs& args;
+  const int warp, lane, warp_m, warp_n;
+  const int block0, blocks, tiles, stages;
+  GemmRows rows;
+  const u8* x_from[kXCopies];
+  u32 x_valid;
+
+  EDGELM_INLINE explicit Gemm(const LinearArgs& a)
+      : args(a),
+        warp(thread() / kWarp),
+        lane(thread() % kWarp),
+        warp_m(warp % WARPS_M),
+        warp_n(warp / WARPS_M),
+        block0(block_x() * (TM / kTileRows)),
+        blocks(blocks_of(a)),
+        tiles(a.k / Format<W>::columns),
+        stages((a.k + Shape::columns - 1) / Shape::columns),
+        rows(gemm_rows<TN>(a, block_y())) {}
+
+  EDGELM_INLINE void prepare() {
+    const int row_bytes = XF8 ? args.k : 2 * args.k;
+    x_valid = 0;
+    EDGELM_UNROLL
+    for (int i = 0; i < kXCopies; ++i) {
+      const int token = thread() / 8 + i * (kGemmThreads / 8);
+      const bool valid = token < rows.rows;
+      const int row = valid ? source_row(args, rows.first + token) : 0;
+      x_from[i] = static_cast<const u8*>(args.x) + i64(row) * row_bytes + thread() % 8 * 16;
+      x_valid |= u32(valid) << i;
+    }
+  }
+
+  // Begins to copy stage `stage`; beyond the matrix come zeros.
+  EDGELM_INLINE void copy_weights(int stage, u8* to) const {
+    constexpr int kBlockBytes = Shape::tiles * kTileBytes;
+    const u8* codes = args.codes + rows.expert * args.codes_stride;
+    const int tile0 = stage * Shape::tiles;
+    EDGELM_UNROLL
+    for (int i = 0; i < (Shape::weight_bytes / 16 + kGemmThreads - 1) / kGemmThreads; ++i) {
+      const int at = (thread() + i * kGemmThreads) * 16;
+      if (Shape::weight_bytes % (16 * kGemmThreads) && at >= Shape::weight_bytes) break;
+      const int block = block0 + at / kBlockBytes, tile = tile0 + at % kBlockBytes / kTileBytes;
+      const bool valid = block < blocks && tile < tiles;
+      const i64 from = (i64(block) * tiles + tile) * kTileBytes + at % kTileBytes;
+      cp_async16(to + at, codes + (valid ? from : 0), valid);
+    }
+  }
+  EDGELM_INLINE void copy_x(int stage, u8* to) const {
+    const int row_bytes = XF8 ? args.k : 2 * args.k;
+    const int at = stage * kGemmRowBytes;
+    const bool inside = at + thread() % 8 * 16 < row_bytes;
+    EDGELM_UNROLL
+    for (int i = 0; i < kXCopies; ++i) {
+      const int token = thread() / 8 + i * (kGemmThreads / 8);
+      const bool valid = inside && (x_valid >> i & 1);
+      cp_async16(to + token * kGemmRowBytes + ((thread() % 8) ^ (token & 7)) * 16, valid ? x_from[i] + at : static_cast<const u8*>(args.x), valid);
+    }
+  }
+
+  // The scale and the zero point of row g + 8 high of a block of 16 in a group.
+  EDGELM_INLINE GemmScale<W> scale(int strip, int high, int group, int groups) const {
+    const int block = min_(block0 + warp_m * kStrips + strip, blocks - 1);
+    const i64 index = (i64(block) * groups + group) * kTileRows + lane / 4 + 8 * high;
+    GemmScale<W> found;
+    found.scale = scale_at<W>(args.scales + rows.expert * args.scales_stride, index);
+    found.zero = Is<W>::integer && args.zeros ? int(args.zeros[rows.expert * args.zeros_stride + index]) : middle<W>();
+    return found;
+  }
+};
+
+// d += a b of E4M3, 32 columns. Without instructions for it float16 holds the same numbers.
+EDGELM_DEVICE void multiply_fp8(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+#ifdef EDGELM_HAS_FP8
+  mma_16x8x32_fp8(d, a, b);
+#else
+  const Words4 tile = {a[0], a[1], a[2], a[3]};
+  EDGELM_UNROLL
+  for (int step = 0; step < 2; ++step) {
+    u32 weights[4];
+    fragment<f16, e4m3>(tile, step, 0, 0, weights);
+    const u32 x[2] = {e4m3x2_to_f16x2(b[step] & 0xffff), e4m3x2_to_f16x2(b[step] >> 16)};
+    mma_16x8x16<f16>(d, weights, x);
+  }
+#endif
+}
+
+template <class A, class W, bool XF8, bool GROUPED, int TM, int TN, int WARPS_M>
+EDGELM_BODY void linear_gemm(const LinearArgs& args) {
+  using My = Gemm<A, W, XF8, GROUPED, TM, TN, WARPS_M>;
+  using Shape = typename My::Shape;
+  constexpr int kStrips = My::kStrips, kParts = My::kParts;
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  My my(args);
+  if (my.rows.rows <= 0) return;
+  my.prepare();
+  u8* shared = shared_memory();
+  EDGELM_UNROLL
+  for (int s = 0; s < kGemmStages - 1; ++s) {
+    if (s < my.stages) {
+      my.copy_weights(s, shared + s * Shape::stage_bytes);
+      my.copy_x(s, shared + s * Shape::stage_bytes + Shape::weight_bytes);
+    }
+    cp_async_commit();
+  }
+
+  const int groups = My::kScaled ? args.k / args.group : 1;
+  const int group_steps = My::kScaled ? args.group / Shape::step_columns : 0;
+  float sums[kStrips][kParts][4] = {};
+  float group_sums[GROUPED ? kStrips : 1][GROUPED ? kParts : 1][4] = {};
+  GemmScale<W> scales[kStrips][2], next_scales[GROUPED ? kStrips : 1][2];
+  u32 zeros[kStrips][2];
+  if constexpr (My::kScaled) {
+    EDGELM_UNROLL
+    for (int i = 0; i < kStrips; ++i) {
+      EDGELM_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        scales[i][h] = my.scale(i, h, 0, groups);
+        if constexpr (GROUPED) next_scales[i][h] = my.scale(i, h, min_(1, groups - 1), groups);
+      }
+    }
+  }
+  EDGELM_UNROLL
+  for (int i = 0; i < kStrips; ++i) {
+    EDGELM_UNROLL
+    for (int h = 0; h < 2; ++h) zeros[i][h] = My::kScaled ? zero_pair<A, W>(scales[i][h].zero) : 0;
+  }
+  int group = 0, steps_left = group_steps;
+
+  // Where this lane reads: its 16 bytes of a tile, its row of a matrix of ldmatrix.
+  const int weights_at = my.warp_m * kStrips * Shape::tiles * kTileBytes + my.lane * 16;
+  const int token = my.warp_n * kParts * 8 + my.lane / 16 * 8 + my.lane % 8;
+  const int part = my.lane / 8 % 2;
+
+  for (int stage = 0; stage < my.stages; ++stage) {
+    cp_async_wait<kGemmStages - 2>();
+    sync_block();
+    const int ahead = stage + kGemmStages - 1;
+    if (ahead < my.stages) {
+      u8* to = shared + ahead % kGemmStages * Shape::stage_bytes;
+      my.copy_weights(ahead, to);
+      my.copy_x(ahead, to + Shape::weight_bytes);
+    }
+    cp_async_commit();
+    const u8* weights = shared + stage % kGemmStages * Shape::stage_bytes + weights_at;
+    const u8* x = shared + stage % kGemmStages * Shape::stage_bytes + Shape::weight_bytes;
+    Words4 raw[kStrips];
+    EDGELM_UNROLL
+    for (int step = 0; step < 4; ++step) {
+      if (step % Shape::steps_per_tile == 0) {
+        EDGELM_UNROLL
+        for (int i = 0; i < kStrips; ++i) {
+          raw[i] = load16(weights + (i * Shape::tiles + step / Shape::steps_per_tile) * kTileBytes);
+        }
+      }
+      u32 b[kParts][2];
+      EDGELM_UNROLL
+      for (int n = 0; n < kParts; n += 2) {
+        u32 four[4];
+        const int row = token + n * 8;
+        ldmatrix_x4(four, x + row * kGemmRowBytes + ((2 * step + part) ^ (row & 7)) * 16);
+        b[n][0] = four[0];
+        b[n][1] = four[1];
+        b[n + 1][0] = four[2];
+        b[n + 1][1] = four[3];
+      }
+      EDGELM_UNROLL
+      for (int i = 0; i < kStrips; ++i) {
+        const u32 raw_words[4] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
+        u32 a[4];
+        if constexpr (!XF8) fragment<A, W>(raw[i], step % Shape::steps_per_tile, zeros[i][0], zeros[i][1], a);
+        EDGELM_UNROLL
+        for (int n = 0; n < kParts; ++n) {
+          float(&to)[4] = GROUPED ? group_sums[GROUPED ? i : 0][GROUPED ? n : 0] : sums[i][n];
+          if constexpr (XF8) multiply_fp8(to, raw_words, b[n]);
+          else mma_16x8x16<A>(to, a, b[n]);
+        }
+      }
+      if constexpr (GROUPED) {
+        if (--steps_left == 0) {
+          steps_left = group_steps;
+          ++group;
+          EDGELM_UNROLL
+          for (int i = 0; i < kStrips; ++i) {
+            EDGELM_UNROLL
+            for (int n = 0; n < kParts; ++n) {
+              EDGELM_UNROLL
+              for (int j = 0; j < 4; ++j) {
+                sums[i][n][j] = fma_(group_sums[i][n][j], scales[i][j / 2].scale, sums[i][n][j]);
+                group_sums[i][n][j] = 0.f;
+              }
+            }
+            EDGELM_UNROLL
+            for (int h = 0; h < 2; ++h) {
+              scales[i][h] = next_scales[i][h];
+              zeros[i][h] = zero_pair<A, W>(scales[i][h].zero);
+              next_scales[i][h] = my.scale(i, h, min_(group + 1, groups - 1), groups);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // -- results: [token][row] in shared memory, then line by line ----------------------------------------------------------
+  cp_async_wait<0>();
+  sync_block();
+  float* results = reinterpret_cast<float*>(shared);
+  EDGELM_UNROLL
+  for (int i = 0; i < kStrips; ++i) {
+    const float low_scale = My::kScaled && !GROUPED ? scales[i][0].scale : 1.f;
+    const float high_scale = My::kScaled && !GROUPED ? scales[i][1].scale : 1.f;
+    const int strip = my.warp_m * kStrips + i;
+    EDGELM_UNROLL
+    for (int n = 0; n < kParts; ++n) {
+      EDGELM_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        const int column = my.warp_n * kParts * 8 + n * 8 + my.lane % 4 * 2 + c;
+        float factor = 1.f;
+        if (args.x_scales && column < my.rows.rows) {
+          factor = args.x_scales[source_row(args, my.rows.first + column)];
+        }
+        const float low = sums[i][n][c] * low_scale * factor, high = sums[i][n][c + 2] * high_scale * factor;
+        float* to = results + column * My::kPitch + my.lane / 4;
+        if (args.swiglu) {
+          to[strip * 8] = silu(low) * high;
+        } else {
+          to[strip * kTileRows] = low;
+          to[strip * kTileRows + 8] = high;
+        }
+      }
+    }
+  }
+  sync_block();
+  const int outputs = outputs_of(args);
+  const int width = args.swiglu ? TM / 2 : TM;
+  const int first_output = block_x() * width;
+  const bool whole = outputs % 4 == 0;
+  for (int i = thread(); i < my.rows.rows * (width / 4); i += kGemmThreads) {
+    const int row = i / (width / 4), column = i % (width / 4) * 4;
+    if (first_output + column >= outputs) continue;
+    const float* from = results + row * My::kPitch + column;
+    const int slot = my.rows.first + row;
+    if (!whole) {
+      EDGELM_UNROLL
+      for (int j = 0; j < 4; ++j) put<A>(args, slot, first_output + column + j, from[j]);
+      continue;
+    }
+    const i64 at = i64(slot) * outputs + first_output + column;
+    Words4 four = load16(from);
+    float values[4] = {bits_to_float(four.x), bits_to_float(four.y), bits_to_float(four.z), bits_to_float(four.w)};
+    if (args.residual) {
+      four = load16(args.residual + at);
+      values[0] += bits_to_float(four.x);
+      values[1] += bits_to_float(four.y);
+      values[2] += bits_to_float(four.z);
+      values[3] += bits_to_float(four.w);
+    }
+    if (args.y_float) {
+      store16(static_cast<float*>(args.y) + at, {float_to_bits(values[0]), float_to_bits(values[1]),
+                                                 float_to_bits(values[2]), float_to_bits(values[3])});
+    } else {
+      store8(static_cast<A*>(args.y) + at, {pack2<A>(values[0], values[1]), pack2<A>(values[2], values[3])});
+    }
+  }
+}
+
+}  // namespace edgelm

@@ -1,0 +1,390 @@
+"""Do the GPU kernels of products with quantised weights compute them, in every regime, format and shape?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from gpu_packing import Numbers, from_bf16, pack, random_numbers, to_bf16
+from numpy.typing import NDArray
+
+from edgelm.errors import DeviceError
+from edgelm.gpu_weights import GpuKind, GpuMatrix
+from edgelm.quant import fp8
+from edgelm.runtimes.cuda import linear
+from edgelm.runtimes.cuda.device import DeviceInfo
+from edgelm.runtimes.cuda.emulated import EmulatedDevice
+from edgelm.runtimes.cuda.linear import Product
+
+Array = NDArray[Any]
+U = 2.0**-24  # unit roundoff of float32
+# A tensor core cuts off where float32 rounds, and adds in an order of its own.
+STEP = 2 * U
+ROUNDOFF = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": U}
+KINDS = {"bf16": ("int4", "int8", "fp8", "bf16"), "f16": ("int4", "int8", "fp8", "f16"), "f32": tuple(GpuKind)}
+
+
+@pytest.fixture(scope="module", params=[(8, 0), (9, 0)], ids=["sm80", "sm90"])
+def gpu(request: pytest.FixtureRequest) -> Iterator[EmulatedDevice]:
+    device = EmulatedDevice(request.param)
+    device.load(linear.all_kernels())
+    yield device
+    device.close()
+
+
+@pytest.fixture(scope="module")
+def sm80() -> Iterator[EmulatedDevice]:
+    device = EmulatedDevice((8, 0))
+    device.load(linear.all_kernels())
+    yield device
+    device.close()
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(5)
+
+
+def stored(values: Array, kind: str) -> Array:
+    """Numbers as a device has them."""
+    if kind == "bf16":
+        return to_bf16(values)
+    return values.astype(np.float16 if kind == "f16" else np.float32)
+
+
+def value(array: Array, kind: str) -> NDArray[np.float64]:
+    return (from_bf16(array) if kind == "bf16" else array).astype(np.float64)
+
+
+def rounded(values: Array, kind: str) -> NDArray[np.float64]:
+    return value(stored(values, kind), kind)
+
+
+def put(device: EmulatedDevice, array: Array) -> int:
+    address = device.allocate(max(array.nbytes, 1))
+    device.upload(address, array)
+    return address
+
+
+def get(device: EmulatedDevice, address: int, shape: tuple[int, ...], kind: str) -> NDArray[np.float64]:
+    out = np.empty(shape, np.uint16 if kind == "bf16" else np.float16 if kind == "f16" else np.float32)
+    device.download(address, out)
+    return value(out, kind)
+
+
+def assert_close(y: Array, expected: Array, tolerance: Array) -> None:
+    error = np.abs(y - expected)
+    if error.size == 0:
+        return
+    worst = np.unravel_index(np.argmax(np.nan_to_num(error, nan=np.inf) - tolerance), error.shape)
+    assert (error <= tolerance).all(), f"{worst}: {y[worst]} for {expected[worst]}, tolerance {tolerance[worst]}"
+
+
+def silu(x: Array) -> Array:
+    return x / (1 + np.exp(-x))
+
+
+@dataclass
+class Case:
+    """A product and its answer."""
+
+    matrix: GpuMatrix
+    rows: int
+    activation: str = "bf16"
+    x_float: bool = False
+    y_float: bool = True
+    norm: bool = False
+    residual: bool = False
+    rounding: float = 0.0
+    owners: Array | None = None  # the expert of each slot, sorted
+    row_map: Array | None = None
+    x_rows: int = 0
+
+    def run(self, device: EmulatedDevice, rng: np.random.Generator, force: str = "") -> None:
+        """Compute it on the device and compare; `force` names the regime that must have been taken."""
+        matrix, k = self.matrix, self.matrix.columns
+        numbers = [random_numbers(rng, matrix) for _ in range(matrix.count)]
+        x_rows = self.x_rows or self.rows
+        x_kind = "f32" if self.x_float else self.activation
+        x = stored(rng.standard_normal((x_rows, k)).astype(np.float32), x_kind)
+        norm = rng.uniform(0.5, 1.5, k).astype(np.float32)
+        residual = rng.standard_normal((self.rows, matrix.outputs)).astype(np.float32)
+        y_kind = "f32" if self.y_float else self.activation
+        y = device.allocate(max(1, self.rows * matrix.outputs * (4 if y_kind == "f32" else 2)))
+        product = Product(
+            matrix, put(device, pack(matrix, numbers)), put(device, x), y, self.rows, self.activation,
+            x_float=self.x_float, y_float=self.y_float, rounding=self.rounding, x_rows=x_rows,
+            norm=put(device, norm) if self.norm else 0, residual=put(device, residual) if self.residual else 0,
+            row_map=0 if self.row_map is None else put(device, self.row_map.astype(np.int32)),
+            offsets=0 if self.owners is None else put(device, self.offsets()),
+        )  # fmt: skip
+        size = linear.workspace_bytes(product)
+        launches = linear.product_launches(product, device.info, device.allocate(size) if size else 0)
+        assert force in "".join(one.kernel for one in launches)
+        for launch in launches:
+            assert launch.kernel in linear.kernels_of(matrix, self.activation, self.rounding)
+            device.launch(launch)
+        device.synchronize()
+        expected, tolerance = self.answer(numbers, value(x, x_kind), norm, residual)
+        assert_close(get(device, y, expected.shape, y_kind), expected, tolerance)
+
+    def offsets(self) -> NDArray[np.int32]:
+        assert self.owners is not None
+        return np.searchsorted(self.owners, np.arange(self.matrix.count + 1)).astype(np.int32)
+
+    def answer(self, numbers: list[Numbers], x: Array, norm: Array, residual: Array) -> tuple[Array, Array]:
+        """y in float64, and what the kernels may differ from it by."""
+        k = self.matrix.columns
+        uncertain = 0.0  # relative, of what is multiplied
+        if self.norm:
+            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * norm
+            uncertain = k * U
+        if self.rounding:
+            scale = np.float32(self.rounding)
+            if self.rounding < 0:
+                scale = (np.abs(x).max(-1, keepdims=True) / 448).astype(np.float32)
+            x = np.asarray(fp8.decode(fp8.encode(x.astype(np.float32) / scale)), np.float64) * scale
+            uncertain *= 2.0**-4 / U if self.norm else 1
+        elif self.activation != "f32":
+            # A number that lies next to the middle between two may have become the other.
+            x, uncertain = rounded(x, self.activation), uncertain and ROUNDOFF[self.activation]
+        rows = np.arange(self.rows) if self.row_map is None else self.row_map
+        owners = np.zeros(self.rows, np.int64) if self.owners is None else self.owners
+        dense = np.stack([one.dense for one in numbers])
+        x = x[rows]
+        plain = np.einsum("mk,mnk->mn", x, dense[owners])
+        magnitude = np.einsum("mk,mnk->mn", np.abs(x), np.abs(dense)[owners])
+        # Codes and zero points are multiplied apart from scales: their sizes matter.
+        error = magnitude * (k * STEP + uncertain + 4 * U)
+        if self.matrix.swiglu:
+            gate, up = np.split(plain, 2, -1)
+            gate_error, up_error = np.split(error, 2, -1)
+            plain = silu(gate) * up
+            error = np.abs(up) * 1.1 * gate_error + np.abs(silu(gate)) * up_error + 1.1 * gate_error * up_error
+            error += 8 * U * np.abs(plain)
+        if self.residual:
+            plain = plain + residual
+        error = error + 2 * U * np.abs(plain)
+        if not self.y_float:
+            error = error + ROUNDOFF[self.activation] * np.abs(plain)
+        return plain, error
+
+
+def matrix_of(kind: str, rows: int = 40, columns: int = 192, group: int = 0, **rest: Any) -> GpuMatrix:
+    return GpuMatrix(GpuKind(kind), rows, columns, group or columns, **rest)
+
+
+@pytest.mark.parametrize("rows", [*range(1, 18), 32, 33, 65])
+def test_any_number_of_rows(sm80: EmulatedDevice, rng: np.random.Generator, rows: int) -> None:
+    Case(matrix_of("int4", group=64), rows).run(sm80, rng, "skinny" if rows <= 32 else "gemm")
+    Case(matrix_of("bf16", columns=112), rows).run(sm80, rng)
+
+
+@pytest.mark.parametrize("activation", ["bf16", "f16", "f32"])
+@pytest.mark.parametrize("kind", GpuKind)
+def test_every_kind_of_weights(gpu: EmulatedDevice, rng: np.random.Generator, kind: str, activation: str) -> None:
+    if kind not in KINDS[activation]:
+        with pytest.raises(DeviceError, match="both must be the same"):
+            Product(matrix_of(kind), 1, 1, 1, 1, activation)
+        return
+    for rows in (3, 20, 70):
+        for group in (0, 64) if matrix_of(kind).kind.scale_bytes else (0,):
+            Case(matrix_of(kind, group=group), rows, activation, y_float=activation == "f32").run(gpu, rng)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("group", [16, 32, 48, 64, 96, 192])
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+def test_every_group(sm80: EmulatedDevice, rng: np.random.Generator, kind: str, group: int, zeros: bool) -> None:
+    if zeros and kind == "fp8":
+        return
+    for rows in (2, 40):
+        for activation in ("bf16", "f16"):
+            Case(matrix_of(kind, group=group, zeros=zeros), rows, activation).run(sm80, rng)
+    Case(matrix_of(kind, group=group, zeros=zeros), 5, "f32").run(sm80, rng)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+@pytest.mark.parametrize("rows", [5, 70])
+def test_no_order_of_warps_changes_anything(
+    sm80: EmulatedDevice, rng: np.random.Generator, rows: int, seed: int
+) -> None:
+    sm80.seed = seed
+    try:
+        for kind in KINDS["bf16"]:
+            Case(matrix_of(kind, 72, 704), rows, norm=True, x_float=True, residual=True).run(sm80, rng)
+        Case(matrix_of("int4", 72, 704), rows, "f32", norm=True, residual=True).run(sm80, rng)
+    finally:
+        sm80.seed = 0
+
+
+@pytest.mark.parametrize("activation", ["bf16", "f16", "f32"])
+@pytest.mark.parametrize("rows", [1, 19, 40, 66])
+def test_what_is_done_before_and_after(
+    sm80: EmulatedDevice, rng: np.random.Generator, rows: int, activation: str
+) -> None:
+    exact = activation == "f32"
+    for y_float in (True,) if exact else (True, False):
+        matrix = matrix_of("int8", 48, 128, 32, swiglu=True)
+        Case(matrix, rows, activation, True, y_float, norm=True).run(sm80, rng)
+        Case(replace(matrix, rows=88), rows, activation, exact, y_float).run(sm80, rng)
+        Case(matrix_of("int4", 50, 128), rows, activation, True, y_float, norm=True, residual=True).run(sm80, rng)
+        Case(matrix_of("int4", 51, 128), rows, activation, exact, y_float, residual=True).run(sm80, rng)
+
+
+@pytest.mark.parametrize("rounding", [-1.0, 0.01])
+@pytest.mark.parametrize("activation", ["bf16", "f16", "f32"])
+def test_activations_in_fp8(gpu: EmulatedDevice, rng: np.random.Generator, activation: str, rounding: float) -> None:
+    for rows in (1, 9, 37, 70):
+        for group in (128, 256):
+            for x_float in (False, True):
+                case = Case(matrix_of("fp8", 40, 256, group), rows, activation, x_float, rounding=rounding)
+                case.run(gpu, rng)
+    Case(matrix_of("fp8", 40, 128), 3, activation, True, norm=True, rounding=rounding).run(gpu, rng)
+    Case(matrix_of("fp8", 40, 128), 35, activation, True, norm=True, rounding=rounding).run(gpu, rng)
+
+
+GROUPINGS = {
+    "few": [0, 0, 2, 5, 5, 5],
+    "one": [3] * 40,
+    "last": [5],
+    "all": [*range(6)] * 3,
+    "many": [*[0] * 70, *[2] * 5, *[4] * 140, 5],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("activation", ["bf16", "f32"])
+@pytest.mark.parametrize("which", GROUPINGS)
+@pytest.mark.parametrize("kind", ["int4", "bf16", "fp8"])
+def test_rows_of_several_experts(
+    sm80: EmulatedDevice, rng: np.random.Generator, kind: str, which: str, activation: str
+) -> None:
+    if (kind, activation) == ("bf16", "f32"):
+        kind = "f32"
+    owners = np.sort(np.array(GROUPINGS[which], np.int64))
+    x_rows = max(1, len(owners) // 2)
+    row_map = rng.integers(0, x_rows, len(owners))
+    group = 64 if kind == "int4" else 0
+    for swiglu in (True, False):
+        matrix = matrix_of(kind, 48, 128, group, swiglu=swiglu, count=6)
+        exact = activation == "f32"
+        case = Case(matrix, len(owners), activation, exact, exact, owners=owners)
+        case.run(sm80, rng)
+        replace(case, row_map=row_map, x_rows=x_rows).run(sm80, rng)
+
+
+def test_columns_that_do_not_fit_into_shared_memory(rng: np.random.Generator) -> None:
+    device = EmulatedDevice((8, 6))
+    device.load(linear.all_kernels())
+    for kind in ("bf16", "int4"):
+        Case(matrix_of(kind, 40, 2560 + 64), 20, x_float=True, norm=True).run(device, rng, "skinny")
+    Case(matrix_of("bf16", 40, 2560 + 16), 20).run(device, rng, "skinny")
+    device.close()
+
+
+def test_norms_and_conversions(gpu: EmulatedDevice, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((5, 96)).astype(np.float32)
+    norm = rng.uniform(0.5, 1.5, 96).astype(np.float32)
+    x64 = x.astype(np.float64)
+    expected = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-5) * norm
+    for target, source in (("f32", "f32"), ("bf16", "bf16"), ("f16", "f16")):
+        y = gpu.allocate(4 * x.size)
+        launch = linear.convert_launch(put(gpu, x), y, 5, 96, source=source, target=target, norm=put(gpu, norm))
+        gpu.launch(launch)
+        smallest = 2.0**-25 if target == "f16" else 0  # half of its last step
+        tolerance = (ROUNDOFF[target] + 64 * U) * np.abs(expected) + smallest
+        assert_close(get(gpu, y, x.shape, target), expected, tolerance)
+
+
+def test_codes_of_activations_are_the_nearest_in_their_order(gpu: EmulatedDevice, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((3, 64)).astype(np.float32)
+    x[2] = 0
+    y, scales = gpu.allocate(x.size), gpu.allocate(12)
+    gpu.launch(linear.convert_launch(put(gpu, x), y, 3, 64, source="bf16", target="fp8", rounding=-1, scales=scales))
+    codes, found = np.empty((3, 64), np.uint8), np.empty((3, 1), np.float32)
+    gpu.download(y, codes)
+    gpu.download(scales, found)
+    expected = np.abs(x).max(-1, keepdims=True) / np.float32(448)
+    expected[2] = 1
+    np.testing.assert_array_equal(found, expected)
+    order = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    permuted = np.asarray(fp8.encode(x / expected)).reshape(3, 4, 16)[:, :, order].reshape(3, 64)
+    np.testing.assert_array_equal(codes, permuted)
+
+
+@pytest.mark.parametrize("kind", GpuKind)
+def test_rows_of_an_embedding(sm80: EmulatedDevice, rng: np.random.Generator, kind: str) -> None:
+    scaled = matrix_of(kind).kind.scale_bytes
+    matrix = matrix_of(kind, 40, 192, 64 if scaled else 0, zeros=scaled == 2)
+    numbers = random_numbers(rng, matrix)
+    ids = np.array([0, 39, 7, 8, 23, 24, 7], np.int32)
+    y = sm80.allocate(4 * 7 * 192)
+    sm80.launch(linear.embedding_launch(put(sm80, ids), matrix, put(sm80, pack(matrix, [numbers])), y, 7))
+    assert_close(get(sm80, y, (7, 192), "f32"), numbers.dense[ids], U * np.abs(numbers.dense[ids]))
+
+
+def test_sums_and_last_tokens(sm80: EmulatedDevice, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((3, 4, 70)).astype(np.float32)
+    other = rng.standard_normal(x.shape).astype(np.float32)
+    y = sm80.allocate(x.nbytes)
+    sm80.launch(linear.add_launch(put(sm80, x), put(sm80, other), y, x.size, sm80.info))
+    np.testing.assert_array_equal(get(sm80, y, x.shape, "f32"), x + other)
+    sm80.launch(linear.last_token_launch(put(sm80, x), y, 3, 4, 70))
+    np.testing.assert_array_equal(get(sm80, y, (3, 70), "f32"), x[:, -1])
+    lengths = put(sm80, np.array([1, 4, 2], np.int32))
+    sm80.launch(linear.last_token_launch(put(sm80, x), y, 3, 4, 70, lengths))
+    np.testing.assert_array_equal(get(sm80, y, (3, 70), "f32"), x[[0, 1, 2], [0, 3, 1]])
+
+
+@pytest.mark.parametrize("columns", [1, 5, 4096, 9001])
+@pytest.mark.parametrize("count", [1, 7])
+def test_the_largest_and_the_first_of_equals(
+    sm80: EmulatedDevice, rng: np.random.Generator, columns: int, count: int
+) -> None:
+    x = rng.integers(-20, 20, (4, columns)).astype(np.float32)
+    x[1] = -np.inf
+    x[2, : columns // 2] = np.nan
+    x[3] = np.nan
+    keys = np.where(np.isnan(x), -np.inf, x).astype(np.float64)
+    # NaN comes after everything else, the first of equals first.
+    order = [np.lexsort((np.arange(columns), -keys[i], np.isnan(x[i]))) for i in range(4)]
+    expected = np.full((4, count), -1, np.int32)
+    for i in range(4):
+        expected[i, : min(count, columns)] = order[i][:count]
+    ids, values = sm80.allocate(16 * count), sm80.allocate(16 * count)
+    workspace = sm80.allocate(linear.top_workspace_bytes(4, columns, count))
+    for launch in linear.top_launches(put(sm80, x), ids, 4, columns, workspace, count=count, values=values):
+        sm80.launch(launch)
+    sm80.synchronize()
+    found = np.empty((4, count), np.int32)
+    sm80.download(ids, found)
+    np.testing.assert_array_equal(found, expected)
+    chosen = np.where(expected < 0, 0, np.take_along_axis(x, np.maximum(expected, 0), 1))
+    np.testing.assert_array_equal(get(sm80, values, (4, count), "f32"), chosen)
+
+
+def test_what_cannot_be_is_said() -> None:
+    info = DeviceInfo("test", (8, 6), 4, 1 << 30, (13, 0))
+    with pytest.raises(DeviceError, match="72 columns: int4 needs a multiple of 64"):
+        Product(matrix_of("int4", columns=72), 1, 1, 1, 1)
+    with pytest.raises(DeviceError, match="groups of 48 do not cut 128 columns"):
+        Product(matrix_of("int8", columns=128, group=48), 1, 1, 1, 1)
+    with pytest.raises(DeviceError, match="a norm takes float32, x is bf16"):
+        Product(matrix_of("int8"), 1, 1, 1, 1, norm=1)
+    with pytest.raises(DeviceError, match="a blob of 4 matrices needs offsets"):
+        Product(matrix_of("int8", count=4), 1, 1, 1, 1)
+    with pytest.raises(DeviceError, match="a row_map needs x_rows"):
+        Product(matrix_of("int8"), 1, 1, 1, 1, row_map=1)
+    with pytest.raises(DeviceError, match="expected bf16, f16 or f32"):
+        Product(matrix_of("int8"), 1, 1, 1, 1, "f64")
+    with pytest.raises(DeviceError, match="needs a workspace of 18432 bytes"):
+        linear.product_launches(Product(matrix_of("int8"), 1, 1, 1, 48, x_float=True), info)
+    with pytest.raises(DeviceError, match="count is 65, expected 1 to 64"):
+        linear.top_launches(1, 1, 1, 10, 1, count=65)
+    with pytest.raises(DeviceError, match="an embedding's table is one plain matrix"):
+        linear.embedding_launch(1, matrix_of("int8", count=2), 1, 1, 1)
+    assert linear.product_launches(Product(matrix_of("int8"), 1, 1, 1, 0), info) == []
