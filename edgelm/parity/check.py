@@ -17,7 +17,7 @@ from edgelm.parity.diagnose import Diagnosis, diagnose
 from edgelm.parity.measure import DeviceRun, run_device
 from edgelm.parity.pack import ParityPack, ReferenceRecord
 from edgelm.parity.result import Check, ParityReport, PromptResult, Speed
-from edgelm.parity.thresholds import LIMITS, Limits, kind_of
+from edgelm.parity.thresholds import LIMITS, Limits, kind_of, widened
 from edgelm.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -82,8 +82,12 @@ def check_parity(
 
 def limits_for(bundle: Bundle) -> tuple[Limits, str]:
     """The limits that a bundle is judged by, and the kind of recipe they are for."""
-    kind = kind_of(bundle.manifest.recipe.toml)
-    return LIMITS[kind], kind
+    manifest = bundle.manifest
+    kind = kind_of(manifest.recipe.toml)
+    # What the graphs compute in, the shipped one and the debug graph: on a GPU not float32, except where it is our own.
+    narrow = manifest.dtype if manifest.target != "cpu" and manifest.dtype != "float32" else "float32"
+    debug = narrow if manifest.target == "cuda" else "float32"
+    return widened(LIMITS[kind], narrow, debug), kind
 
 
 def _fits(bundle: Bundle, pack: ParityPack) -> str:

@@ -153,10 +153,11 @@ def _layer(
     # An error that came in may tip a choice that would be clear otherwise: the tolerance grows with it.
     tolerance = limits.router_near_tie + limits.layer_gain * incoming
     severe = flips.changed & ~(flips.severity < tolerance)
-    counted = ~flips.changed
+    # Where the choice was open, a mixture that reads narrower logits than the router's may have made another, unseen.
+    clear = margin >= limits.router_near_tie
+    counted = ~flips.changed & (clear | ~np.isfinite(excess))
     bad = (counted & ~(excess <= 1)) | severe
     diverged = int(bad.sum()) > limits.bad_positions * count
-    clear = margin >= limits.router_near_tie
     same = ~flips.changed
     result = LayerResult(
         layer=index,

@@ -71,12 +71,48 @@ LIMITS: dict[str, Limits] = {
 }  # fmt: skip
 
 
+# Least limits where values are float16 or bfloat16, which add noise of their own: every value is rounded to 11 or 8
+# bits, and a near-tie of the router may tip. Those of float16 were chosen by measurement; those of bfloat16 are eight
+# times as wide, as its steps are, up to what quantised bundles are allowed anyway.
+_OF_VALUES: dict[str, dict[str, float]] = {
+    "float32": {},
+    "float16": {
+        "kl_mean": 1e-3, "kl_p99": 1e-2, "kl_max": 0.5, "logit_error": 1e-2, "clear_gap": 0.1, "perplexity": 1e-2,
+    },
+    "bfloat16": {
+        "kl_mean": 1e-2, "kl_p99": 0.1, "kl_max": 1.0, "logit_error": 0.1, "clear_gap": 0.5, "perplexity": 0.05,
+    },
+}  # fmt: skip
+_OF_DEBUG_VALUES: dict[str, dict[str, float]] = {
+    "float32": {},
+    "float16": {"embedding_error": 1e-3, "layer_base": 1e-2, "router_near_tie": 2e-2, "head_error": 5e-3},
+    "bfloat16": {"embedding_error": 8e-3, "layer_base": 8e-2, "router_near_tie": 0.16, "head_error": 4e-2},
+}
+_TOP1 = {"float32": 1.0, "float16": 0.99, "bfloat16": 0.97}
+
+
+def widened(limits: Limits, shipped: str, debug: str) -> Limits:
+    """Limits for a bundle whose graphs compute with values of these types ("float32", "float16", "bfloat16")."""
+    least = {**_OF_VALUES[shipped], **_OF_DEBUG_VALUES[debug]}
+    wider = {name: max(value, getattr(limits, name)) for name, value in least.items()}
+    return replace(limits, **wider, top1_clear=min(limits.top1_clear, _TOP1[shipped]))
+
+
 def markdown_table() -> str:
     """The limits as docs/parity.md shows them."""
     lines = [f"| limit | {' | '.join(LIMITS)} |", f"|---{'|---' * len(LIMITS)}|"]
     for item in fields(Limits):
         values = " | ".join(f"{getattr(limits, item.name):g}" for limits in LIMITS.values())
         lines.append(f"| `{item.name}` | {values} |")
+    return "\n".join(lines)
+
+
+def values_table() -> str:
+    """What `widened` does, as docs/parity.md shows it."""
+    names = [*_OF_VALUES["float16"], "top1_clear", *_OF_DEBUG_VALUES["float16"]]
+    rows = {kind: {**_OF_VALUES[kind], "top1_clear": _TOP1[kind], **_OF_DEBUG_VALUES[kind]} for kind in _OF_VALUES}
+    lines = ["| limit | float16 | bfloat16 |", "|---|---|---|"]
+    lines += [f"| `{name}` | {rows['float16'][name]:g} | {rows['bfloat16'][name]:g} |" for name in names]
     return "\n".join(lines)
 
 
