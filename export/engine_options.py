@@ -23,7 +23,7 @@ class EngineOptions:
 
     linears: str = ENGINE
     attention: str = PLUGIN
-    build: bool | None = False
+    build: bool | None = None
     max_batch: int = 32
     chunk: int = 512
     weight_streaming: bool = False

@@ -21,7 +21,7 @@ from edgelm.bundle import ModelInfo
 from edgelm.errors import ExportError
 from edgelm.export.graph import Dims
 from edgelm.runtimes.cuda.attention import row_bytes
-from edgelm.runtimes.cuda.operators import kv_code
+from edgelm.runtimes.cuda.operators import KV_CODES
 from edgelm.runtimes.cuda.program import Node, Program, Value
 from edgelm.runtimes.tensorrt.operators import NAMESPACE, OPERATORS, PREFIX, PluginSpec
 from edgelm.runtimes.tensorrt.plugins import FIELD
@@ -143,9 +143,16 @@ def cache_kind(program: Program) -> str:
 
 
 def cache_row_bytes(program: Program) -> int:
-    """Bytes of a cache for one head and position."""
+    """Bytes of a cache for one head and position.
+
+    Raises:
+        ExportError: the GPU kernels have no such cache.
+    """
+    kind = cache_kind(program)
+    if kind not in KV_CODES:
+        raise ExportError(f"the cache is {kind!r}: on a GPU it can be {', '.join(KV_CODES)}")
     width = next(node.whole("head_size") for node in program.nodes if node.op == "GroupQueryAttention")
-    return row_bytes(kv_code(cache_kind(program)), width)
+    return row_bytes(KV_CODES[kind], width)
 
 
 def plugins_of(model: onnx.ModelProto) -> Iterable[PluginSpec]:

@@ -49,7 +49,7 @@ def engine_options(command: Command) -> Command:
             help="Who computes dense products in an engine, where TensorRT has them.",
         ),
         click.option(
-            "--engines/--no-engines", "engines", default=False,
+            "--engines/--no-engines", "engines", default=None,
             help="With --target tensorrt: build engines now [if TensorRT is installed].",
         ),
     ):  # fmt: skip

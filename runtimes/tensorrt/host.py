@@ -9,7 +9,7 @@ from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda.device import Device, DeviceInfo
 from edgelm.runtimes.cuda.launch import Launch
 from edgelm.runtimes.cuda.operators import Operators, Scratch, Step
-from edgelm.runtimes.cuda.program import Node, Program, Weight
+from edgelm.runtimes.cuda.program import Node, Program, Value, Weight
 from edgelm.runtimes.tensorrt.operators import OPERATORS, PluginSpec
 
 _MULTIPROCESSORS = 256
@@ -26,15 +26,11 @@ class BuildHost:
     """
 
     def __init__(self, sms: Sequence[int]) -> None:
-        self._capabilities = [divmod(sm, 10) for sm in sms]
+        self._devices = [_any_device(sm) for sm in sms]
 
-    def workspace(self, spec: PluginSpec, shapes: Sequence[Sequence[int]]) -> int:
+    def workspace(self, spec: PluginSpec, shapes: Sequence[Sequence[int]], types: Sequence[str]) -> int:
         """Bytes of scratch memory for inputs of at most these shapes, on any of the devices."""
-        fixed = tuple(tuple(shape) for shape in shapes)
-        return max(
-            operators_of(spec, fixed, _MULTIPROCESSORS, capability).workspace_bytes(node_of(spec), step_of(spec, fixed))
-            for capability in self._capabilities
-        )
+        return max(scratch_bytes(device, spec, shapes, types)[0] for device in self._devices)
 
     def run(
         self,
@@ -63,7 +59,7 @@ class DeviceHost:
         self._counters = counters
         self._planned: dict[tuple[object, ...], list[Launch]] = {}
 
-    def workspace(self, spec: PluginSpec, shapes: Sequence[Sequence[int]]) -> int:
+    def workspace(self, spec: PluginSpec, shapes: Sequence[Sequence[int]], types: Sequence[str]) -> int:
         """Not asked of an engine that is built."""
         raise DeviceError(f"{spec.name}: this process runs an engine, it does not build one")
 
@@ -81,7 +77,7 @@ class DeviceHost:
         key = (spec.op, spec.name, tuple(shapes), tuple(inputs), tuple(outputs), workspace)
         launches = self._planned.get(key)
         if launches is None:
-            launches = plan(self._device.info, spec, shapes, inputs, outputs, Scratch(workspace, self._counters))
+            launches = plan(self._device.info, spec, shapes, types, inputs, outputs, Scratch(workspace, self._counters))
             if len(self._planned) >= _KEPT:
                 del self._planned[next(iter(self._planned))]
             self._planned[key] = launches
@@ -92,34 +88,40 @@ class DeviceHost:
 def plan(
     device: DeviceInfo,
     spec: PluginSpec,
-    shapes: Sequence[tuple[int, ...]],
+    shapes: Sequence[Sequence[int]],
+    types: Sequence[str],
     inputs: Sequence[int],
     outputs: Sequence[int],
     scratch: Scratch,
 ) -> list[Launch]:
-    """A node's launches for the shapes and addresses of the inputs that it has."""
+    """A node's launches for the shapes, types and addresses of the inputs that it has."""
     node = node_of(spec)
     addresses = {"": 0}
     addresses |= dict(zip((name for name in node.inputs if name), inputs, strict=True))
     addresses |= dict(zip(node.outputs, outputs, strict=True))
-    fixed = tuple(shapes)
-    operators = operators_of(spec, fixed, device.multiprocessors, device.capability)
-    return operators.launches(node, step_of(spec, fixed), addresses, scratch)
+    return operators_of(device, spec, shapes, types).launches(node, step_of(shapes), addresses, scratch)
 
 
-def counter_bytes(specs: Sequence[PluginSpec], batch: int, tokens: int, capacity: int) -> int:
-    """Bytes of counters that any of these nodes wants in steps of at most so many sequences and tokens."""
+def scratch_bytes(
+    device: DeviceInfo, spec: PluginSpec, shapes: Sequence[Sequence[int]], types: Sequence[str]
+) -> tuple[int, int]:
+    """Bytes of workspace and of counters of a node for inputs of at most these shapes."""
+    step = step_of(shapes)
+    return operators_of(device, spec, shapes, types).scratch_bytes(step.batch, step.rows)
+
+
+def counter_bytes(device: DeviceInfo, specs: Sequence[PluginSpec], batch: int, tokens: int, capacity: int) -> int:
+    """Bytes of counters that any of these nodes wants in steps of one sequence, or of one token of all."""
     most = 0
     for spec in specs:
-        if spec.op != "GroupQueryAttention":
-            continue
-        # Of the shapes only these dimensions count; the width is not looked at.
-        cache, lengths = (batch, 1, capacity, 1), (batch,)
-        for sequences, new in ((batch, 1), (1, tokens)):
-            shapes = ((sequences, new, 1), cache, cache, lengths, (capacity, 1), (capacity, 1))
-            found = shapes + ((1,),) * (sum(spec.present) - len(shapes))
-            operators = operators_of(spec, found, _MULTIPROCESSORS, (8, 0))
-            most = max(most, operators.counter_bytes(node_of(spec), step_of(spec, found)))
+        if spec.op == "GroupQueryAttention":
+            # Of the shapes only these dimensions count.
+            cache = (batch, 1, capacity, 1)
+            behind = (cache, cache, (batch,), (capacity, 1), (capacity, 1))
+            for sequences, new in ((batch, 1), (1, tokens)):
+                found = ((sequences, new, 1), *behind)
+                shapes = (*found, *((1,),) * (sum(spec.present) - len(found)))
+                most = max(most, scratch_bytes(device, spec, shapes, ["f32"] * len(shapes))[1])
     return most
 
 
@@ -137,22 +139,26 @@ def node_of(spec: PluginSpec) -> Node:
     return _node(spec.to_text())
 
 
-def step_of(spec: PluginSpec, shapes: Sequence[Sequence[int]]) -> Step:
+def step_of(shapes: Sequence[Sequence[int]]) -> Step:
     """Sequences and new tokens of each, of the shapes of the inputs that a node has."""
-    first = shapes[0]
-    return Step(int(first[0]), int(first[1]) if len(first) > 1 and spec.op != "Argmax" else 1)
+    return Step(int(shapes[0][0]), int(shapes[0][1]))
 
 
 def operators_of(
-    spec: PluginSpec, shapes: Sequence[tuple[int, ...]], multiprocessors: int, capability: tuple[int, int]
+    device: DeviceInfo, spec: PluginSpec, shapes: Sequence[Sequence[int]], types: Sequence[str]
 ) -> Operators:
     """The launch code for a program of this node alone."""
-    node, capacity = node_of(spec), 0
-    weights = {
-        name: Weight("f32", tuple(shape), 0, 1)
-        for name, shape in zip((name for name in node.inputs if name), shapes, strict=True)
-    }
-    if spec.op == "GroupQueryAttention":
-        capacity = int(weights["key_cache"].dims[2])
-    kv = str(spec.attrs.get("kv", "float16"))
-    return Operators(Program((node,), {}, weights), kv, capacity, multiprocessors, capability)
+    node = node_of(spec)
+    names = [name for name in node.inputs if name]
+    weights = {name: Weight("f32", tuple(map(int, shape)), 0, 1) for name, shape in zip(names, shapes, strict=True)}
+    values = {name: Value(kind, int(shape[-1])) for name, shape, kind in zip(names, shapes, types, strict=True)}
+    results = [Value(kind, width) for kind, width in spec.results]
+    values |= dict(zip(node.outputs, results, strict=False))
+    # A program's logits have a workspace too; here they are the node's own result, if anything.
+    values["logits"] = results[0]
+    capacity = weights["key_cache"].dims[2] if spec.op == "GroupQueryAttention" else 0
+    return Operators(Program((node,), values, weights), str(spec.attrs.get("kv", "float16")), capacity, device)
+
+
+def _any_device(sm: int) -> DeviceInfo:
+    return DeviceInfo(f"SM {sm}", divmod(sm, 10), _MULTIPROCESSORS, 0, (0, 0))

@@ -45,7 +45,7 @@ class PluginSpec:
         attrs: the node's attributes.
         present: for each input of the operator's list whether the node has it. TensorRT takes no empty inputs, so a
             plugin gets those that are present, in order.
-        results: element type ("f32", "f16", "bf16", "int32") and width, the last dimension, of the results that are
+        results: element type ("f32", "f16", "bf16") and width, the last dimension, of the results that are
             used; caches, which lie in their inputs, are not among them.
     """
 
@@ -113,7 +113,7 @@ class Operator:
     Attributes:
         inputs: names of its inputs in order; those behind `required` may be absent.
         required: how many must be there.
-        shapes: the dimensions of its results before the last, which is the width that the spec says; of Argmax all.
+        shapes: the dimensions of its results before the last, which is the width that the spec says.
         aliases: results that are an input written in place: result -> input. They come after the others.
     """
 
@@ -135,16 +135,13 @@ OPERATORS: dict[str, Operator] = {
         ("qkv", "key_cache", "value_cache", "past_lengths", "cos", "sin", "q_norm", "k_norm"), 6, (_ROWS,), {1: 1, 2: 2}
     ),
     "LastToken": Operator(("x", "new_lengths"), 1, ((_BATCH, 1),)),
-    "Argmax": Operator(("logits",), 1, ((_BATCH,),)),
 }
 
 
 def result_terms(spec: PluginSpec) -> list[tuple[Term, ...]]:
     """The dimensions of a node's results, caches included."""
     operator = OPERATORS[spec.op]
-    found: list[tuple[Term, ...]] = []
-    for (_, width), before in zip(spec.results, operator.shapes, strict=False):
-        found.append(before if spec.op == "Argmax" else (*before, width))
+    found = [(*before, width) for (_, width), before in zip(spec.results, operator.shapes, strict=False)]
     caches = (tuple(Dim(place, axis) for axis in range(_CACHE_RANK)) for place in operator.aliases.values())
     return [*found, *caches]
 

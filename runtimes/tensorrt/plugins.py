@@ -36,8 +36,8 @@ Result = TypeVar("Result")
 class Host(Protocol):
     """What runs a plugin's node: the kernels of a bundle on a device, see `edgelm.runtimes.tensorrt.host`."""
 
-    def workspace(self, spec: PluginSpec, shapes: Sequence[Sequence[int]]) -> int:
-        """Bytes of scratch memory of the node for inputs of at most these shapes."""
+    def workspace(self, spec: PluginSpec, shapes: Sequence[Sequence[int]], types: Sequence[str]) -> int:
+        """Bytes of scratch memory of the node for inputs of at most these shapes, and of these types."""
         ...
 
     def run(
@@ -220,7 +220,8 @@ def plugin_class(api: ModuleType) -> type[Any]:
             del outputs
             if STATE.host is None:
                 raise EdgeLMError("no kernels were registered for the plugins: this is an error of EdgeLM")
-            return STATE.host.workspace(self.spec, [tuple(tensor.max) for tensor in inputs])
+            shapes = [tuple(tensor.max) for tensor in inputs]
+            return STATE.host.workspace(self.spec, shapes, [names[tensor.desc.type] for tensor in inputs])
 
         def get_valid_tactics(self) -> list[int]:
             """None besides the default: the launch code chooses by shape."""

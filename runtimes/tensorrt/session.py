@@ -20,6 +20,8 @@ from edgelm.errors import EdgeLMError
 from edgelm.runtimes.base import choose_context_length
 from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.kernels_file import FOLDER, KernelFolder
+from edgelm.runtimes.cuda.operators import Operators
+from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
 from edgelm.runtimes.tensorrt.engine import DECODE, PREFILL, Context, Engine, choose
 from edgelm.runtimes.tensorrt.engine_info import EngineInfo, engines, plugins_in
 from edgelm.runtimes.tensorrt.host import DeviceHost, counter_bytes
@@ -65,8 +67,8 @@ class Session:
     ) -> None:
         model = bundle.manifest.model
         found = engines(bundle)
-        kernels = KernelFolder(bundle.file(FOLDER))
-        self.device = CudaDevice(kernels)
+        program = Program.read(bundle.file(PROGRAM_FILE))
+        self.device = CudaDevice(KernelFolder(bundle.file(FOLDER)))
         try:
             info = choose(found, self.device.info, installed(), bundle.path)
             check_options(info, batch=batch, chunk=chunk, kv=kv)
@@ -78,9 +80,10 @@ class Session:
             self.chunk = min(chunk or info.chunk, info.chunk, self.context_length)
             self.lengths: NDArray[np.int32] = np.zeros(batch, np.int32)
             library = load(info.flavour)
-            self.device.load(list(kernels.argument_bytes))
+            self.device.load(Operators(program, info.kv, 0, self.device.info).kernels())
             self.capacity = min(_rounded(self.context_length), info.context_length)
-            counters = counter_bytes(plugins_in(bundle.file(info.file)), batch, self.chunk, self.capacity)
+            specs = plugins_in(bundle.file(info.file))
+            counters = counter_bytes(self.device.info, specs, batch, self.chunk, self.capacity)
             place = self.device.allocate(counters)
             self.device.fill(place, 0, counters)
             register(library, DeviceHost(self.device, place))

@@ -393,7 +393,7 @@ def test_doctor_says_how_to_install_what_is_missing(monkeypatch: pytest.MonkeyPa
     import importlib.util
 
     real = importlib.util.find_spec
-    gone = {"onnxruntime", "torch", "onnx"}
+    gone = {"onnxruntime", "tensorrt", "tensorrt_rtx", "torch", "onnx"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in gone else real(name, *rest))
     result = invoke("doctor")
     assert result.exit_code == 1
