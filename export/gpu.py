@@ -135,6 +135,7 @@ class GpuDecoder(LayerOps):
             "QuantLinear", [x, stem, "" if norm is None else self._vector_once(norm, layer), residual],
             self._value(out, output, matrix.outputs), stem, **matrix_attrs(matrix), activation=self.activation,
             activations=gpu_activations.of_product(self.source, names), output=output, epsilon=self.epsilon,
+            **gpu_activations.static_scale(self.source, names),
         )  # fmt: skip
 
     def attention(

@@ -40,6 +40,19 @@ def of_experts(source: WeightSource, names: Sequence[str], layer: int) -> str:
     return first
 
 
+def static_scale(source: WeightSource, names: Sequence[str]) -> dict[str, float]:
+    """The attribute `input_scale` of a product: the calibrated scale of its inputs, if the recipe asks for one.
+
+    Our kernels have no use for it; a product that TensorRT computes itself has (`edgelm.export.tensorrt_linear`). The
+    matrices of a product have the same inputs, so that their scales differ by what calibration saw alone: the largest
+    clips nothing that one of them saw.
+    """
+    if not all(source.recipe.rule(name).activations in STATIC_ACTIVATIONS for name in names):
+        return {}
+    scales = [scale for name in names if (scale := source.input_scale(name)) is not None]
+    return {"input_scale": float(max(scales))} if len(scales) == len(names) else {}
+
+
 def about(source: WeightSource) -> str | None:
     """What a user should know whose recipe asks for activations that are others here; None where there are none."""
     asked = {
@@ -49,8 +62,8 @@ def about(source: WeightSource) -> str | None:
     }
     instead = {
         "int8-token": "float",
-        "int8-static": "float",
-        "fp8-static": "fp8-token, finer than one scale for all",
+        "int8-static": "float (int8-static where TensorRT computes a product itself)",
+        "fp8-static": "fp8-token, finer than one scale for all (fp8-static where TensorRT computes a product itself)",
     }
     said = "; ".join(f"in place of {kind}: {instead[kind]}" for kind in instead if kind in asked)
     return f"a GPU's bundle multiplies, {said}" if said else None
