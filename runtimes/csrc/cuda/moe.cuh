@@ -31,15 +31,15 @@ struct MoeRouterArgs {
 };
 
 struct MoeChooseArgs {
-  const float* logits;  // [tokens, experts]
-  int* chosen;          // [tokens, k]: choose_many's, of place: expert * 32 + its rank in the block's pairs of the expert
+  const float* logits;    // [tokens, experts]
+  int* chosen;            // [tokens, k], from choose_many to place: expert * 32 + rank among the block's tokens of it
   float* chosen_weights;  // [tokens, k], likewise
-  int* counts;          // [blocks of 32 tokens, experts], likewise
-  int* offsets;         // [experts + 1]: where an expert's slots begin
-  int* row_map;         // [slots]: the token
-  float* slot_weights;  // [slots]
-  int* slot_of;         // [tokens, k]: a token's slots, ascending
-  int* active;          // [1 + min(experts, slots)]: how many experts have tokens, and which, ascending
+  int* counts;            // [blocks of 32 tokens, experts], likewise
+  int* offsets;           // [experts + 1]: where an expert's slots begin
+  int* row_map;           // [slots]: the token
+  float* slot_weights;    // [slots]
+  int* slot_of;           // [tokens, k]: a token's slots, ascending
+  int* active;            // [1 + min(experts, slots)]: how many experts have tokens, and which, ascending
   int tokens, experts, k, normalize;
 };
 
@@ -52,7 +52,7 @@ struct MoeCombineArgs {
   int tokens, columns, k;
 };
 
-// -- router: few tokens ------------------------------------------------------------------------------------------------
+// -- router: few tokens -----------------------------------------------------------------------------------------------
 
 struct Float4 { float v[4]; };
 
@@ -77,8 +77,8 @@ EDGELM_DEVICE Float4 normed_floats(const Float4& x, float inverse, const Float4&
            x.v[3] * inverse * norm.v[3]}};
 }
 
-// A block has `T` tokens (block_y) and `N` experts (block_x), its threads share the columns: with few tokens the time is
-// that of one access to memory, and all loads are on their way at once. The norm's factor is taken out of the sum
+// A block has `T` tokens (block_y) and `N` experts (block_x), its threads share the columns: with few tokens the time
+// is that of one access to memory, and all loads are on their way at once. The norm's factor is taken out of the sum
 // over columns, so that sum of squares and products need one pass and one barrier. Threads: any multiple of 32.
 template <class A, int T, int N> EDGELM_BODY void moe_router(const MoeRouterArgs& args) {
   const int first_token = block_y() * T, first_expert = block_x() * N, columns = args.columns;
@@ -153,7 +153,7 @@ template <class A, int T, int N> EDGELM_BODY void moe_router(const MoeRouterArgs
   }
 }
 
-// -- router: many tokens -----------------------------------------------------------------------------------------------
+// -- router: many tokens ----------------------------------------------------------------------------------------------
 
 constexpr int kTileTokens = 32, kTileExperts = 64, kTileColumns = 64, kTileThreads = 256;
 constexpr int kTileShared = kTileColumns * (kTileTokens + kTileExperts) * 4;
@@ -164,8 +164,8 @@ template <int width> EDGELM_DEVICE int tile_place(int column, int i) {
   return column * width + ((i / 4 ^ column / 4 % 8) * 4 + i % 4);
 }
 
-// A block has 32 tokens (block_x) and all experts, 64 at a time. Both operands lie transposed in shared memory; a thread
-// has 4 x 4 results of every second column, the other half of the block the other columns.
+// A block has 32 tokens (block_x) and all experts, 64 at a time. Both operands lie transposed in shared memory; a
+// thread has 4 x 4 results of every second column, the other half of the block the other columns.
 template <class A> EDGELM_BODY void moe_router_tiled(const MoeRouterArgs& args) {
   wait_for_previous_kernel();
   let_next_kernel_start();

@@ -66,7 +66,8 @@ EDGELM_DEVICE void choose_experts(const float* logits, int experts, int k, bool 
 
 // Warp 0: from the numbers of an expert's tokens, in shared memory, where its slots begin (`starts`), and for everybody
 // (`publish`) the same and the experts that have any. P experts a lane.
-template <int P> EDGELM_DEVICE void scan_counts(const MoeChooseArgs& args, const int* counts, int* starts, bool publish) {
+template <int P>
+EDGELM_DEVICE void scan_counts(const MoeChooseArgs& args, const int* counts, int* starts, bool publish) {
   const int lane = thread() % kWarp;
   int sum = 0, active = 0;
   EDGELM_UNROLL
@@ -146,8 +147,8 @@ template <int P> EDGELM_BODY void moe_choose_many(const MoeChooseArgs& args) {
   float weight = 0.f;
   const bool chooses = token < args.tokens && lane < args.k;
   if (token < args.tokens) {
-    choose_experts<P>(args.logits + i64(token) * args.experts, args.experts, args.k, args.normalize != 0, expert, weight,
-                      place);
+    choose_experts<P>(args.logits + i64(token) * args.experts, args.experts, args.k, args.normalize != 0, expert,
+                      weight, place);
   }
   if (chooses) atomic_add(tokens + expert, int(1u << bit));
   sync_block();

@@ -1,8 +1,8 @@
 // The second product of few tokens' experts and their weighted sum in one launch: see moe.cuh.
 //
 // A block has 16 of the result's columns and goes through all experts that have tokens, several at a time: it reads
-// its 16 rows of each expert's matrix once, whatever the number of tokens, and has every term of its sums. All blocks do
-// the same work whoever was chosen, and nothing passes through memory between the product and the sum.
+// its 16 rows of each expert's matrix once, whatever the number of tokens, and has every term of its sums. All blocks
+// do the same work whoever was chosen, and nothing passes through memory between the product and the sum.
 #pragma once
 
 #include "weights.cuh"
@@ -26,8 +26,8 @@ struct MoeDownArgs {
 };
 
 constexpr int kDownThreads = 512, kDownWarps = kDownThreads / kWarp;
-// Tiles of a warp in shared memory, read or on their way; together with the results of 32 tokens there is room for fewer.
-constexpr int down_ring(int n) { return n < 4 ? 8 : 6; }
+// Tiles of a warp in shared memory, read or on their way; beside the results of 32 tokens there is room for fewer.
+template <int N> struct DownRing { static constexpr int tiles = N < 4 ? 8 : 6; };
 constexpr int kDownStride = 20;  // of 16 rows' results of one token in shared memory, against bank conflicts
 
 // What a warp reads of one expert: its part of 16 rows.
@@ -116,7 +116,7 @@ template <class W> struct DownScales {
 // total[n] = 16 rows of the expert times 8 of its slots from 8 n on.
 template <class A, class W, int N>
 EDGELM_DEVICE void down_product(const MoeDownArgs& args, const DownPart& part,
-                                DownStream<W, down_ring(N)>& stream, float (&total)[N][4]) {
+                                DownStream<W, DownRing<N>::tiles>& stream, float (&total)[N][4]) {
   const int g = thread() % kWarp / 4, q = thread() % 4;
   const A* const hidden =
       static_cast<const A*>(args.hidden) + i64(part.first_slot + g) * args.hidden_columns + 2 * q;
@@ -180,12 +180,13 @@ EDGELM_DEVICE void down_product(const MoeDownArgs& args, const DownPart& part,
 template <class A, class W, int N> EDGELM_BODY void moe_down(const MoeDownArgs& args) {
   wait_for_previous_kernel();
   let_next_kernel_start();
-  u8* const ring = shared_memory();  // [down_ring(N)][threads] 16 bytes
-  float* const results = reinterpret_cast<float*>(ring + down_ring(N) * kDownThreads * 16);  // [warps][8 N][kDownStride]
+  constexpr int kRing = DownRing<N>::tiles;
+  u8* const ring = shared_memory();                                                   // [kRing][threads] 16 bytes
+  float* const results = reinterpret_cast<float*>(ring + kRing * kDownThreads * 16);  // [warps][8 N][kDownStride]
   int* const slots_of = reinterpret_cast<int*>(results + kDownWarps * N * 8 * kDownStride);  // [warps][first, number]
   const int warp = thread() / kWarp, lane = thread() % kWarp, g = lane / 4, q = lane % 4;
   const int at_once = kDownWarps / args.split, active = args.active[0];
-  DownStream<W, down_ring(N)> stream(args, ring, active);
+  DownStream<W, kRing> stream(args, ring, active);
 
   // A thread sums one column of one token; `pair` is the next of its experts.
   const int token = thread() / kTileRows, row = thread() % kTileRows, column = block_x() * kTileRows + row;
