@@ -115,7 +115,8 @@ def build_engine(
         config.add_optimization_profile(profile)
     with out.open("wb") as stream:
         done = builder.build_serialized_network_to_stream(network, config, _writer(api, stream.write))
-    if not done:
+    # What a callback raises does not always stop TensorRT.
+    if not done or STATE.failure is not None:
         out.unlink()
         raise _refused(library, f"cannot build {graph.name} for {_names(sms)}", log.take())
     specs = plugins_in(out)
@@ -196,7 +197,7 @@ def _refused(library: Library, what: str, reasons: str) -> EdgeLMError | OSError
     failure = STATE.take_failure()
     if isinstance(failure, EdgeLMError | OSError):
         return failure
+    if failure is not None:
+        raise failure  # a bug of ours, with its traceback
     name = "TensorRT" if library.flavour == FULL else "TensorRT-RTX"
-    made = ExportError(f"{name} {library.version} {what}: {reasons}")
-    made.__cause__ = failure
-    return made
+    return ExportError(f"{name} {library.version} {what}: {reasons}")

@@ -102,7 +102,7 @@ def element_types(api: ModuleType) -> dict[Any, str]:
 
 
 def _noted(method: Callable[..., Result]) -> Callable[..., Result]:
-    """Keep what a callback raises: TensorRT turns it into a failure without a reason."""
+    """Keep what a callback raises: TensorRT prints it and fails without a reason, or goes on as if 0 came back."""
 
     @functools.wraps(method)
     def call(*args: Any) -> Result:
@@ -214,14 +214,17 @@ def plugin_class(api: ModuleType) -> type[Any]:
         def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
             """Nothing depends on it."""
 
-        @_noted
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
             """Scratch memory for the largest shapes of a profile."""
             del outputs
-            if STATE.host is None:
-                raise EdgeLMError("no kernels were registered for the plugins: this is an error of EdgeLM")
             shapes = [tuple(tensor.max) for tensor in inputs]
-            return STATE.host.workspace(self.spec, shapes, [names[tensor.desc.type] for tensor in inputs])
+            try:
+                if STATE.host is None:
+                    raise EdgeLMError("no kernels were registered for the plugins: this is an error of EdgeLM")
+                return STATE.host.workspace(self.spec, shapes, [names[tensor.desc.type] for tensor in inputs])
+            except Exception as error:  # raised by the builder when it has looked at `STATE`
+                STATE.failure = STATE.failure or error
+                return 0
 
         def get_valid_tactics(self) -> list[int]:
             """None besides the default: the launch code chooses by shape."""

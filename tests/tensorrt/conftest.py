@@ -1,0 +1,91 @@
+"""Bundles with real engines, exported once for all tests; and a driver that stands in where there is no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from edgelm.bundle import Bundle
+from edgelm.export import ExportOptions, export_bundle, gpu_target
+from edgelm.parity.golden import GoldenOptions
+from edgelm.parity.prompts import BUILT_IN
+from edgelm.runtimes.tensorrt.library import Library, load
+
+CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
+SMS = (86, 89, 120)
+Export = Callable[[str, str], Bundle]
+
+
+@pytest.fixture(scope="session")
+def rtx() -> Library:
+    return load("tensorrt-rtx")
+
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Export]:
+    """Exports a tiny checkpoint with a recipe, once.
+
+    Everything is real but the compiled kernels, which take a minute and have tests of their own: no engine holds any.
+    """
+    made: dict[tuple[str, str], Bundle] = {}
+    folder = tmp_path_factory.mktemp("tensorrt")
+
+    def one(checkpoint: str, recipe: str) -> Bundle:
+        key = (checkpoint, recipe)
+        if key not in made:
+            golden = GoldenOptions(BUILT_IN[:1], greedy_tokens=1, max_prompt_tokens=8)
+            options = ExportOptions(target="tensorrt", sms=(*SMS, 90), golden=golden)
+            out = folder / f"{checkpoint}-{recipe}"
+            made[key] = export_bundle(CHECKPOINTS / checkpoint, out, recipe=recipe, options=options)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_target, "compile_bundle_kernels", index_only)
+        yield one
+
+
+def index_only(names: object, sms: tuple[int, ...], folder: Path, progress: object = None) -> None:
+    """A folder of kernels that lists devices and holds nothing."""
+    del names, progress
+    folder.mkdir()
+    images = {}
+    for sm in sms:
+        images[f"sm_{sm}"] = {"file": f"sm_{sm}.cubin", "resources": {}}
+        (folder / f"sm_{sm}.cubin").write_bytes(b"\x7fELF")
+    index = {"format": 1, "nvrtc": [13, 0], "source": "", "argument_bytes": {}, "images": images}
+    (folder / "kernels.json").write_text(json.dumps(index))
+
+
+@pytest.fixture
+def copied(export: Export, tmp_path: Path) -> Bundle:
+    """A bundle that a test may change."""
+    source = export("fox-tiny", "none")
+    return Bundle.open(shutil.copytree(source.path, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def driver_library(tmp_path_factory: pytest.TempPathFactory) -> str:
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
+    assert compiler is not None, "these tests need a C compiler"
+    path = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
+    source = Path(__file__).parents[1] / "cuda" / "fake_driver.c"
+    subprocess.run([compiler, "-std=gnu11", "-O1", "-shared", "-fPIC", source, "-o", path], check=True)
+    return str(path)
+
+
+@pytest.fixture
+def gpu(driver_library: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Have the stand-in for the driver show a GPU: gpu(sm=86, version=13000, memory=...)."""
+
+    def show(**settings: int) -> None:
+        monkeypatch.setenv("EDGELM_CUDA_DRIVER", driver_library)
+        for name, value in settings.items():
+            monkeypatch.setenv(f"FAKE_CUDA_{name.upper()}", str(value))
+
+    return show

@@ -1,0 +1,178 @@
+"""Does TensorRT get what our operators are: shapes, types, places of the caches, and all that a plugin is told?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from programs import WEIGHTS, C, D, E, F, G, H, S, SmallProgram, V
+from edgelm.errors import EdgeLMError, ExportError
+from edgelm.export.engine_options import EngineOptions
+from edgelm.export.tensorrt import tensorrt_graph
+from edgelm.export.tensorrt_graph import plugin_node, plugins_of
+from edgelm.runtimes.cuda.operators import Scratch
+from edgelm.runtimes.cuda.program import Node, Value
+from edgelm.runtimes.tensorrt.builder import BuildOptions, build_engine
+from edgelm.runtimes.tensorrt.engine_info import plugins_in
+from edgelm.runtimes.tensorrt.host import BuildHost, DeviceHost, _any_device, node_of, plan
+from edgelm.runtimes.tensorrt.library import Library, messages
+from edgelm.runtimes.tensorrt.operators import OPERATORS, PluginSpec, output_shapes, output_types
+from edgelm.runtimes.tensorrt.plugins import STATE, register
+
+SMS = (86,)
+PLUGINS = EngineOptions(linears="plugin")
+CACHE = (3, G, C, 2 * S)
+
+
+def specs(folder: Path, *, mixture: bool = True) -> list[PluginSpec]:
+    made = SmallProgram(folder, layers=1, mixture=mixture)
+    return list(plugins_of(tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS).model))
+
+
+def shapes_of(spec: PluginSpec, batch: int, tokens: int) -> list[tuple[int, ...]]:
+    """Shapes of the inputs that a plugin of `SmallProgram` has."""
+    widths = {"QuantLinear": {"layers.0.attn.qkv.weight": D, "layers.0.mlp.gate_up.weight": D, "embed": D}}
+    width = widths.get(spec.op, {}).get(spec.name, {"hidden.1.weight": F}.get(spec.name, H * S))
+    first = (batch, 1 if spec.name == "embed" and spec.op == "QuantLinear" else tokens)
+    known = {
+        "ids": first, "table": (1,), "x": (*first, D if spec.op != "QuantLinear" else width), "weights": (1,),
+        "norm": (width,), "residual": (*first, D), "router": (E, D), "gate_up": (1,), "down": (1,),
+        "qkv": (*first, (H + 2 * G) * S), "key_cache": (batch, *CACHE[1:]), "value_cache": (batch, *CACHE[1:]),
+        "past_lengths": (batch,), "cos": (C, S // 2), "sin": (C, S // 2), "q_norm": (H * S,), "k_norm": (G * S,),
+    }  # fmt: skip
+    names = (name for name, there in zip(OPERATORS[spec.op].inputs, spec.present, strict=True) if there)
+    return [known[name] for name in names]
+
+
+@pytest.mark.parametrize("mixture", [True, False])
+def test_shapes_and_types_of_results(tmp_path: Path, mixture: bool) -> None:
+    found = {}
+    for spec in specs(tmp_path, mixture=mixture):
+        shapes = shapes_of(spec, 3, 5)
+        types = ["bf16" if spec.op == "GroupQueryAttention" and i == 0 else "int8" for i in range(len(shapes))]
+        found[spec.op, spec.name] = list(
+            zip(output_types(spec, types), output_shapes(spec, shapes), strict=True)
+        )
+    assert found["QuantEmbedding", "embed"] == [("f32", (3, 5, D))]
+    assert found["QuantLinear", "layers.0.attn.qkv.weight"] == [("bf16", (3, 5, (H + 2 * G) * S))]
+    assert found["QuantLinear", "layers.0.attn_sum.weight"] == [("f32", (3, 5, D))]
+    assert found["GroupQueryAttention", "layers.0.attn"] == [("bf16", (3, 5, H * S)), ("int8", CACHE), ("int8", CACHE)]
+    assert found["LastToken", "head_input"] == [("f32", (3, 1, D))]
+    assert found["QuantLinear", "embed"] == [("f32", (3, 1, V))]
+    if mixture:
+        assert found["SparseMoE", "layers.0.moe"] == [("f32", (3, 5, D)), ("f32", (15, E))]
+    else:
+        assert found["QuantLinear", "layers.0.mlp.gate_up.weight"] == [("bf16", (3, 5, F))]
+
+
+def test_tensorrt_infers_the_same(tmp_path: Path, rtx: Library) -> None:
+    made = SmallProgram(tmp_path)
+    graph = tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS)
+    (tmp_path / "g.onnx").write_bytes(graph.model.SerializeToString())
+    register(rtx, BuildHost(SMS))
+    log = messages(rtx).logger
+    builder = rtx.api.Builder(log)
+    network = builder.create_network(1 << int(rtx.api.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = rtx.api.OnnxParser(network, log)
+    assert parser.parse_from_file(str(tmp_path / "g.onnx"))
+    types = {"f32": rtx.api.float32, "bf16": rtx.api.bfloat16}
+    plugins = [layer for layer in map(network.get_layer, range(network.num_layers)) if "PLUGIN" in str(layer.type)]
+    assert len(plugins) == len(made.program.nodes)
+    for layer, node in zip(plugins, made.program.nodes, strict=True):
+        for i, name in enumerate(node.outputs):
+            tensor = layer.get_output(i)
+            if name in made.program.values:
+                value = made.program.values[name]
+                rows = (-1,) if name.startswith("router") else (-1, 1) if name in ("head_input", "logits") else (-1, -1)
+                assert (tuple(tensor.shape), tensor.dtype) == ((*rows, value.width), types[value.type]), name
+            else:
+                assert (tuple(tensor.shape), tensor.dtype) == ((-1, G, -1, 2 * S), rtx.api.int8), name
+
+
+@pytest.mark.parametrize("mixture", [True, False])
+def test_plugins_come_back_from_an_engine_as_they_went_in(tmp_path: Path, rtx: Library, mixture: bool) -> None:
+    made = SmallProgram(tmp_path, mixture=mixture)
+    graph = tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS)
+    (tmp_path / "g.onnx").write_bytes(graph.model.SerializeToString())
+    options = BuildOptions(SMS, max_batch=4, chunk=16)
+    info = build_engine(rtx, tmp_path / "g.onnx", tmp_path / "e", graph.recipe.shape, options, BuildHost(SMS), SMS)
+    by_name = lambda spec: (spec.op, spec.name)  # noqa: E731
+    assert sorted(plugins_in(tmp_path / "e"), key=by_name) == sorted(plugins_of(graph.model), key=by_name)
+    assert sum(info.operators.values()) == len(made.program.nodes)
+
+
+def test_a_spec_survives_as_text_and_others_are_refused() -> None:
+    spec = PluginSpec("layers.3.attn", "LastToken", {"a": 1, "b": 0.1, "c": 'x"\u00e9'}, (True, False), (("f32", 8),))
+    assert PluginSpec.from_text(spec.to_text()) == spec
+    with pytest.raises(EdgeLMError, match=r"the engine has the operator Other, this EdgeLM has .*: upgrade edgelm"):
+        PluginSpec.from_text(spec.to_text().replace("LastToken", "Other"))
+    for text in ("{}", "no", spec.to_text().replace('plugin": 1', 'plugin": 2'), '{"edgelm_plugin": 1}'):
+        with pytest.raises(EdgeLMError, match="build the engine again"):
+            PluginSpec.from_text(text)
+
+
+def test_a_node_that_is_none_of_ours_is_refused() -> None:
+    values = {"x": Value("f32", 8), "y": Value("f32", 8)}
+    with pytest.raises(ExportError, match="n: the TensorRT plugins have no operator Softmax"):
+        plugin_node(Node("Softmax", "n", ("x",), ("y",), {}), values)
+    with pytest.raises(ExportError, match=r"n: QuantEmbedding takes ids, table, of which the first 2 must be there"):
+        plugin_node(Node("QuantEmbedding", "n", ("x", ""), ("y",), {}), values)
+    with pytest.raises(ExportError, match="LastToken takes x"):
+        plugin_node(Node("LastToken", "n", ("x", "x", "x"), ("y",), {}), values)
+
+
+class Failing(BuildHost):
+    def workspace(self, spec, shapes, types) -> int:
+        raise EdgeLMError(f"{spec.name} cannot be sized")
+
+
+def test_what_a_plugin_raises_while_building_is_what_the_builder_raises(tmp_path: Path, rtx: Library) -> None:
+    made = SmallProgram(tmp_path, layers=1)
+    graph = tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS)
+    (tmp_path / "g.onnx").write_bytes(graph.model.SerializeToString())
+    try:
+        with pytest.raises(EdgeLMError, match=r"^\S+ cannot be sized$"):
+            build_engine(
+                rtx, tmp_path / "g.onnx", tmp_path / "e", graph.recipe.shape, BuildOptions(SMS), Failing(SMS), SMS
+            )  # fmt: skip
+    finally:
+        register(rtx, BuildHost(SMS))
+    assert not (tmp_path / "e").exists()
+    assert STATE.take_failure() is None
+
+
+@pytest.mark.parametrize("mixture", [True, False])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_plugin_launches_what_the_executor_would(tmp_path: Path, mixture: bool, tokens: int) -> None:
+    """The same launch code, given TensorRT's addresses: all of them occur in what is launched, and none is invented."""
+    batch, device = (3, 1)[tokens > 1], _any_device(86)
+    for spec in specs(tmp_path, mixture=mixture):
+        shapes = shapes_of(spec, batch, tokens)
+        types = ["bf16" if name in ("qkv",) else "f32" for name in node_of(spec).inputs if name]
+        inputs = [0x10000 * (i + 1) for i in range(len(shapes))]
+        outputs = [0x1000000 * (i + 1) for i in range(spec.outputs)]
+        if spec.op == "GroupQueryAttention":
+            outputs[1:] = inputs[1:3]
+        launches = plan(device, spec, shapes, types, inputs, outputs, Scratch(0x7000000000, 0x7F00000000))
+        assert launches
+        held = b"".join(launch.args for launch in launches)
+        for address in (*inputs, outputs[0]):
+            assert address.to_bytes(8, "little") in held, (spec.name, hex(address))
+
+
+def test_a_cache_that_is_not_written_in_place_is_refused(tmp_path: Path, rtx: Library) -> None:
+    from edgelm.errors import DeviceError
+    from edgelm.runtimes.tensorrt.plugins import plugin_class
+
+    spec = next(spec for spec in specs(tmp_path) if spec.op == "GroupQueryAttention")
+    plugin = plugin_class(rtx.api)(spec)
+    assert [plugin.get_aliased_input(i) for i in range(3)] == [-1, 1, 2]
+    before = STATE.host
+    STATE.host = DeviceHost.__new__(DeviceHost)
+    try:
+        with pytest.raises(DeviceError, match="gave the cache another place to write than to read"):
+            plugin.enqueue([], [], list(range(8)), [100, 1, 77], 0, 0)
+    finally:
+        STATE.host = before
+        STATE.take_failure()
