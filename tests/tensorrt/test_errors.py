@@ -1,0 +1,204 @@
+"""Is everything that can be missing or unfit one clear error: GPU, driver, device, library, version, memory?
+
+What needs no GPU to go wrong goes wrong for real here. A GPU of another kind, an old driver or too little memory is
+shown by a stand-in for the driver's library.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from edgelm.bundle import Bundle
+from edgelm.errors import (
+    BundleError,
+    DeviceError,
+    DeviceMemoryError,
+    EdgeLMError,
+    ExportError,
+    RuntimeUnavailableError,
+)
+from edgelm.runtimes import open_runtime
+from edgelm.runtimes.cuda.device import DeviceInfo
+from edgelm.runtimes.tensorrt import engine_info, library
+from edgelm.runtimes.tensorrt.build import build_bundle
+from edgelm.runtimes.tensorrt.builder import BuildOptions
+from edgelm.runtimes.tensorrt.engine import Engine, choose, diagnosis, failed, unfit
+from edgelm.runtimes.tensorrt.engine_info import EngineInfo, engines
+from edgelm.runtimes.tensorrt.fit import fits
+from edgelm.runtimes.tensorrt.library import Library
+
+A10 = DeviceInfo("A10", (8, 6), 72, 24 << 30, (13, 0))
+INFO = EngineInfo(
+    "engines/e.engine", "tensorrt-rtx", "1.7.1.116", (86,), "python", 32, 512, 512, "float16", False, {}, 1.0
+)
+HAVE = {"tensorrt-rtx": "1.7.1.116"}
+
+
+def test_without_a_driver_loading_says_so(copied: Bundle, monkeypatch) -> None:
+    monkeypatch.setenv("EDGELM_CUDA_DRIVER", str(copied.path / "nowhere" / "libcuda.so.1"))
+    with pytest.raises(DeviceError, match="no NVIDIA driver"):
+        open_runtime(copied, "tensorrt")
+    assert not fits(copied)
+
+
+def test_without_a_gpu_loading_says_so(copied: Bundle, gpu) -> None:
+    gpu(devices=0)
+    with pytest.raises(DeviceError, match="GPU"):
+        open_runtime(copied, "tensorrt")
+    assert not fits(copied)
+
+
+def test_an_engine_for_other_devices_is_refused_and_all_are_named(copied: Bundle, gpu) -> None:
+    gpu(sm=90)
+    with pytest.raises(RuntimeUnavailableError) as raised:
+        open_runtime(copied, "tensorrt")
+    said = str(raised.value)
+    assert "engines/rtx-1.7.1-sm86-sm89-sm120.engine was built for SM 86, SM 89, SM 120" in said
+    assert "is SM 90" in said
+    assert f"run `edgelm build {copied.path}` on this device, or use the runtime cuda-kernels" in said
+    assert not fits(copied)
+    gpu(sm=89)
+    assert fits(copied)
+
+
+def test_an_old_driver_is_refused(copied: Bundle, gpu) -> None:
+    gpu(sm=86, version=11080)
+    with pytest.raises(EdgeLMError, match=r"driver"):
+        open_runtime(copied, "tensorrt")
+    assert unfit(INFO, replace(A10, driver=(11, 8)), HAVE) == (
+        "needs a driver for CUDA 12 or newer, and this one speaks 11.8"
+    )
+
+
+def test_options_that_an_engine_lacks_are_refused(copied: Bundle, gpu) -> None:
+    gpu(sm=86)
+    with pytest.raises(EdgeLMError, match="was built for a cache of float16: leave kv out"):
+        open_runtime(copied, "tensorrt", kv="int8")
+    with pytest.raises(EdgeLMError, match="tensorrt has no option 'threads'; it has: context_length, chunk, kv"):
+        open_runtime(copied, "tensorrt", threads=2)
+    with pytest.raises(EdgeLMError, match="give 1 or more"):
+        open_runtime(copied, "tensorrt", chunk=0)
+
+
+def test_a_flavour_or_version_that_is_not_here_is_named(tmp_path) -> None:
+    assert unfit(INFO, A10, HAVE) is None
+    assert unfit(INFO, A10, {}) == "needs tensorrt-rtx 1.7.1.116, which is not installed"
+    assert unfit(INFO, A10, {"tensorrt-rtx": "1.8"}) == "was built by tensorrt-rtx 1.7.1.116, and 1.8 is installed"
+    with pytest.raises(RuntimeUnavailableError, match="has no engine: run `edgelm build"):
+        choose([], A10, HAVE, tmp_path)
+    full = replace(INFO, file="engines/f.engine", flavour="tensorrt", version="11.4")
+    both = {**HAVE, "tensorrt": "11.4"}
+    assert choose([INFO, full], A10, both, tmp_path) is full
+    assert choose([INFO, full], A10, HAVE, tmp_path) is INFO
+
+
+def test_tensorrt_rtx_without_a_gpu_gives_our_error(copied: Bundle, rtx: Library) -> None:
+    (info,) = engines(copied)
+    with pytest.raises(RuntimeUnavailableError, match="does not run here: TensorRT-RTX finds no GPU that it can use"):
+        Engine(rtx, info, copied.file(info.file))
+
+
+def test_a_damaged_engine_is_found(copied: Bundle, rtx: Library) -> None:
+    (info,) = engines(copied)
+    path = copied.file(info.file)
+    path.write_bytes(b"\1" * 64 + path.read_bytes()[64:])
+    with pytest.raises(RuntimeUnavailableError, match="the file is damaged: copy the bundle again"):
+        Engine(rtx, info, path)
+    path.write_bytes(b"")
+    with pytest.raises(BundleError, match="is empty"):
+        engine_info.plugins_in(path)
+    (copied.path / info.file.replace(".engine", ".json")).write_text('{"format": 2}')
+    with pytest.raises(BundleError, match=r"does not describe an engine .*run `edgelm build` again"):
+        engines(copied)
+
+
+def test_a_weight_budget_needs_an_engine_that_streams(copied: Bundle, rtx: Library) -> None:
+    (info,) = engines(copied)
+    with pytest.raises(EdgeLMError, match=r"built without weight streaming.*--weight-streaming"):
+        Engine(rtx, info, copied.file(info.file), weight_budget=1 << 20)
+
+
+def test_every_diagnosis_of_tensorrt_rtx_has_words(rtx: Library) -> None:
+    flags = rtx.api.EngineInvalidityDiagnostics
+    names = [name for name in dir(flags) if name.isupper()]
+    assert len(names) == 7
+    words = {diagnosis(rtx.api, int(getattr(flags, name))) for name in names}
+    assert len(words) == 7
+    assert not any("finds no GPU" in word for word in words)
+    assert "update the driver" in diagnosis(rtx.api, int(flags.OLD_CUDA_DRIVER))
+    assert "--weight-budget" in diagnosis(rtx.api, int(flags.INSUFFICIENT_GPU_MEMORY))
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("Error Code 2: OutOfMemory (Requested size was 4096 bytes.)", DeviceMemoryError),
+        ("Cuda Runtime (out of memory)", DeviceMemoryError),
+        ("(cudaError 35: CUDA driver version is insufficient for CUDA runtime version)", DeviceError),
+        ("Serialization assertion stdVersionRead == serializationVersion failed", BundleError),
+        ("something else", DeviceError),
+    ],
+)
+def test_failures_of_tensorrt_are_told_apart(said: str, kind: type[EdgeLMError]) -> None:
+    error = failed("loading", said)
+    assert type(error) is kind
+    assert said in str(error)
+
+
+def test_without_tensorrt_the_way_to_install_it_is_said(monkeypatch, copied: Bundle, gpu) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name.startswith("tensorrt") else real(name, *rest)
+    )
+    assert library.installed() == {}
+    with pytest.raises(RuntimeUnavailableError, match=r"TensorRT is not installed: pip install 'edgelm\[tensorrt-rtx"):
+        library.load()
+    with pytest.raises(RuntimeUnavailableError, match=r"pip install 'edgelm\[tensorrt-rtx\]'"):
+        build_bundle(copied, BuildOptions((86,)))
+    with pytest.raises(RuntimeUnavailableError, match=r"nothing installed can run .*edgelm\[tensorrt-rtx\]"):
+        open_runtime(copied, "tensorrt")
+    gpu(sm=86)
+    assert not fits(copied)
+
+
+def test_an_unknown_or_missing_flavour_is_refused(copied: Bundle) -> None:
+    with pytest.raises(RuntimeUnavailableError, match="no TensorRT flavour 'x'; there are: tensorrt, tensorrt-rtx"):
+        library.load("x")
+    if importlib.util.find_spec("tensorrt") is None:
+        with pytest.raises(RuntimeUnavailableError, match="tensorrt is not installed: .*NVIDIA's own index"):
+            build_bundle(copied, BuildOptions(), flavour="tensorrt")
+
+
+PARSE_AFTER_ANOTHER_IMPORT = """
+import sys
+import tensorrt_rtx
+from pathlib import Path
+from edgelm.bundle import Bundle
+from edgelm.errors import ExportError
+from edgelm.runtimes.tensorrt.build import build_bundle
+from edgelm.runtimes.tensorrt.builder import BuildOptions
+try:
+    build_bundle(Bundle.open(sys.argv[1]), BuildOptions((86,)))
+except ExportError as error:
+    print(error)
+"""
+
+
+def test_another_import_before_ours_is_an_error_and_no_abort(copied: Bundle) -> None:
+    """The parser cannot find its library then, and would end the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE_AFTER_ANOTHER_IMPORT, copied.path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tensorrt_rtx was imported before EdgeLM could make its library known" in done.stdout
+
+
+def test_impossible_build_options_are_refused() -> None:
+    for options in ({"max_batch": 0}, {"chunk": 0}):
+        with pytest.raises(ExportError, match="give 1 or more"):
+            BuildOptions((86,), **options)
