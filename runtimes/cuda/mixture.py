@@ -11,6 +11,9 @@ from edgelm.runtimes.cuda.launch import Launch
 from edgelm.runtimes.cuda.linear import Product
 from edgelm.runtimes.cuda.moe import MoeShape, MoeWorkspace
 
+COUNTER_BYTES = 4
+"""Bytes of `MixtureBuffers.counters`."""
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -55,6 +58,7 @@ class MixtureBuffers:
         y: float32 [M, D], written; may be x.
         workspace: `workspace_bytes` of scratch memory.
         logits: float32 [M, E] for the router's logits; 0: not wanted.
+        counters: `COUNTER_BYTES` of zeros, which the launches leave as zeros; with them few tokens need a launch less.
     """
 
     x: int
@@ -65,6 +69,7 @@ class MixtureBuffers:
     y: int
     workspace: int
     logits: int = 0
+    counters: int = 0
 
 
 def workspace_bytes(mixture: Mixture) -> int:
@@ -81,8 +86,7 @@ def mixture_launches(mixture: Mixture, buffers: MixtureBuffers, info: DeviceInfo
     scratch = buffers.workspace + moe.workspace_bytes(shape)
     logits = buffers.logits or places.logits
     launches = [
-        moe.router_launch(shape, buffers.x, buffers.norm, buffers.router, logits, places.normed),
-        *moe.choose_launches(shape, logits, places),
+        *moe.route_launches(shape, buffers.x, buffers.norm, buffers.router, logits, places, buffers.counters),
         *linear.product_launches(mixture.first(places.normed, buffers.gate_up, places.hidden, places), info, scratch),
     ]
     if mixture.fuses_down:
@@ -101,7 +105,9 @@ def kernels_of(mixture: Mixture) -> tuple[str, ...]:
     shape, activation = mixture.shape, mixture.shape.activation
     lanes = next(e for e in (32, 64, 128, 256) if shape.experts <= e)
     wanted = [f"moe_router_{activation}_", f"moe_down_{activation}_{mixture.down.kind}_", "moe_combine_"]
-    names = [name for name in moe.all_kernels() if name.startswith(tuple(wanted)) or name.endswith(f"_e{lanes}")]
+    by_experts = ("moe_choose_", "moe_place_", f"moe_route_{activation}_")
+    names = [name for name in moe.all_kernels() if name.startswith(tuple(wanted))]
+    names += [name for name in moe.all_kernels() if name.startswith(by_experts) and name.endswith(f"_e{lanes}")]
     for matrix in (mixture.gate_up, mixture.down):
         names += linear.kernels_of(matrix, activation, mixture.rounding)
     return tuple(names)

@@ -22,7 +22,7 @@ ALIGNMENT = 256
 _ACTIVATIONS = {"bf16": "bf16", "f16": "f16", "f32": "float"}
 _ACTIVATION_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
 # (tokens, experts, threads) of a block of the router for few tokens, by kernel.
-_ROUTERS = {"n1": (1, 2, 512), "n4": (4, 4, 256)}
+_ROUTERS = {"n1": (1, 2, 512), "n4": (4, 4, 512)}
 _TILE_TOKENS, _TILE_SHARED, _TILE_THREADS = 32, 64 * (32 + 64) * 4, 256
 _PLACE_THREADS = 256
 _COMBINE_THREADS = 128
@@ -35,6 +35,7 @@ _DOWN_WEIGHTS = {GpuKind.INT4: "Int4", GpuKind.INT8: "Int8", GpuKind.FP8: "e4m3"
 # The structs of moe.cuh.
 _ROUTER_ARGS = struct.Struct("<5Q3if")
 _CHOOSE_ARGS = struct.Struct("<9Q4i")
+_ROUTE_ARGS = struct.Struct(_ROUTER_ARGS.format + _CHOOSE_ARGS.format[1:] + "Q")
 _COMBINE_ARGS = struct.Struct("<5Q3i4x")
 _DOWN_ARGS = struct.Struct("<10Q3q6i")
 
@@ -170,16 +171,57 @@ def router_launch(shape: MoeShape, x: int, norm: int, router: int, logits: int, 
         logits: of [M, E] float32, written.
         normed: of [M, D] of the activation's type, written.
     """
-    sizes = (shape.tokens, shape.columns, shape.experts, shape.epsilon)
-    args = _ROUTER_ARGS.pack(x, norm, router, logits, normed, *sizes)
+    args = _router_args(shape, x, norm, router, logits, normed)
     if shape.tokens >= TILED_TOKENS:
         grid = (-(-shape.tokens // _TILE_TOKENS), 1, 1)
         return Launch(f"moe_router_{shape.activation}_tiled", grid, _TILE_THREADS, _TILE_SHARED, args)
+    kind, grid, threads, shared = _router_blocks(shape)
+    return Launch(f"moe_router_{shape.activation}_{kind}", grid, threads, shared, args)
+
+
+def route_launches(
+    shape: MoeShape, x: int, norm: int, router: int, logits: int, places: MoeWorkspace, counter: int = 0
+) -> list[Launch]:
+    """Logits and normed rows, the choice of experts and the order of slots: one launch up to 32 tokens with a counter.
+
+    Args:
+        shape: sizes.
+        x, norm, router, logits: as `router_launch` has them.
+        places: everything but hidden and outputs is written.
+        counter: address of an int32 that is 0, and is again when the launches have ended; 0: there is none.
+    """
+    if not counter or shape.tokens > CHOOSE_TOKENS:
+        first = router_launch(shape, x, norm, router, logits, places.normed)
+        return [first, *choose_launches(shape, logits, places)]
+    kind, grid, threads, shared = _router_blocks(shape)
+    args = _router_args(shape, x, norm, router, logits, places.normed) + _choose_args(shape, logits, places)
+    args += counter.to_bytes(8, "little")
+    assert len(args) == _ROUTE_ARGS.size
+    name = f"moe_route_{shape.activation}_{kind}_e{32 * _experts_per_lane(shape.experts)}"
+    return [Launch(name, grid, threads, 16 + max(shared, _choose_shared(shape)), args)]
+
+
+def _router_blocks(shape: MoeShape) -> tuple[str, tuple[int, int, int], int, int]:
+    """The router for few tokens: its name, grid, threads and shared memory."""
     kind = "n1" if shape.tokens <= 2 else "n4"
     tokens, experts, threads = _ROUTERS[kind]
     grid = (-(-shape.experts // experts), -(-shape.tokens // tokens), 1)
-    shared = 4 * (threads // 32) * tokens * (experts + 1)
-    return Launch(f"moe_router_{shape.activation}_{kind}", grid, threads, shared, args)
+    return kind, grid, threads, 4 * (threads // 32) * tokens * (experts + 1)
+
+
+def _router_args(shape: MoeShape, x: int, norm: int, router: int, logits: int, normed: int) -> bytes:
+    return _ROUTER_ARGS.pack(x, norm, router, logits, normed, shape.tokens, shape.columns, shape.experts, shape.epsilon)
+
+
+def _choose_args(shape: MoeShape, logits: int, places: MoeWorkspace) -> bytes:
+    return _CHOOSE_ARGS.pack(
+        logits, places.chosen, places.chosen_weights, places.counts, places.offsets, places.row_map,
+        places.slot_weights, places.slot_of, places.active, shape.tokens, shape.experts, shape.k, shape.normalize,
+    )  # fmt: skip
+
+
+def _choose_shared(shape: MoeShape) -> int:
+    return 12 * shape.experts + 8 * shape.slots
 
 
 def choose_launches(shape: MoeShape, logits: int, places: MoeWorkspace) -> list[Launch]:
@@ -190,13 +232,10 @@ def choose_launches(shape: MoeShape, logits: int, places: MoeWorkspace) -> list[
         logits: address of [M, E] float32.
         places: offsets, row_map, slot_weights, slot_of and active are written.
     """
-    args = _CHOOSE_ARGS.pack(
-        logits, places.chosen, places.chosen_weights, places.counts, places.offsets, places.row_map,
-        places.slot_weights, places.slot_of, places.active, shape.tokens, shape.experts, shape.k, shape.normalize,
-    )  # fmt: skip
+    args = _choose_args(shape, logits, places)
     lanes = _experts_per_lane(shape.experts)
     if shape.tokens <= CHOOSE_TOKENS:
-        return [Launch(f"moe_choose_e{32 * lanes}", (1, 1, 1), 32 * shape.tokens, 12 * shape.experts, args)]
+        return [Launch(f"moe_choose_e{32 * lanes}", (1, 1, 1), 32 * shape.tokens, _choose_shared(shape), args)]
     grid = (shape.blocks, 1, 1)
     return [
         Launch(f"moe_choose_many_e{32 * lanes}", grid, 32 * CHOOSE_TOKENS, 4 * shape.experts, args),
@@ -268,7 +307,8 @@ def all_kernels() -> tuple[str, ...]:
     routers = [f"moe_router_{a}_{kind}" for a in _ACTIVATIONS for kind in (*_ROUTERS, "tiled")]
     choices = [f"moe_{what}_e{32 * p}" for what in ("choose", "choose_many", "place") for p in (1, 2, 4, 8)]
     downs = [f"moe_down_{a}_{kind}_f32_n{8 * tiles}" for a, kind in _downs() for tiles in _DOWN_RINGS]
-    return (*routers, *choices, *downs, "moe_combine_f32")
+    routes = [f"moe_route_{a}_{kind}_e{32 * p}" for a in _ACTIVATIONS for kind in _ROUTERS for p in (1, 2, 4, 8)]
+    return (*routers, *choices, *routes, *downs, "moe_combine_f32")
 
 
 def instantiation(name: str) -> str:
@@ -284,6 +324,11 @@ def instantiation(name: str) -> str:
             return f"EDGELM_KERNEL({name}, MoeRouterArgs, {_TILE_THREADS}, 1, moe_router_tiled<{activation}>)"
         tokens, experts, threads = _ROUTERS[variant]
         return f"EDGELM_KERNEL({name}, MoeRouterArgs, {threads}, 1, moe_router<{activation}, {tokens}, {experts}>)"
+    if what.startswith("moe_route_"):
+        activation, kind = what.split("_")[2:]
+        tokens, experts, threads = _ROUTERS[kind]
+        body = f"moe_route<{_ACTIVATIONS[activation]}, {tokens}, {experts}, {int(variant[1:]) // 32}>"
+        return f"EDGELM_KERNEL({name}, MoeRouteArgs, {threads}, 1, {body})"
     if what.startswith("moe_down_"):
         activation, kind = what.split("_")[2:4]
         weights = _ACTIVATIONS[kind] if kind in _ACTIVATIONS else _DOWN_WEIGHTS[GpuKind(kind)]

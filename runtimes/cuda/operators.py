@@ -100,6 +100,7 @@ class Operators:
                 counters = max(counters, *(shape.counter_bytes() for shape in shapes if shape.few), 0)
             elif node.op == "SparseMoE":
                 workspace = max(workspace, *(mixture.workspace_bytes(_mixture(node, step.rows)) for step in steps))
+                counters = max(counters, mixture.COUNTER_BYTES)
             else:
                 product = self._product(node, most.rows, dict.fromkeys((*node.inputs, *node.outputs, ""), 0))
                 workspace = max(workspace, linear.workspace_bytes(product))
@@ -144,7 +145,8 @@ class Operators:
     def _moe(self, node: Node, step: Step, at: Mapping[str, int], scratch: Scratch) -> list[Launch]:
         x, router, gate_up, down, norm = (at[name] for name in node.inputs)
         logits = at[node.outputs[1]] if len(node.outputs) > 1 else 0
-        buffers = MixtureBuffers(x, norm, router, gate_up, down, at[node.outputs[0]], scratch.workspace, logits)
+        y = at[node.outputs[0]]
+        buffers = MixtureBuffers(x, norm, router, gate_up, down, y, scratch.workspace, logits, scratch.counters)
         return mixture.mixture_launches(_mixture(node, step.rows), buffers, self._info)
 
     def _last_token(self, node: Node, step: Step, at: Mapping[str, int], scratch: Scratch) -> list[Launch]:

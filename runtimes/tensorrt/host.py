@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from edgelm.errors import DeviceError
+from edgelm.runtimes.cuda import mixture
 from edgelm.runtimes.cuda.device import Device, DeviceInfo
 from edgelm.runtimes.cuda.launch import Launch
 from edgelm.runtimes.cuda.operators import Operators, Scratch, Step
@@ -122,6 +123,8 @@ def counter_bytes(device: DeviceInfo, specs: Sequence[PluginSpec], batch: int, t
                 found = ((sequences, new, 1), *behind)
                 shapes = (*found, *((1,),) * (sum(spec.present) - len(found)))
                 most = max(most, scratch_bytes(device, spec, shapes, ["f32"] * len(shapes))[1])
+        elif spec.op == "SparseMoE":
+            most = max(most, mixture.COUNTER_BYTES)
     return most
 
 

@@ -256,6 +256,27 @@ def test_any_input_chooses_k_experts(device: Layer, normalize: bool) -> None:
         assert np.allclose(found["weights"][5::6], expected, rtol=8 * U, atol=0)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 7])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 17, 32])
+def test_one_launch_routes_as_two_do(device: Layer, rng: np.random.Generator, tokens: int, seed: int) -> None:
+    for experts, k, activation in ((7, 7, "f32"), (64, 8, "bf16"), (200, 16, "f16")):
+        shape = MoeShape(tokens, 136, 64, experts, k, normalize=True, activation=activation)
+        x = device.put(rng.standard_normal((tokens, 136)).astype(np.float32))
+        norm = device.put(rng.uniform(0.5, 2, 136).astype(np.float32))
+        router = device.put(rng.standard_normal((experts, 136)).astype(np.float32))
+        counter = device.put(np.zeros(1, np.int32))
+        results = []
+        for given in (counter, counter, 0):
+            size = moe.workspace_bytes(shape)
+            memory = device.put(np.full(size, 0xEE, np.uint8))
+            places = moe.workspace(shape, memory)
+            launches = moe.route_launches(shape, x, norm, router, places.logits, places, given)
+            assert len(launches) == (1 if given else 2)
+            device.run(launches, seed)
+            results.append(device.get(memory, (size,), np.uint8).tobytes())
+        assert results[0] == results[1] == results[2]  # the second time the counter was a zero again
+
+
 # -- the sum -----------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,8 @@
 //   combine   y = x + the weighted sum, in the order of the experts' indices; up to 32 tokens `down` does the experts'
 //             second product as well, and nothing of it passes through memory
 //
-// Up to 32 tokens one block chooses and sorts; more are chosen by 32s (`choose_many`), and `place` gives each its slot.
+// Up to 32 tokens one block chooses and sorts: the last of the router's to end (`route`), or that of a kernel of its own
+// (`choose`). More are chosen by 32s (`choose_many`), and `place` gives each its slot.
 // Everything is deterministic, and nothing about a launch depends on which experts are chosen.
 #pragma once
 
@@ -41,6 +42,12 @@ struct MoeChooseArgs {
   int* slot_of;           // [tokens, k]: a token's slots, ascending
   int* active;            // [1 + min(experts, slots)]: how many experts have tokens, and which, ascending
   int tokens, experts, k, normalize;
+};
+
+struct MoeRouteArgs {
+  MoeRouterArgs router;
+  MoeChooseArgs choose;
+  int* counter;  // 0; left as 0
 };
 
 struct MoeCombineArgs {
@@ -80,7 +87,9 @@ EDGELM_DEVICE Float4 normed_floats(const Float4& x, float inverse, const Float4&
 // A block has `T` tokens (block_y) and `N` experts (block_x), its threads share the columns: with few tokens the time
 // is that of one access to memory, and all loads are on their way at once. The norm's factor is taken out of the sum
 // over columns, so that sum of squares and products need one pass and one barrier. Threads: any multiple of 32.
-template <class A, int T, int N> EDGELM_BODY void moe_router(const MoeRouterArgs& args) {
+// With a counter: whether this block is the last, and sees all logits.
+template <class A, int T, int N>
+EDGELM_DEVICE bool router_block(const MoeRouterArgs& args, float* scratch, int* counter, int* flag) {
   const int first_token = block_y() * T, first_expert = block_x() * N, columns = args.columns;
   float squares[T] = {}, sums[T][N] = {};
   bool waited = false;
@@ -110,8 +119,7 @@ template <class A, int T, int N> EDGELM_BODY void moe_router(const MoeRouterArgs
   }
   let_next_kernel_start();
 
-  // [warps][T][N + 1]
-  float* const scratch = reinterpret_cast<float*>(shared_memory());
+  // Sums of each warp, in scratch: [warps][T][N + 1].
   const int warp = thread() / kWarp, warps = block_threads() / kWarp;
   EDGELM_UNROLL
   for (int t = 0; t < T; ++t) {
@@ -139,6 +147,16 @@ template <class A, int T, int N> EDGELM_BODY void moe_router(const MoeRouterArgs
       args.logits[i64(first_token + t) * args.experts + first_expert + n] = total * factor;
     }
   }
+  if (counter && warp == 0) {  // which wrote the logits
+    static_assert(T * N <= kWarp, "one warp writes the logits");
+    fence_device();
+    sync_warp();
+    if (thread() == 0) {
+      const bool last = atomic_add(counter, 1) == grid_x() * grid_y() - 1;
+      if (last) *counter = 0;
+      *flag = last;
+    }
+  }
   // Each block of a token writes its share of the columns.
   const int share = (columns / 4 + grid_x() - 1) / grid_x() * 4;
   const int end = min_(columns, (block_x() + 1) * share);
@@ -151,6 +169,14 @@ template <class A, int T, int N> EDGELM_BODY void moe_router(const MoeRouterArgs
       store_as(static_cast<A*>(args.normed) + at, normed_floats(load_floats(args.x + at), inverse[t], norm));
     }
   }
+  if (!counter) return false;
+  sync_block();
+  fence_device();
+  return *flag != 0;
+}
+
+template <class A, int T, int N> EDGELM_BODY void moe_router(const MoeRouterArgs& args) {
+  router_block<A, T, N>(args, reinterpret_cast<float*>(shared_memory()), nullptr, nullptr);
 }
 
 // -- router: many tokens ----------------------------------------------------------------------------------------------

@@ -108,30 +108,53 @@ EDGELM_DEVICE void place_pair(const MoeChooseArgs& args, int token, int place, i
   args.slot_of[i64(token) * args.k + place] = slot;
 }
 
-// Up to 32 tokens in one block, a warp each; 3 * 4 bytes of shared memory an expert.
-template <int P> EDGELM_BODY void moe_choose(const MoeChooseArgs& args) {
-  int* const tokens = reinterpret_cast<int*>(shared_memory());  // [experts] the tokens that chose it, as bits
-  int* const counts = tokens + args.experts;
+// Bytes of shared memory that choose_all takes are 12 an expert and 8 a pair.
+template <int P> EDGELM_DEVICE void choose_all(const MoeChooseArgs& args, void* shared) {
+  int* const bits = static_cast<int*>(shared);  // [experts] the tokens that chose it
+  int* const counts = bits + args.experts;
   int* const starts = counts + args.experts;
-  const int token = thread() / kWarp, lane = thread() % kWarp;
-  for (int e = thread(); e < args.experts; e += block_threads()) tokens[e] = 0;
+  int* const chosen = starts + args.experts;  // [tokens, k] expert * kMaxChosen + place
+  float* const weights = reinterpret_cast<float*>(chosen + args.tokens * args.k);
+  const int warp = thread() / kWarp, lane = thread() % kWarp, pairs = args.tokens * args.k;
+  for (int e = thread(); e < args.experts; e += block_threads()) bits[e] = 0;
   sync_block();
+  for (int token = warp; token < args.tokens; token += block_threads() / kWarp) {
+    int expert, place;
+    float weight;
+    choose_experts<P>(args.logits + i64(token) * args.experts, args.experts, args.k, args.normalize != 0, expert,
+                      weight, place);
+    if (lane < args.k) {
+      atomic_add(bits + expert, int(1u << token));  // a token chooses an expert once: that sets its bit
+      chosen[token * args.k + lane] = expert * kMaxChosen + place;
+      weights[token * args.k + lane] = weight;
+    }
+    sync_warp();
+  }
+  sync_block();
+  for (int e = thread(); e < args.experts; e += block_threads()) counts[e] = count_bits(u32(bits[e]));
+  sync_block();
+  if (warp == 0) scan_counts<P>(args, counts, starts, true);
+  sync_block();
+  for (int i = thread(); i < pairs; i += block_threads()) {
+    const int token = i / args.k, expert = chosen[i] / kMaxChosen;
+    const int before = count_bits(u32(bits[expert]) & ((1u << token) - 1));
+    place_pair(args, token, chosen[i] % kMaxChosen, starts[expert] + before, weights[i]);
+  }
+}
+
+// Up to 32 tokens in one block, best a warp each.
+template <int P> EDGELM_BODY void moe_choose(const MoeChooseArgs& args) {
   wait_for_previous_kernel();
   let_next_kernel_start();
-  int expert, place;
-  float weight;
-  choose_experts<P>(args.logits + i64(token) * args.experts, args.experts, args.k, args.normalize != 0, expert, weight,
-                    place);
-  // A token chooses an expert once: adding its bit sets it.
-  if (lane < args.k) atomic_add(tokens + expert, int(1u << token));
-  sync_block();
-  for (int e = thread(); e < args.experts; e += block_threads()) counts[e] = count_bits(u32(tokens[e]));
-  sync_block();
-  if (thread() < kWarp) scan_counts<P>(args, counts, starts, true);
-  sync_block();
-  if (lane < args.k) {
-    const u32 before = u32(tokens[expert]) & ((1u << token) - 1);
-    place_pair(args, token, place, starts[expert] + count_bits(before), weight);
+  choose_all<P>(args, shared_memory());
+}
+
+// Router and choice in one launch: the last block to end has all logits. 16 bytes of shared memory for its flag.
+template <class A, int T, int N, int P> EDGELM_BODY void moe_route(const MoeRouteArgs& args) {
+  u8* const shared = shared_memory() + 16;
+  int* const flag = reinterpret_cast<int*>(shared_memory());
+  if (router_block<A, T, N>(args.router, reinterpret_cast<float*>(shared), args.counter, flag)) {
+    choose_all<P>(args.choose, shared);
   }
 }
 
