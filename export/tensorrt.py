@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+from onnx import TensorProto
 
 from edgelm.bundle import ModelInfo
 from edgelm.errors import DeviceError
 from edgelm.export.engine_options import ENGINE, EngineOptions
+from edgelm.export.tensorrt_attention import CACHE_TYPES, EngineAttention
 from edgelm.export.tensorrt_graph import ParserGraph, cache_kind, cache_row_bytes
 from edgelm.export.tensorrt_linear import EngineLinears
 from edgelm.progress import Progress
+from edgelm.runtimes.base import DEFAULT_CONTEXT_LENGTH
 from edgelm.runtimes.cuda.driver import find_devices
 from edgelm.runtimes.cuda.program import Program
 from edgelm.runtimes.tensorrt.build import GRAPH_FILE, RECIPE_FILE, GraphRecipe, build_into
@@ -50,13 +53,22 @@ def tensorrt_graph(
     """
     graph = ParserGraph(program, weights_file)
     linears = EngineLinears(graph, fp8=all(sm >= FP8_SM for sm in sms))
+    kv = cache_kind(program)
+    attention = EngineAttention(graph, kv) if options.attention == ENGINE else None
     for node in program.nodes:
         if options.linears == ENGINE and linears.takes(node):
             linears.add(node)
+        elif attention is not None and node.op == "GroupQueryAttention":
+            attention.add(node)
         else:
             graph.plugin(node)
-    shape = GraphShape(info.context_length, cache_kind(program), options.linears, options.attention)
-    model = graph.model(info, cache_row_bytes(program))
+    positions = info.context_length
+    if attention is None:
+        model = graph.model(info, TensorProto.INT8, cache_row_bytes(program))
+    else:
+        positions = min(positions, DEFAULT_CONTEXT_LENGTH)
+        model = graph.model(info, CACHE_TYPES[kv], info.head_dim, positions)
+    shape = GraphShape(positions, kv, options.linears, options.attention)
     return TensorRtGraph(model, GraphRecipe(shape, linears.has_fp8, linears.rows))
 
 

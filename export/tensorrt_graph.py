@@ -76,9 +76,9 @@ class ParserGraph:
             if name in self.program.weights:
                 self.weight(name)
 
-    def model(self, info: ModelInfo, row_bytes: int) -> onnx.ModelProto:
-        """The finished graph; `row_bytes` of a cache for one head and position."""
-        cache: Dims = ["batch", info.num_kv_heads, "capacity", row_bytes]
+    def model(self, info: ModelInfo, cache_type: int, row: int, capacity: int | str = "capacity") -> onnx.ModelProto:
+        """The finished graph; a cache has `row` elements of `cache_type` for one head and position."""
+        cache: Dims = ["batch", info.num_kv_heads, capacity, row]
         tensor = helper.make_tensor_value_info
         inputs = [
             tensor("input_ids", TensorProto.INT32, ["batch", "tokens"]),
@@ -86,8 +86,8 @@ class ParserGraph:
         ]
         outputs = [tensor("logits", TensorProto.FLOAT, ["batch", 1, info.vocab_size])]
         for i in range(info.num_layers):
-            inputs += [tensor(f"past_key_values.{i}.{which}", TensorProto.INT8, cache) for which in CACHES]
-            outputs += [tensor(f"present.{i}.{which}", TensorProto.INT8, cache) for which in CACHES]
+            inputs += [tensor(f"past_key_values.{i}.{which}", cache_type, cache) for which in CACHES]
+            outputs += [tensor(f"present.{i}.{which}", cache_type, cache) for which in CACHES]
         initializers = [*self._constants.values(), *(_external(name, at) for name, at in self.weights.items())]
         graph = helper.make_graph(self.nodes, info.name, inputs, outputs, initializers)
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(NAMESPACE, 1)]

@@ -22,7 +22,7 @@ from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.kernels_file import FOLDER, KernelFolder
 from edgelm.runtimes.cuda.operators import Operators
 from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
-from edgelm.runtimes.tensorrt.engine import DECODE, PREFILL, Context, Engine, choose
+from edgelm.runtimes.tensorrt.engine import DECODE, PREFILL, Context, Engine, Tensor, choose
 from edgelm.runtimes.tensorrt.engine_info import EngineInfo, engines, plugins_in
 from edgelm.runtimes.tensorrt.host import DeviceHost, counter_bytes
 from edgelm.runtimes.tensorrt.library import installed, load
@@ -81,13 +81,14 @@ class Session:
             self.lengths: NDArray[np.int32] = np.zeros(batch, np.int32)
             library = load(info.flavour)
             self.device.load(Operators(program, info.kv, 0, self.device.info).kernels())
-            self.capacity = min(_rounded(self.context_length), info.context_length)
+            register(library)
+            self._engine = Engine(library, info, bundle.file(info.file), weight_budget)
+            self.capacity = self._capacity()
             specs = plugins_in(bundle.file(info.file))
             counters = counter_bytes(self.device.info, specs, batch, self.chunk, self.capacity)
             place = self.device.allocate(counters)
             self.device.fill(place, 0, counters)
             register(library, DeviceHost(self.device, place))
-            self._engine = Engine(library, info, bundle.file(info.file), weight_budget)
             self._caches = self._allocate(model.num_kv_heads)
             self._contexts = self._make_contexts()
         except BaseException:
@@ -97,6 +98,15 @@ class Session:
         self._decoded = False
         self._row = -1
 
+    def _capacity(self) -> int:
+        """Positions of a cache: what the engine fixes, as its own attention does, else rounded for our kernels."""
+        fixed = {self._engine.input_shape(tensor.name)[2] for tensor in self._engine.tensors if _is_cache(tensor)}
+        (size,) = fixed
+        if size > 0:
+            return size
+        rounded = -(-self.context_length // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
+        return min(rounded, self.info.context_length)
+
     # -- buffers -------------------------------------------------------------------------------------------------------
 
     def _allocate(self, kv_heads: int) -> dict[str, tuple[int, int]]:
@@ -104,7 +114,7 @@ class Session:
         device = self.device
         caches = {}
         for tensor in self._engine.tensors:
-            if tensor.name.startswith(PAST):
+            if _is_cache(tensor):
                 shape = self._engine.input_shape(tensor.name)
                 size = kv_heads * self.capacity * shape[3] * tensor.element_bytes
                 address = device.allocate(self.batch * size)
@@ -221,8 +231,8 @@ class Session:
         self.device.close()
 
 
-def _rounded(positions: int) -> int:
-    return -(-positions // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
+def _is_cache(tensor: Tensor) -> bool:
+    return tensor.name.startswith(PAST)
 
 
 def check_options(info: EngineInfo, *, batch: int, chunk: int | None, kv: str | None) -> None:
