@@ -14,7 +14,7 @@ from edgelm.runtimes.base import Runtime, SequenceBatch
 
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
-    from edgelm.runtimes.onnxruntime_common import TracingModel
+    from edgelm.runtimes.tracing import TracingModel
 
 __all__ = ["Runtime", "RuntimeEntry", "SequenceBatch", "open_batch", "open_runtime", "open_tracing", "runtimes"]
 

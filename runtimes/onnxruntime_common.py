@@ -7,9 +7,8 @@ its rows in place and copies nothing. Every other input and the logits are bound
 from __future__ import annotations
 
 import mmap
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,8 @@ from numpy.typing import NDArray
 
 from edgelm.devices import allowed_cores, return_free_memory
 from edgelm.errors import BundleError, EdgeLMError, RuntimeUnavailableError
-from edgelm.runtimes.base import Runtime, checked_tokens, choose_context_length, context_full, interruptible
+from edgelm.runtimes.base import Runtime, choose_context_length, interruptible
+from edgelm.runtimes.tracing import TracingModel
 
 if TYPE_CHECKING:
     import onnxruntime  # type: ignore[import-untyped]  # it has no type information
@@ -287,35 +287,16 @@ class OnnxRuntimeModel(Runtime):
         return logits
 
 
-@dataclass(frozen=True)
-class Trace:
-    """What the debug graph computed at every position of a text of T tokens.
-
-    `logits` [T, V], None where they were not asked for; `hidden`: L + 1 arrays [T, D], the embedding's output and the
-    residual stream after each layer; `router_logits`: L arrays [T, E], empty for a dense model.
-    """
-
-    logits: NDArray[np.float32] | None
-    hidden: list[NDArray[np.float32]]
-    router_logits: list[NDArray[np.float32]]
-
-
-class TracingModel(ABC):
-    """A bundle's debug graph, loaded. It takes as much memory as the main graph: close that one first.
-
-    Its products are computed in float32, so it differs from the quantised reference by rounding only.
-    """
+class OnnxTracing(TracingModel):
+    """A bundle's debug graph in ONNX Runtime."""
 
     lengths: str
     """The input that says how much is cached."""
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
-        self._model = bundle.manifest.model
-        layers = range(self._model.num_layers)
-        self._hidden = [f"hidden.{i}" for i in range(self._model.num_layers + 1)]
-        self._routers = [f"router_logits.{i}" for i in layers] if self._model.num_experts else []
+        super().__init__(bundle)
         session = self._load(bundle, allowed_cores() if threads is None else threads)
-        check_graph(session, bundle, self.lengths, [*self._hidden, *self._routers])
+        check_graph(session, bundle, self.lengths, self.traced)
         self._session: onnxruntime.InferenceSession | None = session
 
     @abstractmethod
@@ -326,49 +307,11 @@ class TracingModel(ABC):
     def _empty_cache(self, batch: int, tokens: int) -> dict[str, NDArray[Any]]:
         """What to feed so that `batch` rows of `tokens` begin at position 0."""
 
-    def trace(self, tokens: Sequence[int], *, logits: bool = True) -> Trace:
-        """Run `tokens` from position 0 in one pass. `logits=False` spares their [T, V] float32.
-
-        Raises:
-            ContextLengthError, GenerationError: as `Runtime.prefill`, against the model's own context length.
-        """
-        return self.trace_all([tokens], logits=logits)[0]
-
-    def trace_all(self, texts: Sequence[Sequence[int]], *, logits: bool = True) -> list[Trace]:
-        """Run several texts in one pass over the weights, each from position 0.
-
-        Shorter ones are filled up at the end with a token of their own: attention looks back only, so what is computed
-        before stays as it is. Memory grows with the number of texts times the longest. Raises as `trace`.
-        """
+    def _run(self, ids: NDArray[np.int64], names: Sequence[str], *, logits: bool) -> list[NDArray[np.float32]]:
         if self._session is None:
             raise EdgeLMError("this tracing runtime was closed: load the bundle again")
-        model = self._model
-        parts = [checked_tokens(tokens, model.vocab_size) for tokens in texts]
-        longest = max(part.size for part in parts)
-        if longest > model.context_length:
-            raise context_full(longest, 0, model.context_length, model.context_length)
-        ids = np.stack([np.pad(part, (0, longest - part.size), mode="edge") for part in parts])
-        feed: dict[str, NDArray[Any]] = {
-            "input_ids": ids,
-            "logits_start": np.array([0 if logits else -1], np.int64),
-            **self._empty_cache(*ids.shape),
-        }
-        names = ["logits", *self._hidden, *self._routers]
-        values = self._compute(names, feed)
-        first_router = 1 + len(self._hidden)
-        rows = [value.reshape(len(parts), longest, -1) for value in values[1:]]
-
-        def of(number: int, arrays: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
-            return [array[number, : parts[number].size] for array in arrays]
-
-        return [
-            Trace(
-                logits=values[0][number, : parts[number].size] if logits else None,
-                hidden=of(number, rows[: first_router - 1]),
-                router_logits=of(number, rows[first_router - 1 :]),
-            )
-            for number in range(len(parts))
-        ]
+        start = np.array([0 if logits else -1], np.int64)
+        return self._compute(names, {"input_ids": ids, "logits_start": start, **self._empty_cache(*ids.shape)})
 
     def _compute(self, names: Sequence[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
         """The outputs `names` for inputs of [batch, tokens], from position 0."""
@@ -379,9 +322,3 @@ class TracingModel(ABC):
         """Free the session."""
         self._session = None
         return_free_memory()
-
-    def __enter__(self) -> TracingModel:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -16,7 +16,7 @@ from edgelm.runtimes.onnxruntime_common import (
     DEFAULT_CHUNK,
     BoundGraph,
     OnnxRuntimeModel,
-    TracingModel,
+    OnnxTracing,
     create_session,
     kv_names,
     untouched,
@@ -118,7 +118,7 @@ def _float32_experts(bundle: Bundle) -> Iterator[None]:
                 os.environ[name] = value
 
 
-class PortableTracing(TracingModel):
+class PortableTracing(OnnxTracing):
     """A bundle's portable debug graph."""
 
     lengths = "attention_mask"

@@ -23,7 +23,7 @@ from edgelm.errors import BundleError, EdgeLMError
 from edgelm.runtimes.base import Runtime, choose_context_length, interruptible
 from edgelm.runtimes.onnxruntime_common import (
     DEFAULT_CHUNK,
-    TracingModel,
+    OnnxTracing,
     check_graph,
     first_line,
     import_onnxruntime,
@@ -295,7 +295,7 @@ def bind_caches(binding: Any, caches: Caches) -> None:
         binding.bind_ortvalue_output(present, cache)
 
 
-class CudaTracing(TracingModel):
+class CudaTracing(OnnxTracing):
     """A bundle's debug graph on the GPU: the very products of the shipped graph, with their types' rounding."""
 
     lengths = _LENGTHS

@@ -21,7 +21,7 @@ from edgelm.runtimes.onnxruntime_common import (
     DEFAULT_CHUNK,
     BoundGraph,
     OnnxRuntimeModel,
-    TracingModel,
+    OnnxTracing,
     check_graph,
     create_session,
     first_line,
@@ -221,7 +221,7 @@ class NativeBatch(SequenceBatch):
         return logits
 
 
-class NativeTracing(TracingModel):
+class NativeTracing(OnnxTracing):
     """A bundle's native debug graph, with a float32 cache."""
 
     lengths = _LENGTHS

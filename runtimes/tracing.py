@@ -37,9 +37,10 @@ class TracingModel(ABC):
 
     def __init__(self, bundle: Bundle) -> None:
         self._model = bundle.manifest.model
-        layers = range(self._model.num_layers)
-        self._hidden = [f"hidden.{i}" for i in range(self._model.num_layers + 1)]
-        self._routers = [f"router_logits.{i}" for i in layers] if self._model.num_experts else []
+        layers = self._model.num_layers
+        routers = [f"router_logits.{i}" for i in range(layers)] if self._model.num_experts else []
+        self.traced = (*(f"hidden.{i}" for i in range(layers + 1)), *routers)
+        """Names of the values that it returns besides logits."""
 
     @abstractmethod
     def _run(self, ids: NDArray[np.int64], names: Sequence[str], *, logits: bool) -> list[NDArray[np.float32]]:
@@ -72,21 +73,19 @@ class TracingModel(ABC):
         if longest > model.context_length:
             raise context_full(longest, 0, model.context_length, model.context_length)
         ids = np.stack([np.pad(part, (0, longest - part.size), mode="edge") for part in parts])
-        names = ["logits", *self._hidden, *self._routers]
-        values = self._run(ids, names, logits=logits)
-        first_router = 1 + len(self._hidden)
-        rows = [value.reshape(len(parts), longest, -1) for value in values[0 if logits else 1 :]]
-        if not logits:
-            rows.insert(0, rows[0])
+        first, *values = self._run(ids, ["logits", *self.traced], logits=logits)
+        every = first.reshape(len(parts), longest, -1) if logits else None
+        rows = [value.reshape(len(parts), longest, -1) for value in values]
+        routers = model.num_layers + 1
 
         def of(number: int, arrays: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
             return [array[number, : parts[number].size] for array in arrays]
 
         return [
             Trace(
-                logits=rows[0][number, : parts[number].size] if logits else None,
-                hidden=of(number, rows[1:first_router]),
-                router_logits=of(number, rows[first_router:]),
+                logits=None if every is None else every[number, : parts[number].size],
+                hidden=of(number, rows[:routers]),
+                router_logits=of(number, rows[routers:]),
             )
             for number in range(len(parts))
         ]

@@ -24,7 +24,7 @@ from edgelm.progress import Progress
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
     from edgelm.runtimes import Runtime
-    from edgelm.runtimes.onnxruntime_common import TracingModel
+    from edgelm.runtimes.tracing import TracingModel
 
 # Logits of the debug graph come in one piece a pass; a prompt whose logits are larger alone is traced without.
 _DEBUG_LOGITS_BYTES = 512 << 20
