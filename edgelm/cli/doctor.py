@@ -138,7 +138,7 @@ def tensorrt_flavours() -> list[dict[str, Any]]:
     from edgelm.errors import RuntimeUnavailableError
     from edgelm.runtimes.tensorrt import library
 
-    found = []
+    found: list[dict[str, Any]] = []
     for flavour, version in library.installed().items():
         try:
             loaded = library.load(flavour)
