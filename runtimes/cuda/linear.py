@@ -21,7 +21,7 @@ ACTIVATIONS = ("bf16", "f16")
 """What tensor cores multiply; f32 stands for the exact kernels."""
 
 # LinearArgs, RowsArgs, AddArgs, EmbeddingArgs, LastTokenArgs, TopArgs of the sources.
-_LINEAR_ARGS = struct.Struct("<10Q3q8i2f2i")
+_LINEAR_ARGS = struct.Struct("<10Q3q8i2f3i4x")
 _ROWS_ARGS = struct.Struct("<4Q3i2f4x")
 _ADD_ARGS = struct.Struct("<3Qq")
 _EMBEDDING_ARGS = struct.Struct("<5Q4i")
@@ -32,6 +32,8 @@ _TYPES = {"int4": "Int4", "int8": "Int8", "fp8": "e4m3", "f16": "f16", "bf16": "
 _SKINNY_WIDTHS = (8, 16, 32)
 SKINNY_ROWS = 32
 """Rows up to which a single matrix is multiplied by the skinny kernel."""
+FUSED_ROWS = 8
+"""Rows of x up to which the skinny kernel normalises and rounds itself: each of its blocks does so for all of them."""
 _GEMM_TILES = (128, 64)
 _GEMM_THREADS = 256
 _GEMM_STAGES = 3
@@ -147,12 +149,14 @@ class Product:
 
     def x_bytes(self) -> int:
         """Bytes of x made ready for tensor cores; 0 where the kernel takes it as it is."""
-        if self.rows == 0 or self.activation == "f32" or self.is_skinny():
+        if self.rows == 0 or self.activation == "f32" or not (self.x_float or self.rounding):
             return 0
         cells = self.rows_of_x * self.matrix.columns
-        if self.rounding:
-            return _aligned(cells) + _aligned(4 * self.rows_of_x)
-        return _aligned(2 * cells) if self.x_float else 0
+        if self.is_skinny():
+            if self.rows_of_x <= FUSED_ROWS:
+                return 0
+            return _aligned(2 * cells) + (_aligned(4 * self.rows_of_x) if self.rounding else 0)
+        return _aligned(cells) + _aligned(4 * self.rows_of_x) if self.rounding else _aligned(2 * cells)
 
 
 def workspace_bytes(product: Product) -> int:
@@ -175,16 +179,16 @@ def product_launches(product: Product, info: DeviceInfo, workspace: int = 0) -> 
         return []
     if product.activation == "f32":
         return [_exact(product)]
-    if product.is_skinny():
-        return [_skinny(product, info)]
     launches = []
     scales = 0
     if product.x_bytes():
         if not workspace:
             raise DeviceError(f"this product needs a workspace of {product.x_bytes()} bytes")
+        # The skinny kernel takes what was rounded as numbers of the activations' type, which hold FP8 exactly.
+        target = "fp8" if product.rounding and not product.is_skinny() else product.activation
         if product.rounding:
-            scales = workspace + _aligned(product.rows_of_x * product.matrix.columns)
-        target = "fp8" if product.rounding else product.activation
+            cells = product.rows_of_x * product.matrix.columns
+            scales = workspace + _aligned(cells if target == "fp8" else 2 * cells)
         launches.append(
             convert_launch(
                 product.x, workspace, product.rows_of_x, product.matrix.columns,
@@ -192,8 +196,8 @@ def product_launches(product: Product, info: DeviceInfo, workspace: int = 0) -> 
                 epsilon=product.epsilon, rounding=product.rounding, scales=scales,
             )
         )  # fmt: skip
-        product = replace(product, x=workspace, x_float=False, norm=0)
-    launches.append(_gemm(product, info, scales))
+        product = replace(product, x=workspace, x_float=False, norm=0, rounding=0.0)
+    launches.append(_skinny(product, info, scales) if product.is_skinny() else _gemm(product, info, scales))
     return launches
 
 
@@ -311,51 +315,57 @@ def _exact(product: Product) -> Launch:
     return Launch(f"linear_exact_f32_{product.matrix.kind}", grid, 32 * _EXACT_WARPS, 8 * _EXACT_TOKENS, args)
 
 
-def _skinny(product: Product, info: DeviceInfo) -> Launch:
+def _skinny(product: Product, info: DeviceInfo, scales: int) -> Launch:
     matrix = product.matrix
     most = min(product.most_rows or product.rows, product.rows)
     if product.offsets and most > 8:  # an expert's usual share; where one has more it takes them by turns
         most = min(most, 2 * -(-product.rows // matrix.count))
     width = next((one for one in _SKINNY_WIDTHS if one >= most), _SKINNY_WIDTHS[-1])
-    unit = max(32, matrix.kind.columns)
-    units = -(-matrix.columns // unit)
-    ahead = 8 if matrix.kind.columns >= 32 else 4
+    x_tile = min(most, width)
     work = product.active * matrix.blocks
-    # Two blocks of 8 warps on a multiprocessor; where there are too few rows for that, one of 16, which share columns.
-    warps, on_one = (8, 2) if work >= 2 * info.multiprocessors else (16, 1)
-    split = warps
-    while split > 1 and -(-units // split) < ahead and work * (split // 2) >= warps * on_one * info.multiprocessors:
-        split //= 2
+    # Two blocks of 8 warps on a multiprocessor. One of 16 where x takes long to bring, or there are too few rows.
+    warps, on_one = (8, 2) if x_tile <= 2 and work >= 2 * info.multiprocessors else (16, 1)
+    split = _skinny_split(matrix, warps, work, warps * on_one * info.multiprocessors)
     whole = _shared_limit(info)
-    fits = [
-        limit
-        for limit in (whole // on_one - 1024, whole - 1024)
-        if _skinny_shared(product, width, warps, split, 32) <= limit
-    ]
     chunk = matrix.columns
-    limit = next((one for one in fits if _skinny_shared(product, width, warps, split, chunk) <= one), 0)
-    if not limit:
-        limit = whole - 1024
-        left = limit - _skinny_shared(product, width, warps, split, 0)
-        chunk = left // (width * 64 + 64) * 32 // 64 * 64
+    shared = _skinny_shared(product, warps, split, x_tile, chunk)
+    if shared > whole - 1024:
+        left = whole - 1024 - _skinny_shared(product, warps, split, x_tile, 0)
+        chunk = left // (64 * x_tile) * 32 // 64 * 64
         if chunk < 64:
             raise DeviceError(
                 f"{matrix.columns} columns with groups of {matrix.group} need more shared memory than this device's "
                 f"{whole // 1024} KiB"
             )
-    shared = _skinny_shared(product, width, warps, split, chunk)
+        shared = _skinny_shared(product, warps, split, x_tile, chunk)
+    on_one = min(on_one, whole // (shared + 1024))
     items = product.active * -(-matrix.blocks // (warps // split))
-    grid = (min(items, on_one * info.multiprocessors), 1, 1)
     name = f"linear_skinny_{product.activation}_{matrix.kind}_n{width}"
-    return Launch(name, grid, 32 * warps, shared, _args(product, split=split, chunk=chunk))
+    args = _args(product, scales=scales, split=split, chunk=chunk, x_tile=x_tile)
+    return Launch(name, (min(items, on_one * info.multiprocessors), 1, 1), 32 * warps, shared, args)
 
 
-def _skinny_shared(product: Product, width: int, warps: int, split: int, chunk: int) -> int:
+def _skinny_split(matrix: GpuMatrix, warps: int, work: int, warps_in_all: int) -> int:
+    """Warps that share the columns of 16 rows.
+
+    As few as leave each warp no more columns than it loads ahead, which makes for the fewest sums to add, and enough
+    for every warp to have some.
+    """
+    units = -(-matrix.columns // max(32, matrix.kind.columns))
+    ahead = 8 if matrix.kind.columns >= 32 else 4
+    split = warps
+    while split > 1 and -(-units // split) < ahead and work * (split // 2) >= warps_in_all:
+        split //= 2
+    return split
+
+
+def _skinny_shared(product: Product, warps: int, split: int, x_tile: int, chunk: int) -> int:
     """Bytes of shared memory: the sum that SkinnyShared makes."""
     matrix = product.matrix
+    width = next(one for one in _SKINNY_WIDTHS if one >= x_tile)
     groups = matrix.groups if matrix.kind.scale_bytes else 0
     block = groups * ROWS * (matrix.kind.scale_bytes + matrix.zeros)
-    x = -(-chunk // 32) * (width * 64 + 64)
+    x = x_tile * (-(-chunk // 32) * 64 + 16)
     sums = 2 * warps * width * 64
     experts = 4 + 12 * matrix.count if product.offsets else 0
     return x + sums + 2 * (warps // split) * block + width * 8 + width * 8 * warps + -(-experts // 16) * 16
@@ -377,7 +387,7 @@ def _gemm(product: Product, info: DeviceInfo, scales: int) -> Launch:
     weights = tile // ROWS * (4 if fp8 or matrix.kind.columns == 16 else 64 // matrix.kind.columns) * TILE_BYTES
     shared = max(_GEMM_STAGES * (weights + tile * 128), tile * (tile + 4) * 4)
     name = _gemm_name(matrix, product.activation, tile, fp8)
-    return Launch(name, (*grid(tile), 1), _GEMM_THREADS, shared, _args(product, scales=scales, rounded=fp8))
+    return Launch(name, (*grid(tile), 1), _GEMM_THREADS, shared, _args(product, scales=scales))
 
 
 def _gemm_name(matrix: GpuMatrix, activation: str, tile: int, fp8: bool) -> str:
@@ -387,15 +397,15 @@ def _gemm_name(matrix: GpuMatrix, activation: str, tile: int, fp8: bool) -> str:
     return f"linear_gemm_{inputs}_{tile}"
 
 
-def _args(product: Product, *, scales: int = 0, rounded: bool = False, split: int = 1, chunk: int = 0) -> bytes:
+def _args(product: Product, *, scales: int = 0, split: int = 1, chunk: int = 0, x_tile: int = 0) -> bytes:
     matrix = product.matrix
     scales_at, zeros_at = _parts(matrix, product.blob)
     return _LINEAR_ARGS.pack(
         product.x, product.blob, scales_at, zeros_at, product.norm, product.residual, scales, product.y,
         product.row_map, product.offsets, matrix.codes_stride, matrix.scales_stride, matrix.zeros_stride,
         product.rows, matrix.rows, matrix.columns, matrix.group, matrix.count if product.offsets else 0,
-        matrix.swiglu, product.x_float, product.y_float, product.epsilon, 0.0 if rounded else product.rounding,
-        split, chunk,
+        matrix.swiglu, product.x_float, product.y_float, product.epsilon, product.rounding,
+        split, chunk, x_tile,
     )  # fmt: skip
 
 

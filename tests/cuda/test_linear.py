@@ -283,6 +283,7 @@ def test_columns_that_do_not_fit_into_shared_memory(rng: np.random.Generator) ->
     for kind in ("bf16", "int4"):
         Case(matrix_of(kind, 40, 2560 + 64), 20, x_float=True, norm=True).run(device, rng, "skinny")
     Case(matrix_of("bf16", 40, 2560 + 16), 20).run(device, rng, "skinny")
+    Case(matrix_of("bf16", 20, 6720 + 16), 8, x_float=True, norm=True).run(device, rng, "skinny")
     device.close()
 
 

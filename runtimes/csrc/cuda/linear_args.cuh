@@ -36,6 +36,7 @@ struct LinearArgs {
   float round_scale;      // x is rounded to E4M3 first: > 0 with this scale, < 0 with absmax / 448 of its row, 0 not at all
   i32 split;              // skinny: warps that share the columns of 16 rows
   i32 chunk;              // skinny: columns of x in shared memory at a time, a multiple of 64 or all
+  i32 x_tile;             // skinny: rows of it, 1 to the kernel's 8, 16 or 32
 };
 
 EDGELM_DEVICE int outputs_of(const LinearArgs& args) { return args.swiglu ? args.n / 2 : args.n; }
@@ -46,6 +47,12 @@ EDGELM_DEVICE float silu(float x) { return x / (1.f + exp_(-x)); }
 
 // The scale with which a row is rounded to E4M3; below this every number of it is 0.
 EDGELM_DEVICE float fp8_scale(float absmax) { return absmax < 0x1p-100f ? 1.f : absmax / 448.f; }
+
+// x / scale with the reciprocal at hand: rounded once, as a division is, unless x is within 2^-100 of nothing.
+EDGELM_DEVICE float divided(float x, float scale, float reciprocal) {
+  const float quotient = x * reciprocal;
+  return fma_(fma_(-quotient, scale, x), reciprocal, quotient);
+}
 
 template <class A> EDGELM_DEVICE void put(const LinearArgs& args, int slot, int column, float value) {
   const int outputs = outputs_of(args);

@@ -4,33 +4,31 @@
 // what one does. A block is `split` warps times some blocks of 16 rows: the warps that share 16 rows take a part of the
 // columns each, and their sums are added in shared memory in a fixed order. A block of threads walks over its share of
 // the work ("items": an expert's next few 16 rows) and always has kAhead loads a lane under way, across items too.
-// x lies in shared memory in the order of operands, all of it where it fits, else `chunk` columns at a time.
+// Rows of x lie in shared memory, all of their columns where they fit, else `chunk` at a time; 16 bytes more than they
+// need keep the eight rows that ldmatrix reads on different banks.
 #pragma once
 
 #include "linear_args.cuh"
 
 namespace edgelm {
 
-// 32 columns of x for NB times 8 tokens: [NB][lane][2 steps][b0, b1], and what keeps writers off each other's banks.
-template <int NB> struct SkinnyX { static constexpr int bytes = NB * 512 + 64; };
-
+// What a warp reads at a time.
 template <class W> struct SkinnyUnit {
   static constexpr int columns = Format<W>::columns < 32 ? 32 : Format<W>::columns;
   static constexpr int loads = columns / Format<W>::columns;
-  static constexpr int ahead = 8 / loads;  // units under way
 };
 
 // Where a block is in its work.
 struct SkinnyPlace {
   int active;  // index of the expert among those with rows
-  int tile;    // of NB times 8 of its rows
+  int tile;    // of x_tile of its rows
   int group;   // of its blocks of 16 rows, as many as the block of threads takes at a time
   int chunk;   // of columns
 };
 
 // The parts of shared memory; linear.py computes the same sum.
 template <class W, int NB> struct SkinnyShared {
-  u8* x;
+  u8* x;            // [x_tile] rows of A
   float* sums;      // [2][warps][NB * 4][32]
   u8* scales;       // [2][blocks of 16 rows][groups][16]
   u8* zeros;        // likewise
@@ -38,6 +36,7 @@ template <class W, int NB> struct SkinnyShared {
   float* rounding;  // [NB * 8] scales of x's rows
   float* partial;   // [NB * 8][warps][2]
   int* experts;     // count, then {expert, first slot, rows} of those that have rows
+  int pitch;        // bytes from one row of x to the next
   int scale_block;  // bytes of 16 rows' scales
   int zero_block;
 
@@ -47,7 +46,8 @@ template <class W, int NB> struct SkinnyShared {
     zero_block = args.zeros ? groups * kTileRows : 0;
     u8* at = shared_memory();
     x = at;
-    at += ((args.chunk + 31) / 32) * SkinnyX<NB>::bytes;
+    pitch = (args.chunk + 31) / 32 * 64 + 16;
+    at += args.x_tile * pitch;
     sums = reinterpret_cast<float*>(at);
     at += 2 * warps * NB * 512;
     scales = at;
@@ -97,7 +97,7 @@ template <class A, class W, int NB> struct Skinny {
   EDGELM_INLINE explicit Skinny(const LinearArgs& a)
       : args(a),
         warps(block_threads() / kWarp),
-        warp(thread() / kWarp),
+        warp(shuffle(thread() / kWarp, 0)),  // from a shuffle the compiler knows that it is the same in all lanes
         lane(thread() % kWarp),
         part(warp % a.split),
         own_block(warp / a.split),
@@ -135,7 +135,7 @@ template <class A, class W, int NB> struct Skinny {
     const int end = p.active == last_item / groups ? last_item % groups + 1 : groups;
     if (++p.group < end) return;
     p.group = p.active == first_item / groups ? first_item % groups : 0;
-    if (++p.tile * NB * 8 < rows(p.active)) return;
+    if (++p.tile * args.x_tile < rows(p.active)) return;
     p.tile = 0;
     p.group = 0;
     ++p.active;
@@ -196,20 +196,36 @@ template <class A, class W, int NB> struct Skinny {
   // -- x ------------------------------------------------------------------------------------------------------------------
 
   EDGELM_INLINE int x_row(const SkinnyPlace& p, int token) const {
-    return source_row(args, first_slot(p.active) + p.tile * NB * 8 + token);
+    return source_row(args, first_slot(p.active) + p.tile * args.x_tile + token);
   }
-  EDGELM_INLINE int tokens(const SkinnyPlace& p) const { return min_(NB * 8, rows(p.active) - p.tile * NB * 8); }
+  EDGELM_INLINE int tokens(const SkinnyPlace& p) const {
+    return min_(args.x_tile, rows(p.active) - p.tile * args.x_tile);
+  }
+  // Whether x must be computed with before it is multiplied.
+  EDGELM_INLINE bool is_raw() const { return args.x_float || args.round_scale != 0.f; }
 
-  // Two neighbouring numbers of a row.
-  EDGELM_INLINE void x_pair(int row, int column, float& low, float& high) const {
+  // Eight neighbouring numbers of a row.
+  EDGELM_INLINE void x_eight(int row, int column, float (&to)[8]) const {
     const i64 at = i64(row) * args.k + column;
     if (args.x_float) {
-      const Words2 pair = load8(static_cast<const float*>(args.x) + at);
-      low = bits_to_float(pair.x);
-      high = bits_to_float(pair.y);
+      const float* from = static_cast<const float*>(args.x) + at;
+      const Words4 low = load16(from), high = load16(from + 4);
+      const u32 bits[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      EDGELM_UNROLL
+      for (int i = 0; i < 8; ++i) to[i] = bits_to_float(bits[i]);
     } else {
-      unpack2<A>(load4(static_cast<const A*>(args.x) + at), low, high);
+      const Words4 pairs = load16(static_cast<const A*>(args.x) + at);
+      unpack2<A>(pairs.x, to[0], to[1]);
+      unpack2<A>(pairs.y, to[2], to[3]);
+      unpack2<A>(pairs.z, to[4], to[5]);
+      unpack2<A>(pairs.w, to[6], to[7]);
     }
+  }
+  EDGELM_INLINE void norm_eight(int column, float (&to)[8]) const {
+    const Words4 low = load16(args.norm + column), high = load16(args.norm + column + 4);
+    const u32 bits[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    EDGELM_UNROLL
+    for (int i = 0; i < 8; ++i) to[i] = bits_to_float(bits[i]);
   }
 
   // The norm's factor and the scale of rounding of each row, by all threads.
@@ -221,15 +237,15 @@ template <class A, class W, int NB> struct Skinny {
     for (int token = warp / shares; token < count; token += warps / shares) {
       const int row = x_row(p, token);
       float squares = 0.f, largest = 0.f;
-      for (int column = 2 * (warp % shares * kWarp + lane); column < args.k; column += 2 * kWarp * shares) {
-        float low, high;
-        x_pair(row, column, low, high);
-        squares = fma_(low, low, fma_(high, high, squares));
-        if (args.norm) {
-          low *= args.norm[column];
-          high *= args.norm[column + 1];
+      for (int column = 8 * (warp % shares * kWarp + lane); column < args.k; column += 8 * kWarp * shares) {
+        float values[8], norm[8];
+        x_eight(row, column, values);
+        if (args.norm) norm_eight(column, norm);
+        EDGELM_UNROLL
+        for (int i = 0; i < 8; ++i) {
+          squares = fma_(values[i], values[i], squares);
+          largest = max_(largest, abs_(args.norm ? values[i] * norm[i] : values[i]));
         }
-        largest = max_(largest, max_(abs_(low), abs_(high)));
       }
       squares = warp_sum(squares);
       largest = warp_max(largest);
@@ -253,104 +269,119 @@ template <class A, class W, int NB> struct Skinny {
     sync_block();
   }
 
-  // Columns of a chunk to shared memory, as operands of A. A thread makes the 16 bytes that a lane loads: its columns
-  // 2q, 2q + 1, 2q + 8, 2q + 9 of two steps.
+  // Columns of a chunk to shared memory, zeros behind the last; those that need no work in the background.
   EDGELM_INLINE void stage(const SkinnyPlace& p) const {
-    constexpr int kTogether = 4;  // rows whose loads are under way at the same time
     const int base = p.chunk * chunk_units * Unit::columns;
-    const int pieces = (min_(args.k - base, args.chunk) + 31) / 32 * 4;
+    const int pieces = (min_(args.k - base, args.chunk) + 31) / 32 * 4;  // of 8 columns
     const int count = tokens(p);
-    for (int token = 0; token < count; token += kTogether) {
+    for (int token = 0; token < count; ++token) {
+      const int row = x_row(p, token);
       for (int piece = thread(); piece < pieces; piece += block_threads()) {
-        const int column = base + piece / 4 * 32 + piece % 4 * 2;
-        float values[kTogether][8];
-        EDGELM_UNROLL
-        for (int t = 0; t < kTogether; ++t) {
-          const int row = x_row(p, min_(token + t, count - 1));
-          EDGELM_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            if (column + 8 * i < args.k) x_pair(row, column + 8 * i, values[t][2 * i], values[t][2 * i + 1]);
-            else values[t][2 * i] = values[t][2 * i + 1] = 0.f;
-          }
-        }
-        EDGELM_UNROLL
-        for (int t = 0; t < kTogether; ++t) {
-          if (token + t < count) store_piece(piece, column, token + t, values[t]);
+        const int column = base + piece * 8;
+        u8* to = shared.x + token * shared.pitch + piece * 16;
+        if (!is_raw()) {
+          cp_async16(to, static_cast<const A*>(args.x) + i64(row) * args.k + column, column < args.k);
+        } else {
+          stage_eight(row, token, column, to);
         }
       }
     }
+    if (!is_raw()) cp_async_commit();
   }
 
-  EDGELM_INLINE void store_piece(int piece, int column, int token, float (&values)[8]) const {
-    if (args.norm) {
-      const float inverse = shared.inverse[token];
-      EDGELM_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        const int at = column + i / 2 * 8 + i % 2;
-        if (at < args.k) values[i] = values[i] * inverse * args.norm[at];
+  EDGELM_INLINE void stage_eight(int row, int token, int column, u8* to) const {
+    float values[8] = {}, norm[8];
+    if (column < args.k) {
+      x_eight(row, column, values);
+      if (args.norm) {
+        norm_eight(column, norm);
+        const float inverse = shared.inverse[token];
+        EDGELM_UNROLL
+        for (int i = 0; i < 8; ++i) values[i] = values[i] * inverse * norm[i];
       }
     }
     if (args.round_scale != 0.f) {
-      const float scale = shared.rounding[token];
+      const float scale = shared.rounding[token], reciprocal = 1.f / scale;
       EDGELM_UNROLL
-      for (int i = 0; i < 8; ++i) values[i] = to_float(from_float<e4m3>(values[i] / scale));
+      for (int i = 0; i < 8; ++i) values[i] = to_float(from_float<e4m3>(divided(values[i], scale, reciprocal)));
     }
-    const Words4 packed = {pack2<A>(values[0], values[1]), pack2<A>(values[2], values[3]),
-                           pack2<A>(values[4], values[5]), pack2<A>(values[6], values[7])};
-    store16(shared.x + piece / 4 * SkinnyX<NB>::bytes + token / 8 * 512 + (token % 8 * 4 + piece % 4) * 16, packed);
+    store16(to, {pack2<A>(values[0], values[1]), pack2<A>(values[2], values[3]), pack2<A>(values[4], values[5]),
+                 pack2<A>(values[6], values[7])});
   }
 
   // -- products -----------------------------------------------------------------------------------------------------------
 
-  // `at`: number of the unit in the matrix; `x`: its columns in shared memory, for this lane.
-  EDGELM_INLINE void consume(const Words4 (&unit)[Unit::loads], int at, const u8* x, int buffer,
+  // Scales and zero points of rows g and g + 8 in one group.
+  struct Group { float low, high; u32 zero_low, zero_high; };
+
+  EDGELM_INLINE Group group_of(int step, int buffer) const {
+    Group found;
+    const int index = int(u64(u32(step)) * group_factor >> 32) * kTileRows + lane / 4;
+    const int block = buffer * at_a_time + own_block;
+    const u8* scales = shared.scales + block * shared.scale_block;
+    found.low = scale_at<W>(scales, index);
+    found.high = scale_at<W>(scales, index + 8);
+    found.zero_low = found.zero_high = zero_pair<A, W>(middle<W>());
+    if (Is<W>::integer && args.zeros) {
+      const u8* zeros = shared.zeros + block * shared.zero_block;
+      found.zero_low = zero_pair<A, W>(zeros[index]);
+      found.zero_high = zero_pair<A, W>(zeros[index + 8]);
+    }
+    return found;
+  }
+
+  // `at`: number of the unit in the matrix; `x`: for each 8 tokens this lane's row of ldmatrix, 32 columns of it
+  // being four matrices: b0 and b1 of two steps.
+  EDGELM_INLINE void consume(const Words4 (&unit)[Unit::loads], int at, const u8* const (&x)[NB], int offset, int buffer,
                              float (&sums)[NB][4]) const {
+    if constexpr (!Is<W>::scaled) {
+      multiply<0, Unit::columns / 16>(unit, x, offset, {1.f, 1.f, 0, 0}, sums);
+    } else if (fine) {
+      multiply_steps<0>(unit, at, x, offset, buffer, sums);
+    } else {
+      scaled<0, Unit::columns / 16>(unit, x, offset, group_of(at * (Unit::columns / 16), buffer), sums);
+    }
+  }
+
+  // Step after step with a group of its own.
+  template <int STEP>
+  EDGELM_INLINE void multiply_steps(const Words4 (&unit)[Unit::loads], int at, const u8* const (&x)[NB], int offset, int buffer,
+                                    float (&sums)[NB][4]) const {
     constexpr int kSteps = Unit::columns / 16;
-    float part_sums[NB][4];
-    float scale_low = 1.f, scale_high = 1.f;
-    u32 zero_low = zero_pair<A, W>(middle<W>()), zero_high = zero_low;
+    scaled<STEP, STEP + 1>(unit, x, offset, group_of(at * kSteps + STEP, buffer), sums);
+    if constexpr (STEP + 1 < kSteps) multiply_steps<STEP + 1>(unit, at, x, offset, buffer, sums);
+  }
+
+  template <int FROM, int TO>
+  EDGELM_INLINE void scaled(const Words4 (&unit)[Unit::loads], const u8* const (&x)[NB], int offset, Group group, float (&sums)[NB][4]) const {
+    float part_sums[NB][4] = {};
+    multiply<FROM, TO>(unit, x, offset, group, part_sums);
     EDGELM_UNROLL
-    for (int half = 0; half < kSteps / 2; ++half) {
-      Words4 b[NB];
-      EDGELM_UNROLL
-      for (int n = 0; n < NB; ++n) b[n] = load16(x + half * SkinnyX<NB>::bytes + n * 512);
-      EDGELM_UNROLL
-      for (int s = 0; s < 2; ++s) {
-        const int step = 2 * half + s;
-        if constexpr (Is<W>::scaled) {
-          if (step == 0 || fine) {
-            const int group = int(u32(at * kSteps + step) * group_factor >> 32);
-            const int block = buffer * at_a_time + own_block, index = group * kTileRows + lane / 4;
-            scale_low = scale_at<W>(shared.scales + block * shared.scale_block, index);
-            scale_high = scale_at<W>(shared.scales + block * shared.scale_block, index + 8);
-            if (Is<W>::integer && args.zeros) {
-              zero_low = zero_pair<A, W>(shared.zeros[block * shared.zero_block + index]);
-              zero_high = zero_pair<A, W>(shared.zeros[block * shared.zero_block + index + 8]);
-            }
-            EDGELM_UNROLL
-            for (int n = 0; n < NB; ++n) part_sums[n][0] = part_sums[n][1] = part_sums[n][2] = part_sums[n][3] = 0.f;
-          }
-        }
-        u32 a[4];
-        if constexpr (Unit::loads == 2) fragment<A, W>(unit[step], 0, 0, 0, a);
-        else fragment<A, W>(unit[0], step, zero_low, zero_high, a);
+    for (int n = 0; n < NB; ++n) {
+      sums[n][0] = fma_(part_sums[n][0], group.low, sums[n][0]);
+      sums[n][1] = fma_(part_sums[n][1], group.low, sums[n][1]);
+      sums[n][2] = fma_(part_sums[n][2], group.high, sums[n][2]);
+      sums[n][3] = fma_(part_sums[n][3], group.high, sums[n][3]);
+    }
+  }
+
+  // Steps FROM .. TO - 1 of a unit.
+  template <int FROM, int TO>
+  EDGELM_INLINE void multiply(const Words4 (&unit)[Unit::loads], const u8* const (&x)[NB], int offset, Group group, float (&sums)[NB][4]) const {
+    u32 b[NB][4];
+    EDGELM_UNROLL
+    for (int step = FROM; step < TO; ++step) {
+      if (step == FROM || step % 2 == 0) {
         EDGELM_UNROLL
-        for (int n = 0; n < NB; ++n) {
-          const u32 operand[2] = {s ? b[n].z : b[n].x, s ? b[n].w : b[n].y};
-          if constexpr (Is<W>::scaled) mma_16x8x16<A>(part_sums[n], a, operand);
-          else mma_16x8x16<A>(sums[n], a, operand);
-        }
-        if constexpr (Is<W>::scaled) {
-          if (step == kSteps - 1 || fine) {
-            EDGELM_UNROLL
-            for (int n = 0; n < NB; ++n) {
-              sums[n][0] = fma_(part_sums[n][0], scale_low, sums[n][0]);
-              sums[n][1] = fma_(part_sums[n][1], scale_low, sums[n][1]);
-              sums[n][2] = fma_(part_sums[n][2], scale_high, sums[n][2]);
-              sums[n][3] = fma_(part_sums[n][3], scale_high, sums[n][3]);
-            }
-          }
-        }
+        for (int n = 0; n < NB; ++n) ldmatrix_x4(b[n], x[n] + offset + step / 2 * 64);
+      }
+      u32 a[4];
+      if constexpr (Unit::loads == 2) fragment<A, W>(unit[step], 0, 0, 0, a);
+      else fragment<A, W>(unit[0], step, group.zero_low, group.zero_high, a);
+      EDGELM_UNROLL
+      for (int n = 0; n < NB; ++n) {
+        const u32 operand[2] = {b[n][step % 2 * 2], b[n][step % 2 * 2 + 1]};
+        mma_16x8x16<A>(sums[n], a, operand);
       }
     }
   }
@@ -378,7 +409,7 @@ template <class A, class W, int NB> struct Skinny {
       float factor = 1.f;
       if (args.round_scale != 0.f) factor = shared.rounding[token];
       if (args.x_scales) factor *= args.x_scales[x_row(p, token)];
-      const int slot = first_slot(p.active) + p.tile * NB * 8 + token;
+      const int slot = first_slot(p.active) + p.tile * args.x_tile + token;
       put_pair<A>(args, slot, p.group * at_a_time + block, from / 4, low * factor, high * factor);
     }
   }
@@ -386,7 +417,8 @@ template <class A, class W, int NB> struct Skinny {
 
 template <class A, class W, int NB> EDGELM_BODY void linear_skinny(const LinearArgs& args) {
   using Unit = SkinnyUnit<W>;
-  constexpr int kAhead = Unit::ahead;
+  // Units under way; with many tokens registers are short.
+  constexpr int kAhead = (NB < 4 ? 8 : Same<W, Int4>::value ? 4 : 6) / Unit::loads;
   Skinny<A, W, NB> my(args);
   let_next_kernel_start();
   if (args.experts) {
@@ -437,12 +469,19 @@ template <class A, class W, int NB> EDGELM_BODY void linear_skinny(const LinearA
     }
     staged_active = place.active;
     staged_tile = place.tile;
-    if constexpr (Is<W>::scaled) cp_async_wait<1>();
+    // All but the next item's scales; those are older than x where x was just asked for.
+    if (moved || my.chunks > 1) cp_async_wait<0>();
+    else if constexpr (Is<W>::scaled) cp_async_wait<1>();
     sync_block();
 
     const int first = my.first_unit(place);
     const int rounds = (my.share(place) + kAhead - 1) / kAhead;
-    const u8* x = my.shared.x + my.part * my.share(place) * (Unit::columns / 32) * SkinnyX<NB>::bytes + my.lane * 16;
+    const u8* x[NB];
+    EDGELM_UNROLL
+    for (int n = 0; n < NB; ++n) {
+      const int token = min_(n * 8 + my.lane % 8, my.tokens(place) - 1);  // those beyond are read and not used
+      x[n] = my.shared.x + token * my.shared.pitch + my.part * my.share(place) * Unit::columns * 2 + my.lane / 8 * 16;
+    }
     for (int round = 0; round < rounds; ++round) {
       const bool last = round == rounds - 1;
       const int done = round * kAhead;
@@ -452,8 +491,7 @@ template <class A, class W, int NB> EDGELM_BODY void linear_skinny(const LinearA
       EDGELM_UNROLL
       for (int i = 0; i < kAhead; ++i) {
         if (done + i < count) {
-          my.consume(buffer[i], first + done + i, x + (done + i) * (Unit::columns / 32) * SkinnyX<NB>::bytes,
-                     item_buffer, sums);
+          my.consume(buffer[i], first + done + i, x, (done + i) * Unit::columns * 2, item_buffer, sums);
         }
         if (i < left) {
           my.load(source + i * Unit::loads * kTileBytes, (source_unit + i + 1) * Unit::loads <= my.tiles, buffer[i]);

@@ -35,14 +35,11 @@ template <class A> EDGELM_DEVICE u32 pair_fma(u32 a, u32 b, u32 c) {
 
 // What `fragment` adds to make a code the code less its zero point: the same in both halves.
 template <class A, class W> EDGELM_DEVICE u32 zero_pair(int zero) {
-  if constexpr (!Is<W>::integer) {
-    return 0;
-  } else {
-    constexpr bool brain = Same<A, bf16>::value;
-    // bfloat16's step is 1 only from 128 to 256, float16's from 1024 to 2048.
-    const int base = !brain ? -1024 - zero : Same<W, Int4>::value ? -128 - zero : 128 - zero;
-    return pack2<A>(float(base), float(base));
-  }
+  // bfloat16's step is 1 only from 128 to 256, float16's from 1024 to 2048: there the zero point is the last bits.
+  if constexpr (!Is<W>::integer) return 0;
+  else if constexpr (!Same<A, bf16>::value) return (0xe400u | u32(zero)) * 0x10001u;        // -1024 - zero
+  else if constexpr (Same<W, Int4>::value) return (0xc300u | u32(zero)) * 0x10001u;         // -128 - zero
+  else return float_to_bf16x2(float(128 - zero), float(128 - zero));
 }
 
 // Registers a0 .. a3 of mma_16x8x16<A> for columns 16 step .. 16 step + 15 of a tile. `low` and `high` are the
