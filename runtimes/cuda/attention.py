@@ -7,7 +7,7 @@
 |---|---|
 | T * H / G <= 16 rows, `counters` given | 1: decode, which prepares what it needs itself |
 | T * H / G <= 16 rows | 2: prepare, split |
-| more | 2: prepare, prefill |
+| more | 2: prepare, prefill (64 rows a block) or, where these are plenty, wide (128) |
 | float32 | 2: prepare, exact |
 
 Lengths stay on the device: grids depend on shapes alone, so that a CUDA graph can be replayed as the cache fills.
@@ -32,18 +32,18 @@ FEW_ROWS = 16
 
 _THREADS = 128
 _TILE_KEYS = 64
-_PREFILL_ROWS = 64
-_MAX_SPLITS = {"few": 64, "many": 16}
+_MAX_SPLITS = {16: 64, 64: 16, 128: 16}  # by rows of a block
 _CACHE_TYPES = {"f16": "f16", "bf16": "bf16", "f32": "float", "int8": "i8", "fp8": "e4m3"}
-_ARGS = struct.Struct("<14Q7i3f")  # AttentionArgs in attention_cache.cuh
+_ARGS = struct.Struct("<14Q7i4f4x")  # AttentionArgs in attention_cache.cuh
 _BODIES = {
     "prepare": "attention_prepare<{a}, {e}, {s}>",
-    "decode": "attention_tiles<{a}, {e}, {s}, true, true>",
-    "split": "attention_tiles<{a}, {e}, {s}, true, false>",
-    "prefill": "attention_tiles<{a}, {e}, {s}, false, false>",
+    "decode": "attention_tiles<{a}, {e}, {s}, 16, true>",
+    "split": "attention_tiles<{a}, {e}, {s}, 16, false>",
+    "prefill": "attention_tiles<{a}, {e}, {s}, 64, false>",
+    "wide": "attention_tiles<{a}, {e}, {s}, 128, false>",
     "exact": "attention_exact<{s}>",
 }
-_MIN_BLOCKS = {"prepare": 4, "decode": 2, "split": 2, "prefill": 2, "exact": 4}
+_MIN_BLOCKS = {"prepare": 4, "decode": 2, "split": 2, "prefill": 2, "wide": 2, "exact": 4}
 
 
 @dataclass(frozen=True)
@@ -110,18 +110,13 @@ class AttentionShape:
         """Whether the kernels for few rows are used."""
         return self.rows <= FEW_ROWS
 
-    @property
-    def row_blocks(self) -> int:
-        """Blocks that the rows of one sequence and key/value head are cut into."""
-        return 1 if self.few else -(-self.rows // _PREFILL_ROWS)
-
     def cache_bytes(self) -> int:
         """Bytes of the key cache, and of the value cache."""
         return self.batch * self.kv_heads * self.capacity * row_bytes(self.cache, self.size)
 
     def counter_bytes(self) -> int:
-        """Bytes of `counters`."""
-        return 4 * self.batch * self.kv_heads * self.row_blocks
+        """Bytes of `AttentionBuffers.counters`."""
+        return 4 * self.batch * self.kv_heads
 
 
 @dataclass(frozen=True)
@@ -170,17 +165,44 @@ def row_bytes(kind: str, size: int) -> int:
     return CODE_BYTES[kind] * size + (4 if CODE_BYTES[kind] == 1 else 0)
 
 
-def split_count(shape: AttentionShape, multiprocessors: int) -> int:
-    """Ranges that the cache is cut into: as many as keep two blocks on each multiprocessor, of two tiles at least."""
-    blocks = shape.batch * shape.kv_heads * shape.row_blocks
-    tiles = -(-shape.capacity // _TILE_KEYS)
-    most = _MAX_SPLITS["few" if shape.few else "many"]
-    return max(1, min(2 * multiprocessors // blocks, -(-tiles // 2), most))
+@dataclass(frozen=True)
+class _Plan:
+    """How a call is cut: rows of a block, blocks of the rows of one sequence and head, ranges of keys."""
+
+    block_rows: int
+    row_blocks: int
+    splits: int
+
+    @classmethod
+    def of(cls, shape: AttentionShape, multiprocessors: int, splits: int | None) -> _Plan:
+        heads = shape.batch * shape.kv_heads
+        wide = heads * -(-shape.rows // 128) >= multiprocessors
+        block_rows = FEW_ROWS if shape.few else 128 if wide else 64
+        row_blocks = -(-shape.rows // block_rows)
+        # As many ranges as keep two blocks on each multiprocessor, of two tiles at least where the cache is full.
+        tiles = -(-shape.capacity // _TILE_KEYS)
+        most = min(2 * multiprocessors // (heads * row_blocks), -(-tiles // 2), _MAX_SPLITS[block_rows])
+        return cls(block_rows, row_blocks, splits or max(1, most))
+
+    def workspace(self, shape: AttentionShape) -> tuple[int, int, int, int, int]:
+        """Where counters, queries, partial results and their totals begin, and where all ends."""
+        heads = shape.batch * shape.kv_heads
+        exact = shape.activations == "f32"
+        rows = heads * self.row_blocks * self.splits * self.block_rows if self.splits > 1 and not exact else 0
+        offsets = [0]
+        for part in (
+            4 * heads * self.row_blocks,
+            heads * shape.rows * shape.size * (4 if exact else 2),
+            rows * shape.size * 4,
+            rows * 8,
+        ):
+            offsets.append(offsets[-1] + -(-part // 256) * 256)
+        return offsets[0], offsets[1], offsets[2], offsets[3], offsets[4]
 
 
 def workspace_bytes(shape: AttentionShape, multiprocessors: int, splits: int | None = None) -> int:
     """Bytes of scratch memory; the largest over T is not at the largest T: ask for every T that will be used."""
-    return _workspace(shape, splits or split_count(shape, multiprocessors))[-1]
+    return _Plan.of(shape, multiprocessors, splits).workspace(shape)[-1]
 
 
 def attention_launches(
@@ -202,7 +224,7 @@ def attention_launches(
         epsilon: of the norms.
         clip: queries, keys and values are clamped to it after the norms; 0: not at all.
         scale: of the scores; 0: 1 / sqrt(S).
-        splits: instead of `split_count`'s.
+        splits: ranges of keys, instead of what the shape and the device suggest.
 
     Raises:
         DeviceError: a buffer is missing.
@@ -213,38 +235,41 @@ def attention_launches(
         raise DeviceError(f"GroupQueryAttention: {', '.join(missing)} has no address, expected a buffer")
     if bool(buffers.q_norm) != bool(buffers.k_norm):
         raise DeviceError("GroupQueryAttention: one of q_norm and k_norm has no address, expected both or none")
-    splits = splits or split_count(shape, multiprocessors)
+    plan = _Plan.of(shape, multiprocessors, splits)
+    scale = scale or 1 / math.sqrt(shape.size)
     one_launch = shape.few and buffers.counters != 0 and shape.activations != "f32"
-    counters, queries, partials, totals, _ = (buffers.workspace + offset for offset in _workspace(shape, splits))
+    counters, queries, partials, totals, _ = (buffers.workspace + offset for offset in plan.workspace(shape))
     args = _ARGS.pack(
         buffers.qkv, buffers.key_cache, buffers.value_cache, buffers.past_lengths, buffers.new_lengths,
         buffers.cos, buffers.sin, buffers.q_norm, buffers.k_norm, buffers.out,
         queries, partials, totals, buffers.counters if one_launch else counters,
-        shape.tokens, shape.heads, shape.kv_heads, shape.capacity, shape.positions, splits, shape.row_blocks,
-        epsilon, clip, scale or 1 / math.sqrt(shape.size),
+        shape.tokens, shape.heads, shape.kv_heads, shape.capacity, shape.positions, plan.splits, plan.row_blocks,
+        epsilon, clip, scale, scale / math.log(2),
     )  # fmt: skip
 
     def launch(step: str, grid: tuple[int, int, int], shared: int) -> Launch:
         return Launch(kernel_name(step, shape.activations, shape.cache, shape.size), grid, _THREADS, shared, args)
 
-    tiles_grid = (shape.row_blocks * splits, shape.kv_heads, shape.batch)
+    tiles_grid = (plan.row_blocks * plan.splits, shape.kv_heads, shape.batch)
     if one_launch:
         return (launch("decode", tiles_grid, shared_bytes("decode", shape.cache, shape.size)),)
     prepare = launch("prepare", (shape.tokens, shape.batch, 1), shared_bytes("prepare", shape.cache, shape.size))
     if shape.activations == "f32":
         return prepare, launch("exact", (-(-shape.rows // (_THREADS // 32)), shape.kv_heads, shape.batch), 0)
-    step = "split" if shape.few else "prefill"
+    step = {16: "split", 64: "prefill", 128: "wide"}[plan.block_rows]
     return prepare, launch(step, tiles_grid, shared_bytes(step, shape.cache, shape.size))
 
 
 def shared_bytes(step: str, cache: str, size: int) -> int:
-    """Shared memory of a block: two or three stages of a tile of keys and values with their scales."""
+    """Shared memory of a block: stages of a tile of keys and values, a tile of widened codes, 128 rows of queries."""
     if step == "prepare":
         return 64
     if step == "exact":
         return 0
-    stage = _TILE_KEYS * 2 * row_bytes(cache, size)
-    return (2 if step == "prefill" else 3) * stage
+    few = step in ("decode", "split")
+    stages = (3 if few else 2) * _TILE_KEYS * 2 * row_bytes(cache, size)
+    widened = _TILE_KEYS * 2 * size * 2 if CODE_BYTES[cache] == 1 and not few else 0
+    return stages + widened + (128 * size * 2 if step == "wide" else 0) + 128
 
 
 def kernel_name(step: str, activations: str, cache: str, size: int) -> str:
@@ -254,7 +279,7 @@ def kernel_name(step: str, activations: str, cache: str, size: int) -> str:
 
 def kernels_for(activations: str, cache: str, size: int) -> tuple[str, ...]:
     """Every kernel that a model needs whose heads have this size."""
-    steps = ("prepare", "exact") if activations == "f32" else ("prepare", "decode", "split", "prefill")
+    steps = ("prepare", "exact") if activations == "f32" else ("prepare", "decode", "split", "prefill", "wide")
     return tuple(kernel_name(step, activations, cache, size) for step in steps)
 
 
@@ -276,16 +301,3 @@ def instantiation(name: str) -> str:
     kinds = {"a": _CACHE_TYPES[activations], "e": _CACHE_TYPES[cache], "s": size[1:]}
     body = _BODIES[step].format(**kinds)
     return f"EDGELM_KERNEL({name}, AttentionArgs, {_THREADS}, {_MIN_BLOCKS[step]}, ({body}))"
-
-
-def _workspace(shape: AttentionShape, splits: int) -> tuple[int, int, int, int, int]:
-    """Where counters, queries, partial results and their totals begin, and where all ends."""
-    heads = shape.batch * shape.kv_heads
-    number = 4 if shape.activations == "f32" else 2
-    queries = heads * shape.rows * shape.size
-    block_rows = FEW_ROWS if shape.few else _PREFILL_ROWS
-    rows = heads * shape.row_blocks * splits * block_rows if splits > 1 and shape.activations != "f32" else 0
-    offsets = [0]
-    for part in (shape.counter_bytes(), queries * number, rows * shape.size * 4, rows * 8):
-        offsets.append(offsets[-1] + -(-part // 256) * 256)
-    return offsets[0], offsets[1], offsets[2], offsets[3], offsets[4]

@@ -72,6 +72,7 @@ class Case:
     scale: float = 0.0
     splits: int | None = None
     counters: bool = True
+    multiprocessors: int = MULTIPROCESSORS
     seed: int = 0
     epsilon: float = 1e-5
 
@@ -192,7 +193,7 @@ def compute(
     cos, sin = rotary(s)
     raw = to_bits(qkv, s.activations)
     out = np.empty((s.batch, s.tokens, s.heads, s.size), raw.dtype)
-    workspace = attention.workspace_bytes(s, MULTIPROCESSORS, case.splits)
+    workspace = attention.workspace_bytes(s, case.multiprocessors, case.splits)
     nothing = np.full(workspace, 0xFF, np.uint8)
     counters = np.zeros(s.counter_bytes(), np.uint8)
     buffers = AttentionBuffers(
@@ -203,7 +204,7 @@ def compute(
         uploaded(counters) if case.counters else 0,
     )  # fmt: skip
     launches = attention.attention_launches(
-        s, buffers, MULTIPROCESSORS, epsilon=case.epsilon, clip=case.clip, scale=case.scale, splits=case.splits
+        s, buffers, case.multiprocessors, epsilon=case.epsilon, clip=case.clip, scale=case.scale, splits=case.splits
     )
     for launch in launches:
         device.launch(launch)

@@ -22,11 +22,12 @@ struct AttentionArgs {
   i32* counters;             // [B, G, row_blocks], zeros; left as zeros
   i32 tokens, heads, kv_heads, capacity, positions, splits, row_blocks;
   float epsilon, clip, scale;
+  float scale_base2;         // scale / ln 2: weights are powers of 2
+  i32 unused;
 };
 
 constexpr int kAttentionThreads = 128;
 constexpr int kAttentionWarps = kAttentionThreads / kWarp;
-constexpr float kLog2E = 1.4426950408889634f;
 
 // What a cache of elements E is multiplied in: 16-bit elements as they are, codes as the activations' type.
 template <class A, class E, int bytes = int(sizeof(E))> struct ProductOf { using Type = E; };
@@ -98,6 +99,9 @@ template <class E, int S> struct Stage {
     constexpr int kShare = kChunks < 8 ? 8 / kChunks : 1;  // rows in 128 bytes
     return row * kRow + 16 * (chunk ^ (row / kShare & kMask));
   }
+  // Where the chunk lies that is `chunks` behind the one at `from`, an offset in shared memory. Of the sum of the two
+  // chunks' numbers no bit may carry. One instruction: to keep all places at hand costs registers.
+  static EDGELM_INLINE int behind(int from, int chunks) { return (from ^ chunks % 8 * 16) + chunks / 8 * 128; }
 };
 
 // Copies `count` keys and values of a tile, from `from` on, in the background; zeros beyond `end`. Keys from `skip` to
@@ -106,7 +110,8 @@ template <class E, int S, int count, int loaders>
 EDGELM_DEVICE void load_keys(u8* stage, const u8* keys, const u8* values, int capacity, int tile, int from, int loader,
                              int end, int skip) {
   using Tile = Stage<E, S>;
-  EDGELM_UNROLL
+  constexpr int kUnroll = loaders == kWarp ? 4 : 1;  // alone a warp has more to wait for, and registers to spare
+  EDGELM_UNROLL_BY(kUnroll)
   for (int i = loader; i < count * Tile::kChunks; i += loaders) {
     const int row = from + i / Tile::kChunks, chunk = i % Tile::kChunks;
     const int position = tile * kTileKeys + row;
@@ -127,6 +132,45 @@ EDGELM_DEVICE void load_keys(u8* stage, const u8* keys, const u8* values, int ca
         cp_async16(to, scales);
       } else {
         for (int k = 0; k < 4 && position + k < skip; ++k) store4(to + 4 * k, load4(scales + 4 * k));
+      }
+    }
+  }
+}
+
+// Copies `count` rows of S numbers, zeros from row `rows` on, by all threads in the background; laid out as keys are.
+template <class M, int S, int count> EDGELM_DEVICE void load_rows(u8* to, const M* from, int rows) {
+  constexpr int kChunks = Stage<M, S>::kChunks;
+  EDGELM_UNROLL_BY(1)
+  for (int i = thread(); i < count * kChunks; i += kAttentionThreads) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    cp_async16(to + Stage<M, S>::at(row, chunk), from + i64(row) * S + chunk * (16 / int(sizeof(M))), row < rows);
+  }
+}
+
+// A tile of codes becomes one of M, by all threads. The columns of keys are then in the order of `store_query`, as the
+// words of a tile of codes have them.
+template <class M, class E, int S> EDGELM_DEVICE void widen_tile(u8* to, const u8* from) {
+  constexpr int kChunks = Stage<E, S>::kChunks;
+  EDGELM_UNROLL_BY(1)
+  for (int i = thread(); i < kTileKeys * kChunks; i += kAttentionThreads) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    EDGELM_UNROLL
+    for (int values = 0; values < 2; ++values) {
+      const Words4 codes = load16(from + values * Stage<E, S>::kValues + Stage<E, S>::at(row, chunk));
+      u8* part = to + values * Stage<M, S>::kValues;
+      const u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
+      u32 first[4], second[4];
+      EDGELM_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        first[k] = widen<M, E>(words[k], 0, 1);
+        second[k] = widen<M, E>(words[k], 2, 3);
+      }
+      if (values == 0) {
+        store16(part + Stage<M, S>::at(row, 2 * chunk), {first[0], first[1], first[2], first[3]});
+        store16(part + Stage<M, S>::at(row, 2 * chunk + 1), {second[0], second[1], second[2], second[3]});
+      } else {
+        store16(part + Stage<M, S>::at(row, 2 * chunk), {first[0], second[0], first[1], second[1]});
+        store16(part + Stage<M, S>::at(row, 2 * chunk + 1), {first[2], second[2], first[3], second[3]});
       }
     }
   }

@@ -117,13 +117,13 @@ template <int S> struct MergedRows {
   }
 };
 
-// -- one block of which each warp has 16 rows --------------------------------------------------------------------------
+// -- one block of which each warp has its own rows ---------------------------------------------------------------------
 
 template <class A, int S, int block_rows, class Rows>
 EDGELM_DEVICE void write_tile(const AttentionArgs& args, const BlockOfRows& block, const Rows& rows, int warp_row,
                               int lane) {
   EDGELM_UNROLL
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < Rows::kRows / 8; ++i) {
     const int row = warp_row + lane / 4 + 8 * i;
     if (row >= block.rows) continue;
     if (block.active == 1) {

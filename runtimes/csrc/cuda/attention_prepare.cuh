@@ -87,6 +87,22 @@ template <class E, int S> EDGELM_DEVICE void store_head(E* row, const HeadCodes<
   }
 }
 
+// To a row of queries. For a cache of codes the columns are in another order within 16, that in which the words of a
+// tile of keys have them: 0 1 4 5 8 9 12 13, 2 3 6 7 10 11 14 15.
+template <class M, class E, int S> EDGELM_DEVICE void store_query(M* row, const HeadPart<S>& part) {
+  const auto store = [&](int column, float x) {
+    const int i = column % 16;
+    const int at = kScaled<E> ? column - i + i / 4 * 2 + i % 2 + (i & 2) * 4 : column;
+    row[at] = from_float<M>(x);
+  };
+  EDGELM_UNROLL
+  for (int n = 0; n < HeadPart<S>::kPairs; ++n) {
+    if (!HeadPart<S>::has(n)) continue;
+    store(HeadPart<S>::index(n), part.first[n]);
+    store(HeadPart<S>::index(n) + S / 2, part.second[n]);
+  }
+}
+
 // To the cache of one (b, g).
 template <class E, int S>
 EDGELM_DEVICE void append(u8* cache, int capacity, int position, const HeadCodes<E, S>& codes) {
@@ -171,7 +187,7 @@ template <class A, class E, int S> EDGELM_BODY void attention_prepare(const Atte
     if (is_query) {
       const int g = head / shared_by;
       const i64 r = ((i64(b) * kv_heads + g) * args.tokens + t) * shared_by + head % shared_by;
-      store_head<M, S>(queries + r * S, encode_head<M, S>(part));
+      store_query<M, E, S>(queries + r * S, part);
     } else {
       const int g = (head - heads) % kv_heads;
       u8* cache = (is_key ? args.key_cache : args.value_cache) + cache_offset<E, S>(args, b, g);
@@ -215,7 +231,7 @@ EDGELM_DEVICE void prepare_rows(const AttentionArgs& args, const BlockOfRows& bl
       HeadPart<S> part = load_head<A, S>(row + head * S, weight, is_query ? q_factor : k_factor, args.clip);
       if (is_query || is_key) rotate<S>(part, args, position);
       if (is_query) {
-        store_head<M, S>(queries + (t * block.shared_by + i) * kStride, encode_head<M, S>(part));
+        store_query<M, E, S>(queries + (t * block.shared_by + i) * kStride, part);
         continue;
       }
       const HeadCodes<E, S> codes = encode_head<E, S>(part);

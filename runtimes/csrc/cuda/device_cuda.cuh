@@ -5,6 +5,8 @@
 #define EDGELM_DEVICE static __device__ __forceinline__
 #define EDGELM_BODY static __device__ __forceinline__
 #define EDGELM_UNROLL _Pragma("unroll")
+#define EDGELM_UNROLL_BY(n) EDGELM_PRAGMA(unroll n)
+#define EDGELM_PRAGMA(x) _Pragma(#x)
 
 // The launch passes the struct by value; it stays in constant memory.
 #define EDGELM_KERNEL(name, Args, threads, min_blocks, ...)                                                            \

@@ -30,6 +30,7 @@
 #define EDGELM_INLINE inline
 #define EDGELM_BODY static
 #define EDGELM_UNROLL
+#define EDGELM_UNROLL_BY(n)
 
 #define EDGELM_KERNEL(name, Args, threads, min_blocks, ...)                                                            \
   static void name##_run(const void* args) { __VA_ARGS__(*static_cast<const Args*>(args)); }                           \
