@@ -5,7 +5,7 @@
 For a machine with an NVIDIA GPU, its driver, a C++ compiler, CMake, and the packages torch, numpy, onnx, pytest,
 tokenizers, sentencepiece, jinja2, click, rich and nvidia-cuda-nvrtc; transformers is timed beside where it is there.
 Nothing has to be installed: EdgeLM is taken from this checkout. Steps run one after the other, each in a process of its
-own with a limit, and one that fails does not end the others. The last lines are a table of the steps; `--out` gets a log
+own with a limit, and one that fails does not end the others. The last lines are a table of steps; `--out` gets a log
 of each. What it printed belongs into docs/gpu.md, with the date.
 """
 
