@@ -11,6 +11,7 @@ import click
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle, CalibrationInfo, Manifest
     from edgelm.checkpoint import Checkpoint
+    from edgelm.cli.inspect_gpu import GpuGroup
     from edgelm.packed import PackedMatrix
     from edgelm.quant.recipe import Recipe
     from edgelm.runtimes.native_library import CpuKernels
@@ -91,14 +92,18 @@ def bundle_document(bundle: Bundle, problems: list[str] | None) -> dict[str, Any
     """The manifest without its table of tensors, and what verification found."""
     import json
 
+    from edgelm.cli.inspect_gpu import gpu_groups, kernels_document
+
     manifest = json.loads(bundle.manifest.to_json())
     del manifest["tensors"]
-    weights = [group.as_dict() for group in packed_groups(bundle)]
+    groups: list[PackedGroup | GpuGroup] = [*packed_groups(bundle), *gpu_groups(bundle)]
+    weights = [group.as_dict() for group in groups]
     document = {"kind": "bundle", "path": str(bundle.path), "bytes": bundle.size, **manifest, "problems": problems}
     if bundle.manifest.target == "tensorrt":
         from edgelm.runtimes.tensorrt.engine_info import engine_document, engines
 
         document["engines"] = [engine_document(info, bundle) for info in engines(bundle)]
+        document["kernels"] = kernels_document(bundle)
     return {**document, "weights": weights} if weights else document
 
 
@@ -196,6 +201,7 @@ def activations_line(manifest: Manifest) -> str:
 
 def bundle_rows(bundle: Bundle, problems: list[str] | None) -> list[tuple[str, str]]:
     """What a person wants to know of a bundle."""
+    from edgelm.cli.inspect_gpu import gpu_groups, kernels_rows, multiplied
     from edgelm.cli.tables import size
     from edgelm.kv_cache import row_bytes
 
@@ -203,6 +209,7 @@ def bundle_rows(bundle: Bundle, problems: list[str] | None) -> list[tuple[str, s
     experts = f", {model.num_experts} experts of which {model.experts_per_token} act" if model.num_experts else ""
     kv = manifest.graph.kv_dtype
     cached = 2 * model.num_layers * model.num_kv_heads * row_bytes(kv, model.head_dim)
+    weights: list[PackedGroup | GpuGroup] = [*packed_groups(bundle), *gpu_groups(bundle)]
     rows = [
         ("bundle", f"{bundle.path}, format {manifest.format_version}, made {manifest.created}"),
         ("model", f"{model.name} ({model.family}): {model.num_layers} layers of {model.hidden_size}{experts}"),
@@ -211,13 +218,14 @@ def bundle_rows(bundle: Bundle, problems: list[str] | None) -> list[tuple[str, s
         ("context", f"{model.context_length} positions, {size(cached)} of {kv} cache each"),
         ("recipe", f"{manifest.recipe.name}, floats as {manifest.dtype}"),
         ("calibrated", calibration_line(manifest.calibration)),
-        ("activations", activations_line(manifest)),
+        ("activations", multiplied(bundle) if manifest.ops == "gpu" else activations_line(manifest)),
         ("target", f"{manifest.target}, {manifest.ops} operators"),
         ("source", manifest.source.id),
         ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
         ("size", size(bundle.size)),
         *(("", f"{size(info.size):>8}  {name}") for name, info in manifest.files.items()),
-        *(("weights", f"{size(group.bytes):>8}  {group.line()}") for group in packed_groups(bundle)),
+        *(("weights", f"{size(group.bytes):>8}  {group.line()}") for group in weights),
+        *kernels_rows(bundle),
         *engine_rows(bundle),
     ]
     if problems is None:
