@@ -28,10 +28,16 @@ class BuildHost:
 
     def __init__(self, sms: Sequence[int]) -> None:
         self._devices = [_any_device(sm) for sm in sms]
+        self._known: dict[tuple[object, ...], int] = {}
 
     def workspace(self, spec: PluginSpec, shapes: Sequence[Sequence[int]], types: Sequence[str]) -> int:
         """Bytes of scratch memory for inputs of at most these shapes, on any of the devices."""
-        return max(scratch_bytes(device, spec, shapes, types)[0] for device in self._devices)
+        # TensorRT asks for every layer, profile and tactic, several times.
+        fixed = tuple(tuple(map(int, shape)) for shape in shapes)
+        key = (spec.op, tuple(spec.attrs.items()), spec.present, spec.results, fixed, tuple(types))
+        if key not in self._known:
+            self._known[key] = max(scratch_bytes(device, spec, fixed, types)[0] for device in self._devices)
+        return self._known[key]
 
     def run(
         self,

@@ -170,7 +170,7 @@ def test_an_unknown_or_missing_flavour_is_refused(copied: Bundle) -> None:
     with pytest.raises(RuntimeUnavailableError, match="no TensorRT flavour 'x'; there are: tensorrt, tensorrt-rtx"):
         library.load("x")
     if importlib.util.find_spec("tensorrt") is None:
-        with pytest.raises(RuntimeUnavailableError, match="tensorrt is not installed: .*NVIDIA's own index"):
+        with pytest.raises(RuntimeUnavailableError, match=r"tensorrt is not installed: .*NVIDIA's own index"):
             build_bundle(copied, BuildOptions(), flavour="tensorrt")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from programs import WEIGHTS, C, D, E, F, G, H, S, SmallProgram, V
+
 from edgelm.errors import EdgeLMError, ExportError
 from edgelm.export.engine_options import EngineOptions
 from edgelm.export.tensorrt import tensorrt_graph
@@ -51,9 +51,7 @@ def test_shapes_and_types_of_results(tmp_path: Path, mixture: bool) -> None:
     for spec in specs(tmp_path, mixture=mixture):
         shapes = shapes_of(spec, 3, 5)
         types = ["bf16" if spec.op == "GroupQueryAttention" and i == 0 else "int8" for i in range(len(shapes))]
-        found[spec.op, spec.name] = list(
-            zip(output_types(spec, types), output_shapes(spec, shapes), strict=True)
-        )
+        found[spec.op, spec.name] = list(zip(output_types(spec, types), output_shapes(spec, shapes), strict=True))
     assert found["QuantEmbedding", "embed"] == [("f32", (3, 5, D))]
     assert found["QuantLinear", "layers.0.attn.qkv.weight"] == [("bf16", (3, 5, (H + 2 * G) * S))]
     assert found["QuantLinear", "layers.0.attn_sum.weight"] == [("f32", (3, 5, D))]

@@ -1,0 +1,97 @@
+"""Is an engine of full-size Fox-1 built in reasonable time and memory, where there is no GPU?
+
+Its weights are zeros that take no disk: what TensorRT does depends on shapes and sizes alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgelm.bundle import ModelInfo
+from edgelm.checkpoint import Checkpoint
+from edgelm.export.engine_options import EngineOptions
+from edgelm.export.gpu import GpuDecoder, program_of
+from edgelm.export.graph import GraphBuilder
+from edgelm.export.onnx_fox import build_native
+from edgelm.export.plan import WEIGHTS_FILE
+from edgelm.export.tensorrt import tensorrt_graph
+from edgelm.export.weights import WeightsPlan
+from edgelm.models import family
+from edgelm.quant.recipe import Recipe
+from edgelm.quant.source import WeightSource
+from edgelm.runtimes.tensorrt.build import GRAPH_FILE, RECIPE_FILE
+from edgelm.runtimes.tensorrt.engine_info import plugins_in
+from edgelm.synth import PUBLISHED
+
+SMS = (86, 89, 120)
+BUILD = """
+import json, resource, sys
+from pathlib import Path
+from edgelm.progress import Silent
+from edgelm.runtimes.tensorrt.build import build_into
+from edgelm.runtimes.tensorrt.builder import BuildOptions
+from edgelm.runtimes.tensorrt.library import load
+folder, weights, *sms = sys.argv[1:]
+sms = tuple(map(int, sms))
+info = build_into(Path(folder), weights, load("tensorrt-rtx"), BuildOptions(sms), sms, Silent())
+status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+anonymous = int(status["RssAnon"].split()[0])
+print(json.dumps({"file": info.file, "operators": info.operators, "seconds": info.seconds, "anonymous": anonymous}))
+"""
+
+
+def sparse_checkpoint(folder: Path) -> Checkpoint:
+    """Fox-1's config and tensors, all zeros in a hole of the file."""
+    config = dict(PUBLISHED["fox-1-1.6b"])
+    (folder / "config.json").write_text(json.dumps(config))
+    kind = family(config)
+    shapes = kind.tensor_shapes(kind.config_class.from_dict(config))
+    header, place = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [place, place + size]}
+        place += size
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.truncate(8 + len(text) + place)
+    return Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("recipe", ["none", "int4"])
+def test_full_size_fox(tmp_path: Path, recipe: str) -> None:
+    (tmp_path / "source").mkdir()
+    checkpoint = sparse_checkpoint(tmp_path / "source")
+    config = checkpoint.family.config_class.from_dict(checkpoint.config)
+    source = WeightSource(checkpoint, Recipe.load(recipe), threads=1)
+    info = ModelInfo(
+        family="fox", name="fox", hidden_size=config.hidden_size, num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads, head_dim=config.head_dim,
+        vocab_size=config.vocab_size, context_length=config.max_position_embeddings, tied=True,
+    )  # fmt: skip
+    graph, plan = GraphBuilder(WEIGHTS_FILE), WeightsPlan()
+    model = GpuDecoder(graph, plan, source, "bfloat16", info, config.rms_norm_eps, config.rope_theta, "float16")
+    build_native(model, config)
+    program = program_of(graph.model("fox"), model.values)
+    made = tensorrt_graph(program, info, WEIGHTS_FILE, EngineOptions(linears="plugin"), SMS)
+    (tmp_path / GRAPH_FILE).write_bytes(made.model.SerializeToString())
+    (tmp_path / RECIPE_FILE).write_text(made.recipe.to_json())
+    with (tmp_path / WEIGHTS_FILE).open("wb") as stream:
+        stream.truncate(plan.size)
+    command = [sys.executable, "-c", BUILD, tmp_path, WEIGHTS_FILE, *map(str, SMS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    engine = tmp_path / found["file"]
+    assert engine.stat().st_size < plan.size + (64 << 20)
+    layers = {spec.name for spec in plugins_in(engine) if spec.op == "GroupQueryAttention"}
+    assert layers == {f"layers.{i}.attn" for i in range(config.num_hidden_layers)}
+    assert found["operators"]["QuantLinear"] == 4 * config.num_hidden_layers + 1
+    assert found["anonymous"] < 1 << 20  # KiB: neither the weights nor the engine were in memory as a whole
+    engine.unlink()
