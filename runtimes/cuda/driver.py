@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgelm.errors import DeviceError, DeviceMemoryError
 from edgelm.runtimes.cuda.device import Device, DeviceInfo
-from edgelm.runtimes.cuda.driver_library import OUT_OF_MEMORY, Driver
+from edgelm.runtimes.cuda.driver_library import OUT_OF_MEMORY, Driver, LaunchConfig
 from edgelm.runtimes.cuda.kernels_file import Image
 from edgelm.runtimes.cuda.launch import Launch
 
@@ -23,6 +23,8 @@ __all__ = ["INDEX_VARIABLE", "CudaDevice", "Graph", "KernelSource", "find_device
 
 INDEX_VARIABLE = "EDGELM_GPU"
 """Environment variable: which of the GPUs to use, counted from 0 as CUDA_VISIBLE_DEVICES leaves them."""
+OVERLAP_VARIABLE = "EDGELM_GPU_OVERLAP"
+"""Environment variable: 1 starts kernels before the one before has ended, from SM 90 on. No GPU has seen this yet."""
 OLDEST = (8, 0)
 """The oldest compute capability that the kernels run on."""
 
@@ -48,6 +50,7 @@ class KernelSource(Protocol):
 class _Function:
     handle: int
     argument_bytes: int
+    waits: bool
     shared: int = _SHARED
 
 
@@ -75,14 +78,19 @@ class CudaDevice(Device):
         kernels: where kernels come from.
         index: which GPU, as CUDA_VISIBLE_DEVICES leaves them; default EDGELM_GPU, else 0.
         library: path of the driver's library, where it is not the system's.
+        overlap: whether kernels that wait by themselves are started before the one before has ended (programmatic
+            dependent launch); default EDGELM_GPU_OVERLAP, else not.
 
     Raises:
         DeviceError: no driver, no such GPU, or one that is too old.
     """
 
-    def __init__(self, kernels: KernelSource, index: int | None = None, library: str | None = None) -> None:
+    def __init__(
+        self, kernels: KernelSource, index: int | None = None, library: str | None = None, overlap: bool | None = None
+    ) -> None:
         self._driver = Driver(library)
         self._kernels = kernels
+        self._overlap = os.environ.get(OVERLAP_VARIABLE) == "1" if overlap is None else overlap
         self.index = _chosen(index, _count(self._driver))
         ordinal = _integer(self._driver, "cuDeviceGet", self.index)
         self.info = _describe(self._driver, ordinal)
@@ -223,7 +231,7 @@ class CudaDevice(Device):
                 # Drivers load a kernel when it is first used, which may be while launches are recorded, and wait then.
                 if self._driver.has("cuFuncLoad"):
                     self.call("cuFuncLoad", handle, doing=f"loading {name}")
-                self._functions[name] = _Function(handle, image.argument_bytes[name])
+                self._functions[name] = _Function(handle, image.argument_bytes[name], name in image.waits)
 
     def _module(self, image: Image) -> int:
         module, log = ctypes.c_void_p(), ctypes.create_string_buffer(4096)
@@ -260,9 +268,16 @@ class CudaDevice(Device):
             function.shared = launch.shared
         arguments = ctypes.c_char_p(launch.args)
         parameters = ctypes.cast(arguments, ctypes.c_void_p)  # of the struct's bytes, which the driver copies
+        how = (launch.shared, stream or self.stream)
+        if function.waits and self._overlap:
+            config = LaunchConfig.overlapping(launch.grid, launch.block, *how)
+            arguments_ex = (ctypes.byref(config), function.handle, ctypes.byref(parameters), None)
+            self.call("cuLaunchKernelEx", *arguments_ex, doing=f"launching {launch.kernel}")
+            return
+        sizes = (*launch.grid, launch.block, 1, 1)
         self.call(
-            "cuLaunchKernel", function.handle, *launch.grid, launch.block, 1, 1, launch.shared, stream or self.stream,
-            ctypes.byref(parameters), None, doing=f"launching {launch.kernel}",
+            "cuLaunchKernel", function.handle, *sizes, *how, ctypes.byref(parameters), None,
+            doing=f"launching {launch.kernel}",
         )  # fmt: skip
 
     # -- order and time ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from edgelm.errors import DeviceError, DeviceMemoryError
 
-__all__ = ["LIBRARY_VARIABLE", "Driver"]
+__all__ = ["LIBRARY_VARIABLE", "Driver", "LaunchConfig"]
 
 LIBRARY = "libcuda.so.1"
 LIBRARY_VARIABLE = "EDGELM_CUDA_DRIVER"
@@ -80,6 +80,7 @@ _FUNCTIONS: dict[str, tuple[str, tuple[type, ...]]] = {
     "cuFuncLoad": ("cuFuncLoad", (_P,)),
     "cuFuncSetAttribute": ("cuFuncSetAttribute", (_P, _I, _I)),
     "cuLaunchKernel": ("cuLaunchKernel", (_P, _U, _U, _U, _U, _U, _U, _U, _P, _P, _P)),
+    "cuLaunchKernelEx": ("cuLaunchKernelEx", (_P, _P, _P, _P)),
     "cuStreamCreate": ("cuStreamCreate", (_P, _U)),
     "cuStreamDestroy": ("cuStreamDestroy_v2", (_P,)),
     "cuStreamSynchronize": ("cuStreamSynchronize", (_P,)),
@@ -97,6 +98,30 @@ _FUNCTIONS: dict[str, tuple[str, tuple[type, ...]]] = {
     "cuEventElapsedTime": ("cuEventElapsedTime", (_P, _P, _P)),
     "cuEventDestroy": ("cuEventDestroy_v2", (_P,)),
 }
+
+
+class LaunchConfig(ctypes.Structure):
+    """How a kernel is launched before the one before it has ended (CUlaunchConfig with one attribute)."""
+
+    class _Attribute(ctypes.Structure):
+        _fields_ = (("id", _I), ("pad", _I), ("value", _I), ("rest", ctypes.c_ubyte * 60))
+
+    _fields_ = (
+        ("grid", _U * 3),
+        ("block", _U * 3),
+        ("shared", _U),
+        ("stream", _P),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", _U),
+    )
+
+    # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: the kernel itself waits for the one before.
+    _overlap = _Attribute(id=6, value=1)
+
+    @classmethod
+    def overlapping(cls, grid: tuple[int, int, int], block: int, shared: int, stream: int) -> LaunchConfig:
+        """For a kernel that waits by itself."""
+        return cls(grid, (block, 1, 1), shared, stream, ctypes.pointer(cls._overlap), 1)
 
 
 class Driver:

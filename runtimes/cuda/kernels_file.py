@@ -38,12 +38,14 @@ class Image:
         data: a cubin or PTX text.
         argument_bytes: size of each kernel's parameters, by name: these are the kernels that it has.
         compiler: version of the NVRTC that made it.
+        waits: kernels that may be started before the one before them has ended; see `nvrtc.Compiled`.
     """
 
     target: str
     data: bytes
     argument_bytes: Mapping[str, int]
     compiler: tuple[int, int]
+    waits: frozenset[str] = frozenset()
 
 
 def compile_images(
@@ -94,7 +96,8 @@ def compile_bundle_kernels(
     for target, one in compiled.items():
         file = f"{target}.{'ptx' if target == nvrtc.PTX_TARGET else 'cubin'}"
         (folder / file).write_bytes(one.image)
-        images[target] = {"file": file, "resources": {name: asdict(used) for name, used in one.resources.items()}}
+        used = {name: asdict(one_kernel) for name, one_kernel in one.resources.items()}
+        images[target] = {"file": file, "waits": sorted(one.waits), "resources": used}
     some = compiled[targets[0]]
     index = {
         "format": FORMAT,
@@ -124,6 +127,7 @@ class KernelFolder:
             self.compiler = (int(major), int(minor))
             self.argument_bytes = {str(name): int(size) for name, size in data["argument_bytes"].items()}
             self.files = {str(target): str(image["file"]) for target, image in data["images"].items()}
+            self.waits = {str(target): frozenset(image.get("waits", ())) for target, image in data["images"].items()}
             self.resources = {
                 target: {name: Resources(**used) for name, used in image["resources"].items()}
                 for target, image in data["images"].items()
@@ -155,7 +159,7 @@ class KernelFolder:
         target = choose(tuple(self.files), capability, self.compiler, driver)
         path = self.folder / self.files[target]
         try:
-            return Image(target, path.read_bytes(), self.argument_bytes, self.compiler)
+            return Image(target, path.read_bytes(), self.argument_bytes, self.compiler, self.waits[target])
         except OSError as error:
             raise BundleError(f"{path} cannot be read ({error.strerror}): copy the bundle again") from error
 
@@ -169,7 +173,7 @@ class KernelCompiler:
         known = tuple(f"sm_{sm}" for sm in library.sms)
         target = choose((*known, nvrtc.PTX_TARGET), capability, library.version, driver)
         (compiled,) = compile_images(names, [target]).values()
-        return Image(target, compiled.image, compiled.argument_bytes, library.version)
+        return Image(target, compiled.image, compiled.argument_bytes, library.version, compiled.waits)
 
 
 def choose(

@@ -44,6 +44,8 @@ class Compiled:
         target: `sm_86` (image is a cubin) or `compute_80` (image is PTX text).
         image: what the driver loads.
         argument_bytes: size of each kernel's parameters, by name: these are the kernels in it.
+        waits: the kernels that wait for the one before themselves (griddepcontrol.wait, from SM 90 on), so that they
+            may be started before it has ended.
         resources: what each kernel uses; empty for PTX, which has no registers yet.
         log: what the compiler said: its warnings.
     """
@@ -51,6 +53,7 @@ class Compiled:
     target: str
     image: bytes
     argument_bytes: dict[str, int]
+    waits: frozenset[str]
     resources: dict[str, Resources]
     log: str
 
@@ -79,8 +82,9 @@ def compile_kernels(
         log = nvrtc.text("nvrtcGetProgramLog", program).decode(errors="replace").strip()
         if status == _COMPILATION:
             raise ExportError(f"{_first_error(log)} ({_naming(names)} for {target}, by NVRTC {nvrtc.version_text})")
+        ptx = nvrtc.text("nvrtcGetPTX", program)  # on the way to a cubin there is some too
         if target.startswith("compute_"):
-            image, used = nvrtc.text("nvrtcGetPTX", program), {}
+            image, used = ptx, {}
             arguments = {name: int(size) for name, size in _PTX_ENTRY.findall(image.decode(errors="replace"))}
         else:
             image = nvrtc.text("nvrtcGetCUBIN", program)
@@ -89,7 +93,7 @@ def compile_kernels(
     missing = [name for name in names if name not in arguments]
     if missing:
         raise ExportError(f"the source compiled for {target} but has no {_naming(missing)}")
-    return Compiled(target, image, arguments, used, log)
+    return Compiled(target, image, arguments, _waiting(ptx.decode(errors="replace")), used, log)
 
 
 class Nvrtc:
@@ -210,6 +214,11 @@ def candidates() -> list[str]:
 
 def _strings(texts: Sequence[str]) -> ctypes.Array[ctypes.c_char_p]:
     return (ctypes.c_char_p * len(texts))(*(text.encode() for text in texts))
+
+
+def _waiting(ptx: str) -> frozenset[str]:
+    entries = re.split(r"\.entry\s+", ptx)[1:]
+    return frozenset(re.split(r"\W", text, maxsplit=1)[0] for text in entries if "griddepcontrol.wait" in text)
 
 
 def _first_error(log: str) -> str:

@@ -15,6 +15,17 @@
 #else
 typedef int CUresult, CUdevice, CUdevice_attribute, CUfunction_attribute, CUjit_option, CUstreamCaptureMode;
 typedef unsigned long long CUdeviceptr;
+typedef struct {
+  int id;
+  char pad[8 - sizeof(int)];
+  union { char pad[64]; int programmaticStreamSerializationAllowed; } value;
+} CUlaunchAttribute;
+typedef struct {
+  unsigned int gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ, sharedMemBytes;
+  void* hStream;
+  CUlaunchAttribute* attrs;
+  unsigned int numAttrs;
+} CUlaunchConfig;
 typedef void *CUcontext, *CUmodule, *CUfunction, *CUstream, *CUevent, *CUgraph, *CUgraphExec;
 #endif
 
@@ -188,6 +199,13 @@ CUresult cuLaunchKernel(CUfunction function, unsigned int gx, unsigned int gy, u
   struct Work work = {0};
   memcpy(&work.increment, parameters[0], sizeof work.increment);
   return start(work);
+}
+
+CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction function, void** parameters, void** extra) {
+  CALLED("%p attribute %d %d of %u", (void*)function, (int)c->attrs[0].id,
+         c->attrs[0].value.programmaticStreamSerializationAllowed, c->numAttrs);
+  return cuLaunchKernel(function, c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ,
+                        c->sharedMemBytes, c->hStream, parameters, extra);
 }
 
 CUresult cuStreamCreate(CUstream* stream, unsigned int flags) {

@@ -27,13 +27,14 @@ _STAGING = drivers._STAGING
 class OneKernel:
     """A cubin by its first bytes; the stand-in looks no further."""
 
-    def __init__(self, target: str = "sm_86") -> None:
+    def __init__(self, target: str = "sm_86", waits: bool = False) -> None:
         self.target, self.asked = target, []
+        self.waits = frozenset(["increment"] if waits else [])
 
     def image(self, names, capability, driver):
         self.asked.append((list(names), capability, driver))
         data = b"\x7fELF" if self.target.startswith("sm_") else b"// PTX"
-        return Image(self.target, data, {"increment": 16}, (13, 0))
+        return Image(self.target, data, {"increment": 16}, (13, 0), self.waits)
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +204,27 @@ def test_kernels_are_loaded_before_they_are_used_and_only_once(device, calls):
     assert len(calls("cuModuleLoadDataEx")) == len(calls("cuFuncLoad")) == 1
     with pytest.raises(AssertionError, match="increment"):
         device.launch(Launch("increment", (1, 1, 1), 32, 0, b"12345678"))
+
+
+@pytest.mark.parametrize(("waits", "overlap"), [(True, True), (True, False), (False, True)])
+def test_only_a_kernel_that_waits_itself_is_started_early_and_only_when_asked(library, calls, waits, overlap):
+    device = CudaDevice(OneKernel(waits=waits), library=library, overlap=overlap)
+    device.load(["increment"])
+    address = device.allocate(16)
+    device.fill(address, 0, 16)
+    graph = device.capture(lambda: device.launch(increment(address, 4, 1.5, 1000)))
+    graph()
+    out = np.empty(4, np.float32)
+    device.download(address, out)
+    assert (out == 1.5).all()
+    # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION; all else is as in an ordinary launch.
+    assert [call[2:] for call in calls("cuLaunchKernelEx")] == [["attribute", "6", "1", "of", "1"]] * (
+        waits and overlap
+    )
+    assert [call[2:] for call in calls("cuLaunchKernel ")] == [
+        ["2", "3", "4", "128", "1", "1", "1000", hex(device.stream)]
+    ]
+    device.close()
 
 
 def test_streams_wait_for_each_other(device, calls):

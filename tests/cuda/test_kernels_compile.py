@@ -61,6 +61,12 @@ def test_no_kernel_spills(compiled, target):
     assert not spilled, f"(bytes of stack, registers) on {target}: {spilled}"
 
 
+@pytest.mark.parametrize("target", [target for target in TARGETS if target in ("sm_90", "sm_100", "sm_120")])
+def test_every_kernel_waits_for_the_one_before_where_it_may_be_started_early(compiled, target):
+    lacking = set(compiled[target].argument_bytes) - compiled[target].waits
+    assert not lacking, "wait_for_previous_kernel() is missing: these end the overlap of launches"
+
+
 def test_arguments_have_the_same_size_on_every_device_and_shared_memory_is_dynamic(compiled):
     sizes = compiled[FULL[0]].argument_bytes
     assert all(sizes.values())
