@@ -150,13 +150,14 @@ def bench(
     threads: int | None = None,
     runtime: str | None = None,
     kv: str | None = None,
+    weight_budget: int | None = None,
     batch: int = 1,
     progress: Progress | None = None,
 ) -> BenchResult:
     """Load the bundle and measure it `repeat` times, after one run that is not counted.
 
-    `kv` is the cache's type. With a `batch` above 1, that many sequences are prefilled one after the other and decode
-    together: rates count the tokens of all of them. It needs native operators.
+    `kv` is the cache's type, `weight_budget` as for `edgelm.load`. With a `batch` above 1, that many sequences are
+    prefilled one after the other and decode together: rates count the tokens of all of them. It needs native operators.
 
     Raises:
         ContextLengthError: prompt and new tokens do not fit into the model's context.
@@ -179,10 +180,8 @@ def bench(
     before, _ = devices.resident_memory()
     started = time.perf_counter()
     opened: Runtime | SequenceBatch
-    if batch == 1:
-        opened = open_runtime(bundle, runtime, threads=threads, context_length=context, kv=kv)
-    else:
-        opened = open_batch(bundle, batch, runtime, threads=threads, context_length=context, kv=kv)
+    options = {"threads": threads, "context_length": context, "kv": kv, "weight_budget": weight_budget}
+    opened = open_runtime(bundle, runtime, **options) if batch == 1 else open_batch(bundle, batch, runtime, **options)
     load_seconds = time.perf_counter() - started
     loaded, _ = devices.resident_memory()
     with opened:

@@ -348,6 +348,7 @@ def load(
     threads: int | None = None,
     context_length: int | None = None,
     kv: str | None = None,
+    weight_budget: int | None = None,
 ) -> LanguageModel:
     """Load a bundle.
 
@@ -358,6 +359,8 @@ def load(
         context_length: positions to allocate; default the model's, at most 4096.
         kv: type of the cache of keys and values: "float16" (the default), "float32" or "int8", which halves what a long
             context reads. Bundles with portable operators have float32 alone.
+        weight_budget: bytes of weights that may lie in the GPU's memory, for a TensorRT engine that was built to stream
+            them; default all.
 
     Raises:
         BundleError: not a bundle, damaged, or of a newer format.
@@ -370,5 +373,7 @@ def load(
 
     bundle = Bundle.open(path)
     tokenizer = Tokenizer.from_folder(bundle.path)
-    opened = open_runtime(bundle, runtime, threads=threads, context_length=context_length, kv=kv)
+    opened = open_runtime(
+        bundle, runtime, threads=threads, context_length=context_length, kv=kv, weight_budget=weight_budget
+    )
     return LanguageModel(bundle, opened, tokenizer)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
+from edgelm import sizes
 from edgelm.bundle import ModelInfo
 from edgelm.devices import resident_memory
 from edgelm.errors import ExportError, MemoryLimitError
 from edgelm.export.weights import BLOCK_WEIGHTS
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 MIB = 1 << 20
 # Allocators keep freed blocks and torch its kernels: measured peaks of full-size exports lie within this of the sum.
 SLACK = 160 * MIB
@@ -24,11 +23,10 @@ def parse_size(text: str) -> int:
     Raises:
         ExportError: not a positive size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
-    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    if size <= 0:
-        raise ExportError(f'"{text}" is not a size: write for example 4GiB, 1.5GB or 800MiB')
-    return size
+    try:
+        return sizes.parse_size(text)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
 
 
 @dataclass(frozen=True)

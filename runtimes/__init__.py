@@ -183,8 +183,9 @@ def open_batch(bundle: Bundle, batch: int, name: str | None = None, **options: i
 
 
 def _given(entry: RuntimeEntry, options: Mapping[str, int | str | None]) -> dict[str, int | str]:
-    for option in options:
-        if option not in entry.options:
+    known = {option for other in _ENTRIES for option in other.options}
+    for option, value in options.items():
+        if option not in entry.options and (value is not None or option not in known):
             raise EdgeLMError(f"{entry.name} has no option {option!r}; it has: {', '.join(entry.options)}")
     return {option: value for option, value in options.items() if value is not None}
 

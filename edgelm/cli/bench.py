@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.options import BUNDLE, kv_option
+from edgelm.cli.options import BUNDLE, kv_option, weight_budget_option
 
 if TYPE_CHECKING:
     from edgelm.benchmark import BenchResult, Spread
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @click.option("--threads", type=click.IntRange(min=1), help="Threads [physical cores allowed].")
 @click.option("--runtime", metavar="NAME", help="Runtime [the best one here].")
 @kv_option
+@weight_budget_option
 @click.option(
     "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences that decode together."
 )
@@ -35,6 +36,7 @@ def bench(
     threads: int | None,
     runtime: str | None,
     kv: str | None,
+    weight_budget: int | None,
     batch: int,
     as_json: bool,
 ) -> None:
@@ -52,6 +54,7 @@ def bench(
         threads=threads,
         runtime=runtime,
         kv=kv,
+        weight_budget=weight_budget,
         batch=batch,
         progress=Bars(),
     )

@@ -30,6 +30,7 @@ def chat(
     threads: int | None,
     context_length: int | None,
     kv: str | None,
+    weight_budget: int | None,
     quiet: bool,
     **sampling: Any,
 ) -> None:
@@ -38,7 +39,8 @@ def chat(
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - line editing and history in input()
-    with load(bundle, runtime=runtime, threads=threads, context_length=context_length, kv=kv) as model:
+    loading = {"threads": threads, "context_length": context_length, "kv": kv, "weight_budget": weight_budget}
+    with load(bundle, runtime=runtime, **given(**loading)) as model:
         start = [] if system is None else [{"role": "system", "content": system}]
         # A model without a template, or one that takes no system message, says so before the first question.
         model.render_chat([*start, {"role": "user", "content": "?"}])

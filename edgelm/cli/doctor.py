@@ -27,7 +27,7 @@ def doctor(as_json: bool) -> None:
 
     document = examine()
     click.echo(json.dumps(document) if as_json else pairs(rows(document)))
-    if not any(runtime["available"] for runtime in document["runtimes"].values()):
+    if not any(runtime["usable"] for runtime in document["runtimes"].values()):
         raise click.exceptions.Exit(1)
 
 
@@ -48,10 +48,12 @@ def examine() -> dict[str, Any]:
     from edgelm import devices
     from edgelm.runtimes import runtimes
 
+    gpu = gpus()
     found = {
         entry.name: {
             "summary": entry.summary,
             "available": entry.available,
+            "usable": entry.available and not entry.only_by_name and ("cpu" in entry.targets or bool(gpu["devices"])),
             "version": version_of(entry.package or entry.requires),
             "targets": list(entry.targets),
             "install": entry.install,
@@ -66,7 +68,7 @@ def examine() -> dict[str, Any]:
         "providers": providers(),
         "native_quantizer": native_quantizer(),
         "native_operators": native_operators(),
-        "gpu": gpus(),
+        "gpu": gpu,
         "gpu_compiler": gpu_compiler(),
         "tensorrt": tensorrt_flavours(),
         "device": devices.describe().as_dict(),
@@ -169,7 +171,10 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{size(device['memory_total'])}, {size(device['memory_available'])} available"),
     ]
     for name, runtime in document["runtimes"].items():
-        state = f"ready, {runtime['version']}" if runtime["available"] else f"missing: {runtime['install']}"
+        state = f"missing: {runtime['install']}"
+        if runtime["available"]:
+            without = "" if runtime["usable"] or "cpu" in runtime["targets"] else ", but there is no GPU"
+            state = f"ready, {runtime['version']}{without}"
         lines.append((name, f"{state} ({runtime['summary']}, for {', '.join(runtime['targets'])})"))
     lines += [
         ("providers", ", ".join(document["providers"]) or "none"),

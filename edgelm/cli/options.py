@@ -24,9 +24,33 @@ kv_option = click.option(
 )
 
 
+class Size(click.ParamType[int]):
+    """Bytes, as "2GiB"."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of bytes."""
+        from edgelm.sizes import parse_size
+
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+weight_budget_option = click.option(
+    "--weight-budget",
+    type=Size(),
+    metavar="SIZE",
+    help="Weights that may lie in the GPU's memory, for a TensorRT engine that streams them, for example 2GiB [all].",
+)
+
+
 def loading_options(command: Command) -> Command:
-    """Which runtime, how many threads, how much context, what cache."""
+    """Which runtime, how many threads, how much context, what cache, how many weights on a GPU."""
     for option in (
+        weight_budget_option,
         kv_option,
         click.option("--context-length", type=click.IntRange(min=1), help="Positions to allocate [model's, <= 4096]."),
         click.option("--threads", type=click.IntRange(min=1), help="Threads [physical cores allowed]."),

@@ -28,6 +28,7 @@ def run(
     threads: int | None,
     context_length: int | None,
     kv: str | None,
+    weight_budget: int | None,
     quiet: bool,
     as_json: bool,
     **sampling: Any,
@@ -46,7 +47,8 @@ def run(
         raise click.UsageError("--system needs --chat: without a chat template there is no system message")
     text = sys.stdin.read() if prompt == "-" else prompt
     options = given(**sampling)
-    with load(bundle, runtime=runtime, threads=threads, context_length=context_length, kv=kv) as model:
+    loading = {"threads": threads, "context_length": context_length, "kv": kv, "weight_budget": weight_budget}
+    with load(bundle, runtime=runtime, **given(**loading)) as model:
         if as_chat:
             messages = [{"role": "user", "content": text}]
             if system is not None:

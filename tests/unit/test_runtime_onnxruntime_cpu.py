@@ -222,7 +222,8 @@ def test_the_trace_holds_logits_and_hidden_states(bundle: Bundle, expected: NDAr
 
 
 def test_every_runtime_listed_says_how_to_install_it() -> None:
-    assert [entry.name for entry in runtimes()] == ["onnxruntime-cpu"]
+    names = [entry.name for entry in runtimes()]
+    assert names == ["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "cuda-kernels", "cuda-emulated"]
     assert all(entry.install and entry.targets and entry.available for entry in runtimes())
 
 
