@@ -6,9 +6,12 @@ import importlib
 import importlib.metadata
 import importlib.util
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from edgelm.runtimes import RuntimeEntry
 
 CORE = ("numpy", "click", "tokenizers", "sentencepiece", "jinja2", "rich")
 EXPORT = ("torch", "onnx", "safetensors", "huggingface_hub")
@@ -73,6 +76,10 @@ def examine() -> dict[str, Any]:
         "tensorrt": tensorrt_flavours(),
         "device": devices.describe().as_dict(),
     }
+
+
+def _needs_gpu(entry: RuntimeEntry) -> bool:
+    return "cpu" not in entry.targets and not entry.only_by_name
 
 
 def providers() -> list[str]:
@@ -173,7 +180,7 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
     for name, runtime in document["runtimes"].items():
         state = f"missing: {runtime['install']}"
         if runtime["available"]:
-            without = "" if runtime["usable"] or "cpu" in runtime["targets"] else ", but there is no GPU"
+            without = ", but there is no GPU" if runtime["needs_gpu"] and not document["gpu"]["devices"] else ""
             state = f"ready, {runtime['version']}{without}"
         lines.append((name, f"{state} ({runtime['summary']}, for {', '.join(runtime['targets'])})"))
     lines += [
