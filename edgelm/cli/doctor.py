@@ -56,7 +56,8 @@ def examine() -> dict[str, Any]:
         entry.name: {
             "summary": entry.summary,
             "available": entry.available,
-            "usable": entry.available and not entry.only_by_name and ("cpu" in entry.targets or bool(gpu["devices"])),
+            "usable": entry.available and not entry.only_by_name and (bool(gpu["devices"]) or not _needs_gpu(entry)),
+            "needs_gpu": _needs_gpu(entry),
             "version": version_of(entry.package or entry.requires),
             "targets": list(entry.targets),
             "install": entry.install,
