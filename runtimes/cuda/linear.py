@@ -6,6 +6,7 @@ tensor cores, and "exact" in float32 throughout (activation f32). Which one depe
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -34,7 +35,10 @@ SKINNY_ROWS = 32
 """Rows up to which a single matrix is multiplied by the skinny kernel."""
 FUSED_ROWS = 8
 """Rows of x up to which the skinny kernel normalises and rounds itself: each of its blocks does so for all of them."""
-_GEMM_TILES = (128, 64)
+# Tiles of the gemm kernels by name: rows of the matrix, tokens, warps along the rows.
+_GEMM_TILES = {"256": (256, 128, 4), "128": (128, 128, 2), "64": (64, 64, 2)}
+_GEMM_SPEED = {"256": 1.0, "128": 0.8, "64": 0.5}
+"""What is thought of the kernels' relative speed when a device is full; only the choice depends on it."""
 _GEMM_THREADS = 256
 _GEMM_STAGES = 3
 _SKINNY_THREADS = 512
@@ -74,7 +78,7 @@ def kernels_of(matrix: GpuMatrix, activation: str, rounding: float = 0.0) -> tup
     if activation == "f32":
         return (f"linear_exact_f32_{matrix.kind}",)
     names = [f"linear_skinny_{activation}_{matrix.kind}_n{width}" for width in _SKINNY_WIDTHS]
-    names += [_gemm_name(matrix, activation, tile, rounding != 0) for tile in _GEMM_TILES]
+    names += [_gemm_name(matrix, activation, tile, rounding != 0) for tile in _gemm_tiles(_gemm_scales(matrix))]
     names.append(f"convert_rows_{activation}_{activation}")
     if rounding:
         names.append(f"convert_rows_{activation}_fp8")
@@ -373,25 +377,40 @@ def _skinny_shared(product: Product, warps: int, split: int, x_tile: int, chunk:
 
 def _gemm(product: Product, info: DeviceInfo, scales: int) -> Launch:
     matrix = product.matrix
-    experts = product.matrix.count if product.offsets else 0
-
-    def grid(tile: int) -> tuple[int, int]:
-        most = -(-product.rows // tile) if not experts else min(product.rows, product.rows // tile + experts)
-        return -(-matrix.blocks * ROWS // tile), most
-
-    large, small = _GEMM_TILES
-    tile = large if grid(large)[0] * -(-product.rows // large) >= info.multiprocessors else small
-    if experts and product.rows < large * experts // 2:
-        tile = small
     fp8 = scales != 0
-    weights = tile // ROWS * (4 if fp8 or matrix.kind.columns == 16 else 64 // matrix.kind.columns) * TILE_BYTES
-    shared = max(_GEMM_STAGES * (weights + tile * 128), tile * (tile + 4) * 4)
-    name = _gemm_name(matrix, product.activation, tile, fp8)
-    return Launch(name, (*grid(tile), 1), _GEMM_THREADS, shared, _args(product, scales=scales))
+    whole = _shared_limit(info)
+    best: tuple[float, Launch] | None = None
+    for tile in _gemm_tiles(_gemm_scales(matrix)):
+        rows, tokens, _ = _GEMM_TILES[tile]
+        columns = 4 * (32 if fp8 else 16)
+        weights = rows // ROWS * (columns // matrix.kind.columns) * TILE_BYTES
+        shared = max(_GEMM_STAGES * (weights + tokens * 128), tokens * (rows + 4) * 4)
+        if shared > whole - 1024:
+            continue
+        across = -(-matrix.blocks * ROWS // rows)
+        experts = matrix.count if product.offsets else 0
+        # With experts the last tile of each is half full, on the average; there may be as many as these.
+        used = product.rows / tokens + product.active / 2 if experts else -(-product.rows // tokens)
+        most = min(product.rows, product.rows // tokens + experts) if experts else -(-product.rows // tokens)
+        time = math.ceil(across * used / info.multiprocessors) * rows * tokens / _GEMM_SPEED[tile]
+        if best is None or time < best[0]:
+            name = _gemm_name(matrix, product.activation, tile, fp8)
+            best = time, Launch(name, (across, most, 1), _GEMM_THREADS, shared, _args(product, scales=scales))
+    assert best is not None, "the smallest tile fits every device"
+    return best[1]
 
 
-def _gemm_name(matrix: GpuMatrix, activation: str, tile: int, fp8: bool) -> str:
-    scales = "plain" if not matrix.kind.scale_bytes else "row" if matrix.groups == 1 else "group"
+def _gemm_scales(matrix: GpuMatrix) -> str:
+    return "plain" if not matrix.kind.scale_bytes else "row" if matrix.groups == 1 else "group"
+
+
+def _gemm_tiles(scales: str) -> list[str]:
+    """Tiles of a kernel; with groups sums are kept twice, which the largest tile has no registers for."""
+    return [tile for tile in _GEMM_TILES if scales != "group" or tile != "256"]
+
+
+def _gemm_name(matrix: GpuMatrix, activation: str, tile: str, fp8: bool) -> str:
+    scales = _gemm_scales(matrix)
     # FP8 times FP8 makes what `activation` says only at its end.
     inputs = f"fp8_fp8_{scales}_{activation}" if fp8 else f"{activation}_{matrix.kind}_{scales}"
     return f"linear_gemm_{inputs}_{tile}"
@@ -454,13 +473,9 @@ def _all() -> Iterator[tuple[str, tuple[str, int, int, str]]]:
                 body = f"linear_skinny<{a}, {_TYPES[w]}, {width // 8}>"
                 yield f"linear_skinny_{a}_{w}_n{width}", ("LinearArgs", _SKINNY_THREADS, 1, body)
             for scales in ("plain",) if w == a else ("row", "group"):
-                for tile in _GEMM_TILES:
-                    body = _gemm_body(a, w, False, scales == "group", tile)
-                    yield f"linear_gemm_{a}_{w}_{scales}_{tile}", ("LinearArgs", _GEMM_THREADS, 1, body)
+                yield from _gemms(f"{a}_{w}", "", a, w, scales)
         for scales in ("row", "group"):
-            for tile in _GEMM_TILES:
-                body = _gemm_body(a, "fp8", True, scales == "group", tile)
-                yield f"linear_gemm_fp8_fp8_{scales}_{a}_{tile}", ("LinearArgs", _GEMM_THREADS, 1, body)
+            yield from _gemms("fp8_fp8", f"_{a}", a, "fp8", scales)
         yield f"convert_rows_{a}_{a}", ("RowsArgs", _ROW_THREADS, 1, f"convert_rows<{a}, {a}>")
         yield f"convert_rows_{a}_fp8", ("RowsArgs", _ROW_THREADS, 1, f"convert_rows<{a}, e4m3>")
     yield "convert_rows_f32_f32", ("RowsArgs", _ROW_THREADS, 1, "convert_rows<float, float>")
@@ -473,6 +488,11 @@ def _all() -> Iterator[tuple[str, tuple[str, int, int, str]]]:
     yield "top_all_f32", ("TopArgs", _ROW_THREADS, 1, "top_all<float>")
 
 
-def _gemm_body(a: str, w: str, fp8: bool, grouped: bool, tile: int) -> str:
-    flags = f"{str(fp8).lower()}, {str(grouped).lower()}"
-    return f"linear_gemm<{a}, {_TYPES[w]}, {flags}, {tile}, {tile}, 2>"
+def _gemms(inputs: str, output: str, a: str, w: str, scales: str) -> Iterator[tuple[str, tuple[str, int, int, str]]]:
+    flags = f"{str(inputs == 'fp8_fp8').lower()}, {str(scales == 'group').lower()}"
+    for tile in _gemm_tiles(scales):
+        rows, tokens, warps = _GEMM_TILES[tile]
+        # Two blocks of the middle size go on a multiprocessor where there is nothing to do but to multiply.
+        blocks = 2 if (scales, tile) == ("plain", "128") else 1
+        body = f"linear_gemm<{a}, {_TYPES[w]}, {flags}, {rows}, {tokens}, {warps}>"
+        yield f"linear_gemm_{inputs}_{scales}{output}_{tile}", ("LinearArgs", _GEMM_THREADS, blocks, body)

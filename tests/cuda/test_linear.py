@@ -103,8 +103,10 @@ class Case:
     row_map: Array | None = None
     x_rows: int = 0
 
-    def run(self, device: EmulatedDevice, rng: np.random.Generator, force: str = "") -> None:
-        """Compute it on the device and compare; `force` names the regime that must have been taken."""
+    def run(
+        self, device: EmulatedDevice, rng: np.random.Generator, force: str = "", info: DeviceInfo | None = None
+    ) -> None:
+        """Compute it on the device and compare; `force` is in the name of the kernel that must have been taken."""
         matrix, k = self.matrix, self.matrix.columns
         numbers = [random_numbers(rng, matrix) for _ in range(matrix.count)]
         x_rows = self.x_rows or self.rows
@@ -122,8 +124,8 @@ class Case:
             offsets=0 if self.owners is None else put(device, self.offsets()),
         )  # fmt: skip
         size = linear.workspace_bytes(product)
-        launches = linear.product_launches(product, device.info, device.allocate(size) if size else 0)
-        assert force in "".join(one.kernel for one in launches)
+        launches = linear.product_launches(product, info or device.info, device.allocate(size) if size else 0)
+        assert force in launches[-1].kernel if launches else not force
         for launch in launches:
             assert launch.kernel in linear.kernels_of(matrix, self.activation, self.rounding)
             device.launch(launch)
@@ -193,6 +195,19 @@ def test_every_kind_of_weights(gpu: EmulatedDevice, rng: np.random.Generator, ki
     for rows in (3, 20, 70):
         for group in (0, 64) if matrix_of(kind).kind.scale_bytes else (0,):
             Case(matrix_of(kind, group=group), rows, activation, y_float=activation == "f32").run(gpu, rng)
+
+
+@pytest.mark.parametrize(("rows", "tokens", "tile"), [(250, 120, "256"), (120, 121, "128"), (60, 60, "64")])
+def test_every_tile_of_the_tensor_cores(
+    gpu: EmulatedDevice, rng: np.random.Generator, rows: int, tokens: int, tile: str
+) -> None:
+    info = replace(gpu.info, capability=(8, 0), multiprocessors=1)
+    Case(matrix_of("bf16", rows, 80), tokens, residual=True).run(gpu, rng, f"plain_{tile}", info)
+    Case(matrix_of("int4", rows, 128), tokens, y_float=False).run(gpu, rng, f"row_{tile}", info)
+    Case(matrix_of("int8", rows, 96, swiglu=True), tokens).run(gpu, rng, f"row_{tile}", info)
+    Case(matrix_of("fp8", rows, 160), tokens, rounding=-1).run(gpu, rng, f"fp8_fp8_row_bf16_{tile}", info)
+    owners = np.sort(rng.integers(0, 3, tokens))
+    Case(matrix_of("bf16", rows, 80, count=3), tokens, owners=owners).run(gpu, rng, "gemm_bf16_bf16_plain_", info)
 
 
 @pytest.mark.parametrize("zeros", [False, True])

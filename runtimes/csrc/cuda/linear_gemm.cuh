@@ -10,6 +10,12 @@
 
 #include "linear_args.cuh"
 
+// Tensor cores that multiply E4M3 by mma.sync: Ada's and the consumer Blackwell's. For Hopper's and the big Blackwell's
+// the compiler would convert every operand to float16 anew for each product; the kernel does so once.
+#if defined(EDGELM_HAS_FP8) && !(__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+#define EDGELM_FP8_PRODUCTS 1
+#endif
+
 namespace edgelm {
 
 constexpr int kGemmThreads = 256;
@@ -24,6 +30,16 @@ template <class W, bool XF8, int TM, int TN> struct GemmShape {
   static constexpr int weight_bytes = TM / kTileRows * tiles * kTileBytes;
   static constexpr int stage_bytes = weight_bytes + TN * kGemmRowBytes;
 };
+
+// Blocks in the order in which they start take 8 tiles of tokens by turns for each tile of weights: what is read again
+// is then likely to be in the cache still.
+struct GemmTile { int weights, tokens; };
+EDGELM_DEVICE GemmTile gemm_tile() {
+  const int number = block_y() * grid_x() + block_x();
+  const int panel = number / (8 * grid_x()), inside = number % (8 * grid_x());
+  const int height = min_(8, grid_y() - panel * 8);
+  return {inside / height, panel * 8 + inside % height};
+}
 
 // Which rows a block has: of expert `expert` the slots `first` .. `first` + `rows` - 1.
 struct GemmRows { int expert, first, rows; };
@@ -69,29 +85,43 @@ template <class A, class W, bool XF8, bool GROUPED, int TM, int TN, int WARPS_M>
   static constexpr int kParts = TN / 8 / kWarpsN;           // of 8 tokens of a warp
   static_assert(kParts % 2 == 0, "ldmatrix brings 16 tokens");
   static constexpr int kXCopies = TN * 8 / kGemmThreads;
+  static constexpr int kAtOnce = kGemmThreads * 16;  // bytes that all threads copy
+  static constexpr int kWeightCopies = (Shape::weight_bytes + kAtOnce - 1) / kAtOnce;
+  static constexpr int kBlocksAtOnce = kAtOnce / (Shape::tiles * kTileBytes);
   static constexpr int kPitch = TM + 4;  // floats from one token's results to the next's in shared memory
   static constexpr bool kScaled = Is<W>::scaled;
 
   const LinearArgs& args;
   const int warp, lane, warp_m, warp_n;
+  const GemmTile tile;
   const int block0, blocks, tiles, stages;
   GemmRows rows;
   const u8* x_from[kXCopies];
   u32 x_valid;
+  const u8* weights_from;  // of this thread's first copy of the first stage
+  int weights_block, weights_tile;
+  i64 weights_stride;      // bytes of 16 rows
 
   EDGELM_INLINE explicit Gemm(const LinearArgs& a)
       : args(a),
-        warp(thread() / kWarp),
+        warp(shuffle(thread() / kWarp, 0)),  // the same in all lanes, as the compiler then knows
         lane(thread() % kWarp),
         warp_m(warp % WARPS_M),
         warp_n(warp / WARPS_M),
-        block0(block_x() * (TM / kTileRows)),
+        tile(gemm_tile()),
+        block0(tile.weights * (TM / kTileRows)),
         blocks(blocks_of(a)),
         tiles(a.k / Format<W>::columns),
         stages((a.k + Shape::columns - 1) / Shape::columns),
-        rows(gemm_rows<TN>(a, block_y())) {}
+        rows(gemm_rows<TN>(a, tile.tokens)) {}
 
   EDGELM_INLINE void prepare() {
+    constexpr int kBlockBytes = Shape::tiles * kTileBytes;
+    weights_stride = i64(tiles) * kTileBytes;
+    weights_block = block0 + thread() * 16 / kBlockBytes;
+    weights_tile = thread() * 16 % kBlockBytes / kTileBytes;
+    weights_from = args.codes + rows.expert * args.codes_stride + weights_block * weights_stride +
+                   thread() * 16 % kBlockBytes;
     const int row_bytes = XF8 ? args.k : 2 * args.k;
     x_valid = 0;
     EDGELM_UNROLL
@@ -106,28 +136,26 @@ template <class A, class W, bool XF8, bool GROUPED, int TM, int TN, int WARPS_M>
 
   // Begins to copy stage `stage`; beyond the matrix come zeros.
   EDGELM_INLINE void copy_weights(int stage, u8* to) const {
-    constexpr int kBlockBytes = Shape::tiles * kTileBytes;
-    const u8* codes = args.codes + rows.expert * args.codes_stride;
-    const int tile0 = stage * Shape::tiles;
+    const bool inside = thread() * 16 < Shape::weight_bytes && stage * Shape::tiles + weights_tile < tiles;
+    const u8* from = weights_from + i64(stage) * (Shape::tiles * kTileBytes);
     EDGELM_UNROLL
-    for (int i = 0; i < (Shape::weight_bytes / 16 + kGemmThreads - 1) / kGemmThreads; ++i) {
-      const int at = (thread() + i * kGemmThreads) * 16;
-      if (Shape::weight_bytes % (16 * kGemmThreads) && at >= Shape::weight_bytes) break;
-      const int block = block0 + at / kBlockBytes, tile = tile0 + at % kBlockBytes / kTileBytes;
-      const bool valid = block < blocks && tile < tiles;
-      const i64 from = (i64(block) * tiles + tile) * kTileBytes + at % kTileBytes;
-      cp_async16(to + at, codes + (valid ? from : 0), valid);
+    for (int i = 0; i < kWeightCopies; ++i) {
+      const bool valid = inside && weights_block + i * kBlocksAtOnce < blocks;
+      if (Shape::weight_bytes % kAtOnce == 0 || thread() * 16 < Shape::weight_bytes) {
+        cp_async16(to + thread() * 16 + i * kAtOnce, valid ? from + i * kBlocksAtOnce * weights_stride : args.codes, valid);
+      }
     }
   }
   EDGELM_INLINE void copy_x(int stage, u8* to) const {
     const int row_bytes = XF8 ? args.k : 2 * args.k;
     const int at = stage * kGemmRowBytes;
     const bool inside = at + thread() % 8 * 16 < row_bytes;
+    u8* to_row = to + thread() / 8 * kGemmRowBytes + ((thread() % 8) ^ (thread() / 8 & 7)) * 16;
     EDGELM_UNROLL
     for (int i = 0; i < kXCopies; ++i) {
-      const int token = thread() / 8 + i * (kGemmThreads / 8);
       const bool valid = inside && (x_valid >> i & 1);
-      cp_async16(to + token * kGemmRowBytes + ((thread() % 8) ^ (token & 7)) * 16, valid ? x_from[i] + at : static_cast<const u8*>(args.x), valid);
+      cp_async16(to_row + i * (kGemmThreads / 8 * kGemmRowBytes), valid ? x_from[i] + at : static_cast<const u8*>(args.x),
+                 valid);
     }
   }
 
@@ -142,20 +170,39 @@ template <class A, class W, bool XF8, bool GROUPED, int TM, int TN, int WARPS_M>
   }
 };
 
-// d += a b of E4M3, 32 columns. Without instructions for it float16 holds the same numbers.
-EDGELM_DEVICE void multiply_fp8(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-#ifdef EDGELM_HAS_FP8
-  mma_16x8x32_fp8(d, a, b);
-#else
-  const Words4 tile = {a[0], a[1], a[2], a[3]};
+// d += a b of E4M3, 32 columns.
+template <int STRIPS, int PARTS>
+EDGELM_DEVICE void multiply_fp8(float (&d)[STRIPS][PARTS][4], const Words4 (&a)[STRIPS], const u32 (&b)[PARTS][2]) {
+#ifdef EDGELM_FP8_PRODUCTS
+  EDGELM_UNROLL
+  for (int i = 0; i < STRIPS; ++i) {
+    const u32 words[4] = {a[i].x, a[i].y, a[i].z, a[i].w};
+    EDGELM_UNROLL
+    for (int n = 0; n < PARTS; ++n) mma_16x8x32_fp8(d[i][n], words, b[n]);
+  }
+#else  // float16 holds the same numbers
   EDGELM_UNROLL
   for (int step = 0; step < 2; ++step) {
-    u32 weights[4];
-    fragment<f16, e4m3>(tile, step, 0, 0, weights);
-    const u32 x[2] = {e4m3x2_to_f16x2(b[step] & 0xffff), e4m3x2_to_f16x2(b[step] >> 16)};
-    mma_16x8x16<f16>(d, weights, x);
+    u32 x[PARTS][2];
+    EDGELM_UNROLL
+    for (int n = 0; n < PARTS; ++n) {
+      x[n][0] = e4m3x2_to_f16x2(b[n][step] & 0xffff);
+      x[n][1] = e4m3x2_to_f16x2(b[n][step] >> 16);
+    }
+    EDGELM_UNROLL
+    for (int i = 0; i < STRIPS; ++i) {
+      u32 weights[4];
+      fragment<f16, e4m3>(a[i], step, 0, 0, weights);
+      EDGELM_UNROLL
+      for (int n = 0; n < PARTS; ++n) mma_16x8x16<f16>(d[i][n], weights, x[n]);
+    }
   }
 #endif
+}
+
+template <bool GROUPED, class T, class U> EDGELM_DEVICE auto& sums_of(T& all, U& group) {
+  if constexpr (GROUPED) return group;
+  else return all;
 }
 
 template <class A, class W, bool XF8, bool GROUPED, int TM, int TN, int WARPS_M>
@@ -238,16 +285,16 @@ EDGELM_BODY void linear_gemm(const LinearArgs& args) {
         b[n + 1][0] = four[2];
         b[n + 1][1] = four[3];
       }
-      EDGELM_UNROLL
-      for (int i = 0; i < kStrips; ++i) {
-        const u32 raw_words[4] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
-        u32 a[4];
-        if constexpr (!XF8) fragment<A, W>(raw[i], step % Shape::steps_per_tile, zeros[i][0], zeros[i][1], a);
+      float(&to)[kStrips][kParts][4] = sums_of<GROUPED>(sums, group_sums);
+      if constexpr (XF8) {
+        multiply_fp8(to, raw, b);
+      } else {
         EDGELM_UNROLL
-        for (int n = 0; n < kParts; ++n) {
-          float(&to)[4] = GROUPED ? group_sums[GROUPED ? i : 0][GROUPED ? n : 0] : sums[i][n];
-          if constexpr (XF8) multiply_fp8(to, raw_words, b[n]);
-          else mma_16x8x16<A>(to, a, b[n]);
+        for (int i = 0; i < kStrips; ++i) {
+          u32 a[4];
+          fragment<A, W>(raw[i], step % Shape::steps_per_tile, zeros[i][0], zeros[i][1], a);
+          EDGELM_UNROLL
+          for (int n = 0; n < kParts; ++n) mma_16x8x16<A>(to[i][n], a, b[n]);
         }
       }
       if constexpr (GROUPED) {
@@ -308,7 +355,7 @@ EDGELM_BODY void linear_gemm(const LinearArgs& args) {
   sync_block();
   const int outputs = outputs_of(args);
   const int width = args.swiglu ? TM / 2 : TM;
-  const int first_output = block_x() * width;
+  const int first_output = my.tile.weights * width;
   const bool whole = outputs % 4 == 0;
   for (int i = thread(); i < my.rows.rows * (width / 4); i += kGemmThreads) {
     const int row = i / (width / 4), column = i % (width / 4) * 4;
