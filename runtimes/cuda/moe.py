@@ -23,7 +23,7 @@ _ACTIVATIONS = {"bf16": "bf16", "f16": "f16", "f32": "float"}
 _ACTIVATION_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
 # (tokens, experts, threads) of a block of the router for few tokens, by kernel.
 _ROUTERS = {"n1": (1, 2, 512), "n4": (4, 4, 512)}
-_TILE_TOKENS, _TILE_SHARED, _TILE_THREADS = 32, 64 * (32 + 64) * 4, 256
+_TILES, _TILE_THREADS = (32, 16, 8), 256  # tokens of a block of the router in tiles
 _PLACE_THREADS = 256
 _COMBINE_THREADS = 128
 DOWN_TOKENS = 32
@@ -37,7 +37,7 @@ _ROUTER_ARGS = struct.Struct("<5Q3if")
 _CHOOSE_ARGS = struct.Struct("<9Q4i")
 _ROUTE_ARGS = struct.Struct(_ROUTER_ARGS.format + _CHOOSE_ARGS.format[1:] + "Q")
 _COMBINE_ARGS = struct.Struct("<5Q3i4x")
-_DOWN_ARGS = struct.Struct("<10Q3q6i")
+_DOWN_ARGS = struct.Struct("<9Q3q7i4x")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class MoeWorkspace:
         row_map: [M k], a slot's token.
         slot_weights: [M k], a slot's weight.
         slot_of: [M, k], a token's slots, ascending, which is in the order of the experts.
-        active: [1 + min(E, M k)], how many experts have tokens, and which, ascending.
+        active: [1 + min(E, M k), 4], how many experts have tokens, then each one's index, first slot and slots.
         hidden: [M k, F] of the activation's type, what gate and up gave.
         outputs: [M k, D], what down gave.
     """
@@ -140,7 +140,7 @@ def _sizes(shape: MoeShape) -> dict[str, int]:
         "row_map": 4 * shape.slots,
         "slot_weights": 4 * shape.slots,
         "slot_of": 4 * shape.slots,
-        "active": 4 * (1 + shape.most_active),
+        "active": 16 * (1 + shape.most_active),
         "hidden": width * shape.slots * shape.hidden,
         "outputs": 4 * shape.slots * shape.columns,
     }
@@ -173,8 +173,10 @@ def router_launch(shape: MoeShape, x: int, norm: int, router: int, logits: int, 
     """
     args = _router_args(shape, x, norm, router, logits, normed)
     if shape.tokens >= TILED_TOKENS:
-        grid = (-(-shape.tokens // _TILE_TOKENS), 1, 1)
-        return Launch(f"moe_router_{shape.activation}_tiled", grid, _TILE_THREADS, _TILE_SHARED, args)
+        # The largest that still gives most multiprocessors of a large GPU something to do.
+        tile = next((tile for tile in _TILES if shape.tokens > 96 * tile), _TILES[-1])
+        grid = (-(-shape.tokens // tile), 1, 1)
+        return Launch(f"moe_router_{shape.activation}_t{tile}", grid, _TILE_THREADS, 64 * (tile + 64) * 4, args)
     kind, grid, threads, shared = _router_blocks(shape)
     return Launch(f"moe_router_{shape.activation}_{kind}", grid, threads, shared, args)
 
@@ -270,7 +272,7 @@ def down_launch(
         weights: address of their blob.
         x: of [M, D] float32.
         hidden: of [M k, F] of the activation's type, in the order of slots.
-        places: offsets, active, slot_weights and slot_of are read.
+        places: active, slot_weights and slot_of are read.
         y: of [M, D] float32, written; may be x.
 
     Raises:
@@ -293,9 +295,9 @@ def down_launch(
         split *= 2
     args = _DOWN_ARGS.pack(
         hidden, weights, weights + matrix.scales_offset, weights + matrix.zeros_offset if matrix.zeros else 0,
-        places.offsets, places.active, places.slot_weights, places.slot_of, x, y, matrix.codes_stride,
+        places.active, places.slot_weights, places.slot_of, x, y, matrix.codes_stride,
         matrix.scales_stride, matrix.zeros_stride, shape.tokens, shape.columns, shape.hidden, matrix.group, shape.k,
-        split,
+        shape.most_active, split,
     )  # fmt: skip
     shared = _DOWN_RINGS[tiles] * _DOWN_THREADS * 16 + warps * (tiles * 8 * 20 + 2) * 4
     name = f"moe_down_{shape.activation}_{matrix.kind}_f32_n{8 * tiles}"
@@ -304,7 +306,7 @@ def down_launch(
 
 def all_kernels() -> tuple[str, ...]:
     """Return the name of every kernel."""
-    routers = [f"moe_router_{a}_{kind}" for a in _ACTIVATIONS for kind in (*_ROUTERS, "tiled")]
+    routers = [f"moe_router_{a}_{kind}" for a in _ACTIVATIONS for kind in (*_ROUTERS, *(f"t{tile}" for tile in _TILES))]
     choices = [f"moe_{what}_e{32 * p}" for what in ("choose", "choose_many", "place") for p in (1, 2, 4, 8)]
     downs = [f"moe_down_{a}_{kind}_f32_n{8 * tiles}" for a, kind in _downs() for tiles in _DOWN_RINGS]
     routes = [f"moe_route_{a}_{kind}_e{32 * p}" for a in _ACTIVATIONS for kind in _ROUTERS for p in (1, 2, 4, 8)]
@@ -320,8 +322,9 @@ def instantiation(name: str) -> str:
     what, _, variant = name.rpartition("_")
     if what.startswith("moe_router_"):
         activation = _ACTIVATIONS[what.removeprefix("moe_router_")]
-        if variant == "tiled":
-            return f"EDGELM_KERNEL({name}, MoeRouterArgs, {_TILE_THREADS}, 1, moe_router_tiled<{activation}>)"
+        if variant[0] == "t":
+            body = f"moe_router_tiled<{activation}, {variant[1:]}>"
+            return f"EDGELM_KERNEL({name}, MoeRouterArgs, {_TILE_THREADS}, 1, {body})"
         tokens, experts, threads = _ROUTERS[variant]
         return f"EDGELM_KERNEL({name}, MoeRouterArgs, {threads}, 1, moe_router<{activation}, {tokens}, {experts}>)"
     if what.startswith("moe_route_"):

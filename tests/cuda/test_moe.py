@@ -119,14 +119,18 @@ def test_router_in_tiles_gives_the_same(
     device: Layer, rng: np.random.Generator, experts: int, columns: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(moe, "TILED_TOKENS", 1)
-    for tokens, activation in ((1, "f32"), (31, "f16"), (45, "bf16")):
-        check_router(device, rng, MoeShape(tokens, columns, 64, experts, 1, activation=activation), seed)
+    for tile in moe._TILES:
+        monkeypatch.setattr(moe, "_TILES", (tile,))
+        for tokens, activation in ((1, "f32"), (31, "f16"), (45, "bf16")):
+            shape = MoeShape(tokens, columns, 64, experts, 1, activation=activation)
+            assert moe.router_launch(shape, 0, 0, 0, 0, 0).kernel == f"moe_router_{activation}_t{tile}"
+            check_router(device, rng, shape, seed)
 
 
 def test_many_tokens_are_routed_in_tiles(device: Layer, rng: np.random.Generator) -> None:
     shape = MoeShape(257, 64, 64, 8, 1)
-    assert moe.router_launch(shape, 0, 0, 0, 0, 0).kernel == "moe_router_bf16_tiled"
-    assert moe.router_launch(replace(shape, tokens=256), 0, 0, 0, 0, 0).kernel == "moe_router_bf16_n4"
+    for tokens, kind in ((256, "n4"), (257, "t8"), (1536, "t8"), (2048, "t16"), (4096, "t32")):
+        assert moe.router_launch(replace(shape, tokens=tokens), 0, 0, 0, 0, 0).kernel == f"moe_router_bf16_{kind}"
     check_router(device, rng, shape)
 
 
@@ -159,7 +163,7 @@ def chosen(device: Layer, shape: MoeShape, logits: Array, seed: int = 0) -> dict
     offsets = device.get(places.offsets, (shape.experts + 1,), np.int32)
     row_map = device.get(places.row_map, (shape.slots,), np.int32)
     slot_of = device.get(places.slot_of, pairs, np.int32)
-    active = device.get(places.active, (1 + shape.most_active,), np.int32)
+    active = device.get(places.active, (1 + shape.most_active, 4), np.int32)
 
     counts = np.diff(offsets)
     assert offsets[0] == 0
@@ -170,8 +174,11 @@ def chosen(device: Layer, shape: MoeShape, logits: Array, seed: int = 0) -> dict
     assert (row_map[slot_of] == np.arange(shape.tokens)[:, None]).all()
     assert (np.diff(expert_of * shape.tokens + row_map) > 0).all()  # by expert, then by token, and nobody twice
     assert (np.diff(slot_of, axis=1) > 0).all()
-    assert active[0] == (counts > 0).sum()
-    assert (active[1 : 1 + active[0]] == np.flatnonzero(counts)).all()
+    chosen_ones = np.flatnonzero(counts)
+    assert (active[0] == [len(chosen_ones), 0, 0, 0]).all()
+    entries = np.stack([chosen_ones, offsets[chosen_ones], counts[chosen_ones], 0 * chosen_ones], axis=1)
+    assert (active[1 : 1 + len(entries)] == entries).all()
+    assert (active[1 + len(entries) :] == 0).all()
     weights = device.get(places.slot_weights, (shape.slots,))[slot_of]
     return {"experts": expert_of[slot_of], "weights": weights}
 

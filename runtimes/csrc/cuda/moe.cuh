@@ -8,8 +8,8 @@
 //   combine   y = x + the weighted sum, in the order of the experts' indices; up to 32 tokens `down` does the experts'
 //             second product as well, and nothing of it passes through memory
 //
-// Up to 32 tokens one block chooses and sorts: the last of the router's to end (`route`), or that of a kernel of its own
-// (`choose`). More are chosen by 32s (`choose_many`), and `place` gives each its slot.
+// Up to 32 tokens one block chooses and sorts: the last of the router's to end (`route`), or that of a kernel of its
+// own (`choose`). More are chosen by 32s (`choose_many`), and `place` gives each its slot.
 // Everything is deterministic, and nothing about a launch depends on which experts are chosen.
 #pragma once
 
@@ -40,7 +40,8 @@ struct MoeChooseArgs {
   int* row_map;           // [slots]: the token
   float* slot_weights;    // [slots]
   int* slot_of;           // [tokens, k]: a token's slots, ascending
-  int* active;            // [1 + min(experts, slots)]: how many experts have tokens, and which, ascending
+  int* active;            // [1 + min(experts, slots), 4]: {experts that have tokens}, then of these, ascending, {index,
+                          // first slot, slots}, then zeros
   int tokens, experts, k, normalize;
 };
 
@@ -93,6 +94,7 @@ EDGELM_DEVICE bool router_block(const MoeRouterArgs& args, float* scratch, int* 
   const int first_token = block_y() * T, first_expert = block_x() * N, columns = args.columns;
   float squares[T] = {}, sums[T][N] = {};
   bool waited = false;
+  let_next_kernel_start();
   for (int c = 4 * thread(); c < columns || !waited; c += 4 * block_threads()) {
     const bool inside = c < columns;
     Float4 weights[N];
@@ -117,7 +119,6 @@ EDGELM_DEVICE bool router_block(const MoeRouterArgs& args, float* scratch, int* 
       }
     }
   }
-  let_next_kernel_start();
 
   // Sums of each warp, in scratch: [warps][T][N + 1].
   const int warp = thread() / kWarp, warps = block_threads() / kWarp;
@@ -181,74 +182,79 @@ template <class A, int T, int N> EDGELM_BODY void moe_router(const MoeRouterArgs
 
 // -- router: many tokens ----------------------------------------------------------------------------------------------
 
-constexpr int kTileTokens = 32, kTileExperts = 64, kTileColumns = 64, kTileThreads = 256;
-constexpr int kTileShared = kTileColumns * (kTileTokens + kTileExperts) * 4;
+constexpr int kRouterExperts = 64, kRouterColumns = 64, kRouterThreads = 256;  // of a tile
 
 // Where element (column, i) of a transposed operand with `width` rows lies: groups of 4 are permuted by the column, so
-// that neither the threads of a warp that write 4 rows of 8 groups of columns meet in a bank, nor those that read.
+// that the threads of a warp, which write groups of columns of a row, mostly meet in different banks.
 template <int width> EDGELM_DEVICE int tile_place(int column, int i) {
-  return column * width + ((i / 4 ^ column / 4 % 8) * 4 + i % 4);
+  constexpr int kMask = width / 4 < 8 ? width / 4 - 1 : 7;
+  return column * width + ((i / 4 ^ (column / 4 & kMask)) * 4 + i % 4);
 }
 
-// A block has 32 tokens (block_x) and all experts, 64 at a time. Both operands lie transposed in shared memory; a
-// thread has 4 x 4 results of every second column, the other half of the block the other columns.
-template <class A> EDGELM_BODY void moe_router_tiled(const MoeRouterArgs& args) {
+// A block has R = 32, 16 or 8 tokens (block_x) and all experts, 64 at a time. Both operands lie transposed in shared
+// memory. A thread has 4 x 4 results of every (64 / R)th column: as many parts of the block share the columns. Shared
+// memory: [64][R] x * norm, [64][64] router; then [parts - 1][R][64] sums and [R] factors of tokens.
+template <class A, int R> EDGELM_BODY void moe_router_tiled(const MoeRouterArgs& args) {
+  constexpr int kParts = 64 / R, kPartThreads = kRouterThreads / kParts, kRowLoads = kRouterColumns / 4;
+  constexpr int kXLoads = (R * kRowLoads + kRouterThreads - 1) / kRouterThreads;
+  constexpr int kWLoads = kRouterExperts * kRowLoads / kRouterThreads;
   wait_for_previous_kernel();
   let_next_kernel_start();
-  float* const xs = reinterpret_cast<float*>(shared_memory());  // [kTileColumns][kTileTokens]: x * norm
-  float* const ws = xs + kTileColumns * kTileTokens;            // [kTileColumns][kTileExperts]
-  const int first_token = block_x() * kTileTokens, columns = args.columns;
-  const int half = thread() / 128, t0 = thread() % 128 / 16 * 4, e0 = thread() % 16 * 4;
-  // Loading: 8 threads have a row's 64 columns in pairs of 4; rows r, r + 32.
-  const int load_row = thread() / 8, load_column = thread() % 8 * 4;
-  const bool row_real = first_token + load_row < args.tokens;
-  const float* const x_row = args.x + i64(row_real ? first_token + load_row : 0) * columns;
+  float* const xs = reinterpret_cast<float*>(shared_memory());
+  float* const ws = xs + kRouterColumns * R;
+  float* const factors = ws + kRouterColumns * kRouterExperts - R;
+  const int first_token = block_x() * R, columns = args.columns;
+  const int part = thread() / kPartThreads, t0 = thread() % kPartThreads / 16 * 4, e0 = thread() % 16 * 4;
+  // Loading: 16 neighbours have 64 columns of a row.
+  const int load_row = thread() / kRowLoads, load_column = thread() % kRowLoads * 4;
+  constexpr int kLoadRows = kRouterThreads / kRowLoads;
 
-  float inverse = 0.f;  // of token load_row
-  for (int first_expert = 0; first_expert < args.experts; first_expert += kTileExperts) {
-    float sums[4][4] = {};
-    float squares = 0.f;
-    Float4 x_next[2], w_next[2][2];
+  for (int first_expert = 0; first_expert < args.experts; first_expert += kRouterExperts) {
+    float sums[4][4] = {}, squares[kXLoads] = {};
+    Float4 x_next[kXLoads], w_next[kWLoads];
     const auto fetch = [&](int from) {
+      const int c = from + load_column;
+      const bool inside = c < columns;
+      const Float4 norm = inside ? load_floats(args.norm + c) : Float4{};
       EDGELM_UNROLL
-      for (int part = 0; part < 2; ++part) {
-        const int c = from + load_column + 32 * part;
-        const bool inside = c < columns;
-        Float4 x = inside && row_real ? load_floats(x_row + c) : Float4{};
-        const Float4 norm = inside ? load_floats(args.norm + c) : Float4{};
+      for (int j = 0; j < kXLoads; ++j) {
+        const int row = load_row + kLoadRows * j, token = first_token + row;
+        Float4 x = inside && row < R && token < args.tokens ? load_floats(args.x + i64(token) * columns + c) : Float4{};
         EDGELM_UNROLL
         for (int i = 0; i < 4; ++i) {
-          squares = fma_(x.v[i], x.v[i], squares);
+          squares[j] = fma_(x.v[i], x.v[i], squares[j]);
           x.v[i] *= norm.v[i];
         }
-        x_next[part] = x;
-        EDGELM_UNROLL
-        for (int row = 0; row < 2; ++row) {
-          const int e = first_expert + load_row + 32 * row;
-          w_next[row][part] = inside && e < args.experts ? load_floats(args.router + i64(e) * columns + c) : Float4{};
-        }
+        x_next[j] = x;
+      }
+      EDGELM_UNROLL
+      for (int j = 0; j < kWLoads; ++j) {
+        const int e = first_expert + load_row + kLoadRows * j;
+        w_next[j] = inside && e < args.experts ? load_floats(args.router + i64(e) * columns + c) : Float4{};
       }
     };
     fetch(0);
-    for (int from = 0; from < columns; from += kTileColumns) {
+    for (int from = 0; from < columns; from += kRouterColumns) {
       sync_block();  // the columns before have been read
       EDGELM_UNROLL
-      for (int part = 0; part < 2; ++part) {
+      for (int i = 0; i < 4; ++i) {
         EDGELM_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const int c = load_column + 32 * part + i;
-          xs[tile_place<kTileTokens>(c, load_row)] = x_next[part].v[i];
-          ws[tile_place<kTileExperts>(c, load_row)] = w_next[0][part].v[i];
-          ws[tile_place<kTileExperts>(c, load_row + 32)] = w_next[1][part].v[i];
+        for (int j = 0; j < kXLoads; ++j) {
+          const int row = load_row + kLoadRows * j;
+          if (row < R) xs[tile_place<R>(load_column + i, row)] = x_next[j].v[i];
+        }
+        EDGELM_UNROLL
+        for (int j = 0; j < kWLoads; ++j) {
+          ws[tile_place<kRouterExperts>(load_column + i, load_row + kLoadRows * j)] = w_next[j].v[i];
         }
       }
       sync_block();
-      if (from + kTileColumns < columns) fetch(from + kTileColumns);
+      if (from + kRouterColumns < columns) fetch(from + kRouterColumns);
       EDGELM_UNROLL
-      for (int pair = 0; pair < kTileColumns / 2; ++pair) {
-        const int c = 2 * pair + half;
-        const Float4 x = load_floats(xs + c * kTileTokens + (t0 / 4 ^ pair / 2 % 8) * 4);
-        const Float4 w = load_floats(ws + c * kTileExperts + (e0 / 4 ^ pair / 2 % 8) * 4);
+      for (int i = 0; i < kRouterColumns / kParts; ++i) {
+        const int c = i * kParts + part;
+        const Float4 x = load_floats(xs + tile_place<R>(c, t0));
+        const Float4 w = load_floats(ws + tile_place<kRouterExperts>(c, e0));
         EDGELM_UNROLL
         for (int t = 0; t < 4; ++t) {
           EDGELM_UNROLL
@@ -256,39 +262,48 @@ template <class A> EDGELM_BODY void moe_router_tiled(const MoeRouterArgs& args) 
         }
       }
     }
-    // The 8 threads of a row are neighbours.
-    for (int mask = 1; mask < 8; mask *= 2) squares += shuffle_xor(squares, mask);
-    inverse = rsqrt_(squares / float(columns) + args.epsilon);
-    // The second half hands its sums over: [tokens][experts], then the tokens' factors.
     sync_block();
-    float* const factors = xs + kTileTokens * kTileExperts;
-    if (half == 1) {
+    // The other parts hand their sums over.
+    if (part > 0) {
       EDGELM_UNROLL
       for (int t = 0; t < 4; ++t) {
-        store_floats(xs + (t0 + t) * kTileExperts + e0, {{sums[t][0], sums[t][1], sums[t][2], sums[t][3]}});
+        store_floats(xs + ((part - 1) * R + t0 + t) * kRouterExperts + e0,
+                     {{sums[t][0], sums[t][1], sums[t][2], sums[t][3]}});
       }
     }
-    if (thread() % 8 == 0) factors[load_row] = inverse;
+    EDGELM_UNROLL
+    for (int j = 0; j < kXLoads; ++j) {
+      float sum = squares[j];
+      for (int mask = 1; mask < kRowLoads; mask *= 2) sum += shuffle_xor(sum, mask);
+      const int row = load_row + kLoadRows * j;
+      if (load_column == 0 && row < R) factors[row] = rsqrt_(sum / float(columns) + args.epsilon);
+    }
     sync_block();
-    if (half == 0) {
+    if (part == 0) {
       EDGELM_UNROLL
       for (int t = 0; t < 4; ++t) {
-        const Float4 other = load_floats(xs + (t0 + t) * kTileExperts + e0);
+        EDGELM_UNROLL
+        for (int p = 0; p < kParts - 1; ++p) {
+          const Float4 other = load_floats(xs + (p * R + t0 + t) * kRouterExperts + e0);
+          EDGELM_UNROLL
+          for (int e = 0; e < 4; ++e) sums[t][e] += other.v[e];
+        }
         if (first_token + t0 + t >= args.tokens) continue;
         EDGELM_UNROLL
         for (int e = 0; e < 4; ++e) {
           if (first_expert + e0 + e >= args.experts) continue;
-          args.logits[i64(first_token + t0 + t) * args.experts + first_expert + e0 + e] =
-              (sums[t][e] + other.v[e]) * factors[t0 + t];
+          args.logits[i64(first_token + t0 + t) * args.experts + first_expert + e0 + e] = sums[t][e] * factors[t0 + t];
         }
       }
     }
-    sync_block();
   }
-  if (!row_real) return;
-  A* const normed = static_cast<A*>(args.normed) + i64(first_token + load_row) * columns;
-  for (int c = load_column; c < columns; c += 32) {
-    store_as(normed + c, normed_floats(load_floats(x_row + c), inverse, load_floats(args.norm + c)));
+  for (int row = load_row; row < R && first_token + row < args.tokens; row += kLoadRows) {
+    const float inverse = factors[row];
+    const i64 at = i64(first_token + row) * columns;
+    for (int c = load_column; c < columns; c += kRouterColumns) {
+      const Float4 x = load_floats(args.x + at + c), norm = load_floats(args.norm + c);
+      store_as(static_cast<A*>(args.normed) + at + c, normed_floats(x, inverse, norm));
+    }
   }
 }
 

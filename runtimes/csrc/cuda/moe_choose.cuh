@@ -64,6 +64,10 @@ EDGELM_DEVICE void choose_experts(const float* logits, int experts, int k, bool 
   for (int r = 0; r < k; ++r) place += shuffle(expert, r) < expert;
 }
 
+EDGELM_DEVICE void put_entry(const MoeChooseArgs& args, int index, int expert, int first_slot, int slots) {
+  store16(args.active + 4 * index, {u32(expert), u32(first_slot), u32(slots), 0});
+}
+
 // Warp 0: from the numbers of an expert's tokens, in shared memory, where its slots begin (`starts`), and for everybody
 // (`publish`) the same and the experts that have any. P experts a lane.
 template <int P>
@@ -84,9 +88,15 @@ EDGELM_DEVICE void scan_counts(const MoeChooseArgs& args, const int* counts, int
       active_before += other_active;
     }
   }
-  if (publish && lane == kWarp - 1) {
-    args.offsets[args.experts] = before;
-    args.active[0] = active_before;
+  const int all_active = shuffle(active_before, kWarp - 1);
+  if (publish) {
+    if (lane == 0) {
+      args.offsets[args.experts] = args.tokens * args.k;
+      put_entry(args, 0, all_active, 0, 0);
+    }
+    for (int i = all_active + lane; i < min_(args.experts, args.tokens * args.k); i += kWarp) {
+      put_entry(args, 1 + i, 0, 0, 0);
+    }
   }
   before -= sum;
   active_before -= active;
@@ -95,10 +105,12 @@ EDGELM_DEVICE void scan_counts(const MoeChooseArgs& args, const int* counts, int
     const int e = lane * P + i;
     if (e >= args.experts) continue;
     starts[e] = before;
-    if (publish) args.offsets[e] = before;
     const int count = counts[e];
+    if (publish) {
+      args.offsets[e] = before;
+      if (count > 0) put_entry(args, 1 + active_before++, e, before, count);
+    }
     before += count;
-    if (publish && count > 0) args.active[1 + active_before++] = e;
   }
 }
 

@@ -14,14 +14,14 @@ struct MoeDownArgs {
   const u8* codes;            // the experts' matrices [columns, hidden_columns] in tiles
   const u8* scales;
   const u8* zeros;            // null: symmetric
-  const int* offsets;         // as MoeChooseArgs' from here
-  const int* active;
+  const int* active;          // as MoeChooseArgs' from here
   const float* slot_weights;
   const int* slot_of;
   const float* x;             // [tokens, columns]
   float* y;                   // [tokens, columns]; may be x
   i64 codes_stride, scales_stride, zeros_stride;
   int tokens, columns, hidden_columns, group, k;
+  int most_active;            // min(experts, slots)
   int split;                  // warps that share an expert's rows, each a part of the columns of hidden
 };
 
@@ -36,12 +36,12 @@ struct DownPart {
   int first_tile, tiles;
 };
 
-template <class W> EDGELM_DEVICE DownPart down_part(const MoeDownArgs& args, int index, int active) {
-  if (index >= active) return {};
+template <class W> EDGELM_DEVICE DownPart down_part(const MoeDownArgs& args, int index) {
+  if (index >= args.most_active) return {};
+  const Words4 entry = load16(args.active + 4 * (1 + index));
   const int all = args.hidden_columns / Format<W>::columns, piece = thread() / kWarp % args.split;
-  const int expert = args.active[1 + index], first_slot = args.offsets[expert];
-  const int first = all * piece / args.split;
-  return {expert, first_slot, args.offsets[expert + 1] - first_slot, first, all * (piece + 1) / args.split - first};
+  const int first = all * piece / args.split, end = entry.z ? all * (piece + 1) / args.split : first;
+  return {int(entry.x), int(entry.y), int(entry.z), first, end - first};
 }
 
 // The tiles of a warp's experts, one after the other, through a ring in shared memory: all but one of its places are on
@@ -49,19 +49,18 @@ template <class W> EDGELM_DEVICE DownPart down_part(const MoeDownArgs& args, int
 template <class W, int ring_size> struct DownStream {
   const MoeDownArgs& args;
   u8* const ring;  // this lane's bytes of the first tile
-  const int active;
   int index;     // of the expert whose tiles are fetched
   int left = 0;  // of its tiles
   const u8* from = nullptr;
   int fetched = 0, taken = 0;
 
-  EDGELM_INLINE DownStream(const MoeDownArgs& a, u8* shared, int how_many)
-      : args(a), ring(shared + thread() * 16), active(how_many), index(thread() / kWarp / a.split) {
+  EDGELM_INLINE DownStream(const MoeDownArgs& a, u8* shared)
+      : args(a), ring(shared + thread() * 16), index(thread() / kWarp / a.split) {
     begin();
     for (int i = 0; i < ring_size - 1; ++i) fetch();
   }
   EDGELM_INLINE void begin() {
-    const DownPart part = down_part<W>(args, index, active);
+    const DownPart part = down_part<W>(args, index);
     const i64 tile = i64(block_x()) * (args.hidden_columns / Format<W>::columns) + part.first_tile;
     from = args.codes + part.expert * args.codes_stride + tile * kTileBytes + thread() % kWarp * 16;
     left = part.tiles;
@@ -186,7 +185,7 @@ template <class A, class W, int N> EDGELM_BODY void moe_down(const MoeDownArgs& 
   int* const slots_of = reinterpret_cast<int*>(results + kDownWarps * N * 8 * kDownStride);  // [warps][first, number]
   const int warp = thread() / kWarp, lane = thread() % kWarp, g = lane / 4, q = lane % 4;
   const int at_once = kDownWarps / args.split, active = args.active[0];
-  DownStream<W, kRing> stream(args, ring, active);
+  DownStream<W, kRing> stream(args, ring);
 
   // A thread sums one column of one token; `pair` is the next of its experts.
   const int token = thread() / kTileRows, row = thread() % kTileRows, column = block_x() * kTileRows + row;
@@ -204,7 +203,7 @@ template <class A, class W, int N> EDGELM_BODY void moe_down(const MoeDownArgs& 
   }
 
   for (int first = 0; first < active; first += at_once) {
-    const DownPart part = down_part<W>(args, first + warp / args.split, active);
+    const DownPart part = down_part<W>(args, first + warp / args.split);
     float total[N][4] = {};
     if (part.slots > 0) down_product<A, W, N>(args, part, stream, total);
     sync_block();  // the results before have been read
