@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
+from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda import attention
 from edgelm.runtimes.cuda.attention import AttentionBuffers, AttentionShape
 from edgelm.runtimes.cuda.emulated import EmulatedDevice
@@ -309,5 +312,154 @@ def shape(
     return AttentionShape(batch, tokens, heads, kv_heads, size, capacity, capacity + 3, activations, cache)
 
 
-def test_smoke() -> None:
-    check(Case(shape(2, 1, 4, 1, 32, 132), (70, 3), norm=True))
+COMBINATIONS = [  # activations, cache, size of a head, compute capability
+    ("bf16", "bf16", 32, (8, 0)),
+    ("bf16", "int8", 32, (8, 0)),
+    ("bf16", "fp8", 32, (8, 9)),
+    ("f16", "int8", 64, (8, 0)),
+    ("f16", "fp8", 32, (8, 0)),
+    ("f16", "f16", 64, (8, 0)),
+    ("bf16", "f16", 128, (8, 0)),
+    ("bf16", "fp8", 128, (8, 0)),
+    ("f32", "f32", 64, (8, 0)),
+]
+PASTS = (0, 1, 63, 64, 65, 200)
+
+
+def case(
+    combination: tuple[str, str, int, tuple[int, int]], tokens: int, shared_by: int, past: tuple[int, ...],
+    kv_heads: int = 1, **more: Any,
+) -> Case:  # fmt: skip
+    activations, cache, size, _ = combination
+    capacity = -(-(max(past) + tokens) // 4) * 4 + 4
+    return Case(
+        shape(len(past), tokens, kv_heads * shared_by, kv_heads, size, capacity, cache, activations), past, **more
+    )
+
+
+@pytest.mark.parametrize("tokens", [*range(1, 18), 33, 64, 100])
+def test_any_number_of_tokens_sees_all_before_it(tokens: int) -> None:
+    rng = np.random.default_rng(tokens)
+    combination = COMBINATIONS[tokens % 4]
+    for shared_by in (1, 2, 4, 8) if tokens < 18 else ((1, 4)[tokens % 2],):
+        past = tuple(int(x) for x in rng.choice(PASTS if tokens < 5 else PASTS[:5], 1 + (tokens + shared_by) % 3))
+        check(
+            case(combination, tokens, shared_by, past, seed=tokens, multiprocessors=(1, 8)[shared_by % 3 % 2]),
+            combination[3],
+        )
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}")
+def test_every_kind_of_cache_with_norm_clip_scale_and_padding(
+    combination: tuple[str, str, int, tuple[int, int]], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    for tokens, shared_by, multiprocessors in ((1, 4, 4), (3, 2, 4), (9, 4, 1), (19, 1, 99)):
+        past = tuple(int(x) for x in rng.choice(PASTS[:5], 2))
+        new = (int(rng.integers(0, tokens + 1)), tokens) if seed else None
+        more = {"clip": 1.2, "scale": 0.2} if seed == 7 else {}
+        one = case(combination, tokens, shared_by, past, 2, new=new, norm=seed < 7, seed=seed, **more)
+        check(replace(one, multiprocessors=multiprocessors, counters=bool(seed)), combination[3], order=seed)
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS[:3], ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}")
+@pytest.mark.parametrize(("tokens", "counters"), [(2, True), (2, False), (24, True)])
+def test_splits_change_nothing_but_rounding_and_the_order_of_warps_nothing(
+    combination: tuple[str, str, int, tuple[int, int]], tokens: int, counters: bool
+) -> None:
+    for splits in (1, 2, 5):
+        one = case(combination, tokens, 4, (200, 3, 64), counters=counters, splits=splits)
+        results = [check(one, combination[3], order) for order in (0, 1, 7)]
+        for other in results[1:]:
+            assert np.array_equal(results[0].out, other.out)
+        assert results[0].launches == (1 if counters and tokens == 2 else 2)
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}")
+def test_token_by_token_is_all_at_once(combination: tuple[str, str, int, tuple[int, int]]) -> None:
+    tokens, steps = 23, (18, 1, 3, 1)
+    whole = case(combination, tokens, 2, (50,), 2, norm=True)
+    qkv, weights, caches = random_call(whole)
+    at_once = compute(whole, qkv, weights, caches, combination[3])
+    q, _, _ = prepared(whole, qkv, weights)
+    held = [read_cache(whole.shape, cache) for cache in (at_once.key_cache, at_once.value_cache)]
+    _, tolerance = attended(whole, q, *held)
+    done = 0
+    for step in steps:
+        part = replace(whole, shape=replace(whole.shape, tokens=step), past=(50 + done,))
+        found = compute(part, qkv[:, done : done + step], weights, caches, combination[3])
+        caches = (found.key_cache, found.value_cache)
+        compare(part, found.out, at_once.out[:, done : done + step], 2 * tolerance[:, done : done + step])
+        done += step
+    assert np.array_equal(caches[0], at_once.key_cache)
+    assert np.array_equal(caches[1], at_once.value_cache)
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS[:3], ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}")
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_keys_and_values_that_are_all_zero(combination: tuple[str, str, int, tuple[int, int]], tokens: int) -> None:
+    one = case(combination, tokens, 4, (2,))
+    qkv, weights, caches = random_call(one)
+    qkv[..., one.shape.heads * one.shape.size :] = 0
+    result = compute(one, qkv, weights, caches, combination[3])
+    held = [read_cache(one.shape, cache) for cache in (result.key_cache, result.value_cache)]
+    assert not held[0][:, :, 2 : 2 + tokens].any()
+    compare(one, result.out, *attended(one, prepared(one, qkv, weights)[0], *held))
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS[:3], ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}")
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_a_nan_spoils_no_other_sequence(combination: tuple[str, str, int, tuple[int, int]], tokens: int) -> None:
+    one = case(combination, tokens, 4, (70, 70))
+    qkv, weights, caches = random_call(one)
+    clean = compute(one, qkv, weights, caches, combination[3])
+    qkv[1, 0] = np.nan
+    spoiled = compute(one, qkv, weights, caches, combination[3])
+    assert np.isnan(spoiled.out[1]).any()
+    assert np.array_equal(spoiled.out[0], clean.out[0])
+
+
+def test_room_for_two_stages_on_the_smallest_multiprocessors() -> None:
+    for name in attention.all_kernels():
+        _, step, _, cache, size = name.split("_")
+        assert attention.shared_bytes(step, cache, int(size[1:])) <= 99 << 10, name
+
+
+def test_a_model_asks_for_kernels_that_exist() -> None:
+    for activations, cache in (("bf16", "f16"), ("f16", "fp8"), ("f32", "f32")):
+        names = attention.kernels_for(activations, cache, 64)
+        assert set(names) <= set(attention.all_kernels())
+        assert all(name in attention.instantiation(name) for name in names)
+    with pytest.raises(KeyError, match="attention_decode_bf16_f32_s64"):
+        attention.instantiation("attention_decode_bf16_f32_s64")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": 48}, "the size of a head is 48, expected 32, 64, 128"),
+        ({"heads": 6}, "heads is 6, expected a multiple of the 4 key/value heads"),
+        ({"cache": "int8", "capacity": 98}, "the capacity of an int8 cache is 98, expected a multiple of 4"),
+        ({"cache": "f32"}, "the cache of bf16 activations is f32, expected bf16 or f16 or int8 or fp8"),
+        ({"activations": "f32"}, "the cache of f32 activations is bf16, expected f32"),
+        ({"activations": "int8"}, "the type of qkv is int8, expected bf16, f16 or f32"),
+        ({"tokens": 101}, "tokens is 101, expected at most the cache's 100"),
+        ({"tokens": 0}, "tokens is 0, expected at least 1"),
+        ({"positions": 99}, "the number of rotary positions is 99, expected at least the cache's 100"),
+    ],
+)
+def test_a_shape_without_kernels_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DeviceError, match=re.escape(f"GroupQueryAttention: {message}")):
+        replace(shape(1, 1, 8, 4, 64, 100), **change)
+
+
+def test_missing_buffers_are_named() -> None:
+    nothing = AttentionBuffers(1, 0, 1, 1, 1, 1, 0, 1)
+    with pytest.raises(DeviceError, match="key_cache, out has no address"):
+        attention.attention_launches(shape(1, 1, 8, 4, 64, 100), nothing, 4)
+    one_norm = AttentionBuffers(1, 1, 1, 1, 1, 1, 1, 1, q_norm=1)
+    with pytest.raises(DeviceError, match="one of q_norm and k_norm"):
+        attention.attention_launches(shape(1, 1, 8, 4, 64, 100), one_norm, 4)
+    with pytest.raises(DeviceError, match="there is no int4 cache"):
+        attention.row_bytes("int4", 64)
