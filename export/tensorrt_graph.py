@@ -103,7 +103,19 @@ def _external(name: str, at: Stored) -> TensorProto:
 
 
 def plugin_node(node: Node, values: Mapping[str, Value]) -> onnx.NodeProto:
-    """The plugin of one node.
+    """The plugin of one node, as the parser reads it. Raises as `plugin_spec`."""
+    return helper.make_node(
+        f"{PREFIX}{node.op}",
+        [name for name in node.inputs if name],
+        list(node.outputs),
+        name=node.name,
+        domain=NAMESPACE,
+        **{FIELD: plugin_spec(node, values).to_text()},
+    )
+
+
+def plugin_spec(node: Node, values: Mapping[str, Value]) -> PluginSpec:
+    """What the plugin of a node is told.
 
     Raises:
         ExportError: it is no operator of ours, or has more or fewer inputs than one.
@@ -119,15 +131,7 @@ def plugin_node(node: Node, values: Mapping[str, Value]) -> onnx.NodeProto:
         )
     own = len(node.outputs) - len(operator.aliases)
     results = tuple((values[name].type, values[name].width) for name in node.outputs[:own])
-    spec = PluginSpec(node.name, node.op, node.attrs, present, results)
-    return helper.make_node(
-        f"{PREFIX}{node.op}",
-        [name for name in node.inputs if name],
-        list(node.outputs),
-        name=node.name,
-        domain=NAMESPACE,
-        **{FIELD: spec.to_text()},
-    )
+    return PluginSpec(node.name, node.op, node.attrs, present, results)
 
 
 def cache_kind(program: Program) -> str:
