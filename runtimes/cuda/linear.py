@@ -40,7 +40,7 @@ _GEMM_TILES = {"256": (256, 128, 4), "128": (128, 128, 2), "64": (64, 64, 2)}
 _GEMM_SPEED = {"256": 1.0, "128": 0.8, "64": 0.5}
 """What is thought of the kernels' relative speed when a device is full; only the choice depends on it."""
 _GEMM_THREADS = 256
-_GEMM_STAGES = 3
+_GEMM_STAGES = {"256": 3, "128": 3, "64": 6}
 _SKINNY_THREADS = 512
 _EXACT_TOKENS, _EXACT_WARPS = 4, 8
 _ROW_THREADS = 256
@@ -323,7 +323,7 @@ def _skinny(product: Product, info: DeviceInfo, scales: int) -> Launch:
     matrix = product.matrix
     most = min(product.most_rows or product.rows, product.rows)
     if product.offsets and most > 8:  # an expert's usual share; where one has more it takes them by turns
-        most = min(most, 2 * -(-product.rows // matrix.count))
+        most = min(most, 4 * -(-product.rows // matrix.count))
     width = next((one for one in _SKINNY_WIDTHS if one >= most), _SKINNY_WIDTHS[-1])
     x_tile = min(most, width)
     work = product.active * matrix.blocks
@@ -384,7 +384,7 @@ def _gemm(product: Product, info: DeviceInfo, scales: int) -> Launch:
         rows, tokens, _ = _GEMM_TILES[tile]
         columns = 4 * (32 if fp8 else 16)
         weights = rows // ROWS * (columns // matrix.kind.columns) * TILE_BYTES
-        shared = max(_GEMM_STAGES * (weights + tokens * 128), tokens * (rows + 4) * 4)
+        shared = max(_GEMM_STAGES[tile] * (weights + tokens * 128), tokens * (rows + 4) * 4)
         if shared > whole - 1024:
             continue
         across = -(-matrix.blocks * ROWS // rows)

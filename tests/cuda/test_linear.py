@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,7 +31,9 @@ KINDS = {"bf16": ("int4", "int8", "fp8", "bf16"), "f16": ("int4", "int8", "fp8",
 @pytest.fixture(scope="module", params=[(8, 0), (9, 0)], ids=["sm80", "sm90"])
 def gpu(request: pytest.FixtureRequest) -> Iterator[EmulatedDevice]:
     device = EmulatedDevice(request.param)
-    device.load(linear.all_kernels())
+    # What an instruction of newer devices changes is FP8 alone.
+    names = linear.all_kernels()
+    device.load(names if request.param == (8, 0) else [name for name in names if re.search("fp8|convert", name)])
     yield device
     device.close()
 
@@ -187,27 +190,39 @@ def test_any_number_of_rows(sm80: EmulatedDevice, rng: np.random.Generator, rows
 
 @pytest.mark.parametrize("activation", ["bf16", "f16", "f32"])
 @pytest.mark.parametrize("kind", GpuKind)
-def test_every_kind_of_weights(gpu: EmulatedDevice, rng: np.random.Generator, kind: str, activation: str) -> None:
+def test_every_kind_of_weights(sm80: EmulatedDevice, rng: np.random.Generator, kind: str, activation: str) -> None:
     if kind not in KINDS[activation]:
         with pytest.raises(DeviceError, match="both must be the same"):
             Product(matrix_of(kind), 1, 1, 1, 1, activation)
         return
     for rows in (3, 20, 70):
         for group in (0, 64) if matrix_of(kind).kind.scale_bytes else (0,):
-            Case(matrix_of(kind, group=group), rows, activation, y_float=activation == "f32").run(gpu, rng)
+            Case(matrix_of(kind, group=group), rows, activation, y_float=activation == "f32").run(sm80, rng)
 
 
-@pytest.mark.parametrize(("rows", "tokens", "tile"), [(250, 120, "256"), (120, 121, "128"), (60, 60, "64")])
+TILES = pytest.mark.parametrize(("rows", "tokens", "tile"), [(250, 120, "256"), (120, 121, "128"), (60, 60, "64")])
+
+
+@TILES
 def test_every_tile_of_the_tensor_cores(
+    sm80: EmulatedDevice, rng: np.random.Generator, rows: int, tokens: int, tile: str
+) -> None:
+    info = replace(sm80.info, multiprocessors=1)
+    Case(matrix_of("bf16", rows, 80), tokens, residual=True).run(sm80, rng, f"plain_{tile}", info)
+    Case(matrix_of("bf16", rows, 64 * 9), tokens).run(sm80, rng, f"plain_{tile}", info)
+    Case(matrix_of("int4", rows, 128), tokens, y_float=False).run(sm80, rng, f"row_{tile}", info)
+    Case(matrix_of("int8", rows, 96, swiglu=True), tokens).run(sm80, rng, f"row_{tile}", info)
+    owners = np.sort(rng.integers(0, 3, tokens))
+    Case(matrix_of("bf16", rows, 80, count=3), tokens, owners=owners).run(sm80, rng, "gemm_bf16_bf16_plain_", info)
+
+
+@TILES
+def test_every_tile_of_tensor_cores_for_fp8(
     gpu: EmulatedDevice, rng: np.random.Generator, rows: int, tokens: int, tile: str
 ) -> None:
     info = replace(gpu.info, capability=(8, 0), multiprocessors=1)
-    Case(matrix_of("bf16", rows, 80), tokens, residual=True).run(gpu, rng, f"plain_{tile}", info)
-    Case(matrix_of("int4", rows, 128), tokens, y_float=False).run(gpu, rng, f"row_{tile}", info)
-    Case(matrix_of("int8", rows, 96, swiglu=True), tokens).run(gpu, rng, f"row_{tile}", info)
-    Case(matrix_of("fp8", rows, 160), tokens, rounding=-1).run(gpu, rng, f"fp8_fp8_row_bf16_{tile}", info)
-    owners = np.sort(rng.integers(0, 3, tokens))
-    Case(matrix_of("bf16", rows, 80, count=3), tokens, owners=owners).run(gpu, rng, "gemm_bf16_bf16_plain_", info)
+    case = Case(matrix_of("fp8", rows, 160), tokens, rounding=-1)
+    case.run(gpu, rng, f"fp8_fp8_row_bf16_{tile}", info)
 
 
 @pytest.mark.parametrize("zeros", [False, True])

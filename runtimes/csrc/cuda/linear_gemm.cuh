@@ -2,7 +2,7 @@
 //
 // Weights go through shared memory as they are stored, in tiles that a lane reads with one load of 16 bytes, and become
 // operands in registers. x goes there in rows of 128 bytes whose 16-byte parts are swizzled, for ldmatrix. Both come by
-// cp.async, kStages - 1 stages ahead. Scales of groups multiply float32 sums of a group; a scale for a whole row
+// cp.async, some stages ahead. Scales of groups multiply float32 sums of a group; a scale for a whole row
 // multiplies at the end. Results leave through shared memory, so that stores are whole lines.
 //
 // XF8: x is E4M3 (convert_rows) and so are the weights; A is only what y may be.
@@ -19,7 +19,6 @@
 namespace edgelm {
 
 constexpr int kGemmThreads = 256;
-constexpr int kGemmStages = 3;
 constexpr int kGemmRowBytes = 128;  // of x in a stage
 
 template <class W, bool XF8, int TM, int TN> struct GemmShape {
@@ -28,6 +27,8 @@ template <class W, bool XF8, int TM, int TN> struct GemmShape {
   static constexpr int tiles = columns / Format<W>::columns;  // of 16 rows in a stage
   static constexpr int steps_per_tile = 4 / tiles;
   static constexpr int weight_bytes = TM / kTileRows * tiles * kTileBytes;
+  // Small tiles are for products that must have many bytes under way rather than many operands in shared memory.
+  static constexpr int stages = TN == 64 ? 6 : 3;
   static constexpr int stage_bytes = weight_bytes + TN * kGemmRowBytes;
 };
 
@@ -217,7 +218,7 @@ EDGELM_BODY void linear_gemm(const LinearArgs& args) {
   my.prepare();
   u8* shared = shared_memory();
   EDGELM_UNROLL
-  for (int s = 0; s < kGemmStages - 1; ++s) {
+  for (int s = 0; s < Shape::stages - 1; ++s) {
     if (s < my.stages) {
       my.copy_weights(s, shared + s * Shape::stage_bytes);
       my.copy_x(s, shared + s * Shape::stage_bytes + Shape::weight_bytes);
@@ -254,17 +255,17 @@ EDGELM_BODY void linear_gemm(const LinearArgs& args) {
   const int part = my.lane / 8 % 2;
 
   for (int stage = 0; stage < my.stages; ++stage) {
-    cp_async_wait<kGemmStages - 2>();
+    cp_async_wait<Shape::stages - 2>();
     sync_block();
-    const int ahead = stage + kGemmStages - 1;
+    const int ahead = stage + Shape::stages - 1;
     if (ahead < my.stages) {
-      u8* to = shared + ahead % kGemmStages * Shape::stage_bytes;
+      u8* to = shared + ahead % Shape::stages * Shape::stage_bytes;
       my.copy_weights(ahead, to);
       my.copy_x(ahead, to + Shape::weight_bytes);
     }
     cp_async_commit();
-    const u8* weights = shared + stage % kGemmStages * Shape::stage_bytes + weights_at;
-    const u8* x = shared + stage % kGemmStages * Shape::stage_bytes + Shape::weight_bytes;
+    const u8* weights = shared + stage % Shape::stages * Shape::stage_bytes + weights_at;
+    const u8* x = shared + stage % Shape::stages * Shape::stage_bytes + Shape::weight_bytes;
     Words4 raw[kStrips];
     EDGELM_UNROLL
     for (int step = 0; step < 4; ++step) {
