@@ -1,0 +1,160 @@
+"""Is a node that runs on another provider than asked for found, named, and refused?
+
+Every question but that of CUDA is asked of the real CPU provider: for a check that wants another one, its nodes are the
+stray ones.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+from edgelm.errors import DeviceError, DeviceMemoryError, RuntimeUnavailableError
+from edgelm.runtimes import onnxruntime_gpu, runtimes
+from edgelm.runtimes.placement import check_placement, placement, record_placement
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+
+def model(count: int = 2) -> bytes:
+    """A chain of operators, one of ONNX Runtime's own among them."""
+    nodes = [helper.make_node("QuickGelu", ["x0"], ["x1"], "gate/QuickGelu", domain="com.microsoft", alpha=1.0)]
+    nodes += [helper.make_node("Det", [f"x{i}"], [f"x{i + 1}"], f"det{i}/Det") for i in range(1, count)]
+    graph = helper.make_graph(
+        nodes,
+        "chain",
+        [helper.make_tensor_value_info("x0", TensorProto.FLOAT, [1, 2, 2])],
+        [helper.make_tensor_value_info(f"x{count}", TensorProto.FLOAT, None)],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+def session(data: bytes, *, recorded: bool = True) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    if recorded:
+        record_placement(options)
+    return ort.InferenceSession(data, options, providers=[CPU])
+
+
+def test_every_node_and_its_provider_are_known() -> None:
+    nodes = placement(session(model()))
+    assert [(node.name, node.op, node.provider) for node in nodes] == [
+        ("gate/QuickGelu", "com.microsoft.QuickGelu", CPU),
+        ("det1/Det", "ai.onnx.Det", CPU),
+    ]
+
+
+def test_nodes_where_they_belong_pass() -> None:
+    check_placement(session(model()), CPU, "the graph")
+
+
+def test_a_stray_node_is_named_with_its_operator_and_where_it_went() -> None:
+    expected = (
+        r"CUDAExecutionProvider has no kernel for 2 of 2 nodes of the graph, which CPUExecutionProvider would run "
+        r"instead: gate/QuickGelu \(com.microsoft.QuickGelu\), det1/Det \(ai.onnx.Det\); export"
+    )
+    with pytest.raises(RuntimeUnavailableError, match=expected):
+        check_placement(session(model()), CUDA, "the graph")
+
+
+def test_only_the_nodes_that_may_are_let_through() -> None:
+    check_placement(session(model()), CUDA, "the graph", allowed=("gate/QuickGelu", "det1/Det"))
+    with pytest.raises(RuntimeUnavailableError, match=r"1 of 2 nodes .* instead: det1/Det \(ai.onnx.Det\)"):
+        check_placement(session(model()), CUDA, "the graph", allowed=("gate/QuickGelu",))
+
+
+def test_many_stray_nodes_are_counted() -> None:
+    chain = onnx.load_from_string(model(1))
+    for i in range(1, 7):
+        chain.graph.node.append(helper.make_node("Det", ["x0"], [f"d{i}"], f"det{i}/Det"))
+        chain.graph.output.append(helper.make_tensor_value_info(f"d{i}", TensorProto.FLOAT, None))
+    with pytest.raises(RuntimeUnavailableError, match=r"7 of 7 nodes .* and 3 more; export"):
+        check_placement(session(chain.SerializeToString()), CUDA, "the graph")
+
+
+def test_a_session_that_did_not_record_is_not_taken_for_a_good_one() -> None:
+    with pytest.raises(Exception, match=r"record_ep_graph_assignment_info|does not say"):
+        check_placement(session(model(), recorded=False), CPU, "the graph")
+
+
+def test_a_package_without_cuda_is_said_to_be_one() -> None:
+    if CUDA in ort.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    why = onnxruntime_gpu.problem()
+    assert why is not None
+    assert "was built without CUDA: pip uninstall onnxruntime, then pip install 'edgelm[cuda]'" in why
+    entry = next(entry for entry in runtimes() if entry.name == "onnxruntime-cuda")
+    assert entry.targets == ("cuda",)
+
+
+def test_two_packages_in_one_folder_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if CUDA in ort.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    for name in ("onnxruntime", "onnxruntime_gpu"):
+        folder = tmp_path / f"{name}-9.9.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 9.9\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert importlib.metadata.version("onnxruntime-gpu") == "9.9"
+    with pytest.raises(RuntimeUnavailableError, match=r"are both installed, in one folder.*pip uninstall"):
+        onnxruntime_gpu.require_cuda()
+
+
+MESSAGES = [
+    (
+        # From 1.31.1's own arena, for a tensor that is too large.
+        "Non-zero status code returned while running MatMul node. bfc_arena.cc:419 Failed to allocate memory for "
+        "requested buffer of size 274877906944",
+        DeviceMemoryError,
+        "the GPU ran out of memory when loading: end what else uses it",
+    ),
+    ("CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc(&p, size);", DeviceMemoryError, "out of memory"),
+    (
+        "CUDA failure 209: no kernel image is available for execution on the device",
+        DeviceError,
+        "has no code for this GPU",
+    ),
+    (
+        "CUDA failure 700: an illegal memory access was encountered\nmore",
+        DeviceError,
+        "the GPU failed when loading: CUDA",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "kind", "message"), MESSAGES)
+def test_what_onnx_runtime_says_of_a_gpu_becomes_one_line(text: str, kind: type[DeviceError], message: str) -> None:
+    found = onnxruntime_gpu.device_error(RuntimeError(text), "loading")
+    assert type(found) is kind
+    assert message in str(found)
+    assert "\n" not in str(found)
+
+
+def test_other_errors_are_not_blamed_on_the_gpu() -> None:
+    assert onnxruntime_gpu.device_error(RuntimeError("INVALID_GRAPH : this is an invalid model"), "loading") is None
+    assert onnxruntime_gpu.device_error(None, "loading") is None
+
+
+def test_a_real_allocation_that_fails_has_the_words_that_are_looked_for() -> None:
+    shape = helper.make_tensor("shape", TensorProto.INT64, [2], [1 << 20, 1 << 20])
+    graph = helper.make_graph(
+        [helper.make_node("ConstantOfShape", ["shape"], ["y"], "fill")],
+        "huge",
+        [],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [shape],
+    )
+    data = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10).SerializeToString()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    with pytest.raises(Exception) as caught:
+        ort.InferenceSession(data, options, providers=[CPU]).run(None, {})
+    assert isinstance(onnxruntime_gpu.device_error(caught.value, "running"), DeviceMemoryError)
