@@ -5,7 +5,7 @@
 // bad as it may be, so that a missing barrier or wait shows:
 //   - warps run one after the other, each as far as it can, in an order that a seed changes (0: first to last,
 //     1: last to first, others: shuffled anew at every barrier);
-//   - cp_async copies when it is waited for, not before;
+//   - cp_async copies when it is waited for, not before; where warps are shuffled, half of the copies are made at once;
 //   - shared memory begins as NaNs, with a canary behind it; vector accesses must be aligned.
 // It proves the algorithm, not the speed, nor what only hardware does (memory order between blocks, PTX).
 #pragma once
@@ -82,6 +82,7 @@ struct State {
   int block[3] = {}, grid[3] = {};
   u8* shared = nullptr;
   size_t shared_bytes = 0;
+  u32 copies = 0;  // random bits: whether a copy is early; 0: none is
   const Kernel* kernel = nullptr;
   const void* args = nullptr;
   std::vector<Fiber> fibers;
@@ -338,6 +339,7 @@ inline void launch(const Kernel& kernel, const int* grid, int threads, size_t sh
     throw Failure("launched with " + std::to_string(threads) + " threads, compiled for " + std::to_string(kernel.threads));
   }
   if (shared > (227 << 10)) throw Failure("more than 227 KB of shared memory");
+  s.copies = seed > 1 ? seed : 0;
   s.threads = threads;
   s.kernel = &kernel;
   s.args = args;
@@ -476,6 +478,12 @@ EDGELM_DEVICE void cp_async16(void* shared, const void* global, bool valid = tru
   emulator::State& s = emulator::state();
   u8* to = static_cast<u8*>(shared);
   if (to < s.shared || to + 16 > s.shared + s.shared_bytes) emulator::fail("cp_async16 outside shared memory");
+  s.copies = s.copies * 1664525u + (s.copies ? 1013904223u : 0u);
+  if (s.copies >> 31) {
+    if (valid) std::memcpy(to, global, 16);
+    else std::memset(to, 0, 16);
+    return;
+  }
   s.fibers[s.current].open.push_back({to, static_cast<const u8*>(global), valid});
 }
 EDGELM_DEVICE void cp_async_commit() {
