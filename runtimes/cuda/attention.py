@@ -32,7 +32,7 @@ FEW_ROWS = 16
 
 _THREADS = 128
 _TILE_KEYS = 64
-_MAX_SPLITS = {16: 64, 64: 16, 128: 16}  # by rows of a block
+_MAX_SPLITS = {16: 32, 64: 16, 128: 16}  # by rows of a block
 _CACHE_TYPES = {"f16": "f16", "bf16": "bf16", "f32": "float", "int8": "i8", "fp8": "e4m3"}
 _ARGS = struct.Struct("<14Q7i4f4x")  # AttentionArgs in attention_cache.cuh
 _BODIES = {

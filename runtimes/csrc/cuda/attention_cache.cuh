@@ -81,7 +81,7 @@ template <class M, class E> EDGELM_DEVICE u32 widen(u32 word, int i, int j) {
   }
 }
 
-// -- a tile of keys and values in shared memory ------------------------------------------------------------------------
+// -- a tile of keys and values in shared memory -----------------------------------------------------------------------
 
 constexpr int kTileKeys = 64;
 

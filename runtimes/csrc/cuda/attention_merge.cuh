@@ -12,14 +12,13 @@ struct RowMerge {
   float largest = -bits_to_float(0x7f800000u), total = 0.f;
   float sums[4] = {0.f, 0.f, 0.f, 0.f};
 
-  EDGELM_INLINE void see(float m) { largest = max_(largest, m); }  // all, before the first `add`
-  EDGELM_INLINE void add(float m, float of_total, Words4 of_sums) {
+  // All of them are seen before the first is added.
+  EDGELM_INLINE void see(float m) { largest = max_(largest, m); }
+  EDGELM_INLINE void add(float m, float of_total, const float (&of_sums)[4]) {
     const float weight = m > -bits_to_float(0x7f800000u) ? exp2_fast(m - largest) : 0.f;
     total = fma_(weight, of_total, total);
-    sums[0] = fma_(weight, bits_to_float(of_sums.x), sums[0]);
-    sums[1] = fma_(weight, bits_to_float(of_sums.y), sums[1]);
-    sums[2] = fma_(weight, bits_to_float(of_sums.z), sums[2]);
-    sums[3] = fma_(weight, bits_to_float(of_sums.w), sums[3]);
+    EDGELM_UNROLL
+    for (int i = 0; i < 4; ++i) sums[i] = fma_(weight, of_sums[i], sums[i]);
   }
   template <class A> EDGELM_INLINE void write(A* out, bool seen) const {
     const float factor = 1.f / total;
@@ -29,22 +28,53 @@ struct RowMerge {
   }
 };
 
-// Splits `from`, `from + step`, ... of four columns of a row of the block.
+// Four columns of a row of the block from all splits. Many are loaded at a time: they come from other blocks, and the
+// whole launch waits for them.
 template <int S, int block_rows>
-EDGELM_DEVICE RowMerge merge_row(const AttentionArgs& args, const BlockOfRows& block, int row, int column, int from,
-                                 int step) {
-  RowMerge merge;
+EDGELM_DEVICE RowMerge merge_row(const AttentionArgs& args, const BlockOfRows& block, int row, int column) {
+  constexpr int kBatch = 16;
   const i64 first = block.number(args) * args.splits * block_rows + row;
-  for (int s = from; s < block.active; s += step) merge.see(args.totals[2 * (first + i64(s) * block_rows)]);
-  for (int s = from; s < block.active; s += step) {
-    const i64 at = first + i64(s) * block_rows;
-    const Words2 total = load8(args.totals + 2 * at);
-    merge.add(bits_to_float(total.x), bits_to_float(total.y), load16(args.partials + at * S + column));
+  RowMerge merge;
+  for (int start = 0; start < block.active; start += kBatch) {
+    Words2 totals[kBatch];
+    Words4 sums[kBatch];
+    EDGELM_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      const i64 at = first + i64(min_(start + i, block.active - 1)) * block_rows;
+      totals[i] = load8(args.totals + 2 * at);
+      sums[i] = load16(args.partials + at * S + column);
+    }
+    const RowMerge before = merge;
+    merge = RowMerge{};
+    merge.see(before.largest);
+    EDGELM_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      if (start + i >= block.active) totals[i].x = float_to_bits(-bits_to_float(0x7f800000u));
+      merge.see(bits_to_float(totals[i].x));
+    }
+    merge.add(before.largest, before.total, before.sums);
+    EDGELM_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      const float of_sums[4] = {bits_to_float(sums[i].x), bits_to_float(sums[i].y), bits_to_float(sums[i].z),
+                                bits_to_float(sums[i].w)};
+      merge.add(bits_to_float(totals[i].x), bits_to_float(totals[i].y), of_sums);
+    }
   }
   return merge;
 }
 
-// -- one block of 16 rows, of which each warp saw some keys ------------------------------------------------------------
+// The results of all splits of the block's rows.
+template <class A, int S, int block_rows>
+EDGELM_DEVICE void merge_splits(const AttentionArgs& args, const BlockOfRows& block) {
+  const int rows = min_(block_rows, block.rows - block.first);
+  for (int i = thread(); i < rows * (S / 4); i += block_threads()) {
+    const int row = i / (S / 4), column = i % (S / 4) * 4;
+    A* out = static_cast<A*>(args.out) + block.out_offset(args, block.first + row, S) + column;
+    merge_row<S, block_rows>(args, block, row, column).write(out, block.first + row < block.fresh_rows);
+  }
+}
+
+// -- a block of 16 rows, of which each warp saw some keys -------------------------------------------------------------
 
 template <int S> struct MergedRows {
   static constexpr int kRows = 16;
@@ -53,7 +83,6 @@ template <int S> struct MergedRows {
 
   explicit EDGELM_INLINE MergedRows(u8* shared)
       : sums(reinterpret_cast<float*>(shared)), totals(sums + kAttentionWarps * kRows * S) {}
-  EDGELM_INLINE int* flag() const { return reinterpret_cast<int*>(totals + 2 * kAttentionWarps * kRows); }
 
   template <class Rows> EDGELM_INLINE void put(const Rows& rows, int warp, int lane) {
     EDGELM_UNROLL
@@ -77,7 +106,8 @@ template <int S> struct MergedRows {
     for (int w = 0; w < kAttentionWarps; ++w) merge.see(totals[2 * (w * kRows + row)]);
     for (int w = 0; w < kAttentionWarps; ++w) {
       const int at = w * kRows + row;
-      merge.add(totals[2 * at], totals[2 * at + 1], load16(sums + at * S + column));
+      const float* four = sums + at * S + column;
+      merge.add(totals[2 * at], totals[2 * at + 1], {four[0], four[1], four[2], four[3]});
     }
     return merge;
   }
@@ -101,23 +131,9 @@ template <int S> struct MergedRows {
       }
     }
   }
-
-  // The partial results of all splits, a part of them by each warp.
-  EDGELM_INLINE void gather(const AttentionArgs& args, const BlockOfRows& block, int warp, int lane) {
-    for (int i = lane; i < block.fresh_rows * (S / 4); i += kWarp) {
-      const int row = i / (S / 4), column = i % (S / 4) * 4;
-      const RowMerge merged = merge_row<S, kRows>(args, block, row, column, warp, kAttentionWarps);
-      const int at = warp * kRows + row;
-      store_four(sums + at * S + column, merged.sums);
-      if (column == 0) {
-        totals[2 * at] = merged.largest;
-        totals[2 * at + 1] = merged.total;
-      }
-    }
-  }
 };
 
-// -- one block of which each warp has its own rows ---------------------------------------------------------------------
+// -- a block of which each warp has its own rows ----------------------------------------------------------------------
 
 template <class A, int S, int block_rows, class Rows>
 EDGELM_DEVICE void write_tile(const AttentionArgs& args, const BlockOfRows& block, const Rows& rows, int warp_row,
@@ -148,16 +164,6 @@ EDGELM_DEVICE void write_tile(const AttentionArgs& args, const BlockOfRows& bloc
         store8(args.totals + 2 * at, {float_to_bits(rows.largest[i]), float_to_bits(rows.total[i])});
       }
     }
-  }
-}
-
-template <class A, int S, int block_rows>
-EDGELM_DEVICE void merge_splits(const AttentionArgs& args, const BlockOfRows& block) {
-  const int rows = min_(block_rows, block.rows - block.first);
-  for (int i = thread(); i < rows * (S / 4); i += block_threads()) {
-    const int row = i / (S / 4), column = i % (S / 4) * 4;
-    A* out = static_cast<A*>(args.out) + block.out_offset(args, block.first + row, S) + column;
-    merge_row<S, block_rows>(args, block, row, column, 0, 1).write(out, block.first + row < block.fresh_rows);
   }
 }
 

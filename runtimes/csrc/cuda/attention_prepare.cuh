@@ -197,8 +197,8 @@ template <class A, class E, int S> EDGELM_BODY void attention_prepare(const Atte
 }
 
 // What a block of attention_tiles needs of the new tokens, whose rows are 16 at most: its queries to shared memory,
-// `scratch` + 64 on, rows of S numbers and 16 bytes; the keys and values of the tiles that it has to the cache. Those of
-// its first `ahead` tiles go to their stages too: the copies into these have begun, and have left them out.
+// from `scratch` + 64 on, rows of S numbers and 16 bytes; the keys and values of the tiles that it has to the cache.
+// Those of its first `ahead` tiles go to their stages too: the copies into these have begun, and have left them out.
 template <class A, class E, int S>
 EDGELM_DEVICE void prepare_rows(const AttentionArgs& args, const BlockOfRows& block, int first_tile, int end_tile,
                                 int ahead, u8* scratch) {

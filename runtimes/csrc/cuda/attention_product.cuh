@@ -6,8 +6,8 @@
 
 namespace edgelm {
 
-// `count` times 16 rows of a warp: their queries, and what they have seen so far. Keys and values come as numbers of M, or
-// as codes of E, which are then widened here.
+// `count` times 16 rows of a warp: their queries, and what they have seen so far. Keys and values come as numbers of M,
+// or as codes of E, which are then widened here.
 template <class M, class E, int S, int count> struct RowTiles {
   static constexpr bool kCodes = sizeof(E) == 1;
   static constexpr bool kQueriesStay = count == 1;  // in registers; of more rows they are read from shared memory
@@ -136,9 +136,9 @@ template <class M, class E, int S, int count> struct RowTiles {
     }
   }
 
-  // Attends to `keys` keys of a tile from `first` on, which is at `position`; the tile is at `stage` in shared memory. `scales`: of the tile's keys, then of its
-  // values. `edge`: some row may not see all of the keys (padding sees what is there). `row`: this lane's first in the
-  // block. `factor`: of the scores, for base 2.
+  // Attends to `keys` keys of a tile from `first` on, which is at `position`; the tile is at `stage` in shared memory.
+  // `scales`: of the tile's keys, then of its values. `edge`: some row may not see all of the keys (padding sees what
+  // is there). `row`: this lane's first in the block. `factor`: of the scores, for base 2.
   template <int keys, bool scaled>
   EDGELM_INLINE void attend(int stage, const float* scales, int first, int position, bool edge, int row,
                             const BlockOfRows& block, float factor) {

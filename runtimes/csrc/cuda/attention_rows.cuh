@@ -71,7 +71,8 @@ template <class A> EDGELM_DEVICE void store_four(A* to, const float (&x)[4]) {
   }
 }
 
-template <class A, int S, int block_rows> EDGELM_DEVICE void clear_rows(const AttentionArgs& args, const BlockOfRows& block) {
+template <class A, int S, int block_rows>
+EDGELM_DEVICE void clear_rows(const AttentionArgs& args, const BlockOfRows& block) {
   const float zeros[4] = {0.f, 0.f, 0.f, 0.f};
   const int rows = min_(block_rows, block.rows - block.first);
   for (int i = thread(); i < rows * (S / 4); i += block_threads()) {

@@ -155,17 +155,11 @@ EDGELM_BODY void attention_tiles(const AttentionArgs& args) {
       return;
     }
     merged.write_partial(args, block);
-    if (!block.is_last(args, merged.flag())) return;
-    merged.gather(args, block, warp, lane);
-    sync_block();
-    merged.template write<A>(args, block);
   } else {
     write_tile<A, S, block_rows>(args, block, rows, warp_row, lane);
     if (block.active == 1) return;
-    sync_block();
-    if (!block.is_last(args, reinterpret_cast<int*>(shared))) return;
-    merge_splits<A, S, block_rows>(args, block);
   }
+  if (block.is_last(args, reinterpret_cast<int*>(shared))) merge_splits<A, S, block_rows>(args, block);
 }
 
 }  // namespace edgelm
