@@ -186,7 +186,7 @@ def compute(
 ) -> Result:  # fmt: skip
     s = case.shape
     device = emulated(capability, order, s.activations, s.cache, s.size)
-    addresses = []
+    addresses: list[int] = []
 
     def uploaded(data: Array) -> int:
         addresses.append(device.allocate(max(data.nbytes, 1)))
