@@ -27,7 +27,8 @@ class RuntimeEntry:
     have `open_tracing(bundle, threads=...)` for the debug graph and `open_batch(bundle, batch, **options)`, and is
     imported only when it is needed. `requires` is the package that it needs, and `instead` others that do as well.
     `fitting`, if given, is a module with `fits(bundle) -> bool`: an entry that does not fit is passed over where no
-    runtime is named and there is another. One that is `only_by_name` is never chosen otherwise.
+    runtime is named and there is another. One that is `only_by_name` is never chosen otherwise. `checking`, if given, is
+    a module with `problem() -> str | None`: why it cannot run here though its package is installed.
     """
 
     name: str
@@ -40,6 +41,7 @@ class RuntimeEntry:
     instead: tuple[str, ...] = ()
     fitting: str = ""
     only_by_name: bool = False
+    checking: str = ""
 
     @property
     def package(self) -> str | None:
@@ -50,6 +52,13 @@ class RuntimeEntry:
     def available(self) -> bool:
         """Whether the package it needs is installed."""
         return self.package is not None
+
+    def problem(self) -> str | None:
+        """Why it cannot run here though its package is installed; None where nothing is known to be wrong."""
+        if not self.available or not self.checking:
+            return None
+        why: str | None = importlib.import_module(self.checking).problem()
+        return why
 
     def fits(self, bundle: Bundle) -> bool:
         """Whether it can run this bundle on this device, as far as that is known without loading it."""
@@ -77,6 +86,7 @@ _ENTRIES = (
         install="pip install 'edgelm[cuda]'",
         options=("threads", "context_length", "chunk", "kv"),
         summary="ONNX Runtime's CUDA provider on an NVIDIA GPU",
+        checking="edgelm.runtimes.onnxruntime_gpu",
     ),
     RuntimeEntry(
         name="tensorrt",

@@ -52,11 +52,16 @@ def examine() -> dict[str, Any]:
     from edgelm.runtimes import runtimes
 
     gpu = gpus()
+    problems = {entry.name: entry.problem() for entry in runtimes()}
     found = {
         entry.name: {
             "summary": entry.summary,
             "available": entry.available,
-            "usable": entry.available and not entry.only_by_name and (bool(gpu["devices"]) or not _needs_gpu(entry)),
+            "usable": entry.available
+            and not entry.only_by_name
+            and problems[entry.name] is None
+            and (bool(gpu["devices"]) or not _needs_gpu(entry)),
+            "problem": problems[entry.name],
             "needs_gpu": _needs_gpu(entry),
             "version": version_of(entry.package or entry.requires),
             "targets": list(entry.targets),
@@ -182,7 +187,7 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         state = f"missing: {runtime['install']}"
         if runtime["available"]:
             without = ", but there is no GPU" if runtime["needs_gpu"] and not document["gpu"]["devices"] else ""
-            state = f"ready, {runtime['version']}{without}"
+            state = runtime["problem"] or f"ready, {runtime['version']}{without}"
         lines.append((name, f"{state} ({runtime['summary']}, for {', '.join(runtime['targets'])})"))
     lines += [
         ("providers", ", ".join(document["providers"]) or "none"),

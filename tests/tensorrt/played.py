@@ -1,0 +1,147 @@
+"""TensorRT's part, played on the emulator: it calls a program's plugins in order, with memory for every value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from edgelm.bundle import Bundle
+from edgelm.export.tensorrt_graph import plugin_spec
+from edgelm.runtimes.cuda.attention import row_bytes
+from edgelm.runtimes.cuda.emulated import EmulatedDevice
+from edgelm.runtimes.cuda.operators import KV_CODES
+from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
+from edgelm.runtimes.cuda.weights import DeviceWeights
+from edgelm.runtimes.tensorrt.engine import Tensor
+from edgelm.runtimes.tensorrt.host import BuildHost
+from edgelm.runtimes.tensorrt.library import Library
+from edgelm.runtimes.tensorrt.operators import output_shapes, output_types
+from edgelm.runtimes.tensorrt.plugins import element_types, plugin_class
+
+WIDTHS = {"f32": 4, "bf16": 2, "f16": 2, "int32": 4, "int8": 1}
+Place = tuple[int, tuple[int, ...]]
+
+
+class PlayedGraph:
+    """A bundle's program as plugins, its weights on an emulated device."""
+
+    def __init__(self, bundle: Bundle, device: EmulatedDevice, rtx: Library) -> None:
+        self.program = Program.read(bundle.file(PROGRAM_FILE))
+        self.model = bundle.manifest.model
+        self.row = row_bytes(KV_CODES[bundle.manifest.graph.kv_dtype], self.model.head_dim)
+        self.device = device
+        self.specs = [plugin_spec(node, self.program.values) for node in self.program.nodes]
+        self._weights = DeviceWeights(device, self.program, bundle.file(bundle.manifest.graph.weights_file))
+        self._plugins = [plugin_class(rtx.api)(spec).attach_to_context(None) for spec in self.specs]
+        self._types = {ours: theirs for theirs, ours in element_types(rtx.api).items()}
+        self._sizes = BuildHost((80,))
+
+    def run(self, bound: Mapping[str, Place]) -> None:
+        """One step, with the inputs and results at the places that are bound."""
+        program, device = self.program, self.device
+        at: dict[str, tuple[int, tuple[int, ...], str]] = {
+            name: (self._weights.address(name), weight.dims, "f32" if weight.type == "f32" else "int8")
+            for name, weight in program.weights.items()
+        }
+        for name, (address, shape) in bound.items():
+            at[name] = (address, shape, "int8" if name.startswith("past_key_values") else "int32")
+        mine = []
+        for node, spec, plugin in zip(program.nodes, self.specs, self._plugins, strict=True):
+            given = [at[name] for name in node.inputs if name]
+            shapes, kinds = [shape for _, shape, _ in given], [kind for _, _, kind in given]
+            results = list(zip(output_shapes(spec, shapes), output_types(spec, kinds), strict=True))
+            for i, (name, (shape, kind)) in enumerate(zip(node.outputs, results, strict=True)):
+                if name in bound:
+                    place = bound[name][0]
+                else:
+                    aliased = plugin.get_aliased_input(i)
+                    place = given[aliased][0] if aliased >= 0 else device.allocate(int(np.prod(shape)) * WIDTHS[kind])
+                    mine += [place] if aliased < 0 else []
+                at[name] = (place, shape, kind)
+            workspace = device.allocate(self._sizes.workspace(spec, shapes, kinds))
+            described = [SimpleNamespace(dims=shape, type=self._types[kind]) for _, shape, kind in given]
+            plugin.enqueue(
+                described, [], [a for a, _, _ in given], [at[name][0] for name in node.outputs], workspace, 1
+            )
+            for place in (workspace, *(mine if node is program.nodes[-1] else ())):
+                device.free(place)
+
+
+class PlayedDevice(EmulatedDevice):
+    """The emulator with what a session needs besides; its one stream does everything at once."""
+
+    stream = 1
+
+    def __init__(self) -> None:
+        super().__init__((8, 6))
+        self.recorded = 0
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        return np.zeros(nbytes, np.uint8)
+
+    def start_upload(self, address: int, pinned: np.ndarray, stream: int = 0) -> None:
+        self.upload(address, pinned)
+
+    def start_download(self, pinned: np.ndarray, address: int, stream: int = 0) -> None:
+        self.download(address, pinned)
+
+    def capture(self, work: Any) -> Any:
+        self.recorded += 1
+        return work
+
+
+class PlayedEngine:
+    """In the place of `edgelm.runtimes.tensorrt.engine.Engine`."""
+
+    def __init__(self, graph: PlayedGraph, path: Any, *, capturable: bool = True) -> None:
+        self.graph, self.path, self.capturable = graph, path, capturable
+        names = ["input_ids", "past_lengths"]
+        caches = [f"{i}.{which}" for i in range(graph.model.num_layers) for which in ("key", "value")]
+        names += [f"past_key_values.{cache}" for cache in caches]
+        self.tensors = [Tensor(name, True, 1 if "past_key" in name else 4, None) for name in names]
+        self.tensors.append(Tensor("logits", False, 4, None))
+        self.tensors += [Tensor(f"present.{cache}", False, 1, f"past_key_values.{cache}") for cache in caches]
+
+    def input_shape(self, name: str) -> tuple[int, ...]:
+        shapes = {"input_ids": (-1, -1), "past_lengths": (-1,)}
+        return shapes.get(name, (-1, self.graph.model.num_kv_heads, -1, self.graph.row))
+
+    def activation_bytes(self) -> int:
+        return 0
+
+    def context(self, profile: int, *_: Any) -> PlayedContext:
+        return PlayedContext(self)
+
+    def close(self) -> None:
+        pass
+
+
+class PlayedContext:
+    """In the place of `edgelm.runtimes.tensorrt.engine.Context`."""
+
+    def __init__(self, engine: PlayedEngine) -> None:
+        self._engine = engine
+        self._bound: dict[str, Place] = {}
+
+    def bind(self, name: str, address: int, shape: Sequence[int] | None = None) -> None:
+        self._bound[name] = (address, tuple(shape) if shape is not None else self._bound.get(name, (0, ()))[1])
+
+    def run(self, stream: int) -> None:
+        missing = {tensor.name for tensor in self._engine.tensors} - self._bound.keys()
+        assert not missing, missing
+        for tensor in self._engine.tensors:
+            if tensor.aliased:
+                assert self._bound[tensor.name][0] == self._bound[tensor.aliased][0]
+        self._engine.graph.run(self._bound)
+
+    def capturable(self, stream: int) -> bool:
+        return self._engine.capturable
+
+    def keep_compiled(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
