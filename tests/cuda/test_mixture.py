@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from gpu_packing import from_bf16, pack, random_numbers, to_bf16
+from kernel_device import kernel_device, order_threads
 from numpy.typing import NDArray
 
 from edgelm.gpu_weights import GpuKind, GpuMatrix
 from edgelm.quant import fp8
 from edgelm.runtimes.cuda import linear, mixture, moe
-from edgelm.runtimes.cuda.emulated import EmulatedDevice
+from edgelm.runtimes.cuda.device import Device
 from edgelm.runtimes.cuda.mixture import Mixture, MixtureBuffers
 from edgelm.runtimes.cuda.moe import MoeShape
 
@@ -42,7 +43,7 @@ class Layer:
         call: the operator's call.
     """
 
-    def __init__(self, device: EmulatedDevice, rng: np.random.Generator, call: Mixture) -> None:
+    def __init__(self, device: Device, rng: np.random.Generator, call: Mixture) -> None:
         self.device, self.call, shape = device, call, call.shape
         self.counted = True
         self.x = (rng.standard_normal((shape.tokens, shape.columns)) * 3).astype(np.float32)
@@ -61,7 +62,8 @@ class Layer:
         return address
 
     def run(self, *, seed: int = 0, in_place: bool = False) -> Result:
-        call, shape, self.device.seed = self.call, self.call.shape, seed
+        call, shape = self.call, self.call.shape
+        order_threads(self.device, seed)
         result = np.empty_like(self.x), np.empty((shape.tokens, shape.experts), np.float32)
         x = self.put(self.x)
         y = x if in_place else self.device.allocate(self.x.nbytes)
@@ -120,7 +122,7 @@ def routing(logits: Array, k: int, normalize: bool) -> tuple[Array, Array]:
     return order, weights / weights.sum(-1, keepdims=True) if normalize else weights
 
 
-def layer(device: EmulatedDevice, rng: np.random.Generator, shape: MoeShape, kinds: str, rounding: float = 0) -> Layer:
+def layer(device: Device, rng: np.random.Generator, shape: MoeShape, kinds: str, rounding: float = 0) -> Layer:
     """Experts whose gate_up and down are of two kinds, as "int4/int8"; integers have groups of 32 and zero points."""
 
     def matrix(kind: GpuKind, rows: int, columns: int, swiglu: bool) -> GpuMatrix:
@@ -155,12 +157,13 @@ def check(found: Layer, result: Result) -> None:
 
 
 @pytest.fixture(scope="module")
-def device() -> Iterator[EmulatedDevice]:
+def device() -> Iterator[Device]:
     """A device with all kernels, compiled in the parts that the tests of these parts compile."""
-    made = EmulatedDevice()
-    made.load(linear.all_kernels())
-    made.load([name for name in moe.all_kernels() if not name.startswith("moe_down_")])
-    made.load([name for name in moe.all_kernels() if name.startswith(("moe_down_", "moe_choose_"))])
+    made = kernel_device(
+        linear.all_kernels(),
+        [name for name in moe.all_kernels() if not name.startswith("moe_down_")],
+        [name for name in moe.all_kernels() if name.startswith(("moe_down_", "moe_choose_"))],
+    )
     yield made
     made.close()
 
@@ -172,14 +175,14 @@ def rng() -> np.random.Generator:
 
 @pytest.mark.parametrize("tokens", [1, 7, 40])
 @pytest.mark.parametrize("kinds", ["f32/f32", "int4/int8", "bf16/fp8", "int8/f16"])
-def test_exact(device: EmulatedDevice, rng: np.random.Generator, kinds: str, tokens: int) -> None:
+def test_exact(device: Device, rng: np.random.Generator, kinds: str, tokens: int) -> None:
     found = layer(device, rng, MoeShape(tokens, 64, 64, 8, 3, True, activation="f32"), kinds)
     check(found, found.run())
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 9, 17, 32, 33, 70])
 @pytest.mark.parametrize("kinds", ["int4/int4", "int8/bf16", "fp8/fp8", "bf16/int4"])
-def test_on_tensor_cores(device: EmulatedDevice, rng: np.random.Generator, kinds: str, tokens: int) -> None:
+def test_on_tensor_cores(device: Device, rng: np.random.Generator, kinds: str, tokens: int) -> None:
     activation = "bf16" if "bf16" in kinds or tokens % 2 else "f16"
     found = layer(device, rng, MoeShape(tokens, 128, 64, 8, 2, activation=activation), kinds)
     result = found.run(seed=tokens % 3)
@@ -193,7 +196,7 @@ def test_on_tensor_cores(device: EmulatedDevice, rng: np.random.Generator, kinds
 
 
 @pytest.mark.parametrize("tokens", [1, 12, 70])
-def test_activations_in_fp8(device: EmulatedDevice, rng: np.random.Generator, tokens: int) -> None:
+def test_activations_in_fp8(device: Device, rng: np.random.Generator, tokens: int) -> None:
     found = layer(device, rng, MoeShape(tokens, 64, 64, 8, 2), "fp8/fp8", rounding=-1)
     result = found.run()
     terms = [np.zeros_like(found.x, np.float64) for _ in range(2)]
@@ -218,7 +221,7 @@ def in_fp8(row: Array, rounds: bool) -> Array:
 
 @pytest.mark.parametrize("tokens", [4, 50])
 def test_the_order_of_threads_and_where_y_lies_change_nothing(
-    device: EmulatedDevice, rng: np.random.Generator, tokens: int
+    device: Device, rng: np.random.Generator, tokens: int
 ) -> None:
     for activation in ("bf16", "f32"):
         found = layer(device, rng, MoeShape(tokens, 64, 64, 16, 4, activation=activation), "int4/int8")

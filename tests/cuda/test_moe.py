@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kernel_device import kernel_device, order_threads
 from numpy.typing import NDArray
 
 from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda import moe
-from edgelm.runtimes.cuda.emulated import EmulatedDevice
 from edgelm.runtimes.cuda.launch import Launch
 from edgelm.runtimes.cuda.moe import MoeShape
 
@@ -26,8 +26,7 @@ class Layer:
     """A device with buffers of numpy arrays."""
 
     def __init__(self) -> None:
-        self.device = EmulatedDevice()
-        self.device.load([name for name in moe.all_kernels() if not name.startswith("moe_down_")])
+        self.device = kernel_device([name for name in moe.all_kernels() if not name.startswith("moe_down_")])
 
     def put(self, array: Array) -> int:
         address = self.device.allocate(array.nbytes)
@@ -40,7 +39,7 @@ class Layer:
         return out
 
     def run(self, launches: list[Launch], seed: int = 0) -> None:
-        self.device.seed = seed
+        order_threads(self.device, seed)
         for launch in launches:
             self.device.launch(launch)
         self.device.synchronize()

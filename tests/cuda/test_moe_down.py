@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from gpu_packing import from_bf16, pack, random_numbers, to_bf16
+from kernel_device import kernel_device, order_threads
 from numpy.typing import NDArray
 
 from edgelm.errors import DeviceError
 from edgelm.gpu_weights import GpuKind, GpuMatrix
 from edgelm.runtimes.cuda import moe
-from edgelm.runtimes.cuda.emulated import EmulatedDevice
+from edgelm.runtimes.cuda.device import Device
 from edgelm.runtimes.cuda.moe import MoeShape, MoeWorkspace
 
 Array = NDArray[Any]
@@ -23,9 +24,8 @@ STEP = 2 * U  # a tensor core cuts off where float32 rounds
 
 
 @pytest.fixture(scope="module")
-def gpu() -> Iterator[EmulatedDevice]:
-    device = EmulatedDevice()
-    device.load([name for name in moe.all_kernels() if name.startswith(("moe_down_", "moe_choose_"))])
+def gpu() -> Iterator[Device]:
+    device = kernel_device([name for name in moe.all_kernels() if name.startswith(("moe_down_", "moe_choose_"))])
     yield device
     device.close()
 
@@ -35,7 +35,7 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(23)
 
 
-def put(gpu: EmulatedDevice, array: Array) -> int:
+def put(gpu: Device, array: Array) -> int:
     address = gpu.allocate(array.nbytes)
     gpu.upload(address, array)
     return address
@@ -53,9 +53,10 @@ class Case:
     seed: int = 0
 
 
-def check(gpu: EmulatedDevice, rng: np.random.Generator, case: Case) -> None:
+def check(gpu: Device, rng: np.random.Generator, case: Case) -> None:
     """Run the launches for random weights and hidden values, and compare with float64."""
-    shape, gpu.seed = case.shape, case.seed
+    shape = case.shape
+    order_threads(gpu, case.seed)
     matrix = GpuMatrix(
         case.kind, shape.columns, shape.hidden, case.group or shape.hidden, case.zeros, count=shape.experts
     )
@@ -83,7 +84,7 @@ def check(gpu: EmulatedDevice, rng: np.random.Generator, case: Case) -> None:
 
 
 def weighted_sum(
-    gpu: EmulatedDevice, shape: MoeShape, places: MoeWorkspace, x: Array, hidden: Array, dense: list[Array]
+    gpu: Device, shape: MoeShape, places: MoeWorkspace, x: Array, hidden: Array, dense: list[Array]
 ) -> tuple[Array, Array]:
     """The sum in float64, and what float32 may miss of it."""
     offsets, slot_of = np.empty(shape.experts + 1, np.int32), np.empty((shape.tokens, shape.k), np.int32)
@@ -101,7 +102,7 @@ def weighted_sum(
 
 
 @pytest.mark.parametrize("tokens", [*range(1, 18), 24, 25, 32])
-def test_few_tokens(gpu: EmulatedDevice, rng: np.random.Generator, tokens: int) -> None:
+def test_few_tokens(gpu: Device, rng: np.random.Generator, tokens: int) -> None:
     kind = list(GpuKind)[tokens % 3]
     for experts, k in ((8, 2), (32, 8)):
         shape = MoeShape(tokens, 32, 128, experts, k, activation=("bf16", "f16")[tokens % 2])
@@ -119,7 +120,7 @@ def test_few_tokens(gpu: EmulatedDevice, rng: np.random.Generator, tokens: int) 
     ],
 )  # fmt: skip
 def test_every_format(
-    gpu: EmulatedDevice, rng: np.random.Generator, activation: str, kind: str, group: int, zeros: bool
+    gpu: Device, rng: np.random.Generator, activation: str, kind: str, group: int, zeros: bool
 ) -> None:
     weights = GpuKind(activation if kind == "16" else kind)
     for tokens, experts, k in ((1, 4, 1), (3, 4, 4), (20, 6, 3)):
@@ -129,7 +130,7 @@ def test_every_format(
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
 @pytest.mark.parametrize("tokens", [1, 8, 9, 32])
-def test_whoever_is_chosen(gpu: EmulatedDevice, rng: np.random.Generator, tokens: int, seed: int) -> None:
+def test_whoever_is_chosen(gpu: Device, rng: np.random.Generator, tokens: int, seed: int) -> None:
     one = np.zeros((tokens, 64))
     one[:, 37] = 9
     for k in (1, 8):
@@ -138,7 +139,7 @@ def test_whoever_is_chosen(gpu: EmulatedDevice, rng: np.random.Generator, tokens
             check(gpu, rng, Case(shape, GpuKind.BFLOAT16, logits, seed=seed))
 
 
-def test_a_token_of_nans_leaves_its_neighbours_alone(gpu: EmulatedDevice, rng: np.random.Generator) -> None:
+def test_a_token_of_nans_leaves_its_neighbours_alone(gpu: Device, rng: np.random.Generator) -> None:
     shape = MoeShape(3, 16, 64, 4, 2)
     matrix = GpuMatrix(GpuKind.INT4, 16, 64, 64, count=4)
     blob = put(gpu, pack(matrix, [random_numbers(rng, matrix) for _ in range(4)]))
