@@ -27,8 +27,8 @@ class RuntimeEntry:
     have `open_tracing(bundle, threads=...)` for the debug graph and `open_batch(bundle, batch, **options)`, and is
     imported only when it is needed. `requires` is the package that it needs, and `instead` others that do as well.
     `fitting`, if given, is a module with `fits(bundle) -> bool`: an entry that does not fit is passed over where no
-    runtime is named and there is another. One that is `only_by_name` is never chosen otherwise. `checking`, if given, is
-    a module with `problem() -> str | None`: why it cannot run here though its package is installed.
+    runtime is named and there is another. One that is `only_by_name` is never chosen otherwise. `checking`, if given,
+    is a module with `problem() -> str | None`: why it cannot run here though its package is installed.
     """
 
     name: str
