@@ -5,7 +5,8 @@
 // bad as it may be, so that a missing barrier or wait shows:
 //   - warps run one after the other, each as far as it can, in an order that a seed changes (0: first to last,
 //     1: last to first, others: shuffled anew at every barrier);
-//   - cp_async copies when it is waited for, not before; where warps are shuffled, half of the copies are made at once;
+//   - cp_async copies when it is waited for, not before; where warps are shuffled, some are made at once, and
+//     some read at once and write when they are waited for;
 //   - shared memory begins as NaNs, with a canary behind it; vector accesses must be aligned.
 // It proves the algorithm, not the speed, nor what only hardware does (memory order between blocks, PTX).
 #pragma once
@@ -58,7 +59,7 @@ struct Register {
 
 enum class Waits : int { kNothing, kShuffle, kBallot, kMma, kMmaFp8, kLdmatrix, kWarp, kBlock, kDone };
 
-struct Copy { u8* to; const u8* from; bool valid; };
+struct Copy { u8* to; const u8* from; bool valid, read; u8 data[16]; };
 
 constexpr size_t kStack = 256 << 10;
 
@@ -82,7 +83,7 @@ struct State {
   int block[3] = {}, grid[3] = {};
   u8* shared = nullptr;
   size_t shared_bytes = 0;
-  u32 copies = 0;  // random bits: whether a copy is early; 0: none is
+  u32 copies = 0;  // random bits: which copies are early; 0: none is
   const Kernel* kernel = nullptr;
   const void* args = nullptr;
   std::vector<Fiber> fibers;
@@ -479,12 +480,10 @@ EDGELM_DEVICE void cp_async16(void* shared, const void* global, bool valid = tru
   u8* to = static_cast<u8*>(shared);
   if (to < s.shared || to + 16 > s.shared + s.shared_bytes) emulator::fail("cp_async16 outside shared memory");
   s.copies = s.copies * 1664525u + (s.copies ? 1013904223u : 0u);
-  if (s.copies >> 31) {
-    if (valid) std::memcpy(to, global, 16);
-    else std::memset(to, 0, 16);
-    return;
-  }
-  s.fibers[s.current].open.push_back({to, static_cast<const u8*>(global), valid});
+  emulator::Copy copy{to, static_cast<const u8*>(global), valid, s.copies >> 31 != 0, {}};
+  if (copy.read && valid) std::memcpy(copy.data, global, 16);
+  if (copy.read && (s.copies >> 30 & 1)) std::memcpy(to, copy.data, 16);
+  else s.fibers[s.current].open.push_back(copy);
 }
 EDGELM_DEVICE void cp_async_commit() {
   emulator::Fiber& me = emulator::state().fibers[emulator::state().current];
@@ -495,7 +494,8 @@ template <int pending> EDGELM_DEVICE void cp_async_wait() {
   emulator::Fiber& me = emulator::state().fibers[emulator::state().current];
   while (int(me.groups.size()) > pending) {
     for (const emulator::Copy& copy : me.groups.front()) {
-      if (copy.valid) std::memcpy(copy.to, copy.from, 16);
+      if (copy.read) std::memcpy(copy.to, copy.data, 16);
+      else if (copy.valid) std::memcpy(copy.to, copy.from, 16);
       else std::memset(copy.to, 0, 16);
     }
     me.groups.erase(me.groups.begin());
