@@ -37,14 +37,19 @@ class EmulatedDevice(Device):
         capability: the compute capability to be: from (8, 9) on kernels take the instructions for FP8.
         seed: the order of warps: 0 first to last, 1 last to first, other numbers shuffle.
         cache: folder for compiled kernels; default `EDGELM_EMULATOR_CACHE`, else a folder of the user's cache.
+        lazy: compile each kernel when it is first launched: of a whole model's, most never are.
     """
 
-    def __init__(self, capability: tuple[int, int] = (8, 0), seed: int = 0, cache: Path | None = None) -> None:
+    def __init__(
+        self, capability: tuple[int, int] = (8, 0), seed: int = 0, cache: Path | None = None, *, lazy: bool = False
+    ) -> None:
         self.info = DeviceInfo("emulated", capability, 4, 1 << 34, (13, 0))
         self.seed = seed
         self._cache = cache or Path(os.environ.get("EDGELM_EMULATOR_CACHE") or Path.home() / ".cache/edgelm/emulator")
         self._buffers: dict[int, NDArray[np.uint8]] = {}
         self._launchers: dict[str, Callable[..., bytes | None]] = {}
+        self._lazy = lazy
+        self._awaited: set[str] = set()
 
     def allocate(self, nbytes: int) -> int:
         """Reserve memory filled with NaNs."""
@@ -82,7 +87,10 @@ class EmulatedDevice(Device):
         missing = sorted(set(names) - self._launchers.keys())
         if missing:
             source, _ = translation_unit(missing)
-            self.load_source(missing, source)
+            if self._lazy:
+                self._awaited |= set(missing)
+            else:
+                self.load_source(missing, source)
 
     def load_source(self, names: Sequence[str], source: str) -> None:
         """Compile `source`, which instantiates the kernels `names` of headers in `SOURCES`. Raises as `load`."""
@@ -96,6 +104,9 @@ class EmulatedDevice(Device):
             DeviceError: the kernel was not loaded, or did what it must not.
         """
         del stream
+        if launch.kernel not in self._launchers and launch.kernel in self._awaited:
+            source, _ = translation_unit([launch.kernel])
+            self.load_source([launch.kernel], source)
         if launch.kernel not in self._launchers:
             raise DeviceError(f"the kernel {launch.kernel} was not loaded")
         grid = (ctypes.c_int * 3)(*launch.grid)

@@ -30,7 +30,7 @@ def gpu(kernels: Path) -> Device:
 def emulator(kernels: Path) -> Device:
     """The emulator, which compiles the kernels from their sources."""
     del kernels
-    return EmulatedDevice()
+    return EmulatedDevice(lazy=True)
 
 
 class LoadedProgram:

@@ -1,0 +1,233 @@
+"""Does the runtime cuda-kernels compute the model, as far as the emulator can tell?"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gpu_bundles import write_bundle
+
+from edgelm.bundle import Bundle
+from edgelm.errors import (
+    BundleError,
+    DeviceError,
+    DeviceMemoryError,
+    EdgeLMError,
+    GenerationError,
+    RuntimeUnavailableError,
+)
+from edgelm.parity.check import check_parity
+from edgelm.runtimes import open_batch, open_runtime, runtimes
+from edgelm.runtimes.cuda.device import Device
+from edgelm.runtimes.cuda.emulated import EmulatedDevice
+from edgelm.runtimes.cuda.model import CudaRuntime
+from edgelm.runtimes.cuda.program import PROGRAM_FILE
+
+RUNTIME = "cuda-emulated"
+FAMILIES = ("olmoe", "fox")
+RECIPES = ("none", "int8", "int4", "fp8", "fp8-token")
+TOKENS = [5, 900, 17, 44, 1203, 8, 310, 77, 640, 12, 99]
+Bundles = Callable[[str, str], Bundle]
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
+    """Exports each bundle once."""
+    made: dict[tuple[str, str], Bundle] = {}
+
+    def bundle(family: str, name: str) -> Bundle:
+        if (family, name) not in made:
+            made[family, name] = write_bundle(tmp_path_factory.mktemp("bundle") / name, family, name)
+        return made[family, name]
+
+    return bundle
+
+
+@pytest.fixture
+def damaged(bundles: Bundles, tmp_path: Path) -> Iterator[Path]:
+    """A copy of a bundle of OLMoE, to be changed."""
+    yield Path(shutil.copytree(bundles("olmoe", "int4").path, tmp_path / "damaged"))
+
+
+def change_program(folder: Path, change: Callable[[dict], None]) -> Bundle:
+    """Rewrite a bundle's program; its manifest says so."""
+    path = folder / PROGRAM_FILE
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][PROGRAM_FILE]["size"] = path.stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return Bundle.open(folder)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_does_a_bundle_pass_parity_and_is_the_debug_program_exact(bundles: Bundles, family: str, name: str) -> None:
+    report = check_parity(bundles(family, name), runtime=RUNTIME)
+    assert report.passed, [check for check in report.checks if check.passed is False]
+    assert report.runtime == RUNTIME
+    assert report.diagnosis is not None
+    # 1 is the limit; float32 rounding leaves 0.04, the lowest bit of one weight 5 and more.
+    assert max(layer.worst for layer in report.diagnosis.layers) < 0.2
+    # What the activations' rounding costs: E4M3 has 4 bits, bfloat16 8.
+    assert report.kl_mean < (1e-2 if name == "fp8-token" else 1e-3)
+    assert report.logit_error < (0.05 if name == "fp8-token" else 0.01)
+
+
+def test_is_a_renormalising_router_found_and_named(damaged: Path) -> None:
+    def renormalise(data: dict) -> None:
+        layer = [node for node in data["nodes"] if node["op"] == "SparseMoE"][1]
+        assert layer["attrs"]["normalize"] == 0
+        layer["attrs"]["normalize"] = 1
+
+    report = check_parity(change_program(damaged, renormalise), runtime=RUNTIME, integrity=False)
+    assert not report.passed
+    assert report.first_diverged_layer == 1
+    assert report.cause is not None
+    assert "mixture" in report.cause
+
+
+def test_are_logits_the_same_at_once_in_chunks_and_token_by_token(bundles: Bundles) -> None:
+    with open_runtime(bundles("olmoe", "int4"), RUNTIME, context_length=64, chunk=4) as model:
+        at_once = np.concatenate([block.copy() for block in model.logits_all(TOKENS)])
+        assert at_once.shape == (len(TOKENS), model.vocab_size)
+        model.reset()
+        last = model.prefill(TOKENS).copy()
+        model.truncate(5)
+        for token in TOKENS[5:]:
+            stepped = model.decode(token).copy()
+        assert model.position == len(TOKENS)
+    scale = np.abs(at_once).max()
+    # The kernels for few tokens and for many sum in another order.
+    assert np.abs(at_once[-1] - last).max() < 0.02 * scale
+    assert np.abs(stepped - last).max() < 0.02 * scale
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_is_the_greedy_token_the_largest_logit(bundles: Bundles, family: str) -> None:
+    with open_runtime(bundles(family, "int8"), RUNTIME, context_length=64) as model:
+        token = int(model.prefill(TOKENS).argmax())
+        for _ in range(3):
+            position = model.position
+            chosen = model.decode_greedy(token)
+            model.truncate(position)
+            assert chosen == int(model.decode(token).argmax())
+            token = chosen
+
+
+def test_do_sequences_of_a_batch_decode_as_they_would_alone(bundles: Bundles) -> None:
+    bundle = bundles("fox", "int4")
+    prompts = [TOKENS[:3], TOKENS, TOKENS[4:9]]
+    alone = []
+    with open_runtime(bundle, RUNTIME, context_length=32) as model:
+        for prompt in prompts:
+            model.reset()
+            first = int(model.prefill(prompt).argmax())
+            alone.append((first, model.decode(first).copy()))
+    with open_batch(bundle, len(prompts), RUNTIME, context_length=32) as batch:
+        for row, prompt in enumerate(prompts):
+            batch.prefill(row, [*prompt, 1])
+            batch.truncate(row, 0)
+        firsts = [int(batch.prefill(row, prompt).argmax()) for row, prompt in enumerate(prompts)]
+        assert firsts == [first for first, _ in alone]
+        together = batch.decode_batch(firsts)
+        assert batch.lengths.tolist() == [len(prompt) + 1 for prompt in prompts]
+        for row, (_, logits) in enumerate(alone):
+            assert np.abs(together[row] - logits).max() < 0.02 * np.abs(logits).max()
+
+
+@pytest.mark.parametrize(("kv", "row"), [("bfloat16", 64), ("int8", 36), ("fp8", 36)])
+def test_is_a_narrower_cache_smaller_and_close(bundles: Bundles, kv: str, row: int) -> None:
+    bundle = bundles("olmoe", "none")
+
+    def last(kv: str) -> tuple[np.ndarray, int]:
+        with open_runtime(bundle, RUNTIME, context_length=64, kv=kv) as model:
+            logits = model.prefill(TOKENS).copy()
+            assert isinstance(model, CudaRuntime)
+            return logits, model.cache_bytes
+
+    (wide, _), (narrow, nbytes) = last("float16"), last(kv)
+    model = bundle.manifest.model
+    room = 2 * model.num_layers * model.num_kv_heads * 64 * row
+    assert room <= nbytes < room + 4096
+    assert 0 < np.abs(wide - narrow).max() < 0.1 * np.abs(wide).max()
+
+
+def test_is_what_does_not_fit_refused_with_figures(bundles: Bundles) -> None:
+    def small(kernels: Path) -> Device:
+        device = EmulatedDevice(lazy=True)
+        device.info = replace(device.info, memory=3 << 20)
+        return device
+
+    with pytest.raises(DeviceMemoryError, match=r"has 3 MiB of 3 MiB free, and \d+ MiB are needed .*context_length"):
+        CudaRuntime(bundles("fox", "int4"), opener=small)
+
+
+def test_is_the_emulator_never_chosen_unasked(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGELM_CUDA_DRIVER", "/nonexistent/libcuda.so.1")
+    with pytest.raises(EdgeLMError, match=r"no NVIDIA driver|TensorRT"):
+        open_runtime(bundles("fox", "int4"))
+    assert RUNTIME in [entry.name for entry in runtimes()]
+
+
+def test_does_cuda_kernels_say_what_it_lacks_without_a_driver(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGELM_CUDA_DRIVER", "/nonexistent/libcuda.so.1")
+    bundle = bundles("fox", "int4")
+    (bundle.path / "kernels").mkdir(exist_ok=True)
+    (bundle.path / "kernels" / "kernels.json").write_text(
+        json.dumps({"format": 1, "nvrtc": [13, 0], "argument_bytes": {}, "images": {}})
+    )
+    with pytest.raises(DeviceError, match=r"no NVIDIA driver: /nonexistent/libcuda\.so\.1 cannot be loaded"):
+        open_runtime(bundle, "cuda-kernels")
+
+
+def test_is_another_targets_bundle_refused(bundles: Bundles) -> None:
+    with pytest.raises(RuntimeUnavailableError, match="was exported for tensorrt, onnxruntime-cpu runs cpu"):
+        open_runtime(bundles("fox", "int4"), "onnxruntime-cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda data: data.update(format=2), "has format 2, this EdgeLM reads 1: upgrade"),
+        (lambda data: data.pop("values"), "is damaged"),
+        (lambda data: data["nodes"][0].update(op="Rotate"), "is the operator 'Rotate'"),
+        (lambda data: data["nodes"].pop(0), "reads hidden.0, which nothing makes"),
+        (lambda data: data["nodes"][1]["attrs"].pop("group"), "has no group"),
+        (lambda data: data["nodes"][1]["attrs"].update(kind="int2"), "of the kind 'int2'"),
+        (lambda data: data["nodes"][1]["attrs"].update(activations="int7"), "multiplies 'int7'"),
+        (lambda data: data["weights"]["rope.cos"].update(offset=1 << 40), "the program's weights end at"),
+    ],
+)
+def test_is_a_damaged_program_named(damaged: Path, change: Callable[[dict], None], said: str) -> None:
+    bundle = change_program(damaged, change)
+    with pytest.raises(BundleError, match=said):
+        open_runtime(bundle, RUNTIME, context_length=64).close()
+
+
+def test_are_wrong_options_and_uses_refused(bundles: Bundles) -> None:
+    bundle = bundles("olmoe", "int4")
+    with pytest.raises(EdgeLMError, match="kv is 'int4': the cache can be"):
+        open_runtime(bundle, RUNTIME, kv="int4")
+    with pytest.raises(EdgeLMError, match="chunk is 0"):
+        open_runtime(bundle, RUNTIME, chunk=0)
+    with pytest.raises(EdgeLMError, match="batch is 0"):
+        open_batch(bundle, 0, RUNTIME)
+    model = open_runtime(bundle, RUNTIME, context_length=8)
+    with pytest.raises(EdgeLMError, match="9 tokens do not fit"):
+        model.prefill([1] * 9)
+    with pytest.raises(GenerationError, match="outside the vocabulary"):
+        model.prefill([1 << 20])
+    assert model.position == 0
+    model.close()
+    model.close()
+    with pytest.raises(EdgeLMError, match="closed"):
+        model.decode(1)
