@@ -6,6 +6,8 @@ maximum of those: each is a small top-1, many of which run at once, where one ov
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -28,7 +30,7 @@ def greedy_graph(vocab_size: int) -> onnx.ModelProto:
     rows = vocab_size // row
     constants = {"rows": int64(rows, row), "flat": int64(-1), "line": int64(1, rows), "one": int64(1)}
     constants |= {"row": np.array([[row]], np.int64), "step": np.array([[1]], np.int64)}
-    nodes = [
+    nodes: list[tuple[str, list[str], list[str], dict[str, Any]]] = [
         ("Reshape", ["logits", "rows"], ["table"], {}),
         ("TopK", ["table", "one"], ["best", "where"], {"axis": -1}),
         ("Reshape", ["best", "line"], ["bests"], {}),

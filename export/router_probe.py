@@ -7,6 +7,8 @@ graph has the very operator, attributes and layout of the bundle's mixtures, bui
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -38,7 +40,8 @@ def router_probe(model: onnx.ModelProto, ops: PortableOps, experts_per_token: in
     random = np.random.default_rng(7)
     x = random.standard_normal((TOKENS, WIDTH)).astype(np.float32)
     # Weights of the chosen sum to well below 1, and no two logits are close.
-    logits = np.stack([random.permutation(EXPERTS) for _ in range(TOKENS)]).astype(np.float32) / 4
+    order = np.stack([random.permutation(EXPERTS) for _ in range(TOKENS)])
+    logits: NDArray[np.float32] = order.astype(np.float32) * np.float32(0.25)
     gate_up = random.integers(-7, 8, (EXPERTS, 2 * WIDTH, WIDTH))
     down = random.integers(-7, 8, (EXPERTS, WIDTH, WIDTH))
     scale = np.float32(1 / 64)
@@ -85,7 +88,7 @@ class _Builder:
         self.node("Cast", [f"{name}.float32"], name, to=self._element)
         return name
 
-    def node(self, op: str, inputs: list[str], output: str, domain: str = "", **attributes: object) -> None:
+    def node(self, op: str, inputs: list[str], output: str, domain: str = "", **attributes: Any) -> None:
         self._nodes.append(onnx.helper.make_node(op, inputs, [output], f"{output}/{op}", domain=domain, **attributes))
 
     def model(self) -> onnx.ModelProto:
@@ -105,7 +108,8 @@ def _packed(codes: NDArray[np.int64], bits: int) -> NDArray[np.uint8]:
 
 def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     raised = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return raised / raised.sum(axis=1, keepdims=True)
+    probabilities: NDArray[np.float32] = raised / raised.sum(axis=1, keepdims=True)
+    return probabilities
 
 
 def _mixture(

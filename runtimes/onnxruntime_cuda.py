@@ -154,7 +154,8 @@ class CudaRuntime(Runtime):
         ids = self._checked(tokens)
         for begin in range(0, ids.size, self._chunk):
             logits = self._prefill(ids[begin : begin + self._chunk])
-        return logits[-1]
+        last: NDArray[np.float32] = logits[-1]
+        return last
 
     def decode(self, token: int) -> NDArray[np.float32]:
         """Append one token; all logits are copied to the host."""
@@ -239,8 +240,8 @@ class CudaRuntime(Runtime):
             f"reading {ids.size} tokens at once",
         )
         self._position += ids.size
-        logits: NDArray[np.float32] = binding.get_outputs()[-1].numpy()
-        return logits[0]
+        logits: NDArray[np.float32] = binding.get_outputs()[-1].numpy()[0]
+        return logits
 
     def _guarded(self, work: Callable[[], Result], doing: str) -> Result:
         try:

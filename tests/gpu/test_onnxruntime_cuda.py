@@ -1,4 +1,4 @@
-"""On a GPU: does ONNX Runtime's CUDA provider run our bundles whole, in place, recorded, and as the reference computes?"""
+"""On a GPU: does ONNX Runtime's CUDA provider run our bundles whole, in place, recorded, and rightly?"""
 
 from __future__ import annotations
 
