@@ -1,0 +1,245 @@
+"""Does `edgelm export --target tensorrt` write the checkpoint's very weights, a program, and kernels that compile?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from numpy.typing import NDArray
+from tiny_models import MakeCheckpoint
+from unpack_gpu import unpack_matrix
+
+from edgelm.bundle import Bundle
+from edgelm.checkpoint import Checkpoint
+from edgelm.cli.export import export as export_command
+from edgelm.cli.inspect import inspect as inspect_command
+from edgelm.errors import EdgeLMError, ExportError
+from edgelm.export import ExportOptions, export_bundle
+from edgelm.export.options import TARGETS as NAMES
+from edgelm.export.plan import WEIGHTS_FILE, Plan, make_plan
+from edgelm.export.targets import TARGETS
+from edgelm.gpu_weights import GpuKind
+from edgelm.models import family
+from edgelm.progress import Silent
+from edgelm.quant.recipe import Recipe
+from edgelm.quant.source import WeightSource
+from edgelm.runtimes.cuda.kernels_file import KernelFolder
+from edgelm.runtimes.cuda.operators import bundle_kernels
+from edgelm.runtimes.cuda.program import Program, matrix_of
+from edgelm.tokenizer import Tokenizer
+
+ROUTER = '\n[[rule]]\nmatch = "*.mlp.gate.weight"\nscheme = "float"\n'
+NARROWER_V = '\n[[rule]]\nmatch = "*.v_proj.weight"\nscheme = "{}"\n'
+
+
+def planned(path: Path, recipe: Recipe, dtype: str = "auto") -> tuple[WeightSource, Plan]:
+    checkpoint = Checkpoint.open(path)
+    kind = family(checkpoint.config)
+    config = kind.config_class.from_dict(checkpoint.config)
+    source = WeightSource(checkpoint, recipe, threads=1)
+    options = ExportOptions(target="tensorrt", dtype=dtype, sms=(86,))
+    tokenizer = Tokenizer.from_folder(path)
+    target = TARGETS["tensorrt"]
+    return source, make_plan(checkpoint, source, tokenizer, kind.name, config, options, target, Silent())
+
+
+class Written:
+    """A checkpoint's weights as a bundle for GPUs has them, read back."""
+
+    def __init__(self, folder: Path, path: Path, recipe: Recipe, dtype: str = "auto") -> None:
+        self.source, plan = planned(path, recipe, dtype)
+        plan.graphs.weights.write(folder / WEIGHTS_FILE, 2, lambda amount: None)
+        self.model = plan.graphs.graph
+        self.debug = plan.graphs.debug_graph
+        self.blob = (folder / WEIGHTS_FILE).read_bytes()
+        self.places = {
+            tensor.name: {entry.key: entry.value for entry in tensor.external_data}
+            for tensor in self.model.graph.initializer
+        }
+        self.nodes = {node.output[0]: node for node in self.model.graph.node}
+
+    def bytes_of(self, name: str) -> bytes:
+        start, size = (int(self.places[name][key]) for key in ("offset", "length"))
+        return self.blob[start : start + size]
+
+    def attributes(self, output: str) -> dict[str, Any]:
+        node = self.nodes[output]
+        return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+
+    def matrix(self, output: str, name: str, prefix: str = "", index: int = 0) -> NDArray[np.float32]:
+        from edgelm.runtimes.cuda.program import Node
+
+        attrs = {k: v.decode() if isinstance(v, bytes) else v for k, v in self.attributes(output).items()}
+        return unpack_matrix(self.bytes_of(name), matrix_of(Node("", output, (), (), attrs), prefix), index)
+
+    def want(self, *names: str) -> NDArray[np.float32]:
+        return np.concatenate([self.source.dequantized_float32(name) for name in names])
+
+
+@pytest.mark.parametrize(
+    "scheme", ["int4-g32-sym", "int3-g64-asym", "int6-row-sym", "int8-g32-sym", "fp8-row", "float"]
+)
+def test_are_the_weights_of_a_mixture_the_checkpoints_very_numbers(
+    checkpoint: MakeCheckpoint, tmp_path: Path, scheme: str
+) -> None:
+    recipe = Recipe.from_toml(f'name = "test"\ndefault = "{scheme}"\n{ROUTER}')
+    written = Written(tmp_path, checkpoint("olmoe"), recipe)
+    stem = "model.layers.1"
+    qkv = written.matrix("layers.1.attn.qkv", "layers.1.attn.qkv.weight")
+    assert np.array_equal(qkv, written.want(*(f"{stem}.self_attn.{p}_proj.weight" for p in "qkv")))
+    for e in (0, 15):
+        expert = f"{stem}.mlp.experts.{e}"
+        gate_up = written.matrix("hidden.2", "layers.1.moe.gate_up", "gate_up_", e)
+        assert np.array_equal(gate_up, written.want(f"{expert}.gate_proj.weight", f"{expert}.up_proj.weight"))
+        down = written.matrix("hidden.2", "layers.1.moe.down", "down_", e)
+        assert np.array_equal(down, written.want(f"{expert}.down_proj.weight"))
+    assert np.array_equal(written.matrix("logits", "lm_head.weight"), written.want("lm_head.weight"))
+    router = np.frombuffer(written.bytes_of(f"{stem}.mlp.gate.weight"), np.float32)
+    assert np.array_equal(router.reshape(16, -1), written.want(f"{stem}.mlp.gate.weight"))
+
+
+def test_is_a_tied_table_stored_once_and_are_gate_and_up_one_matrix(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    written = Written(tmp_path, checkpoint("fox", tie_word_embeddings=True), Recipe.load("int4"))
+    table = "model.embed_tokens.weight"
+    assert written.nodes["logits"].input[1] == table == written.nodes["hidden.0"].input[1]
+    assert np.array_equal(written.matrix("logits", table), written.want(table))
+    stem = "model.layers.0.mlp"
+    found = written.matrix("layers.0.mlp.gate_up", "layers.0.mlp.gate_up.weight")
+    assert np.array_equal(found, written.want(f"{stem}.gate_proj.weight", f"{stem}.up_proj.weight"))
+
+
+def test_do_narrower_integers_join_wider_ones_and_floats_not(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    def recipe(scheme: str) -> Recipe:
+        rule = NARROWER_V.format(scheme)
+        return Recipe.from_toml(f'name = "test"\ndefault = "int8-g64-sym"\n{rule}{ROUTER}')
+
+    written = Written(tmp_path, checkpoint("olmoe"), recipe("int4-g32-asym"))
+    attributes = written.attributes("layers.0.attn.qkv")
+    assert (attributes["kind"], attributes["group"], attributes["zeros"]) == (b"int8", 32, 1)
+    qkv = written.matrix("layers.0.attn.qkv", "layers.0.attn.qkv.weight")
+    assert np.array_equal(qkv, written.want(*(f"model.layers.0.self_attn.{p}_proj.weight" for p in "qkv")))
+    with pytest.raises(ExportError, match=r"int8-g64-sym, float for matrices that a GPU multiplies as one, .*q_proj"):
+        planned(checkpoint("olmoe"), recipe("float"))
+
+
+def test_does_the_debug_graph_differ_in_types_alone(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    written = Written(tmp_path, checkpoint("olmoe"), Recipe.load("int8"))
+    main, debug = written.model.graph, written.debug.graph
+    added = {output.name for output in debug.output} - {output.name for output in main.output}
+    assert added == {"hidden.0", "hidden.1", "hidden.2", "router_logits.0", "router_logits.1"}
+    for node, exact in zip(main.node, debug.node, strict=True):
+        assert (node.op_type, list(node.input), list(node.output)) == (
+            exact.op_type,
+            list(exact.input),
+            list(exact.output),
+        )
+        for a, b in zip(node.attribute, exact.attribute, strict=True):
+            assert a == b or (a.name in ("activation", "output", "kv") and b.s in (b"f32", b"float32"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "activation", "kind"), [("auto", b"bf16", GpuKind.BFLOAT16), ("fp16", b"f16", GpuKind.FLOAT16)]
+)
+def test_are_values_and_float_matrices_of_the_type_that_was_asked_for(
+    checkpoint: MakeCheckpoint, tmp_path: Path, dtype: str, activation: bytes, kind: GpuKind
+) -> None:
+    written = Written(tmp_path, checkpoint("fox"), Recipe.load("none"), dtype)
+    attributes = written.attributes("layers.0.attn.qkv")
+    assert (attributes["activation"], attributes["output"], attributes["kind"]) == (
+        activation,
+        activation,
+        kind.encode(),
+    )
+
+
+def test_has_a_bundle_kernels_for_the_devices_asked_and_does_inspect_say_so(
+    checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    line = [str(checkpoint("olmoe")), "-o", str(out), "--target", "tensorrt", "--sm", "86", "--no-engines"]
+    done = CliRunner().invoke(export_command, [*line, "--recipe", "int4", "--greedy-tokens", "0"])
+    assert done.exit_code == 0, done.output
+    bundle = Bundle.open(out)
+    assert (bundle.manifest.target, bundle.manifest.ops, bundle.manifest.graph.kv_dtype) == (
+        "tensorrt",
+        "gpu",
+        "float16",
+    )
+    program = Program.read(bundle.file("program.json"))
+    graph = onnx.load(out / "model.onnx", load_external_data=False).graph
+    assert [node.op for node in program.nodes] == [node.op_type for node in graph.node]
+    folder = KernelFolder(out / "kernels")
+    assert set(folder.files) == {"sm_86", "compute_80"}
+    assert set(folder.argument_bytes) == set(bundle_kernels(program))
+    said = CliRunner().invoke(inspect_command, [str(out), "--verify"])
+    assert said.exit_code == 0, said.output
+    assert "sm_86" in said.output
+    assert "16 of 128 x 128 int4-g32, gate and up, 4.50 bits a weight" in said.output
+    document = json.loads(CliRunner().invoke(inspect_command, [str(out), "--json"]).stdout)
+    assert set(document["kernels"]["targets"]) == {"sm_86", "compute_80"}
+    assert sum(group["count"] for group in document["weights"]) == 2 + 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sms": (70,)}, "--sm 70: the kernels run from SM 80 on"),
+        ({"sms": (81,)}, r"does not compile for sm_81, only for SM .*86"),
+        ({"sms": ()}, "the kernels run from SM 80 on"),
+        ({"ops": "portable"}, "portable operators are ONNX Runtime's"),
+        ({"dtype": "fp32"}, "tensor cores multiply bfloat16 or float16, not float32"),
+        ({"target": "cpu", "sms": (86,)}, "--sm is for --target tensorrt"),
+    ],
+)
+def test_is_what_cannot_be_had_refused_before_anything_is_written(
+    checkpoint: MakeCheckpoint, tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(EdgeLMError, match=said):
+        export_bundle(
+            checkpoint("fox"),
+            tmp_path / "out",
+            options=ExportOptions(**{"target": "tensorrt", "sms": (86,), **options}),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_is_a_missing_nvrtc_said_before_hours_of_quantising(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGELM_NVRTC", str(tmp_path / "libnvrtc.so"))
+    with pytest.raises(EdgeLMError, match=r"EDGELM_NVRTC=.*not an NVRTC library"):
+        export_bundle(checkpoint("fox"), tmp_path / "out", options=ExportOptions(target="tensorrt"))
+
+
+@pytest.mark.parametrize(
+    ("toml", "said"),
+    [
+        ('default = "fp8e5m2-row"', "of FP8 the GPU kernels have E4M3 alone"),
+        ('default = "int4-g32-sym"\nkv = "float32"', 'kv = "float32", which on a GPU only the debug graph has'),
+    ],
+)
+def test_is_a_recipe_that_the_kernels_lack_named(checkpoint: MakeCheckpoint, toml: str, said: str) -> None:
+    with pytest.raises(ExportError, match=said):
+        planned(checkpoint("olmoe"), Recipe.from_toml(f'name = "test"\n{toml}\n{ROUTER}'))
+
+
+def test_are_rows_that_tiles_do_not_divide_refused_by_name(checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint("fox", hidden_size=128, intermediate_size=96)
+    with pytest.raises(ExportError, match=r"down_proj.weight is int4-g32-sym with rows of 96.*multiple of 64"):
+        planned(path, Recipe.load("int4"))
+
+
+def test_has_every_target_that_is_offered_an_exporter() -> None:
+    assert set(NAMES) == set(TARGETS)
+
+
+def test_is_an_sm_that_is_no_number_a_usage_error(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    line = [str(checkpoint("fox")), "-o", str(tmp_path / "out"), "--target", "tensorrt", "--sm", "ampere"]
+    done = CliRunner().invoke(export_command, line)
+    assert done.exit_code == 2
+    assert "no list of compute capabilities" in done.output
