@@ -258,7 +258,7 @@ def _write_manifest(
         source=SourceInfo(source_id, {name: FileInfo(**info) for name, info in hashes.items()}),
         files=files,
         tensors=tensors,
-        tools=_tool_versions(),
+        tools={**_tool_versions(), **TARGETS[options.target].tools()},
         calibration=calibration,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )

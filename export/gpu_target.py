@@ -65,6 +65,10 @@ class TensorrtTarget(Target):
             library.check_target(f"sm_{sm}")
         check_engines(options.engines)
 
+    def tools(self) -> Mapping[str, str]:
+        """The kernels' compiler."""
+        return {"nvrtc": nvrtc.load().version_text}
+
     def build(self, order: Order) -> Graphs:
         """Build the graph, plan its weights, and write it for runtimes without ONNX."""
         graph, weights, info, config = GraphBuilder(WEIGHTS_FILE), WeightsPlan(), order.info, order.config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,10 @@ class Target(ABC):
             EdgeLMError: something that the export would need at its end is missing.
         """
         del options
+
+    def tools(self) -> Mapping[str, str]:
+        """Versions of what else made a bundle, for its manifest."""
+        return {}
 
 
 @dataclass(frozen=True)
