@@ -1,4 +1,4 @@
-"""Does a runtime choose greedily itself where nothing else is asked of the logits, and only there, with the same text?"""
+"""Does a runtime choose greedily itself where nothing else is asked of the logits, only there, with the same text?"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import pytest
 from edgelm.errors import ParityError
 from edgelm.parity.pack import GoldenPrompt, ParityPack, ReferenceRecord, TokenizerPrint
 from edgelm.parity.prompts import BUILT_IN, load_prompts
-from edgelm.parity.thresholds import LIMITS, kind_of, markdown_table
+from edgelm.parity.thresholds import LIMITS, kind_of, markdown_table, values_table
 
 
 def make_record(rng, layers=2, count=9, top=4, probes=3, experts=8, k=2):
@@ -183,6 +183,12 @@ def test_the_documentation_shows_the_limits_in_force():
     page = Path(__file__).parents[2] / "docs" / "parity.md"
     shown = page.read_text(encoding="utf-8").split("<!-- limits -->\n")[1].split("\n<!-- /limits -->")[0]
     assert shown == markdown_table()
+
+
+def test_the_documentation_shows_the_limits_of_narrow_values():
+    page = Path(__file__).parents[2] / "docs" / "parity.md"
+    shown = page.read_text(encoding="utf-8").split("<!-- values -->\n")[1].split("\n<!-- /values -->")[0]
+    assert shown == values_table()
 
 
 def test_a_type_without_limits_is_refused():
