@@ -169,7 +169,8 @@ def _included(source: str) -> list[str]:
 
 def _compiled(source: str, capability: tuple[int, int], cache: Path) -> Callable[..., bytes | None]:
     fp8 = ["-DEDGELM_HAS_FP8=1"] if capability >= (8, 9) else []
-    # -ffp-contract=off: what is fused is written fused.
+    # -ffp-contract=off: what is fused is written fused. Hidden: what is static in an inline function is otherwise one
+    # object in the whole process, which several such libraries, even of different sources, would write to and free.
     command = [
         "-std=c++17",
         "-O2",
@@ -178,6 +179,7 @@ def _compiled(source: str, capability: tuple[int, int], cache: Path) -> Callable
         "-Wextra",
         "-fPIC",
         "-shared",
+        "-fvisibility=hidden",
         "-DEDGELM_EMULATED",
         *fp8,
     ]

@@ -1,103 +1,111 @@
-"""Do the plugins, called as TensorRT calls them, compute what our own executor does?
+"""Do plugins and the runtime around an engine compute what our own executor does?
 
-Kernels run on the emulator here; TensorRT's part, memory and the order of calls, is played by the test.
+Kernels run on the emulator, and TensorRT's own part is played (`played.py`): the plugins, the launches, and the
+runtime's buffers, lengths and caches are the real ones.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from played import PlayedDevice, PlayedEngine, PlayedGraph
 
 from edgelm.bundle import Bundle
-from edgelm.export.tensorrt_graph import plugin_spec
-from edgelm.runtimes import open_runtime
-from edgelm.runtimes.cuda.emulated import EmulatedDevice
-from edgelm.runtimes.cuda.operators import Operators
-from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
-from edgelm.runtimes.cuda.weights import DeviceWeights
-from edgelm.runtimes.tensorrt.host import BuildHost, DeviceHost, counter_bytes
+from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError
+from edgelm.runtimes import open_batch, open_runtime
+from edgelm.runtimes.tensorrt import session
 from edgelm.runtimes.tensorrt.library import Library
-from edgelm.runtimes.tensorrt.operators import output_shapes, output_types
-from edgelm.runtimes.tensorrt.plugins import STATE, element_types, plugin_class
+from edgelm.runtimes.tensorrt.plugins import STATE
 
 os.environ.setdefault("EDGELM_EMULATOR_CACHE", str(Path(__file__).parents[2] / "build" / "emulated"))
-CAPACITY = 64
-WIDTHS = {"f32": 4, "bf16": 2, "f16": 2, "int32": 4, "int8": 1}
+CONTEXT = 40
 
 
-class Calls:
-    """Calls a program's plugins in order, with memory that is each value's own."""
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch, rtx: Library):
+    """Have sessions run on the emulator, with an engine that is played; a list of the devices made."""
+    devices: list[PlayedDevice] = []
 
-    def __init__(self, bundle: Bundle, rtx: Library) -> None:
-        self.program = Program.read(bundle.file(PROGRAM_FILE))
-        self.info, self.kv = bundle.manifest.model, bundle.manifest.graph.kv_dtype
-        self.device = EmulatedDevice()
-        self.device.load(Operators(self.program, self.kv, CAPACITY, self.device.info).kernels())
-        self.weights = DeviceWeights(self.device, self.program, bundle.file(bundle.manifest.graph.weights_file))
-        self.specs = [plugin_spec(node, self.program.values) for node in self.program.nodes]
-        counters = counter_bytes(self.device.info, self.specs, 1, 16, CAPACITY)
-        place = self.device.allocate(counters)
-        self.device.fill(place, 0, counters)
-        STATE.host = DeviceHost(self.device, place)
-        self.plugins = [plugin_class(rtx.api)(spec).attach_to_context(None) for spec in self.specs]
-        self.types = {ours: theirs for theirs, ours in element_types(rtx.api).items()}
-        self.sizes = BuildHost((80,))
-        self.caches: dict[str, int] = {}
-        self.length = 0
+    def device(kernels: object) -> PlayedDevice:
+        del kernels
+        devices.append(PlayedDevice())
+        return devices[-1]
 
-    def step(self, tokens: list[int]) -> np.ndarray:
-        device, program, count = self.device, self.program, len(tokens)
-        at: dict[str, tuple[int, tuple[int, ...], str]] = {}
-        for name, values in (("input_ids", [tokens]), ("past_lengths", [self.length])):
-            array = np.asarray(values, np.int32)
-            at[name] = (device.allocate(array.nbytes), array.shape, "int32")
-            device.upload(at[name][0], array)
-        for name, weight in program.weights.items():
-            kind = "f32" if weight.type == "f32" else "int8"
-            at[name] = (self.weights.address(name), weight.dims, kind)
-        for node, spec, plugin in zip(program.nodes, self.specs, self.plugins, strict=True):
-            if node.op == "GroupQueryAttention":
-                for name in node.inputs[1:3]:
-                    row = Operators(program, self.kv, 1, device.info).cache_bytes(node, 1) // self.info.num_kv_heads
-                    shape = (1, self.info.num_kv_heads, CAPACITY, row)
-                    if name not in self.caches:
-                        self.caches[name] = device.allocate(int(np.prod(shape)))
-                    at[name] = (self.caches[name], shape, "int8")
-            given = [at[name] for name in node.inputs if name]
-            shapes, kinds = [shape for _, shape, _ in given], [kind for _, _, kind in given]
-            results = list(zip(output_shapes(spec, shapes), output_types(spec, kinds), strict=True))
-            for i, (name, (shape, kind)) in enumerate(zip(node.outputs, results, strict=True)):
-                aliased = plugin.get_aliased_input(i)
-                place = given[aliased][0] if aliased >= 0 else device.allocate(int(np.prod(shape)) * WIDTHS[kind])
-                at[name] = (place, shape, kind)
-            size = self.sizes.workspace(spec, shapes, kinds)
-            workspace = device.allocate(size)
-            described = [SimpleNamespace(dims=shape, type=self.types[kind]) for _, shape, kind in given]
-            plugin.enqueue(described, [], [a for a, _, _ in given], [at[n][0] for n in node.outputs], workspace, 0)
-            device.free(workspace)
-        device.synchronize()
-        self.length += count
-        out = np.empty(program.values["logits"].width, np.float32)
-        device.download(at["logits"][0], out)
-        return out
+    def arrange(bundle: Bundle, *, capturable: bool = True) -> list[PlayedDevice]:
+        monkeypatch.setattr(session, "CudaDevice", device)
+        monkeypatch.setattr(
+            session,
+            "Engine",
+            lambda library, info, path, budget: PlayedEngine(
+                PlayedGraph(bundle, devices[-1], rtx), path, capturable=capturable
+            ),
+        )
+        return devices
+
+    before = STATE.host
+    yield arrange
+    STATE.host = before
 
 
 @pytest.mark.parametrize(("checkpoint", "recipe"), [("fox-tiny", "int8"), ("olmoe-tiny", "none")])
-def test_plugins_compute_what_the_executor_does(export, rtx: Library, checkpoint: str, recipe: str) -> None:
+def test_a_runtime_computes_what_the_executor_does(export, played, checkpoint: str, recipe: str) -> None:
     bundle = export(checkpoint, recipe)
-    before = STATE.host
-    calls = Calls(bundle, rtx)
-    try:
-        with open_runtime(bundle, "cuda-emulated", context_length=CAPACITY) as model:
-            for tokens in ([3, 4, 5], [6], [7]):
-                want = model.prefill(tokens).copy()
-                found = calls.step(tokens)
-                np.testing.assert_array_equal(found, want)
-                assert np.isfinite(found).all()
-    finally:
-        calls.device.close()
-        STATE.host = before
+    devices = played(bundle)
+    with (
+        open_runtime(bundle, "cuda-emulated", context_length=CONTEXT) as model,
+        open_runtime(bundle, "tensorrt", context_length=CONTEXT, chunk=4) as found,
+    ):
+        prompt = [3, 4, 5, 6, 7]
+        model.prefill(prompt[:4])
+        want = model.prefill(prompt[4:])  # in the same pieces, since kernels differ by the number of rows
+        np.testing.assert_array_equal(found.prefill(prompt), want)
+        for token in (6, 7, 8):  # the second is recorded, the third is the record
+            np.testing.assert_array_equal(found.decode(token), model.decode(token))
+        assert devices[0].recorded == 1
+        for other in (model, found):
+            other.truncate(4)
+        np.testing.assert_array_equal(found.decode(9), model.decode(9))
+        assert found.position == model.position == 5
+        with pytest.raises(ContextLengthError, match="100 tokens do not fit"):
+            found.prefill([1] * 100)
+    with pytest.raises(EdgeLMError, match="was closed"):
+        found.decode(1)
+
+
+def test_sequences_have_caches_of_their_own(export, played) -> None:
+    bundle = export("fox-tiny", "int8")
+    played(bundle)
+    prompts = [[3, 4, 5], [9], [1, 2]]
+    with open_batch(bundle, 3, "tensorrt", context_length=CONTEXT) as found:
+        for row in (2, 0, 1):
+            found.prefill(row, prompts[row])
+        assert found.lengths.tolist() == [3, 1, 2]
+        first = found.decode_batch([6, 7, 8]).copy()
+        found.decode_batch([10, 11, 12])
+        found.truncate(1, 2)
+        found.truncate(0, 4)
+        found.truncate(2, 3)
+        second = found.decode_batch([20, 21, 22]).copy()
+        with pytest.raises(GenerationError, match="2 tokens for 3 sequences"):
+            found.decode_batch([1, 2])
+        with pytest.raises(GenerationError, match="there is no sequence 3"):
+            found.prefill(3, [1])
+    with open_batch(bundle, 3, "cuda-emulated", context_length=CONTEXT) as model:
+        for row in (2, 0, 1):
+            model.prefill(row, prompts[row])
+        np.testing.assert_array_equal(first, model.decode_batch([6, 7, 8]))
+        np.testing.assert_array_equal(second, model.decode_batch([20, 21, 22]))
+
+
+def test_an_engine_that_cannot_be_recorded_runs_all_the_same(export, played) -> None:
+    """As one whose weights are streamed."""
+    bundle = export("fox-tiny", "int8")
+    devices = played(bundle, capturable=False)
+    with open_runtime(bundle, "tensorrt", context_length=CONTEXT) as found:
+        found.prefill([1, 2])
+        for token in (3, 4, 5):
+            assert np.isfinite(found.decode(token)).all()
+    assert devices[0].recorded == 0
