@@ -90,6 +90,7 @@ class Layout:
         workspace, counters = self.operators.scratch_bytes(sizes.batch, sizes.tokens)
         self.workspace = self._take(workspace)
         self.counters = self._take(counters)
+        self.zeroed = ((0, caches), (self.counters, counters))
         self.plan = MemoryPlan(caches, values - caches, self._end - values)
 
     @property
@@ -155,7 +156,9 @@ class Executor:
         self._program = layout.program
         self._weights = weights
         self._base = device.allocate(layout.nbytes)
-        device.fill(self._base, 0, layout.nbytes)
+        # Caches hold numbers from the start, and counters, which kernels leave as they found them, zeros.
+        for start, nbytes in layout.zeroed:
+            device.fill(self._base + start, 0, nbytes)
         self._planned: dict[tuple[Any, ...], list[Launch]] = {}
         self._graphs: dict[tuple[Any, ...], Callable[[], None]] = {}
 
