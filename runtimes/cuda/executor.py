@@ -185,20 +185,21 @@ class Executor:
             first: the first of the sequences.
             all_positions: compute the logits of all positions, not of the last only.
             greedy: choose the most probable tokens on the device.
-            graph: record the launches the first time, and start them as one from then on.
+            graph: record the launches the second time, and start them as one from then on.
         """
         batch, tokens = ids.shape
         self.device.upload(self._base + self.layout.ids, np.ascontiguousarray(ids, np.int32))
         place = self._base + self.layout.lengths + 4 * first
         self.device.upload(place, np.ascontiguousarray(lengths, np.int32))
         key = (batch, tokens, first, all_positions, greedy)
-        if graph:
-            if key not in self._graphs:
-                launches = self._launches(*key)
-                self._graphs[key] = self.device.capture(lambda: self._start(launches))
-            self._graphs[key]()
-        else:
+        if not graph or key not in self._planned:
+            # The first time, too, of what is to be recorded: what a kernel still needs of the driver it gets now.
             self._start(self._launches(*key))
+            return
+        if key not in self._graphs:
+            launches = self._launches(*key)
+            self._graphs[key] = self.device.capture(lambda: self._start(launches))
+        self._graphs[key]()
 
     def value(self, name: str, rows: int) -> NDArray[np.float32]:
         """A float32 value of the last step, [rows, width]."""
@@ -223,8 +224,10 @@ class Executor:
     def _launches(self, batch: int, tokens: int, first: int, all_positions: bool, greedy: bool) -> list[Launch]:
         key = (batch, tokens, first, all_positions, greedy)
         if key not in self._planned:
-            if len(self._planned) >= 16:  # the odd lengths of prompts' ends would pile up
-                del self._planned[next(iter(self._planned))]
+            # The odd lengths of prompts' ends would pile up.
+            ends = [old for old in self._planned if old[1] > 1]
+            if len(ends) >= 16:
+                del self._planned[ends[0]]
             self._planned[key] = self._plan(batch, tokens, first, all_positions, greedy)
         return self._planned[key]
 
