@@ -135,6 +135,15 @@ class CudaTarget(OnnxRuntimeTarget):
             )
         return "portable"
 
+    def about(self, source: WeightSource) -> str | None:
+        """Static activations have no use here either."""
+        if not source.static_inputs:
+            return None
+        return (
+            "static activations are for other devices: ONNX Runtime's CUDA provider multiplies integers with float16 "
+            "or bfloat16 values, so the bundle needs no scales of them"
+        )
+
     def _helpers(self, graph: onnx.ModelProto, ops: PortableOps, info: ModelInfo) -> Mapping[str, onnx.ModelProto]:
         """One that chooses the next token, and for a mixture one that shows whether a device routes as asked."""
         helpers = {GREEDY_FILE: greedy_graph(info.vocab_size)}

@@ -298,6 +298,17 @@ def test_a_quantised_table_whose_zero_points_do_not_fill_bytes_is_refused(
         export(checkpoint("fox"), tmp_path / "b", recipe("int4-g128-asym", "fox"))
 
 
+def test_activations_of_a_recipe_are_said_to_have_no_use(tmp_path: Path, checkpoint: MakeCheckpoint) -> None:
+    source = WeightSource(Checkpoint.open(checkpoint("fox")), recipe("int8-g32-sym", "fox"), threads=1)
+    assert targets.TARGETS["cuda"].about(source) is None
+    bundle = export(checkpoint("fox"), tmp_path / "b", recipe("int8-g32-sym", "fox", 'activations = "int8-token"\n'))
+    model = onnx.load(bundle.file("model.onnx"), load_external_data=False)
+    levels = [
+        attribute.i for node in model.graph.node for attribute in node.attribute if attribute.name == "accuracy_level"
+    ]
+    assert set(levels) == {0}, "nothing may be rounded to int8"
+
+
 def test_without_cuda_a_bundle_says_what_to_install(tmp_path: Path, checkpoint: MakeCheckpoint) -> None:
     if "CUDAExecutionProvider" in ort.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
