@@ -41,7 +41,7 @@ _GEMM_SPEED = {"256": 1.0, "128": 0.8, "64": 0.5}
 """What is thought of the kernels' relative speed when a device is full; only the choice depends on it."""
 _GEMM_THREADS = 256
 _GEMM_STAGES = {"256": 3, "128": 3, "64": 6}
-_SKINNY_THREADS = 512
+_SKINNY_THREADS = {8: 512, 16: 512, 32: 256}
 _EXACT_TOKENS, _EXACT_WARPS = 4, 8
 _ROW_THREADS = 256
 _TOP_PART = 4096
@@ -151,21 +151,19 @@ class Product:
         # With many experts most have few rows even where one may have all.
         return most <= SKINNY_ROWS or (self.offsets != 0 and self.rows <= self.matrix.count * 12)
 
-    def x_bytes(self) -> int:
-        """Bytes of x made ready for tensor cores; 0 where the kernel takes it as it is."""
+    def prepares_x(self) -> bool:
+        """Whether a kernel of its own makes x ready for tensor cores."""
         if self.rows == 0 or self.activation == "f32" or not (self.x_float or self.rounding):
-            return 0
-        cells = self.rows_of_x * self.matrix.columns
-        if self.is_skinny():
-            if self.rows_of_x <= FUSED_ROWS:
-                return 0
-            return _aligned(2 * cells) + (_aligned(4 * self.rows_of_x) if self.rounding else 0)
-        return _aligned(cells) + _aligned(4 * self.rows_of_x) if self.rounding else _aligned(2 * cells)
+            return False
+        return not self.is_skinny() or self.rows_of_x > FUSED_ROWS
 
 
 def workspace_bytes(product: Product) -> int:
-    """Bytes of scratch memory that `product_launches` needs."""
-    return product.x_bytes()
+    """Bytes of scratch memory that `product_launches` needs, or would with fewer rows."""
+    if product.activation == "f32" or not (product.x_float or product.rounding):
+        return 0
+    rows = product.rows_of_x
+    return _aligned(2 * rows * product.matrix.columns) + (_aligned(4 * rows) if product.rounding else 0)
 
 
 def product_launches(product: Product, info: DeviceInfo, workspace: int = 0) -> list[Launch]:
@@ -174,7 +172,7 @@ def product_launches(product: Product, info: DeviceInfo, workspace: int = 0) -> 
     Args:
         product: what is computed.
         info: of the device it is launched on.
-        workspace: address of `workspace_bytes(product)` bytes, aligned to 256; needed if that is not 0.
+        workspace: address of `workspace_bytes(product)` bytes, aligned to 256; needed where `product.prepares_x()`.
 
     Raises:
         DeviceError: there is no workspace, or the shapes do not fit the device.
@@ -185,9 +183,9 @@ def product_launches(product: Product, info: DeviceInfo, workspace: int = 0) -> 
         return [_exact(product)]
     launches = []
     scales = 0
-    if product.x_bytes():
+    if product.prepares_x():
         if not workspace:
-            raise DeviceError(f"this product needs a workspace of {product.x_bytes()} bytes")
+            raise DeviceError(f"this product needs a workspace of {workspace_bytes(product)} bytes")
         # The skinny kernel takes what was rounded as numbers of the activations' type, which hold FP8 exactly.
         target = "fp8" if product.rounding and not product.is_skinny() else product.activation
         if product.rounding:
@@ -328,7 +326,7 @@ def _skinny(product: Product, info: DeviceInfo, scales: int) -> Launch:
     x_tile = min(most, width)
     work = product.active * matrix.blocks
     # Two blocks of 8 warps on a multiprocessor. One of 16 where x takes long to bring, or there are too few rows.
-    warps, on_one = (8, 2) if x_tile <= 2 and work >= 2 * info.multiprocessors else (16, 1)
+    warps, on_one = (8, 2) if x_tile <= 2 and work >= 2 * info.multiprocessors else (_SKINNY_THREADS[width] // 32, 1)
     split = _skinny_split(matrix, warps, work, warps * on_one * info.multiprocessors)
     whole = _shared_limit(info)
     chunk = matrix.columns
@@ -471,7 +469,7 @@ def _all() -> Iterator[tuple[str, tuple[str, int, int, str]]]:
         for w in ("int4", "int8", "fp8", a):
             for width in _SKINNY_WIDTHS:
                 body = f"linear_skinny<{a}, {_TYPES[w]}, {width // 8}>"
-                yield f"linear_skinny_{a}_{w}_n{width}", ("LinearArgs", _SKINNY_THREADS, 1, body)
+                yield f"linear_skinny_{a}_{w}_n{width}", ("LinearArgs", _SKINNY_THREADS[width], 1, body)
             for scales in ("plain",) if w == a else ("row", "group"):
                 yield from _gemms(f"{a}_{w}", "", a, w, scales)
         for scales in ("row", "group"):

@@ -85,6 +85,8 @@ EDGELM_DEVICE void list_experts(const i32* offsets, int experts, int* list) {
 
 template <class A, class W, int NB> struct Skinny {
   using Unit = SkinnyUnit<W>;
+  // Rows that a lane gives ldmatrix: its four matrices are b0 and b1 of two steps of 8 tokens, or of a step of 16.
+  static constexpr int kRows = NB > 1 ? NB / 2 : 1;
 
   const LinearArgs& args;
   const int warps, warp, lane, part, own_block, at_a_time;
@@ -240,11 +242,12 @@ template <class A, class W, int NB> struct Skinny {
       for (int column = 8 * (warp % shares * kWarp + lane); column < args.k; column += 8 * kWarp * shares) {
         float values[8], norm[8];
         x_eight(row, column, values);
-        if (args.norm) norm_eight(column, norm);
+        const bool normed = args.norm && args.round_scale < 0.f;  // only then are the largest wanted
+        if (normed) norm_eight(column, norm);
         EDGELM_UNROLL
         for (int i = 0; i < 8; ++i) {
           squares = fma_(values[i], values[i], squares);
-          largest = max_(largest, abs_(args.norm ? values[i] * norm[i] : values[i]));
+          largest = max_(largest, abs_(normed ? values[i] * norm[i] : values[i]));
         }
       }
       squares = warp_sum(squares);
@@ -330,9 +333,8 @@ template <class A, class W, int NB> struct Skinny {
     return found;
   }
 
-  // `at`: number of the unit in the matrix; `x`: for each 8 tokens this lane's row of ldmatrix, 32 columns of it
-  // being four matrices: b0 and b1 of two steps.
-  EDGELM_INLINE void consume(const Words4 (&unit)[Unit::loads], int at, const u8* const (&x)[NB], int offset, int buffer,
+  // `at`: number of the unit in the matrix; `x`: this lane's rows of ldmatrix.
+  EDGELM_INLINE void consume(const Words4 (&unit)[Unit::loads], int at, const u8* const (&x)[kRows], int offset, int buffer,
                              float (&sums)[NB][4]) const {
     if constexpr (!Is<W>::scaled) {
       multiply<0, Unit::columns / 16>(unit, x, offset, {1.f, 1.f, 0, 0}, sums);
@@ -345,7 +347,7 @@ template <class A, class W, int NB> struct Skinny {
 
   // Step after step with a group of its own.
   template <int STEP>
-  EDGELM_INLINE void multiply_steps(const Words4 (&unit)[Unit::loads], int at, const u8* const (&x)[NB], int offset, int buffer,
+  EDGELM_INLINE void multiply_steps(const Words4 (&unit)[Unit::loads], int at, const u8* const (&x)[kRows], int offset, int buffer,
                                     float (&sums)[NB][4]) const {
     constexpr int kSteps = Unit::columns / 16;
     scaled<STEP, STEP + 1>(unit, x, offset, group_of(at * kSteps + STEP, buffer), sums);
@@ -353,7 +355,7 @@ template <class A, class W, int NB> struct Skinny {
   }
 
   template <int FROM, int TO>
-  EDGELM_INLINE void scaled(const Words4 (&unit)[Unit::loads], const u8* const (&x)[NB], int offset, Group group, float (&sums)[NB][4]) const {
+  EDGELM_INLINE void scaled(const Words4 (&unit)[Unit::loads], const u8* const (&x)[kRows], int offset, Group group, float (&sums)[NB][4]) const {
     float part_sums[NB][4] = {};
     multiply<FROM, TO>(unit, x, offset, group, part_sums);
     EDGELM_UNROLL
@@ -365,22 +367,31 @@ template <class A, class W, int NB> struct Skinny {
     }
   }
 
+  // Row n of this lane, at the warp's first column.
+  EDGELM_INLINE const u8* x_lane(const SkinnyPlace& p, int n) const {
+    const int token = NB > 1 ? n * 16 + lane / 16 * 8 + lane % 8 : lane % 8;
+    const int piece = NB > 1 ? lane / 8 % 2 : lane / 8;
+    // Those beyond the last are read and not used.
+    return shared.x + min_(token, tokens(p) - 1) * shared.pitch + part * share(p) * Unit::columns * 2 + piece * 16;
+  }
+
   // Steps FROM .. TO - 1 of a unit.
   template <int FROM, int TO>
-  EDGELM_INLINE void multiply(const Words4 (&unit)[Unit::loads], const u8* const (&x)[NB], int offset, Group group, float (&sums)[NB][4]) const {
-    u32 b[NB][4];
+  EDGELM_INLINE void multiply(const Words4 (&unit)[Unit::loads], const u8* const (&x)[kRows], int offset, Group group, float (&sums)[NB][4]) const {
+    u32 b[kRows][4];
     EDGELM_UNROLL
     for (int step = FROM; step < TO; ++step) {
-      if (step == FROM || step % 2 == 0) {
+      if (NB > 1 || step == FROM || step % 2 == 0) {
         EDGELM_UNROLL
-        for (int n = 0; n < NB; ++n) ldmatrix_x4(b[n], x[n] + offset + step / 2 * 64);
+        for (int n = 0; n < kRows; ++n) ldmatrix_x4(b[n], x[n] + offset + (NB > 1 ? step * 32 : step / 2 * 64));
       }
       u32 a[4];
       if constexpr (Unit::loads == 2) fragment<A, W>(unit[step], 0, 0, 0, a);
       else fragment<A, W>(unit[0], step, group.zero_low, group.zero_high, a);
       EDGELM_UNROLL
       for (int n = 0; n < NB; ++n) {
-        const u32 operand[2] = {b[n][step % 2 * 2], b[n][step % 2 * 2 + 1]};
+        const int at = NB > 1 ? n % 2 * 2 : step % 2 * 2;
+        const u32 operand[2] = {b[n / 2][at], b[n / 2][at + 1]};
         mma_16x8x16<A>(sums[n], a, operand);
       }
     }
@@ -417,8 +428,8 @@ template <class A, class W, int NB> struct Skinny {
 
 template <class A, class W, int NB> EDGELM_BODY void linear_skinny(const LinearArgs& args) {
   using Unit = SkinnyUnit<W>;
-  // Units under way; with many tokens registers are short.
-  constexpr int kAhead = (NB < 4 ? 8 : Same<W, Int4>::value ? 4 : 6) / Unit::loads;
+  // Units under way. (For 32 tokens blocks are half as large and have twice the registers.)
+  constexpr int kAhead = (NB == 2 && Same<W, Int4>::value ? 4 : 8) / Unit::loads;
   Skinny<A, W, NB> my(args);
   let_next_kernel_start();
   if (args.experts) {
@@ -452,10 +463,6 @@ template <class A, class W, int NB> EDGELM_BODY void linear_skinny(const LinearA
   float sums[NB][4] = {};
   int item_buffer = 0, staged_active = -1, staged_tile = -1;
   while (!my.is_end(place)) {
-    SkinnyPlace following = place;
-    my.next(following);
-    const u8* next_from = my.source(following);
-    const int next_count = my.count(following);
     if (place.chunk == 0) {
       SkinnyPlace item = place;
       my.next_item(item);
@@ -476,18 +483,23 @@ template <class A, class W, int NB> EDGELM_BODY void linear_skinny(const LinearA
 
     const int first = my.first_unit(place);
     const int rounds = (my.share(place) + kAhead - 1) / kAhead;
-    const u8* x[NB];
+    const u8* x[decltype(my)::kRows];
     EDGELM_UNROLL
-    for (int n = 0; n < NB; ++n) {
-      const int token = min_(n * 8 + my.lane % 8, my.tokens(place) - 1);  // those beyond are read and not used
-      x[n] = my.shared.x + token * my.shared.pitch + my.part * my.share(place) * Unit::columns * 2 + my.lane / 8 * 16;
-    }
+    for (int n = 0; n < my.kRows; ++n) x[n] = my.x_lane(place, n);
+    SkinnyPlace following = place;
+    const u8* source = from;  // what is loaded next, how many units of it there are, the number of the first
+    int left = count, source_unit = first;
     for (int round = 0; round < rounds; ++round) {
-      const bool last = round == rounds - 1;
       const int done = round * kAhead;
-      const u8* source = last ? next_from : from + (done + kAhead) * Unit::loads * kTileBytes;
-      const int left = last ? next_count : count - done - kAhead;
-      const int source_unit = last ? my.first_unit(following) : first + done + kAhead;
+      source += kAhead * Unit::loads * kTileBytes;
+      left -= kAhead;
+      source_unit += kAhead;
+      if (round == rounds - 1) {
+        my.next(following);
+        source = my.source(following);
+        left = my.count(following);
+        source_unit = my.first_unit(following);
+      }
       EDGELM_UNROLL
       for (int i = 0; i < kAhead; ++i) {
         if (done + i < count) {
@@ -505,8 +517,8 @@ template <class A, class W, int NB> EDGELM_BODY void linear_skinny(const LinearA
       item_buffer = 1 - item_buffer;
     }
     place = following;
-    from = next_from;
-    count = next_count;
+    from = source;
+    count = left;
   }
 }
 
