@@ -13,7 +13,7 @@ from edgelm.runtimes.cuda.emulated import EmulatedDevice
 from edgelm.runtimes.cuda.executor import Executor, Layout, Sizes
 from edgelm.runtimes.cuda.kernels_file import FOLDER, KernelFolder
 from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
-from edgelm.runtimes.cuda.weights import DeviceWeights
+from edgelm.runtimes.cuda.weights import DeviceWeights, check_weights_file
 
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
@@ -52,11 +52,13 @@ class LoadedProgram:
         program = Program.read(bundle.file(PROGRAM_FILE))
         self.program = program.debug() if debug else program
         self._name = str(bundle.path)
+        file = bundle.file(bundle.manifest.graph.weights_file)
+        check_weights_file(program, file)
         self.device = opener(bundle.file(FOLDER))
         try:
             layout = None if sizes is None else Layout(self.program, sizes, self.device.info)
             self._require_memory(program.weight_bytes, layout)
-            self.weights = DeviceWeights(self.device, program, bundle.file(bundle.manifest.graph.weights_file))
+            self.weights = DeviceWeights(self.device, program, file)
             self._executor = None if layout is None else self._execute(layout)
         except BaseException:
             self.device.close()

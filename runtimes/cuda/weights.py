@@ -22,7 +22,7 @@ class DeviceWeights:
         path: the weights file.
 
     Raises:
-        BundleError: the file is shorter than the program says, or cannot be read.
+        BundleError: the file ends before they do.
         DeviceMemoryError: they do not fit.
     """
 
@@ -30,11 +30,6 @@ class DeviceWeights:
         self._device = device
         self._program = program
         self.nbytes = program.weight_bytes
-        size = path.stat().st_size
-        if size < self.nbytes:
-            raise BundleError(
-                f"{path} has {size} bytes, the program's weights end at {self.nbytes}: copy or export the bundle again"
-            )
         self._base = device.allocate(self.nbytes)
         try:
             self._upload(path)
@@ -63,3 +58,17 @@ class DeviceWeights:
                 self._device.upload(self._base + done, buffer[:count])
                 done += count
         self._device.synchronize()
+
+
+def check_weights_file(program: Program, path: Path) -> None:
+    """Compare a weights file's size with what a program reads.
+
+    Raises:
+        BundleError: it is too short.
+    """
+    size = path.stat().st_size
+    if size < program.weight_bytes:
+        raise BundleError(
+            f"{path} has {size} bytes, the program's weights end at {program.weight_bytes}: copy or export the bundle "
+            "again"
+        )
