@@ -376,6 +376,12 @@ def test_splits_change_nothing_but_rounding_and_the_order_of_warps_nothing(
         assert results[0].launches == (1 if counters and tokens == 2 else 2)
 
 
+@pytest.mark.parametrize("combination", COMBINATIONS[:3], ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}")
+def test_more_splits_than_are_merged_at_a_time(combination: tuple[str, str, int, tuple[int, int]]) -> None:
+    for past in (1100, 2090):  # 18 and 33 tiles; 16 splits are loaded at a time
+        check(case(combination, 1, 4, (past,), splits=40), combination[3])
+
+
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}")
 def test_token_by_token_is_all_at_once(combination: tuple[str, str, int, tuple[int, int]]) -> None:
     tokens, steps = 23, (18, 1, 3, 1)
