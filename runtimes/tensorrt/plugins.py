@@ -65,7 +65,13 @@ class State:
     def __init__(self) -> None:
         self.host: Host | None = None
         self.failure: BaseException | None = None
-        self._creators: list[Any] = []  # TensorRT keeps no reference to what is registered with it
+        # TensorRT keeps no reference to what is registered with it. And where Python frees plugins, the process that has
+        # built engines aborts now and then when it makes others: all of them, some kB each, stay.
+        self._kept: list[Any] = []
+
+    def keep(self, made: Any) -> None:
+        """Let an object that TensorRT was given live as long as the process."""
+        self._kept.append(made)
 
     def take_failure(self) -> BaseException | None:
         """The first failure of a callback, once."""
@@ -92,7 +98,7 @@ def _register_once(library: Library) -> None:
         made = creator(op)
         if not registry.register_creator(made, NAMESPACE):
             raise EdgeLMError(f"{library.flavour} {library.version} refuses the plugin {PREFIX}{op}")
-        STATE._creators.append(made)
+        STATE.keep(made)
 
 
 def element_types(api: ModuleType) -> dict[Any, str]:
@@ -157,6 +163,7 @@ def plugin_class(api: ModuleType) -> type[Any]:
             self.num_outputs = spec.outputs
             self._places = [i for i, there in enumerate(spec.present) if there]
             self._text = np.frombuffer(spec.to_text().encode(), np.int8).copy()
+            STATE.keep(self)
 
         def get_capability_interface(self, kind: Any) -> Any:
             """The class has all of them."""
