@@ -65,7 +65,7 @@ class State:
     def __init__(self) -> None:
         self.host: Host | None = None
         self.failure: BaseException | None = None
-        # TensorRT keeps no reference to what is registered with it. And where Python frees plugins, the process that has
+        # TensorRT keeps no reference to what is registered with it. And where Python frees plugins, a process that has
         # built engines aborts now and then when it makes others: all of them, some kB each, stay.
         self._kept: list[Any] = []
 
