@@ -74,14 +74,16 @@ class BenchResult:
     files: dict[str, int]
     bytes_per_token: int
     decode_bandwidth: float | None
-    machine_bandwidth: float
+    machine_bandwidth: float | None
     load_average: float | None
     device: devices.Device
 
     @property
     def bandwidth_share(self) -> float | None:
-        """The part of the machine's read bandwidth that decoding uses."""
-        return None if self.decode_bandwidth is None else self.decode_bandwidth / self.machine_bandwidth
+        """The part of the bandwidth of the memory that the weights are in that decoding uses."""
+        if self.decode_bandwidth is None or self.machine_bandwidth is None:
+            return None
+        return self.decode_bandwidth / self.machine_bandwidth
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -107,7 +109,7 @@ def bytes_per_token(manifest: Manifest, position: float, kv: str | None = None) 
         else:
             total += tensor.size
     kind = kv or manifest.graph.kv_dtype
-    row = 2 * model.num_layers * model.num_kv_heads * row_bytes(kind, model.head_dim)
+    row = 2 * model.num_layers * model.num_kv_heads * row_bytes(kind, model.head_dim, manifest.ops)
     return round(total + row * position)
 
 
@@ -196,6 +198,7 @@ def bench(
                     runs.append(_run_batch(opened, prompts, new_tokens))
                 advance(1)
         used, peak = devices.resident_memory()
+        device_bandwidth = opened.device_bandwidth()
         counted = runs[1:]
         threads_used, name = opened.threads, opened.name
     del opened
@@ -224,7 +227,7 @@ def bench(
         files={file: info.size for file, info in bundle.manifest.files.items()},
         bytes_per_token=bytes_read,
         decode_bandwidth=bytes_read * decode.median if batch == 1 else None,
-        machine_bandwidth=read_bandwidth(threads_used),
+        machine_bandwidth=read_bandwidth(threads_used) if bundle.manifest.target == "cpu" else device_bandwidth,
         load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         device=devices.describe(),
     )

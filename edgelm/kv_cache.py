@@ -4,7 +4,7 @@
 |---|---|
 | float32, float16 | as they are, or rounded to nearest |
 | int8 | codes round(x * 127 / max|x|), one float32 scale |
-| fp8 | E4M3 (OCP 8-bit floating point, revision 1.0), one bfloat16 scale: max|x| / 448, rounded up |
+| fp8 | E4M3 (OCP 8-bit floating point, revision 1.0), one bfloat16 scale: max|x| / 448, rounded up; on a GPU float32 |
 """
 
 from __future__ import annotations
@@ -35,10 +35,14 @@ def require_type(kv: str) -> str:
     return kv
 
 
-def row_bytes(kv: str, head_dim: int) -> int:
+def row_bytes(kv: str, head_dim: int, ops: str = "native") -> int:
     """Bytes of one head's keys, and again of its values, of one token; bfloat16, which only GPUs have, too.
+
+    `ops`: a bundle's flavour. GPU kernels ("gpu") scale fp8 by a float32, as they do int8.
 
     Raises:
         EdgeLMError: there is no such type.
     """
+    if kv == "fp8" and ops == "gpu":
+        kv = "int8"
     return 2 * head_dim if kv == "bfloat16" else _ROWS[require_type(kv)](head_dim)

@@ -78,6 +78,10 @@ class SequenceBatch(ABC):
     def close(self) -> None:
         """Free the model's memory; any other use after it raises EdgeLMError."""
 
+    def device_bandwidth(self) -> float | None:
+        """Bytes a second that the device's own memory moves, measured now; None where nobody can tell."""
+        return None
+
     def __enter__(self) -> SequenceBatch:
         return self
 
@@ -134,6 +138,10 @@ class Runtime(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free the model's memory. Closing twice is harmless; any other use after it raises EdgeLMError."""
+
+    def device_bandwidth(self) -> float | None:
+        """Bytes a second that the device's own memory moves, measured now; None where nobody can tell."""
+        return None
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` cached tokens and forget the rest.

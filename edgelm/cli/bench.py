@@ -87,14 +87,11 @@ def table(result: BenchResult) -> str:
         ("files", f"{size(sum(result.files.values()))} in {len(result.files)} files"),
     ]
     if result.decode_bandwidth is not None:
-        rows += [
-            (
-                "bandwidth",
-                f"{result.decode_bandwidth / 1e9:.1f} GB/s: {size(result.bytes_per_token)} a token; "
-                f"{result.bandwidth_share:.0%} of the {result.machine_bandwidth / 1e9:.1f} GB/s that "
-                f"{result.threads} threads read here",
-            )
-        ]
+        said = f"{result.decode_bandwidth / 1e9:.1f} GB/s: {size(result.bytes_per_token)} a token"
+        if result.machine_bandwidth is not None:
+            by = f"{result.threads} threads read" if result.runtime == "onnxruntime-cpu" else "the GPU copies"
+            said += f"; {result.bandwidth_share:.0%} of the {result.machine_bandwidth / 1e9:.1f} GB/s that {by} here"
+        rows.append(("bandwidth", said))
     if result.load_average is not None and result.load_average > result.threads + 1:
         rows.append(("note", f"the machine was busy (load {result.load_average:.1f}): measure again when it is quiet"))
     return pairs(rows)

@@ -208,7 +208,7 @@ def bundle_rows(bundle: Bundle, problems: list[str] | None) -> list[tuple[str, s
     manifest, model = bundle.manifest, bundle.manifest.model
     experts = f", {model.num_experts} experts of which {model.experts_per_token} act" if model.num_experts else ""
     kv = manifest.graph.kv_dtype
-    cached = 2 * model.num_layers * model.num_kv_heads * row_bytes(kv, model.head_dim)
+    cached = 2 * model.num_layers * model.num_kv_heads * row_bytes(kv, model.head_dim, manifest.ops)
     weights: list[PackedGroup | GpuGroup] = [*packed_groups(bundle), *gpu_groups(bundle)]
     rows = [
         ("bundle", f"{bundle.path}, format {manifest.format_version}, made {manifest.created}"),

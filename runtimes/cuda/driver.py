@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import statistics
 import threading
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
@@ -336,6 +337,19 @@ class CudaDevice(Device):
         for event in events:
             self.call("cuEventDestroy", event)
         return times
+
+    def copy_bandwidth(self) -> float | None:
+        """Bytes a second that a copy of 256 MiB reads and writes, the median of ten; None where there is no room."""
+        nbytes = 256 << 20
+        try:
+            source, target = self.allocate(nbytes), self.allocate(nbytes)
+        except DeviceMemoryError:
+            return None
+        self.fill(source, 0x5A, nbytes)
+        times = self.elapsed(lambda: self.copy(target, source, nbytes), 12)[2:]
+        self.free(source)
+        self.free(target)
+        return 2 * nbytes / statistics.median(times)
 
     def close(self) -> None:
         """Free everything; a second time it does nothing. After an error of a kernel only the context is released."""

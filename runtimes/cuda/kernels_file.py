@@ -96,8 +96,8 @@ def compile_bundle_kernels(
     for target, one in compiled.items():
         file = f"{target}.{'ptx' if target == nvrtc.PTX_TARGET else 'cubin'}"
         (folder / file).write_bytes(one.image)
-        used = {name: asdict(one_kernel) for name, one_kernel in one.resources.items()}
-        images[target] = {"file": file, "waits": sorted(one.waits), "resources": used}
+        resources = {name: asdict(used) for name, used in one.resources.items()}
+        images[target] = {"file": file, "waits": sorted(one.waits), "resources": resources}
     some = compiled[targets[0]]
     index = {
         "format": FORMAT,

@@ -147,6 +147,12 @@ class CudaRuntime(Runtime):
             self._executor.logits(logits)
             yield logits
 
+    def device_bandwidth(self) -> float | None:
+        """What a copy within the device reads and writes a second."""
+        self._require_open()
+        assert self._loaded is not None
+        return self._loaded.device.copy_bandwidth()
+
     def close(self) -> None:
         """Free the device's memory."""
         self._closed = True
@@ -236,6 +242,10 @@ class CudaBatch(SequenceBatch):
         self._lengths += 1
         self._executor.logits(self._logits)
         return self._logits
+
+    def device_bandwidth(self) -> float | None:
+        """What a copy within the device reads and writes a second."""
+        return self._open.device.copy_bandwidth()
 
     def truncate(self, row: int, length: int) -> None:
         """Keep the first cached tokens of one sequence."""
