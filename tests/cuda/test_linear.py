@@ -210,8 +210,11 @@ def test_every_tile_of_the_tensor_cores(
     info = replace(sm80.info, multiprocessors=1)
     Case(matrix_of("bf16", rows, 80), tokens, residual=True).run(sm80, rng, f"plain_{tile}", info)
     Case(matrix_of("bf16", rows, 64 * 9), tokens).run(sm80, rng, f"plain_{tile}", info)
-    Case(matrix_of("int4", rows, 128), tokens, y_float=False).run(sm80, rng, f"row_{tile}", info)
-    Case(matrix_of("int8", rows, 96, swiglu=True), tokens).run(sm80, rng, f"row_{tile}", info)
+    Case(matrix_of("fp8", rows, 128), tokens, y_float=False).run(sm80, rng, f"row_{tile}", info)
+    Case(matrix_of("bf16", rows, 96, swiglu=True), tokens).run(sm80, rng, f"plain_{tile}", info)
+    smaller = "128" if tile == "256" else tile  # integers have no larger one
+    Case(matrix_of("int4", rows, 128), tokens, y_float=False).run(sm80, rng, f"row_{smaller}", info)
+    Case(matrix_of("int8", rows, 96, swiglu=True), tokens).run(sm80, rng, f"row_{smaller}", info)
     owners = np.sort(rng.integers(0, 3, tokens))
     Case(matrix_of("bf16", rows, 80, count=3), tokens, owners=owners).run(sm80, rng, "gemm_bf16_bf16_plain_", info)
 
@@ -380,20 +383,19 @@ def test_the_largest_and_the_first_of_equals(
     x[1] = -np.inf
     x[2, : columns // 2] = np.nan
     x[3] = np.nan
-    keys = np.where(np.isnan(x), -np.inf, x).astype(np.float64)
-    # NaN comes after everything else, the first of equals first.
-    order = [np.lexsort((np.arange(columns), -keys[i], np.isnan(x[i]))) for i in range(4)]
     expected = np.full((4, count), -1, np.int32)
     for i in range(4):
-        expected[i, : min(count, columns)] = order[i][:count]
+        order = np.lexsort((np.arange(columns), -np.nan_to_num(x[i], nan=-np.inf)))
+        found = [number for number in order if not np.isnan(x[i, number])][:count]
+        expected[i, : len(found)] = found
     ids, values = sm80.allocate(16 * count), sm80.allocate(16 * count)
     workspace = sm80.allocate(linear.top_workspace_bytes(4, columns, count))
     for launch in linear.top_launches(put(sm80, x), ids, 4, columns, workspace, count=count, values=values):
         sm80.launch(launch)
     sm80.synchronize()
-    found = np.empty((4, count), np.int32)
-    sm80.download(ids, found)
-    np.testing.assert_array_equal(found, expected)
+    chosen_ids = np.empty((4, count), np.int32)
+    sm80.download(ids, chosen_ids)
+    np.testing.assert_array_equal(chosen_ids, expected)
     chosen = np.where(expected < 0, 0, np.take_along_axis(x, np.maximum(expected, 0), 1))
     np.testing.assert_array_equal(get(sm80, values, (4, count), "f32"), chosen)
 

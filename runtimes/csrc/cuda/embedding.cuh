@@ -63,7 +63,7 @@ template <class A> EDGELM_BODY void last_token(const LastTokenArgs& args) {
   for (int k = thread(); k < args.k; k += block_threads()) args.y[i64(block_x()) * args.k + k] = from[k];
 }
 
-// The largest of each row, the first of equals; NaN is less than everything. Two kernels: parts of a row, then these.
+// The largest of each row, the first of equals; NaN is none: where there is nothing else the id is -1. Two kernels: parts of a row, then these.
 // `count` > 1 finds as many, from the largest down.
 struct TopArgs {
   const float* x;    // [rows, n] of the first kernel
@@ -79,7 +79,6 @@ struct TopArgs {
 
 EDGELM_DEVICE bool is_better(float a, int a_id, float b, int b_id) {
   if (a_id < 0 || b_id < 0) return b_id < 0 && a_id >= 0;
-  if (is_nan(a) || is_nan(b)) return is_nan(b) && (!is_nan(a) || a_id < b_id);
   return a > b || (a == b && a_id < b_id);
 }
 
@@ -120,7 +119,7 @@ EDGELM_DEVICE void best_of(const float* values, const i32* ids, int first, int n
     int id = -1;
     for (int i = thread(); i < n; i += block_threads()) {
       const float x = values[i];
-      const int x_id = ids ? ids[i] : first + i;
+      const int x_id = is_nan(x) ? -1 : ids ? ids[i] : first + i;
       if (turn > 0 && !is_better(limit, limit_id, x, x_id)) continue;
       if (is_better(x, x_id, value, id)) {
         value = x;

@@ -330,8 +330,11 @@ EDGELM_BODY void linear_gemm(const LinearArgs& args) {
   float* results = reinterpret_cast<float*>(shared);
   EDGELM_UNROLL
   for (int i = 0; i < kStrips; ++i) {
-    const float low_scale = My::kScaled && !GROUPED ? scales[i][0].scale : 1.f;
-    const float high_scale = My::kScaled && !GROUPED ? scales[i][1].scale : 1.f;
+    float low_scale = 1.f, high_scale = 1.f;
+    if constexpr (My::kScaled && !GROUPED) {  // read only now: registers are short before
+      low_scale = my.scale(i, 0, 0, groups).scale;
+      high_scale = my.scale(i, 1, 0, groups).scale;
+    }
     const int strip = my.warp_m * kStrips + i;
     EDGELM_UNROLL
     for (int n = 0; n < kParts; ++n) {
