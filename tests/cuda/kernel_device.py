@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 
@@ -10,10 +11,15 @@ from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.emulated import EmulatedDevice
 from edgelm.runtimes.cuda.kernels_file import KernelCompiler
 
+ON_GPU = os.environ.get("EDGELM_TEST_GPU") == "1"
 
-def kernel_device(*parts: Sequence[str]) -> Device:
-    """A device with kernels loaded, part after part: each part is compiled, and kept, by itself."""
-    device: Device = CudaDevice(KernelCompiler()) if os.environ.get("EDGELM_TEST_GPU") == "1" else EmulatedDevice()
+
+def kernel_device(*parts: Sequence[str], capability: tuple[int, int] = (8, 0), seed: int = 0) -> Device:
+    """A device with kernels loaded, part after part: each part is compiled, and kept, by itself.
+
+    `capability` and `seed` are the emulator's. A GPU is what it is, and one serves all tests; `release` it.
+    """
+    device: Device = _gpu() if ON_GPU else EmulatedDevice(capability, seed)
     for names in parts:
         device.load(names)
     return device
@@ -23,3 +29,14 @@ def order_threads(device: Device, seed: int) -> None:
     """Choose the order in which the emulator runs warps; a GPU has its own."""
     if isinstance(device, EmulatedDevice):
         device.seed = seed
+
+
+def release(device: Device) -> None:
+    """Close an emulated device, whose buffers' canaries are looked at then."""
+    if isinstance(device, EmulatedDevice):
+        device.close()
+
+
+@functools.cache
+def _gpu() -> CudaDevice:
+    return CudaDevice(KernelCompiler())

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kernel_device import kernel_device
 from numpy.typing import NDArray
 
 from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda import attention
 from edgelm.runtimes.cuda.attention import AttentionBuffers, AttentionShape
-from edgelm.runtimes.cuda.emulated import EmulatedDevice
+from edgelm.runtimes.cuda.device import Device
 
 Array = NDArray[Any]
 Generator = np.random.Generator
@@ -166,10 +167,8 @@ def attended(case: Case, q: Array, keys: Array, values: Array) -> tuple[Array, A
 
 
 @functools.cache
-def emulated(capability: tuple[int, int], seed: int, activations: str, cache: str, size: int) -> EmulatedDevice:
-    device = EmulatedDevice(capability, seed)
-    device.load(attention.kernels_for(activations, cache, size))
-    return device
+def device_for(capability: tuple[int, int], seed: int, activations: str, cache: str, size: int) -> Device:
+    return kernel_device(attention.kernels_for(activations, cache, size), capability=capability, seed=seed)
 
 
 @dataclass
@@ -185,7 +184,7 @@ def compute(
     capability: tuple[int, int] = (8, 0), order: int = 0,
 ) -> Result:  # fmt: skip
     s = case.shape
-    device = emulated(capability, order, s.activations, s.cache, s.size)
+    device = device_for(capability, order, s.activations, s.cache, s.size)
     addresses: list[int] = []
 
     def uploaded(data: Array) -> int:

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from gpu_packing import Numbers, from_bf16, pack, random_numbers, to_bf16
+from kernel_device import kernel_device, order_threads, release
 from numpy.typing import NDArray
 
 from edgelm.errors import DeviceError
 from edgelm.gpu_weights import GpuKind, GpuMatrix
 from edgelm.quant import fp8
 from edgelm.runtimes.cuda import linear
-from edgelm.runtimes.cuda.device import DeviceInfo
-from edgelm.runtimes.cuda.emulated import EmulatedDevice
+from edgelm.runtimes.cuda.device import Device, DeviceInfo
 from edgelm.runtimes.cuda.linear import Product
 
 Array = NDArray[Any]
@@ -29,21 +29,20 @@ KINDS = {"bf16": ("int4", "int8", "fp8", "bf16"), "f16": ("int4", "int8", "fp8",
 
 
 @pytest.fixture(scope="module", params=[(8, 0), (9, 0)], ids=["sm80", "sm90"])
-def gpu(request: pytest.FixtureRequest) -> Iterator[EmulatedDevice]:
-    device = EmulatedDevice(request.param)
+def gpu(request: pytest.FixtureRequest) -> Iterator[Device]:
     # What an instruction of newer devices changes is FP8 alone.
     names = linear.all_kernels()
-    device.load(names if request.param == (8, 0) else [name for name in names if re.search("fp8|convert", name)])
+    found = names if request.param == (8, 0) else [name for name in names if re.search("fp8|convert", name)]
+    device = kernel_device(found, capability=request.param)
     yield device
-    device.close()
+    release(device)
 
 
 @pytest.fixture(scope="module")
-def sm80() -> Iterator[EmulatedDevice]:
-    device = EmulatedDevice((8, 0))
-    device.load(linear.all_kernels())
+def sm80() -> Iterator[Device]:
+    device = kernel_device(linear.all_kernels())
     yield device
-    device.close()
+    release(device)
 
 
 @pytest.fixture
@@ -66,13 +65,13 @@ def rounded(values: Array, kind: str) -> NDArray[np.float64]:
     return value(stored(values, kind), kind)
 
 
-def put(device: EmulatedDevice, array: Array) -> int:
+def put(device: Device, array: Array) -> int:
     address = device.allocate(max(array.nbytes, 1))
     device.upload(address, array)
     return address
 
 
-def get(device: EmulatedDevice, address: int, shape: tuple[int, ...], kind: str) -> NDArray[np.float64]:
+def get(device: Device, address: int, shape: tuple[int, ...], kind: str) -> NDArray[np.float64]:
     out = np.empty(shape, np.uint16 if kind == "bf16" else np.float16 if kind == "f16" else np.float32)
     device.download(address, out)
     return value(out, kind)
@@ -106,9 +105,7 @@ class Case:
     row_map: Array | None = None
     x_rows: int = 0
 
-    def run(
-        self, device: EmulatedDevice, rng: np.random.Generator, force: str = "", info: DeviceInfo | None = None
-    ) -> None:
+    def run(self, device: Device, rng: np.random.Generator, force: str = "", info: DeviceInfo | None = None) -> None:
         """Compute it on the device and compare; `force` is in the name of the kernel that must have been taken."""
         matrix, k = self.matrix, self.matrix.columns
         numbers = [random_numbers(rng, matrix) for _ in range(matrix.count)]
@@ -183,14 +180,14 @@ def matrix_of(kind: str, rows: int = 40, columns: int = 192, group: int = 0, **r
 
 
 @pytest.mark.parametrize("rows", [*range(1, 18), 32, 33, 65])
-def test_any_number_of_rows(sm80: EmulatedDevice, rng: np.random.Generator, rows: int) -> None:
+def test_any_number_of_rows(sm80: Device, rng: np.random.Generator, rows: int) -> None:
     Case(matrix_of("int4", group=64), rows).run(sm80, rng, "skinny" if rows <= 32 else "gemm")
     Case(matrix_of("bf16", columns=112), rows).run(sm80, rng)
 
 
 @pytest.mark.parametrize("activation", ["bf16", "f16", "f32"])
 @pytest.mark.parametrize("kind", GpuKind)
-def test_every_kind_of_weights(sm80: EmulatedDevice, rng: np.random.Generator, kind: str, activation: str) -> None:
+def test_every_kind_of_weights(sm80: Device, rng: np.random.Generator, kind: str, activation: str) -> None:
     if kind not in KINDS[activation]:
         with pytest.raises(DeviceError, match="both must be the same"):
             Product(matrix_of(kind), 1, 1, 1, 1, activation)
@@ -205,7 +202,7 @@ TILES = pytest.mark.parametrize(("rows", "tokens", "tile"), [(250, 120, "256"), 
 
 @TILES
 def test_every_tile_of_the_tensor_cores(
-    sm80: EmulatedDevice, rng: np.random.Generator, rows: int, tokens: int, tile: str
+    sm80: Device, rng: np.random.Generator, rows: int, tokens: int, tile: str
 ) -> None:
     info = replace(sm80.info, multiprocessors=1)
     Case(matrix_of("bf16", rows, 80), tokens, residual=True).run(sm80, rng, f"plain_{tile}", info)
@@ -221,7 +218,7 @@ def test_every_tile_of_the_tensor_cores(
 
 @TILES
 def test_every_tile_of_tensor_cores_for_fp8(
-    gpu: EmulatedDevice, rng: np.random.Generator, rows: int, tokens: int, tile: str
+    gpu: Device, rng: np.random.Generator, rows: int, tokens: int, tile: str
 ) -> None:
     info = replace(gpu.info, capability=(8, 0), multiprocessors=1)
     case = Case(matrix_of("fp8", rows, 160), tokens, rounding=-1)
@@ -231,7 +228,7 @@ def test_every_tile_of_tensor_cores_for_fp8(
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("group", [16, 32, 48, 64, 96, 192])
 @pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
-def test_every_group(sm80: EmulatedDevice, rng: np.random.Generator, kind: str, group: int, zeros: bool) -> None:
+def test_every_group(sm80: Device, rng: np.random.Generator, kind: str, group: int, zeros: bool) -> None:
     if zeros and kind == "fp8":
         return
     for rows in (2, 40):
@@ -242,23 +239,19 @@ def test_every_group(sm80: EmulatedDevice, rng: np.random.Generator, kind: str, 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
 @pytest.mark.parametrize("rows", [5, 70])
-def test_no_order_of_warps_changes_anything(
-    sm80: EmulatedDevice, rng: np.random.Generator, rows: int, seed: int
-) -> None:
-    sm80.seed = seed
+def test_no_order_of_warps_changes_anything(sm80: Device, rng: np.random.Generator, rows: int, seed: int) -> None:
+    order_threads(sm80, seed)
     try:
         for kind in KINDS["bf16"]:
             Case(matrix_of(kind, 72, 704), rows, norm=True, x_float=True, residual=True).run(sm80, rng)
         Case(matrix_of("int4", 72, 704), rows, "f32", norm=True, residual=True).run(sm80, rng)
     finally:
-        sm80.seed = 0
+        order_threads(sm80, 0)
 
 
 @pytest.mark.parametrize("activation", ["bf16", "f16", "f32"])
 @pytest.mark.parametrize("rows", [1, 19, 40, 66])
-def test_what_is_done_before_and_after(
-    sm80: EmulatedDevice, rng: np.random.Generator, rows: int, activation: str
-) -> None:
+def test_what_is_done_before_and_after(sm80: Device, rng: np.random.Generator, rows: int, activation: str) -> None:
     exact = activation == "f32"
     for y_float in (True,) if exact else (True, False):
         matrix = matrix_of("int8", 48, 128, 32, swiglu=True)
@@ -270,7 +263,7 @@ def test_what_is_done_before_and_after(
 
 @pytest.mark.parametrize("rounding", [-1.0, 0.01])
 @pytest.mark.parametrize("activation", ["bf16", "f16", "f32"])
-def test_activations_in_fp8(gpu: EmulatedDevice, rng: np.random.Generator, activation: str, rounding: float) -> None:
+def test_activations_in_fp8(gpu: Device, rng: np.random.Generator, activation: str, rounding: float) -> None:
     for rows in (1, 9, 37, 70):
         for group in (128, 256):
             for x_float in (False, True):
@@ -294,7 +287,7 @@ GROUPINGS = {
 @pytest.mark.parametrize("which", GROUPINGS)
 @pytest.mark.parametrize("kind", ["int4", "bf16", "fp8"])
 def test_rows_of_several_experts(
-    sm80: EmulatedDevice, rng: np.random.Generator, kind: str, which: str, activation: str
+    sm80: Device, rng: np.random.Generator, kind: str, which: str, activation: str
 ) -> None:
     if (kind, activation) == ("bf16", "f32"):
         kind = "f32"
@@ -311,16 +304,15 @@ def test_rows_of_several_experts(
 
 
 def test_columns_that_do_not_fit_into_shared_memory(rng: np.random.Generator) -> None:
-    device = EmulatedDevice((8, 6))
-    device.load(linear.all_kernels())
+    device = kernel_device(linear.all_kernels(), capability=(8, 6))
     for kind in ("bf16", "int4"):
         Case(matrix_of(kind, 40, 2560 + 64), 20, x_float=True, norm=True).run(device, rng, "skinny")
     Case(matrix_of("bf16", 40, 2560 + 16), 20).run(device, rng, "skinny")
     Case(matrix_of("bf16", 20, 6720 + 16), 8, x_float=True, norm=True).run(device, rng, "skinny")
-    device.close()
+    release(device)
 
 
-def test_norms_and_conversions(gpu: EmulatedDevice, rng: np.random.Generator) -> None:
+def test_norms_and_conversions(gpu: Device, rng: np.random.Generator) -> None:
     x = rng.standard_normal((5, 96)).astype(np.float32)
     norm = rng.uniform(0.5, 1.5, 96).astype(np.float32)
     x64 = x.astype(np.float64)
@@ -334,7 +326,7 @@ def test_norms_and_conversions(gpu: EmulatedDevice, rng: np.random.Generator) ->
         assert_close(get(gpu, y, x.shape, target), expected, tolerance)
 
 
-def test_codes_of_activations_are_the_nearest_in_their_order(gpu: EmulatedDevice, rng: np.random.Generator) -> None:
+def test_codes_of_activations_are_the_nearest_in_their_order(gpu: Device, rng: np.random.Generator) -> None:
     x = rng.standard_normal((3, 64)).astype(np.float32)
     x[2] = 0
     y, scales = gpu.allocate(x.size), gpu.allocate(12)
@@ -351,7 +343,7 @@ def test_codes_of_activations_are_the_nearest_in_their_order(gpu: EmulatedDevice
 
 
 @pytest.mark.parametrize("kind", GpuKind)
-def test_rows_of_an_embedding(sm80: EmulatedDevice, rng: np.random.Generator, kind: str) -> None:
+def test_rows_of_an_embedding(sm80: Device, rng: np.random.Generator, kind: str) -> None:
     scaled = matrix_of(kind).kind.scale_bytes
     matrix = matrix_of(kind, 40, 192, 64 if scaled else 0, zeros=scaled == 2)
     numbers = random_numbers(rng, matrix)
@@ -361,7 +353,7 @@ def test_rows_of_an_embedding(sm80: EmulatedDevice, rng: np.random.Generator, ki
     assert_close(get(sm80, y, (7, 192), "f32"), numbers.dense[ids], U * np.abs(numbers.dense[ids]))
 
 
-def test_sums_and_last_tokens(sm80: EmulatedDevice, rng: np.random.Generator) -> None:
+def test_sums_and_last_tokens(sm80: Device, rng: np.random.Generator) -> None:
     x = rng.standard_normal((3, 4, 70)).astype(np.float32)
     other = rng.standard_normal(x.shape).astype(np.float32)
     y = sm80.allocate(x.nbytes)
@@ -376,9 +368,7 @@ def test_sums_and_last_tokens(sm80: EmulatedDevice, rng: np.random.Generator) ->
 
 @pytest.mark.parametrize("columns", [1, 5, 4096, 9001])
 @pytest.mark.parametrize("count", [1, 7])
-def test_the_largest_and_the_first_of_equals(
-    sm80: EmulatedDevice, rng: np.random.Generator, columns: int, count: int
-) -> None:
+def test_the_largest_and_the_first_of_equals(sm80: Device, rng: np.random.Generator, columns: int, count: int) -> None:
     x = rng.integers(-20, 20, (4, columns)).astype(np.float32)
     x[1] = -np.inf
     x[2, : columns // 2] = np.nan

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_device import kernel_device, order_threads
+from kernel_device import kernel_device, order_threads, release
 from numpy.typing import NDArray
 
 from edgelm.errors import DeviceError
@@ -49,7 +49,7 @@ class Layer:
 def device() -> Iterator[Layer]:
     layer = Layer()
     yield layer
-    layer.device.close()
+    release(layer.device)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gpu_packing import from_bf16, pack, random_numbers, to_bf16
-from kernel_device import kernel_device, order_threads
+from kernel_device import kernel_device, order_threads, release
 from numpy.typing import NDArray
 
 from edgelm.errors import DeviceError
@@ -27,7 +27,7 @@ STEP = 2 * U  # a tensor core cuts off where float32 rounds
 def gpu() -> Iterator[Device]:
     device = kernel_device([name for name in moe.all_kernels() if name.startswith(("moe_down_", "moe_choose_"))])
     yield device
-    device.close()
+    release(device)
 
 
 @pytest.fixture

@@ -62,7 +62,10 @@ def steps(work: Path) -> list[Step]:
             export = ("export", str(TINY / model), "-o", out, "--target", "tensorrt", "--recipe", given)
             exports.append((*EDGELM, *export, "--no-engines"))
             parities.append((*EDGELM, "parity", out, "--runtime", "cuda-kernels"))
-    kernels = [str(ROOT / "tests" / "cuda" / f"test_{name}.py") for name in ("linear", "moe", "moe_down", "attention")]
+    kernels = [
+        str(ROOT / "tests" / "cuda" / f"test_{name}.py")
+        for name in ("linear", "moe", "moe_down", "mixture", "attention")
+    ]
     models = (PYTHON, str(BENCH / "gpu_models.py"))
     full = str(work / "fox")
     return [
@@ -72,7 +75,7 @@ def steps(work: Path) -> list[Step]:
             ("cmake", "--build", str(BUILD), "--parallel", "--target", "_edgelm_quant"),
         ]),
         Step("driver", 60, [(PYTHON, "-m", "pytest", "-q", "-rs", str(ROOT / "tests" / "gpu"))]),
-        Step("kernels", 150, [(PYTHON, "-m", "pytest", "-q", "-x", *kernels)]),
+        Step("kernels", 200, [(PYTHON, "-m", "pytest", "-q", "-x", *kernels)]),
         Step("tiny parity", 150, [*exports, *parities]),
         Step("fox speed", 100, [(*models, "--model", "fox-1-1.6b", "--repeat", "3", "--peer")]),
         Step("olmoe speed", 140, [(*models, "--model", "olmoe-1b-7b", "--repeat", "3", "--peer")]),
