@@ -1,5 +1,5 @@
 # make demo   the whole chain on the two tiny trained checkpoints: export, run, parity
-# make test   lint, types, C++ tests (also for Arm, emulated), Python tests
+# make test   lint, types, C++ tests (also for Arm, emulated), Python tests, and what can be tested of GPUs without one
 # make pyview the import tree of a working checkout, for mypy and editors
 # make kernel the compiled kernels of a working checkout, in build/csrc
 #
@@ -13,15 +13,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 HARNESS := $(VENV)/.harness
+GPU_TESTS := tests/cuda tests/tensorrt tests/gpu
 KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
     $(foreach folder,. kernels ort,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
 
-.PHONY: demo test lint types test-cpp test-arm test-python install pyview kernel clean
+.PHONY: demo test lint types test-cpp test-arm test-python test-gpu install pyview kernel clean
 
 demo: $(INSTALLED)
 	$(BIN)/edgelm demo
 
-test: lint types test-cpp test-arm test-python
+test: lint types test-cpp test-arm
+	+$(MAKE) --jobs 2 --output-sync=target test-python test-gpu
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -46,7 +48,12 @@ test-arm: kernel
 	runtimes/csrc/tests/arm.sh
 
 test-python: $(INSTALLED) $(HARNESS)
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q $(foreach folder,$(GPU_TESTS),--ignore $(folder))
+
+# What is for GPUs, without one: kernels emulated and compiled for every device, engines. Beside the rest: much of it waits
+# for one compiler.
+test-gpu: $(INSTALLED) $(HARNESS)
+	$(BIN)/pytest -q -rs $(GPU_TESTS)
 
 install: $(INSTALLED)
 
