@@ -79,7 +79,7 @@ def kernels_of(matrix: GpuMatrix, activation: str, rounding: float = 0.0) -> tup
         return (f"linear_exact_f32_{matrix.kind}",)
     names = [f"linear_skinny_{activation}_{matrix.kind}_n{width}" for width in _SKINNY_WIDTHS]
     fp8 = rounding != 0
-    names += [_gemm_name(matrix, activation, tile, fp8) for tile in _gemm_tiles(fp8, _gemm_scales(matrix))]
+    names += [_gemm_name(matrix, activation, tile, fp8) for tile in _gemm_tiles(_gemm_scales(matrix))]
     names.append(f"convert_rows_{activation}_{activation}")
     if rounding:
         names.append(f"convert_rows_{activation}_fp8")
@@ -379,7 +379,7 @@ def _gemm(product: Product, info: DeviceInfo, scales: int) -> Launch:
     fp8 = scales != 0
     whole = _shared_limit(info)
     best: tuple[float, Launch] | None = None
-    for tile in _gemm_tiles(fp8, _gemm_scales(matrix)):
+    for tile in _gemm_tiles(_gemm_scales(matrix)):
         rows, tokens, _ = _GEMM_TILES[tile]
         columns = 4 * (32 if fp8 else 16)
         weights = rows // ROWS * (columns // matrix.kind.columns) * TILE_BYTES
@@ -403,10 +403,9 @@ def _gemm_scales(matrix: GpuMatrix) -> str:
     return "plain" if not matrix.kind.scale_bytes else "row" if matrix.groups == 1 else "group"
 
 
-def _gemm_tiles(fp8: bool, scales: str) -> list[str]:
-    """Tiles of a kernel; the largest has no registers for a second set of sums, nor for unpacking weights."""
-    largest = scales == "plain" or (fp8 and scales == "row")
-    return [tile for tile in _GEMM_TILES if largest or tile != "256"]
+def _gemm_tiles(scales: str) -> list[str]:
+    """Tiles of a kernel; the largest has no registers for scales or for unpacking weights."""
+    return [tile for tile in _GEMM_TILES if scales == "plain" or tile != "256"]
 
 
 def _gemm_name(matrix: GpuMatrix, activation: str, tile: str, fp8: bool) -> str:
@@ -491,7 +490,7 @@ def _all() -> Iterator[tuple[str, tuple[str, int, int, str]]]:
 def _gemms(inputs: str, output: str, a: str, w: str, scales: str) -> Iterator[tuple[str, tuple[str, int, int, str]]]:
     fp8 = inputs == "fp8_fp8"
     flags = f"{str(fp8).lower()}, {str(scales == 'group').lower()}"
-    for tile in _gemm_tiles(fp8, scales):
+    for tile in _gemm_tiles(scales):
         rows, tokens, warps = _GEMM_TILES[tile]
         # Two blocks of the middle size go on a multiprocessor where there is nothing to do but to multiply.
         blocks = 2 if (scales, tile) == ("plain", "128") else 1

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,7 +28,7 @@ def rtx() -> Library:
 
 
 @pytest.fixture(scope="session")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Export]:
+def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
     """Exports a tiny checkpoint with a recipe, once.
 
     Everything is real but the compiled kernels, which take a minute and have tests of their own: no engine holds any.
@@ -42,12 +42,12 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Export]:
             golden = GoldenOptions(BUILT_IN[:1], greedy_tokens=1, max_prompt_tokens=8)
             options = ExportOptions(target="tensorrt", sms=(*SMS, 90), golden=golden)
             out = folder / f"{checkpoint}-{recipe}"
-            made[key] = export_bundle(CHECKPOINTS / checkpoint, out, recipe=recipe, options=options)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(gpu_target, "compile_bundle_kernels", index_only)
+                made[key] = export_bundle(CHECKPOINTS / checkpoint, out, recipe=recipe, options=options)
         return made[key]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_target, "compile_bundle_kernels", index_only)
-        yield one
+    return one
 
 
 def index_only(names: object, sms: tuple[int, ...], folder: Path, progress: object = None) -> None:
