@@ -10,13 +10,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgelm.errors import BundleError
+from edgelm.files import atomic_directory, need_disk
 from edgelm.progress import Progress, Silent
 
 MANIFEST = "manifest.json"
@@ -264,6 +266,36 @@ class Bundle:
                 problems += named or [f"{name}: contents differ from what was exported"]
         return problems
 
+    def install(self, target: Path | str, *, overwrite: bool = False, progress: Progress | None = None) -> Bundle:
+        """Copy the bundle to `target`, hashing what is read; `target` is the old or the new bundle, whole, at any time.
+
+        Programs that run the old one go on with its files: they are replaced, never written into.
+
+        Args:
+            target: folder to write, on the device.
+            overwrite: replace a bundle that is there.
+            progress: where to report to.
+
+        Raises:
+            BundleError: a file differs from what was exported.
+            EdgeLMError: `target` exists, or the disk is full.
+        """
+        target = Path(target)
+        with (
+            atomic_directory(target, overwrite=overwrite) as folder,
+            (progress or Silent()).task("copying", self.size) as advance,
+        ):
+            need_disk(target, self.size)
+            for name, info in self.manifest.files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                if _copy(self.file(name), folder / name, advance) != info.sha256:
+                    raise BundleError(
+                        f"{self.file(name)} differs from what was exported, and nothing was installed: copy or export "
+                        f"the bundle again; `edgelm inspect --verify {self.path}` says more"
+                    )
+            shutil.copyfile(self.file(MANIFEST), folder / MANIFEST)
+        return Bundle.open(target)
+
     def _damaged_tensors(self) -> list[str]:
         problems = []
         weights = self.manifest.graph.weights_file
@@ -282,11 +314,28 @@ class Bundle:
 def sha256_of(path: Path, advance: Callable[[float], None] | None = None) -> str:
     """SHA-256 of a file as hexadecimal digits, read in chunks; `advance` is called with the bytes of each."""
     digest = hashlib.sha256()
+    for chunk in _chunks(path, advance):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _copy(source: Path, target: Path, advance: Callable[[float], None]) -> str:
+    """Copy a file's contents and return their SHA-256."""
+    digest = hashlib.sha256()
+    with target.open("wb", buffering=0) as stream:
+        for chunk in _chunks(source, advance):
+            digest.update(chunk)
+            while chunk:
+                chunk = chunk[stream.write(chunk) :]
+    return digest.hexdigest()
+
+
+def _chunks(path: Path, advance: Callable[[float], None] | None) -> Iterator[memoryview]:
+    """A file's contents; each chunk is valid until the next is asked for."""
     with path.open("rb", buffering=0) as stream:
         buffer = bytearray(_HASH_CHUNK)
         view = memoryview(buffer)
         while count := stream.readinto(buffer):
-            digest.update(view[:count])
+            yield view[:count]
             if advance is not None:
                 advance(count)
-    return digest.hexdigest()

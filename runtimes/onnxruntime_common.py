@@ -7,6 +7,8 @@ its rows in place and copies nothing. Every other input and the logits are bound
 from __future__ import annotations
 
 import mmap
+import os
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,8 @@ from edgelm.runtimes.base import Runtime, choose_context_length, interruptible
 from edgelm.runtimes.tracing import TracingModel
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import onnxruntime  # type: ignore[import-untyped]  # it has no type information
 
     from edgelm.bundle import Bundle
@@ -80,6 +84,7 @@ def create_session(
     if prepare is not None:
         prepare(options)
     path = bundle.file(file)
+    _refuse_linked_weights(bundle, path)
     try:
         return interruptible(
             lambda: ort.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0),
@@ -90,6 +95,49 @@ def create_session(
             f"onnxruntime {ort.__version__} cannot load {path}: {first_line(error)}; "
             f"check the files with `edgelm inspect --verify {bundle.path}`"
         ) from error
+
+
+def _refuse_linked_weights(bundle: Bundle, graph: Path) -> None:
+    """ONNX Runtime reads weights only from the folder that the graph lies in, links resolved.
+
+    Raises:
+        BundleError: the weights file is a link to elsewhere.
+    """
+    weights = bundle.file(bundle.manifest.graph.weights_file)
+    found = weights.resolve()
+    folders = {graph.parent.resolve(), graph.resolve().parent}
+    if not any(found.is_relative_to(folder) for folder in folders):
+        raise BundleError(
+            f"{weights} is a link to {found}: ONNX Runtime reads weights only from the folder of the graph. Put the "
+            f"file itself there, or link the whole folder ({bundle.path})"
+        )
+
+
+class MappedWeights:
+    """The bundle's weights file as the session maps it: reading a page that is no longer there kills the process.
+
+    The file is held open, so that a new one in its place (`edgelm install`) does not matter to those that run.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._path = bundle.file(bundle.manifest.graph.weights_file)
+        self._size = bundle.manifest.files[bundle.manifest.graph.weights_file].size
+        self._descriptor = os.open(self._path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self._descriptor)
+        self.check()
+
+    def check(self) -> None:
+        """Look at the file's size, which takes a microsecond.
+
+        Raises:
+            BundleError: the file has become shorter.
+        """
+        size = os.fstat(self._descriptor).st_size
+        if size < self._size:
+            raise BundleError(
+                f"{self._path} was cut from {self._size} to {size} bytes while it was in use: load the bundle again "
+                "once it is whole. Replace a bundle with `edgelm install`, never write into its files"
+            )
 
 
 def ort_errors() -> tuple[type[Exception], ...]:
@@ -142,11 +190,20 @@ def untouched(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
 class BoundGraph:
     """A session whose inputs and outputs are buffers that are bound once and reused.
 
-    `batch`: rows of `input_ids`. `chunk`: the most tokens a row has in one step.
+    `weights`: what the session maps. `batch`: rows of `input_ids`. `chunk`: the most tokens a row has in one step.
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession, *, batch: int, chunk: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        weights: MappedWeights,
+        *,
+        batch: int,
+        chunk: int,
+        vocab_size: int,
+    ) -> None:
         self._session = session
+        self._weights = weights
         self._binding = session.io_binding()
         self._ids = np.zeros(batch * chunk, np.int64)
         self._start = np.zeros(1, np.int64)
@@ -168,8 +225,10 @@ class BoundGraph:
         The result lies in a buffer that the next step overwrites.
 
         Raises:
+            BundleError: the weights file has become shorter.
             EdgeLMError: ONNX Runtime failed.
         """
+        self._weights.check()
         batch, tokens = ids.shape
         self._ids[: ids.size] = ids.reshape(-1)
         if self._bound != ids.shape:
@@ -227,9 +286,12 @@ class OnnxRuntimeModel(Runtime):
             threads=allowed_cores() if threads is None else threads,
         )
         self._chunk = min(chunk, self.context_length)
+        weights = MappedWeights(bundle)
         session = self._session(bundle)
         check_graph(session, bundle, self.lengths)
-        self._graph: BoundGraph | None = BoundGraph(session, batch=1, chunk=self._chunk, vocab_size=self.vocab_size)
+        self._graph: BoundGraph | None = BoundGraph(
+            session, weights, batch=1, chunk=self._chunk, vocab_size=self.vocab_size
+        )
         self._caches = self._bind_caches(self._graph, bundle)
 
     @abstractmethod
@@ -295,6 +357,7 @@ class OnnxTracing(TracingModel):
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         super().__init__(bundle)
+        self._weights = MappedWeights(bundle)
         session = self._load(bundle, allowed_cores() if threads is None else threads)
         check_graph(session, bundle, self.lengths, self.traced)
         self._session: onnxruntime.InferenceSession | None = session
@@ -310,6 +373,7 @@ class OnnxTracing(TracingModel):
     def _run(self, ids: NDArray[np.int64], names: Sequence[str], *, logits: bool) -> list[NDArray[np.float32]]:
         if self._session is None:
             raise EdgeLMError("this tracing runtime was closed: load the bundle again")
+        self._weights.check()
         start = np.array([0 if logits else -1], np.int64)
         return self._compute(names, {"input_ids": ids, "logits_start": start, **self._empty_cache(*ids.shape)})
 

@@ -20,6 +20,7 @@ from edgelm.runtimes.native_library import describe_cpu
 from edgelm.runtimes.onnxruntime_common import (
     DEFAULT_CHUNK,
     BoundGraph,
+    MappedWeights,
     OnnxRuntimeModel,
     OnnxTracing,
     check_graph,
@@ -150,9 +151,12 @@ class NativeBatch(SequenceBatch):
         self.kv = require_type(kv or bundle.manifest.graph.kv_dtype)
         self._chunk = min(chunk, self.context_length)
         shape = (batch, model.num_kv_heads, self.context_length, row_bytes(self.kv, model.head_dim))
+        weights = MappedWeights(bundle)
         session = _load(bundle, bundle.manifest.graph.file, self.threads)
         check_graph(session, bundle, _LENGTHS)
-        self._graph: BoundGraph | None = BoundGraph(session, batch=batch, chunk=self._chunk, vocab_size=self.vocab_size)
+        self._graph: BoundGraph | None = BoundGraph(
+            session, weights, batch=batch, chunk=self._chunk, vocab_size=self.vocab_size
+        )
         self._names = kv_names(model.num_layers)
         self._caches = [untouched(shape, np.uint8) for _ in self._names]
         self._lengths = np.zeros(batch, np.int64)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.checkpoint import hub
 from edgelm.checkpoint.index import INDEX, open_weight_files
 from edgelm.checkpoint.jsonfile import read_json_object
 from edgelm.checkpoint.safetensors import SafetensorsFile, TensorInfo, bf16_to_float32
@@ -78,7 +79,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, source_id: str | None = None) -> None:
         self.path = path
-        self.source_id = source_id or path.resolve().name
+        self.source_id = source_id or hub.snapshot_id(path) or path.resolve().name
         if not (path / "config.json").exists():
             raise CheckpointError(f"{path}: no config.json; is this a checkpoint folder?")
         self.config: dict[str, Any] = read_json_object(path / "config.json")
@@ -105,8 +106,6 @@ class Checkpoint:
         if path.exists():
             raise CheckpointError(f"{path}: is a file; give the folder that holds config.json")
         if isinstance(path_or_hub_id, str) and HUB_ID.fullmatch(path_or_hub_id):
-            from edgelm.checkpoint import hub
-
             repo_id, _, revision = path_or_hub_id.partition("@")
             folder, commit = hub.download(repo_id, revision or None, progress or Silent())
             return cls(folder, f"{repo_id}@{commit}")

@@ -84,6 +84,15 @@ def _explained(name: str) -> Iterator[None]:
         ) from error
 
 
+def snapshot_id(folder: Path) -> str | None:
+    """Of a snapshot in the hub's cache (models--OWNER--NAME/snapshots/COMMIT) "OWNER/NAME@COMMIT", else None."""
+    folder = folder.resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return f"{repository.removeprefix('models--').replace('--', '/', 1)}@{folder.name}"
+
+
 def _wanted(file: str) -> bool:
     return not fnmatch.fnmatch(file, SUBFOLDERS) and any(fnmatch.fnmatch(file, pattern) for pattern in FILES)
 

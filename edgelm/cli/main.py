@@ -28,6 +28,7 @@ VERBS = {
     "eval": "Measure what quantised models keep of the float one.",
     "parity": "Check that a bundle computes what its reference computes.",
     "harness": "Run lm-evaluation-harness's tasks on a bundle.",
+    "install": "Copy a bundle into place, checked, without disturbing what runs.",
     "inspect": "Say what a bundle or a checkpoint is.",
     "doctor": "Say what this machine has and what is missing.",
     "synth": "Write a random checkpoint of full size.",

@@ -1,0 +1,143 @@
+"""Does a bundle work, or say why not, where its files are links, become shorter, or are replaced while in use?"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from tiny_models import FLAVOURS, MakeCheckpoint
+
+from edgelm.bundle import Bundle
+from edgelm.checkpoint import Checkpoint
+from edgelm.cli.main import cli
+from edgelm.errors import BundleError, EdgeLMError
+from edgelm.export import ExportOptions, export_bundle
+from edgelm.parity.golden import GoldenOptions
+from edgelm.parity.prompts import Prompt
+from edgelm.runtimes import open_runtime
+
+IDS = [3, 1, 4, 1, 5]
+WEIGHTS = "model.onnx.data"
+
+
+@pytest.fixture(scope="module", params=FLAVOURS)
+def exported(
+    request: pytest.FixtureRequest, checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    golden = GoldenOptions(prompts=(Prompt("short", "The quick"),), greedy_tokens=1)
+    out = tmp_path_factory.mktemp("exported") / "bundle"
+    return export_bundle(checkpoint("fox"), out, options=ExportOptions(golden=golden, ops=request.param)).path
+
+
+@pytest.fixture
+def bundle(exported: Path, tmp_path: Path) -> Bundle:
+    return Bundle.open(shutil.copytree(exported, tmp_path / "bundle"))
+
+
+def logits(path: Path) -> bytes:
+    with open_runtime(Bundle.open(path), threads=1) as runtime:
+        return runtime.prefill(IDS).tobytes()
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_a_link_to_a_bundle_and_a_folder_of_links_are_bundles(bundle: Bundle, tmp_path: Path) -> None:
+    expected = logits(bundle.path)
+    (tmp_path / "link").symlink_to(bundle.path)
+    # The hub's cache: every file is a link to one with another name in one folder.
+    snapshot, blobs = tmp_path / "cache" / "snapshots" / "0123", tmp_path / "cache" / "blobs"
+    for name, contents in files_of(bundle.path).items():
+        blob = blobs / f"{name.replace('/', '-')}.blob"
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(contents)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blob)
+    for path in (tmp_path / "link", snapshot):
+        assert logits(path) == expected
+        assert Bundle.open(path).verify() == []
+
+
+def test_weights_that_are_a_link_to_elsewhere_are_refused_in_plain_words(bundle: Bundle, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "disk" / "weights"
+    elsewhere.parent.mkdir()
+    bundle.file(WEIGHTS).rename(elsewhere)
+    bundle.file(WEIGHTS).symlink_to(elsewhere)
+    with pytest.raises(BundleError, match=f"is a link to {elsewhere}: ONNX Runtime reads weights only from the folder"):
+        logits(bundle.path)
+    # What the message advises works.
+    bundle.file(WEIGHTS).unlink()
+    shutil.copyfile(elsewhere, bundle.file(WEIGHTS))
+    assert logits(bundle.path)
+
+
+def test_weights_that_become_shorter_are_an_error_and_not_the_end_of_the_process(bundle: Bundle) -> None:
+    with open_runtime(bundle, threads=1) as runtime:
+        runtime.prefill(IDS)
+        os.truncate(bundle.file(WEIGHTS), 4096)
+        for use in (lambda: runtime.prefill(IDS), lambda: runtime.decode(1), lambda: list(runtime.logits_all(IDS))):
+            with pytest.raises(BundleError, match=r"was cut from \d+ to 4096 bytes while it was in use"):
+                use()
+    with pytest.raises(BundleError, match="has 4096 bytes, the manifest says"):
+        logits(bundle.path)
+
+
+def test_a_bundle_that_is_replaced_goes_on_with_its_own_weights(bundle: Bundle, exported: Path) -> None:
+    expected = logits(bundle.path)
+    with open_runtime(bundle, threads=1) as runtime:
+        before = bundle.file(WEIGHTS).stat().st_ino
+        Bundle.open(exported).install(bundle.path, overwrite=True)
+        assert bundle.file(WEIGHTS).stat().st_ino != before
+        # Cutting the new file does not reach those that run the old one.
+        os.truncate(bundle.file(WEIGHTS), 4096)
+        assert runtime.prefill(IDS).tobytes() == expected
+
+
+def test_install_copies_every_file_and_checks_it(bundle: Bundle, tmp_path: Path) -> None:
+    target = tmp_path / "app" / "model"
+    installed = bundle.install(target)
+    assert files_of(target) == files_of(bundle.path)
+    assert installed.verify() == []
+    with pytest.raises(EdgeLMError, match="exists already"):
+        bundle.install(target)
+    before = files_of(target)
+    data = bytearray(bundle.file(WEIGHTS).read_bytes())
+    data[100] ^= 1
+    bundle.file(WEIGHTS).write_bytes(data)
+    with pytest.raises(BundleError, match="differs from what was exported, and nothing was installed"):
+        bundle.install(target, overwrite=True)
+    assert files_of(target) == before
+    assert sorted(path.name for path in target.parent.iterdir()) == ["model"]
+
+
+def test_install_is_a_verb_and_takes_only_what_is_the_bundles(bundle: Bundle, tmp_path: Path) -> None:
+    bundle.file("notes.txt").write_text("mine")
+    result = CliRunner().invoke(cli, ["install", str(bundle.path), str(tmp_path / "app")])
+    assert result.exit_code == 0, result.output
+    assert "every file is what was exported" in result.stdout
+    assert not (tmp_path / "app" / "notes.txt").exists()
+    assert logits(tmp_path / "app") == logits(bundle.path)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("models--allenai--OLMoE-1B-7B-0924/snapshots/0123abcd", "allenai/OLMoE-1B-7B-0924@0123abcd"),
+        ("models--owner--a--b/snapshots/main", "owner/a--b@main"),
+        ("models--gpt2/snapshots/0123", "gpt2@0123"),
+        ("snapshots/0123", "0123"),
+        ("models--owner--name/refs/main", "main"),
+    ],
+)
+def test_a_snapshot_of_the_hub_has_its_repositorys_name(tmp_path: Path, folder: str, name: str) -> None:
+    tiny = Path(__file__).parents[2] / "examples" / "checkpoints" / "fox-tiny"
+    (tmp_path / folder).parent.mkdir(parents=True)
+    shutil.copytree(tiny, tmp_path / folder)
+    with Checkpoint.open(tmp_path / folder) as checkpoint:
+        assert checkpoint.source_id == name
+        assert np.isfinite(checkpoint.read_float32("model.norm.weight")).all()
