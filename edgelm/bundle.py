@@ -15,16 +15,27 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated
 
 from edgelm.errors import BundleError
 from edgelm.files import atomic_directory, need_disk
+from edgelm.json_dataclass import Blame, Count, Range, from_data, parse, quoted, read_bytes, require_format
 from edgelm.progress import Progress, Silent
 
 MANIFEST = "manifest.json"
 FORMAT = "edgelm-bundle"
 FORMAT_VERSION = 1
 _HASH_CHUNK = 8 << 20
+_BLAME = Blame(BundleError, "export the bundle again")
+
+# Far above any model, and small enough that lists of so many and buffers of so many bytes do no harm.
+_Layers = Annotated[int, Range(1, 4096)]
+_Width = Annotated[int, Range(1, 1 << 20)]
+_Heads = Annotated[int, Range(1, 1 << 16)]
+_Experts = Annotated[int, Range(0, 1 << 16)]
+_Vocabulary = Annotated[int, Range(1, 1 << 24)]
+_Positions = Annotated[int, Range(1, (1 << 31) - 1)]
+_TokenId = Annotated[int, Range(0, (1 << 31) - 1)]
 
 
 @dataclass(frozen=True)
@@ -33,16 +44,16 @@ class ModelInfo:
 
     family: str
     name: str
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    context_length: int
+    hidden_size: _Width
+    num_layers: _Layers
+    num_heads: _Heads
+    num_kv_heads: _Heads
+    head_dim: _Heads
+    vocab_size: _Vocabulary
+    context_length: _Positions
     tied: bool
-    num_experts: int = 0
-    experts_per_token: int = 0
+    num_experts: _Experts = 0
+    experts_per_token: _Experts = 0
     norm_topk_prob: bool = False
 
 
@@ -68,9 +79,9 @@ class RecipeInfo:
 class ExpertFallback:
     """An expert that saw only `tokens` calibration tokens, too few, and was rounded to nearest."""
 
-    layer: int
-    expert: int
-    tokens: int
+    layer: Count
+    expert: Count
+    tokens: Count
 
 
 @dataclass(frozen=True)
@@ -85,9 +96,9 @@ class CalibrationInfo:
 
     text: str
     sha256: str
-    samples: int
-    length: int
-    methods: dict[str, int] = field(default_factory=dict)
+    samples: Count
+    length: Count
+    methods: dict[str, Count] = field(default_factory=dict)
     fallbacks: tuple[ExpertFallback, ...] = ()
     smoothing: str | None = None
 
@@ -96,16 +107,16 @@ class CalibrationInfo:
 class TokenIds:
     """Special token ids as resolved at export."""
 
-    bos_id: int | None
-    eos_ids: tuple[int, ...]
-    pad_id: int | None
+    bos_id: _TokenId | None
+    eos_ids: tuple[_TokenId, ...]
+    pad_id: _TokenId | None
 
 
 @dataclass(frozen=True)
 class FileInfo:
     """Size in bytes and SHA-256 of one file."""
 
-    size: int
+    size: Count
     sha256: str
 
 
@@ -114,10 +125,10 @@ class TensorEntry:
     """A span of the weights file: byte offset and size, CRC-32, and the layer it belongs to (None: outside layers)."""
 
     name: str
-    offset: int
-    size: int
-    crc32: int
-    layer: int | None = None
+    offset: Count
+    size: Count
+    crc32: Annotated[int, Range(0, (1 << 32) - 1)]
+    layer: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -159,52 +170,53 @@ class Manifest:
         return json.dumps(data, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: Path) -> Manifest:
+    def from_json(cls, text: str | bytes, where: Path) -> Manifest:
         """Parse and check a manifest.
 
         Raises:
-            BundleError: not JSON, not a bundle's manifest, of a newer format, or with missing or unknown fields.
+            BundleError: not JSON, not a bundle's manifest, of a newer format, with a field that is missing, unknown or
+                of another type or range, or numbers that contradict each other.
         """
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise BundleError(f"{where} is not valid JSON ({error}): export the bundle again") from error
+        data = parse(text, where, _BLAME)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise BundleError(f'{where} is not the manifest of an EdgeLM bundle (no "format": "{FORMAT}")')
-        version = data.get("format_version")
-        if version != FORMAT_VERSION:
-            raise BundleError(
-                f"{where} has bundle format {version}, this EdgeLM reads {FORMAT_VERSION}: "
-                + ("upgrade edgelm" if isinstance(version, int) and version > FORMAT_VERSION else "export again")
-            )
-        try:
-            return cls(
-                model=ModelInfo(**data.pop("model")),
-                graph=GraphInfo(**data.pop("graph")),
-                recipe=RecipeInfo(**data.pop("recipe")),
-                tokens=_tokens(data.pop("tokens")),
-                source=_source(data.pop("source")),
-                calibration=_calibration(data.pop("calibration", None)),
-                files={name: FileInfo(**info) for name, info in data.pop("files").items()},
-                tensors=tuple(TensorEntry(**entry) for entry in data.pop("tensors")),
-                **data,
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{where} has a missing or unknown field ({error}): export the bundle again") from error
+        manifest = from_data(cls, require_format(data, "format_version", FORMAT_VERSION, where, _BLAME), where, _BLAME)
+        problem = next(manifest._problems(), None)
+        if problem is not None:
+            raise _BLAME.at(where, problem)
+        return manifest
+
+    def _problems(self) -> Iterator[str]:
+        """What contradicts itself: a line for each."""
+        model = self.model
+        if model.num_heads % model.num_kv_heads:
+            yield f"model.num_heads is {model.num_heads}, no multiple of num_kv_heads, {model.num_kv_heads}"
+        if model.experts_per_token > model.num_experts:
+            yield f"model.experts_per_token is {model.experts_per_token}, and num_experts {model.num_experts}"
+        for name in self.files:
+            if not _is_inside(name):
+                yield f"names a file outside the bundle: {quoted(name)}"
+        graph = self.graph
+        for name in (graph.file, graph.debug_file, graph.weights_file):
+            if name not in self.files:
+                yield f"does not list {quoted(name)}"
+                return
+        end, weights = 0, self.files[graph.weights_file].size
+        for tensor in sorted(self.tensors, key=lambda tensor: tensor.offset):
+            if tensor.offset < end:
+                yield f"the tensor {quoted(tensor.name)} overlaps the one before it"
+            end = tensor.offset + tensor.size
+            if end > weights:
+                yield f"the tensor {quoted(tensor.name)} ends at {end}, and {graph.weights_file} at {weights}"
+        layers = {tensor.layer for tensor in self.tensors} - {None}
+        if layers and layers != set(range(model.num_layers)):
+            yield f"model.num_layers is {model.num_layers}, and tensors belong to {len(layers)} layers"
 
 
-def _tokens(data: dict[str, Any]) -> TokenIds:
-    return TokenIds(bos_id=data["bos_id"], eos_ids=tuple(data["eos_ids"]), pad_id=data["pad_id"])
-
-
-def _calibration(data: dict[str, Any] | None) -> CalibrationInfo | None:
-    if data is None:
-        return None
-    return CalibrationInfo(**{**data, "fallbacks": tuple(ExpertFallback(**entry) for entry in data["fallbacks"])})
-
-
-def _source(data: dict[str, Any]) -> SourceInfo:
-    return SourceInfo(id=data["id"], files={name: FileInfo(**info) for name, info in data["files"].items()})
+def _is_inside(name: str) -> bool:
+    """Whether a name in the manifest is a path within the bundle's folder."""
+    path = PurePosixPath(name)
+    return bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
 
 
 class Bundle:
@@ -228,11 +240,8 @@ class Bundle:
         if not manifest_path.is_file():
             hint = " (this looks like a checkpoint: export it first)" if (path / "config.json").is_file() else ""
             raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}{hint}")
-        manifest = Manifest.from_json(manifest_path.read_text(encoding="utf-8"), manifest_path)
+        manifest = Manifest.from_json(read_bytes(manifest_path, _BLAME), manifest_path)
         for name, info in manifest.files.items():
-            relative = PurePosixPath(name)
-            if relative.is_absolute() or ".." in relative.parts:
-                raise BundleError(f"{manifest_path} names a file outside the bundle: {name}")
             file = path / name
             if not file.is_file():
                 raise BundleError(f"{path} lacks {name}: copy or export the bundle again")
@@ -241,9 +250,6 @@ class Bundle:
                 raise BundleError(
                     f"{file} has {size} bytes, the manifest says {info.size}: copy or export the bundle again"
                 )
-        for needed in (manifest.graph.file, manifest.graph.debug_file, manifest.graph.weights_file):
-            if needed not in manifest.files:
-                raise BundleError(f"{manifest_path} does not list {needed}: export the bundle again")
         return cls(path, manifest)
 
     def file(self, name: str) -> Path:

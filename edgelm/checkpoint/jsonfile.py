@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from edgelm.errors import CheckpointError
+from edgelm.json_dataclass import Blame, parse, read_bytes, shown
 
 MAX_JSON_BYTES = 256 << 20  # a tokenizer.json of 256 000 entries takes about 35 MB
-
-
-def _unique_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"the key {key!r} stands there twice")
-            seen.add(key)
-    return result
+_FETCHED = Blame(CheckpointError, "fetch the file again")
 
 
 def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
@@ -29,13 +18,10 @@ def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
     Raises:
         CheckpointError: not UTF-8, not JSON, not an object; the message begins with `where`.
     """
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_object)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise CheckpointError(f"{where}: not valid JSON ({reason}); fetch the file again") from None
+    # Published configs of other models have infinite numbers; who reads a field says whether it may be one.
+    value = parse(text, where, _FETCHED, finite=False)
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: holds a JSON {type(value).__name__}, expected an object; fetch the file again")
+        raise _FETCHED.at(where, f"holds {shown(value)}, expected a JSON object")
     return value
 
 
@@ -45,14 +31,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, unreadable, too large or not a JSON object.
     """
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: {size} bytes are too many for a JSON file of a checkpoint")
-        text = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return parse_json_object(text, str(path))
+    return parse_json_object(read_bytes(path, _FETCHED, MAX_JSON_BYTES), str(path))
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def test_shards_are_filled_in_order() -> None:
         (b'{"a": "\xff"}', b"", "header: not valid JSON"),
         (b'{"a":' + b"[" * 100_000, b"", "not valid JSON"),
         (b'{"a":1' + b"0" * 10_000 + b"}", b"", "not valid JSON"),
-        (b'{"a": {}, "a": {}}', b"", "'a' stands there twice"),
+        (b'{"a": {}, "a": {}}', b"", 'the key "a" stands there twice'),
         ({"a": 3}, b"", "tensor 'a': its header entry is not an object"),
         ({"a": entry([2], 0, 2, "F8_E8M0")}, b"ab", "tensor 'a': unknown dtype 'F8_E8M0'"),
         ({"a": entry([2], 0, 2, ["U8"])}, b"ab", "tensor 'a': unknown dtype"),

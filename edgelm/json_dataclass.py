@@ -1,0 +1,427 @@
+"""The one way to read a JSON document: limits before it is parsed, then frozen dataclasses by their type hints.
+
+Whatever is in a file ends in one line that names the file, the field, what stands there and what may:
+
+    manifest.json: model.num_layers is "12" (a string), expected a whole number from 1 to 65536: export the bundle again
+
+Types are exact: `true` and `1.0` are no whole numbers, and no number is infinite. Ranges stand beside the field, as
+`Annotated[int, Range(1, 64)]`. A field with a default may be missing; a field that the class lacks is refused, since
+it may change what the others mean. `read_object` also serves documents that are not ours, such as a config.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from edgelm.errors import EdgeLMError
+
+__all__ = [
+    "Blame", "Count", "Range", "from_data", "parse", "quoted", "read_bytes", "read_json", "require_format", "shown"
+]  # fmt: skip
+
+MAX_BYTES = 8 << 20
+"""Of a document of ours: parsed it takes up to some 25 times as much memory. OLMoE's largest is 1 MB."""
+MAX_DEPTH = 64
+_SHOWN = 60
+
+T = TypeVar("T")
+_Reader = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Blame:
+    """Who complains of a document: the class of error, and what its owner can do."""
+
+    error: type[EdgeLMError]
+    advice: str
+
+    def at(self, where: Path | str, problem: str) -> EdgeLMError:
+        """The error, to be raised."""
+        return self.error(f"{where}: {problem}: {self.advice}")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a field may have, both ends included."""
+
+    low: float
+    high: float = math.inf
+
+    def __str__(self) -> str:
+        return f"of {self.low} or more" if self.high == math.inf else f"from {self.low} to {self.high}"
+
+
+Count = Annotated[int, Range(0, 2**63 - 1)]
+"""A size, an offset or a number of things: what C code can hold."""
+
+
+class _Problem(Exception):  # noqa: N818 - never seen outside
+    """What is wrong with a value; the path to it grows on the way out."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.path: list[str | int] = []
+
+    def __str__(self) -> str:
+        path = ""
+        for key in reversed(self.path):
+            path += f"[{key}]" if isinstance(key, int) else f".{key}" if path else key
+        return f"{path or 'it'} {self.problem}"
+
+
+def read_bytes(path: Path, blame: Blame, limit: int = MAX_BYTES) -> bytes:
+    """A small file's contents.
+
+    Raises:
+        EdgeLMError: `blame`'s: it is missing, unreadable, larger than `limit` bytes, or no file (a device, a pipe).
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise blame.at(path, "is a folder, not a file" if stat.S_ISDIR(found.st_mode) else "is not a file")
+        if found.st_size <= limit:
+            with path.open("rb") as stream:
+                data = stream.read(limit + 1)  # some files of the system have no size
+            if len(data) <= limit:
+                return data
+    except FileNotFoundError as error:
+        raise blame.at(path, "is missing") from error
+    except (OSError, ValueError) as error:  # a ValueError: a name with a zero byte
+        reason = getattr(error, "strerror", None) or str(error)
+        raise blame.at(path, f"cannot be read ({reason})") from error
+    raise blame.at(path, f"is larger than {limit} bytes, too large for such a file")
+
+
+def parse(text: bytes | str, where: Path | str, blame: Blame, *, finite: bool = True) -> Any:
+    """Parse JSON: UTF-8, no key twice (readers disagree on which one counts), not deeper than any document of use.
+
+    Args:
+        text: the document.
+        where: how errors call it.
+        blame: who complains.
+        finite: whether NaN and infinite numbers are refused. JSON has none, but Python writes them.
+
+    Raises:
+        EdgeLMError: `blame`'s.
+    """
+    try:
+        decoded = text if isinstance(text, str) else text.decode("utf-8")
+        numbers: dict[str, Any] = {"parse_constant": _no_constant, "parse_float": _finite} if finite else {}
+        value = json.loads(decoded, object_pairs_hook=_unique, **numbers)
+        if not _shallow(value):
+            raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    except RecursionError:
+        raise blame.at(where, "not valid JSON (nested too deeply)") from None
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise blame.at(where, f"not valid JSON ({error or 'empty'})") from None
+    return value
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:_SHOWN]} is too large")
+    return value
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {quoted(key)} stands there twice")
+            seen.add(key)
+    return result
+
+
+def _shallow(value: Any) -> bool:
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        if not level:
+            return True
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+    return not level
+
+
+def read_json(path: Path, blame: Blame) -> Any:
+    """Read and parse a JSON file; see `read_bytes` and `parse`."""
+    return parse(read_bytes(path, blame), path, blame)
+
+
+def from_data(cls: type[T], data: Any, where: Path | str, blame: Blame, *, ignored: Sequence[str] = ()) -> T:
+    """Make a dataclass of a parsed document.
+
+    Args:
+        cls: the dataclass. Its fields are int, float, bool, str, None, `StrEnum`, `Literal`, dataclasses, and unions
+            with None, tuples, lists and dicts by str of these; `Annotated` with a `Range` limits a number.
+        data: what `parse` gave, or a TOML parser.
+        where: how errors call the document.
+        blame: who complains.
+        ignored: fields of the document itself that are passed over.
+
+    Raises:
+        EdgeLMError: `blame`'s, naming a field that is missing, unknown, or of another type or range.
+    """
+    if ignored and isinstance(data, dict):
+        data = {key: value for key, value in data.items() if key not in ignored}
+    try:
+        value: T = _reader(cls)[1](data)
+    except _Problem as problem:
+        raise blame.at(where, str(problem)) from None
+    return value
+
+
+def require_format(data: Any, key: str, expected: int, where: Path | str, blame: Blame) -> dict[str, Any]:
+    """`data` as an object whose `key` is the one format that this version reads.
+
+    Raises:
+        EdgeLMError: `blame`'s, or the same that says to upgrade where the format is a newer one.
+    """
+    if not isinstance(data, dict):
+        raise blame.at(where, f"it is {shown(data)}, expected an object")
+    version = data.get(key)
+    if type(version) is not int or version != expected:
+        is_newer = type(version) is int and version > expected
+        found = shown(version) if key in data else "missing"
+        problem = f"{key} is {found}, this EdgeLM reads {expected}"
+        raise (Blame(blame.error, "upgrade edgelm") if is_newer else blame).at(where, problem)
+    return data
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: short, in one line, and such that `"1"` is not taken for `1`."""
+    if isinstance(value, str):
+        return f"{quoted(value)} (a string)"
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"a number of {value.bit_length()} bits"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)[:_SHOWN]
+
+
+def quoted(text: str) -> str:
+    """A text of a document in quotes, at most 60 characters of it, and none that a terminal would act on."""
+    short = json.dumps(text[:_SHOWN], ensure_ascii=not text.isprintable())
+    return f"{short}..." if len(text) > _SHOWN else short
+
+
+def _expect(kind: str, value: object) -> _Problem:
+    return _Problem(f"is {shown(value)}, expected {kind}")
+
+
+# Hints are few and documents long: each hint becomes a closure once. A reader comes with what it accepts, in words.
+@cache
+def _reader(hint: Any) -> tuple[str, _Reader]:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        limits = [item for item in arguments[1:] if isinstance(item, Range)]
+        return _limited(arguments[0], limits[0]) if limits else _reader(arguments[0])
+    if origin in (Union, types.UnionType):
+        return _union(tuple(arguments))
+    if origin is Literal:
+        return _one_of(tuple(arguments))
+    if origin in (list, Sequence):
+        return _sequence(arguments[0], list)
+    if origin is tuple:
+        return _sequence(arguments[0], tuple) if arguments[1:] == (...,) else _fixed(tuple(arguments))
+    if origin in (dict, Mapping):
+        assert arguments[0] is str, hint
+        return _mapping(arguments[1])
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        kind, read = _one_of(tuple(item.value for item in hint))
+        return kind, lambda value: hint(read(value))
+    if is_dataclass(hint):
+        return _dataclass(hint)
+    return _scalar(hint)
+
+
+def _scalar(hint: Any) -> tuple[str, _Reader]:
+    kind = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}[hint]
+
+    def read(value: Any) -> Any:
+        if type(value) is not hint:
+            raise _expect(kind, value)
+        return value
+
+    def read_float(value: Any) -> float:
+        if type(value) not in (float, int):
+            raise _expect(kind, value)
+        try:
+            number = float(value)
+        except OverflowError:
+            raise _expect(kind, value) from None
+        if not math.isfinite(number):
+            raise _expect(kind, value)
+        return number
+
+    def read_text(value: Any) -> str:
+        if type(value) is not str:
+            raise _expect(kind, value)
+        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise _Problem("holds half of a surrogate pair, which is no character")
+        return value
+
+    return kind, {float: read_float, str: read_text}.get(hint, read)
+
+
+def _limited(hint: Any, limits: Range) -> tuple[str, _Reader]:
+    kind, inner = _reader(hint)
+    kind = f"{kind} {limits}"
+
+    def read(value: Any) -> Any:
+        try:
+            number = inner(value)
+        except _Problem:
+            raise _expect(kind, value) from None
+        if not limits.low <= number <= limits.high:
+            raise _expect(kind, value)
+        return number
+
+    return kind, read
+
+
+def _union(hints: tuple[Any, ...]) -> tuple[str, _Reader]:
+    """A hint or None, or several scalars."""
+    others = [_reader(hint) for hint in hints if hint is not type(None)]
+    nullable = type(None) in hints
+    kind = " or ".join([kind for kind, _ in others] + (["null"] if nullable else []))
+
+    def read(value: Any) -> Any:
+        if value is None and nullable:
+            return None
+        if len(others) == 1 and isinstance(value, (dict, list)):
+            return others[0][1](value)  # its own message names the place within
+        for _, inner in others:
+            try:
+                return inner(value)
+            except _Problem:
+                continue
+        raise _expect(kind, value)
+
+    return kind, read
+
+
+def _one_of(choices: tuple[Any, ...]) -> tuple[str, _Reader]:
+    kind = " or ".join(json.dumps(choice) for choice in choices)
+
+    def read(value: Any) -> Any:
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            raise _expect(kind, value)
+        return value
+
+    return kind, read
+
+
+def _sequence(hint: Any, make: Callable[[list[Any]], Any]) -> tuple[str, _Reader]:
+    _, inner = _reader(hint)
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, list):
+            raise _expect("a list", value)
+        found: list[Any] = []
+        try:
+            for item in value:
+                found.append(inner(item))  # noqa: PERF401 - its length is the index of what fails
+        except _Problem as problem:
+            problem.path.append(len(found))
+            raise
+        return make(found)
+
+    return "a list", read
+
+
+def _fixed(hints: tuple[Any, ...]) -> tuple[str, _Reader]:
+    readers = [_reader(hint)[1] for hint in hints]
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, list) or len(value) != len(readers):
+            raise _expect(f"a list of {len(readers)} entries", value)
+        found: list[Any] = []
+        try:
+            for inner, item in zip(readers, value, strict=True):
+                found.append(inner(item))
+        except _Problem as problem:
+            problem.path.append(len(found))
+            raise
+        return tuple(found)
+
+    return f"a list of {len(readers)} entries", read
+
+
+def _mapping(hint: Any) -> tuple[str, _Reader]:
+    _, inner = _reader(hint)
+    _, text = _reader(str)
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise _expect("an object", value)
+        found = {}
+        for key, item in value.items():
+            try:
+                found[text(key)] = inner(item)
+            except _Problem as problem:
+                problem.path.append(_key(key))
+                raise
+        return found
+
+    return "an object", read
+
+
+def _dataclass(cls: Any) -> tuple[str, _Reader]:
+    hints = get_type_hints(cls, include_extras=True)
+    names = {item.name: _reader(hints[item.name]) for item in fields(cls) if item.init}
+    required = [
+        item.name for item in fields(cls) if item.init and item.default is MISSING and item.default_factory is MISSING
+    ]
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise _expect("an object", value)
+        found = {}
+        for key, item in value.items():
+            if key not in names:
+                problem = _Problem("is no field that this EdgeLM knows (upgrade edgelm if a newer one wrote it)")
+                problem.path.append(_key(key))
+                raise problem
+            try:
+                found[key] = names[key][1](item)
+            except _Problem as problem:
+                problem.path.append(key)
+                raise
+        for key in required:
+            if key not in found:
+                problem = _Problem(f"is missing, expected {names[key][0]}")
+                problem.path.append(key)
+                raise problem
+        return cls(**found)
+
+    return "an object", read
+
+
+def _key(key: str) -> str:
+    """A key as paths show it."""
+    return key if key.isprintable() and 0 < len(key) <= _SHOWN else quoted(key)

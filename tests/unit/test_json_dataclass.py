@@ -1,0 +1,189 @@
+"""Does a document that is not as it should be end in one line that says where?"""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated, Literal
+
+import pytest
+
+from edgelm.errors import BundleError
+from edgelm.json_dataclass import Blame, Count, Range, from_data, parse, read_bytes, require_format, shown
+
+BLAME = Blame(BundleError, "make it again")
+
+
+class Colour(StrEnum):
+    RED = "red"
+    BLUE = "blue"
+
+
+@dataclass(frozen=True)
+class Inner:
+    width: Annotated[int, Range(1, 64)]
+    ratio: float = 1.0
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str
+    flag: bool
+    inner: Inner
+    many: tuple[Inner, ...] = ()
+    pair: tuple[str, Count] = ("", 0)
+    sizes: dict[str, Count] = field(default_factory=dict)
+    kind: Literal["a", "b"] = "a"
+    colour: Colour = Colour.RED
+    maybe: Annotated[int, Range(0, 9)] | None = None
+    value: int | float | str = 0
+    scale: Annotated[float, Range(0)] = 1.0
+
+
+GOOD = {"name": "x", "flag": True, "inner": {"width": 3}}
+
+
+def test_what_fits_is_read():
+    data = {
+        **GOOD,
+        "many": [{"width": 1, "ratio": 2}, {"width": 64}],
+        "pair": ["p", 7],
+        "sizes": {"é": 1},
+        "kind": "b",
+        "colour": "blue",
+        "maybe": None,
+        "value": 1.5,
+    }
+    found = from_data(Outer, data, "f.json", BLAME)
+    assert found == Outer(
+        "x", True, Inner(3), (Inner(1, 2.0), Inner(64)), ("p", 7), {"é": 1}, "b", Colour.BLUE, None, 1.5
+    )
+    assert type(found.many[0].ratio) is float
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": 1}, "name is 1, expected a text"),
+        ({"name": None}, "name is null, expected a text"),
+        ({"name": "\ud800"}, "name holds half of a surrogate pair"),
+        ({"flag": 1}, "flag is 1, expected true or false"),
+        ({"flag": "true"}, 'flag is "true" (a string), expected true or false'),
+        ({"inner": []}, "inner is a list, expected an object"),
+        ({"inner": {}}, "inner.width is missing, expected a whole number from 1 to 64"),
+        ({"inner": {"width": "12"}}, 'inner.width is "12" (a string), expected a whole number from 1 to 64'),
+        ({"inner": {"width": True}}, "inner.width is true, expected a whole number from 1 to 64"),
+        ({"inner": {"width": 1.0}}, "inner.width is 1.0, expected a whole number from 1 to 64"),
+        ({"inner": {"width": 0}}, "inner.width is 0, expected"),
+        ({"inner": {"width": 65}}, "inner.width is 65, expected"),
+        ({"inner": {"width": 2**200}}, "inner.width is a number of 201 bits, expected"),
+        ({"inner": {"width": 1, "ratio": 10**400}}, "inner.ratio is a number of 1329 bits, expected a number"),
+        ({"inner": {"width": 1, "ratio": float("nan")}}, "inner.ratio is nan, expected a number"),
+        ({"many": [{"width": 1}, {"width": 1, "x": 0}]}, "many[1].x is no field that this EdgeLM knows (upgrade"),
+        ({"many": {}}, "many is an object, expected a list"),
+        ({"pair": ["p"]}, "pair is a list, expected a list of 2 entries"),
+        ({"pair": ["p", -1]}, "pair[1] is -1, expected a whole number from 0 to"),
+        ({"sizes": {"a.b": "1"}}, 'sizes.a.b is "1" (a string)'),
+        ({"sizes": {"\x1b": -1}}, r'sizes."\u001b" is -1'),
+        ({"kind": "c"}, 'kind is "c" (a string), expected "a" or "b"'),
+        ({"colour": 1}, 'colour is 1, expected "red" or "blue"'),
+        ({"maybe": 10}, "maybe is 10, expected a whole number from 0 to 9 or null"),
+        ({"value": []}, "value is a list, expected a whole number or a number or a text"),
+        ({"value": True}, "value is true, expected"),
+        ({"scale": -0.5}, "scale is -0.5, expected a number of 0 or more"),
+        ({"extra": 1}, "extra is no field"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_its_place(change, said):
+    with pytest.raises(BundleError) as caught:
+        from_data(Outer, GOOD | change, "f.json", BLAME)
+    message = str(caught.value)
+    assert message.startswith(f"f.json: {said}")
+    assert message.endswith(": make it again")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("data", [None, [], 1, "x"])
+def test_a_document_of_another_kind_is_named(data):
+    with pytest.raises(BundleError, match=r"f.json: it is .*, expected an object"):
+        from_data(Outer, data, "f.json", BLAME)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"\xff{}", "not valid JSON ('utf-8' codec"),
+        (b'{"a": 1, "b": 2, "a": 3}', 'the key "a" stands there twice'),
+        (b"[NaN]", "NaN is not a number"),
+        (b"[-Infinity]", "-Infinity is not a number"),
+        (b"[1e999]", "the number 1e999 is too large"),
+        (b"[" + b"1" * 5000 + b"]", "not valid JSON (Exceeds the limit"),
+        (b"[" * 65 + b"]" * 65, "nested more than 64 deep"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b"[" * 2_000_000 + b"]" * 2_000_000, "nested too deeply"),
+    ],
+)
+def test_text_that_is_no_document_is_refused(text, said):
+    with pytest.raises(BundleError) as caught:
+        parse(text, "f.json", BLAME)
+    assert str(caught.value).startswith("f.json: not valid JSON")
+    assert said in str(caught.value)
+
+
+def test_nesting_up_to_the_limit_is_read():
+    value = parse(b"[" * 64 + b"]" * 64, "f.json", BLAME)
+    assert json.dumps(value) == "[" * 64 + "]" * 64
+
+
+def test_other_programs_documents_may_have_infinite_numbers():
+    assert parse(b"[Infinity]", "f.json", BLAME, finite=False) == [float("inf")]
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("1", 'is "1" (a string), this EdgeLM reads 1: make it again'),
+        (1.0, "is 1.0, this EdgeLM reads 1: make it again"),
+        (True, "is true, this EdgeLM reads 1: make it again"),
+        (0, "is 0, this EdgeLM reads 1: make it again"),
+        (2, "is 2, this EdgeLM reads 1: upgrade edgelm"),
+        (None, "is null, this EdgeLM reads 1: make it again"),
+    ],
+)
+def test_a_format_is_compared_with_its_type(version, said):
+    with pytest.raises(BundleError) as caught:
+        require_format({"format": version}, "format", 1, "f.json", BLAME)
+    assert str(caught.value) == f"f.json: format {said}"
+    assert require_format({"format": 1}, "format", 1, "f.json", BLAME) == {"format": 1}
+    with pytest.raises(BundleError, match="format is missing, this EdgeLM reads 1"):
+        require_format({}, "format", 1, "f.json", BLAME)
+
+
+def test_files_that_cannot_be_documents_are_refused_before_they_are_read(tmp_path):
+    with pytest.raises(BundleError, match="gone: is missing"):
+        read_bytes(tmp_path / "gone", BLAME)
+    with pytest.raises(BundleError, match="is a folder, not a file"):
+        read_bytes(tmp_path, BLAME)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BundleError, match="pipe: is not a file"):
+        read_bytes(tmp_path / "pipe", BLAME)
+    with (tmp_path / "large").open("wb") as stream:
+        stream.truncate(1 << 40)
+    start = time.perf_counter()
+    with pytest.raises(BundleError, match="is larger than 8388608 bytes"):
+        read_bytes(tmp_path / "large", BLAME)
+    assert time.perf_counter() - start < 1
+    with pytest.raises(BundleError, match="cannot be read"):
+        read_bytes(tmp_path / "a\0b", BLAME)
+    (tmp_path / "small").write_bytes(b"{}")
+    assert read_bytes(tmp_path / "small", BLAME) == b"{}"
+
+
+def test_long_values_are_shown_short_and_in_one_line():
+    assert shown("x" * 1000) == f'"{"x" * 60}"... (a string)'
+    assert shown("a\nb") == r'"a\nb" (a string)'
+    assert len(shown(10**100)) < 80
