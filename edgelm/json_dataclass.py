@@ -67,15 +67,19 @@ Count = Annotated[int, Range(0, 2**63 - 1)]
 class _Problem(Exception):  # noqa: N818 - never seen outside
     """What is wrong with a value; the path to it grows on the way out."""
 
-    def __init__(self, problem: str) -> None:
+    def __init__(self, problem: str, *path: str | int) -> None:
         super().__init__(problem)
         self.problem = problem
-        self.path: list[str | int] = []
+        self.path = list(path)
 
     def __str__(self) -> str:
         path = ""
         for key in reversed(self.path):
-            path += f"[{key}]" if isinstance(key, int) else f".{key}" if path else key
+            if isinstance(key, int):
+                path += f"[{key}]"
+            else:
+                name = key if key.isprintable() and 0 < len(key) <= _SHOWN else quoted(key)
+                path += f".{name}" if path else name
         return f"{path or 'it'} {self.problem}"
 
 
@@ -185,7 +189,8 @@ def from_data(cls: type[T], data: Any, where: Path | str, blame: Blame, *, ignor
     if ignored and isinstance(data, dict):
         data = {key: value for key, value in data.items() if key not in ignored}
     try:
-        value: T = _reader(cls)[1](data)
+        hint: Any = cls
+        value: T = _reader(hint)[1](data)
     except _Problem as problem:
         raise blame.at(where, str(problem)) from None
     return value
@@ -384,7 +389,7 @@ def _mapping(hint: Any) -> tuple[str, _Reader]:
             try:
                 found[text(key)] = inner(item)
             except _Problem as problem:
-                problem.path.append(_key(key))
+                problem.path.append(key)
                 raise
         return found
 
@@ -404,9 +409,7 @@ def _dataclass(cls: Any) -> tuple[str, _Reader]:
         found = {}
         for key, item in value.items():
             if key not in names:
-                problem = _Problem("is no field that this EdgeLM knows (upgrade edgelm if a newer one wrote it)")
-                problem.path.append(_key(key))
-                raise problem
+                raise _Problem("is no field that this EdgeLM knows (upgrade edgelm if a newer one wrote it)", key)
             try:
                 found[key] = names[key][1](item)
             except _Problem as problem:
@@ -414,14 +417,7 @@ def _dataclass(cls: Any) -> tuple[str, _Reader]:
                 raise
         for key in required:
             if key not in found:
-                problem = _Problem(f"is missing, expected {names[key][0]}")
-                problem.path.append(key)
-                raise problem
+                raise _Problem(f"is missing, expected {names[key][0]}", key)
         return cls(**found)
 
     return "an object", read
-
-
-def _key(key: str) -> str:
-    """A key as paths show it."""
-    return key if key.isprintable() and 0 < len(key) <= _SHOWN else quoted(key)
