@@ -1,7 +1,6 @@
-"""A checkpoint's own chat template, rendered in a sandbox.
+"""A checkpoint's own chat template. Templates are programs that come with checkpoints: see `template_sandbox`.
 
-Templates are programs that come with the checkpoint, so they run in jinja2's immutable sandbox, as transformers runs
-them (`transformers.utils.chat_template_utils`), and their output and loops are bounded.
+What a template is given and may use is what `apply_chat_template` of transformers gives it.
 """
 
 from __future__ import annotations
@@ -12,21 +11,62 @@ from typing import TYPE_CHECKING, Any
 
 from edgelm.errors import CheckpointError, GenerationError, TokenizerError
 from edgelm.template_files import DEFAULT, read_templates
-from edgelm.template_sandbox import Budget, TemplateLimit, sandbox
+from edgelm.template_sandbox import SANDBOX, Sandbox
+from edgelm.template_worker import Answer
 
 if TYPE_CHECKING:
     from edgelm.tokenizer import Tokenizer
 
-MAX_OUTPUT = 8 << 20  # characters
+TOOL_ROLES = ("tool", "ipython", "function")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names a message's reasoning is given under; templates read the first, those of gpt-oss the second."""
 
 
-def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    if isinstance(messages, str | Mapping) or not messages:
+def _check_parts(where: str, parts: Sequence[Any]) -> None:
+    for i, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if isinstance(kind, str) and kind != "text":
+            raise GenerationError(f"{where}: part {i} of its content is of type {kind!r}: models here read text only")
+        if kind is None or not isinstance(part.get("text"), str):
+            raise GenerationError(f'{where}: part {i} of its content must be like {{"type": "text", "text": "Hello"}}')
+
+
+def _is_message(where: str, message: object) -> bool:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    if message["role"] in TOOL_ROLES:
+        return content is not None  # a tool's answer can be anything
+    if isinstance(content, list | tuple):
+        _check_parts(where, content)
+        return bool(content)
+    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
+
+
+def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages as transformers gives them to a template: without keys that are None, reasoning under all names."""
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise GenerationError('messages must be a list such as [{"role": "user", "content": "Hello"}]')
+    checked = []
     for i, message in enumerate(messages):
-        fine = isinstance(message, Mapping) and isinstance(message.get("role"), str)
-        if not fine or not isinstance(message.get("content"), str):
-            raise GenerationError(f'message {i} must be like {{"role": "user", "content": "Hello"}}, texts both')
+        if not _is_message(f"message {i}", message):
+            raise GenerationError(
+                f'message {i} must be like {{"role": "user", "content": "Hello"}}, texts both, the content perhaps a '
+                'list of parts {"type": "text", "text": "Hello"}'
+            )
+        kept = {key: value for key, value in message.items() if value is not None}
+        reasoning = next((kept[key] for key in REASONING if key in kept), None)
+        if reasoning is not None:
+            kept = {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+        checked.append(kept)
+    return checked
+
+
+def _one_line(text: str) -> str:
+    """A template's words for a terminal: no line ends, no control characters, not too long."""
+    text = "".join(c if c.isprintable() else " " for c in text[:1000])
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else text[:300] + "..."
 
 
 class ChatTemplate:
@@ -37,16 +77,25 @@ class ChatTemplate:
         special: variables such as `bos_token` and `eos_token`.
     """
 
-    def __init__(self, source: str, special: Mapping[str, str], where: str = "chat template") -> None:
-        """Check the template.
+    def __init__(
+        self, source: str, special: Mapping[str, str], where: str = "chat template", sandbox: Sandbox = SANDBOX
+    ) -> None:
+        """Check the template, for which a process is started if there is none yet.
 
         Raises:
             TokenizerError: it is not a valid template; the message begins with `where`.
+            GenerationError: no process can be started to render it.
         """
         self.source = source
         self.special = dict(special)
         self._where = where
-        self._compile(Budget())
+        self._sandbox = sandbox
+        letter, text = sandbox.ask(source, None)
+        if letter != Answer.DONE:
+            reason = (
+                f"does more than a chat template may: {text}" if letter == Answer.LIMIT else "is not valid: " + text
+            )
+            raise TokenizerError(f"{where} {_one_line(reason)}")
 
     @classmethod
     def from_folder(cls, path: Path | str, tokenizer: Tokenizer | None = None, name: str | None = None) -> ChatTemplate:
@@ -87,14 +136,6 @@ class ChatTemplate:
             f"{folder}: chat template {wanted!r}",
         )
 
-    def _compile(self, budget: Budget) -> Any:
-        from jinja2.exceptions import TemplateError
-
-        try:
-            return sandbox(budget).from_string(self.source)
-        except (TemplateError, RecursionError, SyntaxError) as error:
-            raise TokenizerError(f"{self._where} is not valid: {error}") from error
-
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -104,36 +145,25 @@ class ChatTemplate:
         """The prompt for a conversation. Encode it with `add_bos=False`: the template writes bos where it belongs.
 
         Args:
-            messages: mappings with "role" and "content", both texts, oldest first.
+            messages: mappings with "role" and "content", oldest first. The content is a text, or a list of parts
+                `{"type": "text", "text": ...}`: a template that goes through parts gets them as they are, another one
+                their texts, a line each. An assistant's message with "tool_calls" may have none. Other keys are passed.
             add_generation_prompt: end with what makes the model answer.
             variables: further variables of the template, such as `tools`.
 
         Raises:
             GenerationError: the messages are malformed, the template refuses them, tries what the sandbox forbids,
-                or does not come to an end.
+                fails, or runs into a limit of time, memory or length.
         """
-        from jinja2.exceptions import SecurityError, TemplateError
-
-        _check_messages(messages)
-        template = self._compile(Budget())
         given = {"tools": None, "documents": None, **self.special, **(variables or {})}
-        given |= {"messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt}
-        parts: list[str] = []
-        length = 0
-        try:
-            for part in template.generate(given):
-                length += len(part)
-                if length > MAX_OUTPUT:
-                    raise TemplateLimit(f"more than {MAX_OUTPUT} characters")
-                parts.append(part)
-        except SecurityError as error:
-            raise GenerationError(f"{self._where} tries what a template may not: {error}; do not trust it") from error
-        except TemplateError as error:
-            raise GenerationError(f"{self._where} refuses these messages: {error}") from error
-        except (TemplateLimit, RecursionError) as error:
-            reason = "recursion without end" if isinstance(error, RecursionError) else error
-            raise GenerationError(f"{self._where} does more than a chat template may: {reason}") from error
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
-            # The template's own expressions raise these, for example when it adds a text to nothing.
-            raise GenerationError(f"{self._where} fails on these messages: {error}") from error
-        return "".join(parts)
+        given |= {"messages": _checked(messages), "add_generation_prompt": add_generation_prompt}
+        letter, text = self._sandbox.ask(self.source, given)
+        if letter == Answer.DONE:
+            return text
+        said = _one_line(text)
+        reasons = {
+            Answer.REFUSED: f"refuses these messages: {said}",
+            Answer.FORBIDDEN: f"tries what a template may not: {said}; do not trust it",
+            Answer.LIMIT: f"does more than a chat template may: {said}",
+        }
+        raise GenerationError(f"{self._where} {reasons.get(letter, f'fails on these messages: {said}')}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -243,8 +244,10 @@ class LanguageModel:
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         return self._stream(tokens, chosen, started)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Generation:
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
         """Answer a conversation of messages `{"role": "user", "content": "..."}` by the model's own chat template.
+
+        A content may be a list of parts `{"type": "text", "text": "..."}` too; see `edgelm.chat.ChatTemplate.render`.
 
         Raises:
             GenerationError: no chat template, messages it refuses, or options that cannot be used.
@@ -252,7 +255,7 @@ class LanguageModel:
         """
         return _drained(self.chat_stream(messages, **options))
 
-    def chat_stream(self, messages: Sequence[Mapping[str, str]], **options: Any) -> TextStream:
+    def chat_stream(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> TextStream:
         """Answer a conversation piece by piece. Raises as `chat` does."""
         started = time.perf_counter()
         chosen = Options.of(options)
@@ -260,7 +263,7 @@ class LanguageModel:
         tokens = self.tokenizer.encode(self.render_chat(messages), add_bos=False)
         return self._stream(tokens, chosen, started)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The text that the chat template makes of a conversation, ready for the model's answer."""
         if self._chat_template is None:
             from edgelm.chat import ChatTemplate
@@ -349,6 +352,7 @@ def load(
     context_length: int | None = None,
     kv: str | None = None,
     weight_budget: int | None = None,
+    chat: bool = True,
 ) -> LanguageModel:
     """Load a bundle.
 
@@ -361,6 +365,8 @@ def load(
             context reads. Bundles with portable operators have float32 alone.
         weight_budget: bytes of weights that may lie in the GPU's memory, for a TensorRT engine that was built to stream
             them; default all.
+        chat: conversations are likely: the process that renders chat templates (12 MB) starts meanwhile, if the bundle
+            has a template. False: it starts with the first conversation, which then waits for it.
 
     Raises:
         BundleError: not a bundle, damaged, or of a newer format.
@@ -369,9 +375,15 @@ def load(
         ContextLengthError: the model has no such context length.
         EdgeLMError: no such type of cache.
     """
+    from edgelm.template_files import has_template
+    from edgelm.template_sandbox import SANDBOX
     from edgelm.tokenizer import Tokenizer
 
     bundle = Bundle.open(path)
+    if chat and has_template(bundle.path):
+        # Should it fail to start, the first conversation says so.
+        with contextlib.suppress(GenerationError):
+            SANDBOX.start()
     tokenizer = Tokenizer.from_folder(bundle.path)
     opened = open_runtime(
         bundle, runtime, threads=threads, context_length=context_length, kv=kv, weight_budget=weight_budget

@@ -95,7 +95,7 @@ class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             raise EdgeLMError(f"batch_size is {batch_size}: bundles run one sequence at a time, leave it out")
         # The command line passes a GPU's name where it was given none; a bundle knows what it is for.
         del max_batch_size, device
-        self._model = load(bundle, runtime=runtime, threads=threads, context_length=context_length, kv=kv)
+        self._model = load(bundle, runtime=runtime, threads=threads, context_length=context_length, kv=kv, chat=False)
         self._tokens = self._model.tokenizer
         self._template: ChatTemplate | None = None
         # The ids behind the runtime's cached positions.

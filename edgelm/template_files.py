@@ -8,6 +8,8 @@ from edgelm.checkpoint.jsonfile import read_optional_json
 from edgelm.errors import TokenizerError
 
 DEFAULT = "default"
+FILE = "chat_template.jinja"
+SETTINGS = "tokenizer_config.json"
 MAX_TEMPLATE_BYTES = 1 << 20
 
 
@@ -29,12 +31,16 @@ def read_templates(folder: Path) -> dict[str, str]:
         TokenizerError: a template cannot be read.
     """
     templates: dict[str, str] = {}
-    settings = read_optional_json(folder / "tokenizer_config.json")
+    settings = read_optional_json(folder / SETTINGS)
     if settings.get("chat_template") is not None:
-        templates = _named_templates(settings["chat_template"], str(folder / "tokenizer_config.json"))
-    file = folder / "chat_template.jinja"
+        templates = _named_templates(settings["chat_template"], str(folder / SETTINGS))
+    file = folder / FILE
     if file.exists():
         try:
+            if not file.is_file():
+                raise TokenizerError(f"{file}: is no file; put the publisher's template there")
+            if file.stat().st_size > MAX_TEMPLATE_BYTES:
+                raise TokenizerError(f"{file}: {file.stat().st_size} bytes are too much for a chat template")
             text = file.read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise TokenizerError(f"{file}: cannot be read ({error})") from error
@@ -43,6 +49,14 @@ def read_templates(folder: Path) -> dict[str, str]:
         if len(text) > MAX_TEMPLATE_BYTES:
             raise TokenizerError(f"{folder}: chat template {name!r} has {len(text)} characters, which is too much")
     return templates
+
+
+def has_template(folder: Path) -> bool:
+    """Whether there is likely a template, without reading it."""
+    try:
+        return (folder / FILE).exists() or b'"chat_template"' in (folder / SETTINGS).read_bytes()
+    except OSError:
+        return False
 
 
 def read_source(folder: Path) -> str | None:

@@ -1,222 +1,281 @@
-"""The environment that chat templates run in: transformers' jinja2 sandbox, with bounds on time and memory.
+"""Renders chat templates in a process of its own, which can neither hang, nor fill memory, nor touch the machine.
 
-jinja2's sandbox keeps a template from Python's internals but not from looping for ever or making a text of a terabyte.
-Here loop rounds and calls are counted, operators and functions that multiply lengths are checked before they run, and
-filters that take a width and that no chat template uses are left out.
+Templates are programs that come with checkpoints. jinja2's sandbox keeps them from Python's internals, but not from
+comparing nested lists for ever inside C, where no signal is heeded, nor from making a text of a terabyte. Counting what
+they do inside this process never caught all of it. So a process renders them (`template_worker`) that the operating
+system limits: memory, CPU time, files, processes. It is started once, kept, and replaced when a template ran into a
+limit. While it works the caller waits, and can be interrupted by Ctrl-C and SIGTERM; the process is then ended.
+
+It ends with the process that started it: its input ends then, and a rendering ends with its CPU time.
+
+On Windows, which has no such limits, CPU time and memory are bounded only by the time after which the process is ended;
+on macOS memory is.
 """
 
 from __future__ import annotations
 
-import datetime
+import atexit
+import importlib.util
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
 from typing import Any
 
-MAX_VALUE = 1 << 20  # characters and items in one value; no number given to a call may be larger
-MAX_STEPS = 300_000  # loop rounds and calls of one rendering
+from edgelm.errors import GenerationError
+from edgelm.template_worker import Answer
 
-# "%99999d", "%*d", "{:99999}", and a field inside a field, which could hold any width.
-WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\d{5,}|\*)|\{[^}]*(\d{5,}|\{)")
-HIDDEN_METHODS = ("expandtabs", "translate")
-FILTERS = frozenset(
-    """
-    abs attr capitalize count d default dictsort e escape first float groupby int items last length list lower map max
-    min reject rejectattr reverse round safe select selectattr sort string title trim truncate unique upper wordcount
-    """.split()  # noqa: SIM905 - a list literal of one name a line would bury the rest
-)
+CPU_SECONDS = 5.0
+WALL_SECONDS = 30.0
+"""Of one rendering: longer than its CPU time, because a busy machine takes longer."""
+START_SECONDS = 60.0
+MEMORY = 256 << 20
+"""Bytes of address space; Python and jinja2 take some 30 MB of it."""
+MAX_OUTPUT = 8 << 20
+"""Characters."""
+MAX_REQUEST = 64 << 20
+"""Bytes of a conversation and its template."""
 
-
-class TemplateLimit(Exception):  # noqa: N818 - it is turned into a GenerationError by the caller
-    """The template does more than any chat template needs to."""
-
-
-class Budget:
-    """Counts what one rendering does, so that an endless loop or recursion ends in an error."""
-
-    def __init__(self) -> None:
-        self._steps = MAX_STEPS
-
-    def step(self) -> None:
-        """Take one step. Raises `TemplateLimit` when there are none left."""
-        self._steps -= 1
-        if self._steps < 0:
-            raise TemplateLimit(f"more than {MAX_STEPS} loop rounds and calls")
-
-    def count(self, items: Iterable[Any]) -> Iterator[Any]:
-        """Pass the items on, one step each."""
-        for item in items:
-            self.step()
-            yield item
+_WORKER = Path(__file__).with_name("template_worker.py")
+_ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ")
 
 
-def _check_length(length: int) -> None:
-    if length > MAX_VALUE:
-        raise TemplateLimit(f"a text or list of more than {MAX_VALUE} items")
+class _Ended(Exception):  # noqa: N818 - never leaves this module
+    """The process ended or was ended. `limit`: which limit that was, None where it is not known to be one."""
+
+    def __init__(self, code: int | None, limit: str | None) -> None:
+        super().__init__(
+            f"it ended by signal {-code}" if code is not None and code < 0 else f"it ended with code {code}"
+        )
+        self.limit = limit
 
 
-def _bounded(value: Any) -> Any:
-    """The value itself, if all its characters and items, those of items included, are not too many."""
-    total = 0
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, str):
-            total += len(item)
-        elif isinstance(item, dict):
-            total += len(item)
-            stack += item.values()
-        elif isinstance(item, list | tuple):
-            # Before they are stacked: they may be a million times the same list.
-            total += len(item)
-            _check_length(total)
-            stack += item
-        _check_length(total)
-    return value
+def _folders() -> list[str]:
+    """Where jinja2 and markupsafe lie. They are not imported here, which takes a tenth of a second."""
+    folders = []
+    for name in ("jinja2", "markupsafe"):
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise GenerationError(f"chat templates need {name}, which is not installed: pip install {name}")
+        folders.append(str(Path(spec.origin).parents[1]))
+    return list(dict.fromkeys(folders))
 
 
-def _binary(operator: str, left: Any, right: Any, apply: Callable[[], Any]) -> Any:
-    """`apply()`, the result of left operator right, unless that would be huge."""
-    if operator == "**" and not (isinstance(right, int | float) and abs(right) <= 64):
-        raise TemplateLimit("a power above 64")
-    if operator == "*":
-        for sequence, times in ((left, right), (right, left)):
-            if isinstance(sequence, str | list | tuple) and isinstance(times, int):
-                _check_length(len(sequence) * times)
-    if operator == "%" and isinstance(left, str) and WIDE_FORMAT.search(left):
-        raise TemplateLimit("a format wider than 9999")
-    if operator == "%":
-        _bounded(right)
-    result = apply()
-    if isinstance(result, str | list | tuple):
-        _check_length(len(result))
-    if isinstance(result, int) and result.bit_length() > 4096:
-        raise TemplateLimit("a number of more than 4096 bits")
-    return result
+class _Process:
+    """One process, and the protocol of `template_worker`."""
 
-
-def _replace(value: Any, old: str, new: str, count: int | None = None) -> str:
-    text, old, new = str(value), str(_bounded(old)), str(_bounded(new))
-    _check_length(len(text) + text.count(old) * len(new))
-    return text.replace(old, new, -1 if count is None else count)
-
-
-def _indent(value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    from jinja2.filters import do_indent
-
-    text = str(value)
-    _check_length(len(text) + (text.count("\n") + 1) * (len(width) if isinstance(width, str) else abs(width)))
-    return do_indent(text, width, first, blank)
-
-
-def _join(parts: Iterable[Any], separator: str) -> str:
-    texts: list[str] = []
-    length = 0
-    for part in parts:
-        texts.append(str(_bounded(part)))
-        length += len(texts[-1]) + len(separator)
-        _check_length(length)
-    return separator.join(texts)
-
-
-def _check_string_method(text: str, name: str, args: tuple[Any, ...]) -> None:
-    if name in ("format", "format_map"):
-        _bounded(args)
-        if WIDE_FORMAT.search(text):
-            raise TemplateLimit("a format wider than 9999")
-    if name == "replace" and len(args) > 1 and isinstance(args[0], str) and isinstance(args[1], str):
-        _check_length(len(text) + text.count(args[0]) * len(args[1]))
-    if name == "join" and args and isinstance(args[0], list | tuple):
-        _join(args[0], text)
-
-
-def _raise_exception(message: str) -> None:
-    from jinja2.exceptions import TemplateError
-
-    raise TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # jinja2's own escapes <, > and & for HTML, which is not what a model was trained on.
-    if indent is not None and not (isinstance(indent, int) and indent <= 16):
-        raise TemplateLimit("an indent above 16")
-    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    _check_length(len(text))
-    return text
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
-
-
-def sandbox(budget: Budget) -> Any:
-    """transformers' jinja2 environment: immutable sandbox, loop controls, `generation` blocks; bounded by `budget`."""
-    from jinja2 import filters, nodes, pass_environment
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks the assistant's part for training; the text is rendered as it is."""
-
-        tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def bounded(node: nodes.Expr) -> nodes.Expr:
-        return nodes.Filter(node, "_bounded", [], [], None, None)
-
-    class Bounded(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"+", "*", "**", "%"})
-
-        def _generate(self, source: Any, *args: Any, **kwargs: Any) -> str:
-            for loop in list(source.find_all(nodes.For)):
-                loop.iter = nodes.Filter(loop.iter, "_count", [], [], None, None)
-            for join in list(source.find_all(nodes.Concat)):
-                join.nodes = [bounded(part) for part in join.nodes]
-            for step in list(source.find_all(nodes.Filter)):
-                if step.node is not None and not step.name.startswith("_"):
-                    step.node = bounded(step.node)
-            return super()._generate(source, *args, **kwargs)
-
-        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-            hidden = isinstance(obj, str) and attr in HIDDEN_METHODS
-            return not hidden and super().is_safe_attribute(obj, attr, value)
-
-        def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-            budget.step()
-            # jinja2 wraps str.format in a function that remembers the method.
-            owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)
-            name = getattr(function, "__name__", "a function")
-            if any(isinstance(value, int) and abs(value) > MAX_VALUE for value in (*args, *kwargs.values())):
-                raise TemplateLimit(f"a number above {MAX_VALUE} given to {name}")
-            if isinstance(owner, str):
-                _check_string_method(owner, name, (*args, *kwargs.values()))
-            return super().call(context, function, *args, **kwargs)
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            return _binary(
-                operator, left, right, lambda: super(Bounded, self).call_binop(context, operator, left, right)
+    def __init__(self, memory: int, cpu_seconds: float) -> None:
+        if not sys.executable or getattr(sys, "frozen", False):
+            raise GenerationError(
+                "chat templates are rendered in a Python process of their own, and this program has no Python "
+                "interpreter to start: set sys.executable to one, or render the prompt yourself and use generate"
             )
+        limits = [str(memory), str(cpu_seconds), str(MAX_OUTPUT)]
+        command = [sys.executable, "-I", "-S", "-B", str(_WORKER), *limits, *_folders()]
+        self._ready = False
+        self._late = False
+        try:
+            # A session of its own: a terminal's Ctrl-C is for this process alone.
+            self._popen = subprocess.Popen(
+                command,
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise GenerationError(f"{sys.executable} cannot be started to render chat templates: {error}") from error
 
-    @pass_environment
-    def join(environment: Any, parts: Iterable[Any], separator: str = "", attribute: str | int | None = None) -> str:
-        if attribute is not None:
-            parts = map(filters.make_attrgetter(environment, attribute), parts)
-        return _join(parts, str(separator))
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
 
-    environment = Bounded(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], finalize=_bounded
-    )
-    environment.filters = {name: function for name, function in environment.filters.items() if name in FILTERS}
-    environment.filters |= {"tojson": _tojson, "replace": _replace, "indent": _indent, "join": join}
-    environment.filters |= {"_count": budget.count, "_bounded": _bounded}
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-    return environment
+    def ask(self, request: bytes, seconds: float) -> bytes:
+        """The answer to a request, within some seconds. Raises `_Ended`."""
+        if not self._ready:
+            self._within(START_SECONDS, b"")
+            self._ready = True
+        return self._within(seconds, len(request).to_bytes(4, "big") + request)
+
+    def _within(self, seconds: float, message: bytes) -> bytes:
+        # A read that is waiting can be interrupted by signals, but not by another thread: so the process is ended.
+        self._late = False
+        clock = threading.Timer(seconds, self._end_late)
+        clock.daemon = True
+        clock.start()
+        try:
+            self._write(message)
+            length = int.from_bytes(self._read(4), "big")
+            if length > 4 * MAX_OUTPUT + 1:
+                self.end()
+                raise _Ended(None, "a longer answer than it may give")
+            return self._read(length)
+        except OSError:
+            raise self._ended() from None
+        finally:
+            clock.cancel()
+
+    def _end_late(self) -> None:
+        self._late = True
+        self._popen.kill()
+
+    def _write(self, message: bytes) -> None:
+        assert self._popen.stdin is not None
+        view = memoryview(message)
+        while view:
+            view = view[self._popen.stdin.write(view) :]
+
+    def _read(self, count: int) -> bytes:
+        assert self._popen.stdout is not None
+        parts = []
+        while count:
+            part = self._popen.stdout.read(min(count, 1 << 20))
+            if not part:
+                raise self._ended()
+            parts.append(part)
+            count -= len(part)
+        return b"".join(parts)
+
+    def _ended(self) -> _Ended:
+        self.end()
+        code = self._popen.returncode
+        if code == -getattr(signal, "SIGPROF", 0):
+            return _Ended(code, "more CPU time than it may have")
+        return _Ended(code, "more time than it may have" if self._late else None)
+
+    def kill(self) -> None:
+        """End the process; whoever waits for its answer learns of it."""
+        self._popen.kill()
+
+    def end(self) -> None:
+        """End the process and wait for it."""
+        self.kill()
+        self.close()
+        self._popen.wait()
+
+    def close(self) -> None:
+        """Close the pipes."""
+        for pipe in (self._popen.stdin, self._popen.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def forget(self) -> None:
+        """In a fork of the process that started this one: it is not ours to use or wait for."""
+        self._popen.returncode = 0
+        self.close()
+
+
+class Sandbox:
+    """A process that is started when it is first needed, and again when it has ended. Threads take turns.
+
+    Args:
+        memory: bytes of address space.
+        cpu_seconds: CPU time of one rendering.
+        wall_seconds: after which it is ended however little CPU time it had.
+    """
+
+    def __init__(
+        self, memory: int = MEMORY, cpu_seconds: float = CPU_SECONDS, wall_seconds: float = WALL_SECONDS
+    ) -> None:
+        self._memory, self._cpu_seconds, self._wall_seconds = memory, cpu_seconds, wall_seconds
+        self._lock = threading.Lock()
+        self._process: _Process | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, if there is one."""
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Start the process without waiting for it, so that it is ready when the first template comes.
+
+        Raises:
+            GenerationError: there is no Python interpreter or jinja2 to start.
+        """
+        with self._lock:
+            self._started()
+
+    def ask(self, source: str, given: dict[str, Any] | None) -> tuple[bytes, str]:
+        """Render a template with variables; with None only check it.
+
+        Returns:
+            A letter of `template_worker.Answer`, and the text that belongs to it.
+
+        Raises:
+            GenerationError: the process cannot be started, or the variables are no JSON or too large.
+        """
+        request = _request(source, given)
+        with self._lock:
+            try:
+                answer = self._ask(request)
+            except _Ended as ended:
+                self._process = None
+                return Answer.LIMIT, ended.limit or f"more than its process survives ({ended})"
+            except BaseException:  # Ctrl-C among others: the answer is still to come, and nobody will read it
+                self._end()
+                raise
+            if answer[:1] == Answer.LIMIT:
+                # What is left of its memory is not known.
+                self._end()
+            return answer[:1], answer[1:].decode("utf-8", "surrogatepass")
+
+    def _ask(self, request: bytes) -> bytes:
+        try:
+            return self._started().ask(request, self._wall_seconds)
+        except _Ended as ended:
+            if ended.limit is not None:
+                raise
+        # Something ended it, perhaps long ago: it is no fault of this template unless that happens again.
+        self._process = None
+        return self._started().ask(request, self._wall_seconds)
+
+    def _started(self) -> _Process:
+        if self._process is None:
+            self._process = _Process(self._memory, self._cpu_seconds)
+        return self._process
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.end()
+            self._process = None
+
+    def close(self) -> None:
+        """End the process. Another one is started if need be."""
+        process = self._process
+        if process is not None:
+            # Without the lock: whoever has it may wait for long, and finds the process ended now.
+            process.kill()
+        with self._lock:
+            if self._process is process:
+                self._end()
+
+    def forget(self) -> None:
+        """In a fork of this process: the one that renders belongs to the parent."""
+        self._lock = threading.Lock()
+        if self._process is not None:
+            self._process.forget()
+            self._process = None
+
+
+def _request(source: str, given: dict[str, Any] | None) -> bytes:
+    try:
+        text = json.dumps({"source": source, "given": given}, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise GenerationError(f"messages and variables of a chat template must be JSON: {error}") from error
+    request = text.encode("utf-8", "surrogatepass")
+    if len(request) > MAX_REQUEST:
+        raise GenerationError(f"a conversation of {len(request)} bytes: at most {MAX_REQUEST} are rendered")
+    return request
+
+
+SANDBOX = Sandbox()
+"""The one that all templates of this process share."""
+
+atexit.register(SANDBOX.close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=SANDBOX.forget)

@@ -114,7 +114,7 @@ def take(checkpoint: Path, out: Path, recipe: str, max_tokens: int, progress: Pr
     if out.exists() and not (out / MANIFEST).is_file():
         raise EdgeLMError(f"{out} exists and is not a bundle: remove it or choose another folder with --out")
     bundle = export_bundle(checkpoint, out, recipe=recipe, options=ExportOptions(overwrite=True), progress=progress)
-    with load(out) as model:
+    with load(out, chat=False) as model:
         generation = model.generate(PROMPT, max_tokens=max_tokens)
     report = check_parity(out, progress=progress)
     page = out.with_name(f"{out.name}.html")

@@ -48,7 +48,7 @@ def run(
     text = sys.stdin.read() if prompt == "-" else prompt
     options = given(**sampling)
     loading = {"threads": threads, "context_length": context_length, "kv": kv, "weight_budget": weight_budget}
-    with load(bundle, runtime=runtime, **given(**loading)) as model:
+    with load(bundle, runtime=runtime, chat=as_chat, **given(**loading)) as model:
         if as_chat:
             messages = [{"role": "user", "content": text}]
             if system is not None:
