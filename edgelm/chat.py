@@ -128,7 +128,7 @@ class ChatTemplate:
         if wanted not in templates:
             raise TokenizerError(f"{folder}: no chat template {wanted!r}; there are {', '.join(sorted(templates))}")
         tokenizer = tokenizer or Tokenizer.from_folder(folder)
-        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_ids[0], "pad_token": tokenizer.pad_id}
+        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.template_eos_id, "pad_token": tokenizer.pad_id}
         special = {key: tokenizer.token(index) for key, index in ids.items() if index is not None}
         return cls(
             templates[wanted],

@@ -1,7 +1,8 @@
 """Text to token ids and back, with the checkpoint's own tokenizer files.
 
-`tokenizer.json` is preferred to `tokenizer.model` where both are there: it holds the added tokens too. How the special
-ids are found when the files contradict each other is written in `edgelm.special_tokens`.
+`tokenizer.json` is preferred to `tokenizer.model` where both are there. Which tokens the files beside them add is
+written in `edgelm.added_tokens`, and how the special ids are found when the files contradict each other in
+`edgelm.special_tokens`.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from edgelm import special_tokens, template_files
+from edgelm.added_tokens import FLAGS, Declared, read_declared
 from edgelm.checkpoint.jsonfile import read_optional_json
 from edgelm.errors import CheckpointError, TokenizerError
 from edgelm.vocabulary import JsonVocabulary, LeadingSpace, PieceVocabulary, Vocabulary
@@ -89,6 +90,7 @@ class Tokenizer:
         vocab_size: one more than the largest id; the model's own may be larger (padded).
         bos_id: id that begins a text, or None.
         eos_ids: ids that end one, the model's own first.
+        template_eos_id: the one that chat templates mean by `eos_token`.
         pad_id: id for padding, or None.
         special: ids that are no text and are left out when decoding.
         add_bos: whether `encode` puts `bos_id` first when not told.
@@ -96,23 +98,23 @@ class Tokenizer:
         files: the files that make up this tokenizer, config.json apart: what a bundle needs.
     """
 
-    def __init__(self, folder: Path, vocabulary: Vocabulary) -> None:
+    def __init__(self, folder: Path, vocabulary: Vocabulary, declared: Declared) -> None:
         self.vocabulary = vocabulary
         self.vocab_size = vocabulary.size
         self.files = [folder / name for name in FILES if (folder / name).exists()]
-        settings = _settings(folder)
         ids = special_tokens.resolve(
             vocabulary,
             read_optional_json(folder / "generation_config.json"),
             read_optional_json(folder / "config.json"),
-            settings,
+            declared,
             template_files.read_source(folder),
         )
         self.bos_id, self.eos_ids, self.pad_id = ids.bos, ids.eos, ids.pad
-        self.notes = ids.notes
-        named = {index for index in (ids.bos, ids.pad, *ids.eos) if index is not None}
-        self.special = vocabulary.special | named
-        self.add_bos = self._default_add_bos(settings)
+        self.template_eos_id = ids.template_eos
+        self.notes = vocabulary.notes + ids.notes
+        self._named = {index for index in (ids.bos, ids.pad, *ids.eos) if index is not None}
+        self.special = vocabulary.special | self._named
+        self.add_bos = self._default_add_bos(declared)
 
     @classmethod
     def from_folder(cls, path: Path | str) -> Tokenizer:
@@ -124,9 +126,11 @@ class Tokenizer:
         folder = Path(path)
         try:
             if (folder / "tokenizer.json").exists():
-                return cls(folder, JsonVocabulary(folder / "tokenizer.json"))
+                declared = read_declared(folder)
+                return cls(folder, JsonVocabulary(folder / "tokenizer.json", declared), declared)
             if (folder / "tokenizer.model").exists():
-                return cls(folder, PieceVocabulary(folder / "tokenizer.model"))
+                declared = read_declared(folder)
+                return cls(folder, PieceVocabulary(folder / "tokenizer.model", declared), declared)
         except CheckpointError as error:  # of the JSON files beside it
             raise TokenizerError(str(error)) from error
         except TokenizerError as error:
@@ -135,17 +139,17 @@ class Tokenizer:
             f"{folder}: neither tokenizer.json nor tokenizer.model is there; copy one from the checkpoint"
         )
 
-    def _default_add_bos(self, settings: Mapping[str, Any]) -> bool:
+    def _default_add_bos(self, declared: Declared) -> bool:
         if self.bos_id is None:
             return False
-        said = settings.get("add_bos_token")
-        if isinstance(said, bool):
-            return said
+        if declared.config.get("add_bos_token") is not None:
+            return declared.flag("add_bos_token", False)
         by_file = self.vocabulary.adds_bos(self.bos_id)
         if by_file is not None:
             return by_file
         # transformers' classes for these put bos first unless told otherwise.
-        return str(settings.get("tokenizer_class")).removesuffix("Fast") in ("GemmaTokenizer", "LlamaTokenizer")
+        named = str(declared.config.get("tokenizer_class")).removesuffix("Fast")
+        return named in ("GemmaTokenizer", "LlamaTokenizer")
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Ids of `text`. Strings of special tokens in it, as chat templates write them, become those tokens.
@@ -194,16 +198,17 @@ class Tokenizer:
 
         Equal for tokenizers that encode and decode alike, whichever files and library versions are behind them.
         """
+        vocabulary = self.vocabulary
         state = hashlib.sha256()
         for index in range(self.vocab_size):
-            state.update(b"%d %b\n" % (index, self.vocabulary.token_bytes(index).hex().encode()))
-        special = [self.bos_id, list(self.eos_ids), self.pad_id, self.add_bos, sorted(self.special)]
-        state.update(json.dumps([special, [self.vocabulary.encode(probe) for probe in PROBES]]).encode())
+            state.update(b"%d %b\n" % (index, vocabulary.lasting_bytes(index).hex().encode()))
+        special = sorted(vocabulary.own_special | self._named)
+        ids = [self.bos_id, list(self.eos_ids), self.pad_id, self.add_bos, special]
+        state.update(json.dumps([ids, [vocabulary.encode(probe) for probe in PROBES]]).encode())
+        if vocabulary.added:  # only then, so that the other fingerprints stay what they were
+            flags = [
+                [index, token.content, *(getattr(token, flag) for flag in FLAGS)]
+                for index, token in sorted(vocabulary.added.items())
+            ]
+            state.update(json.dumps(flags).encode())
         return state.hexdigest()
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    return {
-        **read_optional_json(folder / "special_tokens_map.json"),
-        **read_optional_json(folder / "tokenizer_config.json"),
-    }

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from edgelm import tokenizer_json
+from edgelm.added_tokens import AddedToken, Declared, json_tokens
 from edgelm.errors import TokenizerError
+from edgelm.piece_model import BPE, BYTE, CONTROL, UNKNOWN, USER_DEFINED, read_piece_model
+from edgelm.tokenizer_json import SPACE, guarded
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-SPACE = "▁"
 
 
 class LeadingSpace(Enum):
@@ -31,11 +35,19 @@ class Vocabulary(ABC):
         size: one more than the largest id.
         special: ids that are no text.
         leading_space: see `LeadingSpace`.
+        own_special: `special` without what the JSON files beside it declare.
+        added: tokens that only those files declare, by id.
+        left_out: such tokens that cannot be used, by their string, with the reason.
+        notes: what the declarations and the vocabulary disagree about.
     """
 
     size: int
     special: frozenset[int]
     leading_space: LeadingSpace
+    own_special: frozenset[int]
+    added: Mapping[int, AddedToken]
+    left_out: Mapping[str, str]
+    notes: list[str]
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -61,6 +73,10 @@ class Vocabulary(ABC):
     def token_bytes(self, index: int) -> bytes:
         """The UTF-8 bytes, maybe part of a character, that the token adds to a text; none for an unknown id."""
 
+    def lasting_bytes(self, index: int) -> bytes:
+        """`token_bytes` as every version of EdgeLM has given it: for fingerprints."""
+        return self.token_bytes(index)
+
     @abstractmethod
     def is_byte(self, index: int) -> bool:
         """Whether the token stands for one raw byte."""
@@ -73,6 +89,44 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
+def _place(
+    tokens: Collection[AddedToken], known: Mapping[str, int], next_id: int, declared: Declared
+) -> tuple[dict[str, int], dict[str, str], list[str]]:
+    """The ids of added tokens, the ones left out, and notes, by transformers' rules: `edgelm.added_tokens`.
+
+    Raises:
+        TokenizerError: the end token is one that no file gives an id.
+    """
+    eos = declared.names.get("eos_token")
+    ids: dict[str, int] = {}
+    left_out: dict[str, str] = {}
+    notes = []
+    for token in tokens:
+        if token.content in known:
+            ids[token.content] = known[token.content]
+        elif not token.where:
+            continue  # a default of transformers' class, which no file has
+        elif token.declared is None and eos is not None and token.content == eos.content:
+            raise TokenizerError(
+                f"{token.where}: the end token {token.content!r} is in no vocabulary file: fetch the checkpoint's "
+                "added_tokens.json or tokenizer.json, or name another eos_token"
+            )
+        elif declared.rows is not None and next_id >= declared.rows:
+            left_out[token.content] = f"its id {next_id} is beyond the {declared.rows} rows of the model's embedding"
+        else:
+            ids[token.content] = next_id
+            next_id += 1
+        if token.declared is not None and ids.get(token.content, token.declared) != token.declared:
+            notes.append(
+                f"{token.where} says that {token.content!r} is {token.declared}, but its id is {ids[token.content]}, "
+                "as transformers has it"
+            )
+    if left_out:
+        names = ", ".join(map(repr, list(left_out)[:4])) + (", ..." if len(left_out) > 4 else "")
+        notes.append(f"not used: {names}, declared beside the vocabulary; {next(iter(left_out.values()))}")
+    return ids, left_out, notes
+
+
 class JsonVocabulary(Vocabulary):
     """tokenizer.json, through `tokenizers`: byte-level BPE, or SentencePiece-like with byte tokens.
 
@@ -80,27 +134,49 @@ class JsonVocabulary(Vocabulary):
         TokenizerError: the file is damaged, or decodes in a way that is not one of these two.
     """
 
-    def __init__(self, path: Path) -> None:
-        import tokenizers
-
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception for every kind of bad file
-            raise TokenizerError(f"{path}: not a usable tokenizer.json ({error}); fetch the file again") from error
-        # Settings for training batches: they would cut or fill prompts.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        added = self._tokenizer.get_added_tokens_decoder()
+    def __init__(self, path: Path, declared: Declared | None = None) -> None:
+        declared = declared or Declared()
+        data, text = tokenizer_json.read(path)
+        own = json_tokens(data.get("added_tokens"), str(path))
+        anew = tokenizer_json.rebuilt(data, declared)
+        self._tokenizer = tokenizer_json.load(text if anew is None else json.dumps(anew), path)
+        self._path = path
+        self._add(own, declared, anew is None)
+        added: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
         self.special = frozenset(index for index, token in added.items() if token.special)
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.size = max(ids, default=-1) + 1
         if not self.size:
             raise TokenizerError(f"{path}: the vocabulary is empty; fetch the file again")
+        self.own_special = frozenset(
+            index for token in own.values() if token.special and (index := self.token_id(token.content)) is not None
+        )
+        self._tokenizer.encode_special_tokens = declared.flag("split_special_tokens", False)
         self._byte_level: dict[str, int] = {}
         self._byte_fallback = False
         self._replace: list[tuple[str, str]] = []
         self.leading_space = LeadingSpace.KEEP
         self._read_decoder(path)
+
+    def _add(self, own: Mapping[int, AddedToken], declared: Declared, as_it_is: bool) -> None:
+        """Add what is declared beside the file, or, where its steps are built anew, all tokens."""
+        native = self._tokenizer
+        present = {token.content for token in own.values()} if as_it_is else set()
+        tokens = declared.tokens(own=own, present=present)
+        known = {t.content: index for t in tokens if (index := native.token_to_id(t.content)) is not None}
+        # The library gives the next id after the model's or the last added one.
+        next_id = native.get_vocab_size(with_added_tokens=False)
+        next_id = max(next_id, *(index + 1 for index in native.get_added_tokens_decoder()), 0)
+        ids, self.left_out, self.notes = _place(tokens, known, next_id, declared)
+        named = {token.content for token in own.values()}
+        guarded(
+            native.add_tokens,
+            [token.native() for token in tokens if token.content in ids],
+            what=f"{self._path}: its tokens cannot be extended by those of {', '.join(_sources(tokens))}",
+        )
+        self.added = {
+            ids[t.content]: t for t in tokens if t.content in ids and t.content not in known and t.content not in named
+        }
 
     def _read_decoder(self, path: Path) -> None:
         decoder: dict[str, Any] = json.loads(self._tokenizer.decoder.__getstate__()) if self._tokenizer.decoder else {}
@@ -127,8 +203,14 @@ class JsonVocabulary(Vocabulary):
 
     def encode(self, text: str) -> list[int]:
         """See `Vocabulary`."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._encoded(text)
+
+    def _encoded(self, text: str, special: bool = False) -> list[int]:
+        def call() -> list[int]:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+            return ids
+
+        return guarded(call, what=f"{self._path}: it cannot encode this text")
 
     def token(self, index: int) -> str | None:
         """See `Vocabulary`."""
@@ -149,8 +231,7 @@ class JsonVocabulary(Vocabulary):
         """What the post-processor does with an empty text."""
         if self._tokenizer.post_processor is None:
             return None
-        ids: list[int] = self._tokenizer.encode("").ids
-        return bos in ids[:1] or None
+        return bos in self._encoded("", special=True)[:1] or None
 
     def is_byte(self, index: int) -> bool:
         """See `Vocabulary`."""
@@ -172,101 +253,128 @@ class JsonVocabulary(Vocabulary):
         return token.encode()
 
 
-def _wire_fields(data: bytes) -> list[tuple[int, int | bytes]]:
-    """Top-level fields of a protobuf message: number and value (fixed-width ones as bytes)."""
-    position = 0
-    result: list[tuple[int, int | bytes]] = []
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = data[position]
-            position += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-            shift += 7
-
-    while position < len(data):
-        key = varint()
-        kind = key & 7
-        if kind == 0:
-            result.append((key >> 3, varint()))
-            continue
-        size = {1: 8, 5: 4}.get(kind) or varint()
-        result.append((key >> 3, data[position : position + size]))
-        position += size
-    return result
+def _sources(tokens: Collection[AddedToken]) -> list[str]:
+    return sorted({token.where for token in tokens if token.where})
 
 
-def _after_pieces(data: bytes) -> bytes:
-    """What follows the pieces that a sentencepiece model begins with (field 1, repeated).
+class _Splitter:
+    """Cuts added tokens out of a text, by the `tokenizers` library's rules, and leaves the rest alone."""
 
-    Apart from `_wire_fields`, because there may be a quarter of a million of them.
-    """
-    position = 0
-    while position < len(data) and data[position] == 0x0A:
-        size, start = data[position + 1], position + 2
-        if size >= 0x80:
-            size, start = size & 0x7F | data[start] << 7, start + 1
-        position = start + size
-    return data[position:]
+    def __init__(self, tokens: Collection[AddedToken], ids: Mapping[str, int], declared: Declared) -> None:
+        import tokenizers
+
+        self._native = tokenizers.Tokenizer(tokenizers.models.BPE())  # of no tokens: it drops what is not added
+        if declared.kind == "GemmaTokenizer":
+            self._native.normalizer = tokenizers.normalizers.Replace(" ", SPACE)
+        self._native.encode_special_tokens = declared.flag("split_special_tokens", False)
+        used = [token for token in tokens if token.content in ids]
+        where = ", ".join(_sources(used)) or "tokenizer.model"
+        guarded(self._native.add_tokens, [t.native() for t in used], what=f"{where}: its tokens cannot be used")
+        self._ids = {self._native.token_to_id(token.content): ids[token.content] for token in used}
+
+    def __call__(self, text: str) -> Iterator[tuple[int, str | int]]:
+        """Parts of `text` with their offsets: a token's id, or what is between them."""
+        end = 0
+        if self._ids:
+            cut = guarded(self._native.encode, text, what="the added tokens cannot be found in this text")
+            for index, (start, stop) in zip(cut.ids, cut.offsets, strict=True):
+                if start > end:
+                    yield end, text[end:start]
+                yield start, self._ids[index]
+                end = stop
+        if end < len(text):
+            yield end, text[end:]
 
 
 class PieceVocabulary(Vocabulary):
     """tokenizer.model, through `sentencepiece`.
 
-    The library does not parse control tokens (`<bos>`) in a text, as tokenizer.json does; here they are cut out first
-    and what lies between is encoded, so that both files of one model give the same ids for a rendered chat.
+    The library parses no control tokens (`<bos>`) in a text, as tokenizer.json does, and knows nothing of added ones;
+    here these are cut out first and what lies between is encoded. Where tokenizer_config.json names a class of
+    transformers for such models, its rules count: it merges the pieces in the order of their ids, changes no text
+    before, and decides itself where a space is put before one. Else those of the model count.
 
     Raises:
         TokenizerError: the file is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, declared: Declared | None = None) -> None:
         import sentencepiece
 
+        declared = declared or Declared()
+        model = read_piece_model(path)
+        self._path = path
+        self._names = model.names
+        self._kinds = model.kinds
+        # transformers makes BPE of any model; one of another kind is better off with its own rules.
+        self._kind = declared.kind if model.model_type == BPE and declared.kind != "GPTNeoXTokenizer" else ""
         self._model = sentencepiece.SentencePieceProcessor()
-        try:
-            self._model.LoadFromSerializedProto(path.read_bytes())
-            self.size: int = self._model.GetPieceSize()
-            fields = _wire_fields(_after_pieces(self._model.serialized_model_proto()))
-            normalizer = [value for number, value in fields if number == 3]
-            flags = dict(_wire_fields(normalizer[-1])) if normalizer and isinstance(normalizer[-1], bytes) else {}
-        except (RuntimeError, OSError, ValueError, IndexError) as error:
-            raise TokenizerError(f"{path}: not a usable tokenizer.model ({error}); fetch the file again") from error
-        if not self.size:
-            raise TokenizerError(f"{path}: the vocabulary is empty; fetch the file again")
+        guarded(
+            self._model.LoadFromSerializedProto,
+            model.plain() if self._kind else model.data,
+            what=f"{path}: not a usable tokenizer.model",
+        )
+        if self._model.GetPieceSize() != len(model.names):
+            raise TokenizerError(f"{path}: not a usable tokenizer.model (pieces are missing); fetch the file again")
+        self._prefix = tokenizer_json.prepend_scheme(declared) if self._kind == "LlamaTokenizer" else "never"
         self.leading_space = LeadingSpace.KEEP
-        if flags.get(4, 1):  # remove_extra_whitespaces
+        if self._prefix != "never":
+            self.leading_space = LeadingSpace.DROP_ONE
+        elif not self._kind and model.remove_extra_whitespace:
             self.leading_space = LeadingSpace.DROP_EACH_PIECE
-        elif flags.get(3, 1):  # add_dummy_prefix
+        elif not self._kind and model.dummy_prefix:
             self.leading_space = LeadingSpace.DROP_ONE_PIECE
-        self.special = frozenset(i for i in range(self.size) if self._model.IsControl(i))
-        names = sorted((self._model.IdToPiece(i) for i in self.special), key=len, reverse=True)
-        self._controls = re.compile(f"({'|'.join(map(re.escape, names))})") if names else None
-        self._ids = {self._model.IdToPiece(i): i for i in self.special}
+        self._add(declared)
+
+    def _add(self, declared: Declared) -> None:
+        size = len(self._names)
+        controls = {index for index, kind in enumerate(self._kinds) if kind == CONTROL}
+        of_model = [
+            AddedToken(self._names[i], special=i in controls, where=self._path.name)
+            for i, kind in enumerate(self._kinds)
+            if kind == CONTROL or (kind == USER_DEFINED and self._kind)
+        ]
+        tokens = declared.tokens(extra=of_model)
+        if not self._kind:
+            tokens = list({token.content: token for token in [*of_model, *tokens]}.values())
+        self._piece_ids = dict(zip(self._names, range(size), strict=True))
+        ids, self.left_out, self.notes = _place(tokens, self._piece_ids, size, declared)
+        self.size = size + sum(index >= size for index in ids.values())
+        self.added = {ids[token.content]: token for token in tokens if ids.get(token.content, 0) >= size}
+        self.special = frozenset(ids[t.content] for t in tokens if t.special and t.content in ids)
+        self.own_special = frozenset(controls)
+        self._split = _Splitter(tokens, ids, declared)
+        self._unknown = next((i for i, kind in enumerate(self._kinds) if kind == UNKNOWN), -1)
+        named = declared.names.get("unk_token")
+        self._drops_unknown = self._kind == "LlamaTokenizer" or bool(
+            self._kind and (named is None or self._piece_ids.get(named.content) != self._unknown)
+        )
 
     def encode(self, text: str) -> list[int]:
         """See `Vocabulary`."""
         ids: list[int] = []
-        for part in self._controls.split(text) if self._controls else [text]:
-            if part in self._ids:
-                ids.append(self._ids[part])
-            elif part:
-                ids += self._model.EncodeAsIds(part)
+        for start, part in self._split(text):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            prefixed = self._prefix == "always" or (self._prefix == "first" and start == 0)
+            if prefixed and not part.startswith((" ", SPACE)):
+                part = " " + part
+            found: list[int] = guarded(self._model.EncodeAsIds, part, what=f"{self._path}: it cannot encode this text")
+            ids += [i for i in found if i != self._unknown] if self._drops_unknown else found
         return ids
 
     def token(self, index: int) -> str | None:
         """See `Vocabulary`."""
-        token: str | None = self._model.IdToPiece(index) if 0 <= index < self.size else None
-        return token
+        if 0 <= index < len(self._names):
+            return self._names[index]
+        added = self.added.get(index)
+        return None if added is None else added.content
 
     def token_id(self, token: str) -> int | None:
         """See `Vocabulary`."""
-        index: int = self._model.PieceToId(token)
-        return index if self.token(index) == token else None
+        index = self._piece_ids.get(token)
+        return next((i for i, added in self.added.items() if added.content == token), None) if index is None else index
 
     def declared_id(self, role: str) -> int | None:
         """The ids that the model was made with."""
@@ -279,16 +387,24 @@ class PieceVocabulary(Vocabulary):
 
     def is_byte(self, index: int) -> bool:
         """See `Vocabulary`."""
-        return 0 <= index < self.size and bool(self._model.IsByte(index))
+        if self._kind:
+            return BYTE_TOKEN.fullmatch(self.token(index) or "") is not None
+        return 0 <= index < len(self._kinds) and self._kinds[index] == BYTE
 
     def token_bytes(self, index: int) -> bytes:
         """See `Vocabulary`."""
         token = self.token(index)
-        if token is None or index in self.special:
+        if token is None or (not self._kind and (index in self.own_special or index in self.added)):
             return (token or "").encode()
-        if self._model.IsByte(index):
+        if self.is_byte(index):
             return bytes([int(token[3:5], 16)])
-        if self._model.IsUnknown(index):
+        if index == self._unknown and not self._kind:
+            return self.lasting_bytes(index)
+        return token.replace(SPACE, " ").encode()
+
+    def lasting_bytes(self, index: int) -> bytes:
+        """See `Vocabulary`: the library's mark for the unknown, whatever transformers writes."""
+        if index == self._unknown:
             surface: str = self._model.DecodeIds([index])
             return surface.encode()
-        return token.replace(SPACE, " ").encode()
+        return self.token_bytes(index)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from tokenizer_folders import gemma, gemma_json, olmoe, plain_byte_level, put
 
+from edgelm.chat import ChatTemplate
 from edgelm.errors import TokenizerError
+from edgelm.special_tokens import closes_turns
 from edgelm.tokenizer import Tokenizer
 
 
@@ -98,14 +100,118 @@ def test_the_generation_config_counts_before_the_config(tmp_path: Path) -> None:
     assert any("generation_config.json counts" in note for note in tokenizer.notes)
 
 
-def test_ids_outside_the_vocabulary_and_negative_ones_are_not_used(tmp_path: Path) -> None:
+def test_an_end_token_that_no_vocabulary_has_is_refused(tmp_path: Path) -> None:
     folder = olmoe(tmp_path / "o")
+    with pytest.raises(TokenizerError, match=r"generation_config.json: eos_token_id 3005 has no token .* 3000"):
+        with_files(folder, generation_config={"eos_token_id": 3005}, config={"eos_token_id": 2999})
+    with pytest.raises(TokenizerError, match=r"generation_config.json: eos_token_id 3005 has no token"):
+        with_files(folder, generation_config={"eos_token_id": [2999, 3005]}, config={"vocab_size": 3072})
+    (folder / "generation_config.json").unlink()
+    with pytest.raises(
+        TokenizerError, match=r"tokenizer_config.json: the end token '<\|im_end\|>' is in no vocabulary"
+    ):
+        with_files(folder, config={"eos_token_id": 2999}, tokenizer_config={"eos_token": "<|im_end|>"})
+
+
+def test_an_end_token_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
+    folder = olmoe(tmp_path / "o")
+    put(folder, "added_tokens.json", {"<|im_end|>": 3000})
+    files = {"config": {"eos_token_id": 2999, "vocab_size": 3000}, "tokenizer_config": {"eos_token": "<|im_end|>"}}
+    with pytest.raises(TokenizerError, match=r"'<\|im_end\|>' cannot be used: its id 3000 is beyond the 3000 rows"):
+        with_files(folder, **files)
+    files["config"]["vocab_size"] = 3001
+    assert with_files(folder, **files).token_id("<|im_end|>") == 3000
+
+
+def test_ids_that_do_no_harm_are_only_noted(tmp_path: Path) -> None:
+    # The model cannot produce the second; -1 stands for none; the file that does not count may say anything.
     tokenizer = with_files(
-        folder, generation_config={"eos_token_id": 3005, "pad_token_id": -1}, config={"eos_token_id": 2999}
+        olmoe(tmp_path / "o"),
+        generation_config={"eos_token_id": [2999, 3005], "pad_token_id": -1},
+        config={"eos_token_id": 3010, "vocab_size": 3000},
     )
     assert tokenizer.eos_ids == (2999,)
     assert tokenizer.pad_id == 1
     assert any("eos_token_id 3005 has no token" in note for note in tokenizer.notes)
+    assert any("eos_token_id 3010 has no token" in note for note in tokenizer.notes)
+
+
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content']}}"
+    "{% if (loop.last and add_generation_prompt) or not loop.last %}{{ '<|im_end|>' + '\n'}}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WITH_EOS = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + eos_token + '\n' }}{% endfor %}"
+LLAMA3 = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + "
+    "message['content'] | trim + '<|eot_id|>' %}{% if loop.first %}{% set content = bos_token + content %}{% endif %}"
+    "{{ content }}{% endfor %}"
+)
+PHI3 = "{% for m in messages %}{{ '<|user|>' + m['content'] + '<|end|>' + '\n' + '<|assistant|>\n' }}{% endfor %}"
+GEMMA3 = (
+    "{% for message in messages %}{{ '<start_of_turn>' + role }}{%- if message['content'] is string -%}"
+    "{{ message['content'] | trim }}{%- elif message['content'] is iterable -%}{%- for item in message['content'] -%}"
+    "{{ item['text'] | trim }}{%- endfor -%}{%- else -%}{{ raise_exception('Invalid content type') }}{%- endif -%}"
+    "{{ '<end_of_turn>\n' }}{% endfor %}"
+)
+OPENING = (
+    "{{ eos_token }}{# closes: message['content'] + eos_token #}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'user' %}{{ eos_token + '[INST] ' + message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ eos_token + 'assistant:' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "token", "closes"),
+    [
+        (CHATML, "<|im_end|>", True),
+        (CHATML, "<|im_start|>", False),
+        (CHATML, "</s>", False),
+        (WITH_EOS, "<|im_end|>", True),
+        (LLAMA3, "<|eot_id|>", True),
+        (PHI3, "<|end|>", True),
+        (GEMMA3, "<end_of_turn>", True),
+        (OPENING, "<|im_end|>", False),
+        (OPENING.replace("eos_token", "'</s>'"), "</s>", False),
+        ("{{ messages[0].content }}</s>", "</s>", True),
+        ("{{ messages[0].content }}", "</s>", False),
+    ],
+)
+def test_templates_tell_which_tokens_close_turns(template: str, token: str, closes: bool) -> None:
+    assert closes_turns(template, token, "eos_token") is closes
+
+
+@pytest.mark.parametrize("template", [CHATML, WITH_EOS])
+def test_the_tokenizers_own_end_token_ends_an_answer_where_the_template_closes_turns_with_it(
+    tmp_path: Path, template: str
+) -> None:
+    # A ChatML fine-tune: generation_config.json still has the base model's id.
+    folder = gemma_json(tmp_path / "g")
+    size = Tokenizer.from_folder(folder).vocab_size
+    put(folder, "added_tokens.json", {"<|im_start|>": size, "<|im_end|>": size + 1})
+    put(folder, "generation_config.json", {"eos_token_id": 1})
+    put(folder, "tokenizer_config.json", {"eos_token": "<|im_end|>"})
+    assert Tokenizer.from_folder(folder).eos_ids == (1,)
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.eos_ids == (1, size + 1)
+    assert any("ends turns with" in note for note in tokenizer.notes)
+    # What the template calls eos_token is that token, as in transformers, so that past turns read as in training.
+    assert tokenizer.template_eos_id == size + 1
+    rendered = ChatTemplate.from_folder(folder, tokenizer).render([{"role": "user", "content": "a"}])
+    assert tokenizer.encode(rendered, add_bos=False).count(size + 1) == 1
+    (folder / "chat_template.jinja").write_text(OPENING)
+    assert Tokenizer.from_folder(folder).eos_ids == (1,)
+
+
+def test_a_usual_end_of_turn_counts_though_nobody_declares_it(tmp_path: Path) -> None:
+    folder = olmoe(tmp_path / "o")
+    put(folder, "added_tokens.json", {"<|im_start|>": 3000, "<|im_end|>": 3001})
+    (folder / "chat_template.jinja").write_text(CHATML)
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.eos_ids == (2999, 3001)
+    assert tokenizer.template_eos_id == 2999
 
 
 def test_a_pad_that_is_the_end_token_is_fine(tmp_path: Path) -> None:

@@ -124,3 +124,79 @@ KINDS = {
         folder, remove_extra_whitespaces=False, add_dummy_prefix=False, normalization_rule_name="identity"
     ),
 }
+
+
+def llama(folder: Path, **settings: Any) -> Path:
+    """tokenizer.model as Llama 2's is, with the class that reads it and `settings` such as `legacy`."""
+    trained_pieces(folder, remove_extra_whitespaces=False, normalization_rule_name="identity")
+    put(folder, "config.json", {"model_type": "llama", "eos_token_id": 2})
+    put(folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **settings})
+    return folder
+
+
+def example(folder: Path, name: str) -> Path:
+    """The tokenizer files of one of the trained checkpoints in examples/."""
+    folder.mkdir()
+    for file in (Path(__file__).parents[2] / "examples/checkpoints" / name).glob("*.*"):
+        if file.suffix in (".json", ".model") and file.name != "training.json":
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+# What a fine-tune may add: content and flags. The first two are chat markers.
+ADDITIONS: tuple[tuple[str, dict[str, bool]], ...] = (
+    ("<|im_start|>", {"special": True, "normalized": False}),
+    ("<|im_end|>", {"special": True, "normalized": False}),
+    ("<tool>", {"normalized": True}),
+    ("<left>", {"lstrip": True, "special": True, "normalized": False}),
+    ("<right>", {"rstrip": True, "normalized": False}),
+    ("<both>", {"lstrip": True, "rstrip": True, "normalized": True}),
+    ("word", {"single_word": True, "normalized": False}),
+    ("two words", {"normalized": True}),
+    ("caf\u00e9", {"normalized": True}),
+)
+
+
+def _edit(folder: Path, name: str, **values: Any) -> None:
+    file = folder / name
+    put(folder, name, {**(json.loads(file.read_text()) if file.exists() else {}), **values})
+
+
+def add_by_file(folder: Path, first: int) -> None:
+    """added_tokens.json, as transformers 4 wrote it; the end of a turn is named as the end token."""
+    put(folder, "added_tokens.json", {content: first + i for i, (content, _) in enumerate(ADDITIONS)})
+    _edit(folder, "tokenizer_config.json", eos_token="<|im_end|>")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("added_tokens_decoder", None)
+    put(folder, "tokenizer_config.json", config)
+
+
+def add_by_decoder(folder: Path, first: int) -> None:
+    """tokenizer_config.json: added_tokens_decoder, beside the entries that it has."""
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text()) if file.exists() else {}
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "special": False}
+    added = {str(first + i): {"content": content, **flags, **given} for i, (content, given) in enumerate(ADDITIONS)}
+    _edit(
+        folder,
+        "tokenizer_config.json",
+        added_tokens_decoder={**config.get("added_tokens_decoder", {}), **added},
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+
+
+def add_by_both(folder: Path, first: int) -> None:
+    """Both, and a special_tokens_map.json; of the ids those of the decoder count."""
+    add_by_file(folder, first + 3)
+    add_by_decoder(folder, first)
+    put(folder, "special_tokens_map.json", {"eos_token": {"content": "<|im_end|>", "lstrip": True}})
+
+
+def add_by_map(folder: Path, first: int) -> None:
+    """added_tokens.json, of which special_tokens_map.json says what is special."""
+    add_by_file(folder, first)
+    special = {"content": "<|im_start|>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    put(folder, "special_tokens_map.json", {"cls_token": special, "extra_special_tokens": ["<left>", "<new>"]})
+
+
+WAYS = {"none": None, "file": add_by_file, "decoder": add_by_decoder, "both": add_by_both, "map": add_by_map}

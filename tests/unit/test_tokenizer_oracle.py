@@ -1,0 +1,141 @@
+"""Do texts get the ids that transformers gives them, and do ids become its texts, whatever a fine-tune adds?
+
+Different on purpose, and therefore not compared: bytes that are not UTF-8 (see `StreamDetokenizer.push`), and `<mask>`,
+which transformers' GemmaTokenizer adds to vocabularies without it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizer_folders import ADDITIONS, TEXTS, WAYS, example, gemma_json, llama, llama_json, put
+
+from edgelm.tokenizer import Tokenizer
+
+EMOJI = ("🎉", "👩‍👩‍👧‍👦", "🇩🇪", "👍🏽", "❤️", "🏴\U000e0067\U000e0062\U000e007f", "1️⃣")
+SCRIPTS = (
+    "漢字かな交じり文",
+    "한국어",
+    "العربية",
+    "עִבְרִית",
+    "हिन्दी",
+    "ไทย",
+    "Ελληνικά",
+    "русский",
+    "ﷺ",
+    "\uff46\uff55\uff4c\uff4c",
+)
+MARKS = ("e\u0301", "\u00e9", "a\u0323\u0307", "\u0301", "ﬁ", "\u212b", "\u1e9b\u0323", "q\u0307\u0323", "\u0930\u094d")
+SPACES = (" ", "  ", "   ", "\t", "\n", "\r\n", "\n\n\n", "\u00a0", "\u2003", "\u3000", "\u200b", "\x0b", "\x85", "▁")
+MARKERS = ("<s>", "</s>", "<unk>", "<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>", "<|endoftext|>")
+BYTES = ("<0x0A>", "<0x41>", "<0xZZ>", "\x00", "\x01", "\x7f", "\ufeff", "\ufffd", "\U0010ffff")
+CODE = (
+    "def f(x):\n    return x**2  # Größe",
+    "a=[1,2,3];\tb={'k':\"v\"}",
+    "https://example.org/a?b=c&d=%20",
+    "3.14e-10",
+)
+
+
+def texts() -> list[str]:
+    """Some 300 texts: the parts above alone, among words, at the edges and side by side, and long runs."""
+    added = [content for content, _ in ADDITIONS]
+    special = [*MARKERS, *added, "cafe\u0301"]
+    parts = [*EMOJI, *SCRIPTS, *MARKS, *SPACES, *BYTES, *CODE, *special]
+    result = [*TEXTS, *parts]
+    result += [f"the {part} people" for part in parts] + [f"{part}the" for part in special]
+    result += [f"the{part}" for part in special] + [f" {part} {part}\n{part}" for part in special]
+    result += [
+        "".join(special),
+        " ".join(special),
+        "words word-word sword word",
+        "two  words two words",
+        "<tool><tool>",
+    ]
+    result += [" " * n for n in (4, 5, 8, 31, 32, 33, 40, 100, 1000)] + ["\n" * n for n in (2, 31, 33, 70)]
+    result += ["a" * 3000, "ab" * 500, "the people " * 200, "🎉" * 50, "\u0301" * 40, "x" + " " * 45 + "y"]
+    chooser = random.Random(5)
+    letters = [*"aabcdehlmnoprstu ,.  \n", *EMOJI, *SCRIPTS, *MARKS, *special, *SPACES]
+    result += ["".join(chooser.choices(letters, k=chooser.randint(2, 30))) for _ in range(60)]
+    return list(dict.fromkeys(result))
+
+
+STRINGS = texts()
+
+
+def neox(folder: Path) -> Path:
+    return example(folder, "olmoe-tiny")
+
+
+def fox(folder: Path) -> Path:
+    return example(folder, "fox-tiny")
+
+
+def with_class(make: Callable[[Path], Path], **settings: Any) -> Callable[[Path], Path]:
+    def made(folder: Path) -> Path:
+        put(make(folder), "tokenizer_config.json", settings)
+        return folder
+
+    return made
+
+
+KINDS: dict[str, Callable[[Path], Path]] = {
+    "byte_level": neox,
+    "gemma_model": fox,
+    "gemma_json": gemma_json,
+    "gemma_json_class": with_class(gemma_json, tokenizer_class="GemmaTokenizer"),
+    "llama_json": llama_json,
+    "llama_json_class": with_class(llama_json, tokenizer_class="LlamaTokenizer", eos_token="<eos>", bos_token="<bos>"),
+    "llama_model": llama,
+    "llama_model_legacy": lambda folder: llama(folder, legacy=True),
+    "llama_model_new": lambda folder: llama(folder, legacy=False),
+    "llama_model_no_prefix": lambda folder: llama(folder, add_prefix_space=False, clean_up_tokenization_spaces=True),
+    "llama_model_split": lambda folder: llama(folder, split_special_tokens=True),
+}
+
+
+@pytest.fixture(scope="module", params=[(kind, way) for kind in KINDS for way in WAYS], ids=lambda pair: "-".join(pair))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Tokenizer, Any]]:
+    from transformers import AutoTokenizer
+
+    kind, way = request.param
+    folder = KINDS[kind](tmp_path_factory.mktemp("oracle") / kind)
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+    config.setdefault("model_type", "llama")
+    put(folder, "config.json", config | {"vocab_size": 5000})
+    size = Tokenizer.from_folder(folder).vocab_size
+    if (add := WAYS[way]) is not None:
+        add(folder, size)
+    yield Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(str(folder))
+
+
+def test_ids_are_those_of_transformers(pair: tuple[Tokenizer, Any]) -> None:
+    ours, theirs = pair
+    expected = theirs(STRINGS, add_special_tokens=False)["input_ids"]
+    wrong = [
+        (text, ours.encode(text, add_bos=False), ids)
+        for text, ids in zip(STRINGS, expected, strict=True)
+        if ours.encode(text, add_bos=False) != ids
+    ]
+    assert not wrong, (len(wrong), wrong[:3])
+
+
+def test_texts_are_those_of_transformers(pair: tuple[Tokenizer, Any]) -> None:
+    ours, theirs = pair
+    # transformers does not read which ids end a text, such as `<end_of_turn>` by the chat template, and shows these.
+    ends = ours.special - ours.vocabulary.special
+    wrong = []
+    for text in STRINGS:
+        ids = ours.encode(text, add_bos=False)
+        for skip in (False,) if ends.intersection(ids) else (False, True):
+            decoded = ours.decode(ids, skip_special=skip)
+            stream = ours.detokenizer(skip_special=skip)
+            assert "".join([*map(stream.push, ids), stream.flush()]) == decoded
+            if decoded != theirs.decode(ids, skip_special_tokens=skip):
+                wrong.append((ids, skip, decoded, theirs.decode(ids, skip_special_tokens=skip)))
+    assert not wrong, (len(wrong), wrong[:3])
