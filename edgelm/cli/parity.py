@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 @click.option("--runtime", metavar="NAME", help="Runtime [the best one here]; `edgelm doctor` lists them.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads [physical cores allowed].")
 @kv_option
+@click.option(
+    "--max-kl",
+    metavar="NATS",
+    type=click.FloatRange(min=0),
+    help="Fail if the mean KL to the float model is larger [not judged].",
+)
 @click.option("--no-integrity", is_flag=True, help="Do not hash the files first; judge the arithmetic alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 def parity(
@@ -29,12 +35,14 @@ def parity(
     runtime: str | None,
     threads: int | None,
     kv: str | None,
+    max_kl: float | None,
     no_integrity: bool,
     as_json: bool,
 ) -> None:
-    """Run BUNDLE's golden prompts here and compare with what the PyTorch reference computed.
+    """Does this device compute the bundle's quantised reference?
 
-    Exit code 1 if any check fails.
+    Runs BUNDLE's golden prompts here and compares with what the PyTorch reference computed. Exit code 1 if any check
+    fails. What quantisation lost against the float model is told beside and is no check, unless --max-kl is given.
     """
     import json
 
@@ -49,6 +57,7 @@ def parity(
         kv=kv,
         checkpoint=checkpoint,
         integrity=not no_integrity,
+        max_kl=max_kl,
         progress=progress,
     )
     if report_path is not None:
@@ -75,6 +84,9 @@ def summary(report: ParityReport) -> str:
     end = [f"parity {verdict}: {total - len(report.failures)} of {total} checks, limits for {report.kind}"]
     if report.cause:
         end.append(f"first divergence: {report.cause}")
+    end.append(f"lost against the float model: {report.float_loss.text}")
+    if report.float_loss.warning:
+        end.append(f"warning: {report.float_loss.warning}; the exit code does not count it without --max-kl")
     if report.speed is not None:
         end.append(
             f"{report.runtime}, {report.threads} threads: prefill {report.speed.prefill_tokens_per_s:.1f}, "

@@ -5,6 +5,7 @@ Needs only what running a bundle needs. With a checkpoint the reference is compu
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from edgelm.parity import metrics, verdict
 from edgelm.parity.diagnose import Diagnosis, diagnose
 from edgelm.parity.measure import DeviceRun, run_device
 from edgelm.parity.pack import ParityPack, ReferenceRecord
-from edgelm.parity.result import Check, ParityReport, PromptResult, Speed
+from edgelm.parity.result import Check, FloatLoss, ParityReport, PromptResult, Speed
 from edgelm.parity.thresholds import LIMITS, Limits, kind_of, widened
 from edgelm.progress import Progress, Silent
 
@@ -34,6 +35,7 @@ def check_parity(
     kv: str | None = None,
     checkpoint: Path | str | None = None,
     integrity: bool = True,
+    max_kl: float | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Run the bundle's golden prompts on this device and judge the outcome.
@@ -45,19 +47,23 @@ def check_parity(
         kv: type of the cache of keys and values, for runtimes that have a choice; None is the runtime's default.
         checkpoint: compute the reference anew from this checkpoint (needs torch) and compare the stored pack with it.
         integrity: hash every file first. Without it only the arithmetic is judged.
+        max_kl: fail if the mean KL(float reference || device) is above this, in nats. None: what the recipe lost
+            against the float model is reported and no check counts it.
         progress: where to report to.
 
     Raises:
         BundleError: the folder is no bundle, or ONNX Runtime cannot load its graph.
-        ParityError: the bundle has no readable parity pack, or there are no limits for its recipe.
+        ParityError: the bundle has no readable parity pack, there are no limits for its recipe, or `max_kl` is no
+            number of nats.
         EdgeLMError: no runtime here, or the checkpoint cannot be used.
     """
     progress = progress or Silent()
+    if max_kl is not None and not 0 <= max_kl < math.inf:
+        raise ParityError(f"max_kl is {max_kl}: give a number of nats, 0 or more")
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
     limits, kind = limits_for(bundle)
     checks: list[Check] = []
-    notes: list[str] = []
     if integrity:
         checks.append(verdict.integrity(bundle.verify(progress)))
     pack = ParityPack.load(bundle.file(PACK_FOLDER))
@@ -77,7 +83,10 @@ def check_parity(
     checks += verdict.greedy(pack, run, limits)
     if diagnosis is not None:
         checks += verdict.layers(pack, run, diagnosis, limits)
-    return _report(bundle, pack, run, diagnosis, checks, kind, limits, reference, notes + run.notes, tokenizer)
+    loss = verdict.float_loss(pack, run.at_once, kind)
+    if max_kl is not None:
+        checks.append(verdict.float_kl(loss, max_kl))
+    return _report(bundle, pack, run, diagnosis, checks, kind, limits, reference, run.notes, tokenizer, loss)
 
 
 def limits_for(bundle: Bundle) -> tuple[Limits, str]:
@@ -133,6 +142,7 @@ def _report(
     reference: str,
     notes: list[str],
     tokenizer: Tokenizer | None,
+    loss: FloatLoss,
 ) -> ParityReport:
     from edgelm.devices import describe
 
@@ -154,6 +164,7 @@ def _report(
         kl_max=metrics.largest(kl),
         float_kl_mean=metrics.mean(kl_float),
         quantization_kl_mean=metrics.mean(verdict.divergence(pack.reference, want)),
+        float_loss=loss,
         logit_error=metrics.mean(verdict.logit_errors(want, device)),
         top1=metrics.agreement(want.best, device.best),
         top1_clear=metrics.agreement(want.best, device.best, clear),

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from edgelm.parity.result import Check, ParityReport
+    from edgelm.parity.result import Check, FloatLoss, ParityReport
 
 MARKER = "edgelm_bundle"
+_LOSSES: pytest.StashKey[list[tuple[Path, FloatLoss]]] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--edgelm-bundle` and `--edgelm-threads`."""
+    """Add `--edgelm-bundle`, `--edgelm-threads` and `--edgelm-max-kl`."""
     group = parser.getgroup("edgelm", "parity of EdgeLM bundles on this device")
     group.addoption(
         "--edgelm-bundle",
@@ -29,10 +30,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="check that this bundle computes here what its reference computed; may be repeated",
     )
     group.addoption("--edgelm-threads", type=int, default=None, metavar="N", help="threads for --edgelm-bundle")
+    group.addoption(
+        "--edgelm-max-kl",
+        type=float,
+        default=None,
+        metavar="NATS",
+        help="fail if the mean KL of a bundle to its float model is larger; without, the loss is only told",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the marker, so that --strict-markers accepts `-m edgelm_bundle`."""
+    config.stash[_LOSSES] = []
     config.addinivalue_line("markers", f"{MARKER}: the parity check of a bundle given with --edgelm-bundle")
 
 
@@ -41,6 +50,14 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
     """Append the items of every bundle. First of its kind, so that -k and -m apply to them too."""
     for folder in config.getoption("--edgelm-bundle"):
         items.extend(BundleCollector.from_parent(session, name=f"parity:{folder}", folder=Path(folder)).collect())
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Tell what each bundle lost against its float model, which is no test."""
+    for folder, loss in config.stash[_LOSSES]:
+        terminalreporter.write_line(f"{folder}: lost against the float model: {loss.text}")
+        if loss.warning:
+            terminalreporter.write_line(f"{folder}: warning: {loss.warning}", yellow=True)
 
 
 class BundleCollector(pytest.Collector):
@@ -66,7 +83,10 @@ class BundleCollector(pytest.Collector):
             names.append(f"layer[{layer}]")
             if model.num_experts:
                 names.append(f"experts[{layer}]")
-        for name in [*names, "head"]:
+        names.append("head")
+        if self.config.getoption("--edgelm-max-kl") is not None:
+            names.append("float_kl")
+        for name in names:
             yield CheckItem.from_parent(self, name=name)
 
     def report(self) -> ParityReport:
@@ -74,7 +94,9 @@ class BundleCollector(pytest.Collector):
         if self._report is None:
             from edgelm.parity.check import check_parity
 
-            self._report = check_parity(self.folder, threads=self.config.getoption("--edgelm-threads"))
+            threads, max_kl = (self.config.getoption(f"--edgelm-{name}") for name in ("threads", "max-kl"))
+            self._report = check_parity(self.folder, threads=threads, max_kl=max_kl)
+            self.config.stash[_LOSSES].append((self.folder, self._report.float_loss))
         return self._report
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from edgelm.files import atomic_file
 from edgelm.pages.charts import Series, Span, line_chart
 from edgelm.pages.page import document, facts_table, files_table, number, percent
-from edgelm.parity.result import Check, ParityReport
+from edgelm.parity.result import Check, FloatLoss, ParityReport
 
 
 def write_report(report: ParityReport, path: Path) -> None:
@@ -24,6 +24,7 @@ def render(report: ParityReport) -> str:
         _head(report),
         _cards(report),
         _checks(report.checks),
+        _loss(report.float_loss),
         _charts(report),
         _prompts(report),
         _facts(report),
@@ -93,6 +94,27 @@ def _check_table(checks: Iterable[Check]) -> str:
     return (
         '<div class="wide"><table><tr><th>Verdict</th><th>Check</th><th class="num">Measured</th>'
         f'<th class="num">Limit</th><th>Detail</th></tr>{"".join(rows)}</table></div>'
+    )
+
+
+def _loss(loss: FloatLoss) -> str:
+    """Apart from the checks: what the recipe cost is no fault of the device."""
+    warning = f'<div class="cause"><b>Warning:</b> {escape(loss.warning)}</div>' if loss.warning else ""
+    head = "<h2>Lost against the float model</h2>"
+    about = "Information: no check counts it unless <code>--max-kl</code> is given."
+    if not loss.known:
+        return f'{head}<p class="soft">{escape(loss.text)}. {about}</p>'
+    rows = [
+        ("KL(float reference || …), mean, nats", number(loss.kl_reference), number(loss.kl)),
+        ("Perplexity, … / float reference - 1", percent(loss.perplexity_reference), percent(loss.perplexity)),
+    ]
+    body = "".join(
+        f'<tr><td>{escape(title)}</td><td class="num">{recipe}</td><td class="num">{device}</td></tr>'
+        for title, recipe, device in rows
+    )
+    return (
+        f'{head}<p class="soft">{about}</p>{warning}<div class="wide"><table><tr><th></th><th class="num">'
+        f'quantised reference: the recipe by itself</th><th class="num">device</th></tr>{body}</table></div>'
     )
 
 

@@ -28,6 +28,36 @@ class Check:
 
 
 @dataclass(frozen=True)
+class FloatLoss:
+    """What the bundle lost on this device against the float model. No check counts it, unless `max_kl` asks for one.
+
+    `kl` is the mean KL(float reference || device) in nats, `kl_reference` the same of the quantised reference: what the
+    recipe costs by itself. `perplexity` and `perplexity_reference` are perplexities over the float reference's, minus
+    1; NaN where every prompt is a single token. `known` is false where the checkpoint was quantised already and the
+    float model was not given at export: all are NaN then. `warning` says that the loss is large for the recipe's kind.
+    """
+
+    known: bool
+    kl: float
+    kl_reference: float
+    perplexity: float
+    perplexity_reference: float
+    warning: str | None
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        if not self.known:
+            return "not known: the checkpoint was quantised already and the export had no --reference"
+        line = f"mean KL(float model || device) {self.kl:.3g} nats (the recipe by itself {self.kl_reference:.3g})"
+        if math.isnan(self.perplexity_reference):
+            return line
+        return (
+            f"{line}, perplexity {100 * self.perplexity:+.2g} % (the recipe {100 * self.perplexity_reference:+.2g} %)"
+        )
+
+
+@dataclass(frozen=True)
 class PromptResult:
     """One golden prompt on the device; the lists have one number per fed position."""
 
@@ -65,6 +95,7 @@ class ParityReport:
     kl_max: float
     float_kl_mean: float
     quantization_kl_mean: float
+    float_loss: FloatLoss
     logit_error: float
     top1: float
     top1_clear: float

@@ -13,8 +13,8 @@ from edgelm.parity.diagnose import Diagnosis
 from edgelm.parity.measure import DeviceRun, LogitRecord
 from edgelm.parity.metrics import Floats
 from edgelm.parity.pack import ParityPack, ReferenceRecord
-from edgelm.parity.result import Check
-from edgelm.parity.thresholds import SAME_PACK, Limits
+from edgelm.parity.result import Check, FloatLoss
+from edgelm.parity.thresholds import LOSS_WARNINGS, SAME_PACK, Limits
 
 if TYPE_CHECKING:
     from edgelm.tokenizer import Tokenizer
@@ -119,12 +119,9 @@ def logits(pack: ParityPack, run: DeviceRun, limits: Limits) -> list[Check]:
     kl = divergence(want, device)
     clear = want.gap >= limits.clear_gap
     text = pack.has_next
-    own, lost = "quantised reference || device", "float reference || device"
+    own = "quantised reference || device"
     ppl = metrics.perplexity(device.next_logit, device.logsumexp, text)
     ppl_want = metrics.perplexity(want.next_logit, want.logsumexp, text)
-    ppl_float = metrics.perplexity(pack.reference.next_logit, pack.reference.logsumexp, text)
-    kl_float = metrics.mean(divergence(pack.reference, device))
-    kl_quantised = metrics.mean(divergence(pack.reference, want))
     checks = [
         at_most("logits.kl_mean", f"KL({own}), mean, nats", metrics.mean(kl), limits.kl_mean),
         at_most("logits.kl_p99", f"KL({own}), 99th percentile, nats", metrics.quantile(kl, 0.99), limits.kl_p99),
@@ -136,17 +133,10 @@ def logits(pack: ParityPack, run: DeviceRun, limits: Limits) -> list[Check]:
             limits.logit_error,
         ),
         _top1(want, device, clear, limits),
-        at_most(
-            "logits.float_kl",
-            f"KL({lost}), mean, nats",
-            kl_float,
-            limits.float_kl_mean,
-            f"of which quantisation itself, by the references: {kl_quantised:.3g}",
-        ),
     ]
     if not text.any():
         return [*checks, Check("perplexity", "Perplexity", None, "every prompt is a single token")]
-    detail = f"float reference {ppl_float:.4g}, quantised reference {ppl_want:.4g}, device {ppl:.4g}"
+    detail = f"quantised reference {ppl_want:.4g}, device {ppl:.4g}"
     return [
         *checks,
         at_most(
@@ -156,13 +146,36 @@ def logits(pack: ParityPack, run: DeviceRun, limits: Limits) -> list[Check]:
             limits.perplexity,
             detail,
         ),
-        at_most(
-            "perplexity.float",
-            "Perplexity of the prompts: device / float reference - 1",
-            ppl / ppl_float - 1,
-            limits.float_perplexity,
-        ),
     ]
+
+
+def float_loss(pack: ParityPack, device: LogitRecord, kind: str) -> FloatLoss:
+    """What the device lost against the float model; `kind` is the recipe's."""
+    if pack.quantized is None and kind != "none":
+        nan = float("nan")
+        return FloatLoss(False, nan, nan, nan, nan, None)
+    exact, want, text = pack.reference, pack.target, pack.has_next
+    perplexities = [metrics.perplexity(record.next_logit, record.logsumexp, text) for record in (exact, want, device)]
+    kl = metrics.mean(divergence(exact, device))
+    perplexity = perplexities[2] / perplexities[0] - 1
+    large = LOSS_WARNINGS[kind]
+    over = []
+    if not kl < large.kl:
+        over.append(f"the mean KL to the float model is {kl:.3g} nats, large from {large.kl:g} on")
+    if text.any() and not perplexity < large.perplexity:
+        over.append(f"the perplexity is {100 * perplexity:+.3g} %, large from {100 * large.perplexity:+g} % on")
+    warning = f"{' and '.join(over)} for {kind}" if over else None
+    reference = metrics.mean(divergence(exact, want))
+    return FloatLoss(True, kl, reference, perplexity, perplexities[1] / perplexities[0] - 1, warning)
+
+
+def float_kl(loss: FloatLoss, max_kl: float) -> Check:
+    """The check that `max_kl` asks for."""
+    title = "KL(float reference || device), mean, nats, as --max-kl asks"
+    if not loss.known:
+        return Check("float_kl", title, False, f"{loss.text}, which --max-kl needs", None, max_kl)
+    detail = f"the recipe by itself, by the references: {loss.kl_reference:.3g}"
+    return at_most("float_kl", title, loss.kl, max_kl, detail)
 
 
 def _top1(want: ReferenceRecord, device: LogitRecord, clear: np.ndarray, limits: Limits) -> Check:
@@ -293,8 +306,7 @@ def first_divergence(diagnosis: Diagnosis | None, checks: Sequence[Check]) -> tu
         return diagnosis.first, diagnosis.cause
     if "head" in failed:
         return None, "final norm or output head: every layer agrees, the logits do not"
-    # Against the float reference a healthy device may fail too: the recipe may simply be too coarse.
-    if any(name.startswith(("logits.", "greedy.", "perplexity.device")) for name in failed - {"logits.float_kl"}):
+    if any(name.startswith(("logits.", "greedy.", "perplexity.device")) for name in failed):
         return None, (
             "the shipped graph only: the debug graph, which reads the same weights, agrees in every layer; the shipped "
             "graph differs from it, or a kernel that only it uses is wrong on this device"

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import edgelm
+from edgelm.cli.parity import parity, summary
 from edgelm.errors import ParityError, RecipeError
 from edgelm.parity.check import check_parity
 from edgelm.parity.golden import GoldenOptions, make_pack
 from edgelm.parity.pack import ParityPack
 from edgelm.parity.prompts import Prompt
+from edgelm.parity.report import render
 
 from . import damage
 from .conftest import CHECKPOINTS, FLAVOURS
@@ -103,9 +106,13 @@ def test_a_bundle_of_a_quantised_checkpoint_passes(tmp_path):
     from edgelm.quant.recipe import Recipe
 
     quantize_checkpoint(CHECKPOINTS / "fox-tiny", tmp_path / "q", Recipe.load("int4"))
-    report = check_parity(export_bundle(tmp_path / "q", tmp_path / "b"), threads=1)
+    bundle = export_bundle(tmp_path / "q", tmp_path / "b")
+    report = check_parity(bundle, threads=1)
     assert report.passed, [(check.name, check.value, check.limit) for check in report.failures]
     assert report.kind == "int4"
+    assert not report.float_loss.known
+    assert "not known" in report.float_loss.text
+    assert [check.name for check in check_parity(bundle, threads=1, max_kl=1.0).failures] == ["float_kl"]
 
 
 @pytest.mark.parametrize(("model", "dtype"), [("olmoe", "fp16"), ("fox", "bf16")])
@@ -122,6 +129,63 @@ def test_weights_rounded_for_storage_are_what_the_device_is_compared_with(tmp_pa
     pack = ParityPack.load(bundle.file("parity"))
     assert pack.quantized is not None
     assert not np.array_equal(pack.quantized.sketches[-1], pack.reference.sketches[-1])
+
+
+@pytest.fixture(scope="module")
+def far_from_float(tmp_path_factory):
+    """A bundle that is computed rightly and whose float model is another."""
+    from edgelm.export import ExportOptions, export_bundle
+    from edgelm.quant.checkpoint import quantize_checkpoint
+    from edgelm.quant.recipe import Recipe
+    from edgelm.synth import write_random_checkpoint
+
+    root = tmp_path_factory.mktemp("far")
+    config = json.loads((CHECKPOINTS / "fox-tiny" / "config.json").read_text())
+    write_random_checkpoint(config, root / "float")
+    quantize_checkpoint(CHECKPOINTS / "fox-tiny", root / "q", Recipe.load("int4"))
+    return export_bundle(root / "q", root / "b", options=ExportOptions(reference=root / "float")).path
+
+
+def test_what_the_recipe_lost_is_told_and_is_no_check(far_from_float):
+    report = check_parity(far_from_float, threads=1)
+    assert report.passed, [(check.name, check.value, check.limit) for check in report.failures]
+    loss = report.float_loss
+    assert loss.kl == pytest.approx(report.float_kl_mean)
+    assert loss.kl == pytest.approx(loss.kl_reference, rel=0.05)
+    assert loss.kl > 0.5
+    assert f"{loss.kl:.3g} nats, large from 0.3 on" in loss.warning
+    assert "for int4" in loss.warning
+    assert not any("float" in check.name for check in report.checks)
+    html = render(report)
+    assert "Warning:</b> the mean KL to the float model is" in html
+    assert html.index("<h2>Lost against the float model</h2>") > html.index("<h2>Checks</h2>")
+    assert report.to_dict()["float_loss"]["warning"] == loss.warning
+    lines = summary(report).splitlines()
+    assert any(line.startswith("lost against the float model: mean KL") for line in lines)
+    assert any(line.startswith("warning: the mean KL") for line in lines)
+
+
+def test_a_loss_within_the_usual_has_no_warning(exported):
+    loss = check_parity(exported("fox", "int4"), threads=1).float_loss
+    assert loss.known
+    assert loss.warning is None
+    assert 0 < loss.kl < 0.05
+
+
+@pytest.mark.parametrize(("max_kl", "code"), [("1000", 0), ("0.5", 1)])
+def test_max_kl_makes_the_loss_a_check(far_from_float, max_kl, code):
+    result = CliRunner().invoke(parity, [str(far_from_float), "--threads", "1", "--max-kl", max_kl])
+    assert result.exit_code == code, result.output
+    assert "as --max-kl asks" in result.stdout
+    report = check_parity(far_from_float, threads=1, max_kl=float(max_kl))
+    assert [check.name for check in report.failures] == ["float_kl"] * code
+    assert report.cause is None
+
+
+@pytest.mark.parametrize("max_kl", [float("nan"), float("inf"), -0.1])
+def test_a_max_kl_that_is_no_number_of_nats_is_refused(exported, max_kl):
+    with pytest.raises(ParityError, match=r"max_kl is .*: give a number of nats"):
+        check_parity(exported("fox", "int4"), threads=1, max_kl=max_kl)
 
 
 def test_another_checkpoint_is_noticed(exported, tmp_path):

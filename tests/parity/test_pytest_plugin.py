@@ -52,6 +52,18 @@ def test_a_damaged_bundle_fails_in_the_items_that_noticed(copied, tmp_path):
     assert "::layer[2]" in result.stdout or "layer[2]" in result.stdout
 
 
+def test_the_loss_against_the_float_model_is_told_and_fails_only_where_asked(exported, tmp_path):
+    bundle = str(exported("fox", "int4"))
+    arguments = ("-q", "--edgelm-threads", "1", "--edgelm-bundle", bundle)
+    told = run_pytest(tmp_path, *arguments)
+    assert told.returncode == 0, told.stdout
+    assert f"{bundle}: lost against the float model: mean KL" in told.stdout
+    assert run_pytest(tmp_path, *arguments, "-k", "float_kl", "--edgelm-max-kl", "0.5").returncode == 0
+    failed = run_pytest(tmp_path, *arguments, "-k", "float_kl", "--edgelm-max-kl", "1e-6")
+    assert failed.returncode == 1
+    assert "1 failed" in failed.stdout
+
+
 def test_markers_and_names_select_items(exported, tmp_path):
     (tmp_path / "test_other.py").write_text("def test_other():\n    pass\n")
     bundle = str(exported("fox", "int4"))

@@ -12,7 +12,7 @@ import pytest
 from edgelm.errors import ParityError
 from edgelm.parity.pack import GoldenPrompt, ParityPack, ReferenceRecord, TokenizerPrint
 from edgelm.parity.prompts import BUILT_IN, load_prompts
-from edgelm.parity.thresholds import LIMITS, kind_of, markdown_table, values_table
+from edgelm.parity.thresholds import LIMITS, LOSS_WARNINGS, kind_of, loss_table, markdown_table, values_table
 
 
 def make_record(rng, layers=2, count=9, top=4, probes=3, experts=8, k=2):
@@ -177,18 +177,16 @@ def test_useless_prompt_files_are_refused(tmp_path, content, message):
 def test_a_recipe_is_judged_by_its_coarsest_type(toml, kind):
     assert kind_of(toml) == kind
     assert kind in LIMITS
+    assert kind in LOSS_WARNINGS
 
 
-def test_the_documentation_shows_the_limits_in_force():
+@pytest.mark.parametrize(
+    ("name", "table"), [("limits", markdown_table), ("values", values_table), ("loss", loss_table)]
+)
+def test_the_documentation_shows_the_limits_in_force(name, table):
     page = Path(__file__).parents[2] / "docs" / "parity.md"
-    shown = page.read_text(encoding="utf-8").split("<!-- limits -->\n")[1].split("\n<!-- /limits -->")[0]
-    assert shown == markdown_table()
-
-
-def test_the_documentation_shows_the_limits_of_narrow_values():
-    page = Path(__file__).parents[2] / "docs" / "parity.md"
-    shown = page.read_text(encoding="utf-8").split("<!-- values -->\n")[1].split("\n<!-- /values -->")[0]
-    assert shown == values_table()
+    shown = page.read_text(encoding="utf-8").split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0]
+    assert shown == table()
 
 
 def test_a_type_without_limits_is_refused():
