@@ -1,7 +1,7 @@
 """What EdgeLM raises when the input, the file or the machine is at fault.
 
 Every message says what is wrong, where, and what to do about it. The command line prints it in one line and exits
-with 1; a bug in EdgeLM itself raises something else and is shown with its traceback.
+with 1; a bug in EdgeLM itself raises something else, of which the command line asks for a report.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The `edgelm` command: finds the verb, and turns what goes wrong into one line and an exit code.
 
-0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C or SIGTERM).
+0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C or SIGTERM). What nobody expected is one line too, which asks
+for a report: a bug must not look like the user's mistake, nor fill the screen.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import importlib
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -43,6 +45,14 @@ class Terminated(KeyboardInterrupt):
 
 class Failure(click.ClickException):
     """An error of the user's input or machine, shown in one line."""
+
+    def format_message(self) -> str:
+        """The message in one line, without what a terminal would act on: names and values come from anywhere."""
+        lines = (line.strip() for line in self.message.splitlines())
+        return "".join(
+            letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode()
+            for letter in " ".join(line for line in lines if line)
+        )
 
     def show(self, file: Any = None) -> None:
         """Print it on standard error."""
@@ -85,8 +95,37 @@ class VerbGroup(click.Group):
         except (EdgeLMError, OSError, MemoryError) as error:
             if debug:
                 traceback.print_exc()
-            message = str(error) or "not enough memory"
-            raise Failure(message) from error
+            raise Failure(str(error) or "not enough memory") from error
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
+        """Run the command line as click does, and answer what escapes it; `standalone_mode=False` raises it."""
+        try:
+            return super().main(args, *more, **extra)
+        except (SystemExit, KeyboardInterrupt, click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except BaseException as error:  # Rust's panics are no Exceptions
+            if not extra.get("standalone_mode", True):
+                raise
+            given = sys.argv[1:] if args is None else args
+            if "--debug" in _before_verb(given):
+                traceback.print_exc()
+            Failure(_unexpected(error)).show()
+            sys.exit(1)
+
+
+def _before_verb(arguments: Sequence[str]) -> Sequence[str]:
+    """The group's own arguments."""
+    verb = next((place for place, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
+    return arguments[:verb]
+
+
+def _unexpected(error: BaseException) -> str:
+    """What to say of an error that nobody expected."""
+    said = str(error)
+    what = f"{type(error).__name__}: {said[:300]}" if said else type(error).__name__
+    if isinstance(error, ImportError) and not (error.name or "").startswith("edgelm"):
+        return f"a package that EdgeLM needs cannot be imported ({what}): install it again, `edgelm doctor` tells more"
+    return f"unexpected {what}; this is a bug: run it again as `edgelm --debug VERB ...` and report what it prints"
 
 
 @click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

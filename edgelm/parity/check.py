@@ -106,7 +106,8 @@ def _fits(bundle: Bundle, pack: ParityPack) -> str:
         return f"{pack.num_layers} layers, the manifest says {model.num_layers}"
     if pack.num_experts != model.num_experts:
         return f"{pack.num_experts} experts, the manifest says {model.num_experts}"
-    if int(pack.top_ids.max()) >= model.vocab_size or int(pack.ids.max()) >= model.vocab_size:
+    best = [record.best for record in (pack.reference, pack.quantized) if record is not None]
+    if max(int(ids.max()) for ids in (pack.top_ids, pack.probe_ids, pack.ids, *best)) >= model.vocab_size:
         return f"token ids beyond the vocabulary of {model.vocab_size}"
     return ""
 

@@ -11,16 +11,20 @@ token (a token that is never fed has no logits). N positions in all, L layers, E
 from __future__ import annotations
 
 import json
+import math
+import struct
 import zipfile
 import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import ParityError
+from edgelm.json_dataclass import Blame, Count, Range, from_data, quoted, read_json, require_format
 from edgelm.parity.sketch import SKETCH_SEED, SKETCH_WIDTH
 
 FORMAT_VERSION = 1
@@ -28,7 +32,11 @@ TOP = 64
 PROBES = 64
 ARRAYS_FILE = "pack.npz"
 INDEX_FILE = "pack.json"
+_BLAME = Blame(ParityError, "export the bundle again")
+# What a pack may unpack to: this, and its file's size times that. Real ones shrink by a tenth.
+_UNPACKED_BYTES, _UNPACKED_TIMES = 64 << 20, 16
 
+_TokenId = Annotated[int, Range(0, 2**31 - 1)]
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int32]
 
@@ -44,9 +52,9 @@ class GoldenPrompt:
     name: str
     text: str
     decoded: str
-    start: int
-    length: int
-    greedy: tuple[int, ...]
+    start: Count
+    length: Annotated[int, Range(1, 2**31)]
+    greedy: tuple[_TokenId, ...]
 
     @property
     def fed(self) -> int:
@@ -85,8 +93,32 @@ class ReferenceRecord:
 class TokenizerPrint:
     """What identifies a tokenizer: its size and `Tokenizer.fingerprint()`, a hash over what every id stands for."""
 
-    vocab_size: int
+    vocab_size: Count
     sha256: str
+
+
+@dataclass(frozen=True)
+class _Sketch:
+    seed: Count
+    width: Annotated[int, Range(SKETCH_WIDTH, SKETCH_WIDTH)]
+
+
+@dataclass(frozen=True)
+class _Array:
+    shape: tuple[Annotated[int, Range(0, 2**31)], ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class _Index:
+    """`pack.json`."""
+
+    format_version: int
+    prompts: tuple[GoldenPrompt, ...]
+    tokenizer: TokenizerPrint | None
+    sketch: _Sketch
+    arrays: dict[str, _Array]
+    made_with: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -170,107 +202,139 @@ class ParityPack:
         Raises:
             ParityError: a file is missing, damaged, of a newer format, or its arrays do not fit together.
         """
-        index = _read_index(folder / INDEX_FILE)
-        arrays = _read_arrays(folder / ARRAYS_FILE, index)
-        try:
-            prompts = tuple(
-                GoldenPrompt(
-                    str(item["name"]),
-                    str(item["text"]),
-                    str(item["decoded"]),
-                    int(item["start"]),
-                    int(item["length"]),
-                    tuple(int(token) for token in item["greedy"]),
-                )
-                for item in index["prompts"]
-            )
-            tokenizer = None
-            if index["tokenizer"] is not None:
-                tokenizer = TokenizerPrint(int(index["tokenizer"]["vocab_size"]), str(index["tokenizer"]["sha256"]))
-            has_quantized = any(name.startswith("quantized.") for name in arrays)
-            pack = cls(
-                prompts=prompts,
-                ids=arrays["ids"],
-                top_ids=arrays["top_ids"],
-                probe_ids=arrays["probe_ids"],
-                reference=_record(arrays, "reference"),
-                quantized=_record(arrays, "quantized") if has_quantized else None,
-                tokenizer=tokenizer,
-                made_with={str(key): str(value) for key, value in index.get("made_with", {}).items()},
-                sketch_seed=int(index["sketch"]["seed"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ParityError(f"{folder / INDEX_FILE} lacks or garbles {error}: export the bundle again") from error
+        path = folder / INDEX_FILE
+        if not path.exists():
+            raise ParityError(f"{path} is missing: the bundle carries no parity pack; export it with one")
+        data = require_format(read_json(path, _BLAME), "format_version", FORMAT_VERSION, path, _BLAME)
+        index = from_data(_Index, data, path, _BLAME)
+        arrays = _read_arrays(folder / ARRAYS_FILE, index.arrays)
+        for name in ("ids", "top_ids", "probe_ids"):
+            if name not in arrays:
+                raise _BLAME.at(path, f"arrays.{name} is missing")
+        has_quantized = any(name.startswith("quantized.") for name in arrays)
+        pack = cls(
+            prompts=index.prompts,
+            ids=arrays["ids"],
+            top_ids=arrays["top_ids"],
+            probe_ids=arrays["probe_ids"],
+            reference=_record(arrays, "reference", path),
+            quantized=_record(arrays, "quantized", path) if has_quantized else None,
+            tokenizer=index.tokenizer,
+            made_with=index.made_with,
+            sketch_seed=index.sketch.seed,
+        )
         pack.check(folder)
         return pack
 
     def check(self, where: Path) -> None:
-        """Raise ParityError unless prompts and arrays agree with each other in number and shape."""
+        """Raise ParityError unless prompts and arrays agree with each other in number, shape and range."""
+        problem = next(self._problems(), None)
+        if problem is not None:
+            raise _BLAME.at(where, problem)
+
+    def _problems(self) -> Iterator[str]:
+        """What does not fit: a line for each, of which only the first is sure to be true."""
+        if (self.ids.ndim, self.top_ids.ndim, self.probe_ids.ndim, self.reference.norms.ndim) != (1, 2, 1, 2):
+            yield "ids, top_ids, probe_ids or reference.norms have another number of dimensions than 1, 2, 1 and 2"
         count, layers = len(self.ids), self.num_layers
         if not self.prompts or sum(prompt.fed for prompt in self.prompts) != count:
-            raise ParityError(f"the prompts of {where} do not add up to its {count} positions: export the bundle again")
+            yield f"the prompts do not add up to its {count} positions"
         start = 0
         for prompt in self.prompts:
             if prompt.start != start or prompt.length < 1:
-                raise ParityError(f"prompt {prompt.name!r} of {where} is misplaced: export the bundle again")
+                yield f"prompt {quoted(prompt.name)} is misplaced"
             start += prompt.fed
         top, probes = self.top_ids.shape[-1], len(self.probe_ids)
+        if min(top, probes, layers) < 1 or self.top_ids.shape[0] != count:
+            yield f"top_ids has shape {self.top_ids.shape}, with {probes} probe_ids and {layers} layers"
+        for name, ids in (("ids", self.ids), ("top_ids", self.top_ids), ("probe_ids", self.probe_ids)):
+            if int(ids.min()) < 0:
+                yield f"{name} holds the token id {int(ids.min())}"
         for name, record in (("reference", self.reference), ("quantized", self.quantized)):
-            if record is None:
-                continue
-            expected: dict[str, tuple[int, ...]] = {
-                "top_logits": (count, top),
-                "logsumexp": (count,),
-                "probe_logits": (count, probes),
-                "next_logit": (count,),
-                "best": (count,),
-                "gap": (count,),
-                "norms": (layers + 1, count),
-                "sketches": (layers + 1, count, SKETCH_WIDTH),
-            }
-            if record.router is not None and record.experts is not None:
-                expected["router"] = (layers, count, self.num_experts)
-                expected["experts"] = (layers, count, record.experts.shape[-1])
-            for item, shape in expected.items():
-                actual = getattr(record, item).shape
-                if actual != shape:
-                    raise ParityError(f"{name}.{item} of {where} has shape {actual}, expected {shape}")
+            if record is not None:
+                yield from self._record_problems(name, record, top, probes)
+
+    def _record_problems(self, name: str, record: ReferenceRecord, top: int, probes: int) -> Iterator[str]:
+        count, layers = len(self.ids), self.num_layers
+        expected: dict[str, tuple[int, ...]] = {
+            "top_logits": (count, top),
+            "logsumexp": (count,),
+            "probe_logits": (count, probes),
+            "next_logit": (count,),
+            "best": (count,),
+            "gap": (count,),
+            "norms": (layers + 1, count),
+            "sketches": (layers + 1, count, SKETCH_WIDTH),
+        }
+        if (record.router is None) != (record.experts is None) or (record.router is None) != (self.num_experts == 0):
+            yield f"{name} has one of router and experts, or another than the reference"
+        if record.router is not None and record.experts is not None:
+            expected["router"] = (layers, count, self.num_experts)
+            expected["experts"] = (layers, count, record.experts.shape[-1] if record.experts.ndim else 0)
+        for item, shape in expected.items():
+            array = getattr(record, item)
+            if array.shape != shape:
+                yield f"{name}.{item} has shape {array.shape}, expected {shape}"
+            if array.dtype == np.float32 and not np.isfinite(array).all():
+                yield f"{name}.{item} holds what is no finite number"
+        if int(record.best.min()) < 0:
+            yield f"{name}.best holds the token id {int(record.best.min())}"
+        chosen = record.experts
+        if chosen is not None and not (chosen.size and 0 <= int(chosen.min()) <= int(chosen.max()) < self.num_experts):
+            yield f"{name}.experts holds an expert outside 0..{self.num_experts - 1}"
 
 
-def _read_index(path: Path) -> dict[str, Any]:
+def _read_arrays(path: Path, wanted: Mapping[str, _Array]) -> dict[str, NDArray[Any]]:
+    """The arrays that the index lists. Nothing is allocated before sizes, shapes and types are known to agree."""
+    sizes = {name: math.prod(info.shape) * _dtype(name).itemsize for name, info in wanted.items()}
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ParityError(f"{path} is missing: the bundle carries no parity pack; export it with one") from error
-    except (OSError, ValueError) as error:
-        raise ParityError(f"{path} cannot be read ({error}): export the bundle again") from error
-    version = index.get("format_version") if isinstance(index, dict) else None
-    if version != FORMAT_VERSION:
-        raise ParityError(f"{path} has format version {version}, this EdgeLM reads {FORMAT_VERSION}: update EdgeLM")
-    assert isinstance(index, dict)
-    return index
+        with zipfile.ZipFile(path) as archive:
+            if sum(sizes.values()) > _UNPACKED_BYTES + _UNPACKED_TIMES * path.stat().st_size:
+                raise _BLAME.at(path, f"unpacks to {sum(sizes.values())} bytes, too many for its size")
+            return {name: _read_array(archive, path, name, info) for name, info in wanted.items()}
+    except KeyError as error:
+        raise _BLAME.at(path, f"has no array {error}") from error
+    # The last two: compression or encryption of a kind that nobody wrote.
+    except (
+        OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, NotImplementedError
+    ) as error:  # fmt: skip
+        raise _BLAME.at(path, f"cannot be read ({error})") from error
 
 
-def _read_arrays(path: Path, index: dict[str, Any]) -> dict[str, NDArray[Any]]:
-    arrays: dict[str, NDArray[Any]] = {}
-    try:
-        # Opened here: np.load leaves the file open when it is no archive.
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            for name, info in index["arrays"].items():
-                arrays[name] = archive[name]
-                if list(arrays[name].shape) != info["shape"] or arrays[name].dtype.name != info["dtype"]:
-                    raise ParityError(
-                        f"array {name!r} of {path} is not what {INDEX_FILE} says: export the bundle again"
-                    )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ParityError(f"{path} cannot be read ({error}): export the bundle again") from error
-    return arrays
+def _read_array(archive: zipfile.ZipFile, path: Path, name: str, wanted: _Array) -> NDArray[Any]:
+    entry = archive.getinfo(f"{name}.npy")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise NotImplementedError(f"compression of kind {entry.compress_type}")
+    with archive.open(entry) as stream:
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, by_columns, dtype = read_header(stream)
+        if (shape, dtype.name) != (wanted.shape, wanted.dtype) or dtype != _dtype(name) or by_columns:
+            raise _BLAME.at(path, f"array {name!r} is not what {INDEX_FILE} says")
+        array = np.empty(shape, dtype)
+        left = memoryview(array.reshape(-1)).cast("B") if array.size else memoryview(b"")
+        while left:
+            done = stream.readinto(left)
+            if not done:
+                raise EOFError(f"array {name!r} ends early")
+            left = left[done:]
+        if stream.read(1):  # at the end the checksum is compared, too
+            raise EOFError(f"array {name!r} goes on behind its end")
+    return array
 
 
-def _record(arrays: dict[str, NDArray[Any]], prefix: str) -> ReferenceRecord:
-    optional = {"router", "experts"}
-    values = {
-        item.name: arrays.get(f"{prefix}.{item.name}") if item.name in optional else arrays[f"{prefix}.{item.name}"]
-        for item in fields(ReferenceRecord)
-    }
+def _dtype(name: str) -> np.dtype[Any]:
+    """The type of an array of the archive."""
+    return np.dtype(np.int32 if name.rpartition(".")[2] in _IDS else np.float32)
+
+
+_IDS = {"ids", "top_ids", "probe_ids"} | {item.name for item in fields(ReferenceRecord) if "Int" in str(item.type)}
+
+
+def _record(arrays: Mapping[str, NDArray[Any]], prefix: str, where: Path) -> ReferenceRecord:
+    values = {}
+    for item in fields(ReferenceRecord):
+        values[item.name] = arrays.get(f"{prefix}.{item.name}")
+        if values[item.name] is None and "None" not in str(item.type):
+            raise _BLAME.at(where, f"arrays.{prefix}.{item.name} is missing")
     return ReferenceRecord(**values)  # type: ignore[arg-type]  # keyed by the class's own fields

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tiny_graph import Shape, write_tiny_model
 import edgelm
 from edgelm.cli.main import VERBS, cli
 from edgelm.generate import load
+from edgelm.runtimes.base import interruptible
 
 PROMPT = "def main():"
 
@@ -114,6 +115,61 @@ def test_errors_are_one_line_with_an_exit_code(bundle: Path, arguments: list[str
     assert "Traceback" not in result.stderr
     if code == 1:
         assert result.stderr.count("\n") == 1
+
+
+class Panic(BaseException):
+    """As Rust's panics are: no Exception."""
+
+
+def deeper() -> None:
+    deeper()
+
+
+def raiser(error: BaseException) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("fail", "said"),
+    [
+        (
+            raiser(ValueError("no\nsuch\x1b[31m thing")),
+            "unexpected ValueError: no such\\x1b[31m thing; this is a bug: ",
+        ),
+        (raiser(AssertionError()), "unexpected AssertionError; this is a bug: "),
+        (raiser(UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates")), "unexpected UnicodeEncodeError: "),
+        (raiser(Panic("index out of bounds")), "unexpected Panic: index out of bounds; this is a bug: "),
+        (lambda *_: deeper(), "unexpected RecursionError: "),
+        (lambda *_: interruptible(raiser(KeyError("k")), lambda: None), "unexpected KeyError: 'k'; this is a bug: "),
+        (raiser(ImportError("no libx.so", name="numpy")), "(ImportError: no libx.so): install it again"),
+        (raiser(MemoryError()), "not enough memory"),
+        (raiser(OSError(28, "No space left on device")), "[Errno 28] No space left on device"),
+    ],
+)
+def test_what_nobody_expected_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, fail: Callable[..., None], said: str
+) -> None:
+    monkeypatch.setattr("edgelm.bundle.Bundle.open", fail)
+    result = invoke("run", "bundle", "x")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("edgelm: error: ")
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert ("`edgelm --debug VERB ...`" in result.stderr) == ("unexpected" in said)
+    debugged = invoke("--debug", "run", "bundle", "x")
+    assert debugged.exit_code == 1
+    assert "Traceback (most recent call last)" in debugged.stderr
+    assert debugged.stderr.endswith(result.stderr)
+
+
+def test_a_bug_while_arguments_are_read_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("click.Context.__init__", raiser(TypeError("x")))
+    result = invoke("run", "bundle", "x")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "unexpected TypeError: x; this is a bug" in result.stderr
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ def test_a_truncated_archive_is_refused(tmp_path):
     make_pack().save(tmp_path)
     file = tmp_path / "pack.npz"
     file.write_bytes(file.read_bytes()[:-200])
-    with pytest.raises(ParityError, match=r"pack\.npz cannot be read"):
+    with pytest.raises(ParityError, match=r"pack\.npz: cannot be read"):
         ParityPack.load(tmp_path)
 
 
@@ -114,12 +115,27 @@ def change_index(folder, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda index: index.update(format_version=99), "format version 99"),
+        (lambda index: index.update(format_version=99), "format_version is 99, this EdgeLM reads 1: upgrade"),
         (lambda index: index["prompts"].pop(), "do not add up"),
         (lambda index: index["prompts"][1].update(start=5), "misplaced"),
         (lambda index: index["prompts"][0].pop("text"), "text"),
         (lambda index: index["arrays"]["ids"].update(shape=[8]), "'ids'"),
         (lambda index: index["arrays"].pop("reference.norms"), "reference.norms"),
+        (lambda index: index["arrays"].pop("ids"), "arrays.ids is missing"),
+        (lambda index: index["arrays"].update(more={"shape": [1], "dtype": "int32"}), "has no array"),
+        (
+            lambda index: index["arrays"]["ids"].update(shape=[10**12]),
+            r"arrays.ids.shape\[0\] is 1000000000000, expected",
+        ),
+        (lambda index: index["arrays"]["ids"].update(shape=[2**31] * 4), "too many for its size"),
+        (lambda index: index["arrays"]["ids"].update(dtype="object"), "array 'ids' of|array 'ids' is not what"),
+        (
+            lambda index: index["prompts"][0].update(length=True),
+            r"prompts\[0\].length is true, expected a whole number",
+        ),
+        (lambda index: index["prompts"][0].update(greedy=[2**40]), r"prompts\[0\].greedy\[0\] is 1099511627776"),
+        (lambda index: index["sketch"].update(width=65), "sketch.width is 65, expected a whole number from 64 to 64"),
+        (lambda index: index.update(format_version="1"), r'format_version is "1" \(a string\), this EdgeLM reads 1'),
     ],
 )
 def test_an_index_that_does_not_fit_is_refused(tmp_path, change, message):
@@ -192,3 +208,57 @@ def test_the_documentation_shows_the_limits_in_force(name, table):
 def test_a_type_without_limits_is_refused():
     with pytest.raises(ParityError, match="int2"):
         kind_of('default = "int2-g32-sym"')
+
+
+def rewrite(folder, **changed):
+    """Put arrays of other contents into the archive, and say so in the index."""
+    with np.load(folder / "pack.npz") as archive:
+        arrays = dict(archive) | changed
+    np.savez_compressed(folder / "pack.npz", **arrays)
+    arrays = {name: {"shape": list(array.shape), "dtype": array.dtype.name} for name, array in arrays.items()}
+    change_index(folder, lambda index: index.update(arrays=arrays))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda a: {"ids": a["ids"] - 50}, "ids holds the token id"),
+        (lambda a: {"ids": a["ids"][None]}, "another number of dimensions"),
+        (lambda a: {"ids": a["ids"].astype(np.int64)}, "array 'ids' is not what"),
+        (lambda a: {"top_ids": a["top_ids"][:, :0]}, "top_ids has shape"),
+        (lambda a: {"reference.best": -1 - a["reference.best"]}, "reference.best holds the token id"),
+        (lambda a: {"reference.gap": a["reference.gap"] * np.float32(np.nan)}, "reference.gap holds what is no finite"),
+        (lambda a: {"reference.norms": a["reference.norms"][:, :-1]}, "reference.norms has shape"),
+        (
+            lambda a: {"reference.experts": a["reference.experts"] + 100},
+            r"reference.experts holds an expert outside 0\.\.",
+        ),
+        (lambda a: {"reference.experts": a["reference.experts"][0, 0]}, "reference.experts has shape"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(tmp_path, change, said):
+    make_pack().save(tmp_path)
+    with np.load(tmp_path / "pack.npz") as archive:
+        changed = change(archive)
+    rewrite(tmp_path, **changed)
+    with pytest.raises(ParityError, match=said):
+        ParityPack.load(tmp_path)
+
+
+def test_an_archive_that_unpacks_to_far_more_is_refused_before_it_does(tmp_path):
+    make_pack().save(tmp_path)
+    rewrite(tmp_path, bomb=np.zeros(25 << 20, np.float32))
+    tracemalloc.start()
+    with pytest.raises(ParityError, match="unpacks to 104[0-9]* bytes, too many for its size"):
+        ParityPack.load(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    tracemalloc.stop()
+
+
+def test_an_archive_with_objects_in_it_runs_no_code(tmp_path):
+    make_pack().save(tmp_path)
+    with np.load(tmp_path / "pack.npz") as archive:
+        arrays = dict(archive)
+    np.savez(tmp_path / "pack.npz", **{**arrays, "ids": np.array([print], dtype=object)})
+    with pytest.raises(ParityError, match="array 'ids' is not what"):
+        ParityPack.load(tmp_path)
