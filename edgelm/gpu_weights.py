@@ -22,10 +22,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated
+
+from edgelm.json_dataclass import Range
 
 ROWS = 16
 TILE_BYTES = 512
 ALIGNMENT = 256
+_Size = Annotated[int, Range(1, (1 << 31) - 1)]
 
 
 class GpuKind(StrEnum):
@@ -63,12 +67,20 @@ class GpuMatrix:
     """
 
     kind: GpuKind
-    rows: int
-    columns: int
-    group: int
+    rows: _Size
+    columns: _Size
+    group: _Size
     zeros: bool = False
     swiglu: bool = False
-    count: int = 1
+    count: _Size = 1
+
+    def problem(self) -> str:
+        """What a description that was read contradicts itself in; empty where it does not."""
+        if self.columns % self.kind.columns or self.columns % self.group or (self.swiglu and self.rows % 2):
+            return (
+                f"{self.rows} rows of {self.columns} columns in groups of {self.group}, which no {self.kind} matrix has"
+            )
+        return ""
 
     @property
     def blocks(self) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import stat
+import tomllib
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -25,7 +26,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from edgelm.errors import EdgeLMError
 
 __all__ = [
-    "Blame", "Count", "Range", "from_data", "parse", "quoted", "read_bytes", "read_json", "require_format", "shown"
+    "Blame", "Count", "Range", "from_data", "parse", "parse_toml", "quoted", "read_bytes", "read_json",
+    "require_format", "shown",
 ]  # fmt: skip
 
 MAX_BYTES = 8 << 20
@@ -128,6 +130,20 @@ def parse(text: bytes | str, where: Path | str, blame: Blame, *, finite: bool = 
         raise blame.at(where, "not valid JSON (nested too deeply)") from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise blame.at(where, f"not valid JSON ({error or 'empty'})") from None
+    return value
+
+
+def parse_toml(text: bytes | str, where: Path | str, blame: Blame) -> dict[str, Any]:
+    """Parse TOML, which is read by people too: errors say the line. Raises as `parse`."""
+    try:
+        decoded = text if isinstance(text, str) else text.decode("utf-8")
+        value = tomllib.loads(decoded)
+        if not _shallow(value):
+            raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    except RecursionError:
+        raise blame.at(where, "not valid TOML (nested too deeply)") from None
+    except ValueError as error:  # so is TOMLDecodeError
+        raise blame.at(where, f"not valid TOML ({error})") from None
     return value
 
 

@@ -20,7 +20,6 @@ Three more keys may stand at the top, and the first two of them in a rule:
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import translate
@@ -28,7 +27,10 @@ from functools import cached_property
 from pathlib import Path
 
 from edgelm.errors import RecipeError
+from edgelm.json_dataclass import Blame, parse_toml, quoted, read_bytes
 from edgelm.quant.scheme import AnyScheme, Fp8Scheme, Scheme, parse_scheme
+
+_BLAME = Blame(RecipeError, "mend it, or write one with `edgelm recipe`")
 
 FLOAT = "float"
 AUTO = "auto"
@@ -153,16 +155,13 @@ class Recipe:
         return "\n".join(lines) + "\n"
 
     @classmethod
-    def from_toml(cls, text: str, where: str = "the recipe", name: str | None = None) -> Recipe:
+    def from_toml(cls, text: str | bytes, where: str = "the recipe", name: str | None = None) -> Recipe:
         """Read a recipe; `name` is used where the text gives none.
 
         Raises:
             RecipeError: it is no TOML, a key is unknown or missing, or a scheme does not exist.
         """
-        try:
-            table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"{where} is not valid TOML: {error}") from error
+        table = parse_toml(text, where, _BLAME)
         _only(table, ("name", "default", "rule", *_CHOICES), where)
         rules = table.get("rule", [])
         if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
@@ -190,11 +189,7 @@ class Recipe:
         path = Path(preset_or_path)
         if not path.is_file():
             raise RecipeError(f"no recipe {preset_or_path}: give {', '.join(PRESETS)}, or the path of a .toml file")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{path} is not valid TOML: {error}") from error
-        return cls.from_toml(text, str(path), path.stem)
+        return cls.from_toml(read_bytes(path, _BLAME), str(path), path.stem)
 
 
 def _quoted(text: str) -> str:
@@ -205,7 +200,7 @@ def _quoted(text: str) -> str:
 def _only(table: Mapping[str, object], keys: tuple[str, ...], where: str) -> None:
     unknown = sorted(set(table) - set(keys))
     if unknown:
-        raise RecipeError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(keys)}")
+        raise RecipeError(f"{where}: unknown key {', '.join(unknown)[:200]}; known are {', '.join(keys)}")
 
 
 def _text(table: Mapping[str, object], key: str, where: str) -> str:
@@ -218,7 +213,7 @@ def _text(table: Mapping[str, object], key: str, where: str) -> str:
 def _choice(table: Mapping[str, object], key: str, where: str) -> str:
     value = _text(table, key, where)
     if value not in _CHOICES[key]:
-        raise RecipeError(f'{where}: {key} = "{value}" is none of {", ".join(_CHOICES[key])}')
+        raise RecipeError(f"{where}: {key} = {quoted(value)} is none of {', '.join(_CHOICES[key])}")
     return value
 
 

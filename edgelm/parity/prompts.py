@@ -6,11 +6,14 @@ a conversation, and one longer text so that attention has something to look back
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgelm.errors import ParityError
+from edgelm.json_dataclass import Blame, from_data, parse, read_bytes
+
+_BLAME = Blame(ParityError, "write one prompt per line, or a JSON list of strings")
+_MAX_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -54,20 +57,15 @@ def load_prompts(path: Path) -> tuple[Prompt, ...]:
     Raises:
         ParityError: the file cannot be read, holds no prompt, or is a JSON document of another kind.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParityError(f"the prompts in {path} cannot be read: {error}") from error
-    if text.lstrip().startswith("["):
-        try:
-            texts = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ParityError(f"{path} starts like a JSON list but is none: {error}") from error
-        if not isinstance(texts, list) or not all(isinstance(item, str) for item in texts):
-            raise ParityError(f"{path} must be a JSON list of strings, or plain text with one prompt per line")
+    data = read_bytes(path, _BLAME, _MAX_BYTES)
+    if data.lstrip()[:1] == b"[":
+        texts = from_data(list[str], parse(data, path, _BLAME), path, _BLAME)
     else:
-        texts = text.splitlines()
+        try:
+            texts = data.decode("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise _BLAME.at(path, f"cannot be read ({error})") from error
     texts = [item for item in texts if item.strip()]
     if not texts:
-        raise ParityError(f"{path} holds no prompt: write one per line, or a JSON list of strings")
+        raise _BLAME.at(path, "holds no prompt")
     return tuple(Prompt(f"prompt {number}", item) for number, item in enumerate(texts, 1))

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from edgelm.bundle import CalibrationInfo, ExpertFallback
 from edgelm.errors import CheckpointError
+from edgelm.json_dataclass import Blame, Count, from_data, parse, read_json, require_format
 
 CALIBRATION_FILE = "calibration.json"
 FORMAT_VERSION = 1
+_BLAME = Blame(CheckpointError, "calibrate again, or remove it")
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class LayerReport:
     """
 
     tensors: dict[str, TensorReport] = field(default_factory=dict)
-    tokens: list[int] = field(default_factory=list)
-    borrowed: list[int] = field(default_factory=list)
-    fallbacks: list[int] = field(default_factory=list)
+    tokens: list[Count] = field(default_factory=list)
+    borrowed: list[Count] = field(default_factory=list)
+    fallbacks: list[Count] = field(default_factory=list)
 
     @property
     def mean_error(self) -> float | None:
@@ -61,15 +61,20 @@ class LayerReport:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> LayerReport:
-        """Read what `to_json` wrote."""
-        return cls.from_dict(json.loads(text))
+    def from_json(cls, text: str, where: Path) -> LayerReport:
+        """Read what `to_json` wrote.
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> LayerReport:
-        """Read what `asdict` made."""
-        tensors = {name: TensorReport(**entry) for name, entry in data["tensors"].items()}
-        return cls(tensors, data["tokens"], data["borrowed"], data["fallbacks"])
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        return from_data(cls, parse(text, where, _BLAME), where, _BLAME).checked(where)
+
+    def checked(self, where: Path) -> LayerReport:
+        """Itself. Raises CheckpointError where its lists do not belong together."""
+        experts = len(self.tokens)
+        if len(self.borrowed) != experts or any(expert >= experts for expert in self.fallbacks):
+            raise _BLAME.at(where, f"a layer has tokens of {experts} experts, and borrowed or fallbacks of others")
+        return self
 
 
 @dataclass(frozen=True)
@@ -90,9 +95,9 @@ class CalibrationReport:
 
     text: str
     sha256: str
-    samples: int
-    length: int
-    min_tokens: int
+    samples: Count
+    length: Count
+    min_tokens: Count
     layers: list[LayerReport]
     head: LayerReport
     smoothing: str | None = None
@@ -137,17 +142,11 @@ class CalibrationReport:
             CheckpointError: the file is damaged or of another version.
         """
         path = folder / CALIBRATION_FILE
-        if not path.is_file():
+        if not path.exists():
             return None
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data["format_version"] != FORMAT_VERSION:
-                raise CheckpointError(
-                    f"{path} has format_version {data['format_version']!r}, this version reads {FORMAT_VERSION}: "
-                    "use the EdgeLM that wrote it, or calibrate again"
-                )
-            del data["methods"], data["fallbacks"]
-            layers = [LayerReport.from_dict(layer) for layer in data.pop("layers")]
-            return cls(layers=layers, head=LayerReport.from_dict(data.pop("head")), **data)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged ({error!r}): calibrate again, or remove it") from error
+        data = require_format(read_json(path, _BLAME), "format_version", FORMAT_VERSION, path, _BLAME)
+        # What can be counted from the rest stands there for people.
+        report = from_data(cls, data, path, _BLAME, ignored=("methods", "fallbacks"))
+        for layer in (*report.layers, report.head):
+            layer.checked(path)
+        return report

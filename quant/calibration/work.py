@@ -27,6 +27,7 @@ from torch import Tensor
 from edgelm.checkpoint import Checkpoint, SafetensorsFile, SafetensorsWriter, TensorSpec
 from edgelm.errors import CheckpointError, EdgeLMError
 from edgelm.files import atomic_file
+from edgelm.json_dataclass import Blame, read_json
 from edgelm.progress import Progress
 from edgelm.quant.calibration.report import LayerReport
 from edgelm.quant.recipe import Recipe
@@ -52,7 +53,8 @@ class WorkFolder:
 
     def next_layer(self) -> int | None:
         """The layer to go on with, None where even the embedding is still to be looked up."""
-        found = [int(path.stem.rpartition("-")[2]) for path in self.path.glob("stream-*.safetensors")]
+        numbers = [path.stem.rpartition("-")[2] for path in self.path.glob("stream-?????.safetensors")]
+        found = [int(number) for number in numbers if number.isdecimal()]
         # Two are there where the run ended between writing one and removing the other.
         return max(found, default=None)
 
@@ -155,7 +157,9 @@ def _write(path: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str
 
 def _report(path: Path) -> LayerReport:
     with SafetensorsFile(path) as file:
-        return LayerReport.from_json(file.metadata[_REPORT])
+        if _REPORT not in file.metadata:
+            raise CheckpointError(f"{path} holds no report: remove the folder {path.parent}, and calibrate again")
+        return LayerReport.from_json(file.metadata[_REPORT], path)
 
 
 @contextlib.contextmanager
@@ -198,8 +202,8 @@ def _clear_unless(path: Path, wanted: Mapping[str, Any], progress: Progress) -> 
     if not left:
         return
     try:
-        found = json.loads((path / _STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(path / _STATE, Blame(EdgeLMError, f"remove the folder {path}"))
+    except EdgeLMError:
         found = None
     if found == wanted:
         return

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from edgelm.errors import BundleError
+from edgelm.json_dataclass import Count
 
 __all__ = ["Resources", "architecture", "resources"]
 
@@ -35,10 +36,10 @@ class Resources:
         argument_bytes: size of the kernel's parameters.
     """
 
-    registers: int
-    local_bytes: int
-    shared_bytes: int
-    argument_bytes: int
+    registers: Count
+    local_bytes: Count
+    shared_bytes: Count
+    argument_bytes: Count
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,16 @@ Its hashes are in the bundle's manifest.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from edgelm.devices import allowed_cores
 from edgelm.errors import BundleError, ExportError, RuntimeUnavailableError
+from edgelm.json_dataclass import Blame, Count, Range, from_data, quoted, read_json, require_format
 from edgelm.progress import Progress, Silent
 from edgelm.runtimes.cuda import nvrtc, sources
 from edgelm.runtimes.cuda.cubin import Resources
@@ -27,6 +29,27 @@ INDEX = "kernels.json"
 FORMAT = 1
 # A cubin runs on later devices of its generation, except that boards (Orin, Thor) have code of their own.
 _BOARDS = (87, 88, 110)
+_TARGET = re.compile(r"(sm|compute)_[1-9][0-9]{1,2}")
+_BLAME = Blame(BundleError, "copy the bundle again")
+_Version = Annotated[int, Range(0, 10_000)]
+
+
+@dataclass(frozen=True)
+class _ImageInfo:
+    file: str
+    resources: dict[str, Resources]
+    waits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Index:
+    """`kernels.json`."""
+
+    format: int
+    nvrtc: tuple[_Version, _Version]
+    argument_bytes: dict[str, Count]
+    images: dict[str, _ImageInfo]
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,25 +142,20 @@ class KernelFolder:
             BundleError: it is missing, damaged or of a newer format.
         """
         self.folder = folder
-        try:
-            data: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            if data["format"] != FORMAT:
-                raise BundleError(f"{folder / INDEX} has format {data['format']}, not {FORMAT}: update edgelm")
-            major, minor = data["nvrtc"]
-            self.compiler = (int(major), int(minor))
-            self.argument_bytes = {str(name): int(size) for name, size in data["argument_bytes"].items()}
-            self.files = {str(target): str(image["file"]) for target, image in data["images"].items()}
-            self.waits = {str(target): frozenset(image.get("waits", ())) for target, image in data["images"].items()}
-            self.resources = {
-                target: {name: Resources(**used) for name, used in image["resources"].items()}
-                for target, image in data["images"].items()
-            }
-        except FileNotFoundError as error:
-            raise BundleError(
-                f"{folder / INDEX} is missing: the bundle holds no GPU kernels; export it again"
-            ) from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{folder / INDEX} is damaged ({error!r}): copy the bundle again") from error
+        path = folder / INDEX
+        if not path.exists():
+            raise BundleError(f"{path} is missing: the bundle holds no GPU kernels; export it again")
+        index = from_data(_Index, require_format(read_json(path, _BLAME), "format", FORMAT, path, _BLAME), path, _BLAME)
+        for target, image in index.images.items():
+            if not _TARGET.fullmatch(target):
+                raise _BLAME.at(path, f"images has {quoted(target)}, expected such as sm_86 or compute_80")
+            if not re.fullmatch(r"\w[\w.-]*", image.file, re.ASCII):
+                raise _BLAME.at(path, f"images.{target}.file is {quoted(image.file)}, no name of a file beside it")
+        self.compiler = index.nvrtc
+        self.argument_bytes = index.argument_bytes
+        self.files = {target: image.file for target, image in index.images.items()}
+        self.waits = {target: frozenset(image.waits) for target, image in index.images.items()}
+        self.resources = {target: image.resources for target, image in index.images.items()}
 
     def image(self, names: Sequence[str], capability: tuple[int, int], driver: tuple[int, int]) -> Image:
         """The image that suits a device best.

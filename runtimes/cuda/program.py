@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 from edgelm.errors import BundleError
 from edgelm.gpu_weights import GpuKind, GpuMatrix
+from edgelm.json_dataclass import Blame, Count, Range, from_data, parse, quoted, read_bytes, require_format
 
 __all__ = ["PROGRAM_FILE", "TYPE_BYTES", "Node", "Program", "Value", "Weight", "matrix_attrs", "matrix_of"]
 
@@ -29,7 +31,18 @@ FLOAT32 = "f32"
 ACTIVATIONS = ("bf16", "f16", FLOAT32)
 TYPE_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "int32": 4, "uint8": 1}
 
+_BLAME = Blame(BundleError, "copy or export the bundle again")
+_LARGEST = (1 << 31) - 1
+_POSITIVE = ("rows", "columns", "group", "count", "num_heads", "head_size", "k")
+"""How the names end of whole numbers that are 1 or more; all others are 0 or more."""
+# Inputs that an operator reads, those of them that must be there, and results.
+_ARITY = {
+    "QuantEmbedding": (2, 2, 1), "QuantLinear": (4, 2, 1), "SparseMoE": (5, 4, 2), "GroupQueryAttention": (8, 6, 3),
+    "LastToken": (1, 1, 1),
+}  # fmt: skip
+
 Attribute = int | float | str
+ElementType = Literal["f32", "bf16", "f16", "int32", "uint8"]
 
 
 @dataclass(frozen=True)
@@ -47,10 +60,14 @@ class Node:
         return str(self._attr(key))
 
     def whole(self, key: str) -> int:
-        """A whole number. Raises BundleError where it is missing or something else."""
+        """A whole number that is not negative. Raises BundleError where it is missing or something else."""
         value = self._attr(key)
-        if not isinstance(value, int):
-            raise BundleError(f"{PROGRAM_FILE}: {key} of {self.name} is {value!r}: export the bundle again")
+        low = 1 if key.endswith(_POSITIVE) else 0
+        if not isinstance(value, int) or not low <= value <= _LARGEST:
+            raise BundleError(
+                f"{PROGRAM_FILE}: {key} of {self.name} is {value!r:.60}, expected a whole number from {low} to "
+                f"{_LARGEST}: export the bundle again"
+            )
         return value
 
     def number(self, key: str) -> float:
@@ -74,8 +91,8 @@ class Node:
 class Value:
     """An intermediate result [batch, tokens, width]."""
 
-    type: str
-    width: int
+    type: ElementType
+    width: Annotated[int, Range(1, _LARGEST)]
 
     @property
     def row_bytes(self) -> int:
@@ -87,10 +104,26 @@ class Value:
 class Weight:
     """Where a tensor lies in the weights file."""
 
-    type: str
-    dims: tuple[int, ...]
-    offset: int
-    size: int
+    type: ElementType
+    dims: tuple[Annotated[int, Range(1, _LARGEST)], ...]
+    offset: Count
+    size: Count
+
+    @property
+    def elements(self) -> int:
+        """How many there are."""
+        return math.prod(self.dims)
+
+
+@dataclass(frozen=True)
+class _File:
+    """`program.json`."""
+
+    format: int
+    nodes: tuple[Node, ...]
+    values: dict[str, tuple[ElementType, Annotated[int, Range(1, _LARGEST)]]]
+    weights: dict[str, Weight]
+    exact: dict[str, Attribute]
 
 
 @dataclass(frozen=True)
@@ -129,44 +162,26 @@ class Program:
         )
 
     @classmethod
-    def from_json(cls, text: str, where: Path | str) -> Program:
+    def from_json(cls, text: str | bytes, where: Path | str) -> Program:
         """Parse and check what `to_json` wrote.
 
         Raises:
-            BundleError: it is damaged, of a newer format, or uses a value that nothing makes.
+            BundleError: it is damaged, of a newer format, uses a value that nothing makes, or has shapes that do not
+                fit together.
         """
-        try:
-            data: dict[str, Any] = json.loads(text)
-            if data["format"] != FORMAT:
-                raise BundleError(f"{where} has format {data['format']}, this EdgeLM reads {FORMAT}: upgrade edgelm")
-            found = cls(
-                tuple(_node(entry) for entry in data["nodes"]),
-                {str(name): Value(_type(kind), int(width)) for name, (kind, width) in data["values"].items()},
-                {
-                    str(name): Weight(
-                        _type(entry["type"]),
-                        tuple(int(dim) for dim in entry["dims"]),
-                        int(entry["offset"]),
-                        int(entry["size"]),
-                    )
-                    for name, entry in data["weights"].items()
-                },
-                dict(data["exact"]),
-            )
-            problem = next(found._problems(), None)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{where} is damaged ({error!r}): copy or export the bundle again") from error
+        data = require_format(parse(text, where, _BLAME), "format", FORMAT, where, _BLAME)
+        file = from_data(_File, data, where, _BLAME)
+        values = {name: Value(*described) for name, described in file.values.items()}
+        found = cls(file.nodes, values, file.weights, file.exact)
+        problem = next(found._problems(), None)
         if problem is not None:
-            raise BundleError(f"{where} is damaged ({problem}): copy or export the bundle again")
+            raise _BLAME.at(where, f"is damaged ({problem})")
         return found
 
     @classmethod
     def read(cls, path: Path) -> Program:
         """Read a bundle's file. Raises as `from_json`, and BundleError where it is missing."""
-        try:
-            return cls.from_json(path.read_text(encoding="utf-8"), path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"{path} cannot be read ({error}): copy or export the bundle again") from error
+        return cls.from_json(read_bytes(path, _BLAME), path)
 
     def _problems(self) -> Iterator[str]:
         known = {"", "input_ids", "past_lengths", *self.weights}
@@ -178,11 +193,62 @@ class Program:
                 if name not in self.values and not name.startswith("present."):
                     yield f"the value {name} of {node.name} has no type"
             known |= set(node.outputs)
-        if "logits" not in known:
+        if "logits" not in known or "logits" not in self.values:
             yield "nothing makes logits"
         for name, weight in self.weights.items():
-            if weight.offset < 0 or weight.size <= 0:
-                yield f"the weight {name} has {weight.size} bytes at {weight.offset}"
+            if weight.size != weight.elements * TYPE_BYTES[weight.type]:
+                yield f"the weight {name} has {weight.size} bytes for {weight.elements} elements of {weight.type}"
+        for node in self.nodes:
+            if node.op in _ARITY:  # another is refused by whoever plans its launches
+                yield from self._misfits(node)
+
+    def _misfits(self, node: Node) -> Iterator[str]:
+        """Inputs and results of a node that have another shape than its attributes say."""
+        most, least, results = _ARITY[node.op]
+        given = [name for name in node.inputs[:least] if name]
+        if len(given) < least or len(node.inputs) > most or not 1 <= len(node.outputs) <= results:
+            yield f"{node.name} has {len(node.inputs)} inputs and {len(node.outputs)} results, and is a {node.op}"
+            return
+        for name, wanted in self._sizes(node):
+            if not name:
+                continue
+            if name in self.values:
+                size = self.values[name].width
+            elif name in self.weights:
+                weight = self.weights[name]
+                size = weight.size if weight.type == "uint8" else weight.elements
+            else:
+                yield f"{node.name} reads {quoted(name)} where it wants a value or a weight"
+                continue
+            if size != wanted:
+                yield f"{node.name} wants {wanted} values in {quoted(name)}, which has {size}"
+
+    def _sizes(self, node: Node) -> Iterator[tuple[str, int]]:
+        """Inputs and results of a node with what they must have: values in a row, or bytes of a blob."""
+        inputs, result = node.input, node.outputs[0]
+        if node.op == "QuantEmbedding":
+            matrix = matrix_of(node)
+            yield from ((inputs(1), matrix.nbytes), (result, matrix.columns))
+        elif node.op == "QuantLinear":
+            matrix = matrix_of(node)
+            yield from ((inputs(0), matrix.columns), (inputs(1), matrix.nbytes), (inputs(2), matrix.columns))
+            yield from ((inputs(3), matrix.outputs), (result, matrix.outputs))
+        elif node.op == "GroupQueryAttention":
+            heads, kv_heads, width = (node.whole(key) for key in ("num_heads", "kv_num_heads", "head_size"))
+            yield from ((inputs(0), (heads + 2 * kv_heads) * width), (result, heads * width))
+            yield from ((inputs(6), heads * width), (inputs(7), kv_heads * width))
+            for name in (inputs(4), inputs(5)):
+                dims = self.weights[name].dims if name in self.weights else ()
+                yield name, dims[0] * (width // 2) if dims else -1
+        elif node.op == "SparseMoE":
+            up, down, experts = matrix_of(node, "gate_up_"), matrix_of(node, "down_"), node.whole("gate_up_count")
+            yield from ((inputs(0), up.columns), (inputs(1), experts * up.columns), (inputs(4), up.columns))
+            yield from ((inputs(2), up.nbytes), (inputs(3), down.nbytes), (result, down.outputs))
+            yield from ((name, experts) for name in node.outputs[1:])
+            if (up.outputs, up.columns, up.count) != (down.columns, down.rows, down.count) or node.whole("k") > experts:
+                raise _BLAME.at(PROGRAM_FILE, f"the experts of {node.name} do not fit together")
+        else:
+            yield inputs(0), self.values[result].width
 
 
 def matrix_attrs(matrix: GpuMatrix, prefix: str = "") -> dict[str, Attribute]:
@@ -202,26 +268,15 @@ def matrix_of(node: Node, prefix: str = "") -> GpuMatrix:
     """The blob that attributes describe.
 
     Raises:
-        BundleError: one is missing, or there is no such kind.
+        BundleError: one is missing, there is no such kind, or they contradict each other.
     """
     kind = node.text(f"{prefix}kind")
     if kind not in list(GpuKind):
         raise BundleError(f"{PROGRAM_FILE}: {node.name} has weights of the kind {kind!r}: upgrade edgelm")
     rows, columns, group, count = (node.whole(f"{prefix}{key}") for key in ("rows", "columns", "group", "count"))
     zeros, swiglu = (bool(node.whole(f"{prefix}{key}")) for key in ("zeros", "swiglu"))
-    return GpuMatrix(GpuKind(kind), rows, columns, group, zeros, swiglu, count)
-
-
-def _node(entry: Mapping[str, Any]) -> Node:
-    attrs = dict(entry["attrs"])
-    for key, value in attrs.items():
-        if not isinstance(value, int | float | str):
-            raise ValueError(f"{key} of {entry['name']} is {value!r}")
-    inputs, outputs = (tuple(str(name) for name in entry[key]) for key in ("inputs", "outputs"))
-    return Node(str(entry["op"]), str(entry["name"]), inputs, outputs, attrs)
-
-
-def _type(name: str) -> str:
-    if name not in TYPE_BYTES:
-        raise ValueError(f"there is no type {name!r}")
-    return name
+    matrix = GpuMatrix(GpuKind(kind), rows, columns, group, zeros, swiglu, count)
+    problem = matrix.problem()
+    if problem:
+        raise BundleError(f"{PROGRAM_FILE}: {node.name} has {problem}: export the bundle again")
+    return matrix

@@ -19,6 +19,7 @@ from pathlib import Path
 from edgelm.bundle import MANIFEST, Bundle, FileInfo, sha256_of
 from edgelm.errors import BundleError, ExportError
 from edgelm.files import PARTIAL, atomic_file, disk_full_explained, need_disk
+from edgelm.json_dataclass import Blame, from_data, read_json, require_format
 from edgelm.progress import Progress, Silent
 from edgelm.runtimes.cuda.driver import find_devices
 from edgelm.runtimes.cuda.kernels_file import FOLDER as KERNELS
@@ -37,6 +38,7 @@ ROWS_FILE = "model.rows.data"
 """Matrices in rows, which exists only while an engine is built."""
 _FORMAT = 1
 _FP8_SM = 89
+_BLAME = Blame(BundleError, "export the bundle again")
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,13 @@ class GraphRecipe:
         Raises:
             BundleError: it is missing or damaged, or of another version.
         """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            version, fp8, rows = data.pop("format"), bool(data.pop("fp8")), data.pop("rows")
-            if version != _FORMAT:
-                raise ValueError(f"format {version}, this EdgeLM reads {_FORMAT}")
-            return cls(GraphShape(**data), fp8, rowmajor.from_list(rows, path))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{path} cannot be used ({error}): export the bundle again") from error
+        data = require_format(read_json(path, _BLAME), "format", _FORMAT, path, _BLAME)
+        shape = {item.name: data[item.name] for item in dataclasses.fields(GraphShape) if item.name in data}
+        rest = {name: value for name, value in data.items() if name not in shape and name != "format"}
+        recipe = from_data(cls, {"shape": shape, **rest}, path, _BLAME)
+        for entry in recipe.rows:
+            entry.check(path)
+        return recipe
 
 
 def build_bundle(

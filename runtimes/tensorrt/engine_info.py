@@ -13,9 +13,10 @@ import mmap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from edgelm.errors import BundleError
+from edgelm.json_dataclass import Blame, Count, Range, from_data, parse, quoted, read_bytes, require_format
 from edgelm.runtimes.tensorrt.library import FULL, RTX
 from edgelm.runtimes.tensorrt.operators import MARK, PREFIX, PluginSpec
 
@@ -26,6 +27,8 @@ FOLDER = "engines"
 PYTHON, PTX = "python", "ptx"
 _FORMAT = 1
 _SPEC_LIMIT = 1 << 16
+_BLAME = Blame(BundleError, "run `edgelm build` again")
+_Size = Annotated[int, Range(1, (1 << 31) - 1)]
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,15 @@ class EngineInfo:
     file: str
     flavour: str
     version: str
-    sms: tuple[int, ...]
+    sms: tuple[Annotated[int, Range(10, 999)], ...]
     plugins: str
-    max_batch: int
-    chunk: int
-    context_length: int
+    max_batch: _Size
+    chunk: _Size
+    context_length: _Size
     kv: str
     weight_streaming: bool
-    operators: dict[str, int]
-    seconds: float
+    operators: dict[str, Count]
+    seconds: Annotated[float, Range(0)]
     linears: str = "plugin"
     attention: str = "plugin"
 
@@ -69,20 +72,14 @@ class EngineInfo:
         return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: Path) -> EngineInfo:
+    def from_json(cls, text: str | bytes, where: Path) -> EngineInfo:
         """Parse a description.
 
         Raises:
             BundleError: it is none, or of another version.
         """
-        try:
-            data = json.loads(text)
-            version = data.pop("format")
-            if version != _FORMAT:
-                raise ValueError(f"format {version}, this EdgeLM reads {_FORMAT}")
-            return cls(**{**data, "sms": tuple(data["sms"])})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{where} does not describe an engine ({error}): run `edgelm build` again") from error
+        data = require_format(parse(text, where, _BLAME), "format", _FORMAT, where, _BLAME)
+        return from_data(cls, data, where, _BLAME, ignored=("format",))
 
     @property
     def needs(self) -> str:
@@ -111,9 +108,9 @@ def engines(bundle: Bundle) -> list[EngineInfo]:
     for name in sorted(bundle.manifest.files):
         if name.startswith(f"{FOLDER}/") and name.endswith(".json"):
             path = bundle.file(name)
-            info = EngineInfo.from_json(path.read_text(encoding="utf-8"), path)
+            info = EngineInfo.from_json(read_bytes(path, _BLAME), path)
             if info.file not in bundle.manifest.files:
-                raise BundleError(f"{path} describes {info.file}, which the manifest does not list: build again")
+                raise _BLAME.at(path, f"describes {quoted(info.file)}, which the manifest does not list")
             found.append(info)
     return found
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import BundleError
 from edgelm.gpu_weights import ROWS, TILE_BYTES, GpuKind, GpuMatrix
+from edgelm.json_dataclass import Count, quoted
 
 ALIGNMENT = 4096
 _HALF = ROWS // 2
@@ -38,10 +39,16 @@ class Rows:
 
     name: str
     matrix: GpuMatrix
-    source: int
-    part: str
-    what: str
-    offset: int
+    source: Count
+    part: Literal["all", "gate", "up"]
+    what: Literal["values", "scales"]
+    offset: Count
+
+    def check(self, where: Path) -> None:
+        """Raise BundleError unless the matrix is one and the part is there."""
+        problem = self.matrix.problem()
+        if problem or self.matrix.count != 1 or (self.part != _ALL) != self.matrix.swiglu:
+            raise BundleError(f"{where}: {quoted(self.name)} is no matrix in rows ({problem}): export the bundle again")
 
     @property
     def rows(self) -> int:
@@ -64,21 +71,6 @@ class Rows:
 def parts_of(matrix: GpuMatrix) -> tuple[str, ...]:
     """The matrices that a blob holds one beside the other."""
     return (_GATE, _UP) if matrix.swiglu else (_ALL,)
-
-
-def from_list(entries: list[dict[str, Any]], where: Path) -> list[Rows]:
-    """Entries as `dataclasses.asdict` gives them, read from JSON.
-
-    Raises:
-        BundleError: one is damaged.
-    """
-    try:
-        return [
-            Rows(**{**entry, "matrix": GpuMatrix(**{**entry["matrix"], "kind": GpuKind(entry["matrix"]["kind"])})})
-            for entry in entries
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{where} is damaged ({error}): export the bundle again") from error
 
 
 def write(entries: list[Rows], weights: Path, out: Path) -> None:

@@ -154,11 +154,20 @@ def test_a_folder_that_is_missing_damaged_or_too_new_is_an_error(kernels, tmp_pa
     index = folder / "kernels.json"
     document = json.loads(index.read_text())
     index.write_text(json.dumps({**document, "format": 2}))
-    with pytest.raises(BundleError, match="has format 2, not 1: update edgelm"):
+    with pytest.raises(BundleError, match="format is 2, this EdgeLM reads 1: upgrade edgelm"):
         KernelFolder(folder)
-    for damaged in ("{", "[]", json.dumps({**document, "images": {"sm_80": {}}}), json.dumps({"format": 1})):
+    image = document["images"]["sm_80"]
+    for damaged, said in (
+        ("{", "not valid JSON"),
+        ("[]", "it is a list, expected an object"),
+        (json.dumps({**document, "images": {"sm_80": {}}}), "images.sm_80.file is missing, expected a text"),
+        (json.dumps({**document, "images": {"sm_x": image}}), 'images has "sm_x", expected such as sm_86'),
+        (json.dumps({**document, "images": {"sm_80": {**image, "file": "../x"}}}), 'file is "../x", no name of a file'),
+        (json.dumps({**document, "nvrtc": [13]}), "nvrtc is a list, expected a list of 2 entries"),
+        (json.dumps({"format": 1}), "nvrtc is missing"),
+    ):
         index.write_text(damaged)
-        with pytest.raises(BundleError, match=r"kernels.json is damaged"):
+        with pytest.raises(BundleError, match=rf"kernels.json: {said}.*: copy the bundle again"):
             KernelFolder(folder)
 
 

@@ -197,13 +197,19 @@ def test_is_another_targets_bundle_refused(bundles: Bundles) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda data: data.update(format=2), "has format 2, this EdgeLM reads 1: upgrade"),
-        (lambda data: data.pop("values"), "is damaged"),
+        (lambda data: data.update(format=2), "format is 2, this EdgeLM reads 1: upgrade"),
+        (lambda data: data.pop("values"), "values is missing, expected an object"),
+        (lambda data: data["values"].update(logits=["f32", 1 << 40]), r"values.logits\[1\] is 1099511627776, expected"),
+        (lambda data: data["values"].update(logits=["f32", 8]), r'wants \d+ values in "logits", which has 8'),
+        (lambda data: data["nodes"][1]["attrs"].update(rows=-1), "rows of .* is -1, expected a whole number from 1"),
+        (lambda data: data["nodes"][1]["attrs"].update(group=7), "in groups of 7, which no .* matrix has"),
+        (lambda data: data["nodes"][2]["attrs"].update(head_size=0), "head_size of .* is 0, expected a whole number"),
         (lambda data: data["nodes"][0].update(op="Rotate"), "is the operator 'Rotate'"),
         (lambda data: data["nodes"].pop(0), "reads hidden.0, which nothing makes"),
         (lambda data: data["nodes"][1]["attrs"].pop("group"), "has no group"),
         (lambda data: data["nodes"][1]["attrs"].update(kind="int2"), "of the kind 'int2'"),
         (lambda data: data["nodes"][1]["attrs"].update(activations="int7"), "multiplies 'int7'"),
+        (lambda data: data["weights"]["rope.cos"].update(size=4), "has 4 bytes for"),
         (lambda data: data["weights"]["rope.cos"].update(offset=1 << 40), "the program's weights end at"),
     ],
 )

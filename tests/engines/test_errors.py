@@ -113,7 +113,7 @@ def test_a_damaged_engine_is_found(copied: Bundle, rtx: Library) -> None:
     with pytest.raises(BundleError, match="is empty"):
         engine_info.plugins_in(path)
     (copied.path / info.file.replace(".engine", ".json")).write_text('{"format": 2}')
-    with pytest.raises(BundleError, match=r"does not describe an engine .*run `edgelm build` again"):
+    with pytest.raises(BundleError, match=r"format is 2, this EdgeLM reads 1: upgrade edgelm"):
         engines(copied)
 
 

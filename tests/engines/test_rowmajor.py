@@ -13,7 +13,10 @@ from edgelm.errors import BundleError
 from edgelm.export.gpu_packing import BlobWriter, interleaved
 from edgelm.export.gpu_packing import Rows as Packed
 from edgelm.gpu_weights import GpuKind, GpuMatrix
-from edgelm.runtimes.tensorrt.rowmajor import Rows, from_list, parts_of, write
+from edgelm.json_dataclass import Blame, from_data
+from edgelm.runtimes.tensorrt.rowmajor import Rows, parts_of, write
+
+BLAME = Blame(BundleError, "export the bundle again")
 
 
 def packed(folder: Path, matrix: GpuMatrix, rows: list[Packed], before: int) -> Path:
@@ -45,7 +48,8 @@ def test_rows_come_back(tmp_path: Path, kind: GpuKind, rows: int, swiglu: bool) 
         for what in ("values",) if wide else ("values", "scales"):
             entries.append(Rows(f"{part}.{what}", matrix, 4096, part, what, place))
             place += entries[-1].nbytes
-    entries = from_list(json.loads(json.dumps([dataclasses.asdict(entry) for entry in entries])), tmp_path)
+    documents = json.loads(json.dumps([dataclasses.asdict(entry) for entry in entries]))
+    entries = [from_data(Rows, document, tmp_path, BLAME) for document in documents]
     out = tmp_path / "rows.bin"
     write(entries, weights, out)
     data = out.read_bytes()
@@ -67,5 +71,7 @@ def test_a_weights_file_that_ends_early_is_named(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(bytes(100))
     with pytest.raises(BundleError, match=r"weights.bin ends within a: copy or export"):
         write([Rows("a", matrix, 0, "all", "values", 0)], tmp_path / "weights.bin", tmp_path / "rows.bin")
-    with pytest.raises(BundleError, match="is damaged"):
-        from_list([{"name": 1}], tmp_path)
+    with pytest.raises(BundleError, match="name is 1, expected a text"):
+        from_data(Rows, {"name": 1}, tmp_path, BLAME)
+    with pytest.raises(BundleError, match=r'"a" is no matrix in rows .*16 rows of 50 columns in groups of 50'):
+        Rows("a", GpuMatrix(GpuKind.BFLOAT16, 16, 50, 50), 0, "all", "values", 0).check(tmp_path)

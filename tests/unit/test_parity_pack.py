@@ -169,7 +169,7 @@ def test_prompts_from_a_file_one_per_line_or_as_json(tmp_path):
     assert [prompt.text for prompt in load_prompts(listed)] == ["two\nlines", "x"]
 
 
-@pytest.mark.parametrize(("content", "message"), [("\n \n", "no prompt"), ("[1, 2]", "list of strings"), ("[", "none")])
+@pytest.mark.parametrize(("content", "message"), [("\n \n", "no prompt"), ("[1, 2]", "list of strings"), ("[", "not valid JSON")])
 def test_useless_prompt_files_are_refused(tmp_path, content, message):
     file = tmp_path / "prompts"
     file.write_text(content)
@@ -249,7 +249,7 @@ def test_an_archive_that_unpacks_to_far_more_is_refused_before_it_does(tmp_path)
     make_pack().save(tmp_path)
     rewrite(tmp_path, bomb=np.zeros(25 << 20, np.float32))
     tracemalloc.start()
-    with pytest.raises(ParityError, match="unpacks to 104[0-9]* bytes, too many for its size"):
+    with pytest.raises(ParityError, match=r"unpacks to 104[0-9]* bytes, too many for its size"):
         ParityPack.load(tmp_path)
     assert tracemalloc.get_traced_memory()[1] < 10 << 20
     tracemalloc.stop()
