@@ -21,12 +21,12 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from edgelm.errors import EdgeLMError
 
 __all__ = [
-    "Blame", "Count", "Range", "from_data", "parse", "parse_toml", "quoted", "read_bytes", "read_json",
+    "Blame", "Count", "OneOf", "Range", "from_data", "parse", "parse_toml", "quoted", "read_bytes", "read_json",
     "require_format", "shown",
 ]  # fmt: skip
 
@@ -60,6 +60,13 @@ class Range:
 
     def __str__(self) -> str:
         return f"of {self.low} or more" if self.high == math.inf else f"from {self.low} to {self.high}"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The texts that a field may have."""
+
+    choices: tuple[str, ...]
 
 
 Count = Annotated[int, Range(0, 2**63 - 1)]
@@ -192,8 +199,8 @@ def from_data(cls: type[T], data: Any, where: Path | str, blame: Blame, *, ignor
     """Make a dataclass of a parsed document.
 
     Args:
-        cls: the dataclass. Its fields are int, float, bool, str, None, `StrEnum`, `Literal`, dataclasses, and unions
-            with None, tuples, lists and dicts by str of these; `Annotated` with a `Range` limits a number.
+        cls: the dataclass. Its fields are int, float, bool, str, None, `StrEnum`, dataclasses, and unions with None,
+            tuples, lists and dicts by str of these; `Annotated` with a `Range` limits a number, with `OneOf` a text.
         data: what `parse` gave, or a TOML parser.
         where: how errors call the document.
         blame: who complains.
@@ -259,12 +266,12 @@ def _expect(kind: str, value: object) -> _Problem:
 def _reader(hint: Any) -> tuple[str, _Reader]:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        limits = [item for item in arguments[1:] if isinstance(item, Range)]
-        return _limited(arguments[0], limits[0]) if limits else _reader(arguments[0])
+        limit = next((item for item in arguments[1:] if isinstance(item, (Range, OneOf))), None)
+        if limit is None:
+            return _reader(arguments[0])
+        return _one_of(limit.choices) if isinstance(limit, OneOf) else _limited(arguments[0], limit)
     if origin in (Union, types.UnionType):
         return _union(tuple(arguments))
-    if origin is Literal:
-        return _one_of(tuple(arguments))
     if origin in (list, Sequence):
         return _sequence(arguments[0], list)
     if origin is tuple:
@@ -346,7 +353,7 @@ def _union(hints: tuple[Any, ...]) -> tuple[str, _Reader]:
     return kind, read
 
 
-def _one_of(choices: tuple[Any, ...]) -> tuple[str, _Reader]:
+def _one_of(choices: tuple[str, ...]) -> tuple[str, _Reader]:
     kind = " or ".join(json.dumps(choice) for choice in choices)
 
     def read(value: Any) -> Any:

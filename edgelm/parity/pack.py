@@ -35,6 +35,7 @@ INDEX_FILE = "pack.json"
 _BLAME = Blame(ParityError, "export the bundle again")
 # What a pack may unpack to: this, and its file's size times that. Real ones shrink by a tenth.
 _UNPACKED_BYTES, _UNPACKED_TIMES = 64 << 20, 16
+_PIECE = 1 << 20
 
 _TokenId = Annotated[int, Range(0, 2**31 - 1)]
 FloatArray = NDArray[np.float32]
@@ -311,16 +312,16 @@ def _read_array(archive: zipfile.ZipFile, path: Path, name: str, wanted: _Array)
         shape, by_columns, dtype = read_header(stream)
         if (shape, dtype.name) != (wanted.shape, wanted.dtype) or dtype != _dtype(name) or by_columns:
             raise _BLAME.at(path, f"array {name!r} is not what {INDEX_FILE} says")
-        array = np.empty(shape, dtype)
-        left = memoryview(array.reshape(-1)).cast("B") if array.size else memoryview(b"")
-        while left:
-            done = stream.readinto(left)
-            if not done:
+        size = math.prod(shape) * dtype.itemsize
+        data = bytearray()
+        while len(data) < size:
+            piece = stream.read(min(size - len(data), _PIECE))
+            if not piece:
                 raise EOFError(f"array {name!r} ends early")
-            left = left[done:]
+            data += piece
         if stream.read(1):  # at the end the checksum is compared, too
             raise EOFError(f"array {name!r} goes on behind its end")
-    return array
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
 def _dtype(name: str) -> np.dtype[Any]:

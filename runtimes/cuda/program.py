@@ -17,11 +17,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from edgelm.errors import BundleError
 from edgelm.gpu_weights import GpuKind, GpuMatrix
-from edgelm.json_dataclass import Blame, Count, Range, from_data, parse, quoted, read_bytes, require_format
+from edgelm.json_dataclass import Blame, Count, OneOf, Range, from_data, parse, quoted, read_bytes, require_format
 
 __all__ = ["PROGRAM_FILE", "TYPE_BYTES", "Node", "Program", "Value", "Weight", "matrix_attrs", "matrix_of"]
 
@@ -42,7 +42,7 @@ _ARITY = {
 }  # fmt: skip
 
 Attribute = int | float | str
-ElementType = Literal["f32", "bf16", "f16", "int32", "uint8"]
+ElementType = Annotated[str, OneOf(tuple(TYPE_BYTES))]
 
 
 @dataclass(frozen=True)

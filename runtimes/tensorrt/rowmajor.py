@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import BundleError
 from edgelm.gpu_weights import ROWS, TILE_BYTES, GpuKind, GpuMatrix
-from edgelm.json_dataclass import Count, quoted
+from edgelm.json_dataclass import Count, OneOf, quoted
 
 ALIGNMENT = 4096
 _HALF = ROWS // 2
@@ -40,8 +40,8 @@ class Rows:
     name: str
     matrix: GpuMatrix
     source: Count
-    part: Literal["all", "gate", "up"]
-    what: Literal["values", "scales"]
+    part: Annotated[str, OneOf((_ALL, _GATE, _UP))]
+    what: Annotated[str, OneOf(("values", "scales"))]
     offset: Count
 
     def check(self, where: Path) -> None:

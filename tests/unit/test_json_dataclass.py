@@ -5,12 +5,12 @@ import os
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated
 
 import pytest
 
 from edgelm.errors import BundleError
-from edgelm.json_dataclass import Blame, Count, Range, from_data, parse, read_bytes, require_format, shown
+from edgelm.json_dataclass import Blame, Count, OneOf, Range, from_data, parse, read_bytes, require_format, shown
 
 BLAME = Blame(BundleError, "make it again")
 
@@ -34,7 +34,7 @@ class Outer:
     many: tuple[Inner, ...] = ()
     pair: tuple[str, Count] = ("", 0)
     sizes: dict[str, Count] = field(default_factory=dict)
-    kind: Literal["a", "b"] = "a"
+    kind: Annotated[str, OneOf(("a", "b"))] = "a"
     colour: Colour = Colour.RED
     maybe: Annotated[int, Range(0, 9)] | None = None
     value: int | float | str = 0

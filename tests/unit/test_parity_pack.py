@@ -169,7 +169,9 @@ def test_prompts_from_a_file_one_per_line_or_as_json(tmp_path):
     assert [prompt.text for prompt in load_prompts(listed)] == ["two\nlines", "x"]
 
 
-@pytest.mark.parametrize(("content", "message"), [("\n \n", "no prompt"), ("[1, 2]", "list of strings"), ("[", "not valid JSON")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("\n \n", "no prompt"), ("[1, 2]", "list of strings"), ("[", "not valid JSON")]
+)
 def test_useless_prompt_files_are_refused(tmp_path, content, message):
     file = tmp_path / "prompts"
     file.write_text(content)
