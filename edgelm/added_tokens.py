@@ -71,6 +71,10 @@ class AddedToken:
     declared: int | None = None
     where: str = ""
 
+    def alike(self, other: AddedToken) -> bool:
+        """Whether both are the same, wherever they are declared."""
+        return self == replace(other, declared=self.declared, where=self.where)
+
     def native(self) -> Any:
         """The same as the `tokenizers` library's object."""
         import tokenizers
@@ -136,6 +140,11 @@ class Declared:
         return list(result.values())
 
 
+def _check_text(content: str, where: str) -> None:
+    if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
+        raise TokenizerError(f"{where}: the token {content[:80]!r} is not valid Unicode; fetch the file again")
+
+
 def _token(value: object, where: str, what: str, *, special: bool | None = None) -> AddedToken:
     """A token from a string or an object; `special` is the value of that flag where the object has none."""
     if isinstance(value, str):
@@ -145,6 +154,7 @@ def _token(value: object, where: str, what: str, *, special: bool | None = None)
     for name in value:
         if name not in ("content", "__type", "id", *FLAGS):
             raise TokenizerError(f"{where}: {what} has the unknown field {str(name)[:80]!r}; remove it")
+    _check_text(value["content"], where)
     flags = {name: value[name] for name in FLAGS if value.get(name) is not None}
     if not all(isinstance(flag, bool) for flag in flags.values()):
         raise TokenizerError(f"{where}: the flags of {what} are {str(flags)[:120]}; expected true or false")
@@ -177,6 +187,7 @@ def _file_tokens(values: Mapping[str, Any], special: set[str]) -> dict[int, Adde
     result = {}
     for content, value in values.items():
         index = _index(value, ADDED, content)
+        _check_text(content, ADDED)
         flag = content in special
         result[index] = AddedToken(content, normalized=not flag, special=flag, declared=index, where=ADDED)
     return result

@@ -191,7 +191,8 @@ def read_piece_model(path: Path) -> PieceModel:
         if len(pieces) > MAX_IDS or not set(kinds) <= set(range(NORMAL, BYTE + 1)):
             raise ValueError(f"{len(pieces)} pieces, of which some have no known type")
     except (ValueError, IndexError, OSError) as error:
-        raise TokenizerError(f"{path}: not a usable tokenizer.model ({error}); fetch the file again") from error
+        reason = "it ends too early" if isinstance(error, IndexError) else error
+        raise TokenizerError(f"{path}: not a usable tokenizer.model ({reason}); fetch the file again") from error
     if not pieces:
         raise TokenizerError(f"{path}: the vocabulary is empty; fetch the file again")
     return PieceModel(

@@ -6,6 +6,7 @@ so what would take the device's memory or time is refused here by its size alone
 
 from __future__ import annotations
 
+import base64
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -71,12 +72,23 @@ def _check(data: Mapping[str, Any]) -> None:
     if not isinstance(model, Mapping):
         raise ValueError("it has no model")
     _check_vocabulary(model.get("vocab"))
-    _check_growth("normalizer", list(_steps(data.get("normalizer"), "normalizers")))
+    if model.get("continuing_subword_prefix"):  # WordPiece's; the library's BPE panics on merges shorter than it
+        raise ValueError("it has a continuing_subword_prefix, which is not supported")
+    if model.get("type") == "BPE":
+        _check_merges(model.get("merges"), model["vocab"])
+    changing = list(_steps(data.get("normalizer"), "normalizers"))
+    _check_growth("normalizer", changing)
+    for step in changing:
+        if step["type"] == "Precompiled":
+            _check_charsmap(step.get("precompiled_charsmap"))
     _check_growth("decoder", list(_steps(data.get("decoder"), "decoders")))
     splitting = list(_steps(data.get("pre_tokenizer"), "pretokenizers"))
     if len(splitting) > MAX_STEPS:
         raise ValueError(f"its pre_tokenizer has {len(splitting)} steps")
+    list(_steps(data.get("post_processor"), "processors"))
     for step in splitting:
+        if step["type"] == "FixedLength" and not step.get("length"):
+            raise ValueError("a FixedLength of its pre_tokenizer has no length")
         if (pattern := _regex(step)) is not None:
             check_pattern(pattern)
 
@@ -101,12 +113,54 @@ def _check_vocabulary(vocab: object) -> None:
         raise ValueError("its model has no vocabulary")
 
 
+def _check_merges(merges: object, vocab: object) -> None:
+    """Every merge is of two tokens and makes a third; the library panics on some that do not."""
+    if not isinstance(merges, list) or not isinstance(vocab, Mapping):
+        raise ValueError("its BPE has no merges or no vocabulary")
+    pair = None
+    try:  # one line for each, for there may be half a million
+        for pair in merges:
+            left, right = pair.split(" ") if type(pair) is str else pair
+            if left + right not in vocab:
+                raise ValueError("not a token")
+    except (ValueError, TypeError):
+        raise ValueError(f"the merge {str(pair)[:80]!r} does not make one token of two") from None
+
+
+def _check_charsmap(value: object) -> None:
+    """The table of a Precompiled step: the size of its trie, the trie, and UTF-8 texts."""
+    data = base64.b64decode(value, validate=True) if isinstance(value, str) else b""
+    trie = int.from_bytes(data[:4], "little")
+    if len(data) < 4 or trie % 4 or trie > len(data) - 4:
+        raise ValueError("a precompiled_charsmap is damaged")
+    data[4 + trie :].decode()
+
+
+def adds_bos(data: Mapping[str, Any], bos: int) -> bool:
+    """Whether the file's post-processor puts `bos` before a text."""
+    for step in _steps(data.get("post_processor"), "processors"):
+        first = step.get("cls")
+        if step["type"] == "TemplateProcessing" and isinstance(step.get("single"), list) and step["single"]:
+            piece = step["single"][0]
+            token = piece.get("SpecialToken") if isinstance(piece, Mapping) else None
+            name = token.get("id") if isinstance(token, Mapping) else None
+            special = step.get("special_tokens")
+            entry = special.get(name) if isinstance(special, Mapping) and isinstance(name, str) else None
+            ids = entry.get("ids") if isinstance(entry, Mapping) else None
+            first = [name, *ids] if isinstance(ids, list) else None
+        if isinstance(first, list) and first[1:2] == [bos]:
+            return True
+    return False
+
+
 def _steps(step: object, inner: str) -> Iterator[Mapping[str, Any]]:
     """The steps, sequences within sequences laid flat."""
     if step is None:
         return
     if not isinstance(step, Mapping):
         raise ValueError(f"a step is a {type(step).__name__}")
+    if not isinstance(step.get("type"), str):
+        raise ValueError("a step without a type")
     if step.get("type") != "Sequence":
         yield step
         return
@@ -225,11 +279,12 @@ def check_pattern(pattern: str) -> None:
         groups[-1][0] = groups[-1][0] or repeated or inner
 
 
-def rebuilt(data: Mapping[str, Any], declared: Declared) -> dict[str, Any] | None:
+def rebuilt(data: Mapping[str, Any], declared: Declared, own_lost: bool = False) -> dict[str, Any] | None:
     """The file as transformers' class for it has it, None where the class takes the file as it is.
 
     These classes take from the file only its vocabulary, merges and post-processor. So do we, but for files of another
-    kind than the class (byte-level or not): those count as they are.
+    kind than the class (byte-level or not): those count as they are. With `own_lost` tokens that the file adds do not
+    count either.
 
     Raises:
         TokenizerError: a setting has the wrong type.
@@ -259,7 +314,7 @@ def rebuilt(data: Mapping[str, Any], declared: Declared) -> dict[str, Any] | Non
         pre_tokenizer = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
         if scheme != "never":
             decoder.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    return {
+    result: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -277,6 +332,21 @@ def rebuilt(data: Mapping[str, Any], declared: Declared) -> dict[str, Any] | Non
             "merges": model["merges"],
         },
     }
+    return None if _same(data, result) and not own_lost else result
+
+
+_MODEL_DEFAULTS = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "end_of_word_suffix": ""}
+
+
+def _same(data: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether both have the same steps, so that there is no need to write a large vocabulary anew."""
+    models = []
+    for model in (data["model"], other["model"]):
+        rest = {key: value for key, value in model.items() if key not in ("vocab", "merges") and value is not None}
+        models.append({**_MODEL_DEFAULTS, **rest})
+    return models[0] == models[1] and all(
+        data.get(key) == other[key] for key in ("normalizer", "pre_tokenizer", "decoder")
+    )
 
 
 def prepend_scheme(declared: Declared) -> str:
@@ -308,6 +378,8 @@ def load(text: str, path: Path) -> Any:
     # Settings for training batches would cut or fill prompts, and drop merges by chance.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    # It is called even where no special tokens are asked for, and all it may change here are offsets.
+    tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
     if getattr(tokenizer.model, "dropout", None) is not None:
         tokenizer.model.dropout = None
     return tokenizer

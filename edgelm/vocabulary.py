@@ -138,14 +138,20 @@ class JsonVocabulary(Vocabulary):
         declared = declared or Declared()
         data, text = tokenizer_json.read(path)
         own = json_tokens(data.get("added_tokens"), str(path))
-        anew = tokenizer_json.rebuilt(data, declared)
+        # The file's own added tokens do not count beside an added_tokens_decoder, but for those that this has, too.
+        lost = not declared.own_tokens_count and any(
+            index not in declared.listed or not token.alike(declared.listed[index]) for index, token in own.items()
+        )
+        anew = tokenizer_json.rebuilt(data, declared, lost)
         self._tokenizer = tokenizer_json.load(text if anew is None else json.dumps(anew), path)
         self._path = path
+        self._post_processor = {"post_processor": data.get("post_processor")}
         self._add(own, declared, anew is None)
         added: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
         self.special = frozenset(index for index, token in added.items() if token.special)
-        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
-        self.size = max(ids, default=-1) + 1
+        vocab = data["model"]["vocab"]
+        own_ids = vocab.values() if isinstance(vocab, Mapping) else range(len(vocab))
+        self.size = max(max(own_ids, default=-1), max(added, default=-1)) + 1
         if not self.size:
             raise TokenizerError(f"{path}: the vocabulary is empty; fetch the file again")
         self.own_special = frozenset(
@@ -203,17 +209,19 @@ class JsonVocabulary(Vocabulary):
 
     def encode(self, text: str) -> list[int]:
         """See `Vocabulary`."""
-        return self._encoded(text)
 
-    def _encoded(self, text: str, special: bool = False) -> list[int]:
         def call() -> list[int]:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
             return ids
 
         return guarded(call, what=f"{self._path}: it cannot encode this text")
 
     def token(self, index: int) -> str | None:
         """See `Vocabulary`."""
+        return self.added[index].content if index in self.added else self._decoded_token(index)
+
+    def _decoded_token(self, index: int) -> str | None:
+        """The string that decoding takes: of an added token the normalised one."""
         token: str | None = self._tokenizer.id_to_token(index) if 0 <= index < self.size else None
         return token
 
@@ -228,10 +236,8 @@ class JsonVocabulary(Vocabulary):
         return None
 
     def adds_bos(self, bos: int) -> bool | None:
-        """What the post-processor does with an empty text."""
-        if self._tokenizer.post_processor is None:
-            return None
-        return bos in self._encoded("", special=True)[:1] or None
+        """What the file's post-processor does."""
+        return tokenizer_json.adds_bos(self._post_processor, bos) or None
 
     def is_byte(self, index: int) -> bool:
         """See `Vocabulary`."""
@@ -239,7 +245,7 @@ class JsonVocabulary(Vocabulary):
 
     def token_bytes(self, index: int) -> bytes:
         """See `Vocabulary`. As the library does, a byte-level token with a foreign character stands for itself."""
-        token = self.token(index)
+        token = self._decoded_token(index)
         if token is None:
             return b""
         if self._byte_level:
