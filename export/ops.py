@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.checkpoint.writer import float32_to_bf16
 from edgelm.errors import ExportError
 from edgelm.export.graph import GraphBuilder
 from edgelm.export.weights import SlotWriter, WeightsPlan
@@ -71,7 +72,7 @@ class LayerOps:
 
 
 def stored_as(values: NDArray[np.float32], dtype: str, name: str) -> NDArray[np.generic]:
-    """Round float32 to the storage type: nearest, ties to even; bfloat16 as its upper 16 bits.
+    """Round float32 to the storage type: nearest, ties to even; bfloat16 as its bits.
 
     Raises:
         ExportError: a value does not fit into float16.
@@ -79,9 +80,7 @@ def stored_as(values: NDArray[np.float32], dtype: str, name: str) -> NDArray[np.
     if dtype == "float32":
         return values
     if dtype == "bfloat16":
-        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-        rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-        return (rounded >> np.uint32(16)).astype(np.uint16)
+        return float32_to_bf16(values)
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)
     if not np.isfinite(half).all():

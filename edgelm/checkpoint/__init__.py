@@ -11,22 +11,24 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.checkpoint import hub
+from edgelm.checkpoint import hub, names
+from edgelm.checkpoint.counts import check_counts
 from edgelm.checkpoint.index import INDEX, open_weight_files
 from edgelm.checkpoint.jsonfile import read_json_object
 from edgelm.checkpoint.safetensors import SafetensorsFile, TensorInfo, bf16_to_float32
 from edgelm.checkpoint.writer import SafetensorsWriter, ShardedWriter, TensorSpec, float32_to_bf16, write_sharded
-from edgelm.errors import CheckpointError, UnsupportedConfigError
-from edgelm.models import Family, family
+from edgelm.errors import CheckpointError
+from edgelm.models import Family, family, fields
 from edgelm.progress import Progress, Silent
 
 __all__ = [
     "Checkpoint",
+    "CheckpointFiles",
     "SafetensorsFile",
     "SafetensorsWriter",
     "ShardedWriter",
@@ -40,6 +42,7 @@ __all__ = [
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 HASH_BLOCK = 4 << 20
+MAX_CONFIG_BYTES = 8 << 20
 
 
 class WeightReader(Protocol):
@@ -52,43 +55,92 @@ class WeightReader(Protocol):
         """The tensor, or the given rows of its first axis."""
 
 
-def _family(folder: Path, config: Mapping[str, Any]) -> Family:
+def _family(config: Mapping[str, Any]) -> Family:
     architectures = config.get("architectures")
     if architectures is not None and not (isinstance(architectures, list) and all(map(_is_text, architectures))):
-        raise CheckpointError(f"{folder / 'config.json'}: architectures is not a list of names; fetch the file again")
-    try:
-        return family(config)
-    except UnsupportedConfigError as error:
-        raise UnsupportedConfigError(f"{folder}: {error}") from None
+        raise CheckpointError("config.json: architectures is not a list of names; fetch the file again")
+    return family(config)
 
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-class Checkpoint:
-    """An open checkpoint folder. Reads may come from several threads at once.
+class CheckpointFiles:
+    """The files of a checkpoint folder of any architecture.
 
     Attributes:
         path: the folder.
-        source_id: the hub id with its revision, or the folder's name.
         config: config.json.
+        stored: the tensors as the files name them, sorted by file and place in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / "config.json").exists():
+            raise CheckpointError(f"{path}: no config.json; is this a checkpoint folder?")
+        self.config: dict[str, Any] = read_json_object(path / "config.json", MAX_CONFIG_BYTES)
+        self._files = {file.path: file for file in open_weight_files(path)}
+        found = (info for file in self._files.values() for info in file.tensors.values())
+        self.stored: Mapping[str, TensorInfo] = {
+            info.name: info for info in sorted(found, key=lambda info: (str(info.file), info.offset))
+        }
+
+    def close(self) -> None:
+        """Close the weight files."""
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> Self:
+        """Close the files at the end of the block."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Close the files."""
+        self.close()
+
+
+class Checkpoint(CheckpointFiles):
+    """An open checkpoint folder. Reads may come from several threads at once.
+
+    Tensors have their canonical names, whatever form the files hold them in: see `edgelm.checkpoint.names`.
+
+    Attributes:
+        source_id: the hub id with its revision, or the folder's name.
         family: the supported model family that config.json names.
-        tensors: what there is, by name, sorted by file and place in it.
+        tensors: what there is, by name, sorted by file and place in it; float64 counts as float32.
     """
 
     def __init__(self, path: Path, source_id: str | None = None) -> None:
-        self.path = path
+        super().__init__(path)
         self.source_id = source_id or hub.snapshot_id(path) or path.resolve().name
-        if not (path / "config.json").exists():
-            raise CheckpointError(f"{path}: no config.json; is this a checkpoint folder?")
-        self.config: dict[str, Any] = read_json_object(path / "config.json")
-        self.family = _family(path, self.config)
-        self._files = {file.path: file for file in open_weight_files(path)}
-        found = (info for file in self._files.values() for info in file.tensors.values())
-        self.tensors: Mapping[str, TensorInfo] = {
-            info.name: info for info in sorted(found, key=lambda info: (str(info.file), info.offset))
-        }
+        try:
+            self.family = _family(self.config)
+            self._places = self._canonical()
+        except CheckpointError as error:
+            self.close()
+            message = str(error)
+            raise type(error)(message if message.startswith(str(path)) else f"{path}: {message}") from None
+        except BaseException:
+            self.close()
+            raise
+        self.tensors: Mapping[str, TensorInfo] = {name: names.as_read(info) for name, info in self._places.items()}
+
+    def _canonical(self) -> dict[str, TensorInfo]:
+        """Where each tensor lies by its canonical name; what is left out is compared with what stands for it."""
+        named = names.canonical(self.stored, tied=self.config.get("tie_word_embeddings") is True)
+        check_counts(self.config, named.tensors, self.path)
+
+        def read(info: TensorInfo, rows: slice | None) -> NDArray[Any]:
+            return self._files[info.file].read_raw(info, rows)
+
+        if named.head is not None:
+            names.check_head(named.head, named.tensors[names.EMBEDDING], read)
+        if named.frequencies:
+            theta, head_dim = fields.read_rope_theta(self.config), fields.head_dim(self.config)
+            for info in named.frequencies:
+                names.check_frequencies(info, theta, head_dim, read)
+        return named.tensors
 
     @classmethod
     def open(cls, path_or_hub_id: str | Path, progress: Progress | None = None) -> Checkpoint:
@@ -123,16 +175,29 @@ class Checkpoint:
         return self.info(name).shape
 
     def read_raw(self, name: str, rows: slice | None = None) -> NDArray[Any]:
-        """A tensor, or some rows of its first axis, as stored: bfloat16 as uint16, all else as its numpy dtype."""
-        return self._files[self.info(name).file].read_raw(name, rows)
-
-    def read_float32(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
-        """A tensor, or some rows of its first axis, as float32; exact for bfloat16, float16 and float32.
+        """A tensor, or some rows of its first axis, as stored: bfloat16 as uint16, float64 as float32, all else as is.
 
         Raises:
-            CheckpointError: no such tensor, or it is not of a float type.
+            CheckpointError: no such tensor, or one of its floats is not finite; names the tensor and the element.
         """
-        return self._files[self.info(name).file].read_float32(name, rows)
+        info = self._place(name)
+        if info.dtype == "F64":
+            return self.read_float32(name, rows)
+        return self._files[info.file].read_raw(info, rows, finite=True)
+
+    def read_float32(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
+        """A tensor, or some rows of its first axis, as float32; exact, but for float64, which is rounded to nearest.
+
+        Raises:
+            CheckpointError: no such tensor, it is not of a float type, or a value is not finite; names the element.
+        """
+        info = self._place(name)
+        return self._files[info.file].read_float32(info, rows, finite=True)
+
+    def _place(self, name: str) -> TensorInfo:
+        """The tensor as the file has it."""
+        self.info(name)
+        return self._places[name]
 
     def check_tensors(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Check that exactly the `expected` tensors are there, in these shapes.
@@ -183,16 +248,3 @@ class Checkpoint:
 
             with ThreadPoolExecutor(2) as pool:
                 return dict(zip([path.name for path in self.files], pool.map(digest, self.files), strict=True))
-
-    def close(self) -> None:
-        """Close the weight files."""
-        for file in self._files.values():
-            file.close()
-
-    def __enter__(self) -> Checkpoint:
-        """Close the files at the end of the block."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Close the files."""
-        self.close()

@@ -10,6 +10,8 @@ from edgelm.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 64 << 20  # the largest published one, of 140 000 tensors, takes 14 MB
+MAX_INDEX_TENSORS = 400_000
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -27,7 +29,7 @@ def _check_file_name(index: Path, tensor: str, file: object) -> str:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json_object(index).get("weight_map")
+    weight_map = read_json_object(index, MAX_INDEX_BYTES, MAX_INDEX_TENSORS).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map; fetch the file again")
     return {tensor: _check_file_name(index, tensor, file) for tensor, file in weight_map.items()}

@@ -25,13 +25,17 @@ def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read the JSON object in `path`.
+def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES, max_values: int | None = None) -> dict[str, Any]:
+    """Read the JSON object in `path`, a file of at most `max_bytes` and about `max_values` values.
 
     Raises:
         CheckpointError: the file is missing, unreadable, too large or not a JSON object.
     """
-    return parse_json_object(read_bytes(path, _FETCHED, MAX_JSON_BYTES), str(path))
+    text = read_bytes(path, _FETCHED, max_bytes)
+    # Counted before they are parsed, which takes a hundred times as long.
+    if max_values is not None and text.count(b",") > max_values:
+        raise _FETCHED.at(str(path), f"holds more than {max_values} values")
+    return parse_json_object(text, str(path))
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:

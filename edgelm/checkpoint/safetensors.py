@@ -12,7 +12,7 @@ import math
 import os
 import stat
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,10 @@ from numpy.typing import NDArray
 from edgelm.checkpoint.jsonfile import parse_json_object
 from edgelm.errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+# Of one file. The largest published checkpoints have some 140 000 tensors in 60 files and headers of a few hundred KB.
+MAX_TENSORS = 100_000
+MAX_HEADER_BYTES = 32 << 20
+MAX_HEADER_COMMAS = 12 * MAX_TENSORS  # five to seven a tensor, and the metadata's
 MAX_COUNT = 1 << 62  # of bytes, and of values even where another axis is empty: numpy counts in 64 bits
 READ_BYTES = 512 << 10  # what is widened at a time; fits a core's cache together with its result
 
@@ -46,7 +49,14 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "F8_E4M3": np.dtype("u1"),
     "F8_E5M2": np.dtype("u1"),
 }
-FLOAT_DTYPES = ("BF16", "F16", "F32")
+# With the bits of the exponent, all of which are set in infinities and NaNs alone.
+_EXPONENTS: dict[str, np.unsignedinteger[Any]] = {
+    "BF16": np.uint16(0x7F80),
+    "F16": np.uint16(0x7C00),
+    "F32": np.uint32(0x7F800000),
+    "F64": np.uint64(0x7FF0000000000000),
+}
+FLOAT_DTYPES = tuple(_EXPONENTS)
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,26 @@ def bf16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     wide = bits.astype(np.uint32)
     np.left_shift(wide, np.uint32(16), out=wide)
     return wide.view(np.float32)
+
+
+def as_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Stored floats of the format's type `dtype` as float32: exact, but for float64, which is rounded to nearest."""
+    if dtype == "BF16":
+        return bf16_to_float32(values)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values.astype(np.float32)
+
+
+def first_not_finite(values: NDArray[Any], dtype: str) -> int | None:
+    """Place in C order of the first infinity or NaN among stored floats (any shape), None where there is none."""
+    exponent = _EXPONENTS[dtype]
+    bits = np.ascontiguousarray(values).reshape(-1).view(exponent.dtype)
+    step = READ_BYTES // bits.itemsize
+    for start in range(0, bits.size, step):
+        found = bits[start : start + step] & exponent
+        if found.max() == exponent:
+            return start + int(np.argmax(found == exponent))
+    return None
 
 
 def _is_count(value: object) -> bool:
@@ -121,6 +151,13 @@ def _check_layout(path: Path, tensors: Iterable[TensorInfo], data_start: int, fi
 def _parse_header(path: Path, text: bytes, file_size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if not text.startswith(b"{"):
         raise CheckpointError(f"{path}: the header does not begin with '{{': not a safetensors file, or garbled")
+    # Counted before they are parsed, which takes a hundred times as long and fifty times the memory.
+    entries, commas = text.count(b"{"), text.count(b",")
+    if entries > MAX_TENSORS + 2 or commas > MAX_HEADER_COMMAS:
+        raise CheckpointError(
+            f"{path}: its header describes some {max(entries, commas // 7)} tensors (at most {MAX_TENSORS} are read "
+            "from one file): garbled, or no checkpoint of a model"
+        )
     header = parse_json_object(text, f"{path}: header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -198,56 +235,97 @@ class SafetensorsFile:
         view[: len(data)] = data
         return len(data)
 
-    def _rows(self, name: str, rows: slice | None) -> tuple[TensorInfo, tuple[int, ...], int]:
+    def _rows(self, tensor: str | TensorInfo, rows: slice | None) -> tuple[TensorInfo, tuple[int, ...], int]:
         """The tensor, the shape asked for and the file offset of its first byte."""
-        info = self.tensors[name]
+        info = self.tensors[tensor] if isinstance(tensor, str) else tensor
         if rows is None:
             return info, info.shape, info.offset
         if not info.shape:
-            raise ValueError(f"tensor {name!r} is a scalar and has no rows")
+            raise ValueError(f"tensor {info.name!r} is a scalar and has no rows")
         start, stop, step = rows.indices(info.shape[0])
         if step != 1:
-            raise ValueError(f"tensor {name!r}: rows are read with step 1, not {step}")
+            raise ValueError(f"tensor {info.name!r}: rows are read with step 1, not {step}")
         row_bytes = info.nbytes // info.shape[0] if info.shape[0] else 0
         return info, (max(stop - start, 0), *info.shape[1:]), info.offset + start * row_bytes
 
-    def read_raw(self, name: str, rows: slice | None = None) -> NDArray[Any]:
+    def read_raw(self, tensor: str | TensorInfo, rows: slice | None = None, *, finite: bool = False) -> NDArray[Any]:
         """The tensor, or the given rows of its first axis, as stored; bfloat16 as uint16.
 
+        Args:
+            tensor: its name, or a part of the file as such: of a `TensorInfo` the name serves for errors alone.
+            rows: which; None is all.
+            finite: refuse infinities and NaNs in floats; others have none.
+
         Raises:
-            KeyError: no such tensor. CheckpointError: the file cannot be read.
+            KeyError: no such tensor. CheckpointError: the file cannot be read, or a value is not finite.
         """
-        info, shape, offset = self._rows(name, rows)
+        info, shape, offset = self._rows(tensor, rows)
         result = np.empty(shape, NUMPY_DTYPES[info.dtype])
-        self.read_into(result, offset)
+        check = finite and info.dtype in _EXPONENTS
+        for part, start in self._blocks(result.reshape(-1), offset):
+            if check:
+                self._check_finite(part, info, (offset - info.offset) // result.itemsize + start)
         return result
 
-    def read_float32(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
-        """The tensor, or the given rows of its first axis, as float32. bfloat16 and float16 widen exactly.
+    def read_float32(
+        self, tensor: str | TensorInfo, rows: slice | None = None, *, finite: bool = False
+    ) -> NDArray[np.float32]:
+        """The tensor, or the given rows of its first axis, as float32: exact, but for float64, which is rounded.
+
+        Args:
+            tensor: as `read_raw`.
+            rows: which; None is all.
+            finite: refuse infinities and NaNs.
 
         Raises:
-            KeyError: no such tensor. CheckpointError: it is not of a float type, or the file cannot be read.
+            KeyError: no such tensor. CheckpointError: it is not of a float type, the file cannot be read, or a value is
+                not finite, or becomes so.
         """
-        info, shape, offset = self._rows(name, rows)
+        info, shape, offset = self._rows(tensor, rows)
         if info.dtype not in FLOAT_DTYPES:
-            raise CheckpointError(f"{self.path}: tensor {name!r} is {info.dtype}, expected {', '.join(FLOAT_DTYPES)}")
-        result = np.empty(shape, np.float32)
+            raise CheckpointError(
+                f"{self.path}: tensor {info.name!r} is {info.dtype}, expected {', '.join(FLOAT_DTYPES)}"
+            )
         if info.dtype == "F32":
-            self.read_into(result, offset)
-            return result
-        flat, itemsize = result.reshape(-1), 2
-        raw = np.empty(min(flat.size, READ_BYTES // itemsize), NUMPY_DTYPES[info.dtype])
+            return self.read_raw(info, rows, finite=finite)
+        result = np.empty(shape, np.float32)
+        flat, dtype = result.reshape(-1), NUMPY_DTYPES[info.dtype]
+        first = (offset - info.offset) // dtype.itemsize
+        raw = np.empty(min(flat.size, READ_BYTES // dtype.itemsize), dtype)
         for start in range(0, flat.size, max(raw.size, 1)):
             part = raw[: min(raw.size, flat.size - start)]
-            self.read_into(part, offset + start * itemsize)
+            self.read_into(part, offset + start * dtype.itemsize)
+            if finite:
+                self._check_finite(part, info, first + start)
             out = flat[start : start + part.size]
             if info.dtype == "BF16":
                 wide = out.view(np.uint32)
                 wide[:] = part
                 np.left_shift(wide, np.uint32(16), out=wide)
             else:
-                out[:] = part
+                out[:] = as_float32(part, info.dtype)
+                if finite and info.dtype == "F64":
+                    self._check_finite(out, info, first + start, " once it is rounded to float32")
         return result
+
+    def _blocks(self, flat: NDArray[Any], offset: int) -> Iterator[tuple[NDArray[Any], int]]:
+        """Fill `flat` from `offset` of the file on; yields what was read, and at which value of it that begins."""
+        step = READ_BYTES // flat.itemsize
+        for start in range(0, flat.size, step):
+            part = flat[start : start + step]
+            self.read_into(part, offset + start * flat.itemsize)
+            yield part, start
+
+    def _check_finite(self, part: NDArray[Any], info: TensorInfo, start: int, when: str = "") -> None:
+        """Raise `CheckpointError` where a value in `part`, which begins at value `start` of `info`, is not finite."""
+        place = first_not_finite(part, "F32" if when else info.dtype)
+        if place is not None:
+            value = as_float32(part[place : place + 1], "F32" if when else info.dtype)[0]
+            index = ", ".join(str(int(i)) for i in np.unravel_index(start + place, info.shape))
+            raise CheckpointError(
+                f"{self.path}: tensor {info.name!r} holds {value} at [{index}]{when}: weights must be finite numbers, "
+                "so the checkpoint is damaged, or its training failed; fetch it again or take another"
+            )
 
     def close(self) -> None:
         """Close the file; reads after that fail."""

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgelm.errors import CheckpointError
 from edgelm.models import fields
 from edgelm.models.hooks import Cached, Inputs
 from edgelm.models.trace import KVCache, Trace
@@ -50,19 +49,16 @@ class FoxConfig:
             UnsupportedConfigError: a field changes the arithmetic and is not implemented, or is unknown.
             CheckpointError: a field is missing or impossible.
         """
-        fields.check_fields(config_json, "Fox", cls.__dataclass_fields__.keys())
+        fields.check_fields(config_json, "Llama", cls.__dataclass_fields__.keys())
         heads = fields.positive_int(config_json, "num_attention_heads")
-        hidden = fields.positive_int(config_json, "hidden_size")
-        if config_json.get("head_dim") is None and hidden % heads:
-            raise CheckpointError(f"config.json: hidden_size {hidden} is not a multiple of {heads} heads")
         config = cls(
             vocab_size=fields.positive_int(config_json, "vocab_size"),
-            hidden_size=hidden,
+            hidden_size=fields.positive_int(config_json, "hidden_size"),
             intermediate_size=fields.positive_int(config_json, "intermediate_size"),
             num_hidden_layers=fields.positive_int(config_json, "num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=fields.positive_int(config_json, "num_key_value_heads", heads),
-            head_dim=fields.positive_int(config_json, "head_dim", hidden // heads),
+            head_dim=fields.head_dim(config_json),
             max_position_embeddings=fields.positive_int(config_json, "max_position_embeddings", 2048),
             rms_norm_eps=fields.positive_float(config_json, "rms_norm_eps", 1e-6),
             rope_theta=fields.read_rope_theta(config_json),

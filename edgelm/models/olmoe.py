@@ -82,8 +82,8 @@ class OlmoeConfig:
         if config_json.get("head_dim") not in (None, config.head_dim):
             # transformers sizes q_norm by hidden_size, so OLMoE with another head width does not exist.
             raise UnsupportedConfigError(
-                f"config.json: head_dim is {config_json['head_dim']!r}; OLMoE has hidden_size / num_attention_heads "
-                f"= {config.head_dim}"
+                f"config.json: head_dim is {fields.shortened(config_json['head_dim'])}; OLMoE has "
+                f"hidden_size / num_attention_heads = {config.head_dim}"
             )
         fields.check_heads(heads, config.num_key_value_heads, config.head_dim)
         if config.num_experts_per_tok > config.num_experts:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.checkpoint.safetensors import bf16_to_float32
+from edgelm.checkpoint.safetensors import as_float32
 from edgelm.errors import CheckpointError, RecipeError
 from edgelm.quant.foreign.settings import WAY_OUT, Settings
 from edgelm.quant.scheme import AnyScheme, Scheme
@@ -178,14 +178,7 @@ def float32_of(checkpoint: Checkpoint, key: str, rows: slice | None = None) -> N
     Raises:
         CheckpointError: a value is not finite.
     """
-    raw = checkpoint.read_raw(key, rows)
-    values = bf16_to_float32(raw) if checkpoint.tensors[key].dtype == "BF16" else raw.astype(np.float32)
-    if not np.isfinite(values).all():
-        raise CheckpointError(
-            f"{checkpoint.path}: {key} holds {values[~np.isfinite(values)][0]}: scales must be finite, so the "
-            "checkpoint is damaged; fetch it again"
-        )
-    return values
+    return as_float32(checkpoint.read_raw(key, rows), checkpoint.tensors[key].dtype)
 
 
 def integer_tensor(

@@ -175,11 +175,9 @@ def test_fields_that_do_not_change_the_arithmetic_are_fine(change: dict[str, Any
         ({"hidden_act": "gelu_pytorch_tanh"}, "hidden_act"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
-        ({"pretraining_tp": 2}, "pretraining_tp"),
         ({"quantization_config": {"quant_method": "aqlm"}}, "quantization_config"),
         ({"embedding_multiplier": 12.0}, "embedding_multiplier"),
         ({"num_experts": 8}, "num_experts"),
-        ({"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, "auto_map"),
     ],
     ids=str,
 )

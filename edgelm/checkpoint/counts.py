@@ -1,0 +1,46 @@
+"""Counts in config.json, bounded by what the files hold: nothing is built for layers that do not exist."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgelm.errors import CheckpointError
+from edgelm.models.fields import shortened
+
+_LAYER = re.compile(r"(.*?\blayers)\.(\d+)\.")
+_EXPERT = re.compile(r".*?\bexperts\.(\d+)\.")
+
+
+def check_counts(config: Mapping[str, Any], names: Mapping[str, object], path: Path) -> None:
+    """Check that the files hold as many layers and experts as config.json counts.
+
+    Args:
+        config: config.json; counts of other types are not looked at, who reads them refuses them.
+        names: canonical names of the tensors.
+        path: the folder, for errors.
+
+    Raises:
+        CheckpointError: they hold fewer.
+    """
+    layers = {found[2] for name in names if (found := _LAYER.match(name)) is not None}
+    experts = {found[1] for name in names if (found := _EXPERT.match(name)) is not None}
+    held = {"num_hidden_layers": len(layers)}
+    if experts:
+        held["num_experts"] = len(experts)
+    for field, count in held.items():
+        asked = config.get(field)
+        if isinstance(asked, int) and asked > max(count, 1):
+            raise CheckpointError(
+                f"{path / 'config.json'}: {field} is {shortened(asked)}, but the weight files hold "
+                f"{count} {'layers' if field == 'num_hidden_layers' else 'experts a layer'}: config.json describes "
+                "another model, or files are missing"
+            )
+    asked = [config.get("num_hidden_layers"), config.get("num_experts") or 1]
+    if all(isinstance(count, int) for count in asked) and asked[0] * asked[1] > max(len(names), 1):
+        raise CheckpointError(
+            f"{path / 'config.json'}: num_hidden_layers {shortened(asked[0])} times num_experts {shortened(asked[1])} "
+            f"are more than the {len(names)} tensors in the weight files: config.json describes another model"
+        )

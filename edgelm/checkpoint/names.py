@@ -1,0 +1,211 @@
+"""Tensors under their canonical names, whatever form a file has them in, as transformers 5 reads it.
+
+- The model saved without its head (`layers.0...`), or within another (`model.model.layers.0...`): `model.layers.0...`.
+- Stacked experts, `...mlp.experts.gate_up_proj` [E, 2F, D] and `down_proj` [E, D, F]: each expert's matrices,
+  `...mlp.experts.{e}.gate_proj.weight` [F, D] and so on, which are stretches of the same bytes.
+- `lm_head.weight` of a model whose head is tied: left out if it equals the embedding, and the embedding where that is
+  absent.
+- `...rotary_emb.inv_freq`: left out if it is what `rope_theta` gives.
+- float64: float32.
+
+Prefixes that training tools leave are refused by name: transformers finds none of those tensors either.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.checkpoint.safetensors import FLOAT_DTYPES, MAX_TENSORS, TensorInfo, as_float32
+from edgelm.errors import CheckpointError
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+Read = Callable[[TensorInfo, "slice | None"], NDArray[Any]]
+"""Reads rows of a tensor, as stored."""
+
+_BLOCK_BYTES = 8 << 20
+_ROOT = re.compile(r"(?:layers\.\d+|embed_tokens|norm)\.")  # what lies in `model.`
+_STACKED = re.compile(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)")
+_PREFIXED = re.compile(r"((?:[\w-]+\.)*?)(?:(?:model\.)?(?:layers\.\d+|embed_tokens|norm)|lm_head)\.")
+_LEFT_BY = {
+    "_orig_mod": "torch.compile: save model._orig_mod",
+    "module": "DistributedDataParallel or DeepSpeed: save model.module",
+    "_fsdp_wrapped_module": "FSDP: save its full state dict",
+    "_checkpoint_wrapped_module": "activation checkpointing: save the model without it",
+    "base_model": "PEFT: save model.merge_and_unload()",
+    "base_layer": "PEFT: save model.merge_and_unload()",
+    "lora_A": "PEFT: save model.merge_and_unload()",
+    "lora_B": "PEFT: save model.merge_and_unload()",
+}
+# Of a frequency relative to the one computed; half precision has fewer digits below 2**-14.
+_FREQUENCY_ERROR = {"F64": 4e-6, "F32": 4e-6, "BF16": 2**-8, "F16": 2**-10}
+_HALF_STEP = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Named:
+    """The tensors of a checkpoint under canonical names.
+
+    Attributes:
+        tensors: where each lies, of the type that the file has.
+        head: what a tied model stores besides as its head, which must equal its embedding.
+        frequencies: stored rotary frequencies, which must be those of the config.
+    """
+
+    tensors: dict[str, TensorInfo]
+    head: TensorInfo | None = None
+    frequencies: tuple[TensorInfo, ...] = ()
+
+
+def canonical(stored: Mapping[str, TensorInfo], *, tied: bool) -> Named:
+    """Name the tensors of a checkpoint; only headers are looked at.
+
+    Args:
+        stored: as the files have them.
+        tied: whether config.json ties the head to the embedding.
+
+    Raises:
+        CheckpointError: names that a training tool left, or two tensors for one name.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    frequencies = []
+    for info in stored.values():
+        name = _rooted(info.name, stored)
+        if name.endswith("rotary_emb.inv_freq"):
+            frequencies.append(info)
+            continue
+        for part in _experts(replace(info, name=name)):
+            if part.name in tensors:
+                raise CheckpointError(
+                    f"{info.file}: {info.name!r} is a second tensor for {part.name!r}: which of them counts cannot be "
+                    "told; save the checkpoint again"
+                )
+            tensors[part.name] = part
+        if len(tensors) > 4 * MAX_TENSORS:
+            raise CheckpointError(f"{info.file}: {info.name!r} has the shape {info.shape}: too many experts")
+    _refuse_prefixes(tensors)
+    head = None
+    if tied and HEAD in tensors:
+        if EMBEDDING in tensors:
+            head = tensors.pop(HEAD)
+        else:
+            tensors = {(EMBEDDING if name == HEAD else name): info for name, info in tensors.items()}
+            tensors[EMBEDDING] = replace(tensors[EMBEDDING], name=EMBEDDING)
+    return Named(tensors, head, tuple(frequencies))
+
+
+def as_read(info: TensorInfo) -> TensorInfo:
+    """The tensor as `Checkpoint` hands it out: float64 as float32. Its bytes are those in the file."""
+    return replace(info, dtype="F32") if info.dtype == "F64" else info
+
+
+def _rooted(name: str, stored: Mapping[str, TensorInfo]) -> str:
+    if _ROOT.match(name):
+        return f"model.{name}"
+    rest = name.removeprefix("model.")
+    if rest != name and (rest.startswith("lm_head.") or (rest.startswith("model.") and _ROOT.match(rest[6:]))):
+        return rest
+    return name
+
+
+def _experts(info: TensorInfo) -> Iterator[TensorInfo]:
+    """The tensor itself, or each expert's matrices where it is a stack of them: they lie one behind the other."""
+    found = _STACKED.fullmatch(info.name)
+    stacked = found is not None and len(info.shape) == 3 and info.dtype in FLOAT_DTYPES and info.nbytes > 0
+    matrices = ("gate_proj", "up_proj") if found and found[2] == "gate_up_proj" else ("down_proj",)
+    if found is None or not stacked or info.shape[1] % len(matrices):
+        yield info
+        return
+    experts, rows, columns = info.shape
+    if experts > MAX_TENSORS:
+        raise CheckpointError(f"{info.file}: {info.name!r} has the shape {info.shape}: too many experts")
+    shape, nbytes = (rows // len(matrices), columns), info.nbytes // (experts * len(matrices))
+    places = ((expert, matrix) for expert in range(experts) for matrix in matrices)
+    for place, (expert, matrix) in enumerate(places):
+        name = f"{found[1]}.{expert}.{matrix}.weight"
+        yield replace(info, name=name, shape=shape, offset=info.offset + place * nbytes, nbytes=nbytes)
+
+
+def _refuse_prefixes(tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse what training tools put around a module's name."""
+    for name, info in tensors.items():
+        tools = [part for part in name.split(".") if part in _LEFT_BY]
+        found = _PREFIXED.match(name)
+        prefix = found[1] if found is not None else ""
+        if not tools and (not prefix or EMBEDDING in tensors):
+            continue
+        alike = [other for other in tensors if (other.startswith(prefix) if prefix else tools[0] in other.split("."))]
+        what = f"the prefix {prefix!r}" if prefix else f"{tools[0]!r} in its name"
+        left = f", left by {_LEFT_BY[tools[0]]}," if tools else ": save the language model alone,"
+        raise CheckpointError(
+            f"{info.file}: tensor {name!r} has {what} ({len(alike)} of {len(tensors)} have){left} or rename the tensors"
+        )
+
+
+def check_head(head: TensorInfo, embedding: TensorInfo, read: Read) -> None:
+    """Check that the head that a tied model stores equals its embedding.
+
+    Raises:
+        CheckpointError: it does not; says by how much and where.
+    """
+    if head.shape != embedding.shape or not head.shape:
+        raise CheckpointError(
+            f"{head.file}: {head.name!r} {head.shape} and {embedding.name!r} {embedding.shape} differ in shape, but "
+            "config.json says that they are one (tie_word_embeddings): set that to false if the head is its own"
+        )
+    largest, place, count = 0.0, 0, 0
+    columns = math.prod(head.shape[1:])
+    rows = max(1, _BLOCK_BYTES // max(8 * columns, 1))
+    for start in range(0, head.shape[0], rows):
+        part = slice(start, min(start + rows, head.shape[0]))
+        stored = (read(head, part), read(embedding, part))
+        if head.dtype == embedding.dtype and np.array_equal(stored[0].view(np.uint8), stored[1].view(np.uint8)):
+            continue
+        values = [as_float32(array, info.dtype) for array, info in zip(stored, (head, embedding), strict=True)]
+        with np.errstate(invalid="ignore"):
+            apart = np.abs(values[0] - values[1]).reshape(-1)
+        apart[np.isnan(apart)] = np.inf
+        count += int(np.count_nonzero(apart))
+        if apart.size and apart.max() > largest:
+            largest, place = float(apart.max()), start * columns + int(apart.argmax())
+    if count:
+        index = ", ".join(str(int(i)) for i in np.unravel_index(place, head.shape))
+        raise CheckpointError(
+            f"{head.file}: {head.name!r} differs from {embedding.name!r} in {count} value(s), by {largest:.4g} at "
+            f"[{index}], but config.json says that they are one (tie_word_embeddings): set that to false if the "
+            "head is its own, or remove the tensor"
+        )
+
+
+def check_frequencies(info: TensorInfo, theta: float, head_dim: int, read: Read) -> None:
+    """Check that stored rotary frequencies are theta^(-2i / head_dim), as their type rounds them.
+
+    Raises:
+        CheckpointError: they are not; says by how much and where.
+    """
+    if info.dtype not in FLOAT_DTYPES or info.shape != (head_dim // 2,):
+        raise CheckpointError(
+            f"{info.file}: {info.name!r} is {info.dtype} {info.shape}, the rotary frequencies of heads of {head_dim} "
+            f"are ({head_dim // 2},): config.json describes another model"
+        )
+    values = as_float32(read(info, None), info.dtype).astype(np.float64)
+    expected = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    allowed = _FREQUENCY_ERROR[info.dtype] * expected + (_HALF_STEP if info.dtype == "F16" else 0.0)
+    wrong = ~(np.abs(values - expected) <= allowed)
+    if wrong.any():
+        with np.errstate(invalid="ignore"):
+            apart = np.where(np.isfinite(values), np.abs(values - expected), np.inf)
+        place = int(np.argmax(apart))
+        raise CheckpointError(
+            f"{info.file}: {info.name!r} differs from the frequencies that rope_theta {theta:g} gives by "
+            f"{apart[place]:.4g} at [{place}] ({values[place]:.6g} for {expected[place]:.6g}): RoPE with stored "
+            "frequencies is not implemented, and transformers ignores them; correct rope_theta, or remove the tensor"
+        )
