@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.checkpoint.writer import float32_to_bf16
-from edgelm.errors import ExportError
+from edgelm.errors import CheckpointError, ExportError
 from edgelm.export.graph import GraphBuilder
 from edgelm.export.weights import SlotWriter, WeightsPlan
 from edgelm.progress import Advance
@@ -16,6 +16,9 @@ from edgelm.quant.source import WeightSource
 
 STORAGE = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
 """numpy has no bfloat16: its bits are kept as uint16."""
+
+MAX_TABLE_BYTES = 1 << 30
+"""Of the RoPE tables: two million positions of heads of 128."""
 
 
 class LayerOps:
@@ -66,7 +69,17 @@ class LayerOps:
         return self.graph.weight(slot)
 
     def rotary(self, length: int, head_dim: int, theta: float) -> tuple[str, str]:
-        """The cos and sin tables [length, head_dim / 2] of rotary positions."""
+        """The cos and sin tables [length, head_dim / 2] of rotary positions.
+
+        Raises:
+            CheckpointError: they would take more than a gigabyte.
+        """
+        nbytes = 4 * length * head_dim
+        if nbytes > MAX_TABLE_BYTES:
+            raise CheckpointError(
+                f"config.json: max_position_embeddings {length} needs tables of positions of {nbytes / 1e9:.1f} GB (at "
+                f"most {MAX_TABLE_BYTES / 1e9:.1f} GB): lower it to the context that the device is to hold"
+            )
         cos, sin = rotary_tables(length, head_dim, theta)
         return self.computed("rope.cos", cos), self.computed("rope.sin", sin)
 

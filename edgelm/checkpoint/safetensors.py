@@ -152,8 +152,8 @@ def _parse_header(path: Path, text: bytes, file_size: int) -> tuple[dict[str, Te
     if not text.startswith(b"{"):
         raise CheckpointError(f"{path}: the header does not begin with '{{': not a safetensors file, or garbled")
     # Counted before they are parsed, which takes a hundred times as long and fifty times the memory.
-    entries, commas = text.count(b"{"), text.count(b",")
-    if entries > MAX_TENSORS + 2 or commas > MAX_HEADER_COMMAS:
+    entries, commas = text.count(b"{") - 1, text.count(b",")
+    if entries > MAX_TENSORS + 1 or commas > MAX_HEADER_COMMAS:
         raise CheckpointError(
             f"{path}: its header describes some {max(entries, commas // 7)} tensors (at most {MAX_TENSORS} are read "
             "from one file): garbled, or no checkpoint of a model"

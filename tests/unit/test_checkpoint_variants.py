@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers_oracle import TOLERANCE, disk_tensors, randomize, relative
 from edgelm.checkpoint import Checkpoint
 from edgelm.errors import CheckpointError, UnsupportedConfigError
 from edgelm.models import fields
+from edgelm.models.fox import FoxConfig
 
 Tensors = dict[str, Tensor]
 SEEDS = range(20)
@@ -155,9 +157,14 @@ TIED: dict[str, Callable[[Tensors], Tensors]] = {
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> None:
+def quiet_and_on_one_thread() -> Iterator[None]:
+    """Matrices this small take longer on several threads."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -251,8 +258,6 @@ def test_what_is_not_the_same_is_refused_with_the_difference(tmp_path: Path, kin
         0, tie_word_embeddings=True, vocab_size=17, hidden_size=32, num_attention_heads=4, num_key_value_heads=4,
         rope_theta=10000.0, head_dim=8,
     )  # fmt: skip
-    import re
-
     assert re.search(said, refusal(write(tmp_path / "c", config, changed(kind, disk_tensors(model)))))
 
 
@@ -268,8 +273,6 @@ def test_all_fields_that_change_the_arithmetic_are_listed_with_value_and_meaning
         "my_field": [1, 2],
         "unsloth_version": "1",
     }
-    from edgelm.models.fox import FoxConfig
-
     with pytest.raises(UnsupportedConfigError) as caught:
         FoxConfig.from_dict({**config, **changes})
     message = str(caught.value)
