@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,14 +19,24 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated
 
 from edgelm.errors import BundleError
-from edgelm.files import atomic_directory, need_disk
-from edgelm.json_dataclass import Blame, Count, Range, from_data, parse, quoted, read_bytes, require_format
+from edgelm.files import atomic_directory, need_disk, restore
+from edgelm.json_dataclass import Blame, Count, Range, from_data, parse, quoted, read_bytes, read_json, require_format
+from edgelm.places import Kind, unlisted
 from edgelm.progress import Progress, Silent
 
 MANIFEST = "manifest.json"
 FORMAT = "edgelm-bundle"
 FORMAT_VERSION = 1
+ENGINES = "engines"
+"""The folder of TensorRT engines."""
+ENGINE_WORK = ".engine.partial-"
+"""What the folders begin with in which an engine is built."""
 _HASH_CHUNK = 8 << 20
+# Of a build that was killed: its workplace, an engine not yet in the manifest or no longer, the new manifest.
+_LEFT_BY_BUILDS = re.compile(
+    rf"{re.escape(ENGINE_WORK)}[^/]+(/[^/]+)?|{ENGINES}/(rtx|trt)-[\d.]+(-sm\d+)*(-\d+)?\.(engine|json)"
+    rf"|\.{re.escape(MANIFEST)}\.partial-[0-9a-f]+"
+)
 _BLAME = Blame(BundleError, "export the bundle again")
 
 # Far above any model, and small enough that lists of so many and buffers of so many bytes do no harm.
@@ -219,6 +230,42 @@ def _is_inside(name: str) -> bool:
     return bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
 
 
+def left_by_builds(folder: Path) -> list[Path]:
+    """What in a bundle's folder is not in its manifest and of a build that was killed; files and workplaces.
+
+    Only where no build is under way (`edgelm.files.lock_folder`).
+    """
+    listed = _listed(folder)
+    if listed is None:
+        return []
+    found = [*folder.glob(".*"), *folder.glob(f"{ENGINES}/*")]
+    names = {path.relative_to(folder).as_posix(): path for path in found}
+    return [path for name, path in names.items() if name not in listed and _LEFT_BY_BUILDS.fullmatch(name)]
+
+
+def _listed(folder: Path) -> set[str] | None:
+    """The files that the manifest names, whatever its version; None where it is not one of EdgeLM."""
+    try:
+        data = read_json(folder / MANIFEST, _BLAME)
+    except BundleError:
+        return None
+    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("files"), dict):
+        return None
+    return {MANIFEST, *data["files"]}
+
+
+def _foreign(folder: Path) -> str | None:
+    listed = _listed(folder)
+    if listed is None:
+        return f"is no bundle (it has no {MANIFEST} that EdgeLM wrote)"
+    name = unlisted(folder, lambda path: path in listed or _LEFT_BY_BUILDS.fullmatch(path) is not None)
+    return None if name is None else f"holds {name}, which is not in its {MANIFEST}"
+
+
+BUNDLE = Kind("a bundle", _foreign)
+"""What `edgelm export` writes: replaced where every file of it is in its manifest."""
+
+
 class Bundle:
     """An opened bundle: its folder and its manifest."""
 
@@ -234,6 +281,8 @@ class Bundle:
             BundleError: not a bundle, another format version, or a file missing or of the wrong size.
         """
         path = Path(path)
+        if not path.exists():
+            restore(path)
         if not path.is_dir():
             raise BundleError(f"{path} is not a folder: give the folder that `edgelm export -o` wrote")
         manifest_path = path / MANIFEST
@@ -288,7 +337,7 @@ class Bundle:
         """
         target = Path(target)
         with (
-            atomic_directory(target, overwrite=overwrite) as folder,
+            atomic_directory(target, BUNDLE, sources=[self.path], overwrite=overwrite) as folder,
             (progress or Silent()).task("copying", self.size) as advance,
         ):
             need_disk(target, self.size)

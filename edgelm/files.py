@@ -1,45 +1,39 @@
-"""Outputs that are whole or absent: written beside their place and renamed into it."""
+"""Outputs that are whole or absent: written beside their place, then given its name.
+
+While a run writes `x`, and after one was killed, there may be beside it
+
+    .x.edgelm-lock            held with flock as long as the run lives
+    .x.partial-<16 digits>    the new `x`; once the names are exchanged, the old one
+    .x.old-<16 digits>        the old `x`, on file systems that cannot exchange two names
+
+Whoever holds the lock may judge the others by their names alone: what stands at `x` is whole and all else is left over,
+and where nothing stands at `x` an old one is put back. So cleaning up after an error and after a kill are the same.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import hashlib
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from edgelm.errors import EdgeLMError
+from edgelm.places import Kind, Source, check_place
 
-PARTIAL = ".partial-"
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: two runs into one place are then the user's business
+    fcntl = None  # type: ignore[assignment]
 
-
-def _process_runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def remove_stale_partials(target: Path) -> list[Path]:
-    """Remove what a killed run left beside `target`; a partial of a process that still runs stays."""
-    removed = []
-    for path in target.parent.glob(f".{target.name}{PARTIAL}*"):
-        pid = path.name.rpartition("-")[2]
-        if pid.isdigit() and not (int(pid) != os.getpid() and _process_runs(int(pid))):
-            _remove(path)
-            removed.append(path)
-    return removed
+_LONGEST_NAME = 200  # bytes; file systems take 255, and the hidden names are longer than the target's
+_CURRENT_FOLDER = -100  # AT_FDCWD
+_EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 
 
 @contextlib.contextmanager
@@ -75,68 +69,353 @@ def need_disk(target: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def atomic_directory(target: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty directory beside `target`; rename it to `target` when the block ends without an error.
+def atomic_directory(
+    target: Path | str, kind: Kind, *, sources: Iterable[Source | None] = (), overwrite: bool = False
+) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; it becomes `target` when the block ends without an error.
 
-    On any exception, `KeyboardInterrupt` included, the partial directory is removed and an existing `target` is
-    untouched. Leftovers of killed runs are removed first.
+    On any exception, `KeyboardInterrupt` included, an existing `target` is untouched and nothing is left beside it.
+    Killed, or without power, `target` is the old one or the new one, and the next run removes what was left. Folders
+    above `target` are made.
+
+    Args:
+        target: what to write.
+        kind: what it is; decides what of an existing `target` may be replaced.
+        sources: what it is made from, which it must leave alone.
+        overwrite: replace an existing `target`.
 
     Raises:
-        EdgeLMError: `target` exists and `overwrite` is false, its parent is not a directory, or the disk is full.
+        EdgeLMError: the place cannot be used (`check_place`), another run is writing it, or the disk is full.
     """
-    target = Path(target).absolute()
-    if target.exists() and not overwrite:
-        raise EdgeLMError(f"{target} exists already: remove it, choose another place, or pass --overwrite")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale_partials(target)
-    partial = target.parent / f".{target.name}{PARTIAL}{os.getpid()}"
-    partial.mkdir()
+    sources = tuple(sources)
+    place = check_place(target, kind, sources=sources, overwrite=overwrite)
+    with _parents(place.parent), _only_run(place) as locked:
+        token = _token()
+        if locked:
+            _settle(place, kind)
+        check_place(target, kind, sources=sources, overwrite=overwrite)
+        partial = _beside(place, "partial", token)
+        try:
+            with disk_full_explained(place):
+                partial.mkdir()
+                yield partial
+                kind.seal(partial)
+                _sync_tree(partial)
+                check_place(target, kind, sources=sources, overwrite=overwrite)  # hours may have gone by
+                _publish(partial, place, _beside(place, "old", token))
+        finally:
+            mine = None if locked else token
+            try:
+                _settle(place, kind, mine)
+            except BaseException:
+                _settle(place, kind, mine)  # Ctrl-C while cleaning up
+                raise
+
+
+@contextlib.contextmanager
+def atomic_file(
+    target: Path | str, kind: Kind | None = None, *, sources: Iterable[Source | None] = (), overwrite: bool = False
+) -> Iterator[Path]:
+    """Yield an empty file beside `target` to write to; it becomes `target` when the block ends without an error.
+
+    Of several runs that write one file the last one's stays, whole. The disk holds all of it before this returns.
+
+    Args:
+        target: what to write, in a folder that exists.
+        kind: what it is, see `atomic_directory`; None for a file of EdgeLM's own, whose place holds nothing else.
+        sources: what it is made from.
+        overwrite: replace an existing one of this kind.
+
+    Raises:
+        EdgeLMError: the place cannot be used (`check_place`), or the disk is full.
+    """
+    sources = tuple(sources)
+
+    def checked() -> Path:
+        return Path(target) if kind is None else check_place(target, kind, sources=sources, overwrite=overwrite)
+
+    place = checked()
+    _sweep(place)
+    partial, descriptor = _beside(place, "partial", _token()), -1
     try:
-        with disk_full_explained(target):
+        with disk_full_explained(place):
+            with _explained(place):
+                descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            _lock(descriptor, f"another run is writing {place}: run the command again")
             yield partial
-            _sync_tree(partial)
-            if target.exists():
-                old = target.parent / f".{target.name}.old{PARTIAL}{os.getpid()}"
-                target.rename(old)
-                partial.rename(target)
-                _remove(old)
-            else:
-                partial.rename(target)
+            sync(partial)
+            checked()
+            partial.replace(place)
+            sync_folder(place.parent)
+    finally:
+        try:
+            partial.unlink(missing_ok=True)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+def restore(target: Path) -> None:
+    """Put back a folder that a killed run had moved away and not yet replaced; do nothing where none was."""
+    with contextlib.suppress(OSError, EdgeLMError):
+        left = [path for path in _siblings(target) if _new_name(target).fullmatch(path.name)]
+        if any(path.name.startswith(_prefix(target, "old")) for path in left):
+            with _only_run(target) as locked:
+                if locked:
+                    _put_back(target, left)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path, busy: str) -> Iterator[bool]:
+    """Keep other runs out of an existing folder; yields whether the file system has locks.
+
+    The system lets go of the lock however this process ends.
+
+    Raises:
+        EdgeLMError: another run holds it, as `busy` says; or the folder is gone.
+    """
+    with _explained(folder):
+        descriptor = os.open(folder, os.O_RDONLY) if os.name == "posix" else -1
+    try:
+        locked = _lock(descriptor, busy)
+        if locked and not _is_at(descriptor, folder):
+            raise EdgeLMError(f"{folder} was replaced or removed just now: run the command again")
+        yield locked
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _only_run(place: Path) -> Iterator[bool]:
+    """Keep other runs away from `place`, which need not exist; yields whether the file system has locks."""
+    busy = f"another run is writing {place}: wait for it, or choose another place"
+    path = place.parent / f".{_short(place.name)}.edgelm-lock"
+    descriptor, ours = -1, False
+    try:
+        while not ours:
+            if descriptor >= 0:
+                os.close(descriptor)
+                descriptor = -1
+            with _explained(place):
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            locked = _lock(descriptor, busy)
+            # Not so where a run that just ended removed the file between our opening it and locking it.
+            ours = not locked or _is_at(descriptor, path)
+        if place.is_dir():
+            # What changes a bundle in place locks the folder itself.
+            with lock_folder(place, busy):
+                yield locked
+        else:
+            yield locked
+    finally:
+        if ours:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, busy: str) -> bool:
+    try:
+        return _try_lock(descriptor)
+    except BlockingIOError as error:
+        raise EdgeLMError(busy) from error
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock an open file; false where the file system has no locks. Raises BlockingIOError where another has it."""
+    if fcntl is None or descriptor < 0:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _parents(folder: Path) -> Iterator[None]:
+    """Make `folder` and those above it; on an error those that were made here go again."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with _explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
     except BaseException:
-        _remove(partial)
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
         raise
 
 
 @contextlib.contextmanager
-def atomic_file(target: Path | str, *, durable: bool = False) -> Iterator[Path]:
-    """Yield a path beside `target` to write to; rename it over `target` when the block ends without an error.
-
-    `durable` has the disk hold all of it, also through a loss of power, before this returns.
-    """
-    target = Path(target).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}{PARTIAL}{os.getpid()}"
+def _explained(place: Path) -> Iterator[None]:
     try:
-        with disk_full_explained(target):
-            yield partial
-            if durable:
-                _sync(partial)
-            partial.replace(target)
-            if durable and os.name == "posix":
-                _sync(target.parent)  # the new name too; elsewhere a folder cannot be opened
-    except BaseException:
-        _remove(partial)
-        raise
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise EdgeLMError(f"{place} cannot be written ({error.strerror or error}): choose another place") from error
+
+
+def _publish(partial: Path, place: Path, old: Path) -> None:
+    try:
+        if not place.exists():
+            partial.rename(place)
+        elif not _exchange(partial, place):
+            place.rename(old)
+            partial.rename(place)
+    except OSError as error:
+        raise EdgeLMError(
+            f"{place} cannot be replaced ({error.strerror or error}): choose another place, or remove it first"
+        ) from error
+    sync_folder(place.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; false where the system or the file system cannot."""
+    if os.name != "posix":
+        return False
+    libc = ctypes.CDLL(None)
+    names = os.fsencode(one), os.fsencode(other)
+    if hasattr(libc, "renameat2"):  # Linux
+        return bool(libc.renameat2(_CURRENT_FOLDER, names[0], _CURRENT_FOLDER, names[1], _EXCHANGE) == 0)
+    if hasattr(libc, "renamex_np"):  # macOS
+        return bool(libc.renamex_np(*names, _EXCHANGE) == 0)
+    return False
+
+
+def _settle(place: Path, kind: Kind, token: str | None = None) -> None:
+    """Remove what is left beside `place`, an old one put back first where nothing stands there.
+
+    `token`: of one run's names alone; None: of all, which needs the lock.
+    """
+    left = [path for path in _siblings(place) if _new_name(place).fullmatch(path.name)]
+    if token is not None:
+        left = [path for path in left if path.name.endswith(f"-{token}")]
+    else:
+        left += _left_by_earlier_versions(place, kind)
+    _put_back(place, left)
+    for path in left:
+        _remove(path)
+
+
+def _put_back(place: Path, left: list[Path]) -> None:
+    for path in left:
+        if path.name.startswith(_prefix(place, "old")) and not os.path.lexists(place):
+            path.rename(place)
+
+
+def _left_by_earlier_versions(place: Path, kind: Kind) -> list[Path]:
+    """They had `.x.partial-<pid>`, and `.x.old.partial-<pid>` for the old one of `x` or the new one of `x.old`."""
+    pattern = re.compile(rf"\.{re.escape(place.name)}(\.old)?\.partial-(\d{{1,10}})")
+    found = []
+    for path in _siblings(place):
+        match = pattern.fullmatch(path.name)
+        if match is None or _process_runs(int(match[2])):
+            continue
+        if match[1] and not place.exists() and path.is_dir() and kind.foreign(path) is None:
+            path.rename(place)
+        elif not match[1] and place.suffix == ".old" and not place.with_suffix("").exists():
+            continue  # perhaps the only copy of another target
+        else:
+            found.append(path)
+    return found
+
+
+def _sweep(place: Path) -> None:
+    """Remove what killed runs left of a file; a partial that is being written is locked."""
+    for path in _siblings(place):
+        if _new_name(place).fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                descriptor = os.open(path, os.O_RDWR)
+                try:
+                    if _try_lock(descriptor):
+                        path.unlink(missing_ok=True)
+                finally:
+                    os.close(descriptor)
+            continue
+        match = re.fullmatch(rf"\.{re.escape(place.name)}\.partial-(\d{{1,10}})", path.name)
+        if match is not None and not _process_runs(int(match[1])) and path.is_file():
+            path.unlink(missing_ok=True)  # of an earlier version
+
+
+def _process_runs(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # there is no asking
+    if pid == os.getpid():
+        return False  # in a container all runs may have the same
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _token() -> str:
+    return secrets.token_hex(8)
+
+
+def _short(name: str) -> str:
+    return name if len(os.fsencode(name)) <= _LONGEST_NAME else hashlib.sha256(os.fsencode(name)).hexdigest()
+
+
+def _prefix(place: Path, what: str) -> str:
+    return f".{_short(place.name)}.{what}-"
+
+
+def _beside(place: Path, what: str, token: str) -> Path:
+    return place.parent / (_prefix(place, what) + token)
+
+
+def _new_name(place: Path) -> re.Pattern[str]:
+    return re.compile(rf"\.{re.escape(_short(place.name))}\.(partial|old)-[0-9a-f]{{16}}")
+
+
+def _siblings(place: Path) -> list[Path]:
+    with os.scandir(place.parent) as entries:
+        return [Path(entry.path) for entry in entries if entry.name.startswith(".")]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync_tree(root: Path) -> None:
-    # The rename must not become durable before the data it names.
-    for path in root.rglob("*"):
-        if path.is_file():
-            _sync(path)
+    # The name must not become durable before the data it stands for.
+    for folder, _, files in os.walk(root):
+        for name in files:
+            sync(Path(folder, name))
+        sync_folder(Path(folder))
 
 
-def _sync(path: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the disk hold the names in a folder."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        with contextlib.suppress(OSError):  # some network file systems have no fsync of folders
+            sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file's contents."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

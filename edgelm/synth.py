@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from edgelm import synth_tokenizer
 from edgelm.checkpoint.safetensors import NUMPY_DTYPES
 from edgelm.checkpoint.writer import ShardedWriter, TensorSpec, float32_to_bf16
+from edgelm.checkpoint.written import CHECKPOINT
 from edgelm.errors import CheckpointError, EdgeLMError
 from edgelm.files import atomic_directory
 from edgelm.models import family
@@ -192,7 +193,7 @@ def _write(
 ) -> Path:
     if dtype not in PUBLISHED_DTYPE:
         raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(PUBLISHED_DTYPE)}")
-    with atomic_directory(out, overwrite=overwrite) as folder:
+    with atomic_directory(out, CHECKPOINT, overwrite=overwrite) as folder:
         _write_tokenizer(config, folder, renamed_eos=renamed_eos)
         _dump_json(folder / "config.json", config)
         _write_weights(config, folder, seed, shard_bytes, dtype, progress)
@@ -242,7 +243,7 @@ def synth(
         out: the folder to make.
         seed: same seed, same bytes.
         progress: gets the bytes written.
-        overwrite: replace an existing folder.
+        overwrite: replace a checkpoint that EdgeLM wrote.
 
     Raises:
         CheckpointError: unknown name.

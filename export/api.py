@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 
 from edgelm.bundle import (
+    BUNDLE,
     MANIFEST,
     Bundle,
     CalibrationInfo,
@@ -40,6 +41,7 @@ from edgelm.files import atomic_directory, need_disk
 from edgelm.models import family as family_of
 from edgelm.parity.golden import GoldenOptions, golden_tokens, write_pack
 from edgelm.parity.live import references
+from edgelm.places import check_place
 from edgelm.progress import Advance, Progress, Silent
 from edgelm.quant.calibration import CalibrationOptions, CalibrationReport, calibrated
 from edgelm.quant.recipe import Recipe
@@ -74,8 +76,8 @@ def export_bundle(
     options = options or ExportOptions()
     progress = progress or Silent()
     out = Path(out)
-    if out.exists() and not options.overwrite:
-        raise ExportError(f"{out} exists already: remove it, choose another place, or pass --overwrite")
+    given = checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint
+    check_place(out, BUNDLE, sources=[given, options.reference], overwrite=options.overwrite)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(checkpoint, progress=progress)
     chosen = _recipe(recipe, checkpoint)
@@ -114,7 +116,8 @@ def _export(
         progress.note(note)
     tokenizer, golden, plan, threads = _prepare(source, out, options, progress)
     checkpoint = source.checkpoint
-    with atomic_directory(out, overwrite=options.overwrite) as folder:
+    sources = [checkpoint.path, None if original is None else original.path]
+    with atomic_directory(out, BUNDLE, sources=sources, overwrite=options.overwrite) as folder:
         tensors, hashes = _write_weights(plan, checkpoint, folder, threads, progress)
         (folder / GRAPH_FILE).write_bytes(plan.graphs.graph.SerializeToString())
         (folder / DEBUG_FILE).write_bytes(plan.graphs.debug_graph.SerializeToString())

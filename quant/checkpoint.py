@@ -18,9 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from edgelm.checkpoint import Checkpoint, ShardedWriter, TensorSpec
+from edgelm.checkpoint.written import CHECKPOINT, FILE_LIST
 from edgelm.devices import allowed_cores
 from edgelm.errors import RecipeError
 from edgelm.files import atomic_directory
+from edgelm.places import check_place
 from edgelm.progress import Progress, Silent
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.scheme import AnyScheme
@@ -64,6 +66,7 @@ def quantize_checkpoint(
     threads: int | None = None,
     shard_bytes: int | None = SHARD_BYTES,
     overwrite: bool = False,
+    texts: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> QuantizedSummary:
     """Quantise the checkpoint `source` (a folder or a hub id) with `recipe` into the folder `out`.
@@ -76,16 +79,18 @@ def quantize_checkpoint(
         recipe: must quantise something.
         threads: blocks in work at once; None is one for each core.
         shard_bytes: largest weight file; None writes one file.
-        overwrite: replace an existing `out` once the new one is complete.
+        overwrite: replace a checkpoint that EdgeLM wrote at `out` once the new one is complete.
+        texts: files to write beside it, their contents by their names.
         progress: gets the bytes read.
 
     Raises:
         CheckpointError: `source` is incomplete or damaged, or some weight is not finite.
         RecipeError: `source` is already quantised, or the recipe does not fit its tensors, or it has static
             activations, whose scales are calibrated.
-        EdgeLMError: `out` exists, or the disk is full.
+        EdgeLMError: `out` cannot be used (`edgelm.places.check_place`), or the disk is full.
     """
     progress = progress or Silent()
+    check_place(out, CHECKPOINT, sources=[source], overwrite=overwrite)
     with Checkpoint.open(source, progress) as checkpoint:
         if stored_recipe(checkpoint.config) is not None:
             raise RecipeError(f"{checkpoint.path} is already quantised: start from the float checkpoint")
@@ -94,8 +99,9 @@ def quantize_checkpoint(
             raise RecipeError(f'the recipe "{recipe.name}" quantises none of the tensors of {checkpoint.path}')
         _refuse_static(weights)
         stored_specs(weights)  # refuses before the folder is made
-        with atomic_directory(out, overwrite=overwrite) as folder:
+        with atomic_directory(out, CHECKPOINT, sources=[checkpoint.path], overwrite=overwrite) as folder:
             summary = write_quantized(weights, folder, threads=threads, shard_bytes=shard_bytes, progress=progress)
+            write_texts(folder, texts)
     return replace(summary, path=Path(out))
 
 
@@ -257,11 +263,19 @@ def _run(jobs: Iterable[Callable[[], int]], threads: int) -> Iterator[int]:
             raise
 
 
+def write_texts(folder: Path, texts: Mapping[str, str] | None) -> None:
+    """Write small files into a checkpoint's folder, none of which is there."""
+    for name, text in (texts or {}).items():
+        with (folder / name).open("x", encoding="utf-8") as stream:
+            stream.write(text)
+
+
 def copy_companions(source: Path, folder: Path) -> None:
     """Copy what a checkpoint's folder holds besides config.json and weights: tokenizer, template, licence."""
     for path in sorted(source.iterdir()):
         wanted = path.suffix in _COMPANION_SUFFIXES or path.name.startswith(_COMPANION_NAMES)
-        if path.is_file() and wanted and path.name != _CONFIG and not path.name.endswith(_INDEX_SUFFIX):
+        written = path.name in (_CONFIG, FILE_LIST) or path.name.endswith(_INDEX_SUFFIX)
+        if path.is_file() and wanted and not written:
             shutil.copyfile(path, folder / path.name)
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from edgelm.errors import RecipeError
 from edgelm.json_dataclass import Blame, parse_toml, quoted, read_bytes
+from edgelm.places import Kind
 from edgelm.quant.scheme import AnyScheme, Fp8Scheme, Scheme, parse_scheme
 
 _BLAME = Blame(RecipeError, "mend it, or write one with `edgelm recipe`")
@@ -190,6 +191,18 @@ class Recipe:
         if not path.is_file():
             raise RecipeError(f"no recipe {preset_or_path}: give {', '.join(PRESETS)}, or the path of a .toml file")
         return cls.from_toml(read_bytes(path, _BLAME), str(path), path.stem)
+
+
+def _foreign(path: Path) -> str | None:
+    try:
+        Recipe.load(path)
+    except RecipeError:
+        return "is no recipe"
+    return None
+
+
+RECIPE = Kind("a recipe", _foreign, is_folder=False)
+"""A TOML file that `Recipe.load` reads."""
 
 
 def _quoted(text: str) -> str:

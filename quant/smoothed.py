@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from edgelm.checkpoint import Checkpoint, ShardedWriter, TensorSpec
 from edgelm.checkpoint.safetensors import TensorInfo
 from edgelm.checkpoint.writer import float32_to_bf16
+from edgelm.checkpoint.written import CHECKPOINT
 from edgelm.files import atomic_directory
 from edgelm.progress import Progress, Silent
 from edgelm.quant.checkpoint import SHARD_BYTES, copy_companions
@@ -106,15 +107,15 @@ class SmoothedCheckpoint(Checkpoint):
         Args:
             out: folder to write.
             shard_bytes: largest weight file; None writes one file.
-            overwrite: replace an existing `out`.
+            overwrite: replace a checkpoint that EdgeLM wrote at `out`.
             progress: gets the bytes written.
 
         Raises:
-            EdgeLMError: `out` exists, or the disk is full.
+            EdgeLMError: `out` cannot be used (`edgelm.places.check_place`), or the disk is full.
         """
         specs = {name: TensorSpec(info.dtype, info.shape) for name, info in self.tensors.items()}
         total = sum(spec.nbytes for spec in specs.values())
-        with atomic_directory(out, overwrite=overwrite) as folder:
+        with atomic_directory(out, CHECKPOINT, sources=[self.path], overwrite=overwrite) as folder:
             copy_companions(self.path, folder)
             (folder / "config.json").write_text(
                 json.dumps(self.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"

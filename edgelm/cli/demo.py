@@ -104,20 +104,20 @@ def find_checkpoints(given: Path | None) -> Path:
 
 def take(checkpoint: Path, out: Path, recipe: str, max_tokens: int, progress: Progress) -> Outcome:
     """Export, run and check one checkpoint."""
-    from edgelm.bundle import MANIFEST
-    from edgelm.errors import EdgeLMError
     from edgelm.export import ExportOptions, export_bundle
     from edgelm.generate import load
+    from edgelm.pages.page import REPORT
     from edgelm.parity.check import check_parity
     from edgelm.parity.report import write_report
+    from edgelm.places import check_place
 
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise EdgeLMError(f"{out} exists and is not a bundle: remove it or choose another folder with --out")
+    page = out.with_name(f"{out.name}.html")
+    if page.exists():
+        check_place(page, REPORT, sources=[checkpoint], overwrite=True)
     bundle = export_bundle(checkpoint, out, recipe=recipe, options=ExportOptions(overwrite=True), progress=progress)
     with load(out, chat=False) as model:
         generation = model.generate(PROMPT, max_tokens=max_tokens)
     report = check_parity(out, progress=progress)
-    page = out.with_name(f"{out.name}.html")
     write_report(report, page)
     weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     return Outcome(

@@ -47,8 +47,13 @@ def eval(  # noqa: A001 - the verb's name
     for the weights of FLOAT. Without --checkpoint there is perplexity alone.
     """
     from edgelm.evaluation import EvalOptions, evaluate
+    from edgelm.pages.page import REPORT
+    from edgelm.places import check_place
     from edgelm.progress import Bars
 
+    if report_path is not None:
+        folders = [target for target in targets if Path(target).is_dir()]
+        check_place(report_path, REPORT, sources=[checkpoint, *folders], overwrite=True)
     progress = Bars()
     options = EvalOptions(
         text=text, tokens=tokens, length=length, layers=layers, speed=speed, kv=kv, runtime=runtime, threads=threads

@@ -99,6 +99,7 @@ def export(
     from edgelm.cli.extras import need_export_extra
 
     need_export_extra()
+    from edgelm.bundle import BUNDLE
     from edgelm.export import ExportOptions, export_bundle
     from edgelm.export.engine_options import EngineOptions
     from edgelm.export.memory import parse_size
@@ -127,7 +128,15 @@ def export(
     if bits is not None or budget is not None:
         _refuse_portable(ops)
     result = budgeted(
-        checkpoint, out, bits=bits, budget=budget, calibration=calibrating, overwrite=overwrite, progress=progress
+        checkpoint,
+        out,
+        BUNDLE,
+        reference=reference,
+        bits=bits,
+        budget=budget,
+        calibration=calibrating,
+        overwrite=overwrite,
+        progress=progress,
     )
     chosen = recipe if result is None else result.recipe
     bundle = export_bundle(checkpoint, out, recipe=chosen, options=options, calibration=calibrating, progress=progress)

@@ -20,7 +20,7 @@ RECIPE_FILE = "recipe.toml"
 @budget_options
 @calibration_options
 @click.option("--threads", type=click.IntRange(min=1), help="Blocks in work at once; default: the cores allowed.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing folder once the new one is complete.")
+@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that EdgeLM wrote, once the new one is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 def quantize(
     checkpoint: str,
@@ -47,7 +47,7 @@ def quantize(
     import json
     import time
 
-    from edgelm.files import atomic_file
+    from edgelm.checkpoint.written import CHECKPOINT
     from edgelm.progress import Bars
     from edgelm.quant.checkpoint import QuantizedSummary, quantize_checkpoint
 
@@ -56,13 +56,24 @@ def quantize(
     progress = Bars()
     start = time.monotonic()
     result = budgeted(
-        checkpoint, out, bits=bits, budget=budget, calibration=options, overwrite=overwrite, progress=progress
+        checkpoint,
+        out,
+        CHECKPOINT,
+        bits=bits,
+        budget=budget,
+        calibration=options,
+        overwrite=overwrite,
+        progress=progress,
     )
+    # No checkpoint's companion ends in .toml: nothing of that name is there.
+    texts = None if result is None else {RECIPE_FILE: result.toml}
     plan = chosen(recipe, result, "int4")
     made: QuantizedSummary
     extra: dict[str, Any] = {} if result is None else {"budget": in_json(result)}
     if options is None:
-        made = quantize_checkpoint(checkpoint, out, plan, threads=threads, overwrite=overwrite, progress=progress)
+        made = quantize_checkpoint(
+            checkpoint, out, plan, threads=threads, overwrite=overwrite, texts=texts, progress=progress
+        )
     else:
         from edgelm.quant.calibration import calibrate_checkpoint
 
@@ -78,14 +89,11 @@ def quantize(
             smoothing=options.smoothing,
             threads=threads,
             overwrite=overwrite,
+            texts=texts,
             progress=progress,
         )
         made = calibrated
         extra["calibration"] = dataclasses.asdict(calibrated.report.info)
-    if result is not None:
-        # No checkpoint's companion ends in .toml: nothing of that name is there.
-        with atomic_file(made.path / RECIPE_FILE) as partial:
-            partial.write_text(result.toml, encoding="utf-8")
     seconds = time.monotonic() - start
     if as_json:
         click.echo(

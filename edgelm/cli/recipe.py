@@ -19,7 +19,7 @@ from edgelm.cli.recipes import budget_options, in_json, in_words
 )
 @click.option("--tokens", type=click.IntRange(min=2), help="Tokens of it [8192].")
 @click.option("--schemes", metavar="NAMES", help="To choose from, for example int3-g32,int4-g32,int8-g128,float.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing recipe.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 def recipe(
     checkpoint: str,
@@ -40,17 +40,17 @@ def recipe(
     import time
 
     from edgelm.cli.options import given
-    from edgelm.errors import EdgeLMError
     from edgelm.export.memory import parse_size
     from edgelm.files import atomic_file
+    from edgelm.places import check_place
     from edgelm.progress import Bars
     from edgelm.quant.budget import budget_recipe, parse_candidates
+    from edgelm.quant.recipe import RECIPE
 
     if (bits is None) == (budget is None):
         raise click.UsageError("give either --bits or --budget")
     out = out or Path("budget.toml")
-    if out.exists() and not overwrite:
-        raise EdgeLMError(f"{out} exists already: choose another place with -o, or pass --overwrite")
+    check_place(out, RECIPE, sources=[checkpoint], overwrite=overwrite)
     progress = Bars()
     start = time.monotonic()
     result = budget_recipe(
@@ -62,7 +62,7 @@ def recipe(
         progress=progress,
         **given(tokens=tokens, schemes=None if schemes is None else parse_candidates(schemes)),
     )
-    with atomic_file(out) as partial:
+    with atomic_file(out, RECIPE, sources=[checkpoint], overwrite=overwrite) as partial:
         partial.write_text(result.toml, encoding="utf-8")
     seconds = time.monotonic() - start
     if as_json:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from edgelm.places import Kind
     from edgelm.progress import Progress
     from edgelm.quant.budget import BudgetResult
     from edgelm.quant.calibration import CalibrationOptions
@@ -42,7 +43,9 @@ def refuse_two(recipe: str | None, bits: float | None, budget: str | None) -> No
 def budgeted(
     checkpoint: str,
     out: Path,
+    kind: Kind,
     *,
+    reference: str | None = None,
     bits: float | None,
     budget: str | None,
     calibration: CalibrationOptions | None,
@@ -52,21 +55,20 @@ def budgeted(
     """Choose the recipe for --bits or --budget, measured with the text of --calibration; None where neither was given.
 
     Raises:
-        EdgeLMError: `out` exists, or no recipe keeps within the budget.
+        EdgeLMError: `out` is no place for an output of this kind, or no recipe keeps within the budget.
     """
     if bits is None and budget is None:
         return None
     from edgelm.cli.extras import need_export_extra
-    from edgelm.errors import EdgeLMError
 
     need_export_extra()
     from edgelm.export.memory import parse_size
+    from edgelm.places import check_place
     from edgelm.quant.budget import TOKENS, budget_recipe
     from edgelm.texts import BUILTIN
 
-    if out.exists() and not overwrite:
-        # Measuring takes a while; what writes the output would say so afterwards.
-        raise EdgeLMError(f"{out} exists already: remove it, choose another place, or pass --overwrite")
+    # Measuring takes a while; what writes the output would say so afterwards.
+    check_place(out, kind, sources=[checkpoint, reference], overwrite=overwrite)
     # What suffices for the calibration is enough here.
     tokens = TOKENS if calibration is None else min(TOKENS, calibration.samples * calibration.length)
     result = budget_recipe(

@@ -9,15 +9,19 @@ from pathlib import Path
 from edgelm.evaluation.result import EvaluationReport, ExpertErrors, TargetResult, frontier
 from edgelm.files import atomic_file
 from edgelm.pages.charts import Series, line_chart
-from edgelm.pages.page import document, facts_table, files_table, number, percent
+from edgelm.pages.page import REPORT, document, facts_table, files_table, number, percent
 from edgelm.pages.plots import Point, heat_map, scatter_chart
 
 _COLOURS = 4  # curves that a chart can tell apart
 
 
 def write_report(report: EvaluationReport, path: Path) -> None:
-    """Write the report to `path`, whole or not at all."""
-    with atomic_file(path) as partial:
+    """Write the report to `path`, whole or not at all; an earlier report there is replaced.
+
+    Raises:
+        EdgeLMError: something else is there, or there is no such folder.
+    """
+    with atomic_file(path, REPORT, overwrite=True) as partial:
         partial.write_text(render(report), encoding="utf-8")
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
+
+from edgelm.places import Kind
 
 STYLE = """
 :root { --page: #ffffff; --ink: #1c2126; --soft: #5b6670; --line: #d9dee3; --band: #f4f6f8; --good: #17734a;
@@ -47,11 +50,24 @@ details { margin: 12px 0; } summary { cursor: pointer; color: var(--soft); }
 """
 
 
+_START = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+
+
+def _foreign(path: Path) -> str | None:
+    with path.open("rb") as stream:
+        start = stream.read(2000)
+    ours = start.startswith(_START.encode()) and b"<style>" + STYLE[:30].encode() in start
+    return None if ours else "is no report that EdgeLM wrote"
+
+
+REPORT = Kind("a report", _foreign, is_folder=False)
+"""What `document` makes."""
+
+
 def document(title: str, sections: Sequence[str]) -> str:
     """A whole page of sections that are HTML already."""
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        _START + '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
         + "\n".join(sections)
         + "\n</body></html>\n"

@@ -8,13 +8,17 @@ from pathlib import Path
 
 from edgelm.files import atomic_file
 from edgelm.pages.charts import Series, Span, line_chart
-from edgelm.pages.page import document, facts_table, files_table, number, percent
+from edgelm.pages.page import REPORT, document, facts_table, files_table, number, percent
 from edgelm.parity.result import Check, FloatLoss, ParityReport
 
 
 def write_report(report: ParityReport, path: Path) -> None:
-    """Write the report to `path`, whole or not at all."""
-    with atomic_file(path) as partial:
+    """Write the report to `path`, whole or not at all; an earlier report there is replaced.
+
+    Raises:
+        EdgeLMError: something else is there, or there is no such folder.
+    """
+    with atomic_file(path, REPORT, overwrite=True) as partial:
         partial.write_text(render(report), encoding="utf-8")
 
 

@@ -32,10 +32,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # the two modules beside this sc
 from corpus import read_corpus
 from vocabularies import FOX_TOKENS, OLMOE_TOKENS, Encode, fox_tokenizer, olmoe_tokenizer, write_json
 
+from edgelm.checkpoint.written import CHECKPOINT
 from edgelm.files import atomic_directory
 from edgelm.models import family
 from edgelm.models.olmoe import load_balancing_loss, router_z_loss
 from edgelm.models.trace import Trace
+from edgelm.places import check_place
 
 OLMOE_TINY: dict[str, Any] = {
     "architectures": ["OlmoeForCausalLM"],
@@ -343,6 +345,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="start from the checkpoint that is there")
     options = parser.parse_args()
     out = options.out or Path(__file__).parent / options.name
+    check_place(out, CHECKPOINT, overwrite=True)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     config_json = OLMOE_TINY if options.name == "olmoe-tiny" else FOX_TINY
     texts, held_out_texts = read_corpus()
@@ -364,13 +367,13 @@ def main() -> None:
         start = time.monotonic()
 
         def save(step: int) -> None:
-            with atomic_directory(out, overwrite=True) as folder:
+            with atomic_directory(out, CHECKPOINT, overwrite=True) as folder:
                 save_checkpoint(folder, model, config_json, files)
                 (folder / "README.md").write_text(f"# {options.name}\n\nUnfinished: {step} steps.\n", encoding="utf-8")
 
         steps = train(model, corpus, options, save, active, seed=1 + len(phases))
         phases.append(Phase(steps, options.lr, options.balance, round((time.monotonic() - start) / 60, 1)))
-        with atomic_directory(out, overwrite=True) as folder:
+        with atomic_directory(out, CHECKPOINT, overwrite=True) as folder:
             save_checkpoint(folder, model, config_json, files)
             write_json(folder / "training.json", [vars(phase) for phase in phases])
             restore(model, folder)  # what is measured is the file, in bfloat16

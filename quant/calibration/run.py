@@ -22,16 +22,18 @@ import torch
 from torch import Tensor
 
 from edgelm.checkpoint import Checkpoint, SafetensorsFile
+from edgelm.checkpoint.written import CHECKPOINT
 from edgelm.devices import allowed_cores
 from edgelm.errors import EdgeLMError, RecipeError
 from edgelm.files import atomic_directory, need_disk
+from edgelm.places import check_place
 from edgelm.progress import Advance, Progress, Silent
 from edgelm.quant import codec
 from edgelm.quant.calibration.options import LENGTH, SAMPLES, CalibrationOptions, CoverageOptions
 from edgelm.quant.calibration.report import CalibrationReport, LayerReport
 from edgelm.quant.calibration.stream import SLICE_TOKENS, LayerStream, Quantiser, aligned, paired, slices
-from edgelm.quant.calibration.work import SUFFIX, CalibratedSource, WorkFolder, open_work
-from edgelm.quant.checkpoint import SHARD_BYTES, QuantizedSummary, stored_specs, write_quantized
+from edgelm.quant.calibration.work import CalibratedSource, WorkFolder, open_work, work_place
+from edgelm.quant.checkpoint import SHARD_BYTES, QuantizedSummary, stored_specs, write_quantized, write_texts
 from edgelm.quant.methods import Moments
 from edgelm.quant.methods.drift import Drift
 from edgelm.quant.ranges import calibrated_scales
@@ -69,6 +71,7 @@ def calibrate_checkpoint(
     smoothing: str | None = None,
     threads: int | None = None,
     overwrite: bool = False,
+    texts: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> CalibratedSummary:
     """Quantise the checkpoint `source` into the folder `out`, its codes chosen by what the model does with a text.
@@ -88,26 +91,26 @@ def calibrate_checkpoint(
         require_coverage: fail where an expert has not, in place of rounding it to nearest.
         smoothing: scale the float weights first: for "activations" or for "weights"; None does not.
         threads: of the arithmetic; None is one for each core. Other numbers may add up in another order.
-        overwrite: replace an existing `out` once the new one is complete.
+        overwrite: replace a checkpoint that EdgeLM wrote at `out` once the new one is complete.
+        texts: files to write beside it, their contents by their names.
         progress: gets the work done, and a line for each layer.
 
     Raises:
         CheckpointError: `source` is incomplete or damaged, or some weight is not finite.
         RecipeError: `source` is already quantised, or the recipe does not fit its tensors.
-        EdgeLMError: there is no text or too little, `out` exists, coverage is required and missing, or the disk is
-            full.
+        EdgeLMError: there is no text or too little, `out` cannot be used (`edgelm.places.check_place`), coverage is
+            required and missing, or the disk is full.
     """
     progress = progress or Silent()
     options = CalibrationOptions(text, samples, length, coverage or CoverageOptions(), require_coverage, smoothing)
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise EdgeLMError(f"{out} exists already: remove it, choose another place, or pass --overwrite")
+    check_place(out, CHECKPOINT, sources=[source], overwrite=overwrite)
     with (
         Checkpoint.open(source, progress) as checkpoint,
         calibrated(
             checkpoint, recipe, options, out, threads=threads, progress=progress, copies=2, input_scales=True
         ) as (weights, report),
-        atomic_directory(out, overwrite=overwrite) as folder,
+        atomic_directory(out, CHECKPOINT, sources=[checkpoint.path], overwrite=overwrite) as folder,
     ):
         summary = write_quantized(
             weights,
@@ -118,6 +121,7 @@ def calibrate_checkpoint(
             input_scales=weights.input_scales,
         )
         report.write(folder)
+        write_texts(folder, texts)
     return CalibratedSummary(**(vars(summary) | {"path": out, "report": report}))
 
 
@@ -166,8 +170,7 @@ def calibrated(
     stream_bytes = 4 * ids.size * config.hidden_size
     need_disk(out, copies * stored + 4 * stream_bytes)
     asked = _asked(checkpoint, recipe, texts, ids, options)
-    work_path = out.absolute().parent / f"{out.name}{SUFFIX}"
-    with open_work(work_path, asked, progress) as work, contextlib.ExitStack() as stack:
+    with open_work(work_place(out, checkpoint.path), asked, progress) as work, contextlib.ExitStack() as stack:
         with _threads(threads):
             if options.smoothing is not None:
                 checkpoint = stack.enter_context(_smoothed(checkpoint, recipe, options.smoothing, ids, work, progress))

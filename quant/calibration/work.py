@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,8 +26,9 @@ from torch import Tensor
 
 from edgelm.checkpoint import Checkpoint, SafetensorsFile, SafetensorsWriter, TensorSpec
 from edgelm.errors import CheckpointError, EdgeLMError
-from edgelm.files import atomic_file
+from edgelm.files import atomic_file, lock_folder
 from edgelm.json_dataclass import Blame, read_json
+from edgelm.places import Kind, check_place, resolved, unlisted
 from edgelm.progress import Progress
 from edgelm.quant.calibration.report import LayerReport
 from edgelm.quant.recipe import Recipe
@@ -42,7 +43,16 @@ _SMOOTHING = "smoothing.safetensors"
 _ROWS, _COLUMNS = "rows/", "columns/"
 _REPORT = "report"
 _STREAM, _REFERENCE = "x", "reference"
-_LOCK = "lock"
+# In the order in which they go: a run that ends in between leaves nothing that the next one would go on with.
+_NAMES = (
+    r"head\.safetensors",
+    r"stream-\d{5}\.safetensors",
+    r"smoothing\.safetensors",
+    r"layer-\d{5}\.safetensors",
+    r"\.[a-z0-9.-]+\.partial-[0-9a-f]+",
+    r"lock",
+    r"state\.json",
+)
 
 
 class WorkFolder:
@@ -150,7 +160,7 @@ _DTYPES = {"uint8": "U8", "float16": "F16", "float32": "F32"}
 
 def _write(path: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
     specs = {name: TensorSpec(_DTYPES[array.dtype.name], array.shape) for name, array in arrays.items()}
-    with atomic_file(path, durable=True) as partial, SafetensorsWriter(partial, specs, metadata) as writer:
+    with atomic_file(path) as partial, SafetensorsWriter(partial, specs, metadata) as writer:
         for name, array in arrays.items():
             writer.write(name, array)
 
@@ -172,34 +182,33 @@ def open_work(path: Path, asked: Mapping[str, Any], progress: Progress) -> Itera
         progress: told what becomes of a folder that is there.
 
     Raises:
-        EdgeLMError: another process works in the folder, or something else is in its place.
+        EdgeLMError: another process works in the folder.
     """
     wanted = json.loads(json.dumps(asked))
-    if path.exists() and not path.is_dir():
-        raise EdgeLMError(f"{path} is in the way: calibration keeps its work there; remove it")
     path.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    with lock_folder(path, f"another process is calibrating into {path}: wait for it"):
         _clear_unless(path, wanted, progress)
         state = path / _STATE
         if not state.is_file():
-            with atomic_file(state, durable=True) as partial:
+            with atomic_file(state) as partial:
                 partial.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
         work = WorkFolder(path)
         try:
             yield work
         except BaseException:
             if not work.is_worth_keeping:
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
             else:
                 progress.note(f"what is done so far is kept in {path}: the same command goes on from there")
             raise
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
 
 
 def _clear_unless(path: Path, wanted: Mapping[str, Any], progress: Progress) -> None:
     """Empty the folder of everything that another run left there."""
-    left = [entry for entry in path.iterdir() if entry.name != _LOCK]
-    if not left:
+    if not (path / _STATE).exists():
+        # A run that ended before its first file, or while it removed them.
+        _empty(path)
         return
     try:
         found = read_json(path / _STATE, Blame(EdgeLMError, f"remove the folder {path}"))
@@ -208,34 +217,43 @@ def _clear_unless(path: Path, wanted: Mapping[str, Any], progress: Progress) -> 
     if found == wanted:
         return
     if not isinstance(found, dict) or "format" not in found:
-        # Not ours to empty, whatever it is; unless a run ended before its first file.
-        if any(not entry.name.startswith(f".{_STATE}") for entry in left):
-            raise EdgeLMError(f"{path} is in the way: it holds no calibration that EdgeLM left; remove it")
-        found = wanted
+        # Not ours to empty, whatever it is.
+        raise EdgeLMError(f"{path} is in the way: its {_STATE} is of no calibration that EdgeLM left; remove it")
     differing = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
-    if differing:
-        progress.note(f"{path} holds an interrupted calibration with another {', '.join(differing)}: starting anew")
-    for entry in left:
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+    progress.note(f"{path} holds an interrupted calibration with another {', '.join(differing)}: starting anew")
+    _empty(path)
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keep other processes out; the system lets go of the lock however this process ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two runs into one place are then the user's business
-        yield
-        return
-    with (path / _LOCK).open("w") as stream:
-        try:
-            fcntl.flock(cast("IO[str]", stream), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise EdgeLMError(f"another process is calibrating into {path}: wait for it") from error
-        yield
+def _foreign(folder: Path) -> str | None:
+    name = unlisted(folder, lambda path: any(re.fullmatch(pattern, path) for pattern in _NAMES))
+    return None if name is None else f"holds {name}, which no calibration left there"
+
+
+WORK = Kind("the work of a calibration", _foreign)
+
+
+def work_place(out: Path, source: Path) -> Path:
+    """The folder in which a calibration for `out` keeps its work.
+
+    Raises:
+        EdgeLMError: something else is in its place.
+    """
+    place = resolved(out)
+    return check_place(place.with_name(place.name + SUFFIX), WORK, sources=[source], overwrite=True)
+
+
+def _empty(path: Path) -> None:
+    names = [entry.name for entry in path.iterdir()]
+    for pattern in _NAMES:
+        for name in names:
+            if re.fullmatch(pattern, name):
+                (path / name).unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # the result is there; and what is not ours keeps the folder
+        _empty(path)
+        path.rmdir()
 
 
 class CalibratedSource(WeightSource):

@@ -1,7 +1,8 @@
 """Engines of a bundle: `edgelm build`, and the end of `edgelm export --target tensorrt`.
 
 An engine is built in a folder beside the bundle's files, renamed into `engines/`, and only then named in the manifest,
-which is replaced as a whole: whatever happens, the bundle stays one that opens.
+which is replaced as a whole: whatever happens, the bundle stays one that opens. What a killed build left is in no
+manifest, and the next one removes it.
 """
 
 from __future__ import annotations
@@ -9,16 +10,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgelm.bundle import MANIFEST, Bundle, FileInfo, sha256_of
+from edgelm.bundle import ENGINE_WORK, MANIFEST, Bundle, FileInfo, left_by_builds, sha256_of
 from edgelm.errors import BundleError, ExportError
-from edgelm.files import PARTIAL, atomic_file, disk_full_explained, need_disk
+from edgelm.files import atomic_file, disk_full_explained, lock_folder, need_disk, sync, sync_folder
 from edgelm.json_dataclass import Blame, from_data, read_json, require_format
 from edgelm.progress import Progress, Silent
 from edgelm.runtimes.cuda.driver import find_devices
@@ -92,6 +92,7 @@ def build_bundle(
         ExportError: the bundle is for another target, or TensorRT cannot build it.
         RuntimeUnavailableError: there is no TensorRT.
         DeviceError: full TensorRT without a GPU.
+        EdgeLMError: another run is writing the bundle.
     """
     progress = progress or Silent()
     manifest = bundle.manifest
@@ -102,6 +103,24 @@ def build_bundle(
         )
     library = load(flavour)
     sms = chosen_sms(library, options.sms, bundle.path)
+    with lock_folder(bundle.path, f"another run is writing {bundle.path}: wait for it"):
+        bundle = Bundle.open(bundle.path)  # another build may have added to it
+        _remove_left(bundle.path)
+        try:
+            return _add(bundle, library, options, sms, progress)
+        finally:
+            # What is in the manifest stays: the new engine, or on an error the old one.
+            try:
+                _remove_left(bundle.path)
+            except BaseException:
+                _remove_left(bundle.path)  # Ctrl-C while cleaning up
+                raise
+
+
+def _add(
+    bundle: Bundle, library: Library, options: BuildOptions, sms: tuple[int, ...], progress: Progress
+) -> EngineInfo:
+    manifest = bundle.manifest
     made = build_into(bundle.path, manifest.graph.weights_file, library, options, sms, progress)
     old = [info for info in engines(bundle) if (info.flavour, info.sms) == (made.flavour, made.sms)]
     gone = {name for info in old for name in (info.file, _description(info.file))} - {made.file}
@@ -109,11 +128,17 @@ def build_bundle(
     for name in (made.file, _description(made.file)):
         path = bundle.file(name)
         files[name] = FileInfo(path.stat().st_size, sha256_of(path))
-    with atomic_file(bundle.file(MANIFEST), durable=True) as path:
+    with atomic_file(bundle.file(MANIFEST)) as path:
         path.write_text(dataclasses.replace(manifest, files=files).to_json(), encoding="utf-8")
-    for name in gone - {_description(made.file)}:
-        bundle.file(name).unlink(missing_ok=True)
     return made
+
+
+def _remove_left(folder: Path) -> None:
+    for path in left_by_builds(folder):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def chosen_sms(library: Library, asked: Sequence[int], folder: Path) -> tuple[int, ...]:
@@ -168,9 +193,12 @@ def build_into(
         rowmajor.write(recipe.rows, weights, work / ROWS_FILE)
         asked = dataclasses.replace(options, sms=sms)
         made = build_engine(library, work / GRAPH_FILE, work / "engine", recipe.shape, asked, BuildHost(sms), sms)
-        (work / "engine").rename(target)
-    made = dataclasses.replace(made, file=f"{FOLDER}/{target.name}")
-    (folder / _description(made.file)).write_text(made.to_json(), encoding="utf-8")
+        made = dataclasses.replace(made, file=f"{FOLDER}/{target.name}")
+        (work / "description").write_text(made.to_json(), encoding="utf-8")
+        for name, place in (("description", folder / _description(made.file)), ("engine", target)):
+            sync(work / name)
+            (work / name).rename(place)
+        sync_folder(target.parent)
     return made
 
 
@@ -187,7 +215,7 @@ def _free_name(folder: Path, stem: str) -> str:
 @contextlib.contextmanager
 def _workplace(folder: Path) -> Iterator[Path]:
     """A folder on the bundle's disk, gone afterwards."""
-    work = Path(tempfile.mkdtemp(prefix=f".engine{PARTIAL}{os.getpid()}-", dir=folder))
+    work = Path(tempfile.mkdtemp(prefix=ENGINE_WORK, dir=folder))
     try:
         yield work
     finally:

@@ -241,6 +241,7 @@ class Context:
         from edgelm.files import atomic_file
 
         try:
+            self._cache.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(self._cache) as path:
                 path.write_bytes(bytes(self._compiled.serialize()))
         except (OSError, EdgeLMError):

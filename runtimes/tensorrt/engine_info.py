@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from edgelm.bundle import ENGINES
 from edgelm.errors import BundleError
 from edgelm.json_dataclass import Blame, Count, Range, from_data, parse, quoted, read_bytes, require_format
 from edgelm.runtimes.tensorrt.library import FULL, RTX
@@ -23,7 +24,7 @@ from edgelm.runtimes.tensorrt.operators import MARK, PREFIX, PluginSpec
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
 
-FOLDER = "engines"
+FOLDER = ENGINES
 PYTHON, PTX = "python", "ptx"
 _FORMAT = 1
 _SPEC_LIMIT = 1 << 16

@@ -81,7 +81,7 @@ def test_a_folder_that_is_no_bundle_is_not_replaced(checkpoints: Path, tmp_path:
     (mine / "thesis.txt").write_text("years of work")
     result = CliRunner().invoke(cli, ["demo", "--checkpoints", str(checkpoints), "--out", str(tmp_path)])
     assert result.exit_code == 1
-    assert "exists and is not a bundle" in result.stderr
+    assert "exists already and is no bundle" in result.stderr
     assert (mine / "thesis.txt").read_text() == "years of work"
 
 

@@ -98,7 +98,7 @@ def test_stored_codes_are_those_made_on_the_fly(folder, tmp_path, recipe, shard_
 def test_the_rest_of_the_folder_comes_along(folder, tmp_path):
     quantize_checkpoint(folder, tmp_path / "q", PRESETS["int4"])
     names = {path.name for path in (tmp_path / "q").iterdir()}
-    assert names == {"config.json", "tokenizer.json", "LICENSE", "model.safetensors"}
+    assert names == {"config.json", "tokenizer.json", "LICENSE", "model.safetensors", "edgelm-files.json"}
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     assert config["hidden_size"] == 64
     assert config["quantization_config"]["quant_method"] == "edgelm"

@@ -1,0 +1,131 @@
+"""Kills and interrupts at file operations: each in a child, at its n-th operation that changes or syncs files."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import io
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from edgelm import files
+
+OPERATIONS = (
+    *("open", "mkdir", "rename", "replace", "unlink", "remove", "rmdir", "symlink", "link", "fsync", "scandir"),
+    *("write", "pwrite", "truncate", "ftruncate", "sendfile", "copy_file_range"),
+)
+KILL, BEFORE, AFTER = "kill", "interrupt before", "interrupt after"
+"""A kill, and Ctrl-C before an operation and after it. For the files a kill after one is a kill before the next."""
+MODES = (KILL, BEFORE, AFTER)
+
+
+class Interrupter:
+    """Counts operations while it is active, and at number `at` does what `mode` says."""
+
+    def __init__(self, at: int | None = None, mode: str = KILL) -> None:
+        self.at = at
+        self.mode = mode
+        self.log: list[str] = []
+
+    def _around(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(*arguments: Any, **options: Any) -> Any:
+            here = len(self.log) == self.at
+            self.log.append(f"{name} {arguments[0] if arguments else ''}")
+            if here and self.mode == KILL:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if here and self.mode == BEFORE:
+                raise KeyboardInterrupt
+            result = real(*arguments, **options)
+            if here:
+                if name in ("open", "create"):  # the value is lost, as it is where a signal comes before it is kept
+                    result.close() if hasattr(result, "close") else os.close(result)
+                raise KeyboardInterrupt
+            return result
+
+        return operation
+
+    def _opening(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        create = self._around("create", real)
+
+        def opened(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+            # Reading changes nothing, and other threads do it meanwhile.
+            return (real if mode in ("r", "rb") else create)(file, mode, *arguments, **options)
+
+        return opened
+
+    @contextlib.contextmanager
+    def active(self, *, exchange: bool = True) -> Iterator[None]:
+        """Intercept; without `exchange` the file system seems to know no exchange of names."""
+        with contextlib.ExitStack() as stack:
+            for name in OPERATIONS:
+                # What a kill leaves does not depend on when the disk has it.
+                real = _no_fsync if name == "fsync" else getattr(os, name)
+                stack.enter_context(mock.patch.object(os, name, self._around(name, real)))
+            stack.enter_context(mock.patch.object(fcntl, "flock", self._around("flock", fcntl.flock)))
+            stack.enter_context(mock.patch.object(io, "open", self._opening(io.open)))
+            exchanged = self._around("exchange", files._exchange) if exchange else lambda one, other: False
+            stack.enter_context(mock.patch.object(files, "_exchange", exchanged))
+            yield
+
+
+def _no_fsync(descriptor: int) -> None:
+    del descriptor
+
+
+def in_child(work: Callable[[], object]) -> int | str:
+    """Run `work` in a forked child; its signal or exit status: "killed", "interrupted", 0, or a traceback."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = b""
+        try:
+            work()
+        except KeyboardInterrupt:
+            said = b"interrupted"
+        except BaseException:  # the parent shows it
+            said = traceback.format_exc().encode()
+        finally:
+            os.write(writing, said)
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as stream:
+        said = stream.read().decode()
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return "killed" if os.WTERMSIG(status) == signal.SIGKILL else f"signal {os.WTERMSIG(status)}"
+    return said or os.waitstatus_to_exitcode(status)
+
+
+def operations(work: Callable[[], object], *, exchange: bool = True) -> list[str]:
+    """What `work` does when nothing happens."""
+    counter = Interrupter()
+    with counter.active(exchange=exchange):
+        work()
+    return counter.log
+
+
+def interrupted_at(work: Callable[[], object], at: int, mode: str, *, exchange: bool = True) -> int | str:
+    """What becomes of `work` when its operation number `at` meets a fault; see `in_child`."""
+
+    def faulty() -> None:
+        with Interrupter(at, mode).active(exchange=exchange):
+            work()
+
+    return in_child(faulty)
+
+
+def can_exchange(folder: Path) -> bool:
+    """Whether this system and file system can."""
+    one, other = folder / "one", folder / "other"
+    one.mkdir()
+    other.mkdir()
+    found = hasattr(ctypes.CDLL(None), "renameat2") and files._exchange(one, other)
+    one.rmdir()
+    other.rmdir()
+    return found
