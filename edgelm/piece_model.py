@@ -6,12 +6,11 @@ its normaliser nor all pieces at once, and it must never see what it cannot chec
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgelm.added_tokens import MAX_IDS
 from edgelm.errors import TokenizerError
@@ -20,7 +19,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of p
 BPE = 2  # of the trainer's model types
 MAX_BYTES = 64 << 20  # Gemma's 256 000 pieces take 4 MB
 _PIECE, _TRAINER, _NORMALIZER = 1, 2, 3
-_MODEL_TYPE, _BYTE_FALLBACK = 3, 35  # fields of the trainer
+_MODEL_TYPE = 3  # field of the trainer
 _DUMMY_PREFIX, _EXTRA_WHITESPACE = 3, 4  # fields of the normaliser
 
 
@@ -30,27 +29,42 @@ class PieceModel:
 
     Attributes:
         data: the file.
-        names: the pieces.
-        kinds: their types.
-        score_at: where the score of each piece is, if they all have the usual form: name, score, and maybe type.
-        pieces_end: where the pieces end.
+        text: bytes in which the pieces' names are.
+        starts: where each name begins in `text`, [pieces].
+        ends: where it ends, [pieces].
+        kinds: the pieces' types, [pieces].
+        score_at: where each score is in `data`, [pieces]; None where the pieces do not all have the usual form: name,
+            score, and maybe type.
+        pieces_end: where the pieces end in `data`, if they have that form.
         trainer: the trainer's settings, as they stand there.
         model_type: `BPE`, or another one.
-        byte_fallback: whether characters that have no piece become bytes.
         dummy_prefix: whether a space is put before a text.
         remove_extra_whitespace: whether spaces that follow one another become one.
     """
 
     data: bytes
-    names: Sequence[str]
-    kinds: Sequence[int]
-    score_at: Sequence[int]
+    text: bytes
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    kinds: NDArray[np.uint8]
+    score_at: NDArray[np.int64] | None
     pieces_end: int
     trainer: bytes
     model_type: int
-    byte_fallback: bool
     dummy_prefix: bool
     remove_extra_whitespace: bool
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def name(self, index: int) -> str:
+        """The piece of an id."""
+        return self.text[self.starts[index] : self.ends[index]].decode()
+
+    def of_kind(self, *kinds: int) -> list[int]:
+        """The ids of pieces of these types, in order."""
+        found: list[int] = np.flatnonzero(np.isin(self.kinds, kinds)).tolist()
+        return found
 
     def plain(self) -> bytes:
         """The same pieces as transformers' BPE has them: merged in the order of their ids, no text changed before.
@@ -58,18 +72,18 @@ class PieceModel:
         Pieces that a user defined are merged like others, for they are cut out of the text as added tokens are, if at
         all.
         """
-        merged = [NORMAL if kind in (USER_DEFINED, UNUSED) else kind for kind in self.kinds]
-        if len(self.score_at) == len(self.names):  # nothing but the numbers changes, and nothing moves
+        changed = np.isin(self.kinds, (USER_DEFINED, UNUSED))
+        scores = -np.arange(len(self), dtype="<f4")
+        if self.score_at is not None:  # nothing but numbers changes, and nothing moves
             data = np.frombuffer(self.data, np.uint8)[: self.pieces_end].copy()
-            at = np.array(self.score_at)
-            data[at[:, None] + np.arange(4)] = (-np.arange(len(at), dtype="<f4")).view(np.uint8).reshape(-1, 4)
-            changed = np.array(merged) != np.array(self.kinds)
-            data[at[changed] + 5] = NORMAL
+            data[self.score_at[:, None] + np.arange(4)] = scores.view(np.uint8).reshape(-1, 4)
+            data[self.score_at[changed] + 5] = NORMAL
             pieces = data.tobytes()
         else:
+            kinds = np.where(changed, NORMAL, self.kinds).tolist()
             bodies = [
-                _field(1, name.encode()) + b"\x15" + struct.pack("<f", -index) + bytes((0x18, kind))
-                for index, (name, kind) in enumerate(zip(self.names, merged, strict=True))
+                _field(1, self.name(i).encode()) + b"\x15" + scores[i].tobytes() + bytes((0x18, kind))
+                for i, kind in enumerate(kinds)
             ]
             pieces = b"".join([_field(_PIECE, body) for body in bodies])
         normalizer = _field(1, b"identity") + _flag(_DUMMY_PREFIX, 0) + _flag(_EXTRA_WHITESPACE, 0)
@@ -111,6 +125,8 @@ def _fields(data: bytes) -> list[tuple[int, int | bytes]]:
     position = 0
     result: list[tuple[int, int | bytes]] = []
     while position < len(data):
+        if len(result) > MAX_IDS:
+            raise ValueError(f"more than {MAX_IDS} fields")
         key, position = _read_varint(data, position)
         kind = key & 7
         if kind == 0:
@@ -137,31 +153,47 @@ def _piece(data: bytes) -> tuple[bytes, int]:
     return name, kind
 
 
-def _pieces(data: bytes) -> tuple[list[tuple[bytes, int]], list[int], int]:
-    """The pieces that a model begins with, where the scores of the usual ones are, and where the pieces end.
+_Pieces = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8], NDArray[np.int64]]
 
-    Nearly all are a short name, a score, and maybe a type: worth a shortcut where there are a quarter of a million.
+
+def _usual_pieces(data: bytes) -> tuple[_Pieces | None, int]:
+    """The pieces that a model begins with (starts, ends, kinds, places of scores), and where they end.
+
+    None unless each is a short name, a score, and maybe a type. There may be a quarter of a million of them, so only
+    their lengths are followed one by one.
     """
-    result: list[tuple[bytes, int]] = []
-    score_at: list[int] = []
-    position = 0
-    while position < len(data) and data[position] == 0x0A:
-        start = position + 2
-        end = start + data[position + 1]
-        name_end = start + 2 + data[start + 1]
-        rest = end - name_end
-        short = end - start < 0x80 and data[start] == 0x0A and data[start + 1] < 0x80 and end <= len(data)
-        if short and rest in (5, 7) and data[name_end] == 0x15 and (rest == 5 or data[name_end + 5] == 0x18):
-            result.append((data[start + 2 : name_end], NORMAL if rest == 5 else data[name_end + 6]))
-            score_at.append(name_end + 1)
-            position = end
-            continue
-        size, start = _read_varint(data, position + 1)
-        if size > len(data) - start:
-            raise ValueError(f"a piece of {size} bytes where {len(data) - start} are left")
-        result.append(_piece(data[start : start + size]))
-        position = start + size
-    return result, score_at, position
+    places = []
+    position, size = 0, len(data)
+    while position + 1 < size and data[position] == 0x0A:
+        places.append(position)
+        if len(places) > MAX_IDS:
+            raise ValueError(f"more than {MAX_IDS} pieces")
+        position += 2 + data[position + 1]
+    if not places or position > size:
+        return None, 0
+    view = np.frombuffer(data + bytes(16), np.uint8)  # so that no place is beyond it
+    at = np.array(places)
+    length, name_length = view[at + 1].astype(np.int64), view[at + 3].astype(np.int64)
+    ends = at + 4 + name_length
+    rest = length - 2 - name_length
+    if not (length < 0x80).all() or not (view[at + 2] == 0x0A).all() or not np.isin(rest, (5, 7)).all():
+        return None, 0
+    typed = rest == 7
+    if not (view[ends] == 0x15).all() or not (view[ends[typed] + 5] == 0x18).all():
+        return None, 0
+    kinds = np.where(typed, view[ends + 6 * typed], NORMAL).astype(np.uint8)
+    return (at + 4, ends, kinds, ends + 1), position
+
+
+def _check_names(text: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+    """Every name is UTF-8: all together are, and none begins within a character."""
+    steps = np.zeros(len(text) + 1, np.int8)
+    steps[starts] += 1
+    steps[ends] -= 1
+    view = np.frombuffer(text, np.uint8)
+    view[np.cumsum(steps[:-1]) > 0].tobytes().decode()
+    if (view[starts[ends > starts]] & 0xC0 == 0x80).any():
+        raise ValueError("a piece that begins within a character")
 
 
 def _flags(data: bytes) -> dict[int, int]:
@@ -179,31 +211,42 @@ def read_piece_model(path: Path) -> PieceModel:
         if size > MAX_BYTES:
             raise TokenizerError(f"{path}: {size} bytes are too many for a tokenizer.model; fetch the file again")
         data = path.read_bytes()
-        pieces, score_at, end = _pieces(data)
+        usual, end = _usual_pieces(data)
         messages = _fields(data[end:])
-        pieces += [_piece(value) for number, value in messages if number == _PIECE and isinstance(value, bytes)]
+        others = [_piece(value) for number, value in messages if number == _PIECE and isinstance(value, bytes)]
+        text, score_at = data, None
+        if usual is not None and not others:
+            starts, ends, kinds, score_at = usual
+        else:
+            if usual is not None:
+                others = [_piece(v) for number, v in _fields(data) if number == _PIECE and isinstance(v, bytes)]
+            text = b"".join(name for name, _ in others)
+            lengths = np.array([len(name) for name, _ in others], np.int64)
+            ends = np.cumsum(lengths)
+            starts = ends - lengths
+            kinds = np.array([min(kind, 255) for _, kind in others], np.uint8)
+        if not len(kinds):
+            raise ValueError("the vocabulary is empty")
+        _check_names(text, starts, ends)
         # Of a message that stands there twice protobuf takes both together.
         trainer = b"".join(v for number, v in messages if number == _TRAINER and isinstance(v, bytes))
         normalizer = b"".join(v for number, v in messages if number == _NORMALIZER and isinstance(v, bytes))
         trained, flags = _flags(trainer), _flags(normalizer)
-        names = [name.decode() for name, _ in pieces]
-        kinds = [kind for _, kind in pieces]
-        if len(pieces) > MAX_IDS or not set(kinds) <= set(range(NORMAL, BYTE + 1)):
-            raise ValueError(f"{len(pieces)} pieces, of which some have no known type")
+        if len(kinds) > MAX_IDS or not np.isin(kinds, range(NORMAL, BYTE + 1)).all():
+            raise ValueError(f"{len(kinds)} pieces, of which some have no known type")
     except (ValueError, IndexError, OSError) as error:
         reason = "it ends too early" if isinstance(error, IndexError) else error
         raise TokenizerError(f"{path}: not a usable tokenizer.model ({reason}); fetch the file again") from error
-    if not pieces:
-        raise TokenizerError(f"{path}: the vocabulary is empty; fetch the file again")
     return PieceModel(
         data=data,
-        names=names,
+        text=text,
+        starts=starts,
+        ends=ends,
         kinds=kinds,
         score_at=score_at,
         pieces_end=end,
         trainer=trainer,
         model_type=trained.get(_MODEL_TYPE, 1),
-        byte_fallback=bool(trained.get(_BYTE_FALLBACK, 0)),
         dummy_prefix=bool(flags.get(_DUMMY_PREFIX, 1)),
         remove_extra_whitespace=bool(flags.get(_EXTRA_WHITESPACE, 1)),
     )

@@ -134,7 +134,7 @@ class Tokenizer:
         except CheckpointError as error:  # of the JSON files beside it
             raise TokenizerError(str(error)) from error
         except TokenizerError as error:
-            raise error if str(folder) in str(error) else TokenizerError(f"{folder}: {error}") from error
+            raise error if str(error).startswith(str(folder)) else TokenizerError(f"{folder}: {error}") from error
         raise TokenizerError(
             f"{folder}: neither tokenizer.json nor tokenizer.model is there; copy one from the checkpoint"
         )

@@ -17,7 +17,7 @@ from edgelm.added_tokens import MAX_IDS, Declared
 from edgelm.checkpoint.jsonfile import parse_json_object
 from edgelm.errors import CheckpointError, TokenizerError
 
-MAX_BYTES = 128 << 20  # a vocabulary of 256 000 entries takes about 35 MB
+MAX_BYTES = 64 << 20  # a vocabulary of 256 000 entries takes about 35 MB
 MAX_STEPS = 64  # of one kind; published tokenizers have up to six
 MAX_GROWTH = 64  # how many characters one may become by replacing, besides Unicode's own forms
 MAX_PREPENDED = 1024  # characters put before every part of a text

@@ -310,8 +310,7 @@ class PieceVocabulary(Vocabulary):
         declared = declared or Declared()
         model = read_piece_model(path)
         self._path = path
-        self._names = model.names
-        self._kinds = model.kinds
+        self._pieces = model
         # transformers makes BPE of any model; one of another kind is better off with its own rules.
         self._kind = declared.kind if model.model_type == BPE and declared.kind != "GPTNeoXTokenizer" else ""
         self._model = sentencepiece.SentencePieceProcessor()
@@ -320,7 +319,7 @@ class PieceVocabulary(Vocabulary):
             model.plain() if self._kind else model.data,
             what=f"{path}: not a usable tokenizer.model",
         )
-        if self._model.GetPieceSize() != len(model.names):
+        if self._model.GetPieceSize() != len(model):
             raise TokenizerError(f"{path}: not a usable tokenizer.model (pieces are missing); fetch the file again")
         self._prefix = tokenizer_json.prepend_scheme(declared) if self._kind == "LlamaTokenizer" else "never"
         self.leading_space = LeadingSpace.KEEP
@@ -333,27 +332,25 @@ class PieceVocabulary(Vocabulary):
         self._add(declared)
 
     def _add(self, declared: Declared) -> None:
-        size = len(self._names)
-        controls = {index for index, kind in enumerate(self._kinds) if kind == CONTROL}
-        of_model = [
-            AddedToken(self._names[i], special=i in controls, where=self._path.name)
-            for i, kind in enumerate(self._kinds)
-            if kind == CONTROL or (kind == USER_DEFINED and self._kind)
-        ]
+        pieces = self._pieces
+        size = len(pieces)
+        controls = frozenset(pieces.of_kind(CONTROL))
+        cut = pieces.of_kind(CONTROL, USER_DEFINED) if self._kind else sorted(controls)
+        of_model = [AddedToken(pieces.name(i), special=i in controls, where=self._path.name) for i in cut]
         tokens = declared.tokens(extra=of_model)
         if not self._kind:
             tokens = list({token.content: token for token in [*of_model, *tokens]}.values())
-        self._piece_ids = dict(zip(self._names, range(size), strict=True))
-        ids, self.left_out, self.notes = _place(tokens, self._piece_ids, size, declared)
+        known = {t.content: index for t in tokens if (index := self._piece_id(t.content)) is not None}
+        ids, self.left_out, self.notes = _place(tokens, known, size, declared)
         self.size = size + sum(index >= size for index in ids.values())
         self.added = {ids[token.content]: token for token in tokens if ids.get(token.content, 0) >= size}
         self.special = frozenset(ids[t.content] for t in tokens if t.special and t.content in ids)
-        self.own_special = frozenset(controls)
+        self.own_special = controls
         self._split = _Splitter(tokens, ids, declared)
-        self._unknown = next((i for i, kind in enumerate(self._kinds) if kind == UNKNOWN), -1)
+        self._unknown = next(iter(pieces.of_kind(UNKNOWN)), -1)
         named = declared.names.get("unk_token")
         self._drops_unknown = self._kind == "LlamaTokenizer" or bool(
-            self._kind and (named is None or self._piece_ids.get(named.content) != self._unknown)
+            self._kind and (named is None or self._piece_id(named.content) != self._unknown)
         )
 
     def encode(self, text: str) -> list[int]:
@@ -372,15 +369,19 @@ class PieceVocabulary(Vocabulary):
 
     def token(self, index: int) -> str | None:
         """See `Vocabulary`."""
-        if 0 <= index < len(self._names):
-            return self._names[index]
+        if 0 <= index < len(self._pieces):
+            return self._pieces.name(index)
         added = self.added.get(index)
         return None if added is None else added.content
 
     def token_id(self, token: str) -> int | None:
         """See `Vocabulary`."""
-        index = self._piece_ids.get(token)
+        index = self._piece_id(token)
         return next((i for i, added in self.added.items() if added.content == token), None) if index is None else index
+
+    def _piece_id(self, token: str) -> int | None:
+        index: int = self._model.PieceToId(token)
+        return index if self._pieces.name(index) == token else None
 
     def declared_id(self, role: str) -> int | None:
         """The ids that the model was made with."""
@@ -395,7 +396,7 @@ class PieceVocabulary(Vocabulary):
         """See `Vocabulary`."""
         if self._kind:
             return BYTE_TOKEN.fullmatch(self.token(index) or "") is not None
-        return 0 <= index < len(self._kinds) and self._kinds[index] == BYTE
+        return 0 <= index < len(self._pieces) and bool(self._pieces.kinds[index] == BYTE)
 
     def token_bytes(self, index: int) -> bytes:
         """See `Vocabulary`."""

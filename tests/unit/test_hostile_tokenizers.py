@@ -116,6 +116,7 @@ def test_deep_json_is_refused(tmp_path: Path) -> None:
         (b"\x0a\x0a\x0a\x01\xff\x15\x00\x00\x00\x00\x18\x01", "utf-8"),
         (b"\x0a\x0a\x0a\x01a\x15\x00\x00\x00\x00\x18\x09", "no known type"),
         (b"\x12\x00", "vocabulary is empty"),
+        (b"\x0a\x00" * (1 << 22) + b"\x0a\x00", "more than 4194304 pieces"),
         (b"\x0b\x00", "wire type 3"),
         (b"\x0a\x0a\x0a\x01a\x15\x00\x00\x00\x00\x18\x01" * 2, "not a usable tokenizer.model"),
     ],
@@ -199,12 +200,13 @@ def test_pieces_of_unusual_form_are_read_and_written(tmp_path: Path) -> None:
     folder = gemma(tmp_path / "t", 600)
     file = folder / "tokenizer.model"
     usual = piece_model.read_piece_model(file)
-    pieces, _, end = piece_model._pieces(usual.data)
+    assert usual.score_at is not None
     swapped = b""
-    for i, (name, kind) in enumerate(pieces):
+    for i, kind in enumerate(usual.kinds.tolist()):
+        name = usual.name(i).encode()
         body = bytes((0x18, kind, 0x0A, len(name))) + name + b"\x15" + (i * 7).to_bytes(4, "little")
         swapped += bytes((0x0A, len(body))) + body
     expected = Tokenizer.from_folder(folder).fingerprint()
-    file.write_bytes(swapped + usual.data[end:])
-    assert not piece_model.read_piece_model(file).score_at
+    file.write_bytes(swapped + usual.data[usual.pieces_end :])
+    assert piece_model.read_piece_model(file).score_at is None
     assert Tokenizer.from_folder(folder).fingerprint() == expected
