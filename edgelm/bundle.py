@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
 import zlib
@@ -280,6 +281,8 @@ class Bundle:
         Raises:
             BundleError: not a bundle, another format version, or a file missing or of the wrong size.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise BundleError(f"{path!r:.100} is no path: give the folder that `edgelm export -o` wrote")
         path = Path(path)
         if not path.exists():
             restore(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from edgelm.bundle import Bundle
 from edgelm.errors import GenerationError
 from edgelm.runtimes import Runtime, open_runtime
-from edgelm.runtimes.base import checked_tokens, context_full
-from edgelm.sampling import Sampler, Sampling
+from edgelm.runtimes.base import checked_tokens, context_full, whole_numbers
+from edgelm.sampling import Sampler, Sampling, is_integer
 from edgelm.stopping import StopStrings
 
 if TYPE_CHECKING:
@@ -54,10 +54,15 @@ class Options:
             if name not in valid:
                 raise GenerationError(f"there is no option {name!r}; there are: {', '.join(valid)}")
         max_tokens = given.get("max_tokens", DEFAULT_MAX_TOKENS)
-        if max_tokens is not None and max_tokens < 1:
-            raise GenerationError(f"max_tokens is {max_tokens}: it has to be 1 or more, or None for no limit")
-        stop = given.get("stop") or ()
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if max_tokens is not None and (not is_integer(max_tokens) or max_tokens < 1):
+            raise GenerationError(
+                f"max_tokens is {max_tokens!r:.100}: it has to be an integer, 1 or more, or None for no limit"
+            )
+        stop = given.get("stop")
+        stop = () if stop is None else (stop,) if isinstance(stop, str) else stop
+        if isinstance(stop, (bytes, bytearray)) or not isinstance(stop, Iterable):
+            raise GenerationError(f"stop is {stop!r:.100}: it has to be a string or a list of strings")
+        stop = tuple(stop)
         StopStrings(stop)
         return cls(max_tokens, stop, Sampling(**{name: given[name] for name in names if name in given}))
 
@@ -241,8 +246,9 @@ class LanguageModel:
         """Continue `prompt` piece by piece. A piece never ends within a character. Raises as `generate` does."""
         started = time.perf_counter()
         chosen = Options.of(options)
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
-        return self._stream(tokens, chosen, started)
+        if isinstance(prompt, str):
+            return self._stream(self.tokenizer.encode(prompt), chosen, started)
+        return self._stream(whole_numbers(prompt, "the prompt").tolist(), chosen, started)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
         """Answer a conversation of messages `{"role": "user", "content": "..."}` by the model's own chat template.

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from edgelm.errors import GenerationError
 # A nucleus is almost always smaller than this; a larger one costs a full sort.
 _FIRST_GUESS = 1024
 _BLOCK = 32
+_LEAST, _MOST = 1e-30, 1e30
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,18 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _require("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or more")
-        _require("top_k", self.top_k, _is_int(self.top_k) and self.top_k >= 0, "an integer, 0 (all tokens) or more")
-        _require("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1 (all tokens)")
-        _require("min_p", self.min_p, 0 <= self.min_p <= 1, "0 (all tokens) to 1")
+        _require("temperature", self.temperature, lambda t: 0 <= t < math.inf, "a number, 0 (greedy) or more")
+        _require("top_k", self.top_k, lambda k: k >= 0, "an integer, 0 (all tokens) or more", is_integer)
+        _require("top_p", self.top_p, lambda p: 0 < p <= 1, "a number, more than 0 and at most 1 (all tokens)")
+        _require("min_p", self.min_p, lambda p: 0 <= p <= 1, "a number, 0 (all tokens) to 1")
         _require(
             "repetition_penalty",
             self.repetition_penalty,
-            0 < self.repetition_penalty < math.inf,
-            "more than 0 (1 changes nothing)",
+            lambda penalty: 0 < penalty < math.inf,
+            "a number, more than 0 (1 changes nothing)",
         )
-        seed_fits = self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**64)
-        _require("seed", self.seed, seed_fits, "an integer from 0 to 2**64 - 1")
+        if self.seed is not None:
+            _require("seed", self.seed, lambda seed: 0 <= seed < 2**64, "an integer from 0 to 2**64 - 1", is_integer)
         idle = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) != _DEFAULTS[name]]
         if self.temperature == 0 and idle:
             raise GenerationError(
@@ -82,13 +84,25 @@ class Sampling:
 _DEFAULTS = {field.name: field.default for field in fields(Sampling)}
 
 
-def _is_int(value: object) -> bool:
+def is_integer(value: object) -> bool:
+    """Whether a value is a whole number, Python's or numpy's; a truth value is none, nor is 2.0."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def _require(name: str, value: object, valid: bool, wanted: str) -> None:
-    if not valid:
-        raise GenerationError(f"{name} is {value}: it has to be {wanted}")
+def _is_number(value: object) -> bool:
+    return is_integer(value) or isinstance(value, (float, np.floating))
+
+
+def _require(
+    name: str, value: Any, fits: Callable[[Any], bool], wanted: str, kind: Callable[[object], bool] = _is_number
+) -> None:
+    if not kind(value) or not fits(value):
+        raise GenerationError(f"{name} is {value!r:.100}: it has to be {wanted}")
+
+
+def _moderate(value: float) -> float:
+    """A temperature or penalty that float32 holds and that no logit overflows by: beyond it nothing changes."""
+    return min(max(value, _LEAST), _MOST)
 
 
 def penalise(logits: NDArray[np.float32], tokens: NDArray[np.int64], penalty: float) -> NDArray[np.float32]:
@@ -97,8 +111,8 @@ def penalise(logits: NDArray[np.float32], tokens: NDArray[np.int64], penalty: fl
     Keskar et al. 2019 (CTRL), with the sign rule of transformers.
     """
     result = logits.copy()
-    chosen = result[tokens]
-    result[tokens] = np.where(chosen < 0, chosen * np.float32(penalty), chosen / np.float32(penalty))
+    chosen, factor = result[tokens], np.float32(_moderate(penalty))
+    result[tokens] = np.where(chosen < 0, chosen * factor, chosen / factor)
     return result
 
 
@@ -115,31 +129,32 @@ def candidates(logits: NDArray[np.float32], options: Sampling) -> tuple[NDArray[
         ids [C] and probabilities [C] that sum to 1, in no particular order.
     """
     highest = logits.max()
+    temperature = _moderate(options.temperature)
     total = None
     if 0 < options.top_k < logits.size:
         ids = _top_k(logits, options.top_k)
     elif options.top_p < 1:
         with np.errstate(over="ignore"):
-            total = float(np.exp((logits - highest) / np.float32(options.temperature)).sum(dtype=np.float64))
+            total = float(np.exp((logits - highest) / np.float32(temperature)).sum(dtype=np.float64))
         ids = _at_least_best(logits, _FIRST_GUESS)
     elif options.min_p > 0:
         ids = np.arange(logits.size)
     else:
         with np.errstate(over="ignore"):
-            weights = np.exp((logits - highest) / np.float32(options.temperature)).astype(np.float64)
+            weights = np.exp((logits - highest) / np.float32(temperature)).astype(np.float64)
         return np.arange(logits.size), weights / weights.sum()
     if options.min_p > 0 and options.top_p == 1:
         # A superset by a hair, cheaply, before the exact test below.
-        floor = float(highest) + options.temperature * math.log(options.min_p)
+        floor = float(highest) + temperature * math.log(options.min_p)
         ids = ids[logits[ids] >= np.float32(floor - 1e-3 * (1 + abs(floor)))]
-    scores = _scores(logits, ids, options.temperature)
+    scores = _scores(logits, ids, temperature)
     if options.top_p < 1:
         kept = _nucleus(scores, options.top_p, total)
         guess = _FIRST_GUESS
         while kept is None:
             guess *= 16
             ids = _at_least_best(logits, guess)
-            scores = _scores(logits, ids, options.temperature)
+            scores = _scores(logits, ids, temperature)
             kept = _nucleus(scores, options.top_p, total if ids.size < logits.size else None)
         ids, scores = ids[kept], scores[kept]
     if options.min_p > 0:

@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 
 from edgelm.bundle import ModelInfo
+from edgelm.checkpoint.jsonfile import read_optional_json
 from edgelm.errors import ExportError
 from edgelm.export import activations, onnx_fox, onnx_olmoe
 from edgelm.export.decoder import DecoderFrame
@@ -72,8 +73,7 @@ class OnnxRuntimeTarget(Target):
 
         def finish(folder: Path, plan: Plan, options: ExportOptions, progress: Progress) -> None:
             del options, progress
-            path = folder / "generation_config.json"
-            generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            generation = read_optional_json(folder / "generation_config.json")
             config = genai_config(plan.info, plan.tokens, GRAPH_FILE, generation, self.provider.session)
             (folder / "genai_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
             for name, model in helpers.items():

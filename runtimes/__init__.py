@@ -7,16 +7,20 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from edgelm.errors import EdgeLMError, RuntimeUnavailableError
 from edgelm.runtimes.base import Runtime, SequenceBatch
+from edgelm.sampling import is_integer
 
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
     from edgelm.runtimes.tracing import TracingModel
 
 __all__ = ["Runtime", "RuntimeEntry", "SequenceBatch", "open_batch", "open_runtime", "open_tracing", "runtimes"]
+
+MAX_THREADS = 1024
+"""More than any machine has cores; a system that is asked for a million threads fails in the middle."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,8 @@ def _module(entry: RuntimeEntry, bundle: Bundle) -> ModuleType:
 
 def open_tracing(bundle: Bundle, name: str, *, threads: int | None = None) -> TracingModel | None:
     """Load the debug graph into the runtime called `name`, None where it has none. Raises as `open_runtime`."""
+    if threads is not None:
+        _check_option("threads", threads)
     opener = getattr(_module(_choose(bundle, name), bundle), "open_tracing", None)
     if opener is None:
         return None
@@ -181,6 +187,7 @@ def open_batch(bundle: Bundle, batch: int, name: str | None = None, **options: i
     Raises:
         RuntimeUnavailableError: also where the bundle's operators run one sequence at a time.
     """
+    _check_option("batch", batch)
     entry = _choose(bundle, name)
     opener = getattr(_module(entry, bundle), "open_batch", None)
     if opener is None:
@@ -197,7 +204,26 @@ def _given(entry: RuntimeEntry, options: Mapping[str, int | str | None]) -> dict
     for option, value in options.items():
         if option not in entry.options and (value is not None or option not in known):
             raise EdgeLMError(f"{entry.name} has no option {option!r}; it has: {', '.join(entry.options)}")
-    return {option: value for option, value in options.items() if value is not None}
+        if value is not None:
+            _check_option(option, value)
+    given = {option: value for option, value in options.items() if value is not None}
+    return {option: value if isinstance(value, str) else int(value) for option, value in given.items()}
+
+
+def _check_option(option: str, value: object) -> None:
+    """Types and ranges that are the same for every runtime.
+
+    Raises:
+        EdgeLMError: the value cannot be used.
+    """
+    if option == "kv":
+        if not isinstance(value, str):
+            raise EdgeLMError(f"kv is {value!r:.60}: it has to be the name of a type")
+        return
+    most = MAX_THREADS if option == "threads" else 2**63 - 1
+    if not is_integer(value) or not 1 <= cast("int", value) <= most:
+        what = f"1 to {MAX_THREADS}" if option == "threads" else "1 or more"
+        raise EdgeLMError(f"{option} is {value!r:.60}: it has to be an integer, {what}")
 
 
 def open_runtime(bundle: Bundle, name: str | None = None, **options: int | str | None) -> Runtime:

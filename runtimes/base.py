@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from types import TracebackType
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError
-from edgelm.sampling import most_probable
+from edgelm.sampling import is_integer, most_probable
 
 Self = TypeVar("Self", bound="Runtime")
 Result = TypeVar("Result")
@@ -193,10 +193,10 @@ def checked_tokens(tokens: Sequence[int] | NDArray[np.int64], vocab_size: int) -
     """`tokens` as int64 [T].
 
     Raises:
-        GenerationError: there is none, or an id is outside the vocabulary.
+        GenerationError: there is none, or an id is outside the vocabulary or no whole number.
     """
-    ids = np.asarray(tokens, dtype=np.int64)
-    if ids.ndim != 1 or ids.size == 0:
+    ids = whole_numbers(tokens, "the tokens")
+    if ids.size == 0:
         raise GenerationError("no tokens to append: give at least one token id")
     outside = (ids < 0) | (ids >= vocab_size)
     if outside.any():
@@ -206,6 +206,34 @@ def checked_tokens(tokens: Sequence[int] | NDArray[np.int64], vocab_size: int) -
             "was it made by another model's tokenizer?"
         )
     return ids
+
+
+def whole_numbers(tokens: object, what: str) -> NDArray[np.int64]:
+    """Token ids as int64 [T]; nothing is rounded, cut off or wrapped around.
+
+    Raises:
+        GenerationError: `tokens` is no list of whole numbers, or one does not fit into 64 bits; the message begins
+            with `what`.
+    """
+    wanted = "give text, or a list of token ids, which are whole numbers"
+    if isinstance(tokens, (str, bytes, bytearray, Mapping, Set)) or not isinstance(tokens, (Iterable, np.ndarray)):
+        raise GenerationError(f"{what}: {tokens!r:.60} cannot be used: {wanted}")
+    if not hasattr(tokens, "dtype"):
+        tokens = list(tokens)
+        for index, token in enumerate(tokens):
+            if not is_integer(token):
+                raise GenerationError(f"{what}: number {index} is {token!r:.60}: {wanted}")
+            if not -(2**63) <= token < 2**63:
+                raise GenerationError(f"{what}: number {index} is beyond any vocabulary: {wanted}")
+    try:
+        ids = np.asarray(tokens) if hasattr(tokens, "dtype") else np.asarray(tokens, np.int64)
+    except (TypeError, ValueError, RuntimeError) as error:  # such as a tensor on a GPU
+        raise GenerationError(f"{what} cannot be used ({error}): {wanted}") from error
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise GenerationError(f"{what}: an array of {ids.dtype} with shape {ids.shape}: {wanted}")
+    if ids.dtype == np.uint64 and ids.size and int(ids.max()) >= 2**63:
+        raise GenerationError(f"{what}: {int(ids.max())} is beyond any vocabulary: {wanted}")
+    return ids.astype(np.int64, copy=False)
 
 
 def interruptible(work: Callable[[], Result], cancel: Callable[[], None]) -> Result:
@@ -250,6 +278,8 @@ def choose_context_length(asked: int | None, model_context_length: int) -> int:
     """
     if asked is None:
         return min(model_context_length, DEFAULT_CONTEXT_LENGTH)
-    if not 1 <= asked <= model_context_length:
-        raise ContextLengthError(f"context_length {asked} cannot be had: this model takes 1 to {model_context_length}")
+    if not is_integer(asked) or not 1 <= asked <= model_context_length:
+        raise ContextLengthError(
+            f"context_length {asked!r:.60} cannot be had: this model takes 1 to {model_context_length}"
+        )
     return asked

@@ -6,6 +6,7 @@ its rows in place and copies nothing. Every other input and the logits are bound
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import weakref
@@ -176,15 +177,33 @@ def check_graph(
     missing = sorted(wanted_in - inputs) + sorted({"logits_start"} - optional) + sorted(wanted_out - outputs)
     if missing:
         raise BundleError(f"the graph of {bundle.path} lacks {', '.join(missing[:4])}: export the bundle again")
+    # The manifest's numbers become buffers: they must be the graph's, where it says any.
+    model = bundle.manifest.model
+    shapes = {item.name: item.shape for item in (*session.get_inputs(), *session.get_outputs())}
+    known = [("logits", -1, "vocab_size"), *((past, 1, "num_kv_heads") for past, _ in kv_names(layers))]
+    for name, axis, field in known:
+        wanted, found = getattr(model, field), shapes[name][axis]
+        if isinstance(found, int) and found != wanted:
+            raise BundleError(
+                f"{bundle.path}: model.{field} is {wanted} in the manifest, and the graph's {name} has {found}: export "
+                "the bundle again"
+            )
 
 
 def untouched(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
     """Zeros whose pages are taken only when written.
 
     numpy asks for huge pages, and each head's first row would then take 2 MB at once.
+
+    Raises:
+        EdgeLMError: there is no room for so many.
     """
-    count = int(np.prod(shape))
-    return np.frombuffer(mmap.mmap(-1, count * np.dtype(dtype).itemsize), dtype, count).reshape(shape)
+    count = math.prod(shape)
+    nbytes = count * np.dtype(dtype).itemsize
+    try:
+        return np.frombuffer(mmap.mmap(-1, nbytes), dtype, count).reshape(shape)
+    except (OSError, OverflowError, MemoryError) as error:
+        raise EdgeLMError(f"there is no memory for {nbytes} bytes of cache: take a smaller context_length") from error
 
 
 class BoundGraph:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.checkpoint.jsonfile import read_json_object
 from edgelm.errors import BundleError, EdgeLMError
+from edgelm.models.fields import positive_int
 from edgelm.runtimes.onnxruntime_common import (
     DEFAULT_CHUNK,
     BoundGraph,
@@ -74,7 +75,7 @@ class PortableRuntime(OnnxRuntimeModel):
 
     def _bind_caches(self, graph: BoundGraph, bundle: Bundle) -> list[NDArray[Any]]:
         model, dtype = bundle.manifest.model, _kv_dtype(bundle)
-        self._mask = np.ones(self.context_length, np.int64)
+        self._mask = untouched((self.context_length,), np.int64)
         shape = (1, model.num_kv_heads, self.context_length, model.head_dim)
         caches = []
         for past, present in kv_names(model.num_layers):
@@ -85,7 +86,9 @@ class PortableRuntime(OnnxRuntimeModel):
         return caches
 
     def _bind_step(self, graph: BoundGraph, tokens: int) -> None:
-        graph.bind_input("attention_mask", self._mask, (1, self._position + tokens))
+        end = self._position + tokens
+        self._mask[self._position : end] = 1
+        graph.bind_input("attention_mask", self._mask, (1, end))
 
 
 def _has_8_bit_experts(bundle: Bundle) -> bool:
@@ -93,7 +96,7 @@ def _has_8_bit_experts(bundle: Bundle) -> bool:
     codes = [entry for entry in bundle.manifest.tensors if entry.name.endswith(".moe.gate_up.qweight")]
     if not codes:
         return False
-    width = json.loads(bundle.file("config.json").read_text(encoding="utf-8"))["intermediate_size"]
+    width = positive_int(read_json_object(bundle.file("config.json")), "intermediate_size")
     return any(entry.size >= model.num_experts * 2 * width * model.hidden_size for entry in codes)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.options import BUNDLE, kv_option, weight_budget_option
+from edgelm.cli.options import BUNDLE, THREADS, kv_option, weight_budget_option
 
 if TYPE_CHECKING:
     from edgelm.benchmark import BenchResult, Spread
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 )
 @click.option("--new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
 @click.option("--repeat", type=click.IntRange(min=1), default=5, show_default=True, help="Runs, after one not counted.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads [physical cores allowed].")
+@click.option("--threads", type=THREADS, help="Threads [physical cores allowed].")
 @click.option("--runtime", metavar="NAME", help="Runtime [the best one here].")
 @kv_option
 @weight_budget_option

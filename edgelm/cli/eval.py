@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgelm.cli.options import THREADS
 from edgelm.kv_cache import KV_TYPES
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--speed/--no-speed", default=True, help="Also how fast bundles are here [yes].")
 @click.option("--kv", multiple=True, type=click.Choice(KV_TYPES), help="Cache of bundles; may be repeated [their own].")
 @click.option("--runtime", metavar="NAME", help="Runtime for bundles [the best one here].")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads for bundles [physical cores allowed].")
+@click.option("--threads", type=THREADS, help="Threads for bundles [physical cores allowed].")
 @click.option("--report", "report_path", type=click.Path(path_type=Path, dir_okay=False), help="Write an HTML report.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 def eval(  # noqa: A001 - the verb's name

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from edgelm.cli.engine_options import chosen_sms, engine_options
-from edgelm.cli.options import calibration_options, chosen_calibration
+from edgelm.cli.options import THREADS, calibration_options, chosen_calibration
 from edgelm.cli.recipes import budget_options, budgeted, in_json, refuse_two
 
 
@@ -55,7 +55,7 @@ from edgelm.cli.recipes import budget_options, budgeted, in_json, refuse_two
 @click.option("--max-ram", metavar="SIZE", help="Resident memory not to exceed, for example 3GiB.")
 @click.option("--parity-prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Golden prompts.")
 @click.option("--greedy-tokens", type=click.IntRange(min=0), help="Golden greedy tokens per prompt.")
-@click.option("--threads", type=click.IntRange(min=1), help="Worker threads; default: the processors allowed.")
+@click.option("--threads", type=THREADS, help="Worker threads; default: the processors allowed.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle once the new one is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 def export(

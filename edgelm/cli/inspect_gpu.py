@@ -66,8 +66,10 @@ def gpu_groups(bundle: Bundle) -> list[GpuGroup]:
     if bundle.manifest.ops != "gpu":
         return []
     from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program, matrix_of
+    from edgelm.runtimes.cuda.weights import check_weights_file
 
     program = Program.read(bundle.file(PROGRAM_FILE))
+    check_weights_file(program, bundle.file(bundle.manifest.graph.weights_file))
     blobs: dict[str, GpuMatrix] = {}
     for node in program.nodes:
         if node.op in ("QuantEmbedding", "QuantLinear"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +16,19 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 BUNDLE = click.Path(path_type=Path)
+THREADS = click.IntRange(1, 1024)
+"""As `edgelm.runtimes.MAX_THREADS`, which would import numpy."""
+
+
+class Number(click.FloatRange):
+    """A number in a range; "nan" and "inf", which Python takes for numbers, are none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number."""
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return found
 
 
 kv_option = click.option(
@@ -53,7 +67,7 @@ def loading_options(command: Command) -> Command:
         weight_budget_option,
         kv_option,
         click.option("--context-length", type=click.IntRange(min=1), help="Positions to allocate [model's, <= 4096]."),
-        click.option("--threads", type=click.IntRange(min=1), help="Threads [physical cores allowed]."),
+        click.option("--threads", type=THREADS, help="Threads [physical cores allowed]."),
         click.option("--runtime", metavar="NAME", help="Runtime [the best one here]; `edgelm doctor` lists them."),
     ):
         command = option(command)
@@ -69,22 +83,18 @@ def sampling_options(temperature: float) -> Callable[[Command], Command]:
             click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Make sampling repeatable."),
             click.option(
                 "--repetition-penalty",
-                type=click.FloatRange(min=0, min_open=True),
+                type=Number(min=0, min_open=True),
                 default=1.0,
                 show_default=True,
                 help="Above 1 avoids tokens that were there already.",
             ),
-            click.option(
-                "--min-p", type=click.FloatRange(0, 1), help="Only tokens this fraction as likely as the best."
-            ),
-            click.option(
-                "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Only the most likely that reach this."
-            ),
+            click.option("--min-p", type=Number(0, 1), help="Only tokens this fraction as likely as the best."),
+            click.option("--top-p", type=Number(0, 1, min_open=True), help="Only the most likely that reach this."),
             click.option("--top-k", type=click.IntRange(min=0), help="Only the K most likely tokens; 0: all."),
             click.option(
                 "--temperature",
                 "-t",
-                type=click.FloatRange(min=0),
+                type=Number(min=0),
                 default=temperature,
                 show_default=True,
                 help="0: always the most likely token.",

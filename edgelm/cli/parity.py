@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.options import kv_option
+from edgelm.cli.options import THREADS, Number, kv_option
 
 if TYPE_CHECKING:
     from edgelm.parity.result import Check, ParityReport
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 @click.option("--report", "report_path", type=click.Path(path_type=Path, dir_okay=False), help="Write an HTML report.")
 @click.option("--checkpoint", metavar="DIR", help="Compute the reference anew from this checkpoint (needs torch).")
 @click.option("--runtime", metavar="NAME", help="Runtime [the best one here]; `edgelm doctor` lists them.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads [physical cores allowed].")
+@click.option("--threads", type=THREADS, help="Threads [physical cores allowed].")
 @kv_option
 @click.option(
     "--max-kl",
     metavar="NATS",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     help="Fail if the mean KL to the float model is larger [not judged].",
 )
 @click.option("--no-integrity", is_flag=True, help="Do not hash the files first; judge the arithmetic alone.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edgelm.cli.options import calibration_options, chosen_calibration
+from edgelm.cli.options import THREADS, calibration_options, chosen_calibration
 from edgelm.cli.recipes import budget_options, budgeted, chosen, in_json, refuse_two
 
 RECIPE_FILE = "recipe.toml"
@@ -19,7 +19,7 @@ RECIPE_FILE = "recipe.toml"
 @click.option("--recipe", help="int4 (default), int8, fp8, or a TOML file.")
 @budget_options
 @calibration_options
-@click.option("--threads", type=click.IntRange(min=1), help="Blocks in work at once; default: the cores allowed.")
+@click.option("--threads", type=THREADS, help="Blocks in work at once; default: the cores allowed.")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that EdgeLM wrote, once the new one is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 def quantize(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from edgelm.cli.options import Number
+
 if TYPE_CHECKING:
     from edgelm.places import Kind
     from edgelm.progress import Progress
@@ -22,9 +24,7 @@ def budget_options(command: Command) -> Command:
     """How many bits a weight may have, or how many bytes all of them."""
     for option in (
         click.option("--budget", metavar="SIZE", help="Or: size of the bundle's weights file, for example 3.2GiB."),
-        click.option(
-            "--bits", type=click.FloatRange(min=0, min_open=True), help="Mean bits of a weight, scales included."
-        ),
+        click.option("--bits", type=Number(min=0, min_open=True), help="Mean bits of a weight, scales included."),
     ):
         command = option(command)
     return command

@@ -199,6 +199,9 @@ class Program:
             if weight.size != weight.elements * TYPE_BYTES[weight.type]:
                 yield f"the weight {name} has {weight.size} bytes for {weight.elements} elements of {weight.type}"
         for node in self.nodes:
+            for key, value in node.attrs.items():
+                if isinstance(self.exact.get(key, value), str) != isinstance(value, str):
+                    yield f"exact.{key} is {self.exact[key]!r:.60}, and {value!r:.60} in {node.name}"
             if node.op in _ARITY:  # another is refused by whoever plans its launches
                 yield from self._misfits(node)
 

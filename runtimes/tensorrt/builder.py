@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from edgelm.errors import EdgeLMError, ExportError
+from edgelm.json_dataclass import OneOf, Range
+from edgelm.kv_cache import KV_TYPES
 from edgelm.runtimes.tensorrt.engine_info import PYTHON, EngineInfo, count_operators, plugins_in
 from edgelm.runtimes.tensorrt.library import FULL, RTX, Library, messages
 from edgelm.runtimes.tensorrt.plugins import STATE, Host, register
@@ -46,10 +48,10 @@ class BuildOptions:
 class GraphShape:
     """What an engine has to be told of a graph besides the graph."""
 
-    context_length: int
-    kv: str
-    linears: str = "plugin"
-    attention: str = "plugin"
+    context_length: Annotated[int, Range(1, (1 << 31) - 1)]
+    kv: Annotated[str, OneOf((*KV_TYPES, "bfloat16"))]
+    linears: Annotated[str, OneOf(("engine", "plugin"))] = "plugin"
+    attention: Annotated[str, OneOf(("engine", "plugin"))] = "plugin"
 
 
 def check_sms(library: Library, sms: Sequence[int]) -> None:

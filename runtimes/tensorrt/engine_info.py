@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from edgelm.bundle import ENGINES
 from edgelm.errors import BundleError
-from edgelm.json_dataclass import Blame, Count, Range, from_data, parse, quoted, read_bytes, require_format
+from edgelm.json_dataclass import Blame, Count, OneOf, Range, from_data, parse, quoted, read_bytes, require_format
 from edgelm.runtimes.tensorrt.library import FULL, RTX
 from edgelm.runtimes.tensorrt.operators import MARK, PREFIX, PluginSpec
 
@@ -54,10 +54,10 @@ class EngineInfo:
     """
 
     file: str
-    flavour: str
+    flavour: Annotated[str, OneOf((FULL, RTX))]
     version: str
     sms: tuple[Annotated[int, Range(10, 999)], ...]
-    plugins: str
+    plugins: Annotated[str, OneOf((PYTHON, PTX))]
     max_batch: _Size
     chunk: _Size
     context_length: _Size

@@ -159,7 +159,7 @@ def test_tokens_the_model_excludes_are_never_drawn() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -0.1}, "temperature is -0.1: it has to be 0"),
+        ({"temperature": -0.1}, "temperature is -0.1: it has to be a number, 0"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": math.inf}, "temperature is inf"),
         ({"temperature": 1, "top_k": -1}, "top_k is -1"),
