@@ -43,6 +43,13 @@ class GpuKind(StrEnum):
     FLOAT32 = "f32"
 
     @property
+    def label(self) -> str:
+        """As recipes and options spell it."""
+        return {GpuKind.FLOAT16: "float16", GpuKind.BFLOAT16: "bfloat16", GpuKind.FLOAT32: "float32"}.get(
+            self, self.value
+        )
+
+    @property
     def columns(self) -> int:
         """Columns of a tile."""
         return {GpuKind.INT4: 64, GpuKind.INT8: 32, GpuKind.FP8: 32, GpuKind.FLOAT32: 8}.get(self, 16)

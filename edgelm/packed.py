@@ -17,6 +17,8 @@ TILE = 32
 """Rows of a tile."""
 BLOCK = 32
 """Columns of integer codes that are stored together."""
+HALF = 16
+"""Columns of a group of which two share a record."""
 HEADER_BYTES = 64
 ALIGNMENT = 64
 """Where a matrix among packed experts may begin."""
@@ -28,6 +30,8 @@ _MATRIX_MAGIC, _EXPERTS_MAGIC, _VERSION = b"EDLM", b"EDLX", 1
 _MATRIX = struct.Struct("<4s4B5q16x")
 _EXPERTS = struct.Struct("<4sB3x2q40x")
 _HAS_ZEROS, _SWIGLU = 1, 2
+_MOST = 1 << 40
+"""Of rows and columns, as the operators have it."""
 
 
 class Kind(IntEnum):
@@ -79,8 +83,9 @@ class PackedMatrix:
         kind, scales: how weights and scales are stored.
         zeros: whether each group has zero points.
         swiglu: whether the rows are gate's and then up's, stored in alternating tiles.
-        rows, columns: N and K.
-        group: columns that share a scale, and of a record.
+        rows, columns: N and K, any numbers.
+        group: columns that share a scale: 16 or a multiple of 32, at most K rounded up to 32; K itself, whatever it is,
+            of matrices that are no integers and have one scale a row or none.
         low_plane: for INT8_PLANES where the lower halves begin, from the header's start; else 0.
     """
 
@@ -100,25 +105,41 @@ class PackedMatrix:
 
     @property
     def tiles(self) -> int:
-        """Tiles of 32 rows, the last of each part filled up."""
+        """Tiles of 32 rows, the last of each part padded."""
         return -(-self.outputs // TILE) * (2 if self.swiglu else 1)
 
     @property
     def groups(self) -> int:
-        """Records of a tile."""
-        return self.columns // self.group
+        """Scales of a row, the last perhaps for fewer columns."""
+        return -(-self.columns // self.group)
+
+    @property
+    def span(self) -> int:
+        """Columns of a record: a group, or two of 16."""
+        whole = not self.kind.is_integer and self.group == self.columns
+        return BLOCK if self.group == HALF and not whole else self.group
+
+    @property
+    def records(self) -> int:
+        """Records of a tile, the last padded where K is no multiple of its columns."""
+        return -(-self.columns // self.span)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a group's scales in a record."""
+        return TILE * _SCALE_BYTES[self.scales]
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of a record before its codes."""
-        return TILE * _SCALE_BYTES[self.scales] + (2 * TILE if self.zeros else 0)
+        """Bytes of a record before its codes: scales of its one or two groups, then their zero points."""
+        return (self.scale_bytes + (2 * TILE if self.zeros else 0)) * (self.span // self.group)
 
     @property
     def code_bytes(self) -> int:
         """Bytes of a record's codes; of a matrix in planes, of the upper halves."""
         if self.kind.is_integer:
-            return self.group // BLOCK * _BLOCK_BYTES[self.kind]
-        return self.group * TILE * _ELEMENT_BYTES[self.kind]
+            return self.span // BLOCK * _BLOCK_BYTES[self.kind]
+        return self.span * TILE * _ELEMENT_BYTES[self.kind]
 
     @property
     def record_bytes(self) -> int:
@@ -128,12 +149,12 @@ class PackedMatrix:
     @property
     def first_bytes(self) -> int:
         """Bytes of the header and all records, which is everything but a lower plane."""
-        return HEADER_BYTES + self.tiles * self.groups * self.record_bytes
+        return HEADER_BYTES + self.tiles * self.records * self.record_bytes
 
     @property
     def lower_bytes(self) -> int:
         """Bytes of the lower plane."""
-        return self.tiles * (self.columns // BLOCK) * 512 if self.kind is Kind.INT8_PLANES else 0
+        return self.tiles * self.records * (self.span // BLOCK) * 512 if self.kind is Kind.INT8_PLANES else 0
 
     @property
     def nbytes(self) -> int:
@@ -142,7 +163,7 @@ class PackedMatrix:
 
     @property
     def bits_per_weight(self) -> float:
-        """Storage of a weight, scales, zero points and filling included."""
+        """Storage of a weight, scales, zero points and padding included."""
         return 8 * (self.first_bytes + self.lower_bytes) / (self.rows * self.columns)
 
     def with_low_plane(self, offset: int) -> PackedMatrix:
@@ -169,6 +190,12 @@ class PackedMatrix:
         return f"{', '.join(parts)} [{self.rows}, {self.columns}]"
 
 
+def stored_group(kind: Kind, group: int | None, columns: int) -> int:
+    """The group of a `PackedMatrix` whose rows have a scale for every `group` values; None is one for the row."""
+    whole = aligned(columns, BLOCK) if kind.is_integer else columns
+    return whole if group is None else min(group, whole)
+
+
 def parse_matrix(header: bytes, where: str) -> PackedMatrix:
     """Read a packed matrix's header of 64 bytes.
 
@@ -189,9 +216,17 @@ def parse_matrix(header: bytes, where: str) -> PackedMatrix:
         )
     except ValueError as error:
         raise BundleError(f"{broken}: {error}; export the bundle again") from error
-    if min(rows, columns, group) < 1 or columns % group or size != matrix.nbytes:
+    if not _possible(matrix) or size != matrix.nbytes:
         raise BundleError(f"{broken}: its shape, group and size contradict each other; export the bundle again")
     return matrix
+
+
+def _possible(matrix: PackedMatrix) -> bool:
+    rows, columns, group = matrix.rows, matrix.columns, matrix.group
+    if min(rows, columns, group) < 1 or max(rows, columns) > _MOST or group > aligned(columns, BLOCK):
+        return False
+    whole = not matrix.kind.is_integer and group == columns
+    return (whole or group == HALF or group % BLOCK == 0) and not (matrix.swiglu and rows % 2)
 
 
 def experts_header(offsets: list[tuple[int, int]], size: int) -> bytes:
@@ -200,9 +235,9 @@ def experts_header(offsets: list[tuple[int, int]], size: int) -> bytes:
     return head + struct.pack(f"<{2 * len(offsets)}q", *(offset for pair in offsets for offset in pair))
 
 
-def aligned(size: int) -> int:
-    """`size` rounded up to where the next matrix may begin."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def aligned(size: int, multiple: int = ALIGNMENT) -> int:
+    """`size` rounded up to where the next matrix may begin, or to another multiple."""
+    return -(-size // multiple) * multiple
 
 
 def read_matrices(stream: BinaryIO, offset: int, where: str) -> list[tuple[int, PackedMatrix]]:
@@ -212,7 +247,7 @@ def read_matrices(stream: BinaryIO, offset: int, where: str) -> list[tuple[int, 
     on.
 
     Raises:
-        BundleError: a header contradicts itself.
+        BundleError: a header contradicts itself, or a matrix begins where none can.
     """
     stream.seek(offset)
     header = stream.read(HEADER_BYTES)
@@ -220,14 +255,23 @@ def read_matrices(stream: BinaryIO, offset: int, where: str) -> list[tuple[int, 
         return [(0, parse_matrix(header, where))]
     if header[:4] != _EXPERTS_MAGIC:
         return []
-    _, version, count, _ = _EXPERTS.unpack(header)
-    if version != _VERSION or not 0 < count < 1 << 20:
-        raise BundleError(f"{where} has a header of packed experts that cannot be: export the bundle again")
+    broken = f"{where} has a header of packed experts that cannot be: export the bundle again"
+    if len(header) < HEADER_BYTES:
+        raise BundleError(broken)
+    _, version, count, size = _EXPERTS.unpack(header)
+    if version != _VERSION or not 0 < count < 1 << 20 or size < HEADER_BYTES + 16 * count:
+        raise BundleError(broken)
     table = stream.read(16 * count)
-    places = struct.unpack(f"<{2 * count}q", table)
+    if len(table) < 16 * count:
+        raise BundleError(broken)
     found = []
-    for number, place in enumerate(places):
+    for number, place in enumerate(struct.unpack(f"<{2 * count}q", table)):
+        part = f"{where}: {('gate_up', 'down')[number % 2]} of expert {number // 2}"
+        if place % ALIGNMENT or not HEADER_BYTES <= place < size:
+            raise BundleError(
+                f"{part} begins at byte {place} of {size}, not at a multiple of {ALIGNMENT} within: export the bundle "
+                "again"
+            )
         stream.seek(offset + place)
-        part = ("gate_up", "down")[number % 2]
-        found.append((place, parse_matrix(stream.read(HEADER_BYTES), f"{where}: {part} of expert {number // 2}")))
+        found.append((place, parse_matrix(stream.read(HEADER_BYTES), part)))
     return found

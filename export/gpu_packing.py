@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import ExportError
-from edgelm.export.layout import widened
+from edgelm.export.layout import widened, width_field
 from edgelm.gpu_weights import ROWS, GpuKind, GpuMatrix
 from edgelm.quant.primitives import pack, unpack
 from edgelm.quant.scheme import Fp8Scheme
@@ -25,8 +25,6 @@ Bytes = NDArray[np.uint8]
 FLOAT_KINDS = {"float16": GpuKind.FLOAT16, "bfloat16": GpuKind.BFLOAT16, "float32": GpuKind.FLOAT32}
 _BITS = {GpuKind.INT4: 4, GpuKind.INT8: 8, GpuKind.FP8: 8}
 _HALF = ROWS // 2
-_STEP = 16
-"""Scales may change every so many columns: the depth of one product of tensor cores."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +73,18 @@ def gpu_format(schemes: Sequence[Any], dtype: str, columns: int, name: str) -> G
         else:
             kind = GpuKind.INT4 if max(scheme.bits for scheme in quantized) <= 4 else GpuKind.INT8
             fmt = GpuFormat(kind, group, not all(scheme.symmetric for scheme in quantized))
-    if columns % fmt.kind.columns or fmt.group % _STEP:
+    if columns % fmt.kind.columns:
         stored = quantized[0].name if quantized else dtype
+        kinds = {"int8 or fp8": GpuKind.INT8, "float16 or bfloat16": GpuKind.FLOAT16, "float32": GpuKind.FLOAT32}
+        fitting = [text for text, kind in kinds.items() if columns % kind.columns == 0]
         raise ExportError(
-            f"{name} is {stored} with rows of {columns}: the GPU kernels want rows of a multiple of "
-            f"{fmt.kind.columns} in {fmt.kind} and groups of a multiple of {_STEP}; choose another scheme for it in "
-            "the recipe, or keep it float"
+            f"{name} is {stored} with rows of {columns} ({width_field(name)} in config.json): the GPU kernels take "
+            f"{fmt.kind.label} in rows of a multiple of {fmt.kind.columns}. "
+            + (
+                f"Rows of {columns} they take as {', '.join(fitting)}: choose one of these for it"
+                if fitting
+                else f"Rows of {columns} they do not take at all: export for the CPU, --target cpu"
+            )
         )
     return fmt
 

@@ -7,6 +7,7 @@ exactly `(code - zero) * scale` with the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,29 +44,43 @@ class BlockFormat:
         return -(-self.blocks(columns) * self.bits // 8)
 
 
-def block_of(scheme: Scheme, columns: int) -> int:
-    """Weights per block in which a row of `columns` weights of this (effective) scheme is stored."""
-    if scheme.group is not None:
-        return scheme.group
-    block = min(columns & -columns, ROW_BLOCK)  # the largest power of two that divides the row
-    if block < MIN_GROUP:
-        raise ExportError(
-            f"a row of {columns} weights cannot be cut into the blocks of {MIN_GROUP} or more that ONNX Runtime needs: "
-            "keep such tensors in float in the recipe"
-        )
-    return block
+def width_field(name: str) -> str:
+    """The field of config.json that says how many columns a matrix has."""
+    if name.endswith("down_proj.weight"):
+        return "intermediate_size"
+    return "num_attention_heads * head_dim" if name.endswith("o_proj.weight") else "hidden_size"
 
 
-def common_format(schemes: list[tuple[Scheme, int]], largest: int | None = None) -> BlockFormat:
-    """The one format that holds all of `(scheme, columns)` exactly: widest codes, smallest block, zeros if any has.
+def block_of(scheme: Scheme, columns: int, name: str = "the matrix") -> int:
+    """Weights per block in which a row of `columns` weights of this (effective) scheme is stored.
 
-    A group above `largest` is stored as several blocks of that many weights with equal scales.
+    Raises:
+        ExportError: no block fits the row.
     """
-    block = min(block_of(scheme, columns) for scheme, columns in schemes)
+    largest = columns & -columns  # power of two that divides the row
+    if largest < MIN_GROUP:
+        raise ExportError(
+            f"{name} is {scheme.name} with rows of {columns} ({width_field(name)} in config.json): ONNX Runtime's own "
+            f"operators take quantised rows of a multiple of {MIN_GROUP} alone. Export with --target cpu --ops native, "
+            "which takes rows of any width, or keep such matrices float in the recipe"
+        )
+    return min(largest, ROW_BLOCK) if scheme.group is None else scheme.group
+
+
+def common_format(schemes: Sequence[tuple[str, Scheme, int]], largest: int | None = None) -> BlockFormat:
+    """The one format that holds all of `(name, scheme, columns)` exactly.
+
+    It has the widest codes, the smallest block, and zeros if any has. A group above `largest` is stored as several
+    blocks of that many weights with equal scales.
+
+    Raises:
+        ExportError: no block fits the rows of one.
+    """
+    block = min(block_of(scheme, columns, name) for name, scheme, columns in schemes)
     return BlockFormat(
-        bits=max(scheme.bits for scheme, _ in schemes),
+        bits=max(scheme.bits for _, scheme, _ in schemes),
         block=block if largest is None else min(block, largest),
-        zeros=not all(scheme.symmetric for scheme, _ in schemes),
+        zeros=not all(scheme.symmetric for _, scheme, _ in schemes),
     )
 
 

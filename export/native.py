@@ -293,7 +293,7 @@ class NativeDecoder(LayerOps):
         for start in range(0, rows, step):
             block = slice(start, min(start + step, rows))
             count = -(-(block.stop - start) // TILE) * len(parts)
-            upper = np.zeros((count, matrix.groups, matrix.record_bytes), np.uint8)
+            upper = np.zeros((count, matrix.records, matrix.record_bytes), np.uint8)
             lower = np.zeros((count, matrix.lower_bytes // matrix.tiles), np.uint8) if matrix.lower_bytes else None
             for i, part in enumerate(parts):
                 mine = slice(i, None, len(parts))

@@ -2,7 +2,7 @@
 
 Pure numpy. Codes, scales and zero points are reordered and, where a matrix joins others of more bits or smaller groups,
 widened and repeated: nothing is rounded. Neighbouring columns of a row are moved as units of four bytes, so packing is
-a few passes over 32-bit numbers and one transposition.
+a few passes over 32-bit numbers and one transposition. Rows that do not fill their last record are padded.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from edgelm.errors import ExportError
 from edgelm.export.layout import widened
-from edgelm.packed import BLOCK, TILE, Kind, PackedMatrix, Scales
+from edgelm.packed import BLOCK, TILE, Kind, PackedMatrix, Scales, stored_group
 from edgelm.quant.primitives import pack, unpack
-from edgelm.quant.scheme import Fp8Scheme, Scheme
+from edgelm.quant.scheme import AnyScheme, Fp8Scheme, Scheme
 from edgelm.quant.tensor import QuantTensor
 
 Bytes = NDArray[np.uint8]
@@ -63,7 +63,7 @@ def common_format(schemes: Sequence[Any], columns: int, name: str) -> Format | N
     `schemes` are `edgelm.quant.scheme`'s. `name` is what errors call the matrix.
 
     Raises:
-        ExportError: the layout cannot hold one of them: groups that are no multiple of 32, or FP8 E5M2.
+        ExportError: the layout cannot hold one of them: FP8 E5M2.
     """
     for scheme in schemes:
         if isinstance(scheme, Fp8Scheme) and scheme.form != "e4m3":
@@ -72,21 +72,15 @@ def common_format(schemes: Sequence[Any], columns: int, name: str) -> Format | N
                 f"{name} is {scheme.name} in this recipe: of FP8 the native operators have E4M3 alone; choose {e4m3} "
                 "in the recipe, or keep it float"
             )
-    groups = [scheme.group_size(columns) for scheme in schemes]
+    finest = min((scheme.group for scheme in schemes if scheme.group is not None), default=None)
     integer = [isinstance(scheme, Scheme) for scheme in schemes]
     if not any(integer):
-        return Format(Kind.FP8, Scales.FLOAT32, False, min(groups))
+        return Format(Kind.FP8, Scales.FLOAT32, False, stored_group(Kind.FP8, finest, columns))
     if not all(integer):
         return None
-    for scheme, group in zip(schemes, groups, strict=True):
-        if group % BLOCK:
-            raise ExportError(
-                f"{name} is {scheme.name} with rows of {columns}: the native operators want groups of 32, or a "
-                "multiple; choose a wider group in the recipe, keep it float, or export with --ops portable"
-            )
-    bits = max(scheme.bits for scheme in schemes)
+    kind = _INTEGER_KINDS[max(scheme.bits for scheme in schemes)]
     zeros = not all(scheme.symmetric for scheme in schemes)
-    return Format(_INTEGER_KINDS[bits], Scales.FLOAT16, zeros, min(groups))
+    return Format(kind, Scales.FLOAT16, zeros, stored_group(kind, finest, columns))
 
 
 def pack_codes(tensor: QuantTensor, fmt: Format, out: Bytes, lower: Bytes | None = None) -> None:
@@ -95,25 +89,30 @@ def pack_codes(tensor: QuantTensor, fmt: Format, out: Bytes, lower: Bytes | None
     Args:
         tensor: rows whose scheme `fmt` holds exactly.
         fmt: the format of the whole matrix.
-        out: zeros [tiles, groups, record bytes] to fill, of at least as many rows; strides are free but the last.
-        lower: for INT8_PLANES, [tiles, K / 32 * 512] to fill with the lower halves.
+        out: zeros [tiles, records, record bytes] to fill, of at least as many rows; strides are free but the last.
+        lower: for INT8_PLANES, [tiles, padded K / 32 * 512] to fill with the lower halves.
     """
-    tiles, groups = out.shape[:2]
-    columns = tensor.shape[1]
-    scales = _repeated(tensor.scales, groups).astype(_scale_type(fmt.scales), copy=False)
-    _place(scales, out[:, :, : _scale_bytes(fmt)].view(scales.dtype), 1)
-    if fmt.kind is Kind.FP8:
-        _place(tensor.codes, out[:, :, _scale_bytes(fmt) :], columns // groups)
-        return
-    bits = _BITS[fmt.kind]
+    tiles, records = out.shape[:2]
+    matrix = fmt.matrix(tensor.shape[0], tensor.shape[1])
+    groups, of_record, scale_bytes = matrix.groups, matrix.span // fmt.group, matrix.scale_bytes
+    scales = _repeated(tensor, tensor.scales, fmt).astype(_scale_type(fmt.scales), copy=False)
+    zeros = None
     if fmt.zeros:
         middle = 1 << (tensor.scheme.bits - 1)
         zeros = np.full(tensor.scales.shape, middle, np.uint8) if tensor.zeros is None else tensor.zeros
-        zeros = widened(_repeated(zeros, groups), tensor.scheme.bits, bits)
-        start = _scale_bytes(fmt)
-        _place(zeros, out[:, :, start : start + TILE], 1)
-    units, low = _units(tensor, fmt.kind)
-    _place(units, out[:, :, _head_bytes(fmt) :].view(np.uint32), units.shape[1] // groups)
+        zeros = widened(_repeated(tensor, zeros, fmt), tensor.scheme.bits, _BITS[fmt.kind])
+    for i in range(min(of_record, groups)):
+        start = i * scale_bytes
+        _place(scales[:, i::of_record], out[:, :, start : start + scale_bytes].view(scales.dtype), 1)
+        if zeros is not None:
+            start = of_record * scale_bytes + i * 2 * TILE
+            _place(zeros[:, i::of_record], out[:, :, start : start + TILE], 1)
+    codes = out[:, :, matrix.head_bytes :]
+    if fmt.kind is Kind.FP8:
+        _place(_padded(tensor.codes, records * matrix.span, 0), codes, matrix.span)
+        return
+    units, low = _units(tensor, fmt.kind, records * matrix.span)
+    _place(units, codes.view(np.uint32), units.shape[1] // records)
     if low is not None:
         assert lower is not None
         _place(low, lower.reshape(tiles, 1, -1).view(np.uint32), low.shape[1])
@@ -124,36 +123,35 @@ def stacked(tensors: Sequence[QuantTensor], fmt: Format) -> QuantTensor:
     first = tensors[0]
     if len(tensors) == 1:
         return first
-    columns = first.shape[1]
     if any(tensor.scheme != first.scheme for tensor in tensors):
-        bits, groups = _BITS.get(fmt.kind, 8), columns // fmt.group
+        group = min((t.scheme.group for t in tensors if t.scheme.group is not None), default=None)
         if fmt.kind is Kind.FP8:
-            finest = min((tensor.scheme for tensor in tensors), key=lambda scheme: scheme.group_size(columns))
-            tensors = [replace(t, scales=_repeated(t.scales, groups), scheme=finest) for t in tensors]
+            scheme: AnyScheme = Fp8Scheme(group)
+            tensors = [replace(t, scales=_repeated(t, t.scales, fmt), scheme=scheme) for t in tensors]
         else:
-            scheme = Scheme(bits, None if fmt.group == columns else fmt.group, not fmt.zeros)
-            tensors = [_as_scheme(tensor, scheme, groups) for tensor in tensors]
+            scheme = Scheme(_BITS[fmt.kind], group, not fmt.zeros)
+            tensors = [_as_scheme(tensor, scheme, fmt) for tensor in tensors]
     zeros = [tensor.zeros for tensor in tensors if tensor.zeros is not None]
     return QuantTensor(
         np.concatenate([tensor.codes for tensor in tensors]),
         np.concatenate([tensor.scales for tensor in tensors]),
         np.concatenate(zeros) if zeros else None,
         tensors[0].scheme,
-        (sum(tensor.shape[0] for tensor in tensors), columns),
+        (sum(tensor.shape[0] for tensor in tensors), first.shape[1]),
     )
 
 
-def _as_scheme(tensor: QuantTensor, scheme: Scheme, groups: int) -> QuantTensor:
+def _as_scheme(tensor: QuantTensor, scheme: Scheme, fmt: Format) -> QuantTensor:
     """The very same values with as many or more bits, groups and zero points."""
     bits = tensor.scheme.bits
     codes = tensor.codes
     if bits != scheme.bits:
-        codes = pack(widened(unpack(codes, bits), bits, scheme.bits), scheme.bits)
+        codes = pack(widened(unpack(codes, bits, tensor.shape[1]), bits, scheme.bits), scheme.bits)
     zeros = None
     if not scheme.symmetric:
         zeros = np.full(tensor.scales.shape, 1 << (bits - 1), np.uint8) if tensor.zeros is None else tensor.zeros
-        zeros = widened(_repeated(zeros, groups), bits, scheme.bits)
-    return QuantTensor(codes, _repeated(tensor.scales, groups), zeros, scheme, tensor.shape)
+        zeros = widened(_repeated(tensor, zeros, fmt), bits, scheme.bits)
+    return QuantTensor(codes, _repeated(tensor, tensor.scales, fmt), zeros, scheme, tensor.shape)
 
 
 def pack_floats(values: NDArray[Any], out: Bytes) -> None:
@@ -165,39 +163,47 @@ def _scale_type(scales: Scales) -> type[np.floating[Any]]:
     return np.float16 if scales is Scales.FLOAT16 else np.float32
 
 
-def _scale_bytes(fmt: Format) -> int:
-    return TILE * np.dtype(_scale_type(fmt.scales)).itemsize
+def _repeated(tensor: QuantTensor, values: NDArray[Any], fmt: Format) -> NDArray[Any]:
+    """What `tensor` has for each of its groups, for each of the format's, which are as many or more."""
+    columns, group = tensor.shape[1], tensor.scheme.group
+    groups = -(-columns // fmt.group)
+    if values.shape[1] == groups:
+        return values
+    assert group is None or group % fmt.group == 0, "a group never spans two"
+    # The last group may be cut off by the row's end.
+    return np.repeat(values, groups if group is None else group // fmt.group, axis=1)[:, :groups]
 
 
-def _head_bytes(fmt: Format) -> int:
-    return _scale_bytes(fmt) + (2 * TILE if fmt.zeros else 0)
+def _place(values: NDArray[Any], out: NDArray[Any], per_record: int) -> None:
+    """[N, records * per_record] to `out` [tiles, records, per_record * 32]: the rows of a tile become neighbours.
 
-
-def _repeated(values: NDArray[Any], groups: int) -> NDArray[Any]:
-    times, rest = divmod(groups, values.shape[1])
-    assert rest == 0, "a group never spans two"
-    return np.repeat(values, times, axis=1) if times > 1 else values
-
-
-def _place(values: NDArray[Any], out: NDArray[Any], per_group: int) -> None:
-    """[N, groups * per_group] to `out` [tiles, groups, per_group * 32]: the rows of a tile become neighbours."""
-    tiles, groups = out.shape[:2]
-    target = out.reshape(tiles, groups, per_group, TILE)
+    Records that the last values do not reach stay as they are.
+    """
+    tiles, records = out.shape[0], values.shape[1] // per_record
+    target = out.reshape(tiles, out.shape[1], per_record, TILE)[:, :records]
     assert np.may_share_memory(target, out), "the last axis of a record has no gaps"
     whole, rest = divmod(len(values), TILE)
-    shape = (whole, TILE, groups, per_group)
+    shape = (whole, TILE, records, per_record)
     target[:whole] = values[: whole * TILE].reshape(shape).transpose(0, 2, 3, 1)
     if rest:
-        target[whole, :, :, :rest] = values[whole * TILE :].reshape(rest, groups, per_group).transpose(1, 2, 0)
+        target[whole, :, :, :rest] = values[whole * TILE :].reshape(rest, records, per_record).transpose(1, 2, 0)
 
 
-def _units(tensor: QuantTensor, kind: Kind) -> tuple[Units, Units | None]:
-    """Codes as units of 32 bits [N, K / 32 * units of a block], in the columns' order; for planes, upper and lower."""
+def _padded(codes: Bytes, columns: int, filling: int) -> Bytes:
+    missing = columns - codes.shape[1]
+    return np.pad(codes, ((0, 0), (0, missing)), constant_values=filling) if missing else codes
+
+
+def _units(tensor: QuantTensor, kind: Kind, columns: int) -> tuple[Units, Units | None]:
+    """Codes as units of 32 bits [N, columns / 32 * units of a block], in the columns' order.
+
+    Rows are padded to `columns` with codes that stand for zero. For planes, upper and lower halves.
+    """
     bits = tensor.scheme.bits
-    if kind is Kind.INT4 and bits == 4:
+    if kind is Kind.INT4 and bits == 4 and tensor.shape[1] == columns:
         return _shuffled(_as_units(tensor.codes)), None
-    codes = _as_units(widened(unpack(tensor.codes, bits), bits, _BITS[kind]))
-    blocks = codes.reshape(len(codes), -1, BLOCK // 4)
+    codes = widened(unpack(tensor.codes, bits, tensor.shape[1]), bits, _BITS[kind])
+    blocks = _as_units(_padded(codes, columns, 1 << (_BITS[kind] - 1))).reshape(len(codes), -1, BLOCK // 4)
     parts = [_taken(blocks, lowest, count) for lowest, count in _PARTS[kind]]
     units = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
     low = _taken(blocks, 0, 4).reshape(len(codes), -1) if kind is Kind.INT8_PLANES else None

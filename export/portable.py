@@ -110,7 +110,7 @@ class PortableOps(LayerOps):
         shapes = [self.source.shape(name) for name in names]
         columns = shapes[0][1]
         rows = sum(shape[0] for shape in shapes)
-        fmt = self._format([(self._scheme(name), columns) for name in names])
+        fmt = self._format(names)
         slots = self._quantized_slots(stem, (), rows, columns, fmt, layer)
 
         def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
@@ -141,7 +141,8 @@ class PortableOps(LayerOps):
     def _scheme(self, name: str) -> Scheme:
         return _scheme(self.source, name, self.provider.instead)
 
-    def _format(self, schemes: list[tuple[Scheme, int]]) -> BlockFormat:
+    def _format(self, names: Sequence[str]) -> BlockFormat:
+        schemes = [(name, self._scheme(name), self.source.shape(name)[1]) for name in names]
         return common_format(schemes, self.provider.largest_block())
 
     def _scales_in(self, tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.generic]:
@@ -385,7 +386,7 @@ class PortableOps(LayerOps):
         width, hidden = self.source.shape(names[0][0])
         source = self.source
         # QMoE has one block size and one width for both products: what is coarser or narrower is stored as the finer.
-        fmt = self._format([(self._scheme(n), source.shape(n)[1]) for expert in names for n in expert])
+        fmt = self._format([name for expert in names for name in expert])
         for name in (names[0][0], names[0][2]):
             self.provider.check_block(fmt.block, source.shape(name)[1], name)
         fc1 = self._quantized_slots(f"{stem}.gate_up", (len(names),), 2 * width, hidden, fmt, layer)

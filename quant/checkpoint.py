@@ -1,7 +1,8 @@
 """Write a quantised checkpoint: the same folder with codes and scales in place of the matrices that a recipe names.
 
-A quantised `a.b.weight` becomes `a.b.qweight`, `a.b.scales` and, asymmetric, `a.b.zeros`, laid out as in `QuantTensor`;
-config.json gains `quantization_config`, which holds the recipe. `WeightSource` reads it back.
+A quantised `a.b.weight` becomes `a.b.qweight`, `a.b.scales` and, asymmetric, `a.b.zeros`, laid out as in `QuantTensor`,
+and where the codes of a row do not fill its last byte `a.b.columns`, which says K. config.json gains
+`quantization_config`, which holds the recipe. `WeightSource` reads it back.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from edgelm.progress import Progress, Silent
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.scheme import AnyScheme
 from edgelm.quant.source import FORMAT_VERSION, METHOD, WeightSource, part_name, stored_recipe
-from edgelm.quant.stored import INPUT_SCALE
+from edgelm.quant.stored import COLUMNS, INPUT_SCALE
 
 SHARD_BYTES = 5_000_000_000
 """Largest weight file, as the hub has them."""
@@ -196,6 +197,8 @@ def _specs(checkpoint: Checkpoint, name: str, scheme: AnyScheme | None) -> dict[
     }
     if scheme.has_zeros:
         specs[part_name(name, "zeros")] = TensorSpec("U8", (rows, scheme.groups(columns)))
+    if columns * scheme.bits % 8:
+        specs[part_name(name, COLUMNS)] = TensorSpec("I64", (1,))
     taken = [key for key in specs if key in checkpoint.tensors]
     if taken:
         raise RecipeError(f"{checkpoint.path} has a tensor {taken[0]}, which the quantised {name} would be stored as")
@@ -244,6 +247,8 @@ def _quantize_rows(weights: WeightSource, writer: ShardedWriter, name: str, rows
     if found.zeros is not None:
         writer.write_rows(part_name(name, "zeros"), rows.start, found.zeros)
     info = weights.checkpoint.tensors[name]
+    if rows.start == 0 and (key := part_name(name, COLUMNS)) in writer.tensors:
+        writer.write(key, np.array([info.shape[1]], np.int64))
     return info.nbytes // info.shape[0] * found.shape[0]
 
 

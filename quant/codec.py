@@ -26,7 +26,6 @@ def quantize(
         threads: for the compiled kernel of integers; None is every core this process may use.
 
     Raises:
-        RecipeError: no group fits K.
         CheckpointError: a weight is not finite, or too large for the scheme's scale.
     """
     if isinstance(scheme, Fp8Scheme):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.quant.primitives import as_float32, not_finite
+from edgelm.quant.primitives import as_float32, fill, not_finite
 from edgelm.quant.scheme import Fp8Scheme
 from edgelm.quant.tensor import QuantTensor
 
@@ -118,11 +118,12 @@ def quantize(
         name: what errors call the tensor.
 
     Raises:
-        RecipeError: no block fits K.
         CheckpointError: a weight is not finite.
     """
     rows, columns = weight.shape
-    scheme, form = scheme.effective(columns, name), FORMS[scheme.form]
+    scheme, form = scheme.effective(columns), FORMS[scheme.form]
+    if columns != (width := scheme.padded(columns)):
+        return quantize(fill(weight, width), scheme, name=name).cut(columns)
     groups = scheme.groups(columns)
     codes = np.empty((rows, columns), np.uint8)
     scales = np.empty((rows, groups), np.float32)
@@ -153,6 +154,8 @@ def dequantize(tensor: QuantTensor) -> Floats:
     if not isinstance(tensor.scheme, Fp8Scheme):
         raise TypeError(f"the codes of {tensor.scheme.name} are integers")
     rows, columns = tensor.shape
+    if columns != tensor.scheme.padded(columns):
+        return np.ascontiguousarray(dequantize(tensor.padded())[:, :columns])
     values = decode(tensor.codes, FORMS[tensor.scheme.form])
     values = values.reshape(rows, tensor.scales.shape[1], tensor.scheme.group_size(columns))
     values *= tensor.scales[:, :, None]

@@ -110,7 +110,6 @@ def quantize(
         isa: one of `isas()`; only tests and benchmarks choose.
 
     Raises:
-        RecipeError: no group fits K.
         CheckpointError: a weight is not finite, or too large for a float16 scale.
     """
     kernel = library()
@@ -119,7 +118,9 @@ def quantize(
     if weight.dtype not in _WEIGHT_TYPES:
         raise TypeError(f"weights are float32, or bfloat16 as uint16, not {weight.dtype}")
     rows, columns = weight.shape
-    scheme = scheme.effective(columns, name)
+    scheme = scheme.effective(columns)
+    if columns != (width := scheme.padded(columns)):
+        return quantize(primitives.fill(weight, width), scheme, name=name, threads=threads, isa=isa).cut(columns)
     row_bytes = columns * weight.itemsize
     if weight.strides[1] != weight.itemsize or weight.strides[0] % weight.itemsize or weight.strides[0] < row_bytes:
         weight = cast("NDArray[np.float32] | NDArray[np.uint16]", np.ascontiguousarray(weight))
@@ -155,6 +156,9 @@ def dequantize(tensor: QuantTensor, *, threads: int | None = None, isa: str = "a
     kernel = library()
     if kernel is None:
         return primitives.dequantize(tensor)
+    columns = tensor.shape[1]
+    if columns != tensor.scheme.padded(columns):
+        return np.ascontiguousarray(dequantize(tensor.padded(), threads=threads, isa=isa)[:, :columns])
     values = np.empty(tensor.shape, np.float32)
     arguments = _DequantizeArguments(
         matrix=_matrix(tensor, threads, isa), values=values.ctypes.data, row_stride=tensor.shape[1]

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from edgelm.quant.scheme import Scheme
 from edgelm.quant.tensor import QuantTensor
 
 Floats = NDArray[np.float32]
+AnyWeights = TypeVar("AnyWeights", bound=NDArray[np.float32] | NDArray[np.uint16])
 
 LANES = 16
 """Groups that the native kernel treats together; also the least number of columns summed here (see `_sum`)."""
@@ -78,26 +79,43 @@ def as_float32(weight: NDArray[np.float32] | NDArray[np.uint16]) -> Floats:
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Pack codes [N, K], one to a byte, into [N, K * bits / 8] as `QuantTensor` has them. K fills the last byte."""
+    """Pack codes [N, K], one to a byte, into [N, ceil(K * bits / 8)] as `QuantTensor` has them.
+
+    Bits of the last byte that no code needs are 0.
+    """
     if bits == 8:
         return codes
+    rows, columns = codes.shape
+    if missing := -columns % _word(bits)[0]:
+        return np.ascontiguousarray(pack(np.pad(codes, ((0, 0), (0, missing))), bits)[:, : -(-columns * bits // 8)])
     if bits == 4:
         packed: NDArray[np.uint8] = np.left_shift(codes[:, 1::2], 4, dtype=np.uint8)
         packed |= codes[:, 0::2]
         return packed
     codes_of_word, bytes_of_word = _word(bits)
-    words = np.zeros((codes.shape[0], codes.shape[1] // codes_of_word), np.uint64)
+    words = np.zeros((rows, columns // codes_of_word), np.uint64)
     for code in range(codes_of_word):
         words |= codes[:, code::codes_of_word].astype(np.uint64) << np.uint64(bits * code)
     little_endian = words.astype("<u8").view(np.uint8).reshape(*words.shape, 8)
-    return little_endian[:, :, :bytes_of_word].reshape(codes.shape[0], bytes_of_word * words.shape[1])
+    return little_endian[:, :, :bytes_of_word].reshape(rows, bytes_of_word * words.shape[1])
 
 
-def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Return the codes one to a byte, [N, K]: the inverse of `pack`."""
+def unpack(packed: NDArray[np.uint8], bits: int, columns: int | None = None) -> NDArray[np.uint8]:
+    """Return the codes one to a byte, [N, K]: the inverse of `pack`.
+
+    Args:
+        packed: codes [N, ceil(K * bits / 8)].
+        bits: of a code.
+        columns: K; None where the codes fill the last byte.
+    """
     if bits == 8:
         return packed
-    rows, columns = packed.shape[0], packed.shape[1] * 8 // bits
+    rows = packed.shape[0]
+    if columns is not None and (missing := -packed.shape[1] % _word(bits)[1]):
+        packed = np.pad(packed, ((0, 0), (0, missing)))
+    if columns is not None and columns != packed.shape[1] * 8 // bits:
+        return np.ascontiguousarray(unpack(packed, bits)[:, :columns])
+    columns = packed.shape[1] * 8 // bits
     codes = np.empty((rows, columns), np.uint8)
     if bits == 4:
         np.bitwise_and(packed, 15, out=codes[:, 0::2])
@@ -116,6 +134,14 @@ def _word(bits: int) -> tuple[int, int]:
     # The fewest codes that fill whole bytes, and these bytes: 8 codes in 3 at 3 bits, 8 in 5 at 5, 4 in 3 at 6.
     codes = 8 // gcd(8, bits)
     return codes, codes * bits // 8
+
+
+def fill(weight: AnyWeights, columns: int) -> AnyWeights:
+    """Rows [N, K] padded with zeros to `columns`.
+
+    A zero changes no scale: it adds nothing to a sum, and every range includes it.
+    """
+    return cast("AnyWeights", np.pad(weight, ((0, 0), (0, columns - weight.shape[1]))))
 
 
 def not_finite(name: str, row: int, column: int, value: float) -> CheckpointError:
@@ -142,11 +168,12 @@ def quantize(weight: NDArray[np.float32] | NDArray[np.uint16], scheme: Scheme, *
         name: what errors call the tensor.
 
     Raises:
-        RecipeError: no group fits K.
         CheckpointError: a weight is not finite, or too large for a float16 scale.
     """
     rows, columns = weight.shape
-    scheme = scheme.effective(columns, name)
+    scheme = scheme.effective(columns)
+    if columns != (width := scheme.padded(columns)):
+        return quantize(fill(weight, width), scheme, name=name).cut(columns)
     group, groups = scheme.group_size(columns), scheme.groups(columns)
     codes = np.empty((rows, columns), np.uint8)
     scales = np.empty((rows, groups), np.float16)
@@ -171,6 +198,8 @@ def dequantize(tensor: QuantTensor) -> Floats:
     """Return float32 [N, K] = (code - zero) * scale; each product is exact in float32."""
     rows, columns = tensor.shape
     scheme = tensor.integers
+    if columns != scheme.padded(columns):
+        return np.ascontiguousarray(dequantize(tensor.padded())[:, :columns])
     codes = unpack(tensor.codes, scheme.bits).reshape(rows, tensor.scales.shape[1], scheme.group_size(columns))
     zeros = np.float32(scheme.symmetric_zero) if tensor.zeros is None else tensor.zeros[:, :, None]
     values = np.subtract(codes, zeros, dtype=np.float32)

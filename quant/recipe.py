@@ -111,13 +111,9 @@ class Recipe:
         return found
 
     def scheme_for(self, tensor: str, shape: tuple[int, ...]) -> AnyScheme | None:
-        """Return the scheme of a tensor with its group made to fit the rows; None keeps it float.
-
-        Raises:
-            RecipeError: no group fits.
-        """
+        """Return the scheme of a tensor with its group made to fit the rows; None keeps it float."""
         scheme = self.match(tensor) if len(shape) == 2 else None
-        return None if scheme is None else scheme.effective(shape[1], tensor)
+        return None if scheme is None else scheme.effective(shape[1])
 
     @property
     def is_preset(self) -> bool:

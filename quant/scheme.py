@@ -35,7 +35,8 @@ class AnyScheme(ABC):
 
     Attributes:
         bits: of a code. Codes of one row fill its bytes from the lowest bit up.
-        group: values per scale along the row, a power of two of at least 16; None is one scale for the whole row.
+        group: values per scale along the row, a power of two of at least 16, the last perhaps fewer; None is one scale
+            for the whole row.
         scale_dtype: in which the scales are stored.
     """
 
@@ -66,34 +67,28 @@ class AnyScheme(ABC):
         return columns if self.group is None else self.group
 
     def code_bytes(self, columns: int) -> int:
-        """Bytes of the codes of a row of `columns` values."""
-        return columns * self.bits // 8
+        """Bytes of the codes of a row of `columns` values, the last byte perhaps with bits to spare."""
+        return -(-columns * self.bits // 8)
+
+    def padded(self, columns: int) -> int:
+        """`columns` rounded up to whole groups, or to codes that fill the last byte where a row is one group."""
+        unit = 8 // gcd(8, self.bits) if self.group is None else self.group
+        return -(-columns // unit) * unit
 
     def bits_per_weight(self, columns: int) -> float:
         """Storage for each weight in a row of `columns` values, scales and 8-bit zero points included."""
         of_group = 8 * self.scale_dtype.itemsize + (8 if self.has_zeros else 0)
         return self.bits + self.groups(columns) * of_group / columns
 
-    def effective(self, columns: int, name: str = "the tensor") -> Self:
+    def effective(self, columns: int) -> Self:
         """Return this scheme with a group that divides `columns`: its own, or the largest smaller one that does.
 
-        Raises:
-            RecipeError: no power of two of at least 16 divides `columns`, or a row's codes do not fill its last byte.
+        Where no power of two of at least 16 divides `columns` the group stays, and the last one of a row is shorter.
         """
-        if columns * self.bits % 8:
-            raise RecipeError(
-                f"{name} has rows of {columns} values: {self.bits}-bit codes need a multiple of "
-                f"{8 // gcd(8, self.bits)}; keep it float"
-            )
         if self.group is None:
             return self
         group = min(self.group, columns & -columns)
-        if group < MIN_GROUP:
-            raise RecipeError(
-                f"{name} has rows of {columns} values, which no group of {MIN_GROUP} or a larger power of two divides: "
-                f"use {self.with_group(None).name}, or keep it float"
-            )
-        return self if group == self.group else self.with_group(group)
+        return self if group == self.group or group < MIN_GROUP else self.with_group(group)
 
 
 def _check_group(group: int | None) -> None:

@@ -21,6 +21,8 @@ FORMAT_VERSION = 1
 PARTS = ("qweight", "scales", "zeros")
 INPUT_SCALE = "input_scale"
 """A further part, float32: the calibrated scale of what the matrix multiplies, where its activations are static."""
+COLUMNS = "columns"
+"""A further part, int64 [1]: K, where the codes of a row do not fill its last byte."""
 
 
 def part_name(tensor: str, part: str) -> str:
@@ -89,7 +91,7 @@ class OwnWeights:
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor in the file, all its parts together."""
         tensors: Mapping[str, object] = self._checkpoint.tensors
-        keys = [name] if name in tensors else [part_name(name, part) for part in (*PARTS, INPUT_SCALE)]
+        keys = [name] if name in tensors else [part_name(name, part) for part in (*PARTS, INPUT_SCALE, COLUMNS)]
         return sum(self._checkpoint.tensors[key].nbytes for key in keys if key in tensors)
 
     def input_scale(self, name: str) -> float | None:
@@ -99,12 +101,21 @@ class OwnWeights:
             return None
         return float(self._checkpoint.read_float32(key).reshape(-1)[0])
 
+    def _columns(self, key: str, code_bytes: int, scheme: AnyScheme) -> int:
+        stored = self._checkpoint.read_raw(key)
+        if stored.dtype != np.int64 or stored.size != 1 or scheme.code_bytes(int(stored.flat[0])) != code_bytes:
+            raise CheckpointError(
+                f"{self._checkpoint.path}: {key} is {stored.tolist()}, which {code_bytes} bytes of {scheme.bits}-bit "
+                "codes do not hold: the checkpoint is damaged, quantise again"
+            )
+        return int(stored.flat[0])
+
     def _logical_shapes(self) -> dict[str, tuple[int, ...]]:
         tensors, path = self._checkpoint.tensors, self._checkpoint.path
         shapes: dict[str, tuple[int, ...]] = {}
         for key, info in tensors.items():
             stem, _, part = key.rpartition(".")
-            if part in (*PARTS, INPUT_SCALE):
+            if part in (*PARTS, INPUT_SCALE, COLUMNS):
                 if f"{stem}.qweight" not in tensors:
                     raise CheckpointError(f"{path} has {key} but not {stem}.qweight")
             else:
@@ -118,7 +129,10 @@ class OwnWeights:
             for needed in PARTS if scheme.has_zeros else PARTS[:-1]:
                 if f"{stem}.{needed}" not in tensors:
                     raise CheckpointError(f"{path} lacks {stem}.{needed} of the quantised {name}")
-            shapes[name] = (info.shape[0], info.shape[1] * 8 // scheme.bits)
+            columns = info.shape[1] * 8 // scheme.bits
+            if f"{stem}.{COLUMNS}" in tensors:
+                columns = self._columns(f"{stem}.{COLUMNS}", info.shape[1], scheme)
+            shapes[name] = (info.shape[0], columns)
         for name, shape in shapes.items():
             if name in tensors and self.recipe.scheme_for(name, shape) is not None:
                 raise CheckpointError(f"{path} holds {name} in float, but its recipe quantises it")

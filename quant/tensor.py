@@ -20,7 +20,7 @@ class QuantTensor:
     FP8: w[n, k] = value(code[n, k]) * scale[n, k // group].
 
     Attributes:
-        codes: uint8 [N, K * bits / 8], the codes of a row one after the other from the lowest bit up, as
+        codes: uint8 [N, ceil(K * bits / 8)], the codes of a row one after the other from the lowest bit up, as
             `primitives.unpack` takes them apart. 4-bit: two neighbouring k values to a byte, the even one in the low
             nibble. 3, 5 and 6 bits: eight codes to three bytes, eight to five, four to three, each such a little-endian
             number of 24, 40, 24 bits with the first code in its lowest bits.
@@ -28,7 +28,7 @@ class QuantTensor:
             symmetric), float32 for FP8.
         zeros: uint8 [N, G], one to a byte at any width; None where the scheme has none (symmetric integers, whose zero
             point is 2**(bits - 1), and FP8).
-        scheme: the scheme these codes have, whose group divides K.
+        scheme: the scheme these codes have. Where its group does not divide K, the last one of a row is shorter.
         shape: (N, K).
 
     Raises:
@@ -80,6 +80,19 @@ class QuantTensor:
         zeros = None if self.zeros is None else self.zeros[rows]
         return replace(self, codes=codes, scales=self.scales[rows], zeros=zeros, shape=(codes.shape[0], self.shape[1]))
 
+    def padded(self) -> QuantTensor:
+        """The same rows with codes up to `scheme.padded(K)`; what the added ones stand for is not to be used."""
+        columns = self.scheme.padded(self.shape[1])
+        if columns == self.shape[1]:
+            return self
+        codes = np.pad(self.codes, ((0, 0), (0, self.scheme.code_bytes(columns) - self.codes.shape[1])))
+        return replace(self, codes=codes, shape=(self.shape[0], columns))
+
+    def cut(self, columns: int) -> QuantTensor:
+        """The first `columns` of each row, of as many groups."""
+        codes = np.ascontiguousarray(self.codes[:, : self.scheme.code_bytes(columns)])
+        return replace(self, codes=codes, shape=(self.shape[0], columns))
+
     def regrouped(self, group: int) -> QuantTensor:
         """Return the very same values with smaller groups: scales and zero points repeated.
 
@@ -89,8 +102,8 @@ class QuantTensor:
             RecipeError: `group` does not divide the present one.
         """
         present = self.scheme.group_size(self.shape[1])
-        if present % group:
-            raise RecipeError(f"groups of {present} cannot be split into groups of {group}")
+        if present % group or self.shape[1] % group:
+            raise RecipeError(f"groups of {present} in rows of {self.shape[1]} cannot be split into groups of {group}")
         times = present // group
         zeros = None if self.zeros is None else np.repeat(self.zeros, times, axis=1)
         return replace(

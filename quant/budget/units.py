@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgelm.packed import ALIGNMENT, HEADER_BYTES, TILE
-from edgelm.quant.scheme import AnyScheme
+import numpy as np
+
+from edgelm.packed import HEADER_BYTES, TILE, Kind, PackedMatrix, Scales, aligned, stored_group
+from edgelm.quant.scheme import AnyScheme, Scheme
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -47,8 +49,8 @@ class Unit:
         return next(iter(self.tensors.values()))[1]
 
     def effective(self, scheme: AnyScheme) -> AnyScheme:
-        """Return `scheme` with the group that fits the rows; raises RecipeError where none does."""
-        return scheme.effective(self.columns, next(iter(self.tensors)))
+        """Return `scheme` with the group that fits the rows."""
+        return scheme.effective(self.columns)
 
     def nbytes(self, scheme: AnyScheme | None, float_bytes: int = 2) -> int:
         """Bytes in a native bundle: header, and whole tiles of 32 rows of codes, scales and zero points.
@@ -57,17 +59,17 @@ class Unit:
         stacked first.
         """
         swiglu = self.kind.endswith("gate+up")
-        rows = [n for n, _ in self.tensors.values()]
-        filled = sum(-(-n // TILE) * TILE for n in (rows if swiglu else [sum(rows)]))
+        rows, columns = sum(n for n, _ in self.tensors.values()), self.columns
         if scheme is None:
-            row_bytes = float_bytes * self.columns
+            kind = Kind.FLOAT32 if float_bytes == 4 else Kind.FLOAT16
+            matrix = PackedMatrix(kind, Scales.NONE, False, swiglu, rows, columns, columns)
         else:
-            effective = self.effective(scheme)
-            # A zero point takes two bytes in a tile, one in a checkpoint.
-            group_bytes = effective.scale_dtype.itemsize + (2 if effective.has_zeros else 0)
-            row_bytes = effective.code_bytes(self.columns) + group_bytes * effective.groups(self.columns)
-        size = HEADER_BYTES + filled * row_bytes
-        return size if self.expert is None else -(-size // ALIGNMENT) * ALIGNMENT
+            scheme = self.effective(scheme)
+            kind = Kind(scheme.bits) if isinstance(scheme, Scheme) else Kind.FP8
+            scales = Scales.FLOAT16 if scheme.scale_dtype == np.float16 else Scales.FLOAT32
+            group = stored_group(kind, scheme.group, columns)
+            matrix = PackedMatrix(kind, scales, scheme.has_zeros, swiglu, rows, columns, group)
+        return matrix.nbytes if self.expert is None else aligned(matrix.nbytes)
 
 
 def find_units(shapes: Mapping[str, Sequence[int]]) -> list[Unit]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.checkpoint.safetensors import as_float32
-from edgelm.errors import CheckpointError, RecipeError
+from edgelm.errors import CheckpointError
 from edgelm.quant.foreign.settings import WAY_OUT, Settings
 from edgelm.quant.scheme import AnyScheme, Scheme
 from edgelm.quant.tensor import QuantTensor
@@ -51,13 +51,9 @@ class Matrix:
     def scheme(self) -> AnyScheme:
         """The scheme of the repacked matrix: a group that does not divide the row is cut into smaller equal ones.
 
-        Raises:
-            CheckpointError: no group that EdgeLM has divides the row.
+        Where these would be of fewer than 16 values it stays, and the last one of a row is shorter.
         """
-        try:
-            return self.written.effective(self.shape[1], self.name)
-        except RecipeError as error:
-            raise CheckpointError(f"{error} (it is quantised as {self.written.name}): {WAY_OUT}") from error
+        return self.written.effective(self.shape[1])
 
 
 class Format(ABC):

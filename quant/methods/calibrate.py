@@ -16,7 +16,7 @@ from edgelm.quant.methods.feedback import fit_scale
 from edgelm.quant.methods.gptq import Rounded, gptq
 from edgelm.quant.methods.grids import Grid, grid, inverse
 from edgelm.quant.methods.moments import Moments
-from edgelm.quant.primitives import pack
+from edgelm.quant.primitives import fill, pack
 from edgelm.quant.recipe import AUTO, METHODS
 from edgelm.quant.scheme import AnyScheme
 from edgelm.quant.tensor import QuantTensor
@@ -69,7 +69,6 @@ def calibrate(
         name: what errors call the matrix.
 
     Raises:
-        RecipeError: no group fits K.
         CheckpointError: a weight is not finite, or too large for the scheme's scale.
         ValueError: no such method, or moments of another K.
     """
@@ -124,6 +123,8 @@ def _search(weights: Tensor, numbers: Grid, moments: Moments, group: int) -> Rou
 
 def _by_rows(weight: NDArray[np.float32], scheme: AnyScheme, moments: Moments, method: _Method) -> QuantTensor:
     rows, columns = weight.shape
+    if columns != (width := scheme.padded(columns)):
+        return _by_rows(fill(weight, width), scheme, moments.padded(width), method).cut(columns)
     group = scheme.group_size(columns)
     numbers = grid(scheme, columns)
     codes, scales, zeros = [], [], []

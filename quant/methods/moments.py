@@ -24,6 +24,7 @@ class Moments:
         self.hessian = hessian
         self.tokens = tokens
         self._factors: dict[tuple[int, float], Factor] = {}
+        self._padded: Moments | None = None
 
     @classmethod
     def zeros(cls, columns: int) -> Moments:
@@ -42,6 +43,7 @@ class Moments:
             self.hessian[stop:, start:stop] += product[:, step:].T
         self.tokens += len(inputs)
         self._factors.clear()
+        self._padded = None
 
     def factor(self, group: int, damping: float) -> Factor:
         """The factor for groups of `group` columns; kept, because matrices with the same input share it."""
@@ -49,6 +51,15 @@ class Moments:
         if key not in self._factors:
             self._factors[key] = Factor(self.hessian, group, damping)
         return self._factors[key]
+
+    def padded(self, columns: int) -> Moments:
+        """The same with further inputs, up to `columns`, that are always zero; kept, as factors are."""
+        missing = columns - self.hessian.shape[0]
+        if missing == 0:
+            return self
+        if self._padded is None or self._padded.hessian.shape[0] != columns:
+            self._padded = Moments(torch.nn.functional.pad(self.hessian, (0, missing, 0, missing)), self.tokens)
+        return self._padded
 
     def output_energy(self, weights: Tensor) -> float:
         """tr(W H W^T) of `weights` [N, K]: the summed squares of their outputs."""

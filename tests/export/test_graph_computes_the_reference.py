@@ -153,8 +153,6 @@ def test_int4_in_float_activation_mode(
     scheme: str,
     ops: str,
 ) -> None:
-    if ops == "native" and "g16" in scheme:
-        pytest.skip("native groups are multiples of 32: it is refused, as another test shows")
     chosen = recipe(scheme, name, "float")
     _, model = write_graph(tmp_path, checkpoint(name, **changes), chosen, "float32", ops, as_deployed=True)
     check(tmp_path, model, 2e-5)

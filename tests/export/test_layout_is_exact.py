@@ -40,9 +40,9 @@ def test_every_scheme_means_the_same_in_every_format(
     weight = np.random.default_rng(bits).standard_normal((ROWS, COLUMNS)).astype(np.float32)
     scheme = Scheme(bits, group, symmetric)
     tensor = quantize(weight, scheme)
-    fmt = common_format([(scheme, COLUMNS)])
+    fmt = common_format([("x", scheme, COLUMNS)])
     if coarser != "own format":
-        fmt = common_format([(scheme, COLUMNS), (Scheme(8, 16, False), COLUMNS)])
+        fmt = common_format([("x", scheme, COLUMNS), ("y", Scheme(8, 16, False), COLUMNS)])
         assert fmt == BlockFormat(8, 16, True)
     zeros = zeros_in(tensor, fmt) if fmt.zeros else None
     if zeros is not None:
@@ -56,7 +56,7 @@ def test_every_scheme_means_the_same_in_every_format(
 def test_odd_number_of_four_bit_zero_points_is_padded() -> None:
     weight = np.random.default_rng(0).standard_normal((3, 96)).astype(np.float32) + 1
     tensor = quantize(weight, Scheme(4, 32, False))
-    fmt = common_format([(Scheme(4, 32, False), 96)])
+    fmt = common_format([("x", Scheme(4, 32, False), 96)])
     zeros = zeros_in(tensor, fmt)
     assert zeros.shape == (3, 2)
     np.testing.assert_array_equal(
@@ -69,7 +69,18 @@ def test_rows_alternate_between_gate_and_up() -> None:
     np.testing.assert_array_equal(interleave(gate, up), [[1, 2], [5, 6], [3, 4], [7, 8]])
 
 
-def test_a_row_that_no_block_divides_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("model.layers.1.mlp.down_proj.weight", "intermediate_size"),
+        ("model.layers.1.self_attn.o_proj.weight", r"num_attention_heads \* head_dim"),
+        ("lm_head.weight", "hidden_size"),
+    ],
+)
+@pytest.mark.parametrize("group", [None, 32])
+def test_a_row_that_no_block_divides_is_refused_by_name_width_and_field(
+    name: str, field: str, group: int | None
+) -> None:
     assert block_of(Scheme(8, None), 48) == 16
-    with pytest.raises(ExportError, match="a row of 100 weights"):
-        block_of(Scheme(8, None), 100)
+    with pytest.raises(ExportError, match=rf"{name} is int8-.* rows of 100 \({field} in config.json\).*--ops native"):
+        block_of(Scheme(8, group), 100, name)

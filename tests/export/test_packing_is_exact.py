@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from unpack_native import unpack_matrix
 
-from edgelm.errors import BundleError, ExportError
+from edgelm.errors import BundleError
 from edgelm.export.layout import widened
 from edgelm.export.packing import (
     Format,
@@ -46,7 +46,7 @@ def weight(rows: int, columns: int = COLUMNS, seed: int = 0) -> NDArray[np.float
 def packed(tensors: list[QuantTensor], fmt: Format, *, swiglu: bool = False) -> tuple[PackedMatrix, bytes]:
     """One matrix of tensors stacked, or of gate and up."""
     matrix = fmt.matrix(sum(t.shape[0] for t in tensors), tensors[0].shape[1], swiglu=swiglu)
-    out = np.zeros((matrix.tiles, matrix.groups, matrix.record_bytes), np.uint8)
+    out = np.zeros((matrix.tiles, matrix.records, matrix.record_bytes), np.uint8)
     lower = np.zeros((matrix.tiles, matrix.lower_bytes // matrix.tiles), np.uint8)
     if swiglu:
         pack_codes(tensors[0], fmt, out[0::2])
@@ -62,13 +62,13 @@ def packed(tensors: list[QuantTensor], fmt: Format, *, swiglu: bool = False) -> 
 def assert_same(tensor: QuantTensor, found: tuple[NDArray[np.generic], ...], bits: int) -> None:
     """Codes at their new width, scales and zero points repeated."""
     codes, scales, zeros = found
-    old = tensor.scheme.bits
-    np.testing.assert_array_equal(codes, widened(unpack(tensor.codes, old), old, bits))
-    times = scales.shape[1] // tensor.scales.shape[1]
-    np.testing.assert_array_equal(scales, np.repeat(tensor.scales, times, axis=1))
+    old, groups = tensor.scheme.bits, scales.shape[1]
+    np.testing.assert_array_equal(codes, widened(unpack(tensor.codes, old, tensor.shape[1]), old, bits))
+    times = -(-groups // tensor.scales.shape[1])
+    np.testing.assert_array_equal(scales, np.repeat(tensor.scales, times, axis=1)[:, :groups])
     middle = np.full(tensor.scales.shape, 1 << (old - 1), np.uint8)
     expected = widened(middle if tensor.zeros is None else tensor.zeros, old, bits)
-    np.testing.assert_array_equal(zeros, np.repeat(expected, times, axis=1))
+    np.testing.assert_array_equal(zeros, np.repeat(expected, times, axis=1)[:, :groups])
 
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 70])
@@ -117,7 +117,7 @@ def test_gate_and_up_lie_in_alternating_tiles(bits: int, rows: int) -> None:
     for i, tensor in enumerate((gate, up)):
         mine = slice(i * rows, (i + 1) * rows)
         assert_same(tensor, (codes[mine], scales[mine], zeros[mine]), bits)
-    second = data[HEADER_BYTES + matrix.groups * matrix.record_bytes :]
+    second = data[HEADER_BYTES + matrix.records * matrix.record_bytes :]
     np.testing.assert_array_equal(np.frombuffer(second, np.float16, TILE), up.scales[:TILE, 0])
 
 
@@ -181,11 +181,53 @@ def test_float_matrices_come_back(dtype: str, stored: type[np.generic], columns:
     np.testing.assert_array_equal(found, values)
 
 
-@pytest.mark.parametrize(("scheme", "columns"), [("int4-g16-sym", 256), ("int8-row-sym", 80), ("int4-g32-sym", 48)])
-def test_what_the_layout_cannot_hold_is_refused_with_a_way_out(scheme: str, columns: int) -> None:
-    effective = parse_scheme(scheme).effective(columns)
-    with pytest.raises(ExportError, match=r"layers\.3\.x is int.*groups of 32.*--ops portable"):
-        common_format([effective], columns, "layers.3.x")
+@pytest.mark.parametrize("columns", [1, 12, 16, 33, 48, 100, 129])
+@pytest.mark.parametrize("group", ["g16", "g32", "g64", "row"])
+def test_rows_of_any_width_come_back(group: str, columns: int) -> None:
+    for bits, symmetry in ((3, "sym"), (4, "asym"), (4, "sym"), (5, "asym"), (6, "sym"), (8, "asym"), (8, "sym")):
+        tensor = quantize(weight(37, columns), parse_scheme(f"int{bits}-{group}-{symmetry}"))
+        fmt = common_format([tensor.scheme], columns, "x")
+        assert fmt is not None
+        matrix, data = packed([tensor], fmt)
+        assert parse_matrix(data[:HEADER_BYTES], "x") == matrix
+        assert matrix.nbytes == len(data)
+        assert_same(tensor, unpack_matrix(matrix, data), bits)
+        if (bits, symmetry) == (8, "sym"):
+            planes = Format(Kind.INT8_PLANES, fmt.scales, False, fmt.group)
+            assert_same(tensor, unpack_matrix(*packed([tensor], planes)), 8)
+    tensor = quantize(weight(37, columns), parse_scheme(f"fp8-{group.replace('g', 'b')}"))
+    fmt = common_format([tensor.scheme], columns, "x")
+    assert fmt is not None
+    codes, scales = unpack_matrix(*packed([tensor], fmt))
+    np.testing.assert_array_equal(codes, tensor.codes)
+    np.testing.assert_array_equal(scales, tensor.scales)
+
+
+@pytest.mark.parametrize("columns", [20, 48, 90, 100])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["int4-g64-sym", "int4-g32-asym", "int3-row-sym"],
+        ["int4-g16-sym", "int8-g128-sym"],
+        ["int4-row-sym", "int5-row-sym"],
+    ],
+)
+def test_stacked_rows_of_any_width_come_back(names: list[str], columns: int) -> None:
+    tensors = [quantize(weight(17 + i, columns, seed=i), parse_scheme(name)) for i, name in enumerate(names)]
+    fmt = common_format([t.scheme for t in tensors], columns, "x")
+    assert fmt is not None
+    found, first = unpack_matrix(*packed(tensors, fmt)), 0
+    for tensor in tensors:
+        mine = slice(first, first + tensor.shape[0])
+        assert_same(tensor, (found[0][mine], found[1][mine], found[2][mine]), int(fmt.kind))
+        first = mine.stop
+    blocks = [quantize(weight(9, columns, seed=i), parse_scheme(name)) for i, name in enumerate(("fp8-b64", "fp8-row"))]
+    fmt = common_format([t.scheme for t in blocks], columns, "x")
+    assert fmt is not None
+    codes, scales = unpack_matrix(*packed(blocks, fmt))
+    np.testing.assert_array_equal(codes, np.concatenate([t.codes for t in blocks]))
+    np.testing.assert_array_equal(scales[:9], blocks[0].scales)
+    np.testing.assert_array_equal(scales[9:], np.repeat(blocks[1].scales, scales.shape[1], axis=1))
 
 
 def test_integers_and_fp8_have_no_common_format() -> None:
@@ -196,11 +238,19 @@ def test_experts_are_found_through_their_table() -> None:
     fmt = Format(Kind.INT4, Scales.FLOAT16, False, 32)
     first, second = fmt.matrix(64, 64, swiglu=True), fmt.matrix(64, 32)
     table = HEADER_BYTES + 16
-    data = experts_header([(table + 48, table + 48 + first.nbytes)], 0) + bytes(48)
+    size = table + 48 + first.nbytes + second.nbytes
+    data = experts_header([(table + 48, table + 48 + first.nbytes)], size) + bytes(48)
     data += first.header() + bytes(first.nbytes - 64) + second.header() + bytes(second.nbytes - 64)
     found = read_matrices(BytesIO(b"xyz" + data), 3, "moe")
     assert found == [(table + 48, first), (table + 48 + first.nbytes, second)]
     assert read_matrices(BytesIO(np.ones(64, np.float32).tobytes()), 0, "a norm") == []
+    for place, message in ((table + 49, "a multiple of 64"), (size + 64, "within"), (-64, "within")):
+        damaged = experts_header([(place, table + 48)], size) + data[table:]
+        with pytest.raises(BundleError, match=f"moe: gate_up of expert 0 begins at byte {place} of {size}.*{message}"):
+            read_matrices(BytesIO(damaged), 0, "moe")
+    for cut in (20, HEADER_BYTES + 8):
+        with pytest.raises(BundleError, match="moe has a header of packed experts that cannot be"):
+            read_matrices(BytesIO(data[:cut]), 0, "moe")
 
 
 def test_a_damaged_header_is_said_to_be_one() -> None:
@@ -211,6 +261,8 @@ def test_a_damaged_header_is_said_to_be_one() -> None:
         (header[:4] + b"\x02" + header[5:], "layout version 2"),
         (header[:5] + b"\x63" + header[6:], "99 is not a valid Kind"),
         (header[:8] + struct.pack("<q", 65 * 32) + header[16:], "contradict"),
+        (header[:16] + struct.pack("<q", 2**62) + header[24:], "contradict"),
+        (header[:24] + struct.pack("<q", 48) + header[32:], "contradict"),
     ):
         with pytest.raises(BundleError, match=message):
             parse_matrix(broken, "w")

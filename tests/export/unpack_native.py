@@ -28,28 +28,31 @@ def unpack_matrix(matrix: PackedMatrix, data: bytes | Bytes) -> tuple[NDArray[An
         of a float matrix its values [N, K] alone, of fp8 codes and scales.
     """
     raw = np.frombuffer(data, np.uint8)
-    tiles, groups = matrix.tiles, matrix.groups
-    records = raw[64 : matrix.first_bytes].reshape(tiles, groups, matrix.record_bytes)
-    codes = np.ascontiguousarray(records[:, :, matrix.head_bytes :])
-    scales = np.ascontiguousarray(records[:, :, : matrix.head_bytes - (2 * TILE if matrix.zeros else 0)])
+    tiles, records, of_record = matrix.tiles, matrix.records, matrix.span // matrix.group
+    stored = raw[64 : matrix.first_bytes].reshape(tiles, records, matrix.record_bytes)
+    codes = np.ascontiguousarray(stored[:, :, matrix.head_bytes :])
+    scale_bytes = matrix.head_bytes // of_record - (2 * TILE if matrix.zeros else 0)
+    scales = np.ascontiguousarray(stored[:, :, : of_record * scale_bytes]).reshape(tiles, records * of_record, -1)
     if not matrix.kind.is_integer:
-        values = codes.view(FLOAT_TYPES[matrix.kind]).reshape(tiles, groups, matrix.group, TILE)
+        values = codes.view(FLOAT_TYPES[matrix.kind]).reshape(tiles, records, matrix.span, TILE)
         found: list[NDArray[Any]] = [_rows(values.transpose(0, 3, 1, 2).reshape(tiles * TILE, -1), matrix)]
+        found[0] = found[0][:, : matrix.columns]
         if matrix.scales is not Scales.NONE:
             found.append(_per_row(scales.view(SCALE_TYPES[matrix.scales]), matrix))
         return tuple(found)
-    stored = codes.reshape(tiles, groups * matrix.group // BLOCK, -1)
+    blocks = codes.reshape(tiles, records * matrix.span // BLOCK, -1)
     lower = None
     if matrix.kind is Kind.INT8_PLANES:
-        lower = raw[matrix.low_plane : matrix.nbytes].reshape(stored.shape)
-    columns = np.stack([_column(stored, lower, k, matrix.kind) for k in range(BLOCK)], axis=-1)
+        lower = raw[matrix.low_plane : matrix.nbytes].reshape(blocks.shape)
+    columns = np.stack([_column(blocks, lower, k, matrix.kind) for k in range(BLOCK)], axis=-1)
     unpacked = _rows(columns.transpose(0, 2, 1, 3).reshape(tiles * TILE, -1), matrix)
+    assert (unpacked[:, matrix.columns :] == 1 << (BITS[matrix.kind] - 1)).all(), "padding stands for zero"
     if matrix.zeros:
-        start = matrix.head_bytes - 2 * TILE
-        zeros = _per_row(np.ascontiguousarray(records[:, :, start : start + TILE]), matrix)
+        points = stored[:, :, of_record * scale_bytes : matrix.head_bytes].reshape(tiles, records * of_record, 2 * TILE)
+        zeros = _per_row(points[:, :, :TILE], matrix)
     else:
-        zeros = np.full((matrix.rows, groups), 1 << (BITS[matrix.kind] - 1), np.uint8)
-    return unpacked, _per_row(scales.view(SCALE_TYPES[matrix.scales]), matrix), zeros
+        zeros = np.full((matrix.rows, matrix.groups), 1 << (BITS[matrix.kind] - 1), np.uint8)
+    return unpacked[:, : matrix.columns], _per_row(scales.view(SCALE_TYPES[matrix.scales]), matrix), zeros
 
 
 def _column(blocks: Bytes, lower: Bytes | None, k: int, kind: Kind) -> Bytes:
@@ -74,12 +77,12 @@ def _column(blocks: Bytes, lower: Bytes | None, k: int, kind: Kind) -> Bytes:
 
 
 def _per_row(values: NDArray[Any], matrix: PackedMatrix) -> NDArray[Any]:
-    """[tiles, groups, 32] to [N, groups]."""
-    return _rows(values.transpose(0, 2, 1).reshape(matrix.tiles * TILE, -1), matrix)
+    """[tiles, groups, 32] to [N, groups], without those beyond the last column."""
+    return _rows(values.transpose(0, 2, 1).reshape(matrix.tiles * TILE, -1), matrix)[:, : matrix.groups]
 
 
 def _rows(values: NDArray[Any], matrix: PackedMatrix) -> NDArray[Any]:
-    """Rows in the checkpoint's order, without those that fill up a tile."""
+    """Rows in the checkpoint's order, without those that pad a tile."""
     if not matrix.swiglu:
         return values[: matrix.rows]
     parts = values.reshape(matrix.tiles // 2, 2, TILE, -1)

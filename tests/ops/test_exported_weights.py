@@ -26,7 +26,7 @@ def tensor(scheme: str, seed: int = 0) -> QuantTensor:
 def exported(tensors: list[QuantTensor], fmt: Format) -> Array:
     """One matrix, or gate and up, as the exporter packs it."""
     matrix = fmt.matrix(ROWS * len(tensors), COLUMNS, swiglu=len(tensors) == 2)
-    out = np.zeros((matrix.tiles, matrix.groups, matrix.record_bytes), np.uint8)
+    out = np.zeros((matrix.tiles, matrix.records, matrix.record_bytes), np.uint8)
     lower = np.zeros((matrix.tiles, matrix.lower_bytes // matrix.tiles), np.uint8)
     for i, part in enumerate(tensors):
         pack_codes(part, fmt, out[i :: len(tensors)], lower[i :: len(tensors)])

@@ -218,7 +218,7 @@ def damaged(at: int, *values: int) -> Array:
         ({"weights": damaged(4, 9)}, {}, "its layout version is not 1"),
         ({"weights": damaged(5, 77)}, {}, "its kind of weights is unknown"),
         ({"weights": damaged(8, *[255] * 8)}, {}, "its shape is not possible"),
-        ({"weights": damaged(24, 48)}, {}, "its group does not divide its columns"),
+        ({"weights": damaged(24, 48)}, {}, "its group is neither 16 nor a multiple of 32"),
     ],
 )
 @pytest.mark.parametrize("constant", [True, False])
@@ -228,6 +228,15 @@ def test_what_does_not_fit_is_named(
     given = {"x": X, "weights": INT4} | {name: np.asarray(array) for name, array in inputs.items()}
     with pytest.raises(Exception, match=re.escape("QuantLinear layers.3/o: ") + ".*" + re.escape(message)):
         run("QuantLinear", given, constant=None if constant else [], node="layers.3/o", **attributes)
+
+
+def test_weights_at_an_odd_address_are_refused() -> None:
+    room = np.empty(len(INT4) + 8, np.uint8)
+    start = 1 + -room.ctypes.data % 4
+    room[start : start + len(INT4)] = INT4
+    message = "QuantLinear layers.3/o: weights begins at an address that is no multiple of 4: its offset in the file"
+    with pytest.raises(Exception, match=re.escape(message)):
+        run("QuantLinear", {"x": X, "weights": room[start : start + len(INT4)]}, constant=[], node="layers.3/o")
 
 
 def test_attribute_name_goes_before_the_nodes(rng: Generator) -> None:

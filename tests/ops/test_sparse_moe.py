@@ -271,6 +271,7 @@ def damaged(at: int, *values: int) -> Array:
         ({"experts": damaged(8, *[255] * 7, 127)}, {}, "experts: their header speaks of 9223372036854775807 experts"),
         ({"experts": damaged(64, *[255] * 7, 127)}, {}, "experts' gate_up of expert 0 begins at byte 922337203685477"),
         ({"experts": damaged(72, 1, 0)}, {}, "experts' down of expert 0 begins at byte 1 of"),
+        ({"experts": damaged(64, 129)}, {}, "experts' gate_up of expert 0 begins at byte 129, no multiple of 64"),
         ({"experts": damaged(128 + 5, 99)}, {}, "experts' gate_up of expert 0: this is not a packed matrix: its kind"),
         (
             {"experts": replaced(3, 0, "int4", 2 * F, 32, swiglu=True)},

@@ -99,7 +99,7 @@ def label(node) -> str:
 
 
 class Packed:
-    """The records of one packed matrix as a writable array [tiles, groups, bytes]; leaving the block stores them.
+    """The records of one packed matrix as a writable array [tiles, records, bytes]; leaving the block stores them.
 
     `index` counts the matrices of a tensor: in a mixture gate+up of the first expert, its down, and so on.
     """
@@ -113,7 +113,7 @@ class Packed:
             self.first = place + HEADER_BYTES
             self._offset = entry["offset"] + self.first
             file.seek(self._offset)
-            shape = (self.matrix.tiles, self.matrix.groups, self.matrix.record_bytes)
+            shape = (self.matrix.tiles, self.matrix.records, self.matrix.record_bytes)
             self.records = np.frombuffer(file.read(int(np.prod(shape))), np.uint8).reshape(shape).copy()
 
     def __enter__(self) -> Packed:
@@ -126,13 +126,13 @@ class Packed:
 
     @property
     def scales(self) -> np.ndarray:
-        """float16 [tiles, groups, 32], a view."""
+        """float16 [tiles, records, 32], a view."""
         return self.records[:, :, :64].view(np.float16)
 
     def middle_code(self) -> int:
         """Where in its tensor a code in the middle of the matrix lies."""
         matrix = self.matrix
-        return self.first + matrix.tiles // 2 * matrix.groups * matrix.record_bytes + matrix.record_bytes // 2
+        return self.first + matrix.tiles // 2 * matrix.records * matrix.record_bytes + matrix.record_bytes // 2
 
 
 def expert_parts(folder: Path, layer: int, matrix: str):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgelm.errors import CheckpointError, RecipeError
+from edgelm.errors import CheckpointError
 from edgelm.quant import Fp8Scheme, QuantTensor, dequantize, fp8, parse_scheme, primitives, quantize
 from edgelm.quant.primitives import as_float32
 
@@ -147,11 +147,15 @@ def test_a_weight_that_is_not_finite_is_named(value):
         quantize(weight, Fp8Scheme(128), name="model.x.weight")
 
 
-def test_a_block_shrinks_until_it_divides_the_row():
+def test_a_block_shrinks_until_it_divides_the_row_or_the_last_is_shorter():
     assert quantize(np.ones((2, 96), np.float32), Fp8Scheme(128)).scheme == Fp8Scheme(32)
     assert quantize(np.ones((2, 50), np.float32), Fp8Scheme(None)).scales.shape == (2, 1)
-    with pytest.raises(RecipeError, match=r"a.b.weight has rows of 40 values.*use fp8-row"):
-        quantize(np.ones((2, 40), np.float32), Fp8Scheme(128), name="a.b.weight")
+    values = np.random.default_rng(0).standard_normal((2, 40)).astype(np.float32)
+    tensor, tail = quantize(values, Fp8Scheme(32)), quantize(values[:, 32:], Fp8Scheme(None))
+    assert tensor.scheme == Fp8Scheme(32)
+    np.testing.assert_array_equal(tensor.scales[:, 1:], tail.scales)
+    np.testing.assert_array_equal(tensor.codes[:, 32:], tail.codes)
+    np.testing.assert_array_equal(dequantize(tensor)[:, 32:], dequantize(tail))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)

@@ -169,22 +169,33 @@ def test_a_group_shrinks_until_it_divides_the_row(group, columns, expected):
     assert tensor.scales.shape == (3, 1 if expected is None else columns // expected)
 
 
+@pytest.mark.parametrize("columns", [1, 7, 20, 40, 100, 257])
 @pytest.mark.parametrize(
-    ("scheme", "columns"),
+    "scheme",
     [
-        (Scheme(4, 32), 40),
-        (Scheme(8, 16), 8),
-        (Scheme(4, None), 15),
-        (Scheme(3, None), 20),
-        (Scheme(3, 32), 24),
-        (Scheme(5, None), 20),
-        (Scheme(6, None), 18),
+        *(Scheme(3, 32), Scheme(3, None), Scheme(4, 16, False), Scheme(4, None), Scheme(5, 64)),
+        *(Scheme(6, None, False), Scheme(8, 32, False), Scheme(8, None)),
     ],
+    ids=lambda scheme: scheme.name,
 )
-def test_rows_that_no_group_fits_are_refused_by_name(scheme, columns):
-    for quantize in (primitives.quantize, native.quantize):
-        with pytest.raises(RecipeError, match=f"a.b.weight has rows of {columns} values"):
-            quantize(weights((2, columns)), scheme, name="a.b.weight")
+def test_rows_of_any_width_end_with_a_shorter_group(scheme, columns):
+    values = weights((5, columns))
+    tensor = primitives.quantize(values, scheme)
+    assert tensor.scheme == scheme
+    for isa in native.isas():
+        found = native.quantize(values, scheme, isa=isa)
+        for part in ("codes", "scales", "zeros"):
+            np.testing.assert_array_equal(getattr(found, part), getattr(tensor, part))
+        np.testing.assert_array_equal(native.dequantize(found, isa=isa), primitives.dequantize(tensor))
+    # The last group's numbers are those of a matrix that has nothing else.
+    start = 0 if scheme.group is None else (columns - 1) // scheme.group * scheme.group
+    alone = primitives.quantize(np.ascontiguousarray(values[:, start:]), scheme.with_group(None))
+    np.testing.assert_array_equal(tensor.scales[:, -1:], alone.scales)
+    np.testing.assert_array_equal(primitives.dequantize(tensor)[:, start:], primitives.dequantize(alone))
+    unpacked = primitives.unpack(tensor.codes, scheme.bits, columns)
+    assert unpacked.shape == (5, columns)
+    repacked = primitives.pack(unpacked, scheme.bits)
+    np.testing.assert_array_equal(primitives.unpack(repacked, scheme.bits, columns), unpacked)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)

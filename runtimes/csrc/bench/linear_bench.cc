@@ -27,7 +27,9 @@ std::vector<uint8_t> RandomMatrix(Kind kind, int64_t rows, int64_t columns, int6
   edgelm::MatrixHeader header = {};
   std::memcpy(header.magic, "EDLM", 4);
   const bool integer = kind < Kind::kFp8E4M3;
-  const int64_t head = integer ? 64 : kind == Kind::kFp8E4M3 ? 128 : 0;
+  const int64_t span = group == edgelm::kHalf ? edgelm::kBlock : group;
+  const int64_t in_record = integer ? span / group : 1;
+  const int64_t head = integer ? 64 * in_record : kind == Kind::kFp8E4M3 ? 128 : 0;
   header.version = edgelm::kLayoutVersion;
   header.kind = kind;
   header.scale = integer ? edgelm::ScaleKind::kFloat16
@@ -36,9 +38,9 @@ std::vector<uint8_t> RandomMatrix(Kind kind, int64_t rows, int64_t columns, int6
   header.rows = rows;
   header.columns = columns;
   header.group = integer ? group : columns;
-  const int64_t tiles = (rows + 31) / 32, groups = columns / header.group;
-  const int64_t record = head + edgelm::CodeBytes(kind, header.group);
-  int64_t bytes = 64 + tiles * groups * record;
+  const int64_t tiles = (rows + 31) / 32, records = columns / (header.group * in_record);
+  const int64_t record = head + edgelm::CodeBytes(kind, header.group * in_record);
+  int64_t bytes = 64 + tiles * records * record;
   if (kind == Kind::kInt8Planes) {
     header.low_plane = bytes;
     bytes += tiles * (columns / 32) * 512;
@@ -55,8 +57,8 @@ std::vector<uint8_t> RandomMatrix(Kind kind, int64_t rows, int64_t columns, int6
   }
   const uint16_t scale16 = 0x2000;
   const float scale32 = 0.01f;
-  for (int64_t r = 0; r < tiles * groups; ++r)
-    for (int64_t n = 0; n < (head != 0 ? 32 : 0); ++n) {
+  for (int64_t r = 0; r < tiles * records; ++r)
+    for (int64_t n = 0; n < (head != 0 ? 32 * in_record : 0); ++n) {
       if (integer) std::memcpy(start + 64 + r * record + 2 * n, &scale16, 2);
       if (!integer) std::memcpy(start + 64 + r * record + 4 * n, &scale32, 4);
     }
@@ -94,10 +96,12 @@ int main(int count, char** args) {
     bool upper;
   };
   const Case cases[] = {{"int3 g32", Kind::kInt3, 32, false},
+                        {"int4 g16", Kind::kInt4, 16, false},
                         {"int4 g32", Kind::kInt4, 32, false},
                         {"int4 g128", Kind::kInt4, 128, false},
                         {"int5 g32", Kind::kInt5, 32, false},
                         {"int6 g32", Kind::kInt6, 32, false},
+                        {"int8 g16", Kind::kInt8, 16, false},
                         {"int8 g32", Kind::kInt8, 32, false},
                         {"int8 g128", Kind::kInt8, 128, false},
                         {"planes g128", Kind::kInt8Planes, 128, false},

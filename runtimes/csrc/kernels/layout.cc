@@ -8,6 +8,8 @@ namespace {
 
 constexpr int64_t kMost = int64_t{1} << 40;  // of rows, columns: keeps every product below 2^63
 
+int64_t RoundUp(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
 bool Known(Kind kind) {
   switch (kind) {
     case Kind::kInt3: case Kind::kInt4: case Kind::kInt5: case Kind::kInt6: case Kind::kInt8: case Kind::kInt8Planes:
@@ -88,27 +90,29 @@ const char* ParseMatrix(const uint8_t* blob, int64_t size, Matrix* matrix) {
   m.group = h.group;
   if ((h.flags & ~(kHasZeros | kSwiglu)) != 0) return "its flags are unknown";
   if (m.rows < 1 || m.columns < 1 || m.rows > kMost || m.columns > kMost) return "its shape is not possible";
-  if (m.group < 1 || m.columns % m.group != 0) return "its group does not divide its columns";
-  if (m.group % kBlock != 0 && (m.integer() || m.group != m.columns)) return "its group is not a multiple of 32";
+  const bool whole = !m.integer() && m.group == m.columns;
+  if (m.group < 1 || m.group > RoundUp(m.columns, kBlock)) return "its group does not fit its columns";
+  if (!whole && m.group != kHalf && m.group % kBlock != 0) return "its group is neither 16 nor a multiple of 32";
   if (m.integer() && m.scale == ScaleKind::kNone) return "its integer codes have no scales";
   if (m.scale > ScaleKind::kFloat32) return "its kind of scales is unknown";
   if (m.zeros && (!m.integer() || m.kind == Kind::kInt8Planes)) return "its kind has no zero points";
   if (m.swiglu && m.rows % 2 != 0) return "a SwiGLU matrix has an even number of rows";
   const int64_t tiles = (m.outputs() + kTile - 1) / kTile;
   m.tiles = m.swiglu ? 2 * tiles : tiles;
-  m.groups = m.columns / m.group;
-  m.head_bytes = (m.scale == ScaleKind::kFloat16 ? 64 : m.scale == ScaleKind::kFloat32 ? 128 : 0) + (m.zeros ? 64 : 0);
-  m.record_bytes = m.head_bytes + CodeBytes(m.kind, m.group);
+  m.span = m.group == kHalf && !whole ? kBlock : m.group;
+  m.records = (m.columns + m.span - 1) / m.span;
+  m.head_bytes = (m.scale_bytes() + (m.zeros ? 64 : 0)) * (m.halves() ? 2 : 1);
+  m.record_bytes = m.head_bytes + CodeBytes(m.kind, m.span);
   // Divided rather than multiplied: a damaged header may hold any numbers.
   const int64_t room = size - static_cast<int64_t>(sizeof h);
-  if (m.record_bytes > room / m.tiles / m.groups) return "it is shorter than its shape needs";
-  m.tile_bytes = m.groups * m.record_bytes;
+  if (m.record_bytes > room / m.tiles / m.records) return "it is shorter than its shape needs";
+  m.tile_bytes = m.records * m.record_bytes;
   m.data = blob + sizeof h;
   int64_t end = static_cast<int64_t>(sizeof h) + m.tiles * m.tile_bytes;
   if (m.kind == Kind::kInt8Planes) {
     if (h.low_plane < end || h.low_plane > size) return "its lower halves lie outside it";
     m.low = blob + h.low_plane;
-    end = h.low_plane + m.tiles * (m.columns / kBlock) * 512;
+    end = h.low_plane + m.tiles * m.low_bytes();
   } else if (h.low_plane != 0) {
     return "its kind has no lower halves";
   }
@@ -126,19 +130,26 @@ void DequantizeRow(const Matrix& m, int64_t row, float* out) {
   }
   const int64_t n = row % kTile;
   const uint8_t* record = m.data + tile * m.tile_bytes;
-  const uint8_t* low = m.low == nullptr ? nullptr : m.low + tile * (m.columns / kBlock) * 512;
-  for (int64_t g = 0; g < m.groups; ++g, record += m.record_bytes) {
+  const uint8_t* low = m.low == nullptr ? nullptr : m.low + tile * m.low_bytes();
+  for (int64_t g = 0, first = 0; first < m.columns; ++g, first += m.group) {
+    const int64_t half = m.halves() ? g % 2 : 0;
+    if (g > 0 && half == 0) {
+      record += m.record_bytes;
+      if (low != nullptr) low += m.span / kBlock * 512;
+    }
+    const uint8_t* const scales = record + half * m.scale_bytes();
     float scale = 1.0f;
     if (m.scale == ScaleKind::kFloat16) {
       uint16_t bits;
-      std::memcpy(&bits, record + 2 * n, 2);
+      std::memcpy(&bits, scales + 2 * n, 2);
       scale = HalfToFloat32(bits);
     } else if (m.scale == ScaleKind::kFloat32) {
-      std::memcpy(&scale, record + 4 * n, 4);
+      std::memcpy(&scale, scales + 4 * n, 4);
     }
     const uint8_t* codes = record + m.head_bytes;
-    const int32_t zero = m.zeros ? codes[n - 64] : SymmetricZero(m.kind);
-    for (int64_t k = 0; k < m.group; ++k) {
+    const int32_t zero = m.zeros ? codes[n - (m.halves() ? 128 - 64 * half : 64)] : SymmetricZero(m.kind);
+    const int64_t start = half * kHalf, count = m.columns - first < m.group ? m.columns - first : m.group;
+    for (int64_t k = start; k < start + count; ++k) {
       float value;
       if (m.integer()) {
         value = static_cast<float>(static_cast<int32_t>(Code(m, codes, low, n, k)) - zero);
@@ -153,7 +164,6 @@ void DequantizeRow(const Matrix& m, int64_t row, float* out) {
       }
       *out++ = value * scale;
     }
-    if (low != nullptr) low += m.group / kBlock * 512;
   }
 }
 

@@ -1,10 +1,16 @@
 // The one on-disk layout of matrices, which every kernel reads straight from the mapped file.
 //
 // A matrix of N rows (outputs) and K columns (inputs) is cut into tiles of 32 rows, and a tile along K into groups: one
-// record per group, all records of a tile in order, all tiles in order. So a product with one row of activations reads
+// record per group, all records of a tile in order, all tiles in order. So a matmul with one row of activations reads
 // the file from front to back in one stream.
 //
 //   record  [scales: 32 x float16 | float32, or none] [zero points: 32 x uint8, then 32 bytes unused, or none] [codes]
+//
+// Groups of 16 lie in pairs, one record for both: the scales of the first, those of the second, the zero points of the
+// first, those of the second, then the codes of all 32 columns.
+//
+// N and K are free. Where K is no multiple of the group, the last record is padded: its codes beyond K stand for zero
+// (and no kernel uses them). A group is at most K rounded up to 32.
 //
 // `n` is a row within its tile, `k` a column within a block of 32; a group holds group / 32 such blocks. The codes of
 // four neighbouring columns of one row lie together, the unit of every instruction set's integer dot product:
@@ -19,9 +25,9 @@
 //                      on, the lower halves of all blocks, 512 bytes each: half the bytes give a first approximation
 //   fp8, float16, bfloat16, float32    element 32 k + n, for all columns of the group (any number of columns)
 //
-// w = (code - zero) * scale, zero = half the codes (4, 8, 16, 32, 128) where no zero points are stored. Rows that fill
-// up the last tile have scales (or values) of 0. A SwiGLU matrix holds gate and up in alternating tiles: tile 2 i is
-// rows 32 i of gate.
+// w = (code - zero) * scale, zero = half the codes (4, 8, 16, 32, 128) where no zero points are stored. Rows that pad
+// the last tile have scales (or values) of 0. A SwiGLU matrix holds gate and up in alternating tiles: tile 2 i is rows
+// 32 i of gate.
 // All numbers are little-endian. Nothing here allocates or throws.
 #ifndef EDGELM_KERNELS_LAYOUT_H_
 #define EDGELM_KERNELS_LAYOUT_H_
@@ -36,6 +42,7 @@ namespace edgelm {
 
 constexpr int64_t kTile = 32;   // rows of a tile
 constexpr int64_t kBlock = 32;  // columns that share an activation scale
+constexpr int64_t kHalf = 16;   // columns of a group of which two share a record
 
 enum class Kind : uint8_t {
   kInt3 = 3,
@@ -61,7 +68,7 @@ struct MatrixHeader {
   uint8_t flags;  // kHasZeros | kSwiglu
   int64_t rows;
   int64_t columns;
-  int64_t group;      // columns of a record; `columns` for one record a tile
+  int64_t group;      // columns to a scale; `columns`, of integers rounded up to 32, for one record a tile
   int64_t bytes;      // of the whole packed matrix, header included
   int64_t low_plane;  // kInt8Planes: where the lower halves begin, from the header's start; else 0
   int64_t reserved[2];
@@ -69,11 +76,12 @@ struct MatrixHeader {
 static_assert(sizeof(MatrixHeader) == 64, "the header is one cache line");
 
 constexpr uint8_t kLayoutVersion = 1;
+constexpr int64_t kAlignment = 64;  // where a matrix among packed experts begins
 constexpr uint8_t kHasZeros = 1;
 constexpr uint8_t kSwiglu = 2;
 
 // The first 64 bytes of the packed experts of a layer; then `experts` pairs of int64: where gate+up and down begin,
-// from this header's start.
+// from this header's start, multiples of 64.
 struct ExpertsHeader {
   char magic[4];  // "EDLX"
   uint8_t version;
@@ -92,7 +100,8 @@ struct Matrix {
   bool swiglu = false;
   int64_t rows = 0, columns = 0, group = 0;
   int64_t tiles = 0;         // tiles of 32 rows; a SwiGLU matrix has an even number
-  int64_t groups = 0;        // records of a tile
+  int64_t span = 0;          // columns of a record: a group, or two of 16
+  int64_t records = 0;       // of a tile
   int64_t head_bytes = 0;    // of a record before its codes
   int64_t record_bytes = 0;  // of a record
   int64_t tile_bytes = 0;    // of a tile's records
@@ -100,6 +109,14 @@ struct Matrix {
   const uint8_t* low = nullptr;  // kInt8Planes: lower halves, tile by tile, block by block
 
   EDGELM_INLINE bool integer() const { return kind < Kind::kFp8E4M3; }
+  // Whether a record holds two groups of 16.
+  EDGELM_INLINE bool halves() const { return span != group; }
+  // Bytes of a tile's lower halves.
+  EDGELM_INLINE int64_t low_bytes() const { return records * (span / kBlock) * 512; }
+  // Of the scales of a group.
+  EDGELM_INLINE int64_t scale_bytes() const {
+    return scale == ScaleKind::kFloat16 ? 2 * kTile : scale == ScaleKind::kFloat32 ? 4 * kTile : 0;
+  }
   // Columns of the product's result: half the rows for SwiGLU.
   EDGELM_INLINE int64_t outputs() const { return swiglu ? rows / 2 : rows; }
   // Units of work: tiles, or pairs of them for SwiGLU.
@@ -109,7 +126,8 @@ struct Matrix {
 // Bytes of `columns` columns of one tile's codes (upper halves only for kInt8Planes).
 int64_t CodeBytes(Kind kind, int64_t columns);
 
-// Reads and checks a header of `size` bytes at `blob`. Returns nullptr and fills `matrix`, or says what is wrong.
+// Reads and checks a header of `size` bytes at `blob`. Returns nullptr and fills `matrix`, or says what is wrong. Scales
+// and floats are read in place: `blob` is to be a multiple of 4.
 const char* ParseMatrix(const uint8_t* blob, int64_t size, Matrix* matrix);
 
 // One row of the matrix as float32 [columns]: the lookup of an embedding. `row` counts as in the checkpoint, for SwiGLU

@@ -16,13 +16,37 @@ inline F32 LoadFloats(const uint8_t* codes, int64_t element) {
   return Load(reinterpret_cast<const float*>(codes) + element);
 }
 
+// What 16 columns, or all of a record, are multiplied by: scales and zero points of rows 0..15 and 16..31.
+struct Factors {
+  F32 scale[2];
+  I32 zero[2];
+};
+
+// `half`: of a record that holds two groups.
+template <Kind kKind>
+inline Factors LoadFactors(const Matrix& m, const uint8_t* record, int64_t half) {
+  Factors f = {{Splat(1.0f), Splat(1.0f)}, {SplatI(0), SplatI(0)}};
+  const uint8_t* scales = record + half * m.scale_bytes();
+  for (int i = 0; i < 2; ++i) {
+    if (m.scale == ScaleKind::kFloat16) f.scale[i] = LoadHalf(reinterpret_cast<const uint16_t*>(scales) + 16 * i);
+    if (m.scale == ScaleKind::kFloat32) f.scale[i] = Load(reinterpret_cast<const float*>(scales) + 16 * i);
+  }
+  if constexpr (kKind < Kind::kFp8E4M3) {
+    f.zero[0] = f.zero[1] = SplatI(SymmetricZero(kKind));
+    const uint8_t* zeros = record + m.head_bytes - (m.halves() ? 128 - 64 * half : 64);
+    for (int i = 0; i < 2 && m.zeros; ++i) f.zero[i] = LoadBytes(zeros + 16 * i);
+  }
+  return f;
+}
+
 // VisitColumns for columns 4 kQ .. 4 kQ + 3 of a block of integer codes.
 template <Kind kKind, int kQ, typename Visit>
-inline __attribute__((always_inline)) void VisitFour(const uint8_t* codes, const uint8_t* low, const I32 (&zero)[2],
-                                                     const F32 (&s)[2], Visit visit) {
+inline __attribute__((always_inline)) void VisitFour(const uint8_t* codes, const uint8_t* low, const Factors& f,
+                                                     Visit visit) {
   const B8 a = FourColumns<kKind, kQ>(codes, low, 0), b = FourColumns<kKind, kQ>(codes, low, 1);
   const auto one = [&](int k, I32 left, I32 right) __attribute__((always_inline)) {
-    visit(4 * kQ + k, Mul(ToFloat(SubI(left, zero[0])), s[0]), Mul(ToFloat(SubI(right, zero[1])), s[1]));
+    visit(4 * kQ + k, Mul(ToFloat(SubI(left, f.zero[0])), f.scale[0]),
+          Mul(ToFloat(SubI(right, f.zero[1])), f.scale[1]));
   };
   one(0, ByteOfLane<0>(a), ByteOfLane<0>(b));
   one(1, ByteOfLane<1>(a), ByteOfLane<1>(b));
@@ -31,44 +55,46 @@ inline __attribute__((always_inline)) void VisitFour(const uint8_t* codes, const
 }
 
 // Calls visit(k, left, right) for up to 32 columns of a tile in order, with the weights of its rows 0..15 and 16..31 as
-// float32. Integer weights come out exact: 8 bits times a float16's 11.
+// float32. Integer weights come out exact: 8 bits times a float16's 11. Of integers all 32 columns of the block are
+// visited, whatever `count` says.
 template <Kind kKind, typename Visit>
 inline __attribute__((always_inline)) void VisitColumns(const Matrix& m, int64_t tile, int64_t column, int64_t count,
                                                         Visit visit) {
-  const int64_t g = column / m.group, within = column - g * m.group;
+  const int64_t g = column / m.span, within = column - g * m.span;
   const uint8_t* record = m.data + tile * m.tile_bytes + g * m.record_bytes;
   const uint8_t* codes = record + m.head_bytes;
-  const bool scaled = m.scale != ScaleKind::kNone;
-  F32 s[2] = {Splat(1.0f), Splat(1.0f)};
-  for (int half = 0; half < 2; ++half) {
-    if (m.scale == ScaleKind::kFloat16) s[half] = LoadHalf(reinterpret_cast<const uint16_t*>(record) + 16 * half);
-    if (m.scale == ScaleKind::kFloat32) s[half] = Load(reinterpret_cast<const float*>(record) + 16 * half);
-  }
+  Factors f = LoadFactors<kKind>(m, record, 0);
   if constexpr (kKind < Kind::kFp8E4M3) {
-    I32 zero[2] = {SplatI(SymmetricZero(kKind)), SplatI(SymmetricZero(kKind))};
-    for (int half = 0; half < 2 && m.zeros; ++half) zero[half] = LoadBytes(record + m.head_bytes - 64 + 16 * half);
     codes += within / kBlock * BlockCodeBytes(kKind);
-    const uint8_t* low =
-        kKind == Kind::kInt8Planes ? m.low + (tile * (m.columns / kBlock) + column / kBlock) * 512 : nullptr;
-    VisitFour<kKind, 0>(codes, low, zero, s, visit);
-    VisitFour<kKind, 1>(codes, low, zero, s, visit);
-    VisitFour<kKind, 2>(codes, low, zero, s, visit);
-    VisitFour<kKind, 3>(codes, low, zero, s, visit);
-    VisitFour<kKind, 4>(codes, low, zero, s, visit);
-    VisitFour<kKind, 5>(codes, low, zero, s, visit);
-    VisitFour<kKind, 6>(codes, low, zero, s, visit);
-    VisitFour<kKind, 7>(codes, low, zero, s, visit);
+    const uint8_t* low = kKind == Kind::kInt8Planes ? m.low + tile * m.low_bytes() + column / kBlock * 512 : nullptr;
+    VisitFour<kKind, 0>(codes, low, f, visit);
+    VisitFour<kKind, 1>(codes, low, f, visit);
+    VisitFour<kKind, 2>(codes, low, f, visit);
+    VisitFour<kKind, 3>(codes, low, f, visit);
+    if (m.halves()) f = LoadFactors<kKind>(m, record, 1);
+    VisitFour<kKind, 4>(codes, low, f, visit);
+    VisitFour<kKind, 5>(codes, low, f, visit);
+    VisitFour<kKind, 6>(codes, low, f, visit);
+    VisitFour<kKind, 7>(codes, low, f, visit);
   } else {
+    const bool scaled = m.scale != ScaleKind::kNone;
+    const auto some = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < count; ++k) {
-      const F32 left = LoadFloats<kKind>(codes, (within + k) * kTile);
-      const F32 right = LoadFloats<kKind>(codes, (within + k) * kTile + 16);
-      if (scaled) {
-        visit(k, Mul(left, s[0]), Mul(right, s[1]));
-      } else {
-        visit(k, left, right);
+      for (int64_t k = begin; k < end; ++k) {
+        const F32 left = LoadFloats<kKind>(codes, (within + k) * kTile);
+        const F32 right = LoadFloats<kKind>(codes, (within + k) * kTile + 16);
+        if (scaled) {
+          visit(k, Mul(left, f.scale[0]), Mul(right, f.scale[1]));
+        } else {
+          visit(k, left, right);
+        }
       }
-    }
+    };
+    const int64_t first = m.halves() && count > kHalf ? kHalf : count;
+    some(0, first);
+    if (first == count) return;
+    f = LoadFactors<kKind>(m, record, 1);
+    some(first, count);
   }
 }
 
@@ -104,10 +130,13 @@ constexpr int64_t kFloatRows = 64;
 
 template <Kind kKind>
 void FloatTile(const Matrix& m, int64_t tile, const float* x, int64_t ldx, int64_t rows, float (*sums)[kTile]) {
+  int64_t start = 0;
   if (rows == 1) {  // decoding: straight from the codes
     F32 left = Splat(0.0f), right = Splat(0.0f);
-    for (int64_t column = 0; column < m.columns; column += kBlock) {
-      const int64_t count = m.columns - column < kBlock ? m.columns - column : kBlock;
+    // All 32 columns of a block of integers are visited: a padded one takes the way of several rows.
+    const int64_t end = kKind < Kind::kFp8E4M3 ? m.columns / kBlock * kBlock : m.columns;
+    for (int64_t column = 0; column < end; column += kBlock) {
+      const int64_t count = end - column < kBlock ? end - column : kBlock;
       const float* block = x + column;
       VisitColumns<kKind>(m, tile, column, count, [&](int64_t k, F32 a, F32 b) __attribute__((always_inline)) {
         const F32 xs = Splat(block[k]);
@@ -117,11 +146,13 @@ void FloatTile(const Matrix& m, int64_t tile, const float* x, int64_t ldx, int64
     }
     Store(sums[0], left);
     Store(sums[0] + 16, right);
-    return;
+    if (end == m.columns) return;
+    start = end;
+  } else {
+    std::memset(sums, 0, sizeof(float) * kTile * rows);
   }
   alignas(64) float w[kBlock][kTile];
-  std::memset(sums, 0, sizeof(float) * kTile * rows);
-  for (int64_t column = 0; column < m.columns; column += kBlock) {
+  for (int64_t column = start; column < m.columns; column += kBlock) {
     const int64_t count = m.columns - column < kBlock ? m.columns - column : kBlock;
     VisitColumns<kKind>(m, tile, column, count, [&](int64_t k, F32 a, F32 b) __attribute__((always_inline)) {
       Store(w[k], a);

@@ -35,6 +35,16 @@ inline __attribute__((always_inline)) void DotFour(const uint8_t* codes, const u
   }
 }
 
+// Adds the dot products of 16 columns of a block, the first or the second.
+template <Kind kKind, int kRows, int kVec, int kWhich>
+inline __attribute__((always_inline)) void DotHalf(const uint8_t* codes, const uint8_t* low, int half, const int8_t* x,
+                                                   int64_t stride, I32 (&c)[kRows][kVec], I32 (&more)[kRows][kVec]) {
+  DotFour<kKind, kRows, kVec, 4 * kWhich>(codes, low, half, 0, kVec, x, stride, c, more);
+  DotFour<kKind, kRows, kVec, 4 * kWhich + 1>(codes, low, half, 0, kVec, x, stride, c, more);
+  DotFour<kKind, kRows, kVec, 4 * kWhich + 2>(codes, low, half, 0, kVec, x, stride, c, more);
+  DotFour<kKind, kRows, kVec, 4 * kWhich + 3>(codes, low, half, 0, kVec, x, stride, c, more);
+}
+
 // Adds one block's dot products: lanes are columns 16 (half + v) .. of the tile, c[r][v].
 // `more` is a second set of sums that shortens the chains of a single row.
 template <Kind kKind, int kRows, int kVec>
@@ -79,13 +89,13 @@ inline I32 BlockStart(int32_t offset, I32 zeros) {
 template <Kind kKind, bool kZeros, int kRows, int kVec>
 inline void IntTile(const Matrix& m, int64_t tile, int half, const QuantRows& x, float (*sums)[kTile]) {
   const uint8_t* record = m.data + tile * m.tile_bytes;
-  const uint8_t* low = kKind == Kind::kInt8Planes ? m.low + tile * (m.columns / kBlock) * 512 : nullptr;
-  const int64_t blocks_per_group = m.group / kBlock, stride = x.columns, all = x.blocks();
+  const uint8_t* low = kKind == Kind::kInt8Planes ? m.low + tile * m.low_bytes() : nullptr;
+  const int64_t blocks_per_record = m.span / kBlock, stride = x.columns, all = x.blocks();
   F32 f[kRows][kVec];
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVec; ++v) f[r][v] = Splat(0.0f);
   int64_t block = 0;
-  for (int64_t g = 0; g < m.groups; ++g, record += m.record_bytes) {
+  for (int64_t g = 0; g < m.records; ++g, record += m.record_bytes) {
     F32 s[kVec];
     I32 z[kVec];
     for (int v = 0; v < kVec; ++v) {
@@ -94,7 +104,9 @@ inline void IntTile(const Matrix& m, int64_t tile, int half, const QuantRows& x,
       if constexpr (kZeros) z[v] = LoadBytes(record + m.head_bytes - 64 + 16 * (half + v));
     }
     const uint8_t* codes = record + m.head_bytes;
-    for (int64_t b = 0; b < blocks_per_group; ++b, ++block, codes += BlockCodeBytes(kKind)) {
+    // The last record may be padded with blocks that the activations do not have.
+    const int64_t end = block + blocks_per_record < all ? block + blocks_per_record : all;
+    for (; block < end; ++block, codes += BlockCodeBytes(kKind)) {
       I32 c[kRows][kVec], more[kRows][kVec];
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
@@ -129,6 +141,62 @@ inline void IntTile(const Matrix& m, int64_t tile, int half, const QuantRows& x,
     for (int v = 0; v < kVec; ++v) Store(sums[r] + 16 * (half + v), f[r][v]);
 }
 
+// The same for groups of 16: each half of a block joins the sums by itself.
+template <Kind kKind, bool kZeros, int kRows, int kVec>
+inline void IntTileHalves(const Matrix& m, int64_t tile, int half, const QuantRows& x, float (*sums)[kTile]) {
+  const uint8_t* record = m.data + tile * m.tile_bytes;
+  const uint8_t* low = kKind == Kind::kInt8Planes ? m.low + tile * m.low_bytes() : nullptr;
+  const int64_t stride = x.columns, all = x.blocks();
+  F32 f[kRows][kVec];
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVec; ++v) f[r][v] = Splat(0.0f);
+  for (int64_t block = 0; block < m.records; ++block, record += m.record_bytes) {
+    const uint8_t* codes = record + m.head_bytes;
+    const int8_t* columns = x.codes + block * kBlock;
+    for (int which = 0; which < 2; ++which) {
+      const uint8_t* scales = record + which * m.scale_bytes();
+      I32 c[kRows][kVec], more[kRows][kVec];
+      int32_t offsets[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        int32_t sum = 0;
+        for (int k = 0; k < kHalf; ++k) sum += columns[r * stride + which * kHalf + k];
+        offsets[r] = -8 * sum;
+        for (int v = 0; v < kVec; ++v) {
+          if constexpr (kZeros) {
+            c[r][v] = BlockStart<kKind>(offsets[r], LoadBytes(codes - 128 + 64 * which + 16 * (half + v)));
+          } else {
+            c[r][v] = BlockStart<kKind>(offsets[r]);
+          }
+          more[r][v] = SplatI(0);
+        }
+      }
+      if (which == 0) {
+        DotHalf<kKind, kRows, kVec, 0>(codes, low, half, columns, stride, c, more);
+      } else {
+        DotHalf<kKind, kRows, kVec, 1>(codes, low, half, columns, stride, c, more);
+      }
+      for (int v = 0; v < kVec; ++v) {
+        const F32 s = m.scale == ScaleKind::kFloat16
+                          ? LoadHalf(reinterpret_cast<const uint16_t*>(scales) + 16 * (half + v))
+                          : Load(reinterpret_cast<const float*>(scales) + 16 * (half + v));
+        for (int r = 0; r < kRows; ++r) {
+          I32 total = AddI(c[r][v], more[r][v]);
+          if constexpr (kKind == kUpperPlane) total = AddI(ShiftLeftI<4>(total), SplatI(15 * offsets[r]));
+          f[r][v] = Fma(ToFloat(total), Mul(s, Splat(x.scales[r * all + block])), f[r][v]);
+        }
+      }
+    }
+    if (kKind == Kind::kInt8Planes) low += 512;
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVec; ++v) Store(sums[r] + 16 * (half + v), f[r][v]);
+}
+
+template <Kind kKind, bool kZeros, int kRows>
+void IntTileRowsOfHalves(const Matrix& m, int64_t tile, const QuantRows& x, float (*sums)[kTile]) {
+  for (int half = 0; half < 2; ++half) IntTileHalves<kKind, kZeros, kRows, 1>(m, tile, half, x, sums);
+}
+
 template <Kind kKind, bool kZeros, int kRows>
 void IntTileRows(const Matrix& m, int64_t tile, const QuantRows& x, float (*sums)[kTile]) {
   constexpr int kVec = kRows == 1 ? 2 : kVectors;  // one row reads the file from front to back
@@ -137,8 +205,17 @@ void IntTileRows(const Matrix& m, int64_t tile, const QuantRows& x, float (*sums
 
 using TileFunction = void (*)(const Matrix&, int64_t, const QuantRows&, float (*)[kTile]);
 
+// Rows of activations that one pass over groups of 16 serves. They are rare: two versions of the code are enough.
+constexpr int kHalvesRows = 2;
+
 template <Kind kKind, bool kZeros>
-TileFunction TileFor(int64_t rows) {
+TileFunction TileOfHalvesFor(int64_t rows) {
+  return rows == 1 ? IntTileRowsOfHalves<kKind, kZeros, 1> : IntTileRowsOfHalves<kKind, kZeros, kHalvesRows>;
+}
+
+template <Kind kKind, bool kZeros>
+TileFunction TileFor(const Matrix& m, int64_t rows) {
+  if (m.halves()) return TileOfHalvesFor<kKind, kZeros>(rows);
   static_assert(kIntRows <= 8);
   switch (rows) {
     case 1: return IntTileRows<kKind, kZeros, 1>;
@@ -152,27 +229,29 @@ TileFunction TileFor(int64_t rows) {
   }
 }
 
-inline TileFunction TileFor(Kind kind, bool zeros, int64_t rows) {
+inline TileFunction TileFor(Kind kind, const Matrix& m, int64_t rows) {
   switch (kind) {
-    case Kind::kInt3: return zeros ? TileFor<Kind::kInt3, true>(rows) : TileFor<Kind::kInt3, false>(rows);
-    case Kind::kInt4: return zeros ? TileFor<Kind::kInt4, true>(rows) : TileFor<Kind::kInt4, false>(rows);
-    case Kind::kInt5: return zeros ? TileFor<Kind::kInt5, true>(rows) : TileFor<Kind::kInt5, false>(rows);
-    case Kind::kInt6: return zeros ? TileFor<Kind::kInt6, true>(rows) : TileFor<Kind::kInt6, false>(rows);
-    case Kind::kInt8: return zeros ? TileFor<Kind::kInt8, true>(rows) : TileFor<Kind::kInt8, false>(rows);
-    case Kind::kInt8Planes: return TileFor<Kind::kInt8Planes, false>(rows);
-    default: return TileFor<kUpperPlane, false>(rows);
+    case Kind::kInt3: return m.zeros ? TileFor<Kind::kInt3, true>(m, rows) : TileFor<Kind::kInt3, false>(m, rows);
+    case Kind::kInt4: return m.zeros ? TileFor<Kind::kInt4, true>(m, rows) : TileFor<Kind::kInt4, false>(m, rows);
+    case Kind::kInt5: return m.zeros ? TileFor<Kind::kInt5, true>(m, rows) : TileFor<Kind::kInt5, false>(m, rows);
+    case Kind::kInt6: return m.zeros ? TileFor<Kind::kInt6, true>(m, rows) : TileFor<Kind::kInt6, false>(m, rows);
+    case Kind::kInt8: return m.zeros ? TileFor<Kind::kInt8, true>(m, rows) : TileFor<Kind::kInt8, false>(m, rows);
+    case Kind::kInt8Planes: return TileFor<Kind::kInt8Planes, false>(m, rows);
+    default: return TileFor<kUpperPlane, false>(m, rows);
   }
 }
 
 void LinearIntegerOf(Kind kind, const Matrix& m, int64_t begin, int64_t end, const QuantRows& x, int64_t rows,
                      const Output& out) {
-  alignas(64) float sums[kIntRows][kTile], second[kIntRows][kTile];
+  constexpr int kMost = kIntRows > kHalvesRows ? kIntRows : kHalvesRows;
+  alignas(64) float sums[kMost][kTile], second[kMost][kTile];
+  const int64_t most = m.halves() ? kHalvesRows : kIntRows;
   for (int64_t unit = begin; unit < end; ++unit) {
     // Passes of about equal size: one of a row or two costs nearly as much as a full one.
-    int64_t passes = (rows + kIntRows - 1) / kIntRows;
+    int64_t passes = (rows + most - 1) / most;
     for (int64_t row = 0, count = 0; row < rows; row += count, --passes) {
       count = (rows - row + passes - 1) / passes;
-      const TileFunction tile = TileFor(kind, m.zeros, count);
+      const TileFunction tile = TileFor(kind, m, count);
       const QuantRows part = x.From(row);
       tile(m, m.swiglu ? 2 * unit : unit, part, sums);
       if (m.swiglu) tile(m, 2 * unit + 1, part, second);

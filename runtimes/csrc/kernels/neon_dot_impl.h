@@ -71,6 +71,20 @@ EDGELM_FLATTEN void DotLanes(const uint8_t* codes, const uint8_t* low, int half,
   DotFour<kKind, kRows, kVec, 7>(codes, low, half, rows, other);
 }
 
+// Adds the dot products of 16 columns of a block, the first or the second.
+template <Kind kKind, int kRows, int kVec, int kWhich>
+EDGELM_FLATTEN void DotHalf(const uint8_t* codes, const uint8_t* low, int half, const int8_t* x, int64_t stride,
+                            I32 (&c)[kRows][kVec], I32 (&more)[kRows][kVec]) {
+  int8x16_t rows[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) rows[r] = vld1q_s8(x + r * stride + 16 * kWhich);
+  auto& other = kRows == 1 ? more : c;
+  DotFour<kKind, kRows, kVec, 4 * kWhich>(codes, low, half, rows, c);
+  DotFour<kKind, kRows, kVec, 4 * kWhich + 1>(codes, low, half, rows, other);
+  DotFour<kKind, kRows, kVec, 4 * kWhich + 2>(codes, low, half, rows, c);
+  DotFour<kKind, kRows, kVec, 4 * kWhich + 3>(codes, low, half, rows, other);
+}
+
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 // -- two rows by two columns of eight at a time ------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ inline int64_t Pieces(int64_t total, int64_t size) { return (total + size - 1) /
 
 // Weights of a unit.
 inline int64_t UnitBytes(const Matrix& m) {
-  const int64_t low = m.low == nullptr ? 0 : m.columns / kBlock * 512;
+  const int64_t low = m.low == nullptr ? 0 : m.low_bytes();
   return (m.tile_bytes + low) * (m.swiglu ? 2 : 1);
 }
 

@@ -5,6 +5,14 @@
 namespace edgelm::ort {
 namespace {
 
+// A tensor's offset in the file decides where it lies in memory: a damaged one must not make a misaligned read.
+void CheckAligned(const void* data, const std::string& what) {
+  constexpr size_t kFloat = alignof(float);
+  if (reinterpret_cast<uintptr_t>(data) % kFloat != 0) {
+    Fail(what, " begins at an address that is no multiple of ", int64_t{kFloat}, ": its offset in the file is damaged");
+  }
+}
+
 const uint8_t* Blob(const Tensor& tensor, const char* what) {
   if (tensor.shape.rank != 1) Fail(what, " must be packed weights, uint8 [bytes], and has shape ", tensor.shape);
   return tensor.As<uint8_t>();
@@ -14,6 +22,7 @@ Matrix ParseAt(const uint8_t* blob, int64_t size, const std::string& what) {
   Matrix matrix;
   const char* wrong = ParseMatrix(blob, size, &matrix);
   if (wrong != nullptr) Fail(what, ": this is not a packed matrix: ", wrong, " (", size, " bytes)");
+  CheckAligned(blob, what);
   return matrix;
 }
 
@@ -88,6 +97,7 @@ std::vector<Expert> ExpertsInput::Parse(const Tensor& tensor) {
     for (int part = 0; part < 2; ++part) {
       const std::string what = (part == 0 ? "experts' gate_up of expert " : "experts' down of expert ") + Text(i);
       if (at[part] < kHead || at[part] >= header.bytes) Fail(what, " begins at byte ", at[part], " of ", header.bytes);
+      if (at[part] % kAlignment != 0) Fail(what, " begins at byte ", at[part], ", no multiple of ", kAlignment);
       *parts[part] = ParseAt(blob + at[part], header.bytes - at[part], what);
     }
     CheckExpert(experts[i], experts[0], i);
@@ -105,6 +115,7 @@ const float* VectorInput::Get(const Run& run, int64_t length, const char* of) co
   if (!(tensor.shape == Shape{length})) {
     Fail(what_, " has shape ", tensor.shape, ", expected ", Shape{length}, ", ", of);
   }
+  CheckAligned(tensor.data, what_);
   return tensor.As<float>();
 }
 

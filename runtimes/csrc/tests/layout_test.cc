@@ -30,6 +30,16 @@ const std::vector<Shape>& Shapes() {
       {Kind::kInt8, 1, 64, 32, ScaleKind::kFloat32, true},
       {Kind::kInt8Planes, 40, 128, 64, ScaleKind::kFloat16},
       {Kind::kInt8Planes, 64, 96, 32, ScaleKind::kFloat32, false, true},
+      {Kind::kInt3, 33, 100, 32, ScaleKind::kFloat16, true},
+      {Kind::kInt4, 34, 100, 128, ScaleKind::kFloat16},
+      {Kind::kInt4, 33, 48, 16, ScaleKind::kFloat32, true},
+      {Kind::kInt4, 66, 90, 64, ScaleKind::kFloat16, false, true},
+      {Kind::kInt5, 35, 7, 32, ScaleKind::kFloat16},
+      {Kind::kInt6, 33, 75, 16, ScaleKind::kFloat16},
+      {Kind::kInt8, 40, 20, 16, ScaleKind::kFloat16, true},
+      {Kind::kInt8Planes, 40, 99, 16, ScaleKind::kFloat32},
+      {Kind::kInt8Planes, 33, 70, 64, ScaleKind::kFloat16},
+      {Kind::kFp8E4M3, 33, 100, 16, ScaleKind::kFloat32},
       {Kind::kFp8E4M3, 33, 77, 77, ScaleKind::kFloat32},
       {Kind::kFp8E4M3, 32, 96, 32, ScaleKind::kFloat16},
       {Kind::kFloat16, 34, 13, 13, ScaleKind::kNone, false, true},
@@ -106,6 +116,42 @@ void TestScalarConversionsAreExact() {
   }
   EXPECT(edgelm::Float32ToHalf(65520.0f) == 0x7C00 && edgelm::Float32ToHalf(65519.9f) == 0x7BFF, "float16's end");
   EXPECT((edgelm::Float32ToHalf(NAN) & 0x7FFF) > 0x7C00, "NaN");
+}
+
+// Scales are read in place: a matrix may begin at any multiple of 4, and UndefinedBehaviorSanitizer watches each table.
+void TestMatricesMayBeginAtAnyMultipleOfFour() {
+  for (const Shape& shape : Shapes()) {
+    const Packed packed(shape, 21);
+    const int64_t size = static_cast<int64_t>(packed.blob.size()), columns = shape.columns, width = packed.matrix.outputs();
+    std::vector<float> wanted(static_cast<size_t>(width)), y(wanted.size());
+    const std::vector<float> x = RandomRows(columns, 22);
+    QuantBuffer q(1, columns);
+    edgelm::kScalarKernels.linear.quantize_rows(x.data(), columns, 1, columns, q.Rows());
+    edgelm::Output out;
+    out.finish = shape.swiglu ? edgelm::Finish::kSwiglu : edgelm::Finish::kStore;
+    out.ldy = width;
+    for (const bool int8 : {false, true}) {
+      if (int8 && !shape.integer()) continue;
+      const auto run = [&](const edgelm::Kernels& table, const Matrix& m, std::vector<float>* to) {
+        out.y = to->data();
+        if (int8) return table.linear.linear_int8(m, 0, m.units(), q.Rows(), 1, out);
+        table.linear.linear_float(m, 0, m.units(), x.data(), columns, 1, out);
+      };
+      run(edgelm::kScalarKernels, packed.matrix, &wanted);
+      for (const size_t shift : {4, 12, 20}) {
+        std::vector<uint8_t> moved(packed.blob.size() + shift);
+        std::memcpy(moved.data() + shift, packed.blob.data(), packed.blob.size());
+        Matrix m;
+        const char* wrong = edgelm::ParseMatrix(moved.data() + shift, size, &m);
+        EXPECT(wrong == nullptr, "%s: %s", shape.Name().c_str(), wrong);
+        for (const edgelm::InstructionSet& set : edgelm::InstructionSets()) {
+          if (!set.available()) continue;
+          run(*set.kernels, m, &y);
+          ExpectSame(y, wanted, std::string(set.kernels->name) + ", " + shape.Name() + " at " + std::to_string(shift));
+        }
+      }
+    }
+  }
 }
 
 // Whatever parses can be used: nothing outside the blob is read, which AddressSanitizer watches.
@@ -197,10 +243,14 @@ void TestEachFieldIsChecked() {
   refuses("shape", [](edgelm::MatrixHeader* h) { h->rows = 0; });
   refuses("shape", [](edgelm::MatrixHeader* h) { h->columns = -64; });
   refuses("shape", [](edgelm::MatrixHeader* h) { h->columns = INT64_MAX / 64 * 64; });
-  refuses("divide", [](edgelm::MatrixHeader* h) { h->group = 48; });
-  refuses("divide", [](edgelm::MatrixHeader* h) { h->group = 0; });
-  refuses("multiple of 32", [](edgelm::MatrixHeader* h) { h->group = 16; });
-  refuses("multiple of 32", [](edgelm::MatrixHeader* h) { h->kind = Kind::kFp8E4M3, h->group = 16; });
+  refuses("does not fit", [](edgelm::MatrixHeader* h) { h->group = 96; });
+  refuses("does not fit", [](edgelm::MatrixHeader* h) { h->group = INT64_MAX - 31; });
+  refuses("does not fit", [](edgelm::MatrixHeader* h) { h->group = 0; });
+  refuses("does not fit", [](edgelm::MatrixHeader* h) { h->group = -32; });
+  refuses("multiple of 32", [](edgelm::MatrixHeader* h) { h->group = 48; });
+  refuses("multiple of 32", [](edgelm::MatrixHeader* h) { h->group = 8; });
+  refuses("multiple of 32", [](edgelm::MatrixHeader* h) { h->kind = Kind::kFp8E4M3, h->group = 24; });
+  refuses("size", [](edgelm::MatrixHeader* h) { h->columns = 60; h->bytes -= 64; });
   refuses("no scales", [](edgelm::MatrixHeader* h) { h->scale = ScaleKind::kNone; });
   refuses("kind of scales", [](edgelm::MatrixHeader* h) { h->scale = static_cast<ScaleKind>(3); });
   refuses("zero points", [](edgelm::MatrixHeader* h) { h->kind = Kind::kFloat16, h->flags = edgelm::kHasZeros; });
@@ -219,6 +269,7 @@ int main() {
   TestProductsWithTheIdentityAreTheDequantizedRows();
   TestEachFieldIsChecked();
   TestTruncatedMatricesAreRefused();
+  TestMatricesMayBeginAtAnyMultipleOfFour();
   TestDamagedHeadersAreRefusedOrHarmless();
   return Finish();
 }

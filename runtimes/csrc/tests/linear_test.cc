@@ -99,10 +99,11 @@ struct Exact {
   static double UpperOnly(const Packed& packed, int64_t n, int64_t k) {
     const Shape& s = packed.shape;
     const bool half = s.scale == ScaleKind::kFloat16;
-    const int64_t record_bytes = (half ? 64 : 128) + s.group * 16;
-    const uint8_t* record = packed.blob.data() + 64 + (n / 32 * (s.columns / s.group) + k / s.group) * record_bytes;
-    const int64_t within = k % s.group, c = within % 32;
-    const uint8_t byte = record[(half ? 64 : 128) + within / 32 * 512 + 128 * (c / 8) + 4 * (n % 32) + c % 4];
+    const int64_t scales = half ? 64 : 128, head = scales * (s.halves() ? 2 : 1), record_bytes = head + s.span() * 16;
+    const uint8_t* record = packed.blob.data() + 64 + (n / 32 * s.records() + k / s.span()) * record_bytes;
+    const int64_t within = k % s.span(), c = within % 32;
+    const uint8_t byte = record[head + within / 32 * 512 + 128 * (c / 8) + 4 * (n % 32) + c % 4];
+    if (s.halves()) record += within / 16 * scales;
     double scale;
     if (half) {
       uint16_t bits;
@@ -116,10 +117,13 @@ struct Exact {
     return (16 * (c % 8 < 4 ? byte & 15 : byte >> 4) + 8 - 128) * scale;
   }
 
-  // Integer products: one rounding of the scales' product a block and one of each of the block sums' additions; float
-  // ones: one of the weight and one of each addition. Underflow: 2^-149 a term, times a block's sum below 2^21.
-  double Tolerance(Product product, int64_t columns) const {
-    const double terms = static_cast<double>(product == Product::kFloat ? columns : (columns + 31) / 32);
+  // Integer matmuls: one rounding of the scales' product a block (or a group of 16) and one of each of the block sums'
+  // additions; float ones: one of the weight and one of each addition. Underflow: 2^-149 a term, times a block's sum
+  // below 2^21.
+  double Tolerance(Product product, const Shape& shape) const {
+    const int64_t step = shape.halves() ? 16 : 32;
+    const double terms =
+        static_cast<double>(product == Product::kFloat ? shape.columns : (shape.columns + step - 1) / step);
     return (terms + 2) * kUnit * norm + terms * 0x1p-128;
   }
 };
@@ -131,7 +135,7 @@ std::string Name(const Packed& packed, Product product, int64_t rows) {
 
 // The scalar table against double arithmetic: plain products, or SwiGLU.
 void CheckAgainstDouble(Product product, const Packed& packed, const Rows& x, const Result& result) {
-  const int64_t outputs = packed.matrix.outputs(), columns = packed.shape.columns;
+  const int64_t outputs = packed.matrix.outputs();
   Worst worst;
   for (int64_t r = 0; r < x.rows; ++r) {
     for (int64_t n = 0; n < result.ldy; ++n) {
@@ -141,13 +145,13 @@ void CheckAgainstDouble(Product product, const Packed& packed, const Rows& x, co
         continue;
       }
       const Exact first(product, packed, x, r, n);
-      const double tolerance = first.Tolerance(product, columns);
+      const double tolerance = first.Tolerance(product, packed.shape);
       if (!packed.shape.swiglu) {
         worst.Add(r * result.ldy + n, got, first.sum, tolerance);
         continue;
       }
       const Exact second(product, packed, x, r, outputs + n);
-      const double gate = first.sum, up = second.sum, up_error = second.Tolerance(product, columns);
+      const double gate = first.sum, up = second.sum, up_error = second.Tolerance(product, packed.shape);
       const double silu = gate / (1 + std::exp(-gate)), wanted = silu * up;
       // |silu'| < 1.1; Exp, the sum, the quotient and the product round; past -88.3 the exponential stops growing.
       worst.Add(r * result.ldy + n, got, wanted,
@@ -236,6 +240,17 @@ const std::vector<Shape>& IntegerShapes() {
           }
         }
       }
+      // Rows of any length, and groups of 16.
+      for (const int64_t columns : {1, 5, 16, 31, 33, 48, 70, 100, 129}) {
+        for (const int64_t group : {16, 32, 64, 160}) {
+          const int64_t rounded = (columns + 31) / 32 * 32, width = group < rounded ? group : rounded;
+          if (width < group && group < 160) continue;  // that is the next narrower group
+          const ScaleKind scale = count % 2 == 0 ? ScaleKind::kFloat16 : ScaleKind::kFloat32;
+          const bool zeros = count % 3 == 0 && kind != Kind::kInt8Planes, swiglu = count % 4 == 0;
+          const int64_t n = remainders[count++ % 5];
+          all.push_back({kind, swiglu ? 2 * n : n, columns, width, scale, zeros, swiglu});
+        }
+      }
     }
     return all;
   }();
@@ -273,11 +288,14 @@ void TestEveryNumberOfRows() {
     for (const bool swiglu : {false, true}) {
       const bool zeros = seed % 2 == 0 && kind < Kind::kInt8Planes;
       const Packed packed({kind, swiglu ? 68 : 34, 64, 32, ScaleKind::kFloat16, zeros, swiglu}, ++seed);
+      const Packed halves({kind, swiglu ? 68 : 34, 75, 16, ScaleKind::kFloat16, zeros, swiglu}, ++seed);
       const Product product = kind == Kind::kFp8E4M3 ? Product::kFloat : Product::kInt8;
       for (int64_t count = 1; count <= 18; ++count) {
-        Rows x(count == 18 ? 64 : count, 64, ++seed);
-        CheckTables(product, packed, x, swiglu ? Finish::kSwiglu : Finish::kStore, false);
-        CheckRowAlone(product, packed, x, x.rows - 1);
+        for (const Packed* each : {&packed, &halves}) {
+          Rows x(count == 18 ? 64 : count, each->shape.columns, ++seed);
+          CheckTables(product, *each, x, swiglu ? Finish::kSwiglu : Finish::kStore, false);
+          CheckRowAlone(product, *each, x, x.rows - 1);
+        }
       }
       Rows x(131, 64, ++seed);  // more than linear_float takes at once
       CheckTables(product, packed, x, swiglu ? Finish::kSwigluQuant : Finish::kScatterAdd, false);
@@ -288,10 +306,11 @@ void TestEveryNumberOfRows() {
 
 void TestUpperHalves() {
   uint32_t seed = 2000;
-  for (const int64_t group : {32, 64, 128, 160}) {
+  for (const int64_t group : {32, 64, 128, 160, 16, 48}) {
     for (const ScaleKind scale : {ScaleKind::kFloat16, ScaleKind::kFloat32}) {
       for (const int64_t n : {1, 33, 70}) {
-        const Packed packed({Kind::kInt8Planes, n, group == 160 ? 160 : 256, group, scale}, ++seed);
+        const int64_t columns = group == 160 ? 160 : group == 16 ? 75 : group == 48 ? 99 : 256;
+        const Packed packed({Kind::kInt8Planes, n, columns, group == 48 ? 64 : group, scale}, ++seed);
         Rows x(1 + seed % 9, packed.shape.columns, seed);
         Result result(packed, Finish::kStore, x.rows, false);
         RunAll(kScalarKernels, Product::kUpper, packed, x, &result);
@@ -307,7 +326,7 @@ void TestUpperHalves() {
 std::vector<Shape> FloatShapes() {
   std::vector<Shape> shapes;
   for (const Shape& shape : IntegerShapes()) {
-    if (shape.group == 64 || shape.group == 160) shapes.push_back(shape);
+    if (shape.group == 64 || shape.group == 160 || shape.columns % 32 != 0) shapes.push_back(shape);
   }
   for (const Kind kind : {Kind::kFp8E4M3, Kind::kFloat16, Kind::kBFloat16, Kind::kFloat32}) {
     for (const int64_t columns : {1, 7, 31, 33, 77, 129}) {
@@ -318,6 +337,10 @@ std::vector<Shape> FloatShapes() {
     }
     shapes.push_back({kind, 70, 96, 32, ScaleKind::kFloat32});
     shapes.push_back({kind, 66, 128, 64, ScaleKind::kFloat16, false, true});
+    shapes.push_back({kind, 66, 100, 64, ScaleKind::kFloat32, false, true});
+    shapes.push_back({kind, 33, 48, 16, ScaleKind::kFloat16});
+    shapes.push_back({kind, 35, 77, 16, ScaleKind::kFloat32});
+    shapes.push_back({kind, 35, 16, 16, ScaleKind::kFloat32});
   }
   return shapes;
 }

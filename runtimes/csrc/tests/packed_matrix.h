@@ -28,6 +28,10 @@ struct Shape {
   Scales scales = Scales::kUsual;
 
   bool integer() const { return kind < Kind::kFp8E4M3; }
+  // Two groups of 16 share a record.
+  bool halves() const { return group == 16 && (integer() || columns != 16); }
+  int64_t span() const { return halves() ? 32 : group; }  // columns of a record
+  int64_t records() const { return (columns + span() - 1) / span(); }
   int bits() const { return kind == Kind::kInt8Planes ? 8 : static_cast<int>(kind); }  // of an integer's code
   std::string Name() const {
     static const char* const kNames[] = {"fp8", "float16", "bfloat16", "float32"};
@@ -61,8 +65,9 @@ struct Packed {
 
   Packed(const Shape& s, uint32_t seed) : shape(s), engine_(seed) {
     const int64_t outputs = s.swiglu ? s.rows / 2 : s.rows, tiles = (outputs + 31) / 32 * (s.swiglu ? 2 : 1);
-    head_ = (s.scale == ScaleKind::kFloat16 ? 64 : s.scale == ScaleKind::kFloat32 ? 128 : 0) + (s.zeros ? 64 : 0);
-    record_ = head_ + CodeBytes(s.group);
+    scales_ = s.scale == ScaleKind::kFloat16 ? 64 : s.scale == ScaleKind::kFloat32 ? 128 : 0;
+    head_ = (scales_ + (s.zeros ? 64 : 0)) * (s.halves() ? 2 : 1);
+    record_ = head_ + CodeBytes(s.span());
     edgelm::MatrixHeader header = {};
     std::memcpy(header.magic, "EDLM", 4);
     header.version = 1;
@@ -72,10 +77,10 @@ struct Packed {
     header.rows = s.rows;
     header.columns = s.columns;
     header.group = s.group;
-    header.bytes = 64 + tiles * (s.columns / s.group) * record_;
+    header.bytes = 64 + tiles * s.records() * record_;
     if (s.kind == Kind::kInt8Planes) {
       header.low_plane = header.bytes + 32;  // anywhere after the records
-      header.bytes = header.low_plane + tiles * (s.columns / 32) * 512;
+      header.bytes = header.low_plane + tiles * s.records() * s.span() / 32 * 512;
     }
     low_ = header.low_plane;
     blob.assign(static_cast<size_t>(header.bytes), 0);
@@ -109,17 +114,22 @@ struct Packed {
   // Writes row n of a tile and remembers what it means.
   void WriteRow(int64_t row, int64_t tile, int64_t n) {
     const Shape& s = shape;
-    const int64_t groups = s.columns / s.group;
-    for (int64_t g = 0; g < groups; ++g) {
-      uint8_t* record = blob.data() + 64 + (tile * groups + g) * record_;
-      const double scale = WriteScale(record, n);
+    const int64_t in_record = s.span() / s.group;
+    for (int64_t g = 0; g < s.records() * in_record; ++g) {
+      uint8_t* record = blob.data() + 64 + (tile * s.records() + g / in_record) * record_;
+      const int64_t half = g % in_record;
+      const double scale = WriteScale(record + half * scales_, n);
       int zero = 1 << (s.bits() - 1);
-      if (s.zeros) zero = record[head_ - 64 + n] = static_cast<uint8_t>(Random(s.bits() > 4 ? 1u << s.bits() : 16));
+      if (s.zeros) {
+        zero = static_cast<int>(Random(s.bits() > 4 ? 1u << s.bits() : 16));
+        record[scales_ * in_record + 64 * half + n] = static_cast<uint8_t>(zero);
+      }
       for (int64_t k = 0; k < s.group; ++k) {
-        const int64_t column = g * s.group + k;
-        const double value = s.integer() ? WriteCode(record + head_, tile, n, k, column) - zero
-                                         : WriteFloat(record + head_, n, k);
-        weights[static_cast<size_t>(row * s.columns + column)] = value * scale;
+        const int64_t column = g * s.group + k, within = half * 16 + k;
+        // What lies beyond the last column is anything: nobody is to use it.
+        const double value = s.integer() ? WriteCode(record + head_, tile, n, within, column) - zero
+                                         : WriteFloat(record + head_, n, within);
+        if (column < s.columns) weights[static_cast<size_t>(row * s.columns + column)] = value * scale;
       }
     }
   }
@@ -143,7 +153,7 @@ struct Packed {
     return scale;
   }
 
-  // A random code for column k of the group, which is `column` of the matrix.
+  // A random code for column k of the record, which is `column` of the matrix.
   int WriteCode(uint8_t* codes, int64_t tile, int64_t n, int64_t k, int64_t column) {
     const int64_t block = k / 32, c = k % 32, j = c % 4;
     const int code = static_cast<int>(Random(1u << shape.bits()));
@@ -164,7 +174,7 @@ struct Packed {
         put(codes[768 * block + 512 + 128 * (c / 16) + 4 * n + j], code >> 4, c % 16 / 4 * 2);
         break;
       default: {
-        uint8_t* low = blob.data() + low_ + (tile * (shape.columns / 32) + column / 32) * 512;
+        uint8_t* low = blob.data() + low_ + (tile * (shape.records() * shape.span() / 32) + column / 32) * 512;
         put(codes[512 * block + 128 * (c / 8) + 4 * n + j], code >> 4, c % 8 / 4 * 4);
         put(low[128 * (c / 8) + 4 * n + j], code & 15, c % 8 / 4 * 4);
       }
@@ -195,7 +205,7 @@ struct Packed {
   }
 
   std::mt19937 engine_;
-  int64_t head_ = 0, record_ = 0, low_ = 0;
+  int64_t scales_ = 0, head_ = 0, record_ = 0, low_ = 0;
 };
 
 }  // namespace edgelm_test
