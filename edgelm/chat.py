@@ -69,6 +69,21 @@ def _one_line(text: str) -> str:
     return text if len(text) <= 300 else text[:300] + "..."
 
 
+def template_notes(folder: Path) -> list[str]:
+    """What is wrong with the chat templates of a checkpoint, a sentence each. It can be used without them.
+
+    Raises:
+        TokenizerError: a file with templates cannot be read.
+    """
+    notes = []
+    for name, source in read_templates(folder).items():
+        try:
+            ChatTemplate(source, {}, f"{folder}: chat template {name!r}")
+        except (TokenizerError, GenerationError) as error:
+            notes.append(f"{error}; conversations will not work with it, plain prompts will")
+    return notes
+
+
 class ChatTemplate:
     """A template with the strings of the special tokens it may ask for.
 

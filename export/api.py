@@ -30,6 +30,7 @@ from edgelm.bundle import (
     TensorEntry,
     sha256_of,
 )
+from edgelm.chat import template_notes
 from edgelm.checkpoint import Checkpoint
 from edgelm.devices import allowed_cores
 from edgelm.errors import ExportError
@@ -146,7 +147,7 @@ def _prepare(
             f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model's table only "
             f"{config.vocab_size} rows: this is another model's tokenizer"
         )
-    for note in tokenizer.notes:
+    for note in [*tokenizer.notes, *template_notes(checkpoint.path)]:
         progress.note(note)
     golden = options.golden or GoldenOptions.default_for(config)
     target = TARGETS[options.target]

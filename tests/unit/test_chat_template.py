@@ -13,7 +13,7 @@ import pytest
 from published_templates import FILTERS, GLOBALS, PUBLISHED, TESTS
 from tokenizer_folders import gemma, olmoe, put
 
-from edgelm.chat import ChatTemplate
+from edgelm.chat import ChatTemplate, template_notes
 from edgelm.errors import GenerationError, TokenizerError
 from edgelm.synth_tokenizer import GEMMA_CHAT_TEMPLATE, OLMOE_CHAT_TEMPLATE
 from edgelm.tokenizer import Tokenizer
@@ -266,6 +266,15 @@ def test_a_template_of_another_kind_is_refused(tmp_path: Path, value: object) ->
 def test_a_template_that_does_not_parse_is_refused(source: str) -> None:
     with pytest.raises(TokenizerError, match="chat template is not valid"):
         ChatTemplate(source, SPECIAL)
+
+
+def test_an_export_notes_a_template_that_does_not_parse(tmp_path: Path) -> None:
+    folder = gemma(tmp_path / "g")
+    assert template_notes(folder) == []
+    named = [{"name": "default", "template": "{{ x }}"}, {"name": "rag", "template": "{% for %}"}]
+    put(folder, "tokenizer_config.json", {"chat_template": named})
+    (note,) = template_notes(folder)
+    assert re.fullmatch(r".*/g: chat template 'rag' is not valid: .*; conversations will not work with it, .*", note)
 
 
 @pytest.mark.parametrize(

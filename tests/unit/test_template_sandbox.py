@@ -208,8 +208,11 @@ def test_no_process_is_left_when_edgelm_is_killed(busy: bool) -> None:
         assert process.is_running()
         running.kill()
         running.communicate()
-    gone, alive = psutil.wait_procs([process], timeout=20)
-    assert not alive, gone
+    # Whether it is reaped too is up to the process that it falls to.
+    end = time.monotonic() + 20
+    while psutil.pid_exists(process.pid) and process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_it_ends_with_the_program_and_without_a_word() -> None:
