@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -381,15 +380,12 @@ def load(
         ContextLengthError: the model has no such context length.
         EdgeLMError: no such type of cache.
     """
-    from edgelm.template_files import has_template
-    from edgelm.template_sandbox import SANDBOX
+    from edgelm.template_sandbox import start_for
     from edgelm.tokenizer import Tokenizer
 
     bundle = Bundle.open(path)
-    if chat and has_template(bundle.path):
-        # Should it fail to start, the first conversation says so.
-        with contextlib.suppress(GenerationError):
-            SANDBOX.start()
+    if chat:
+        start_for(bundle.path)
     tokenizer = Tokenizer.from_folder(bundle.path)
     opened = open_runtime(
         bundle, runtime, threads=threads, context_length=context_length, kv=kv, weight_budget=weight_budget

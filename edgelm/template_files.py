@@ -6,10 +6,11 @@ from pathlib import Path
 
 from edgelm.checkpoint.jsonfile import read_optional_json
 from edgelm.errors import TokenizerError
+from edgelm.json_dataclass import Blame, read_bytes
+from edgelm.template_sandbox import FILE, SETTINGS
 
+_PUBLISHED = Blame(TokenizerError, "put the publisher's template there")
 DEFAULT = "default"
-FILE = "chat_template.jinja"
-SETTINGS = "tokenizer_config.json"
 MAX_TEMPLATE_BYTES = 1 << 20
 
 
@@ -37,26 +38,13 @@ def read_templates(folder: Path) -> dict[str, str]:
     file = folder / FILE
     if file.exists():
         try:
-            if not file.is_file():
-                raise TokenizerError(f"{file}: is no file; put the publisher's template there")
-            if file.stat().st_size > MAX_TEMPLATE_BYTES:
-                raise TokenizerError(f"{file}: {file.stat().st_size} bytes are too much for a chat template")
-            text = file.read_bytes().decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TokenizerError(f"{file}: cannot be read ({error})") from error
-        templates[DEFAULT] = text
+            templates[DEFAULT] = read_bytes(file, _PUBLISHED, MAX_TEMPLATE_BYTES).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _PUBLISHED.at(file, f"cannot be read ({error})") from error
     for name, text in templates.items():
         if len(text) > MAX_TEMPLATE_BYTES:
             raise TokenizerError(f"{folder}: chat template {name!r} has {len(text)} characters, which is too much")
     return templates
-
-
-def has_template(folder: Path) -> bool:
-    """Whether there is likely a template, without reading it."""
-    try:
-        return (folder / FILE).exists() or b'"chat_template"' in (folder / SETTINGS).read_bytes()
-    except OSError:
-        return False
 
 
 def read_source(folder: Path) -> str | None:

@@ -15,6 +15,7 @@ on macOS memory is.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib.util
 import json
 import os
@@ -38,6 +39,10 @@ MAX_OUTPUT = 8 << 20
 """Characters."""
 MAX_REQUEST = 64 << 20
 """Bytes of a conversation and its template."""
+
+FILE = "chat_template.jinja"
+SETTINGS = "tokenizer_config.json"
+"""Where a folder keeps templates; see `template_files`."""
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ")
@@ -275,6 +280,29 @@ def _request(source: str, given: dict[str, Any] | None) -> bytes:
 
 SANDBOX = Sandbox()
 """The one that all templates of this process share."""
+
+
+def start_for(folder: Path) -> None:
+    """Start its process without waiting for it, if a checkpoint's or bundle's folder is likely to have a template.
+
+    Importing this module is cheap, so that this can be the first thing that is done.
+    """
+    try:
+        likely = (folder / FILE).is_file() or b'"chat_template"' in _beginning(folder / SETTINGS)
+    except (OSError, ValueError):
+        return
+    if likely:
+        # Should it not start, the first conversation says why.
+        with contextlib.suppress(GenerationError):
+            SANDBOX.start()
+
+
+def _beginning(path: Path) -> bytes:
+    if not path.is_file():
+        return b""
+    with path.open("rb") as stream:
+        return stream.read(16 << 20)
+
 
 atexit.register(SANDBOX.close)
 if hasattr(os, "register_at_fork"):

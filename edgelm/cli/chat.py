@@ -35,6 +35,9 @@ def chat(
     **sampling: Any,
 ) -> None:
     """Talk with the model in BUNDLE. /reset forgets the conversation, /exit leaves, Ctrl-C stops an answer."""
+    from edgelm.template_sandbox import start_for
+
+    start_for(bundle)  # meanwhile the rest is imported
     from edgelm.generate import load
 
     with contextlib.suppress(ImportError):

@@ -12,18 +12,24 @@ from edgelm.cli.options import BUNDLE, given, loading_options, sampling_options
 
 @click.command()
 @click.argument("bundle", type=BUNDLE)
-@click.argument("prompt")
+@click.argument("prompt", required=False)
 @click.option("--chat", "as_chat", is_flag=True, help="PROMPT is a message: apply the model's chat template.")
 @click.option("--system", help="System message, with --chat.")
+@click.option(
+    "--messages",
+    type=click.Path(path_type=Path),
+    help='In place of PROMPT, a conversation to answer: a JSON file, [{"role": "user", "content": "Hello"}, ...].',
+)
 @sampling_options(temperature=0.0)
 @loading_options
 @click.option("--quiet", "-q", is_flag=True, help="No line about speed.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document when done, instead of streaming.")
 def run(
     bundle: Path,
-    prompt: str,
+    prompt: str | None,
     as_chat: bool,
     system: str | None,
+    messages: Path | None,
     runtime: str | None,
     threads: int | None,
     context_length: int | None,
@@ -41,21 +47,32 @@ def run(
     import sys
 
     from edgelm.cli.options import generation_json, timings_line
-    from edgelm.generate import load
+    from edgelm.errors import GenerationError
+    from edgelm.json_dataclass import Blame, read_json
+    from edgelm.template_sandbox import start_for
 
+    if messages is None and prompt is None:
+        raise click.UsageError("Missing argument 'PROMPT' (or --messages FILE)")
+    if messages is not None and (prompt is not None or as_chat or system is not None):
+        raise click.UsageError("--messages is the whole conversation: leave PROMPT, --chat and --system out")
     if system is not None and not as_chat:
         raise click.UsageError("--system needs --chat: without a chat template there is no system message")
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = sys.stdin.read() if prompt == "-" else prompt or ""
+    talk: Any = None
+    if messages is not None:
+        talk = read_json(messages, Blame(GenerationError, 'give a list such as [{"role": "user", "content": "Hello"}]'))
+    elif as_chat:
+        talk = [{"role": "user", "content": text}]
+        talk = talk if system is None else [{"role": "system", "content": system}, *talk]
+    plain = messages is None and not as_chat
+    if not plain:
+        start_for(bundle)  # meanwhile the rest is imported
+    from edgelm.generate import load
+
     options = given(**sampling)
     loading = {"threads": threads, "context_length": context_length, "kv": kv, "weight_budget": weight_budget}
-    with load(bundle, runtime=runtime, chat=as_chat, **given(**loading)) as model:
-        if as_chat:
-            messages = [{"role": "user", "content": text}]
-            if system is not None:
-                messages.insert(0, {"role": "system", "content": system})
-            stream = model.chat_stream(messages, **options)
-        else:
-            stream = model.stream(text, **options)
+    with load(bundle, runtime=runtime, chat=not plain, **given(**loading)) as model:
+        stream = model.stream(text, **options) if plain else model.chat_stream(talk, **options)
         try:
             for piece in stream:
                 if not as_json:

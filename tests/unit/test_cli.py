@@ -94,6 +94,27 @@ def test_run_chat_applies_the_template(bundle: Path) -> None:
     assert json.loads(result.stdout)["tokens"] == list(want.tokens)
 
 
+def test_run_answers_a_conversation_from_a_file(bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "you"}]}]
+    file.write_text(json.dumps(messages))
+    with load(bundle, threads=1) as model:
+        want = model.chat([{"role": "user", "content": "Hi\nyou"}], max_tokens=6)
+        assert model.chat(messages, max_tokens=6).tokens == want.tokens
+    result = invoke("run", bundle, "--messages", file, "-n", 6, "--json", "--threads", 1)
+    assert json.loads(result.stdout)["tokens"] == list(want.tokens)
+    for text, message in (
+        ("[]", "messages must be a list such as"),
+        ('{"role": "user"}', "messages must be a list such as"),
+        ('[{"role": "user", "content": [{"type": "image"}]}]', "is of type 'image': models here read text only"),
+        ("[", "not valid JSON"),
+    ):
+        file.write_text(text)
+        result = invoke("run", bundle, "--messages", file)
+        assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+        assert message in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -105,6 +126,8 @@ def test_run_chat_applies_the_template(bundle: Path) -> None:
         (["{bundle}"], 2, "Missing argument 'PROMPT'"),
         (["{bundle}", "x", "--top-p", "2"], 2, "2.0 is not in the range"),
         (["{bundle}", "x", "--system", "y"], 2, "--system needs --chat"),
+        (["{bundle}", "x", "--messages", "y"], 2, "--messages is the whole conversation"),
+        (["{bundle}", "--messages", "/nowhere/at/all"], 1, "/nowhere/at/all: is missing"),
         (["{bundle}", "x", "--bogus"], 2, "No such option"),
     ],
 )
