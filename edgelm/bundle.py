@@ -267,6 +267,14 @@ BUNDLE = Kind("a bundle", _foreign)
 """What `edgelm export` writes: replaced where every file of it is in its manifest."""
 
 
+def _is_path(text: str | bytes) -> bool:
+    """Whether the system can take a text as a path."""
+    try:
+        return isinstance(text, str) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 class Bundle:
     """An opened bundle: its folder and its manifest."""
 
@@ -281,7 +289,7 @@ class Bundle:
         Raises:
             BundleError: not a bundle, another format version, or a file missing or of the wrong size.
         """
-        if not isinstance(path, (str, os.PathLike)):
+        if not isinstance(path, (str, os.PathLike)) or not _is_path(os.fspath(path)):
             raise BundleError(f"{path!r:.100} is no path: give the folder that `edgelm export -o` wrote")
         path = Path(path)
         if not path.exists():
