@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgelm.added_tokens import MAX_IDS
 from edgelm.errors import TokenizerError
+from edgelm.json_dataclass import Blame, read_bytes
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces
 BPE = 2  # of the trainer's model types
@@ -206,11 +207,8 @@ def read_piece_model(path: Path) -> PieceModel:
     Raises:
         TokenizerError: it cannot be read, is too large, no such model, or has no pieces.
     """
+    data = read_bytes(path, Blame(TokenizerError, "fetch the file again"), MAX_BYTES)
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise TokenizerError(f"{path}: {size} bytes are too many for a tokenizer.model; fetch the file again")
-        data = path.read_bytes()
         usual, end = _usual_pieces(data)
         messages = _fields(data[end:])
         others = [_piece(value) for number, value in messages if number == _PIECE and isinstance(value, bytes)]
@@ -234,7 +232,7 @@ def read_piece_model(path: Path) -> PieceModel:
         trained, flags = _flags(trainer), _flags(normalizer)
         if len(kinds) > MAX_IDS or not np.isin(kinds, range(NORMAL, BYTE + 1)).all():
             raise ValueError(f"{len(kinds)} pieces, of which some have no known type")
-    except (ValueError, IndexError, OSError) as error:
+    except (ValueError, IndexError) as error:
         reason = "it ends too early" if isinstance(error, IndexError) else error
         raise TokenizerError(f"{path}: not a usable tokenizer.model ({reason}); fetch the file again") from error
     return PieceModel(

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from edgelm.added_tokens import MAX_IDS, Declared
 from edgelm.checkpoint.jsonfile import parse_json_object
 from edgelm.errors import CheckpointError, TokenizerError
+from edgelm.json_dataclass import Blame, read_bytes
 
 MAX_BYTES = 64 << 20  # a vocabulary of 256 000 entries takes about 35 MB
 MAX_STEPS = 64  # of one kind; published tokenizers have up to six
@@ -34,14 +35,9 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
     Raises:
         TokenizerError: it cannot be read, is too large, not JSON, or asks for what is refused.
     """
+    text = read_bytes(path, Blame(TokenizerError, "fetch the file again"), MAX_BYTES)
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise TokenizerError(f"{path}: {size} bytes are too many for a tokenizer.json; fetch the file again")
-        text = path.read_bytes()
         data = parse_json_object(text, str(path))
-    except OSError as error:
-        raise TokenizerError(f"{path}: cannot be read ({error.strerror or error})") from error
     except CheckpointError as error:
         raise TokenizerError(str(error)) from error
     try:
