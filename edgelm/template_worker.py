@@ -285,6 +285,9 @@ def main() -> None:
     """Serve until standard input ends."""
     # A terminal's Ctrl-C is for EdgeLM, which ends this process if it wants to.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGPROF"):  # the clock's; EdgeLM's program may ignore or block it, which is inherited
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     memory, seconds, characters = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
     sys.path += sys.argv[4:]
     for name in _LATE:
