@@ -158,10 +158,30 @@ def atomic_file(
                 os.close(descriptor)
 
 
+def prepare_place(
+    target: Path | str, kind: Kind, *, sources: Iterable[Source | None] = (), overwrite: bool = False
+) -> Path:
+    """`check_place` before long work that ends in an `atomic_directory`; what killed runs left beside it is removed.
+
+    So there is room on the disk for the new one, and an old one that is put back is noticed now.
+
+    Raises:
+        EdgeLMError: as `check_place`, or another run is writing `target`.
+    """
+    sources = tuple(sources)
+    place = check_place(target, kind, sources=sources, overwrite=overwrite)
+    if place.parent.is_dir() and (_left(place) or _left_by_earlier_versions(place)):
+        with _only_run(place) as locked:
+            if locked:
+                _settle(place, kind)
+        check_place(target, kind, sources=sources, overwrite=overwrite)
+    return place
+
+
 def restore(target: Path) -> None:
     """Put back a folder that a killed run had moved away and not yet replaced; do nothing where none was."""
     with contextlib.suppress(OSError, EdgeLMError):
-        left = [path for path in _siblings(target) if _new_name(target).fullmatch(path.name)]
+        left = _left(target)
         if any(path.name.startswith(_prefix(target, "old")) for path in left):
             with _only_run(target) as locked:
                 if locked:
@@ -303,12 +323,16 @@ def _settle(place: Path, kind: Kind, token: str | None = None) -> None:
 
     `token`: of one run's names alone; None: of all, which needs the lock.
     """
-    left = [path for path in _siblings(place) if _new_name(place).fullmatch(path.name)]
+    left = _left(place)
     if token is not None:
         left = [path for path in left if path.name.endswith(f"-{token}")]
-    else:
-        left += _left_by_earlier_versions(place, kind)
     _put_back(place, left)
+    if token is None:
+        earlier = _left_by_earlier_versions(place)
+        for path in earlier:
+            if ".old." in path.name[len(place.name) :] and not place.exists() and kind.foreign(path) is None:
+                path.rename(place)
+        left += earlier
     for path in left:
         _remove(path)
 
@@ -319,7 +343,11 @@ def _put_back(place: Path, left: list[Path]) -> None:
             path.rename(place)
 
 
-def _left_by_earlier_versions(place: Path, kind: Kind) -> list[Path]:
+def _left(place: Path) -> list[Path]:
+    return [path for path in _siblings(place) if _new_name(place).fullmatch(path.name)]
+
+
+def _left_by_earlier_versions(place: Path) -> list[Path]:
     """They had `.x.partial-<pid>`, and `.x.old.partial-<pid>` for the old one of `x` or the new one of `x.old`."""
     pattern = re.compile(rf"\.{re.escape(place.name)}(\.old)?\.partial-(\d{{1,10}})")
     found = []
@@ -327,12 +355,9 @@ def _left_by_earlier_versions(place: Path, kind: Kind) -> list[Path]:
         match = pattern.fullmatch(path.name)
         if match is None or _process_runs(int(match[2])):
             continue
-        if match[1] and not place.exists() and path.is_dir() and kind.foreign(path) is None:
-            path.rename(place)
-        elif not match[1] and place.suffix == ".old" and not place.with_suffix("").exists():
+        if not match[1] and place.suffix == ".old" and not place.with_suffix("").exists():
             continue  # perhaps the only copy of another target
-        else:
-            found.append(path)
+        found.append(path)
     return found
 
 

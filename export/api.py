@@ -38,11 +38,10 @@ from edgelm.export.memory import plan_memory
 from edgelm.export.options import ExportOptions
 from edgelm.export.plan import DEBUG_FILE, GRAPH_FILE, WEIGHTS_FILE, Plan, make_plan
 from edgelm.export.targets import TARGETS
-from edgelm.files import atomic_directory, need_disk
+from edgelm.files import atomic_directory, need_disk, prepare_place
 from edgelm.models import family as family_of
 from edgelm.parity.golden import GoldenOptions, golden_tokens, write_pack
 from edgelm.parity.live import references
-from edgelm.places import check_place
 from edgelm.progress import Advance, Progress, Silent
 from edgelm.quant.calibration import CalibrationOptions, CalibrationReport, calibrated
 from edgelm.quant.recipe import Recipe
@@ -78,7 +77,7 @@ def export_bundle(
     progress = progress or Silent()
     out = Path(out)
     given = checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint
-    check_place(out, BUNDLE, sources=[given, options.reference], overwrite=options.overwrite)
+    prepare_place(out, BUNDLE, sources=[given, options.reference], overwrite=options.overwrite)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(checkpoint, progress=progress)
     chosen = _recipe(recipe, checkpoint)

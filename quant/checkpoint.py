@@ -22,8 +22,7 @@ from edgelm.checkpoint import Checkpoint, ShardedWriter, TensorSpec
 from edgelm.checkpoint.written import CHECKPOINT, FILE_LIST
 from edgelm.devices import allowed_cores
 from edgelm.errors import RecipeError
-from edgelm.files import atomic_directory
-from edgelm.places import check_place
+from edgelm.files import atomic_directory, prepare_place
 from edgelm.progress import Progress, Silent
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.scheme import AnyScheme
@@ -91,7 +90,7 @@ def quantize_checkpoint(
         EdgeLMError: `out` cannot be used (`edgelm.places.check_place`), or the disk is full.
     """
     progress = progress or Silent()
-    check_place(out, CHECKPOINT, sources=[source], overwrite=overwrite)
+    prepare_place(out, CHECKPOINT, sources=[source], overwrite=overwrite)
     with Checkpoint.open(source, progress) as checkpoint:
         if stored_recipe(checkpoint.config) is not None:
             raise RecipeError(f"{checkpoint.path} is already quantised: start from the float checkpoint")

@@ -25,8 +25,7 @@ from edgelm.checkpoint import Checkpoint, SafetensorsFile
 from edgelm.checkpoint.written import CHECKPOINT
 from edgelm.devices import allowed_cores
 from edgelm.errors import EdgeLMError, RecipeError
-from edgelm.files import atomic_directory, need_disk
-from edgelm.places import check_place
+from edgelm.files import atomic_directory, need_disk, prepare_place
 from edgelm.progress import Advance, Progress, Silent
 from edgelm.quant import codec
 from edgelm.quant.calibration.options import LENGTH, SAMPLES, CalibrationOptions, CoverageOptions
@@ -104,7 +103,7 @@ def calibrate_checkpoint(
     progress = progress or Silent()
     options = CalibrationOptions(text, samples, length, coverage or CoverageOptions(), require_coverage, smoothing)
     out = Path(out)
-    check_place(out, CHECKPOINT, sources=[source], overwrite=overwrite)
+    prepare_place(out, CHECKPOINT, sources=[source], overwrite=overwrite)
     with (
         Checkpoint.open(source, progress) as checkpoint,
         calibrated(

@@ -12,7 +12,7 @@ import pytest
 
 from edgelm import files
 from edgelm.errors import EdgeLMError
-from edgelm.files import atomic_directory, atomic_file, lock_folder, restore
+from edgelm.files import atomic_directory, atomic_file, lock_folder, prepare_place, restore
 from edgelm.places import Kind
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -190,6 +190,23 @@ def test_an_old_one_that_was_moved_away_is_put_back(tmp_path: Path, monkeypatch:
     assert (target / "text").read_text() == "old"
     assert names(tmp_path) == ["b"]
     restore(tmp_path / "nowhere" / "b")  # nothing to do
+
+
+def test_long_work_begins_with_a_clean_place(held: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EdgeLMError, match="another run is writing"):
+        prepare_place(held, ANY)
+    target = held.parent / "inner" / "b"
+    assert prepare_place(target, ANY) == target
+    write(target, "old")
+    kill_between_renames(target, monkeypatch)
+    with pytest.raises(EdgeLMError, match="exists already"):
+        prepare_place(target, ANY)
+    assert in_child(lambda: _killed_over(target)) == "killed"
+    assert prepare_place(target, ANY, overwrite=True) == target
+    assert names(target.parent) == ["b"]
+    (target / "text").unlink()
+    target.rmdir()
+    target.parent.rmdir()
 
 
 def test_the_names_of_other_targets_are_left_alone(tmp_path: Path) -> None:
