@@ -50,6 +50,11 @@ def of_experts(source: WeightSource, names: Sequence[str], layer: int) -> str:
     return asked.get(first, INT8)
 
 
+def rounded(source: WeightSource, names: Sequence[str], kind: str, block: int) -> dict[str, int]:
+    """Matrices of a matmul with activations `kind` that multiply int8, and in blocks of how many columns."""
+    return {name: block for name in names if kind == INT8 and isinstance(source.scheme(name), Scheme)}
+
+
 def about_static(source: WeightSource) -> str | None:
     """What a user who asked for static activations should know of a processor's; None where nobody did."""
     kinds = {source.recipe.rule(name).activations for name in source.static_inputs}

@@ -40,7 +40,7 @@ from edgelm.export.plan import DEBUG_FILE, GRAPH_FILE, WEIGHTS_FILE, Plan, make_
 from edgelm.export.targets import TARGETS
 from edgelm.files import atomic_directory, need_disk, prepare_place
 from edgelm.models import family as family_of
-from edgelm.parity.golden import GoldenOptions, golden_tokens, write_pack
+from edgelm.parity.golden import DeviceRounding, GoldenOptions, golden_tokens, write_pack
 from edgelm.parity.live import references
 from edgelm.progress import Advance, Progress, Silent
 from edgelm.quant.calibration import CalibrationOptions, CalibrationReport, calibrated
@@ -125,7 +125,9 @@ def _export(
         plan.graphs.finish(folder, plan, options, progress)
         (folder / "parity").mkdir()
         reference, quantised = references(source, plan.dtype, original)
-        write_pack(folder / "parity", reference, quantised, checkpoint.config, tokenizer, golden, progress)
+        blocks = plan.graphs.rounded
+        rounding = None if blocks is None else DeviceRounding(blocks, plan.graphs.kv)
+        write_pack(folder / "parity", reference, quantised, checkpoint.config, tokenizer, golden, progress, rounding)
         _write_manifest(
             folder, plan, source.recipe, checkpoint.source_id, tensors, hashes, options, calibration, progress
         )
@@ -153,7 +155,7 @@ def _prepare(
     plan = make_plan(checkpoint, source, tokenizer, family.name, config, options, target, progress)
     threads = options.threads or allowed_cores()
     memory = plan_memory(
-        plan.info, config.intermediate_size, golden_tokens(golden, tokenizer), threads, options.max_ram
+        plan.info, config.intermediate_size, golden_tokens(golden, tokenizer, config), threads, options.max_ram
     )
     need_disk(out, plan.graphs.weights.size + (64 << 20))
     return tokenizer, golden, plan, memory.threads

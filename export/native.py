@@ -33,6 +33,8 @@ from edgelm.progress import Advance
 from edgelm.quant.source import WeightSource
 
 _END = np.iinfo(np.int64).max
+ACTIVATION_BLOCK = 32
+"""Columns that share a scale where activations are int8 (QuantBlock in math_impl.h)."""
 
 
 class NativeDecoder(LayerOps):
@@ -147,7 +149,9 @@ class NativeDecoder(LayerOps):
         gate = self._require([router], router, layer, dtype="float32")
         packed = self._experts(experts, f"layers.{layer}.moe.experts", layer)
         inputs = [x, gate, packed, self._vector_once(norm, layer), x]
-        kind = activations.of_experts(self.source, [name for expert in experts for name in expert], layer)
+        matrices = [name for expert in experts for name in expert]
+        kind = activations.of_experts(self.source, matrices, layer)
+        self.rounded |= activations.rounded(self.source, matrices, kind, ACTIVATION_BLOCK)
         return self.graph.native_node(
             "SparseMoE", inputs, [out, name], f"layers.{layer}.moe", k=self.info.experts_per_token,
             normalize=int(self.info.norm_topk_prob), activations=kind, epsilon=self.epsilon,
@@ -186,6 +190,7 @@ class NativeDecoder(LayerOps):
         self, x: str, weights: str, names: Sequence[str], out: str, norm: str, residual: str, refine: int = 0
     ) -> str:
         kind = activations.of_product(self.source, names)
+        self.rounded |= activations.rounded(self.source, names, kind, ACTIVATION_BLOCK)
         return self.graph.native_node(
             "QuantLinear", [x, weights, norm, residual], out, weights, activations=kind, epsilon=self.epsilon,
             refine=refine,

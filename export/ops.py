@@ -36,6 +36,8 @@ class LayerOps:
         self.plan = plan
         self.source = source
         self.dtype = dtype
+        self.rounded: dict[str, int] = {}
+        """Matrices whose inputs the device rounds to int8, and in blocks of how many columns."""
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor in the checkpoint, where it is stored whole or in quantised parts."""

@@ -44,7 +44,9 @@ class Order:
 class Graphs:
     """The graphs of a bundle, the weights that they share, and the type of their cache.
 
-    `finish` writes what else belongs to the bundle; the weights, graphs and the checkpoint's texts are in the folder.
+    `rounded` names the matrices whose inputs the graph rounds to int8, and in blocks of how many columns; None where
+    that is not all that is rounded (on a GPU values are float16 or bfloat16 too). `finish` writes what else belongs to
+    the bundle; the weights, graphs and the checkpoint's texts are in the folder then.
     """
 
     graph: onnx.ModelProto
@@ -52,6 +54,7 @@ class Graphs:
     weights: WeightsPlan
     kv: str
     finish: Callable[[Path, Plan, ExportOptions, Progress], None]
+    rounded: Mapping[str, int] | None = None
 
 
 class Target(ABC):

@@ -38,7 +38,8 @@ FLOAT = TensorProto.FLOAT
 ELEMENT = {"float32": FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 # MatMulNBits' and QMoE's "4": activations are quantised to int8 per block on the fly, about 1 % of noise per product
 # and the only mode whose kernels use the CPU's integer dot products.
-# At "0" they stay float32.
+# At "0" they stay float32. Kernels for x86 round by blocks of the weights' group, those for Arm (KleidiAI) by whole
+# rows: parity allows for whole rows, the coarser of the two.
 ACCURACY = {activations.INT8: 4, activations.FLOAT32: 0}
 BITS = (4, 8)
 
@@ -181,7 +182,9 @@ class PortableOps(LayerOps):
         if all(quantized):
             stem = out if len(names) > 1 else names[0].removesuffix(".weight")
             kind = activations.of_product(self.source, names)
-            return self._quantized_linear(x, self.quantized_matrix(names, stem, layer), kind, out)
+            matrix = self.quantized_matrix(names, stem, layer)
+            self.rounded |= activations.rounded(self.source, names, kind, matrix.columns)
+            return self._quantized_linear(x, matrix, kind, out)
         if len(names) == 1:
             return self._float_linear(x, self.float_matrix(names[0], layer, self.dtype), out)
         parts = [self.linear(x, [name], f"{out}.{i}", layer) for i, name in enumerate(names)]
@@ -338,6 +341,9 @@ class PortableOps(LayerOps):
                 f"the recipe has float activations for {flat[0]}, but ONNX Runtime's mixture of experts rounds what "
                 "meets 8-bit weights to int8 whatever it is told: export with --ops native, or leave activations out"
             )
+        for parts, matrix in ((slice(0, 2), first), (slice(2, 3), second)):
+            part = [name for expert in names for name in expert[parts]]
+            self.rounded |= activations.rounded(self.source, part, kind, matrix.columns)
         weight = self.graph.weight
         zeros = [weight(matrix.zeros) if matrix.zeros else "" for matrix in (first, second)]
         inputs = [x, self._router_probs(logits, out)]

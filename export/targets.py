@@ -19,6 +19,7 @@ from edgelm.export.gpu_target import TensorrtTarget
 from edgelm.export.graph import EXACT, Dims, GraphBuilder
 from edgelm.export.greedy import greedy_graph
 from edgelm.export.native import NativeDecoder
+from edgelm.export.ops import LayerOps
 from edgelm.export.options import AUTO, ExportOptions
 from edgelm.export.plan import GRAPH_FILE, WEIGHTS_FILE, Graphs, Order, Plan, Target
 from edgelm.export.portable import PortableOps
@@ -63,7 +64,7 @@ class OnnxRuntimeTarget(Target):
         graph, weights, info, config = GraphBuilder(WEIGHTS_FILE), WeightsPlan(), order.info, order.config
         model = NativeDecoder(graph, weights, order.source, order.dtype, info, config.rms_norm_eps, config.rope_theta)
         _NATIVE[order.family](model, config)
-        return self._graphs(order, graph, weights, model.debug_outputs, lambda *_: None)
+        return self._graphs(order, graph, weights, model, model.debug_outputs, lambda *_: None)
 
     def _portable(self, order: Order) -> Graphs:
         graph, weights, info = GraphBuilder(WEIGHTS_FILE), WeightsPlan(), order.info
@@ -79,19 +80,22 @@ class OnnxRuntimeTarget(Target):
             for name, model in helpers.items():
                 (folder / name).write_bytes(model.SerializeToString())
 
-        return self._graphs(order, graph, weights, outputs, finish)
+        return self._graphs(order, graph, weights, ops, outputs, finish)
 
     def _graphs(
         self,
         order: Order,
         graph: GraphBuilder,
         weights: WeightsPlan,
+        ops: LayerOps,
         outputs: Sequence[tuple[str, Dims]],
         finish: Callable[[Path, Plan, ExportOptions, Progress], None],
     ) -> Graphs:
         name = order.info.name
         kv = _kv_dtype(order.ops, order.source.recipe, self.provider.compute_type(order.dtype))
-        return Graphs(graph.model(name), graph.model(f"{name} (debug)", outputs, exact=EXACT), weights, kv, finish)
+        rounded = ops.rounded if self.provider.compute_type(order.dtype) == "float32" else None
+        debug = graph.model(f"{name} (debug)", outputs, exact=EXACT)
+        return Graphs(graph.model(name), debug, weights, kv, finish, rounded)
 
     def _helpers(self, graph: onnx.ModelProto, ops: PortableOps, info: ModelInfo) -> Mapping[str, onnx.ModelProto]:
         """Small graphs that the runtime wants beside the model's, by the names of their files."""

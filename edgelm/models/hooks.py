@@ -9,15 +9,22 @@ Shape letters as in the model files: B batch, T new tokens, K key/value heads, D
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 Inputs = Callable[[Tensor], Tensor]
 """From the input [..., columns] of one matrix to what it multiplies in its place."""
 
 ExpertInputs = Callable[[Tensor, int, str], Tensor]
 """The same for the experts of a layer: (rows [n, columns], expert, "gate_proj" | "up_proj" | "down_proj")."""
+
+Routed = Callable[[Tensor], None]
+"""Told the chosen experts [..., A] of a layer before these compute."""
 
 Cached = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """From new keys (after RoPE) and values [B, K, T, Dh] to what is cached and attended to in their place."""
@@ -31,6 +38,9 @@ class Hooks:
         del name
         return x
 
+    def routed(self, layer: int, chosen: Tensor) -> None:
+        """Called with the experts [..., A] that layer number `layer` chose, before they compute."""
+
     def cached(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return what layer number `layer` caches in place of new keys and values [B, K, T, Dh]."""
         del layer
@@ -38,6 +48,47 @@ class Hooks:
 
     def after_layer(self, layer: int) -> None:
         """Called in layer-by-layer runs when all tokens have gone through layer number `layer`."""
+
+
+class LaterRows(Hooks):
+    """Lets `hooks` change the later sequences of a layer-by-layer sweep alone, so that two models share one sweep.
+
+    The experts' rows are in the order of the tokens, so that those of the later sequences are the last.
+
+    Args:
+        hooks: what the later sequences go through.
+        lengths: tokens of each sequence of the sweep.
+        first: the first sequence that goes through `hooks`.
+    """
+
+    def __init__(self, hooks: Hooks, lengths: Sequence[int], first: int) -> None:
+        self._hooks = hooks
+        self._first = first
+        self._rows = sum(lengths[:first])
+        self._sequence = 0
+        self._counts: list[int] = []
+
+    def inputs(self, name: str, x: Tensor) -> Tensor:
+        """Let the later rows of x [n, columns] through."""
+        expert = _EXPERT.search(name)
+        rows = self._rows if expert is None else self._counts[int(expert[1])]
+        return x if rows == len(x) else torch.cat([x[:rows], self._hooks.inputs(name, x[rows:])])
+
+    def routed(self, layer: int, chosen: Tensor) -> None:
+        """Count the rows that each expert gets of the sequences before."""
+        before = chosen.reshape(-1, chosen.shape[-1])[: self._rows]
+        self._counts = torch.bincount(before.reshape(-1), minlength=int(chosen.max()) + 1).tolist()
+        self._hooks.routed(layer, chosen)
+
+    def cached(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Let those of the later sequences through; a layer attends for one sequence after the other."""
+        self._sequence += 1
+        return self._hooks.cached(layer, keys, values) if self._sequence > self._first else (keys, values)
+
+    def after_layer(self, layer: int) -> None:
+        """Start with the first sequence again."""
+        self._sequence = 0
+        self._hooks.after_layer(layer)
 
 
 def hook_layer(layer: nn.Module, index: int, hooks: Hooks | None) -> None:
@@ -58,6 +109,8 @@ def hook_layer(layer: nn.Module, index: int, hooks: Hooks | None) -> None:
             module.inputs = inputs_of(f"{prefix}.{path}.weight")
         if hasattr(module, "expert_inputs"):
             module.expert_inputs = inputs_of_experts(path)
+        if hasattr(module, "routed"):
+            module.routed = None if hooks is None else (lambda chosen: hooks.routed(index, chosen))
         if hasattr(module, "cached"):
             cached = None if hooks is None else (lambda keys, values: hooks.cached(index, keys, values))
             module.cached = cached

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from edgelm.errors import CheckpointError, UnsupportedConfigError
 from edgelm.models import fields
-from edgelm.models.hooks import Cached, ExpertInputs, Inputs
+from edgelm.models.hooks import Cached, ExpertInputs, Inputs, Routed
 from edgelm.models.trace import KVCache, Trace
 
 Read = Callable[[str], NDArray[np.float32]]
@@ -256,6 +256,7 @@ class SparseMoE(nn.Module):
         self.experts = ExpertStack(config) if experts is None else None
         self.outside_experts = experts
         self.expert_inputs: ExpertInputs | None = None
+        self.routed: Routed | None = None
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Router logits [..., E], chosen experts [..., A] by falling weight, and their weights [..., A]."""
@@ -272,6 +273,8 @@ class SparseMoE(nn.Module):
             trace.router_logits.append(logits)
             trace.experts.append(chosen)
             trace.expert_weights.append(weights)
+        if self.routed is not None:
+            self.routed(chosen)
         source: ExpertSource | None = self.outside_experts if self.experts is None else self.experts.source()
         assert source is not None
         flat = x.reshape(-1, x.shape[-1])  # [N, D]

@@ -6,6 +6,7 @@ Needs only what running a bundle needs. With a checkpoint the reference is compu
 from __future__ import annotations
 
 import math
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,11 @@ import numpy as np
 
 from edgelm.bundle import Bundle
 from edgelm.errors import EdgeLMError, ParityError, TokenizerError
+from edgelm.kv_cache import KV_TYPES, require_type
 from edgelm.parity import metrics, verdict
 from edgelm.parity.diagnose import Diagnosis, diagnose
 from edgelm.parity.measure import DeviceRun, run_device
+from edgelm.parity.noise import rounding_limits
 from edgelm.parity.pack import ParityPack, ReferenceRecord
 from edgelm.parity.result import Check, FloatLoss, ParityReport, PromptResult, Speed
 from edgelm.parity.thresholds import LIMITS, Limits, kind_of, widened
@@ -62,7 +65,7 @@ def check_parity(
         raise ParityError(f"max_kl is {max_kl}: give a number of nats, 0 or more")
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
-    limits, kind = limits_for(bundle)
+    fixed, kind = limits_for(bundle)
     checks: list[Check] = []
     if integrity:
         checks.append(verdict.integrity(bundle.verify(progress)))
@@ -70,6 +73,7 @@ def check_parity(
     fit = _fits(bundle, pack)
     if fit:
         raise ParityError(f"the parity pack of {bundle.path} is another model's ({fit}): export the bundle again")
+    limits, notes = _limits(bundle, pack, fixed, kv)
     reference = "from the parity pack, " + ", ".join(f"{key} {value}" for key, value in pack.made_with.items())
     if checkpoint is not None:
         stored, pack = pack, _recompute(bundle, pack, checkpoint, progress)
@@ -86,7 +90,7 @@ def check_parity(
     loss = verdict.float_loss(pack, run.at_once, kind)
     if max_kl is not None:
         checks.append(verdict.float_kl(loss, max_kl))
-    return _report(bundle, pack, run, diagnosis, checks, kind, limits, reference, run.notes, tokenizer, loss)
+    return _report(bundle, pack, run, diagnosis, checks, kind, limits, reference, notes + run.notes, tokenizer, loss)
 
 
 def limits_for(bundle: Bundle) -> tuple[Limits, str]:
@@ -97,6 +101,26 @@ def limits_for(bundle: Bundle) -> tuple[Limits, str]:
     narrow = manifest.dtype if manifest.target != "cpu" and manifest.dtype != "float32" else "float32"
     debug = narrow if manifest.target == "cuda" else "float32"
     return widened(LIMITS[kind], narrow, debug), kind
+
+
+def _limits(bundle: Bundle, pack: ParityPack, fixed: Limits, kv: str | None) -> tuple[Limits, list[str]]:
+    """The limits as the pack's rounded record has them, where it says how this device rounds; and what to tell."""
+    rounded = pack.rounded
+    if rounded is None or bundle.manifest.target != "cpu":
+        return fixed, []
+    derived = rounding_limits(pack, fixed)
+    notes = []
+    if kv is not None and KV_TYPES.index(require_type(kv)) > KV_TYPES.index(rounded.kv):
+        # A coarser cache than the one that was simulated: no limit may be narrower than the fixed ones.
+        wider = {item.name: max(getattr(derived, item.name), getattr(fixed, item.name)) for item in fields(Limits)}
+        derived = replace(derived, **{**wider, "top1_clear": min(derived.top1_clear, fixed.top1_clear)})
+        notes.append(f"limits are wide: the cache is {kv}, coarser than the {rounded.kv} that they were made for")
+    if derived.logit_error > fixed.logit_error:
+        notes.append(
+            "this model amplifies rounding: that of activations and cache alone moves the log-probabilities so far "
+            "that the shipped graph can be held to little; the layers, in float32, are held as closely as ever"
+        )
+    return derived, notes
 
 
 def _fits(bundle: Bundle, pack: ParityPack) -> str:

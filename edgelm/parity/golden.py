@@ -17,13 +17,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import ParityError
-from edgelm.parity.pack import PROBES, TOP, GoldenPrompt, ParityPack, ReferenceRecord, TokenizerPrint
+from edgelm.parity.pack import (
+    PROBES,
+    TOP,
+    GoldenPrompt,
+    ParityPack,
+    ReferenceRecord,
+    RoundedRecord,
+    TokenizerPrint,
+)
 from edgelm.parity.prompts import BUILT_IN, Prompt, load_prompts
 from edgelm.parity.sketch import SKETCH_WIDTH, probe_ids, sign_matrix, sketch
 from edgelm.progress import Advance, Progress, Silent
 
 if TYPE_CHECKING:
     from edgelm.checkpoint import WeightReader
+    from edgelm.models.hooks import Hooks
     from edgelm.models.layerwise import LayerwiseReference, LayerwiseResult, SequenceState
     from edgelm.tokenizer import Tokenizer
 
@@ -77,6 +86,46 @@ class GoldenOptions:
             length = MAX_PROMPT_TOKENS_BIG if big else MAX_PROMPT_TOKENS
         return replace(self, greedy_tokens=tokens, greedy_prompts=prompts, max_prompt_tokens=length)
 
+    def rounded_prompts(self, config: Any) -> int:
+        """How many prompts, from the first, are also run with activations rounded: of a big model the continued ones,
+        which are a tenth of the arithmetic, or one.
+        """
+        return max(1, self.resolved(config).greedy_prompts or 0) if weight_count(config) >= BIG else len(self.prompts)
+
+
+@dataclass(frozen=True)
+class DeviceRounding:
+    """What a device rounds beside the weights.
+
+    Attributes:
+        blocks: matrices whose inputs become int8, and in blocks of how many columns.
+        kv: type of the cache of keys and values, as `round_cache` names it.
+    """
+
+    blocks: Mapping[str, int]
+    kv: str
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is rounded."""
+        return not self.blocks and self.kv == "float32"
+
+    def hooks(self) -> Hooks:
+        """What makes a reference round likewise; needs torch."""
+        from edgelm.models.hooks import Hooks
+        from edgelm.quant.activations import int8_blocks, round_cache
+
+        blocks, kv = self.blocks, self.kv
+
+        class Rounding(Hooks):
+            def inputs(self, name: str, x: Any) -> Any:
+                return int8_blocks(x, blocks[name]) if name in blocks else x
+
+            def cached(self, layer: int, keys: Any, values: Any) -> tuple[Any, Any]:
+                return round_cache(keys, values, kv)
+
+        return Rounding()
+
 
 def weight_count(config: Any) -> int:
     """Weights of a model, roughly: tables, attention as four square matrices, and the feed-forward blocks."""
@@ -84,12 +133,12 @@ def weight_count(config: Any) -> int:
     return int(config.hidden_size * (2 * config.vocab_size + config.num_hidden_layers * blocks))
 
 
-def golden_tokens(options: GoldenOptions, tokenizer: Tokenizer) -> int:
-    """An upper bound of the positions a pack will hold, which decides how much memory making it takes."""
+def golden_tokens(options: GoldenOptions, tokenizer: Tokenizer, config: Any) -> int:
+    """An upper bound of the positions a sweep holds, which decides how much memory making a pack takes."""
     continued = GREEDY_TOKENS if options.greedy_tokens is None else options.greedy_tokens
     longest = MAX_PROMPT_TOKENS if options.max_prompt_tokens is None else options.max_prompt_tokens
-    lengths = [min(len(tokenizer.encode(prompt.text)), longest) for prompt in options.prompts]
-    return sum(lengths) + continued * len(lengths)
+    lengths = [min(len(tokenizer.encode(prompt.text)), longest) + continued for prompt in options.prompts]
+    return sum(lengths) + sum(lengths[: options.rounded_prompts(config)])
 
 
 def write_pack(
@@ -100,6 +149,7 @@ def write_pack(
     tokenizer: Tokenizer,
     options: GoldenOptions,
     progress: Progress | None = None,
+    rounding: DeviceRounding | None = None,
 ) -> None:
     """Make a pack and write it to `folder` (pack.npz and pack.json).
 
@@ -111,11 +161,12 @@ def write_pack(
         tokenizer: the checkpoint's tokenizer.
         options: prompts and sizes.
         progress: where to report sweeps.
+        rounding: how the device rounds activations and cache; None where that is not known.
 
     Raises:
         ParityError: a prompt has no tokens.
     """
-    make_pack(reference, quantized, config_json, tokenizer, options, progress).save(folder)
+    make_pack(reference, quantized, config_json, tokenizer, options, progress, rounding).save(folder)
 
 
 def make_pack(
@@ -125,6 +176,7 @@ def make_pack(
     tokenizer: Tokenizer,
     options: GoldenOptions,
     progress: Progress | None = None,
+    rounding: DeviceRounding | None = None,
 ) -> ParityPack:
     """As `write_pack`, but keeps the pack in memory."""
     import torch
@@ -137,13 +189,17 @@ def make_pack(
     assert options.greedy_tokens is not None
     ids = _prompt_ids(tokenizer, options, model.config.max_position_embeddings)
     continued = (options.greedy_prompts or 0) if options.greedy_tokens else 0
-    sweeps = (options.greedy_tokens if continued else 1) + (quantized is not None)
+    if rounding is not None and rounding.is_exact:
+        rounding = None
+    again = quantized is not None or rounding is not None
+    sweeps = (options.greedy_tokens if continued else 1) + again
     with (progress or Silent()).task("reference", sweeps, unit="steps") as advance:
         share = _Share(advance)
         run = _float_run(model, ids, options.greedy_tokens, continued, share)
-        target = None
-        if quantized is not None:
-            target = _quantized_run(LayerwiseReference(config_json, quantized), run, share)
+        target = rounded = None
+        if again:
+            count = options.rounded_prompts(model.config)
+            target, rounded = _quantized_run(config_json, reference, quantized, run, rounding, count, share)
     return ParityPack(
         prompts=_golden_prompts(options.prompts, ids, run, tokenizer),
         ids=np.concatenate(run.fed).astype(np.int32),
@@ -152,6 +208,7 @@ def make_pack(
         reference=run.record,
         quantized=target,
         tokenizer=TokenizerPrint(tokenizer.vocab_size, tokenizer.fingerprint()),
+        rounded=rounded,
         made_with={"edgelm": edgelm.__version__, "torch": torch.__version__, "numpy": np.__version__},
     )
 
@@ -230,14 +287,58 @@ def _float_run(
     )
 
 
-def _quantized_run(model: LayerwiseReference, run: _FloatRun, progress: Progress) -> ReferenceRecord:
-    result = model.step(run.fed, None, trace=True, progress=progress)
-    width = run.top_ids.shape[1]
-    starts = np.cumsum([0, *(len(fed) for fed in run.fed)])
-    wanted = [run.top_ids[start : start + len(fed)] for start, fed in zip(starts, run.fed, strict=False)]
-    chunks = _chunks(result, min(2, model.config.vocab_size), run.probes, run.next_ids, wanted)
-    assert all(chunk.extra.shape[1] == width for chunk in chunks)
-    return _join(chunks, [chunk.extra for chunk in chunks])
+def _quantized_run(
+    config_json: Mapping[str, Any],
+    reference: WeightReader,
+    quantized: WeightReader | None,
+    run: _FloatRun,
+    rounding: DeviceRounding | None,
+    count: int,
+    progress: Progress,
+) -> tuple[ReferenceRecord | None, RoundedRecord | None]:
+    """The quantised reference over all prompts and, in the same sweep, the first `count` rounded as the device rounds.
+
+    One sweep for both: reading and dequantising the weights is most of its time. Without quantised weights the float
+    reference is known already, and only the rounded prompts are run.
+    """
+    from edgelm.models.hooks import LaterRows
+    from edgelm.models.layerwise import LayerwiseReference
+
+    exact = run.fed if quantized is not None else []
+    fed = [*exact, *(run.fed[:count] if rounding is not None else [])]
+    hooks = None
+    if rounding is not None:
+        hooks = LaterRows(rounding.hooks(), [len(ids) for ids in fed], len(exact))
+    model = LayerwiseReference(config_json, reference if quantized is None else quantized, hooks=hooks)
+    result = model.step(fed, None, trace=True, progress=progress)
+    starts = np.cumsum([0, *(len(ids) for ids in run.fed)])
+    wanted = [run.top_ids[start : start + len(ids)] for start, ids in zip(starts, run.fed, strict=False)]
+    after = run.next_ids
+    if len(fed) != len(run.fed):
+        wanted, after = ([*items[: len(exact)], *items[: len(fed) - len(exact)]] for items in (wanted, after))
+    chunks = _chunks(result, min(2, model.config.vocab_size), run.probes, after, wanted)
+    assert all(chunk.extra.shape[1] == run.top_ids.shape[1] for chunk in chunks)
+    plain, later = chunks[: len(exact)], chunks[len(exact) :]
+    record = _join(plain, [chunk.extra for chunk in plain]) if plain else None
+    if rounding is None:
+        return record, None
+    rounded = _join(later, [chunk.extra for chunk in later])
+    rows = np.arange(len(rounded.best), dtype=np.int32)
+    chosen = (run.record if record is None else record).experts
+    flipped = np.zeros(len(rows), dtype=bool)
+    if chosen is not None and rounded.experts is not None:
+        same = np.sort(chosen[:, rows], axis=-1) == np.sort(rounded.experts, axis=-1)
+        flipped = ~same.all(axis=(0, 2))
+    return record, RoundedRecord(
+        rows=rows,
+        top_logits=rounded.top_logits,
+        logsumexp=rounded.logsumexp,
+        probe_logits=rounded.probe_logits,
+        next_logit=rounded.next_logit,
+        best=rounded.best,
+        flipped=flipped.astype(np.int32),
+        kv=rounding.kv,
+    )
 
 
 def _routed(arrays: Sequence[NDArray[Any]]) -> NDArray[Any] | None:

@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import ParityError
-from edgelm.json_dataclass import Blame, Count, Range, from_data, quoted, read_json, require_format
+from edgelm.json_dataclass import Blame, Count, OneOf, Range, from_data, quoted, read_json, require_format
+from edgelm.kv_cache import KV_TYPES
 from edgelm.parity.sketch import SKETCH_SEED, SKETCH_WIDTH
 
 FORMAT_VERSION = 1
@@ -91,6 +92,24 @@ class ReferenceRecord:
 
 
 @dataclass(frozen=True)
+class RoundedRecord:
+    """What the target reference computes with activations and cache rounded as the device rounds them.
+
+    `rows` are the M positions it was run at: those of whole prompts, from their first token on. `kv` is the type of the
+    cache. The logits are at the same tokens as the target's. `flipped` says where some layer chose other experts.
+    """
+
+    rows: IntArray  # [M]
+    top_logits: FloatArray  # [M, 64]
+    logsumexp: FloatArray  # [M]
+    probe_logits: FloatArray  # [M, P]
+    next_logit: FloatArray  # [M]
+    best: IntArray  # [M]
+    flipped: IntArray  # [M]: 1 or 0
+    kv: str
+
+
+@dataclass(frozen=True)
 class TokenizerPrint:
     """What identifies a tokenizer: its size and `Tokenizer.fingerprint()`, a hash over what every id stands for."""
 
@@ -111,6 +130,11 @@ class _Array:
 
 
 @dataclass(frozen=True)
+class _Rounded:
+    kv: Annotated[str, OneOf(KV_TYPES)]
+
+
+@dataclass(frozen=True)
 class _Index:
     """`pack.json`."""
 
@@ -119,12 +143,17 @@ class _Index:
     tokenizer: TokenizerPrint | None
     sketch: _Sketch
     arrays: dict[str, _Array]
+    rounded: _Rounded | None = None
     made_with: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ParityPack:
-    """A whole pack in memory. `quantized` is None where nothing was quantised: one reference then serves as both."""
+    """A whole pack in memory.
+
+    `quantized` is None where nothing was quantised: one reference then serves as both. `rounded` is None where the
+    device rounds nothing but weights, or more than can be said here, and in packs of older versions.
+    """
 
     prompts: tuple[GoldenPrompt, ...]
     ids: IntArray  # [N]
@@ -133,6 +162,7 @@ class ParityPack:
     reference: ReferenceRecord
     quantized: ReferenceRecord | None
     tokenizer: TokenizerPrint | None
+    rounded: RoundedRecord | None = None
     made_with: dict[str, str] = field(default_factory=dict)
     sketch_seed: int = SKETCH_SEED
 
@@ -172,9 +202,12 @@ class ParityPack:
         """Write pack.npz and pack.json into `folder`, which is made when absent."""
         folder.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, NDArray[Any]] = {"ids": self.ids, "top_ids": self.top_ids, "probe_ids": self.probe_ids}
-        for prefix, record in (("reference", self.reference), ("quantized", self.quantized)):
+        records = (("reference", self.reference), ("quantized", self.quantized), ("rounded", self.rounded))
+        for prefix, record in records:
             if record is not None:
-                for item in fields(ReferenceRecord):
+                for item in fields(record):
+                    if item.name == "kv":
+                        continue
                     value = getattr(record, item.name)
                     if value is not None:
                         arrays[f"{prefix}.{item.name}"] = value
@@ -193,6 +226,8 @@ class ParityPack:
             "arrays": {name: {"shape": list(array.shape), "dtype": array.dtype.name} for name, array in arrays.items()},
             "made_with": self.made_with,
         }
+        if self.rounded is not None:
+            index["rounded"] = {"kv": self.rounded.kv}
         text = json.dumps(index, indent=1, ensure_ascii=False) + "\n"
         (folder / INDEX_FILE).write_text(text, encoding="utf-8")
 
@@ -221,6 +256,7 @@ class ParityPack:
             reference=_record(arrays, "reference", path),
             quantized=_record(arrays, "quantized", path) if has_quantized else None,
             tokenizer=index.tokenizer,
+            rounded=None if index.rounded is None else _rounded(arrays, index.rounded.kv, path),
             made_with=index.made_with,
             sketch_seed=index.sketch.seed,
         )
@@ -254,6 +290,8 @@ class ParityPack:
         for name, record in (("reference", self.reference), ("quantized", self.quantized)):
             if record is not None:
                 yield from self._record_problems(name, record, top, probes)
+        if self.rounded is not None:
+            yield from self._rounded_problems(self.rounded, top, probes)
 
     def _record_problems(self, name: str, record: ReferenceRecord, top: int, probes: int) -> Iterator[str]:
         count, layers = len(self.ids), self.num_layers
@@ -283,6 +321,24 @@ class ParityPack:
         chosen = record.experts
         if chosen is not None and not (chosen.size and 0 <= int(chosen.min()) <= int(chosen.max()) < self.num_experts):
             yield f"{name}.experts holds an expert outside 0..{self.num_experts - 1}"
+
+    def _rounded_problems(self, record: RoundedRecord, top: int, probes: int) -> Iterator[str]:
+        count = record.rows.size
+        if record.rows.ndim != 1 or not count or record.rows.min() < 0 or record.rows.max() >= len(self.ids):
+            yield "rounded.rows are not positions of the pack"
+        for item, shape in (
+            ("top_logits", (count, top)),
+            ("logsumexp", (count,)),
+            ("probe_logits", (count, probes)),
+            ("next_logit", (count,)),
+            ("best", (count,)),
+            ("flipped", (count,)),
+        ):
+            array = getattr(record, item)
+            if array.shape != shape:
+                yield f"rounded.{item} has shape {array.shape}, expected {shape}"
+            if array.dtype == np.float32 and not np.isfinite(array).all():
+                yield f"rounded.{item} holds what is no finite number"
 
 
 def _read_arrays(path: Path, wanted: Mapping[str, _Array]) -> dict[str, NDArray[Any]]:
@@ -329,7 +385,9 @@ def _dtype(name: str) -> np.dtype[Any]:
     return np.dtype(np.int32 if name.rpartition(".")[2] in _IDS else np.float32)
 
 
-_IDS = {"ids", "top_ids", "probe_ids"} | {item.name for item in fields(ReferenceRecord) if "Int" in str(item.type)}
+_IDS = {"ids", "top_ids", "probe_ids"} | {
+    item.name for record in (ReferenceRecord, RoundedRecord) for item in fields(record) if "Int" in str(item.type)
+}
 
 
 def _record(arrays: Mapping[str, NDArray[Any]], prefix: str, where: Path) -> ReferenceRecord:
@@ -339,3 +397,13 @@ def _record(arrays: Mapping[str, NDArray[Any]], prefix: str, where: Path) -> Ref
         if values[item.name] is None and "None" not in str(item.type):
             raise _BLAME.at(where, f"arrays.{prefix}.{item.name} is missing")
     return ReferenceRecord(**values)  # type: ignore[arg-type]  # keyed by the class's own fields
+
+
+def _rounded(arrays: Mapping[str, NDArray[Any]], kv: str, where: Path) -> RoundedRecord:
+    values = {}
+    for item in fields(RoundedRecord):
+        if item.name != "kv":
+            if f"rounded.{item.name}" not in arrays:
+                raise _BLAME.at(where, f"arrays.rounded.{item.name} is missing")
+            values[item.name] = arrays[f"rounded.{item.name}"]
+    return RoundedRecord(**values, kv=kv)

@@ -16,9 +16,10 @@ class Limits:
     """What a healthy bundle stays within. Logits are in nats; errors are relative; shares are of positions.
 
     Against the quantised reference (what the implementation and the device add): `kl_mean`, `kl_p99`, `kl_max`;
-    `logit_error`, the mean over positions; `clear_gap`, the top-1 minus top-2 logit from which a choice counts as
-    clear; `top1_clear`, the least agreement over clear positions; `perplexity`, the most by which the ratio of the
-    perplexities may differ from 1.
+    `logit_error`, the median over positions, and `logit_error_p90`, its ninth decile; `decode_error`, the median over
+    the steps of decoding; `clear_gap`, the top-1 minus top-2 logit from which a choice counts as clear; `top1_clear`,
+    the least agreement over clear positions; `greedy_clear`, how many continuations may leave the reference at a clear
+    choice; `perplexity`, the most by which the ratio of the perplexities may differ from 1.
 
     In the debug graph: `embedding_error`; `layer_base` and `layer_gain` as in diagnose.py; `bad_positions`, the share
     of positions that may exceed them; `router_near_tie`, the margin below which a router was undecided, in standard
@@ -29,8 +30,11 @@ class Limits:
     kl_p99: float
     kl_max: float
     logit_error: float
+    logit_error_p90: float
+    decode_error: float
     clear_gap: float
     top1_clear: float
+    greedy_clear: int
     perplexity: float
     embedding_error: float
     layer_base: float
@@ -46,14 +50,16 @@ SAME_PACK = 1e-3
 
 
 _QUANTISED = Limits(
-    kl_mean=1e-2, kl_p99=0.1, kl_max=1.0, logit_error=0.1, clear_gap=0.5, top1_clear=0.97, perplexity=0.05,
+    kl_mean=1e-2, kl_p99=0.1, kl_max=1.0, logit_error=0.1, logit_error_p90=0.3, decode_error=0.1,
+    clear_gap=0.5, top1_clear=0.97, greedy_clear=0, perplexity=0.05,
     embedding_error=1e-5, layer_base=1e-4, layer_gain=8.0, bad_positions=0.0, router_near_tie=1e-3, head_error=1e-4,
 )  # fmt: skip
 
 # From the finest kind to the coarsest.
 LIMITS: dict[str, Limits] = {
     "none": Limits(
-        kl_mean=1e-6, kl_p99=1e-5, kl_max=1e-4, logit_error=1e-4, clear_gap=1e-2, top1_clear=1.0, perplexity=1e-4,
+        kl_mean=1e-6, kl_p99=1e-5, kl_max=1e-4, logit_error=1e-4, logit_error_p90=3e-4, decode_error=1e-4,
+        clear_gap=1e-2, top1_clear=1.0, greedy_clear=0, perplexity=1e-4,
         embedding_error=1e-5, layer_base=1e-4, layer_gain=8.0, bad_positions=0.0, router_near_tie=1e-3, head_error=1e-4,
     ),
     **dict.fromkeys(("int8", "int6", "fp8", "int5", "int4", "int3"), _QUANTISED),
@@ -89,10 +95,12 @@ LOSS_WARNINGS: dict[str, LossWarning] = {
 _OF_VALUES: dict[str, dict[str, float]] = {
     "float32": {},
     "float16": {
-        "kl_mean": 1e-3, "kl_p99": 1e-2, "kl_max": 0.5, "logit_error": 1e-2, "clear_gap": 0.1, "perplexity": 1e-2,
+        "kl_mean": 1e-3, "kl_p99": 1e-2, "kl_max": 0.5, "logit_error": 1e-2, "logit_error_p90": 0.1,
+        "decode_error": 1e-2, "clear_gap": 0.1, "perplexity": 1e-2,
     },
     "bfloat16": {
-        "kl_mean": 1e-2, "kl_p99": 0.1, "kl_max": 1.0, "logit_error": 0.1, "clear_gap": 0.5, "perplexity": 0.05,
+        "kl_mean": 1e-2, "kl_p99": 0.1, "kl_max": 1.0, "logit_error": 0.1, "logit_error_p90": 0.3,
+        "decode_error": 0.1, "clear_gap": 0.5, "perplexity": 0.05,
     },
 }  # fmt: skip
 _OF_DEBUG_VALUES: dict[str, dict[str, float]] = {

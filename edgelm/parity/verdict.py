@@ -39,11 +39,14 @@ def divergence(expected: Sampled, actual: Sampled, rows: np.ndarray | None = Non
     )
 
 
-def logit_errors(expected: Sampled, actual: Sampled) -> Floats:
-    """Relative error of the log-probabilities at the recorded tokens and the probes, per position."""
-    want = np.concatenate([expected.top_logits, expected.probe_logits], axis=1)
-    got = np.concatenate([actual.top_logits, actual.probe_logits], axis=1)
-    return metrics.logit_error(want, got, expected.logsumexp, actual.logsumexp)
+def logit_errors(expected: Sampled, actual: Sampled, rows: np.ndarray | None = None) -> Floats:
+    """Relative error of the log-probabilities at the recorded tokens and the probes, per position (of `rows`)."""
+    chosen = slice(None) if rows is None else rows
+    want, got = (
+        np.concatenate([record.top_logits[chosen], record.probe_logits[chosen]], axis=1)
+        for record in (expected, actual)
+    )
+    return metrics.logit_error(want, got, expected.logsumexp[chosen], actual.logsumexp[chosen])
 
 
 def at_most(name: str, title: str, value: float, limit: float, detail: str = "", layer: int | None = None) -> Check:
@@ -116,7 +119,7 @@ def same_pack(stored: ParityPack, live: ParityPack) -> Check:
 def logits(pack: ParityPack, run: DeviceRun, limits: Limits) -> list[Check]:
     """The shipped graph's logits against both references."""
     want, device = pack.target, run.at_once
-    kl = divergence(want, device)
+    kl, error = divergence(want, device), logit_errors(want, device)
     clear = want.gap >= limits.clear_gap
     text = pack.has_next
     own = "quantised reference || device"
@@ -128,9 +131,15 @@ def logits(pack: ParityPack, run: DeviceRun, limits: Limits) -> list[Check]:
         at_most("logits.kl_max", f"KL({own}), largest, nats", metrics.largest(kl), limits.kl_max, _where(pack, kl)),
         at_most(
             "logits.error",
-            "Log-probabilities: relative error against the quantised reference, mean",
-            metrics.mean(logit_errors(want, device)),
+            "Log-probabilities: relative error against the quantised reference, median",
+            metrics.quantile(error, 0.5),
             limits.logit_error,
+        ),
+        at_most(
+            "logits.error_p90",
+            "Log-probabilities: relative error against the quantised reference, 90th percentile",
+            metrics.quantile(error, 0.9),
+            limits.logit_error_p90,
         ),
         _top1(want, device, clear, limits),
     ]
@@ -226,7 +235,18 @@ def greedy(pack: ParityPack, run: DeviceRun, limits: Limits) -> list[Check]:
     )
     kl = divergence(want, device, rows)
     return [
-        Check("greedy.tokens", "Greedy continuation, token by token through the cache", not failed, detail),
+        Check(
+            "greedy.tokens",
+            "Greedy continuation, token by token through the cache",
+            len(failed) <= limits.greedy_clear,
+            detail,
+        ),
+        at_most(
+            "greedy.error",
+            "Log-probabilities while decoding: relative error against the quantised reference, median",
+            metrics.quantile(logit_errors(want, device, rows), 0.5),
+            limits.decode_error,
+        ),
         at_most(
             "greedy.kl",
             "KL(quantised reference || device) while decoding, largest, nats",

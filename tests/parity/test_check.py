@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,11 @@ from edgelm.cli.parity import parity, summary
 from edgelm.errors import ParityError, RecipeError
 from edgelm.parity.check import check_parity
 from edgelm.parity.golden import GoldenOptions, make_pack
+from edgelm.parity.noise import rounding_limits
 from edgelm.parity.pack import ParityPack
 from edgelm.parity.prompts import Prompt
 from edgelm.parity.report import render
+from edgelm.parity.thresholds import LIMITS
 
 from . import damage
 from .conftest import CHECKPOINTS, FLAVOURS
@@ -41,6 +45,7 @@ sys.meta_path.insert(0, Refuse())
 import edgelm
 report = edgelm.check_parity(sys.argv[1], threads=1)
 from edgelm.parity.report import render
+from edgelm.parity.thresholds import LIMITS
 render(report)
 print(json.dumps([report.passed, sorted(set({EXPORT_ONLY!r}) & set(sys.modules))]))
 """
@@ -186,6 +191,81 @@ def test_max_kl_makes_the_loss_a_check(far_from_float, max_kl, code):
 def test_a_max_kl_that_is_no_number_of_nats_is_refused(exported, max_kl):
     with pytest.raises(ParityError, match=r"max_kl is .*: give a number of nats"):
         check_parity(exported("fox", "int4"), threads=1, max_kl=max_kl)
+
+
+WILD = {
+    "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "vocab_size": 600, "hidden_size": 64,
+    "intermediate_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "num_experts": 16, "num_experts_per_tok": 4, "norm_topk_prob": False, "max_position_embeddings": 512,
+    "rope_theta": 10000.0, "tie_word_embeddings": False, "hidden_act": "silu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wild(tmp_path_factory):
+    """A random mixture that amplifies rounding: weights twice as large as usual, and channels that stand out."""
+    from edgelm.checkpoint import Checkpoint
+    from edgelm.checkpoint.writer import ShardedWriter, TensorSpec
+    from edgelm.export import ExportOptions, export_bundle
+    from edgelm.synth import write_random_checkpoint
+
+    root = tmp_path_factory.mktemp("wild")
+    folder = write_random_checkpoint(WILD, root / "checkpoint", seed=9, dtype="F32")
+    opened = Checkpoint.open(folder)
+    weights = {name: opened.read_float32(name).copy() for name in opened.tensors}
+    with ShardedWriter(folder, {name: TensorSpec("F32", value.shape) for name, value in weights.items()}) as writer:
+        for name, value in weights.items():
+            if value.ndim == 1 and "self_attn" not in name:
+                value[[3, 17, 24]] *= 8
+            writer.write(name, value * (1 if value.ndim == 1 or "embed" in name else 2))
+    options = ExportOptions(ops=FLAVOURS[0])
+    return export_bundle(folder, root / "b", recipe="int4", options=options).path
+
+
+def test_a_model_that_amplifies_rounding_passes_where_it_is_computed_rightly(wild):
+    report = check_parity(wild, threads=1)
+    assert report.passed, [(check.name, check.value, check.limit) for check in report.failures]
+    assert report.kl_mean > 5 * LIMITS["int4"].kl_mean
+    assert any("amplifies rounding" in note for note in report.notes)
+
+
+def test_damage_is_found_in_a_model_that_amplifies_rounding(wild, tmp_path):
+    folder = tmp_path / "b"
+    shutil.copytree(wild, folder)
+    damage.renormalise_routing(folder, layer=3)
+    damage.reseal(folder)
+    report = check_parity(folder, threads=1)
+    assert report.first_diverged_layer == 3
+
+
+@pytest.mark.parametrize("model", ["olmoe", "fox"])
+def test_the_limits_of_calm_models_are_far_below_the_fixed_ones(exported, model):
+    fixed = LIMITS["int4"]
+    limits = rounding_limits(ParityPack.load(exported(model, "int4") / "parity"), fixed)
+    assert limits.logit_error < fixed.logit_error / 5
+    assert limits.decode_error < fixed.decode_error / 5
+    assert limits.kl_mean < fixed.kl_mean * (1 if model == "olmoe" else 0.1)
+
+
+def test_a_bundle_whose_pack_has_no_rounded_record_is_judged_by_the_fixed_limits(copied):
+    folder = copied("olmoe", "int4")
+    pack = ParityPack.load(folder / "parity")
+    assert pack.rounded is not None
+    replace(pack, rounded=None).save(folder / "parity")
+    damage.reseal(folder)
+    report = check_parity(folder, threads=1)
+    assert report.passed, [(check.name, check.value, check.limit) for check in report.failures]
+    found = {check.name: check.limit for check in report.checks}
+    assert (found["logits.error"], found["logits.kl_mean"]) == (LIMITS["int4"].logit_error, LIMITS["int4"].kl_mean)
+
+
+@pytest.mark.skipif("native" not in FLAVOURS, reason="portable caches are float32")
+def test_a_coarser_cache_than_the_simulated_one_has_limits_no_narrower_than_the_fixed_ones(exported):
+    report = check_parity(exported("olmoe", "int4"), threads=1, kv="int8")
+    assert report.passed, [(check.name, check.value, check.limit) for check in report.failures]
+    found = {check.name: check.limit for check in report.checks}
+    assert found["logits.error"] >= LIMITS["int4"].logit_error
+    assert any("the cache is int8, coarser than the float16" in note for note in report.notes)
 
 
 def test_another_checkpoint_is_noticed(exported, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edgelm.errors import ParityError
-from edgelm.parity.pack import GoldenPrompt, ParityPack, ReferenceRecord, TokenizerPrint
+from edgelm.parity.pack import GoldenPrompt, ParityPack, ReferenceRecord, RoundedRecord, TokenizerPrint
 from edgelm.parity.prompts import BUILT_IN, load_prompts
 from edgelm.parity.thresholds import LIMITS, LOSS_WARNINGS, kind_of, loss_table, markdown_table, values_table
 
@@ -64,6 +64,46 @@ def test_a_pack_reads_back_equal(tmp_path, quantized, experts):
     for item in dataclasses.fields(ReferenceRecord):
         a, b = getattr(again.target, item.name), getattr(pack.target, item.name)
         assert (a is None and b is None) or (np.array_equal(a, b) and a.dtype == b.dtype)
+
+
+def test_a_rounded_record_reads_back_equal_and_is_optional(tmp_path):
+    pack = make_pack()
+    target = pack.target
+    record = RoundedRecord(
+        rows=np.arange(6, dtype=np.int32),
+        top_logits=target.top_logits[:6] + 1,
+        logsumexp=target.logsumexp[:6] + 1,
+        probe_logits=target.probe_logits[:6] + 1,
+        next_logit=target.next_logit[:6] + 1,
+        best=target.best[:6],
+        flipped=(np.arange(6) == 2).astype(np.int32),
+        kv="int8",
+    )
+    dataclasses.replace(pack, rounded=record).save(tmp_path)
+    again = ParityPack.load(tmp_path).rounded
+    assert again.kv == "int8"
+    for item in dataclasses.fields(RoundedRecord):
+        assert np.array_equal(getattr(again, item.name), getattr(record, item.name)), item.name
+    make_pack().save(tmp_path)
+    assert ParityPack.load(tmp_path).rounded is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": np.arange(4, 10, dtype=np.int32)}, "not positions of the pack"),
+        ({"best": np.zeros(5, np.int32)}, r"rounded\.best has shape"),
+        ({"logsumexp": np.full(6, np.nan, np.float32)}, r"rounded\.logsumexp holds what is no finite number"),
+        ({"kv": "int2"}, r"rounded\.kv.*int2"),
+    ],
+)
+def test_a_rounded_record_that_does_not_fit_is_refused(tmp_path, change, message):
+    pack = make_pack()
+    values = {item.name: getattr(pack.target, item.name)[:6] for item in dataclasses.fields(RoundedRecord)[1:6]}
+    record = RoundedRecord(np.arange(6, dtype=np.int32), **values, flipped=np.zeros(6, np.int32), kv="float16")
+    dataclasses.replace(pack, rounded=dataclasses.replace(record, **change)).save(tmp_path)
+    with pytest.raises(ParityError, match=message):
+        ParityPack.load(tmp_path)
 
 
 def test_equal_packs_give_equal_bytes(tmp_path):

@@ -1,0 +1,135 @@
+"""Limits for the shipped graph that follow from how its device rounds activations and cache.
+
+The pack holds what the target reference computes with that rounding simulated (`RoundedRecord`). A device that computes
+rightly is another draw from the same distribution: the same rounding of values that differ in their last bits, or
+kernels that round a little differently. So each of its statistics is held to what the simulation shows, plus what two
+finite samples of one distribution differ by, times a margin for kernels that round more coarsely:
+
+    quantiles   the simulation's quantile at q + Z sqrt(q (1 - q) (1/N + 1/M)): a count above a level is binomial
+    means       mean + Z std sqrt(1/N + 1/M)
+    rare events (sqrt(share) + Z/2 sqrt(1/N + 1/M))^2: the square root of a Poisson count varies by 1/2
+    margin      FACTOR in the errors' size, its square in KL, which is quadratic in small errors
+    floor       what float32 arithmetic is allowed, added
+
+with N positions of the device and M of the simulation. In a mixture rounding also tips near-ties of the router, and one
+tipped choice may cost more than all other rounding together. Coarser rounding tips more of them, in proportion, but
+does not make one cost more: positions where the simulation's experts differ ("flipped") have the margin in their
+number, all others in their size. The median and the ninth decile hardly feel flips, so they are what damage stands out
+against. For means and largest values the simulation's flips say what one costs; where it has few of them (fewer than
+`FLIPS`), one that costs `FLIP_KL` is allowed for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from edgelm.parity import metrics
+from edgelm.parity.metrics import Floats
+from edgelm.parity.pack import ParityPack
+from edgelm.parity.thresholds import LIMITS, Limits
+
+FACTOR = 2.0
+Z = 3.0
+# Of a few hundred draws of small noise the largest; a second sample's is rarely twice as large, so four times in KL. Of
+# flips, whose costs have a long tail, sixteen times.
+LARGEST, LARGEST_FLIP = 4.0, 16.0
+FLIPS = 10
+FLIP_KL = 1.0
+# A choice is clear where its gap is so many standard deviations of the rounding's error.
+CLEAR = 4.0
+
+
+def rounding_limits(pack: ParityPack, limits: Limits) -> Limits:
+    """`limits` with those of the shipped graph derived from the pack's rounded record, if it has one."""
+    rounded, want = pack.rounded, pack.target
+    if rounded is None:
+        return limits
+    rows, exact = rounded.rows, LIMITS["none"]
+    kl = metrics.bucketed_kl(want.top_logits[rows], want.logsumexp[rows], rounded.top_logits, rounded.logsumexp)
+    logits = np.concatenate([want.top_logits, want.probe_logits], axis=1)[rows]
+    moved = np.concatenate([rounded.top_logits, rounded.probe_logits], axis=1)
+    error = metrics.logit_error(logits, moved, want.logsumexp[rows], rounded.logsumexp)
+    count, flipped = len(pack.ids), rounded.flipped != 0
+    # All positions where every one flips: nothing else is known then.
+    calm = ~flipped if not flipped.all() else np.ones_like(flipped)
+    unseen = max(FLIP_KL, float(kl.max())) if pack.num_experts and flipped.sum() < FLIPS else 0.0
+    steps = sum(len(prompt.greedy) for prompt in pack.prompts)
+
+    def below(values: Floats, q: float, margin: float, draws: int = count) -> float:
+        return max(margin * _quantile(values[calm], q, draws), _quantile_of_more(values, q, draws))
+
+    top = metrics.largest
+    size = FACTOR * CLEAR * math.sqrt(2) * _quantile((error * logits.std(axis=1))[calm], 0.9, count)
+    clear_gap = exact.clear_gap + size
+    smooth, tipped = np.where(flipped, 0.0, kl), np.where(flipped, kl, 0.0)
+    return replace(
+        limits,
+        kl_mean=exact.kl_mean + FACTOR**2 * _mean(smooth, count) + FACTOR * _mean(tipped, count) + unseen / count,
+        kl_p99=exact.kl_p99 + below(kl, 0.99, FACTOR**2),
+        kl_max=exact.kl_max + max(FACTOR**2 * LARGEST * top(kl[calm]), LARGEST_FLIP * top(tipped), LARGEST * unseen),
+        logit_error=exact.logit_error + below(error, 0.5, FACTOR),
+        logit_error_p90=exact.logit_error_p90 + below(error, 0.9, FACTOR),
+        decode_error=exact.decode_error + below(error, 0.5, FACTOR, max(steps, 1)),
+        clear_gap=clear_gap,
+        top1_clear=1 - _share_that_may_differ(pack, clear_gap),
+        greedy_clear=math.floor(steps * _share_that_may_differ(pack, clear_gap, max(steps, 1))),
+        perplexity=exact.perplexity + _perplexity(pack, unseen),
+    )
+
+
+def _spread(count: int, simulated: int) -> float:
+    """Standard deviation of the difference of two means, of `count` and `simulated` draws, in that of one draw."""
+    return math.sqrt(1 / count + 1 / simulated)
+
+
+def _quantile(values: Floats, q: float, count: int) -> float:
+    """What the q-quantile of `count` further draws stays below."""
+    return metrics.quantile(values, min(1.0, q + Z * math.sqrt(q * (1 - q)) * _spread(count, len(values))))
+
+
+def _quantile_of_more(values: Floats, q: float, count: int) -> float:
+    """The same where `FACTOR` times as many exceed any level, and what exceeds is not larger."""
+    tail = 1 - q - Z * math.sqrt(q * (1 - q)) * _spread(count, len(values))
+    return metrics.quantile(values, 1 - tail / FACTOR) if tail > 0 else LARGEST * metrics.largest(values)
+
+
+def _mean(values: Floats, count: int) -> float:
+    """What the mean of `count` further draws stays below."""
+    return float(values.mean() + Z * values.std() * _spread(count, len(values)))
+
+
+def _share_that_may_differ(pack: ParityPack, clear_gap: float, count: int | None = None) -> float:
+    """The share of `count` clear choices that may be others: none in a dense model whose simulation has none.
+
+    Such choices are few, so their number is Poisson, whose square root has a standard deviation of 1/2.
+    """
+    rounded, want = pack.rounded, pack.target
+    assert rounded is not None
+    clear = want.gap >= clear_gap
+    seen = clear[rounded.rows]
+    if not seen.any():
+        return 1.0
+    different = int((rounded.best != want.best[rounded.rows])[seen].sum())
+    if not pack.num_experts and not different:
+        return 0.0
+    simulated = int(seen.sum())
+    root = math.sqrt((FACTOR * different + 3 / 8) / simulated) + Z / 2 * _spread(count or int(clear.sum()), simulated)
+    return min(1.0, root**2)
+
+
+def _perplexity(pack: ParityPack, unseen: float) -> float:
+    """What the ratio of the perplexities may differ from 1 by."""
+    rounded, want = pack.rounded, pack.target
+    assert rounded is not None
+    rows = rounded.rows[pack.has_next[rounded.rows]]
+    if not len(rows):
+        return 0.0
+    before = want.next_logit[rows].astype(np.float64) - want.logsumexp[rows]
+    after = (rounded.next_logit.astype(np.float64) - rounded.logsumexp)[pack.has_next[rounded.rows]]
+    change = after - before
+    count = int(pack.has_next.sum())
+    bound = abs(float(change.mean())) + Z * float(change.std()) * _spread(count, len(rows))
+    return math.expm1(min(FACTOR * bound + unseen / count, 100.0))

@@ -1,0 +1,137 @@
+"""Do the limits that follow from rounding let every other draw of it pass, and nothing that is larger?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from small_checkpoint import tokens, write_small
+from test_parity_pack import make_pack, make_record
+
+from edgelm.models.hooks import Hooks, LaterRows
+from edgelm.models.layerwise import LayerwiseReference
+from edgelm.parity import verdict
+from edgelm.parity.noise import rounding_limits
+from edgelm.parity.pack import GoldenPrompt, RoundedRecord
+from edgelm.parity.thresholds import LIMITS
+
+VOCAB, TOP, COUNT = 300, 64, 400
+
+
+def draw(rng, logits, noise, flips, scale=1.0):
+    """Logits moved by rounding: small noise everywhere, and at a share of the positions another expert's output."""
+    flipped = rng.random(len(logits)) < flips
+    size = np.where(flipped, 30.0, 1.0)[:, None] * noise * scale
+    return logits + size * rng.standard_normal(logits.shape), flipped
+
+
+def sampled(pack, logits):
+    total = np.log(np.exp(logits).sum(axis=1))
+    rows = np.arange(len(logits))
+    return {
+        "top_logits": np.take_along_axis(logits, pack.top_ids, axis=1),
+        "probe_logits": logits[:, pack.probe_ids],
+        "next_logit": logits[rows, pack.next_ids],
+        "logsumexp": total,
+        "best": logits.argmax(axis=1),
+    }
+
+
+def packed(rng, noise, flips):
+    """A pack whose target has random logits, with one draw of rounding in it; and the target's logits."""
+    logits = 3 * rng.standard_normal((COUNT, VOCAB))
+    prompts = tuple(GoldenPrompt(f"p{i}", "", "", 40 * i, 33, tuple(range(8))) for i in range(10))
+    pack = replace(
+        make_pack(),
+        prompts=prompts,
+        ids=rng.integers(0, VOCAB, COUNT).astype(np.int32),
+        top_ids=np.argsort(-logits)[:, :TOP].astype(np.int32),
+        probe_ids=np.arange(0, VOCAB, 5, dtype=np.int32),
+    )
+    ordered = np.sort(logits)
+    record = replace(make_record(rng, count=COUNT), gap=ordered[:, -1] - ordered[:, -2], **sampled(pack, logits))
+    pack = replace(pack, reference=record, quantized=record)
+    moved, flipped = draw(rng, logits, noise, flips)
+    rounded = RoundedRecord(
+        np.arange(COUNT, dtype=np.int32), **sampled(pack, moved), flipped=flipped.astype(np.int32), kv="float16"
+    )
+    return replace(pack, rounded=rounded), logits
+
+
+def failures(pack, limits, logits):
+    record = SimpleNamespace(**sampled(pack, logits), seen=np.ones(COUNT, dtype=bool))
+    run = SimpleNamespace(at_once=record, decoded=record)
+    checks = [*verdict.logits(pack, run, limits), *verdict.greedy(pack, run, limits)]
+    return {check.name for check in checks if check.passed is False}
+
+
+@pytest.mark.parametrize(("noise", "flips"), [(1e-3, 0.0), (0.02, 0.05), (0.3, 0.0), (0.1, 0.3), (2.0, 0.5)])
+def test_every_other_draw_of_the_same_rounding_passes(noise, flips):
+    rng = np.random.default_rng(7)
+    failed = []
+    for _ in range(10):
+        pack, logits = packed(rng, noise, flips)
+        limits = rounding_limits(pack, LIMITS["int4"])
+        failed += [failures(pack, limits, draw(rng, logits, noise, flips)[0]) for _ in range(4)]
+    assert not any(failed), failed
+
+
+@pytest.mark.parametrize("noise", [1e-3, 0.02])
+def test_three_times_the_rounding_fails_where_fixed_limits_are_blind(noise):
+    rng = np.random.default_rng(8)
+    pack, logits = packed(rng, noise, 0.0)
+    worse = draw(rng, logits, noise, 0.0, scale=3)[0]
+    assert {"logits.error", "greedy.error"} <= failures(pack, rounding_limits(pack, LIMITS["int4"]), worse)
+    assert not failures(pack, LIMITS["int4"], worse)
+
+
+def test_a_tenth_of_the_positions_wrong_is_found_by_the_ninth_decile():
+    rng = np.random.default_rng(9)
+    pack, logits = packed(rng, 0.02, 0.0)
+    device = draw(rng, logits, 0.02, 0.0)[0]
+    device[::7] = draw(rng, logits[::7], 0.3, 0.0)[0]
+    assert "logits.error_p90" in failures(pack, rounding_limits(pack, LIMITS["int4"]), device)
+
+
+def test_a_pack_without_the_record_keeps_the_fixed_limits():
+    pack = make_pack()
+    assert rounding_limits(pack, LIMITS["int4"]) is LIMITS["int4"]
+
+
+def test_rounding_below_float32_leaves_the_limits_of_float32():
+    pack, _ = packed(np.random.default_rng(3), 0.0, 0.0)
+    dense = replace(pack, reference=replace(pack.reference, router=None, experts=None), quantized=None)
+    limits = rounding_limits(dense, LIMITS["int4"])
+    exact = LIMITS["none"]
+    assert (limits.kl_mean, limits.kl_max, limits.logit_error) == (exact.kl_mean, exact.kl_max, exact.logit_error)
+    assert (limits.top1_clear, limits.clear_gap) == (1.0, exact.clear_gap)
+
+
+class Coarse(Hooks):
+    """Rounds what is multiplied and what is cached to quarters."""
+
+    def inputs(self, name, x):
+        return (4 * x).round() / 4
+
+    def cached(self, layer, keys, values):
+        return (4 * keys).round() / 4, (4 * values).round() / 4
+
+
+@pytest.mark.parametrize("name", ["olmoe", "fox"])
+def test_one_sweep_serves_a_model_and_its_rounded_twin(tmp_path, name):
+    checkpoint = write_small(tmp_path / name, name)
+    ids = list(tokens(2))
+    ids[1] = ids[1][:9]
+    plain = LayerwiseReference(checkpoint.config, checkpoint).step(ids, trace=True)
+    coarse = LayerwiseReference(checkpoint.config, checkpoint, hooks=Coarse()).step(ids, trace=True)
+    later = LaterRows(Coarse(), [len(item) for item in ids + ids], 2)
+    both = LayerwiseReference(checkpoint.config, checkpoint, hooks=later).step(ids + ids, trace=True)
+    for found, expected in zip(both.sequences, plain.sequences + coarse.sequences, strict=True):
+        assert np.allclose(found.final, expected.final, atol=1e-5)
+        assert np.allclose(found.hidden, expected.hidden, atol=1e-5)
+    assert not np.allclose(plain.sequences[0].final, coarse.sequences[0].final, atol=1e-2)
+    logits = both.topk(4)[0]
+    for found, expected in zip(logits, plain.topk(4)[0] + coarse.topk(4)[0], strict=True):
+        assert np.allclose(found.values, expected.values, atol=1e-4)
