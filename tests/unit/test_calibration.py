@@ -43,6 +43,9 @@ from edgelm.synth import write_random_checkpoint
 from edgelm.texts import read_texts, standard_library, windows
 from edgelm.tokenizer import Tokenizer
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from faults import KILL, interrupted_at, operations
+
 OLMOE = {
     "architectures": ["OlmoeForCausalLM"],
     "vocab_size": 640,
@@ -396,6 +399,30 @@ def test_a_folder_in_the_way_is_not_emptied(checkpoints: dict[str, Path], text: 
     mine.parent.write_text("a file")
     with pytest.raises(EdgeLMError, match="is a file, the work of a calibration a folder"):
         calibrate_checkpoint(checkpoints["fox"], tmp_path / "out", INT4, text=text, **SMALL)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_work_that_is_half_removed_is_nothing_to_go_on_from(tmp_path: Path) -> None:
+    path = tmp_path / "out.calibrating"
+    names = ["state.json", "smoothing.safetensors", "head.safetensors", "stream-00002.safetensors"]
+    names += ["layer-00000.safetensors", "layer-00001.safetensors", ".head.safetensors.partial-0123456789abcdef"]
+
+    def fill() -> None:
+        path.mkdir(exist_ok=True)
+        for name in names:
+            (path / name).write_bytes(b"x")
+
+    fill()
+    log = operations(lambda: work._remove(path))
+    assert not path.exists()
+    for at in range(len(log)):
+        fill()
+        assert interrupted_at(lambda: work._remove(path), at, KILL) == "killed"
+        left = work.WorkFolder(path)
+        if left.next_layer() is not None or (path / "head.safetensors").is_file():
+            assert all(file.is_file() for file in left.files(2)[:-1]), log[at]
+            assert (path / "smoothing.safetensors").is_file(), log[at]
+        assert not list(path.glob("*")) or (path / "state.json").is_file(), log[at]
 
 
 def test_tokens_are_borrowed_from_those_that_route_near() -> None:
