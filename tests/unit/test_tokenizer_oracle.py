@@ -1,7 +1,6 @@
 """Do texts get the ids that transformers gives them, and do ids become its texts, whatever a fine-tune adds?
 
-Different on purpose, and therefore not compared: bytes that are not UTF-8 (see `StreamDetokenizer.push`), and `<mask>`,
-which transformers' GemmaTokenizer adds to vocabularies without it.
+What differs on purpose, and is therefore not compared, is listed in docs/bundle.md.
 """
 
 from __future__ import annotations
@@ -34,6 +33,12 @@ MARKS = ("e\u0301", "\u00e9", "a\u0323\u0307", "\u0301", "ﬁ", "\u212b", "\u1e9
 SPACES = (" ", "  ", "   ", "\t", "\n", "\r\n", "\n\n\n", "\u00a0", "\u2003", "\u3000", "\u200b", "\x0b", "\x85", "▁")
 MARKERS = ("<s>", "</s>", "<unk>", "<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>", "<|endoftext|>")
 BYTES = ("<0x0A>", "<0x41>", "<0xZZ>", "\x00", "\x01", "\x7f", "\ufeff", "\ufffd", "\U0010ffff")
+CHATS = (
+    "<|im_start|>user\nhow are you?<|im_end|>\n<|im_start|>assistant\n",
+    "<bos><start_of_turn>user\nhow are you?<end_of_turn>\n<start_of_turn>model\n",
+    "<s>[INST] <<SYS>>\nbe kind\n<</SYS>>\n\nhow are you? [/INST] well </s><s>[INST] and you? [/INST]",
+    "<|endoftext|><|user|>\nhow are you?\n<|assistant|>\nwell<|endoftext|>\n<|user|>\nand you?\n<|assistant|>\n",
+)
 CODE = (
     "def f(x):\n    return x**2  # Größe",
     "a=[1,2,3];\tb={'k':\"v\"}",
@@ -47,7 +52,7 @@ def texts() -> list[str]:
     added = [content for content, _ in ADDITIONS]
     special = [*MARKERS, *added, "cafe\u0301"]
     parts = [*EMOJI, *SCRIPTS, *MARKS, *SPACES, *BYTES, *CODE, *special]
-    result = [*TEXTS, *parts]
+    result = [*TEXTS, *CHATS, *parts]
     result += [f"the {part} people" for part in parts] + [f"{part}the" for part in special]
     result += [f"the{part}" for part in special] + [f" {part} {part}\n{part}" for part in special]
     result += [
@@ -84,6 +89,15 @@ def with_class(make: Callable[[Path], Path], **settings: Any) -> Callable[[Path]
     return made
 
 
+def llama_both(folder: Path) -> Path:
+    """tokenizer.model beside a tokenizer.json of another making: this counts."""
+    llama(folder, bos_token="<bos>", eos_token="<eos>")
+    other = llama_json(folder.with_name("other"))
+    put(folder, "config.json", {"model_type": "llama", "eos_token_id": 1})
+    (folder / "tokenizer.json").write_bytes((other / "tokenizer.json").read_bytes())
+    return folder
+
+
 KINDS: dict[str, Callable[[Path], Path]] = {
     "byte_level": neox,
     "gemma_model": fox,
@@ -92,6 +106,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "llama_json": llama_json,
     "llama_json_class": with_class(llama_json, tokenizer_class="LlamaTokenizer", eos_token="<eos>", bos_token="<bos>"),
     "llama_model": llama,
+    "llama_both": llama_both,
     "llama_model_legacy": lambda folder: llama(folder, legacy=True),
     "llama_model_new": lambda folder: llama(folder, legacy=False),
     "llama_model_no_prefix": lambda folder: llama(folder, add_prefix_space=False, clean_up_tokenization_spaces=True),
