@@ -152,6 +152,20 @@ class SourceInfo:
 
 
 @dataclass(frozen=True)
+class Requirement:
+    """A graph needs `package` of at least `version` because it has `feature`."""
+
+    package: str
+    version: str
+    feature: str
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The version to compare with: 1.23.2 is (1, 23, 2)."""
+        return version_numbers(self.version)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a bundle says about itself (`manifest.json`)."""
 
@@ -168,6 +182,7 @@ class Manifest:
     tools: dict[str, str]
     created: str
     calibration: CalibrationInfo | None = None
+    requires: tuple[Requirement, ...] = ()
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
@@ -179,6 +194,8 @@ class Manifest:
             del data["calibration"]
         elif self.calibration.smoothing is None:
             del data["calibration"]["smoothing"]
+        if not self.requires:
+            del data["requires"]
         return json.dumps(data, indent=1) + "\n"
 
     @classmethod
@@ -205,6 +222,9 @@ class Manifest:
             yield f"model.num_heads is {model.num_heads}, no multiple of num_kv_heads, {model.num_kv_heads}"
         if model.experts_per_token > model.num_experts:
             yield f"model.experts_per_token is {model.experts_per_token}, and num_experts {model.num_experts}"
+        for need in self.requires:
+            if not need.numbers:
+                yield f"requires {need.package} of a version that is none: {quoted(need.version)}"
         for name in self.files:
             if not _is_inside(name):
                 yield f"names a file outside the bundle: {quoted(name)}"
@@ -375,6 +395,12 @@ class Bundle:
                     where = "" if entry.layer is None else f" (layer {entry.layer})"
                     problems.append(f"{weights}: tensor {entry.name}{where} differs from what was exported")
         return problems
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: of 1.32.0.dev7 it is (1, 32, 0); empty where it has none."""
+    found = re.match(r"\d{1,6}(\.\d{1,6}){0,2}", version)
+    return () if found is None else tuple(int(part) for part in found[0].split("."))
 
 
 def sha256_of(path: Path, advance: Callable[[float], None] | None = None) -> str:

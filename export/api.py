@@ -265,6 +265,7 @@ def _write_manifest(
         tensors=tensors,
         tools={**_tool_versions(), **TARGETS[options.target].tools()},
         calibration=calibration,
+        requires=plan.graphs.requires,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

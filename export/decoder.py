@@ -28,6 +28,8 @@ from edgelm.export.graph import MICROSOFT, Dims, int64
 from edgelm.export.portable import FLOAT, PortableOps
 
 _END = np.iinfo(np.int64).max
+_HEAD_SIZES = 16
+"""GroupQueryAttention with rotary positions takes multiples of this alone (tried: 1.18 to 1.32, sizes 1 to 1024)."""
 
 
 class DecoderFrame:
@@ -39,6 +41,13 @@ class DecoderFrame:
         self.info = info
         self.debug_outputs: list[tuple[str, Dims]] = []
         graph = self.graph
+        if info.head_dim % _HEAD_SIZES:
+            ops.refuse(
+                "config.json",
+                f"has heads of {info.head_dim} (head_dim, or hidden_size / num_attention_heads), ONNX Runtime's "
+                f"GroupQueryAttention takes multiples of {_HEAD_SIZES}: "
+                "export with --target cpu --ops native, which takes all even sizes",
+            )
         self.ids = graph.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
         mask = graph.input("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"])
         cache: Dims = ["batch_size", info.num_kv_heads, "past_sequence_length", info.head_dim]
@@ -80,7 +89,7 @@ class DecoderFrame:
         outputs = [out, f"present.{layer}.key", f"present.{layer}.value"]
         return self.graph.node(
             "GroupQueryAttention", inputs, outputs, MICROSOFT, num_heads=self.info.num_heads,
-            kv_num_heads=self.info.num_kv_heads, do_rotary=1, rotary_interleaved=0,
+            kv_num_heads=self.info.num_kv_heads, do_rotary=1,
         )  # fmt: skip
 
     def record_hidden(self, index: int) -> str:

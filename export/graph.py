@@ -19,6 +19,20 @@ EDGELM = "edgelm"
 
 Dims = Sequence[int | str]
 
+DEFAULTS: Mapping[str, Mapping[str, int | float]] = {
+    "FusedMatMul": {"transA": 0, "alpha": 1.0},
+    "GatherBlockQuantized": {"bits": 4, "block_size": 128, "gather_axis": 0, "quantize_axis": 1},
+    "GroupQueryAttention": {"rotary_interleaved": 0},
+    "MatMulNBits": {"accuracy_level": 0},
+    "MoE": {"k": 1, "activation_alpha": 1.0, "activation_beta": 0.0},
+    "QMoE": {"k": 1, "activation_alpha": 1.0, "activation_beta": 0.0, "expert_weight_bits": 4, "accuracy_level": 0},
+}
+"""What ONNX Runtime takes where an attribute is left out, the same in all versions that have the attribute.
+
+Such attributes are not written: an older version refuses a graph that has one it does not know.
+`normalize_routing_weights` is not among them, so that every graph of a MoE says whether it renormalises.
+"""
+
 
 class GraphBuilder:
     """Nodes, inputs, outputs and initializers in the order they are added; names are given by the caller or derived."""
@@ -49,6 +63,8 @@ class GraphBuilder:
     def node(self, op: str, inputs: Sequence[str], outputs: str | Sequence[str], domain: str = "", **attrs: Any) -> str:
         """Add a node named after its first output; return that output."""
         names = [outputs] if isinstance(outputs, str) else list(outputs)
+        if domain == MICROSOFT:
+            attrs = {name: value for name, value in attrs.items() if not _is_default(op, name, value)}
         self._nodes.append(helper.make_node(op, list(inputs), names, name=f"{names[0]}/{op}", domain=domain, **attrs))
         return names[0]
 
@@ -140,10 +156,19 @@ EXACT: Mapping[str, int | float | str] = {"accuracy_level": 0, "activations": "f
 def _exact(node: onnx.NodeProto, attributes: Mapping[str, int | float | str]) -> onnx.NodeProto:
     copy = onnx.NodeProto()
     copy.CopyFrom(node)
-    for attribute in copy.attribute:
-        if attribute.name in attributes:
-            attribute.CopyFrom(helper.make_attribute(attribute.name, attributes[attribute.name]))
+    del copy.attribute[:]
+    for attribute in node.attribute:
+        value = attributes.get(attribute.name)
+        if value is None:
+            copy.attribute.append(attribute)
+        elif node.domain != MICROSOFT or not _is_default(node.op_type, attribute.name, value):
+            copy.attribute.append(helper.make_attribute(attribute.name, value))
     return copy
+
+
+def _is_default(op: str, name: str, value: object) -> bool:
+    defaults = DEFAULTS.get(op, {})
+    return name in defaults and defaults[name] == value
 
 
 def int64(*values: int) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx
 
-from edgelm.bundle import ModelInfo, TokenIds
+from edgelm.bundle import ModelInfo, Requirement, TokenIds
 from edgelm.checkpoint import Checkpoint
 from edgelm.export.options import ExportOptions
 from edgelm.export.weights import WeightsPlan
@@ -42,7 +42,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Graphs:
-    """The graphs of a bundle, the weights that they share, and the type of their cache.
+    """The graphs of a bundle, the weights that they share, the type of their cache, and what is needed to run them.
 
     `rounded` names the matrices whose inputs the graph rounds to int8, and in blocks of how many columns; None where
     that is not all that is rounded (on a GPU values are float16 or bfloat16 too). `finish` writes what else belongs to
@@ -55,6 +55,7 @@ class Graphs:
     kv: str
     finish: Callable[[Path, Plan, ExportOptions, Progress], None]
     rounded: Mapping[str, int] | None = None
+    requires: tuple[Requirement, ...] = ()
 
 
 class Target(ABC):

@@ -25,7 +25,7 @@ from onnx import TensorProto
 from edgelm.errors import ExportError
 from edgelm.export import activations
 from edgelm.export.graph import MICROSOFT, GraphBuilder, int64
-from edgelm.export.layout import BlockFormat, codes_in, common_format, interleave, scales_in, zeros_in
+from edgelm.export.layout import BlockFormat, block_of, codes_in, common_format, interleave, scales_in, zeros_in
 from edgelm.export.ops import STORAGE, LayerOps, stored_as
 from edgelm.export.providers import CPU, Provider
 from edgelm.export.weights import BLOCK_WEIGHTS, Slot, SlotWriter, WeightsPlan
@@ -42,6 +42,8 @@ ELEMENT = {"float32": FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorP
 # rows: parity allows for whole rows, the coarser of the two.
 ACCURACY = {activations.INT8: 4, activations.FLOAT32: 0}
 BITS = (4, 8)
+# Stands for the format of matrices that are refused, until all reasons are known.
+_REFUSED = BlockFormat(bits=8, block=32, zeros=False)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,29 @@ class PortableOps(LayerOps):
         self.compute = provider.compute_type(dtype)
         self.element = ELEMENT[self.compute]
         self._quantized: dict[str, QuantizedSlots] = {}
+        self._refused: dict[str, list[str]] = {}
         self._float: dict[str, Slot] = {}
+
+    # -- what these operators cannot do ------------------------------------------------------------------------------
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Note why `name` cannot be exported, and go on: `check` tells all reasons at once."""
+        named = self._refused.setdefault(reason, [])
+        if name not in named:
+            named.append(name)
+
+    def check(self) -> None:
+        """Refuse the graph that was built if anything was noted.
+
+        Raises:
+            ExportError: with every reason once, and the first tensor that it holds for.
+        """
+        reasons = [
+            f"{names[0]} {reason}" + (f" (the same for {len(names) - 1} more)" if len(names) > 1 else "")
+            for reason, names in self._refused.items()
+        ]
+        if reasons:
+            raise ExportError("; ".join(reasons))
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
@@ -139,12 +163,26 @@ class PortableOps(LayerOps):
         zeros = slot("zeros", fmt.zero_bytes(columns), np.uint8) if fmt.zeros else None
         return QuantizedSlots(rows, columns, fmt, codes, scales, zeros)
 
-    def _scheme(self, name: str) -> Scheme:
-        return _scheme(self.source, name, self.provider.instead)
-
     def _format(self, names: Sequence[str]) -> BlockFormat:
-        schemes = [(name, self._scheme(name), self.source.shape(name)[1]) for name in names]
-        return common_format(schemes, self.provider.largest_block())
+        """The one format of these matrices; that of any if one of them is refused."""
+        schemes = []
+        for name in names:
+            scheme, columns = self.source.scheme(name), self.source.shape(name)[1]
+            assert scheme is not None, name
+            if not isinstance(scheme, Scheme) or scheme.bits not in BITS:
+                self.refuse(
+                    name,
+                    f"is {scheme.name} in this recipe, which ONNX Runtime's own operators do not have (they have int4 "
+                    f"and int8): {self.provider.instead}, or choose another recipe",
+                )
+                continue
+            try:
+                block_of(scheme, columns, name)
+            except ExportError as error:
+                self.refuse(name, str(error).removeprefix(f"{name} "))
+                continue
+            schemes.append((name, scheme, columns))
+        return common_format(schemes, self.provider.largest_block()) if schemes else _REFUSED
 
     def _scales_in(self, tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.generic]:
         return stored_as(scales_in(tensor, fmt), self.compute, "a scale")
@@ -209,7 +247,7 @@ class PortableOps(LayerOps):
 
     def _float_linear(self, x: str, slot: Slot, out: str) -> str:
         weight = self._as_computed(slot)
-        return self.graph.node("FusedMatMul", [x, weight], out, MICROSOFT, transA=0, transB=1, alpha=1.0)
+        return self.graph.node("FusedMatMul", [x, weight], out, MICROSOFT, transB=1)
 
     def _stored(self, slot: Slot) -> str:
         if self.graph.has(slot.name):
@@ -232,9 +270,10 @@ class PortableOps(LayerOps):
             return self.graph.node("Cast", [rows], out, to=self.element)
         table = self.quantized_matrix([name], name.removesuffix(".weight"), None)
         if table.zeros and self.provider.whole_zero_rows and table.fmt.blocks(table.columns) * table.fmt.bits % 8:
-            raise ExportError(
-                f"{name} has {table.fmt.blocks(table.columns)} groups a row with zero points of {table.fmt.bits} bits, "
-                f"which {self.provider.title} reads wrongly: give it a symmetric scheme in the recipe"
+            self.refuse(
+                name,
+                f"has {table.fmt.blocks(table.columns)} groups a row with zero points of {table.fmt.bits} bits, "
+                f"which {self.provider.title} reads wrongly: give it a symmetric scheme in the recipe",
             )
         inputs = [
             self.graph.weight(table.codes, f"{table.codes.name}.table"),
@@ -243,9 +282,8 @@ class PortableOps(LayerOps):
             *([self.graph.weight(table.zeros, f"{table.zeros.name}.table")] if table.zeros else []),
         ]
         return self.graph.node(
-            "GatherBlockQuantized", inputs, out, MICROSOFT, bits=table.fmt.bits, block_size=table.fmt.block,
-            gather_axis=0, quantize_axis=1,
-        )  # fmt: skip
+            "GatherBlockQuantized", inputs, out, MICROSOFT, bits=table.fmt.bits, block_size=table.fmt.block
+        )
 
     def norm(self, x: str, weight: str, out: str, layer: int | None, eps: float) -> str:
         """RMSNorm over the last axis, float32 inside."""
@@ -278,7 +316,7 @@ class PortableOps(LayerOps):
         """Router logits `logits` [B * T, E] of x [B, T, D], float32: a flipped choice costs far more than bytes."""
         weight = self._stored(self.float_matrix(name, layer, "float32"))
         wide = self.cast(x, "float32", f"{out}.in")
-        scores = self.graph.node("FusedMatMul", [wide, weight], out, MICROSOFT, transA=0, transB=1, alpha=1.0)
+        scores = self.graph.node("FusedMatMul", [wide, weight], out, MICROSOFT, transB=1)
         flat = self.graph.constant("flat_tokens", int64(-1, experts))
         return self.graph.node("Reshape", [scores, flat], logits)
 
@@ -319,8 +357,6 @@ class PortableOps(LayerOps):
             "k": router.experts_per_token,
             "activation_type": "swiglu",
             "swiglu_fusion": 1,
-            "activation_alpha": 1.0,
-            "activation_beta": 0.0,
             "normalize_routing_weights": int(router.renormalise),
         }
         if all(scheme is None for scheme in schemes):
@@ -330,16 +366,19 @@ class PortableOps(LayerOps):
             return self.graph.node("MoE", inputs, out, MICROSOFT, **common)
         if any(scheme is None for scheme in schemes):
             kept = next(name for name, scheme in zip(flat, schemes, strict=True) if scheme is None)
-            raise ExportError(
-                f"the recipe keeps {kept} in float but quantises other experts of layer {layer}: one layer's experts "
-                "are one operator here and must be all quantised or all float; change the recipe's patterns"
+            self.refuse(
+                kept,
+                f"stays float in this recipe, which quantises other experts of layer {layer}: one layer's experts "
+                "are one operator here and must be all quantised or all float; change the recipe's patterns",
             )
+            return out
         first, second = self._quantized_experts(names, out, layer)
         kind = activations.of_experts(self.source, flat, layer)
         if self.provider.rounds_activations and kind == activations.FLOAT32 and first.fmt.bits == 8:
-            raise ExportError(
-                f"the recipe has float activations for {flat[0]}, but ONNX Runtime's mixture of experts rounds what "
-                "meets 8-bit weights to int8 whatever it is told: export with --ops native, or leave activations out"
+            self.refuse(
+                flat[0],
+                "has float activations in this recipe, but ONNX Runtime's mixture of experts rounds what meets 8-bit "
+                "weights to int8 whatever it is told: export with --ops native, or leave activations out",
             )
         for parts, matrix in ((slice(0, 2), first), (slice(2, 3), second)):
             part = [name for expert in names for name in expert[parts]]
@@ -354,11 +393,18 @@ class PortableOps(LayerOps):
             inputs.append(self._router_weights(logits, out))
         return self.graph.node(
             "QMoE", inputs, out, MICROSOFT, expert_weight_bits=first.fmt.bits, block_size=first.fmt.block,
-            accuracy_level=self._accuracy(kind), **self.provider.expert_attributes, **common,
+            accuracy_level=self._expert_accuracy(kind, first.fmt.bits), **self.provider.expert_attributes, **common,
         )  # fmt: skip
 
     def _accuracy(self, kind: str) -> int:
         return ACCURACY[kind] if self.provider.rounds_activations else ACCURACY[activations.FLOAT32]
+
+    def _expert_accuracy(self, kind: str, bits: int) -> int:
+        """QMoE's 8-bit kernel rounds to int8 whatever it is told, and ONNX Runtime before 1.31 knows no such attribute.
+
+        For 4 bits it is worth it: without, a layer of OLMoE takes 2.2 to 3.3 times as long (docs/log.md).
+        """
+        return ACCURACY[activations.FLOAT32] if bits == 8 else self._accuracy(kind)
 
     def _not_in_place(self, x: str, hidden: int, out: str) -> str:
         """x [B, T, D] behind a reshape that hides its number of tokens from shape inference.
@@ -394,7 +440,9 @@ class PortableOps(LayerOps):
         # QMoE has one block size and one width for both products: what is coarser or narrower is stored as the finer.
         fmt = self._format([name for expert in names for name in expert])
         for name in (names[0][0], names[0][2]):
-            self.provider.check_block(fmt.block, source.shape(name)[1], name)
+            problem = self.provider.expert_problem(fmt.block, source.shape(name)[1])
+            if problem is not None:
+                self.refuse(name, problem)
         fc1 = self._quantized_slots(f"{stem}.gate_up", (len(names),), 2 * width, hidden, fmt, layer)
         fc2 = self._quantized_slots(f"{stem}.down", (len(names),), hidden, width, fmt, layer)
         parts: list[Callable[[QuantTensor, BlockFormat], NDArray[Any]]] = [codes_in, self._scales_in]
@@ -416,14 +464,3 @@ class PortableOps(LayerOps):
 def _row_blocks(rows: int, columns: int) -> list[slice]:
     step = max(1, BLOCK_WEIGHTS // columns)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def _scheme(source: WeightSource, name: str, instead: str) -> Scheme:
-    scheme = source.scheme(name)
-    assert scheme is not None, name
-    if not isinstance(scheme, Scheme) or scheme.bits not in BITS:
-        raise ExportError(
-            f"{name} is {scheme.name} in this recipe, which ONNX Runtime's own operators do not have (they have int4 "
-            f"and int8): {instead}, or choose another recipe"
-        )
-    return scheme

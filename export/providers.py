@@ -26,7 +26,7 @@ class Provider:
         rounds_activations: whether products with integers round what they meet to int8.
         expert_attributes: attributes of QMoE besides those that all have.
         expert_tile: what the columns of quantised experts have to be multiples of.
-        blocks: the groups that it has quantised kernels for; None: every power of two from 16 on.
+        blocks: the groups that it has quantised kernels for.
         whole_zero_rows: whether a row of a quantised table has to fill its bytes of zero points.
         instead: what to export with for types that it has no operators for.
         session: ONNX Runtime's name of the provider and its options, for `genai_config.json`; None: the default.
@@ -37,9 +37,9 @@ class Provider:
     router_weights: bool
     rounds_activations: bool
     instead: str
+    blocks: tuple[int, ...]
     expert_attributes: Mapping[str, int] = field(default_factory=dict)
     expert_tile: int = 1
-    blocks: tuple[int, ...] | None = None
     whole_zero_rows: bool = False
     session: tuple[str, Mapping[str, str]] | None = None
 
@@ -65,26 +65,23 @@ class Provider:
             )
         return asked
 
-    def largest_block(self) -> int | None:
+    def largest_block(self) -> int:
         """The largest group it has kernels for; larger ones are stored as several with equal scales."""
-        return None if self.blocks is None else max(self.blocks)
+        return max(self.blocks)
 
-    def check_block(self, block: int, columns: int, name: str) -> None:
-        """Refuse a group, or a width of experts, that it has no kernel for.
-
-        Raises:
-            ExportError: naming the tensor.
-        """
-        if self.blocks is not None and block not in self.blocks:
-            raise ExportError(
-                f"{name} has groups of {block} weights, {self.title} has experts with groups of "
+    def expert_problem(self, block: int, columns: int) -> str | None:
+        """Why it cannot compute quantised experts with these groups and rows of `columns` weights; None if it can."""
+        if block not in self.blocks:
+            return (
+                f"has groups of {block} weights, {self.title} has experts with groups of "
                 f"{', '.join(map(str, self.blocks))}: choose another scheme in the recipe, such as int4-g32-sym"
             )
         if columns % self.expert_tile:
-            raise ExportError(
-                f"{name} has rows of {columns} weights, {self.title} wants multiples of {self.expert_tile} in "
+            return (
+                f"has rows of {columns} weights, {self.title} wants multiples of {self.expert_tile} in "
                 "quantised experts: keep them in float in the recipe, or export with --target cpu"
             )
+        return None
 
 
 CPU = Provider(
@@ -93,6 +90,8 @@ CPU = Provider(
     router_weights=True,
     rounds_activations=True,
     instead="export with --ops native",
+    # Larger ones were read wrongly without a word up to 1.27 and are refused from 1.28 to 1.31.
+    blocks=(16, 32, 64, 128, 256),
 )
 CUDA = Provider(
     title="ONNX Runtime's CUDA provider",

@@ -52,7 +52,7 @@ def router_probe(model: onnx.ModelProto, ops: PortableOps, experts_per_token: in
         inputs = ["x", "router", weights[0], "", weights[1]]
     else:
         inputs = ["x", "router"]
-        bits, block = int(kept["expert_weight_bits"]), int(kept["block_size"])
+        bits, block = int(kept.get("expert_weight_bits", 4)), int(kept["block_size"])
         for i, codes in enumerate((gate_up, down)):
             builder.add(f"fc{i + 1}", _packed(codes, bits))
             scales = np.full((*codes.shape[:2], WIDTH // min(block, WIDTH)), scale, np.float32)

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx
 
-from edgelm.bundle import ModelInfo
+from edgelm.bundle import ModelInfo, Requirement
 from edgelm.checkpoint.jsonfile import read_optional_json
 from edgelm.errors import ExportError
 from edgelm.export import activations, onnx_fox, onnx_olmoe
@@ -19,6 +19,7 @@ from edgelm.export.gpu_target import TensorrtTarget
 from edgelm.export.graph import EXACT, Dims, GraphBuilder
 from edgelm.export.greedy import greedy_graph
 from edgelm.export.native import NativeDecoder
+from edgelm.export.onnxruntime_versions import onnxruntime_for
 from edgelm.export.ops import LayerOps
 from edgelm.export.options import AUTO, ExportOptions
 from edgelm.export.plan import GRAPH_FILE, WEIGHTS_FILE, Graphs, Order, Plan, Target
@@ -64,12 +65,21 @@ class OnnxRuntimeTarget(Target):
         graph, weights, info, config = GraphBuilder(WEIGHTS_FILE), WeightsPlan(), order.info, order.config
         model = NativeDecoder(graph, weights, order.source, order.dtype, info, config.rms_norm_eps, config.rope_theta)
         _NATIVE[order.family](model, config)
-        return self._graphs(order, graph, weights, model, model.debug_outputs, lambda *_: None)
+        kv = _native_kv_dtype(order.source.recipe)
+        return self._graphs(order, graph, weights, model, model.debug_outputs, kv, lambda *_: None)
 
     def _portable(self, order: Order) -> Graphs:
         graph, weights, info = GraphBuilder(WEIGHTS_FILE), WeightsPlan(), order.info
         ops = PortableOps(graph, weights, order.source, order.dtype, self.provider)
         outputs = _PORTABLE[order.family](ops, info, order.config).debug_outputs
+        kv, recipe = ops.compute, order.source.recipe
+        if recipe.kv not in (AUTO, kv):
+            ops.refuse(
+                f"recipe {recipe.name}",
+                f'has kv = "{recipe.kv}", but portable operators have {kv} caches only here: '
+                "export for a processor with --ops native, or leave kv out",
+            )
+        ops.check()
         helpers = self._helpers(graph.model(info.name), ops, info)
 
         def finish(folder: Path, plan: Plan, options: ExportOptions, progress: Progress) -> None:
@@ -80,7 +90,7 @@ class OnnxRuntimeTarget(Target):
             for name, model in helpers.items():
                 (folder / name).write_bytes(model.SerializeToString())
 
-        return self._graphs(order, graph, weights, ops, outputs, finish)
+        return self._graphs(order, graph, weights, ops, outputs, kv, finish)
 
     def _graphs(
         self,
@@ -89,13 +99,18 @@ class OnnxRuntimeTarget(Target):
         weights: WeightsPlan,
         ops: LayerOps,
         outputs: Sequence[tuple[str, Dims]],
+        kv: str,
         finish: Callable[[Path, Plan, ExportOptions, Progress], None],
     ) -> Graphs:
         name = order.info.name
-        kv = _kv_dtype(order.ops, order.source.recipe, self.provider.compute_type(order.dtype))
+        main, debug = graph.model(name), graph.model(f"{name} (debug)", outputs, exact=EXACT)
         rounded = ops.rounded if self.provider.compute_type(order.dtype) == "float32" else None
-        debug = graph.model(f"{name} (debug)", outputs, exact=EXACT)
-        return Graphs(graph.model(name), debug, weights, kv, finish, rounded)
+        return Graphs(main, debug, weights, kv, finish, rounded, self._requires(order, main, debug))
+
+    def _requires(self, order: Order, *graphs: onnx.ModelProto) -> tuple[Requirement, ...]:
+        """The versions of packages that the graphs need, where they are known to be other than EdgeLM's own."""
+        del order, graphs
+        return ()
 
     def _helpers(self, graph: onnx.ModelProto, ops: PortableOps, info: ModelInfo) -> Mapping[str, onnx.ModelProto]:
         """Small graphs that the runtime wants beside the model's, by the names of their files."""
@@ -121,6 +136,10 @@ class CpuTarget(OnnxRuntimeTarget):
             "install edgelm where there is a C++ compiler, or export for another machine with --ops native"
         )
         return "portable"
+
+    def _requires(self, order: Order, *graphs: onnx.ModelProto) -> tuple[Requirement, ...]:
+        """The least ONNX Runtime for portable graphs; native ones are tested with EdgeLM's own alone."""
+        return onnxruntime_for(*graphs) if order.ops == "portable" else ()
 
 
 class CudaTarget(OnnxRuntimeTarget):
@@ -159,20 +178,10 @@ TARGETS: Mapping[str, Target] = {target.name: target for target in (CpuTarget(),
 """By the name that `--target` takes."""
 
 
-def _kv_dtype(ops: str, recipe: Recipe, compute: str) -> str:
+def _native_kv_dtype(recipe: Recipe) -> str:
     """The type of cache that a runtime allocates unless told otherwise: the recipe's, if it has one.
 
-    Else it does not round where nothing else does. `compute` is what a portable graph computes in.
-
-    Raises:
-        ExportError: these operators have no such cache.
+    Else it does not round where nothing else does.
     """
-    if ops == "portable":
-        if recipe.kv not in (AUTO, compute):
-            raise ExportError(
-                f'recipe {recipe.name} has kv = "{recipe.kv}", but portable operators have {compute} caches only here: '
-                "export for a processor with --ops native, or leave kv out"
-            )
-        return compute
     exact = recipe.default is None and all(rule.scheme is None for rule in recipe.rules)
     return recipe.kv if recipe.kv != AUTO else "float32" if exact else "float16"

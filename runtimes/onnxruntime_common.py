@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.bundle import version_numbers
 from edgelm.devices import allowed_cores, return_free_memory
 from edgelm.errors import BundleError, EdgeLMError, RuntimeUnavailableError
 from edgelm.runtimes.base import Runtime, choose_context_length, interruptible
@@ -29,13 +30,14 @@ if TYPE_CHECKING:
 
     from edgelm.bundle import Bundle
 
-MINIMUM_VERSION = (1, 31, 1)
+MINIMUM_VERSION = "1.31.1"
+"""For bundles that do not say what they need."""
 DEFAULT_CHUNK = 512
 _LOGITS_BYTES = 64 << 20
 
 
-def import_onnxruntime() -> Any:
-    """The package, new enough.
+def import_onnxruntime(bundle: Bundle | None = None) -> Any:
+    """The package, new enough for `bundle`; without one, for all of them.
 
     Raises:
         RuntimeUnavailableError: it is missing or too old.
@@ -44,12 +46,17 @@ def import_onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise RuntimeUnavailableError("onnxruntime is not installed: pip install 'edgelm[cpu]'") from error
-    # Until 1.31.1 QMoE on the CPU renormalised the routing weights: wrong by about three times on OLMoE.
-    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:3] if part.isdigit())
-    if version < MINIMUM_VERSION:
-        wanted = ".".join(map(str, MINIMUM_VERSION))
+    wanted, subject = MINIMUM_VERSION, "EdgeLM needs"
+    if bundle is not None:
+        needs = [need for need in bundle.manifest.requires if need.package == "onnxruntime"]
+        subject = f"{bundle.path} needs"
+        if needs:
+            most = max(needs, key=lambda need: need.numbers)
+            wanted, subject = most.version, f"{bundle.path} has {most.feature}, which needs"
+    if version_numbers(onnxruntime.__version__) < version_numbers(wanted):
         raise RuntimeUnavailableError(
-            f"onnxruntime {onnxruntime.__version__} is too old, {wanted} is needed: pip install 'onnxruntime>={wanted}'"
+            f"{subject} ONNX Runtime {wanted} or newer, here is {onnxruntime.__version__}: "
+            f"pip install -U 'onnxruntime>={wanted}'"
         )
     return onnxruntime
 
@@ -67,7 +74,7 @@ def create_session(
         BundleError: ONNX Runtime cannot load it.
         EdgeLMError: fewer than one thread.
     """
-    ort = import_onnxruntime()
+    ort = import_onnxruntime(bundle)
     if threads < 1:
         raise EdgeLMError(f"threads is {threads}: give 1 or more")
     options = ort.SessionOptions()
@@ -274,7 +281,9 @@ class BoundGraph:
             if not long:
                 session.run_with_iobinding(binding)
                 return
-            options = import_onnxruntime().RunOptions()
+            import onnxruntime
+
+            options = onnxruntime.RunOptions()
             # A chunk's activations are large and decoding does not need them: give them back.
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
             interruptible(

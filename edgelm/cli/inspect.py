@@ -220,6 +220,7 @@ def bundle_rows(bundle: Bundle, problems: list[str] | None) -> list[tuple[str, s
         ("calibrated", calibration_line(manifest.calibration)),
         ("activations", multiplied(bundle) if manifest.ops == "gpu" else activations_line(manifest)),
         ("target", f"{manifest.target}, {manifest.ops} operators"),
+        *(("needs", f"{need.package} {need.version} or newer: {need.feature}") for need in manifest.requires),
         ("source", manifest.source.id),
         ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
         ("size", size(bundle.size)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import time
@@ -304,3 +305,29 @@ def test_texts_traced_together_give_what_they_give_alone(bundle):
         np.testing.assert_allclose(one.logits, other.logits, rtol=1e-5, atol=1e-5)
         for a, b in zip(one.hidden + one.router_logits, other.hidden + other.router_logits, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def requiring(bundle: Bundle, version: str) -> Bundle:
+    manifest = json.loads(bundle.file("manifest.json").read_text(encoding="utf-8"))
+    needs = [("0.9", "something old"), (version, "wings (Fly)")]
+    manifest["requires"] = [{"package": "onnxruntime", "version": v, "feature": f} for v, f in needs]
+    bundle.file("manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return Bundle.open(bundle.path)
+
+
+def test_a_bundle_that_needs_a_newer_onnxruntime_says_why(tmp_path: Path) -> None:
+    bundle = requiring(write_tiny_bundle(tmp_path / "b"), "99.1.2")
+    here = onnxruntime.__version__
+    with pytest.raises(
+        RuntimeUnavailableError,
+        match=rf"b has wings \(Fly\), which needs ONNX Runtime 99\.1\.2 or newer, here is {here}: pip install -U "
+        r"'onnxruntime>=99\.1\.2'",
+    ):
+        opened(bundle)
+    with opened(requiring(bundle, here)) as runtime:
+        runtime.prefill(IDS[:3])
+
+
+def test_a_needed_version_that_is_none_is_a_damaged_manifest(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"requires onnxruntime of a version that is none: .*newest"):
+        requiring(write_tiny_bundle(tmp_path / "b"), "newest")

@@ -1,0 +1,167 @@
+"""Is what ONNX Runtime's operators cannot do refused before the first byte, and what they can do right?
+
+And does a bundle say the least ONNX Runtime that has it right? The versions here were measured with the wheels of 1.17
+to 1.32 (docs/bundle.md).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from tiny_models import FLAVOURS, FOX, OLMOE
+
+from edgelm.bundle import Bundle
+from edgelm.checkpoint import Checkpoint
+from edgelm.errors import ExportError
+from edgelm.export import ExportOptions, export_bundle
+from edgelm.export.graph import DEFAULTS
+from edgelm.models import family
+from edgelm.parity.golden import GoldenOptions
+from edgelm.quant import PRESETS, Recipe, Rule, Scheme
+from edgelm.quant.source import WeightSource
+from edgelm.runtimes import open_runtime
+from edgelm.synth import write_random_checkpoint
+
+ROUTER = Rule("*.mlp.gate.weight", None)
+IDS = np.random.default_rng(3).integers(0, 640, 9)
+GOLDEN = GoldenOptions(greedy_tokens=0, max_prompt_tokens=4)
+
+
+def exported(
+    folder: Path, config: dict[str, Any], chosen: Recipe, ops: str = "portable", target: str = "cpu"
+) -> Bundle:
+    """The checkpoint is at folder / "c"; the bundle would be at folder / "b"."""
+    write_random_checkpoint({**config, "num_hidden_layers": 1}, folder / "c", seed=1)
+    return export_bundle(
+        folder / "c", folder / "b", recipe=chosen, options=ExportOptions(target=target, ops=ops, golden=GOLDEN)
+    )
+
+
+def error(bundle: Bundle, folder: Path, chosen: Recipe) -> float:
+    """Of the logits of a prompt in two chunks and one more token, relative to the PyTorch model of the same weights."""
+    checkpoint = Checkpoint.open(folder / "c")
+    kind = family(checkpoint.config)
+    model = kind.module_class(kind.config_class.from_dict(checkpoint.config))
+    model.load_weights(WeightSource(checkpoint, chosen, threads=1).dequantized().read_float32)
+    with torch.inference_mode():
+        want = model(torch.from_numpy(IDS)[None]).numpy()[0]
+    with open_runtime(bundle, threads=1, chunk=5) as runtime:
+        found = [runtime.prefill(IDS[:8].tolist()).copy(), runtime.decode(int(IDS[8])).copy()]
+    return float(np.linalg.norm(np.stack(found) - want[7:]) / np.linalg.norm(want[7:]))
+
+
+def heads_of(size: int) -> dict[str, Any]:
+    return {**FOX, "hidden_size": 64, "intermediate_size": 64, "head_dim": size}
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+@pytest.mark.parametrize("size", [2, 8, 24, 40, 72])
+def test_a_head_size_that_attention_refuses_is_refused_first(tmp_path: Path, size: int, target: str) -> None:
+    with pytest.raises(ExportError, match=rf"config\.json has heads of {size} \(head_dim, .* multiples of 16.*native"):
+        exported(
+            tmp_path, heads_of(size), PRESETS["none"], target=target, ops="auto" if target == "cuda" else "portable"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("ops", FLAVOURS)
+@pytest.mark.parametrize("size", [2, 24, 16, 48])
+def test_other_head_sizes_compute_the_reference(tmp_path: Path, size: int, ops: str) -> None:
+    if ops == "portable" and size % 16:
+        pytest.skip("refused: above")
+    bundle = exported(tmp_path, heads_of(size), PRESETS["none"], ops)
+    assert error(bundle, tmp_path, PRESETS["none"]) < 2e-5
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("group", "hidden", "width"), [(16, 80, 48), (256, 256, 256), (512, 512, 512)])
+def test_groups_of_every_size_compute_the_reference(
+    tmp_path: Path, bits: int, symmetric: bool, group: int, hidden: int, width: int
+) -> None:
+    # 512 is no group of MatMulNBits: it is stored as two of 256.
+    chosen = Recipe("g", Scheme(bits, group, symmetric), activations="float")
+    config = {**FOX, "vocab_size": 640, "hidden_size": hidden, "intermediate_size": width, "head_dim": 16}
+    assert error(exported(tmp_path, config, chosen), tmp_path, chosen) < 2e-5
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("hidden", "width"), [(64, 128), (128, 64), (64, 64), (192, 128)])
+def test_experts_with_few_groups_compute_the_reference(
+    tmp_path: Path, symmetric: bool, hidden: int, width: int
+) -> None:
+    # Rows of experts that are one group of 64: older versions refuse them or read their zero points wrongly.
+    chosen = Recipe("g", Scheme(4, 64, symmetric), (ROUTER,), activations="float")
+    config = {**OLMOE, "hidden_size": hidden, "intermediate_size": width, "head_dim": None, "num_experts": 4}
+    config |= {"num_attention_heads": 4, "num_experts_per_tok": 2}
+    bundle = exported(tmp_path, {k: v for k, v in config.items() if v is not None}, chosen)
+    assert error(bundle, tmp_path, chosen) < 2e-5
+    least = bundle.manifest.requires[0].version
+    assert least == ("1.31.0" if 64 in (hidden, width) else "1.27.0" if hidden == 192 and not symmetric else "1.25.0")
+
+
+def test_all_reasons_are_told_at_once(tmp_path: Path) -> None:
+    chosen = Recipe(
+        "wrong", Scheme(8, 32), (ROUTER, Rule("*.q_proj.weight", Scheme(5, 32))), activations="float", kv="int8"
+    )
+    config = {**OLMOE, "num_attention_heads": 16, "num_key_value_heads": 16}
+    with pytest.raises(ExportError) as caught:
+        exported(tmp_path, config, chosen)
+    assert not (tmp_path / "b").exists()
+    reasons = str(caught.value).split("; ")
+    for reason, start in zip(
+        sorted(reasons),
+        (
+            "config.json has heads of 8",
+            "model.layers.0.mlp.experts.0.gate_proj.weight has float activations",
+            "model.layers.0.self_attn.q_proj.weight is int5-g32-sym",
+            'recipe wrong has kv = "int8"',
+        ),
+        strict=True,
+    ):
+        assert reason.startswith(start)
+
+
+FLOAT_EXPERTS = Rule("*.experts.*", Scheme(4, 32), activations="float")
+
+
+@pytest.mark.parametrize(
+    ("config", "chosen", "least"),
+    [
+        (FOX, PRESETS["none"], "1.20.0"),
+        (FOX, Recipe("4", Scheme(4, 32)), "1.22.0"),
+        (FOX, Recipe("4", Scheme(4, 32, False)), "1.23.0"),
+        (FOX, Recipe("4", Scheme(4, 128, False)), "1.27.0"),
+        (FOX, PRESETS["int4"], "1.23.0"),
+        (FOX, PRESETS["int8"], "1.23.0"),
+        (OLMOE, PRESETS["none"], "1.23.2"),
+        (OLMOE, PRESETS["int8"], "1.25.0"),
+        (OLMOE, PRESETS["int4"], "1.31.0"),
+        (OLMOE, Recipe("4", Scheme(4, 32), (FLOAT_EXPERTS, *PRESETS["int4"].rules)), "1.25.0"),
+    ],
+)
+def test_a_bundle_says_the_least_onnxruntime(
+    tmp_path: Path, config: dict[str, Any], chosen: Recipe, least: str
+) -> None:
+    bundle = exported(tmp_path, config, chosen)
+    needs = bundle.manifest.requires
+    assert {need.package for need in needs} == {"onnxruntime"}
+    assert [need.numbers for need in needs] == sorted((need.numbers for need in needs), reverse=True)
+    assert needs[0].version == least
+    for name in ("model.onnx", "model.debug.onnx"):
+        for node in onnx.load(bundle.file(name), load_external_data=False).graph.node:
+            written = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+            for attribute, default in DEFAULTS.get(node.op_type, {}).items():
+                assert written.get(attribute) != default, f"{node.name}: {attribute} is at its default"
+
+
+@pytest.mark.skipif("native" not in FLAVOURS, reason="needs the compiled operators")
+def test_native_bundles_need_what_edgelm_needs(tmp_path: Path) -> None:
+    bundle = exported(tmp_path, FOX, PRESETS["int4"], "native")
+    assert bundle.manifest.requires == ()
+    assert "requires" not in bundle.file("manifest.json").read_text(encoding="utf-8")
