@@ -2,6 +2,7 @@
 # make test   lint, types, C++ tests (also for Arm, emulated), Python tests, and what can be tested of GPUs without one
 # make pyview the import tree of a working checkout, for mypy and editors
 # make kernel the compiled kernels of a working checkout, in build/csrc
+# make node   npm's onnxruntime-node, in build/node, for the tests of JavaScript; without Node they are skipped
 #
 # Needs Python 3.11 or newer, a C++17 compiler (GCC or Clang) and CMake. The first run makes .venv; after that it is
 # made again only when the build files change. New Python files need no new install, new folders beside edgelm/ do.
@@ -13,11 +14,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 HARNESS := $(VENV)/.harness
+NODE := build/node/.installed
 GPU_TESTS := tests/cuda tests/engines tests/gpu
 KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
     $(foreach folder,. kernels ort,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
 
-.PHONY: demo test lint types test-cpp test-arm test-python test-gpu install pyview kernel clean
+.PHONY: demo test lint types test-cpp test-arm test-python test-gpu install pyview kernel node clean
 
 demo: $(INSTALLED)
 	$(BIN)/edgelm demo
@@ -47,7 +49,7 @@ test-cpp: kernel
 test-arm: kernel
 	runtimes/csrc/tests/arm.sh
 
-test-python: $(INSTALLED) $(HARNESS)
+test-python: $(INSTALLED) $(HARNESS) node
 	$(BIN)/pytest -q $(foreach folder,$(GPU_TESTS),--ignore $(folder))
 
 # What is for GPUs, without one: kernels emulated and compiled for every device, engines. Beside the rest: much of it waits
@@ -56,6 +58,15 @@ test-gpu: $(INSTALLED) $(HARNESS)
 	$(BIN)/pytest -q -rs $(GPU_TESTS)
 
 install: $(INSTALLED)
+
+# Its binaries for the CPU are in the package; the install script would fetch those for CUDA.
+node: $(if $(shell command -v npm),$(NODE))
+
+$(NODE): tests/node/package.json tests/node/package-lock.json
+	mkdir -p build/node
+	cp tests/node/package.json tests/node/package-lock.json build/node/
+	npm ci --prefix build/node --ignore-scripts --no-audit --no-fund
+	touch $@
 
 $(INSTALLED): pyproject.toml constraints.txt $(KERNEL_SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit("EdgeLM needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
