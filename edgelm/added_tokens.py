@@ -12,7 +12,7 @@ file has them, for the model has no rows for them; objects with a `content` are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ SPECIAL_MAP = "special_tokens_map.json"
 ADDED = "added_tokens.json"
 # More than any published vocabulary has; ids and counts beyond it are damage or an attack.
 MAX_IDS = 1 << 22
+MAX_ADDED = 1 << 17  # tokens that one file adds; fine-tunes have up to some thousands
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 # The classes of transformers that build their steps themselves, and the tokens that each names by default.
@@ -169,10 +170,16 @@ def _index(value: object, where: str, content: str) -> int:
     return value
 
 
+def _check_count(values: Sized, where: str) -> None:
+    if len(values) > MAX_ADDED:
+        raise TokenizerError(f"{where}: {len(values)} tokens are more than the {MAX_ADDED} that are taken; remove some")
+
+
 def _decoder_tokens(value: object) -> dict[int, AddedToken]:
     where = f"{CONFIG}: added_tokens_decoder"
     if not isinstance(value, Mapping):
         raise TokenizerError(f"{where} is {str(value)[:80]!r}; expected an object of ids and tokens")
+    _check_count(value, where)
     result = {}
     for key, item in value.items():
         token = _token(item, where, f"token {key[:80]}", special=False)
@@ -184,6 +191,7 @@ def _decoder_tokens(value: object) -> dict[int, AddedToken]:
 
 def _file_tokens(values: Mapping[str, Any], special: set[str]) -> dict[int, AddedToken]:
     """The tokens of added_tokens.json; those that are also named special are."""
+    _check_count(values, ADDED)
     result = {}
     for content, value in values.items():
         index = _index(value, ADDED, content)
@@ -203,6 +211,7 @@ def json_tokens(value: object, where: str) -> dict[int, AddedToken]:
         return {}
     if not isinstance(value, list):
         raise TokenizerError(f"{where}: added_tokens is no list; fetch the file again")
+    _check_count(value, f"{where}: added_tokens")
     result = {}
     for item in value:
         token = _token(item, where, "an entry of added_tokens", special=False)
@@ -223,6 +232,7 @@ def _extra_values(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> 
     if isinstance(mapped, list):
         value = [*(value if isinstance(value, list) else []), *mapped]
     if isinstance(value, list):
+        _check_count(value, f"{CONFIG}: extra_special_tokens")
         return value, [item for item in value if isinstance(item, str) or (isinstance(mapped, list) and item in mapped)]
     late = special_map.get("additional_special_tokens")
     return late if isinstance(late, list) else None, []

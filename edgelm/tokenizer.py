@@ -190,8 +190,8 @@ class Tokenizer:
         return self.vocabulary.token(index)
 
     def token_id(self, token: str) -> int | None:
-        """The id of a string that is one token of the vocabulary."""
-        return self.vocabulary.token_id(token)
+        """The id of a string that is one token of the vocabulary, None where it is none."""
+        return None if any("\ud800" <= c <= "\udfff" for c in token) else self.vocabulary.token_id(token)
 
     def fingerprint(self) -> str:
         """SHA-256 over the vocabulary, the special ids and the ids of some probing texts.

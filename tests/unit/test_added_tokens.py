@@ -101,6 +101,7 @@ def test_a_bundle_gets_every_file_that_adds_tokens(tmp_path: Path) -> None:
         ("added_tokens.json", {"<x>": -1}, r"added_tokens.json: the id of '<x>' is '-1'; expected 0 to"),
         ("added_tokens.json", {"<x>": 10**12}, r"added_tokens.json: the id of '<x>'"),
         ("added_tokens.json", {"\ud800": 400}, r"added_tokens.json: .*not valid Unicode"),
+        ("added_tokens.json", {str(i): i for i in range((1 << 17) + 1)}, r"added_tokens.json: 131073 tokens are more"),
         ("tokenizer_config.json", {"added_tokens_decoder": []}, r"added_tokens_decoder is '\[\]'; expected an object"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, r"the id of 'x'"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"1": {}}}, r"token 1 is '\{\}'; expected a string or"),
@@ -118,6 +119,11 @@ def test_malformed_declarations_are_refused_in_one_line(tmp_path: Path, file: st
     with pytest.raises(TokenizerError, match=match) as caught:
         Tokenizer.from_folder(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_string_that_is_no_unicode_is_no_token(tmp_path: Path) -> None:
+    for make in (gemma_json, llama):
+        assert Tokenizer.from_folder(make(tmp_path / make.__name__)).token_id("\ud800") is None
 
 
 def test_special_tokens_can_be_kept_text(tmp_path: Path) -> None:

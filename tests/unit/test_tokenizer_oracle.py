@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,17 @@ KINDS: dict[str, Callable[[Path], Path]] = {
 }
 
 
+@dataclass(frozen=True)
+class Pair:
+    """EdgeLM's tokenizer and transformers' of one folder, and the ids that ours gives for all texts."""
+
+    ours: Tokenizer
+    theirs: Any
+    ids: list[list[int]]
+
+
 @pytest.fixture(scope="module", params=[(kind, way) for kind in KINDS for way in WAYS], ids=lambda pair: "-".join(pair))
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Tokenizer, Any]]:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     from transformers import AutoTokenizer
 
     kind, way = request.param
@@ -126,31 +136,26 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     size = Tokenizer.from_folder(folder).vocab_size
     if (add := WAYS[way]) is not None:
         add(folder, size)
-    yield Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(str(folder))
+    ours = Tokenizer.from_folder(folder)
+    ids = [ours.encode(text, add_bos=False) for text in STRINGS]
+    return Pair(ours, AutoTokenizer.from_pretrained(str(folder)), ids)
 
 
-def test_ids_are_those_of_transformers(pair: tuple[Tokenizer, Any]) -> None:
-    ours, theirs = pair
-    expected = theirs(STRINGS, add_special_tokens=False)["input_ids"]
-    wrong = [
-        (text, ours.encode(text, add_bos=False), ids)
-        for text, ids in zip(STRINGS, expected, strict=True)
-        if ours.encode(text, add_bos=False) != ids
-    ]
+def test_ids_are_those_of_transformers(pair: Pair) -> None:
+    expected = pair.theirs(STRINGS, add_special_tokens=False)["input_ids"]
+    wrong = [case for case in zip(STRINGS, pair.ids, expected, strict=True) if case[1] != case[2]]
     assert not wrong, (len(wrong), wrong[:3])
 
 
-def test_texts_are_those_of_transformers(pair: tuple[Tokenizer, Any]) -> None:
-    ours, theirs = pair
+def test_texts_are_those_of_transformers(pair: Pair) -> None:
     # transformers does not read which ids end a text, such as `<end_of_turn>` by the chat template, and shows these.
-    ends = ours.special - ours.vocabulary.special
+    ends = pair.ours.special - pair.ours.vocabulary.special
     wrong = []
-    for text in STRINGS:
-        ids = ours.encode(text, add_bos=False)
+    for ids in pair.ids:
         for skip in (False,) if ends.intersection(ids) else (False, True):
-            decoded = ours.decode(ids, skip_special=skip)
-            stream = ours.detokenizer(skip_special=skip)
-            assert "".join([*map(stream.push, ids), stream.flush()]) == decoded
-            if decoded != theirs.decode(ids, skip_special_tokens=skip):
-                wrong.append((ids, skip, decoded, theirs.decode(ids, skip_special_tokens=skip)))
+            stream = pair.ours.detokenizer(skip_special=skip)
+            decoded = "".join([*map(stream.push, ids), stream.flush()])
+            expected = pair.theirs.decode(ids, skip_special_tokens=skip)
+            if decoded != expected or pair.ours.decode(ids, skip_special=skip) != decoded:
+                wrong.append((ids, skip, decoded, expected))
     assert not wrong, (len(wrong), wrong[:3])
