@@ -22,6 +22,7 @@ OPERATIONS = (
 )
 KILL, BEFORE, AFTER = "kill", "interrupt before", "interrupt after"
 """A kill, and Ctrl-C before an operation and after it. For the files a kill after one is a kill before the next."""
+_PATIENCE = 120  # seconds for a child
 MODES = (KILL, BEFORE, AFTER)
 
 
@@ -84,6 +85,8 @@ def in_child(work: Callable[[], object]) -> int | str:
     child = os.fork()
     if child == 0:
         said = b""
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_PATIENCE)
         try:
             work()
         except KeyboardInterrupt:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import FOX
 
 from edgelm.bundle import Bundle
@@ -34,9 +35,13 @@ EXCHANGES = (True, False)
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kill leaves does not depend on when the disk has it."""
+def forked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Children have one thread: a forked pool of OpenMP waits for ever. And the disk need not keep up."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
