@@ -153,8 +153,8 @@ def ort_errors() -> tuple[type[Exception], ...]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state  # type: ignore[import-untyped]  # likewise
 
     names = ("Fail", "InvalidGraph", "InvalidProtobuf", "InvalidArgument", "NoSuchFile", "NotImplemented")
-    # A run with bound buffers raises plain RuntimeErrors.
-    return (RuntimeError, state.RuntimeException, *(getattr(state, name) for name in names))
+    # A run with bound buffers raises plain RuntimeErrors, a damaged name that is to become a Python string the last.
+    return (RuntimeError, UnicodeDecodeError, state.RuntimeException, *(getattr(state, name) for name in names))
 
 
 def first_line(error: Exception) -> str:

@@ -1,0 +1,47 @@
+"""Does a file with anything wrong in it end in one line, whatever verb reads it? `malformed.py` has the probes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from malformed import DAMAGE, PLACES, TARGETS, WRONG, Target, folders, paths, run
+
+MINE = [target for target in TARGETS if target.folder in ("bundle", "gpu")]
+NEVER_RIGHT = ("infinite", "NaN", "deep", "half a character")
+FIELDS = 8
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return folders(tmp_path_factory.mktemp("malformed"), all_kinds=False)
+
+
+@pytest.mark.parametrize("target", MINE, ids=lambda target: f"{target.folder}/{target.file}")
+def test_a_damaged_file_is_one_line(made: dict[str, Path], target: Target) -> None:
+    wanted = {*PLACES, *DAMAGE}
+    once = replace(target, commands=target.commands[:1])
+    found = list(run(once, made[target.folder], lambda _, name: name in wanted))
+    assert len(found) == len(wanted)
+    assert [outcome for outcome in found if outcome.wrong] == []
+    if target.is_ours:
+        # A file that is not there at all may have been none of the bundle's.
+        accepted = {outcome.probe for outcome in found if not outcome.code}
+        assert accepted <= {f"{target.folder}/{target.file}: {name}" for name in ("bytes changed",)}
+
+
+@pytest.mark.parametrize(
+    "target", [target for target in MINE if target.fields], ids=lambda target: f"{target.folder}/{target.file}"
+)
+def test_a_wrong_field_is_one_line(made: dict[str, Path], target: Target) -> None:
+    places = len(list(paths(json.loads((made[target.folder] / target.file).read_bytes()))))
+    # Evenly over fields and kinds: a step that shares no factor with the number of kinds meets all of them.
+    step = max(1, places * (1 + len(WRONG)) // FIELDS)
+    step += step % (1 + len(WRONG)) == 0
+    found = list(run(target, made[target.folder], lambda number, name: number % step == step - 1))
+    assert len(found) >= min(FIELDS, places) // 2
+    assert [outcome for outcome in found if outcome.wrong] == []
+    if target.is_ours:
+        assert [outcome for outcome in found if outcome.probe.endswith(NEVER_RIGHT) and not outcome.code] == []
