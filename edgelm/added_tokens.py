@@ -182,7 +182,7 @@ def _decoder_tokens(value: object) -> dict[int, AddedToken]:
     _check_count(value, where)
     result = {}
     for key, item in value.items():
-        token = _token(item, where, f"token {key[:80]}", special=False)
+        token = _token(item, where, f"token {key[:80]!r}", special=False)
         digits = key.strip()
         index = _index(int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 20 else key, where, key)
         result[index] = replace(token, declared=index)
@@ -244,7 +244,7 @@ def _further_names(values: Mapping[str, Any], where: str) -> dict[str, AddedToke
     extra = values.get("extra_special_tokens")
     if isinstance(extra, Mapping):
         names |= extra
-    return {key: _token(item, where, key, special=True) for key, item in names.items() if _is_token(item)}
+    return {key: _token(item, where, repr(key[:80]), special=True) for key, item in names.items() if _is_token(item)}
 
 
 def _is_token(value: object) -> bool:

@@ -84,7 +84,7 @@ def _ids(file: str, values: Mapping[str, Any], role: str) -> list[int]:
     value = values.get(f"{role}_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        raise TokenizerError(f"{file}: {role}_token_id is {str(value)[:80]}; expected an id or a list of ids")
+        raise TokenizerError(f"{file}: {role}_token_id is {str(value)[:80]!r}; expected an id or a list of ids")
     return [i for i in ids if i >= 0]  # -1 is used for "none"
 
 
@@ -124,7 +124,7 @@ class _Resolver:
             return
         reason = self.vocabulary.left_out.get(string, "no vocabulary file has it")
         raise TokenizerError(
-            f"{self.files['eos']}: the end token {string!r} cannot be used: {reason}; fetch the checkpoint's tokenizer "
+            f"{self.files['eos']}: the end token {string[:80]!r} cannot be used: {reason}; fetch the checkpoint's tokenizer "
             "files again, or name another eos_token"
         )
 

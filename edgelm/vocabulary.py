@@ -108,7 +108,7 @@ def _place(
             continue  # a default of transformers' class, which no file has
         elif token.declared is None and eos is not None and token.content == eos.content:
             raise TokenizerError(
-                f"{token.where}: the end token {token.content!r} is in no vocabulary file: fetch the checkpoint's "
+                f"{token.where}: the end token {token.content[:80]!r} is in no vocabulary file: fetch the checkpoint's "
                 "added_tokens.json or tokenizer.json, or name another eos_token"
             )
         elif declared.rows is not None and next_id >= declared.rows:
@@ -118,11 +118,13 @@ def _place(
             next_id += 1
         if token.declared is not None and ids.get(token.content, token.declared) != token.declared:
             notes.append(
-                f"{token.where} says that {token.content!r} is {token.declared}, but its id is {ids[token.content]}, "
+                f"{token.where} says that {token.content[:80]!r} is {token.declared}, but its id is {ids[token.content]}, "
                 "as transformers has it"
             )
     if left_out:
-        names = ", ".join(map(repr, list(left_out)[:4])) + (", ..." if len(left_out) > 4 else "")
+        names = ", ".join([repr(content[:80]) for content in list(left_out)[:4]]) + (
+            ", ..." if len(left_out) > 4 else ""
+        )
         notes.append(f"not used: {names}, declared beside the vocabulary; {next(iter(left_out.values()))}")
     return ids, left_out, notes
 

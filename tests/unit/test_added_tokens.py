@@ -104,12 +104,18 @@ def test_a_bundle_gets_every_file_that_adds_tokens(tmp_path: Path) -> None:
         ("added_tokens.json", {str(i): i for i in range((1 << 17) + 1)}, r"added_tokens.json: 131073 tokens are more"),
         ("tokenizer_config.json", {"added_tokens_decoder": []}, r"added_tokens_decoder is '\[\]'; expected an object"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, r"the id of 'x'"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"1": {}}}, r"token 1 is '\{\}'; expected a string or"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"1": {"content": "a", "lstrip": 1}}}, r"flags of token 1"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1": {}}}, r"token '1' is '\{\}'; expected a string or"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"1": {"content": "a", "lstrip": 1}}},
+            r"flags of token '1'",
+        ),
         ("tokenizer_config.json", {"added_tokens_decoder": {"1": {"content": "a", "x": 1}}}, r"unknown field 'x'"),
         ("tokenizer_config.json", {"eos_token": 5}, r"tokenizer_config.json: eos_token is '5'"),
         ("tokenizer_config.json", {"extra_special_tokens": 5}, r"extra_special_tokens is '5'; expected a list"),
         ("tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "legacy": "no"}, r"legacy is 'no'"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"\ud800\n": {}}}, r"token '.ud800.n' is"),
+        ("generation_config.json", {"eos_token_id": "\ud800\n"}, r"generation_config.json: eos_token_id is '.ud800.n'"),
         ("special_tokens_map.json", {"eos_token": ["</s>"]}, r"special_tokens_map.json: eos_token is"),
     ],
 )
@@ -119,6 +125,7 @@ def test_malformed_declarations_are_refused_in_one_line(tmp_path: Path, file: st
     with pytest.raises(TokenizerError, match=match) as caught:
         Tokenizer.from_folder(folder)
     assert "\n" not in str(caught.value)
+    str(caught.value).encode()
 
 
 def test_a_string_that_is_no_unicode_is_no_token(tmp_path: Path) -> None:
