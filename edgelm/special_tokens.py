@@ -124,8 +124,8 @@ class _Resolver:
             return
         reason = self.vocabulary.left_out.get(string, "no vocabulary file has it")
         raise TokenizerError(
-            f"{self.files['eos']}: the end token {string[:80]!r} cannot be used: {reason}; fetch the checkpoint's tokenizer "
-            "files again, or name another eos_token"
+            f"{self.files['eos']}: the end token {string[:80]!r} cannot be used: {reason}; fetch the checkpoint's "
+            "tokenizer files again, or name another eos_token"
         )
 
     def _usable(self, file: str, role: str, ids: list[int], counts: bool) -> list[int]:

@@ -118,8 +118,8 @@ def _place(
             next_id += 1
         if token.declared is not None and ids.get(token.content, token.declared) != token.declared:
             notes.append(
-                f"{token.where} says that {token.content[:80]!r} is {token.declared}, but its id is {ids[token.content]}, "
-                "as transformers has it"
+                f"{token.where} says that {token.content[:80]!r} is {token.declared}, but its id is "
+                f"{ids[token.content]}, as transformers has it"
             )
     if left_out:
         names = ", ".join([repr(content[:80]) for content in list(left_out)[:4]]) + (
