@@ -167,7 +167,10 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a bundle says about itself (`manifest.json`)."""
+    """Everything a bundle says about itself (`manifest.json`).
+
+    `created` is a time in UTC, None where the export was given none (SOURCE_DATE_EPOCH): bundles are reproducible.
+    """
 
     model: ModelInfo
     target: str
@@ -180,7 +183,7 @@ class Manifest:
     files: dict[str, FileInfo]
     tensors: tuple[TensorEntry, ...]
     tools: dict[str, str]
-    created: str
+    created: str | None = None
     calibration: CalibrationInfo | None = None
     requires: tuple[Requirement, ...] = ()
     format: str = FORMAT
@@ -196,6 +199,8 @@ class Manifest:
             del data["calibration"]["smoothing"]
         if not self.requires:
             del data["requires"]
+        if self.created is None:
+            del data["created"]
         return json.dumps(data, indent=1) + "\n"
 
     @classmethod

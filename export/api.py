@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
+import os
 import platform
 import shutil
 import threading
@@ -81,6 +82,7 @@ def export_bundle(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(checkpoint, progress=progress)
     chosen = _recipe(recipe, checkpoint)
+    _created()  # to be refused at once, if at all
     TARGETS[options.target].check(options)
     original = None if options.reference is None else _original(checkpoint, options.reference, progress)
     if calibration is None:
@@ -127,7 +129,9 @@ def _export(
         reference, quantised = references(source, plan.dtype, original)
         blocks = plan.graphs.rounded
         rounding = None if blocks is None else DeviceRounding(blocks, plan.graphs.kv)
-        write_pack(folder / "parity", reference, quantised, checkpoint.config, tokenizer, golden, progress, rounding)
+        write_pack(
+            folder / "parity", reference, quantised, checkpoint.config, tokenizer, golden, progress, rounding, threads
+        )
         _write_manifest(
             folder, plan, source.recipe, checkpoint.source_id, tensors, hashes, options, calibration, progress
         )
@@ -266,9 +270,26 @@ def _write_manifest(
         tools={**_tool_versions(), **TARGETS[options.target].tools()},
         calibration=calibration,
         requires=plan.graphs.requires,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created=_created(),
     )
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _created() -> str | None:
+    """The time of SOURCE_DATE_EPOCH, None without it: two exports of one checkpoint are to be equal byte for byte.
+
+    Raises:
+        ExportError: it is no number of seconds.
+    """
+    given = os.environ.get("SOURCE_DATE_EPOCH")
+    if not given:
+        return None
+    try:
+        return datetime.datetime.fromtimestamp(int(given), datetime.UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError) as error:
+        raise ExportError(
+            f"SOURCE_DATE_EPOCH is {given!r}: give the seconds since 1970 as a whole number, or unset it"
+        ) from error
 
 
 def _tool_versions() -> dict[str, str]:

@@ -209,9 +209,10 @@ def bundle_rows(bundle: Bundle, problems: list[str] | None) -> list[tuple[str, s
     experts = f", {model.num_experts} experts of which {model.experts_per_token} act" if model.num_experts else ""
     kv = manifest.graph.kv_dtype
     cached = 2 * model.num_layers * model.num_kv_heads * row_bytes(kv, model.head_dim, manifest.ops)
+    made = f", made {manifest.created}" if manifest.created else ""
     weights: list[PackedGroup | GpuGroup] = [*packed_groups(bundle), *gpu_groups(bundle)]
     rows = [
-        ("bundle", f"{bundle.path}, format {manifest.format_version}, made {manifest.created}"),
+        ("bundle", f"{bundle.path}, format {manifest.format_version}{made}"),
         ("model", f"{model.name} ({model.family}): {model.num_layers} layers of {model.hidden_size}{experts}"),
         ("attention", f"{model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} for keys and values"),
         ("vocabulary", f"{model.vocab_size}{', embedding and head tied' if model.tied else ''}"),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from edgelm.models import fields
 from edgelm.models.hooks import Cached, Inputs
+from edgelm.models.matmul import linear
 from edgelm.models.trace import KVCache, Trace
 
 Read = Callable[[str], NDArray[np.float32]]
@@ -115,7 +116,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., inputs] to [..., outputs]."""
-        return F.linear(x if self.inputs is None else self.inputs(x), self.weight.float())
+        return linear(x if self.inputs is None else self.inputs(x), self.weight.float())
 
 
 def rotary_table(start: int, length: int, config: FoxConfig) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from edgelm.checkpoint import WeightReader
 from edgelm.errors import ContextLengthError
 from edgelm.models import family
 from edgelm.models.hooks import Hooks, head_name, hook_layer
+from edgelm.models.matmul import linear
 from edgelm.models.trace import KVCache, Trace
 from edgelm.progress import Progress, Silent
 
@@ -290,7 +291,7 @@ class LayerwiseReference:
         size = max(1, self.head_block_bytes // (4 * self.config.hidden_size))
         for start in range(0, self.config.vocab_size, size):
             rows = slice(start, min(start + size, self.config.vocab_size))
-            yield rows, final @ torch.from_numpy(self.weights.read_float32(name, rows)).T
+            yield rows, linear(final, torch.from_numpy(self.weights.read_float32(name, rows)))
 
     @torch.no_grad()
     def top_logits(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from edgelm.errors import CheckpointError, UnsupportedConfigError
 from edgelm.models import fields
 from edgelm.models.hooks import Cached, ExpertInputs, Inputs, Routed
+from edgelm.models.matmul import linear
 from edgelm.models.trace import KVCache, Trace
 
 Read = Callable[[str], NDArray[np.float32]]
@@ -144,7 +145,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., inputs] to [..., outputs]."""
-        return F.linear(x if self.inputs is None else self.inputs(x), self.weight.float())
+        return linear(x if self.inputs is None else self.inputs(x), self.weight.float())
 
 
 def rotary_table(start: int, length: int, config: OlmoeConfig) -> tuple[Tensor, Tensor]:
@@ -294,9 +295,9 @@ class SparseMoE(nn.Module):
         gate, up, down = (w.float() for w in weights)
         hook = self.expert_inputs
         if hook is None:
-            return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-        inner = F.silu(F.linear(hook(x, expert, "gate_proj"), gate)) * F.linear(hook(x, expert, "up_proj"), up)
-        return F.linear(hook(inner, expert, "down_proj"), down)
+            return linear(F.silu(linear(x, gate)) * linear(x, up), down)
+        inner = F.silu(linear(hook(x, expert, "gate_proj"), gate)) * linear(hook(x, expert, "up_proj"), up)
+        return linear(hook(inner, expert, "down_proj"), down)
 
 
 class Layer(nn.Module):

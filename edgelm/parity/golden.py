@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.devices import allowed_cores
 from edgelm.errors import ParityError
 from edgelm.parity.pack import (
     PROBES,
@@ -27,7 +28,7 @@ from edgelm.parity.pack import (
     TokenizerPrint,
 )
 from edgelm.parity.prompts import BUILT_IN, Prompt, load_prompts
-from edgelm.parity.sketch import SKETCH_WIDTH, probe_ids, sign_matrix, sketch
+from edgelm.parity.sketch import SKETCH_WIDTH, probe_ids, sign_matrix
 from edgelm.progress import Advance, Progress, Silent
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ def write_pack(
     options: GoldenOptions,
     progress: Progress | None = None,
     rounding: DeviceRounding | None = None,
+    threads: int | None = None,
 ) -> None:
     """Make a pack and write it to `folder` (pack.npz and pack.json).
 
@@ -162,11 +164,12 @@ def write_pack(
         options: prompts and sizes.
         progress: where to report sweeps.
         rounding: how the device rounds activations and cache; None where that is not known.
+        threads: to compute with, None is one per core allowed to this process. The pack is the same for any number.
 
     Raises:
         ParityError: a prompt has no tokens.
     """
-    make_pack(reference, quantized, config_json, tokenizer, options, progress, rounding).save(folder)
+    make_pack(reference, quantized, config_json, tokenizer, options, progress, rounding, threads).save(folder)
 
 
 def make_pack(
@@ -177,8 +180,24 @@ def make_pack(
     options: GoldenOptions,
     progress: Progress | None = None,
     rounding: DeviceRounding | None = None,
+    threads: int | None = None,
 ) -> ParityPack:
     """As `write_pack`, but keeps the pack in memory."""
+    from edgelm.models.matmul import reproducible
+
+    with reproducible(threads or allowed_cores()):
+        return _make_pack(reference, quantized, config_json, tokenizer, options, progress, rounding)
+
+
+def _make_pack(
+    reference: WeightReader,
+    quantized: WeightReader | None,
+    config_json: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    options: GoldenOptions,
+    progress: Progress | None,
+    rounding: DeviceRounding | None,
+) -> ParityPack:
     import torch
 
     import edgelm
@@ -390,6 +409,8 @@ def _chunks(
     wanted: Sequence[NDArray[np.int32]] | None = None,
 ) -> list[_Chunk]:
     """Reduce a sweep; one pass over the head serves the top logits, the probes, the next tokens and `wanted`."""
+    import torch
+
     asked = []
     for i, after in enumerate(next_ids):
         columns: list[NDArray[Any]] = [np.broadcast_to(probes, (len(after), len(probes))), after[:, None]]
@@ -398,7 +419,7 @@ def _chunks(
         asked.append(np.concatenate(columns, axis=1).astype(np.int64))
     tops, gathered = result.topk(k, asked)
     assert gathered is not None
-    signs = sign_matrix(result.reference.config.hidden_size)
+    signs = torch.from_numpy(sign_matrix(result.reference.config.hidden_size))
     chunks = []
     for sequence, top, found in zip(result.sequences, tops, gathered, strict=True):
         hidden = np.stack(sequence.hidden)
@@ -413,7 +434,8 @@ def _chunks(
                 next_logit=found[:, len(probes)],
                 extra=found[:, len(probes) + 1 :],
                 norms=np.linalg.norm(hidden, axis=-1).astype(np.float32),
-                sketches=sketch(hidden, signs),
+                # PyTorch's matmul, not NumPy's, whose threads nobody counts here.
+                sketches=(torch.from_numpy(hidden) @ signs).numpy(),
                 router=np.stack(sequence.router_logits) if sequence.router_logits else None,
                 experts=np.stack(sequence.experts) if sequence.experts else None,
             )

@@ -1,0 +1,138 @@
+"""Are two exports of one checkpoint equal byte for byte, whatever the threads, the folders and the hash seed?"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import FLAVOURS, MakeCheckpoint
+
+import edgelm
+from edgelm.bundle import Bundle
+from edgelm.cli.inspect import bundle_rows
+from edgelm.errors import ExportError
+from edgelm.export import ExportOptions, export_bundle
+from edgelm.models import matmul
+from edgelm.parity.golden import GoldenOptions
+from edgelm.parity.prompts import Prompt
+
+IMPORT_ROOT = Path(edgelm.__file__).parents[1]
+CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
+SCRIPT = """
+import sys
+from edgelm.export import ExportOptions, export_bundle
+from edgelm.parity.golden import GoldenOptions
+from edgelm.parity.prompts import Prompt
+source, out, recipe, target, ops, threads = sys.argv[1:]
+golden = GoldenOptions(prompts=(Prompt("a", "def merge(left, right):"), Prompt("b", "import os")), greedy_tokens=4)
+options = ExportOptions(target=target, ops=ops, threads=int(threads), golden=golden)
+export_bundle(source, out, recipe=None if recipe == "own" else recipe, options=options)
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def export_elsewhere(
+    source: Path, out: Path, recipe: str, target: str, ops: str, threads: int, **environment: str
+) -> dict[str, bytes]:
+    """In a process of its own, from a copy of the checkpoint that lies elsewhere."""
+    copy = out.parent / f"of {out.name}" / source.name
+    shutil.copytree(source, copy)
+    # Not the package's own tests folder: -P, and the import tree that this process uses.
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", SCRIPT, str(copy), str(out), recipe, target, ops, str(threads)],
+        env={**os.environ, "PYTHONPATH": str(IMPORT_ROOT), **environment},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return contents(out)
+
+
+CASES = [
+    ("olmoe", "int4", "cpu", FLAVOURS[0]),
+    ("fox", "int8", "cpu", "portable"),
+    ("olmoe", "int4", "cuda", "auto"),
+]
+
+
+@pytest.mark.parametrize(("model", "recipe", "target", "ops"), CASES)
+def test_threads_folders_and_hash_seeds_change_no_byte(
+    tmp_path: Path, model: str, recipe: str, target: str, ops: str
+) -> None:
+    source = CHECKPOINTS / f"{model}-tiny"
+    one = export_elsewhere(
+        source, tmp_path / "one", recipe, target, ops, 1, OMP_NUM_THREADS="1", PYTHONHASHSEED="1", TZ="UTC"
+    )
+    two = export_elsewhere(
+        source, tmp_path / "second place", recipe, target, ops, 2, OMP_NUM_THREADS="2", PYTHONHASHSEED="2",
+        MKL_NUM_THREADS="2", OPENBLAS_NUM_THREADS="2", TZ="Asia/Tokyo",
+    )  # fmt: skip
+    assert set(one) == set(two)
+    assert [name for name in one if one[name] != two[name]] == []
+    assert "parity/pack.npz" in one
+
+
+GOLDEN = GoldenOptions(prompts=(Prompt("a", "def f(x):"),), greedy_tokens=2)
+
+
+def test_a_quantised_checkpoint_and_its_bundle_are_equal(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    from edgelm.quant.checkpoint import quantize_checkpoint
+    from edgelm.quant.recipe import Recipe
+
+    source = checkpoint("fox")
+    before = torch.get_num_threads()
+    made = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            folder = tmp_path / str(threads)
+            quantize_checkpoint(source, folder / "q", Recipe.load("int4"))
+            export_bundle(folder / "q", folder / "b", options=ExportOptions(threads=threads, golden=GOLDEN))
+            made.append(contents(folder))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert [name for name in made[0] if made[0][name] != made[1][name]] == []
+    assert set(made[0]) == set(made[1])
+
+
+def test_the_date_is_the_one_that_was_given_or_none(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint("fox")
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    bundle = export_bundle(source, tmp_path / "none", options=ExportOptions(golden=GOLDEN))
+    assert bundle.manifest.created is None
+    assert "created" not in json.loads((bundle.path / "manifest.json").read_text())
+    assert "made" not in dict(bundle_rows(bundle, []))["bundle"]
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    bundle = export_bundle(source, tmp_path / "given", options=ExportOptions(golden=GOLDEN))
+    assert bundle.manifest.created == "2023-11-14T22:13:20+00:00"
+    assert Bundle.open(bundle.path).manifest.created == bundle.manifest.created
+    assert "made 2023-11-14" in dict(bundle_rows(bundle, []))["bundle"]
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    with pytest.raises(ExportError, match="SOURCE_DATE_EPOCH is 'yesterday': give the seconds since 1970"):
+        export_bundle(source, tmp_path / "wrong", options=ExportOptions(golden=GOLDEN))
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_matmuls_give_the_same_bits_for_any_number_of_workers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(37, 640, generator=generator), torch.randn(1300, 640, generator=generator)
+    assert x.numel() * len(weight) > matmul.SMALL
+    made = []
+    for threads in (1, 2, 3, 7):
+        with matmul.reproducible(threads):
+            assert torch.get_num_threads() == 1
+            made.append(matmul.linear(x, weight).numpy())
+    assert all(np.array_equal(made[0], other) for other in made)
+    assert np.allclose(made[0], (x.double() @ weight.double().T).numpy(), atol=1e-3)
