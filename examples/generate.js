@@ -42,7 +42,12 @@ async function load(bundle) {
 }
 
 async function generate({ manifest, session }, prompt, count) {
-  const { num_layers: layers, num_kv_heads: heads, head_dim: size } = manifest.model;
+  const { num_layers: layers, num_kv_heads: heads, head_dim: size, vocab_size: ids_below, context_length } = manifest.model;
+  const wrong = prompt.find((id) => !Number.isInteger(id) || id < 0 || id >= ids_below);
+  if (wrong !== undefined) throw new Error(`${wrong} is no token id: they are whole numbers below ${ids_below}`);
+  if (prompt.length + count > context_length) {
+    throw new Error(`${prompt.length} prompt tokens and ${count} more do not fit into ${context_length} positions`);
+  }
   let cache = {};
   for (let i = 0; i < layers; i++) {
     for (const part of ['key', 'value']) {

@@ -28,7 +28,8 @@ from edgelm.cli.recipes import budget_options, budgeted, in_json, refuse_two
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "native", "portable"]),
-    help="Operators: EdgeLM's own, or ONNX Runtime's, which run everywhere; auto is native where they are installed.",
+    help="Operators: EdgeLM's own, or ONNX Runtime's, which need nothing of EdgeLM's to run: `edgelm inspect` says the "
+    "oldest ONNX Runtime that has them right; auto is native where they are installed.",
 )
 @click.option(
     "--dtype",

@@ -105,10 +105,18 @@ def test_what_this_onnxruntime_is_too_old_for_is_refused_with_the_reason(node: s
 
 def test_wrong_arguments_are_told(node: str, tmp_path: Path) -> None:
     assert generate(node, tmp_path).returncode == 2
-    missing = generate(node, tmp_path / "nowhere", "5,6")
-    assert missing.returncode == 1
-    assert missing.stderr.startswith("error: ")
-    assert len(missing.stderr.splitlines()) == 1
+    bundle = export(tmp_path / "b", "fox", PRESETS["none"]).path
+    for path, ids, count, reason in (
+        (tmp_path / "nowhere", "5,6", 2, "no such file"),
+        (bundle, "5,x", 2, "NaN is no token id"),
+        (bundle, "5,3072", 2, "3072 is no token id: they are whole numbers below 3072"),
+        (bundle, "5,6", 511, "2 prompt tokens and 511 more do not fit into 512 positions"),
+    ):
+        result = generate(node, path, ids, count)
+        assert result.returncode == 1
+        assert result.stderr.startswith("error: ")
+        assert reason in result.stderr
+        assert len(result.stderr.splitlines()) == 1
 
 
 def test_the_lock_file_names_no_registry() -> None:
