@@ -48,6 +48,9 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     # numpy has no 8-bit floats: they are handed out as their codes.
     "F8_E4M3": np.dtype("u1"),
     "F8_E5M2": np.dtype("u1"),
+    "F8_E4M3FNUZ": np.dtype("u1"),
+    "F8_E5M2FNUZ": np.dtype("u1"),
+    "F8_E8M0": np.dtype("u1"),
 }
 # With the bits of the exponent, all of which are set in infinities and NaNs alone.
 _EXPONENTS: dict[str, np.unsignedinteger[Any]] = {

@@ -58,6 +58,9 @@ _PARTS = (
     "weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale",
     "input_zero_point", "bias",
 )  # fmt: skip
+# How far llm-compressor had come. What the weights are stored as, their types say: some that are compressed are called
+# "frozen", and floats that are yet to be rounded have scales beside them, which `refuse_orphans` finds.
+_STATUSES = ("initialized", "calibration", "frozen", "compressed")
 _STRATEGIES = ("tensor", "channel", "group", "block")
 _EVERY_LINEAR = "Linear"
 
@@ -161,8 +164,8 @@ def _names(entry: str, module: str) -> bool:
 def _check_whole(settings: Settings) -> None:
     """Refuse what concerns the whole checkpoint and is not read."""
     status = settings.get("quantization_status")
-    if status not in (None, "compressed"):
-        raise reading.unsupported("quantization_status", status, '"compressed"')
+    if status is not None and status not in _STATUSES:
+        raise reading.unsupported("quantization_status", status, ", ".join(_STATUSES))
     for key, accepted in (("kv_cache_scheme", "no scales of the KV cache"), ("transform_config", "no transforms")):
         if settings.get(key):
             raise reading.unsupported(key, settings[key], accepted)

@@ -131,6 +131,13 @@ def refuse_orphans(checkpoint: Checkpoint, stems: Mapping[str, Matrix], parts: t
     for key in checkpoint.tensors:
         stem, _, part = key.rpartition(".")
         if part in parts and f"{stem}.weight" not in stems:
+            weight = checkpoint.tensors.get(f"{stem}.weight")
+            if weight is not None and weight.dtype in FLOATS:
+                raise CheckpointError(
+                    f"{checkpoint.path} has {key}, but {stem}.weight is {weight.dtype} and not rounded to it yet: the "
+                    "checkpoint was saved without being compressed (llm-compressor: save_compressed=True); save it "
+                    f"again, or {WAY_OUT}"
+                )
             raise CheckpointError(f"{checkpoint.path} has {key} but not {stem}.{main}: fetch the checkpoint again")
 
 

@@ -251,7 +251,8 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("packed", {"format": "marlin-24"}, "format is 'marlin-24'"),
     ("packed", {"format": "nvfp4-pack-quantized"}, "nvfp4"),
     ("packed", {"format": "dense"}, "format is 'dense'"),
-    ("packed", {"quantization_status": "frozen"}, "quantization_status is 'frozen'"),
+    ("packed", {"quantization_status": "thawed"}, "quantization_status is 'thawed'"),
+    ("packed", {"quantization_status": 3}, "quantization_status is 3"),
     ("packed", {"kv_cache_scheme": {"num_bits": 8}}, "no scales of the KV cache"),
     ("packed", {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
     ("packed", {"sparsity_config": {"format": "sparse-24-bitmask"}}, r"sparsity_config\.format is 'sparse-24-bitmask'"),
@@ -336,6 +337,31 @@ def test_missing_parts_are_named(write: Write, style: str, parts: list[str], sai
     for part in parts:
         written.change(f"{Q_PROJ}.{part}", None)
     refused(written, said)
+
+
+@pytest.mark.parametrize("style", ["packed", "int8", "fp8-static"])
+@pytest.mark.parametrize("status", ["initialized", "calibration", "frozen"])
+def test_the_types_of_the_tensors_decide_not_the_status(write: Write, style: str, status: str) -> None:
+    written = write(style)
+    with Checkpoint.open(written.path) as opened:
+        plain = WeightSource(opened)
+        wanted = {name: plain.dequantized_float32(name) for name in plain.shapes}
+    written.configure({"quantization_status": status})
+    with Checkpoint.open(written.path) as opened:
+        source = WeightSource(opened)
+        assert source.recipe == plain.recipe
+        for name, values in wanted.items():
+            np.testing.assert_array_equal(source.dequantized_float32(name), values)
+
+
+def test_floats_that_are_yet_to_be_rounded_are_refused(write: Write) -> None:
+    written = write("int8")
+    written.configure({"quantization_status": "frozen"})
+    written.change(f"{Q_PROJ}.weight", np.zeros((128, 128), np.float32), "F32")
+    refused(
+        written,
+        rf"has {Q_PROJ}\.weight_scale, but {Q_PROJ}\.weight is F32 and not rounded to it yet: .*save_compressed",
+    )
 
 
 def test_a_checkpoint_with_nothing_quantised_is_refused(write: Write) -> None:
