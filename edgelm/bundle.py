@@ -22,6 +22,7 @@ from typing import Annotated
 from edgelm.errors import BundleError
 from edgelm.files import atomic_directory, need_disk, restore
 from edgelm.json_dataclass import Blame, Count, Range, from_data, parse, quoted, read_bytes, read_json, require_format
+from edgelm.models import FORMER_NAMES
 from edgelm.places import Kind, unlisted
 from edgelm.progress import Progress, Silent
 
@@ -67,6 +68,10 @@ class ModelInfo:
     num_experts: _Experts = 0
     experts_per_token: _Experts = 0
     norm_topk_prob: bool = False
+
+    def __post_init__(self) -> None:
+        # Bundles that were exported before have Llama's family by the name of its first model.
+        object.__setattr__(self, "family", FORMER_NAMES.get(self.family, self.family))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from edgelm.bundle import ModelInfo, TokenIds
 
 # GenAI knows model types, not architectures: "olmo" and "llama" both mean a decoder with exactly these inputs.
-_TYPES = {"olmoe": "olmo", "fox": "llama"}
+_TYPES = {"olmoe": "olmo", "llama": "llama"}
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 

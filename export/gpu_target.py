@@ -24,7 +24,7 @@ from edgelm.runtimes.cuda.program import PROGRAM_FILE
 
 _FAMILIES: Mapping[str, Callable[[GpuDecoder, Any], None]] = {
     "olmoe": onnx_olmoe.build_native,
-    "fox": onnx_fox.build_native,
+    "llama": onnx_fox.build_native,
 }
 
 

@@ -36,11 +36,11 @@ from edgelm.runtimes.router_probe import PROBE_FILE
 
 _PORTABLE: Mapping[str, Callable[[PortableOps, ModelInfo, Any], DecoderFrame]] = {
     "olmoe": onnx_olmoe.build_portable,
-    "fox": onnx_fox.build_portable,
+    "llama": onnx_fox.build_portable,
 }
 _NATIVE: Mapping[str, Callable[[NativeDecoder, Any], None]] = {
     "olmoe": onnx_olmoe.build_native,
-    "fox": onnx_fox.build_native,
+    "llama": onnx_fox.build_native,
 }
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "TensorSpec",
     "WeightReader",
     "bf16_to_float32",
+    "family_of",
     "float32_to_bf16",
     "write_sharded",
 ]
@@ -55,7 +56,12 @@ class WeightReader(Protocol):
         """The tensor, or the given rows of its first axis."""
 
 
-def _family(config: Mapping[str, Any]) -> Family:
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The supported family that a config.json names.
+
+    Raises:
+        UnsupportedConfigError: the architecture is unknown. CheckpointError: it is no list of names.
+    """
     architectures = config.get("architectures")
     if architectures is not None and not (isinstance(architectures, list) and all(map(_is_text, architectures))):
         raise CheckpointError("config.json: architectures is not a list of names; fetch the file again")
@@ -115,7 +121,7 @@ class Checkpoint(CheckpointFiles):
         super().__init__(path)
         self.source_id = source_id or hub.snapshot_id(path) or path.resolve().name
         try:
-            self.family = _family(self.config)
+            self.family = family_of(self.config)
             self._places = self._canonical()
         except CheckpointError as error:
             self.close()

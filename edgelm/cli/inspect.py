@@ -10,10 +10,8 @@ import click
 
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle, CalibrationInfo, Manifest
-    from edgelm.checkpoint import Checkpoint
     from edgelm.cli.inspect_gpu import GpuGroup
     from edgelm.packed import PackedMatrix
-    from edgelm.quant.recipe import Recipe
     from edgelm.runtimes.native_library import CpuKernels
 
 
@@ -24,6 +22,8 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 def inspect(path: Path | None, cpu: bool, verify: bool, as_json: bool) -> None:
     """Say what PATH, a bundle or a checkpoint, is: model, sizes, recipe; --verify checks a bundle's hashes.
+
+    Of a checkpoint it also says whether `edgelm export` takes it, and every reason why not.
 
     Exit code 1 if --verify finds a difference, or with --cpu if EDGELM_ISA names what cannot be used.
     """
@@ -45,13 +45,12 @@ def inspect(path: Path | None, cpu: bool, verify: bool, as_json: bool) -> None:
         problems = bundle.verify(Bars()) if verify else None
         document, rows = bundle_document(bundle, problems), bundle_rows(bundle, problems)
     else:
-        from edgelm.checkpoint import Checkpoint
+        from edgelm.cli.inspect_checkpoint import checkpoint_document, checkpoint_rows
 
         if verify:
             raise click.UsageError("--verify needs a bundle: a checkpoint has no hashes to compare with")
-        checkpoint = Checkpoint.open(path)
-        problems = None
-        document, rows = checkpoint_document(checkpoint), checkpoint_rows(checkpoint)
+        problems, document = None, checkpoint_document(path)
+        rows = checkpoint_rows(document)
     click.echo(json.dumps(document) if as_json else pairs(rows))
     if problems:
         raise click.exceptions.Exit(1)
@@ -253,70 +252,3 @@ def engine_rows(bundle: Bundle) -> list[tuple[str, str]]:
         for info in found
         for label, line in zip(("engine", "", ""), engine_lines(info, bundle), strict=True)
     ]
-
-
-def checkpoint_document(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Config, sizes and dtypes."""
-    dtypes: dict[str, int] = {}
-    recipe, problem, scales = _stored_recipe(checkpoint)
-    for tensor in checkpoint.tensors.values():
-        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
-    return {
-        "kind": "checkpoint",
-        "path": str(checkpoint.path),
-        "config": checkpoint.config,
-        "tensors": len(checkpoint.tensors),
-        "dtypes": dtypes,
-        "bytes": sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
-        "quantized": "quantization_config" in checkpoint.config,
-        "recipe": None if recipe is None else {"name": recipe.name, "toml": recipe.to_toml()},
-        "input_scales": scales,
-        "refused": problem,
-    }
-
-
-def _stored_recipe(checkpoint: Checkpoint) -> tuple[Recipe | None, str | None, int]:
-    """The recipe of a quantised checkpoint, or why it cannot be exported; and how many static scales of inputs it has.
-
-    None and None for a float one. Only headers are read: what the values of a matrix refuse, an export finds.
-    """
-    from edgelm.errors import EdgeLMError
-    from edgelm.quant.source import WeightSource
-
-    if "quantization_config" not in checkpoint.config:
-        return None, None, 0
-    try:
-        source = WeightSource(checkpoint)
-        return source.recipe, None, sum(source.input_scale(name) is not None for name in source.shapes)
-    except EdgeLMError as error:
-        return None, str(error), 0
-
-
-def checkpoint_rows(checkpoint: Checkpoint) -> list[tuple[str, str]]:
-    """What a person wants to know of a checkpoint."""
-    from edgelm.cli.tables import size
-
-    document, config = checkpoint_document(checkpoint), checkpoint.config
-    architecture = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
-    rows = [
-        ("checkpoint", str(checkpoint.path)),
-        ("architecture", str(architecture)),
-        *(
-            (name, str(config[name]))
-            for name in ("num_hidden_layers", "hidden_size", "vocab_size", "num_experts", "num_experts_per_tok")
-            if name in config
-        ),
-        ("tensors", ", ".join(f"{count} {dtype}" for dtype, count in document["dtypes"].items())),
-        ("size", size(document["bytes"])),
-    ]
-    if document["quantized"]:
-        quantization = config["quantization_config"]
-        recipe = document["recipe"]
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        name = f", recipe {recipe['name']}" if recipe else ""
-        rows.append(("quantised", f"by {method}{name}"))
-        if document["input_scales"]:
-            rows.append(("", f"{document['input_scales']} matrices with a static scale of their inputs"))
-        if document["refused"]:
-            rows.append(("REFUSED", document["refused"]))
-    return rows

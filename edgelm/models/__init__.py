@@ -18,19 +18,21 @@ class Family:
     """One supported model family: where its file is and what its classes are called.
 
     Attributes:
-        name: "olmoe" or "fox".
+        name: "olmoe" or "llama", as bundles record it.
         architecture: what `architectures[0]` of a config.json says.
         model_type: what `model_type` says; used only when `architectures` is absent.
         prefix: of the class names in the family's file.
+        file: the module in this package.
     """
 
     name: str
     architecture: str
     model_type: str
     prefix: str
+    file: str
 
     def _attribute(self, name: str) -> Any:
-        return getattr(importlib.import_module(f"edgelm.models.{self.name}"), name)
+        return getattr(importlib.import_module(f"edgelm.models.{self.file}"), name)
 
     @property
     def config_class(self) -> Any:
@@ -61,9 +63,12 @@ class Family:
 
 
 FAMILIES = (
-    Family("olmoe", "OlmoeForCausalLM", "olmoe", "Olmoe"),
-    Family("fox", "LlamaForCausalLM", "llama", "Fox"),
+    Family("olmoe", "OlmoeForCausalLM", "olmoe", "Olmoe", "olmoe"),
+    Family("llama", "LlamaForCausalLM", "llama", "Fox", "fox"),
 )
+
+FORMER_NAMES = {"fox": "llama"}
+"""What older bundles call a family."""
 
 
 def family(config_json: Mapping[str, Any]) -> Family:

@@ -120,34 +120,36 @@ def shortened(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def not_implemented(config: Mapping[str, Any], read: Collection[str]) -> list[str]:
-    """Every field of `config` that may change the arithmetic and is not implemented, with its value and meaning.
+def not_implemented(config: Mapping[str, Any], read: Collection[str]) -> dict[str, str]:
+    """Every field of `config` that may change the arithmetic and is not implemented: its name, value and meaning.
 
     Args:
         config: config.json.
         read: the fields that the model reads.
     """
-    found = []
+    found: dict[str, str] = {}
     for key, value in config.items():
         if key in _ROPE_FIELDS:
-            found += _rope_problems(key, value)
+            problems = _rope_problems(key, value)
+            if problems:
+                found[key] = "; ".join(problems)
         elif key == "quantization_config":
             method = value.get("quant_method") if isinstance(value, Mapping) else value
             if method not in (None, *QUANTISED_BY):
-                found.append(
+                found[key] = (
                     f"quantization_config.quant_method {shortened(method)} (read are {', '.join(QUANTISED_BY)}: start "
                     "from the float checkpoint)"
                 )
         elif key == "layer_types":
             if value is not None and not (isinstance(value, list) and all(kind == _FULL for kind in value)):
                 kinds = sorted({str(kind) for kind in value} - {_FULL}) if isinstance(value, list) else [str(value)]
-                found.append(f"layer_types {shortened(', '.join(kinds))} (layers other than {_FULL})")
+                found[key] = f"layer_types {shortened(', '.join(kinds))} (layers other than {_FULL})"
         elif key in read or key in HARMLESS or value is None:
             continue
         elif key not in UNUSED:
-            found.append(f"{key} {shortened(value)} (unknown; if it changes nothing, remove it)")
+            found[key] = f"{shortened(key)[1:-1]} {shortened(value)} (unknown; if it changes nothing, remove it)"
         elif not _is_unused(key, value, config):
-            found.append(f"{key} {shortened(value)} ({UNUSED[key][0]})")
+            found[key] = f"{key} {shortened(value)} ({UNUSED[key][0]})"
     return found
 
 
@@ -192,7 +194,7 @@ def check_fields(config: Mapping[str, Any], model: str, read: Collection[str]) -
     found = not_implemented(config, read)
     if found:
         raise UnsupportedConfigError(
-            f"config.json: {'; '.join(found)}: not implemented for {model}, and may change what it computes"
+            f"config.json: {'; '.join(found.values())}: not implemented for {model}, and may change what it computes"
         )
 
 

@@ -50,7 +50,7 @@ def refusal(folder: Path) -> str:
 def test_a_sharded_folder_reads_as_one(sharded: Path) -> None:
     with Checkpoint.open(str(sharded)) as checkpoint:
         assert checkpoint.config == CONFIG
-        assert checkpoint.family.name == "fox"
+        assert checkpoint.family.name == "llama"
         assert checkpoint.source_id == sharded.name
         checkpoint.check_tensors(SHAPES)
         for name in SPECS:

@@ -145,7 +145,7 @@ def test_the_cache_refuses_to_go_forward() -> None:
 def test_the_published_config_is_read() -> None:
     config = FoxConfig.from_dict(PUBLISHED)
     assert (config.head_dim, config.rms_norm_eps, config.tie_word_embeddings) == (128, 1e-5, True)
-    assert family(PUBLISHED).name == "fox"
+    assert family(PUBLISHED).name == "llama"
     shapes = tensor_shapes(config)
     assert "lm_head.weight" not in shapes
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 1_665_271_808
