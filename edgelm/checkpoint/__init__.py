@@ -23,6 +23,7 @@ from edgelm.checkpoint.jsonfile import read_json_object
 from edgelm.checkpoint.safetensors import SafetensorsFile, TensorInfo, bf16_to_float32
 from edgelm.checkpoint.writer import SafetensorsWriter, ShardedWriter, TensorSpec, float32_to_bf16, write_sharded
 from edgelm.errors import CheckpointError
+from edgelm.files import restore
 from edgelm.models import Family, family, fields
 from edgelm.progress import Progress, Silent
 
@@ -159,6 +160,8 @@ class Checkpoint(CheckpointFiles):
             UnsupportedConfigError: it is of an unknown architecture.
         """
         path = Path(path_or_hub_id)
+        if not path.exists():
+            restore(path)
         if path.is_dir():
             return cls(path)
         if path.exists():
