@@ -149,7 +149,7 @@ def _json_at(data: mmap.mmap, place: int) -> str | None:
     text = raw.split(b"\n", 1)[0].decode("utf-8", "replace")
     try:
         _, end = json.JSONDecoder().raw_decode(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return text[:end]
 

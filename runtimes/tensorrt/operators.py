@@ -9,9 +9,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from edgelm.errors import EdgeLMError
+from edgelm.json_dataclass import Blame, Range, from_data, parse, require_format
 
 PREFIX = "EdgeLM"
 """Of plugins' names. TensorRT's parser keeps names such as GroupQueryAttention to itself, whatever their domain."""
@@ -19,6 +20,9 @@ NAMESPACE = "edgelm"
 VERSION = "1"
 MARK = '{"edgelm_plugin": 1, '
 """How the serialised form of a plugin begins; engines are searched for it."""
+
+_PLUGIN = "a plugin of this engine"
+_BLAME = Blame(EdgeLMError, "build the engine again with `edgelm build BUNDLE`")
 
 Value = int | float | str
 
@@ -33,6 +37,17 @@ class Dim:
 
 Term = int | Dim | tuple[Dim, ...]
 """A dimension of a result: a constant, an input's, or the product of several of these."""
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A plugin's serialised form, but for its mark."""
+
+    name: str
+    op: str
+    present: tuple[Annotated[int, Range(0, 1)], ...]
+    results: tuple[tuple[str, Annotated[int, Range(1, (1 << 31) - 1)]], ...]
+    attrs: dict[str, Value]
 
 
 @dataclass(frozen=True)
@@ -78,17 +93,9 @@ class PluginSpec:
         Raises:
             EdgeLMError: it is something else, or of an operator that this version lacks.
         """
-        try:
-            data = json.loads(text)
-            if data["edgelm_plugin"] != 1:
-                raise ValueError(f"version {data['edgelm_plugin']}")
-            results = tuple((str(kind), int(width)) for kind, width in data["results"])
-            found = cls(data["name"], data["op"], data["attrs"], tuple(map(bool, data["present"])), results)
-        except (ValueError, KeyError, TypeError) as error:
-            raise EdgeLMError(
-                f"a plugin of this engine is not one that this EdgeLM reads ({error}): build the engine again with "
-                "`edgelm build BUNDLE`"
-            ) from error
+        data = require_format(parse(text, _PLUGIN, _BLAME), "edgelm_plugin", 1, _PLUGIN, _BLAME)
+        read = from_data(_Text, data, _PLUGIN, _BLAME, ignored=("edgelm_plugin",))
+        found = cls(read.name, read.op, read.attrs, tuple(map(bool, read.present)), read.results)
         if found.op not in OPERATORS:
             raise EdgeLMError(
                 f"{found.name}: the engine has the operator {found.op}, this EdgeLM has {', '.join(OPERATORS)}: "
