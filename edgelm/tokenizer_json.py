@@ -20,7 +20,7 @@ from edgelm.json_dataclass import Blame, read_bytes
 
 MAX_BYTES = 64 << 20  # a vocabulary of 256 000 entries takes about 35 MB
 MAX_STEPS = 64  # of one kind; published tokenizers have up to six
-MAX_GROWTH = 64  # how many characters one may become by replacing, besides Unicode's own forms
+MAX_GROWTH = 16  # how many characters one may become by replacing, besides Unicode's own forms
 MAX_PREPENDED = 1024  # characters put before every part of a text
 MAX_PATTERN = 20_000  # characters of a regular expression
 MANY = 16  # repetitions from which a bounded one is as good as an unbounded one
@@ -328,13 +328,13 @@ def rebuilt(data: Mapping[str, Any], declared: Declared, own_lost: bool = False)
             "merges": model["merges"],
         },
     }
-    return None if _same(data, result) and not own_lost else result
+    return None if same_steps(data, result) and not own_lost else result
 
 
 _MODEL_DEFAULTS = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "end_of_word_suffix": ""}
 
 
-def _same(data: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def same_steps(data: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether both have the same steps, so that there is no need to write a large vocabulary anew."""
     models = []
     for model in (data["model"], other["model"]):

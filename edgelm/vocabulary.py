@@ -149,6 +149,9 @@ class JsonVocabulary(Vocabulary):
         self._path = path
         self._post_processor = {"post_processor": data.get("post_processor")}
         self._add(own, declared, anew is None)
+        # Files of Llama's put a space in a way of their own; the other classes have the steps of the published files.
+        if anew is not None and declared.kind != "LlamaTokenizer" and not tokenizer_json.same_steps(data, anew):
+            self.notes.append(f"{path.name} has other steps than {declared.kind}, whose count, as in transformers")
         added: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
         self.special = frozenset(index for index, token in added.items() if token.special)
         vocab = data["model"]["vocab"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -199,6 +200,21 @@ def test_files_are_what_a_bundle_needs(tmp_path: Path) -> None:
     for path in [*tokenizer.files, folder / "config.json"]:
         (copy / path.name).write_bytes(path.read_bytes())
     assert Tokenizer.from_folder(copy).fingerprint() == tokenizer.fingerprint()
+
+
+def test_a_class_with_other_steps_than_the_file_counts_and_is_noted(tmp_path: Path) -> None:
+    # As in transformers, whose GPTNeoXTokenizer takes only vocabulary and merges from the file.
+    folder = olmoe(tmp_path / "o")
+    before = Tokenizer.from_folder(folder)
+    assert before.notes == [note for note in before.notes if "steps" not in note]
+    file = folder / "tokenizer.json"
+    data = json.loads(file.read_text())
+    file.write_text(json.dumps({**data, "normalizer": {"type": "Lowercase"}}))
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.encode("The People") == before.encode("The People")
+    assert any("has other steps than GPTNeoXTokenizer" in note for note in tokenizer.notes)
+    put(folder, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    assert Tokenizer.from_folder(folder).encode("The People") == before.encode("the people")
 
 
 def test_json_is_preferred_to_the_model(tmp_path: Path) -> None:
