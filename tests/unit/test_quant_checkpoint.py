@@ -191,6 +191,30 @@ def test_damage_to_a_quantised_checkpoint_is_named(folder, tmp_path):
         WeightSource(damaged).quantized(f"{stem}.weight")
 
 
+def test_rows_whose_codes_do_not_fill_the_last_byte_are_read_back(tmp_path):
+    shapes = {"a.weight": (9, 37), "b.weight": (9, 33), "c.weight": (9, 36), "d.weight": (9, 40)}
+    values = np.random.default_rng(3).standard_normal((9, 40)).astype(np.float32)
+    path, out = tmp_path / "float", tmp_path / "q"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"architectures": ["OlmoeForCausalLM"]}))
+    specs = {name: TensorSpec("F32", shape) for name, shape in shapes.items()}
+    write_sharded(path, specs, lambda name: [np.ascontiguousarray(values[:, : shapes[name][1]])])
+    rules = (Rule("b.*", Scheme(3, None, symmetric=False)), Rule("c.*", Scheme(6, 16)))
+    recipe = Recipe("odd", Scheme(4, 16), rules)
+    quantize_checkpoint(path, out, recipe, threads=1)
+    with Checkpoint.open(path) as plain, Checkpoint.open(out) as stored:
+        assert [name for name in stored.tensors if name.endswith("columns")] == ["a.columns", "b.columns"]
+        source, expected = WeightSource(stored), WeightSource(plain, recipe)
+        assert source.shapes == shapes
+        for name in shapes:
+            assert_same(source.quantized(name), expected.quantized(name))
+            assert_same(source.quantized(name, slice(2, 7)), expected.quantized(name).rows(slice(2, 7)))
+    file = out / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace((37).to_bytes(8, "little"), (39).to_bytes(8, "little")))
+    with Checkpoint.open(out) as damaged, pytest.raises(CheckpointError, match=r"a\.columns is \[39\], which 19 bytes"):
+        WeightSource(damaged)
+
+
 def test_a_calibrated_scale_of_inputs_is_a_part_of_its_matrix(folder, tmp_path):
     quantize_checkpoint(folder, tmp_path / "q", PRESETS["int8"])
     with Checkpoint.open(tmp_path / "q") as stored:

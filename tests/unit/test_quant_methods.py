@@ -184,6 +184,23 @@ def test_many_rows_are_worked_on_in_parts(inputs, monkeypatch):
     assert parts.codes.shape == whole.codes.shape
 
 
+@pytest.mark.parametrize("scheme", ["int4-g32-sym", "int3-g16-asym", "int4-row-asym", "fp8-b32"])
+def test_rows_of_any_width_gain_as_others_do(scheme):
+    torch.manual_seed(5)
+    inputs = torch.randn(300, 75) @ torch.randn(75, 75)
+    weight = torch.randn(12, 75).numpy()
+    moments = Moments.zeros(75)
+    moments.add(inputs)
+    found = calibrate(weight, parse_scheme(scheme), moments)
+    assert found.tensor.shape == (12, 75)
+    assert found.tensor.scheme == parse_scheme(scheme)
+    missing = torch.from_numpy(weight - dequantize(found.tensor)) @ inputs.T
+    exact = torch.from_numpy(weight) @ inputs.T
+    assert float(missing.square().sum() / exact.square().sum()) == pytest.approx(found.error, rel=1e-3)
+    assert found.method == "gptq"
+    assert found.errors["gptq"] < 0.8 * found.errors["rtn"]
+
+
 def test_wrong_use_is_refused(weight):
     with pytest.raises(ValueError, match="none of auto, gptq, search, rtn"):
         calibrate(weight, parse_scheme("int4-g32-sym"), None, method="best")
