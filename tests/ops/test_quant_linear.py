@@ -230,13 +230,20 @@ def test_what_does_not_fit_is_named(
         run("QuantLinear", given, constant=None if constant else [], node="layers.3/o", **attributes)
 
 
-def test_weights_at_an_odd_address_are_refused() -> None:
-    room = np.empty(len(INT4) + 8, np.uint8)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("weights", "weights begin at an address"), ("x", "an input of shape [1, 64] begins at an address")],
+)
+def test_what_lies_at_an_odd_address_is_refused(name: str, said: str) -> None:
+    """As it does where a tensor's offset in a file is damaged: the scalar kernels read numbers in place."""
+    given = {"x": X.reshape(-1, 64)[:1], "weights": INT4}
+    room = np.empty(given[name].nbytes + 8, np.uint8)
     start = 1 + -room.ctypes.data % 4
-    room[start : start + len(INT4)] = INT4
-    message = "QuantLinear layers.3/o: weights begins at an address that is no multiple of 4: its offset in the file"
+    room[start : start + given[name].nbytes] = np.frombuffer(given[name].tobytes(), np.uint8)
+    moved = np.frombuffer(room.data, given[name].dtype, given[name].size, start).reshape(given[name].shape)
+    message = f"QuantLinear layers.3/o: {said} that is no multiple of 4: align"
     with pytest.raises(Exception, match=re.escape(message)):
-        run("QuantLinear", {"x": X, "weights": room[start : start + len(INT4)]}, constant=[], node="layers.3/o")
+        run("QuantLinear", given | {name: moved}, constant=[], node="layers.3/o")
 
 
 def test_attribute_name_goes_before_the_nodes(rng: Generator) -> None:

@@ -63,8 +63,13 @@ struct Tensor {
   const void* data = nullptr;
   Shape shape;
 
+  // Fails where it lies at no multiple of T's alignment: a tensor's offset in a damaged file decides that.
   template <typename T>
   const T* As() const {
+    if (reinterpret_cast<uintptr_t>(data) % alignof(T) != 0) {
+      Fail("an input of shape ", Text(shape), " begins at an address that is no multiple of ", int64_t{alignof(T)},
+           ": align it, or export the bundle again");
+    }
     return static_cast<const T*>(data);
   }
 };

@@ -9,7 +9,8 @@ namespace {
 void CheckAligned(const void* data, const std::string& what) {
   constexpr size_t kFloat = alignof(float);
   if (reinterpret_cast<uintptr_t>(data) % kFloat != 0) {
-    Fail(what, " begins at an address that is no multiple of ", int64_t{kFloat}, ": its offset in the file is damaged");
+    Fail(what, " begin at an address that is no multiple of ", int64_t{kFloat},
+         ": align them, or export the bundle again");
   }
 }
 
