@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.checkpoint.writer import float32_to_bf16
 from edgelm.gpu_weights import GpuKind, GpuMatrix
 from edgelm.quant.fp8 import decode
 
@@ -34,8 +35,7 @@ class Numbers:
 
 def to_bf16(x: Array) -> NDArray[np.uint16]:
     """Bits of the nearest bfloat16, ties to even."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return float32_to_bf16(np.asarray(x, np.float32))
 
 
 def from_bf16(bits: Array) -> NDArray[np.float32]:

@@ -16,6 +16,7 @@ import pytest
 from kernel_device import kernel_device
 from numpy.typing import NDArray
 
+from edgelm.checkpoint.writer import float32_to_bf16
 from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda import attention
 from edgelm.runtimes.cuda.attention import AttentionBuffers, AttentionShape
@@ -40,8 +41,7 @@ def to_bits(x: Array, kind: str) -> Array:
         return x.astype(np.float32)
     if kind == "f16":
         return x.astype(np.float16)
-    bits = x.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return float32_to_bf16(x.astype(np.float32))
 
 
 def from_bits(x: Array, kind: str) -> Array:

@@ -72,15 +72,14 @@ def test_every_form_exports_to_the_same_weights(
         name: ("F64", (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64))
         for name, (_, bits) in arrays.items()
     }
-    forms = {"plain": arrays, "odd": odd_form(family, arrays), "double": doubled}
+    forms = {"plain": arrays, "odd": odd_form(family, arrays)} | ({"double": doubled} if family == "fox" else {})
     digests = {}
     for name, form in forms.items():
         bundle = export_bundle(
             rewritten(source, tmp_path / name, form), tmp_path / f"{name}.bundle", recipe="int4", options=options
         )
         digests[name] = bundle.manifest.files[bundle.manifest.graph.weights_file].sha256
-    assert digests["odd"] == digests["plain"]
-    assert digests["double"] == digests["plain"]
+    assert len(set(digests.values())) == 1, digests
 
 
 def test_quantising_every_form_gives_the_same_tensors(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

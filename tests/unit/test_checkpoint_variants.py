@@ -133,11 +133,9 @@ def stacked(config: dict[str, Any], tensors: Tensors, model: Any) -> Tensors:
 
 
 VARIANTS: dict[str, Callable[[dict[str, Any], Tensors, Any], Tensors]] = {
-    "plain": lambda config, tensors, model: tensors,
     "stacked experts": stacked,
     "without the model's prefix": lambda c, tensors, m: {n.removeprefix("model."): t for n, t in tensors.items()},
     "with the model's prefix twice": lambda c, tensors, m: {f"model.{n}": t for n, t in tensors.items()},
-    "float64": lambda c, tensors, m: {n: t.double() for n, t in tensors.items()},
     "several types": lambda c, tensors, m: {
         n: t.to((torch.float64, torch.float32, torch.float16, torch.bfloat16)[i % 4])
         for i, (n, t) in enumerate(tensors.items())
