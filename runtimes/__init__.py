@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -220,8 +221,9 @@ def _check_option(option: str, value: object) -> None:
         if not isinstance(value, str):
             raise EdgeLMError(f"kv is {value!r:.60}: it has to be the name of a type")
         return
-    most = MAX_THREADS if option == "threads" else 2**63 - 1
-    if not is_integer(value) or not 1 <= cast("int", value) <= most:
+    # What a model's context can be, it says itself.
+    least, most = {"threads": (1, MAX_THREADS), "context_length": (-math.inf, math.inf)}.get(option, (1, 2**63 - 1))
+    if not is_integer(value) or not least <= cast("int", value) <= most:
         what = f"1 to {MAX_THREADS}" if option == "threads" else "1 or more"
         raise EdgeLMError(f"{option} is {value!r:.60}: it has to be an integer, {what}")
 
