@@ -164,13 +164,13 @@ def test_a_folder_that_is_missing_damaged_or_too_new_is_an_error(kernels, tmp_pa
         (json.dumps({**document, "images": {"sm_x": image}}), 'images has "sm_x", expected such as sm_86'),
         (
             json.dumps({**document, "images": {"sm_80": {**image, "file": "../x"}}}),
-            'images.sm_80.file is "../x", no name of a file',
+            'file is "../x", no name of a file',
         ),
         (json.dumps({**document, "nvrtc": [13]}), "nvrtc is a list, expected a list of 2 entries"),
         (json.dumps({"format": 1}), "nvrtc is missing"),
     ):
         index.write_text(damaged)
-        with pytest.raises(BundleError, match=rf"kernels.json: {said}.*: copy the bundle again"):
+        with pytest.raises(BundleError, match=rf"kernels.json: .*{said}.*: copy the bundle again"):
             KernelFolder(folder)
 
 
