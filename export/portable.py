@@ -373,7 +373,11 @@ class PortableOps(LayerOps):
             )
             return out
         first, second = self._quantized_experts(names, out, layer)
-        kind = activations.of_experts(self.source, flat, layer)
+        try:
+            kind = activations.of_experts(self.source, flat, layer)
+        except ExportError as error:
+            self.refuse("the recipe", str(error).removeprefix("the recipe "))
+            return out
         if self.provider.rounds_activations and kind == activations.FLOAT32 and first.fmt.bits == 8:
             self.refuse(
                 flat[0],
