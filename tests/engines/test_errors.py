@@ -81,7 +81,7 @@ def test_options_that_an_engine_lacks_are_refused(copied: Bundle, gpu) -> None:
         open_runtime(copied, "tensorrt", kv="int8")
     with pytest.raises(EdgeLMError, match="tensorrt has no option 'threads'; it has: context_length, chunk, kv"):
         open_runtime(copied, "tensorrt", threads=2)
-    with pytest.raises(EdgeLMError, match="give 1 or more"):
+    with pytest.raises(EdgeLMError, match="chunk is 0: it has to be an integer, 1 or more"):
         open_runtime(copied, "tensorrt", chunk=0)
 
 
@@ -200,5 +200,5 @@ def test_another_import_before_ours_is_an_error_and_no_abort(copied: Bundle) -> 
 
 def test_impossible_build_options_are_refused() -> None:
     for options in ({"max_batch": 0}, {"chunk": 0}):
-        with pytest.raises(ExportError, match="give 1 or more"):
+        with pytest.raises(ExportError, match="chunk is 0: it has to be an integer, 1 or more"):
             BuildOptions((86,), **options)
