@@ -48,9 +48,9 @@ class EngineInfo:
         kv: the cache's type.
         weight_streaming: whether weights can stay in the host's memory, under a budget.
         operators: how many of each of our plugins it holds, by the operator's name.
-        seconds: how long the build took.
         linears: what computes the products of float matrices: "engine" or "plugin".
         attention: "plugin", or "engine" for TensorRT's own.
+        seconds: how long the build took. It is not stored: two builds of one bundle are to be equal.
     """
 
     file: str
@@ -64,13 +64,15 @@ class EngineInfo:
     kv: str
     weight_streaming: bool
     operators: dict[str, Count]
-    seconds: Annotated[float, Range(0)]
     linears: str = "plugin"
     attention: str = "plugin"
+    seconds: Annotated[float, Range(0)] = dataclasses.field(default=0.0, compare=False)
 
     def to_json(self) -> str:
         """The description's text."""
-        return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
+        stored = dataclasses.asdict(self)
+        del stored["seconds"]
+        return json.dumps({"format": _FORMAT, **stored}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, where: Path) -> EngineInfo:

@@ -33,9 +33,7 @@ from edgelm.runtimes.tensorrt.fit import fits
 from edgelm.runtimes.tensorrt.library import Library
 
 A10 = DeviceInfo("A10", (8, 6), 72, 24 << 30, (13, 0))
-INFO = EngineInfo(
-    "engines/e.engine", "tensorrt-rtx", "1.7.1.116", (86,), "python", 32, 512, 512, "float16", False, {}, 1.0
-)
+INFO = EngineInfo("engines/e.engine", "tensorrt-rtx", "1.7.1.116", (86,), "python", 32, 512, 512, "float16", False, {})
 HAVE = {"tensorrt-rtx": "1.7.1.116"}
 
 
