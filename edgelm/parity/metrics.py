@@ -14,6 +14,14 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
+LIKELY = 16
+"""How many of the recorded tokens the error of a decoding step is taken over.
+
+For one token the native operators compute the logits of improbable ones with the upper half of the head's bits
+(docs/quantisation.md, "The head by halves"). Beyond the first few, tokens that the float reference finds likely may be
+improbable to the quantised one.
+"""
+
 _TINY = 1e-300
 
 
@@ -44,9 +52,17 @@ def bucketed_kl(p_logits: ArrayLike, p_lse: ArrayLike, q_logits: ArrayLike, q_ls
 
 
 def logit_error(
-    expected: ArrayLike, actual: ArrayLike, expected_lse: ArrayLike | None = None, actual_lse: ArrayLike | None = None
+    expected: ArrayLike,
+    actual: ArrayLike,
+    expected_lse: ArrayLike | None = None,
+    actual_lse: ArrayLike | None = None,
+    *,
+    likely: int | None = None,
 ) -> Floats:
     """Root mean square difference of logits [N, M] relative to the spread of the expected ones, per position.
+
+    `likely`: the difference at so many of the columns only, those with the largest expected logits; the spread is that
+    of all.
 
     With the log-sums given, log-probabilities are compared, so that a constant added to every logit, which changes
     nothing, costs nothing. Unlike KL it also sees errors where the distribution is flat or the token improbable.
@@ -56,7 +72,10 @@ def logit_error(
         a = a - np.asarray(expected_lse, np.float64)[:, None]
         b = b - np.asarray(actual_lse, np.float64)[:, None]
     spread = np.maximum(a.std(axis=1), 1e-12)
-    return np.asarray(np.sqrt(((a - b) ** 2).mean(axis=1)) / spread, dtype=np.float64)
+    squares = (a - b) ** 2
+    if likely is not None:
+        squares = np.take_along_axis(squares, np.argsort(-a, axis=1)[:, :likely], axis=1)
+    return np.asarray(np.sqrt(squares.mean(axis=1)) / spread, dtype=np.float64)
 
 
 def agreement(expected: ArrayLike, actual: ArrayLike, where: Mask | None = None) -> float:

@@ -51,7 +51,9 @@ def rounding_limits(pack: ParityPack, limits: Limits) -> Limits:
     kl = metrics.bucketed_kl(want.top_logits[rows], want.logsumexp[rows], rounded.top_logits, rounded.logsumexp)
     logits = np.concatenate([want.top_logits, want.probe_logits], axis=1)[rows]
     moved = np.concatenate([rounded.top_logits, rounded.probe_logits], axis=1)
-    error = metrics.logit_error(logits, moved, want.logsumexp[rows], rounded.logsumexp)
+    sums = want.logsumexp[rows], rounded.logsumexp
+    error = metrics.logit_error(logits, moved, *sums)
+    likely = metrics.logit_error(logits, moved, *sums, likely=metrics.LIKELY)
     count, flipped = len(pack.ids), rounded.flipped != 0
     # All positions where every one flips: nothing else is known then.
     calm = ~flipped if not flipped.all() else np.ones_like(flipped)
@@ -72,7 +74,7 @@ def rounding_limits(pack: ParityPack, limits: Limits) -> Limits:
         kl_max=exact.kl_max + max(FACTOR**2 * LARGEST * top(kl[calm]), LARGEST_FLIP * top(tipped), LARGEST * unseen),
         logit_error=exact.logit_error + below(error, 0.5, FACTOR),
         logit_error_p90=exact.logit_error_p90 + below(error, 0.9, FACTOR),
-        decode_error=exact.decode_error + below(error, 0.5, FACTOR, max(steps, 1)),
+        decode_error=exact.decode_error + below(likely, 0.5, FACTOR, max(steps, 1)),
         clear_gap=clear_gap,
         top1_clear=1 - _share_that_may_differ(pack, clear_gap),
         greedy_clear=math.floor(steps * _share_that_may_differ(pack, clear_gap, max(steps, 1))),

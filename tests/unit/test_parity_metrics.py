@@ -186,3 +186,14 @@ def test_a_wrong_mixture_is_not_blamed_on_single_experts():
 
 def test_choose_takes_the_largest_in_order():
     assert metrics.choose([[1.0, 5.0, 3.0, 5.0]], 3).tolist() == [[1, 3, 2]]
+
+
+def test_logit_error_at_likely_tokens_leaves_the_others_out():
+    rng = np.random.default_rng(4)
+    a = rng.standard_normal((4, 64)) * 5
+    improbable = np.argsort(-a, axis=1)[:, 16:]
+    b = a.copy()
+    np.put_along_axis(b, improbable, np.take_along_axis(a, improbable, axis=1) + 1, axis=1)
+    assert metrics.logit_error(a, b).min() > 0.1
+    assert metrics.logit_error(a, b, likely=16) == pytest.approx(np.zeros(4), abs=1e-12)
+    assert metrics.logit_error(a, b + 0.5, likely=16) == pytest.approx(0.5 / a.std(axis=1))
