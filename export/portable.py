@@ -368,7 +368,7 @@ class PortableOps(LayerOps):
             kept = next(name for name, scheme in zip(flat, schemes, strict=True) if scheme is None)
             self.refuse(
                 kept,
-                f"stays float in this recipe, which quantises other experts of layer {layer}: one layer's experts "
+                "stays float in this recipe, which quantises other experts of its layer: one layer's experts "
                 "are one operator here and must be all quantised or all float; change the recipe's patterns",
             )
             return out

@@ -368,15 +368,14 @@ def test_what_cannot_be_done_is_refused_before_any_work(checkpoint: MakeCheckpoi
     with pytest.raises(EdgeLMError, match="exists already"):
         export_bundle(path, out, options=OPTIONS)
     text = 'name = "x"\ndefault = "int8-g32-sym"\n[[rule]]\nmatch = "*.experts.0.*"\nscheme = "float"\n'
-    with pytest.raises(ExportError, match=r"keeps model\.layers\.0\.mlp\.experts\.0\.gate_proj\.weight in float"):
+    with pytest.raises(
+        ExportError, match=r"experts\.0\.gate_proj\.weight stays float in this recipe.*same for 1 more\)$"
+    ):
         export_bundle(checkpoint("olmoe"), tmp_path / "mixed", recipe=Recipe.from_toml(text, "x"), options=PORTABLE)
     for scheme in ("int3-g32-sym", "fp8-row"):
         own = Recipe.from_toml(f'name = "x"\ndefault = "{scheme}"\n', "x")
         with pytest.raises(ExportError, match=rf"is {scheme} in this recipe.*--ops native"):
             export_bundle(path, tmp_path / "narrow", recipe=own, options=PORTABLE)
-    own = Recipe.from_toml('name = "x"\ndefault = "int4-g16-sym"\n', "x")
-    with pytest.raises(ExportError, match=r"embed_tokens\.weight is int4-g16-sym .*--ops portable"):
-        export_bundle(path, tmp_path / "g16", recipe=own, options=NATIVE)
     text = text.replace("*.experts.0.*", "*.experts.0.up_proj.weight")
     with pytest.raises(ExportError, match=r"experts\.0\.gate_proj\.weight and .*up_proj\.weight in types"):
         recipe = Recipe.from_toml(text, "x")
