@@ -105,7 +105,8 @@ def test_devices_of_full_tensorrt_are_told_so(copied: Bundle, sm: int) -> None:
 
 def test_fp8_products_are_not_built_for_devices_without(copied: Bundle) -> None:
     path = copied.path / building.RECIPE_FILE
-    path.write_text(path.read_text().replace('"fp8": false', '"fp8": true'))
+    # A file of another size is refused when the bundle is opened, which a build does.
+    path.write_text(path.read_text().replace('"fp8": false', '"fp8": true '))
     with pytest.raises(ExportError, match="has FP8 products, which SM 86 has not: export the bundle again"):
         build_bundle(copied, BuildOptions((86, 89)))
 
@@ -113,12 +114,16 @@ def test_fp8_products_are_not_built_for_devices_without(copied: Bundle) -> None:
 def test_what_is_damaged_or_missing_is_named(copied: Bundle) -> None:
     graph = copied.path / building.GRAPH_FILE
     whole = graph.read_bytes()
-    graph.write_bytes(whole[:100])
+    with pytest.raises(BundleError, match="has 100 bytes, the manifest says"):
+        graph.write_bytes(whole[:100])
+        build_bundle(copied, BuildOptions((86,)))
+    graph.write_bytes(whole[:100] + b"\xff" * (len(whole) - 100))
     with pytest.raises(ExportError, match=r"TensorRT-RTX 1.7.1.116 cannot read model.tensorrt.onnx: \S"):
         build_bundle(copied, BuildOptions((86,)))
     graph.write_bytes(whole)
-    (copied.path / building.RECIPE_FILE).write_text("{}")
-    with pytest.raises(BundleError, match=r"model.tensorrt.json cannot be used .*: export the bundle again"):
+    recipe = copied.path / building.RECIPE_FILE
+    recipe.write_text("{}".ljust(recipe.stat().st_size))
+    with pytest.raises(BundleError, match=r"model.tensorrt.json: format is missing, .*: export the bundle again"):
         build_bundle(copied, BuildOptions((86,)))
     assert sorted(path.name for path in copied.path.iterdir() if "partial" in path.name) == []
 
