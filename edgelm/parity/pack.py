@@ -361,7 +361,7 @@ def _read_arrays(path: Path, wanted: Mapping[str, _Array]) -> dict[str, NDArray[
 def _read_array(archive: zipfile.ZipFile, path: Path, name: str, wanted: _Array) -> NDArray[Any]:
     entry = archive.getinfo(f"{name}.npy")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise NotImplementedError(f"compression of kind {entry.compress_type}")
+        raise ValueError(f"compression of kind {entry.compress_type}")
     with archive.open(entry) as stream:
         version = np.lib.format.read_magic(stream)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
