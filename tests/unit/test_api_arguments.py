@@ -213,12 +213,12 @@ for field, value in json.loads(sys.argv[2]):
         part = part[key]
     part[last] = value
     Path(sys.argv[1], "manifest.json").write_text(json.dumps(document))
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         Bundle.open(sys.argv[1])
         print("accepted", field, value)
     except EdgeLMError as error:
-        assert time.perf_counter() - start < 1, field
+        assert time.process_time() - start < 1, field
     part[last] = None
     Path(sys.argv[1], "manifest.json").write_text(sys.argv[3])
 print("done")

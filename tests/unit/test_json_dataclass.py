@@ -173,10 +173,10 @@ def test_files_that_cannot_be_documents_are_refused_before_they_are_read(tmp_pat
         read_bytes(tmp_path / "pipe", BLAME)
     with (tmp_path / "large").open("wb") as stream:
         stream.truncate(1 << 40)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(BundleError, match="is larger than 8388608 bytes"):
         read_bytes(tmp_path / "large", BLAME)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     with pytest.raises(BundleError, match="cannot be read"):
         read_bytes(tmp_path / "a\0b", BLAME)
     (tmp_path / "small").write_bytes(b"{}")
