@@ -381,8 +381,8 @@ class PortableOps(LayerOps):
         if self.provider.rounds_activations and kind == activations.FLOAT32 and first.fmt.bits == 8:
             self.refuse(
                 flat[0],
-                "has float activations in this recipe, but ONNX Runtime's mixture of experts rounds what meets 8-bit "
-                "weights to int8 whatever it is told: export with --ops native, or leave activations out",
+                "has float activations in this recipe, but ONNX Runtime's MoE operator rounds the inputs of "
+                "8-bit experts to int8 whatever it is told: export with --ops native, or leave activations out",
             )
         for parts, matrix in ((slice(0, 2), first), (slice(2, 3), second)):
             part = [name for expert in names for name in expert[parts]]

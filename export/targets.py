@@ -77,7 +77,7 @@ class OnnxRuntimeTarget(Target):
             ops.refuse(
                 f"recipe {recipe.name}",
                 f'has kv = "{recipe.kv}", but portable operators have {kv} caches only here: '
-                "export for a processor with --ops native, or leave kv out",
+                "export for the CPU with --ops native, or leave kv out",
             )
         ops.check()
         helpers = self._helpers(graph.model(info.name), ops, info)

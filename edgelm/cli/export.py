@@ -56,7 +56,7 @@ from edgelm.cli.recipes import budget_options, budgeted, in_json, refuse_two
 @click.option("--max-ram", metavar="SIZE", help="Resident memory not to exceed, for example 3GiB.")
 @click.option("--parity-prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Golden prompts.")
 @click.option("--greedy-tokens", type=click.IntRange(min=0), help="Golden greedy tokens per prompt.")
-@click.option("--threads", type=THREADS, help="Worker threads; default: the processors allowed.")
+@click.option("--threads", type=THREADS, help="Worker threads [all cores allowed].")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle once the new one is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 def export(

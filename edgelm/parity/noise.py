@@ -11,7 +11,7 @@ finite samples of one distribution differ by, times a margin for kernels that ro
     margin      FACTOR in the errors' size, its square in KL, which is quadratic in small errors
     floor       what float32 arithmetic is allowed, added
 
-with N positions of the device and M of the simulation. In a mixture rounding also tips near-ties of the router, and one
+with N positions of the device and M of the simulation. In an MoE model rounding also tips near-ties of the router: one
 tipped choice may cost more than all other rounding together. Coarser rounding tips more of them, in proportion, but
 does not make one cost more: positions where the simulation's experts differ ("flipped") have the margin in their
 number, all others in their size. The median and the ninth decile hardly feel flips, so they are what damage stands out

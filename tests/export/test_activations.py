@@ -137,6 +137,6 @@ def test_experts_of_a_layer_must_agree(checkpoint: MakeCheckpoint, tmp_path: Pat
 
 def test_portable_experts_of_8_bits_cannot_have_float(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     with pytest.raises(
-        ExportError, match=r"experts\.0\.gate_proj\.weight has float .* ONNX Runtime's mixture .* --ops native"
+        ExportError, match=r"experts\.0\.gate_proj\.weight has float .* ONNX Runtime's MoE operator .* --ops native"
     ):
         exported(checkpoint("olmoe"), tmp_path / "b", recipe("int8-g32-sym", "float"), "portable")

@@ -69,11 +69,10 @@ def test_a_head_size_that_attention_refuses_is_refused_first(tmp_path: Path, siz
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-@pytest.mark.parametrize("ops", FLAVOURS)
-@pytest.mark.parametrize("size", [2, 24, 16, 48])
+@pytest.mark.parametrize(
+    ("ops", "size"), [(ops, size) for ops in FLAVOURS for size in (2, 24, 16, 48) if ops == "native" or size % 16 == 0]
+)
 def test_other_head_sizes_compute_the_reference(tmp_path: Path, size: int, ops: str) -> None:
-    if ops == "portable" and size % 16:
-        pytest.skip("refused: above")
     bundle = exported(tmp_path, heads_of(size), PRESETS["none"], ops)
     assert error(bundle, tmp_path, PRESETS["none"]) < 2e-5
 
