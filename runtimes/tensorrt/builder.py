@@ -16,7 +16,7 @@ from edgelm.json_dataclass import OneOf, Range
 from edgelm.kv_cache import KV_TYPES
 from edgelm.runtimes.tensorrt.engine_info import PYTHON, EngineInfo, count_operators, plugins_in
 from edgelm.runtimes.tensorrt.library import FULL, RTX, Library, messages
-from edgelm.runtimes.tensorrt.plugins import STATE, Host, register
+from edgelm.runtimes.tensorrt.plugins import Host, serving
 
 Shape = tuple[int, ...]
 
@@ -86,18 +86,42 @@ def build_engine(
             "tensorrt_rtx was imported before EdgeLM could make its library known under the name that its parser "
             "opens: build in a process of its own, for example with `edgelm build`"
         )
+    start = time.monotonic()
+    messages(library).take()
+    host.take_failure()
+    with serving(library, host):
+        _build(library, graph, out, shape, options, host, sms)
+    specs = plugins_in(out)
+    return EngineInfo(
+        file=out.name,
+        flavour=library.flavour,
+        version=library.version,
+        sms=sms,
+        plugins=PYTHON,
+        max_batch=options.max_batch,
+        chunk=options.chunk,
+        context_length=shape.context_length,
+        kv=shape.kv,
+        weight_streaming=options.weight_streaming,
+        operators=count_operators(specs),
+        seconds=round(time.monotonic() - start, 1),
+        linears=shape.linears,
+        attention=shape.attention,
+    )
+
+
+def _build(
+    library: Library, graph: Path, out: Path, shape: GraphShape, options: BuildOptions, host: Host, sms: tuple[int, ...]
+) -> None:
+    """Write the engine's file; see `build_engine`."""
     api = library.api
     log = messages(library)
-    register(library, host)
-    log.take()
-    STATE.take_failure()
-    start = time.monotonic()
     builder = api.Builder(log.logger)
     network = builder.create_network(_strongly_typed(api))
     parser = api.OnnxParser(network, log.logger)
     if not parser.parse_from_file(str(graph)):
         reasons = [_reason(parser.get_error(i)) for i in range(parser.num_errors)]
-        raise _refused(library, f"cannot read {graph.name}", "; ".join(reasons) or log.take())
+        raise _refused(library, host, f"cannot read {graph.name}", "; ".join(reasons) or log.take())
     config = builder.create_builder_config()
     config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
     if library.flavour == RTX:
@@ -116,28 +140,11 @@ def build_engine(
             profile.set_shape(name, low, best, high)
         config.add_optimization_profile(profile)
     with out.open("wb") as stream:
-        done = builder.build_serialized_network_to_stream(network, config, _writer(api, stream.write))
+        done = builder.build_serialized_network_to_stream(network, config, _writer(api, stream.write, host))
     # What a callback raises does not always stop TensorRT.
-    if not done or STATE.failure is not None:
+    if not done or host.failed:
         out.unlink()
-        raise _refused(library, f"cannot build {graph.name} for {_names(sms)}", log.take())
-    specs = plugins_in(out)
-    return EngineInfo(
-        file=out.name,
-        flavour=library.flavour,
-        version=library.version,
-        sms=sms,
-        plugins=PYTHON,
-        max_batch=options.max_batch,
-        chunk=options.chunk,
-        context_length=shape.context_length,
-        kv=shape.kv,
-        weight_streaming=options.weight_streaming,
-        operators=count_operators(specs),
-        seconds=round(time.monotonic() - start, 1),
-        linears=shape.linears,
-        attention=shape.attention,
-    )
+        raise _refused(library, host, f"cannot build {graph.name} for {_names(sms)}", log.take())
 
 
 def profiles(
@@ -170,7 +177,7 @@ def _strongly_typed(api: Any) -> int:
     return 1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
-def _writer(api: Any, write: Callable[[bytes], int]) -> Any:
+def _writer(api: Any, write: Callable[[bytes], int], host: Host) -> Any:
     class Writer(api.IStreamWriter):  # type: ignore[misc]  # the module has no types
         def __init__(self) -> None:
             api.IStreamWriter.__init__(self)
@@ -179,7 +186,7 @@ def _writer(api: Any, write: Callable[[bytes], int]) -> Any:
             try:
                 return int(write(data))
             except OSError as error:  # the disk is full: said after the build has failed
-                STATE.failure = STATE.failure or error
+                host.note(error)
                 return 0
 
     return Writer()
@@ -194,9 +201,9 @@ def _names(sms: Sequence[int]) -> str:
     return ", ".join(f"SM {sm}" for sm in sms) or "this device"
 
 
-def _refused(library: Library, what: str, reasons: str) -> EdgeLMError | OSError:
+def _refused(library: Library, host: Host, what: str, reasons: str) -> EdgeLMError | OSError:
     """The error to raise: what failed in a callback of ours says more than what TensorRT makes of it."""
-    failure = STATE.take_failure()
+    failure = host.take_failure()
     if isinstance(failure, EdgeLMError | OSError):
         return failure
     if failure is not None:

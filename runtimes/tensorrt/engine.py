@@ -12,7 +12,7 @@ from edgelm.errors import BundleError, DeviceError, DeviceMemoryError, EdgeLMErr
 from edgelm.runtimes.cuda.device import DeviceInfo
 from edgelm.runtimes.tensorrt.engine_info import PTX, EngineInfo
 from edgelm.runtimes.tensorrt.library import FULL, RTX, Library, messages
-from edgelm.runtimes.tensorrt.plugins import STATE
+from edgelm.runtimes.tensorrt.plugins import Host, serving
 
 DECODE, PREFILL = 0, 1
 """Optimisation profiles, in the order of `builder.profiles`."""
@@ -91,6 +91,7 @@ class Engine:
         library: the TensorRT to run it with.
         info: its description.
         path: its file.
+        host: what runs its plugins' nodes.
         weight_budget: bytes of weights that may lie in the GPU's memory; None is all.
 
     Raises:
@@ -99,7 +100,9 @@ class Engine:
         BundleError: the file is damaged.
     """
 
-    def __init__(self, library: Library, info: EngineInfo, path: Path, weight_budget: int | None = None) -> None:
+    def __init__(
+        self, library: Library, info: EngineInfo, path: Path, host: Host, weight_budget: int | None = None
+    ) -> None:
         if weight_budget is not None and not info.weight_streaming:
             raise EdgeLMError(
                 f"{path} was built without weight streaming, so all its weights lie in the GPU's memory: build it "
@@ -108,6 +111,7 @@ class Engine:
         self.library = library
         self.info = info
         self.path = path
+        self._host = host
         self._log = messages(library)
         self._runtime = library.api.Runtime(self._log.logger)
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -130,14 +134,15 @@ class Engine:
 
     def _taking(self, doing: str, call: Any, *args: Any) -> Any:
         self._log.take()
-        STATE.take_failure()
-        result = call(*args)
+        self._host.take_failure()
+        with serving(self.library, self._host):
+            result = call(*args)
         if result is None:
             raise self._failed(doing)
         return result
 
     def _failed(self, doing: str) -> EdgeLMError:
-        failure, said = STATE.take_failure(), self._log.take()
+        failure, said = self._host.take_failure(), self._log.take()
         if isinstance(failure, EdgeLMError):
             return failure
         error = failed(f"{self.library.flavour} {self.library.version}: {doing} ({self.path}) failed", said)
@@ -225,7 +230,7 @@ class Context:
         Raises:
             DeviceError: it could not be started; what a plugin raised comes as it is.
         """
-        STATE.take_failure()
+        self._engine._host.take_failure()
         if not self._made.execute_async_v3(stream):
             raise self._engine._failed("running it")
 

@@ -12,6 +12,7 @@ from edgelm.runtimes.cuda.launch import Launch
 from edgelm.runtimes.cuda.operators import Operators, Scratch, Step
 from edgelm.runtimes.cuda.program import Node, Program, Value, Weight
 from edgelm.runtimes.tensorrt.operators import OPERATORS, PluginSpec
+from edgelm.runtimes.tensorrt.plugins import Host
 
 _MULTIPROCESSORS = 256
 """More than any GPU has: scratch memory is reserved before the device is known, and more of them never need less."""
@@ -19,7 +20,7 @@ _KEPT = 4096
 """Launches are planned once for each node, shape and place; of more the oldest are forgotten."""
 
 
-class BuildHost:
+class BuildHost(Host):
     """Sizes only: what an engine is built with, where there may be no GPU.
 
     Args:
@@ -27,6 +28,7 @@ class BuildHost:
     """
 
     def __init__(self, sms: Sequence[int]) -> None:
+        super().__init__()
         self._devices = [_any_device(sm) for sm in sms]
         self._known: dict[tuple[object, ...], int] = {}
 
@@ -53,17 +55,21 @@ class BuildHost:
         raise DeviceError(f"{spec.name}: this process builds engines, it cannot run one")
 
 
-class DeviceHost:
+class DeviceHost(Host):
     """Launches on a device whose kernels are loaded.
 
     Args:
         device: the device.
-        counters: address of zeros, for counters that kernels leave as zeros; see `counter_bytes`.
+
+    Attributes:
+        counters: address of zeros, for counters that kernels leave as zeros; see `counter_bytes`. How many there must
+            be is known when the engine is loaded, so it is set after that.
     """
 
-    def __init__(self, device: Device, counters: int) -> None:
-        self._device = device
-        self._counters = counters
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self._device: Device | None = device
+        self.counters = 0
         self._planned: dict[tuple[object, ...], list[Launch]] = {}
 
     def workspace(self, spec: PluginSpec, shapes: Sequence[Sequence[int]], types: Sequence[str]) -> int:
@@ -81,15 +87,22 @@ class DeviceHost:
         stream: int,
     ) -> None:
         """Launch a node's kernels on TensorRT's stream."""
+        if self._device is None:
+            raise DeviceError(f"{spec.name}: the model of this engine was closed: load the bundle again")
         key = (spec.op, spec.name, tuple(shapes), tuple(inputs), tuple(outputs), workspace)
         launches = self._planned.get(key)
         if launches is None:
-            launches = plan(self._device.info, spec, shapes, types, inputs, outputs, Scratch(workspace, self._counters))
+            launches = plan(self._device.info, spec, shapes, types, inputs, outputs, Scratch(workspace, self.counters))
             if len(self._planned) >= _KEPT:
                 del self._planned[next(iter(self._planned))]
             self._planned[key] = launches
         for launch in launches:
             self._device.launch(launch, stream)
+
+    def close(self) -> None:
+        """Let go of the device: plugins, which live as long as the process, still refer to this."""
+        self._device = None
+        self._planned.clear()
 
 
 def plan(

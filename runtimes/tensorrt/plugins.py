@@ -1,17 +1,20 @@
 """Our operators as TensorRT plugins: one class for all, told by its `PluginSpec` which node it is.
 
 A plugin serialises to its spec and nothing else, so an engine is complete without our kernels: they come from the
-bundle (cubins of the device, or PTX) when the engine is loaded, and `Host` launches them. The caches are results that
-lie in their inputs (`get_aliased_input`), which makes TensorRT write them in place.
+bundle (cubins of the device, or PTX) when the engine is loaded, and the engine's own `Host` launches them. The caches
+are results that lie in their inputs (`get_aliased_input`), which makes TensorRT write them in place.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -33,13 +36,35 @@ FIELD = "spec"
 Result = TypeVar("Result")
 
 
-class Host(Protocol):
-    """What runs a plugin's node: the kernels of a bundle on a device, see `edgelm.runtimes.tensorrt.host`."""
+class Host(ABC):
+    """What runs the nodes of one engine's plugins: the kernels of a bundle on a device.
 
+    Every plugin belongs to the host that was at work (`serving`) when TensorRT made it, and so do its clones: engines
+    of several models live in one process. See `edgelm.runtimes.tensorrt.host`.
+    """
+
+    def __init__(self) -> None:
+        self._failure: BaseException | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether a callback has raised since the failure was last taken."""
+        return self._failure is not None
+
+    def note(self, error: BaseException) -> None:
+        """Keep the first exception of a callback. TensorRT reports none of it to its caller."""
+        self._failure = self._failure or error
+
+    def take_failure(self) -> BaseException | None:
+        """The first failure of a callback, once."""
+        failure, self._failure = self._failure, None
+        return failure
+
+    @abstractmethod
     def workspace(self, spec: PluginSpec, shapes: Sequence[Sequence[int]], types: Sequence[str]) -> int:
         """Bytes of scratch memory of the node for inputs of at most these shapes, and of these types."""
-        ...
 
+    @abstractmethod
     def run(
         self,
         spec: PluginSpec,
@@ -51,54 +76,39 @@ class Host(Protocol):
         stream: int,
     ) -> None:
         """Launch the node on a stream; addresses of the inputs that it has and of the results."""
-        ...
 
 
-class State:
-    """What the plugins of this process share, since TensorRT makes them and they get no arguments.
+# TensorRT keeps no reference to what is registered with it. And where Python frees plugins, a process that has built
+# engines aborts now and then when it makes others: all of them, some kB each, stay.
+_KEPT: list[Any] = []
+# Whom plugins belong to that TensorRT makes now; it makes them itself, without arguments of ours.
+_SERVING: list[Host] = []
+_LOCK = threading.RLock()
 
-    Attributes:
-        host: sizes and launches; None until `register` was given one.
-        failure: the first exception in a callback since it was last taken. TensorRT reports none of it to its caller.
+
+@contextlib.contextmanager
+def serving(library: Library, host: Host) -> Iterator[None]:
+    """Make our operators known to TensorRT; the plugins that it makes until the end of this belong to `host`.
+
+    One thread at a time makes plugins; running them needs no lock.
     """
-
-    def __init__(self) -> None:
-        self.host: Host | None = None
-        self.failure: BaseException | None = None
-        # TensorRT keeps no reference to what is registered with it. And where Python frees plugins, a process that has
-        # built engines aborts now and then when it makes others: all of them, some kB each, stay.
-        self._kept: list[Any] = []
-
-    def keep(self, made: Any) -> None:
-        """Let an object that TensorRT was given live as long as the process."""
-        self._kept.append(made)
-
-    def take_failure(self) -> BaseException | None:
-        """The first failure of a callback, once."""
-        failure, self.failure = self.failure, None
-        return failure
-
-
-STATE = State()
-
-
-def register(library: Library, host: Host | None = None) -> State:
-    """Make our operators known to TensorRT, once for each process; `host` replaces what runs them."""
-    if host is not None:
-        STATE.host = host
-    _register_once(library)
-    return STATE
+    with _LOCK:
+        _register_once(library)
+        _SERVING.append(host)
+        try:
+            yield
+        finally:
+            _SERVING.pop()
 
 
 @lru_cache(maxsize=2)
 def _register_once(library: Library) -> None:
-    creator = creator_class(library.api)
     registry = library.api.get_plugin_registry()
     for op in OPERATORS:
-        made = creator(op)
+        made = creator_class(library.api)(op)
         if not registry.register_creator(made, NAMESPACE):
             raise EdgeLMError(f"{library.flavour} {library.version} refuses the plugin {PREFIX}{op}")
-        STATE.keep(made)
+        _KEPT.append(made)
 
 
 def element_types(api: ModuleType) -> dict[Any, str]:
@@ -108,14 +118,14 @@ def element_types(api: ModuleType) -> dict[Any, str]:
 
 
 def _noted(method: Callable[..., Result]) -> Callable[..., Result]:
-    """Keep what a callback raises: TensorRT prints it and fails without a reason, or goes on as if 0 came back."""
+    """Keep what a plugin's callback raises: TensorRT prints it and fails without a reason, or goes on as if with 0."""
 
     @functools.wraps(method)
-    def call(*args: Any) -> Result:
+    def call(plugin: Any, *args: Any) -> Result:
         try:
-            return method(*args)
+            return method(plugin, *args)
         except BaseException as error:
-            STATE.failure = STATE.failure or error
+            plugin.host.note(error)
             raise
 
     return call
@@ -134,14 +144,19 @@ def creator_class(api: ModuleType) -> type[Any]:
             empty = api.PluginField(FIELD, np.array([], np.int8), api.PluginFieldType.CHAR)
             self.field_names = api.PluginFieldCollection([empty])
 
-        @_noted
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
             """A plugin of a node of a graph, or of an engine."""
             del phase
-            text = next((bytes(np.asarray(f.data, np.int8)) for f in fields if f.name == FIELD), b"")
-            if not text:
-                raise EdgeLMError(f"{name}: the plugin {self.name} has no field {FIELD!r}")
-            return plugin_class(api)(PluginSpec.from_text(text.rstrip(b"\0").decode()))
+            assert _SERVING, "plugins are made while `serving` a host"
+            host = _SERVING[-1]
+            try:
+                text = next((bytes(np.asarray(f.data, np.int8)) for f in fields if f.name == FIELD), b"")
+                if not text:
+                    raise EdgeLMError(f"{name}: the plugin {self.name} has no field {FIELD!r}")
+                return plugin_class(api)(PluginSpec.from_text(text.rstrip(b"\0").decode()), host)
+            except BaseException as error:
+                host.note(error)
+                raise
 
     return Creator
 
@@ -153,17 +168,18 @@ def plugin_class(api: ModuleType) -> type[Any]:
     types = {ours: theirs for theirs, ours in names.items()}
 
     class Plugin(api.IPluginV3, api.IPluginV3OneCore, api.IPluginV3OneBuildV2, api.IPluginV3OneRuntime):  # type: ignore[misc,name-defined]
-        def __init__(self, spec: PluginSpec) -> None:
+        def __init__(self, spec: PluginSpec, host: Host) -> None:
             for base in (api.IPluginV3, api.IPluginV3OneCore, api.IPluginV3OneBuildV2, api.IPluginV3OneRuntime):
                 base.__init__(self)
             self.spec = spec
+            self.host = host
             self.plugin_name = f"{PREFIX}{spec.op}"
             self.plugin_namespace = NAMESPACE
             self.plugin_version = VERSION
             self.num_outputs = spec.outputs
             self._places = [i for i, there in enumerate(spec.present) if there]
             self._text = np.frombuffer(spec.to_text().encode(), np.int8).copy()
-            STATE.keep(self)
+            _KEPT.append(self)
 
         def get_capability_interface(self, kind: Any) -> Any:
             """The class has all of them."""
@@ -171,8 +187,8 @@ def plugin_class(api: ModuleType) -> type[Any]:
             return self
 
         def clone(self) -> Any:
-            """Another plugin of the same node."""
-            return Plugin(self.spec)
+            """Another plugin of the same node and host."""
+            return Plugin(self.spec, self.host)
 
         # -- building ----------------------------------------------------------------------------------------------
 
@@ -226,11 +242,9 @@ def plugin_class(api: ModuleType) -> type[Any]:
             del outputs
             shapes = [tuple(tensor.max) for tensor in inputs]
             try:
-                if STATE.host is None:
-                    raise EdgeLMError("no kernels were registered for the plugins: this is an error of EdgeLM")
-                return STATE.host.workspace(self.spec, shapes, [names[tensor.desc.type] for tensor in inputs])
-            except Exception as error:  # raised by the builder when it has looked at `STATE`
-                STATE.failure = STATE.failure or error
+                return self.host.workspace(self.spec, shapes, [names[tensor.desc.type] for tensor in inputs])
+            except Exception as error:  # raised by the builder when it has looked at the host
+                self.host.note(error)
                 return 0
 
         def get_valid_tactics(self) -> list[int]:
@@ -266,15 +280,13 @@ def plugin_class(api: ModuleType) -> type[Any]:
         ) -> None:
             """Launch the node's kernels."""
             del output_descriptions
-            if STATE.host is None:
-                raise DeviceError("no kernels are loaded for the plugins of this engine: this is an error of EdgeLM")
             for result, place in OPERATORS[self.spec.op].aliases.items():
                 if result < len(outputs) and outputs[result] != inputs[self._places.index(place)]:
                     raise DeviceError(
                         f"{self.spec.name}: TensorRT gave the cache another place to write than to read, which would "
                         "lose it: this version of TensorRT cannot be used; use the runtime cuda-kernels"
                     )
-            STATE.host.run(
+            self.host.run(
                 self.spec,
                 [tuple(d.dims) for d in input_descriptions],
                 [names[d.type] for d in input_descriptions],

@@ -26,7 +26,6 @@ from edgelm.runtimes.tensorrt.engine import DECODE, PREFILL, Context, Engine, Te
 from edgelm.runtimes.tensorrt.engine_info import EngineInfo, engines, plugins_in
 from edgelm.runtimes.tensorrt.host import DeviceHost, counter_bytes
 from edgelm.runtimes.tensorrt.library import installed, load
-from edgelm.runtimes.tensorrt.plugins import register
 
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
@@ -81,14 +80,14 @@ class Session:
             self.lengths: NDArray[np.int32] = np.zeros(batch, np.int32)
             library = load(info.flavour)
             self.device.load(Operators(program, info.kv, 0, self.device.info).kernels())
-            register(library)
-            self._engine = Engine(library, info, bundle.file(info.file), weight_budget)
+            self._host = DeviceHost(self.device)
+            self._engine = Engine(library, info, bundle.file(info.file), self._host, weight_budget)
             self.capacity = self._capacity()
             specs = plugins_in(bundle.file(info.file))
             counters = counter_bytes(self.device.info, specs, batch, self.chunk, self.capacity)
             place = self.device.allocate(counters)
             self.device.fill(place, 0, counters)
-            register(library, DeviceHost(self.device, place))
+            self._host.counters = place
             self._caches = self._allocate(model.num_kv_heads)
             self._contexts = self._make_contexts()
         except BaseException:
@@ -228,6 +227,7 @@ class Session:
         for context in self._contexts:
             context.close()
         self._engine.close()
+        self._host.close()
         self.device.close()
 
 

@@ -18,8 +18,8 @@ from edgelm.runtimes.cuda.weights import DeviceWeights
 from edgelm.runtimes.tensorrt.engine import Tensor
 from edgelm.runtimes.tensorrt.host import BuildHost
 from edgelm.runtimes.tensorrt.library import Library
-from edgelm.runtimes.tensorrt.operators import output_shapes, output_types
-from edgelm.runtimes.tensorrt.plugins import element_types, plugin_class
+from edgelm.runtimes.tensorrt.operators import PluginSpec, output_shapes, output_types
+from edgelm.runtimes.tensorrt.plugins import FIELD, PREFIX, Host, creator_class, element_types, serving
 
 WIDTHS = {"f32": 4, "bf16": 2, "f16": 2, "int32": 4, "int8": 1}
 Place = tuple[int, tuple[int, ...]]
@@ -28,14 +28,15 @@ Place = tuple[int, tuple[int, ...]]
 class PlayedGraph:
     """A bundle's program as plugins, its weights on an emulated device."""
 
-    def __init__(self, bundle: Bundle, device: EmulatedDevice, rtx: Library) -> None:
+    def __init__(self, bundle: Bundle, device: EmulatedDevice, rtx: Library, host: Host) -> None:
         self.program = Program.read(bundle.file(PROGRAM_FILE))
         self.model = bundle.manifest.model
         self.row = row_bytes(KV_CODES[bundle.manifest.graph.kv_dtype], self.model.head_dim)
         self.device = device
         self.specs = [plugin_spec(node, self.program.values) for node in self.program.nodes]
         self._weights = DeviceWeights(device, self.program, bundle.file(bundle.manifest.graph.weights_file))
-        self._plugins = [plugin_class(rtx.api)(spec).attach_to_context(None) for spec in self.specs]
+        with serving(rtx, host):
+            self._plugins = [_loaded(rtx, spec).attach_to_context(None) for spec in self.specs]
         self._types = {ours: theirs for theirs, ours in element_types(rtx.api).items()}
         self._sizes = BuildHost((80,))
 
@@ -68,6 +69,12 @@ class PlayedGraph:
             )
             for place in (workspace, *(mine if node is program.nodes[-1] else ())):
                 device.free(place)
+
+
+def _loaded(rtx: Library, spec: PluginSpec) -> Any:
+    """A plugin as TensorRT makes it when it reads an engine: from its serialised field alone."""
+    field = SimpleNamespace(name=FIELD, data=np.frombuffer(spec.to_text().encode(), np.int8))
+    return creator_class(rtx.api)(spec.op).create_plugin(f"{PREFIX}{spec.op}", [field], None)
 
 
 class PlayedDevice(EmulatedDevice):

@@ -30,6 +30,7 @@ from edgelm.runtimes.tensorrt.builder import BuildOptions
 from edgelm.runtimes.tensorrt.engine import Engine, choose, diagnosis, failed, unfit
 from edgelm.runtimes.tensorrt.engine_info import EngineInfo, engines
 from edgelm.runtimes.tensorrt.fit import fits
+from edgelm.runtimes.tensorrt.host import BuildHost
 from edgelm.runtimes.tensorrt.library import Library
 
 A10 = DeviceInfo("A10", (8, 6), 72, 24 << 30, (13, 0))
@@ -98,7 +99,7 @@ def test_a_flavour_or_version_that_is_not_here_is_named(tmp_path) -> None:
 def test_tensorrt_rtx_without_a_gpu_gives_our_error(copied: Bundle, rtx: Library) -> None:
     (info,) = engines(copied)
     with pytest.raises(RuntimeUnavailableError, match="does not run here: TensorRT-RTX finds no GPU that it can use"):
-        Engine(rtx, info, copied.file(info.file))
+        Engine(rtx, info, copied.file(info.file), BuildHost(info.sms))
 
 
 def test_a_damaged_engine_is_found(copied: Bundle, rtx: Library) -> None:
@@ -106,7 +107,7 @@ def test_a_damaged_engine_is_found(copied: Bundle, rtx: Library) -> None:
     path = copied.file(info.file)
     path.write_bytes(b"\1" * 64 + path.read_bytes()[64:])
     with pytest.raises(RuntimeUnavailableError, match="the file is damaged: copy the bundle again"):
-        Engine(rtx, info, path)
+        Engine(rtx, info, path, BuildHost(info.sms))
     path.write_bytes(b"")
     with pytest.raises(BundleError, match="is empty"):
         engine_info.plugins_in(path)
@@ -118,7 +119,7 @@ def test_a_damaged_engine_is_found(copied: Bundle, rtx: Library) -> None:
 def test_a_weight_budget_needs_an_engine_that_streams(copied: Bundle, rtx: Library) -> None:
     (info,) = engines(copied)
     with pytest.raises(EdgeLMError, match=r"built without weight streaming.*--weight-streaming"):
-        Engine(rtx, info, copied.file(info.file), weight_budget=1 << 20)
+        Engine(rtx, info, copied.file(info.file), BuildHost(info.sms), weight_budget=1 << 20)
 
 
 def test_every_diagnosis_of_tensorrt_rtx_has_words(rtx: Library) -> None:

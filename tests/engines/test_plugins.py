@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from programs import WEIGHTS, C, D, E, F, G, H, S, SmallProgram, V
 
-from edgelm.errors import EdgeLMError, ExportError
+from edgelm.errors import DeviceError, EdgeLMError, ExportError
 from edgelm.export.engine_options import EngineOptions
 from edgelm.export.tensorrt import tensorrt_graph
 from edgelm.export.tensorrt_graph import plugin_node, plugins_of
+from edgelm.runtimes.cuda.emulated import EmulatedDevice
 from edgelm.runtimes.cuda.operators import Scratch
 from edgelm.runtimes.cuda.program import Node, Value
 from edgelm.runtimes.tensorrt.builder import BuildOptions, build_engine
@@ -18,7 +20,7 @@ from edgelm.runtimes.tensorrt.engine_info import plugins_in
 from edgelm.runtimes.tensorrt.host import BuildHost, DeviceHost, _any_device, node_of, plan
 from edgelm.runtimes.tensorrt.library import Library, messages
 from edgelm.runtimes.tensorrt.operators import OPERATORS, PluginSpec, output_shapes, output_types
-from edgelm.runtimes.tensorrt.plugins import STATE, register
+from edgelm.runtimes.tensorrt.plugins import plugin_class, serving
 
 SMS = (86,)
 PLUGINS = EngineOptions(linears="plugin")
@@ -68,12 +70,12 @@ def test_tensorrt_infers_the_same(tmp_path: Path, rtx: Library) -> None:
     made = SmallProgram(tmp_path)
     graph = tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS)
     (tmp_path / "g.onnx").write_bytes(graph.model.SerializeToString())
-    register(rtx, BuildHost(SMS))
     log = messages(rtx).logger
     builder = rtx.api.Builder(log)
     network = builder.create_network(1 << int(rtx.api.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = rtx.api.OnnxParser(network, log)
-    assert parser.parse_from_file(str(tmp_path / "g.onnx"))
+    with serving(rtx, BuildHost(SMS)):
+        assert parser.parse_from_file(str(tmp_path / "g.onnx"))
     types = {"f32": rtx.api.float32, "bf16": rtx.api.bfloat16}
     plugins = [layer for layer in map(network.get_layer, range(network.num_layers)) if "PLUGIN" in str(layer.type)]
     assert len(plugins) == len(made.program.nodes)
@@ -135,15 +137,11 @@ def test_what_a_plugin_raises_while_building_is_what_the_builder_raises(tmp_path
     made = SmallProgram(tmp_path, layers=1)
     graph = tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS)
     (tmp_path / "g.onnx").write_bytes(graph.model.SerializeToString())
-    try:
-        with pytest.raises(EdgeLMError, match=r"^\S+ cannot be sized$"):
-            build_engine(
-                rtx, tmp_path / "g.onnx", tmp_path / "e", graph.recipe.shape, BuildOptions(SMS), Failing(SMS), SMS
-            )  # fmt: skip
-    finally:
-        register(rtx, BuildHost(SMS))
+    host = Failing(SMS)
+    with pytest.raises(EdgeLMError, match=r"^\S+ cannot be sized$"):
+        build_engine(rtx, tmp_path / "g.onnx", tmp_path / "e", graph.recipe.shape, BuildOptions(SMS), host, SMS)
     assert not (tmp_path / "e").exists()
-    assert STATE.take_failure() is None
+    assert not host.failed
 
 
 @pytest.mark.parametrize("mixture", [True, False])
@@ -166,17 +164,27 @@ def test_a_plugin_launches_what_the_executor_would(tmp_path: Path, mixture: bool
 
 
 def test_a_cache_that_is_not_written_in_place_is_refused(tmp_path: Path, rtx: Library) -> None:
-    from edgelm.errors import DeviceError
-    from edgelm.runtimes.tensorrt.plugins import plugin_class
-
     spec = next(spec for spec in specs(tmp_path) if spec.op == "GroupQueryAttention")
-    plugin = plugin_class(rtx.api)(spec)
+    host = DeviceHost(EmulatedDevice())
+    plugin = plugin_class(rtx.api)(spec, host)
     assert [plugin.get_aliased_input(i) for i in range(3)] == [-1, 1, 2]
-    before = STATE.host
-    STATE.host = DeviceHost.__new__(DeviceHost)
-    try:
-        with pytest.raises(DeviceError, match="gave the cache another place to write than to read"):
-            plugin.enqueue([], [], list(range(8)), [100, 1, 77], 0, 0)
-    finally:
-        STATE.host = before
-        STATE.take_failure()
+    with pytest.raises(DeviceError, match="gave the cache another place to write than to read"):
+        plugin.enqueue([], [], list(range(8)), [100, 1, 77], 0, 0)
+    assert "another place" in str(host.take_failure())
+
+
+def test_a_failure_is_told_to_the_engine_whose_plugin_it_was(tmp_path: Path, rtx: Library) -> None:
+    spec = specs(tmp_path)[0]
+    hosts = [BuildHost(SMS), DeviceHost(EmulatedDevice())]
+    plugins = []
+    for host in hosts:
+        with serving(rtx, host):
+            plugins.append(plugin_class(rtx.api)(spec, host).clone())
+    hosts[1].close()
+    described = [SimpleNamespace(dims=(1, 1), type=rtx.api.int32)] * 2
+    for plugin, said in zip(plugins, ("it cannot run one", "was closed"), strict=True):
+        with pytest.raises(DeviceError, match=said):
+            plugin.enqueue(described, [], [1, 2], [3], 0, 0)
+    for host, said in zip(hosts, ("it cannot run one", "was closed"), strict=True):
+        assert said in str(host.take_failure())
+        assert host.take_failure() is None

@@ -18,7 +18,6 @@ from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError
 from edgelm.runtimes import open_batch, open_runtime
 from edgelm.runtimes.tensorrt import session
 from edgelm.runtimes.tensorrt.library import Library
-from edgelm.runtimes.tensorrt.plugins import STATE
 
 os.environ.setdefault("EDGELM_EMULATOR_CACHE", str(Path(__file__).parents[2] / "build" / "emulated"))
 CONTEXT = 40
@@ -39,15 +38,13 @@ def played(monkeypatch: pytest.MonkeyPatch, rtx: Library):
         monkeypatch.setattr(
             session,
             "Engine",
-            lambda library, info, path, budget: PlayedEngine(
-                PlayedGraph(bundle, devices[-1], rtx), path, capturable=capturable
+            lambda library, info, path, host, budget: PlayedEngine(
+                PlayedGraph(bundle, devices[-1], rtx, host), path, capturable=capturable
             ),
         )
         return devices
 
-    before = STATE.host
-    yield arrange
-    STATE.host = before
+    return arrange
 
 
 @pytest.mark.parametrize(("checkpoint", "recipe"), [("fox-tiny", "int8"), ("olmoe-tiny", "none")])
@@ -109,3 +106,26 @@ def test_an_engine_that_cannot_be_recorded_runs_all_the_same(export, played) -> 
         for token in (3, 4, 5):
             assert np.isfinite(found.decode(token)).all()
     assert devices[0].recorded == 0
+
+
+def test_two_models_in_one_process_keep_their_own_kernels_and_caches(export, played) -> None:
+    """Each engine's plugins run on the device of their own model, also after another was loaded or closed."""
+    bundles = [export("fox-tiny", "int8"), export("olmoe-tiny", "none")]
+    prompts = [[3, 4, 5], [9, 8]]
+    want = []
+    for bundle, prompt in zip(bundles, prompts, strict=True):
+        with open_runtime(bundle, "cuda-emulated", context_length=CONTEXT) as model:
+            want.append([model.prefill(prompt).copy(), *(model.decode(token).copy() for token in (6, 7, 8))])
+    found = []
+    for bundle in bundles:
+        devices = played(bundle)
+        found.append(open_runtime(bundle, "tensorrt", context_length=CONTEXT))
+    assert len(devices) == 2
+    for model, prompt, logits in zip(found, prompts, want, strict=True):
+        np.testing.assert_array_equal(model.prefill(prompt), logits[0])
+    for step, token in enumerate((6, 7), start=1):
+        for model, logits in zip(found, want, strict=True):
+            np.testing.assert_array_equal(model.decode(token), logits[step])
+    found[1].close()
+    np.testing.assert_array_equal(found[0].decode(8), want[0][3])
+    found[0].close()
