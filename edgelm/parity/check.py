@@ -16,7 +16,7 @@ from edgelm.bundle import Bundle
 from edgelm.errors import EdgeLMError, ParityError, TokenizerError
 from edgelm.kv_cache import KV_TYPES, require_type
 from edgelm.parity import metrics, verdict
-from edgelm.parity.diagnose import Diagnosis, diagnose
+from edgelm.parity.diagnose import Diagnosis
 from edgelm.parity.measure import DeviceRun, run_device
 from edgelm.parity.noise import rounding_limits
 from edgelm.parity.pack import ParityPack, ReferenceRecord
@@ -82,11 +82,8 @@ def check_parity(
     tokenizer, checks_of_it = _tokenizer(bundle, pack)
     checks += checks_of_it
     run = run_device(bundle, pack, runtime, threads, progress, kv)
-    diagnosis = None if run.trace is None else diagnose(pack, run.trace, limits)
-    checks += verdict.logits(pack, run, limits)
-    checks += verdict.greedy(pack, run, limits)
-    if diagnosis is not None:
-        checks += verdict.layers(pack, run, diagnosis, limits)
+    found, diagnosis = verdict.judge(pack, run, limits)
+    checks += found
     loss = verdict.float_loss(pack, run.at_once, kind)
     if max_kl is not None:
         checks.append(verdict.float_kl(loss, max_kl))

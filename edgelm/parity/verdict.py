@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from edgelm.parity import metrics
-from edgelm.parity.diagnose import Diagnosis
+from edgelm.parity.diagnose import Diagnosis, diagnose
 from edgelm.parity.measure import DeviceRun, LogitRecord
 from edgelm.parity.metrics import Floats
 from edgelm.parity.pack import ParityPack, ReferenceRecord
@@ -62,6 +62,15 @@ def at_most(name: str, title: str, value: float, limit: float, detail: str = "",
 def at_least(name: str, title: str, value: float, limit: float, detail: str = "", layer: int | None = None) -> Check:
     """A check that passes at or above its limit; NaN fails."""
     return Check(name, title, value >= limit, detail, value, limit, "higher", layer)
+
+
+def judge(pack: ParityPack, run: DeviceRun, limits: Limits) -> tuple[list[Check], Diagnosis | None]:
+    """Every check of what a device computed; and where it left the reference, None where it was not traced."""
+    checks = logits(pack, run, limits) + greedy(pack, run, limits)
+    if run.trace is None:
+        return checks, None
+    diagnosis = diagnose(pack, run.trace, limits)
+    return checks + layers(pack, run, diagnosis, limits), diagnosis
 
 
 def integrity(problems: Sequence[str]) -> Check:
@@ -325,15 +334,20 @@ def _experts(index: int, diagnosis: Diagnosis, allowed: float) -> Check:
 def first_divergence(diagnosis: Diagnosis | None, checks: Sequence[Check]) -> tuple[int | None, str | None]:
     """The first layer that is wrong (-1: the embedding) and what is known about the cause."""
     failed = {check.name for check in checks if check.passed is False}
-    if diagnosis is None:
-        return None, None
-    if diagnosis.first is not None:
+    if diagnosis is not None and diagnosis.first is not None:
         return diagnosis.first, diagnosis.cause
     if "head" in failed:
         return None, "final norm or output head: every layer agrees, the logits do not"
-    if any(name.startswith(("logits.", "greedy.", "perplexity.device")) for name in failed):
+    if any(name.startswith(("logits.", "perplexity.device")) for name in failed):
+        if diagnosis is None:
+            return None, None
         return None, (
             "the shipped graph only: the debug graph, which reads the same weights, agrees in every layer; the shipped "
             "graph differs from it, or a kernel that only it uses is wrong on this device"
+        )
+    if any(name.startswith("greedy.") for name in failed):
+        return None, (
+            "decoding only: the same graph agrees where it computes all positions at once, so the cache (a row, a "
+            "position) or a kernel for single tokens is wrong on this device"
         )
     return None, None

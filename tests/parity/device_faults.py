@@ -1,0 +1,141 @@
+"""Faults of a made-up device (synthetic.py), each of which takes one check of the verdict to its limit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from edgelm.parity import metrics, verdict
+
+from .synthetic import ALL, CHOSEN, COUNT, Scene, blur, disturb, diverge, flip
+
+INSIDE, OUTSIDE = 0.98, 1.02
+"""How large a check's value becomes, in terms of its limit."""
+
+
+def failures(scene: Scene) -> set[str]:
+    """The checks that fail."""
+    found, _ = verdict.judge(scene.pack, scene.device.run(scene.pack), scene.limits)
+    return {item.name for item in found if item.passed is False}
+
+
+def judged(scene: Scene, name: str):
+    """One check."""
+    found, _ = verdict.judge(scene.pack, scene.device.run(scene.pack), scene.limits)
+    return next(item for item in found if item.name == name)
+
+
+def steps(scene: Scene) -> np.ndarray:
+    """The rows that choose greedy tokens."""
+    return np.concatenate([ALL[prompt.greedy_positions] for prompt in scene.pack.prompts])
+
+
+def kl_mean(scene: Scene, size: float) -> None:
+    diverge(scene, "at_once", ALL[::2], 2 * size * scene.limits.kl_mean)
+
+
+def kl_p99(scene: Scene, size: float) -> None:
+    # One in a hundred positions may be worse.
+    diverge(scene, "at_once", ALL[10:13], 5 * scene.limits.kl_p99)
+    diverge(scene, "at_once", ALL[20:23], size * scene.limits.kl_p99)
+
+
+def kl_max(scene: Scene, size: float) -> None:
+    diverge(scene, "at_once", ALL[77:78], size * scene.limits.kl_max)
+
+
+def error(scene: Scene, size: float) -> None:
+    # Nearly half of the positions may be worse.
+    blur(scene, "at_once", ALL[: COUNT // 2 - 2], 2.5 * scene.limits.logit_error)
+    blur(scene, "at_once", ALL[COUNT // 2 - 2 :], size * scene.limits.logit_error)
+
+
+def error_p90(scene: Scene, size: float) -> None:
+    # Nearly a tenth may be worse, and the median is far below.
+    blur(scene, "at_once", ALL[:38], 2 * scene.limits.logit_error_p90)
+    blur(scene, "at_once", ALL[38:50], size * scene.limits.logit_error_p90)
+
+
+def top1(scene: Scene, size: float) -> None:
+    # Choices that were not clear may fall otherwise.
+    flip(scene, "at_once", ALL[~scene.clear][:1])
+    allowed = math.floor((1 - scene.limits.top1_clear) * scene.clear.sum())
+    flip(scene, "at_once", ALL[scene.clear][: allowed + (size > 1)])
+
+
+def perplexity_above(scene: Scene, size: float) -> None:
+    rows = np.flatnonzero(scene.pack.has_next)
+    scene.device.at_once[rows, scene.pack.next_ids[rows]] -= math.log1p(size * scene.limits.perplexity)
+
+
+def perplexity_below(scene: Scene, size: float) -> None:
+    rows = np.flatnonzero(scene.pack.has_next)
+    scene.device.at_once[rows, scene.pack.next_ids[rows]] -= math.log1p(-size * scene.limits.perplexity)
+
+
+def greedy_tokens(scene: Scene, size: float) -> None:
+    # Only the first difference counts: after it the text is another.
+    rows = ALL[scene.pack.prompts[2].greedy_positions]
+    first = int(np.flatnonzero(scene.clear[rows] == (size > 1))[0])
+    flip(scene, "decoded", rows[first : first + 2])
+
+
+def greedy_error(scene: Scene, size: float) -> None:
+    rows = steps(scene)
+    blur(scene, "decoded", rows[:20], 3 * scene.limits.decode_error, metrics.LIKELY)
+    blur(scene, "decoded", rows[20:], size * scene.limits.decode_error, metrics.LIKELY)
+
+
+def greedy_kl(scene: Scene, size: float) -> None:
+    diverge(scene, "decoded", steps(scene)[5:6], size * scene.limits.kl_max)
+
+
+def embedding(scene: Scene, size: float) -> None:
+    rows = ALL[100:101] if size > 1 else ALL
+    disturb(scene, 0, rows, size * scene.limits.embedding_error * scene.pack.target.norms[0, rows])
+
+
+def layer(scene: Scene, size: float) -> None:
+    rows = ALL[100:101] if size > 1 else ALL
+    want = scene.pack.target
+    update = np.linalg.norm((want.sketches[2] - want.sketches[1])[rows], axis=1) / 8
+    disturb(scene, 2, rows, size * scene.limits.layer_base * update)
+
+
+def experts(scene: Scene, size: float) -> None:
+    """Layer 1 of one position takes the first expert that was left out for the last that was chosen."""
+    want = scene.pack.target
+    router = want.router[1, 50]
+    order = np.argsort(-router)
+    last, out = order[CHOSEN - 1], order[CHOSEN]
+    for _ in range(20):  # the spread, which is the unit, depends on the logit that is set
+        router[out] = router[last] - size * scene.limits.router_near_tie * router.std()
+    scene.device.experts[1, 50, CHOSEN - 1] = out
+
+
+def head(scene: Scene, size: float) -> None:
+    blur(scene, "debug", ALL[: COUNT // 2 - 2], 50 * scene.limits.head_error)
+    blur(scene, "debug", ALL[COUNT // 2 - 2 :], size * scene.limits.head_error)
+
+
+# Check: the changes that take it to its limit, and what fails outside: the check alone, but for experts, whose clear
+# change makes the layer wrong.
+Fault = Callable[[Scene, float], None]
+JUDGED: dict[str, tuple[tuple[Fault, ...], frozenset[str]]] = {
+    "logits.kl_mean": ((kl_mean,), frozenset({"logits.kl_mean"})),
+    "logits.kl_p99": ((kl_p99,), frozenset({"logits.kl_p99"})),
+    "logits.kl_max": ((kl_max,), frozenset({"logits.kl_max"})),
+    "logits.error": ((error,), frozenset({"logits.error"})),
+    "logits.error_p90": ((error_p90,), frozenset({"logits.error_p90"})),
+    "logits.top1": ((top1,), frozenset({"logits.top1"})),
+    "perplexity.device": ((perplexity_above, perplexity_below), frozenset({"perplexity.device"})),
+    "greedy.tokens": ((greedy_tokens,), frozenset({"greedy.tokens"})),
+    "greedy.error": ((greedy_error,), frozenset({"greedy.error"})),
+    "greedy.kl": ((greedy_kl,), frozenset({"greedy.kl"})),
+    "embedding": ((embedding,), frozenset({"embedding"})),
+    "layer": ((layer,), frozenset({"layer[1]"})),
+    "experts": ((experts,), frozenset({"experts[1]", "layer[1]"})),
+    "head": ((head,), frozenset({"head"})),
+}
