@@ -25,6 +25,7 @@ from pathlib import Path
 
 from edgelm.errors import EdgeLMError
 from edgelm.places import Kind, Source, check_place
+from edgelm.sizes import format_size
 
 try:
     import fcntl
@@ -46,7 +47,7 @@ def disk_full_explained(target: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(target.parent).free
         raise EdgeLMError(
-            f"the disk is full while writing {target} ({free / 1e9:.1f} GB free): nothing was left behind; "
+            f"the disk is full while writing {target} ({format_size(free)} free): nothing was left behind; "
             "free some space or choose another place with -o"
         ) from error
 
@@ -63,7 +64,7 @@ def need_disk(target: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise EdgeLMError(
-            f"{target} needs {needed / 1e9:.2f} GB but {parent} has {free / 1e9:.2f} GB free: "
+            f"{target} needs {format_size(needed)} but {parent} has {format_size(free)} free: "
             "free some space or choose another place with -o"
         )
 

@@ -29,6 +29,7 @@ from edgelm.errors import CheckpointError, EdgeLMError
 from edgelm.files import atomic_directory
 from edgelm.models import family
 from edgelm.progress import Progress, Silent
+from edgelm.sizes import format_size
 
 BLOCK = 1 << 18  # values drawn at a time: half a megabyte, which stays in a core's cache until it is written
 SHARD_BYTES = 5_000_000_000  # transformers' "5GB", which the published checkpoints were saved with
@@ -144,7 +145,7 @@ def _write_weights(
     free = shutil.disk_usage(folder).free
     if free < total + DISK_RESERVE:
         raise EdgeLMError(
-            f"{folder.parent}: the checkpoint takes {total / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
+            f"{folder.parent}: the checkpoint takes {format_size(total)} and {format_size(free)} are free"
         )
     with ShardedWriter(folder, specs, shard_bytes) as writer, progress.task("write weights", total) as advance:
         for name, shape in shapes.items():

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import EdgeLMError
+from edgelm.sizes import format_size
 
 BUILTIN = "builtin"
 """Names the standard library's sources, as the interpreter that runs this has them."""
@@ -87,7 +88,7 @@ def read_texts(source: str | Path, *, held_out: bool = False) -> Texts:
         raise EdgeLMError(f'no text at {path}: give a file, a folder, or "{BUILTIN}" for Python\'s standard library')
     size = sum(file.stat().st_size for file in files)
     if size > LARGEST:
-        raise EdgeLMError(f"{path} holds {size / 1e6:.0f} MB: give at most {LARGEST / 1e6:.0f} MB of text")
+        raise EdgeLMError(f"{path} holds {format_size(size)}: give at most {format_size(LARGEST)} of text")
     documents = []
     for file in files:
         try:

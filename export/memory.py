@@ -18,7 +18,7 @@ ASSUMED_BASE = 700 * MIB
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "4GiB", "1.5 GB", "800MiB" or a plain number.
+    """Bytes of "4GB", "1.5 GiB", "800MB" or a plain number.
 
     Raises:
         ExportError: not a positive size.
@@ -62,6 +62,6 @@ def plan_memory(info: ModelInfo, expert_width: int, golden_tokens: int, threads:
             return MemoryPlan(count, needed)
     assert limit is not None
     raise MemoryLimitError(
-        f"--max-ram {limit / MIB:.0f} MiB is too little: this export takes about {needed / MIB:.0f} MiB "
-        f"({base / MIB:.0f} MiB of it Python and its libraries)"
+        f"--max-ram {sizes.format_size(limit)} is too little: this export takes about {sizes.format_size(needed)} "
+        f"({sizes.format_size(base)} of it Python and its libraries)"
     )

@@ -13,6 +13,7 @@ from edgelm.export.graph import GraphBuilder
 from edgelm.export.weights import SlotWriter, WeightsPlan
 from edgelm.progress import Advance
 from edgelm.quant.source import WeightSource
+from edgelm.sizes import format_size
 
 STORAGE = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
 """numpy has no bfloat16: its bits are kept as uint16."""
@@ -79,8 +80,8 @@ class LayerOps:
         nbytes = 4 * length * head_dim
         if nbytes > MAX_TABLE_BYTES:
             raise CheckpointError(
-                f"config.json: max_position_embeddings {length} needs tables of positions of {nbytes / 1e9:.1f} GB (at "
-                f"most {MAX_TABLE_BYTES / 1e9:.1f} GB): lower it to the context that the device is to hold"
+                f"config.json: max_position_embeddings {length} needs tables of positions of {format_size(nbytes)} (at "
+                f"most {format_size(MAX_TABLE_BYTES)}): lower it to the context that the device is to hold"
             )
         cos, sin = rotary_tables(length, head_dim, theta)
         return self.computed("rope.cos", cos), self.computed("rope.sin", sin)

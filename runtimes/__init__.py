@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
 from edgelm.errors import EdgeLMError, RuntimeUnavailableError
+from edgelm.installing import install_hint
 from edgelm.runtimes.base import Runtime, SequenceBatch
 from edgelm.sampling import is_integer
 
@@ -30,7 +31,8 @@ class RuntimeEntry:
 
     `modules` has one for each flavour of operators that it runs. A module has `open(bundle, **options) -> Runtime`, may
     have `open_tracing(bundle, threads=...)` for the debug graph and `open_batch(bundle, batch, **options)`, and is
-    imported only when it is needed. `requires` is the package that it needs, and `instead` others that do as well.
+    imported only when it is needed. `requires` is the package that it needs, and `instead` others that do as well;
+    any of the `extras` of EdgeLM brings one of them.
     `fitting`, if given, is a module with `fits(bundle) -> bool`: an entry that does not fit is passed over where no
     runtime is named and there is another. One that is `only_by_name` is never chosen otherwise. `checking`, if given,
     is a module with `problem() -> str | None`: why it cannot run here though its package is installed.
@@ -40,9 +42,9 @@ class RuntimeEntry:
     modules: Mapping[str, str]
     targets: tuple[str, ...]
     requires: str
-    install: str
     options: tuple[str, ...]
     summary: str
+    extras: tuple[str, ...] = ()
     instead: tuple[str, ...] = ()
     fitting: str = ""
     only_by_name: bool = False
@@ -57,6 +59,11 @@ class RuntimeEntry:
     def available(self) -> bool:
         """Whether the package it needs is installed."""
         return self.package is not None
+
+    @property
+    def install(self) -> str:
+        """The command that installs what it needs."""
+        return " or ".join(map(install_hint, self.extras)) or install_hint()
 
     def problem(self) -> str | None:
         """Why it cannot run here though its package is installed; None where nothing is known to be wrong."""
@@ -79,7 +86,7 @@ _ENTRIES = (
         },
         targets=("cpu",),
         requires="onnxruntime",
-        install="pip install 'edgelm[cpu]'",
+        extras=("cpu",),
         options=("threads", "context_length", "chunk", "kv"),
         summary="ONNX Runtime on the processor",
     ),
@@ -88,7 +95,7 @@ _ENTRIES = (
         modules={"portable": "edgelm.runtimes.onnxruntime_cuda"},
         targets=("cuda",),
         requires="onnxruntime",
-        install="pip install 'edgelm[cuda]'",
+        extras=("cuda",),
         options=("threads", "context_length", "chunk", "kv"),
         summary="ONNX Runtime's CUDA provider on an NVIDIA GPU",
         checking="edgelm.runtimes.onnxruntime_gpu",
@@ -99,7 +106,7 @@ _ENTRIES = (
         targets=("tensorrt",),
         requires="tensorrt",
         instead=("tensorrt_rtx",),
-        install="pip install 'edgelm[tensorrt-rtx]' or 'edgelm[tensorrt]'",
+        extras=("tensorrt-rtx", "tensorrt"),
         options=("context_length", "chunk", "kv", "weight_budget"),
         summary="TensorRT or TensorRT-RTX with our plugins on an NVIDIA GPU",
         fitting="edgelm.runtimes.tensorrt.fit",
@@ -109,7 +116,6 @@ _ENTRIES = (
         modules={"gpu": "edgelm.runtimes.cuda.model"},
         targets=("tensorrt",),
         requires="numpy",
-        install="pip install edgelm",
         options=("threads", "context_length", "chunk", "kv"),
         summary="our own kernels on an NVIDIA GPU, with nothing but its driver",
     ),
@@ -118,7 +124,6 @@ _ENTRIES = (
         modules={"gpu": "edgelm.runtimes.cuda.emulated_model"},
         targets=("tensorrt",),
         requires="numpy",
-        install="pip install edgelm",
         options=("threads", "context_length", "chunk", "kv"),
         summary="the same kernels emulated on the processor, to check them: thousands of times slower",
         only_by_name=True,

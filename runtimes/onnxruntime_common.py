@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from edgelm.bundle import version_numbers
 from edgelm.devices import allowed_cores, return_free_memory
 from edgelm.errors import BundleError, EdgeLMError, RuntimeUnavailableError
+from edgelm.installing import install_hint
 from edgelm.runtimes.base import Runtime, choose_context_length, interruptible
 from edgelm.runtimes.tracing import TracingModel
 
@@ -45,7 +46,7 @@ def import_onnxruntime(bundle: Bundle | None = None) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise RuntimeUnavailableError("onnxruntime is not installed: pip install 'edgelm[cpu]'") from error
+        raise RuntimeUnavailableError(f"onnxruntime is not installed: {install_hint('cpu')}") from error
     wanted, subject = MINIMUM_VERSION, "EdgeLM needs"
     if bundle is not None:
         needs = [need for need in bundle.manifest.requires if need.package == "onnxruntime"]

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from edgelm.errors import BundleError, DeviceError, DeviceMemoryError, EdgeLMError, RuntimeUnavailableError
+from edgelm.installing import install_hint
 from edgelm.runtimes.cuda.driver import INDEX_VARIABLE, find_devices
 from edgelm.runtimes.onnxruntime_common import create_session, first_line, import_onnxruntime
 from edgelm.runtimes.placement import check_placement, record_placement
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from edgelm.bundle import Bundle
 
 PROVIDER = "CUDAExecutionProvider"
-INSTALL = "pip install 'edgelm[cuda]'"
 OLDEST = (7, 5)
 """The oldest compute capability whose mixture of experts the provider has."""
 
@@ -65,11 +65,11 @@ def _without_provider(version: str) -> str:
     if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
         return (
             "onnxruntime and onnxruntime-gpu are both installed, in one folder, and the one without CUDA is on top: "
-            f"pip uninstall onnxruntime onnxruntime-gpu, then {INSTALL}"
+            f"pip uninstall onnxruntime onnxruntime-gpu, then {install_hint('cuda')}"
         )
     return (
-        f"onnxruntime {version} was built without CUDA: pip uninstall onnxruntime, then {INSTALL} (the package "
-        "onnxruntime-gpu; it runs bundles for cpu as well)"
+        f"onnxruntime {version} was built without CUDA: pip uninstall onnxruntime, then {install_hint('cuda')} "
+        "(the package onnxruntime-gpu; it runs bundles for cpu as well)"
     )
 
 
@@ -101,8 +101,8 @@ def _preload(ort: Any) -> None:
             ctypes.CDLL(name)
         except OSError as error:
             raise RuntimeUnavailableError(
-                f"ONNX Runtime's CUDA provider needs {name}, which cannot be loaded ({error}): {INSTALL} brings "
-                f"CUDA {major}, or put an installed one on LD_LIBRARY_PATH"
+                f"ONNX Runtime's CUDA provider needs {name}, which cannot be loaded ({error}): "
+                f"{install_hint('cuda')} brings CUDA {major}, or put an installed one on LD_LIBRARY_PATH"
             ) from error
 
 

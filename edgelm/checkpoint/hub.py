@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelm.errors import CheckpointError
+from edgelm.installing import install_hint
 from edgelm.progress import Advance, Progress, Silent
 
 # Only what is read: pickled copies of the weights, ONNX exports and pictures stay on the hub.
@@ -134,8 +135,7 @@ def download(repo_id: str, revision: str | None = None, progress: Progress | Non
         import huggingface_hub
     except ImportError as error:
         raise CheckpointError(
-            f"{name}: no such folder here; downloading it from the hub needs huggingface_hub: "
-            "pip install 'edgelm[export]'"
+            f"{name}: no such folder here; downloading it from the hub needs huggingface_hub: {install_hint('export')}"
         ) from error
     with _explained(name):
         total = _missing_bytes(repo_id, revision)

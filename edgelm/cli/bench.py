@@ -63,7 +63,8 @@ def bench(
 
 def table(result: BenchResult) -> str:
     """The result for people."""
-    from edgelm.cli.tables import pairs, size
+    from edgelm.cli.tables import pairs
+    from edgelm.sizes import format_size
 
     def spread(value: Spread, unit: str, digits: int) -> str:
         return f"{value.median:.{digits}f} {unit}  ({value.low:.{digits}f} to {value.high:.{digits}f})"
@@ -82,12 +83,19 @@ def table(result: BenchResult) -> str:
             spread(result.decode_tokens_per_second, "tokens/s", 1),
         ),
         ("runs", f"{repeat}: median (least to greatest)"),
-        ("resident", f"{size(result.resident_after_load)} loaded, {size(result.resident_after_run)} after the runs"),
-        ("resident peak", f"{size(result.resident_peak)} ({size(result.resident_before_load)} before loading)"),
-        ("files", f"{size(sum(result.files.values()))} in {len(result.files)} files"),
+        (
+            "resident",
+            f"{format_size(result.resident_after_load)} loaded, "
+            f"{format_size(result.resident_after_run)} after the runs",
+        ),
+        (
+            "resident peak",
+            f"{format_size(result.resident_peak)} ({format_size(result.resident_before_load)} before loading)",
+        ),
+        ("files", f"{format_size(sum(result.files.values()))} in {len(result.files)} files"),
     ]
     if result.decode_bandwidth is not None:
-        said = f"{result.decode_bandwidth / 1e9:.1f} GB/s: {size(result.bytes_per_token)} a token"
+        said = f"{result.decode_bandwidth / 1e9:.1f} GB/s: {format_size(result.bytes_per_token)} a token"
         if result.machine_bandwidth is not None:
             by = f"{result.threads} threads read" if result.runtime == "onnxruntime-cpu" else "the GPU copies"
             said += f"; {result.bandwidth_share:.0%} of the {result.machine_bandwidth / 1e9:.1f} GB/s that {by} here"

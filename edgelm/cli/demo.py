@@ -127,7 +127,8 @@ def take(checkpoint: Path, out: Path, recipe: str, max_tokens: int, progress: Pr
 
 def table(outcomes: list[Outcome]) -> str:
     """All outcomes side by side."""
-    from edgelm.cli.tables import grid, size
+    from edgelm.cli.tables import grid
+    from edgelm.sizes import format_size
 
     header = ("bundle", "weights", "of bf16", "prefill/s", "decode/s", "KL lost", "KL added", "top-1", "parity")
     rows = []
@@ -136,7 +137,7 @@ def table(outcomes: list[Outcome]) -> str:
         rows.append(
             (
                 outcome.bundle.name,
-                size(outcome.bundle_bytes),
+                format_size(outcome.bundle_bytes),
                 f"{outcome.bundle_bytes / outcome.checkpoint_bytes:.0%}",
                 f"{timings.prefill_tokens_per_second:.0f}",
                 f"{timings.decode_tokens_per_second:.0f}",

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgelm.installing import install_hint
+
 if TYPE_CHECKING:
     from edgelm.runtimes import RuntimeEntry
 
@@ -166,7 +168,7 @@ def tensorrt_flavours() -> list[dict[str, Any]]:
 
 def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
     """The document for people."""
-    from edgelm.cli.tables import size
+    from edgelm.sizes import format_size
 
     device, packages = document["device"], document["packages"]
     missing_core = [name for name in CORE if packages[name] is None]
@@ -181,7 +183,7 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
             f"{device['logical_cores']} logical",
         ),
         ("instructions", " ".join(device["instruction_sets"]) or "unknown"),
-        ("memory", f"{size(device['memory_total'])}, {size(device['memory_available'])} available"),
+        ("memory", f"{format_size(device['memory_total'])}, {format_size(device['memory_available'])} available"),
     ]
     for name, runtime in document["runtimes"].items():
         state = f"missing: {runtime['install']}"
@@ -194,9 +196,9 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         ("packages", ", ".join(f"{name} {packages[name]}" for name in CORE if packages[name])),
     ]
     if missing_core:
-        lines.append(("missing", f"{', '.join(missing_core)}: pip install --force-reinstall edgelm"))
+        lines.append(("missing", f"{', '.join(missing_core)}: {install_hint()}"))
     export = (
-        f"missing {', '.join(missing_export)} (only needed to export): pip install 'edgelm[export]'"
+        f"missing {', '.join(missing_export)} (only needed to export): {install_hint('export')}"
         if missing_export
         else "ready, " + ", ".join(f"{name} {packages[name]}" for name in EXPORT)
     )
@@ -223,10 +225,13 @@ def tensorrt_line(entry: dict[str, Any]) -> str:
 
 def gpu_rows(gpu: dict[str, Any], compiler: dict[str, Any]) -> list[tuple[str, str]]:
     """What there is of NVIDIA's."""
-    from edgelm.cli.tables import size
+    from edgelm.sizes import format_size
 
     lines = [
-        ("GPU", f"{device['name']}, SM {device['sm']}, {size(device['memory'])}, driver for CUDA {gpu['driver']}")
+        (
+            "GPU",
+            f"{device['name']}, SM {device['sm']}, {format_size(device['memory'])}, driver for CUDA {gpu['driver']}",
+        )
         for device in gpu["devices"]
     ]
     made_for = f"NVRTC {compiler['version']}, for SM {', '.join(map(str, compiler['sms']))}"

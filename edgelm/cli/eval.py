@@ -92,18 +92,18 @@ def _header(report: EvaluationReport) -> tuple[str, ...]:
 
 
 def _reference_row(report: EvaluationReport) -> tuple[str, ...]:
-    from edgelm.cli.tables import size
+    from edgelm.sizes import format_size
 
     reference = report.reference
     if reference is None:
         return ()
     blank = ("",) * 4
     bits = f"{reference.bits_per_weight:.2f}"
-    return ("float model", size(reference.stored_bytes), bits, *blank, f"{reference.perplexity:.4g}", "", "", "")
+    return ("float model", format_size(reference.stored_bytes), bits, *blank, f"{reference.perplexity:.4g}", "", "", "")
 
 
 def _row(target: TargetResult) -> tuple[str, ...]:
-    from edgelm.cli.tables import size
+    from edgelm.sizes import format_size
 
     kl, speed = target.kl, target.speed
     bits = "" if target.bits_per_weight is None else f"{target.bits_per_weight:.2f}"
@@ -115,9 +115,9 @@ def _row(target: TargetResult) -> tuple[str, ...]:
         fast = (
             f"{speed.prefill_tokens_per_second:.4g}",
             f"{speed.decode_tokens_per_second:.4g}",
-            size(speed.peak_memory),
+            format_size(speed.peak_memory),
         )
-    return (target.name, size(target.stored_bytes), bits, *found, f"{target.perplexity:.4g}", *fast)
+    return (target.name, format_size(target.stored_bytes), bits, *found, f"{target.perplexity:.4g}", *fast)
 
 
 def _cache_lines(report: EvaluationReport) -> list[str]:

@@ -53,7 +53,7 @@ from edgelm.cli.recipes import budget_options, budgeted, in_json, refuse_two
     metavar="CHECKPOINT",
     help="The float checkpoint that a quantised one was made from: parity then compares with it.",
 )
-@click.option("--max-ram", metavar="SIZE", help="Resident memory not to exceed, for example 3GiB.")
+@click.option("--max-ram", metavar="SIZE", help="Resident memory not to exceed, for example 3GB.")
 @click.option("--parity-prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Golden prompts.")
 @click.option("--greedy-tokens", type=click.IntRange(min=0), help="Golden greedy tokens per prompt.")
 @click.option("--threads", type=THREADS, help="Worker threads [all cores allowed].")
@@ -106,6 +106,7 @@ def export(
     from edgelm.export.memory import parse_size
     from edgelm.parity.golden import GoldenOptions
     from edgelm.progress import Bars
+    from edgelm.sizes import format_size
 
     refuse_two(recipe, bits, budget)
     calibrating = chosen_calibration(calibration, samples, sample_length, min_expert_tokens, require_coverage, smooth)
@@ -147,7 +148,7 @@ def export(
         extra = {} if result is None else {"budget": in_json(result)}
         click.echo(json.dumps(summary | {"recipe": bundle.manifest.recipe.name, **extra}))
     else:
-        progress.note(f"{bundle.path}: {bundle.size / 1e9:.3f} GB, {bundle.manifest.recipe.name}, in {seconds:.0f} s")
+        progress.note(f"{bundle.path}: {format_size(bundle.size)}, {bundle.manifest.recipe.name}, in {seconds:.0f} s")
         if result is not None:
             asked = f"--bits {bits:g}" if budget is None else f"--budget {budget!r}"
             progress.note(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 
 from edgelm.errors import EdgeLMError
+from edgelm.installing import install_hint
 
 EXPORT_PACKAGES = ("torch", "onnx", "huggingface_hub")
 
 
 def need_export_extra() -> None:
-    """Check that the packages of `edgelm[export]` are installed.
+    """Check that the packages of the extra `export` are installed.
 
     Raises:
         EdgeLMError: names what is missing and how to install it.
@@ -18,7 +19,7 @@ def need_export_extra() -> None:
     missing = [name for name in EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise EdgeLMError(
-            f"this needs {', '.join(missing)}, which a run-only install leaves out: pip install 'edgelm[export]'"
+            f"this needs {', '.join(missing)}, which a run-only install leaves out: {install_hint('export')}"
         )
 
 
@@ -29,4 +30,4 @@ def need_eval_extra() -> None:
         EdgeLMError: it is not; says how to install it.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise EdgeLMError("this needs lm-evaluation-harness: pip install 'edgelm[eval]'")
+        raise EdgeLMError(f"this needs lm-evaluation-harness: {install_hint('eval')}")

@@ -201,8 +201,8 @@ def activations_line(manifest: Manifest) -> str:
 def bundle_rows(bundle: Bundle, problems: list[str] | None) -> list[tuple[str, str]]:
     """What a person wants to know of a bundle."""
     from edgelm.cli.inspect_gpu import gpu_groups, kernels_rows, multiplied
-    from edgelm.cli.tables import size
     from edgelm.kv_cache import row_bytes
+    from edgelm.sizes import format_size
 
     manifest, model = bundle.manifest, bundle.manifest.model
     experts = f", {model.num_experts} experts of which {model.experts_per_token} act" if model.num_experts else ""
@@ -214,8 +214,8 @@ def bundle_rows(bundle: Bundle, problems: list[str] | None) -> list[tuple[str, s
         ("bundle", f"{bundle.path}, format {manifest.format_version}{made}"),
         ("model", f"{model.name} ({model.family}): {model.num_layers} layers of {model.hidden_size}{experts}"),
         ("attention", f"{model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} for keys and values"),
-        ("vocabulary", f"{model.vocab_size}{', embedding and head tied' if model.tied else ''}"),
-        ("context", f"{model.context_length} positions, {size(cached)} of {kv} cache each"),
+        ("vocabulary", f"{model.vocab_size:,}{', embedding and head tied' if model.tied else ''}"),
+        ("context", f"{model.context_length:,} positions, {format_size(cached)} of {kv} cache each"),
         ("recipe", f"{manifest.recipe.name}, floats as {manifest.dtype}"),
         ("calibrated", calibration_line(manifest.calibration)),
         ("activations", multiplied(bundle) if manifest.ops == "gpu" else activations_line(manifest)),
@@ -223,9 +223,9 @@ def bundle_rows(bundle: Bundle, problems: list[str] | None) -> list[tuple[str, s
         *(("needs", f"{need.package} {need.version} or newer: {need.feature}") for need in manifest.requires),
         ("source", manifest.source.id),
         ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
-        ("size", size(bundle.size)),
-        *(("", f"{size(info.size):>8}  {name}") for name, info in manifest.files.items()),
-        *(("weights", f"{size(group.bytes):>8}  {group.line()}") for group in weights),
+        ("size", format_size(bundle.size)),
+        *(("", f"{format_size(info.size):>8}  {name}") for name, info in manifest.files.items()),
+        *(("weights", f"{format_size(group.bytes):>8}  {group.line()}") for group in weights),
         *kernels_rows(bundle),
         *engine_rows(bundle),
     ]

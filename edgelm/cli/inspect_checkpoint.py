@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelm.errors import CheckpointError, EdgeLMError
+from edgelm.installing import install_hint
 
 if TYPE_CHECKING:
     from edgelm.checkpoint import CheckpointFiles
@@ -82,7 +83,7 @@ def _config(family: Family, files: CheckpointFiles) -> tuple[Any, list[str]]:
     try:
         read = {*family.config_class.__dataclass_fields__, "head_dim"}
     except ModuleNotFoundError as error:
-        return None, [f"{error.name} is not installed, which exporting needs: pip install 'edgelm[export]'"]
+        return None, [f"{error.name} is not installed, which exporting needs: {install_hint('export')}"]
     offending = fields.not_implemented(files.config, read)
     refused = [f"config.json: {problem}: not implemented" for problem in offending.values()]
     try:
@@ -113,7 +114,7 @@ def _said(error: EdgeLMError, files: CheckpointFiles) -> str:
 
 def checkpoint_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a person wants to know of a checkpoint, by its `checkpoint_document`."""
-    from edgelm.cli.tables import size
+    from edgelm.sizes import format_size
 
     config, family = document["config"], document["family"]
     named = config.get("architectures") or [config.get("model_type", "unknown")]
@@ -122,8 +123,8 @@ def checkpoint_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("checkpoint", str(document["path"])),
         ("architecture", f"{architecture} ({family})" if family else str(architecture)),
         *((name, str(config[name])) for name in _SHOWN if name in config),
-        ("tensors", ", ".join(f"{count} {dtype}" for dtype, count in document["dtypes"].items()) or "none"),
-        ("size", size(document["bytes"])),
+        ("tensors", ", ".join(f"{count:,} {dtype}" for dtype, count in document["dtypes"].items()) or "none"),
+        ("size", format_size(document["bytes"])),
     ]
     if document["quantized"]:
         quantization, recipe = config["quantization_config"], document["recipe"]

@@ -103,12 +103,12 @@ def kernels_document(bundle: Bundle) -> dict[str, Any] | None:
 
 def kernels_rows(bundle: Bundle) -> list[tuple[str, str]]:
     """The same for people."""
-    from edgelm.cli.tables import size
+    from edgelm.sizes import format_size
 
     document = kernels_document(bundle)
     if document is None:
         return []
-    targets = ", ".join(f"{target} ({size(nbytes)})" for target, nbytes in document["targets"].items())
+    targets = ", ".join(f"{target} ({format_size(nbytes)})" for target, nbytes in document["targets"].items())
     needs = f"by NVRTC {document['nvrtc']}, for drivers of CUDA {document['nvrtc'].split('.')[0]} or newer"
     return [("kernels", f"{document['kernels']}, {needs}: {targets}")]
 

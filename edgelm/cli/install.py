@@ -26,6 +26,7 @@ def install(bundle: Path, dest: Path, overwrite: bool, as_json: bool) -> None:
 
     from edgelm.bundle import Bundle
     from edgelm.progress import Bars
+    from edgelm.sizes import format_size
 
     start = time.monotonic()
     installed = Bundle.open(bundle).install(dest, overwrite=overwrite, progress=Bars())
@@ -33,5 +34,5 @@ def install(bundle: Path, dest: Path, overwrite: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"bundle": str(dest), "bytes": installed.size, "seconds": round(seconds, 1)}))
     else:
-        click.echo(f"{dest}: {installed.size / 1e9:.3f} GB, every file is what was exported, in {seconds:.0f} s")
+        click.echo(f"{dest}: {format_size(installed.size)}, every file is what was exported, in {seconds:.0f} s")
         click.echo(f"try: edgelm parity {dest}")

@@ -39,7 +39,7 @@ kv_option = click.option(
 
 
 class Size(click.ParamType[int]):
-    """Bytes, as "2GiB"."""
+    """Bytes, as "2GB" or "2GiB"."""
 
     name = "size"
 
@@ -57,7 +57,7 @@ weight_budget_option = click.option(
     "--weight-budget",
     type=Size(),
     metavar="SIZE",
-    help="Weights that may lie in the GPU's memory, for a TensorRT engine that streams them, for example 2GiB [all].",
+    help="Weights that may lie in the GPU's memory, for a TensorRT engine that streams them, for example 2GB [all].",
 )
 
 

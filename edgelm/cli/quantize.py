@@ -50,6 +50,7 @@ def quantize(
     from edgelm.checkpoint.written import CHECKPOINT
     from edgelm.progress import Bars
     from edgelm.quant.checkpoint import QuantizedSummary, quantize_checkpoint
+    from edgelm.sizes import format_size
 
     refuse_two(recipe, bits, budget)
     options = chosen_calibration(calibration, samples, sample_length, min_expert_tokens, require_coverage, smooth)
@@ -113,8 +114,8 @@ def quantize(
         )
     else:
         progress.note(
-            f"{made.path}: {made.quantized_tensors} tensors quantised, {made.float_tensors} kept, "
-            f"{made.source_bytes / 1e9:.3f} -> {made.stored_bytes / 1e9:.3f} GB "
+            f"{made.path}: {made.quantized_tensors:,} tensors quantised, {made.float_tensors:,} kept, "
+            f"{format_size(made.source_bytes)} -> {format_size(made.stored_bytes)} "
             f"({made.bits_per_weight:.2f} bits a weight), {plan.name}, in {seconds:.0f} s"
         )
         if result is not None:

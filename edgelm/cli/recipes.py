@@ -23,7 +23,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def budget_options(command: Command) -> Command:
     """How many bits a weight may have, or how many bytes all of them."""
     for option in (
-        click.option("--budget", metavar="SIZE", help="Or: size of the bundle's weights file, for example 3.2GiB."),
+        click.option("--budget", metavar="SIZE", help="Or: size of the bundle's weights file, for example 3.2GB."),
         click.option("--bits", type=Number(min=0, min_open=True), help="Mean bits of a weight, scales included."),
     ):
         command = option(command)
@@ -97,8 +97,10 @@ def chosen(recipe: str | None, result: BudgetResult | None, default: str) -> Rec
 
 def in_words(result: BudgetResult) -> str:
     """What a budgeted recipe comes to, in one line."""
+    from edgelm.sizes import format_size
+
     return (
-        f"{result.bits:.2f} bits a weight, a weights file of {result.file_bytes / 1e9:.3f} GB, expected KL "
+        f"{result.bits:.2f} bits a weight, a weights file of {format_size(result.file_bytes)}, expected KL "
         f"{result.predicted:.1e} nats a token (bound {result.bound:.1e})"
     )
 

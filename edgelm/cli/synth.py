@@ -27,6 +27,7 @@ def synth(name: str, out: Path, seed: int, overwrite: bool, as_json: bool) -> No
 
     from edgelm.cli.extras import need_export_extra
     from edgelm.progress import Bars
+    from edgelm.sizes import format_size
 
     need_export_extra()
     from edgelm.synth import synth as write
@@ -39,4 +40,4 @@ def synth(name: str, out: Path, seed: int, overwrite: bool, as_json: bool) -> No
         document = {"checkpoint": str(out), "name": name, "seed": seed, "bytes": total, "seconds": round(seconds, 1)}
         click.echo(json.dumps(document))
     else:
-        click.echo(f"{out}: {name}, seed {seed}, {total / 1e9:.2f} GB in {seconds:.0f} s")
+        click.echo(f"{out}: {name}, seed {seed}, {format_size(total)} in {seconds:.0f} s")

@@ -1,20 +1,8 @@
-"""Bytes, rates and tables for people."""
+"""Tables for people."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-
-def size(count: float | None) -> str:
-    """Bytes in decimal units, three digits."""
-    if count is None:
-        return "unknown"
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(value) < 999.5 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" or abs(value) >= 99.95 else f"{value:.3g} {unit}"
 
 
 def pairs(rows: Sequence[tuple[str, str]]) -> str:

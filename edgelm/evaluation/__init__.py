@@ -5,7 +5,7 @@
     for target in report.targets:
         print(target.name, target.bits_per_weight, target.kl.mean)
 
-A float model and checkpoints need torch (`edgelm[export]`); the perplexity of a bundle does not.
+A float model and checkpoints need torch (the extra `export`); the perplexity of a bundle does not.
 """
 
 from edgelm.evaluation.result import EvaluationReport

@@ -31,6 +31,7 @@ from edgelm.evaluation.result import (
     TextResult,
 )
 from edgelm.evaluation.targets import BundleTarget, Target, WeightTarget, open_targets, weight_count
+from edgelm.installing import install_hint
 from edgelm.kv_cache import KV_TYPES
 from edgelm.progress import Progress, Silent
 from edgelm.texts import BUILTIN, Texts, read_texts, windows
@@ -148,7 +149,7 @@ def _open_checkpoint(checkpoint: str | Path | None, progress: Progress) -> Check
 
 def _need_torch(what: str) -> None:
     if importlib.util.find_spec("torch") is None:
-        raise EdgeLMError(f"evaluating {what} needs torch: pip install 'edgelm[export]'; bundles alone do not")
+        raise EdgeLMError(f"evaluating {what} needs torch: {install_hint('export')}; bundles alone do not")
 
 
 class _Evaluation:

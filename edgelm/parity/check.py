@@ -14,6 +14,7 @@ import numpy as np
 
 from edgelm.bundle import Bundle
 from edgelm.errors import EdgeLMError, ParityError, TokenizerError
+from edgelm.installing import install_hint
 from edgelm.kv_cache import KV_TYPES, require_type
 from edgelm.parity import metrics, verdict
 from edgelm.parity.diagnose import Diagnosis
@@ -138,7 +139,7 @@ def _recompute(bundle: Bundle, pack: ParityPack, checkpoint: Path | str, progres
         from edgelm.parity.live import live_pack
     except ImportError as error:
         raise EdgeLMError(
-            f"computing the reference anew needs {error.name}: pip install 'edgelm[export]', or leave --checkpoint out"
+            f"computing the reference anew needs {error.name}: {install_hint('export')}, or leave --checkpoint out"
         ) from error
     return live_pack(bundle, pack, checkpoint, progress)
 

@@ -1,4 +1,4 @@
-"""The reference computed anew from the checkpoint, for `edgelm parity --checkpoint`. Needs `edgelm[export]`."""
+"""The reference computed anew from the checkpoint, for `edgelm parity --checkpoint`. Needs the extra `export`."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     python examples/checkpoints/train.py olmoe-tiny
     python examples/checkpoints/train.py fox-tiny
 
-Needs `edgelm[export]`; one core and about an hour each (README.md of each folder: the exact commands).
+Needs the extra `export`; one core and about an hour each (README.md of each folder: the exact commands).
 """
 
 from __future__ import annotations

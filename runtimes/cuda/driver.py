@@ -19,6 +19,7 @@ from edgelm.runtimes.cuda.device import Device, DeviceInfo
 from edgelm.runtimes.cuda.driver_library import OUT_OF_MEMORY, Driver, LaunchConfig
 from edgelm.runtimes.cuda.kernels_file import Image
 from edgelm.runtimes.cuda.launch import Launch
+from edgelm.sizes import format_size
 
 __all__ = ["INDEX_VARIABLE", "CudaDevice", "Graph", "KernelSource", "find_devices"]
 
@@ -144,9 +145,9 @@ class CudaDevice(Device):
         if status == OUT_OF_MEMORY:
             free, total = self.memory()
             raise DeviceMemoryError(
-                f"{self.info.name} has {_size(free)} of {_size(total)} free, {_size(self.allocated)} are this model's, "
-                f"and {_size(nbytes)} more are needed: end what else uses the GPU, or use a shorter context, a smaller "
-                "batch or int4 weights"
+                f"{self.info.name} has {format_size(free)} of {format_size(total)} free, "
+                f"{format_size(self.allocated)} are this model's, and {format_size(nbytes)} more are needed: "
+                "end what else uses the GPU, or use a shorter context, a smaller batch or int4 weights"
             )
         self._buffers[address.value] = nbytes
         return address.value
@@ -432,7 +433,3 @@ def _integer(driver: Driver, function: str, *args: object) -> int:
     value = ctypes.c_int()
     driver.call(function, ctypes.byref(value), *args)
     return value.value
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 1 << 28 else f"{nbytes / 2**20:.1f} MiB"

@@ -14,6 +14,7 @@ from edgelm.runtimes.cuda.executor import Executor, Layout, Sizes
 from edgelm.runtimes.cuda.kernels_file import FOLDER, KernelFolder
 from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
 from edgelm.runtimes.cuda.weights import DeviceWeights, check_weights_file
+from edgelm.sizes import format_size
 
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
@@ -95,12 +96,8 @@ class LoadedProgram:
         free, total = self.device.memory()
         if weights + caches + rest > free:
             raise DeviceMemoryError(
-                f"{self._name} does not fit: {self.device.info.name} has {_size(free)} of {_size(total)} free, and "
-                f"{_size(weights + caches + rest)} are needed ({_size(weights)} weights, {_size(caches)} cache, "
-                f"{_size(rest)} values): end what else uses the GPU, take a smaller context_length or a cache of int8, "
-                "or export with a smaller recipe"
+                f"{self._name} does not fit: {self.device.info.name} has {format_size(free)} of {format_size(total)} "
+                f"free, and {format_size(weights + caches + rest)} are needed ({format_size(weights)} weights, "
+                f"{format_size(caches)} cache, {format_size(rest)} values): end what else uses the GPU, take a smaller "
+                "context_length or a cache of int8, or export with a smaller recipe"
             )
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / (1 << 20):.0f} MiB"

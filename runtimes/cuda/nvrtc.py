@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgelm.errors import DeviceError, ExportError
+from edgelm.installing import install_hint
 from edgelm.runtimes.cuda.cubin import Resources, resources
 
 __all__ = ["LIBRARY_VARIABLE", "PTX_TARGET", "SMS", "Compiled", "Nvrtc", "compile_kernels", "load"]
@@ -27,7 +28,6 @@ PTX_TARGET = "compute_80"
 """What the drivers of all other devices compile on their own when a bundle is loaded."""
 LIBRARY_VARIABLE = "EDGELM_NVRTC"
 """Environment variable: path of the NVRTC library to use in place of the installed one."""
-INSTALL = "pip install 'edgelm[gpu-export]'"
 
 _SUCCESS, _COMPILATION = 0, 6
 # A kernel whose only parameter is a struct.
@@ -145,7 +145,9 @@ class Nvrtc:
         if status != _SUCCESS and status not in allowed:
             self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
             said = self._library.nvrtcGetErrorString(status).decode()
-            raise DeviceError(f"{function} of {self.path} failed: {said}; install it again: {INSTALL}")
+            raise DeviceError(
+                f"{function} of {self.path} failed: {said}; install it again: {install_hint('gpu-export')}"
+            )
         return status
 
     @contextlib.contextmanager
@@ -195,7 +197,8 @@ def _load(named: str | None) -> Nvrtc:
         except (OSError, AttributeError) as error:
             why.append(str(error))
     raise DeviceError(
-        f"NVRTC, which compiles the GPU kernels, was not found ({why[0] if why else 'no wheel'}): {INSTALL}"
+        f"NVRTC, which compiles the GPU kernels, was not found ({why[0] if why else 'no wheel'}): "
+        f"{install_hint('gpu-export')}"
     )
 
 

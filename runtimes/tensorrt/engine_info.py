@@ -20,6 +20,7 @@ from edgelm.errors import BundleError
 from edgelm.json_dataclass import Blame, Count, OneOf, Range, from_data, parse, quoted, read_bytes, require_format
 from edgelm.runtimes.tensorrt.library import FULL, RTX
 from edgelm.runtimes.tensorrt.operators import MARK, PREFIX, PluginSpec
+from edgelm.sizes import format_size
 
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
@@ -173,7 +174,7 @@ def engine_lines(info: EngineInfo, bundle: Bundle) -> list[str]:
     held = ", ".join(f"{count} {PREFIX}{op}" for op, count in info.operators.items())
     streaming = "; its weights can stay in host memory (--weight-budget)" if info.weight_streaming else ""
     return [
-        f"{info.file}: {info.devices}, {size / 1e9:.3f} GB, built by {info.flavour} {info.version}",
+        f"{info.file}: {info.devices}, {format_size(size)}, built by {info.flavour} {info.version}",
         f"needs {info.needs}{streaming}",
         f"up to {info.max_batch} sequences, prefill by {info.chunk}, context {info.context_length}, {info.kv} cache; "
         f"{held or 'no plugin of ours'}; dense products by the {info.linears}, attention by the {info.attention}",

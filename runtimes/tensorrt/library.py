@@ -24,16 +24,19 @@ from types import ModuleType
 from typing import Any
 
 from edgelm.errors import RuntimeUnavailableError
+from edgelm.installing import install_hint
 
 FULL, RTX = "tensorrt", "tensorrt-rtx"
-INSTALL = {
-    FULL: "pip install 'edgelm[tensorrt]' (its main library is on NVIDIA's own index; on a Jetson JetPack brings it)",
-    RTX: "pip install 'edgelm[tensorrt-rtx]'",
-}
 _MODULES = {FULL: "tensorrt", RTX: "tensorrt_rtx"}
 _RTX_LIBRARY = "libtensorrt_rtx.so"
 # What TensorRT-RTX builds for, from any machine. The rest (87, 90, 110 and so on) full TensorRT builds on the device.
 RTX_SMS = (75, 80, 86, 89, 120, 121)
+
+
+def how_to_install(flavour: str) -> str:
+    """The command that installs a TensorRT."""
+    more = " (its main library is on NVIDIA's own index; on a Jetson JetPack brings it)" if flavour == FULL else ""
+    return install_hint(flavour) + more
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,9 @@ def load(flavour: str | None = None) -> Library:
     if flavour is None:
         flavour = next(iter(installed()), None)
         if flavour is None:
-            raise RuntimeUnavailableError(f"TensorRT is not installed: {INSTALL[RTX]}, or {INSTALL[FULL]}")
+            raise RuntimeUnavailableError(
+                f"TensorRT is not installed: {how_to_install(RTX)}, or {how_to_install(FULL)}"
+            )
     elif flavour not in _MODULES:
         raise RuntimeUnavailableError(f"there is no TensorRT flavour {flavour!r}; there are: {', '.join(_MODULES)}")
     return _load(flavour)
@@ -127,7 +132,7 @@ def load(flavour: str | None = None) -> Library:
 def _load(flavour: str) -> Library:
     module = _MODULES[flavour]
     if importlib.util.find_spec(module) is None:
-        raise RuntimeUnavailableError(f"{flavour} is not installed: {INSTALL[flavour]}")
+        raise RuntimeUnavailableError(f"{flavour} is not installed: {how_to_install(flavour)}")
     can_parse = flavour != RTX or module in sys.modules or _open_through_links()
     if flavour == RTX and module in sys.modules:
         can_parse = _finds_itself()
@@ -135,7 +140,7 @@ def _load(flavour: str) -> Library:
         api = importlib.import_module(module)
     except (ImportError, OSError) as error:
         raise RuntimeUnavailableError(
-            f"{flavour} is installed but cannot be imported: {error}; reinstall it: {INSTALL[flavour]}"
+            f"{flavour} is installed but cannot be imported: {error}; reinstall it: {how_to_install(flavour)}"
         ) from error
     return Library(flavour, _version(flavour), api, can_parse)
 

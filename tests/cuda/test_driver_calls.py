@@ -338,7 +338,7 @@ def test_too_little_memory_says_how_much_there_is(library, monkeypatch, calls):
     held = device.allocate(1 << 30)
     with pytest.raises(DeviceMemoryError) as caught:
         device.allocate(5 << 29)
-    expected = "Fake GPU 0 has 2.00 GiB of 3.00 GiB free, 1.00 GiB are this model's, and 2.50 GiB more are needed"
+    expected = "Fake GPU 0 has 2.15 GB of 3.22 GB free, 1.07 GB are this model's, and 2.68 GB more are needed"
     assert expected in str(caught.value)
     device.free(held)
     device.free(device.allocate(5 << 29))  # it goes on

@@ -165,7 +165,9 @@ def test_is_what_does_not_fit_refused_with_figures(bundles: Bundles) -> None:
         device.info = replace(device.info, memory=3 << 20)
         return device
 
-    with pytest.raises(DeviceMemoryError, match=r"has 3 MiB of 3 MiB free, and \d+ MiB are needed .*context_length"):
+    with pytest.raises(
+        DeviceMemoryError, match=r"has 3.15 MB of 3.15 MB free, and [\d.]+ MB are needed .*context_length"
+    ):
         CudaRuntime(bundles("fox", "int4"), opener=small)
 
 

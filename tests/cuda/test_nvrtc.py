@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from edgelm.errors import BundleError, DeviceError, ExportError
+from edgelm.installing import install_hint
 from edgelm.runtimes.cuda import cubin, nvrtc
 
 TARGETS = (*(f"sm_{sm}" for sm in nvrtc.SMS), nvrtc.PTX_TARGET)
@@ -147,7 +148,7 @@ def test_without_nvrtc_the_message_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.delenv(nvrtc.LIBRARY_VARIABLE, raising=False)
     monkeypatch.setattr(nvrtc, "candidates", lambda: [str(tmp_path / "libnvrtc.so.13")])
     nvrtc._load.cache_clear()
-    with pytest.raises(DeviceError, match=r"was not found .*: pip install 'edgelm\[gpu-export\]'"):
+    with pytest.raises(DeviceError, match=f"was not found .*: {re.escape(install_hint('gpu-export'))}"):
         nvrtc.load()
 
 

@@ -7,6 +7,7 @@ shown by a stand-in for the driver's library.
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +23,7 @@ from edgelm.errors import (
     ExportError,
     RuntimeUnavailableError,
 )
+from edgelm.installing import install_hint
 from edgelm.runtimes import open_runtime
 from edgelm.runtimes.cuda.device import DeviceInfo
 from edgelm.runtimes.tensorrt import engine_info, library
@@ -155,11 +157,15 @@ def test_without_tensorrt_the_way_to_install_it_is_said(monkeypatch, copied: Bun
         importlib.util, "find_spec", lambda name, *rest: None if name.startswith("tensorrt") else real(name, *rest)
     )
     assert library.installed() == {}
-    with pytest.raises(RuntimeUnavailableError, match=r"TensorRT is not installed: pip install 'edgelm\[tensorrt-rtx"):
+    with pytest.raises(
+        RuntimeUnavailableError, match=re.escape(f"TensorRT is not installed: {install_hint('tensorrt-rtx')}")
+    ):
         library.load()
-    with pytest.raises(RuntimeUnavailableError, match=r"pip install 'edgelm\[tensorrt-rtx\]'"):
+    with pytest.raises(RuntimeUnavailableError, match=re.escape(install_hint("tensorrt-rtx"))):
         build_bundle(copied, BuildOptions((86,)))
-    with pytest.raises(RuntimeUnavailableError, match=r"nothing installed can run .*edgelm\[tensorrt-rtx\]"):
+    with pytest.raises(
+        RuntimeUnavailableError, match=f"nothing installed can run .*{re.escape(install_hint('tensorrt-rtx'))}"
+    ):
         open_runtime(copied, "tensorrt")
     gpu(sm=86)
     assert not fits(copied)

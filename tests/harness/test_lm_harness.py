@@ -25,6 +25,7 @@ from edgelm.checkpoint import Checkpoint
 from edgelm.cli.main import cli
 from edgelm.errors import EdgeLMError
 from edgelm.export import ExportOptions, export_bundle
+from edgelm.installing import install_hint
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
 from edgelm.runtimes.native_library import library_path
@@ -55,7 +56,7 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 """
 HAS_HARNESS = importlib.util.find_spec("lm_eval") is not None
 
-needs_harness = pytest.mark.skipif(not HAS_HARNESS, reason="needs lm-evaluation-harness: pip install 'edgelm[eval]'")
+needs_harness = pytest.mark.skipif(not HAS_HARNESS, reason=f"needs lm-evaluation-harness: {install_hint('eval')}")
 
 
 @pytest.mark.skipif(os.environ.get("CI") != "true", reason="a machine may lack it; CI may not")
@@ -68,7 +69,7 @@ def test_without_the_harness_the_verb_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
     result = CliRunner().invoke(cli, ["harness", "--model", "edgelm"])
     assert result.exit_code == 1
-    assert "pip install 'edgelm[eval]'" in result.output
+    assert install_hint("eval") in result.output
 
 
 class Reference:

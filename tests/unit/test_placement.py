@@ -15,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgelm.errors import DeviceError, DeviceMemoryError, RuntimeUnavailableError
+from edgelm.installing import install_hint
 from edgelm.runtimes import onnxruntime_gpu, runtimes
 from edgelm.runtimes.placement import check_placement, placement, record_placement
 
@@ -89,7 +90,7 @@ def test_a_package_without_cuda_is_said_to_be_one() -> None:
         pytest.skip("this ONNX Runtime has CUDA")
     why = onnxruntime_gpu.problem()
     assert why is not None
-    assert "was built without CUDA: pip uninstall onnxruntime, then pip install 'edgelm[cuda]'" in why
+    assert f"was built without CUDA: pip uninstall onnxruntime, then {install_hint('cuda')}" in why
     entry = next(entry for entry in runtimes() if entry.name == "onnxruntime-cuda")
     assert entry.targets == ("cuda",)
 
