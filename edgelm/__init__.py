@@ -16,22 +16,29 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle as Bundle
     from edgelm.errors import EdgeLMError as EdgeLMError
-    from edgelm.generate import Generation as Generation
     from edgelm.generate import LanguageModel as LanguageModel
     from edgelm.generate import load as load
+    from edgelm.options import GenerateOptions as GenerateOptions
     from edgelm.parity.check import check_parity as check_parity
+    from edgelm.stream import Generation as Generation
+    from edgelm.stream import TextStream as TextStream
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "Bundle": "edgelm.bundle",
     "EdgeLMError": "edgelm.errors",
-    "Generation": "edgelm.generate",
+    "GenerateOptions": "edgelm.options",
+    "Generation": "edgelm.stream",
     "LanguageModel": "edgelm.generate",
+    "TextStream": "edgelm.stream",
     "check_parity": "edgelm.parity.check",
     "load": "edgelm.generate",
 }
-__all__ = ["Bundle", "EdgeLMError", "Generation", "LanguageModel", "__version__", "check_parity", "load"]
+__all__ = [
+    "Bundle", "EdgeLMError", "GenerateOptions", "Generation", "LanguageModel", "TextStream", "__version__",
+    "check_parity", "load",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

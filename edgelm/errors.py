@@ -11,6 +11,14 @@ class EdgeLMError(Exception):
     """Base of every error a user can cause or mend."""
 
 
+class ArgumentTypeError(EdgeLMError, TypeError):
+    """An argument of the wrong type, or one that there is not."""
+
+
+class ArgumentValueError(EdgeLMError, ValueError):
+    """An argument of the right type whose value is out of range."""
+
+
 class CheckpointError(EdgeLMError):
     """A checkpoint folder is incomplete, damaged or of another model."""
 
@@ -49,6 +57,14 @@ class ContextLengthError(EdgeLMError):
 
 class GenerationError(EdgeLMError):
     """Sampling options or messages that cannot be used."""
+
+
+class GenerationTypeError(GenerationError, ArgumentTypeError):
+    """A prompt or an option of generation of the wrong type, or an option that there is not."""
+
+
+class GenerationValueError(GenerationError, ArgumentValueError):
+    """An option of generation whose value is out of range, or that would do nothing beside the others."""
 
 
 class ParityError(EdgeLMError):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Unpack
 
 from edgelm.bundle import Bundle
 from edgelm.errors import GenerationError
+from edgelm.options import GenerateOptions, Options
 from edgelm.runtimes import Runtime, open_runtime
 from edgelm.runtimes.base import checked_tokens, context_full, whole_numbers
-from edgelm.sampling import Sampler, Sampling, is_integer
-from edgelm.stopping import StopStrings
+from edgelm.stream import Continuation, Generation, TextStream
+from edgelm.turns import Turn, Turns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,183 +23,6 @@ if TYPE_CHECKING:
 
     from edgelm.chat import ChatTemplate
     from edgelm.tokenizer import Tokenizer
-
-StopReason = Literal["eos", "stop", "length", "interrupted"]
-DEFAULT_MAX_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class Options:
-    """The keyword arguments of `generate`, `stream`, `chat` and `chat_stream`.
-
-    `max_tokens`: how many tokens to generate at most; None: until the model ends or the context is full.
-    `stop`: a string or strings that end the text; they are not part of it.
-    `sampling`: see `edgelm.sampling.Sampling`, whose fields are given as keyword arguments too.
-    """
-
-    max_tokens: int | None = DEFAULT_MAX_TOKENS
-    stop: tuple[str, ...] = ()
-    sampling: Sampling = field(default_factory=Sampling)
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Options:
-        """From keyword arguments.
-
-        Raises:
-            GenerationError: an unknown name or a value out of range.
-        """
-        names = [item.name for item in fields(Sampling)]
-        valid = ["max_tokens", "stop", *names]
-        for name in given:
-            if name not in valid:
-                raise GenerationError(f"there is no option {name!r}; there are: {', '.join(valid)}")
-        max_tokens = given.get("max_tokens", DEFAULT_MAX_TOKENS)
-        if max_tokens is not None and (not is_integer(max_tokens) or max_tokens < 1):
-            raise GenerationError(
-                f"max_tokens is {max_tokens!r:.100}: it has to be an integer, 1 or more, or None for no limit"
-            )
-        stop = given.get("stop")
-        stop = () if stop is None else (stop,) if isinstance(stop, str) else stop
-        if isinstance(stop, (bytes, bytearray)) or not isinstance(stop, Iterable):
-            raise GenerationError(f"stop is {stop!r:.100}: it has to be a string or a list of strings")
-        stop = tuple(stop)
-        StopStrings(stop)
-        return cls(max_tokens, stop, Sampling(**{name: given[name] for name in names if name in given}))
-
-
-@dataclass(frozen=True)
-class Timings:
-    """What one generation took; the consumer's time between two pieces of a stream is not counted.
-
-    `prompt_tokens` were asked for, of which `reused_tokens` were cached by an earlier call and cost nothing.
-    `time_to_first_token` starts with the call, tokenisation included. Seconds.
-    """
-
-    prompt_tokens: int
-    reused_tokens: int
-    decoded_tokens: int
-    prefill_seconds: float
-    time_to_first_token: float
-    decode_seconds: float
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """Of the tokens that were not reused; 0 where all were."""
-        return _rate(self.prompt_tokens - self.reused_tokens, self.prefill_seconds)
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Tokens after the first one; 0 where there was none."""
-        return _rate(self.decoded_tokens, self.decode_seconds)
-
-
-def _rate(count: int, seconds: float) -> float:
-    return count / seconds if count and seconds > 0 else 0.0
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A generated text.
-
-    `tokens` are the ids that were generated, without the end token, with those of a stop string.
-    `stop_reason`: "eos" the model ended, "stop" a stop string came, "length" max_tokens or the context was reached,
-    "interrupted" the stream was left early.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    stop_reason: StopReason
-    timings: Timings
-
-
-class TextStream(Iterator[str]):
-    """Pieces of text as they are generated. Leaving it early is fine; `generation` tells what there is so far."""
-
-    def __init__(self, model: LanguageModel, prompt: Sequence[int], options: Options, started: float) -> None:
-        self._model = model
-        self._prompt = list(prompt)
-        self._options = options
-        self._spent = time.perf_counter() - started
-        self._resumed = time.perf_counter()
-        self._text: list[str] = []
-        self._tokens: list[int] = []
-        self._reason: StopReason = "interrupted"
-        self._reused = self._decoded = 0
-        self._prefill_seconds = self._first_seconds = 0.0
-        self._pieces = self._generate()
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def close(self) -> None:
-        """Stop generating; further iteration ends at once."""
-        self._pieces.close()  # type: ignore[attr-defined]  # it is a generator
-
-    @property
-    def generation(self) -> Generation:
-        """The text, tokens and timings so far."""
-        decode_seconds = max(0.0, self._spent - self._first_seconds) if self._decoded else 0.0
-        timings = Timings(
-            prompt_tokens=len(self._prompt),
-            reused_tokens=self._reused,
-            decoded_tokens=self._decoded,
-            prefill_seconds=self._prefill_seconds,
-            time_to_first_token=self._first_seconds,
-            decode_seconds=decode_seconds,
-        )
-        return Generation("".join(self._text), tuple(self._tokens), self._reason, timings)
-
-    def _tick(self) -> float:
-        """Seconds spent here so far, the consumer's time left out."""
-        now = time.perf_counter()
-        self._spent += now - self._resumed
-        self._resumed = now
-        return self._spent
-
-    def _show(self, text: str) -> Iterator[str]:
-        if text:
-            self._text.append(text)
-            self._tick()
-            yield text
-            self._resumed = time.perf_counter()
-
-    def _generate(self) -> Iterator[str]:
-        model, options = self._model, self._options
-        self._resumed = time.perf_counter()
-        turn = model._take_turn()
-        logits, self._reused = model._prefill(self._prompt, exact=options.sampling.seed is not None)
-        self._prefill_seconds = time.perf_counter() - self._resumed
-        sampler = Sampler(options.sampling, self._prompt)
-        pieces, stops = model.tokenizer.detokenizer(), StopStrings(options.stop)
-        reason: StopReason | None = None
-        token = sampler.sample(logits)
-        while reason is None:
-            self._tick()
-            self._first_seconds = self._first_seconds or self._spent
-            if token in model.end_ids:
-                reason = "eos"
-                break
-            self._tokens.append(token)
-            text, stopped = stops.push(pieces.push(token))
-            yield from self._show(text)
-            model._require_turn(turn)
-            full = model.runtime.position >= model.runtime.context_length
-            if stopped:
-                reason = "stop"
-            elif full or len(self._tokens) == options.max_tokens:
-                reason = "length"
-            else:
-                # With nothing else to ask of the logits, they stay on the device.
-                plain = options.sampling.plain
-                token = model._decode_greedy(token) if plain else sampler.sample(model._decode(token))
-                self._decoded += 1
-                self._tick()
-        if reason != "stop":
-            text, stopped = stops.push(pieces.flush())
-            reason = "stop" if stopped else reason
-            yield from self._show(text if stopped else text + stops.flush())
-        self._reason = reason
-        self._tick()
 
 
 @dataclass(frozen=True)
@@ -214,7 +38,11 @@ class _Prefilled:
 
 
 class LanguageModel:
-    """A bundle that is loaded and ready. Made by `edgelm.load`; one thread at a time may use it.
+    """A bundle that is loaded and ready. Made by `edgelm.load`.
+
+    Any number of threads may use it: calls have the model one after the other, in the order in which they came. A
+    stream has it from its first piece until it is exhausted, closed or garbage collected; a thread that has one open
+    gets a GenerationError for another call, since it would wait for itself.
 
     The cache of an earlier call is reused as far as the new prompt begins like it, so a growing conversation only pays
     for its new part. Numbers that were computed in other pieces differ by rounding, which can tip a close choice. So
@@ -230,26 +58,27 @@ class LanguageModel:
         # The ids behind the cached positions; entries past the runtime's position are not cached.
         self._cached: list[int] = []
         self._last_prompt: _Prefilled | None = None
-        self._turn = 0
+        self._turns = Turns()
 
-    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Generation:
         """Continue `prompt` (text or token ids) and return the whole text. Options: see `Options` and `Sampling`.
 
         Raises:
-            GenerationError: options or token ids that cannot be used.
+            GenerationTypeError: an unknown option, or one of the wrong type; a prompt that is neither text nor ids.
+            GenerationValueError: an option that is out of range.
+            GenerationError: a prompt without tokens, or with ids outside the vocabulary.
             ContextLengthError: the prompt is longer than the context.
+            EdgeLMError: the model was closed.
         """
-        return _drained(self.stream(prompt, **options))
+        return self.stream(prompt, **options).drain()
 
-    def stream(self, prompt: str | Sequence[int], **options: Any) -> TextStream:
+    def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> TextStream:
         """Continue `prompt` piece by piece. A piece never ends within a character. Raises as `generate` does."""
         started = time.perf_counter()
         chosen = Options.of(options)
-        if isinstance(prompt, str):
-            return self._stream(self.tokenizer.encode(prompt), chosen, started)
-        return self._stream(whole_numbers(prompt, "the prompt").tolist(), chosen, started)
+        return self._stream(self._tokens(prompt), chosen, started)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerateOptions]) -> Generation:
         """Answer a conversation of messages `{"role": "user", "content": "..."}` by the model's own chat template.
 
         A content may be a list of parts `{"type": "text", "text": "..."}` too; see `edgelm.chat.ChatTemplate.render`.
@@ -258,9 +87,9 @@ class LanguageModel:
             GenerationError: no chat template, messages it refuses, or options that cannot be used.
             ContextLengthError: the conversation is longer than the context.
         """
-        return _drained(self.chat_stream(messages, **options))
+        return self.chat_stream(messages, **options).drain()
 
-    def chat_stream(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> TextStream:
+    def chat_stream(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerateOptions]) -> TextStream:
         """Answer a conversation piece by piece. Raises as `chat` does."""
         started = time.perf_counter()
         chosen = Options.of(options)
@@ -276,18 +105,53 @@ class LanguageModel:
             self._chat_template = ChatTemplate.from_folder(self.bundle.path, self.tokenizer)
         return self._chat_template.render(messages, add_generation_prompt=True)
 
-    def _stream(self, tokens: list[int], options: Options, started: float) -> TextStream:
+    async def generate_async(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Generation:
+        """As `generate`, without blocking the event loop; cancelling the task stops the generation."""
+        import asyncio
+
+        stream = await asyncio.to_thread(self.stream, prompt, **options)
+        return await stream.in_worker(stream.drain)
+
+    async def chat_async(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerateOptions]) -> Generation:
+        """As `chat`, without blocking the event loop; cancelling the task stops the generation."""
+        import asyncio
+
+        stream = await asyncio.to_thread(self.chat_stream, messages, **options)
+        return await stream.in_worker(stream.drain)
+
+    def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        ids: list[int] = whole_numbers(prompt, "the prompt").tolist()
+        return ids
+
+    def _stream(self, tokens: list[int], options: Options, started: float, *, exact: bool | None = None) -> TextStream:
+        """Continue `tokens`; `exact` as for `_prefill`, by default where there is a seed."""
+        exact = options.sampling.seed is not None if exact is None else exact
+        answer = self._continuation(tokens, options)
+        return TextStream(self, answer, Turn(self._turns), exact=exact, started=started)
+
+    def _continuation(self, tokens: list[int], options: Options) -> Continuation:
+        self._turns.require_open()
         if not tokens:
             raise GenerationError("the prompt is empty and the model has no token to begin with: give some text")
         checked_tokens(tokens, self.runtime.vocab_size)
         runtime = self.runtime
         if len(tokens) > runtime.context_length:
             raise context_full(len(tokens), 0, runtime.context_length, runtime.model_context_length)
-        return TextStream(self, tokens, options, started)
+        return Continuation(tokens, options, self.tokenizer, self.end_ids)
 
     def close(self) -> None:
-        """Free the model's memory."""
+        """Free the model's memory. Calls of other threads end with an EdgeLMError; the step that runs is waited for."""
+        self._turns.close()
         self.runtime.close()
+
+    def __repr__(self) -> str:
+        manifest, runtime = self.bundle.manifest, self.runtime
+        return (
+            f"LanguageModel({str(self.bundle.path)!r}: {manifest.model.name}, {manifest.recipe.name}, {runtime.name}, "
+            f"{runtime.context_length} positions)"
+        )
 
     def __enter__(self) -> LanguageModel:
         return self
@@ -297,20 +161,13 @@ class LanguageModel:
     ) -> None:
         self.close()
 
-    def _take_turn(self) -> int:
-        self._turn += 1
-        return self._turn
-
-    def _require_turn(self, turn: int) -> None:
-        if turn != self._turn:
-            raise GenerationError(
-                "another generation began on this model while this stream was open: finish or close one before the next"
-            )
-
-    def _prefill(self, tokens: list[int], *, exact: bool) -> tuple[NDArray[np.float32], int]:
+    def _prefill(
+        self, tokens: list[int], *, exact: bool, check: Callable[[], None] = lambda: None
+    ) -> tuple[NDArray[np.float32], int]:
         """Logits after `tokens`, and how many of them an earlier call had cached.
 
-        `exact`: they and the cache have to be what a fresh model computes, to the last bit.
+        `exact`: they and the cache have to be what a fresh model computes, to the last bit. `check` is called between
+        chunks and may raise to give the rest up.
         """
         runtime, last = self.runtime, self._last_prompt
         cached = self._cached[: runtime.position]
@@ -326,7 +183,10 @@ class LanguageModel:
         runtime.truncate(common)
         # Set before the work: if it is interrupted, the runtime's position says how much of this is cached.
         self._cached, self._last_prompt = list(tokens), None
-        logits = runtime.prefill(tokens[common:])
+        # In the runtime's own chunks, so that the numbers are those of one call.
+        for begin in range(common, len(tokens), runtime.chunk):
+            check()
+            logits = runtime.prefill(tokens[begin : begin + runtime.chunk])
         self._last_prompt = _Prefilled(list(tokens), logits.copy(), fresh=common == 0)
         return logits, common
 
@@ -341,12 +201,6 @@ class LanguageModel:
     def _append(self, token: int) -> None:
         del self._cached[self.runtime.position :]
         self._cached.append(token)
-
-
-def _drained(stream: TextStream) -> Generation:
-    for _ in stream:
-        pass
-    return stream.generation
 
 
 def load(

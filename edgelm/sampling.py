@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.errors import GenerationError
+from edgelm.errors import GenerationError, GenerationTypeError, GenerationValueError
 
 # A nucleus is almost always smaller than this; a larger one costs a full sort.
 _FIRST_GUESS = 1024
@@ -40,8 +40,9 @@ class Sampling:
     `seed`: makes sampling repeatable; None draws a fresh one.
 
     Raises:
-        GenerationError: a value outside its range, or top_k, top_p or min_p with a temperature of 0, where they would
-            do nothing.
+        GenerationTypeError: a value of another type.
+        GenerationValueError: a value outside its range, or top_k, top_p or min_p with a temperature of 0, where they
+            would do nothing.
     """
 
     temperature: float = 0.0
@@ -66,9 +67,12 @@ class Sampling:
             _require("seed", self.seed, lambda seed: 0 <= seed < 2**64, "an integer from 0 to 2**64 - 1", is_integer)
         idle = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) != _DEFAULTS[name]]
         if self.temperature == 0 and idle:
-            raise GenerationError(
+            raise GenerationValueError(
                 f"{' and '.join(idle)} would do nothing with temperature 0 (greedy): give a temperature, such as 0.8"
             )
+
+    def __repr__(self) -> str:
+        return f"Sampling({changed(self)})"
 
     @property
     def greedy(self) -> bool:
@@ -84,6 +88,12 @@ class Sampling:
 _DEFAULTS = {field.name: field.default for field in fields(Sampling)}
 
 
+def changed(options: Any) -> str:
+    """The fields of a dataclass that have no default value, as keyword arguments: a short line for its `repr`."""
+    given = [(field, getattr(options, field.name)) for field in fields(options)]
+    return ", ".join(f"{field.name}={value!r:.60}" for field, value in given if value != field.default)
+
+
 def is_integer(value: object) -> bool:
     """Whether a value is a whole number, Python's or numpy's; a truth value is none, nor is 2.0."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
@@ -96,8 +106,10 @@ def _is_number(value: object) -> bool:
 def _require(
     name: str, value: Any, fits: Callable[[Any], bool], wanted: str, kind: Callable[[object], bool] = _is_number
 ) -> None:
-    if not kind(value) or not fits(value):
-        raise GenerationError(f"{name} is {value!r:.100}: it has to be {wanted}")
+    right_type = kind(value)
+    if not right_type or not fits(value):
+        kind_of_error = GenerationValueError if right_type else GenerationTypeError
+        raise kind_of_error(f"{name} is {value!r:.100}: it has to be {wanted}")
 
 
 def _moderate(value: float) -> float:

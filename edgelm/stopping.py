@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from edgelm.errors import GenerationError
+from edgelm.errors import GenerationTypeError, GenerationValueError
 
 
 class StopStrings:
@@ -15,14 +15,16 @@ class StopStrings:
     how it was cut into pieces.
 
     Raises:
-        GenerationError: a stop string is empty or not a string.
+        GenerationTypeError: a stop string is not a string.
+        GenerationValueError: a stop string is empty.
     """
 
     def __init__(self, stops: Iterable[str] = ()) -> None:
         self._stops = tuple(stops)
         for stop in self._stops:
             if not isinstance(stop, str) or not stop:
-                raise GenerationError(f"stop string {stop!r} cannot be found in a text: give non-empty strings")
+                kind = GenerationValueError if isinstance(stop, str) else GenerationTypeError
+                raise kind(f"stop string {stop!r:.100} cannot be found in a text: give non-empty strings")
         self._held = ""
         self._longest = max(map(len, self._stops), default=0)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
-from edgelm.errors import EdgeLMError, RuntimeUnavailableError
+from edgelm.errors import ArgumentTypeError, ArgumentValueError, RuntimeUnavailableError
 from edgelm.installing import install_hint
 from edgelm.runtimes.base import Runtime, SequenceBatch
 from edgelm.sampling import is_integer
@@ -209,7 +209,7 @@ def _given(entry: RuntimeEntry, options: Mapping[str, int | str | None]) -> dict
     known = {option for other in _ENTRIES for option in other.options}
     for option, value in options.items():
         if option not in entry.options and (value is not None or option not in known):
-            raise EdgeLMError(f"{entry.name} has no option {option!r}; it has: {', '.join(entry.options)}")
+            raise ArgumentTypeError(f"{entry.name} has no option {option!r}; it has: {', '.join(entry.options)}")
         if value is not None:
             _check_option(option, value)
     given = {option: value for option, value in options.items() if value is not None}
@@ -220,17 +220,19 @@ def _check_option(option: str, value: object) -> None:
     """Types and ranges that are the same for every runtime.
 
     Raises:
-        EdgeLMError: the value cannot be used.
+        ArgumentTypeError, ArgumentValueError: the value cannot be used.
     """
     if option == "kv":
         if not isinstance(value, str):
-            raise EdgeLMError(f"kv is {value!r:.60}: it has to be the name of a type")
+            raise ArgumentTypeError(f"kv is {value!r:.60}: it has to be the name of a type")
         return
     # What a model's context can be, it says itself.
     least, most = {"threads": (1, MAX_THREADS), "context_length": (-math.inf, math.inf)}.get(option, (1, 2**63 - 1))
-    if not is_integer(value) or not least <= cast("int", value) <= most:
+    right_type = is_integer(value)
+    if not right_type or not least <= cast("int", value) <= most:
+        kind = ArgumentValueError if right_type else ArgumentTypeError
         what = f"1 to {MAX_THREADS}" if option == "threads" else "1 or more"
-        raise EdgeLMError(f"{option} is {value!r:.60}: it has to be an integer, {what}")
+        raise kind(f"{option} is {value!r:.60}: it has to be an integer, {what}")
 
 
 def open_runtime(bundle: Bundle, name: str | None = None, **options: int | str | None) -> Runtime:
@@ -243,7 +245,8 @@ def open_runtime(bundle: Bundle, name: str | None = None, **options: int | str |
 
     Raises:
         RuntimeUnavailableError: no such runtime, not one for this bundle, or its package is not installed.
-        EdgeLMError: an option that the runtime does not have.
+        ArgumentTypeError: an option that the runtime does not have, or of the wrong type.
+        ArgumentValueError: an option that is out of range.
         BundleError: the graph cannot be loaded.
     """
     entry = _choose(bundle, name)

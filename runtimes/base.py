@@ -14,13 +14,14 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError
+from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError, GenerationTypeError
 from edgelm.sampling import is_integer, most_probable
 
 Self = TypeVar("Self", bound="Runtime")
 Result = TypeVar("Result")
 
 DEFAULT_CONTEXT_LENGTH = 4096
+DEFAULT_CHUNK = 512
 
 
 class SequenceBatch(ABC):
@@ -100,6 +101,8 @@ class Runtime(ABC):
 
     name: str
     """The registry's name, e.g. "onnxruntime-cpu"."""
+    chunk: int = DEFAULT_CHUNK
+    """Tokens of a prefill step at most; a long prompt takes several."""
 
     def __init__(self, *, vocab_size: int, context_length: int, model_context_length: int, threads: int) -> None:
         self.vocab_size = vocab_size
@@ -212,25 +215,25 @@ def whole_numbers(tokens: object, what: str) -> NDArray[np.int64]:
     """Token ids as int64 [T]; nothing is rounded, cut off or wrapped around.
 
     Raises:
-        GenerationError: `tokens` is no list of whole numbers, or one does not fit into 64 bits; the message begins
-            with `what`.
+        GenerationTypeError: `tokens` is no list of whole numbers; the message begins with `what`.
+        GenerationError: one does not fit into 64 bits.
     """
     wanted = "give text, or a list of token ids, which are whole numbers"
     if isinstance(tokens, (str, bytes, bytearray, Mapping, Set)) or not isinstance(tokens, (Iterable, np.ndarray)):
-        raise GenerationError(f"{what}: {tokens!r:.60} cannot be used: {wanted}")
+        raise GenerationTypeError(f"{what}: {tokens!r:.60} cannot be used: {wanted}")
     if not hasattr(tokens, "dtype"):
         tokens = list(tokens)
         for index, token in enumerate(tokens):
             if not is_integer(token):
-                raise GenerationError(f"{what}: number {index} is {token!r:.60}: {wanted}")
+                raise GenerationTypeError(f"{what}: number {index} is {token!r:.60}: {wanted}")
             if not -(2**63) <= token < 2**63:
                 raise GenerationError(f"{what}: number {index} is beyond any vocabulary: {wanted}")
     try:
         ids = np.asarray(tokens) if hasattr(tokens, "dtype") else np.asarray(tokens, np.int64)
     except (TypeError, ValueError, RuntimeError) as error:  # such as a tensor on a GPU
-        raise GenerationError(f"{what} cannot be used ({error}): {wanted}") from error
+        raise GenerationTypeError(f"{what} cannot be used ({error}): {wanted}") from error
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise GenerationError(f"{what}: an array of {ids.dtype} with shape {ids.shape}: {wanted}")
+        raise GenerationTypeError(f"{what}: an array of {ids.dtype} with shape {ids.shape}: {wanted}")
     if ids.dtype == np.uint64 and ids.size and int(ids.max()) >= 2**63:
         raise GenerationError(f"{what}: {int(ids.max())} is beyond any vocabulary: {wanted}")
     return ids.astype(np.int64, copy=False)

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 MINIMUM_VERSION = "1.31.1"
 """For bundles that do not say what they need."""
-DEFAULT_CHUNK = 512
 _LOGITS_BYTES = 64 << 20
 
 
@@ -314,12 +313,12 @@ class OnnxRuntimeModel(Runtime):
             model_context_length=model.context_length,
             threads=allowed_cores() if threads is None else threads,
         )
-        self._chunk = min(chunk, self.context_length)
+        self.chunk = min(chunk, self.context_length)
         weights = MappedWeights(bundle)
         session = self._session(bundle)
         check_graph(session, bundle, self.lengths)
         self._graph: BoundGraph | None = BoundGraph(
-            session, weights, batch=1, chunk=self._chunk, vocab_size=self.vocab_size
+            session, weights, batch=1, chunk=self.chunk, vocab_size=self.vocab_size
         )
         self._caches = self._bind_caches(self._graph, bundle)
 
@@ -343,8 +342,8 @@ class OnnxRuntimeModel(Runtime):
     def prefill(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Append tokens, `chunk` at a time."""
         ids = self._checked(tokens)
-        for begin in range(0, ids.size, self._chunk):
-            logits = self._step(ids[begin : begin + self._chunk])
+        for begin in range(0, ids.size, self.chunk):
+            logits = self._step(ids[begin : begin + self.chunk])
         last: NDArray[np.float32] = logits[0]
         return last
 
@@ -356,7 +355,7 @@ class OnnxRuntimeModel(Runtime):
     def logits_all(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """Append tokens; yield logits in blocks of at most 64 MiB, valid until the next is asked for."""
         ids = self._checked(tokens)
-        block = max(1, min(self._chunk, _LOGITS_BYTES // (4 * self.vocab_size)))
+        block = max(1, min(self.chunk, _LOGITS_BYTES // (4 * self.vocab_size)))
         for begin in range(0, ids.size, block):
             yield self._step(self._checked(ids[begin : begin + block]), all_positions=True)[0]
 

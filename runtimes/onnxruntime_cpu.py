@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from edgelm.checkpoint.jsonfile import read_json_object
 from edgelm.errors import BundleError, EdgeLMError
 from edgelm.models.fields import positive_int
+from edgelm.runtimes.base import DEFAULT_CHUNK
 from edgelm.runtimes.onnxruntime_common import (
-    DEFAULT_CHUNK,
     BoundGraph,
     OnnxRuntimeModel,
     OnnxTracing,

@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from edgelm.devices import allowed_cores, return_free_memory
 from edgelm.errors import BundleError, EdgeLMError
-from edgelm.runtimes.base import Runtime, choose_context_length, interruptible
+from edgelm.runtimes.base import DEFAULT_CHUNK, Runtime, choose_context_length, interruptible
 from edgelm.runtimes.onnxruntime_common import (
-    DEFAULT_CHUNK,
     OnnxTracing,
     check_graph,
     first_line,
@@ -97,7 +96,7 @@ class CudaRuntime(Runtime):
             model_context_length=model.context_length,
             threads=allowed_cores() if threads is None else threads,
         )
-        self._chunk = min(chunk, self.context_length)
+        self.chunk = min(chunk, self.context_length)
         if model.num_experts:
             _check_router(bundle, self.threads)
         self._captures = os.environ.get(CAPTURE_VARIABLE, "1") != "0"
@@ -152,8 +151,8 @@ class CudaRuntime(Runtime):
     def prefill(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Append tokens, `chunk` at a time."""
         ids = self._checked(tokens)
-        for begin in range(0, ids.size, self._chunk):
-            logits = self._prefill(ids[begin : begin + self._chunk])
+        for begin in range(0, ids.size, self.chunk):
+            logits = self._prefill(ids[begin : begin + self.chunk])
         last: NDArray[np.float32] = logits[-1]
         return last
 
@@ -175,7 +174,7 @@ class CudaRuntime(Runtime):
     def logits_all(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """Append tokens; yield logits in blocks of at most 64 MiB, valid until the next is asked for."""
         ids = self._checked(tokens)
-        block = max(1, min(self._chunk, _LOGITS_BYTES // (4 * self.vocab_size)))
+        block = max(1, min(self.chunk, _LOGITS_BYTES // (4 * self.vocab_size)))
         for begin in range(0, ids.size, block):
             yield self._prefill(self._checked(ids[begin : begin + block]), all_positions=True)
 

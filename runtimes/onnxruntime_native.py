@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from edgelm.devices import allowed_cores, return_free_memory
 from edgelm.errors import EdgeLMError, GenerationError, RuntimeUnavailableError
 from edgelm.kv_cache import require_type, row_bytes
-from edgelm.runtimes.base import SequenceBatch, checked_tokens, choose_context_length, context_full
+from edgelm.runtimes.base import DEFAULT_CHUNK, SequenceBatch, checked_tokens, choose_context_length, context_full
 from edgelm.runtimes.native_library import describe_cpu
 from edgelm.runtimes.onnxruntime_common import (
-    DEFAULT_CHUNK,
     BoundGraph,
     MappedWeights,
     OnnxRuntimeModel,

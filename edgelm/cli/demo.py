@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from edgelm.generate import Generation
     from edgelm.parity.result import ParityReport
     from edgelm.progress import Progress
+    from edgelm.stream import Generation
 
 NAMES = ("olmoe-tiny", "fox-tiny")
 RECIPES = ("int4", "int8")

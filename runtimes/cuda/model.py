@@ -79,10 +79,10 @@ class CudaRuntime(Runtime):
             vocab_size=model.vocab_size, context_length=length, model_context_length=model.context_length, threads=1
         )
         self.kv = kv or bundle.manifest.graph.kv_dtype
-        self._chunk = min(chunk, length)
+        self.chunk = min(chunk, length)
         # All positions' logits of one step, where they are asked for.
-        self._block = max(1, min(self._chunk, _LOGITS_BYTES // (4 * self.vocab_size)))
-        sizes = Sizes(batch=1, capacity=length, tokens=self._chunk, logits=self._block, kv=self.kv)
+        self._block = max(1, min(self.chunk, _LOGITS_BYTES // (4 * self.vocab_size)))
+        sizes = Sizes(batch=1, capacity=length, tokens=self.chunk, logits=self._block, kv=self.kv)
         self._loaded: LoadedProgram | None = LoadedProgram(bundle, opener, sizes)
         self._logits: NDArray[np.float32] = np.empty((1, self.vocab_size), np.float32)
         self._token = np.empty(1, np.int32)
@@ -108,8 +108,8 @@ class CudaRuntime(Runtime):
     def prefill(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Append tokens, `chunk` at a time; the logits after the last are in a buffer that the next call overwrites."""
         ids = self._checked(tokens)
-        for begin in range(0, ids.size, self._chunk):
-            part = ids[begin : begin + self._chunk]
+        for begin in range(0, ids.size, self.chunk):
+            part = ids[begin : begin + self.chunk]
             self._executor.run(part[None, :], [self._position])
             self._position += part.size
         self._executor.logits(self._logits)

@@ -52,6 +52,7 @@ class TensorRtRuntime(Runtime):
             model_context_length=self._session.model_context_length,
             threads=allowed_cores(),
         )
+        self.chunk = self._session.chunk
         self.kv = self._session.info.kv
 
     def prefill(self, tokens: Sequence[int]) -> NDArray[np.float32]:

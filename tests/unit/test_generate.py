@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scripted_model import Scripted, scripted
 from tiny_graph import Shape, write_tiny_model
 
 import edgelm
 from edgelm.bundle import Bundle
 from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError, TokenizerError
 from edgelm.generate import LanguageModel, load
-from edgelm.runtimes import Runtime
 from edgelm.tokenizer import Tokenizer
 
 PROMPT = "def main():\n    return"
@@ -30,41 +29,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture
 def model(bundle: Bundle) -> LanguageModel:
     return load(bundle.path, threads=1)
-
-
-class Scripted(Runtime):
-    """A runtime whose most probable tokens are given; it counts what it was fed."""
-
-    name = "scripted"
-
-    def __init__(self, tokens: Sequence[int], prompt_length: int, context_length: int = 64) -> None:
-        super().__init__(vocab_size=512, context_length=context_length, model_context_length=128, threads=1)
-        self.tokens = list(tokens)
-        self.start = prompt_length
-        self.fed: list[int] = []
-
-    def prefill(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        self.fed += self._checked(tokens).tolist()
-        self._position += len(tokens)
-        return self._logits()
-
-    def decode(self, token: int) -> NDArray[np.float32]:
-        return self.prefill([token])
-
-    def close(self) -> None:
-        self._closed = True
-
-    def _logits(self) -> NDArray[np.float32]:
-        logits = np.zeros(self.vocab_size, np.float32)
-        logits[self.tokens[min(self._position - self.start, len(self.tokens) - 1)]] = 5
-        return logits
-
-
-def scripted(bundle: Bundle, text: str, *, end: bool = True, context_length: int = 64) -> LanguageModel:
-    """A model that answers the prompt "x" with `text`, one token a byte, and then ends."""
-    tokenizer = Tokenizer.from_folder(bundle.path)
-    tokens = [tokenizer.encode(char)[0] for char in text] + ([2] if end else [])
-    return LanguageModel(bundle, Scripted(tokens, 1, context_length), tokenizer)
 
 
 def test_greedy_is_the_runtimes_best_token_each_time(model: LanguageModel) -> None:
@@ -202,15 +166,6 @@ def test_leaving_a_stream_early_is_an_interruption_and_the_model_goes_on(model: 
     assert model.generate(PROMPT, max_tokens=10).tokens == want
 
 
-def test_two_streams_at_once_are_refused(model: LanguageModel) -> None:
-    first, second = model.stream("a"), model.stream("b")
-    next(first)
-    next(second)
-    with pytest.raises(GenerationError, match="another generation began"):
-        next(first)
-    assert isinstance(next(second), str)
-
-
 class Interrupting(Scripted):
     """Ctrl-C comes while a decode runs, after the runtime has written the cache."""
 
@@ -237,7 +192,11 @@ def test_ctrl_c_in_the_middle_leaves_a_right_cache(bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_token": 3}, "no option 'max_token'; there are: max_tokens, stop, temperature"),
+        (
+            {"max_token": 3},
+            r"no option 'max_token' \(did you mean max_tokens\?\); there are: max_tokens, stop, temperature",
+        ),
+        ({"n": 3}, "no option 'n'; there are: "),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"top_p": 0.5}, "top_p would do nothing"),
         ({"stop": ["a", ""]}, "stop string ''"),

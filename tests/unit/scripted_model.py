@@ -1,0 +1,55 @@
+"""A runtime whose most probable tokens are given, for tests of what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.bundle import Bundle
+from edgelm.generate import LanguageModel
+from edgelm.runtimes import Runtime
+from edgelm.tokenizer import Tokenizer
+
+END = 2
+
+
+class Scripted(Runtime):
+    """Answers with `tokens`, one a step, after a prompt of `prompt_length`; the last of them again and again.
+
+    `fed` is what it was given. `before_step`, if set, is called before each step.
+    """
+
+    name = "scripted"
+
+    def __init__(self, tokens: Sequence[int], prompt_length: int, context_length: int = 64) -> None:
+        super().__init__(vocab_size=512, context_length=context_length, model_context_length=128, threads=1)
+        self.tokens = list(tokens)
+        self.start = prompt_length
+        self.fed: list[int] = []
+        self.before_step: Callable[[], None] = lambda: None
+
+    def prefill(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        self.before_step()
+        self.fed += self._checked(tokens).tolist()
+        self._position += len(tokens)
+        return self._logits()
+
+    def decode(self, token: int) -> NDArray[np.float32]:
+        return self.prefill([token])
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _logits(self) -> NDArray[np.float32]:
+        logits = np.zeros(self.vocab_size, np.float32)
+        logits[self.tokens[min(self._position - self.start, len(self.tokens) - 1)]] = 5
+        return logits
+
+
+def scripted(bundle: Bundle, text: str, *, end: bool = True, context_length: int = 64) -> LanguageModel:
+    """A model that answers the prompt "x" with `text`, one token a byte, and then ends."""
+    tokenizer = Tokenizer.from_folder(bundle.path)
+    tokens = [tokenizer.encode(char)[0] for char in text] + ([END] if end else [])
+    return LanguageModel(bundle, Scripted(tokens, 1, context_length), tokenizer)

@@ -1,0 +1,252 @@
+"""Do calls of many threads have one model in turn, and does no call ever wait for itself?"""
+
+from __future__ import annotations
+
+import contextvars
+import gc
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from scripted_model import Scripted, scripted
+from tiny_graph import write_tiny_model
+
+from edgelm.bundle import Bundle
+from edgelm.errors import EdgeLMError, GenerationError
+from edgelm.generate import LanguageModel, load
+from edgelm.stream import TextStream
+
+SOON = 30.0
+"""Seconds after which a wait that should end at once has failed."""
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "bundle", eos_ids=(2,))
+
+
+class Gate:
+    """Lets a scripted model's steps pass one by one."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        assert isinstance(model.runtime, Scripted)
+        self.reached, self._open = threading.Semaphore(0), threading.Semaphore(0)
+        model.runtime.before_step = self._pass
+
+    def _pass(self) -> None:
+        self.reached.release()
+        assert self._open.acquire(timeout=SOON)
+
+    def wait(self) -> None:
+        """Until a step has begun."""
+        assert self.reached.acquire(timeout=SOON)
+
+    def open(self, steps: int = 1000) -> None:
+        self._open.release(steps)
+
+
+def in_thread(work: Callable[[], Any]) -> Future[Any]:
+    """Runs in a thread of its own."""
+    with_one = ThreadPoolExecutor(1)
+    future = with_one.submit(work)
+    with_one.shutdown(wait=False)
+    return future
+
+
+def wait_for_queue(model: LanguageModel, length: int) -> None:
+    """Until so many calls have or await their turn."""
+    end = time.monotonic() + SOON
+    while len(model._turns._queue) != length:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_calls_of_many_threads_give_what_they_give_alone(bundle: Bundle) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    calls: list[Callable[[LanguageModel], Any]] = [
+        lambda model: model.generate("one prompt", max_tokens=20).tokens,
+        lambda model: model.generate([5, 6, 7], max_tokens=15, temperature=1.3, seed=4).tokens,
+        lambda model: "".join(model.stream("another", max_tokens=12, temperature=0.9, seed=2**40)),
+        lambda model: model.chat(messages, max_tokens=9).tokens,
+        lambda model: "".join(model.chat_stream(messages, max_tokens=11, temperature=2.0, seed=1)),
+    ]
+    alone = []
+    for call in calls:
+        with load(bundle.path, threads=1) as fresh:
+            alone.append(call(fresh))
+    with load(bundle.path, threads=1) as model, ThreadPoolExecutor(10) as pool:
+        found = [pool.submit(call, model) for _ in range(4) for call in calls]
+        assert [future.result(SOON) for future in found] == alone * 4
+
+
+def test_calls_have_their_turn_in_the_order_in_which_they_came(bundle: Bundle) -> None:
+    model = scripted(bundle, "abc")
+    gate = Gate(model)
+    first = in_thread(lambda: model.generate("x"))
+    gate.wait()
+    others = []
+    for number in range(5):
+        others.append(in_thread(lambda n=number: model.generate([10 + n])))  # type: ignore[misc]
+        wait_for_queue(model, number + 2)
+    gate.open()
+    assert [future.result(SOON).text for future in [first, *others]] == ["abc"] * 6
+    assert isinstance(model.runtime, Scripted)
+    assert [token for token in model.runtime.fed if 10 <= token < 15] == [10, 11, 12, 13, 14]
+
+
+def finish(stream: TextStream) -> None:
+    assert "".join(stream) == "bc"
+
+
+def collect_cycle(stream: TextStream) -> None:
+    """Leave the stream in a cycle; the test's own reference goes with its frame."""
+    cycle: list[Any] = [stream]
+    cycle.append(cycle)
+
+
+@pytest.mark.parametrize("end", [finish, TextStream.close, collect_cycle])
+def test_a_second_call_of_the_same_thread_is_refused_until_the_stream_ends(
+    bundle: Bundle, end: Callable[[TextStream], None]
+) -> None:
+    model = scripted(bundle, "abc")
+    streams = [model.stream("x")]
+    assert next(streams[0]) == "a"
+    for call in (lambda: model.generate("x"), lambda: next(model.stream("x"))):
+        with pytest.raises(GenerationError, match="open in this thread: exhaust it, or close"):
+            call()
+    gc.disable()  # so that the refused call has to look for itself
+    try:
+        end(streams.pop())
+        assert model.generate("x").text == "abc"
+    finally:
+        gc.enable()
+
+
+def test_a_stream_that_is_left_by_its_loop_is_no_more_in_the_way(bundle: Bundle) -> None:
+    model = scripted(bundle, "abc")
+    for _ in model.stream("x"):
+        break
+    assert model.generate("x").text == "abc"
+    never_begun = model.stream("x")
+    assert model.generate("x").text == "abc"
+    assert list(never_begun) == ["a", "b", "c"]
+
+
+def test_the_last_piece_ends_a_stream(bundle: Bundle) -> None:
+    model = scripted(bundle, "abc")
+    stream = model.stream("x", max_tokens=2)
+    assert [next(stream), next(stream)] == ["a", "b"]
+    assert stream.generation.stop_reason == "length"
+    assert model.generate("x").text == "abc"
+
+
+def test_other_threads_wait_for_an_open_stream(bundle: Bundle) -> None:
+    model = scripted(bundle, "abc")
+    stream = model.stream("x")
+    assert next(stream) == "a"
+    waiting = in_thread(lambda: model.generate("x"))
+    wait_for_queue(model, 2)
+    assert not waiting.done()
+    assert list(stream) == ["b", "c"]
+    assert waiting.result(SOON).text == "abc"
+
+
+def test_streams_whose_pieces_a_pool_of_threads_computes_wait_for_each_other(bundle: Bundle) -> None:
+    # As web frameworks do: every piece in any thread, in a copy of the request's context.
+    model = scripted(bundle, "abc")
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+
+        def piece(pool: ThreadPoolExecutor, stream: TextStream) -> Future[str]:
+            return pool.submit(contextvars.copy_context().run, next, stream, "end")
+
+        first, second = model.stream("x"), model.stream("x")
+        assert piece(one, first).result(SOON) == "a"
+        waiting = piece(one, second)
+        wait_for_queue(model, 2)
+        assert [piece(other, first).result(SOON) for _ in range(3)] == ["b", "c", "end"]
+        assert waiting.result(SOON) == "a"
+        # But in a thread's own context nobody else goes on.
+        second.close()
+        third = model.stream("x")
+        assert one.submit(next, third).result(SOON) == "a"
+        with pytest.raises(GenerationError, match="open in this thread"):
+            one.submit(model.generate, "x").result(SOON)
+        third.close()
+
+
+def test_closing_the_model_ends_the_call_that_computes_and_those_that_wait(bundle: Bundle) -> None:
+    model = scripted(bundle, "abc")
+    gate = Gate(model)
+    running = in_thread(lambda: model.generate("x"))
+    gate.wait()
+    waiting = in_thread(lambda: model.generate("x"))
+    wait_for_queue(model, 2)
+    closing = in_thread(model.close)
+    with pytest.raises(EdgeLMError, match="this model was closed"):
+        waiting.result(SOON)
+    assert not closing.done()
+    gate.open(1)
+    closing.result(SOON)
+    with pytest.raises(EdgeLMError, match="this model was closed"):
+        running.result(SOON)
+    assert isinstance(model.runtime, Scripted)
+    assert model.runtime.fed == model.tokenizer.encode("x")
+    model.close()
+
+
+def test_closing_the_model_beside_an_open_stream_does_not_wait_for_it(bundle: Bundle) -> None:
+    with scripted(bundle, "abc") as model:
+        stream = model.stream("x")
+        assert next(stream) == "a"
+    with pytest.raises(EdgeLMError, match="this model was closed: load the bundle again"):
+        next(stream)
+    with pytest.raises(EdgeLMError, match="this model was closed"):
+        model.stream("x")
+
+
+def test_a_stream_may_be_closed_by_another_thread_while_it_computes_or_waits(bundle: Bundle) -> None:
+    model = scripted(bundle, "abc")
+    gate = Gate(model)
+    first, second = model.stream("x"), model.stream("x")
+    computing = in_thread(lambda: list(first))
+    gate.wait()
+    waiting = in_thread(lambda: list(second))
+    wait_for_queue(model, 2)
+    second.close()
+    assert waiting.result(SOON) == []
+    closing = in_thread(first.close)
+    while not first._turn._left:
+        time.sleep(0.001)
+    gate.open()
+    closing.result(SOON)
+    assert computing.result(SOON) in ([], ["a"])
+    assert first.generation.stop_reason == second.generation.stop_reason == "interrupted"
+    assert model.generate("x").text == "abc"
+
+
+def test_a_signal_handler_may_close_the_stream_it_interrupts_and_nothing_else(bundle: Bundle) -> None:
+    model = scripted(bundle, "abc")
+    assert isinstance(model.runtime, Scripted)
+    refused = []
+
+    def handler() -> None:
+        if model.runtime.position != 1:  # before it computes "b"
+            return
+        stream.close()
+        for call in (model.close, lambda: next(stream), lambda: model.generate("x")):
+            try:
+                call()
+            except EdgeLMError as error:
+                refused.append(str(error))
+
+    model.runtime.before_step = handler
+    stream = model.stream("x")
+    assert list(stream) == ["a", "b"]
+    assert [said.partition(":")[0] for said in refused] == [
+        "this model computes in this thread",
+        "this stream is being read",
+        "a stream of this model is open in this thread",
+    ]
