@@ -17,8 +17,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import Annotated, Any
 
+from edgelm.contents import Contents
 from edgelm.errors import BundleError
 from edgelm.files import atomic_directory, need_disk, restore
 from edgelm.json_dataclass import Blame, Count, Range, from_data, parse, quoted, read_bytes, read_json, require_format
@@ -139,13 +140,22 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A span of the weights file: byte offset and size, CRC-32, and the layer it belongs to (None: outside layers)."""
+    """A span of the weights file: byte offset and size, CRC-32, and the layer it belongs to (None: outside layers).
+
+    `contents` says what the bytes stand for; None in bundles of before it was there.
+    """
 
     name: str
     offset: Count
     size: Count
     crc32: Annotated[int, Range(0, (1 << 32) - 1)]
     layer: Count | None = None
+    contents: Contents | None = None
+
+    def to_data(self) -> dict[str, Any]:
+        """The fields for JSON, without contents that are not known."""
+        data = dataclasses.asdict(self) | {"contents": self.contents and self.contents.to_data()}
+        return {name: value for name, value in data.items() if name != "contents" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -206,6 +216,7 @@ class Manifest:
             del data["requires"]
         if self.created is None:
             del data["created"]
+        data["tensors"] = [tensor.to_data() for tensor in self.tensors]
         return json.dumps(data, indent=1) + "\n"
 
     @classmethod
@@ -250,6 +261,10 @@ class Manifest:
             end = tensor.offset + tensor.size
             if end > weights:
                 yield f"the tensor {quoted(tensor.name)} ends at {end}, and {graph.weights_file} at {weights}"
+            held = tensor.contents
+            if held is not None and len(held.matrices) != len(held.rows):
+                counts = f"{len(held.matrices)} matrices and the rows of {len(held.rows)}"
+                yield f"the tensor {quoted(tensor.name)} holds {counts}"
         layers = {tensor.layer for tensor in self.tensors} - {None}
         if layers and layers != set(range(model.num_layers)):
             yield f"model.num_layers is {model.num_layers}, and tensors belong to {len(layers)} layers"

@@ -25,6 +25,7 @@ from onnx import TensorProto, helper
 from edgelm.bundle import ModelInfo
 from edgelm.errors import ExportError
 from edgelm.export import gpu_activations
+from edgelm.export.contents import gpu
 from edgelm.export.gpu_packing import (
     BlobWriter,
     GpuFormat,
@@ -223,7 +224,8 @@ class GpuDecoder(LayerOps):
         fmt = self._format([name for names in matrices for name in names], stem)
         shapes = [self.source.shape(name) for name in matrices[0]]
         matrix = fmt.matrix(sum(rows for rows, _ in shapes), shapes[0][1], swiglu=swiglu, count=len(matrices))
-        slot = self.plan.slot(stem, (matrix.nbytes,), np.uint8, layer)
+        held = self.held(*(name for names in matrices for name in names))
+        slot = self.plan.slot(stem, (matrix.nbytes,), np.uint8, layer, gpu(matrix, held))
 
         def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
             writer = BlobWriter(matrix, writers[0].append)

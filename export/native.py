@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from edgelm.bundle import ModelInfo
+from edgelm.contents import Layout
 from edgelm.errors import ExportError
 from edgelm.export import activations
+from edgelm.export.contents import packed, packed_experts
 from edgelm.export.graph import Dims, GraphBuilder, int64
 from edgelm.export.ops import LayerOps, stored_as
 from edgelm.export.packing import Format, common_format, float_format, pack_codes, pack_floats, stacked
@@ -236,11 +238,13 @@ class NativeDecoder(LayerOps):
             fmt = Format(Kind.INT8_PLANES, fmt.scales, False, fmt.group)
         shapes = [self.source.shape(name) for name in names]
         matrix = fmt.matrix(sum(rows for rows, _ in shapes), shapes[0][1], swiglu=swiglu)
-        first = self.plan.slot(stem, (matrix.first_bytes,), np.uint8, layer)
+        held = self.held(*names)
+        first = self.plan.slot(stem, (matrix.first_bytes,), np.uint8, layer, packed(matrix, held))
         slots = [first]
         if fmt.kind is Kind.INT8_PLANES:
             # A tensor of its own in the file, and with the upper halves one initializer: they lie one after the other.
-            slots.append(self.plan.slot(f"{stem}.lower", (matrix.lower_bytes,), np.uint8, layer))
+            lower = packed(matrix, held, Layout.LOW_NIBBLES)
+            slots.append(self.plan.slot(f"{stem}.lower", (matrix.lower_bytes,), np.uint8, layer, lower))
             matrix = matrix.with_low_plane(slots[1].offset - first.offset)
             assert matrix.low_plane - first.size < PAGE
         self._matrices[stem] = matrix
@@ -272,7 +276,9 @@ class NativeDecoder(LayerOps):
                 place = aligned(place)
                 parts.append((names, fmt, matrix, place))
                 place += matrix.nbytes
-        slot = self.plan.slot(stem, (place,), np.uint8, layer)
+        held = self.held(*(name for expert in experts for name in expert))
+        contents = packed_experts([matrix for _, _, matrix, _ in parts], held)
+        slot = self.plan.slot(stem, (place,), np.uint8, layer, contents)
         offsets = [(parts[i][3], parts[i + 1][3]) for i in range(0, len(parts), 2)]
 
         def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:

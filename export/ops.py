@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.checkpoint.writer import float32_to_bf16
 from edgelm.errors import CheckpointError, ExportError
+from edgelm.export.contents import Held, array
 from edgelm.export.graph import GraphBuilder
 from edgelm.export.weights import SlotWriter, WeightsPlan
 from edgelm.progress import Advance
 from edgelm.quant.source import WeightSource
 from edgelm.sizes import format_size
 
-STORAGE = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+STORAGE: Mapping[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.uint16),
+}
 """numpy has no bfloat16: its bits are kept as uint16."""
 
 MAX_TABLE_BYTES = 1 << 30
@@ -44,6 +50,10 @@ class LayerOps:
         """Bytes of a tensor in the checkpoint, where it is stored whole or in quantised parts."""
         return self.source.nbytes(name)
 
+    def held(self, *names: str) -> Held:
+        """The matrices `names` with their rows, for the manifest."""
+        return {name: self.source.shape(name)[0] for name in names}
+
     def pieces(self, names: Sequence[str], rows: slice) -> Iterator[tuple[str, slice]]:
         """Where rows of matrices that are stacked come from: a matrix's name, and which of its rows."""
         first = 0
@@ -56,7 +66,8 @@ class LayerOps:
 
     def vector(self, name: str, layer: int | None) -> str:
         """A float32 vector of the checkpoint (a norm's weight)."""
-        slot = self.plan.slot(name, self.source.shape(name), np.float32, layer)
+        shape, dtype = self.source.shape(name), STORAGE["float32"]
+        slot = self.plan.slot(name, shape, dtype, layer, array(shape, dtype, self.held(name)))
 
         def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
             writers[0].append(self.source.float32(name))

@@ -22,8 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from edgelm.contents import Layout
 from edgelm.errors import ExportError
 from edgelm.export import activations
+from edgelm.export.contents import Held, array, portable
 from edgelm.export.graph import MICROSOFT, GraphBuilder, int64
 from edgelm.export.layout import BlockFormat, block_of, codes_in, common_format, interleave, scales_in, zeros_in
 from edgelm.export.ops import STORAGE, LayerOps, stored_as
@@ -117,7 +119,8 @@ class PortableOps(LayerOps):
         if name in self._float:
             return self._float[name]
         rows, columns = self.source.shape(name)
-        slot = self.plan.slot(name, (rows, columns), STORAGE[dtype], layer)
+        shape, stored = (rows, columns), STORAGE[dtype]
+        slot = self.plan.slot(name, shape, stored, layer, array(shape, stored, self.held(name)))
 
         def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
             for block in _row_blocks(rows, columns):
@@ -136,7 +139,7 @@ class PortableOps(LayerOps):
         columns = shapes[0][1]
         rows = sum(shape[0] for shape in shapes)
         fmt = self._format(names)
-        slots = self._quantized_slots(stem, (), rows, columns, fmt, layer)
+        slots = self._quantized_slots(stem, (rows, columns), fmt, layer, self.held(*names))
 
         def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
             for name, (count, _) in zip(names, shapes, strict=True):
@@ -153,14 +156,27 @@ class PortableOps(LayerOps):
         return slots
 
     def _quantized_slots(
-        self, stem: str, outer: tuple[int, ...], rows: int, columns: int, fmt: BlockFormat, layer: int | None
+        self,
+        stem: str,
+        shape: tuple[int, ...],
+        fmt: BlockFormat,
+        layer: int | None,
+        held: Held,
+        interleave: int | None = None,
     ) -> QuantizedSlots:
-        def slot(kind: str, width: int, dtype: Any) -> Slot:
-            return self.plan.slot(f"{stem}.{kind}", (*outer, rows, width), dtype, layer)
+        """The slots of quantised matrices that are one of `shape` [..., rows, columns]."""
+        *outer, rows, columns = shape
 
-        codes = slot("qweight", fmt.code_bytes(columns), np.uint8)
-        scales = slot("scales", fmt.blocks(columns), STORAGE[self.compute])
-        zeros = slot("zeros", fmt.zero_bytes(columns), np.uint8) if fmt.zeros else None
+        def slot(layout: Layout, suffix: str, width: int, stored: np.dtype[Any]) -> Slot:
+            values = columns if layout is Layout.CODES else fmt.blocks(columns)
+            dtype = self.compute if layout is Layout.SCALES else f"int{fmt.bits}"
+            contents = portable(layout, dtype, (*outer, rows, values), fmt.block, fmt.zeros, interleave, held)
+            return self.plan.slot(f"{stem}.{suffix}", (*outer, rows, width), stored, layer, contents)
+
+        byte = np.dtype(np.uint8)
+        codes = slot(Layout.CODES, "qweight", fmt.code_bytes(columns), byte)
+        scales = slot(Layout.SCALES, "scales", fmt.blocks(columns), STORAGE[self.compute])
+        zeros = slot(Layout.ZEROS, "zeros", fmt.zero_bytes(columns), byte) if fmt.zeros else None
         return QuantizedSlots(rows, columns, fmt, codes, scales, zeros)
 
     def _format(self, names: Sequence[str]) -> BlockFormat:
@@ -189,7 +205,8 @@ class PortableOps(LayerOps):
 
     def vector(self, name: str, layer: int | None) -> str:
         """A vector of the checkpoint (a norm's weight) in the type of values."""
-        slot = self.plan.slot(name, self.source.shape(name), STORAGE[self.compute], layer)
+        shape, stored = self.source.shape(name), STORAGE[self.compute]
+        slot = self.plan.slot(name, shape, stored, layer, array(shape, stored, self.held(name)))
 
         def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
             writers[0].append(stored_as(self.source.float32(name), self.compute, name))
@@ -419,11 +436,19 @@ class PortableOps(LayerOps):
         shape = self.graph.constant("same_tokens", int64(0, -1, hidden))
         return self.graph.node("Reshape", [x, shape], f"{out}.in")
 
-    def _float_experts(self, names: Sequence[tuple[str, str, str]], stem: str, layer: int) -> tuple[Slot, Slot]:
+    def _expert_parts(self, names: Sequence[tuple[str, str, str]]) -> list[tuple[tuple[int, int, int], Held]]:
+        """The shape of all experts' gate and up, and of their downs, and the matrices of each."""
         width, hidden = self.source.shape(names[0][0])
+        return [
+            ((len(names), 2 * width, hidden), self.held(*(name for expert in names for name in expert[:2]))),
+            ((len(names), hidden, width), self.held(*(down for _, _, down in names))),
+        ]
+
+    def _float_experts(self, names: Sequence[tuple[str, str, str]], stem: str, layer: int) -> tuple[Slot, Slot]:
         dtype = STORAGE[self.dtype]
-        fc1 = self.plan.slot(f"{stem}.gate_up", (len(names), 2 * width, hidden), dtype, layer)
-        fc2 = self.plan.slot(f"{stem}.down", (len(names), hidden, width), dtype, layer)
+        (first, pairs), (second, downs) = self._expert_parts(names)
+        fc1 = self.plan.slot(f"{stem}.gate_up", first, dtype, layer, array(first, dtype, pairs, interleave=1))
+        fc2 = self.plan.slot(f"{stem}.down", second, dtype, layer, array(second, dtype, downs))
         source = self.source
 
         def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
@@ -439,7 +464,6 @@ class PortableOps(LayerOps):
     def _quantized_experts(
         self, names: Sequence[tuple[str, str, str]], stem: str, layer: int
     ) -> tuple[QuantizedSlots, QuantizedSlots]:
-        width, hidden = self.source.shape(names[0][0])
         source = self.source
         # QMoE has one block size and one width for both products: what is coarser or narrower is stored as the finer.
         fmt = self._format([name for expert in names for name in expert])
@@ -447,8 +471,9 @@ class PortableOps(LayerOps):
             problem = self.provider.expert_problem(fmt.block, source.shape(name)[1])
             if problem is not None:
                 self.refuse(name, problem)
-        fc1 = self._quantized_slots(f"{stem}.gate_up", (len(names),), 2 * width, hidden, fmt, layer)
-        fc2 = self._quantized_slots(f"{stem}.down", (len(names),), hidden, width, fmt, layer)
+        (first, pairs), (second, downs) = self._expert_parts(names)
+        fc1 = self._quantized_slots(f"{stem}.gate_up", first, fmt, layer, pairs, interleave=1)
+        fc2 = self._quantized_slots(f"{stem}.down", second, fmt, layer, downs)
         parts: list[Callable[[QuantTensor, BlockFormat], NDArray[Any]]] = [codes_in, self._scales_in]
         if fmt.zeros:
             parts.append(zeros_in)

@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bundle import TensorEntry
+from edgelm.contents import Contents
+from edgelm.export import contents as contents_of
 from edgelm.progress import Advance
 
 PAGE = 4096
@@ -30,7 +32,7 @@ BLOCK_WEIGHTS = 4 << 20
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor's place in the weights file. `offset` and `size` are in bytes."""
+    """A tensor's place in the weights file, and what it holds. `offset` and `size` are in bytes."""
 
     name: str
     dims: tuple[int, ...]
@@ -38,6 +40,7 @@ class Slot:
     offset: int
     size: int
     layer: int | None
+    contents: Contents
 
 
 class SlotWriter:
@@ -77,12 +80,15 @@ class WeightsPlan:
         self.jobs: list[Job] = []
         self.size = 0
 
-    def slot(self, name: str, dims: Sequence[int], dtype: Any, layer: int | None) -> Slot:
-        """Reserve page-aligned room for a tensor."""
+    def slot(
+        self, name: str, dims: Sequence[int], dtype: Any, layer: int | None, contents: Contents | None = None
+    ) -> Slot:
+        """Reserve page-aligned room for a tensor; `contents` unless it is an array that the export computes."""
         assert name not in self.slots, f"{name} is planned twice"
         dtype = np.dtype(dtype)
         size = int(np.prod(dims, dtype=np.int64)) * dtype.itemsize
-        slot = Slot(name, tuple(int(d) for d in dims), dtype, self.size, size, layer)
+        contents = contents or contents_of.array(dims, dtype)
+        slot = Slot(name, tuple(int(d) for d in dims), dtype, self.size, size, layer, contents)
         self.slots[name] = slot
         self.size = -(-(self.size + size) // PAGE) * PAGE
         return slot
@@ -114,7 +120,9 @@ class WeightsPlan:
                 for writer in writers:
                     slot = writer.slot
                     assert writer.written == slot.size, f"{slot.name}: {writer.written} of {slot.size} bytes written"
-                    entries[slot.name] = TensorEntry(slot.name, slot.offset, slot.size, writer.crc32, slot.layer)
+                    entries[slot.name] = TensorEntry(
+                        slot.name, slot.offset, slot.size, writer.crc32, slot.layer, slot.contents
+                    )
 
             with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="export") as pool:
                 futures = [pool.submit(run, job) for job in self.jobs]
