@@ -1,22 +1,29 @@
-"""A checkpoint's own chat template. Templates are programs that come with checkpoints: see `template_sandbox`.
+"""Conversations: a checkpoint's own chat template, files of messages, and what to drop when the context is full.
 
-What a template is given and may use is what `apply_chat_template` of transformers gives it.
+Templates are programs that come with checkpoints: see `template_sandbox`. What a template is given and may use is what
+`apply_chat_template` of transformers gives it.
 """
 
 from __future__ import annotations
 
+import bisect
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelm.errors import CheckpointError, GenerationError, TokenizerError
+from edgelm.json_dataclass import Blame, read_json
 from edgelm.template_files import DEFAULT, read_templates
 from edgelm.template_sandbox import SANDBOX, Sandbox
 from edgelm.template_worker import Answer
 
 if TYPE_CHECKING:
+    from edgelm.generate import LanguageModel
     from edgelm.tokenizer import Tokenizer
 
+SYSTEM_ROLES = ("system", "developer")
 TOOL_ROLES = ("tool", "ipython", "function")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names a message's reasoning is given under; templates read the first, those of gpt-oss the second."""
@@ -60,6 +67,107 @@ def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             kept = {"thinking": reasoning, **kept, "reasoning_content": reasoning}
         checked.append(kept)
     return checked
+
+
+def read_messages(path: Path | str) -> list[dict[str, Any]]:
+    """The conversation in a JSON file: a list of messages `{"role": "user", "content": "Hello"}`, oldest first.
+
+    Raises:
+        GenerationError: the file cannot be read, or holds no such list.
+    """
+    blame = Blame(GenerationError, 'give a list such as [{"role": "user", "content": "Hello"}]')
+    messages = read_json(Path(path), blame)
+    try:
+        _checked(messages)
+    except GenerationError as error:
+        raise GenerationError(f"{path}: {error}") from error
+    assert isinstance(messages, list)
+    return messages
+
+
+def write_messages(path: Path | str, messages: Sequence[Mapping[str, Any]]) -> None:
+    """Write a conversation as `read_messages` reads it. A file of another content is never replaced.
+
+    Raises:
+        EdgeLMError: the place cannot be used; what was there is as it was.
+    """
+    from edgelm.files import atomic_file
+    from edgelm.places import Kind
+
+    text = json.dumps([dict(message) for message in messages], ensure_ascii=False, indent=1) + "\n"
+    with atomic_file(path, Kind("a conversation", _no_conversation, is_folder=False), overwrite=True) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _no_conversation(path: Path) -> str | None:
+    try:
+        read_messages(path)
+    except GenerationError:
+        return "holds something else than a conversation"
+    return None
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """A conversation that fits into the context.
+
+    Attributes:
+        messages: what is left of it.
+        tokens: the prompt's token ids, for `LanguageModel.stream`.
+        dropped: how many turns were dropped.
+    """
+
+    messages: list[dict[str, Any]]
+    tokens: list[int]
+    dropped: int
+
+
+def system_messages(messages: Sequence[Mapping[str, Any]]) -> int:
+    """How many system messages a conversation begins with."""
+    return next((i for i, message in enumerate(messages) if message.get("role") not in SYSTEM_ROLES), len(messages))
+
+
+def trim_messages(model: LanguageModel, messages: Sequence[Mapping[str, Any]], answer_tokens: int) -> Trimmed:
+    """Drop the oldest turns of a conversation that leaves the context no room for `answer_tokens` more.
+
+    A turn is a user's message and all up to the next one. System messages at the beginning stay, and so does the last
+    turn, even where it leaves less room. The first drop makes the rest be computed anew. So that not every further
+    message has to drop a turn, a quarter of the room is freed at once; continue with the messages that are returned.
+
+        kept = trim_messages(model, messages, 256)
+        answer = model.generate(kept.tokens, max_tokens=256)
+        messages = [*kept.messages, {"role": "assistant", "content": answer.text}]
+
+    Raises:
+        ContextLengthError: the last turn alone does not fit, with the system messages.
+        GenerationError: as `LanguageModel.render_chat`.
+    """
+    from edgelm.runtimes.base import context_full
+
+    context = model.runtime.context_length
+    room = context - answer_tokens
+    kept = [dict(message) for message in messages]
+    tokens = model.chat_tokens(kept)
+    if len(tokens) <= room:
+        return Trimmed(kept, tokens, 0)
+    head = system_messages(kept)
+    starts = [i for i in range(head + 1, len(kept)) if kept[i]["role"] == "user" and kept[i - 1]["role"] != "user"]
+    rendered: dict[int, list[int]] = {0: tokens}
+
+    def length(dropped: int) -> int:
+        if dropped not in rendered:
+            rendered[dropped] = model.chat_tokens([*kept[:head], *kept[starts[dropped - 1] :]])
+        return len(rendered[dropped])
+
+    dropped = turns = len(starts)
+    for goal in (room * 3 // 4, room):
+        if dropped == turns:
+            dropped = bisect.bisect_left(range(turns), -goal, key=lambda count: -length(count))
+    if length(dropped) > context:
+        raise context_full(length(dropped), 0, context, model.runtime.model_context_length)
+    if dropped:
+        kept = [*kept[:head], *kept[starts[dropped - 1] :]]
+    return Trimmed(kept, rendered[dropped], dropped)
 
 
 def _one_line(text: str) -> str:

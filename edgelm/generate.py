@@ -46,7 +46,8 @@ class LanguageModel:
 
     The cache of an earlier call is reused as far as the new prompt begins like it, so a growing conversation only pays
     for its new part. Numbers that were computed in other pieces differ by rounding, which can tip a close choice. So
-    with a seed, which asks for the same text whatever came before, only a prompt that is repeated as a whole is reused.
+    with a seed, which asks for the same text whatever came before, only a prompt that is repeated as a whole is reused,
+    unless the option `reuse` says that the same calls came before.
     """
 
     def __init__(self, bundle: Bundle, runtime: Runtime, tokenizer: Tokenizer) -> None:
@@ -93,9 +94,7 @@ class LanguageModel:
         """Answer a conversation piece by piece. Raises as `chat` does."""
         started = time.perf_counter()
         chosen = Options.of(options)
-        # The template writes the special tokens itself, the first one too.
-        tokens = self.tokenizer.encode(self.render_chat(messages), add_bos=False)
-        return self._stream(tokens, chosen, started)
+        return self._stream(self.chat_tokens(messages), chosen, started)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The text that the chat template makes of a conversation, ready for the model's answer."""
@@ -104,6 +103,11 @@ class LanguageModel:
 
             self._chat_template = ChatTemplate.from_folder(self.bundle.path, self.tokenizer)
         return self._chat_template.render(messages, add_generation_prompt=True)
+
+    def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The ids of that text: the prompt of `chat`."""
+        # The template writes the special tokens itself, the first one too.
+        return self.tokenizer.encode(self.render_chat(messages), add_bos=False)
 
     async def generate_async(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Generation:
         """As `generate`, without blocking the event loop; cancelling the task stops the generation."""

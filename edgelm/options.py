@@ -22,6 +22,7 @@ class GenerateOptions(TypedDict, total=False):
 
     max_tokens: int | None
     stop: str | Iterable[str] | None
+    reuse: bool
     temperature: float
     top_k: int
     top_p: float
@@ -36,11 +37,13 @@ class Options:
 
     `max_tokens`: how many tokens to generate at most; None: until the model ends or the context is full.
     `stop`: a string or strings that end the text; they are not part of it.
+    `reuse`: with a seed, too, use what earlier calls have cached. The text then is the same only after the same calls.
     `sampling`: see `edgelm.sampling.Sampling`, whose fields are given as keyword arguments too.
     """
 
     max_tokens: int | None = DEFAULT_MAX_TOKENS
     stop: tuple[str, ...] = ()
+    reuse: bool = False
     sampling: Sampling = field(default_factory=Sampling)
 
     @classmethod
@@ -52,7 +55,7 @@ class Options:
             GenerationValueError: a value out of range.
         """
         names = [item.name for item in fields(Sampling)]
-        valid = ["max_tokens", "stop", *names]
+        valid = ["max_tokens", "stop", "reuse", *names]
         for name in given:
             if name not in valid:
                 near = difflib.get_close_matches(name, valid, 1)
@@ -61,11 +64,13 @@ class Options:
         return cls(
             _max_tokens(given.get("max_tokens", DEFAULT_MAX_TOKENS)),
             _stop(given.get("stop")),
+            _reuse(given.get("reuse", False)),
             Sampling(**{name: given[name] for name in names if name in given}),
         )
 
     def __repr__(self) -> str:
         own = [f"max_tokens={self.max_tokens}", *([f"stop={self.stop!r:.60}"] if self.stop else [])]
+        own += ["reuse=True"] if self.reuse else []
         return f"Options({', '.join([*own, *([changed(self.sampling)] if self.sampling != Sampling() else [])])})"
 
 
@@ -77,6 +82,12 @@ def _max_tokens(value: Any) -> int | None:
         kind = GenerationValueError if right_type else GenerationTypeError
         raise kind(f"max_tokens is {value!r:.100}: it has to be an integer, 1 or more, or None for no limit")
     return int(value)
+
+
+def _reuse(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise GenerationTypeError(f"reuse is {value!r:.100}: it has to be True or False")
+    return value
 
 
 def _stop(value: Any) -> tuple[str, ...]:

@@ -283,7 +283,8 @@ class TextStream(Iterator[str]):
         self._turn.check()
         if self._token is None:
             started = time.perf_counter()
-            logits, self._reused = model._prefill(answer.prompt, exact=self._exact, check=self._turn.check)
+            exact = self._exact and not answer.options.reuse
+            logits, self._reused = model._prefill(answer.prompt, exact=exact, check=self._turn.check)
             self._prefill_seconds = time.perf_counter() - started
             self._token = answer.choose(logits)
             self._first_seconds = self._tick()

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
+import sys
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from edgelm.cli.main import Terminated
 from edgelm.cli.options import BUNDLE, given, loading_options, sampling_options
-
-if TYPE_CHECKING:
-    from edgelm.generate import LanguageModel
-
-HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 
 @click.command()
 @click.argument("bundle", type=BUNDLE)
 @click.option("--system", help="System message.")
+@click.option("--no-trim", is_flag=True, help="Refuse a message that the context has no room for; drop no old turns.")
+@click.option("--no-history", is_flag=True, help="Do not keep what is typed for the arrow keys of later sessions.")
 @sampling_options(temperature=0.7)
 @loading_options
 @click.option("--quiet", "-q", is_flag=True, help="No lines about speed.")
 def chat(
     bundle: Path,
     system: str | None,
+    no_trim: bool,
+    no_history: bool,
     runtime: str | None,
     threads: int | None,
     context_length: int | None,
@@ -34,67 +33,30 @@ def chat(
     quiet: bool,
     **sampling: Any,
 ) -> None:
-    """Talk with the model in BUNDLE. /reset forgets the conversation, /exit leaves, Ctrl-C stops an answer."""
+    """Talk with the model in BUNDLE.
+
+    When the context is full the oldest turns are dropped. /help lists the commands. A line is a message, and so is a
+    paste, and what stands between two \"\"\". Ctrl-C stops an answer, Ctrl-D leaves. Messages can be piped in: then
+    only answers are printed, and the exit code is 1 if one failed.
+    """
     from edgelm.template_sandbox import start_for
 
     start_for(bundle)  # meanwhile the rest is imported
+    from edgelm.cli.chat_input import History, piped_entries, typed_entries
+    from edgelm.cli.chat_session import WELCOME, Screen, Session
     from edgelm.generate import load
 
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - line editing and history in input()
+    screen = Screen()
     loading = {"threads": threads, "context_length": context_length, "kv": kv, "weight_budget": weight_budget}
     with load(bundle, runtime=runtime, **given(**loading)) as model:
-        start = [] if system is None else [{"role": "system", "content": system}]
-        # A model without a template, or one that takes no system message, says so before the first question.
-        model.render_chat([*start, {"role": "user", "content": "?"}])
-        click.echo(HELP, err=True)
-        converse(model, start, given(**sampling), quiet=quiet)
-
-
-def converse(model: LanguageModel, start: list[dict[str, str]], options: dict[str, Any], *, quiet: bool) -> None:
-    """Read messages until the input ends or /exit."""
-    from edgelm.errors import ContextLengthError
-
-    messages = list(start)
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            click.echo()
-            return
-        except Terminated:
-            raise
-        except KeyboardInterrupt:
-            click.echo(f"\n{HELP}", err=True)
-            continue
-        if line == "/exit":
-            return
-        if line == "/reset":
-            messages = list(start)
-        elif line.startswith("/"):
-            click.echo(HELP, err=True)
-        elif line:
-            messages.append({"role": "user", "content": line})
-            try:
-                messages.append({"role": "assistant", "content": answer(model, messages, options, quiet=quiet)})
-            except ContextLengthError as error:
-                messages.pop()
-                click.echo(f"{error}; /reset forgets the conversation", err=True)
-
-
-def answer(model: LanguageModel, messages: list[dict[str, str]], options: dict[str, Any], *, quiet: bool) -> str:
-    """Print the model's answer as it comes; Ctrl-C ends it, and what was said stays said."""
-    from edgelm.cli.options import timings_line
-
-    stream = model.chat_stream(messages, **options)
-    try:
-        for piece in stream:
-            click.echo(piece, nl=False)
-    except Terminated:
-        raise
-    except KeyboardInterrupt:
-        stream.close()
-    click.echo()
-    if not quiet:
-        click.echo(timings_line(stream.generation), err=True)
-    return stream.generation.text
+        session = Session(model, screen, given(**sampling), system=system, trim=not no_trim, quiet=quiet)
+        terminal = sys.stdin is not None and sys.stdin.isatty()
+        if terminal:
+            screen.info(WELCOME)
+            history = None if no_history else History.default()
+            read = typed_entries(history, lambda prompt: screen.style(prompt, fg="cyan", bold=True))
+        else:
+            read = piped_entries(BytesIO() if sys.stdin is None else sys.stdin.buffer)
+        session.run(read, terminal=terminal)
+        if session.failed and not terminal:
+            click.get_current_context().exit(1)

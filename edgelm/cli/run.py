@@ -46,9 +46,8 @@ def run(
     import json
     import sys
 
+    from edgelm.chat import read_messages
     from edgelm.cli.options import generation_json, timings_line
-    from edgelm.errors import GenerationError
-    from edgelm.json_dataclass import Blame, read_json
     from edgelm.template_sandbox import start_for
 
     if messages is None and prompt is None:
@@ -60,7 +59,7 @@ def run(
     text = sys.stdin.read() if prompt == "-" else prompt or ""
     talk: Any = None
     if messages is not None:
-        talk = read_json(messages, Blame(GenerationError, 'give a list such as [{"role": "user", "content": "Hello"}]'))
+        talk = read_messages(messages)
     elif as_chat:
         talk = [{"role": "user", "content": text}]
         talk = talk if system is None else [{"role": "system", "content": system}, *talk]

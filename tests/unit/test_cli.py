@@ -256,61 +256,6 @@ def test_a_reader_that_goes_away_ends_run_quietly(generating: subprocess.Popen[s
     assert "Exception" not in stderr
 
 
-def test_chat_keeps_history_and_forgets_it_on_reset(bundle: Path) -> None:
-    arguments = ["chat", bundle, "-t", 0, "-n", 4, "--threads", 1]
-    result = invoke(*arguments, stdin="Hi\nMore\n/reset\nHi\n/what\n/exit\nnever\n")
-    assert result.exit_code == 0, result.output
-    with load(bundle, threads=1) as model:
-        first = model.chat([{"role": "user", "content": "Hi"}], max_tokens=4).text
-        second = model.chat(
-            [
-                {"role": "user", "content": "Hi"},
-                {"role": "assistant", "content": first},
-                {"role": "user", "content": "More"},
-            ],
-            max_tokens=4,
-        ).text
-    answers = [part.strip() for part in result.stdout.split("> ")[1:]]
-    assert first != second
-    assert [answer for answer in answers if answer] == [text.strip() for text in (first, second, first)]
-    assert result.stderr.count("/reset forgets") == 2
-    assert result.stderr.count("ended by") == 3
-    assert "cached" in result.stderr
-
-
-def test_chat_ends_with_its_input_and_survives_a_full_context(bundle: Path) -> None:
-    result = invoke("chat", bundle, "-n", 4, "--context-length", 64, stdin="word " * 60 + "\nHi\n")
-    assert result.exit_code == 0, result.output
-    assert "do not fit: the context holds 64" in result.stderr
-    assert result.stderr.count("ended by") == 1
-
-
-@pytest.mark.skipif(os.name == "nt", reason="no POSIX signals")
-def test_ctrl_c_stops_an_answer_and_sigterm_ends_the_chat(endless: Path) -> None:
-    process = spawn("chat", endless, "-n", 60000, "--context-length", 65000, "--threads", 1, stdin=subprocess.PIPE)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stderr is not None
-    try:
-        process.stdin.write("Hi\n")
-        process.stdin.flush()
-        assert process.stdout.read(4).startswith("> ")
-        process.send_signal(signal.SIGINT)
-        assert any("ended by interrupted" in line for line in process.stderr)
-        process.stdin.write("Again\n")
-        process.stdin.flush()
-        for _ in range(2000):
-            if process.stdout.read(1) == ">":
-                break
-        assert process.stdout.read(3)
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
-        assert process.returncode == 130
-    finally:
-        process.kill()
-        process.communicate()  # closes the pipes
-
-
 def test_inspect_describes_and_verifies_a_bundle(bundle: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -90,6 +90,15 @@ def test_with_a_seed_the_past_does_not_matter_to_the_last_bit(model: LanguageMod
         np.testing.assert_array_equal(model._decode(7), fresh._decode(7))
 
 
+@pytest.mark.parametrize(("options", "reused"), [({}, 9), ({"seed": 1}, 0), ({"seed": 1, "reuse": True}, 9)])
+def test_with_a_seed_a_prompt_that_goes_on_is_computed_anew_unless_reuse_is_asked_for(
+    model: LanguageModel, options: dict[str, int], reused: int
+) -> None:
+    tokens = list(range(5, 15))
+    model.generate(tokens, max_tokens=1, **options)
+    assert model.generate([*tokens[:9], 40, 41], max_tokens=1, **options).timings.reused_tokens == reused
+
+
 def test_without_a_seed_texts_differ(model: LanguageModel) -> None:
     assert len({model.generate(PROMPT, max_tokens=20, temperature=2.0).text for _ in range(4)}) > 1
 
@@ -194,12 +203,13 @@ def test_ctrl_c_in_the_middle_leaves_a_right_cache(bundle: Bundle) -> None:
     [
         (
             {"max_token": 3},
-            r"no option 'max_token' \(did you mean max_tokens\?\); there are: max_tokens, stop, temperature",
+            r"no option 'max_token' \(did you mean max_tokens\?\); there are: max_tokens, stop, reuse, temperature",
         ),
         ({"n": 3}, "no option 'n'; there are: "),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"top_p": 0.5}, "top_p would do nothing"),
         ({"stop": ["a", ""]}, "stop string ''"),
+        ({"reuse": 1}, "reuse is 1: it has to be True or False"),
         ({"temperature": -1}, "temperature is -1"),
     ],
 )

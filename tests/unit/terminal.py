@@ -1,0 +1,105 @@
+"""A pseudo-terminal with a command in it, for tests of what people see and press."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+
+ESCAPE = re.compile("\x1b\\[[?0-9;]*[A-Za-z]")
+UP, CTRL_C, CTRL_D = "\x1b[A", "\x03", "\x04"
+
+
+def paste(text: str) -> str:
+    """What a terminal sends for a paste."""
+    return f"\x1b[200~{text}\x1b[201~"
+
+
+class Terminal:
+    """`edgelm` with some arguments in a terminal of its own.
+
+    Attributes:
+        raw: all that was shown, escape sequences included.
+        process: the command.
+    """
+
+    def __init__(self, *arguments: object, env: Mapping[str, str]) -> None:
+        import pty
+
+        self._fd, side = pty.openpty()
+        command = [sys.executable, "-P", "-m", "edgelm", *map(str, arguments)]
+        environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+        environment |= {"TERM": "xterm", "COLUMNS": "200", **env}
+        # What makes the terminal this process's own, so that Ctrl-C in it is a signal.
+        steal = (
+            "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-S", "-c", steal, *command],
+            stdin=side, stdout=side, stderr=side, env=environment, start_new_session=True,
+        )  # fmt: skip
+        os.close(side)
+        self.raw = ""
+        self._seen = 0
+
+    def send(self, text: str | bytes) -> None:
+        """Press keys."""
+        os.write(self._fd, text if isinstance(text, bytes) else text.encode())
+
+    def wait(self, text: str, seconds: float = 60) -> str:
+        """Wait until `text` is shown, after what was waited for before; returns all between, without escapes."""
+        end = time.monotonic() + seconds
+        while (found := self.shown.find(text, self._seen)) < 0:
+            assert time.monotonic() < end, f"no {text!r} in {self.shown[self._seen :]!r}"
+            assert self._read(), f"it ended without {text!r}: {self.shown[self._seen :]!r}"
+        between = self.shown[self._seen : found]
+        self._seen = found + len(text)
+        return between
+
+    def wait_for_more(self, count: int) -> None:
+        """Wait until so many more characters are shown."""
+        end = time.monotonic() + 60
+        while len(self.shown) < self._seen + count:
+            assert time.monotonic() < end, f"no more than {self.shown[self._seen :]!r}"
+            assert self._read(), "it ended"
+
+    @property
+    def shown(self) -> str:
+        """All that was shown, without escape sequences."""
+        return ESCAPE.sub("", self.raw)
+
+    def wait_until_idle(self) -> None:
+        """Wait until the command has used no CPU time for a while: it waits for something."""
+        import psutil
+
+        process, before = psutil.Process(self.process.pid), -1.0
+        while (used := process.cpu_times().user) != before:
+            before = used
+            time.sleep(0.2)
+
+    def _read(self) -> bool:
+        if not select.select([self._fd], [], [], 0.2)[0]:
+            return True
+        try:
+            data = os.read(self._fd, 1 << 16)
+        except OSError:  # the other side is closed
+            return False
+        self.raw += data.decode("utf-8", "replace")
+        return bool(data)
+
+    def end(self) -> int:
+        """Read to the end; returns the exit code."""
+        end = time.monotonic() + 60
+        while self._read():
+            assert time.monotonic() < end, f"it does not end: {self.shown[self._seen :]!r}"
+        return self.process.wait(timeout=60)
+
+    def close(self) -> None:
+        """End what still runs."""
+        self.process.kill()
+        self.process.wait()
+        os.close(self._fd)
