@@ -98,23 +98,21 @@ def perplexity(next_logits: ArrayLike, lse: ArrayLike, where: Mask) -> float:
 class GreedyResult:
     """How far a device follows a greedy continuation.
 
-    `prefix`: tokens equal from the start. `clear_failure`: the first difference is at a step where the reference was
-    not undecided, so that rounding does not explain it.
+    `prefix`: tokens equal from the start. `clear_differences`: steps of another choice at which the reference was not
+    undecided, so that rounding does not explain it. They count after a difference too: every step is fed the recorded
+    token, whatever the device would have chosen.
     """
 
     total: int
     prefix: int
-    clear_failure: bool
+    clear_differences: int
 
 
 def greedy_prefix(expected: ArrayLike, actual: ArrayLike, gap: ArrayLike, near_tie: float) -> GreedyResult:
     """Compare token choices step by step; `gap` is the reference's top-1 minus top-2 logit at each step, in nats."""
-    want, got, gaps = np.asarray(expected), np.asarray(actual), np.asarray(gap, np.float64)
-    different = np.flatnonzero(want != got)
-    if not len(different):
-        return GreedyResult(len(want), len(want), False)
-    first = int(different[0])
-    return GreedyResult(len(want), first, bool(gaps[first] >= near_tie))
+    different = np.asarray(expected) != np.asarray(actual)
+    prefix = int(different.argmax()) if different.any() else len(different)
+    return GreedyResult(len(different), prefix, int((different & (np.asarray(gap, np.float64) >= near_tie)).sum()))
 
 
 def choose(router: ArrayLike, k: int) -> NDArray[np.int32]:

@@ -66,6 +66,7 @@ def rounding_limits(pack: ParityPack, limits: Limits) -> Limits:
     top = metrics.largest
     size = FACTOR * CLEAR * math.sqrt(2) * _quantile((error * logits.std(axis=1))[calm], 0.9, count)
     clear_gap = exact.clear_gap + size
+    clear_steps = sum(int((want.gap[prompt.greedy_positions] >= clear_gap).sum()) for prompt in pack.prompts)
     smooth, tipped = np.where(flipped, 0.0, kl), np.where(flipped, kl, 0.0)
     return replace(
         limits,
@@ -77,7 +78,7 @@ def rounding_limits(pack: ParityPack, limits: Limits) -> Limits:
         decode_error=exact.decode_error + below(likely, 0.5, FACTOR, max(steps, 1)),
         clear_gap=clear_gap,
         top1_clear=1 - _share_that_may_differ(pack, clear_gap),
-        greedy_clear=math.floor(steps * _share_that_may_differ(pack, clear_gap, max(steps, 1))),
+        greedy_clear=math.floor(clear_steps * _share_that_may_differ(pack, clear_gap, max(clear_steps, 1))),
         perplexity=exact.perplexity + _perplexity(pack, unseen),
     )
 

@@ -18,8 +18,8 @@ class Limits:
     Against the quantised reference (what the implementation and the device add): `kl_mean`, `kl_p99`, `kl_max`;
     `logit_error`, the median over positions, and `logit_error_p90`, its ninth decile; `decode_error`, the median over
     the steps of decoding, at likely tokens; `clear_gap`, the top-1 minus top-2 logit from which a choice counts as
-    clear; `top1_clear`, the least agreement over clear positions; `greedy_clear`, how many continuations may leave the
-    reference at a clear choice; `perplexity`, the most by which the ratio of the perplexities may differ from 1.
+    clear; `top1_clear`, the least agreement over clear positions; `greedy_clear`, how many clear choices of decoding
+    may be others; `perplexity`, the most by which the ratio of the perplexities may differ from 1.
 
     In the debug graph: `embedding_error`; `layer_base` and `layer_gain` as in diagnose.py; `bad_positions`, the share
     of positions that may exceed them; `router_near_tie`, the margin below which a router was undecided, in standard

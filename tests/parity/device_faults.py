@@ -76,10 +76,11 @@ def perplexity_below(scene: Scene, size: float) -> None:
 
 
 def greedy_tokens(scene: Scene, size: float) -> None:
-    # Only the first difference counts: after it the text is another.
+    # Also after a difference that is none: every step is fed the recorded token.
     rows = ALL[scene.pack.prompts[2].greedy_positions]
-    first = int(np.flatnonzero(scene.clear[rows] == (size > 1))[0])
-    flip(scene, "decoded", rows[first : first + 2])
+    clear = scene.clear[rows]
+    flip(scene, "decoded", rows[~clear])
+    flip(scene, "decoded", rows[clear][2 : 3 + scene.limits.greedy_clear - (size < 1)])
 
 
 def greedy_error(scene: Scene, size: float) -> None:

@@ -130,9 +130,10 @@ def test_perplexity_of_a_uniform_model_is_the_vocabulary():
 
 
 def test_greedy_prefix_forgives_a_near_tie_but_not_a_clear_choice():
-    assert metrics.greedy_prefix([1, 2, 3], [1, 2, 3], [1, 1, 1], 0.1) == metrics.GreedyResult(3, 3, False)
-    assert metrics.greedy_prefix([1, 2, 3], [1, 9, 9], [1, 0.01, 5], 0.1) == metrics.GreedyResult(3, 1, False)
-    assert metrics.greedy_prefix([1, 2, 3], [1, 9, 9], [1, 0.5, 5], 0.1) == metrics.GreedyResult(3, 1, True)
+    assert metrics.greedy_prefix([1, 2, 3], [1, 2, 3], [1, 1, 1], 0.1) == metrics.GreedyResult(3, 3, 0)
+    assert metrics.greedy_prefix([1, 2, 3], [1, 9, 9], [1, 0.01, 5], 0.1) == metrics.GreedyResult(3, 1, 1)
+    assert metrics.greedy_prefix([1, 2, 3], [1, 9, 9], [1, 0.1, 5], 0.1) == metrics.GreedyResult(3, 1, 2)
+    assert metrics.greedy_prefix([], [], [], 0.1) == metrics.GreedyResult(0, 0, 0)
 
 
 def test_router_margin_is_scale_free_and_infinite_when_all_are_chosen():
