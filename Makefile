@@ -3,6 +3,8 @@
 # make pyview the import tree of a working checkout, for mypy and editors
 # make kernel the compiled kernels of a working checkout, in build/csrc
 # make node   npm's onnxruntime-node, in build/node, for the tests of JavaScript; without Node they are skipped
+# make mutations  do the tests notice the deliberate mistakes of tests/mutations? Long, and no part of `make test`;
+#             ONLY=files tries one area, or the files whose path has the word
 #
 # Needs Python 3.11 or newer, a C++17 compiler (GCC or Clang) and CMake. The first run makes .venv; after that it is
 # made again only when the build files change. New Python files need no new install, new folders beside edgelm/ do.
@@ -19,7 +21,7 @@ GPU_TESTS := tests/cuda tests/engines tests/gpu
 KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
     $(foreach folder,. kernels ort,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
 
-.PHONY: demo test lint types test-cpp test-arm test-python test-gpu install pyview kernel node clean
+.PHONY: demo test lint types test-cpp test-arm test-python test-gpu install pyview kernel node mutations clean
 
 demo: $(INSTALLED)
 	$(BIN)/edgelm demo
@@ -86,6 +88,9 @@ pyview:
 	find build/pyview/edgelm -xtype l -delete
 	for f in edgelm/*; do ln -sfn ../../../$$f build/pyview/edgelm/; done
 	for d in export quant runtimes; do ln -sfn ../../../$$d build/pyview/edgelm/$$d; done
+
+mutations: $(INSTALLED)
+	$(BIN)/python tests/mutations/run.py --jobs 2 $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf build $(VENV)
