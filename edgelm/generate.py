@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
+from edgelm.batched import decode_together, positions
 from edgelm.bundle import Bundle
-from edgelm.errors import GenerationError
+from edgelm.errors import (
+    ContextLengthError,
+    GenerationError,
+    GenerationTypeError,
+    GenerationValueError,
+    TokenizerError,
+)
 from edgelm.options import GenerateOptions, Options
 from edgelm.runtimes import Runtime, open_runtime
 from edgelm.runtimes.base import checked_tokens, context_full, whole_numbers
+from edgelm.sampling import is_integer
 from edgelm.stream import Continuation, Generation, TextStream
 from edgelm.turns import Turn, Turns
 
@@ -23,6 +31,9 @@ if TYPE_CHECKING:
 
     from edgelm.chat import ChatTemplate
     from edgelm.tokenizer import Tokenizer
+
+
+DEFAULT_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,78 @@ class LanguageModel:
         chosen = Options.of(options)
         return self._stream(self._tokens(prompt), chosen, started)
 
+    def generate_many(
+        self,
+        prompts: Iterable[str | Sequence[int]],
+        *,
+        batch: int = DEFAULT_BATCH,
+        each: Sequence[GenerateOptions] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Generation]:
+        """Continue many prompts, up to `batch` of them together; the results are in their order.
+
+        Decoding together reads the weights once for all. Each result is what `generate` gives for that prompt with a
+        seed: on the CPU the same numbers to the last bit, save that int4 bundles whose head is split compute all its
+        logits exactly here, and only the likeliest in `generate`. The same token is the best one; a draw may tip.
+        Runtimes without batches (portable operators, TensorRT) run the prompts one after the other.
+
+        Memory: `batch` caches of the longest prompt with its max_tokens each, at most of the model's context length,
+        freed at the end. The weights and the cache of `generate` are shared and untouched.
+
+        Args:
+            prompts: texts or lists of token ids.
+            batch: how many decode together. As sequences end, others take their places.
+            each: options for each prompt, which replace those for all.
+            options: for all prompts; see `Options` and `Sampling`.
+
+        Raises:
+            GenerationTypeError, GenerationValueError, GenerationError, ContextLengthError: as `generate`, naming the
+                prompt, before any is run.
+        """
+        started = time.perf_counter()
+        answers = self._answers(prompts, each, options)
+        if not is_integer(batch) or batch < 1:
+            kind = GenerationValueError if is_integer(batch) else GenerationTypeError
+            raise kind(f"batch is {batch!r:.100}: it has to be an integer, 1 or more")
+        turn, runtime = Turn(self._turns), self.runtime
+        rows = min(int(batch), len(answers))
+        opened = None
+        if rows > 1:
+            turn.begin()
+            try:
+                opened = runtime.open_batch(rows, positions(answers, runtime.context_length))
+                if opened is not None:
+                    with opened:
+                        return decode_together(
+                            opened, answers, turn,
+                            context_length=runtime.context_length, chunk=runtime.chunk, started=started,
+                        )  # fmt: skip
+            finally:
+                turn.leave()
+                turn.pause()
+        return [self._stream_of(answer, started).drain() for answer in answers]
+
+    def _answers(
+        self,
+        prompts: Iterable[str | Sequence[int]],
+        each: Sequence[GenerateOptions] | None,
+        options: GenerateOptions,
+    ) -> list[Continuation]:
+        """What is to follow each prompt, every option and length checked. Raises as `generate_many`."""
+        if isinstance(prompts, (str, bytes, bytearray, Mapping)) or not isinstance(prompts, Iterable):
+            raise GenerationTypeError(f"prompts is {prompts!r:.100}: it has to be a list of prompts")
+        given = list(prompts)
+        if each is not None and len(each) != len(given):
+            raise GenerationValueError(f"each has options for {len(each)} prompts, and there are {len(given)}")
+        answers = []
+        for index, prompt in enumerate(given):
+            try:
+                chosen = Options.of({**options, **(each[index] if each else {})})
+                answers.append(self._continuation(self._tokens(prompt), chosen))
+            except (GenerationError, ContextLengthError, TokenizerError) as error:
+                raise type(error)(f"prompt {index}: {error}") from error
+        return answers
+
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerateOptions]) -> Generation:
         """Answer a conversation of messages `{"role": "user", "content": "..."}` by the model's own chat template.
 
@@ -131,8 +214,10 @@ class LanguageModel:
 
     def _stream(self, tokens: list[int], options: Options, started: float, *, exact: bool | None = None) -> TextStream:
         """Continue `tokens`; `exact` as for `_prefill`, by default where there is a seed."""
-        exact = options.sampling.seed is not None if exact is None else exact
-        answer = self._continuation(tokens, options)
+        return self._stream_of(self._continuation(tokens, options), started, exact=exact)
+
+    def _stream_of(self, answer: Continuation, started: float, *, exact: bool | None = None) -> TextStream:
+        exact = answer.options.sampling.seed is not None if exact is None else exact
         return TextStream(self, answer, Turn(self._turns), exact=exact, started=started)
 
     def _continuation(self, tokens: list[int], options: Options) -> Continuation:

@@ -138,6 +138,14 @@ class Runtime(ABC):
         """
         return most_probable(self.decode(token))
 
+    def open_batch(self, batch: int, context_length: int) -> SequenceBatch | None:
+        """Caches for `batch` sequences of `context_length` positions that decode together, over this runtime's weights.
+
+        Close it before the runtime. None: this runtime has one sequence only.
+        """
+        del batch, context_length
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Free the model's memory. Closing twice is harmless; any other use after it raises EdgeLMError."""

@@ -210,7 +210,9 @@ def untouched(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
     try:
         return np.frombuffer(mmap.mmap(-1, nbytes), dtype, count).reshape(shape)
     except (OSError, OverflowError, MemoryError) as error:
-        raise EdgeLMError(f"there is no memory for {nbytes} bytes of cache: take a smaller context_length") from error
+        raise EdgeLMError(
+            f"there is no memory for {nbytes} bytes of cache: take a smaller context_length or batch"
+        ) from error
 
 
 class BoundGraph:
@@ -230,12 +232,17 @@ class BoundGraph:
     ) -> None:
         self._session = session
         self._weights = weights
+        self._vocab_size = vocab_size
         self._binding = session.io_binding()
         self._ids = np.zeros(batch * chunk, np.int64)
         self._start = np.zeros(1, np.int64)
         self._logits: NDArray[np.float32] = np.zeros((batch, vocab_size), np.float32)
         self._bound: tuple[int, ...] = ()
         self.bind_input("logits_start", self._start, (1,))
+
+    def another(self, *, batch: int, chunk: int) -> BoundGraph:
+        """The same session with buffers of their own, nothing bound."""
+        return BoundGraph(self._session, self._weights, batch=batch, chunk=chunk, vocab_size=self._vocab_size)
 
     def bind_input(self, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
         """Let the graph read an input of `shape` from where `array` begins."""

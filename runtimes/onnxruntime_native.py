@@ -99,8 +99,17 @@ class NativeRuntime(OnnxRuntimeModel):
         kv: str | None = None,
     ) -> None:
         self.kv = require_type(kv or bundle.manifest.graph.kv_dtype)
+        self._bundle = bundle
         self._row_bytes = row_bytes(self.kv, bundle.manifest.model.head_dim)
         super().__init__(bundle, threads=threads, context_length=context_length, chunk=chunk)
+
+    def open_batch(self, batch: int, context_length: int) -> NativeBatch:
+        """Caches for several sequences over this runtime's session."""
+        self._require_open()
+        return NativeBatch(
+            self._bundle, batch, threads=self.threads, context_length=context_length, chunk=self.chunk, kv=self.kv,
+            graph=self._graph,
+        )  # fmt: skip
 
     def _session(self, bundle: Bundle) -> onnxruntime.InferenceSession:
         return _load(bundle, bundle.manifest.graph.file, self.threads)
@@ -124,7 +133,10 @@ class NativeRuntime(OnnxRuntimeModel):
 
 
 class NativeBatch(SequenceBatch):
-    """A bundle's native graph with the caches of `batch` sequences; the other options are those of `NativeRuntime`."""
+    """A bundle's native graph with the caches of `batch` sequences; the other options are those of `NativeRuntime`.
+
+    `graph`: of a runtime whose session this is to use; None loads one.
+    """
 
     name = "onnxruntime-cpu"
 
@@ -137,6 +149,7 @@ class NativeBatch(SequenceBatch):
         context_length: int | None = None,
         chunk: int = DEFAULT_CHUNK,
         kv: str | None = None,
+        graph: BoundGraph | None = None,
     ) -> None:
         model = bundle.manifest.model
         for name, value in (("batch", batch), ("chunk", chunk)):
@@ -150,12 +163,14 @@ class NativeBatch(SequenceBatch):
         self.kv = require_type(kv or bundle.manifest.graph.kv_dtype)
         self._chunk = min(chunk, self.context_length)
         shape = (batch, model.num_kv_heads, self.context_length, row_bytes(self.kv, model.head_dim))
-        weights = MappedWeights(bundle)
-        session = _load(bundle, bundle.manifest.graph.file, self.threads)
-        check_graph(session, bundle, _LENGTHS)
-        self._graph: BoundGraph | None = BoundGraph(
-            session, weights, batch=batch, chunk=self._chunk, vocab_size=self.vocab_size
-        )
+        if graph is None:
+            weights = MappedWeights(bundle)
+            session = _load(bundle, bundle.manifest.graph.file, self.threads)
+            check_graph(session, bundle, _LENGTHS)
+            graph = BoundGraph(session, weights, batch=batch, chunk=self._chunk, vocab_size=self.vocab_size)
+        else:
+            graph = graph.another(batch=batch, chunk=self._chunk)
+        self._graph: BoundGraph | None = graph
         self._names = kv_names(model.num_layers)
         self._caches = [untouched(shape, np.uint8) for _ in self._names]
         self._lengths = np.zeros(batch, np.int64)

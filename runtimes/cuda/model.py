@@ -78,6 +78,7 @@ class CudaRuntime(Runtime):
         super().__init__(
             vocab_size=model.vocab_size, context_length=length, model_context_length=model.context_length, threads=1
         )
+        self._bundle = bundle
         self.kv = kv or bundle.manifest.graph.kv_dtype
         self.chunk = min(chunk, length)
         # All positions' logits of one step, where they are asked for.
@@ -147,6 +148,15 @@ class CudaRuntime(Runtime):
             self._executor.logits(logits)
             yield logits
 
+    def open_batch(self, batch: int, context_length: int) -> CudaBatch:
+        """Caches for several sequences over this runtime's weights."""
+        self._require_open()
+        opened = CudaBatch(
+            self._bundle, batch, context_length=context_length, chunk=self.chunk, kv=self.kv, loaded=self._loaded
+        )
+        opened.name = self.name
+        return opened
+
     def device_bandwidth(self) -> float | None:
         """What a copy within the device reads and writes a second."""
         self._require_open()
@@ -162,7 +172,10 @@ class CudaRuntime(Runtime):
 
 
 class CudaBatch(SequenceBatch):
-    """A bundle's program with the caches of `batch` sequences; the options are those of `CudaRuntime`."""
+    """A bundle's program with the caches of `batch` sequences; the options are those of `CudaRuntime`.
+
+    `loaded`: of a runtime whose weights this is to use; None loads them.
+    """
 
     name = "cuda-kernels"
 
@@ -176,6 +189,7 @@ class CudaBatch(SequenceBatch):
         chunk: int = DEFAULT_CHUNK,
         kv: str | None = None,
         opener: Opener = gpu,
+        loaded: LoadedProgram | None = None,
     ) -> None:
         del threads
         model = bundle.manifest.model
@@ -191,7 +205,9 @@ class CudaBatch(SequenceBatch):
         self._chunk = min(chunk, self.context_length)
         self._lengths = np.zeros(batch, np.int64)
         sizes = Sizes(batch, self.context_length, tokens=max(self._chunk, batch), logits=batch, kv=self.kv)
-        self._loaded: LoadedProgram | None = LoadedProgram(bundle, opener, sizes)
+        self._shares = loaded is not None
+        self._loaded: LoadedProgram | None = LoadedProgram(bundle, opener, sizes) if loaded is None else loaded
+        self._steps = self._loaded.executor if loaded is None else loaded.new_executor(sizes, ())
         self._logits: NDArray[np.float32] = np.empty((batch, self.vocab_size), np.float32)
 
     @property
@@ -207,7 +223,7 @@ class CudaBatch(SequenceBatch):
     @property
     def device_bytes(self) -> int:
         """Bytes of the device's memory that this model takes: weights, caches, values and workspace."""
-        return self._open.device_bytes
+        return self._open.weights.nbytes + self._executor.layout.nbytes
 
     @property
     def _open(self) -> LoadedProgram:
@@ -217,7 +233,8 @@ class CudaBatch(SequenceBatch):
 
     @property
     def _executor(self) -> Executor:
-        return self._open.executor
+        assert self._open is self._loaded
+        return self._steps
 
     def prefill(self, row: int, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Append tokens to one sequence, `chunk` at a time."""
@@ -257,7 +274,10 @@ class CudaBatch(SequenceBatch):
     def close(self) -> None:
         """Free the device's memory."""
         if self._loaded is not None:
-            self._loaded.close()
+            if self._shares:
+                self._steps.free()
+            else:
+                self._loaded.close()
             self._loaded = None
 
     def _require_row(self, row: int) -> None:

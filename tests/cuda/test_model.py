@@ -140,6 +140,17 @@ def test_do_sequences_of_a_batch_decode_as_they_would_alone(bundles: Bundles) ->
         assert batch.lengths.tolist() == [len(prompt) + 1 for prompt in prompts]
         for row, (_, logits) in enumerate(alone):
             assert np.abs(together[row] - logits).max() < 0.02 * np.abs(logits).max()
+        expected = together.copy()
+    # The same over the weights of a runtime that has its own sequence, which goes on undisturbed.
+    with open_runtime(bundle, RUNTIME, context_length=64) as model:
+        model.prefill(prompts[0])
+        with model.open_batch(len(prompts), 32) as shared:  # type: ignore[union-attr]  # this runtime has batches
+            for row, prompt in enumerate(prompts):
+                shared.prefill(row, prompt)
+            np.testing.assert_array_equal(shared.decode_batch(firsts), expected)
+        with pytest.raises(EdgeLMError, match="this batch was closed"):
+            shared.decode_batch(firsts)
+        assert np.abs(model.decode(firsts[0]) - alone[0][1]).max() < 0.02 * np.abs(alone[0][1]).max()
 
 
 @pytest.mark.parametrize(("kv", "row"), [("bfloat16", 64), ("int8", 36), ("fp8", 36)])

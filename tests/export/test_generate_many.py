@@ -1,0 +1,214 @@
+"""Does each of many prompts that decode together get what it gets alone, and end when it should?"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tiny_models import FLAVOURS, MakeCheckpoint
+
+import edgelm
+from edgelm.bundle import Bundle
+from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError, GenerationTypeError, GenerationValueError
+from edgelm.export import ExportOptions, export_bundle
+from edgelm.options import GenerateOptions
+from edgelm.parity.golden import GoldenOptions
+from edgelm.parity.prompts import Prompt
+from edgelm.runtimes.onnxruntime_native import NativeBatch
+
+SHORT = GoldenOptions(prompts=(Prompt("short", "The quick brown fox"),), greedy_tokens=2)
+PROMPTS: list[str | list[int]] = ["one", "two and a half prompts", "def f(x):\n    return", [5, 6, 7, 8], "x" * 60, "Z"]
+native = pytest.mark.skipif("native" not in FLAVOURS, reason="needs the compiled operators")
+
+
+@pytest.fixture(scope="module")
+def bundles(checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    folder = tmp_path_factory.mktemp("many")
+    wanted = [("olmoe", "int4", "native"), ("fox", "none", "native"), ("fox", "int8", "portable")]
+    return {
+        f"{name}-{ops}": export_bundle(
+            checkpoint(name), folder / f"{name}-{ops}", recipe=recipe, options=ExportOptions(golden=SHORT, ops=ops)
+        )
+        for name, recipe, ops in wanted
+        if ops in FLAVOURS
+    }
+
+
+@pytest.fixture(scope="module", params=["olmoe-native", "fox-native", "fox-portable"])
+def loaded(bundles: dict[str, Bundle], request: pytest.FixtureRequest) -> Iterator[edgelm.LanguageModel]:
+    if request.param not in bundles:
+        pytest.skip("needs the compiled operators")
+    with edgelm.load(bundles[request.param].path, threads=1, chat=False) as model:
+        yield model
+
+
+@pytest.fixture
+def model(loaded: edgelm.LanguageModel) -> Iterator[edgelm.LanguageModel]:
+    loaded.runtime.reset()
+    end_ids = loaded.end_ids
+    yield loaded
+    loaded.end_ids = end_ids
+
+
+@pytest.fixture
+def batching(bundles: dict[str, Bundle]) -> Iterator[edgelm.LanguageModel]:
+    with edgelm.load(bundles["olmoe-native"].path, threads=1, chat=False) as model:
+        yield model
+
+
+def tokens(results: Sequence[edgelm.Generation]) -> list[tuple[int, ...]]:
+    return [result.tokens for result in results]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 8])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.3, "top_p": 0.9, "repetition_penalty": 1.2}])
+def test_each_result_is_what_the_prompt_gives_alone(
+    model: edgelm.LanguageModel, batch: int, options: GenerateOptions
+) -> None:
+    common: GenerateOptions = {"max_tokens": 17, "seed": 7, **options}
+    found = model.generate_many(PROMPTS, batch=batch, **common)
+    alone = [model.generate(prompt, **common) for prompt in PROMPTS]
+    assert [(one.text, one.tokens, one.stop_reason) for one in found] == [
+        (one.text, one.tokens, one.stop_reason) for one in alone
+    ]
+    for one, other in zip(found, alone, strict=True):
+        assert one.timings.prompt_tokens == other.timings.prompt_tokens
+        assert one.timings.decoded_tokens == other.timings.decoded_tokens
+        assert 0 < one.timings.prefill_seconds < one.timings.time_to_first_token
+        assert one.timings.decode_seconds > 0
+
+
+def test_each_prompt_has_its_own_options_and_ends_by_itself(model: edgelm.LanguageModel) -> None:
+    model.end_ids = frozenset()
+    plain = model.generate(PROMPTS[0], max_tokens=12, temperature=1.5, seed=1)
+    stop = plain.text[4:6]
+    ending = model.generate(PROMPTS[1], max_tokens=12, temperature=1.5, seed=2).tokens[3]
+    each: list[GenerateOptions] = [
+        {"stop": stop, "seed": 1},
+        {"seed": 2},
+        {"max_tokens": 1},
+        {"seed": 2**40 + 3},
+        {"temperature": 0.0},
+        {"max_tokens": 30, "seed": 5},
+    ]
+    common: GenerateOptions = {"max_tokens": 12, "temperature": 1.5, "seed": 3}
+    model.end_ids = frozenset([ending])
+    found = model.generate_many(PROMPTS, batch=3, each=each, **common)
+    alone = [model.generate(prompt, **{**common, **own}) for prompt, own in zip(PROMPTS, each, strict=True)]
+    assert tokens(found) == tokens(alone)
+    assert [one.stop_reason for one in found] == [one.stop_reason for one in alone]
+    assert (found[0].stop_reason, found[1].stop_reason) == ("stop", "eos")
+    assert len(found[2].tokens) <= 1
+    assert found[0].text == plain.text[: plain.text.index(stop)]
+    assert ending not in found[1].tokens
+
+
+def test_without_a_seed_the_same_prompt_gives_different_texts(model: edgelm.LanguageModel) -> None:
+    found = model.generate_many(["once"] * 4, max_tokens=16, temperature=2.0)
+    assert len(set(tokens(found))) > 1
+
+
+def test_the_context_ends_a_sequence_and_not_its_neighbours(bundles: dict[str, Bundle]) -> None:
+    if "olmoe-native" not in bundles:
+        pytest.skip("needs the compiled operators")
+    prompts = [[5] * 20, [6] * 32, [7] * 3, [8] * 31]
+    with edgelm.load(bundles["olmoe-native"].path, threads=1, context_length=32, chat=False) as model:
+        found = model.generate_many(prompts, batch=2, max_tokens=None, seed=1)
+        alone = [model.generate(prompt, max_tokens=None, seed=1) for prompt in prompts]
+    assert tokens(found) == tokens(alone)
+    assert [len(one.tokens) for one in found] == [13, 1, 30, 2]
+
+
+class Watched(NativeBatch):
+    """Counts what was asked of it."""
+
+    made: list[Watched]
+    steps = 0
+    widths: list[int]
+
+    def decode_batch(self, tokens: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
+        self.steps += 1
+        return super().decode_batch(tokens)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
+    made: list[Watched] = []
+
+    def make(*arguments: Any, **options: Any) -> Watched:
+        made.append(Watched(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr("edgelm.runtimes.onnxruntime_native.NativeBatch", make)
+    return made
+
+
+@native
+def test_places_are_filled_again_and_memory_is_what_is_needed(
+    batching: edgelm.LanguageModel, watched: list[Watched]
+) -> None:
+    lengths = [30, 2, 2, 2, 2, 2, 2]
+    each: list[GenerateOptions] = [{"max_tokens": length} for length in lengths]
+    batching.generate([9, 9, 9], max_tokens=4)
+    kept = batching.runtime.position
+    found = batching.generate_many([[5 + i] * 10 for i in range(len(lengths))], batch=2, each=each)
+    assert [len(one.tokens) for one in found] == lengths
+    (batch,) = watched
+    # The short ones take turns beside the long one: no step is for them alone.
+    assert batch.steps == 29
+    assert (batch.batch, batch.context_length) == (2, 40)
+    assert batch._caches == []
+    assert batching.runtime.position == kept
+    batching.generate_many([[5] * 10] * 3, max_tokens=None)
+    assert (watched[1].batch, watched[1].context_length) == (3, batching.runtime.context_length)
+
+
+@native
+def test_closing_the_model_ends_a_batch(batching: edgelm.LanguageModel, watched: list[Watched]) -> None:
+    def close_once_it_runs() -> None:
+        while not watched or not watched[0].steps:
+            pass
+        batching.close()
+
+    closing = threading.Thread(target=close_once_it_runs)
+    closing.start()
+    with pytest.raises(EdgeLMError, match="this model was closed"):
+        batching.generate_many([[5], [6]], max_tokens=None)
+    closing.join()
+    assert watched[0]._caches == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "kind", "said"),
+    [
+        ("hello", {}, GenerationTypeError, "prompts is 'hello': it has to be a list of prompts"),
+        (5, {}, GenerationTypeError, "prompts is 5"),
+        (["a", 5], {}, GenerationTypeError, "prompt 1: the prompt: 5 cannot be used"),
+        (["a", [1, 10**6]], {}, GenerationError, "prompt 1: token id 1000000"),
+        (["a", "b", []], {}, GenerationError, "prompt 2: the prompt is empty"),
+        (["a", "x" * 500], {}, ContextLengthError, r"prompt 1: 50\d tokens do not fit"),
+        (["a"], {"batch": 0}, GenerationValueError, "batch is 0"),
+        (["a"], {"batch": 2.5}, GenerationTypeError, r"batch is 2\.5"),
+        (["a"], {"temprature": 1}, GenerationTypeError, "no option 'temprature' .did you mean temperature?"),
+        (["a", "b"], {"each": [{}]}, GenerationValueError, "each has options for 1 prompts, and there are 2"),
+        (["a", "b"], {"each": [{}, {"top_k": -1}]}, GenerationValueError, "prompt 1: top_k is -1"),
+    ],
+)
+def test_what_cannot_be_used_is_named_before_anything_runs(
+    model: edgelm.LanguageModel, prompts: Any, options: Any, kind: type[EdgeLMError], said: str
+) -> None:
+    with pytest.raises(kind, match=said):
+        model.generate_many(prompts, **options)
+    assert model.runtime.position == 0
+
+
+def test_no_prompts_give_no_results(model: edgelm.LanguageModel, tmp_path: Path) -> None:
+    assert model.generate_many([]) == []
+    assert tokens(model.generate_many(iter(["a", "b"]), max_tokens=3)) == tokens(
+        [model.generate(prompt, max_tokens=3, seed=1) for prompt in ("a", "b")]
+    )
