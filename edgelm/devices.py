@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import re
@@ -70,6 +71,21 @@ def allowed_cores() -> int:
         # Half a core of quota still wants one thread; 2.5 cores are better served by 2 threads than by 3 throttled.
         cores = min(cores, max(1, int(quota)))
     return max(1, cores)
+
+
+def most_threads() -> int:
+    """Hardware threads that affinity and container quota leave to this process."""
+    count, quota = len(_allowed_logical()), _cgroup_quota()
+    return count if quota is None else max(1, min(count, math.ceil(quota)))
+
+
+def thread_problem(threads: int) -> str | None:
+    """Why this many threads cannot be had, in one line; None where they can. Checked in one place for every way in."""
+    most = most_threads()
+    if threads <= most:
+        return None
+    cpus = "1 CPU" if most == 1 else f"{most} CPUs"
+    return f"{threads} threads are more than the {cpus} that this process may use: give at most {most}, or leave it out"
 
 
 def _allowed_logical() -> set[int]:

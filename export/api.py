@@ -38,7 +38,7 @@ from edgelm.errors import ExportError
 from edgelm.export.memory import plan_memory
 from edgelm.export.options import ExportOptions
 from edgelm.export.plan import DEBUG_FILE, GRAPH_FILE, WEIGHTS_FILE, Plan, make_plan
-from edgelm.export.targets import TARGETS
+from edgelm.export.targets import TARGETS, check_request
 from edgelm.files import atomic_directory, need_disk, prepare_place
 from edgelm.models import family as family_of
 from edgelm.parity.golden import DeviceRounding, GoldenOptions, golden_tokens, write_pack
@@ -75,6 +75,7 @@ def export_bundle(
             is left at `out` then, and what was there before stays.
     """
     options = options or ExportOptions()
+    check_request(options)
     progress = progress or Silent()
     out = Path(out)
     given = checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint

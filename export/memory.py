@@ -4,29 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgelm import sizes
 from edgelm.bundle import ModelInfo
 from edgelm.devices import resident_memory
-from edgelm.errors import ExportError, MemoryLimitError
+from edgelm.errors import MemoryLimitError
 from edgelm.export.weights import BLOCK_WEIGHTS
+from edgelm.sizes import format_size
 
 MIB = 1 << 20
 # Allocators keep freed blocks and torch its kernels: measured peaks of full-size exports lie within this of the sum.
 SLACK = 160 * MIB
 # What Python, torch and onnx take where the system does not say how much is resident now.
 ASSUMED_BASE = 700 * MIB
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "4GB", "1.5 GiB", "800MB" or a plain number.
-
-    Raises:
-        ExportError: not a positive size.
-    """
-    try:
-        return sizes.parse_size(text)
-    except ValueError as error:
-        raise ExportError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -62,6 +50,6 @@ def plan_memory(info: ModelInfo, expert_width: int, golden_tokens: int, threads:
             return MemoryPlan(count, needed)
     assert limit is not None
     raise MemoryLimitError(
-        f"--max-ram {sizes.format_size(limit)} is too little: this export takes about {sizes.format_size(needed)} "
-        f"({sizes.format_size(base)} of it Python and its libraries)"
+        f"--max-ram {format_size(limit)} is too little: this export takes about {format_size(needed)} "
+        f"({format_size(base)} of it Python and its libraries)"
     )

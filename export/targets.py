@@ -15,7 +15,7 @@ from edgelm.errors import ExportError
 from edgelm.export import activations, onnx_fox, onnx_olmoe
 from edgelm.export.decoder import DecoderFrame
 from edgelm.export.genai import genai_config
-from edgelm.export.gpu_target import TensorrtTarget
+from edgelm.export.gpu_target import TensorrtTarget, chosen_sms
 from edgelm.export.graph import EXACT, Dims, GraphBuilder
 from edgelm.export.greedy import greedy_graph
 from edgelm.export.native import NativeDecoder
@@ -27,7 +27,7 @@ from edgelm.export.portable import PortableOps
 from edgelm.export.providers import CPU, CUDA, Provider
 from edgelm.export.router_probe import router_probe
 from edgelm.export.weights import WeightsPlan
-from edgelm.progress import Progress
+from edgelm.progress import Progress, Silent
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
 from edgelm.runtimes.native_library import library_path
@@ -176,6 +176,20 @@ class CudaTarget(OnnxRuntimeTarget):
 
 TARGETS: Mapping[str, Target] = {target.name: target for target in (CpuTarget(), CudaTarget(), TensorrtTarget())}
 """By the name that `--target` takes."""
+
+
+def check_request(options: ExportOptions) -> None:
+    """Refuse options that contradict each other, before anything is looked at.
+
+    Raises:
+        ExportError: saying which.
+    """
+    target = TARGETS[options.target]
+    target.flavour(options.ops, Silent())
+    if options.dtype != AUTO:
+        target.storage(options.storage, options.storage, quantises=False)
+    if options.sms is not None:
+        chosen_sms(options)
 
 
 def _native_kv_dtype(recipe: Recipe) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
+from edgelm.devices import thread_problem
 from edgelm.errors import ArgumentTypeError, ArgumentValueError, RuntimeUnavailableError
 from edgelm.installing import install_hint
 from edgelm.runtimes.base import Runtime, SequenceBatch
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from edgelm.runtimes.tracing import TracingModel
 
 __all__ = ["Runtime", "RuntimeEntry", "SequenceBatch", "open_batch", "open_runtime", "open_tracing", "runtimes"]
-
-MAX_THREADS = 1024
-"""More than any machine has cores; a system that is asked for a million threads fails in the middle."""
 
 
 @dataclass(frozen=True)
@@ -227,20 +225,23 @@ def _check_option(option: str, value: object) -> None:
             raise ArgumentTypeError(f"kv is {value!r:.60}: it has to be the name of a type")
         return
     # What a model's context can be, it says itself.
-    least, most = {"threads": (1, MAX_THREADS), "context_length": (-math.inf, math.inf)}.get(option, (1, 2**63 - 1))
+    least, most = (-math.inf, math.inf) if option == "context_length" else (1, 2**63 - 1)
     right_type = is_integer(value)
     if not right_type or not least <= cast("int", value) <= most:
         kind = ArgumentValueError if right_type else ArgumentTypeError
-        what = f"1 to {MAX_THREADS}" if option == "threads" else "1 or more"
-        raise kind(f"{option} is {value!r:.60}: it has to be an integer, {what}")
+        raise kind(f"{option} is {value!r:.60}: it has to be an integer, 1 or more")
+    why = thread_problem(cast("int", value)) if option == "threads" else None
+    if why is not None:
+        raise ArgumentValueError(why)
 
 
 def open_runtime(bundle: Bundle, name: str | None = None, **options: int | str | None) -> Runtime:
     """Load `bundle` into a runtime: the one called `name`, else the best available one for the bundle's target.
 
-    Options that are None are left to the runtime. `threads`: default the physical cores this process may use.
-    `context_length`: positions to allocate, default the model's, at most 4096. `chunk`: tokens a prefill step. `kv`:
-    type of the cache, for bundles with native operators one of `edgelm.kv_cache.KV_TYPES`, default the bundle's.
+    Options that are None are left to the runtime. `threads`: default the physical cores that this process may use, at
+    most its CPUs. `context_length`: positions to allocate, default the model's, at most 4096. `chunk`: tokens a prefill
+    step. `kv`: type of the cache, for bundles with native operators one of `edgelm.kv_cache.KV_TYPES`, default the
+    bundle's.
     `weight_budget`: bytes of weights that a TensorRT engine may have in the GPU's memory.
 
     Raises:

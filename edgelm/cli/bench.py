@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.options import BUNDLE, THREADS, kv_option, weight_budget_option
+from edgelm.cli.options import (
+    BUNDLE,
+    json_option,
+    kv_option,
+    runtime_option,
+    threads_option,
+    weight_budget_option,
+)
 
 if TYPE_CHECKING:
     from edgelm.benchmark import BenchResult, Spread
@@ -20,14 +27,14 @@ if TYPE_CHECKING:
 )
 @click.option("--new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
 @click.option("--repeat", type=click.IntRange(min=1), default=5, show_default=True, help="Runs, after one not counted.")
-@click.option("--threads", type=THREADS, help="Threads [physical cores allowed].")
-@click.option("--runtime", metavar="NAME", help="Runtime [the best one here].")
+@threads_option()
+@runtime_option
 @kv_option
 @weight_budget_option
 @click.option(
     "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences that decode together."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@json_option
 def bench(
     bundle: Path,
     prompt_tokens: int,

@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from edgelm.cli.engine_options import build_options, chosen_sms
+from edgelm.cli.options import BUNDLE, json_option
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BUNDLE)
 @click.option(
     "--sm",
     "sms",
@@ -24,7 +25,7 @@ from edgelm.cli.engine_options import build_options, chosen_sms
     help="The TensorRT to build with [full TensorRT where it is installed].",
 )
 @build_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@json_option
 def build(
     bundle: Path,
     sms: tuple[int, ...] | None,

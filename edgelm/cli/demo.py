@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgelm.cli.options import PATH
+
 if TYPE_CHECKING:
     from edgelm.parity.result import ParityReport
     from edgelm.progress import Progress
@@ -35,14 +37,14 @@ class Outcome:
 @click.option(
     "--out",
     "-o",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("bundles/demo"),
     show_default=True,
     help="Where bundles go.",
 )
 @click.option(
     "--checkpoints",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder of the tiny checkpoints [a checkout's examples/checkpoints].",
 )
 @click.option(

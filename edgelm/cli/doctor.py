@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgelm.cli.options import json_option
 from edgelm.installing import install_hint
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ EXPORT = ("torch", "onnx", "safetensors", "huggingface_hub")
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@json_option
 def doctor(as_json: bool) -> None:
     """Say what this machine has: versions, runtimes, processor, memory; and how to install what is missing.
 

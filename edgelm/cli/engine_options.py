@@ -9,6 +9,9 @@ import click
 
 Command = Callable[..., Any]
 
+ENGINE_PARAMETERS = ("sms", "engines", "linears", "attention", "max_batch", "chunk", "weight_streaming")
+"""The parameters that are about `--target tensorrt` alone."""
+
 
 def chosen_sms(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
     """The numbers of --sm."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.options import THREADS
+from edgelm.cli.options import as_usage, json_option, report_option, runtime_option, threads_option
 from edgelm.kv_cache import KV_TYPES
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 @click.option("--layers", is_flag=True, help="Also the error of every layer and every expert.")
 @click.option("--speed/--no-speed", default=True, help="Also how fast bundles are here [yes].")
 @click.option("--kv", multiple=True, type=click.Choice(KV_TYPES), help="Cache of bundles; may be repeated [their own].")
-@click.option("--runtime", metavar="NAME", help="Runtime for bundles [the best one here].")
-@click.option("--threads", type=THREADS, help="Threads for bundles [physical cores allowed].")
-@click.option("--report", "report_path", type=click.Path(path_type=Path, dir_okay=False), help="Write an HTML report.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@runtime_option
+@threads_option("Threads for bundles [physical cores allowed].")
+@report_option
+@json_option
 def eval(  # noqa: A001 - the verb's name
     targets: tuple[str, ...],
     checkpoint: str | None,
@@ -52,13 +52,16 @@ def eval(  # noqa: A001 - the verb's name
     from edgelm.places import check_place
     from edgelm.progress import Bars
 
+    options = EvalOptions(
+        text=text, tokens=tokens, length=length, layers=layers, speed=speed, kv=kv, runtime=runtime, threads=threads
+    )
+    with as_usage():
+        options.check()
+    _check_names(targets, checkpoint)
     if report_path is not None:
         folders = [target for target in targets if Path(target).is_dir()]
         check_place(report_path, REPORT, sources=[checkpoint, *folders], overwrite=True)
     progress = Bars()
-    options = EvalOptions(
-        text=text, tokens=tokens, length=length, layers=layers, speed=speed, kv=kv, runtime=runtime, threads=threads
-    )
     found = evaluate(targets, checkpoint, options, progress)
     if report_path is not None:
         from edgelm.evaluation.report import write_report
@@ -66,6 +69,25 @@ def eval(  # noqa: A001 - the verb's name
         write_report(found, report_path)
         progress.note(f"report: {report_path}")
     click.echo(found.to_json() if as_json else summary(found))
+
+
+def _check_names(targets: tuple[str, ...], checkpoint: str | None) -> None:
+    """Refuse names that no recipe has, and recipes without weights.
+
+    Raises:
+        click.UsageError: saying which.
+    """
+    from edgelm.quant.recipe import PRESETS
+
+    for target in targets:
+        if target in PRESETS and checkpoint is None:
+            raise click.UsageError(
+                f"the recipe {target} needs weights to quantise: give the float model with --checkpoint"
+            )
+        if target not in PRESETS and not Path(target).exists() and Path(target).name == target:
+            raise click.UsageError(
+                f"{target} is no bundle, no checkpoint and no recipe (give {', '.join(PRESETS)} or a .toml file)"
+            )
 
 
 def summary(report: EvaluationReport) -> str:

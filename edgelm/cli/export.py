@@ -6,15 +6,27 @@ from pathlib import Path
 
 import click
 
-from edgelm.cli.engine_options import chosen_sms, engine_options
-from edgelm.cli.options import THREADS, calibration_options, chosen_calibration
+from edgelm.cli.engine_options import ENGINE_PARAMETERS, chosen_sms, engine_options
+from edgelm.cli.options import (
+    PATH,
+    RecipeName,
+    Size,
+    as_usage,
+    calibration_options,
+    chosen_calibration,
+    json_option,
+    output_option,
+    overwrite_option,
+    threads_option,
+    was_given,
+)
 from edgelm.cli.recipes import budget_options, budgeted, in_json, refuse_two
 
 
 @click.command()
 @click.argument("checkpoint")
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Bundle folder to write.")
-@click.option("--recipe", default=None, help="int4 (default), int8, fp8, none, or a TOML file.")
+@output_option("Bundle folder to write.")
+@click.option("--recipe", type=RecipeName(), help="int4 (default), int8, fp8, none, or a TOML file.")
 @budget_options
 @click.option(
     "--target",
@@ -53,18 +65,18 @@ from edgelm.cli.recipes import budget_options, budgeted, in_json, refuse_two
     metavar="CHECKPOINT",
     help="The float checkpoint that a quantised one was made from: parity then compares with it.",
 )
-@click.option("--max-ram", metavar="SIZE", help="Resident memory not to exceed, for example 3GB.")
-@click.option("--parity-prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Golden prompts.")
+@click.option("--max-ram", type=Size(), metavar="SIZE", help="Resident memory not to exceed, for example 3GB.")
+@click.option("--parity-prompts", type=PATH, help="Golden prompts.")
 @click.option("--greedy-tokens", type=click.IntRange(min=0), help="Golden greedy tokens per prompt.")
-@click.option("--threads", type=THREADS, help="Worker threads [all cores allowed].")
-@click.option("--overwrite", is_flag=True, help="Replace an existing bundle once the new one is complete.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@threads_option("Worker threads [physical cores allowed].")
+@overwrite_option("an existing bundle")
+@json_option
 def export(
     checkpoint: str,
     out: Path,
     recipe: str | None,
     bits: float | None,
-    budget: str | None,
+    budget: int | None,
     target: str,
     ops: str,
     dtype: str,
@@ -82,7 +94,7 @@ def export(
     require_coverage: bool,
     smooth: str | None,
     reference: str | None,
-    max_ram: str | None,
+    max_ram: int | None,
     parity_prompts: Path | None,
     greedy_tokens: int | None,
     threads: int | None,
@@ -94,6 +106,10 @@ def export(
     With --bits or --budget the recipe is chosen by what each matrix loses. With --calibration an interrupted run goes
     on where it was when the same command is given again.
     """
+    refuse_two(recipe, bits, budget)
+    if target != "tensorrt" and (others := was_given(*ENGINE_PARAMETERS)):
+        raise click.UsageError(f"{', '.join(others)}: of use with --target tensorrt only, here it is {target}")
+    calibrating = chosen_calibration(calibration, samples, sample_length, min_expert_tokens, require_coverage, smooth)
     import json
     import time
 
@@ -103,28 +119,28 @@ def export(
     from edgelm.bundle import BUNDLE
     from edgelm.export import ExportOptions, export_bundle
     from edgelm.export.engine_options import EngineOptions
-    from edgelm.export.memory import parse_size
+    from edgelm.export.targets import check_request
     from edgelm.parity.golden import GoldenOptions
     from edgelm.progress import Bars
     from edgelm.sizes import format_size
 
-    refuse_two(recipe, bits, budget)
-    calibrating = chosen_calibration(calibration, samples, sample_length, min_expert_tokens, require_coverage, smooth)
     golden = None
     if parity_prompts is not None or greedy_tokens is not None:
         golden = GoldenOptions.from_arguments(parity_prompts, greedy_tokens)
-    options = ExportOptions(
-        target=target,
-        ops=ops,
-        dtype=dtype,
-        sms=sms,
-        engines=EngineOptions(linears, attention, engines, max_batch, chunk, weight_streaming),
-        max_ram=None if max_ram is None else parse_size(max_ram),
-        threads=threads,
-        overwrite=overwrite,
-        golden=golden,
-        reference=reference,
-    )
+    with as_usage():
+        options = ExportOptions(
+            target=target,
+            ops=ops,
+            dtype=dtype,
+            sms=sms,
+            engines=EngineOptions(linears, attention, engines, max_batch, chunk, weight_streaming),
+            max_ram=max_ram,
+            threads=threads,
+            overwrite=overwrite,
+            golden=golden,
+            reference=reference,
+        )
+        check_request(options)
     progress = Bars()
     start = time.monotonic()
     if bits is not None or budget is not None:
@@ -150,7 +166,7 @@ def export(
     else:
         progress.note(f"{bundle.path}: {format_size(bundle.size)}, {bundle.manifest.recipe.name}, in {seconds:.0f} s")
         if result is not None:
-            asked = f"--bits {bits:g}" if budget is None else f"--budget {budget!r}"
+            asked = f"--bits {bits:g}" if budget is None else f"--budget {budget}"
             progress.note(
                 "the recipe stands in its manifest.json; as a file to edit, with what each matrix costs: "
                 f"edgelm recipe {checkpoint} {asked} -o FILE"
@@ -162,13 +178,15 @@ def _refuse_portable(ops: str) -> None:
     """Budgets are of native bundles, whose bits may differ from one expert to the next.
 
     Raises:
-        ExportError: this export is for portable operators.
+        click.UsageError: portable operators were asked for.
+        ExportError: this installation has no others.
     """
     from edgelm.errors import ExportError
     from edgelm.runtimes.native_library import library_path
 
     if ops == "portable" or (ops == "auto" and library_path() is None):
-        raise ExportError(
+        why = (
             "--bits and --budget choose among schemes that only native operators have: export with --ops native, or "
             "have a recipe chosen from others (edgelm recipe --schemes int4-g32,int8-g32) and pass it with --recipe"
         )
+        raise click.UsageError(why) if ops == "portable" else ExportError(why)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgelm.cli.options import PATH, json_option
+
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle, CalibrationInfo, Manifest
     from edgelm.cli.inspect_gpu import GpuGroup
@@ -16,10 +18,10 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path), required=False)
+@click.argument("path", type=PATH, required=False)
 @click.option("--cpu", is_flag=True, help="In place of PATH: the kernels that this processor runs, and why those.")
 @click.option("--verify", is_flag=True, help="Hash every file of a bundle and compare with its manifest.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@json_option
 def inspect(path: Path | None, cpu: bool, verify: bool, as_json: bool) -> None:
     """Say what PATH, a bundle or a checkpoint, is: model, sizes, recipe; --verify checks a bundle's hashes.
 

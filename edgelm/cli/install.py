@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from edgelm.cli.options import BUNDLE
+from edgelm.cli.options import BUNDLE, PATH, json_option, overwrite_option
 
 
 @click.command()
 @click.argument("bundle", type=BUNDLE)
-@click.argument("dest", type=click.Path(path_type=Path))
-@click.option("--overwrite", is_flag=True, help="Replace the bundle at DEST once the new one is complete.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@click.argument("dest", type=PATH)
+@overwrite_option("the bundle at DEST")
+@json_option
 def install(bundle: Path, dest: Path, overwrite: bool, as_json: bool) -> None:
     """Copy BUNDLE to the folder DEST, checking every file's hash on the way.
 

@@ -6,6 +6,7 @@ for a report: a bug must not look like the user's mistake, nor fill the screen.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import signal
 import sys
@@ -36,6 +37,7 @@ VERBS = {
     "synth": "Write a random checkpoint of full size.",
     "demo": "Export, run and check the tiny models.",
 }
+ALIASES = {"quantise": "quantize"}
 INTERRUPTED = 130
 
 
@@ -68,11 +70,22 @@ class VerbGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command object named like the verb in `edgelm.cli.<verb>`."""
-        if cmd_name not in VERBS:
+        verb = ALIASES.get(cmd_name, cmd_name)
+        if verb not in VERBS:
             return None
-        command = getattr(importlib.import_module(f"edgelm.cli.{cmd_name}"), cmd_name)
+        command = getattr(importlib.import_module(f"edgelm.cli.{verb}"), verb)
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, but of a verb that there is not say which was meant."""
+        if args[0] not in VERBS and args[0] not in ALIASES and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0].lower(), [*VERBS, *ALIASES], n=1)
+            what = f"did you mean {near[0]!r}?" if near else "`edgelm --help` lists them"
+            raise click.UsageError(f"no such command {args[0]!r}: {what}", ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the verbs with their help, importing none."""

@@ -1,23 +1,54 @@
-"""Options that several verbs share."""
+"""Options that several verbs share, each defined once, and what makes them wrong usage.
+
+Wrong usage, exit code 2, is what the command line alone shows to be wrong. What only a file, a model or the machine
+shows is a failure, exit code 1.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from edgelm.kv_cache import KV_TYPES
 
 if TYPE_CHECKING:
     from edgelm.quant.calibration import CalibrationOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-BUNDLE = click.Path(path_type=Path)
-THREADS = click.IntRange(1, 1024)
-"""As `edgelm.runtimes.MAX_THREADS`, which would import numpy."""
+PATH = click.Path(path_type=Path)
+BUNDLE = PATH
+REPORT_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@contextlib.contextmanager
+def as_usage() -> Iterator[None]:
+    """Around a check that sees nothing but options: what it refuses is wrong usage.
+
+    Raises:
+        click.UsageError: in place of an EdgeLMError.
+    """
+    from edgelm.errors import EdgeLMError
+
+    try:
+        yield
+    except EdgeLMError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def was_given(*names: str) -> list[str]:
+    """Those of the running verb's options, by the names of their parameters, that the command line holds."""
+    context = click.get_current_context()
+    default = (click.core.ParameterSource.DEFAULT, click.core.ParameterSource.DEFAULT_MAP)
+    given_names = {name for name in names if context.get_parameter_source(name) not in (None, *default)}
+    return [option.opts[0] for option in context.command.params if option.name in given_names]
 
 
 class Number(click.FloatRange):
@@ -31,11 +62,21 @@ class Number(click.FloatRange):
         return found
 
 
-kv_option = click.option(
-    "--kv",
-    type=click.Choice(["float16", "float32", "int8", "fp8"]),
-    help="Type of the cache [as exported: float16 unless the recipe says another; float32 for portable bundles].",
-)
+class Threads(click.IntRange):
+    """A number of threads, at most the CPUs that this process may use: more would only wait for each other."""
+
+    def __init__(self) -> None:
+        super().__init__(min=1)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number."""
+        from edgelm.devices import thread_problem
+
+        found = super().convert(value, param, ctx)
+        why = thread_problem(found)
+        if why is not None:
+            self.fail(why, param, ctx)
+        return found
 
 
 class Size(click.ParamType[int]):
@@ -53,6 +94,47 @@ class Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+class RuntimeName(click.ParamType[str]):
+    """The name of a runtime that there is, whether or not it is installed here."""
+
+    name = "runtime"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name as it is."""
+        from edgelm.runtimes import runtimes
+
+        names = [entry.name for entry in runtimes()]
+        if value not in names:
+            self.fail(f"there is no runtime {value!r}; there are: {', '.join(names)}", param, ctx)
+        return str(value)
+
+
+class RecipeName(click.ParamType[str]):
+    """The name of a preset, or an existing file."""
+
+    name = "recipe"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name as it is."""
+        from edgelm.quant.recipe import PRESETS
+
+        if value not in PRESETS and not Path(value).is_file():
+            self.fail(
+                f"there is no recipe {value!r}: give {', '.join(PRESETS)}, or the path of a .toml file", param, ctx
+            )
+        return str(value)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+kv_option = click.option(
+    "--kv",
+    type=click.Choice(KV_TYPES),
+    help="Type of the cache [as exported: float16 unless the recipe says another; float32 for portable bundles].",
+)
+report_option = click.option("--report", "report_path", type=REPORT_FILE, help="Write an HTML report.")
+runtime_option = click.option(
+    "--runtime", type=RuntimeName(), metavar="NAME", help="Runtime [the best one here]; `edgelm doctor` lists them."
+)
 weight_budget_option = click.option(
     "--weight-budget",
     type=Size(),
@@ -61,14 +143,29 @@ weight_budget_option = click.option(
 )
 
 
+def output_option(what: str, *, required: bool = True) -> Callable[[Command], Command]:
+    """-o, `what` is written there."""
+    return click.option("-o", "--output", "out", required=required, type=PATH, help=what)
+
+
+def overwrite_option(what: str) -> Callable[[Command], Command]:
+    """--overwrite, which replaces `what`."""
+    return click.option("--overwrite", is_flag=True, help=f"Replace {what} once the new one is complete.")
+
+
+def threads_option(what: str = "Threads [physical cores allowed].") -> Callable[[Command], Command]:
+    """--threads, with the verb's own default."""
+    return click.option("--threads", type=Threads(), help=what)
+
+
 def loading_options(command: Command) -> Command:
     """Which runtime, how many threads, how much context, what cache, how many weights on a GPU."""
     for option in (
         weight_budget_option,
         kv_option,
         click.option("--context-length", type=click.IntRange(min=1), help="Positions to allocate [model's, <= 4096]."),
-        click.option("--threads", type=THREADS, help="Threads [physical cores allowed]."),
-        click.option("--runtime", metavar="NAME", help="Runtime [the best one here]; `edgelm doctor` lists them."),
+        threads_option(),
+        runtime_option,
     ):
         command = option(command)
     return command
@@ -78,6 +175,12 @@ def sampling_options(temperature: float) -> Callable[[Command], Command]:
     """How tokens are chosen and when to stop; `temperature` is the verb's default."""
 
     def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def checked(*arguments: Any, **options: Any) -> Any:
+            _check_sampling(options)
+            return command(*arguments, **options)
+
+        decorated: Any = checked
         for option in (
             click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."),
             click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Make sampling repeatable."),
@@ -108,10 +211,28 @@ def sampling_options(temperature: float) -> Callable[[Command], Command]:
                 help="Tokens to generate at most.",
             ),
         ):
-            command = option(command)
-        return command
+            decorated = option(decorated)
+        return decorated  # type: ignore[no-any-return]
 
     return decorate
+
+
+def _check_sampling(options: dict[str, Any]) -> None:
+    """Refuse sampling options that would do nothing together, and stop strings that cannot be found.
+
+    Raises:
+        click.UsageError: saying which.
+    """
+    filters = {name: options[name] for name in ("top_k", "top_p", "min_p") if options[name] is not None}
+    with as_usage():
+        if options["stop"]:
+            from edgelm.stopping import StopStrings
+
+            StopStrings(options["stop"])
+        if filters and options["temperature"] == 0:
+            from edgelm.sampling import Sampling  # imports numpy: only where there is something to refuse
+
+            Sampling(temperature=0, **filters)
 
 
 def calibration_options(command: Command) -> Command:
@@ -167,13 +288,14 @@ def chosen_calibration(
     need_export_extra()
     from edgelm.quant.calibration import CalibrationOptions, CoverageOptions
 
-    return CalibrationOptions(
-        text=calibration,
-        coverage=CoverageOptions(min_tokens=min_expert_tokens),
-        require_coverage=require_coverage,
-        smoothing=smooth,
-        **given(samples=samples, length=sample_length),
-    )
+    with as_usage():
+        return CalibrationOptions(
+            text=calibration,
+            coverage=CoverageOptions(min_tokens=min_expert_tokens),
+            require_coverage=require_coverage,
+            smoothing=smooth,
+            **given(samples=samples, length=sample_length),
+        )
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -183,16 +305,18 @@ def given(**options: Any) -> dict[str, Any]:
 
 def timings_line(generation: Any) -> str:
     """One line about what a generation took."""
+    from edgelm.sizes import format_number
+
     timings = generation.timings
-    parts = [f"{timings.prompt_tokens} prompt tokens"]
+    parts = [f"{timings.prompt_tokens:,} prompt tokens"]
     if timings.reused_tokens:
-        parts[0] += f" ({timings.reused_tokens} cached)"
+        parts[0] += f" ({timings.reused_tokens:,} cached)"
     if timings.prefill_tokens_per_second:
-        parts[0] += f" at {timings.prefill_tokens_per_second:.1f}/s"
+        parts[0] += f" at {format_number(timings.prefill_tokens_per_second)}/s"
     if generation.tokens:
         parts.append(f"first after {timings.time_to_first_token:.2f} s")
-        speed = f" at {timings.decode_tokens_per_second:.1f} tokens/s" if timings.decoded_tokens else ""
-        parts.append(f"{len(generation.tokens)} generated{speed}")
+        speed = f" at {format_number(timings.decode_tokens_per_second)} tokens/s" if timings.decoded_tokens else ""
+        parts.append(f"{len(generation.tokens):,} generated{speed}")
     parts.append(f"ended by {generation.stop_reason}")
     return "[" + ", ".join(parts) + "]"
 

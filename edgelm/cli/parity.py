@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.options import THREADS, Number, kv_option
+from edgelm.cli.options import BUNDLE, Number, json_option, kv_option, report_option, runtime_option, threads_option
 
 if TYPE_CHECKING:
     from edgelm.parity.result import Check, ParityReport
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--report", "report_path", type=click.Path(path_type=Path, dir_okay=False), help="Write an HTML report.")
+@click.argument("bundle", type=BUNDLE)
+@report_option
 @click.option("--checkpoint", metavar="DIR", help="Compute the reference anew from this checkpoint (needs torch).")
-@click.option("--runtime", metavar="NAME", help="Runtime [the best one here]; `edgelm doctor` lists them.")
-@click.option("--threads", type=THREADS, help="Threads [physical cores allowed].")
+@runtime_option
+@threads_option()
 @kv_option
 @click.option(
     "--max-kl",
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     help="Fail if the mean KL to the float model is larger [not judged].",
 )
 @click.option("--no-integrity", is_flag=True, help="Do not hash the files first; judge the arithmetic alone.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@json_option
 def parity(
     bundle: Path,
     report_path: Path | None,

@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from edgelm.cli.options import THREADS, calibration_options, chosen_calibration
+from edgelm.cli.options import (
+    RecipeName,
+    calibration_options,
+    chosen_calibration,
+    json_option,
+    output_option,
+    overwrite_option,
+    threads_option,
+)
 from edgelm.cli.recipes import budget_options, budgeted, chosen, in_json, refuse_two
 
 RECIPE_FILE = "recipe.toml"
@@ -15,19 +23,19 @@ RECIPE_FILE = "recipe.toml"
 
 @click.command()
 @click.argument("checkpoint")
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--recipe", help="int4 (default), int8, fp8, or a TOML file.")
+@output_option("Folder to write.")
+@click.option("--recipe", type=RecipeName(), help="int4 (default), int8, fp8, or a TOML file.")
 @budget_options
 @calibration_options
-@click.option("--threads", type=THREADS, help="Blocks in work at once; default: the cores allowed.")
-@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that EdgeLM wrote, once the new one is complete.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@threads_option("Blocks in work at once [the physical cores allowed].")
+@overwrite_option("a checkpoint that EdgeLM wrote,")
+@json_option
 def quantize(
     checkpoint: str,
     out: Path,
     recipe: str | None,
     bits: float | None,
-    budget: str | None,
+    budget: int | None,
     calibration: str | None,
     samples: int | None,
     sample_length: int | None,
@@ -43,6 +51,8 @@ def quantize(
     With --bits or --budget the recipe is chosen by what each matrix loses; the output then holds it as recipe.toml.
     With --calibration an interrupted run goes on where it was when the same command is given again.
     """
+    refuse_two(recipe, bits, budget)
+    options = chosen_calibration(calibration, samples, sample_length, min_expert_tokens, require_coverage, smooth)
     import dataclasses
     import json
     import time
@@ -52,8 +62,6 @@ def quantize(
     from edgelm.quant.checkpoint import QuantizedSummary, quantize_checkpoint
     from edgelm.sizes import format_size
 
-    refuse_two(recipe, bits, budget)
-    options = chosen_calibration(calibration, samples, sample_length, min_expert_tokens, require_coverage, smooth)
     progress = Bars()
     start = time.monotonic()
     result = budgeted(

@@ -7,24 +7,25 @@ from typing import Any
 
 import click
 
+from edgelm.cli.options import as_usage, given, json_option, output_option, overwrite_option
 from edgelm.cli.recipes import budget_options, in_json, in_words
 
 
 @click.command()
 @click.argument("checkpoint")
 @budget_options
-@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="TOML file to write [budget.toml].")
+@output_option("TOML file to write [budget.toml].", required=False)
 @click.option(
     "--calibration", "text", default="builtin", show_default=True, help="Text to measure with: a file or a folder."
 )
 @click.option("--tokens", type=click.IntRange(min=2), help="Tokens of it [8192].")
 @click.option("--schemes", metavar="NAMES", help="To choose from, for example int3-g32,int4-g32,int8-g128,float.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing recipe.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@overwrite_option("an existing recipe")
+@json_option
 def recipe(
     checkpoint: str,
     bits: float | None,
-    budget: str | None,
+    budget: int | None,
     out: Path | None,
     text: str,
     tokens: int | None,
@@ -36,19 +37,22 @@ def recipe(
 
     The result is a recipe for `edgelm quantize` and `edgelm export`.
     """
+    if (bits is None) == (budget is None):
+        raise click.UsageError("give either --bits or --budget")
     import json
     import time
 
-    from edgelm.cli.options import given
-    from edgelm.export.memory import parse_size
+    from edgelm.cli.extras import need_export_extra
+
+    need_export_extra()
     from edgelm.files import atomic_file
     from edgelm.places import check_place
     from edgelm.progress import Bars
     from edgelm.quant.budget import budget_recipe, parse_candidates
     from edgelm.quant.recipe import RECIPE
 
-    if (bits is None) == (budget is None):
-        raise click.UsageError("give either --bits or --budget")
+    with as_usage():
+        candidates = None if schemes is None else parse_candidates(schemes)
     out = out or Path("budget.toml")
     check_place(out, RECIPE, sources=[checkpoint], overwrite=overwrite)
     progress = Bars()
@@ -56,11 +60,11 @@ def recipe(
     result = budget_recipe(
         checkpoint,
         bits=bits,
-        budget=None if budget is None else parse_size(budget),
+        budget=budget,
         text=text,
         name=out.stem,
         progress=progress,
-        **given(tokens=tokens, schemes=None if schemes is None else parse_candidates(schemes)),
+        **given(tokens=tokens, schemes=candidates),
     )
     with atomic_file(out, RECIPE, sources=[checkpoint], overwrite=overwrite) as partial:
         partial.write_text(result.toml, encoding="utf-8")

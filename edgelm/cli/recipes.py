@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from edgelm.cli.options import Number
+from edgelm.cli.options import Number, Size
 
 if TYPE_CHECKING:
     from edgelm.places import Kind
@@ -23,14 +23,19 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def budget_options(command: Command) -> Command:
     """How many bits a weight may have, or how many bytes all of them."""
     for option in (
-        click.option("--budget", metavar="SIZE", help="Or: size of the bundle's weights file, for example 3.2GB."),
-        click.option("--bits", type=Number(min=0, min_open=True), help="Mean bits of a weight, scales included."),
+        click.option(
+            "--budget",
+            type=Size(),
+            metavar="SIZE",
+            help="Or: size of the bundle's weights file, for example 3.2GB.",
+        ),
+        click.option("--bits", type=Number(0, 32, min_open=True), help="Mean bits of a weight, scales included."),
     ):
         command = option(command)
     return command
 
 
-def refuse_two(recipe: str | None, bits: float | None, budget: str | None) -> None:
+def refuse_two(recipe: str | None, bits: float | None, budget: int | None) -> None:
     """Check that at most one of them was given.
 
     Raises:
@@ -47,7 +52,7 @@ def budgeted(
     *,
     reference: str | None = None,
     bits: float | None,
-    budget: str | None,
+    budget: int | None,
     calibration: CalibrationOptions | None,
     overwrite: bool,
     progress: Progress,
@@ -62,9 +67,9 @@ def budgeted(
     from edgelm.cli.extras import need_export_extra
 
     need_export_extra()
-    from edgelm.export.memory import parse_size
     from edgelm.places import check_place
     from edgelm.quant.budget import TOKENS, budget_recipe
+    from edgelm.sizes import format_size
     from edgelm.texts import BUILTIN
 
     # Measuring takes a while; what writes the output would say so afterwards.
@@ -74,10 +79,10 @@ def budgeted(
     result = budget_recipe(
         checkpoint,
         bits=bits,
-        budget=None if budget is None else parse_size(budget),
+        budget=budget,
         text=BUILTIN if calibration is None else calibration.text,
         tokens=tokens,
-        name=f"bits-{bits:g}" if budget is None else f"budget-{''.join(budget.split())}",
+        name=f"bits-{bits:g}" if budget is None else f"budget-{''.join(format_size(budget).split())}",
         progress=progress,
     )
     progress.note(f"chosen: {in_words(result)}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edgelm.cli.options import BUNDLE, given, loading_options, sampling_options
+from edgelm.cli.options import BUNDLE, PATH, given, loading_options, sampling_options
 
 
 @click.command()
@@ -17,7 +17,7 @@ from edgelm.cli.options import BUNDLE, given, loading_options, sampling_options
 @click.option("--system", help="System message, with --chat.")
 @click.option(
     "--messages",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help='In place of PROMPT, a conversation to answer: a JSON file, [{"role": "user", "content": "Hello"}, ...].',
 )
 @sampling_options(temperature=0.0)

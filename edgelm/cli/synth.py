@@ -6,16 +6,18 @@ from pathlib import Path
 
 import click
 
+from edgelm.cli.options import json_option, output_option, overwrite_option
+
 # Named here too, so that `edgelm synth --help` needs no torch.
 NAMES = ("olmoe-1b-7b", "fox-1-1.6b")
 
 
 @click.command()
 @click.argument("name", type=click.Choice(NAMES))
-@click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@output_option("Folder to write.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same seed, same bytes.")
-@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that EdgeLM wrote, once the new one is complete.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@overwrite_option("a checkpoint that EdgeLM wrote,")
+@json_option
 def synth(name: str, out: Path, seed: int, overwrite: bool, as_json: bool) -> None:
     """Write a random checkpoint with the tensors, shapes, types and files of a published model.
 

@@ -27,7 +27,6 @@ from edgelm.bundle import Bundle, sha256_of
 from edgelm.checkpoint import Checkpoint
 from edgelm.errors import EdgeLMError, ExportError, MemoryLimitError
 from edgelm.export import ExportOptions, export_bundle
-from edgelm.export.memory import parse_size
 from edgelm.packed import REFINE
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
@@ -398,16 +397,3 @@ def test_weights_beyond_float16_are_refused_for_fp16(checkpoint: MakeCheckpoint,
     options = ExportOptions(golden=SHORT, dtype="fp16")
     with pytest.raises(ExportError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has values beyond float16"):
         export_bundle(path, tmp_path / "bundle", recipe="none", options=options)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("4GiB", 4 << 30), ("1.5 GB", 1_500_000_000), ("800MiB", 800 << 20), ("123", 123), ("2k", 2000)]
-)
-def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "4 TiBs", "0"])
-def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(ExportError, match="is not a size"):
-        parse_size(text)

@@ -152,8 +152,11 @@ def test_messages_that_are_none_are_refused(model: LanguageModel, messages: Any)
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"threads": 0}, "threads is 0: it has to be an integer, 1 to 1024"),
-        ({"threads": 10**12}, "threads is 1000000000000: it has to be"),
+        ({"threads": 0}, "threads is 0: it has to be an integer, 1 or more"),
+        (
+            {"threads": 10**12},
+            r"^1000000000000 threads are more than the \d+ CPUs? that this process may use",
+        ),
         ({"threads": 1.0}, "threads is 1.0: it has to be"),
         ({"threads": True}, "threads is True: it has to be"),
         ({"threads": "2"}, "threads is '2': it has to be"),

@@ -120,8 +120,8 @@ def test_run_answers_a_conversation_from_a_file(bundle: Path, tmp_path: Path) ->
     ("arguments", "code", "message"),
     [
         (["/nowhere/at/all", "x"], 1, "edgelm: error: /nowhere/at/all is not a folder"),
-        (["{bundle}", "x", "--runtime", "npu"], 1, "there is no runtime 'npu'; there are: onnxruntime-cpu"),
-        (["{bundle}", "x", "--top-p", "0.5"], 1, "top_p would do nothing with temperature 0"),
+        (["{bundle}", "x", "--runtime", "npu"], 2, "there is no runtime 'npu'; there are: onnxruntime-cpu"),
+        (["{bundle}", "x", "--top-p", "0.5"], 2, "top_p would do nothing with temperature 0"),
         (["{bundle}", "x" * 3000, "--context-length", "16"], 1, "do not fit: the context holds 16"),
         (["{bundle}", ""], 1, "the prompt is empty"),
         (["{bundle}"], 2, "Missing argument 'PROMPT'"),
@@ -208,7 +208,7 @@ def test_debug_shows_the_traceback() -> None:
 def test_an_unknown_verb_is_wrong_usage() -> None:
     result = invoke("ran")
     assert result.exit_code == 2
-    assert "No such command 'ran'" in result.stderr
+    assert "no such command 'ran': did you mean 'run'?" in result.stderr
 
 
 @pytest.fixture(scope="module")

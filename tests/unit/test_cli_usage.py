@@ -1,0 +1,192 @@
+"""Does every wrong use of every verb end with code 2 and say what is wrong, before anything is done?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from edgelm import devices
+from edgelm.cli.main import ALIASES, VERBS, cli
+
+# Options whose value is free text: what is wrong with it only a file, a model or the hub can tell.
+FREE = {
+    *("calibration", "checkpoint", "checkpoints", "messages", "out", "parity_prompts", "reference", "report_path"),
+    *("stop", "system", "text"),
+}
+# Checked by a rule of their own, which the table below tries.
+OWN = {"schemes"}
+NO_VALUE = ("nonsense", "-7", "")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty working folder, which stays empty."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert os.listdir(tmp_path) == []  # noqa: PTH208 - names alone
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def command_of(verb: str) -> click.Command:
+    found = cli.get_command(click.Context(cli), verb)
+    assert found is not None
+    return found
+
+
+def least_arguments(verb: str) -> list[str]:
+    """Values for what a verb must be given."""
+    found: list[str] = []
+    for param in command_of(verb).params:
+        if isinstance(param, click.Argument) and param.required:
+            found.append("olmoe-1b-7b" if isinstance(param.type, click.Choice) else "nowhere")
+        elif isinstance(param, click.Option) and param.required:
+            found += [param.opts[0], "somewhere"]
+    return found
+
+
+def options_of(verb: str) -> list[click.Option]:
+    return [param for param in command_of(verb).params if isinstance(param, click.Option)]
+
+
+VALUED = [(verb, option) for verb in VERBS for option in options_of(verb) if not option.is_flag]
+FLAGS = [(verb, option) for verb in VERBS for option in options_of(verb) if option.is_flag]
+
+
+def named(value: object) -> str:
+    return value.opts[0] if isinstance(value, click.Option) else str(value)
+
+
+@pytest.mark.parametrize(("verb", "option"), VALUED, ids=named)
+def test_every_option_refuses_nonsense_or_is_free_text(verb: str, option: click.Option) -> None:
+    if option.name in FREE:
+        assert isinstance(option.type, (click.types.StringParamType, click.Path))
+        return
+    if option.name in OWN:
+        return
+    wrong = list(NO_VALUE)
+    if isinstance(option.type, click.FloatRange):
+        wrong += ["nan", "inf"]
+    if option.name == "threads":
+        wrong += ["0", str(devices.most_threads() + 1)]
+    if isinstance(option.type, click.IntRange):
+        wrong += ["1.5", str(option.type.min - 1)]
+    for value in wrong:
+        result = invoke(verb, *least_arguments(verb), f"{option.opts[-1]}={value}")
+        assert result.exit_code == 2, (value, result.output)
+        assert option.opts[-1] in result.stderr
+        assert result.stdout == ""
+
+
+@pytest.mark.parametrize(("verb", "option"), FLAGS, ids=named)
+def test_every_flag_refuses_a_value(verb: str, option: click.Option) -> None:
+    result = invoke(verb, *least_arguments(verb), f"{option.opts[0]}=1")
+    assert result.exit_code == 2, result.output
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "harness"])
+def test_every_verb_refuses_what_it_does_not_have(verb: str) -> None:
+    assert invoke(verb, *least_arguments(verb), "--bogus").exit_code == 2
+    many = command_of(verb).params[0].nargs == -1
+    assert many or invoke(verb, *least_arguments(verb), "one", "two", "three").exit_code == 2
+    if least_arguments(verb):
+        assert "Missing" in invoke(verb).stderr
+        assert invoke(verb).exit_code == 2
+
+
+EXPORT = ("export", "nowhere", "-o", "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((*EXPORT, "--recipe", "int5"), "there is no recipe 'int5': give int4, int8, fp8, none, or the path of a"),
+        ((*EXPORT, "--recipe", "int4", "--bits", "4"), "give one of --recipe, --bits and --budget"),
+        ((*EXPORT, "--bits", "4", "--budget", "3GB"), "give one of --recipe, --bits and --budget"),
+        ((*EXPORT, "--bits", "0"), "0.0 is not in the range 0<x<=32"),
+        ((*EXPORT, "--bits", "33"), "33.0 is not in the range 0<x<=32"),
+        ((*EXPORT, "--bits", "4", "--ops", "portable"), "schemes that only native operators have"),
+        ((*EXPORT, "--budget", "3 bananas"), "'3 bananas' is not a size: write for example 4GB"),
+        ((*EXPORT, "--max-ram", "0"), "'0' is not a size"),
+        ((*EXPORT, "--sm", "86"), "--sm: of use with --target tensorrt only, here it is cpu"),
+        ((*EXPORT, "--target", "cuda", "--chunk", "64", "--no-engines"), "--chunk, --engines: of use with --target"),
+        ((*EXPORT, "--target", "tensorrt", "--sm", "eighty"), "'eighty' is no list of compute capabilities"),
+        ((*EXPORT, "--target", "tensorrt", "--sm", "75"), "--sm 75: the kernels run from SM 80 on"),
+        ((*EXPORT, "--target", "tensorrt", "--ops", "portable"), "portable operators are ONNX Runtime's"),
+        ((*EXPORT, "--target", "tensorrt", "--dtype", "fp32"), "multiply bfloat16 or float16, not float32"),
+        ((*EXPORT, "--target", "cuda", "--ops", "native"), "native operators are for"),
+        ((*EXPORT, "--target", "cuda", "--dtype", "fp32"), "has no grouped-query attention in float32"),
+        ((*EXPORT, "--samples", "4"), "go with --calibration"),
+        ((*EXPORT, "--smooth", "weights"), "go with --calibration"),
+        (("quantise", "nowhere", "-o", "out", "--recipe", "int5"), "there is no recipe 'int5'"),
+        (("quantize", "nowhere", "-o", "out", "--require-coverage"), "go with --calibration"),
+        (("recipe", "nowhere"), "give either --bits or --budget"),
+        (("recipe", "nowhere", "--bits", "4", "--budget", "1GB"), "give either --bits or --budget"),
+        (("recipe", "nowhere", "--bits", "4", "--schemes", "int9-g32"), "int9-g32"),
+        (("recipe", "nowhere", "--bits", "4", "--schemes", ","), "no schemes to choose from"),
+        (("build", "nowhere", "--sm", ""), "'' is no list of compute capabilities"),
+        (("run", "nowhere", "x", "--runtime", "npu"), "there is no runtime 'npu'; there are: onnxruntime-cpu"),
+        (("run", "nowhere", "x", "--top-p", "0.5"), "top_p would do nothing with temperature 0"),
+        (("run", "nowhere", "x", "--stop", ""), "stop string '' cannot be found"),
+        (("run", "nowhere"), "Missing argument 'PROMPT'"),
+        (("run", "nowhere", "x", "--system", "y"), "--system needs --chat"),
+        (("run", "nowhere", "x", "--messages", "y"), "--messages is the whole conversation"),
+        (("chat", "nowhere", "-t", "0", "--top-k", "5"), "top_k would do nothing with temperature 0"),
+        (("eval", "int5", "--checkpoint", "nowhere"), "int5 is no bundle, no checkpoint and no recipe"),
+        (("eval", "int4"), "the recipe int4 needs weights to quantise: give the float model with --checkpoint"),
+        (("eval", "./nowhere", "--tokens", "8", "--length", "9"), "tokens is 8, less than one window of 9"),
+        (("inspect",), "name a bundle or a checkpoint"),
+        (("inspect", "nowhere", "--cpu"), "takes neither PATH nor --verify"),
+        (("exprt", "x"), "no such command 'exprt': did you mean 'export'?"),
+        (("Run", "x"), "no such command 'Run': did you mean 'run'?"),
+        (("xyzzy",), "no such command 'xyzzy': `edgelm --help` lists them"),
+        (("run", "nowhere", "x", "--temprature", "1"), "--temperature"),
+        (("--bogus", "run"), "No such option"),
+    ],
+)
+def test_what_the_command_line_alone_shows_to_be_wrong(arguments: tuple[str, ...], said: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert said in " ".join(result.stderr.split())
+    assert result.stderr.startswith("Usage: ")
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "nowhere", "x"), ("run", "nowhere", "--messages", "nothing"), ("bench", "nowhere"),
+        ("parity", "nowhere"), ("inspect", "nowhere"), ("install", "nowhere", "out"), ("build", "nowhere"),
+        ("eval", "./nowhere"), ("export", "./nowhere", "-o", "out"), ("quantize", "./nowhere", "-o", "out"),
+        (*EXPORT, "--parity-prompts", "nothing"), ("recipe", "./nowhere", "--bits", "4"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_a_failure_in_one_line(arguments: tuple[str, ...]) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("edgelm: error: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_threads_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "most_threads", lambda: 3)
+    assert devices.thread_problem(3) is None
+    for verb in ("bench", "parity", "quantize", "export", "eval", "chat"):
+        result = invoke(verb, *least_arguments(verb), "--threads", "4")
+        assert result.exit_code == 2
+        assert "4 threads are more than the 3 CPUs that this process may use: give at most 3, or leave" in result.stderr
+
+
+def test_an_alias_is_the_verb_and_help_lists_it_once() -> None:
+    text = invoke("--help").stdout
+    for alias, verb in ALIASES.items():
+        assert cli.get_command(click.Context(cli), alias) is command_of(verb)
+        assert invoke(alias, "--help").exit_code == 0
+        assert f"  {alias} " not in text
