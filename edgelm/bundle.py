@@ -204,6 +204,12 @@ class Manifest:
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
+    def __repr__(self) -> str:
+        return f"Manifest({self._summary()}, {len(self.tensors)} tensors)"
+
+    def _summary(self) -> str:
+        return f"{self.model.name}, {self.recipe.name}, {self.ops} operators for {self.target}"
+
     def to_json(self) -> str:
         """The manifest as indented JSON."""
         data = dataclasses.asdict(self)
@@ -356,6 +362,9 @@ class Bundle:
                     f"{file} has {size} bytes, the manifest says {info.size}: copy or export the bundle again"
                 )
         return cls(path, manifest)
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r}: {self.manifest._summary()})"
 
     def file(self, name: str) -> Path:
         """The path of a file of the bundle, which need not be in the manifest."""

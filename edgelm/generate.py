@@ -139,7 +139,7 @@ class LanguageModel:
             finally:
                 turn.leave()
                 turn.pause()
-        return [self._stream_of(answer, started).drain() for answer in answers]
+        return [TextStream(self, answer, Turn(self._turns), started=started).drain() for answer in answers]
 
     def _answers(
         self,
@@ -212,13 +212,8 @@ class LanguageModel:
         ids: list[int] = whole_numbers(prompt, "the prompt").tolist()
         return ids
 
-    def _stream(self, tokens: list[int], options: Options, started: float, *, exact: bool | None = None) -> TextStream:
-        """Continue `tokens`; `exact` as for `_prefill`, by default where there is a seed."""
-        return self._stream_of(self._continuation(tokens, options), started, exact=exact)
-
-    def _stream_of(self, answer: Continuation, started: float, *, exact: bool | None = None) -> TextStream:
-        exact = answer.options.sampling.seed is not None if exact is None else exact
-        return TextStream(self, answer, Turn(self._turns), exact=exact, started=started)
+    def _stream(self, tokens: list[int], options: Options, started: float) -> TextStream:
+        return TextStream(self, self._continuation(tokens, options), Turn(self._turns), started=started)
 
     def _continuation(self, tokens: list[int], options: Options) -> Continuation:
         self._turns.require_open()

@@ -144,9 +144,9 @@ class TextStream(Iterator[str]):
     early is fine; leaving it open is not: see `edgelm.turns`.
     """
 
-    def __init__(self, model: LanguageModel, answer: Continuation, turn: Turn, *, exact: bool, started: float) -> None:
-        """Made by `LanguageModel`; `exact` as for its `_prefill`, `started` when the call began."""
-        self._model, self._answer, self._turn, self._exact = model, answer, turn, exact
+    def __init__(self, model: LanguageModel, answer: Continuation, turn: Turn, *, started: float) -> None:
+        """Made by `LanguageModel`; `started`: when the call began."""
+        self._model, self._answer, self._turn = model, answer, turn
         self._spent = time.perf_counter() - started
         self._resumed = 0.0
         self._token: int | None = None
@@ -283,7 +283,7 @@ class TextStream(Iterator[str]):
         self._turn.check()
         if self._token is None:
             started = time.perf_counter()
-            exact = self._exact and not answer.options.reuse
+            exact = answer.options.sampling.seed is not None and not answer.options.reuse
             logits, self._reused = model._prefill(answer.prompt, exact=exact, check=self._turn.check)
             self._prefill_seconds = time.perf_counter() - started
             self._token = answer.choose(logits)

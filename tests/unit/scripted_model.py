@@ -23,7 +23,7 @@ class Scripted(Runtime):
 
     name = "scripted"
 
-    def __init__(self, tokens: Sequence[int], prompt_length: int, context_length: int = 64) -> None:
+    def __init__(self, tokens: Sequence[int], prompt_length: int = 1, context_length: int = 64) -> None:
         super().__init__(vocab_size=512, context_length=context_length, model_context_length=128, threads=1)
         self.tokens = list(tokens)
         self.start = prompt_length

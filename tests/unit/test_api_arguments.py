@@ -41,13 +41,18 @@ WRONG: dict[str, list[Any]] = {
     "min_p": [*NUMBERS, 1.5],
     "repetition_penalty": [*NUMBERS, 0],
     "seed": [NAN, 1.0, True, -1, 2**64, "5", [1]],
+    "reuse": [1, 0, None, "yes", np.bool_(True)],
     "stop": [5, 0, False, [1], ["a", 1], b"x", "", [""], [b"x"], 1.5, [None], ["a", ""]],
 }
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
 def test_an_option_that_cannot_be_used_is_named(model: LanguageModel, name: str, value: Any) -> None:
-    more = {} if name in ("max_tokens", "temperature", "seed", "stop", "repetition_penalty") else {"temperature": 1.0}
+    more = (
+        {}
+        if name in ("max_tokens", "temperature", "seed", "stop", "reuse", "repetition_penalty")
+        else {"temperature": 1.0}
+    )
     with pytest.raises(GenerationError) as caught:
         model.generate("x", **{**more, name: value})
     assert one_line(caught.value).startswith(name if name != "stop" else "stop")

@@ -99,6 +99,40 @@ def test_with_a_seed_a_prompt_that_goes_on_is_computed_anew_unless_reuse_is_aske
     assert model.generate([*tokens[:9], 40, 41], max_tokens=1, **options).timings.reused_tokens == reused
 
 
+def test_a_prompt_that_is_repeated_or_goes_on_another_way_equals_a_fresh_model(
+    model: LanguageModel, bundle: Bundle
+) -> None:
+    tokens = model.tokenizer.encode(PROMPT)
+    calls = [
+        (tokens, {"temperature": 1.5, "seed": 1}),
+        (tokens, {"temperature": 1.5, "seed": 2}),  # the whole prompt is reused, the answer after it is not
+        (tokens, {}),
+        ([*tokens, 70, 71], {"temperature": 1.5, "seed": 2}),
+        (tokens, {"temperature": 1.5, "seed": 1}),
+        (tokens[:-1], {"temperature": 1.5, "seed": 1}),
+        ([*tokens[:-1], 80], {"repetition_penalty": 1.5}),
+        (tokens, {}),
+        ([*tokens, 90], {}),
+    ]
+    for prompt, options in calls:
+        got = model.generate(prompt, max_tokens=15, **options)
+        with load(bundle.path, threads=1) as fresh:
+            assert got.tokens == fresh.generate(prompt, max_tokens=15, **options).tokens, (prompt, options)
+            assert model.runtime.position == fresh.runtime.position
+            # To the last bit where the numbers are promised, else to rounding.
+            model_next, fresh_next = model._decode(7), fresh._decode(7)
+            if "seed" in options:
+                np.testing.assert_array_equal(model_next, fresh_next)
+            np.testing.assert_allclose(model_next, fresh_next, atol=1e-4)
+
+
+def test_every_bit_of_a_seed_counts(model: LanguageModel) -> None:
+    seeds = [1, 1 + 2**32, 1 + 2**40, 1 + 2**63]
+    found = [model.generate(PROMPT, max_tokens=12, temperature=2.0, seed=seed).tokens for seed in seeds]
+    assert len(set(found)) == len(seeds)
+    assert found == [model.generate(PROMPT, max_tokens=12, temperature=2.0, seed=seed).tokens for seed in seeds]
+
+
 def test_without_a_seed_texts_differ(model: LanguageModel) -> None:
     assert len({model.generate(PROMPT, max_tokens=20, temperature=2.0).text for _ in range(4)}) > 1
 
@@ -226,6 +260,33 @@ def test_prompts_without_usable_tokens_are_refused(model: LanguageModel) -> None
         model.generate("")
     with pytest.raises(GenerationError, match="token id 512"):
         model.generate([1, 512])
+
+
+def test_reprs_say_what_a_thing_is_in_one_line(model: LanguageModel) -> None:
+    from edgelm.options import Options
+
+    stream = model.stream(PROMPT * 5, max_tokens=100, temperature=2.0, seed=1)
+    assert repr(stream).startswith("TextStream(not begun, ")
+    next(stream)
+    assert repr(stream).endswith(" prompt tokens, 1 generated)")
+    stream.close()
+    assert repr(stream).startswith("TextStream(interrupted, ")
+    generation = model.generate(PROMPT, max_tokens=100, temperature=2.0, seed=1)
+    for thing, says in (
+        (model, ["LanguageModel(", str(model.bundle.path), "tiny-graph", "onnxruntime-cpu", "256 positions"]),
+        (model.bundle, ["Bundle(", str(model.bundle.path), "tiny-graph", "portable"]),
+        (model.bundle.manifest, ["tiny-graph"]),
+        (generation, ["Generation('", f"{len(generation.tokens)} tokens", repr(generation.stop_reason)]),
+        (Options.of({"temperature": 0.5, "stop": ["x"]}), ["Options(max_tokens=256, stop=('x',), temperature=0.5)"]),
+        (Options.of({}), ["Options(max_tokens=256)"]),
+        (Options.of({"stop": ["y" * 5000], "seed": 3}).sampling, ["Sampling(seed=3)"]),
+        (Options.of({"stop": ["y" * 5000]}), ["Options(max_tokens=256, stop=('yyy"]),
+    ):
+        said = repr(thing)
+        assert "\n" not in said
+        assert len(said) < 100 + len(str(model.bundle.path))
+        for text in says:
+            assert text in said
 
 
 def test_timings_count_tokens_and_leave_the_consumer_out(model: LanguageModel) -> None:

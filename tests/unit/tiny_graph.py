@@ -185,11 +185,19 @@ def write_manifest(path: Path, shape: Shape, eos_ids: tuple[int, ...]) -> Bundle
     return Bundle.open(path)
 
 
-def write_tiny_model(path: Path, shape: Shape | None = None, *, seed: int = 0, eos_ids: tuple[int, ...] = ()) -> Bundle:
-    """`write_tiny_bundle` with a byte-level tokenizer and a chat template: all that `edgelm.load` needs."""
-    from edgelm.synth_tokenizer import write_olmoe_tokenizer
+def write_tiny_model(
+    path: Path, shape: Shape | None = None, *, seed: int = 0, eos_ids: tuple[int, ...] = (), gemma: bool = False
+) -> Bundle:
+    """`write_tiny_bundle` with a tokenizer and a chat template: all that `edgelm.load` needs.
+
+    The tokenizer is byte-level as OLMoE's, or with `gemma` as Fox's: it begins texts with a token of its own (2).
+    """
+    from edgelm.synth_tokenizer import write_gemma_tokenizer, write_olmoe_tokenizer
 
     shape = shape or Shape(vocab=512, context=256)
     write_tiny_bundle(path, shape, seed=seed)
-    write_olmoe_tokenizer(path, shape.vocab, 2, renamed_eos=False)
+    if gemma:
+        write_gemma_tokenizer(path, shape.vocab)
+    else:
+        write_olmoe_tokenizer(path, shape.vocab, 2, renamed_eos=False)
     return write_manifest(path, shape, eos_ids)
