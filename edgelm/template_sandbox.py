@@ -70,7 +70,11 @@ def _folders() -> list[str]:
 
 
 class _Process:
-    """One process, and the protocol of `template_worker`."""
+    """One process, and the protocol of `template_worker`.
+
+    Attributes:
+        owing: an answer is still to come, of a request that was interrupted: the process cannot be asked again.
+    """
 
     def __init__(self, memory: int, cpu_seconds: float) -> None:
         if not sys.executable or getattr(sys, "frozen", False):
@@ -82,6 +86,7 @@ class _Process:
         command = [sys.executable, "-I", "-S", "-B", str(_WORKER), *limits, *_folders()]
         self._ready = False
         self._late = False
+        self.owing = False
         try:
             # A session of its own: a terminal's Ctrl-C is for this process alone.
             self._popen = subprocess.Popen(
@@ -109,7 +114,7 @@ class _Process:
 
     def _within(self, seconds: float, message: bytes) -> bytes:
         # A read that is waiting can be interrupted by signals, but not by another thread: so the process is ended.
-        self._late = False
+        self._late, self.owing = False, True
         clock = threading.Timer(seconds, self._end_late)
         clock.daemon = True
         clock.start()
@@ -119,7 +124,9 @@ class _Process:
             if length > 4 * MAX_OUTPUT + 1:
                 self.end()
                 raise _Ended(None, "a longer answer than it may give")
-            return self._read(length)
+            answer = self._read(length)
+            self.owing = False
+            return answer
         except OSError:
             raise self._ended() from None
         finally:
@@ -240,14 +247,16 @@ class Sandbox:
         return self._started().ask(request, self._wall_seconds)
 
     def _started(self) -> _Process:
+        if self._process is not None and self._process.owing:
+            self._end()  # a second Ctrl-C came before the first one had ended it
         if self._process is None:
             self._process = _Process(self._memory, self._cpu_seconds)
         return self._process
 
     def _end(self) -> None:
-        if self._process is not None:
-            self._process.end()
-            self._process = None
+        process, self._process = self._process, None
+        if process is not None:
+            process.end()
 
     def close(self) -> None:
         """End the process. Another one is started if need be."""

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as NotYet
 from types import TracebackType
 from typing import TypeVar
@@ -262,9 +262,26 @@ def interruptible(work: Callable[[], Result], cancel: Callable[[], None]) -> Res
                 with contextlib.suppress(NotYet):
                     # The timeout is for Windows, where a wait without one cannot be interrupted.
                     return running.result(timeout=0.25)
-        except BaseException:
+        except BaseException as error:
             cancel()
+            later = _outlast(running)
+            if later is not None:
+                raise later from error
             raise
+
+
+def _outlast(running: Future[Result]) -> BaseException | None:
+    """Wait for work that was cancelled: if it went on, the next call would meet it. Returns the last interruption.
+
+    Not by the pool: a thread that `join` is interrupted for counts as ended in Python 3.11.
+    """
+    interruption: BaseException | None = None
+    while not running.done():
+        try:
+            wait([running])
+        except BaseException as error:
+            interruption = error
+    return interruption
 
 
 def context_full(asked: int, position: int, context_length: int, model_context_length: int) -> ContextLengthError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
@@ -257,6 +258,31 @@ def test_an_interruption_cancels_native_work_and_waits_for_it() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interruptible(work, cancelled.set)
+    assert finished.is_set()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no POSIX signals")
+def test_a_second_interruption_waits_for_the_work_too() -> None:
+    taken, finished = threading.Semaphore(0), threading.Event()
+
+    def interrupt(*_: object) -> None:
+        taken.release()
+        raise KeyboardInterrupt
+
+    def work() -> None:
+        for _ in range(2):
+            time.sleep(0.2)  # as fast as people can press a key
+            os.kill(os.getpid(), signal.SIGINT)
+            assert taken.acquire(timeout=30)
+        time.sleep(0.2)
+        finished.set()
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interruptible(work, lambda: None)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert finished.is_set()
 
 

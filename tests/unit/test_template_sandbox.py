@@ -209,6 +209,27 @@ except KeyboardInterrupt:
     assert not process.is_running()
 
 
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_second_ctrl_c_leaves_no_answer_of_the_interrupted_rendering(
+    ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox = Sandbox(cpu_seconds=60)
+    template = ChatTemplate(GOOD, {}, sandbox=sandbox)
+    end = sandbox._end
+
+    def interrupted(*_: object) -> None:
+        if ended:
+            end()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("edgelm.template_sandbox._Process._read", interrupted)
+        patch.setattr(sandbox, "_end", interrupted)
+        template.render([{"role": "user", "content": "first"}])
+    assert template.render([{"role": "user", "content": "second"}]) == "user: SECOND"
+    sandbox.close()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no CPU time limit")
 @pytest.mark.parametrize("busy", [False, True])
 def test_no_process_is_left_when_edgelm_is_killed(busy: bool) -> None:
