@@ -11,8 +11,8 @@ Importing this package imports nothing heavy: each name below is fetched from it
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+# As typing.TYPE_CHECKING, which takes a while to import: `edgelm.cli.interrupts` says why that matters.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle as Bundle
     from edgelm.errors import EdgeLMError as EdgeLMError

@@ -1,5 +1,20 @@
-"""`python -m edgelm`: the command line."""
+"""`python -m edgelm` and the console script: the command line, which Ctrl-C can end while it is being imported."""
 
-from edgelm.cli.main import main
+from __future__ import annotations
 
-main()
+try:
+    from edgelm.cli.interrupts import leave_at_once
+except KeyboardInterrupt:
+    raise SystemExit(130) from None
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    leave_at_once()
+    from edgelm.cli.main import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

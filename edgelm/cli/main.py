@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 import edgelm
+from edgelm.cli.interrupts import INTERRUPTED, Raised, leave_at_once
 from edgelm.errors import EdgeLMError
 
 # The help is here too, so that `edgelm --help` imports no verb.
@@ -38,7 +39,6 @@ VERBS = {
     "demo": "Export, run and check the tiny models.",
 }
 ALIASES = {"quantise": "quantize"}
-INTERRUPTED = 130
 
 
 class Terminated(KeyboardInterrupt):
@@ -96,19 +96,21 @@ class VerbGroup(click.Group):
         """Run the verb; see the module's docstring for what becomes of errors."""
         debug = bool(ctx.params.get("debug"))
         try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            if debug:
-                traceback.print_exc()
-            click.echo("terminated" if isinstance(error, Terminated) else "interrupted", err=True)
-            ctx.exit(INTERRUPTED)
-        except BrokenPipeError:
-            # The reader of a pipe has gone: click ends quietly.
+            with Raised():
+                return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            # click's own; where the reader of a pipe has gone, it ends quietly.
             raise
-        except (EdgeLMError, OSError, MemoryError) as error:
+        except BaseException as error:
+            stopped = _interruption(error)
+            if stopped is None and not isinstance(error, (EdgeLMError, OSError, MemoryError)):
+                raise
             if debug:
                 traceback.print_exc()
-            raise Failure(str(error) or "not enough memory") from error
+            if stopped is None:
+                raise Failure(str(error) or "not enough memory") from error
+            click.echo("terminated" if isinstance(stopped, Terminated) else "interrupted", err=True)
+            ctx.exit(INTERRUPTED)
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
         """Run the command line as click does, and answer what escapes it; `standalone_mode=False` raises it."""
@@ -124,6 +126,14 @@ class VerbGroup(click.Group):
                 traceback.print_exc()
             Failure(_unexpected(error)).show()
             sys.exit(1)
+
+
+def _interruption(error: BaseException) -> KeyboardInterrupt | None:
+    """The Ctrl-C or SIGTERM that led to this error, if one did: packages may catch it while they are imported."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, KeyboardInterrupt):
+        found = found.__cause__ or found.__context__
+    return found
 
 
 def _before_verb(arguments: Sequence[str]) -> Sequence[str]:
@@ -154,7 +164,8 @@ def _terminate(*_: object) -> None:
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command line and exit; called by `edgelm.__main__`."""
+    leave_at_once()
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         # Generated text may hold characters that a terminal's encoding lacks; they must not end the program.
