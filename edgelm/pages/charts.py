@@ -3,24 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 860, 300
-LEFT, RIGHT, TOP, BOTTOM = 76, 14, 26, 46
+from edgelm.pages.frame import (
+    FONT,
+    GAP,
+    Axis,
+    Drawing,
+    Frame,
+    figure,
+    key,
+    nice_ticks,
+    text_width,
+    ticks_below,
+    value_axis,
+    value_grid,
+)
+from edgelm.pages.numbers import number
+
+STYLES = 6
+"""Curves that a chart can tell apart, by colour, dashes and shape of the marks."""
+
+_MARKS = (  # around (0, 0)
+    "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0z",
+    "M-3.2 -3.2h6.4v6.4h-6.4z",
+    "M0 -4.4l4.4 4.4l-4.4 4.4l-4.4 -4.4z",
+    "M0 -4.2l4.2 7.2h-8.4z",
+    "M0 4.2l4.2 -7.2h-8.4z",
+    "M-3.4 -3.4l6.8 6.8M-3.4 3.4l6.8 -6.8",
+)
+_ROOM = 10  # pixels from one mark to the next, at least
+_DENSE = 3  # pixels between two points of a curve, below which it is drawn fine
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. `colour` is the number of the page's variable --series-N; `dots` marks every point."""
+    """One curve. `style`: from 1 to STYLES, its colour, dashes and marks; `marks`: whether points are marked."""
 
     label: str
-    colour: int
+    style: int
     x: Sequence[float]
     y: Sequence[float]
-    dots: bool = True
-    dashed: bool = False
+    marks: bool = True
 
 
 @dataclass(frozen=True)
@@ -33,22 +59,11 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Axis:
-    """Maps values to pixels; `log` for a logarithmic scale, where values below `low` are drawn at `low`."""
+class Flag:
+    """A vertical line at a value of the x axis that says what is wrong there."""
 
-    low: float
-    high: float
-    first: float
-    last: float
-    log: bool = False
-
-    def at(self, value: float) -> float:
-        """The pixel of a value."""
-        low, high, value = self.low, self.high, min(max(value, self.low), self.high)
-        if self.log:
-            low, high, value = math.log10(low), math.log10(high), math.log10(value)
-        share = (value - low) / (high - low) if high > low else 0.5
-        return self.first + share * (self.last - self.first)
+    label: str
+    x: float
 
 
 def line_chart(
@@ -58,105 +73,84 @@ def line_chart(
     x_label: str,
     y_label: str,
     log: bool = False,
+    share: bool = False,
     spans: Sequence[Span] = (),
-    limit: tuple[str, float] | None = None,
-    y_range: tuple[float, float] | None = None,
+    flag: Flag | None = None,
+    x_names: Mapping[float, str] | None = None,
+    scale: Sequence[float] = (),
     floor: float = 1e-12,
+    note: str = "",
 ) -> str:
-    """An SVG figure with axes, legend and description. Points that are not finite leave a gap."""
-    values = [y for item in series for y in item.y if math.isfinite(y)] + ([limit[1]] if limit else [])
+    """A figure of curves; "" where there is no finite value. Points that are not finite leave a gap.
+
+    Args:
+        title: the caption.
+        series: the curves.
+        x_label: what the horizontal axis is, whole numbers.
+        y_label: what the vertical axis is.
+        log: logarithmic vertical axis.
+        share: the values are shares: an axis from 0 to 100 %.
+        spans: labelled stretches in place of numbers at the horizontal axis.
+        flag: where something is wrong.
+        x_names: names in place of numbers.
+        scale: more values that the vertical axis reaches, so that several charts have one scale.
+        floor: values that are not above it have no place of their own on a logarithmic axis.
+        note: how to read it.
+    """
+    values = [y for item in series for y in item.y if math.isfinite(y)]
     positions = [x for item in series for x in item.x]
     if not values or not positions:
         return ""
-    y_axis = value_axis(values, log, floor, y_range)
-    x_low, x_high = min(positions), max(positions)
-    x_axis = Axis(x_low, x_high, LEFT, WIDTH - RIGHT)
-    parts = [_spans(spans, x_axis), value_grid(y_axis), _x_ticks(x_axis, spans)]
-    if limit:
-        y = y_axis.at(limit[1])
-        parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-    parts += [_curve(item, x_axis, y_axis) for item in series]
-    parts.append(axis_labels(x_label, y_label))
-    return svg_figure(title, "".join(parts), _legend(series, limit))
+
+    def draw(frame: Frame) -> Drawing:
+        y_axis = value_axis(frame, [*values, *scale], log=log, floor=floor, given=(0.0, 1.0) if share else None)
+        x_axis = Axis(min(positions), max(positions), *frame.x_range)
+        bands, below = _spans(frame, spans, x_axis) if spans else (_x_ticks(frame, x_axis, x_names or {}), "")
+        grid = value_grid(frame, y_axis, share=share, below=log and min(values) < y_axis.low)
+        curves = [_curve(item, x_axis, y_axis, x_names or {}) for item in series]
+        return Drawing(bands + grid + "".join(curves) + _flag(frame, flag, x_axis), frame.height, below=below)
+
+    return figure(title, draw, x_label=x_label, y_label=y_label, legend=_legend(series), note=note)
 
 
-def svg_figure(title: str, content: str, legend: str = "") -> str:
-    """A figure of the charts' size around SVG elements."""
-    svg = (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
-        f"<title>{escape(title)}</title>{content}</svg>"
-    )
-    return f"<figure><figcaption>{escape(title)}</figcaption>{legend}{svg}</figure>"
-
-
-def axis_labels(x_label: str, y_label: str) -> str:
-    """What the axes are."""
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    return (
-        f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}">{escape(x_label)}</text>'
-        f'<text class="label" transform="translate(16 {middle}) rotate(-90)">{escape(y_label)}</text>'
-    )
-
-
-def value_axis(values: Sequence[float], log: bool, floor: float, given: tuple[float, float] | None) -> Axis:
-    """The vertical axis for these values: whole decades where it is logarithmic, else from zero (or below)."""
-    if given:
-        low, high = given
-    elif log:
-        positive = [value for value in values if value > floor]
-        low = 10 ** math.floor(math.log10(min(positive, default=floor)))
-        high = 10 ** math.ceil(math.log10(max([*positive, low * 10])) - 1e-12)
-    else:
-        low, high = min(0.0, min(values)), max(values) or 1.0
-    return Axis(low, high, HEIGHT - BOTTOM, TOP, log)
-
-
-def value_grid(axis: Axis) -> str:
-    """Lines and numbers of the vertical axis."""
-    if axis.log:
-        first, last = round(math.log10(axis.low)), round(math.log10(axis.high))
-        step = max(1, (last - first + 5) // 6)
-        ticks = [10.0**power for power in range(first, last + 1, step)]
-    else:
-        ticks = [axis.low + (axis.high - axis.low) * part / 5 for part in range(6)]
-    parts = []
-    for tick in ticks:
-        y = axis.at(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{y + 4:.1f}">{tick:.3g}</text>')
-    return "".join(parts)
-
-
-def _x_ticks(axis: Axis, spans: Sequence[Span]) -> str:
-    if spans:
-        return ""
+def _x_ticks(frame: Frame, axis: Axis, names: Mapping[float, str]) -> str:
     low, high = math.ceil(axis.low), math.floor(axis.high)
-    step = max(1, math.ceil((high - low) / 16))
-    return "".join(
-        f'<text class="tick" text-anchor="middle" x="{axis.at(x):.1f}" y="{HEIGHT - BOTTOM + 16}">{x}</text>'
-        for x in range(low, high + 1, step)
+    # As many numbers as there is room for.
+    room = (axis.last - axis.first) / (text_width(f"{high:,}") + 2 * GAP)
+    ticks = nice_ticks(low, high, max(1, int(room))) if high > low else [low]
+    places = sorted({*names, *(tick for tick in ticks if tick == int(tick))})
+    return ticks_below(frame, [(axis.at(x), names.get(x, f"{x:,.0f}")) for x in places if axis.low <= x <= axis.high])
+
+
+def _spans(frame: Frame, spans: Sequence[Span], axis: Axis) -> tuple[str, str]:
+    """Bands with their names, or with numbers and a key to them where the names are longer than the bands."""
+    bottom, top = frame.y_range
+    ends = [(axis.at(span.start), axis.at(span.stop)) for span in spans]
+    fits = all(text_width(span.label) + GAP <= b - a for span, (a, b) in zip(spans, ends, strict=True))
+    labels = [span.label if fits else str(number) for number, span in enumerate(spans, 1)]
+    bands = "".join(
+        f'<rect class="span" x="{a:.1f}" y="{top}" width="{b - a:.1f}" height="{bottom - top}"/>'
+        for a, b in ends[::2]
+        if b > a
+    )
+    ticks = ticks_below(frame, [((a + b) / 2, label) for (a, b), label in zip(ends, labels, strict=True)])
+    return bands + ticks, "" if fits else key(zip(labels, (span.label for span in spans), strict=True))
+
+
+def _flag(frame: Frame, flag: Flag | None, axis: Axis) -> str:
+    if flag is None:
+        return ""
+    x, (bottom, top) = axis.at(flag.x), frame.y_range
+    side, at = ("end", x - 4) if x + 4 + text_width(flag.label) > frame.width else ("start", x + 4)
+    return (
+        f'<path class="limit" d="M{x:.1f} {bottom}V{top - 12}"/>'
+        f'<text class="failed {side}" x="{at:.1f}" y="{top - 22 + FONT}">{escape(flag.label)}</text>'
     )
 
 
-def _spans(spans: Sequence[Span], axis: Axis) -> str:
-    parts = []
-    for number, span in enumerate(spans):
-        start, stop = axis.at(span.start), axis.at(span.stop)
-        if number % 2 == 0:
-            height = HEIGHT - BOTTOM - TOP
-            parts.append(
-                f'<rect class="span" x="{start:.1f}" y="{TOP}" width="{max(stop - start, 0):.1f}" height="{height}"/>'
-            )
-        # Labels of narrow stretches would overlap: every other one stands a line lower.
-        y = HEIGHT - BOTTOM + (14 if number % 2 == 0 else 26)
-        middle = (start + stop) / 2
-        parts.append(f'<text class="tick" text-anchor="middle" x="{middle:.1f}" y="{y}">{escape(span.label)}</text>')
-    return "".join(parts)
-
-
-def _curve(series: Series, x_axis: Axis, y_axis: Axis) -> str:
+def _curve(series: Series, x_axis: Axis, y_axis: Axis, names: Mapping[float, str]) -> str:
     pieces: list[str] = []
-    dots: list[str] = []
+    places: list[tuple[float, float, float, float]] = []
     open_line = False
     for x, y in zip(series.x, series.y, strict=True):
         if not math.isfinite(y):
@@ -165,20 +159,22 @@ def _curve(series: Series, x_axis: Axis, y_axis: Axis) -> str:
         px, py = x_axis.at(x), y_axis.at(y)
         pieces.append(f"{'L' if open_line else 'M'}{px:.1f} {py:.1f}")
         open_line = True
-        if series.dots:
-            tip = escape(f"{series.label}: {x:g} -> {y:.4g}")
-            dots.append(
-                f'<circle class="c{series.colour}" cx="{px:.1f}" cy="{py:.1f}" r="3"><title>{tip}</title></circle>'
-            )
-    dash = ' stroke-dasharray="5 4"' if series.dashed else ""
-    return f'<path class="s{series.colour}" d="{"".join(pieces)}"{dash}/>{"".join(dots)}'
-
-
-def _legend(series: Sequence[Series], limit: tuple[str, float] | None) -> str:
-    items = [
-        f'<span><i class="b{item.colour}{" dashed" if item.dashed else ""}"></i>{escape(item.label)}</span>'
-        for item in series
+        places.append((x, y, px, py))
+    spacing = (x_axis.last - x_axis.first) / max(1, len(series.x) - 1)
+    every = max(1, math.ceil(_ROOM / spacing)) if series.marks else 0
+    marks = [
+        f'<path class="m k{series.style}" transform="translate({px:.1f} {py:.1f})" d="{_MARKS[series.style - 1]}">'
+        f"<title>{escape(series.label)}, {escape(names.get(x, str(x)))}: {number(y)}</title></path>"
+        for x, y, px, py in (places[::every] if every else ())
     ]
-    if limit:
-        items.append(f'<span><i class="blimit"></i>{escape(limit[0])} {limit[1]:.3g}</span>')
+    fine = " dense" if spacing < _DENSE else ""
+    return f'<path class="s k{series.style}{fine}" d="{"".join(pieces)}"/>{"".join(marks)}'
+
+
+def _legend(series: Sequence[Series]) -> str:
+    items = []
+    for item in series:
+        mark = f'<path class="m k{item.style}" transform="translate(17 7)" d="{_MARKS[item.style - 1]}"/>'
+        line = f'<path class="s k{item.style}" d="M0 7H34"/>{mark if item.marks else ""}'
+        items.append(f'<span><svg viewBox="0 0 34 14" aria-hidden="true">{line}</svg>{escape(item.label)}</span>')
     return f'<div class="legend">{"".join(items)}</div>'

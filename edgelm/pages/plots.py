@@ -1,4 +1,4 @@
-"""Named points with a frontier, and heat maps, as inline SVG like `charts`."""
+"""Named points with a frontier, as inline SVG like `charts`."""
 
 from __future__ import annotations
 
@@ -7,23 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from edgelm.pages.charts import (
-    BOTTOM,
-    HEIGHT,
-    LEFT,
-    RIGHT,
-    TOP,
-    WIDTH,
-    Axis,
-    axis_labels,
-    svg_figure,
-    value_axis,
-    value_grid,
-)
+from edgelm.pages.frame import LINE, Axis, Drawing, Frame, figure, key, nice_ticks, text_width, ticks_below, value_grid
+from edgelm.pages.frame import value_axis as make_value_axis
+from edgelm.pages.numbers import number
 
-_LINE = 14  # pixels between two names
-_LETTER = 6.6  # pixels of a letter, about
-_CELL, _ROW_LABEL, _COLUMN_LABELS = 20, 56, 20
+_RADIUS = 5
 
 
 @dataclass(frozen=True)
@@ -36,105 +24,148 @@ class Point:
     tip: str
 
 
-def scatter_chart(
-    title: str, points: Sequence[Point], frontier: Sequence[int], *, x_label: str, y_label: str, floor: float = 1e-12
-) -> str:
-    """An SVG figure of points, y logarithmic, with a line through the points `frontier`; "" where there is none.
+@dataclass(frozen=True)
+class _Box:
+    """A rectangle in pixels."""
 
-    Points whose y is not above `floor` are drawn at the bottom.
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def meets(self, other: _Box) -> bool:
+        return (
+            self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
+        )
+
+
+def scatter_chart(
+    title: str,
+    points: Sequence[Point],
+    frontier: Sequence[int],
+    *,
+    x_label: str,
+    y_label: str,
+    best: str,
+    other: str,
+    floor: float = 1e-12,
+    note: str = "",
+) -> str:
+    """A figure of points, y logarithmic, with a line through the points `frontier`; "" where there is none.
+
+    `best` and `other` say what the points on the line and off it are.
+
+    Points whose y is not above `floor` are drawn at the bottom. A point is named beside it, or, where not all names
+    have room, by a number with a key below.
     """
     shown = [point for point in points if math.isfinite(point.x) and math.isfinite(point.y)]
     if not shown:
         return ""
-    y_axis = value_axis([point.y for point in shown], True, floor, None)
-    x_axis = _x_axis([point.x for point in shown])
-    parts = [value_grid(y_axis), _x_ticks(x_axis)]
-    line = [points[index] for index in frontier]
-    path = "".join(f"{'L' if i else 'M'}{x_axis.at(p.x):.1f} {y_axis.at(p.y):.1f}" for i, p in enumerate(line))
-    parts.append(f'<path class="frontier" d="{path}"/>')
-    names = _names([(x_axis.at(point.x), y_axis.at(point.y), point.name) for point in shown])
-    on_line = {id(point) for point in line}
-    for point, (x, y, anchor) in zip(shown, names, strict=True):
-        colour = 4 if id(point) in on_line else 1
-        parts.append(
-            f'<circle class="c{colour}" cx="{x_axis.at(point.x):.1f}" cy="{y_axis.at(point.y):.1f}" r="5">'
-            f"<title>{escape(point.tip)}</title></circle>"
-            f'<text class="name" text-anchor="{anchor}" x="{x:.1f}" y="{y:.1f}">{escape(point.name)}</text>'
+    line_points = [points[index] for index in frontier]
+
+    def draw(frame: Frame) -> Drawing:
+        y_axis = make_value_axis(frame, [point.y for point in shown], log=True, floor=floor)
+        x_axis = _x_axis(frame, [point.x for point in shown])
+        places = [(x_axis.at(point.x), y_axis.at(point.y)) for point in shown]
+        grid = value_grid(frame, y_axis, below=any(point.y < y_axis.low for point in shown))
+        room = max(2, int((x_axis.last - x_axis.first) / 70))
+        ticks = [(x_axis.at(tick), number(tick)) for tick in nice_ticks(x_axis.low, x_axis.high, room)]
+        line = "".join(
+            f"{'L' if i else 'M'}{x_axis.at(point.x):.1f} {y_axis.at(point.y):.1f}"
+            for i, point in enumerate(line_points)
         )
-    parts.append(axis_labels(x_label, y_label))
-    return svg_figure(title, "".join(parts))
+        labels = [point.name if point.y > floor else f"{point.name} (0)" for point in shown]
+        boxes, below = _name_boxes(frame, places, labels), ""
+        if boxes is None:
+            numbers = [str(index) for index in range(1, len(shown) + 1)]
+            boxes, below = (
+                _name_boxes(frame, places, numbers, all_of_them=False),
+                key(zip(numbers, labels, strict=True)),
+            )
+            labels = numbers
+        assert boxes is not None
+        parts = [grid, ticks_below(frame, ticks), f'<path class="s k4" d="{line}"/>']
+        for point, place, box, label in zip(shown, places, boxes, labels, strict=True):
+            parts.append(_dot(point, place, any(point is one for one in line_points)))
+            if box is not None:
+                parts.append(_name(place, box, label))
+        return Drawing("".join(parts), frame.height, below=below)
+
+    return figure(title, draw, x_label=x_label, y_label=y_label, legend=_legend(best, other), note=note)
 
 
-def heat_map(title: str, rows: Sequence[Sequence[float | None]], tips: Sequence[Sequence[str]], row_name: str) -> str:
-    """An SVG figure of one square a value, darker for larger, from nothing to the largest; None is an empty square.
+def _svg_dot(x: float, y: float, full: bool, tip: str = "") -> str:
+    style = "m k4 full" if full else "m k1"
+    title = f"<title>{escape(tip)}</title>" if tip else ""
+    return f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="{_RADIUS}">{title}</circle>'
 
-    The shade is the value's root, so that small ones can be told apart.
-    """
-    largest = max((value for row in rows for value in row if value is not None and math.isfinite(value)), default=0.0)
-    columns = max((len(row) for row in rows), default=0)
-    if not columns:
-        return ""
-    width, height = _ROW_LABEL + columns * _CELL, _COLUMN_LABELS + len(rows) * _CELL
-    parts = []
-    for column in range(0, columns, max(1, columns // 16)):
-        x = _ROW_LABEL + (column + 0.5) * _CELL
-        parts.append(f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="14">{column}</text>')
-    for index, (row, row_tips) in enumerate(zip(rows, tips, strict=True)):
-        y = _COLUMN_LABELS + index * _CELL
-        label = escape(f"{row_name} {index}")
-        parts.append(f'<text class="tick" text-anchor="end" x="{_ROW_LABEL - 6}" y="{y + 14}">{label}</text>')
-        for column, (value, tip) in enumerate(zip(row, row_tips, strict=True)):
-            parts.append(_cell(_ROW_LABEL + column * _CELL, y, value, largest, tip))
-    caption = f"<figcaption>{escape(title)}</figcaption>"
-    # Small maps are not blown up to the page's width.
-    return (
-        f'<figure>{caption}<svg class="heat" style="max-width:{2 * width}px" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{escape(title)}"><title>{escape(title)}</title>{"".join(parts)}</svg></figure>'
+
+def _legend(best: str, other: str) -> str:
+    line = '<path class="s k4" d="M0 7H34"/>'
+    items = ((f"{line}{_svg_dot(17, 7, True)}", best), (_svg_dot(17, 7, False), other))
+    return '<div class="legend">{}</div>'.format(
+        "".join(
+            f'<span><svg viewBox="0 0 34 14" aria-hidden="true">{mark}</svg>{escape(text)}</span>'
+            for mark, text in items
+        )
     )
 
 
-def _cell(x: float, y: float, value: float | None, largest: float, tip: str) -> str:
-    place = f'x="{x + 1:.1f}" y="{y + 1:.1f}" width="{_CELL - 2}" height="{_CELL - 2}"'
-    name = f"<title>{escape(tip)}</title>"
-    if value is None:
-        return f'<rect class="empty" {place}>{name}</rect>'
-    shade = 1.0 if not math.isfinite(value) else math.sqrt(max(value, 0.0) / largest) if largest > 0 else 0.0
-    return f'<rect class="empty" {place}></rect><rect class="cell" fill-opacity="{shade:.3f}" {place}>{name}</rect>'
+def _dot(point: Point, place: tuple[float, float], full: bool) -> str:
+    return _svg_dot(*place, full, point.tip)
 
 
-def _x_axis(values: Sequence[float]) -> Axis:
+def _name(place: tuple[float, float], box: _Box, label: str) -> str:
+    x, y = place
+    # To the nearest place of the label, where that is not beside the point.
+    to_x, to_y = min(max(x, box.left), box.right), min(max(y, box.top), box.bottom)
+    far = math.hypot(to_x - x, to_y - y) > 2 * _RADIUS + 4
+    lead = f'<path class="lead" d="M{x:.1f} {y:.1f}L{to_x:.1f} {to_y:.1f}"/>' if far else ""
+    return f'{lead}<text class="name" x="{box.left:.1f}" y="{box.bottom - 4:.1f}">{escape(label)}</text>'
+
+
+def _x_axis(frame: Frame, values: Sequence[float]) -> Axis:
     low, high = min(values), max(values)
     room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    return Axis(max(0.0, low - room), high + room, LEFT, WIDTH - RIGHT)
+    return Axis(max(0.0, low - room), high + room, *frame.x_range)
 
 
-def _x_ticks(axis: Axis) -> str:
-    """Marks at round numbers, five to ten of them."""
-    rough = (axis.high - axis.low) / 6
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
-    first, last = math.ceil(axis.low / step), math.floor(axis.high / step + 1e-9)
-    ticks = [i * step for i in range(first, last + 1)]
-    y = HEIGHT - BOTTOM + 16
-    return "".join(
-        f'<text class="tick" text-anchor="middle" x="{axis.at(tick):.1f}" y="{y}">{tick:.4g}</text>' for tick in ticks
-    )
+def _name_boxes(
+    frame: Frame, points: Sequence[tuple[float, float]], names: Sequence[str], *, all_of_them: bool = True
+) -> list[_Box | None] | None:
+    """Where names stand: near their points, inside the frame, over no other name and no point.
+
+    A name without such a place is None; where `all_of_them` have to have one, the answer is None then.
+    """
+    bottom, top = frame.y_range
+    taken = [_Box(x - _RADIUS - 1, y - _RADIUS - 1, x + _RADIUS + 1, y + _RADIUS + 1) for x, y in points]
+    found: list[_Box | None] = []
+    for (x, y), name in zip(points, names, strict=True):
+        width = text_width(name)
+        box = next(
+            (
+                box
+                for box in _around(x, y, width)
+                if box.left >= frame.left
+                and box.right <= frame.width
+                and box.top >= top - LINE
+                and box.bottom <= bottom + 2
+                and not any(box.meets(other) for other in taken)
+            ),
+            None,
+        )
+        if box is None and all_of_them:
+            return None
+        found.append(box)
+        taken += [box] if box else []
+    return found
 
 
-def _names(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
-    """Where each name stands, (x, y, anchor): beside its point, moved down or up where another stands already."""
-    taken: list[tuple[float, float, float]] = []
-    found: dict[int, tuple[float, float, str]] = {}
-    for index in sorted(range(len(points)), key=lambda i: points[i][1]):
-        x, y, name = points[index]
-        width = _LETTER * len(name)
-        left = x + 9 + width > WIDTH - RIGHT
-        start = x - 9 - width if left else x + 9
-        near = [(a, b, other) for a, b, other in taken if start <= b and start + width >= a]
-        places = [y + 4 + step * _LINE for step in sorted(range(-12, 13), key=lambda step: (abs(step), -step))]
-        inside = [place for place in places if TOP <= place <= HEIGHT - BOTTOM]
-        free = [place for place in inside if all(abs(place - other) >= _LINE - 1 for _, _, other in near)]
-        at = free[0] if free else y + 4
-        taken.append((start, start + width, at))
-        found[index] = (x - 9, at, "end") if left else (x + 9, at, "start")
-    return [found[index] for index in range(len(points))]
+def _around(x: float, y: float, width: float) -> list[_Box]:
+    """Places for a label of a point, the nearest first."""
+    boxes = []
+    for far in (_RADIUS + 4, 18, 32, 46, 62, 80, 100, 120):
+        for dx, dy in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)):
+            middle_x, middle_y = x + dx * (far + width / 2), y + dy * (far + LINE / 2 if not dx else far)
+            boxes.append(_Box(middle_x - width / 2, middle_y - LINE / 2, middle_x + width / 2, middle_y + LINE / 2))
+    return boxes

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from edgelm.files import atomic_file
-from edgelm.pages.charts import Series, Span, line_chart
-from edgelm.pages.page import REPORT, document, facts_table, files_table, number, percent
+from edgelm.pages.charts import Flag, Series, Span, line_chart
+from edgelm.pages.numbers import number, percent
+from edgelm.pages.page import REPORT, Column, device_facts, document, facts_table, files_table, table
+from edgelm.parity.diagnose import Diagnosis
 from edgelm.parity.result import Check, FloatLoss, ParityReport
+
+_FLOOR = 1e-9  # nats: KL below it is drawn at it
+_WORDS = {True: ("✓ pass", "pass"), False: ("✗ FAIL", "fail"), None: ("not judged", "none")}
 
 
 def write_report(report: ParityReport, path: Path) -> None:
@@ -37,37 +43,49 @@ def render(report: ParityReport) -> str:
 
 
 def _head(report: ParityReport) -> str:
-    word, style = ("PASSED", "pass") if report.passed else ("FAILED", "fail")
-    model = report.model
-    cause = f'<div class="cause"><b>First divergence:</b> {escape(report.cause)}</div>' if report.cause else ""
+    word, style = ("✓ PASSED", "pass") if report.passed else ("✗ FAILED", "fail")
     notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in report.notes)
     return (
-        f'<h1>Parity report <span class="verdict {style}">{word}</span></h1>'
-        f"<p>{escape(str(model.get('name', '')))} · recipe <code>{escape(report.recipe)}</code> · limits for "
-        f"<code>{escape(report.kind)}</code> · {escape(str(report.device.get('cpu', '')))}</p>"
-        f'<p class="soft">What this device computes with <code>{escape(report.bundle)}</code>, against what the '
-        f"PyTorch reference computed ({escape(report.reference)}), at {report.positions} positions of "
-        f"{len(report.prompts)} prompts.</p>{cause}{notes}"
+        f"<h1>Parity of {escape(Path(report.bundle).name)}</h1>"
+        f'<p class="answer {style}"><span class="badge">{word}</span> {escape(report.sentence)}</p>{_causes(report)}'
+        f"<p>{escape(str(report.model.get('name', '')))} · recipe <code>{escape(report.recipe)}</code> · "
+        f"{escape(str(report.device.get('cpu', '')))}</p>"
+        f'<p class="soft">The bundle <code>{escape(report.bundle)}</code> was run on this device, and compared with '
+        f"what the PyTorch reference computed ({escape(report.reference)}), at {report.positions:,} positions of "
+        f"{len(report.prompts):,} prompts. Limits: those for <code>{escape(report.kind)}</code>.</p>{notes}"
     )
 
 
+def _causes(report: ParityReport) -> str:
+    """What failed, in words; "" where nothing did."""
+    if not report.failures:
+        return ""
+    cause = f"<b>First divergence:</b> {escape(report.cause)}" if report.cause else "<b>What failed</b>"
+    items = "".join(f"<li>{escape(_failure(check))}</li>" for check in report.failures)
+    return f'<div class="cause">{cause}<ul>{items}</ul></div>'
+
+
+def _failure(check: Check) -> str:
+    if check.value is None or check.limit is None:
+        return f"{check.title}: {check.detail}"
+    bound = "at most" if check.better == "lower" else "at least"
+    return f"{check.title}: {_measured(check.value)}, allowed {bound} {number(check.limit)}"
+
+
 def _cards(report: ParityReport) -> str:
-    diverged = "none"
-    if report.first_diverged_layer is not None:
-        diverged = "embedding" if report.first_diverged_layer < 0 else f"layer {report.first_diverged_layer}"
     ratio = report.perplexity / report.perplexity_quantized if report.perplexity_quantized else float("nan")
     cards = [
-        ("KL to the quantised reference, mean, nats", number(report.kl_mean)),
-        ("KL to the quantised reference, p99 / max, nats", f"{number(report.kl_p99)} / {number(report.kl_max)}"),
-        ("KL to the float reference, mean, nats", number(report.float_kl_mean)),
-        ("Top-1 as the quantised reference, all positions", percent(report.top1)),
-        ("Top-1 as the quantised reference, clear positions", percent(report.top1_clear)),
-        ("Greedy tokens as the quantised reference", f"{report.greedy_prefix} of {report.greedy_total}"),
-        ("Perplexity, device / quantised reference", number(ratio)),
-        ("First diverged layer", diverged),
+        (f"{number(report.kl_mean)} nats", "KL to the quantised reference, mean; lower is better"),
+        (f"{number(report.kl_p99)} nats", "99th percentile of it"),
+        (f"{number(report.kl_max)} nats", "largest of it"),
+        (f"{number(report.float_kl_mean)} nats", "KL to the float reference, mean: mostly the recipe's loss"),
+        (percent(report.top1), "of positions: same most likely token as the quantised reference"),
+        (percent(report.top1_clear), "of positions where its choice is clear"),
+        (f"{report.greedy_prefix:,} of {report.greedy_total:,}", "greedy tokens as the quantised reference"),
+        (number(ratio), "perplexity, device over quantised reference; 1 is equal"),
     ]
     items = "".join(
-        f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for label, value in cards
+        f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for value, label in cards
     )
     return f'<div class="cards">{items}</div>'
 
@@ -79,82 +97,62 @@ def _checks(checks: Sequence[Check]) -> str:
     folded = ""
     if layers:
         good = sum(check.passed is True for check in layers)
-        folded = (
-            f"<details><summary>Layers: {good} of {len(layers)} checks pass</summary>{_check_table(layers)}</details>"
-        )
-    return f"<h2>Checks</h2>{_check_table(shown)}{folded}"
+        summary = f"Layers: {good} of {len(layers)} checks pass"
+        folded = f"<details><summary>{summary}</summary>{_check_table('Checks of layers', layers)}</details>"
+    return f"<h2>Checks</h2>{_check_table('Checks', shown)}{folded}"
 
 
-def _check_table(checks: Iterable[Check]) -> str:
+def _check_table(name: str, checks: Sequence[Check]) -> str:
+    columns = (
+        *(Column("Result", "mark"), Column("Check", "long")),
+        *(Column("Measured", "num"), Column("Limit", "num"), Column("Detail", "long")),
+    )
     rows = []
     for check in checks:
-        word, style = {True: ("pass", "pass"), False: ("FAIL", "fail"), None: ("not judged", "skip")}[check.passed]
         bound = "" if check.limit is None else f"{'≤' if check.better == 'lower' else '≥'} {number(check.limit)}"
-        rows.append(
-            f'<tr><td class="{style}">{word}</td><td>{escape(check.title)}</td>'
-            f'<td class="num">{"" if check.value is None else number(check.value)}</td><td class="num">{bound}</td>'
-            f"<td>{escape(check.detail)}</td></tr>"
-        )
-    return (
-        '<div class="wide"><table><tr><th>Verdict</th><th>Check</th><th class="num">Measured</th>'
-        f'<th class="num">Limit</th><th>Detail</th></tr>{"".join(rows)}</table></div>'
-    )
+        value = "" if check.value is None else _measured(check.value)
+        rows.append((_WORDS[check.passed][0], check.title, value, bound, check.detail))
+    return table(name, columns, rows, [_WORDS[check.passed][1] for check in checks])
+
+
+def _measured(value: float) -> str:
+    return "not a number" if math.isnan(value) else number(value)
 
 
 def _loss(loss: FloatLoss) -> str:
     """Apart from the checks: what the recipe cost is no fault of the device."""
     warning = f'<div class="cause"><b>Warning:</b> {escape(loss.warning)}</div>' if loss.warning else ""
     head = "<h2>Lost against the float model</h2>"
-    about = "Information: no check counts it unless <code>--max-kl</code> is given."
+    about = "What the recipe costs; no check counts it unless <code>--max-kl</code> is given."
     if not loss.known:
         return f'{head}<p class="soft">{escape(loss.text)}. {about}</p>'
+    columns = (
+        *(Column("Loss; lower is better", "long"), Column("Recipe by itself", "num")),
+        *(Column("This device", "num"), Column("What the device adds", "num")),
+    )
     rows = [
-        ("KL(float reference || …), mean, nats", number(loss.kl_reference), number(loss.kl)),
-        ("Perplexity, … / float reference - 1", percent(loss.perplexity_reference), percent(loss.perplexity)),
+        (
+            "Mean KL to the float reference, nats",
+            *(number(loss.kl_reference), number(loss.kl), number(loss.kl - loss.kl_reference)),
+        ),
+        (
+            "Perplexity above the float reference's",
+            *(percent(loss.perplexity_reference), percent(loss.perplexity)),
+            percent(loss.perplexity - loss.perplexity_reference),
+        ),
     ]
-    body = "".join(
-        f'<tr><td>{escape(title)}</td><td class="num">{recipe}</td><td class="num">{device}</td></tr>'
-        for title, recipe, device in rows
-    )
-    return (
-        f'{head}<p class="soft">{about}</p>{warning}<div class="wide"><table><tr><th></th><th class="num">'
-        f'quantised reference: the recipe by itself</th><th class="num">device</th></tr>{body}</table></div>'
-    )
+    return f'{head}<p class="soft">{about}</p>{warning}{table("Loss", columns, rows)}'
 
 
 def _charts(report: ParityReport) -> str:
     charts = [_kl_chart(report)]
     if report.diagnosis is not None:
-        layers = report.diagnosis.layers
-        x = [layer.layer for layer in layers]
-        charts.append(
-            line_chart(
-                "Relative error of the residual stream after each layer (median over positions)",
-                [
-                    Series("against the quantised reference", 1, x, [layer.error for layer in layers]),
-                    Series("added by the layer itself", 3, x, [layer.added for layer in layers], dashed=True),
-                    Series("against the float reference", 2, x, [layer.error_float for layer in layers]),
-                ],
-                x_label="layer",
-                y_label="relative error",
-                log=True,
-            )
-        )
+        first = report.first_diverged_layer
+        flag = None if first is None or first < 0 else Flag("first divergence", first)
+        charts.append(_error_chart(report.diagnosis, flag))
         if report.diagnosis.experts_total:
-            charts.append(
-                line_chart(
-                    "Share of positions with exactly the reference's experts",
-                    [
-                        Series("quantised reference, router margin clear", 1, x, [layer.clear for layer in layers]),
-                        Series("quantised reference, near-tie", 3, x, [layer.near for layer in layers], dashed=True),
-                        Series("float reference", 2, x, [layer.same_float for layer in layers]),
-                    ],
-                    x_label="layer",
-                    y_label="share of positions",
-                    y_range=(0.0, 1.0),
-                )
-            )
-    return "<h2>Where and how much</h2>" + "".join(charts)
+            charts.append(_routing_chart(report.diagnosis, flag))
+    return f"<h2>Where and how much</h2>{''.join(charts)}"
 
 
 def _kl_chart(report: ParityReport) -> str:
@@ -167,52 +165,87 @@ def _kl_chart(report: ParityReport) -> str:
         lost += prompt.kl_float
     x = list(range(len(own)))
     return line_chart(
-        "KL divergence at every position, in nats (drawn from 1e-9 up)",
+        "KL divergence at every position",
         [
-            Series("float reference || device", 2, x, [max(value, 1e-9) for value in lost], dots=False),
-            Series("quantised reference || device", 1, x, [max(value, 1e-9) for value in own], dots=False),
+            Series("to the float reference: mostly what the recipe lost", 2, x, lost, marks=False),
+            Series("to the quantised reference: what this device adds", 1, x, own, marks=False),
         ],
         x_label="position, prompt by prompt",
-        y_label="KL, nats",
+        y_label="KL divergence, nats; lower is better",
         log=True,
         spans=spans,
-        floor=1e-10,
+        floor=_FLOOR,
+    )
+
+
+def _error_chart(diagnosis: Diagnosis, flag: Flag | None) -> str:
+    layers = diagnosis.layers
+    x = [layer.layer for layer in layers]
+    return line_chart(
+        "Error of the residual stream after each layer, median over positions",
+        [
+            Series("against the float reference: mostly the recipe", 2, x, [layer.error_float for layer in layers]),
+            Series("against the quantised reference: this device", 1, x, [layer.error for layer in layers]),
+            Series("added by the layer itself, on this device", 3, x, [layer.added for layer in layers]),
+        ],
+        x_label="layer",
+        y_label="relative error; lower is better",
+        log=True,
+        flag=flag,
+    )
+
+
+def _routing_chart(diagnosis: Diagnosis, flag: Flag | None) -> str:
+    layers = diagnosis.layers
+    x = [layer.layer for layer in layers]
+    return line_chart(
+        "Positions with exactly the reference's experts",
+        [
+            Series("the float reference's", 2, x, [layer.same_float for layer in layers]),
+            Series("the quantised reference's, where its choice was clear", 1, x, [layer.clear for layer in layers]),
+            Series("the quantised reference's, at near-ties", 3, x, [layer.near for layer in layers]),
+        ],
+        x_label="layer",
+        y_label="share of positions; higher is better",
+        share=True,
+        flag=flag,
     )
 
 
 def _prompts(report: ParityReport) -> str:
-    rows = []
-    for prompt in report.prompts:
-        continuation = f'<span class="more"> {escape(prompt.greedy_text)}</span>' if prompt.greedy else ""
+    columns = (
+        *(Column("No.", "num"), Column("Prompt", "long"), Column("Tokens", "num"), Column("KL mean, nats", "num")),
+        *(Column("Top token same", "num"), Column("Greedy tokens same", "num")),
+    )
+    rows, texts = [], []
+    for index, prompt in enumerate(report.prompts, 1):
+        mean = sum(prompt.kl) / len(prompt.kl) if prompt.kl else None
+        same = sum(prompt.top1_same) / len(prompt.top1_same) if prompt.top1_same else None
         greedy = f"{prompt.greedy_prefix} of {len(prompt.greedy)}" if prompt.greedy else "-"
-        mean = sum(prompt.kl) / len(prompt.kl) if prompt.kl else float("nan")
-        same = sum(prompt.top1_same) / len(prompt.top1_same) if prompt.top1_same else float("nan")
-        rows.append(
-            f'<tr><td>{escape(prompt.name)}</td><td class="num">{prompt.length}</td>'
-            f'<td class="num">{number(mean)}</td>'
-            f'<td class="num">{percent(same)}</td><td class="num">{greedy}</td>'
-            f'<td class="mono text">{escape(prompt.text)}{continuation}</td></tr>'
+        rows.append((str(index), prompt.name, f"{prompt.length:,}", number(mean), percent(same), greedy))
+        continuation = f'<span class="more">{escape(prompt.greedy_text)}</span>' if prompt.greedy else ""
+        texts.append(
+            f'<h3>{index} {escape(prompt.name)}</h3><div class="mono text" dir="auto">'
+            f"{escape(prompt.text)}{continuation}</div>"
         )
     return (
-        '<h2>Prompts</h2><p class="soft">The grey end of a text is what this device chose for it, greedily.</p>'
-        '<div class="wide"><table><tr><th>Prompt</th><th class="num">Tokens</th><th class="num">KL mean, nats</th>'
-        '<th class="num">Top-1 same</th><th class="num">Greedy tokens same</th><th>Text</th></tr>'
-        f"{''.join(rows)}</table></div>"
+        f"<h2>Prompts</h2>{table('Prompts', columns, rows)}<details><summary>Texts of the prompts; the underlined end "
+        f"is what this device chose for it, greedily</summary>{''.join(texts)}</details>"
     )
 
 
 def _facts(report: ParityReport) -> str:
     run: dict[str, object] = {"runtime": report.runtime, "threads": report.threads}
     if report.speed is not None:
-        run["loading, seconds"] = number(report.speed.load_s)
+        run["loading, seconds"] = number(report.speed.load_s, 3)
         run["prefill, tokens a second (this check)"] = number(report.speed.prefill_tokens_per_s)
         run["decode, tokens a second (this check)"] = number(report.speed.decode_tokens_per_s)
     if report.diagnosis is not None and report.diagnosis.experts_total:
         seen, total = report.diagnosis.experts_seen, report.diagnosis.experts_total
-        run["experts that the prompts exercise"] = f"{seen} of {total}"
+        run["experts that the prompts exercise"] = f"{seen:,} of {total:,}"
+    tools = {"recipe": report.recipe, "exported from": report.source, **report.tools}
     return (
-        f"<h2>Device and run</h2>{facts_table(run)}{facts_table(report.device)}"
-        f"<h2>Model and bundle</h2>{facts_table(report.model)}"
-        f"{facts_table({'recipe': report.recipe, 'exported from': report.source, **report.tools})}"
-        f"<h2>Files</h2>{files_table(report.files)}"
+        f"<h2>Run and device</h2>{facts_table('Run and device', {**run, **device_facts(report.device)})}"
+        f"<h2>Model and bundle</h2>{facts_table('Model and bundle', {**report.model, **tools})}"
+        f"<h2>Files</h2>{files_table('Files', report.files)}"
     )

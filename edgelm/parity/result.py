@@ -127,6 +127,28 @@ class ParityReport:
         """The checks that failed."""
         return [check for check in self.checks if check.passed is False]
 
+    @property
+    def sentence(self) -> str:
+        """The outcome in one plain sentence: what was asked, the answer, how many checks, and where it first fails."""
+        total, failed = sum(check.passed is not None for check in self.checks), len(self.failures)
+        if not failed:
+            return f"This device computes what the PyTorch reference computes: {total} of {total} checks passed."
+        kinds = {check.name.split(".")[0] for check in self.failures}
+        if kinds == {"integrity"}:
+            what = "The bundle's files are not those that were exported, though the device computes the reference"
+        elif kinds <= {"integrity", "tokenizer"}:
+            what = "The bundle's tokenizer is not the one that was exported"
+        elif kinds == {"float_kl"}:
+            what = "This device computes the quantised reference, but that has lost more than --max-kl allows"
+        elif kinds == {"pack"}:
+            what = "The bundle's parity pack is not what this checkpoint gives"
+        else:
+            what = "This device does not compute what the PyTorch reference computes"
+        where = {None: "", -1: ", first in the embedding"}.get(
+            self.first_diverged_layer, f", first in layer {self.first_diverged_layer}"
+        )
+        return f"{what}: {failed} of {total} checks failed{where}."
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; numbers that are not finite become null, which JSON has no other word for."""
         return {"format": "edgelm-parity", "format_version": 1, **json_ready(asdict(self))}

@@ -15,6 +15,7 @@ from edgelm.parity.metrics import Floats
 from edgelm.parity.pack import ParityPack, ReferenceRecord
 from edgelm.parity.result import Check, FloatLoss
 from edgelm.parity.thresholds import LOSS_WARNINGS, SAME_PACK, Limits
+from edgelm.sizes import format_number
 
 if TYPE_CHECKING:
     from edgelm.tokenizer import Tokenizer
@@ -106,9 +107,9 @@ def tokenizer(tokenizer: Tokenizer, pack: ParityPack) -> list[Check]:
     if pack.tokenizer is not None:
         size, known = tokenizer.vocab_size, pack.tokenizer
         same = size == known.vocab_size and tokenizer.fingerprint() == known.sha256
-        detail = f"{size} tokens"
+        detail = f"{size:,} tokens"
         if size != known.vocab_size:
-            detail = f"{size} tokens, the checkpoint's tokenizer had {known.vocab_size}"
+            detail = f"{size:,} tokens, the checkpoint's tokenizer had {known.vocab_size:,}"
         elif not same:
             detail = "some ids stand for other texts, some texts have other ids, or special ids differ"
         checks.append(Check("tokenizer.vocabulary", "Tokenizer: same vocabulary", same, detail))
@@ -292,12 +293,12 @@ def layers(pack: ParityPack, run: DeviceRun, diagnosis: Diagnosis, limits: Limit
         )
     ]
     for layer in diagnosis.layers:
-        detail = f"added error {layer.added:.3g} (median), worst {layer.worst:.3g} times the allowed"
+        detail = f"added error {layer.added:.3g} (median), worst {format_number(layer.worst, 2)} times the allowed"
         if layer.layer == diagnosis.first:
             detail = f"{diagnosis.cause}; {detail}"
         elif layer.diverged:
             detail = f"what came in was wrong already; {detail}"
-        title = f"Layer {layer.layer}: positions whose error is not explained by what came in"
+        title = f"Layer {layer.layer}: positions at which it adds an error of its own"
         checks.append(at_most(f"layer[{layer.layer}]", title, float(layer.bad), allowed, detail, layer.layer))
         if pack.num_experts:
             checks.append(_experts(layer.layer, diagnosis, allowed))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from html import escape
 
 import pytest
 from click.testing import CliRunner
 
 from edgelm.cli.parity import parity, summary
 from edgelm.errors import ParityError
-from edgelm.pages.charts import Axis, Series, line_chart
 from edgelm.parity.check import check_parity
 from edgelm.parity.report import render, write_report
 
@@ -31,18 +31,22 @@ def test_the_report_is_well_formed_and_fetches_nothing(healthy):
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     for outside in ("http://", "https://", "@import", "url("):
         assert outside not in html
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("figure") == 3
     assert "prefers-color-scheme: dark" in html
 
 
 def test_the_report_says_the_verdict_the_device_and_the_hashes(healthy):
     html = render(healthy)
-    assert ">PASSED<" in html
+    assert "✓ PASSED" in html
+    judged = sum(check.passed is not None for check in healthy.checks)
+    assert f"computes what the PyTorch reference computes: {judged} of {judged} checks passed." in html
+    for check in healthy.checks:
+        assert escape(check.title) in html
     assert healthy.files["model.onnx.data"]["sha256"] in html
     assert "tokens a second" in html
     assert "instruction sets" in html
     for prompt in healthy.prompts:
-        assert f"<td>{prompt.name}</td>" in html
+        assert f'<td class="long">{prompt.name}</td>' in html
 
 
 def test_a_failed_report_names_the_layer(copied, tmp_path):
@@ -54,7 +58,12 @@ def test_a_failed_report_names_the_layer(copied, tmp_path):
     write_report(report, file)
     html = file.read_text(encoding="utf-8")
     parse(html)
-    assert ">FAILED<" in html
+    assert "✗ FAILED" in html
+    assert f"{len(report.failures)} of " in html
+    assert " checks failed, first in layer 1." in html
+    # Each in the table, those of layers in the folded table too.
+    assert html.count("✗ FAIL<") == len(report.failures) + sum(check.layer is not None for check in report.failures)
+    assert html.count(">first divergence<") == 2 * 2  # in both layouts of the charts over layers
     assert "layer 1: the mixture of experts as a whole" in html
     assert "FAIL" in summary(report)
     assert "first divergence: layer 1" in summary(report)
@@ -112,21 +121,3 @@ def test_a_bundle_without_a_pack_is_an_error_not_a_verdict(copied):
     damage.reseal(folder)
     with pytest.raises(ParityError, match=r"pack\.json"):
         check_parity(folder, threads=1)
-
-
-def test_a_logarithmic_axis_maps_decades_to_equal_steps():
-    axis = Axis(1e-4, 1.0, 0.0, 400.0, log=True)
-    assert [axis.at(10.0**power) for power in (-4, -3, -1, 0)] == pytest.approx([0, 100, 300, 400])
-    assert axis.at(1e-9) == 0.0
-
-
-def test_a_gap_in_a_curve_stays_a_gap():
-    nan = float("nan")
-    svg = line_chart("t", [Series("s", 1, [0, 1, 2, 3], [1.0, 2.0, nan, 3.0])], x_label="x", y_label="y")
-    path = svg.split('d="')[1].split('"')[0]
-    assert path.count("M") == 2
-    assert path.count("L") == 1
-
-
-def test_a_chart_of_nothing_is_nothing():
-    assert line_chart("t", [Series("s", 1, [0.0], [float("nan")])], x_label="x", y_label="y") == ""

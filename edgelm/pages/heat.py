@@ -1,0 +1,132 @@
+"""Heat maps that share one scale, as inline SVG like `charts`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from edgelm.pages.frame import BROAD, GAP, LINE, Drawing, Frame, figure, text_width
+from edgelm.pages.numbers import number
+
+_LABELS, _TOP, _CELL, _LOWEST = 30, 20, 24, 0.08
+_NARROWEST = 9  # pixels of a square
+_SHADES = 40  # steps
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A logarithmic scale of shades from `low` to `high`, for all maps of a page."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Scale:
+        """The scale of these values: from the least above zero to the largest, at least a decade."""
+        found = [value for value in values if value is not None and math.isfinite(value) and value > 0]
+        high = max(found, default=1.0)
+        return cls(min([*found, high / 10]), high)
+
+    def shade(self, value: float) -> float:
+        """From 0 for zero, through `_LOWEST` for `low`, to 1 for `high`, and for what is no number."""
+        if not math.isfinite(value):
+            return 1.0
+        if value <= 0:
+            return 0.0
+        share = math.log(value / self.low) / math.log(self.high / self.low)
+        return _LOWEST + (1 - _LOWEST) * min(max(share, 0.0), 1.0)
+
+
+def scale_legend(scale: Scale, *, zero: str, missing: str) -> str:
+    """The shades with their values, and what the two other squares mean."""
+    values = [scale.low * (scale.high / scale.low) ** (part / 4) for part in range(5)]
+    shades = [(f"{scale.shade(value):.2f}", number(value, 2)) for value in values]
+    items = [
+        f'<span><i><b style="opacity:{shade}"></b></i>{escape(text)}</span>' for shade, text in [("0", zero), *shades]
+    ]
+    cross = f'<svg viewBox="0 0 34 14" aria-hidden="true"><path class="cross" d="{_cross(10, 0, 14, 14)}"/></svg>'
+    return f'<div class="legend">{"".join(items)}<span>{cross}{escape(missing)}</span></div>'
+
+
+def heat_map(
+    title: str,
+    rows: Sequence[Sequence[float | None]],
+    tips: Sequence[Sequence[str]],
+    scale: Scale,
+    *,
+    row_name: str,
+    column_name: str,
+) -> str:
+    """A figure of one square a value, darker for larger; None is a crossed square. "" where there is none.
+
+    Args:
+        title: the caption.
+        rows: the values; all rows are equally long.
+        tips: what is shown when a square is pointed at.
+        scale: of all maps that are to be compared.
+        row_name: what a row is, in the plural.
+        column_name: what a column is, in the plural.
+    """
+    if not rows or not rows[0]:
+        return ""
+
+    def draw(frame: Frame) -> Drawing:
+        if (frame.width - _LABELS - 2) / len(rows[0]) >= _NARROWEST or len(rows) >= len(rows[0]):
+            return _grid(frame, rows, tips, scale, row_name, column_name)
+        # Where squares would be too small the longer side goes down.
+        turned = [list(column) for column in zip(*rows, strict=True)]
+        turned_tips = [list(column) for column in zip(*tips, strict=True)]
+        return _grid(frame, turned, turned_tips, scale, column_name, row_name)
+
+    return figure(title, draw)
+
+
+def _grid(
+    frame: Frame,
+    rows: Sequence[Sequence[float | None]],
+    tips: Sequence[Sequence[str]],
+    scale: Scale,
+    row_name: str,
+    column_name: str,
+) -> Drawing:
+    columns = len(rows[0])
+    width = min(_CELL, (frame.width - _LABELS - 2) / columns)
+    height = min(max(width, 12), 18)
+    inset = 0.5 if width < 8 else 1
+    edges = f'x="{_LABELS}" y="{_TOP}" width="{columns * width:.1f}" height="{len(rows) * height:.1f}"'
+    parts = [f'<rect class="empty" {edges}/>']
+    step = _step((text_width(str(columns - 1)) + GAP) / width)
+    for column in range(0, columns, step):
+        x = _LABELS + (column + 0.5) * width
+        parts.append(f'<text class="middle" x="{x:.1f}" y="14">{column}</text>')
+    step = _step(LINE / height)
+    for index, (row, row_tips) in enumerate(zip(rows, tips, strict=True)):
+        y = _TOP + index * height
+        if index % step == 0:
+            parts.append(f'<text class="end" x="{_LABELS - 6}" y="{y + height / 2 + 4.5:.1f}">{index}</text>')
+        for column, (value, tip) in enumerate(zip(row, row_tips, strict=True)):
+            place = (_LABELS + column * width + inset, y + inset, width - 2 * inset, height - 2 * inset)
+            # Narrow windows belong to devices that have no pointer to show tips.
+            parts.append(_cell(*place, value, scale, f"<title>{escape(tip)}</title>" if frame is BROAD else ""))
+    above = f'<div class="axis">→ {escape(column_name)} · ↓ {escape(row_name)}</div>'
+    return Drawing("".join(parts), math.ceil(_TOP + len(rows) * height + 2), above)
+
+
+def _cell(x: float, y: float, width: float, height: float, value: float | None, scale: Scale, title: str) -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+    if value is None:
+        return f'<rect class="empty" {place}>{title}</rect><path class="cross" d="{_cross(x, y, width, height)}"/>'
+    shade = round(scale.shade(value) * _SHADES) / _SHADES
+    return f'<rect class="cell" fill-opacity="{shade:.3g}" {place}>{title}</rect>'
+
+
+def _cross(x: float, y: float, width: float, height: float) -> str:
+    return f"M{x:.1f} {y:.1f}l{width:.1f} {height:.1f}m0 {-height:.1f}l{-width:.1f} {height:.1f}"
+
+
+def _step(least: float) -> int:
+    """A round number of squares from one label to the next."""
+    steps = (1, 2, 4, 5, 8, 10, 16, 20, 32, 64, 128)
+    return next((step for step in steps if step >= least), math.ceil(least))

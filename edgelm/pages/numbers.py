@@ -1,0 +1,39 @@
+"""Numbers as people write them: 61,160 and 0.0162, with powers of ten for the smallest and largest."""
+
+from __future__ import annotations
+
+import math
+
+_TIMES = " \N{MULTIPLICATION SIGN} 10"
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """`digits` digits, thousands with separators, powers of ten below 10⁻⁴ and from 10⁹ on; "-" for None and NaN."""
+    if value is None or math.isnan(value):
+        return "-"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    if value != 0 and not 1e-4 <= abs(value) < 1e9:
+        return _power(value, digits)
+    text = f"{value:.{digits}g}"
+    return f"{float(text):,.0f}" if abs(float(text)) >= 1000 or "e" in text else text
+
+
+def percent(share: float | None) -> str:
+    """A share in percent; "-" for None and NaN. Less than all is never written as 100 %."""
+    if share is None or math.isnan(share):
+        return "-"
+    return "> 99.99 %" if 0.9999 < share < 1 else f"{number(100 * share)} %"
+
+
+def power_label(value: float) -> str:
+    """A number for the scale of a chart: "0.01", "10⁻⁴"."""
+    text = _power(value, 3) if 0 < abs(value) < 1e-3 else number(value, 3)
+    return text.removeprefix(f"1{_TIMES[:-2]}")
+
+
+def _power(value: float, digits: int) -> str:
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+    return f"{mantissa}{_TIMES}{str(int(exponent)).translate(_SUPERSCRIPT)}"
