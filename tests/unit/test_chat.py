@@ -394,7 +394,6 @@ def test_colours_can_be_turned_off(name: str, value: str, colour: bool, monkeypa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["-t", 0, "--top-p", 0.5], "top_p would do nothing with temperature 0"),
         (["--system", "word " * 200], "tokens do not fit"),
         (["--system", "\udcff"], "not valid Unicode"),
     ],
