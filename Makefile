@@ -13,6 +13,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# pip and `make kernel` share the build folder build/csrc: each kernel is compiled once. By itself pip would take Ninja.
+export CMAKE_GENERATOR ?= Unix Makefiles
+export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 HARNESS := $(VENV)/.harness
@@ -26,8 +29,9 @@ KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
 demo: $(INSTALLED)
 	$(BIN)/edgelm demo
 
-test: lint types test-cpp test-arm
-	+$(MAKE) --jobs 2 --output-sync=target test-python test-gpu
+# First what fails quickly, then two targets at a time, the longest first: one alone often leaves a core idle.
+test: lint kernel $(HARNESS) node
+	+$(MAKE) --jobs 2 --output-sync=target test-gpu test-python types test-cpp test-arm
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -38,20 +42,20 @@ types: $(INSTALLED) pyview
 
 kernel:
 	cmake -S runtimes/csrc -B build/csrc -DEDGELM_BUILD_TESTS=ON
-	cmake --build build/csrc --parallel 2
+	cmake --build build/csrc
 
 # Once as it is used, once under AddressSanitizer and UndefinedBehaviorSanitizer.
 test-cpp: kernel
 	ctest --test-dir build/csrc --output-on-failure
 	cmake -S runtimes/csrc -B build/csrc-sanitize -DEDGELM_BUILD_TESTS=ON -DEDGELM_SANITIZE=ON
-	cmake --build build/csrc-sanitize --parallel 2 --target edgelm_tests
+	cmake --build build/csrc-sanitize --target edgelm_tests
 	ctest --test-dir build/csrc-sanitize --output-on-failure --parallel 2
 
 # The same for 64-bit Arm, cross-compiled and emulated; needs g++-aarch64-linux-gnu and qemu-user.
 test-arm: kernel
 	runtimes/csrc/tests/arm.sh
 
-test-python: $(INSTALLED) $(HARNESS) node
+test-python: $(INSTALLED) $(HARNESS) node kernel
 	$(BIN)/pytest -q $(foreach folder,$(GPU_TESTS),--ignore $(folder))
 
 # What is for GPUs, without one: kernels emulated and compiled for every device, engines. Beside the rest: much of it waits
@@ -73,7 +77,7 @@ $(NODE): tests/node/package.json tests/node/package-lock.json
 $(INSTALLED): pyproject.toml constraints.txt $(KERNEL_SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit("EdgeLM needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --config-settings build-dir=build/csrc --editable '.[dev]'
 	touch $@
 
 # lm-evaluation-harness with what the tests touch: 385 MB. SciPy, scikit-learn and others of its metrics make it 620.

@@ -73,16 +73,16 @@ def run(*command: object, **extra: str) -> subprocess.CompletedProcess[str]:
         text=True,
         env=clean_environment(**extra),
         cwd=Path(sys.prefix),  # not the checkout, whose folders would be importable by their bare names
-        timeout=600,  # a wheel compiles six sets of kernels
+        timeout=600,  # where nothing is compiled yet, a wheel compiles six sets of kernels
         check=False,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
 
 
-def build_wheel(folder: Path, **extra: str) -> Path:
+def build_wheel(folder: Path, *settings: str, **extra: str) -> Path:
     pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q")
-    run(*pip, "-w", folder, ROOT, **extra)
+    run(*pip, *settings, "-w", folder, ROOT, **extra)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -125,7 +125,10 @@ def copy_distribution(distribution: metadata.Distribution, site: Path) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_wheel(tmp_path_factory.mktemp("wheel"))
+    # In make's build folder, with make's generator: only sources that changed since are compiled.
+    settings = ("--config-settings", f"build-dir={ROOT / 'build' / 'csrc'}")
+    generator = os.environ.get("CMAKE_GENERATOR", "Unix Makefiles")
+    return build_wheel(tmp_path_factory.mktemp("wheel"), *settings, CMAKE_GENERATOR=generator)
 
 
 @pytest.fixture(scope="module")
