@@ -155,9 +155,15 @@ def sample_ids(checkpoint: Path, text: Path, samples: int, length: int) -> torch
 
 
 @torch.no_grad()
-def inputs_of_matrices(checkpoint: Path, quantised: Path, ids: torch.Tensor) -> tuple[dict[str, Any], list[Any]]:
-    """What each matrix multiplies, [n, K], when all before it in the model are quantised; and what was routed where."""
+def inputs_of_matrices(
+    checkpoint: Path, quantised: Path, ids: torch.Tensor, states: dict[str, torch.Tensor] | None = None
+) -> tuple[dict[str, Any], list[Any]]:
+    """What each matrix multiplies, [n, K], when all before it in the model are quantised; and what was routed where.
+
+    `states` gets the residual stream [n, D] that o, and down of a dense block, add to, and each block's `mlp.normed`.
+    """
     found: dict[str, Any] = {}
+    states = {} if states is None else states
     routed = []
     with Checkpoint.open(quantised) as opened:
         read = WeightSource(opened).dequantized().read_float32
@@ -171,8 +177,10 @@ def inputs_of_matrices(checkpoint: Path, quantised: Path, ids: torch.Tensor) -> 
             found |= {f"{prefix}.self_attn.{m}_proj.weight": h for m in "qkv"}
             mixed = layer.self_attn.attend(*layer.self_attn.project(h), None, index)
             found[f"{prefix}.self_attn.o_proj.weight"] = mixed
+            states[f"{prefix}.self_attn.o_proj.weight"] = x.flatten(0, 1)
             x = x + layer.self_attn.o_proj(mixed)
             h = layer.post_attention_layernorm(x).flatten(0, 1)
+            states |= {f"{prefix}.mlp.down_proj.weight": x.flatten(0, 1), f"{prefix}.mlp.normed": h}
             pairs = [(f"{prefix}.mlp", h)]
             if hasattr(config, "num_experts"):
                 logits, chosen, _ = layer.mlp.route(h)
