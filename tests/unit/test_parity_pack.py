@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import tracemalloc
 from pathlib import Path
 
@@ -297,10 +298,34 @@ def test_an_archive_that_unpacks_to_far_more_is_refused_before_it_does(tmp_path)
     tracemalloc.stop()
 
 
+class Touches:
+    """Pickled, this makes a file when it is read."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def __reduce__(self):
+        return Path.touch, (self.place,)
+
+
 def test_an_archive_with_objects_in_it_runs_no_code(tmp_path):
     make_pack().save(tmp_path)
+    evidence = tmp_path / "it ran"
     with np.load(tmp_path / "pack.npz") as archive:
         arrays = dict(archive)
-    np.savez(tmp_path / "pack.npz", **{**arrays, "ids": np.array([print], dtype=object)})
-    with pytest.raises(ParityError, match="array 'ids' is not what"):
-        ParityPack.load(tmp_path)
+    trap = np.array([Touches(evidence)] * len(arrays["ids"]), dtype=object)
+    pickle.loads(pickle.dumps(trap))
+    assert evidence.exists()  # what is in the archive does run where it is read
+    evidence.unlink()
+    np.savez(tmp_path / "pack.npz", **{**arrays, "ids": trap})
+    for said in ("int32", "object"):  # as what the index says it is, and as what it is
+        change_index(tmp_path, lambda index, said=said: index["arrays"]["ids"].update(dtype=said))
+        with pytest.raises(ParityError, match="array 'ids' is not what"):
+            ParityPack.load(tmp_path)
+        assert not evidence.exists()
+
+
+def test_objects_are_not_written_either(tmp_path):
+    pack = make_pack()
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        dataclasses.replace(pack, ids=pack.ids.astype(object)).save(tmp_path)

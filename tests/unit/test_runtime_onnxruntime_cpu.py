@@ -20,6 +20,7 @@ from edgelm.bundle import Bundle
 from edgelm.errors import BundleError, ContextLengthError, EdgeLMError, GenerationError, RuntimeUnavailableError
 from edgelm.runtimes import Runtime, open_runtime, runtimes
 from edgelm.runtimes.base import interruptible
+from edgelm.runtimes.onnxruntime_common import import_onnxruntime
 from edgelm.runtimes.onnxruntime_cpu import PortableRuntime, open_tracing
 
 SHAPE = Shape()
@@ -352,6 +353,30 @@ def test_a_bundle_that_needs_a_newer_onnxruntime_says_why(tmp_path: Path) -> Non
         opened(bundle)
     with opened(requiring(bundle, here)) as runtime:
         runtime.prefill(IDS[:3])
+
+
+@pytest.mark.parametrize(("here", "old"), [("1.9.2", True), ("1.31.0", True), ("1.31.1", False), ("1.100.0", False)])
+def test_an_old_onnxruntime_is_refused_where_the_bundle_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: str, old: bool
+) -> None:
+    """As native bundles do, and bundles of before they said it; versions are numbers, not texts."""
+    bundle = write_tiny_bundle(tmp_path / "b")
+    assert bundle.manifest.requires == ()
+    monkeypatch.setattr(onnxruntime, "__version__", here)
+    for subject in (bundle, None):
+        if not old:
+            assert import_onnxruntime(subject) is onnxruntime
+            continue
+        needs = "EdgeLM needs" if subject is None else f"{bundle.path} needs"
+        with pytest.raises(RuntimeUnavailableError) as caught:
+            import_onnxruntime(subject)
+        assert str(caught.value) == (
+            f"{needs} ONNX Runtime 1.31.1 or newer, here is {here}: pip install -U 'onnxruntime>=1.31.1'"
+        )
+    if old:
+        for load in (opened, open_tracing):
+            with pytest.raises(RuntimeUnavailableError, match=r"1\.31\.1 or newer"):
+                load(bundle)
 
 
 def test_a_needed_version_that_is_none_is_a_damaged_manifest(tmp_path: Path) -> None:

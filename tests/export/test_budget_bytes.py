@@ -1,0 +1,53 @@
+"""Are the bytes that a budget counts those of the weights file that is written?"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_read_bundle import planned
+from tiny_models import MakeCheckpoint
+
+from edgelm.checkpoint import Checkpoint
+from edgelm.export import ExportOptions
+from edgelm.export.plan import WEIGHTS_FILE
+from edgelm.quant import parse_scheme
+from edgelm.quant.budget.units import PAGE, find_units, fixed_bytes
+from edgelm.quant.budget.writing import Choice, make_recipe
+
+SCHEMES = [None, *map(parse_scheme, ("int3-g64-sym", "int4-g16-asym", "int5-row-sym", "int8-g32-asym", "fp8-b64"))]
+HEAD = parse_scheme("int8-g128-sym")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("olmoe", {}),
+        # Tables of positions as large as everything else, and rows that no tile and no group divides.
+        ("olmoe", {"max_position_embeddings": 8192, "tie_word_embeddings": True}),
+        ("fox", {"hidden_size": 100, "intermediate_size": 130, "vocab_size": 643, "head_dim": 24}),
+        ("fox", {"max_position_embeddings": 8192, "tie_word_embeddings": False}),
+    ],
+)
+def test_a_weights_file_has_the_bytes_that_its_budget_counted(
+    checkpoint: MakeCheckpoint, tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    """To the byte, but for the padding to pages: a page is counted for each tensor, and for a tied table one more."""
+    path = checkpoint(family, **changes)
+    with Checkpoint.open(path) as opened:
+        shapes = {name: info.shape for name, info in opened.tensors.items()}
+        config = opened.family.config_class.from_dict(opened.config)
+    pick = random.Random(1)
+    # A head of int8 is two tensors, which is what is counted.
+    schemes = [(u, HEAD if u.kind == "head" else pick.choice(SCHEMES)) for u in find_units(shapes)]
+    choices = [Choice(unit, scheme, 0.0, unit.nbytes(scheme), 0) for unit, scheme in schemes]
+    recipe, _ = make_recipe("mixed", choices, family == "olmoe")
+    planned(tmp_path, path, recipe, ExportOptions(ops="native"))
+    sizes = [tensor["size"] for tensor in json.loads((tmp_path / "manifest.json").read_text())["tensors"]]
+    counted = sum(choice.nbytes for choice in choices) + fixed_bytes(config, shapes)
+    assert len({choice.scheme for choice in choices}) > 3
+    assert sum(sizes) == counted - PAGE * (len(sizes) + config.tie_word_embeddings)
+    assert sum(sizes) < (tmp_path / WEIGHTS_FILE).stat().st_size <= counted
