@@ -22,6 +22,7 @@ from edgelm.export.ops import STORAGE, rotary_tables, stored_as
 from edgelm.export.plan import WEIGHTS_FILE, make_plan
 from edgelm.export.targets import TARGETS
 from edgelm.models import family
+from edgelm.packed import Scales, read_matrices
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
 from edgelm.progress import Silent
@@ -52,6 +53,7 @@ MIXED = (
     ("*.experts.0.*", "int8-g32-asym"), ("*.experts.1.*", "fp8-b16"), ("*.experts.2.*", "float"),
     ("*.experts.3.gate_proj.weight", "int3-row-asym"), ("*.experts.3.up_proj.weight", "int5-g16-sym"),
     ("*.experts.4.*", "int6-g64-sym"), ("*.experts.5.*", "int3-g32-sym"), ("*.experts.6.*", "fp8-row"),
+    ("*.experts.7.gate_proj.weight", "int4-g32-sym"), ("*.experts.7.up_proj.weight", "int8-g64-asym"),
     ("*.q_proj.weight", "int3-g64-asym"), ("*.k_proj.weight", "int6-g16-sym"), ("*.v_proj.weight", "int5-row-sym"),
     ("*.1.self_attn.o_proj.weight", "fp8-b64"), ("lm_head.weight", "int8-g128-sym"),
 )  # fmt: skip
@@ -181,3 +183,26 @@ def test_the_reader_needs_nothing_but_numpy() -> None:
 def test_the_page_names_every_layout_and_field() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert [name for name in (*Layout, *(item.name for item in fields(Contents))) if f"`{name}`" not in page] == []
+
+
+def test_the_manifest_says_what_the_headers_say(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Type, shape, group and zero points stand in the packed headers too, and the reader does not need both."""
+    planned(tmp_path, checkpoint("olmoe"), recipe("int6-g64-asym", *MIXED), ExportOptions(ops="native"))
+    entries = json.loads((tmp_path / "manifest.json").read_text())["tensors"]
+    found = {entry["name"]: entry for entry in entries if entry["contents"]["layout"].startswith("packed")}
+    assert len(found) == 2 + 3 * 2 + 2  # tables, qkv, o and router, experts
+    with (tmp_path / WEIGHTS_FILE).open("rb") as stream:
+        for name, entry in found.items():
+            held = entry["contents"]
+            matrices = [matrix for _, matrix in read_matrices(stream, entry["offset"], name)]
+            if held["layout"] == "packed-experts":
+                assert (held["dtype"], held["zero_points"], held["interleave"]) == ("mixed", True, 32)
+                assert "group" not in held
+                sizes = {(m.rows // 2, m.columns) if m.swiglu else (m.columns, m.rows) for m in matrices}
+                assert [[len(matrices) // 2, *size] for size in sizes] == [held["shape"]]
+                continue
+            (matrix,) = matrices
+            group = None if matrix.scales is Scales.NONE else min(matrix.group, matrix.columns)
+            assert held["dtype"] == matrix.kind.label.removesuffix(" in planes"), name
+            assert (held["shape"], held.get("group")) == ([matrix.rows, matrix.columns], group), name
+            assert held.get("zero_points", False) == matrix.zeros, name

@@ -1,0 +1,32 @@
+"""How many bytes does a token take in each type of cache?"""
+
+from __future__ import annotations
+
+import pytest
+
+from edgelm.errors import EdgeLMError
+from edgelm.kv_cache import KV_TYPES, require_type, row_bytes
+
+
+@pytest.mark.parametrize(
+    ("kv", "ops", "expected"),
+    [
+        ("float32", "native", 4 * 96),
+        ("float16", "native", 2 * 96),
+        ("bfloat16", "gpu", 2 * 96),
+        ("int8", "native", 96 + 4),  # a float32 scale
+        ("int8", "gpu", 96 + 4),
+        ("fp8", "native", 96 + 2),  # a bfloat16 scale
+        ("fp8", "gpu", 96 + 4),  # a float32 scale
+    ],
+)
+def test_a_row_is_a_heads_values_and_their_scale(kv: str, ops: str, expected: int) -> None:
+    assert row_bytes(kv, 96, ops) == expected
+
+
+def test_other_types_are_refused_with_those_there_are() -> None:
+    assert KV_TYPES == ("float32", "float16", "int8", "fp8")
+    assert [require_type(kv) for kv in KV_TYPES] == list(KV_TYPES)
+    for refuse in (require_type, lambda kv: row_bytes(kv, 64)):
+        with pytest.raises(EdgeLMError, match="kv is 'int4': the cache can be float32, float16, int8, fp8"):
+            refuse("int4")
