@@ -22,7 +22,7 @@ from edgelm.runtimes.cuda.kernels_file import FOLDER, compile_bundle_kernels
 from edgelm.runtimes.cuda.operators import bundle_kernels
 from edgelm.runtimes.cuda.program import PROGRAM_FILE
 
-_FAMILIES: Mapping[str, Callable[[GpuDecoder, Any], None]] = {
+BUILDERS: Mapping[str, Callable[[GpuDecoder, Any], None]] = {
     "olmoe": onnx_olmoe.build_native,
     "llama": onnx_fox.build_native,
 }
@@ -81,7 +81,7 @@ class TensorrtTarget(Target):
                 "kv out, or choose float16, int8 or fp8"
             )
         model = GpuDecoder(graph, weights, order.source, order.dtype, info, config.rms_norm_eps, config.rope_theta, kv)
-        _FAMILIES[order.family](model, config)
+        BUILDERS[order.family](model, config)
         main = graph.model(info.name)
         program = program_of(main, model.values)
 

@@ -83,6 +83,9 @@ class CudaDevice(Device):
         overlap: whether kernels that wait by themselves are started before the one before has ended (programmatic
             dependent launch); default EDGELM_GPU_OVERLAP, else not.
 
+    Attributes:
+        overlap: likewise; what is launched or captured from now on goes by it.
+
     Raises:
         DeviceError: no driver, no such GPU, or one that is too old.
     """
@@ -92,7 +95,7 @@ class CudaDevice(Device):
     ) -> None:
         self._driver = Driver(library)
         self._kernels = kernels
-        self._overlap = os.environ.get(OVERLAP_VARIABLE) == "1" if overlap is None else overlap
+        self.overlap = os.environ.get(OVERLAP_VARIABLE) == "1" if overlap is None else overlap
         self.index = _chosen(index, _count(self._driver))
         ordinal = _integer(self._driver, "cuDeviceGet", self.index)
         self.info = _describe(self._driver, ordinal)
@@ -271,7 +274,7 @@ class CudaDevice(Device):
         arguments = ctypes.c_char_p(launch.args)
         parameters = ctypes.cast(arguments, ctypes.c_void_p)  # of the struct's bytes, which the driver copies
         how = (launch.shared, stream or self.stream)
-        if function.waits and self._overlap:
+        if function.waits and self.overlap:
             config = LaunchConfig.overlapping(launch.grid, launch.block, *how)
             arguments_ex = (ctypes.byref(config), function.handle, ctypes.byref(parameters), None)
             self.call("cuLaunchKernelEx", *arguments_ex, doing=f"launching {launch.kernel}")

@@ -8,6 +8,7 @@ Its hashes are in the bundle's manifest.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +23,22 @@ from edgelm.progress import Progress, Silent
 from edgelm.runtimes.cuda import nvrtc, sources
 from edgelm.runtimes.cuda.cubin import Resources
 
-__all__ = ["FOLDER", "Image", "KernelCompiler", "KernelFolder", "choose", "compile_bundle_kernels", "compile_images"]
+__all__ = [
+    "FOLDER",
+    "PREPARED_VARIABLE",
+    "Image",
+    "KernelCompiler",
+    "KernelFolder",
+    "choose",
+    "compile_bundle_kernels",
+    "compile_images",
+    "prepared_kernels",
+]
 
 FOLDER = "kernels"
+PREPARED_VARIABLE = "EDGELM_GPU_KERNELS"
+"""Environment variable: a folder of kernels that were compiled beforehand from the same sources, to save the time where
+a GPU is at hand for minutes only (tests/gpu/check.py --prepare makes one)."""
 INDEX = "kernels.json"
 FORMAT = 1
 # A cubin runs on later devices of its generation, except that boards (Orin, Thor) have code of their own.
@@ -74,7 +88,7 @@ class Image:
 def compile_images(
     names: Sequence[str], targets: Sequence[str], progress: Progress | None = None
 ) -> dict[str, nvrtc.Compiled]:
-    """Compile kernels for several targets, as many at a time as there are cores.
+    """Compile kernels for several targets, as many at a time as there are cores, or take what was prepared.
 
     Raises:
         ExportError: a kernel does not compile, or NVRTC does not know a target.
@@ -84,12 +98,19 @@ def compile_images(
     for target in targets:
         library.check_target(target)
     source, headers = sources.translation_unit(names)
-    done = {}
+    done: dict[str, nvrtc.Compiled] = {}
+    folder = prepared_kernels()
+
+    def one(target: str) -> nvrtc.Compiled:
+        if folder is not None and folder.compiler == library.version and folder.has(names, target):
+            return folder.compiled(names, target)
+        return nvrtc.compile_kernels(source, headers, target, names)
+
     with (
         (progress or Silent()).task("compiling GPU kernels", len(targets), unit="steps") as advance,
         ThreadPoolExecutor(min(allowed_cores(), len(targets)) or 1) as pool,
     ):
-        futures = [pool.submit(nvrtc.compile_kernels, source, headers, target, names) for target in targets]
+        futures = [pool.submit(one, target) for target in targets]
         try:
             for target, future in zip(targets, futures, strict=True):
                 done[target] = future.result()
@@ -100,15 +121,15 @@ def compile_images(
 
 
 def compile_bundle_kernels(
-    names: Sequence[str], sms: Sequence[int], folder: Path, progress: Progress | None = None
+    names: Sequence[str], sms: Sequence[int], folder: Path, progress: Progress | None = None, *, ptx: bool = True
 ) -> None:
-    """Compile kernels for these SMs, and as PTX for the others, into `folder` (made if absent).
+    """Compile kernels for these SMs, and as PTX for the others unless `ptx` is false, into `folder` (made if absent).
 
     Raises:
         ExportError: a kernel does not compile, spills registers, or NVRTC does not know an SM.
         DeviceError: there is no NVRTC.
     """
-    targets = [*dict.fromkeys(f"sm_{sm}" for sm in sms), nvrtc.PTX_TARGET]
+    targets = [*dict.fromkeys(f"sm_{sm}" for sm in sms), *([nvrtc.PTX_TARGET] if ptx else [])]
     compiled = compile_images(names, targets, progress)
     for target, one in compiled.items():
         for name, used in one.resources.items():
@@ -152,6 +173,7 @@ class KernelFolder:
             if not re.fullmatch(r"\w[\w.-]*", image.file, re.ASCII):
                 raise _BLAME.at(path, f"images.{target}.file is {quoted(image.file)}, no name of a file beside it")
         self.compiler = index.nvrtc
+        self.source = index.source
         self.argument_bytes = index.argument_bytes
         self.files = {target: image.file for target, image in index.images.items()}
         self.waits = {target: frozenset(image.waits) for target, image in index.images.items()}
@@ -181,12 +203,51 @@ class KernelFolder:
         except OSError as error:
             raise BundleError(f"{path} cannot be read ({error.strerror}): copy the bundle again") from error
 
+    def has(self, names: Sequence[str], target: str) -> bool:
+        """Whether it has all of these kernels for a target."""
+        return target in self.files and all(name in self.argument_bytes for name in names)
+
+    def compiled(self, names: Sequence[str], target: str) -> nvrtc.Compiled:
+        """An image as the compiler gave it, described for these kernels alone. Raises OSError: it cannot be read."""
+        return nvrtc.Compiled(
+            target,
+            (self.folder / self.files[target]).read_bytes(),
+            {name: self.argument_bytes[name] for name in names},
+            self.waits[target] & set(names),
+            {name: used for name, used in self.resources[target].items() if name in names},
+            "",
+        )
+
+
+def prepared_kernels() -> KernelFolder | None:
+    """The folder that `PREPARED_VARIABLE` names.
+
+    Raises:
+        BundleError: it is damaged, or was made from other sources.
+    """
+    named = os.environ.get(PREPARED_VARIABLE)
+    if not named:
+        return None
+    folder = KernelFolder(Path(named))
+    if folder.source != sources.fingerprint(*sources.translation_unit(sorted(folder.argument_bytes))):
+        raise BundleError(
+            f"{PREPARED_VARIABLE}={named}: these kernels were compiled from other sources: make them again with "
+            "`python tests/gpu/check.py --prepare FOLDER`, or unset the variable"
+        )
+    return folder
+
 
 class KernelCompiler:
-    """Compiles what is asked for with the NVRTC of this machine: for tests and measurements, which have no bundle."""
+    """Compiles what is asked for with the NVRTC of this machine: for tests and measurements, which have no bundle.
+
+    Where `PREPARED_VARIABLE` names a folder that has it for the device, it comes from there, and NVRTC is not needed.
+    """
 
     def image(self, names: Sequence[str], capability: tuple[int, int], driver: tuple[int, int]) -> Image:
         """Compile kernels for a device; see `KernelFolder.image`."""
+        folder = prepared_kernels()
+        if folder is not None and folder.has(names, "sm_{}{}".format(*capability)):
+            return folder.image(names, capability, driver)
         library = nvrtc.load()
         known = tuple(f"sm_{sm}" for sm in library.sms)
         target = choose((*known, nvrtc.PTX_TARGET), capability, library.version, driver)

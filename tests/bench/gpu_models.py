@@ -1,11 +1,14 @@
-"""How fast are models of the published shapes on this GPU with our kernels, beside transformers on the same GPU?
+"""How fast are models of the published shapes on this GPU with our kernels?
 
     python tests/bench/gpu_models.py                                     # both models, every kind of weights
     python tests/bench/gpu_models.py --model fox-1-1.6b --kind bf16 --repeat 5
-    python tests/bench/gpu_models.py --emulated                          # a tiny model on the emulator: does this run?
+    python tests/bench/gpu_models.py --emulated                          # a tiny model on the emulator
+    python tests/bench/gpu_models.py --dry-run                           # the real shapes, nothing computed
 
-Weights are random (`gpu_random.py`). Before anything is timed, a token's logits after a prefill of all tokens before it
-are compared with those after a prefill of fewer and decoding the rest one by one, alone and in a batch.
+Weights are random (`gpu_random.py`). Before anything is timed, decoded tokens' logits, alone and in a batch, are
+compared with those of a prefill. In a dense model they differ by rounding: where they differ by more, it is timed all
+the same and the exit code is 1. In a MoE rounding moves a token to another expert now and then, which with random
+weights changes its logits altogether, so there it is only counted. `gpu_peer.py` times transformers on the same shapes.
 """
 
 from __future__ import annotations
@@ -13,16 +16,18 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gpu_figures
 import gpu_random
 import numpy as np
-from gpu_figures import Figure, Limits, paired
+from gpu_dry import DryDevice
+from gpu_figures import Figure, Limits
 
 from edgelm.kv_cache import row_bytes
-from edgelm.runtimes.cuda.device import Device
 from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.emulated import EmulatedDevice
 from edgelm.runtimes.cuda.executor import Executor, Sizes
@@ -30,12 +35,37 @@ from edgelm.runtimes.cuda.kernels_file import KernelCompiler
 from edgelm.runtimes.cuda.program import Program, matrix_of
 from edgelm.synth import PUBLISHED
 
-_CONTEXT = 512
-_LONG = 4096
-_TINY = {
+TINY = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 256,
 }  # fmt: skip
+# Of the check: tokens of the prompt, and of these the ones that are decoded; what rounding moves logits by at most.
+_PROMPT, _DECODED = 48, 8
+_ROUNDING = 0.05
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where a model is timed.
+
+    Attributes:
+        context: tokens in the cache when short decoding begins.
+        long: tokens of the long prefill, and in the cache when long decoding ends: all that the caches hold.
+        steps: tokens decoded in a run.
+    """
+
+    context: int
+    long: int
+    steps: int
+
+
+def positions(config: Mapping[str, Any]) -> Positions:
+    """For a config.json: 512 and 4,096, or as many as the model has; raises ValueError where it has too few."""
+    most = int(config["max_position_embeddings"])
+    found = Positions(512, min(4096, most), 32) if most >= 1024 else Positions(64, min(96, most), 2)
+    if found.long - found.steps < max(found.context, _PROMPT):
+        raise ValueError(f"max_position_embeddings is {most}: too few to time")
+    return found
 
 
 def weight_bytes(program: Program, rows: int) -> int:
@@ -69,30 +99,61 @@ def operations(config: dict[str, Any], tokens: int) -> int:
     return int(2 * config["num_hidden_layers"] * (per_token * tokens + scores / 2) + 2 * d * config["vocab_size"])
 
 
-def check(model: Executor, vocabulary: int, batch: int) -> float:
-    """The largest relative difference between ways to the same logits. Raises where it is not rounding."""
-    ids = np.random.default_rng(1).integers(0, vocabulary, (1, 48))
-    whole = np.empty((1, vocabulary), np.float32)
-    model.run(ids, [0])
+@dataclass(frozen=True)
+class Agreement:
+    """How decoded tokens' logits compare with those of a prefill.
+
+    Attributes:
+        tokens: compared.
+        differing: of them, by more than rounding does.
+        choosing: of them, whose most probable next token is another.
+        worst: the largest relative difference.
+    """
+
+    tokens: int
+    differing: int
+    choosing: int
+    worst: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens} tokens decoded: the logits of {self.differing} differ by more than {_ROUNDING:.0%} from a "
+            f"prefill's (the most {self.worst:.1e}), {self.choosing} choose another token"
+        )
+
+
+def agreement(model: Executor, vocabulary: int, batch: int) -> Agreement:
+    """Compare ways to the same logits: one prefill, and a shorter one with the rest decoded, alone and in a batch.
+
+    Raises:
+        SystemExit: logits that are not finite.
+    """
+    ids = np.random.default_rng(1).integers(0, vocabulary, (1, _PROMPT))
+    whole = np.empty((_PROMPT, vocabulary), np.float32)
+    model.run(ids, [0], all_positions=True)
     model.logits(whole)
     if not np.isfinite(whole).all():
-        raise SystemExit("logits are not finite")
-    worst = 0.0
+        raise SystemExit("a prefill's logits are not finite: nothing was timed")
+    start = _PROMPT - _DECODED
+    differences, choosing = [], 0
     for rows in (1, batch):
         found = np.empty((rows, vocabulary), np.float32)
         for row in range(rows):
-            model.run(ids[:, :40], [0], first=row)
-        for at in range(40, 48):
+            model.run(ids[:, :start], [0], first=row)
+        for at in range(start, _PROMPT):
             model.run(np.repeat(ids[:, at : at + 1], rows, axis=0), [at] * rows, graph=True)
-        model.logits(found)
-        worst = max(worst, float(np.linalg.norm(found - whole, axis=1).max() / np.linalg.norm(whole)))
-    if not worst < 0.05:
-        raise SystemExit(f"prefill and decoding differ by {worst:.2%}: nothing was timed")
-    return worst
+            model.logits(found)
+            if not np.isfinite(found).all():
+                raise SystemExit(f"a decoded token's logits are not finite ({rows} sequences): nothing was timed")
+            differences.append(np.linalg.norm(found - whole[at], axis=1) / np.linalg.norm(whole[at]))
+            choosing += int((found.argmax(axis=1) != whole[at].argmax()).sum())
+    every = np.concatenate(differences)
+    return Agreement(every.size, int((every > _ROUNDING).sum()), choosing, float(every.max()))
 
 
 def decode(model: Executor, context: int, batch: int, steps: int) -> list[float]:
     """Wall seconds of decoding `steps` tokens greedily, each read by the host before the next is started."""
+    assert context + steps <= model.layout.sizes.capacity, (context, steps, model.layout.sizes)
     tokens = np.zeros((batch, 1), np.int32)
     chosen = np.empty(batch, np.int32)
     times = []
@@ -105,167 +166,110 @@ def decode(model: Executor, context: int, batch: int, steps: int) -> list[float]
     return times
 
 
-def measure(
-    device: Device, name: str, kind: str, limit: Limits, repeat: int, batch: int, elapsed: Callable[..., list[float]],
-    peer: Any = None, tiny: bool = False,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """The rows of one model."""
-    config: dict[str, Any] = dict(PUBLISHED[name]) | (_TINY if tiny else {})
-    context, long, steps = (64, 96, 2) if tiny else (_CONTEXT, _LONG, 32)
+def config_of(name: str, *, tiny: bool = False) -> dict[str, Any]:
+    """The config.json of a published model, or of a small one of its family."""
+    return dict(PUBLISHED[name]) | (TINY if tiny else {})
+
+
+def load(device: Any, config: Mapping[str, Any], kind: str, batch: int) -> Executor:
+    """A model with random weights, ready for what `measure` does."""
+    at = positions(config)
     program = gpu_random.random_program(config, gpu_random.RECIPES[kind])
-    sizes = Sizes(batch, long if tiny else long + 64, tokens=long, logits=batch, kv="float16")
-    model = gpu_random.loaded(device, program, sizes)
-    difference = check(model, config["vocab_size"], batch)
-    nbytes, cache = weight_bytes(program, 1), cache_bytes(config, "float16", context)
+    sizes = Sizes(batch, at.long, tokens=at.long, logits=max(batch, _PROMPT), kv="float16")
+    return gpu_random.loaded(device, program, sizes)
+
+
+def measure(
+    device: Any, name: str, kind: str, limit: Limits, repeat: int, batch: int, *, tiny: bool = False
+) -> tuple[list[dict[str, Any]], bool]:
+    """The rows of one model, and whether its ways to the same logits agree as far as they must."""
+    config = config_of(name, tiny=tiny)
+    at = positions(config)
+    model = load(device, config, kind, batch)
+    program = model.layout.program
+    nbytes, cache = weight_bytes(program, 1), cache_bytes(config, "float16", at.context)
+    found = agreement(model, config["vocab_size"], batch)
+    agrees = not found.differing or bool(config.get("num_experts"))
     print(
         f"{name} {kind}: {program.weight_bytes / 2**20:.0f} MiB of weights, {model.layout.nbytes / 2**20:.0f} MiB for "
-        f"{batch} sequences of {sizes.rounded}; ways to the same logits differ by {difference:.1e}",
+        f"{batch} sequences of {model.layout.sizes.rounded}; {found}{'' if agrees else ': WRONG in a dense model'}",
         flush=True,
     )
-    figures = []
     # Rows in the caches are whatever was there before: of no weight for the time.
-    decode(model, context, 1, 3)
-    other = None if peer is None else peer.decode(context)
-    ours, theirs = paired(lambda: float(np.median(decode(model, context, 1, steps))), other, repeat)
-    figures.append(Figure(f"{name} {kind} decode", ours, nbytes + cache, peer=theirs))
+    median = lambda *args: float(np.median(decode(model, *args)))  # noqa: E731
+    decode(model, at.context, 1, 3)
+    ours = [median(at.context, 1, at.steps) for _ in range(repeat)]
+    figures = [Figure(f"{name} {kind} decode", ours, nbytes + cache)]
     graph = device.capture(lambda: model._start(model._launches(1, 1, 0, False, True)))
-    figures.append(Figure(f"{name} {kind} decode, GPU time alone", elapsed(graph, repeat * 8), nbytes + cache))
-    decode(model, context, batch, 2)
-    ours = [float(np.median(decode(model, context, batch, steps))) for _ in range(repeat)]
+    times = device.elapsed(graph, repeat * 8)
+    figures.append(Figure(f"{name} {kind} decode, GPU time alone", times, nbytes + cache))
+    decode(model, at.context, batch, 2)
+    ours = [median(at.context, batch, at.steps) for _ in range(repeat)]
     bytes_of_batch = weight_bytes(program, batch) + batch * cache
     figures.append(Figure(f"{name} {kind} decode, batch {batch}", ours, bytes_of_batch, per=batch))
-    decode(model, long - steps, 1, 2)
-    ours = [float(np.median(decode(model, long - steps, 1, steps))) for _ in range(repeat)]
-    long_bytes = nbytes + cache_bytes(config, "float16", long)
-    figures.append(Figure(f"{name} {kind} decode after {long}", ours, long_bytes))
-    ids = np.random.default_rng(2).integers(0, config["vocab_size"], (1, long))
-
-    def prefill() -> float:
-        return float(elapsed(lambda: model.run(ids, [0]), 1)[0])
-
-    ours, theirs = paired(prefill, None if peer is None else peer.prefill(ids), repeat)
-    figures.append(Figure(f"{name} {kind} prefill {long}", ours, 0, operations(config, long), per=long, peer=theirs))
-    rows = [gpu_figures.row(figure, limit) for figure in figures]
-    if not tiny:
-        gpu_figures.show(rows)
-    return rows
+    decode(model, at.long - at.steps, 1, 2)
+    ours = [median(at.long - at.steps, 1, at.steps) for _ in range(repeat)]
+    long_bytes = nbytes + cache_bytes(config, "float16", at.long)
+    figures.append(Figure(f"{name} {kind} decode after {at.long - at.steps}", ours, long_bytes))
+    ids = np.random.default_rng(2).integers(0, config["vocab_size"], (1, at.long))
+    model.run(ids, [0])
+    times = [device.elapsed(lambda: model.run(ids, [0]))[0] for _ in range(repeat)]
+    figures.append(Figure(f"{name} {kind} prefill {at.long}", times, 0, operations(config, at.long), per=at.long))
+    return [gpu_figures.row(figure, limit) for figure in figures], agrees
 
 
-class Transformers:
-    """The same shape in transformers, bf16, random weights: decoding recorded as a CUDA graph where it can be."""
+class TimedEmulator(EmulatedDevice):
+    """The emulator; its times are the clock's and mean nothing."""
 
-    def __init__(self, name: str) -> None:
-        import torch
-        import transformers  # type: ignore[import-untyped]  # it has no type information here
-
-        self._torch, self._transformers = torch, transformers
-        self._config = transformers.AutoConfig.for_model(**PUBLISHED[name])
-        with torch.device("cuda"):
-            model = transformers.AutoModelForCausalLM.from_config(self._config, dtype=torch.bfloat16)
-        self._model = model.eval()
-        self.graphed = False
-
-    def decode(self, context: int) -> Callable[[], float]:
-        """A step's median wall time, of 32 after `context` tokens."""
-        torch = self._torch
-        cache = self._transformers.StaticCache(config=self._config, max_cache_len=context + 64)
-        ids = torch.randint(0, self._config.vocab_size, (1, context), device="cuda")
-        token = torch.zeros((1, 1), dtype=torch.long, device="cuda")
-        place = torch.tensor([context], device="cuda")
-
-        def step() -> Any:
-            logits = self._model(token, past_key_values=cache, cache_position=place, position_ids=place[None]).logits
-            return logits[:, -1].argmax(-1, keepdim=True)
-
-        with torch.no_grad():
-            self._model(ids, past_key_values=cache, cache_position=torch.arange(context, device="cuda"))
-            run: Callable[[], Any] = step
-            try:
-                stream = torch.cuda.Stream()
-                with torch.cuda.stream(stream):
-                    step()
-                torch.cuda.current_stream().wait_stream(stream)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    chosen = step()
-
-                def replay() -> Any:
-                    graph.replay()
-                    return chosen
-
-                run, self.graphed = replay, True
-            except RuntimeError as error:  # what is read back cannot be recorded: it is timed as it is
-                torch.cuda.synchronize()
-                print(f"transformers cannot be recorded ({str(error).splitlines()[0]}): timed eagerly")
-
-        def timed() -> float:
-            times = []
-            with torch.no_grad():
-                for _ in range(32):
-                    start = time.perf_counter()
-                    int(run().item())
-                    times.append(time.perf_counter() - start)
-            return float(np.median(times))
-
-        return timed
-
-    def prefill(self, ids: Any) -> Callable[[], float]:
-        """Wall time of a prefill with the logits of the last token."""
-        torch = self._torch
-        given = torch.as_tensor(ids, device="cuda")
-
-        def timed() -> float:
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            with torch.no_grad():
-                self._model(given, logits_to_keep=1, use_cache=True)
-            torch.cuda.synchronize()
-            return time.perf_counter() - start
-
-        return timed
+    def elapsed(self, work: Any, repeat: int = 1) -> list[float]:
+        """Run it once."""
+        start = time.perf_counter()
+        work()
+        return [time.perf_counter() - start] * repeat
 
 
 def main() -> int:
     """Measure what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", choices=list(PUBLISHED))
     parser.add_argument("--kind", action="append", choices=list(gpu_random.RECIPES))
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--peer", action="store_true", help="time transformers beside bf16")
-    parser.add_argument("--emulated", action="store_true", help="a tiny model on the emulator")
+    parser.add_argument("--limits", type=Path, help="file with the device's limits; measured and written if absent")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--emulated", action="store_true", help="a tiny model on the emulator")
+    where.add_argument("--dry-run", action="store_true", help="the real shapes, nothing computed")
     given = parser.parse_args()
     models, kinds = given.model or list(PUBLISHED), given.kind or list(gpu_random.RECIPES)
-    rows: list[dict[str, Any]] = []
-    if given.emulated:
-        emulated = EmulatedDevice()
-
-        def timed(work: Callable[[], None], count: int = 1) -> list[float]:
-            start = time.perf_counter()
-            work()
-            return [time.perf_counter() - start]
-
+    if given.emulated or given.dry_run:
+        fine = True
         for name in models:
             for kind in kinds:
-                rows += measure(emulated, name, kind, Limits(1e9, 1e9), 1, 3, timed, tiny=True)
-        return 0
+                device = TimedEmulator(lazy=True) if given.emulated else DryDevice()
+                arguments = (1, 3) if given.emulated else (given.repeat, given.batch)
+                _, agrees = measure(device, name, kind, Limits(1e9, 1e9), *arguments, tiny=given.emulated)
+                fine = fine and agrees
+                device.close()
+        return int(not fine)
     device = CudaDevice(KernelCompiler())
-    limit = gpu_figures.limits(device)
+    limit = gpu_figures.limits(device, given.limits)
     device.close()
+    rows: list[dict[str, Any]] = []
+    wrong = []
     for name in models:
         for kind in kinds:
             device = CudaDevice(KernelCompiler())
-            peer = None
-            try:
-                peer = Transformers(name) if given.peer and kind == "bf16" else None
-            except Exception as error:  # whatever the peer's trouble is, ours is still to be measured
-                print(f"transformers does not run {name}: {error!r}"[:300], flush=True)
-            rows += measure(device, name, kind, limit, given.repeat, given.batch, device.elapsed, peer)
+            found, agrees = measure(device, name, kind, limit, given.repeat, given.batch)
+            gpu_figures.show(found)
+            rows += found
+            wrong += [] if agrees else [f"{name} {kind}"]
             device.close()
     device = CudaDevice(KernelCompiler())
     gpu_figures.report(device, limit, rows)
     device.close()
-    return 0
+    if wrong:
+        print(f"prefill and decoding differ by more than rounding: {', '.join(wrong)}")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

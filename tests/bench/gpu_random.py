@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bundle import ModelInfo
-from edgelm.export import onnx_fox, onnx_olmoe
 from edgelm.export.gpu import GpuDecoder, program_of
+from edgelm.export.gpu_target import BUILDERS
 from edgelm.export.graph import GraphBuilder
 from edgelm.export.ops import rotary_tables
 from edgelm.export.weights import WeightsPlan
@@ -35,7 +35,9 @@ RECIPES: Mapping[str, Recipe] = {
 }
 """By name. Speed depends on the tables' width; how much quality it costs is not this program's business."""
 
+# Random bytes are drawn once and repeated: drawing as many as a model has takes longer than measuring it.
 _RANDOM = 64 << 20
+_RANDOM_SCALES = 1 << 20
 
 
 class _Shapes:
@@ -76,7 +78,7 @@ def random_program(config: Mapping[str, Any], recipe: Recipe) -> Program:
     graph = GraphBuilder("weights")
     args = (graph, WeightsPlan(), source, "bfloat16", info, parsed.rms_norm_eps, parsed.rope_theta, "float16")
     decoder = GpuDecoder(*args)
-    {"olmoe": onnx_olmoe, "fox": onnx_fox}[family.name].build_native(decoder, parsed)
+    BUILDERS[family.name](decoder, parsed)
     return program_of(graph.model("random"), decoder.values)
 
 
@@ -133,11 +135,10 @@ def _upload_blob(
         device.upload(at + start, pool[: min(_RANDOM, codes - start)])
     if matrix.kind.scale_bytes:
         spread = {GpuKind.INT4: 4.6, GpuKind.INT8: 74.0, GpuKind.FP8: 0.5}[matrix.kind]
-        count = matrix.count * matrix.scales_stride // matrix.kind.scale_bytes
-        scales = random.uniform(0.9, 1.1, count) * 0.02 / spread
-        device.upload(
-            at + matrix.scales_offset, scales.astype(np.float16 if matrix.kind.scale_bytes == 2 else np.float32)
-        )
+        size, nbytes = matrix.kind.scale_bytes, matrix.count * matrix.scales_stride
+        scales = (random.uniform(0.9, 1.1, min(nbytes, _RANDOM_SCALES) // size) * 0.02 / spread).astype(f"<f{size}")
+        for start in range(0, nbytes, scales.nbytes):
+            device.upload(at + matrix.scales_offset + start, scales[: (nbytes - start) // size])
     if matrix.zeros:
         middle = 8 if matrix.kind is GpuKind.INT4 else 128
         device.upload(at + matrix.zeros_offset, np.full(matrix.count * matrix.zeros_stride, middle, np.uint8))
@@ -154,3 +155,8 @@ def loaded(device: Device, program: Program, sizes: Sizes) -> Executor:
     device.load(layout.operators.kernels())
     weights: Any = RandomWeights(device, program)
     return Executor(device, weights, layout)
+
+
+def again(model: Executor) -> Executor:
+    """Another executor with the weights of this one and memory of its own."""
+    return Executor(model.device, model._weights, model.layout)

@@ -10,7 +10,13 @@ import pytest
 from edgelm.errors import BundleError, DeviceError, ExportError, RuntimeUnavailableError
 from edgelm.progress import Progress
 from edgelm.runtimes.cuda import cubin, nvrtc, sources
-from edgelm.runtimes.cuda.kernels_file import KernelCompiler, KernelFolder, choose, compile_bundle_kernels
+from edgelm.runtimes.cuda.kernels_file import (
+    PREPARED_VARIABLE,
+    KernelCompiler,
+    KernelFolder,
+    choose,
+    compile_bundle_kernels,
+)
 
 BODY = "{ a.x[threadIdx.x] += 1.0f; }"
 SPILLS = "{ float v[64]; for (int i = 0; i < a.n; i++) v[(i * 7) & 63] = a.x[i]; a.x[0] = v[a.n & 63]; }"
@@ -178,3 +184,26 @@ def test_without_a_bundle_kernels_are_compiled_for_the_device_itself(kernels):
     image = KernelCompiler().image(["one_f32"], (10, 3), (13, 0))
     assert (image.target, cubin.architecture(image.data)) == ("sm_103", 103)
     assert image.argument_bytes == {"one_f32": 16}
+
+
+def test_kernels_prepared_beforehand_are_used_and_nothing_is_compiled(kernels, tmp_path, monkeypatch):
+    compile_bundle_kernels(["one_f32", "two_f32"], [90], tmp_path / "prepared", ptx=False)
+    assert {path.name for path in (tmp_path / "prepared").iterdir()} == {"sm_90.cubin", "kernels.json"}
+    monkeypatch.setenv(PREPARED_VARIABLE, str(tmp_path / "prepared"))
+    with monkeypatch.context() as patch:
+        patch.setattr(nvrtc, "compile_kernels", lambda *_: pytest.fail("it was there"))
+        image = KernelCompiler().image(["two_f32"], (9, 0), (13, 0))
+        assert image.data == (tmp_path / "prepared" / "sm_90.cubin").read_bytes()
+        compile_bundle_kernels(["two_f32"], [90], tmp_path / "bundle", ptx=False)
+    assert KernelFolder(tmp_path / "bundle").argument_bytes == {"two_f32": 16}
+    assert (tmp_path / "bundle" / "sm_90.cubin").read_bytes() == image.data
+    # What is not there is compiled.
+    assert KernelCompiler().image(["two_f32"], (8, 6), (13, 0)).target == "sm_86"
+
+
+def test_kernels_prepared_from_other_sources_are_refused(kernels, tmp_path, monkeypatch):
+    compile_bundle_kernels(["one_f32"], [90], tmp_path / "prepared", ptx=False)
+    monkeypatch.setenv(PREPARED_VARIABLE, str(tmp_path / "prepared"))
+    kernels["one_f32"] = BODY.replace("1.0f", "2.0f")
+    with pytest.raises(BundleError, match="compiled from other sources: make them again with"):
+        KernelCompiler().image(["one_f32"], (9, 0), (13, 0))

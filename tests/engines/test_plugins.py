@@ -179,7 +179,9 @@ def test_a_failure_is_told_to_the_engine_whose_plugin_it_was(tmp_path: Path, rtx
     plugins = []
     for host in hosts:
         with serving(rtx, host):
-            plugins.append(plugin_class(rtx.api)(spec, host).clone())
+            plugins.append(plugin_class(rtx.api)(spec, host))
+    with serving(rtx, BuildHost(SMS)):  # a third model is loaded meanwhile
+        plugins = [plugin.clone().attach_to_context(None) for plugin in plugins]
     hosts[1].close()
     described = [SimpleNamespace(dims=(1, 1), type=rtx.api.int32)] * 2
     for plugin, said in zip(plugins, ("it cannot run one", "was closed"), strict=True):

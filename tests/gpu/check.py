@@ -1,162 +1,172 @@
-"""Everything that only a GPU can show, in one call: build, check, time; under eight minutes.
+"""Everything that only a GPU can show, in one call: check, time, compare with PyTorch; under eight minutes.
 
-    python tests/gpu/check.py [--out FOLDER] [--minutes 8] [--only STEP ...]
+    python tests/gpu/check.py --prepare build/gpu-kernels    # beforehand, on any machine: compiles the kernels for it
+    python tests/gpu/check.py --dry-run                      # beforehand: every command up to where it needs the driver
+    python tests/gpu/check.py --out FOLDER                   # on the machine with the GPU
+    python tests/gpu/check.py --out FOLDER --second          # a second call there: early launches, sanitizer, profiler
 
-For a machine with an NVIDIA GPU, its driver, a C++ compiler, CMake, and the packages torch, numpy, onnx, pytest,
-tokenizers, sentencepiece, jinja2, click, rich and nvidia-cuda-nvrtc; transformers is timed beside where it is there.
-Nothing has to be installed: EdgeLM is taken from this checkout. Steps run one after the other, each in a process of its
-own with a limit, and one that fails does not end the others. The last lines are a table of steps; `--out` gets a log
-of each. What it printed belongs into docs/gpu.md, with the date.
+For a machine with an NVIDIA GPU, its driver, and the packages torch, numpy, onnx, pytest, tokenizers, sentencepiece,
+jinja2, click, rich and nvidia-cuda-nvrtc; transformers is timed where it is there. Nothing has to be installed: EdgeLM
+is taken from this checkout. Each command is a process of its own with a limit, one that fails does not end the others,
+and what is stopped is stopped with its children. FOLDER gets two files: check.log, with all that was printed, and
+summary.json. The end of what is printed has all the figures and a table of the steps; it belongs in docs/gpu.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NoReturn
 
-ROOT = Path(__file__).resolve().parents[2]
+import check_steps
+from check_run import Outcome, Runner, Step
+from check_steps import PYTHON, ROOT, SM
+
 TREE = ROOT / "build" / "pyview"
-PYTHON = sys.executable
-EDGELM = (PYTHON, "-m", "edgelm")
-BENCH = ROOT / "tests" / "bench"
-TINY = ROOT / "examples" / "checkpoints"
-BUILD = ROOT / "build" / "gpu-csrc"
-QUANTISER = BUILD / "_edgelm_quant.so"
-# The recipes of the tiny models' parity: float, and every kind of weights, activations and cache.
-RECIPES = {
-    "none": "none",
-    "int8": "int8",
-    "int4": "int4",
-    "fp8": "fp8",
-    "w8a8": 'name = "w8a8"\ndefault = "fp8-row"\nactivations = "fp8-token"\n\n[[rule]]\nmatch = "*.mlp.gate.weight"\n'
-    'scheme = "float"\n\n[[rule]]\nmatch = "model.embed_tokens.weight"\nscheme = "float"\n',
-}
-
-
-@dataclass(frozen=True)
-class Step:
-    """Commands that belong together; `seconds` is their limit."""
-
-    name: str
-    seconds: int
-    commands: Sequence[Sequence[str]]
-
-
-def steps(work: Path) -> list[Step]:
-    """In the order in which they are run: what tells most for its time comes first."""
-    exports, parities = [], []
-    for recipe, text in RECIPES.items():
-        given = recipe
-        if "\n" in text:
-            (work / f"{recipe}.toml").write_text(text, encoding="utf-8")
-            given = str(work / f"{recipe}.toml")
-        for model in ("olmoe-tiny", "fox-tiny"):
-            out = str(work / f"{model}-{recipe}")
-            export = ("export", str(TINY / model), "-o", out, "--target", "tensorrt", "--recipe", given)
-            exports.append((*EDGELM, *export, "--no-engines"))
-            parities.append((*EDGELM, "parity", out, "--runtime", "cuda-kernels"))
-    kernels = [
-        str(ROOT / "tests" / "cuda" / f"test_{name}.py")
-        for name in ("linear", "moe", "moe_down", "mixture", "attention")
-    ]
-    models = (PYTHON, str(BENCH / "gpu_models.py"))
-    full = str(work / "fox")
-    return [
-        Step("device", 30, [("nvidia-smi",), (*EDGELM, "doctor")]),
-        Step("quantiser", 90, [
-            ("cmake", "-S", str(ROOT / "runtimes" / "csrc"), "-B", str(BUILD)),
-            ("cmake", "--build", str(BUILD), "--parallel", "--target", "_edgelm_quant"),
-        ]),
-        Step("driver", 60, [(PYTHON, "-m", "pytest", "-q", "-rs", str(ROOT / "tests" / "gpu"))]),
-        Step("kernels", 200, [(PYTHON, "-m", "pytest", "-q", "-x", *kernels)]),
-        Step("tiny parity", 150, [*exports, *parities]),
-        Step("fox speed", 100, [(*models, "--model", "fox-1-1.6b", "--repeat", "3", "--peer")]),
-        Step("olmoe speed", 140, [(*models, "--model", "olmoe-1b-7b", "--repeat", "3", "--peer")]),
-        Step("kernel speed", 90, [(PYTHON, str(BENCH / "gpu_kernels.py"), "--quick", "--repeat", "10")]),
-        Step("full parity", 240, [
-            (*EDGELM, "synth", "fox-1-1.6b", "-o", full),
-            (*EDGELM, "export", full, "-o", f"{full}-bf16", "--target", "tensorrt", "--recipe", "none", "--no-engines"),
-            (*EDGELM, "parity", f"{full}-bf16", "--runtime", "cuda-kernels"),
-            (*EDGELM, "bench", f"{full}-bf16", "--runtime", "cuda-kernels"),
-        ]),
-    ]  # fmt: skip
+PREPARED = ROOT / "build" / "gpu-kernels"
+VARIABLE = "EDGELM_GPU_KERNELS"
+_TAIL, _TAIL_OF_FAILURE = 500, 1500
+_DRY_MINUTES = 60.0  # nothing is at stake, and the machine may be busy
 
 
 def link_tree() -> None:
     """The import tree of a checkout, of links: `export`, `quant` and `runtimes` are packages inside `edgelm`."""
     package = TREE / "edgelm"
     package.mkdir(parents=True, exist_ok=True)
-    for path in [*(ROOT / "edgelm").iterdir(), *(ROOT / name for name in ("export", "quant", "runtimes"))]:
-        link = package / path.name
-        if not link.exists():
+    wanted = {path.name: path for path in (ROOT / "edgelm").iterdir()}
+    wanted |= {name: ROOT / name for name in ("export", "quant", "runtimes")}
+    for link in package.iterdir():
+        if link.is_symlink() and link.name not in wanted:
+            link.unlink()
+    for name, path in wanted.items():
+        link = package / name
+        if not link.exists() or link.resolve() != path.resolve():
             link.unlink(missing_ok=True)
             link.symlink_to(path)
 
 
-def run(step: Step, out: Path, left: float) -> tuple[str, float]:
-    """Run a step's commands until one fails or time is up; what became of it, and its seconds."""
-    environment = dict(os.environ, PYTHONPATH=str(TREE), PYTHONUNBUFFERED="1", EDGELM_TEST_GPU="1")
-    if QUANTISER.exists():
-        environment["EDGELM_QUANT_LIBRARY"] = str(QUANTISER)
-    start = time.monotonic()
-    limit = min(step.seconds, left)
-    log = out / f"{step.name.replace(' ', '-')}.log"
-    result = "passed"
-    with log.open("w", encoding="utf-8") as stream:
-        for command in step.commands:
-            print(f"$ {' '.join(command)}", file=stream, flush=True)
-            remaining = limit - (time.monotonic() - start)
-            try:
-                if remaining <= 0:
-                    raise subprocess.TimeoutExpired(command, limit)
-                code = subprocess.run(
-                    command, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, timeout=remaining,
-                    check=False,
-                ).returncode  # fmt: skip
-            except subprocess.TimeoutExpired:
-                result = f"stopped after {limit:.0f} s at {' '.join(command)[:80]}"
-                break
-            except OSError as error:
-                code = 127
-                print(error, file=stream)
-            if code and result == "passed":
-                result = f"FAILED ({code}): {' '.join(command)[-90:]}"
-    return result, time.monotonic() - start
+def environment(work: Path, *, dry: bool) -> dict[str, str]:
+    """Of all commands: the tree to import from, nothing that depends on who is logged in."""
+    made = dict(
+        os.environ, PYTHONPATH=str(TREE), PYTHONUNBUFFERED="1", EDGELM_TEST_GPU="1", NO_COLOR="1", COLUMNS="110",
+        TERM="dumb", HF_HUB_OFFLINE="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", TMPDIR=str(work),
+    )  # fmt: skip
+    if dry:
+        made["EDGELM_CUDA_DRIVER"] = str(work / "no-driver")
+    return made
+
+
+def prepare(folder: Path) -> int:
+    """Compile every kernel for SM 90 into a folder; needs NVRTC, no GPU."""
+    code = (
+        "import sys; from pathlib import Path; from edgelm.runtimes.cuda import kernels_file as k, sources as s; "
+        f"k.compile_bundle_kernels(sorted(s.all_kernels()), ({SM},), Path(sys.argv[1]), ptx=False)"
+    )
+    done = _python(code, str(folder.absolute()))
+    if done.returncode == 0:
+        size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+        print(f"{folder}: every kernel for SM {SM}, {size:.1f} MB")
+    else:
+        print(done.stderr, file=sys.stderr)
+    return int(done.returncode != 0)
+
+
+def prepared(folder: Path) -> bool:
+    """Whether a folder has kernels of these very sources; says so."""
+    if not folder.is_dir():
+        print(f"{folder} is not there: kernels are compiled as they are needed (check.py --prepare makes it)")
+        return False
+    done = _python(f"import os; os.environ['{VARIABLE}'] = r'{folder}'; "
+                   "from edgelm.runtimes.cuda import kernels_file; kernels_file.prepared_kernels()")  # fmt: skip
+    said = done.stderr.strip().splitlines()[-1:]
+    print(f"{folder}: {'used' if done.returncode == 0 else f'not used ({said})'}", flush=True)
+    return done.returncode == 0
+
+
+def _python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    made = dict(os.environ, PYTHONPATH=str(TREE))
+    made.pop(VARIABLE, None)
+    return subprocess.run(
+        [PYTHON, "-P", "-c", code, *arguments], env=made, capture_output=True, text=True, check=False
+    )  # fmt: skip
+
+
+def show(outcomes: Sequence[Outcome]) -> None:
+    """All figures and a table of the steps: the last thing printed, since only the end of it may be kept."""
+    for outcome in outcomes:
+        for name, row in outcome.rows.items():
+            limit = row.get("of_bandwidth", row.get("of_matrix"))
+            peer = f"  {row['times_peer']:.2f} x PyTorch" if "times_peer" in row else ""
+            share = "" if limit is None else f"{limit:7.1%}"
+            print(f"{name:62} {row['median_s'] * 1e3:9.3f} ms {row['rate']:10.1f}/s {share}{peer}")
+    for outcome in outcomes:
+        print(f"{outcome.name:13} {outcome.seconds:6.1f} s  {outcome.result[:400]}")
+
+
+def run(steps: Sequence[Step], runner: Runner, summary: Path) -> list[Outcome]:
+    """Run the steps; the summary is written anew after each, so that it is there whenever this is stopped."""
+    outcomes: list[Outcome] = []
+    for step in steps:
+        outcome = runner.run(step)
+        outcomes.append(outcome)
+        tail = outcome.tail[-(_TAIL if outcome.fine else _TAIL_OF_FAILURE) :].strip()
+        print(f"=== {outcome.name}: {outcome.result[:600]}, {outcome.seconds:.0f} s\n{tail}", flush=True)
+        data: list[Mapping[str, Any]] = [asdict(one) for one in outcomes]
+        summary.write_text(json.dumps({"steps": data}, indent=1) + "\n", encoding="utf-8")
+    return outcomes
+
+
+def _interrupted(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def main() -> int:
     """Run the steps; exit code 1 where one did not pass."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check")
-    parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--only", action="append", help="names of steps; default: all")
+    parser.add_argument("--minutes", type=float, default=8.0, help="when all is over")
+    parser.add_argument("--second", action="store_true", help="the steps of a second call")
+    parser.add_argument("--only", action="append", metavar="STEP", help="names of steps of either call")
+    parser.add_argument("--dry-run", action="store_true", help="every kind of command, up to where it needs the driver")
+    parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="compile the kernels into a folder, run nothing")
+    parser.add_argument("--kernels", type=Path, default=PREPARED, help="what --prepare made (build/gpu-kernels)")
     given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
     link_tree()
-    end = time.monotonic() + 60 * given.minutes
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        found = steps(Path(folder))
-        unknown = set(given.only or ()) - {step.name for step in found}
+    if given.prepare is not None:
+        return prepare(given.prepare)
+    given.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * (_DRY_MINUTES if given.dry_run else given.minutes)
+    signal.signal(signal.SIGTERM, _interrupted)
+    with tempfile.TemporaryDirectory() as folder, (given.out / "check.log").open("w", encoding="utf-8") as log:
+        work = Path(folder)
+        calls = [check_steps.first(work), check_steps.second(work)]
+        every = {step.name: step for steps in calls for step in steps}
+        unknown = set(given.only or ()) - every.keys()
         if unknown:
-            parser.error(f"there is no step {', '.join(unknown)}; there are: {', '.join(step.name for step in found)}")
-        for step in found:
-            if given.only and step.name not in given.only:
-                continue
-            result, seconds = run(step, given.out, end - time.monotonic())
-            log = (given.out / f"{step.name.replace(' ', '-')}.log").read_text(encoding="utf-8", errors="replace")
-            print(f"=== {step.name}: {result}, {seconds:.0f} s\n{log[-2500:]}", flush=True)
-            results.append((step.name, result, seconds))
-    print("\n".join(f"{name:14} {seconds:6.1f} s  {result}" for name, result, seconds in results))
-    return int(any(result != "passed" for _, result, _ in results))
+            parser.error(f"there is no step {', '.join(sorted(unknown))}; there are: {', '.join(every)}")
+        chosen = [every[name] for name in given.only] if given.only else calls[given.second]
+        if given.dry_run and not given.only:
+            chosen = list(every.values())
+        made = environment(work, dry=given.dry_run)
+        if prepared(given.kernels.absolute()):
+            made[VARIABLE] = str(given.kernels.absolute())
+        runner = Runner(log, work, made, end, dry=given.dry_run)
+        outcomes = run(chosen, runner, given.out / "summary.json")
+    show(outcomes)
+    return int(not all(outcome.fine for outcome in outcomes))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,92 @@
+"""A device that computes nothing: does a measurement run to its end, with the real shapes, on a machine without a GPU?
+
+Launches are planned as for an H200 and checked for what can be: that their kernels were loaded, that shared memory and
+the grid are what a block and a launch may have, and that all buffers together fit the memory. Results are ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from edgelm.errors import DeviceError, DeviceMemoryError
+from edgelm.runtimes.cuda.device import Device, DeviceInfo
+from edgelm.runtimes.cuda.launch import Launch
+
+_MOST_SHARED = 227 << 10
+_MOST_THREADS = 1024
+_MOST_BLOCKS = (2**31 - 1, 65535, 65535)
+
+
+class DryDevice(Device):
+    """An H200 as the driver would describe it, with memory that is counted and not there."""
+
+    overlap = False
+
+    def __init__(self) -> None:
+        self.info = DeviceInfo("nothing (dry run)", (9, 0), 132, 143_771 << 20, (13, 0))
+        self._buffers: dict[int, int] = {}
+        self._next = 1 << 40
+        self._loaded: set[str] = set()
+        self.launched = 0
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes."""
+        return self.info.memory - sum(self._buffers.values()), self.info.memory
+
+    def allocate(self, nbytes: int) -> int:
+        """Count memory; raises DeviceMemoryError where an H200 has not that much."""
+        if nbytes > self.memory()[0]:
+            raise DeviceMemoryError(f"{nbytes} bytes do not fit an H200, which has {self.memory()[0]} free")
+        address, self._next = self._next, self._next + -(-nbytes // 256) * 256 + 256
+        self._buffers[address] = nbytes
+        return address
+
+    def free(self, address: int) -> None:
+        """Count memory as free."""
+        del self._buffers[address]
+
+    def upload(self, address: int, data: NDArray[Any] | bytes) -> None:
+        """Check that it fits a buffer."""
+        nbytes = len(data) if isinstance(data, bytes) else data.nbytes
+        if not any(start <= address and address + nbytes <= start + size for start, size in self._buffers.items()):
+            raise DeviceError(f"{nbytes} bytes at {address:#x} are in no buffer")
+
+    def download(self, address: int, out: NDArray[Any]) -> None:
+        """Ones."""
+        out.fill(1)
+
+    def fill(self, address: int, value: int, nbytes: int) -> None:
+        """Nothing."""
+
+    def load(self, names: Sequence[str]) -> None:
+        """Note their names."""
+        self._loaded |= set(names)
+
+    def launch(self, launch: Launch, stream: int = 0) -> None:
+        """Check what a driver would."""
+        if launch.kernel not in self._loaded:
+            raise DeviceError(f"the kernel {launch.kernel} was not loaded")
+        if launch.shared > _MOST_SHARED or not 0 < launch.block <= _MOST_THREADS:
+            raise DeviceError(f"{launch.kernel}: {launch.block} threads with {launch.shared} bytes of shared memory")
+        if not all(0 < size <= most for size, most in zip(launch.grid, _MOST_BLOCKS, strict=True)):
+            raise DeviceError(f"{launch.kernel}: a grid of {launch.grid}")
+        self.launched += 1
+
+    def synchronize(self) -> None:
+        """Nothing."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """The work itself."""
+        return work
+
+    def elapsed(self, work: Callable[[], None], repeat: int = 1) -> list[float]:
+        """Run it once; every run is said to take a millisecond."""
+        work()
+        return [1e-3] * repeat
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._buffers.clear()

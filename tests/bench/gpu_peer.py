@@ -1,0 +1,142 @@
+"""How fast is transformers on this GPU with models of the published shapes (bf16, random weights)?
+
+    python tests/bench/gpu_peer.py [--model olmoe-1b-7b] [--repeat 3]
+    python tests/bench/gpu_peer.py --tiny          # a small model on the CPU: does this run?
+
+The figures stand beside those of `gpu_models.py`, which has no part in this process: a failure of one cannot harm the
+other. Decoding is captured as a CUDA graph where transformers allows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers  # type: ignore[import-untyped]  # it has no type information here
+from gpu_models import TINY, positions
+
+from edgelm.synth import PUBLISHED
+
+_EAGER = 2
+
+
+class Peer:
+    """A model of transformers with random weights."""
+
+    def __init__(self, config: dict[str, Any], device: str) -> None:
+        self.device = device
+        self.config = transformers.AutoConfig.for_model(**config)
+        with torch.device(device):
+            model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16)
+        self.model = model.eval()
+
+    def decode(self, context: int, steps: int, runs: int) -> tuple[Callable[[], float], bool]:
+        """Give a function to a step's median wall time, of `steps` after `context` tokens, and whether it is a graph.
+
+        The cache itself counts the tokens that it was given, in a captured graph too, and a step past its end is an
+        error on the device, which nothing later in the process survives: it has room for `runs` calls.
+        """
+        cache = transformers.StaticCache(config=self.config, max_cache_len=context + _EAGER + runs * steps)
+        ids = torch.randint(0, self.config.vocab_size, (1, context), device=self.device)
+        token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+        place = torch.tensor([[context]], device=self.device)
+
+        def step() -> Any:
+            return self.model(token, past_key_values=cache, position_ids=place).logits[:, -1].argmax(-1, keepdim=True)
+
+        run: Callable[[], Any] = step
+        captured = False
+        with torch.no_grad():
+            self.model(ids, past_key_values=cache, logits_to_keep=1)
+            step()
+            if self.device == "cuda":
+                try:
+                    run, captured = self._captured(step), True
+                except RuntimeError as error:  # what is read back on the way cannot be captured: it is timed as it is
+                    torch.cuda.synchronize()
+                    print(f"transformers cannot be captured ({str(error).splitlines()[0]}): timed eagerly", flush=True)
+
+        def timed() -> float:
+            times = []
+            with torch.no_grad():
+                for _ in range(steps):
+                    start = time.perf_counter()
+                    int(run().item())
+                    times.append(time.perf_counter() - start)
+            return statistics.median(times)
+
+        return timed, captured
+
+    def _captured(self, step: Callable[[], Any]) -> Callable[[], Any]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            chosen = step()
+
+        def replay() -> Any:
+            graph.replay()
+            return chosen
+
+        return replay
+
+    def prefill(self, tokens: int) -> float:
+        """Wall seconds of a prefill with the logits of the last token."""
+        ids = torch.randint(0, self.config.vocab_size, (1, tokens), device=self.device)
+        self._wait()
+        start = time.perf_counter()
+        with torch.no_grad():
+            self.model(ids, logits_to_keep=1, use_cache=True)
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def measure(name: str, repeat: int, *, tiny: bool) -> list[dict[str, Any]]:
+    """The rows of one model."""
+    config = dict(PUBLISHED[name]) | (TINY if tiny else {})
+    at = positions(config)
+    peer = Peer(config, "cpu" if tiny else "cuda")
+    step, captured = peer.decode(at.context, at.steps, repeat + 1)
+    step()
+    found = {f"decode{' (CUDA graph)' if captured else ' (eager)'}": ([step() for _ in range(repeat)], 1)}
+    peer.prefill(at.long)
+    found[f"prefill {at.long}"] = ([peer.prefill(at.long) for _ in range(repeat)], at.long)
+    rows = []
+    for what, (seconds, tokens) in found.items():
+        median = statistics.median(seconds)
+        row = {"name": f"transformers {name} bf16 {what}", "median_s": median, "rate": tokens / median}
+        rows.append(row | {"low_s": min(seconds), "high_s": max(seconds)})
+        print(f"{row['name']:56} {median * 1e3:9.3f} ms {row['rate']:10.1f} tokens/s", flush=True)
+    return rows
+
+
+def main() -> int:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", choices=list(PUBLISHED))
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true", help="a small model on the CPU")
+    given = parser.parse_args()
+    if not given.tiny and not torch.cuda.is_available():
+        raise SystemExit("no NVIDIA driver: PyTorch sees no GPU")
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}", flush=True)
+    rows = [row for name in given.model or PUBLISHED for row in measure(name, given.repeat, tiny=given.tiny)]
+    print(json.dumps({"rows": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

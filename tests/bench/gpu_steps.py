@@ -1,0 +1,147 @@
+"""Single prefills and decode steps on a GPU for sanitizers and profilers, and early launches against none.
+
+    python tests/bench/gpu_steps.py tiny         # a small model: for compute-sanitizer, which makes it slow
+    python tests/bench/gpu_steps.py profile      # two layers of the real widths, one decode step: for ncu
+    python tests/bench/gpu_steps.py overlap      # the same decode with early launches: are the bits the same, how fast?
+
+Each takes --model and --kind, and --dry-run for a device that computes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import sys
+from typing import Any
+
+import gpu_random
+import numpy as np
+from gpu_dry import DryDevice
+from gpu_figures import paired
+from gpu_models import agreement, config_of, decode, load, positions
+from numpy.typing import NDArray
+
+from edgelm.runtimes.cuda.driver import CudaDevice
+from edgelm.runtimes.cuda.driver_library import LIBRARY, LIBRARY_VARIABLE
+from edgelm.runtimes.cuda.executor import Executor
+from edgelm.runtimes.cuda.kernels_file import KernelCompiler
+from edgelm.synth import PUBLISHED
+
+# Heads of 128 as the published models have: their kernels are the ones to look at.
+_SMALL = {
+    "vocab_size": 512, "hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+_BATCHES = (1, 32)
+
+
+def tiny(device: Any, name: str, kind: str) -> int:
+    """Prefill and decode a small model, alone and in a batch."""
+    config = dict(PUBLISHED[name]) | _SMALL
+    print(f"{name} {kind}, small: {agreement(load(device, config, kind, 3), config['vocab_size'], 3)}")
+    device.synchronize()
+    return 0
+
+
+def profile(device: Any, name: str, kind: str) -> int:
+    """One decode step with a short cache and one with a long, between the profiler's start and stop."""
+    config = config_of(name) | {"num_hidden_layers": 2}
+    at = positions(config)
+    model = load(device, config, kind, 1)
+    token, places = np.zeros((1, 1), np.int32), (at.context, at.long - 1)
+    for place in places:
+        model.run(token, [place], greedy=True)
+    device.synchronize()
+    profiler = None
+    if isinstance(device, CudaDevice):
+        profiler = ctypes.CDLL(os.environ.get(LIBRARY_VARIABLE) or LIBRARY)
+        profiler.cuProfilerStart()
+    for place in places:
+        model.run(token, [place], greedy=True)
+    device.synchronize()
+    if profiler is not None:
+        profiler.cuProfilerStop()
+    print(f"{name} {kind}, 2 layers: a decode step after {places[0]} tokens, then one after {places[1]}")
+    return 0
+
+
+def _trace(model: Executor, vocabulary: int, batch: int, steps: int) -> NDArray[np.float32]:
+    """Logits [steps, batch, V] of a prefill of random tokens for every sequence and greedy decoding after it."""
+    ids = np.random.default_rng(4).integers(0, vocabulary, (batch, 40))
+    for row in range(batch):
+        model.run(ids[row : row + 1], [0], first=row)
+    tokens = ids[:, -1:].astype(np.int32)
+    chosen = np.empty(batch, np.int32)
+    logits = np.empty((steps, batch, vocabulary), np.float32)
+    for step in range(steps):
+        model.run(tokens, [40 + step] * batch, greedy=True, graph=True)
+        model.logits(logits[step])
+        model.chosen(chosen)
+        tokens[:, 0] = chosen
+    return logits
+
+
+def overlap(device: Any, name: str, kind: str) -> int:
+    """Whether kernels that are started early compute the same bits, and how much time that takes."""
+    config = config_of(name)
+    at = positions(config)
+    plain = load(device, config, kind, max(_BATCHES))
+    models = {False: plain, True: gpu_random.again(plain)}
+    equal = True
+    rows = []
+    for batch in _BATCHES:
+        traces = {}
+        for early, model in models.items():
+            device.overlap = early
+            traces[early] = _trace(model, config["vocab_size"], batch, 16 if batch == 1 else 4)
+        device.overlap = True
+        again = _trace(models[True], config["vocab_size"], batch, len(traces[True]))
+        differing = [int((traces[False] != other).any(axis=2).sum()) for other in (traces[True], again)]
+        equal = equal and not any(differing)
+        runs = []
+        for early, model in models.items():
+
+            def timed(early: bool = early, model: Executor = model, batch: int = batch) -> float:
+                device.overlap = early
+                return float(np.median(decode(model, at.context, batch, at.steps)))
+
+            runs.append(timed)
+        without, early_times = paired(runs[0], runs[1], 3)
+        medians = [float(np.median(times)) for times in (without, early_times)]
+        tokens = traces[True].shape[0] * batch
+        print(
+            f"{name} {kind} batch {batch}: the logits of {differing[0]} and, a second time, {differing[1]} of {tokens} "
+            f"tokens differ; a step takes {medians[0] * 1e6:.1f} us without early launches, {medians[1] * 1e6:.1f} us "
+            f"with",
+            flush=True,
+        )
+        for what, median in zip(("without", "with"), medians, strict=True):
+            what = f"{name} {kind} decode, batch {batch}, {what} early launches"
+            rows.append({"name": what, "median_s": median, "rate": batch / median})
+    print(json.dumps({"rows": rows}))
+    print("early launches give the same bits" if equal else "EARLY LAUNCHES CHANGE RESULTS")
+    return int(not equal)
+
+
+def main() -> int:
+    """Do what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ways = {"tiny": tiny, "profile": profile, "overlap": overlap}
+    parser.add_argument("way", choices=list(ways))
+    parser.add_argument("--model", action="append", choices=list(PUBLISHED))
+    parser.add_argument("--kind", action="append", choices=list(gpu_random.RECIPES))
+    parser.add_argument("--dry-run", action="store_true")
+    given = parser.parse_args()
+    worst = 0
+    for name in given.model or PUBLISHED:
+        for kind in given.kind or gpu_random.RECIPES:
+            device: Any = DryDevice() if given.dry_run else CudaDevice(KernelCompiler())
+            worst = max(worst, ways[given.way](device, name, kind))
+            device.close()
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())
