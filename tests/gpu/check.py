@@ -55,9 +55,9 @@ def link_tree() -> None:
 
 
 def environment(work: Path, *, dry: bool) -> dict[str, str]:
-    """Of all commands: the tree to import from, nothing that depends on who is logged in."""
+    """Of all commands: the tree to import from first, nothing that depends on who is logged in."""
     made = dict(
-        os.environ, PYTHONPATH=str(TREE), PYTHONUNBUFFERED="1", EDGELM_TEST_GPU="1", NO_COLOR="1", COLUMNS="110",
+        os.environ, PYTHONPATH=_path(), PYTHONUNBUFFERED="1", EDGELM_TEST_GPU="1", NO_COLOR="1", COLUMNS="110",
         TERM="dumb", HF_HUB_OFFLINE="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", TMPDIR=str(work),
     )  # fmt: skip
     if dry:
@@ -92,8 +92,12 @@ def prepared(folder: Path) -> bool:
     return done.returncode == 0
 
 
+def _path() -> str:
+    return os.pathsep.join(filter(None, (str(TREE), os.environ.get("PYTHONPATH"))))
+
+
 def _python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    made = dict(os.environ, PYTHONPATH=str(TREE))
+    made = dict(os.environ, PYTHONPATH=_path())
     made.pop(VARIABLE, None)
     return subprocess.run(
         [PYTHON, "-P", "-c", code, *arguments], env=made, capture_output=True, text=True, check=False
