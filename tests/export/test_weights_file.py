@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import zlib
 from pathlib import Path
@@ -41,6 +42,18 @@ def test_every_tensor_lies_at_its_page_with_its_checksum(tmp_path: Path, threads
         stored = data[entry.offset : entry.offset + entry.size]
         assert stored == value.tobytes()
         assert entry.crc32 == zlib.crc32(stored)
+
+
+def test_are_tensors_whole_where_the_system_writes_less_than_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, data[:300], at))
+    plan, values = planned(2)
+    entries = plan.write(tmp_path / "w", 1, lambda amount: None)
+    data = (tmp_path / "w").read_bytes()
+    for entry, value in zip(entries, values, strict=True):
+        assert data[entry.offset : entry.offset + entry.size] == value.tobytes()
 
 
 def test_a_failing_job_ends_the_others_and_is_what_is_raised(tmp_path: Path) -> None:

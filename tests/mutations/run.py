@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import signal
 import sys
 import time
 from collections import Counter
@@ -67,7 +68,13 @@ class Runner:
                 free.put(copy)
 
         with ThreadPoolExecutor(len(self._copies)) as pool:
-            return list(pool.map(one, items))
+            try:
+                return list(pool.map(one, items))
+            except BaseException:  # Ctrl-C, above all
+                pool.shutdown(wait=False, cancel_futures=True)
+                for copy in self._copies:
+                    copy.stop()
+                raise
 
     def baseline(self, tests: Iterable[str]) -> dict[str, Outcome]:
         """Run tests without a mistake, file by file; what passed is remembered while no file changes."""
@@ -185,7 +192,10 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that tests end with their runner
     try:
         sys.exit(main())
     except EdgeLMError as error:
         sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -72,6 +72,8 @@ def test_counts_name_what_the_files_hold(tmp_path: Path) -> None:
     folder = write_small(tmp_path / "c", "olmoe").path
     for field, value, said in (
         ("num_hidden_layers", 10**12, r"num_hidden_layers is 1000000000000, but the weight files hold 2 layers"),
+        ("num_hidden_layers", 3, r"num_hidden_layers is 3, but the weight files hold 2 layers"),
+        ("num_experts", 5, r"num_experts is 5, but the weight files hold 4 experts a layer"),
         ("num_experts", 10**9, r"num_experts is 1000000000, but the weight files hold 4 experts a layer"),
         ("max_position_embeddings", 10**12, r"max_position_embeddings is 1000000000000; at most 16777216 is possible"),
         (

@@ -214,10 +214,18 @@ def changed(kind: str, tensors: Tensors) -> Tensors:
         other[2, 3] += 0.5
         other[1, 1] -= 0.25
         return tensors | {"lm_head.weight": other}
+    if kind == "head differs once":
+        other = embedding.float().clone()
+        other[16, 31] += 2**-10
+        return tensors | {"lm_head.weight": other}
     if kind == "head of another shape":
         return tensors | {"lm_head.weight": embedding[1:]}
     if kind == "frequencies differ":
         return tensors | {"model.rotary_emb.inv_freq": torch.ones(4) / 2}
+    if kind == "frequencies differ by their last digits":  # of another base, or computed in bfloat16
+        frequencies = 10000.0 ** -(torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+        frequencies[2] *= 1 + 1e-4
+        return tensors | {"model.rotary_emb.inv_freq": frequencies.float()}
     if kind == "frequencies of another width":
         return tensors | {"model.rotary_emb.inv_freq": torch.ones(5)}
     if kind == "two embeddings":
@@ -242,10 +250,15 @@ def changed(kind: str, tensors: Tensors) -> Tensors:
         ("inside", r"'model\.layers\.0\.self_attn\._orig_mod\.\w+\.weight' has '_orig_mod' in its name"),
         ("lora", r"has 'lora_A' in its name \(1 of \d+ have\), left by PEFT"),
         ("head differs", r"'lm_head.weight' differs from .* in 2 value\(s\), by 0\.5 at \[2, 3\].*tie_word_embeddings"),
+        ("head differs once", r"'lm_head.weight' differs from .* in 1 value\(s\), by 0\.000\d+ at \[16, 31\]"),
         ("head of another shape", r"\(16, 32\) and .*\(17, 32\) differ in shape.*tie_word_embeddings"),
         (
             "frequencies differ",
             r"'model\.rotary_emb\.inv_freq' differs .*rope_theta 10000 gives by 0\.5 at \[0\] \(0\.5 for 1",
+        ),
+        (
+            "frequencies differ by their last digits",
+            r"'model\.rotary_emb\.inv_freq' differs .* by 1e-06 at \[2\] \(0\.010001 for 0\.01",
         ),
         ("frequencies of another width", r"is F32 \(5,\), the rotary frequencies of heads of 8 are \(4,\)"),
         ("two embeddings", r"is a second tensor for 'model\.embed_tokens\.weight'"),

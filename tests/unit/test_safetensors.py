@@ -15,7 +15,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from edgelm.checkpoint.safetensors import NUMPY_DTYPES, SafetensorsFile, bf16_to_float32
+from edgelm.checkpoint.safetensors import (
+    NUMPY_DTYPES,
+    READ_BYTES,
+    SafetensorsFile,
+    bf16_to_float32,
+    first_not_finite,
+)
 from edgelm.checkpoint.writer import SafetensorsWriter, TensorSpec, float32_to_bf16, plan_shards
 from edgelm.errors import CheckpointError
 
@@ -89,6 +95,18 @@ def test_tensors_larger_than_one_read_are_whole(tmp_path: Path) -> None:
     with SafetensorsFile(tmp_path / "f.safetensors") as file:
         np.testing.assert_array_equal(file.read_float32("x"), values.float().numpy())
         np.testing.assert_array_equal(file.read_float32("x", slice(1, 699)), values[1:699].float().numpy())
+        codes = values.view(torch.int16).numpy().view(np.uint16)
+        np.testing.assert_array_equal(file.read_raw("x"), codes)
+        np.testing.assert_array_equal(file.read_raw("x", slice(1, 699)), codes[1:699])
+
+
+@pytest.mark.parametrize("place", [0, READ_BYTES // 4 - 1, READ_BYTES // 4, READ_BYTES // 2 + 7])
+def test_is_the_first_value_that_is_not_finite_found_in_any_block(place: int) -> None:
+    values = np.zeros(READ_BYTES, np.float32)
+    assert first_not_finite(values, "F32") is None
+    values[place] = np.inf
+    values[-1] = np.nan
+    assert first_not_finite(values, "F32") == place
 
 
 def test_rows_that_make_no_sense_are_refused(tmp_path: Path) -> None:
