@@ -27,8 +27,12 @@ from edgelm.packed import REFINE, TILE
 from edgelm.progress import Progress, Silent
 from edgelm.runtimes import Runtime, SequenceBatch, open_batch, open_runtime
 
+PROMPT_TOKENS, NEW_TOKENS = 512, 128
 _READ_BYTES = 512 << 20
 _READ_REPEATS = 5
+# What is read again and again comes from the CPU's caches unless it is several times as large.
+_CACHES = 4
+_ASSUMED_CACHE = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,9 @@ class Spread:
 class BenchResult:
     """Seconds, tokens a second, bytes, bytes a second.
 
-    Memory is None where the system does not tell, and the bandwidth of decoding where sequences share what is read.
+    Memory is None where the system does not tell. The bandwidth of decoding is None where sequences share what is read,
+    and where a token reads so little that the CPU's caches may hold it; the machine's, where too little memory is free
+    to measure more than the caches. `notes` say what was measured otherwise than a reader expects.
     """
 
     bundle: str
@@ -77,6 +83,7 @@ class BenchResult:
     machine_bandwidth: float | None
     load_average: float | None
     device: devices.Device
+    notes: tuple[str, ...] = ()
 
     @property
     def bandwidth_share(self) -> float | None:
@@ -113,6 +120,38 @@ def bytes_per_token(manifest: Manifest, position: float, kv: str | None = None) 
     return round(total + row * position)
 
 
+def beyond_caches(nbytes: int) -> bool:
+    """Whether so many bytes, read in turn, come from memory: they are several times what the CPU's caches hold."""
+    return nbytes >= _CACHES * (devices.cache_bytes() or _ASSUMED_CACHE)
+
+
+def memory_bandwidth(threads: int) -> float | None:
+    """`read_bandwidth` of the machine's memory; None where too little is free for more than the caches' to be seen."""
+    return read_bandwidth(threads) if beyond_caches(_read_size()) else None
+
+
+def _read_size() -> int:
+    available = devices.describe().memory_available
+    return _READ_BYTES if available is None else min(_READ_BYTES, available // 4)
+
+
+def choose_tokens(prompt: int | None, new: int | None, context: int) -> tuple[int, int]:
+    """How many prompt and new tokens to measure with; None is the default, or less where the context is short.
+
+    Raises:
+        ContextLengthError: what was asked for does not fit.
+    """
+    if (prompt or 1) + (new or 1) > context:
+        asked = f"{prompt:,} prompt tokens" if prompt else f"{new:,} new tokens"
+        asked += f" and {new:,} new ones" if prompt and new else ""
+        raise ContextLengthError(
+            f"{asked} are more than the model's context of {context:,} has room for: give smaller numbers"
+        )
+    if new is None:
+        new = min(NEW_TOKENS, max(1, context // 5) if prompt is None else context - prompt)
+    return min(PROMPT_TOKENS, context - new) if prompt is None else prompt, new
+
+
 def read_bandwidth(threads: int, file: Path | None = None) -> float:
     """Bytes a second that `threads` threads read: the best of a few passes over half a gigabyte.
 
@@ -122,8 +161,7 @@ def read_bandwidth(threads: int, file: Path | None = None) -> float:
     Raises:
         EdgeLMError: `file` is too small to have 8 bytes for every thread.
     """
-    available = devices.describe().memory_available
-    size = _READ_BYTES if available is None else min(_READ_BYTES, available // 4)
+    size = _read_size()
     if file is None:
         # Written, so that every page is its own: untouched zeros all lie in one page that stays in the cache.
         words = np.ones(size // 8, np.uint64)
@@ -146,8 +184,8 @@ def read_bandwidth(threads: int, file: Path | None = None) -> float:
 def bench(
     path: Path | str,
     *,
-    prompt_tokens: int = 512,
-    new_tokens: int = 128,
+    prompt_tokens: int | None = None,
+    new_tokens: int | None = None,
     repeat: int = 5,
     threads: int | None = None,
     runtime: str | None = None,
@@ -158,8 +196,9 @@ def bench(
 ) -> BenchResult:
     """Load the bundle and measure it `repeat` times, after one run that is not counted.
 
-    `kv` is the cache's type, `weight_budget` as for `edgelm.load`. With a `batch` above 1, that many sequences are
-    prefilled one after the other and decode together: rates count the tokens of all of them. It needs native operators.
+    `prompt_tokens` and `new_tokens` are 512 and 128 where they are not given, or less where the context is short. `kv`
+    is the cache's type, `weight_budget` as for `edgelm.load`. With a `batch` above 1, that many sequences are prefilled
+    one after the other and decode together: rates count the tokens of all of them. It needs native operators.
 
     Raises:
         ContextLengthError: prompt and new tokens do not fit into the model's context.
@@ -169,16 +208,19 @@ def bench(
     for name, value in (
         ("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeat", repeat), ("batch", batch),
     ):  # fmt: skip
-        if value < 1:
+        if value is not None and value < 1:
             raise EdgeLMError(f"{name} is {value}: give 1 or more")
     progress = progress or Silent()
     bundle = Bundle.open(path)
-    model, context = bundle.manifest.model, prompt_tokens + new_tokens
-    if context > model.context_length:
-        raise ContextLengthError(
-            f"{prompt_tokens} prompt tokens and {new_tokens} new ones are more than the model's context of "
-            f"{model.context_length}: give smaller numbers"
+    model, notes = bundle.manifest.model, []
+    asked = (prompt_tokens, new_tokens)
+    prompt_tokens, new_tokens = choose_tokens(prompt_tokens, new_tokens, model.context_length)
+    if (prompt_tokens, new_tokens) != (asked[0] or PROMPT_TOKENS, asked[1] or NEW_TOKENS):
+        notes.append(
+            f"the model's context of {model.context_length:,} has no room for the usual {PROMPT_TOKENS} prompt and "
+            f"{NEW_TOKENS} new tokens: measured with {prompt_tokens} and {new_tokens}"
         )
+    context = prompt_tokens + new_tokens
     before, _ = devices.resident_memory()
     started = time.perf_counter()
     opened: Runtime | SequenceBatch
@@ -205,6 +247,8 @@ def bench(
     gc.collect()
     decode = Spread.of([run.decode_rate for run in counted])
     bytes_read = bytes_per_token(bundle.manifest, prompt_tokens + new_tokens / 2, kv)
+    on_cpu = bundle.manifest.target == "cpu"
+    from_memory = batch == 1 and (not on_cpu or beyond_caches(bytes_read))
     return BenchResult(
         bundle=str(bundle.path),
         model=model.name,
@@ -226,10 +270,11 @@ def bench(
         resident_peak=peak,
         files={file: info.size for file, info in bundle.manifest.files.items()},
         bytes_per_token=bytes_read,
-        decode_bandwidth=bytes_read * decode.median if batch == 1 else None,
-        machine_bandwidth=read_bandwidth(threads_used) if bundle.manifest.target == "cpu" else device_bandwidth,
+        decode_bandwidth=bytes_read * decode.median if from_memory else None,
+        machine_bandwidth=memory_bandwidth(threads_used) if on_cpu else device_bandwidth,
         load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         device=devices.describe(),
+        notes=tuple(notes),
     )
 
 

@@ -110,6 +110,19 @@ def _physical_cores(logical: set[int]) -> int | None:
     return len(cores)
 
 
+def cache_bytes() -> int | None:
+    """Bytes of the last-level caches of the CPUs that this process may use; None where the system does not say."""
+    found: dict[tuple[int, str], int] = {}
+    for cpu in _allowed_logical():
+        for cache in (_CPU / f"cpu{cpu}" / "cache").glob("index*"):
+            level, size = _read(cache / "level"), _read(cache / "size")
+            if level.isdigit() and (match := re.fullmatch(r"(\d+)([KMG])", size)):
+                key = (int(level), _read(cache / "shared_cpu_list"))
+                found[key] = int(match[1]) << {"K": 10, "M": 20, "G": 30}[match[2]]
+    last = max((level for level, _ in found), default=0)
+    return sum(size for (level, _), size in found.items() if level == last) or None
+
+
 def _cgroup_quota() -> float | None:
     """Cores' worth of time that the container may use, None where there is no limit."""
     quotas = []
@@ -135,14 +148,27 @@ def _own_cgroups() -> list[Path]:
 
 
 def _cgroup_memory() -> tuple[int, int] | None:
-    """(limit, used) in bytes of the tightest memory limit of this process's control groups."""
-    limits = []
+    """(limit, available) in bytes by the memory limits of this process's control groups; None where there is none."""
+    limits, available = [], []
     for folder in _own_cgroups():
         limit = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
         used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
         if limit.isdigit() and used.isdigit():
-            limits.append((int(limit), int(used)))
-    return min(limits, default=None)
+            limits.append(int(limit))
+            available.append(int(limit) - int(used) + min(int(used), _reclaimable(folder)))
+    return (min(limits), max(0, min(available))) if limits else None
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes that count as used by a control group but that the kernel gives up when memory is wanted: the page cache.
+
+    As the kernel's MemAvailable has it: files' pages, active or not, and slabs. What lies in a tmpfs is among neither.
+    """
+    found = re.findall(r"^(\w+) (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
+    fields: dict[str, str] = dict(found)
+    names = ("active_file", "inactive_file", "slab_reclaimable")
+    # The old interface gives the sums over the groups below, which usage includes, under names of their own.
+    return sum(int(fields.get(f"total_{name}", fields.get(name, 0))) for name in names)
 
 
 def _memory() -> tuple[int | None, int | None]:
@@ -154,7 +180,7 @@ def _memory() -> tuple[int | None, int | None]:
         total, available = (int(fields.get(key, 0)) * 1024 for key in ("MemTotal", "MemAvailable"))
         limit = _cgroup_memory()
         if limit is not None and limit[0] < total:
-            total, available = limit[0], min(available, limit[0] - limit[1])
+            total, available = limit[0], min(available, limit[1])
         return total, available
     if sys.platform == "darwin":
         text = _sysctl("hw.memsize")

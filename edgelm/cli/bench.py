@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bundle", type=BUNDLE)
-@click.option(
-    "--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Random tokens to read."
-)
-@click.option("--new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
+@click.option("--prompt-tokens", type=click.IntRange(min=1), help="Random tokens to read [512, or what fits].")
+@click.option("--new-tokens", type=click.IntRange(min=1), help="Tokens to generate [128, or what fits].")
 @click.option("--repeat", type=click.IntRange(min=1), default=5, show_default=True, help="Runs, after one not counted.")
 @threads_option()
 @runtime_option
@@ -37,8 +35,8 @@ if TYPE_CHECKING:
 @json_option
 def bench(
     bundle: Path,
-    prompt_tokens: int,
-    new_tokens: int,
+    prompt_tokens: int | None,
+    new_tokens: int | None,
     repeat: int,
     threads: int | None,
     runtime: str | None,
@@ -71,42 +69,47 @@ def bench(
 def table(result: BenchResult) -> str:
     """The result for people."""
     from edgelm.cli.tables import pairs
-    from edgelm.sizes import format_size
+    from edgelm.sizes import format_number, format_size
 
     def spread(value: Spread, unit: str, digits: int) -> str:
-        return f"{value.median:.{digits}f} {unit}  ({value.low:.{digits}f} to {value.high:.{digits}f})"
+        median, low, high = (format_number(number, digits) for number in (value.median, value.low, value.high))
+        return f"{median} {unit}  ({low} to {high})"
 
     several = f" x {result.batch}" if result.batch > 1 else ""
     repeat = len(result.decode_tokens_per_second.runs)
+    loaded, run = format_size(result.resident_after_load), format_size(result.resident_after_run)
+    peak, before = format_size(result.resident_peak), format_size(result.resident_before_load)
     rows = [
         ("bundle", f"{result.bundle} ({result.model}, {result.recipe})"),
         ("device", f"{result.device.cpu}, {result.threads} of {result.device.logical_cores} logical cores used"),
         ("runtime", f"{result.runtime}, {result.ops} operators, {result.kv} cache"),
         ("load", f"{result.load_seconds:.2f} s"),
-        (f"prefill {result.prompt_tokens}", spread(result.prefill_tokens_per_second, "tokens/s", 1)),
+        (f"prefill {result.prompt_tokens:,}", spread(result.prefill_tokens_per_second, "tokens/s", 1)),
         ("first token", spread(result.time_to_first_token, "s", 3)),
-        (
-            f"decode {result.new_tokens}{several}",
-            spread(result.decode_tokens_per_second, "tokens/s", 1),
-        ),
+        (f"decode {result.new_tokens:,}{several}", spread(result.decode_tokens_per_second, "tokens/s", 1)),
         ("runs", f"{repeat}: median (least to greatest)"),
-        (
-            "resident",
-            f"{format_size(result.resident_after_load)} loaded, "
-            f"{format_size(result.resident_after_run)} after the runs",
-        ),
-        (
-            "resident peak",
-            f"{format_size(result.resident_peak)} ({format_size(result.resident_before_load)} before loading)",
-        ),
+        ("resident", f"{loaded} loaded, {run} after the runs"),
+        ("resident peak", f"{peak} ({before} before loading)"),
         ("files", f"{format_size(sum(result.files.values()))} in {len(result.files)} files"),
+        *_bandwidth(result),
+        *(("note", note) for note in result.notes),
     ]
-    if result.decode_bandwidth is not None:
-        said = f"{result.decode_bandwidth / 1e9:.1f} GB/s: {format_size(result.bytes_per_token)} a token"
-        if result.machine_bandwidth is not None:
-            by = f"{result.threads} threads read" if result.runtime == "onnxruntime-cpu" else "the GPU copies"
-            said += f"; {result.bandwidth_share:.0%} of the {result.machine_bandwidth / 1e9:.1f} GB/s that {by} here"
-        rows.append(("bandwidth", said))
     if result.load_average is not None and result.load_average > result.threads + 1:
         rows.append(("note", f"the machine was busy (load {result.load_average:.1f}): measure again when it is quiet"))
     return pairs(rows)
+
+
+def _bandwidth(result: BenchResult) -> list[tuple[str, str]]:
+    """What decoding reads, and where that comes from memory, how much of the memory's bandwidth it is."""
+    from edgelm.sizes import format_size
+
+    reads = f"{format_size(result.bytes_per_token)} a token"
+    if result.decode_bandwidth is None:
+        return [] if result.batch > 1 else [("reads", f"{reads}, so little that the CPU's caches may hold it")]
+    said = f"{format_size(result.decode_bandwidth)}/s: {reads}"
+    if result.machine_bandwidth is None:
+        return [("bandwidth", f"{said}; the memory's own was not measured: too little of it is free")]
+    reader = "1 thread reads" if result.threads == 1 else f"{result.threads} threads read"
+    by = reader if result.runtime == "onnxruntime-cpu" else "the GPU copies"
+    machine = f"{format_size(result.machine_bandwidth)}/s that {by} here"
+    return [("bandwidth", f"{said}; {result.bandwidth_share:.0%} of the {machine}")]

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from tiny_graph import Shape, write_tiny_model
 
-from edgelm.benchmark import Spread, bench, bytes_per_token, read_bandwidth
+from edgelm import devices
+from edgelm.benchmark import (
+    Spread,
+    bench,
+    beyond_caches,
+    bytes_per_token,
+    choose_tokens,
+    memory_bandwidth,
+    read_bandwidth,
+)
 from edgelm.bundle import Bundle, TensorEntry
+from edgelm.cli.bench import table
 from edgelm.cli.main import cli
 from edgelm.errors import ContextLengthError, EdgeLMError
 from edgelm.packed import REFINE
@@ -79,7 +90,62 @@ def test_bench_measures_and_says_with_what(bundle: Bundle) -> None:
     assert all(seconds * 1.001 >= 20 / max(result.prefill_tokens_per_second.runs)
                for seconds in result.time_to_first_token.runs)  # fmt: skip
     assert result.files["model.onnx"] == bundle.manifest.files["model.onnx"].size
-    assert 0 < result.bandwidth_share < 1
+    # A model of some kilobytes lies in the CPU's caches: what it reads says nothing of memory.
+    assert result.decode_bandwidth is None
+    assert result.bandwidth_share is None
+
+
+def test_a_model_larger_than_the_caches_has_its_share_of_the_bandwidth(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgelm.devices.cache_bytes", lambda: 2048)
+    result = bench(bundle.path, prompt_tokens=20, new_tokens=10, repeat=1, threads=1)
+    assert result.decode_bandwidth == result.bytes_per_token * result.decode_tokens_per_second.median
+    assert result.machine_bandwidth is not None
+    assert result.bandwidth_share == result.decode_bandwidth / result.machine_bandwidth
+    said = r"^bandwidth +[\d.]+ [kMG]B/s: .* a token; \d+% of the [\d.]+ [MG]B/s that 1 thread reads here$"
+    assert re.search(said, table(result), re.MULTILINE)
+    scarce = dataclasses.replace(result, machine_bandwidth=None)
+    assert "the memory's own was not measured: too little of it is free" in table(scarce)
+
+
+def test_a_bandwidth_is_measured_beyond_the_caches_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgelm.devices.cache_bytes", lambda: 1 << 20)
+    assert [beyond_caches(size) for size in ((4 << 20) - 1, 4 << 20)] == [False, True]
+    full = devices.describe()
+    monkeypatch.setattr(devices, "describe", lambda: dataclasses.replace(full, memory_available=(16 << 20) - 4))
+    assert memory_bandwidth(1) is None
+    monkeypatch.setattr(devices, "describe", lambda: dataclasses.replace(full, memory_available=16 << 20))
+    assert memory_bandwidth(1) is not None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "context", "chosen"),
+    [
+        (None, None, 4096, (512, 128)), (None, None, 640, (512, 128)), (None, None, 639, (512, 127)),
+        (None, None, 128, (103, 25)), (None, None, 2, (1, 1)), (100, None, 128, (100, 28)),
+        (None, 100, 128, (28, 100)), (127, 1, 128, (127, 1)), (3000, None, 4096, (3000, 128)),
+        (None, 4000, 4096, (96, 4000)),
+    ],
+)  # fmt: skip
+def test_tokens_that_are_not_asked_for_fit_the_context(
+    prompt: int | None, new: int | None, context: int, chosen: tuple[int, int]
+) -> None:
+    assert choose_tokens(prompt, new, context) == chosen
+
+
+@pytest.mark.parametrize(("prompt", "new"), [(128, None), (None, 128), (100, 29)])
+def test_what_was_asked_for_and_does_not_fit_is_refused(prompt: int | None, new: int | None) -> None:
+    with pytest.raises(ContextLengthError, match=r"tokens .*are more than the model's context of 128 has room for"):
+        choose_tokens(prompt, new, 128)
+
+
+def test_without_options_a_short_context_is_measured_and_said(bundle: Bundle) -> None:
+    result = CliRunner().invoke(cli, ["bench", str(bundle.path), "--repeat", "1"])
+    assert result.exit_code == 0, result.output
+    assert "prefill 103" in result.stdout
+    assert "decode 25" in result.stdout
+    assert "the model's context of 128 has no room for the usual 512 prompt and 128 new tokens" in result.stdout
 
 
 @pytest.mark.parametrize("option", ["prompt_tokens", "new_tokens", "repeat"])
@@ -89,7 +155,7 @@ def test_counts_below_one_are_refused(bundle: Bundle, option: str) -> None:
 
 
 def test_more_tokens_than_the_context_are_refused(bundle: Bundle) -> None:
-    with pytest.raises(ContextLengthError, match=r"100 prompt tokens and 29 new ones .* context of 128"):
+    with pytest.raises(ContextLengthError, match=r"100 prompt tokens and 29 new ones .*context of 128"):
         bench(bundle.path, prompt_tokens=100, new_tokens=29)
 
 
@@ -97,12 +163,13 @@ def test_the_verb_prints_a_table_or_one_document(bundle: Bundle) -> None:
     arguments = ["bench", str(bundle.path), "--prompt-tokens", "16", "--new-tokens", "4", "--repeat", "1"]
     table = CliRunner().invoke(cli, arguments)
     assert table.exit_code == 0, table.output
-    for word in ("load", "prefill 16", "first token", "decode 4", "resident peak", "GB/s"):
+    for word in ("load", "prefill 16", "first token", "decode 4", "resident peak", "reads"):
         assert word in table.stdout
     result = CliRunner().invoke(cli, [*arguments, "--json"])
     document = json.loads(result.stdout)
     assert document["decode_tokens_per_second"]["median"] > 0
-    assert document["bandwidth_share"] > 0
+    assert document["bandwidth_share"] is None
+    assert document["notes"] == []
     assert document["device"]["cpu"]
 
 

@@ -76,6 +76,73 @@ def test_a_tighter_limit_of_a_group_above_wins(machine: Path, monkeypatch: pytes
     assert device.memory_available <= (1 << 30) - (1 << 28)
 
 
+MEBIBYTE = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "stat", "file"),
+    [
+        ("memory.max", "memory.current", "file 900\nactive_file {0}\ninactive_file {1}\nslab_reclaimable {2}\n", "."),
+        (
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "active_file 5\ninactive_file 5\nslab_reclaimable {2}\ntotal_active_file {0}\ntotal_inactive_file {1}\n",
+            "memory",
+        ),
+    ],
+    ids=["cgroup v2", "cgroup v1"],
+)
+def test_a_containers_page_cache_is_available(machine: Path, limit: str, used: str, stat: str, file: str) -> None:
+    folder = machine / "cgroup" / file
+    folder.mkdir(exist_ok=True)
+    (folder / limit).write_text(str(200 * MEBIBYTE))
+    (folder / used).write_text(str(190 * MEBIBYTE))
+    available = devices.describe().memory_available
+    assert available == 10 * MEBIBYTE
+    (folder / "memory.stat").write_text(stat.format(20 * MEBIBYTE, 100 * MEBIBYTE, 3 * MEBIBYTE))
+    assert devices.describe().memory_available == 133 * MEBIBYTE
+    # Never more than is used, nor than the machine has.
+    (folder / "memory.stat").write_text(stat.format(20 * MEBIBYTE, 1 << 50, 0))
+    assert devices.describe().memory_available == 200 * MEBIBYTE
+
+
+def test_the_group_that_leaves_least_counts(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = machine / "cgroup" / "app"
+    inner.mkdir()
+    for folder, limit, used in ((inner, 100, 40), (inner.parent, 120, 110)):
+        (folder / "memory.max").write_text(str(limit * MEBIBYTE))
+        (folder / "memory.current").write_text(str(used * MEBIBYTE))
+    real, own = devices._read, "0::/app"
+    monkeypatch.setattr(devices, "_read", lambda path: own if path == Path("/proc/self/cgroup") else real(path))
+    device = devices.describe()
+    assert (device.memory_total, device.memory_available) == (100 * MEBIBYTE, 10 * MEBIBYTE)
+
+
+def test_caches_that_cpus_share_count_once(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert devices.cache_bytes() is None
+    for cpu in range(8):
+        for index, (level, size, shared) in enumerate(
+            (("1", "32K", cpu), ("2", "1024K", cpu % 4), ("3", "8M", cpu % 2))
+        ):
+            folder = machine / "cpu" / f"cpu{cpu}" / "cache" / f"index{index}"
+            folder.mkdir(parents=True)
+            for name, value in (("level", level), ("size", size), ("shared_cpu_list", str(shared))):
+                (folder / name).write_text(value)
+    assert devices.cache_bytes() == 16 * MEBIBYTE
+    allow(monkeypatch, {2, 4})
+    assert devices.cache_bytes() == 8 * MEBIBYTE
+
+
+@pytest.mark.parametrize(
+    ("quota", "threads"), [("max 100000", 8), ("250000 100000", 3), ("50000 100000", 1), ("9900000 100000", 8)]
+)
+def test_threads_are_refused_above_the_cpus_of_affinity_and_quota(machine: Path, quota: str, threads: int) -> None:
+    (machine / "cgroup" / "cpu.max").write_text(quota)
+    assert devices.most_threads() == threads
+    assert devices.thread_problem(threads) is None
+    assert str(devices.thread_problem(threads + 1)).startswith(f"{threads + 1} threads are more than the {threads} CPU")
+
+
 def test_without_topology_every_allowed_processor_counts(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "_CPU", machine / "nowhere")
     allow(monkeypatch, {0, 1, 2})
