@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgelm.cli.extras import EXPORT_PACKAGES
 from edgelm.cli.options import json_option
 from edgelm.installing import install_hint
 
@@ -17,22 +18,19 @@ if TYPE_CHECKING:
     from edgelm.runtimes import RuntimeEntry
 
 CORE = ("numpy", "click", "tokenizers", "sentencepiece", "jinja2", "rich")
-EXPORT = ("torch", "onnx", "safetensors", "huggingface_hub")
 
 
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Say what this machine has: versions, runtimes, processor, memory; and how to install what is missing.
+    """Say what this machine is, what EdgeLM can do on it, and how to install what is missing.
 
     Exit code 1 if no runtime can be used.
     """
     import json
 
-    from edgelm.cli.tables import pairs
-
     document = examine()
-    click.echo(json.dumps(document) if as_json else pairs(rows(document)))
+    click.echo(json.dumps(document) if as_json else text(document))
     if not any(runtime["usable"] for runtime in document["runtimes"].values()):
         raise click.exceptions.Exit(1)
 
@@ -66,7 +64,8 @@ def examine() -> dict[str, Any]:
             and (bool(gpu["devices"]) or not _needs_gpu(entry)),
             "problem": problems[entry.name],
             "needs_gpu": _needs_gpu(entry),
-            "version": version_of(entry.package or entry.requires),
+            # What comes with EdgeLM itself is no version of a runtime: our own kernels need numpy alone.
+            "version": None if entry.requires in CORE else version_of(entry.package or entry.requires),
             "targets": list(entry.targets),
             "install": entry.install,
         }
@@ -75,7 +74,7 @@ def examine() -> dict[str, Any]:
     return {
         "edgelm": edgelm.__version__,
         "python": platform.python_version(),
-        "packages": {name: version_of(name) for name in (*CORE, *EXPORT)},
+        "packages": {name: version_of(name) for name in (*CORE, *EXPORT_PACKAGES)},
         "runtimes": found,
         "providers": providers(),
         "native_quantizer": native_quantizer(),
@@ -84,7 +83,21 @@ def examine() -> dict[str, Any]:
         "gpu_compiler": gpu_compiler(),
         "tensorrt": tensorrt_flavours(),
         "device": devices.describe().as_dict(),
+        "disk": disk(),
     }
+
+
+def disk() -> dict[str, Any]:
+    """The folder that the command runs in and the bytes of its disk, None where the system does not say."""
+    import shutil
+    from pathlib import Path
+
+    try:
+        folder = Path.cwd()
+        usage = shutil.disk_usage(folder)
+    except OSError:  # such as a folder that was removed
+        return {"folder": ".", "total": None, "free": None}
+    return {"folder": str(folder), "total": usage.total, "free": usage.free}
 
 
 def _needs_gpu(entry: RuntimeEntry) -> bool:
@@ -167,17 +180,28 @@ def tensorrt_flavours() -> list[dict[str, Any]]:
     return found
 
 
-def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
-    """The document for people."""
+def sections(document: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The document for people: this machine, what EdgeLM can do on it, with what."""
+    return [
+        ("This machine", machine_rows(document)),
+        ("What EdgeLM can do here", ability_rows(document)),
+        ("Runtimes", [(name, runtime_line(entry, document["gpu"])) for name, entry in document["runtimes"].items()]),
+        ("Packages", package_rows(document)),
+    ]
+
+
+def machine_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the machine is."""
     from edgelm.sizes import format_size
 
-    device, packages = document["device"], document["packages"]
-    missing_core = [name for name in CORE if packages[name] is None]
-    missing_export = [name for name in EXPORT if packages[name] is None]
-    lines = [
-        ("edgelm", f"{document['edgelm']}, Python {document['python']}"),
+    device, disk, gpu = document["device"], document["disk"], document["gpu"]
+    graphics = [
+        ("GPU", f"{found['name']}, SM {found['sm']}, {format_size(found['memory'])}, driver for CUDA {gpu['driver']}")
+        for found in gpu["devices"]
+    ]
+    return [
         ("system", f"{device['system']}, {device['architecture']}"),
-        ("processor", device["cpu"]),
+        ("CPU", device["cpu"]),
         (
             "cores",
             f"{device['allowed_cores']} may be used, of {device['physical_cores']} physical and "
@@ -185,34 +209,62 @@ def rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("instructions", " ".join(device["instruction_sets"]) or "unknown"),
         ("memory", f"{format_size(device['memory_total'])}, {format_size(device['memory_available'])} available"),
+        ("disk", f"{format_size(disk['free'])} free of {format_size(disk['total'])}, in {disk['folder']}"),
+        *(graphics or [("GPU", f"none: {gpu['why']}")]),
     ]
-    for name, runtime in document["runtimes"].items():
-        state = f"missing: {runtime['install']}"
-        if runtime["available"]:
-            without = ", but there is no GPU" if runtime["needs_gpu"] and not document["gpu"]["devices"] else ""
-            state = runtime["problem"] or f"ready, {runtime['version']}{without}"
-        lines.append((name, f"{state} ({runtime['summary']}, for {', '.join(runtime['targets'])})"))
-    lines += [
-        ("providers", ", ".join(document["providers"]) or "none"),
-        ("packages", ", ".join(f"{name} {packages[name]}" for name in CORE if packages[name])),
-    ]
-    if missing_core:
-        lines.append(("missing", f"{', '.join(missing_core)}: {install_hint()}"))
-    export = (
-        f"missing {', '.join(missing_export)} (only needed to export): {install_hint('export')}"
-        if missing_export
-        else "ready, " + ", ".join(f"{name} {packages[name]}" for name in EXPORT)
-    )
-    lines.append(("export", export))
-    quantizer = "compiled" if document["native_quantizer"] else "NumPy only, slow: install a wheel with compiled parts"
-    operators = document["native_operators"]
+
+
+def ability_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
+    """What works here, and of the rest what to install."""
+    missing = [name for name in EXPORT_PACKAGES if document["packages"][name] is None]
+    export = "yes"
+    if missing:
+        export = f"no: missing {', '.join(missing)} (only needed to export): {install_hint('export')}"
+    operators, compiler = document["native_operators"], document["gpu_compiler"]
     kernels = operators["instruction_set"]
-    lines += [
-        ("quantiser", quantizer),
+    made_for = f"NVRTC {compiler['version']}, for SM {', '.join(map(str, compiler['sms']))}"
+    return [
+        ("run", _runs(document)),
         ("operators", f"compiled, {kernels}: {operators['why']}" if kernels else operators["why"]),
+        ("export", export),
+        (
+            "quantize",
+            "compiled" if document["native_quantizer"] else "NumPy only, slow: install a wheel with compiled parts",
+        ),
+        ("GPU kernels", f"compiled by {made_for}" if compiler["version"] else f"cannot be exported: {compiler['why']}"),
+        *((f"{entry['flavour']} engines", tensorrt_line(entry)) for entry in document["tensorrt"]),
     ]
-    lines += [(entry["flavour"], tensorrt_line(entry)) for entry in document["tensorrt"]]
-    return lines + gpu_rows(document["gpu"], document["gpu_compiler"])
+
+
+def _runs(document: dict[str, Any]) -> str:
+    """For which targets bundles run, each with the runtime that is chosen."""
+    chosen: dict[str, str] = {}
+    for name, entry in document["runtimes"].items():
+        for target in entry["targets"] if entry["usable"] else ():
+            chosen.setdefault(target, name)
+    if not chosen:
+        return "nothing: no runtime can be used, see below"
+    return ", ".join(f"bundles for {target} with {name}" for target, name in chosen.items())
+
+
+def runtime_line(entry: dict[str, Any], gpu: dict[str, Any]) -> str:
+    """The state of a runtime, and what it is."""
+    state = f"missing: {entry['install']}"
+    if entry["available"]:
+        without = ", but there is no GPU" if entry["needs_gpu"] and not gpu["devices"] else ""
+        version = f", {entry['version']}" if entry["version"] else ""
+        state = entry["problem"] or f"ready{version}{without}"
+    return f"{state} ({entry['summary']}, for {', '.join(entry['targets'])})"
+
+
+def package_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
+    """Versions."""
+    packages = document["packages"]
+    found = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
+    lines = [("edgelm", f"{document['edgelm']}, Python {document['python']}"), ("with", found)]
+    lines.append(("providers", ", ".join(document["providers"]) or "none"))
+    missing = [name for name in CORE if packages[name] is None]
+    return [*lines, ("missing", f"{', '.join(missing)}: pip install {' '.join(missing)}")] if missing else lines
 
 
 def tensorrt_line(entry: dict[str, Any]) -> str:
@@ -224,19 +276,11 @@ def tensorrt_line(entry: dict[str, Any]) -> str:
     return f"{entry['version']}, builds engines for {where}"
 
 
-def gpu_rows(gpu: dict[str, Any], compiler: dict[str, Any]) -> list[tuple[str, str]]:
-    """What there is of NVIDIA's."""
-    from edgelm.sizes import format_size
+def text(document: dict[str, Any]) -> str:
+    """The sections, their rows aligned with one another."""
+    from edgelm.cli.tables import pairs
 
-    lines = [
-        (
-            "GPU",
-            f"{device['name']}, SM {device['sm']}, {format_size(device['memory'])}, driver for CUDA {gpu['driver']}",
-        )
-        for device in gpu["devices"]
-    ]
-    made_for = f"NVRTC {compiler['version']}, for SM {', '.join(map(str, compiler['sms']))}"
-    return [
-        *(lines or [("GPU", f"none: {gpu['why']}")]),
-        ("GPU kernels", f"compiled by {made_for}" if compiler["version"] else f"cannot be exported: {compiler['why']}"),
-    ]
+    found = sections(document)
+    lines = iter(pairs([row for _, rows in found for row in rows]).splitlines())
+    blocks = (f"{title}\n" + "\n".join(f"  {next(lines)}" for _ in rows) for title, rows in found)
+    return "\n\n".join(blocks)

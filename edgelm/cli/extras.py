@@ -8,6 +8,7 @@ from edgelm.errors import EdgeLMError
 from edgelm.installing import install_hint
 
 EXPORT_PACKAGES = ("torch", "onnx", "huggingface_hub")
+"""Files of safetensors we read and write ourselves."""
 
 
 def need_export_extra() -> None:

@@ -34,7 +34,7 @@ VERBS = {
     "harness": "Run lm-evaluation-harness's tasks on a bundle.",
     "install": "Copy a bundle into place, checked, without disturbing what runs.",
     "inspect": "Say what a bundle or a checkpoint is.",
-    "doctor": "Say what this machine has and what is missing.",
+    "doctor": "Say what this machine is, can do and lacks.",
     "synth": "Write a random checkpoint of full size.",
     "demo": "Export, run and check the tiny models.",
 }

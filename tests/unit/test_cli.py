@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -410,9 +411,20 @@ def test_doctor_knows_this_machine() -> None:
     assert document["runtimes"]["onnxruntime-cpu"]["available"] is True
     assert document["device"]["allowed_cores"] >= 1
     assert document["packages"]["numpy"]
+    assert "safetensors" not in document["packages"]
+    assert document["disk"]["free"] <= document["disk"]["total"] == shutil.disk_usage(".").total
+    # Our own kernels have no package whose version could say anything.
+    assert document["runtimes"]["cuda-kernels"]["version"] is None
+    assert document["runtimes"]["onnxruntime-cpu"]["version"] == document["runtimes"]["onnxruntime-cuda"]["version"]
     text = invoke("doctor")
     assert text.exit_code == 0
-    assert "onnxruntime-cpu" in text.stdout
+    titles = [line for line in text.stdout.splitlines() if line and not line.startswith(" ")]
+    assert titles == ["This machine", "What EdgeLM can do here", "Runtimes", "Packages"]
+    assert re.search(r"^  run +bundles for cpu with onnxruntime-cpu", text.stdout, re.MULTILINE)
+    assert (
+        len({re.match(r"  \S(?:\S| (?! ))* *", line).end() for line in text.stdout.splitlines() if line[:1] == " "})
+        == 1
+    )
 
 
 def test_doctor_says_how_to_install_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,6 +436,7 @@ def test_doctor_says_how_to_install_what_is_missing(monkeypatch: pytest.MonkeyPa
     result = invoke("doctor")
     assert result.exit_code == 1
     assert f"missing: {install_hint('cpu')}" in result.stdout
+    assert "nothing: no runtime can be used" in result.stdout
     assert f"missing torch, onnx (only needed to export): {install_hint('export')}" in result.stdout
 
 
@@ -436,8 +449,8 @@ def test_doctor_knows_the_gpus_and_the_compiler_of_their_kernels(
     assert document["gpu"]["devices"] == document["gpu_compiler"]["sms"] == []
     text = invoke("doctor")
     assert text.exit_code == 0
-    assert re.search(r"^GPU +none: no NVIDIA driver", text.stdout, re.MULTILINE)
-    assert re.search(r"^tensorrt +ready, \S+, but there is no GPU", text.stdout, re.MULTILINE)
+    assert re.search(r"^  GPU +none: no NVIDIA driver", text.stdout, re.MULTILINE)
+    assert re.search(r"^  tensorrt +ready, \S+, but there is no GPU", text.stdout, re.MULTILINE)
     assert f"cannot be exported: EDGELM_NVRTC={tmp_path}" in text.stdout
 
     source = Path(__file__).parents[1] / "cuda" / "fake_driver.c"
@@ -450,8 +463,8 @@ def test_doctor_knows_the_gpus_and_the_compiler_of_their_kernels(
     assert [device["name"] for device in document["gpu"]["devices"]] == ["Fake GPU 0", "Fake GPU 1"]
     assert {80, 86, 87, 89, 90, 100, 110, 120} <= set(document["gpu_compiler"]["sms"])
     text = invoke("doctor")
-    assert re.search(r"^GPU +Fake GPU 1, SM 86, 1.07 GB, driver for CUDA 13.0", text.stdout, re.MULTILINE)
-    assert re.search(r"^GPU kernels +compiled by NVRTC 13.0, for SM 75, 80", text.stdout, re.MULTILINE)
+    assert re.search(r"^  GPU +Fake GPU 1, SM 86, 1.07 GB, driver for CUDA 13.0", text.stdout, re.MULTILINE)
+    assert re.search(r"^  GPU kernels +compiled by NVRTC 13.0, for SM 75, 80", text.stdout, re.MULTILINE)
     assert "but there is no GPU" not in text.stdout
 
 
