@@ -6,12 +6,17 @@ Library functions take a `Progress`; `Silent` is the default, the command line p
 from __future__ import annotations
 
 import contextlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from edgelm.sizes import format_size
+
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
+
+    from rich.console import Console
 
 Advance = Callable[[float], None]
 
@@ -42,35 +47,47 @@ class Silent(Progress):
 
 
 class Bars(Progress):
-    """Bars on standard error, so that standard output stays the command's result."""
+    """Bars on standard error, so that standard output stays the command's result; without a terminal plain lines.
 
-    def __init__(self) -> None:
+    A bar has one line at any width: where that is small, it leaves out what can be done without.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console
 
-        self.console = Console(stderr=True)
+        self.console = console or Console(stderr=True)
 
     @contextlib.contextmanager
     def task(self, label: str, total: float, *, unit: str = "bytes") -> Iterator[Advance]:
-        """Show a bar while the block runs."""
-        from rich import progress as bars
+        """Show a bar while the block runs, or without a terminal a line when it ends."""
+        if not self.console.is_terminal or self.console.is_dumb_terminal:
+            with self._line(label, total, unit) as advance:
+                yield advance
+            return
+        from edgelm.progress_bar import OneLine
 
-        counters: tuple[bars.ProgressColumn, ...] = {
-            "bytes": (bars.DownloadColumn(), bars.TransferSpeedColumn()),
-            "steps": (bars.MofNCompleteColumn(),),
-            "work": (bars.TaskProgressColumn(),),
-        }[unit]
-        with bars.Progress(
-            bars.TextColumn("{task.description:<22}"),
-            bars.BarColumn(),
-            *counters,
-            bars.TimeElapsedColumn(),
-            bars.TimeRemainingColumn(),
-            console=self.console,
-            speed_estimate_period=600 if unit == "work" else 30,
-        ) as display:
+        with OneLine(unit, console=self.console, speed_estimate_period=600 if unit == "work" else 30) as display:
             task_id = display.add_task(label, total=total)
             yield lambda amount: display.advance(task_id, amount)
 
+    @contextlib.contextmanager
+    def _line(self, label: str, total: float, unit: str) -> Iterator[Advance]:
+        done, started = 0.0, time.monotonic()
+
+        def advance(amount: float) -> None:
+            nonlocal done
+            done += amount
+
+        try:
+            yield advance
+        finally:
+            texts = {
+                "bytes": f"{format_size(done)} of {format_size(total)}",
+                "steps": f"{done:,.0f} of {total:,.0f}",
+                "work": f"{done / (total or 1):.0%}",
+            }
+            self.note(f"{label}: {texts[unit]} in {time.monotonic() - started:.0f} s")
+
     def note(self, message: str) -> None:
-        """Print one line above the bars."""
-        self.console.print(message, highlight=False)
+        """Print one line above the bars, as it is: the terminal wraps it."""
+        self.console.print(message, highlight=False, markup=False, emoji=False, soft_wrap=True)

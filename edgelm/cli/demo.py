@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgelm.cli.colours import echo
 from edgelm.cli.options import PATH
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def demo(out: Path, checkpoints: Path | None, max_tokens: int) -> None:
             outcomes.append(outcome)
             click.echo(PROMPT + outcome.generation.text)
             click.echo()
-    click.echo(table(outcomes))
+    echo(table(outcomes))
     click.echo()
     for outcome in outcomes:
         click.echo(f"report  {outcome.page}")
@@ -130,7 +131,7 @@ def take(checkpoint: Path, out: Path, recipe: str, max_tokens: int, progress: Pr
 def table(outcomes: list[Outcome]) -> str:
     """All outcomes side by side."""
     from edgelm.cli.tables import grid
-    from edgelm.sizes import format_size
+    from edgelm.sizes import format_number, format_size
 
     header = ("bundle", "weights", "of bf16", "prefill/s", "decode/s", "KL lost", "KL added", "top-1", "parity")
     rows = []
@@ -141,8 +142,8 @@ def table(outcomes: list[Outcome]) -> str:
                 outcome.bundle.name,
                 format_size(outcome.bundle_bytes),
                 f"{outcome.bundle_bytes / outcome.checkpoint_bytes:.0%}",
-                f"{timings.prefill_tokens_per_second:.0f}",
-                f"{timings.decode_tokens_per_second:.0f}",
+                format_number(timings.prefill_tokens_per_second, 0),
+                format_number(timings.decode_tokens_per_second, 0),
                 f"{report.float_kl_mean:.4f}",
                 f"{report.kl_mean:.1e}",
                 f"{report.top1:.1%}",

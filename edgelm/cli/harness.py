@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
 import click
 
 
@@ -16,6 +20,40 @@ def harness(arguments: tuple[str, ...]) -> None:
     from edgelm.cli.extras import need_eval_extra
 
     need_eval_extra()
+    check_bundle(arguments)
     from edgelm.lm_harness import main
 
     main(arguments)
+
+
+def check_bundle(arguments: Sequence[str]) -> None:
+    """Open the bundle that the harness's arguments name: it does so itself, but after a minute of loading tasks.
+
+    Raises:
+        click.UsageError: the model is "edgelm" and no bundle is named.
+        BundleError: it is none.
+    """
+    from edgelm.bundle import Bundle
+
+    if "edgelm" not in _values(arguments, "--model", "-M") or {"-h", "--help"} & set(arguments):
+        return
+    given = _values(arguments, "--model_args", "-a")
+    named = [found[1] for text in given if (found := re.search(r'(?:^|[,{\s"])bundle"?\s*[=:]\s*"?([^,"}]+)', text))]
+    if named:
+        Bundle.open(Path(named[-1].strip()))
+    elif not _values(arguments, "--config", "-C"):
+        raise click.UsageError("--model edgelm needs a bundle: add --model_args bundle=DIR")
+
+
+def _values(arguments: Sequence[str], *names: str) -> list[str]:
+    """What follows an option of one of these names, up to the next option."""
+    found: list[str] = []
+    taking = False
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("-"):
+            taking = name in names
+            found += [value] if taking and equals else []
+        elif taking:
+            found.append(argument)
+    return found

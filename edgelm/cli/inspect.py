@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgelm.cli.colours import echo
 from edgelm.cli.options import PATH, json_option
 
 if TYPE_CHECKING:
@@ -53,7 +54,10 @@ def inspect(path: Path | None, cpu: bool, verify: bool, as_json: bool) -> None:
             raise click.UsageError("--verify needs a bundle: a checkpoint has no hashes to compare with")
         problems, document = None, checkpoint_document(path)
         rows = checkpoint_rows(document)
-    click.echo(json.dumps(document) if as_json else pairs(rows))
+    if as_json:
+        click.echo(json.dumps(document))
+    else:
+        echo(pairs(rows))
     if problems:
         raise click.exceptions.Exit(1)
 

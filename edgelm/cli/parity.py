@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgelm.cli.colours import echo
 from edgelm.cli.options import BUNDLE, Number, json_option, kv_option, report_option, runtime_option, threads_option
 
 if TYPE_CHECKING:
@@ -69,7 +70,10 @@ def parity(
 
         write_report(result, report_path)
         progress.note(f"report: {report_path}")
-    click.echo(json.dumps(result.to_dict(), allow_nan=False) if as_json else summary(result))
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), allow_nan=False))
+    else:
+        echo(summary(result))
     if not result.passed:
         raise click.exceptions.Exit(1)
 
@@ -77,8 +81,11 @@ def parity(
 def summary(report: ParityReport) -> str:
     """The verdict for a terminal: what failed, else the numbers that matter."""
     from edgelm.cli.tables import pairs
+    from edgelm.sizes import format_number
 
-    lines = [_row(check) for check in report.checks if check.layer is None or check.passed is False]
+    shown = [check for check in report.checks if check.layer is None or check.passed is False]
+    # What failed stands last, next to the verdict.
+    lines = [_row(check) for check in sorted(shown, key=lambda check: check.passed is False)]
     per_layer = [check for check in report.checks if check.layer is not None]
     good = sum(check.passed is True for check in per_layer)
     if per_layer:
@@ -93,8 +100,8 @@ def summary(report: ParityReport) -> str:
         end.append(f"warning: {report.float_loss.warning}; the exit code does not count it without --max-kl")
     if report.speed is not None:
         end.append(
-            f"{report.runtime}, {report.threads} threads: prefill {report.speed.prefill_tokens_per_s:.1f}, "
-            f"decode {report.speed.decode_tokens_per_s:.1f} tokens/s"
+            f"{report.runtime}, {report.threads} threads: prefill {format_number(report.speed.prefill_tokens_per_s)}, "
+            f"decode {format_number(report.speed.decode_tokens_per_s)} tokens/s"
         )
     return "\n".join([pairs(lines), *report.notes, *end])
 

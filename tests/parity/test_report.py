@@ -100,7 +100,7 @@ def test_the_json_document_has_every_number_and_no_nan(healthy):
     assert math.isclose(document["kl_mean"], healthy.kl_mean)
 
 
-def test_the_command_prints_one_json_document_and_exits_by_the_verdict(exported, copied, tmp_path):
+def test_the_command_prints_one_json_document_and_exits_by_the_verdict(exported, copied, tmp_path, monkeypatch):
     good = str(exported("fox", "int4"))
     result = CliRunner().invoke(parity, [good, "--json", "--threads", "1", "--report", str(tmp_path / "r.html")])
     assert result.exit_code == 0, result.output
@@ -109,10 +109,16 @@ def test_the_command_prints_one_json_document_and_exits_by_the_verdict(exported,
     folder = copied("fox", "int4")
     tensor = next(name for name in damage.tensor_names(folder) if name.startswith("layers.1.attn.qkv"))
     damage.flip_byte(folder, tensor, 77)
-    result = CliRunner().invoke(parity, [str(folder), "--threads", "1"])
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    result = CliRunner().invoke(parity, [str(folder), "--threads", "1"], color=True)
     assert result.exit_code == 1
     assert f"{tensor} (layer 1)" in result.stdout
-    assert "parity FAILED" in result.stdout
+    assert "\x1b[31m\x1b[1mparity FAILED" in result.stdout
+    assert "\x1b[31m\x1b[1mFAIL " in result.stdout
+    words = [line.split()[0].removeprefix("\x1b[31m\x1b[1m") for line in result.stdout.splitlines()]
+    checks = words[: words.index("parity")]
+    assert "pass" not in checks[checks.index("FAIL") :]
 
 
 def test_a_bundle_without_a_pack_is_an_error_not_a_verdict(copied):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgelm import devices
+from edgelm.cli.colours import echo
 from edgelm.cli.main import ALIASES, VERBS, cli
 
 # Options whose value is free text: what is wrong with it only a file, a model or the hub can tell.
@@ -190,3 +192,66 @@ def test_an_alias_is_the_verb_and_help_lists_it_once() -> None:
         assert cli.get_command(click.Context(cli), alias) is command_of(verb)
         assert invoke(alias, "--help").exit_code == 0
         assert f"  {alias} " not in text
+
+
+NOWHERE = "/nowhere/at/all"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--model", "edgelm", "--model_args", f"bundle={NOWHERE}"),
+        ("--model=edgelm", f"--model_args=threads=1,bundle={NOWHERE},kv=int8", "--tasks", "x"),
+        ("run", "-M", "edgelm", "--tasks", "x", "-a", "threads=1", f"bundle={NOWHERE}", "--limit", "1"),
+        ("--model", "edgelm", "--model_args", f'{{"threads": 1, "bundle": "{NOWHERE}"}}'),
+    ],
+)
+def test_the_harness_looks_at_the_bundle_before_it_imports_anything(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgelm.cli.extras.need_eval_extra", lambda: None)
+    monkeypatch.setitem(sys.modules, "edgelm.lm_harness", None)  # importing it now raises ImportError
+    result = invoke("harness", *arguments)
+    assert result.exit_code == 1
+    assert f"{NOWHERE} is not a folder" in result.stderr
+
+
+def test_the_harness_asks_for_a_bundle_of_our_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgelm.cli.harness import check_bundle
+
+    monkeypatch.setattr("edgelm.cli.extras.need_eval_extra", lambda: None)
+    result = invoke("harness", "--model", "edgelm", "--tasks", "x")
+    assert result.exit_code == 2
+    assert "--model edgelm needs a bundle: add --model_args bundle=DIR" in result.stderr
+    for others in (
+        ("--model", "hf", "--model_args", "pretrained=edgelm"), ("ls", "tasks"), ("--model", "edgelm", "--help"),
+        ("--model", "edgelm", "--config", "mine.yaml"),
+    ):  # fmt: skip
+        check_bundle(others)
+
+
+GOOD = "pass  Layers: 3 of 3 checks pass\nparity PASSED: 9 of 9 checks"
+BAD = "pass  Files\nFAIL  KL: 3 (at most 1)\nparity FAILED: 8 of 9 checks"
+RED, GREEN, END = "\x1b[31m\x1b[1m", "\x1b[32m\x1b[1m", "\x1b[0m"
+
+
+@click.command()
+@click.argument("text")
+def shown(text: str) -> None:
+    echo(text)
+
+
+def test_failures_stand_out_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert CliRunner().invoke(shown, [BAD], color=True).stdout == (
+        f"pass  Files\n{RED}FAIL  KL: 3 (at most 1){END}\n{RED}parity FAILED: 8 of 9 checks{END}\n"
+    )
+    assert CliRunner().invoke(shown, [GOOD], color=True).stdout == (
+        f"pass  Layers: 3 of 3 checks pass\n{GREEN}parity PASSED{END}: 9 of 9 checks\n"
+    )
+    assert CliRunner().invoke(shown, [BAD]).stdout == f"{BAD}\n"
+    for name, value in (("TERM", "dumb"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+        assert CliRunner().invoke(shown, [BAD], color=True).stdout == f"{BAD}\n"
+        monkeypatch.setenv("TERM", "xterm")
