@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgelm.errors import CheckpointError, GenerationError, TokenizerError
+from edgelm.errors import (
+    CheckpointError,
+    GenerationError,
+    GenerationTypeError,
+    GenerationValueError,
+    TokenizerError,
+)
 from edgelm.json_dataclass import Blame, read_json
 from edgelm.template_files import DEFAULT, read_templates
 from edgelm.template_sandbox import SANDBOX, Sandbox
@@ -33,9 +39,13 @@ def _check_parts(where: str, parts: Sequence[Any]) -> None:
     for i, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if isinstance(kind, str) and kind != "text":
-            raise GenerationError(f"{where}: part {i} of its content is of type {kind!r}: models here read text only")
+            raise GenerationValueError(
+                f"{where}: part {i} of its content is of type {kind!r}: models here read text only"
+            )
         if kind is None or not isinstance(part.get("text"), str):
-            raise GenerationError(f'{where}: part {i} of its content must be like {{"type": "text", "text": "Hello"}}')
+            raise GenerationValueError(
+                f'{where}: part {i} of its content must be like {{"type": "text", "text": "Hello"}}'
+            )
 
 
 def _is_message(where: str, message: object) -> bool:
@@ -52,12 +62,14 @@ def _is_message(where: str, message: object) -> bool:
 
 def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The messages as transformers gives them to a template: without keys that are None, reasoning under all names."""
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise GenerationError('messages must be a list such as [{"role": "user", "content": "Hello"}]')
+    right_type = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
+    if not right_type or not messages:
+        kind = GenerationValueError if right_type else GenerationTypeError
+        raise kind('messages must be a list such as [{"role": "user", "content": "Hello"}]')
     checked = []
     for i, message in enumerate(messages):
         if not _is_message(f"message {i}", message):
-            raise GenerationError(
+            raise GenerationValueError(
                 f'message {i} must be like {{"role": "user", "content": "Hello"}}, texts both, the content perhaps a '
                 'list of parts {"type": "text", "text": "Hello"}'
             )

@@ -3,32 +3,32 @@
     python examples/embed.py bundles/demo/olmoe-tiny-int4
     curl -N localhost:8080/complete -d '{"prompt": "import os", "max_tokens": 40}'
 
-It shows what any app has to decide: the model is loaded once; one thread at a time may use it, so requests take turns;
-text is passed on as it is generated; a client that goes away stops its generation; an unusable request is answered with
-the error's own words.
+It shows what any app has to decide: the model is loaded once, and the requests of all threads have it in turn; text is
+passed on as it is generated; a client that goes away stops its generation; an unusable request is answered with the
+error's own words. An app on asyncio uses `async for` on the same streams, and `model.generate_many` answers many
+prompts at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import edgelm
 
-OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+OPTIONS = edgelm.GenerateOptions.__annotations__
 
 
 class App(ThreadingHTTPServer):
-    """Holds the model, and the lock under which requests take turns."""
+    """Holds the model, for which requests wait in a queue of its own."""
 
     daemon_threads = True
 
     def __init__(self, model: edgelm.LanguageModel, port: int) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.model = model
-        self.turn = threading.Lock()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -41,15 +41,16 @@ class Handler(BaseHTTPRequestHandler):
         try:
             request = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
             options = {name: request[name] for name in OPTIONS if name in request}
-            with self.server.turn:
-                model = self.server.model
-                if "messages" in request:
-                    stream = model.chat_stream(request["messages"], **options)
-                else:
-                    stream = model.stream(request["prompt"], **options)
-                self.send_response(200)
-                self.send_header("Content-Type", "text/plain; charset=utf-8")
-                self.end_headers()
+            model = self.server.model
+            if "messages" in request:
+                stream = model.chat_stream(request["messages"], **options)
+            else:
+                stream = model.stream(request["prompt"], **options)
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; charset=utf-8")
+            self.end_headers()
+            # From the first piece on the model is this request's, until the loop or the stream ends.
+            with contextlib.closing(stream):
                 for piece in stream:
                     self.wfile.write(piece.encode())
                     self.wfile.flush()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_graph import write_tiny_model
 
-from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError
+from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError, TokenizerError
 from edgelm.generate import LanguageModel, load
 from edgelm.runtimes import open_batch, open_runtime, open_tracing
 from edgelm.sampling import Sampler, Sampling
@@ -152,6 +152,9 @@ def test_messages_that_are_none_are_refused(model: LanguageModel, messages: Any)
     with pytest.raises(EdgeLMError) as caught:
         model.chat(messages, max_tokens=1)
     one_line(caught.value)
+    wrong_type = isinstance(messages, str | bytes | dict | int | None)
+    assert isinstance(caught.value, TypeError) == wrong_type
+    assert isinstance(caught.value, ValueError) != wrong_type or isinstance(caught.value, TokenizerError)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +185,9 @@ def test_an_option_of_loading_that_cannot_be_used_is_named(model: LanguageModel,
     with pytest.raises(EdgeLMError, match=said) as caught:
         load(model.bundle.path, **options)
     one_line(caught.value)
+    if "it has to be" in said:
+        wrong_type = options not in ({"threads": 0}, {"threads": 10**12})
+        assert isinstance(caught.value, TypeError if wrong_type else ValueError)
 
 
 def test_the_other_ways_to_load_check_the_same(model: LanguageModel) -> None:
