@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import gc
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -250,3 +251,44 @@ def test_a_signal_handler_may_close_the_stream_it_interrupts_and_nothing_else(bu
         "this stream is being read",
         "a stream of this model is open in this thread",
     ]
+
+
+def test_however_many_threads_begin_leave_and_close_streams_one_computes_at_a_time(bundle: Bundle) -> None:
+    model = scripted(bundle, "abcdefgh")
+    assert isinstance(model.runtime, Scripted)
+    alone, together = threading.Lock(), []
+
+    def step() -> None:
+        if not alone.acquire(blocking=False):
+            together.append(threading.get_ident())
+            return
+        time.sleep(0)
+        alone.release()
+
+    model.runtime.before_step = step
+
+    def work(seed: int) -> int:
+        rng, whole = random.Random(seed), 0
+        for _ in range(25):
+            stream = model.stream("x")
+            match rng.randrange(5):
+                case 0:
+                    whole += "".join(stream) == "abcdefgh"
+                case 1:
+                    whole += model.generate("x").text == "abcdefgh"
+                case 2:
+                    next(stream)
+                    stream.close()
+                case 3:
+                    closing = in_thread(stream.close)
+                    assert "abcdefgh".startswith("".join(stream))
+                    closing.result(SOON)
+                case 4:
+                    next(stream)
+                    del stream
+        return whole
+
+    futures = [in_thread(lambda s=seed: work(s)) for seed in range(8)]  # type: ignore[misc]
+    assert sum(future.result(SOON) for future in futures) > 50
+    assert together == []
+    assert len(model._turns._queue) == 0
