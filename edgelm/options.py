@@ -54,8 +54,7 @@ class Options:
             GenerationTypeError: an unknown name, or a value of the wrong type.
             GenerationValueError: a value out of range.
         """
-        names = [item.name for item in fields(Sampling)]
-        valid = ["max_tokens", "stop", "reuse", *names]
+        valid = list(GenerateOptions.__annotations__)
         for name in given:
             if name not in valid:
                 near = difflib.get_close_matches(name, valid, 1)
@@ -65,7 +64,7 @@ class Options:
             _max_tokens(given.get("max_tokens", DEFAULT_MAX_TOKENS)),
             _stop(given.get("stop")),
             _reuse(given.get("reuse", False)),
-            Sampling(**{name: given[name] for name in names if name in given}),
+            Sampling(**{item.name: given[item.name] for item in fields(Sampling) if item.name in given}),
         )
 
     def __repr__(self) -> str:

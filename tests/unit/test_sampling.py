@@ -72,6 +72,11 @@ def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     np.testing.assert_allclose(penalise(logits, seen, penalty), want, rtol=1e-6)
 
 
+def test_the_repetition_penalty_lowers_logits_of_either_sign() -> None:
+    logits = np.array([2, -2, 3, -3], np.float32)
+    np.testing.assert_array_equal(penalise(logits, np.array([0, 1]), 2.0), [1, -4, 3, -3])
+
+
 def test_tokens_that_tie_with_the_kth_stay() -> None:
     logits = np.array([1, 3, 3, 3, 0], np.float32)
     np.testing.assert_allclose(distribution(logits, Sampling(1.0, top_k=2)), [0, 1 / 3, 1 / 3, 1 / 3, 0])
@@ -189,3 +194,11 @@ def test_a_vocabulary_of_256000_takes_milliseconds(options: Sampling) -> None:
         best = min(best, time.process_time() - started)
     # 1 to 2 ms of processor time; a full sort takes 25.
     assert best < 0.015
+
+
+def test_a_draw_has_all_the_bits_of_a_float64() -> None:
+    sampler = Sampler(Sampling(temperature=1.0, seed=7))
+    draws = [sampler._uniform() for _ in range(50)]
+    # As numpy draws today; what it makes of the raw bits is not promised, the bits are.
+    assert draws == np.random.Generator(np.random.PCG64(7)).random(50).tolist()
+    assert any(draw * 2**52 != int(draw * 2**52) for draw in draws)

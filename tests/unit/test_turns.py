@@ -115,7 +115,12 @@ def test_a_second_call_of_the_same_thread_is_refused_until_the_stream_ends(
     model = scripted(bundle, "abc")
     streams = [model.stream("x")]
     assert next(streams[0]) == "a"
-    for call in (lambda: model.generate("x"), lambda: next(model.stream("x"))):
+    for call in (
+        lambda: model.generate("x"),
+        lambda: next(model.stream("x")),
+        lambda: model.generate_many(["x"]),
+        lambda: model.generate_many(["x", "x"]),
+    ):
         with pytest.raises(GenerationError, match="open in this thread: exhaust it, or close"):
             call()
     gc.disable()  # so that the refused call has to look for itself
@@ -204,8 +209,9 @@ def test_closing_the_model_beside_an_open_stream_does_not_wait_for_it(bundle: Bu
         assert next(stream) == "a"
     with pytest.raises(EdgeLMError, match="this model was closed: load the bundle again"):
         next(stream)
-    with pytest.raises(EdgeLMError, match="this model was closed"):
-        model.stream("x")
+    for call in (lambda: model.stream("x"), lambda: model.generate_many(["x", "x"])):
+        with pytest.raises(EdgeLMError, match="this model was closed"):
+            call()
 
 
 def test_a_stream_may_be_closed_by_another_thread_while_it_computes_or_waits(bundle: Bundle) -> None:
