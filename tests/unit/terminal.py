@@ -14,11 +14,6 @@ ESCAPE = re.compile("\x1b\\[[?0-9;]*[A-Za-z]")
 UP, CTRL_C, CTRL_D = "\x1b[A", "\x03", "\x04"
 
 
-def paste(text: str) -> str:
-    """What a terminal sends for a paste."""
-    return f"\x1b[200~{text}\x1b[201~"
-
-
 class Terminal:
     """`edgelm` with some arguments in a terminal of its own.
 
@@ -49,6 +44,11 @@ class Terminal:
     def send(self, text: str | bytes) -> None:
         """Press keys."""
         os.write(self._fd, text if isinstance(text, bytes) else text.encode())
+
+    def paste(self, text: str) -> None:
+        """Paste: a terminal marks a paste for programs that have asked for it, and types it for others."""
+        asked = self.raw.rfind("\x1b[?2004h") > self.raw.rfind("\x1b[?2004l")
+        self.send(f"\x1b[200~{text}\x1b[201~" if asked else text.replace("\n", "\r"))
 
     def wait(self, text: str, seconds: float = 60) -> str:
         """Wait until `text` is shown, after what was waited for before; returns all between, without escapes."""

@@ -333,7 +333,10 @@ def test_ctrl_c_cancels_a_message_or_keeps_what_was_said(
         return Entry(text)
 
     original = getattr(model.runtime, where)
-    session.run(read, terminal=True)
+    try:
+        session.run(read, terminal=True)
+    except KeyboardInterrupt:  # which would end pytest
+        pytest.fail("Ctrl-C left the chat")
     said = [message["content"] for message in session.messages]
     assert said[::2] == (["Hi", "Again"] if where == "prefill" else ["Hi", "More", "Again"])
     if where == "decode_greedy":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from terminal import CTRL_C, CTRL_D, UP, Terminal, paste
+from terminal import CTRL_C, CTRL_D, UP, Terminal
 from tiny_graph import Shape, write_tiny_model
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no pseudo-terminals")
@@ -58,7 +58,12 @@ def test_lines_pastes_and_blocks_are_messages_and_arrow_keys_bring_them_back(
     chat = start(bundle, "-n", 3, "-t", 0)
     chat.wait("/help")
     pasted = "def f():\n    return 1"
-    for keys in (UP + "\r", paste(pasted + "\n") + "\r", '"""\r', "one\r", 'two"""\r', " /etc is\r"):
+    chat.wait("> ")
+    chat.send(UP + "\r")
+    chat.wait("> ")
+    chat.paste(pasted + "\n")
+    chat.send("\r")
+    for keys in ('"""\r', "one\r", 'two"""\r', " /etc is\r"):
         chat.wait("... " if keys in ("one\r", 'two"""\r') else "> ")
         chat.send(keys)
     chat.wait("> ")

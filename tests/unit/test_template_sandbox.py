@@ -193,6 +193,7 @@ signal.signal({int(number)}, stop)
 try:
     hang.render([{{"role": "user", "content": "x"}}])
 except KeyboardInterrupt:
+    assert sandbox.pid is None  # it is ended at once, not when the next rendering comes
     assert good.render([{{"role": "user", "content": "x"}}]) == "user: X"
     print("stopped", sandbox.pid)
     sandbox.close()
