@@ -20,11 +20,6 @@ def test_can_every_mistake_be_made():
     assert [problem for mutation in mutations for problem in problems(mutation)] == []
 
 
-def test_is_no_mistake_listed_twice():
-    made = [(mutation.file, mutation.text()) for mutation in read_mutations()]
-    assert len(set(made)) == len(made)
-
-
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
