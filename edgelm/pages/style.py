@@ -10,7 +10,7 @@ STYLE = """
   --series-2: #ffab5e; --series-3: #bda2f5; --series-4: #5fd0c1; --series-5: #ff8ac4; --series-6: #d8cc5a; } }
 * { box-sizing: border-box; }
 html { color-scheme: light dark; -webkit-text-size-adjust: 100%; }
-body { margin: 0 auto; max-width: 1120px; padding: 24px 20px 60px; background: var(--page); color: var(--ink);
+body { margin: 0 auto; max-width: 1180px; padding: 24px 20px 60px; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 24px; line-height: 1.25; margin: 0 0 10px; } h2 { font-size: 19px; margin: 38px 0 6px; }
 h3 { font-size: 15px; margin: 18px 0 4px; } p { margin: 6px 0; }
@@ -31,7 +31,7 @@ table { border-collapse: collapse; width: 100%; font-size: 14px; overflow-wrap: 
 th, td { text-align: left; padding: 5px 8px; border-bottom: 1px solid var(--line); vertical-align: top; }
 tr:last-child td { border-bottom: 0; } th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 th.num, td.num { text-align: right; } td.num { white-space: nowrap; font-variant-numeric: tabular-nums; }
-td.long { min-width: 190px; overflow-wrap: anywhere; } td.hash { white-space: nowrap; }
+td.long { min-width: 170px; overflow-wrap: anywhere; } td.hash { white-space: nowrap; }
 .facts td:first-child { width: 38%; color: var(--soft); } .facts td { overflow-wrap: anywhere; }
 .pass b { color: var(--good); } tr.fail { background: var(--band); } td.mark { white-space: nowrap; }
 tr.fail td.mark { color: var(--bad); font-weight: 700; box-shadow: inset 5px 0 var(--bad); }
@@ -68,7 +68,8 @@ details { margin: 12px 0; } summary { cursor: pointer; color: var(--soft); }
   .cards { grid-template-columns: repeat(2, 1fr); } td.long { min-width: 150px; } }
 @media print { body { max-width: none; padding: 0; font-size: 11px; } h2, h3, figcaption { break-after: avoid; }
   figure, tr, .card, .answer, .cause { break-inside: avoid; } .wide { overflow: visible; border: 0; }
-  table { font-size: 9px; } th, td { padding: 2px 5px; } td.hash, td.num { white-space: normal; }
-  table { overflow-wrap: anywhere; } details::details-content { content-visibility: visible; height: auto; }
+  table { font-size: 9px; } th, td { padding: 2px 5px; } td.long { min-width: 0; }
+  td.hash { white-space: normal; overflow-wrap: anywhere; } code, .mono { font-size: inherit; }
+  details::details-content { content-visibility: visible; height: auto; }
   .span, .empty, .cell, .badge, .answer, .cause, .legend i b { print-color-adjust: exact; } }
 """

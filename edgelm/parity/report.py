@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -67,7 +68,7 @@ def _causes(report: ParityReport) -> str:
 
 def _failure(check: Check) -> str:
     if check.value is None or check.limit is None:
-        return f"{check.title}: {check.detail}"
+        return f"{check.title}: {_readable(check.detail)}"
     bound = "at most" if check.better == "lower" else "at least"
     return f"{check.title}: {_measured(check.value)}, allowed {bound} {number(check.limit)}"
 
@@ -75,10 +76,10 @@ def _failure(check: Check) -> str:
 def _cards(report: ParityReport) -> str:
     ratio = report.perplexity / report.perplexity_quantized if report.perplexity_quantized else float("nan")
     cards = [
-        (f"{number(report.kl_mean)} nats", "KL to the quantised reference, mean; lower is better"),
-        (f"{number(report.kl_p99)} nats", "99th percentile of it"),
-        (f"{number(report.kl_max)} nats", "largest of it"),
-        (f"{number(report.float_kl_mean)} nats", "KL to the float reference, mean: mostly the recipe's loss"),
+        (f"{number(report.kl_mean, 3)} nats", "KL to the quantised reference, mean; lower is better"),
+        (f"{number(report.kl_p99, 3)} nats", "99th percentile of it"),
+        (f"{number(report.kl_max, 3)} nats", "largest of it"),
+        (f"{number(report.float_kl_mean, 3)} nats", "KL to the float reference, mean: mostly the recipe's loss"),
         (percent(report.top1), "of positions: same most likely token as the quantised reference"),
         (percent(report.top1_clear), "of positions where its choice is clear"),
         (f"{report.greedy_prefix:,} of {report.greedy_total:,}", "greedy tokens as the quantised reference"),
@@ -111,8 +112,13 @@ def _check_table(name: str, checks: Sequence[Check]) -> str:
     for check in checks:
         bound = "" if check.limit is None else f"{'≤' if check.better == 'lower' else '≥'} {number(check.limit)}"
         value = "" if check.value is None else _measured(check.value)
-        rows.append((_WORDS[check.passed][0], check.title, value, bound, check.detail))
+        rows.append((_WORDS[check.passed][0], check.title, value, bound, _readable(check.detail)))
     return table(name, columns, rows, [_WORDS[check.passed][1] for check in checks])
+
+
+def _readable(text: str) -> str:
+    """A text for terminals with its powers of ten as the page writes them."""
+    return re.sub(r"(?<![\w.])-?\d+(\.\d+)?e[+-]\d+", lambda found: number(float(found[0])), text)
 
 
 def _measured(value: float) -> str:

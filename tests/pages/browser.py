@@ -80,12 +80,12 @@ class Browser:
                     raise RuntimeError(f"{method}: {answer['error']['message']}")
                 return answer["result"]
 
-    def show(self, file: Path, width: int, *, dark: bool = False, height: int = 900) -> None:
-        """Open a file in a window of `width` CSS pixels and wait until it is laid out."""
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+    def show(self, file: Path, width: int, *, dark: bool = False, media: str = "screen") -> None:
+        """Open a file in a window of `width` CSS pixels, or on paper with the `media` "print"; wait for its layout."""
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self.call("Page.navigate", url=file.resolve().as_uri())
         while self._next().get("method") != "Page.loadEventFired":
             pass

@@ -78,6 +78,8 @@ def test_nothing_runs_off_the_page_overlaps_or_is_too_small(browser, page, name,
     assert found["smallest"] >= 10
     if width == 390:
         assert found["scrolls"] > 0  # tables are wider than a phone, and scroll in their own container
+    if width == 1280 and samples.LONG not in page(name).read_text(encoding="utf-8"):
+        assert found["scrolls"] == 0
 
 
 def test_the_page_is_dark_where_the_system_is_and_asks_for_nothing(browser, page):
@@ -89,6 +91,17 @@ def test_the_page_is_dark_where_the_system_is_and_asks_for_nothing(browser, page
         assert browser.requests == [page("evil").resolve().as_uri()]
     assert colours == ["rgb(255, 255, 255)", "rgb(20, 24, 28)"]
     assert browser.evaluate("document.scripts.length") == 0
+
+
+@pytest.mark.parametrize("name", ["failed", "evaluated"])
+def test_paper_holds_the_page_in_black_on_white_with_all_details(browser, page, name):
+    browser.show(page(name), 718, dark=True, media="print")  # A4 without the browser's margins
+    found = browser.evaluate(MEASURE)
+    assert found["page"] <= 718
+    assert found["wide"] == found["overlaps"] == found["outside"] == []
+    assert found["scrolls"] == 0
+    assert found["colour"] == "rgb(255, 255, 255)"
+    assert browser.evaluate("[...document.querySelectorAll('details > *')].every(e => e.checkVisibility())")
 
 
 def test_the_answer_stands_in_the_first_window_of_a_phone(browser, page):

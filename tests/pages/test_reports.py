@@ -46,6 +46,10 @@ def failing(*checks, **fields):
             "The bundle's tokenizer is not the one that was exported: 2 of 3 checks failed.",
         ),
         (
+            failing(Check("integrity", "F", False, ""), Check("layer[0]", "L", False, ""), first_diverged_layer=0),
+            "This device does not compute what the PyTorch reference computes: 2 of 3 checks failed, first in layer 0.",
+        ),
+        (
             failing(Check("float_kl", "KL", False, "")),
             "This device computes the quantised reference, but that has lost more than --max-kl allows: 1 of 2 checks "
             "failed.",
@@ -78,6 +82,11 @@ def test_the_answer_comes_first_and_failures_are_listed_with_their_limits():
 def test_a_check_whose_value_is_no_number_says_so():
     report = failing(Check("logits.kl_mean", "KL", False, "", math.nan, 0.1))
     assert "KL: not a number, allowed at most 0.1" in samples.render(report)
+
+
+def test_details_have_no_numbers_in_a_programs_notation():
+    report = failing(Check("layer[1]", "Layer 1", False, "added error 4.44e-05 (median)"))
+    assert "added error 4.44 \N{MULTIPLICATION SIGN} 10⁻⁵ (median)" in samples.render(report)
 
 
 def test_the_evaluation_is_answered_first():
