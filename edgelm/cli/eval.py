@@ -96,7 +96,7 @@ def summary(report: EvaluationReport) -> str:
 
     text = report.text
     lines = [
-        f"{report.model}: {text.tokens} tokens of {text.name}, {text.windows} windows of {text.length}",
+        f"{report.model}: {text.tokens:,} tokens of {text.name}, {text.windows} windows of {text.length}",
         "",
         grid(_header(report), [row for row in (_reference_row(report), *map(_row, report.targets)) if row]),
     ]
@@ -121,11 +121,20 @@ def _reference_row(report: EvaluationReport) -> tuple[str, ...]:
         return ()
     blank = ("",) * 4
     bits = f"{reference.bits_per_weight:.2f}"
-    return ("float model", format_size(reference.stored_bytes), bits, *blank, f"{reference.perplexity:.4g}", "", "", "")
+    return (
+        "float model",
+        format_size(reference.stored_bytes),
+        bits,
+        *blank,
+        _perplexity(reference.perplexity),
+        "",
+        "",
+        "",
+    )
 
 
 def _row(target: TargetResult) -> tuple[str, ...]:
-    from edgelm.sizes import format_size
+    from edgelm.sizes import format_number, format_size
 
     kl, speed = target.kl, target.speed
     bits = "" if target.bits_per_weight is None else f"{target.bits_per_weight:.2f}"
@@ -135,11 +144,17 @@ def _row(target: TargetResult) -> tuple[str, ...]:
     fast = ("", "", "")
     if speed is not None:
         fast = (
-            f"{speed.prefill_tokens_per_second:.4g}",
-            f"{speed.decode_tokens_per_second:.4g}",
+            format_number(speed.prefill_tokens_per_second),
+            format_number(speed.decode_tokens_per_second),
             format_size(speed.peak_memory),
         )
-    return (target.name, format_size(target.stored_bytes), bits, *found, f"{target.perplexity:.4g}", *fast)
+    return (target.name, format_size(target.stored_bytes), bits, *found, _perplexity(target.perplexity), *fast)
+
+
+def _perplexity(value: float) -> str:
+    from edgelm.sizes import format_number
+
+    return f"{value:.4g}" if value < 1000 else format_number(value)
 
 
 def _cache_lines(report: EvaluationReport) -> list[str]:
@@ -167,7 +182,7 @@ def _layer_lines(report: EvaluationReport) -> list[str]:
             lines.append(line + (f"; same experts {min(same):.1%} of tokens or more" if same else ""))
         if target.experts and target.experts.worst:
             named = [
-                f"{expert.layer}.{expert.expert} {expert.error:.3g} ({expert.tokens} tokens)"
+                f"{expert.layer}.{expert.expert} {expert.error:.3g} ({expert.tokens:,} tokens)"
                 for expert in target.experts.worst[:5]
             ]
             lines.append(f"{target.target}: worst experts (layer.expert, squared error): {', '.join(named)}")
