@@ -9,7 +9,7 @@ from edgelm.evaluation.result import Divergence, EvaluationReport, ExpertErrors,
 from edgelm.files import atomic_file
 from edgelm.pages.charts import STYLES, Series, line_chart
 from edgelm.pages.heat import Scale, heat_map, scale_legend
-from edgelm.pages.numbers import number, percent
+from edgelm.pages.numbers import estimate, number, percent
 from edgelm.pages.page import REPORT, Cell, Column, Html, device_facts, document, facts_table, files_table, table
 from edgelm.pages.plots import Point, scatter_chart
 from edgelm.sizes import format_size
@@ -105,8 +105,7 @@ def _cells(target: TargetResult) -> list[str]:
     kl, speed = target.kl, target.speed
     divergence = ["", "", "", ""]
     if kl is not None:
-        mean = number(kl.mean, 3) + (f" ± {number(kl.standard_error, 1)}" if kl.standard_error else "")
-        divergence = [mean, number(kl.median, 2), number(kl.p99, 2), percent(kl.top1)]
+        divergence = [estimate(kl.mean, kl.standard_error), number(kl.median, 2), number(kl.p99, 2), percent(kl.top1)]
     fast = ["", "", ""]
     if speed is not None:
         rates = (speed.prefill_tokens_per_second, speed.decode_tokens_per_second)
@@ -153,8 +152,13 @@ def _caches(report: EvaluationReport) -> str:
     for target in report.targets:
         if target.kv_loss is not None:
             base, lost = bases[target.target], target.kv_loss
-            added = f"{'+' if lost.mean > 0 else ''}{number(lost.mean, 2)} ± {number(lost.standard_error, 1)}"
-            rows.append((target.name, added, percent(lost.mean / base) if base > 0 else "-"))
+            rows.append(
+                (
+                    target.name,
+                    estimate(lost.mean, lost.standard_error, 2),
+                    percent(lost.mean / base) if base > 0 else "-",
+                )
+            )
     if not rows:
         return ""
     columns = (

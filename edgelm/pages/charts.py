@@ -79,7 +79,6 @@ def line_chart(
     x_names: Mapping[float, str] | None = None,
     scale: Sequence[float] = (),
     floor: float = 1e-12,
-    note: str = "",
 ) -> str:
     """A figure of curves; "" where there is no finite value. Points that are not finite leave a gap.
 
@@ -95,7 +94,6 @@ def line_chart(
         x_names: names in place of numbers.
         scale: more values that the vertical axis reaches, so that several charts have one scale.
         floor: values that are not above it have no place of their own on a logarithmic axis.
-        note: how to read it.
     """
     values = [y for item in series for y in item.y if math.isfinite(y)]
     positions = [x for item in series for x in item.x]
@@ -110,7 +108,7 @@ def line_chart(
         curves = [_curve(item, x_axis, y_axis, x_names or {}) for item in series]
         return Drawing(bands + grid + "".join(curves) + _flag(frame, flag, x_axis), frame.height, below=below)
 
-    return figure(title, draw, x_label=x_label, y_label=y_label, legend=_legend(series), note=note)
+    return figure(title, draw, x_label=x_label, y_label=y_label, legend=_legend(series))
 
 
 def _x_ticks(frame: Frame, axis: Axis, names: Mapping[float, str]) -> str:

@@ -81,9 +81,8 @@ def figure(
     x_label: str = "",
     y_label: str = "",
     legend: str = "",
-    note: str = "",
 ) -> str:
-    """A figure in both layouts: caption, note, legend, titles of the axes above and below the drawing.
+    """A figure in both layouts: caption, legend, titles of the axes above and below the drawing.
 
     Args:
         title: the caption.
@@ -91,10 +90,8 @@ def figure(
         x_label: what the horizontal axis is.
         y_label: what the vertical axis is.
         legend: HTML.
-        note: how to read it.
     """
-    parts = [f"<figure><figcaption>{escape(title)}</figcaption>"]
-    parts += [f'<div class="soft">{escape(note)}</div>' if note else "", legend]
+    parts = [f"<figure><figcaption>{escape(title)}</figcaption>{legend}"]
     if y_label:
         parts.append(f'<div class="axis">↑ {escape(y_label)}</div>')
     below = f'<div class="axis x">{escape(x_label)} →</div>' if x_label else ""

@@ -20,6 +20,17 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{float(text):,.0f}" if abs(float(text)) >= 1000 or "e" in text else text
 
 
+def estimate(mean: float, error: float, digits: int = 3) -> str:
+    """A mean and its standard error with one power of ten: "0.0162 ± 0.0005"; the mean alone where it is exact."""
+    if error == 0 or not math.isfinite(mean) or not math.isfinite(error):
+        return number(mean, digits)
+    if mean == 0 or abs(mean) >= 1e-4:
+        return f"{number(mean, digits)} ± {number(error, 1)}"
+    power = math.floor(math.log10(abs(mean)))
+    scaled = f"{number(mean / 10.0**power, digits)} ± {number(error / 10.0**power, 1)}"
+    return f"({scaled}){_TIMES}{str(power).translate(_SUPERSCRIPT)}"
+
+
 def percent(share: float | None) -> str:
     """A share in percent; "-" for None and NaN. Less than all is never written as 100 %."""
     if share is None or math.isnan(share):

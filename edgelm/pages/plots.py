@@ -49,7 +49,6 @@ def scatter_chart(
     best: str,
     other: str,
     floor: float = 1e-12,
-    note: str = "",
 ) -> str:
     """A figure of points, y logarithmic, with a line through the points `frontier`; "" where there is none.
 
@@ -91,7 +90,7 @@ def scatter_chart(
                 parts.append(_name(place, box, label))
         return Drawing("".join(parts), frame.height, below=below)
 
-    return figure(title, draw, x_label=x_label, y_label=y_label, legend=_legend(best, other), note=note)
+    return figure(title, draw, x_label=x_label, y_label=y_label, legend=_legend(best, other))
 
 
 def _svg_dot(x: float, y: float, full: bool, tip: str = "") -> str:

@@ -33,7 +33,9 @@ tr:last-child td { border-bottom: 0; } th { color: var(--soft); font-weight: 600
 th.num, td.num { text-align: right; } td.num { white-space: nowrap; font-variant-numeric: tabular-nums; }
 td.long { min-width: 170px; overflow-wrap: anywhere; } td.hash { white-space: nowrap; }
 .facts td:first-child { width: 38%; color: var(--soft); } .facts td { overflow-wrap: anywhere; }
-.pass b { color: var(--good); } tr.fail { background: var(--band); } td.mark { white-space: nowrap; }
+.wide td:first-child, .wide th:first-child { position: sticky; left: 0; background: var(--page); }
+.wide tr.fail td:first-child { background: var(--band); } tr.fail { background: var(--band); }
+td.mark { white-space: nowrap; }
 tr.fail td.mark { color: var(--bad); font-weight: 700; box-shadow: inset 5px 0 var(--bad); }
 tr.pass td.mark { color: var(--good); } tr.none td.mark { color: var(--soft); }
 figure { margin: 20px 0; } figcaption { font-weight: 600; }

@@ -11,7 +11,7 @@ from parity.wellformed import parse
 from edgelm.pages.charts import Flag, Series, Span, line_chart
 from edgelm.pages.frame import BROAD, SLIM, Axis, nice_ticks, text_width, value_axis
 from edgelm.pages.heat import Scale, heat_map, scale_legend
-from edgelm.pages.numbers import number, percent, power_label
+from edgelm.pages.numbers import estimate, number, percent, power_label
 from edgelm.pages.plots import Point, scatter_chart
 
 NAN = float("nan")
@@ -58,6 +58,13 @@ def test_few_digits_and_shares_are_not_rounded_into_something_else():
     assert percent(0.999999) == "> 99.99 %"
     assert (percent(1.0), percent(1.05), percent(NAN)) == ("100 %", "105 %", "-")
     assert [power_label(x) for x in (10.0, 1e-3, 1e-4, 2e-4)] == ["10", "0.001", "10⁻⁴", f"2{TIMES}⁻⁴"]
+
+
+def test_a_mean_and_its_error_have_one_power_of_ten():
+    assert estimate(0.0162, 0.0005) == "0.0162 ± 0.0005"
+    assert estimate(5.13e-5, 2e-6) == f"(5.13 ± 0.2){TIMES}⁻⁵"
+    assert estimate(-1.7e-5, 8e-5, 2) == f"(-1.7 ± 8){TIMES}⁻⁵"
+    assert (estimate(0.0, 0.0), estimate(0.02, 0.0), estimate(NAN, 0.1)) == ("0", "0.02", "-")
 
 
 def test_a_logarithmic_axis_maps_decades_to_equal_steps():

@@ -104,6 +104,17 @@ def test_paper_holds_the_page_in_black_on_white_with_all_details(browser, page, 
     assert browser.evaluate("[...document.querySelectorAll('details > *')].every(e => e.checkVisibility())")
 
 
+def test_names_stay_in_sight_where_a_table_is_scrolled(browser, page):
+    browser.show(page("evaluated"), 390)
+    before, after, cell = browser.evaluate(
+        """(() => { const box = document.querySelector(".wide"), name = box.querySelector("td");
+        const at = name.getBoundingClientRect().left; box.scrollLeft = 300;
+        const next = box.querySelector("td + td").getBoundingClientRect().left;
+        return [at, name.getBoundingClientRect().left, next]; })()"""
+    )
+    assert before == after > cell
+
+
 def test_the_answer_stands_in_the_first_window_of_a_phone(browser, page):
     for name in ("passed", "failed", "evaluated"):
         browser.show(page(name), 390)
