@@ -131,10 +131,10 @@ def test_each_matrix_is_rounded_towards_what_the_float_model_computes(
 
 
 def assert_moved_alike(name: str, weight: Tensor, found: Tensor, expected: Tensor) -> None:
-    """The way from `weight` to `found` is that to `expected`, up to float32's rounding of the moments."""
+    """The way from `weight` to `found` is that to `expected`, up to float32's rounding of the moments (6e-5 of it)."""
     moved = expected - weight
-    assert float(moved.norm()) > 1e-3 * float(weight.norm()), name
-    assert float((found - expected).norm()) < 0.01 * float(moved.norm()), name
+    assert float(moved.norm()) > 5e-4 * float(weight.norm()), name
+    assert float((found - expected).norm()) < 1e-3 * float(moved.norm()), name
 
 
 def test_few_tokens_are_damped_more(monkeypatch: pytest.MonkeyPatch) -> None:
