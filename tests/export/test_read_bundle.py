@@ -32,6 +32,7 @@ from edgelm.quant.source import WeightSource
 from edgelm.tokenizer import Tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "bundle.md"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "checkpoints"
 SHORT = GoldenOptions(prompts=(Prompt("short", "The quick brown fox"),), greedy_tokens=2)
 FLOAT_ROUTER = '[[rule]]\nmatch = "*.mlp.gate.weight"\nscheme = "float"\n'
 ODD = {
@@ -61,6 +62,10 @@ NO_COMMON_TYPE = (("*.q_proj.weight", "float"), ("*.gate_proj.weight", "fp8-row"
 PORTABLE_MIX = (
     ("*.experts.0.*", "int8-g32-asym"), ("*.k_proj.weight", "int8-row-sym"),
     ("model.embed_tokens.weight", "int8-g16-asym"), ("lm_head.weight", "float"),
+)  # fmt: skip
+TRAINED_MIX = (
+    ("*.experts.[0-9].*", "int3-g32-sym"), ("*.experts.1?.*", "fp8-b32"), ("*.up_proj.weight", "int6-g32-sym"),
+    ("*.1.*.v_proj.weight", "int8-row-sym"),
 )  # fmt: skip
 GPU_MIX = (
     ("*.k_proj.weight", "int8-g64-asym"),
@@ -160,6 +165,15 @@ def test_the_page_is_enough_to_read_every_weight_exactly(checkpoint: MakeCheckpo
     cuda = what.target == "cuda"
     dtype = what.dtype if what.dtype != "auto" else "float16" if cuda else "bfloat16"
     assert_exact(tmp_path, source, dtype, dtype if cuda else "float32")
+
+
+@pytest.mark.parametrize("model", ["olmoe-tiny", "fox-tiny"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_trained_checkpoints_are_read_exactly(tmp_path: Path, model: str, mixed: bool) -> None:
+    rules = TRAINED_MIX if model == "olmoe-tiny" else TRAINED_MIX[2:]
+    chosen = recipe("int5-g64-asym", *rules, router=model == "olmoe-tiny") if mixed else PRESETS["int4"]
+    source = planned(tmp_path, EXAMPLES / model, chosen, ExportOptions(ops="native"))
+    assert_exact(tmp_path, source, "bfloat16", "float32")
 
 
 @pytest.mark.parametrize("ops", ["native", "portable"])
