@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from mutation_list import CTEST, ROOT, Mutation
+from warm_python import WarmPython
 
 _BUILD = "build/csrc-scalar"
 _LIBRARIES = {"_edgelm_ops": "runtimes", "_edgelm_quant": "quant"}
@@ -55,12 +56,16 @@ class MutatedCopy:
     def __init__(self, folder: Path, emulated: Path) -> None:
         self.tree = folder / "tree"
         self._folder = folder
-        self._emulated = emulated
         self._stamp = int(time.time())
         self._configured = False
         self._running: subprocess.Popen[bytes] | None = None
         self._copy_files()
         self._python = self._make_environment()
+        self._environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "EDGELM_"))
+        }
+        self._environment |= {"EDGELM_EMULATOR_CACHE": str(emulated), "VIRTUAL_ENV": str(folder / "venv")}
+        self._warm = WarmPython(self._python, self.tree, self._environment)
         self._copy_libraries()
         self._require_own_package()
 
@@ -90,6 +95,7 @@ class MutatedCopy:
 
     def stop(self) -> None:
         """End what runs in the copy, if anything does."""
+        self._warm.stop()
         if self._running is not None and self._running.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._running.pid, signal.SIGKILL)
@@ -97,11 +103,12 @@ class MutatedCopy:
     def _pytest(self, nodes: Sequence[str], seconds: float, *, stop: bool) -> Outcome:
         report = self._folder / "report.xml"
         report.unlink(missing_ok=True)
-        command = [
-            self._python, "-P", "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider",
-            f"--basetemp={self._folder / 'tmp'}", f"--junitxml={report}", *(["-x"] if stop else []), *nodes,
+        arguments = [
+            "-q", "--tb=line", "-p", "no:cacheprovider", f"--basetemp={self._folder / 'tmp'}", f"--junitxml={report}",
+            *(["-x"] if stop else []), *nodes,
         ]  # fmt: skip
-        code, output = self._call(command, seconds)
+        output = self._folder / "output.txt"
+        code = self._warm.pytest(arguments, output, seconds)
         if code is None:
             return Outcome("timeout", f"no end after {seconds:.0f} s")
         if code < 0:
@@ -116,7 +123,7 @@ class MutatedCopy:
             return Outcome("passed", "") if ran else Outcome("error", "every test was skipped")
         if errors and stop:  # a fixture that fails is no test that fails: is there one besides?
             return self._pytest(nodes, seconds, stop=False)
-        return Outcome("error", _last_line(output))
+        return Outcome("error", _last_line(output.read_text(encoding="utf-8", errors="replace")))
 
     def _ctest(self, name: str, seconds: float) -> Outcome:
         code, output = self._call(
@@ -149,13 +156,11 @@ class MutatedCopy:
 
     def _call(self, command: Sequence[str | Path], seconds: float) -> tuple[int | None, str]:
         # The exit status (None: it took too long) and all output. A group of its own: tests start processes.
-        env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "EDGELM_"))}
-        env |= {"EDGELM_EMULATOR_CACHE": str(self._emulated), "VIRTUAL_ENV": str(self._folder / "venv")}
         output = self._folder / "output.txt"
         with output.open("wb") as file:
             process = self._running = subprocess.Popen(
-                command, cwd=self.tree, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                command, cwd=self.tree, env=self._environment, stdin=subprocess.DEVNULL, stdout=file,
+                stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             code = None
             try:

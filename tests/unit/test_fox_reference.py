@@ -165,9 +165,20 @@ def test_fields_that_do_not_change_the_arithmetic_are_fine(change: dict[str, Any
     assert FoxConfig.from_dict({**PUBLISHED, **change}) == FoxConfig.from_dict(PUBLISHED)
 
 
+def test_absent_fields_are_what_transformers_takes_them_for() -> None:
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = FoxConfig.from_dict({name: PUBLISHED[name] for name in required})
+    theirs = HfConfig(**{name: PUBLISHED[name] for name in required})
+    for name in ("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"):
+        assert getattr(config, name) == getattr(theirs, name), name
+    assert config.rope_theta == 10000.0
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "several RoPE bases"),
+        ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling"),
         ({"rope_scaling": "linear"}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_parameters"),

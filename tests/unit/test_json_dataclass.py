@@ -5,6 +5,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -181,6 +182,19 @@ def test_files_that_cannot_be_documents_are_refused_before_they_are_read(tmp_pat
         read_bytes(tmp_path / "a\0b", BLAME)
     (tmp_path / "small").write_bytes(b"{}")
     assert read_bytes(tmp_path / "small", BLAME) == b"{}"
+    assert read_bytes(tmp_path / "small", BLAME, 2) == b"{}"
+    with pytest.raises(BundleError, match="is larger than 1 bytes"):
+        read_bytes(tmp_path / "small", BLAME, 1)
+
+
+def test_a_file_of_the_system_that_has_no_size_is_read_to_the_limit_alone():
+    file = Path("/proc/self/status")
+    if not file.is_file():
+        pytest.skip("this system has no /proc")
+    assert file.stat().st_size == 0
+    assert read_bytes(file, BLAME).startswith(b"Name:")
+    with pytest.raises(BundleError, match="is larger than 10 bytes"):
+        read_bytes(file, BLAME, 10)
 
 
 def test_long_values_are_shown_short_and_in_one_line():

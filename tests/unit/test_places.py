@@ -163,6 +163,13 @@ def test_another_manifest_makes_no_bundle(tmp_path: Path, manifest: str) -> None
 def test_a_checkpoint_is_replaced_where_edgelm_wrote_it(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(EdgeLMError, match=f"is no checkpoint that EdgeLM wrote \\(it has no {FILE_LIST}\\)"):
         check_place(checkpoint, CHECKPOINT, overwrite=True)
+    for other in ({"files": ["config.json"]}, {"format": "another", "files": ["config.json", FILE_LIST]}):
+        theirs = tmp_path / "theirs"
+        theirs.mkdir(exist_ok=True)
+        (theirs / "config.json").write_text("{}")
+        (theirs / FILE_LIST).write_text(json.dumps(other))
+        with pytest.raises(EdgeLMError, match="is no checkpoint that EdgeLM wrote"):
+            check_place(theirs, CHECKPOINT, overwrite=True)
     out = tmp_path / "made"
     with atomic_directory(out, CHECKPOINT) as folder:
         (folder / "config.json").write_text("{}")

@@ -426,3 +426,35 @@ def test_does_the_largest_of_several_needs_count(tmp_path: Path, monkeypatch: py
         opened(bundle)
     monkeypatch.setattr(onnxruntime, "__version__", "1.25.1")
     opened(bundle).close()
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "said"),
+    [
+        ("model", "vocab_size", 96, r"model\.vocab_size is 96 in the manifest, and the graph's logits has 97"),
+        ("model", "vocab_size", 98, r"model\.vocab_size is 98 in the manifest, and the graph's logits has 97"),
+        (
+            "model",
+            "num_kv_heads",
+            1,
+            r"num_kv_heads is 1 in the manifest, and the graph's past_key_values\.0\.key has 2",
+        ),
+        (
+            "model",
+            "num_kv_heads",
+            4,
+            r"num_kv_heads is 4 in the manifest, and the graph's past_key_values\.0\.key has 2",
+        ),
+        ("graph", "kv_dtype", "int8", "wants a int8 cache; portable operators have float32, float16"),
+    ],
+)
+def test_is_a_manifest_that_contradicts_its_graph_refused(
+    tmp_path: Path, section: str, field: str, value: object, said: str
+) -> None:
+    bundle = write_tiny_bundle(tmp_path / "b")
+    manifest = json.loads(bundle.file("manifest.json").read_text(encoding="utf-8"))
+    manifest[section][field] = value
+    bundle.file("manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    for use in (opened, lambda bundle: open_tracing(bundle, threads=1)):
+        with pytest.raises(BundleError, match=said):
+            use(Bundle.open(bundle.path))
