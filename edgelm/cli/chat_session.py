@@ -58,7 +58,7 @@ class Screen:
 
     def info(self, text: str) -> None:
         """Say a line about the session."""
-        click.echo(self.style(text, dim=True), err=True)
+        click.echo(self.style(text.translate(_CONTROL), dim=True), err=True)
 
     def problem(self, text: str) -> None:
         """Say what did not work, in one line."""
@@ -157,7 +157,7 @@ class Session:
             return self._command(word, command[2])
         else:
             # Of code that is pasted the first line's indentation matters; before one line spaces are to send a slash.
-            text = text if "\n" in text else text.lstrip()
+            text = text if entry.literal or "\n" in text else text.lstrip()
             self._respond([*self.messages, {"role": "user", "content": text}])
         return True
 
@@ -224,14 +224,14 @@ class Session:
             self._problem("/save: nothing has been said yet")
             return
         write_messages(path, self.messages)
-        self._screen.info(f"[{len(self.messages)} messages saved in {path}]")
+        self._screen.info(f"[{_count(self.messages)} saved in {path}]")
 
     def _do_load(self, argument: str) -> None:
         path = _path(argument)
         messages = read_messages(path)
         asked = messages[-1]["role"] == "user"
         self._model.chat_tokens(messages if asked else [*messages, {"role": "user", "content": "?"}])
-        self._screen.info(f"[{len(messages)} messages loaded from {path}]")
+        self._screen.info(f"[{_count(messages)} loaded from {path}]")
         self.messages = messages[:-1] if asked else messages
         if asked:  # as `edgelm run --messages` does
             self._respond(messages)
@@ -291,6 +291,10 @@ class Session:
             stream.close()
             if not stream.generation.text:
                 raise
+
+
+def _count(messages: list[Message]) -> str:
+    return "1 message" if len(messages) == 1 else f"{len(messages)} messages"
 
 
 def _suggestion(word: str) -> str:

@@ -228,12 +228,11 @@ def asked(model: LanguageModel, *entries: Entry, **options: Any) -> Session:
 
 
 def test_what_is_sent_is_what_was_written(model: LanguageModel) -> None:
-    literal = Entry("/reset\n  x ", literal=True)
-    session = asked(
-        model, Entry("  /reset "), Entry("\n  def f():\n    pass\n\n"), Entry(" \n "), literal, Entry("/a\nb")
-    )
+    literal, indented = Entry("/reset\n  x ", literal=True), Entry("  x", literal=True)
+    code = Entry("\n  def f():\n    pass\n\n")
+    session = asked(model, Entry("  /reset "), code, Entry(" \n "), literal, Entry("/a\nb"), indented)
     sent = [message["content"] for message in session.messages if message["role"] == "user"]
-    assert sent == ["/reset", "  def f():\n    pass", "/reset\n  x ", "/a\nb"]
+    assert sent == ["/reset", "  def f():\n    pass", "/reset\n  x ", "/a\nb", "  x"]
 
 
 def test_system_sets_shows_and_removes_the_system_message(
@@ -251,6 +250,9 @@ def test_system_sets_shows_and_removes_the_system_message(
     assert "tokens do not fit" in said
     session.handle(Entry('/system ""'))
     assert session.messages == []
+    session.messages = [system("of a file\x1b[31m")]
+    session.handle(Entry("/system"))
+    assert "[system message: of a file\u241b[31m]" in capsys.readouterr().err
 
 
 def test_save_and_load_continue_a_conversation(
@@ -401,9 +403,7 @@ def test_colours_can_be_turned_off(name: str, value: str, colour: bool, monkeypa
         (["--system", "\udcff"], "not valid Unicode"),
     ],
 )
-def test_what_can_never_work_is_said_before_the_first_message(
-    bundle: Path, options: list[object], message: str
-) -> None:
+def test_what_can_never_work_is_said_at_once(bundle: Path, options: list[object], message: str) -> None:
     result = chat(bundle, "Hi\nMore\n", *options)
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
     assert message in result.stderr

@@ -136,7 +136,7 @@ def test_ctrl_c_cancels_what_is_rendered_or_prefilled_and_stops_an_answer(
     long = tmp_path / "long.json"
     long.write_text(json.dumps([{"role": "user", "content": "word " * 6000}]))
     chat.send(f"/load {long}\r")
-    chat.wait("1 messages loaded")
+    chat.wait("[1 message loaded")
     chat.send(CTRL_C)
     chat.wait("[cancelled")
     chat.wait("> ")
