@@ -179,7 +179,7 @@ def _report(
     first, cause = verdict.first_divergence(diagnosis, checks)
     return ParityReport(
         bundle=str(bundle.path),
-        passed=all(check.passed is not False for check in checks),
+        passed=verdict.passed(checks),
         kind=kind,
         checks=checks,
         kl_mean=metrics.mean(kl),

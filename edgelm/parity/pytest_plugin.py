@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from edgelm.bundle import ModelInfo
     from edgelm.parity.result import Check, FloatLoss, ParityReport
 
 MARKER = "edgelm_bundle"
@@ -60,6 +61,21 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(f"{folder}: warning: {loss.warning}", yellow=True)
 
 
+def item_names(model: ModelInfo, max_kl: float | None) -> list[str]:
+    """The items of a bundle of this model: together they stand for every check that it gets."""
+    names = ["integrity", "tokenizer", "logits", "perplexity", "greedy", "embedding"]
+    for layer in range(model.num_layers):
+        names.append(f"layer[{layer}]")
+        if model.num_experts:
+            names.append(f"experts[{layer}]")
+    return [*names, "head", *(() if max_kl is None else ("float_kl",))]
+
+
+def stands_for(item: str, check: str) -> bool:
+    """Whether an item fails with a check: "logits" with logits.kl_mean, logits.top1 ..."""
+    return check == item or check.startswith(f"{item}.")
+
+
 class BundleCollector(pytest.Collector):
     """One bundle; runs the check when the first of its items runs."""
 
@@ -78,15 +94,7 @@ class BundleCollector(pytest.Collector):
             model = Bundle.open(self.folder).manifest.model
         except EdgeLMError as error:
             raise pytest.UsageError(f"--edgelm-bundle: {error}") from error
-        names = ["integrity", "tokenizer", "logits", "perplexity", "greedy", "embedding"]
-        for layer in range(model.num_layers):
-            names.append(f"layer[{layer}]")
-            if model.num_experts:
-                names.append(f"experts[{layer}]")
-        names.append("head")
-        if self.config.getoption("--edgelm-max-kl") is not None:
-            names.append("float_kl")
-        for name in names:
+        for name in item_names(model, self.config.getoption("--edgelm-max-kl")):
             yield CheckItem.from_parent(self, name=name)
 
     def report(self) -> ParityReport:
@@ -110,13 +118,13 @@ class CheckFailedError(Exception):
 
 
 class CheckItem(pytest.Item):
-    """The checks of one name: "logits" stands for logits.kl_mean, logits.top1 ..."""
+    """The checks of one name, see `stands_for`."""
 
     def runtest(self) -> None:
         """Fail if one of the checks failed, skip if none could be judged."""
         assert isinstance(self.parent, BundleCollector)
         report = self.parent.report()
-        checks = [check for check in report.checks if check.name == self.name or check.name.startswith(f"{self.name}.")]
+        checks = [check for check in report.checks if stands_for(self.name, check.name)]
         failed = [check for check in checks if check.passed is False]
         if failed:
             raise CheckFailedError(report, failed)

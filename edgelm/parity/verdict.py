@@ -74,6 +74,11 @@ def judge(pack: ParityPack, run: DeviceRun, limits: Limits) -> tuple[list[Check]
     return checks + layers(pack, run, diagnosis, limits), diagnosis
 
 
+def passed(checks: Sequence[Check]) -> bool:
+    """Whether none failed; one that had nothing to judge fails nothing."""
+    return all(check.passed is not False for check in checks)
+
+
 def integrity(problems: Sequence[str]) -> Check:
     """Every file as it was exported."""
     detail = "; ".join(problems[:8]) or "every file has the hash it was exported with"

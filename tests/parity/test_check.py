@@ -176,7 +176,7 @@ def test_a_loss_within_the_usual_has_no_warning(exported):
     loss = check_parity(exported("fox", "int4"), threads=1).float_loss
     assert loss.known
     assert loss.warning is None
-    assert 0 < loss.kl < 0.05
+    assert 3e-3 < loss.kl < 1.2e-2  # measured: 6e-3
 
 
 @pytest.mark.parametrize(("max_kl", "code"), [("1000", 0), ("0.5", 1)])
@@ -341,6 +341,7 @@ def test_a_pack_holds_what_the_whole_model_in_memory_computes(tiny):
         assert np.allclose(total, record.logsumexp[rows], atol=1e-4)
         after = ids[1 : prompt.length]
         assert np.allclose(logits[np.arange(len(after)), after], record.next_logit[rows][: len(after)], atol=1e-4)
+        assert (len(trace.hidden), len(trace.experts)) == (pack.num_layers + 1, pack.num_layers)
         for index, hidden in enumerate(trace.hidden):
             assert np.allclose(hidden[0].norm(dim=-1).numpy(), record.norms[index, rows], rtol=1e-4)
         for index, chosen in enumerate(trace.experts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import edgelm
+from edgelm.parity.check import check_parity
+from edgelm.parity.pytest_plugin import stands_for
 
 from . import damage
 
@@ -50,6 +53,39 @@ def test_a_damaged_bundle_fails_in_the_items_that_noticed(copied, tmp_path):
     assert "first divergence: layer 2: the mixture of experts" in result.stdout
     assert "Traceback" not in result.stdout
     assert "::layer[2]" in result.stdout or "layer[2]" in result.stdout
+
+
+ONE_CHECK_FAILS = """
+import dataclasses
+from edgelm.parity import check
+
+judge, healthy = check.check_parity, []
+
+def one_fails(folder, **options):
+    healthy or healthy.append(judge(folder, **options))
+    checks = [dataclasses.replace(one, passed=one.name != folder.name) for one in healthy[0].checks]
+    return dataclasses.replace(healthy[0], checks=checks, passed=False)
+
+check.check_parity = one_fails
+"""
+
+
+def test_any_single_check_that_fails_fails_its_item_and_no_other(exported, tmp_path):
+    bundle = exported("olmoe", "int4")
+    names = [check.name for check in check_parity(bundle, threads=1, max_kl=1.0).checks]
+    # The bundle by as many names as it has checks; under each of them the check of that name fails.
+    (tmp_path / "conftest.py").write_text(ONE_CHECK_FAILS)
+    options = []
+    for name in names:
+        (tmp_path / name).symlink_to(bundle)
+        options += ["--edgelm-bundle", str(tmp_path / name)]
+    result = run_pytest(tmp_path, "-q", "--tb=no", "-rf", "--edgelm-threads", "1", "--edgelm-max-kl", "1", *options)
+    assert result.returncode == 1
+    found = re.findall(r"^FAILED (\S+?)::(\S+)", result.stdout, re.MULTILINE)
+    assert len(found) == len(names), result.stdout
+    for name, (folder, item) in zip(names, found, strict=True):
+        assert folder.endswith(name)
+        assert stands_for(item, name)
 
 
 def test_the_loss_against_the_float_model_is_told_and_fails_only_where_asked(exported, tmp_path):

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from edgelm.cli.parity import parity, summary
 from edgelm.errors import ParityError
+from edgelm.parity import verdict
 from edgelm.parity.check import check_parity
 from edgelm.parity.report import render, write_report
 
@@ -119,6 +120,37 @@ def test_the_command_prints_one_json_document_and_exits_by_the_verdict(exported,
     words = [line.split()[0].removeprefix("\x1b[31m\x1b[1m") for line in result.stdout.splitlines()]
     checks = words[: words.index("parity")]
     assert "pass" not in checks[checks.index("FAIL") :]
+
+
+def test_the_command_fails_with_any_single_check(healthy, monkeypatch):
+    """Exit code 1, and the check's line says FAIL, whichever it is; a check that judged nothing fails nothing."""
+    checks = healthy.checks
+    for index, check in enumerate(checks):
+        for passed, code in ((False, 1), (None, 0)):
+            changed = [*checks[:index], dataclasses.replace(check, passed=passed), *checks[index + 1 :]]
+            report = dataclasses.replace(healthy, checks=changed, passed=verdict.passed(changed))
+            monkeypatch.setattr("edgelm.parity.check.check_parity", lambda *_, report=report, **__: report)
+            result = CliRunner().invoke(parity, ["b"])
+            assert result.exit_code == code, check.name
+            assert ("parity FAILED" in result.stdout) == (code == 1)
+            failed = [line for line in result.stdout.splitlines() if line.strip().startswith("FAIL ")]
+            assert any(check.title in line for line in failed) == (code == 1), check.name
+
+
+def test_the_reports_divergences_are_those_of_its_checks_and_curves(healthy):
+    """All are KL(reference || device): the same numbers must come out, to the bit or to the order of a sum."""
+    by_name = {check.name: check.value for check in healthy.checks}
+    assert healthy.kl_mean == by_name["logits.kl_mean"]
+    assert healthy.kl_p99 == by_name["logits.kl_p99"]
+    assert healthy.kl_max == by_name["logits.kl_max"]
+    assert healthy.top1_clear == by_name["logits.top1"]
+    assert abs(healthy.perplexity / healthy.perplexity_quantized - 1) == by_name["perplexity.device"]
+    assert healthy.float_kl_mean == healthy.float_loss.kl
+    assert healthy.quantization_kl_mean == healthy.float_loss.kl_reference
+    for name, mean in (("kl", healthy.kl_mean), ("kl_float", healthy.float_kl_mean)):
+        curve = [value for prompt in healthy.prompts for value in getattr(prompt, name)]
+        assert len(curve) == healthy.positions
+        assert math.fsum(curve) / len(curve) == pytest.approx(mean, rel=1e-12)
 
 
 def test_a_bundle_without_a_pack_is_an_error_not_a_verdict(copied):

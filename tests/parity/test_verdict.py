@@ -8,16 +8,18 @@ from __future__ import annotations
 import ast
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from edgelm.parity import verdict
+from edgelm.parity.pytest_plugin import item_names, stands_for
 from edgelm.parity.thresholds import LIMITS
 
 from . import test_verdict_others as others
 from .device_faults import INSIDE, JUDGED, OUTSIDE, experts, failures, judged, steps
-from .synthetic import ALL, COUNT, LAYERS, blur, disturb, make_scene
+from .synthetic import ALL, COUNT, EXPERTS, LAYERS, blur, disturb, make_scene
 
 MODELS = ("moe", "dense")
 
@@ -70,6 +72,14 @@ PAIRS = [
 
 def test_every_check_has_a_pair():
     assert checks_in_the_code() == {*JUDGED, *OTHERS}
+
+
+def test_every_check_is_an_item_of_the_pytest_plugin():
+    items = item_names(SimpleNamespace(num_layers=2, num_experts=EXPERTS), max_kl=0.1)
+    # The stored pack is compared with a checkpoint, which the plugin is not given.
+    for name in checks_in_the_code() - {"pack"}:
+        name = f"{name}[1]" if name in ("layer", "experts") else name
+        assert sum(stands_for(item, name) for item in items) == 1, name
 
 
 @pytest.mark.parametrize("kind", ["none", "int4"])

@@ -75,7 +75,9 @@ def test_rounding_is_no_divergence(dense):
     result = judge(pack, hidden + noise(hidden.shape, 1e-6), gate)
     assert result.first is None
     assert result.cause is None
-    assert max(layer.worst for layer in result.layers) < 0.2
+    # Two errors of 1e-6 beside an update of 1, of which 1e-4 is allowed, are 0.014; of 120 sketches the largest is
+    # 0.019 to 0.027 (16 draws).
+    assert 0.01 < max(layer.worst for layer in result.layers) < 0.04
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 
 import numpy as np
@@ -102,6 +103,18 @@ def test_bucketed_kl_is_a_lower_bound_and_zero_for_equal_distributions():
     assert bucketed(p, p + 7, ids) == pytest.approx(np.zeros(50), abs=1e-9)
 
 
+def test_bucketed_kl_is_from_the_first_to_the_second_in_the_bucket_too():
+    """P = (1/2, 1/2) and Q = (1/4, 3/4), by hand, with both tokens recorded, either one, or a bucket of two halves."""
+    forward, backward = math.log(4 / 3) / 2, 0.75 * math.log(3) - math.log(2)
+    p, q = np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]])
+    for recorded in ([0, 1], [0], [1]):
+        a, b = p[:, recorded], q[:, recorded]
+        assert metrics.bucketed_kl(a, [0.0], b, [0.0]) == pytest.approx([forward], rel=1e-9)
+        assert metrics.bucketed_kl(b, [0.0], a, [0.0]) == pytest.approx([backward], rel=1e-9)
+    # The log-sums are of the whole vocabulary, and each of its own logits.
+    assert metrics.bucketed_kl(p + 3, [3.0], q - 2, [-2.0]) == pytest.approx([forward], rel=1e-9)
+
+
 def test_bucketed_kl_of_nonsense_is_not_small():
     p = np.zeros((1, 8))
     q = np.full((1, 8), np.nan)
@@ -113,8 +126,13 @@ def test_logit_error_ignores_a_constant_and_sees_noise():
     a = rng.standard_normal((4, 64)) * 5
     shifted = metrics.logit_error(a, a + 3, metrics.logsumexp(a), metrics.logsumexp(a + 3))
     assert shifted == pytest.approx(np.zeros(4), abs=1e-9)
-    noisy = metrics.logit_error(a, a + 0.5 * rng.standard_normal(a.shape))
-    assert noisy == pytest.approx(np.full(4, 0.1), rel=0.4)
+    noise = 0.5 * rng.standard_normal(a.shape)
+    by_hand = [
+        math.sqrt(sum(x * x for x in row) / 64) / spread for row, spread in zip(noise, a.std(axis=1), strict=True)
+    ]
+    assert metrics.logit_error(a, a + noise) == pytest.approx(by_hand, rel=1e-12)
+    # Not the other way: the spread is that of what is expected.
+    assert metrics.logit_error([[0.0, 2.0]], [[0.0, 6.0]]) == pytest.approx([math.sqrt(8)], rel=1e-12)
 
 
 def test_agreement_counts_under_a_mask_and_says_nan_for_nothing():

@@ -109,6 +109,72 @@ def test_rounding_below_float32_leaves_the_limits_of_float32():
     assert (limits.top1_clear, limits.clear_gap) == (1.0, exact.clear_gap)
 
 
+def statistics(pack):
+    """KL, error of all recorded tokens, of the 16 likeliest, and the spread, at every position: by definition."""
+    want, rounded = pack.target, pack.rounded
+    columns = [np.concatenate([one.top_logits, one.probe_logits], axis=1) for one in (want, rounded)]
+    a, b = (logits - one.logsumexp[:, None] for logits, one in zip(columns, (want, rounded), strict=True))
+    squares, spread = (a - b) ** 2, a.std(axis=1)
+    likely = np.take_along_axis(squares, np.argsort(-a, axis=1)[:, :16], axis=1)
+    log_p, log_q = a[:, :TOP], b[:, :TOP]
+    rest = np.stack([1 - np.exp(part).sum(axis=1) for part in (log_p, log_q)])
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1) + rest[0] * np.log(rest[0] / rest[1])
+    return kl, np.sqrt(squares.mean(axis=1)) / spread, np.sqrt(likely.mean(axis=1)) / spread, spread
+
+
+# Of two samples of 400 positions, and of 80 steps and 400 positions: standard deviations of a difference of means.
+BETWEEN, OF_STEPS = (2 / 400) ** 0.5, (1 / 80 + 1 / 400) ** 0.5
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_limits_are_what_docs_parity_md_says(dense):
+    """Factors of 2 in size, 4 in KL and 16 in its largest, three standard deviations, and what float32 is allowed."""
+    pack, _ = packed(np.random.default_rng(4), 0.02, 0.0)
+    if dense:
+        reference = replace(pack.reference, router=None, experts=None)
+        pack = replace(pack, reference=reference, quantized=None)
+    limits = rounding_limits(pack, LIMITS["int4"])
+    kl, error, likely, spread = statistics(pack)
+    # A tipped choice of experts, of which the simulation had none, may cost one nat; a second sample's four.
+    unseen = 0.0 if dense else 1.0
+    assert limits.kl_mean == pytest.approx(1e-6 + 4 * (kl.mean() + 3 * kl.std() * BETWEEN) + unseen / 400, rel=1e-3)
+    assert limits.kl_p99 == pytest.approx(1e-5 + 4 * kl.max(), rel=1e-3)
+    assert limits.kl_max == pytest.approx(1e-4 + max(16 * kl.max(), 4 * unseen), rel=1e-3)
+    assert limits.logit_error == pytest.approx(1e-4 + 2 * np.quantile(error, 0.5 + 1.5 * BETWEEN), rel=1e-3)
+    ninth = 0.9 + 0.9 * BETWEEN
+    assert limits.logit_error_p90 == pytest.approx(3e-4 + 2 * np.quantile(error, ninth), rel=1e-3)
+    assert limits.decode_error == pytest.approx(1e-4 + 2 * np.quantile(likely, 0.5 + 1.5 * OF_STEPS), rel=1e-3)
+    gap = 1e-2 + 8 * 2**0.5 * np.quantile(error * spread, ninth)
+    assert limits.clear_gap == pytest.approx(gap, rel=1e-3)
+    want, rounded = pack.target, pack.rounded
+    before, after = (one.next_logit - one.logsumexp for one in (want, rounded))
+    change = (after - before)[pack.has_next]
+    bound = abs(change.mean()) + 3 * change.std() * (2 / len(change)) ** 0.5
+    assert limits.perplexity == pytest.approx(1e-4 + np.expm1(2 * bound + unseen / len(change)), rel=1e-3)
+    assert not (rounded.best != want.best)[want.gap >= gap].any()
+    clear = int((want.gap >= gap).sum())
+    share = 0.0 if dense else ((3 / 8 / clear) ** 0.5 + 1.5 * (2 / clear) ** 0.5) ** 2
+    assert limits.top1_clear == pytest.approx(1 - share, rel=1e-3)
+    steps = sum(int((want.gap[prompt.greedy_positions] >= gap).sum()) for prompt in pack.prompts)
+    root = (3 / 8 / clear) ** 0.5 + 1.5 * (1 / steps + 1 / clear) ** 0.5
+    assert limits.greedy_clear == (0 if dense else int(steps * root**2))
+
+
+def test_positions_whose_experts_tipped_have_the_margin_in_their_number():
+    pack, _ = packed(np.random.default_rng(5), 0.02, 0.1)
+    limits = rounding_limits(pack, LIMITS["int4"])
+    kl, flipped = statistics(pack)[0], pack.rounded.flipped != 0
+    assert flipped.sum() >= 10
+    calm, tipped = np.where(flipped, 0, kl), np.where(flipped, kl, 0)
+    smooth = 4 * (calm.mean() + 3 * calm.std() * BETWEEN)
+    assert limits.kl_mean == pytest.approx(1e-6 + smooth + 2 * (tipped.mean() + 3 * tipped.std() * BETWEEN), rel=1e-3)
+    assert limits.kl_max == pytest.approx(1e-4 + 16 * kl.max(), rel=1e-3)
+    clear = pack.target.gap >= limits.clear_gap
+    different = int((pack.rounded.best != pack.target.best)[clear].sum())
+    root = ((2 * different + 3 / 8) / clear.sum()) ** 0.5 + 1.5 * (2 / clear.sum()) ** 0.5
+    assert limits.top1_clear == pytest.approx(1 - root**2, rel=1e-3)
+
+
 class Coarse(Hooks):
     """Rounds what is multiplied and what is cached to quarters."""
 
