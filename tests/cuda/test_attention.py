@@ -426,6 +426,7 @@ def test_a_nan_spoils_no_other_sequence(combination: tuple[str, str, int, tuple[
 
 
 def test_room_for_two_stages_on_the_smallest_multiprocessors() -> None:
+    assert attention.all_kernels()
     for name in attention.all_kernels():
         _, step, _, cache, size = name.split("_")
         assert attention.shared_bytes(step, cache, int(size[1:])) <= 99 << 10, name

@@ -78,6 +78,8 @@ def test_kernels_that_wait_for_the_one_before_are_known_where_devices_can_start_
 def test_the_same_kernels_give_the_same_files(kernels, tmp_path):
     for folder in ("a", "b"):
         compile_bundle_kernels(["one_f32"], [86], tmp_path / folder)
+    first, second = (sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in ("a", "b"))
+    assert first == second != []
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 

@@ -240,7 +240,9 @@ def test_with_compiled_operators_the_export_is_native(checkpoint: MakeCheckpoint
 
 def test_router_decides_in_float_and_unrenormalised(portable: Bundles) -> None:
     model = onnx.load(portable["olmoe", "int4"].file("model.onnx"), load_external_data=False)
-    for node in (n for n in model.graph.node if n.op_type == "QMoE"):
+    mixtures = [node for node in model.graph.node if node.op_type == "QMoE"]
+    assert len(mixtures) == portable["olmoe", "int4"].manifest.model.num_layers
+    for node in mixtures:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert attributes["normalize_routing_weights"] == 0
         producer = next(n for n in model.graph.node if node.input[14] in n.output)

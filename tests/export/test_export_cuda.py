@@ -91,8 +91,15 @@ def test_the_graph_computes_the_reference_in_float32(
     bundle = export(checkpoint(name, **changes), tmp_path / "b", chosen, "fp32")
     _, logits = reference(checkpoint(name, **changes), chosen)
     found = np.concatenate(list(PortableRuntime(bundle, threads=1).logits_all(IDS.tolist())))
-    # Experts of 8 bits meet int8 on the CPU whatever they are told.
-    assert relative(found, logits) < (0.03 if name == "olmoe" and "int8" in scheme else 2e-5)
+    if name == "fox" or "int8" not in scheme:
+        assert relative(found, logits) < 2e-5
+        return
+    # The inputs of 8-bit experts are rounded to int8 on the CPU whatever it is told: a step of 1/127 of a row's largest
+    # value, 2.6 times its root mean square over 64 or 128, over sqrt(12): 0.6 % a matmul, of which a layer's experts
+    # have two. Where it tips a near-tie of the router a whole position moves: the median is what to hold.
+    error = np.linalg.norm(found - logits, axis=1) / np.linalg.norm(logits, axis=1)
+    # Measured: 0.0032, and 0.011 where the experts' weights are renormalised, to three times as much here.
+    assert np.median(error) < (0.015 if changes else 0.005)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

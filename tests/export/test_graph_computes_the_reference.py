@@ -21,7 +21,9 @@ from edgelm.export import ExportOptions
 from edgelm.export.plan import WEIGHTS_FILE, Graphs, make_plan
 from edgelm.export.targets import TARGETS
 from edgelm.models import family
+from edgelm.models.hooks import hook_model
 from edgelm.models.trace import Trace
+from edgelm.parity.golden import DeviceRounding
 from edgelm.progress import Silent
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
@@ -61,8 +63,20 @@ def planned(path: Path, source: WeightSource, options: ExportOptions) -> Graphs:
 
 
 def write_graph(
-    folder: Path, path: Path, chosen: Recipe, dtype: str, ops: str, *, as_deployed: bool = False
+    folder: Path,
+    path: Path,
+    chosen: Recipe,
+    dtype: str,
+    ops: str,
+    *,
+    as_deployed: bool = False,
+    as_rounded: bool = False,
 ) -> tuple[WeightSource, Any]:
+    """Write a graph, and give the PyTorch model of the same weights.
+
+    `as_deployed`: the debug graph's outputs with the main graph's arithmetic. `as_rounded`: the PyTorch model rounds
+    activations as the main graph does.
+    """
     checkpoint = Checkpoint.open(path)
     kind = family(checkpoint.config)
     config = kind.config_class.from_dict(checkpoint.config)
@@ -71,12 +85,14 @@ def write_graph(
     plan.weights.write(folder / WEIGHTS_FILE, 2, lambda amount: None)
     graph = plan.debug_graph
     if as_deployed:
-        # The debug graph's outputs with the main graph's arithmetic.
         del graph.graph.node[:]
         graph.graph.node.extend(plan.graph.graph.node)
     (folder / "graph.onnx").write_bytes(graph.SerializeToString())
     model = kind.module_class(config)
     model.load_weights(source.dequantized().read_float32)
+    if as_rounded:
+        assert plan.rounded is not None
+        hook_model(model, DeviceRounding(plan.rounded, "float32").hooks())
     return source, model
 
 
@@ -130,6 +146,20 @@ def check(folder: Path, model: Any, tolerance: float) -> None:
         expected = router.numpy().reshape(found[f"router_logits.{i}"].shape)
         assert relative(found[f"router_logits.{i}"], expected) < tolerance, f"router_logits.{i}"
     assert relative(found["logits"], logits) < tolerance
+
+
+def check_rounded(folder: Path, model: Any) -> None:
+    """As `check`, of a graph that rounds activations and a model that does so too.
+
+    Where a value lies at the middle between two steps, float32 in another order rounds it the other way: one step of
+    one value, which attention brings to later positions. Measured: 3e-7 where none does, up to 0.0084 where one does.
+    """
+    found, logits, trace = run_both(folder, model, split=17)
+    last = len(trace.hidden) - 1
+    for got, expected in ((found[f"hidden.{last}"], trace.hidden[last].numpy()), (found["logits"], logits)):
+        error = np.linalg.norm(got[0] - expected[0], axis=1) / np.linalg.norm(expected[0], axis=1)
+        assert error.min() < 2e-6, error
+        assert error.max() < 0.02, error
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -213,13 +243,18 @@ def test_tensors_of_different_types_in_one_layer(
 def test_presets_as_deployed_stay_within_int8_activation_noise(
     tmp_path: Path, checkpoint: MakeCheckpoint, name: str, preset: str, ops: str
 ) -> None:
-    # One experts' choice flips at a near-tie with this noise and moves a whole position: the median is what to hold.
-    _, model = write_graph(tmp_path, checkpoint(name), Recipe.load(preset), "float32", ops, as_deployed=True)
+    path, chosen, native = checkpoint(name), Recipe.load(preset), ops == "native"
+    _, model = write_graph(tmp_path, path, chosen, "float32", ops, as_deployed=True, as_rounded=native)
+    if native:
+        check_rounded(tmp_path, model)
+        return
+    # ONNX Runtime's kernels round in their own blocks. With this noise one choice of experts flips at a near-tie and
+    # moves a whole position: the median is what to hold. Measured: 0.010 to 0.013.
     found, _, trace = run_both(tmp_path, model, split=17)
     last = len(trace.hidden) - 1
     expected = trace.hidden[last].numpy()[0]
     error = np.linalg.norm(found[f"hidden.{last}"][0] - expected, axis=1) / np.linalg.norm(expected, axis=1)
-    assert float(np.median(error)) < 0.05
+    assert 0.005 < float(np.median(error)) < 0.02
 
 
 def test_mixed_widths_within_a_layers_experts_are_widened_exactly(

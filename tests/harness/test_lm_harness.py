@@ -154,7 +154,9 @@ class Judged:
 
     def samples(self, task: str) -> Iterator[tuple[tuple[Any, ...], list[Any]]]:
         """(arguments of each request, what came of it)."""
-        for sample in self.results["samples"][task]:
+        found = self.results["samples"][task]
+        assert found, f"{task} has no samples"
+        for sample in found:
             for arguments, answers in zip(sample["arguments"], sample["resps"], strict=True):
                 yield arguments, answers[0]
 

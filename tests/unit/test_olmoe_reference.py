@@ -118,6 +118,7 @@ def test_logits_hidden_states_and_experts_equal_transformers(seed: int) -> None:
     assert c.logits.dtype == torch.float32
     check_hidden_states(c)
     assert len(c.trace.experts) == len(c.expected_experts) == CONFIGS[seed]["num_hidden_layers"]
+    assert len(c.trace.router_logits) == len(c.trace.experts)
     for got, expected in zip(c.trace.experts, c.expected_experts, strict=True):
         assert torch.equal(got.flatten(0, 1), expected)
     for got, expected in zip(c.trace.router_logits, c.expected_router_logits, strict=True):

@@ -268,6 +268,7 @@ needs_kernel = pytest.mark.skipif(native.library() is None, reason="this install
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
 def test_the_kernel_gives_the_same_bytes_as_numpy(scheme, kind):
+    assert native.isas()
     for shape in SHAPES:
         weight = weights(shape, kind)
         expected = primitives.quantize(weight, scheme)

@@ -83,6 +83,7 @@ def test_routing_is_neither_uniform_nor_collapsed(held_out: str) -> None:
     trace = Trace()
     with torch.no_grad():
         model(ids, trace=trace)
+    assert len(trace.experts) == model.config.num_hidden_layers
     for experts, weights in zip(trace.experts, trace.expert_weights, strict=True):
         load_shares = torch.bincount(experts.flatten(), minlength=32) / experts.numel()
         entropy = float(-(load_shares * load_shares.clamp_min(1e-9).log()).sum()) / math.log(32)
