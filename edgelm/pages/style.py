@@ -34,9 +34,10 @@ th.num, td.num { text-align: right; } td.num { white-space: nowrap; font-variant
 td.long { min-width: 170px; overflow-wrap: anywhere; } td.hash { white-space: nowrap; }
 .facts td:first-child { width: 38%; color: var(--soft); } .facts td { overflow-wrap: anywhere; }
 .wide td:first-child, .wide th:first-child { position: sticky; left: 0; background: var(--page); }
-.wide tr.fail td:first-child { background: var(--band); } tr.fail { background: var(--band); }
+.wide tr.fail td:first-child { background: var(--band); box-shadow: inset 5px 0 var(--bad); padding-left: 12px; }
+tr.fail { background: var(--band); }
 td.mark { white-space: nowrap; }
-tr.fail td.mark { color: var(--bad); font-weight: 700; box-shadow: inset 5px 0 var(--bad); }
+tr.fail td.mark { color: var(--bad); font-weight: 700; }
 tr.pass td.mark { color: var(--good); } tr.none td.mark { color: var(--soft); }
 figure { margin: 20px 0; } figcaption { font-weight: 600; }
 .axis { color: var(--soft); font-size: 13px; } .axis.x { text-align: center; }

@@ -105,14 +105,14 @@ def _checks(checks: Sequence[Check]) -> str:
 
 def _check_table(name: str, checks: Sequence[Check]) -> str:
     columns = (
-        *(Column("Result", "mark"), Column("Check", "long")),
+        *(Column("Check", "long"), Column("Result", "mark")),
         *(Column("Measured", "num"), Column("Limit", "num"), Column("Detail", "long")),
     )
     rows = []
     for check in checks:
         bound = "" if check.limit is None else f"{'≤' if check.better == 'lower' else '≥'} {number(check.limit)}"
         value = "" if check.value is None else _measured(check.value)
-        rows.append((_WORDS[check.passed][0], check.title, value, bound, _readable(check.detail)))
+        rows.append((check.title, _WORDS[check.passed][0], value, bound, _readable(check.detail)))
     return table(name, columns, rows, [_WORDS[check.passed][1] for check in checks])
 
 
