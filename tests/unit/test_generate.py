@@ -126,6 +126,18 @@ def test_a_prompt_that_is_repeated_or_goes_on_another_way_equals_a_fresh_model(
             np.testing.assert_allclose(model_next, fresh_next, atol=1e-4)
 
 
+def test_after_another_answer_the_first_one_is_not_taken_for_cached(model: LanguageModel, bundle: Bundle) -> None:
+    tokens = model.tokenizer.encode(PROMPT)
+    first = model.generate(tokens, max_tokens=9, temperature=1.5, seed=1).tokens
+    other = model.generate(tokens, max_tokens=9).tokens
+    assert first[0] != other[0]
+    again = model.generate([*tokens, *first, 91], max_tokens=9)
+    assert again.timings.reused_tokens == len(tokens)
+    with load(bundle.path, threads=1) as fresh:
+        assert again.tokens == fresh.generate([*tokens, *first, 91], max_tokens=9).tokens
+        np.testing.assert_allclose(model._decode(7), fresh._decode(7), atol=1e-4)
+
+
 def test_every_bit_of_a_seed_counts(model: LanguageModel) -> None:
     seeds = [1, 1 + 2**32, 1 + 2**40, 1 + 2**63]
     found = [model.generate(PROMPT, max_tokens=12, temperature=2.0, seed=seed).tokens for seed in seeds]
