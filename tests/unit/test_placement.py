@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
@@ -18,6 +19,7 @@ from edgelm.errors import DeviceError, DeviceMemoryError, RuntimeUnavailableErro
 from edgelm.installing import install_hint
 from edgelm.runtimes import onnxruntime_gpu, runtimes
 from edgelm.runtimes.placement import check_placement, placement, record_placement
+from edgelm.runtimes.router_probe import check_router
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
@@ -83,6 +85,27 @@ def test_many_stray_nodes_are_counted() -> None:
 def test_a_session_that_did_not_record_is_not_taken_for_a_good_one() -> None:
     with pytest.raises(Exception, match=r"record_ep_graph_assignment_info|does not say"):
         check_placement(session(model(), recorded=False), CPU, "the graph")
+
+
+def test_is_a_session_that_tells_of_no_node_refused() -> None:
+    class Silent:
+        def get_provider_graph_assignment_info(self) -> list[object]:
+            return []
+
+    with pytest.raises(RuntimeUnavailableError, match="does not say where it runs the nodes of the graph"):
+        check_placement(Silent(), CPU, "the graph")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_is_a_provider_whose_answer_is_no_number_refused(value: float) -> None:
+    class Broken:
+        def run(self, names: list[str], feed: dict[str, object]) -> list[object]:
+            del names, feed
+            right = np.array([1.0, 2.0], np.float32)
+            return [np.array([1.0, value], np.float32), right, 2 * right]
+
+    with pytest.raises(RuntimeUnavailableError, match="has values that are not numbers"):
+        check_router(Broken(), "this provider")
 
 
 def test_a_package_without_cuda_is_said_to_be_one() -> None:

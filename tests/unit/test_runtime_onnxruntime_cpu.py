@@ -19,7 +19,7 @@ from tiny_graph import Shape, write_manifest, write_tiny_bundle
 
 from edgelm.bundle import Bundle
 from edgelm.errors import BundleError, ContextLengthError, EdgeLMError, GenerationError, RuntimeUnavailableError
-from edgelm.runtimes import Runtime, open_runtime, runtimes
+from edgelm.runtimes import Runtime, onnxruntime_cpu, open_runtime, runtimes
 from edgelm.runtimes.base import interruptible
 from edgelm.runtimes.onnxruntime_common import import_onnxruntime
 from edgelm.runtimes.onnxruntime_cpu import PortableRuntime, open_tracing
@@ -458,3 +458,20 @@ def test_is_a_manifest_that_contradicts_its_graph_refused(
     for use in (opened, lambda bundle: open_tracing(bundle, threads=1)):
         with pytest.raises(BundleError, match=said):
             use(Bundle.open(bundle.path))
+
+
+def test_is_the_environment_as_it_was_once_a_debug_graph_is_loaded(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What makes the debug graph's experts exact would make every other session slow."""
+    seen = []
+    monkeypatch.setattr(onnxruntime_cpu, "_has_8_bit_experts", lambda bundle: True)
+    monkeypatch.setattr(onnxruntime_cpu, "create_session", lambda *arguments: seen.append(dict(os.environ)))
+    monkeypatch.setenv("ORT_QMOE_CPU_QNBIT_GEMM", "1")
+    monkeypatch.delenv("ORT_USE_MLAS_Q4_GEMM_MOE", raising=False)
+    before = dict(os.environ)
+    with pytest.raises(AttributeError):  # None is no session
+        open_tracing(bundle, threads=1)
+    assert dict(os.environ) == before
+    changes = {name: value for name, value in seen[0].items() if before.get(name) != value}
+    assert changes == {"ORT_QMOE_CPU_QNBIT_GEMM": "0", "ORT_USE_MLAS_Q4_GEMM_MOE": "0"}
