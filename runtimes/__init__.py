@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
 from edgelm.devices import thread_problem
-from edgelm.errors import ArgumentTypeError, ArgumentValueError, RuntimeUnavailableError
+from edgelm.errors import ArgumentTypeError, ArgumentValueError, DeviceError, RuntimeUnavailableError
 from edgelm.installing import install_hint
 from edgelm.runtimes.base import Runtime, SequenceBatch
 from edgelm.sampling import is_integer
@@ -199,8 +200,25 @@ def open_batch(bundle: Bundle, batch: int, name: str | None = None, **options: i
             f"{bundle.path} has {bundle.manifest.ops} operators, with which {entry.name} runs one sequence at a time: "
             "export with --ops native"
         )
-    opened: SequenceBatch = opener(bundle, batch, **_given(entry, options))
+    given = _given(entry, options)
+    with _gpu_explained(bundle):
+        opened: SequenceBatch = opener(bundle, batch, **given)
     return opened
+
+
+@contextlib.contextmanager
+def _gpu_explained(bundle: Bundle) -> Iterator[None]:
+    """Of a bundle for a GPU, say so before what is missing for one.
+
+    Raises:
+        RuntimeUnavailableError, DeviceError: as inside.
+    """
+    try:
+        yield
+    except (RuntimeUnavailableError, DeviceError) as error:
+        if bundle.manifest.target == "cpu" or type(error) not in (RuntimeUnavailableError, DeviceError):
+            raise
+        raise type(error)(f"{bundle.path} was exported for an NVIDIA GPU: {error}") from error
 
 
 def _given(entry: RuntimeEntry, options: Mapping[str, int | str | None]) -> dict[str, int | str]:
@@ -251,5 +269,7 @@ def open_runtime(bundle: Bundle, name: str | None = None, **options: int | str |
         BundleError: the graph cannot be loaded.
     """
     entry = _choose(bundle, name)
-    runtime: Runtime = _module(entry, bundle).open(bundle, **_given(entry, options))
+    module, given = _module(entry, bundle), _given(entry, options)
+    with _gpu_explained(bundle):
+        runtime: Runtime = module.open(bundle, **given)
     return runtime

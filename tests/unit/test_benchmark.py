@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,19 @@ def test_without_options_a_short_context_is_measured_and_said(bundle: Bundle) ->
     assert "prefill 103" in result.stdout
     assert "decode 25" in result.stdout
     assert "the model's context of 128 has no room for the usual 512 prompt and 128 new tokens" in result.stdout
+
+
+def test_a_bundle_for_a_gpu_without_one_is_one_clear_line(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGELM_CUDA_DRIVER", str(tmp_path / "libcuda.so.1"))
+    copy = shutil.copytree(bundle.path, tmp_path / "bundle")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "target": "cuda"}))
+    result = CliRunner().invoke(cli, ["bench", str(copy)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"edgelm: error: {copy} was exported for an NVIDIA GPU: ")
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("option", ["prompt_tokens", "new_tokens", "repeat"])
