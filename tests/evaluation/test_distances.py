@@ -65,14 +65,15 @@ def test_kl_is_from_the_float_model_to_the_target():
     """P = (1/2, 1/2) and Q = (1/4, 3/4), by hand."""
     p, q = np.log([[0.5, 0.5]]).astype(np.float32), np.log([[0.25, 0.75]]).astype(np.float32)
     for reference, target, expected in ((p, q, math.log(4 / 3) / 2), (q, p, 0.75 * math.log(3) - math.log(2))):
+        reference, target = reference + np.float32(3), target - np.float32(2)  # a constant changes nothing
         whole, parts = Comparison(np.array([1])), Comparison(np.array([1]))
         whole.add(0, reference, target)
         for token in (0, 1):
             parts.add(token, reference[:, token : token + 1], target[:, token : token + 1])
         assert whole.kl == pytest.approx([expected], rel=1e-6)
         assert parts.kl == pytest.approx([expected], rel=1e-6)
-        assert whole.reference.loss == pytest.approx(-reference[:, 1], rel=1e-6)
-        assert whole.target.loss == pytest.approx(-target[:, 1], rel=1e-6)
+        assert whole.reference.loss == pytest.approx(3 - reference[:, 1], rel=1e-6)
+        assert whole.target.loss == pytest.approx(-2 - target[:, 1], rel=1e-6)
 
 
 def test_equal_logits_have_no_divergence_at_all():

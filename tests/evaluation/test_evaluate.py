@@ -112,11 +112,12 @@ def test_a_float_bundle_computes_the_float_model(model, checkpoint, exported, te
 
 def test_a_bundle_and_its_recipe_agree_but_for_the_activations(checkpoint, exported, text):
     bundle, recipe = evaluate([exported("fox", "int8"), "int8"], checkpoint("fox"), options(text, layers=True)).targets
-    # int8 activations add to what int8 weights lose; in the debug graph they are float.
-    assert bundle.kl.mean < 20 * recipe.kl.mean
+    # int8 activations add to what int8 weights lose. Measured: 3.2 times that (native), 3.7 times (portable).
+    assert recipe.kl.mean < bundle.kl.mean < 6 * recipe.kl.mean
+    # In the debug graph activations are float: the same arithmetic in another order. Measured: 3e-5.
     for mine, theirs in zip(bundle.layers, recipe.layers, strict=True):
-        assert mine.error == pytest.approx(theirs.error, rel=0.05, abs=1e-6)
-    assert bundle.perplexity == pytest.approx(recipe.perplexity, rel=5e-3)
+        assert mine.error == pytest.approx(theirs.error, rel=1e-3)
+    assert bundle.perplexity == pytest.approx(recipe.perplexity, rel=5e-3)  # measured: 2.2e-3
 
 
 @native

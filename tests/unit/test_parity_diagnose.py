@@ -80,6 +80,15 @@ def test_rounding_is_no_divergence(dense):
     assert 0.01 < max(layer.worst for layer in result.layers) < 0.04
 
 
+def test_an_error_that_is_carried_on_unchanged_is_no_layers():
+    """Where the stream is a thousand times its updates, what came in is far larger than what a layer may add."""
+    pack, hidden, gate = make(dense=True)
+    hidden = hidden + np.float32(1000)
+    norms, sketches, _, _ = trace_of(hidden, gate)
+    pack = dataclasses.replace(pack, reference=dataclasses.replace(pack.reference, norms=norms, sketches=sketches))
+    assert judge(pack, hidden + noise(hidden.shape[1:], 5e-3), gate).first is None
+
+
 @pytest.mark.parametrize("layer", range(LAYERS))
 def test_the_first_wrong_layer_is_found_and_later_ones_carry_it_on(layer):
     pack, hidden, gate = make()

@@ -122,6 +122,7 @@ def statistics(pack):
     return kl, np.sqrt(squares.mean(axis=1)) / spread, np.sqrt(likely.mean(axis=1)) / spread, spread
 
 
+SAMPLED = ("top_logits", "probe_logits", "next_logit", "logsumexp", "best")
 # Of two samples of 400 positions, and of 80 steps and 400 positions: standard deviations of a difference of means.
 BETWEEN, OF_STEPS = (2 / 400) ** 0.5, (1 / 80 + 1 / 400) ** 0.5
 
@@ -158,6 +159,19 @@ def test_limits_are_what_docs_parity_md_says(dense):
     steps = sum(int((want.gap[prompt.greedy_positions] >= gap).sum()) for prompt in pack.prompts)
     root = (3 / 8 / clear) ** 0.5 + 1.5 * (1 / steps + 1 / clear) ** 0.5
     assert limits.greedy_clear == (0 if dense else int(steps * root**2))
+
+
+def test_the_kl_of_the_simulation_is_from_the_target_to_the_rounded():
+    pack, _ = packed(np.random.default_rng(6), 1.0, 0.0)
+    pack = replace(pack, reference=replace(pack.reference, router=None, experts=None), quantized=None)
+    swapped = replace(
+        pack,
+        reference=replace(pack.reference, **{name: getattr(pack.rounded, name) for name in SAMPLED}),
+        rounded=replace(pack.rounded, **{name: getattr(pack.reference, name) for name in SAMPLED}),
+    )
+    forward, backward = (statistics(one)[0].max() for one in (pack, swapped))
+    assert abs(forward / backward - 1) > 0.05
+    assert rounding_limits(pack, LIMITS["int4"]).kl_max == pytest.approx(1e-4 + 16 * forward, rel=1e-3)
 
 
 def test_positions_whose_experts_tipped_have_the_margin_in_their_number():
