@@ -261,7 +261,9 @@ def test_the_command_scores_an_int4_bundle_offline_and_without_torch(tmp_path: P
 @needs_harness
 def test_shared_prefixes_are_computed_once_and_change_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     context = list(range(10, 110))
-    requests = [(None, [*context, *middle], end) for middle in ([5], [6, 7]) for end in ([8], [9], [11, 12, 13])]
+    requests = [
+        (None, [*context, *middle], end) for middle in ([5] * 4, [6, 7] * 3) for end in ([8], [9], [11, 12, 13])
+    ]
     alone = [model._loglikelihood_tokens([request], disable_tqdm=True)[0] for request in requests]
     fed = 0
     runtime = model._model.runtime
@@ -275,7 +277,7 @@ def test_shared_prefixes_are_computed_once_and_change_nothing(model: Any, monkey
     monkeypatch.setattr(runtime, "_step", counted)
     together = model._loglikelihood_tokens(requests, disable_tqdm=True)
     # The context once and the few tokens after it; one by one it would be six times the context.
-    assert 100 < fed < 130
+    assert 100 < fed < 140
     for one, other in zip(alone, together, strict=True):
         assert one[0] == pytest.approx(other[0], abs=1e-3)
         assert one[1] == other[1]

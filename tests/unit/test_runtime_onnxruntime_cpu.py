@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import threading
 import time
@@ -383,35 +382,6 @@ def test_an_old_onnxruntime_is_refused_where_the_bundle_says_nothing(
 def test_a_needed_version_that_is_none_is_a_damaged_manifest(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"requires onnxruntime of a version that is none: .*newest"):
         requiring(write_tiny_bundle(tmp_path / "b"), "newest")
-
-
-@pytest.mark.parametrize(
-    ("here", "refused"),
-    [
-        ("1.9.2", True),  # less than 1.31.1, though not as a text
-        ("1.30.9", True),
-        ("1.31.0", True),
-        ("1.31.1", False),
-        ("1.31.1.dev7", False),
-        ("1.100.0", False),
-        ("2.0", False),
-    ],
-)
-def test_is_an_old_onnxruntime_refused_by_bundles_that_do_not_say_what_they_need(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: str, refused: bool
-) -> None:
-    bundle = write_tiny_bundle(tmp_path / "b")
-    assert not bundle.manifest.requires
-    monkeypatch.setattr(onnxruntime, "__version__", here)
-    if refused:
-        for use in (lambda: opened(bundle), lambda: open_tracing(bundle, threads=1), import_onnxruntime):
-            with pytest.raises(
-                RuntimeUnavailableError, match=rf"needs ONNX Runtime 1\.31\.1 or newer, here is {re.escape(here)}: pip"
-            ):
-                use()
-    else:
-        opened(bundle).close()
-        assert import_onnxruntime() is onnxruntime
 
 
 def test_does_the_largest_of_several_needs_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
