@@ -164,6 +164,28 @@ def test_settings_for_training_do_not_cut_or_fill_a_text(tmp_path: Path) -> None
     assert len(tokenizer.encode("x")) == 1
 
 
+def test_a_dropout_of_training_does_not_leave_a_text_to_chance(tmp_path: Path) -> None:
+    folder = plain_byte_level(tmp_path / "p")
+    data = json.loads((folder / "tokenizer.json").read_text())
+    merged = max(data["model"]["vocab"].values()) + 10
+    data["model"]["vocab"]["ab"] = merged
+    data["model"] |= {"merges": [["a", "b"]], "dropout": 0.9}
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    assert Tokenizer.from_folder(folder).encode("ab" * 50) == [merged] * 50
+
+
+def test_the_space_before_every_word_but_the_first_is_kept(folder: Path) -> None:
+    tokenizer = Tokenizer.from_folder(folder)
+    _, decode = library(folder)
+    names = ((i, tokenizer.token(i) or "") for i in range(tokenizer.vocab_size))
+    words = [i for i, name in names if name[:1] in "\u2581\u0120" and name[1:].isalpha() and name.isprintable()][:4]
+    if len(words) < 2:
+        pytest.skip("this vocabulary has no words")
+    text = tokenizer.decode(words)
+    assert text == decode(words)
+    assert text.strip().count(" ") == len(words) - 1
+
+
 def test_text_that_is_no_unicode_is_refused(folder: Path) -> None:
     with pytest.raises(TokenizerError, match="not valid Unicode at character 1"):
         Tokenizer.from_folder(folder).encode("a\udcff")
