@@ -152,11 +152,14 @@ def _summary(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def _is(mutation: Mutation, text: str) -> bool:
+    place = f"{mutation.file}:{mutation.line()}" if ":" in text else mutation.file
+    return text == mutation.area or text in place
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only", action="append", metavar="TEXT", help="areas of this name, or files whose path has it"
-    )
+    parser.add_argument("--only", action="append", metavar="TEXT", help="an area, or a part of FILE:LINE; repeatable")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="tests at a time; each needs up to 3 GB")
     parser.add_argument("--list", action="store_true", help="print the mutations and try none")
     parser.add_argument("--skip-baseline", action="store_true", help="take it that every test passes without a mistake")
@@ -166,7 +169,7 @@ def main() -> int:
     if options.jobs < 1:
         parser.error("--jobs is at least 1")
     only = options.only or [""]
-    mutations = [m for m in read_mutations() if any(text == m.area or text in m.file for text in only)]
+    mutations = [mutation for mutation in read_mutations() if any(_is(mutation, text) for text in only)]
     if not mutations:
         parser.error(f"no mutation has {' or '.join(only)} in its area or file")
     if wrong := [problem for mutation in mutations for problem in problems(mutation)]:

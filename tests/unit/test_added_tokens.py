@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tokenizer_folders import ADDITIONS, add_by_both, add_by_decoder, add_by_file, example, gemma_json, llama, put
 
+from edgelm.added_tokens import AddedToken, Declared, read_declared
 from edgelm.errors import TokenizerError
 from edgelm.tokenizer import Tokenizer
 
@@ -136,3 +137,29 @@ def test_a_string_that_is_no_unicode_is_no_token(tmp_path: Path) -> None:
 def test_special_tokens_can_be_kept_text(tmp_path: Path) -> None:
     folder = llama(tmp_path / "t", split_special_tokens=True)
     assert 2 not in Tokenizer.from_folder(folder).encode("</s>")
+
+
+def test_a_listed_token_that_is_also_named_is_special_and_keeps_its_other_flags() -> None:
+    listed = {7: AddedToken("<x>", special=False, lstrip=True, declared=7), 8: AddedToken("<y>", special=False)}
+    found = Declared(names={"eos_token": AddedToken("<x>", where="special_tokens_map.json")}, listed=listed).tokens()
+    assert [(token.content, token.special, token.lstrip) for token in found] == [
+        ("<x>", True, True),
+        ("<y>", False, False),
+    ]
+
+
+def test_tokens_are_looked_for_in_normalised_text_unless_they_are_special_or_say_otherwise(tmp_path: Path) -> None:
+    decoder = {
+        "5": {"content": "plain"},
+        "6": {"content": "<special>", "special": True},
+        "7": {"content": "raw", "normalized": False},
+        "8": {"content": "<odd>", "special": True, "normalized": True},
+    }
+    put(tmp_path, "tokenizer_config.json", {"added_tokens_decoder": decoder})
+    listed = read_declared(tmp_path).listed
+    assert {i: (token.special, token.normalized) for i, token in listed.items()} == {
+        5: (False, True),
+        6: (True, False),
+        7: (False, False),
+        8: (True, True),
+    }

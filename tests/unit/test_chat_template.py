@@ -350,3 +350,11 @@ def test_pythons_internals_are_out_of_reach(source: str) -> None:
     assert "class" not in text
     assert "module" not in text
     assert "0x" not in text
+
+
+@pytest.mark.parametrize("set_it", ["{% set n = namespace(NAME=1) %}", "{% set n = namespace() %}{% set n.NAME = 1 %}"])
+@pytest.mark.parametrize("name", ["__class__", "_Namespace__attrs", "_x"])
+def test_a_namespace_takes_no_name_of_pythons_internals(set_it: str, name: str) -> None:
+    assert rendered(set_it.replace("NAME", "x") + "{{ n.x }}") == "1"
+    with pytest.raises(GenerationError, match="a namespace cannot have the attribute"):
+        rendered(set_it.replace("NAME", name))

@@ -14,6 +14,7 @@ from tokenizer_folders import gemma, gemma_json, olmoe, plain_byte_level
 
 from edgelm import piece_model, tokenizer_json
 from edgelm.errors import TokenizerError
+from edgelm.piece_model import read_piece_model
 from edgelm.tokenizer import Tokenizer
 from edgelm.tokenizer_json import check_pattern
 
@@ -210,3 +211,20 @@ def test_pieces_of_unusual_form_are_read_and_written(tmp_path: Path) -> None:
     file.write_bytes(swapped + usual.data[usual.pieces_end :])
     assert piece_model.read_piece_model(file).score_at is None
     assert Tokenizer.from_folder(folder).fingerprint() == expected
+
+
+def test_pieces_that_share_a_character_are_refused(tmp_path: Path) -> None:
+    """Together they are valid UTF-8, so that nothing but the place where the second begins tells."""
+
+    def piece(name: bytes) -> bytes:
+        body = b"\x0a" + bytes([len(name)]) + name + b"\x15" + bytes(4)
+        return b"\x0a" + bytes([len(body)]) + body
+
+    file = tmp_path / "tokenizer.model"
+    whole = "\u6f22".encode()
+    file.write_bytes(piece(b"a") + piece(whole))
+    assert read_piece_model(file).name(1) == "\u6f22"
+    for cut in (1, 2):
+        file.write_bytes(piece(b"a") + piece(whole[:cut]) + piece(whole[cut:]))
+        with pytest.raises(TokenizerError, match="a piece that begins within a character"):
+            read_piece_model(file)

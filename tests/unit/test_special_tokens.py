@@ -32,6 +32,29 @@ def test_olmoe_0125_ends_with_the_id_whatever_it_is_called(tmp_path: Path) -> No
     assert tokenizer.decode([50279]) == ""
 
 
+def test_a_bos_of_the_configs_that_is_called_like_the_end_counts_against_the_tokenizers(tmp_path: Path) -> None:
+    """Families that have one token for both ends call it `<|endoftext|>`: the name says nothing against it."""
+    folder = olmoe(tmp_path / "o", 50280, renamed_eos=False)
+    put(folder, "tokenizer_config.json", {"bos_token": Tokenizer.from_folder(folder).token(5)})
+    put(folder, "generation_config.json", {"bos_token_id": 50279, "eos_token_id": 50279})
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.token(50279) == "<|endoftext|>"
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (50279, (50279,))
+    assert any("the tokenizer's bos would be 5" in note for note in tokenizer.notes)
+
+
+@pytest.mark.parametrize("value", [0, [0]])
+def test_an_end_token_of_the_id_0_is_one(tmp_path: Path, value: object) -> None:
+    folder = olmoe(tmp_path / "o", 50280, renamed_eos=False)
+    for name in ("generation_config.json", "config.json"):
+        put(folder, name, {"eos_token_id": value, "bos_token_id": 0, "pad_token_id": 0})
+    tokenizer = Tokenizer.from_folder(folder)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (0, (0,), 0)
+    assert tokenizer.decode([0]) == ""
+    put(folder, "generation_config.json", {"eos_token_id": -1})  # what some write for none
+    assert Tokenizer.from_folder(folder).eos_ids == (0,)
+
+
 def test_olmoe_0924_has_nothing_to_note(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(olmoe(tmp_path / "o", 50280, renamed_eos=False))
     assert tokenizer.token(50279) == "<|endoftext|>"

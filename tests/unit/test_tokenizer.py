@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
-from tokenizer_folders import KINDS, TEXTS, gemma, gemma_json, olmoe, plain_byte_level, put
+from tokenizer_folders import KINDS, TEXTS, gemma, gemma_json, olmoe, plain_byte_level, put, trained_pieces
 
 from edgelm.errors import TokenizerError
 from edgelm.tokenizer import Tokenizer
+from edgelm.tokenizer_json import adds_bos
 
 Library = tuple[Callable[[str], list[int]], Callable[[list[int]], str]]
 
@@ -184,6 +185,37 @@ def test_the_space_before_every_word_but_the_first_is_kept(folder: Path) -> None
     text = tokenizer.decode(words)
     assert text == decode(words)
     assert text.strip().count(" ") == len(words) - 1
+
+
+def test_spaces_before_a_text_are_dropped_as_the_library_drops_them(folder: Path) -> None:
+    tokenizer = Tokenizer.from_folder(folder)
+    _, decode = library(folder)
+    space = tokenizer.token_id("\u2581") or tokenizer.token_id("\u0120")
+    assert space is not None
+    words = [tokenizer.encode(word, add_bos=False) for word in ("the", "x y")]
+    for ids in ([space], [space, space], *([space] * count + word for count in (1, 2, 3) for word in words)):
+        assert tokenizer.decode(ids) == decode(ids), ids
+
+
+def test_characters_that_no_piece_has_are_dropped_where_transformers_drops_them(tmp_path: Path) -> None:
+    folder = trained_pieces(tmp_path / "p", byte_fallback=False)
+    unknown = Tokenizer.from_folder(folder).encode("a\u6f22b", add_bos=False)
+    put(folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.token_id("<unk>") in unknown
+    assert tokenizer.token_id("<unk>") not in tokenizer.encode("a\u6f22b", add_bos=False)
+    assert tokenizer.decode(tokenizer.encode("a\u6f22b")).replace(" ", "") == "ab"
+
+
+@pytest.mark.parametrize(("ids", "begins"), [([2], True), ([2, 7], True), ([7, 2], False), ([7], False), ([], False)])
+def test_does_the_first_id_of_a_post_processor_alone_begin_a_text(ids: list[int], begins: bool) -> None:
+    single = [{"SpecialToken": {"id": "X", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"X": {"id": "X", "ids": ids, "tokens": ["?"] * len(ids)}}
+    step = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": special}
+    assert adds_bos({"post_processor": step}, 2) == begins
+    assert adds_bos({"post_processor": {"type": "Sequence", "processors": [step]}}, 2) == begins
+    last = {**step, "single": single[::-1]}
+    assert not adds_bos({"post_processor": last}, 2)
 
 
 def test_text_that_is_no_unicode_is_refused(folder: Path) -> None:

@@ -103,10 +103,9 @@ def trained_pieces(folder: Path, **options: Any) -> Path:
         model_writer=model,
         vocab_size=400,
         model_type="bpe",
-        byte_fallback=True,
         minloglevel=2,
         num_threads=1,
-        **options,
+        **{"byte_fallback": True, **options},
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     return folder
