@@ -147,7 +147,8 @@ class Runner:
             result, said = self._one(command, end, step.each)
             with self._lock:
                 outcome.results[label(command)] = result
-                outcome.rows.update(rows_in(said))
+                if not self._dry:  # where nothing is computed no figure means anything
+                    outcome.rows.update(rows_in(said))
                 if result not in FINE or outcome.fine:
                     outcome.tail = said[-_TAIL:]
             if result != PASSED:
