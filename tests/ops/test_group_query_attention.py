@@ -148,6 +148,12 @@ def test_tokens_attend_to_themselves_and_all_before(rng: Generator, heads: Heads
     check_steps(rng, heads, kind, [1, 5, 30, 1, 16, 1, 7, 3, 1])
 
 
+@pytest.mark.parametrize(("size", "narrower"), [(2, "fp8"), (4, "int8")])
+def test_of_two_types_whose_rows_have_one_length_the_wider_is_meant(rng: Generator, size: int, narrower: str) -> None:
+    assert row_bytes("float16", size) == row_bytes(narrower, size)
+    check_steps(rng, Heads(2, 1, size), "float16", [1, 5, 30, 1])
+
+
 @pytest.mark.parametrize("kind", CACHES)
 def test_a_long_cache_is_split(rng: Generator, kind: str) -> None:
     check_steps(rng, GROUPED, kind, [511, 1, 1, 4, 70, 8, 9, 1])

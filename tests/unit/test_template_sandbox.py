@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -17,6 +19,7 @@ from hostile_templates import DEEP, FULL, HANGS, RAISES
 from edgelm.chat import ChatTemplate
 from edgelm.errors import EdgeLMError, GenerationError, TokenizerError
 from edgelm.template_sandbox import Sandbox
+from edgelm.template_worker import Answer, Renderer
 
 TALK = [{"role": "user", "content": "Hi"}]
 GOOD = "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}{% endfor %}"
@@ -52,6 +55,25 @@ def test_a_template_that_hangs_is_ended(sandbox: Sandbox, source: str) -> None:
 @pytest.mark.parametrize("source", FULL)
 def test_a_template_that_fills_memory_is_ended(sandbox: Sandbox, source: str) -> None:
     said(sandbox, source)
+
+
+def test_the_process_whose_memory_a_template_filled_renders_no_other(sandbox: Sandbox) -> None:
+    assert sandbox.ask("a", {"messages": []}) == (Answer.DONE, "a")
+    before = sandbox.pid
+    assert sandbox.ask("{{ 'ab' * 200000000 }}", {"messages": []})[0] == Answer.LIMIT
+    assert sandbox.ask("b", {"messages": []}) == (Answer.DONE, "b")
+    assert sandbox.pid not in (None, before)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the environment is read from /proc")
+def test_the_process_knows_nothing_of_the_environment(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("TZ", "UTC")
+    assert sandbox.ask("a", {"messages": []}) == (Answer.DONE, "a")
+    environment = Path(f"/proc/{sandbox.pid}/environ").read_bytes()
+    assert b"hf_secret" not in environment
+    names = {entry.split(b"=")[0].decode() for entry in environment.split(b"\0") if entry}
+    assert names <= {"LD_LIBRARY_PATH", "TZ", "LC_CTYPE"}, names
 
 
 @pytest.mark.parametrize("source", DEEP)
@@ -275,3 +297,10 @@ def test_a_program_that_is_no_interpreter_is_an_error(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(EdgeLMError, match="ended with code 1"):
         ChatTemplate(GOOD, {}, sandbox=Sandbox())
+
+
+@pytest.mark.parametrize(("parts", "fits"), [(50, True), (51, False), (1000, False)])
+def test_a_rendering_of_many_short_parts_has_a_limit_too(parts: int, fits: bool) -> None:
+    source = "{% for _ in range(" + str(parts) + ") %}ab{% endfor %}"
+    answer = Renderer(100).answer(json.dumps({"source": source, "given": {"messages": []}}).encode())
+    assert answer == (Answer.DONE + b"ab" * 50 if fits else Answer.LIMIT + b"more than 100 characters")
