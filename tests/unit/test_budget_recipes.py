@@ -126,14 +126,17 @@ def test_predictions_of_single_matrices_come_true(measured):
             continue
         predicted = sum(one.losses[INT4.name] for one in units)
         happened = direct.kl([name for one in units for name in one.unit.tensors], INT4)
-        assert 0.6 < happened / predicted < 1.6, (kind, predicted, happened)
+        # Measured of the dense model: 0.92 to 1.14.
+        low, high = (0.6, 1.6) if found.swaps else (0.85, 1.25)
+        assert low < happened / predicted < high, (kind, predicted, happened)
 
 
 def test_the_prediction_of_a_whole_recipe_comes_true(measured):
     found, direct = measured
     predicted = sum(one.losses[INT4.name] for one in found.units) + found.swaps
     happened = direct.kl([name for one in found.units for name in one.unit.tensors], INT4)
-    assert 0.7 < happened / predicted < 1.5, (predicted, happened)
+    low, high = (0.7, 1.5) if found.swaps else (0.85, 1.15)  # measured of the dense model: 0.97
+    assert low < happened / predicted < high, (predicted, happened)
 
 
 def test_swapped_experts_are_more_than_the_second_order_has(measured):

@@ -149,8 +149,9 @@ def test_weights_activations_and_cache_all_count(family, activations, tmp_path):
     }
     exact = reference_module(WeightSource(checkpoint))(ids)
     assert len({tuple(found.flatten()[:50].tolist()) for found in [exact, *logits.values()]}) == 5
+    # Measured: 0.04 to 0.11 (Fox) and 0.08 to 0.18 (OLMoE, where choices of experts tip).
     for found in logits.values():
-        assert (found - exact).norm() < 0.6 * exact.norm()
+        assert (found - exact).norm() < (0.3 if family == "olmoe" else 0.2) * exact.norm()
     # Rounding in finer steps errs less.
     assert (logits["float", "float32"] - exact).norm() < (logits[activations, "int8"] - exact).norm()
 

@@ -147,7 +147,7 @@ def test_calibrated_scales_come_near_those_of_each_token(family, tmp_path):
         errors[method] = float((module(ids) - exact).norm() / exact.norm())
     token = reference_module(source, replace(source.recipe, activations="int8-token"))(ids)
     assert float((token - exact).norm() / exact.norm()) < min(errors.values())
-    assert max(errors.values()) < 0.5
+    assert max(errors.values()) < (0.4 if family == "olmoe" else 0.25)  # measured: 0.28 and 0.17
 
 
 def test_calibrated_scales_are_stored_and_used(tmp_path):
