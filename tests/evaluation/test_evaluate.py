@@ -196,7 +196,7 @@ def test_little_memory_gives_the_same_numbers(model, checkpoint, text, monkeypat
     logits = whole_model_logits(folder, source.read_float32, found).astype(np.float32).reshape(3 * LENGTH, -1)
     blocks = [logits[start : start + 17] for start in range(0, len(logits), 17)]
     kl = []
-    for logits_bytes, keep in ((1 << 27, 1 << 30), (4 * 1000, 0), (4 * logits.shape[1] * 40, 0)):
+    for logits_bytes, keep in ((1 << 27, 1 << 30), (4 * 16_000, 0), (4 * logits.shape[1] * 40, 0)):
         monkeypatch.setattr(reference, "KEEP_HEAD_BYTES", keep)
         float_model = WeightModel(opened.config, opened, found, logits_bytes=logits_bytes)
         target = WeightModel(opened.config, source, found, logits_bytes=logits_bytes)
@@ -257,8 +257,11 @@ def test_a_bundles_perplexity_needs_no_torch(exported, text):
 
 
 def test_overlapping_windows_are_said(checkpoint, text):
-    short = evaluate(["none"], checkpoint("olmoe"), options(text, tokens=LENGTH * 120))
-    assert any("overlap" in note for note in short.notes)
+    short = text.with_name("short.py")
+    short.write_text(text.read_text(encoding="utf-8")[: 40 * COUNT], encoding="utf-8")
+    report = evaluate(["none"], checkpoint("olmoe"), options(short))
+    assert any("overlap" in note for note in report.notes)
+    assert not any("overlap" in note for note in evaluate(["none"], checkpoint("olmoe"), options(text)).notes)
 
 
 def refuse(message, targets, folder, given):
