@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tiny_models import FLAVOURS, MakeCheckpoint
@@ -19,7 +18,6 @@ from edgelm.bundle import Bundle
 from edgelm.cli.inspect import bundle_rows
 from edgelm.errors import ExportError
 from edgelm.export import ExportOptions, export_bundle
-from edgelm.models import matmul
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
 
@@ -123,16 +121,3 @@ def test_the_date_is_the_one_that_was_given_or_none(
     with pytest.raises(ExportError, match="SOURCE_DATE_EPOCH is 'yesterday': give the seconds since 1970"):
         export_bundle(source, tmp_path / "wrong", options=ExportOptions(golden=GOLDEN))
     assert not (tmp_path / "wrong").exists()
-
-
-def test_matmuls_give_the_same_bits_for_any_number_of_workers() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(37, 640, generator=generator), torch.randn(1300, 640, generator=generator)
-    assert x.numel() * len(weight) > matmul.SMALL
-    made = []
-    for threads in (1, 2, 3, 7):
-        with matmul.reproducible(threads):
-            assert torch.get_num_threads() == 1
-            made.append(matmul.linear(x, weight).numpy())
-    assert all(np.array_equal(made[0], other) for other in made)
-    assert np.allclose(made[0], (x.double() @ weight.double().T).numpy(), atol=1e-3)
