@@ -89,7 +89,7 @@ def test_is_a_damaged_byte_of_any_chunk_found_in_its_tensor(bundle: Bundle, at: 
     assert re.search(problem, found), found
 
 
-@pytest.mark.parametrize("data", [DATA[:-1], DATA + b"x", b""])
+@pytest.mark.parametrize("data", [DATA[:-1], DATA + b"x", b""], ids=["shorter", "longer", "empty"])
 def test_is_a_file_of_another_size_refused_when_a_bundle_is_opened(bundle: Bundle, data: bytes) -> None:
     bundle.file("model.onnx.data").write_bytes(data)
     with pytest.raises(BundleError, match=f"has {len(data)} bytes, the manifest says {len(DATA)}: copy or export"):

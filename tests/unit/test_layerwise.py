@@ -133,16 +133,20 @@ def test_windows_in_one_sweep_equal_separate_sequences(
     expected = reference.step(list(ids), trace=True).sequences
     hidden: dict[tuple[int, int], np.ndarray] = {}
     experts: dict[tuple[int, int], np.ndarray] = {}
+    together: set[int] = set()
 
     def visit(layer: int, first: int, x: torch.Tensor, inputs: torch.Tensor | None, trace: Trace) -> None:
         assert (inputs is None) == (layer < 0)
         assert inputs is None or inputs.shape == x.shape
+        together.add(len(x))
         for i in range(len(x)):
             hidden[layer, first + i] = x[i].numpy().copy()
             if trace.experts:
                 experts[layer, first + i] = trace.experts[0][i].numpy().copy()
 
     final = reference.windows(ids, visit)
+    # As many at a time as that memory holds, at least one.
+    assert max(together) == min(len(ids), max(1, window_bytes // (ids.shape[1] * reference._bytes_per_token())))
     for i, sequence in enumerate(expected):
         assert relative(final[i], torch.from_numpy(sequence.final)) < 1e-5
         for layer, residual in enumerate(sequence.hidden, -1):
