@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 from malformed import DAMAGE, PLACES, TARGETS, WRONG, Target, folders, paths, run
+from tiny_graph import write_tiny_bundle
+
+from edgelm.bundle import Bundle
+from edgelm.errors import BundleError
 
 MINE = [target for target in TARGETS if target.folder in ("bundle", "gpu")]
 NEVER_RIGHT = ("infinite", "NaN", "deep", "half a character")
@@ -45,3 +49,23 @@ def test_a_wrong_field_is_one_line(made: dict[str, Path], target: Target) -> Non
     assert [outcome for outcome in found if outcome.wrong] == []
     if target.is_ours:
         assert [outcome for outcome in found if outcome.probe.endswith(NEVER_RIGHT) and not outcome.code] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m["files"].update({"../x": m["files"]["config.json"]}), r'names a file outside the bundle: "../x"'),
+        (lambda m: m["files"].update({"/x": m["files"]["config.json"]}), r'names a file outside the bundle: "/x"'),
+        (lambda m: m["tensors"].append({**m["tensors"][0], "name": "b", "offset": 8, "size": 8}), '"b" overlaps the'),
+        (lambda m: m["tensors"].append({**m["tensors"][0], "name": "b", "offset": 64}), '"b" ends at 128, and model.'),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_one_line(tmp_path, change, said):
+    bundle = write_tiny_bundle(tmp_path / "b")
+    manifest = json.loads(bundle.file("manifest.json").read_text(encoding="utf-8"))
+    change(manifest)
+    bundle.file("manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(bundle.path)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -55,6 +55,15 @@ def test_an_end_token_of_the_id_0_is_one(tmp_path: Path, value: object) -> None:
     assert Tokenizer.from_folder(folder).eos_ids == (0,)
 
 
+def test_an_end_token_by_its_id_alone_is_no_text(tmp_path: Path) -> None:
+    folder = olmoe(tmp_path / "o", 50280, renamed_eos=False)
+    assert Tokenizer.from_folder(folder).decode([300]) != ""
+    put(folder, "generation_config.json", {"eos_token_id": [300, 50279]})
+    tokenizer = Tokenizer.from_folder(folder)
+    assert 300 in tokenizer.eos_ids
+    assert tokenizer.decode([300]) == ""
+
+
 def test_olmoe_0924_has_nothing_to_note(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(olmoe(tmp_path / "o", 50280, renamed_eos=False))
     assert tokenizer.token(50279) == "<|endoftext|>"
