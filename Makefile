@@ -31,7 +31,7 @@ demo: $(INSTALLED)
 
 # First what fails quickly, then two targets at a time, the longest first: one alone often leaves a core idle.
 test: lint kernel $(HARNESS) node
-	+$(MAKE) --jobs 2 --output-sync=target test-gpu test-python types test-cpp test-arm
+	+$(MAKE) --jobs 2 --output-sync=target --old-file=kernel test-gpu test-python types test-cpp test-arm
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
