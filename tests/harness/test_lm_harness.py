@@ -293,6 +293,13 @@ def test_a_context_that_does_not_fit_loses_its_beginning(model: Any) -> None:
         for text in ("x = 1\n" * 200, "y = 2\n" + "x = 1\n" * 200)
     ]
     assert generated[0] == generated[1]
+    text, room = "x = 1\n" * 200 + "def add(a, b):\n    return a", WINDOW - 8
+    (answer,) = model.generate_until([_instance(text, {"max_gen_toks": 8})], disable_tqdm=True)
+    ids = model.tok_encode(text)
+    end, beginning = (
+        model._model.generate(part, max_tokens=8, temperature=0).text for part in (ids[-room:], ids[:room])
+    )
+    assert answer == end != beginning
 
 
 @needs_harness
