@@ -24,14 +24,14 @@ GPU_TESTS := tests/cuda tests/engines tests/gpu
 KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
     $(foreach folder,. kernels ort,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
 
-.PHONY: demo test lint types test-cpp test-arm test-python test-gpu install pyview kernel node mutations clean
+.PHONY: demo test lint types test-cpp test-arm test-python test-unit test-export test-gpu install pyview kernel node mutations clean
 
 demo: $(INSTALLED)
 	$(BIN)/edgelm demo
 
 # First what fails quickly, then two targets at a time, the longest first: one alone often leaves a core idle.
 test: lint kernel $(HARNESS) node
-	+$(MAKE) --jobs 2 --output-sync=target --old-file=kernel test-gpu test-python types test-cpp test-arm
+	+$(MAKE) --jobs 2 --output-sync=target --old-file=kernel test-gpu test-unit test-export test-cpp test-arm types
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -55,8 +55,14 @@ test-cpp: kernel
 test-arm: kernel
 	runtimes/csrc/tests/arm.sh
 
-test-python: $(INSTALLED) $(HARNESS) node kernel
-	$(BIN)/pytest -q $(foreach folder,$(GPU_TESTS),--ignore $(folder))
+test-python: test-unit test-export
+
+test-unit: $(INSTALLED) $(HARNESS) kernel
+	$(BIN)/pytest -q tests/unit
+
+# The rest, most of which exports bundles.
+test-export: $(INSTALLED) $(HARNESS) node kernel
+	$(BIN)/pytest -q $(foreach folder,tests/unit $(GPU_TESTS),--ignore $(folder))
 
 # What is for GPUs, without one: kernels emulated and compiled for every device, engines. Beside the rest: much of it waits
 # for one compiler.
