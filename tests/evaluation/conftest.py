@@ -19,19 +19,9 @@ def checkpoint():
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory):
+def exported(tiny_bundle):
     """Function (model, recipe) to the folder of a bundle."""
-    from edgelm.export import ExportOptions, export_bundle
-
-    root = tmp_path_factory.mktemp("bundles")
-
-    def get(model: str, recipe: str, flavour: str = FLAVOUR) -> Path:
-        folder = root / f"{model}-{recipe}-{flavour}"
-        if not folder.exists():
-            export_bundle(CHECKPOINTS / f"{model}-tiny", folder, recipe=recipe, options=ExportOptions(ops=flavour))
-        return folder
-
-    return get
+    return lambda model, recipe, flavour=FLAVOUR: tiny_bundle(model, recipe, flavour)
 
 
 @pytest.fixture(scope="session")

@@ -22,22 +22,9 @@ def flavour():
 
 
 @pytest.fixture(scope="session")
-def export(tmp_path_factory):
+def export(tiny_bundle):
     """Function (model, recipe, flavour) to the folder of a healthy bundle."""
-    from edgelm.export import ExportOptions, export_bundle
-
-    root = tmp_path_factory.mktemp("bundles")
-    made: dict[tuple[str, str, str], Path] = {}
-
-    def get(model: str, recipe: str, flavour: str) -> Path:
-        key = (model, recipe, flavour)
-        if key not in made:
-            folder = root / "-".join(key)
-            export_bundle(CHECKPOINTS / f"{model}-tiny", folder, recipe=recipe, options=ExportOptions(ops=flavour))
-            made[key] = folder
-        return made[key]
-
-    return get
+    return tiny_bundle
 
 
 @pytest.fixture(scope="session")
