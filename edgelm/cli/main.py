@@ -131,9 +131,13 @@ class VerbGroup(click.Group):
 def _interruption(error: BaseException) -> KeyboardInterrupt | None:
     """The Ctrl-C or SIGTERM that led to this error, if one did: packages may catch it while they are imported."""
     found: BaseException | None = error
-    while found is not None and not isinstance(found, KeyboardInterrupt):
+    seen: set[int] = set()  # an error may be its own cause's context
+    while found is not None and id(found) not in seen:
+        if isinstance(found, KeyboardInterrupt):
+            return found
+        seen.add(id(found))
         found = found.__cause__ or found.__context__
-    return found
+    return None
 
 
 def _before_verb(arguments: Sequence[str]) -> Sequence[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import os
 import shutil
@@ -97,24 +98,24 @@ def changed(document: Any, path: tuple[Any, ...], value: Any) -> bytes:
     return json.dumps(found).replace(f'"{DEEP}"', "[" * 100_000 + "]" * 100_000).encode()
 
 
-def documents(original: bytes) -> Iterator[tuple[str, bytes]]:
-    """Texts with one field wrong each."""
+def documents(original: bytes) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Texts with one field wrong each, made when they are asked for: of a manifest's thousands few are chosen."""
     document = json.loads(original)
     for path in paths(document):
         name = ".".join(map(str, path))
-        yield f"{name} removed", changed(document, path, ...)
+        yield f"{name} removed", functools.partial(changed, document, path, ...)
         for kind, value in WRONG.items():
-            yield f"{name} {kind}", changed(document, path, value)
+            yield f"{name} {kind}", functools.partial(changed, document, path, value)
     for key in ("surprise", ""):
-        yield f"a field {key!r} more", json.dumps({**document, key: 1}).encode()
+        yield f"a field {key!r} more", functools.partial(changed, document, (key,), 1)
 
 
-def probes(target: Target, original: bytes) -> Iterator[tuple[str, bytes | None]]:
-    """Names and contents; None: the name says what is in the file's place."""
+def probes(target: Target, original: bytes) -> Iterator[tuple[str, Callable[[], bytes] | None]]:
+    """Names and functions that make the contents; None: the name says what is in the file's place."""
     for name in PLACES:
         yield name, None
     for name, damage in DAMAGE.items():
-        yield name, damage(original)
+        yield name, functools.partial(damage, original)
     if target.fields:
         yield from documents(original)
 
@@ -195,10 +196,10 @@ def run(target: Target, folder: Path, chosen: Callable[[int, str], bool]) -> Ite
         path = copied / target.file
         manifest = copied / "manifest.json"
         before = manifest.read_bytes() if manifest.exists() else b""
-        for number, (name, data) in enumerate(probes(target, path.read_bytes() if path.is_file() else b"{}")):
+        for number, (name, make) in enumerate(probes(target, path.read_bytes() if path.is_file() else b"{}")):
             if not chosen(number, name):
                 continue
-            put(path, name, data)
+            put(path, name, None if make is None else make())
             fit_manifest(copied, target.file)
             for command in target.commands:
                 shutil.rmtree(new, ignore_errors=True)

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from edgelm.cli.main import _interruption
+from edgelm.errors import EdgeLMError
+
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no POSIX signals")
@@ -82,3 +85,11 @@ def test_little_is_imported_before_ctrl_c_is_looked_after() -> None:
     imported = done.stdout.split()
     assert "edgelm.cli.interrupts" in imported
     assert not {"typing", "re", "contextlib", "click", "dataclasses"} & set(imported)
+
+
+def test_an_error_in_a_circle_of_causes_ends_the_command() -> None:
+    first, second = EdgeLMError("what was wrong"), EdgeLMError("what came before")
+    first.__cause__, second.__cause__ = second, first
+    assert _interruption(first) is None
+    second.__cause__ = KeyboardInterrupt()
+    assert _interruption(first) is second.__cause__
