@@ -13,7 +13,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# pip and `make kernel` share the build folder build/csrc: each kernel is compiled once. By itself pip would take Ninja.
+# pip and `make kernel` share the build folder build/csrc: each kernel is compiled once. By itself pip would take Ninja,
+# and empty the folder for each isolated environment: scikit-build-core is installed first.
 export CMAKE_GENERATOR ?= Unix Makefiles
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 BIN := $(VENV)/bin
@@ -83,7 +84,8 @@ $(NODE): tests/node/package.json tests/node/package-lock.json
 $(INSTALLED): pyproject.toml constraints.txt $(KERNEL_SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit("EdgeLM needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --config-settings build-dir=build/csrc --editable '.[dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt scikit-build-core
+	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation --config-settings build-dir=build/csrc --editable '.[dev]'
 	touch $@
 
 # lm-evaluation-harness with what the tests touch: 385 MB. SciPy, scikit-learn and others of its metrics make it 620.
