@@ -33,7 +33,7 @@ class _Box:
     right: float
     bottom: float
 
-    def meets(self, other: _Box) -> bool:
+    def overlaps(self, other: _Box) -> bool:
         return (
             self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
         )
@@ -149,7 +149,7 @@ def _name_boxes(
                 and box.right <= frame.width
                 and box.top >= top - LINE
                 and box.bottom <= bottom + 2
-                and not any(box.meets(other) for other in taken)
+                and not any(box.overlaps(other) for other in taken)
             ),
             None,
         )
