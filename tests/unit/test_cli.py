@@ -357,7 +357,7 @@ def test_inspect_cpu_says_which_kernels_run_and_why(operators: Path, monkeypatch
     assert all((isa["missing"] is None) == isa["available"] for isa in document["instruction_sets"])
     text = invoke("inspect", "--cpu")
     assert text.exit_code == 0
-    assert "the best that this processor has" in text.stdout
+    assert "the best that this CPU has" in text.stdout
     assert all(name in text.stdout for name in states)
     monkeypatch.setenv("EDGELM_ISA", "scalar")
     assert "scalar: EDGELM_ISA asks for it" in invoke("inspect", "--cpu").stdout

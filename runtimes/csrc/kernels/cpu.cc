@@ -120,7 +120,7 @@ const Kernels* ChooseKernels(std::string* why) {
       if (set.available()) return set.kernels;
       problem = set.missing;
     } else if (!forced && set.available()) {
-      *why = "the best that this processor has";
+      *why = "the best that this CPU has";
       return set.kernels;
     }
     if (set.available()) valid += (valid.empty() ? "" : ", ") + std::string(set.kernels->name);
