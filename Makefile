@@ -84,7 +84,8 @@ $(NODE): tests/node/package.json tests/node/package-lock.json
 $(INSTALLED): pyproject.toml constraints.txt $(KERNEL_SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit("EdgeLM needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt scikit-build-core
+	# Without isolation packages that come as sources need a setuptools that builds wheels by itself.
+	$(BIN)/python -m pip install --constraint constraints.txt scikit-build-core 'setuptools>=70.1'
 	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation --config-settings build-dir=build/csrc --editable '.[dev]'
 	touch $@
 
