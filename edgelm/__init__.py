@@ -11,29 +11,29 @@ Importing this package imports nothing heavy: each name below is fetched from it
 
 from __future__ import annotations
 
-# As typing.TYPE_CHECKING, which takes a while to import: `edgelm.cli.interrupts` says why that matters.
+# As typing.TYPE_CHECKING, which takes a while to import: `edgelm.cli.common.interrupts` says why that matters.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle as Bundle
     from edgelm.errors import EdgeLMError as EdgeLMError
-    from edgelm.generate import LanguageModel as LanguageModel
-    from edgelm.generate import load as load
-    from edgelm.options import GenerateOptions as GenerateOptions
+    from edgelm.generation.language_model import LanguageModel as LanguageModel
+    from edgelm.generation.language_model import load as load
+    from edgelm.generation.options import GenerateOptions as GenerateOptions
+    from edgelm.generation.stream import Generation as Generation
+    from edgelm.generation.stream import TextStream as TextStream
     from edgelm.parity.check import check_parity as check_parity
-    from edgelm.stream import Generation as Generation
-    from edgelm.stream import TextStream as TextStream
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "Bundle": "edgelm.bundle",
     "EdgeLMError": "edgelm.errors",
-    "GenerateOptions": "edgelm.options",
-    "Generation": "edgelm.stream",
-    "LanguageModel": "edgelm.generate",
-    "TextStream": "edgelm.stream",
+    "GenerateOptions": "edgelm.generation.options",
+    "Generation": "edgelm.generation.stream",
+    "LanguageModel": "edgelm.generation.language_model",
+    "TextStream": "edgelm.generation.stream",
     "check_parity": "edgelm.parity.check",
-    "load": "edgelm.generate",
+    "load": "edgelm.generation.language_model",
 }
 __all__ = [
     "Bundle", "EdgeLMError", "GenerateOptions", "Generation", "LanguageModel", "TextStream", "__version__",

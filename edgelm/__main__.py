@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 try:
-    from edgelm.cli.interrupts import leave_at_once
+    from edgelm.cli.common.interrupts import leave_at_once
 except KeyboardInterrupt:
     raise SystemExit(130) from None
 

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from edgelm import devices
 from edgelm.bundle import Bundle, Manifest
+from edgelm.bundle.cpu_layout import REFINE, TILE
+from edgelm.bundle.kv_cache import row_bytes
 from edgelm.errors import ContextLengthError, EdgeLMError
-from edgelm.kv_cache import row_bytes
-from edgelm.packed import REFINE, TILE
 from edgelm.progress import Progress, Silent
 from edgelm.runtimes import Runtime, SequenceBatch, open_batch, open_runtime
 
@@ -102,7 +102,7 @@ def bytes_per_token(manifest: Manifest, position: float, kv: str | None = None) 
 
     Of a mixture's experts the chosen ones count; an embedding table counts as far as it also is the head. Of a head in
     planes the lower one is read only for the logits that are computed again, in whole tiles. `kv` is the cache's
-    type, one of `edgelm.kv_cache.KV_TYPES`, None the bundle's own.
+    type, one of `edgelm.bundle.kv_cache.KV_TYPES`, None the bundle's own.
     """
     model = manifest.model
     total = 0.0

@@ -14,8 +14,8 @@ from pathlib import Path
 from edgelm.evaluation import EvalOptions, evaluate
 from edgelm.export import ExportOptions, export_bundle
 from edgelm.progress import Bars
-from edgelm.quant.budget import budget_recipe
 from edgelm.quant.calibration import CalibrationOptions
+from edgelm.quant.mixed_precision import budget_recipe
 
 
 def main() -> None:

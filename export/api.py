@@ -31,23 +31,23 @@ from edgelm.bundle import (
     TensorEntry,
     sha256_of,
 )
-from edgelm.chat import template_notes
 from edgelm.checkpoint import Checkpoint
 from edgelm.devices import allowed_cores
 from edgelm.errors import ExportError
 from edgelm.export.memory import plan_memory
+from edgelm.export.onnxruntime.target import TARGETS, check_request
 from edgelm.export.options import ExportOptions
 from edgelm.export.plan import DEBUG_FILE, GRAPH_FILE, WEIGHTS_FILE, Plan, make_plan
-from edgelm.export.targets import TARGETS, check_request
 from edgelm.files import atomic_directory, need_disk, prepare_place
 from edgelm.models import family as family_of
 from edgelm.parity.golden import DeviceRounding, GoldenOptions, golden_tokens, write_pack
-from edgelm.parity.live import references
+from edgelm.parity.reference import references
 from edgelm.progress import Advance, Progress, Silent
 from edgelm.quant.calibration import CalibrationOptions, CalibrationReport, calibrated
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource, stored_recipe
-from edgelm.tokenizer import Tokenizer
+from edgelm.tokenization.chat_template import template_notes
+from edgelm.tokenization.tokenizer import Tokenizer
 
 # What an interpreter, a tokenizer or a template needs besides the tokenizer's own files.
 _COPIED = ("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from edgelm.bundle import ModelInfo
 from edgelm.devices import resident_memory
 from edgelm.errors import MemoryLimitError
-from edgelm.export.weights import BLOCK_WEIGHTS
+from edgelm.export.packing.weights_file import BLOCK_WEIGHTS
 from edgelm.sizes import format_size
 
 MIB = 1 << 20

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgelm.errors import ExportError
-from edgelm.export.engine_options import EngineOptions
+from edgelm.export.tensorrt.options import EngineOptions
 from edgelm.parity.golden import GoldenOptions
 
 TARGETS = ("cpu", "cuda", "tensorrt")

@@ -14,10 +14,10 @@ import onnx
 from edgelm.bundle import ModelInfo, Requirement, TokenIds
 from edgelm.checkpoint import Checkpoint
 from edgelm.export.options import ExportOptions
-from edgelm.export.weights import WeightsPlan
+from edgelm.export.packing.weights_file import WeightsPlan
 from edgelm.progress import Progress
 from edgelm.quant.source import WeightSource
-from edgelm.tokenizer import Tokenizer
+from edgelm.tokenization.tokenizer import Tokenizer
 
 GRAPH_FILE = "model.onnx"
 DEBUG_FILE = "model.debug.onnx"

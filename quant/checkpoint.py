@@ -24,10 +24,10 @@ from edgelm.devices import allowed_cores
 from edgelm.errors import RecipeError
 from edgelm.files import atomic_directory, prepare_place
 from edgelm.progress import Progress, Silent
+from edgelm.quant.formats.edgelm import COLUMNS, INPUT_SCALE
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.scheme import AnyScheme
 from edgelm.quant.source import FORMAT_VERSION, METHOD, WeightSource, part_name, stored_recipe
-from edgelm.quant.stored import COLUMNS, INPUT_SCALE
 
 SHARD_BYTES = 5_000_000_000
 """Largest weight file, as the hub has them."""
@@ -132,7 +132,7 @@ def write_quantized(
         threads: blocks in work at once; None is one for each core.
         shard_bytes: largest weight file; None writes one file.
         progress: gets the bytes of the source that are done.
-        input_scales: of quantised matrices whose activations are static (`edgelm.quant.ranges.calibrated_scales`).
+        input_scales: of quantised matrices whose activations are static (`calibration.ranges.calibrated_scales`).
 
     Raises:
         As `quantize_checkpoint`.

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from edgelm.errors import RecipeError
-from edgelm.models.hooks import Hooks, head_name, hook_model
 from edgelm.quant.activations import DYNAMIC, STATIC, KvScales, round_cache
 from edgelm.quant.recipe import AUTO, FLOAT, Recipe
 from edgelm.quant.source import WeightSource
+from edgelm.reference.hooks import Hooks, head_name, hook_model
 
 _EMBEDDING = "model.embed_tokens.weight"
 

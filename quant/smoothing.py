@@ -33,14 +33,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgelm.errors import RecipeError
-from edgelm.models.hooks import Hooks, head_name
-from edgelm.models.layerwise import LayerwiseReference
 from edgelm.progress import Progress
 from edgelm.quant import codec
 from edgelm.quant.activations import DYNAMIC, STATIC
 from edgelm.quant.recipe import AUTO, FLOAT, Recipe
+from edgelm.quant.scaled_checkpoint import Scaling, SmoothedCheckpoint
 from edgelm.quant.scheme import AnyScheme, Fp8Scheme
-from edgelm.quant.smoothed import Scaling, SmoothedCheckpoint
+from edgelm.reference.hooks import Hooks, head_name
+from edgelm.reference.layerwise import LayerwiseReference
 
 if TYPE_CHECKING:
     from edgelm.checkpoint import Checkpoint

@@ -12,10 +12,10 @@ from edgelm.checkpoint.safetensors import FLOAT_DTYPES
 from edgelm.devices import allowed_cores
 from edgelm.errors import CheckpointError, RecipeError
 from edgelm.quant import codec
-from edgelm.quant.foreign import FORMATS, ForeignWeights, recipe_of
+from edgelm.quant.formats import FORMATS, ForeignWeights, recipe_of
+from edgelm.quant.formats.edgelm import FORMAT_VERSION, METHOD, PARTS, OwnWeights, Stored, part_name
 from edgelm.quant.recipe import STATIC_ACTIVATIONS, Recipe
 from edgelm.quant.scheme import AnyScheme
-from edgelm.quant.stored import FORMAT_VERSION, METHOD, PARTS, OwnWeights, Stored, part_name
 from edgelm.quant.tensor import QuantTensor
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class WeightSource:
     """Gives each tensor of `checkpoint` by its float name, quantised on the fly or as it was stored.
 
     Args:
-        checkpoint: float, written by `quantize_checkpoint`, or quantised by others (`edgelm.quant.foreign`).
+        checkpoint: float, written by `quantize_checkpoint`, or quantised by others (`edgelm.quant.formats`).
         recipe: None is the stored recipe of a quantised checkpoint, and "none" for a float one.
         threads: for the quantisation kernel; None is all cores this process may use.
 

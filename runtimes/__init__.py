@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, cast
 
 from edgelm.devices import thread_problem
 from edgelm.errors import ArgumentTypeError, ArgumentValueError, DeviceError, RuntimeUnavailableError
+from edgelm.generation.sampling import is_integer
 from edgelm.installing import install_hint
 from edgelm.runtimes.base import Runtime, SequenceBatch
-from edgelm.sampling import is_integer
 
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
@@ -80,8 +80,8 @@ _ENTRIES = (
     RuntimeEntry(
         name="onnxruntime-cpu",
         modules={
-            "native": "edgelm.runtimes.onnxruntime_native",
-            "portable": "edgelm.runtimes.onnxruntime_cpu",
+            "native": "edgelm.runtimes.onnxruntime.native",
+            "portable": "edgelm.runtimes.onnxruntime.portable",
         },
         targets=("cpu",),
         requires="onnxruntime",
@@ -91,13 +91,13 @@ _ENTRIES = (
     ),
     RuntimeEntry(
         name="onnxruntime-cuda",
-        modules={"portable": "edgelm.runtimes.onnxruntime_cuda"},
+        modules={"portable": "edgelm.runtimes.onnxruntime.cuda"},
         targets=("cuda",),
         requires="onnxruntime",
         extras=("cuda",),
         options=("threads", "context_length", "chunk", "kv"),
         summary="ONNX Runtime's CUDA provider on an NVIDIA GPU",
-        checking="edgelm.runtimes.onnxruntime_gpu",
+        checking="edgelm.runtimes.onnxruntime.cuda_session",
     ),
     RuntimeEntry(
         name="tensorrt",
@@ -258,8 +258,8 @@ def open_runtime(bundle: Bundle, name: str | None = None, **options: int | str |
 
     Options that are None are left to the runtime. `threads`: default the physical cores that this process may use, at
     most its CPUs. `context_length`: positions to allocate, default the model's, at most 4096. `chunk`: tokens a prefill
-    step. `kv`: type of the cache, for bundles with native operators one of `edgelm.kv_cache.KV_TYPES`, default the
-    bundle's.
+    step. `kv`: type of the cache, for bundles with native operators one of `edgelm.bundle.kv_cache.KV_TYPES`, default
+    the bundle's.
     `weight_budget`: bytes of weights that a TensorRT engine may have in the GPU's memory.
 
     Raises:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError, GenerationTypeError
-from edgelm.sampling import is_integer, most_probable
+from edgelm.generation.sampling import is_integer, most_probable
 
 Self = TypeVar("Self", bound="Runtime")
 Result = TypeVar("Result")

@@ -24,7 +24,8 @@ from edgelm.checkpoint.safetensors import SafetensorsFile, TensorInfo, bf16_to_f
 from edgelm.checkpoint.writer import SafetensorsWriter, ShardedWriter, TensorSpec, float32_to_bf16, write_sharded
 from edgelm.errors import CheckpointError
 from edgelm.files import restore
-from edgelm.models import Family, family, fields
+from edgelm.models import Family, family
+from edgelm.models import config_fields as fields
 from edgelm.progress import Progress, Silent
 
 __all__ = [

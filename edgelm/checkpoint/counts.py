@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelm.errors import CheckpointError
-from edgelm.models.fields import shortened
+from edgelm.models.config_fields import shortened
 
 _LAYER = re.compile(r"(.*?\blayers)\.(\d+)\.")
 _EXPERT = re.compile(r".*?\bexperts\.(\d+)\.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.options import (
+from edgelm.cli.common.options import (
     BUNDLE,
     json_option,
     kv_option,
@@ -68,7 +68,7 @@ def bench(
 
 def table(result: BenchResult) -> str:
     """The result for people."""
-    from edgelm.cli.tables import pairs
+    from edgelm.cli.common.tables import pairs
     from edgelm.sizes import format_number, format_size
 
     def spread(value: Spread, unit: str, digits: int) -> str:

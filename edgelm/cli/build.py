@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from edgelm.cli.engine_options import build_options, chosen_sms
-from edgelm.cli.options import BUNDLE, json_option
+from edgelm.cli.common.engine_options import build_options, chosen_sms
+from edgelm.cli.common.options import BUNDLE, json_option
 
 
 @click.command()

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.colours import echo
-from edgelm.cli.options import PATH
+from edgelm.cli.common.colours import echo
+from edgelm.cli.common.options import PATH
 
 if TYPE_CHECKING:
+    from edgelm.generation.stream import Generation
     from edgelm.parity.result import ParityReport
     from edgelm.progress import Progress
-    from edgelm.stream import Generation
 
 NAMES = ("olmoe-tiny", "fox-tiny")
 RECIPES = ("int4", "int8")
@@ -58,7 +58,7 @@ def demo(out: Path, checkpoints: Path | None, max_tokens: int) -> None:
     """
     import time
 
-    from edgelm.cli.extras import need_export_extra
+    from edgelm.cli.common.extras import need_export_extra
     from edgelm.progress import Bars
 
     need_export_extra()
@@ -108,7 +108,7 @@ def find_checkpoints(given: Path | None) -> Path:
 def take(checkpoint: Path, out: Path, recipe: str, max_tokens: int, progress: Progress) -> Outcome:
     """Export, run and check one checkpoint."""
     from edgelm.export import ExportOptions, export_bundle
-    from edgelm.generate import load
+    from edgelm.generation.language_model import load
     from edgelm.pages.page import REPORT
     from edgelm.parity.check import check_parity
     from edgelm.parity.report import write_report
@@ -130,7 +130,7 @@ def take(checkpoint: Path, out: Path, recipe: str, max_tokens: int, progress: Pr
 
 def table(outcomes: list[Outcome]) -> str:
     """All outcomes side by side."""
-    from edgelm.cli.tables import grid
+    from edgelm.cli.common.tables import grid
     from edgelm.sizes import format_number, format_size
 
     header = ("bundle", "weights", "of bf16", "prefill/s", "decode/s", "KL lost", "KL added", "top-1", "parity")

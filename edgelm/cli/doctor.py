@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgelm.cli.extras import EXPORT_PACKAGES
-from edgelm.cli.options import json_option
+from edgelm.cli.common.extras import EXPORT_PACKAGES
+from edgelm.cli.common.options import json_option
 from edgelm.installing import install_hint
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def native_quantizer() -> bool:
 def native_operators() -> dict[str, Any]:
     """The compiled operators and the instruction set they use; without a library, what that costs."""
     from edgelm.errors import RuntimeUnavailableError
-    from edgelm.runtimes.native_library import describe_cpu
+    from edgelm.runtimes.onnxruntime.native_library import describe_cpu
 
     try:
         found = describe_cpu()
@@ -155,7 +155,7 @@ def gpus() -> dict[str, Any]:
 def gpu_compiler() -> dict[str, Any]:
     """NVRTC, which an export for GPUs needs: its version and the SMs that it compiles for; else why it is not here."""
     from edgelm.errors import DeviceError
-    from edgelm.runtimes.cuda import nvrtc
+    from edgelm.runtimes.cuda.kernels import nvrtc
 
     try:
         library = nvrtc.load()
@@ -278,7 +278,7 @@ def tensorrt_line(entry: dict[str, Any]) -> str:
 
 def text(document: dict[str, Any]) -> str:
     """The sections, their rows aligned with one another."""
-    from edgelm.cli.tables import pairs
+    from edgelm.cli.common.tables import pairs
 
     found = sections(document)
     lines = iter(pairs([row for _, rows in found for row in rows]).splitlines())

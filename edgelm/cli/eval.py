@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.options import as_usage, json_option, report_option, runtime_option, threads_option
-from edgelm.kv_cache import KV_TYPES
+from edgelm.bundle.kv_cache import KV_TYPES
+from edgelm.cli.common.options import as_usage, json_option, report_option, runtime_option, threads_option
 
 if TYPE_CHECKING:
     from edgelm.evaluation import EvaluationReport
@@ -92,7 +92,7 @@ def _check_names(targets: tuple[str, ...], checkpoint: str | None) -> None:
 
 def summary(report: EvaluationReport) -> str:
     """The report for a terminal."""
-    from edgelm.cli.tables import grid
+    from edgelm.cli.common.tables import grid
 
     text = report.text
     lines = [

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from edgelm.cli.engine_options import ENGINE_PARAMETERS, chosen_sms, engine_options
-from edgelm.cli.options import (
+from edgelm.cli.common.engine_options import ENGINE_PARAMETERS, chosen_sms, engine_options
+from edgelm.cli.common.options import (
     PATH,
     RecipeName,
     Size,
@@ -20,7 +20,7 @@ from edgelm.cli.options import (
     threads_option,
     was_given,
 )
-from edgelm.cli.recipes import budget_options, budgeted, in_json, refuse_two
+from edgelm.cli.common.recipes import budget_options, budgeted, in_json, refuse_two
 
 
 @click.command()
@@ -113,13 +113,13 @@ def export(
     import json
     import time
 
-    from edgelm.cli.extras import need_export_extra
+    from edgelm.cli.common.extras import need_export_extra
 
     need_export_extra()
     from edgelm.bundle import BUNDLE
     from edgelm.export import ExportOptions, export_bundle
-    from edgelm.export.engine_options import EngineOptions
-    from edgelm.export.targets import check_request
+    from edgelm.export.onnxruntime.target import check_request
+    from edgelm.export.tensorrt.options import EngineOptions
     from edgelm.parity.golden import GoldenOptions
     from edgelm.progress import Bars
     from edgelm.sizes import format_size
@@ -182,7 +182,7 @@ def _refuse_portable(ops: str) -> None:
         ExportError: this installation has no others.
     """
     from edgelm.errors import ExportError
-    from edgelm.runtimes.native_library import library_path
+    from edgelm.runtimes.onnxruntime.native_library import library_path
 
     if ops == "portable" or (ops == "auto" and library_path() is None):
         why = (

@@ -17,11 +17,11 @@ def harness(arguments: tuple[str, ...]) -> None:
 
     edgelm harness --model edgelm --model_args bundle=DIR --tasks arc_challenge --num_fewshot 25
     """
-    from edgelm.cli.extras import need_eval_extra
+    from edgelm.cli.common.extras import need_eval_extra
 
     need_eval_extra()
     check_bundle(arguments)
-    from edgelm.lm_harness import main
+    from edgelm.evaluation.lm_harness import main
 
     main(arguments)
 

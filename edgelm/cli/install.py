@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgelm.cli.options import BUNDLE, PATH, json_option, overwrite_option
+from edgelm.cli.common.options import BUNDLE, PATH, json_option, overwrite_option
 
 
 @click.command()

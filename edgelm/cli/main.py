@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 import edgelm
-from edgelm.cli.interrupts import INTERRUPTED, Raised, leave_at_once
+from edgelm.cli.common.interrupts import INTERRUPTED, Raised, leave_at_once
 from edgelm.errors import EdgeLMError
 
 # The help is here too, so that `edgelm --help` imports no verb.

@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.colours import echo
-from edgelm.cli.options import BUNDLE, Number, json_option, kv_option, report_option, runtime_option, threads_option
+from edgelm.cli.common.colours import echo
+from edgelm.cli.common.options import (
+    BUNDLE,
+    Number,
+    json_option,
+    kv_option,
+    report_option,
+    runtime_option,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from edgelm.parity.result import Check, ParityReport
@@ -80,7 +88,7 @@ def parity(
 
 def summary(report: ParityReport) -> str:
     """The verdict for a terminal: what failed, else the numbers that matter."""
-    from edgelm.cli.tables import pairs
+    from edgelm.cli.common.tables import pairs
     from edgelm.sizes import format_number
 
     shown = [check for check in report.checks if check.layer is None or check.passed is False]

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edgelm.cli.options import (
+from edgelm.cli.common.options import (
     RecipeName,
     calibration_options,
     chosen_calibration,
@@ -16,7 +16,7 @@ from edgelm.cli.options import (
     overwrite_option,
     threads_option,
 )
-from edgelm.cli.recipes import budget_options, budgeted, chosen, in_json, refuse_two
+from edgelm.cli.common.recipes import budget_options, budgeted, chosen, in_json, refuse_two
 
 RECIPE_FILE = "recipe.toml"
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from edgelm.cli.options import as_usage, given, json_option, output_option, overwrite_option
-from edgelm.cli.recipes import budget_options, in_json, in_words
+from edgelm.cli.common.options import as_usage, given, json_option, output_option, overwrite_option
+from edgelm.cli.common.recipes import budget_options, in_json, in_words
 
 
 @click.command()
@@ -42,13 +42,13 @@ def recipe(
     import json
     import time
 
-    from edgelm.cli.extras import need_export_extra
+    from edgelm.cli.common.extras import need_export_extra
 
     need_export_extra()
     from edgelm.files import atomic_file
     from edgelm.places import check_place
     from edgelm.progress import Bars
-    from edgelm.quant.budget import budget_recipe, parse_candidates
+    from edgelm.quant.mixed_precision import budget_recipe, parse_candidates
     from edgelm.quant.recipe import RECIPE
 
     with as_usage():
@@ -78,14 +78,14 @@ def recipe(
 
 
 def _document(result: Any, out: Path, seconds: float) -> dict[str, Any]:
-    from edgelm.quant.budget.writing import table
+    from edgelm.quant.mixed_precision.recipe_toml import table
 
     return {"recipe": str(out), **in_json(result), "kinds": table(result.choices), "seconds": round(seconds, 1)}
 
 
 def _summary(result: Any) -> str:
-    from edgelm.cli.tables import grid
-    from edgelm.quant.budget.writing import table
+    from edgelm.cli.common.tables import grid
+    from edgelm.quant.mixed_precision.recipe_toml import table
 
     rows = []
     for row in table(result.choices):

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edgelm.cli.options import BUNDLE, PATH, given, loading_options, sampling_options
+from edgelm.cli.common.options import BUNDLE, PATH, given, loading_options, sampling_options
 
 
 @click.command()
@@ -46,9 +46,9 @@ def run(
     import json
     import sys
 
-    from edgelm.chat import read_messages
-    from edgelm.cli.options import generation_json, timings_line
-    from edgelm.template_sandbox import start_for
+    from edgelm.cli.common.options import generation_json, timings_line
+    from edgelm.tokenization.chat_template import read_messages
+    from edgelm.tokenization.template_sandbox import start_for
 
     if messages is None and prompt is None:
         raise click.UsageError("Missing argument 'PROMPT' (or --messages FILE)")
@@ -66,7 +66,7 @@ def run(
     plain = messages is None and not as_chat
     if not plain:
         start_for(bundle)  # meanwhile the rest is imported
-    from edgelm.generate import load
+    from edgelm.generation.language_model import load
 
     options = given(**sampling)
     loading = {"threads": threads, "context_length": context_length, "kv": kv, "weight_budget": weight_budget}

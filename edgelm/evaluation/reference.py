@@ -18,10 +18,10 @@ from edgelm.checkpoint import WeightReader
 from edgelm.evaluation.distances import Comparison, Predictions
 from edgelm.evaluation.experts import ExpertProbe
 from edgelm.evaluation.layers import Trail
-from edgelm.models.hooks import Hooks, head_name
-from edgelm.models.layerwise import LayerwiseReference
-from edgelm.models.trace import Trace
 from edgelm.progress import Progress, Silent
+from edgelm.reference.hooks import Hooks, head_name
+from edgelm.reference.kv_cache import Trace
+from edgelm.reference.layerwise import LayerwiseReference
 
 LOGITS_BYTES = 128 << 20
 """Of float32 logits of one model that are held at once."""

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import edgelm
+from edgelm.bundle.kv_cache import KV_TYPES
+from edgelm.corpus import BUILTIN, Texts, read_texts, windows
 from edgelm.devices import describe
 from edgelm.errors import EdgeLMError
 from edgelm.evaluation import bundles, distances
@@ -32,10 +34,8 @@ from edgelm.evaluation.result import (
 )
 from edgelm.evaluation.targets import BundleTarget, Target, WeightTarget, open_targets, weight_count
 from edgelm.installing import install_hint
-from edgelm.kv_cache import KV_TYPES
 from edgelm.progress import Progress, Silent
-from edgelm.texts import BUILTIN, Texts, read_texts, windows
-from edgelm.tokenizer import Tokenizer
+from edgelm.tokenization.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from edgelm.checkpoint import Checkpoint

@@ -14,7 +14,7 @@ from edgelm.errors import BundleError, EdgeLMError, RecipeError
 from edgelm.evaluation.result import BUNDLE, CHECKPOINT, RECIPE
 from edgelm.progress import Progress
 from edgelm.quant.recipe import AUTO, FLOAT, PRESETS, Recipe
-from edgelm.tokenizer import Tokenizer
+from edgelm.tokenization.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from edgelm.checkpoint import Checkpoint

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgelm.models import fields
-from edgelm.models.hooks import Cached, Inputs
-from edgelm.models.matmul import linear
-from edgelm.models.trace import KVCache, Trace
+from edgelm.models import config_fields as fields
+from edgelm.reference.hooks import Cached, Inputs
+from edgelm.reference.kv_cache import KVCache, Trace
+from edgelm.reference.matmul import linear
 
 Read = Callable[[str], NDArray[np.float32]]
 

@@ -13,20 +13,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgelm.bundle import Bundle
+from edgelm.bundle.kv_cache import KV_TYPES, require_type
 from edgelm.errors import EdgeLMError, ParityError, TokenizerError
 from edgelm.installing import install_hint
-from edgelm.kv_cache import KV_TYPES, require_type
-from edgelm.parity import metrics, verdict
+from edgelm.parity import checks as verdict
+from edgelm.parity import metrics
+from edgelm.parity.device_run import DeviceRun, run_device
 from edgelm.parity.diagnose import Diagnosis
-from edgelm.parity.measure import DeviceRun, run_device
+from edgelm.parity.limits import LIMITS, Limits, kind_of, widened
 from edgelm.parity.noise import rounding_limits
 from edgelm.parity.pack import ParityPack, ReferenceRecord
 from edgelm.parity.result import Check, FloatLoss, ParityReport, PromptResult, Speed
-from edgelm.parity.thresholds import LIMITS, Limits, kind_of, widened
 from edgelm.progress import Progress, Silent
 
 if TYPE_CHECKING:
-    from edgelm.tokenizer import Tokenizer
+    from edgelm.tokenization.tokenizer import Tokenizer
 
 PACK_FOLDER = "parity"
 
@@ -136,7 +137,7 @@ def _fits(bundle: Bundle, pack: ParityPack) -> str:
 
 def _recompute(bundle: Bundle, pack: ParityPack, checkpoint: Path | str, progress: Progress) -> ParityPack:
     try:
-        from edgelm.parity.live import live_pack
+        from edgelm.parity.reference import live_pack
     except ImportError as error:
         raise EdgeLMError(
             f"computing the reference anew needs {error.name}: {install_hint('export')}, or leave --checkpoint out"
@@ -145,7 +146,7 @@ def _recompute(bundle: Bundle, pack: ParityPack, checkpoint: Path | str, progres
 
 
 def _tokenizer(bundle: Bundle, pack: ParityPack) -> tuple[Tokenizer | None, list[Check]]:
-    from edgelm.tokenizer import Tokenizer
+    from edgelm.tokenization.tokenizer import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_folder(bundle.path)

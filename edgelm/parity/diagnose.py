@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgelm.parity import metrics
+from edgelm.parity.limits import Limits
 from edgelm.parity.metrics import Floats, Mask
 from edgelm.parity.pack import FloatArray, IntArray, ParityPack, ReferenceRecord
-from edgelm.parity.thresholds import Limits
 
 # Updates below a hundredth of the residual stream are measured against the stream: where one position carries a huge
 # activation, the stream's own rounding would otherwise look like an error of the update.

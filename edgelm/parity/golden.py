@@ -33,9 +33,9 @@ from edgelm.progress import Advance, Progress, Silent
 
 if TYPE_CHECKING:
     from edgelm.checkpoint import WeightReader
-    from edgelm.models.hooks import Hooks
-    from edgelm.models.layerwise import LayerwiseReference, LayerwiseResult, SequenceState
-    from edgelm.tokenizer import Tokenizer
+    from edgelm.reference.hooks import Hooks
+    from edgelm.reference.layerwise import LayerwiseReference, LayerwiseResult, SequenceState
+    from edgelm.tokenization.tokenizer import Tokenizer
 
 # From this many weights on, a sweep over the model takes seconds and prompts and continuations are kept short.
 BIG = 300_000_000
@@ -113,8 +113,8 @@ class DeviceRounding:
 
     def hooks(self) -> Hooks:
         """What makes a reference round likewise; needs torch."""
-        from edgelm.models.hooks import Hooks
         from edgelm.quant.activations import int8_blocks, round_cache
+        from edgelm.reference.hooks import Hooks
 
         blocks, kv = self.blocks, self.kv
 
@@ -183,7 +183,7 @@ def make_pack(
     threads: int | None = None,
 ) -> ParityPack:
     """As `write_pack`, but keeps the pack in memory."""
-    from edgelm.models.matmul import reproducible
+    from edgelm.reference.matmul import reproducible
 
     with reproducible(threads or allowed_cores()):
         return _make_pack(reference, quantized, config_json, tokenizer, options, progress, rounding)
@@ -201,7 +201,7 @@ def _make_pack(
     import torch
 
     import edgelm
-    from edgelm.models.layerwise import LayerwiseReference
+    from edgelm.reference.layerwise import LayerwiseReference
 
     model = LayerwiseReference(config_json, reference)
     options = options.resolved(model.config)
@@ -320,8 +320,8 @@ def _quantized_run(
     One sweep for both: reading and dequantising the weights is most of its time. Without quantised weights the float
     reference is known already, and only the rounded prompts are run.
     """
-    from edgelm.models.hooks import LaterRows
-    from edgelm.models.layerwise import LayerwiseReference
+    from edgelm.reference.hooks import LaterRows
+    from edgelm.reference.layerwise import LayerwiseReference
 
     exact = run.fed if quantized is not None else []
     fed = [*exact, *(run.fed[:count] if rounding is not None else [])]

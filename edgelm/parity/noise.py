@@ -27,9 +27,9 @@ from dataclasses import replace
 import numpy as np
 
 from edgelm.parity import metrics
+from edgelm.parity.limits import LIMITS, Limits
 from edgelm.parity.metrics import Floats
 from edgelm.parity.pack import ParityPack
-from edgelm.parity.thresholds import LIMITS, Limits
 
 FACTOR = 2.0
 Z = 3.0

@@ -23,9 +23,9 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.bundle.kv_cache import KV_TYPES
 from edgelm.errors import ParityError
 from edgelm.json_dataclass import Blame, Count, OneOf, Range, from_data, quoted, read_json, require_format
-from edgelm.kv_cache import KV_TYPES
 from edgelm.parity.sketch import SKETCH_SEED, SKETCH_WIDTH
 
 FORMAT_VERSION = 1

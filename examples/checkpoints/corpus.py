@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgelm.texts import is_held_out
-from edgelm.texts import standard_library as read_corpus
+from edgelm.corpus import is_held_out
+from edgelm.corpus import standard_library as read_corpus
 
 __all__ = ["is_held_out", "read_corpus"]

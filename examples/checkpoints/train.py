@@ -36,8 +36,8 @@ from edgelm.checkpoint.written import CHECKPOINT
 from edgelm.files import atomic_directory
 from edgelm.models import family
 from edgelm.models.olmoe import load_balancing_loss, router_z_loss
-from edgelm.models.trace import Trace
 from edgelm.places import check_place
+from edgelm.reference.kv_cache import Trace
 
 OLMOE_TINY: dict[str, Any] = {
     "architectures": ["OlmoeForCausalLM"],

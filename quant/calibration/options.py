@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edgelm.corpus import BUILTIN
 from edgelm.errors import EdgeLMError
 from edgelm.quant.smoothing import TARGETS
-from edgelm.texts import BUILTIN
 
 SAMPLES = 128
 LENGTH = 512

@@ -23,25 +23,25 @@ from torch import Tensor
 
 from edgelm.checkpoint import Checkpoint, SafetensorsFile
 from edgelm.checkpoint.written import CHECKPOINT
+from edgelm.corpus import BUILTIN, Texts, read_texts, windows
 from edgelm.devices import allowed_cores
 from edgelm.errors import EdgeLMError, RecipeError
 from edgelm.files import atomic_directory, need_disk, prepare_place
 from edgelm.progress import Advance, Progress, Silent
 from edgelm.quant import codec
+from edgelm.quant.calibration.layer import SLICE_TOKENS, LayerStream, Quantiser, aligned, paired, slices
 from edgelm.quant.calibration.options import LENGTH, SAMPLES, CalibrationOptions, CoverageOptions
+from edgelm.quant.calibration.ranges import calibrated_scales
 from edgelm.quant.calibration.report import CalibrationReport, LayerReport
-from edgelm.quant.calibration.stream import SLICE_TOKENS, LayerStream, Quantiser, aligned, paired, slices
-from edgelm.quant.calibration.work import CalibratedSource, WorkFolder, open_work, work_place
+from edgelm.quant.calibration.resume import CalibratedSource, WorkFolder, open_work, work_place
 from edgelm.quant.checkpoint import SHARD_BYTES, QuantizedSummary, stored_specs, write_quantized, write_texts
 from edgelm.quant.methods import Moments
 from edgelm.quant.methods.drift import Drift
-from edgelm.quant.ranges import calibrated_scales
 from edgelm.quant.recipe import Recipe
-from edgelm.quant.smoothed import SmoothedCheckpoint
+from edgelm.quant.scaled_checkpoint import SmoothedCheckpoint
 from edgelm.quant.smoothing import smooth
 from edgelm.quant.source import WeightSource, stored_recipe
-from edgelm.texts import BUILTIN, Texts, read_texts, windows
-from edgelm.tokenizer import Tokenizer
+from edgelm.tokenization.tokenizer import Tokenizer
 
 FORMAT = "edgelm-calibration 3"
 """Of the work folder; another number makes a new start."""

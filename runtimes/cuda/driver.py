@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgelm.errors import DeviceError, DeviceMemoryError
 from edgelm.runtimes.cuda.device import Device, DeviceInfo
 from edgelm.runtimes.cuda.driver_library import OUT_OF_MEMORY, Driver, LaunchConfig
-from edgelm.runtimes.cuda.kernels_file import Image
+from edgelm.runtimes.cuda.kernels.file import Image
 from edgelm.runtimes.cuda.launch import Launch
 from edgelm.sizes import format_size
 

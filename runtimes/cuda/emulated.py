@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda.device import Device, DeviceInfo
+from edgelm.runtimes.cuda.kernels.sources import SOURCES, translation_unit
 from edgelm.runtimes.cuda.launch import Launch
-from edgelm.runtimes.cuda.sources import SOURCES, translation_unit
 
 _CANARY = 256
 _CANARY_BYTE = 0xA5

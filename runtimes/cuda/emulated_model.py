@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgelm.runtimes.cuda.loaded import emulator
+from edgelm.runtimes.cuda.loading import emulator
 from edgelm.runtimes.cuda.model import CudaBatch, CudaRuntime, CudaTracing
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ class Sizes:
         capacity: tokens of each cache; rounded up to `CAPACITY_MULTIPLE`.
         tokens: the most new tokens of all sequences of a step together.
         logits: the most positions of a step whose logits are computed.
-        kv: type of the caches, see `edgelm.kv_cache`.
+        kv: type of the caches, see `edgelm.bundle.kv_cache`.
     """
 
     batch: int

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from edgelm.errors import EdgeLMError, GenerationError
 from edgelm.runtimes.base import Runtime, SequenceBatch, checked_tokens, choose_context_length, context_full
 from edgelm.runtimes.cuda.executor import Executor, Sizes
-from edgelm.runtimes.cuda.loaded import LoadedProgram, Opener, gpu
+from edgelm.runtimes.cuda.loading import LoadedProgram, Opener, gpu
 from edgelm.runtimes.tracing import TracingModel
 
 if TYPE_CHECKING:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from edgelm.errors import BundleError, EdgeLMError
-from edgelm.runtimes.cuda import attention, linear, mixture
-from edgelm.runtimes.cuda.attention import AttentionBuffers, AttentionShape
+from edgelm.runtimes.cuda import moe as mixture
 from edgelm.runtimes.cuda.device import DeviceInfo
+from edgelm.runtimes.cuda.kernels import attention, linear
+from edgelm.runtimes.cuda.kernels.attention import AttentionBuffers, AttentionShape
+from edgelm.runtimes.cuda.kernels.linear import Product
+from edgelm.runtimes.cuda.kernels.moe import MoeShape
 from edgelm.runtimes.cuda.launch import Launch
-from edgelm.runtimes.cuda.linear import Product
-from edgelm.runtimes.cuda.mixture import Mixture, MixtureBuffers
-from edgelm.runtimes.cuda.moe import MoeShape
+from edgelm.runtimes.cuda.moe import Mixture, MixtureBuffers
 from edgelm.runtimes.cuda.program import PROGRAM_FILE, Node, Program, matrix_of
 
 KV_CODES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "int8": "int8", "fp8": "fp8"}

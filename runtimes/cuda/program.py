@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.errors import BundleError
-from edgelm.gpu_weights import GpuKind, GpuMatrix
 from edgelm.json_dataclass import Blame, Count, OneOf, Range, from_data, parse, quoted, read_bytes, require_format
 
 __all__ = ["PROGRAM_FILE", "TYPE_BYTES", "Node", "Program", "Value", "Weight", "matrix_attrs", "matrix_of"]

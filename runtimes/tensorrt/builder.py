@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from edgelm.bundle.kv_cache import KV_TYPES
 from edgelm.errors import EdgeLMError, ExportError
 from edgelm.json_dataclass import OneOf, Range
-from edgelm.kv_cache import KV_TYPES
 from edgelm.runtimes.tensorrt.engine_info import PYTHON, EngineInfo, count_operators, plugins_in
 from edgelm.runtimes.tensorrt.library import FULL, RTX, Library, messages
 from edgelm.runtimes.tensorrt.plugins import Host, serving
@@ -75,7 +75,7 @@ def build_engine(
 ) -> EngineInfo:
     """Build the engine of `graph` into the file `out`.
 
-    `graph` is a file that `edgelm.export.tensorrt_graph.parser_graph` made, with its weights beside it; `sms` is what
+    `graph` is a file that `edgelm.export.tensorrt.graph.parser_graph` made, with its weights beside it; `sms` is what
     the description is to say: of TensorRT-RTX the options' own, of full TensorRT the device at hand.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from edgelm.errors import DeviceError
-from edgelm.runtimes.cuda import mixture
+from edgelm.runtimes.cuda import moe as mixture
 from edgelm.runtimes.cuda.device import Device, DeviceInfo
 from edgelm.runtimes.cuda.launch import Launch
 from edgelm.runtimes.cuda.operators import Operators, Scratch, Step

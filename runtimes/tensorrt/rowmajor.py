@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.bundle.gpu_layout import ROWS, TILE_BYTES, GpuKind, GpuMatrix
 from edgelm.errors import BundleError
-from edgelm.gpu_weights import ROWS, TILE_BYTES, GpuKind, GpuMatrix
 from edgelm.json_dataclass import Count, OneOf, quoted
 
 ALIGNMENT = 4096

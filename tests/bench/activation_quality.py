@@ -23,13 +23,13 @@ import numpy as np
 import torch
 
 from edgelm.checkpoint import Checkpoint
+from edgelm.corpus import BUILTIN, read_texts, windows
 from edgelm.quant import PRESETS, Recipe, Rule, WeightSource, parse_scheme
 from edgelm.quant.activations import STATIC, KvScales
-from edgelm.quant.ranges import RangeRecorder, record_ranges
+from edgelm.quant.calibration.ranges import RangeRecorder, record_ranges
 from edgelm.quant.reference import activation_kinds, quantized_activations, reference_module
 from edgelm.quant.smoothing import smooth
-from edgelm.texts import BUILTIN, read_texts, windows
-from edgelm.tokenizer import Tokenizer
+from edgelm.tokenization.tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 MODELS = ("olmoe-tiny", "fox-tiny")

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 
 from edgelm.checkpoint import Checkpoint
+from edgelm.corpus import BUILTIN, read_texts, windows
 from edgelm.quant import AnyScheme, dequantize, parse_scheme, quantize
-from edgelm.quant.budget import SCHEMES
-from edgelm.quant.budget.losses import Sensitivity
-from edgelm.quant.budget.sensitivity import Measured, measure
-from edgelm.quant.budget.solve import Option, solve
-from edgelm.quant.budget.units import Unit
-from edgelm.texts import BUILTIN, read_texts, windows
-from edgelm.tokenizer import Tokenizer
+from edgelm.quant.mixed_precision import SCHEMES
+from edgelm.quant.mixed_precision.losses import Sensitivity
+from edgelm.quant.mixed_precision.sensitivity import Measured, measure
+from edgelm.quant.mixed_precision.solve import Option, solve
+from edgelm.quant.mixed_precision.units import Unit
+from edgelm.tokenization.tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 MODELS = ("olmoe-tiny", "fox-tiny")

@@ -25,10 +25,10 @@ from pathlib import Path
 from edgelm.checkpoint import Checkpoint
 from edgelm.evaluation import EvalOptions, evaluate
 from edgelm.quant import PRESETS, Recipe, Rule
-from edgelm.quant.budget import budget_recipe, parse_candidates
-from edgelm.quant.budget.units import find_units
 from edgelm.quant.calibration import calibrate_checkpoint
 from edgelm.quant.checkpoint import quantize_checkpoint
+from edgelm.quant.mixed_precision import budget_recipe, parse_candidates
+from edgelm.quant.mixed_precision.units import find_units
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 MODELS = ("olmoe-tiny", "fox-tiny")

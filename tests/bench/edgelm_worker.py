@@ -68,7 +68,7 @@ class EdgeLm(Engine):
         Returns:
             "decode", the seconds of each step.
         """
-        from edgelm.runtimes.onnxruntime_native import NativeBatch
+        from edgelm.runtimes.onnxruntime.native import NativeBatch
 
         count = len(prompts)
         if count not in self.batches:

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from gpu_figures import Figure
 
-from edgelm.gpu_weights import GpuKind, GpuMatrix
-from edgelm.runtimes.cuda import attention, linear
-from edgelm.runtimes.cuda.attention import AttentionBuffers, AttentionShape
+from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.runtimes.cuda.driver import CudaDevice
-from edgelm.runtimes.cuda.kernels_file import KernelCompiler
-from edgelm.runtimes.cuda.linear import Product
+from edgelm.runtimes.cuda.kernels import attention, linear
+from edgelm.runtimes.cuda.kernels.attention import AttentionBuffers, AttentionShape
+from edgelm.runtimes.cuda.kernels.file import KernelCompiler
+from edgelm.runtimes.cuda.kernels.linear import Product
 
 _SHAPES = {
     "qkv OLMoE": (6144, 2048), "qkv Fox": (3072, 2048), "o": (2048, 2048), "gate, up Fox": (8192, 2048),

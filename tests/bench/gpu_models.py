@@ -27,11 +27,11 @@ import numpy as np
 from gpu_dry import DryDevice
 from gpu_figures import Figure, Limits
 
-from edgelm.kv_cache import row_bytes
+from edgelm.bundle.kv_cache import row_bytes
 from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.emulated import EmulatedDevice
 from edgelm.runtimes.cuda.executor import Executor, Sizes
-from edgelm.runtimes.cuda.kernels_file import KernelCompiler
+from edgelm.runtimes.cuda.kernels.file import KernelCompiler
 from edgelm.runtimes.cuda.program import Program, matrix_of
 from edgelm.synth import PUBLISHED
 

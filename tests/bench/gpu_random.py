@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bundle import ModelInfo
-from edgelm.export.gpu import GpuDecoder, program_of
-from edgelm.export.gpu_target import BUILDERS
-from edgelm.export.graph import GraphBuilder
-from edgelm.export.ops import rotary_tables
-from edgelm.export.weights import WeightsPlan
-from edgelm.gpu_weights import GpuKind, GpuMatrix
+from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
+from edgelm.export.graph.base import rotary_tables
+from edgelm.export.graph.gpu import GpuDecoder, program_of
+from edgelm.export.graph.onnx_builder import GraphBuilder
+from edgelm.export.packing.weights_file import WeightsPlan
+from edgelm.export.tensorrt.target import BUILDERS
 from edgelm.models import family as family_of
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.scheme import Fp8Scheme, Scheme

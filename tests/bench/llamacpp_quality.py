@@ -37,10 +37,10 @@ from peers import Worker
 from torch import Tensor
 
 from edgelm.checkpoint import Checkpoint
-from edgelm.models.hooks import Hooks, hook_model
+from edgelm.corpus import read_texts, windows
 from edgelm.quant import Recipe, WeightSource
-from edgelm.texts import read_texts, windows
-from edgelm.tokenizer import Tokenizer
+from edgelm.reference.hooks import Hooks, hook_model
+from edgelm.tokenization.tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 MODELS = ("olmoe-tiny", "fox-tiny")

@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgelm.checkpoint import Checkpoint
+from edgelm.corpus import standard_library, windows
 from edgelm.evaluation import distances
 from edgelm.evaluation.experts import ExpertProbe
 from edgelm.evaluation.reference import WeightModel
-from edgelm.models.hooks import head_name
 from edgelm.quant import PRESETS, AnyScheme, Recipe, Rule, Scheme, WeightSource, parse_scheme, primitives, quantize
-from edgelm.texts import standard_library, windows
-from edgelm.tokenizer import Tokenizer
+from edgelm.reference.hooks import head_name
+from edgelm.tokenization.tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 MODELS = ("olmoe-tiny", "fox-tiny")

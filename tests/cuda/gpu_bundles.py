@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from edgelm.bundle import Bundle
-from edgelm.export import ExportOptions, export_bundle, gpu_target
-from edgelm.export.engine_options import EngineOptions
+from edgelm.export import ExportOptions, export_bundle
+from edgelm.export.tensorrt import target as gpu_target
+from edgelm.export.tensorrt.options import EngineOptions
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import BUILT_IN
 from edgelm.quant.recipe import Recipe

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.checkpoint.writer import float32_to_bf16
-from edgelm.gpu_weights import GpuKind, GpuMatrix
 from edgelm.quant.fp8 import decode
 
 Array = NDArray[Any]

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from edgelm.checkpoint.writer import float32_to_bf16
 from edgelm.errors import DeviceError
-from edgelm.runtimes.cuda import attention
-from edgelm.runtimes.cuda.attention import AttentionBuffers, AttentionShape
 from edgelm.runtimes.cuda.device import Device
+from edgelm.runtimes.cuda.kernels import attention
+from edgelm.runtimes.cuda.kernels.attention import AttentionBuffers, AttentionShape
 
 Array = NDArray[Any]
 Generator = np.random.Generator

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from edgelm.devices import allowed_cores
-from edgelm.runtimes.cuda import nvrtc, sources
+from edgelm.runtimes.cuda.kernels import nvrtc, sources
 
 TARGETS = (*(f"sm_{sm}" for sm in nvrtc.SMS), nvrtc.PTX_TARGET)
 FULL = TARGETS if os.environ.get("EDGELM_ALL_KERNELS") else ("sm_80",)

@@ -9,8 +9,8 @@ import pytest
 
 from edgelm.errors import BundleError, DeviceError, ExportError, RuntimeUnavailableError
 from edgelm.progress import Progress
-from edgelm.runtimes.cuda import cubin, nvrtc, sources
-from edgelm.runtimes.cuda.kernels_file import (
+from edgelm.runtimes.cuda.kernels import cubin, nvrtc, sources
+from edgelm.runtimes.cuda.kernels.file import (
     PREPARED_VARIABLE,
     KernelCompiler,
     KernelFolder,

@@ -13,12 +13,12 @@ from gpu_packing import Numbers, from_bf16, pack, random_numbers, to_bf16
 from kernel_device import kernel_device, order_threads, release
 from numpy.typing import NDArray
 
+from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.errors import DeviceError
-from edgelm.gpu_weights import GpuKind, GpuMatrix
 from edgelm.quant import fp8
-from edgelm.runtimes.cuda import linear
 from edgelm.runtimes.cuda.device import Device, DeviceInfo
-from edgelm.runtimes.cuda.linear import Product
+from edgelm.runtimes.cuda.kernels import linear
+from edgelm.runtimes.cuda.kernels.linear import Product
 
 Array = NDArray[Any]
 U = 2.0**-24  # unit roundoff of float32

@@ -12,12 +12,13 @@ from gpu_packing import from_bf16, pack, random_numbers, to_bf16
 from kernel_device import kernel_device, order_threads
 from numpy.typing import NDArray
 
-from edgelm.gpu_weights import GpuKind, GpuMatrix
+from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.quant import fp8
-from edgelm.runtimes.cuda import linear, mixture, moe
+from edgelm.runtimes.cuda import moe as mixture
 from edgelm.runtimes.cuda.device import Device
-from edgelm.runtimes.cuda.mixture import Mixture, MixtureBuffers
-from edgelm.runtimes.cuda.moe import MoeShape
+from edgelm.runtimes.cuda.kernels import linear, moe
+from edgelm.runtimes.cuda.kernels.moe import MoeShape
+from edgelm.runtimes.cuda.moe import Mixture, MixtureBuffers
 
 Array = NDArray[Any]
 U = 2.0**-24  # unit roundoff of float32

@@ -12,11 +12,11 @@ from gpu_packing import from_bf16, pack, random_numbers, to_bf16
 from kernel_device import kernel_device, order_threads, release
 from numpy.typing import NDArray
 
+from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.errors import DeviceError
-from edgelm.gpu_weights import GpuKind, GpuMatrix
-from edgelm.runtimes.cuda import moe
 from edgelm.runtimes.cuda.device import Device
-from edgelm.runtimes.cuda.moe import MoeShape, MoeWorkspace
+from edgelm.runtimes.cuda.kernels import moe
+from edgelm.runtimes.cuda.kernels.moe import MoeShape, MoeWorkspace
 
 Array = NDArray[Any]
 U = 2.0**-24  # unit roundoff of float32

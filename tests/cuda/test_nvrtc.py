@@ -10,7 +10,7 @@ import pytest
 
 from edgelm.errors import BundleError, DeviceError, ExportError
 from edgelm.installing import install_hint
-from edgelm.runtimes.cuda import cubin, nvrtc
+from edgelm.runtimes.cuda.kernels import cubin, nvrtc
 
 TARGETS = (*(f"sm_{sm}" for sm in nvrtc.SMS), nvrtc.PTX_TARGET)
 HEADERS = {"args.h": "struct Args { const float* x; float* y; int n; };"}

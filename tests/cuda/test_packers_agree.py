@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from gpu_packing import Numbers, pack, random_numbers, to_bf16
 
-from edgelm.export.gpu_packing import BlobWriter, Rows, interleaved
-from edgelm.gpu_weights import GpuKind, GpuMatrix
+from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
+from edgelm.export.packing.gpu import BlobWriter, Rows, interleaved
 
 
 def rows_of(matrix: GpuMatrix, numbers: Numbers, part: slice) -> Rows:

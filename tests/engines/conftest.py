@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from edgelm.bundle import Bundle
-from edgelm.export import ExportOptions, export_bundle, gpu_target
+from edgelm.export import ExportOptions, export_bundle
+from edgelm.export.tensorrt import target as gpu_target
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import BUILT_IN
 from edgelm.runtimes.tensorrt.library import Library, load

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from edgelm.bundle import Bundle
-from edgelm.export.tensorrt_graph import plugin_spec
-from edgelm.runtimes.cuda.attention import row_bytes
+from edgelm.export.tensorrt.graph import plugin_spec
 from edgelm.runtimes.cuda.emulated import EmulatedDevice
+from edgelm.runtimes.cuda.kernels.attention import row_bytes
 from edgelm.runtimes.cuda.operators import KV_CODES
 from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
 from edgelm.runtimes.cuda.weights import DeviceWeights

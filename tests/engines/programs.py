@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from edgelm.bundle import ModelInfo
-from edgelm.gpu_weights import GpuKind, GpuMatrix
+from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.runtimes.cuda.program import Attribute, Node, Program, Value, Weight, matrix_attrs
 
 D, H, G, S, E, F, V, C = 128, 4, 2, 32, 8, 64, 96, 128

@@ -16,13 +16,13 @@ import pytest
 
 from edgelm.bundle import ModelInfo
 from edgelm.checkpoint import Checkpoint
-from edgelm.export.engine_options import EngineOptions
-from edgelm.export.gpu import GpuDecoder, program_of
-from edgelm.export.graph import GraphBuilder
-from edgelm.export.onnx_fox import build_native
+from edgelm.export.graph.gpu import GpuDecoder, program_of
+from edgelm.export.graph.onnx_builder import GraphBuilder
+from edgelm.export.graph.onnx_fox import build_native
+from edgelm.export.packing.weights_file import WeightsPlan
 from edgelm.export.plan import WEIGHTS_FILE
-from edgelm.export.tensorrt import tensorrt_graph
-from edgelm.export.weights import WeightsPlan
+from edgelm.export.tensorrt.engines import tensorrt_graph
+from edgelm.export.tensorrt.options import EngineOptions
 from edgelm.models import family
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource

@@ -10,9 +10,9 @@ from programs import WEIGHTS, C, G, S, SmallProgram
 
 from edgelm.checkpoint import Checkpoint
 from edgelm.errors import ExportError
-from edgelm.export import gpu_activations
-from edgelm.export.engine_options import EngineOptions
-from edgelm.export.tensorrt import TensorRtGraph, tensorrt_graph
+from edgelm.export.tensorrt import activations as gpu_activations
+from edgelm.export.tensorrt.engines import TensorRtGraph, tensorrt_graph
+from edgelm.export.tensorrt.options import EngineOptions
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
 from edgelm.runtimes.tensorrt import rowmajor

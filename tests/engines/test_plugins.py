@@ -9,9 +9,9 @@ import pytest
 from programs import WEIGHTS, C, D, E, F, G, H, S, SmallProgram, V
 
 from edgelm.errors import DeviceError, EdgeLMError, ExportError
-from edgelm.export.engine_options import EngineOptions
-from edgelm.export.tensorrt import tensorrt_graph
-from edgelm.export.tensorrt_graph import plugin_node, plugins_of
+from edgelm.export.tensorrt.engines import tensorrt_graph
+from edgelm.export.tensorrt.graph import plugin_node, plugins_of
+from edgelm.export.tensorrt.options import EngineOptions
 from edgelm.runtimes.cuda.emulated import EmulatedDevice
 from edgelm.runtimes.cuda.operators import Scratch
 from edgelm.runtimes.cuda.program import Node, Value

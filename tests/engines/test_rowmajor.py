@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.errors import BundleError
-from edgelm.export.gpu_packing import BlobWriter, interleaved
-from edgelm.export.gpu_packing import Rows as Packed
-from edgelm.gpu_weights import GpuKind, GpuMatrix
+from edgelm.export.packing.gpu import BlobWriter, interleaved
+from edgelm.export.packing.gpu import Rows as Packed
 from edgelm.json_dataclass import Blame, from_data
 from edgelm.runtimes.tensorrt.rowmajor import Rows, parts_of, write
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edgelm.runtimes.native_library import library_path
+from edgelm.runtimes.onnxruntime.native_library import library_path
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 FLAVOUR = "native" if library_path() is not None else "portable"

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from edgelm.checkpoint import Checkpoint
+from edgelm.corpus import read_texts, windows
 from edgelm.errors import RecipeError
 from edgelm.evaluation import EvalOptions, evaluate
 from edgelm.quant import Recipe, WeightSource
 from edgelm.quant.reference import reference_module
-from edgelm.texts import read_texts, windows
-from edgelm.tokenizer import Tokenizer
+from edgelm.tokenization.tokenizer import Tokenizer
 
 TEXT = """name = "{name}"
 default = "int8-row-sym"

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from edgelm.bundle.kv_cache import KV_TYPES
 from edgelm.checkpoint import Checkpoint
+from edgelm.corpus import read_texts, windows
 from edgelm.errors import EdgeLMError, RecipeError
 from edgelm.evaluation import EvalOptions, evaluate, reference
 from edgelm.evaluation.experts import ExpertProbe
 from edgelm.evaluation.reference import WeightModel
-from edgelm.kv_cache import KV_TYPES
 from edgelm.quant import Recipe, WeightSource
-from edgelm.texts import read_texts, windows
-from edgelm.tokenizer import Tokenizer
+from edgelm.tokenization.tokenizer import Tokenizer
 
 from .conftest import FLAVOUR
 

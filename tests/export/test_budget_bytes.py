@@ -15,8 +15,8 @@ from edgelm.checkpoint import Checkpoint
 from edgelm.export import ExportOptions
 from edgelm.export.plan import WEIGHTS_FILE
 from edgelm.quant import parse_scheme
-from edgelm.quant.budget.units import PAGE, find_units, fixed_bytes
-from edgelm.quant.budget.writing import Choice, make_recipe
+from edgelm.quant.mixed_precision.recipe_toml import Choice, make_recipe
+from edgelm.quant.mixed_precision.units import PAGE, find_units, fixed_bytes
 
 SCHEMES = [None, *map(parse_scheme, ("int3-g64-sym", "int4-g16-asym", "int5-row-sym", "int8-g32-asym", "fp8-b64"))]
 HEAD = parse_scheme("int8-g128-sym")

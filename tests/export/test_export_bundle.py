@@ -24,10 +24,10 @@ from tiny_models import FLAVOURS, MakeCheckpoint
 
 import edgelm
 from edgelm.bundle import Bundle, sha256_of
+from edgelm.bundle.cpu_layout import REFINE
 from edgelm.checkpoint import Checkpoint
 from edgelm.errors import EdgeLMError, ExportError, MemoryLimitError
 from edgelm.export import ExportOptions, export_bundle
-from edgelm.packed import REFINE
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
 from edgelm.progress import Advance, Progress, Silent

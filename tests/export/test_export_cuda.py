@@ -24,10 +24,11 @@ from tiny_models import MakeCheckpoint
 from edgelm.bundle import Bundle
 from edgelm.checkpoint import Checkpoint
 from edgelm.errors import EdgeLMError, ExportError, RuntimeUnavailableError
-from edgelm.export import export_bundle, targets
-from edgelm.export.greedy import greedy_graph
+from edgelm.export import export_bundle
+from edgelm.export.graph.ort_providers import CUDA
+from edgelm.export.onnxruntime import target as targets
+from edgelm.export.onnxruntime.greedy_graph import greedy_graph
 from edgelm.export.options import ExportOptions
-from edgelm.export.providers import CUDA
 from edgelm.installing import install_hint
 from edgelm.models import family
 from edgelm.parity.golden import GoldenOptions
@@ -35,9 +36,9 @@ from edgelm.parity.prompts import Prompt
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
 from edgelm.runtimes import open_runtime
-from edgelm.runtimes.onnxruntime_cpu import PortableRuntime, PortableTracing
-from edgelm.runtimes.onnxruntime_cuda import GREEDY_FILE
-from edgelm.runtimes.router_probe import PROBE_FILE, check_router
+from edgelm.runtimes.onnxruntime.cuda import GREEDY_FILE
+from edgelm.runtimes.onnxruntime.portable import PortableRuntime, PortableTracing
+from edgelm.runtimes.onnxruntime.router_probe import PROBE_FILE, check_router
 
 SHORT = GoldenOptions(prompts=(Prompt("short", "The quick brown fox"),), greedy_tokens=2)
 ROUTER = '[[rule]]\nmatch = "*.mlp.gate.weight"\nscheme = "float"\n'

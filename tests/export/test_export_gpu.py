@@ -15,23 +15,23 @@ from tiny_models import MakeCheckpoint
 from unpack_gpu import unpack_matrix
 
 from edgelm.bundle import Bundle
+from edgelm.bundle.gpu_layout import GpuKind
 from edgelm.checkpoint import Checkpoint
 from edgelm.cli.export import export as export_command
 from edgelm.cli.inspect import inspect as inspect_command
 from edgelm.errors import EdgeLMError, ExportError
 from edgelm.export import ExportOptions, export_bundle
+from edgelm.export.onnxruntime.target import TARGETS
 from edgelm.export.options import TARGETS as NAMES
 from edgelm.export.plan import WEIGHTS_FILE, Plan, make_plan
-from edgelm.export.targets import TARGETS
-from edgelm.gpu_weights import GpuKind
 from edgelm.models import family
 from edgelm.progress import Silent
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
-from edgelm.runtimes.cuda.kernels_file import KernelFolder
+from edgelm.runtimes.cuda.kernels.file import KernelFolder
 from edgelm.runtimes.cuda.operators import bundle_kernels
 from edgelm.runtimes.cuda.program import Program, matrix_of
-from edgelm.tokenizer import Tokenizer
+from edgelm.tokenization.tokenizer import Tokenizer
 
 ROUTER = '\n[[rule]]\nmatch = "*.mlp.gate.weight"\nscheme = "float"\n'
 NARROWER_V = '\n[[rule]]\nmatch = "*.v_proj.weight"\nscheme = "{}"\n'

@@ -31,7 +31,7 @@ from edgelm.checkpoint import Checkpoint
 from edgelm.cli.inspect import inspect
 from edgelm.cli.quantize import quantize as quantize_command
 from edgelm.errors import CheckpointError, EdgeLMError, RecipeError
-from edgelm.export.portable import _row_blocks
+from edgelm.export.graph.portable import _row_blocks
 from edgelm.quant import Recipe, WeightSource, parse_scheme
 from edgelm.quant.source import stored_recipe
 

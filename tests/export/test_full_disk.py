@@ -12,7 +12,7 @@ from tiny_models import MakeCheckpoint
 from edgelm.bundle import Bundle
 from edgelm.errors import EdgeLMError
 from edgelm.export import ExportOptions, export_bundle
-from edgelm.export.weights import WeightsPlan
+from edgelm.export.packing.weights_file import WeightsPlan
 from edgelm.files import need_disk
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt

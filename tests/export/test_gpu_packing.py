@@ -7,8 +7,10 @@ import pytest
 from numpy.typing import NDArray
 from unpack_gpu import unpack_matrix
 
+from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.errors import ExportError
-from edgelm.export.gpu_packing import (
+from edgelm.export.graph.base import stored_as
+from edgelm.export.packing.gpu import (
     BlobWriter,
     GpuFormat,
     Rows,
@@ -17,8 +19,6 @@ from edgelm.export.gpu_packing import (
     quantized_rows,
     stacked,
 )
-from edgelm.export.ops import stored_as
-from edgelm.gpu_weights import GpuKind, GpuMatrix
 from edgelm.quant.codec import dequantize, quantize
 from edgelm.quant.scheme import parse_scheme
 from edgelm.quant.tensor import QuantTensor

@@ -18,17 +18,17 @@ from tiny_models import FLAVOURS, MakeCheckpoint
 
 from edgelm.checkpoint import Checkpoint
 from edgelm.export import ExportOptions
+from edgelm.export.onnxruntime.target import TARGETS
 from edgelm.export.plan import WEIGHTS_FILE, Graphs, make_plan
-from edgelm.export.targets import TARGETS
 from edgelm.models import family
-from edgelm.models.hooks import hook_model
-from edgelm.models.trace import Trace
 from edgelm.parity.golden import DeviceRounding
 from edgelm.progress import Silent
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
-from edgelm.runtimes.native_library import library_path
-from edgelm.tokenizer import Tokenizer
+from edgelm.reference.hooks import hook_model
+from edgelm.reference.kv_cache import Trace
+from edgelm.runtimes.onnxruntime.native_library import library_path
+from edgelm.tokenization.tokenizer import Tokenizer
 
 ROUTER = '[[rule]]\nmatch = "*.mlp.gate.weight"\nscheme = "float"\n'
 VARIANTS = [

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgelm.errors import ExportError
-from edgelm.export.layout import BlockFormat, block_of, codes_in, common_format, interleave, scales_in, zeros_in
+from edgelm.export.packing.ort import BlockFormat, block_of, codes_in, common_format, interleave, scales_in, zeros_in
 from edgelm.quant.primitives import dequantize, quantize, unpack
 from edgelm.quant.scheme import Scheme
 

@@ -13,6 +13,7 @@ from tiny_models import FLAVOURS, MakeCheckpoint
 
 import edgelm
 from edgelm.bundle import Bundle
+from edgelm.bundle.kv_cache import KV_TYPES
 from edgelm.cli.inspect import bundle_rows
 from edgelm.cli.main import cli
 from edgelm.errors import (
@@ -24,7 +25,6 @@ from edgelm.errors import (
     RuntimeUnavailableError,
 )
 from edgelm.export import ExportOptions, export_bundle
-from edgelm.kv_cache import KV_TYPES
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
 from edgelm.quant.checkpoint import quantize_checkpoint
@@ -250,7 +250,7 @@ def test_an_instruction_set_that_cannot_be_used_is_refused(
 def test_every_instruction_set_gives_the_same_bits(
     bundles: dict[tuple[str, str], Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgelm.runtimes.native_library import describe_cpu
+    from edgelm.runtimes.onnxruntime.native_library import describe_cpu
 
     found = []
     for isa in describe_cpu().instruction_sets:

@@ -15,7 +15,7 @@ from test_graph_computes_the_reference import check, check_rounded, recipe, writ
 from tiny_models import FLAVOURS, MakeCheckpoint
 
 from edgelm.errors import ExportError
-from edgelm.export.gpu_packing import gpu_format
+from edgelm.export.packing.gpu import gpu_format
 from edgelm.quant.recipe import Recipe, Rule
 from edgelm.quant.scheme import parse_scheme
 

@@ -11,17 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from unpack_native import unpack_matrix
 
-from edgelm.errors import BundleError
-from edgelm.export.layout import widened
-from edgelm.export.packing import (
-    Format,
-    common_format,
-    float_format,
-    pack_codes,
-    pack_floats,
-    stacked,
-)
-from edgelm.packed import (
+from edgelm.bundle.cpu_layout import (
     HEADER_BYTES,
     TILE,
     Kind,
@@ -31,6 +21,16 @@ from edgelm.packed import (
     parse_matrix,
     read_matrices,
 )
+from edgelm.errors import BundleError
+from edgelm.export.packing.cpu import (
+    Format,
+    common_format,
+    float_format,
+    pack_codes,
+    pack_floats,
+    stacked,
+)
+from edgelm.export.packing.ort import widened
 from edgelm.quant.codec import quantize
 from edgelm.quant.primitives import unpack
 from edgelm.quant.scheme import parse_scheme

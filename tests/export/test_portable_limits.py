@@ -19,7 +19,7 @@ from edgelm.bundle import Bundle
 from edgelm.checkpoint import Checkpoint
 from edgelm.errors import ExportError
 from edgelm.export import ExportOptions, export_bundle
-from edgelm.export.graph import DEFAULTS
+from edgelm.export.graph.onnx_builder import DEFAULTS
 from edgelm.models import family
 from edgelm.parity.golden import GoldenOptions
 from edgelm.quant import PRESETS, Recipe, Rule, Scheme

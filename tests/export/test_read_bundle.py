@@ -15,21 +15,21 @@ from read_bundle import read_weights
 from tiny_models import MakeCheckpoint
 
 from edgelm.bundle import Manifest
+from edgelm.bundle.contents import Contents, Layout
+from edgelm.bundle.cpu_layout import Scales, read_matrices
 from edgelm.checkpoint import Checkpoint
-from edgelm.contents import Contents, Layout
 from edgelm.export import ExportOptions, export_bundle
-from edgelm.export.ops import STORAGE, rotary_tables, stored_as
+from edgelm.export.graph.base import STORAGE, rotary_tables, stored_as
+from edgelm.export.onnxruntime.target import TARGETS
 from edgelm.export.plan import WEIGHTS_FILE, make_plan
-from edgelm.export.targets import TARGETS
 from edgelm.models import family
-from edgelm.packed import Scales, read_matrices
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
 from edgelm.progress import Silent
 from edgelm.quant.primitives import as_float32
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
-from edgelm.tokenizer import Tokenizer
+from edgelm.tokenization.tokenizer import Tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "bundle.md"
 EXAMPLES = Path(__file__).parents[2] / "examples" / "checkpoints"

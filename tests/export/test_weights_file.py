@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgelm.export.weights import PAGE, WeightsPlan
+from edgelm.export.packing.weights_file import PAGE, WeightsPlan
 
 
 def planned(count: int) -> tuple[WeightsPlan, list[np.ndarray]]:

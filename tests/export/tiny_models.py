@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from edgelm.runtimes.native_library import library_path
+from edgelm.runtimes.onnxruntime.native_library import library_path
 
 FLAVOURS = ("native", "portable") if library_path() is not None else ("portable",)
 """The operators that bundles can be run with here."""

@@ -1,4 +1,4 @@
-"""Reads the GPU layout back, lane by lane, as edgelm/gpu_weights.py describes it: code apart from the packer's."""
+"""Reads the GPU layout back, lane by lane, as bundle/gpu_layout.py describes it: code apart from the packer's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.gpu_weights import ROWS, TILE_BYTES, GpuKind, GpuMatrix
+from edgelm.bundle.gpu_layout import ROWS, TILE_BYTES, GpuKind, GpuMatrix
 
 FLOATS = {GpuKind.FLOAT16: np.float16, GpuKind.BFLOAT16: np.uint16, GpuKind.FLOAT32: np.float32}
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.packed import BLOCK, TILE, Kind, PackedMatrix, Scales
+from edgelm.bundle.cpu_layout import BLOCK, TILE, Kind, PackedMatrix, Scales
 
 Bytes = NDArray[np.uint8]
 

@@ -19,7 +19,7 @@ import check_steps
 import pytest
 from check_run import Command, Outcome, Runner, Step
 
-from edgelm.runtimes.cuda import nvrtc, sources
+from edgelm.runtimes.cuda.kernels import nvrtc, sources
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from edgelm.errors import DeviceMemoryError
-from edgelm.runtimes.cuda import nvrtc
 from edgelm.runtimes.cuda.driver import CudaDevice
-from edgelm.runtimes.cuda.kernels_file import Image, choose
+from edgelm.runtimes.cuda.kernels import nvrtc
+from edgelm.runtimes.cuda.kernels.file import Image, choose
 from edgelm.runtimes.cuda.launch import Launch
 
 SOURCE = """

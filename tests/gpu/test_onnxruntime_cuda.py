@@ -13,8 +13,8 @@ from edgelm.bundle import Bundle
 from edgelm.errors import EdgeLMError
 from edgelm.runtimes import open_runtime, open_tracing
 from edgelm.runtimes.cuda.device import DeviceInfo
-from edgelm.runtimes.onnxruntime_cuda import CAPTURE_VARIABLE, CudaRuntime
-from edgelm.runtimes.onnxruntime_gpu import require_cuda
+from edgelm.runtimes.onnxruntime.cuda import CAPTURE_VARIABLE, CudaRuntime
+from edgelm.runtimes.onnxruntime.cuda_session import require_cuda
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 IDS = np.random.default_rng(3).integers(4, 500, 40).tolist()

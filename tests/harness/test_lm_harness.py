@@ -28,8 +28,8 @@ from edgelm.export import ExportOptions, export_bundle
 from edgelm.installing import install_hint
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
-from edgelm.runtimes.native_library import library_path
-from edgelm.tokenizer import Tokenizer
+from edgelm.runtimes.onnxruntime.native_library import library_path
+from edgelm.tokenization.tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 TASKS = Path(__file__).parent / "tasks"
@@ -177,7 +177,7 @@ def judged(reference: Reference, request: pytest.FixtureRequest, tmp_path_factor
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    import edgelm.lm_harness  # noqa: F401  # registers the model
+    import edgelm.evaluation.lm_harness  # noqa: F401  # registers the model
 
     bundle = exported(reference.checkpoint.path.name, "none", request.param, tmp_path_factory.mktemp("bundle") / "b")
     results = simple_evaluate(
@@ -192,7 +192,7 @@ def judged(reference: Reference, request: pytest.FixtureRequest, tmp_path_factor
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from edgelm.lm_harness import EdgeLM
+    from edgelm.evaluation.lm_harness import EdgeLM
 
     bundle = exported("fox-tiny", "none", "portable", tmp_path_factory.mktemp("bundle") / "b")
     opened = EdgeLM(str(bundle.path), threads=1, context_length=WINDOW)
@@ -333,7 +333,7 @@ def test_tasks_run_as_chats(tmp_path: Path) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    import edgelm.lm_harness  # registers the model
+    import edgelm.evaluation.lm_harness  # registers the model
 
     bundle = exported("olmoe-tiny", "int8", "auto", tmp_path / "b")
     results = simple_evaluate(
@@ -349,7 +349,7 @@ def test_tasks_run_as_chats(tmp_path: Path) -> None:
 
 @needs_harness
 def test_generation_settings_are_understood_or_refused() -> None:
-    from edgelm.lm_harness import generation_options
+    from edgelm.evaluation.lm_harness import generation_options
 
     assert generation_options({}) == {"stop": [], "max_tokens": 256, "temperature": 0.0}
     assert generation_options({"until": "x", "max_new_tokens": 3, "do_sample": False, "temperature": 0.7}) == {
@@ -364,7 +364,7 @@ def test_generation_settings_are_understood_or_refused() -> None:
 
 @needs_harness
 def test_what_cannot_be_done_is_refused_in_words(model: Any) -> None:
-    from edgelm.lm_harness import EdgeLM
+    from edgelm.evaluation.lm_harness import EdgeLM
 
     folder = str(model._model.bundle.path)
     with pytest.raises(EdgeLMError, match="batch_size is 8: bundles run one sequence at a time"):

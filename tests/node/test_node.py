@@ -20,7 +20,7 @@ from edgelm.export import ExportOptions, export_bundle
 from edgelm.parity.golden import GoldenOptions
 from edgelm.quant import PRESETS, Recipe, Rule, Scheme
 from edgelm.runtimes import open_runtime
-from edgelm.tokenizer import Tokenizer
+from edgelm.tokenization.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = ROOT / "build" / "node" / "node_modules"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgelm.runtimes.native_library import library_path
+from edgelm.runtimes.onnxruntime.native_library import library_path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))

@@ -10,7 +10,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from edgelm.runtimes.native_library import library_path
+from edgelm.runtimes.onnxruntime.native_library import library_path
 
 Array = NDArray[Any]
 

@@ -14,8 +14,8 @@ import pytest
 from operator_models import Array, feeds, session
 from packed_weights import pack_experts, random_matrix
 
-from edgelm.kv_cache import KV_TYPES, row_bytes
-from edgelm.runtimes.native_library import describe_cpu
+from edgelm.bundle.kv_cache import KV_TYPES, row_bytes
+from edgelm.runtimes.onnxruntime.native_library import describe_cpu
 
 D = 256
 KINDS = ["int4", "int8", "int3", "int5", "int6", "planes", "fp8", "bfloat16", "float16", "float32"]

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from operator_models import Array, run
 from packed_weights import pack
 
-from edgelm.export.packing import Format, common_format, float_format, pack_codes, pack_floats
-from edgelm.packed import Kind, Scales
+from edgelm.bundle.cpu_layout import Kind, Scales
+from edgelm.export.packing.cpu import Format, common_format, float_format, pack_codes, pack_floats
 from edgelm.quant.codec import dequantize, quantize
 from edgelm.quant.primitives import unpack
 from edgelm.quant.scheme import parse_scheme

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from operator_models import Array, feeds, run, session
 
-from edgelm.kv_cache import KV_TYPES, row_bytes
+from edgelm.bundle.kv_cache import KV_TYPES, row_bytes
 
 U = 2.0**-24  # unit roundoff of float32
 CACHES = list(KV_TYPES)

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from edgelm.packed import HEADER_BYTES, TILE, read_matrices
+from edgelm.bundle.cpu_layout import HEADER_BYTES, TILE, read_matrices
 
 GRAPHS = ("model.onnx", "model.debug.onnx")
 

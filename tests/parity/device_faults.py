@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from edgelm.parity import metrics, verdict
+from edgelm.parity import checks as verdict
+from edgelm.parity import metrics
 
 from .synthetic import ALL, CHOSEN, COUNT, Scene, blur, disturb, diverge, flip
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from edgelm.parity import metrics
+from edgelm.parity.device_run import DeviceRun, LogitRecord
 from edgelm.parity.diagnose import DeviceTrace
-from edgelm.parity.measure import DeviceRun, LogitRecord
+from edgelm.parity.limits import Limits
 from edgelm.parity.pack import GoldenPrompt, ParityPack, ReferenceRecord, TokenizerPrint
-from edgelm.parity.thresholds import Limits
 
 VOCAB, TOP, PROBES, LAYERS, EXPERTS, CHOSEN = 160, 64, 64, 3, 8, 2
 PROMPTS, LENGTH, STEPS = 6, 60, 8

@@ -19,11 +19,11 @@ from edgelm.cli.parity import parity, summary
 from edgelm.errors import ParityError, RecipeError
 from edgelm.parity.check import check_parity
 from edgelm.parity.golden import GoldenOptions, make_pack
+from edgelm.parity.limits import LIMITS
 from edgelm.parity.noise import rounding_limits
 from edgelm.parity.pack import ParityPack
 from edgelm.parity.prompts import Prompt
 from edgelm.parity.report import render
-from edgelm.parity.thresholds import LIMITS
 from edgelm.runtimes import open_runtime
 
 from . import damage
@@ -46,7 +46,7 @@ sys.meta_path.insert(0, Refuse())
 import edgelm
 report = edgelm.check_parity(sys.argv[1], threads=1)
 from edgelm.parity.report import render
-from edgelm.parity.thresholds import LIMITS
+from edgelm.parity.limits import LIMITS
 from edgelm.runtimes import open_runtime
 render(report)
 print(json.dumps([report.passed, sorted(set({EXPORT_ONLY!r}) & set(sys.modules))]))
@@ -306,7 +306,7 @@ class OneTensorChanged:
 @pytest.fixture(scope="module")
 def tiny():
     from edgelm.checkpoint import Checkpoint
-    from edgelm.tokenizer import Tokenizer
+    from edgelm.tokenization.tokenizer import Tokenizer
 
     checkpoint = Checkpoint.open(CHECKPOINTS / "olmoe-tiny")
     return checkpoint, Tokenizer.from_folder(checkpoint.path)
@@ -319,7 +319,7 @@ def test_a_pack_holds_what_the_whole_model_in_memory_computes(tiny):
     import torch
 
     from edgelm.models.olmoe import Olmoe, OlmoeConfig
-    from edgelm.models.trace import Trace
+    from edgelm.reference.kv_cache import Trace
 
     checkpoint, tokenizer = tiny
     pack = make_pack(checkpoint, None, checkpoint.config, tokenizer, OPTIONS)

@@ -12,10 +12,11 @@ import shutil
 
 import pytest
 
-from edgelm.export import ExportOptions, export_bundle, targets
-from edgelm.export.providers import CUDA
+from edgelm.export import ExportOptions, export_bundle
+from edgelm.export.graph.ort_providers import CUDA
+from edgelm.export.onnxruntime import target as targets
 from edgelm.parity import check
-from edgelm.parity.thresholds import LIMITS, widened
+from edgelm.parity.limits import LIMITS, widened
 
 from . import damage
 from .conftest import CHECKPOINTS

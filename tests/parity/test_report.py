@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from edgelm.cli.parity import parity, summary
 from edgelm.errors import ParityError
-from edgelm.parity import verdict
+from edgelm.parity import checks as verdict
 from edgelm.parity.check import check_parity
 from edgelm.parity.report import render, write_report
 

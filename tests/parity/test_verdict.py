@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from edgelm.parity import verdict
+from edgelm.parity import checks as verdict
+from edgelm.parity.limits import LIMITS
 from edgelm.parity.pytest_plugin import item_names, stands_for
-from edgelm.parity.thresholds import LIMITS
 
 from . import test_verdict_others as others
 from .device_faults import INSIDE, JUDGED, OUTSIDE, experts, failures, judged, steps

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from edgelm.parity import check, verdict
+from edgelm.parity import check
+from edgelm.parity import checks as verdict
+from edgelm.parity.limits import LIMITS, LOSS_WARNINGS, SAME_PACK
 from edgelm.parity.pack import TokenizerPrint
-from edgelm.parity.thresholds import LIMITS, LOSS_WARNINGS, SAME_PACK
-from edgelm.tokenizer import Tokenizer
+from edgelm.tokenization.tokenizer import Tokenizer
 
 from .conftest import CHECKPOINTS
 from .device_faults import (

@@ -264,8 +264,9 @@ def folders(root: Path, *, all_kinds: bool = True) -> dict[str, Path]:
     """A folder of each kind of the table above, or of "bundle" and "gpu" alone."""
     import pytest
 
-    from edgelm.export import ExportOptions, export_bundle, gpu_target
-    from edgelm.export.engine_options import EngineOptions
+    from edgelm.export import ExportOptions, export_bundle
+    from edgelm.export.tensorrt import target as gpu_target
+    from edgelm.export.tensorrt.options import EngineOptions
     from edgelm.parity.golden import GoldenOptions
     from edgelm.parity.prompts import BUILT_IN
     from edgelm.quant.recipe import Recipe

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bundle import Bundle
-from edgelm.generate import LanguageModel
+from edgelm.generation.language_model import LanguageModel
 from edgelm.runtimes import Runtime
-from edgelm.tokenizer import Tokenizer
+from edgelm.tokenization.tokenizer import Tokenizer
 
 END = 2
 

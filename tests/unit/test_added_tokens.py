@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from tokenizer_folders import ADDITIONS, add_by_both, add_by_decoder, add_by_file, example, gemma_json, llama, put
 
-from edgelm.added_tokens import AddedToken, Declared, read_declared
 from edgelm.errors import TokenizerError
-from edgelm.tokenizer import Tokenizer
+from edgelm.tokenization.added_tokens import AddedToken, Declared, read_declared
+from edgelm.tokenization.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize("add", [add_by_file, add_by_decoder, add_by_both])

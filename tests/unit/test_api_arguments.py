@@ -13,9 +13,9 @@ import pytest
 from tiny_graph import write_tiny_model
 
 from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError, TokenizerError
-from edgelm.generate import LanguageModel, load
+from edgelm.generation.language_model import LanguageModel, load
+from edgelm.generation.sampling import Sampler, Sampling
 from edgelm.runtimes import open_batch, open_runtime, open_tracing
-from edgelm.sampling import Sampler, Sampling
 
 
 @pytest.fixture(scope="module")

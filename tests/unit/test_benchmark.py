@@ -23,10 +23,10 @@ from edgelm.benchmark import (
     read_bandwidth,
 )
 from edgelm.bundle import Bundle, TensorEntry
+from edgelm.bundle.cpu_layout import REFINE
 from edgelm.cli.bench import table
 from edgelm.cli.main import cli
 from edgelm.errors import ContextLengthError, EdgeLMError
-from edgelm.packed import REFINE
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,16 @@ from click.testing import CliRunner
 
 from edgelm.checkpoint import Checkpoint
 from edgelm.cli.main import cli
+from edgelm.corpus import Texts, read_texts, windows
 from edgelm.errors import RecipeError
-from edgelm.export.packing import common_format, float_format
+from edgelm.export.packing.cpu import common_format, float_format
 from edgelm.quant import Recipe, Scheme, WeightSource, dequantize, parse_scheme, quantize
-from edgelm.quant.budget import budget_recipe, parse_candidates
-from edgelm.quant.budget.losses import BELIEF, Losses
-from edgelm.quant.budget.sensitivity import measure
-from edgelm.quant.budget.units import KINDS, Unit, find_units
-from edgelm.quant.budget.writing import Choice, make_recipe, to_toml
-from edgelm.texts import Texts, read_texts, windows
-from edgelm.tokenizer import Tokenizer
+from edgelm.quant.mixed_precision import budget_recipe, parse_candidates
+from edgelm.quant.mixed_precision.losses import BELIEF, Losses
+from edgelm.quant.mixed_precision.recipe_toml import Choice, make_recipe, to_toml
+from edgelm.quant.mixed_precision.sensitivity import measure
+from edgelm.quant.mixed_precision.units import KINDS, Unit, find_units
+from edgelm.tokenization.tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 INT4 = parse_scheme("int4-g32-sym")

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from edgelm.quant.budget.solve import Option, solve
+from edgelm.quant.mixed_precision.solve import Option, solve
 
 
 def random_units(seed: int, units: int = 6, options: int = 4) -> list[list[Option]]:

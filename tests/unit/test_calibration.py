@@ -22,8 +22,8 @@ from click.testing import CliRunner
 
 from edgelm.checkpoint import Checkpoint, WeightReader
 from edgelm.cli.quantize import quantize as quantize_command
+from edgelm.corpus import read_texts, standard_library, windows
 from edgelm.errors import CheckpointError, EdgeLMError, RecipeError
-from edgelm.models.layerwise import LayerwiseReference
 from edgelm.progress import Advance, Progress
 from edgelm.quant import PRESETS, Fp8Scheme, Recipe, Rule, Scheme, WeightSource, codec
 from edgelm.quant.calibration import (
@@ -32,16 +32,16 @@ from edgelm.quant.calibration import (
     CoverageOptions,
     calibrate_checkpoint,
     coverage,
-    stream,
-    work,
 )
+from edgelm.quant.calibration import layer as stream
+from edgelm.quant.calibration import resume as work
 from edgelm.quant.calibration.options import CalibrationOptions
 from edgelm.quant.calibration.report import LayerReport, TensorReport
 from edgelm.quant.checkpoint import quantize_checkpoint
 from edgelm.quant.methods import Moments, calibrate
+from edgelm.reference.layerwise import LayerwiseReference
 from edgelm.synth import write_random_checkpoint
-from edgelm.texts import read_texts, standard_library, windows
-from edgelm.tokenizer import Tokenizer
+from edgelm.tokenization.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from faults import KILL, interrupted_at, operations

@@ -15,17 +15,18 @@ from click.testing import CliRunner
 
 from edgelm.checkpoint import Checkpoint, bf16_to_float32, float32_to_bf16
 from edgelm.cli.quantize import quantize as quantize_command
+from edgelm.corpus import read_texts, standard_library, windows
 from edgelm.errors import EdgeLMError, RecipeError
 from edgelm.progress import Advance, Progress
 from edgelm.quant import PRESETS, Recipe, Rule, Scheme, WeightSource
-from edgelm.quant.calibration import CALIBRATION_FILE, CalibrationReport, calibrate_checkpoint, work
+from edgelm.quant.calibration import CALIBRATION_FILE, CalibrationReport, calibrate_checkpoint
+from edgelm.quant.calibration import resume as work
+from edgelm.quant.calibration.ranges import calibrated_scales
 from edgelm.quant.checkpoint import quantize_checkpoint
-from edgelm.quant.ranges import calibrated_scales
 from edgelm.quant.reference import activation_kinds, reference_module
-from edgelm.quant.smoothed import Scaling
+from edgelm.quant.scaled_checkpoint import Scaling
 from edgelm.synth import write_random_checkpoint
-from edgelm.texts import read_texts, standard_library, windows
-from edgelm.tokenizer import Tokenizer
+from edgelm.tokenization.tokenizer import Tokenizer
 
 COMMON: dict[str, Any] = {
     "vocab_size": 640,

@@ -13,12 +13,13 @@ from test_calibration import CONFIGS, INT4, inputs_of_matrices, sample_ids
 from torch import Tensor
 
 from edgelm.checkpoint import Checkpoint
+from edgelm.corpus import standard_library
 from edgelm.quant import dequantize, parse_scheme, quantize
-from edgelm.quant.calibration import CoverageOptions, calibrate_checkpoint, stream
+from edgelm.quant.calibration import CoverageOptions, calibrate_checkpoint
+from edgelm.quant.calibration import layer as stream
 from edgelm.quant.methods import Moments, calibrate
 from edgelm.quant.methods.moments import Factor
 from edgelm.synth import write_random_checkpoint
-from edgelm.texts import standard_library
 
 
 @dataclass(frozen=True)

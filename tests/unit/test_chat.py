@@ -17,12 +17,12 @@ import pytest
 from click.testing import CliRunner, Result
 from tiny_graph import Shape, write_tiny_model
 
-from edgelm.chat import Trimmed, read_messages, trim_messages, write_messages
-from edgelm.cli.chat_input import Cleared, Entry
-from edgelm.cli.chat_session import Screen, Session
+from edgelm.cli.chat.input import Cleared, Entry
+from edgelm.cli.chat.session import Screen, Session
 from edgelm.cli.main import cli
 from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError
-from edgelm.generate import LanguageModel, load
+from edgelm.generation.language_model import LanguageModel, load
+from edgelm.tokenization.chat_template import Trimmed, read_messages, trim_messages, write_messages
 
 Message = dict[str, Any]
 
@@ -212,7 +212,7 @@ def test_commands_that_leave(bundle: Path, leave: str) -> None:
 
 
 def test_help_names_every_command(bundle: Path) -> None:
-    from edgelm.cli.chat_session import ALIASES, COMMANDS
+    from edgelm.cli.chat.session import ALIASES, COMMANDS
 
     result = chat(bundle, "/help\n/?\n")
     assert (result.exit_code, result.stdout) == (0, "")

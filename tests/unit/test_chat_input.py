@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from edgelm.cli import chat_input
-from edgelm.cli.chat_input import Entry, History, piped_entries, unusable
+from edgelm.cli.chat import input as chat_input
+from edgelm.cli.chat.input import Entry, History, piped_entries, unusable
 
 
 def entries(data: str | bytes) -> list[Entry]:

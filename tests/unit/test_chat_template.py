@@ -13,10 +13,10 @@ import pytest
 from published_templates import FILTERS, GLOBALS, PUBLISHED, TESTS
 from tokenizer_folders import gemma, olmoe, put
 
-from edgelm.chat import ChatTemplate, template_notes
 from edgelm.errors import GenerationError, TokenizerError
-from edgelm.synth_tokenizer import GEMMA_CHAT_TEMPLATE, OLMOE_CHAT_TEMPLATE
-from edgelm.tokenizer import Tokenizer
+from edgelm.synth.tokenizer import GEMMA_CHAT_TEMPLATE, OLMOE_CHAT_TEMPLATE
+from edgelm.tokenization.chat_template import ChatTemplate, template_notes
+from edgelm.tokenization.tokenizer import Tokenizer
 
 TALK = [
     {"role": "user", "content": 'Hi <&> "é" '},

@@ -181,7 +181,7 @@ def test_a_header_of_as_many_tensors_as_are_read_is_read(tmp_path: Path) -> None
 
 
 def test_rounding_that_export_uses_keeps_nan(tmp_path: Path) -> None:
-    from edgelm.export.ops import stored_as
+    from edgelm.export.graph.base import stored_as
 
     values = np.array([np.nan, -np.nan, 1.0, np.inf], np.float32)
     bits = np.asarray(stored_as(values, "bfloat16", "w")).astype(np.uint16)

@@ -23,7 +23,7 @@ from transformers_oracle import TOLERANCE, disk_tensors, randomize, relative
 
 from edgelm.checkpoint import Checkpoint
 from edgelm.errors import CheckpointError, UnsupportedConfigError
-from edgelm.models import fields
+from edgelm.models import config_fields as fields
 from edgelm.models.fox import FoxConfig
 
 Tensors = dict[str, Tensor]

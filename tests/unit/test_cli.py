@@ -21,7 +21,7 @@ from tiny_graph import Shape, write_tiny_model
 
 import edgelm
 from edgelm.cli.main import VERBS, cli
-from edgelm.generate import load
+from edgelm.generation.language_model import load
 from edgelm.installing import install_hint
 from edgelm.runtimes.base import interruptible
 
@@ -50,7 +50,7 @@ def test_help_lists_every_verb_and_imports_none() -> None:
         "import sys; from click.testing import CliRunner; from edgelm.cli.main import cli; "
         "assert CliRunner().invoke(cli, ['--help']).exit_code == 0; "
         "loaded = [name for name in sys.modules if name.startswith('edgelm.cli.')]; "
-        "assert sorted(loaded) == ['edgelm.cli.interrupts', 'edgelm.cli.main'], loaded; "
+        "assert sorted(loaded) == ['edgelm.cli.common.interrupts', 'edgelm.cli.main'], loaded; "
         "assert 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
@@ -340,7 +340,7 @@ def write_fox(path: Path) -> Path:
 @pytest.fixture
 def operators(monkeypatch: pytest.MonkeyPatch) -> Path:
     """The compiled operators, with the instruction set left to them."""
-    from edgelm.runtimes.native_library import library_path
+    from edgelm.runtimes.onnxruntime.native_library import library_path
 
     monkeypatch.delenv("EDGELM_ISA", raising=False)
     path = library_path()

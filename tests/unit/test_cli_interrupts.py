@@ -80,10 +80,10 @@ def test_ctrl_c_stays_ignored_where_whoever_started_the_command_ignores_it(tmp_p
 
 def test_little_is_imported_before_ctrl_c_is_looked_after() -> None:
     # -S: what Python itself and the import hook of an editable installation import is not ours.
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import edgelm.cli.interrupts; print(*sys.modules)"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import edgelm.cli.common.interrupts; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-P", "-S", "-c", code], capture_output=True, text=True, check=True)
     imported = done.stdout.split()
-    assert "edgelm.cli.interrupts" in imported
+    assert "edgelm.cli.common.interrupts" in imported
     assert not {"typing", "re", "contextlib", "click", "dataclasses"} & set(imported)
 
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgelm import devices
-from edgelm.cli.colours import echo
+from edgelm.cli.common.colours import echo
 from edgelm.cli.main import ALIASES, VERBS, cli
 
 # Options whose value is free text: what is wrong with it only a file, a model or the hub can tell.
@@ -209,8 +209,8 @@ NOWHERE = "/nowhere/at/all"
 def test_the_harness_looks_at_the_bundle_before_it_imports_anything(
     arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgelm.cli.extras.need_eval_extra", lambda: None)
-    monkeypatch.setitem(sys.modules, "edgelm.lm_harness", None)  # importing it now raises ImportError
+    monkeypatch.setattr("edgelm.cli.common.extras.need_eval_extra", lambda: None)
+    monkeypatch.setitem(sys.modules, "edgelm.evaluation.lm_harness", None)  # importing it now raises ImportError
     result = invoke("harness", *arguments)
     assert result.exit_code == 1
     assert f"{NOWHERE} is not a folder" in result.stderr
@@ -219,7 +219,7 @@ def test_the_harness_looks_at_the_bundle_before_it_imports_anything(
 def test_the_harness_asks_for_a_bundle_of_our_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from edgelm.cli.harness import check_bundle
 
-    monkeypatch.setattr("edgelm.cli.extras.need_eval_extra", lambda: None)
+    monkeypatch.setattr("edgelm.cli.common.extras.need_eval_extra", lambda: None)
     result = invoke("harness", "--model", "edgelm", "--tasks", "x")
     assert result.exit_code == 2
     assert "--model edgelm needs a bundle: add --model_args bundle=DIR" in result.stderr

@@ -10,7 +10,7 @@ import pytest
 from tiny_graph import write_tiny_bundle
 
 from edgelm.bundle import Bundle
-from edgelm.contents import Contents, Layout
+from edgelm.bundle.contents import Contents, Layout
 from edgelm.errors import BundleError
 
 HELD = {"layout": "array", "dtype": "float32", "shape": [4, 4], "matrices": ["x"], "rows": [4]}

@@ -13,9 +13,9 @@ import pytest
 from tiny_graph import Shape, write_tiny_model
 
 from edgelm.bundle import Bundle
-from edgelm.generate import load
+from edgelm.corpus import standard_library
+from edgelm.generation.language_model import load
 from edgelm.quant import Recipe
-from edgelm.texts import standard_library
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

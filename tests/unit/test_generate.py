@@ -15,8 +15,8 @@ from tiny_graph import Shape, write_tiny_model
 import edgelm
 from edgelm.bundle import Bundle
 from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError, TokenizerError
-from edgelm.generate import LanguageModel, load
-from edgelm.tokenizer import Tokenizer
+from edgelm.generation.language_model import LanguageModel, load
+from edgelm.tokenization.tokenizer import Tokenizer
 
 PROMPT = "def main():\n    return"
 
@@ -275,7 +275,7 @@ def test_prompts_without_usable_tokens_are_refused(model: LanguageModel) -> None
 
 
 def test_reprs_say_what_a_thing_is_in_one_line(model: LanguageModel) -> None:
-    from edgelm.options import Options
+    from edgelm.generation.options import Options
 
     stream = model.stream(PROMPT * 5, max_tokens=100, temperature=2.0, seed=1)
     assert repr(stream).startswith("TextStream(not begun, ")

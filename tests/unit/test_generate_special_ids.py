@@ -9,8 +9,8 @@ from scripted_model import Scripted
 from tiny_graph import write_tiny_model
 
 from edgelm.bundle import Bundle
-from edgelm.generate import LanguageModel, load
-from edgelm.tokenizer import Tokenizer
+from edgelm.generation.language_model import LanguageModel, load
+from edgelm.tokenization.tokenizer import Tokenizer
 
 PAD, EOS, BOS, UNKNOWN, TURN, END_OF_TURN = range(6)
 MESSAGES = [{"role": "user", "content": "Hi"}]

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 import edgelm
 from edgelm.errors import GenerationError
+from edgelm.generation.sampling import most_probable
 from edgelm.runtimes.base import Runtime
-from edgelm.sampling import most_probable
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "checkpoints" / "fox-tiny"
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from tokenizer_folders import gemma, gemma_json, olmoe, plain_byte_level
 
-from edgelm import piece_model, tokenizer_json
 from edgelm.errors import TokenizerError
-from edgelm.piece_model import read_piece_model
-from edgelm.tokenizer import Tokenizer
-from edgelm.tokenizer_json import check_pattern
+from edgelm.tokenization import piece_model, tokenizer_json
+from edgelm.tokenization.piece_model import read_piece_model
+from edgelm.tokenization.tokenizer import Tokenizer
+from edgelm.tokenization.tokenizer_json import check_pattern
 
 Replace = dict[str, Any]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from edgelm.bundle.kv_cache import KV_TYPES, require_type, row_bytes
 from edgelm.errors import EdgeLMError
-from edgelm.kv_cache import KV_TYPES, require_type, row_bytes
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from edgelm.errors import ContextLengthError
-from edgelm.models import family, layerwise
-from edgelm.models.layerwise import LayerwiseReference
-from edgelm.models.trace import Trace
+from edgelm.models import family
 from edgelm.progress import Advance, Progress
+from edgelm.reference import layerwise
+from edgelm.reference.kv_cache import Trace
+from edgelm.reference.layerwise import LayerwiseReference
 
 OLMOE: dict[str, Any] = {
     "architectures": ["OlmoeForCausalLM"],

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from edgelm.models import matmul
-from edgelm.models.matmul import ROWS, SMALL, linear, reproducible
+from edgelm.reference import matmul
+from edgelm.reference.matmul import ROWS, SMALL, linear, reproducible
 
 COLUMNS = 512
 

@@ -10,8 +10,8 @@ import onnxruntime as ort
 import pytest
 
 from edgelm.errors import RuntimeUnavailableError
-from edgelm.runtimes import native_library
-from edgelm.runtimes.native_library import describe_cpu, library_path
+from edgelm.runtimes.onnxruntime import native_library
+from edgelm.runtimes.onnxruntime.native_library import describe_cpu, library_path
 
 
 @pytest.fixture

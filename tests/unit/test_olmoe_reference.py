@@ -24,7 +24,7 @@ from edgelm.models.olmoe import (
     router_z_loss,
     tensor_shapes,
 )
-from edgelm.models.trace import Trace
+from edgelm.reference.kv_cache import Trace
 
 # config.json of allenai/OLMoE-1B-7B-0924.
 PUBLISHED: dict[str, Any] = {

@@ -13,8 +13,8 @@ import pytest
 from test_api_arguments import WRONG
 
 from edgelm.errors import EdgeLMError, GenerationError
-from edgelm.options import GenerateOptions, Options
-from edgelm.sampling import Sampling
+from edgelm.generation.options import GenerateOptions, Options
+from edgelm.generation.sampling import Sampling
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,9 +9,9 @@ import pytest
 
 from edgelm.parity import metrics
 from edgelm.parity.diagnose import DeviceTrace, diagnose
+from edgelm.parity.limits import LIMITS
 from edgelm.parity.pack import GoldenPrompt, ParityPack, ReferenceRecord
 from edgelm.parity.sketch import sign_matrix, sketch
-from edgelm.parity.thresholds import LIMITS
 
 LAYERS, WIDTH, EXPERTS, CHOSEN = 4, 256, 16, 2
 PROMPTS = (30, 50, 40)

@@ -10,12 +10,12 @@ import pytest
 from small_checkpoint import tokens, write_small
 from test_parity_pack import make_pack, make_record
 
-from edgelm.models.hooks import Hooks, LaterRows
-from edgelm.models.layerwise import LayerwiseReference
-from edgelm.parity import verdict
+from edgelm.parity import checks as verdict
+from edgelm.parity.limits import LIMITS
 from edgelm.parity.noise import rounding_limits
 from edgelm.parity.pack import GoldenPrompt, RoundedRecord
-from edgelm.parity.thresholds import LIMITS
+from edgelm.reference.hooks import Hooks, LaterRows
+from edgelm.reference.layerwise import LayerwiseReference
 
 VOCAB, TOP, COUNT = 300, 64, 400
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from edgelm.errors import ParityError
+from edgelm.parity.limits import LIMITS, LOSS_WARNINGS, kind_of, loss_table, markdown_table, values_table
 from edgelm.parity.pack import GoldenPrompt, ParityPack, ReferenceRecord, RoundedRecord, TokenizerPrint
 from edgelm.parity.prompts import BUILT_IN, load_prompts
-from edgelm.parity.thresholds import LIMITS, LOSS_WARNINGS, kind_of, loss_table, markdown_table, values_table
 
 
 def make_record(rng, layers=2, count=9, top=4, probes=3, experts=8, k=2):

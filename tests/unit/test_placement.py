@@ -17,9 +17,10 @@ from onnx import TensorProto, helper
 
 from edgelm.errors import DeviceError, DeviceMemoryError, RuntimeUnavailableError
 from edgelm.installing import install_hint
-from edgelm.runtimes import onnxruntime_gpu, runtimes
-from edgelm.runtimes.placement import check_placement, placement, record_placement
-from edgelm.runtimes.router_probe import check_router
+from edgelm.runtimes import runtimes
+from edgelm.runtimes.onnxruntime import cuda_session as onnxruntime_gpu
+from edgelm.runtimes.onnxruntime.placement import check_placement, placement, record_placement
+from edgelm.runtimes.onnxruntime.router_probe import check_router
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 

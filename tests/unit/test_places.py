@@ -18,7 +18,7 @@ from edgelm.files import atomic_directory, atomic_file
 from edgelm.pages.page import REPORT, document
 from edgelm.places import check_place
 from edgelm.quant import PRESETS
-from edgelm.quant.calibration.work import WORK
+from edgelm.quant.calibration.resume import WORK
 from edgelm.quant.recipe import RECIPE
 
 TINY = Path(__file__).parents[2] / "examples" / "checkpoints" / "fox-tiny"

@@ -10,8 +10,6 @@ import torch
 from small_checkpoint import CONFIGS, tokens, write_small
 
 from edgelm.errors import RecipeError
-from edgelm.models.hooks import Hooks, hook_model
-from edgelm.models.layerwise import LayerwiseReference
 from edgelm.quant import PRESETS, Recipe, Rule, Scheme, WeightSource, fp8
 from edgelm.quant.activations import (
     DYNAMIC,
@@ -26,6 +24,8 @@ from edgelm.quant.activations import (
     round_fp8,
 )
 from edgelm.quant.reference import activation_kinds, quantized_activations, reference_module
+from edgelm.reference.hooks import Hooks, hook_model
+from edgelm.reference.layerwise import LayerwiseReference
 
 FAMILIES = pytest.mark.parametrize("family", CONFIGS)
 ROUTER = PRESETS["int8"].rules[0]

@@ -14,8 +14,8 @@ from edgelm.errors import RecipeError
 from edgelm.progress import Silent
 from edgelm.quant import PRESETS, Recipe, Scheme, WeightSource
 from edgelm.quant.activations import STATIC
+from edgelm.quant.calibration.ranges import InputRange, calibrated_scales, record_ranges
 from edgelm.quant.checkpoint import write_quantized
-from edgelm.quant.ranges import InputRange, calibrated_scales, record_ranges
 from edgelm.quant.reference import activation_kinds, reference_module
 
 FAMILIES = pytest.mark.parametrize("family", CONFIGS)

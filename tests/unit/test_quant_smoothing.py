@@ -9,13 +9,13 @@ from small_checkpoint import CONFIGS, tokens, write_small
 
 from edgelm.checkpoint import Checkpoint
 from edgelm.errors import RecipeError
-from edgelm.models.trace import Trace
 from edgelm.quant import PRESETS, Recipe, Scheme, WeightSource
+from edgelm.quant.calibration.ranges import record_ranges
 from edgelm.quant.checkpoint import quantize_checkpoint
-from edgelm.quant.ranges import record_ranges
 from edgelm.quant.reference import activation_kinds, reference_module
-from edgelm.quant.smoothed import Scaling, SmoothedCheckpoint
+from edgelm.quant.scaled_checkpoint import Scaling, SmoothedCheckpoint
 from edgelm.quant.smoothing import Seen, head_folds, layer_folds, smooth
+from edgelm.reference.kv_cache import Trace
 
 FAMILIES = pytest.mark.parametrize("family", CONFIGS)
 

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-import edgelm.quant.budget
+import edgelm.quant.mixed_precision
 from edgelm.bundle import Bundle
 from edgelm.checkpoint import Checkpoint
 from edgelm.cli.main import cli
+from edgelm.corpus import standard_library
 from edgelm.quant import Recipe, WeightSource
-from edgelm.quant.budget import BudgetResult, budget_recipe
 from edgelm.quant.calibration import CalibrationReport
-from edgelm.runtimes.native_library import library_path
+from edgelm.quant.mixed_precision import BudgetResult, budget_recipe
+from edgelm.runtimes.onnxruntime.native_library import library_path
 from edgelm.synth import write_random_checkpoint
-from edgelm.texts import standard_library
 
 CONFIG = {
     "architectures": ["OlmoeForCausalLM"],
@@ -55,7 +55,7 @@ def builtin(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert options["text"] == "builtin"
         return budget_recipe(*arguments, **options | {"text": text, "tokens": 256})
 
-    monkeypatch.setattr(edgelm.quant.budget, "budget_recipe", measured)
+    monkeypatch.setattr(edgelm.quant.mixed_precision, "budget_recipe", measured)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_measured(
 ) -> None:
     (tmp_path / "there").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(edgelm.quant.budget, "budget_recipe", never)
+        patch.setattr(edgelm.quant.mixed_precision, "budget_recipe", never)
         base = [verb, checkpoint, "-o", tmp_path / "q"]
         for two in (["--bits", "4", "--budget", "1MiB"], ["--bits", "4", "--recipe", "int4"]):
             done = run(*base, *two)

@@ -18,10 +18,11 @@ from tiny_graph import Shape, write_manifest, write_tiny_bundle
 
 from edgelm.bundle import Bundle
 from edgelm.errors import BundleError, ContextLengthError, EdgeLMError, GenerationError, RuntimeUnavailableError
-from edgelm.runtimes import Runtime, onnxruntime_cpu, open_runtime, runtimes
+from edgelm.runtimes import Runtime, open_runtime, runtimes
 from edgelm.runtimes.base import interruptible
-from edgelm.runtimes.onnxruntime_common import import_onnxruntime
-from edgelm.runtimes.onnxruntime_cpu import PortableRuntime, open_tracing
+from edgelm.runtimes.onnxruntime import portable as onnxruntime_cpu
+from edgelm.runtimes.onnxruntime.portable import PortableRuntime, open_tracing
+from edgelm.runtimes.onnxruntime.session import import_onnxruntime
 
 SHAPE = Shape()
 IDS = np.random.default_rng(1).integers(0, SHAPE.vocab, 40).tolist()

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgelm.errors import GenerationError
-from edgelm.sampling import Sampler, Sampling, candidates, penalise
+from edgelm.generation.sampling import Sampler, Sampling, candidates, penalise
 
 
 def random_logits(size: int, seed: int, scale: float = 3.0) -> NDArray[np.float32]:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from tokenizer_folders import gemma, gemma_json, olmoe, plain_byte_level, put
 
-from edgelm.chat import ChatTemplate
 from edgelm.errors import TokenizerError
-from edgelm.special_tokens import closes_turns
-from edgelm.tokenizer import Tokenizer
+from edgelm.tokenization.chat_template import ChatTemplate
+from edgelm.tokenization.special_tokens import closes_turns
+from edgelm.tokenization.tokenizer import Tokenizer
 
 
 def with_files(folder: Path, **files: dict[str, Any]) -> Tokenizer:

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from edgelm.errors import GenerationError
-from edgelm.stopping import StopStrings
+from edgelm.generation.stop_strings import StopStrings
 
 
 def cut(text: str, stops: list[str]) -> tuple[str, bool]:

@@ -23,8 +23,8 @@ from edgelm.errors import CheckpointError, EdgeLMError, UnsupportedConfigError
 from edgelm.models import family
 from edgelm.progress import Advance, Progress
 from edgelm.synth import PUBLISHED, SHARD_BYTES, synth, write_random_checkpoint
-from edgelm.synth_tokenizer import write_gemma_tokenizer, write_olmoe_tokenizer
-from edgelm.tokenizer import Tokenizer
+from edgelm.synth.tokenizer import write_gemma_tokenizer, write_olmoe_tokenizer
+from edgelm.tokenization.tokenizer import Tokenizer
 
 OLMOE = {
     "architectures": ["OlmoeForCausalLM"],

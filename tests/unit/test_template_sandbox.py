@@ -16,10 +16,10 @@ import psutil
 import pytest
 from hostile_templates import DEEP, FULL, HANGS, RAISES
 
-from edgelm.chat import ChatTemplate
 from edgelm.errors import EdgeLMError, GenerationError, TokenizerError
-from edgelm.template_sandbox import Sandbox
-from edgelm.template_worker import Answer, Renderer
+from edgelm.tokenization.chat_template import ChatTemplate
+from edgelm.tokenization.template_sandbox import Sandbox
+from edgelm.tokenization.template_worker import Answer, Renderer
 
 TALK = [{"role": "user", "content": "Hi"}]
 GOOD = "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}{% endfor %}"
@@ -187,8 +187,8 @@ def program(code: str) -> subprocess.Popen[str]:
     """A program that says `ready` and the number of its rendering process, and then does `code`."""
     start = f"""
 import signal, sys
-from edgelm.chat import ChatTemplate
-from edgelm.template_sandbox import Sandbox
+from edgelm.tokenization.chat_template import ChatTemplate
+from edgelm.tokenization.template_sandbox import Sandbox
 sandbox = Sandbox(cpu_seconds=0.8)
 good = ChatTemplate({GOOD!r}, {{}}, sandbox=sandbox)
 hang = ChatTemplate({HANG!r}, {{}}, sandbox=sandbox)
@@ -246,7 +246,7 @@ def test_a_second_ctrl_c_leaves_no_answer_of_the_interrupted_rendering(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("edgelm.template_sandbox._Process._read", interrupted)
+        patch.setattr("edgelm.tokenization.template_sandbox._Process._read", interrupted)
         patch.setattr(sandbox, "_end", interrupted)
         template.render([{"role": "user", "content": "first"}])
     assert template.render([{"role": "user", "content": "second"}]) == "user: SECOND"
@@ -274,8 +274,8 @@ def test_no_process_is_left_when_edgelm_is_killed(busy: bool) -> None:
 
 def test_it_ends_with_the_program_and_without_a_word() -> None:
     code = """
-from edgelm.chat import ChatTemplate
-from edgelm.template_sandbox import SANDBOX
+from edgelm.tokenization.chat_template import ChatTemplate
+from edgelm.tokenization.template_sandbox import SANDBOX
 SANDBOX.start()
 print(ChatTemplate("{{ messages[0].content }}", {}).render([{"role": "user", "content": "x"}]), SANDBOX.pid)
 """

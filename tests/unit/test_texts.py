@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgelm.corpus import read_texts, windows
 from edgelm.errors import EdgeLMError
-from edgelm.texts import read_texts, windows
 
 
 class Letters:

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from edgelm.chat import ChatTemplate
 from edgelm.checkpoint import Checkpoint
 from edgelm.models import family
-from edgelm.models.trace import Trace
-from edgelm.tokenizer import Tokenizer
+from edgelm.reference.kv_cache import Trace
+from edgelm.tokenization.chat_template import ChatTemplate
+from edgelm.tokenization.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parents[2] / "examples" / "checkpoints"
 NAMES = ("olmoe-tiny", "fox-tiny")

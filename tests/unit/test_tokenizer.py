@@ -14,8 +14,8 @@ import tokenizers
 from tokenizer_folders import KINDS, TEXTS, gemma, gemma_json, olmoe, plain_byte_level, put, trained_pieces
 
 from edgelm.errors import TokenizerError
-from edgelm.tokenizer import Tokenizer
-from edgelm.tokenizer_json import adds_bos
+from edgelm.tokenization.tokenizer import Tokenizer
+from edgelm.tokenization.tokenizer_json import adds_bos
 
 Library = tuple[Callable[[str], list[int]], Callable[[list[int]], str]]
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from tokenizer_folders import ADDITIONS, TEXTS, WAYS, example, gemma_json, llama, llama_json, put
 
-from edgelm.tokenizer import Tokenizer
+from edgelm.tokenization.tokenizer import Tokenizer
 
 EMOJI = ("🎉", "👩‍👩‍👧‍👦", "🇩🇪", "👍🏽", "❤️", "🏴\U000e0067\U000e0062\U000e007f", "1️⃣")
 SCRIPTS = (

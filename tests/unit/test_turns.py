@@ -17,8 +17,8 @@ from tiny_graph import write_tiny_model
 
 from edgelm.bundle import Bundle
 from edgelm.errors import EdgeLMError, GenerationError
-from edgelm.generate import LanguageModel, load
-from edgelm.stream import TextStream
+from edgelm.generation.language_model import LanguageModel, load
+from edgelm.generation.stream import TextStream
 
 SOON = 30.0
 """Seconds after which a wait that should end at once has failed."""

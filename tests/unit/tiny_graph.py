@@ -192,7 +192,7 @@ def write_tiny_model(
 
     The tokenizer is byte-level as OLMoE's, or with `gemma` as Fox's: it begins texts with a token of its own (2).
     """
-    from edgelm.synth_tokenizer import write_gemma_tokenizer, write_olmoe_tokenizer
+    from edgelm.synth.tokenizer import write_gemma_tokenizer, write_olmoe_tokenizer
 
     shape = shape or Shape(vocab=512, context=256)
     write_tiny_bundle(path, shape, seed=seed)

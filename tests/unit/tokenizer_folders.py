@@ -11,7 +11,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from edgelm import synth_tokenizer
+from edgelm.synth import tokenizer as synth_tokenizer
 
 TEXTS = (
     "Hello, world! The people know how to make it good.",

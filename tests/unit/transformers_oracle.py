@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from edgelm.models import family
-from edgelm.models.trace import Trace
+from edgelm.reference.kv_cache import Trace
 
 TOLERANCE = 1e-5  # relative error in the Euclidean norm
 

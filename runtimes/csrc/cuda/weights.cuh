@@ -1,4 +1,4 @@
-// How weights are stored, and how a lane's 16 bytes of a tile become operands: see edgelm/gpu_weights.py for the layout.
+// How weights are stored, and how a lane's 16 bytes of a tile become operands: see edgelm/bundle/gpu_layout.py for the layout.
 #pragma once
 
 #include "device.cuh"

@@ -34,7 +34,7 @@ const Kernels* ChooseKernels(std::string* why);
 
 }  // namespace edgelm
 
-// The same for runtimes/native_library.py, through ctypes.
+// The same for runtimes/onnxruntime/native_library.py, through ctypes.
 extern "C" {
 
 // Raised by one whenever these functions change; the caller must see the number it was written for.

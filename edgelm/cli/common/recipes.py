@@ -1,0 +1,124 @@
+"""Which recipe a verb quantises with: one that the user has, or one that is chosen for a number of bits or bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from edgelm.cli.common.options import Number, Size
+
+if TYPE_CHECKING:
+    from edgelm.places import Kind
+    from edgelm.progress import Progress
+    from edgelm.quant.calibration import CalibrationOptions
+    from edgelm.quant.mixed_precision import BudgetResult
+    from edgelm.quant.recipe import Recipe
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def budget_options(command: Command) -> Command:
+    """How many bits a weight may have, or how many bytes all of them."""
+    for option in (
+        click.option(
+            "--budget",
+            type=Size(),
+            metavar="SIZE",
+            help="Or: size of the bundle's weights file, for example 3.2GB.",
+        ),
+        click.option("--bits", type=Number(0, 32, min_open=True), help="Mean bits of a weight, scales included."),
+    ):
+        command = option(command)
+    return command
+
+
+def refuse_two(recipe: str | None, bits: float | None, budget: int | None) -> None:
+    """Check that at most one of them was given.
+
+    Raises:
+        click.UsageError: two were.
+    """
+    if sum(value is not None for value in (recipe, bits, budget)) > 1:
+        raise click.UsageError("give one of --recipe, --bits and --budget")
+
+
+def budgeted(
+    checkpoint: str,
+    out: Path,
+    kind: Kind,
+    *,
+    reference: str | None = None,
+    bits: float | None,
+    budget: int | None,
+    calibration: CalibrationOptions | None,
+    overwrite: bool,
+    progress: Progress,
+) -> BudgetResult | None:
+    """Choose the recipe for --bits or --budget, measured with the text of --calibration; None where neither was given.
+
+    Raises:
+        EdgeLMError: `out` is no place for an output of this kind, or no recipe keeps within the budget.
+    """
+    if bits is None and budget is None:
+        return None
+    from edgelm.cli.common.extras import need_export_extra
+
+    need_export_extra()
+    from edgelm.corpus import BUILTIN
+    from edgelm.places import check_place
+    from edgelm.quant.mixed_precision import TOKENS, budget_recipe
+    from edgelm.sizes import format_size
+
+    # Measuring takes a while; what writes the output would say so afterwards.
+    check_place(out, kind, sources=[checkpoint, reference], overwrite=overwrite)
+    # What suffices for the calibration is enough here.
+    tokens = TOKENS if calibration is None else min(TOKENS, calibration.samples * calibration.length)
+    result = budget_recipe(
+        checkpoint,
+        bits=bits,
+        budget=budget,
+        text=BUILTIN if calibration is None else calibration.text,
+        tokens=tokens,
+        name=f"bits-{bits:g}" if budget is None else f"budget-{''.join(format_size(budget).split())}",
+        progress=progress,
+    )
+    progress.note(f"chosen: {in_words(result)}")
+    return result
+
+
+def chosen(recipe: str | None, result: BudgetResult | None, default: str) -> Recipe:
+    """The recipe that `budgeted` came to, or the one named, or the default.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    from edgelm.quant.recipe import Recipe
+
+    return result.recipe if result is not None else Recipe.load(recipe or default)
+
+
+def in_words(result: BudgetResult) -> str:
+    """What a budgeted recipe comes to, in one line."""
+    from edgelm.sizes import format_size
+
+    return (
+        f"{result.bits:.2f} bits a weight, a weights file of {format_size(result.file_bytes)}, expected KL "
+        f"{result.predicted:.1e} nats a token (bound {result.bound:.1e})"
+    )
+
+
+def in_json(result: BudgetResult) -> dict[str, Any]:
+    """What a budgeted recipe comes to, for a JSON document."""
+    return {
+        "bits": round(result.bits, 4),
+        "bytes": result.nbytes,
+        "file_bytes": result.file_bytes,
+        "predicted_kl": result.predicted,
+        "bound_kl": result.bound,
+        "text": result.text,
+        "tokens": result.tokens,
+        "notes": list(result.notes),
+    }

@@ -1,0 +1,260 @@
+"""`edgelm inspect`: what a folder is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgelm.cli.common.colours import echo
+from edgelm.cli.common.options import PATH, json_option
+
+if TYPE_CHECKING:
+    from edgelm.bundle import Bundle, CalibrationInfo, Manifest
+    from edgelm.bundle.cpu_layout import PackedMatrix
+    from edgelm.cli.inspect.gpu import GpuGroup
+    from edgelm.runtimes.onnxruntime.native_library import CpuKernels
+
+
+@click.command()
+@click.argument("path", type=PATH, required=False)
+@click.option("--cpu", is_flag=True, help="In place of PATH: the kernels that this processor runs, and why those.")
+@click.option("--verify", is_flag=True, help="Hash every file of a bundle and compare with its manifest.")
+@json_option
+def inspect(path: Path | None, cpu: bool, verify: bool, as_json: bool) -> None:
+    """Say what PATH, a bundle or a checkpoint, is: model, sizes, recipe; --verify checks a bundle's hashes.
+
+    Of a checkpoint it also says whether `edgelm export` takes it, and every reason why not.
+
+    Exit code 1 if --verify finds a difference, or with --cpu if EDGELM_ISA names what cannot be used.
+    """
+    import json
+
+    from edgelm.bundle import MANIFEST, Bundle
+    from edgelm.cli.common.tables import pairs
+    from edgelm.progress import Bars
+
+    if cpu:
+        if path is not None or verify:
+            raise click.UsageError("--cpu describes this machine: it takes neither PATH nor --verify")
+        inspect_cpu(as_json)
+        return
+    if path is None:
+        raise click.UsageError("name a bundle or a checkpoint, or ask for --cpu")
+    if (path / MANIFEST).is_file() or not (path / "config.json").is_file():
+        bundle = Bundle.open(path)
+        problems = bundle.verify(Bars()) if verify else None
+        document, rows = bundle_document(bundle, problems), bundle_rows(bundle, problems)
+    else:
+        from edgelm.cli.inspect.checkpoint import checkpoint_document, checkpoint_rows
+
+        if verify:
+            raise click.UsageError("--verify needs a bundle: a checkpoint has no hashes to compare with")
+        problems, document = None, checkpoint_document(path)
+        rows = checkpoint_rows(document)
+    if as_json:
+        click.echo(json.dumps(document))
+    else:
+        echo(pairs(rows))
+    if problems:
+        raise click.exceptions.Exit(1)
+
+
+def inspect_cpu(as_json: bool) -> None:
+    """Print which kernels this processor runs; exit with 1 where it was told to run ones that it cannot."""
+    import json
+
+    from edgelm import devices
+    from edgelm.cli.common.tables import pairs
+    from edgelm.runtimes.onnxruntime.native_library import describe_cpu
+
+    device, kernels = devices.describe(), describe_cpu()
+    document = {"kind": "cpu", "processor": device.cpu, "architecture": device.architecture, **kernels.as_dict()}
+    click.echo(json.dumps(document) if as_json else pairs(cpu_rows(f"{device.cpu}, {device.architecture}", kernels)))
+    if kernels.library is not None and kernels.chosen is None:
+        raise click.exceptions.Exit(1)
+
+
+def cpu_rows(processor: str, kernels: CpuKernels) -> list[tuple[str, str]]:
+    """What a person wants to know of the kernels."""
+    rows = [("processor", processor), ("operators", kernels.library or "none"), ("chosen", kernels.why)]
+    if kernels.chosen is not None:
+        rows[-1] = ("chosen", f"{kernels.chosen}: {kernels.why}")
+    for isa in kernels.instruction_sets:
+        if isa.name == kernels.chosen:
+            state = "in use, forced" if kernels.forced else "in use"
+        elif isa.available:
+            state = f"available: EDGELM_ISA={isa.name} forces it"
+        else:
+            state = f"not available: {isa.missing}"
+        rows.append((isa.name, state))
+    return rows
+
+
+def bundle_document(bundle: Bundle, problems: list[str] | None) -> dict[str, Any]:
+    """The manifest without its table of tensors, and what verification found."""
+    import json
+
+    from edgelm.cli.inspect.gpu import gpu_groups, kernels_document
+
+    manifest = json.loads(bundle.manifest.to_json())
+    del manifest["tensors"]
+    groups: list[PackedGroup | GpuGroup] = [*packed_groups(bundle), *gpu_groups(bundle)]
+    weights = [group.as_dict() for group in groups]
+    document = {"kind": "bundle", "path": str(bundle.path), "bytes": bundle.size, **manifest, "problems": problems}
+    if bundle.manifest.target == "tensorrt":
+        from edgelm.runtimes.tensorrt.engine_info import engine_document, engines
+
+        document["engines"] = [engine_document(info, bundle) for info in engines(bundle)]
+        document["kernels"] = kernels_document(bundle)
+    return {**document, "weights": weights} if weights else document
+
+
+@dataclass(frozen=True)
+class PackedGroup:
+    """Packed matrices of one kind and shape, of all layers (and experts): `count` of them, of `bytes` together."""
+
+    name: str
+    matrix: PackedMatrix
+    count: int
+    bytes: int
+
+    def line(self) -> str:
+        """For people."""
+        times = f"{self.count} x " if self.count > 1 else ""
+        return f"{self.name}: {times}{self.matrix.describe()}, {self.matrix.bits_per_weight:.2f} bits a weight"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        matrix = self.matrix
+        return {
+            "name": self.name,
+            "count": self.count,
+            "kind": matrix.kind.label,
+            "group": matrix.group,
+            "zeros": matrix.zeros,
+            "swiglu": matrix.swiglu,
+            "rows": matrix.rows,
+            "columns": matrix.columns,
+            "bits_per_weight": matrix.bits_per_weight,
+            "bytes": self.bytes,
+        }
+
+
+def packed_groups(bundle: Bundle) -> list[PackedGroup]:
+    """What the headers of a native bundle's weights say; empty for a portable one.
+
+    Raises:
+        BundleError: a header is damaged.
+    """
+    import dataclasses
+    import re
+
+    from edgelm.bundle.cpu_layout import read_matrices
+
+    manifest = bundle.manifest
+    if manifest.ops != "native":
+        return []
+    found: dict[tuple[str, PackedMatrix], list[int]] = {}
+    with bundle.file(manifest.graph.weights_file).open("rb") as stream:
+        for tensor in manifest.tensors:
+            for _, matrix in read_matrices(stream, tensor.offset, tensor.name):
+                key = (re.sub(r"layers\.\d+\.", "layers.*.", tensor.name), dataclasses.replace(matrix, low_plane=0))
+                found.setdefault(key, []).append(matrix.first_bytes + matrix.lower_bytes)
+    return [PackedGroup(name, matrix, len(sizes), sum(sizes)) for (name, matrix), sizes in found.items()]
+
+
+def calibration_line(info: CalibrationInfo | None) -> str:
+    """The text that chose a bundle's codes, and the experts that it did not reach."""
+    if info is None:
+        return "no: weights are rounded to nearest, or came quantised"
+    methods = ", ".join(f"{count} {method}" for method, count in info.methods.items())
+    line = f"{info.samples} x {info.length} tokens of {info.text} (SHA-256 {info.sha256[:12]}); matrices: {methods}"
+    if info.smoothing:
+        line += f"; smoothed for {info.smoothing}"
+    if info.fallbacks:
+        named = ", ".join(f"{f.layer}.{f.expert} ({f.tokens})" for f in info.fallbacks)
+        line += f"; layer.expert (tokens) that saw too few and were rounded to nearest: {named}"
+    return line
+
+
+def activations_line(manifest: Manifest) -> str:
+    """What the products of a bundle multiply: as the recipe asks, or what its target has in place of that."""
+    from edgelm.errors import RecipeError
+    from edgelm.quant.recipe import AUTO, FLOAT, Recipe
+
+    try:
+        recipe = Recipe.from_toml(manifest.recipe.toml)
+    except RecipeError as error:
+        return f"unknown: {error}"  # another version's recipe: what it says of the bundle besides is still of use
+    if recipe.default is None and all(rule.scheme is None for rule in recipe.rules):
+        return "float32"
+    blocks = "int8 in blocks of 32" if manifest.ops == "native" else "int8 in blocks of the weights' groups"
+
+    def words(asked: str) -> str:
+        if asked == AUTO:
+            return f"{blocks} where weights are integers, else float32"
+        if asked == FLOAT:
+            return "float32"
+        return f"{blocks}, finer than {asked}" if asked.startswith("int8") else f"float32, in place of {asked}"
+
+    own = [rule for rule in recipe.rules if rule.activations not in (None, recipe.activations)]
+    return "; ".join([words(recipe.activations), *(f"{rule.pattern}: {words(str(rule.activations))}" for rule in own)])
+
+
+def bundle_rows(bundle: Bundle, problems: list[str] | None) -> list[tuple[str, str]]:
+    """What a person wants to know of a bundle."""
+    from edgelm.bundle.kv_cache import row_bytes
+    from edgelm.cli.inspect.gpu import gpu_groups, kernels_rows, multiplied
+    from edgelm.sizes import format_size
+
+    manifest, model = bundle.manifest, bundle.manifest.model
+    experts = f", {model.num_experts} experts of which {model.experts_per_token} act" if model.num_experts else ""
+    kv = manifest.graph.kv_dtype
+    cached = 2 * model.num_layers * model.num_kv_heads * row_bytes(kv, model.head_dim, manifest.ops)
+    made = f", made {manifest.created}" if manifest.created else ""
+    weights: list[PackedGroup | GpuGroup] = [*packed_groups(bundle), *gpu_groups(bundle)]
+    rows = [
+        ("bundle", f"{bundle.path}, format {manifest.format_version}{made}"),
+        ("model", f"{model.name} ({model.family}): {model.num_layers} layers of {model.hidden_size}{experts}"),
+        ("attention", f"{model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} for keys and values"),
+        ("vocabulary", f"{model.vocab_size:,}{', embedding and head tied' if model.tied else ''}"),
+        ("context", f"{model.context_length:,} positions, {format_size(cached)} of {kv} cache each"),
+        ("recipe", f"{manifest.recipe.name}, floats as {manifest.dtype}"),
+        ("calibrated", calibration_line(manifest.calibration)),
+        ("activations", multiplied(bundle) if manifest.ops == "gpu" else activations_line(manifest)),
+        ("target", f"{manifest.target}, {manifest.ops} operators"),
+        *(("needs", f"{need.package} {need.version} or newer: {need.feature}") for need in manifest.requires),
+        ("source", manifest.source.id),
+        ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
+        ("size", format_size(bundle.size)),
+        *(("", f"{format_size(info.size):>8}  {name}") for name, info in manifest.files.items()),
+        *(("weights", f"{format_size(group.bytes):>8}  {group.line()}") for group in weights),
+        *kernels_rows(bundle),
+        *engine_rows(bundle),
+    ]
+    if problems is None:
+        rows.append(("verified", "sizes only; --verify checks every byte"))
+    elif problems:
+        rows += [("DAMAGED", problem) for problem in problems]
+    else:
+        rows.append(("verified", "every file is what was exported"))
+    return rows
+
+
+def engine_rows(bundle: Bundle) -> list[tuple[str, str]]:
+    """The TensorRT engines of a bundle for GPUs, and what each needs."""
+    if bundle.manifest.target != "tensorrt":
+        return []
+    from edgelm.runtimes.tensorrt.engine_info import engine_lines, engines
+
+    found = engines(bundle)
+    if not found:
+        return [("engines", f"none: `edgelm build {bundle.path}` adds one; the runtime cuda-kernels needs none")]
+    return [
+        (label, line)
+        for info in found
+        for label, line in zip(("engine", "", ""), engine_lines(info, bundle), strict=True)
+    ]

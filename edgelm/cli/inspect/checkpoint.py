@@ -1,0 +1,137 @@
+"""What `edgelm inspect` says of a checkpoint of any architecture, and whether `edgelm export` takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgelm.errors import CheckpointError, EdgeLMError
+from edgelm.installing import install_hint
+
+if TYPE_CHECKING:
+    from edgelm.checkpoint import CheckpointFiles
+    from edgelm.models import Family
+    from edgelm.quant.source import WeightSource
+
+_SHOWN = ("num_hidden_layers", "hidden_size", "vocab_size", "num_experts", "num_experts_per_tok")
+
+
+def checkpoint_document(path: Path) -> dict[str, Any]:
+    """Config, sizes and types of the checkpoint in the folder `path`, and why `export` would refuse it.
+
+    Of weights only headers are read, but for what must be compared: what values refuse, an export finds.
+
+    Raises:
+        CheckpointError: config.json or the weight files cannot be read at all.
+    """
+    from edgelm.checkpoint import CheckpointFiles
+
+    with CheckpointFiles(path) as files:
+        dtypes: dict[str, int] = {}
+        for tensor in files.stored.values():
+            dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
+        family, source, refused = _survey(files)
+        quantized = files.config.get("quantization_config") is not None
+        recipe = source.recipe if source is not None and quantized else None
+        return {
+            "kind": "checkpoint",
+            "path": str(path),
+            "config": files.config,
+            "family": family,
+            "tensors": len(files.stored),
+            "dtypes": dtypes,
+            "bytes": sum(tensor.nbytes for tensor in files.stored.values()),
+            "quantized": quantized,
+            "recipe": None if recipe is None else {"name": recipe.name, "toml": recipe.to_toml()},
+            "input_scales": 0 if recipe is None or source is None else _input_scales(source),
+            "exportable": not refused,
+            "refused": refused,
+        }
+
+
+def _input_scales(source: WeightSource) -> int:
+    return sum(source.input_scale(name) is not None for name in source.shapes)
+
+
+def _survey(files: CheckpointFiles) -> tuple[str | None, WeightSource | None, list[str]]:
+    """The family, the tensors where they can be opened, and every reason against an export."""
+    from edgelm.checkpoint import Checkpoint, family_of
+    from edgelm.quant.source import WeightSource
+
+    try:
+        found = family_of(files.config)
+    except CheckpointError as error:
+        return None, None, [_said(error, files)]
+    config, refused = _config(found, files)
+    source = None
+    try:
+        # Stays open: it is read from until this command ends.
+        source = WeightSource(Checkpoint(files.path))
+        if config is not None:
+            source.check_tensors(found.tensor_shapes(config))
+    except EdgeLMError as error:
+        refused.append(_said(error, files))
+    refused += _tokenizer(files, getattr(config, "vocab_size", None))
+    return found.name, source, list(dict.fromkeys(refused))
+
+
+def _config(family: Family, files: CheckpointFiles) -> tuple[Any, list[str]]:
+    """The config without the fields that are not implemented, None where it is impossible; and what is against it."""
+    from edgelm.models import config_fields as fields
+
+    try:
+        read = {*family.config_class.__dataclass_fields__, "head_dim"}
+    except ModuleNotFoundError as error:
+        return None, [f"{error.name} is not installed, which exporting needs: {install_hint('export')}"]
+    offending = fields.not_implemented(files.config, read)
+    refused = [f"config.json: {problem}: not implemented" for problem in offending.values()]
+    try:
+        wanted = {key: value for key, value in files.config.items() if key not in offending}
+        return family.config_class.from_dict(wanted), refused
+    except CheckpointError as error:
+        return None, [*refused, _said(error, files)]
+
+
+def _tokenizer(files: CheckpointFiles, rows: int | None) -> list[str]:
+    """What is against the checkpoint's tokenizer."""
+    from edgelm.tokenization.tokenizer import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_folder(files.path)
+    except EdgeLMError as error:
+        return [_said(error, files)]
+    if rows is not None and tokenizer.vocab_size > rows:
+        return [f"the tokenizer has {tokenizer.vocab_size} tokens, the model's table only {rows} rows"]
+    return []
+
+
+def _said(error: EdgeLMError, files: CheckpointFiles) -> str:
+    """The message without the folder, which stands above it."""
+    folder = str(files.path)
+    return str(error).removeprefix(folder).lstrip(":/ ")
+
+
+def checkpoint_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a person wants to know of a checkpoint, by its `checkpoint_document`."""
+    from edgelm.sizes import format_size
+
+    config, family = document["config"], document["family"]
+    named = config.get("architectures") or [config.get("model_type", "unknown")]
+    architecture = named[0] if isinstance(named, list) else named
+    rows = [
+        ("checkpoint", str(document["path"])),
+        ("architecture", f"{architecture} ({family})" if family else str(architecture)),
+        *((name, str(config[name])) for name in _SHOWN if name in config),
+        ("tensors", ", ".join(f"{count:,} {dtype}" for dtype, count in document["dtypes"].items()) or "none"),
+        ("size", format_size(document["bytes"])),
+    ]
+    if document["quantized"]:
+        quantization, recipe = config["quantization_config"], document["recipe"]
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        rows.append(("quantised", f"by {method}{', recipe ' + recipe['name'] if recipe else ''}"))
+        if document["input_scales"]:
+            rows.append(("", f"{document['input_scales']} matrices with a static scale of their inputs"))
+    if document["exportable"]:
+        return [*rows, ("export", "takes it")]
+    return [*rows, ("export", "refuses it"), *(("REFUSED", reason) for reason in document["refused"])]

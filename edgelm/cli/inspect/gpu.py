@@ -1,0 +1,130 @@
+"""What `edgelm inspect` says of a bundle for GPUs: its weights, its kernels, and what its products multiply."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgelm.bundle import Bundle
+    from edgelm.bundle.gpu_layout import GpuMatrix
+
+
+@dataclass(frozen=True)
+class GpuGroup:
+    """Blobs of one kind and shape, of all layers: `count` of them, of `bytes` together."""
+
+    name: str
+    matrix: GpuMatrix
+    count: int
+    bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Storage for each weight, scales, zero points and filling included."""
+        matrix = self.matrix
+        return 8 * matrix.nbytes / (matrix.count * matrix.rows * matrix.columns)
+
+    def line(self) -> str:
+        """For people."""
+        matrix = self.matrix
+        times = f"{self.count} x " if self.count > 1 else ""
+        experts = f"{matrix.count} of " if matrix.count > 1 else ""
+        scales = "" if not matrix.kind.scale_bytes else ", a scale a row" if matrix.groups == 1 else f"-g{matrix.group}"
+        zeros = " with zero points" if matrix.zeros else ""
+        gated = ", gate and up" if matrix.swiglu else ""
+        return (
+            f"{self.name}: {times}{experts}{matrix.rows} x {matrix.columns} {matrix.kind}{scales}{zeros}{gated}, "
+            f"{self.bits_per_weight:.2f} bits a weight"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        matrix = self.matrix
+        return {
+            "name": self.name,
+            "count": self.count,
+            "kind": str(matrix.kind),
+            "group": matrix.group,
+            "zeros": matrix.zeros,
+            "swiglu": matrix.swiglu,
+            "matrices": matrix.count,
+            "rows": matrix.rows,
+            "columns": matrix.columns,
+            "bits_per_weight": self.bits_per_weight,
+            "bytes": self.bytes,
+        }
+
+
+def gpu_groups(bundle: Bundle) -> list[GpuGroup]:
+    """The blobs of a bundle for GPUs; none of any other.
+
+    Raises:
+        BundleError: its program is damaged.
+    """
+    if bundle.manifest.ops != "gpu":
+        return []
+    from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program, matrix_of
+    from edgelm.runtimes.cuda.weights import check_weights_file
+
+    program = Program.read(bundle.file(PROGRAM_FILE))
+    check_weights_file(program, bundle.file(bundle.manifest.graph.weights_file))
+    blobs: dict[str, GpuMatrix] = {}
+    for node in program.nodes:
+        if node.op in ("QuantEmbedding", "QuantLinear"):
+            blobs[node.inputs[1]] = matrix_of(node)
+        elif node.op == "SparseMoE":
+            blobs |= {node.inputs[2]: matrix_of(node, "gate_up_"), node.inputs[3]: matrix_of(node, "down_")}
+    found: dict[tuple[str, GpuMatrix], int] = {}
+    for name, matrix in blobs.items():
+        key = (re.sub(r"layers\.\d+\.", "layers.*.", name), matrix)
+        found[key] = found.get(key, 0) + 1
+    return [GpuGroup(name, matrix, count, count * matrix.nbytes) for (name, matrix), count in found.items()]
+
+
+def kernels_document(bundle: Bundle) -> dict[str, Any] | None:
+    """Which devices a bundle has kernels for, and what compiled them; None of one without any.
+
+    Raises:
+        BundleError: the list of kernels is missing or damaged.
+    """
+    if bundle.manifest.ops != "gpu":
+        return None
+    from edgelm.runtimes.cuda.kernels.file import FOLDER, KernelFolder
+
+    folder = KernelFolder(bundle.file(FOLDER))
+    return {
+        "nvrtc": "{}.{}".format(*folder.compiler),
+        "kernels": len(folder.argument_bytes),
+        "targets": {target: bundle.file(f"{FOLDER}/{file}").stat().st_size for target, file in folder.files.items()},
+    }
+
+
+def kernels_rows(bundle: Bundle) -> list[tuple[str, str]]:
+    """The same for people."""
+    from edgelm.sizes import format_size
+
+    document = kernels_document(bundle)
+    if document is None:
+        return []
+    targets = ", ".join(f"{target} ({format_size(nbytes)})" for target, nbytes in document["targets"].items())
+    needs = f"by NVRTC {document['nvrtc']}, for drivers of CUDA {document['nvrtc'].split('.')[0]} or newer"
+    return [("kernels", f"{document['kernels']}, {needs}: {targets}")]
+
+
+def multiplied(bundle: Bundle) -> str:
+    """What the products of a bundle for GPUs multiply."""
+    from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
+
+    program = Program.read(bundle.file(PROGRAM_FILE))
+    products = [node for node in program.nodes if "activations" in node.attrs]
+    rounded = sum(node.text("activations") != "float" for node in products)
+    floats = bundle.manifest.dtype
+    if not rounded:
+        return floats
+    if rounded == len(products):
+        return "FP8 E4M3 with a scale for each token"
+    return (
+        f"FP8 E4M3 with a scale for each token in {rounded} of {len(products)} products, else {bundle.manifest.dtype}"
+    )

@@ -1,0 +1,377 @@
+"""Bundles as a model of EleutherAI's lm-evaluation-harness, called "edgelm".
+
+    edgelm harness --model edgelm --model_args bundle=DIR --tasks arc_challenge --num_fewshot 25
+
+What is scored is what is deployed: the bundle's own runtime, tokenizer and chat template, one sequence at a time. Texts
+are split into context and continuation, cut to the window and summed up as the harness's Hugging Face model does it;
+where this differs, the method says so. Requests are sorted by their tokens, so that a prefix which many share (the
+examples of a few-shot prompt, the question of a multiple choice) goes through the model once.
+
+Needs lm_eval, but no torch. The harness has no way for a package to announce a model: `main` puts it into its registry.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+import edgelm
+from edgelm.errors import EdgeLMError, GenerationError
+from edgelm.generation.language_model import load
+from edgelm.generation.sampling import Sampling
+from edgelm.tokenization.chat_template import ChatTemplate
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+NAME = "edgelm"
+DEFAULT_MAX_TOKENS = 256
+"""Tokens generated where a task does not say: the harness's default."""
+
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_SAMPLING = tuple(field.name for field in fields(Sampling))
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What the model is fed, and the tokens whose probabilities are wanted after its last ones.
+
+    `index`: of the request. `inputs` [n] and `targets` [c], c <= n: target i follows input n - c + i.
+    """
+
+    index: int
+    inputs: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+@register_model(NAME)
+class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
+    """One loaded bundle.
+
+    Args:
+        bundle: its folder.
+        runtime, threads, context_length, kv: as of `edgelm.load`.
+        batch_size, max_batch_size, device: what the harness's command line passes on. Sequences run one at a time, on
+            the device that the bundle was exported for.
+
+    Raises:
+        EdgeLMError: the bundle cannot be loaded, a setting is unknown, or a batch is asked for.
+    """
+
+    def __init__(
+        self,
+        bundle: str | None = None,
+        runtime: str | None = None,
+        threads: int | None = None,
+        context_length: int | None = None,
+        kv: str | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        if unknown or bundle is None:
+            wrong = f"{', '.join(unknown)} is no setting of this model" if unknown else "which bundle is not said"
+            raise EdgeLMError(
+                f"{wrong}: write --model_args bundle=DIR and, if wanted, runtime=, threads=, context_length=, kv="
+            )
+        # "auto" chooses the largest batch there can be, which is 1.
+        if str(batch_size) not in ("None", "1") and not str(batch_size).startswith("auto"):
+            raise EdgeLMError(f"batch_size is {batch_size}: bundles run one sequence at a time, leave it out")
+        # The command line passes a GPU's name where it was given none; a bundle knows what it is for.
+        del max_batch_size, device
+        self._model = load(bundle, runtime=runtime, threads=threads, context_length=context_length, kv=kv, chat=False)
+        self._tokens = self._model.tokenizer
+        self._template: ChatTemplate | None = None
+        # The ids behind the runtime's cached positions.
+        self._cached: tuple[int, ...] = ()
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        self._model.close()
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that fit at once."""
+        return self._model.runtime.context_length
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Tokens generated where a task does not say."""
+        return DEFAULT_MAX_TOKENS
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self._model.bundle.manifest.tokens.eos_ids[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands before a text without context: the one that begins texts, else the one that ends them.
+
+        As the harness's Hugging Face model has it.
+        """
+        begin = self._tokens.bos_id
+        return self.eot_token_id if begin is None else begin
+
+    @cached_property
+    def tokenizer_name(self) -> str:
+        """Names the bundle's tokenizer: prompts that the harness keeps on disk are told apart by it."""
+        return f"{NAME}-{self._tokens.fingerprint()[:16]}"
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes beside the results."""
+        manifest, runtime = self._model.bundle.manifest, self._model.runtime
+        return {
+            "model_name": manifest.model.name,
+            "edgelm_version": edgelm.__version__,
+            "edgelm_recipe": manifest.recipe.name,
+            "edgelm_ops": manifest.ops,
+            "edgelm_runtime": runtime.name,
+            "edgelm_context_length": runtime.context_length,
+        }
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of a text.
+
+        Args:
+            string: any text.
+            add_special_tokens: put the token first that begins texts, where there is one; None does what the tokenizer
+                does by default, unless the text begins with it already, as chat templates write it.
+        """
+        begin = None if self._tokens.bos_id is None else self._tokens.token(self._tokens.bos_id)
+        if begin is None or (add_special_tokens is None and string.startswith(begin)):
+            return self._tokens.encode(string, add_bos=False)
+        return self._tokens.encode(string, add_bos=add_special_tokens)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Write a conversation as the bundle's chat template does.
+
+        Args:
+            chat_history: messages with "role" and "content".
+            add_generation_prompt: end with what makes the model answer; else the last message is the beginning of its
+                answer, and nothing that ends a message follows.
+
+        Raises:
+            EdgeLMError: the bundle has no template, or the template refuses the messages, even without a system
+                message.
+        """
+        template = self._template or ChatTemplate.from_folder(self._model.bundle.path, self._tokens)
+        try:
+            text = template.render(chat_history, add_generation_prompt)
+        except GenerationError as error:
+            rest = [message for message in chat_history if message["role"] != "system"]
+            if len(rest) == len(chat_history):
+                raise
+            log.warning("%s: rendered again without the system message", error)
+            text = template.render(rest, add_generation_prompt)
+        return text if add_generation_prompt else _without_ending(text, chat_history[-1]["content"])
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Choose the chat template that `apply_chat_template` uses: True the default one, a text the one of that name.
+
+        Returns:
+            Its source, None where none is to be applied.
+        """
+        if chat_template is False or chat_template is None:
+            return None
+        name = chat_template if isinstance(chat_template, str) else None
+        self._template = ChatTemplate.from_folder(self._model.bundle.path, self._tokens, name)
+        return self._template.source
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows as the harness cuts them.
+
+        The token before a text is `prefix_token_id`, once: the harness's Hugging Face model lets the tokenizer put a
+        begin token after it, whose log-likelihood it then adds.
+        """
+        windows: list[tuple[Any, list[int], list[int]]] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
+                context, continuation = make_disjoint_window(window)
+                windows.append((None, context, continuation))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[owner] += value
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """For (key, context, continuation) each: the sum of the continuation's log-probabilities in nats, and whether
+        each of its tokens was the most likely one. A context that does not fit loses its beginning.
+
+        Raises:
+            EdgeLMError: a continuation alone does not fit, or is empty.
+        """
+        self._start_over()
+        scored = sorted(self._cut(requests), key=lambda item: item.inputs)
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Scoring") as bar:
+            for inputs, group in groupby(scored, key=lambda item: item.inputs):
+                members = list(group)
+                for member, result in zip(members, self._score(inputs, members), strict=True):
+                    results[member.index] = result
+                    key = requests[member.index][0]
+                    if key is not None:
+                        self.cache_hook.add_partial("loglikelihood", key, result)
+                bar.update(len(members))
+        return results
+
+    def _cut(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> Iterator[_Scored]:
+        for index, (_, context, continuation) in enumerate(requests):
+            if not context or not continuation:
+                raise EdgeLMError(f"request {index} has an empty context or continuation: it has no log-likelihood")
+            if len(continuation) > self.max_length:
+                raise EdgeLMError(
+                    f"a continuation of {len(continuation)} tokens does not fit into the window of {self.max_length}: "
+                    "load the bundle with a larger context_length"
+                )
+            tokens = [*context, *continuation][-(self.max_length + 1) :]
+            yield _Scored(index, tuple(tokens[:-1]), tuple(continuation))
+
+    def _score(self, inputs: tuple[int, ...], members: Sequence[_Scored]) -> list[tuple[float, bool]]:
+        """Scores of requests that feed the model the same tokens."""
+        # One row alone may be computed by a shorter way through the head, exact for the most likely tokens only.
+        rows = min(len(inputs), max(2, *(len(member.targets) for member in members)))
+        begin = len(inputs) - rows
+        runtime = self._model.runtime
+        shared = min(_common(self._cached, inputs), begin)
+        runtime.truncate(shared)
+        self._cached = ()  # unknown, if what follows is interrupted
+        if shared < begin:
+            runtime.prefill(inputs[shared:begin])
+        sums, greedy = [0.0] * len(members), [True] * len(members)
+        position = begin
+        for block in runtime.logits_all(inputs[begin:]):
+            for row in block:
+                normaliser, best = _log_sum(row), int(row.argmax())
+                for number, member in enumerate(members):
+                    place = position - len(inputs) + len(member.targets)
+                    if place >= 0:
+                        target = member.targets[place]
+                        sums[number] += float(row[target]) - normaliser
+                        greedy[number] &= best == target
+                position += 1
+        self._cached = inputs
+        return list(zip(sums, greedy, strict=True))
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue each context by its own settings; greedy unless they ask for sampling.
+
+        Settings: `until` (a text or texts that end the answer and are no part of it), `max_gen_toks` and its other
+        names, `do_sample`, and what `edgelm.generation.sampling.Sampling` has. A context that does not fit beside the
+        tokens to generate loses its beginning.
+
+        Raises:
+            EdgeLMError: an unknown setting, or no room for the tokens to generate.
+        """
+        self._start_over()
+        prepared = []
+        for index, request in enumerate(requests):
+            context, settings = request.args
+            options = generation_options(settings)
+            room = self.max_length - options["max_tokens"]
+            if room < 1:
+                raise EdgeLMError(
+                    f"{options['max_tokens']} tokens to generate leave no room for a prompt in the window of "
+                    f"{self.max_length}: load with a larger context_length, or lower max_gen_toks (--gen_kwargs)"
+                )
+            prepared.append((self.tok_encode(context)[-room:], index, options))
+        answers = [""] * len(requests)
+        # Neighbours share prefixes, which the model keeps.
+        for tokens, index, options in tqdm(
+            sorted(prepared, key=lambda item: item[:2]), disable=disable_tqdm, desc="Generating"
+        ):
+            answers[index] = self._model.generate(tokens, **options).text
+            self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
+        return answers
+
+    def _start_over(self) -> None:
+        # Scoring and generating each keep their own record of what is cached.
+        self._model.runtime.reset()
+        self._cached = ()
+
+
+def generation_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `LanguageModel.generate` for a task's `generation_kwargs`.
+
+    `do_sample` decides: without it there is sampling where `temperature` is above 0; with it, `temperature` is 1 unless
+    given.
+
+    Raises:
+        EdgeLMError: a setting that there is not.
+    """
+    left = dict(settings)
+    until = left.pop("until", None) or []
+    lengths = [left.pop(name, None) for name in _LENGTHS]
+    given = [int(length) for length in lengths if length is not None]
+    do_sample = left.pop("do_sample", None)
+    temperature = float(left.pop("temperature", 1.0 if do_sample else 0.0))
+    if do_sample is False:
+        temperature = 0.0
+    unknown = sorted(set(left) - set(_SAMPLING))
+    if unknown:
+        known = ", ".join(sorted({"until", "do_sample", *_LENGTHS, *_SAMPLING}))
+        raise EdgeLMError(f"generation setting {', '.join(unknown)} is unknown; there are: {known}")
+    if temperature == 0:
+        # Tasks carry these along for other models; they would do nothing.
+        left = {name: value for name, value in left.items() if name not in ("top_k", "top_p", "min_p")}
+    return {
+        "stop": [until] if isinstance(until, str) else [text for text in until if text],
+        "max_tokens": given[0] if given else DEFAULT_MAX_TOKENS,
+        "temperature": temperature,
+        **left,
+    }
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """Tokens that two sequences begin with alike."""
+    for count, (one, other) in enumerate(zip(left, right, strict=False)):
+        if one != other:
+            return count
+    return min(len(left), len(right))
+
+
+def _log_sum(logits: NDArray[np.float32]) -> float:
+    """Logarithm of the sum of exponentials of logits [V]."""
+    highest = float(logits.max())
+    return highest + float(np.log(np.exp(logits - np.float32(highest)).sum(dtype=np.float64)))
+
+
+def _without_ending(text: str, content: str) -> str:
+    """A rendered conversation up to the end of its last message's content, which templates may strip."""
+    stripped = content.strip()
+    begin = text.rfind(stripped)
+    if begin < 0:
+        raise GenerationError("the chat template leaves the last message out: there is no answer to go on with")
+    kept = content.lstrip()
+    return text[: begin + len(kept if text.startswith(kept, begin) else stripped)]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the harness's own command line with these arguments, the model "edgelm" among its models."""
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv = ["edgelm harness", *arguments]
+    cli_evaluate()

@@ -1,0 +1,1 @@
+"""A loaded model that continues text: sampling, stop strings, streams, batches."""

@@ -1,0 +1,1 @@
+"""The PyTorch reference: in memory, and layer by layer from disk."""

@@ -1,0 +1,357 @@
+"""The reference run layer by layer from disk, for models whose float32 weights do not fit into memory.
+
+One sweep reads every layer once and advances several sequences, of different lengths, through it. In memory at any
+time: one layer's attention weights, the weights of one expert, one block of rows of the head. Experts that no token
+chose are not read at all. The arithmetic is that of the model files: their own modules do the work.
+
+Shape letters: N tokens of all sequences together, T of one sequence, D hidden, E experts, A active experts,
+V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgelm.checkpoint import WeightReader
+from edgelm.errors import ContextLengthError
+from edgelm.models import family
+from edgelm.progress import Progress, Silent
+from edgelm.reference.hooks import Hooks, head_name, hook_layer
+from edgelm.reference.kv_cache import KVCache, Trace
+from edgelm.reference.matmul import linear
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+HEAD_BLOCK_BYTES = 64 << 20  # of float32 weights; a head of 256000 x 2048 is 2 GB
+WINDOW_BYTES = 768 << 20  # of what a layer computes for the windows that go through it together
+
+Visit = Callable[[int, int, Tensor, "Tensor | None", Trace], None]
+"""Called with (layer, first window, residual stream [n, T, D] after it, input [n, T, D] of its feed-forward block, its
+trace). Layer -1 is the embedding, which has neither input nor trace."""
+
+
+@dataclass
+class SequenceState:
+    """Where one sequence stands: keys and values of all its positions so far."""
+
+    cache: KVCache
+
+    @property
+    def length(self) -> int:
+        """Positions seen."""
+        return self.cache.length
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from `length` on."""
+        self.cache.truncate(length)
+
+
+@dataclass
+class SequenceResult:
+    """What one sweep says about one sequence's T new positions.
+
+    Attributes:
+        final: float32 [T, D], the normed residual stream that the head reads.
+        hidden: L + 1 float32 [T, D]: [0] embedding output, [i + 1] residual stream after layer i. Empty unless traced.
+        router_logits: one float32 [T, E] a layer; None for a dense model or unless traced.
+        experts: one int64 [T, A] a layer, chosen experts by falling weight; None like `router_logits`.
+        expert_weights: one float32 [T, A] a layer, their weights as used; None like `router_logits`.
+    """
+
+    final: Floats
+    hidden: list[Floats] = field(default_factory=list)
+    router_logits: list[Floats] | None = None
+    experts: list[Ints] | None = None
+    expert_weights: list[Floats] | None = None
+
+
+@dataclass(frozen=True)
+class TopLogits:
+    """The largest logits of each position.
+
+    Attributes:
+        values: float32 [T, k], falling.
+        indices: int64 [T, k], their tokens.
+        logsumexp: float32 [T] over all V logits, so that values - logsumexp are log probabilities.
+    """
+
+    values: Floats
+    indices: Ints
+    logsumexp: Floats
+
+
+@dataclass
+class LayerwiseResult:
+    """The outcome of one sweep; the head is applied when asked, in blocks of rows and to all sequences at once."""
+
+    sequences: list[SequenceResult]
+    states: list[SequenceState]
+    reference: LayerwiseReference
+
+    def topk(self, k: int, gather: Sequence[Ints] | None = None) -> tuple[list[TopLogits], list[Floats] | None]:
+        """The k largest logits of every position and, in the same pass over the head, those at given tokens.
+
+        Args:
+            k: how many; at most V.
+            gather: for each sequence int64 [T, m], tokens whose logits are wanted too.
+
+        Returns:
+            One `TopLogits` a sequence, and one float32 [T, m] a sequence (None without `gather`).
+        """
+        return self.reference.top_logits([s.final for s in self.sequences], k, gather)
+
+    def gather(self, indices: Sequence[Ints]) -> list[Floats]:
+        """Logits float32 [T, m] at the tokens `indices` [T, m] of each sequence."""
+        _, gathered = self.topk(1, indices)
+        assert gathered is not None
+        return gathered
+
+    def logits(self) -> Iterator[tuple[slice, list[Floats]]]:
+        """Walk over the head: (range of tokens, for each sequence its logits [T, tokens in the range])."""
+        lengths = [len(s.final) for s in self.sequences]
+        final = torch.from_numpy(np.concatenate([s.final for s in self.sequences]))
+        for rows, block in self.reference.head_blocks(final):
+            yield rows, [part.numpy() for part in torch.split(block, lengths)]
+
+
+class LayerwiseReference:
+    """The reference of a checkpoint of either family, reading weights as it goes."""
+
+    def __init__(
+        self,
+        config_json: Mapping[str, Any],
+        weights: WeightReader,
+        *,
+        head_block_bytes: int = HEAD_BLOCK_BYTES,
+        hooks: Hooks | None = None,
+    ) -> None:
+        """Take the config.json and where to read tensors from; nothing is read yet.
+
+        `hooks` see, and may change, what each matrix multiplies and what is cached.
+
+        Raises:
+            UnsupportedConfigError, CheckpointError: the config is of no supported model.
+        """
+        self.family = family(config_json)
+        self.config = self.family.config_class.from_dict(config_json)
+        self.weights = weights
+        self.head_block_bytes = head_block_bytes
+        self.hooks = hooks
+
+    def new_state(self) -> SequenceState:
+        """A sequence of no positions."""
+        return SequenceState(KVCache(self.config.num_hidden_layers))
+
+    @torch.no_grad()
+    def step(
+        self,
+        ids: Sequence[Ints],
+        states: Sequence[SequenceState] | None = None,
+        trace: bool = False,
+        progress: Progress | None = None,
+    ) -> LayerwiseResult:
+        """Advance every sequence by its new tokens in one sweep over the weights.
+
+        Args:
+            ids: for each sequence int64 [T] new tokens, T >= 1; lengths may differ.
+            states: where each stands, as an earlier result returned them; they are advanced in place, or left as they
+                were if reading fails. None: the start.
+            trace: keep hidden states and routing.
+            progress: told of every layer.
+
+        Raises:
+            ValueError: not as many states as sequences, an empty sequence, or a token outside the vocabulary.
+            ContextLengthError: a sequence would outgrow `max_position_embeddings`.
+        """
+        states = [self.new_state() for _ in ids] if states is None else list(states)
+        self._check(ids, states)
+        before = [state.length for state in states]
+        try:
+            final, kept = self._sweep(ids, states, trace, progress or Silent())
+        except BaseException:
+            for state, length in zip(states, before, strict=True):
+                state.truncate(length)
+            raise
+        lengths = [len(sequence) for sequence in ids]
+        return LayerwiseResult(_by_sequence(final, kept if trace else None, lengths), states, self)
+
+    def _sweep(
+        self, ids: Sequence[Ints], states: Sequence[SequenceState], trace: bool, progress: Progress
+    ) -> tuple[Tensor, Trace]:
+        """The normed residual stream [N, D] of all new tokens, and what was traced on the way."""
+        lengths = [len(sequence) for sequence in ids]
+        x = self._embed(np.concatenate(ids))  # [N, D]
+        kept = Trace(hidden=[x])
+        with progress.task("reference layers", self.config.num_hidden_layers, unit="steps") as advance:
+            for index in range(self.config.num_hidden_layers):
+                layer = self.family.layer_from_disk(self.config, index, self.weights.read_float32)
+                if self.hooks is not None:
+                    hook_layer(layer, index, self.hooks)
+                projected = layer.self_attn.project(layer.input_layernorm(x))
+                mixed = [
+                    layer.self_attn.attend(q[None], k[None], v[None], state.cache, index)[0]
+                    for q, k, v, state in zip(*(torch.split(p, lengths) for p in projected), states, strict=True)
+                ]
+                x = x + layer.self_attn.o_proj(torch.cat(mixed))
+                x = x + layer.mlp(layer.post_attention_layernorm(x), kept if trace else None)
+                if trace:
+                    kept.hidden.append(x)
+                if self.hooks is not None:
+                    self.hooks.after_layer(index)
+                advance(1)
+        return self._final_norm(x), kept
+
+    @torch.no_grad()
+    def windows(
+        self, ids: Ints, visit: Visit | None = None, progress: Progress | None = None, *, label: str = "reference"
+    ) -> Floats:
+        """Run windows of one length, each from position 0, in one sweep; return the normed residual stream [W, T, D].
+
+        Unlike `step` it keeps no keys and values, so that its memory is that of the residual stream, one layer, and
+        `WINDOW_BYTES` of what that computes. Experts are read once for as many windows as that allows.
+
+        Args:
+            ids: int64 [W, T].
+            visit: shown every layer's work; what it keeps it must copy.
+            progress: told of every window and layer.
+            label: what the progress is called.
+
+        Raises:
+            ValueError, ContextLengthError: as `step`.
+        """
+        self._check(ids, [self.new_state() for _ in ids])
+        x = self._embed(ids.reshape(-1)).view(*ids.shape, -1)
+        together = max(1, WINDOW_BYTES // (ids.shape[1] * self._bytes_per_token()))
+        starts = range(0, len(ids), together)
+        if visit is not None:
+            for start in starts:
+                visit(-1, start, x[start : start + together], None, Trace())
+        with (progress or Silent()).task(label, self.config.num_hidden_layers * len(ids), unit="steps") as advance:
+            for index in range(self.config.num_hidden_layers):
+                layer = self.family.layer_from_disk(self.config, index, self.weights.read_float32)
+                if self.hooks is not None:
+                    hook_layer(layer, index, self.hooks)
+                inputs: list[Tensor] = []
+                layer.mlp.register_forward_pre_hook(lambda _module, given, kept=inputs: kept.append(given[0]))
+                for start in starts:
+                    part, trace = slice(start, start + together), Trace()
+                    x[part] = layer(x[part], None, index, trace)
+                    entered = inputs.pop()
+                    if visit is not None:
+                        visit(index, start, x[part], entered, trace)
+                    advance(len(x[part]))
+                if self.hooks is not None:
+                    self.hooks.after_layer(index)
+        return self._final_norm(x).numpy()
+
+    def _bytes_per_token(self) -> int:
+        """What a layer computes for one token, roughly: the feed-forward block's rows, gathered, computed, weighted."""
+        active = getattr(self.config, "num_experts_per_tok", 1)
+        return int(4 * (3 * active * self.config.hidden_size + 3 * self.config.intermediate_size))
+
+    def _final_norm(self, x: Tensor) -> Tensor:
+        norm = self.family.norm_class(self.config.hidden_size, self.config.rms_norm_eps)
+        norm.weight.copy_(torch.from_numpy(self.weights.read_float32("model.norm.weight")))
+        out: Tensor = norm(x)
+        return out
+
+    def _check(self, ids: Sequence[Ints] | Ints, states: Sequence[SequenceState]) -> None:
+        if not len(ids) or len(ids) != len(states):
+            raise ValueError(f"{len(ids)} sequences and {len(states)} states: expected as many, and at least one")
+        limit = self.config.max_position_embeddings
+        for i, (sequence, state) in enumerate(zip(ids, states, strict=True)):
+            if sequence.ndim != 1 or not len(sequence):
+                raise ValueError(f"sequence {i} has the shape {sequence.shape}; expected [T] with T >= 1")
+            if sequence.min() < 0 or sequence.max() >= self.config.vocab_size:
+                raise ValueError(f"sequence {i} has a token outside the vocabulary of {self.config.vocab_size}")
+            if state.length + len(sequence) > limit:
+                raise ContextLengthError(
+                    f"sequence {i} would have {state.length + len(sequence)} tokens; the model's context holds {limit}"
+                )
+
+    def _embed(self, ids: Ints) -> Tensor:
+        """Rows [N, D] of the embedding table, each needed one read once."""
+        wanted, places = np.unique(ids, return_inverse=True)
+        rows = [self.weights.read_float32("model.embed_tokens.weight", slice(int(i), int(i) + 1)) for i in wanted]
+        return torch.from_numpy(np.concatenate(rows)[places])
+
+    def head_blocks(self, final: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Logits of `final` [N, D] as (range of tokens, [N, tokens in the range]), from the first token to the last."""
+        name = head_name(self.config.tie_word_embeddings)
+        if self.hooks is not None:
+            final = self.hooks.inputs(name, final)
+        size = max(1, self.head_block_bytes // (4 * self.config.hidden_size))
+        for start in range(0, self.config.vocab_size, size):
+            rows = slice(start, min(start + size, self.config.vocab_size))
+            yield rows, linear(final, torch.from_numpy(self.weights.read_float32(name, rows)))
+
+    @torch.no_grad()
+    def top_logits(
+        self, finals: Sequence[Floats], k: int, gather: Sequence[Ints] | None = None
+    ) -> tuple[list[TopLogits], list[Floats] | None]:
+        """`LayerwiseResult.topk` for normed residual streams [T, D] from anywhere, in one pass over the head."""
+        if not 1 <= k <= self.config.vocab_size:
+            raise ValueError(f"k is {k}; expected 1 to the vocabulary's {self.config.vocab_size}")
+        lengths = [len(final) for final in finals]
+        final = torch.from_numpy(np.concatenate(finals))  # [N, D]
+        values = torch.empty(len(final), 0)
+        indices = torch.empty(len(final), 0, dtype=torch.int64)
+        total = torch.full((len(final),), -torch.inf)
+        wanted = None if gather is None else torch.from_numpy(_same_width(gather, lengths))  # [N, m]
+        found = None if wanted is None else torch.zeros(wanted.shape)
+        for rows, block in self.head_blocks(final):
+            total = torch.logaddexp(total, block.logsumexp(-1))
+            best, places = block.topk(min(k, block.shape[1]))
+            values, order = torch.cat([values, best], -1).topk(min(k, values.shape[1] + best.shape[1]))
+            indices = torch.cat([indices, places + rows.start], -1).gather(-1, order)
+            if wanted is not None and found is not None:
+                inside = (wanted >= rows.start) & (wanted < rows.stop)
+                local = (wanted - rows.start).clamp(0, block.shape[1] - 1)
+                found = torch.where(inside, block.gather(-1, local), found)
+        tops = [
+            TopLogits(v.numpy(), i.numpy(), t.numpy())
+            for v, i, t in zip(
+                torch.split(values, lengths), torch.split(indices, lengths), torch.split(total, lengths), strict=True
+            )
+        ]
+        if found is None or gather is None:
+            return tops, None
+        return tops, [f[:, : g.shape[1]].numpy() for f, g in zip(torch.split(found, lengths), gather, strict=True)]
+
+
+def _same_width(gather: Sequence[Ints], lengths: Sequence[int]) -> Ints:
+    """Stack [T, m] arrays of different m into [N, largest m]; the padding asks for token 0."""
+    for i, (indices, length) in enumerate(zip(gather, lengths, strict=True)):
+        if indices.ndim != 2 or len(indices) != length:
+            raise ValueError(f"gather for sequence {i} has the shape {indices.shape}; expected [{length}, m]")
+    stacked = np.zeros((sum(lengths), max(g.shape[1] for g in gather)), np.int64)
+    for start, indices in zip(np.cumsum([0, *lengths]), gather, strict=False):
+        stacked[start : start + len(indices), : indices.shape[1]] = indices
+    return stacked
+
+
+def _by_sequence(final: Tensor, kept: Trace | None, lengths: list[int]) -> list[SequenceResult]:
+    sequences = [SequenceResult(part.numpy()) for part in torch.split(final, lengths)]
+    if kept is None:
+        return sequences
+
+    def parts(tensors: list[Tensor]) -> list[list[NDArray[Any]]]:
+        """From one [N, ...] a layer to, for each sequence, one [T, ...] a layer."""
+        split = [[part.numpy() for part in torch.split(tensor, lengths)] for tensor in tensors]
+        return [list(layers) for layers in zip(*split, strict=True)]
+
+    for sequence, hidden in zip(sequences, parts(kept.hidden), strict=True):
+        sequence.hidden = hidden
+    if kept.router_logits:
+        routing = zip(parts(kept.router_logits), parts(kept.experts), parts(kept.expert_weights), strict=True)
+        for sequence, (logits, experts, weights) in zip(sequences, routing, strict=True):
+            sequence.router_logits, sequence.experts, sequence.expert_weights = logits, experts, weights
+    return sequences

@@ -1,0 +1,258 @@
+"""Random checkpoints: full-size ones that stand in for the published ones, and small ones for tests.
+
+Weights are Gaussian, drawn per tensor from a stream seeded by (seed, tensor name), so that every tensor differs from
+every other, and the same seed gives the same bytes in any sharding. Each value takes 16 random bits and looks up the
+middle of that 65 536th of the normal distribution (|z| < 4.2), which is several times faster than drawing normals and
+exact enough for weights that are then rounded to bfloat16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.checkpoint.safetensors import NUMPY_DTYPES
+from edgelm.checkpoint.writer import ShardedWriter, TensorSpec, float32_to_bf16
+from edgelm.checkpoint.written import CHECKPOINT
+from edgelm.errors import CheckpointError, EdgeLMError
+from edgelm.files import atomic_directory
+from edgelm.models import family
+from edgelm.progress import Progress, Silent
+from edgelm.sizes import format_size
+from edgelm.synth import tokenizer as synth_tokenizer
+
+BLOCK = 1 << 18  # values drawn at a time: half a megabyte, which stays in a core's cache until it is written
+SHARD_BYTES = 5_000_000_000  # transformers' "5GB", which the published checkpoints were saved with
+DISK_RESERVE = 64 << 20  # for tokenizer and index
+
+# The published config.json files.
+PUBLISHED: Mapping[str, Mapping[str, Any]] = {
+    "olmoe-1b-7b": {
+        "architectures": ["OlmoeForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "clip_qkv": None,
+        "eos_token_id": 50279,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 1024,
+        "max_position_embeddings": 4096,
+        "model_type": "olmoe",
+        "norm_topk_prob": False,
+        "num_attention_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 16,
+        "output_router_logits": False,
+        "pad_token_id": 1,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "router_aux_loss_coef": 0.01,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 50304,
+    },
+    "fox-1-1.6b": {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 4096,
+        "max_position_embeddings": 8192,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 4,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 256000,
+    },
+}
+PUBLISHED_DTYPE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+@cache
+def _normal_quantiles() -> NDArray[np.float64]:
+    """Middles of the 65 536 equal parts of the standard normal distribution, falling ones mirrored: exactly odd."""
+    inverse = NormalDist().inv_cdf
+    upper = np.array([inverse(0.5 + (i + 0.5) / 65536) for i in range(32768)])
+    return np.concatenate([-upper[::-1], upper])
+
+
+@cache
+def _table(mean: float, std: float, dtype: str) -> NDArray[Any]:
+    values = (mean + std * _normal_quantiles()).astype(np.float32)
+    return float32_to_bf16(values) if dtype == "BF16" else values.astype(NUMPY_DTYPES[dtype])
+
+
+def _random_blocks(seed: int, name: str, count: int, table: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """`count` values of `table`, in blocks; the stream depends on seed and name only."""
+    key = np.frombuffer(hashlib.sha256(f"{seed}:{name}".encode()).digest(), "<u4")
+    bits = np.random.SFC64(key.tolist())
+    for start in range(0, count, BLOCK):
+        size = min(BLOCK, count - start)
+        # random_raw, unlike Generator's methods, promises the same stream in every numpy.
+        index = np.asarray(bits.random_raw(-(-size // 4))).astype("<u8", copy=False).view("<u2")[:size]
+        yield np.take(table, index, mode="clip")
+
+
+def _distribution(name: str, shape: tuple[int, ...], hidden: int, layers: int) -> tuple[float, float]:
+    """Mean and standard deviation of a tensor.
+
+    0.02 at the published width and in proportion to 1/sqrt(width) elsewhere, so that router logits and attention
+    scores have the same spread in small models; projections back into the residual stream are divided by
+    sqrt(2 * layers), as initialisations do, so that the stream does not grow with depth.
+    """
+    if len(shape) == 1:
+        return 1.0, 0.05
+    std = 0.02 * math.sqrt(2048 / hidden)
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        std /= math.sqrt(2 * layers)
+    return 0.0, std
+
+
+def _write_weights(
+    config: Mapping[str, Any], folder: Path, seed: int, shard_bytes: int | None, dtype: str, progress: Progress
+) -> None:
+    kind = family(config)
+    shapes = kind.tensor_shapes(kind.config_class.from_dict(config))
+    specs = {name: TensorSpec(dtype, shape) for name, shape in shapes.items()}
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    total = sum(spec.nbytes for spec in specs.values())
+    free = shutil.disk_usage(folder).free
+    if free < total + DISK_RESERVE:
+        raise EdgeLMError(
+            f"{folder.parent}: the checkpoint takes {format_size(total)} and {format_size(free)} are free"
+        )
+    with ShardedWriter(folder, specs, shard_bytes) as writer, progress.task("write weights", total) as advance:
+        for name, shape in shapes.items():
+            table = _table(*_distribution(name, shape, hidden, layers), dtype)
+            done = 0
+            for block in _random_blocks(seed, name, math.prod(shape), table):
+                writer.write_flat(name, done, block)
+                done += block.size
+                advance(block.nbytes)
+
+
+def _write_tokenizer(config: dict[str, Any], folder: Path, *, renamed_eos: bool) -> None:
+    """Write the family's tokenizer and set the ids in `config` where they are absent or outside the vocabulary."""
+    vocab = config["vocab_size"]
+    # OLMoE's 50304 rows are 24 more than its tokenizer has entries; a model may produce ids without a token.
+    size = vocab - 24 if vocab >= synth_tokenizer.FIRST_WIDE_VOCAB else vocab
+    if family(config).name == "olmoe":
+        eos = config.get("eos_token_id")
+        if not isinstance(eos, int) or not 1 < eos < size:
+            eos = size - 1
+        config |= {"eos_token_id": eos, "pad_token_id": 1}
+        synth_tokenizer.write_olmoe_tokenizer(folder, size, eos, renamed_eos=renamed_eos)
+        generation = {"eos_token_id": eos, "pad_token_id": 1}
+    else:
+        # As published: wrong, Gemma's bos is 2 and its eos 1.
+        config |= {"bos_token_id": 1, "eos_token_id": 2}
+        synth_tokenizer.write_gemma_tokenizer(folder, vocab)
+        generation = {"bos_token_id": 1, "eos_token_id": 2}
+    _dump_json(folder / "generation_config.json", {"_from_model_config": True, **generation})
+
+
+def _dump_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _write(
+    config: dict[str, Any],
+    out: Path,
+    seed: int,
+    shard_bytes: int | None,
+    dtype: str,
+    progress: Progress,
+    *,
+    renamed_eos: bool,
+    overwrite: bool = False,
+) -> Path:
+    if dtype not in PUBLISHED_DTYPE:
+        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(PUBLISHED_DTYPE)}")
+    with atomic_directory(out, CHECKPOINT, overwrite=overwrite) as folder:
+        _write_tokenizer(config, folder, renamed_eos=renamed_eos)
+        _dump_json(folder / "config.json", config)
+        _write_weights(config, folder, seed, shard_bytes, dtype, progress)
+    return out
+
+
+def write_random_checkpoint(
+    config: Mapping[str, Any],
+    out: Path | str,
+    seed: int = 0,
+    shard_bytes: int | None = None,
+    dtype: str = "BF16",
+    progress: Progress | None = None,
+) -> Path:
+    """Write a complete random checkpoint of any supported config: weights, config.json and a tokenizer.
+
+    The special ids are as in the published checkpoints, both traps included: with an OLMoE config the end token's id
+    is named `|||IP_ADDRESS|||` and `<|endoftext|>` is another token; with a Fox config bos and eos are swapped in
+    config.json and generation_config.json. OLMoE's tokenizer has 24 entries less than `vocab_size` from 1024 on.
+
+    Args:
+        config: as in config.json; fields of special ids may be absent.
+        out: the folder to make; must not exist.
+        seed: same seed, same bytes.
+        shard_bytes: largest size of a weight file; None writes one file.
+        dtype: "BF16", "F16" or "F32".
+        progress: gets the bytes written.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the config is not supported or the dtype is unknown.
+        EdgeLMError: the folder exists, or the disk is full.
+    """
+    written = {**config, "torch_dtype": PUBLISHED_DTYPE.get(dtype)}
+    return _write(written, Path(out), seed, shard_bytes, dtype, progress or Silent(), renamed_eos=True)
+
+
+def synth(
+    name: str, out: Path | str, seed: int = 0, progress: Progress | None = None, *, overwrite: bool = False
+) -> Path:
+    """Write a full-size random checkpoint with the keys, dtype, sharding and config.json of the published one.
+
+    Args:
+        name: "olmoe-1b-7b" (13.8 GB, laid out as OLMoE-1B-7B-0924) or "fox-1-1.6b" (3.3 GB).
+        out: the folder to make.
+        seed: same seed, same bytes.
+        progress: gets the bytes written.
+        overwrite: replace a checkpoint that EdgeLM wrote.
+
+    Raises:
+        CheckpointError: unknown name.
+        EdgeLMError: the folder exists, or the disk is full.
+    """
+    if name not in PUBLISHED:
+        raise CheckpointError(f"no model {name!r} to make; there are {' and '.join(PUBLISHED)}")
+    config = dict(PUBLISHED[name])
+    return _write(
+        config, Path(out), seed, SHARD_BYTES, "BF16", progress or Silent(), renamed_eos=False, overwrite=overwrite
+    )

@@ -1,0 +1,304 @@
+"""Conversations: a checkpoint's own chat template, files of messages, and what to drop when the context is full.
+
+Templates are programs that come with checkpoints: see `template_sandbox`. What a template is given and may use is what
+`apply_chat_template` of transformers gives it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgelm.errors import (
+    CheckpointError,
+    GenerationError,
+    GenerationTypeError,
+    GenerationValueError,
+    TokenizerError,
+)
+from edgelm.json_dataclass import Blame, read_json
+from edgelm.tokenization.template_files import DEFAULT, read_templates
+from edgelm.tokenization.template_sandbox import SANDBOX, Sandbox
+from edgelm.tokenization.template_worker import Answer
+
+if TYPE_CHECKING:
+    from edgelm.generation.language_model import LanguageModel
+    from edgelm.tokenization.tokenizer import Tokenizer
+
+SYSTEM_ROLES = ("system", "developer")
+TOOL_ROLES = ("tool", "ipython", "function")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names a message's reasoning is given under; templates read the first, those of gpt-oss the second."""
+
+
+def _check_parts(where: str, parts: Sequence[Any]) -> None:
+    for i, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if isinstance(kind, str) and kind != "text":
+            raise GenerationValueError(
+                f"{where}: part {i} of its content is of type {kind!r}: models here read text only"
+            )
+        if kind is None or not isinstance(part.get("text"), str):
+            raise GenerationValueError(
+                f'{where}: part {i} of its content must be like {{"type": "text", "text": "Hello"}}'
+            )
+
+
+def _is_message(where: str, message: object) -> bool:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    if message["role"] in TOOL_ROLES:
+        return content is not None  # a tool's answer can be anything
+    if isinstance(content, list | tuple):
+        _check_parts(where, content)
+        return bool(content)
+    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
+
+
+def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages as transformers gives them to a template: without keys that are None, reasoning under all names."""
+    right_type = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
+    if not right_type or not messages:
+        kind = GenerationValueError if right_type else GenerationTypeError
+        raise kind('messages must be a list such as [{"role": "user", "content": "Hello"}]')
+    checked = []
+    for i, message in enumerate(messages):
+        if not _is_message(f"message {i}", message):
+            raise GenerationValueError(
+                f'message {i} must be like {{"role": "user", "content": "Hello"}}, texts both, the content perhaps a '
+                'list of parts {"type": "text", "text": "Hello"}'
+            )
+        kept = {key: value for key, value in message.items() if value is not None}
+        reasoning = next((kept[key] for key in REASONING if key in kept), None)
+        if reasoning is not None:
+            kept = {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+        checked.append(kept)
+    return checked
+
+
+def read_messages(path: Path | str) -> list[dict[str, Any]]:
+    """The conversation in a JSON file: a list of messages `{"role": "user", "content": "Hello"}`, oldest first.
+
+    Raises:
+        GenerationError: the file cannot be read, or holds no such list.
+    """
+    blame = Blame(GenerationError, 'give a list such as [{"role": "user", "content": "Hello"}]')
+    messages = read_json(Path(path), blame)
+    try:
+        _checked(messages)
+    except GenerationError as error:
+        raise GenerationError(f"{path}: {error}") from error
+    assert isinstance(messages, list)
+    return messages
+
+
+def write_messages(path: Path | str, messages: Sequence[Mapping[str, Any]]) -> None:
+    """Write a conversation as `read_messages` reads it. A file of another content is never replaced.
+
+    Raises:
+        EdgeLMError: the place cannot be used; what was there is as it was.
+    """
+    from edgelm.files import atomic_file
+    from edgelm.places import Kind
+
+    text = json.dumps([dict(message) for message in messages], ensure_ascii=False, indent=1) + "\n"
+    with atomic_file(path, Kind("a conversation", _no_conversation, is_folder=False), overwrite=True) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _no_conversation(path: Path) -> str | None:
+    try:
+        read_messages(path)
+    except GenerationError:
+        return "holds something else than a conversation"
+    return None
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """A conversation that fits into the context.
+
+    Attributes:
+        messages: what is left of it.
+        tokens: the prompt's token ids, for `LanguageModel.stream`.
+        dropped: how many turns were dropped.
+    """
+
+    messages: list[dict[str, Any]]
+    tokens: list[int]
+    dropped: int
+
+
+def system_messages(messages: Sequence[Mapping[str, Any]]) -> int:
+    """How many system messages a conversation begins with."""
+    return next((i for i, message in enumerate(messages) if message.get("role") not in SYSTEM_ROLES), len(messages))
+
+
+def trim_messages(model: LanguageModel, messages: Sequence[Mapping[str, Any]], answer_tokens: int) -> Trimmed:
+    """Drop the oldest turns of a conversation that leaves the context no room for `answer_tokens` more.
+
+    A turn is a user's message and all up to the next one. System messages at the beginning stay, and so does the last
+    turn, even where it leaves less room. The first drop makes the rest be computed anew. So that not every further
+    message has to drop a turn, a quarter of the room is freed at once; continue with the messages that are returned.
+
+        kept = trim_messages(model, messages, 256)
+        answer = model.generate(kept.tokens, max_tokens=256)
+        messages = [*kept.messages, {"role": "assistant", "content": answer.text}]
+
+    Raises:
+        ContextLengthError: the last turn alone does not fit, with the system messages.
+        GenerationError: as `LanguageModel.render_chat`.
+    """
+    from edgelm.runtimes.base import context_full
+
+    context = model.runtime.context_length
+    room = context - answer_tokens
+    kept = [dict(message) for message in messages]
+    tokens = model.chat_tokens(kept)
+    if len(tokens) <= room:
+        return Trimmed(kept, tokens, 0)
+    head = system_messages(kept)
+    starts = [i for i in range(head + 1, len(kept)) if kept[i]["role"] == "user" and kept[i - 1]["role"] != "user"]
+    rendered: dict[int, list[int]] = {0: tokens}
+
+    def length(dropped: int) -> int:
+        if dropped not in rendered:
+            rendered[dropped] = model.chat_tokens([*kept[:head], *kept[starts[dropped - 1] :]])
+        return len(rendered[dropped])
+
+    dropped = turns = len(starts)
+    for goal in (room * 3 // 4, room):
+        if dropped == turns:
+            dropped = bisect.bisect_left(range(turns), -goal, key=lambda count: -length(count))
+    if length(dropped) > context:
+        raise context_full(length(dropped), 0, context, model.runtime.model_context_length)
+    if dropped:
+        kept = [*kept[:head], *kept[starts[dropped - 1] :]]
+    return Trimmed(kept, rendered[dropped], dropped)
+
+
+def _one_line(text: str) -> str:
+    """A template's words for a terminal: no line ends, no control characters, not too long."""
+    text = "".join(c if c.isprintable() else " " for c in text[:1000])
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
+def template_notes(folder: Path) -> list[str]:
+    """What is wrong with the chat templates of a checkpoint, a sentence each. It can be used without them.
+
+    Raises:
+        TokenizerError: a file with templates cannot be read.
+    """
+    notes = []
+    for name, source in read_templates(folder).items():
+        try:
+            ChatTemplate(source, {}, f"{folder}: chat template {name!r}")
+        except (TokenizerError, GenerationError) as error:
+            notes.append(f"{error}; conversations will not work with it, plain prompts will")
+    return notes
+
+
+class ChatTemplate:
+    """A template with the strings of the special tokens it may ask for.
+
+    Attributes:
+        source: the template's text.
+        special: variables such as `bos_token` and `eos_token`.
+    """
+
+    def __init__(
+        self, source: str, special: Mapping[str, str], where: str = "chat template", sandbox: Sandbox = SANDBOX
+    ) -> None:
+        """Check the template, for which a process is started if there is none yet.
+
+        Raises:
+            TokenizerError: it is not a valid template; the message begins with `where`.
+            GenerationError: no process can be started to render it.
+        """
+        self.source = source
+        self.special = dict(special)
+        self._where = where
+        self._sandbox = sandbox
+        letter, text = sandbox.ask(source, None)
+        if letter != Answer.DONE:
+            reason = (
+                f"does more than a chat template may: {text}" if letter == Answer.LIMIT else "is not valid: " + text
+            )
+            raise TokenizerError(f"{where} {_one_line(reason)}")
+
+    @classmethod
+    def from_folder(cls, path: Path | str, tokenizer: Tokenizer | None = None, name: str | None = None) -> ChatTemplate:
+        """Take the template of a checkpoint or bundle folder.
+
+        The strings of bos and eos are those of the *resolved* ids, so that the rendered text encodes to them even
+        where the vocabulary has another token called `<|endoftext|>`.
+
+        Args:
+            path: the folder.
+            tokenizer: the folder's, if open already.
+            name: which template, where there are several; default "default".
+
+        Raises:
+            TokenizerError: there is no template (of that name), or it is not valid.
+        """
+        from edgelm.tokenization.tokenizer import Tokenizer
+
+        folder = Path(path)
+        try:
+            templates = read_templates(folder)
+        except CheckpointError as error:
+            raise TokenizerError(str(error)) from error
+        if not templates:
+            raise TokenizerError(
+                f"{folder}: no chat template: this is a base model, or its template was not copied; use a plain "
+                "prompt, or put its publisher's template there as chat_template.jinja"
+            )
+        wanted = name or (DEFAULT if len(templates) > 1 else next(iter(templates)))
+        if wanted not in templates:
+            raise TokenizerError(f"{folder}: no chat template {wanted!r}; there are {', '.join(sorted(templates))}")
+        tokenizer = tokenizer or Tokenizer.from_folder(folder)
+        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.template_eos_id, "pad_token": tokenizer.pad_id}
+        special = {key: tokenizer.token(index) for key, index in ids.items() if index is not None}
+        return cls(
+            templates[wanted],
+            {key: token for key, token in special.items() if token is not None},
+            f"{folder}: chat template {wanted!r}",
+        )
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt for a conversation. Encode it with `add_bos=False`: the template writes bos where it belongs.
+
+        Args:
+            messages: mappings with "role" and "content", oldest first. The content is a text, or a list of parts
+                `{"type": "text", "text": ...}`: a template that goes through parts gets them as they are, another one
+                their texts, a line each. An assistant's message with "tool_calls" may have none. Other keys are passed.
+            add_generation_prompt: end with what makes the model answer.
+            variables: further variables of the template, such as `tools`.
+
+        Raises:
+            GenerationError: the messages are malformed, the template refuses them, tries what the sandbox forbids,
+                fails, or runs into a limit of time, memory or length.
+        """
+        given = {"tools": None, "documents": None, **self.special, **(variables or {})}
+        given |= {"messages": _checked(messages), "add_generation_prompt": add_generation_prompt}
+        letter, text = self._sandbox.ask(self.source, given)
+        if letter == Answer.DONE:
+            return text
+        said = _one_line(text)
+        reasons = {
+            Answer.REFUSED: f"refuses these messages: {said}",
+            Answer.FORBIDDEN: f"tries what a template may not: {said}; do not trust it",
+            Answer.LIMIT: f"does more than a chat template may: {said}",
+        }
+        raise GenerationError(f"{self._where} {reasons.get(letter, f'fails on these messages: {said}')}")

@@ -1,0 +1,128 @@
+"""What the layers of both flavours are built from: the graph, the planned weights and the checkpoint's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.checkpoint.writer import float32_to_bf16
+from edgelm.errors import CheckpointError, ExportError
+from edgelm.export.graph.onnx_builder import GraphBuilder
+from edgelm.export.packing.contents import Held, array
+from edgelm.export.packing.weights_file import SlotWriter, WeightsPlan
+from edgelm.progress import Advance
+from edgelm.quant.source import WeightSource
+from edgelm.sizes import format_size
+
+STORAGE: Mapping[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.uint16),
+}
+"""numpy has no bfloat16: its bits are kept as uint16."""
+
+MAX_TABLE_BYTES = 1 << 30
+"""Of the RoPE tables: two million positions of heads of 128."""
+
+
+class LayerOps:
+    """Adds layers to a graph and plans their weights.
+
+    Args:
+        graph: the graph to add to.
+        plan: where weights are planned.
+        source: the checkpoint's tensors, quantised as the recipe says.
+        dtype: how matrices that stay unquantised are stored: "float32", "float16" or "bfloat16". Arithmetic is float32.
+    """
+
+    def __init__(self, graph: GraphBuilder, plan: WeightsPlan, source: WeightSource, dtype: str) -> None:
+        self.graph = graph
+        self.plan = plan
+        self.source = source
+        self.dtype = dtype
+        self.rounded: dict[str, int] = {}
+        """Matrices whose inputs the device rounds to int8, and in blocks of how many columns."""
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor in the checkpoint, where it is stored whole or in quantised parts."""
+        return self.source.nbytes(name)
+
+    def held(self, *names: str) -> Held:
+        """The matrices `names` with their rows, for the manifest."""
+        return {name: self.source.shape(name)[0] for name in names}
+
+    def pieces(self, names: Sequence[str], rows: slice) -> Iterator[tuple[str, slice]]:
+        """Where rows of matrices that are stacked come from: a matrix's name, and which of its rows."""
+        first = 0
+        for name in names:
+            count = self.source.shape(name)[0]
+            start, stop = max(rows.start - first, 0), min(rows.stop - first, count)
+            if start < stop:
+                yield name, slice(start, stop)
+            first += count
+
+    def vector(self, name: str, layer: int | None) -> str:
+        """A float32 vector of the checkpoint (a norm's weight)."""
+        shape, dtype = self.source.shape(name), STORAGE["float32"]
+        slot = self.plan.slot(name, shape, dtype, layer, array(shape, dtype, self.held(name)))
+
+        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+            writers[0].append(self.source.float32(name))
+            advance(self.nbytes(name))
+
+        self.plan.job([slot], fill)
+        return self.graph.weight(slot)
+
+    def computed(self, name: str, value: NDArray[np.float32]) -> str:
+        """A float32 tensor that is computed here (the rotary tables)."""
+        slot = self.plan.slot(name, value.shape, np.float32, None)
+        self.plan.job([slot], lambda writers, advance: writers[0].append(value))
+        return self.graph.weight(slot)
+
+    def rotary(self, length: int, head_dim: int, theta: float) -> tuple[str, str]:
+        """The cos and sin tables [length, head_dim / 2] of rotary positions.
+
+        Raises:
+            CheckpointError: they would take more than a gigabyte.
+        """
+        nbytes = 4 * length * head_dim
+        if nbytes > MAX_TABLE_BYTES:
+            raise CheckpointError(
+                f"config.json: max_position_embeddings {length} needs tables of positions of {format_size(nbytes)} (at "
+                f"most {format_size(MAX_TABLE_BYTES)}): lower it to the context that the device is to hold"
+            )
+        cos, sin = rotary_tables(length, head_dim, theta)
+        return self.computed("rope.cos", cos), self.computed("rope.sin", sin)
+
+
+def stored_as(values: NDArray[np.float32], dtype: str, name: str) -> NDArray[np.generic]:
+    """Round float32 to the storage type: nearest, ties to even; bfloat16 as its bits.
+
+    Raises:
+        ExportError: a value does not fit into float16.
+    """
+    if dtype == "float32":
+        return values
+    if dtype == "bfloat16":
+        return float32_to_bf16(values)
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ExportError(f"{name} has values beyond float16's range (65504): export it as bfloat16 or float32")
+    return half
+
+
+def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """cos and sin [length, head_dim / 2] of rotate-half RoPE (Su et al. 2021, arXiv 2104.09864, section 3.4.2).
+
+    Angles are float32 products of float32 inverse frequencies, as the reference computes them, so that both agree to
+    the last bit at every position.
+    """
+    import torch
+
+    inverse = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+    angles = torch.outer(torch.arange(length, dtype=torch.int64).float(), inverse)
+    return angles.cos().numpy(), angles.sin().numpy()

@@ -1,0 +1,276 @@
+"""The graph for GPUs, in the operators of the domain `edgelm`, with weights in the order of tensor cores' operands.
+
+| name | type | shape |
+|---|---|---|
+| `input_ids` | int32 | [batch, tokens] |
+| `past_lengths` | int32 | [batch]: tokens of each sequence that are cached already |
+| `past_key_values.{i}.key`, `.value` | uint8 | [batch, kv_heads, capacity, row bytes] |
+| `logits` | float32 | [batch, 1, vocabulary]: of the last token |
+| `present.{i}.key`, `.value` | uint8 | like past: the same buffer, the cache is written in place |
+
+The residual stream, routers, norms and logits are float32. Queries, keys, values, what attention gives and the products
+of SwiGLU are in the activations' type A, bfloat16 or float16. Every product sums in float32 and applies the scales to
+sums, so that it loses what rounding its input to A loses. The debug graph has the same nodes with A = float32, and
+returns `hidden.{i}` and, for a mixture, `router_logits.{i}` in addition. docs/bundle.md describes the attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from edgelm.bundle import ModelInfo
+from edgelm.bundle.gpu_layout import ROWS, GpuMatrix
+from edgelm.errors import ExportError
+from edgelm.export.graph.base import LayerOps, stored_as
+from edgelm.export.graph.onnx_builder import EDGELM, Dims, GraphBuilder
+from edgelm.export.packing.contents import gpu
+from edgelm.export.packing.gpu import (
+    BlobWriter,
+    GpuFormat,
+    Rows,
+    gpu_format,
+    interleaved,
+    quantized_rows,
+    stacked,
+)
+from edgelm.export.packing.weights_file import BLOCK_WEIGHTS, SlotWriter, WeightsPlan
+from edgelm.export.tensorrt import activations as gpu_activations
+from edgelm.progress import Advance
+from edgelm.quant.source import WeightSource
+from edgelm.runtimes.cuda.program import Attribute, Node, Program, Value, Weight, matrix_attrs
+
+ACTIVATIONS = {"bfloat16": "bf16", "float16": "f16"}
+"""A by the type in which matrices that stay float are stored."""
+_F32 = "f32"
+EXACT: Mapping[str, Attribute] = {"activation": _F32, "output": _F32, "kv": "float32", "activations": "float"}
+"""Attributes of the debug graph."""
+_TYPES = {TensorProto.FLOAT: "f32", TensorProto.UINT8: "uint8"}
+
+
+class GpuDecoder(LayerOps):
+    """A decoder's inputs and outputs, and the operators that a family's layers are built of.
+
+    Args:
+        graph: the graph to add to.
+        plan: where weights are planned.
+        source: the checkpoint's tensors, quantised as the recipe says.
+        dtype: "bfloat16" or "float16": how matrices that stay unquantised are stored, and the activations.
+        info: the model's shapes.
+        epsilon: of every norm.
+        rope_theta: base of the rotary positions.
+        kv: type of the cache that a runtime allocates unless told otherwise.
+    """
+
+    def __init__(
+        self,
+        graph: GraphBuilder,
+        plan: WeightsPlan,
+        source: WeightSource,
+        dtype: str,
+        info: ModelInfo,
+        epsilon: float,
+        rope_theta: float,
+        kv: str,
+    ) -> None:
+        super().__init__(graph, plan, source, dtype)
+        self.info = info
+        self.epsilon = epsilon
+        self.activation = ACTIVATIONS[dtype]
+        self.debug_outputs: list[tuple[str, Dims]] = []
+        self.values: dict[str, Value] = {}
+        """Type and width of every value."""
+        self._kv = kv
+        self._matrices: dict[str, GpuMatrix] = {}
+        graph.input("input_ids", TensorProto.INT32, ["batch_size", "sequence_length"])
+        graph.input("past_lengths", TensorProto.INT32, ["batch_size"])
+        cache: Dims = ["batch_size", info.num_kv_heads, "capacity", "row_bytes"]
+        for i in range(info.num_layers):
+            graph.input(f"past_key_values.{i}.key", TensorProto.UINT8, cache)
+            graph.input(f"past_key_values.{i}.value", TensorProto.UINT8, cache)
+        # Caches are of a multiple of 64 tokens, and every place in one has a position.
+        positions = -(-info.context_length // 64) * 64
+        self._cos, self._sin = self.rotary(positions, info.head_dim, rope_theta)
+        graph.output("logits", TensorProto.FLOAT, ["batch_size", 1, info.vocab_size])
+        for i in range(info.num_layers):
+            graph.output(f"present.{i}.key", TensorProto.UINT8, cache)
+            graph.output(f"present.{i}.value", TensorProto.UINT8, cache)
+
+    # -- layers ----------------------------------------------------------------------------------------------------
+
+    def embedding(self, name: str) -> str:
+        """The residual stream's start, `hidden.0`."""
+        matrix = self._matrix([name], name, None)
+        out = self._value(self.hidden(0), _F32, matrix.columns)
+        return self.graph.native_node("QuantEmbedding", ["input_ids", name], out, name, **matrix_attrs(matrix))
+
+    def linear(
+        self,
+        x: str,
+        names: Sequence[str],
+        out: str,
+        layer: int | None,
+        *,
+        norm: str | None = None,
+        residual: str = "",
+        swiglu: bool = False,
+    ) -> str:
+        """x times the rows of all `names`, stacked: [..., sum of rows], or SwiGLU of two of equal size: [..., rows].
+
+        Args:
+            x: activations [..., K]: float32 where they are to be normed, else A.
+            names: matrices [rows, K] of the checkpoint; for SwiGLU gate and up.
+            out: name of the result, in float32 where it is added to a residual, else in A.
+            layer: layer index, None outside layers.
+            norm: the checkpoint's RMSNorm weight [K] that x goes through first.
+            residual: a value of the result's shape that is added.
+            swiglu: the result is silu(gate) * up.
+        """
+        stem = names[0] if len(names) == 1 else f"{out}.weight"
+        matrix = self._matrix(names, stem, layer, swiglu=swiglu)
+        output = _F32 if residual or out == "logits" else self.activation
+        return self.graph.native_node(
+            "QuantLinear", [x, stem, "" if norm is None else self._vector_once(norm, layer), residual],
+            self._value(out, output, matrix.outputs), stem, **matrix_attrs(matrix), activation=self.activation,
+            activations=gpu_activations.of_product(self.source, names), output=output, epsilon=self.epsilon,
+            **gpu_activations.static_scale(self.source, names),
+        )  # fmt: skip
+
+    def attention(
+        self, qkv: str, out: str, layer: int, *, q_norm: str = "", k_norm: str = "", clip: float | None = None
+    ) -> str:
+        """Rotary grouped-query attention over the in-place cache; `q_norm` and `k_norm` are weights of QK-norm."""
+        info = self.info
+        inputs = [
+            qkv, f"past_key_values.{layer}.key", f"past_key_values.{layer}.value", "past_lengths", self._cos, self._sin,
+            *(self._vector_once(name, layer) if name else "" for name in (q_norm, k_norm)),
+        ]  # fmt: skip
+        value = self._value(out, self.activation, info.num_heads * info.head_dim)
+        return self.graph.native_node(
+            "GroupQueryAttention", inputs, [value, f"present.{layer}.key", f"present.{layer}.value"],
+            f"layers.{layer}.attn", num_heads=info.num_heads, kv_num_heads=info.num_kv_heads, head_size=info.head_dim,
+            activation=self.activation, kv=self._kv, epsilon=self.epsilon, clip=0.0 if clip is None else float(clip),
+        )  # fmt: skip
+
+    def mixture(
+        self, x: str, router: str, experts: Sequence[tuple[str, str, str]], out: str, layer: int, *, norm: str
+    ) -> str:
+        """x + mixture(RMSNorm(x)); `experts` are each one's gate [F, D], up [F, D] and down [D, F]."""
+        logits = f"router_logits.{layer}"
+        self.debug_outputs.append((logits, ["tokens", self.info.num_experts]))
+        stem = f"layers.{layer}.moe"
+        # The router decides in float32 whatever the recipe stores experts in: a flipped choice costs more than bytes.
+        gate = self._vector_once(router, layer)
+        gate_up = self._experts([expert[:2] for expert in experts], f"{stem}.gate_up", layer, swiglu=True)
+        down = self._experts([expert[2:] for expert in experts], f"{stem}.down", layer, swiglu=False)
+        names = [name for expert in experts for name in expert]
+        outputs = [self._value(out, _F32, down.outputs), self._value(logits, _F32, self.info.num_experts)]
+        return self.graph.native_node(
+            "SparseMoE", [x, gate, f"{stem}.gate_up", f"{stem}.down", self._vector_once(norm, layer)], outputs, stem,
+            **matrix_attrs(gate_up, "gate_up_"), **matrix_attrs(down, "down_"), k=self.info.experts_per_token,
+            normalize=int(self.info.norm_topk_prob), activation=self.activation,
+            activations=gpu_activations.of_experts(self.source, names, layer), epsilon=self.epsilon,
+        )  # fmt: skip
+
+    def head(self, x: str, norm: str) -> None:
+        """Logits of the last position, of the residual stream x."""
+        name = "model.embed_tokens.weight" if self.info.tied else "lm_head.weight"
+        width = self.values[x].width
+        last = self.graph.native_node("LastToken", [x], self._value("head_input", _F32, width), "head_input")
+        self.linear(last, [name], "logits", None, norm=norm)
+
+    def hidden(self, index: int) -> str:
+        """The name of the residual stream before layer `index`; the debug graph returns it."""
+        name = f"hidden.{index}"
+        self.debug_outputs.append((name, ["batch_size", "sequence_length", self.info.hidden_size]))
+        return name
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def _value(self, name: str, kind: str, width: int) -> str:
+        self.values[name] = Value(kind, width)
+        return name
+
+    def _vector_once(self, name: str, layer: int | None) -> str:
+        return name if self.graph.has(name) else self.vector(name, layer)
+
+    def _format(self, names: Sequence[str], stem: str) -> GpuFormat:
+        """The one format of matrices that are one product."""
+        schemes = [self.source.scheme(name) for name in names]
+        found = gpu_format(schemes, self.dtype, self.source.shape(names[0])[1], stem)
+        if found is None:
+            said = ", ".join("float" if s is None else s.name for s in dict.fromkeys(schemes))
+            raise ExportError(
+                f"the recipe has {said} for matrices that a GPU multiplies as one, {names[0]} .. {names[-1]}: write "
+                "one rule for all of them, of integers, of FP8, or of float"
+            )
+        return found
+
+    def _matrix(self, names: Sequence[str], stem: str, layer: int | None, *, swiglu: bool = False) -> GpuMatrix:
+        """The initializer `stem` of matrices stacked along the rows as one."""
+        if stem not in self._matrices:
+            self._blob([names], stem, layer, swiglu=swiglu)
+        return self._matrices[stem]
+
+    def _experts(self, experts: Sequence[Sequence[str]], stem: str, layer: int, *, swiglu: bool) -> GpuMatrix:
+        """The initializer of one kind of matrix of all experts of a layer, which share a format."""
+        self._blob(experts, stem, layer, swiglu=swiglu)
+        return self._matrices[stem]
+
+    def _blob(self, matrices: Sequence[Sequence[str]], stem: str, layer: int | None, *, swiglu: bool) -> None:
+        fmt = self._format([name for names in matrices for name in names], stem)
+        shapes = [self.source.shape(name) for name in matrices[0]]
+        matrix = fmt.matrix(sum(rows for rows, _ in shapes), shapes[0][1], swiglu=swiglu, count=len(matrices))
+        held = self.held(*(name for names in matrices for name in names))
+        slot = self.plan.slot(stem, (matrix.nbytes,), np.uint8, layer, gpu(matrix, held))
+
+        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+            writer = BlobWriter(matrix, writers[0].append)
+            for names in matrices:
+                for rows in self._rows(names, fmt, matrix, advance):
+                    writer.add(rows)
+            writer.finish()
+
+        self.plan.job([slot], fill)
+        self.graph.weight(slot)
+        self._matrices[stem] = matrix
+
+    def _rows(self, names: Sequence[str], fmt: GpuFormat, matrix: GpuMatrix, advance: Advance) -> Iterator[Rows]:
+        """One matrix in blocks of whole tiles."""
+        parts = [[name] for name in names] if matrix.swiglu else [list(names)]
+        step = max(ROWS, BLOCK_WEIGHTS // (matrix.columns * len(parts)) // ROWS * ROWS)
+        total = sum(self.nbytes(name) for name in names)
+        for start in range(0, matrix.outputs, step):
+            block = slice(start, min(start + step, matrix.outputs))
+            rows = [self._stacked(part, block, fmt) for part in parts]
+            advance(total * (block.stop - start) / matrix.outputs)
+            yield interleaved(*rows) if matrix.swiglu else rows[0]
+
+    def _stacked(self, names: Sequence[str], rows: slice, fmt: GpuFormat) -> Rows:
+        found = []
+        for name, piece in self.pieces(names, rows):
+            if self.source.scheme(name) is None:
+                found.append(Rows(stored_as(self.source.float32(name, piece), self.dtype, name)))
+            else:
+                found.append(quantized_rows(self.source.quantized(name, piece), fmt))
+        return stacked(found)
+
+
+def program_of(model: onnx.ModelProto, values: Mapping[str, Value]) -> Program:
+    """The graph as runtimes read it that have no ONNX."""
+    nodes = []
+    for node in model.graph.node:
+        assert node.domain == EDGELM, node.op_type
+        attrs = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        attrs = {key: value.decode() if isinstance(value, bytes) else value for key, value in attrs.items()}
+        name = attrs.pop("name")
+        nodes.append(Node(node.op_type, name, tuple(node.input), tuple(node.output), attrs))
+    weights = {}
+    for tensor in model.graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        kind = _TYPES[tensor.data_type]
+        weights[tensor.name] = Weight(kind, tuple(tensor.dims), int(place["offset"]), int(place["length"]))
+    return Program(tuple(nodes), values, weights, EXACT)

@@ -1,0 +1,329 @@
+"""The graph in the compiled operators of the domain `edgelm`: a handful of nodes a layer, weights packed for them.
+
+| name | type | shape |
+|---|---|---|
+| `input_ids` | int64 | [batch, tokens] |
+| `past_lengths` | int64 | [batch]: tokens of each sequence that are cached already |
+| `past_key_values.{i}.key`, `.value` | uint8 | [batch, kv_heads, capacity, row bytes]: float32, float16 or int8 |
+| `logits_start` (optional, default -1) | int64 | [1]: logits are computed from this position of the input on |
+| `logits` | float32 | [batch, 1, vocabulary]: of the last token; [batch, positions, ...] where `logits_start` is fed |
+| `present.{i}.key`, `.value` | uint8 | like past; the same buffer where the cache is to grow in place |
+
+The debug graph returns in addition `hidden.{i}` [batch, tokens, hidden] and, for a mixture, `router_logits.{i}`
+[batch * tokens, experts], as the portable one does. docs/operators.md describes the operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from edgelm.bundle import ModelInfo
+from edgelm.bundle.contents import Layout
+from edgelm.bundle.cpu_layout import HEADER_BYTES, REFINE, TILE, Kind, PackedMatrix, Scales, aligned, experts_header
+from edgelm.errors import ExportError
+from edgelm.export import activations
+from edgelm.export.graph.base import LayerOps, stored_as
+from edgelm.export.graph.onnx_builder import Dims, GraphBuilder, int64
+from edgelm.export.packing.contents import packed, packed_experts
+from edgelm.export.packing.cpu import Format, common_format, float_format, pack_codes, pack_floats, stacked
+from edgelm.export.packing.weights_file import BLOCK_WEIGHTS, PAGE, SlotWriter, WeightsPlan
+from edgelm.progress import Advance
+from edgelm.quant.source import WeightSource
+
+_END = np.iinfo(np.int64).max
+ACTIVATION_BLOCK = 32
+"""Columns that share a scale where activations are int8 (QuantBlock in math_impl.h)."""
+
+
+class NativeDecoder(LayerOps):
+    """A decoder's inputs and outputs, and the operators that a family's layers are built of.
+
+    Args:
+        graph: the graph to add to.
+        plan: where weights are planned.
+        source: the checkpoint's tensors, quantised as the recipe says.
+        dtype: how matrices that stay unquantised are stored.
+        info: the model's shapes.
+        epsilon: of every norm.
+        rope_theta: base of the rotary positions.
+    """
+
+    def __init__(
+        self,
+        graph: GraphBuilder,
+        plan: WeightsPlan,
+        source: WeightSource,
+        dtype: str,
+        info: ModelInfo,
+        epsilon: float,
+        rope_theta: float,
+    ) -> None:
+        super().__init__(graph, plan, source, dtype)
+        self.info = info
+        self.epsilon = epsilon
+        self.debug_outputs: list[tuple[str, Dims]] = []
+        self._matrices: dict[str, PackedMatrix] = {}
+        graph.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
+        graph.input("past_lengths", TensorProto.INT64, ["batch_size"])
+        cache: Dims = ["batch_size", info.num_kv_heads, "capacity", "row_bytes"]
+        for i in range(info.num_layers):
+            graph.input(f"past_key_values.{i}.key", TensorProto.UINT8, cache)
+            graph.input(f"past_key_values.{i}.value", TensorProto.UINT8, cache)
+        self._logits_start = graph.overridable("logits_start", int64(-1))
+        self._cos, self._sin = self.rotary(info.context_length, info.head_dim, rope_theta)
+        graph.output("logits", TensorProto.FLOAT, ["batch_size", 1, info.vocab_size])
+        for i in range(info.num_layers):
+            graph.output(f"present.{i}.key", TensorProto.UINT8, cache)
+            graph.output(f"present.{i}.value", TensorProto.UINT8, cache)
+
+    # -- layers ----------------------------------------------------------------------------------------------------
+
+    def embedding(self, name: str) -> str:
+        """The residual stream's start, `hidden.0`."""
+        planes = name == self._head() and self._head_in_planes()
+        table = self._require([name], name, None, planes=planes)
+        return self.graph.native_node("QuantEmbedding", ["input_ids", table], self.hidden(0), name)
+
+    def linear(
+        self,
+        x: str,
+        names: Sequence[str],
+        out: str,
+        layer: int | None,
+        *,
+        norm: str | None = None,
+        residual: str = "",
+        swiglu: bool = False,
+    ) -> str:
+        """x times the rows of all `names`, stacked: [..., sum of rows], or SwiGLU of two of equal size: [..., rows].
+
+        Args:
+            x: activations [..., K].
+            names: matrices [rows, K] of the checkpoint; for SwiGLU gate and up.
+            out: name of the result.
+            layer: layer index, None outside layers.
+            norm: the checkpoint's RMSNorm weight [K] that x goes through first.
+            residual: a value of the result's shape that is added.
+            swiglu: the result is silu(gate) * up.
+        """
+        stem = names[0] if len(names) == 1 else f"{out}.weight"
+        weights = self._matrix(names, stem, layer, swiglu=swiglu)
+        normed = "" if norm is None else self._vector_once(norm, layer)
+        if weights is not None:
+            return self._product(x, weights, names, out, normed, residual)
+        # One of them is float and another is not, or fp8: each is a product of its own.
+        parts = [
+            self._product(x, self._require([name], name, layer), [name], f"{out}.{i}", normed, "")
+            for i, name in enumerate(names)
+        ]
+        node = self.graph.node
+        if not swiglu:
+            return node("Concat", parts, out, axis=-1)
+        silu = node("Mul", [parts[0], node("Sigmoid", [parts[0]], f"{out}.sigmoid")], f"{out}.silu")
+        return node("Mul", [silu, parts[1]], out)
+
+    def attention(
+        self, qkv: str, out: str, layer: int, *, q_norm: str = "", k_norm: str = "", clip: float | None = None
+    ) -> str:
+        """Rotary grouped-query attention over the in-place cache; `q_norm` and `k_norm` are weights of QK-norm."""
+        info = self.info
+        inputs = [
+            qkv, f"past_key_values.{layer}.key", f"past_key_values.{layer}.value", "past_lengths", self._cos, self._sin,
+            *(self._vector_once(name, layer) if name else "" for name in (q_norm, k_norm)),
+        ]  # fmt: skip
+        outputs = [out, f"present.{layer}.key", f"present.{layer}.value"]
+        return self.graph.native_node(
+            "GroupQueryAttention", inputs, outputs, f"layers.{layer}.attn", num_heads=info.num_heads,
+            kv_num_heads=info.num_kv_heads, epsilon=self.epsilon, clip=0.0 if clip is None else float(clip),
+        )  # fmt: skip
+
+    def mixture(
+        self, x: str, router: str, experts: Sequence[tuple[str, str, str]], out: str, layer: int, *, norm: str
+    ) -> str:
+        """x + mixture(RMSNorm(x)); `experts` are each one's gate [F, D], up [F, D] and down [D, F]."""
+        name = f"router_logits.{layer}"
+        self.debug_outputs.append((name, ["tokens", self.info.num_experts]))
+        # The router decides in float32 whatever the recipe stores experts in: a flipped choice costs more than bytes.
+        gate = self._require([router], router, layer, dtype="float32")
+        packed = self._experts(experts, f"layers.{layer}.moe.experts", layer)
+        inputs = [x, gate, packed, self._vector_once(norm, layer), x]
+        matrices = [name for expert in experts for name in expert]
+        kind = activations.of_experts(self.source, matrices, layer)
+        self.rounded |= activations.rounded(self.source, matrices, kind, ACTIVATION_BLOCK)
+        return self.graph.native_node(
+            "SparseMoE", inputs, [out, name], f"layers.{layer}.moe", k=self.info.experts_per_token,
+            normalize=int(self.info.norm_topk_prob), activations=kind, epsilon=self.epsilon,
+        )  # fmt: skip
+
+    def head(self, x: str, norm: str) -> None:
+        """Logits of the positions from `logits_start` on, of the residual stream x."""
+        constant = self.graph.constant
+        name = self._head()
+        ends, axes = constant("slice_end", int64(_END)), constant("axis_1", int64(1))
+        last = self.graph.node("Slice", [x, self._logits_start, ends, axes], "head_input")
+        weights = self._require([name], name, None, planes=self._head_in_planes())
+        refine = REFINE if self._matrices[name].kind is Kind.INT8_PLANES else 0
+        self._product(last, weights, [name], "logits", self._vector_once(norm, None), "", refine=refine)
+
+    def hidden(self, index: int) -> str:
+        """The name of the residual stream before layer `index`; the debug graph returns it."""
+        name = f"hidden.{index}"
+        self.debug_outputs.append((name, ["batch_size", "sequence_length", self.info.hidden_size]))
+        return name
+
+    def _head(self) -> str:
+        return "model.embed_tokens.weight" if self.info.tied else "lm_head.weight"
+
+    def _head_in_planes(self) -> bool:
+        """Whether the layers lose more than a head read by halves does: not where they have 8 bits themselves.
+
+        Halves are for int8 activations only.
+        """
+        if activations.of_product(self.source, [self._head()]) != activations.INT8:
+            return False
+        names = (name for name in self.source.shapes if name.startswith("model.layers."))
+        return any(scheme is not None and scheme.bits < 8 for scheme in map(self.source.scheme, names))
+
+    def _product(
+        self, x: str, weights: str, names: Sequence[str], out: str, norm: str, residual: str, refine: int = 0
+    ) -> str:
+        kind = activations.of_product(self.source, names)
+        self.rounded |= activations.rounded(self.source, names, kind, ACTIVATION_BLOCK)
+        return self.graph.native_node(
+            "QuantLinear", [x, weights, norm, residual], out, weights, activations=kind, epsilon=self.epsilon,
+            refine=refine,
+        )  # fmt: skip
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def _vector_once(self, name: str, layer: int | None) -> str:
+        return name if self.graph.has(name) else self.vector(name, layer)
+
+    def _require(
+        self, names: Sequence[str], stem: str, layer: int | None, *, dtype: str | None = None, planes: bool = False
+    ) -> str:
+        found = self._matrix(names, stem, layer, dtype=dtype, planes=planes)
+        assert found is not None, f"{names} of one format"
+        return found
+
+    def _format(self, names: Sequence[str], stem: str, dtype: str | None = None) -> Format | None:
+        schemes = [None if dtype else self.source.scheme(name) for name in names]
+        columns = self.source.shape(names[0])[1]
+        quantized = [scheme for scheme in schemes if scheme is not None]
+        if not quantized:
+            return float_format(dtype or self.dtype, columns)
+        return common_format(quantized, columns, stem) if len(quantized) == len(schemes) else None
+
+    def _matrix(
+        self,
+        names: Sequence[str],
+        stem: str,
+        layer: int | None,
+        *,
+        dtype: str | None = None,
+        swiglu: bool = False,
+        planes: bool = False,
+    ) -> str | None:
+        """The initializer of matrices stacked along the rows as one; None where no format holds them all."""
+        if self.graph.has(stem):
+            return stem
+        fmt = self._format(names, stem, dtype)
+        if fmt is None:
+            return None
+        if planes and fmt.kind is Kind.INT8 and not fmt.zeros:
+            fmt = Format(Kind.INT8_PLANES, fmt.scales, False, fmt.group)
+        shapes = [self.source.shape(name) for name in names]
+        matrix = fmt.matrix(sum(rows for rows, _ in shapes), shapes[0][1], swiglu=swiglu)
+        held = self.held(*names)
+        first = self.plan.slot(stem, (matrix.first_bytes,), np.uint8, layer, packed(matrix, held))
+        slots = [first]
+        if fmt.kind is Kind.INT8_PLANES:
+            # A tensor of its own in the file, and with the upper halves one initializer: they lie one after the other.
+            lower = packed(matrix, held, Layout.LOW_NIBBLES)
+            slots.append(self.plan.slot(f"{stem}.lower", (matrix.lower_bytes,), np.uint8, layer, lower))
+            matrix = matrix.with_low_plane(slots[1].offset - first.offset)
+            assert matrix.low_plane - first.size < PAGE
+        self._matrices[stem] = matrix
+
+        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+            writers[0].append(np.frombuffer(matrix.header(), np.uint8))
+            for upper, lower in self._packed(names, fmt, matrix, dtype or self.dtype, advance):
+                writers[0].append(upper)
+                if lower is not None:
+                    writers[1].append(lower)
+
+        self.plan.job(slots, fill)
+        return self.graph.weight(first, size=matrix.nbytes)
+
+    def _experts(self, experts: Sequence[tuple[str, str, str]], stem: str, layer: int) -> str:
+        """The initializer of a layer's packed experts. Each may have its own format."""
+        parts: list[tuple[Sequence[str], Format, PackedMatrix, int]] = []
+        place = HEADER_BYTES + 16 * len(experts)
+        for gate, up, down in experts:
+            for names, swiglu in (((gate, up), True), ((down,), False)):
+                fmt = self._format(names, f"{stem}: {gate} and {up}" if swiglu else down)
+                if fmt is None:
+                    raise ExportError(
+                        f"the recipe stores {gate} and {up} in types of which neither holds the other: gate and up "
+                        "are one product, so give both integers, both fp8, or keep both in float"
+                    )
+                shapes = [self.source.shape(name) for name in names]
+                matrix = fmt.matrix(sum(rows for rows, _ in shapes), shapes[0][1], swiglu=swiglu)
+                place = aligned(place)
+                parts.append((names, fmt, matrix, place))
+                place += matrix.nbytes
+        held = self.held(*(name for expert in experts for name in expert))
+        contents = packed_experts([matrix for _, _, matrix, _ in parts], held)
+        slot = self.plan.slot(stem, (place,), np.uint8, layer, contents)
+        offsets = [(parts[i][3], parts[i + 1][3]) for i in range(0, len(parts), 2)]
+
+        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+            writer = writers[0]
+            writer.append(np.frombuffer(experts_header(offsets, slot.size), np.uint8))
+            for names, fmt, matrix, offset in parts:
+                writer.append(np.zeros(offset - writer.written, np.uint8))
+                writer.append(np.frombuffer(matrix.header(), np.uint8))
+                for block, _ in self._packed(names, fmt, matrix, self.dtype, advance):
+                    writer.append(block)
+
+        self.plan.job([slot], fill)
+        return self.graph.weight(slot)
+
+    def _packed(
+        self, names: Sequence[str], fmt: Format, matrix: PackedMatrix, dtype: str, advance: Advance
+    ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8] | None]]:
+        """The records of a matrix (and their lower halves) in blocks of whole tiles, in order."""
+        parts = [[names[0]], [names[1]]] if matrix.swiglu else [list(names)]
+        rows = matrix.outputs
+        step = max(TILE, BLOCK_WEIGHTS // (matrix.columns * len(parts)) // TILE * TILE)
+        total = sum(self.nbytes(name) for name in names)
+        for start in range(0, rows, step):
+            block = slice(start, min(start + step, rows))
+            count = -(-(block.stop - start) // TILE) * len(parts)
+            upper = np.zeros((count, matrix.records, matrix.record_bytes), np.uint8)
+            lower = np.zeros((count, matrix.lower_bytes // matrix.tiles), np.uint8) if matrix.lower_bytes else None
+            for i, part in enumerate(parts):
+                mine = slice(i, None, len(parts))
+                self._pack_rows(part, block, fmt, dtype, upper[mine], None if lower is None else lower[mine])
+            advance(total * (block.stop - start) / rows)
+            yield upper, lower
+
+    def _pack_rows(
+        self,
+        names: Sequence[str],
+        rows: slice,
+        fmt: Format,
+        dtype: str,
+        upper: NDArray[np.uint8],
+        lower: NDArray[np.uint8] | None,
+    ) -> None:
+        pieces = list(self.pieces(names, rows))
+        if fmt.scales is Scales.NONE:
+            values = [stored_as(self.source.float32(name, piece), dtype, name) for name, piece in pieces]
+            pack_floats(np.concatenate(values), upper)
+        else:
+            pack_codes(stacked([self.source.quantized(name, piece) for name, piece in pieces], fmt), fmt, upper, lower)

@@ -1,0 +1,495 @@
+"""The layers both families are made of, in operators that every ONNX Runtime has (ai.onnx and com.microsoft).
+
+Values have the type that the provider computes in (providers.py), float32 on processors; the router is float32 always.
+Facts these choices rest on, checked on the CPU with ONNX Runtime 1.31 (what is said of CUDA is in providers.py):
+
+- `MatMulNBits` and `QMoE` take scales in the activations' type: as float32, int4 with groups of 32 costs 5 bits.
+- QMoE's routing differs per execution provider. The CPU softmaxes over the *selected* experts only, so it always
+  renormalises, unless `router_weights` (input 14) is fed; CUDA softmaxes over all experts and ignores input 14. Logits
+  in `router_probs`, the full softmax in `router_weights` and `normalize_routing_weights=0` is right on both.
+- The CPU's (Q)MoE wants gate and up interleaved row by row (`swiglu_fusion=1`), one width and one block size.
+- `FusedMatMul` with `transB` reads a weight in the checkpoint's own [out, in] layout, so nothing is transposed on the
+  way and a tied embedding serves lookup and head from the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from edgelm.bundle.contents import Layout
+from edgelm.errors import ExportError
+from edgelm.export import activations
+from edgelm.export.graph.base import STORAGE, LayerOps, stored_as
+from edgelm.export.graph.onnx_builder import MICROSOFT, GraphBuilder, int64
+from edgelm.export.graph.ort_providers import CPU, Provider
+from edgelm.export.packing.contents import Held, array, portable
+from edgelm.export.packing.ort import BlockFormat, block_of, codes_in, common_format, interleave, scales_in, zeros_in
+from edgelm.export.packing.weights_file import BLOCK_WEIGHTS, Slot, SlotWriter, WeightsPlan
+from edgelm.progress import Advance
+from edgelm.quant.scheme import Scheme
+from edgelm.quant.source import WeightSource
+from edgelm.quant.tensor import QuantTensor
+
+FLOAT = TensorProto.FLOAT
+ELEMENT = {"float32": FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+# MatMulNBits' and QMoE's "4": activations are quantised to int8 per block on the fly, about 1 % of noise per product
+# and the only mode whose kernels use the CPU's integer dot products.
+# At "0" they stay float32. Kernels for x86 round by blocks of the weights' group, those for Arm (KleidiAI) by whole
+# rows: parity allows for whole rows, the coarser of the two.
+ACCURACY = {activations.INT8: 4, activations.FLOAT32: 0}
+BITS = (4, 8)
+# Stands for the format of matrices that are refused, until all reasons are known.
+_REFUSED = BlockFormat(bits=8, block=32, zeros=False)
+
+
+@dataclass(frozen=True)
+class QuantizedSlots:
+    """A quantised matrix [rows, columns] in the weights file."""
+
+    rows: int
+    columns: int
+    fmt: BlockFormat
+    codes: Slot
+    scales: Slot
+    zeros: Slot | None
+
+    @property
+    def all(self) -> list[Slot]:
+        """The slots in the order that jobs fill them."""
+        return [self.codes, self.scales] + ([self.zeros] if self.zeros else [])
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """How a mixture routes: experts in all, experts per token, and whether their weights are renormalised."""
+
+    experts: int
+    experts_per_token: int
+    renormalise: bool
+
+
+class PortableOps(LayerOps):
+    """Adds layers in portable operators to a graph; the arguments are those of `LayerOps`, and whom the graph is for.
+
+    `compute` and `element` say in what type values are, as a name and as ONNX knows it.
+    """
+
+    def __init__(
+        self, graph: GraphBuilder, plan: WeightsPlan, source: WeightSource, dtype: str, provider: Provider = CPU
+    ) -> None:
+        super().__init__(graph, plan, source, dtype)
+        self.provider = provider
+        self.compute = provider.compute_type(dtype)
+        self.element = ELEMENT[self.compute]
+        self._quantized: dict[str, QuantizedSlots] = {}
+        self._refused: dict[str, list[str]] = {}
+        self._float: dict[str, Slot] = {}
+
+    # -- what these operators cannot do ------------------------------------------------------------------------------
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Note why `name` cannot be exported, and go on: `check` tells all reasons at once."""
+        named = self._refused.setdefault(reason, [])
+        if name not in named:
+            named.append(name)
+
+    def check(self) -> None:
+        """Refuse the graph that was built if anything was noted.
+
+        Raises:
+            ExportError: with every reason once, and the first tensor that it holds for.
+        """
+        reasons = [
+            f"{names[0]} {reason}" + (f" (the same for {len(names) - 1} more)" if len(names) > 1 else "")
+            for reason, names in self._refused.items()
+        ]
+        if reasons:
+            raise ExportError("; ".join(reasons))
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def float_matrix(self, name: str, layer: int | None, dtype: str) -> Slot:
+        """Plan an unquantised matrix, stored as it stands in the checkpoint, [out, in]."""
+        if name in self._float:
+            return self._float[name]
+        rows, columns = self.source.shape(name)
+        shape, stored = (rows, columns), STORAGE[dtype]
+        slot = self.plan.slot(name, shape, stored, layer, array(shape, stored, self.held(name)))
+
+        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+            for block in _row_blocks(rows, columns):
+                writers[0].append(stored_as(self.source.float32(name, block), dtype, name))
+                advance(self.nbytes(name) * (block.stop - block.start) / rows)
+
+        self.plan.job([slot], fill)
+        self._float[name] = slot
+        return slot
+
+    def quantized_matrix(self, names: Sequence[str], stem: str, layer: int | None) -> QuantizedSlots:
+        """Plan quantised matrices of the same width, stacked along the rows as one."""
+        if stem in self._quantized:
+            return self._quantized[stem]
+        shapes = [self.source.shape(name) for name in names]
+        columns = shapes[0][1]
+        rows = sum(shape[0] for shape in shapes)
+        fmt = self._format(names)
+        slots = self._quantized_slots(stem, (rows, columns), fmt, layer, self.held(*names))
+
+        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+            for name, (count, _) in zip(names, shapes, strict=True):
+                for block in _row_blocks(count, columns):
+                    tensor = self.source.quantized(name, block)
+                    writers[0].append(codes_in(tensor, fmt))
+                    writers[1].append(self._scales_in(tensor, fmt))
+                    if fmt.zeros:
+                        writers[2].append(zeros_in(tensor, fmt))
+                    advance(self.nbytes(name) * (block.stop - block.start) / count)
+
+        self.plan.job(slots.all, fill)
+        self._quantized[stem] = slots
+        return slots
+
+    def _quantized_slots(
+        self,
+        stem: str,
+        shape: tuple[int, ...],
+        fmt: BlockFormat,
+        layer: int | None,
+        held: Held,
+        interleave: int | None = None,
+    ) -> QuantizedSlots:
+        """The slots of quantised matrices that are one of `shape` [..., rows, columns]."""
+        *outer, rows, columns = shape
+
+        def slot(layout: Layout, suffix: str, width: int, stored: np.dtype[Any]) -> Slot:
+            values = columns if layout is Layout.CODES else fmt.blocks(columns)
+            dtype = self.compute if layout is Layout.SCALES else f"int{fmt.bits}"
+            contents = portable(layout, dtype, (*outer, rows, values), fmt.block, fmt.zeros, interleave, held)
+            return self.plan.slot(f"{stem}.{suffix}", (*outer, rows, width), stored, layer, contents)
+
+        byte = np.dtype(np.uint8)
+        codes = slot(Layout.CODES, "qweight", fmt.code_bytes(columns), byte)
+        scales = slot(Layout.SCALES, "scales", fmt.blocks(columns), STORAGE[self.compute])
+        zeros = slot(Layout.ZEROS, "zeros", fmt.zero_bytes(columns), byte) if fmt.zeros else None
+        return QuantizedSlots(rows, columns, fmt, codes, scales, zeros)
+
+    def _format(self, names: Sequence[str]) -> BlockFormat:
+        """The one format of these matrices; that of any if one of them is refused."""
+        schemes = []
+        for name in names:
+            scheme, columns = self.source.scheme(name), self.source.shape(name)[1]
+            assert scheme is not None, name
+            if not isinstance(scheme, Scheme) or scheme.bits not in BITS:
+                self.refuse(
+                    name,
+                    f"is {scheme.name} in this recipe, which ONNX Runtime's own operators do not have (they have int4 "
+                    f"and int8): {self.provider.instead}, or choose another recipe",
+                )
+                continue
+            try:
+                block_of(scheme, columns, name)
+            except ExportError as error:
+                self.refuse(name, str(error).removeprefix(f"{name} "))
+                continue
+            schemes.append((name, scheme, columns))
+        return common_format(schemes, self.provider.largest_block()) if schemes else _REFUSED
+
+    def _scales_in(self, tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.generic]:
+        return stored_as(scales_in(tensor, fmt), self.compute, "a scale")
+
+    def vector(self, name: str, layer: int | None) -> str:
+        """A vector of the checkpoint (a norm's weight) in the type of values."""
+        shape, stored = self.source.shape(name), STORAGE[self.compute]
+        slot = self.plan.slot(name, shape, stored, layer, array(shape, stored, self.held(name)))
+
+        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+            writers[0].append(stored_as(self.source.float32(name), self.compute, name))
+            advance(self.nbytes(name))
+
+        self.plan.job([slot], fill)
+        return self._stored(slot)
+
+    def computed(self, name: str, value: NDArray[np.float32]) -> str:
+        """A tensor that is computed here (the rotary tables) in the type of values."""
+        slot = self.plan.slot(name, value.shape, STORAGE[self.compute], None)
+        self.plan.job([slot], lambda writers, advance: writers[0].append(stored_as(value, self.compute, name)))
+        return self._stored(slot)
+
+    def cast(self, x: str, to: str, out: str) -> str:
+        """`x`, which is in the type of values, as `to`; x itself where that is the same."""
+        return x if to == self.compute else self.graph.node("Cast", [x], out, to=ELEMENT[to])
+
+    def narrowed(self, x: str, out: str) -> str:
+        """`x`, which is float32, in the type of values; x itself where that is the same."""
+        return x if self.compute == "float32" else self.graph.node("Cast", [x], out, to=self.element)
+
+    # -- layers ----------------------------------------------------------------------------------------------------
+
+    def linear(self, x: str, names: Sequence[str], out: str, layer: int | None) -> str:
+        """x [..., in] times the rows of all `names` (each [out_i, in]): [..., sum of out_i], without bias."""
+        quantized = [self.source.scheme(name) is not None for name in names]
+        if all(quantized):
+            stem = out if len(names) > 1 else names[0].removesuffix(".weight")
+            kind = activations.of_product(self.source, names)
+            matrix = self.quantized_matrix(names, stem, layer)
+            self.rounded |= activations.rounded(self.source, names, kind, matrix.columns)
+            return self._quantized_linear(x, matrix, kind, out)
+        if len(names) == 1:
+            return self._float_linear(x, self.float_matrix(names[0], layer, self.dtype), out)
+        parts = [self.linear(x, [name], f"{out}.{i}", layer) for i, name in enumerate(names)]
+        return self.graph.node("Concat", parts, out, axis=-1)
+
+    def _quantized_linear(self, x: str, matrix: QuantizedSlots, kind: str, out: str) -> str:
+        fmt = matrix.fmt
+        dims = (matrix.rows, fmt.blocks(matrix.columns), fmt.block * fmt.bits // 8)
+        inputs = [
+            x,
+            self.graph.weight(matrix.codes, f"{out}.B", dims),
+            self._scales(matrix),
+            *([self.graph.weight(matrix.zeros, f"{out}.zeros")] if matrix.zeros else []),
+        ]
+        return self.graph.node(
+            "MatMulNBits", inputs, out, MICROSOFT, K=matrix.columns, N=matrix.rows, bits=fmt.bits, block_size=fmt.block,
+            accuracy_level=self._accuracy(kind),
+        )  # fmt: skip
+
+    def _scales(self, matrix: QuantizedSlots) -> str:
+        return self._stored(matrix.scales)
+
+    def _float_linear(self, x: str, slot: Slot, out: str) -> str:
+        weight = self._as_computed(slot)
+        return self.graph.node("FusedMatMul", [x, weight], out, MICROSOFT, transB=1)
+
+    def _stored(self, slot: Slot) -> str:
+        if self.graph.has(slot.name):
+            return slot.name
+        return self.graph.weight(slot, bf16=slot.dtype == np.uint16)
+
+    def _as_computed(self, slot: Slot) -> str:
+        weight = self._stored(slot)
+        if slot.dtype == STORAGE[self.compute]:
+            return weight
+        return self.graph.node("Cast", [weight], f"{slot.name}.{self.compute}", to=self.element)
+
+    def embedding(self, ids: str, name: str, out: str) -> str:
+        """Rows `ids` [B, T] of the table `name` [V, D], [B, T, D]."""
+        if self.source.scheme(name) is None:
+            slot = self.float_matrix(name, None, self.dtype)
+            if slot.dtype == STORAGE[self.compute]:
+                return self.graph.node("Gather", [self._stored(slot), ids], out, axis=0)
+            rows = self.graph.node("Gather", [self._stored(slot), ids], f"{out}.stored", axis=0)
+            return self.graph.node("Cast", [rows], out, to=self.element)
+        table = self.quantized_matrix([name], name.removesuffix(".weight"), None)
+        if table.zeros and self.provider.whole_zero_rows and table.fmt.blocks(table.columns) * table.fmt.bits % 8:
+            self.refuse(
+                name,
+                f"has {table.fmt.blocks(table.columns)} groups a row with zero points of {table.fmt.bits} bits, "
+                f"which {self.provider.title} reads wrongly: give it a symmetric scheme in the recipe",
+            )
+        inputs = [
+            self.graph.weight(table.codes, f"{table.codes.name}.table"),
+            ids,
+            self._scales(table),
+            *([self.graph.weight(table.zeros, f"{table.zeros.name}.table")] if table.zeros else []),
+        ]
+        return self.graph.node(
+            "GatherBlockQuantized", inputs, out, MICROSOFT, bits=table.fmt.bits, block_size=table.fmt.block
+        )
+
+    def norm(self, x: str, weight: str, out: str, layer: int | None, eps: float) -> str:
+        """RMSNorm over the last axis, float32 inside."""
+        inputs = [x, self.vector(weight, layer)]
+        return self.graph.node("SimplifiedLayerNormalization", inputs, out, axis=-1, epsilon=eps, stash_type=1)
+
+    def add_norm(self, x: str, y: str, weight: str, out: str, total: str, layer: int | None, eps: float) -> str:
+        """`total` = x + y and `out` = RMSNorm(total), in one pass over memory."""
+        inputs = [x, y, self.vector(weight, layer)]
+        outputs = [out, "", "", total]
+        return self.graph.node("SkipSimplifiedLayerNormalization", inputs, outputs, MICROSOFT, epsilon=eps)
+
+    def silu_gate(self, gate_up: str, width: int, out: str) -> str:
+        """SwiGLU's product: silu(first `width` columns) * the others. `QuickGelu` with alpha 1 is SiLU."""
+        gate, up = f"{out}.gate", f"{out}.up"
+        self.graph.node(
+            "Split", [gate_up, self.graph.constant("swiglu_split", int64(width, width))], [gate, up], axis=-1
+        )
+        activated = self.graph.node("QuickGelu", [gate], f"{out}.silu", MICROSOFT, alpha=1.0)
+        return self.graph.node("Mul", [activated, up], out)
+
+    def clipped(self, x: str, limit: float, out: str) -> str:
+        """x within -limit..limit, in float32: not every provider has Clip in all types."""
+        low = self.graph.constant("clip_low", np.asarray(-limit, np.float32))
+        high = self.graph.constant("clip_high", np.asarray(limit, np.float32))
+        wide = self.graph.node("Clip", [self.cast(x, "float32", f"{out}.in"), low, high], f"{out}.float32")
+        return self.narrowed(wide, out)
+
+    def router(self, x: str, name: str, experts: int, out: str, logits: str, layer: int) -> str:
+        """Router logits `logits` [B * T, E] of x [B, T, D], float32: a flipped choice costs far more than bytes."""
+        weight = self._stored(self.float_matrix(name, layer, "float32"))
+        wide = self.cast(x, "float32", f"{out}.in")
+        scores = self.graph.node("FusedMatMul", [wide, weight], out, MICROSOFT, transB=1)
+        flat = self.graph.constant("flat_tokens", int64(-1, experts))
+        return self.graph.node("Reshape", [scores, flat], logits)
+
+    def _router_probs(self, logits: str, out: str) -> str:
+        """What the mixture selects and weighs by, in the type of values.
+
+        Where that is narrower than the logits, log-probabilities are handed over: their softmax is the same, and those
+        of the experts with the largest weights are close to 0, where a narrow type is finest.
+        """
+        if self.compute == "float32":
+            return logits
+        logarithm = self.graph.node("LogSoftmax", [logits], f"{out}.log_probabilities", axis=-1)
+        return self.narrowed(logarithm, f"{out}.router_logits")
+
+    def _router_weights(self, logits: str, out: str) -> str:
+        """The softmax over all experts, for providers that would renormalise without it."""
+        stem = f"{out}.router_weights"
+        if self.compute == "float32":
+            return self.graph.node("Softmax", [logits], stem, axis=-1)
+        return self.narrowed(self.graph.node("Softmax", [logits], f"{stem}.float32", axis=-1), stem)
+
+    def experts(
+        self, x: str, logits: str, names: Sequence[tuple[str, str, str]], router: RouterSpec, out: str, layer: int
+    ) -> str:
+        """Top-k mixture of SwiGLU experts.
+
+        Args:
+            x: activations [B, T, D].
+            logits: router logits [B * T, E].
+            names: per expert its gate [F, D], up [F, D] and down [D, F].
+            router: how the mixture routes.
+            out: name of the result [B, T, D]; also the stem of the weights' names.
+            layer: layer index.
+        """
+        flat = [name for expert in names for name in expert]
+        schemes = [self.source.scheme(name) for name in flat]
+        common: dict[str, Any] = {
+            "k": router.experts_per_token,
+            "activation_type": "swiglu",
+            "swiglu_fusion": 1,
+            "normalize_routing_weights": int(router.renormalise),
+        }
+        if all(scheme is None for scheme in schemes):
+            fc1, fc2 = self._float_experts(names, out, layer)
+            weights = [self._as_computed(fc1), "", self._as_computed(fc2)]
+            inputs = [self._not_in_place(x, fc1.dims[2], out), self._router_probs(logits, out), *weights]
+            return self.graph.node("MoE", inputs, out, MICROSOFT, **common)
+        if any(scheme is None for scheme in schemes):
+            kept = next(name for name, scheme in zip(flat, schemes, strict=True) if scheme is None)
+            self.refuse(
+                kept,
+                "stays float in this recipe, which quantises other experts of its layer: one layer's experts "
+                "are one operator here and must be all quantised or all float; change the recipe's patterns",
+            )
+            return out
+        first, second = self._quantized_experts(names, out, layer)
+        try:
+            kind = activations.of_experts(self.source, flat, layer)
+        except ExportError as error:
+            self.refuse("the recipe", str(error).removeprefix("the recipe "))
+            return out
+        if self.provider.rounds_activations and kind == activations.FLOAT32 and first.fmt.bits == 8:
+            self.refuse(
+                flat[0],
+                "has float activations in this recipe, but ONNX Runtime's MoE operator rounds the inputs of "
+                "8-bit experts to int8 whatever it is told: export with --ops native, or leave activations out",
+            )
+        for parts, matrix in ((slice(0, 2), first), (slice(2, 3), second)):
+            part = [name for expert in names for name in expert[parts]]
+            self.rounded |= activations.rounded(self.source, part, kind, matrix.columns)
+        weight = self.graph.weight
+        zeros = [weight(matrix.zeros) if matrix.zeros else "" for matrix in (first, second)]
+        inputs = [x, self._router_probs(logits, out)]
+        for matrix in (first, second):
+            inputs += [weight(matrix.codes), self._stored(matrix.scales), ""]
+        inputs += ["", "", "", *zeros, ""]
+        if self.provider.router_weights and not router.renormalise:
+            inputs.append(self._router_weights(logits, out))
+        return self.graph.node(
+            "QMoE", inputs, out, MICROSOFT, expert_weight_bits=first.fmt.bits, block_size=first.fmt.block,
+            accuracy_level=self._expert_accuracy(kind, first.fmt.bits), **self.provider.expert_attributes, **common,
+        )  # fmt: skip
+
+    def _accuracy(self, kind: str) -> int:
+        return ACCURACY[kind] if self.provider.rounds_activations else ACCURACY[activations.FLOAT32]
+
+    def _expert_accuracy(self, kind: str, bits: int) -> int:
+        """QMoE's 8-bit kernel rounds to int8 whatever it is told, and ONNX Runtime before 1.31 knows no such attribute.
+
+        For 4 bits it is worth it: without, a layer of OLMoE takes 2.2 to 3.3 times as long (docs/log.md).
+        """
+        return ACCURACY[activations.FLOAT32] if bits == 8 else self._accuracy(kind)
+
+    def _not_in_place(self, x: str, hidden: int, out: str) -> str:
+        """x [B, T, D] behind a reshape that hides its number of tokens from shape inference.
+
+        The CPU's MoE (1.31) lets its output take over its input's buffer when their shapes are known to be equal, and
+        then reads what it has overwritten: wrong by 20 % here. With an unknown size the planner keeps them apart.
+        """
+        shape = self.graph.constant("same_tokens", int64(0, -1, hidden))
+        return self.graph.node("Reshape", [x, shape], f"{out}.in")
+
+    def _expert_parts(self, names: Sequence[tuple[str, str, str]]) -> list[tuple[tuple[int, int, int], Held]]:
+        """The shape of all experts' gate and up, and of their downs, and the matrices of each."""
+        width, hidden = self.source.shape(names[0][0])
+        return [
+            ((len(names), 2 * width, hidden), self.held(*(name for expert in names for name in expert[:2]))),
+            ((len(names), hidden, width), self.held(*(down for _, _, down in names))),
+        ]
+
+    def _float_experts(self, names: Sequence[tuple[str, str, str]], stem: str, layer: int) -> tuple[Slot, Slot]:
+        dtype = STORAGE[self.dtype]
+        (first, pairs), (second, downs) = self._expert_parts(names)
+        fc1 = self.plan.slot(f"{stem}.gate_up", first, dtype, layer, array(first, dtype, pairs, interleave=1))
+        fc2 = self.plan.slot(f"{stem}.down", second, dtype, layer, array(second, dtype, downs))
+        source = self.source
+
+        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+            for gate, up, down in names:
+                rows = interleave(source.float32(gate), source.float32(up))
+                writers[0].append(stored_as(rows, self.dtype, gate))
+                writers[1].append(stored_as(source.float32(down), self.dtype, down))
+                advance(sum(self.nbytes(name) for name in (gate, up, down)))
+
+        self.plan.job([fc1, fc2], fill)
+        return fc1, fc2
+
+    def _quantized_experts(
+        self, names: Sequence[tuple[str, str, str]], stem: str, layer: int
+    ) -> tuple[QuantizedSlots, QuantizedSlots]:
+        source = self.source
+        # QMoE has one block size and one width for both products: what is coarser or narrower is stored as the finer.
+        fmt = self._format([name for expert in names for name in expert])
+        for name in (names[0][0], names[0][2]):
+            problem = self.provider.expert_problem(fmt.block, source.shape(name)[1])
+            if problem is not None:
+                self.refuse(name, problem)
+        (first, pairs), (second, downs) = self._expert_parts(names)
+        fc1 = self._quantized_slots(f"{stem}.gate_up", first, fmt, layer, pairs, interleave=1)
+        fc2 = self._quantized_slots(f"{stem}.down", second, fmt, layer, downs)
+        parts: list[Callable[[QuantTensor, BlockFormat], NDArray[Any]]] = [codes_in, self._scales_in]
+        if fmt.zeros:
+            parts.append(zeros_in)
+
+        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+            for gate, up, down in names:
+                tensors = [source.quantized(name) for name in (gate, up, down)]
+                for part, first, second in zip(parts, writers[: len(parts)], writers[len(parts) :], strict=True):
+                    first.append(interleave(part(tensors[0], fmt), part(tensors[1], fmt)))
+                    second.append(part(tensors[2], fmt))
+                advance(sum(self.nbytes(name) for name in (gate, up, down)))
+
+        self.plan.job(fc1.all + fc2.all, fill)
+        return fc1, fc2
+
+
+def _row_blocks(rows: int, columns: int) -> list[slice]:
+    step = max(1, BLOCK_WEIGHTS // columns)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -1,0 +1,1 @@
+"""Weights in the layouts that operators read, and the file that holds them."""

@@ -1,0 +1,237 @@
+"""Packs matrices into the layout that the compiled operators read in place (`edgelm.bundle.cpu_layout`).
+
+Pure numpy. Codes, scales and zero points are reordered and, where a matrix joins others of more bits or smaller groups,
+widened and repeated: nothing is rounded. Neighbouring columns of a row are moved as units of four bytes, so packing is
+a few passes over 32-bit numbers and one transposition. Rows that do not fill their last record are padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.bundle.cpu_layout import BLOCK, TILE, Kind, PackedMatrix, Scales, stored_group
+from edgelm.errors import ExportError
+from edgelm.export.packing.ort import widened
+from edgelm.quant.primitives import pack, unpack
+from edgelm.quant.scheme import AnyScheme, Fp8Scheme, Scheme
+from edgelm.quant.tensor import QuantTensor
+
+Bytes = NDArray[np.uint8]
+Units = NDArray[np.uint32]
+
+FLOAT_KINDS = {"float16": Kind.FLOAT16, "bfloat16": Kind.BFLOAT16, "float32": Kind.FLOAT32}
+_INTEGER_KINDS = {3: Kind.INT3, 4: Kind.INT4, 5: Kind.INT5, 6: Kind.INT6, 8: Kind.INT8}
+_BITS = {kind: bits for bits, kind in _INTEGER_KINDS.items()} | {Kind.INT8_PLANES: 8}
+_PARTS = {
+    # of a block's codes, in the order in which they are stored: the lowest bit taken and how many
+    Kind.INT3: ((0, 2), (2, 1)),
+    Kind.INT4: ((0, 4),),
+    Kind.INT5: ((0, 4), (4, 1)),
+    Kind.INT6: ((0, 4), (4, 2)),
+    Kind.INT8: ((0, 8),),
+    Kind.INT8_PLANES: ((4, 4),),
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a matrix of any number of rows is to be packed: weights, scales, zero points, and columns to a scale."""
+
+    kind: Kind
+    scales: Scales
+    zeros: bool
+    group: int
+
+    def matrix(self, rows: int, columns: int, *, swiglu: bool = False) -> PackedMatrix:
+        """A matrix of this format."""
+        return PackedMatrix(self.kind, self.scales, self.zeros, swiglu, rows, columns, self.group)
+
+
+def float_format(dtype: str, columns: int) -> Format:
+    """The format of a matrix that stays float: `dtype` is "float16", "bfloat16" or "float32"."""
+    return Format(FLOAT_KINDS[dtype], Scales.NONE, False, columns)
+
+
+def common_format(schemes: Sequence[Any], columns: int, name: str) -> Format | None:
+    """The one format that holds rows of all these (effective) schemes exactly; None where there is none.
+
+    `schemes` are `edgelm.quant.scheme`'s. `name` is what errors call the matrix.
+
+    Raises:
+        ExportError: the layout cannot hold one of them: FP8 E5M2.
+    """
+    for scheme in schemes:
+        if isinstance(scheme, Fp8Scheme) and scheme.form != "e4m3":
+            e4m3 = Fp8Scheme(scheme.group).name
+            raise ExportError(
+                f"{name} is {scheme.name} in this recipe: of FP8 the native operators have E4M3 alone; choose {e4m3} "
+                "in the recipe, or keep it float"
+            )
+    finest = min((scheme.group for scheme in schemes if scheme.group is not None), default=None)
+    integer = [isinstance(scheme, Scheme) for scheme in schemes]
+    if not any(integer):
+        return Format(Kind.FP8, Scales.FLOAT32, False, stored_group(Kind.FP8, finest, columns))
+    if not all(integer):
+        return None
+    kind = _INTEGER_KINDS[max(scheme.bits for scheme in schemes)]
+    zeros = not all(scheme.symmetric for scheme in schemes)
+    return Format(kind, Scales.FLOAT16, zeros, stored_group(kind, finest, columns))
+
+
+def pack_codes(tensor: QuantTensor, fmt: Format, out: Bytes, lower: Bytes | None = None) -> None:
+    """Pack quantised rows into tiles.
+
+    Args:
+        tensor: rows whose scheme `fmt` holds exactly.
+        fmt: the format of the whole matrix.
+        out: zeros [tiles, records, record bytes] to fill, of at least as many rows; strides are free but the last.
+        lower: for INT8_PLANES, [tiles, padded K / 32 * 512] to fill with the lower halves.
+    """
+    tiles, records = out.shape[:2]
+    matrix = fmt.matrix(tensor.shape[0], tensor.shape[1])
+    groups, of_record, scale_bytes = matrix.groups, matrix.span // fmt.group, matrix.scale_bytes
+    scales = _repeated(tensor, tensor.scales, fmt).astype(_scale_type(fmt.scales), copy=False)
+    zeros = None
+    if fmt.zeros:
+        middle = 1 << (tensor.scheme.bits - 1)
+        zeros = np.full(tensor.scales.shape, middle, np.uint8) if tensor.zeros is None else tensor.zeros
+        zeros = widened(_repeated(tensor, zeros, fmt), tensor.scheme.bits, _BITS[fmt.kind])
+    for i in range(min(of_record, groups)):
+        start = i * scale_bytes
+        _place(scales[:, i::of_record], out[:, :, start : start + scale_bytes].view(scales.dtype), 1)
+        if zeros is not None:
+            start = of_record * scale_bytes + i * 2 * TILE
+            _place(zeros[:, i::of_record], out[:, :, start : start + TILE], 1)
+    codes = out[:, :, matrix.head_bytes :]
+    if fmt.kind is Kind.FP8:
+        _place(_padded(tensor.codes, records * matrix.span, 0), codes, matrix.span)
+        return
+    units, low = _units(tensor, fmt.kind, records * matrix.span)
+    _place(units, codes.view(np.uint32), units.shape[1] // records)
+    if low is not None:
+        assert lower is not None
+        _place(low, lower.reshape(tiles, 1, -1).view(np.uint32), low.shape[1])
+
+
+def stacked(tensors: Sequence[QuantTensor], fmt: Format) -> QuantTensor:
+    """The rows of several matrices as one, whose scheme holds what `fmt` holds."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first
+    if any(tensor.scheme != first.scheme for tensor in tensors):
+        group = min((t.scheme.group for t in tensors if t.scheme.group is not None), default=None)
+        if fmt.kind is Kind.FP8:
+            scheme: AnyScheme = Fp8Scheme(group)
+            tensors = [replace(t, scales=_repeated(t, t.scales, fmt), scheme=scheme) for t in tensors]
+        else:
+            scheme = Scheme(_BITS[fmt.kind], group, not fmt.zeros)
+            tensors = [_as_scheme(tensor, scheme, fmt) for tensor in tensors]
+    zeros = [tensor.zeros for tensor in tensors if tensor.zeros is not None]
+    return QuantTensor(
+        np.concatenate([tensor.codes for tensor in tensors]),
+        np.concatenate([tensor.scales for tensor in tensors]),
+        np.concatenate(zeros) if zeros else None,
+        tensors[0].scheme,
+        (sum(tensor.shape[0] for tensor in tensors), first.shape[1]),
+    )
+
+
+def _as_scheme(tensor: QuantTensor, scheme: Scheme, fmt: Format) -> QuantTensor:
+    """The very same values with as many or more bits, groups and zero points."""
+    bits = tensor.scheme.bits
+    codes = tensor.codes
+    if bits != scheme.bits:
+        codes = pack(widened(unpack(codes, bits, tensor.shape[1]), bits, scheme.bits), scheme.bits)
+    zeros = None
+    if not scheme.symmetric:
+        zeros = np.full(tensor.scales.shape, 1 << (bits - 1), np.uint8) if tensor.zeros is None else tensor.zeros
+        zeros = widened(_repeated(tensor, zeros, fmt), bits, scheme.bits)
+    return QuantTensor(codes, _repeated(tensor, tensor.scales, fmt), zeros, scheme, tensor.shape)
+
+
+def pack_floats(values: NDArray[Any], out: Bytes) -> None:
+    """Pack rows [N, K] of float32, float16 or bfloat16 (as uint16) into `out`, zeros [tiles, 1, record bytes]."""
+    _place(values, out.view(values.dtype), values.shape[1])
+
+
+def _scale_type(scales: Scales) -> type[np.floating[Any]]:
+    return np.float16 if scales is Scales.FLOAT16 else np.float32
+
+
+def _repeated(tensor: QuantTensor, values: NDArray[Any], fmt: Format) -> NDArray[Any]:
+    """What `tensor` has for each of its groups, for each of the format's, which are as many or more."""
+    columns, group = tensor.shape[1], tensor.scheme.group
+    groups = -(-columns // fmt.group)
+    if values.shape[1] == groups:
+        return values
+    assert group is None or group % fmt.group == 0, "a group never spans two"
+    # The last group may be cut off by the row's end.
+    return np.repeat(values, groups if group is None else group // fmt.group, axis=1)[:, :groups]
+
+
+def _place(values: NDArray[Any], out: NDArray[Any], per_record: int) -> None:
+    """[N, records * per_record] to `out` [tiles, records, per_record * 32]: the rows of a tile become neighbours.
+
+    Records that the last values do not reach stay as they are.
+    """
+    tiles, records = out.shape[0], values.shape[1] // per_record
+    target = out.reshape(tiles, out.shape[1], per_record, TILE)[:, :records]
+    assert np.may_share_memory(target, out), "the last axis of a record has no gaps"
+    whole, rest = divmod(len(values), TILE)
+    shape = (whole, TILE, records, per_record)
+    target[:whole] = values[: whole * TILE].reshape(shape).transpose(0, 2, 3, 1)
+    if rest:
+        target[whole, :, :, :rest] = values[whole * TILE :].reshape(rest, records, per_record).transpose(1, 2, 0)
+
+
+def _padded(codes: Bytes, columns: int, filling: int) -> Bytes:
+    missing = columns - codes.shape[1]
+    return np.pad(codes, ((0, 0), (0, missing)), constant_values=filling) if missing else codes
+
+
+def _units(tensor: QuantTensor, kind: Kind, columns: int) -> tuple[Units, Units | None]:
+    """Codes as units of 32 bits [N, columns / 32 * units of a block], in the columns' order.
+
+    Rows are padded to `columns` with codes that stand for zero. For planes, upper and lower halves.
+    """
+    bits = tensor.scheme.bits
+    if kind is Kind.INT4 and bits == 4 and tensor.shape[1] == columns:
+        return _shuffled(_as_units(tensor.codes)), None
+    codes = widened(unpack(tensor.codes, bits, tensor.shape[1]), bits, _BITS[kind])
+    blocks = _as_units(_padded(codes, columns, 1 << (_BITS[kind] - 1))).reshape(len(codes), -1, BLOCK // 4)
+    parts = [_taken(blocks, lowest, count) for lowest, count in _PARTS[kind]]
+    units = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
+    low = _taken(blocks, 0, 4).reshape(len(codes), -1) if kind is Kind.INT8_PLANES else None
+    return units.reshape(len(codes), -1), low
+
+
+def _taken(units: Units, lowest: int, count: int) -> Units:
+    """Some bits of every code, `count` from bit `lowest` on: of 8 / count neighbouring units [..., U] one is made."""
+    if count == 8:
+        return units
+    mask = np.uint32(((1 << count) - 1) * 0x01010101)
+    bits = (units >> np.uint32(lowest)) & mask
+    together = 8 // count
+    found = bits[..., 0::together].copy()
+    for i in range(1, together):
+        found |= bits[..., i::together] << np.uint32(count * i)
+    return found
+
+
+def _as_units(codes: Bytes) -> Units:
+    return np.ascontiguousarray(codes).view(np.uint32)
+
+
+def _shuffled(units: Units) -> Units:
+    """Nibbles 0 .. 7 of each unit to the order 0 4 1 5 2 6 3 7: two columns four apart share a byte."""
+    inner = (units ^ (units >> np.uint32(8))) & np.uint32(0x0000FF00)
+    units = units ^ inner ^ (inner << np.uint32(8))
+    inner = (units ^ (units >> np.uint32(4))) & np.uint32(0x00F000F0)
+    units ^= inner
+    units ^= inner << np.uint32(4)
+    return units

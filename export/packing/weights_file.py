@@ -1,0 +1,146 @@
+"""The weights file: laid out before anything is read, then filled by jobs that each hold one block in memory.
+
+Every tensor has its place before the first byte is written, so the graph, the file's size and the memory needed are
+known up front, and jobs may run in any order and in parallel. Tensors start at page boundaries: ONNX Runtime maps them
+straight from the file.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.bundle import TensorEntry
+from edgelm.bundle.contents import Contents
+from edgelm.export.packing import contents as contents_of
+from edgelm.progress import Advance
+
+PAGE = 4096
+# Rows of a matrix are read and quantised in blocks of about this many weights: large enough that the kernels' fixed
+# costs vanish, small enough that a float32 block (16 MiB) with its copies stays far below any sensible limit.
+BLOCK_WEIGHTS = 4 << 20
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor's place in the weights file, and what it holds. `offset` and `size` are in bytes."""
+
+    name: str
+    dims: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int
+    size: int
+    layer: int | None
+    contents: Contents
+
+
+class SlotWriter:
+    """Appends a tensor's bytes in order at the slot's place."""
+
+    def __init__(self, slot: Slot, descriptor: int) -> None:
+        self.slot = slot
+        self.written = 0
+        self.crc32 = 0
+        self._descriptor = descriptor
+
+    def append(self, block: NDArray[Any]) -> None:
+        """Write the next rows; their dtype must be the slot's."""
+        assert block.dtype == self.slot.dtype, (self.slot.name, block.dtype, self.slot.dtype)
+        data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
+        self.crc32 = zlib.crc32(data, self.crc32)
+        assert self.written + len(data) <= self.slot.size, f"{self.slot.name} is larger than planned"
+        while data:
+            count = os.pwrite(self._descriptor, data, self.slot.offset + self.written)
+            self.written += count
+            data = data[count:]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Fills some slots: `run` gets one writer per slot, in the slots' order, and a callback for source bytes done."""
+
+    slots: tuple[Slot, ...]
+    run: Callable[[Sequence[SlotWriter], Advance], None]
+
+
+class WeightsPlan:
+    """Collects slots and jobs while the graph is built; `write` then fills the file."""
+
+    def __init__(self) -> None:
+        self.slots: dict[str, Slot] = {}
+        self.jobs: list[Job] = []
+        self.size = 0
+
+    def slot(
+        self, name: str, dims: Sequence[int], dtype: Any, layer: int | None, contents: Contents | None = None
+    ) -> Slot:
+        """Reserve page-aligned room for a tensor; `contents` unless it is an array that the export computes."""
+        assert name not in self.slots, f"{name} is planned twice"
+        dtype = np.dtype(dtype)
+        size = int(np.prod(dims, dtype=np.int64)) * dtype.itemsize
+        contents = contents or contents_of.array(dims, dtype)
+        slot = Slot(name, tuple(int(d) for d in dims), dtype, self.size, size, layer, contents)
+        self.slots[name] = slot
+        self.size = -(-(self.size + size) // PAGE) * PAGE
+        return slot
+
+    def job(self, slots: Sequence[Slot], run: Callable[[Sequence[SlotWriter], Advance], None]) -> None:
+        """Add the job that fills `slots`."""
+        self.jobs.append(Job(tuple(slots), run))
+
+    def write(self, path: Path, threads: int, advance: Advance) -> tuple[TensorEntry, ...]:
+        """Run all jobs on `threads` threads; return the manifest's tensor table in file order."""
+        entries: dict[str, TensorEntry] = {}
+        stop = threading.Event()
+        lock = threading.Lock()
+
+        def checked_advance(amount: float) -> None:
+            # The one place every job passes often: an interruption or another job's failure ends it here.
+            if stop.is_set():
+                raise _StoppedError
+            with lock:
+                advance(amount)
+
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            os.ftruncate(descriptor, self.size)
+
+            def run(job: Job) -> None:
+                writers = [SlotWriter(slot, descriptor) for slot in job.slots]
+                job.run(writers, checked_advance)
+                for writer in writers:
+                    slot = writer.slot
+                    assert writer.written == slot.size, f"{slot.name}: {writer.written} of {slot.size} bytes written"
+                    entries[slot.name] = TensorEntry(
+                        slot.name, slot.offset, slot.size, writer.crc32, slot.layer, slot.contents
+                    )
+
+            with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="export") as pool:
+                futures = [pool.submit(run, job) for job in self.jobs]
+                try:
+                    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                    failed = [future for future in done if future.exception() is not None]
+                except BaseException:
+                    stop.set()
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    raise
+                if failed:
+                    stop.set()
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    failed[0].result()
+        finally:
+            os.close(descriptor)
+        return tuple(entries[name] for name in self.slots)
+
+
+class _StoppedError(Exception):
+    """Ends a job because another failed or the user interrupted; never reaches the caller."""

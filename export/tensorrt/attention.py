@@ -1,0 +1,125 @@
+"""Attention that TensorRT computes itself, in the place of our plugin: `--attention engine`.
+
+Rotary positions in float32, TensorScatter into the cache in place, and Attention over the whole cache under a mask of
+what is filled: TensorRT's parser drops the operator's own input for lengths without an error. The work of a decode
+step therefore grows with the cache's capacity, not with what it holds, and TensorRT fixes that capacity when it builds
+(at most 4096 positions here), which is why our plugin is the default. The cache holds float16 or bfloat16; int8 and
+fp8 need the plugin.
+"""
+
+from __future__ import annotations
+
+from onnx import TensorProto, helper
+
+from edgelm.errors import ExportError
+from edgelm.export.tensorrt.graph import ParserGraph
+from edgelm.runtimes.cuda.program import Node
+
+CACHE_TYPES = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+_TYPES = {"f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+_POSITIONS, _MASK, _STARTS = "attention.positions", "attention.mask", "attention.starts"
+
+
+class EngineAttention:
+    """Adds attention to a graph.
+
+    Args:
+        graph: the graph to add to.
+        kv: type of the caches.
+
+    Raises:
+        ExportError: TensorRT's attention has no such cache.
+    """
+
+    def __init__(self, graph: ParserGraph, kv: str) -> None:
+        if kv not in CACHE_TYPES:
+            raise ExportError(
+                f"TensorRT's own attention has no {kv} cache: leave --attention out, which is our plugin's, or have "
+                f'kv = "float16" in the recipe'
+            )
+        self._graph = graph
+        self._cache = CACHE_TYPES[kv]
+        self._shared = False
+
+    def add(self, node: Node) -> None:
+        """Add one layer's attention."""
+        qkv, keys, values, lengths, cos, sin = node.inputs[:6]
+        if not self._shared:
+            self._add_shared(lengths, keys)
+            self._shared = True
+        graph, out = self._graph, node.outputs[0]
+        heads, groups, size = (node.whole(key) for key in ("num_heads", "kv_num_heads", "head_size"))
+        if node.number("clip") > 0:
+            qkv = self._clipped(qkv, node, f"{out}.clipped")
+        widths = self._ints("widths", f"{heads}.{groups}.{size}", heads * size, groups * size, groups * size)
+        parts = [f"{out}.{which}" for which in "qkv"]
+        graph.nodes.append(helper.make_node("Split", [qkv, widths], parts, name=f"{out}/Split", axis=-1))
+        q, k, v = parts
+        q = self._rotated(self._normed(q, node.input(6), node), heads, size, cos, sin)
+        k = self._rotated(self._normed(k, node.input(7), node), groups, size, cos, sin)
+        v = self._heads(self._cast(v, self._cache, f"{v}.cached"), groups, size)
+        filled = [
+            graph.node("TensorScatter", [cache, new, _STARTS], present, axis=2, mode="linear")
+            for cache, new, present in ((keys, k, node.outputs[1]), (values, v, node.outputs[2]))
+        ]
+        attended = graph.node("Attention", [q, *filled, _MASK], f"{out}.attended")
+        turned = graph.node("Transpose", [attended], f"{out}.turned", perm=[0, 2, 1, 3])
+        flat = graph.node("Reshape", [turned, self._ints("flat", str(heads * size), 0, 0, heads * size)], f"{out}.flat")
+        self._cast(flat, _TYPES[node.text("activation")], out)
+
+    def _add_shared(self, lengths: str, cache: str) -> None:
+        """Positions [B, T] of the new tokens, and which of the cache's positions each may see [B, 1, T, C]."""
+        graph = self._graph
+        zero, one, two = (graph.constant(_scalar(f"attention.{value}", value)) for value in (0, 1, 2))
+        axis = self._ints("axis", "1", 1)
+        starts = graph.node("Cast", [lengths], _STARTS, to=TensorProto.INT64)
+        tokens = graph.node("Gather", [graph.node("Shape", ["input_ids"], "attention.shape"), one], "attention.tokens")
+        new = graph.node("Range", [zero, tokens, one], "attention.new")
+        begin = graph.node("Unsqueeze", [starts, axis], "attention.begin")
+        positions = graph.node("Add", [begin, new], _POSITIONS)
+        capacity = graph.node("Gather", [graph.node("Shape", [cache], "attention.cache"), two], "attention.capacity")
+        places = graph.node("Range", [zero, capacity, one], "attention.places")
+        rows = graph.node("Unsqueeze", [positions, self._ints("axes", "1.3", 1, 3)], "attention.rows")
+        graph.node("LessOrEqual", [places, rows], _MASK)
+
+    def _clipped(self, x: str, node: Node, out: str) -> str:
+        limit, kind = node.number("clip"), _TYPES[node.text("activation")]
+        bounds = [
+            self._graph.constant(helper.make_tensor(f"attention.clip.{name}", kind, [], [value]))
+            for name, value in (("low", -limit), ("high", limit))
+        ]
+        return self._graph.node("Clip", [x, *bounds], out)
+
+    def _normed(self, x: str, weight: str, node: Node) -> str:
+        """In float32, normed over the whole width where the model does that."""
+        x = self._cast(x, TensorProto.FLOAT, f"{x}.f32")
+        if not weight:
+            return x
+        return self._graph.node(
+            "RMSNormalization", [x, self._graph.weight(weight)], f"{x}.normed", epsilon=node.number("epsilon"), axis=-1
+        )
+
+    def _rotated(self, x: str, heads: int, size: int, cos: str, sin: str) -> str:
+        graph = self._graph
+        split = self._heads(x, heads, size)
+        tables = [graph.weight(table) for table in (cos, sin)]
+        return self._cast(
+            graph.node("RotaryEmbedding", [split, *tables, _POSITIONS], f"{x}.rotated"), self._cache, f"{x}.cached"
+        )
+
+    def _heads(self, x: str, heads: int, size: int) -> str:
+        """[B, T, heads * size] to [B, heads, T, size]."""
+        shape = self._ints("heads", f"{heads}.{size}", 0, 0, heads, size)
+        split = self._graph.node("Reshape", [x, shape], f"{x}.split")
+        return self._graph.node("Transpose", [split], f"{x}.heads", perm=[0, 2, 1, 3])
+
+    def _cast(self, x: str, kind: int, out: str) -> str:
+        return self._graph.node("Cast", [x], out, to=kind)
+
+    def _ints(self, what: str, which: str, *values: int) -> str:
+        tensor = helper.make_tensor(f"attention.{what}.{which}", TensorProto.INT64, [len(values)], values)
+        return self._graph.constant(tensor)
+
+
+def _scalar(name: str, value: int) -> TensorProto:
+    return helper.make_tensor(name, TensorProto.INT64, [], [value])

@@ -1,0 +1,167 @@
+"""The graph that TensorRT's parser reads, made of a bundle's program.
+
+- Every node is a plugin: the operator's name with a prefix (the parser keeps names such as GroupQueryAttention to
+  itself), absent inputs left out (it takes no empty ones), and one attribute, the text of a `PluginSpec`.
+- Weights and caches are int8: TensorRT widens constants of uint8, and gives a plugin int8 as it is.
+- Batch, tokens and the caches' positions stay open; a cache's bytes a position are fixed, since its type is.
+
+`edgelm.export.tensorrt.linear` puts products that the engine computes itself in the place of some of the nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+from edgelm.bundle import ModelInfo
+from edgelm.errors import ExportError
+from edgelm.export.graph.onnx_builder import Dims
+from edgelm.runtimes.cuda.kernels.attention import row_bytes
+from edgelm.runtimes.cuda.operators import KV_CODES
+from edgelm.runtimes.cuda.program import Node, Program, Value
+from edgelm.runtimes.tensorrt.operators import NAMESPACE, OPERATORS, PREFIX, PluginSpec
+from edgelm.runtimes.tensorrt.plugins import FIELD
+
+OPSET = 24
+IR_VERSION = 11
+_TYPES = {"f32": TensorProto.FLOAT, "int32": TensorProto.INT32, "uint8": TensorProto.INT8}
+CACHES = ("key", "value")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight of the graph: its element type, dimensions, and where its bytes lie."""
+
+    type: int
+    dims: tuple[int, ...]
+    file: str
+    offset: int
+    size: int
+
+
+class ParserGraph:
+    """Collects what the graph is made of."""
+
+    def __init__(self, program: Program, weights_file: str) -> None:
+        self.program = program
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: dict[str, Stored] = {}
+        self._constants: dict[str, TensorProto] = {}
+        self._file = weights_file
+
+    def weight(self, name: str) -> str:
+        """Use a weight of the program as it is stored."""
+        stored = self.program.weights[name]
+        self.weights[name] = Stored(_TYPES[stored.type], stored.dims, self._file, stored.offset, stored.size)
+        return name
+
+    def constant(self, tensor: TensorProto) -> str:
+        """Use a small tensor that lies in the graph itself."""
+        self._constants[tensor.name] = tensor
+        return str(tensor.name)
+
+    def node(self, op: str, inputs: list[str], output: str, **attrs: Any) -> str:
+        """Add a node of ai.onnx; return its result's name."""
+        self.nodes.append(helper.make_node(op, inputs, [output], name=f"{output}/{op}", **attrs))
+        return output
+
+    def plugin(self, node: Node) -> None:
+        """Add a node as a plugin."""
+        self.nodes.append(plugin_node(node, self.program.values))
+        for name in node.inputs:
+            if name in self.program.weights:
+                self.weight(name)
+
+    def model(self, info: ModelInfo, cache_type: int, row: int, capacity: int | str = "capacity") -> onnx.ModelProto:
+        """The finished graph; a cache has `row` elements of `cache_type` for one head and position."""
+        cache: Dims = ["batch", info.num_kv_heads, capacity, row]
+        tensor = helper.make_tensor_value_info
+        inputs = [
+            tensor("input_ids", TensorProto.INT32, ["batch", "tokens"]),
+            tensor("past_lengths", TensorProto.INT32, ["batch"]),
+        ]
+        outputs = [tensor("logits", TensorProto.FLOAT, ["batch", 1, info.vocab_size])]
+        for i in range(info.num_layers):
+            inputs += [tensor(f"past_key_values.{i}.{which}", cache_type, cache) for which in CACHES]
+            outputs += [tensor(f"present.{i}.{which}", cache_type, cache) for which in CACHES]
+        initializers = [*self._constants.values(), *(_external(name, at) for name, at in self.weights.items())]
+        graph = helper.make_graph(self.nodes, info.name, inputs, outputs, initializers)
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(NAMESPACE, 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgelm")
+
+
+def _external(name: str, at: Stored) -> TensorProto:
+    made = TensorProto(name=name, data_type=at.type, data_location=TensorProto.EXTERNAL)
+    made.dims.extend(at.dims)
+    for key, value in (("location", at.file), ("offset", at.offset), ("length", at.size)):
+        made.external_data.add(key=key, value=str(value))
+    return made
+
+
+def plugin_node(node: Node, values: Mapping[str, Value]) -> onnx.NodeProto:
+    """The plugin of one node, as the parser reads it. Raises as `plugin_spec`."""
+    return helper.make_node(
+        f"{PREFIX}{node.op}",
+        [name for name in node.inputs if name],
+        list(node.outputs),
+        name=node.name,
+        domain=NAMESPACE,
+        **{FIELD: plugin_spec(node, values).to_text()},
+    )
+
+
+def plugin_spec(node: Node, values: Mapping[str, Value]) -> PluginSpec:
+    """What the plugin of a node is told.
+
+    Raises:
+        ExportError: it is no operator of ours, or has more or fewer inputs than one.
+    """
+    operator = OPERATORS.get(node.op)
+    if operator is None:
+        raise ExportError(f"{node.name}: the TensorRT plugins have no operator {node.op}; they have {list(OPERATORS)}")
+    present = tuple(map(bool, node.inputs)) + (False,) * (len(operator.inputs) - len(node.inputs))
+    if len(present) > len(operator.inputs) or not all(present[: operator.required]):
+        raise ExportError(
+            f"{node.name}: {node.op} takes {', '.join(operator.inputs)}, of which the first {operator.required} must "
+            f"be there; the node has {list(node.inputs)}"
+        )
+    own = len(node.outputs) - len(operator.aliases)
+    results = tuple((values[name].type, values[name].width) for name in node.outputs[:own])
+    return PluginSpec(node.name, node.op, node.attrs, present, results)
+
+
+def cache_kind(program: Program) -> str:
+    """The type of the caches that the program's attention has, e.g. "bfloat16".
+
+    Raises:
+        ExportError: it has several, or there is no attention.
+    """
+    found = {node.text("kv") for node in program.nodes if node.op == "GroupQueryAttention"}
+    if len(found) != 1:
+        raise ExportError(f"the program's caches are of {len(found)} types ({', '.join(sorted(found))}), expected one")
+    return found.pop()
+
+
+def cache_row_bytes(program: Program) -> int:
+    """Bytes of a cache for one head and position.
+
+    Raises:
+        ExportError: the GPU kernels have no such cache.
+    """
+    kind = cache_kind(program)
+    if kind not in KV_CODES:
+        raise ExportError(f"the cache is {kind!r}: on a GPU it can be {', '.join(KV_CODES)}")
+    width = next(node.whole("head_size") for node in program.nodes if node.op == "GroupQueryAttention")
+    return row_bytes(KV_CODES[kind], width)
+
+
+def plugins_of(model: onnx.ModelProto) -> Iterable[PluginSpec]:
+    """The plugins of a graph that `parser_graph` made, in order."""
+    for node in model.graph.node:
+        if node.domain == NAMESPACE:
+            text = next(helper.get_attribute_value(a) for a in node.attribute if a.name == FIELD)
+            yield PluginSpec.from_text(text.decode())

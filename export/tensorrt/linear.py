@@ -1,0 +1,115 @@
+"""Products that TensorRT computes itself, in the place of our plugin.
+
+- Matrices that stay float: RMSNorm in float32, rounding to A, MatMul in A. The engine's result is rounded to A before a
+  residual is added in float32, as PyTorch's is; our plugin adds its float32 sums.
+- int8 and FP8 with one scale a row, where the recipe has calibrated a static scale of the inputs: QuantizeLinear,
+  DequantizeLinear and MatMul, which TensorRT makes one product of 8-bit operands.
+
+The head stays a plugin: its logits are not to be rounded. So does everything else, as int4 and scales of groups.
+"""
+
+from __future__ import annotations
+
+from onnx import TensorProto, helper
+
+from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
+from edgelm.export.tensorrt.graph import ParserGraph, Stored
+from edgelm.runtimes.cuda.program import Node, matrix_of
+from edgelm.runtimes.tensorrt.build import ROWS_FILE
+from edgelm.runtimes.tensorrt.rowmajor import ALIGNMENT, Rows, parts_of
+
+_FLOATS = {GpuKind.FLOAT16: TensorProto.FLOAT16, GpuKind.BFLOAT16: TensorProto.BFLOAT16}
+_CODES = {GpuKind.INT8: TensorProto.INT8, GpuKind.FP8: TensorProto.FLOAT8E4M3FN}
+_TYPES = {"f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+
+
+class EngineLinears:
+    """Adds products to a graph; `rows` is what must be unpacked for them, `has_fp8` whether one is of FP8.
+
+    Args:
+        graph: the graph to add to.
+        fp8: whether FP8 products may be the engine's: it has them from SM 89 on.
+    """
+
+    def __init__(self, graph: ParserGraph, *, fp8: bool) -> None:
+        self.rows: list[Rows] = []
+        self.has_fp8 = False
+        self._graph = graph
+        self._fp8 = fp8
+        self._size = 0
+
+    def takes(self, node: Node) -> bool:
+        """Whether the engine computes this node."""
+        if node.op != "QuantLinear" or node.outputs[0] == "logits":
+            return False
+        matrix = matrix_of(node)
+        if matrix.kind in _FLOATS:
+            return str(matrix.kind) == node.text("activation")
+        scaled = float(node.attrs.get("input_scale", 0.0)) > 0 and matrix.groups == 1 and not matrix.zeros
+        return scaled and (matrix.kind is GpuKind.INT8 or (matrix.kind is GpuKind.FP8 and self._fp8))
+
+    def add(self, node: Node) -> None:
+        """Add one product."""
+        graph, out = self._graph, node.outputs[0]
+        x, norm, residual = node.input(0), node.input(2), node.input(3)
+        kind = graph.program.values[x].type
+        if norm:
+            x = graph.node(
+                "RMSNormalization", [x, graph.weight(norm)], f"{out}.normed", epsilon=node.number("epsilon"), axis=-1
+            )
+            kind = "f32"
+        matrix = matrix_of(node)
+        self.has_fp8 |= matrix.kind is GpuKind.FP8
+        products = self._float(node, matrix, x, kind) if matrix.kind in _FLOATS else self._scaled(node, matrix, x, kind)
+        wide = [self._cast(product, "f32", f"{out}.{i}.f32") for i, product in enumerate(products)]
+        if matrix.swiglu:
+            gate, up = wide
+            silu = graph.node("Mul", [gate, graph.node("Sigmoid", [gate], f"{out}.sigmoid")], f"{out}.silu")
+            self._cast(graph.node("Mul", [silu, up], f"{out}.product"), node.text("output"), out)
+        elif residual:
+            graph.node("Add", [wide[0], residual], out)
+        else:
+            self._cast(products[0], node.text("output"), out)
+
+    def _float(self, node: Node, matrix: GpuMatrix, x: str, kind: str) -> list[str]:
+        out, activation = node.outputs[0], node.text("activation")
+        if kind != activation:
+            x = self._cast(x, activation, f"{out}.input")
+        return [self._product(x, self._values(node, matrix, part), f"{out}.{part}") for part in parts_of(matrix)]
+
+    def _scaled(self, node: Node, matrix: GpuMatrix, x: str, kind: str) -> list[str]:
+        graph, out, codes = self._graph, node.outputs[0], _CODES[matrix.kind]
+        if kind != "f32":
+            x = self._cast(x, "f32", f"{out}.input")
+        scale = graph.constant(
+            helper.make_tensor(f"{out}.input_scale", TensorProto.FLOAT, [], [node.number("input_scale")])
+        )
+        zero = graph.constant(TensorProto(name=f"{out}.input_zero", data_type=codes, raw_data=b"\0"))
+        coded = graph.node("QuantizeLinear", [x, scale, zero], f"{out}.coded")
+        x = graph.node("DequantizeLinear", [coded, scale, zero], f"{out}.decoded")
+        products = []
+        for part in parts_of(matrix):
+            values, scales = self._values(node, matrix, part), self._stored(node, matrix, part, "scales")
+            weights = graph.node("DequantizeLinear", [values, scales], f"{out}.{part}.weights", axis=0)
+            products.append(self._product(x, weights, f"{out}.{part}"))
+        return products
+
+    def _product(self, x: str, weights: str, out: str) -> str:
+        turned = self._graph.node("Transpose", [weights], f"{out}.turned", perm=[1, 0])
+        return self._graph.node("MatMul", [x, turned], out)
+
+    def _values(self, node: Node, matrix: GpuMatrix, part: str) -> str:
+        return self._stored(node, matrix, part, "values")
+
+    def _stored(self, node: Node, matrix: GpuMatrix, part: str, what: str) -> str:
+        blob = node.input(1)
+        entry = Rows(f"{blob}.{part}.{what}", matrix, self._graph.program.weights[blob].offset, part, what, self._size)
+        if entry.name not in self._graph.weights:
+            kind = TensorProto.FLOAT if what == "scales" else {**_FLOATS, **_CODES}[matrix.kind]
+            self._graph.weights[entry.name] = Stored(kind, entry.dims, ROWS_FILE, entry.offset, entry.nbytes)
+            self.rows.append(entry)
+            self._size = -(-(self._size + entry.nbytes) // ALIGNMENT) * ALIGNMENT
+        return entry.name
+
+    def _cast(self, x: str, kind: str, out: str) -> str:
+        return self._graph.node("Cast", [x], out, to=_TYPES[kind])

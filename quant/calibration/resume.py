@@ -1,0 +1,296 @@
+"""The folder in which a calibration keeps what is done, so that it can go on where it was interrupted.
+
+    state.json                    what the run was asked for
+    layer-00000.safetensors       codes and scales of a finished layer, its report among the file's metadata
+    head.safetensors              those of the head
+    stream-00001.safetensors      the residual streams before the next layer, quantised and float
+    smoothing.safetensors         the scales that smoothing gave the float weights, where it was asked for
+
+Each file is on the disk under another name before it gets its own, and a layer's file before the stream behind it: the
+last stream says where to go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgelm.checkpoint import Checkpoint, SafetensorsFile, SafetensorsWriter, TensorSpec
+from edgelm.errors import CheckpointError, EdgeLMError
+from edgelm.files import atomic_file, lock_folder
+from edgelm.json_dataclass import Blame, read_json
+from edgelm.places import Kind, check_place, resolved, unlisted
+from edgelm.progress import Progress
+from edgelm.quant.calibration.report import LayerReport
+from edgelm.quant.recipe import Recipe
+from edgelm.quant.scaled_checkpoint import Scaling
+from edgelm.quant.source import WeightSource, part_name
+from edgelm.quant.tensor import QuantTensor
+
+SUFFIX = ".calibrating"
+_STATE = "state.json"
+_HEAD = "head.safetensors"
+_SMOOTHING = "smoothing.safetensors"
+_ROWS, _COLUMNS = "rows/", "columns/"
+_REPORT = "report"
+_STREAM, _REFERENCE = "x", "reference"
+# In the order in which they go: a run that ends in between leaves nothing that the next one would go on with.
+_NAMES = (
+    r"head\.safetensors",
+    r"stream-\d{5}\.safetensors",
+    r"smoothing\.safetensors",
+    r"layer-\d{5}\.safetensors",
+    r"\.[a-z0-9.-]+\.partial-[0-9a-f]+",
+    r"lock",
+    r"state\.json",
+)
+
+
+class WorkFolder:
+    """What is done of one calibration. Open it with `open_work`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def next_layer(self) -> int | None:
+        """The layer to go on with, None where even the embedding is still to be looked up."""
+        numbers = [path.stem.rpartition("-")[2] for path in self.path.glob("stream-?????.safetensors")]
+        found = [int(number) for number in numbers if number.isdecimal()]
+        # Two are there where the run ended between writing one and removing the other.
+        return max(found, default=None)
+
+    @property
+    def is_worth_keeping(self) -> bool:
+        """Whether anything is done that a run would otherwise have to do again."""
+        return self.next_layer() is not None or (self.path / _SMOOTHING).is_file()
+
+    def save_smoothing(self, scaling: Mapping[str, Scaling]) -> None:
+        """Keep the scales of the float weights: found anew they might differ from those that layers were done with."""
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, found in scaling.items():
+            arrays |= {} if found.rows is None else {_ROWS + name: found.rows}
+            arrays |= {} if found.columns is None else {_COLUMNS + name: found.columns}
+        _write(self.path / _SMOOTHING, arrays, {})
+
+    def load_smoothing(self) -> dict[str, Scaling] | None:
+        """Read what `save_smoothing` kept; None where there is nothing yet."""
+        path = self.path / _SMOOTHING
+        if not path.is_file():
+            return None
+        with SafetensorsFile(path) as file:
+            parts = {key: cast("NDArray[np.float32]", file.read_raw(key)) for key in file.tensors}
+        names = dict.fromkeys(key.removeprefix(_ROWS).removeprefix(_COLUMNS) for key in parts)
+        return {name: Scaling(parts.get(_ROWS + name), parts.get(_COLUMNS + name)) for name in names}
+
+    def save_streams(self, layer: int, x: Tensor, reference: Tensor) -> None:
+        """Keep both residual streams [S, T, D] before `layer`, and forget those before it."""
+        _write(self._stream(layer), {_STREAM: x.numpy(), _REFERENCE: reference.numpy()}, {})
+        self._stream(layer - 1).unlink(missing_ok=True)
+
+    def load_streams(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Read what `save_streams` kept."""
+        found = []
+        with SafetensorsFile(self._stream(layer)) as file:
+            for name in (_STREAM, _REFERENCE):
+                info = file.tensors[name]
+                found.append(torch.empty(info.shape))  # torch's own memory, see stream.aligned
+                file.read_into(found[-1].numpy(), info.offset)
+        return found[0], found[1]
+
+    def save_layer(
+        self,
+        layer: int,
+        tensors: Mapping[str, QuantTensor],
+        floats: Mapping[str, NDArray[np.float32]],
+        report: LayerReport,
+    ) -> None:
+        """Keep a finished layer: its codes, and matrices that stay float but changed."""
+        self._save(self._layer(layer), tensors, report, floats)
+
+    def save_head(self, tensors: Mapping[str, QuantTensor], report: LayerReport) -> None:
+        """Keep the head."""
+        self._save(self.path / _HEAD, tensors, report)
+
+    def layer_report(self, layer: int) -> LayerReport:
+        """The report of a finished layer."""
+        return _report(self._layer(layer))
+
+    def head_report(self) -> LayerReport | None:
+        """The report of the head, None where it is still to be done."""
+        path = self.path / _HEAD
+        return _report(path) if path.is_file() else None
+
+    def files(self, layers: int) -> list[Path]:
+        """All files of tensors."""
+        return [*(self._layer(layer) for layer in range(layers)), self.path / _HEAD]
+
+    def _save(
+        self,
+        path: Path,
+        tensors: Mapping[str, QuantTensor],
+        report: LayerReport,
+        floats: Mapping[str, NDArray[np.float32]] | None = None,
+    ) -> None:
+        arrays: dict[str, NDArray[Any]] = dict(floats or {})
+        for name, tensor in tensors.items():
+            arrays[part_name(name, "qweight")] = tensor.codes
+            arrays[part_name(name, "scales")] = tensor.scales
+            if tensor.zeros is not None:
+                arrays[part_name(name, "zeros")] = tensor.zeros
+        _write(path, arrays, {_REPORT: report.to_json()})
+
+    def _layer(self, layer: int) -> Path:
+        return self.path / f"layer-{layer:05d}.safetensors"
+
+    def _stream(self, layer: int) -> Path:
+        return self.path / f"stream-{layer:05d}.safetensors"
+
+
+_DTYPES = {"uint8": "U8", "float16": "F16", "float32": "F32"}
+
+
+def _write(path: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
+    specs = {name: TensorSpec(_DTYPES[array.dtype.name], array.shape) for name, array in arrays.items()}
+    with atomic_file(path) as partial, SafetensorsWriter(partial, specs, metadata) as writer:
+        for name, array in arrays.items():
+            writer.write(name, array)
+
+
+def _report(path: Path) -> LayerReport:
+    with SafetensorsFile(path) as file:
+        if _REPORT not in file.metadata:
+            raise CheckpointError(f"{path} holds no report: remove the folder {path.parent}, and calibrate again")
+        return LayerReport.from_json(file.metadata[_REPORT], path)
+
+
+@contextlib.contextmanager
+def open_work(path: Path, asked: Mapping[str, Any], progress: Progress) -> Iterator[WorkFolder]:
+    """Make the folder, or go on with the one there if it is of the same run; it is removed where all went well.
+
+    Args:
+        path: of the folder.
+        asked: everything that the result depends on, by what a user would call it.
+        progress: told what becomes of a folder that is there.
+
+    Raises:
+        EdgeLMError: another process works in the folder.
+    """
+    wanted = json.loads(json.dumps(asked))
+    path.mkdir(parents=True, exist_ok=True)
+    with lock_folder(path, f"another process is calibrating into {path}: wait for it"):
+        _clear_unless(path, wanted, progress)
+        state = path / _STATE
+        if not state.is_file():
+            with atomic_file(state) as partial:
+                partial.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+        work = WorkFolder(path)
+        try:
+            yield work
+        except BaseException:
+            if not work.is_worth_keeping:
+                _remove(path)
+            else:
+                progress.note(f"what is done so far is kept in {path}: the same command goes on from there")
+            raise
+        _remove(path)
+
+
+def _clear_unless(path: Path, wanted: Mapping[str, Any], progress: Progress) -> None:
+    """Empty the folder of everything that another run left there."""
+    if not (path / _STATE).exists():
+        # A run that ended before its first file, or while it removed them.
+        _empty(path)
+        return
+    try:
+        found = read_json(path / _STATE, Blame(EdgeLMError, f"remove the folder {path}"))
+    except EdgeLMError:
+        found = None
+    if found == wanted:
+        return
+    if not isinstance(found, dict) or "format" not in found:
+        # Not ours to empty, whatever it is.
+        raise EdgeLMError(f"{path} is in the way: its {_STATE} is of no calibration that EdgeLM left; remove it")
+    differing = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+    progress.note(f"{path} holds an interrupted calibration with another {', '.join(differing)}: starting anew")
+    _empty(path)
+
+
+def _foreign(folder: Path) -> str | None:
+    name = unlisted(folder, lambda path: any(re.fullmatch(pattern, path) for pattern in _NAMES))
+    return None if name is None else f"holds {name}, which no calibration left there"
+
+
+WORK = Kind("the work of a calibration", _foreign)
+
+
+def work_place(out: Path, source: Path) -> Path:
+    """The folder in which a calibration for `out` keeps its work.
+
+    Raises:
+        EdgeLMError: something else is in its place.
+    """
+    place = resolved(out)
+    return check_place(place.with_name(place.name + SUFFIX), WORK, sources=[source], overwrite=True)
+
+
+def _empty(path: Path) -> None:
+    names = [entry.name for entry in path.iterdir()]
+    for pattern in _NAMES:
+        for name in names:
+            if re.fullmatch(pattern, name):
+                (path / name).unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # the result is there; and what is not ours keeps the folder
+        _empty(path)
+        path.rmdir()
+
+
+class CalibratedSource(WeightSource):
+    """A float checkpoint seen through a recipe, with the codes that a calibration has found.
+
+    Attributes:
+        input_scales: of matrices whose activations are static, where they were asked for.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, recipe: Recipe, files: Sequence[SafetensorsFile], *, threads: int | None = None
+    ) -> None:
+        super().__init__(checkpoint, recipe, threads=threads)
+        self._found = {name: file for file in files for name in file.tensors}
+        # Routers, fitted to the quantised model's states.
+        self.replaced = {
+            name: cast("NDArray[np.float32]", file.read_raw(name))
+            for name, file in self._found.items()
+            if name in self.shapes
+        }
+        self.input_scales: Mapping[str, float] = {}
+
+    def input_scale(self, name: str) -> float | None:
+        """See `WeightSource.input_scale`."""
+        return self.input_scales.get(name)
+
+    def quantized(self, name: str, rows: slice | None = None) -> QuantTensor:
+        """See `WeightSource.quantized`; what was not calibrated, such as the embedding, is rounded to nearest."""
+        file = self._found.get(part_name(name, "qweight"))
+        scheme = self.scheme(name)
+        if file is None or scheme is None:
+            return super().quantized(name, rows)
+        codes = cast("NDArray[np.uint8]", file.read_raw(part_name(name, "qweight"), rows))
+        scales = file.read_raw(part_name(name, "scales"), rows)
+        zeros = file.read_raw(part_name(name, "zeros"), rows) if scheme.has_zeros else None
+        try:
+            shape = (len(codes), self.shape(name)[1])
+            return QuantTensor(codes, scales, cast("NDArray[np.uint8] | None", zeros), scheme, shape)
+        except ValueError as error:
+            raise CheckpointError(f"{file.path}: {name} is damaged: {error}; remove the folder") from error

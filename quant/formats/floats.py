@@ -1,0 +1,77 @@
+"""FP8 matrices with the scales that checkpoints have: one in all, one a row, one a group, or one a block of rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgelm.errors import CheckpointError
+from edgelm.quant.formats.base import FLOATS, Matrix, float32_of, in_groups, require, stored_groups
+from edgelm.quant.formats.config import WAY_OUT
+from edgelm.quant.tensor import QuantTensor
+
+if TYPE_CHECKING:
+    from edgelm.checkpoint import Checkpoint
+
+E4M3 = "F8_E4M3"
+"""The safetensors name of the one FP8 type that is read."""
+
+
+def check_scales(checkpoint: Checkpoint, matrix: Matrix, part: str, block_rows: int | None = None) -> None:
+    """Check the shape of the scales: one, one a row, one for each of a row's groups, or one for `block_rows` rows.
+
+    Raises:
+        CheckpointError: they are missing, or of another shape or type.
+    """
+    rows, groups = matrix.shape[0], stored_groups(matrix)
+    shapes: tuple[tuple[int, ...], ...]
+    if block_rows is not None:
+        shapes = ((-(-rows // block_rows), groups),)
+    elif matrix.written.group is not None:
+        shapes = ((rows, groups),)
+    else:
+        shapes = ((), (1,), (1, 1), (rows,), (rows, 1))
+    require(checkpoint, matrix, part, shapes, FLOATS)
+
+
+def scale_rows(checkpoint: Checkpoint, key: str, rows: slice, block_rows: int = 1) -> slice | None:
+    """Return which rows of a stored scale serve `rows`; None is all, where there is one for the whole matrix."""
+    shape = checkpoint.tensors[key].shape
+    if shape in ((), (1,), (1, 1)):
+        return None
+    return slice(rows.start // block_rows, -(-rows.stop // block_rows))
+
+
+def read_fp8(checkpoint: Checkpoint, matrix: Matrix, part: str, rows: slice, block_rows: int = 1) -> QuantTensor:
+    """Return rows of a matrix of E4M3 codes: w = value(code) * scale, the scales repeated over rows and groups.
+
+    Args:
+        checkpoint: what holds it.
+        matrix: whose part `weight` are the codes [N, K].
+        part: which part its scales are.
+        rows: with start and stop.
+        block_rows: rows to a scale.
+
+    Raises:
+        CheckpointError: a code is NaN, or a scale not finite.
+    """
+    codes = checkpoint.read_raw(matrix.parts["weight"], rows)
+    nan = codes & np.uint8(0x7F) == 0x7F
+    if nan.any():
+        row, column = (int(i) for i in np.argwhere(nan)[0])
+        raise CheckpointError(
+            f"{matrix.name}[{rows.start + row}, {column}] is NaN: weights must be finite, so this checkpoint is "
+            f"damaged; fetch it again, or {WAY_OUT}"
+        )
+    key = matrix.parts[part]
+    served = scale_rows(checkpoint, key, rows, block_rows)
+    values = float32_of(checkpoint, key, served)
+    count = codes.shape[0]
+    if served is None:
+        scales = np.full((count, 1), values.reshape(-1)[0], np.float32)
+    else:
+        first = rows.start - served.start * block_rows
+        values = values.reshape(values.shape[0], -1)
+        scales = np.repeat(values, block_rows, axis=0)[first : first + count]
+    return QuantTensor(codes, in_groups(scales, matrix), None, matrix.scheme, (count, matrix.shape[1]))

@@ -1,0 +1,239 @@
+"""The recipe that is expected to lose least within a budget of bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgelm.checkpoint import Checkpoint
+from edgelm.corpus import BUILTIN, Texts, read_texts, windows
+from edgelm.errors import RecipeError
+from edgelm.progress import Progress, Silent
+from edgelm.quant.mixed_precision.losses import Sensitivity
+from edgelm.quant.mixed_precision.recipe_toml import Choice, make_recipe, scheme_name, to_toml
+from edgelm.quant.mixed_precision.sensitivity import Measured, measure
+from edgelm.quant.mixed_precision.solve import Option, solve
+from edgelm.quant.mixed_precision.units import Unit, find_units, fixed_bytes
+from edgelm.quant.recipe import FLOAT, Recipe
+from edgelm.quant.scheme import INTEGER_BITS, AnyScheme, Scheme, parse_scheme
+from edgelm.quant.source import stored_recipe
+from edgelm.tokenization.tokenizer import Tokenizer
+
+_GROUPS = {3: (32, 64, 128), 4: (32, 64, 128), 5: (32, 64, 128), 6: (32, 64, 128), 8: (64, 128)}
+SCHEMES = tuple(f"int{bits}-g{group}-sym" for bits, groups in _GROUPS.items() for group in groups)
+"""Candidates unless others are asked for: every number of bits, and the groups that pay."""
+TOKENS = 8192
+LENGTH = 256
+
+
+@dataclass(frozen=True)
+class BudgetResult:
+    """A recipe, and what is expected of it.
+
+    Attributes:
+        recipe: the choice.
+        toml: the recipe with comments on what it costs.
+        choices: scheme, loss and bytes of every unit.
+        predicted: KL(float || quantised), nats a token, of weights rounded to nearest on text like the calibration's.
+        bound: no choice of these candidates has a smaller `predicted`.
+        nbytes: of the units in a native bundle.
+        file_bytes: of a native bundle's whole weights file, at most.
+        bits: mean of a weight of the units, scales included.
+        text: what was measured with, and `tokens` of it.
+        notes: what the user should know.
+    """
+
+    recipe: Recipe
+    toml: str
+    choices: Sequence[Choice]
+    predicted: float
+    bound: float
+    nbytes: int
+    file_bytes: int
+    bits: float
+    text: str
+    tokens: int
+    notes: tuple[str, ...] = ()
+
+
+def parse_candidates(names: str) -> list[AnyScheme | None]:
+    """Read "int3-g32,int4-g64-sym,float": names of schemes, symmetric where they do not say, None for float.
+
+    Raises:
+        RecipeError: one is no scheme, or there are none.
+    """
+    found: list[AnyScheme | None] = []
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        symmetric = name.startswith("int") and not name.endswith(("-sym", "-asym"))
+        found.append(None if name == FLOAT else parse_scheme(f"{name}-sym" if symmetric else name))
+    if not found:
+        raise RecipeError("no schemes to choose from: give names such as int3-g32,int4-g32,int8-g128")
+    return list(dict.fromkeys(found))
+
+
+def budget_recipe(
+    checkpoint: str | Path | Checkpoint,
+    *,
+    bits: float | None = None,
+    budget: int | None = None,
+    text: str | Path | Texts = BUILTIN,
+    tokens: int = TOKENS,
+    schemes: Sequence[AnyScheme | None] | None = None,
+    factors: Mapping[int, float] | None = None,
+    name: str = "budget",
+    progress: Progress | None = None,
+) -> BudgetResult:
+    """Choose a scheme for every matrix, and every expert, of a float checkpoint.
+
+    Args:
+        checkpoint: folder, hub id, or open.
+        bits: mean bits of a weight over all matrices but the routers, scales included.
+        budget: in place of `bits`, bytes of a native bundle's weights file.
+        text: to measure with, as `read_texts` takes it; the built-in one without what is held out.
+        tokens: of it to measure with, in windows of at most 256.
+        schemes: candidates, None among them for float; default `SCHEMES`.
+        factors: by bits, what a better method than rounding to nearest leaves of the loss (1 where not given).
+        name: of the recipe.
+        progress: told of every layer.
+
+    Raises:
+        RecipeError: the budget is below the smallest possible, the checkpoint is quantised, or a scheme does not fit.
+        EdgeLMError: there is too little text.
+    """
+    if (bits is None) == (budget is None):
+        raise RecipeError("give either a number of bits or a budget of bytes")
+    if not isinstance(checkpoint, Checkpoint):
+        with Checkpoint.open(checkpoint, progress) as opened:
+            return budget_recipe(
+                opened, bits=bits, budget=budget, text=text, tokens=tokens, schemes=schemes, factors=factors,
+                name=name, progress=progress,
+            )  # fmt: skip
+    plan = _Plan.of(checkpoint, bits, budget, schemes)
+    texts = text if isinstance(text, Texts) else read_texts(text)
+    length = min(LENGTH, plan.context, max(2, tokens))
+    sample = windows(Tokenizer.from_folder(checkpoint.path), texts.documents, max(1, tokens // length), length)
+    measured = measure(checkpoint, sample, plan.quantised, about=plan.about, progress=progress)
+    result = plan.choose(measured, factors or {}, name, texts.name, len(sample) * length)
+    for note in result.notes:
+        (progress or Silent()).note(note)
+    return result
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What can be known before anything is measured.
+
+    Attributes:
+        units: what is chosen for.
+        candidates: schemes, None for float.
+        room: bytes for the units.
+        fixed: bytes of the rest of the weights file.
+        context: longest sequence.
+        has_router: whether there are routers, which stay float.
+    """
+
+    units: Sequence[Unit]
+    candidates: Sequence[AnyScheme | None]
+    room: int
+    fixed: int
+    context: int
+    has_router: bool
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        bits: float | None,
+        budget: int | None,
+        schemes: Sequence[AnyScheme | None] | None,
+    ) -> _Plan:
+        """Raise RecipeError where the budget is below the smallest possible, or the checkpoint no float one."""
+        if stored_recipe(checkpoint.config) is not None:
+            raise RecipeError(f"{checkpoint.path} is already quantised: start from the float checkpoint")
+        candidates = [parse_scheme(scheme) for scheme in SCHEMES] if schemes is None else list(schemes)
+        if not candidates:
+            raise RecipeError("no schemes to choose from: give names such as int3-g32,int4-g32,int8-g128")
+        config = checkpoint.family.config_class.from_dict(checkpoint.config)
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        units, fixed = find_units(shapes), fixed_bytes(config, shapes)
+        weights = sum(unit.weights for unit in units)
+        room = int(bits * weights / 8) if bits is not None else (budget or 0) - fixed
+        smallest = sum(min(unit.nbytes(scheme) for scheme in candidates) for unit in units)
+        if room < smallest:
+            least = f"{_ceil(8 * smallest / weights)} bits" if bits is not None else f"{smallest + fixed} bytes"
+            raise RecipeError(
+                f"the smallest possible with these schemes is {least}"
+                f" ({', '.join(scheme_name(scheme) for scheme in candidates)}): allow more, or name narrower schemes"
+            )
+        router = any(name.endswith(".mlp.gate.weight") for name in shapes)
+        return cls(units, candidates, room, fixed, config.max_position_embeddings, router)
+
+    @property
+    def weights(self) -> int:
+        """Weights of all units."""
+        return sum(unit.weights for unit in self.units)
+
+    @property
+    def quantised(self) -> list[AnyScheme]:
+        """The candidates but float."""
+        return [scheme for scheme in self.candidates if scheme is not None]
+
+    @property
+    def about(self) -> AnyScheme:
+        """The scheme of integers in groups of 32 that comes next to the room there is."""
+        bits = 8 * self.room / self.weights
+        return min((Scheme(width, 32) for width in INTEGER_BITS), key=lambda scheme: abs(scheme.bits + 0.5 - bits))
+
+    def choose(
+        self, measured: Measured, factors: Mapping[int, float], name: str, text: str, tokens: int
+    ) -> BudgetResult:
+        """Solve for the losses measured."""
+        options = [[self._choice(one, scheme, factors) for scheme in self.candidates] for one in measured.units]
+        solution = solve([[Option(c.nbytes, c.loss) for c in choices] for choices in options], self.room)
+        choices = [found[pick] for found, pick in zip(options, solution.picks, strict=True)]
+        bits = 8 * solution.nbytes / self.weights
+        notes = []
+        if all(choice.nbytes == max(c.nbytes for c in found) for choice, found in zip(choices, options, strict=True)):
+            notes.append(
+                f"the budget is above the largest possible: everything has its largest scheme, {bits:.2f} bits"
+            )
+        unseen = sum(one.tokens == 0 for one in measured.units if one.unit.kind == "expert down")
+        if unseen:
+            notes.append(f"{unseen} experts saw no token: they are taken to matter little; give more or other text")
+        predicted = solution.loss + measured.swaps
+        recipe, comments = make_recipe(name, choices, self.has_router)
+        head = [
+            f"{bits:.3f} bits a weight, {solution.nbytes} bytes; with norms, routers and padding at most "
+            f"{solution.nbytes + self.fixed}.",
+            f"Expected KL to the float model {predicted:.2e} nats a token (weights rounded to nearest; at least "
+            f"{solution.bound + measured.swaps:.2e} with these schemes),",
+            f"measured with {tokens} tokens of {text}. The first rule that matches decides: edit freely.",
+            *notes,
+        ]
+        return BudgetResult(
+            recipe=recipe,
+            toml=to_toml(recipe, comments, head),
+            choices=choices,
+            predicted=predicted,
+            bound=solution.bound + measured.swaps,
+            nbytes=solution.nbytes,
+            file_bytes=solution.nbytes + self.fixed,
+            bits=bits,
+            text=text,
+            tokens=tokens,
+            notes=tuple(notes),
+        )
+
+    def _choice(self, one: Sensitivity, scheme: AnyScheme | None, factors: Mapping[int, float]) -> Choice:
+        unit, loss = one.unit, 0.0
+        if scheme is not None:
+            scheme = unit.effective(scheme)
+            loss = one.losses[scheme.name] * factors.get(scheme.bits, 1.0)
+        return Choice(unit, scheme, loss, unit.nbytes(scheme), one.tokens)
+
+
+def _ceil(bits: float) -> float:
+    """Two digits, not below: what the message names must be enough."""
+    return math.ceil(100 * bits) / 100

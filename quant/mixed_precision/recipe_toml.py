@@ -1,0 +1,116 @@
+"""A choice of schemes as a recipe that people read and edit: few rules, and comments that say what each costs.
+
+Rules for single units come first, then what most experts of one layer have, then what most units of a kind have; the
+default is what most matrices have.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from edgelm.quant.mixed_precision.units import Unit
+from edgelm.quant.recipe import Recipe, Rule
+from edgelm.quant.scheme import AnyScheme
+
+ROUTER = "*.mlp.gate.weight"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A unit with its scheme, what that is expected to lose (nats a token), its bytes, and the tokens measured with."""
+
+    unit: Unit
+    scheme: AnyScheme | None
+    loss: float
+    nbytes: int
+    tokens: int
+
+
+def make_recipe(name: str, choices: Sequence[Choice], has_router: bool) -> tuple[Recipe, list[str]]:
+    """Return the recipe, and a comment for each of its rules."""
+    default = Counter(choice.scheme for choice in choices for _ in choice.unit.tensors).most_common(1)[0][0]
+    single: list[tuple[Rule, str]] = []
+    of_layer: list[tuple[Rule, str]] = []
+    of_kind: list[tuple[Rule, str]] = []
+    kinds: dict[str, list[Choice]] = defaultdict(list)
+    for choice in choices:
+        kinds[choice.unit.kind].append(choice)
+    for kind, members in kinds.items():
+        common = Counter(choice.scheme for choice in members).most_common(1)[0][0]
+        if len(members) == 1:
+            common = default
+        elif common != default:
+            of_kind.append((Rule(_pattern(members[0].unit, "*", "*"), common), f"most of {kind}"))
+        layers: dict[int | None, list[Choice]] = defaultdict(list)
+        for choice in members:
+            layers[choice.unit.layer].append(choice)
+        for layer, inside in layers.items():
+            usual, count = Counter(choice.scheme for choice in inside).most_common(1)[0]
+            if inside[0].unit.expert is None or count - sum(c.scheme == common for c in inside) < 2:
+                usual = common
+            else:
+                rule = Rule(_pattern(inside[0].unit, str(layer), "*"), usual)
+                of_layer.append((rule, f"most of {kind} of layer {layer}"))
+            for choice in inside:
+                if choice.scheme != usual:
+                    unit = choice.unit
+                    rule = Rule(_pattern(unit, str(unit.layer), str(unit.expert)), choice.scheme)
+                    single.append((rule, _comment([choice])))
+    router = [(Rule(ROUTER, None), "routers choose in float")] if has_router else []
+    rules = router + single + of_layer + of_kind
+    return Recipe(name, default, tuple(rule for rule, _ in rules)), [comment for _, comment in rules]
+
+
+def to_toml(recipe: Recipe, comments: Sequence[str], head: Sequence[str]) -> str:
+    """Return the recipe's TOML with a comment before it and one at each rule."""
+    top, *blocks = recipe.to_toml().split("\n[[rule]]\n")
+    assert len(blocks) == len(comments)
+    lines = [*(f"# {line}".rstrip() for line in head), top.rstrip("\n")]
+    for block, comment in zip(blocks, comments, strict=True):
+        lines += ["", f"[[rule]] # {comment}", block.rstrip("\n")]
+    return "\n".join(lines) + "\n"
+
+
+def table(choices: Sequence[Choice]) -> list[Mapping[str, object]]:
+    """For each kind of unit: weights, mean bits, nats a token, and how many units have which scheme."""
+    rows: list[Mapping[str, object]] = []
+    for kind in dict.fromkeys(choice.unit.kind for choice in choices):
+        members = [choice for choice in choices if choice.unit.kind == kind]
+        weights = sum(choice.unit.weights for choice in members)
+        counts = Counter(scheme_name(choice.scheme) for choice in members)
+        rows.append(
+            {
+                "kind": kind,
+                "weights": weights,
+                "bits": 8 * sum(choice.nbytes for choice in members) / weights,
+                "loss": sum(choice.loss for choice in members),
+                "schemes": dict(counts.most_common()),
+            }
+        )
+    return rows
+
+
+def scheme_name(scheme: AnyScheme | None) -> str:
+    """The name of a scheme, "float" for none."""
+    return "float" if scheme is None else scheme.name
+
+
+def _comment(choices: Sequence[Choice]) -> str:
+    loss, nbytes = sum(choice.loss for choice in choices), sum(choice.nbytes for choice in choices)
+    return f"{loss:.1e} nats, {nbytes} bytes, {choices[0].tokens} tokens"
+
+
+def _pattern(unit: Unit, layer: str, expert: str) -> str:
+    """The pattern of a unit's matrices, or with "*" of those of all layers or experts."""
+    names = list(unit.tensors)
+    if unit.layer is None:
+        return names[0]
+    stem, matrix, _ = names[0].rsplit(".", 2)
+    parts = stem.split(".")
+    parts[2] = layer
+    if unit.expert is not None:
+        parts[-1] = expert
+    matrix = {"qkv": "[qkv]_proj", "gate+up": "[gu]*_proj"}.get(unit.kind.removeprefix("expert "), matrix)
+    return ".".join([*parts, matrix, "weight"])

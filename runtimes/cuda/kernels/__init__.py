@@ -1,0 +1,1 @@
+"""The CUDA kernels: sources, compilation, and what each launch is given."""

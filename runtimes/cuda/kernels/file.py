@@ -1,0 +1,290 @@
+"""The compiled kernels of a bundle: a folder `kernels` with one image a target, and `kernels.json` about them.
+
+    kernels/sm_86.cubin ... kernels/compute_80.ptx   kernels/kernels.json
+
+Its hashes are in the bundle's manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from edgelm.devices import allowed_cores
+from edgelm.errors import BundleError, ExportError, RuntimeUnavailableError
+from edgelm.json_dataclass import Blame, Count, Range, from_data, quoted, read_json, require_format
+from edgelm.progress import Progress, Silent
+from edgelm.runtimes.cuda.kernels import nvrtc, sources
+from edgelm.runtimes.cuda.kernels.cubin import Resources
+
+__all__ = [
+    "FOLDER",
+    "PREPARED_VARIABLE",
+    "Image",
+    "KernelCompiler",
+    "KernelFolder",
+    "choose",
+    "compile_bundle_kernels",
+    "compile_images",
+    "prepared_kernels",
+]
+
+FOLDER = "kernels"
+PREPARED_VARIABLE = "EDGELM_GPU_KERNELS"
+"""Environment variable: a folder of kernels that were compiled beforehand from the same sources, to save the time where
+a GPU is at hand for minutes only (tests/gpu/check.py --prepare makes one)."""
+INDEX = "kernels.json"
+FORMAT = 1
+# A cubin runs on later devices of its generation, except that boards (Orin, Thor) have code of their own.
+_BOARDS = (87, 88, 110)
+_TARGET = re.compile(r"(sm|compute)_[1-9][0-9]{1,2}")
+_BLAME = Blame(BundleError, "copy the bundle again")
+_Version = Annotated[int, Range(0, 10_000)]
+
+
+@dataclass(frozen=True)
+class _ImageInfo:
+    file: str
+    resources: dict[str, Resources]
+    waits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Index:
+    """`kernels.json`."""
+
+    format: int
+    nvrtc: tuple[_Version, _Version]
+    argument_bytes: dict[str, Count]
+    images: dict[str, _ImageInfo]
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Image:
+    """What a driver loads.
+
+    Attributes:
+        target: `sm_86` or `compute_80`.
+        data: a cubin or PTX text.
+        argument_bytes: size of each kernel's parameters, by name: these are the kernels that it has.
+        compiler: version of the NVRTC that made it.
+        waits: kernels that may be started before the one before them has ended; see `nvrtc.Compiled`.
+    """
+
+    target: str
+    data: bytes
+    argument_bytes: Mapping[str, int]
+    compiler: tuple[int, int]
+    waits: frozenset[str] = frozenset()
+
+
+def compile_images(
+    names: Sequence[str], targets: Sequence[str], progress: Progress | None = None
+) -> dict[str, nvrtc.Compiled]:
+    """Compile kernels for several targets, as many at a time as there are cores, or take what was prepared.
+
+    Raises:
+        ExportError: a kernel does not compile, or NVRTC does not know a target.
+        DeviceError: there is no NVRTC.
+    """
+    library = nvrtc.load()
+    for target in targets:
+        library.check_target(target)
+    source, headers = sources.translation_unit(names)
+    done: dict[str, nvrtc.Compiled] = {}
+    folder = prepared_kernels()
+
+    def one(target: str) -> nvrtc.Compiled:
+        if folder is not None and folder.compiler == library.version and folder.has(names, target):
+            return folder.compiled(names, target)
+        return nvrtc.compile_kernels(source, headers, target, names)
+
+    with (
+        (progress or Silent()).task("compiling GPU kernels", len(targets), unit="steps") as advance,
+        ThreadPoolExecutor(min(allowed_cores(), len(targets)) or 1) as pool,
+    ):
+        futures = [pool.submit(one, target) for target in targets]
+        try:
+            for target, future in zip(targets, futures, strict=True):
+                done[target] = future.result()
+                advance(1)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return done
+
+
+def compile_bundle_kernels(
+    names: Sequence[str], sms: Sequence[int], folder: Path, progress: Progress | None = None, *, ptx: bool = True
+) -> None:
+    """Compile kernels for these SMs, and as PTX for the others unless `ptx` is false, into `folder` (made if absent).
+
+    Raises:
+        ExportError: a kernel does not compile, spills registers, or NVRTC does not know an SM.
+        DeviceError: there is no NVRTC.
+    """
+    targets = [*dict.fromkeys(f"sm_{sm}" for sm in sms), *([nvrtc.PTX_TARGET] if ptx else [])]
+    compiled = compile_images(names, targets, progress)
+    for target, one in compiled.items():
+        for name, used in one.resources.items():
+            if used.local_bytes:
+                raise ExportError(f"{name} spills {used.local_bytes} bytes a thread on {target}: report this bug")
+    folder.mkdir(parents=True, exist_ok=True)
+    images = {}
+    for target, one in compiled.items():
+        file = f"{target}.{'ptx' if target == nvrtc.PTX_TARGET else 'cubin'}"
+        (folder / file).write_bytes(one.image)
+        resources = {name: asdict(used) for name, used in one.resources.items()}
+        images[target] = {"file": file, "waits": sorted(one.waits), "resources": resources}
+    some = compiled[targets[0]]
+    index = {
+        "format": FORMAT,
+        "nvrtc": list(nvrtc.load().version),
+        "source": sources.fingerprint(*sources.translation_unit(names)),
+        "argument_bytes": dict(sorted(some.argument_bytes.items())),
+        "images": images,
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+class KernelFolder:
+    """Reads the folder; an image's bytes are read when it is chosen."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open it.
+
+        Raises:
+            BundleError: it is missing, damaged or of a newer format.
+        """
+        self.folder = folder
+        path = folder / INDEX
+        if not path.exists():
+            raise BundleError(f"{path} is missing: the bundle holds no GPU kernels; export it again")
+        index = from_data(_Index, require_format(read_json(path, _BLAME), "format", FORMAT, path, _BLAME), path, _BLAME)
+        for target, image in index.images.items():
+            if not _TARGET.fullmatch(target):
+                raise _BLAME.at(path, f"images has {quoted(target)}, expected such as sm_86 or compute_80")
+            if not re.fullmatch(r"\w[\w.-]*", image.file, re.ASCII):
+                raise _BLAME.at(path, f"images.{target}.file is {quoted(image.file)}, no name of a file beside it")
+        self.compiler = index.nvrtc
+        self.source = index.source
+        self.argument_bytes = index.argument_bytes
+        self.files = {target: image.file for target, image in index.images.items()}
+        self.waits = {target: frozenset(image.waits) for target, image in index.images.items()}
+        self.resources = {target: image.resources for target, image in index.images.items()}
+
+    def image(self, names: Sequence[str], capability: tuple[int, int], driver: tuple[int, int]) -> Image:
+        """The image that suits a device best.
+
+        Args:
+            names: kernels that it must have.
+            capability: of the device, e.g. (8, 6).
+            driver: the CUDA version that its driver speaks.
+
+        Raises:
+            RuntimeUnavailableError: no image runs there, or a kernel is missing.
+        """
+        missing = [name for name in names if name not in self.argument_bytes]
+        if missing:
+            raise RuntimeUnavailableError(
+                f"{self.folder} lacks the kernel {missing[0]} (of {len(missing)}): it was exported by another version "
+                "of edgelm; export it again"
+            )
+        target = choose(tuple(self.files), capability, self.compiler, driver)
+        path = self.folder / self.files[target]
+        try:
+            return Image(target, path.read_bytes(), self.argument_bytes, self.compiler, self.waits[target])
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read ({error.strerror}): copy the bundle again") from error
+
+    def has(self, names: Sequence[str], target: str) -> bool:
+        """Whether it has all of these kernels for a target."""
+        return target in self.files and all(name in self.argument_bytes for name in names)
+
+    def compiled(self, names: Sequence[str], target: str) -> nvrtc.Compiled:
+        """An image as the compiler gave it, described for these kernels alone. Raises OSError: it cannot be read."""
+        return nvrtc.Compiled(
+            target,
+            (self.folder / self.files[target]).read_bytes(),
+            {name: self.argument_bytes[name] for name in names},
+            self.waits[target] & set(names),
+            {name: used for name, used in self.resources[target].items() if name in names},
+            "",
+        )
+
+
+def prepared_kernels() -> KernelFolder | None:
+    """The folder that `PREPARED_VARIABLE` names.
+
+    Raises:
+        BundleError: it is damaged, or was made from other sources.
+    """
+    named = os.environ.get(PREPARED_VARIABLE)
+    if not named:
+        return None
+    folder = KernelFolder(Path(named))
+    if folder.source != sources.fingerprint(*sources.translation_unit(sorted(folder.argument_bytes))):
+        raise BundleError(
+            f"{PREPARED_VARIABLE}={named}: these kernels were compiled from other sources: make them again with "
+            "`python tests/gpu/check.py --prepare FOLDER`, or unset the variable"
+        )
+    return folder
+
+
+class KernelCompiler:
+    """Compiles what is asked for with the NVRTC of this machine: for tests and measurements, which have no bundle.
+
+    Where `PREPARED_VARIABLE` names a folder that has it for the device, it comes from there, and NVRTC is not needed.
+    """
+
+    def image(self, names: Sequence[str], capability: tuple[int, int], driver: tuple[int, int]) -> Image:
+        """Compile kernels for a device; see `KernelFolder.image`."""
+        folder = prepared_kernels()
+        if folder is not None and folder.has(names, "sm_{}{}".format(*capability)):
+            return folder.image(names, capability, driver)
+        library = nvrtc.load()
+        known = tuple(f"sm_{sm}" for sm in library.sms)
+        target = choose((*known, nvrtc.PTX_TARGET), capability, library.version, driver)
+        (compiled,) = compile_images(names, [target]).values()
+        return Image(target, compiled.image, compiled.argument_bytes, library.version, compiled.waits)
+
+
+def choose(
+    targets: Sequence[str], capability: tuple[int, int], compiler: tuple[int, int], driver: tuple[int, int]
+) -> str:
+    """Which of the targets a device runs best: its own, an earlier one of its generation, or PTX.
+
+    Raises:
+        RuntimeUnavailableError: none of them.
+    """
+    version, spoken = ("{}.{}".format(*pair) for pair in (compiler, driver))
+    if driver[0] < compiler[0]:
+        raise RuntimeUnavailableError(
+            f"this GPU's driver speaks CUDA {spoken}, and the kernels were compiled with CUDA {version}: update the "
+            f"driver to one for CUDA {compiler[0]}.0 or newer, or export the bundle where EDGELM_NVRTC names the NVRTC "
+            f"of CUDA {driver[0]}"
+        )
+    sm = capability[0] * 10 + capability[1]
+    cubins = sorted(int(target[3:]) for target in targets if target.startswith("sm_"))
+    texts = sorted(int(target[8:]) for target in targets if target.startswith("compute_"))
+    if sm in cubins:
+        return f"sm_{sm}"
+    kin = [other for other in cubins if other // 10 == sm // 10 and other < sm and not {sm, other} & set(_BOARDS)]
+    if kin:
+        return f"sm_{kin[-1]}"
+    older = [other for other in texts if other <= sm]
+    if older and driver >= compiler:
+        return f"compute_{older[-1]}"
+    has = ", ".join(targets) or "nothing"
+    if older:
+        raise RuntimeUnavailableError(
+            f"this GPU is SM {sm}, for which the bundle has PTX of CUDA {version} only, and its driver speaks CUDA "
+            f"{spoken}: update the driver, or export with --sm {sm}"
+        )
+    raise RuntimeUnavailableError(f"this GPU is SM {sm}, and the bundle has kernels for {has}: export with --sm {sm}")

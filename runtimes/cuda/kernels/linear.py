@@ -1,0 +1,498 @@
+"""Launches of the kernels in linear.cuh: products with quantised weights, and the small kernels around them.
+
+A product is computed by one of three kernels: "skinny" where few rows make reading the weights all the work, "gemm" on
+tensor cores, and "exact" in float32 throughout (activation f32). Which one depends on shapes alone, never on data.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from edgelm.bundle.gpu_layout import ROWS, TILE_BYTES, GpuKind, GpuMatrix
+from edgelm.errors import DeviceError
+from edgelm.runtimes.cuda.device import DeviceInfo
+from edgelm.runtimes.cuda.launch import Launch
+
+HEADER = "linear.cuh"
+
+ACTIVATIONS = ("bf16", "f16")
+"""What tensor cores multiply; f32 stands for the exact kernels."""
+
+# LinearArgs, RowsArgs, AddArgs, EmbeddingArgs, LastTokenArgs, TopArgs of the sources.
+_LINEAR_ARGS = struct.Struct("<10Q3q8i2f3i4x")
+_ROWS_ARGS = struct.Struct("<4Q3i2f4x")
+_ADD_ARGS = struct.Struct("<3Qq")
+_EMBEDDING_ARGS = struct.Struct("<5Q4i")
+_LAST_TOKEN_ARGS = struct.Struct("<3Q2i")
+_TOP_ARGS = struct.Struct("<5Q4i")
+
+_TYPES = {"int4": "Int4", "int8": "Int8", "fp8": "e4m3", "f16": "f16", "bf16": "bf16", "f32": "float"}
+_SKINNY_WIDTHS = (8, 16, 32)
+SKINNY_ROWS = 32
+"""Rows up to which a single matrix is multiplied by the skinny kernel."""
+FUSED_ROWS = 8
+"""Rows of x up to which the skinny kernel normalises and rounds itself: each of its blocks does so for all of them."""
+# Tiles of the gemm kernels by name: rows of the matrix, tokens, warps along the rows.
+_GEMM_TILES = {"256": (256, 128, 4), "128": (128, 128, 2), "64": (64, 64, 2)}
+_GEMM_SPEED = {"256": 1.0, "128": 0.8, "64": 0.5}
+"""What is thought of the kernels' relative speed when a device is full; only the choice depends on it."""
+_GEMM_THREADS = 256
+_GEMM_STAGES = {"256": 3, "128": 3, "64": 6}
+_SKINNY_THREADS = {8: 512, 16: 512, 32: 256}
+_EXACT_TOKENS, _EXACT_WARPS = 4, 8
+_ROW_THREADS = 256
+_TOP_PART = 4096
+MOST_CANDIDATES = 64
+"""Largest `count` of `top_launches`."""
+
+# Shared memory of a multiprocessor in KiB by capability; a block may have 1 KiB less.
+_SHARED_KB = {(8, 0): 164, (8, 6): 100, (8, 7): 164, (8, 9): 100, (9, 0): 228, (10, 0): 228, (11, 0): 228, (12, 0): 100}
+
+
+def all_kernels() -> tuple[str, ...]:
+    """Return the name of every kernel."""
+    return tuple(_instantiations())
+
+
+def instantiation(name: str) -> str:
+    """Return the line of C++ that makes the kernel of that name."""
+    args, threads, blocks, body = _instantiations()[name]
+    return f"EDGELM_KERNEL({name}, {args}, {threads}, {blocks}, {body})"
+
+
+def kernels_of(matrix: GpuMatrix, activation: str, rounding: float = 0.0) -> tuple[str, ...]:
+    """Return every kernel that products with this matrix may need, for any number of rows.
+
+    Args:
+        matrix: the weights.
+        activation: bf16, f16 or f32.
+        rounding: as in `Product`.
+
+    Raises:
+        DeviceError: there is no kernel for the two.
+    """
+    _check(matrix, activation)
+    if activation == "f32":
+        return (f"linear_exact_f32_{matrix.kind}",)
+    names = [f"linear_skinny_{activation}_{matrix.kind}_n{width}" for width in _SKINNY_WIDTHS]
+    fp8 = rounding != 0
+    names += [_gemm_name(matrix, activation, tile, fp8) for tile in _gemm_tiles(_gemm_scales(matrix))]
+    names.append(f"convert_rows_{activation}_{activation}")
+    if rounding:
+        names.append(f"convert_rows_{activation}_fp8")
+    return tuple(names)
+
+
+@dataclass(frozen=True)
+class Product:
+    """y[slot] = residual[slot] + f(W g(x[row of slot])), with everything's device address; 0 is none.
+
+    Attributes:
+        matrix, blob: the weights' format and address. With `offsets` each of its matrices has rows of its own.
+        x: [x_rows, K]: float32 where `x_float`, else of type `activation`.
+        y: [rows, outputs]: float32 where `y_float`, else of type `activation`.
+        rows: slots, the rows of y. 0 is allowed.
+        activation: bf16, f16, or f32 for exact products; x and y are then float32.
+        norm: float32 [K] of an RMSNorm of x, which is then float32.
+        residual: float32 [rows, outputs], added at the end; may be y.
+        row_map: int32 [rows], the row of x of each slot; none: its own number.
+        offsets: int32 [count + 1], the slots of matrix e being offsets[e] .. offsets[e + 1] - 1, none twice.
+        x_rows: rows of x where `row_map` is given.
+        most_rows: what no matrix has more slots than; default: `rows`. It chooses kernels, no result depends on it.
+        rounding: x (after the norm) is rounded to FP8 E4M3: > 0 with this scale, < 0 with absmax / 448 of its row, 0
+            not at all.
+        epsilon: of the norm.
+    """
+
+    matrix: GpuMatrix
+    blob: int
+    x: int
+    y: int
+    rows: int
+    activation: str = "bf16"
+    x_float: bool = False
+    y_float: bool = False
+    norm: int = 0
+    residual: int = 0
+    row_map: int = 0
+    offsets: int = 0
+    x_rows: int = 0
+    most_rows: int = 0
+    rounding: float = 0.0
+    epsilon: float = 1e-5
+
+    def __post_init__(self) -> None:
+        """Raise DeviceError for what the kernels cannot do."""
+        _check(self.matrix, self.activation)
+        if self.norm and not (self.x_float or self.activation == "f32"):
+            raise DeviceError(f"a norm takes float32, x is {self.activation}: pass x_float=True")
+        if self.matrix.count > 1 and not self.offsets:
+            raise DeviceError(f"a blob of {self.matrix.count} matrices needs offsets")
+        if self.row_map and not self.x_rows:
+            raise DeviceError("a row_map needs x_rows, the rows that x has")
+        if self.rows < 0:
+            raise DeviceError(f"rows is {self.rows}, expected 0 or more")
+
+    @property
+    def rows_of_x(self) -> int:
+        """Rows that x has."""
+        return self.x_rows if self.row_map else self.rows
+
+    @property
+    def active(self) -> int:
+        """Matrices that can have rows at most."""
+        return min(self.matrix.count, self.rows) if self.offsets else 1
+
+    def is_skinny(self) -> bool:
+        """Whether the weights are streamed past few rows."""
+        most = min(self.most_rows or self.rows, self.rows)
+        # With many experts most have few rows even where one may have all.
+        return most <= SKINNY_ROWS or (self.offsets != 0 and self.rows <= self.matrix.count * 12)
+
+    def prepares_x(self) -> bool:
+        """Whether a kernel of its own makes x ready for tensor cores."""
+        if self.rows == 0 or self.activation == "f32" or not (self.x_float or self.rounding):
+            return False
+        return not self.is_skinny() or self.rows_of_x > FUSED_ROWS
+
+
+def workspace_bytes(product: Product) -> int:
+    """Bytes of scratch memory that `product_launches` needs, or would with fewer rows."""
+    if product.activation == "f32" or not (product.x_float or product.rounding):
+        return 0
+    rows = product.rows_of_x
+    return _aligned(2 * rows * product.matrix.columns) + (_aligned(4 * rows) if product.rounding else 0)
+
+
+def product_launches(product: Product, info: DeviceInfo, workspace: int = 0) -> list[Launch]:
+    """Return the launches that compute a product.
+
+    Args:
+        product: what is computed.
+        info: of the device it is launched on.
+        workspace: address of `workspace_bytes(product)` bytes, aligned to 256; needed where `product.prepares_x()`.
+
+    Raises:
+        DeviceError: there is no workspace, or the shapes do not fit the device.
+    """
+    if product.rows == 0:
+        return []
+    if product.activation == "f32":
+        return [_exact(product)]
+    launches = []
+    scales = 0
+    if product.prepares_x():
+        if not workspace:
+            raise DeviceError(f"this product needs a workspace of {workspace_bytes(product)} bytes")
+        # The skinny kernel takes what was rounded as numbers of the activations' type, which hold FP8 exactly.
+        target = "fp8" if product.rounding and not product.is_skinny() else product.activation
+        if product.rounding:
+            cells = product.rows_of_x * product.matrix.columns
+            scales = workspace + _aligned(cells if target == "fp8" else 2 * cells)
+        launches.append(
+            convert_launch(
+                product.x, workspace, product.rows_of_x, product.matrix.columns,
+                source=product.activation, target=target, x_float=product.x_float, norm=product.norm,
+                epsilon=product.epsilon, rounding=product.rounding, scales=scales,
+            )
+        )  # fmt: skip
+        product = replace(product, x=workspace, x_float=False, norm=0, rounding=0.0)
+    launches.append(_skinny(product, info, scales) if product.is_skinny() else _gemm(product, info, scales))
+    return launches
+
+
+def convert_launch(
+    x: int,
+    y: int,
+    rows: int,
+    columns: int,
+    *,
+    source: str = "f32",
+    target: str = "f32",
+    x_float: bool = True,
+    norm: int = 0,
+    epsilon: float = 1e-5,
+    rounding: float = 0.0,
+    scales: int = 0,
+) -> Launch:
+    """Return the launch that normalises, converts or rounds rows.
+
+    Args:
+        x: [rows, columns], float32 where `x_float`, else of type `source`.
+        y: [rows, columns] of type `target`: f32, or `source`, or fp8 (codes, of each 16 in an order of their own).
+        rows: rows.
+        columns: an even number.
+        source: bf16, f16 or f32.
+        target: the type of y.
+        x_float: whether x is float32 although `source` is not.
+        norm: float32 [columns] of an RMSNorm; 0: none.
+        epsilon: of the norm.
+        rounding: as in `Product`.
+        scales: float32 [rows] for the scales of rounding; 0: they are not wanted.
+    """
+    name = f"convert_rows_{source}_{target}"
+    if name not in _instantiations():
+        raise DeviceError(f"there is no conversion from {source} to {target}")
+    if columns % 2:
+        raise DeviceError(f"rows of {columns} numbers: an even number is needed")
+    float_in = int(x_float or source == "f32")
+    args = _ROWS_ARGS.pack(x, norm, y, scales, rows, columns, float_in, epsilon, rounding)
+    return Launch(name, (rows, 1, 1), _ROW_THREADS, 4 * _ROW_THREADS // 32, args)
+
+
+def add_launch(a: int, b: int, y: int, count: int, info: DeviceInfo) -> Launch:
+    """Return the launch of y = a + b over `count` float32 numbers; y may be a or b."""
+    blocks = max(1, min(-(-count // _ROW_THREADS), 4 * info.multiprocessors))
+    return Launch("add_f32", (blocks, 1, 1), _ROW_THREADS, 0, _ADD_ARGS.pack(a, b, y, count))
+
+
+def embedding_launch(ids: int, matrix: GpuMatrix, blob: int, y: int, rows: int) -> Launch:
+    """Return the launch of y[r, :] = the table's row ids[r], float32 [rows, K]; ids are int32.
+
+    Raises:
+        DeviceError: the table is no single plain matrix.
+    """
+    if matrix.swiglu or matrix.count != 1:
+        raise DeviceError(f"an embedding's table is one plain matrix, not {matrix}")
+    scales, zeros = _parts(matrix, blob)
+    args = _EMBEDDING_ARGS.pack(
+        ids, blob, scales, zeros, y, rows, matrix.rows, matrix.columns, matrix.group if matrix.kind.scale_bytes else 1
+    )
+    blocks = -(-matrix.columns // matrix.kind.columns * 4 // _ROW_THREADS)
+    return Launch(f"quant_embedding_{matrix.kind}_f32", (rows, max(1, blocks), 1), _ROW_THREADS, 0, args)
+
+
+def last_token_launch(x: int, y: int, batch: int, tokens: int, columns: int, lengths: int = 0) -> Launch:
+    """Return the launch of y[b, :] = x[b, lengths[b] - 1, :], float32; without int32 `lengths` the last of `tokens`."""
+    args = _LAST_TOKEN_ARGS.pack(x, lengths, y, tokens, columns)
+    return Launch("last_token_f32", (batch, 1, 1), _ROW_THREADS, 0, args)
+
+
+def top_workspace_bytes(rows: int, columns: int, count: int = 1) -> int:
+    """Bytes of scratch memory that `top_launches` needs."""
+    return 2 * _aligned(4 * rows * -(-columns // _TOP_PART) * count)
+
+
+def top_launches(
+    x: int, ids: int, rows: int, columns: int, workspace: int, *, count: int = 1, values: int = 0
+) -> list[Launch]:
+    """Return the launches that find the `count` largest of each row, the first of equals first; NaN is none of them.
+
+    Args:
+        x: float32 [rows, columns].
+        ids: int32 [rows, count] for where they are, from the largest down; -1 where there are no more.
+        rows: rows.
+        columns: numbers in a row.
+        workspace: address of `top_workspace_bytes(rows, columns, count)` bytes, aligned to 256.
+        count: 1 (argmax) to 64.
+        values: float32 [rows, count] for the numbers; 0: not wanted.
+
+    Raises:
+        DeviceError: `count` is none of these.
+    """
+    if not 1 <= count <= MOST_CANDIDATES:
+        raise DeviceError(f"count is {count}, expected 1 to {MOST_CANDIDATES}")
+    parts = -(-columns // _TOP_PART)
+    between = workspace + _aligned(4 * rows * parts * count)
+    args = _TOP_ARGS.pack(x, workspace, between, values, ids, columns, parts, _TOP_PART, count)
+    shared = 8 * _ROW_THREADS // 32
+    return [
+        Launch("top_parts_f32", (parts, rows, 1), _ROW_THREADS, shared, args),
+        Launch("top_all_f32", (rows, 1, 1), _ROW_THREADS, shared, args),
+    ]
+
+
+# -- the three kinds of products --------------------------------------------------------------------------------------
+
+
+def _exact(product: Product) -> Launch:
+    blocks = -(-product.matrix.blocks // _EXACT_WARPS)
+    experts = product.matrix.count if product.offsets else 1
+    most = min(product.most_rows or product.rows, product.rows)
+    depth = min(-(-most // _EXACT_TOKENS), 64)
+    args = _args(replace(product, x_float=True, y_float=True))
+    grid = (blocks, experts, depth)
+    return Launch(f"linear_exact_f32_{product.matrix.kind}", grid, 32 * _EXACT_WARPS, 8 * _EXACT_TOKENS, args)
+
+
+def _skinny(product: Product, info: DeviceInfo, scales: int) -> Launch:
+    matrix = product.matrix
+    most = min(product.most_rows or product.rows, product.rows)
+    if product.offsets and most > 8:  # an expert's usual share; where one has more it takes them by turns
+        most = min(most, 4 * -(-product.rows // matrix.count))
+    width = next((one for one in _SKINNY_WIDTHS if one >= most), _SKINNY_WIDTHS[-1])
+    x_tile = min(most, width)
+    work = product.active * matrix.blocks
+    # Two blocks of 8 warps on a multiprocessor. One of 16 where x takes long to bring, or there are too few rows.
+    warps, on_one = (8, 2) if x_tile <= 2 and work >= 2 * info.multiprocessors else (_SKINNY_THREADS[width] // 32, 1)
+    split = _skinny_split(matrix, warps, work, warps * on_one * info.multiprocessors)
+    whole = _shared_limit(info)
+    chunk = matrix.columns
+    shared = _skinny_shared(product, warps, split, x_tile, chunk)
+    if shared > whole - 1024:
+        left = whole - 1024 - _skinny_shared(product, warps, split, x_tile, 0)
+        chunk = left // (64 * x_tile) * 32 // 64 * 64
+        if chunk < 64:
+            raise DeviceError(
+                f"{matrix.columns} columns with groups of {matrix.group} need more shared memory than this device's "
+                f"{whole // 1024} KiB"
+            )
+        shared = _skinny_shared(product, warps, split, x_tile, chunk)
+    on_one = min(on_one, whole // (shared + 1024))
+    items = product.active * -(-matrix.blocks // (warps // split))
+    name = f"linear_skinny_{product.activation}_{matrix.kind}_n{width}"
+    args = _args(product, scales=scales, split=split, chunk=chunk, x_tile=x_tile)
+    return Launch(name, (min(items, on_one * info.multiprocessors), 1, 1), 32 * warps, shared, args)
+
+
+def _skinny_split(matrix: GpuMatrix, warps: int, work: int, warps_in_all: int) -> int:
+    """Warps that share the columns of 16 rows.
+
+    As few as leave each warp no more columns than it loads ahead, which makes for the fewest sums to add, and enough
+    for every warp to have some.
+    """
+    units = -(-matrix.columns // max(32, matrix.kind.columns))
+    ahead = 8 if matrix.kind.columns >= 32 else 4
+    split = warps
+    while split > 1 and -(-units // split) < ahead and work * (split // 2) >= warps_in_all:
+        split //= 2
+    return split
+
+
+def _skinny_shared(product: Product, warps: int, split: int, x_tile: int, chunk: int) -> int:
+    """Bytes of shared memory: the sum that SkinnyShared makes."""
+    matrix = product.matrix
+    width = next(one for one in _SKINNY_WIDTHS if one >= x_tile)
+    groups = matrix.groups if matrix.kind.scale_bytes else 0
+    block = groups * ROWS * (matrix.kind.scale_bytes + matrix.zeros)
+    x = x_tile * (-(-chunk // 32) * 64 + 16)
+    sums = 2 * warps * width * 64
+    experts = 4 + 12 * matrix.count if product.offsets else 0
+    return x + sums + 2 * (warps // split) * block + width * 8 + width * 8 * warps + -(-experts // 16) * 16
+
+
+def _gemm(product: Product, info: DeviceInfo, scales: int) -> Launch:
+    matrix = product.matrix
+    fp8 = scales != 0
+    whole = _shared_limit(info)
+    best: tuple[float, Launch] | None = None
+    for tile in _gemm_tiles(_gemm_scales(matrix)):
+        rows, tokens, _ = _GEMM_TILES[tile]
+        columns = 4 * (32 if fp8 else 16)
+        weights = rows // ROWS * (columns // matrix.kind.columns) * TILE_BYTES
+        shared = max(_GEMM_STAGES[tile] * (weights + tokens * 128), tokens * (rows + 4) * 4)
+        if shared > whole - 1024:
+            continue
+        across = -(-matrix.blocks * ROWS // rows)
+        experts = matrix.count if product.offsets else 0
+        # With experts the last tile of each is half full, on the average; there may be as many as these.
+        used = product.rows / tokens + product.active / 2 if experts else -(-product.rows // tokens)
+        most = min(product.rows, product.rows // tokens + experts) if experts else -(-product.rows // tokens)
+        time = math.ceil(across * used / info.multiprocessors) * rows * tokens / _GEMM_SPEED[tile]
+        if best is None or time < best[0]:
+            name = _gemm_name(matrix, product.activation, tile, fp8)
+            best = time, Launch(name, (across, most, 1), _GEMM_THREADS, shared, _args(product, scales=scales))
+    assert best is not None, "the smallest tile fits every device"
+    return best[1]
+
+
+def _gemm_scales(matrix: GpuMatrix) -> str:
+    return "plain" if not matrix.kind.scale_bytes else "row" if matrix.groups == 1 else "group"
+
+
+def _gemm_tiles(scales: str) -> list[str]:
+    """Tiles of a kernel; the largest has no registers for scales or for unpacking weights."""
+    return [tile for tile in _GEMM_TILES if scales == "plain" or tile != "256"]
+
+
+def _gemm_name(matrix: GpuMatrix, activation: str, tile: str, fp8: bool) -> str:
+    scales = _gemm_scales(matrix)
+    # FP8 times FP8 makes what `activation` says only at its end.
+    inputs = f"fp8_fp8_{scales}_{activation}" if fp8 else f"{activation}_{matrix.kind}_{scales}"
+    return f"linear_gemm_{inputs}_{tile}"
+
+
+def _args(product: Product, *, scales: int = 0, split: int = 1, chunk: int = 0, x_tile: int = 0) -> bytes:
+    matrix = product.matrix
+    scales_at, zeros_at = _parts(matrix, product.blob)
+    return _LINEAR_ARGS.pack(
+        product.x, product.blob, scales_at, zeros_at, product.norm, product.residual, scales, product.y,
+        product.row_map, product.offsets, matrix.codes_stride, matrix.scales_stride, matrix.zeros_stride,
+        product.rows, matrix.rows, matrix.columns, matrix.group, matrix.count if product.offsets else 0,
+        matrix.swiglu, product.x_float, product.y_float, product.epsilon, product.rounding,
+        split, chunk, x_tile,
+    )  # fmt: skip
+
+
+def _parts(matrix: GpuMatrix, blob: int) -> tuple[int, int]:
+    return (
+        blob + matrix.scales_offset if matrix.kind.scale_bytes else 0,
+        blob + matrix.zeros_offset if matrix.zeros else 0,
+    )
+
+
+def _check(matrix: GpuMatrix, activation: str) -> None:
+    if activation != "f32" and activation not in ACTIVATIONS:
+        raise DeviceError(f"activation is {activation!r}, expected bf16, f16 or f32")
+    kind = matrix.kind
+    if activation != "f32" and kind in (GpuKind.FLOAT16, GpuKind.BFLOAT16, GpuKind.FLOAT32) and kind != activation:
+        raise DeviceError(f"weights in {kind} have no product with activations in {activation}: both must be the same")
+    if matrix.columns % max(16, kind.columns) or matrix.columns < 16:
+        raise DeviceError(f"{matrix.columns} columns: {kind} needs a multiple of {max(16, kind.columns)}")
+    if kind.scale_bytes and (matrix.group % 16 or matrix.columns % matrix.group):
+        raise DeviceError(f"groups of {matrix.group} do not cut {matrix.columns} columns into multiples of 16")
+    if matrix.swiglu and matrix.rows % 2:
+        raise DeviceError(f"{matrix.rows} rows of gate and up together: expected an even number")
+
+
+def _shared_limit(info: DeviceInfo) -> int:
+    known = [capability for capability in _SHARED_KB if capability <= info.capability]
+    return _SHARED_KB[max(known)] * 1024
+
+
+def _aligned(value: int) -> int:
+    return -(-value // 256) * 256
+
+
+# -- which kernels there are ------------------------------------------------------------------------------------------
+
+
+def _instantiations() -> dict[str, tuple[str, int, int, str]]:
+    return dict(_all())
+
+
+def _all() -> Iterator[tuple[str, tuple[str, int, int, str]]]:
+    """Name, and (struct, threads, blocks on a multiprocessor, C++ of the body)."""
+    for a in ACTIVATIONS:
+        for w in ("int4", "int8", "fp8", a):
+            for width in _SKINNY_WIDTHS:
+                body = f"linear_skinny<{a}, {_TYPES[w]}, {width // 8}>"
+                yield f"linear_skinny_{a}_{w}_n{width}", ("LinearArgs", _SKINNY_THREADS[width], 1, body)
+            for scales in ("plain",) if w == a else ("row", "group"):
+                yield from _gemms(f"{a}_{w}", "", a, w, scales)
+        for scales in ("row", "group"):
+            yield from _gemms("fp8_fp8", f"_{a}", a, "fp8", scales)
+        yield f"convert_rows_{a}_{a}", ("RowsArgs", _ROW_THREADS, 1, f"convert_rows<{a}, {a}>")
+        yield f"convert_rows_{a}_fp8", ("RowsArgs", _ROW_THREADS, 1, f"convert_rows<{a}, e4m3>")
+    yield "convert_rows_f32_f32", ("RowsArgs", _ROW_THREADS, 1, "convert_rows<float, float>")
+    for w, kind in _TYPES.items():
+        yield f"linear_exact_f32_{w}", ("LinearArgs", 32 * _EXACT_WARPS, 1, f"linear_exact<{kind}>")
+        yield f"quant_embedding_{w}_f32", ("EmbeddingArgs", _ROW_THREADS, 1, f"quant_embedding<{kind}>")
+    yield "last_token_f32", ("LastTokenArgs", _ROW_THREADS, 1, "last_token<float>")
+    yield "add_f32", ("AddArgs", _ROW_THREADS, 1, "add<float>")
+    yield "top_parts_f32", ("TopArgs", _ROW_THREADS, 1, "top_parts<float>")
+    yield "top_all_f32", ("TopArgs", _ROW_THREADS, 1, "top_all<float>")
+
+
+def _gemms(inputs: str, output: str, a: str, w: str, scales: str) -> Iterator[tuple[str, tuple[str, int, int, str]]]:
+    fp8 = inputs == "fp8_fp8"
+    flags = f"{str(fp8).lower()}, {str(scales == 'group').lower()}"
+    for tile in _gemm_tiles(scales):
+        rows, tokens, warps = _GEMM_TILES[tile]
+        # Two blocks of the middle size go on a multiprocessor where there is nothing to do but to multiply.
+        blocks = 2 if (scales, tile) == ("plain", "128") else 1
+        body = f"linear_gemm<{a}, {_TYPES[w]}, {flags}, {rows}, {tokens}, {warps}>"
+        yield f"linear_gemm_{inputs}_{scales}{output}_{tile}", ("LinearArgs", _GEMM_THREADS, blocks, body)

@@ -1,0 +1,353 @@
+"""Launches of the kernels in moe.cuh: the router, the choice of experts, sorting by expert, the weighted sum."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
+from edgelm.errors import DeviceError
+from edgelm.runtimes.cuda.launch import Launch
+
+HEADER = "moe.cuh"
+
+MAX_EXPERTS = 256
+MAX_CHOSEN = 16
+CHOOSE_TOKENS = 32
+"""Tokens for which one block chooses and sorts: an expert's tokens are the bits of one word."""
+TILED_TOKENS = 257
+"""From so many tokens on the router is computed in tiles: before, a block a few tokens and experts is sooner done."""
+ALIGNMENT = 256
+
+_ACTIVATIONS = {"bf16": "bf16", "f16": "f16", "f32": "float"}
+_ACTIVATION_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
+# (tokens, experts, threads) of a block of the router for few tokens, by kernel.
+_ROUTERS = {"n1": (1, 2, 512), "n4": (4, 4, 512)}
+_TILES, _TILE_THREADS = (32, 16, 8), 256  # tokens of a block of the router in tiles
+_PLACE_THREADS = 256
+_COMBINE_THREADS = 128
+DOWN_TOKENS = 32
+"""Tokens for which the second product and the weighted sum are one launch."""
+_DOWN_THREADS = 512
+_DOWN_RINGS = {1: 8, 2: 8, 4: 6}  # tiles of a warp in shared memory, by the tiles of 8 tokens
+_DOWN_WEIGHTS = {GpuKind.INT4: "Int4", GpuKind.INT8: "Int8", GpuKind.FP8: "e4m3"}
+
+# The structs of moe.cuh.
+_ROUTER_ARGS = struct.Struct("<5Q3if")
+_CHOOSE_ARGS = struct.Struct("<9Q4i")
+_ROUTE_ARGS = struct.Struct(_ROUTER_ARGS.format + _CHOOSE_ARGS.format[1:] + "Q")
+_COMBINE_ARGS = struct.Struct("<5Q3i4x")
+_DOWN_ARGS = struct.Struct("<9Q3q7i4x")
+
+
+@dataclass(frozen=True)
+class MoeShape:
+    """What a mixture's launches depend on; the letters are those of moe.cuh.
+
+    Attributes:
+        tokens: M, of all sequences together.
+        columns: D, the width of x; a multiple of 8.
+        hidden: F, the width of an expert.
+        experts: E, 1 to 256.
+        k: experts of a token, 1 to 16 and at most E.
+        normalize: whether a token's weights are divided by their sum.
+        activation: what the experts' products take: bf16, f16, or f32 for the exact kernels.
+        epsilon: of the norm.
+    """
+
+    tokens: int
+    columns: int
+    hidden: int
+    experts: int
+    k: int
+    normalize: bool = False
+    activation: str = "bf16"
+    epsilon: float = 1e-5
+
+    def __post_init__(self) -> None:
+        """Raise DeviceError for what the kernels cannot do."""
+        if self.tokens < 1:
+            raise DeviceError(f"tokens is {self.tokens}, expected 1 or more")
+        for name, value in (("columns", self.columns), ("hidden", self.hidden)):
+            if value < 16 or value % 8:
+                raise DeviceError(f"{name} is {value}, expected a multiple of 8, 16 or more")
+        if not 1 <= self.experts <= MAX_EXPERTS:
+            raise DeviceError(f"there are {self.experts} experts, expected 1 to {MAX_EXPERTS}")
+        if not 1 <= self.k <= min(MAX_CHOSEN, self.experts):
+            raise DeviceError(f"k is {self.k}, expected 1 to {min(MAX_CHOSEN, self.experts)} of {self.experts} experts")
+        if self.activation not in _ACTIVATIONS:
+            raise DeviceError(f"activation is {self.activation!r}, expected one of {', '.join(_ACTIVATIONS)}")
+        if self.tokens * self.k * max(self.columns, self.hidden) >= 1 << 40 or self.tokens * self.k >= 1 << 30:
+            raise DeviceError(f"{self.tokens} tokens are more than one launch takes: cut the prompt")
+
+    @property
+    def slots(self) -> int:
+        """Pairs of a token and an expert."""
+        return self.tokens * self.k
+
+    @property
+    def most_active(self) -> int:
+        """How many experts can have tokens."""
+        return min(self.experts, self.slots)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 32 tokens."""
+        return -(-self.tokens // CHOOSE_TOKENS)
+
+
+@dataclass(frozen=True)
+class MoeWorkspace:
+    """Addresses of intermediate results, int32 and float32 unless said otherwise.
+
+    Attributes:
+        logits: [M, E].
+        normed: [M, D] of the activation's type, RMSNorm(x).
+        chosen, chosen_weights, counts: [M, k], [M, k] and [ceil(M / 32), E]; of use between two kernels only.
+        offsets: [E + 1], where an expert's slots begin.
+        row_map: [M k], a slot's token.
+        slot_weights: [M k], a slot's weight.
+        slot_of: [M, k], a token's slots, ascending, which is in the order of the experts.
+        active: [1 + min(E, M k), 4], how many experts have tokens, then each one's index, first slot and slots.
+        hidden: [M k, F] of the activation's type, what gate and up gave.
+        outputs: [M k, D], what down gave.
+    """
+
+    logits: int
+    normed: int
+    chosen: int
+    chosen_weights: int
+    counts: int
+    offsets: int
+    row_map: int
+    slot_weights: int
+    slot_of: int
+    active: int
+    hidden: int
+    outputs: int
+
+
+def _sizes(shape: MoeShape) -> dict[str, int]:
+    width = _ACTIVATION_BYTES[shape.activation]
+    many = shape.tokens > CHOOSE_TOKENS
+    return {
+        "logits": 4 * shape.tokens * shape.experts,
+        "normed": width * shape.tokens * shape.columns,
+        "chosen": 4 * shape.slots * many,
+        "chosen_weights": 4 * shape.slots * many,
+        "counts": 4 * shape.blocks * shape.experts * many,
+        "offsets": 4 * (shape.experts + 1),
+        "row_map": 4 * shape.slots,
+        "slot_weights": 4 * shape.slots,
+        "slot_of": 4 * shape.slots,
+        "active": 16 * (1 + shape.most_active),
+        "hidden": width * shape.slots * shape.hidden,
+        "outputs": 4 * shape.slots * shape.columns,
+    }
+
+
+def workspace_bytes(shape: MoeShape) -> int:
+    """Bytes that `workspace` divides; more tokens never need less."""
+    return sum(map(_aligned, _sizes(shape).values()))
+
+
+def workspace(shape: MoeShape, address: int) -> MoeWorkspace:
+    """Divide memory of `workspace_bytes(shape)` bytes; parts begin at multiples of 256 bytes if `address` is one."""
+    places = {}
+    for name, size in _sizes(shape).items():
+        places[name] = address
+        address += _aligned(size)
+    return MoeWorkspace(**places)
+
+
+def router_launch(shape: MoeShape, x: int, norm: int, router: int, logits: int, normed: int) -> Launch:
+    """Logits and normed rows.
+
+    Args:
+        shape: sizes.
+        x: address of [M, D] float32.
+        norm: of [D] float32.
+        router: of [E, D] float32.
+        logits: of [M, E] float32, written.
+        normed: of [M, D] of the activation's type, written.
+    """
+    args = _router_args(shape, x, norm, router, logits, normed)
+    if shape.tokens >= TILED_TOKENS:
+        # The largest that still gives most multiprocessors of a large GPU something to do.
+        tile = next((tile for tile in _TILES if shape.tokens > 96 * tile), _TILES[-1])
+        grid = (-(-shape.tokens // tile), 1, 1)
+        return Launch(f"moe_router_{shape.activation}_t{tile}", grid, _TILE_THREADS, 64 * (tile + 64) * 4, args)
+    kind, grid, threads, shared = _router_blocks(shape)
+    return Launch(f"moe_router_{shape.activation}_{kind}", grid, threads, shared, args)
+
+
+def route_launches(
+    shape: MoeShape, x: int, norm: int, router: int, logits: int, places: MoeWorkspace, counter: int = 0
+) -> list[Launch]:
+    """Logits and normed rows, the choice of experts and the order of slots: one launch up to 32 tokens with a counter.
+
+    Args:
+        shape: sizes.
+        x, norm, router, logits: as `router_launch` has them.
+        places: everything but hidden and outputs is written.
+        counter: address of an int32 that is 0, and is again when the launches have ended; 0: there is none.
+    """
+    if not counter or shape.tokens > CHOOSE_TOKENS:
+        first = router_launch(shape, x, norm, router, logits, places.normed)
+        return [first, *choose_launches(shape, logits, places)]
+    kind, grid, threads, shared = _router_blocks(shape)
+    args = _router_args(shape, x, norm, router, logits, places.normed) + _choose_args(shape, logits, places)
+    args += counter.to_bytes(8, "little")
+    assert len(args) == _ROUTE_ARGS.size
+    name = f"moe_route_{shape.activation}_{kind}_e{32 * _experts_per_lane(shape.experts)}"
+    return [Launch(name, grid, threads, 16 + max(shared, _choose_shared(shape)), args)]
+
+
+def _router_blocks(shape: MoeShape) -> tuple[str, tuple[int, int, int], int, int]:
+    """The router for few tokens: its name, grid, threads and shared memory."""
+    kind = "n1" if shape.tokens <= 2 else "n4"
+    tokens, experts, threads = _ROUTERS[kind]
+    grid = (-(-shape.experts // experts), -(-shape.tokens // tokens), 1)
+    return kind, grid, threads, 4 * (threads // 32) * tokens * (experts + 1)
+
+
+def _router_args(shape: MoeShape, x: int, norm: int, router: int, logits: int, normed: int) -> bytes:
+    return _ROUTER_ARGS.pack(x, norm, router, logits, normed, shape.tokens, shape.columns, shape.experts, shape.epsilon)
+
+
+def _choose_args(shape: MoeShape, logits: int, places: MoeWorkspace) -> bytes:
+    return _CHOOSE_ARGS.pack(
+        logits, places.chosen, places.chosen_weights, places.counts, places.offsets, places.row_map,
+        places.slot_weights, places.slot_of, places.active, shape.tokens, shape.experts, shape.k, shape.normalize,
+    )  # fmt: skip
+
+
+def _choose_shared(shape: MoeShape) -> int:
+    return 12 * shape.experts + 8 * shape.slots
+
+
+def choose_launches(shape: MoeShape, logits: int, places: MoeWorkspace) -> list[Launch]:
+    """The choice of experts and the order of slots: one launch up to 32 tokens, two for more.
+
+    Args:
+        shape: sizes.
+        logits: address of [M, E] float32.
+        places: offsets, row_map, slot_weights, slot_of and active are written.
+    """
+    args = _choose_args(shape, logits, places)
+    lanes = _experts_per_lane(shape.experts)
+    if shape.tokens <= CHOOSE_TOKENS:
+        return [Launch(f"moe_choose_e{32 * lanes}", (1, 1, 1), 32 * shape.tokens, _choose_shared(shape), args)]
+    grid = (shape.blocks, 1, 1)
+    return [
+        Launch(f"moe_choose_many_e{32 * lanes}", grid, 32 * CHOOSE_TOKENS, 4 * shape.experts, args),
+        Launch(f"moe_place_e{32 * lanes}", grid, _PLACE_THREADS, 12 * shape.experts, args),
+    ]
+
+
+def combine_launch(shape: MoeShape, x: int, outputs: int, slot_weights: int, slot_of: int, y: int) -> Launch:
+    """y = x + the weighted sum of the experts' outputs.
+
+    Args:
+        shape: sizes.
+        x: address of [M, D] float32.
+        outputs: of [M k, D] float32, in the order of slots.
+        slot_weights: of [M k] float32.
+        slot_of: of [M, k] int32.
+        y: of [M, D] float32, written; may be x.
+    """
+    args = _COMBINE_ARGS.pack(x, outputs, slot_weights, slot_of, y, shape.tokens, shape.columns, shape.k)
+    grid = (shape.tokens, -(-shape.columns // (4 * _COMBINE_THREADS)), 1)
+    return Launch("moe_combine_f32", grid, _COMBINE_THREADS, 0, args)
+
+
+def down_launch(
+    shape: MoeShape, matrix: GpuMatrix, weights: int, x: int, hidden: int, places: MoeWorkspace, y: int
+) -> Launch:
+    """y = x + the weighted sum of the experts' second products: for up to 32 tokens, and activations of 16 bits.
+
+    Args:
+        shape: sizes.
+        matrix: the experts' [D, F].
+        weights: address of their blob.
+        x: of [M, D] float32.
+        hidden: of [M k, F] of the activation's type, in the order of slots.
+        places: active, slot_weights and slot_of are read.
+        y: of [M, D] float32, written; may be x.
+
+    Raises:
+        DeviceError: there is no such kernel, or the matrix is not that of these experts.
+    """
+    wanted = (shape.experts, shape.columns, shape.hidden, False)
+    if (matrix.count, matrix.rows, matrix.columns, matrix.swiglu) != wanted:
+        raise DeviceError(f"down is {matrix}, expected {shape.experts} matrices [{shape.columns}, {shape.hidden}]")
+    if shape.hidden % matrix.kind.columns or (matrix.kind.scale_bytes and matrix.group % 16):
+        raise DeviceError(f"{matrix} has no whole tiles, or groups that are no multiple of 16")
+    if shape.tokens > DOWN_TOKENS or (shape.activation, matrix.kind) not in _downs():
+        raise DeviceError(
+            f"no kernel does {shape.tokens} tokens of {shape.activation} with {matrix.kind} weights in one"
+        )
+    tiles = next(n for n in _DOWN_RINGS if shape.tokens <= 8 * n)
+    warps = _DOWN_THREADS // 32
+    # With few experts several warps share one's rows, as far as each has some tiles.
+    split = 1
+    while split * 2 * min(shape.most_active, 8) <= warps and split * 8 <= shape.hidden // matrix.kind.columns:
+        split *= 2
+    args = _DOWN_ARGS.pack(
+        hidden, weights, weights + matrix.scales_offset, weights + matrix.zeros_offset if matrix.zeros else 0,
+        places.active, places.slot_weights, places.slot_of, x, y, matrix.codes_stride,
+        matrix.scales_stride, matrix.zeros_stride, shape.tokens, shape.columns, shape.hidden, matrix.group, shape.k,
+        shape.most_active, split,
+    )  # fmt: skip
+    shared = _DOWN_RINGS[tiles] * _DOWN_THREADS * 16 + warps * (tiles * 8 * 20 + 2) * 4
+    name = f"moe_down_{shape.activation}_{matrix.kind}_f32_n{8 * tiles}"
+    return Launch(name, (matrix.blocks, 1, 1), _DOWN_THREADS, shared, args)
+
+
+def all_kernels() -> tuple[str, ...]:
+    """Return the name of every kernel."""
+    routers = [f"moe_router_{a}_{kind}" for a in _ACTIVATIONS for kind in (*_ROUTERS, *(f"t{tile}" for tile in _TILES))]
+    choices = [f"moe_{what}_e{32 * p}" for what in ("choose", "choose_many", "place") for p in (1, 2, 4, 8)]
+    downs = [f"moe_down_{a}_{kind}_f32_n{8 * tiles}" for a, kind in _downs() for tiles in _DOWN_RINGS]
+    routes = [f"moe_route_{a}_{kind}_e{32 * p}" for a in _ACTIVATIONS for kind in _ROUTERS for p in (1, 2, 4, 8)]
+    return (*routers, *choices, *routes, *downs, "moe_combine_f32")
+
+
+def instantiation(name: str) -> str:
+    """Return the line of C++ that makes the kernel of that name."""
+    if name not in all_kernels():
+        raise KeyError(name)
+    if name == "moe_combine_f32":
+        return f"EDGELM_KERNEL({name}, MoeCombineArgs, {_COMBINE_THREADS}, 1, moe_combine)"
+    what, _, variant = name.rpartition("_")
+    if what.startswith("moe_router_"):
+        activation = _ACTIVATIONS[what.removeprefix("moe_router_")]
+        if variant[0] == "t":
+            body = f"moe_router_tiled<{activation}, {variant[1:]}>"
+            return f"EDGELM_KERNEL({name}, MoeRouterArgs, {_TILE_THREADS}, 1, {body})"
+        tokens, experts, threads = _ROUTERS[variant]
+        return f"EDGELM_KERNEL({name}, MoeRouterArgs, {threads}, 1, moe_router<{activation}, {tokens}, {experts}>)"
+    if what.startswith("moe_route_"):
+        activation, kind = what.split("_")[2:]
+        tokens, experts, threads = _ROUTERS[kind]
+        body = f"moe_route<{_ACTIVATIONS[activation]}, {tokens}, {experts}, {int(variant[1:]) // 32}>"
+        return f"EDGELM_KERNEL({name}, MoeRouteArgs, {threads}, 1, {body})"
+    if what.startswith("moe_down_"):
+        activation, kind = what.split("_")[2:4]
+        weights = _ACTIVATIONS[kind] if kind in _ACTIVATIONS else _DOWN_WEIGHTS[GpuKind(kind)]
+        body = f"moe_down<{_ACTIVATIONS[activation]}, {weights}, {int(variant[1:]) // 8}>"
+        return f"EDGELM_KERNEL({name}, MoeDownArgs, {_DOWN_THREADS}, 1, {body})"
+    threads = _PLACE_THREADS if what == "moe_place" else 32 * CHOOSE_TOKENS
+    return f"EDGELM_KERNEL({name}, MoeChooseArgs, {threads}, 1, {what}<{int(variant[1:]) // 32}>)"
+
+
+def _downs() -> list[tuple[str, str]]:
+    return [(activation, kind) for activation in ("bf16", "f16") for kind in (*_DOWN_WEIGHTS, activation)]
+
+
+def _experts_per_lane(experts: int) -> int:
+    return next(p for p in (1, 2, 4, 8) if experts <= 32 * p)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

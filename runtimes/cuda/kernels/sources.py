@@ -1,0 +1,59 @@
+"""The kernels' sources, and the translation unit that instantiates some of them by name."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from edgelm.errors import DeviceError
+
+SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+"""Folder of the headers, in a checkout and in an installed package alike."""
+
+# A module has HEADER, the file its kernels are in, all_kernels(), and instantiation(name), the line that makes one.
+_MODULES = ("linear", "moe", "attention")
+
+
+def modules() -> tuple[ModuleType, ...]:
+    """The modules that launch kernels."""
+    return tuple(importlib.import_module(f"edgelm.runtimes.cuda.{name}") for name in _MODULES)
+
+
+def all_kernels() -> tuple[str, ...]:
+    """The name of every kernel there is, module after module; each occurs once."""
+    names = [str(name) for module in modules() for name in module.all_kernels()]
+    assert len(set(names)) == len(names), sorted(name for name in names if names.count(name) > 1)
+    return tuple(names)
+
+
+def translation_unit(names: Sequence[str]) -> tuple[str, Mapping[str, str]]:
+    """The source that instantiates kernels, and the headers it includes, by name.
+
+    Raises:
+        DeviceError: there is no kernel of a name, or this installation lacks the sources.
+    """
+    lines: list[str] = []
+    left = dict.fromkeys(names)
+    for module in modules():
+        own = set(module.all_kernels())
+        mine = [name for name in left if name in own]
+        if mine:
+            lines.insert(0, f'#include "{module.HEADER}"')
+            lines.append("\n".join(module.instantiation(name) for name in mine))
+            left = {name: None for name in left if name not in own}
+    if left:
+        raise DeviceError(f"there is no kernel {next(iter(left))}")
+    headers = {path.name: path.read_text(encoding="utf-8") for path in sorted(SOURCES.glob("*.cuh"))}
+    if not headers:
+        raise DeviceError(f"the sources of the GPU kernels are missing ({SOURCES}): install edgelm again")
+    includes = [line for line in lines if line.startswith("#include")]
+    rest = [line for line in lines if not line.startswith("#include")]
+    return "\n".join([*includes, "using namespace edgelm;", *rest, ""]), headers
+
+
+def fingerprint(source: str, headers: Mapping[str, str]) -> str:
+    """SHA-256 of all that a compiled image was made from."""
+    return hashlib.sha256("\0".join([source, *headers, *headers.values()]).encode()).hexdigest()

@@ -1,0 +1,103 @@
+"""A bundle's program on a device: which device, whether it fits, and what it takes there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgelm.errors import DeviceMemoryError
+from edgelm.runtimes.cuda.device import Device
+from edgelm.runtimes.cuda.driver import CudaDevice
+from edgelm.runtimes.cuda.emulated import EmulatedDevice
+from edgelm.runtimes.cuda.executor import Executor, Layout, Sizes
+from edgelm.runtimes.cuda.kernels.file import FOLDER, KernelFolder
+from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
+from edgelm.runtimes.cuda.weights import DeviceWeights, check_weights_file
+from edgelm.sizes import format_size
+
+if TYPE_CHECKING:
+    from edgelm.bundle import Bundle
+
+Opener = Callable[[Path], Device]
+"""From a bundle's folder of kernels to a device."""
+
+
+def gpu(kernels: Path) -> Device:
+    """The GPU, with the kernels that the bundle brings."""
+    return CudaDevice(KernelFolder(kernels))
+
+
+def emulator(kernels: Path) -> Device:
+    """The emulator, which compiles the kernels from their sources."""
+    del kernels
+    return EmulatedDevice(lazy=True)
+
+
+class LoadedProgram:
+    """A program with its weights on a device.
+
+    Args:
+        bundle: exported for `tensorrt`.
+        opener: how a device is had.
+        sizes: what memory to reserve for; `executor` then is ready. None: see `new_executor`.
+        debug: take the debug program.
+
+    Raises:
+        RuntimeUnavailableError, DeviceError: there is no device, or none that the bundle has kernels for.
+        DeviceMemoryError: it does not fit, with what is needed and what there is.
+        BundleError: a file is damaged.
+    """
+
+    def __init__(self, bundle: Bundle, opener: Opener, sizes: Sizes | None = None, *, debug: bool = False) -> None:
+        program = Program.read(bundle.file(PROGRAM_FILE))
+        self.program = program.debug() if debug else program
+        self._name = str(bundle.path)
+        file = bundle.file(bundle.manifest.graph.weights_file)
+        check_weights_file(program, file)
+        self.device = opener(bundle.file(FOLDER))
+        try:
+            layout = None if sizes is None else Layout(self.program, sizes, self.device.info)
+            self._require_memory(program.weight_bytes, layout)
+            self.weights = DeviceWeights(self.device, program, file)
+            self._executor = None if layout is None else self._execute(layout)
+        except BaseException:
+            self.device.close()
+            raise
+
+    @property
+    def executor(self) -> Executor:
+        """What runs steps of the sizes that were asked for."""
+        assert self._executor is not None
+        return self._executor
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the device's memory that are taken: weights, caches, values and workspace."""
+        return self.weights.nbytes + self.executor.layout.nbytes
+
+    def new_executor(self, sizes: Sizes, kept: Iterable[str]) -> Executor:
+        """One more executor over the same weights, which keeps some values; `free` it. Raises DeviceMemoryError."""
+        layout = Layout(self.program, sizes, self.device.info, kept)
+        self._require_memory(0, layout)
+        return self._execute(layout)
+
+    def close(self) -> None:
+        """Free everything on the device."""
+        self.device.close()
+
+    def _execute(self, layout: Layout) -> Executor:
+        self.device.load(layout.operators.kernels())
+        return Executor(self.device, self.weights, layout)
+
+    def _require_memory(self, weights: int, layout: Layout | None) -> None:
+        """Refuse before anything is copied what will not fit."""
+        caches, rest = (0, 0) if layout is None else (layout.plan.caches, layout.plan.values + layout.plan.workspace)
+        free, total = self.device.memory()
+        if weights + caches + rest > free:
+            raise DeviceMemoryError(
+                f"{self._name} does not fit: {self.device.info.name} has {format_size(free)} of {format_size(total)} "
+                f"free, and {format_size(weights + caches + rest)} are needed ({format_size(weights)} weights, "
+                f"{format_size(caches)} cache, {format_size(rest)} values): end what else uses the GPU, take a smaller "
+                "context_length or a cache of int8, or export with a smaller recipe"
+            )

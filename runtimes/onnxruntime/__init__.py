@@ -1,0 +1,1 @@
+"""Bundles run by ONNX Runtime, on the CPU and on NVIDIA GPUs."""

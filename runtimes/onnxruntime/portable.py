@@ -1,0 +1,141 @@
+"""Bundles with portable operators: the graph that every ONNX Runtime runs, on the processor."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelm.checkpoint.jsonfile import read_json_object
+from edgelm.errors import BundleError, EdgeLMError
+from edgelm.models.config_fields import positive_int
+from edgelm.runtimes.base import DEFAULT_CHUNK
+from edgelm.runtimes.onnxruntime.session import (
+    BoundGraph,
+    OnnxRuntimeModel,
+    OnnxTracing,
+    create_session,
+    kv_names,
+    untouched,
+)
+
+if TYPE_CHECKING:
+    import onnxruntime  # type: ignore[import-untyped]  # it has no type information
+
+    from edgelm.bundle import Bundle
+
+_KV_DTYPES: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "float16": np.float16}
+
+
+def open(bundle: Bundle, **options: Any) -> PortableRuntime:  # noqa: A001 - the name the registry calls
+    """Load the bundle's graph; the options are those of `PortableRuntime`."""
+    return PortableRuntime(bundle, **options)
+
+
+def open_tracing(bundle: Bundle, *, threads: int | None = None) -> PortableTracing:
+    """Load the bundle's debug graph."""
+    return PortableTracing(bundle, threads=threads)
+
+
+def _kv_dtype(bundle: Bundle) -> type[np.floating[Any]]:
+    kind = bundle.manifest.graph.kv_dtype
+    if kind not in _KV_DTYPES:
+        raise BundleError(f"{bundle.path} wants a {kind} cache; portable operators have {', '.join(_KV_DTYPES)}")
+    return _KV_DTYPES[kind]
+
+
+class PortableRuntime(OnnxRuntimeModel):
+    """A bundle's portable graph. The cache's type is the graph's: `kv` may only name it."""
+
+    lengths = "attention_mask"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        context_length: int | None = None,
+        chunk: int = DEFAULT_CHUNK,
+        kv: str | None = None,
+    ) -> None:
+        stored = bundle.manifest.graph.kv_dtype
+        if kv not in (None, stored):
+            raise EdgeLMError(
+                f"kv is {kv!r}, but {bundle.path} has portable operators, whose cache is {stored}: "
+                "leave kv out, or export with --ops native"
+            )
+        super().__init__(bundle, threads=threads, context_length=context_length, chunk=chunk)
+
+    def _session(self, bundle: Bundle) -> onnxruntime.InferenceSession:
+        return create_session(bundle, bundle.manifest.graph.file, self.threads)
+
+    def _bind_caches(self, graph: BoundGraph, bundle: Bundle) -> list[NDArray[Any]]:
+        model, dtype = bundle.manifest.model, _kv_dtype(bundle)
+        self._mask = untouched((self.context_length,), np.int64)
+        shape = (1, model.num_kv_heads, self.context_length, model.head_dim)
+        caches = []
+        for past, present in kv_names(model.num_layers):
+            cache = untouched(shape, dtype)
+            graph.bind_input(past, cache, shape)
+            graph.bind_output(present, cache, shape)
+            caches.append(cache)
+        return caches
+
+    def _bind_step(self, graph: BoundGraph, tokens: int) -> None:
+        end = self._position + tokens
+        self._mask[self._position : end] = 1
+        graph.bind_input("attention_mask", self._mask, (1, end))
+
+
+def _has_8_bit_experts(bundle: Bundle) -> bool:
+    model = bundle.manifest.model
+    codes = [entry for entry in bundle.manifest.tensors if entry.name.endswith(".moe.gate_up.qweight")]
+    if not codes:
+        return False
+    width = positive_int(read_json_object(bundle.file("config.json")), "intermediate_size")
+    return any(entry.size >= model.num_experts * 2 * width * model.hidden_size for entry in codes)
+
+
+@contextlib.contextmanager
+def _float32_experts(bundle: Bundle) -> Iterator[None]:
+    """QMoE created within this computes in float32, as the debug graph's other products do.
+
+    Its 8-bit kernel quantises activations to int8 whatever `accuracy_level` says, and the 0.3 % of noise that this
+    makes would hide a small error of a weight. The 4-bit kernel obeys, and is left alone: switched off, OLMoE loads 20
+    times as long.
+    """
+    names = ("ORT_QMOE_CPU_QNBIT_GEMM", "ORT_USE_MLAS_Q4_GEMM_MOE") if _has_8_bit_experts(bundle) else ()
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "0"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class PortableTracing(OnnxTracing):
+    """A bundle's portable debug graph."""
+
+    lengths = "attention_mask"
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        self._dtype = _kv_dtype(bundle)
+        super().__init__(bundle, threads=threads)
+
+    def _load(self, bundle: Bundle, threads: int) -> onnxruntime.InferenceSession:
+        with _float32_experts(bundle):
+            return create_session(bundle, bundle.manifest.graph.debug_file, threads)
+
+    def _empty_cache(self, batch: int, tokens: int) -> dict[str, NDArray[Any]]:
+        model = self._model
+        empty = np.zeros((batch, model.num_kv_heads, 0, model.head_dim), self._dtype)
+        names = [past for past, _ in kv_names(model.num_layers)]
+        return {"attention_mask": np.ones((batch, tokens), np.int64), **dict.fromkeys(names, empty)}
