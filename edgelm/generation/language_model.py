@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
@@ -19,6 +18,7 @@ from edgelm.errors import (
 )
 from edgelm.generation.batched import decode_together, positions
 from edgelm.generation.options import GenerateOptions, Options
+from edgelm.generation.prefix_cache import PrefixCache
 from edgelm.generation.sampling import is_integer
 from edgelm.generation.stream import Continuation, Generation, TextStream
 from edgelm.generation.turns import Turn, Turns
@@ -26,26 +26,11 @@ from edgelm.runtimes import Runtime, open_runtime
 from edgelm.runtimes.base import checked_tokens, context_full, whole_numbers
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from edgelm.tokenization.chat_template import ChatTemplate
     from edgelm.tokenization.tokenizer import Tokenizer
 
 
 DEFAULT_BATCH = 8
-
-
-@dataclass(frozen=True)
-class _Prefilled:
-    """The last prompt that went through the runtime; its cache stays as it is until the next one does.
-
-    `fresh`: it was computed from its first token on.
-    """
-
-    tokens: list[int]
-    logits: NDArray[np.float32]
-    fresh: bool
 
 
 class LanguageModel:
@@ -55,10 +40,9 @@ class LanguageModel:
     stream has it from its first piece until it is exhausted, closed or garbage collected; a thread that has one open
     gets a GenerationError for another call, since it would wait for itself.
 
-    The cache of an earlier call is reused as far as the new prompt begins like it, so a growing conversation only pays
-    for its new part. Numbers that were computed in other pieces differ by rounding, which can tip a close choice. So
-    with a seed, which asks for the same text whatever came before, only a prompt that is repeated as a whole is reused,
-    unless the option `reuse` says that the same calls came before.
+    The cache of an earlier call is reused as far as the new prompt begins like it: see `PrefixCache`. With a seed,
+    which asks for the same text whatever came before, only a prompt that is repeated as a whole is reused, unless the
+    option `reuse` says that the same calls came before.
     """
 
     def __init__(self, bundle: Bundle, runtime: Runtime, tokenizer: Tokenizer) -> None:
@@ -67,9 +51,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.end_ids = frozenset(bundle.manifest.tokens.eos_ids)
         self._chat_template: ChatTemplate | None = None
-        # The ids behind the cached positions; entries past the runtime's position are not cached.
-        self._cached: list[int] = []
-        self._last_prompt: _Prefilled | None = None
+        self._cache = PrefixCache(runtime)
         self._turns = Turns()
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Generation:
@@ -139,7 +121,7 @@ class LanguageModel:
             finally:
                 turn.leave()
                 turn.pause()
-        return [TextStream(self, answer, Turn(self._turns), started=started).drain() for answer in answers]
+        return [TextStream(self._cache, answer, Turn(self._turns), started=started).drain() for answer in answers]
 
     def _answers(
         self,
@@ -214,7 +196,7 @@ class LanguageModel:
         return ids
 
     def _stream(self, tokens: list[int], options: Options, started: float) -> TextStream:
-        return TextStream(self, self._continuation(tokens, options), Turn(self._turns), started=started)
+        return TextStream(self._cache, self._continuation(tokens, options), Turn(self._turns), started=started)
 
     def _continuation(self, tokens: list[int], options: Options) -> Continuation:
         self._turns.require_open()
@@ -245,47 +227,6 @@ class LanguageModel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _prefill(
-        self, tokens: list[int], *, exact: bool, check: Callable[[], None] = lambda: None
-    ) -> tuple[NDArray[np.float32], int]:
-        """Logits after `tokens`, and how many of them an earlier call had cached.
-
-        `exact`: they and the cache have to be what a fresh model computes, to the last bit. `check` is called between
-        chunks and may raise to give the rest up.
-        """
-        runtime, last = self.runtime, self._last_prompt
-        cached = self._cached[: runtime.position]
-        common = next((i for i, (a, b) in enumerate(zip(cached, tokens, strict=False)) if a != b), None)
-        common = min(len(cached), len(tokens)) if common is None else common
-        if common == len(tokens):
-            if last is not None and last.tokens == tokens and (last.fresh or not exact):
-                runtime.truncate(common)
-                return last.logits, common
-            common -= 1
-        if exact:
-            common = 0
-        runtime.truncate(common)
-        # Set before the work: if it is interrupted, the runtime's position says how much of this is cached.
-        self._cached, self._last_prompt = list(tokens), None
-        # In the runtime's own chunks, so that the numbers are those of one call.
-        for begin in range(common, len(tokens), runtime.chunk):
-            check()
-            logits = runtime.prefill(tokens[begin : begin + runtime.chunk])
-        self._last_prompt = _Prefilled(list(tokens), logits.copy(), fresh=common == 0)
-        return logits, common
-
-    def _decode(self, token: int) -> NDArray[np.float32]:
-        self._append(token)
-        return self.runtime.decode(token)
-
-    def _decode_greedy(self, token: int) -> int:
-        self._append(token)
-        return self.runtime.decode_greedy(token)
-
-    def _append(self, token: int) -> None:
-        del self._cached[self.runtime.position :]
-        self._cached.append(token)
 
 
 def load(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from edgelm.generation.options import Options
+from edgelm.generation.prefix_cache import PrefixCache
 from edgelm.generation.sampling import Sampler
 from edgelm.generation.stop_strings import StopStrings
 from edgelm.generation.turns import Turn, TurnLeft
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from edgelm.generation.language_model import LanguageModel
     from edgelm.tokenization.tokenizer import Tokenizer
 
 StopReason = Literal["eos", "stop", "length", "interrupted"]
@@ -144,9 +144,9 @@ class TextStream(Iterator[str]):
     early is fine; leaving it open is not: see `edgelm.generation.turns`.
     """
 
-    def __init__(self, model: LanguageModel, answer: Continuation, turn: Turn, *, started: float) -> None:
+    def __init__(self, cache: PrefixCache, answer: Continuation, turn: Turn, *, started: float) -> None:
         """Made by `LanguageModel`; `started`: when the call began."""
-        self._model, self._answer, self._turn = model, answer, turn
+        self._cache, self._answer, self._turn = cache, answer, turn
         self._spent = time.perf_counter() - started
         self._resumed = 0.0
         self._token: int | None = None
@@ -279,18 +279,18 @@ class TextStream(Iterator[str]):
 
     def _step(self) -> str:
         """Compute and take one token."""
-        model, answer = self._model, self._answer
+        cache, answer = self._cache, self._answer
         self._turn.check()
         if self._token is None:
             started = time.perf_counter()
             exact = answer.options.sampling.seed is not None and not answer.options.reuse
-            logits, self._reused = model._prefill(answer.prompt, exact=exact, check=self._turn.check)
+            logits, self._reused = cache.prefill(answer.prompt, exact=exact, check=self._turn.check)
             self._prefill_seconds = time.perf_counter() - started
             self._token = answer.choose(logits)
             self._first_seconds = self._tick()
         else:
             # With nothing else to ask of the logits, they stay on the device.
             plain = answer.options.sampling.plain
-            self._token = model._decode_greedy(self._token) if plain else answer.choose(model._decode(self._token))
+            self._token = cache.decode_greedy(self._token) if plain else answer.choose(cache.decode(self._token))
             self._decoded += 1
-        return answer.take(self._token, full=model.runtime.position >= model.runtime.context_length)
+        return answer.take(self._token, full=cache.runtime.position >= cache.runtime.context_length)

@@ -1,4 +1,4 @@
-"""Conversations: a checkpoint's own chat template, files of messages, and what to drop when the context is full.
+"""Conversations: a checkpoint's own chat template, and files of messages.
 
 Templates are programs that come with checkpoints: see `template_sandbox`. What a template is given and may use is what
 `apply_chat_template` of transformers gives it.
@@ -6,10 +6,8 @@ Templates are programs that come with checkpoints: see `template_sandbox`. What 
 
 from __future__ import annotations
 
-import bisect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +24,6 @@ from edgelm.tokenization.template_sandbox import SANDBOX, Sandbox
 from edgelm.tokenization.template_worker import Answer
 
 if TYPE_CHECKING:
-    from edgelm.generation.language_model import LanguageModel
     from edgelm.tokenization.tokenizer import Tokenizer
 
 SYSTEM_ROLES = ("system", "developer")
@@ -119,67 +116,9 @@ def _no_conversation(path: Path) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Trimmed:
-    """A conversation that fits into the context.
-
-    Attributes:
-        messages: what is left of it.
-        tokens: the prompt's token ids, for `LanguageModel.stream`.
-        dropped: how many turns were dropped.
-    """
-
-    messages: list[dict[str, Any]]
-    tokens: list[int]
-    dropped: int
-
-
 def system_messages(messages: Sequence[Mapping[str, Any]]) -> int:
     """How many system messages a conversation begins with."""
     return next((i for i, message in enumerate(messages) if message.get("role") not in SYSTEM_ROLES), len(messages))
-
-
-def trim_messages(model: LanguageModel, messages: Sequence[Mapping[str, Any]], answer_tokens: int) -> Trimmed:
-    """Drop the oldest turns of a conversation that leaves the context no room for `answer_tokens` more.
-
-    A turn is a user's message and all up to the next one. System messages at the beginning stay, and so does the last
-    turn, even where it leaves less room. The first drop makes the rest be computed anew. So that not every further
-    message has to drop a turn, a quarter of the room is freed at once; continue with the messages that are returned.
-
-        kept = trim_messages(model, messages, 256)
-        answer = model.generate(kept.tokens, max_tokens=256)
-        messages = [*kept.messages, {"role": "assistant", "content": answer.text}]
-
-    Raises:
-        ContextLengthError: the last turn alone does not fit, with the system messages.
-        GenerationError: as `LanguageModel.render_chat`.
-    """
-    from edgelm.runtimes.base import context_full
-
-    context = model.runtime.context_length
-    room = context - answer_tokens
-    kept = [dict(message) for message in messages]
-    tokens = model.chat_tokens(kept)
-    if len(tokens) <= room:
-        return Trimmed(kept, tokens, 0)
-    head = system_messages(kept)
-    starts = [i for i in range(head + 1, len(kept)) if kept[i]["role"] == "user" and kept[i - 1]["role"] != "user"]
-    rendered: dict[int, list[int]] = {0: tokens}
-
-    def length(dropped: int) -> int:
-        if dropped not in rendered:
-            rendered[dropped] = model.chat_tokens([*kept[:head], *kept[starts[dropped - 1] :]])
-        return len(rendered[dropped])
-
-    dropped = turns = len(starts)
-    for goal in (room * 3 // 4, room):
-        if dropped == turns:
-            dropped = bisect.bisect_left(range(turns), -goal, key=lambda count: -length(count))
-    if length(dropped) > context:
-        raise context_full(length(dropped), 0, context, model.runtime.model_context_length)
-    if dropped:
-        kept = [*kept[:head], *kept[starts[dropped - 1] :]]
-    return Trimmed(kept, rendered[dropped], dropped)
 
 
 def _one_line(text: str) -> str:

@@ -22,7 +22,8 @@ from edgelm.cli.chat.session import Screen, Session
 from edgelm.cli.main import cli
 from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError
 from edgelm.generation.language_model import LanguageModel, load
-from edgelm.tokenization.chat_template import Trimmed, read_messages, trim_messages, write_messages
+from edgelm.generation.trimming import Trimmed, trim_messages
+from edgelm.tokenization.chat_template import read_messages, write_messages
 
 Message = dict[str, Any]
 

@@ -17,7 +17,8 @@ from edgelm.cli.chat.input import Cleared, Entry
 from edgelm.cli.common.options import timings_line
 from edgelm.cli.main import Failure, Terminated
 from edgelm.errors import ContextLengthError, EdgeLMError
-from edgelm.tokenization.chat_template import read_messages, system_messages, trim_messages, write_messages
+from edgelm.generation.trimming import trim_messages
+from edgelm.tokenization.chat_template import read_messages, system_messages, write_messages
 
 if TYPE_CHECKING:
     from edgelm.generation.language_model import LanguageModel
