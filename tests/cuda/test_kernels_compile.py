@@ -31,7 +31,7 @@ def has_twin(name: str, names: Sequence[str]) -> bool:
     return twin != name and twin in names
 
 
-@pytest.fixture(scope="module", params=sources.modules(), ids=lambda module: module.__name__.rpartition(".")[2])
+@pytest.fixture(scope="module", params=sources.MODULES, ids=lambda module: module.__name__.rpartition(".")[2])
 def compiled(request: pytest.FixtureRequest) -> dict[str, nvrtc.Compiled]:
     """One module's kernels for every target."""
     every = request.param.all_kernels()

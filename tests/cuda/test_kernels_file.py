@@ -32,7 +32,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch):
         all_kernels=lambda: tuple(bodies),
         instantiation=lambda name: f"{start.format(name)} {bodies[name]})",
     )
-    monkeypatch.setattr(sources, "modules", lambda: (module,))
+    monkeypatch.setattr(sources, "MODULES", (module,))
     return bodies
 
 

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 
 from edgelm.errors import DeviceError
+from edgelm.runtimes.cuda.kernels import attention, linear, moe
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 """Folder of the headers, in a checkout and in an installed package alike."""
 
-# A module has HEADER, the file its kernels are in, all_kernels(), and instantiation(name), the line that makes one.
-_MODULES = ("linear", "moe", "attention")
-
-
-def modules() -> tuple[ModuleType, ...]:
-    """The modules that launch kernels."""
-    return tuple(importlib.import_module(f"edgelm.runtimes.cuda.{name}") for name in _MODULES)
+# Each has HEADER, the file its kernels are in, all_kernels(), and instantiation(name), the line that makes one.
+MODULES = (linear, moe, attention)
 
 
 def all_kernels() -> tuple[str, ...]:
     """The name of every kernel there is, module after module; each occurs once."""
-    names = [str(name) for module in modules() for name in module.all_kernels()]
+    names = [str(name) for module in MODULES for name in module.all_kernels()]
     assert len(set(names)) == len(names), sorted(name for name in names if names.count(name) > 1)
     return tuple(names)
 
@@ -37,7 +31,7 @@ def translation_unit(names: Sequence[str]) -> tuple[str, Mapping[str, str]]:
     """
     lines: list[str] = []
     left = dict.fromkeys(names)
-    for module in modules():
+    for module in MODULES:
         own = set(module.all_kernels())
         mine = [name for name in left if name in own]
         if mine:
