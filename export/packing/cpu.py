@@ -1,14 +1,14 @@
 """Packs matrices into the layout that the compiled operators read in place (`edgelm.bundle.cpu_layout`).
 
 Pure numpy. Codes, scales and zero points are reordered and, where a matrix joins others of more bits or smaller groups,
-widened and repeated: nothing is rounded. Neighbouring columns of a row are moved as units of four bytes, so packing is
+upcast and repeated: nothing is rounded. Neighbouring columns of a row are moved as units of four bytes, so packing is
 a few passes over 32-bit numbers and one transposition. Rows that do not fill their last record are padded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from edgelm.bundle.cpu_layout import BLOCK, TILE, Kind, PackedMatrix, Scales, stored_group
 from edgelm.errors import ExportError
-from edgelm.export.packing.ort import widened
-from edgelm.quant.primitives import pack, unpack
+from edgelm.export.packing.repack import repacked, scales_in, upcast, zeros_in
+from edgelm.quant.primitives import unpack
 from edgelm.quant.scheme import AnyScheme, Fp8Scheme, Scheme
 from edgelm.quant.tensor import QuantTensor
 
@@ -95,12 +95,8 @@ def pack_codes(tensor: QuantTensor, fmt: Format, out: Bytes, lower: Bytes | None
     tiles, records = out.shape[:2]
     matrix = fmt.matrix(tensor.shape[0], tensor.shape[1])
     groups, of_record, scale_bytes = matrix.groups, matrix.span // fmt.group, matrix.scale_bytes
-    scales = _repeated(tensor, tensor.scales, fmt).astype(_scale_type(fmt.scales), copy=False)
-    zeros = None
-    if fmt.zeros:
-        middle = 1 << (tensor.scheme.bits - 1)
-        zeros = np.full(tensor.scales.shape, middle, np.uint8) if tensor.zeros is None else tensor.zeros
-        zeros = widened(_repeated(tensor, zeros, fmt), tensor.scheme.bits, _BITS[fmt.kind])
+    scales = scales_in(tensor, fmt.group).astype(_scale_type(fmt.scales), copy=False)
+    zeros = zeros_in(tensor, fmt.group, _BITS[fmt.kind]) if fmt.zeros else None
     for i in range(min(of_record, groups)):
         start = i * scale_bytes
         _place(scales[:, i::of_record], out[:, :, start : start + scale_bytes].view(scales.dtype), 1)
@@ -125,12 +121,13 @@ def stacked(tensors: Sequence[QuantTensor], fmt: Format) -> QuantTensor:
         return first
     if any(tensor.scheme != first.scheme for tensor in tensors):
         group = min((t.scheme.group for t in tensors if t.scheme.group is not None), default=None)
-        if fmt.kind is Kind.FP8:
-            scheme: AnyScheme = Fp8Scheme(group)
-            tensors = [replace(t, scales=_repeated(t, t.scales, fmt), scheme=scheme) for t in tensors]
-        else:
+        scheme: AnyScheme = Fp8Scheme(group)
+        if fmt.kind is not Kind.FP8:
             scheme = Scheme(_BITS[fmt.kind], group, not fmt.zeros)
-            tensors = [_as_scheme(tensor, scheme, fmt) for tensor in tensors]
+        tensors = [
+            QuantTensor(*repacked(tensor, scheme.bits, fmt.group, zeros=fmt.zeros), scheme, tensor.shape)
+            for tensor in tensors
+        ]
     zeros = [tensor.zeros for tensor in tensors if tensor.zeros is not None]
     return QuantTensor(
         np.concatenate([tensor.codes for tensor in tensors]),
@@ -141,19 +138,6 @@ def stacked(tensors: Sequence[QuantTensor], fmt: Format) -> QuantTensor:
     )
 
 
-def _as_scheme(tensor: QuantTensor, scheme: Scheme, fmt: Format) -> QuantTensor:
-    """The very same values with as many or more bits, groups and zero points."""
-    bits = tensor.scheme.bits
-    codes = tensor.codes
-    if bits != scheme.bits:
-        codes = pack(widened(unpack(codes, bits, tensor.shape[1]), bits, scheme.bits), scheme.bits)
-    zeros = None
-    if not scheme.symmetric:
-        zeros = np.full(tensor.scales.shape, 1 << (bits - 1), np.uint8) if tensor.zeros is None else tensor.zeros
-        zeros = widened(_repeated(tensor, zeros, fmt), bits, scheme.bits)
-    return QuantTensor(codes, _repeated(tensor, tensor.scales, fmt), zeros, scheme, tensor.shape)
-
-
 def pack_floats(values: NDArray[Any], out: Bytes) -> None:
     """Pack rows [N, K] of float32, float16 or bfloat16 (as uint16) into `out`, zeros [tiles, 1, record bytes]."""
     _place(values, out.view(values.dtype), values.shape[1])
@@ -161,17 +145,6 @@ def pack_floats(values: NDArray[Any], out: Bytes) -> None:
 
 def _scale_type(scales: Scales) -> type[np.floating[Any]]:
     return np.float16 if scales is Scales.FLOAT16 else np.float32
-
-
-def _repeated(tensor: QuantTensor, values: NDArray[Any], fmt: Format) -> NDArray[Any]:
-    """What `tensor` has for each of its groups, for each of the format's, which are as many or more."""
-    columns, group = tensor.shape[1], tensor.scheme.group
-    groups = -(-columns // fmt.group)
-    if values.shape[1] == groups:
-        return values
-    assert group is None or group % fmt.group == 0, "a group never spans two"
-    # The last group may be cut off by the row's end.
-    return np.repeat(values, groups if group is None else group // fmt.group, axis=1)[:, :groups]
 
 
 def _place(values: NDArray[Any], out: NDArray[Any], per_record: int) -> None:
@@ -202,7 +175,7 @@ def _units(tensor: QuantTensor, kind: Kind, columns: int) -> tuple[Units, Units 
     bits = tensor.scheme.bits
     if kind is Kind.INT4 and bits == 4 and tensor.shape[1] == columns:
         return _shuffled(_as_units(tensor.codes)), None
-    codes = widened(unpack(tensor.codes, bits, tensor.shape[1]), bits, _BITS[kind])
+    codes = upcast(unpack(tensor.codes, bits, tensor.shape[1]), bits, _BITS[kind])
     blocks = _as_units(_padded(codes, columns, 1 << (_BITS[kind] - 1))).reshape(len(codes), -1, BLOCK // 4)
     parts = [_taken(blocks, lowest, count) for lowest, count in _PARTS[kind]]
     units = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)

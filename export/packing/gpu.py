@@ -1,7 +1,7 @@
 """Packs matrices into the layout that the GPU kernels read (`edgelm.bundle.gpu_layout`).
 
 Pure numpy. Codes, scales and zero points are reordered and, where a matrix joins others of more bits or finer groups,
-widened and repeated: nothing is rounded. Rows are taken a block at a time.
+upcast and repeated: nothing is rounded. Rows are taken a block at a time.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from edgelm.bundle.gpu_layout import ROWS, GpuKind, GpuMatrix
 from edgelm.errors import ExportError
-from edgelm.export.packing.ort import widened, width_field
-from edgelm.quant.primitives import pack, unpack
+from edgelm.export.packing.ort import width_field
+from edgelm.export.packing.repack import repacked
 from edgelm.quant.scheme import Fp8Scheme
 from edgelm.quant.tensor import QuantTensor
 
@@ -111,18 +111,8 @@ class Rows:
 
 
 def quantized_rows(tensor: QuantTensor, fmt: GpuFormat) -> Rows:
-    """Quantised rows in a format that holds their scheme: codes widened, scales and zero points repeated."""
-    bits, wide = tensor.scheme.bits, _BITS[fmt.kind]
-    codes = tensor.codes
-    if bits != wide:
-        codes = widened(unpack(codes, bits), bits, wide)
-        codes = pack(codes, wide) if wide < 8 else codes
-    groups = tensor.shape[1] // fmt.group
-    zeros = None
-    if fmt.zeros:
-        zeros = np.full(tensor.scales.shape, 1 << (bits - 1), np.uint8) if tensor.zeros is None else tensor.zeros
-        zeros = widened(_repeated(zeros, groups), bits, wide)
-    return Rows(codes, _repeated(tensor.scales, groups), zeros)
+    """Quantised rows in a format that holds their scheme: codes upcast, scales and zero points repeated."""
+    return Rows(*repacked(tensor, _BITS[fmt.kind], fmt.group, zeros=fmt.zeros))
 
 
 def stacked(parts: Sequence[Rows]) -> Rows:
@@ -131,7 +121,7 @@ def stacked(parts: Sequence[Rows]) -> Rows:
 
 
 def interleaved(gate: Rows, up: Rows) -> Rows:
-    """As many rows of gate as of up, alternating by blocks of 8; both are filled up to 8 with zeros."""
+    """As many rows of gate as of up, alternating by blocks of 8; both are padded to 8 with zeros."""
 
     def alternate(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
         a, b = (_padded(part, _HALF) for part in (a, b))
@@ -184,7 +174,7 @@ class BlobWriter:
 
 
 def tiles(codes: NDArray[Any], kind: GpuKind) -> Bytes:
-    """Codes as `Rows` has them as tiles of `kind`; rows are filled up to 16 with zeros."""
+    """Codes as `Rows` has them as tiles of `kind`; rows are padded to 16 with zeros."""
     codes = _padded(np.ascontiguousarray(codes), ROWS)
     if kind is GpuKind.INT4:
         return _tiles_of_nibbles(codes)
@@ -221,9 +211,3 @@ def _bytes(values: NDArray[Any]) -> Bytes:
 def _padded(values: NDArray[Any], multiple: int) -> NDArray[Any]:
     missing = -len(values) % multiple
     return np.pad(values, ((0, missing), (0, 0))) if missing else values
-
-
-def _repeated(values: NDArray[Any], groups: int) -> NDArray[Any]:
-    times, rest = divmod(groups, values.shape[1])
-    assert rest == 0, "a group never spans two"
-    return np.repeat(values, times, axis=1) if times > 1 else values

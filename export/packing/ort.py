@@ -1,7 +1,7 @@
 """From quantised tensors to the layouts of ONNX Runtime's operators, without another rounding.
 
 A `QuantTensor` row is `K` codes, `G` scales and perhaps `G` zero points. The operators want one block size and one
-width per weight; every function here only repeats, widens or reorders what is there, so that the operator computes
+width per weight; every function here only repeats, upcasts or reorders what is there, so that the operator computes
 exactly `(code - zero) * scale` with the same numbers.
 """
 
@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import ExportError
-from edgelm.quant.primitives import unpack
+from edgelm.export.packing import repack
+from edgelm.quant.primitives import pack
 from edgelm.quant.scheme import MIN_GROUP, Scheme
 from edgelm.quant.tensor import QuantTensor
 
@@ -85,47 +86,20 @@ def common_format(schemes: Sequence[tuple[str, Scheme, int]], largest: int | Non
 
 
 def codes_in(tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.uint8]:
-    """Codes [N, K * bits / 8] at the format's width; 4-bit codes are widened by moving their zero point to 128."""
-    bits = tensor.scheme.bits
-    return tensor.codes if bits == fmt.bits else widened(unpack(tensor.codes, bits), bits, fmt.bits)
+    """Codes [N, K * bits / 8] at the format's width."""
+    return repack.codes_in(tensor, fmt.bits)
 
 
 def scales_in(tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.float32]:
     """Scales float32 [N, K / block]: each repeated over the blocks that its group covers."""
-    return _per_block(tensor.scales, tensor, fmt).astype(np.float32)
+    return repack.scales_in(tensor, fmt.block).astype(np.float32)
 
 
 def zeros_in(tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.uint8]:
     """Zero points packed along the blocks, [N, ceil(K / block * bits / 8)], low nibble first."""
-    bits = tensor.scheme.bits
-    middle = np.full(tensor.scales.shape, tensor.integers.symmetric_zero, np.uint8)
-    groups = middle if tensor.zeros is None else tensor.zeros
-    zeros = _per_block(groups, tensor, fmt).astype(np.uint8)
-    zeros = widened(zeros, bits, fmt.bits)
-    if fmt.bits == 8:
-        return np.ascontiguousarray(zeros)
-    if zeros.shape[1] % 2:
-        zeros = np.pad(zeros, ((0, 0), (0, 1)))
-    packed: NDArray[np.uint8] = zeros[:, 0::2] | (zeros[:, 1::2] << np.uint8(4))
-    return packed
+    return pack(repack.zeros_in(tensor, fmt.block, fmt.bits), fmt.bits)
 
 
 def interleave(gate: NDArray[Any], up: NDArray[Any]) -> NDArray[Any]:
     """Rows gate 0, up 0, gate 1, up 1, ... as the fused SwiGLU of (Q)MoE reads them: [N, X], [N, X] -> [2N, X]."""
     return np.stack([gate, up], axis=1).reshape(2 * gate.shape[0], -1)
-
-
-def widened(codes: NDArray[np.uint8], bits: int, wider: int) -> NDArray[np.uint8]:
-    """Codes or zero points, one to a byte, as those of a wider type: the middle of one becomes that of the other."""
-    assert bits <= wider, "codes are never narrowed"
-    if bits == wider:
-        return codes
-    moved: NDArray[np.uint8] = codes + np.uint8((1 << (wider - 1)) - (1 << (bits - 1)))
-    return moved
-
-
-def _per_block(values: NDArray[Any], tensor: QuantTensor, fmt: BlockFormat) -> NDArray[Any]:
-    blocks = tensor.shape[1] // fmt.block
-    repeat, remainder = divmod(blocks, values.shape[1])
-    assert remainder == 0 and repeat >= 1, "a block never spans two groups"
-    return np.repeat(values, repeat, axis=1) if repeat > 1 else values

@@ -30,7 +30,7 @@ from edgelm.export.packing.cpu import (
     pack_floats,
     stacked,
 )
-from edgelm.export.packing.ort import widened
+from edgelm.export.packing.repack import upcast
 from edgelm.quant.codec import quantize
 from edgelm.quant.primitives import unpack
 from edgelm.quant.scheme import parse_scheme
@@ -63,11 +63,11 @@ def assert_same(tensor: QuantTensor, found: tuple[NDArray[np.generic], ...], bit
     """Codes at their new width, scales and zero points repeated."""
     codes, scales, zeros = found
     old, groups = tensor.scheme.bits, scales.shape[1]
-    np.testing.assert_array_equal(codes, widened(unpack(tensor.codes, old, tensor.shape[1]), old, bits))
+    np.testing.assert_array_equal(codes, upcast(unpack(tensor.codes, old, tensor.shape[1]), old, bits))
     times = -(-groups // tensor.scales.shape[1])
     np.testing.assert_array_equal(scales, np.repeat(tensor.scales, times, axis=1)[:, :groups])
     middle = np.full(tensor.scales.shape, 1 << (old - 1), np.uint8)
-    expected = widened(middle if tensor.zeros is None else tensor.zeros, old, bits)
+    expected = upcast(middle if tensor.zeros is None else tensor.zeros, old, bits)
     np.testing.assert_array_equal(zeros, np.repeat(expected, times, axis=1)[:, :groups])
 
 
