@@ -15,7 +15,7 @@ from edgelm.bundle import Bundle
 from edgelm.errors import EdgeLMError
 from edgelm.evaluation.layers import Trail
 from edgelm.evaluation.result import Speed
-from edgelm.parity import metrics
+from edgelm.parity.diagnose import choose
 from edgelm.progress import Progress
 from edgelm.runtimes import Runtime, open_runtime, open_tracing
 
@@ -60,7 +60,7 @@ def trail_of(bundle: Bundle, ids: Ints, runtime: str, threads: int | None, progr
                 for layer, hidden in enumerate(trace.hidden, -1):
                     trail.put(layer, number * length, hidden)
                 for layer, router in enumerate(trace.router_logits):
-                    trail.put_experts(layer, number * length, metrics.choose(router, model.experts_per_token))
+                    trail.put_experts(layer, number * length, choose(router, model.experts_per_token))
             advance(len(part))
     return trail
 

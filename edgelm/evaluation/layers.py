@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.evaluation.result import LayerError
-from edgelm.parity import metrics
-from edgelm.parity.sketch import SKETCH_WIDTH, sign_matrix, sketch
+from edgelm.parity.sketch import SKETCH_WIDTH, relative_error, sign_matrix, sketch
 
 
 class Trail:
@@ -39,7 +38,7 @@ class Trail:
         """Compare another model's trail over the same tokens with this one, the float model's."""
         found = []
         for index in range(len(self.norms)):
-            error = metrics.relative_error(self.sketches[index], target.sketches[index], self.norms[index])
+            error = relative_error(self.sketches[index], target.sketches[index], self.norms[index])
             same = None
             if index and self.experts is not None and target.experts is not None:
                 same = float((self.experts[index - 1] == target.experts[index - 1]).all(axis=-1).mean())

@@ -6,6 +6,7 @@ Needs only what running a bundle needs. With a checkpoint the reference is compu
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,14 +17,38 @@ from edgelm.bundle import Bundle
 from edgelm.bundle.kv_cache import KV_TYPES, require_type
 from edgelm.errors import EdgeLMError, ParityError, TokenizerError
 from edgelm.installing import install_hint
-from edgelm.parity import checks as verdict
-from edgelm.parity import metrics
 from edgelm.parity.device_run import DeviceRun, run_device
-from edgelm.parity.diagnose import Diagnosis
-from edgelm.parity.limits import LIMITS, Limits, kind_of, widened
+from edgelm.parity.diagnose import diagnose, layer_checks
+from edgelm.parity.limits import LIMITS, SAME_PACK, Limits, kind_of, widened
+from edgelm.parity.logits import (
+    agreement,
+    divergence,
+    float_kl,
+    float_loss,
+    greedy_checks,
+    greedy_prefix,
+    greedy_results,
+    logit_checks,
+    logit_errors,
+    perplexity,
+)
 from edgelm.parity.noise import rounding_limits
 from edgelm.parity.pack import ParityPack, ReferenceRecord
-from edgelm.parity.result import Check, FloatLoss, ParityReport, PromptResult, Speed
+from edgelm.parity.result import (
+    Check,
+    Diagnosis,
+    FloatLoss,
+    Floats,
+    ParityReport,
+    PromptResult,
+    Speed,
+    at_most,
+    largest,
+    mean,
+    passed,
+    quantile,
+)
+from edgelm.parity.sketch import relative_error
 from edgelm.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -70,25 +95,25 @@ def check_parity(
     fixed, kind = limits_for(bundle)
     checks: list[Check] = []
     if integrity:
-        checks.append(verdict.integrity(bundle.verify(progress)))
+        checks.append(integrity_check(bundle.verify(progress)))
     pack = ParityPack.load(bundle.file(PACK_FOLDER))
-    fit = _fits(bundle, pack)
-    if fit:
-        raise ParityError(f"the parity pack of {bundle.path} is another model's ({fit}): export the bundle again")
+    problem = _incompatible(bundle, pack)
+    if problem:
+        raise ParityError(f"the parity pack of {bundle.path} is another model's ({problem}): export the bundle again")
     limits, notes = _limits(bundle, pack, fixed, kv)
     reference = "from the parity pack, " + ", ".join(f"{key} {value}" for key, value in pack.made_with.items())
     if checkpoint is not None:
         stored, pack = pack, _recompute(bundle, pack, checkpoint, progress)
-        checks.append(verdict.same_pack(stored, pack))
+        checks.append(same_pack(stored, pack))
         reference = f"computed now from {checkpoint}"
     tokenizer, checks_of_it = _tokenizer(bundle, pack)
     checks += checks_of_it
     run = run_device(bundle, pack, runtime, threads, progress, kv)
-    found, diagnosis = verdict.judge(pack, run, limits)
+    found, diagnosis = judge(pack, run, limits)
     checks += found
-    loss = verdict.float_loss(pack, run.at_once, kind)
+    loss = float_loss(pack, run.at_once, kind)
     if max_kl is not None:
-        checks.append(verdict.float_kl(loss, max_kl))
+        checks.append(float_kl(loss, max_kl))
     return _report(bundle, pack, run, diagnosis, checks, kind, limits, reference, notes + run.notes, tokenizer, loss)
 
 
@@ -97,9 +122,18 @@ def limits_for(bundle: Bundle) -> tuple[Limits, str]:
     manifest = bundle.manifest
     kind = kind_of(manifest.recipe.toml)
     # What the graphs compute in, the shipped one and the debug graph: on a GPU not float32, except where it is our own.
-    narrow = manifest.dtype if manifest.target != "cpu" and manifest.dtype != "float32" else "float32"
-    debug = narrow if manifest.target == "cuda" else "float32"
-    return widened(LIMITS[kind], narrow, debug), kind
+    shipped = manifest.dtype if manifest.target != "cpu" and manifest.dtype != "float32" else "float32"
+    debug = shipped if manifest.target == "cuda" else "float32"
+    return widened(LIMITS[kind], shipped, debug), kind
+
+
+def judge(pack: ParityPack, run: DeviceRun, limits: Limits) -> tuple[list[Check], Diagnosis | None]:
+    """Every check of what a device computed; and where it left the reference, None where it was not traced."""
+    checks = logit_checks(pack, run.at_once, limits) + greedy_checks(pack, run.decoded, limits)
+    if run.trace is None:
+        return checks, None
+    diagnosis = diagnose(pack, run.trace, limits)
+    return checks + layer_checks(pack, run.debug, diagnosis, limits), diagnosis
 
 
 def _limits(bundle: Bundle, pack: ParityPack, fixed: Limits, kv: str | None) -> tuple[Limits, list[str]]:
@@ -122,7 +156,7 @@ def _limits(bundle: Bundle, pack: ParityPack, fixed: Limits, kv: str | None) -> 
     return derived, notes
 
 
-def _fits(bundle: Bundle, pack: ParityPack) -> str:
+def _incompatible(bundle: Bundle, pack: ParityPack) -> str:
     """What contradicts between the manifest and the pack, empty when nothing does."""
     model = bundle.manifest.model
     if pack.num_layers != model.num_layers:
@@ -135,14 +169,71 @@ def _fits(bundle: Bundle, pack: ParityPack) -> str:
     return ""
 
 
+def integrity_check(problems: Sequence[str]) -> Check:
+    """Every file as it was exported."""
+    detail = "; ".join(problems[:8]) or "every file has the hash it was exported with"
+    return Check("integrity", "Files: hashes", not problems, detail)
+
+
+def tokenizer_checks(tokenizer: Tokenizer, pack: ParityPack) -> list[Check]:
+    """The bundle's tokenizer gives the pack's ids, reads them back, and has its vocabulary."""
+    wrong, unread = [], []
+    for prompt in pack.prompts:
+        ids = pack.ids[prompt.start : prompt.start + prompt.length].tolist()
+        encoded = tokenizer.encode(prompt.text)
+        if encoded[: prompt.length] != ids:
+            wrong.append(prompt.name)
+        if tokenizer.decode(ids) != prompt.decoded:
+            unread.append(prompt.name)
+    checks = [
+        Check(
+            "tokenizer.encode",
+            "Tokenizer: same ids for the prompts",
+            not wrong,
+            f"other ids for: {', '.join(wrong)}" if wrong else f"{len(pack.prompts)} prompts",
+        ),
+        Check(
+            "tokenizer.decode",
+            "Tokenizer: same text for the ids",
+            not unread,
+            f"other text for: {', '.join(unread)}" if unread else f"{len(pack.prompts)} prompts",
+        ),
+    ]
+    if pack.tokenizer is not None:
+        size, known = tokenizer.vocab_size, pack.tokenizer
+        same = size == known.vocab_size and tokenizer.fingerprint() == known.sha256
+        detail = f"{size:,} tokens"
+        if size != known.vocab_size:
+            detail = f"{size:,} tokens, the checkpoint's tokenizer had {known.vocab_size:,}"
+        elif not same:
+            detail = "some ids stand for other texts, some texts have other ids, or special ids differ"
+        checks.append(Check("tokenizer.vocabulary", "Tokenizer: same vocabulary", same, detail))
+    return checks
+
+
+def same_pack(stored: ParityPack, recomputed: ParityPack) -> Check:
+    """The pack in the bundle is what the checkpoint gives now, up to rounding of another machine's matmuls."""
+    title = "Parity pack: as recomputed from the checkpoint"
+    if stored.ids.shape != recomputed.ids.shape or not np.array_equal(stored.ids, recomputed.ids):
+        return Check("pack", title, False, "the tokens differ: other prompts, tokenizer or greedy continuation")
+    worst = 0.0
+    for a, b in ((stored.reference, recomputed.reference), (stored.target, recomputed.target)):
+        if a.sketches.shape != b.sketches.shape:
+            return Check("pack", title, False, "the pack is of another model")
+        errors = relative_error(b.sketches, a.sketches, b.norms)
+        worst = max(worst, quantile(errors, 0.99), quantile(logit_errors(b, a), 0.99))
+    detail = "99th percentile over positions and layers of the relative difference"
+    return at_most("pack", title, worst, SAME_PACK, detail)
+
+
 def _recompute(bundle: Bundle, pack: ParityPack, checkpoint: Path | str, progress: Progress) -> ParityPack:
     try:
-        from edgelm.parity.reference import live_pack
+        from edgelm.parity.reference import recomputed_pack
     except ImportError as error:
         raise EdgeLMError(
             f"computing the reference anew needs {error.name}: {install_hint('export')}, or leave --checkpoint out"
         ) from error
-    return live_pack(bundle, pack, checkpoint, progress)
+    return recomputed_pack(bundle, pack, checkpoint, progress)
 
 
 def _tokenizer(bundle: Bundle, pack: ParityPack) -> tuple[Tokenizer | None, list[Check]]:
@@ -152,7 +243,29 @@ def _tokenizer(bundle: Bundle, pack: ParityPack) -> tuple[Tokenizer | None, list
         tokenizer = Tokenizer.from_folder(bundle.path)
     except TokenizerError as error:
         return None, [Check("tokenizer", "Tokenizer: loads", False, str(error))]
-    return tokenizer, verdict.tokenizer(tokenizer, pack)
+    return tokenizer, tokenizer_checks(tokenizer, pack)
+
+
+def first_divergence(diagnosis: Diagnosis | None, checks: Sequence[Check]) -> tuple[int | None, str | None]:
+    """The first layer that is wrong (-1: the embedding) and what is known about the cause."""
+    failed = {check.name for check in checks if check.passed is False}
+    if diagnosis is not None and diagnosis.first is not None:
+        return diagnosis.first, diagnosis.cause
+    if "head" in failed:
+        return None, "final norm or output head: every layer agrees, the logits do not"
+    if any(name.startswith(("logits.", "perplexity.device")) for name in failed):
+        if diagnosis is None:
+            return None, None
+        return None, (
+            "the shipped graph only: the debug graph, which reads the same weights, agrees in every layer; the shipped "
+            "graph differs from it, or a kernel that only it uses is wrong on this device"
+        )
+    if any(name.startswith("greedy.") for name in failed):
+        return None, (
+            "decoding only: the same graph agrees where it computes all positions at once, so the cache (a row, a "
+            "position) or a kernel for single tokens is wrong on this device"
+        )
+    return None, None
 
 
 def _report(
@@ -171,31 +284,31 @@ def _report(
     from edgelm.devices import describe
 
     want, device = pack.target, run.at_once
-    kl = verdict.divergence(want, device)
-    kl_float = verdict.divergence(pack.reference, device)
+    kl = divergence(want, device)
+    kl_float = divergence(pack.reference, device)
     clear = want.gap >= limits.clear_gap
     manifest = bundle.manifest
-    greedy = verdict.greedy_results(pack, run, limits)
+    greedy = greedy_results(pack, run.decoded, limits)
     text = pack.has_next
-    first, cause = verdict.first_divergence(diagnosis, checks)
+    first, cause = first_divergence(diagnosis, checks)
     return ParityReport(
         bundle=str(bundle.path),
-        passed=verdict.passed(checks),
+        passed=passed(checks),
         kind=kind,
         checks=checks,
-        kl_mean=metrics.mean(kl),
-        kl_p99=metrics.quantile(kl, 0.99),
-        kl_max=metrics.largest(kl),
-        float_kl_mean=metrics.mean(kl_float),
-        quantization_kl_mean=metrics.mean(verdict.divergence(pack.reference, want)),
+        kl_mean=mean(kl),
+        kl_p99=quantile(kl, 0.99),
+        kl_max=largest(kl),
+        float_kl_mean=mean(kl_float),
+        quantization_kl_mean=mean(divergence(pack.reference, want)),
         float_loss=loss,
-        logit_error=metrics.mean(verdict.logit_errors(want, device)),
-        top1=metrics.agreement(want.best, device.best),
-        top1_clear=metrics.agreement(want.best, device.best, clear),
-        top1_float=metrics.agreement(pack.reference.best, device.best),
-        perplexity_float=metrics.perplexity(pack.reference.next_logit, pack.reference.logsumexp, text),
-        perplexity_quantized=metrics.perplexity(want.next_logit, want.logsumexp, text),
-        perplexity=metrics.perplexity(device.next_logit, device.logsumexp, text),
+        logit_error=mean(logit_errors(want, device)),
+        top1=agreement(want.best, device.best),
+        top1_clear=agreement(want.best, device.best, clear),
+        top1_float=agreement(pack.reference.best, device.best),
+        perplexity_float=perplexity(pack.reference.next_logit, pack.reference.logsumexp, text),
+        perplexity_quantized=perplexity(want.next_logit, want.logsumexp, text),
+        perplexity=perplexity(device.next_logit, device.logsumexp, text),
         greedy_prefix=sum(result.prefix for result in greedy),
         greedy_total=sum(result.total for result in greedy),
         positions=len(pack.ids),
@@ -224,8 +337,8 @@ def _report(
 def _prompts(
     pack: ParityPack,
     run: DeviceRun,
-    kl: metrics.Floats,
-    kl_float: metrics.Floats,
+    kl: Floats,
+    kl_float: Floats,
     tokenizer: Tokenizer | None,
     limits: Limits,
 ) -> list[PromptResult]:
@@ -235,9 +348,9 @@ def _prompts(
     for prompt in pack.prompts:
         rows, steps = prompt.positions, prompt.greedy_positions
         chosen = [int(token) for token in run.decoded.best[steps]]
-        compared = metrics.greedy_prefix(want.best[steps], np.asarray(chosen), want.gap[steps], limits.clear_gap)
+        compared = greedy_prefix(want.best[steps], np.asarray(chosen), want.gap[steps], limits.clear_gap)
         # From its first own choice on the device was still fed the reference's tokens: what it would write ends there.
-        fed = metrics.greedy_prefix(np.asarray(prompt.greedy), np.asarray(chosen), want.gap[steps], limits.clear_gap)
+        fed = greedy_prefix(np.asarray(prompt.greedy), np.asarray(chosen), want.gap[steps], limits.clear_gap)
         own = chosen[: fed.prefix + 1]
         results.append(
             PromptResult(

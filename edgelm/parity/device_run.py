@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edgelm.parity import metrics
-from edgelm.parity.diagnose import DeviceTrace
+from edgelm.parity.diagnose import DeviceTrace, choose
+from edgelm.parity.logits import LogitRecord
 from edgelm.parity.pack import GoldenPrompt, ParityPack
 from edgelm.parity.sketch import sign_matrix, sketch
 from edgelm.progress import Progress
@@ -28,37 +27,6 @@ if TYPE_CHECKING:
 
 # Logits of the debug graph come in one piece a pass; a prompt whose logits are larger alone is traced without.
 _DEBUG_LOGITS_BYTES = 512 << 20
-
-
-class LogitRecord:
-    """The device's logits at the recorded tokens of each position; NaN where it was not run."""
-
-    def __init__(self, pack: ParityPack) -> None:
-        count, top = pack.top_ids.shape
-        self._pack = pack
-        self._next_ids = pack.next_ids
-        self.top_logits = np.full((count, top), np.nan, np.float32)
-        self.probe_logits = np.full((count, len(pack.probe_ids)), np.nan, np.float32)
-        self.next_logit = np.full(count, np.nan, np.float32)
-        self.logsumexp = np.full(count, np.nan, np.float64)
-        self.best = np.full(count, -1, np.int64)
-        self.seen = np.zeros(count, dtype=bool)
-
-    def put(self, first: int, logits: NDArray[np.float32]) -> int:
-        """Take logits [rows, V] of positions from `first` on; return the position after them."""
-        rows = slice(first, first + len(logits))
-        self.top_logits[rows] = np.take_along_axis(logits, self._pack.top_ids[rows], axis=1)
-        self.probe_logits[rows] = logits[:, self._pack.probe_ids]
-        self.next_logit[rows] = np.take_along_axis(logits, self._next_ids[rows, None], axis=1)[:, 0]
-        self.logsumexp[rows] = metrics.logsumexp(logits)
-        self.best[rows] = logits.argmax(axis=1)
-        self.seen[rows] = True
-        return rows.stop
-
-    @property
-    def sampled(self) -> NDArray[np.float32]:
-        """[N, 64 + P]: the logits of the recorded tokens and of the probes."""
-        return np.concatenate([self.top_logits, self.probe_logits], axis=1)
 
 
 @dataclass
@@ -142,7 +110,7 @@ def _batches(pack: ParityPack, vocab_size: int) -> Iterator[tuple[list[GoldenPro
     Few passes, because in float32 every pass dequantises all weights anew.
     """
     batch: list[GoldenPrompt] = []
-    # The longest first: it sets the size that the others are filled up to.
+    # The longest first: it sets the size that the others are padded to.
     for prompt in sorted(pack.prompts, key=lambda item: -item.fed):
         longest = batch[0].fed if batch else prompt.fed
         padded = (len(batch) + 1) * longest
@@ -164,8 +132,8 @@ def _trace(debug: TracingModel, bundle: Bundle, pack: ParityPack, run: DeviceRun
     sketches = np.zeros((layers + 1, count, signs.shape[1]), np.float32)
     router = np.zeros((layers, count, experts), np.float32) if experts else None
     with progress.task("tracing the layers", count, unit="steps") as advance:
-        for prompts, fits in _batches(pack, bundle.manifest.model.vocab_size):
-            results = debug.trace_all([pack.ids[prompt.positions].tolist() for prompt in prompts], logits=fits)
+        for prompts, with_logits in _batches(pack, bundle.manifest.model.vocab_size):
+            results = debug.trace_all([pack.ids[prompt.positions].tolist() for prompt in prompts], logits=with_logits)
             for prompt, result in zip(prompts, results, strict=True):
                 rows = prompt.positions
                 for index, hidden in enumerate(result.hidden):
@@ -180,5 +148,5 @@ def _trace(debug: TracingModel, bundle: Bundle, pack: ParityPack, run: DeviceRun
     chosen = None
     if router is not None:
         assert pack.target.experts is not None
-        chosen = metrics.choose(router, pack.target.experts.shape[-1])
+        chosen = choose(router, pack.target.experts.shape[-1])
     return DeviceTrace(norms, sketches, router, chosen)

@@ -15,14 +15,18 @@ by a near-tie does not count in that layer: such a flip changes the output witho
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from edgelm.parity import metrics
 from edgelm.parity.limits import Limits
-from edgelm.parity.metrics import Floats, Mask
+from edgelm.parity.logits import LogitRecord, logit_errors
 from edgelm.parity.pack import FloatArray, IntArray, ParityPack, ReferenceRecord
+from edgelm.parity.result import Check, Diagnosis, Floats, LayerResult, Mask, at_most, largest, mean, quantile
+from edgelm.parity.sketch import relative_error
+from edgelm.sizes import format_number
 
 # Updates below a hundredth of the residual stream are measured against the stream: where one position carries a huge
 # activation, the stream's own rounding would otherwise look like an error of the update.
@@ -43,30 +47,59 @@ class DeviceTrace:
     experts: IntArray | None  # [L, N, k]
 
 
-@dataclass(frozen=True)
-class LayerResult:
-    """One layer's numbers; arrays over positions are summarised, NaN where there is nothing to summarise.
+def choose(router: ArrayLike, k: int) -> NDArray[np.int32]:
+    """The k largest of router logits [..., E], largest first, the lower index first among equals.
 
-    `error` and `error_float` are the relative error of the layer's output against the quantised and the float
-    reference (median over positions), `added` the median error of its update, `worst` the largest excess. `clear` and
-    `near` are the share of positions with the reference's very experts, where its margin was clear and where it was a
-    near-tie; `clear_count` the number of clear positions. `same_float` is the share of positions with the float
-    reference's experts: what quantisation changed in the routing. NaN for a dense model.
+    Softmax is monotone, so the choice by logits is the choice by weight.
+    """
+    return np.argsort(-np.asarray(router, np.float64), axis=-1, kind="stable")[..., :k].astype(np.int32)
+
+
+def router_margin(router: ArrayLike, k: int) -> Floats:
+    """Gap between the k-th and the (k+1)-th router logit, [..., E] -> [...], in standard deviations of the position's.
+
+    Infinite where every expert is chosen. The unit makes one limit serve routers of any temperature.
+    """
+    logits = np.asarray(router, np.float64)
+    if k >= logits.shape[-1]:
+        return np.full(logits.shape[:-1], np.inf)
+    ordered = -np.sort(-logits, axis=-1)
+    spread = np.maximum(logits.std(axis=-1), 1e-12)
+    return np.asarray((ordered[..., k - 1] - ordered[..., k]) / spread, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Per position: whether the sets of chosen experts differ, and how clear the reference was about it.
+
+    `severity` is the reference logit of the best expert that was dropped minus that of the worst that came instead, in
+    standard deviations: a rounding flip has a severity near zero. Zero where nothing differs.
     """
 
-    layer: int
-    error: float
-    error_float: float
-    added: float
-    worst: float
-    bad: int
-    diverged: bool
-    clear: float
-    near: float
-    clear_count: int
-    near_count: int
-    same_float: float
-    severe_flips: int
+    changed: Mask
+    severity: Floats
+
+
+def expert_flips(router: ArrayLike, expected: ArrayLike, actual: ArrayLike) -> Flips:
+    """Compare chosen experts [N, k] as sets, with the reference's router logits [N, E]."""
+    logits = np.asarray(router, np.float64)
+    count = logits.shape[-1]
+    want, got = _as_sets(expected, count), _as_sets(actual, count)
+    dropped, added = want & ~got, got & ~want
+    changed: Mask = np.asarray(dropped.any(axis=-1))
+    best_dropped = np.where(dropped, logits, -np.inf).max(axis=-1)
+    worst_added = np.where(added, logits, np.inf).min(axis=-1)
+    spread = np.maximum(logits.std(axis=-1), 1e-12)
+    severity = np.zeros(len(logits))
+    severity[changed] = (best_dropped[changed] - worst_added[changed]) / spread[changed]
+    return Flips(changed, severity)
+
+
+def _as_sets(chosen: ArrayLike, count: int) -> Mask:
+    indices = np.asarray(chosen, dtype=np.int64)
+    sets = np.zeros((*indices.shape[:-1], count), dtype=bool)
+    np.put_along_axis(sets, indices, True, axis=-1)
+    return sets
 
 
 @dataclass(frozen=True)
@@ -79,27 +112,12 @@ class _Suspects:
     incoming: Floats
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """The layers in order, the embedding's error, and the first place that is wrong.
-
-    `first`: layer index, -1 for the embedding, None when no layer has diverged.
-    """
-
-    layers: tuple[LayerResult, ...]
-    embedding_error: float
-    first: int | None
-    cause: str | None
-    experts_seen: int
-    experts_total: int
-
-
 def diagnose(pack: ParityPack, trace: DeviceTrace, limits: Limits) -> Diagnosis:
     """Compare a device's trace with the pack, layer by layer."""
     want = pack.target
-    error = metrics.relative_error(want.sketches, trace.sketches, want.norms)
-    error_float = metrics.relative_error(pack.reference.sketches, trace.sketches, pack.reference.norms)
-    embedding_error = metrics.largest(error[0])
+    error = relative_error(want.sketches, trace.sketches, want.norms)
+    error_float = relative_error(pack.reference.sketches, trace.sketches, pack.reference.norms)
+    embedding_error = largest(error[0])
     first: int | None = None
     cause: str | None = None
     if not embedding_error <= limits.embedding_error:
@@ -145,15 +163,15 @@ def _layer(
     excess = added / allowed
 
     count = len(pack.ids)
-    flips = metrics.Flips(np.zeros(count, dtype=bool), np.zeros(count))
+    flips = Flips(np.zeros(count, dtype=bool), np.zeros(count))
     margin = np.full(count, np.inf)
     if want.router is not None and want.experts is not None and trace.experts is not None:
-        flips = metrics.expert_flips(want.router[index], want.experts[index], trace.experts[index])
-        margin = metrics.router_margin(want.router[index], want.experts.shape[-1])
+        flips = expert_flips(want.router[index], want.experts[index], trace.experts[index])
+        margin = router_margin(want.router[index], want.experts.shape[-1])
     # An error that came in may tip a choice that would be clear otherwise: the tolerance grows with it.
     tolerance = limits.router_near_tie + limits.layer_gain * incoming
     severe = flips.changed & ~(flips.severity < tolerance)
-    # Where the choice was open, a mixture that reads narrower logits than the router's may have made another, unseen.
+    # Where the choice was open, an MoE operator whose logits are of lower precision may have made another.
     clear = margin >= limits.router_near_tie
     counted = ~flips.changed & (clear | ~np.isfinite(excess))
     bad = (counted & ~(excess <= 1)) | severe
@@ -161,14 +179,14 @@ def _layer(
     same = ~flips.changed
     result = LayerResult(
         layer=index,
-        error=metrics.quantile(error[index + 1], 0.5),
-        error_float=metrics.quantile(error_float[index + 1], 0.5),
-        added=metrics.quantile(added[counted], 0.5),
-        worst=metrics.largest(excess[counted]) if counted.any() else float("nan"),
+        error=quantile(error[index + 1], 0.5),
+        error_float=quantile(error_float[index + 1], 0.5),
+        added=quantile(added[counted], 0.5),
+        worst=largest(excess[counted]) if counted.any() else float("nan"),
         bad=int(bad.sum()),
         diverged=diverged,
-        clear=metrics.mean(same[clear]),
-        near=metrics.mean(same[~clear]),
+        clear=mean(same[clear]),
+        near=mean(same[~clear]),
         clear_count=int(clear.sum()),
         near_count=int((~clear).sum()),
         same_float=_same_as_float(pack, trace, index),
@@ -181,8 +199,8 @@ def _same_as_float(pack: ParityPack, trace: DeviceTrace, index: int) -> float:
     reference = pack.reference
     if reference.router is None or reference.experts is None or trace.experts is None:
         return float("nan")
-    flips = metrics.expert_flips(reference.router[index], reference.experts[index], trace.experts[index])
-    return metrics.mean(~flips.changed)
+    flips = expert_flips(reference.router[index], reference.experts[index], trace.experts[index])
+    return mean(~flips.changed)
 
 
 def _mixed_in(pack: ParityPack, error: Floats) -> Floats:
@@ -214,15 +232,15 @@ def _cause(
         if scores:
             return f"layer {index}: {attention}: first positions agree, later ones do not"
         return f"layer {index}: attention or feed-forward"
-    mixture = f"layer {index}: the mixture of experts as a whole (routing weights, or gate and up): router logits agree"
+    moe = f"layer {index}: the mixture of experts as a whole (routing weights, or gate and up): router logits agree"
     if _before_router(want, trace, index, suspects):
-        mixture = f"layer {index}: attention, its norms or the router: router logits differ though the input agrees"
+        moe = f"layer {index}: attention, its norms or the router: router logits differ though the input agrees"
     else:
-        guilty = metrics.guilty_experts(want.experts[index], bad & counted, ~bad & counted)
+        guilty = guilty_experts(want.experts[index], bad & counted, ~bad & counted)
         if guilty is not None:
             who = f"expert{'s' if len(guilty) > 1 else ''} {', '.join(map(str, guilty))}"
             return f"layer {index}: {who}: only positions that chose {'them' if len(guilty) > 1 else 'it'} are wrong"
-    return f"layer {index}: {attention}: first positions agree, later ones do not" if scores else mixture
+    return f"layer {index}: {attention}: first positions agree, later ones do not" if scores else moe
 
 
 def _before_router(
@@ -248,3 +266,81 @@ def _before_router(
         return True
     # Routers are less sensitive in some directions than in others, so a hundredth counts, if it is above rounding.
     return bool(np.median(ratio) > 0.3) or bool(np.median(ratio) > 0.01 and np.median(seen[bad]) > ROUTER_ROUNDING)
+
+
+def guilty_experts(experts: ArrayLike, bad: Mask, good: Mask) -> list[int] | None:
+    """The few experts that explain the bad positions and not the good ones, None when there is no such set.
+
+    `experts` [N, k] are the experts both sides chose. An expert is suspect when at least 70 % of the positions that
+    used it are bad (not all: one that got almost no weight somewhere leaves that position good). Of the suspects the
+    one that explains most of what is unexplained is taken until nothing is (greedy set cover). None when no position
+    is good, or when it would take more than an eighth of the experts in use: then it is not single experts.
+    """
+    chosen = np.asarray(experts, dtype=np.int64)
+    if not bad.any() or not good.any():
+        return None
+    count = int(chosen.max()) + 1
+    in_bad = np.bincount(chosen[bad].ravel(), minlength=count)
+    in_use = in_bad + np.bincount(chosen[good].ravel(), minlength=count)
+    suspects = (in_bad > 0) & (in_bad >= 0.7 * in_use)
+    left = bad.copy()
+    guilty: list[int] = []
+    while left.any():
+        explained = np.bincount(chosen[left].ravel(), minlength=count) * suspects
+        worst = int(explained.argmax())
+        if explained[worst] == 0:
+            return None
+        guilty.append(worst)
+        left &= ~(chosen == worst).any(axis=-1)
+    return sorted(guilty) if len(guilty) <= max(2, int((in_use > 0).sum()) // 8) else None
+
+
+def layer_checks(pack: ParityPack, debug: LogitRecord, diagnosis: Diagnosis, limits: Limits) -> list[Check]:
+    """The debug graph, layer by layer, and its logits."""
+    count = len(pack.ids)
+    allowed = limits.bad_positions * count
+    checks = [
+        at_most(
+            "embedding",
+            "Embedding: relative error, largest",
+            diagnosis.embedding_error,
+            limits.embedding_error,
+            diagnosis.cause or "" if diagnosis.first == -1 else "",
+        )
+    ]
+    for layer in diagnosis.layers:
+        detail = f"added error {layer.added:.3g} (median), worst {format_number(layer.worst, 2)} times the allowed"
+        if layer.layer == diagnosis.first:
+            detail = f"{diagnosis.cause}; {detail}"
+        elif layer.diverged:
+            detail = f"what came in was wrong already; {detail}"
+        title = f"Layer {layer.layer}: positions at which it adds an error of its own"
+        checks.append(at_most(f"layer[{layer.layer}]", title, float(layer.bad), allowed, detail, layer.layer))
+        if pack.num_experts:
+            checks.append(_expert_check(layer.layer, diagnosis, allowed))
+    seen = debug.seen
+    if seen.any():
+        error = logit_errors(pack.target, debug)[seen]
+        checks.append(
+            at_most(
+                "head",
+                "Debug graph: relative error of the log-probabilities, median",
+                quantile(error, 0.5),
+                limits.head_error + limits.layer_gain * _last_error(diagnosis),
+            )
+        )
+    return checks
+
+
+def _expert_check(index: int, diagnosis: Diagnosis, allowed: float) -> Check:
+    layer = diagnosis.layers[index]
+    clear = "none" if not layer.clear_count else f"{100 * layer.clear:.4g} % of {layer.clear_count}"
+    near = "none" if not layer.near_count else f"{100 * layer.near:.4g} % of {layer.near_count}"
+    title = f"Layer {index}: positions with other experts than a near-tie explains"
+    detail = f"same experts where the margin is clear: {clear} positions; at near-ties: {near}"
+    return at_most(f"experts[{index}]", title, float(layer.severe_flips), allowed, detail, index)
+
+
+def _last_error(diagnosis: Diagnosis) -> float:
+    error = diagnosis.layers[-1].error if diagnosis.layers else diagnosis.embedding_error
+    return error if math.isfinite(error) else 0.0

@@ -44,8 +44,8 @@ class Limits:
     head_error: float
 
 
-# Relative difference up to which a stored pack and one recomputed on another machine count as the same: float32 matrix
-# products in another order give about 1e-6, a near-tie flip of an expert more, at single positions.
+# Relative difference up to which a stored pack and one recomputed on another machine count as the same: float32
+# matmuls in another order give about 1e-6, a near-tie flip of an expert more, at single positions.
 SAME_PACK = 1e-3
 
 

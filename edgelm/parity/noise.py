@@ -26,10 +26,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from edgelm.parity import metrics
 from edgelm.parity.limits import LIMITS, Limits
-from edgelm.parity.metrics import Floats
+from edgelm.parity.logits import LIKELY, bucketed_kl, logit_error
 from edgelm.parity.pack import ParityPack
+from edgelm.parity.result import Floats, largest, quantile
 
 FACTOR = 2.0
 Z = 3.0
@@ -48,12 +48,12 @@ def rounding_limits(pack: ParityPack, limits: Limits) -> Limits:
     if rounded is None:
         return limits
     rows, exact = rounded.rows, LIMITS["none"]
-    kl = metrics.bucketed_kl(want.top_logits[rows], want.logsumexp[rows], rounded.top_logits, rounded.logsumexp)
+    kl = bucketed_kl(want.top_logits[rows], want.logsumexp[rows], rounded.top_logits, rounded.logsumexp)
     logits = np.concatenate([want.top_logits, want.probe_logits], axis=1)[rows]
     moved = np.concatenate([rounded.top_logits, rounded.probe_logits], axis=1)
     sums = want.logsumexp[rows], rounded.logsumexp
-    error = metrics.logit_error(logits, moved, *sums)
-    likely = metrics.logit_error(logits, moved, *sums, likely=metrics.LIKELY)
+    error = logit_error(logits, moved, *sums)
+    likely = logit_error(logits, moved, *sums, likely=LIKELY)
     count, flipped = len(pack.ids), rounded.flipped != 0
     # All positions where every one flips: nothing else is known then.
     calm = ~flipped if not flipped.all() else np.ones_like(flipped)
@@ -63,7 +63,6 @@ def rounding_limits(pack: ParityPack, limits: Limits) -> Limits:
     def below(values: Floats, q: float, margin: float, draws: int = count) -> float:
         return max(margin * _quantile(values[calm], q, draws), _quantile_of_more(values, q, draws))
 
-    top = metrics.largest
     size = FACTOR * CLEAR * math.sqrt(2) * _quantile((error * logits.std(axis=1))[calm], 0.9, count)
     clear_gap = exact.clear_gap + size
     clear_steps = sum(int((want.gap[prompt.greedy_positions] >= clear_gap).sum()) for prompt in pack.prompts)
@@ -72,7 +71,8 @@ def rounding_limits(pack: ParityPack, limits: Limits) -> Limits:
         limits,
         kl_mean=exact.kl_mean + FACTOR**2 * _mean(smooth, count) + FACTOR * _mean(tipped, count) + unseen / count,
         kl_p99=exact.kl_p99 + below(kl, 0.99, FACTOR**2),
-        kl_max=exact.kl_max + max(FACTOR**2 * LARGEST * top(kl[calm]), LARGEST_FLIP * top(tipped), LARGEST * unseen),
+        kl_max=exact.kl_max
+        + max(FACTOR**2 * LARGEST * largest(kl[calm]), LARGEST_FLIP * largest(tipped), LARGEST * unseen),
         logit_error=exact.logit_error + below(error, 0.5, FACTOR),
         logit_error_p90=exact.logit_error_p90 + below(error, 0.9, FACTOR),
         decode_error=exact.decode_error + below(likely, 0.5, FACTOR, max(steps, 1)),
@@ -90,13 +90,13 @@ def _spread(count: int, simulated: int) -> float:
 
 def _quantile(values: Floats, q: float, count: int) -> float:
     """What the q-quantile of `count` further draws stays below."""
-    return metrics.quantile(values, min(1.0, q + Z * math.sqrt(q * (1 - q)) * _spread(count, len(values))))
+    return quantile(values, min(1.0, q + Z * math.sqrt(q * (1 - q)) * _spread(count, len(values))))
 
 
 def _quantile_of_more(values: Floats, q: float, count: int) -> float:
     """The same where `FACTOR` times as many exceed any level, and what exceeds is not larger."""
     tail = 1 - q - Z * math.sqrt(q * (1 - q)) * _spread(count, len(values))
-    return metrics.quantile(values, 1 - tail / FACTOR) if tail > 0 else LARGEST * metrics.largest(values)
+    return quantile(values, 1 - tail / FACTOR) if tail > 0 else LARGEST * largest(values)
 
 
 def _mean(values: Floats, count: int) -> float:

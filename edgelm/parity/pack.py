@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,6 +107,10 @@ class RoundedRecord:
     best: IntArray  # [M]
     flipped: IntArray  # [M]: 1 or 0
     kv: str
+
+
+Record = ReferenceRecord | RoundedRecord
+R = TypeVar("R", ReferenceRecord, RoundedRecord)
 
 
 @dataclass(frozen=True)
@@ -253,10 +257,12 @@ class ParityPack:
             ids=arrays["ids"],
             top_ids=arrays["top_ids"],
             probe_ids=arrays["probe_ids"],
-            reference=_record(arrays, "reference", path),
-            quantized=_record(arrays, "quantized", path) if has_quantized else None,
+            reference=_record(ReferenceRecord, arrays, "reference", path),
+            quantized=_record(ReferenceRecord, arrays, "quantized", path) if has_quantized else None,
             tokenizer=index.tokenizer,
-            rounded=None if index.rounded is None else _rounded(arrays, index.rounded.kv, path),
+            rounded=None
+            if index.rounded is None
+            else _record(RoundedRecord, arrays, "rounded", path, index.rounded.kv),
             made_with=index.made_with,
             sketch_seed=index.sketch.seed,
         )
@@ -310,12 +316,7 @@ class ParityPack:
         if record.router is not None and record.experts is not None:
             expected["router"] = (layers, count, self.num_experts)
             expected["experts"] = (layers, count, record.experts.shape[-1] if record.experts.ndim else 0)
-        for item, shape in expected.items():
-            array = getattr(record, item)
-            if array.shape != shape:
-                yield f"{name}.{item} has shape {array.shape}, expected {shape}"
-            if array.dtype == np.float32 and not np.isfinite(array).all():
-                yield f"{name}.{item} holds what is no finite number"
+        yield from _array_problems(name, record, expected)
         if int(record.best.min()) < 0:
             yield f"{name}.best holds the token id {int(record.best.min())}"
         chosen = record.experts
@@ -326,19 +327,24 @@ class ParityPack:
         count = record.rows.size
         if record.rows.ndim != 1 or not count or record.rows.min() < 0 or record.rows.max() >= len(self.ids):
             yield "rounded.rows are not positions of the pack"
-        for item, shape in (
-            ("top_logits", (count, top)),
-            ("logsumexp", (count,)),
-            ("probe_logits", (count, probes)),
-            ("next_logit", (count,)),
-            ("best", (count,)),
-            ("flipped", (count,)),
-        ):
-            array = getattr(record, item)
-            if array.shape != shape:
-                yield f"rounded.{item} has shape {array.shape}, expected {shape}"
-            if array.dtype == np.float32 and not np.isfinite(array).all():
-                yield f"rounded.{item} holds what is no finite number"
+        expected: dict[str, tuple[int, ...]] = {
+            "top_logits": (count, top),
+            "logsumexp": (count,),
+            "probe_logits": (count, probes),
+            "next_logit": (count,),
+            "best": (count,),
+            "flipped": (count,),
+        }
+        yield from _array_problems("rounded", record, expected)
+
+
+def _array_problems(name: str, record: Record, expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    for item, shape in expected.items():
+        array = getattr(record, item)
+        if array.shape != shape:
+            yield f"{name}.{item} has shape {array.shape}, expected {shape}"
+        if array.dtype == np.float32 and not np.isfinite(array).all():
+            yield f"{name}.{item} holds what is no finite number"
 
 
 def _read_arrays(path: Path, wanted: Mapping[str, _Array]) -> dict[str, NDArray[Any]]:
@@ -390,20 +396,12 @@ _IDS = {"ids", "top_ids", "probe_ids"} | {
 }
 
 
-def _record(arrays: Mapping[str, NDArray[Any]], prefix: str, where: Path) -> ReferenceRecord:
-    values = {}
-    for item in fields(ReferenceRecord):
-        values[item.name] = arrays.get(f"{prefix}.{item.name}")
-        if values[item.name] is None and "None" not in str(item.type):
-            raise _BLAME.at(where, f"arrays.{prefix}.{item.name} is missing")
-    return ReferenceRecord(**values)  # type: ignore[arg-type]  # keyed by the class's own fields
-
-
-def _rounded(arrays: Mapping[str, NDArray[Any]], kv: str, where: Path) -> RoundedRecord:
-    values = {}
-    for item in fields(RoundedRecord):
-        if item.name != "kv":
-            if f"rounded.{item.name}" not in arrays:
-                raise _BLAME.at(where, f"arrays.rounded.{item.name} is missing")
-            values[item.name] = arrays[f"rounded.{item.name}"]
-    return RoundedRecord(**values, kv=kv)
+def _record(cls: type[R], arrays: Mapping[str, NDArray[Any]], prefix: str, where: Path, kv: str | None = None) -> R:
+    """A record of the arrays under a prefix; `kv` is what no array holds."""
+    values: dict[str, Any] = {} if kv is None else {"kv": kv}
+    for item in fields(cls):
+        if item.name not in values:
+            values[item.name] = arrays.get(f"{prefix}.{item.name}")
+            if values[item.name] is None and "None" not in str(item.type):
+                raise _BLAME.at(where, f"arrays.{prefix}.{item.name} is missing")
+    return cls(**values)

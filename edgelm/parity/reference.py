@@ -20,7 +20,7 @@ from edgelm.quant.source import WeightSource
 from edgelm.tokenization.tokenizer import Tokenizer
 
 
-def live_pack(bundle: Bundle, stored: ParityPack, checkpoint: Path | str, progress: Progress) -> ParityPack:
+def recomputed_pack(bundle: Bundle, stored: ParityPack, checkpoint: Path | str, progress: Progress) -> ParityPack:
     """Make the pack that an export of `checkpoint` with the bundle's recipe would make, for the stored pack's prompts.
 
     Raises:

@@ -12,8 +12,7 @@ from edgelm.files import atomic_file
 from edgelm.pages.charts import Flag, Series, Span, line_chart
 from edgelm.pages.numbers import number, percent
 from edgelm.pages.page import REPORT, Column, device_facts, document, facts_table, files_table, table
-from edgelm.parity.diagnose import Diagnosis
-from edgelm.parity.result import Check, FloatLoss, ParityReport
+from edgelm.parity.result import Check, Diagnosis, FloatLoss, ParityReport
 
 _FLOOR = 1e-9  # nats: KL below it is drawn at it
 _WORDS = {True: ("✓ pass", "pass"), False: ("✗ FAIL", "fail"), None: ("not judged", "none")}

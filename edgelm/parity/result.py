@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from edgelm.parity.diagnose import Diagnosis
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the verdict.
+    """One quantity that the parity check judges.
 
     `passed` is None where there was nothing to judge, which `detail` explains. `value` and `limit` are numbers to read
     side by side; `better` says which way: "lower" passes at or below the limit, "higher" at or above.
@@ -25,6 +30,39 @@ class Check:
     limit: float | None = None
     better: str = "lower"
     layer: int | None = None
+
+
+def mean(values: ArrayLike) -> float:
+    """The mean, NaN for an empty array."""
+    array = np.asarray(values, np.float64)
+    return float(array.mean()) if array.size else float("nan")
+
+
+def quantile(values: ArrayLike, q: float) -> float:
+    """A quantile, NaN for an empty array."""
+    array = np.asarray(values, np.float64)
+    return float(np.quantile(array, q)) if array.size else float("nan")
+
+
+def largest(values: ArrayLike) -> float:
+    """The maximum, NaN for an empty array (and NaN where any value is NaN, so that a broken device cannot pass)."""
+    array = np.asarray(values, np.float64)
+    return float(array.max()) if array.size else float("nan")
+
+
+def at_most(name: str, title: str, value: float, limit: float, detail: str = "", layer: int | None = None) -> Check:
+    """A check that passes at or below its limit. NaN fails: it means that the device computed no number."""
+    return Check(name, title, value <= limit, detail, value, limit, "lower", layer)
+
+
+def at_least(name: str, title: str, value: float, limit: float, detail: str = "", layer: int | None = None) -> Check:
+    """A check that passes at or above its limit; NaN fails."""
+    return Check(name, title, value >= limit, detail, value, limit, "higher", layer)
+
+
+def passed(checks: Sequence[Check]) -> bool:
+    """Whether none failed; one that had nothing to judge fails nothing."""
+    return all(check.passed is not False for check in checks)
 
 
 @dataclass(frozen=True)
@@ -58,6 +96,47 @@ class FloatLoss:
 
 
 @dataclass(frozen=True)
+class LayerResult:
+    """One layer's numbers; arrays over positions are summarised, NaN where there is nothing to summarise.
+
+    `error` and `error_float` are the relative error of the layer's output against the quantised and the float
+    reference (median over positions), `added` the median error of its update, `worst` the largest excess. `clear` and
+    `near` are the share of positions with the reference's very experts, where its margin was clear and where it was a
+    near-tie; `clear_count` the number of clear positions. `same_float` is the share of positions with the float
+    reference's experts: what quantisation changed in the routing. NaN for a dense model.
+    """
+
+    layer: int
+    error: float
+    error_float: float
+    added: float
+    worst: float
+    bad: int
+    diverged: bool
+    clear: float
+    near: float
+    clear_count: int
+    near_count: int
+    same_float: float
+    severe_flips: int
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The layers in order, the embedding's error, and the first place that is wrong.
+
+    `first`: layer index, -1 for the embedding, None when no layer has diverged.
+    """
+
+    layers: tuple[LayerResult, ...]
+    embedding_error: float
+    first: int | None
+    cause: str | None
+    experts_seen: int
+    experts_total: int
+
+
+@dataclass(frozen=True)
 class PromptResult:
     """One golden prompt on the device; the lists have one number per fed position."""
 
@@ -84,7 +163,7 @@ class Speed:
 
 @dataclass
 class ParityReport:
-    """The verdict and everything behind it. `kl_*` compare the device with the quantised reference, in nats."""
+    """The outcome and everything behind it. `kl_*` compare the device with the quantised reference, in nats."""
 
     bundle: str
     passed: bool

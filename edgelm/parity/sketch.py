@@ -12,7 +12,7 @@ NumPy must be read with every other and NumPy's own generators carry no such pro
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 SKETCH_WIDTH = 64
 SKETCH_SEED = 0x45646765_4C4D3031
@@ -56,3 +56,11 @@ def probe_ids(vocab_size: int, count: int, seed: int = SKETCH_SEED) -> NDArray[n
     edges = (np.arange(count + 1, dtype=np.uint64) * np.uint64(vocab_size)) // np.uint64(count)
     spans = edges[1:] - edges[:-1]
     return (edges[:-1] + splitmix64(seed ^ 0x5EED, count) % spans).astype(np.int32)
+
+
+def relative_error(expected: ArrayLike, actual: ArrayLike, norms: ArrayLike) -> NDArray[np.float64]:
+    """|actual - expected| / |expected| per position, from sketches [..., 64] and the expected exact norms [...]."""
+    a, b = np.asarray(expected, np.float64), np.asarray(actual, np.float64)
+    width = a.shape[-1]
+    distance = np.sqrt(((a - b) ** 2).sum(axis=-1) / width)
+    return np.asarray(distance / np.maximum(np.asarray(norms, np.float64), 1e-30), dtype=np.float64)

@@ -17,8 +17,7 @@ from edgelm.evaluation.result import (
     TargetResult,
     TextResult,
 )
-from edgelm.parity.diagnose import Diagnosis, LayerResult
-from edgelm.parity.result import Check, FloatLoss, ParityReport, PromptResult
+from edgelm.parity.result import Check, Diagnosis, FloatLoss, LayerResult, ParityReport, PromptResult
 from edgelm.parity.result import Speed as CheckSpeed
 
 EVIL = "<script>alert('x')</script>\"&\u202e\x07\ud800"

@@ -1,4 +1,4 @@
-"""Faults of a made-up device (synthetic.py), each of which takes one check of the verdict to its limit."""
+"""Faults of a made-up device (synthetic.py), each of which takes one check to its limit."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from edgelm.parity import checks as verdict
-from edgelm.parity import metrics
+from edgelm.parity.check import judge
+from edgelm.parity.logits import LIKELY
 
 from .synthetic import ALL, CHOSEN, COUNT, Scene, blur, disturb, diverge, flip
 
@@ -18,13 +18,13 @@ INSIDE, OUTSIDE = 0.98, 1.02
 
 def failures(scene: Scene) -> set[str]:
     """The checks that fail."""
-    found, _ = verdict.judge(scene.pack, scene.device.run(scene.pack), scene.limits)
+    found, _ = judge(scene.pack, scene.device.run(scene.pack), scene.limits)
     return {item.name for item in found if item.passed is False}
 
 
 def judged(scene: Scene, name: str):
     """One check."""
-    found, _ = verdict.judge(scene.pack, scene.device.run(scene.pack), scene.limits)
+    found, _ = judge(scene.pack, scene.device.run(scene.pack), scene.limits)
     return next(item for item in found if item.name == name)
 
 
@@ -88,8 +88,8 @@ def greedy_tokens(scene: Scene, size: float) -> None:
 
 def greedy_error(scene: Scene, size: float) -> None:
     rows = steps(scene)
-    blur(scene, "decoded", rows[:20], 3 * scene.limits.decode_error, metrics.LIKELY)
-    blur(scene, "decoded", rows[20:], size * scene.limits.decode_error, metrics.LIKELY)
+    blur(scene, "decoded", rows[:20], 3 * scene.limits.decode_error, LIKELY)
+    blur(scene, "decoded", rows[20:], size * scene.limits.decode_error, LIKELY)
 
 
 def greedy_kl(scene: Scene, size: float) -> None:

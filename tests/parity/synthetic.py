@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from edgelm.parity import metrics
-from edgelm.parity.device_run import DeviceRun, LogitRecord
-from edgelm.parity.diagnose import DeviceTrace
+from edgelm.parity.device_run import DeviceRun
+from edgelm.parity.diagnose import DeviceTrace, choose
 from edgelm.parity.limits import Limits
+from edgelm.parity.logits import LogitRecord
 from edgelm.parity.pack import GoldenPrompt, ParityPack, ReferenceRecord, TokenizerPrint
 
 VOCAB, TOP, PROBES, LAYERS, EXPERTS, CHOSEN = 160, 64, 64, 3, 8, 2
@@ -135,7 +135,7 @@ def record_of(pack: ParityPack, logits: np.ndarray, hidden: np.ndarray, router: 
         norms=(np.linalg.norm(hidden, axis=-1) / 8).astype(np.float32),
         sketches=hidden,
         router=router,
-        experts=None if router is None else metrics.choose(router, CHOSEN),
+        experts=None if router is None else choose(router, CHOSEN),
     )
 
 

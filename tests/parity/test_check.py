@@ -408,5 +408,5 @@ def test_a_large_head_that_is_read_by_halves_while_decoding_passes(tmp_path):
         at_once = list(runtime.logits_all(ids))[-1][-1].copy()
         runtime.truncate(3)
         decoded = runtime.decode(ids[-1])
-    # Without the rule of `metrics.LIKELY` the check would see this noise.
+    # Without the rule of `LIKELY` the check would see this noise.
     assert np.abs(decoded - at_once).std() > 0.03 * at_once.std()

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 
 from edgelm.cli.parity import parity, summary
 from edgelm.errors import ParityError
-from edgelm.parity import checks as verdict
 from edgelm.parity.check import check_parity
 from edgelm.parity.report import render, write_report
+from edgelm.parity.result import passed
 
 from . import damage
 from .wellformed import parse
@@ -36,7 +36,7 @@ def test_the_report_is_well_formed_and_fetches_nothing(healthy):
     assert "prefers-color-scheme: dark" in html
 
 
-def test_the_report_says_the_verdict_the_device_and_the_hashes(healthy):
+def test_the_report_says_the_outcome_the_device_and_the_hashes(healthy):
     html = render(healthy)
     assert "✓ PASSED" in html
     judged = sum(check.passed is not None for check in healthy.checks)
@@ -101,7 +101,7 @@ def test_the_json_document_has_every_number_and_no_nan(healthy):
     assert math.isclose(document["kl_mean"], healthy.kl_mean)
 
 
-def test_the_command_prints_one_json_document_and_exits_by_the_verdict(exported, copied, tmp_path, monkeypatch):
+def test_the_command_prints_one_json_document_and_exits_by_the_outcome(exported, copied, tmp_path, monkeypatch):
     good = str(exported("fox", "int4"))
     result = CliRunner().invoke(parity, [good, "--json", "--threads", "1", "--report", str(tmp_path / "r.html")])
     assert result.exit_code == 0, result.output
@@ -126,9 +126,9 @@ def test_the_command_fails_with_any_single_check(healthy, monkeypatch):
     """Exit code 1, and the check's line says FAIL, whichever it is; a check that judged nothing fails nothing."""
     checks = healthy.checks
     for index, check in enumerate(checks):
-        for passed, code in ((False, 1), (None, 0)):
-            changed = [*checks[:index], dataclasses.replace(check, passed=passed), *checks[index + 1 :]]
-            report = dataclasses.replace(healthy, checks=changed, passed=verdict.passed(changed))
+        for outcome, code in ((False, 1), (None, 0)):
+            changed = [*checks[:index], dataclasses.replace(check, passed=outcome), *checks[index + 1 :]]
+            report = dataclasses.replace(healthy, checks=changed, passed=passed(changed))
             monkeypatch.setattr("edgelm.parity.check.check_parity", lambda *_, report=report, **__: report)
             result = CliRunner().invoke(parity, ["b"])
             assert result.exit_code == code, check.name
@@ -153,7 +153,7 @@ def test_the_reports_divergences_are_those_of_its_checks_and_curves(healthy):
         assert math.fsum(curve) / len(curve) == pytest.approx(mean, rel=1e-12)
 
 
-def test_a_bundle_without_a_pack_is_an_error_not_a_verdict(copied):
+def test_a_bundle_without_a_pack_is_an_error_not_a_failed_check(copied):
     folder = copied("fox", "int4")
     (folder / "parity" / "pack.json").write_text("not json")
     damage.reseal(folder)

@@ -7,8 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from edgelm.parity import metrics
-from edgelm.parity.diagnose import DeviceTrace, diagnose
+from edgelm.parity.diagnose import DeviceTrace, choose, diagnose
 from edgelm.parity.limits import LIMITS
 from edgelm.parity.pack import GoldenPrompt, ParityPack, ReferenceRecord
 from edgelm.parity.sketch import sign_matrix, sketch
@@ -52,7 +51,7 @@ def trace_of(hidden, gate):
         np.linalg.norm(hidden, axis=-1).astype(np.float32),
         sketch(hidden, signs),
         router,
-        metrics.choose(router, CHOSEN),
+        choose(router, CHOSEN),
     )
 
 
@@ -141,7 +140,7 @@ def tie(pack, layer, position):
     order = np.argsort(-router[layer, position])
     last, out = order[CHOSEN - 1], order[CHOSEN]
     router[layer, position, out] = router[layer, position, last] - 1e-4 * router[layer, position].std()
-    record = dataclasses.replace(pack.reference, router=router, experts=metrics.choose(router, CHOSEN))
+    record = dataclasses.replace(pack.reference, router=router, experts=choose(router, CHOSEN))
     return dataclasses.replace(pack, reference=record), int(last), int(out)
 
 

@@ -8,8 +8,9 @@ import zlib
 import numpy as np
 import pytest
 
-from edgelm.parity import metrics
-from edgelm.parity.sketch import SKETCH_SEED, probe_ids, sign_matrix, sketch, splitmix64
+from edgelm.parity.diagnose import choose, expert_flips, guilty_experts, router_margin
+from edgelm.parity.logits import GreedyResult, agreement, bucketed_kl, greedy_prefix, logit_error, logsumexp, perplexity
+from edgelm.parity.sketch import SKETCH_SEED, probe_ids, relative_error, sign_matrix, sketch, splitmix64
 
 
 def softmax(logits):
@@ -27,11 +28,11 @@ def top(logits, k):
 
 
 def bucketed(p_logits, q_logits, ids):
-    return metrics.bucketed_kl(
+    return bucketed_kl(
         np.take_along_axis(p_logits, ids, 1),
-        metrics.logsumexp(p_logits),
+        logsumexp(p_logits),
         np.take_along_axis(q_logits, ids, 1),
-        metrics.logsumexp(q_logits),
+        logsumexp(q_logits),
     )
 
 
@@ -65,7 +66,7 @@ def test_a_sketch_estimates_distances_within_its_stated_error():
     a = rng.standard_normal((200, 512)).astype(np.float32)
     b = a + 0.05 * rng.standard_normal((200, 512)).astype(np.float32)
     signs = sign_matrix(512)
-    estimate = metrics.relative_error(sketch(a, signs), sketch(b, signs), np.linalg.norm(a, axis=1))
+    estimate = relative_error(sketch(a, signs), sketch(b, signs), np.linalg.norm(a, axis=1))
     truth = np.linalg.norm(a - b, axis=1) / np.linalg.norm(a, axis=1)
     assert np.std(estimate / truth) == pytest.approx(0.09, abs=0.02)
     assert np.mean(estimate / truth) == pytest.approx(1.0, abs=0.03)
@@ -109,10 +110,10 @@ def test_bucketed_kl_is_from_the_first_to_the_second_in_the_bucket_too():
     p, q = np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]])
     for recorded in ([0, 1], [0], [1]):
         a, b = p[:, recorded], q[:, recorded]
-        assert metrics.bucketed_kl(a, [0.0], b, [0.0]) == pytest.approx([forward], rel=1e-9)
-        assert metrics.bucketed_kl(b, [0.0], a, [0.0]) == pytest.approx([backward], rel=1e-9)
+        assert bucketed_kl(a, [0.0], b, [0.0]) == pytest.approx([forward], rel=1e-9)
+        assert bucketed_kl(b, [0.0], a, [0.0]) == pytest.approx([backward], rel=1e-9)
     # The log-sums are of the whole vocabulary, and each of its own logits.
-    assert metrics.bucketed_kl(p + 3, [3.0], q - 2, [-2.0]) == pytest.approx([forward], rel=1e-9)
+    assert bucketed_kl(p + 3, [3.0], q - 2, [-2.0]) == pytest.approx([forward], rel=1e-9)
 
 
 def test_bucketed_kl_of_nonsense_is_not_small():
@@ -124,47 +125,47 @@ def test_bucketed_kl_of_nonsense_is_not_small():
 def test_logit_error_ignores_a_constant_and_sees_noise():
     rng = np.random.default_rng(3)
     a = rng.standard_normal((4, 64)) * 5
-    shifted = metrics.logit_error(a, a + 3, metrics.logsumexp(a), metrics.logsumexp(a + 3))
+    shifted = logit_error(a, a + 3, logsumexp(a), logsumexp(a + 3))
     assert shifted == pytest.approx(np.zeros(4), abs=1e-9)
     noise = 0.5 * rng.standard_normal(a.shape)
     by_hand = [
         math.sqrt(sum(x * x for x in row) / 64) / spread for row, spread in zip(noise, a.std(axis=1), strict=True)
     ]
-    assert metrics.logit_error(a, a + noise) == pytest.approx(by_hand, rel=1e-12)
+    assert logit_error(a, a + noise) == pytest.approx(by_hand, rel=1e-12)
     # Not the other way: the spread is that of what is expected.
-    assert metrics.logit_error([[0.0, 2.0]], [[0.0, 6.0]]) == pytest.approx([math.sqrt(8)], rel=1e-12)
+    assert logit_error([[0.0, 2.0]], [[0.0, 6.0]]) == pytest.approx([math.sqrt(8)], rel=1e-12)
 
 
 def test_agreement_counts_under_a_mask_and_says_nan_for_nothing():
-    assert metrics.agreement([1, 2, 3, 4], [1, 2, 0, 4]) == 0.75
-    assert metrics.agreement([1, 2, 3, 4], [1, 2, 0, 4], np.array([True, False, True, False])) == 0.5
-    assert np.isnan(metrics.agreement([1], [1], np.array([False])))
+    assert agreement([1, 2, 3, 4], [1, 2, 0, 4]) == 0.75
+    assert agreement([1, 2, 3, 4], [1, 2, 0, 4], np.array([True, False, True, False])) == 0.5
+    assert np.isnan(agreement([1], [1], np.array([False])))
 
 
 def test_perplexity_of_a_uniform_model_is_the_vocabulary():
     logits = np.zeros((6, 50))
-    lse = metrics.logsumexp(logits)
-    assert metrics.perplexity(logits[:, 0], lse, np.ones(6, bool)) == pytest.approx(50)
+    lse = logsumexp(logits)
+    assert perplexity(logits[:, 0], lse, np.ones(6, bool)) == pytest.approx(50)
 
 
 def test_greedy_prefix_forgives_a_near_tie_but_not_a_clear_choice():
-    assert metrics.greedy_prefix([1, 2, 3], [1, 2, 3], [1, 1, 1], 0.1) == metrics.GreedyResult(3, 3, 0)
-    assert metrics.greedy_prefix([1, 2, 3], [1, 9, 9], [1, 0.01, 5], 0.1) == metrics.GreedyResult(3, 1, 1)
-    assert metrics.greedy_prefix([1, 2, 3], [1, 9, 9], [1, 0.1, 5], 0.1) == metrics.GreedyResult(3, 1, 2)
-    assert metrics.greedy_prefix([], [], [], 0.1) == metrics.GreedyResult(0, 0, 0)
+    assert greedy_prefix([1, 2, 3], [1, 2, 3], [1, 1, 1], 0.1) == GreedyResult(3, 3, 0)
+    assert greedy_prefix([1, 2, 3], [1, 9, 9], [1, 0.01, 5], 0.1) == GreedyResult(3, 1, 1)
+    assert greedy_prefix([1, 2, 3], [1, 9, 9], [1, 0.1, 5], 0.1) == GreedyResult(3, 1, 2)
+    assert greedy_prefix([], [], [], 0.1) == GreedyResult(0, 0, 0)
 
 
 def test_router_margin_is_scale_free_and_infinite_when_all_are_chosen():
     logits = np.array([[5.0, 3.0, 2.5, 0.0]])
     spread = logits.std()
-    assert metrics.router_margin(logits, 2)[0] == pytest.approx(0.5 / spread)
-    assert metrics.router_margin(10 * logits, 2)[0] == pytest.approx(0.5 / spread)
-    assert np.isinf(metrics.router_margin(logits, 4)[0])
+    assert router_margin(logits, 2)[0] == pytest.approx(0.5 / spread)
+    assert router_margin(10 * logits, 2)[0] == pytest.approx(0.5 / spread)
+    assert np.isinf(router_margin(logits, 4)[0])
 
 
 def test_expert_flips_are_compared_as_sets_with_their_severity():
     router = np.array([[4.0, 3.0, 2.9, 0.0]] * 3)
-    flips = metrics.expert_flips(router, [[0, 1]] * 3, [[1, 0], [0, 2], [0, 3]])
+    flips = expert_flips(router, [[0, 1]] * 3, [[1, 0], [0, 2], [0, 3]])
     assert flips.changed.tolist() == [False, True, True]
     spread = router[0].std()
     assert flips.severity == pytest.approx([0, 0.1 / spread, 3 / spread])
@@ -178,33 +179,33 @@ def make_routes(count=300, total=64, k=8, seed=4):
 def test_one_guilty_expert_is_named():
     experts = make_routes()
     bad = (experts == 17).any(1)
-    assert metrics.guilty_experts(experts, bad, ~bad) == [17]
+    assert guilty_experts(experts, bad, ~bad) == [17]
 
 
 def test_two_exchanged_experts_are_named():
     experts = make_routes(total=32, k=4)
     bad = ((experts == 3) | (experts == 21)).any(1)
-    assert metrics.guilty_experts(experts, bad, ~bad) == [3, 21]
+    assert guilty_experts(experts, bad, ~bad) == [3, 21]
 
 
 def test_a_guilty_expert_with_almost_no_weight_somewhere_is_still_named():
     experts = make_routes()
     bad = (experts == 17).any(1)
     bad[np.flatnonzero(bad)[0]] = False
-    assert metrics.guilty_experts(experts, bad, ~bad) == [17]
+    assert guilty_experts(experts, bad, ~bad) == [17]
 
 
 def test_a_wrong_mixture_is_not_blamed_on_single_experts():
     experts = make_routes()
     everything = np.ones(len(experts), bool)
-    assert metrics.guilty_experts(experts, everything, ~everything) is None
+    assert guilty_experts(experts, everything, ~everything) is None
     most = everything.copy()
     most[:10] = False
-    assert metrics.guilty_experts(experts, most, ~most) is None
+    assert guilty_experts(experts, most, ~most) is None
 
 
 def test_choose_takes_the_largest_in_order():
-    assert metrics.choose([[1.0, 5.0, 3.0, 5.0]], 3).tolist() == [[1, 3, 2]]
+    assert choose([[1.0, 5.0, 3.0, 5.0]], 3).tolist() == [[1, 3, 2]]
 
 
 def test_logit_error_at_likely_tokens_leaves_the_others_out():
@@ -213,6 +214,6 @@ def test_logit_error_at_likely_tokens_leaves_the_others_out():
     improbable = np.argsort(-a, axis=1)[:, 16:]
     b = a.copy()
     np.put_along_axis(b, improbable, np.take_along_axis(a, improbable, axis=1) + 1, axis=1)
-    assert metrics.logit_error(a, b).min() > 0.1
-    assert metrics.logit_error(a, b, likely=16) == pytest.approx(np.zeros(4), abs=1e-12)
-    assert metrics.logit_error(a, b + 0.5, likely=16) == pytest.approx(0.5 / a.std(axis=1))
+    assert logit_error(a, b).min() > 0.1
+    assert logit_error(a, b, likely=16) == pytest.approx(np.zeros(4), abs=1e-12)
+    assert logit_error(a, b + 0.5, likely=16) == pytest.approx(0.5 / a.std(axis=1))

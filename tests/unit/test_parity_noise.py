@@ -10,8 +10,8 @@ import pytest
 from small_checkpoint import tokens, write_small
 from test_parity_pack import make_pack, make_record
 
-from edgelm.parity import checks as verdict
 from edgelm.parity.limits import LIMITS
+from edgelm.parity.logits import greedy_checks, logit_checks
 from edgelm.parity.noise import rounding_limits
 from edgelm.parity.pack import GoldenPrompt, RoundedRecord
 from edgelm.reference.hooks import Hooks, LaterRows
@@ -62,8 +62,7 @@ def packed(rng, noise, flips):
 
 def failures(pack, limits, logits):
     record = SimpleNamespace(**sampled(pack, logits), seen=np.ones(COUNT, dtype=bool))
-    run = SimpleNamespace(at_once=record, decoded=record)
-    checks = [*verdict.logits(pack, run, limits), *verdict.greedy(pack, run, limits)]
+    checks = [*logit_checks(pack, record, limits), *greedy_checks(pack, record, limits)]
     return {check.name for check in checks if check.passed is False}
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from edgelm.parity import check
-from edgelm.parity import checks as verdict
+from edgelm.parity.check import first_divergence, integrity_check, judge, same_pack, tokenizer_checks
 from edgelm.parity.limits import LIMITS, LOSS_WARNINGS, SAME_PACK
+from edgelm.parity.logits import divergence, float_kl, float_loss
 from edgelm.parity.pack import TokenizerPrint
 from edgelm.tokenization.tokenizer import Tokenizer
 
@@ -37,8 +38,8 @@ from .synthetic import ALL, COUNT, FIRST, SECOND, diverge, kl, make_scene, recor
 
 
 def test_integrity_fails_with_the_first_problem():
-    assert verdict.integrity([]).passed is True
-    failed = verdict.integrity(["model.onnx.data has another hash"])
+    assert integrity_check([]).passed is True
+    failed = integrity_check(["model.onnx.data has another hash"])
     assert (failed.name, failed.passed, failed.detail) == ("integrity", False, "model.onnx.data has another hash")
 
 
@@ -81,7 +82,7 @@ def one_text(pack):
 )
 def test_a_tokenizer_fails_in_the_check_that_noticed(own_tokens, change, expected):
     tokenizer, pack = own_tokens
-    assert {item.name for item in verdict.tokenizer(tokenizer, change(pack)) if not item.passed} == expected
+    assert {item.name for item in tokenizer_checks(tokenizer, change(pack)) if not item.passed} == expected
 
 
 def test_a_tokenizer_that_does_not_load_is_a_failed_check(own_tokens, tmp_path):
@@ -117,40 +118,40 @@ def test_a_stored_pack_may_differ_by_rounding_only(which, moved):
         return replace(stored, **{which: moved(getattr(stored, which), share, size)})
 
     # The live pack is what the distance is relative to; one position in a hundred may be a tipped near-tie.
-    assert verdict.same_pack(live(1, INSIDE * SAME_PACK), stored).passed
-    assert verdict.same_pack(live(0.005, 1.0), stored).passed
-    failed = verdict.same_pack(live(0.02, OUTSIDE * SAME_PACK), stored)
+    assert same_pack(live(1, INSIDE * SAME_PACK), stored).passed
+    assert same_pack(live(0.005, 1.0), stored).passed
+    failed = same_pack(live(0.02, OUTSIDE * SAME_PACK), stored)
     assert (failed.name, failed.passed, failed.limit) == ("pack", False, SAME_PACK)
 
 
 def test_a_stored_pack_of_other_tokens_or_another_model_fails():
     moe, dense = (make_scene(LIMITS["int4"], dense=flag).pack for flag in (False, True))
-    assert "tokens differ" in verdict.same_pack(one_id(moe), moe).detail
-    assert "tokens differ" in verdict.same_pack(replace(moe, ids=moe.ids[:-1]), moe).detail
+    assert "tokens differ" in same_pack(one_id(moe), moe).detail
+    assert "tokens differ" in same_pack(replace(moe, ids=moe.ids[:-1]), moe).detail
     smaller = replace(dense.reference, sketches=dense.reference.sketches[:-1])
-    assert "another model" in verdict.same_pack(dense, replace(dense, reference=smaller)).detail
-    assert verdict.same_pack(moe, moe).passed
+    assert "another model" in same_pack(dense, replace(dense, reference=smaller)).detail
+    assert same_pack(moe, moe).passed
 
 
 def test_the_loss_against_the_float_model_is_a_check_only_where_asked():
     scene = make_scene(LIMITS["int4"], dense=True)
     diverge(scene, "at_once", ALL, 0.2)
-    loss = verdict.float_loss(scene.pack, scene.device.run(scene.pack).at_once, "int4")
+    loss = float_loss(scene.pack, scene.device.run(scene.pack).at_once, "int4")
     assert loss.kl == pytest.approx(kl(scene.exact, scene.device.at_once).mean(), rel=1e-5)
     assert loss.kl_reference == pytest.approx(kl(scene.exact, scene.target).mean(), rel=1e-5)
-    assert verdict.float_kl(loss, loss.kl).passed
-    failed = verdict.float_kl(loss, loss.kl * (1 - 1e-9))
+    assert float_kl(loss, loss.kl).passed
+    failed = float_kl(loss, loss.kl * (1 - 1e-9))
     assert (failed.name, failed.passed) == ("float_kl", False)
-    assert verdict.float_kl(replace(loss, kl=math.nan), 1e9).passed is False
+    assert float_kl(replace(loss, kl=math.nan), 1e9).passed is False
 
 
 def test_a_loss_that_is_not_known_cannot_be_within_a_limit():
     pack = replace(make_scene(LIMITS["none"], dense=True).pack, quantized=None)
     device = SimpleNamespace(**vars(pack.reference))
-    unknown = verdict.float_loss(pack, device, "int4")
+    unknown = float_loss(pack, device, "int4")
     assert not unknown.known
-    assert verdict.float_kl(unknown, 1e9).passed is False
-    assert verdict.float_loss(pack, device, "none").known
+    assert float_kl(unknown, 1e9).passed is False
+    assert float_loss(pack, device, "none").known
 
 
 @pytest.mark.parametrize("kind", LIMITS)
@@ -161,7 +162,7 @@ def test_a_loss_is_called_large_from_the_kinds_own_limit_on(kind, kl_share, perp
     diverge(scene, "at_once", ALL, kl_share * large.kl)
     rows = np.flatnonzero(scene.pack.has_next)
     scene.device.at_once[rows, scene.pack.next_ids[rows]] -= math.log1p(perplexity_share * large.perplexity)
-    warning = verdict.float_loss(scene.pack, scene.device.run(scene.pack).at_once, kind).warning
+    warning = float_loss(scene.pack, scene.device.run(scene.pack).at_once, kind).warning
     assert (warning is None) == (kl_share < 1 and perplexity_share < 1)
     if warning:
         assert ("KL" in warning, "perplexity" in warning) == (kl_share > 1, perplexity_share > 1)
@@ -199,9 +200,9 @@ def test_the_cause_is_the_narrowest_that_explains_what_failed(faults, traced, ca
     run = scene.device.run(scene.pack)
     if not traced:
         run.trace = None
-    checks, diagnosis = verdict.judge(scene.pack, run, scene.limits)
+    checks, diagnosis = judge(scene.pack, run, scene.limits)
     assert (diagnosis is None) == (not traced)
-    found = verdict.first_divergence(diagnosis, checks)[1]
+    found = first_divergence(diagnosis, checks)[1]
     assert found == cause if cause is None else cause in found
 
 
@@ -217,9 +218,9 @@ def sampled(logits):
 def test_kl_is_from_the_expected_to_the_actual():
     assert pytest.approx(0.143841, abs=1e-6) == FORWARD
     assert pytest.approx(0.130812, abs=1e-6) == BACKWARD
-    assert verdict.divergence(sampled(HALVES), sampled(QUARTERS)) == pytest.approx(FORWARD, rel=1e-12)
-    assert verdict.divergence(sampled(QUARTERS), sampled(HALVES)) == pytest.approx(BACKWARD, rel=1e-12)
-    assert verdict.divergence(sampled(HALVES), sampled(QUARTERS), np.array([0, 0])) == pytest.approx([FORWARD] * 2)
+    assert divergence(sampled(HALVES), sampled(QUARTERS)) == pytest.approx(FORWARD, rel=1e-12)
+    assert divergence(sampled(QUARTERS), sampled(HALVES)) == pytest.approx(BACKWARD, rel=1e-12)
+    assert divergence(sampled(HALVES), sampled(QUARTERS), np.array([0, 0])) == pytest.approx([FORWARD] * 2)
 
 
 def halves_and_quarters(scene, where):
@@ -241,10 +242,10 @@ def test_every_kl_of_the_verdict_is_from_the_reference_to_the_device(where, name
     for name in names:
         assert judged(scene, name).value == pytest.approx(FORWARD, rel=1e-6), name
     if where == "at_once":
-        loss = verdict.float_loss(scene.pack, scene.device.run(scene.pack).at_once, "int4")
+        loss = float_loss(scene.pack, scene.device.run(scene.pack).at_once, "int4")
         assert loss.kl == pytest.approx(FORWARD, rel=1e-6)
         swapped = replace(
             scene.pack, reference=record_of(scene.pack, scene.device.at_once, scene.pack.target.sketches, None)
         )
-        loss = verdict.float_loss(swapped, scene.device.run(scene.pack).at_once, "int4")
+        loss = float_loss(swapped, scene.device.run(scene.pack).at_once, "int4")
         assert loss.kl_reference == pytest.approx(BACKWARD, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Does every check of the verdict pass just inside its limit, and fail alone just outside?
+"""Does every check pass just inside its limit, and fail alone just outside?
 
 Made-up packs and devices, no bundle: see synthetic.py and device_faults.py. A new check without a pair fails a test.
 """
@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from edgelm.parity import checks as verdict
+import edgelm.parity
+from edgelm.parity.check import first_divergence, judge
 from edgelm.parity.limits import LIMITS
 from edgelm.parity.pytest_plugin import item_names, stands_for
 
-from . import test_verdict_others as others
+from . import test_checks_others as others
 from .device_faults import INSIDE, JUDGED, OUTSIDE, experts, failures, judged, steps
 from .synthetic import ALL, COUNT, EXPERTS, LAYERS, blur, disturb, make_scene
 
@@ -27,7 +28,7 @@ MODELS = ("moe", "dense")
 def checks_in_the_code() -> set[str]:
     """The names of all checks that edgelm/parity makes, by its syntax; `layer[i]` becomes `layer`."""
     found = set()
-    for file in Path(verdict.__file__).parent.glob("*.py"):
+    for file in Path(edgelm.parity.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name | ast.Attribute):
                 continue
@@ -86,13 +87,13 @@ def test_every_check_is_an_item_of_the_pytest_plugin():
 @pytest.mark.parametrize("model", MODELS)
 def test_a_device_that_computes_the_target_passes_every_check(kind, model):
     scene = make_scene(LIMITS[kind], model == "dense")
-    found, diagnosis = verdict.judge(scene.pack, scene.device.run(scene.pack), scene.limits)
+    found, diagnosis = judge(scene.pack, scene.device.run(scene.pack), scene.limits)
     assert all(item.passed for item in found), [item for item in found if not item.passed]
     expected = {*JUDGED, *(f"layer[{i}]" for i in range(LAYERS))} - {"layer", "experts"}
     if model == "moe":
         expected |= {f"experts[{i}]" for i in range(LAYERS)}
     assert {item.name for item in found} == expected
-    assert verdict.first_divergence(diagnosis, found) == (None, None)
+    assert first_divergence(diagnosis, found) == (None, None)
 
 
 @pytest.mark.parametrize(("name", "fault", "kind", "dense"), PAIRS)
