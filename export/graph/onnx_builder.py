@@ -1,4 +1,4 @@
-"""Builds an ONNX graph whose weights live in the planned weights file."""
+"""Builds ONNX graphs, whose large weights lie in files beside them."""
 
 from __future__ import annotations
 
@@ -35,10 +35,18 @@ Such attributes are not written: an older version refuses a graph that has one i
 
 
 class GraphBuilder:
-    """Nodes, inputs, outputs and initializers in the order they are added; names are given by the caller or derived."""
+    """Nodes, inputs, outputs and initializers in the order they are added; names are given by the caller or derived.
 
-    def __init__(self, weights_file: str) -> None:
+    Args:
+        weights_file: the file of the weights.
+        opset: version of ai.onnx.
+        ir_version: version of the file format.
+    """
+
+    def __init__(self, weights_file: str = "", opset: int = OPSET, ir_version: int = IR_VERSION) -> None:
         self._weights_file = weights_file
+        self._opset = opset
+        self._ir_version = ir_version
         self._nodes: list[onnx.NodeProto] = []
         self._debug_nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -65,8 +73,12 @@ class GraphBuilder:
         names = [outputs] if isinstance(outputs, str) else list(outputs)
         if domain == MICROSOFT:
             attrs = {name: value for name, value in attrs.items() if not _is_default(op, name, value)}
-        self._nodes.append(helper.make_node(op, list(inputs), names, name=f"{names[0]}/{op}", domain=domain, **attrs))
+        self.add(helper.make_node(op, list(inputs), names, name=f"{names[0]}/{op}", domain=domain, **attrs))
         return names[0]
+
+    def add(self, node: onnx.NodeProto) -> None:
+        """Add a node that is made already."""
+        self._nodes.append(node)
 
     def debug_node(self, op: str, inputs: Sequence[str], output: str, **attrs: Any) -> str:
         """Add a node that only an exact graph has, after all others."""
@@ -88,10 +100,24 @@ class GraphBuilder:
         self._nodes[-1].attribute.append(helper.make_attribute("name", label))
         return first
 
-    def constant(self, name: str, value: NDArray[Any]) -> str:
-        """Add a small initializer stored in the graph itself."""
+    def constant(self, name: str, value: NDArray[Any] | TensorProto) -> str:
+        """Add a small initializer stored in the graph itself, unless there is one of its name."""
         if name not in self._initializers:
-            self._initializers[name] = numpy_helper.from_array(value, name)
+            made = value if isinstance(value, TensorProto) else numpy_helper.from_array(value)
+            made.name = name
+            self._initializers[name] = made
+        return name
+
+    def external(
+        self, name: str, elem_type: int, dims: Sequence[int], offset: int, size: int, file: str | None = None
+    ) -> str:
+        """Add an initializer whose bytes lie in a file, the weights file unless another is named."""
+        assert name not in self._initializers, f"{name} is added twice"
+        tensor = TensorProto(name=name, data_type=elem_type, data_location=TensorProto.EXTERNAL)
+        tensor.dims.extend(dims)
+        for key, value in (("location", file or self._weights_file), ("offset", offset), ("length", size)):
+            tensor.external_data.add(key=key, value=str(value))
+        self._initializers[name] = tensor
         return name
 
     def weight(
@@ -102,25 +128,14 @@ class GraphBuilder:
         bf16: bool = False,
         size: int | None = None,
     ) -> str:
-        """Add an initializer that lies in the weights file.
+        """Add an initializer that lies in a slot of the weights file.
 
         `name` and `dims` let two views share one slot; with `size` bytes a 1-D uint8 tensor goes on into what follows.
         """
-        name = name or slot.name
-        tensor = TensorProto(name=name, data_location=TensorProto.EXTERNAL)
         dims = (size,) if size is not None else slot.dims if dims is None else dims
-        tensor.dims.extend(dims)
         # numpy has no bfloat16: such slots are planned as uint16 and declared as what they are.
-        tensor.data_type = TensorProto.BFLOAT16 if bf16 else helper.np_dtype_to_tensor_dtype(slot.dtype)
-        for key, value in (
-            ("location", self._weights_file),
-            ("offset", slot.offset),
-            ("length", slot.size if size is None else size),
-        ):
-            tensor.external_data.add(key=key, value=str(value))
-        assert name not in self._initializers, f"{name} is added twice"
-        self._initializers[name] = tensor
-        return name
+        elem_type = TensorProto.BFLOAT16 if bf16 else helper.np_dtype_to_tensor_dtype(slot.dtype)
+        return self.external(name or slot.name, elem_type, dims, slot.offset, slot.size if size is None else size)
 
     def has(self, name: str) -> bool:
         """Whether an initializer of this name exists."""
@@ -135,7 +150,7 @@ class GraphBuilder:
     ) -> onnx.ModelProto:
         """The finished model; `extra_outputs` (float32) are intermediate values that a debug graph also returns.
 
-        `exact` is what attributes are in a debug graph, `EXACT` for processors: quantised products then have float32
+        `exact` is what attributes are in a debug graph, `EXACT` for CPUs: quantised matmuls then have float32
         activations instead of those they are faster with, and all bits of every weight. So the debug graph differs from
         the reference by float32 rounding only, and a wrong weight stands out.
         """
@@ -145,12 +160,12 @@ class GraphBuilder:
         nodes = self._nodes if exact is None else [_exact(node, exact) for node in self._nodes] + self._debug_nodes
         graph = helper.make_graph(nodes, name, self._inputs, outputs, list(self._initializers.values()))
         domains = sorted({node.domain for node in nodes} - {""})
-        opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in domains)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgelm")
+        opsets = [helper.make_opsetid("", self._opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=self._ir_version, producer_name="edgelm")
 
 
 EXACT: Mapping[str, int | float | str] = {"accuracy_level": 0, "activations": "float32", "refine": 0}
-"""What the attributes of quantised products are in an exact graph for processors, whichever flavour has them."""
+"""What the attributes of quantised matmuls are in an exact graph for CPUs, whichever operator set has them."""
 
 
 def _exact(node: onnx.NodeProto, attributes: Mapping[str, int | float | str]) -> onnx.NodeProto:

@@ -6,13 +6,11 @@ maximum of those: each is a small top-1, many of which run at once, where one ov
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
-from edgelm.export.graph.onnx_builder import IR_VERSION, OPSET, int64
+from edgelm.export.graph.onnx_builder import GraphBuilder, int64
 from edgelm.runtimes.onnxruntime.cuda import ANSWER, LENGTH, NEXT_IDS, NEXT_LENGTH
 
 _ROW = 1024
@@ -28,34 +26,25 @@ def greedy_graph(vocab_size: int) -> onnx.ModelProto:
     assert vocab_size <= _EXACT
     row = max(size for size in range(1, _ROW + 1) if vocab_size % size == 0)
     rows = vocab_size // row
-    constants = {"rows": int64(rows, row), "flat": int64(-1), "line": int64(1, rows), "one": int64(1)}
-    constants |= {"row": np.array([[row]], np.int64), "step": np.array([[1]], np.int64)}
-    nodes: list[tuple[str, list[str], list[str], dict[str, Any]]] = [
-        ("Reshape", ["logits", "rows"], ["table"], {}),
-        ("TopK", ["table", "one"], ["best", "where"], {"axis": -1}),
-        ("Reshape", ["best", "line"], ["bests"], {}),
-        ("TopK", ["bests", "one"], ["highest", "line_of_best"], {"axis": -1}),
-        ("Reshape", ["where", "flat"], ["wheres"], {}),
-        ("Gather", ["wheres", "line_of_best"], ["within"], {"axis": 0}),
-        ("Mul", ["line_of_best", "row"], ["before"], {}),
-        ("Add", ["before", "within"], [NEXT_IDS], {}),
-        ("Add", [LENGTH, "step"], [NEXT_LENGTH], {}),
-        ("Cast", [NEXT_IDS], ["token"], {"to": TensorProto.FLOAT}),
-        ("Concat", ["token", "highest"], [ANSWER], {"axis": 1}),
-    ]
-    graph = helper.make_graph(
-        [helper.make_node(op, ins, outs, f"{outs[0]}/{op}", **attributes) for op, ins, outs, attributes in nodes],
-        "greedy choice",
-        [
-            helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 1, vocab_size]),
-            helper.make_tensor_value_info(LENGTH, TensorProto.INT64, [1, 1]),
-        ],
-        [
-            helper.make_tensor_value_info(NEXT_IDS, TensorProto.INT64, [1, 1]),
-            helper.make_tensor_value_info(NEXT_LENGTH, TensorProto.INT64, [1, 1]),
-            helper.make_tensor_value_info(ANSWER, TensorProto.FLOAT, [1, 2]),
-        ],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    opsets = [helper.make_opsetid("", OPSET)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgelm")
+    graph = GraphBuilder()
+    graph.input("logits", TensorProto.FLOAT, [1, 1, vocab_size])
+    graph.input(LENGTH, TensorProto.INT64, [1, 1])
+    for name, shape in (("rows", (rows, row)), ("flat", (-1,)), ("line", (1, rows)), ("one", (1,))):
+        graph.constant(name, int64(*shape))
+    graph.constant("row", np.array([[row]], np.int64))
+    graph.constant("step", np.array([[1]], np.int64))
+    graph.node("Reshape", ["logits", "rows"], "table")
+    graph.node("TopK", ["table", "one"], ["best", "where"], axis=-1)
+    graph.node("Reshape", ["best", "line"], "bests")
+    graph.node("TopK", ["bests", "one"], ["highest", "line_of_best"], axis=-1)
+    graph.node("Reshape", ["where", "flat"], "wheres")
+    graph.node("Gather", ["wheres", "line_of_best"], "within", axis=0)
+    graph.node("Mul", ["line_of_best", "row"], "before")
+    graph.node("Add", ["before", "within"], NEXT_IDS)
+    graph.node("Add", [LENGTH, "step"], NEXT_LENGTH)
+    graph.node("Cast", [NEXT_IDS], "token", to=TensorProto.FLOAT)
+    graph.node("Concat", ["token", "highest"], ANSWER, axis=1)
+    graph.output(NEXT_IDS, TensorProto.INT64, [1, 1])
+    graph.output(NEXT_LENGTH, TensorProto.INT64, [1, 1])
+    graph.output(ANSWER, TensorProto.FLOAT, [1, 2])
+    return graph.model("greedy choice")

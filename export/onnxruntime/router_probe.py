@@ -1,20 +1,18 @@
-"""A mixture of experts of a few kilobytes whose answer is known, with which a device proves how it routes.
+"""A MoE of a few kilobytes whose answer is known, with which a device proves how it routes.
 
 Execution providers differ in what they make of routing weights: some renormalise those of the chosen experts whatever
 `normalize_routing_weights` says. OLMoE's eight weights sum to 0.2 to 0.97, so such a provider is wrong by a factor. The
-graph has the very operator, attributes and layout of the bundle's mixtures, built by the same code.
+graph has the very operator, attributes and layout of the bundle's MoE layers, built by the same code.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
-from edgelm.export.graph.onnx_builder import MICROSOFT, OPSET
+from edgelm.export.graph.onnx_builder import MICROSOFT, GraphBuilder
 from edgelm.export.graph.portable import PortableOps
 from edgelm.runtimes.onnxruntime.router_probe import EXPECTED, FOUND, RENORMALISED
 
@@ -26,7 +24,7 @@ _ATTRIBUTES = (
 
 
 def router_probe(model: onnx.ModelProto, ops: PortableOps, experts_per_token: int) -> onnx.ModelProto | None:
-    """The probe for the mixtures of `model`, None where it has none.
+    """The probe for the MoE layers of `model`, None where it has none.
 
     It has no inputs. Outputs, all float32 [tokens, width]: what the provider computes, what is right, and what
     renormalising would give.
@@ -46,59 +44,36 @@ def router_probe(model: onnx.ModelProto, ops: PortableOps, experts_per_token: in
     down = random.integers(-7, 8, (EXPERTS, WIDTH, WIDTH))
     scale = np.float32(1 / 64)
     values = [matrix.astype(np.float32) * scale for matrix in (gate_up, down)]
-    builder = _Builder(ops.element)
+    graph = GraphBuilder()
+
+    def weight(name: str, value: NDArray[np.float32]) -> str:
+        """Stored as float32 and cast where the graph runs: every value is exact in all types, or rounded the same."""
+        return graph.node("Cast", [graph.constant(f"{name}.float32", value)], name, to=ops.element)
+
     if node.op_type == "MoE":
-        weights = [builder.weight(f"fc{i + 1}", value) for i, value in enumerate(values)]
+        weights = [weight(f"fc{i + 1}", value) for i, value in enumerate(values)]
         inputs = ["x", "router", weights[0], "", weights[1]]
     else:
         inputs = ["x", "router"]
         bits, block = int(kept.get("expert_weight_bits", 4)), int(kept["block_size"])
         for i, codes in enumerate((gate_up, down)):
-            builder.add(f"fc{i + 1}", _packed(codes, bits))
+            graph.constant(f"fc{i + 1}", _packed(codes, bits))
             scales = np.full((*codes.shape[:2], WIDTH // min(block, WIDTH)), scale, np.float32)
-            inputs += [f"fc{i + 1}", builder.weight(f"scales{i + 1}", scales), ""]
+            inputs += [f"fc{i + 1}", weight(f"scales{i + 1}", scales), ""]
         kept["block_size"] = min(block, WIDTH)
         if len(node.input) > 14 and node.input[14]:
-            inputs += [""] * (14 - len(inputs)) + [builder.weight("router_weights", _softmax(logits))]
-    builder.weight("x", x)
-    builder.weight("router", logits)
-    right = _mixture(x, logits, values, int(kept["k"]), renormalise=bool(kept["normalize_routing_weights"]))
-    wrong = _mixture(x, logits, values, int(kept["k"]), renormalise=not kept["normalize_routing_weights"])
-    builder.node(node.op_type, inputs, "y", MICROSOFT, **kept)
-    builder.node("Cast", ["y"], FOUND, to=TensorProto.FLOAT)
+            inputs += [""] * (14 - len(inputs)) + [weight("router_weights", _softmax(logits))]
+    weight("x", x)
+    weight("router", logits)
+    right = _moe(x, logits, values, int(kept["k"]), renormalise=bool(kept["normalize_routing_weights"]))
+    wrong = _moe(x, logits, values, int(kept["k"]), renormalise=not kept["normalize_routing_weights"])
+    graph.node(node.op_type, inputs, "y", MICROSOFT, **kept)
+    graph.node("Cast", ["y"], FOUND, to=TensorProto.FLOAT)
     for name, value in ((EXPECTED, right), (RENORMALISED, wrong)):
-        builder.add(f"{name}.value", value)
-        builder.node("Identity", [f"{name}.value"], name)
-    return builder.model()
-
-
-class _Builder:
-    def __init__(self, element: int) -> None:
-        self._element = element
-        self._nodes: list[onnx.NodeProto] = []
-        self._initializers: list[TensorProto] = []
-
-    def add(self, name: str, value: NDArray[np.generic]) -> str:
-        self._initializers.append(numpy_helper.from_array(value, name))
-        return name
-
-    def weight(self, name: str, value: NDArray[np.float32]) -> str:
-        """Stored as float32 and cast where the graph runs: every value is exact in all types, or rounded the same."""
-        self.add(f"{name}.float32", value)
-        self.node("Cast", [f"{name}.float32"], name, to=self._element)
-        return name
-
-    def node(self, op: str, inputs: list[str], output: str, domain: str = "", **attributes: Any) -> None:
-        self._nodes.append(onnx.helper.make_node(op, inputs, [output], f"{output}/{op}", domain=domain, **attributes))
-
-    def model(self) -> onnx.ModelProto:
-        outputs = [
-            onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, [TOKENS, WIDTH])
-            for name in (FOUND, EXPECTED, RENORMALISED)
-        ]
-        graph = onnx.helper.make_graph(self._nodes, "router probe", [], outputs, self._initializers)
-        opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(MICROSOFT, 1)]
-        return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="edgelm")
+        graph.node("Identity", [graph.constant(f"{name}.value", value)], name)
+    for name in (FOUND, EXPECTED, RENORMALISED):
+        graph.output(name, TensorProto.FLOAT, [TOKENS, WIDTH])
+    return graph.model("router probe")
 
 
 def _packed(codes: NDArray[np.int64], bits: int) -> NDArray[np.uint8]:
@@ -112,7 +87,7 @@ def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return probabilities
 
 
-def _mixture(
+def _moe(
     x: NDArray[np.float32], logits: NDArray[np.float32], values: list[NDArray[np.float32]], k: int, *, renormalise: bool
 ) -> NDArray[np.float32]:
     probabilities, (gate_up, down) = _softmax(logits), values

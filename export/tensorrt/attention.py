@@ -9,9 +9,11 @@ fp8 need the plugin.
 
 from __future__ import annotations
 
+import numpy as np
 from onnx import TensorProto, helper
 
 from edgelm.errors import ExportError
+from edgelm.export.graph.onnx_builder import int64
 from edgelm.export.tensorrt.graph import ParserGraph
 from edgelm.runtimes.cuda.program import Node
 
@@ -53,7 +55,7 @@ class EngineAttention:
             qkv = self._clipped(qkv, node, f"{out}.clipped")
         widths = self._ints("widths", f"{heads}.{groups}.{size}", heads * size, groups * size, groups * size)
         parts = [f"{out}.{which}" for which in "qkv"]
-        graph.nodes.append(helper.make_node("Split", [qkv, widths], parts, name=f"{out}/Split", axis=-1))
+        graph.node("Split", [qkv, widths], parts, axis=-1)
         q, k, v = parts
         q = self._rotated(self._normed(q, node.input(6), node), heads, size, cos, sin)
         k = self._rotated(self._normed(k, node.input(7), node), groups, size, cos, sin)
@@ -70,7 +72,7 @@ class EngineAttention:
     def _add_shared(self, lengths: str, cache: str) -> None:
         """Positions [B, T] of the new tokens, and which of the cache's positions each may see [B, 1, T, C]."""
         graph = self._graph
-        zero, one, two = (graph.constant(_scalar(f"attention.{value}", value)) for value in (0, 1, 2))
+        zero, one, two = (graph.constant(f"attention.{i}", np.asarray(i, np.int64)) for i in range(3))
         axis = self._ints("axis", "1", 1)
         starts = graph.node("Cast", [lengths], _STARTS, to=TensorProto.INT64)
         tokens = graph.node("Gather", [graph.node("Shape", ["input_ids"], "attention.shape"), one], "attention.tokens")
@@ -85,7 +87,7 @@ class EngineAttention:
     def _clipped(self, x: str, node: Node, out: str) -> str:
         limit, kind = node.number("clip"), _TYPES[node.text("activation")]
         bounds = [
-            self._graph.constant(helper.make_tensor(f"attention.clip.{name}", kind, [], [value]))
+            self._graph.constant(f"attention.clip.{name}", helper.make_tensor("", kind, [], [value]))
             for name, value in (("low", -limit), ("high", limit))
         ]
         return self._graph.node("Clip", [x, *bounds], out)
@@ -96,13 +98,13 @@ class EngineAttention:
         if not weight:
             return x
         return self._graph.node(
-            "RMSNormalization", [x, self._graph.weight(weight)], f"{x}.normed", epsilon=node.number("epsilon"), axis=-1
+            "RMSNormalization", [x, self._graph.stored(weight)], f"{x}.normed", epsilon=node.number("epsilon"), axis=-1
         )
 
     def _rotated(self, x: str, heads: int, size: int, cos: str, sin: str) -> str:
         graph = self._graph
         split = self._heads(x, heads, size)
-        tables = [graph.weight(table) for table in (cos, sin)]
+        tables = [graph.stored(table) for table in (cos, sin)]
         return self._cast(
             graph.node("RotaryEmbedding", [split, *tables, _POSITIONS], f"{x}.rotated"), self._cache, f"{x}.cached"
         )
@@ -117,9 +119,4 @@ class EngineAttention:
         return self._graph.node("Cast", [x], out, to=kind)
 
     def _ints(self, what: str, which: str, *values: int) -> str:
-        tensor = helper.make_tensor(f"attention.{what}.{which}", TensorProto.INT64, [len(values)], values)
-        return self._graph.constant(tensor)
-
-
-def _scalar(name: str, value: int) -> TensorProto:
-    return helper.make_tensor(name, TensorProto.INT64, [], [value])
+        return self._graph.constant(f"attention.{what}.{which}", int64(*values))

@@ -64,12 +64,12 @@ def tensorrt_graph(
             graph.plugin(node)
     positions = info.context_length
     if attention is None:
-        model = graph.model(info, TensorProto.INT8, cache_row_bytes(program))
+        graph.declare(info, TensorProto.INT8, cache_row_bytes(program))
     else:
         positions = min(positions, DEFAULT_CONTEXT_LENGTH)
-        model = graph.model(info, CACHE_TYPES[kv], info.head_dim, positions)
+        graph.declare(info, CACHE_TYPES[kv], info.head_dim, positions)
     shape = GraphShape(positions, kv, options.linears, options.attention)
-    return TensorRtGraph(model, GraphRecipe(shape, linears.has_fp8, linears.rows))
+    return TensorRtGraph(graph.model(info.name), GraphRecipe(shape, linears.has_fp8, linears.rows))
 
 
 def check_engines(options: EngineOptions) -> None:

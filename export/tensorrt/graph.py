@@ -10,16 +10,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 import onnx
 from onnx import TensorProto, helper
 
 from edgelm.bundle import ModelInfo
 from edgelm.errors import ExportError
-from edgelm.export.graph.onnx_builder import Dims
+from edgelm.export.graph.onnx_builder import Dims, GraphBuilder
 from edgelm.runtimes.cuda.kernels.attention import row_bytes
 from edgelm.runtimes.cuda.operators import KV_CODES
 from edgelm.runtimes.cuda.program import Node, Program, Value
@@ -32,74 +30,37 @@ _TYPES = {"f32": TensorProto.FLOAT, "int32": TensorProto.INT32, "uint8": TensorP
 CACHES = ("key", "value")
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A weight of the graph: its element type, dimensions, and where its bytes lie."""
-
-    type: int
-    dims: tuple[int, ...]
-    file: str
-    offset: int
-    size: int
-
-
-class ParserGraph:
-    """Collects what the graph is made of."""
+class ParserGraph(GraphBuilder):
+    """A graph for TensorRT's parser, made of a program's nodes and of operators of ai.onnx."""
 
     def __init__(self, program: Program, weights_file: str) -> None:
+        super().__init__(weights_file, OPSET, IR_VERSION)
         self.program = program
-        self.nodes: list[onnx.NodeProto] = []
-        self.weights: dict[str, Stored] = {}
-        self._constants: dict[str, TensorProto] = {}
-        self._file = weights_file
 
-    def weight(self, name: str) -> str:
+    def stored(self, name: str) -> str:
         """Use a weight of the program as it is stored."""
-        stored = self.program.weights[name]
-        self.weights[name] = Stored(_TYPES[stored.type], stored.dims, self._file, stored.offset, stored.size)
+        if not self.has(name):
+            weight = self.program.weights[name]
+            self.external(name, _TYPES[weight.type], weight.dims, weight.offset, weight.size)
         return name
-
-    def constant(self, tensor: TensorProto) -> str:
-        """Use a small tensor that lies in the graph itself."""
-        self._constants[tensor.name] = tensor
-        return str(tensor.name)
-
-    def node(self, op: str, inputs: list[str], output: str, **attrs: Any) -> str:
-        """Add a node of ai.onnx; return its result's name."""
-        self.nodes.append(helper.make_node(op, inputs, [output], name=f"{output}/{op}", **attrs))
-        return output
 
     def plugin(self, node: Node) -> None:
         """Add a node as a plugin."""
-        self.nodes.append(plugin_node(node, self.program.values))
+        self.add(plugin_node(node, self.program.values))
         for name in node.inputs:
             if name in self.program.weights:
-                self.weight(name)
+                self.stored(name)
 
-    def model(self, info: ModelInfo, cache_type: int, row: int, capacity: int | str = "capacity") -> onnx.ModelProto:
-        """The finished graph; a cache has `row` elements of `cache_type` for one head and position."""
+    def declare(self, info: ModelInfo, cache_type: int, row: int, capacity: int | str = "capacity") -> None:
+        """Declare inputs and outputs; a cache has `row` elements of `cache_type` for one head and position."""
         cache: Dims = ["batch", info.num_kv_heads, capacity, row]
-        tensor = helper.make_tensor_value_info
-        inputs = [
-            tensor("input_ids", TensorProto.INT32, ["batch", "tokens"]),
-            tensor("past_lengths", TensorProto.INT32, ["batch"]),
-        ]
-        outputs = [tensor("logits", TensorProto.FLOAT, ["batch", 1, info.vocab_size])]
+        self.input("input_ids", TensorProto.INT32, ["batch", "tokens"])
+        self.input("past_lengths", TensorProto.INT32, ["batch"])
+        self.output("logits", TensorProto.FLOAT, ["batch", 1, info.vocab_size])
         for i in range(info.num_layers):
-            inputs += [tensor(f"past_key_values.{i}.{which}", cache_type, cache) for which in CACHES]
-            outputs += [tensor(f"present.{i}.{which}", cache_type, cache) for which in CACHES]
-        initializers = [*self._constants.values(), *(_external(name, at) for name, at in self.weights.items())]
-        graph = helper.make_graph(self.nodes, info.name, inputs, outputs, initializers)
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(NAMESPACE, 1)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgelm")
-
-
-def _external(name: str, at: Stored) -> TensorProto:
-    made = TensorProto(name=name, data_type=at.type, data_location=TensorProto.EXTERNAL)
-    made.dims.extend(at.dims)
-    for key, value in (("location", at.file), ("offset", at.offset), ("length", at.size)):
-        made.external_data.add(key=key, value=str(value))
-    return made
+            for which in CACHES:
+                self.input(f"past_key_values.{i}.{which}", cache_type, cache)
+                self.output(f"present.{i}.{which}", cache_type, cache)
 
 
 def plugin_node(node: Node, values: Mapping[str, Value]) -> onnx.NodeProto:
@@ -157,11 +118,3 @@ def cache_row_bytes(program: Program) -> int:
         raise ExportError(f"the cache is {kind!r}: on a GPU it can be {', '.join(KV_CODES)}")
     width = next(node.whole("head_size") for node in program.nodes if node.op == "GroupQueryAttention")
     return row_bytes(KV_CODES[kind], width)
-
-
-def plugins_of(model: onnx.ModelProto) -> Iterable[PluginSpec]:
-    """The plugins of a graph that `parser_graph` made, in order."""
-    for node in model.graph.node:
-        if node.domain == NAMESPACE:
-            text = next(helper.get_attribute_value(a) for a in node.attribute if a.name == FIELD)
-            yield PluginSpec.from_text(text.decode())

@@ -10,10 +10,11 @@ The head stays a plugin: its logits are not to be rounded. So does everything el
 
 from __future__ import annotations
 
-from onnx import TensorProto, helper
+import numpy as np
+from onnx import TensorProto
 
 from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
-from edgelm.export.tensorrt.graph import ParserGraph, Stored
+from edgelm.export.tensorrt.graph import ParserGraph
 from edgelm.runtimes.cuda.program import Node, matrix_of
 from edgelm.runtimes.tensorrt.build import ROWS_FILE
 from edgelm.runtimes.tensorrt.rowmajor import ALIGNMENT, Rows, parts_of
@@ -55,7 +56,7 @@ class EngineLinears:
         kind = graph.program.values[x].type
         if norm:
             x = graph.node(
-                "RMSNormalization", [x, graph.weight(norm)], f"{out}.normed", epsilon=node.number("epsilon"), axis=-1
+                "RMSNormalization", [x, graph.stored(norm)], f"{out}.normed", epsilon=node.number("epsilon"), axis=-1
             )
             kind = "f32"
         matrix = matrix_of(node)
@@ -81,10 +82,8 @@ class EngineLinears:
         graph, out, codes = self._graph, node.outputs[0], _CODES[matrix.kind]
         if kind != "f32":
             x = self._cast(x, "f32", f"{out}.input")
-        scale = graph.constant(
-            helper.make_tensor(f"{out}.input_scale", TensorProto.FLOAT, [], [node.number("input_scale")])
-        )
-        zero = graph.constant(TensorProto(name=f"{out}.input_zero", data_type=codes, raw_data=b"\0"))
+        scale = graph.constant(f"{out}.input_scale", np.asarray(node.number("input_scale"), np.float32))
+        zero = graph.constant(f"{out}.input_zero", TensorProto(data_type=codes, raw_data=b"\0"))
         coded = graph.node("QuantizeLinear", [x, scale, zero], f"{out}.coded")
         x = graph.node("DequantizeLinear", [coded, scale, zero], f"{out}.decoded")
         products = []
@@ -104,9 +103,9 @@ class EngineLinears:
     def _stored(self, node: Node, matrix: GpuMatrix, part: str, what: str) -> str:
         blob = node.input(1)
         entry = Rows(f"{blob}.{part}.{what}", matrix, self._graph.program.weights[blob].offset, part, what, self._size)
-        if entry.name not in self._graph.weights:
+        if not self._graph.has(entry.name):
             kind = TensorProto.FLOAT if what == "scales" else {**_FLOATS, **_CODES}[matrix.kind]
-            self._graph.weights[entry.name] = Stored(kind, entry.dims, ROWS_FILE, entry.offset, entry.nbytes)
+            self._graph.external(entry.name, kind, entry.dims, entry.offset, entry.nbytes, ROWS_FILE)
             self.rows.append(entry)
             self._size = -(-(self._size + entry.nbytes) // ALIGNMENT) * ALIGNMENT
         return entry.name

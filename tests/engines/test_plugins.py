@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import onnx
 import pytest
 from programs import WEIGHTS, C, D, E, F, G, H, S, SmallProgram, V
 
 from edgelm.errors import DeviceError, EdgeLMError, ExportError
 from edgelm.export.tensorrt.engines import tensorrt_graph
-from edgelm.export.tensorrt.graph import plugin_node, plugins_of
+from edgelm.export.tensorrt.graph import plugin_node
 from edgelm.export.tensorrt.options import EngineOptions
 from edgelm.runtimes.cuda.emulated import EmulatedDevice
 from edgelm.runtimes.cuda.operators import Scratch
@@ -19,17 +20,23 @@ from edgelm.runtimes.tensorrt.builder import BuildOptions, build_engine
 from edgelm.runtimes.tensorrt.engine_info import plugins_in
 from edgelm.runtimes.tensorrt.host import BuildHost, DeviceHost, _any_device, node_of, plan
 from edgelm.runtimes.tensorrt.library import Library, messages
-from edgelm.runtimes.tensorrt.operators import OPERATORS, PluginSpec, output_shapes, output_types
-from edgelm.runtimes.tensorrt.plugins import plugin_class, serving
+from edgelm.runtimes.tensorrt.operators import NAMESPACE, OPERATORS, PluginSpec, output_shapes, output_types
+from edgelm.runtimes.tensorrt.plugins import FIELD, plugin_class, serving
 
 SMS = (86,)
 PLUGINS = EngineOptions(linears="plugin")
 CACHE = (3, G, C, 2 * S)
 
 
+def plugins_of(model: onnx.ModelProto) -> list[PluginSpec]:
+    """What the plugins of a graph are told, in order."""
+    found = [{a.name: a.s for a in node.attribute} for node in model.graph.node if node.domain == NAMESPACE]
+    return [PluginSpec.from_text(attributes[FIELD].decode()) for attributes in found]
+
+
 def specs(folder: Path, *, mixture: bool = True) -> list[PluginSpec]:
     made = SmallProgram(folder, layers=1, mixture=mixture)
-    return list(plugins_of(tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS).model))
+    return plugins_of(tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS).model)
 
 
 def shapes_of(spec: PluginSpec, batch: int, tokens: int) -> list[tuple[int, ...]]:
