@@ -57,8 +57,8 @@ class EngineAttention:
         parts = [f"{out}.{which}" for which in "qkv"]
         graph.node("Split", [qkv, widths], parts, axis=-1)
         q, k, v = parts
-        q = self._rotated(self._normed(q, node.input(6), node), heads, size, cos, sin)
-        k = self._rotated(self._normed(k, node.input(7), node), groups, size, cos, sin)
+        q = self._rotated(self._split_heads(q, node.input(6), heads, node), cos, sin)
+        k = self._rotated(self._split_heads(k, node.input(7), groups, node), cos, sin)
         v = self._heads(self._cast(v, self._cache, f"{v}.cached"), groups, size)
         filled = [
             graph.node("TensorScatter", [cache, new, _STARTS], present, axis=2, mode="linear")
@@ -92,22 +92,26 @@ class EngineAttention:
         ]
         return self._graph.node("Clip", [x, *bounds], out)
 
-    def _normed(self, x: str, weight: str, node: Node) -> str:
-        """In float32, normed over the whole width where the model does that."""
+    def _split_heads(self, x: str, weight: str, heads: int, node: Node) -> str:
+        """In float32, [B, heads, T, size]. A norm's weight spans all heads, normed as one, or each by itself."""
+        size = node.whole("head_size")
         x = self._cast(x, TensorProto.FLOAT, f"{x}.f32")
         if not weight:
-            return x
+            return self._heads(x, heads, size)
+        if self._graph.program.weights[weight].elements == size and heads > 1:
+            return self._normed(self._heads(x, heads, size), weight, node)
+        return self._heads(self._normed(x, weight, node), heads, size)
+
+    def _normed(self, x: str, weight: str, node: Node) -> str:
         return self._graph.node(
             "RMSNormalization", [x, self._graph.stored(weight)], f"{x}.normed", epsilon=node.number("epsilon"), axis=-1
         )
 
-    def _rotated(self, x: str, heads: int, size: int, cos: str, sin: str) -> str:
-        graph = self._graph
-        split = self._heads(x, heads, size)
-        tables = [graph.stored(table) for table in (cos, sin)]
-        return self._cast(
-            graph.node("RotaryEmbedding", [split, *tables, _POSITIONS], f"{x}.rotated"), self._cache, f"{x}.cached"
-        )
+    def _rotated(self, x: str, cos: str, sin: str) -> str:
+        stem = x.removesuffix(".heads")
+        tables = [self._graph.stored(table) for table in (cos, sin)]
+        rotated = self._graph.node("RotaryEmbedding", [x, *tables, _POSITIONS], f"{stem}.rotated")
+        return self._cast(rotated, self._cache, f"{stem}.cached")
 
     def _heads(self, x: str, heads: int, size: int) -> str:
         """[B, T, heads * size] to [B, heads, T, size]."""

@@ -136,12 +136,19 @@ class Operators:
         buffers = AttentionBuffers(
             qkv, keys, values, lengths, cos, sin, at[node.outputs[0]], scratch.workspace,
             q_norm=at[node.input(6)], k_norm=at[node.input(7)], counters=scratch.counters,
+            q_norm_per_head=self._per_head(node, 6, "num_heads"),
+            k_norm_per_head=self._per_head(node, 7, "kv_num_heads"),
         )  # fmt: skip
         launches = attention.attention_launches(
             self._attention_shape(node, step), buffers, self._info.multiprocessors,
             epsilon=node.number("epsilon"), clip=node.number("clip"),
         )  # fmt: skip
         return list(launches)
+
+    def _per_head(self, node: Node, index: int, heads: str) -> bool:
+        """Whether a weight of QK-norm has the size of one head of several."""
+        weight = self.program.weights.get(node.input(index))
+        return weight is not None and weight.elements == node.whole("head_size") and node.whole(heads) > 1
 
     def _moe(self, node: Node, step: Step, at: Mapping[str, int], scratch: Scratch) -> list[Launch]:
         x, router, gate_up, down, norm = (at[name] for name in node.inputs)

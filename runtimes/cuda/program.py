@@ -212,7 +212,7 @@ class Program:
         if len(given) < least or len(node.inputs) > most or not 1 <= len(node.outputs) <= results:
             yield f"{node.name} has {len(node.inputs)} inputs and {len(node.outputs)} results, and is a {node.op}"
             return
-        for name, wanted in self._sizes(node):
+        for name, *wanted in self._sizes(node):
             if not name:
                 continue
             if name in self.values:
@@ -223,11 +223,12 @@ class Program:
             else:
                 yield f"{node.name} reads {quoted(name)} where it wants a value or a weight"
                 continue
-            if size != wanted:
-                yield f"{node.name} wants {wanted} values in {quoted(name)}, which has {size}"
+            if size not in wanted:
+                expected = " or ".join(map(str, dict.fromkeys(wanted)))
+                yield f"{node.name} wants {expected} values in {quoted(name)}, which has {size}"
 
-    def _sizes(self, node: Node) -> Iterator[tuple[str, int]]:
-        """Inputs and results of a node with what they must have: values in a row, or bytes of a blob."""
+    def _sizes(self, node: Node) -> Iterator[tuple[str, int] | tuple[str, int, int]]:
+        """Inputs and results of a node with what they may have: values in a row, or bytes of a blob."""
         inputs, result = node.input, node.outputs[0]
         if node.op == "QuantEmbedding":
             matrix = matrix_of(node)
@@ -239,7 +240,7 @@ class Program:
         elif node.op == "GroupQueryAttention":
             heads, kv_heads, width = (node.whole(key) for key in ("num_heads", "kv_num_heads", "head_size"))
             yield from ((inputs(0), (heads + 2 * kv_heads) * width), (result, heads * width))
-            yield from ((inputs(6), heads * width), (inputs(7), kv_heads * width))
+            yield from ((inputs(6), heads * width, width), (inputs(7), kv_heads * width, width))
             for name in (inputs(4), inputs(5)):
                 dims = self.weights[name].dims if name in self.weights else ()
                 yield name, dims[0] * (width // 2) if dims else -1

@@ -72,6 +72,7 @@ class Case:
     past: tuple[int, ...]
     new: tuple[int, ...] | None = None
     norm: bool = False
+    per_head: tuple[bool, bool] = (False, False)  # whether the norm is of each head by itself, of queries and of keys
     clip: float = 0.0
     scale: float = 0.0
     splits: int | None = None
@@ -95,13 +96,19 @@ def rotary(shape: AttentionShape) -> tuple[Array, Array]:
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
+def normed(case: Case, x: Array, weight: Array) -> Array:
+    """RMSNorm over as many numbers as the weight has: all heads as one, or each by itself."""
+    parts = x.reshape(*x.shape[:-1], -1, len(weight))
+    return (parts / np.sqrt((parts * parts).mean(-1, keepdims=True) + case.epsilon) * weight).reshape(x.shape)
+
+
 def prepared(case: Case, qkv: Array, weights: dict[str, Array]) -> tuple[Array, Array, Array]:
     """Queries [B, T, H, S], keys and values [B, T, G, S] after norm, clip and rotation, in float64."""
     s = case.shape
     q, k, v = np.split(qkv.astype(np.float64), [s.heads * s.size, (s.heads + s.kv_heads) * s.size], axis=-1)
     if case.norm:
-        q = q / np.sqrt((q * q).mean(-1, keepdims=True) + case.epsilon) * weights["q_norm"]
-        k = k / np.sqrt((k * k).mean(-1, keepdims=True) + case.epsilon) * weights["k_norm"]
+        q = normed(case, q, weights["q_norm"])
+        k = normed(case, k, weights["k_norm"])
     if case.clip:
         q, k, v = (np.clip(x, -case.clip, case.clip) for x in (q, k, v))
     cos, sin = (table.astype(np.float64) for table in rotary(s))
@@ -203,7 +210,7 @@ def compute(
         uploaded(cos), uploaded(sin), uploaded(np.full(out.nbytes, 0xFF, np.uint8)), uploaded(nothing),
         uploaded(weights["q_norm"]) if case.norm else 0, uploaded(weights["k_norm"]) if case.norm else 0,
         uploaded(np.array(case.new, np.int32)) if case.new is not None else 0,
-        uploaded(counters) if case.counters else 0,
+        uploaded(counters) if case.counters else 0, *case.per_head,
     )  # fmt: skip
     launches = attention.attention_launches(
         s, buffers, case.multiprocessors, epsilon=case.epsilon, clip=case.clip, scale=case.scale, splits=case.splits
@@ -230,8 +237,8 @@ def random_call(case: Case) -> tuple[Array, dict[str, Array], tuple[Array, Array
     rng = np.random.default_rng(case.seed)
     qkv = rounded(rng.standard_normal((s.batch, s.tokens, (s.heads + 2 * s.kv_heads) * s.size)), s.activations)
     weights = {
-        "q_norm": rng.uniform(0.5, 2, s.heads * s.size).astype(np.float32),
-        "k_norm": rng.uniform(0.5, 2, s.kv_heads * s.size).astype(np.float32),
+        "q_norm": rng.uniform(0.5, 2, s.size if case.per_head[0] else s.heads * s.size).astype(np.float32),
+        "k_norm": rng.uniform(0.5, 2, s.size if case.per_head[1] else s.kv_heads * s.size).astype(np.float32),
     }
     return qkv, weights, (random_cache(case, rng), random_cache(case, rng))
 
@@ -360,6 +367,16 @@ def test_every_kind_of_cache_with_norm_clip_scale_and_padding(
         more = {"clip": 1.2, "scale": 0.2} if seed == 7 else {}
         one = case(combination, tokens, shared_by, past, 2, new=new, norm=seed < 7, seed=seed, **more)
         check(replace(one, multiprocessors=multiprocessors, counters=bool(seed)), combination[3], order=seed)
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}")
+def test_a_norms_weight_of_one_head_norms_each_by_itself(combination: tuple[str, str, int, tuple[int, int]]) -> None:
+    for tokens, shared_by, kv_heads in ((1, 4, 2), (3, 2, 3), (21, 2, 2)):
+        one = case(combination, tokens, shared_by, (65, 3), kv_heads, norm=True, clip=1.5, seed=tokens)
+        for per_head in ((True, True), (True, False), (False, True)):
+            check(replace(one, per_head=per_head), combination[3], order=tokens)
+        check(replace(one, per_head=(True, True), counters=False), combination[3])
+    check(case(combination, 2, 1, (5,), norm=True, per_head=(True, True)), combination[3])
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS[:3], ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}")

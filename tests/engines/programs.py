@@ -23,11 +23,14 @@ def info(layers: int, *, mixture: bool = True) -> ModelInfo:
 
 
 class SmallProgram:
-    """A decoder of a few layers; `program` is what was made, its weights lie in folder/weights.bin."""
+    """A decoder of a few layers; `program` is what was made, its weights lie in folder/weights.bin.
+
+    A mixture has QK-norm over the whole width, with `per_head` any has it over each head.
+    """
 
     def __init__(
         self, folder: Path, layers: int = 2, *, mixture: bool = True, kind: str = "bf16", activation: str = "bf16",
-        kv: str = "float16", activations: str = "float",
+        kv: str = "float16", activations: str = "float", per_head: bool = False,
     ) -> None:  # fmt: skip
         self.kind, self.activation, self.activations = GpuKind(kind), activation, activations
         self._data = bytearray()
@@ -43,7 +46,8 @@ class SmallProgram:
             width = (H + 2 * G) * S
             qkv = self._linear(f"layers.{i}.attn.qkv", x, width, D, norm=norm)
             caches = [f"past_key_values.{i}.{which}" for which in ("key", "value")]
-            norms = [self._floats(f"{which}_norm.{i}", n * S) for which, n in (("q", H), ("k", G))] if mixture else []
+            sizes = (("q", S if per_head else H * S), ("k", S if per_head else G * S)) if mixture or per_head else ()
+            norms = [self._floats(f"{which}_norm.{i}", size) for which, size in sizes]
             attended = self._add(
                 "GroupQueryAttention", f"layers.{i}.attn", [qkv, *caches, "past_lengths", cos, sin, *norms],
                 [(f"layers.{i}.attn.out", activation, H * S)],

@@ -82,6 +82,20 @@ def test_attention_can_be_the_engines(tmp_path: Path, rtx: Library, mixture: boo
     assert dims == [[G, C, S]] * 4  # TensorRT fixes the capacity of its own caches
 
 
+@pytest.mark.parametrize("per_head", [True, False])
+def test_the_engines_norm_spans_what_its_weight_does(tmp_path: Path, rtx: Library, per_head: bool) -> None:
+    made = SmallProgram(tmp_path, layers=1, per_head=per_head)
+    graph = tensorrt_graph(made.program, made.info, WEIGHTS, EngineOptions(attention="engine"), (86,))
+    makers = {name: node for node in graph.model.graph.node for name in node.output}
+    norms = [
+        node for node in graph.model.graph.node if node.op_type == "RMSNormalization" and "_norm." in node.input[1]
+    ]
+    assert [node.input[1] for node in norms] == ["q_norm.0", "k_norm.0"]
+    for node in norms:  # heads are apart before a norm of one head, and after one of all of them
+        assert makers[node.input[0]].op_type == ("Transpose" if per_head else "Cast")
+    assert "GroupQueryAttention" not in built(tmp_path, rtx, graph, (86,))
+
+
 def test_attention_of_the_engine_has_no_int8_cache(tmp_path: Path) -> None:
     made = SmallProgram(tmp_path, layers=1, kv="int8")
     with pytest.raises(ExportError, match="TensorRT's own attention has no int8 cache: leave --attention out"):

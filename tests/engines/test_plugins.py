@@ -170,6 +170,21 @@ def test_a_plugin_launches_what_the_executor_would(tmp_path: Path, mixture: bool
             assert address.to_bytes(8, "little") in held, (spec.name, hex(address))
 
 
+@pytest.mark.parametrize("per_head", [True, False])
+def test_a_plugin_sees_from_a_norms_shape_what_it_spans(tmp_path: Path, per_head: bool) -> None:
+    made = SmallProgram(tmp_path, layers=1, per_head=per_head)
+    found = plugins_of(tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS).model)
+    spec = next(spec for spec in found if spec.op == "GroupQueryAttention")
+    shapes = shapes_of(spec, 1, 40)
+    if per_head:
+        shapes[6:] = [(S,), (S,)]
+    (last,) = {
+        launch.args[-4:]
+        for launch in plan(_any_device(86), spec, shapes, ["bf16"] * 8, [*range(1, 9)], [9, 2, 3], Scratch(1, 0))
+    }
+    assert int.from_bytes(last, "little") == (3 if per_head else 0)  # AttentionArgs.per_head_norms
+
+
 def test_a_cache_that_is_not_written_in_place_is_refused(tmp_path: Path, rtx: Library) -> None:
     spec = next(spec for spec in specs(tmp_path) if spec.op == "GroupQueryAttention")
     host = DeviceHost(EmulatedDevice())

@@ -47,11 +47,18 @@ GROUPED = Heads(4, 2, 16)
 SHAPES = [GROUPED, Heads(4, 4, 32), Heads(8, 1, 128), Heads(2, 1, 6)]
 
 
-def norms(rng: Generator, heads: Heads) -> dict[str, Array]:
+def norms(rng: Generator, heads: Heads, *, q_per_head: bool = False, k_per_head: bool = False) -> dict[str, Array]:
+    q, k = 1 if q_per_head else heads.heads, 1 if k_per_head else heads.kv_heads
     return {
-        "q_norm": rng.uniform(0.5, 2, heads.heads * heads.size).astype(np.float32),
-        "k_norm": rng.uniform(0.5, 2, heads.kv_heads * heads.size).astype(np.float32),
+        "q_norm": rng.uniform(0.5, 2, q * heads.size).astype(np.float32),
+        "k_norm": rng.uniform(0.5, 2, k * heads.size).astype(np.float32),
     }
+
+
+def normed(x: Array, weight: Array) -> Array:
+    """RMSNorm over as many numbers as the weight has: all heads as one, or each by itself."""
+    parts = x.reshape(len(x), -1, len(weight))
+    return (parts / np.sqrt((parts * parts).mean(-1, keepdims=True) + 1e-5) * weight).reshape(x.shape)
 
 
 def as_fp8(x: Array) -> tuple[Array, Array]:
@@ -76,8 +83,7 @@ def expected(
     tokens, h, kv, size = len(qkv), heads.heads, heads.kv_heads, heads.size
     q, k, v = np.split(qkv.astype(np.float64), [h * size, (h + kv) * size], axis=-1)
     if norm is not None:
-        q = q / np.sqrt((q * q).mean(-1, keepdims=True) + 1e-5) * norm["q_norm"]
-        k = k / np.sqrt((k * k).mean(-1, keepdims=True) + 1e-5) * norm["k_norm"]
+        q, k = normed(q, norm["q_norm"]), normed(k, norm["k_norm"])
     if clip:
         q, k, v = (np.clip(x, -clip, clip) for x in (q, k, v))
     cos, sin = (table[:tokens, None].astype(np.float64) for table in heads.rotary())
@@ -115,9 +121,11 @@ def expected(
     return out, float(largest_v * (2 * np.expm1(score_error) + 3 * step + (tokens + 16) * U) + unsure)
 
 
-def check_steps(rng: Generator, heads: Heads, kind: str, steps: list[int], **attributes: Any) -> None:
+def check_steps(
+    rng: Generator, heads: Heads, kind: str, steps: list[int], norm: dict[str, Array] | None = None, **attributes: Any
+) -> None:
     """Feeds a sequence in `steps` of tokens, each with what the one before gave as its cache."""
-    norm = norms(rng, heads)
+    norm = norm or norms(rng, heads)
     qkv = rng.standard_normal((1, sum(steps), heads.width)).astype(np.float32)
     out, tolerance = expected(qkv[0], heads, kind, norm, **attributes)
     cos, sin = heads.rotary()
@@ -146,6 +154,13 @@ def check_steps(rng: Generator, heads: Heads, kind: str, steps: list[int], **att
 @pytest.mark.parametrize("heads", SHAPES, ids=str)
 def test_tokens_attend_to_themselves_and_all_before(rng: Generator, heads: Heads, kind: str) -> None:
     check_steps(rng, heads, kind, [1, 5, 30, 1, 16, 1, 7, 3, 1])
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("heads", SHAPES, ids=str)
+def test_a_norms_weight_of_one_head_norms_each_by_itself(rng: Generator, heads: Heads, kind: str) -> None:
+    for q_per_head, k_per_head in ((True, True), (True, False), (False, True)):
+        check_steps(rng, heads, kind, [1, 20, 3], norms(rng, heads, q_per_head=q_per_head, k_per_head=k_per_head))
 
 
 @pytest.mark.parametrize(("size", "narrower"), [(2, "fp8"), (4, "int8")])
@@ -316,8 +331,18 @@ def zeros(*shape: int) -> Array:
             {},
             "sequence 0 has 0 past tokens and 3 new ones, cos has 2 positions",
         ),
-        ({"q_norm": zeros(16)}, {}, "q_norm has shape [16], expected [64], one value an element of the queries"),
-        ({"k_norm": zeros(64)}, {}, "k_norm has shape [64], expected [32], one value an element of the keys"),
+        (
+            {"q_norm": zeros(32)},
+            {},
+            "q_norm has shape [32], expected [64], one value an element of the queries, or [16], one value an element "
+            "of a head",
+        ),
+        (
+            {"k_norm": zeros(64)},
+            {},
+            "k_norm has shape [64], expected [32], one value an element of the keys, or [16], one value an element of",
+        ),
+        ({"k_norm": zeros(2, 16)}, {}, "k_norm has shape [2, 16], expected [32], one value an element of the keys"),
         (
             {},
             {"kv_num_heads": 3},

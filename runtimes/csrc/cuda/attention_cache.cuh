@@ -13,8 +13,8 @@ struct AttentionArgs {
   const i32* new_lengths;    // [B], or null: T
   const float* cos;          // [positions, S / 2], as is sin
   const float* sin;
-  const float* q_norm;       // [H S], or null
-  const float* k_norm;       // [G S], or null: both or none
+  const float* q_norm;       // [H S], or [S] where per_head_norms has kQueries; or null
+  const float* k_norm;       // [G S], or [S] where it has kKeys; or null: both or none
   void* out;                 // A [B, T, H S]
   void* queries;             // workspace: M [B, G, T, H / G, S]
   float* partials;           // workspace: [B, G, row_blocks, splits, rows of a block, S]
@@ -23,8 +23,10 @@ struct AttentionArgs {
   i32 tokens, heads, kv_heads, capacity, positions, splits, row_blocks;
   float epsilon, clip, scale;
   float scale_base2;         // scale / ln 2: weights are powers of 2
-  i32 unused;
+  i32 per_head_norms;        // kQueries, kKeys: these have a norm's weight of one head, and each is normed by itself
 };
+
+constexpr i32 kQueries = 1, kKeys = 2;
 
 constexpr int kAttentionThreads = 128;
 constexpr int kAttentionWarps = kAttentionThreads / kWarp;

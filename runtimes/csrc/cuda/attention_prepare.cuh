@@ -21,9 +21,31 @@ template <class E, int S> struct HeadCodes {
 
 EDGELM_DEVICE float clipped(float x, float clip) { return clip > 0.f ? min_(max_(x, -clip), clip) : x; }
 
-// x * factor * weight; weight null: x. Then the clip.
+// What a head is normed with: x * factor * weight, weight null: x. With `by_itself` the factor is the head's own.
+struct HeadNorm {
+  const float* weight;
+  float factor;
+  bool by_itself;
+};
+
+// Of head `index` of the queries, or of the keys; `factor` is that of all of them.
+template <int S> EDGELM_DEVICE HeadNorm head_norm(const AttentionArgs& args, bool is_query, int index, float factor) {
+  const bool by_itself = args.per_head_norms & (is_query ? kQueries : kKeys);
+  const float* weight = is_query ? args.q_norm : args.k_norm;
+  return {weight == nullptr || by_itself ? weight : weight + index * S, factor, by_itself};
+}
+
+// 1 / sqrt(mean(x^2) + epsilon) of one head, by a warp.
+template <class A, int S> EDGELM_DEVICE float head_inverse_rms(const A* x, float epsilon) {
+  float squares = 0.f;
+  for (int i = thread() % kWarp; i < S; i += kWarp) squares = fma_(to_float(x[i]), to_float(x[i]), squares);
+  return rsqrt_(warp_sum(squares) / float(S) + epsilon);
+}
+
+// Normed, then clipped. All lanes take part.
 template <class A, int S>
-EDGELM_DEVICE HeadPart<S> load_head(const A* x, const float* weight, float factor, float clip) {
+EDGELM_DEVICE HeadPart<S> load_head(const A* x, HeadNorm norm, float epsilon, float clip) {
+  if (norm.by_itself) norm.factor = head_inverse_rms<A, S>(x, epsilon);
   HeadPart<S> part;
   EDGELM_UNROLL
   for (int n = 0; n < HeadPart<S>::kPairs; ++n) {
@@ -31,9 +53,9 @@ EDGELM_DEVICE HeadPart<S> load_head(const A* x, const float* weight, float facto
     if (!HeadPart<S>::has(n)) continue;
     const int i = HeadPart<S>::index(n);
     float first = to_float(x[i]), second = to_float(x[i + S / 2]);
-    if (weight != nullptr) {
-      first = first * factor * weight[i];
-      second = second * factor * weight[i + S / 2];
+    if (norm.weight != nullptr) {
+      first = first * norm.factor * norm.weight[i];
+      second = second * norm.factor * norm.weight[i + S / 2];
     }
     part.first[n] = clipped(first, clip);
     part.second[n] = clipped(second, clip);
@@ -173,16 +195,16 @@ template <class A, class E, int S> EDGELM_BODY void attention_prepare(const Atte
   const A* row = static_cast<const A*>(args.qkv) + (i64(b) * args.tokens + t) * (heads + 2 * kv_heads) * S;
   float q_factor = 1.f, k_factor = 1.f;
   if (args.q_norm != nullptr) {
-    q_factor = inverse_rms(row, heads * S, args.epsilon, scratch);
-    k_factor = inverse_rms(row + heads * S, kv_heads * S, args.epsilon, scratch);
+    if (!(args.per_head_norms & kQueries)) q_factor = inverse_rms(row, heads * S, args.epsilon, scratch);
+    if (!(args.per_head_norms & kKeys)) k_factor = inverse_rms(row + heads * S, kv_heads * S, args.epsilon, scratch);
   }
   M* queries = static_cast<M*>(args.queries);
   for (int head = thread() / kWarp; head < heads + 2 * kv_heads; head += block_threads() / kWarp) {
     const bool is_query = head < heads, is_key = !is_query && head < heads + kv_heads;
-    const float* weight = nullptr;
-    if (args.q_norm != nullptr && is_query) weight = args.q_norm + head * S;
-    if (args.q_norm != nullptr && is_key) weight = args.k_norm + (head - heads) * S;
-    HeadPart<S> part = load_head<A, S>(row + head * S, weight, is_query ? q_factor : k_factor, args.clip);
+    HeadNorm norm = {nullptr, 1.f, false};
+    if (is_query) norm = head_norm<S>(args, true, head, q_factor);
+    if (is_key) norm = head_norm<S>(args, false, head - heads, k_factor);
+    HeadPart<S> part = load_head<A, S>(row + head * S, norm, args.epsilon, args.clip);
     if (is_query || is_key) rotate<S>(part, args, position);
     if (is_query) {
       const int g = head / shared_by;
@@ -219,16 +241,18 @@ EDGELM_DEVICE void prepare_rows(const AttentionArgs& args, const BlockOfRows& bl
     const bool here = tile >= first_tile && tile < end_tile;
     float q_factor = 1.f, k_factor = 1.f;
     if (args.q_norm != nullptr) {
-      q_factor = inverse_rms(row, heads * S, args.epsilon, sums);
-      if (here) k_factor = inverse_rms(row + heads * S, kv_heads * S, args.epsilon, sums);
+      if (!(args.per_head_norms & kQueries)) q_factor = inverse_rms(row, heads * S, args.epsilon, sums);
+      if (here && !(args.per_head_norms & kKeys)) {
+        k_factor = inverse_rms(row + heads * S, kv_heads * S, args.epsilon, sums);
+      }
     }
     for (int i = warp; i < block.shared_by + (here ? 2 : 0); i += warps) {
       const bool is_query = i < block.shared_by, is_key = i == block.shared_by;
       const int head = is_query ? block.g * block.shared_by + i : heads + (is_key ? 0 : kv_heads) + block.g;
-      const float* weight = nullptr;
-      if (args.q_norm != nullptr && is_query) weight = args.q_norm + head * S;
-      if (args.q_norm != nullptr && is_key) weight = args.k_norm + block.g * S;
-      HeadPart<S> part = load_head<A, S>(row + head * S, weight, is_query ? q_factor : k_factor, args.clip);
+      HeadNorm norm = {nullptr, 1.f, false};
+      if (is_query) norm = head_norm<S>(args, true, head, q_factor);
+      if (is_key) norm = head_norm<S>(args, false, block.g, k_factor);
+      HeadPart<S> part = load_head<A, S>(row + head * S, norm, args.epsilon, args.clip);
       if (is_query || is_key) rotate<S>(part, args, position);
       if (is_query) {
         store_query<M, E, S>(queries + (t * block.shared_by + i) * kStride, part);

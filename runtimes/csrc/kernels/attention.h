@@ -56,8 +56,10 @@ struct Attention {
   float scale = 0.0f;               // of the scores; 0 for 1 / sqrt(head_dim)
   float clip = 0.0f;                // queries, keys and values are clamped to -clip .. clip after the norm; 0: not
   float epsilon = 0.0f;             // of the norms
-  const float* q_norm = nullptr;    // [heads * head_dim], RMSNorm over all heads at once; or null
-  const float* k_norm = nullptr;    // [kv_heads * head_dim], or null
+  const float* q_norm = nullptr;    // weight of the queries' RMSNorm, or null
+  const float* k_norm = nullptr;    // of the keys'
+  bool q_norm_per_head = false;     // true: q_norm is [head_dim], each head is normed by itself;
+  bool k_norm_per_head = false;     // false: [heads * head_dim], [kv_heads * head_dim], all heads are normed as one
   const float* cos = nullptr;       // [past + rows at least, head_dim / 2], row = position
   const float* sin = nullptr;
   const float* qkv = nullptr;       // [rows, (heads + 2 kv_heads) * head_dim]

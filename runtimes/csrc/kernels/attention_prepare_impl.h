@@ -23,6 +23,29 @@ inline F32 Normed(const Transform& t, const float* x, int64_t i, int64_t count) 
   return a;
 }
 
+// 1 / sqrt(mean(x^2) + epsilon), as RmsNorm takes it.
+inline float NormFactor(const float* x, int64_t columns, float epsilon) {
+  F32 squares = Splat(0.0f);
+  for (int64_t i = 0; i < columns; i += 16) {
+    const F32 a = LoadPart(x + i, columns - i < 16 ? columns - i : 16);
+    squares = Fma(a, a, squares);
+  }
+  return 1.0f / __builtin_sqrtf(Sum(squares) / static_cast<float>(columns) + epsilon);
+}
+
+// Sets the norm of head h of x [heads, head_dim], heads in order: all are normed as one by a weight of their whole width,
+// or each by itself by a weight [head_dim].
+inline void SetNorm(const float* weight, bool per_head, const float* x, int64_t heads, int64_t head_dim, int64_t h,
+                    float epsilon, Transform* how) {
+  if (weight == nullptr) return;
+  if (per_head) {
+    how->factor = NormFactor(x + h * head_dim, head_dim, epsilon);
+  } else if (h == 0) {
+    how->factor = NormFactor(x, heads * head_dim, epsilon);
+  }
+  how->weight = per_head ? weight : weight + h * head_dim;
+}
+
 // One head: y [width] = x [head_dim], zeros behind. `t.weight` is this head's.
 inline void TransformHead(const Transform& t, const float* x, int64_t head_dim, int64_t width, float* y) {
   Store(y + width - 16, Splat(0.0f));
@@ -41,16 +64,6 @@ inline void TransformHead(const Transform& t, const float* x, int64_t head_dim, 
     StorePart(y + i, Sub(Mul(a, c), Mul(b, s)), count);
     StorePart(y + half + i, Add(Mul(b, c), Mul(a, s)), count);
   }
-}
-
-// 1 / sqrt(mean(x^2) + epsilon), as RmsNorm takes it.
-inline float NormFactor(const float* x, int64_t columns, float epsilon) {
-  F32 squares = Splat(0.0f);
-  for (int64_t i = 0; i < columns; i += 16) {
-    const F32 a = LoadPart(x + i, columns - i < 16 ? columns - i : 16);
-    squares = Fma(a, a, squares);
-  }
-  return 1.0f / __builtin_sqrtf(Sum(squares) / static_cast<float>(columns) + epsilon);
 }
 
 inline void StoreQuery(const Attention& call, const AttentionLayout& at, int64_t row, const float* y, float scale) {
@@ -80,17 +93,18 @@ void AttentionPrepare(const Attention& call, int64_t unit, uint8_t* workspace) {
     const float* k = q + call.heads * dim;
     const float* v = k + call.kv_heads * dim;
     const int64_t position = call.past + t;
-    Transform how = {0.0f, nullptr, call.clip, call.cos + position * (dim / 2), call.sin + position * (dim / 2)};
-    if (call.q_norm != nullptr) how.factor = NormFactor(q, call.heads * dim, call.epsilon);
+    const Transform rotated = {0.0f, nullptr, call.clip, call.cos + position * (dim / 2),
+                               call.sin + position * (dim / 2)};
+    Transform how = rotated;
     for (int64_t h = 0; h < call.heads; ++h) {
-      how.weight = call.q_norm != nullptr ? call.q_norm + h * dim : nullptr;
+      SetNorm(call.q_norm, call.q_norm_per_head, q, call.heads, dim, h, call.epsilon, &how);
       TransformHead(how, q + h * dim, dim, at.width, y);
       StoreQuery(call, at, (h / group * call.rows + t) * group + h % group, y, scale);
     }
-    if (call.k_norm != nullptr) how.factor = NormFactor(k, call.kv_heads * dim, call.epsilon);
+    how = rotated;
     const Transform plain = {0.0f, nullptr, call.clip, nullptr, nullptr};
     for (int64_t h = 0; h < call.kv_heads; ++h) {
-      how.weight = call.k_norm != nullptr ? call.k_norm + h * dim : nullptr;
+      SetNorm(call.k_norm, call.k_norm_per_head, k, call.kv_heads, dim, h, call.epsilon, &how);
       TransformHead(how, k + h * dim, dim, at.width, y);
       StoreToken<true>(Cache(call, call.key, h), call.cache, position, y, at.width, temporary);
       TransformHead(plain, v + h * dim, dim, at.width, y);

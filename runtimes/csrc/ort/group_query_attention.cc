@@ -163,8 +163,8 @@ Attention GroupQueryAttention::Check(const Run& run, const Tensor& qkv, const Sh
          AttentionRowBytes(CacheKind::kInt8, dim), " (int8) or ", AttentionRowBytes(CacheKind::kFp8, dim),
          " (fp8) for heads of ", dim);
   }
-  call.q_norm = q_norm_.Get(run, heads_ * dim, "one value an element of the queries");
-  call.k_norm = k_norm_.Get(run, kv_heads_ * dim, "one value an element of the keys");
+  call.q_norm = q_norm_.Get(run, heads_ * dim, "one value an element of the queries", dim, &call.q_norm_per_head);
+  call.k_norm = k_norm_.Get(run, kv_heads_ * dim, "one value an element of the keys", dim, &call.k_norm_per_head);
   return call;
 }
 

@@ -110,11 +110,28 @@ VectorInput::VectorInput(const Node& node, size_t index, const char* what) : ind
   constant_ = node.Constant(index, &tensor_);
 }
 
+bool VectorInput::Read(const Run& run, Tensor* tensor) const {
+  *tensor = tensor_;
+  return constant_ || run.Input(index_, tensor);
+}
+
 const float* VectorInput::Get(const Run& run, int64_t length, const char* of) const {
-  Tensor tensor = tensor_;
-  if (!constant_ && !run.Input(index_, &tensor)) return nullptr;
+  Tensor tensor;
+  if (!Read(run, &tensor)) return nullptr;
   if (!(tensor.shape == Shape{length})) {
     Fail(what_, " has shape ", tensor.shape, ", expected ", Shape{length}, ", ", of);
+  }
+  CheckAligned(tensor.data, what_);
+  return tensor.As<float>();
+}
+
+const float* VectorInput::Get(const Run& run, int64_t length, const char* of, int64_t part, bool* is_part) const {
+  Tensor tensor;
+  if (!Read(run, &tensor)) return nullptr;
+  *is_part = tensor.shape == Shape{part};
+  if (!*is_part && !(tensor.shape == Shape{length})) {
+    Fail(what_, " has shape ", tensor.shape, ", expected ", Shape{length}, ", ", of, ", or ", Shape{part},
+         ", one value an element of a head");
   }
   CheckAligned(tensor.data, what_);
   return tensor.As<float>();

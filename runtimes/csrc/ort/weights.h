@@ -50,8 +50,12 @@ class VectorInput {
   VectorInput(const Node& node, size_t index, const char* what);
   // nullptr where it is not given. `length` is what it must have, `of` says why.
   const float* Get(const Run& run, int64_t length, const char* of) const;
+  // The same where it may also have `part` values, one for each element of a head: *is_part says whether it does.
+  const float* Get(const Run& run, int64_t length, const char* of, int64_t part, bool* is_part) const;
 
  private:
+  bool Read(const Run& run, Tensor* tensor) const;
+
   size_t index_;
   const char* what_;
   bool constant_;

@@ -17,10 +17,13 @@ namespace {
 using namespace edgelm;
 using namespace edgelm_test;
 
+// QK-norm: left out, over all heads as one, or over each by itself.
+enum class Norm { kNone, kAll, kEach };
+
 struct Shape {
   CacheKind cache;
   int64_t heads, kv_heads, dim, capacity;
-  bool norm = false;
+  Norm norm = Norm::kNone;
   float clip = 0.0f;
 
   int64_t columns() const { return (heads + 2 * kv_heads) * dim; }
@@ -89,8 +92,9 @@ std::vector<float> Run(const Kernels& table, const Sequence& sequence, CacheBuff
   call.rows = rows;
   call.clip = s.clip;
   call.epsilon = 1e-5f;
-  call.q_norm = s.norm ? sequence.q_norm.data() : nullptr;
-  call.k_norm = s.norm ? sequence.k_norm.data() : nullptr;
+  call.q_norm = s.norm != Norm::kNone ? sequence.q_norm.data() : nullptr;
+  call.k_norm = s.norm != Norm::kNone ? sequence.k_norm.data() : nullptr;
+  call.q_norm_per_head = call.k_norm_per_head = s.norm == Norm::kEach;
   call.cos = sequence.cos.data();
   call.sin = sequence.sin.data();
   call.qkv = sequence.qkv.data() + past * s.columns();
@@ -163,20 +167,25 @@ Stored Store(CacheKind kind, const std::vector<double>& x, bool query) {
   return out;
 }
 
-// One head of one token after norm, clip and rotation. `weight` null: no norm; `rotate` false for values.
+// One head of one token after norm, clip and rotation. `norm` false for values and without norm, `rotate` for values.
 std::vector<double> Head(const Sequence& sequence, int64_t token, int64_t first, int64_t columns, int64_t head,
-                         const float* weight, bool rotate) {
+                         const std::vector<float>& weights, bool norm, bool rotate) {
   const Shape& s = sequence.shape;
   const float* x = sequence.qkv.data() + token * s.columns() + first;
+  const float* weight = weights.data();
   double factor = 1;
-  if (weight != nullptr) {
+  if (norm) {
+    const bool each = s.norm == Norm::kEach;
+    const float* normed = each ? x + head * s.dim : x;
+    if (each) columns = s.dim;
+    if (!each) weight += head * s.dim;
     double squares = 0;
-    for (int64_t i = 0; i < columns; ++i) squares += static_cast<double>(x[i]) * x[i];
+    for (int64_t i = 0; i < columns; ++i) squares += static_cast<double>(normed[i]) * normed[i];
     factor = 1 / std::sqrt(squares / static_cast<double>(columns) + 1e-5f);
   }
   std::vector<double> y(static_cast<size_t>(s.dim)), z;
   for (int64_t d = 0; d < s.dim; ++d) {
-    double value = x[head * s.dim + d] * factor * (weight != nullptr ? weight[head * s.dim + d] : 1.0f);
+    double value = x[head * s.dim + d] * factor * (norm ? weight[d] : 1.0f);
     if (s.clip > 0) value = std::min<double>(s.clip, std::max<double>(-s.clip, value));
     y[static_cast<size_t>(d)] = value;
   }
@@ -199,9 +208,9 @@ class Reference {
     for (int64_t t = 0; t < sequence.tokens; ++t) {
       for (int64_t h = 0; h < s.kv_heads; ++h) {
         const int64_t columns = s.kv_heads * s.dim, k = s.heads * s.dim, v = k + columns;
-        const float* norm = s.norm ? sequence.k_norm.data() : nullptr;
-        keys_.push_back(Store(s.cache, Head(sequence, t, k, columns, h, norm, true), false));
-        values_.push_back(Store(s.cache, Head(sequence, t, v, 0, h, nullptr, false), false));
+        const bool norm = s.norm != Norm::kNone;
+        keys_.push_back(Store(s.cache, Head(sequence, t, k, columns, h, sequence.k_norm, norm, true), false));
+        values_.push_back(Store(s.cache, Head(sequence, t, v, 0, h, sequence.k_norm, false, false), false));
       }
     }
   }
@@ -220,8 +229,9 @@ class Reference {
   void Row(const std::vector<float>& out, int64_t token, int64_t head, int64_t at, Worst* worst) const {
     const Shape& s = sequence_.shape;
     const int64_t kv = head / (s.heads / s.kv_heads);
-    const float* norm = s.norm ? sequence_.q_norm.data() : nullptr;
-    const Stored q = Store(s.cache, Head(sequence_, token, 0, s.heads * s.dim, head, norm, true), true);
+    const bool norm = s.norm != Norm::kNone;
+    const Stored q =
+        Store(s.cache, Head(sequence_, token, 0, s.heads * s.dim, head, sequence_.q_norm, norm, true), true);
     const size_t count = static_cast<size_t>(token) + 1, dim = static_cast<size_t>(s.dim);
     const double scale = 1 / std::sqrt(static_cast<double>(s.dim));
     std::vector<double> p(count), error(count), fine(count), coarse(count);
@@ -283,7 +293,7 @@ std::string Describe(const Shape& s, int64_t past, int64_t rows) {
   char text[160];
   std::snprintf(text, sizeof(text), "%s cache, %d/%d heads of %d, capacity %d, norm %d, clip %g, %d new after %d",
                 Name(s.cache), static_cast<int>(s.heads), static_cast<int>(s.kv_heads), static_cast<int>(s.dim),
-                static_cast<int>(s.capacity), s.norm, static_cast<double>(s.clip), static_cast<int>(rows),
+                static_cast<int>(s.capacity), static_cast<int>(s.norm), static_cast<double>(s.clip), static_cast<int>(rows),
                 static_cast<int>(past));
   return text;
 }
@@ -326,17 +336,30 @@ void TestShapes(bool reduced) {
         if (reduced && rows == 3) continue;
         for (const int64_t past : {0, 37, 130}) {
           const int64_t spare = dim % 5;
-          TestCase({kind, 4, 1, dim, past + rows + spare, true, 0.0f}, past, rows);
-          TestCase({kind, 2, 2, dim, past + rows + spare, false, 1.5f}, past, rows);
+          TestCase({kind, 4, 1, dim, past + rows + spare, Norm::kAll, 0.0f}, past, rows);
+          TestCase({kind, 2, 2, dim, past + rows + spare, Norm::kNone, 1.5f}, past, rows);
+          if (past < 100) TestCase({kind, 4, 2, dim, past + rows + spare, Norm::kEach, 0.0f}, past, rows);
         }
       }
     }
-    TestCase({kind, 12, 1, 8, 40, true, 2.0f}, 20, 12);
-    TestCase({kind, 80, 1, 8, 40, false, 0.0f}, 5, 12);
+    TestCase({kind, 12, 1, 8, 40, Norm::kAll, 2.0f}, 20, 12);
+    TestCase({kind, 12, 3, 8, 40, Norm::kEach, 1.0f}, 20, 12);
+    TestCase({kind, 80, 1, 8, 40, Norm::kNone, 0.0f}, 5, 12);
     // Scores far apart: most probabilities vanish beside the largest.
-    TestCase({kind, 2, 1, 64, 300, false, 0.0f}, 270, 1, 6.0f);
-    TestCase({kind, 2, 1, 64, 300, false, 0.0f}, 200, 40, 6.0f);
+    TestCase({kind, 2, 1, 64, 300, Norm::kNone, 0.0f}, 270, 1, 6.0f);
+    TestCase({kind, 2, 1, 64, 300, Norm::kNone, 0.0f}, 200, 40, 6.0f);
   }
+}
+
+// Of one head both kinds of QK-norm are the same, to the last bit.
+void TestTheNormOfOneHead(const Kernels& table) {
+  const Shape all = {CacheKind::kFloat32, 1, 1, 24, 30, Norm::kAll};
+  Shape each = all;
+  each.norm = Norm::kEach;
+  CacheBuffer first(all), second(each);
+  const std::vector<float> wanted = Run(table, Sequence(all, 30, 11), first, 0, 30);
+  ExpectSame(Run(table, Sequence(each, 30, 11), second, 0, 30), wanted, std::string("one head, ") + table.name);
+  EXPECT(first == second, "%s: cache of one head", table.name);
 }
 
 // int8: many small weights count for what they are together, beside a large one in each block that makes each of them
@@ -502,6 +525,7 @@ int main(int argc, char** argv) {
   std::vector<const Kernels*> tables = FastTables();
   if (!reduced || tables.empty()) tables.push_back(&kScalarKernels);
   for (const Kernels* table : tables) {
+    TestTheNormOfOneHead(*table);
     TestRowsAreAlone(*table);
     TestFp8IsFloat32OfTheRounded(*table);
     TestOverwriting(*table);

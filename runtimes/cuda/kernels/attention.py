@@ -34,7 +34,7 @@ _THREADS = 128
 _TILE_KEYS = 64
 _MAX_SPLITS = {16: 32, 64: 16, 128: 16}  # by rows of a block
 _CACHE_TYPES = {"f16": "f16", "bf16": "bf16", "f32": "float", "int8": "i8", "fp8": "e4m3"}
-_ARGS = struct.Struct("<14Q7i4f4x")  # AttentionArgs in attention_cache.cuh
+_ARGS = struct.Struct("<14Q7i4fi")  # AttentionArgs in attention_cache.cuh
 _BODIES = {
     "prepare": "attention_prepare<{a}, {e}, {s}>",
     "decode": "attention_tiles<{a}, {e}, {s}, 16, true>",
@@ -133,11 +133,13 @@ class AttentionBuffers:
         sin: likewise.
         out: A [B, T, H S].
         workspace: `workspace_bytes` of scratch memory.
-        q_norm: float32 [H S], or 0.
-        k_norm: float32 [G S]; both or none.
+        q_norm: float32 [H S], or [S] where `q_norm_per_head`; or 0.
+        k_norm: float32 [G S], or [S] where `k_norm_per_head`; both or none.
         new_lengths: int32 [B], or 0: all T are new.
         counters: `AttentionShape.counter_bytes` of zeros, which the kernels leave as zeros, or 0. Only calls on one
             stream may share them. They spare a launch for few rows.
+        q_norm_per_head: q_norm has the size of one head, and each head of the queries is normed by itself.
+        k_norm_per_head: likewise of the keys.
     """
 
     qkv: int
@@ -152,6 +154,8 @@ class AttentionBuffers:
     k_norm: int = 0
     new_lengths: int = 0
     counters: int = 0
+    q_norm_per_head: bool = False
+    k_norm_per_head: bool = False
 
 
 def row_bytes(kind: str, size: int) -> int:
@@ -244,7 +248,7 @@ def attention_launches(
         buffers.cos, buffers.sin, buffers.q_norm, buffers.k_norm, buffers.out,
         queries, partials, totals, buffers.counters if one_launch else counters,
         shape.tokens, shape.heads, shape.kv_heads, shape.capacity, shape.positions, plan.splits, plan.row_blocks,
-        epsilon, clip, scale, scale / math.log(2),
+        epsilon, clip, scale, scale / math.log(2), buffers.q_norm_per_head + 2 * buffers.k_norm_per_head,
     )  # fmt: skip
 
     def launch(step: str, grid: tuple[int, int, int], shared: int) -> Launch:

@@ -1,0 +1,96 @@
+"""Does a node of a program launch what its weights' sizes and its attributes say? One node at a time, emulated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from kernel_device import kernel_device
+from numpy.typing import NDArray
+
+from edgelm.errors import BundleError
+from edgelm.runtimes.cuda.operators import Operators, Scratch, Step
+from edgelm.runtimes.cuda.program import Node, Program, Value, Weight
+
+Array = NDArray[Any]
+H, G, S, C = 4, 2, 32, 64
+ATTENTION = Node(
+    "GroupQueryAttention", "layers.0.attn",
+    ("qkv", "past_key_values.0.key", "past_key_values.0.value", "past_lengths", "cos", "sin", "q_norm", "k_norm"),
+    ("logits", "present.0.key", "present.0.value"),
+    {"num_heads": H, "kv_num_heads": G, "head_size": S, "activation": "f32", "kv": "float32", "epsilon": 1e-5,
+     "clip": 0.0},
+)  # fmt: skip
+
+
+def program_of(node: Node, values: Mapping[str, Value], weights: Mapping[str, Array]) -> Program:
+    """A program of this node, and of one that makes each of its values out of nothing."""
+    end, described = 0, {}
+    for name, data in weights.items():
+        kind = "uint8" if data.dtype == np.uint8 else "f32"
+        described[name] = Weight(kind, data.shape, end, data.nbytes)
+        end += -(-data.nbytes // 256) * 256
+    makers = [Node("Made", name, (), (name,), {}) for name in values if name not in node.outputs]
+    program = Program((*makers, node), values, described)
+    return replace(Program.from_json(program.to_json(), "program.json"), nodes=(node,))
+
+
+def run(program: Program, step: Step, given: Mapping[str, Array], width: int, capacity: int = C) -> Array:
+    """The node's first result, float32 [rows, width]; `given` are its inputs, a cache among them is written."""
+    (node,) = program.nodes
+    operators = Operators(program, str(node.attrs.get("kv", "float32")), capacity, kernel_device().info)
+    device = kernel_device(operators.kernels())
+    at = {"": 0} | {name: device.allocate(max(data.nbytes, 1)) for name, data in given.items()}
+    for name, data in given.items():
+        device.upload(at[name], data)
+    y = np.empty((step.rows, width), np.float32)
+    at |= dict.fromkeys(node.outputs, 0) | {node.outputs[0]: device.allocate(y.nbytes)}
+    workspace, counters = operators.scratch_bytes(step.batch, step.rows)
+    scratch = Scratch(device.allocate(workspace), device.allocate(max(counters, 1)))
+    device.fill(scratch.counters, 0, counters)
+    for launch in operators.launches(node, step, at, scratch):
+        device.launch(launch)
+    device.synchronize()
+    device.download(at[node.outputs[0]], y)
+    return y
+
+
+def attention(qkv: Array, norms: Mapping[str, Array]) -> Array:
+    """What a node of attention makes of a sequence's first tokens."""
+    angles = np.arange(C)[:, None] / 10000 ** (np.arange(S // 2) / (S // 2))
+    tables = {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
+    node = replace(ATTENTION, inputs=(*ATTENTION.inputs[:6], *norms))
+    values = {"qkv": Value("f32", qkv.shape[-1]), "logits": Value("f32", H * S)}
+    program = program_of(node, values, tables | norms)
+    caches = {name: np.zeros(G * C * S, np.float32) for name in node.inputs[1:3]}
+    given = {"qkv": qkv, **caches, "past_lengths": np.zeros(1, np.int32), **tables, **norms}
+    return run(program, Step(1, len(qkv)), given, H * S)
+
+
+def normed(x: Array, weight: Array) -> Array:
+    """RMSNorm over as many numbers as the weight has."""
+    parts = x.astype(np.float64).reshape(len(x), -1, len(weight))
+    return (parts / np.sqrt((parts * parts).mean(-1, keepdims=True) + 1e-5) * weight).reshape(x.shape)
+
+
+@pytest.mark.parametrize(("q_heads", "k_heads"), [(H, G), (1, 1), (H, 1), (1, G)])
+def test_the_size_of_a_norms_weight_says_what_it_spans(q_heads: int, k_heads: int) -> None:
+    rng = np.random.default_rng(q_heads + 10 * k_heads)
+    qkv = rng.standard_normal((5, (H + 2 * G) * S)).astype(np.float32)
+    norms = {
+        name: rng.uniform(0.5, 2, heads * S).astype(np.float32)
+        for name, heads in (("q_norm", q_heads), ("k_norm", k_heads))
+    }
+    q, k, v = np.split(qkv, [H * S, (H + G) * S], axis=-1)
+    before = np.concatenate([normed(q, norms["q_norm"]), normed(k, norms["k_norm"]), v], axis=-1)
+    expected = attention(before.astype(np.float32), {})
+    np.testing.assert_allclose(attention(qkv, norms), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_norms_weight_of_another_size_is_refused() -> None:
+    wrong = {"q_norm": np.ones(H * S, np.float32), "k_norm": np.ones(S + 2, np.float32)}
+    with pytest.raises(BundleError, match=r'layers.0.attn wants 64 or 32 values in "k_norm", which has 34'):
+        attention(np.ones((1, (H + 2 * G) * S), np.float32), wrong)
