@@ -1,52 +1,52 @@
-"""The evaluation as one HTML file that needs nothing else."""
+"""The evaluation as one HTML page, see `templates/evaluation.html.j2` of `edgelm.pages`."""
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 
-from edgelm.evaluation.result import Divergence, EvaluationReport, ExpertErrors, TargetResult, frontier
-from edgelm.files import atomic_file
+from edgelm.evaluation.result import Divergence, Estimate, EvaluationReport, ExpertErrors, TargetResult, frontier
 from edgelm.pages.charts import STYLES, Series, line_chart
-from edgelm.pages.heat import Scale, heat_map, scale_legend
-from edgelm.pages.numbers import estimate, number, percent
-from edgelm.pages.page import REPORT, Cell, Column, Html, device_facts, document, facts_table, files_table, table
+from edgelm.pages.frame import Figure
+from edgelm.pages.heat import Scale, heat_map
+from edgelm.pages.numbers import number, percent
+from edgelm.pages.page import render as render_page
+from edgelm.pages.page import write_page
 from edgelm.pages.plots import Point, scatter_chart
 from edgelm.sizes import format_size
 
 
 def write_report(report: EvaluationReport, path: Path) -> None:
-    """Write the report to `path`, whole or not at all; an earlier report there is replaced.
-
-    Raises:
-        EdgeLMError: something else is there, or there is no such folder.
-    """
-    with atomic_file(path, REPORT, overwrite=True) as partial:
-        partial.write_text(render(report), encoding="utf-8")
+    """Write the report to `path`; raises as `write_page`."""
+    write_page(render(report), path)
 
 
 def render(report: EvaluationReport) -> str:
     """The report as an HTML document."""
-    sections = [_head(report), _table(report), _frontier(report), _caches(report), _layers(report), _experts(report)]
-    return document(f"Evaluation of {report.model}", [*filter(None, sections), _facts(report)])
-
-
-def _head(report: EvaluationReport) -> str:
     text = report.text
-    notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in report.notes)
-    created = report.created.replace("T", " ").replace("+00:00", " UTC")
-    against = ""
-    if report.reference is not None:
-        against = (
-            " KL is KL(float model || candidate) in nats per token, over the whole vocabulary: 0 where both give the "
-            "same probabilities. ± is the standard error over windows."
-        )
-    return (
-        f"<h1>Evaluation of {escape(report.model)}</h1>"
-        f'<p class="answer">{escape(sentence(report))}</p>'
-        f"<p>{escape(str(report.device.get('cpu', '')))} · {escape(created)}</p>"
-        f'<p class="soft">Measured on {text.tokens:,} tokens of <code>{escape(text.name)}</code>, in {text.windows:,} '
-        f"independent windows of {text.length:,}.{against}</p>{notes}"
+    layer_charts, exact_layers = _layers(report)
+    measured = [(target, target.experts) for target in report.targets if target.experts is not None]
+    scale = Scale.of(value for _, errors in measured for row in errors.error for value in row)
+    tokens = None if report.reference is None else report.reference.expert_tokens
+    return render_page(
+        "evaluation.html.j2",
+        report=report,
+        sentence=sentence(report),
+        notes=list(dict.fromkeys(f"{target.target}: {note}" for target in report.targets for note in target.notes)),
+        size_and_loss=_size_and_loss(report),
+        caches=_caches(report),
+        layer_charts=layer_charts,
+        exact_layers=exact_layers,
+        scale=scale,
+        expert_maps=[
+            (target, _expert_map(target.name, errors, tokens, scale)) for target, errors in measured if tokens
+        ],
+        run={
+            "text": text.name,
+            "SHA-256 of the text": text.sha256,
+            "tokens": f"{text.tokens:,} in {text.windows:,} windows of {text.length:,}",
+            "seconds": report.seconds,
+            **report.versions,
+        },
     )
 
 
@@ -82,43 +82,7 @@ def _quoted(name: str) -> str:
     return f'"{name}"'
 
 
-def _table(report: EvaluationReport) -> str:
-    names = (
-        *("Size ↓", "Bits per weight ↓", "KL mean ↓", "KL median ↓", "KL p99 ↓", "Top token same ↑", "Perplexity ↓"),
-        *("Prefill, tokens/s ↑", "Decode, tokens/s ↑", "Peak memory ↓"),
-    )
-    columns = (Column("Candidate", "long"), *(Column(name, "num") for name in names))
-    rows: list[tuple[Cell, ...]] = []
-    if report.reference is not None:
-        reference = report.reference
-        sizes = (format_size(reference.stored_bytes), number(reference.bits_per_weight, 3))
-        cells = (*sizes, *("",) * 4, number(reference.perplexity), *("",) * 3)
-        rows.append((_name("float model", "as stored, computed in float32"), *cells))
-    rows += [(_name(target.name, f"{target.kind}, {target.arithmetic}"), *_cells(target)) for target in report.targets]
-    notes = dict.fromkeys(f"{target.target}: {note}" for target in report.targets for note in target.notes)
-    said = "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
-    legend = '<p class="soft">↓ lower is better, ↑ higher is better.</p>'
-    return f"<h2>Candidates</h2>{legend}{table('Candidates', columns, rows)}{said}"
-
-
-def _cells(target: TargetResult) -> list[str]:
-    kl, speed = target.kl, target.speed
-    divergence = ["", "", "", ""]
-    if kl is not None:
-        divergence = [estimate(kl.mean, kl.standard_error), number(kl.median, 2), number(kl.p99, 2), percent(kl.top1)]
-    fast = ["", "", ""]
-    if speed is not None:
-        rates = (speed.prefill_tokens_per_second, speed.decode_tokens_per_second)
-        fast = [*(number(rate, 3) for rate in rates), format_size(speed.peak_memory)]
-    size = [format_size(target.stored_bytes), number(target.bits_per_weight, 3)]
-    return [*size, *divergence, number(target.perplexity), *fast]
-
-
-def _name(name: str, how: str) -> Html:
-    return Html(f'{escape(name)}<br><span class="soft">{escape(how)}</span>')
-
-
-def _frontier(report: EvaluationReport) -> str:
+def _size_and_loss(report: EvaluationReport) -> Figure | None:
     """KL against size: bits per weight, which a float model always comes with."""
     points = [
         Point(
@@ -131,9 +95,7 @@ def _frontier(report: EvaluationReport) -> str:
         for target in report.targets
         if target.kl is not None and target.bits_per_weight is not None
     ]
-    if not points:
-        return ""
-    chart = scatter_chart(
+    return scatter_chart(
         "KL divergence from the float model by size",
         points,
         frontier([(point.x, point.y) for point in points]),
@@ -143,29 +105,14 @@ def _frontier(report: EvaluationReport) -> str:
         other="another one is both",
         floor=1e-9,
     )
-    return f"<h2>Size and loss</h2>{chart}"
 
 
-def _caches(report: EvaluationReport) -> str:
+def _caches(report: EvaluationReport) -> list[tuple[str, Estimate, float]]:
+    """The candidates whose cache lost something: what it lost, and the KL of the float32 cache."""
     bases = {target.target: target.kl.mean for target in report.targets if target.kl and target.kv == "float32"}
-    rows = []
-    for target in report.targets:
-        if target.kv_loss is not None:
-            base, lost = bases[target.target], target.kv_loss
-            rows.append(
-                (
-                    target.name,
-                    estimate(lost.mean, lost.standard_error, 2),
-                    percent(lost.mean / base) if base > 0 else "-",
-                )
-            )
-    if not rows:
-        return ""
-    columns = (
-        *(Column("Candidate", "long"), Column("KL above that with a float32 cache, nats per token ↓", "num")),
-        Column("Share of that KL ↓", "num"),
-    )
-    return f"<h2>What the cache costs</h2>{table('Caches', columns, rows)}"
+    return [
+        (target.name, target.kv_loss, bases[target.target]) for target in report.targets if target.kv_loss is not None
+    ]
 
 
 def _short(target: TargetResult) -> str:
@@ -173,7 +120,8 @@ def _short(target: TargetResult) -> str:
     return target.name.removesuffix(f", {target.kv} cache")
 
 
-def _layers(report: EvaluationReport) -> str:
+def _layers(report: EvaluationReport) -> tuple[list[Figure | None], list[str]]:
+    """Charts of the layers, and the candidates without an error in any."""
     # The layers are computed once for all caches of a bundle. What has no error has no place on a logarithmic axis.
     shown = {target.target: target for target in reversed(report.targets) if target.layers}
     targets = [target for target in reversed(shown.values()) if any(layer.error > 0 for layer in target.layers or ())]
@@ -207,70 +155,19 @@ def _layers(report: EvaluationReport) -> str:
             )
         )
     exact = [_short(target) for target in reversed(shown.values()) if target not in targets]
-    said = f'<p class="soft">No error in any layer: {escape(", ".join(exact))}.</p>' if exact else ""
-    return f"<h2>Layers</h2>{said}{''.join(charts)}" if shown else ""
+    return charts, exact
 
 
-def _experts(report: EvaluationReport) -> str:
-    measured = [(target, target.experts) for target in report.targets if target.experts is not None]
-    if not measured or report.reference is None or report.reference.expert_tokens is None:
-        return ""
-    tokens = report.reference.expert_tokens
-    scale = Scale.of(value for _, errors in measured for row in errors.error for value in row)
-    parts = [
-        '<h2>Experts</h2><p class="soft">Relative squared error of each expert\'s output, on the tokens that the float '
-        "model gives it: what quantising its own weights costs. Lower is better. All maps below have this one scale, "
-        "which is logarithmic:</p>",
-        scale_legend(scale, zero="0, exact", missing="got no token"),
-    ]
-    for target, errors in measured:
-        if not errors.worst:
-            parts.append(f"<p>{escape(target.name)}: every expert is as in the float model.</p>")
-            continue
-        tips = [
-            [
-                f"layer {layer}, expert {expert}: {number(value)}, {tokens[layer][expert]:,} tokens"
-                for expert, value in enumerate(row)
-            ]
-            for layer, row in enumerate(errors.error)
+def _expert_map(name: str, errors: ExpertErrors, tokens: tuple[tuple[int, ...], ...], scale: Scale) -> Figure | None:
+    """The error of each expert; None where there is none."""
+    if not errors.worst:
+        return None
+    tips = [
+        [
+            f"layer {layer}, expert {expert}: {number(value)}, {tokens[layer][expert]:,} tokens"
+            for expert, value in enumerate(row)
         ]
-        title = f"{target.name}: error of each expert, at most {number(errors.worst[0].error, 3)}"
-        parts.append(heat_map(title, errors.error, tips, scale, row_name="layers", column_name="experts"))
-        parts.append(_worst(target.name, errors))
-    return "".join(parts)
-
-
-def _worst(name: str, errors: ExpertErrors) -> str:
-    columns = (Column("Expert"), Column("Relative squared error", "num"), Column("Tokens", "num"))
-    rows = [
-        (f"layer {worst.layer}, expert {worst.expert}", number(worst.error, 3), f"{worst.tokens:,}")
-        for worst in errors.worst
+        for layer, row in enumerate(errors.error)
     ]
-    return f"<details><summary>The worst experts of {escape(name)}</summary>{table('Experts', columns, rows)}</details>"
-
-
-def _facts(report: EvaluationReport) -> str:
-    text, reference = report.text, report.reference
-    run: dict[str, object] = {
-        "text": text.name,
-        "SHA-256 of the text": text.sha256,
-        "tokens": f"{text.tokens:,} in {text.windows:,} windows of {text.length:,}",
-        "seconds": report.seconds,
-        **report.versions,
-    }
-    parts = [
-        f"<h2>Text and versions</h2>{facts_table('Text and versions', run)}"
-        f"<h2>Device</h2>{facts_table('Device', device_facts(report.device))}",
-        "<h2>Files</h2>",
-    ]
-    if reference is not None:
-        parts.append(f"<h3>float model, {escape(reference.checkpoint)}</h3>{files_table('Files', reference.files)}")
-    seen: set[str] = set()
-    for target in report.targets:
-        if target.target not in seen:
-            parts.append(
-                f"<h3>{escape(target.target)}, recipe {escape(str(target.recipe))}</h3>"
-                f"{files_table('Files', target.files)}"
-            )
-        seen.add(target.target)
-    return "".join(parts)
+    title = f"{name}: error of each expert, at most {number(errors.worst[0].error, 3)}"
+    return heat_map(title, errors.error, tips, scale, row_name="layers", column_name="experts")

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 
 from edgelm.pages.frame import (
     FONT,
     GAP,
+    LAYOUTS,
     Axis,
     Drawing,
+    Figure,
     Frame,
-    figure,
-    key,
+    Shape,
     nice_ticks,
+    px,
+    shape,
     text_width,
     ticks_below,
     value_axis,
@@ -51,7 +53,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Span:
-    """A labelled stretch of the x axis."""
+    """A labelled section of the x axis."""
 
     label: str
     start: float
@@ -79,8 +81,8 @@ def line_chart(
     x_names: Mapping[float, str] | None = None,
     scale: Sequence[float] = (),
     floor: float = 1e-12,
-) -> str:
-    """A figure of curves; "" where there is no finite value. Points that are not finite leave a gap.
+) -> Figure | None:
+    """A figure of curves; None where there is no finite value. Points that are not finite leave a gap.
 
     Args:
         title: the caption.
@@ -89,7 +91,7 @@ def line_chart(
         y_label: what the vertical axis is.
         log: logarithmic vertical axis.
         share: the values are shares: an axis from 0 to 100 %.
-        spans: labelled stretches in place of numbers at the horizontal axis.
+        spans: labelled sections in place of numbers at the horizontal axis.
         flag: where something is wrong.
         x_names: names in place of numbers.
         scale: more values that the vertical axis reaches, so that several charts have one scale.
@@ -98,20 +100,22 @@ def line_chart(
     values = [y for item in series for y in item.y if math.isfinite(y)]
     positions = [x for item in series for x in item.x]
     if not values or not positions:
-        return ""
+        return None
 
     def draw(frame: Frame) -> Drawing:
         y_axis = value_axis(frame, [*values, *scale], log=log, floor=floor, given=(0.0, 1.0) if share else None)
         x_axis = Axis(min(positions), max(positions), *frame.x_range)
-        bands, below = _spans(frame, spans, x_axis) if spans else (_x_ticks(frame, x_axis, x_names or {}), "")
-        grid = value_grid(frame, y_axis, share=share, below=log and min(values) < y_axis.low)
-        curves = [_curve(item, x_axis, y_axis, x_names or {}) for item in series]
-        return Drawing(bands + grid + "".join(curves) + _flag(frame, flag, x_axis), frame.height, below=below)
+        shapes, key = _spans(frame, spans, x_axis) if spans else (_x_ticks(frame, x_axis, x_names or {}), [])
+        shapes += value_grid(frame, y_axis, share=share, below=log and min(values) < y_axis.low)
+        for item in series:
+            shapes += _curve(item, x_axis, y_axis, x_names or {})
+        return Drawing(frame, frame.height, [*shapes, *_flag(frame, flag, x_axis)], key=key)
 
-    return figure(title, draw, x_label=x_label, y_label=y_label, legend=_legend(series))
+    legend = [(_sample(item), item.label) for item in series]
+    return Figure(title, [draw(frame) for frame in LAYOUTS], x_label, y_label, legend)
 
 
-def _x_ticks(frame: Frame, axis: Axis, names: Mapping[float, str]) -> str:
+def _x_ticks(frame: Frame, axis: Axis, names: Mapping[float, str]) -> list[Shape]:
     low, high = math.ceil(axis.low), math.floor(axis.high)
     # As many numbers as there is room for.
     room = (axis.last - axis.first) / (text_width(f"{high:,}") + 2 * GAP)
@@ -120,59 +124,54 @@ def _x_ticks(frame: Frame, axis: Axis, names: Mapping[float, str]) -> str:
     return ticks_below(frame, [(axis.at(x), names.get(x, f"{x:,.0f}")) for x in places if axis.low <= x <= axis.high])
 
 
-def _spans(frame: Frame, spans: Sequence[Span], axis: Axis) -> tuple[str, str]:
+def _spans(frame: Frame, spans: Sequence[Span], axis: Axis) -> tuple[list[Shape], list[tuple[str, str]]]:
     """Bands with their names, or with numbers and a key to them where the names are longer than the bands."""
     bottom, top = frame.y_range
     ends = [(axis.at(span.start), axis.at(span.stop)) for span in spans]
-    fits = all(text_width(span.label) + GAP <= b - a for span, (a, b) in zip(spans, ends, strict=True))
-    labels = [span.label if fits else str(number) for number, span in enumerate(spans, 1)]
-    bands = "".join(
-        f'<rect class="span" x="{a:.1f}" y="{top}" width="{b - a:.1f}" height="{bottom - top}"/>'
-        for a, b in ends[::2]
-        if b > a
-    )
+    roomy = all(text_width(span.label) + GAP <= b - a for span, (a, b) in zip(spans, ends, strict=True))
+    labels = [span.label if roomy else str(number) for number, span in enumerate(spans, 1)]
+    bands = [shape("rect", "span", x=a, y=top, width=b - a, height=bottom - top) for a, b in ends[::2] if b > a]
     ticks = ticks_below(frame, [((a + b) / 2, label) for (a, b), label in zip(ends, labels, strict=True)])
-    return bands + ticks, "" if fits else key(zip(labels, (span.label for span in spans), strict=True))
+    key = [] if roomy else list(zip(labels, (span.label for span in spans), strict=True))
+    return bands + ticks, key
 
 
-def _flag(frame: Frame, flag: Flag | None, axis: Axis) -> str:
+def _flag(frame: Frame, flag: Flag | None, axis: Axis) -> list[Shape]:
     if flag is None:
-        return ""
+        return []
     x, (bottom, top) = axis.at(flag.x), frame.y_range
     side, at = ("end", x - 4) if x + 4 + text_width(flag.label) > frame.width else ("start", x + 4)
-    return (
-        f'<path class="limit" d="M{x:.1f} {bottom}V{top - 12}"/>'
-        f'<text class="failed {side}" x="{at:.1f}" y="{top - 22 + FONT}">{escape(flag.label)}</text>'
-    )
+    line = shape("path", "limit", d=f"M{px(x)} {bottom}V{top - 12}")
+    return [line, shape("text", f"failed {side}", x=at, y=top - 22 + FONT, text=flag.label)]
 
 
-def _curve(series: Series, x_axis: Axis, y_axis: Axis, names: Mapping[float, str]) -> str:
-    pieces: list[str] = []
+def _curve(series: Series, x_axis: Axis, y_axis: Axis, names: Mapping[float, str]) -> list[Shape]:
+    steps: list[str] = []
     places: list[tuple[float, float, float, float]] = []
     open_line = False
     for x, y in zip(series.x, series.y, strict=True):
         if not math.isfinite(y):
             open_line = False
             continue
-        px, py = x_axis.at(x), y_axis.at(y)
-        pieces.append(f"{'L' if open_line else 'M'}{px:.1f} {py:.1f}")
+        at_x, at_y = x_axis.at(x), y_axis.at(y)
+        steps.append(f"{'L' if open_line else 'M'}{px(at_x)} {px(at_y)}")
         open_line = True
-        places.append((x, y, px, py))
+        places.append((x, y, at_x, at_y))
     spacing = (x_axis.last - x_axis.first) / max(1, len(series.x) - 1)
     every = max(1, math.ceil(_ROOM / spacing)) if series.marks else 0
     marks = [
-        f'<path class="m k{series.style}" transform="translate({px:.1f} {py:.1f})" d="{_MARKS[series.style - 1]}">'
-        f"<title>{escape(series.label)}, {escape(names.get(x, str(x)))}: {number(y)}</title></path>"
-        for x, y, px, py in (places[::every] if every else ())
+        _mark(series, at_x, at_y, f"{series.label}, {names.get(x, str(x))}: {number(y)}")
+        for x, y, at_x, at_y in (places[::every] if every else ())
     ]
     fine = " dense" if spacing < _DENSE else ""
-    return f'<path class="s k{series.style}{fine}" d="{"".join(pieces)}"/>{"".join(marks)}'
+    return [shape("path", f"s k{series.style}{fine}", d="".join(steps)), *marks]
 
 
-def _legend(series: Sequence[Series]) -> str:
-    items = []
-    for item in series:
-        mark = f'<path class="m k{item.style}" transform="translate(17 7)" d="{_MARKS[item.style - 1]}"/>'
-        line = f'<path class="s k{item.style}" d="M0 7H34"/>{mark if item.marks else ""}'
-        items.append(f'<span><svg viewBox="0 0 34 14" aria-hidden="true">{line}</svg>{escape(item.label)}</span>')
-    return f'<div class="legend">{"".join(items)}</div>'
+def _mark(series: Series, x: float, y: float, title: str = "") -> Shape:
+    place = f"translate({px(x)} {px(y)})"
+    return shape("path", f"m k{series.style}", transform=place, d=_MARKS[series.style - 1], title=title)
+
+
+def _sample(series: Series) -> list[Shape]:
+    line = shape("path", f"s k{series.style}", d="M0 7H34")
+    return [line, _mark(series, 17, 7)] if series.marks else [line]

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 
 from edgelm.pages.numbers import percent, power_label
 
@@ -43,16 +42,56 @@ class Frame:
 
 
 BROAD, SLIM = Frame("broad", 960, 310, 76), Frame("slim", 358, 270, 66, 12)
+LAYOUTS = (BROAD, SLIM)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An element of SVG. `title` is shown when it is pointed at, `text` is its content."""
+
+    tag: str
+    attributes: Mapping[str, str]
+    title: str = ""
+    text: str = ""
+
+
+def shape(tag: str, css: str, *, title: str = "", text: str = "", **attributes: float | str) -> Shape:
+    """A shape of a class of the style sheet; numbers are pixels, and `_` in a name stands for `-`."""
+    given = {key.replace("_", "-"): value if isinstance(value, str) else px(value) for key, value in attributes.items()}
+    return Shape(tag, {"class": css, **given}, title, text)
+
+
+def px(value: float) -> str:
+    """Pixels to a tenth."""
+    return f"{round(value, 1):g}"
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """SVG elements, `height` pixels high, with HTML above and below them."""
+    """One layout of a figure, `height` pixels high.
 
-    svg: str
+    `above` names its axes; `key` says what labels in it stand for, (label, name).
+    """
+
+    frame: Frame
     height: int
+    shapes: Sequence[Shape]
     above: str = ""
-    below: str = ""
+    key: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure in both layouts: caption, legend, titles of the axes above and below the drawing.
+
+    `legend` has the shapes of a sample, 34 pixels wide and 14 high, and what they stand for.
+    """
+
+    title: str
+    drawings: Sequence[Drawing]
+    x_label: str = ""
+    y_label: str = ""
+    legend: Sequence[tuple[Sequence[Shape], str]] = ()
 
 
 @dataclass(frozen=True)
@@ -72,36 +111,6 @@ class Axis:
             low, high, value = math.log10(low), math.log10(high), math.log10(value)
         share = (value - low) / (high - low) if high > low else 0.5
         return self.first + share * (self.last - self.first)
-
-
-def figure(
-    title: str,
-    draw: Callable[[Frame], Drawing],
-    *,
-    x_label: str = "",
-    y_label: str = "",
-    legend: str = "",
-) -> str:
-    """A figure in both layouts: caption, legend, titles of the axes above and below the drawing.
-
-    Args:
-        title: the caption.
-        draw: draws one layout.
-        x_label: what the horizontal axis is.
-        y_label: what the vertical axis is.
-        legend: HTML.
-    """
-    parts = [f"<figure><figcaption>{escape(title)}</figcaption>{legend}"]
-    if y_label:
-        parts.append(f'<div class="axis">↑ {escape(y_label)}</div>')
-    below = f'<div class="axis x">{escape(x_label)} →</div>' if x_label else ""
-    for frame in (BROAD, SLIM):
-        drawing = draw(frame)
-        parts.append(
-            f'<div class="{frame.name}">{drawing.above}<svg viewBox="0 0 {frame.width} {drawing.height}" role="img" '
-            f'aria-label="{escape(title)}">{drawing.svg}</svg>{below}{drawing.below}</div>'
-        )
-    return "".join([*parts, "</figure>"])
 
 
 def text_width(text: str) -> float:
@@ -139,7 +148,7 @@ def value_axis(
     return Axis(low, high, *frame.y_range, log)
 
 
-def value_grid(frame: Frame, axis: Axis, *, share: bool = False, below: bool = False) -> str:
+def value_grid(frame: Frame, axis: Axis, *, share: bool = False, below: bool = False) -> list[Shape]:
     """Lines and numbers of the vertical axis.
 
     Args:
@@ -148,15 +157,15 @@ def value_grid(frame: Frame, axis: Axis, *, share: bool = False, below: bool = F
         share: write values in percent.
         below: smaller values are drawn at the lowest line, and its number says so.
     """
-    parts = []
+    shapes = []
     left, right = frame.x_range
     for tick in _log_ticks(axis) if axis.log else nice_ticks(axis.low, axis.high, 5):
         y = axis.at(tick)
         text = percent(tick) if share else power_label(tick)
         text = f"≤ {text}" if below and tick <= axis.low else text
-        parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
-        parts.append(f'<text class="end" x="{left - 7}" y="{y + 4.5:.1f}">{text}</text>')
-    return "".join(parts)
+        shapes.append(shape("path", "grid", d=f"M{left} {px(y)}H{right}"))
+        shapes.append(shape("text", "end", x=left - 7, y=y + 4.5, text=text))
+    return shapes
 
 
 def _log_ticks(axis: Axis) -> list[float]:
@@ -176,19 +185,13 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def ticks_below(frame: Frame, labels: Sequence[tuple[float, str]]) -> str:
+def ticks_below(frame: Frame, labels: Iterable[tuple[float, str]]) -> list[Shape]:
     """Labels (pixel, text) under the plot, from left to right; those that would touch the last one are left out."""
     end = -math.inf
-    parts = []
+    shapes = []
     for x, text in labels:
         half = text_width(text) / 2
         if x - half >= end + GAP and x + half <= frame.width:
-            parts.append(f'<text class="middle" x="{x:.1f}" y="{frame.y_range[0] + 22}">{escape(text)}</text>')
+            shapes.append(shape("text", "middle", x=x, y=frame.y_range[0] + 22, text=text))
             end = x + half
-    return "".join(parts)
-
-
-def key(names: Iterable[tuple[str, str]]) -> str:
-    """What labels of a drawing stand for, (label, name), as HTML."""
-    items = "".join(f"<li><b>{escape(label)}</b> {escape(name)}</li>" for label, name in names)
-    return f'<ul class="key">{items}</ul>'
+    return shapes

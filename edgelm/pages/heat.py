@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 
-from edgelm.pages.frame import BROAD, GAP, LINE, Drawing, Frame, figure, text_width
+from edgelm.pages.frame import BROAD, GAP, LAYOUTS, LINE, Drawing, Figure, Frame, Shape, px, shape, text_width
 from edgelm.pages.numbers import number
 
 _LABELS, _TOP, _CELL, _LOWEST = 30, 20, 24, 0.08
@@ -38,16 +37,10 @@ class Scale:
         share = math.log(value / self.low) / math.log(self.high / self.low)
         return _LOWEST + (1 - _LOWEST) * min(max(share, 0.0), 1.0)
 
-
-def scale_legend(scale: Scale, *, zero: str, missing: str) -> str:
-    """The shades with their values, and what the two other squares mean."""
-    values = [scale.low * (scale.high / scale.low) ** (part / 4) for part in range(5)]
-    shades = [(f"{scale.shade(value):.2f}", number(value, 2)) for value in values]
-    items = [
-        f'<span><i><b style="opacity:{shade}"></b></i>{escape(text)}</span>' for shade, text in [("0", zero), *shades]
-    ]
-    cross = f'<svg viewBox="0 0 34 14" aria-hidden="true"><path class="cross" d="{_cross(10, 0, 14, 14)}"/></svg>'
-    return f'<div class="legend">{"".join(items)}<span>{cross}{escape(missing)}</span></div>'
+    def legend(self, zero: str) -> list[tuple[str, str]]:
+        """Shades as opacities and what they stand for, from `zero` to the largest value."""
+        values = [self.low * (self.high / self.low) ** (part / 4) for part in range(5)]
+        return [("0", zero), *((f"{self.shade(value):.2f}", number(value, 2)) for value in values)]
 
 
 def heat_map(
@@ -58,8 +51,8 @@ def heat_map(
     *,
     row_name: str,
     column_name: str,
-) -> str:
-    """A figure of one square a value, darker for larger; None is a crossed square. "" where there is none.
+) -> Figure | None:
+    """A figure of one square a value, darker for larger; None is a crossed square. None where there is none.
 
     Args:
         title: the caption.
@@ -70,7 +63,7 @@ def heat_map(
         column_name: what a column is, in the plural.
     """
     if not rows or not rows[0]:
-        return ""
+        return None
 
     def draw(frame: Frame) -> Drawing:
         if (frame.width - _LABELS - 2) / len(rows[0]) >= _NARROWEST or len(rows) >= len(rows[0]):
@@ -80,7 +73,7 @@ def heat_map(
         turned_tips = [list(column) for column in zip(*tips, strict=True)]
         return _grid(frame, turned, turned_tips, scale, column_name, row_name)
 
-    return figure(title, draw)
+    return Figure(title, [draw(frame) for frame in LAYOUTS])
 
 
 def _grid(
@@ -95,35 +88,33 @@ def _grid(
     width = min(_CELL, (frame.width - _LABELS - 2) / columns)
     height = min(max(width, 12), 18)
     inset = 0.5 if width < 8 else 1
-    edges = f'x="{_LABELS}" y="{_TOP}" width="{columns * width:.1f}" height="{len(rows) * height:.1f}"'
-    parts = [f'<rect class="empty" {edges}/>']
+    shapes = [shape("rect", "empty", x=_LABELS, y=_TOP, width=columns * width, height=len(rows) * height)]
     step = _step((text_width(str(columns - 1)) + GAP) / width)
-    for column in range(0, columns, step):
-        x = _LABELS + (column + 0.5) * width
-        parts.append(f'<text class="middle" x="{x:.1f}" y="14">{column}</text>')
+    shapes += [
+        shape("text", "middle", x=_LABELS + (column + 0.5) * width, y=14, text=str(column))
+        for column in range(0, columns, step)
+    ]
     step = _step(LINE / height)
     for index, (row, row_tips) in enumerate(zip(rows, tips, strict=True)):
         y = _TOP + index * height
         if index % step == 0:
-            parts.append(f'<text class="end" x="{_LABELS - 6}" y="{y + height / 2 + 4.5:.1f}">{index}</text>')
+            shapes.append(shape("text", "end", x=_LABELS - 6, y=y + height / 2 + 4.5, text=str(index)))
         for column, (value, tip) in enumerate(zip(row, row_tips, strict=True)):
             place = (_LABELS + column * width + inset, y + inset, width - 2 * inset, height - 2 * inset)
             # Narrow windows belong to devices that have no pointer to show tips.
-            parts.append(_cell(*place, value, scale, f"<title>{escape(tip)}</title>" if frame is BROAD else ""))
-    above = f'<div class="axis">→ {escape(column_name)} · ↓ {escape(row_name)}</div>'
-    return Drawing("".join(parts), math.ceil(_TOP + len(rows) * height + 2), above)
+            shapes += _cell(*place, value, scale, tip if frame is BROAD else "")
+    return Drawing(frame, math.ceil(_TOP + len(rows) * height + 2), shapes, f"→ {column_name} · ↓ {row_name}")
 
 
-def _cell(x: float, y: float, width: float, height: float, value: float | None, scale: Scale, title: str) -> str:
-    place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+def _cell(
+    x: float, y: float, width: float, height: float, value: float | None, scale: Scale, title: str
+) -> list[Shape]:
     if value is None:
-        return f'<rect class="empty" {place}>{title}</rect><path class="cross" d="{_cross(x, y, width, height)}"/>'
-    shade = round(scale.shade(value) * _SHADES) / _SHADES
-    return f'<rect class="cell" fill-opacity="{shade:.3g}" {place}>{title}</rect>'
-
-
-def _cross(x: float, y: float, width: float, height: float) -> str:
-    return f"M{x:.1f} {y:.1f}l{width:.1f} {height:.1f}m0 {-height:.1f}l{-width:.1f} {height:.1f}"
+        cross = f"M{px(x)} {px(y)}l{px(width)} {px(height)}m0 {px(-height)}l{px(-width)} {px(height)}"
+        square = shape("rect", "empty", x=x, y=y, width=width, height=height, title=title)
+        return [square, shape("path", "cross", d=cross)]
+    shade = f"{round(scale.shade(value) * _SHADES) / _SHADES:.3g}"
+    return [shape("rect", "cell", fill_opacity=shade, x=x, y=y, width=width, height=height, title=title)]
 
 
 def _step(least: float) -> int:

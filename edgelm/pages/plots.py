@@ -5,10 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
-from edgelm.pages.frame import LINE, Axis, Drawing, Frame, figure, key, nice_ticks, text_width, ticks_below, value_grid
-from edgelm.pages.frame import value_axis as make_value_axis
+from edgelm.pages.frame import (
+    LAYOUTS,
+    LINE,
+    Axis,
+    Drawing,
+    Figure,
+    Frame,
+    Shape,
+    nice_ticks,
+    px,
+    shape,
+    text_width,
+    ticks_below,
+    value_axis,
+    value_grid,
+)
 from edgelm.pages.numbers import number
 
 _RADIUS = 5
@@ -49,8 +62,8 @@ def scatter_chart(
     best: str,
     other: str,
     floor: float = 1e-12,
-) -> str:
-    """A figure of points, y logarithmic, with a line through the points `frontier`; "" where there is none.
+) -> Figure | None:
+    """A figure of points, y logarithmic, with a line through the points `frontier`; None where there is none.
 
     `best` and `other` say what the points on the line and off it are.
 
@@ -59,68 +72,50 @@ def scatter_chart(
     """
     shown = [point for point in points if math.isfinite(point.x) and math.isfinite(point.y)]
     if not shown:
-        return ""
+        return None
     line_points = [points[index] for index in frontier]
 
     def draw(frame: Frame) -> Drawing:
-        y_axis = make_value_axis(frame, [point.y for point in shown], log=True, floor=floor)
+        y_axis = value_axis(frame, [point.y for point in shown], log=True, floor=floor)
         x_axis = _x_axis(frame, [point.x for point in shown])
         places = [(x_axis.at(point.x), y_axis.at(point.y)) for point in shown]
-        grid = value_grid(frame, y_axis, below=any(point.y < y_axis.low for point in shown))
         room = max(2, int((x_axis.last - x_axis.first) / 70))
         ticks = [(x_axis.at(tick), number(tick)) for tick in nice_ticks(x_axis.low, x_axis.high, room)]
         line = "".join(
-            f"{'L' if i else 'M'}{x_axis.at(point.x):.1f} {y_axis.at(point.y):.1f}"
+            f"{'L' if i else 'M'}{px(x_axis.at(point.x))} {px(y_axis.at(point.y))}"
             for i, point in enumerate(line_points)
         )
         labels = [point.name if point.y > floor else f"{point.name} (0)" for point in shown]
-        boxes, below = _name_boxes(frame, places, labels), ""
+        boxes, key = _name_boxes(frame, places, labels), []
         if boxes is None:
             numbers = [str(index) for index in range(1, len(shown) + 1)]
-            boxes, below = (
-                _name_boxes(frame, places, numbers, all_of_them=False),
-                key(zip(numbers, labels, strict=True)),
-            )
+            boxes, key = _name_boxes(frame, places, numbers, all_of_them=False), list(zip(numbers, labels, strict=True))
             labels = numbers
         assert boxes is not None
-        parts = [grid, ticks_below(frame, ticks), f'<path class="s k4" d="{line}"/>']
+        shapes = value_grid(frame, y_axis, below=any(point.y < y_axis.low for point in shown))
+        shapes += [*ticks_below(frame, ticks), shape("path", "s k4", d=line)]
         for point, place, box, label in zip(shown, places, boxes, labels, strict=True):
-            parts.append(_dot(point, place, any(point is one for one in line_points)))
+            shapes.append(_dot(*place, any(point is one for one in line_points), point.tip))
             if box is not None:
-                parts.append(_name(place, box, label))
-        return Drawing("".join(parts), frame.height, below=below)
+                shapes += _name(place, box, label)
+        return Drawing(frame, frame.height, shapes, key=key)
 
-    return figure(title, draw, x_label=x_label, y_label=y_label, legend=_legend(best, other))
-
-
-def _svg_dot(x: float, y: float, full: bool, tip: str = "") -> str:
-    style = "m k4 full" if full else "m k1"
-    title = f"<title>{escape(tip)}</title>" if tip else ""
-    return f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="{_RADIUS}">{title}</circle>'
+    legend = [([shape("path", "s k4", d="M0 7H34"), _dot(17, 7, True)], best), ([_dot(17, 7, False)], other)]
+    return Figure(title, [draw(frame) for frame in LAYOUTS], x_label, y_label, legend)
 
 
-def _legend(best: str, other: str) -> str:
-    line = '<path class="s k4" d="M0 7H34"/>'
-    items = ((f"{line}{_svg_dot(17, 7, True)}", best), (_svg_dot(17, 7, False), other))
-    return '<div class="legend">{}</div>'.format(
-        "".join(
-            f'<span><svg viewBox="0 0 34 14" aria-hidden="true">{mark}</svg>{escape(text)}</span>'
-            for mark, text in items
-        )
-    )
+def _dot(x: float, y: float, full: bool, tip: str = "") -> Shape:
+    return shape("circle", "m k4 full" if full else "m k1", cx=x, cy=y, r=_RADIUS, title=tip)
 
 
-def _dot(point: Point, place: tuple[float, float], full: bool) -> str:
-    return _svg_dot(*place, full, point.tip)
-
-
-def _name(place: tuple[float, float], box: _Box, label: str) -> str:
+def _name(place: tuple[float, float], box: _Box, label: str) -> list[Shape]:
     x, y = place
+    name = shape("text", "name", x=box.left, y=box.bottom - 4, text=label)
     # To the nearest place of the label, where that is not beside the point.
     to_x, to_y = min(max(x, box.left), box.right), min(max(y, box.top), box.bottom)
-    far = math.hypot(to_x - x, to_y - y) > 2 * _RADIUS + 4
-    lead = f'<path class="lead" d="M{x:.1f} {y:.1f}L{to_x:.1f} {to_y:.1f}"/>' if far else ""
-    return f'{lead}<text class="name" x="{box.left:.1f}" y="{box.bottom - 4:.1f}">{escape(label)}</text>'
+    if math.hypot(to_x - x, to_y - y) <= 2 * _RADIUS + 4:
+        return [name]
+    return [shape("path", "lead", d=f"M{px(x)} {px(y)}L{px(to_x)} {px(to_y)}"), name]
 
 
 def _x_axis(frame: Frame, values: Sequence[float]) -> Axis:

@@ -8,9 +8,10 @@ from itertools import pairwise
 import pytest
 from parity.wellformed import parse
 
+from edgelm.pages import page
 from edgelm.pages.charts import Flag, Series, Span, line_chart
 from edgelm.pages.frame import BROAD, SLIM, Axis, nice_ticks, text_width, value_axis
-from edgelm.pages.heat import Scale, heat_map, scale_legend
+from edgelm.pages.heat import Scale, heat_map
 from edgelm.pages.numbers import estimate, number, percent, power_label
 from edgelm.pages.plots import Point, scatter_chart
 
@@ -25,12 +26,18 @@ def layouts(html):
     return broad, slim
 
 
+def markup(macro, *values):
+    """What a macro of the templates makes."""
+    return str(getattr(page._templates().get_template("figure.html.j2").module, macro)(*values)).strip()
+
+
 def line(series, **options):
-    return line_chart("t", series, x_label="x", y_label="y", **options)
+    return markup("figure", line_chart("t", series, x_label="x", y_label="y", **options))
 
 
 def scatter(points, frontier):
-    return scatter_chart("t", points, frontier, x_label="x", y_label="y", best="best", other="other")
+    found = scatter_chart("t", points, frontier, x_label="x", y_label="y", best="best", other="other")
+    return markup("figure", found)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +97,7 @@ def test_a_gap_in_a_curve_stays_a_gap():
 def test_a_chart_of_nothing_is_nothing():
     assert line([Series("s", 1, [0.0], [NAN])]) == ""
     assert scatter([Point("nothing", 4.0, NAN, "")], []) == ""
-    assert heat_map("t", [], [], Scale(0.1, 1.0), row_name="layers", column_name="experts") == ""
+    assert heat_map("t", [], [], Scale(0.1, 1.0), row_name="layers", column_name="experts") is None
 
 
 def test_each_layout_is_drawn_in_its_own_size_with_text_of_the_page():
@@ -120,11 +127,11 @@ def test_several_charts_can_have_one_scale():
     assert "10⁻⁶" in shared
 
 
-def test_stretches_are_named_or_numbered_with_a_key():
-    spans = [Span("a", 0, 5), Span("a name that is much longer than its stretch", 5, 6), Span("b", 6, 20)]
+def test_sections_are_named_or_numbered_with_a_key():
+    spans = [Span("a", 0, 5), Span("a name that is much longer than its section", 5, 6), Span("b", 6, 20)]
     broad, slim = layouts(line([Series("s", 1, range(20), [1.0] * 20)], spans=spans))
     for svg in (broad, slim):
-        assert "<b>2</b> a name that is much longer than its stretch" in svg
+        assert "<b>2</b> a name that is much longer than its section" in svg
     short = [Span("a", 0, 10), Span("b", 10, 20)]
     for svg in layouts(line([Series("s", 1, range(20), [1.0] * 20)], spans=short)):
         assert ">a</text>" in svg
@@ -181,7 +188,7 @@ def shades(svg):
 
 def heat(rows, scale):
     tips = [[f"{row},{column}" for column in range(len(rows[0]))] for row in range(len(rows))]
-    return layouts(heat_map("t", rows, tips, scale, row_name="layers", column_name="experts"))
+    return layouts(markup("figure", heat_map("t", rows, tips, scale, row_name="layers", column_name="experts")))
 
 
 def test_a_heat_map_is_darkest_at_the_largest_and_crosses_what_has_no_value():
@@ -199,7 +206,7 @@ def test_equal_values_have_equal_shades_in_all_maps_of_a_scale():
     scale = Scale.of([*first[0], *second[0]])
     assert (scale.low, scale.high) == (1e-5, 1e-2)
     assert shades(heat(first, scale)[0])[1] == shades(heat(second, scale)[0])[0]
-    legend = scale_legend(scale, zero="exact", missing="no token")
+    legend = markup("scale_legend", scale, "exact", "no token")
     parse(legend)
     for text in ("0.01", number(1e-5, 2), "exact", "no token"):
         assert f"{text}</span>" in legend

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from html import escape
 
 import pytest
 from click.testing import CliRunner
+from markupsafe import escape
 
 from edgelm.cli.parity import parity, summary
 from edgelm.errors import ParityError

@@ -180,7 +180,8 @@ def test_the_wheel_holds_one_package_and_the_kernels(wheel):
 
 
 def test_the_wheel_holds_every_module_of_the_checkout(wheel):
-    expected = {f"edgelm/{path.relative_to(ROOT / 'edgelm').as_posix()}" for path in (ROOT / "edgelm").rglob("*.py")}
+    files = [path for kind in ("*.py", "*.j2", "*.css") for path in (ROOT / "edgelm").rglob(kind)]
+    expected = {f"edgelm/{path.relative_to(ROOT / 'edgelm').as_posix()}" for path in files}
     for folder in ("export", "quant", "runtimes"):
         expected |= {f"edgelm/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / folder).rglob("*.py")}
     assert expected <= wheel_names(wheel)

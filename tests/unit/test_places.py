@@ -15,7 +15,7 @@ from edgelm.checkpoint.written import CHECKPOINT, FILE_LIST
 from edgelm.cli.main import cli
 from edgelm.errors import EdgeLMError
 from edgelm.files import atomic_directory, atomic_file
-from edgelm.pages.page import REPORT, document
+from edgelm.pages.page import REPORT, render
 from edgelm.places import check_place
 from edgelm.quant import PRESETS
 from edgelm.quant.calibration.resume import WORK
@@ -199,7 +199,7 @@ def test_what_appears_while_a_run_works_is_not_replaced(tmp_path: Path) -> None:
 def test_files_are_replaced_by_their_own_kind_alone(tmp_path: Path) -> None:
     recipe, report, notes = tmp_path / "r.toml", tmp_path / "r.html", tmp_path / "notes.txt"
     recipe.write_text(PRESETS["int4"].to_toml())
-    report.write_text(document("x", ["<p>"]))
+    report.write_text(render("page.html.j2"))
     notes.write_text("title = 'mine'")
     with pytest.raises(EdgeLMError, match="exists already: remove it"):
         check_place(recipe, RECIPE)
