@@ -68,7 +68,7 @@ def bench(
 
 def table(result: BenchResult) -> str:
     """The result for people."""
-    from edgelm.cli.common.tables import pairs
+    from edgelm.cli.common.output import pairs
     from edgelm.sizes import format_number, format_size
 
     def spread(value: Spread, unit: str, digits: int) -> str:

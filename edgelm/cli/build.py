@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgelm.cli.common.engine_options import build_options, chosen_sms
-from edgelm.cli.common.options import BUNDLE, json_option
+from edgelm.cli.common.options import BUNDLE, Renamed, build_options, chosen_sms, json_option
 
 
 @click.command()
@@ -20,7 +19,9 @@ from edgelm.cli.common.options import BUNDLE, json_option
     help="The GPUs to build for, for example 86,89 [all that the bundle has kernels for; full TensorRT: the GPU here].",
 )
 @click.option(
+    "--edition",
     "--flavour",
+    cls=Renamed,
     type=click.Choice(["tensorrt", "tensorrt-rtx"]),
     help="The TensorRT to build with [full TensorRT where it is installed].",
 )
@@ -29,7 +30,7 @@ from edgelm.cli.common.options import BUNDLE, json_option
 def build(
     bundle: Path,
     sms: tuple[int, ...] | None,
-    flavour: str | None,
+    edition: str | None,
     max_batch: int,
     chunk: int,
     weight_streaming: bool,
@@ -50,7 +51,7 @@ def build(
 
     progress = Bars()
     options = BuildOptions(sms or (), max_batch, chunk, weight_streaming)
-    made = build_bundle(Bundle.open(bundle), options, flavour=flavour, progress=progress)
+    made = build_bundle(Bundle.open(bundle), options, flavour=edition, progress=progress)
     opened = Bundle.open(bundle)
     if as_json:
         click.echo(json.dumps(engine_document(made, opened)))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.common.colours import echo
-from edgelm.cli.common.options import PATH
+from edgelm.cli.common.options import PATH, Renamed, need_export_extra
+from edgelm.cli.common.output import echo
 
 if TYPE_CHECKING:
     from edgelm.generation.stream import Generation
@@ -36,8 +36,11 @@ class Outcome:
 
 @click.command()
 @click.option(
+    "--output",
     "--out",
     "-o",
+    "out",
+    cls=Renamed,
     type=PATH,
     default=Path("bundles/demo"),
     show_default=True,
@@ -58,7 +61,6 @@ def demo(out: Path, checkpoints: Path | None, max_tokens: int) -> None:
     """
     import time
 
-    from edgelm.cli.common.extras import need_export_extra
     from edgelm.progress import Bars
 
     need_export_extra()
@@ -130,7 +132,7 @@ def take(checkpoint: Path, out: Path, recipe: str, max_tokens: int, progress: Pr
 
 def table(outcomes: list[Outcome]) -> str:
     """All outcomes side by side."""
-    from edgelm.cli.common.tables import grid
+    from edgelm.cli.common.output import grid
     from edgelm.sizes import format_number, format_size
 
     header = ("bundle", "weights", "of bf16", "prefill/s", "decode/s", "KL lost", "KL added", "top-1", "parity")

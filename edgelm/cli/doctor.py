@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgelm.cli.common.extras import EXPORT_PACKAGES
-from edgelm.cli.common.options import json_option
+from edgelm.cli.common.options import EXPORT_PACKAGES, json_option
 from edgelm.installing import install_hint
 
 if TYPE_CHECKING:
@@ -278,7 +277,7 @@ def tensorrt_line(entry: dict[str, Any]) -> str:
 
 def text(document: dict[str, Any]) -> str:
     """The sections, their rows aligned with one another."""
-    from edgelm.cli.common.tables import pairs
+    from edgelm.cli.common.output import pairs
 
     found = sections(document)
     lines = iter(pairs([row for _, rows in found for row in rows]).splitlines())

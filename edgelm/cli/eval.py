@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("targets", nargs=-1, required=True, metavar="TARGET...")
 @click.option("--checkpoint", metavar="FLOAT", help="The float model: a folder or a hub id (needs torch).")
-@click.option("--text", default="builtin", show_default=True, metavar="FILE|FOLDER", help="What is read.")
-@click.option("--tokens", type=click.IntRange(min=2), default=16384, show_default=True, help="How much of it.")
+@click.option("--text", default="builtin", show_default=True, metavar="FILE|FOLDER", help="Evaluation text.")
+@click.option("--tokens", type=click.IntRange(min=2), default=16384, show_default=True, help="Tokens to evaluate.")
 @click.option("--length", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens of a window.")
 @click.option("--layers", is_flag=True, help="Also the error of every layer and every expert.")
 @click.option("--speed/--no-speed", default=True, help="Also how fast bundles are here [yes].")
@@ -92,7 +92,7 @@ def _check_names(targets: tuple[str, ...], checkpoint: str | None) -> None:
 
 def summary(report: EvaluationReport) -> str:
     """The report for a terminal."""
-    from edgelm.cli.common.tables import grid
+    from edgelm.cli.common.output import grid
 
     text = report.text
     lines = [

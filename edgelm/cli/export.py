@@ -6,15 +6,18 @@ from pathlib import Path
 
 import click
 
-from edgelm.cli.common.engine_options import ENGINE_PARAMETERS, chosen_sms, engine_options
 from edgelm.cli.common.options import (
+    ENGINE_PARAMETERS,
     PATH,
     RecipeName,
     Size,
     as_usage,
     calibration_options,
     chosen_calibration,
+    chosen_sms,
+    engine_options,
     json_option,
+    need_export_extra,
     output_option,
     overwrite_option,
     threads_option,
@@ -33,7 +36,7 @@ from edgelm.cli.common.recipes import budget_options, budgeted, in_json, refuse_
     default="cpu",
     show_default=True,
     type=click.Choice(["cpu", "cuda", "tensorrt"]),
-    help="What the bundle is for: ONNX Runtime on the processor or on a GPU, or our kernels and TensorRT on a GPU.",
+    help="What the bundle is for: ONNX Runtime on the CPU or on a GPU, or TensorRT with our kernels on a GPU.",
 )
 @click.option(
     "--ops",
@@ -112,8 +115,6 @@ def export(
     calibrating = chosen_calibration(calibration, samples, sample_length, min_expert_tokens, require_coverage, smooth)
     import json
     import time
-
-    from edgelm.cli.common.extras import need_export_extra
 
     need_export_extra()
     from edgelm.bundle import BUNDLE

@@ -17,7 +17,7 @@ def harness(arguments: tuple[str, ...]) -> None:
 
     edgelm harness --model edgelm --model_args bundle=DIR --tasks arc_challenge --num_fewshot 25
     """
-    from edgelm.cli.common.extras import need_eval_extra
+    from edgelm.cli.common.options import need_eval_extra
 
     need_eval_extra()
     check_bundle(arguments)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.common.colours import echo
 from edgelm.cli.common.options import (
     BUNDLE,
     Number,
@@ -17,6 +16,7 @@ from edgelm.cli.common.options import (
     runtime_option,
     threads_option,
 )
+from edgelm.cli.common.output import echo
 
 if TYPE_CHECKING:
     from edgelm.parity.result import Check, ParityReport
@@ -88,7 +88,7 @@ def parity(
 
 def summary(report: ParityReport) -> str:
     """The verdict for a terminal: what failed, else the numbers that matter."""
-    from edgelm.cli.common.tables import pairs
+    from edgelm.cli.common.output import pairs
     from edgelm.sizes import format_number
 
     shown = [check for check in report.checks if check.layer is None or check.passed is False]

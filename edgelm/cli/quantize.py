@@ -27,7 +27,7 @@ RECIPE_FILE = "recipe.toml"
 @click.option("--recipe", type=RecipeName(), help="int4 (default), int8, fp8, or a TOML file.")
 @budget_options
 @calibration_options
-@threads_option("Blocks in work at once [the physical cores allowed].")
+@threads_option("Blocks computed at once [the physical cores allowed].")
 @overwrite_option("a checkpoint that EdgeLM wrote,")
 @json_option
 def quantize(

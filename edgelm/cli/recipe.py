@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edgelm.cli.common.options import as_usage, given, json_option, output_option, overwrite_option
+from edgelm.cli.common.options import as_usage, given, json_option, need_export_extra, output_option, overwrite_option
 from edgelm.cli.common.recipes import budget_options, in_json, in_words
 
 
@@ -18,7 +18,7 @@ from edgelm.cli.common.recipes import budget_options, in_json, in_words
 @click.option(
     "--calibration", "text", default="builtin", show_default=True, help="Text to measure with: a file or a folder."
 )
-@click.option("--tokens", type=click.IntRange(min=2), help="Tokens of it [8192].")
+@click.option("--tokens", type=click.IntRange(min=2), help="Tokens to measure with [8192].")
 @click.option("--schemes", metavar="NAMES", help="To choose from, for example int3-g32,int4-g32,int8-g128,float.")
 @overwrite_option("an existing recipe")
 @json_option
@@ -41,8 +41,6 @@ def recipe(
         raise click.UsageError("give either --bits or --budget")
     import json
     import time
-
-    from edgelm.cli.common.extras import need_export_extra
 
     need_export_extra()
     from edgelm.files import atomic_file
@@ -84,7 +82,7 @@ def _document(result: Any, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def _summary(result: Any) -> str:
-    from edgelm.cli.common.tables import grid
+    from edgelm.cli.common.output import grid
     from edgelm.quant.mixed_precision.recipe_toml import table
 
     rows = []

@@ -46,7 +46,7 @@ def run(
     import json
     import sys
 
-    from edgelm.cli.common.options import generation_json, timings_line
+    from edgelm.cli.common.output import generation_json, timings_line
     from edgelm.tokenization.chat_template import read_messages
     from edgelm.tokenization.template_sandbox import start_for
 

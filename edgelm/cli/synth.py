@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgelm.cli.common.options import json_option, output_option, overwrite_option
+from edgelm.cli.common.options import json_option, need_export_extra, output_option, overwrite_option
 
 # Named here too, so that `edgelm synth --help` needs no torch.
 NAMES = ("olmoe-1b-7b", "fox-1-1.6b")
@@ -27,7 +27,6 @@ def synth(name: str, out: Path, seed: int, overwrite: bool, as_json: bool) -> No
     import json
     import time
 
-    from edgelm.cli.common.extras import need_export_extra
     from edgelm.progress import Bars
     from edgelm.sizes import format_size
 

@@ -7,13 +7,15 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from typing import TYPE_CHECKING
 
 from edgelm.files import atomic_file
 from edgelm.pages.numbers import estimate, number, percent
 from edgelm.places import Kind
 from edgelm.sizes import format_size
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 # What templates/page.html.j2 begins with; earlier reports are known by it, so it stays as it is.
 _START = (b'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">', b"<style>\n:root { --page: #ffffff; --")
@@ -48,6 +50,9 @@ def write_page(page: str, path: Path) -> None:
 
 @cache
 def _templates() -> Environment:
+    # Here, since verbs import this module whether or not they are to make a page.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     found = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,

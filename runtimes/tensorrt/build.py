@@ -148,7 +148,7 @@ def chosen_sms(library: Library, asked: Sequence[int], folder: Path) -> tuple[in
         if asked and tuple(asked) != (here,):
             raise ExportError(
                 f"full TensorRT builds for the GPU of this machine, SM {here}, and not for "
-                f"{', '.join(f'SM {sm}' for sm in asked)}: leave --sm out, or use TensorRT-RTX (--flavour tensorrt-rtx)"
+                f"{', '.join(f'SM {sm}' for sm in asked)}: leave --sm out, or use TensorRT-RTX (--edition tensorrt-rtx)"
             )
         return (here,)
     if asked:

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgelm import devices
-from edgelm.cli.common.colours import echo
+from edgelm.cli.common.output import echo
 from edgelm.cli.main import ALIASES, VERBS, cli
 
 # Options whose value is free text: what is wrong with it only a file, a model or the hub can tell.
@@ -209,7 +209,7 @@ NOWHERE = "/nowhere/at/all"
 def test_the_harness_looks_at_the_bundle_before_it_imports_anything(
     arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgelm.cli.common.extras.need_eval_extra", lambda: None)
+    monkeypatch.setattr("edgelm.cli.common.options.need_eval_extra", lambda: None)
     monkeypatch.setitem(sys.modules, "edgelm.evaluation.lm_harness", None)  # importing it now raises ImportError
     result = invoke("harness", *arguments)
     assert result.exit_code == 1
@@ -219,7 +219,7 @@ def test_the_harness_looks_at_the_bundle_before_it_imports_anything(
 def test_the_harness_asks_for_a_bundle_of_our_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from edgelm.cli.harness import check_bundle
 
-    monkeypatch.setattr("edgelm.cli.common.extras.need_eval_extra", lambda: None)
+    monkeypatch.setattr("edgelm.cli.common.options.need_eval_extra", lambda: None)
     result = invoke("harness", "--model", "edgelm", "--tasks", "x")
     assert result.exit_code == 2
     assert "--model edgelm needs a bundle: add --model_args bundle=DIR" in result.stderr
@@ -255,3 +255,12 @@ def test_failures_stand_out_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv(name, value)
         assert CliRunner().invoke(shown, [BAD], color=True).stdout == f"{BAD}\n"
         monkeypatch.setenv("TERM", "xterm")
+
+
+@pytest.mark.parametrize(("verb", "old", "new"), [("build", "--flavour", "--edition"), ("demo", "--out", "--output")])
+def test_old_names_of_options_work_and_no_help_shows_them(verb: str, old: str, new: str) -> None:
+    shown = invoke(verb, "--help").output
+    assert new in shown
+    assert old not in shown.replace(new, "")
+    for name in (old, new):
+        assert f"Option '{name}' requires an argument." in invoke(verb, name).output

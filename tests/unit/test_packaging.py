@@ -23,7 +23,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from edgelm.cli.common.extras import EXPORT_PACKAGES
+from edgelm.cli.common.options import EXPORT_PACKAGES
 from edgelm.export import ExportOptions, export_bundle
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import BUILT_IN

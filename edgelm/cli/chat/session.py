@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgelm.cli.chat.input import Cleared, Entry
-from edgelm.cli.common.options import timings_line
+from edgelm.cli.common.output import timings_line
 from edgelm.cli.main import Failure, Terminated
 from edgelm.errors import ContextLengthError, EdgeLMError
 from edgelm.generation.trimming import trim_messages

@@ -7,8 +7,8 @@ shows is a failure, exit code 1.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from edgelm.bundle.kv_cache import KV_TYPES
+from edgelm.errors import EdgeLMError
 
 if TYPE_CHECKING:
     from edgelm.quant.calibration import CalibrationOptions
@@ -35,8 +36,6 @@ def as_usage() -> Iterator[None]:
     Raises:
         click.UsageError: in place of an EdgeLMError.
     """
-    from edgelm.errors import EdgeLMError
-
     try:
         yield
     except EdgeLMError as error:
@@ -49,6 +48,49 @@ def was_given(*names: str) -> list[str]:
     default = (click.core.ParameterSource.DEFAULT, click.core.ParameterSource.DEFAULT_MAP)
     given_names = {name for name in names if context.get_parameter_source(name) not in (None, *default)}
     return [option.opts[0] for option in context.command.params if option.name in given_names]
+
+
+EXPORT_PACKAGES = ("torch", "onnx", "huggingface_hub")
+"""Files of safetensors we read and write ourselves."""
+
+
+def need_export_extra() -> None:
+    """Check that the packages of the extra `export` are installed.
+
+    Raises:
+        EdgeLMError: names what is missing and how to install it.
+    """
+    from edgelm.installing import install_hint
+
+    missing = [name for name in EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EdgeLMError(
+            f"this needs {', '.join(missing)}, which a run-only install leaves out: {install_hint('export')}"
+        )
+
+
+def need_eval_extra() -> None:
+    """Check that lm-evaluation-harness is installed.
+
+    Raises:
+        EdgeLMError: it is not; says how to install it.
+    """
+    from edgelm.installing import install_hint
+
+    if importlib.util.find_spec("lm_eval") is None:
+        raise EdgeLMError(f"this needs lm-evaluation-harness: {install_hint('eval')}")
+
+
+class Renamed(click.Option):
+    """An option whose later names are its old ones: they work, and no help shows them."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """The option's line of the help."""
+        names, self.opts = self.opts, [name for name in self.opts if not name.startswith("--")] + self.opts[:1]
+        try:
+            return super().get_help_record(ctx)
+        finally:
+            self.opts = names
 
 
 class Number(click.FloatRange):
@@ -236,7 +278,7 @@ def _check_sampling(options: dict[str, Any]) -> None:
 
 
 def calibration_options(command: Command) -> Command:
-    """Whether to choose codes by a text, which, and when an expert has seen enough of it."""
+    """Whether to calibrate, with which text, and when an expert has seen enough of it."""
     for option in (
         click.option(
             "--require-coverage", is_flag=True, help="Fail where an expert sees too few tokens to be calibrated."
@@ -257,7 +299,7 @@ def calibration_options(command: Command) -> Command:
         click.option(
             "--calibration",
             metavar="TEXT",
-            help="Choose codes by what the model computes for a text: a file, a folder, or builtin.",
+            help="Calibration text: a file, a folder, or builtin.",
         ),
     ):
         command = option(command)
@@ -283,8 +325,6 @@ def chosen_calibration(
                 "--samples, --sample-length, --min-expert-tokens, --require-coverage and --smooth go with --calibration"
             )
         return None
-    from edgelm.cli.common.extras import need_export_extra
-
     need_export_extra()
     from edgelm.quant.calibration import CalibrationOptions, CoverageOptions
 
@@ -298,39 +338,58 @@ def chosen_calibration(
         )
 
 
+ENGINE_PARAMETERS = ("sms", "engines", "linears", "attention", "max_batch", "chunk", "weight_streaming")
+"""The parameters that are about `--target tensorrt` alone."""
+
+
+def chosen_sms(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """The numbers of --sm."""
+    del context, parameter
+    if text is None:
+        return None
+    parts = [part.strip().removeprefix("sm_") for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise click.BadParameter(f"{text!r} is no list of compute capabilities: write for example 86,89")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def build_options(command: Command) -> Command:
+    """What an engine is built for."""
+    for option in (
+        click.option("--weight-streaming", is_flag=True, help="Let weights stay in host memory (run --weight-budget)."),
+        click.option(
+            "--chunk", default=512, show_default=True, type=click.IntRange(min=1), help="Tokens of a prefill step."
+        ),
+        click.option(
+            "--max-batch", default=32, show_default=True, type=click.IntRange(min=1),
+            help="Sequences that decode together, at most.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def engine_options(command: Command) -> Command:
+    """With --target tensorrt: whether engines are built, for what, and which implementations are inside."""
+    who = click.Choice(["engine", "plugin"])
+    for option in (
+        click.option(
+            "--attention", default="plugin", show_default=True, type=who,
+            help="Attention implementation inside the engine.",
+        ),
+        click.option(
+            "--linears", default="engine", show_default=True, type=who,
+            help="Linear layers inside the engine: TensorRT's own, where it has them, or our plugin.",
+        ),
+        click.option(
+            "--engines/--no-engines", "engines", default=None,
+            help="With --target tensorrt: build engines now [if TensorRT is installed].",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return build_options(command)
+
+
 def given(**options: Any) -> dict[str, Any]:
     """Drop the options that were left out, so that the library's defaults hold."""
     return {name: value for name, value in options.items() if value is not None}
-
-
-def timings_line(generation: Any) -> str:
-    """One line about what a generation took."""
-    from edgelm.sizes import format_number
-
-    timings = generation.timings
-    parts = [f"{timings.prompt_tokens:,} prompt tokens"]
-    if timings.reused_tokens:
-        parts[0] += f" ({timings.reused_tokens:,} cached)"
-    if timings.prefill_tokens_per_second:
-        parts[0] += f" at {format_number(timings.prefill_tokens_per_second)}/s"
-    if generation.tokens:
-        parts.append(f"first after {timings.time_to_first_token:.2f} s")
-        speed = f" at {format_number(timings.decode_tokens_per_second)} tokens/s" if timings.decoded_tokens else ""
-        parts.append(f"{len(generation.tokens):,} generated{speed}")
-    parts.append(f"ended by {generation.stop_reason}")
-    return "[" + ", ".join(parts) + "]"
-
-
-def generation_json(generation: Any) -> dict[str, Any]:
-    """A generation as a JSON document."""
-    timings = generation.timings
-    return {
-        "text": generation.text,
-        "tokens": list(generation.tokens),
-        "stop_reason": generation.stop_reason,
-        "timings": {
-            **dataclasses.asdict(timings),
-            "prefill_tokens_per_second": timings.prefill_tokens_per_second,
-            "decode_tokens_per_second": timings.decode_tokens_per_second,
-        },
-    }

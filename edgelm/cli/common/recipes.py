@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from edgelm.cli.common.options import Number, Size
+from edgelm.cli.common.options import Number, Size, need_export_extra
 
 if TYPE_CHECKING:
     from edgelm.places import Kind
@@ -64,8 +64,6 @@ def budgeted(
     """
     if bits is None and budget is None:
         return None
-    from edgelm.cli.common.extras import need_export_extra
-
     need_export_extra()
     from edgelm.corpus import BUILTIN
     from edgelm.places import check_place

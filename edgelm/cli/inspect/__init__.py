@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgelm.cli.common.colours import echo
 from edgelm.cli.common.options import PATH, json_option
+from edgelm.cli.common.output import echo
 
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle, CalibrationInfo, Manifest
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("path", type=PATH, required=False)
-@click.option("--cpu", is_flag=True, help="In place of PATH: the kernels that this processor runs, and why those.")
+@click.option("--cpu", is_flag=True, help="In place of PATH: the kernels that this CPU runs, and why those.")
 @click.option("--verify", is_flag=True, help="Hash every file of a bundle and compare with its manifest.")
 @json_option
 def inspect(path: Path | None, cpu: bool, verify: bool, as_json: bool) -> None:
@@ -33,7 +33,7 @@ def inspect(path: Path | None, cpu: bool, verify: bool, as_json: bool) -> None:
     import json
 
     from edgelm.bundle import MANIFEST, Bundle
-    from edgelm.cli.common.tables import pairs
+    from edgelm.cli.common.output import pairs
     from edgelm.progress import Bars
 
     if cpu:
@@ -63,11 +63,11 @@ def inspect(path: Path | None, cpu: bool, verify: bool, as_json: bool) -> None:
 
 
 def inspect_cpu(as_json: bool) -> None:
-    """Print which kernels this processor runs; exit with 1 where it was told to run ones that it cannot."""
+    """Print which kernels this CPU runs; exit with 1 where it was told to run ones that it cannot."""
     import json
 
     from edgelm import devices
-    from edgelm.cli.common.tables import pairs
+    from edgelm.cli.common.output import pairs
     from edgelm.runtimes.onnxruntime.native_library import describe_cpu
 
     device, kernels = devices.describe(), describe_cpu()
@@ -77,9 +77,9 @@ def inspect_cpu(as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-def cpu_rows(processor: str, kernels: CpuKernels) -> list[tuple[str, str]]:
+def cpu_rows(cpu: str, kernels: CpuKernels) -> list[tuple[str, str]]:
     """What a person wants to know of the kernels."""
-    rows = [("processor", processor), ("operators", kernels.library or "none"), ("chosen", kernels.why)]
+    rows = [("CPU", cpu), ("operators", kernels.library or "none"), ("chosen", kernels.why)]
     if kernels.chosen is not None:
         rows[-1] = ("chosen", f"{kernels.chosen}: {kernels.why}")
     for isa in kernels.instruction_sets:

@@ -1,0 +1,77 @@
+"""What verbs print: tables, lines about a generation, and failures that stand out on a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+# Lines of results that begin with a bad word, and the outcomes.
+_BAD = re.compile(r"^(?:FAIL|DAMAGED|REFUSED|missing)\b.*$|^parity FAILED.*$|\bFAILED$", re.MULTILINE)
+_GOOD = re.compile(r"^parity PASSED\b", re.MULTILINE)
+
+
+def echo(text: str) -> None:
+    """Print a verb's result on standard output, failures bold and red, a passed check green.
+
+    Pipes, NO_COLOR and TERM=dumb get plain text.
+    """
+    if not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+        text = _BAD.sub(lambda match: click.style(match[0], fg="red", bold=True), text)
+        text = _GOOD.sub(lambda match: click.style(match[0], fg="green", bold=True), text)
+    click.echo(text)  # takes the colours out where standard output is no terminal
+
+
+def pairs(rows: Sequence[tuple[str, str]]) -> str:
+    """Two columns, the first padded."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+
+
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with a header; the first column to the left, the others to the right."""
+    table = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = cells
+        return "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
+
+
+def timings_line(generation: Any) -> str:
+    """One line about what a generation took."""
+    from edgelm.sizes import format_number
+
+    timings = generation.timings
+    parts = [f"{timings.prompt_tokens:,} prompt tokens"]
+    if timings.reused_tokens:
+        parts[0] += f" ({timings.reused_tokens:,} cached)"
+    if timings.prefill_tokens_per_second:
+        parts[0] += f" at {format_number(timings.prefill_tokens_per_second)}/s"
+    if generation.tokens:
+        parts.append(f"first after {timings.time_to_first_token:.2f} s")
+        speed = f" at {format_number(timings.decode_tokens_per_second)} tokens/s" if timings.decoded_tokens else ""
+        parts.append(f"{len(generation.tokens):,} generated{speed}")
+    parts.append(f"ended by {generation.stop_reason}")
+    return "[" + ", ".join(parts) + "]"
+
+
+def generation_json(generation: Any) -> dict[str, Any]:
+    """A generation as a JSON document."""
+    timings = generation.timings
+    return {
+        "text": generation.text,
+        "tokens": list(generation.tokens),
+        "stop_reason": generation.stop_reason,
+        "timings": {
+            **dataclasses.asdict(timings),
+            "prefill_tokens_per_second": timings.prefill_tokens_per_second,
+            "decode_tokens_per_second": timings.decode_tokens_per_second,
+        },
+    }
