@@ -9,81 +9,49 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as NotYet
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.devices import allowed_cores
 from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError, GenerationTypeError
 from edgelm.generation.sampling import is_integer, most_probable
 
-Self = TypeVar("Self", bound="Runtime")
+if TYPE_CHECKING:
+    from edgelm.bundle import Bundle
+    from edgelm.runtimes.tracing import TracingModel
+
+Self = TypeVar("Self", bound="Closable")
 Result = TypeVar("Result")
 
 DEFAULT_CONTEXT_LENGTH = 4096
 DEFAULT_CHUNK = 512
+_LOGITS_BYTES = 64 << 20
 
 
-class SequenceBatch(ABC):
-    """A model that is loaded on a device, with the caches of several sequences that decode together.
+class Closable(ABC):
+    """What holds a device's memory until it is closed, by `close` or at the end of a `with`."""
 
-    Every sequence is prefilled on its own and has its own length. Logits lie in a buffer that the next call overwrites.
-    One thread at a time may use it.
+    kind: ClassVar[str]
+    """What errors call it."""
+    _closed = False
 
-        with open_batch(Bundle.open("bundle"), 8) as model:
-            tokens = [int(model.prefill(row, prompt).argmax()) for row, prompt in enumerate(prompts)]
-            while ...:
-                tokens = model.decode_batch(tokens).argmax(axis=1)
-    """
-
-    name: str
-    """The registry's name."""
-    batch: int
-    threads: int
-    vocab_size: int
-    context_length: int
-    """Positions of each sequence."""
-
-    @property
-    @abstractmethod
-    def lengths(self) -> NDArray[np.int64]:
-        """How many tokens of each sequence are cached, [batch]."""
-
-    @abstractmethod
-    def prefill(self, row: int, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Append `tokens` to sequence `row`; return the logits [vocab_size] after the last of them.
-
-        Raises:
-            ContextLengthError: they do not all fit; nothing was appended.
-            GenerationError: no such sequence, no token, or an id outside the vocabulary; nothing was appended.
-        """
-
-    @abstractmethod
-    def decode_batch(self, tokens: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
-        """Append one token to every sequence, in one pass over the weights; return the logits [batch, vocab_size].
-
-        Raises:
-            ContextLengthError: a sequence is full; nothing was appended.
-            GenerationError: not one token for each sequence, or an id outside the vocabulary; nothing was appended.
-        """
-
-    @abstractmethod
-    def truncate(self, row: int, length: int) -> None:
-        """Keep the first `length` cached tokens of sequence `row`.
-
-        Raises:
-            GenerationError: no such sequence, or `length` is negative or more than is cached.
-        """
-
-    @abstractmethod
     def close(self) -> None:
-        """Free the model's memory; any other use after it raises EdgeLMError."""
+        """Free the memory. Closing twice is harmless; any other use after it raises EdgeLMError."""
+        if not self._closed:
+            self._closed = True
+            self._free()
 
-    def device_bandwidth(self) -> float | None:
-        """Bytes a second that the device's own memory moves, measured now; None where nobody can tell."""
-        return None
+    @abstractmethod
+    def _free(self) -> None:
+        """Free the memory; called once."""
 
-    def __enter__(self) -> SequenceBatch:
+    def _require_open(self) -> None:
+        if self._closed:
+            raise EdgeLMError(f"this {self.kind} was closed: load the bundle again")
+
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(
@@ -92,38 +60,180 @@ class SequenceBatch(ABC):
         self.close()
 
 
-class Runtime(ABC):
-    """A model that is loaded on a device, with the cache of one sequence.
+class LoadedModel(Closable):
+    """A model that is loaded on a device, with a cache: what `Runtime` and `SequenceBatch` have in common.
 
-    A runtime serves one thread at a time. Logits that it returns are float32 and lie in a buffer of the runtime: they
-    are valid until its next call; copy what you keep.
+    One thread at a time may use it. Logits that it returns are float32 and lie in a buffer of its own: they are valid
+    until its next call; copy what you keep.
+
+    Args:
+        vocab_size: V, numbers of the logits.
+        context_length: positions of each sequence.
+        model_context_length: the most that the model takes.
+        threads: of the CPU; None: the physical cores that this process may use.
+        chunk: tokens of a prefill step at most; a long prompt takes several.
+
+    Raises:
+        EdgeLMError: `chunk` is less than 1.
     """
 
     name: str
     """The registry's name, e.g. "onnxruntime-cpu"."""
-    chunk: int = DEFAULT_CHUNK
-    """Tokens of a prefill step at most; a long prompt takes several."""
 
-    def __init__(self, *, vocab_size: int, context_length: int, model_context_length: int, threads: int) -> None:
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        context_length: int,
+        model_context_length: int,
+        threads: int | None = None,
+        chunk: int = DEFAULT_CHUNK,
+    ) -> None:
+        if chunk < 1:
+            raise EdgeLMError(f"chunk is {chunk}: give 1 or more tokens a prefill step")
         self.vocab_size = vocab_size
         self.context_length = context_length
         self.model_context_length = model_context_length
-        self.threads = threads
-        self._position = 0
-        self._closed = False
+        self.threads = allowed_cores() if threads is None else threads
+        self.chunk = min(chunk, context_length)
+
+    def device_bandwidth(self) -> float | None:
+        """Bytes a second that the device's own memory moves, measured now; None where nobody can tell."""
+        return None
+
+    def _fitting(self, tokens: Sequence[int] | NDArray[np.int64], length: int) -> NDArray[np.int64]:
+        """`tokens` as int64 [T], after the checks that `prefill` promises for a sequence of which `length` are cached.
+
+        Raises:
+            ContextLengthError, GenerationError: as `Runtime.prefill`.
+        """
+        self._require_open()
+        ids = checked_tokens(tokens, self.vocab_size)
+        self._require_room(ids.size, length)
+        return ids
+
+    def _require_room(self, tokens: int, length: int) -> None:
+        if length + tokens > self.context_length:
+            raise context_full(tokens, length, self.context_length, self.model_context_length)
+
+
+class SequenceBatch(LoadedModel):
+    """A model that is loaded on a device, with the caches of several sequences that decode together.
+
+    Every sequence is prefilled on its own and has its own length.
+
+        with open_batch(Bundle.open("bundle"), 8) as model:
+            tokens = [int(model.prefill(row, prompt).argmax()) for row, prompt in enumerate(prompts)]
+            while ...:
+                tokens = model.decode_batch(tokens).argmax(axis=1)
+    """
+
+    kind = "batch"
+
+    def __init__(self, batch: int, *, threads: int | None, chunk: int, **sizes: int) -> None:
+        if batch < 1:
+            raise EdgeLMError(f"batch is {batch}: give 1 or more")
+        super().__init__(threads=threads, chunk=chunk, **sizes)
+        self.batch = batch
+        self._lengths = np.zeros(batch, np.int64)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """How many tokens of each sequence are cached, [batch]."""
+        return self._lengths.copy()
+
+    def prefill(self, row: int, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append `tokens` to sequence `row`, `chunk` at a time; return the logits [vocab_size] after the last of them.
+
+        Raises:
+            ContextLengthError: they do not all fit; nothing was appended.
+            GenerationError: no such sequence, no token, or an id outside the vocabulary; nothing was appended.
+        """
+        self._require_row(row)
+        ids = self._fitting(tokens, int(self._lengths[row]))
+        for begin in range(0, ids.size, self.chunk):
+            part = ids[begin : begin + self.chunk]
+            logits = self._prefill(row, part, last=begin + part.size == ids.size)
+            self._lengths[row] += part.size
+        return logits
+
+    def decode_batch(self, tokens: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append one token to every sequence, in one pass over the weights; return the logits [batch, vocab_size].
+
+        Raises:
+            ContextLengthError: a sequence is full; nothing was appended.
+            GenerationError: not one token for each sequence, or an id outside the vocabulary; nothing was appended.
+        """
+        self._require_open()
+        ids = checked_tokens(tokens, self.vocab_size)
+        if ids.size != self.batch:
+            raise GenerationError(f"{ids.size} tokens for {self.batch} sequences: give one to each")
+        self._require_room(1, int(self._lengths.max()))
+        logits = self._decode(ids)
+        self._lengths += 1
+        return logits
+
+    def truncate(self, row: int, length: int) -> None:
+        """Keep the first `length` cached tokens of sequence `row`.
+
+        Raises:
+            GenerationError: no such sequence, or `length` is negative or more than is cached.
+        """
+        self._require_row(row)
+        _require_cached(length, int(self._lengths[row]))
+        self._lengths[row] = length
+
+    @abstractmethod
+    def _prefill(self, row: int, ids: NDArray[np.int64], *, last: bool) -> NDArray[np.float32]:
+        """Run ids [T], at most `chunk`, on sequence `row`; the caller counts them.
+
+        Returns the logits [vocab_size] after the last of them, which are of use only if `last`.
+        """
+
+    @abstractmethod
+    def _decode(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Run ids [batch], one of each sequence: logits [batch, vocab_size]; the caller counts them."""
+
+    def _require_row(self, row: int) -> None:
+        self._require_open()
+        if not 0 <= row < self.batch:
+            raise GenerationError(f"there is no sequence {row}: there are 0..{self.batch - 1}")
+
+
+class Runtime(LoadedModel):
+    """A model that is loaded on a device, with the cache of one sequence."""
+
+    kind = "runtime"
+    batch_class: ClassVar[type[SequenceBatch] | None] = None
+    """Called as this class, with the number of sequences after the bundle; None: it runs one sequence at a time."""
+    tracing_class: ClassVar[type[TracingModel] | None] = None
+    """Called with the bundle and `threads`; None: it does not run the debug graph."""
+    _position = 0
 
     @property
     def position(self) -> int:
         """How many tokens are cached: the next one is at this position."""
         return self._position
 
-    @abstractmethod
     def prefill(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Append `tokens` after what is cached; return the logits [vocab_size] after the last of them.
+        """Append `tokens` after what is cached, `chunk` at a time; return the logits [vocab_size] after the last.
 
         Raises:
             ContextLengthError: they do not all fit; nothing was appended.
             GenerationError: no token, or an id outside the vocabulary; nothing was appended.
+        """
+        ids = self._checked(tokens)
+        for begin in range(0, ids.size, self.chunk):
+            part = ids[begin : begin + self.chunk]
+            logits = self._prefill(part, last=begin + part.size == ids.size)
+            self._position += part.size
+        return logits
+
+    @abstractmethod
+    def _prefill(self, ids: NDArray[np.int64], *, last: bool) -> NDArray[np.float32]:
+        """Run ids [T], at most `chunk`, after what is cached; the caller counts them.
+
+        Returns the logits [vocab_size] after the last of them, which are of use only if `last`.
         """
 
     @abstractmethod
@@ -146,14 +256,6 @@ class Runtime(ABC):
         del batch, context_length
         return None
 
-    @abstractmethod
-    def close(self) -> None:
-        """Free the model's memory. Closing twice is harmless; any other use after it raises EdgeLMError."""
-
-    def device_bandwidth(self) -> float | None:
-        """Bytes a second that the device's own memory moves, measured now; None where nobody can tell."""
-        return None
-
     def truncate(self, length: int) -> None:
         """Keep the first `length` cached tokens and forget the rest.
 
@@ -161,8 +263,7 @@ class Runtime(ABC):
             GenerationError: `length` is negative or more than is cached.
         """
         self._require_open()
-        if not 0 <= length <= self._position:
-            raise GenerationError(f"cannot keep {length} cached tokens: {self._position} are cached")
+        _require_cached(length, self._position)
         self._position = length
 
     def reset(self) -> None:
@@ -172,32 +273,34 @@ class Runtime(ABC):
     def logits_all(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """Append `tokens`; yield the logits after each of them in blocks [rows, vocab_size], in order.
 
-        The blocks are small, so that a long text with a large vocabulary never is in memory at once. Raises as
-        `prefill` does, before the first block.
+        A block has at most 64 MiB, so that a long text with a large vocabulary never is in memory at once, and is valid
+        until the next is asked for. Raises as `prefill` does, before the first block.
         """
-        self._checked(tokens)
-        for token in tokens:
-            yield self.decode(token)[None, :]
+        ids = self._checked(tokens)
+        for begin in range(0, ids.size, self._block):
+            part = self._checked(ids[begin : begin + self._block])
+            end = self._position + part.size
+            logits = self._prefill_all(part)
+            self._position = end
+            yield logits
 
-    def __enter__(self: Self) -> Self:
-        return self
+    def _prefill_all(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Run ids [T], at most `_block`, after what is cached: logits [T, vocab_size]."""
+        return np.stack([self.decode(token).copy() for token in ids.tolist()])
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise EdgeLMError(f"this {self.name} runtime was closed: load the bundle again")
+    @property
+    def _block(self) -> int:
+        """Positions whose logits are computed in one step."""
+        return max(1, min(self.chunk, _LOGITS_BYTES // (4 * self.vocab_size)))
 
     def _checked(self, tokens: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """`tokens` as int64 [T], after the checks that `prefill` promises."""
-        self._require_open()
-        ids = checked_tokens(tokens, self.vocab_size)
-        if self._position + ids.size > self.context_length:
-            raise context_full(ids.size, self._position, self.context_length, self.model_context_length)
-        return ids
+        return self._fitting(tokens, self._position)
+
+
+def _require_cached(length: int, cached: int) -> None:
+    if not 0 <= length <= cached:
+        raise GenerationError(f"cannot keep {length} cached tokens: {cached} are cached")
 
 
 def checked_tokens(tokens: Sequence[int] | NDArray[np.int64], vocab_size: int) -> NDArray[np.int64]:
@@ -311,3 +414,13 @@ def choose_context_length(asked: int | None, model_context_length: int) -> int:
             f"context_length {asked!r:.60} cannot be had: this model takes 1 to {model_context_length}"
         )
     return asked
+
+
+def model_sizes(bundle: Bundle, context_length: int | None) -> dict[str, int]:
+    """`LoadedModel`'s arguments for a bundle's model and a context to allocate. Raises as `choose_context_length`."""
+    model = bundle.manifest.model
+    return {
+        "vocab_size": model.vocab_size,
+        "context_length": choose_context_length(context_length, model.context_length),
+        "model_context_length": model.context_length,
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.runtimes.base import checked_tokens, context_full
+from edgelm.runtimes.base import Closable, checked_tokens, context_full
 
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
@@ -29,11 +29,13 @@ class Trace:
     router_logits: list[NDArray[np.float32]]
 
 
-class TracingModel(ABC):
+class TracingModel(Closable):
     """A bundle's debug graph, loaded. It takes as much memory as the main graph: close that one first.
 
     Its products are computed in float32, so it differs from the quantised reference by rounding only.
     """
+
+    kind = "tracing runtime"
 
     def __init__(self, bundle: Bundle) -> None:
         self._model = bundle.manifest.model
@@ -49,10 +51,6 @@ class TracingModel(ABC):
         The first of the names is "logits", which need not be complete unless `logits`.
         """
 
-    @abstractmethod
-    def close(self) -> None:
-        """Free the graph; any other use after it raises EdgeLMError."""
-
     def trace(self, tokens: Sequence[int], *, logits: bool = True) -> Trace:
         """Run `tokens` from position 0 in one pass. `logits=False` spares their [T, V] float32.
 
@@ -64,9 +62,10 @@ class TracingModel(ABC):
     def trace_all(self, texts: Sequence[Sequence[int]], *, logits: bool = True) -> list[Trace]:
         """Run several texts in one pass over the weights, each from position 0.
 
-        Shorter ones are filled up at the end with a token of their own: attention looks back only, so what is computed
+        Shorter ones are padded at the end with a token of their own: attention looks back only, so what is computed
         before stays as it is. Memory grows with the number of texts times the longest. Raises as `trace`.
         """
+        self._require_open()
         model = self._model
         parts = [checked_tokens(tokens, model.vocab_size) for tokens in texts]
         longest = max(part.size for part in parts)
@@ -89,9 +88,3 @@ class TracingModel(ABC):
             )
             for number in range(len(parts))
         ]
-
-    def __enter__(self) -> TracingModel:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -9,7 +9,24 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from edgelm.runtimes.cuda.launch import Launch
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        kernel: the name under which it was instantiated.
+        grid: blocks in x, y, z.
+        block: threads of a block, in x alone.
+        shared: bytes of dynamic shared memory.
+        args: the kernel's only parameter, a struct, as bytes in the device's layout (little-endian, naturally aligned).
+    """
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: int
+    shared: int
+    args: bytes
 
 
 @dataclass(frozen=True)

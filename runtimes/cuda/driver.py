@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import DeviceError, DeviceMemoryError
-from edgelm.runtimes.cuda.device import Device, DeviceInfo
+from edgelm.runtimes.cuda.device import Device, DeviceInfo, Launch
 from edgelm.runtimes.cuda.driver_library import OUT_OF_MEMORY, Driver, LaunchConfig
 from edgelm.runtimes.cuda.kernels.file import Image
-from edgelm.runtimes.cuda.launch import Launch
 from edgelm.sizes import format_size
 
 __all__ = ["INDEX_VARIABLE", "CudaDevice", "Graph", "KernelSource", "find_devices"]
@@ -96,7 +95,7 @@ class CudaDevice(Device):
         self._driver = Driver(library)
         self._kernels = kernels
         self.overlap = os.environ.get(OVERLAP_VARIABLE) == "1" if overlap is None else overlap
-        self.index = _chosen(index, _count(self._driver))
+        self.index = chosen_index(_count(self._driver), index)
         ordinal = _integer(self._driver, "cuDeviceGet", self.index)
         self.info = _describe(self._driver, ordinal)
         if self.info.capability < OLDEST:
@@ -406,7 +405,12 @@ def _count(driver: Driver) -> int:
     return count
 
 
-def _chosen(index: int | None, count: int) -> int:
+def chosen_index(count: int, index: int | None = None) -> int:
+    """Which of `count` GPUs to use: `index`, else what EDGELM_GPU says, else the first.
+
+    Raises:
+        DeviceError: there is none of that number.
+    """
     named = os.environ.get(INDEX_VARIABLE)
     if index is None and named:
         if not named.isdigit():

@@ -21,9 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import DeviceError
-from edgelm.runtimes.cuda.device import Device, DeviceInfo
+from edgelm.runtimes.cuda.device import Device, DeviceInfo, Launch
 from edgelm.runtimes.cuda.kernels.sources import SOURCES, translation_unit
-from edgelm.runtimes.cuda.launch import Launch
 
 _CANARY = 256
 _CANARY_BYTE = 0xA5

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import BundleError
-from edgelm.runtimes.cuda.device import Device, DeviceInfo
-from edgelm.runtimes.cuda.launch import Launch
+from edgelm.runtimes.cuda.device import Device, DeviceInfo, Launch
 from edgelm.runtimes.cuda.operators import Operators, Scratch, Step, argmax_launches
 from edgelm.runtimes.cuda.program import Node, Program
 from edgelm.runtimes.cuda.weights import DeviceWeights

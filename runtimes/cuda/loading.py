@@ -19,16 +19,16 @@ from edgelm.sizes import format_size
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
 
-Opener = Callable[[Path], Device]
+OpenDevice = Callable[[Path], Device]
 """From a bundle's folder of kernels to a device."""
 
 
-def gpu(kernels: Path) -> Device:
+def open_gpu(kernels: Path) -> Device:
     """The GPU, with the kernels that the bundle brings."""
     return CudaDevice(KernelFolder(kernels))
 
 
-def emulator(kernels: Path) -> Device:
+def open_emulator(kernels: Path) -> Device:
     """The emulator, which compiles the kernels from their sources."""
     del kernels
     return EmulatedDevice(lazy=True)
@@ -39,7 +39,7 @@ class LoadedProgram:
 
     Args:
         bundle: exported for `tensorrt`.
-        opener: how a device is had.
+        open_device: gives the device.
         sizes: what memory to reserve for; `executor` then is ready. None: see `new_executor`.
         debug: take the debug program.
 
@@ -49,13 +49,15 @@ class LoadedProgram:
         BundleError: a file is damaged.
     """
 
-    def __init__(self, bundle: Bundle, opener: Opener, sizes: Sizes | None = None, *, debug: bool = False) -> None:
+    def __init__(
+        self, bundle: Bundle, open_device: OpenDevice, sizes: Sizes | None = None, *, debug: bool = False
+    ) -> None:
         program = Program.read(bundle.file(PROGRAM_FILE))
         self.program = program.debug() if debug else program
         self._name = str(bundle.path)
         file = bundle.file(bundle.manifest.graph.weights_file)
         check_weights_file(program, file)
-        self.device = opener(bundle.file(FOLDER))
+        self.device = open_device(bundle.file(FOLDER))
         try:
             layout = None if sizes is None else Layout(self.program, sizes, self.device.info)
             self._require_memory(program.weight_bytes, layout)
@@ -70,11 +72,6 @@ class LoadedProgram:
         """What runs steps of the sizes that were asked for."""
         assert self._executor is not None
         return self._executor
-
-    @property
-    def device_bytes(self) -> int:
-        """Bytes of the device's memory that are taken: weights, caches, values and workspace."""
-        return self.weights.nbytes + self.executor.layout.nbytes
 
     def new_executor(self, sizes: Sizes, kept: Iterable[str]) -> Executor:
         """One more executor over the same weights, which keeps some values; `free` it. Raises DeviceMemoryError."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgelm.bundle.gpu_layout import GpuMatrix
-from edgelm.runtimes.cuda.device import DeviceInfo
+from edgelm.runtimes.cuda.device import DeviceInfo, Launch
 from edgelm.runtimes.cuda.kernels import linear, moe
 from edgelm.runtimes.cuda.kernels.linear import Product
 from edgelm.runtimes.cuda.kernels.moe import MoeShape, MoeWorkspace
-from edgelm.runtimes.cuda.launch import Launch
 
 COUNTER_BYTES = 4
 """Bytes of `MixtureBuffers.counters`."""

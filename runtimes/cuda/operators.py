@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from edgelm.errors import BundleError, EdgeLMError
 from edgelm.runtimes.cuda import moe as mixture
-from edgelm.runtimes.cuda.device import DeviceInfo
+from edgelm.runtimes.cuda.device import DeviceInfo, Launch
 from edgelm.runtimes.cuda.kernels import attention, linear
 from edgelm.runtimes.cuda.kernels.attention import AttentionBuffers, AttentionShape
 from edgelm.runtimes.cuda.kernels.linear import Product
 from edgelm.runtimes.cuda.kernels.moe import MoeShape
-from edgelm.runtimes.cuda.launch import Launch
 from edgelm.runtimes.cuda.moe import Mixture, MixtureBuffers
 from edgelm.runtimes.cuda.program import PROGRAM_FILE, Node, Program, matrix_of
 

@@ -1,4 +1,8 @@
-"""Sessions of ONNX Runtime on an NVIDIA GPU: what has to be there, said in one line where it is not."""
+"""Sessions of ONNX Runtime on an NVIDIA GPU: what has to be there, said in one line where it is not.
+
+A provider without a kernel hands its nodes to the CPU, silently. Such a node costs two copies over the bus at every
+token and computes in another type than was asked for; here it is an error that names it.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,13 @@ import contextlib
 import ctypes
 import importlib.metadata
 import io
-import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgelm.errors import BundleError, DeviceError, DeviceMemoryError, EdgeLMError, RuntimeUnavailableError
 from edgelm.installing import install_hint
-from edgelm.runtimes.cuda.driver import INDEX_VARIABLE, find_devices
-from edgelm.runtimes.onnxruntime.placement import check_placement, record_placement
+from edgelm.runtimes.cuda.driver import chosen_index, find_devices
 from edgelm.runtimes.onnxruntime.session import create_session, first_line, import_onnxruntime
 
 if TYPE_CHECKING:
@@ -29,6 +32,9 @@ OLDEST = (7, 5)
 _LIBRARIES = ("libcudart.so.{0}", "libcublas.so.{0}", "libcublasLt.so.{0}", "libcurand.so.10")
 _MEMORY = ("out of memory", "Failed to allocate memory", "CUDA failure 2:", "CUBLAS_STATUS_ALLOC_FAILED")
 _NO_KERNEL = ("no kernel image is available", "CUDA failure 209:")
+ON_HOST = frozenset({"total/Gather", "total_sequence_length_int32/Cast"})
+"""Nodes that belong on the CPU: they read the length of the mask, a shape, which attention wants on the host."""
+_SHOWN = 4
 
 
 def problem() -> str | None:
@@ -50,7 +56,8 @@ def require_cuda() -> tuple[Any, int]:
     ort = import_onnxruntime()
     if PROVIDER not in ort.get_available_providers():
         raise RuntimeUnavailableError(_without_provider(ort.__version__))
-    index = _chosen(len(devices := find_devices()))
+    devices = find_devices()
+    index = chosen_index(len(devices))
     device = devices[index]
     if device.capability < OLDEST:
         raise DeviceError(
@@ -78,13 +85,6 @@ def _installed(distribution: str) -> bool:
         importlib.metadata.version(distribution)
         return True
     return False
-
-
-def _chosen(count: int) -> int:
-    named = os.environ.get(INDEX_VARIABLE, "0")
-    if not named.isdigit() or int(named) >= count:
-        raise DeviceError(f"{INDEX_VARIABLE}={named} is not the number of a GPU: 0 to {count - 1}")
-    return int(named)
 
 
 def _preload(ort: Any) -> None:
@@ -136,12 +136,62 @@ def cuda_session(bundle: Bundle, file: str, threads: int, *, capture: bool = Fal
         raise (device_error(error.__cause__, f"loading {file}") or error) from error
     if PROVIDER not in session.get_providers():
         raise RuntimeUnavailableError(
-            "ONNX Runtime could not start its CUDA provider and fell back to the processor: set ORT_LOGGING_LEVEL=1 to "
+            "ONNX Runtime could not start its CUDA provider and fell back to the CPU: set ORT_LOGGING_LEVEL=1 to "
             "see why, and compare its CUDA version with the driver's (nvidia-smi)"
         )
     session.disable_fallback()
     check_placement(session, PROVIDER, f"{file} of {bundle.path}")
     return session
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A node of the optimised graph and the provider that runs it."""
+
+    name: str
+    op: str
+    provider: str
+
+    def __str__(self) -> str:
+        return f"{self.name or 'a node without a name'} ({self.op})"
+
+
+def record_placement(options: Any) -> None:
+    """Have a session, of which these are the options, remember where its nodes go."""
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+
+
+def placement(session: onnxruntime.InferenceSession) -> list[Placed]:
+    """Every node of a session that was made with `record_placement`."""
+    return [
+        Placed(node.name, f"{node.domain or 'ai.onnx'}.{node.op_type}", part.ep_name)
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    ]
+
+
+def check_placement(
+    session: onnxruntime.InferenceSession, provider: str, graph: str, allowed: Collection[str] = ON_HOST
+) -> None:
+    """Refuse a session some of whose nodes another provider runs; `allowed` are names of nodes that it may.
+
+    Raises:
+        RuntimeUnavailableError: naming the nodes and their operators.
+    """
+    nodes = placement(session)
+    if not nodes:
+        raise RuntimeUnavailableError(
+            f"ONNX Runtime does not say where it runs the nodes of {graph}: another version of it is needed"
+        )
+    elsewhere = [node for node in nodes if node.provider != provider and node.name not in allowed]
+    if elsewhere:
+        shown = ", ".join(map(str, elsewhere[:_SHOWN]))
+        more = f" and {len(elsewhere) - _SHOWN} more" if len(elsewhere) > _SHOWN else ""
+        raise RuntimeUnavailableError(
+            f"{provider} has no kernel for {len(elsewhere)} of {len(nodes)} nodes of {graph}, which "
+            f"{', '.join(sorted({node.provider for node in elsewhere}))} would run instead: {shown}{more}; export the "
+            "bundle again with this version of EdgeLM, or install another version of ONNX Runtime"
+        )
 
 
 def device_error(error: BaseException | None, doing: str) -> EdgeLMError | None:

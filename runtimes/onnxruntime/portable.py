@@ -1,4 +1,4 @@
-"""Bundles with portable operators: the graph that every ONNX Runtime runs, on the processor."""
+"""Bundles with portable operators: the graph that every ONNX Runtime runs, on the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.checkpoint.jsonfile import read_json_object
-from edgelm.errors import BundleError, EdgeLMError
+from edgelm.errors import BundleError
 from edgelm.models.config_fields import positive_int
 from edgelm.runtimes.base import DEFAULT_CHUNK
 from edgelm.runtimes.onnxruntime.session import (
@@ -20,6 +20,7 @@ from edgelm.runtimes.onnxruntime.session import (
     OnnxTracing,
     create_session,
     kv_names,
+    require_stored_kv,
     untouched,
 )
 
@@ -31,64 +32,11 @@ if TYPE_CHECKING:
 _KV_DTYPES: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "float16": np.float16}
 
 
-def open(bundle: Bundle, **options: Any) -> PortableRuntime:  # noqa: A001 - the name the registry calls
-    """Load the bundle's graph; the options are those of `PortableRuntime`."""
-    return PortableRuntime(bundle, **options)
-
-
-def open_tracing(bundle: Bundle, *, threads: int | None = None) -> PortableTracing:
-    """Load the bundle's debug graph."""
-    return PortableTracing(bundle, threads=threads)
-
-
 def _kv_dtype(bundle: Bundle) -> type[np.floating[Any]]:
     kind = bundle.manifest.graph.kv_dtype
     if kind not in _KV_DTYPES:
         raise BundleError(f"{bundle.path} wants a {kind} cache; portable operators have {', '.join(_KV_DTYPES)}")
     return _KV_DTYPES[kind]
-
-
-class PortableRuntime(OnnxRuntimeModel):
-    """A bundle's portable graph. The cache's type is the graph's: `kv` may only name it."""
-
-    lengths = "attention_mask"
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        threads: int | None = None,
-        context_length: int | None = None,
-        chunk: int = DEFAULT_CHUNK,
-        kv: str | None = None,
-    ) -> None:
-        stored = bundle.manifest.graph.kv_dtype
-        if kv not in (None, stored):
-            raise EdgeLMError(
-                f"kv is {kv!r}, but {bundle.path} has portable operators, whose cache is {stored}: "
-                "leave kv out, or export with --ops native"
-            )
-        super().__init__(bundle, threads=threads, context_length=context_length, chunk=chunk)
-
-    def _session(self, bundle: Bundle) -> onnxruntime.InferenceSession:
-        return create_session(bundle, bundle.manifest.graph.file, self.threads)
-
-    def _bind_caches(self, graph: BoundGraph, bundle: Bundle) -> list[NDArray[Any]]:
-        model, dtype = bundle.manifest.model, _kv_dtype(bundle)
-        self._mask = untouched((self.context_length,), np.int64)
-        shape = (1, model.num_kv_heads, self.context_length, model.head_dim)
-        caches = []
-        for past, present in kv_names(model.num_layers):
-            cache = untouched(shape, dtype)
-            graph.bind_input(past, cache, shape)
-            graph.bind_output(present, cache, shape)
-            caches.append(cache)
-        return caches
-
-    def _bind_step(self, graph: BoundGraph, tokens: int) -> None:
-        end = self._position + tokens
-        self._mask[self._position : end] = 1
-        graph.bind_input("attention_mask", self._mask, (1, end))
 
 
 def _has_8_bit_experts(bundle: Bundle) -> bool:
@@ -139,3 +87,34 @@ class PortableTracing(OnnxTracing):
         empty = np.zeros((batch, model.num_kv_heads, 0, model.head_dim), self._dtype)
         names = [past for past, _ in kv_names(model.num_layers)]
         return {"attention_mask": np.ones((batch, tokens), np.int64), **dict.fromkeys(names, empty)}
+
+
+class PortableRuntime(OnnxRuntimeModel):
+    """A bundle's portable graph. The cache's type is the graph's: `kv` may only name it."""
+
+    tracing_class = PortableTracing
+    lengths = "attention_mask"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        context_length: int | None = None,
+        chunk: int = DEFAULT_CHUNK,
+        kv: str | None = None,
+    ) -> None:
+        require_stored_kv(bundle, kv, ", or export with --ops native")
+        super().__init__(bundle, threads=threads, context_length=context_length, chunk=chunk)
+        self._mask = untouched((self.context_length,), np.int64)
+
+    def _session(self, bundle: Bundle) -> onnxruntime.InferenceSession:
+        return create_session(bundle, bundle.manifest.graph.file, self.threads)
+
+    def _cache_row(self, bundle: Bundle) -> tuple[int, type[np.generic]]:
+        return bundle.manifest.model.head_dim, _kv_dtype(bundle)
+
+    def _bind_step(self, graph: BoundGraph, tokens: int) -> None:
+        end = self._position + tokens
+        self._mask[self._position : end] = 1
+        graph.bind_input("attention_mask", self._mask, (1, end))

@@ -1,4 +1,4 @@
-"""What both flavours of ONNX graph share on the processor: sessions, bound buffers, prefill in chunks, tracing.
+"""What both operator sets share on the CPU: sessions, bound buffers, prefill in chunks, tracing.
 
 The cache of keys and values is allocated once and bound both as the graph's past and as its present, so a step writes
 its rows in place and copies nothing. Every other input and the logits are bound to buffers that are reused.
@@ -11,7 +11,7 @@ import mmap
 import os
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from edgelm.bundle import version_numbers
 from edgelm.devices import allowed_cores, return_free_memory
 from edgelm.errors import BundleError, EdgeLMError, RuntimeUnavailableError
 from edgelm.installing import install_hint
-from edgelm.runtimes.base import Runtime, choose_context_length, interruptible
+from edgelm.runtimes.base import Runtime, interruptible, model_sizes
 from edgelm.runtimes.tracing import TracingModel
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 MINIMUM_VERSION = "1.31.1"
 """For bundles that do not say what they need."""
-_LOGITS_BYTES = 64 << 20
 
 
 def import_onnxruntime(bundle: Bundle | None = None) -> Any:
@@ -148,6 +147,17 @@ class MappedWeights:
             )
 
 
+def require_stored_kv(bundle: Bundle, kv: str | None, more: str = "") -> None:
+    """Refuse another type of cache than the graph's; `more` is what else a user can do.
+
+    Raises:
+        EdgeLMError: `kv` names another.
+    """
+    stored = bundle.manifest.graph.kv_dtype
+    if kv not in (None, stored):
+        raise EdgeLMError(f"kv is {kv!r}, but the cache of {bundle.path} is {stored}: leave kv out{more}")
+
+
 def ort_errors() -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state  # type: ignore[import-untyped]  # likewise
@@ -252,6 +262,12 @@ class BoundGraph:
         """Let the graph write an output of `shape` to where `array` begins."""
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
 
+    def bind_caches(self, caches: Sequence[NDArray[Any]]) -> None:
+        """Let the graph read and write every layer's keys and values where they lie."""
+        for (past, present), cache in zip(kv_names(len(caches) // 2), caches, strict=True):
+            self.bind_input(past, cache, cache.shape)
+            self.bind_output(present, cache, cache.shape)
+
     def step(self, ids: NDArray[np.int64], *, all_positions: bool = False) -> NDArray[np.float32]:
         """Run ids [B, T]; return the logits of each row's last position, [B, V], or of all of them, [B, T, V].
 
@@ -311,31 +327,23 @@ class OnnxRuntimeModel(Runtime):
     """The input that says how much is cached."""
 
     def __init__(self, bundle: Bundle, *, threads: int | None, context_length: int | None, chunk: int) -> None:
-        model = bundle.manifest.model
-        if chunk < 1:
-            raise EdgeLMError(f"chunk is {chunk}: give 1 or more tokens a prefill step")
-        super().__init__(
-            vocab_size=model.vocab_size,
-            context_length=choose_context_length(context_length, model.context_length),
-            model_context_length=model.context_length,
-            threads=allowed_cores() if threads is None else threads,
-        )
-        self.chunk = min(chunk, self.context_length)
+        super().__init__(threads=threads, chunk=chunk, **model_sizes(bundle, context_length))
         weights = MappedWeights(bundle)
         session = self._session(bundle)
         check_graph(session, bundle, self.lengths)
-        self._graph: BoundGraph | None = BoundGraph(
-            session, weights, batch=1, chunk=self.chunk, vocab_size=self.vocab_size
-        )
-        self._caches = self._bind_caches(self._graph, bundle)
+        model, (width, dtype) = bundle.manifest.model, self._cache_row(bundle)
+        shape = (1, model.num_kv_heads, self.context_length, width)
+        self._caches = [untouched(shape, dtype) for _ in range(2 * model.num_layers)]
+        self._graph = BoundGraph(session, weights, batch=1, chunk=self.chunk, vocab_size=self.vocab_size)
+        self._graph.bind_caches(self._caches)
 
     @abstractmethod
     def _session(self, bundle: Bundle) -> onnxruntime.InferenceSession:
         """Load the bundle's main graph."""
 
     @abstractmethod
-    def _bind_caches(self, graph: BoundGraph, bundle: Bundle) -> list[NDArray[Any]]:
-        """Allocate and bind the caches and whatever else is bound once."""
+    def _cache_row(self, bundle: Bundle) -> tuple[int, type[np.generic]]:
+        """Numbers of a cache for one head and position, and their type."""
 
     @abstractmethod
     def _bind_step(self, graph: BoundGraph, tokens: int) -> None:
@@ -346,41 +354,26 @@ class OnnxRuntimeModel(Runtime):
         """Bytes of address space of the whole cache; resident is only what was written."""
         return sum(cache.nbytes for cache in self._caches)
 
-    def prefill(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Append tokens, `chunk` at a time."""
-        ids = self._checked(tokens)
-        for begin in range(0, ids.size, self.chunk):
-            logits = self._step(ids[begin : begin + self.chunk])
-        last: NDArray[np.float32] = logits[0]
-        return last
-
     def decode(self, token: int) -> NDArray[np.float32]:
         """Append one token."""
-        last: NDArray[np.float32] = self._step(self._checked((token,)))[0]
-        return last
+        logits = self._prefill(self._checked((token,)), last=True)
+        self._position += 1
+        return logits
 
-    def logits_all(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-        """Append tokens; yield logits in blocks of at most 64 MiB, valid until the next is asked for."""
-        ids = self._checked(tokens)
-        block = max(1, min(self.chunk, _LOGITS_BYTES // (4 * self.vocab_size)))
-        for begin in range(0, ids.size, block):
-            yield self._step(self._checked(ids[begin : begin + block]), all_positions=True)[0]
-
-    def close(self) -> None:
-        """Free the session and the cache."""
-        if self._closed:
-            return
-        self._closed = True
-        self._graph = None
+    def _free(self) -> None:
+        del self._graph
         self._caches = []
         return_free_memory()
 
-    def _step(self, ids: NDArray[np.int64], *, all_positions: bool = False) -> NDArray[np.float32]:
-        """Run at most one chunk: logits [1, V], or [1, T, V]."""
-        assert self._graph is not None
+    def _prefill(self, ids: NDArray[np.int64], *, last: bool) -> NDArray[np.float32]:
+        del last
         self._bind_step(self._graph, ids.size)
-        logits = self._graph.step(ids[None, :], all_positions=all_positions)
-        self._position += ids.size
+        logits: NDArray[np.float32] = self._graph.step(ids[None, :])[0]
+        return logits
+
+    def _prefill_all(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        self._bind_step(self._graph, ids.size)
+        logits: NDArray[np.float32] = self._graph.step(ids[None, :], all_positions=True)[0]
         return logits
 
 
@@ -393,9 +386,8 @@ class OnnxTracing(TracingModel):
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         super().__init__(bundle)
         self._weights = MappedWeights(bundle)
-        session = self._load(bundle, allowed_cores() if threads is None else threads)
-        check_graph(session, bundle, self.lengths, self.traced)
-        self._session: onnxruntime.InferenceSession | None = session
+        self._session = self._load(bundle, allowed_cores() if threads is None else threads)
+        check_graph(self._session, bundle, self.lengths, self.traced)
 
     @abstractmethod
     def _load(self, bundle: Bundle, threads: int) -> onnxruntime.InferenceSession:
@@ -406,18 +398,14 @@ class OnnxTracing(TracingModel):
         """What to feed so that `batch` rows of `tokens` begin at position 0."""
 
     def _run(self, ids: NDArray[np.int64], names: Sequence[str], *, logits: bool) -> list[NDArray[np.float32]]:
-        if self._session is None:
-            raise EdgeLMError("this tracing runtime was closed: load the bundle again")
         self._weights.check()
         start = np.array([0 if logits else -1], np.int64)
         return self._compute(names, {"input_ids": ids, "logits_start": start, **self._empty_cache(*ids.shape)})
 
     def _compute(self, names: Sequence[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
         """The outputs `names` for inputs of [batch, tokens], from position 0."""
-        assert self._session is not None
         return [np.asarray(value) for value in self._session.run(names, feed)]
 
-    def close(self) -> None:
-        """Free the session."""
-        self._session = None
+    def _free(self) -> None:
+        del self._session
         return_free_memory()

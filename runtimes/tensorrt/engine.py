@@ -6,13 +6,17 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgelm.errors import BundleError, DeviceError, DeviceMemoryError, EdgeLMError, RuntimeUnavailableError
 from edgelm.runtimes.cuda.device import DeviceInfo
-from edgelm.runtimes.tensorrt.engine_info import PTX, EngineInfo
-from edgelm.runtimes.tensorrt.library import FULL, RTX, Library, messages
+from edgelm.runtimes.cuda.driver import find_devices
+from edgelm.runtimes.tensorrt.engine_info import PTX, EngineInfo, engines
+from edgelm.runtimes.tensorrt.library import FULL, RTX, Library, installed, messages
 from edgelm.runtimes.tensorrt.plugins import Host, serving
+
+if TYPE_CHECKING:
+    from edgelm.bundle import Bundle
 
 DECODE, PREFILL = 0, 1
 """Optimisation profiles, in the order of `builder.profiles`."""
@@ -34,7 +38,7 @@ def sm_of(device: DeviceInfo) -> int:
     return device.capability[0] * 10 + device.capability[1]
 
 
-def unfit(info: EngineInfo, device: DeviceInfo, versions: dict[str, str]) -> str | None:
+def incompatible(info: EngineInfo, device: DeviceInfo, versions: dict[str, str]) -> str | None:
     """Why an engine cannot run on a device with these TensorRT flavours installed, by version; None if it can."""
     sm = sm_of(device)
     have = versions.get(info.flavour)
@@ -50,13 +54,29 @@ def unfit(info: EngineInfo, device: DeviceInfo, versions: dict[str, str]) -> str
     return None
 
 
+def compatible(bundle: Bundle) -> bool:
+    """Whether a bundle has an engine for the GPU and the TensorRT that are here; False too where there is no GPU.
+
+    Imports no TensorRT.
+    """
+    found = engines(bundle)
+    if not found:
+        return False
+    try:
+        device = find_devices()[0]
+    except DeviceError:
+        return False
+    versions = installed()
+    return any(incompatible(info, device, versions) is None for info in found)
+
+
 def choose(found: Sequence[EngineInfo], device: DeviceInfo, versions: dict[str, str], where: Path) -> EngineInfo:
     """The engine to run: full TensorRT's where both flavours fit.
 
     Raises:
         RuntimeUnavailableError: none fits; says why each does not, and what to do.
     """
-    reasons = {info.file: unfit(info, device, versions) for info in found}
+    reasons = {info.file: incompatible(info, device, versions) for info in found}
     fitting = [info for info in found if reasons[info.file] is None]
     if fitting:
         return min(fitting, key=lambda info: (info.flavour != FULL, info.plugins != PTX, info.file))

@@ -7,8 +7,7 @@ from functools import lru_cache
 
 from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda import moe as mixture
-from edgelm.runtimes.cuda.device import Device, DeviceInfo
-from edgelm.runtimes.cuda.launch import Launch
+from edgelm.runtimes.cuda.device import Device, DeviceInfo, Launch
 from edgelm.runtimes.cuda.operators import Operators, Scratch, Step
 from edgelm.runtimes.cuda.program import Node, Program, Value, Weight
 from edgelm.runtimes.tensorrt.operators import OPERATORS, PluginSpec

@@ -74,10 +74,15 @@ class Session:
             self.info = info
             self.vocab_size = model.vocab_size
             self.batch = batch
-            self.model_context_length = min(model.context_length, info.context_length)
-            self.context_length = choose_context_length(context_length, self.model_context_length)
+            most = min(model.context_length, info.context_length)
+            self.context_length = choose_context_length(context_length, most)
+            self.sizes = {
+                "vocab_size": model.vocab_size,
+                "context_length": self.context_length,
+                "model_context_length": most,
+            }
+            """For `edgelm.runtimes.base.LoadedModel`."""
             self.chunk = min(chunk or info.chunk, info.chunk, self.context_length)
-            self.lengths: NDArray[np.int32] = np.zeros(batch, np.int32)
             library = load(info.flavour)
             self.device.load(Operators(program, info.kv, 0, self.device.info).kernels())
             self._host = DeviceHost(self.device)
@@ -164,35 +169,31 @@ class Session:
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
-    def prefill(self, row: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Append ids [T] to a sequence, `chunk` at a time; the logits [vocabulary] after the last, in a buffer.
+    def prefill(self, row: int, ids: NDArray[np.int64], lengths: NDArray[np.int64] | int) -> NDArray[np.float32]:
+        """Run ids [T], at most `chunk`, on a sequence; the logits [vocabulary] after the last, in a buffer.
 
-        The caller has checked that they fit.
+        `lengths`: how many tokens of each sequence are cached. The caller has checked that these fit, and counts them.
         """
         context = self._contexts[PREFILL]
         if row != self._row:
             self._bind(context, row, 1)
             self._row = row
         device = self.device
-        for start in range(0, len(ids), self.chunk):
-            part = ids[start : start + self.chunk]
-            self._pinned_lengths[:] = self.lengths
-            self._pinned_ids[: len(part)] = part
-            device.start_upload(self._device_lengths, self._pinned_lengths)
-            device.start_upload(self._ids, self._pinned_ids[: len(part)])
-            context.bind(IDS, self._ids, (1, len(part)))
-            context.run(device.stream)
-            out = self._pinned_logits[row]
-            device.start_download(out, self._logits + 4 * row * self.vocab_size)
-            # The pinned buffers are written again for the next part.
-            device.synchronize()
-            self.lengths[row] += len(part)
+        self._pinned_lengths[:] = lengths
+        self._pinned_ids[: len(ids)] = ids
+        device.start_upload(self._device_lengths, self._pinned_lengths)
+        device.start_upload(self._ids, self._pinned_ids[: len(ids)])
+        context.bind(IDS, self._ids, (1, len(ids)))
+        context.run(device.stream)
         logits: NDArray[np.float32] = self._pinned_logits[row]
+        device.start_download(logits, self._logits + 4 * row * self.vocab_size)
+        # The pinned buffers are written again for the next chunk.
+        device.synchronize()
         return logits
 
-    def decode(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Append one id to every sequence: the logits [batch, vocabulary], in a buffer. The caller has checked room."""
-        self._pinned_lengths[:] = self.lengths
+    def decode(self, ids: NDArray[np.int64], lengths: NDArray[np.int64] | int) -> NDArray[np.float32]:
+        """Run one id of every sequence: the logits [batch, vocabulary], in a buffer; `lengths` as for `prefill`."""
+        self._pinned_lengths[:] = lengths
         self._pinned_ids[: self.batch] = ids
         if self._graph is not None:
             self._graph()
@@ -207,7 +208,6 @@ class Session:
                 self._contexts[DECODE].keep_compiled()
             self._decoded = True
         self.device.synchronize()
-        self.lengths += 1
         return self._pinned_logits
 
     def _step(self) -> None:

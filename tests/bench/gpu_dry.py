@@ -12,8 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from edgelm.errors import DeviceError, DeviceMemoryError
-from edgelm.runtimes.cuda.device import Device, DeviceInfo
-from edgelm.runtimes.cuda.launch import Launch
+from edgelm.runtimes.cuda.device import Device, DeviceInfo, Launch
 
 _MOST_SHARED = 227 << 10
 _MOST_THREADS = 1024

@@ -17,9 +17,9 @@ import pytest
 
 from edgelm.errors import DeviceError, DeviceMemoryError, EdgeLMError, RuntimeUnavailableError
 from edgelm.runtimes.cuda import driver as drivers
+from edgelm.runtimes.cuda.device import Launch
 from edgelm.runtimes.cuda.driver import CudaDevice, find_devices
 from edgelm.runtimes.cuda.kernels.file import Image
-from edgelm.runtimes.cuda.launch import Launch
 
 _STAGING = drivers._STAGING
 

@@ -8,8 +8,8 @@ import pytest
 
 from edgelm.errors import DeviceError
 from edgelm.quant import fp8
+from edgelm.runtimes.cuda.device import Launch
 from edgelm.runtimes.cuda.emulated import EmulatedDevice
-from edgelm.runtimes.cuda.launch import Launch
 
 _SOURCE = """
 #include "device.cuh"

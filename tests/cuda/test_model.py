@@ -170,16 +170,17 @@ def test_is_a_narrower_cache_smaller_and_close(bundles: Bundles, kv: str, row: i
     assert 0 < np.abs(wide - narrow).max() < 0.1 * np.abs(wide).max()
 
 
-def test_is_what_does_not_fit_refused_with_figures(bundles: Bundles) -> None:
+def test_is_what_does_not_fit_refused_with_figures(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     def small(kernels: Path) -> Device:
         device = EmulatedDevice(lazy=True)
         device.info = replace(device.info, memory=3 << 20)
         return device
 
+    monkeypatch.setattr(CudaRuntime, "open_device", staticmethod(small))
     with pytest.raises(
         DeviceMemoryError, match=r"has 3.15 MB of 3.15 MB free, and [\d.]+ MB are needed .*context_length"
     ):
-        CudaRuntime(bundles("fox", "int4"), opener=small)
+        CudaRuntime(bundles("fox", "int4"))
 
 
 def test_is_the_emulator_never_chosen_unasked(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:

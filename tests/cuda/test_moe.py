@@ -12,9 +12,9 @@ from kernel_device import kernel_device, order_threads, release
 from numpy.typing import NDArray
 
 from edgelm.errors import DeviceError
+from edgelm.runtimes.cuda.device import Launch
 from edgelm.runtimes.cuda.kernels import moe
 from edgelm.runtimes.cuda.kernels.moe import MoeShape
-from edgelm.runtimes.cuda.launch import Launch
 
 Array = NDArray[Any]
 U = 2.0**-24  # unit roundoff of float32

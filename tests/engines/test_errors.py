@@ -29,9 +29,8 @@ from edgelm.runtimes.cuda.device import DeviceInfo
 from edgelm.runtimes.tensorrt import engine_info, library
 from edgelm.runtimes.tensorrt.build import build_bundle
 from edgelm.runtimes.tensorrt.builder import BuildOptions
-from edgelm.runtimes.tensorrt.engine import Engine, choose, diagnosis, failed, unfit
+from edgelm.runtimes.tensorrt.engine import Engine, choose, compatible, diagnosis, failed, incompatible
 from edgelm.runtimes.tensorrt.engine_info import EngineInfo, engines
-from edgelm.runtimes.tensorrt.fit import fits
 from edgelm.runtimes.tensorrt.host import BuildHost
 from edgelm.runtimes.tensorrt.library import Library
 
@@ -44,14 +43,14 @@ def test_without_a_driver_loading_says_so(copied: Bundle, monkeypatch) -> None:
     monkeypatch.setenv("EDGELM_CUDA_DRIVER", str(copied.path / "nowhere" / "libcuda.so.1"))
     with pytest.raises(DeviceError, match="no NVIDIA driver"):
         open_runtime(copied, "tensorrt")
-    assert not fits(copied)
+    assert not compatible(copied)
 
 
 def test_without_a_gpu_loading_says_so(copied: Bundle, gpu) -> None:
     gpu(devices=0)
     with pytest.raises(DeviceError, match="GPU"):
         open_runtime(copied, "tensorrt")
-    assert not fits(copied)
+    assert not compatible(copied)
 
 
 def test_an_engine_for_other_devices_is_refused_and_all_are_named(copied: Bundle, gpu) -> None:
@@ -62,16 +61,16 @@ def test_an_engine_for_other_devices_is_refused_and_all_are_named(copied: Bundle
     assert "engines/rtx-1.7.1-sm86-sm89-sm120.engine was built for SM 86, SM 89, SM 120" in said
     assert "is SM 90" in said
     assert f"run `edgelm build {copied.path}` on this device, or use the runtime cuda-kernels" in said
-    assert not fits(copied)
+    assert not compatible(copied)
     gpu(sm=89)
-    assert fits(copied)
+    assert compatible(copied)
 
 
 def test_an_old_driver_is_refused(copied: Bundle, gpu) -> None:
     gpu(sm=86, version=11080)
     with pytest.raises(EdgeLMError, match=r"driver"):
         open_runtime(copied, "tensorrt")
-    assert unfit(INFO, replace(A10, driver=(11, 8)), HAVE) == (
+    assert incompatible(INFO, replace(A10, driver=(11, 8)), HAVE) == (
         "needs a driver for CUDA 12 or newer, and this one speaks 11.8"
     )
 
@@ -87,9 +86,11 @@ def test_options_that_an_engine_lacks_are_refused(copied: Bundle, gpu) -> None:
 
 
 def test_a_flavour_or_version_that_is_not_here_is_named(tmp_path) -> None:
-    assert unfit(INFO, A10, HAVE) is None
-    assert unfit(INFO, A10, {}) == "needs tensorrt-rtx 1.7.1.116, which is not installed"
-    assert unfit(INFO, A10, {"tensorrt-rtx": "1.8"}) == "was built by tensorrt-rtx 1.7.1.116, and 1.8 is installed"
+    assert incompatible(INFO, A10, HAVE) is None
+    assert incompatible(INFO, A10, {}) == "needs tensorrt-rtx 1.7.1.116, which is not installed"
+    assert (
+        incompatible(INFO, A10, {"tensorrt-rtx": "1.8"}) == "was built by tensorrt-rtx 1.7.1.116, and 1.8 is installed"
+    )
     with pytest.raises(RuntimeUnavailableError, match="has no engine: run `edgelm build"):
         choose([], A10, HAVE, tmp_path)
     full = replace(INFO, file="engines/f.engine", flavour="tensorrt", version="11.4")
@@ -168,7 +169,7 @@ def test_without_tensorrt_the_way_to_install_it_is_said(monkeypatch, copied: Bun
     ):
         open_runtime(copied, "tensorrt")
     gpu(sm=86)
-    assert not fits(copied)
+    assert not compatible(copied)
 
 
 def test_an_unknown_or_missing_flavour_is_refused(copied: Bundle) -> None:

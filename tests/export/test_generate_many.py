@@ -19,7 +19,7 @@ from edgelm.export import ExportOptions, export_bundle
 from edgelm.generation.options import GenerateOptions
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
-from edgelm.runtimes.onnxruntime.native import NativeBatch
+from edgelm.runtimes.onnxruntime.native import NativeBatch, NativeRuntime
 
 SHORT = GoldenOptions(prompts=(Prompt("short", "The quick brown fox"),), greedy_tokens=2)
 PROMPTS: list[str | list[int]] = ["one", "two and a half prompts", "def f(x):\n    return", [5, 6, 7, 8], "x" * 60, "Z"]
@@ -144,7 +144,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
         made.append(Watched(*arguments, **options))
         return made[-1]
 
-    monkeypatch.setattr("edgelm.runtimes.onnxruntime.native.NativeBatch", make)
+    monkeypatch.setattr(NativeRuntime, "batch_class", staticmethod(make))
     return made
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from edgelm.errors import DeviceMemoryError
+from edgelm.runtimes.cuda.device import Launch
 from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.kernels import nvrtc
 from edgelm.runtimes.cuda.kernels.file import Image, choose
-from edgelm.runtimes.cuda.launch import Launch
 
 SOURCE = """
 struct Increment { float* x; int count; float by; };

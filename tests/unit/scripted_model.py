@@ -30,22 +30,18 @@ class Scripted(Runtime):
         self.fed: list[int] = []
         self.before_step: Callable[[], None] = lambda: None
 
-    def prefill(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        self.before_step()
-        self.fed += self._checked(tokens).tolist()
-        self._position += len(tokens)
-        return self._logits()
-
     def decode(self, token: int) -> NDArray[np.float32]:
         return self.prefill([token])
 
-    def close(self) -> None:
-        self._closed = True
-
-    def _logits(self) -> NDArray[np.float32]:
+    def _prefill(self, ids: NDArray[np.int64], *, last: bool) -> NDArray[np.float32]:
+        self.before_step()
+        self.fed += ids.tolist()
         logits = np.zeros(self.vocab_size, np.float32)
-        logits[self.tokens[min(self._position - self.start, len(self.tokens) - 1)]] = 5
+        logits[self.tokens[min(self._position + ids.size - self.start, len(self.tokens) - 1)]] = 5
         return logits
+
+    def _free(self) -> None:
+        pass
 
 
 def scripted(bundle: Bundle, text: str, *, end: bool = True, context_length: int = 64) -> LanguageModel:

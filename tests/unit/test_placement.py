@@ -19,7 +19,7 @@ from edgelm.errors import DeviceError, DeviceMemoryError, RuntimeUnavailableErro
 from edgelm.installing import install_hint
 from edgelm.runtimes import runtimes
 from edgelm.runtimes.onnxruntime import cuda_session as onnxruntime_gpu
-from edgelm.runtimes.onnxruntime.placement import check_placement, placement, record_placement
+from edgelm.runtimes.onnxruntime.cuda_session import check_placement, placement, record_placement
 from edgelm.runtimes.onnxruntime.router_probe import check_router
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"

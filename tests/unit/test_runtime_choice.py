@@ -8,11 +8,11 @@ from types import ModuleType
 import pytest
 from tiny_graph import Shape, write_tiny_bundle
 
-import edgelm.runtimes
 from edgelm.bundle import Bundle
 from edgelm.errors import RuntimeUnavailableError
 from edgelm.installing import install_hint
-from edgelm.runtimes import RuntimeEntry, _choose
+from edgelm.runtimes import registry
+from edgelm.runtimes.registry import RuntimeEntry, _choose
 
 MISSING = "no_package_of_this_name"
 
@@ -22,26 +22,26 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return write_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle", Shape(layers=1))
 
 
-def entry(name: str, *, fits: bool | None = None, requires: str = "numpy", by_name: bool = False) -> RuntimeEntry:
-    """A runtime for CPU bundles; `fits`: what it says of them, None where it is not asked."""
+def entry(name: str, *, compatible: bool | None = None, requires: str = "numpy", by_name: bool = False) -> RuntimeEntry:
+    """A runtime for CPU bundles; `compatible`: what it says of them, None where it is not asked."""
     return RuntimeEntry(
         name=name,
-        modules={},
+        classes={},
         targets=("cpu",),
         requires=requires,
         options=(),
         summary="",
         extras=("cpu",),
-        fitting="" if fits is None else f"fitting_{fits}",
+        compatibility="" if compatible is None else f"compatible_{compatible}",
         only_by_name=by_name,
     )
 
 
 @pytest.fixture(autouse=True)
-def fitting_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+def compatibility_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     for answer in (True, False):
-        module = ModuleType(f"fitting_{answer}")
-        module.fits = lambda bundle, answer=answer: answer  # type: ignore[attr-defined]
+        module = ModuleType(f"compatible_{answer}")
+        module.compatible = lambda bundle, answer=answer: answer  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
@@ -49,27 +49,27 @@ def fitting_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     ("entries", "chosen"),
     [
         ([entry("a"), entry("b")], "a"),
-        ([entry("a", fits=True), entry("b")], "a"),
-        ([entry("a", fits=False), entry("b"), entry("c")], "b"),
-        ([entry("a", fits=False), entry("b", fits=False), entry("c")], "c"),
-        ([entry("a", fits=False), entry("b", fits=False)], "b"),  # the last says itself what it lacks
-        ([entry("a", fits=False)], "a"),
+        ([entry("a", compatible=True), entry("b")], "a"),
+        ([entry("a", compatible=False), entry("b"), entry("c")], "b"),
+        ([entry("a", compatible=False), entry("b", compatible=False), entry("c")], "c"),
+        ([entry("a", compatible=False), entry("b", compatible=False)], "b"),  # the last says itself what it lacks
+        ([entry("a", compatible=False)], "a"),
         ([entry("a", requires=MISSING), entry("b")], "b"),
         ([entry("a", by_name=True), entry("b")], "b"),
-        ([entry("a", fits=False), entry("b", by_name=True)], "a"),
+        ([entry("a", compatible=False), entry("b", by_name=True)], "a"),
     ],
 )
-def test_the_first_that_is_there_and_fits_is_taken(
+def test_the_first_that_is_there_and_compatible_is_taken(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, entries: list[RuntimeEntry], chosen: str
 ) -> None:
-    monkeypatch.setattr(edgelm.runtimes, "_ENTRIES", tuple(entries))
+    monkeypatch.setattr(registry, "_ENTRIES", tuple(entries))
     assert _choose(bundle, None).name == chosen
 
 
 def test_is_one_that_is_never_taken_unasked_taken_by_its_name(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edgelm.runtimes, "_ENTRIES", (entry("a"), entry("b", by_name=True), entry("c", fits=False)))
+    monkeypatch.setattr(registry, "_ENTRIES", (entry("a"), entry("b", by_name=True), entry("c", compatible=False)))
     assert [_choose(bundle, name).name for name in ("a", "b", "c")] == ["a", "b", "c"]
-    monkeypatch.setattr(edgelm.runtimes, "_ENTRIES", (entry("b", by_name=True),))
+    monkeypatch.setattr(registry, "_ENTRIES", (entry("b", by_name=True),))
     with pytest.raises(RuntimeUnavailableError, match="exported for cpu, which no runtime here runs"):
         _choose(bundle, None)
 
@@ -78,11 +78,11 @@ def test_where_none_is_installed_every_way_to_install_one_is_named(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = (entry("a", requires=MISSING), entry("b", requires=MISSING), entry("c", requires=MISSING, by_name=True))
-    monkeypatch.setattr(edgelm.runtimes, "_ENTRIES", missing)
+    monkeypatch.setattr(registry, "_ENTRIES", missing)
     with pytest.raises(RuntimeUnavailableError) as caught:
         _choose(bundle, None)
     assert str(caught.value).endswith(f": {install_hint('cpu')} (for a) or {install_hint('cpu')} (for b)")
 
 
 def test_are_the_emulated_kernels_never_taken_unasked() -> None:
-    assert [one.name for one in edgelm.runtimes.runtimes() if one.only_by_name] == ["cuda-emulated"]
+    assert [one.name for one in registry.runtimes() if one.only_by_name] == ["cuda-emulated"]

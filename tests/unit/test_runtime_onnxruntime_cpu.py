@@ -21,7 +21,7 @@ from edgelm.errors import BundleError, ContextLengthError, EdgeLMError, Generati
 from edgelm.runtimes import Runtime, open_runtime, runtimes
 from edgelm.runtimes.base import interruptible
 from edgelm.runtimes.onnxruntime import portable as onnxruntime_cpu
-from edgelm.runtimes.onnxruntime.portable import PortableRuntime, open_tracing
+from edgelm.runtimes.onnxruntime.portable import PortableRuntime, PortableTracing
 from edgelm.runtimes.onnxruntime.session import import_onnxruntime
 
 SHAPE = Shape()
@@ -209,13 +209,13 @@ def test_a_graph_without_the_agreed_inputs_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_trace_holds_logits_and_hidden_states(bundle: Bundle, expected: NDArray[np.float32]) -> None:
-    with open_tracing(bundle, threads=1) as runtime:
+    with PortableTracing(bundle, threads=1) as runtime:
         got = runtime.trace(IDS)
     assert got.logits is not None
     np.testing.assert_allclose(got.logits, expected, atol=TOLERANCE)
     assert [hidden.shape for hidden in got.hidden] == [(len(IDS), SHAPE.hidden)] * (SHAPE.layers + 1)
     assert got.router_logits == []
-    with open_tracing(bundle, threads=1) as runtime:
+    with PortableTracing(bundle, threads=1) as runtime:
         short = runtime.trace(IDS[:5], logits=False)
         assert short.logits is None
         np.testing.assert_allclose(short.hidden[-1], got.hidden[-1][:5], atol=TOLERANCE)
@@ -325,7 +325,7 @@ def test_a_failure_while_running_is_explained(tmp_path: Path) -> None:
 
 def test_texts_traced_together_give_what_they_give_alone(bundle):
     texts = [IDS[:9], IDS[:4], IDS[2:7]]
-    with open_tracing(bundle, threads=1) as runtime:
+    with PortableTracing(bundle, threads=1) as runtime:
         together = runtime.trace_all(texts)
         alone = [runtime.trace(text) for text in texts]
     for one, other, text in zip(together, alone, texts, strict=True):
@@ -375,7 +375,7 @@ def test_an_old_onnxruntime_is_refused_where_the_bundle_says_nothing(
             f"{needs} ONNX Runtime 1.31.1 or newer, here is {here}: pip install -U 'onnxruntime>=1.31.1'"
         )
     if old:
-        for load in (opened, open_tracing):
+        for load in (opened, PortableTracing):
             with pytest.raises(RuntimeUnavailableError, match=r"1\.31\.1 or newer"):
                 load(bundle)
 
@@ -426,7 +426,7 @@ def test_is_a_manifest_that_contradicts_its_graph_refused(
     manifest = json.loads(bundle.file("manifest.json").read_text(encoding="utf-8"))
     manifest[section][field] = value
     bundle.file("manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    for use in (opened, lambda bundle: open_tracing(bundle, threads=1)):
+    for use in (opened, lambda bundle: PortableTracing(bundle, threads=1)):
         with pytest.raises(BundleError, match=said):
             use(Bundle.open(bundle.path))
 
@@ -442,7 +442,7 @@ def test_is_the_environment_as_it_was_once_a_debug_graph_is_loaded(
     monkeypatch.delenv("ORT_USE_MLAS_Q4_GEMM_MOE", raising=False)
     before = dict(os.environ)
     with pytest.raises(AttributeError):  # None is no session
-        open_tracing(bundle, threads=1)
+        PortableTracing(bundle, threads=1)
     assert dict(os.environ) == before
     changes = {name: value for name, value in seen[0].items() if before.get(name) != value}
     assert changes == {"ORT_QMOE_CPU_QNBIT_GEMM": "0", "ORT_USE_MLAS_Q4_GEMM_MOE": "0"}

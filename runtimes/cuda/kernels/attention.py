@@ -20,7 +20,7 @@ import struct
 from dataclasses import dataclass
 
 from edgelm.errors import DeviceError
-from edgelm.runtimes.cuda.launch import Launch
+from edgelm.runtimes.cuda.device import Launch
 
 HEADER = "attention.cuh"
 

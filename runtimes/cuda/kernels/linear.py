@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 
 from edgelm.bundle.gpu_layout import ROWS, TILE_BYTES, GpuKind, GpuMatrix
 from edgelm.errors import DeviceError
-from edgelm.runtimes.cuda.device import DeviceInfo
-from edgelm.runtimes.cuda.launch import Launch
+from edgelm.runtimes.cuda.device import DeviceInfo, Launch
 
 HEADER = "linear.cuh"
 

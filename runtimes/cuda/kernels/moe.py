@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.errors import DeviceError
-from edgelm.runtimes.cuda.launch import Launch
+from edgelm.runtimes.cuda.device import Launch
 
 HEADER = "moe.cuh"
 
