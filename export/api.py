@@ -37,7 +37,7 @@ from edgelm.errors import ExportError
 from edgelm.export.memory import plan_memory
 from edgelm.export.onnxruntime.target import TARGETS, check_request
 from edgelm.export.options import ExportOptions
-from edgelm.export.plan import DEBUG_FILE, GRAPH_FILE, WEIGHTS_FILE, Plan, make_plan
+from edgelm.export.plan import WEIGHTS_FILE, Plan, make_plan
 from edgelm.files import atomic_directory, need_disk, prepare_place
 from edgelm.models import family as family_of
 from edgelm.parity.golden import DeviceRounding, GoldenOptions, golden_tokens, write_pack
@@ -122,8 +122,8 @@ def _export(
     sources = [checkpoint.path, None if original is None else original.path]
     with atomic_directory(out, BUNDLE, sources=sources, overwrite=options.overwrite) as folder:
         tensors, hashes = _write_weights(plan, checkpoint, folder, threads, progress)
-        (folder / GRAPH_FILE).write_bytes(plan.graphs.graph.SerializeToString())
-        (folder / DEBUG_FILE).write_bytes(plan.graphs.debug_graph.SerializeToString())
+        for name, content in plan.graphs.files.items():
+            (folder / name).write_bytes(content)
         _copy_texts(checkpoint.path, tokenizer, folder)
         plan.graphs.finish(folder, plan, options, progress)
         (folder / "parity").mkdir()
@@ -263,7 +263,7 @@ def _write_manifest(
         ops=plan.ops,
         dtype=plan.dtype,
         recipe=RecipeInfo(recipe.name, recipe.to_toml()),
-        graph=GraphInfo(GRAPH_FILE, DEBUG_FILE, WEIGHTS_FILE, plan.graphs.kv),
+        graph=GraphInfo(plan.graphs.file, plan.graphs.debug_file, WEIGHTS_FILE, plan.graphs.kv),
         tokens=plan.tokens,
         source=SourceInfo(source_id, {name: FileInfo(**info) for name, info in hashes.items()}),
         files=files,

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from edgelm.bundle import ModelInfo, Requirement, TokenIds
 from edgelm.checkpoint import Checkpoint
 from edgelm.export.options import ExportOptions
@@ -44,13 +42,15 @@ class Order:
 class Graphs:
     """The graphs of a bundle, the weights that they share, the type of their cache, and what is needed to run them.
 
+    `files` are the graphs' files by name, `file` that of the deployed one and `debug_file` that of the debug graph.
     `rounded` names the matrices whose inputs the graph rounds to int8, and in blocks of how many columns; None where
     that is not all that is rounded (on a GPU values are float16 or bfloat16 too). `finish` writes what else belongs to
-    the bundle; the weights, graphs and the checkpoint's texts are in the folder then.
+    the bundle; the weights, `files` and the checkpoint's texts are in the folder then.
     """
 
-    graph: onnx.ModelProto
-    debug_graph: onnx.ModelProto
+    files: Mapping[str, bytes]
+    file: str
+    debug_file: str
     weights: WeightsPlan
     kv: str
     finish: Callable[[Path, Plan, ExportOptions, Progress], None]

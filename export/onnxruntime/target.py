@@ -26,7 +26,7 @@ from edgelm.export.onnxruntime.router_probe import router_probe
 from edgelm.export.onnxruntime.versions import onnxruntime_for
 from edgelm.export.options import AUTO, ExportOptions
 from edgelm.export.packing.weights_file import WeightsPlan
-from edgelm.export.plan import GRAPH_FILE, WEIGHTS_FILE, Graphs, Order, Plan, Target
+from edgelm.export.plan import DEBUG_FILE, GRAPH_FILE, WEIGHTS_FILE, Graphs, Order, Plan, Target
 from edgelm.export.tensorrt.target import TensorrtTarget, chosen_sms
 from edgelm.progress import Progress, Silent
 from edgelm.quant.recipe import Recipe
@@ -106,7 +106,9 @@ class OnnxRuntimeTarget(Target):
         name = order.info.name
         main, debug = graph.model(name), graph.model(f"{name} (debug)", outputs, exact=EXACT)
         rounded = ops.rounded if self.provider.compute_type(order.dtype) == "float32" else None
-        return Graphs(main, debug, weights, kv, finish, rounded, self._requires(order, main, debug))
+        files = {GRAPH_FILE: main.SerializeToString(), DEBUG_FILE: debug.SerializeToString()}
+        requires = self._requires(order, main, debug)
+        return Graphs(files, GRAPH_FILE, DEBUG_FILE, weights, kv, finish, rounded, requires)
 
     def _requires(self, order: Order, *graphs: onnx.ModelProto) -> tuple[Requirement, ...]:
         """The versions of packages that the graphs need, where they are known to be other than EdgeLM's own."""

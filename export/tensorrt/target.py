@@ -8,7 +8,7 @@ from typing import Any
 
 from edgelm.errors import DeviceError, ExportError
 from edgelm.export.graph import onnx_fox, onnx_olmoe
-from edgelm.export.graph.gpu import ACTIVATIONS, EXACT, GpuDecoder, program_of
+from edgelm.export.graph.gpu import ACTIVATIONS, GpuDecoder, program_of
 from edgelm.export.graph.onnx_builder import GraphBuilder
 from edgelm.export.options import AUTO, ExportOptions
 from edgelm.export.packing.weights_file import WeightsPlan
@@ -87,13 +87,13 @@ class TensorrtTarget(Target):
         program = program_of(main, model.values)
 
         def finish(folder: Path, plan: Plan, options: ExportOptions, progress: Progress) -> None:
-            (folder / PROGRAM_FILE).write_text(program.to_json(), encoding="utf-8")
             sms = chosen_sms(options)
             compile_bundle_kernels(bundle_kernels(program), sms, folder / FOLDER, progress)
             add_engines(folder, program, plan.info, WEIGHTS_FILE, options.engines, sms, progress)
 
-        debug = graph.model(f"{info.name} (debug)", model.debug_outputs, exact=EXACT)
-        return Graphs(main, debug, weights, kv, finish)
+        # The debug graph is the program's own with its exact attributes.
+        files = {PROGRAM_FILE: program.to_json().encode()}
+        return Graphs(files, PROGRAM_FILE, PROGRAM_FILE, weights, kv, finish)
 
 
 def chosen_sms(options: ExportOptions) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gpu_bundles import write_bundle
 
-from edgelm.bundle import Bundle
+from edgelm.bundle import Bundle, sha256_of
 from edgelm.errors import (
     BundleError,
     DeviceError,
@@ -206,6 +206,22 @@ def test_does_cuda_kernels_say_what_it_lacks_without_a_driver(
 def test_is_another_targets_bundle_refused(bundles: Bundles) -> None:
     with pytest.raises(RuntimeUnavailableError, match="was exported for tensorrt, onnxruntime-cpu runs cpu"):
         open_runtime(bundles("fox", "int4"), "onnxruntime-cpu")
+
+
+def test_does_a_bundle_with_graphs_in_onnx_as_they_once_had_still_run(damaged: Path) -> None:
+    # Up to version 0.1 such bundles held the program a second and third time, in files that no runtime opened.
+    path = damaged / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for key, name in (("file", "model.onnx"), ("debug_file", "model.debug.onnx")):
+        (damaged / name).write_bytes(name.encode())
+        manifest["graph"][key] = name
+        manifest["files"][name] = {"size": len(name), "sha256": sha256_of(damaged / name)}
+    path.write_text(json.dumps(manifest))
+    bundle = Bundle.open(damaged)
+    assert bundle.verify() == []
+    with open_runtime(bundle, RUNTIME, context_length=64) as runtime:
+        assert np.isfinite(runtime.prefill(TOKENS[:3])).all()
+    assert check_parity(bundle, runtime=RUNTIME).passed
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
@@ -54,28 +55,19 @@ class Written:
     def __init__(self, folder: Path, path: Path, recipe: Recipe, dtype: str = "auto") -> None:
         self.source, plan = planned(path, recipe, dtype)
         plan.graphs.weights.write(folder / WEIGHTS_FILE, 2, lambda amount: None)
-        self.model = plan.graphs.graph
-        self.debug = plan.graphs.debug_graph
+        self.program = Program.from_json(plan.graphs.files[plan.graphs.file], "program.json")
         self.blob = (folder / WEIGHTS_FILE).read_bytes()
-        self.places = {
-            tensor.name: {entry.key: entry.value for entry in tensor.external_data}
-            for tensor in self.model.graph.initializer
-        }
-        self.nodes = {node.output[0]: node for node in self.model.graph.node}
+        self.nodes = {node.outputs[0]: node for node in self.program.nodes}
 
     def bytes_of(self, name: str) -> bytes:
-        start, size = (int(self.places[name][key]) for key in ("offset", "length"))
-        return self.blob[start : start + size]
+        weight = self.program.weights[name]
+        return self.blob[weight.offset : weight.offset + weight.size]
 
-    def attributes(self, output: str) -> dict[str, Any]:
-        node = self.nodes[output]
-        return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    def attributes(self, output: str) -> Mapping[str, Any]:
+        return self.nodes[output].attrs
 
     def matrix(self, output: str, name: str, prefix: str = "", index: int = 0) -> NDArray[np.float32]:
-        from edgelm.runtimes.cuda.program import Node
-
-        attrs = {k: v.decode() if isinstance(v, bytes) else v for k, v in self.attributes(output).items()}
-        return unpack_matrix(self.bytes_of(name), matrix_of(Node("", output, (), (), attrs), prefix), index)
+        return unpack_matrix(self.bytes_of(name), matrix_of(self.nodes[output], prefix), index)
 
     def want(self, *names: str) -> NDArray[np.float32]:
         return np.concatenate([self.source.dequantized_float32(name) for name in names])
@@ -106,7 +98,7 @@ def test_are_the_weights_of_a_mixture_the_checkpoints_very_numbers(
 def test_is_a_tied_table_stored_once_and_are_gate_and_up_one_matrix(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     written = Written(tmp_path, checkpoint("fox", tie_word_embeddings=True), Recipe.load("int4"))
     table = "model.embed_tokens.weight"
-    assert written.nodes["logits"].input[1] == table == written.nodes["hidden.0"].input[1]
+    assert written.nodes["logits"].input(1) == table == written.nodes["hidden.0"].input(1)
     assert np.array_equal(written.matrix("logits", table), written.want(table))
     stem = "model.layers.0.mlp"
     found = written.matrix("layers.0.mlp.gate_up", "layers.0.mlp.gate_up.weight")
@@ -120,40 +112,40 @@ def test_do_narrower_integers_join_wider_ones_and_floats_not(checkpoint: MakeChe
 
     written = Written(tmp_path, checkpoint("olmoe"), recipe("int4-g32-asym"))
     attributes = written.attributes("layers.0.attn.qkv")
-    assert (attributes["kind"], attributes["group"], attributes["zeros"]) == (b"int8", 32, 1)
+    assert (attributes["kind"], attributes["group"], attributes["zeros"]) == ("int8", 32, 1)
     qkv = written.matrix("layers.0.attn.qkv", "layers.0.attn.qkv.weight")
     assert np.array_equal(qkv, written.want(*(f"model.layers.0.self_attn.{p}_proj.weight" for p in "qkv")))
     with pytest.raises(ExportError, match=r"int8-g64-sym, float for matrices that a GPU multiplies as one, .*q_proj"):
         planned(checkpoint("olmoe"), recipe("float"))
 
 
-def test_does_the_debug_graph_differ_in_types_alone(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    written = Written(tmp_path, checkpoint("olmoe"), Recipe.load("int8"))
-    main, debug = written.model.graph, written.debug.graph
-    added = {output.name for output in debug.output} - {output.name for output in main.output}
-    assert added == {"hidden.0", "hidden.1", "hidden.2", "router_logits.0", "router_logits.1"}
-    for node, exact in zip(main.node, debug.node, strict=True):
-        assert (node.op_type, list(node.input), list(node.output)) == (
-            exact.op_type,
-            list(exact.input),
-            list(exact.output),
+def test_does_the_debug_program_differ_in_types_alone(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    main = Written(tmp_path, checkpoint("olmoe"), Recipe.load("int8")).program
+    debug = main.debug()
+    assert {"hidden.0", "hidden.1", "hidden.2", "router_logits.0", "router_logits.1"} <= set(debug.values)
+    assert debug.weights == main.weights
+    for node, exact in zip(main.nodes, debug.nodes, strict=True):
+        assert replace(node, attrs={}) == replace(exact, attrs={})
+        changed = {key: value for key, value in exact.attrs.items() if value != node.attrs[key]}
+        assert (changed and set(changed) <= {"activation", "output", "kv"}) or node.op in (
+            "QuantEmbedding",
+            "LastToken",
         )
-        for a, b in zip(node.attribute, exact.attribute, strict=True):
-            assert a == b or (a.name in ("activation", "output", "kv") and b.s in (b"f32", b"float32"))
+        assert set(changed.values()) <= {"f32", "float32"}
 
 
 @pytest.mark.parametrize(
-    ("dtype", "activation", "kind"), [("auto", b"bf16", GpuKind.BFLOAT16), ("fp16", b"f16", GpuKind.FLOAT16)]
+    ("dtype", "activation", "kind"), [("auto", "bf16", GpuKind.BFLOAT16), ("fp16", "f16", GpuKind.FLOAT16)]
 )
 def test_are_values_and_float_matrices_of_the_type_that_was_asked_for(
-    checkpoint: MakeCheckpoint, tmp_path: Path, dtype: str, activation: bytes, kind: GpuKind
+    checkpoint: MakeCheckpoint, tmp_path: Path, dtype: str, activation: str, kind: GpuKind
 ) -> None:
     written = Written(tmp_path, checkpoint("fox"), Recipe.load("none"), dtype)
     attributes = written.attributes("layers.0.attn.qkv")
     assert (attributes["activation"], attributes["output"], attributes["kind"]) == (
         activation,
         activation,
-        kind.encode(),
+        kind,
     )
 
 
@@ -171,8 +163,8 @@ def test_has_a_bundle_kernels_for_the_devices_asked_and_does_inspect_say_so(
         "float16",
     )
     program = Program.read(bundle.file("program.json"))
-    graph = onnx.load(out / "model.onnx", load_external_data=False).graph
-    assert [node.op for node in program.nodes] == [node.op_type for node in graph.node]
+    assert (bundle.manifest.graph.file, bundle.manifest.graph.debug_file) == ("program.json", "program.json")
+    assert [path.name for path in out.glob("*.onnx")] == ["model.tensorrt.onnx"]
     folder = KernelFolder(out / "kernels")
     assert set(folder.files) == {"sm_86", "compute_80"}
     assert set(folder.argument_bytes) == set(bundle_kernels(program))

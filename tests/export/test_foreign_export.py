@@ -18,7 +18,7 @@ from edgelm.checkpoint import Checkpoint
 from edgelm.cli.main import cli
 from edgelm.errors import ExportError
 from edgelm.export import ExportOptions, export_bundle
-from edgelm.export.api import DEBUG_FILE
+from edgelm.export.plan import DEBUG_FILE
 from edgelm.models import family
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -83,10 +84,10 @@ def write_graph(
     source = WeightSource(checkpoint, chosen, threads=1)
     plan = planned(path, source, ExportOptions(dtype=dtype, ops=ops))
     plan.weights.write(folder / WEIGHTS_FILE, 2, lambda amount: None)
-    graph = plan.debug_graph
+    graph = onnx.load_from_string(plan.files[plan.debug_file])
     if as_deployed:
         del graph.graph.node[:]
-        graph.graph.node.extend(plan.graph.graph.node)
+        graph.graph.node.extend(onnx.load_from_string(plan.files[plan.file]).graph.node)
     (folder / "graph.onnx").write_bytes(graph.SerializeToString())
     model = kind.module_class(config)
     model.load_weights(source.dequantized().read_float32)
