@@ -100,9 +100,9 @@ class BenchResult:
 def bytes_per_token(manifest: Manifest, position: float, kv: str | None = None) -> int:
     """Bytes that decoding one token at `position` has to read: weights that take part, and the cache so far.
 
-    Of a mixture's experts the chosen ones count; an embedding table counts as far as it also is the head. Of a head in
-    planes the lower one is read only for the logits that are computed again, in whole tiles. `kv` is the cache's
-    type, one of `edgelm.bundle.kv_cache.KV_TYPES`, None the bundle's own.
+    Of an MoE layer's experts the chosen ones count; an embedding table counts as far as it also is the head. Of a head
+    in split nibbles the low ones are read only for the logits that are computed again, in whole tiles. `kv` is the
+    cache's type, one of `edgelm.bundle.kv_cache.KV_TYPES`, None the bundle's own.
     """
     model = manifest.model
     total = 0.0
@@ -229,7 +229,7 @@ def bench(
     load_seconds = time.perf_counter() - started
     loaded, _ = devices.resident_memory()
     with opened:
-        # Random tokens: a mixture routes them over all its experts, and no text favours one model's tokenizer.
+        # Random tokens: an MoE model routes them over all its experts, and no text favours one model's tokenizer.
         prompts = np.random.default_rng(0).integers(0, model.vocab_size, (batch, prompt_tokens)).tolist()
         runs = []
         with progress.task("measuring", repeat + 1, unit="steps") as advance:

@@ -1,4 +1,4 @@
-"""What this machine is: processor, cores this process may use, memory, instruction sets.
+"""What this machine is: CPU, cores this process may use, memory, instruction sets.
 
 Standard library only; what cannot be learnt on a system is None or empty, never an error.
 """

@@ -68,7 +68,7 @@ class GenerationValueError(GenerationError, ArgumentValueError):
 
 
 class ParityError(EdgeLMError):
-    """The parity check could not be carried out (a failed check is a verdict, not an error)."""
+    """The parity check could not be carried out (a failed check is a result, not an error)."""
 
 
 class DeviceError(EdgeLMError):

@@ -6,7 +6,7 @@ Whatever is in a file ends in one line that names the file, the field, what stan
 
 Types are exact: `true` and `1.0` are no whole numbers, and no number is infinite. Ranges stand beside the field, as
 `Annotated[int, Range(1, 64)]`. A field with a default may be missing; a field that the class lacks is refused, since
-it may change what the others mean. `read_object` also serves documents that are not ours, such as a config.json.
+it may change what the others mean. `read_json` also serves documents that are not ours, such as a config.json.
 """
 
 from __future__ import annotations

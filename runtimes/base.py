@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgelm.devices import allowed_cores
 from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError, GenerationTypeError
-from edgelm.generation.sampling import is_integer, most_probable
+from edgelm.generation.sampling import argmax, is_integer
 
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
@@ -241,12 +241,12 @@ class Runtime(LoadedModel):
         """Append one token; return the logits [vocab_size] after it. Raises as `prefill` does."""
 
     def decode_greedy(self, token: int) -> int:
-        """Append one token; return the most probable one after it, as `most_probable` of `decode`'s logits.
+        """Append one token; return the most probable one after it, as `argmax` of `decode`'s logits.
 
         A device with memory of its own copies back the token alone. Of exactly equal logits it may take another than
-        the first. Raises as `decode` and `most_probable` do.
+        the first. Raises as `decode` and `argmax` do.
         """
-        return most_probable(self.decode(token))
+        return argmax(self.decode(token))
 
     def open_batch(self, batch: int, context_length: int) -> SequenceBatch | None:
         """Caches for `batch` sequences of `context_length` positions that decode together, over this runtime's weights.

@@ -2,7 +2,7 @@
 
 - The model saved without its head (`layers.0...`), or within another (`model.model.layers.0...`): `model.layers.0...`.
 - Stacked experts, `...mlp.experts.gate_up_proj` [E, 2F, D] and `down_proj` [E, D, F]: each expert's matrices,
-  `...mlp.experts.{e}.gate_proj.weight` [F, D] and so on, which are stretches of the same bytes.
+  `...mlp.experts.{e}.gate_proj.weight` [F, D] and so on, which are slices of the same bytes.
 - `lm_head.weight` of a model whose head is tied: left out if it equals the embedding, and the embedding where that is
   absent.
 - `...rotary_emb.inv_freq`: left out if it is what `rope_theta` gives.
@@ -78,7 +78,7 @@ def canonical(stored: Mapping[str, TensorInfo], *, tied: bool) -> Named:
     tensors: dict[str, TensorInfo] = {}
     frequencies = []
     for info in stored.values():
-        name = _rooted(info.name, stored)
+        name = _rooted(info.name)
         if name.endswith("rotary_emb.inv_freq"):
             frequencies.append(info)
             continue
@@ -107,7 +107,7 @@ def as_read(info: TensorInfo) -> TensorInfo:
     return replace(info, dtype="F32") if info.dtype == "F64" else info
 
 
-def _rooted(name: str, stored: Mapping[str, TensorInfo]) -> str:
+def _rooted(name: str) -> str:
     if _ROOT.match(name):
         return f"model.{name}"
     rest = name.removeprefix("model.")

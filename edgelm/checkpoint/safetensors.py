@@ -29,7 +29,7 @@ MAX_TENSORS = 100_000
 MAX_HEADER_BYTES = 32 << 20
 MAX_HEADER_COMMAS = 12 * MAX_TENSORS  # five to seven a tensor, and the metadata's
 MAX_COUNT = 1 << 62  # of bytes, and of values even where another axis is empty: numpy counts in 64 bits
-READ_BYTES = 512 << 10  # what is widened at a time; fits a core's cache together with its result
+READ_BYTES = 512 << 10  # what is converted at a time; fits a core's cache together with its result
 
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -75,7 +75,7 @@ class TensorInfo:
 
 
 def bf16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """Widen bfloat16 bit patterns, exactly; any shape."""
+    """bfloat16 bit patterns as float32, exactly; any shape."""
     wide = bits.astype(np.uint32)
     np.left_shift(wide, np.uint32(16), out=wide)
     return wide.view(np.float32)

@@ -164,18 +164,18 @@ def gpu_compiler() -> dict[str, Any]:
 
 
 def tensorrt_flavours() -> list[dict[str, Any]]:
-    """The TensorRT flavours that are installed, and the SMs that each builds engines for on any machine."""
+    """The TensorRT editions that are installed, and the SMs that each builds engines for on any machine."""
     from edgelm.errors import RuntimeUnavailableError
     from edgelm.runtimes.tensorrt import library
 
     found: list[dict[str, Any]] = []
-    for flavour, version in library.installed().items():
+    for edition, version in library.installed().items():
         try:
-            loaded = library.load(flavour)
+            loaded = library.load(edition)
         except RuntimeUnavailableError as error:
-            found.append({"flavour": flavour, "version": version, "sms": [], "why": str(error)})
+            found.append({"flavour": edition, "version": version, "sms": [], "why": str(error)})
         else:
-            found.append({"flavour": flavour, "version": version, "sms": list(loaded.sms), "why": None})
+            found.append({"flavour": edition, "version": version, "sms": list(loaded.sms), "why": None})
     return found
 
 

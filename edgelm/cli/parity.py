@@ -87,20 +87,20 @@ def parity(
 
 
 def summary(report: ParityReport) -> str:
-    """The verdict for a terminal: what failed, else the numbers that matter."""
+    """The outcome for a terminal: what failed, else the numbers that matter."""
     from edgelm.cli.common.output import pairs
     from edgelm.sizes import format_number
 
     shown = [check for check in report.checks if check.layer is None or check.passed is False]
-    # What failed stands last, next to the verdict.
+    # What failed stands last, next to the outcome.
     lines = [_row(check) for check in sorted(shown, key=lambda check: check.passed is False)]
     per_layer = [check for check in report.checks if check.layer is not None]
     good = sum(check.passed is True for check in per_layer)
     if per_layer:
         lines.append(("pass" if good == len(per_layer) else "FAIL", f"Layers: {good} of {len(per_layer)} checks pass"))
     total = len([check for check in report.checks if check.passed is not None])
-    verdict = "PASSED" if report.passed else "FAILED"
-    end = [f"parity {verdict}: {total - len(report.failures)} of {total} checks, limits for {report.kind}"]
+    outcome = "PASSED" if report.passed else "FAILED"
+    end = [f"parity {outcome}: {total - len(report.failures)} of {total} checks, limits for {report.kind}"]
     if report.cause:
         end.append(f"first divergence: {report.cause}")
     end.append(f"lost against the float model: {report.float_loss.text}")

@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _ELEMENTS = 1 << 19
-"""Logits that are widened to float64 at once: a few copies of them stay in the processor's cache."""
+"""Logits that are converted to float64 at once: a few copies of them stay in the CPU's cache."""
 
 
 class Predictions:
@@ -44,10 +44,10 @@ class Predictions:
         """Take float32 logits [n', v] of the tokens from `start` on, for the rows from `first_row` on."""
         for part in _parts(*logits.shape):
             rows = slice(first_row + part.start, first_row + part.stop)
-            self.add_wide(rows, start, logits[part].astype(np.float64))
+            self.add_float64(rows, start, logits[part].astype(np.float64))
 
-    def add_wide(self, rows: slice, start: int, logits: Floats) -> tuple[Floats, Floats]:
-        """Take float64 logits [n', v] of the tokens from `start` on, for these rows, few enough to be widened.
+    def add_float64(self, rows: slice, start: int, logits: Floats) -> tuple[Floats, Floats]:
+        """Take float64 logits [n', v] of the tokens from `start` on, for these rows, few enough for float64.
 
         Returns:
             exp(logits - running maximum) [n', v], and what earlier sums of such are to be scaled by [n'].
@@ -94,10 +94,10 @@ class Comparison:
         a, b = np.asarray(reference), np.asarray(target)
         for part in _parts(*a.shape):
             rows = slice(first_row + part.start, first_row + part.stop)
-            wide_a, wide_b = a[part].astype(np.float64), b[part].astype(np.float64)
-            exponentials, scale = self.reference.add_wide(rows, start, wide_a)
-            self.target.add_wide(rows, start, wide_b)
-            exponentials *= wide_a - wide_b
+            a64, b64 = a[part].astype(np.float64), b[part].astype(np.float64)
+            exponentials, scale = self.reference.add_float64(rows, start, a64)
+            self.target.add_float64(rows, start, b64)
+            exponentials *= a64 - b64
             self._weighted[rows] = self._weighted[rows] * scale + exponentials.sum(axis=1)
 
     @property

@@ -1,4 +1,4 @@
-"""What quantising costs each expert of a mixture: the error of its output on the tokens that the float model gives it.
+"""What quantising costs each expert of an MoE layer: its output's error on the tokens that the float model gives it.
 
 Weights only: inputs and routing are the float model's, so that an expert answers for itself and not for what the
 layers before it did. Computed during the float model's own sweep, since its inputs are not kept.
@@ -34,7 +34,7 @@ class ExpertProbe:
 
     @torch.no_grad()
     def add(self, layer: int, inputs: Tensor, chosen: Tensor) -> None:
-        """Take the inputs [n, D] of a layer's mixture and the experts [n, A] that the float model chose for them."""
+        """Take the inputs [n, D] of an MoE layer and the experts [n, A] that the float model chose for them."""
         self.tokens[layer] += torch.bincount(chosen.flatten(), minlength=self.tokens.shape[1]).numpy()
         if not self._targets:
             return

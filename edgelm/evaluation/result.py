@@ -102,7 +102,7 @@ class TargetResult:
         kv_loss: KL minus the KL with a float32 cache, the same windows of both; None where that was not measured.
         speed: of bundles.
         layers: where asked for.
-        experts: where asked for, of mixtures; None for bundles.
+        experts: where asked for, of MoE models; None for bundles.
         files: size and SHA-256 of what was measured.
         notes: what is to be known to read the numbers.
     """

@@ -222,7 +222,7 @@ def _nucleus(scores: NDArray[np.float64], top_p: float, total: float | None) -> 
     return order[: int(np.searchsorted(reached, wanted, side="left")) + 1]
 
 
-def most_probable(logits: NDArray[np.float32]) -> int:
+def argmax(logits: NDArray[np.float32]) -> int:
     """The token with the highest of logits [V], the first of equals.
 
     Raises:

@@ -232,7 +232,7 @@ def _cause(
         if scores:
             return f"layer {index}: {attention}: first positions agree, later ones do not"
         return f"layer {index}: attention or feed-forward"
-    moe = f"layer {index}: the mixture of experts as a whole (routing weights, or gate and up): router logits agree"
+    moe = f"layer {index}: the MoE block as a whole (routing weights, or gate and up): router logits agree"
     if _before_router(want, trace, index, suspects):
         moe = f"layer {index}: attention, its norms or the router: router logits differ though the input agrees"
     else:

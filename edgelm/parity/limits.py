@@ -1,4 +1,4 @@
-"""The one table of limits, by kind of recipe. The check, the tests and docs/parity.md read it.
+"""The one table of limits, by kind of recipe. The check and the tests read it, and docs/parity.md shows it.
 
 How the values were chosen, with the measurements, is in docs/parity.md.
 """
@@ -6,7 +6,7 @@ How the values were chosen, with the measurements, is in docs/parity.md.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from edgelm.errors import ParityError
 
@@ -116,33 +116,6 @@ def widened(limits: Limits, shipped: str, debug: str) -> Limits:
     least = {**_OF_VALUES[shipped], **_OF_DEBUG_VALUES[debug]}
     wider = {name: max(value, getattr(limits, name)) for name, value in least.items()}
     return replace(limits, **wider, top1_clear=min(limits.top1_clear, _TOP1[shipped]))
-
-
-def markdown_table() -> str:
-    """The limits as docs/parity.md shows them."""
-    lines = [f"| limit | {' | '.join(LIMITS)} |", f"|---{'|---' * len(LIMITS)}|"]
-    for item in fields(Limits):
-        values = " | ".join(f"{getattr(limits, item.name):g}" for limits in LIMITS.values())
-        lines.append(f"| `{item.name}` | {values} |")
-    return "\n".join(lines)
-
-
-def loss_table() -> str:
-    """From where on a loss is large, as docs/parity.md shows it."""
-    lines = [f"| large from | {' | '.join(LOSS_WARNINGS)} |", f"|---{'|---' * len(LOSS_WARNINGS)}|"]
-    for item in fields(LossWarning):
-        values = " | ".join(f"{getattr(warning, item.name):g}" for warning in LOSS_WARNINGS.values())
-        lines.append(f"| `{item.name}` | {values} |")
-    return "\n".join(lines)
-
-
-def values_table() -> str:
-    """What `widened` does, as docs/parity.md shows it."""
-    names = [*_OF_VALUES["float16"], "top1_clear", *_OF_DEBUG_VALUES["float16"]]
-    rows = {kind: {**_OF_VALUES[kind], "top1_clear": _TOP1[kind], **_OF_DEBUG_VALUES[kind]} for kind in _OF_VALUES}
-    lines = ["| limit | float16 | bfloat16 |", "|---|---|---|"]
-    lines += [f"| `{name}` | {rows['float16'][name]:g} | {rows['bfloat16'][name]:g} |" for name in names]
-    return "\n".join(lines)
 
 
 def kind_of(recipe_toml: str) -> str:

@@ -64,11 +64,6 @@ class LogitRecord:
         self.seen[rows] = True
         return rows.stop
 
-    @property
-    def sampled(self) -> NDArray[np.float32]:
-        """[N, 64 + P]: the logits of the recorded tokens and of the probes."""
-        return np.concatenate([self.top_logits, self.probe_logits], axis=1)
-
 
 def logsumexp(logits: ArrayLike) -> Floats:
     """log sum exp over the last axis, [..., V] -> [...]."""

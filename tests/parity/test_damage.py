@@ -82,11 +82,11 @@ def test_renormalised_routing(copied, recipe):
     report = judge(folder)
     large = EVERY_LOGIT if recipe == "none" else MEANS | {"logits.top1", "perplexity.device"}
     assert_caught(report, 2, large | {"layer[2]"})
-    assert "mixture of experts as a whole" in report.cause
+    assert "MoE block as a whole" in report.cause
 
 
 @pytest.mark.parametrize("recipe", ["int4", "int8"])
-@pytest.mark.parametrize(("model", "part"), [("olmoe", "mixture of experts as a whole"), ("fox", "feed-forward")])
+@pytest.mark.parametrize(("model", "part"), [("olmoe", "MoE block as a whole"), ("fox", "feed-forward")])
 def test_gate_and_up_swapped(copied, model, recipe, part):
     folder = copied(model, recipe)
     damage.swap_gate_and_up(folder, layer=1)

@@ -71,7 +71,7 @@ def test_renormalised_routing_is_found_in_its_layer(healthy, judged, tmp_path):
     report = judged(folder)
     assert not report.passed
     assert report.first_diverged_layer == 1
-    assert "mixture of experts as a whole" in report.cause
+    assert "MoE block as a whole" in report.cause
 
 
 def test_limits_only_grow_and_only_for_narrow_values():

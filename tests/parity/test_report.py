@@ -65,7 +65,7 @@ def test_a_failed_report_names_the_layer(copied, tmp_path):
     # Each in the table, those of layers in the folded table too.
     assert html.count("✗ FAIL<") == len(report.failures) + sum(check.layer is not None for check in report.failures)
     assert html.count(">first divergence<") == 2 * 2  # in both layouts of the charts over layers
-    assert "layer 1: the mixture of experts as a whole" in html
+    assert "layer 1: the MoE block as a whole" in html
     assert "FAIL" in summary(report)
     assert "first divergence: layer 1" in summary(report)
 

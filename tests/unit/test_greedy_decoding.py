@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 import edgelm
 from edgelm.errors import GenerationError
-from edgelm.generation.sampling import most_probable
+from edgelm.generation.sampling import argmax
 from edgelm.runtimes.base import Runtime
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "checkpoints" / "fox-tiny"
@@ -70,6 +70,6 @@ def test_anything_else_needs_the_logits(model: edgelm.LanguageModel, calls: list
 
 
 def test_logits_that_are_no_numbers_are_not_chosen_by() -> None:
-    assert most_probable(np.array([1, 3, 3], np.float32)) == 1
+    assert argmax(np.array([1, 3, 3], np.float32)) == 1
     with pytest.raises(GenerationError, match="highest logit is nan"):
-        most_probable(np.array([1, np.nan], np.float32))
+        argmax(np.array([1, np.nan], np.float32))

@@ -103,7 +103,7 @@ def test_what_happens_after_the_router_is_told_from_what_happens_before():
     wrong = hidden.copy()
     wrong[2:] += noise(hidden.shape[1:], 0.01)
     after = judge(pack, wrong, gate)
-    assert "mixture of experts as a whole" in after.cause
+    assert "MoE block as a whole" in after.cause
     router = np.stack([wrong[i] @ gate[i] for i in range(LAYERS)])
     router[1] = (hidden[1] + noise(hidden.shape[1:], 0.01)) @ gate[1]
     before = judge(pack, wrong, gate, router=router, experts=pack.reference.experts)

@@ -181,7 +181,7 @@ def calibration_line(info: CalibrationInfo | None) -> str:
 
 
 def activations_line(manifest: Manifest) -> str:
-    """What the products of a bundle multiply: as the recipe asks, or what its target has in place of that."""
+    """The activations of a bundle's matmuls: as the recipe asks, or what its target has in place of that."""
     from edgelm.errors import RecipeError
     from edgelm.quant.recipe import AUTO, FLOAT, Recipe
 

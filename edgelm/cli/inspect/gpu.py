@@ -1,4 +1,4 @@
-"""What `edgelm inspect` says of a bundle for GPUs: its weights, its kernels, and what its products multiply."""
+"""What `edgelm inspect` says of a bundle for GPUs: its weights, its kernels, and the activations of its matmuls."""
 
 from __future__ import annotations
 
@@ -114,17 +114,15 @@ def kernels_rows(bundle: Bundle) -> list[tuple[str, str]]:
 
 
 def multiplied(bundle: Bundle) -> str:
-    """What the products of a bundle for GPUs multiply."""
+    """The activations of the matmuls of a bundle for GPUs."""
     from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
 
     program = Program.read(bundle.file(PROGRAM_FILE))
-    products = [node for node in program.nodes if "activations" in node.attrs]
-    rounded = sum(node.text("activations") != "float" for node in products)
+    matmuls = [node for node in program.nodes if "activations" in node.attrs]
+    rounded = sum(node.text("activations") != "float" for node in matmuls)
     floats = bundle.manifest.dtype
     if not rounded:
         return floats
-    if rounded == len(products):
+    if rounded == len(matmuls):
         return "FP8 E4M3 with a scale for each token"
-    return (
-        f"FP8 E4M3 with a scale for each token in {rounded} of {len(products)} products, else {bundle.manifest.dtype}"
-    )
+    return f"FP8 E4M3 with a scale for each token in {rounded} of {len(matmuls)} matmuls, else {bundle.manifest.dtype}"
