@@ -94,9 +94,10 @@ _UNUSUAL = {
     "fox": {"tie_word_embeddings": False, "num_key_value_heads": 4, "rope_theta": 500000.0},
 }
 # Calibration takes its time.
+_NARROW = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
 _SMALL = {
-    "olmoe": {"hidden_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1},
-    "fox": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1},
+    "olmoe": {**_NARROW, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2},
+    "fox": {**_NARROW, "intermediate_size": 128},
 }
 
 Record = dict[str, Any]

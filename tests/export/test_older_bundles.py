@@ -1,0 +1,44 @@
+"""Do bundles that were exported before still load, and compute what they did?
+
+The two in older_bundles are of commit e96bece: generated models of one layer, one calibrated for the CPU, the other
+smoothed for GPUs (without compiled kernels, since the emulator makes its own). They are never exported again: a bundle
+on a device stays what it was.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_models import FLAVOURS
+
+from edgelm.bundle import Bundle
+from edgelm.parity.check import check_parity
+from edgelm.quant.recipe import Recipe
+
+BUNDLES = Path(__file__).parent / "older_bundles"
+
+
+def test_every_field_of_their_manifests_is_understood() -> None:
+    cpu, gpu = (Bundle.open(BUNDLES / name) for name in ("olmoe-cpu", "fox-tensorrt"))
+    assert [cpu.verify(), gpu.verify()] == [[], []]
+    assert (cpu.manifest.target, cpu.manifest.ops, cpu.manifest.model.family) == ("cpu", "native", "olmoe")
+    assert (gpu.manifest.target, gpu.manifest.ops, gpu.manifest.model.num_layers) == ("tensorrt", "gpu", 1)
+    assert [Recipe.from_toml(one.manifest.recipe.toml).name for one in (cpu, gpu)] == ["int4", "int8"]
+    assert cpu.manifest.calibration is not None
+    assert cpu.manifest.calibration.samples == 16
+    assert gpu.manifest.calibration is not None
+    assert gpu.manifest.calibration.smoothing == "activations"
+
+
+@pytest.mark.skipif("native" not in FLAVOURS, reason="needs the compiled operators")
+def test_does_one_for_the_cpu_still_pass_parity() -> None:
+    report = check_parity(BUNDLES / "olmoe-cpu")
+    assert report.passed, report
+
+
+def test_does_one_for_gpus_still_pass_parity(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Compiled kernels are kept beside other build products.
+    monkeypatch.setenv("EDGELM_EMULATOR_CACHE", str(Path(__file__).parents[2] / "build" / "emulated"))
+    report = check_parity(BUNDLES / "fox-tensorrt", runtime="cuda-emulated")
+    assert report.passed, report
