@@ -106,5 +106,3 @@ CUDA = Provider(
     # TF32 would leave the router 10 bits of its float32.
     session=("cuda", {"use_tf32": "0", "enable_cuda_graph": "0"}),
 )
-PROVIDERS: Mapping[str, Provider] = {"cpu": CPU, "cuda": CUDA}
-"""By the target of a bundle."""

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from edgelm.errors import BundleError
 from edgelm.runtimes.cuda.device import Device, DeviceInfo, Launch
-from edgelm.runtimes.cuda.operators import Operators, Scratch, Step, argmax_launches
+from edgelm.runtimes.cuda.kernels.linear import argmax_launches
+from edgelm.runtimes.cuda.operators import Operators, Scratch, Step
 from edgelm.runtimes.cuda.program import Node, Program
 from edgelm.runtimes.cuda.weights import DeviceWeights
 
@@ -246,7 +247,7 @@ class Executor:
         if greedy:
             width = self._program.values["logits"].width
             logits = self._base + self.layout.offsets["logits"]
-            launches += argmax_launches(last.rows, width, logits, self._base + self.layout.next_ids, scratch)
+            launches += argmax_launches(logits, self._base + self.layout.next_ids, last.rows, width, scratch.workspace)
         return launches
 
     def _addresses(self, node: Node, first: int, renamed: Mapping[str, str]) -> dict[str, int]:

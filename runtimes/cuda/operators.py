@@ -89,7 +89,7 @@ class Operators:
         steps += [Step(batch, count) for count in range(1, max(1, tokens // batch) + 1)]
         # Attention's is not largest where there are most tokens; for other operators the rows alone count.
         kinds = {tuple(sorted(node.attrs.items())): node for node in self.program.nodes if node.op in _SCRATCH}
-        workspace = linear.top_workspace_bytes(max(batch, 1), self.program.values["logits"].width)
+        workspace = linear.argmax_workspace_bytes(max(batch, 1), self.program.values["logits"].width)
         counters = 0
         most = max(steps, key=lambda step: step.rows)
         for node in kinds.values():
@@ -160,11 +160,6 @@ class Operators:
         del scratch
         width = self.program.values[node.outputs[0]].width
         return [linear.last_token_launch(at[node.inputs[0]], at[node.outputs[0]], step.batch, step.tokens, width)]
-
-
-def argmax_launches(rows: int, columns: int, logits: int, ids: int, scratch: Scratch) -> list[Launch]:
-    """The most probable token of each row, int32, -1 where all logits are NaN."""
-    return linear.top_launches(logits, ids, rows, columns, scratch.workspace)
 
 
 def bundle_kernels(program: Program) -> tuple[str, ...]:

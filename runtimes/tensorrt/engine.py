@@ -95,13 +95,11 @@ class Tensor:
         name: as in the graph.
         is_input: or a result.
         element_bytes: of one element.
-        aliased: the input that a result lies in.
     """
 
     name: str
     is_input: bool
     element_bytes: int
-    aliased: str | None
 
 
 class Engine:
@@ -140,7 +138,7 @@ class Engine:
             engine = self._taking("loading it", self._runtime.deserialize_cuda_engine, data)
         self._engine: Any = engine
         if weight_budget is not None:
-            engine.weight_streaming_budget_v2 = self._budget(weight_budget)
+            engine.weight_streaming_budget_v2 = min(weight_budget, int(engine.streamable_weights_size))
         self.tensors = [self._tensor(engine.get_tensor_name(i)) for i in range(engine.num_io_tensors)]
 
     def _check(self, data: mmap.mmap) -> None:
@@ -169,33 +167,19 @@ class Engine:
         error.__cause__ = failure
         return error
 
-    def _budget(self, asked: int) -> int:
-        return min(asked, int(self._engine.streamable_weights_size))
-
     def _tensor(self, name: str) -> Tensor:
         engine = self._engine
         is_input = engine.get_tensor_mode(name) == self.library.api.TensorIOMode.INPUT
-        aliased = None if is_input else getattr(engine, "get_aliased_input_tensor", lambda _: None)(name)
-        return Tensor(name, is_input, int(engine.get_tensor_dtype(name).itemsize), aliased or None)
+        return Tensor(name, is_input, int(engine.get_tensor_dtype(name).itemsize))
 
     def input_shape(self, name: str) -> tuple[int, ...]:
         """An input's shape; -1 where it may vary."""
         return tuple(self._engine.get_tensor_shape(name))
 
-    @property
-    def weights_bytes(self) -> int:
-        """Weights that can be streamed, in bytes; 0 where the engine was built without."""
-        return int(self._engine.streamable_weights_size) if self.info.weight_streaming else 0
-
     def activation_bytes(self) -> int:
         """Scratch memory for the larger of the profiles."""
         engine = self._engine
         return max(int(engine.get_device_memory_size_for_profile_v2(i)) for i in (DECODE, PREFILL))
-
-    def layers(self) -> str:
-        """What TensorRT's inspector says, as JSON; which plugins there are, `engine_info.plugins_in` says as well."""
-        inspector = self._engine.create_engine_inspector()
-        return str(inspector.get_engine_information(self.library.api.LayerInformationFormat.JSON))
 
     def context(self, profile: int, stream: int, scratch: int, scratch_bytes: int, cache: Path | None) -> Context:
         """An execution context of one profile; contexts may share `scratch`, which is theirs one at a time.
@@ -239,10 +223,6 @@ class Context:
             raise self._engine._failed(f"giving {name} the shape {tuple(shape)}")
         if not self._made.set_tensor_address(name, address):
             raise self._engine._failed(f"giving {name} its place")
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape for the inputs' shapes that are set."""
-        return tuple(self._made.get_tensor_shape(name))
 
     def run(self, stream: int) -> None:
         """Start it.

@@ -29,8 +29,6 @@ from edgelm.installing import install_hint
 FULL, RTX = "tensorrt", "tensorrt-rtx"
 _MODULES = {FULL: "tensorrt", RTX: "tensorrt_rtx"}
 _RTX_LIBRARY = "libtensorrt_rtx.so"
-# What TensorRT-RTX builds for, from any machine. The rest (87, 90, 110 and so on) full TensorRT builds on the device.
-RTX_SMS = (75, 80, 86, 89, 120, 121)
 
 
 def how_to_install(flavour: str) -> str:

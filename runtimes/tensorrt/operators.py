@@ -6,7 +6,6 @@ Pure data and functions of it, without TensorRT: tests and the plugins read the 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -151,23 +150,6 @@ def result_terms(spec: PluginSpec) -> list[tuple[Term, ...]]:
     found = [(*before, width) for (_, width), before in zip(spec.results, operator.shapes, strict=False)]
     caches = (tuple(Dim(place, axis) for axis in range(_CACHE_RANK)) for place in operator.aliases.values())
     return [*found, *caches]
-
-
-def output_shapes(spec: PluginSpec, shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """Shapes of a node's results for concrete shapes of the inputs that it has.
-
-    Raises:
-        EdgeLMError: not its number of inputs.
-    """
-    places = spec.spread(shapes)
-
-    def value(term: Term) -> int:
-        if isinstance(term, int):
-            return term
-        dims = (term,) if isinstance(term, Dim) else term
-        return math.prod(int(places[dim.input][dim.axis]) for dim in dims)
-
-    return [tuple(value(term) for term in terms) for terms in result_terms(spec)]
 
 
 def output_types(spec: PluginSpec, types: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +19,24 @@ from edgelm.runtimes.cuda.weights import DeviceWeights
 from edgelm.runtimes.tensorrt.engine import Tensor
 from edgelm.runtimes.tensorrt.host import BuildHost
 from edgelm.runtimes.tensorrt.library import Library
-from edgelm.runtimes.tensorrt.operators import PluginSpec, output_shapes, output_types
+from edgelm.runtimes.tensorrt.operators import Dim, PluginSpec, Term, output_types, result_terms
 from edgelm.runtimes.tensorrt.plugins import FIELD, PREFIX, Host, creator_class, element_types, serving
 
 WIDTHS = {"f32": 4, "bf16": 2, "f16": 2, "int32": 4, "int8": 1}
 Place = tuple[int, tuple[int, ...]]
+
+
+def output_shapes(spec: PluginSpec, shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """Shapes of a node's results for shapes of the inputs that it has."""
+    places = spec.spread(shapes)
+
+    def value(term: Term) -> int:
+        if isinstance(term, int):
+            return term
+        dims = (term,) if isinstance(term, Dim) else term
+        return math.prod(int(places[dim.input][dim.axis]) for dim in dims)
+
+    return [tuple(map(value, terms)) for terms in result_terms(spec)]
 
 
 class PlayedGraph:
@@ -108,9 +122,9 @@ class PlayedEngine:
         names = ["input_ids", "past_lengths"]
         caches = [f"{i}.{which}" for i in range(graph.model.num_layers) for which in ("key", "value")]
         names += [f"past_key_values.{cache}" for cache in caches]
-        self.tensors = [Tensor(name, True, 1 if "past_key" in name else 4, None) for name in names]
-        self.tensors.append(Tensor("logits", False, 4, None))
-        self.tensors += [Tensor(f"present.{cache}", False, 1, f"past_key_values.{cache}") for cache in caches]
+        self.tensors = [Tensor(name, True, 1 if "past_key" in name else 4) for name in names]
+        self.tensors.append(Tensor("logits", False, 4))
+        self.tensors += [Tensor(f"present.{cache}", False, 1) for cache in caches]
 
     def input_shape(self, name: str) -> tuple[int, ...]:
         shapes = {"input_ids": (-1, -1), "past_lengths": (-1,)}
@@ -139,9 +153,9 @@ class PlayedContext:
     def run(self, stream: int) -> None:
         missing = {tensor.name for tensor in self._engine.tensors} - self._bound.keys()
         assert not missing, missing
-        for tensor in self._engine.tensors:
-            if tensor.aliased:
-                assert self._bound[tensor.name][0] == self._bound[tensor.aliased][0]
+        for name, place in self._bound.items():
+            if name.startswith("present."):
+                assert place[0] == self._bound[name.replace("present", "past_key_values")][0]
         self._engine.graph.run(self._bound)
 
     def capturable(self, stream: int) -> bool:

@@ -47,9 +47,8 @@ template <class W> EDGELM_BODY void quant_embedding(const EmbeddingArgs& args) {
 }
 
 struct LastTokenArgs {
-  const float* x;      // [batch, tokens, k]
-  const i32* lengths;  // [batch]: how many of the tokens are new; null: all
-  float* y;            // [batch, k]
+  const float* x;  // [batch, tokens, k]
+  float* y;        // [batch, k]
   i32 tokens;
   i32 k;
 };
@@ -58,23 +57,20 @@ template <class A> EDGELM_BODY void last_token(const LastTokenArgs& args) {
   static_assert(Same<A, float>::value, "the residual stream is float32");
   let_next_kernel_start();
   wait_for_previous_kernel();
-  const int row = args.lengths ? min_(max_(args.lengths[block_x()], 1), args.tokens) - 1 : args.tokens - 1;
-  const float* from = args.x + (i64(block_x()) * args.tokens + row) * args.k;
+  const float* from = args.x + ((i64(block_x()) + 1) * args.tokens - 1) * args.k;
   for (int k = thread(); k < args.k; k += block_threads()) args.y[i64(block_x()) * args.k + k] = from[k];
 }
 
-// The largest of each row, the first of equals; NaN is none: where there is nothing else the id is -1. Two kernels: parts of a row, then these.
-// `count` > 1 finds as many, from the largest down.
+// Where the largest of each row is, of equals the first; NaN is none: where there is nothing else the id is -1.
+// Two kernels: of the parts of a row, then of these.
 struct TopArgs {
-  const float* x;    // [rows, n] of the first kernel
-  float* values;     // [rows, parts, count] between them, [rows, count] at the end
-  i32* ids;          // likewise
-  float* out_values; // null: not wanted
-  i32* out_ids;
+  const float* x;  // [rows, n] of the first kernel
+  float* values;   // [rows, parts] between them
+  i32* ids;        // likewise
+  i32* out_ids;    // [rows]
   i32 n;
   i32 parts;
-  i32 part;          // columns of a part
-  i32 count;
+  i32 part;        // columns of a part
 };
 
 EDGELM_DEVICE bool is_better(float a, int a_id, float b, int b_id) {
@@ -108,41 +104,19 @@ EDGELM_DEVICE void block_best(float& value, int& id, float* scratch) {
   sync_block();
 }
 
-// Writes the `count` best of n candidates, by turns: each is the best of those after the one before it.
-// Candidate i is (values[i], ids ? ids[i] : first + i); negative ids are none.
-EDGELM_DEVICE void best_of(const float* values, const i32* ids, int first, int n, int count, float* to_values, i32* to_ids,
-                           float* scratch) {
-  float limit = 0.f;
-  int limit_id = -1;
-  for (int turn = 0; turn < count; ++turn) {
-    float value = 0.f;
-    int id = -1;
-    for (int i = thread(); i < n; i += block_threads()) {
-      const float x = values[i];
-      const int x_id = is_nan(x) ? -1 : ids ? ids[i] : first + i;
-      if (turn > 0 && !is_better(limit, limit_id, x, x_id)) continue;
-      if (is_better(x, x_id, value, id)) {
-        value = x;
-        id = x_id;
-      }
-    }
-    block_best(value, id, scratch);
-    if (thread() == 0) {
-      if (to_values) to_values[turn] = value;
-      to_ids[turn] = id;
-    }
-    limit = value;
-    limit_id = id;
-    if (id < 0) {  // fewer than asked for
-      if (thread() == 0) {
-        for (int rest = turn; rest < count; ++rest) {
-          if (to_values) to_values[rest] = 0.f;
-          to_ids[rest] = -1;
-        }
-      }
-      return;
+// The best of n candidates, in every thread: candidate i is (values[i], ids ? ids[i] : first + i); negative ids are none.
+EDGELM_DEVICE void best_of(const float* values, const i32* ids, int first, int n, float& value, int& id) {
+  value = 0.f;
+  id = -1;
+  for (int i = thread(); i < n; i += block_threads()) {
+    const float x = values[i];
+    const int x_id = is_nan(x) ? -1 : ids ? ids[i] : first + i;
+    if (is_better(x, x_id, value, id)) {
+      value = x;
+      id = x_id;
     }
   }
+  block_best(value, id, reinterpret_cast<float*>(shared_memory()));
 }
 
 // Block (part, row).
@@ -151,9 +125,14 @@ template <class A> EDGELM_BODY void top_parts(const TopArgs& args) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   const int first = block_x() * args.part, n = min_(args.part, args.n - first);
-  const i64 to = (i64(block_y()) * args.parts + block_x()) * args.count;
-  best_of(args.x + i64(block_y()) * args.n + first, nullptr, first, n, args.count, args.values + to, args.ids + to,
-          reinterpret_cast<float*>(shared_memory()));
+  float value;
+  int id;
+  best_of(args.x + i64(block_y()) * args.n + first, nullptr, first, n, value, id);
+  if (thread() == 0) {
+    const i64 to = i64(block_y()) * args.parts + block_x();
+    args.values[to] = value;
+    args.ids[to] = id;
+  }
 }
 
 // Block (row).
@@ -161,9 +140,11 @@ template <class A> EDGELM_BODY void top_all(const TopArgs& args) {
   static_assert(Same<A, float>::value, "logits are float32");
   let_next_kernel_start();
   wait_for_previous_kernel();
-  const i64 from = i64(block_x()) * args.parts * args.count, to = i64(block_x()) * args.count;
-  best_of(args.values + from, args.ids + from, 0, args.parts * args.count, args.count,
-          args.out_values ? args.out_values + to : nullptr, args.out_ids + to, reinterpret_cast<float*>(shared_memory()));
+  const i64 from = i64(block_x()) * args.parts;
+  float value;
+  int id;
+  best_of(args.values + from, args.ids + from, 0, args.parts, value, id);
+  if (thread() == 0) args.out_ids[block_x()] = id;
 }
 
 }  // namespace edgelm

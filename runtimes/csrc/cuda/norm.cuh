@@ -90,19 +90,4 @@ template <class A, class Y> EDGELM_BODY void convert_rows(const RowsArgs& args) 
   }
 }
 
-struct AddArgs {
-  const float* a;
-  const float* b;
-  float* y;
-  i64 count;
-};
-
-template <class A> EDGELM_BODY void add(const AddArgs& args) {
-  static_assert(Same<A, float>::value, "the residual stream is float32");
-  let_next_kernel_start();
-  wait_for_previous_kernel();
-  const i64 step = i64(grid_x()) * block_threads();
-  for (i64 i = i64(block_x()) * block_threads() + thread(); i < args.count; i += step) args.y[i] = args.a[i] + args.b[i];
-}
-
 }  // namespace edgelm

@@ -20,13 +20,12 @@ HEADER = "linear.cuh"
 ACTIVATIONS = ("bf16", "f16")
 """What tensor cores multiply; f32 stands for the exact kernels."""
 
-# LinearArgs, RowsArgs, AddArgs, EmbeddingArgs, LastTokenArgs, TopArgs of the sources.
+# LinearArgs, RowsArgs, EmbeddingArgs, LastTokenArgs, TopArgs of the sources.
 _LINEAR_ARGS = struct.Struct("<10Q3q8i2f3i4x")
 _ROWS_ARGS = struct.Struct("<4Q3i2f4x")
-_ADD_ARGS = struct.Struct("<3Qq")
 _EMBEDDING_ARGS = struct.Struct("<5Q4i")
-_LAST_TOKEN_ARGS = struct.Struct("<3Q2i")
-_TOP_ARGS = struct.Struct("<5Q4i")
+_LAST_TOKEN_ARGS = struct.Struct("<2Q2i")
+_TOP_ARGS = struct.Struct("<4Q3i4x")
 
 _TYPES = {"int4": "Int4", "int8": "Int8", "fp8": "e4m3", "f16": "f16", "bf16": "bf16", "f32": "float"}
 _SKINNY_WIDTHS = (8, 16, 32)
@@ -44,8 +43,6 @@ _SKINNY_THREADS = {8: 512, 16: 512, 32: 256}
 _EXACT_TOKENS, _EXACT_WARPS = 4, 8
 _ROW_THREADS = 256
 _TOP_PART = 4096
-MOST_CANDIDATES = 64
-"""Largest `count` of `top_launches`."""
 
 # Shared memory of a multiprocessor in KiB by capability; a block may have 1 KiB less.
 _SHARED_KB = {(8, 0): 164, (8, 6): 100, (8, 7): 164, (8, 9): 100, (9, 0): 228, (10, 0): 228, (11, 0): 228, (12, 0): 100}
@@ -209,8 +206,8 @@ def convert_launch(
     rows: int,
     columns: int,
     *,
-    source: str = "f32",
-    target: str = "f32",
+    source: str,
+    target: str,
     x_float: bool = True,
     norm: int = 0,
     epsilon: float = 1e-5,
@@ -221,10 +218,10 @@ def convert_launch(
 
     Args:
         x: [rows, columns], float32 where `x_float`, else of type `source`.
-        y: [rows, columns] of type `target`: f32, or `source`, or fp8 (codes, of each 16 in an order of their own).
+        y: [rows, columns] of type `target`: `source`, or fp8 (codes, of each 16 in an order of their own).
         rows: rows.
         columns: an even number.
-        source: bf16, f16 or f32.
+        source: bf16 or f16.
         target: the type of y.
         x_float: whether x is float32 although `source` is not.
         norm: float32 [columns] of an RMSNorm; 0: none.
@@ -237,15 +234,8 @@ def convert_launch(
         raise DeviceError(f"there is no conversion from {source} to {target}")
     if columns % 2:
         raise DeviceError(f"rows of {columns} numbers: an even number is needed")
-    float_in = int(x_float or source == "f32")
-    args = _ROWS_ARGS.pack(x, norm, y, scales, rows, columns, float_in, epsilon, rounding)
+    args = _ROWS_ARGS.pack(x, norm, y, scales, rows, columns, x_float, epsilon, rounding)
     return Launch(name, (rows, 1, 1), _ROW_THREADS, 4 * _ROW_THREADS // 32, args)
-
-
-def add_launch(a: int, b: int, y: int, count: int, info: DeviceInfo) -> Launch:
-    """Return the launch of y = a + b over `count` float32 numbers; y may be a or b."""
-    blocks = max(1, min(-(-count // _ROW_THREADS), 4 * info.multiprocessors))
-    return Launch("add_f32", (blocks, 1, 1), _ROW_THREADS, 0, _ADD_ARGS.pack(a, b, y, count))
 
 
 def embedding_launch(ids: int, matrix: GpuMatrix, blob: int, y: int, rows: int) -> Launch:
@@ -264,39 +254,30 @@ def embedding_launch(ids: int, matrix: GpuMatrix, blob: int, y: int, rows: int) 
     return Launch(f"quant_embedding_{matrix.kind}_f32", (rows, max(1, blocks), 1), _ROW_THREADS, 0, args)
 
 
-def last_token_launch(x: int, y: int, batch: int, tokens: int, columns: int, lengths: int = 0) -> Launch:
-    """Return the launch of y[b, :] = x[b, lengths[b] - 1, :], float32; without int32 `lengths` the last of `tokens`."""
-    args = _LAST_TOKEN_ARGS.pack(x, lengths, y, tokens, columns)
+def last_token_launch(x: int, y: int, batch: int, tokens: int, columns: int) -> Launch:
+    """Return the launch of y[b, :] = x[b, tokens - 1, :], float32."""
+    args = _LAST_TOKEN_ARGS.pack(x, y, tokens, columns)
     return Launch("last_token_f32", (batch, 1, 1), _ROW_THREADS, 0, args)
 
 
-def top_workspace_bytes(rows: int, columns: int, count: int = 1) -> int:
-    """Bytes of scratch memory that `top_launches` needs."""
-    return 2 * _aligned(4 * rows * -(-columns // _TOP_PART) * count)
+def argmax_workspace_bytes(rows: int, columns: int) -> int:
+    """Bytes of scratch memory that `argmax_launches` needs."""
+    return 2 * _aligned(4 * rows * -(-columns // _TOP_PART))
 
 
-def top_launches(
-    x: int, ids: int, rows: int, columns: int, workspace: int, *, count: int = 1, values: int = 0
-) -> list[Launch]:
-    """Return the launches that find the `count` largest of each row, the first of equals first; NaN is none of them.
+def argmax_launches(x: int, ids: int, rows: int, columns: int, workspace: int) -> list[Launch]:
+    """Return the launches that find the largest of each row, the first of equals; NaN is none of them.
 
     Args:
         x: float32 [rows, columns].
-        ids: int32 [rows, count] for where they are, from the largest down; -1 where there are no more.
+        ids: int32 [rows] for where they are; -1 where all are NaN.
         rows: rows.
         columns: numbers in a row.
-        workspace: address of `top_workspace_bytes(rows, columns, count)` bytes, aligned to 256.
-        count: 1 (argmax) to 64.
-        values: float32 [rows, count] for the numbers; 0: not wanted.
-
-    Raises:
-        DeviceError: `count` is none of these.
+        workspace: address of `argmax_workspace_bytes(rows, columns)` bytes, aligned to 256.
     """
-    if not 1 <= count <= MOST_CANDIDATES:
-        raise DeviceError(f"count is {count}, expected 1 to {MOST_CANDIDATES}")
     parts = -(-columns // _TOP_PART)
-    between = workspace + _aligned(4 * rows * parts * count)
-    args = _TOP_ARGS.pack(x, workspace, between, values, ids, columns, parts, _TOP_PART, count)
+    between = workspace + _aligned(4 * rows * parts)
+    args = _TOP_ARGS.pack(x, workspace, between, ids, columns, parts, _TOP_PART)
     shared = 8 * _ROW_THREADS // 32
     return [
         Launch("top_parts_f32", (parts, rows, 1), _ROW_THREADS, shared, args),
@@ -476,12 +457,10 @@ def _all() -> Iterator[tuple[str, tuple[str, int, int, str]]]:
             yield from _gemms("fp8_fp8", f"_{a}", a, "fp8", scales)
         yield f"convert_rows_{a}_{a}", ("RowsArgs", _ROW_THREADS, 1, f"convert_rows<{a}, {a}>")
         yield f"convert_rows_{a}_fp8", ("RowsArgs", _ROW_THREADS, 1, f"convert_rows<{a}, e4m3>")
-    yield "convert_rows_f32_f32", ("RowsArgs", _ROW_THREADS, 1, "convert_rows<float, float>")
     for w, kind in _TYPES.items():
         yield f"linear_exact_f32_{w}", ("LinearArgs", 32 * _EXACT_WARPS, 1, f"linear_exact<{kind}>")
         yield f"quant_embedding_{w}_f32", ("EmbeddingArgs", _ROW_THREADS, 1, f"quant_embedding<{kind}>")
     yield "last_token_f32", ("LastTokenArgs", _ROW_THREADS, 1, "last_token<float>")
-    yield "add_f32", ("AddArgs", _ROW_THREADS, 1, "add<float>")
     yield "top_parts_f32", ("TopArgs", _ROW_THREADS, 1, "top_parts<float>")
     yield "top_all_f32", ("TopArgs", _ROW_THREADS, 1, "top_all<float>")
 
