@@ -84,8 +84,8 @@ def plugin_spec(node: Node, values: Mapping[str, Value]) -> PluginSpec:
     operator = OPERATORS.get(node.op)
     if operator is None:
         raise ExportError(f"{node.name}: the TensorRT plugins have no operator {node.op}; they have {list(OPERATORS)}")
-    present = tuple(map(bool, node.inputs)) + (False,) * (len(operator.inputs) - len(node.inputs))
-    if len(present) > len(operator.inputs) or not all(present[: operator.required]):
+    present = operator.present(node.inputs)
+    if len(node.inputs) > len(operator.inputs) or not all(present[: operator.required]):
         raise ExportError(
             f"{node.name}: {node.op} takes {', '.join(operator.inputs)}, of which the first {operator.required} must "
             f"be there; the node has {list(node.inputs)}"

@@ -1,7 +1,7 @@
 """Products that TensorRT computes itself, in the place of our plugin.
 
-- Matrices that stay float: RMSNorm in float32, rounding to A, MatMul in A. The engine's result is rounded to A before a
-  residual is added in float32, as PyTorch's is; our plugin adds its float32 sums.
+- Matrices that stay float: RMSNorm in float32, rounding to A, MatMul in A. The engine rounds the product to A, as
+  PyTorch does, before a bias and a residual are added in float32; our plugin adds them to its float32 sums.
 - int8 and FP8 with one scale a row, where the recipe has calibrated a static scale of the inputs: QuantizeLinear,
   DequantizeLinear and MatMul, which TensorRT makes one product of 8-bit operands.
 
@@ -52,7 +52,7 @@ class EngineLinears:
     def add(self, node: Node) -> None:
         """Add one product."""
         graph, out = self._graph, node.outputs[0]
-        x, norm, residual = node.input(0), node.input(2), node.input(3)
+        x, norm, residual, bias = (node.input(i) for i in (0, 2, 3, 4))
         kind = graph.program.values[x].type
         if norm:
             x = graph.node(
@@ -67,7 +67,10 @@ class EngineLinears:
             gate, up = wide
             silu = graph.node("Mul", [gate, graph.node("Sigmoid", [gate], f"{out}.sigmoid")], f"{out}.silu")
             self._cast(graph.node("Mul", [silu, up], f"{out}.product"), node.text("output"), out)
-        elif residual:
+            return
+        if bias:
+            products = wide = [graph.node("Add", [wide[0], graph.stored(bias)], f"{out}.biased")]
+        if residual:
             graph.node("Add", [wide[0], residual], out)
         else:
             self._cast(products[0], node.text("output"), out)

@@ -121,7 +121,7 @@ class Operators:
             matrix_of(node), at[node.inputs[1]], at[node.inputs[0]], at[node.outputs[0]], rows,
             activation=node.text("activation"), x_float=self.program.values[node.inputs[0]].type == "f32",
             y_float=node.text("output") == "f32", norm=at[node.input(2)], residual=at[node.input(3)],
-            rounding=_rounding(node), epsilon=node.number("epsilon"),
+            bias=at[node.input(4)], rounding=_rounding(node), epsilon=node.number("epsilon"),
         )  # fmt: skip
 
     def _attention_shape(self, node: Node, step: Step) -> AttentionShape:

@@ -37,7 +37,7 @@ _POSITIVE = ("rows", "columns", "group", "count", "num_heads", "head_size", "k")
 """How the names end of whole numbers that are 1 or more; all others are 0 or more."""
 # Inputs that an operator reads, those of them that must be there, and results.
 _ARITY = {
-    "QuantEmbedding": (2, 2, 1), "QuantLinear": (4, 2, 1), "SparseMoE": (5, 4, 2), "GroupQueryAttention": (8, 6, 3),
+    "QuantEmbedding": (2, 2, 1), "QuantLinear": (5, 2, 1), "SparseMoE": (5, 4, 2), "GroupQueryAttention": (8, 6, 3),
     "LastToken": (1, 1, 1),
 }  # fmt: skip
 
@@ -236,7 +236,9 @@ class Program:
         elif node.op == "QuantLinear":
             matrix = matrix_of(node)
             yield from ((inputs(0), matrix.columns), (inputs(1), matrix.nbytes), (inputs(2), matrix.columns))
-            yield from ((inputs(3), matrix.outputs), (result, matrix.outputs))
+            yield from ((inputs(3), matrix.outputs), (inputs(4), matrix.outputs), (result, matrix.outputs))
+            if inputs(4) and matrix.swiglu:
+                raise _BLAME.at(PROGRAM_FILE, f"{node.name} adds a bias to a SwiGLU product")
         elif node.op == "GroupQueryAttention":
             heads, kv_heads, width = (node.whole(key) for key in ("num_heads", "kv_num_heads", "head_size"))
             yield from ((inputs(0), (heads + 2 * kv_heads) * width), (result, heads * width))

@@ -150,7 +150,7 @@ def counter_bytes(device: DeviceInfo, specs: Sequence[PluginSpec], batch: int, t
 def _node(text: str) -> Node:
     spec = PluginSpec.from_text(text)
     operator = OPERATORS[spec.op]
-    inputs = tuple(name if there else "" for name, there in zip(operator.inputs, spec.present, strict=True))
+    inputs = tuple(name if there else "" for name, there in zip(operator.inputs, spec.present, strict=False))
     outputs = (*(f"result.{i}" for i in range(len(spec.results))), *(f"present.{i}" for i in operator.aliases))
     return Node(spec.op, spec.name, inputs, outputs, spec.attrs)
 

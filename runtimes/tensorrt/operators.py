@@ -58,7 +58,7 @@ class PluginSpec:
         op: operator of the domain `edgelm`.
         attrs: the node's attributes.
         present: for each input of the operator's list whether the node has it. TensorRT takes no empty inputs, so a
-            plugin gets those that are present, in order.
+            plugin gets those that are present, in order. Inputs behind its end are absent.
         results: element type ("f32", "f16", "bf16") and width, the last dimension, of the results that are
             used; caches, which lie in their inputs, are not among them.
     """
@@ -119,6 +119,8 @@ class Operator:
     Attributes:
         inputs: names of its inputs in order; those behind `required` may be absent.
         required: how many must be there.
+        listed: of how many `PluginSpec.present` speaks even where they are absent; default: all. Those behind were
+            added later: engines without them stay as they were.
         shapes: the dimensions of its results before the last, which is the width that the spec says.
         aliases: results that are an input written in place: result -> input. They come after the others.
     """
@@ -127,6 +129,13 @@ class Operator:
     required: int
     shapes: tuple[tuple[Term, ...], ...]
     aliases: Mapping[int, int] = field(default_factory=dict)
+    listed: int | None = None
+
+    def present(self, inputs: Sequence[str]) -> tuple[bool, ...]:
+        """`PluginSpec.present` of a node with these inputs."""
+        listed = len(self.inputs) if self.listed is None else self.listed
+        used = max((i + 1 for i, name in enumerate(inputs) if name), default=0)
+        return tuple(i < len(inputs) and bool(inputs[i]) for i in range(max(listed, used)))
 
 
 _BATCH, _TOKENS = Dim(0, 0), Dim(0, 1)
@@ -135,7 +144,7 @@ _CACHE_RANK = 4
 
 OPERATORS: dict[str, Operator] = {
     "QuantEmbedding": Operator(("ids", "table"), 2, (_ROWS,)),
-    "QuantLinear": Operator(("x", "weights", "norm", "residual"), 2, (_ROWS,)),
+    "QuantLinear": Operator(("x", "weights", "norm", "residual", "bias"), 2, (_ROWS,), listed=4),
     "SparseMoE": Operator(("x", "router", "gate_up", "down", "norm"), 5, (_ROWS, ((_BATCH, _TOKENS),))),
     "GroupQueryAttention": Operator(
         ("qkv", "key_cache", "value_cache", "past_lengths", "cos", "sin", "q_norm", "k_norm"), 6, (_ROWS,), {1: 1, 2: 2}

@@ -100,6 +100,7 @@ class Case:
     y_float: bool = True
     norm: bool = False
     residual: bool = False
+    bias: bool = False
     rounding: float = 0.0
     owners: Array | None = None  # the expert of each slot, sorted
     row_map: Array | None = None
@@ -114,12 +115,14 @@ class Case:
         x = stored(rng.standard_normal((x_rows, k)).astype(np.float32), x_kind)
         norm = rng.uniform(0.5, 1.5, k).astype(np.float32)
         residual = rng.standard_normal((self.rows, matrix.outputs)).astype(np.float32)
+        bias = rng.standard_normal(matrix.outputs).astype(np.float32)
         y_kind = "f32" if self.y_float else self.activation
         y = device.allocate(max(1, self.rows * matrix.outputs * (4 if y_kind == "f32" else 2)))
         product = Product(
             matrix, put(device, pack(matrix, numbers)), put(device, x), y, self.rows, self.activation,
             x_float=self.x_float, y_float=self.y_float, rounding=self.rounding, x_rows=x_rows,
             norm=put(device, norm) if self.norm else 0, residual=put(device, residual) if self.residual else 0,
+            bias=put(device, bias) if self.bias else 0,
             row_map=0 if self.row_map is None else put(device, self.row_map.astype(np.int32)),
             offsets=0 if self.owners is None else put(device, self.offsets()),
         )  # fmt: skip
@@ -130,14 +133,16 @@ class Case:
             assert launch.kernel in linear.kernels_of(matrix, self.activation, self.rounding)
             device.launch(launch)
         device.synchronize()
-        expected, tolerance = self.answer(numbers, value(x, x_kind), norm, residual)
+        expected, tolerance = self.answer(numbers, value(x, x_kind), norm, bias, residual)
         assert_close(get(device, y, expected.shape, y_kind), expected, tolerance)
 
     def offsets(self) -> NDArray[np.int32]:
         assert self.owners is not None
         return np.searchsorted(self.owners, np.arange(self.matrix.count + 1)).astype(np.int32)
 
-    def answer(self, numbers: list[Numbers], x: Array, norm: Array, residual: Array) -> tuple[Array, Array]:
+    def answer(
+        self, numbers: list[Numbers], x: Array, norm: Array, bias: Array, residual: Array
+    ) -> tuple[Array, Array]:
         """y in float64, and what the kernels may differ from it by."""
         k = self.matrix.columns
         uncertain = 0.0  # relative, of what is multiplied
@@ -167,6 +172,9 @@ class Case:
             plain = silu(gate) * up
             error = np.abs(up) * 1.1 * gate_error + np.abs(silu(gate)) * up_error + 1.1 * gate_error * up_error
             error += 8 * U * np.abs(plain)
+        if self.bias:
+            plain = plain + bias
+            error = error + 2 * U * np.abs(plain)
         if self.residual:
             plain = plain + residual
         error = error + 2 * U * np.abs(plain)
@@ -259,6 +267,18 @@ def test_what_is_done_before_and_after(sm80: Device, rng: np.random.Generator, r
         Case(replace(matrix, rows=88), rows, activation, exact, y_float).run(sm80, rng)
         Case(matrix_of("int4", 50, 128), rows, activation, True, y_float, norm=True, residual=True).run(sm80, rng)
         Case(matrix_of("int4", 51, 128), rows, activation, exact, y_float, residual=True).run(sm80, rng)
+
+
+@pytest.mark.parametrize("activation", ["bf16", "f16", "f32"])
+@pytest.mark.parametrize("rows", [1, 9, 19, 40, 130])
+def test_a_bias_is_added_to_float32_sums(sm80: Device, rng: np.random.Generator, rows: int, activation: str) -> None:
+    exact = activation == "f32"
+    for y_float in (True,) if exact else (True, False):
+        for outputs in (50, 51, 72):
+            Case(matrix_of("int4", outputs, 128), rows, activation, exact, y_float, bias=True).run(sm80, rng)
+        case = Case(matrix_of("int8", 52, 128, 32), rows, activation, True, y_float, norm=True, bias=True)
+        case.run(sm80, rng)
+        replace(case, residual=True).run(sm80, rng)
 
 
 @pytest.mark.parametrize("rounding", [-1.0, 0.01])
@@ -386,6 +406,9 @@ def test_what_cannot_be_is_said() -> None:
         Product(matrix_of("int8"), 1, 1, 1, 1, norm=1)
     with pytest.raises(DeviceError, match="a blob of 4 matrices needs offsets"):
         Product(matrix_of("int8", count=4), 1, 1, 1, 1)
+    for wrong in ({"offsets": 1}, {"matrix": matrix_of("int8", swiglu=True)}):
+        with pytest.raises(DeviceError, match="a bias is added to one matrix's product that is not SwiGLU"):
+            replace(Product(matrix_of("int8"), 1, 1, 1, 1, bias=1), **wrong)
     with pytest.raises(DeviceError, match="a row_map needs x_rows"):
         Product(matrix_of("int8"), 1, 1, 1, 1, row_map=1)
     with pytest.raises(DeviceError, match="expected bf16, f16 or f32"):

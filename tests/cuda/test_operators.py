@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gpu_packing import pack, random_numbers
 from kernel_device import kernel_device
 from numpy.typing import NDArray
 
+from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.errors import BundleError
 from edgelm.runtimes.cuda.operators import Operators, Scratch, Step
-from edgelm.runtimes.cuda.program import Node, Program, Value, Weight
+from edgelm.runtimes.cuda.program import Node, Program, Value, Weight, matrix_attrs
 
 Array = NDArray[Any]
 H, G, S, C = 4, 2, 32, 64
@@ -94,3 +96,37 @@ def test_a_norms_weight_of_another_size_is_refused() -> None:
     wrong = {"q_norm": np.ones(H * S, np.float32), "k_norm": np.ones(S + 2, np.float32)}
     with pytest.raises(BundleError, match=r'layers.0.attn wants 64 or 32 values in "k_norm", which has 34'):
         attention(np.ones((1, (H + 2 * G) * S), np.float32), wrong)
+
+
+def product(matrix: GpuMatrix, given: Mapping[str, Array], **more: Array) -> Array:
+    """What a node of QuantLinear makes of x [rows, columns] and of what is named in `more`."""
+    names = ("x", "weights", "norm", "residual", "bias")
+    names = names[: max(i + 1 for i, name in enumerate(names) if name in {**given, **more})]
+    inputs = tuple(name if name in {**given, **more} else "" for name in names)
+    attrs = {**matrix_attrs(matrix), "activation": "f32", "activations": "float", "output": "f32", "epsilon": 1e-5}
+    values = {"x": Value("f32", matrix.columns), "logits": Value("f32", matrix.outputs)}
+    if "residual" in more:
+        values["residual"] = Value("f32", matrix.outputs)
+    weights = {name: data for name, data in {**given, **more}.items() if name not in values}
+    program = program_of(Node("QuantLinear", "layers.0.qkv", inputs, ("logits",), attrs), values, weights)
+    return run(program, Step(1, len(given["x"])), {**given, **more}, matrix.outputs)
+
+
+def test_a_bias_is_the_fifth_input_of_a_product() -> None:
+    rng = np.random.default_rng(3)
+    matrix = GpuMatrix(GpuKind("f32"), 40, 64, 64)
+    numbers = random_numbers(rng, matrix)
+    given = {"x": rng.standard_normal((3, 64)).astype(np.float32), "weights": pack(matrix, [numbers])}
+    bias, residual = (rng.standard_normal(size).astype(np.float32) for size in (40, (3, 40)))
+    plain = product(matrix, given)
+    np.testing.assert_array_equal(product(matrix, given, bias=bias), plain + bias)
+    np.testing.assert_array_equal(product(matrix, given, bias=bias, residual=residual), plain + bias + residual)
+
+
+def test_a_bias_that_does_not_fit_is_refused() -> None:
+    matrix = GpuMatrix(GpuKind("f32"), 40, 64, 64)
+    given = {"x": np.ones((1, 64), np.float32), "weights": np.zeros(matrix.nbytes, np.uint8)}
+    with pytest.raises(BundleError, match=r'layers.0.qkv wants 40 values in "bias", which has 64'):
+        product(matrix, given, bias=np.ones(64, np.float32))
+    with pytest.raises(BundleError, match=r"layers.0.qkv adds a bias to a SwiGLU product"):
+        product(replace(matrix, swiglu=True), given, bias=np.ones(20, np.float32))

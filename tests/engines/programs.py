@@ -25,12 +25,14 @@ def info(layers: int, *, mixture: bool = True) -> ModelInfo:
 class SmallProgram:
     """A decoder of a few layers; `program` is what was made, its weights lie in folder/weights.bin.
 
-    A mixture has QK-norm over the whole width, with `per_head` any has it over each head.
+    A mixture has QK-norm over the whole width, with `per_head` any has it over each head. `biased` adds a bias to
+    queries, keys and values.
     """
 
     def __init__(
         self, folder: Path, layers: int = 2, *, mixture: bool = True, kind: str = "bf16", activation: str = "bf16",
         kv: str = "float16", activations: str = "float", per_head: bool = False,
+        biased: bool = False,
     ) -> None:  # fmt: skip
         self.kind, self.activation, self.activations = GpuKind(kind), activation, activations
         self._data = bytearray()
@@ -44,7 +46,8 @@ class SmallProgram:
         for i in range(layers):
             norm = self._floats(f"norm.{i}", D)
             width = (H + 2 * G) * S
-            qkv = self._linear(f"layers.{i}.attn.qkv", x, width, D, norm=norm)
+            bias = self._floats(f"bias.{i}", width) if biased else ""
+            qkv = self._linear(f"layers.{i}.attn.qkv", x, width, D, norm=norm, bias=bias)
             caches = [f"past_key_values.{i}.{which}" for which in ("key", "value")]
             sizes = (("q", S if per_head else H * S), ("k", S if per_head else G * S)) if mixture or per_head else ()
             norms = [self._floats(f"{which}_norm.{i}", size) for which, size in sizes]
@@ -80,7 +83,7 @@ class SmallProgram:
 
     def _linear(
         self, out: str, x: str, rows: int, columns: int, *, norm: str = "", residual: str = "", swiglu: bool = False,
-        weights: str = "",
+        weights: str = "", bias: str = "",
     ) -> str:  # fmt: skip
         name = weights or f"{out}.weight"
         matrix = GpuMatrix(self.kind, rows, columns, columns, swiglu=swiglu)
@@ -91,7 +94,7 @@ class SmallProgram:
             **matrix_attrs(matrix), "activation": self.activation, "activations": self.activations, "output": output,
             "epsilon": 1e-5,
         }  # fmt: skip
-        return self._add("QuantLinear", name, [x, name, norm, residual], [(out, output, matrix.outputs)], attrs)
+        return self._add("QuantLinear", name, [x, name, norm, residual, bias], [(out, output, matrix.outputs)], attrs)
 
     def _add(
         self, op: str, name: str, inputs: list[str], outputs: list[tuple[str, str, int]], attrs: dict[str, Attribute],

@@ -53,6 +53,18 @@ def test_dense_products_are_the_engines_where_it_has_them(tmp_path, rtx, mixture
     assert built(tmp_path, rtx, graph, (sm,))["QuantLinear"] == (1 + dense if fp8_on_ampere else 1)
 
 
+@pytest.mark.parametrize("kind", ["bf16", "int8", "fp8"])
+def test_a_bias_is_added_in_float32_before_the_product_is_rounded_to_its_type(tmp_path, rtx, kind: str) -> None:
+    made = with_static_scales(SmallProgram(tmp_path, layers=1, mixture=False, kind=kind, biased=True))
+    graph = tensorrt_graph(made.program, made.info, WEIGHTS, EngineOptions(), (89,))
+    nodes = {name: node for node in graph.model.graph.node for name in node.output}
+    last = nodes["layers.0.attn.qkv"]
+    (add,) = (node for node in nodes.values() if "bias.0" in node.input)
+    assert (add.op_type, nodes[add.input[0]].op_type, last.op_type) == ("Add", "Cast", "Cast")
+    assert list(last.input) == list(add.output)
+    assert built(tmp_path, rtx, graph, (89,))["QuantLinear"] == 1
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
 def test_without_a_calibrated_scale_quantised_products_stay_ours(tmp_path: Path, kind: str) -> None:
     made = SmallProgram(tmp_path, layers=1, mixture=False, kind=kind)

@@ -50,8 +50,9 @@ def shapes_of(spec: PluginSpec, batch: int, tokens: int) -> list[tuple[int, ...]
         "norm": (width,), "residual": (*first, D), "router": (E, D), "gate_up": (1,), "down": (1,),
         "qkv": (*first, (H + 2 * G) * S), "key_cache": (batch, *CACHE[1:]), "value_cache": (batch, *CACHE[1:]),
         "past_lengths": (batch,), "cos": (C, S // 2), "sin": (C, S // 2), "q_norm": (H * S,), "k_norm": (G * S,),
+        "bias": ((H + 2 * G) * S,),
     }  # fmt: skip
-    names = (name for name, there in zip(OPERATORS[spec.op].inputs, spec.present, strict=True) if there)
+    names = (name for name, there in zip(OPERATORS[spec.op].inputs, spec.present, strict=False) if there)
     return [known[name] for name in names]
 
 
@@ -169,6 +170,26 @@ def test_a_plugin_launches_what_the_executor_would(tmp_path: Path, mixture: bool
         held = b"".join(launch.args for launch in launches)
         for address in (*inputs, outputs[0]):
             assert address.to_bytes(8, "little") in held, (spec.name, hex(address))
+
+
+def test_a_plugin_of_a_product_is_told_of_its_bias_only_where_there_is_one(tmp_path: Path, rtx: Library) -> None:
+    """So that engines without one are what they were, and old ones are read."""
+    for biased in (False, True):
+        made = SmallProgram(tmp_path, layers=1, mixture=False, biased=biased)
+        graph = tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS)
+        spec = next(spec for spec in plugins_of(graph.model) if spec.name == "layers.0.attn.qkv.weight")
+        assert spec.present == ((True, True, True, False, True) if biased else (True, True, True, False))
+        assert node_of(spec).inputs == ("x", "weights", "norm", "", *(["bias"] if biased else []))
+        shapes, types = shapes_of(spec, 1, 40), ["f32", "uint8", "f32", "f32"][: sum(spec.present)]
+        inputs = [0x10000 * (i + 1) for i in range(len(shapes))]
+        launches = plan(_any_device(86), spec, shapes, types, inputs, [1], Scratch(0x7000000000, 0))
+        assert (0x40000).to_bytes(8, "little") in launches[-1].args or not biased
+    (tmp_path / "g.onnx").write_bytes(graph.model.SerializeToString())
+    info = build_engine(
+        rtx, tmp_path / "g.onnx", tmp_path / "e", graph.recipe.shape, BuildOptions(SMS), BuildHost(SMS), SMS
+    )
+    assert info.operators["QuantLinear"] == 5
+    assert spec in plugins_in(tmp_path / "e")
 
 
 @pytest.mark.parametrize("per_head", [True, False])

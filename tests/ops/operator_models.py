@@ -17,7 +17,7 @@ Array = NDArray[Any]
 # Inputs and outputs in order.
 INPUTS: dict[str, tuple[str, ...]] = {
     "QuantEmbedding": ("ids", "table"),
-    "QuantLinear": ("x", "weights", "norm", "residual"),
+    "QuantLinear": ("x", "weights", "norm", "residual", "bias"),
     "SparseMoE": ("x", "router", "experts", "norm", "residual"),
     "GroupQueryAttention": (
         *("qkv", "past_key", "past_value", "past_lengths", "cos", "sin"),
@@ -35,7 +35,7 @@ OUTPUTS: dict[str, dict[str, int]] = {
     },
 }
 # What a model holds rather than is fed, unless a test says otherwise.
-CONSTANTS = {"weights", "table", "router", "experts", "norm", "q_norm", "k_norm", "cos", "sin"}
+CONSTANTS = {"weights", "table", "router", "experts", "norm", "bias", "q_norm", "k_norm", "cos", "sin"}
 
 
 def session_options(threads: int = 1) -> ort.SessionOptions:

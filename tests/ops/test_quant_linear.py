@@ -115,6 +115,22 @@ def test_residual_is_added_last(rng: Generator, activations: str) -> None:
     assert y.tobytes() == (product + residual).tobytes()
 
 
+@pytest.mark.parametrize("rows", [1, 6, 40])
+@pytest.mark.parametrize("activations", ["int8", "float32"])
+def test_a_bias_is_added_to_the_product_and_a_residual_to_both(rng: Generator, activations: str, rows: int) -> None:
+    for kind in ("int4", "planes", "float32"):
+        matrix, x = random_matrix(rng, kind, 50, 64, group=32), floats(rng, rows, 64)
+        bias, residual, norm = floats(rng, 50), floats(rng, rows, 50), rng.uniform(0.5, 2, 64).astype(np.float32)
+        inputs = {"x": x, "weights": matrix.blob, "norm": norm}
+        (product,) = run("QuantLinear", inputs, activations=activations)
+        (y,) = run("QuantLinear", inputs | {"bias": bias}, activations=activations)
+        assert y.tobytes() == (product + bias).tobytes()
+        (fed,) = run("QuantLinear", inputs | {"bias": bias}, constant=[], activations=activations)
+        assert fed.tobytes() == y.tobytes()
+        (y,) = run("QuantLinear", inputs | {"bias": bias, "residual": residual}, activations=activations)
+        assert y.tobytes() == (product + bias + residual).tobytes()
+
+
 @pytest.mark.parametrize("kind", ["int4", "planes", "bfloat16"])
 def test_a_row_does_not_depend_on_the_others(rng: Generator, kind: str) -> None:
     matrix, norm = random_matrix(rng, kind, 200, 256, group=64), rng.uniform(0.5, 2, 256).astype(np.float32)
@@ -150,6 +166,14 @@ def test_refined_logits_are_exact_where_they_are_largest(rng: Generator, refine:
     assert same[np.argsort(-y)[:refine]].all()
     tiles = -(-5000 // 32)
     assert same.all() if refine >= tiles else not same.all()
+
+
+def test_a_bias_decides_which_logits_are_refined(rng: Generator) -> None:
+    matrix, x, bias = random_matrix(rng, "planes", 5000, 64, group=32), floats(rng, 1, 64), 100 * floats(rng, 5000)
+    inputs = {"x": x, "weights": matrix.blob, "bias": bias}
+    exact, y = run("QuantLinear", inputs)[0].ravel(), run("QuantLinear", inputs, refine=5)[0].ravel()
+    assert (y == exact)[np.argsort(-exact)[:5]].all()
+    assert not (y == exact).all()
 
 
 def test_many_rows_are_always_exact(rng: Generator) -> None:
@@ -197,6 +221,9 @@ def damaged(at: int, *values: int) -> Array:
             {},
             "a residual cannot be added to the result of a SwiGLU matrix",
         ),
+        ({"bias": X[0]}, {}, "bias has shape [64], expected [48], one value a row of the weights"),
+        ({"bias": X[:1, :48]}, {}, "bias has shape [1, 48], expected [48], one value a row of the weights"),
+        ({"weights": GLU, "bias": X[0, :48]}, {}, "a bias cannot be added to the result of a SwiGLU matrix"),
         ({}, {"refine": 4}, "attribute refine is for weights of kind int8 in planes"),
         ({}, {"refine": -1}, "attribute refine is -1, expected 0 or more"),
         ({}, {"activations": "int4"}, "attribute activations is int4, expected int8 or float32"),

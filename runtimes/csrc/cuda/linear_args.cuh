@@ -5,7 +5,7 @@
 
 namespace edgelm {
 
-// y[slot, :] = residual[slot, :] + f(matrix of the slot's expert * g(x[row of the slot, :]))
+// y[slot, :] = residual[slot, :] + f(matrix of the slot's expert * g(x[row of the slot, :]) + bias)
 // g: nothing, an RMSNorm, rounding to FP8; f: nothing or SwiGLU.
 //
 // A slot is a row of the product. Without `row_map` it is row `slot` of x. With `experts` > 0 matrix e has the slots
@@ -20,7 +20,10 @@ struct LinearArgs {
   const float* x_scales;  // [*]: a factor of each row of x, by its row; null: none
   void* y;                // [rows, outputs]: float32 where y_float, else A
   const i32* row_map;     // [rows]; null: row s belongs to slot s
-  const i32* offsets;     // [experts + 1]; null: one matrix
+  union {
+    const i32* offsets;   // of experts: [experts + 1]
+    const float* bias;    // of one matrix that is not SwiGLU: [n]; null: none
+  };
   i64 codes_stride;       // bytes from one expert's codes to the next's
   i64 scales_stride;
   i64 zeros_stride;
@@ -41,6 +44,7 @@ struct LinearArgs {
 
 EDGELM_DEVICE int outputs_of(const LinearArgs& args) { return args.swiglu ? args.n / 2 : args.n; }
 EDGELM_DEVICE int blocks_of(const LinearArgs& args) { return (args.n + kTileRows - 1) / kTileRows; }
+EDGELM_DEVICE const float* bias_of(const LinearArgs& args) { return args.experts ? nullptr : args.bias; }
 EDGELM_DEVICE int source_row(const LinearArgs& args, int slot) { return args.row_map ? args.row_map[slot] : slot; }
 
 EDGELM_DEVICE float silu(float x) { return x / (1.f + exp_(-x)); }
@@ -58,6 +62,7 @@ template <class A> EDGELM_DEVICE void put(const LinearArgs& args, int slot, int 
   const int outputs = outputs_of(args);
   if (column >= outputs) return;
   const i64 at = i64(slot) * outputs + column;
+  if (bias_of(args)) value += bias_of(args)[column];
   if (args.residual) value += args.residual[at];
   if (args.y_float) static_cast<float*>(args.y)[at] = value;
   else static_cast<A*>(args.y)[at] = from_float<A>(value);

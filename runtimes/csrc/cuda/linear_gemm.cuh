@@ -374,6 +374,13 @@ EDGELM_BODY void linear_gemm(const LinearArgs& args) {
     const i64 at = i64(slot) * outputs + first_output + column;
     Words4 four = load16(from);
     float values[4] = {bits_to_float(four.x), bits_to_float(four.y), bits_to_float(four.z), bits_to_float(four.w)};
+    if (bias_of(args)) {
+      four = load16(bias_of(args) + first_output + column);
+      values[0] += bits_to_float(four.x);
+      values[1] += bits_to_float(four.y);
+      values[2] += bits_to_float(four.z);
+      values[3] += bits_to_float(four.w);
+    }
     if (args.residual) {
       four = load16(args.residual + at);
       values[0] += bits_to_float(four.x);

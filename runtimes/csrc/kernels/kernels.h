@@ -32,7 +32,7 @@ struct QuantRows {
 };
 
 enum class Finish {
-  kStore,        // y[r, n] = product, + residual[r, n] where given
+  kStore,        // y[r, n] = product, + bias[n] where given, + residual[r, n] where given
   kScatterAdd,   // y[index[r], n] += weight[r] * product: a mixture's weighted sum
   kSwiglu,       // y[r, n] = silu(gate) * up
   kSwigluQuant,  // the same, quantised into `quant` (a tile's 32 columns are a block)
@@ -43,6 +43,7 @@ struct Output {
   Finish finish = Finish::kStore;
   float* y = nullptr;
   int64_t ldy = 0;
+  const float* bias = nullptr;      // [outputs]
   const float* residual = nullptr;  // same row stride as y
   const int32_t* index = nullptr;
   const float* weight = nullptr;

@@ -1,4 +1,4 @@
-// What becomes of a product's sums: stored, added to others, or through SwiGLU. Included after one of simd_*.h.
+// What becomes of a product's sums: stored, with a bias or others added, or through SwiGLU. Included after one of simd_*.h.
 #ifndef EDGELM_KERNELS_LINEAR_FINISH_IMPL_H_
 #define EDGELM_KERNELS_LINEAR_FINISH_IMPL_H_
 
@@ -19,6 +19,10 @@ inline void FinishRows(const Matrix& m, int64_t unit, int64_t rows, const float 
     switch (out.finish) {
       case Finish::kStore: {
         float* y = out.y + r * out.ldy + first;
+        if (out.bias != nullptr) {
+          a = Add(a, LoadPart(out.bias + first, left));
+          b = Add(b, LoadPart(out.bias + first + 16, right));
+        }
         if (out.residual != nullptr) {
           const float* add = out.residual + r * out.ldy + first;
           a = Add(a, LoadPart(add, left));

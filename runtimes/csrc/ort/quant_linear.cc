@@ -1,4 +1,4 @@
-// QuantLinear: [RMSNorm,] product with a packed matrix [, SwiGLU or a residual added].
+// QuantLinear: [RMSNorm,] product with a packed matrix [, SwiGLU, or a bias and a residual added].
 #include <cmath>
 
 #include "activations.h"
@@ -12,7 +12,8 @@ namespace {
 class QuantLinear {
  public:
   static constexpr const char* kName = "QuantLinear";
-  static constexpr Declared kInputs[] = {{kFloat}, {kUint8}, {kFloat, kOptional}, {kFloat, kOptional}};
+  static constexpr Declared kInputs[] = {
+      {kFloat}, {kUint8}, {kFloat, kOptional}, {kFloat, kOptional}, {kFloat, kOptional}};
   static constexpr Declared kOutputs[] = {{kFloat}};
 
   explicit QuantLinear(const Node& node)
@@ -20,7 +21,8 @@ class QuantLinear {
         epsilon_(node.Float("epsilon", 1e-5f)),
         refine_(node.Int("refine", 0)),
         weights_(node, 1, "weights"),
-        norm_(node, 2, "norm") {
+        norm_(node, 2, "norm"),
+        bias_(node, 4, "bias") {
     if (refine_ < 0) Fail("attribute refine is ", refine_, ", expected 0 or more");
   }
 
@@ -36,8 +38,10 @@ class QuantLinear {
     call.rows = x.shape.elements() / m.columns;
     call.norm = norm_.Get(run, m.columns, "one value a column of the weights");
     call.out.finish = m.swiglu ? Finish::kSwiglu : Finish::kStore;
+    call.out.bias = bias_.Get(run, m.outputs(), "one value a row of the weights");
     call.out.residual = Residual(run, 3, shape);
     call.out.ldy = m.outputs();
+    if (m.swiglu && call.out.bias != nullptr) Fail("a bias cannot be added to the result of a SwiGLU matrix");
     if (m.swiglu && call.out.residual != nullptr) Fail("a residual cannot be added to the result of a SwiGLU matrix");
     if (refine_ > 0 && m.kind != Kind::kInt8Planes) Fail("attribute refine is for weights of kind int8 in planes");
     if (refine_ > 0 && !activations_.Int8(m)) Fail("attribute refine is for activations int8");
@@ -143,7 +147,7 @@ class QuantLinear {
   float epsilon_;
   int64_t refine_;
   MatrixInput weights_;
-  VectorInput norm_;
+  VectorInput norm_, bias_;
 };
 
 const Operator<QuantLinear> op;

@@ -41,12 +41,12 @@ struct Rows {
 // Where a product goes: everything an Output can point to, with canaries around it.
 struct Result {
   int64_t ldy;
-  std::vector<float> y, residual, weight;
+  std::vector<float> y, bias, residual, weight;
   std::vector<int32_t> index;
   QuantBuffer q;
   edgelm::Output out;
 
-  Result(const Packed& packed, Finish finish, int64_t rows, bool with_residual, bool gap = true)
+  Result(const Packed& packed, Finish finish, int64_t rows, bool with_residual, bool gap = true, bool with_bias = false)
       : ldy(packed.matrix.outputs() + (gap ? 3 : 0)), q(rows, packed.matrix.outputs()) {
     out.finish = finish;
     out.ldy = ldy;
@@ -56,6 +56,10 @@ struct Result {
     if (with_residual) {
       residual = RandomRows(rows * ldy, 77);
       out.residual = residual.data();
+    }
+    if (with_bias) {
+      bias = RandomRows(packed.matrix.outputs(), 79);
+      out.bias = bias.data();
     }
     if (finish != Finish::kScatterAdd) return;
     weight = RandomRows(rows, 78);
@@ -163,13 +167,14 @@ void CheckAgainstDouble(Product product, const Packed& packed, const Rows& x, co
 }
 
 // Every finish follows from the plain product (or kSwiglu) by operations that round once, so it is known to the bit.
-void CheckFinish(Product product, const Packed& packed, Rows& x, Finish finish, bool with_residual) {
+void CheckFinish(Product product, const Packed& packed, Rows& x, Finish finish, bool with_residual,
+                 bool with_bias = false) {
   const bool swiglu = packed.shape.swiglu;
   const int64_t outputs = packed.matrix.outputs();
   const std::string what = "scalar, " + Name(packed, product, x.rows);
   Result plain(packed, swiglu ? Finish::kSwiglu : Finish::kStore, x.rows, false, false);
   RunAll(kScalarKernels, product, packed, x, &plain);
-  Result result(packed, finish, x.rows, with_residual);
+  Result result(packed, finish, x.rows, with_residual, true, with_bias);
   std::vector<float> wanted = result.y;
   RunAll(kScalarKernels, product, packed, x, &result);
   if (finish == Finish::kSwigluQuant) {
@@ -180,7 +185,8 @@ void CheckFinish(Product product, const Packed& packed, Rows& x, Finish finish, 
   }
   for (int64_t r = 0; r < x.rows; ++r) {
     for (int64_t n = 0; n < outputs; ++n) {
-      const float value = plain.y[static_cast<size_t>(r * outputs + n)];
+      float value = plain.y[static_cast<size_t>(r * outputs + n)];
+      if (with_bias) value += result.bias[static_cast<size_t>(n)];
       const size_t at = static_cast<size_t>(r * result.ldy + n);
       if (finish == Finish::kScatterAdd) {
         float& sum = wanted[static_cast<size_t>(result.index[static_cast<size_t>(r)] * result.ldy + n)];
@@ -190,15 +196,17 @@ void CheckFinish(Product product, const Packed& packed, Rows& x, Finish finish, 
       }
     }
   }
-  ExpectSame(result.y, wanted, what + (with_residual ? ", residual" : ", scattered or stored"));
+  const std::string added = with_bias ? ", bias" : "";
+  ExpectSame(result.y, wanted, what + added + (with_residual ? ", residual" : ", scattered or stored"));
 }
 
 // Every table, unit by unit from the last to the first, against the scalar table in one go.
-void CheckTables(Product product, const Packed& packed, Rows& x, Finish finish, bool with_residual) {
-  Result reference(packed, finish, x.rows, with_residual);
+void CheckTables(Product product, const Packed& packed, Rows& x, Finish finish, bool with_residual,
+                 bool with_bias = false) {
+  Result reference(packed, finish, x.rows, with_residual, true, with_bias);
   RunAll(kScalarKernels, product, packed, x, &reference);
   for (const Kernels* table : FastTables()) {
-    Result result(packed, finish, x.rows, with_residual);
+    Result result(packed, finish, x.rows, with_residual, true, with_bias);
     for (int64_t unit = packed.matrix.units() - 1; unit >= 0; --unit) {
       Run(*table, product, packed, unit, unit + 1, x, x.rows, result.out);
     }
@@ -273,6 +281,10 @@ void TestIntegerProducts() {
       CheckTables(Product::kInt8, packed, x, finish, false);
     }
     if (!shape.swiglu) {
+      for (const bool residual : {false, true}) {
+        CheckFinish(Product::kInt8, packed, x, Finish::kStore, residual, true);
+        CheckTables(Product::kInt8, packed, x, Finish::kStore, residual, true);
+      }
       CheckFinish(Product::kInt8, packed, x, Finish::kStore, true);
       CheckTables(Product::kInt8, packed, x, Finish::kStore, true);
     }
@@ -315,6 +327,7 @@ void TestUpperHalves() {
         Result result(packed, Finish::kStore, x.rows, false);
         RunAll(kScalarKernels, Product::kUpper, packed, x, &result);
         CheckAgainstDouble(Product::kUpper, packed, x, result);
+        CheckFinish(Product::kUpper, packed, x, Finish::kStore, true, true);
         CheckFinish(Product::kUpper, packed, x, Finish::kStore, true);
         CheckTables(Product::kUpper, packed, x, Finish::kStore, true);
         CheckTables(Product::kUpper, packed, x, Finish::kScatterAdd, false);
@@ -358,6 +371,9 @@ void TestFloatProducts() {
     for (const Finish finish : finishes) {
       CheckFinish(Product::kFloat, packed, x, finish, finish == Finish::kStore);
       CheckTables(Product::kFloat, packed, x, finish, finish == Finish::kStore);
+      if (finish != Finish::kStore) continue;
+      CheckFinish(Product::kFloat, packed, x, finish, false, true);
+      CheckTables(Product::kFloat, packed, x, finish, true, true);
     }
     CheckRowAlone(Product::kFloat, packed, x, x.rows / 2);
   }

@@ -84,7 +84,7 @@ def kernels_of(matrix: GpuMatrix, activation: str, rounding: float = 0.0) -> tup
 
 @dataclass(frozen=True)
 class Product:
-    """y[slot] = residual[slot] + f(W g(x[row of slot])), with everything's device address; 0 is none.
+    """y[slot] = residual[slot] + f(W g(x[row of slot]) + bias), with everything's device address; 0 is none.
 
     Attributes:
         matrix, blob: the weights' format and address. With `offsets` each of its matrices has rows of its own.
@@ -94,6 +94,7 @@ class Product:
         activation: bf16, f16, or f32 for exact products; x and y are then float32.
         norm: float32 [K] of an RMSNorm of x, which is then float32.
         residual: float32 [rows, outputs], added at the end; may be y.
+        bias: float32 [N] of one matrix that is not SwiGLU, added to the float32 sums before anything else.
         row_map: int32 [rows], the row of x of each slot; none: its own number.
         offsets: int32 [count + 1], the slots of matrix e being offsets[e] .. offsets[e + 1] - 1, none twice.
         x_rows: rows of x where `row_map` is given.
@@ -113,6 +114,7 @@ class Product:
     y_float: bool = False
     norm: int = 0
     residual: int = 0
+    bias: int = 0
     row_map: int = 0
     offsets: int = 0
     x_rows: int = 0
@@ -127,6 +129,8 @@ class Product:
             raise DeviceError(f"a norm takes float32, x is {self.activation}: pass x_float=True")
         if self.matrix.count > 1 and not self.offsets:
             raise DeviceError(f"a blob of {self.matrix.count} matrices needs offsets")
+        if self.bias and (self.offsets or self.matrix.swiglu):
+            raise DeviceError("a bias is added to one matrix's product that is not SwiGLU")
         if self.row_map and not self.x_rows:
             raise DeviceError("a row_map needs x_rows, the rows that x has")
         if self.rows < 0:
@@ -400,7 +404,8 @@ def _args(product: Product, *, scales: int = 0, split: int = 1, chunk: int = 0, 
     scales_at, zeros_at = _parts(matrix, product.blob)
     return _LINEAR_ARGS.pack(
         product.x, product.blob, scales_at, zeros_at, product.norm, product.residual, scales, product.y,
-        product.row_map, product.offsets, matrix.codes_stride, matrix.scales_stride, matrix.zeros_stride,
+        product.row_map, product.offsets or product.bias,
+        matrix.codes_stride, matrix.scales_stride, matrix.zeros_stride,
         product.rows, matrix.rows, matrix.columns, matrix.group, matrix.count if product.offsets else 0,
         matrix.swiglu, product.x_float, product.y_float, product.epsilon, product.rounding,
         split, chunk, x_tile,
