@@ -10,7 +10,7 @@ from edgelm.export.tensorrt.options import EngineOptions
 from edgelm.parity.golden import GoldenOptions
 
 TARGETS = ("cpu", "cuda", "tensorrt")
-FLAVOURS = ("native", "portable")
+OPERATOR_SETS = ("native", "portable")
 AUTO = "auto"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -22,8 +22,8 @@ class ExportOptions:
 
     Attributes:
         target: device kind, one of `TARGETS`.
-        ops: operator flavour, one of `FLAVOURS`; "auto" is native where this installation has the compiled operators
-            and the target is a processor, portable for ONNX Runtime's providers elsewhere, and our own for TensorRT.
+        ops: operator set, one of `OPERATOR_SETS`; "auto" is native where this installation has the compiled operators
+            and the target is a CPU, portable for ONNX Runtime's providers elsewhere, and our own for TensorRT.
         dtype: storage of matrices the recipe keeps in float, one of `DTYPES` ("fp32", "fp16", "bf16" are understood);
             "auto" keeps the checkpoint's. The router and the norms are always float32. On a GPU also what values are
             computed in.
@@ -31,7 +31,7 @@ class ExportOptions:
         sms: for TensorRT, the compute capabilities to compile kernels for, such as (80, 86); None is that of the GPU
             in this machine, or without one all that there are.
         max_ram: bytes of resident memory not to exceed; None is no limit.
-        threads: worker threads; None is one per processor allowed to this process.
+        threads: worker threads; None is one per core allowed to this process.
         overwrite: replace an existing bundle (it stays until the new one is complete).
         golden: the parity pack's prompts and sizes; None takes the built-in ones.
         reference: float checkpoint (folder or hub id) that a quantised one was made from, for the parity pack's float
@@ -50,7 +50,7 @@ class ExportOptions:
     reference: str | Path | None = None
 
     def __post_init__(self) -> None:
-        for name, valid in (("target", TARGETS), ("ops", (AUTO, *FLAVOURS)), ("dtype", (*DTYPES, *_SHORT_DTYPES))):
+        for name, valid in (("target", TARGETS), ("ops", (AUTO, *OPERATOR_SETS)), ("dtype", (*DTYPES, *_SHORT_DTYPES))):
             if getattr(self, name) not in valid:
                 raise ExportError(f"{name} {getattr(self, name)!r} is not one of {', '.join(valid)}")
         if self.sms is not None and self.target != "tensorrt":

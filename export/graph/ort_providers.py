@@ -22,8 +22,8 @@ class Provider:
     Attributes:
         title: for messages.
         computes_in: types that activations, caches and scales may have, the preferred one first.
-        router_weights: whether the mixture has to be fed its weights (input 14) to leave them as they are.
-        rounds_activations: whether products with integers round what they meet to int8.
+        router_weights: whether the MoE has to be fed its weights (input 14) to leave them as they are.
+        rounds_activations: whether matmuls with integers round their other operand to int8.
         expert_attributes: attributes of QMoE besides those that all have.
         expert_tile: what the columns of quantised experts have to be multiples of.
         blocks: the groups that it has quantised kernels for.

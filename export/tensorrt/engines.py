@@ -115,9 +115,9 @@ def add_engines(
     versions = installed()
     build = BuildOptions((), options.max_batch, options.chunk, options.weight_streaming)
     built: set[int] = set()
-    for flavour in versions:
-        library = load(flavour)
-        here = set(library.sms) if flavour == RTX else _devices()
+    for edition in versions:
+        library = load(edition)
+        here = set(library.sms) if edition == RTX else _devices()
         mine = tuple(sorted((set(sms) & here) - built))
         if mine:
             build_into(folder, weights_file, library, build, mine, progress)

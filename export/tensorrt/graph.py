@@ -2,10 +2,10 @@
 
 - Every node is a plugin: the operator's name with a prefix (the parser keeps names such as GroupQueryAttention to
   itself), absent inputs left out (it takes no empty ones), and one attribute, the text of a `PluginSpec`.
-- Weights and caches are int8: TensorRT widens constants of uint8, and gives a plugin int8 as it is.
+- Weights and caches are int8: TensorRT upcasts constants of uint8, and gives a plugin int8 as it is.
 - Batch, tokens and the caches' positions stay open; a cache's bytes a position are fixed, since its type is.
 
-`edgelm.export.tensorrt.linear` puts products that the engine computes itself in the place of some of the nodes.
+`edgelm.export.tensorrt.linear` puts matmuls that the engine computes itself in the place of some of the nodes.
 """
 
 from __future__ import annotations

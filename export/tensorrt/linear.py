@@ -1,9 +1,9 @@
-"""Products that TensorRT computes itself, in the place of our plugin.
+"""Matmuls that TensorRT computes itself, in the place of our plugin.
 
 - Matrices that stay float: RMSNorm in float32, rounding to A, MatMul in A. The engine rounds the product to A, as
   PyTorch does, before a bias and a residual are added in float32; our plugin adds them to its float32 sums.
 - int8 and FP8 with one scale a row, where the recipe has calibrated a static scale of the inputs: QuantizeLinear,
-  DequantizeLinear and MatMul, which TensorRT makes one product of 8-bit operands.
+  DequantizeLinear and MatMul, which TensorRT makes one GEMM of 8-bit operands.
 
 The head stays a plugin: its logits are not to be rounded. So does everything else, as int4 and scales of groups.
 """
@@ -25,11 +25,11 @@ _TYPES = {"f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16, "bf16": TensorPr
 
 
 class EngineLinears:
-    """Adds products to a graph; `rows` is what must be unpacked for them, `has_fp8` whether one is of FP8.
+    """Adds matmuls to a graph; `rows` is what must be unpacked for them, `has_fp8` whether one is of FP8.
 
     Args:
         graph: the graph to add to.
-        fp8: whether FP8 products may be the engine's: it has them from SM 89 on.
+        fp8: whether FP8 matmuls may be the engine's: it has them from SM 89 on.
     """
 
     def __init__(self, graph: ParserGraph, *, fp8: bool) -> None:
@@ -50,7 +50,7 @@ class EngineLinears:
         return scaled and (matrix.kind is GpuKind.INT8 or (matrix.kind is GpuKind.FP8 and self._fp8))
 
     def add(self, node: Node) -> None:
-        """Add one product."""
+        """Add one matmul."""
         graph, out = self._graph, node.outputs[0]
         x, norm, residual, bias = (node.input(i) for i in (0, 2, 3, 4))
         kind = graph.program.values[x].type
@@ -61,25 +61,25 @@ class EngineLinears:
             kind = "f32"
         matrix = matrix_of(node)
         self.has_fp8 |= matrix.kind is GpuKind.FP8
-        products = self._float(node, matrix, x, kind) if matrix.kind in _FLOATS else self._scaled(node, matrix, x, kind)
-        wide = [self._cast(product, "f32", f"{out}.{i}.f32") for i, product in enumerate(products)]
+        results = self._float(node, matrix, x, kind) if matrix.kind in _FLOATS else self._scaled(node, matrix, x, kind)
+        upcast = [self._cast(result, "f32", f"{out}.{i}.f32") for i, result in enumerate(results)]
         if matrix.swiglu:
-            gate, up = wide
+            gate, up = upcast
             silu = graph.node("Mul", [gate, graph.node("Sigmoid", [gate], f"{out}.sigmoid")], f"{out}.silu")
             self._cast(graph.node("Mul", [silu, up], f"{out}.product"), node.text("output"), out)
             return
         if bias:
-            products = wide = [graph.node("Add", [wide[0], graph.stored(bias)], f"{out}.biased")]
+            results = upcast = [graph.node("Add", [upcast[0], graph.stored(bias)], f"{out}.biased")]
         if residual:
-            graph.node("Add", [wide[0], residual], out)
+            graph.node("Add", [upcast[0], residual], out)
         else:
-            self._cast(products[0], node.text("output"), out)
+            self._cast(results[0], node.text("output"), out)
 
     def _float(self, node: Node, matrix: GpuMatrix, x: str, kind: str) -> list[str]:
         out, activation = node.outputs[0], node.text("activation")
         if kind != activation:
             x = self._cast(x, activation, f"{out}.input")
-        return [self._product(x, self._values(node, matrix, part), f"{out}.{part}") for part in parts_of(matrix)]
+        return [self._matmul(x, self._values(node, matrix, part), f"{out}.{part}") for part in parts_of(matrix)]
 
     def _scaled(self, node: Node, matrix: GpuMatrix, x: str, kind: str) -> list[str]:
         graph, out, codes = self._graph, node.outputs[0], _CODES[matrix.kind]
@@ -89,14 +89,14 @@ class EngineLinears:
         zero = graph.constant(f"{out}.input_zero", TensorProto(data_type=codes, raw_data=b"\0"))
         coded = graph.node("QuantizeLinear", [x, scale, zero], f"{out}.coded")
         x = graph.node("DequantizeLinear", [coded, scale, zero], f"{out}.decoded")
-        products = []
+        results = []
         for part in parts_of(matrix):
             values, scales = self._values(node, matrix, part), self._stored(node, matrix, part, "scales")
             weights = graph.node("DequantizeLinear", [values, scales], f"{out}.{part}.weights", axis=0)
-            products.append(self._product(x, weights, f"{out}.{part}"))
-        return products
+            results.append(self._matmul(x, weights, f"{out}.{part}"))
+        return results
 
-    def _product(self, x: str, weights: str, out: str) -> str:
+    def _matmul(self, x: str, weights: str, out: str) -> str:
         turned = self._graph.node("Transpose", [weights], f"{out}.turned", perm=[1, 0])
         return self._graph.node("MatMul", [x, turned], out)
 

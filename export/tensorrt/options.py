@@ -15,8 +15,8 @@ class EngineOptions:
     """How engines are to be made; all of it is about `--target tensorrt`.
 
     Attributes:
-        linears: "engine": TensorRT's own products where it has them, see `tensorrt_linear`; "plugin": ours.
-        attention: "plugin": ours; "engine": TensorRT's own, see `tensorrt_attention`.
+        linears: "engine": TensorRT's own matmuls where it has them, see `tensorrt.linear`; "plugin": ours.
+        attention: "plugin": ours; "engine": TensorRT's own, see `tensorrt.attention`.
         build: whether to build engines now, as far as the installed TensorRT can; None: if there is one.
         max_batch, chunk, weight_streaming: see `edgelm.runtimes.tensorrt.builder.BuildOptions`.
     """
