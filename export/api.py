@@ -35,9 +35,9 @@ from edgelm.checkpoint import Checkpoint
 from edgelm.devices import allowed_cores
 from edgelm.errors import ExportError
 from edgelm.export.memory import plan_memory
-from edgelm.export.onnxruntime.target import TARGETS, check_request
 from edgelm.export.options import ExportOptions
 from edgelm.export.plan import WEIGHTS_FILE, Plan, make_plan
+from edgelm.export.registry import TARGETS, check_request
 from edgelm.files import atomic_directory, need_disk, prepare_place
 from edgelm.models import family as family_of
 from edgelm.parity.golden import DeviceRounding, GoldenOptions, golden_tokens, write_pack

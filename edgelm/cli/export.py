@@ -119,7 +119,7 @@ def export(
     need_export_extra()
     from edgelm.bundle import BUNDLE
     from edgelm.export import ExportOptions, export_bundle
-    from edgelm.export.onnxruntime.target import check_request
+    from edgelm.export.registry import check_request
     from edgelm.export.tensorrt.options import EngineOptions
     from edgelm.parity.golden import GoldenOptions
     from edgelm.progress import Bars

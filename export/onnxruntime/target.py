@@ -1,4 +1,4 @@
-"""The targets there are. A further one is one entry of `TARGETS` and one module."""
+"""The targets `cpu` and `cuda`: what ONNX Runtime runs."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ from edgelm.export.onnxruntime.versions import onnxruntime_for
 from edgelm.export.options import AUTO, ExportOptions
 from edgelm.export.packing.weights_file import WeightsPlan
 from edgelm.export.plan import DEBUG_FILE, GRAPH_FILE, WEIGHTS_FILE, Graphs, Order, Plan, Target
-from edgelm.export.tensorrt.target import TensorrtTarget, chosen_sms
-from edgelm.progress import Progress, Silent
+from edgelm.progress import Progress
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
 from edgelm.runtimes.onnxruntime.cuda import GREEDY_FILE
@@ -175,24 +174,6 @@ class CudaTarget(OnnxRuntimeTarget):
         helpers = {GREEDY_FILE: greedy_graph(info.vocab_size)}
         probe = router_probe(graph, ops, info.experts_per_token)
         return helpers if probe is None else {**helpers, PROBE_FILE: probe}
-
-
-TARGETS: Mapping[str, Target] = {target.name: target for target in (CpuTarget(), CudaTarget(), TensorrtTarget())}
-"""By the name that `--target` takes."""
-
-
-def check_request(options: ExportOptions) -> None:
-    """Refuse options that contradict each other, before anything is looked at.
-
-    Raises:
-        ExportError: saying which.
-    """
-    target = TARGETS[options.target]
-    target.flavour(options.ops, Silent())
-    if options.dtype != AUTO:
-        target.storage(options.storage, options.storage, quantises=False)
-    if options.sms is not None:
-        chosen_sms(options)
 
 
 def _native_kv_dtype(recipe: Recipe) -> str:

@@ -22,9 +22,9 @@ from edgelm.cli.export import export as export_command
 from edgelm.cli.inspect import inspect as inspect_command
 from edgelm.errors import EdgeLMError, ExportError
 from edgelm.export import ExportOptions, export_bundle
-from edgelm.export.onnxruntime.target import TARGETS
 from edgelm.export.options import TARGETS as NAMES
 from edgelm.export.plan import WEIGHTS_FILE, Plan, make_plan
+from edgelm.export.registry import TARGETS
 from edgelm.models import family
 from edgelm.progress import Silent
 from edgelm.quant.recipe import Recipe

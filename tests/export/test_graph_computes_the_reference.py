@@ -19,8 +19,8 @@ from tiny_models import FLAVOURS, MakeCheckpoint
 
 from edgelm.checkpoint import Checkpoint
 from edgelm.export import ExportOptions
-from edgelm.export.onnxruntime.target import TARGETS
 from edgelm.export.plan import WEIGHTS_FILE, Graphs, make_plan
+from edgelm.export.registry import TARGETS
 from edgelm.models import family
 from edgelm.parity.golden import DeviceRounding
 from edgelm.progress import Silent

@@ -20,8 +20,8 @@ from edgelm.bundle.cpu_layout import Scales, read_matrices
 from edgelm.checkpoint import Checkpoint
 from edgelm.export import ExportOptions, export_bundle
 from edgelm.export.graph.base import STORAGE, rotary_tables, stored_as
-from edgelm.export.onnxruntime.target import TARGETS
 from edgelm.export.plan import WEIGHTS_FILE, make_plan
+from edgelm.export.registry import TARGETS
 from edgelm.models import family
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
