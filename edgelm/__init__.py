@@ -11,6 +11,8 @@ Importing this package imports nothing heavy: each name below is fetched from it
 
 from __future__ import annotations
 
+from edgelm.version import __version__
+
 # As typing.TYPE_CHECKING, which takes a while to import: `edgelm.cli.common.interrupts` says why that matters.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from edgelm.generation.stream import Generation as Generation
     from edgelm.generation.stream import TextStream as TextStream
     from edgelm.parity.check import check_parity as check_parity
-
-__version__ = "0.1.0"
 
 _WHERE = {
     "Bundle": "edgelm.bundle",

@@ -48,6 +48,7 @@ from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource, stored_recipe
 from edgelm.tokenization.chat_template import template_notes
 from edgelm.tokenization.tokenizer import Tokenizer
+from edgelm.version import __version__
 
 # What an interpreter, a tokenizer or a template needs besides the tokenizer's own files.
 _COPIED = ("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json")
@@ -296,10 +297,8 @@ def _created() -> str | None:
 def _tool_versions() -> dict[str, str]:
     import torch
 
-    import edgelm
-
     return {
-        "edgelm": edgelm.__version__,
+        "edgelm": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "onnx": onnx.__version__,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import cast
@@ -11,7 +12,6 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-import edgelm.quant
 from edgelm.devices import allowed_cores
 from edgelm.quant import primitives
 from edgelm.quant.scheme import Scheme
@@ -75,7 +75,7 @@ def library() -> ctypes.CDLL | None:
         path = Path(named) if named else None
     else:
         # An editable install has the sources in one folder and the compiled library in another, both on this path.
-        places = (Path(place) / LIBRARY for place in edgelm.quant.__path__)
+        places = (Path(place) / LIBRARY for place in sys.modules[__name__.rpartition(".")[0]].__path__)
         path = next((place for place in places if place.exists()), None)
     if path is None:
         return None

@@ -22,8 +22,6 @@ from edgelm.quant.checkpoint import SHARD_BYTES, copy_companions
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgelm.quant.smoothing import Choice
-
 Floats = NDArray[np.float32]
 
 
@@ -62,6 +60,16 @@ class Scaling:
         return result
 
 
+@dataclass(frozen=True)
+class SmoothingChoice:
+    """What was chosen for one fold: alpha (None: no scales), and the relative squared error before and after."""
+
+    producer: str
+    alpha: float | None
+    before: float
+    after: float
+
+
 class SmoothedCheckpoint(Checkpoint):
     """A view of a float checkpoint: reads come scaled, bfloat16 where that is exact, and float32 else.
 
@@ -70,7 +78,9 @@ class SmoothedCheckpoint(Checkpoint):
         choices: how these were chosen, in the order of the layers.
     """
 
-    def __init__(self, base: Checkpoint, scaling: Mapping[str, Scaling], choices: tuple[Choice, ...] = ()) -> None:
+    def __init__(
+        self, base: Checkpoint, scaling: Mapping[str, Scaling], choices: tuple[SmoothingChoice, ...] = ()
+    ) -> None:
         super().__init__(base.path, base.source_id)
         self.scaling = scaling
         self.choices = choices

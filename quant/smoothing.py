@@ -37,7 +37,7 @@ from edgelm.progress import Progress
 from edgelm.quant import codec
 from edgelm.quant.activations import DYNAMIC, STATIC
 from edgelm.quant.recipe import AUTO, FLOAT, Recipe
-from edgelm.quant.scaled_checkpoint import Scaling, SmoothedCheckpoint
+from edgelm.quant.scaled_checkpoint import Scaling, SmoothedCheckpoint, SmoothingChoice
 from edgelm.quant.scheme import AnyScheme, Fp8Scheme
 from edgelm.reference.hooks import Hooks, head_name
 from edgelm.reference.layerwise import LayerwiseReference
@@ -81,16 +81,6 @@ class Fold:
             return columns
         kv, group = self.heads
         return columns.view(kv, group, -1).amax(1).reshape(-1)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was chosen for one fold: alpha (None: no scales), and the relative squared error before and after."""
-
-    producer: str
-    alpha: float | None
-    before: float
-    after: float
 
 
 def layer_folds(config: Any, index: int) -> list[Fold]:
@@ -212,7 +202,7 @@ class _Search:
         self.powers_of_two = powers_of_two
         self.threads = threads
         self.scaling: dict[str, Scaling] = {}
-        self.choices: list[Choice] = []
+        self.choices: list[SmoothingChoice] = []
 
     def run(self, folds: Sequence[Fold], seen: Mapping[str, Seen]) -> None:
         """Choose for each fold, given the inputs of all its consumers."""
@@ -230,7 +220,7 @@ class _Search:
                 error = self._error(fold, quantised, inputs, weights, rounded)
                 if error < best[0]:
                     best = (error, alpha, rounded)
-            self.choices.append(Choice(fold.producer, best[1], before, best[0]))
+            self.choices.append(SmoothingChoice(fold.producer, best[1], before, best[0]))
             if best[2] is not None:
                 self._fold(fold, best[2])
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as NotYet
 from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,6 @@ from edgelm.generation.sampling import argmax, is_integer
 
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
-    from edgelm.runtimes.tracing import TracingModel
 
 Self = TypeVar("Self", bound="Closable")
 Result = TypeVar("Result")
@@ -206,7 +205,7 @@ class Runtime(LoadedModel):
     kind = "runtime"
     batch_class: ClassVar[type[SequenceBatch] | None] = None
     """Called as this class, with the number of sequences after the bundle; None: it runs one sequence at a time."""
-    tracing_class: ClassVar[type[TracingModel] | None] = None
+    tracing_class: ClassVar[type[Any] | None] = None  # an `edgelm.runtimes.tracing.TracingModel`
     """Called with the bundle and `threads`; None: it does not run the debug graph."""
     _position = 0
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import click
 
-import edgelm
 from edgelm.cli.common.interrupts import INTERRUPTED, Raised, leave_at_once
 from edgelm.errors import EdgeLMError
+from edgelm.version import __version__
 
 # The help is here too, so that `edgelm --help` imports no verb.
 VERBS = {
@@ -156,7 +156,7 @@ def _unexpected(error: BaseException) -> str:
 
 
 @click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(edgelm.__version__, prog_name="edgelm", message="%(prog)s %(version)s")
+@click.version_option(__version__, prog_name="edgelm", message="%(prog)s %(version)s")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
     """Take OLMoE and Fox-1 to a device: export, quantise, run, and prove that it still computes the same."""

@@ -26,11 +26,11 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-import edgelm
 from edgelm.errors import EdgeLMError, GenerationError
 from edgelm.generation.language_model import load
 from edgelm.generation.sampling import Sampling
 from edgelm.tokenization.chat_template import ChatTemplate
+from edgelm.version import __version__
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -139,7 +139,7 @@ class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         manifest, runtime = self._model.bundle.manifest, self._model.runtime
         return {
             "model_name": manifest.model.name,
-            "edgelm_version": edgelm.__version__,
+            "edgelm_version": __version__,
             "edgelm_recipe": manifest.recipe.name,
             "edgelm_ops": manifest.ops,
             "edgelm_runtime": runtime.name,

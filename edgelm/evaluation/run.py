@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-import edgelm
 from edgelm.bundle.kv_cache import KV_TYPES
 from edgelm.corpus import BUILTIN, Texts, read_texts, windows
 from edgelm.devices import describe
@@ -36,6 +35,7 @@ from edgelm.evaluation.targets import BundleTarget, Target, WeightTarget, open_t
 from edgelm.installing import install_hint
 from edgelm.progress import Progress, Silent
 from edgelm.tokenization.tokenizer import Tokenizer
+from edgelm.version import __version__
 
 if TYPE_CHECKING:
     from edgelm.checkpoint import Checkpoint
@@ -376,7 +376,7 @@ class _Counted:
 
 def _versions() -> dict[str, str]:
     """Of what took part."""
-    found = {"edgelm": edgelm.__version__, "python": platform.python_version(), "numpy": np.__version__}
+    found = {"edgelm": __version__, "python": platform.python_version(), "numpy": np.__version__}
     for name in ("torch", "onnxruntime"):
         module = sys.modules.get(name)
         if module is not None:

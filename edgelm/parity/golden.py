@@ -30,6 +30,7 @@ from edgelm.parity.pack import (
 from edgelm.parity.prompts import BUILT_IN, Prompt, load_prompts
 from edgelm.parity.sketch import SKETCH_WIDTH, probe_ids, sign_matrix
 from edgelm.progress import Advance, Progress, Silent
+from edgelm.version import __version__
 
 if TYPE_CHECKING:
     from edgelm.checkpoint import WeightReader
@@ -200,7 +201,6 @@ def _make_pack(
 ) -> ParityPack:
     import torch
 
-    import edgelm
     from edgelm.reference.layerwise import LayerwiseReference
 
     model = LayerwiseReference(config_json, reference)
@@ -228,7 +228,7 @@ def _make_pack(
         quantized=target,
         tokenizer=TokenizerPrint(tokenizer.vocab_size, tokenizer.fingerprint()),
         rounded=rounded,
-        made_with={"edgelm": edgelm.__version__, "torch": torch.__version__, "numpy": np.__version__},
+        made_with={"edgelm": __version__, "torch": torch.__version__, "numpy": np.__version__},
     )
 
 
