@@ -122,18 +122,19 @@ class GpuMatrix:
     @property
     def scales_offset(self) -> int:
         """Where the scales begin in the blob."""
-        return _aligned(self.count * self.codes_stride)
+        return aligned(self.count * self.codes_stride)
 
     @property
     def zeros_offset(self) -> int:
         """Where the zero points begin in the blob."""
-        return self.scales_offset + _aligned(self.count * self.scales_stride)
+        return self.scales_offset + aligned(self.count * self.scales_stride)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the blob."""
-        return self.zeros_offset + _aligned(self.count * self.zeros_stride)
+        return self.zeros_offset + aligned(self.count * self.zeros_stride)
 
 
-def _aligned(value: int) -> int:
-    return -(-value // ALIGNMENT) * ALIGNMENT
+def aligned(size: int, multiple: int = ALIGNMENT) -> int:
+    """`size` rounded up to a multiple."""
+    return -(-size // multiple) * multiple

@@ -142,7 +142,7 @@ def gpus() -> dict[str, Any]:
     found = [
         {
             "name": info.name,
-            "sm": info.capability[0] * 10 + info.capability[1],
+            "sm": info.sm,
             "multiprocessors": info.multiprocessors,
             "memory": info.memory,
         }

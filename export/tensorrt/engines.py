@@ -28,7 +28,6 @@ from edgelm.runtimes.cuda.driver import find_devices
 from edgelm.runtimes.cuda.program import Program
 from edgelm.runtimes.tensorrt.build import GRAPH_FILE, RECIPE_FILE, GraphRecipe, build_into
 from edgelm.runtimes.tensorrt.builder import BuildOptions, GraphShape
-from edgelm.runtimes.tensorrt.engine import sm_of
 from edgelm.runtimes.tensorrt.library import RTX, installed, load
 
 FP8_SM = 89
@@ -133,6 +132,6 @@ def add_engines(
 def _devices() -> set[int]:
     """The compute capabilities of the GPUs here."""
     try:
-        return {sm_of(device) for device in find_devices()}
+        return {device.sm for device in find_devices()}
     except DeviceError:
         return set()

@@ -47,6 +47,11 @@ class DeviceInfo:
     memory: int
     driver: tuple[int, int]
 
+    @property
+    def sm(self) -> int:
+        """The compute capability as compilers name it, e.g. 90."""
+        return 10 * self.capability[0] + self.capability[1]
+
 
 class Device(ABC):
     """Memory, kernels and streams of one device. Addresses are plain integers. One thread at a time may use it."""

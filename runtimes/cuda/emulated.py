@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.bundle.gpu_layout import ALIGNMENT, aligned
 from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda.device import Device, DeviceInfo, Launch
 from edgelm.runtimes.cuda.kernels.sources import SOURCES, translation_unit
 
 _CANARY = 256
 _CANARY_BYTE = 0xA5
-_ALIGNMENT = 256
 
 
 class EmulatedDevice(Device):
@@ -52,8 +52,8 @@ class EmulatedDevice(Device):
 
     def allocate(self, nbytes: int) -> int:
         """Reserve memory filled with NaNs."""
-        buffer = np.full(nbytes + 2 * _CANARY + _ALIGNMENT, 0xFF, np.uint8)
-        address = -(-(buffer.ctypes.data + _CANARY) // _ALIGNMENT) * _ALIGNMENT
+        buffer = np.full(nbytes + 2 * _CANARY + ALIGNMENT, 0xFF, np.uint8)
+        address = aligned(buffer.ctypes.data + _CANARY)
         start = address - buffer.ctypes.data
         buffer[start - _CANARY : start] = buffer[start + nbytes : start + nbytes + _CANARY] = _CANARY_BYTE
         self._buffers[address] = buffer[start - _CANARY : start + nbytes + _CANARY]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.bundle.gpu_layout import aligned
 from edgelm.errors import BundleError
 from edgelm.runtimes.cuda.device import Device, DeviceInfo, Launch
 from edgelm.runtimes.cuda.kernels.linear import argmax_launches
@@ -21,7 +22,6 @@ from edgelm.runtimes.cuda.operators import Operators, Scratch, Step
 from edgelm.runtimes.cuda.program import Node, Program
 from edgelm.runtimes.cuda.weights import DeviceWeights
 
-_ALIGNMENT = 256
 CAPACITY_MULTIPLE = 64
 """Caches hold a multiple of so many tokens, which aligns every head's part in them."""
 
@@ -47,7 +47,7 @@ class Sizes:
     @property
     def rounded(self) -> int:
         """The capacity that is allocated."""
-        return -(-self.capacity // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
+        return aligned(self.capacity, CAPACITY_MULTIPLE)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Layout:
 
     def _take(self, nbytes: int) -> int:
         start = self._end
-        self._end = -(-(start + nbytes) // _ALIGNMENT) * _ALIGNMENT
+        self._end = aligned(start + nbytes)
         return start
 
     def _caches(self) -> None:

@@ -26,8 +26,7 @@ from edgelm.runtimes.cuda.kernels.file import FOLDER as KERNELS
 from edgelm.runtimes.cuda.kernels.file import KernelFolder
 from edgelm.runtimes.tensorrt import rowmajor
 from edgelm.runtimes.tensorrt.builder import BuildOptions, GraphShape, build_engine, check_sms
-from edgelm.runtimes.tensorrt.engine import sm_of
-from edgelm.runtimes.tensorrt.engine_info import FOLDER, EngineInfo, engine_name, engines
+from edgelm.runtimes.tensorrt.engine_info import FOLDER, EngineInfo, engine_name, engines, sm_names
 from edgelm.runtimes.tensorrt.host import BuildHost
 from edgelm.runtimes.tensorrt.library import FULL, Library, load
 from edgelm.runtimes.tensorrt.rowmajor import Rows
@@ -144,11 +143,11 @@ def _remove_left(folder: Path) -> None:
 def chosen_sms(library: Library, asked: Sequence[int], folder: Path) -> tuple[int, ...]:
     """The devices to build for; see `build_bundle`. Raises as it."""
     if library.flavour == FULL:
-        here = sm_of(find_devices()[0])
+        here = find_devices()[0].sm
         if asked and tuple(asked) != (here,):
             raise ExportError(
                 f"full TensorRT builds for the GPU of this machine, SM {here}, and not for "
-                f"{', '.join(f'SM {sm}' for sm in asked)}: leave --sm out, or use TensorRT-RTX (--edition tensorrt-rtx)"
+                f"{sm_names(asked)}: leave --sm out, or use TensorRT-RTX (--edition tensorrt-rtx)"
             )
         return (here,)
     if asked:

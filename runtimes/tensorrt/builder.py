@@ -14,8 +14,8 @@ from typing import Annotated, Any
 from edgelm.bundle.kv_cache import KV_TYPES
 from edgelm.errors import EdgeLMError, ExportError
 from edgelm.json_dataclass import OneOf, Range
-from edgelm.runtimes.tensorrt.engine_info import PYTHON, EngineInfo, count_operators, plugins_in
-from edgelm.runtimes.tensorrt.library import FULL, RTX, Library, messages
+from edgelm.runtimes.tensorrt.engine_info import PYTHON, EngineInfo, count_operators, plugins_in, sm_names
+from edgelm.runtimes.tensorrt.library import RTX, TITLES, Library, messages
 from edgelm.runtimes.tensorrt.plugins import Host, serving
 
 Shape = tuple[int, ...]
@@ -63,7 +63,7 @@ def check_sms(library: Library, sms: Sequence[int]) -> None:
     if library.flavour == RTX:
         wrong = [sm for sm in sms if sm not in library.sms]
         if wrong or not sms:
-            named = ", ".join(f"SM {sm}" for sm in wrong) or "no device"
+            named = sm_names(wrong) or "no device"
             raise ExportError(
                 f"TensorRT-RTX builds for SM {', '.join(map(str, library.sms))}, not for {named}: for others full "
                 "TensorRT builds on the device itself, with `edgelm build BUNDLE`"
@@ -144,7 +144,7 @@ def _build(
     # What a callback raises does not always stop TensorRT.
     if not done or host.failed:
         out.unlink()
-        raise _refused(library, host, f"cannot build {graph.name} for {_names(sms)}", log.take())
+        raise _refused(library, host, f"cannot build {graph.name} for {sm_names(sms) or 'this device'}", log.take())
 
 
 def profiles(
@@ -197,10 +197,6 @@ def _reason(error: Any) -> str:
     return f"{node}: {error.desc()}" if node else str(error.desc())
 
 
-def _names(sms: Sequence[int]) -> str:
-    return ", ".join(f"SM {sm}" for sm in sms) or "this device"
-
-
 def _refused(library: Library, host: Host, what: str, reasons: str) -> EdgeLMError | OSError:
     """The error to raise: what failed in a callback of ours says more than what TensorRT makes of it."""
     failure = host.take_failure()
@@ -208,5 +204,4 @@ def _refused(library: Library, host: Host, what: str, reasons: str) -> EdgeLMErr
         return failure
     if failure is not None:
         raise failure  # a bug of ours, with its traceback
-    name = "TensorRT" if library.flavour == FULL else "TensorRT-RTX"
-    return ExportError(f"{name} {library.version} {what}: {reasons}")
+    return ExportError(f"{TITLES[library.flavour]} {library.version} {what}: {reasons}")

@@ -33,21 +33,15 @@ _INVALID = {
 }
 
 
-def sm_of(device: DeviceInfo) -> int:
-    """A device's compute capability as it is named, e.g. 86."""
-    return device.capability[0] * 10 + device.capability[1]
-
-
 def incompatible(info: EngineInfo, device: DeviceInfo, versions: dict[str, str]) -> str | None:
     """Why an engine cannot run on a device with these TensorRT flavours installed, by version; None if it can."""
-    sm = sm_of(device)
     have = versions.get(info.flavour)
     if have is None:
         return f"needs {info.flavour} {info.version}, which is not installed"
     if have != info.version:
         return f"was built by {info.flavour} {info.version}, and {have} is installed"
-    if sm not in info.sms:
-        return f"was built for {info.devices}, and {device.name} is SM {sm}"
+    if device.sm not in info.sms:
+        return f"was built for {info.devices}, and {device.name} is SM {device.sm}"
     if device.driver[0] < _OLDEST_CUDA:
         spoken = "{}.{}".format(*device.driver)
         return f"needs a driver for CUDA {_OLDEST_CUDA} or newer, and this one speaks {spoken}"

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import mmap
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from edgelm.bundle import ENGINES
 from edgelm.errors import BundleError
 from edgelm.json_dataclass import Blame, Count, OneOf, Range, from_data, parse, quoted, read_bytes, require_format
-from edgelm.runtimes.tensorrt.library import FULL, RTX
+from edgelm.runtimes.tensorrt.library import FULL, RTX, TITLES
 from edgelm.runtimes.tensorrt.operators import MARK, PREFIX, PluginSpec
 from edgelm.sizes import format_size
 
@@ -88,18 +89,22 @@ class EngineInfo:
     @property
     def needs(self) -> str:
         """What must be on the device to run it, in words."""
-        name = "TensorRT" if self.flavour == FULL else "TensorRT-RTX"
         how = (
             "no Python: its plugins' PTX is in the engine"
             if self.plugins == PTX
             else "this package's runtime, which registers the plugins in Python"
         )
-        return f"{name} {self.version} and {how}"
+        return f"{TITLES[self.flavour]} {self.version} and {how}"
 
     @property
     def devices(self) -> str:
         """The compute capabilities in words."""
-        return ", ".join(f"SM {sm}" for sm in self.sms)
+        return sm_names(self.sms)
+
+
+def sm_names(sms: Sequence[int]) -> str:
+    """Compute capabilities in words."""
+    return ", ".join(f"SM {sm}" for sm in sms)
 
 
 def engines(bundle: Bundle) -> list[EngineInfo]:

@@ -27,6 +27,7 @@ from edgelm.errors import RuntimeUnavailableError
 from edgelm.installing import install_hint
 
 FULL, RTX = "tensorrt", "tensorrt-rtx"
+TITLES = {FULL: "TensorRT", RTX: "TensorRT-RTX"}
 _MODULES = {FULL: "tensorrt", RTX: "tensorrt_rtx"}
 _RTX_LIBRARY = "libtensorrt_rtx.so"
 

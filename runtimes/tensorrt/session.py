@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.bundle.gpu_layout import aligned
 from edgelm.errors import EdgeLMError
 from edgelm.runtimes.base import choose_context_length
 from edgelm.runtimes.cuda.driver import CudaDevice
+from edgelm.runtimes.cuda.executor import CAPACITY_MULTIPLE
 from edgelm.runtimes.cuda.kernels.file import FOLDER, KernelFolder
 from edgelm.runtimes.cuda.operators import Operators
 from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
 
 IDS, LENGTHS, LOGITS = "input_ids", "past_lengths", "logits"
 PAST, PRESENT = "past_key_values.", "present."
-CAPACITY_MULTIPLE = 64
-"""Caches hold a multiple of so many positions, which aligns every head's part of them."""
 
 
 class Session:
@@ -108,8 +108,7 @@ class Session:
         (size,) = fixed
         if size > 0:
             return size
-        rounded = -(-self.context_length // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
-        return min(rounded, self.info.context_length)
+        return min(aligned(self.context_length, CAPACITY_MULTIPLE), self.info.context_length)
 
     # -- buffers -------------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ import math
 import struct
 from dataclasses import dataclass
 
+from edgelm.bundle.gpu_layout import aligned
 from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda.device import Launch
 
@@ -200,7 +201,7 @@ class _Plan:
             rows * shape.size * 4,
             rows * 8,
         ):
-            offsets.append(offsets[-1] + -(-part // 256) * 256)
+            offsets.append(offsets[-1] + aligned(part))
         return offsets[0], offsets[1], offsets[2], offsets[3], offsets[4]
 
 

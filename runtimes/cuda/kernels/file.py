@@ -48,22 +48,22 @@ _BLAME = Blame(BundleError, "copy the bundle again")
 _Version = Annotated[int, Range(0, 10_000)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _ImageInfo:
     file: str
-    resources: dict[str, Resources]
     waits: tuple[str, ...] = ()
+    resources: dict[str, Resources]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Index:
     """`kernels.json`."""
 
     format: int
     nvrtc: tuple[_Version, _Version]
+    source: str = ""
     argument_bytes: dict[str, Count]
     images: dict[str, _ImageInfo]
-    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,17 +140,15 @@ def compile_bundle_kernels(
     for target, one in compiled.items():
         file = f"{target}.{'ptx' if target == nvrtc.PTX_TARGET else 'cubin'}"
         (folder / file).write_bytes(one.image)
-        resources = {name: asdict(used) for name, used in one.resources.items()}
-        images[target] = {"file": file, "waits": sorted(one.waits), "resources": resources}
-    some = compiled[targets[0]]
-    index = {
-        "format": FORMAT,
-        "nvrtc": list(nvrtc.load().version),
-        "source": sources.fingerprint(*sources.translation_unit(names)),
-        "argument_bytes": dict(sorted(some.argument_bytes.items())),
-        "images": images,
-    }
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        images[target] = _ImageInfo(file=file, waits=tuple(sorted(one.waits)), resources=one.resources)
+    index = _Index(
+        format=FORMAT,
+        nvrtc=nvrtc.load().version,
+        source=sources.fingerprint(*sources.translation_unit(names)),
+        argument_bytes=dict(sorted(compiled[targets[0]].argument_bytes.items())),
+        images=images,
+    )
+    (folder / INDEX).write_text(json.dumps(asdict(index), indent=1) + "\n", encoding="utf-8")
 
 
 class KernelFolder:

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from edgelm.bundle.gpu_layout import ROWS, TILE_BYTES, GpuKind, GpuMatrix
+from edgelm.bundle.gpu_layout import ROWS, TILE_BYTES, GpuKind, GpuMatrix, aligned
 from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda.device import DeviceInfo, Launch
 
@@ -27,7 +27,8 @@ _EMBEDDING_ARGS = struct.Struct("<5Q4i")
 _LAST_TOKEN_ARGS = struct.Struct("<2Q2i")
 _TOP_ARGS = struct.Struct("<4Q3i4x")
 
-_TYPES = {"int4": "Int4", "int8": "Int8", "fp8": "e4m3", "f16": "f16", "bf16": "bf16", "f32": "float"}
+TYPES = {"int4": "Int4", "int8": "Int8", "fp8": "e4m3", "f16": "f16", "bf16": "bf16", "f32": "float"}
+"""Element types as the sources call them; int4 and int8 are those of weights."""
 _SKINNY_WIDTHS = (8, 16, 32)
 SKINNY_ROWS = 32
 """Rows up to which a single matrix is multiplied by the skinny kernel."""
@@ -164,7 +165,7 @@ def workspace_bytes(product: Product) -> int:
     if product.activation == "f32" or not (product.x_float or product.rounding):
         return 0
     rows = product.rows_of_x
-    return _aligned(2 * rows * product.matrix.columns) + (_aligned(4 * rows) if product.rounding else 0)
+    return aligned(2 * rows * product.matrix.columns) + (aligned(4 * rows) if product.rounding else 0)
 
 
 def product_launches(product: Product, info: DeviceInfo, workspace: int = 0) -> list[Launch]:
@@ -191,7 +192,7 @@ def product_launches(product: Product, info: DeviceInfo, workspace: int = 0) -> 
         target = "fp8" if product.rounding and not product.is_skinny() else product.activation
         if product.rounding:
             cells = product.rows_of_x * product.matrix.columns
-            scales = workspace + _aligned(cells if target == "fp8" else 2 * cells)
+            scales = workspace + aligned(cells if target == "fp8" else 2 * cells)
         launches.append(
             convert_launch(
                 product.x, workspace, product.rows_of_x, product.matrix.columns,
@@ -266,7 +267,7 @@ def last_token_launch(x: int, y: int, batch: int, tokens: int, columns: int) -> 
 
 def argmax_workspace_bytes(rows: int, columns: int) -> int:
     """Bytes of scratch memory that `argmax_launches` needs."""
-    return 2 * _aligned(4 * rows * -(-columns // _TOP_PART))
+    return 2 * aligned(4 * rows * -(-columns // _TOP_PART))
 
 
 def argmax_launches(x: int, ids: int, rows: int, columns: int, workspace: int) -> list[Launch]:
@@ -280,7 +281,7 @@ def argmax_launches(x: int, ids: int, rows: int, columns: int, workspace: int) -
         workspace: address of `argmax_workspace_bytes(rows, columns)` bytes, aligned to 256.
     """
     parts = -(-columns // _TOP_PART)
-    between = workspace + _aligned(4 * rows * parts)
+    between = workspace + aligned(4 * rows * parts)
     args = _TOP_ARGS.pack(x, workspace, between, ids, columns, parts, _TOP_PART)
     shared = 8 * _ROW_THREADS // 32
     return [
@@ -438,10 +439,6 @@ def _shared_limit(info: DeviceInfo) -> int:
     return _SHARED_KB[max(known)] * 1024
 
 
-def _aligned(value: int) -> int:
-    return -(-value // 256) * 256
-
-
 # -- which kernels there are ------------------------------------------------------------------------------------------
 
 
@@ -454,7 +451,7 @@ def _all() -> Iterator[tuple[str, tuple[str, int, int, str]]]:
     for a in ACTIVATIONS:
         for w in ("int4", "int8", "fp8", a):
             for width in _SKINNY_WIDTHS:
-                body = f"linear_skinny<{a}, {_TYPES[w]}, {width // 8}>"
+                body = f"linear_skinny<{a}, {TYPES[w]}, {width // 8}>"
                 yield f"linear_skinny_{a}_{w}_n{width}", ("LinearArgs", _SKINNY_THREADS[width], 1, body)
             for scales in ("plain",) if w == a else ("row", "group"):
                 yield from _gemms(f"{a}_{w}", "", a, w, scales)
@@ -462,7 +459,7 @@ def _all() -> Iterator[tuple[str, tuple[str, int, int, str]]]:
             yield from _gemms("fp8_fp8", f"_{a}", a, "fp8", scales)
         yield f"convert_rows_{a}_{a}", ("RowsArgs", _ROW_THREADS, 1, f"convert_rows<{a}, {a}>")
         yield f"convert_rows_{a}_fp8", ("RowsArgs", _ROW_THREADS, 1, f"convert_rows<{a}, e4m3>")
-    for w, kind in _TYPES.items():
+    for w, kind in TYPES.items():
         yield f"linear_exact_f32_{w}", ("LinearArgs", 32 * _EXACT_WARPS, 1, f"linear_exact<{kind}>")
         yield f"quant_embedding_{w}_f32", ("EmbeddingArgs", _ROW_THREADS, 1, f"quant_embedding<{kind}>")
     yield "last_token_f32", ("LastTokenArgs", _ROW_THREADS, 1, "last_token<float>")
@@ -477,5 +474,5 @@ def _gemms(inputs: str, output: str, a: str, w: str, scales: str) -> Iterator[tu
         rows, tokens, warps = _GEMM_TILES[tile]
         # Two blocks of the middle size go on a multiprocessor where there is nothing to do but to multiply.
         blocks = 2 if (scales, tile) == ("plain", "128") else 1
-        body = f"linear_gemm<{a}, {_TYPES[w]}, {flags}, {rows}, {tokens}, {warps}>"
+        body = f"linear_gemm<{a}, {TYPES[w]}, {flags}, {rows}, {tokens}, {warps}>"
         yield f"linear_gemm_{inputs}_{scales}{output}_{tile}", ("LinearArgs", _GEMM_THREADS, blocks, body)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
+from edgelm.bundle.gpu_layout import GpuMatrix, aligned
 from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda.device import Launch
+from edgelm.runtimes.cuda.kernels.linear import TYPES
 
 HEADER = "moe.cuh"
 
@@ -17,9 +18,7 @@ CHOOSE_TOKENS = 32
 """Tokens for which one block chooses and sorts: an expert's tokens are the bits of one word."""
 TILED_TOKENS = 257
 """From so many tokens on the router is computed in tiles: before, a block a few tokens and experts is sooner done."""
-ALIGNMENT = 256
 
-_ACTIVATIONS = {"bf16": "bf16", "f16": "f16", "f32": "float"}
 _ACTIVATION_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
 # (tokens, experts, threads) of a block of the router for few tokens, by kernel.
 _ROUTERS = {"n1": (1, 2, 512), "n4": (4, 4, 512)}
@@ -30,7 +29,6 @@ DOWN_TOKENS = 32
 """Tokens for which the second product and the weighted sum are one launch."""
 _DOWN_THREADS = 512
 _DOWN_RINGS = {1: 8, 2: 8, 4: 6}  # tiles of a warp in shared memory, by the tiles of 8 tokens
-_DOWN_WEIGHTS = {GpuKind.INT4: "Int4", GpuKind.INT8: "Int8", GpuKind.FP8: "e4m3"}
 
 # The structs of moe.cuh.
 _ROUTER_ARGS = struct.Struct("<5Q3if")
@@ -75,8 +73,8 @@ class MoeShape:
             raise DeviceError(f"there are {self.experts} experts, expected 1 to {MAX_EXPERTS}")
         if not 1 <= self.k <= min(MAX_CHOSEN, self.experts):
             raise DeviceError(f"k is {self.k}, expected 1 to {min(MAX_CHOSEN, self.experts)} of {self.experts} experts")
-        if self.activation not in _ACTIVATIONS:
-            raise DeviceError(f"activation is {self.activation!r}, expected one of {', '.join(_ACTIVATIONS)}")
+        if self.activation not in _ACTIVATION_BYTES:
+            raise DeviceError(f"activation is {self.activation!r}, expected one of {', '.join(_ACTIVATION_BYTES)}")
         if self.tokens * self.k * max(self.columns, self.hidden) >= 1 << 40 or self.tokens * self.k >= 1 << 30:
             raise DeviceError(f"{self.tokens} tokens are more than one launch takes: cut the prompt")
 
@@ -148,7 +146,7 @@ def _sizes(shape: MoeShape) -> dict[str, int]:
 
 def workspace_bytes(shape: MoeShape) -> int:
     """Bytes that `workspace` divides; more tokens never need less."""
-    return sum(map(_aligned, _sizes(shape).values()))
+    return sum(map(aligned, _sizes(shape).values()))
 
 
 def workspace(shape: MoeShape, address: int) -> MoeWorkspace:
@@ -156,7 +154,7 @@ def workspace(shape: MoeShape, address: int) -> MoeWorkspace:
     places = {}
     for name, size in _sizes(shape).items():
         places[name] = address
-        address += _aligned(size)
+        address += aligned(size)
     return MoeWorkspace(**places)
 
 
@@ -306,10 +304,12 @@ def down_launch(
 
 def all_kernels() -> tuple[str, ...]:
     """Return the name of every kernel."""
-    routers = [f"moe_router_{a}_{kind}" for a in _ACTIVATIONS for kind in (*_ROUTERS, *(f"t{tile}" for tile in _TILES))]
+    routers = [
+        f"moe_router_{a}_{kind}" for a in _ACTIVATION_BYTES for kind in (*_ROUTERS, *(f"t{tile}" for tile in _TILES))
+    ]
     choices = [f"moe_{what}_e{32 * p}" for what in ("choose", "choose_many", "place") for p in (1, 2, 4, 8)]
     downs = [f"moe_down_{a}_{kind}_f32_n{8 * tiles}" for a, kind in _downs() for tiles in _DOWN_RINGS]
-    routes = [f"moe_route_{a}_{kind}_e{32 * p}" for a in _ACTIVATIONS for kind in _ROUTERS for p in (1, 2, 4, 8)]
+    routes = [f"moe_route_{a}_{kind}_e{32 * p}" for a in _ACTIVATION_BYTES for kind in _ROUTERS for p in (1, 2, 4, 8)]
     return (*routers, *choices, *routes, *downs, "moe_combine_f32")
 
 
@@ -321,7 +321,7 @@ def instantiation(name: str) -> str:
         return f"EDGELM_KERNEL({name}, MoeCombineArgs, {_COMBINE_THREADS}, 1, moe_combine)"
     what, _, variant = name.rpartition("_")
     if what.startswith("moe_router_"):
-        activation = _ACTIVATIONS[what.removeprefix("moe_router_")]
+        activation = TYPES[what.removeprefix("moe_router_")]
         if variant[0] == "t":
             body = f"moe_router_tiled<{activation}, {variant[1:]}>"
             return f"EDGELM_KERNEL({name}, MoeRouterArgs, {_TILE_THREADS}, 1, {body})"
@@ -330,24 +330,19 @@ def instantiation(name: str) -> str:
     if what.startswith("moe_route_"):
         activation, kind = what.split("_")[2:]
         tokens, experts, threads = _ROUTERS[kind]
-        body = f"moe_route<{_ACTIVATIONS[activation]}, {tokens}, {experts}, {int(variant[1:]) // 32}>"
+        body = f"moe_route<{TYPES[activation]}, {tokens}, {experts}, {int(variant[1:]) // 32}>"
         return f"EDGELM_KERNEL({name}, MoeRouteArgs, {threads}, 1, {body})"
     if what.startswith("moe_down_"):
         activation, kind = what.split("_")[2:4]
-        weights = _ACTIVATIONS[kind] if kind in _ACTIVATIONS else _DOWN_WEIGHTS[GpuKind(kind)]
-        body = f"moe_down<{_ACTIVATIONS[activation]}, {weights}, {int(variant[1:]) // 8}>"
+        body = f"moe_down<{TYPES[activation]}, {TYPES[kind]}, {int(variant[1:]) // 8}>"
         return f"EDGELM_KERNEL({name}, MoeDownArgs, {_DOWN_THREADS}, 1, {body})"
     threads = _PLACE_THREADS if what == "moe_place" else 32 * CHOOSE_TOKENS
     return f"EDGELM_KERNEL({name}, MoeChooseArgs, {threads}, 1, {what}<{int(variant[1:]) // 32}>)"
 
 
 def _downs() -> list[tuple[str, str]]:
-    return [(activation, kind) for activation in ("bf16", "f16") for kind in (*_DOWN_WEIGHTS, activation)]
+    return [(activation, kind) for activation in ("bf16", "f16") for kind in ("int4", "int8", "fp8", activation)]
 
 
 def _experts_per_lane(experts: int) -> int:
     return next(p for p in (1, 2, 4, 8) if experts <= 32 * p)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
