@@ -51,7 +51,7 @@ def build(
 
     progress = Bars()
     options = BuildOptions(sms or (), max_batch, chunk, weight_streaming)
-    made = build_bundle(Bundle.open(bundle), options, flavour=edition, progress=progress)
+    made = build_bundle(Bundle.open(bundle), options, edition=edition, progress=progress)
     opened = Bundle.open(bundle)
     if as_json:
         click.echo(json.dumps(engine_document(made, opened)))

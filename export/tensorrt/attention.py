@@ -50,7 +50,7 @@ class EngineAttention:
             self._add_shared(lengths, keys)
             self._shared = True
         graph, out = self._graph, node.outputs[0]
-        heads, groups, size = (node.whole(key) for key in ("num_heads", "kv_num_heads", "head_size"))
+        heads, groups, size = (node.integer(key) for key in ("num_heads", "kv_num_heads", "head_size"))
         if node.number("clip") > 0:
             qkv = self._clipped(qkv, node, f"{out}.clipped")
         widths = self._ints("widths", f"{heads}.{groups}.{size}", heads * size, groups * size, groups * size)
@@ -94,7 +94,7 @@ class EngineAttention:
 
     def _split_heads(self, x: str, weight: str, heads: int, node: Node) -> str:
         """In float32, [B, heads, T, size]. A norm's weight spans all heads, normed as one, or each by itself."""
-        size = node.whole("head_size")
+        size = node.integer("head_size")
         x = self._cast(x, TensorProto.FLOAT, f"{x}.f32")
         if not weight:
             return self._heads(x, heads, size)

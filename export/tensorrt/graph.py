@@ -116,5 +116,5 @@ def cache_row_bytes(program: Program) -> int:
     kind = cache_kind(program)
     if kind not in KV_CODES:
         raise ExportError(f"the cache is {kind!r}: on a GPU it can be {', '.join(KV_CODES)}")
-    width = next(node.whole("head_size") for node in program.nodes if node.op == "GroupQueryAttention")
+    width = next(node.integer("head_size") for node in program.nodes if node.op == "GroupQueryAttention")
     return row_bytes(KV_CODES[kind], width)

@@ -1,1 +1,1 @@
-"""EdgeLM's own kernels on NVIDIA GPUs: compiled by NVRTC, launched through the driver, or emulated on a processor."""
+"""EdgeLM's own kernels on NVIDIA GPUs: compiled by NVRTC, launched through the driver, or emulated on a CPU."""

@@ -104,7 +104,7 @@ class Device(ABC):
 
     @abstractmethod
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record the launches of `work` (CUDA graph); the result starts them all, with the same arguments."""
+        """Capture the launches of `work` (CUDA graph); the result starts them all, with the same arguments."""
 
     def copy_bandwidth(self) -> float | None:
         """Bytes a second read and written by a large copy within the device, measured now; None where none is."""

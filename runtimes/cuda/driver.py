@@ -24,7 +24,7 @@ __all__ = ["INDEX_VARIABLE", "CudaDevice", "Graph", "KernelSource", "find_device
 
 INDEX_VARIABLE = "EDGELM_GPU"
 """Environment variable: which of the GPUs to use, counted from 0 as CUDA_VISIBLE_DEVICES leaves them."""
-OVERLAP_VARIABLE = "EDGELM_GPU_OVERLAP"
+PDL_VARIABLE = "EDGELM_GPU_OVERLAP"
 """Environment variable: 1 starts kernels before the one before has ended, from SM 90 on. No GPU has seen this yet."""
 OLDEST = (8, 0)
 """The oldest compute capability that the kernels run on."""
@@ -51,12 +51,12 @@ class KernelSource(Protocol):
 class _Function:
     handle: int
     argument_bytes: int
-    waits: bool
+    pdl: bool
     shared: int = _SHARED
 
 
 class Graph:
-    """Recorded launches; calling it starts them all."""
+    """Captured launches; calling it starts them all."""
 
     def __init__(self, device: CudaDevice, handle: int) -> None:
         self._device, self._handle = device, handle
@@ -79,22 +79,22 @@ class CudaDevice(Device):
         kernels: where kernels come from.
         index: which GPU, as CUDA_VISIBLE_DEVICES leaves them; default EDGELM_GPU, else 0.
         library: path of the driver's library, where it is not the system's.
-        overlap: whether kernels that wait by themselves are started before the one before has ended (programmatic
-            dependent launch); default EDGELM_GPU_OVERLAP, else not.
+        pdl: whether kernels that wait by themselves are started before the one before has ended (programmatic dependent
+            launch); default EDGELM_GPU_OVERLAP, else not.
 
     Attributes:
-        overlap: likewise; what is launched or captured from now on goes by it.
+        pdl: likewise; what is launched or captured from now on goes by it.
 
     Raises:
         DeviceError: no driver, no such GPU, or one that is too old.
     """
 
     def __init__(
-        self, kernels: KernelSource, index: int | None = None, library: str | None = None, overlap: bool | None = None
+        self, kernels: KernelSource, index: int | None = None, library: str | None = None, pdl: bool | None = None
     ) -> None:
         self._driver = Driver(library)
         self._kernels = kernels
-        self.overlap = os.environ.get(OVERLAP_VARIABLE) == "1" if overlap is None else overlap
+        self.pdl = os.environ.get(PDL_VARIABLE) == "1" if pdl is None else pdl
         self.index = chosen_index(_count(self._driver), index)
         ordinal = _integer(self._driver, "cuDeviceGet", self.index)
         self.info = _describe(self._driver, ordinal)
@@ -141,7 +141,7 @@ class CudaDevice(Device):
 
     def allocate(self, nbytes: int) -> int:
         """Reserve memory; see `Device.allocate`."""
-        assert not self._capturing, "memory must be there before launches are recorded"
+        assert not self._capturing, "memory must be there before launches are captured"
         address = ctypes.c_ulonglong()
         status = self.call("cuMemAlloc", ctypes.byref(address), max(nbytes, 1), allowed=(OUT_OF_MEMORY,))
         if status == OUT_OF_MEMORY:
@@ -161,7 +161,7 @@ class CudaDevice(Device):
 
     def upload(self, address: int, data: NDArray[Any] | bytes) -> None:
         """Copy to the device in the order of the launches; `data` may be changed when this returns."""
-        assert not self._capturing, "a recorded copy would read this memory later: use start_upload"
+        assert not self._capturing, "a captured copy would read this memory later: use start_upload"
         source = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else np.ascontiguousarray(data)
         start, left = source.ctypes.data, source.nbytes
         if 0 < left <= _STAGING // 64:  # the driver's own buffer takes it
@@ -181,7 +181,7 @@ class CudaDevice(Device):
 
     def download(self, address: int, out: NDArray[Any]) -> None:
         """Copy from the device into `out`, which must be contiguous; returns when it is there."""
-        assert not self._capturing, "nothing can be waited for while launches are recorded: use start_download"
+        assert not self._capturing, "nothing can be waited for while launches are captured: use start_download"
         assert out.flags.c_contiguous
         if out.nbytes:
             self.call("cuMemcpyDtoHAsync", out.ctypes.data, address, out.nbytes, self.stream)
@@ -207,11 +207,11 @@ class CudaDevice(Device):
         return array
 
     def start_upload(self, address: int, pinned: NDArray[Any], stream: int = 0) -> None:
-        """Start a copy from pinned memory, which must stay as it is until the copy is done; it can be recorded."""
+        """Start a copy from pinned memory, which must stay as it is until the copy is done; it can be captured."""
         self.call("cuMemcpyHtoDAsync", address, pinned.ctypes.data, pinned.nbytes, stream or self.stream)
 
     def start_download(self, pinned: NDArray[Any], address: int, stream: int = 0) -> None:
-        """Start a copy into pinned memory; it can be recorded."""
+        """Start a copy into pinned memory; it can be captured."""
         self.call("cuMemcpyDtoHAsync", pinned.ctypes.data, address, pinned.nbytes, stream or self.stream)
 
     # -- kernels -------------------------------------------------------------------------------------------------------
@@ -232,10 +232,10 @@ class CudaDevice(Device):
             if name not in self._functions:
                 module, image = next(found for found in self._modules if name in found[1].argument_bytes)
                 handle = self._handle("cuModuleGetFunction", module, name.encode(), doing=f"looking for {name}")
-                # Drivers load a kernel when it is first used, which may be while launches are recorded, and wait then.
+                # Drivers load a kernel when it is first used, which may be while launches are captured, and wait then.
                 if self._driver.has("cuFuncLoad"):
                     self.call("cuFuncLoad", handle, doing=f"loading {name}")
-                self._functions[name] = _Function(handle, image.argument_bytes[name], name in image.waits)
+                self._functions[name] = _Function(handle, image.argument_bytes[name], name in image.pdl)
 
     def _module(self, image: Image) -> int:
         module, log = ctypes.c_void_p(), ctypes.create_string_buffer(4096)
@@ -273,8 +273,8 @@ class CudaDevice(Device):
         arguments = ctypes.c_char_p(launch.args)
         parameters = ctypes.cast(arguments, ctypes.c_void_p)  # of the struct's bytes, which the driver copies
         how = (launch.shared, stream or self.stream)
-        if function.waits and self.overlap:
-            config = LaunchConfig.overlapping(launch.grid, launch.block, *how)
+        if function.pdl and self.pdl:
+            config = LaunchConfig.with_pdl(launch.grid, launch.block, *how)
             arguments_ex = (ctypes.byref(config), function.handle, ctypes.byref(parameters), None)
             self.call("cuLaunchKernelEx", *arguments_ex, doing=f"launching {launch.kernel}")
             return
@@ -292,7 +292,7 @@ class CudaDevice(Device):
         return self._streams[-1]
 
     def wait(self, stream: int, other: int = 0) -> None:
-        """Let what is launched in `stream` from now on wait for all that `other` has now; can be recorded."""
+        """Let what is launched in `stream` from now on wait for all that `other` has now; can be captured."""
         event = self._event(_NO_TIMING)
         self.call("cuEventRecord", event, other or self.stream)
         self.call("cuStreamWaitEvent", stream or self.stream, event, 0)
@@ -303,20 +303,20 @@ class CudaDevice(Device):
         self.call("cuCtxSynchronize", doing="waiting for kernels")
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """Record what `work` launches; it must neither wait nor allocate."""
+        """Capture what `work` launches; it must neither wait nor allocate."""
         self.call("cuStreamBeginCapture", self.stream, _CAPTURE_THIS_THREAD)
         self._capturing = True
-        graph, recorded = ctypes.c_void_p(), False
+        graph, done = ctypes.c_void_p(), False
         try:
             work()
-            recorded = True
+            done = True
         finally:
             self._capturing = False
             # After an error of `work` that error is the one to show.
             status = self._driver.call("cuStreamEndCapture", self.stream, ctypes.byref(graph), allowed=range(1, 10000))
-            if status and recorded:
-                self._driver.fail("cuStreamEndCapture", status, "recording launches")
-            if graph.value and not recorded:
+            if status and done:
+                self._driver.fail("cuStreamEndCapture", status, "capturing launches")
+            if graph.value and not done:
                 self.call("cuGraphDestroy", graph)
         handle = self._handle("cuGraphInstantiate", graph, 0, doing="making a graph of launches")
         self.call("cuGraphDestroy", graph)

@@ -116,12 +116,12 @@ class LaunchConfig(ctypes.Structure):
     )
 
     # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: the kernel itself waits for the one before.
-    _overlap = _Attribute(id=6, value=1)
+    _pdl = _Attribute(id=6, value=1)
 
     @classmethod
-    def overlapping(cls, grid: tuple[int, int, int], block: int, shared: int, stream: int) -> LaunchConfig:
+    def with_pdl(cls, grid: tuple[int, int, int], block: int, shared: int, stream: int) -> LaunchConfig:
         """For a kernel that waits by itself."""
-        return cls(grid, (block, 1, 1), shared, stream, ctypes.pointer(cls._overlap), 1)
+        return cls(grid, (block, 1, 1), shared, stream, ctypes.pointer(cls._pdl), 1)
 
 
 class Driver:

@@ -1,4 +1,4 @@
-"""The kernels on a processor: compiled by the C++ compiler with an emulator of a GPU's blocks, for tests and checks.
+"""The kernels on a CPU: compiled by the C++ compiler with an emulator of a GPU's blocks, for tests and checks.
 
 Everything but the speed and the instructions is what a GPU runs: the same sources, launches and arguments. See
 `csrc/cuda/emulator.h` for what it looks out for. Buffers lie in the host's memory between canaries.
@@ -127,17 +127,17 @@ class EmulatedDevice(Device):
             self._check(address, buffer)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record the launches."""
-        recorded: list[Launch] = []
+        """Capture the launches."""
+        captured: list[Launch] = []
         run = self.launch
-        self.launch = lambda launch, stream=0: recorded.append(launch)  # type: ignore[method-assign]  # while recording
+        self.launch = lambda launch, stream=0: captured.append(launch)  # type: ignore[method-assign]  # while capturing
         try:
             work()
         finally:
             self.launch = run  # type: ignore[method-assign]  # as it was
 
         def replay() -> None:
-            for launch in recorded:
+            for launch in captured:
                 self.launch(launch)
 
         return replay

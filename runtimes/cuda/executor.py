@@ -2,7 +2,7 @@
 
 A step has B sequences of T new tokens. Which kernels are launched with which addresses depends on B and T and on how
 large the caches are, never on what is cached: how much that is, is read from the device's memory. So the launches of a
-shape are planned once, and those of a decode step recorded as one graph.
+shape are planned once, and those of a decode step captured as one graph.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class Executor:
             first: the first of the sequences.
             all_positions: compute the logits of all positions, not of the last only.
             greedy: choose the most probable tokens on the device.
-            graph: record the launches the second time, and start them as one from then on.
+            graph: capture the launches the second time, and start them as one from then on.
         """
         batch, tokens = ids.shape
         self.device.upload(self._base + self.layout.ids, np.ascontiguousarray(ids, np.int32))
@@ -193,7 +193,7 @@ class Executor:
         self.device.upload(place, np.ascontiguousarray(lengths, np.int32))
         key = (batch, tokens, first, all_positions, greedy)
         if not graph or key not in self._planned:
-            # The first time, too, of what is to be recorded: what a kernel still needs of the driver it gets now.
+            # The first time, too, of what is to be captured: what a kernel still needs of the driver it gets now.
             self._start(self._launches(*key))
             return
         if key not in self._graphs:

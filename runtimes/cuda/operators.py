@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from edgelm.errors import BundleError, EdgeLMError
-from edgelm.runtimes.cuda import moe as mixture
+from edgelm.runtimes.cuda import sparse_moe
 from edgelm.runtimes.cuda.device import DeviceInfo, Launch
 from edgelm.runtimes.cuda.kernels import attention, linear
 from edgelm.runtimes.cuda.kernels.attention import AttentionBuffers, AttentionShape
-from edgelm.runtimes.cuda.kernels.linear import Product
+from edgelm.runtimes.cuda.kernels.linear import Matmul
 from edgelm.runtimes.cuda.kernels.moe import MoeShape
-from edgelm.runtimes.cuda.moe import Mixture, MixtureBuffers
 from edgelm.runtimes.cuda.program import PROGRAM_FILE, Node, Program, matrix_of
+from edgelm.runtimes.cuda.sparse_moe import SparseMoe, SparseMoeBuffers
 
 KV_CODES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "int8": "int8", "fp8": "fp8"}
 """Types of caches, and how the kernels call them."""
 _ROUNDINGS = {"float": 0.0, "fp8-token": -1.0}
-"""What products multiply, as `linear.Product` has it."""
+"""What matmuls multiply, as `linear.Matmul` has it."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Operators:
 
     def cache_bytes(self, node: Node, batch: int) -> int:
         """Bytes of an attention node's keys, and again of its values, of some sequences."""
-        row = attention.row_bytes(self._kv, node.whole("head_size"))
-        return batch * node.whole("kv_num_heads") * self._capacity * row
+        row = attention.row_bytes(self._kv, node.integer("head_size"))
+        return batch * node.integer("kv_num_heads") * self._capacity * row
 
     def scratch_bytes(self, batch: int, tokens: int) -> tuple[int, int]:
         """Bytes of workspace and of counters for one sequence of up to so many tokens, or `batch` of a part of them."""
@@ -99,11 +99,13 @@ class Operators:
                 workspace = max(workspace, *sizes)
                 counters = max(counters, *(shape.counter_bytes() for shape in shapes if shape.few), 0)
             elif node.op == "SparseMoE":
-                workspace = max(workspace, *(mixture.workspace_bytes(_mixture(node, step.rows)) for step in steps))
-                counters = max(counters, mixture.COUNTER_BYTES)
+                workspace = max(
+                    workspace, *(sparse_moe.workspace_bytes(_sparse_moe(node, step.rows)) for step in steps)
+                )
+                counters = max(counters, sparse_moe.COUNTER_BYTES)
             else:
-                product = self._product(node, most.rows, dict.fromkeys((*node.inputs, *node.outputs, ""), 0))
-                workspace = max(workspace, linear.workspace_bytes(product))
+                matmul = self._matmul(node, most.rows, dict.fromkeys((*node.inputs, *node.outputs, ""), 0))
+                workspace = max(workspace, linear.workspace_bytes(matmul))
         return workspace, counters
 
     # -- operators -------------------------------------------------------------------------------------------------
@@ -114,10 +116,10 @@ class Operators:
         return [linear.embedding_launch(ids, matrix_of(node), table, at[node.outputs[0]], step.rows)]
 
     def _linear(self, node: Node, step: Step, at: Mapping[str, int], scratch: Scratch) -> list[Launch]:
-        return linear.product_launches(self._product(node, step.rows, at), self._info, scratch.workspace)
+        return linear.matmul_launches(self._matmul(node, step.rows, at), self._info, scratch.workspace)
 
-    def _product(self, node: Node, rows: int, at: Mapping[str, int]) -> Product:
-        return Product(
+    def _matmul(self, node: Node, rows: int, at: Mapping[str, int]) -> Matmul:
+        return Matmul(
             matrix_of(node), at[node.inputs[1]], at[node.inputs[0]], at[node.outputs[0]], rows,
             activation=node.text("activation"), x_float=self.program.values[node.inputs[0]].type == "f32",
             y_float=node.text("output") == "f32", norm=at[node.input(2)], residual=at[node.input(3)],
@@ -126,7 +128,7 @@ class Operators:
 
     def _attention_shape(self, node: Node, step: Step) -> AttentionShape:
         return AttentionShape(
-            step.batch, step.tokens, node.whole("num_heads"), node.whole("kv_num_heads"), node.whole("head_size"),
+            step.batch, step.tokens, node.integer("num_heads"), node.integer("kv_num_heads"), node.integer("head_size"),
             self._capacity, self.program.weights[node.inputs[4]].dims[0], node.text("activation"), self._kv,
         )  # fmt: skip
 
@@ -147,14 +149,14 @@ class Operators:
     def _per_head(self, node: Node, index: int, heads: str) -> bool:
         """Whether a weight of QK-norm has the size of one head of several."""
         weight = self.program.weights.get(node.input(index))
-        return weight is not None and weight.elements == node.whole("head_size") and node.whole(heads) > 1
+        return weight is not None and weight.elements == node.integer("head_size") and node.integer(heads) > 1
 
     def _moe(self, node: Node, step: Step, at: Mapping[str, int], scratch: Scratch) -> list[Launch]:
         x, router, gate_up, down, norm = (at[name] for name in node.inputs)
         logits = at[node.outputs[1]] if len(node.outputs) > 1 else 0
         y = at[node.outputs[0]]
-        buffers = MixtureBuffers(x, norm, router, gate_up, down, y, scratch.workspace, logits, scratch.counters)
-        return mixture.mixture_launches(_mixture(node, step.rows), buffers, self._info)
+        buffers = SparseMoeBuffers(x, norm, router, gate_up, down, y, scratch.workspace, logits, scratch.counters)
+        return sparse_moe.moe_launches(_sparse_moe(node, step.rows), buffers, self._info)
 
     def _last_token(self, node: Node, step: Step, at: Mapping[str, int], scratch: Scratch) -> list[Launch]:
         del scratch
@@ -164,8 +166,8 @@ class Operators:
 
 def bundle_kernels(program: Program) -> tuple[str, ...]:
     """Every kernel that a bundle needs: of its program and of its debug program, for any cache and number of tokens."""
-    narrow = tuple(code for code in KV_CODES.values() if code != "f32")
-    return tuple(dict.fromkeys([*_kernels(program, narrow), *_kernels(program.debug(), ("f32",))]))
+    low_precision = tuple(code for code in KV_CODES.values() if code != "f32")
+    return tuple(dict.fromkeys([*_kernels(program, low_precision), *_kernels(program.debug(), ("f32",))]))
 
 
 def _kernels(program: Program, caches: tuple[str, ...]) -> Iterator[str]:
@@ -176,19 +178,19 @@ def _kernels(program: Program, caches: tuple[str, ...]) -> Iterator[str]:
         elif node.op == "QuantLinear":
             yield from linear.kernels_of(matrix_of(node), node.text("activation"), _rounding(node))
         elif node.op == "SparseMoE":
-            yield from mixture.kernels_of(_mixture(node, 1))
+            yield from sparse_moe.kernels_of(_sparse_moe(node, 1))
         elif node.op == "GroupQueryAttention":
             for cache in caches:
-                yield from attention.kernels_for(node.text("activation"), cache, node.whole("head_size"))
+                yield from attention.kernels_for(node.text("activation"), cache, node.integer("head_size"))
 
 
-def _mixture(node: Node, rows: int) -> Mixture:
+def _sparse_moe(node: Node, rows: int) -> SparseMoe:
     gate_up, down = matrix_of(node, "gate_up_"), matrix_of(node, "down_")
     shape = MoeShape(
-        rows, gate_up.columns, down.columns, gate_up.count, node.whole("k"), bool(node.whole("normalize")),
+        rows, gate_up.columns, down.columns, gate_up.count, node.integer("k"), bool(node.integer("normalize")),
         node.text("activation"), node.number("epsilon"),
     )  # fmt: skip
-    return Mixture(shape, gate_up, down, _rounding(node))
+    return SparseMoe(shape, gate_up, down, _rounding(node))
 
 
 def _rounding(node: Node) -> float:

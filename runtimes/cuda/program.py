@@ -59,7 +59,7 @@ class Node:
         """A text attribute. Raises BundleError where it is missing."""
         return str(self._attr(key))
 
-    def whole(self, key: str) -> int:
+    def integer(self, key: str) -> int:
         """A whole number that is not negative. Raises BundleError where it is missing or something else."""
         value = self._attr(key)
         low = 1 if key.endswith(_POSITIVE) else 0
@@ -240,18 +240,19 @@ class Program:
             if inputs(4) and matrix.swiglu:
                 raise _BLAME.at(PROGRAM_FILE, f"{node.name} adds a bias to a SwiGLU product")
         elif node.op == "GroupQueryAttention":
-            heads, kv_heads, width = (node.whole(key) for key in ("num_heads", "kv_num_heads", "head_size"))
+            heads, kv_heads, width = (node.integer(key) for key in ("num_heads", "kv_num_heads", "head_size"))
             yield from ((inputs(0), (heads + 2 * kv_heads) * width), (result, heads * width))
             yield from ((inputs(6), heads * width, width), (inputs(7), kv_heads * width, width))
             for name in (inputs(4), inputs(5)):
                 dims = self.weights[name].dims if name in self.weights else ()
                 yield name, dims[0] * (width // 2) if dims else -1
         elif node.op == "SparseMoE":
-            up, down, experts = matrix_of(node, "gate_up_"), matrix_of(node, "down_"), node.whole("gate_up_count")
+            up, down, experts = matrix_of(node, "gate_up_"), matrix_of(node, "down_"), node.integer("gate_up_count")
             yield from ((inputs(0), up.columns), (inputs(1), experts * up.columns), (inputs(4), up.columns))
             yield from ((inputs(2), up.nbytes), (inputs(3), down.nbytes), (result, down.outputs))
             yield from ((name, experts) for name in node.outputs[1:])
-            if (up.outputs, up.columns, up.count) != (down.columns, down.rows, down.count) or node.whole("k") > experts:
+            fit = (up.outputs, up.columns, up.count) == (down.columns, down.rows, down.count)
+            if not fit or node.integer("k") > experts:
                 raise _BLAME.at(PROGRAM_FILE, f"the experts of {node.name} do not fit together")
         else:
             yield inputs(0), self.values[result].width
@@ -279,8 +280,8 @@ def matrix_of(node: Node, prefix: str = "") -> GpuMatrix:
     kind = node.text(f"{prefix}kind")
     if kind not in list(GpuKind):
         raise BundleError(f"{PROGRAM_FILE}: {node.name} has weights of the kind {kind!r}: upgrade edgelm")
-    rows, columns, group, count = (node.whole(f"{prefix}{key}") for key in ("rows", "columns", "group", "count"))
-    zeros, swiglu = (bool(node.whole(f"{prefix}{key}")) for key in ("zeros", "swiglu"))
+    rows, columns, group, count = (node.integer(f"{prefix}{key}") for key in ("rows", "columns", "group", "count"))
+    zeros, swiglu = (bool(node.integer(f"{prefix}{key}")) for key in ("zeros", "swiglu"))
     matrix = GpuMatrix(GpuKind(kind), rows, columns, group, zeros, swiglu, count)
     problem = matrix.problem()
     if problem:

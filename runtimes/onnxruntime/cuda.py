@@ -1,6 +1,6 @@
 """Bundles for CUDA: ONNX Runtime's own operators on an NVIDIA GPU.
 
-The cache of keys and values lies on the GPU and is bound as the graph's past and its present. Decoding is recorded
+The cache of keys and values lies on the GPU and is bound as the graph's past and its present. Decoding is captured
 once, as a CUDA graph, and replayed for every token, so everything that a step reads lies at a fixed address: the id of
 the token, and a mask as long as the cache, of which the graph takes the sum. Its first element holds that sum and the
 others are zero, so that 8 bytes say how long the text is.
@@ -43,11 +43,11 @@ GREEDY_FILE = "greedy.onnx"
 LENGTH, NEXT_IDS, NEXT_LENGTH, ANSWER = "length", "next_ids", "next_length", "answer"
 """Names in the graph that chooses greedily; see `edgelm.export.onnxruntime.greedy_graph`."""
 CAPTURE_VARIABLE = "EDGELM_CUDA_GRAPHS"
-"""Environment variable: 0 launches every operator of every token instead of replaying a recording."""
+"""Environment variable: 0 launches every operator of every token instead of replaying a captured graph."""
 
 # ONNX's numbers of what a cache can hold; numpy has no bfloat16.
 _ELEMENT = {"float16": 10, "bfloat16": 16}
-_RECORDED, _NOT_RECORDED = "1", "-1"
+_CAPTURED, _NOT_CAPTURED = "1", "-1"
 _LENGTHS = "attention_mask"
 
 Result = TypeVar("Result")
@@ -55,7 +55,7 @@ Result = TypeVar("Result")
 
 def _failure(error: Exception, doing: str) -> EdgeLMError:
     return device_error(error, doing) or EdgeLMError(
-        f"onnxruntime failed when {doing}: {first_line(error)}; {CAPTURE_VARIABLE}=0 decodes without recorded graphs"
+        f"onnxruntime failed when {doing}: {first_line(error)}; {CAPTURE_VARIABLE}=0 decodes without captured graphs"
     )
 
 
@@ -136,7 +136,7 @@ class CudaRuntime(Runtime):
     """A bundle's graph on a GPU, with the cache of one sequence. The cache's type is the graph's: `kv` may name it.
 
     Raises:
-        RuntimeUnavailableError: ONNX Runtime has no CUDA here, a node would run on the processor, or the provider
+        RuntimeUnavailableError: ONNX Runtime has no CUDA here, a node would run on the CPU, or the provider
             computes another mixture of experts.
         DeviceError: no GPU, one that is too old, or one that failed; DeviceMemoryError: not enough memory.
     """
@@ -162,7 +162,7 @@ class CudaRuntime(Runtime):
         self._session = cuda_session(bundle, file, self.threads, capture=self._captures)
         check_graph(self._session, bundle, _LENGTHS)
         self._guarded(lambda: self._allocate(bundle), "allocating the cache")
-        self._guarded(self._replay, "recording a step")
+        self._guarded(self._replay, "capturing a step")
 
     def _allocate(self, bundle: Bundle) -> None:
         """Everything that stays where it is: caches, the token, the mask, the logits; and what is bound to them."""
@@ -227,7 +227,7 @@ class CudaRuntime(Runtime):
         return_free_memory()
 
     def _append(self, token: int) -> None:
-        """Run one token through the recorded step."""
+        """Run one token through the captured step."""
         ids = self._checked((token,))
         wanted = (int(ids[0]), self._position + 1)
         if self._staged != wanted:
@@ -243,7 +243,7 @@ class CudaRuntime(Runtime):
 
     def _replay(self) -> None:
         options = import_onnxruntime().RunOptions()
-        options.add_run_config_entry("gpu_graph_id", _RECORDED if self._captures else _NOT_RECORDED)
+        options.add_run_config_entry("gpu_graph_id", _CAPTURED if self._captures else _NOT_CAPTURED)
         self._session.run_with_iobinding(self._step, options)
 
     def _choose(self) -> NDArray[np.float32]:
@@ -262,7 +262,7 @@ class CudaRuntime(Runtime):
         return self._run(ids, self._all)
 
     def _run(self, ids: NDArray[np.int64], start: Any) -> NDArray[np.float32]:
-        """Run at most one chunk, outside the recording: the logits from position `start` of it on."""
+        """Run at most one chunk, outside the captured graph: the logits from position `start` of it on."""
         session = self._session
         binding = session.io_binding()
         bind_caches(binding, self._caches)
@@ -272,7 +272,7 @@ class CudaRuntime(Runtime):
         binding.bind_ortvalue_input("logits_start", start)
         binding.bind_output("logits", "cpu")
         options = import_onnxruntime().RunOptions()
-        options.add_run_config_entry("gpu_graph_id", _NOT_RECORDED)
+        options.add_run_config_entry("gpu_graph_id", _NOT_CAPTURED)
         self._guarded(
             lambda: interruptible(
                 lambda: session.run_with_iobinding(binding, options), lambda: setattr(options, "terminate", True)

@@ -119,7 +119,7 @@ def _quiet(ort: Any) -> Iterator[None]:
 def cuda_session(bundle: Bundle, file: str, threads: int, *, capture: bool = False) -> onnxruntime.InferenceSession:
     """Load one of the bundle's graphs on the GPU, all of it.
 
-    `capture`: have the provider record the launches of a run and replay them, for run options that do not say
+    `capture`: have the provider capture the launches of a run and replay them, for run options that do not say
     `gpu_graph_id` -1.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Where the compiled operators are, and which of their instruction sets this processor uses.
+"""Where the compiled operators are, and which of their instruction sets this CPU uses.
 
-The library is one file for every processor of its architecture: it holds the kernels once per instruction set and
+The library is one file for every CPU of its architecture: it holds the kernels once per instruction set and
 chooses when it is registered. Nothing here needs ONNX Runtime.
 """
 

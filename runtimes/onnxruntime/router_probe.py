@@ -1,4 +1,4 @@
-"""Does a provider leave a mixture's routing weights as the graph says? Asked at load, by a tiny graph of the bundle's.
+"""Does a provider leave the routing weights of an MoE as the graph says? Asked at load, by a tiny graph of the bundle.
 
 Needs nothing but numpy and ONNX Runtime: the graph and the answers come with the bundle.
 """
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 PROBE_FILE = "router_probe.onnx"
 FOUND, EXPECTED, RENORMALISED = "found", "expected", "renormalised"
 TOLERANCE = 0.05
-"""Of the answer's norm. Narrow types stay below 1 %; renormalising, or leaving it out, is off by a factor."""
+"""Of the answer's norm. Low precision stays below 1 %; renormalising, or leaving it out, is off by a factor."""
 
 
 def check_router(session: onnxruntime.InferenceSession, provider: str) -> None:
     """Run the probe.
 
     Raises:
-        RuntimeUnavailableError: the provider computes another mixture, and which.
+        RuntimeUnavailableError: the provider computes another MoE, and which.
     """
     found, expected, renormalised = (
         np.asarray(value, np.float32) for value in session.run([FOUND, EXPECTED, RENORMALISED], {})
@@ -36,9 +36,9 @@ def check_router(session: onnxruntime.InferenceSession, provider: str) -> None:
     if relative_error(found, renormalised) <= TOLERANCE:
         reason = "it ignores whether the weights of the chosen experts are to be renormalised"
     elif np.isfinite(error):
-        reason = f"its answer to a mixture that is known is {error:.0%} off"
+        reason = f"its answer to a known MoE is {error:.0%} off"
     else:
-        reason = "its answer to a mixture that is known has values that are not numbers"
+        reason = "its answer to a known MoE has values that are not numbers"
     raise RuntimeUnavailableError(
         f"{provider} does not compute this model's mixture of experts: {reason}; use another version of ONNX Runtime, "
         "or export for another target"

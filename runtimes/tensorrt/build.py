@@ -79,10 +79,10 @@ def build_bundle(
     bundle: Bundle,
     options: BuildOptions,
     *,
-    flavour: str | None = None,
+    edition: str | None = None,
     progress: Progress | None = None,
 ) -> EngineInfo:
-    """Build an engine of a bundle and add it, in the place of one of the same flavour and devices.
+    """Build an engine of a bundle and add it, in the place of one of the same edition and devices.
 
     `options.sms`: of TensorRT-RTX the devices to build for, by default the GPU here, else those that the bundle has
     kernels for; full TensorRT builds for the GPU here alone.
@@ -100,7 +100,7 @@ def build_bundle(
             f"{bundle.path} was exported for {manifest.target}: engines are built of bundles that were exported with "
             "--target tensorrt"
         )
-    library = load(flavour)
+    library = load(edition)
     sms = chosen_sms(library, options.sms, bundle.path)
     with lock_folder(bundle.path, f"another run is writing {bundle.path}: wait for it"):
         bundle = Bundle.open(bundle.path)  # another build may have added to it
@@ -121,7 +121,7 @@ def _add(
 ) -> EngineInfo:
     manifest = bundle.manifest
     made = build_into(bundle.path, manifest.graph.weights_file, library, options, sms, progress)
-    old = [info for info in engines(bundle) if (info.flavour, info.sms) == (made.flavour, made.sms)]
+    old = [info for info in engines(bundle) if (info.edition, info.sms) == (made.edition, made.sms)]
     gone = {name for info in old for name in (info.file, _description(info.file))} - {made.file}
     files = {name: info for name, info in manifest.files.items() if name not in gone}
     for name in (made.file, _description(made.file)):
@@ -142,7 +142,7 @@ def _remove_left(folder: Path) -> None:
 
 def chosen_sms(library: Library, asked: Sequence[int], folder: Path) -> tuple[int, ...]:
     """The devices to build for; see `build_bundle`. Raises as it."""
-    if library.flavour == FULL:
+    if library.edition == FULL:
         here = find_devices()[0].sm
         if asked and tuple(asked) != (here,):
             raise ExportError(
@@ -183,7 +183,7 @@ def build_into(
     weights = folder / weights_file
     need_disk(folder / FOLDER, weights.stat().st_size + 2 * sum(entry.nbytes for entry in recipe.rows) + (16 << 20))
     (folder / FOLDER).mkdir(exist_ok=True)
-    stem = _free_name(folder, engine_name(library.flavour, sms, library.version))
+    stem = _free_name(folder, engine_name(library.edition, sms, library.version))
     target = folder / FOLDER / f"{stem}.engine"
     with _workplace(folder) as work, disk_full_explained(target), progress.task("building an engine", 1, unit="steps"):
         # The parser looks for weights beside the graph, and only there.

@@ -60,7 +60,7 @@ def check_sms(library: Library, sms: Sequence[int]) -> None:
     Raises:
         ExportError: says which do, and how the others get their engine.
     """
-    if library.flavour == RTX:
+    if library.edition == RTX:
         wrong = [sm for sm in sms if sm not in library.sms]
         if wrong or not sms:
             named = sm_names(wrong) or "no device"
@@ -94,7 +94,7 @@ def build_engine(
     specs = plugins_in(out)
     return EngineInfo(
         file=out.name,
-        flavour=library.flavour,
+        flavour=library.edition,
         version=library.version,
         sms=sms,
         plugins=PYTHON,
@@ -124,7 +124,7 @@ def _build(
         raise _refused(library, host, f"cannot read {graph.name}", "; ".join(reasons) or log.take())
     config = builder.create_builder_config()
     config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
-    if library.flavour == RTX:
+    if library.edition == RTX:
         check_sms(library, options.sms)
         config.num_compute_capabilities = len(options.sms)
         for i, sm in enumerate(options.sms):
@@ -204,4 +204,4 @@ def _refused(library: Library, host: Host, what: str, reasons: str) -> EdgeLMErr
         return failure
     if failure is not None:
         raise failure  # a bug of ours, with its traceback
-    return ExportError(f"{TITLES[library.flavour]} {library.version} {what}: {reasons}")
+    return ExportError(f"{TITLES[library.edition]} {library.version} {what}: {reasons}")

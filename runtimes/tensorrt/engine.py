@@ -34,12 +34,12 @@ _INVALID = {
 
 
 def incompatible(info: EngineInfo, device: DeviceInfo, versions: dict[str, str]) -> str | None:
-    """Why an engine cannot run on a device with these TensorRT flavours installed, by version; None if it can."""
-    have = versions.get(info.flavour)
+    """Why an engine cannot run on a device with these TensorRT editions installed, by version; None if it can."""
+    have = versions.get(info.edition)
     if have is None:
-        return f"needs {info.flavour} {info.version}, which is not installed"
+        return f"needs {info.edition} {info.version}, which is not installed"
     if have != info.version:
-        return f"was built by {info.flavour} {info.version}, and {have} is installed"
+        return f"was built by {info.edition} {info.version}, and {have} is installed"
     if device.sm not in info.sms:
         return f"was built for {info.devices}, and {device.name} is SM {device.sm}"
     if device.driver[0] < _OLDEST_CUDA:
@@ -65,7 +65,7 @@ def compatible(bundle: Bundle) -> bool:
 
 
 def choose(found: Sequence[EngineInfo], device: DeviceInfo, versions: dict[str, str], where: Path) -> EngineInfo:
-    """The engine to run: full TensorRT's where both flavours fit.
+    """The engine to run: full TensorRT's where both editions fit.
 
     Raises:
         RuntimeUnavailableError: none fits; says why each does not, and what to do.
@@ -73,7 +73,7 @@ def choose(found: Sequence[EngineInfo], device: DeviceInfo, versions: dict[str, 
     reasons = {info.file: incompatible(info, device, versions) for info in found}
     fitting = [info for info in found if reasons[info.file] is None]
     if fitting:
-        return min(fitting, key=lambda info: (info.flavour != FULL, info.plugins != PTX, info.file))
+        return min(fitting, key=lambda info: (info.edition != FULL, info.plugins != PTX, info.file))
     how = f"run `edgelm build {where}` on this device, or use the runtime cuda-kernels, which needs no engine"
     if not found:
         raise RuntimeUnavailableError(f"{where} has no engine: {how}")
@@ -127,7 +127,7 @@ class Engine:
         self._log = messages(library)
         self._runtime = library.api.Runtime(self._log.logger)
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if library.flavour == RTX:
+            if library.edition == RTX:
                 self._check(data)
             engine = self._taking("loading it", self._runtime.deserialize_cuda_engine, data)
         self._engine: Any = engine
@@ -157,7 +157,7 @@ class Engine:
         failure, said = self._host.take_failure(), self._log.take()
         if isinstance(failure, EdgeLMError):
             return failure
-        error = failed(f"{self.library.flavour} {self.library.version}: {doing} ({self.path}) failed", said)
+        error = failed(f"{self.library.edition} {self.library.version}: {doing} ({self.path}) failed", said)
         error.__cause__ = failure
         return error
 
@@ -182,7 +182,7 @@ class Engine:
         """
         api = self.library.api
         strategy = api.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self.library.flavour == RTX:
+        if self.library.edition == RTX:
             config = self._engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             compiled = config.create_runtime_cache()
@@ -229,7 +229,7 @@ class Context:
             raise self._engine._failed("running it")
 
     def capturable(self, stream: int) -> bool:
-        """Whether its work can be recorded in a CUDA graph."""
+        """Whether its work can be captured in a CUDA graph."""
         ask = getattr(self._made, "is_stream_capturable", None)
         return True if ask is None else bool(ask(stream))
 

@@ -40,7 +40,7 @@ class EngineInfo:
 
     Attributes:
         file: its path within the bundle.
-        flavour: `library.FULL` or `library.RTX`.
+        flavour: the edition of TensorRT, `library.FULL` or `library.RTX`, as files name it.
         version: of the TensorRT that built it, which must be the one that runs it.
         sms: compute capabilities that it was built for, e.g. (86, 89).
         plugins: how ours run: "python": registered by our runtime; "ptx": baked into the engine.
@@ -87,6 +87,11 @@ class EngineInfo:
         return from_data(cls, data, where, _BLAME, ignored=("format",))
 
     @property
+    def edition(self) -> str:
+        """The edition of TensorRT that built it, which must be the one that runs it."""
+        return self.flavour
+
+    @property
     def needs(self) -> str:
         """What must be on the device to run it, in words."""
         how = (
@@ -94,7 +99,7 @@ class EngineInfo:
             if self.plugins == PTX
             else "this package's runtime, which registers the plugins in Python"
         )
-        return f"{TITLES[self.flavour]} {self.version} and {how}"
+        return f"{TITLES[self.edition]} {self.version} and {how}"
 
     @property
     def devices(self) -> str:
@@ -124,10 +129,10 @@ def engines(bundle: Bundle) -> list[EngineInfo]:
     return found
 
 
-def engine_name(flavour: str, sms: tuple[int, ...], version: str) -> str:
+def engine_name(edition: str, sms: tuple[int, ...], version: str) -> str:
     """The stem of an engine's file, e.g. "rtx-1.7.1-sm86-sm89"."""
     short = ".".join(version.split(".")[:3])
-    return "-".join(["rtx" if flavour == RTX else "trt", short, *(f"sm{sm}" for sm in sms)])
+    return "-".join(["rtx" if edition == RTX else "trt", short, *(f"sm{sm}" for sm in sms)])
 
 
 def plugins_in(engine: Path) -> list[PluginSpec]:
@@ -179,7 +184,7 @@ def engine_lines(info: EngineInfo, bundle: Bundle) -> list[str]:
     held = ", ".join(f"{count} {PREFIX}{op}" for op, count in info.operators.items())
     streaming = "; its weights can stay in host memory (--weight-budget)" if info.weight_streaming else ""
     return [
-        f"{info.file}: {info.devices}, {format_size(size)}, built by {info.flavour} {info.version}",
+        f"{info.file}: {info.devices}, {format_size(size)}, built by {info.edition} {info.version}",
         f"needs {info.needs}{streaming}",
         f"up to {info.max_batch} sequences, prefill by {info.chunk}, context {info.context_length}, {info.kv} cache; "
         f"{held or 'no plugin of ours'}; dense products by the {info.linears}, attention by the {info.attention}",

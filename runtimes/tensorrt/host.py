@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from edgelm.errors import DeviceError
-from edgelm.runtimes.cuda import moe as mixture
+from edgelm.runtimes.cuda import sparse_moe
 from edgelm.runtimes.cuda.device import Device, DeviceInfo, Launch
 from edgelm.runtimes.cuda.operators import Operators, Scratch, Step
 from edgelm.runtimes.cuda.program import Node, Program, Value, Weight
@@ -142,7 +142,7 @@ def counter_bytes(device: DeviceInfo, specs: Sequence[PluginSpec], batch: int, t
                 shapes = (*found, *((1,),) * (sum(spec.present) - len(found)))
                 most = max(most, scratch_bytes(device, spec, shapes, ["f32"] * len(shapes))[1])
         elif spec.op == "SparseMoE":
-            most = max(most, mixture.COUNTER_BYTES)
+            most = max(most, sparse_moe.COUNTER_BYTES)
     return most
 
 

@@ -32,10 +32,10 @@ _MODULES = {FULL: "tensorrt", RTX: "tensorrt_rtx"}
 _RTX_LIBRARY = "libtensorrt_rtx.so"
 
 
-def how_to_install(flavour: str) -> str:
+def how_to_install(edition: str) -> str:
     """The command that installs a TensorRT."""
-    more = " (its main library is on NVIDIA's own index; on a Jetson JetPack brings it)" if flavour == FULL else ""
-    return install_hint(flavour) + more
+    more = " (its main library is on NVIDIA's own index; on a Jetson JetPack brings it)" if edition == FULL else ""
+    return install_hint(edition) + more
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Library:
     """A TensorRT that was imported.
 
     Attributes:
-        flavour: `FULL` or `RTX`.
+        edition: `FULL` or `RTX`.
         version: of the package, e.g. "1.7.1.116".
         api: the module.
         can_parse: False where another import came first, after which parsing a graph would abort the process.
     """
 
-    flavour: str
+    edition: str
     version: str
     api: ModuleType
     can_parse: bool = True
@@ -57,7 +57,7 @@ class Library:
     @property
     def sms(self) -> tuple[int, ...]:
         """The compute capabilities that this library builds for without such a device; empty for full TensorRT."""
-        if self.flavour != RTX:
+        if self.edition != RTX:
             return ()
         names = (re.fullmatch(r"SM(\d+)", name) for name in dir(self.api.ComputeCapability))
         return tuple(sorted(int(match[1]) for match in names if match))
@@ -102,53 +102,53 @@ def messages(library: Library) -> Messages:
 
 
 def installed() -> dict[str, str]:
-    """Versions of the flavours that are installed, without importing them."""
+    """Versions of the editions that are installed, without importing them."""
     found = {}
-    for flavour, module in _MODULES.items():
+    for edition, module in _MODULES.items():
         if importlib.util.find_spec(module) is not None:
-            found[flavour] = _version(flavour)
+            found[edition] = _version(edition)
     return found
 
 
-def load(flavour: str | None = None) -> Library:
-    """Import a flavour; None is full TensorRT where it is installed, else TensorRT-RTX.
+def load(edition: str | None = None) -> Library:
+    """Import a edition; None is full TensorRT where it is installed, else TensorRT-RTX.
 
     Raises:
         RuntimeUnavailableError: it is not installed, or cannot be imported (what the loader says is in the message).
     """
-    if flavour is None:
-        flavour = next(iter(installed()), None)
-        if flavour is None:
+    if edition is None:
+        edition = next(iter(installed()), None)
+        if edition is None:
             raise RuntimeUnavailableError(
                 f"TensorRT is not installed: {how_to_install(RTX)}, or {how_to_install(FULL)}"
             )
-    elif flavour not in _MODULES:
-        raise RuntimeUnavailableError(f"there is no TensorRT flavour {flavour!r}; there are: {', '.join(_MODULES)}")
-    return _load(flavour)
+    elif edition not in _MODULES:
+        raise RuntimeUnavailableError(f"there is no TensorRT edition {edition!r}; there are: {', '.join(_MODULES)}")
+    return _load(edition)
 
 
 @lru_cache(maxsize=2)
-def _load(flavour: str) -> Library:
-    module = _MODULES[flavour]
+def _load(edition: str) -> Library:
+    module = _MODULES[edition]
     if importlib.util.find_spec(module) is None:
-        raise RuntimeUnavailableError(f"{flavour} is not installed: {how_to_install(flavour)}")
-    can_parse = flavour != RTX or module in sys.modules or _open_through_links()
-    if flavour == RTX and module in sys.modules:
+        raise RuntimeUnavailableError(f"{edition} is not installed: {how_to_install(edition)}")
+    can_parse = edition != RTX or module in sys.modules or _open_through_links()
+    if edition == RTX and module in sys.modules:
         can_parse = _finds_itself()
     try:
         api = importlib.import_module(module)
     except (ImportError, OSError) as error:
         raise RuntimeUnavailableError(
-            f"{flavour} is installed but cannot be imported: {error}; reinstall it: {how_to_install(flavour)}"
+            f"{edition} is installed but cannot be imported: {error}; reinstall it: {how_to_install(edition)}"
         ) from error
-    return Library(flavour, _version(flavour), api, can_parse)
+    return Library(edition, _version(edition), api, can_parse)
 
 
-def _version(flavour: str) -> str:
+def _version(edition: str) -> str:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(flavour)
+        return importlib.metadata.version(edition)
     # JetPack installs the module without the metadata of a wheel.
-    return str(getattr(importlib.import_module(_MODULES[flavour]), "__version__", "of unknown version"))
+    return str(getattr(importlib.import_module(_MODULES[edition]), "__version__", "of unknown version"))
 
 
 def _open_through_links() -> bool:

@@ -107,7 +107,7 @@ def _register_once(library: Library) -> None:
     for op in OPERATORS:
         made = creator_class(library.api)(op)
         if not registry.register_creator(made, NAMESPACE):
-            raise EdgeLMError(f"{library.flavour} {library.version} refuses the plugin {PREFIX}{op}")
+            raise EdgeLMError(f"{library.edition} {library.version} refuses the plugin {PREFIX}{op}")
         _KEPT.append(made)
 
 

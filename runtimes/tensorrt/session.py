@@ -1,8 +1,8 @@
 """A bundle's engine with its buffers on the device: prefill of one sequence, decoding of all.
 
-The caches are bound once for each profile and written in place. Decoding is recorded in a CUDA graph after its first
+The caches are bound once for each profile and written in place. Decoding is captured in a CUDA graph after its first
 step, which then starts with one call: ids and lengths are copied in from pinned memory and logits out to it within the
-graph, so a step costs the host nothing but the call. Prefill is not recorded, since its shapes vary.
+graph, so a step costs the host nothing but the call. Prefill is not captured, since its shapes vary.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Session:
             }
             """For `edgelm.runtimes.base.LoadedModel`."""
             self.chunk = min(chunk or info.chunk, info.chunk, self.context_length)
-            library = load(info.flavour)
+            library = load(info.edition)
             self.device.load(Operators(program, info.kv, 0, self.device.info).kernels())
             self._host = DeviceHost(self.device)
             self._engine = Engine(library, info, bundle.file(info.file), self._host, weight_budget)
@@ -199,7 +199,7 @@ class Session:
         else:
             self._step()
             self.device.synchronize()
-            # TensorRT compiles and sets itself up in the first run; it may refuse to be recorded, as when weights are
+            # TensorRT compiles and sets itself up in the first run; it may refuse to be captured, as when weights are
             # streamed.
             if not self._decoded and self._contexts[DECODE].capturable(self.device.stream):
                 self._graph = self.device.capture(self._step)
@@ -217,7 +217,7 @@ class Session:
         device.start_download(self._pinned_logits, self._logits)
 
     @property
-    def recorded(self) -> bool:
+    def captured(self) -> bool:
         """Whether decoding is a CUDA graph by now."""
         return self._graph is not None
 

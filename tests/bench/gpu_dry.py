@@ -22,7 +22,7 @@ _MOST_BLOCKS = (2**31 - 1, 65535, 65535)
 class DryDevice(Device):
     """An H200 as the driver would describe it, with memory that is counted and not there."""
 
-    overlap = False
+    pdl = False
 
     def __init__(self) -> None:
         self.info = DeviceInfo("nothing (dry run)", (9, 0), 132, 143_771 << 20, (13, 0))

@@ -3,7 +3,7 @@
     python tests/bench/gpu_kernels.py [--repeat 20]
 
 Products of the published shapes with few rows (bytes of weights against a copy's bandwidth) and with many (operations
-against PyTorch's largest product), and attention over long caches. Inputs are random, and larger than the second cache
+against PyTorch's largest matmul), and attention over long caches. Inputs are random, and larger than the second cache
 where bytes are counted: several matrices are read in turn. Every matmul's result is compared with PyTorch's in float32
 before it is timed; one that differs is timed all the same, named again at the end, and makes the exit code 1.
 """
@@ -26,7 +26,7 @@ from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.kernels import attention, linear
 from edgelm.runtimes.cuda.kernels.attention import AttentionBuffers, AttentionShape
 from edgelm.runtimes.cuda.kernels.file import KernelCompiler
-from edgelm.runtimes.cuda.kernels.linear import Product
+from edgelm.runtimes.cuda.kernels.linear import Matmul
 
 _SHAPES = {
     "qkv OLMoE": (6144, 2048), "qkv Fox": (3072, 2048), "o": (2048, 2048), "gate, up Fox": (8192, 2048),
@@ -115,10 +115,10 @@ def products(
         launches = []
         scratch = 0
         for blob in blobs:
-            product = Product(matrix, blob, x.data_ptr(), y.data_ptr(), rows, y_float=True)
-            need = linear.workspace_bytes(product)
+            matmul = Matmul(matrix, blob, x.data_ptr(), y.data_ptr(), rows, y_float=True)
+            need = linear.workspace_bytes(matmul)
             scratch = scratch or (device.allocate(need) if need else 0)
-            launches.append(linear.product_launches(product, device.info, scratch))
+            launches.append(linear.matmul_launches(matmul, device.info, scratch))
         device.load(sorted({launch.kernel for launch in launches[0]}))
         for launch in launches[0]:
             device.launch(launch)

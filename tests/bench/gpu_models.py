@@ -76,7 +76,7 @@ def weight_bytes(program: Program, rows: int) -> int:
             total += matrix_of(node).nbytes
         elif node.op == "SparseMoE":
             blobs = [matrix_of(node, prefix) for prefix in ("gate_up_", "down_")]
-            experts, chosen = blobs[0].count, node.whole("k")
+            experts, chosen = blobs[0].count, node.integer("k")
             active = experts * (1 - (1 - chosen / experts) ** rows)
             total += int(sum(blob.nbytes for blob in blobs) * active / experts)
             total += program.weights[node.inputs[1]].size

@@ -94,9 +94,9 @@ def overlap(device: Any, name: str, kind: str) -> int:
     for batch in _BATCHES:
         traces = {}
         for early, model in models.items():
-            device.overlap = early
+            device.pdl = early
             traces[early] = _trace(model, config["vocab_size"], batch, 16 if batch == 1 else 4)
-        device.overlap = True
+        device.pdl = True
         again = _trace(models[True], config["vocab_size"], batch, len(traces[True]))
         differing = [int((traces[False] != other).any(axis=2).sum()) for other in (traces[True], again)]
         equal = equal and not any(differing)
@@ -104,7 +104,7 @@ def overlap(device: Any, name: str, kind: str) -> int:
         for early, model in models.items():
 
             def timed(early: bool = early, model: Executor = model, batch: int = batch) -> float:
-                device.overlap = early
+                device.pdl = early
                 return float(np.median(decode(model, at.context, batch, at.steps)))
 
             runs.append(timed)

@@ -27,14 +27,14 @@ _STAGING = drivers._STAGING
 class OneKernel:
     """A cubin by its first bytes; the stand-in looks no further."""
 
-    def __init__(self, target: str = "sm_86", waits: bool = False) -> None:
+    def __init__(self, target: str = "sm_86", pdl: bool = False) -> None:
         self.target, self.asked = target, []
-        self.waits = frozenset(["increment"] if waits else [])
+        self.pdl = frozenset(["increment"] if pdl else [])
 
     def image(self, names, capability, driver):
         self.asked.append((list(names), capability, driver))
         data = b"\x7fELF" if self.target.startswith("sm_") else b"// PTX"
-        return Image(self.target, data, {"increment": 16}, (13, 0), self.waits)
+        return Image(self.target, data, {"increment": 16}, (13, 0), self.pdl)
 
 
 @pytest.fixture(scope="module")
@@ -206,9 +206,9 @@ def test_kernels_are_loaded_before_they_are_used_and_only_once(device, calls):
         device.launch(Launch("increment", (1, 1, 1), 32, 0, b"12345678"))
 
 
-@pytest.mark.parametrize(("waits", "overlap"), [(True, True), (True, False), (False, True)])
-def test_only_a_kernel_that_waits_itself_is_started_early_and_only_when_asked(library, calls, waits, overlap):
-    device = CudaDevice(OneKernel(waits=waits), library=library, overlap=overlap)
+@pytest.mark.parametrize(("kernel", "device_pdl"), [(True, True), (True, False), (False, True)])
+def test_only_a_kernel_that_waits_itself_is_started_early_and_only_when_asked(library, calls, kernel, device_pdl):
+    device = CudaDevice(OneKernel(pdl=kernel), library=library, pdl=device_pdl)
     device.load(["increment"])
     address = device.allocate(16)
     device.fill(address, 0, 16)
@@ -219,7 +219,7 @@ def test_only_a_kernel_that_waits_itself_is_started_early_and_only_when_asked(li
     assert (out == 1.5).all()
     # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION; all else is as in an ordinary launch.
     assert [call[2:] for call in calls("cuLaunchKernelEx")] == [["attribute", "6", "1", "of", "1"]] * (
-        waits and overlap
+        kernel and device_pdl
     )
     assert [call[2:] for call in calls("cuLaunchKernel ")] == [
         ["2", "3", "4", "128", "1", "1", "1000", hex(device.stream)]

@@ -65,7 +65,7 @@ def test_no_kernel_spills(compiled, target):
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target in ("sm_90", "sm_100", "sm_120")])
 def test_every_kernel_waits_for_the_one_before_where_it_may_be_started_early(compiled, target):
-    lacking = set(compiled[target].argument_bytes) - compiled[target].waits
+    lacking = set(compiled[target].argument_bytes) - compiled[target].pdl
     assert not lacking, "wait_for_previous_kernel() is missing: these end the overlap of launches"
 
 

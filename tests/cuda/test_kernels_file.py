@@ -71,8 +71,8 @@ def test_kernels_that_wait_for_the_one_before_are_known_where_devices_can_start_
     kernels["two_f32"] = "{ wait_for_previous_kernel(); a.x[threadIdx.x] += 1.0f; }".replace("wait", "edgelm::wait", 1)
     compile_bundle_kernels(["one_f32", "two_f32"], [89, 90, 120], tmp_path / "kernels")
     opened = KernelFolder(tmp_path / "kernels")
-    waits = {sm: opened.image(["two_f32"], divmod(sm, 10), (13, 0)).waits for sm in (86, 89, 90, 120)}
-    assert waits == {86: frozenset(), 89: frozenset(), 90: {"two_f32"}, 120: {"two_f32"}}
+    pdl = {sm: opened.image(["two_f32"], divmod(sm, 10), (13, 0)).pdl for sm in (86, 89, 90, 120)}
+    assert pdl == {86: frozenset(), 89: frozenset(), 90: {"two_f32"}, 120: {"two_f32"}}
 
 
 def test_the_same_kernels_give_the_same_files(kernels, tmp_path):

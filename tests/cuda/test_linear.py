@@ -18,7 +18,7 @@ from edgelm.errors import DeviceError
 from edgelm.quant import fp8
 from edgelm.runtimes.cuda.device import Device, DeviceInfo
 from edgelm.runtimes.cuda.kernels import linear
-from edgelm.runtimes.cuda.kernels.linear import Product
+from edgelm.runtimes.cuda.kernels.linear import Matmul
 
 Array = NDArray[Any]
 U = 2.0**-24  # unit roundoff of float32
@@ -91,7 +91,7 @@ def silu(x: Array) -> Array:
 
 @dataclass
 class Case:
-    """A product and its answer."""
+    """A matmul and its answer."""
 
     matrix: GpuMatrix
     rows: int
@@ -118,7 +118,7 @@ class Case:
         bias = rng.standard_normal(matrix.outputs).astype(np.float32)
         y_kind = "f32" if self.y_float else self.activation
         y = device.allocate(max(1, self.rows * matrix.outputs * (4 if y_kind == "f32" else 2)))
-        product = Product(
+        matmul = Matmul(
             matrix, put(device, pack(matrix, numbers)), put(device, x), y, self.rows, self.activation,
             x_float=self.x_float, y_float=self.y_float, rounding=self.rounding, x_rows=x_rows,
             norm=put(device, norm) if self.norm else 0, residual=put(device, residual) if self.residual else 0,
@@ -126,8 +126,8 @@ class Case:
             row_map=0 if self.row_map is None else put(device, self.row_map.astype(np.int32)),
             offsets=0 if self.owners is None else put(device, self.offsets()),
         )  # fmt: skip
-        size = linear.workspace_bytes(product)
-        launches = linear.product_launches(product, info or device.info, device.allocate(size) if size else 0)
+        size = linear.workspace_bytes(matmul)
+        launches = linear.matmul_launches(matmul, info or device.info, device.allocate(size) if size else 0)
         assert force in launches[-1].kernel if launches else not force
         for launch in launches:
             assert launch.kernel in linear.kernels_of(matrix, self.activation, self.rounding)
@@ -198,7 +198,7 @@ def test_any_number_of_rows(sm80: Device, rng: np.random.Generator, rows: int) -
 def test_every_kind_of_weights(sm80: Device, rng: np.random.Generator, kind: str, activation: str) -> None:
     if kind not in KINDS[activation]:
         with pytest.raises(DeviceError, match="both must be the same"):
-            Product(matrix_of(kind), 1, 1, 1, 1, activation)
+            Matmul(matrix_of(kind), 1, 1, 1, 1, activation)
         return
     for rows in (3, 20, 70):
         for group in (0, 64) if matrix_of(kind).kind.scale_bytes else (0,):
@@ -399,22 +399,22 @@ def test_the_largest_and_the_first_of_equals(sm80: Device, rng: np.random.Genera
 def test_what_cannot_be_is_said() -> None:
     info = DeviceInfo("test", (8, 6), 4, 1 << 30, (13, 0))
     with pytest.raises(DeviceError, match="72 columns: int4 needs a multiple of 64"):
-        Product(matrix_of("int4", columns=72), 1, 1, 1, 1)
+        Matmul(matrix_of("int4", columns=72), 1, 1, 1, 1)
     with pytest.raises(DeviceError, match="groups of 48 do not cut 128 columns"):
-        Product(matrix_of("int8", columns=128, group=48), 1, 1, 1, 1)
+        Matmul(matrix_of("int8", columns=128, group=48), 1, 1, 1, 1)
     with pytest.raises(DeviceError, match="a norm takes float32, x is bf16"):
-        Product(matrix_of("int8"), 1, 1, 1, 1, norm=1)
+        Matmul(matrix_of("int8"), 1, 1, 1, 1, norm=1)
     with pytest.raises(DeviceError, match="a blob of 4 matrices needs offsets"):
-        Product(matrix_of("int8", count=4), 1, 1, 1, 1)
+        Matmul(matrix_of("int8", count=4), 1, 1, 1, 1)
     for wrong in ({"offsets": 1}, {"matrix": matrix_of("int8", swiglu=True)}):
-        with pytest.raises(DeviceError, match="a bias is added to one matrix's product that is not SwiGLU"):
-            replace(Product(matrix_of("int8"), 1, 1, 1, 1, bias=1), **wrong)
+        with pytest.raises(DeviceError, match="a bias is added to one matrix's matmul that is not SwiGLU"):
+            replace(Matmul(matrix_of("int8"), 1, 1, 1, 1, bias=1), **wrong)
     with pytest.raises(DeviceError, match="a row_map needs x_rows"):
-        Product(matrix_of("int8"), 1, 1, 1, 1, row_map=1)
+        Matmul(matrix_of("int8"), 1, 1, 1, 1, row_map=1)
     with pytest.raises(DeviceError, match="expected bf16, f16 or f32"):
-        Product(matrix_of("int8"), 1, 1, 1, 1, "f64")
+        Matmul(matrix_of("int8"), 1, 1, 1, 1, "f64")
     with pytest.raises(DeviceError, match="needs a workspace of 18432 bytes"):
-        linear.product_launches(Product(matrix_of("int8"), 1, 1, 1, 48, x_float=True), info)
+        linear.matmul_launches(Matmul(matrix_of("int8"), 1, 1, 1, 48, x_float=True), info)
     with pytest.raises(DeviceError, match="an embedding's table is one plain matrix"):
         linear.embedding_launch(1, matrix_of("int8", count=2), 1, 1, 1)
-    assert linear.product_launches(Product(matrix_of("int8"), 1, 1, 1, 0), info) == []
+    assert linear.matmul_launches(Matmul(matrix_of("int8"), 1, 1, 1, 0), info) == []

@@ -26,7 +26,7 @@ RECIPES = ("none", "int8", "fp8")
 def test_an_export_has_one_engine_for_all_devices_with_our_plugins_in_every_layer(export, checkpoint, recipe) -> None:
     bundle = export(checkpoint, recipe)
     (info,) = engines(bundle)
-    assert (info.flavour, info.sms, info.kv) == ("tensorrt-rtx", (86, 89, 120), bundle.manifest.graph.kv_dtype)
+    assert (info.edition, info.sms, info.kv) == ("tensorrt-rtx", (86, 89, 120), bundle.manifest.graph.kv_dtype)
     layers = bundle.manifest.model.num_layers
     names = {(spec.op, spec.name) for spec in plugins_in(bundle.file(info.file))}
     for i in range(layers):

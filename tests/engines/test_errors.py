@@ -85,7 +85,7 @@ def test_options_that_an_engine_lacks_are_refused(copied: Bundle, gpu) -> None:
         open_runtime(copied, "tensorrt", chunk=0)
 
 
-def test_a_flavour_or_version_that_is_not_here_is_named(tmp_path) -> None:
+def test_an_edition_or_version_that_is_not_here_is_named(tmp_path) -> None:
     assert incompatible(INFO, A10, HAVE) is None
     assert incompatible(INFO, A10, {}) == "needs tensorrt-rtx 1.7.1.116, which is not installed"
     assert (
@@ -172,12 +172,12 @@ def test_without_tensorrt_the_way_to_install_it_is_said(monkeypatch, copied: Bun
     assert not compatible(copied)
 
 
-def test_an_unknown_or_missing_flavour_is_refused(copied: Bundle) -> None:
-    with pytest.raises(RuntimeUnavailableError, match="no TensorRT flavour 'x'; there are: tensorrt, tensorrt-rtx"):
+def test_an_unknown_or_missing_edition_is_refused(copied: Bundle) -> None:
+    with pytest.raises(RuntimeUnavailableError, match="no TensorRT edition 'x'; there are: tensorrt, tensorrt-rtx"):
         library.load("x")
     if importlib.util.find_spec("tensorrt") is None:
         with pytest.raises(RuntimeUnavailableError, match=r"tensorrt is not installed: .*NVIDIA's own index"):
-            build_bundle(copied, BuildOptions(), flavour="tensorrt")
+            build_bundle(copied, BuildOptions(), edition="tensorrt")
 
 
 PARSE_AFTER_ANOTHER_IMPORT = """

@@ -202,7 +202,7 @@ def test_the_probe_tells_a_provider_that_routes_as_asked_from_one_that_does_not(
     damaged = onnx.load(fed)
     mixture = next(item for item in damaged.graph.node if item.op_type.endswith("MoE"))
     next(item for item in mixture.attribute if item.name == "k").i -= 1
-    with pytest.raises(RuntimeUnavailableError, match=r"a mixture that is known is \d+% off"):
+    with pytest.raises(RuntimeUnavailableError, match=r"a known MoE is \d+% off"):
         ask(damaged.SerializeToString())
     if chosen == "none":  # the one mixture that obeys the attribute on a CPU
         other = onnx.load(fed)

@@ -50,6 +50,8 @@ _Version = Annotated[int, Range(0, 10_000)]
 
 @dataclass(frozen=True, kw_only=True)
 class _ImageInfo:
+    """One image; `waits` are the kernels of `Image.pdl`."""
+
     file: str
     waits: tuple[str, ...] = ()
     resources: dict[str, Resources]
@@ -75,14 +77,14 @@ class Image:
         data: a cubin or PTX text.
         argument_bytes: size of each kernel's parameters, by name: these are the kernels that it has.
         compiler: version of the NVRTC that made it.
-        waits: kernels that may be started before the one before them has ended; see `nvrtc.Compiled`.
+        pdl: kernels that may be started before the one before them has ended; see `nvrtc.Compiled`.
     """
 
     target: str
     data: bytes
     argument_bytes: Mapping[str, int]
     compiler: tuple[int, int]
-    waits: frozenset[str] = frozenset()
+    pdl: frozenset[str] = frozenset()
 
 
 def compile_images(
@@ -140,7 +142,7 @@ def compile_bundle_kernels(
     for target, one in compiled.items():
         file = f"{target}.{'ptx' if target == nvrtc.PTX_TARGET else 'cubin'}"
         (folder / file).write_bytes(one.image)
-        images[target] = _ImageInfo(file=file, waits=tuple(sorted(one.waits)), resources=one.resources)
+        images[target] = _ImageInfo(file=file, waits=tuple(sorted(one.pdl)), resources=one.resources)
     index = _Index(
         format=FORMAT,
         nvrtc=nvrtc.load().version,
@@ -174,7 +176,7 @@ class KernelFolder:
         self.source = index.source
         self.argument_bytes = index.argument_bytes
         self.files = {target: image.file for target, image in index.images.items()}
-        self.waits = {target: frozenset(image.waits) for target, image in index.images.items()}
+        self.pdl = {target: frozenset(image.waits) for target, image in index.images.items()}
         self.resources = {target: image.resources for target, image in index.images.items()}
 
     def image(self, names: Sequence[str], capability: tuple[int, int], driver: tuple[int, int]) -> Image:
@@ -197,7 +199,7 @@ class KernelFolder:
         target = choose(tuple(self.files), capability, self.compiler, driver)
         path = self.folder / self.files[target]
         try:
-            return Image(target, path.read_bytes(), self.argument_bytes, self.compiler, self.waits[target])
+            return Image(target, path.read_bytes(), self.argument_bytes, self.compiler, self.pdl[target])
         except OSError as error:
             raise BundleError(f"{path} cannot be read ({error.strerror}): copy the bundle again") from error
 
@@ -211,7 +213,7 @@ class KernelFolder:
             target,
             (self.folder / self.files[target]).read_bytes(),
             {name: self.argument_bytes[name] for name in names},
-            self.waits[target] & set(names),
+            self.pdl[target] & set(names),
             {name: used for name, used in self.resources[target].items() if name in names},
             "",
         )
@@ -250,7 +252,7 @@ class KernelCompiler:
         known = tuple(f"sm_{sm}" for sm in library.sms)
         target = choose((*known, nvrtc.PTX_TARGET), capability, library.version, driver)
         (compiled,) = compile_images(names, [target]).values()
-        return Image(target, compiled.image, compiled.argument_bytes, library.version, compiled.waits)
+        return Image(target, compiled.image, compiled.argument_bytes, library.version, compiled.pdl)
 
 
 def choose(

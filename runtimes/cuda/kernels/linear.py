@@ -1,6 +1,6 @@
-"""Launches of the kernels in linear.cuh: products with quantised weights, and the small kernels around them.
+"""Launches of the kernels in linear.cuh: matmuls with quantised weights, and the small kernels around them.
 
-A product is computed by one of three kernels: "skinny" where few rows make reading the weights all the work, "gemm" on
+A matmul is computed by one of three kernels: "skinny" where few rows make reading the weights all the work, "gemm" on
 tensor cores, and "exact" in float32 throughout (activation f32). Which one depends on shapes alone, never on data.
 """
 
@@ -61,12 +61,12 @@ def instantiation(name: str) -> str:
 
 
 def kernels_of(matrix: GpuMatrix, activation: str, rounding: float = 0.0) -> tuple[str, ...]:
-    """Return every kernel that products with this matrix may need, for any number of rows.
+    """Return every kernel that matmuls with this matrix may need, for any number of rows.
 
     Args:
         matrix: the weights.
         activation: bf16, f16 or f32.
-        rounding: as in `Product`.
+        rounding: as in `Matmul`.
 
     Raises:
         DeviceError: there is no kernel for the two.
@@ -84,7 +84,7 @@ def kernels_of(matrix: GpuMatrix, activation: str, rounding: float = 0.0) -> tup
 
 
 @dataclass(frozen=True)
-class Product:
+class Matmul:
     """y[slot] = residual[slot] + f(W g(x[row of slot]) + bias), with everything's device address; 0 is none.
 
     Attributes:
@@ -92,7 +92,7 @@ class Product:
         x: [x_rows, K]: float32 where `x_float`, else of type `activation`.
         y: [rows, outputs]: float32 where `y_float`, else of type `activation`.
         rows: slots, the rows of y. 0 is allowed.
-        activation: bf16, f16, or f32 for exact products; x and y are then float32.
+        activation: bf16, f16, or f32 for exact matmuls; x and y are then float32.
         norm: float32 [K] of an RMSNorm of x, which is then float32.
         residual: float32 [rows, outputs], added at the end; may be y.
         bias: float32 [N] of one matrix that is not SwiGLU, added to the float32 sums before anything else.
@@ -131,7 +131,7 @@ class Product:
         if self.matrix.count > 1 and not self.offsets:
             raise DeviceError(f"a blob of {self.matrix.count} matrices needs offsets")
         if self.bias and (self.offsets or self.matrix.swiglu):
-            raise DeviceError("a bias is added to one matrix's product that is not SwiGLU")
+            raise DeviceError("a bias is added to one matrix's matmul that is not SwiGLU")
         if self.row_map and not self.x_rows:
             raise DeviceError("a row_map needs x_rows, the rows that x has")
         if self.rows < 0:
@@ -160,48 +160,48 @@ class Product:
         return not self.is_skinny() or self.rows_of_x > FUSED_ROWS
 
 
-def workspace_bytes(product: Product) -> int:
-    """Bytes of scratch memory that `product_launches` needs, or would with fewer rows."""
-    if product.activation == "f32" or not (product.x_float or product.rounding):
+def workspace_bytes(matmul: Matmul) -> int:
+    """Bytes of scratch memory that `matmul_launches` needs, or would with fewer rows."""
+    if matmul.activation == "f32" or not (matmul.x_float or matmul.rounding):
         return 0
-    rows = product.rows_of_x
-    return aligned(2 * rows * product.matrix.columns) + (aligned(4 * rows) if product.rounding else 0)
+    rows = matmul.rows_of_x
+    return aligned(2 * rows * matmul.matrix.columns) + (aligned(4 * rows) if matmul.rounding else 0)
 
 
-def product_launches(product: Product, info: DeviceInfo, workspace: int = 0) -> list[Launch]:
-    """Return the launches that compute a product.
+def matmul_launches(matmul: Matmul, info: DeviceInfo, workspace: int = 0) -> list[Launch]:
+    """Return the launches that compute a matmul.
 
     Args:
-        product: what is computed.
+        matmul: what is computed.
         info: of the device it is launched on.
-        workspace: address of `workspace_bytes(product)` bytes, aligned to 256; needed where `product.prepares_x()`.
+        workspace: address of `workspace_bytes(matmul)` bytes, aligned to 256; needed where `matmul.prepares_x()`.
 
     Raises:
         DeviceError: there is no workspace, or the shapes do not fit the device.
     """
-    if product.rows == 0:
+    if matmul.rows == 0:
         return []
-    if product.activation == "f32":
-        return [_exact(product)]
+    if matmul.activation == "f32":
+        return [_exact(matmul)]
     launches = []
     scales = 0
-    if product.prepares_x():
+    if matmul.prepares_x():
         if not workspace:
-            raise DeviceError(f"this product needs a workspace of {workspace_bytes(product)} bytes")
+            raise DeviceError(f"this matmul needs a workspace of {workspace_bytes(matmul)} bytes")
         # The skinny kernel takes what was rounded as numbers of the activations' type, which hold FP8 exactly.
-        target = "fp8" if product.rounding and not product.is_skinny() else product.activation
-        if product.rounding:
-            cells = product.rows_of_x * product.matrix.columns
+        target = "fp8" if matmul.rounding and not matmul.is_skinny() else matmul.activation
+        if matmul.rounding:
+            cells = matmul.rows_of_x * matmul.matrix.columns
             scales = workspace + aligned(cells if target == "fp8" else 2 * cells)
         launches.append(
             convert_launch(
-                product.x, workspace, product.rows_of_x, product.matrix.columns,
-                source=product.activation, target=target, x_float=product.x_float, norm=product.norm,
-                epsilon=product.epsilon, rounding=product.rounding, scales=scales,
+                matmul.x, workspace, matmul.rows_of_x, matmul.matrix.columns,
+                source=matmul.activation, target=target, x_float=matmul.x_float, norm=matmul.norm,
+                epsilon=matmul.epsilon, rounding=matmul.rounding, scales=scales,
             )
         )  # fmt: skip
-        product = replace(product, x=workspace, x_float=False, norm=0, rounding=0.0)
-    launches.append(_skinny(product, info, scales) if product.is_skinny() else _gemm(product, info, scales))
+        matmul = replace(matmul, x=workspace, x_float=False, norm=0, rounding=0.0)
+    launches.append(_skinny(matmul, info, scales) if matmul.is_skinny() else _gemm(matmul, info, scales))
     return launches
 
 
@@ -231,7 +231,7 @@ def convert_launch(
         x_float: whether x is float32 although `source` is not.
         norm: float32 [columns] of an RMSNorm; 0: none.
         epsilon: of the norm.
-        rounding: as in `Product`.
+        rounding: as in `Matmul`.
         scales: float32 [rows] for the scales of rounding; 0: they are not wanted.
     """
     name = f"convert_rows_{source}_{target}"
@@ -290,46 +290,46 @@ def argmax_launches(x: int, ids: int, rows: int, columns: int, workspace: int) -
     ]
 
 
-# -- the three kinds of products --------------------------------------------------------------------------------------
+# -- the three kinds of matmuls --------------------------------------------------------------------------------------
 
 
-def _exact(product: Product) -> Launch:
-    blocks = -(-product.matrix.blocks // _EXACT_WARPS)
-    experts = product.matrix.count if product.offsets else 1
-    most = min(product.most_rows or product.rows, product.rows)
+def _exact(matmul: Matmul) -> Launch:
+    blocks = -(-matmul.matrix.blocks // _EXACT_WARPS)
+    experts = matmul.matrix.count if matmul.offsets else 1
+    most = min(matmul.most_rows or matmul.rows, matmul.rows)
     depth = min(-(-most // _EXACT_TOKENS), 64)
-    args = _args(replace(product, x_float=True, y_float=True))
+    args = _args(replace(matmul, x_float=True, y_float=True))
     grid = (blocks, experts, depth)
-    return Launch(f"linear_exact_f32_{product.matrix.kind}", grid, 32 * _EXACT_WARPS, 8 * _EXACT_TOKENS, args)
+    return Launch(f"linear_exact_f32_{matmul.matrix.kind}", grid, 32 * _EXACT_WARPS, 8 * _EXACT_TOKENS, args)
 
 
-def _skinny(product: Product, info: DeviceInfo, scales: int) -> Launch:
-    matrix = product.matrix
-    most = min(product.most_rows or product.rows, product.rows)
-    if product.offsets and most > 8:  # an expert's usual share; where one has more it takes them by turns
-        most = min(most, 4 * -(-product.rows // matrix.count))
+def _skinny(matmul: Matmul, info: DeviceInfo, scales: int) -> Launch:
+    matrix = matmul.matrix
+    most = min(matmul.most_rows or matmul.rows, matmul.rows)
+    if matmul.offsets and most > 8:  # an expert's usual share; where one has more it takes them by turns
+        most = min(most, 4 * -(-matmul.rows // matrix.count))
     width = next((one for one in _SKINNY_WIDTHS if one >= most), _SKINNY_WIDTHS[-1])
     x_tile = min(most, width)
-    work = product.active * matrix.blocks
+    work = matmul.active * matrix.blocks
     # Two blocks of 8 warps on a multiprocessor. One of 16 where x takes long to bring, or there are too few rows.
     warps, on_one = (8, 2) if x_tile <= 2 and work >= 2 * info.multiprocessors else (_SKINNY_THREADS[width] // 32, 1)
     split = _skinny_split(matrix, warps, work, warps * on_one * info.multiprocessors)
     whole = _shared_limit(info)
     chunk = matrix.columns
-    shared = _skinny_shared(product, warps, split, x_tile, chunk)
+    shared = _skinny_shared(matmul, warps, split, x_tile, chunk)
     if shared > whole - 1024:
-        left = whole - 1024 - _skinny_shared(product, warps, split, x_tile, 0)
+        left = whole - 1024 - _skinny_shared(matmul, warps, split, x_tile, 0)
         chunk = left // (64 * x_tile) * 32 // 64 * 64
         if chunk < 64:
             raise DeviceError(
                 f"{matrix.columns} columns with groups of {matrix.group} need more shared memory than this device's "
                 f"{whole // 1024} KiB"
             )
-        shared = _skinny_shared(product, warps, split, x_tile, chunk)
+        shared = _skinny_shared(matmul, warps, split, x_tile, chunk)
     on_one = min(on_one, whole // (shared + 1024))
-    items = product.active * -(-matrix.blocks // (warps // split))
-    name = f"linear_skinny_{product.activation}_{matrix.kind}_n{width}"
-    args = _args(product, scales=scales, split=split, chunk=chunk, x_tile=x_tile)
+    items = matmul.active * -(-matrix.blocks // (warps // split))
+    name = f"linear_skinny_{matmul.activation}_{matrix.kind}_n{width}"
+    args = _args(matmul, scales=scales, split=split, chunk=chunk, x_tile=x_tile)
     return Launch(name, (min(items, on_one * info.multiprocessors), 1, 1), 32 * warps, shared, args)
 
 
@@ -347,20 +347,20 @@ def _skinny_split(matrix: GpuMatrix, warps: int, work: int, warps_in_all: int) -
     return split
 
 
-def _skinny_shared(product: Product, warps: int, split: int, x_tile: int, chunk: int) -> int:
+def _skinny_shared(matmul: Matmul, warps: int, split: int, x_tile: int, chunk: int) -> int:
     """Bytes of shared memory: the sum that SkinnyShared makes."""
-    matrix = product.matrix
+    matrix = matmul.matrix
     width = next(one for one in _SKINNY_WIDTHS if one >= x_tile)
     groups = matrix.groups if matrix.kind.scale_bytes else 0
     block = groups * ROWS * (matrix.kind.scale_bytes + matrix.zeros)
     x = x_tile * (-(-chunk // 32) * 64 + 16)
     sums = 2 * warps * width * 64
-    experts = 4 + 12 * matrix.count if product.offsets else 0
+    experts = 4 + 12 * matrix.count if matmul.offsets else 0
     return x + sums + 2 * (warps // split) * block + width * 8 + width * 8 * warps + -(-experts // 16) * 16
 
 
-def _gemm(product: Product, info: DeviceInfo, scales: int) -> Launch:
-    matrix = product.matrix
+def _gemm(matmul: Matmul, info: DeviceInfo, scales: int) -> Launch:
+    matrix = matmul.matrix
     fp8 = scales != 0
     whole = _shared_limit(info)
     best: tuple[float, Launch] | None = None
@@ -372,14 +372,14 @@ def _gemm(product: Product, info: DeviceInfo, scales: int) -> Launch:
         if shared > whole - 1024:
             continue
         across = -(-matrix.blocks * ROWS // rows)
-        experts = matrix.count if product.offsets else 0
+        experts = matrix.count if matmul.offsets else 0
         # With experts the last tile of each is half full, on the average; there may be as many as these.
-        used = product.rows / tokens + product.active / 2 if experts else -(-product.rows // tokens)
-        most = min(product.rows, product.rows // tokens + experts) if experts else -(-product.rows // tokens)
+        used = matmul.rows / tokens + matmul.active / 2 if experts else -(-matmul.rows // tokens)
+        most = min(matmul.rows, matmul.rows // tokens + experts) if experts else -(-matmul.rows // tokens)
         time = math.ceil(across * used / info.multiprocessors) * rows * tokens / _GEMM_SPEED[tile]
         if best is None or time < best[0]:
-            name = _gemm_name(matrix, product.activation, tile, fp8)
-            best = time, Launch(name, (across, most, 1), _GEMM_THREADS, shared, _args(product, scales=scales))
+            name = _gemm_name(matrix, matmul.activation, tile, fp8)
+            best = time, Launch(name, (across, most, 1), _GEMM_THREADS, shared, _args(matmul, scales=scales))
     assert best is not None, "the smallest tile fits every device"
     return best[1]
 
@@ -400,15 +400,15 @@ def _gemm_name(matrix: GpuMatrix, activation: str, tile: str, fp8: bool) -> str:
     return f"linear_gemm_{inputs}_{tile}"
 
 
-def _args(product: Product, *, scales: int = 0, split: int = 1, chunk: int = 0, x_tile: int = 0) -> bytes:
-    matrix = product.matrix
-    scales_at, zeros_at = _parts(matrix, product.blob)
+def _args(matmul: Matmul, *, scales: int = 0, split: int = 1, chunk: int = 0, x_tile: int = 0) -> bytes:
+    matrix = matmul.matrix
+    scales_at, zeros_at = _parts(matrix, matmul.blob)
     return _LINEAR_ARGS.pack(
-        product.x, product.blob, scales_at, zeros_at, product.norm, product.residual, scales, product.y,
-        product.row_map, product.offsets or product.bias,
+        matmul.x, matmul.blob, scales_at, zeros_at, matmul.norm, matmul.residual, scales, matmul.y,
+        matmul.row_map, matmul.offsets or matmul.bias,
         matrix.codes_stride, matrix.scales_stride, matrix.zeros_stride,
-        product.rows, matrix.rows, matrix.columns, matrix.group, matrix.count if product.offsets else 0,
-        matrix.swiglu, product.x_float, product.y_float, product.epsilon, product.rounding,
+        matmul.rows, matrix.rows, matrix.columns, matrix.group, matrix.count if matmul.offsets else 0,
+        matrix.swiglu, matmul.x_float, matmul.y_float, matmul.epsilon, matmul.rounding,
         split, chunk, x_tile,
     )  # fmt: skip
 
@@ -425,7 +425,7 @@ def _check(matrix: GpuMatrix, activation: str) -> None:
         raise DeviceError(f"activation is {activation!r}, expected bf16, f16 or f32")
     kind = matrix.kind
     if activation != "f32" and kind in (GpuKind.FLOAT16, GpuKind.BFLOAT16, GpuKind.FLOAT32) and kind != activation:
-        raise DeviceError(f"weights in {kind} have no product with activations in {activation}: both must be the same")
+        raise DeviceError(f"weights in {kind} have no matmul with activations in {activation}: both must be the same")
     if matrix.columns % max(16, kind.columns) or matrix.columns < 16:
         raise DeviceError(f"{matrix.columns} columns: {kind} needs a multiple of {max(16, kind.columns)}")
     if kind.scale_bytes and (matrix.group % 16 or matrix.columns % matrix.group):

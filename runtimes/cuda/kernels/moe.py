@@ -26,7 +26,7 @@ _TILES, _TILE_THREADS = (32, 16, 8), 256  # tokens of a block of the router in t
 _PLACE_THREADS = 256
 _COMBINE_THREADS = 128
 DOWN_TOKENS = 32
-"""Tokens for which the second product and the weighted sum are one launch."""
+"""Tokens for which the second matmul and the weighted sum are one launch."""
 _DOWN_THREADS = 512
 _DOWN_RINGS = {1: 8, 2: 8, 4: 6}  # tiles of a warp in shared memory, by the tiles of 8 tokens
 
@@ -40,7 +40,7 @@ _DOWN_ARGS = struct.Struct("<9Q3q7i4x")
 
 @dataclass(frozen=True)
 class MoeShape:
-    """What a mixture's launches depend on; the letters are those of moe.cuh.
+    """What an MoE's launches depend on; the letters are those of moe.cuh.
 
     Attributes:
         tokens: M, of all sequences together.
@@ -49,7 +49,7 @@ class MoeShape:
         experts: E, 1 to 256.
         k: experts of a token, 1 to 16 and at most E.
         normalize: whether a token's weights are divided by their sum.
-        activation: what the experts' products take: bf16, f16, or f32 for the exact kernels.
+        activation: what the experts' matmuls take: bf16, f16, or f32 for the exact kernels.
         epsilon: of the norm.
     """
 
@@ -262,7 +262,7 @@ def combine_launch(shape: MoeShape, x: int, outputs: int, slot_weights: int, slo
 def down_launch(
     shape: MoeShape, matrix: GpuMatrix, weights: int, x: int, hidden: int, places: MoeWorkspace, y: int
 ) -> Launch:
-    """y = x + the weighted sum of the experts' second products: for up to 32 tokens, and activations of 16 bits.
+    """y = x + the weighted sum of the experts' second matmuls: for up to 32 tokens, and activations of 16 bits.
 
     Args:
         shape: sizes.

@@ -44,8 +44,8 @@ class Compiled:
         target: `sm_86` (image is a cubin) or `compute_80` (image is PTX text).
         image: what the driver loads.
         argument_bytes: size of each kernel's parameters, by name: these are the kernels in it.
-        waits: the kernels that wait for the one before themselves (griddepcontrol.wait, from SM 90 on), so that they
-            may be started before it has ended.
+        pdl: the kernels that wait for the one before themselves (griddepcontrol.wait, from SM 90 on), so that they may
+            be started before it has ended (programmatic dependent launch).
         resources: what each kernel uses; empty for PTX, which has no registers yet.
         log: what the compiler said: its warnings.
     """
@@ -53,7 +53,7 @@ class Compiled:
     target: str
     image: bytes
     argument_bytes: dict[str, int]
-    waits: frozenset[str]
+    pdl: frozenset[str]
     resources: dict[str, Resources]
     log: str
 
@@ -93,7 +93,7 @@ def compile_kernels(
     missing = [name for name in names if name not in arguments]
     if missing:
         raise ExportError(f"the source compiled for {target} but has no {_naming(missing)}")
-    return Compiled(target, image, arguments, _waiting(ptx.decode(errors="replace")), used, log)
+    return Compiled(target, image, arguments, _pdl_kernels(ptx.decode(errors="replace")), used, log)
 
 
 class Nvrtc:
@@ -219,7 +219,7 @@ def _strings(texts: Sequence[str]) -> ctypes.Array[ctypes.c_char_p]:
     return (ctypes.c_char_p * len(texts))(*(text.encode() for text in texts))
 
 
-def _waiting(ptx: str) -> frozenset[str]:
+def _pdl_kernels(ptx: str) -> frozenset[str]:
     entries = re.split(r"\.entry\s+", ptx)[1:]
     return frozenset(re.split(r"\W", text, maxsplit=1)[0] for text in entries if "griddepcontrol.wait" in text)
 

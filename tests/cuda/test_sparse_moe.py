@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.quant import fp8
-from edgelm.runtimes.cuda import moe as mixture
+from edgelm.runtimes.cuda import sparse_moe
 from edgelm.runtimes.cuda.device import Device
 from edgelm.runtimes.cuda.kernels import linear, moe
 from edgelm.runtimes.cuda.kernels.moe import MoeShape
-from edgelm.runtimes.cuda.moe import Mixture, MixtureBuffers
+from edgelm.runtimes.cuda.sparse_moe import SparseMoe, SparseMoeBuffers
 
 Array = NDArray[Any]
 U = 2.0**-24  # unit roundoff of float32
@@ -44,7 +44,7 @@ class Layer:
         call: the operator's call.
     """
 
-    def __init__(self, device: Device, rng: np.random.Generator, call: Mixture) -> None:
+    def __init__(self, device: Device, rng: np.random.Generator, call: SparseMoe) -> None:
         self.device, self.call, shape = device, call, call.shape
         self.counted = True
         self.x = (rng.standard_normal((shape.tokens, shape.columns)) * 3).astype(np.float32)
@@ -69,12 +69,12 @@ class Layer:
         x = self.put(self.x)
         y = x if in_place else self.device.allocate(self.x.nbytes)
         logits = self.device.allocate(result[1].nbytes)
-        workspace = self.device.allocate(mixture.workspace_bytes(call))
+        workspace = self.device.allocate(sparse_moe.workspace_bytes(call))
         norm, router, gate_up, down = self._weights
         counters = self.put(np.zeros(1, np.int32)) if self.counted else 0
-        buffers = MixtureBuffers(x, norm, router, gate_up, down, y, workspace, logits, counters)
-        launches = mixture.mixture_launches(call, buffers, self.device.info)
-        assert {launch.kernel for launch in launches} <= set(mixture.kernels_of(call))
+        buffers = SparseMoeBuffers(x, norm, router, gate_up, down, y, workspace, logits, counters)
+        launches = sparse_moe.moe_launches(call, buffers, self.device.info)
+        assert {launch.kernel for launch in launches} <= set(sparse_moe.kernels_of(call))
         for launch in launches:
             self.device.launch(launch)
         self.device.synchronize()
@@ -132,7 +132,7 @@ def layer(device: Device, rng: np.random.Generator, shape: MoeShape, kinds: str,
 
     first, second = map(GpuKind, kinds.split("/"))
     gate_up = matrix(first, 2 * shape.hidden, shape.columns, True)
-    return Layer(device, rng, Mixture(shape, gate_up, matrix(second, shape.columns, shape.hidden, False), rounding))
+    return Layer(device, rng, SparseMoe(shape, gate_up, matrix(second, shape.columns, shape.hidden, False), rounding))
 
 
 def check(found: Layer, result: Result) -> None:

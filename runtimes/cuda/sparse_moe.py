@@ -1,4 +1,4 @@
-"""SparseMoE as launches: the kernels of moe.cuh around the grouped products of linear.cuh."""
+"""SparseMoE as launches: the kernels of moe.cuh around the grouped matmuls of linear.cuh."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from edgelm.bundle.gpu_layout import GpuMatrix
 from edgelm.runtimes.cuda.device import DeviceInfo, Launch
 from edgelm.runtimes.cuda.kernels import linear, moe
-from edgelm.runtimes.cuda.kernels.linear import Product
+from edgelm.runtimes.cuda.kernels.linear import Matmul
 from edgelm.runtimes.cuda.kernels.moe import MoeShape, MoeWorkspace
 
 COUNTER_BYTES = 4
-"""Bytes of `MixtureBuffers.counters`."""
+"""Bytes of `SparseMoeBuffers.counters`."""
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """One call of the operator: sizes, the experts' two blobs, and what their products round x to (`Product`)."""
+class SparseMoe:
+    """One call of the operator: sizes, the experts' two blobs, and what their matmuls round x to (`Matmul`)."""
 
     shape: MoeShape
     gate_up: GpuMatrix
@@ -25,28 +25,28 @@ class Mixture:
 
     @property
     def fuses_down(self) -> bool:
-        """Whether the second product and the weighted sum are one launch."""
+        """Whether the second matmul and the weighted sum are one launch."""
         return self.shape.activation != "f32" and self.rounding == 0 and self.shape.tokens <= moe.DOWN_TOKENS
 
-    def first(self, normed: int, blob: int, hidden: int, places: MoeWorkspace) -> Product:
+    def first(self, normed: int, blob: int, hidden: int, places: MoeWorkspace) -> Matmul:
         """Gate and up of every slot."""
         shape = self.shape
-        return Product(
+        return Matmul(
             self.gate_up, blob, normed, hidden, shape.slots, activation=shape.activation, row_map=places.row_map,
             offsets=places.offsets, x_rows=shape.tokens, most_rows=shape.tokens, rounding=self.rounding,
         )  # fmt: skip
 
-    def second(self, hidden: int, blob: int, outputs: int, places: MoeWorkspace) -> Product:
+    def second(self, hidden: int, blob: int, outputs: int, places: MoeWorkspace) -> Matmul:
         """Down of every slot."""
         shape = self.shape
-        return Product(
+        return Matmul(
             self.down, blob, hidden, outputs, shape.slots, activation=shape.activation, y_float=True,
             offsets=places.offsets, most_rows=shape.tokens, rounding=self.rounding,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class MixtureBuffers:
+class SparseMoeBuffers:
     """Addresses on the device.
 
     Attributes:
@@ -71,42 +71,42 @@ class MixtureBuffers:
     counters: int = 0
 
 
-def workspace_bytes(mixture: Mixture) -> int:
-    """Bytes of scratch memory that `mixture_launches` needs."""
-    places = moe.workspace(mixture.shape, 0)
-    products = [mixture.first(0, 0, 0, places), mixture.second(0, 0, 0, places)]
-    return moe.workspace_bytes(mixture.shape) + max(map(linear.workspace_bytes, products))
+def workspace_bytes(call: SparseMoe) -> int:
+    """Bytes of scratch memory that `moe_launches` needs."""
+    places = moe.workspace(call.shape, 0)
+    matmuls = [call.first(0, 0, 0, places), call.second(0, 0, 0, places)]
+    return moe.workspace_bytes(call.shape) + max(map(linear.workspace_bytes, matmuls))
 
 
-def mixture_launches(mixture: Mixture, buffers: MixtureBuffers, info: DeviceInfo) -> list[Launch]:
+def moe_launches(call: SparseMoe, buffers: SparseMoeBuffers, info: DeviceInfo) -> list[Launch]:
     """The launches of one SparseMoE."""
-    shape = mixture.shape
+    shape = call.shape
     places = moe.workspace(shape, buffers.workspace)
     scratch = buffers.workspace + moe.workspace_bytes(shape)
     logits = buffers.logits or places.logits
     launches = [
         *moe.route_launches(shape, buffers.x, buffers.norm, buffers.router, logits, places, buffers.counters),
-        *linear.product_launches(mixture.first(places.normed, buffers.gate_up, places.hidden, places), info, scratch),
+        *linear.matmul_launches(call.first(places.normed, buffers.gate_up, places.hidden, places), info, scratch),
     ]
-    if mixture.fuses_down:
-        down = moe.down_launch(shape, mixture.down, buffers.down, buffers.x, places.hidden, places, buffers.y)
+    if call.fuses_down:
+        down = moe.down_launch(shape, call.down, buffers.down, buffers.x, places.hidden, places, buffers.y)
         return [*launches, down]
-    second = mixture.second(places.hidden, buffers.down, places.outputs, places)
+    second = call.second(places.hidden, buffers.down, places.outputs, places)
     return [
         *launches,
-        *linear.product_launches(second, info, scratch),
+        *linear.matmul_launches(second, info, scratch),
         moe.combine_launch(shape, buffers.x, places.outputs, places.slot_weights, places.slot_of, buffers.y),
     ]
 
 
-def kernels_of(mixture: Mixture) -> tuple[str, ...]:
-    """Every kernel that such a mixture may launch, for any number of tokens."""
-    shape, activation = mixture.shape, mixture.shape.activation
+def kernels_of(call: SparseMoe) -> tuple[str, ...]:
+    """Every kernel that such a call may launch, for any number of tokens."""
+    shape, activation = call.shape, call.shape.activation
     lanes = next(e for e in (32, 64, 128, 256) if shape.experts <= e)
-    wanted = [f"moe_router_{activation}_", f"moe_down_{activation}_{mixture.down.kind}_", "moe_combine_"]
+    wanted = [f"moe_router_{activation}_", f"moe_down_{activation}_{call.down.kind}_", "moe_combine_"]
     by_experts = ("moe_choose_", "moe_place_", f"moe_route_{activation}_")
     names = [name for name in moe.all_kernels() if name.startswith(tuple(wanted))]
     names += [name for name in moe.all_kernels() if name.startswith(by_experts) and name.endswith(f"_e{lanes}")]
-    for matrix in (mixture.gate_up, mixture.down):
-        names += linear.kernels_of(matrix, activation, mixture.rounding)
+    for matrix in (call.gate_up, call.down):
+        names += linear.kernels_of(matrix, activation, call.rounding)
     return tuple(names)
