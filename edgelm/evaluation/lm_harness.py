@@ -98,8 +98,6 @@ class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         self._model = load(bundle, runtime=runtime, threads=threads, context_length=context_length, kv=kv, chat=False)
         self._tokens = self._model.tokenizer
         self._template: ChatTemplate | None = None
-        # The ids behind the runtime's cached positions.
-        self._cached: tuple[int, ...] = ()
 
     def close(self) -> None:
         """Free the model's memory."""
@@ -224,7 +222,7 @@ class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         Raises:
             EdgeLMError: a continuation alone does not fit, or is empty.
         """
-        self._start_over()
+        self._model.runtime.reset()
         scored = sorted(self._cut(requests), key=lambda item: item.inputs)
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Scoring") as bar:
@@ -254,16 +252,9 @@ class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         """Scores of requests that feed the model the same tokens."""
         # One row alone may be computed by a shorter way through the head, exact for the most likely tokens only.
         rows = min(len(inputs), max(2, *(len(member.targets) for member in members)))
-        begin = len(inputs) - rows
-        runtime = self._model.runtime
-        shared = min(_common(self._cached, inputs), begin)
-        runtime.truncate(shared)
-        self._cached = ()  # unknown, if what follows is interrupted
-        if shared < begin:
-            runtime.prefill(inputs[shared:begin])
         sums, greedy = [0.0] * len(members), [True] * len(members)
-        position = begin
-        for block in runtime.logits_all(inputs[begin:]):
+        position = len(inputs) - rows
+        for block in self._model.cache.logits_of_last(inputs, rows):
             for row in block:
                 normaliser, best = _log_sum(row), int(row.argmax())
                 for number, member in enumerate(members):
@@ -273,7 +264,6 @@ class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
                         sums[number] += float(row[target]) - normaliser
                         greedy[number] &= best == target
                 position += 1
-        self._cached = inputs
         return list(zip(sums, greedy, strict=True))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -286,7 +276,7 @@ class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         Raises:
             EdgeLMError: an unknown setting, or no room for the tokens to generate.
         """
-        self._start_over()
+        self._model.runtime.reset()
         prepared = []
         for index, request in enumerate(requests):
             context, settings = request.args
@@ -306,11 +296,6 @@ class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             answers[index] = self._model.generate(tokens, **options).text
             self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
         return answers
-
-    def _start_over(self) -> None:
-        # Scoring and generating each keep their own record of what is cached.
-        self._model.runtime.reset()
-        self._cached = ()
 
 
 def generation_options(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -343,14 +328,6 @@ def generation_options(settings: Mapping[str, Any]) -> dict[str, Any]:
         "temperature": temperature,
         **left,
     }
-
-
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """Tokens that two sequences begin with alike."""
-    for count, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return count
-    return min(len(left), len(right))
 
 
 def _log_sum(logits: NDArray[np.float32]) -> float:

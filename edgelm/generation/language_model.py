@@ -51,7 +51,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.end_ids = frozenset(bundle.manifest.tokens.eos_ids)
         self._chat_template: ChatTemplate | None = None
-        self._cache = PrefixCache(runtime)
+        self.cache = PrefixCache(runtime)
         self._turns = Turns()
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Generation:
@@ -121,7 +121,7 @@ class LanguageModel:
             finally:
                 turn.leave()
                 turn.pause()
-        return [TextStream(self._cache, answer, Turn(self._turns), started=started).drain() for answer in answers]
+        return [TextStream(self.cache, answer, Turn(self._turns), started=started).drain() for answer in answers]
 
     def _answers(
         self,
@@ -196,7 +196,7 @@ class LanguageModel:
         return ids
 
     def _stream(self, tokens: list[int], options: Options, started: float) -> TextStream:
-        return TextStream(self._cache, self._continuation(tokens, options), Turn(self._turns), started=started)
+        return TextStream(self.cache, self._continuation(tokens, options), Turn(self._turns), started=started)
 
     def _continuation(self, tokens: list[int], options: Options) -> Continuation:
         self._turns.require_open()

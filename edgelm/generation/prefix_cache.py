@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,9 +45,7 @@ class PrefixCache:
         chunks and may raise to give the rest up.
         """
         runtime, last = self.runtime, self._last_prompt
-        cached = self._cached[: runtime.position]
-        common = next((i for i, (a, b) in enumerate(zip(cached, tokens, strict=False)) if a != b), None)
-        common = min(len(cached), len(tokens)) if common is None else common
+        common = self._common(tokens)
         if common == len(tokens):
             if last is not None and last.tokens == tokens and (last.fresh or not exact):
                 runtime.truncate(common)
@@ -64,6 +62,22 @@ class PrefixCache:
             logits = runtime.prefill(tokens[begin : begin + runtime.chunk])
         self._last_prompt = _Prefilled(list(tokens), logits.copy(), fresh=common == 0)
         return logits, common
+
+    def logits_of_last(self, tokens: Sequence[int], rows: int) -> Iterator[NDArray[np.float32]]:
+        """Logits [n, V], block by block, after each of the last `rows` of `tokens`."""
+        begin = len(tokens) - rows
+        common = min(self._common(tokens), begin)
+        self.runtime.truncate(common)
+        self._cached, self._last_prompt = list(tokens), None
+        if common < begin:
+            self.runtime.prefill(tokens[common:begin])
+        yield from self.runtime.logits_all(tokens[begin:])
+
+    def _common(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens` are cached."""
+        cached = self._cached[: self.runtime.position]
+        pairs = enumerate(zip(cached, tokens, strict=False))
+        return next((i for i, (a, b) in pairs if a != b), min(len(cached), len(tokens)))
 
     def decode(self, token: int) -> NDArray[np.float32]:
         """Logits [V] after one more token."""

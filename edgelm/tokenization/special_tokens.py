@@ -23,10 +23,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from edgelm.errors import TokenizerError
 from edgelm.tokenization.added_tokens import Declared
+from edgelm.tokenization.vocabulary import Vocabulary
 
 CUSTOMARY: Mapping[str, tuple[str, ...]] = {
     "bos": ("<bos>", "<s>"),
@@ -48,22 +49,6 @@ TURN_ENDS = (
     "<turn|>",
     "</s>",
 )
-
-
-class Vocabulary(Protocol):
-    """What resolving needs of a tokenizer."""
-
-    size: int
-    left_out: Mapping[str, str]
-
-    def token(self, index: int) -> str | None:
-        """The token's string, None where there is none."""
-
-    def token_id(self, token: str) -> int | None:
-        """The id of a string that is one token."""
-
-    def declared_id(self, role: str) -> int | None:
-        """What the vocabulary itself says is its bos, eos or pad."""
 
 
 @dataclass(frozen=True)

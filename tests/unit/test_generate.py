@@ -71,23 +71,23 @@ def test_the_same_call_gives_the_same_text_on_a_used_and_on_a_fresh_model(
 def test_with_a_seed_the_past_does_not_matter_to_the_last_bit(model: LanguageModel, bundle: Bundle) -> None:
     tokens = model.tokenizer.encode(PROMPT * 4)
     with load(bundle.path, threads=1) as fresh:
-        want, _ = fresh._cache.prefill(tokens, exact=True)
-        model._cache.prefill(tokens[:1], exact=False)
+        want, _ = fresh.cache.prefill(tokens, exact=True)
+        model.cache.prefill(tokens[:1], exact=False)
         for token in tokens[1:-1]:
-            model._cache.decode(token)
-        reused, count = model._cache.prefill(tokens, exact=False)
+            model.cache.decode(token)
+        reused, count = model.cache.prefill(tokens, exact=False)
         assert count == len(tokens) - 1
         # The point of it: computed in other pieces, the numbers are close but not the same.
         np.testing.assert_allclose(reused, want, atol=1e-4)
         assert not np.array_equal(reused, want)
-        again, count = model._cache.prefill(tokens, exact=True)
+        again, count = model.cache.prefill(tokens, exact=True)
         assert count == 0
         np.testing.assert_array_equal(again, want)
-        model._cache.decode(5)
-        repeated, count = model._cache.prefill(tokens, exact=True)
+        model.cache.decode(5)
+        repeated, count = model.cache.prefill(tokens, exact=True)
         assert count == len(tokens)
         np.testing.assert_array_equal(repeated, want)
-        np.testing.assert_array_equal(model._cache.decode(7), fresh._cache.decode(7))
+        np.testing.assert_array_equal(model.cache.decode(7), fresh.cache.decode(7))
 
 
 @pytest.mark.parametrize(("options", "reused"), [({}, 9), ({"seed": 1}, 0), ({"seed": 1, "reuse": True}, 9)])
@@ -120,7 +120,7 @@ def test_a_prompt_that_is_repeated_or_goes_on_another_way_equals_a_fresh_model(
             assert got.tokens == fresh.generate(prompt, max_tokens=15, **options).tokens, (prompt, options)
             assert model.runtime.position == fresh.runtime.position
             # To the last bit where the numbers are promised, else to rounding.
-            model_next, fresh_next = model._cache.decode(7), fresh._cache.decode(7)
+            model_next, fresh_next = model.cache.decode(7), fresh.cache.decode(7)
             if "seed" in options:
                 np.testing.assert_array_equal(model_next, fresh_next)
             np.testing.assert_allclose(model_next, fresh_next, atol=1e-4)
@@ -135,7 +135,7 @@ def test_after_another_answer_the_first_one_is_not_taken_for_cached(model: Langu
     assert again.timings.reused_tokens == len(tokens)
     with load(bundle.path, threads=1) as fresh:
         assert again.tokens == fresh.generate([*tokens, *first, 91], max_tokens=9).tokens
-        np.testing.assert_allclose(model._cache.decode(7), fresh._cache.decode(7), atol=1e-4)
+        np.testing.assert_allclose(model.cache.decode(7), fresh.cache.decode(7), atol=1e-4)
 
 
 def test_every_bit_of_a_seed_counts(model: LanguageModel) -> None:
