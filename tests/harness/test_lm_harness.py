@@ -267,14 +267,14 @@ def test_shared_prefixes_are_computed_once_and_change_nothing(model: Any, monkey
     alone = [model._loglikelihood_tokens([request], disable_tqdm=True)[0] for request in requests]
     fed = 0
     runtime = model._model.runtime
-    step = runtime._step
+    step = runtime._graph.step
 
     def counted(ids: Any, **options: Any) -> Any:
         nonlocal fed
         fed += ids.size
         return step(ids, **options)
 
-    monkeypatch.setattr(runtime, "_step", counted)
+    monkeypatch.setattr(runtime._graph, "step", counted)
     together = model._loglikelihood_tokens(requests, disable_tqdm=True)
     # The context once and the few tokens after it; one by one it would be six times the context.
     assert 100 < fed < 140
