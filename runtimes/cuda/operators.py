@@ -158,6 +158,16 @@ class Operators:
         buffers = SparseMoeBuffers(x, norm, router, gate_up, down, y, scratch.workspace, logits, scratch.counters)
         return sparse_moe.moe_launches(_sparse_moe(node, step.rows), buffers, self._info)
 
+    def _rms_norm(self, node: Node, step: Step, at: Mapping[str, int], scratch: Scratch) -> list[Launch]:
+        del scratch
+        x = self.program.values[node.inputs[0]]
+        return [
+            linear.rms_norm_launch(
+                at[node.inputs[0]], at[node.inputs[1]], at[node.outputs[0]], step.rows, x.width, source=x.type,
+                residual=at[node.input(2)], epsilon=node.number("epsilon"),
+            )
+        ]  # fmt: skip
+
     def _last_token(self, node: Node, step: Step, at: Mapping[str, int], scratch: Scratch) -> list[Launch]:
         del scratch
         width = self.program.values[node.outputs[0]].width
@@ -179,6 +189,8 @@ def _kernels(program: Program, caches: tuple[str, ...]) -> Iterator[str]:
             yield from linear.kernels_of(matrix_of(node), node.text("activation"), _rounding(node))
         elif node.op == "SparseMoE":
             yield from sparse_moe.kernels_of(_sparse_moe(node, 1))
+        elif node.op == "RMSNorm":
+            yield linear.rms_norm_kernel(program.values[node.inputs[0]].type)
         elif node.op == "GroupQueryAttention":
             for cache in caches:
                 yield from attention.kernels_for(node.text("activation"), cache, node.integer("head_size"))
@@ -208,6 +220,7 @@ _LAUNCHES: Mapping[str, _Plan] = {
     "QuantLinear": Operators._linear,
     "GroupQueryAttention": Operators._attention,
     "SparseMoE": Operators._moe,
+    "RMSNorm": Operators._rms_norm,
     "LastToken": Operators._last_token,
 }
 _SCRATCH = ("QuantLinear", "GroupQueryAttention", "SparseMoE")

@@ -38,7 +38,7 @@ _POSITIVE = ("rows", "columns", "group", "count", "num_heads", "head_size", "k")
 # Inputs that an operator reads, those of them that must be there, and results.
 _ARITY = {
     "QuantEmbedding": (2, 2, 1), "QuantLinear": (5, 2, 1), "SparseMoE": (5, 4, 2), "GroupQueryAttention": (8, 6, 3),
-    "LastToken": (1, 1, 1),
+    "RMSNorm": (3, 2, 1), "LastToken": (1, 1, 1),
 }  # fmt: skip
 
 Attribute = int | float | str
@@ -254,6 +254,14 @@ class Program:
             fit = (up.outputs, up.columns, up.count) == (down.columns, down.rows, down.count)
             if not fit or node.integer("k") > experts:
                 raise _BLAME.at(PROGRAM_FILE, f"the experts of {node.name} do not fit together")
+        elif node.op == "RMSNorm":
+            for name in (inputs(2), result):
+                if name in self.values and self.values[name].type != FLOAT32:
+                    raise _BLAME.at(PROGRAM_FILE, f"{node.name} wants float32 in {quoted(name)}")
+            width = self.values[result].width
+            if width % 2:
+                raise _BLAME.at(PROGRAM_FILE, f"{node.name} norms {width} columns, which is no even number")
+            yield from ((name, width) for name in (inputs(0), inputs(1), inputs(2)))
         else:
             yield inputs(0), self.values[result].width
 

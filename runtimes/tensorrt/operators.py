@@ -149,6 +149,7 @@ OPERATORS: dict[str, Operator] = {
     "GroupQueryAttention": Operator(
         ("qkv", "key_cache", "value_cache", "past_lengths", "cos", "sin", "q_norm", "k_norm"), 6, (_ROWS,), {1: 1, 2: 2}
     ),
+    "RMSNorm": Operator(("x", "weight", "residual"), 2, (_ROWS,)),
     "LastToken": Operator(("x", "new_lengths"), 1, ((_BATCH, 1),)),
 }
 

@@ -346,6 +346,29 @@ def test_norms_and_conversions(gpu: Device, rng: np.random.Generator) -> None:
         assert_close(get(gpu, y, x.shape, target), expected, tolerance)
 
 
+@pytest.mark.parametrize("source", ["bf16", "f16", "f32"])
+@pytest.mark.parametrize("columns", [2, 96, 514, 2048])
+def test_a_residual_is_added_to_a_norm(sm80: Device, rng: np.random.Generator, columns: int, source: str) -> None:
+    x = stored(rng.standard_normal((5, columns)).astype(np.float32), source)
+    weight, residual = (rng.standard_normal(size).astype(np.float32) for size in (columns, (5, columns)))
+    exact = value(x, source)
+    normed = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 0.25) * weight
+    x_at, weight_at, residual_at = (put(sm80, array) for array in (x, weight, residual))
+
+    def launched(y: int, added: int) -> Array:
+        launch = linear.rms_norm_launch(
+            x_at, weight_at, y, 5, columns, source=source, residual=added, epsilon=0.25
+        )  # fmt: skip
+        sm80.launch(launch)
+        return get(sm80, y, x.shape, "f32")
+
+    y = sm80.allocate(4 * x.size)
+    assert_close(launched(y, 0), normed, 64 * U * np.abs(normed))
+    found = launched(y, residual_at)
+    assert_close(found, normed + residual, 64 * U * np.abs(normed) + U * np.abs(normed + residual))
+    np.testing.assert_array_equal(launched(residual_at, residual_at), found)  # in place, over the residual
+
+
 def test_codes_of_activations_are_the_nearest_in_their_order(gpu: Device, rng: np.random.Generator) -> None:
     x = rng.standard_normal((3, 64)).astype(np.float32)
     x[2] = 0
@@ -417,4 +440,8 @@ def test_what_cannot_be_is_said() -> None:
         linear.matmul_launches(Matmul(matrix_of("int8"), 1, 1, 1, 48, x_float=True), info)
     with pytest.raises(DeviceError, match="an embedding's table is one plain matrix"):
         linear.embedding_launch(1, matrix_of("int8", count=2), 1, 1, 1)
+    with pytest.raises(DeviceError, match="there is no norm of int8, expected bf16, f16 or f32"):
+        linear.rms_norm_launch(1, 1, 1, 1, 64, source="int8")
+    with pytest.raises(DeviceError, match="a norm of 63 columns: an even number is needed"):
+        linear.rms_norm_launch(1, 1, 1, 1, 63)
     assert linear.matmul_launches(Matmul(matrix_of("int8"), 1, 1, 1, 0), info) == []

@@ -130,3 +130,35 @@ def test_a_bias_that_does_not_fit_is_refused() -> None:
         product(matrix, given, bias=np.ones(64, np.float32))
     with pytest.raises(BundleError, match=r"layers.0.qkv adds a bias to a SwiGLU product"):
         product(replace(matrix, swiglu=True), given, bias=np.ones(20, np.float32))
+
+
+def norm_node(x: Array, kind: str = "f32", result: str = "f32", **more: Array) -> Array:
+    """What a node of RMSNorm makes of x, whose bits are of `kind`."""
+    width = x.shape[-1]
+    node = Node("RMSNorm", "layers.0.after", ("x", *more), ("logits",), {"epsilon": 0.25})
+    values = {"x": Value(kind, width), "logits": Value(result, width)}
+    if "residual" in more:
+        values["residual"] = Value("f32", width)
+    weights = {name: data for name, data in more.items() if name not in values}
+    return run(program_of(node, values, weights), Step(1, len(x)), {"x": x, **more}, width)
+
+
+def test_a_norm_takes_the_type_of_its_value() -> None:
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal((3, 64)).astype(np.float16).astype(np.float32)
+    weight, residual = (rng.standard_normal(size).astype(np.float32) for size in (64, (3, 64)))
+    exact = x.astype(np.float64) / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 0.25) * weight
+    found = norm_node(x, weight=weight)
+    np.testing.assert_allclose(found, exact, rtol=1e-6)
+    np.testing.assert_array_equal(norm_node(x.astype(np.float16), "f16", weight=weight), found)
+    np.testing.assert_array_equal(norm_node(x, weight=weight, residual=residual), found + residual)
+
+
+def test_a_norm_that_does_not_fit_is_refused() -> None:
+    x, weight = np.ones((1, 64), np.float32), np.ones(64, np.float32)
+    with pytest.raises(BundleError, match=r'layers.0.after wants 64 values in "weight", which has 32'):
+        norm_node(x, weight=weight[:32])
+    with pytest.raises(BundleError, match=r'layers.0.after wants float32 in "logits"'):
+        norm_node(x, result="bf16", weight=weight)
+    with pytest.raises(BundleError, match=r"layers.0.after norms 63 columns, which is no even number"):
+        norm_node(x[:, :63], weight=weight[:63])

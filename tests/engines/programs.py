@@ -26,13 +26,13 @@ class SmallProgram:
     """A decoder of a few layers; `program` is what was made, its weights lie in folder/weights.bin.
 
     A mixture has QK-norm over the whole width, with `per_head` any has it over each head. `biased` adds a bias to
-    queries, keys and values.
+    queries, keys and values, `after` norms what attention adds to the residual stream.
     """
 
     def __init__(
         self, folder: Path, layers: int = 2, *, mixture: bool = True, kind: str = "bf16", activation: str = "bf16",
         kv: str = "float16", activations: str = "float", per_head: bool = False,
-        biased: bool = False,
+        biased: bool = False, after: bool = False,
     ) -> None:  # fmt: skip
         self.kind, self.activation, self.activations = GpuKind(kind), activation, activations
         self._data = bytearray()
@@ -58,7 +58,12 @@ class SmallProgram:
                  "epsilon": 1e-5, "clip": 0.0},
                 [f"present.{i}.{which}" for which in ("key", "value")],
             )  # fmt: skip
-            x = self._linear(f"layers.{i}.attn_sum", attended, D, H * S, residual=x)
+            if after:
+                y = self._linear(f"layers.{i}.attn_o", attended, D, H * S)
+                inputs = [y, self._floats(f"after.{i}", D), x]
+                x = self._add("RMSNorm", f"layers.{i}.after", inputs, [(f"attended.{i}", "f32", D)], {"epsilon": 1e-5})
+            else:
+                x = self._linear(f"layers.{i}.attn_sum", attended, D, H * S, residual=x)
             x = self._mixture(i, x, norm) if mixture else self._mlp(i, x, norm)
         last = self._add("LastToken", "head_input", [x], [("head_input", "f32", D)], {})
         self._linear("logits", last, V, D, norm=self._floats("final_norm", D), weights="embed")

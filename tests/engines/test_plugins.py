@@ -35,8 +35,8 @@ def plugins_of(model: onnx.ModelProto) -> list[PluginSpec]:
     return [PluginSpec.from_text(attributes[FIELD].decode()) for attributes in found]
 
 
-def specs(folder: Path, *, mixture: bool = True) -> list[PluginSpec]:
-    made = SmallProgram(folder, layers=1, mixture=mixture)
+def specs(folder: Path, *, mixture: bool = True, after: bool = False) -> list[PluginSpec]:
+    made = SmallProgram(folder, layers=1, mixture=mixture, after=after)
     return plugins_of(tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS).model)
 
 
@@ -50,7 +50,7 @@ def shapes_of(spec: PluginSpec, batch: int, tokens: int) -> list[tuple[int, ...]
         "norm": (width,), "residual": (*first, D), "router": (E, D), "gate_up": (1,), "down": (1,),
         "qkv": (*first, (H + 2 * G) * S), "key_cache": (batch, *CACHE[1:]), "value_cache": (batch, *CACHE[1:]),
         "past_lengths": (batch,), "cos": (C, S // 2), "sin": (C, S // 2), "q_norm": (H * S,), "k_norm": (G * S,),
-        "bias": ((H + 2 * G) * S,),
+        "bias": ((H + 2 * G) * S,), "weight": (D,),
     }  # fmt: skip
     names = (name for name, there in zip(OPERATORS[spec.op].inputs, spec.present, strict=False) if there)
     return [known[name] for name in names]
@@ -75,8 +75,9 @@ def test_shapes_and_types_of_results(tmp_path: Path, mixture: bool) -> None:
         assert found["QuantLinear", "layers.0.mlp.gate_up.weight"] == [("bf16", (3, 5, F))]
 
 
-def test_tensorrt_infers_the_same(tmp_path: Path, rtx: Library) -> None:
-    made = SmallProgram(tmp_path)
+@pytest.mark.parametrize("after", [True, False])
+def test_tensorrt_infers_the_same(tmp_path: Path, rtx: Library, after: bool) -> None:
+    made = SmallProgram(tmp_path, after=after)
     graph = tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS)
     (tmp_path / "g.onnx").write_bytes(graph.model.SerializeToString())
     log = messages(rtx).logger
@@ -158,7 +159,7 @@ def test_what_a_plugin_raises_while_building_is_what_the_builder_raises(tmp_path
 def test_a_plugin_launches_what_the_executor_would(tmp_path: Path, mixture: bool, tokens: int) -> None:
     """The same launch code, given TensorRT's addresses: all of them occur in what is launched, and none is invented."""
     batch, device = (3, 1)[tokens > 1], _any_device(86)
-    for spec in specs(tmp_path, mixture=mixture):
+    for spec in specs(tmp_path, mixture=mixture, after=tokens == 40):
         shapes = shapes_of(spec, batch, tokens)
         types = ["bf16" if name in ("qkv",) else "f32" for name in node_of(spec).inputs if name]
         inputs = [0x10000 * (i + 1) for i in range(len(shapes))]
@@ -170,6 +171,18 @@ def test_a_plugin_launches_what_the_executor_would(tmp_path: Path, mixture: bool
         held = b"".join(launch.args for launch in launches)
         for address in (*inputs, outputs[0]):
             assert address.to_bytes(8, "little") in held, (spec.name, hex(address))
+
+
+def test_a_plugin_of_a_norm_takes_what_the_product_before_it_gives(tmp_path: Path) -> None:
+    spec = next(spec for spec in specs(tmp_path, after=True) if spec.op == "RMSNorm")
+    shapes = [(3, 5, D), (D,), (3, 5, D)]
+    assert spec.present == (True, True, True)
+    assert list(zip(output_types(spec, ["bf16", "f32", "f32"]), output_shapes(spec, shapes), strict=True)) == [
+        ("f32", (3, 5, D))
+    ]
+    for kind in ("bf16", "f32"):
+        (launch,) = plan(_any_device(86), spec, shapes, [kind, "f32", "f32"], [1, 2, 3], [4], Scratch(5, 0))
+        assert (launch.kernel, launch.grid) == (f"rms_norm_{kind}_f32", (15, 1, 1))
 
 
 def test_a_plugin_of_a_product_is_told_of_its_bias_only_where_there_is_one(tmp_path: Path, rtx: Library) -> None:

@@ -19,6 +19,7 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "QuantEmbedding": ("ids", "table"),
     "QuantLinear": ("x", "weights", "norm", "residual", "bias"),
     "SparseMoE": ("x", "router", "experts", "norm", "residual"),
+    "RMSNorm": ("x", "weight", "residual"),
     "GroupQueryAttention": (
         *("qkv", "past_key", "past_value", "past_lengths", "cos", "sin"),
         *("q_norm", "k_norm", "new_lengths"),
@@ -27,6 +28,7 @@ INPUTS: dict[str, tuple[str, ...]] = {
 OUTPUTS: dict[str, dict[str, int]] = {
     "QuantEmbedding": {"y": TensorProto.FLOAT},
     "QuantLinear": {"y": TensorProto.FLOAT},
+    "RMSNorm": {"y": TensorProto.FLOAT},
     "SparseMoE": {"y": TensorProto.FLOAT, "router_logits": TensorProto.FLOAT, "chosen": TensorProto.INT64},
     "GroupQueryAttention": {
         "y": TensorProto.FLOAT,
@@ -35,7 +37,7 @@ OUTPUTS: dict[str, dict[str, int]] = {
     },
 }
 # What a model holds rather than is fed, unless a test says otherwise.
-CONSTANTS = {"weights", "table", "router", "experts", "norm", "bias", "q_norm", "k_norm", "cos", "sin"}
+CONSTANTS = {"weights", "table", "router", "experts", "norm", "weight", "bias", "q_norm", "k_norm", "cos", "sin"}
 
 
 def session_options(threads: int = 1) -> ort.SessionOptions:

@@ -39,6 +39,10 @@ def cases() -> dict[str, tuple[str, dict[str, Array], dict[str, object]]]:
     weights = random_matrix(rng, "planes", 9000, 64, group=64).blob
     x = rng.standard_normal((1, 64)).astype(np.float32)
     found["refined"] = ("QuantLinear", {"x": x, "weights": weights}, {"refine": 20})
+    for rows in (1, 150):
+        x, residual = (rng.standard_normal((rows, 250)).astype(np.float32) for _ in range(2))
+        inputs = {"x": x, "weight": norm[:250], "residual": residual}
+        found[f"norm {rows}"] = ("RMSNorm", inputs, {})
     experts = [
         (random_matrix(rng, kind, 2 * 160, D, group=64, swiglu=True), random_matrix(rng, kind, D, 160, group=32))
         for kind in KINDS

@@ -19,6 +19,17 @@ struct RowsArgs {
   float round_scale;  // as LinearArgs has it
 };
 
+// Two neighbours of a row of float, bfloat16 or float16.
+template <class A> EDGELM_DEVICE void load_pair(const A* from, float& low, float& high) {
+  if constexpr (Same<A, float>::value) {
+    const Words2 both = load8(from);
+    low = bits_to_float(both.x);
+    high = bits_to_float(both.y);
+  } else {
+    unpack2<A>(load4(from), low, high);
+  }
+}
+
 // One block a row. Y float or A: y = x * rsqrt(mean(x^2) + epsilon) * norm, rounded to numbers that are E4M3 times
 // the row's scale where round_scale is not 0: the numbers are in y, the scale in `scales`.
 // Y e4m3: the codes, of each 16 in the order 0 1 8 9, 2 3 10 11, 4 5 12 13, 6 7 14 15.
@@ -29,11 +40,9 @@ template <class A, class Y> EDGELM_BODY void convert_rows(const RowsArgs& args) 
   const i64 base = i64(block_x()) * args.k;
   const auto pair = [&](int column, float& low, float& high) {
     if (args.x_float) {
-      const Words2 both = load8(static_cast<const float*>(args.x) + base + column);
-      low = bits_to_float(both.x);
-      high = bits_to_float(both.y);
+      load_pair(static_cast<const float*>(args.x) + base + column, low, high);
     } else if constexpr (!Same<A, float>::value) {
-      unpack2<A>(load4(static_cast<const A*>(args.x) + base + column), low, high);
+      load_pair(static_cast<const A*>(args.x) + base + column, low, high);
     }
   };
   float inverse = 1.f;
@@ -87,6 +96,42 @@ template <class A, class Y> EDGELM_BODY void convert_rows(const RowsArgs& args) 
         store4(static_cast<Y*>(args.y) + base + k, pack2<Y>(low, high));
       }
     }
+  }
+}
+
+struct RmsNormArgs {
+  const void* x;          // A [rows, k]
+  const float* weight;    // [k]
+  const float* residual;  // [rows, k]; null: none
+  float* y;               // [rows, k]; may be x or residual
+  i32 k;                  // even
+  float epsilon;
+};
+
+// y = residual + x * rsqrt(mean(x^2) + epsilon) * weight, one block a row.
+template <class A> EDGELM_BODY void rms_norm(const RmsNormArgs& args) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const i64 base = i64(block_x()) * args.k;
+  const A* x = static_cast<const A*>(args.x) + base;
+  float squares = 0.f, low, high;
+  for (int k = 2 * thread(); k < args.k; k += 2 * block_threads()) {
+    load_pair(x + k, low, high);
+    squares = fma_(low, low, fma_(high, high, squares));
+  }
+  float* scratch = reinterpret_cast<float*>(shared_memory());
+  const float inverse = rsqrt_(block_sum(squares, scratch) / float(args.k) + args.epsilon);
+  for (int k = 2 * thread(); k < args.k; k += 2 * block_threads()) {
+    load_pair(x + k, low, high);
+    low = low * inverse * args.weight[k];
+    high = high * inverse * args.weight[k + 1];
+    if (args.residual) {
+      float first, second;
+      load_pair(args.residual + base + k, first, second);
+      low += first;
+      high += second;
+    }
+    store8(args.y + base + k, {float_to_bits(low), float_to_bits(high)});
   }
 }
 

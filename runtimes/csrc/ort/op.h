@@ -211,6 +211,7 @@ const OrtCustomOp* QuantEmbeddingOp();
 const OrtCustomOp* QuantLinearOp();
 const OrtCustomOp* SparseMoeOp();
 const OrtCustomOp* GroupQueryAttentionOp();
+const OrtCustomOp* RmsNormOp();
 
 }  // namespace edgelm::ort
 

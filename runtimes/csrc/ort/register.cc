@@ -22,7 +22,8 @@ struct Domain {
 
   explicit Domain(const OrtApi* of) : api(of), domain(nullptr) {
     Check(api, CreateCustomOpDomain(api, "edgelm", &domain));
-    for (const OrtCustomOp* op : {QuantEmbeddingOp(), QuantLinearOp(), SparseMoeOp(), GroupQueryAttentionOp()}) {
+    for (const OrtCustomOp* op :
+         {QuantEmbeddingOp(), QuantLinearOp(), SparseMoeOp(), GroupQueryAttentionOp(), RmsNormOp()}) {
       Check(api, CustomOpDomainAdd(api, domain, op));
     }
   }

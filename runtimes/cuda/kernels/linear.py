@@ -20,9 +20,10 @@ HEADER = "linear.cuh"
 ACTIVATIONS = ("bf16", "f16")
 """What tensor cores multiply; f32 stands for the exact kernels."""
 
-# LinearArgs, RowsArgs, EmbeddingArgs, LastTokenArgs, TopArgs of the sources.
+# LinearArgs, RowsArgs, RmsNormArgs, EmbeddingArgs, LastTokenArgs, TopArgs of the sources.
 _LINEAR_ARGS = struct.Struct("<10Q3q8i2f3i4x")
 _ROWS_ARGS = struct.Struct("<4Q3i2f4x")
+_RMS_NORM_ARGS = struct.Struct("<4Qif")
 _EMBEDDING_ARGS = struct.Struct("<5Q4i")
 _LAST_TOKEN_ARGS = struct.Struct("<2Q2i")
 _TOP_ARGS = struct.Struct("<4Q3i4x")
@@ -241,6 +242,39 @@ def convert_launch(
         raise DeviceError(f"rows of {columns} numbers: an even number is needed")
     args = _ROWS_ARGS.pack(x, norm, y, scales, rows, columns, x_float, epsilon, rounding)
     return Launch(name, (rows, 1, 1), _ROW_THREADS, 4 * _ROW_THREADS // 32, args)
+
+
+def rms_norm_launch(
+    x: int, weight: int, y: int, rows: int, columns: int, *, source: str = "f32", residual: int = 0,
+    epsilon: float = 1e-5,
+) -> Launch:  # fmt: skip
+    """Return the launch of y = residual + x / sqrt(mean(x^2) + epsilon) * weight.
+
+    Args:
+        x: [rows, columns] of type `source`.
+        weight: float32 [columns].
+        y: float32 [rows, columns]; may be x or residual.
+        rows: rows.
+        columns: an even number.
+        source: bf16, f16 or f32.
+        residual: float32 [rows, columns]; 0: none.
+        epsilon: of the norm.
+
+    Raises:
+        DeviceError: there is no such kernel.
+    """
+    name = rms_norm_kernel(source)
+    if columns % 2:
+        raise DeviceError(f"a norm of {columns} columns: an even number is needed")
+    args = _RMS_NORM_ARGS.pack(x, weight, residual, y, columns, epsilon)
+    return Launch(name, (rows, 1, 1), _ROW_THREADS, 4 * _ROW_THREADS // 32, args)
+
+
+def rms_norm_kernel(source: str) -> str:
+    """Return the name of the kernel of RMSNorm for x of this type. Raises DeviceError where there is none."""
+    if source not in (*ACTIVATIONS, "f32"):
+        raise DeviceError(f"there is no norm of {source}, expected bf16, f16 or f32")
+    return f"rms_norm_{source}_f32"
 
 
 def embedding_launch(ids: int, matrix: GpuMatrix, blob: int, y: int, rows: int) -> Launch:
@@ -462,6 +496,8 @@ def _all() -> Iterator[tuple[str, tuple[str, int, int, str]]]:
     for w, kind in TYPES.items():
         yield f"linear_exact_f32_{w}", ("LinearArgs", 32 * _EXACT_WARPS, 1, f"linear_exact<{kind}>")
         yield f"quant_embedding_{w}_f32", ("EmbeddingArgs", _ROW_THREADS, 1, f"quant_embedding<{kind}>")
+    for a, kind in (*((a, a) for a in ACTIVATIONS), ("f32", "float")):
+        yield f"rms_norm_{a}_f32", ("RmsNormArgs", _ROW_THREADS, 1, f"rms_norm<{kind}>")
     yield "last_token_f32", ("LastTokenArgs", _ROW_THREADS, 1, "last_token<float>")
     yield "top_parts_f32", ("TopArgs", _ROW_THREADS, 1, "top_parts<float>")
     yield "top_all_f32", ("TopArgs", _ROW_THREADS, 1, "top_all<float>")
