@@ -40,7 +40,7 @@ from edgelm.export.plan import WEIGHTS_FILE, Plan, make_plan
 from edgelm.export.registry import TARGETS, check_request
 from edgelm.files import atomic_directory, need_disk, prepare_place
 from edgelm.models import family as family_of
-from edgelm.parity.golden import DeviceRounding, GoldenOptions, golden_tokens, write_pack
+from edgelm.parity.golden import DeviceRounding, GoldenOptions, golden_tokens, make_pack
 from edgelm.parity.reference import references
 from edgelm.progress import Advance, Progress, Silent
 from edgelm.quant.calibration import CalibrationOptions, CalibrationReport, calibrated
@@ -127,13 +127,11 @@ def _export(
             (folder / name).write_bytes(content)
         _copy_texts(checkpoint.path, tokenizer, folder)
         plan.graphs.finish(folder, plan, options, progress)
-        (folder / "parity").mkdir()
         reference, quantised = references(source, plan.dtype, original)
         blocks = plan.graphs.rounded
         rounding = None if blocks is None else DeviceRounding(blocks, plan.graphs.kv)
-        write_pack(
-            folder / "parity", reference, quantised, checkpoint.config, tokenizer, golden, progress, rounding, threads
-        )
+        pack = make_pack(reference, quantised, checkpoint.config, tokenizer, golden, progress, rounding, threads)
+        pack.save(folder / "parity")
         _write_manifest(
             folder, plan, source.recipe, checkpoint.source_id, tensors, hashes, options, calibration, progress
         )
@@ -156,7 +154,7 @@ def _prepare(
         )
     for note in [*tokenizer.notes, *template_notes(checkpoint.path)]:
         progress.note(note)
-    golden = options.golden or GoldenOptions.default_for(config)
+    golden = options.golden or GoldenOptions().resolved(config)
     target = TARGETS[options.target]
     plan = make_plan(checkpoint, source, tokenizer, family.name, config, options, target, progress)
     threads = options.threads or allowed_cores()

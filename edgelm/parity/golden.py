@@ -71,11 +71,6 @@ class GoldenOptions:
             return cls(greedy_tokens=greedy_tokens)
         return cls(load_prompts(prompts_file), greedy_tokens, max_prompt_tokens=MAX_PROMPT_TOKENS_OWN)
 
-    @classmethod
-    def default_for(cls, config: Any) -> GoldenOptions:
-        """The built-in prompts with continuations whose length suits the model's size."""
-        return cls().resolved(config)
-
     def resolved(self, config: Any) -> GoldenOptions:
         """These options with every None replaced by what suits the model's size."""
         big = weight_count(config) >= BIG
@@ -143,8 +138,7 @@ def golden_tokens(options: GoldenOptions, tokenizer: Tokenizer, config: Any) -> 
     return sum(lengths) + sum(lengths[: options.rounded_prompts(config)])
 
 
-def write_pack(
-    folder: Path,
+def make_pack(
     reference: WeightReader,
     quantized: WeightReader | None,
     config_json: Mapping[str, Any],
@@ -153,11 +147,10 @@ def write_pack(
     progress: Progress | None = None,
     rounding: DeviceRounding | None = None,
     threads: int | None = None,
-) -> None:
-    """Make a pack and write it to `folder` (pack.npz and pack.json).
+) -> ParityPack:
+    """Run the references over the golden prompts.
 
     Args:
-        folder: where to.
         reference: the checkpoint's own weights.
         quantized: the weights the bundle computes with, dequantised; None when they are the checkpoint's own.
         config_json: the checkpoint's config.json.
@@ -170,38 +163,10 @@ def write_pack(
     Raises:
         ParityError: a prompt has no tokens.
     """
-    make_pack(reference, quantized, config_json, tokenizer, options, progress, rounding, threads).save(folder)
-
-
-def make_pack(
-    reference: WeightReader,
-    quantized: WeightReader | None,
-    config_json: Mapping[str, Any],
-    tokenizer: Tokenizer,
-    options: GoldenOptions,
-    progress: Progress | None = None,
-    rounding: DeviceRounding | None = None,
-    threads: int | None = None,
-) -> ParityPack:
-    """As `write_pack`, but keeps the pack in memory."""
-    from edgelm.reference.matmul import reproducible
-
-    with reproducible(threads or allowed_cores()):
-        return _make_pack(reference, quantized, config_json, tokenizer, options, progress, rounding)
-
-
-def _make_pack(
-    reference: WeightReader,
-    quantized: WeightReader | None,
-    config_json: Mapping[str, Any],
-    tokenizer: Tokenizer,
-    options: GoldenOptions,
-    progress: Progress | None,
-    rounding: DeviceRounding | None,
-) -> ParityPack:
     import torch
 
     from edgelm.reference.layerwise import LayerwiseReference
+    from edgelm.reference.matmul import reproducible
 
     model = LayerwiseReference(config_json, reference)
     options = options.resolved(model.config)
@@ -212,7 +177,8 @@ def _make_pack(
         rounding = None
     again = quantized is not None or rounding is not None
     sweeps = (options.greedy_tokens if continued else 1) + again
-    with (progress or Silent()).task("reference", sweeps, unit="steps") as advance:
+    bar = (progress or Silent()).task("reference", sweeps, unit="steps")
+    with reproducible(threads or allowed_cores()), bar as advance:
         share = _Share(advance)
         run = _float_run(model, ids, options.greedy_tokens, continued, share)
         target = rounded = None
