@@ -236,7 +236,7 @@ def halves_and_quarters(scene, where):
     ("where", "names"),
     [("at_once", {"logits.kl_mean", "logits.kl_p99", "logits.kl_max"}), ("decoded", {"greedy.kl"})],
 )
-def test_every_kl_of_the_verdict_is_from_the_reference_to_the_device(where, names):
+def test_every_kl_of_the_checks_is_from_the_reference_to_the_device(where, names):
     scene = make_scene(LIMITS["int4"], dense=True)
     halves_and_quarters(scene, getattr(scene.device, where))
     for name in names:

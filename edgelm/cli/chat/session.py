@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgelm.cli.chat.input import Cleared, Entry
-from edgelm.cli.common.output import timings_line
+from edgelm.cli.common.output import timings_line, wants_colour
 from edgelm.cli.main import Failure, Terminated
 from edgelm.errors import ContextLengthError, EdgeLMError
 from edgelm.generation.trimming import trim_messages
@@ -50,7 +50,7 @@ class Screen:
     """Answers go to standard output and all else to standard error, with colours where that is a terminal."""
 
     def __init__(self) -> None:
-        self._colour = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self._colour = wants_colour()
         self._tame = sys.stdout.isatty()
 
     def style(self, text: str, **style: Any) -> str:

@@ -15,12 +15,17 @@ _BAD = re.compile(r"^(?:FAIL|DAMAGED|REFUSED|missing)\b.*$|^parity FAILED.*$|\bF
 _GOOD = re.compile(r"^parity PASSED\b", re.MULTILINE)
 
 
+def wants_colour() -> bool:
+    """Whether colours are wanted, where output is a terminal."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
 def echo(text: str) -> None:
     """Print a verb's result on standard output, failures bold and red, a passed check green.
 
     Pipes, NO_COLOR and TERM=dumb get plain text.
     """
-    if not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+    if wants_colour():
         text = _BAD.sub(lambda match: click.style(match[0], fg="red", bold=True), text)
         text = _GOOD.sub(lambda match: click.style(match[0], fg="green", bold=True), text)
     click.echo(text)  # takes the colours out where standard output is no terminal
