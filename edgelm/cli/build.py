@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -31,9 +32,7 @@ def build(
     bundle: Path,
     sms: tuple[int, ...] | None,
     edition: str | None,
-    max_batch: int,
-    chunk: int,
-    weight_streaming: bool,
+    building: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Build a TensorRT engine of BUNDLE, which was exported with --target tensorrt, and add it to the bundle.
@@ -50,7 +49,7 @@ def build(
     from edgelm.runtimes.tensorrt.engine_info import engine_document, engine_lines
 
     progress = Bars()
-    options = BuildOptions(sms or (), max_batch, chunk, weight_streaming)
+    options = BuildOptions(sms or (), **building)
     made = build_bundle(Bundle.open(bundle), options, edition=edition, progress=progress)
     opened = Bundle.open(bundle)
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,7 +14,6 @@ from edgelm.cli.common.options import (
     Size,
     as_usage,
     calibration_options,
-    chosen_calibration,
     chosen_sms,
     engine_options,
     json_option,
@@ -24,6 +24,9 @@ from edgelm.cli.common.options import (
     was_given,
 )
 from edgelm.cli.common.recipes import budget_options, budgeted, in_json, refuse_two
+
+if TYPE_CHECKING:
+    from edgelm.quant.calibration import CalibrationOptions
 
 
 @click.command()
@@ -84,18 +87,8 @@ def export(
     ops: str,
     dtype: str,
     sms: tuple[int, ...] | None,
-    engines: bool | None,
-    linears: str,
-    attention: str,
-    max_batch: int,
-    chunk: int,
-    weight_streaming: bool,
-    calibration: str | None,
-    samples: int | None,
-    sample_length: int | None,
-    min_expert_tokens: int | None,
-    require_coverage: bool,
-    smooth: str | None,
+    engine: dict[str, Any],
+    calibration: CalibrationOptions | None,
     reference: str | None,
     max_ram: int | None,
     parity_prompts: Path | None,
@@ -112,7 +105,6 @@ def export(
     refuse_two(recipe, bits, budget)
     if target != "tensorrt" and (others := was_given(*ENGINE_PARAMETERS)):
         raise click.UsageError(f"{', '.join(others)}: of use with --target tensorrt only, here it is {target}")
-    calibrating = chosen_calibration(calibration, samples, sample_length, min_expert_tokens, require_coverage, smooth)
     import json
     import time
 
@@ -134,7 +126,7 @@ def export(
             ops=ops,
             dtype=dtype,
             sms=sms,
-            engines=EngineOptions(linears, attention, engines, max_batch, chunk, weight_streaming),
+            engines=EngineOptions(**engine),
             max_ram=max_ram,
             threads=threads,
             overwrite=overwrite,
@@ -153,12 +145,12 @@ def export(
         reference=reference,
         bits=bits,
         budget=budget,
-        calibration=calibrating,
+        calibration=calibration,
         overwrite=overwrite,
         progress=progress,
     )
     chosen = recipe if result is None else result.recipe
-    bundle = export_bundle(checkpoint, out, recipe=chosen, options=options, calibration=calibrating, progress=progress)
+    bundle = export_bundle(checkpoint, out, recipe=chosen, options=options, calibration=calibration, progress=progress)
     seconds = time.monotonic() - start
     if as_json:
         summary = {"bundle": str(bundle.path), "bytes": bundle.size, "seconds": round(seconds, 1)}

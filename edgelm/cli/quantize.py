@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgelm.cli.common.options import (
     RecipeName,
     calibration_options,
-    chosen_calibration,
     json_option,
     output_option,
     overwrite_option,
     threads_option,
 )
 from edgelm.cli.common.recipes import budget_options, budgeted, chosen, in_json, refuse_two
+
+if TYPE_CHECKING:
+    from edgelm.quant.calibration import CalibrationOptions
 
 RECIPE_FILE = "recipe.toml"
 
@@ -36,12 +38,7 @@ def quantize(
     recipe: str | None,
     bits: float | None,
     budget: int | None,
-    calibration: str | None,
-    samples: int | None,
-    sample_length: int | None,
-    min_expert_tokens: int | None,
-    require_coverage: bool,
-    smooth: str | None,
+    calibration: CalibrationOptions | None,
     threads: int | None,
     overwrite: bool,
     as_json: bool,
@@ -52,7 +49,6 @@ def quantize(
     With --calibration an interrupted run goes on where it was when the same command is given again.
     """
     refuse_two(recipe, bits, budget)
-    options = chosen_calibration(calibration, samples, sample_length, min_expert_tokens, require_coverage, smooth)
     import dataclasses
     import json
     import time
@@ -70,7 +66,7 @@ def quantize(
         CHECKPOINT,
         bits=bits,
         budget=budget,
-        calibration=options,
+        calibration=calibration,
         overwrite=overwrite,
         progress=progress,
     )
@@ -79,7 +75,7 @@ def quantize(
     plan = chosen(recipe, result, "int4")
     made: QuantizedSummary
     extra: dict[str, Any] = {} if result is None else {"budget": in_json(result)}
-    if options is None:
+    if calibration is None:
         made = quantize_checkpoint(
             checkpoint, out, plan, threads=threads, overwrite=overwrite, texts=texts, progress=progress
         )
@@ -90,12 +86,12 @@ def quantize(
             checkpoint,
             out,
             plan,
-            text=options.text,
-            samples=options.samples,
-            length=options.length,
-            coverage=options.coverage,
-            require_coverage=options.require_coverage,
-            smoothing=options.smoothing,
+            text=calibration.text,
+            samples=calibration.samples,
+            length=calibration.length,
+            coverage=calibration.coverage,
+            require_coverage=calibration.require_coverage,
+            smoothing=calibration.smoothing,
             threads=threads,
             overwrite=overwrite,
             texts=texts,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edgelm.cli.common.options import BUNDLE, PATH, given, loading_options, sampling_options
+from edgelm.cli.common.options import BUNDLE, PATH, loading_options, sampling_options
 
 
 @click.command()
@@ -30,14 +30,10 @@ def run(
     as_chat: bool,
     system: str | None,
     messages: Path | None,
-    runtime: str | None,
-    threads: int | None,
-    context_length: int | None,
-    kv: str | None,
-    weight_budget: int | None,
+    loading: dict[str, Any],
+    sampling: dict[str, Any],
     quiet: bool,
     as_json: bool,
-    **sampling: Any,
 ) -> None:
     """Continue PROMPT with the model in BUNDLE. PROMPT "-" is read from standard input.
 
@@ -68,10 +64,8 @@ def run(
         start_for(bundle)  # meanwhile the rest is imported
     from edgelm.generation.language_model import load
 
-    options = given(**sampling)
-    loading = {"threads": threads, "context_length": context_length, "kv": kv, "weight_budget": weight_budget}
-    with load(bundle, runtime=runtime, chat=not plain, **given(**loading)) as model:
-        stream = model.stream(text, **options) if plain else model.chat_stream(talk, **options)
+    with load(bundle, chat=not plain, **loading) as model:
+        stream = model.stream(text, **sampling) if plain else model.chat_stream(talk, **sampling)
         try:
             for piece in stream:
                 if not as_json:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from edgelm.cli.common.options import BUNDLE, given, loading_options, sampling_options
+from edgelm.cli.common.options import BUNDLE, loading_options, sampling_options
 
 
 @click.command()
@@ -25,13 +25,9 @@ def chat(
     system: str | None,
     no_trim: bool,
     no_history: bool,
-    runtime: str | None,
-    threads: int | None,
-    context_length: int | None,
-    kv: str | None,
-    weight_budget: int | None,
+    loading: dict[str, Any],
+    sampling: dict[str, Any],
     quiet: bool,
-    **sampling: Any,
 ) -> None:
     """Talk with the model in BUNDLE.
 
@@ -47,9 +43,8 @@ def chat(
     from edgelm.generation.language_model import load
 
     screen = Screen()
-    loading = {"threads": threads, "context_length": context_length, "kv": kv, "weight_budget": weight_budget}
-    with load(bundle, runtime=runtime, **given(**loading)) as model:
-        session = Session(model, screen, given(**sampling), system=system, trim=not no_trim, quiet=quiet)
+    with load(bundle, **loading) as model:
+        session = Session(model, screen, sampling, system=system, trim=not no_trim, quiet=quiet)
         terminal = sys.stdin is not None and sys.stdin.isatty()
         if terminal:
             screen.info(WELCOME)

@@ -200,67 +200,69 @@ def threads_option(what: str = "Threads [physical cores allowed].") -> Callable[
     return click.option("--threads", type=Threads(), help=what)
 
 
-def loading_options(command: Command) -> Command:
-    """Which runtime, how many threads, how much context, what cache, how many weights on a GPU."""
-    for option in (
-        weight_budget_option,
-        kv_option,
-        click.option("--context-length", type=click.IntRange(min=1), help="Positions to allocate [model's, <= 4096]."),
-        threads_option(),
-        runtime_option,
-    ):
-        command = option(command)
-    return command
-
-
-def sampling_options(temperature: float) -> Callable[[Command], Command]:
-    """How tokens are chosen and when to stop; `temperature` is the verb's default."""
+def together(name: str, *options: Any, make: Callable[..., Any] = dict) -> Callable[[Command], Command]:
+    """Options that a verb takes as one parameter, `name`: what `make` makes of their values."""
 
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
-        def checked(*arguments: Any, **options: Any) -> Any:
-            _check_sampling(options)
-            return command(*arguments, **options)
+        def called(*arguments: Any, **values: Any) -> Any:
+            values[name] = make(**{key: values.pop(key) for key in keys})
+            return command(*arguments, **values)
 
-        decorated: Any = checked
-        for option in (
-            click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."),
-            click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Make sampling repeatable."),
-            click.option(
-                "--repetition-penalty",
-                type=Number(min=0, min_open=True),
-                default=1.0,
-                show_default=True,
-                help="Above 1 avoids tokens that were there already.",
-            ),
-            click.option("--min-p", type=Number(0, 1), help="Only tokens this fraction as likely as the best."),
-            click.option("--top-p", type=Number(0, 1, min_open=True), help="Only the most likely that reach this."),
-            click.option("--top-k", type=click.IntRange(min=0), help="Only the K most likely tokens; 0: all."),
-            click.option(
-                "--temperature",
-                "-t",
-                type=Number(min=0),
-                default=temperature,
-                show_default=True,
-                help="0: always the most likely token.",
-            ),
-            click.option(
-                "--max-tokens",
-                "-n",
-                type=click.IntRange(min=1),
-                default=256,
-                show_default=True,
-                help="Tokens to generate at most.",
-            ),
-        ):
+        decorated: Any = called
+        before = len(getattr(called, "__click_params__", ()))
+        for option in reversed(options):
             decorated = option(decorated)
+        keys = [option.name for option in decorated.__click_params__[before:]]
         return decorated  # type: ignore[no-any-return]
 
     return decorate
 
 
-def _check_sampling(options: dict[str, Any]) -> None:
-    """Refuse sampling options that would do nothing together, and stop strings that cannot be found.
+def given(**options: Any) -> dict[str, Any]:
+    """Drop the options that were left out, so that the library's defaults hold."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+loading_options = together(
+    "loading",
+    runtime_option,
+    threads_option(),
+    click.option("--context-length", type=click.IntRange(min=1), help="Positions to allocate [model's, <= 4096]."),
+    kv_option,
+    weight_budget_option,
+    make=given,
+)
+"""Which runtime, how many threads, how much context, what cache, how many weights on a GPU: `loading`."""
+
+
+def sampling_options(temperature: float) -> Callable[[Command], Command]:
+    """How tokens are chosen and when to stop: `sampling`. `temperature` is the verb's default."""
+    return together(
+        "sampling",
+        click.option(
+            "--max-tokens", "-n", type=click.IntRange(min=1), default=256, show_default=True,
+            help="Tokens to generate at most.",
+        ),
+        click.option(
+            "--temperature", "-t", type=Number(min=0), default=temperature, show_default=True,
+            help="0: always the most likely token.",
+        ),
+        click.option("--top-k", type=click.IntRange(min=0), help="Only the K most likely tokens; 0: all."),
+        click.option("--top-p", type=Number(0, 1, min_open=True), help="Only the most likely that reach this."),
+        click.option("--min-p", type=Number(0, 1), help="Only tokens this fraction as likely as the best."),
+        click.option(
+            "--repetition-penalty", type=Number(min=0, min_open=True), default=1.0, show_default=True,
+            help="Above 1 avoids tokens that were there already.",
+        ),
+        click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Make sampling repeatable."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."),
+        make=_checked_sampling,
+    )  # fmt: skip
+
+
+def _checked_sampling(**options: Any) -> dict[str, Any]:
+    """The options that were given; none that would do nothing together, no stop strings that cannot be found.
 
     Raises:
         click.UsageError: saying which.
@@ -275,38 +277,10 @@ def _check_sampling(options: dict[str, Any]) -> None:
             from edgelm.generation.sampling import Sampling  # imports numpy: only where there is something to refuse
 
             Sampling(temperature=0, **filters)
+    return given(**options)
 
 
-def calibration_options(command: Command) -> Command:
-    """Whether to calibrate, with which text, and when an expert has seen enough of it."""
-    for option in (
-        click.option(
-            "--require-coverage", is_flag=True, help="Fail where an expert sees too few tokens to be calibrated."
-        ),
-        click.option(
-            "--min-expert-tokens",
-            type=click.IntRange(min=0),
-            help="Tokens that an expert needs to be calibrated [as many as its inputs have values].",
-        ),
-        click.option("--sample-length", type=click.IntRange(min=2), help="Tokens of a sample [512]."),
-        click.option("--samples", type=click.IntRange(min=1), help="Samples of the text [128]."),
-        click.option(
-            "--smooth",
-            type=click.Choice(["activations", "weights"]),
-            help="Scale float weights first, the model's function kept: activations where these are int8 or fp8, "
-            "weights where they are float.",
-        ),
-        click.option(
-            "--calibration",
-            metavar="TEXT",
-            help="Calibration text: a file, a folder, or builtin.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def chosen_calibration(
+def _chosen_calibration(
     calibration: str | None,
     samples: int | None,
     sample_length: int | None,
@@ -338,7 +312,29 @@ def chosen_calibration(
         )
 
 
-ENGINE_PARAMETERS = ("sms", "engines", "linears", "attention", "max_batch", "chunk", "weight_streaming")
+calibration_options = together(
+    "calibration",
+    click.option("--calibration", metavar="TEXT", help="Calibration text: a file, a folder, or builtin."),
+    click.option(
+        "--smooth",
+        type=click.Choice(["activations", "weights"]),
+        help="Scale float weights first, the model's function kept: activations where these are int8 or fp8, "
+        "weights where they are float.",
+    ),
+    click.option("--samples", type=click.IntRange(min=1), help="Samples of the text [128]."),
+    click.option("--sample-length", type=click.IntRange(min=2), help="Tokens of a sample [512]."),
+    click.option(
+        "--min-expert-tokens",
+        type=click.IntRange(min=0),
+        help="Tokens that an expert needs to be calibrated [as many as its inputs have values].",
+    ),
+    click.option("--require-coverage", is_flag=True, help="Fail where an expert sees too few tokens to be calibrated."),
+    make=_chosen_calibration,
+)
+"""Whether to calibrate, with which text, and when an expert has seen enough of it: `calibration`."""
+
+
+ENGINE_PARAMETERS = ("sms", "build", "linears", "attention", "max_batch", "chunk", "weight_streaming")
 """The parameters that are about `--target tensorrt` alone."""
 
 
@@ -353,43 +349,33 @@ def chosen_sms(context: click.Context, parameter: click.Parameter, text: str | N
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-def build_options(command: Command) -> Command:
-    """What an engine is built for."""
-    for option in (
-        click.option("--weight-streaming", is_flag=True, help="Let weights stay in host memory (run --weight-budget)."),
-        click.option(
-            "--chunk", default=512, show_default=True, type=click.IntRange(min=1), help="Tokens of a prefill step."
-        ),
-        click.option(
-            "--max-batch", default=32, show_default=True, type=click.IntRange(min=1),
-            help="Sequences that decode together, at most.",
-        ),
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
-def engine_options(command: Command) -> Command:
-    """With --target tensorrt: whether engines are built, for what, and which implementations are inside."""
-    who = click.Choice(["engine", "plugin"])
-    for option in (
-        click.option(
-            "--attention", default="plugin", show_default=True, type=who,
-            help="Attention implementation inside the engine.",
-        ),
-        click.option(
-            "--linears", default="engine", show_default=True, type=who,
-            help="Linear layers inside the engine: TensorRT's own, where it has them, or our plugin.",
-        ),
-        click.option(
-            "--engines/--no-engines", "engines", default=None,
-            help="With --target tensorrt: build engines now [if TensorRT is installed].",
-        ),
-    ):  # fmt: skip
-        command = option(command)
-    return build_options(command)
-
-
-def given(**options: Any) -> dict[str, Any]:
-    """Drop the options that were left out, so that the library's defaults hold."""
-    return {name: value for name, value in options.items() if value is not None}
+_BUILDING = (
+    click.option(
+        "--max-batch", default=32, show_default=True, type=click.IntRange(min=1),
+        help="Sequences that decode together, at most.",
+    ),
+    click.option(
+        "--chunk", default=512, show_default=True, type=click.IntRange(min=1), help="Tokens of a prefill step."
+    ),
+    click.option("--weight-streaming", is_flag=True, help="Let weights stay in host memory (run --weight-budget)."),
+)  # fmt: skip
+_INSIDE = click.Choice(["engine", "plugin"])
+build_options = together("building", *_BUILDING)
+"""What an engine is built for: `building`, fields of `BuildOptions`."""
+engine_options = together(
+    "engine",
+    *_BUILDING,
+    click.option(
+        "--engines/--no-engines", "build", default=None,
+        help="With --target tensorrt: build engines now [if TensorRT is installed].",
+    ),
+    click.option(
+        "--linears", default="engine", show_default=True, type=_INSIDE,
+        help="Linear layers inside the engine: TensorRT's own, where it has them, or our plugin.",
+    ),
+    click.option(
+        "--attention", default="plugin", show_default=True, type=_INSIDE,
+        help="Attention implementation inside the engine.",
+    ),
+)  # fmt: skip
+"""With --target tensorrt, whether engines are built, for what, and what is inside: `engine`, of `EngineOptions`."""
