@@ -23,7 +23,7 @@ HARNESS := $(VENV)/.harness
 NODE := build/node/.installed
 GPU_TESTS := tests/cuda tests/engines tests/gpu
 KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
-    $(foreach folder,. kernels ort,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
+    $(foreach folder,. kernels kernels/* ort ort/*,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
 
 .PHONY: demo test lint types test-cpp test-arm test-python test-unit test-export test-gpu install pyview kernel node mutations clean
 

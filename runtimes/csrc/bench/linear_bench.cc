@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "../kernels/kernels.h"
+#include "kernels/kernels.h"
 
 namespace {
 

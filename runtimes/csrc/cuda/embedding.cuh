@@ -1,7 +1,7 @@
 // What stands at the ends of a model: rows of the embedding, the last token's row, the largest logits.
 #pragma once
 
-#include "linear_args.cuh"
+#include "linear/linear_args.cuh"
 
 namespace edgelm {
 

@@ -1,7 +1,7 @@
 // Kernels that go over rows of activations: RMSNorm, conversion, rounding to E4M3.
 #pragma once
 
-#include "linear_args.cuh"
+#include "linear/linear_args.cuh"
 
 namespace edgelm {
 

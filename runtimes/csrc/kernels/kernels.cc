@@ -4,8 +4,8 @@
 #include <cmath>
 
 #include EDGELM_SIMD
-#include "attention_impl.h"
-#include "linear_impl.h"
+#include "kernels/attention/attention_impl.h"
+#include "kernels/linear/linear_impl.h"
 
 namespace edgelm {
 

@@ -12,7 +12,7 @@
 
 #include <cstdint>
 
-#include "attention.h"
+#include "kernels/attention/attention.h"
 #include "layout.h"
 
 namespace edgelm {

@@ -3,7 +3,7 @@
 #define EDGELM_KERNELS_ROWS_IMPL_H_
 
 #include "kernels.h"
-#include "math_impl.h"
+#include "kernels/simd/math_impl.h"
 
 namespace edgelm {
 namespace {

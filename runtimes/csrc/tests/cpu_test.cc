@@ -1,5 +1,5 @@
 // Is the instruction set chosen as EDGELM_ISA says, and refused with the valid names where it cannot be?
-#include "../kernels/cpu.h"
+#include "kernels/cpu.h"
 
 #include <cstdlib>
 #include <cstring>

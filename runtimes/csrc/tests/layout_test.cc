@@ -1,5 +1,5 @@
 // Is the layout read as it is described, and is a damaged matrix refused or at least harmless?
-#include "../kernels/layout.h"
+#include "kernels/layout.h"
 
 #include <algorithm>
 #include <cmath>

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "../kernels/layout.h"
+#include "kernels/layout.h"
 #include "check.h"
 
 namespace edgelm_test {

@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "../kernels/cpu.h"
-#include "../kernels/kernels.h"
+#include "kernels/cpu.h"
+#include "kernels/kernels.h"
 #include "check.h"
 
 #if defined(EDGELM_TEST_EVEX)

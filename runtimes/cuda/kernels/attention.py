@@ -23,7 +23,7 @@ from edgelm.bundle.gpu_layout import aligned
 from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda.device import Launch
 
-HEADER = "attention.cuh"
+HEADER = "attention/attention.cuh"
 
 HEAD_SIZES = (32, 64, 128)
 CODE_BYTES = {"f16": 2, "bf16": 2, "f32": 4, "int8": 1, "fp8": 1}

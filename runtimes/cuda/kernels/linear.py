@@ -15,7 +15,7 @@ from edgelm.bundle.gpu_layout import ROWS, TILE_BYTES, GpuKind, GpuMatrix, align
 from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda.device import DeviceInfo, Launch
 
-HEADER = "linear.cuh"
+HEADER = "linear/linear.cuh"
 
 ACTIVATIONS = ("bf16", "f16")
 """What tensor cores multiply; f32 stands for the exact kernels."""

@@ -10,7 +10,7 @@ from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda.device import Launch
 from edgelm.runtimes.cuda.kernels.linear import TYPES
 
-HEADER = "moe.cuh"
+HEADER = "moe/moe.cuh"
 
 MAX_EXPERTS = 256
 MAX_CHOSEN = 16

@@ -10,7 +10,7 @@ from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda.kernels import attention, linear, moe
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-"""Folder of the headers, in a checkout and in an installed package alike."""
+"""Folder of the headers, in a checkout and in an installed package; they include each other by their path in it."""
 
 # Each has HEADER, the file its kernels are in, all_kernels(), and instantiation(name), the line that makes one.
 MODULES = (linear, moe, attention)
@@ -40,7 +40,10 @@ def translation_unit(names: Sequence[str]) -> tuple[str, Mapping[str, str]]:
             left = {name: None for name in left if name not in own}
     if left:
         raise DeviceError(f"there is no kernel {next(iter(left))}")
-    headers = {path.name: path.read_text(encoding="utf-8") for path in sorted(SOURCES.glob("*.cuh"))}
+    headers = {
+        path.relative_to(SOURCES).as_posix(): path.read_text(encoding="utf-8")
+        for path in sorted(SOURCES.rglob("*.cuh"))
+    }
     if not headers:
         raise DeviceError(f"the sources of the GPU kernels are missing ({SOURCES}): install edgelm again")
     includes = [line for line in lines if line.startswith("#include")]

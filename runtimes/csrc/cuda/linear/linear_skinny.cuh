@@ -8,7 +8,7 @@
 // need keep the eight rows that ldmatrix reads on different banks.
 #pragma once
 
-#include "linear_args.cuh"
+#include "linear/linear_args.cuh"
 
 namespace edgelm {
 

@@ -1,6 +1,6 @@
 // QuantEmbedding: rows of a packed matrix as float32.
-#include "pieces.h"
-#include "weights.h"
+#include "ort/pieces.h"
+#include "ort/weights.h"
 
 namespace edgelm::ort {
 namespace {

@@ -309,5 +309,5 @@ template <class A, int R> EDGELM_BODY void moe_router_tiled(const MoeRouterArgs&
 
 }  // namespace edgelm
 
-#include "moe_choose.cuh"
-#include "moe_down.cuh"
+#include "moe/moe_choose.cuh"
+#include "moe/moe_down.cuh"

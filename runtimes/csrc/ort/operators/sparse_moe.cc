@@ -5,11 +5,11 @@
 // them in rising order, so every element of y is written by one thread, in one order.
 #include <cstring>
 
-#include "activations.h"
-#include "pieces.h"
-#include "routing.h"
-#include "scratch.h"
-#include "weights.h"
+#include "ort/activations.h"
+#include "ort/pieces.h"
+#include "ort/routing.h"
+#include "ort/scratch.h"
+#include "ort/weights.h"
 
 namespace edgelm::ort {
 namespace {

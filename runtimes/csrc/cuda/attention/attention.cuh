@@ -11,7 +11,7 @@
 // A cache is bytes [B, G, C, R]. In one (b, g) lie C S codes, then, for codes of one byte, C float32 scales.
 #pragma once
 
-#include "attention_prepare.cuh"
+#include "attention/attention_prepare.cuh"
 
-#include "attention_exact.cuh"
-#include "attention_tiles.cuh"
+#include "attention/attention_exact.cuh"
+#include "attention/attention_tiles.cuh"

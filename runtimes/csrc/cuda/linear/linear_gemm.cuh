@@ -8,7 +8,7 @@
 // XF8: x is E4M3 (convert_rows) and so are the weights; A is only what y may be.
 #pragma once
 
-#include "linear_args.cuh"
+#include "linear/linear_args.cuh"
 
 // Tensor cores that multiply E4M3 by mma.sync: Ada's and the consumer Blackwell's. For Hopper's and the big Blackwell's
 // the compiler would convert every operand to float16 anew for each product; the kernel does so once.

@@ -6,9 +6,9 @@
 #include <thread>
 #include <vector>
 
-#include "pieces.h"
-#include "scratch.h"
-#include "weights.h"
+#include "ort/pieces.h"
+#include "ort/scratch.h"
+#include "ort/weights.h"
 
 namespace edgelm::ort {
 namespace {

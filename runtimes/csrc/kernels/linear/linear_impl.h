@@ -4,6 +4,6 @@
 
 #include "linear_float_impl.h"
 #include "linear_int8_impl.h"
-#include "rows_impl.h"
+#include "kernels/rows_impl.h"
 
 #endif  // EDGELM_KERNELS_LINEAR_IMPL_H_

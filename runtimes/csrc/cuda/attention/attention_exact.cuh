@@ -1,7 +1,7 @@
 // Attention in float32, one warp a row, without tensor cores: what the debug graph computes.
 #pragma once
 
-#include "attention_cache.cuh"
+#include "attention/attention_cache.cuh"
 
 namespace edgelm {
 

@@ -2,7 +2,7 @@
 // are relative to the largest score seen so far (online softmax).
 #pragma once
 
-#include "attention_rows.cuh"
+#include "attention/attention_rows.cuh"
 
 namespace edgelm {
 

@@ -1,7 +1,7 @@
 // Queries, keys and values on their way from a product to attention: norm, clip, rotation, rounding.
 #pragma once
 
-#include "attention_rows.cuh"
+#include "attention/attention_rows.cuh"
 
 namespace edgelm {
 

@@ -3,8 +3,8 @@
 #define EDGELM_KERNELS_ATTENTION_CACHE_IMPL_H_
 
 #include "attention.h"
-#include "kernels.h"
-#include "math_impl.h"
+#include "kernels/kernels.h"
+#include "kernels/simd/math_impl.h"
 
 namespace edgelm {
 namespace {

@@ -7,9 +7,9 @@
 // what all found, in the order of the splits: results do not depend on which it was.
 #pragma once
 
-#include "attention_merge.cuh"
-#include "attention_prepare.cuh"
-#include "attention_product.cuh"
+#include "attention/attention_merge.cuh"
+#include "attention/attention_prepare.cuh"
+#include "attention/attention_product.cuh"
 
 namespace edgelm {
 

@@ -1,7 +1,7 @@
 // Which rows and keys a block has, and where its results go.
 #pragma once
 
-#include "attention_cache.cuh"
+#include "attention/attention_cache.cuh"
 
 namespace edgelm {
 

@@ -2,7 +2,7 @@
 #ifndef EDGELM_KERNELS_UNPACK_IMPL_H_
 #define EDGELM_KERNELS_UNPACK_IMPL_H_
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace edgelm {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "embedding.cuh"
-#include "linear_exact.cuh"
-#include "linear_gemm.cuh"
-#include "linear_skinny.cuh"
+#include "linear/linear_exact.cuh"
+#include "linear/linear_gemm.cuh"
+#include "linear/linear_skinny.cuh"
 #include "norm.cuh"

@@ -2,8 +2,8 @@
 #ifndef EDGELM_KERNELS_LINEAR_FINISH_IMPL_H_
 #define EDGELM_KERNELS_LINEAR_FINISH_IMPL_H_
 
-#include "kernels.h"
-#include "math_impl.h"
+#include "kernels/kernels.h"
+#include "kernels/simd/math_impl.h"
 
 namespace edgelm {
 namespace {

@@ -13,7 +13,7 @@ namespace edgelm {
 namespace {
 
 #if defined(EDGELM_NEON_DOT)
-#include "neon_dot_impl.h"
+#include "kernels/simd/neon_dot_impl.h"
 #else
 // Rows of activations that one pass over a tile serves.
 constexpr int kIntRows = kRowTile;

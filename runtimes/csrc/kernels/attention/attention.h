@@ -18,7 +18,7 @@
 
 #include <cstdint>
 
-#include "layout.h"
+#include "kernels/layout.h"
 
 namespace edgelm {
 

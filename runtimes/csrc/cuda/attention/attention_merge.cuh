@@ -4,7 +4,7 @@
 // values with these weights. Of a row that saw nothing m is -infinity and the rest 0.
 #pragma once
 
-#include "attention_rows.cuh"
+#include "attention/attention_rows.cuh"
 
 namespace edgelm {
 

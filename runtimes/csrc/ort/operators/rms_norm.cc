@@ -1,6 +1,6 @@
 // RMSNorm: rows over the root of their mean square, times a weight [, a residual added].
-#include "pieces.h"
-#include "weights.h"
+#include "ort/pieces.h"
+#include "ort/weights.h"
 
 namespace edgelm::ort {
 namespace {

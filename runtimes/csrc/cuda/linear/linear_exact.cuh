@@ -4,7 +4,7 @@
 // A warp has 16 rows of a matrix and kExactTokens tokens at a time; its lanes read tiles as tensor-core kernels do.
 #pragma once
 
-#include "linear_args.cuh"
+#include "linear/linear_args.cuh"
 
 namespace edgelm {
 

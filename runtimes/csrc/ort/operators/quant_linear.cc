@@ -1,10 +1,10 @@
 // QuantLinear: [RMSNorm,] product with a packed matrix [, SwiGLU, or a bias and a residual added].
 #include <cmath>
 
-#include "activations.h"
-#include "pieces.h"
-#include "scratch.h"
-#include "weights.h"
+#include "ort/activations.h"
+#include "ort/pieces.h"
+#include "ort/scratch.h"
+#include "ort/weights.h"
 
 namespace edgelm::ort {
 namespace {
