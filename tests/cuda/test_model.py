@@ -66,6 +66,12 @@ def change_program(folder: Path, change: Callable[[dict], None]) -> Bundle:
     return Bundle.open(folder)
 
 
+def test_does_a_bundle_of_before_still_pass_parity() -> None:
+    """tests/export/test_older_bundles.py says what it is."""
+    report = check_parity(Path(__file__).parents[1] / "export" / "older_bundles" / "fox-tensorrt", runtime=RUNTIME)
+    assert report.passed, report
+
+
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_does_a_bundle_pass_parity_and_is_the_debug_program_exact(bundles: Bundles, family: str, name: str) -> None:

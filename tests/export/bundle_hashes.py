@@ -170,7 +170,7 @@ def _special_cases(folder: Path) -> Iterator[Case]:
 
 def _options(target: str, ops: str) -> ExportOptions:
     sms = (86,) if target == "tensorrt" else None
-    return ExportOptions(target=target, ops=ops, sms=sms, engines=EngineOptions(build=False), threads=2, golden=_GOLDEN)
+    return ExportOptions(target=target, ops=ops, sms=sms, engines=EngineOptions(build=False), threads=1, golden=_GOLDEN)
 
 
 def _recipe(text: str, model: str) -> Recipe:

@@ -28,10 +28,12 @@ import sys
 from edgelm.export import ExportOptions, export_bundle
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
-source, out, recipe, target, ops, threads = sys.argv[1:]
+folder, threads, *cases = sys.argv[1:]
 golden = GoldenOptions(prompts=(Prompt("a", "def merge(left, right):"), Prompt("b", "import os")), greedy_tokens=4)
-options = ExportOptions(target=target, ops=ops, threads=int(threads), golden=golden)
-export_bundle(source, out, recipe=None if recipe == "own" else recipe, options=options)
+for case in cases:
+    source, recipe, target, ops = case.split()
+    options = ExportOptions(target=target, ops=ops, threads=int(threads), golden=golden)
+    export_bundle(f"{folder}/checkpoints/{source}", f"{folder}/bundles/{case}", recipe=recipe, options=options)
 """
 
 
@@ -39,44 +41,31 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def export_elsewhere(
-    source: Path, out: Path, recipe: str, target: str, ops: str, threads: int, **environment: str
-) -> dict[str, bytes]:
-    """In a process of its own, from a copy of the checkpoint that lies elsewhere."""
-    copy = out.parent / f"of {out.name}" / source.name
-    shutil.copytree(source, copy)
+CASES = (f"olmoe-tiny int4 cpu {FLAVOURS[0]}", "fox-tiny int8 cpu portable", "olmoe-tiny int4 cuda auto")
+
+
+def export_elsewhere(folder: Path, threads: int, **environment: str) -> dict[str, bytes]:
+    """In a process of its own, from copies of the checkpoints that lie in `folder`."""
+    shutil.copytree(CHECKPOINTS, folder / "checkpoints")
     # Not the package's own tests folder: -P, and the import tree that this process uses.
     done = subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT, str(copy), str(out), recipe, target, ops, str(threads)],
+        [sys.executable, "-P", "-c", SCRIPT, str(folder), str(threads), *CASES],
         env={**os.environ, "PYTHONPATH": str(IMPORT_ROOT), **environment},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return contents(out)
+    return contents(folder / "bundles")
 
 
-CASES = [
-    ("olmoe", "int4", "cpu", FLAVOURS[0]),
-    ("fox", "int8", "cpu", "portable"),
-    ("olmoe", "int4", "cuda", "auto"),
-]
-
-
-@pytest.mark.parametrize(("model", "recipe", "target", "ops"), CASES)
-def test_threads_folders_and_hash_seeds_change_no_byte(
-    tmp_path: Path, model: str, recipe: str, target: str, ops: str
-) -> None:
-    source = CHECKPOINTS / f"{model}-tiny"
-    one = export_elsewhere(
-        source, tmp_path / "one", recipe, target, ops, 1, OMP_NUM_THREADS="1", PYTHONHASHSEED="1", TZ="UTC"
-    )
+def test_threads_folders_and_hash_seeds_change_no_byte(tmp_path: Path) -> None:
+    one = export_elsewhere(tmp_path / "one", 1, OMP_NUM_THREADS="1", PYTHONHASHSEED="1", TZ="UTC")
     two = export_elsewhere(
-        source, tmp_path / "second place", recipe, target, ops, 2, OMP_NUM_THREADS="2", PYTHONHASHSEED="2",
-        MKL_NUM_THREADS="2", OPENBLAS_NUM_THREADS="2", TZ="Asia/Tokyo",
+        tmp_path / "second place", 2, OMP_NUM_THREADS="2", PYTHONHASHSEED="2", MKL_NUM_THREADS="2",
+        OPENBLAS_NUM_THREADS="2", TZ="Asia/Tokyo",
     )  # fmt: skip
     assert set(one) == set(two)
     assert [name for name in one if one[name] != two[name]] == []
-    assert "parity/pack.npz" in one
+    assert all(f"{case}/parity/pack.npz" in one for case in CASES)
 
 
 GOLDEN = GoldenOptions(prompts=(Prompt("a", "def f(x):"),), greedy_tokens=2)
