@@ -20,7 +20,6 @@ from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -29,12 +28,12 @@ from tqdm import tqdm
 from edgelm.errors import EdgeLMError, GenerationError
 from edgelm.generation.language_model import load
 from edgelm.generation.sampling import Sampling
+from edgelm.parity.logits import logsumexp
 from edgelm.tokenization.chat_template import ChatTemplate
 from edgelm.version import __version__
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
-    from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
@@ -256,7 +255,7 @@ class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         position = len(inputs) - rows
         for block in self._model.cache.logits_of_last(inputs, rows):
             for row in block:
-                normaliser, best = _log_sum(row), int(row.argmax())
+                normaliser, best = float(logsumexp(row)), int(row.argmax())
                 for number, member in enumerate(members):
                     place = position - len(inputs) + len(member.targets)
                     if place >= 0:
@@ -328,12 +327,6 @@ def generation_options(settings: Mapping[str, Any]) -> dict[str, Any]:
         "temperature": temperature,
         **left,
     }
-
-
-def _log_sum(logits: NDArray[np.float32]) -> float:
-    """Logarithm of the sum of exponentials of logits [V]."""
-    highest = float(logits.max())
-    return highest + float(np.log(np.exp(logits - np.float32(highest)).sum(dtype=np.float64)))
 
 
 def _without_ending(text: str, content: str) -> str:

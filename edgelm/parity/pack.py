@@ -302,11 +302,6 @@ class ParityPack:
     def _record_problems(self, name: str, record: ReferenceRecord, top: int, probes: int) -> Iterator[str]:
         count, layers = len(self.ids), self.num_layers
         expected: dict[str, tuple[int, ...]] = {
-            "top_logits": (count, top),
-            "logsumexp": (count,),
-            "probe_logits": (count, probes),
-            "next_logit": (count,),
-            "best": (count,),
             "gap": (count,),
             "norms": (layers + 1, count),
             "sketches": (layers + 1, count, SKETCH_WIDTH),
@@ -316,7 +311,7 @@ class ParityPack:
         if record.router is not None and record.experts is not None:
             expected["router"] = (layers, count, self.num_experts)
             expected["experts"] = (layers, count, record.experts.shape[-1] if record.experts.ndim else 0)
-        yield from _array_problems(name, record, expected)
+        yield from _array_problems(name, record, (count, top, probes), expected)
         if int(record.best.min()) < 0:
             yield f"{name}.best holds the token id {int(record.best.min())}"
         chosen = record.experts
@@ -327,19 +322,17 @@ class ParityPack:
         count = record.rows.size
         if record.rows.ndim != 1 or not count or record.rows.min() < 0 or record.rows.max() >= len(self.ids):
             yield "rounded.rows are not positions of the pack"
-        expected: dict[str, tuple[int, ...]] = {
-            "top_logits": (count, top),
-            "logsumexp": (count,),
-            "probe_logits": (count, probes),
-            "next_logit": (count,),
-            "best": (count,),
-            "flipped": (count,),
-        }
-        yield from _array_problems("rounded", record, expected)
+        yield from _array_problems("rounded", record, (count, top, probes), {"flipped": (count,)})
 
 
-def _array_problems(name: str, record: Record, expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    for item, shape in expected.items():
+def _array_problems(
+    name: str, record: Record, sizes: tuple[int, int, int], more: Mapping[str, tuple[int, ...]]
+) -> Iterator[str]:
+    """What is wrong with a record's arrays, of so many positions, recorded tokens and probes; and `more` of it."""
+    count, top, probes = sizes
+    common: dict[str, tuple[int, ...]] = {"top_logits": (count, top), "probe_logits": (count, probes)}
+    common |= dict.fromkeys(("logsumexp", "next_logit", "best"), (count,))
+    for item, shape in {**common, **more}.items():
         array = getattr(record, item)
         if array.shape != shape:
             yield f"{name}.{item} has shape {array.shape}, expected {shape}"
