@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import importlib.metadata
 import os
@@ -39,7 +38,7 @@ from edgelm.export.options import ExportOptions
 from edgelm.export.plan import WEIGHTS_FILE, Plan, make_plan
 from edgelm.export.registry import TARGETS, check_request
 from edgelm.files import atomic_directory, need_disk, prepare_place
-from edgelm.models import family as family_of
+from edgelm.models.rope import FIELDS as ROPE_FIELDS
 from edgelm.parity.golden import DeviceRounding, GoldenOptions, golden_tokens, make_pack
 from edgelm.parity.reference import references
 from edgelm.progress import Advance, Progress, Silent
@@ -130,7 +129,7 @@ def _export(
         reference, quantised = references(source, plan.dtype, original)
         blocks = plan.graphs.rounded
         rounding = None if blocks is None else DeviceRounding(blocks, plan.graphs.kv)
-        pack = make_pack(reference, quantised, checkpoint.config, tokenizer, golden, progress, rounding, threads)
+        pack = make_pack(reference, quantised, checkpoint.decoder, tokenizer, golden, progress, rounding, threads)
         pack.save(folder / "parity")
         _write_manifest(
             folder, plan, source.recipe, checkpoint.source_id, tensors, hashes, options, calibration, progress
@@ -143,23 +142,22 @@ def _prepare(
 ) -> tuple[Tokenizer, GoldenOptions, Plan, int]:
     """Everything that can be refused before the first byte is written; and how many threads memory allows."""
     checkpoint = source.checkpoint
-    family = family_of(checkpoint.config)
-    config = family.config_class.from_dict(checkpoint.config)
-    source.check_tensors(family.tensor_shapes(config))
+    decoder = checkpoint.decoder
+    source.check_tensors(decoder.tensor_shapes)
     tokenizer = Tokenizer.from_folder(checkpoint.path)
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.vocab_size > decoder.vocab_size:
         raise ExportError(
             f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model's table only "
-            f"{config.vocab_size} rows: this is another model's tokenizer"
+            f"{decoder.vocab_size} rows: this is another model's tokenizer"
         )
     for note in [*tokenizer.notes, *template_notes(checkpoint.path)]:
         progress.note(note)
-    golden = options.golden or GoldenOptions().resolved(config)
+    golden = options.golden or GoldenOptions().resolved(decoder)
     target = TARGETS[options.target]
-    plan = make_plan(checkpoint, source, tokenizer, family.name, config, options, target, progress)
+    plan = make_plan(checkpoint, source, tokenizer, options, target, progress)
     threads = options.threads or allowed_cores()
     memory = plan_memory(
-        plan.info, config.intermediate_size, golden_tokens(golden, tokenizer, config), threads, options.max_ram
+        plan.info, decoder.feed_forward_width, golden_tokens(golden, tokenizer, decoder), threads, options.max_ram
     )
     need_disk(out, plan.graphs.weights.size + (64 << 20))
     return tokenizer, golden, plan, memory.threads
@@ -172,22 +170,13 @@ def _original(checkpoint: Checkpoint, reference: str | Path, progress: Progress)
     original = Checkpoint.open(reference, progress=progress)
     if original.config.get("quantization_config") is not None:
         raise ExportError(f"{original.path} is quantised: --reference takes the float checkpoint")
-    configs = [
-        family_of(opened.config).config_class.from_dict(
-            {key: value for key, value in opened.config.items() if key != "quantization_config"}
-        )
-        for opened in (checkpoint, original)
-    ]
-    if configs[0] != configs[1]:
-        fields = [
-            field.name
-            for field in dataclasses.fields(configs[0])
-            if getattr(configs[0], field.name) != getattr(configs[1], field.name, None)
-        ]
+    if checkpoint.decoder != original.decoder:
+        read = {"architectures", *checkpoint.family.keys, *ROPE_FIELDS}
+        fields = sorted(key for key in read if checkpoint.config.get(key) != original.config.get(key))
         raise ExportError(
             f"{original.path} is not what {checkpoint.path} was made from: config.json differs in {', '.join(fields)}"
         )
-    original.check_tensors(original.family.tensor_shapes(configs[1]))
+    original.check_tensors(original.decoder.tensor_shapes)
     return original
 
 

@@ -7,12 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from edgelm.bundle import ModelInfo, Requirement, TokenIds
 from edgelm.checkpoint import Checkpoint
+from edgelm.export import capabilities
+from edgelm.export.capabilities import Capabilities
 from edgelm.export.options import ExportOptions
 from edgelm.export.packing.weights_file import WeightsPlan
+from edgelm.models.spec import Decoder
 from edgelm.progress import Progress
 from edgelm.quant.source import WeightSource
 from edgelm.tokenization.tokenizer import Tokenizer
@@ -25,14 +27,10 @@ _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Order:
-    """What a graph is to be built of.
-
-    `dtype` is how matrices that the recipe keeps in float are stored, `config` the family's own.
-    """
+    """What a graph is to be built of; `dtype` is how matrices that the recipe keeps in float are stored."""
 
     source: WeightSource
-    family: str
-    config: Any
+    decoder: Decoder
     info: ModelInfo
     ops: str
     dtype: str
@@ -80,6 +78,10 @@ class Target(ABC):
         """
 
     @abstractmethod
+    def capabilities(self, ops: str) -> Capabilities:
+        """What the operators `ops` can compute."""
+
+    @abstractmethod
     def about(self, source: WeightSource) -> str | None:
         """What a user should know of what products multiply; None where the recipe asks for nothing special."""
 
@@ -120,8 +122,6 @@ def make_plan(
     checkpoint: Checkpoint,
     source: WeightSource,
     tokenizer: Tokenizer,
-    family: str,
-    config: Any,
     options: ExportOptions,
     target: Target,
     progress: Progress,
@@ -131,30 +131,33 @@ def make_plan(
     Raises:
         ExportError: the target cannot hold or compute what the recipe asks for.
     """
+    decoder = checkpoint.decoder
+    attention, moe = decoder.attention[0], decoder.first_moe
     info = ModelInfo(
-        family=family,
+        family=decoder.family,
         name=checkpoint.source_id,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        vocab_size=config.vocab_size,
-        context_length=config.max_position_embeddings,
-        tied=config.tie_word_embeddings,
-        num_experts=getattr(config, "num_experts", 0),
-        experts_per_token=getattr(config, "num_experts_per_tok", 0),
-        norm_topk_prob=getattr(config, "norm_topk_prob", False),
+        hidden_size=decoder.hidden_size,
+        num_layers=decoder.num_layers,
+        num_heads=attention.heads,
+        num_kv_heads=attention.kv_heads,
+        head_dim=attention.head_dim,
+        vocab_size=decoder.vocab_size,
+        context_length=decoder.context_length,
+        tied=decoder.tied,
+        num_experts=decoder.num_experts,
+        experts_per_token=decoder.active_experts,
+        norm_topk_prob=moe is not None and moe.normalize,
     )
     quantises = any(source.scheme(name) is not None for name in source.shapes)
     dtype = target.storage(options.storage, _float_type(checkpoint, source), quantises=quantises)
     ops = target.flavour(options.ops, progress)
+    capabilities.check(decoder, target.capabilities(ops))
     return Plan(
         info=info,
         ops=ops,
         tokens=TokenIds(tokenizer.bos_id, tuple(tokenizer.eos_ids), tokenizer.pad_id),
         dtype=dtype,
-        graphs=target.build(Order(source, family, config, info, ops, dtype)),
+        graphs=target.build(Order(source, decoder, info, ops, dtype)),
         source_bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
     )
 
@@ -162,9 +165,10 @@ def make_plan(
 def _float_type(checkpoint: Checkpoint, source: WeightSource) -> str:
     """The type of most values that stay float: scales are of another, and a calibrated checkpoint's routers too."""
     counts: dict[str, int] = {}
+    routers = {name for name, matrix in checkpoint.decoder.matrices.items() if matrix.role == "router"}
     for name, shape in source.shapes.items():
         if source.scheme(name) is None and checkpoint.tensors[name].dtype in _STORED:
             dtype = _STORED[checkpoint.tensors[name].dtype]
-            if not name.endswith(".mlp.gate.weight"):
+            if name not in routers:
                 counts[dtype] = counts.get(dtype, 0) + math.prod(shape)
     return max(counts, key=lambda dtype: counts[dtype], default="float32")

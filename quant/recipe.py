@@ -4,11 +4,16 @@
     default = "int4-g32-sym"
 
     [[rule]]
-    match = "*.mlp.gate.weight"
+    role = "router"
     scheme = "float"
 
-`match` is a shell pattern over the tensor's full name (`*` crosses dots). The first rule that matches decides; where
-none does, `default` does. "float" keeps a tensor as it is, and tensors that are not matrices are always kept.
+    [[rule]]
+    match = "model.layers.0.*"
+    scheme = "int8-g32-sym"
+
+A rule is for the matrices of a role (`edgelm.models.spec.ROLES`), or for the tensors whose full name matches a shell
+pattern (`*` crosses dots). The first rule that matches decides; where none does, `default` does. "float" keeps a tensor
+as it is, and tensors that are not matrices are always kept.
 
 Three more keys may stand at the top, and the first two of them in a rule:
 
@@ -21,13 +26,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import translate
 from functools import cached_property
 from pathlib import Path
 
 from edgelm.errors import RecipeError
 from edgelm.json_dataclass import Blame, parse_toml, quoted, read_bytes
+from edgelm.models.spec import EMBEDDING, HEAD, ROLES, Decoder
 from edgelm.places import Kind
 from edgelm.quant.scheme import AnyScheme, Fp8Scheme, Scheme, parse_scheme
 
@@ -51,20 +57,32 @@ _OF_RULES = ("activations", "method")
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors whose name matches `pattern` get `scheme`, or stay float where it is None.
+    """Tensors whose name matches `pattern`, or those of `role`, get `scheme`, or stay float where it is None.
 
     `activations` and `method` of None are the recipe's own.
     """
 
-    pattern: str
+    pattern: str | None
     scheme: AnyScheme | None
     activations: str | None = None
     method: str | None = None
+    role: str | None = None
+
+    def __str__(self) -> str:
+        return f'the role "{self.role}"' if self.pattern is None else f'the pattern "{self.pattern}"'
+
+
+def of_role(role: str, scheme: AnyScheme | None) -> Rule:
+    """A rule for the matrices of a role."""
+    return Rule(None, scheme, role=role)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named default with exceptions."""
+    """A named default with exceptions.
+
+    `roles` are those of a model's matrices by their names (`for_model`): without them no rule for a role matches.
+    """
 
     name: str
     default: AnyScheme | None
@@ -72,6 +90,11 @@ class Recipe:
     activations: str = AUTO
     method: str = AUTO
     kv: str = AUTO
+    roles: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def for_model(self, decoder: Decoder) -> Recipe:
+        """Return this recipe with the roles of a model's matrices known."""
+        return replace(self, roles={name: matrix.role for name, matrix in decoder.matrices.items()})
 
     def match(self, tensor: str) -> AnyScheme | None:
         """Return the scheme written for a tensor of that name, before its shape is looked at."""
@@ -87,6 +110,9 @@ class Recipe:
 
     def _matching(self, tensor: str) -> Iterator[int]:
         """Indices of the rules that match, in no order."""
+        role = self.roles.get(tensor)
+        if role is not None:
+            yield from (index for index, rule in enumerate(self.rules) if rule.role == role)
         for length, patterns in self._patterns.items():
             for index, pattern in patterns.get(tensor[:length], ()):
                 if pattern is None:
@@ -104,6 +130,8 @@ class Recipe:
         """
         found: dict[int, dict[str, list[tuple[int, re.Pattern[str] | None]]]] = {}
         for index, rule in enumerate(self.rules):
+            if rule.pattern is None:
+                continue
             start = _WILDCARD.search(rule.pattern)
             stem = rule.pattern if start is None else rule.pattern[: start.start()]
             pattern = None if start is None else re.compile(translate(rule.pattern))
@@ -121,7 +149,7 @@ class Recipe:
         return PRESETS.get(self.name) == self
 
     def check(self, tensors: Collection[str]) -> None:
-        """Refuse a pattern that matches no tensor: most likely a typo. Presets serve every model and are exempt.
+        """Refuse a rule that matches no tensor: most likely a typo. Presets serve every model and are exempt.
 
         Raises:
             RecipeError: naming the pattern.
@@ -133,8 +161,8 @@ class Recipe:
             if index not in matched:
                 example = next(iter(sorted(tensors)), "none")
                 raise RecipeError(
-                    f'recipe {self.name}: the pattern "{rule.pattern}" matches none of the {len(tensors)} tensors '
-                    f"(e.g. {example}); patterns match the whole name"
+                    f"recipe {self.name}: {rule} matches none of the {len(tensors)} tensors (e.g. {example}); patterns "
+                    "match the whole name"
                 )
 
     def to_toml(self) -> str:
@@ -145,7 +173,7 @@ class Recipe:
             lines += [
                 "",
                 "[[rule]]",
-                f"match = {_quoted(rule.pattern)}",
+                f"match = {_quoted(rule.pattern)}" if rule.pattern is not None else f"role = {_quoted(str(rule.role))}",
                 f"scheme = {_quoted(_scheme_name(rule.scheme))}",
                 *(f"{key} = {_quoted(value)}" for key in _OF_RULES if (value := getattr(rule, key)) is not None),
             ]
@@ -166,13 +194,23 @@ class Recipe:
         found = []
         for number, rule in enumerate(rules, 1):
             place = f"{where}, rule {number}"
-            _only(rule, ("match", "scheme", *_OF_RULES), place)
+            _only(rule, ("match", "role", "scheme", *_OF_RULES), place)
             chosen = {key: _choice(rule, key, place) for key in _OF_RULES if key in rule}
-            found.append(Rule(_text(rule, "match", place), _scheme(rule, "scheme", place), **chosen))
+            if "role" in rule and "match" in rule:
+                raise RecipeError(f'{place}: give "match" or "role", not both')
+            if "role" in rule:
+                chosen["role"] = _role(rule, place)
+            pattern = None if "role" in rule else _text(rule, "match", place)
+            found.append(Rule(pattern, _scheme(rule, "scheme", place), **chosen))
         if name is None or "name" in table:
             name = _text(table, "name", where)
         chosen = {key: _choice(table, key, where) for key in _CHOICES if key in table}
-        return cls(name, _scheme(table, "default", where), tuple(found), **chosen)
+        kinds = {key: chosen.get(key, AUTO) for key in _CHOICES}
+        recipe = cls(
+            name, _scheme(table, "default", where), tuple(found), kinds["activations"], kinds["method"], kinds["kv"]
+        )
+        # Bundles and checkpoints of before roles have the presets with patterns.
+        return PRESETS[recipe.name] if _FORMER_PRESETS.get(recipe.name) == recipe else recipe
 
     @classmethod
     def load(cls, preset_or_path: str | Path) -> Recipe:
@@ -219,6 +257,13 @@ def _text(table: Mapping[str, object], key: str, where: str) -> str:
     return value
 
 
+def _role(table: Mapping[str, object], where: str) -> str:
+    role = _text(table, "role", where)
+    if role not in ROLES:
+        raise RecipeError(f"{where}: role = {quoted(role)} is none of {', '.join(ROLES)}")
+    return role
+
+
 def _choice(table: Mapping[str, object], key: str, where: str) -> str:
     value = _text(table, key, where)
     if value not in _CHOICES[key]:
@@ -240,19 +285,26 @@ def _scheme_name(scheme: AnyScheme | None) -> str:
     return FLOAT if scheme is None else scheme.name
 
 
-_ROUTER = Rule("*.mlp.gate.weight", None)
+_ROUTER = of_role("router", None)
 # The tables of the vocabulary stay at 8 bits: an error of the head goes straight into every logit, and the embedding
 # is read one row a token, so its width costs storage but no speed. Norms are vectors, which no rule quantises.
-_TABLES = (Rule("model.embed_tokens.weight", Scheme(8, 128)), Rule("lm_head.weight", Scheme(8, 128)))
+_TABLES = (of_role(EMBEDDING, Scheme(8, 128)), of_role(HEAD, Scheme(8, 128)))
 
 PRESETS: Mapping[str, Recipe] = {
     "int4": Recipe("int4", Scheme(4, 32), (_ROUTER, *_TABLES)),
-    # The activations are rounded to int8 in blocks of the weights' group: with 128 in place of 32 a mixture loses
-    # almost twice as much (docs/log.md), for 8 % fewer bytes.
+    # The activations are rounded to int8 in blocks of the weights' group: with 128 in place of 32 a MoE loses almost
+    # twice as much (docs/log.md), for 8 % fewer bytes.
     "int8": Recipe("int8", Scheme(8, 32), (_ROUTER, *_TABLES)),
     # As most FP8 checkpoints have it: one scale a row; embedding, head and router stay float.
-    "fp8": Recipe(
-        "fp8", Fp8Scheme(None), (_ROUTER, Rule("model.embed_tokens.weight", None), Rule("lm_head.weight", None))
-    ),
+    "fp8": Recipe("fp8", Fp8Scheme(None), (_ROUTER, of_role(EMBEDDING, None), of_role(HEAD, None))),
     "none": Recipe("none", None),
 }
+
+_FORMER_PATTERNS = {"router": "*.mlp.gate.weight", EMBEDDING: "model.embed_tokens.weight", HEAD: "lm_head.weight"}
+_FORMER_PRESETS: Mapping[str, Recipe] = {
+    name: replace(
+        preset, rules=tuple(Rule(_FORMER_PATTERNS[rule.role], rule.scheme) for rule in preset.rules if rule.role)
+    )
+    for name, preset in PRESETS.items()
+}
+"""The presets as they were written when rules had patterns alone."""

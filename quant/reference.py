@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from edgelm.errors import RecipeError
+from edgelm.models.spec import Matrix
 from edgelm.quant.activations import DYNAMIC, STATIC, KvScales, round_cache
 from edgelm.quant.recipe import AUTO, FLOAT, Recipe
 from edgelm.quant.source import WeightSource
-from edgelm.reference.hooks import Hooks, head_name, hook_model
-
-_EMBEDDING = "model.embed_tokens.weight"
+from edgelm.reference.hooks import Hooks
+from edgelm.reference.module import ReferenceModel
 
 
 def activation_kinds(source: WeightSource, recipe: Recipe | None = None, *, auto: str = FLOAT) -> dict[str, str]:
@@ -36,9 +36,9 @@ def activation_kinds(source: WeightSource, recipe: Recipe | None = None, *, auto
     """
     kinds: dict[str, str] = {}
     recipe = recipe or source.recipe
-    config = source.checkpoint.family.config_class.from_dict(source.checkpoint.config)
+    decoder = source.checkpoint.decoder
     # A table that is no head is looked up, not multiplied.
-    looked_up = {_EMBEDDING} - {head_name(config.tie_word_embeddings)}
+    looked_up = {decoder.embed.name} - {decoder.head.name}
     for name in source.shapes:
         if name in looked_up or source.scheme(name) is None:
             continue
@@ -83,14 +83,14 @@ class QuantizedActivations(Hooks):
                 'calibrate, or choose "int8-token" or "fp8-token" in the recipe'
             )
 
-    def inputs(self, name: str, x: Tensor) -> Tensor:
-        """Round x [..., K] as `name` has it."""
-        kind = self.kinds.get(name)
+    def inputs(self, matrix: Matrix, x: Tensor) -> Tensor:
+        """Round x [..., K] as `matrix` has it."""
+        kind = self.kinds.get(matrix.name)
         if kind is None:
             return x
         if kind in DYNAMIC:
             return DYNAMIC[kind](x)
-        return STATIC[kind].rounding(x, self.scales[name])
+        return STATIC[kind].rounding(x, self.scales[matrix.name])
 
     def cached(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Round keys and values [B, K, T, Dh] to the cache's type."""
@@ -133,7 +133,7 @@ def quantized_activations(
 @torch.no_grad()
 def reference_module(
     source: WeightSource, recipe: Recipe | None = None, *, hooks: Hooks | None = None, **options: Any
-) -> Any:
+) -> ReferenceModel:
     """Return the whole model in memory, its logits those of quantised weights, activations and cache.
 
     Args:
@@ -145,8 +145,8 @@ def reference_module(
     Raises:
         RecipeError: as there.
     """
-    checkpoint = source.checkpoint
-    module = checkpoint.family.module_class(checkpoint.family.config_class.from_dict(checkpoint.config))
+    module = ReferenceModel(source.checkpoint.decoder)
     module.load_weights(source.dequantized().read_float32)
-    hook_model(module, hooks or quantized_activations(source, recipe, **options))
-    return module.eval().requires_grad_(False)
+    module.hooks = hooks or quantized_activations(source, recipe, **options)
+    module.eval().requires_grad_(False)
+    return module

@@ -33,13 +33,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgelm.errors import RecipeError
+from edgelm.models.spec import Attention, Decoder, Dense, Matrix, MoE
 from edgelm.progress import Progress
 from edgelm.quant import codec
 from edgelm.quant.activations import DYNAMIC, STATIC
 from edgelm.quant.recipe import AUTO, FLOAT, Recipe
 from edgelm.quant.scaled_checkpoint import Scaling, SmoothedCheckpoint, SmoothingChoice
 from edgelm.quant.scheme import AnyScheme, Fp8Scheme
-from edgelm.reference.hooks import Hooks, head_name
+from edgelm.reference.hooks import Hooks
 from edgelm.reference.layerwise import LayerwiseReference
 
 if TYPE_CHECKING:
@@ -83,29 +84,33 @@ class Fold:
         return columns.view(kv, group, -1).amax(1).reshape(-1)
 
 
-def layer_folds(config: Any, index: int) -> list[Fold]:
-    """All folds of one layer of either family, by the config of `edgelm.models`."""
-    layer = f"model.layers.{index}"
-    attention = f"{layer}.self_attn"
-    folds = [
-        Fold(f"{layer}.input_layernorm.weight", tuple(f"{attention}.{m}_proj.weight" for m in "qkv")),
-    ]
-    if getattr(config, "clip_qkv", None) is None:
-        kv = config.num_key_value_heads
-        heads = (kv, config.num_attention_heads // kv)
-        folds.append(Fold(f"{attention}.v_proj.weight", (f"{attention}.o_proj.weight",), heads))
-    count = getattr(config, "num_experts", 0)
-    blocks = [f"{layer}.mlp.experts.{e}" for e in range(count)] or [f"{layer}.mlp"]
-    readers = [f"{block}.{m}_proj.weight" for block in blocks for m in ("gate", "up")]
-    router = [f"{layer}.mlp.gate.weight"] if count else []
-    folds.append(Fold(f"{layer}.post_attention_layernorm.weight", (*readers, *router)))
-    folds += [Fold(f"{block}.up_proj.weight", (f"{block}.down_proj.weight",)) for block in blocks]
+def layer_folds(decoder: Decoder, index: int) -> list[Fold]:
+    """All folds of one layer.
+
+    A norm in front of a part is folded into what multiplies its output; a block without one has no such fold. Values
+    are folded into `o` where nothing between them is nonlinear, and `up` into `down`.
+    """
+    folds = []
+    for block in decoder.layers[index]:
+        part = block.part
+        dense = part.experts if isinstance(part, MoE) else (part,) if isinstance(part, Dense) else ()
+        if isinstance(part, Attention):
+            readers = [part.q.name, part.k.name, part.v.name]
+        else:
+            readers = [matrix.name for network in dense for matrix in (network.gate, network.up)]
+        router = [part.router.name] if isinstance(part, MoE) else []
+        if block.before is not None:
+            folds.append(Fold(block.before.name, (*readers, *router)))
+        if isinstance(part, Attention) and part.clip is None and part.v.bias is None:
+            heads = (part.kv_heads, part.heads // part.kv_heads)
+            folds.append(Fold(part.v.name, (part.o.name,), heads))
+        folds += [Fold(network.up.name, (network.down.name,)) for network in dense]
     return folds
 
 
-def head_folds(config: Any) -> list[Fold]:
+def head_folds(decoder: Decoder) -> list[Fold]:
     """The fold of the head, which a tied one does not have: the embedding would change with it."""
-    return [] if config.tie_word_embeddings else [Fold("model.norm.weight", (head_name(False),))]
+    return [] if decoder.tied else [Fold(decoder.norm.name, (decoder.head.name,))]
 
 
 class Seen:
@@ -153,24 +158,24 @@ class Seen:
 class _Watcher(Hooks):
     """Keeps what each matrix of the layer under way multiplies, and lets `done` use it when the layer is through."""
 
-    def __init__(self, search: _Search, config: Any) -> None:
+    def __init__(self, search: _Search, decoder: Decoder) -> None:
         self.seen: dict[str, Seen] = {}
         self._search = search
-        self._config = config
+        self._decoder = decoder
         self._last: tuple[Tensor, Seen] | None = None
 
-    def inputs(self, name: str, x: Tensor) -> Tensor:
+    def inputs(self, matrix: Matrix, x: Tensor) -> Tensor:
         if self._last is not None and x is self._last[0]:
-            self.seen.setdefault(name, self._last[1])
+            self.seen.setdefault(matrix.name, self._last[1])
             return x
-        limit = ROWS_OF_EXPERT if ".experts." in name else ROWS
-        found = self.seen.setdefault(name, Seen(x.shape[-1], limit))
+        limit = ROWS if matrix.expert is None else ROWS_OF_EXPERT
+        found = self.seen.setdefault(matrix.name, Seen(x.shape[-1], limit))
         found.add(x)
         self._last = (x, found)
         return x
 
     def after_layer(self, layer: int) -> None:
-        self._search.run(layer_folds(self._config, layer), self.seen)
+        self._search.run(layer_folds(self._decoder, layer), self.seen)
         self.seen, self._last = {}, None
 
 
@@ -197,7 +202,7 @@ class _Search:
         self, checkpoint: Checkpoint, recipe: Recipe, target: str, powers_of_two: bool, threads: int | None
     ) -> None:
         self.checkpoint = checkpoint
-        self.recipe = recipe
+        self.recipe = recipe.for_model(checkpoint.decoder)
         self.target = target
         self.powers_of_two = powers_of_two
         self.threads = threads
@@ -267,7 +272,7 @@ class _Search:
             tensor = codec.quantize(scaled.numpy(), scheme, name=name, threads=self.threads)
             rounded = codec.dequantize(tensor, threads=self.threads)
             found = F.linear(x, torch.from_numpy(rounded))
-            what = name.split(".")[-2]
+            what = self.checkpoint.decoder.matrices[name].role
             # An expert's rows stand for all that came to it.
             share = seen.tokens / len(x)
             error[what] = error.get(what, 0.0) + share * float((found - exact).double().square().sum())
@@ -309,11 +314,12 @@ def smooth(
     if checkpoint.config.get("quantization_config") is not None:
         raise RecipeError(f"{checkpoint.path} is quantised: smoothing starts from the float checkpoint")
     search = _Search(checkpoint, recipe, target, powers_of_two, threads)
-    reference = LayerwiseReference(checkpoint.config, checkpoint)
-    watcher = _Watcher(search, reference.config)
+    decoder = checkpoint.decoder
+    reference = LayerwiseReference(decoder, checkpoint)
+    watcher = _Watcher(search, decoder)
     reference.hooks = watcher
     final = torch.from_numpy(reference.windows(windows, progress=progress, label="smoothing"))
-    for fold in head_folds(reference.config):
-        watcher.inputs(fold.consumers[0], final)
+    for fold in head_folds(decoder):
+        watcher.inputs(decoder.head, final)
         search.run([fold], watcher.seen)
     return SmoothedCheckpoint(checkpoint, MappingProxyType(search.scaling), tuple(search.choices))

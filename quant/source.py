@@ -54,7 +54,7 @@ def stored_recipe(config: Mapping[str, object]) -> Recipe | None:
 
 def _schemes(recipe: Recipe) -> tuple[object, ...]:
     """What quantises: neither activations, method nor cache."""
-    return (recipe.default, *((rule.pattern, rule.scheme) for rule in recipe.rules))
+    return (recipe.default, *((rule.pattern, rule.role, rule.scheme) for rule in recipe.rules))
 
 
 def _open_stored(checkpoint: Checkpoint) -> Stored | None:
@@ -62,6 +62,7 @@ def _open_stored(checkpoint: Checkpoint) -> Stored | None:
     recipe = stored_recipe(checkpoint.config)
     if recipe is None:
         return None
+    recipe = recipe.for_model(checkpoint.decoder)
     entry = checkpoint.config["quantization_config"]
     return OwnWeights(checkpoint, recipe) if entry["quant_method"] == METHOD else ForeignWeights(checkpoint, entry)
 
@@ -104,7 +105,7 @@ class WeightSource:
             )
         self.checkpoint = checkpoint
         # Of a quantised checkpoint the schemes are given; what its products multiply and its cache are still a choice.
-        self.recipe = recipe or stored or Recipe.load("none")
+        self.recipe = (recipe or stored or Recipe.load("none")).for_model(checkpoint.decoder)
         self.is_stored_quantized = stored is not None
         if stored is None:
             _refuse_unannounced(checkpoint)
@@ -201,7 +202,8 @@ class WeightSource:
     def static_inputs(self) -> list[str]:
         """Quantised matrices that multiply what is rounded with one calibrated scale, by the recipe."""
         # A table that is no head is looked up, not multiplied.
-        looked_up = "model.embed_tokens.weight" if "lm_head.weight" in self.shapes else None
+        decoder = self.checkpoint.decoder
+        looked_up = None if decoder.tied else decoder.embed.name
         return [
             name
             for name in self.shapes

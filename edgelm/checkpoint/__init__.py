@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -25,7 +26,7 @@ from edgelm.checkpoint.writer import SafetensorsWriter, ShardedWriter, TensorSpe
 from edgelm.errors import CheckpointError
 from edgelm.files import restore
 from edgelm.models import Family, family
-from edgelm.models import config_fields as fields
+from edgelm.models.spec import Decoder
 from edgelm.progress import Progress, Silent
 
 __all__ = [
@@ -145,10 +146,18 @@ class Checkpoint(CheckpointFiles):
         if named.head is not None:
             names.check_head(named.head, named.tensors[names.EMBEDDING], read)
         if named.frequencies:
-            theta, head_dim = fields.read_rope_theta(self.config), fields.head_dim(self.config)
             for info in named.frequencies:
-                names.check_frequencies(info, theta, head_dim, read)
+                names.check_frequencies(info, self.decoder, read)
         return named.tensors
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The model that config.json describes.
+
+        Raises:
+            UnsupportedConfigError, CheckpointError: as `Family.spec`.
+        """
+        return self.family.spec(self.config)
 
     @classmethod
     def open(cls, path_or_hub_id: str | Path, progress: Progress | None = None) -> Checkpoint:

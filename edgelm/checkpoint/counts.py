@@ -11,6 +11,7 @@ from edgelm.errors import CheckpointError
 from edgelm.models.config_fields import shortened
 
 _LAYER = re.compile(r"(.*?\blayers)\.(\d+)\.")
+_EXPERT_FIELDS = ("num_experts", "num_local_experts")
 _EXPERT = re.compile(r".*?\bexperts\.(\d+)\.")
 
 
@@ -28,8 +29,9 @@ def check_counts(config: Mapping[str, Any], names: Mapping[str, object], path: P
     layers = {found[2] for name in names if (found := _LAYER.match(name)) is not None}
     experts = {found[1] for name in names if (found := _EXPERT.match(name)) is not None}
     held = {"num_hidden_layers": len(layers)}
+    field_of_experts = next((field for field in _EXPERT_FIELDS if config.get(field) is not None), _EXPERT_FIELDS[0])
     if experts:
-        held["num_experts"] = len(experts)
+        held[field_of_experts] = len(experts)
     for field, count in held.items():
         asked = config.get(field)
         if isinstance(asked, int) and asked > max(count, 1):
@@ -38,9 +40,10 @@ def check_counts(config: Mapping[str, Any], names: Mapping[str, object], path: P
                 f"{count} {'layers' if field == 'num_hidden_layers' else 'experts a layer'}: config.json describes "
                 "another model, or files are missing"
             )
-    asked = [config.get("num_hidden_layers"), config.get("num_experts") or 1]
+    asked = [config.get("num_hidden_layers"), config.get(field_of_experts) or 1]
     if all(isinstance(count, int) for count in asked) and asked[0] * asked[1] > max(len(names), 1):
         raise CheckpointError(
-            f"{path / 'config.json'}: num_hidden_layers {shortened(asked[0])} times num_experts {shortened(asked[1])} "
-            f"are more than the {len(names)} tensors in the weight files: config.json describes another model"
+            f"{path / 'config.json'}: num_hidden_layers {shortened(asked[0])} times {field_of_experts} "
+            f"{shortened(asked[1])} are more than the {len(names)} tensors in the weight files: config.json "
+            "describes another model"
         )

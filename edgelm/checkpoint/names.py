@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from edgelm.checkpoint.safetensors import FLOAT_DTYPES, MAX_TENSORS, TensorInfo, as_float32
 from edgelm.errors import CheckpointError
+from edgelm.models.spec import Decoder
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -185,19 +186,21 @@ def check_head(head: TensorInfo, embedding: TensorInfo, read: Read) -> None:
         )
 
 
-def check_frequencies(info: TensorInfo, theta: float, head_dim: int, read: Read) -> None:
-    """Check that stored rotary frequencies are theta^(-2i / head_dim), as their type rounds them.
+def check_frequencies(info: TensorInfo, decoder: Decoder, read: Read) -> None:
+    """Check that stored rotary frequencies are those of the model, as their type rounds them.
 
     Raises:
         CheckpointError: they are not; says by how much and where.
     """
-    if info.dtype not in FLOAT_DTYPES or info.shape != (head_dim // 2,):
+    attention = decoder.attention[0]
+    head_dim, rope = attention.head_dim, attention.rope
+    if rope is None or info.dtype not in FLOAT_DTYPES or info.shape != (head_dim // 2,):
         raise CheckpointError(
             f"{info.file}: {info.name!r} is {info.dtype} {info.shape}, the rotary frequencies of heads of {head_dim} "
             f"are ({head_dim // 2},): config.json describes another model"
         )
     values = as_float32(read(info, None), info.dtype).astype(np.float64)
-    expected = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    expected = np.asarray(rope.inv_freq)
     allowed = _FREQUENCY_ERROR[info.dtype] * expected + (_HALF_STEP if info.dtype == "F16" else 0.0)
     wrong = ~(np.abs(values - expected) <= allowed)
     if wrong.any():
@@ -205,7 +208,8 @@ def check_frequencies(info: TensorInfo, theta: float, head_dim: int, read: Read)
             apart = np.where(np.isfinite(values), np.abs(values - expected), np.inf)
         place = int(np.argmax(apart))
         raise CheckpointError(
-            f"{info.file}: {info.name!r} differs from the frequencies that rope_theta {theta:g} gives by "
+            f"{info.file}: {info.name!r} differs from the frequencies that config.json gives by "
             f"{apart[place]:.4g} at [{place}] ({values[place]:.6g} for {expected[place]:.6g}): RoPE with stored "
-            "frequencies is not implemented, and transformers ignores them; correct rope_theta, or remove the tensor"
+            "frequencies is not implemented, and transformers ignores them; correct rope_theta or rope_scaling, or "
+            "remove the tensor"
         )

@@ -15,16 +15,18 @@ from torch import Tensor
 
 from edgelm.checkpoint import WeightReader
 from edgelm.evaluation.result import ExpertError, ExpertErrors
+from edgelm.models.spec import Decoder
 from edgelm.quant.source import WeightSource
 
 WORST = 10
-_MATRICES = ("gate_proj", "up_proj", "down_proj")
 
 
 class ExpertProbe:
     """Sums, for every layer and expert, the squared outputs and the squared errors of several targets."""
 
-    def __init__(self, layers: int, experts: int, reference: WeightReader, targets: Sequence[WeightSource]) -> None:
+    def __init__(self, decoder: Decoder, reference: WeightReader, targets: Sequence[WeightSource]) -> None:
+        layers, experts = decoder.num_layers, decoder.num_experts
+        self._decoder = decoder
         self._reference = reference
         self._targets = targets
         self.tokens = np.zeros((layers, experts), np.int64)
@@ -38,9 +40,11 @@ class ExpertProbe:
         self.tokens[layer] += torch.bincount(chosen.flatten(), minlength=self.tokens.shape[1]).numpy()
         if not self._targets:
             return
+        part = self._decoder.moe(layer)
+        assert part is not None
         for expert in np.unique(chosen.numpy()).tolist():
             x = inputs[(chosen == expert).any(-1)]
-            names = [f"model.layers.{layer}.mlp.experts.{expert}.{matrix}.weight" for matrix in _MATRICES]
+            names = [matrix.name for matrix in part.experts[expert].matrices]
             expected = _expert(x, self._reference, names)
             self._energy[layer, expert] += float(expected.double().square().sum())
             for number, source in enumerate(self._targets):

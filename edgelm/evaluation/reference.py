@@ -6,8 +6,7 @@ head is read in blocks of rows for every group of tokens, or kept where it is sm
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,8 +17,9 @@ from edgelm.checkpoint import WeightReader
 from edgelm.evaluation.distances import Comparison, Predictions
 from edgelm.evaluation.experts import ExpertProbe
 from edgelm.evaluation.layers import Trail
+from edgelm.models.spec import Decoder
 from edgelm.progress import Progress, Silent
-from edgelm.reference.hooks import Hooks, head_name
+from edgelm.reference.hooks import Hooks
 from edgelm.reference.kv_cache import Trace
 from edgelm.reference.layerwise import LayerwiseReference
 
@@ -45,7 +45,7 @@ class WeightModel:
 
     def __init__(
         self,
-        config_json: Mapping[str, Any],
+        decoder: Decoder,
         weights: WeightReader,
         windows: Sequence[Ints],
         *,
@@ -59,7 +59,7 @@ class WeightModel:
         """Run the windows, each int64 [T + 1]; the last token is only predicted.
 
         Args:
-            config_json: the checkpoint's.
+            decoder: the checkpoint's.
             weights: where to read tensors.
             windows: all of one length.
             layers: keep a `Trail`.
@@ -74,18 +74,15 @@ class WeightModel:
         """
         stacked = np.stack(windows)
         self.ids, self.following = stacked[:, :-1], stacked[:, 1:].reshape(-1)
-        self._config_json = config_json
-        self.model = LayerwiseReference(config_json, weights, hooks=hooks)
-        config = self.model.config
+        self.model = LayerwiseReference(decoder, weights, hooks=hooks)
         self._logits_bytes = logits_bytes
         self.trail: Trail | None = None
         if layers:
-            active = getattr(config, "num_experts_per_tok", 0)
-            self.trail = Trail(config.num_hidden_layers, self.ids.size, config.hidden_size, active)
+            self.trail = Trail(decoder.num_layers, self.ids.size, decoder.hidden_size, decoder.active_experts)
         self._probe = probe
         visit = self._visit if layers or probe is not None else None
         self.final: Floats32 = self.model.windows(self.ids, visit, progress, label=label).reshape(
-            self.ids.size, config.hidden_size
+            self.ids.size, decoder.hidden_size
         )
 
     def _visit(self, layer: int, first: int, x: Tensor, inputs: Tensor | None, trace: Trace) -> None:
@@ -103,7 +100,7 @@ class WeightModel:
     def compare(self, target: WeightModel, progress: Progress | None = None) -> Comparison:
         """Compare with another model over the same windows, in one pass over both heads."""
         found = Comparison(self.following)
-        with (progress or Silent()).task("logits", self.model.config.vocab_size, unit="steps") as advance:
+        with (progress or Silent()).task("logits", self.model.decoder.vocab_size, unit="steps") as advance:
             mine, theirs = self._blocks(), target._blocks()
             for (rows, expected), (same_rows, logits) in zip(mine, theirs, strict=True):
                 assert rows == same_rows
@@ -126,7 +123,7 @@ class WeightModel:
         """
         found, model = Comparison(self.following), self._with_head()
         first = 0
-        for logits in _grouped(blocks, max(1, self._logits_bytes // (4 * model.config.vocab_size))):
+        for logits in _grouped(blocks, max(1, self._logits_bytes // (4 * model.decoder.vocab_size))):
             final = torch.from_numpy(self.final[first : first + len(logits)])
             if len(final) < len(logits):
                 raise ValueError(f"more logits than the {len(self.final)} tokens")
@@ -140,15 +137,15 @@ class WeightModel:
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Logits of all tokens [N, v] by blocks of the vocabulary."""
         width = max(1, self._logits_bytes // (4 * len(self.final)))
-        self.model.head_block_bytes = 4 * self.model.config.hidden_size * width
+        self.model.head_block_bytes = 4 * self.model.decoder.hidden_size * width
         yield from self.model.head_blocks(torch.from_numpy(self.final))
 
     def _with_head(self) -> LayerwiseReference:
-        config = self.model.config
-        if 4 * config.vocab_size * config.hidden_size > KEEP_HEAD_BYTES:
+        decoder = self.model.decoder
+        if 4 * decoder.vocab_size * decoder.hidden_size > KEEP_HEAD_BYTES:
             return self.model
-        kept = _KeptHead(self.model.weights, head_name(config.tie_word_embeddings))
-        return LayerwiseReference(self._config_json, kept, hooks=self.model.hooks)
+        kept = _KeptHead(self.model.weights, decoder.head.name)
+        return LayerwiseReference(decoder, kept, hooks=self.model.hooks)
 
 
 class _KeptHead:

@@ -143,7 +143,7 @@ def _open_checkpoint(checkpoint: str | Path | None, progress: Progress) -> Check
     opened = Checkpoint.open(checkpoint, progress)
     if stored_recipe(opened.config) is not None:
         raise EdgeLMError(f"{opened.path} is quantised: --checkpoint takes the float model it was made from")
-    opened.check_tensors(opened.family.tensor_shapes(opened.family.config_class.from_dict(opened.config)))
+    opened.check_tensors(opened.decoder.tensor_shapes)
     return opened
 
 
@@ -196,12 +196,11 @@ class _Evaluation:
         from edgelm.evaluation.experts import ExpertProbe
         from edgelm.evaluation.reference import WeightModel
 
-        experts = int(checkpoint.config.get("num_experts") or 0)
-        if self._options.layers and experts:
+        if self._options.layers and checkpoint.decoder.num_experts:
             sources = [target.source for target in self._weight_targets]
-            self._probe = ExpertProbe(int(checkpoint.config["num_hidden_layers"]), experts, checkpoint, sources)
+            self._probe = ExpertProbe(checkpoint.decoder, checkpoint, sources)
         return WeightModel(
-            checkpoint.config,
+            checkpoint.decoder,
             checkpoint,
             self._windows,
             layers=self._options.layers,
@@ -240,7 +239,7 @@ class _Evaluation:
         layers = self._options.layers and self._float is not None
         checkpoint, weights = target.source.checkpoint, target.source.dequantized()
         model = WeightModel(
-            checkpoint.config,
+            checkpoint.decoder,
             weights,
             self._windows,
             layers=layers,

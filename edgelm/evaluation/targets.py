@@ -18,6 +18,7 @@ from edgelm.tokenization.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from edgelm.checkpoint import Checkpoint
+    from edgelm.models.spec import Decoder
     from edgelm.quant.reference import QuantizedActivations
     from edgelm.quant.source import WeightSource
 
@@ -57,7 +58,7 @@ class BundleTarget:
         """The bundle's own."""
         return Tokenizer.from_folder(self.bundle.path)
 
-    def check(self, config: Mapping[str, Any], family: str, checkpoint: Path) -> None:
+    def check(self, decoder: Decoder, checkpoint: Path) -> None:
         """Compare with the float model.
 
         Raises:
@@ -65,11 +66,11 @@ class BundleTarget:
         """
         model = self.bundle.manifest.model
         facts = (
-            ("family", model.family, family),
-            ("layers", model.num_layers, config["num_hidden_layers"]),
-            ("hidden size", model.hidden_size, config["hidden_size"]),
-            ("vocabulary", model.vocab_size, config["vocab_size"]),
-            ("experts", model.num_experts, config.get("num_experts") or 0),
+            ("family", model.family, decoder.family),
+            ("layers", model.num_layers, decoder.num_layers),
+            ("hidden size", model.hidden_size, decoder.hidden_size),
+            ("vocabulary", model.vocab_size, decoder.vocab_size),
+            ("experts", model.num_experts, decoder.num_experts),
         )
         different = [f"{what} {mine}, there {theirs}" for what, mine, theirs in facts if mine != theirs]
         if different:
@@ -129,18 +130,17 @@ class WeightTarget:
         """The checkpoint's."""
         return Tokenizer.from_folder(self.source.checkpoint.path)
 
-    def check(self, config: Mapping[str, Any], family: str, checkpoint: Path) -> None:
+    def check(self, decoder: Decoder, checkpoint: Path) -> None:
         """Compare with the float model.
 
         Raises:
             EdgeLMError: it is another model.
         """
         mine = self.source.checkpoint
-        if mine.family.name == family:
-            read = mine.family.config_class.from_dict
-            if read(mine.config) == read(config):
-                return
-        raise EdgeLMError(f"{mine.path} is not the model of {checkpoint}: their config.json describe different models")
+        if mine.decoder != decoder:
+            raise EdgeLMError(
+                f"{mine.path} is not the model of {checkpoint}: their config.json describe different models"
+            )
 
     def hooks(self) -> QuantizedActivations | None:
         """What rounds the activations and the cache that the recipe names, None where it names none.
@@ -185,7 +185,7 @@ def open_targets(given: Sequence[str | Path], checkpoint: Checkpoint | None) -> 
     targets = [_open(text, name, checkpoint) for text, name in zip(texts, names, strict=True)]
     if checkpoint is not None:
         for target in targets:
-            target.check(checkpoint.config, checkpoint.family.name, checkpoint.path)
+            target.check(checkpoint.decoder, checkpoint.path)
     first = Tokenizer.from_folder(checkpoint.path) if checkpoint is not None else targets[0].tokenizer()
     where = checkpoint.path if checkpoint is not None else texts[0]
     expected = first.fingerprint()

@@ -1,70 +1,62 @@
-"""The reference models, one file each, and the registry that finds a checkpoint's.
+"""The models, one file each, and the registry that finds a checkpoint's.
 
-Importing this needs no torch; the files themselves do, and are imported when asked for.
+A model file has `spec(config_json)`, which gives the `edgelm.models.spec.Decoder` of a config.json, and `KEYS`, the
+fields of config.json that it reads. Nothing else knows a model's name. Importing this needs no torch.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from edgelm.errors import UnsupportedConfigError
+
+if TYPE_CHECKING:
+    from edgelm.models.spec import Decoder
 
 
 @dataclass(frozen=True)
 class Family:
-    """One supported model family: where its file is and what its classes are called.
+    """One supported family of models.
 
     Attributes:
-        name: "olmoe" or "llama", as bundles record it.
+        name: of its file in this package, as bundles record it.
         architecture: what `architectures[0]` of a config.json says.
-        model_type: what `model_type` says; used only when `architectures` is absent.
-        prefix: of the class names in the family's file.
-        file: the module in this package.
+        title: what errors call it.
     """
 
     name: str
     architecture: str
-    model_type: str
-    prefix: str
-    file: str
-
-    def _attribute(self, name: str) -> Any:
-        return getattr(importlib.import_module(f"edgelm.models.{self.file}"), name)
+    title: str
 
     @property
-    def config_class(self) -> Any:
-        """Frozen dataclass with `from_dict(config_json)`."""
-        return self._attribute(f"{self.prefix}Config")
+    def model_type(self) -> str:
+        """What `model_type` of a config.json says."""
+        return self.name
 
     @property
-    def module_class(self) -> Any:
-        """The whole model as a torch module: `Module(config)`, `load_weights(read)`, `forward(ids, cache, trace)`."""
-        return self._attribute(self.prefix)
+    def keys(self) -> frozenset[str]:
+        """The fields of config.json that it reads, besides those about RoPE."""
+        return cast("frozenset[str]", importlib.import_module(f"edgelm.models.{self.name}").KEYS)
 
-    @property
-    def tensor_shapes(self) -> Callable[[Any], dict[str, tuple[int, ...]]]:
-        """Function from a config to the names and shapes of the tensors on disk."""
-        function: Callable[[Any], dict[str, tuple[int, ...]]] = self._attribute("tensor_shapes")
-        return function
+    def spec(self, config_json: Mapping[str, Any]) -> Decoder:
+        """The decoder that a config.json describes.
 
-    @property
-    def layer_from_disk(self) -> Callable[..., Any]:
-        """Function (config, index, read) to one layer as a torch module with weights read by `read(name)`."""
-        function: Callable[..., Any] = self._attribute("layer_from_disk")
-        return function
+        Raises:
+            UnsupportedConfigError: a field changes the arithmetic and is not implemented, or is unknown.
+            CheckpointError: a field is missing or impossible.
+        """
+        from edgelm.models.unsupported_fields import check_fields
 
-    @property
-    def norm_class(self) -> Any:
-        """The model's RMSNorm module: `RMSNorm(size, eps)` with one `weight`."""
-        return self._attribute("RMSNorm")
+        check_fields(config_json, self.title, self.keys)
+        return cast("Decoder", importlib.import_module(f"edgelm.models.{self.name}").spec(config_json))
 
 
 FAMILIES = (
-    Family("olmoe", "OlmoeForCausalLM", "olmoe", "Olmoe", "olmoe"),
-    Family("llama", "LlamaForCausalLM", "llama", "Fox", "fox"),
+    Family("olmoe", "OlmoeForCausalLM", "OLMoE"),
+    Family("llama", "LlamaForCausalLM", "Llama"),
 )
 
 FORMER_NAMES = {"fox": "llama"}
@@ -87,3 +79,8 @@ def family(config_json: Mapping[str, Any]) -> Family:
             return candidate
     known = ", ".join(getattr(candidate, field) for candidate in FAMILIES)
     raise UnsupportedConfigError(f"config.json: {field} {wanted!r} is not supported; EdgeLM knows {known}")
+
+
+def decoder(config_json: Mapping[str, Any]) -> Decoder:
+    """The decoder that a config.json describes, whatever its family. Raises as `family` and `Family.spec`."""
+    return family(config_json).spec(config_json)

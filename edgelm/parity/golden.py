@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgelm.devices import allowed_cores
 from edgelm.errors import ParityError
+from edgelm.models.spec import Decoder, Matrix
 from edgelm.parity.pack import (
     PROBES,
     TOP,
@@ -71,9 +72,9 @@ class GoldenOptions:
             return cls(greedy_tokens=greedy_tokens)
         return cls(load_prompts(prompts_file), greedy_tokens, max_prompt_tokens=MAX_PROMPT_TOKENS_OWN)
 
-    def resolved(self, config: Any) -> GoldenOptions:
+    def resolved(self, decoder: Decoder) -> GoldenOptions:
         """These options with every None replaced by what suits the model's size."""
-        big = weight_count(config) >= BIG
+        big = weight_count(decoder) >= BIG
         tokens, prompts, length = self.greedy_tokens, self.greedy_prompts, self.max_prompt_tokens
         if tokens is None:
             tokens = GREEDY_TOKENS_BIG if big else GREEDY_TOKENS
@@ -83,11 +84,11 @@ class GoldenOptions:
             length = MAX_PROMPT_TOKENS_BIG if big else MAX_PROMPT_TOKENS
         return replace(self, greedy_tokens=tokens, greedy_prompts=prompts, max_prompt_tokens=length)
 
-    def rounded_prompts(self, config: Any) -> int:
+    def rounded_prompts(self, decoder: Decoder) -> int:
         """How many prompts, from the first, are also run with activations rounded: of a big model the continued ones,
         which are a tenth of the arithmetic, or one.
         """
-        return max(1, self.resolved(config).greedy_prompts or 0) if weight_count(config) >= BIG else len(self.prompts)
+        return max(1, self.resolved(decoder).greedy_prompts or 0) if weight_count(decoder) >= BIG else len(self.prompts)
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,8 @@ class DeviceRounding:
         blocks, kv = self.blocks, self.kv
 
         class Rounding(Hooks):
-            def inputs(self, name: str, x: Any) -> Any:
-                return int8_blocks(x, blocks[name]) if name in blocks else x
+            def inputs(self, matrix: Matrix, x: Any) -> Any:
+                return int8_blocks(x, blocks[matrix.name]) if matrix.name in blocks else x
 
             def cached(self, layer: int, keys: Any, values: Any) -> tuple[Any, Any]:
                 return round_cache(keys, values, kv)
@@ -124,24 +125,24 @@ class DeviceRounding:
         return Rounding()
 
 
-def weight_count(config: Any) -> int:
+def weight_count(decoder: Decoder) -> int:
     """Weights of a model, roughly: tables, attention as four square matrices, and the feed-forward blocks."""
-    blocks = 3 * config.intermediate_size * max(getattr(config, "num_experts", 1), 1) + 4 * config.hidden_size
-    return int(config.hidden_size * (2 * config.vocab_size + config.num_hidden_layers * blocks))
+    blocks = 3 * decoder.feed_forward_width * max(decoder.num_experts, 1) + 4 * decoder.hidden_size
+    return decoder.hidden_size * (2 * decoder.vocab_size + decoder.num_layers * blocks)
 
 
-def golden_tokens(options: GoldenOptions, tokenizer: Tokenizer, config: Any) -> int:
+def golden_tokens(options: GoldenOptions, tokenizer: Tokenizer, decoder: Decoder) -> int:
     """An upper bound of the positions a sweep holds, which decides how much memory making a pack takes."""
     continued = GREEDY_TOKENS if options.greedy_tokens is None else options.greedy_tokens
     longest = MAX_PROMPT_TOKENS if options.max_prompt_tokens is None else options.max_prompt_tokens
     lengths = [min(len(tokenizer.encode(prompt.text)), longest) + continued for prompt in options.prompts]
-    return sum(lengths) + sum(lengths[: options.rounded_prompts(config)])
+    return sum(lengths) + sum(lengths[: options.rounded_prompts(decoder)])
 
 
 def make_pack(
     reference: WeightReader,
     quantized: WeightReader | None,
-    config_json: Mapping[str, Any],
+    decoder: Decoder,
     tokenizer: Tokenizer,
     options: GoldenOptions,
     progress: Progress | None = None,
@@ -153,7 +154,7 @@ def make_pack(
     Args:
         reference: the checkpoint's own weights.
         quantized: the weights the bundle computes with, dequantised; None when they are the checkpoint's own.
-        config_json: the checkpoint's config.json.
+        decoder: the checkpoint's model.
         tokenizer: the checkpoint's tokenizer.
         options: prompts and sizes.
         progress: where to report sweeps.
@@ -168,10 +169,10 @@ def make_pack(
     from edgelm.reference.layerwise import LayerwiseReference
     from edgelm.reference.matmul import reproducible
 
-    model = LayerwiseReference(config_json, reference)
-    options = options.resolved(model.config)
+    model = LayerwiseReference(decoder, reference)
+    options = options.resolved(decoder)
     assert options.greedy_tokens is not None
-    ids = _prompt_ids(tokenizer, options, model.config.max_position_embeddings)
+    ids = _prompt_ids(tokenizer, options, decoder.context_length)
     continued = (options.greedy_prompts or 0) if options.greedy_tokens else 0
     if rounding is not None and rounding.is_exact:
         rounding = None
@@ -183,8 +184,8 @@ def make_pack(
         run = _float_run(model, ids, options.greedy_tokens, continued, share)
         target = rounded = None
         if again:
-            count = options.rounded_prompts(model.config)
-            target, rounded = _quantized_run(config_json, reference, quantized, run, rounding, count, share)
+            count = options.rounded_prompts(decoder)
+            target, rounded = _quantized_run(decoder, reference, quantized, run, rounding, count, share)
     return ParityPack(
         prompts=_golden_prompts(options.prompts, ids, run, tokenizer),
         ids=np.concatenate(run.fed).astype(np.int32),
@@ -237,7 +238,7 @@ def _golden_prompts(
 def _float_run(
     model: LayerwiseReference, ids: list[NDArray[np.int64]], greedy: int, continued: int, progress: Progress
 ) -> _FloatRun:
-    vocab = model.config.vocab_size
+    vocab = model.decoder.vocab_size
     probes = probe_ids(vocab, PROBES)
     top = min(TOP, vocab)
     # The token after each position; 0 where the text does not say (only positions of the text use it).
@@ -273,7 +274,7 @@ def _float_run(
 
 
 def _quantized_run(
-    config_json: Mapping[str, Any],
+    decoder: Decoder,
     reference: WeightReader,
     quantized: WeightReader | None,
     run: _FloatRun,
@@ -294,14 +295,14 @@ def _quantized_run(
     hooks = None
     if rounding is not None:
         hooks = LaterRows(rounding.hooks(), [len(ids) for ids in fed], len(exact))
-    model = LayerwiseReference(config_json, reference if quantized is None else quantized, hooks=hooks)
+    model = LayerwiseReference(decoder, reference if quantized is None else quantized, hooks=hooks)
     result = model.step(fed, None, trace=True, progress=progress)
     starts = np.cumsum([0, *(len(ids) for ids in run.fed)])
     wanted = [run.top_ids[start : start + len(ids)] for start, ids in zip(starts, run.fed, strict=False)]
     after = run.next_ids
     if len(fed) != len(run.fed):
         wanted, after = ([*items[: len(exact)], *items[: len(fed) - len(exact)]] for items in (wanted, after))
-    chunks = _chunks(result, min(2, model.config.vocab_size), run.probes, after, wanted)
+    chunks = _chunks(result, min(2, model.decoder.vocab_size), run.probes, after, wanted)
     assert all(chunk.extra.shape[1] == run.top_ids.shape[1] for chunk in chunks)
     plain, later = chunks[: len(exact)], chunks[len(exact) :]
     record = _join(plain, [chunk.extra for chunk in plain]) if plain else None
@@ -385,7 +386,7 @@ def _chunks(
         asked.append(np.concatenate(columns, axis=1).astype(np.int64))
     tops, gathered = result.topk(k, asked)
     assert gathered is not None
-    signs = torch.from_numpy(sign_matrix(result.reference.config.hidden_size))
+    signs = torch.from_numpy(sign_matrix(result.reference.decoder.hidden_size))
     chunks = []
     for sequence, top, found in zip(result.sequences, tops, gathered, strict=True):
         hidden = np.stack(sequence.hidden)

@@ -43,7 +43,7 @@ def recomputed_pack(bundle: Bundle, stored: ParityPack, checkpoint: Path | str, 
         max_prompt_tokens=max(prompt.length for prompt in stored.prompts),
     )
     reference, quantized = references(source, bundle.manifest.dtype)
-    return make_pack(reference, quantized, opened.config, Tokenizer.from_folder(opened.path), options, progress)
+    return make_pack(reference, quantized, opened.decoder, Tokenizer.from_folder(opened.path), options, progress)
 
 
 def references(
@@ -73,7 +73,8 @@ def _is_rounded(source: WeightSource, name: str, dtype: str) -> bool:
     # Vectors and the router are stored in float32 whatever is asked for.
     if dtype == "float32" or source.scheme(name) is not None:
         return False
-    if len(source.shape(name)) < 2 or name.endswith(".mlp.gate.weight"):
+    matrix = source.checkpoint.decoder.matrices.get(name)
+    if matrix is None or matrix.role == "router":
         return False
     return source.checkpoint.info(name).dtype != {"float16": "F16", "bfloat16": "BF16"}[dtype]
 

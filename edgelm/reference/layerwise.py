@@ -2,7 +2,7 @@
 
 One sweep reads every layer once and advances several sequences, of different lengths, through it. In memory at any
 time: one layer's attention weights, the weights of one expert, one block of rows of the head. Experts that no token
-chose are not read at all. The arithmetic is that of the model files: their own modules do the work.
+chose are not read at all. `edgelm.reference.interpreter` does the arithmetic.
 
 Shape letters: N tokens of all sequences together, T of one sequence, D hidden, E experts, A active experts,
 V vocabulary, L layers.
@@ -10,7 +10,7 @@ V vocabulary, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from edgelm.checkpoint import WeightReader
 from edgelm.errors import ContextLengthError
-from edgelm.models import family
+from edgelm.models.spec import Attention, Block, Decoder
 from edgelm.progress import Progress, Silent
-from edgelm.reference.hooks import Hooks, head_name, hook_layer
+from edgelm.reference.hooks import Hooks
+from edgelm.reference.interpreter import Interpreter
 from edgelm.reference.kv_cache import KVCache, Trace
 from edgelm.reference.matmul import linear
 
@@ -122,33 +123,63 @@ class LayerwiseResult:
             yield rows, [part.numpy() for part in torch.split(block, lengths)]
 
 
+class LayerWeights:
+    """Reads the weights of one layer when they are first needed and keeps them, but for those of experts.
+
+    Args:
+        decoder: the model.
+        layer: whose experts are read again whenever they are asked for.
+        read: gives a tensor, float32.
+    """
+
+    def __init__(self, decoder: Decoder, layer: int, read: Callable[[str], Floats]) -> None:
+        self._read = read
+        self._kept: dict[str, Tensor] = {}
+        moe = decoder.moe(layer)
+        self._experts = frozenset(() if moe is None else (m.name for m in moe.matrices if m.expert is not None))
+
+    def __call__(self, name: str) -> Tensor:
+        """The tensor of that name."""
+        if name in self._kept:
+            return self._kept[name]
+        # Taken over, not copied: a sweep over a big model is bound by memory.
+        tensor = torch.from_numpy(self._read(name))
+        if name not in self._experts:
+            self._kept[name] = tensor
+        return tensor
+
+    def replace(self, name: str, tensor: Tensor) -> None:
+        """Let another tensor take the place of one."""
+        self._kept[name] = tensor
+
+
 class LayerwiseReference:
-    """The reference of a checkpoint of either family, reading weights as it goes."""
+    """The reference of a checkpoint, reading weights as it goes."""
 
     def __init__(
         self,
-        config_json: Mapping[str, Any],
+        decoder: Decoder,
         weights: WeightReader,
         *,
         head_block_bytes: int = HEAD_BLOCK_BYTES,
         hooks: Hooks | None = None,
     ) -> None:
-        """Take the config.json and where to read tensors from; nothing is read yet.
+        """Take the spec and where to read tensors from; nothing is read yet.
 
         `hooks` see, and may change, what each matrix multiplies and what is cached.
-
-        Raises:
-            UnsupportedConfigError, CheckpointError: the config is of no supported model.
         """
-        self.family = family(config_json)
-        self.config = self.family.config_class.from_dict(config_json)
+        self.decoder = decoder
         self.weights = weights
         self.head_block_bytes = head_block_bytes
         self.hooks = hooks
 
     def new_state(self) -> SequenceState:
         """A sequence of no positions."""
-        return SequenceState(KVCache(self.config.num_hidden_layers))
+        return SequenceState(KVCache(self.decoder.num_layers))
+
+    def layer(self, index: int) -> Interpreter:
+        """What computes layer number `index`, its weights read from the disk."""
+        return Interpreter(self.decoder, LayerWeights(self.decoder, index, self.weights.read_float32), self.hooks)
 
     @torch.no_grad()
     def step(
@@ -190,18 +221,15 @@ class LayerwiseReference:
         lengths = [len(sequence) for sequence in ids]
         x = self._embed(np.concatenate(ids))  # [N, D]
         kept = Trace(hidden=[x])
-        with progress.task("reference layers", self.config.num_hidden_layers, unit="steps") as advance:
-            for index in range(self.config.num_hidden_layers):
-                layer = self.family.layer_from_disk(self.config, index, self.weights.read_float32)
-                if self.hooks is not None:
-                    hook_layer(layer, index, self.hooks)
-                projected = layer.self_attn.project(layer.input_layernorm(x))
-                mixed = [
-                    layer.self_attn.attend(q[None], k[None], v[None], state.cache, index)[0]
-                    for q, k, v, state in zip(*(torch.split(p, lengths) for p in projected), states, strict=True)
-                ]
-                x = x + layer.self_attn.o_proj(torch.cat(mixed))
-                x = x + layer.mlp(layer.post_attention_layernorm(x), kept if trace else None)
+        caches = [state.cache for state in states]
+        with progress.task("reference layers", self.decoder.num_layers, unit="steps") as advance:
+            for index, blocks in enumerate(self.decoder.layers):
+                run = self.layer(index)
+                for block in blocks:
+                    if isinstance(block.part, Attention):
+                        x = run.attend_apart(block, x, caches, lengths)
+                    else:
+                        x = run.block(block, x, None, kept if trace else None)
                 if trace:
                     kept.hidden.append(x)
                 if self.hooks is not None:
@@ -234,17 +262,12 @@ class LayerwiseReference:
         if visit is not None:
             for start in starts:
                 visit(-1, start, x[start : start + together], None, Trace())
-        with (progress or Silent()).task(label, self.config.num_hidden_layers * len(ids), unit="steps") as advance:
-            for index in range(self.config.num_hidden_layers):
-                layer = self.family.layer_from_disk(self.config, index, self.weights.read_float32)
-                if self.hooks is not None:
-                    hook_layer(layer, index, self.hooks)
-                inputs: list[Tensor] = []
-                layer.mlp.register_forward_pre_hook(lambda _module, given, kept=inputs: kept.append(given[0]))
+        with (progress or Silent()).task(label, self.decoder.num_layers * len(ids), unit="steps") as advance:
+            for index, blocks in enumerate(self.decoder.layers):
+                run = self.layer(index)
                 for start in starts:
                     part, trace = slice(start, start + together), Trace()
-                    x[part] = layer(x[part], None, index, trace)
-                    entered = inputs.pop()
+                    x[part], entered = _through(run, blocks, x[part], trace)
                     if visit is not None:
                         visit(index, start, x[part], entered, trace)
                     advance(len(x[part]))
@@ -254,24 +277,24 @@ class LayerwiseReference:
 
     def _bytes_per_token(self) -> int:
         """What a layer computes for one token, roughly: the feed-forward block's rows, gathered, computed, weighted."""
-        active = getattr(self.config, "num_experts_per_tok", 1)
-        return int(4 * (3 * active * self.config.hidden_size + 3 * self.config.intermediate_size))
+        active = max(1, self.decoder.active_experts)
+        return 4 * (3 * active * self.decoder.hidden_size + 3 * self.decoder.feed_forward_width)
 
     def _final_norm(self, x: Tensor) -> Tensor:
-        norm = self.family.norm_class(self.config.hidden_size, self.config.rms_norm_eps)
-        norm.weight.copy_(torch.from_numpy(self.weights.read_float32("model.norm.weight")))
-        out: Tensor = norm(x)
-        return out
+        def read(name: str) -> Tensor:
+            return torch.from_numpy(self.weights.read_float32(name))
+
+        return Interpreter(self.decoder, read).norm(self.decoder.norm, x)
 
     def _check(self, ids: Sequence[Ints] | Ints, states: Sequence[SequenceState]) -> None:
         if not len(ids) or len(ids) != len(states):
             raise ValueError(f"{len(ids)} sequences and {len(states)} states: expected as many, and at least one")
-        limit = self.config.max_position_embeddings
+        limit = self.decoder.context_length
         for i, (sequence, state) in enumerate(zip(ids, states, strict=True)):
             if sequence.ndim != 1 or not len(sequence):
                 raise ValueError(f"sequence {i} has the shape {sequence.shape}; expected [T] with T >= 1")
-            if sequence.min() < 0 or sequence.max() >= self.config.vocab_size:
-                raise ValueError(f"sequence {i} has a token outside the vocabulary of {self.config.vocab_size}")
+            if sequence.min() < 0 or sequence.max() >= self.decoder.vocab_size:
+                raise ValueError(f"sequence {i} has a token outside the vocabulary of {self.decoder.vocab_size}")
             if state.length + len(sequence) > limit:
                 raise ContextLengthError(
                     f"sequence {i} would have {state.length + len(sequence)} tokens; the model's context holds {limit}"
@@ -280,26 +303,26 @@ class LayerwiseReference:
     def _embed(self, ids: Ints) -> Tensor:
         """Rows [N, D] of the embedding table, each needed one read once."""
         wanted, places = np.unique(ids, return_inverse=True)
-        rows = [self.weights.read_float32("model.embed_tokens.weight", slice(int(i), int(i) + 1)) for i in wanted]
+        rows = [self.weights.read_float32(self.decoder.embed.name, slice(int(i), int(i) + 1)) for i in wanted]
         return torch.from_numpy(np.concatenate(rows)[places])
 
     def head_blocks(self, final: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Logits of `final` [N, D] as (range of tokens, [N, tokens in the range]), from the first token to the last."""
-        name = head_name(self.config.tie_word_embeddings)
+        head = self.decoder.head
         if self.hooks is not None:
-            final = self.hooks.inputs(name, final)
-        size = max(1, self.head_block_bytes // (4 * self.config.hidden_size))
-        for start in range(0, self.config.vocab_size, size):
-            rows = slice(start, min(start + size, self.config.vocab_size))
-            yield rows, linear(final, torch.from_numpy(self.weights.read_float32(name, rows)))
+            final = self.hooks.inputs(head, final)
+        size = max(1, self.head_block_bytes // (4 * self.decoder.hidden_size))
+        for start in range(0, self.decoder.vocab_size, size):
+            rows = slice(start, min(start + size, self.decoder.vocab_size))
+            yield rows, linear(final, torch.from_numpy(self.weights.read_float32(head.name, rows)))
 
     @torch.no_grad()
     def top_logits(
         self, finals: Sequence[Floats], k: int, gather: Sequence[Ints] | None = None
     ) -> tuple[list[TopLogits], list[Floats] | None]:
         """`LayerwiseResult.topk` for normed residual streams [T, D] from anywhere, in one pass over the head."""
-        if not 1 <= k <= self.config.vocab_size:
-            raise ValueError(f"k is {k}; expected 1 to the vocabulary's {self.config.vocab_size}")
+        if not 1 <= k <= self.decoder.vocab_size:
+            raise ValueError(f"k is {k}; expected 1 to the vocabulary's {self.decoder.vocab_size}")
         lengths = [len(final) for final in finals]
         final = torch.from_numpy(np.concatenate(finals))  # [N, D]
         values = torch.empty(len(final), 0)
@@ -325,6 +348,17 @@ class LayerwiseReference:
         if found is None or gather is None:
             return tops, None
         return tops, [f[:, : g.shape[1]].numpy() for f, g in zip(torch.split(found, lengths), gather, strict=True)]
+
+
+def _through(run: Interpreter, blocks: Sequence[Block], x: Tensor, trace: Trace) -> tuple[Tensor, Tensor]:
+    """The residual stream [n, T, D] after a layer, and the input of its feed-forward part."""
+    entered = x
+    for block in blocks:
+        y = run.norm(block.before, x)
+        if not isinstance(block.part, Attention):
+            entered = y
+        x = x + run.norm(block.after, run.part(block.part, y, block.layer, None, trace))
+    return x, entered
 
 
 def _same_width(gather: Sequence[Ints], lengths: Sequence[int]) -> Ints:

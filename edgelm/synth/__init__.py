@@ -26,7 +26,8 @@ from edgelm.checkpoint.writer import ShardedWriter, TensorSpec, float32_to_bf16
 from edgelm.checkpoint.written import CHECKPOINT
 from edgelm.errors import CheckpointError, EdgeLMError
 from edgelm.files import atomic_directory
-from edgelm.models import family
+from edgelm.models import decoder, family
+from edgelm.models.spec import Decoder
 from edgelm.progress import Progress, Silent
 from edgelm.sizes import format_size
 from edgelm.synth import tokenizer as synth_tokenizer
@@ -119,28 +120,27 @@ def _random_blocks(seed: int, name: str, count: int, table: NDArray[Any]) -> Ite
         yield np.take(table, index, mode="clip")
 
 
-def _distribution(name: str, shape: tuple[int, ...], hidden: int, layers: int) -> tuple[float, float]:
+def _distribution(model: Decoder, name: str) -> tuple[float, float]:
     """Mean and standard deviation of a tensor.
 
     0.02 at the published width and in proportion to 1/sqrt(width) elsewhere, so that router logits and attention
     scores have the same spread in small models; projections back into the residual stream are divided by
     sqrt(2 * layers), as initialisations do, so that the stream does not grow with depth.
     """
-    if len(shape) == 1:
-        return 1.0, 0.05
-    std = 0.02 * math.sqrt(2048 / hidden)
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
-        std /= math.sqrt(2 * layers)
+    if name not in model.matrices:
+        return (0.0, 0.02) if name.endswith(".bias") else (1.0, 0.05)
+    std = 0.02 * math.sqrt(2048 / model.hidden_size)
+    if model.matrices[name].role in ("o", "down"):
+        std /= math.sqrt(2 * model.num_layers)
     return 0.0, std
 
 
 def _write_weights(
     config: Mapping[str, Any], folder: Path, seed: int, shard_bytes: int | None, dtype: str, progress: Progress
 ) -> None:
-    kind = family(config)
-    shapes = kind.tensor_shapes(kind.config_class.from_dict(config))
+    model = decoder(config)
+    shapes = model.tensor_shapes
     specs = {name: TensorSpec(dtype, shape) for name, shape in shapes.items()}
-    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     total = sum(spec.nbytes for spec in specs.values())
     free = shutil.disk_usage(folder).free
     if free < total + DISK_RESERVE:
@@ -149,7 +149,7 @@ def _write_weights(
         )
     with ShardedWriter(folder, specs, shard_bytes) as writer, progress.task("write weights", total) as advance:
         for name, shape in shapes.items():
-            table = _table(*_distribution(name, shape, hidden, layers), dtype)
+            table = _table(*_distribution(model, name), dtype)
             done = 0
             for block in _random_blocks(seed, name, math.prod(shape), table):
                 writer.write_flat(name, done, block)

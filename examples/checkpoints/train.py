@@ -27,17 +27,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))  # the two modules beside this script
+sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this script
 
 from corpus import read_corpus
+from router_losses import load_balancing_loss, router_z_loss
 from vocabularies import FOX_TOKENS, OLMOE_TOKENS, Encode, fox_tokenizer, olmoe_tokenizer, write_json
 
 from edgelm.checkpoint.written import CHECKPOINT
 from edgelm.files import atomic_directory
-from edgelm.models import family
-from edgelm.models.olmoe import load_balancing_loss, router_z_loss
+from edgelm.models import decoder as decoder_of
 from edgelm.places import check_place
 from edgelm.reference.kv_cache import Trace
+from edgelm.reference.module import ReferenceModel
 
 OLMOE_TINY: dict[str, Any] = {
     "architectures": ["OlmoeForCausalLM"],
@@ -142,14 +143,13 @@ def batch(corpus: Corpus, length: int, generator: torch.Generator) -> Tensor:
     return ids
 
 
-def init_weights(model: nn.Module, layers: int, generator: torch.Generator) -> None:
+def init_weights(model: ReferenceModel, generator: torch.Generator) -> None:
     """Normal, 1/sqrt(inputs) wide; what writes into the residual stream is scaled by 1/sqrt(2 L); norms stay one."""
-    for name, weight in model.named_parameters():
-        if weight.dim() > 1:
-            std = 0.02 if "embed_tokens" in name or "mlp.gate.weight" in name else weight.shape[-1] ** -0.5
-            if "o_proj" in name or "down_proj" in name:
-                std /= math.sqrt(2 * layers)
-            nn.init.normal_(weight, std=std, generator=generator)
+    for matrix in model.decoder.matrices.values():
+        std = 0.02 if matrix.role in ("embedding", "router") else matrix.columns**-0.5
+        if matrix.role in ("o", "down"):
+            std /= math.sqrt(2 * model.decoder.num_layers)
+        nn.init.normal_(model.read(matrix.name), std=std, generator=generator)
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -354,15 +354,14 @@ def main() -> None:
         encode = make(texts, Path(scratch))
         corpus = build_corpus(encode, texts, held_out_texts, None if options.name == "olmoe-tiny" else 2)
         print(f"{len(corpus.training):,} tokens to train on, {len(corpus.held_out):,} held out", flush=True)
-        found = family(config_json)
-        config = found.config_class.from_dict(config_json)
-        model: nn.Module = found.module_class(config)
-        init_weights(model, config.num_hidden_layers, torch.Generator().manual_seed(0))
+        decoder = decoder_of(config_json)
+        model = ReferenceModel(decoder)
+        init_weights(model, torch.Generator().manual_seed(0))
         phases: list[Phase] = []
         if options.resume:
             restore(model, out)
             phases = [Phase(**phase) for phase in json.loads((out / "training.json").read_text(encoding="utf-8"))]
-        active = getattr(config, "num_experts_per_tok", 0)
+        active = decoder.active_experts
         files = sorted(Path(scratch).iterdir())
         start = time.monotonic()
 

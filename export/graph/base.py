@@ -1,4 +1,4 @@
-"""What the layers of both flavours are built from: the graph, the planned weights and the checkpoint's tensors."""
+"""What the layers of every operator set are built from: the graph, the planned weights and the checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from edgelm.errors import CheckpointError, ExportError
 from edgelm.export.graph.onnx_builder import GraphBuilder
 from edgelm.export.packing.contents import Held, array
 from edgelm.export.packing.weights_file import SlotWriter, WeightsPlan
+from edgelm.models.spec import Matrix, Rope
 from edgelm.progress import Advance
 from edgelm.quant.source import WeightSource
 from edgelm.sizes import format_size
@@ -43,6 +44,9 @@ class LayerOps:
         self.plan = plan
         self.source = source
         self.dtype = dtype
+        self._tables: dict[Rope, tuple[str, str]] = {}
+        self.vectors = "float32"
+        """The type of norms' weights and biases."""
         self.rounded: dict[str, int] = {}
         """Matrices whose inputs the device rounds to int8, and in blocks of how many columns."""
 
@@ -65,16 +69,16 @@ class LayerOps:
             first += count
 
     def vector(self, name: str, layer: int | None) -> str:
-        """A float32 vector of the checkpoint (a norm's weight)."""
-        shape, dtype = self.source.shape(name), STORAGE["float32"]
+        """A vector of the checkpoint (a norm's weight), or a small matrix that stays float32 (a router's)."""
+        shape, dtype = self.source.shape(name), STORAGE[self.vectors]
         slot = self.plan.slot(name, shape, dtype, layer, array(shape, dtype, self.held(name)))
 
         def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
-            writers[0].append(self.source.float32(name))
+            writers[0].append(stored_as(self.source.float32(name), self.vectors, name))
             advance(self.nbytes(name))
 
         self.plan.job([slot], fill)
-        return self.graph.weight(slot)
+        return self.graph.weight(slot, bf16=slot.dtype == np.uint16)
 
     def computed(self, name: str, value: NDArray[np.float32]) -> str:
         """A float32 tensor that is computed here (the rotary tables)."""
@@ -82,20 +86,50 @@ class LayerOps:
         self.plan.job([slot], lambda writers, advance: writers[0].append(value))
         return self.graph.weight(slot)
 
-    def rotary(self, length: int, head_dim: int, theta: float) -> tuple[str, str]:
-        """The cos and sin tables [length, head_dim / 2] of rotary positions.
+    def stacked_vector(self, names: Sequence[str], stem: str, layer: int | None) -> str:
+        """Vectors of the checkpoint (biases of matrices that are one matmul) as one."""
+        if self.graph.has(stem):
+            return stem
+        size, dtype = sum(self.source.shape(name)[0] for name in names), STORAGE[self.vectors]
+        slot = self.plan.slot(stem, (size,), dtype, layer, array((size,), dtype, self.held(*names)))
+
+        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+            for name in names:
+                writers[0].append(stored_as(self.source.float32(name), self.vectors, name))
+                advance(self.nbytes(name))
+
+        self.plan.job([slot], fill)
+        return self.graph.weight(slot, bf16=slot.dtype == np.uint16)
+
+    def bias(self, matrices: Sequence[Matrix], out: str) -> str:
+        """The biases of matrices that are one matmul named `out`; "" where they have none."""
+        names = [matrix.bias for matrix in matrices if matrix.bias is not None]
+        if not names:
+            return ""
+        assert len(names) == len(matrices), "all of them have a bias or none"
+        return self.stacked_vector(names, f"{out}.bias", matrices[0].layer)
+
+    def rotary(self, rope: Rope | None, length: int, head_dim: int) -> tuple[str, str]:
+        """The cos and sin tables [length, head_dim / 2] of rotary positions, one pair for all layers that share it.
+
+        A layer without RoPE has a table of angles of zero.
 
         Raises:
             CheckpointError: they would take more than a gigabyte.
         """
+        rope = rope or Rope((0.0,) * (head_dim // 2))
+        if rope in self._tables:
+            return self._tables[rope]
         nbytes = 4 * length * head_dim
         if nbytes > MAX_TABLE_BYTES:
             raise CheckpointError(
                 f"config.json: max_position_embeddings {length} needs tables of positions of {format_size(nbytes)} (at "
                 f"most {format_size(MAX_TABLE_BYTES)}): lower it to the context that the device is to hold"
             )
-        cos, sin = rotary_tables(length, head_dim, theta)
-        return self.computed("rope.cos", cos), self.computed("rope.sin", sin)
+        cos, sin = rotary_tables(rope, length)
+        stem = f"rope.{len(self._tables)}" if self._tables else "rope"
+        self._tables[rope] = (self.computed(f"{stem}.cos", cos), self.computed(f"{stem}.sin", sin))
+        return self._tables[rope]
 
 
 def stored_as(values: NDArray[np.float32], dtype: str, name: str) -> NDArray[np.generic]:
@@ -115,14 +149,9 @@ def stored_as(values: NDArray[np.float32], dtype: str, name: str) -> NDArray[np.
     return half
 
 
-def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """cos and sin [length, head_dim / 2] of rotate-half RoPE (Su et al. 2021, arXiv 2104.09864, section 3.4.2).
+def rotary_tables(rope: Rope, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """cos and sin [length, head_dim / 2] of rotate-half RoPE, equal to the reference's to the last bit."""
+    from edgelm.reference.interpreter import half_rotary_table
 
-    Angles are float32 products of float32 inverse frequencies, as the reference computes them, so that both agree to
-    the last bit at every position.
-    """
-    import torch
-
-    inverse = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
-    angles = torch.outer(torch.arange(length, dtype=torch.int64).float(), inverse)
-    return angles.cos().numpy(), angles.sin().numpy()
+    cos, sin = half_rotary_table(rope, 0, length)
+    return cos.numpy(), sin.numpy()

@@ -39,6 +39,7 @@ from edgelm.export.packing.gpu import (
 )
 from edgelm.export.packing.weights_file import BLOCK_WEIGHTS, SlotWriter, WeightsPlan
 from edgelm.export.tensorrt import activations as gpu_activations
+from edgelm.models.spec import Attention, Decoder, Matrix, MoE, Norm
 from edgelm.progress import Advance
 from edgelm.quant.source import WeightSource
 from edgelm.runtimes.cuda.program import Attribute, Node, Program, Value, Weight, matrix_attrs
@@ -60,8 +61,7 @@ class GpuDecoder(LayerOps):
         source: the checkpoint's tensors, quantised as the recipe says.
         dtype: "bfloat16" or "float16": how matrices that stay unquantised are stored, and the activations.
         info: the model's shapes.
-        epsilon: of every norm.
-        rope_theta: base of the rotary positions.
+        decoder: the model.
         kv: type of the cache that a runtime allocates unless told otherwise.
     """
 
@@ -72,13 +72,13 @@ class GpuDecoder(LayerOps):
         source: WeightSource,
         dtype: str,
         info: ModelInfo,
-        epsilon: float,
-        rope_theta: float,
+        decoder: Decoder,
         kv: str,
     ) -> None:
         super().__init__(graph, plan, source, dtype)
         self.info = info
-        self.epsilon = epsilon
+        self.decoder = decoder
+        self.epsilon = decoder.norm.eps
         self.activation = ACTIVATIONS[dtype]
         self.debug_outputs: list[tuple[str, Dims]] = []
         self.values: dict[str, Value] = {}
@@ -92,8 +92,7 @@ class GpuDecoder(LayerOps):
             graph.input(f"past_key_values.{i}.key", TensorProto.UINT8, cache)
             graph.input(f"past_key_values.{i}.value", TensorProto.UINT8, cache)
         # Caches are of a multiple of 64 tokens, and every place in one has a position.
-        positions = -(-info.context_length // 64) * 64
-        self._cos, self._sin = self.rotary(positions, info.head_dim, rope_theta)
+        self._positions = -(-info.context_length // 64) * 64
         graph.output("logits", TensorProto.FLOAT, ["batch_size", 1, info.vocab_size])
         for i in range(info.num_layers):
             graph.output(f"present.{i}.key", TensorProto.UINT8, cache)
@@ -101,8 +100,11 @@ class GpuDecoder(LayerOps):
 
     # -- layers ----------------------------------------------------------------------------------------------------
 
-    def embedding(self, name: str) -> str:
+    def embedding(self, table: Matrix) -> str:
         """The residual stream's start, `hidden.0`."""
+        # Before any layer's weights, as it is shared by them; further tables follow where a layer asks for one.
+        self.rotary(self.decoder.attention[0].rope, self._positions, self.info.head_dim)
+        name = table.name
         matrix = self._matrix([name], name, None)
         out = self._value(self.hidden(0), _F32, matrix.columns)
         return self.graph.native_node("QuantEmbedding", ["input_ids", name], out, name, **matrix_attrs(matrix))
@@ -110,77 +112,85 @@ class GpuDecoder(LayerOps):
     def linear(
         self,
         x: str,
-        names: Sequence[str],
+        matrices: Sequence[Matrix],
         out: str,
-        layer: int | None,
         *,
-        norm: str | None = None,
+        norm: Norm | None = None,
         residual: str = "",
         swiglu: bool = False,
     ) -> str:
-        """x times the rows of all `names`, stacked: [..., sum of rows], or SwiGLU of two of equal size: [..., rows].
+        """x times the rows of all matrices, stacked: [..., sum of rows], or SwiGLU of two of equal size: [..., rows].
 
         Args:
             x: activations [..., K]: float32 where they are to be normed, else A.
-            names: matrices [rows, K] of the checkpoint; for SwiGLU gate and up.
+            matrices: each [rows, K]; for SwiGLU gate and up.
             out: name of the result, in float32 where it is added to a residual, else in A.
-            layer: layer index, None outside layers.
-            norm: the checkpoint's RMSNorm weight [K] that x goes through first.
+            norm: what x goes through first.
             residual: a value of the result's shape that is added.
             swiglu: the result is silu(gate) * up.
         """
+        names, layer = [matrix.name for matrix in matrices], matrices[0].layer
         stem = names[0] if len(names) == 1 else f"{out}.weight"
         matrix = self._matrix(names, stem, layer, swiglu=swiglu)
         output = _F32 if residual or out == "logits" else self.activation
         return self.graph.native_node(
-            "QuantLinear", [x, stem, "" if norm is None else self._vector_once(norm, layer), residual],
+            "QuantLinear",
+            [x, stem, "" if norm is None else self._vector_once(norm, layer), residual, self.bias(matrices, out)],
             self._value(out, output, matrix.outputs), stem, **matrix_attrs(matrix), activation=self.activation,
-            activations=gpu_activations.of_product(self.source, names), output=output, epsilon=self.epsilon,
+            activations=gpu_activations.of_product(self.source, names), output=output, epsilon=self._eps(norm),
             **gpu_activations.static_scale(self.source, names),
         )  # fmt: skip
 
-    def attention(
-        self, qkv: str, out: str, layer: int, *, q_norm: str = "", k_norm: str = "", clip: float | None = None
-    ) -> str:
-        """Rotary grouped-query attention over the in-place cache; `q_norm` and `k_norm` are weights of QK-norm."""
-        info = self.info
+    def attention(self, part: Attention, qkv: str, out: str, layer: int) -> str:
+        """Rotary grouped-query attention over the in-place cache."""
+        info, norms = self.info, (part.q_norm, part.k_norm)
         inputs = [
-            qkv, f"past_key_values.{layer}.key", f"past_key_values.{layer}.value", "past_lengths", self._cos, self._sin,
-            *(self._vector_once(name, layer) if name else "" for name in (q_norm, k_norm)),
+            qkv, f"past_key_values.{layer}.key", f"past_key_values.{layer}.value", "past_lengths",
+            *self.rotary(part.rope, self._positions, info.head_dim),
+            *("" if norm is None else self._vector_once(norm, layer) for norm in norms),
         ]  # fmt: skip
         value = self._value(out, self.activation, info.num_heads * info.head_dim)
         return self.graph.native_node(
             "GroupQueryAttention", inputs, [value, f"present.{layer}.key", f"present.{layer}.value"],
             f"layers.{layer}.attn", num_heads=info.num_heads, kv_num_heads=info.num_kv_heads, head_size=info.head_dim,
-            activation=self.activation, kv=self._kv, epsilon=self.epsilon, clip=0.0 if clip is None else float(clip),
+            activation=self.activation, kv=self._kv, epsilon=self._eps(part.q_norm),
+            clip=0.0 if part.clip is None else part.clip,
         )  # fmt: skip
 
-    def mixture(
-        self, x: str, router: str, experts: Sequence[tuple[str, str, str]], out: str, layer: int, *, norm: str
-    ) -> str:
-        """x + mixture(RMSNorm(x)); `experts` are each one's gate [F, D], up [F, D] and down [D, F]."""
+    def moe(self, part: MoE, x: str, out: str, layer: int, norm: Norm | None, *, residual: bool) -> str:
+        """x + a mixture of experts of RMSNorm(x)."""
+        # No model has experts without a norm before them, so the operator has no other form.
+        assert norm is not None and residual
         logits = f"router_logits.{layer}"
-        self.debug_outputs.append((logits, ["tokens", self.info.num_experts]))
+        self.debug_outputs.append((logits, ["tokens", len(part.experts)]))
         stem = f"layers.{layer}.moe"
         # The router decides in float32 whatever the recipe stores experts in: a flipped choice costs more than bytes.
-        gate = self._vector_once(router, layer)
-        gate_up = self._experts([expert[:2] for expert in experts], f"{stem}.gate_up", layer, swiglu=True)
-        down = self._experts([expert[2:] for expert in experts], f"{stem}.down", layer, swiglu=False)
-        names = [name for expert in experts for name in expert]
-        outputs = [self._value(out, _F32, down.outputs), self._value(logits, _F32, self.info.num_experts)]
+        router = part.router.name
+        gate = router if self.graph.has(router) else self.vector(router, layer)
+        gate_up = self._experts(
+            [(expert.gate, expert.up) for expert in part.experts], f"{stem}.gate_up", layer, swiglu=True
+        )
+        down = self._experts([(expert.down,) for expert in part.experts], f"{stem}.down", layer, swiglu=False)
+        names = [matrix.name for expert in part.experts for matrix in expert.matrices]
+        outputs = [self._value(out, _F32, down.outputs), self._value(logits, _F32, len(part.experts))]
         return self.graph.native_node(
             "SparseMoE", [x, gate, f"{stem}.gate_up", f"{stem}.down", self._vector_once(norm, layer)], outputs, stem,
-            **matrix_attrs(gate_up, "gate_up_"), **matrix_attrs(down, "down_"), k=self.info.experts_per_token,
-            normalize=int(self.info.norm_topk_prob), activation=self.activation,
-            activations=gpu_activations.of_experts(self.source, names, layer), epsilon=self.epsilon,
+            **matrix_attrs(gate_up, "gate_up_"), **matrix_attrs(down, "down_"), k=part.k,
+            normalize=int(part.normalize), activation=self.activation,
+            activations=gpu_activations.of_experts(self.source, names, layer), epsilon=self._eps(norm),
         )  # fmt: skip
 
-    def head(self, x: str, norm: str) -> None:
+    def norm(self, x: str, norm: Norm, out: str, layer: int, residual: str) -> str:
+        """residual + RMSNorm(x), in float32."""
+        inputs = [x, self._vector_once(norm, layer), residual]
+        value = self._value(out, _F32, norm.size)
+        return self.graph.native_node("RMSNorm", inputs, value, norm.name, epsilon=norm.eps)
+
+    def head(self, x: str, norm: Norm, matrix: Matrix) -> None:
         """Logits of the last position, of the residual stream x."""
-        name = "model.embed_tokens.weight" if self.info.tied else "lm_head.weight"
         width = self.values[x].width
         last = self.graph.native_node("LastToken", [x], self._value("head_input", _F32, width), "head_input")
-        self.linear(last, [name], "logits", None, norm=norm)
+        self.linear(last, [matrix], "logits", norm=norm)
 
     def hidden(self, index: int) -> str:
         """The name of the residual stream before layer `index`; the debug graph returns it."""
@@ -194,8 +204,12 @@ class GpuDecoder(LayerOps):
         self.values[name] = Value(kind, width)
         return name
 
-    def _vector_once(self, name: str, layer: int | None) -> str:
-        return name if self.graph.has(name) else self.vector(name, layer)
+    def _vector_once(self, norm: Norm, layer: int | None) -> str:
+        return norm.name if self.graph.has(norm.name) else self.vector(norm.name, layer)
+
+    def _eps(self, norm: Norm | None) -> float:
+        """An operator without a norm has the model's epsilon: the attribute is never left out."""
+        return self.epsilon if norm is None else norm.eps
 
     def _format(self, names: Sequence[str], stem: str) -> GpuFormat:
         """The one format of matrices that are one product."""
@@ -215,9 +229,10 @@ class GpuDecoder(LayerOps):
             self._blob([names], stem, layer, swiglu=swiglu)
         return self._matrices[stem]
 
-    def _experts(self, experts: Sequence[Sequence[str]], stem: str, layer: int, *, swiglu: bool) -> GpuMatrix:
+    def _experts(self, experts: Sequence[Sequence[Matrix]], stem: str, layer: int, *, swiglu: bool) -> GpuMatrix:
         """The initializer of one kind of matrix of all experts of a layer, which share a format."""
-        self._blob(experts, stem, layer, swiglu=swiglu)
+        names = [[matrix.name for matrix in matrices] for matrices in experts]
+        self._blob(names, stem, layer, swiglu=swiglu)
         return self._matrices[stem]
 
     def _blob(self, matrices: Sequence[Sequence[str]], stem: str, layer: int | None, *, swiglu: bool) -> None:

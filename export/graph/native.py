@@ -31,6 +31,7 @@ from edgelm.export.graph.onnx_builder import Dims, GraphBuilder, int64
 from edgelm.export.packing.contents import packed, packed_experts
 from edgelm.export.packing.cpu import Format, common_format, float_format, pack_codes, pack_floats, stacked
 from edgelm.export.packing.weights_file import BLOCK_WEIGHTS, PAGE, SlotWriter, WeightsPlan
+from edgelm.models.spec import Attention, Decoder, Dense, Matrix, MoE, Norm
 from edgelm.progress import Advance
 from edgelm.quant.source import WeightSource
 
@@ -48,8 +49,7 @@ class NativeDecoder(LayerOps):
         source: the checkpoint's tensors, quantised as the recipe says.
         dtype: how matrices that stay unquantised are stored.
         info: the model's shapes.
-        epsilon: of every norm.
-        rope_theta: base of the rotary positions.
+        decoder: the model.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class NativeDecoder(LayerOps):
         source: WeightSource,
         dtype: str,
         info: ModelInfo,
-        epsilon: float,
-        rope_theta: float,
+        decoder: Decoder,
     ) -> None:
         super().__init__(graph, plan, source, dtype)
         self.info = info
-        self.epsilon = epsilon
+        self.decoder = decoder
+        self.epsilon = decoder.norm.eps
         self.debug_outputs: list[tuple[str, Dims]] = []
         self._matrices: dict[str, PackedMatrix] = {}
         graph.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
@@ -74,7 +74,6 @@ class NativeDecoder(LayerOps):
             graph.input(f"past_key_values.{i}.key", TensorProto.UINT8, cache)
             graph.input(f"past_key_values.{i}.value", TensorProto.UINT8, cache)
         self._logits_start = graph.overridable("logits_start", int64(-1))
-        self._cos, self._sin = self.rotary(info.context_length, info.head_dim, rope_theta)
         graph.output("logits", TensorProto.FLOAT, ["batch_size", 1, info.vocab_size])
         for i in range(info.num_layers):
             graph.output(f"present.{i}.key", TensorProto.UINT8, cache)
@@ -82,92 +81,102 @@ class NativeDecoder(LayerOps):
 
     # -- layers ----------------------------------------------------------------------------------------------------
 
-    def embedding(self, name: str) -> str:
+    def embedding(self, table: Matrix) -> str:
         """The residual stream's start, `hidden.0`."""
-        planes = name == self._head() and self._head_in_planes()
-        table = self._require([name], name, None, planes=planes)
-        return self.graph.native_node("QuantEmbedding", ["input_ids", table], self.hidden(0), name)
+        # Before any layer's weights, as it is shared by them; further tables follow where a layer asks for one.
+        self.rotary(self.decoder.attention[0].rope, self.info.context_length, self.info.head_dim)
+        planes = self.decoder.tied and self._head_in_planes()
+        name = table.name
+        packed = self._require([name], name, None, planes=planes)
+        return self.graph.native_node("QuantEmbedding", ["input_ids", packed], self.hidden(0), name)
 
     def linear(
         self,
         x: str,
-        names: Sequence[str],
+        matrices: Sequence[Matrix],
         out: str,
-        layer: int | None,
         *,
-        norm: str | None = None,
+        norm: Norm | None = None,
         residual: str = "",
         swiglu: bool = False,
     ) -> str:
-        """x times the rows of all `names`, stacked: [..., sum of rows], or SwiGLU of two of equal size: [..., rows].
+        """x times the rows of all matrices, stacked: [..., sum of rows], or SwiGLU of two of equal size: [..., rows].
 
         Args:
             x: activations [..., K].
-            names: matrices [rows, K] of the checkpoint; for SwiGLU gate and up.
+            matrices: each [rows, K]; for SwiGLU gate and up.
             out: name of the result.
-            layer: layer index, None outside layers.
-            norm: the checkpoint's RMSNorm weight [K] that x goes through first.
+            norm: what x goes through first.
             residual: a value of the result's shape that is added.
             swiglu: the result is silu(gate) * up.
         """
+        names, layer = [matrix.name for matrix in matrices], matrices[0].layer
         stem = names[0] if len(names) == 1 else f"{out}.weight"
         weights = self._matrix(names, stem, layer, swiglu=swiglu)
-        normed = "" if norm is None else self._vector_once(norm, layer)
         if weights is not None:
-            return self._product(x, weights, names, out, normed, residual)
-        # One of them is float and another is not, or fp8: each is a product of its own.
+            return self._matmul(x, weights, names, out, norm, layer, residual, bias=self.bias(matrices, out))
+        # One of them is float and another is not, or fp8: each is a matmul of its own.
+        if norm is not None:
+            self._vector_once(norm, layer)
         parts = [
-            self._product(x, self._require([name], name, layer), [name], f"{out}.{i}", normed, "")
-            for i, name in enumerate(names)
-        ]
+            self._matmul(
+                x, self._require([name], name, layer), [name], f"{out}.{i}", norm, layer,
+                bias=self.bias([matrix], f"{out}.{i}"),
+            )
+            for i, (name, matrix) in enumerate(zip(names, matrices, strict=True))
+        ]  # fmt: skip
         node = self.graph.node
         if not swiglu:
             return node("Concat", parts, out, axis=-1)
         silu = node("Mul", [parts[0], node("Sigmoid", [parts[0]], f"{out}.sigmoid")], f"{out}.silu")
         return node("Mul", [silu, parts[1]], out)
 
-    def attention(
-        self, qkv: str, out: str, layer: int, *, q_norm: str = "", k_norm: str = "", clip: float | None = None
-    ) -> str:
-        """Rotary grouped-query attention over the in-place cache; `q_norm` and `k_norm` are weights of QK-norm."""
-        info = self.info
+    def attention(self, part: Attention, qkv: str, out: str, layer: int) -> str:
+        """Rotary grouped-query attention over the in-place cache."""
+        info, norms = self.info, (part.q_norm, part.k_norm)
         inputs = [
-            qkv, f"past_key_values.{layer}.key", f"past_key_values.{layer}.value", "past_lengths", self._cos, self._sin,
-            *(self._vector_once(name, layer) if name else "" for name in (q_norm, k_norm)),
+            qkv, f"past_key_values.{layer}.key", f"past_key_values.{layer}.value", "past_lengths",
+            *self.rotary(part.rope, info.context_length, info.head_dim),
+            *("" if norm is None else self._vector_once(norm, layer) for norm in norms),
         ]  # fmt: skip
         outputs = [out, f"present.{layer}.key", f"present.{layer}.value"]
         return self.graph.native_node(
             "GroupQueryAttention", inputs, outputs, f"layers.{layer}.attn", num_heads=info.num_heads,
-            kv_num_heads=info.num_kv_heads, epsilon=self.epsilon, clip=0.0 if clip is None else float(clip),
+            kv_num_heads=info.num_kv_heads, epsilon=self._eps(part.q_norm),
+            clip=0.0 if part.clip is None else part.clip,
         )  # fmt: skip
 
-    def mixture(
-        self, x: str, router: str, experts: Sequence[tuple[str, str, str]], out: str, layer: int, *, norm: str
-    ) -> str:
-        """x + mixture(RMSNorm(x)); `experts` are each one's gate [F, D], up [F, D] and down [D, F]."""
+    def moe(self, part: MoE, x: str, out: str, layer: int, norm: Norm | None, *, residual: bool) -> str:
+        """A mixture of experts of x, normed first; with `residual` x itself is added."""
         name = f"router_logits.{layer}"
-        self.debug_outputs.append((name, ["tokens", self.info.num_experts]))
+        self.debug_outputs.append((name, ["tokens", len(part.experts)]))
         # The router decides in float32 whatever the recipe stores experts in: a flipped choice costs more than bytes.
+        router = part.router.name
         gate = self._require([router], router, layer, dtype="float32")
-        packed = self._experts(experts, f"layers.{layer}.moe.experts", layer)
-        inputs = [x, gate, packed, self._vector_once(norm, layer), x]
-        matrices = [name for expert in experts for name in expert]
+        packed = self._experts(part.experts, f"layers.{layer}.moe.experts", layer)
+        inputs = [x, gate, packed, self._vector_once(norm, layer) if norm else "", x if residual else ""]
+        matrices = [matrix.name for expert in part.experts for matrix in expert.matrices]
         kind = activations.of_experts(self.source, matrices, layer)
         self.rounded |= activations.rounded(self.source, matrices, kind, ACTIVATION_BLOCK)
         return self.graph.native_node(
-            "SparseMoE", inputs, [out, name], f"layers.{layer}.moe", k=self.info.experts_per_token,
-            normalize=int(self.info.norm_topk_prob), activations=kind, epsilon=self.epsilon,
+            "SparseMoE", inputs, [out, name], f"layers.{layer}.moe", k=part.k,
+            normalize=int(part.normalize), activations=kind, epsilon=self._eps(norm),
         )  # fmt: skip
 
-    def head(self, x: str, norm: str) -> None:
+    def norm(self, x: str, norm: Norm, out: str, layer: int, residual: str) -> str:
+        """residual + RMSNorm(x)."""
+        inputs = [x, self._vector_once(norm, layer), residual]
+        return self.graph.native_node("RMSNorm", inputs, out, norm.name, epsilon=norm.eps)
+
+    def head(self, x: str, norm: Norm, matrix: Matrix) -> None:
         """Logits of the positions from `logits_start` on, of the residual stream x."""
         constant = self.graph.constant
-        name = self._head()
+        name = matrix.name
         ends, axes = constant("slice_end", int64(_END)), constant("axis_1", int64(1))
         last = self.graph.node("Slice", [x, self._logits_start, ends, axes], "head_input")
         weights = self._require([name], name, None, planes=self._head_in_planes())
         refine = REFINE if self._matrices[name].kind is Kind.INT8_PLANES else 0
-        self._product(last, weights, [name], "logits", self._vector_once(norm, None), "", refine=refine)
+        self._matmul(last, weights, [name], "logits", norm, None, refine=refine)
 
     def hidden(self, index: int) -> str:
         """The name of the residual stream before layer `index`; the debug graph returns it."""
@@ -175,33 +184,45 @@ class NativeDecoder(LayerOps):
         self.debug_outputs.append((name, ["batch_size", "sequence_length", self.info.hidden_size]))
         return name
 
-    def _head(self) -> str:
-        return "model.embed_tokens.weight" if self.info.tied else "lm_head.weight"
+    def _eps(self, norm: Norm | None) -> float:
+        """An operator without a norm has the model's epsilon: the attribute is never left out."""
+        return self.epsilon if norm is None else norm.eps
 
     def _head_in_planes(self) -> bool:
         """Whether the layers lose more than a head read by halves does: not where they have 8 bits themselves.
 
         Halves are for int8 activations only.
         """
-        if activations.of_product(self.source, [self._head()]) != activations.INT8:
+        if activations.of_product(self.source, [self.decoder.head.name]) != activations.INT8:
             return False
-        names = (name for name in self.source.shapes if name.startswith("model.layers."))
+        names = (name for name, matrix in self.decoder.matrices.items() if matrix.layer is not None)
         return any(scheme is not None and scheme.bits < 8 for scheme in map(self.source.scheme, names))
 
-    def _product(
-        self, x: str, weights: str, names: Sequence[str], out: str, norm: str, residual: str, refine: int = 0
+    def _matmul(
+        self,
+        x: str,
+        weights: str,
+        names: Sequence[str],
+        out: str,
+        norm: Norm | None,
+        layer: int | None,
+        residual: str = "",
+        *,
+        bias: str = "",
+        refine: int = 0,
     ) -> str:
         kind = activations.of_product(self.source, names)
         self.rounded |= activations.rounded(self.source, names, kind, ACTIVATION_BLOCK)
+        normed = "" if norm is None else self._vector_once(norm, layer)
         return self.graph.native_node(
-            "QuantLinear", [x, weights, norm, residual], out, weights, activations=kind, epsilon=self.epsilon,
-            refine=refine,
+            "QuantLinear", [x, weights, normed, residual, bias], out, weights, activations=kind,
+            epsilon=self._eps(norm), refine=refine,
         )  # fmt: skip
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
-    def _vector_once(self, name: str, layer: int | None) -> str:
-        return name if self.graph.has(name) else self.vector(name, layer)
+    def _vector_once(self, norm: Norm, layer: int | None) -> str:
+        return norm.name if self.graph.has(norm.name) else self.vector(norm.name, layer)
 
     def _require(
         self, names: Sequence[str], stem: str, layer: int | None, *, dtype: str | None = None, planes: bool = False
@@ -259,11 +280,12 @@ class NativeDecoder(LayerOps):
         self.plan.job(slots, fill)
         return self.graph.weight(first, size=matrix.nbytes)
 
-    def _experts(self, experts: Sequence[tuple[str, str, str]], stem: str, layer: int) -> str:
+    def _experts(self, experts: Sequence[Dense], stem: str, layer: int) -> str:
         """The initializer of a layer's packed experts. Each may have its own format."""
         parts: list[tuple[Sequence[str], Format, PackedMatrix, int]] = []
         place = HEADER_BYTES + 16 * len(experts)
-        for gate, up, down in experts:
+        for expert in experts:
+            gate, up, down = (matrix.name for matrix in expert.matrices)
             for names, swiglu in (((gate, up), True), ((down,), False)):
                 fmt = self._format(names, f"{stem}: {gate} and {up}" if swiglu else down)
                 if fmt is None:
@@ -276,7 +298,7 @@ class NativeDecoder(LayerOps):
                 place = aligned(place)
                 parts.append((names, fmt, matrix, place))
                 place += matrix.nbytes
-        held = self.held(*(name for expert in experts for name in expert))
+        held = self.held(*(matrix.name for expert in experts for matrix in expert.matrices))
         contents = packed_experts([matrix for _, _, matrix, _ in parts], held)
         slot = self.plan.slot(stem, (place,), np.uint8, layer, contents)
         offsets = [(parts[i][3], parts[i + 1][3]) for i in range(0, len(parts), 2)]

@@ -1,4 +1,4 @@
-"""The layers both families are made of, in operators that every ONNX Runtime has (ai.onnx and com.microsoft).
+"""The layers that decoders are made of, in operators that every ONNX Runtime has (ai.onnx and com.microsoft).
 
 Values have the type that the provider computes in (providers.py), float32 on processors; the router is float32 always.
 Facts these choices rest on, checked on the CPU with ONNX Runtime 1.31 (what is said of CUDA is in providers.py):
@@ -31,6 +31,7 @@ from edgelm.export.graph.ort_providers import CPU, Provider
 from edgelm.export.packing.contents import Held, array, portable
 from edgelm.export.packing.ort import BlockFormat, block_of, codes_in, common_format, interleave, scales_in, zeros_in
 from edgelm.export.packing.weights_file import BLOCK_WEIGHTS, Slot, SlotWriter, WeightsPlan
+from edgelm.models.spec import Matrix, MoE, Norm
 from edgelm.progress import Advance
 from edgelm.quant.scheme import Scheme
 from edgelm.quant.source import WeightSource
@@ -65,15 +66,6 @@ class QuantizedSlots:
         return [self.codes, self.scales] + ([self.zeros] if self.zeros else [])
 
 
-@dataclass(frozen=True)
-class RouterSpec:
-    """How a mixture routes: experts in all, experts per token, and whether their weights are renormalised."""
-
-    experts: int
-    experts_per_token: int
-    renormalise: bool
-
-
 class PortableOps(LayerOps):
     """Adds layers in portable operators to a graph; the arguments are those of `LayerOps`, and whom the graph is for.
 
@@ -87,6 +79,7 @@ class PortableOps(LayerOps):
         self.provider = provider
         self.compute = provider.compute_type(dtype)
         self.element = ELEMENT[self.compute]
+        self.vectors = self.compute
         self._quantized: dict[str, QuantizedSlots] = {}
         self._refused: dict[str, list[str]] = {}
         self._float: dict[str, Slot] = {}
@@ -203,18 +196,6 @@ class PortableOps(LayerOps):
     def _scales_in(self, tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.generic]:
         return stored_as(scales_in(tensor, fmt), self.compute, "a scale")
 
-    def vector(self, name: str, layer: int | None) -> str:
-        """A vector of the checkpoint (a norm's weight) in the type of values."""
-        shape, stored = self.source.shape(name), STORAGE[self.compute]
-        slot = self.plan.slot(name, shape, stored, layer, array(shape, stored, self.held(name)))
-
-        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
-            writers[0].append(stored_as(self.source.float32(name), self.compute, name))
-            advance(self.nbytes(name))
-
-        self.plan.job([slot], fill)
-        return self._stored(slot)
-
     def computed(self, name: str, value: NDArray[np.float32]) -> str:
         """A tensor that is computed here (the rotary tables) in the type of values."""
         slot = self.plan.slot(name, value.shape, STORAGE[self.compute], None)
@@ -231,8 +212,16 @@ class PortableOps(LayerOps):
 
     # -- layers ----------------------------------------------------------------------------------------------------
 
-    def linear(self, x: str, names: Sequence[str], out: str, layer: int | None) -> str:
-        """x [..., in] times the rows of all `names` (each [out_i, in]): [..., sum of out_i], without bias."""
+    def linear(self, x: str, matrices: Sequence[Matrix], out: str) -> str:
+        """x [..., in] times the rows of all matrices (each [out_i, in]), plus their biases: [..., sum of out_i]."""
+        bias = self.bias(matrices, out)
+        if not bias:
+            return self._linear(x, [matrix.name for matrix in matrices], out, matrices[0].layer)
+        product = self._linear(x, [matrix.name for matrix in matrices], f"{out}.product", matrices[0].layer)
+        return self.graph.node("Add", [product, bias], out)
+
+    def _linear(self, x: str, names: Sequence[str], out: str, layer: int | None) -> str:
+        """x [..., in] times the rows of all `names` (each [out_i, in]): [..., sum of out_i]."""
         quantized = [self.source.scheme(name) is not None for name in names]
         if all(quantized):
             stem = out if len(names) > 1 else names[0].removesuffix(".weight")
@@ -242,7 +231,7 @@ class PortableOps(LayerOps):
             return self._quantized_linear(x, matrix, kind, out)
         if len(names) == 1:
             return self._float_linear(x, self.float_matrix(names[0], layer, self.dtype), out)
-        parts = [self.linear(x, [name], f"{out}.{i}", layer) for i, name in enumerate(names)]
+        parts = [self._linear(x, [name], f"{out}.{i}", layer) for i, name in enumerate(names)]
         return self.graph.node("Concat", parts, out, axis=-1)
 
     def _quantized_linear(self, x: str, matrix: QuantizedSlots, kind: str, out: str) -> str:
@@ -302,16 +291,25 @@ class PortableOps(LayerOps):
             "GatherBlockQuantized", inputs, out, MICROSOFT, bits=table.fmt.bits, block_size=table.fmt.block
         )
 
-    def norm(self, x: str, weight: str, out: str, layer: int | None, eps: float) -> str:
+    def norm(self, x: str, norm: Norm, out: str, layer: int | None) -> str:
         """RMSNorm over the last axis, float32 inside."""
-        inputs = [x, self.vector(weight, layer)]
-        return self.graph.node("SimplifiedLayerNormalization", inputs, out, axis=-1, epsilon=eps, stash_type=1)
+        inputs = [x, self.vector(norm.name, layer)]
+        return self.graph.node("SimplifiedLayerNormalization", inputs, out, axis=-1, epsilon=norm.eps, stash_type=1)
 
-    def add_norm(self, x: str, y: str, weight: str, out: str, total: str, layer: int | None, eps: float) -> str:
+    def norm_heads(self, x: str, norm: Norm, width: int, out: str, layer: int) -> str:
+        """RMSNorm of each head of x [B, T, width] by itself."""
+        split = self.graph.node("Reshape", [x, self._widths(0, 0, -1, norm.size)], f"{out}.heads")
+        normed = self.norm(split, norm, f"{out}.heads_normed", layer)
+        return self.graph.node("Reshape", [normed, self._widths(0, 0, width)], out)
+
+    def _widths(self, *sizes: int) -> str:
+        return self.graph.constant(f"shape_{'_'.join(map(str, sizes))}", int64(*sizes))
+
+    def add_norm(self, x: str, y: str, norm: Norm, out: str, total: str, layer: int | None) -> str:
         """`total` = x + y and `out` = RMSNorm(total), in one pass over memory."""
-        inputs = [x, y, self.vector(weight, layer)]
+        inputs = [x, y, self.vector(norm.name, layer)]
         outputs = [out, "", "", total]
-        return self.graph.node("SkipSimplifiedLayerNormalization", inputs, outputs, MICROSOFT, epsilon=eps)
+        return self.graph.node("SkipSimplifiedLayerNormalization", inputs, outputs, MICROSOFT, epsilon=norm.eps)
 
     def silu_gate(self, gate_up: str, width: int, out: str) -> str:
         """SwiGLU's product: silu(first `width` columns) * the others. `QuickGelu` with alpha 1 is SiLU."""
@@ -355,26 +353,24 @@ class PortableOps(LayerOps):
             return self.graph.node("Softmax", [logits], stem, axis=-1)
         return self.narrowed(self.graph.node("Softmax", [logits], f"{stem}.float32", axis=-1), stem)
 
-    def experts(
-        self, x: str, logits: str, names: Sequence[tuple[str, str, str]], router: RouterSpec, out: str, layer: int
-    ) -> str:
+    def experts(self, x: str, logits: str, part: MoE, out: str, layer: int) -> str:
         """Top-k mixture of SwiGLU experts.
 
         Args:
             x: activations [B, T, D].
             logits: router logits [B * T, E].
-            names: per expert its gate [F, D], up [F, D] and down [D, F].
-            router: how the mixture routes.
+            part: the experts and how they are chosen.
             out: name of the result [B, T, D]; also the stem of the weights' names.
             layer: layer index.
         """
+        names = [(expert.gate.name, expert.up.name, expert.down.name) for expert in part.experts]
         flat = [name for expert in names for name in expert]
         schemes = [self.source.scheme(name) for name in flat]
         common: dict[str, Any] = {
-            "k": router.experts_per_token,
+            "k": part.k,
             "activation_type": "swiglu",
             "swiglu_fusion": 1,
-            "normalize_routing_weights": int(router.renormalise),
+            "normalize_routing_weights": int(part.normalize),
         }
         if all(scheme is None for scheme in schemes):
             fc1, fc2 = self._float_experts(names, out, layer)
@@ -402,15 +398,15 @@ class PortableOps(LayerOps):
                 "8-bit experts to int8 whatever it is told: export with --ops native, or leave activations out",
             )
         for parts, matrix in ((slice(0, 2), first), (slice(2, 3), second)):
-            part = [name for expert in names for name in expert[parts]]
-            self.rounded |= activations.rounded(self.source, part, kind, matrix.columns)
+            some = [name for expert in names for name in expert[parts]]
+            self.rounded |= activations.rounded(self.source, some, kind, matrix.columns)
         weight = self.graph.weight
         zeros = [weight(matrix.zeros) if matrix.zeros else "" for matrix in (first, second)]
         inputs = [x, self._router_probs(logits, out)]
         for matrix in (first, second):
             inputs += [weight(matrix.codes), self._stored(matrix.scales), ""]
         inputs += ["", "", "", *zeros, ""]
-        if self.provider.router_weights and not router.renormalise:
+        if self.provider.router_weights and not part.normalize:
             inputs.append(self._router_weights(logits, out))
         return self.graph.node(
             "QMoE", inputs, out, MICROSOFT, expert_weight_bits=first.fmt.bits, block_size=first.fmt.block,

@@ -7,8 +7,8 @@ from typing import Any
 
 from edgelm.bundle import ModelInfo, TokenIds
 
-# GenAI knows model types, not architectures: "olmo" and "llama" both mean a decoder with exactly these inputs.
-_TYPES = {"olmoe": "olmo", "llama": "llama"}
+# GenAI knows types of models by their inputs, and this one means a decoder with exactly these.
+_TYPE = "llama"
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
@@ -34,7 +34,7 @@ def genai_config(
             "eos_token_id": first_eos if len(eos) == 1 else eos,
             "pad_token_id": first_eos if tokens.pad_id is None else tokens.pad_id,
             "context_length": info.context_length,
-            "type": _TYPES[info.family],
+            "type": _TYPE,
             "vocab_size": info.vocab_size,
             "decoder": {
                 # Level 3: ONNX Runtime would warn at every load that `logits_start` may be fed, which is its purpose.

@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx
 
 from edgelm.bundle import ModelInfo, Requirement
 from edgelm.checkpoint.jsonfile import read_optional_json
 from edgelm.errors import ExportError
-from edgelm.export import activations
-from edgelm.export.graph import onnx_fox, onnx_olmoe
+from edgelm.export import activations, capabilities
+from edgelm.export.capabilities import Capabilities
 from edgelm.export.graph.base import LayerOps
+from edgelm.export.graph.decoder import build
 from edgelm.export.graph.native import NativeDecoder
 from edgelm.export.graph.onnx_builder import EXACT, Dims, GraphBuilder
 from edgelm.export.graph.ort_providers import CPU, CUDA, Provider
 from edgelm.export.graph.portable import PortableOps
-from edgelm.export.graph.portable_inputs import DecoderFrame
+from edgelm.export.graph.portable_decoder import PortableDecoder
 from edgelm.export.onnxruntime.genai import genai_config
 from edgelm.export.onnxruntime.greedy_graph import greedy_graph
 from edgelm.export.onnxruntime.router_probe import router_probe
@@ -34,15 +34,6 @@ from edgelm.runtimes.onnxruntime.cuda import GREEDY_FILE
 from edgelm.runtimes.onnxruntime.native_library import library_path
 from edgelm.runtimes.onnxruntime.router_probe import PROBE_FILE
 
-_PORTABLE: Mapping[str, Callable[[PortableOps, ModelInfo, Any], DecoderFrame]] = {
-    "olmoe": onnx_olmoe.build_portable,
-    "llama": onnx_fox.build_portable,
-}
-_NATIVE: Mapping[str, Callable[[NativeDecoder, Any], None]] = {
-    "olmoe": onnx_olmoe.build_native,
-    "llama": onnx_fox.build_native,
-}
-
 
 class OnnxRuntimeTarget(Target):
     """What ONNX Runtime runs with one of its execution providers."""
@@ -53,6 +44,10 @@ class OnnxRuntimeTarget(Target):
         """As the provider has it."""
         return self.provider.storage(asked, checkpoint, quantises=quantises)
 
+    def capabilities(self, ops: str) -> Capabilities:
+        """Ours, or ONNX Runtime's own."""
+        return capabilities.NATIVE if ops == "native" else capabilities.PORTABLE
+
     def about(self, source: WeightSource) -> str | None:
         """Static activations have no use here."""
         return activations.about_static(source)
@@ -62,16 +57,17 @@ class OnnxRuntimeTarget(Target):
         return self._native(order) if order.ops == "native" else self._portable(order)
 
     def _native(self, order: Order) -> Graphs:
-        graph, weights, info, config = GraphBuilder(WEIGHTS_FILE), WeightsPlan(), order.info, order.config
-        model = NativeDecoder(graph, weights, order.source, order.dtype, info, config.rms_norm_eps, config.rope_theta)
-        _NATIVE[order.family](model, config)
+        graph, weights = GraphBuilder(WEIGHTS_FILE), WeightsPlan()
+        model = NativeDecoder(graph, weights, order.source, order.dtype, order.info, order.decoder)
+        build(model, order.decoder)
         kv = _native_kv_dtype(order.source.recipe)
         return self._graphs(order, graph, weights, model, model.debug_outputs, kv, lambda *_: None)
 
     def _portable(self, order: Order) -> Graphs:
         graph, weights, info = GraphBuilder(WEIGHTS_FILE), WeightsPlan(), order.info
         ops = PortableOps(graph, weights, order.source, order.dtype, self.provider)
-        outputs = _PORTABLE[order.family](ops, info, order.config).debug_outputs
+        model = PortableDecoder(ops, info, order.decoder)
+        model.build()
         kv, recipe = ops.compute, order.source.recipe
         if recipe.kv not in (AUTO, kv):
             ops.refuse(
@@ -90,7 +86,7 @@ class OnnxRuntimeTarget(Target):
             for name, model in helpers.items():
                 (folder / name).write_bytes(model.SerializeToString())
 
-        return self._graphs(order, graph, weights, ops, outputs, kv, finish)
+        return self._graphs(order, graph, weights, ops, model.debug_outputs, kv, finish)
 
     def _graphs(
         self,

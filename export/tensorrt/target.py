@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from edgelm.errors import DeviceError, ExportError
-from edgelm.export.graph import onnx_fox, onnx_olmoe
+from edgelm.export import capabilities
+from edgelm.export.capabilities import Capabilities
+from edgelm.export.graph.decoder import build
 from edgelm.export.graph.gpu import ACTIVATIONS, GpuDecoder, program_of
 from edgelm.export.graph.onnx_builder import GraphBuilder
 from edgelm.export.options import AUTO, ExportOptions
@@ -22,11 +23,6 @@ from edgelm.runtimes.cuda.kernels import nvrtc
 from edgelm.runtimes.cuda.kernels.file import FOLDER, compile_bundle_kernels
 from edgelm.runtimes.cuda.operators import bundle_kernels
 from edgelm.runtimes.cuda.program import PROGRAM_FILE
-
-BUILDERS: Mapping[str, Callable[[GpuDecoder, Any], None]] = {
-    "olmoe": onnx_olmoe.build_native,
-    "llama": onnx_fox.build_native,
-}
 
 
 class TensorrtTarget(Target):
@@ -55,6 +51,11 @@ class TensorrtTarget(Target):
             )
         return asked
 
+    def capabilities(self, ops: str) -> Capabilities:
+        """Those of the GPU kernels."""
+        del ops
+        return capabilities.GPU
+
     def about(self, source: WeightSource) -> str | None:
         """Integers meet floats, and FP8 has a scale for each token."""
         return gpu_activations.about(source)
@@ -72,7 +73,7 @@ class TensorrtTarget(Target):
 
     def build(self, order: Order) -> Graphs:
         """Build the graph, plan its weights, and write it for runtimes without ONNX."""
-        graph, weights, info, config = GraphBuilder(WEIGHTS_FILE), WeightsPlan(), order.info, order.config
+        graph, weights, info = GraphBuilder(WEIGHTS_FILE), WeightsPlan(), order.info
         asked = order.source.recipe.kv
         # Finer than bfloat16, and keys and values stay far from its limit of 65504.
         kv = "float16" if asked == AUTO else asked
@@ -81,8 +82,8 @@ class TensorrtTarget(Target):
                 f'recipe {order.source.recipe.name} has kv = "float32", which on a GPU only the debug graph has: leave '
                 "kv out, or choose float16, int8 or fp8"
             )
-        model = GpuDecoder(graph, weights, order.source, order.dtype, info, config.rms_norm_eps, config.rope_theta, kv)
-        BUILDERS[order.family](model, config)
+        model = GpuDecoder(graph, weights, order.source, order.dtype, info, order.decoder, kv)
+        build(model, order.decoder)
         main = graph.model(info.name)
         program = program_of(main, model.values)
 

@@ -18,7 +18,7 @@ tokens of the float model; of a dense feed-forward block also its activations [N
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgelm.errors import CheckpointError, EdgeLMError
+from edgelm.models.spec import Attention, Block, Decoder, Dense, Matrix, MoE
 from edgelm.quant import codec
 from edgelm.quant.calibration.coverage import ExpertTokens, assign
 from edgelm.quant.calibration.options import CoverageOptions
@@ -36,6 +37,8 @@ from edgelm.quant.methods.drift import ROUTER_DAMPING, Drift
 from edgelm.quant.recipe import AUTO
 from edgelm.quant.source import WeightSource
 from edgelm.quant.tensor import QuantTensor
+from edgelm.reference.interpreter import Interpreter
+from edgelm.reference.layerwise import LayerWeights
 
 SLICE_TOKENS = 8192
 """Tokens in work at once: enough for matrix products at full speed, and tens of megabytes."""
@@ -123,10 +126,9 @@ class LayerStream:
     """Takes all samples through a layer.
 
     Args:
-        config: of the model.
+        decoder: the model.
         index: of the layer.
-        layer: its module, with float weights that are replaced on the way; experts are read one by one.
-        exact: another of it, which stays as it is.
+        read: gives a float32 tensor of the float checkpoint.
         quantiser: takes the matrices.
         coverage: when an expert has seen enough.
         require_coverage: fail where one has not.
@@ -134,22 +136,22 @@ class LayerStream:
 
     def __init__(
         self,
-        config: Any,
+        decoder: Decoder,
         index: int,
-        layer: Any,
-        exact: Any,
+        read: Callable[[str], Floats],
         quantiser: Quantiser,
         coverage: CoverageOptions,
         require_coverage: bool,
     ) -> None:
-        self.config = config
+        self.decoder = decoder
         self.index = index
-        self.layer = layer
-        self.exact = exact
+        self.weights = LayerWeights(decoder, index, read)
+        """Float at first; each matrix is replaced by its quantised one on the way. Experts are read one by one."""
+        self.run_quantised = Interpreter(decoder, self.weights)
+        self.run_exact = Interpreter(decoder, LayerWeights(decoder, index, read))
         self.quantiser = quantiser
         self.coverage = coverage
         self.require_coverage = require_coverage
-        self.prefix = f"model.layers.{index}"
 
     def run(self, x: Tensor, reference: Tensor) -> None:
         """Advance the residual stream [S, T, D], and that of the float model [R, T, D], in place.
@@ -158,49 +160,68 @@ class LayerStream:
             EdgeLMError: coverage is required and some expert has too few tokens.
             CheckpointError: the stream ceases to be finite.
         """
-        self._attention(x, reference)
-        normed, exact = torch.empty_like(x), torch.empty_like(reference)
-        for part in self._samples(x):
-            normed[part] = self.layer.post_attention_layernorm(x[part])
-        for part in self._samples(reference):
-            exact[part] = self.exact.post_attention_layernorm(reference[part])
-        if getattr(self.config, "num_experts", 0):
-            self._mixture(x, normed, reference, exact)
-        else:
-            self._dense(x, normed, reference, exact)
+        for block in self.decoder.layers[self.index]:
+            if isinstance(block.part, Attention):
+                self._attention(block, block.part, x, reference)
+                continue
+            normed, exact = torch.empty_like(x), torch.empty_like(reference)
+            for part in self._samples(x):
+                normed[part] = self.run_quantised.norm(block.before, x[part])
+            for part in self._samples(reference):
+                exact[part] = self.run_exact.norm(block.before, reference[part])
+            if isinstance(block.part, MoE):
+                self._moe(block, block.part, x, normed, reference, exact)
+            else:
+                self._dense(block, block.part, x, normed, reference, exact)
         if not all(torch.isfinite(x[part]).all() for part in self._samples(x)):
             raise CheckpointError(
                 f"the hidden states after layer {self.index} are not finite: some weight is damaged, or the recipe "
                 "rounds this layer to uselessness"
             )
 
-    def _attention(self, x: Tensor, reference: Tensor) -> None:
-        attention, exact, norm = self.layer.self_attn, self.exact.self_attn, self.layer.input_layernorm
-        prefix = f"{self.prefix}.self_attn"
+    def _quantise(self, matrix: Matrix, moments: Moments | None, drift: Drift | None) -> Tensor:
+        """Quantise a matrix, and compute with it from now on."""
+        weight = self.quantiser.matrix(matrix.name, moments, drift)
+        self.weights.replace(matrix.name, weight)
+        return weight
+
+    def _attention(self, block: Block, attention: Attention, x: Tensor, reference: Tensor) -> None:
+        run, exact = self.run_quantised, self.run_exact
         pairs = paired(*x.shape[:2])
-        names = [f"{prefix}.{matrix}_proj.weight" for matrix in "qkv"]
         drift = Drift()
         for part in self._samples(reference):
-            drift.add(norm(x[pairs][part]).flatten(0, 1), norm(reference[part]).flatten(0, 1))
-        moments = self._moments(names, (norm(x[part]) for part in self._samples(x)))
-        for name, module in zip(names, (attention.q_proj, attention.k_proj, attention.v_proj), strict=True):
-            module.weight.data = self.quantiser.matrix(name, moments, drift)
+            found, wanted = (run.norm(block.before, stream[part]) for stream in (x[pairs], reference))
+            drift.add(found.flatten(0, 1), wanted.flatten(0, 1))
+        projections = (attention.q, attention.k, attention.v)
+        inputs = (run.norm(block.before, x[part]) for part in self._samples(x))
+        moments = self._moments([matrix.name for matrix in projections], inputs)
+        for matrix in projections:
+            self._quantise(matrix, moments, drift)
         del moments
-        mixed = torch.empty(*x.shape[:2], attention.o_proj.weight.shape[1])  # [S, T, H*Dh]
+        mixed = torch.empty(*x.shape[:2], attention.o.columns)  # [S, T, H*Dh]
         for part in self._samples(x):
-            mixed[part] = attention.attend(*attention.project(norm(x[part])), None, self.index)
+            projected = run.project(attention, run.norm(block.before, x[part]))
+            mixed[part] = run.attend(attention, *projected, None, self.index)
         drift = Drift()
         for part in self._samples(reference):
-            wanted = exact.attend(*exact.project(norm(reference[part])), None, self.index)
+            projected = exact.project(attention, run.norm(block.before, reference[part]))
+            wanted = exact.attend(attention, *projected, None, self.index)
             # The stream's own drift before this layer is for o to make up for too.
-            apart = reference[part] - x[pairs][part]
-            drift.add(mixed[pairs][part].flatten(0, 1), wanted.flatten(0, 1), apart.flatten(0, 1))
-            reference[part] += exact.o_proj(wanted)
-        name = f"{prefix}.o_proj.weight"
-        moments = self._moments([name], (mixed[part] for part in self._samples(x)))
-        attention.o_proj.weight.data = self.quantiser.matrix(name, moments, drift)
+            apart = self._apart(block, x[pairs][part], reference[part])
+            drift.add(mixed[pairs][part].flatten(0, 1), wanted.flatten(0, 1), apart)
+            reference[part] += exact.norm(block.after, exact.matmul(attention.o, wanted))
+        moments = self._moments([attention.o.name], (mixed[part] for part in self._samples(x)))
+        self._quantise(attention.o, moments, drift)
         for part in self._samples(x):
-            x[part] += attention.o_proj(mixed[part])
+            x[part] += run.norm(block.after, run.matmul(attention.o, mixed[part]))
+
+    @staticmethod
+    def _apart(block: Block, x: Tensor, reference: Tensor) -> Tensor | None:
+        """How far the streams have parted, [n, D], for the last matrix of a part to make up for.
+
+        A norm stands between that matrix and the stream in a block with `after`: then it cannot.
+        """
+        return (reference - x).flatten(0, 1) if block.after is None else None
 
     @staticmethod
     def _samples(x: Tensor) -> list[slice]:
@@ -218,30 +239,28 @@ class LayerStream:
             moments.add(rows)
         return moments
 
-    def _dense(self, x: Tensor, normed: Tensor, reference: Tensor, exact: Tensor) -> None:
+    def _dense(self, block: Block, dense: Dense, x: Tensor, normed: Tensor, reference: Tensor, exact: Tensor) -> None:
         """Quantise gate, up and down of a dense block and add what they compute; of both models, [S or R, T, D]."""
-        prefix = f"{self.prefix}.mlp"
         pairs = paired(*x.shape[:2])
-        pair = [f"{prefix}.{matrix}_proj.weight" for matrix in ("gate", "up")]
-        moments = self._moments(pair, (normed[part] for part in self._samples(x)))
+        pair = (dense.gate, dense.up)
+        moments = self._moments([matrix.name for matrix in pair], (normed[part] for part in self._samples(x)))
         drift = self._drift(normed[pairs], exact)
-        gate, up = (self.quantiser.matrix(name, moments, drift) for name in pair)
+        for matrix in pair:
+            self._quantise(matrix, moments, drift)
         del moments
-        inner = torch.empty(*x.shape[:2], len(gate))  # [S, T, F]
+        inner = torch.empty(*x.shape[:2], dense.gate.rows)  # [S, T, F]
         for part in self._samples(x):
-            inner[part] = swiglu(normed[part], gate, up)
-        mlp = self.exact.mlp
+            inner[part] = self.run_quantised.gated(dense, normed[part])
         drift = Drift()
         for part in self._samples(reference):
-            wanted = swiglu(exact[part], mlp.gate_proj.weight, mlp.up_proj.weight)
-            apart = reference[part] - x[pairs][part]
-            drift.add(inner[pairs][part].flatten(0, 1), wanted.flatten(0, 1), apart.flatten(0, 1))
-            reference[part] += mlp.down_proj(wanted)
-        name = f"{prefix}.down_proj.weight"
-        moments = self._moments([name], (inner[part] for part in self._samples(x)))
-        down = self.quantiser.matrix(name, moments, drift)
+            wanted = self.run_exact.gated(dense, exact[part])
+            apart = self._apart(block, x[pairs][part], reference[part])
+            drift.add(inner[pairs][part].flatten(0, 1), wanted.flatten(0, 1), apart)
+            reference[part] += self.run_exact.norm(block.after, self.run_exact.matmul(dense.down, wanted))
+        moments = self._moments([dense.down.name], (inner[part] for part in self._samples(x)))
+        self._quantise(dense.down, moments, drift)
         for part in self._samples(x):
-            x[part] += F.linear(inner[part], down)
+            x[part] += self.run_quantised.norm(block.after, self.run_quantised.matmul(dense.down, inner[part]))
 
     def _drift(self, inputs: Tensor, wanted: Tensor) -> Drift:
         """Of inputs [R, T, K] from those of the float model."""
@@ -250,19 +269,17 @@ class LayerStream:
             drift.add(inputs[part].flatten(0, 1), wanted[part].flatten(0, 1))
         return drift
 
-    def _mixture(self, x: Tensor, normed: Tensor, reference: Tensor, exact: Tensor) -> None:
+    def _moe(self, block: Block, moe: MoE, x: Tensor, normed: Tensor, reference: Tensor, exact: Tensor) -> None:
         """Fit the router, quantise the experts and add what they compute; of both models, [S or R, T, D]."""
         drift = self._drift(normed[paired(*x.shape[:2])], exact)
-        mlp = self.layer.mlp
         x, normed, reference, exact = (stream.view(-1, stream.shape[-1]) for stream in (x, normed, reference, exact))
-        name = f"{self.prefix}.mlp.gate.weight"
+        name = moe.router.name
         if self.quantiser.weights.scheme(name) is None:
-            mlp.gate.weight.data = self.quantiser.fit(name, drift)
+            self.weights.replace(name, self.quantiser.fit(name, drift))
         else:
-            router = self._moments([name], (normed[part] for part in slices(len(normed))))
-            mlp.gate.weight.data = self.quantiser.matrix(name, router, drift)
-        logits, chosen, weights = _routes(mlp, normed)
-        needed = self.coverage.threshold(max(self.config.hidden_size, self.config.intermediate_size))
+            self._quantise(moe.router, self._moments([name], (normed[part] for part in slices(len(normed)))), drift)
+        logits, chosen, weights = _routes(self.run_quantised, moe, normed)
+        needed = self.coverage.threshold(max(self.decoder.hidden_size, moe.experts[0].gate.rows))
         shares = assign(logits, chosen, weights, self.coverage, needed)
         report = self.quantiser.report
         report.tokens = [len(share.own) for share in shares]
@@ -270,22 +287,29 @@ class LayerStream:
         report.fallbacks = [expert for expert, share in enumerate(shares) if share.starved]
         if report.fallbacks and self.require_coverage:
             raise EdgeLMError(starved_message(self.index, report, needed))
-        _, chosen, weights = _routes(self.exact.mlp, exact)
+        _, chosen, weights = _routes(self.run_exact, moe, exact)
+        # With a norm after the part the outputs of all experts are summed before they are added to the stream.
+        sums = (x, reference) if block.after is None else (torch.zeros_like(x), torch.zeros_like(reference))
         for expert, share in enumerate(shares):
             tokens, rank = (chosen == expert).nonzero(as_tuple=True)
-            self._exact_expert(reference, exact, expert, tokens, weights[tokens, rank])
-            self._expert(x, normed, f"{self.prefix}.mlp.experts.{expert}", share, drift)
+            self._exact_expert(sums[1], exact, moe.experts[expert], tokens, weights[tokens, rank])
+            self._expert(sums[0], normed, moe.experts[expert], share, drift)
+        if block.after is not None:
+            for part in slices(len(x)):
+                x[part] += self.run_quantised.norm(block.after, sums[0][part])
+            for part in slices(len(reference)):
+                reference[part] += self.run_exact.norm(block.after, sums[1][part])
 
-    def _exact_expert(self, stream: Tensor, normed: Tensor, expert: int, tokens: Tensor, weights: Tensor) -> None:
+    def _exact_expert(self, stream: Tensor, normed: Tensor, expert: Dense, tokens: Tensor, weights: Tensor) -> None:
         """Add what an expert of the float model computes for its tokens [n], weighed with `weights` [n]."""
         if not len(tokens):
             return
-        gate, up, down = self.exact.mlp.outside_experts[expert]
+        gate, up, down = (self.run_exact.read(matrix.name) for matrix in expert.matrices)
         for part in slices(len(tokens)):
             out = F.linear(swiglu(normed[tokens[part]], gate, up), down)
             stream.index_add_(0, tokens[part], out.mul_(weights[part, None]))
 
-    def _expert(self, stream: Tensor, normed: Tensor, prefix: str, share: ExpertTokens, drift: Drift) -> None:
+    def _expert(self, stream: Tensor, normed: Tensor, expert: Dense, share: ExpertTokens, drift: Drift) -> None:
         """Quantise gate, up and down of an expert and add what they compute for its own tokens.
 
         The drift of gate's and up's inputs is that of all tokens: an expert's own are too few to tell it from noise.
@@ -293,16 +317,15 @@ class LayerStream:
         tokens = share.seen
         count = len(tokens)
         blind = share.starved or not count
-        pair = [f"{prefix}.{matrix}_proj.weight" for matrix in ("gate", "up")]
+        pair = [expert.gate.name, expert.up.name]
         moments = None if blind else self._moments(pair, (normed[tokens[part]] for part in slices(count)))
         gate, up = (self.quantiser.matrix(name, moments, drift) for name in pair)
         del moments
         inner = torch.empty(len(share.own) if blind else count, len(gate))  # [n, F]
         for part in slices(len(inner)):
             inner[part] = swiglu(normed[tokens[part]], gate, up)
-        name = f"{prefix}.down_proj.weight"
-        moments = None if blind else self._moments([name], (inner[part] for part in slices(count)))
-        down = self.quantiser.matrix(name, moments)
+        moments = None if blind else self._moments([expert.down.name], (inner[part] for part in slices(count)))
+        down = self.quantiser.matrix(expert.down.name, moments)
         for part in slices(len(share.own)):
             out = F.linear(inner[part], down)
             stream.index_add_(0, share.own[part], out.mul_(share.weights[part, None]))
@@ -313,9 +336,9 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(F.linear(x, gate)) * F.linear(x, up)
 
 
-def _routes(mlp: Any, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _routes(run: Interpreter, moe: MoE, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Router logits [N, E], experts [N, A] and their weights [N, A]."""
-    routed = [mlp.route(normed[part]) for part in slices(len(normed))]
+    routed = [run.route(moe, normed[part]) for part in slices(len(normed))]
     logits, chosen, weights = (torch.cat(parts) for parts in zip(*routed, strict=True))
     return logits, chosen, weights
 

@@ -11,7 +11,7 @@ from the histogram. Clipping pays where a few values stand far out (arXiv 2004.0
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgelm.errors import RecipeError
+from edgelm.models.spec import Decoder, Matrix
 from edgelm.progress import Progress
 from edgelm.quant.activations import STATIC, KvScales
 from edgelm.quant.reference import activation_kinds
-from edgelm.reference.hooks import Hooks, head_name
+from edgelm.reference.hooks import Hooks
 from edgelm.reference.layerwise import LayerwiseReference
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ _SHIFT = 18
 _BINS = 255 << 23 - _SHIFT  # up to infinity
 _POINTS = 4  # of each bin that stand for its values
 _RATIOS = np.linspace(0.2, 1.0, 65)
+_NO_EXPERT = "no expert"
 _SEEN_ENOUGH = 32
 """Rows. An expert that saw fewer takes the range of all experts of its layer."""
 
@@ -138,19 +140,24 @@ def _points(bins: NDArray[np.int64]) -> NDArray[np.float32]:
 class RangeRecorder(Hooks):
     """Counts what goes by and changes nothing.
 
+    Args:
+        decoder: the model that is run.
+
     Attributes:
         ranges: of each matrix's input, by its name. Matrices that multiply the same rows share one.
         keys, values: float32 [K, Dh] largest magnitudes of each layer's cache.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
         self.ranges: dict[str, InputRange] = {}
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self._last: tuple[Tensor, InputRange] | None = None
 
-    def inputs(self, name: str, x: Tensor) -> Tensor:
+    def inputs(self, matrix: Matrix, x: Tensor) -> Tensor:
         """Count the rows of x [..., K]."""
+        name = matrix.name
         if self._last is not None and x is self._last[0]:
             # q, k and v (gate and up) multiply the very same rows: counted once.
             self.ranges.setdefault(name, self._last[1])
@@ -203,9 +210,10 @@ class RangeRecorder(Hooks):
         known: dict[tuple[int, str], float] = {}
         for name, kind in wanted.items():
             found = self.ranges.get(name)
-            whole = together.get(_layer_of_expert(name) or "")
-            if whole is not None and (found is None or found.tokens < _SEEN_ENOUGH or ".down_proj" not in name):
-                found = whole
+            shared = self._expert_input(name)
+            few = found is None or found.tokens < _SEEN_ENOUGH
+            if shared in together and (few or shared[1] != "down"):
+                found = together[shared]
             if found is None or not found.tokens:
                 raise RecipeError(f"no calibration text reached {name}: give more text, or another activations rule")
             if (id(found), kind) not in known:
@@ -213,27 +221,25 @@ class RangeRecorder(Hooks):
             scales[name] = known[id(found), kind]
         return scales
 
-    def _of_all_experts(self, names: Iterable[str]) -> dict[str, InputRange]:
+    def _expert_input(self, name: str) -> tuple[int | None, str]:
+        """What the experts of a layer have in common: the layer, and which of their two inputs; of others the role."""
+        matrix = self.decoder.matrices[name]
+        kind = "down" if matrix.role == "down" else "in"
+        return (matrix.layer, kind if matrix.expert is not None else _NO_EXPERT)
+
+    def _of_all_experts(self, names: Iterable[str]) -> dict[tuple[int | None, str], InputRange]:
         """The ranges of all experts of a layer together: one for gate and up, one for down."""
-        layers = {layer for name in names if (layer := _layer_of_expert(name))}
-        result: dict[str, InputRange] = {}
-        seen: set[tuple[str, int]] = set()
+        wanted = {shared for name in names if (shared := self._expert_input(name))[1] != _NO_EXPERT}
+        result: dict[tuple[int | None, str], InputRange] = {}
+        seen: set[tuple[tuple[int | None, str], int]] = set()
         for name, found in self.ranges.items():
-            layer = _layer_of_expert(name)
+            shared = self._expert_input(name)
             # Gate and up of an expert share one range.
-            if layer not in layers or layer is None or (layer, id(found)) in seen:
+            if shared not in wanted or (shared, id(found)) in seen:
                 continue
-            seen.add((layer, id(found)))
-            result[layer] = result[layer].merged(found) if layer in result else found
+            seen.add((shared, id(found)))
+            result[shared] = result[shared].merged(found) if shared in result else found
         return result
-
-
-def _layer_of_expert(name: str) -> str | None:
-    """Name what the experts of a layer have in common: the layer, and which of their two inputs. None: no expert."""
-    layer, experts, rest = name.partition(".experts.")
-    if not experts:
-        return None
-    return f"{layer}.{'down' if rest.endswith('down_proj.weight') else 'in'}"
 
 
 def _positive(scale: Tensor) -> Tensor:
@@ -241,7 +247,7 @@ def _positive(scale: Tensor) -> Tensor:
 
 
 def record_ranges(
-    config_json: Mapping[str, Any],
+    decoder: Decoder,
     weights: WeightReader,
     windows: NDArray[np.int64],
     progress: Progress | None = None,
@@ -249,7 +255,7 @@ def record_ranges(
     """Run a model over calibration text, layer by layer from disk, and count its activations.
 
     Args:
-        config_json: of the checkpoint.
+        decoder: the model.
         weights: float ones, or quantised: ranges of what will run.
         windows: int64 [W, T] tokens.
         progress: told of every window and layer.
@@ -257,10 +263,10 @@ def record_ranges(
     Raises:
         RecipeError: an activation is not finite.
     """
-    recorder = RangeRecorder()
-    reference = LayerwiseReference(config_json, weights, hooks=recorder)
+    recorder = RangeRecorder(decoder)
+    reference = LayerwiseReference(decoder, weights, hooks=recorder)
     final = reference.windows(windows, progress=progress, label="ranges")
-    recorder.inputs(head_name(reference.config.tie_word_embeddings), torch.from_numpy(final))
+    recorder.inputs(decoder.head, torch.from_numpy(final))
     return recorder
 
 
@@ -284,5 +290,5 @@ def calibrated_scales(
     kinds = activation_kinds(source)
     if not any(kind in STATIC for kind in kinds.values()):
         return {}
-    recorder = record_ranges(source.checkpoint.config, source.dequantized(), windows, progress)
+    recorder = record_ranges(source.checkpoint.decoder, source.dequantized(), windows, progress)
     return recorder.scales(kinds, method)

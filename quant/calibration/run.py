@@ -9,10 +9,11 @@ each, one layer's attention weights, the weights and moments of one expert. A la
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from edgelm.corpus import BUILTIN, Texts, read_texts, windows
 from edgelm.devices import allowed_cores
 from edgelm.errors import EdgeLMError, RecipeError
 from edgelm.files import atomic_directory, need_disk, prepare_place
+from edgelm.models.spec import Decoder
 from edgelm.progress import Advance, Progress, Silent
 from edgelm.quant import codec
 from edgelm.quant.calibration.layer import SLICE_TOKENS, LayerStream, Quantiser, aligned, paired, slices
@@ -41,13 +43,11 @@ from edgelm.quant.recipe import Recipe
 from edgelm.quant.scaled_checkpoint import SmoothedCheckpoint
 from edgelm.quant.smoothing import smooth
 from edgelm.quant.source import WeightSource, stored_recipe
+from edgelm.reference.interpreter import Interpreter
 from edgelm.tokenization.tokenizer import Tokenizer
 
 FORMAT = "edgelm-calibration 3"
 """Of the work folder; another number makes a new start."""
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -158,15 +158,14 @@ def calibrated(
         raise RecipeError(f"{checkpoint.path} is already quantised: calibration starts from the float checkpoint")
     # The writers' own threads each work on a tensor, so the kernel inside takes one.
     weights = WeightSource(checkpoint, recipe, threads=1)
-    family = checkpoint.family
-    config = family.config_class.from_dict(checkpoint.config)
-    weights.check_tensors(family.tensor_shapes(config))
+    decoder = checkpoint.decoder
+    weights.check_tensors(decoder.tensor_shapes)
     if not any(weights.scheme(name) for name in weights.shapes):
         raise RecipeError(f'the recipe "{recipe.name}" quantises none of the tensors of {checkpoint.path}')
     stored = sum(spec.nbytes for spec in stored_specs(weights).values())
     texts = read_texts(options.text)
-    ids = _windows(checkpoint, config, texts, options)
-    stream_bytes = 4 * ids.size * config.hidden_size
+    ids = _windows(checkpoint, texts, options)
+    stream_bytes = 4 * ids.size * decoder.hidden_size
     need_disk(out, copies * stored + 4 * stream_bytes)
     asked = _asked(checkpoint, recipe, texts, ids, options)
     with open_work(work_place(out, checkpoint.path), asked, progress) as work, contextlib.ExitStack() as stack:
@@ -174,20 +173,20 @@ def calibrated(
             if options.smoothing is not None:
                 checkpoint = stack.enter_context(_smoothed(checkpoint, recipe, options.smoothing, ids, work, progress))
                 weights = WeightSource(checkpoint, recipe, threads=1)
-            run = _Run(weights, config, options, work, progress)
+            run = _Run(weights, decoder, options, work, progress)
             layers, head = run.all(ids)
             files = [stack.enter_context(SafetensorsFile(path)) for path in work.files(len(layers))]
             made = CalibratedSource(checkpoint, recipe, files, threads=1)
             if input_scales and made.static_inputs:
                 quantised = CalibratedSource(checkpoint, recipe, files, threads=threads)
                 made.input_scales = calibrated_scales(quantised, ids, progress=progress)
-        needed = options.coverage.threshold(max(config.hidden_size, config.intermediate_size))
+        needed = options.coverage.threshold(max(decoder.hidden_size, decoder.feed_forward_width))
         report = CalibrationReport(
             text=texts.name,
             sha256=texts.sha256,
             samples=options.samples,
             length=options.length,
-            min_tokens=needed if getattr(config, "num_experts", 0) else 0,
+            min_tokens=needed if decoder.num_experts else 0,
             layers=layers,
             head=head,
             smoothing=options.smoothing,
@@ -220,18 +219,19 @@ def _smoothed(
     return found
 
 
-def _windows(checkpoint: Checkpoint, config: Any, texts: Texts, options: CalibrationOptions) -> np.ndarray[Any, Any]:
+def _windows(checkpoint: Checkpoint, texts: Texts, options: CalibrationOptions) -> np.ndarray[Any, Any]:
     """Token ids int64 [S, T]."""
-    if options.length > config.max_position_embeddings:
+    decoder = checkpoint.decoder
+    if options.length > decoder.context_length:
         raise EdgeLMError(
             f"samples of {options.length} tokens are longer than the model's context of "
-            f"{config.max_position_embeddings}: give a smaller --sample-length"
+            f"{decoder.context_length}: give a smaller --sample-length"
         )
     tokenizer = Tokenizer.from_folder(checkpoint.path)
     ids = np.stack(windows(tokenizer, texts.documents, options.samples, options.length))
-    if ids.min() < 0 or ids.max() >= config.vocab_size:
+    if ids.min() < 0 or ids.max() >= decoder.vocab_size:
         raise EdgeLMError(
-            f"{checkpoint.path}: the tokenizer gives token {ids.max()}, the model's table has {config.vocab_size} "
+            f"{checkpoint.path}: the tokenizer gives token {ids.max()}, the model's table has {decoder.vocab_size} "
             "rows: this is another model's tokenizer"
         )
     return ids
@@ -271,15 +271,20 @@ class _Run:
     """The way through the layers."""
 
     def __init__(
-        self, weights: WeightSource, config: Any, options: CalibrationOptions, work: WorkFolder, progress: Progress
+        self,
+        weights: WeightSource,
+        decoder: Decoder,
+        options: CalibrationOptions,
+        work: WorkFolder,
+        progress: Progress,
     ) -> None:
         self.weights = weights
-        self.config = config
+        self.decoder = decoder
         self.options = options
         self.work = work
         self.progress = progress
-        self.layers: int = config.num_hidden_layers
-        self.shares = _work(weights.shapes, config, options.samples * options.length)
+        self.layers = decoder.num_layers
+        self.shares = _work(decoder, options.samples * options.length)
 
     @torch.no_grad()
     def all(self, ids: np.ndarray[Any, Any]) -> tuple[list[LayerReport], LayerReport]:
@@ -290,7 +295,7 @@ class _Run:
             with self.progress.task("calibrating", sum(self.shares.values()), unit="work") as advance:
                 if start:
                     self.progress.note(f"{self.work.path}: going on with layer {start} of {self.layers}")
-                    advance(sum(share for name, share in self.shares.items() if _layer_of(name) < start))
+                    advance(sum(share for name, share in self.shares.items() if self._layer_of(name) < start))
                     x, reference = self.work.load_streams(start)
                 else:
                     x, reference = self._embed(ids)
@@ -301,28 +306,21 @@ class _Run:
 
     def _embed(self, ids: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
         """Rows [S, T, D] of the embedding as the device will have it, and [R, T, D] as the float model has it."""
-        scheme = self.weights.scheme(EMBEDDING)
+        name = self.decoder.embed.name
+        scheme = self.weights.scheme(name)
         wanted, places = np.unique(ids, return_inverse=True)
-        exact = np.concatenate(
-            [self.weights.checkpoint.read_float32(EMBEDDING, slice(int(i), int(i) + 1)) for i in wanted]
-        )
+        exact = np.concatenate([self.weights.checkpoint.read_float32(name, slice(int(i), int(i) + 1)) for i in wanted])
         rows = exact
         if scheme is not None:
-            rows = codec.dequantize(codec.quantize(rows, scheme, name=EMBEDDING, threads=1), threads=1)
+            rows = codec.dequantize(codec.quantize(rows, scheme, name=name, threads=1), threads=1)
         where = torch.from_numpy(places.reshape(ids.shape))
         return torch.from_numpy(aligned(rows))[where], torch.from_numpy(aligned(exact))[where[paired(*ids.shape)]]
 
     def _layer(self, index: int, x: Tensor, reference: Tensor, advance: Advance) -> None:
         began = time.monotonic()
         quantiser = Quantiser(self.weights, self.shares, advance)
-        layer, exact = (
-            self.weights.checkpoint.family.layer_from_disk(
-                self.config, index, lambda name: aligned(self.weights.checkpoint.read_float32(name))
-            )
-            for _ in range(2)
-        )
         stream = LayerStream(
-            self.config, index, layer, exact, quantiser, self.options.coverage, self.options.require_coverage
+            self.decoder, index, quantiser.read, quantiser, self.options.coverage, self.options.require_coverage
         )
         stream.run(x, reference)
         self.work.save_layer(index, quantiser.tensors, quantiser.floats, quantiser.report)
@@ -332,20 +330,26 @@ class _Run:
     def _head(self, x: Tensor, reference: Tensor, advance: Advance) -> LayerReport:
         """Quantise the head by the normed states; a tied one is the embedding, which is looked up before all else."""
         quantiser = Quantiser(self.weights, self.shares, advance)
-        if not self.config.tie_word_embeddings:
+        if not self.decoder.tied:
+            head = self.decoder.head.name
             moments, drift = None, Drift()
-            if quantiser.wants_moments([HEAD]):
-                norm = self.weights.checkpoint.family.norm_class(self.config.hidden_size, self.config.rms_norm_eps)
-                norm.weight.copy_(torch.from_numpy(quantiser.read("model.norm.weight")))
-                moments = Moments.zeros(self.config.hidden_size)
+            if quantiser.wants_moments([head]):
+                run = Interpreter(self.decoder, lambda name: torch.from_numpy(quantiser.read(name)))
+                norm = functools.partial(run.norm, self.decoder.norm)
+                moments = Moments.zeros(self.decoder.hidden_size)
                 for part in slices(len(x), max(1, SLICE_TOKENS // x.shape[1])):
                     moments.add(norm(x[part]).flatten(0, 1))
                 pairs = paired(*x.shape[:2])
                 for part in slices(len(reference), max(1, SLICE_TOKENS // x.shape[1])):
                     drift.add(norm(x[pairs][part]).flatten(0, 1), norm(reference[part]).flatten(0, 1))
-            quantiser.matrix(HEAD, moments, drift)
+            quantiser.matrix(head, moments, drift)
         self.work.save_head(quantiser.tensors, quantiser.report)
         return quantiser.report
+
+    def _layer_of(self, name: str) -> float:
+        """The layer a matrix belongs to; beyond all of them for those outside."""
+        layer = self.decoder.matrices[name].layer
+        return math.inf if layer is None else layer
 
     def _say(self, index: int, report: LayerReport, seconds: float) -> None:
         parts = [f"layer {index} ({index + 1} of {self.layers})"]
@@ -363,21 +367,16 @@ class _Run:
             )
 
 
-def _layer_of(name: str) -> float:
-    """The layer a tensor belongs to; beyond all of them for those outside."""
-    parts = name.split(".")
-    return int(parts[2]) if parts[1] == "layers" else math.inf
-
-
-def _work(shapes: Mapping[str, Sequence[int]], config: Any, tokens: int) -> dict[str, float]:
+def _work(decoder: Decoder, tokens: int) -> dict[str, float]:
     """Multiplications that each matrix takes, roughly: moments, product, and correcting its columns."""
-    experts = getattr(config, "num_experts", 0)
-    each = tokens * config.num_experts_per_tok / experts if experts else tokens
     found = {}
-    for name, shape in shapes.items():
-        if len(shape) == 2 and (name == HEAD or _layer_of(name) < math.inf):
-            rows, columns = shape
-            seen = each if ".experts." in name else tokens
-            product = 0 if name == HEAD else seen * columns * rows
-            found[name] = float(product + seen * columns * columns / 2 + columns * columns * (rows + columns))
+    for name, matrix in decoder.matrices.items():
+        if matrix is decoder.embed:
+            continue
+        rows, columns = matrix.rows, matrix.columns
+        seen: float = tokens
+        if matrix.expert is not None:
+            seen = tokens * decoder.active_experts / decoder.num_experts
+        product = 0 if matrix.layer is None else seen * columns * rows
+        found[name] = float(product + seen * columns * columns / 2 + columns * columns * (rows + columns))
     return found

@@ -10,13 +10,14 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from edgelm.errors import CheckpointError, UnsupportedConfigError
+from edgelm.models.spec import EMBEDDING, HEAD
 from edgelm.quant.formats.awq import Awq
 from edgelm.quant.formats.base import Format, Matrix, float32_of
 from edgelm.quant.formats.compressed_tensors import CompressedTensors
 from edgelm.quant.formats.config import WAY_OUT, Settings, unsupported
 from edgelm.quant.formats.fp8 import Fp8
 from edgelm.quant.formats.gptq import Gptq
-from edgelm.quant.recipe import AUTO, FLOAT, Recipe, Rule
+from edgelm.quant.recipe import AUTO, FLOAT, Recipe, Rule, of_role
 from edgelm.quant.scheme import AnyScheme
 from edgelm.quant.tensor import QuantTensor
 
@@ -66,8 +67,8 @@ def recipe_of(settings: Settings) -> Recipe:
         UnsupportedConfigError: as `format_of`.
     """
     found = format_of(settings)
-    kept = ("model.embed_tokens.weight", "*.mlp.gate.weight", *(() if settings.get("lm_head") else ("lm_head.weight",)))
-    return Recipe(found.name, found.default, tuple(Rule(pattern, None) for pattern in kept))
+    kept = (EMBEDDING, "router", *(() if settings.get("lm_head") else (HEAD,)))
+    return Recipe(found.name, found.default, tuple(of_role(role, None) for role in kept))
 
 
 class ForeignWeights:

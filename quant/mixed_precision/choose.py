@@ -155,9 +155,8 @@ class _Plan:
         candidates = [parse_scheme(scheme) for scheme in SCHEMES] if schemes is None else list(schemes)
         if not candidates:
             raise RecipeError("no schemes to choose from: give names such as int3-g32,int4-g32,int8-g128")
-        config = checkpoint.family.config_class.from_dict(checkpoint.config)
-        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-        units, fixed = find_units(shapes), fixed_bytes(config, shapes)
+        decoder = checkpoint.decoder
+        units, fixed = find_units(decoder), fixed_bytes(decoder)
         weights = sum(unit.weights for unit in units)
         room = int(bits * weights / 8) if bits is not None else (budget or 0) - fixed
         smallest = sum(min(unit.nbytes(scheme) for scheme in candidates) for unit in units)
@@ -167,8 +166,7 @@ class _Plan:
                 f"the smallest possible with these schemes is {least}"
                 f" ({', '.join(scheme_name(scheme) for scheme in candidates)}): allow more, or name narrower schemes"
             )
-        router = any(name.endswith(".mlp.gate.weight") for name in shapes)
-        return cls(units, candidates, room, fixed, config.max_position_embeddings, router)
+        return cls(units, candidates, room, fixed, decoder.context_length, decoder.first_moe is not None)
 
     @property
     def weights(self) -> int:

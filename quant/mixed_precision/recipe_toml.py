@@ -6,15 +6,14 @@ default is what most matrices have.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgelm.quant.mixed_precision.units import Unit
-from edgelm.quant.recipe import Recipe, Rule
+from edgelm.quant.recipe import Recipe, Rule, of_role
 from edgelm.quant.scheme import AnyScheme
-
-ROUTER = "*.mlp.gate.weight"
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def make_recipe(name: str, choices: Sequence[Choice], has_router: bool) -> tuple
                     unit = choice.unit
                     rule = Rule(_pattern(unit, str(unit.layer), str(unit.expert)), choice.scheme)
                     single.append((rule, _comment([choice])))
-    router = [(Rule(ROUTER, None), "routers choose in float")] if has_router else []
+    router = [(of_role("router", None), "routers choose in float")] if has_router else []
     rules = router + single + of_layer + of_kind
     return Recipe(name, default, tuple(rule for rule, _ in rules)), [comment for _, comment in rules]
 
@@ -107,10 +106,25 @@ def _pattern(unit: Unit, layer: str, expert: str) -> str:
     names = list(unit.tensors)
     if unit.layer is None:
         return names[0]
-    stem, matrix, _ = names[0].rsplit(".", 2)
+    stem = names[0].rsplit(".", 2)[0]
     parts = stem.split(".")
     parts[2] = layer
     if unit.expert is not None:
         parts[-1] = expert
-    matrix = {"qkv": "[qkv]_proj", "gate+up": "[gu]*_proj"}.get(unit.kind.removeprefix("expert "), matrix)
-    return ".".join([*parts, matrix, "weight"])
+    return ".".join([*parts, _any_of([name.split(".")[-2] for name in names]), "weight"])
+
+
+def _any_of(words: Sequence[str]) -> str:
+    """A pattern of these words and few others: [qkv]_proj, [gu]*_proj, w[13]."""
+    if len(words) == 1:
+        return words[0]
+    start = _common_start(words)
+    end = _common_start([word[len(start) :][::-1] for word in words])[::-1]
+    middles = [word[len(start) : len(word) - len(end)] for word in words]
+    firsts = "".join(dict.fromkeys(middle[0] for middle in middles))
+    return f"{start}[{firsts}]{'' if all(len(middle) == 1 for middle in middles) else '*'}{end}"
+
+
+def _common_start(words: Sequence[str]) -> str:
+    alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*words, strict=False))
+    return "".join(letters[0] for letters in alike)

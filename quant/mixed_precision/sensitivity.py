@@ -18,9 +18,8 @@ head, and the residual stream before every layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -29,13 +28,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgelm.checkpoint import Checkpoint
+from edgelm.models.spec import Block, Matrix, MoE
 from edgelm.progress import Advance, Progress, Silent
 from edgelm.quant.mixed_precision.losses import Losses, Sensitivity, slices
 from edgelm.quant.mixed_precision.routing import Margin, Swaps
-from edgelm.quant.mixed_precision.units import EMBEDDING, HEAD, find_units
+from edgelm.quant.mixed_precision.units import find_units
 from edgelm.quant.scheme import AnyScheme, Scheme
+from edgelm.reference.hooks import Hooks
+from edgelm.reference.interpreter import Interpreter
 from edgelm.reference.kv_cache import Trace
-from edgelm.reference.layerwise import HEAD_BLOCK_BYTES
+from edgelm.reference.layerwise import HEAD_BLOCK_BYTES, LayerWeights
 
 Ints = NDArray[np.int64]
 
@@ -96,9 +98,9 @@ class _Sweep:
         seed: int,
     ) -> None:
         self.checkpoint = checkpoint
-        self.config = checkpoint.family.config_class.from_dict(checkpoint.config)
-        self.units = find_units({name: info.shape for name, info in checkpoint.tensors.items()})
-        self.head = HEAD if HEAD in checkpoint.tensors else EMBEDDING
+        self.decoder = checkpoint.decoder
+        self.units = find_units(self.decoder)
+        self.head = self.decoder.head.name
         self.ids = torch.from_numpy(np.stack(windows))  # [B, T]
         batch, length = self.ids.shape
         self.losses = Losses(self.units, schemes, batch * length)
@@ -106,15 +108,12 @@ class _Sweep:
         self.groups = (torch.arange(batch) * min(GROUPS, batch) // batch).repeat_interleave(length)
         self.random = torch.Generator().manual_seed(seed)
         self.about = about
-        self.mixture = hasattr(self.config, "num_experts")
-        # Where every expert is always chosen there is nothing to swap.
-        self.refuses = self.mixture and self.config.num_experts > self.config.num_experts_per_tok
         self.noise: dict[int, float] = {}
         self.constant = 0.0
 
     def run(self, progress: Progress) -> Measured:
         """Forward, head, and back."""
-        layers = self.config.num_hidden_layers
+        layers = self.decoder.num_layers
         # A layer backwards, with its matrices in every scheme, takes about four times as long as forwards.
         with progress.task("sensitivity", 5 * layers + 4, unit="steps") as advance:
             streams = self._forward(advance)
@@ -135,24 +134,35 @@ class _Sweep:
         rows = torch.from_numpy(self._rows(wanted))
         streams = [rows[places].view(*self.ids.shape, -1)]
         noisy = streams[0][: -(-len(self.ids) // _NOISY_SHARE)]
-        for index in range(self.config.num_hidden_layers):
+        for index in range(self.decoder.num_layers):
             trace, quantised = Trace(), Trace()
-            streams.append(self._module(index)(streams[-1], None, index, trace))
-            if self.refuses:
-                noisy = self._module(index, self._read_quantised)(noisy, None, index, quantised)
+            streams.append(self._layer_from_disk(index).layer(index, streams[-1], None, trace))
+            # The noisy stream is needed as long as some layer's routers choose.
+            if any(self._chooses(moe) for moe in map(self.decoder.moe, range(index, self.decoder.num_layers))):
+                noisy = self._layer_from_disk(index, self._read_quantised).layer(index, noisy, None, quantised)
+            moe = self.decoder.moe(index)
+            if self._chooses(moe):
                 logits = trace.router_logits[0][: len(noisy)].flatten(0, 1)
-                margin = Margin.of(logits, self.config.num_experts_per_tok)
+                margin = Margin.of(logits, moe.k)
                 self.noise[index] = margin.noise(quantised.router_logits[0].flatten(0, 1))
             advance(1)
         return streams
 
-    def _module(self, index: int, read: Callable[[str], NDArray[np.float32]] | None = None) -> Any:
-        layer = self.checkpoint.family.layer_from_disk(self.config, index, read or self.checkpoint.read_float32)
-        return layer.requires_grad_(False)
+    @staticmethod
+    def _chooses(moe: MoE | None) -> TypeGuard[MoE]:
+        """Whether experts can be swapped: not where every expert always acts."""
+        return moe is not None and len(moe.experts) > moe.k
+
+    def _layer_from_disk(
+        self, index: int, read: Callable[[str], NDArray[np.float32]] | None = None, hooks: Hooks | None = None
+    ) -> Interpreter:
+        weights = LayerWeights(self.decoder, index, read or self.checkpoint.read_float32)
+        return Interpreter(self.decoder, weights, hooks)
 
     def _read_quantised(self, name: str) -> NDArray[np.float32]:
         weight = self.checkpoint.read_float32(name)
-        if weight.ndim != 2 or name.endswith(".mlp.gate.weight"):
+        matrix = self.decoder.matrices.get(name)
+        if matrix is None or matrix.role == "router":
             return weight
         return self.losses.rounded(name, weight, self.about)
 
@@ -163,7 +173,7 @@ class _Sweep:
 
     def _rows(self, wanted: Ints) -> NDArray[np.float32]:
         read = self.checkpoint.read_float32
-        return np.concatenate([read(EMBEDDING, slice(int(i), int(i) + 1)) for i in wanted])
+        return np.concatenate([read(self.decoder.embed.name, slice(int(i), int(i) + 1)) for i in wanted])
 
     # -- head ----------------------------------------------------------------------------------------------------------
 
@@ -172,10 +182,9 @@ class _Sweep:
 
         For the head itself nothing need be drawn: the Fisher matrix of the logits is diag(p) - p p^T.
         """
-        norm = self.checkpoint.family.norm_class(self.config.hidden_size, self.config.rms_norm_eps)
-        norm.requires_grad_(False).weight.copy_(torch.from_numpy(self.checkpoint.read_float32("model.norm.weight")))
         leaf = stream.requires_grad_()
-        final = norm(leaf).flatten(0, 1)  # [N, D]
+        run = Interpreter(self.decoder, lambda name: torch.from_numpy(self.checkpoint.read_float32(name)))
+        final = run.norm(self.decoder.norm, leaf).flatten(0, 1)  # [N, D]
         x = final.detach()
         total, drawn = self._draw(x)
         by_final, squares = torch.zeros_like(x), x.square()
@@ -212,53 +221,48 @@ class _Sweep:
 
     def _layer(self, index: int, stream: Tensor, gradient: Tensor) -> Tensor:
         """Measure a layer's matrices; return the gradient by what goes into it."""
-        layer = self._module(index)
-        prefix = f"model.layers.{index}"
-        before = stream.requires_grad_()
-        with ExitStack() as hooks:
-            self._watch(hooks, layer.self_attn, f"{prefix}.self_attn")
-            after = before + layer.self_attn(layer.input_layernorm(before), None, index)
-            middle = after.detach().requires_grad_()
-            normed = layer.post_attention_layernorm(middle)
-            leaf = normed.detach().requires_grad_()
-            if self.mixture:
-                by_normed = self._mixture(index, layer.mlp, leaf, gradient)
-            else:
-                self._watch(hooks, layer.mlp, f"{prefix}.mlp")
-                by_normed = torch.autograd.grad(layer.mlp(leaf), leaf, gradient)[0]
-            by_middle = gradient + torch.autograd.grad(normed, middle, by_normed)[0]
-            return torch.autograd.grad(after, before, by_middle)[0]
+        run = self._layer_from_disk(index)
+        blocks = self.decoder.layers[index]
+        streams = [stream]
+        with torch.no_grad():
+            for block in blocks[:-1]:
+                streams.append(run.block(block, streams[-1]))
+        for block in reversed(blocks):
+            gradient = self._block(run, block, streams.pop().detach().requires_grad_(), gradient)
+        return gradient
 
-    def _watch(self, hooks: ExitStack, module: Any, prefix: str) -> None:
-        """Let every product in a module be measured when the gradient of its output is known."""
+    def _block(self, run: Interpreter, block: Block, x: Tensor, gradient: Tensor) -> Tensor:
+        """Measure a block's matrices; return the gradient by its input x [B, T, D]."""
+        normed = run.norm(block.before, x)
+        leaf = normed.detach().requires_grad_()
+        if isinstance(block.part, MoE):
+            by_output = gradient
+            if block.after is not None:
+                with torch.no_grad():
+                    made = run.moe(block.part, leaf)
+                made.requires_grad_()
+                by_output = torch.autograd.grad(run.norm(block.after, made), made, gradient)[0]
+            by_leaf = self._moe(run, block.part, leaf, by_output)
+        else:
+            watched = Interpreter(run.decoder, run.read, _Watch(self.losses, run, self.groups))
+            out = run.norm(block.after, watched.part(block.part, leaf, block.layer, None, None))
+            by_leaf = torch.autograd.grad(out, leaf, gradient)[0]
+        if block.before is None:
+            return gradient + by_leaf
+        return gradient + torch.autograd.grad(normed, x, by_leaf)[0]
 
-        def watch(name: str, product: Any) -> None:
-            def hook(_module: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-                x, weight = inputs[0].detach().flatten(0, -2), product.weight.detach().float()
-
-                def measured(gradient: Tensor) -> None:
-                    self.losses.add_product(name, weight, x, gradient.flatten(0, -2), self.groups)
-
-                output.register_hook(measured)  # type: ignore[no-untyped-call]  # torch has no types there
-
-            hooks.callback(product.register_forward_hook(hook).remove)
-
-        for name, child in module.named_children():
-            if child.weight.ndim == 2:  # norms have vectors
-                watch(f"{prefix}.{name}.weight", child)
-
-    def _mixture(self, index: int, mlp: Any, x: Tensor, gradient: Tensor) -> Tensor:
-        """Measure a mixture, one expert in memory at a time; the gradient by x [B, T, D]."""
+    def _moe(self, run: Interpreter, moe: MoE, x: Tensor, gradient: Tensor) -> Tensor:
+        """Measure a mixture of experts, one expert in memory at a time; the gradient by x [B, T, D]."""
         flat, by_output = x.detach().flatten(0, 1), gradient.flatten(0, 1)  # [N, D]
-        logits, chosen, shares = (part.flatten(0, 1) for part in mlp.route(x))  # [N, E], [N, A], [N, A]
-        margin = Margin.of(logits.detach(), chosen.shape[1]) if self.refuses else None
+        logits, chosen, shares = (part.flatten(0, 1) for part in run.route(moe, x))  # [N, E], [N, A], [N, A]
+        margin = Margin.of(logits.detach(), moe.k) if self._chooses(moe) else None
         by_shares, by_x, by_next = torch.zeros_like(shares), torch.zeros_like(flat), torch.zeros(len(flat))
-        for expert in range(self.config.num_experts):
-            tokens, place = (chosen == expert).nonzero(as_tuple=True)
-            refused = tokens[:0] if margin is None else (margin.next == expert).nonzero()[:, 0]
+        for index, expert in enumerate(moe.experts):
+            tokens, place = (chosen == index).nonzero(as_tuple=True)
+            refused = tokens[:0] if margin is None else (margin.next == index).nonzero()[:, 0]
             if len(tokens) + len(refused) == 0:
                 continue
-            weights = [weight.float() for weight in mlp.outside_experts[expert]]
+            weights = [run.read(matrix.name).float() for matrix in expert.matrices]
             by_next[refused] = (_expert(flat[refused], *weights)[-1] * by_output[refused]).sum(-1)
             if len(tokens) == 0:
                 continue
@@ -270,12 +274,12 @@ class _Sweep:
             by_rows, by_gate, by_up = torch.autograd.grad(output, (rows, gate, up), by_down)
             by_x.index_add_(0, tokens, by_rows)
             inputs, outputs = (rows.detach(), rows.detach(), inner.detach()), (by_gate, by_up, by_down)
-            for matrix, weight, given, wanted in zip(("gate", "up", "down"), weights, inputs, outputs, strict=True):
-                name = f"model.layers.{index}.mlp.experts.{expert}.{matrix}_proj.weight"
-                self.losses.add_product(name, weight, given, wanted, self.groups[tokens])
+            for matrix, weight, given, wanted in zip(expert.matrices, weights, inputs, outputs, strict=True):
+                self.losses.add_product(matrix.name, weight, given, wanted, self.groups[tokens])
         by_logits = torch.zeros_like(logits)
         if margin is not None:
-            by_logits = self._swaps(index, margin, shares.detach(), by_shares, by_next, by_logits)
+            assert moe.router.layer is not None
+            by_logits = self._swaps(moe.router.layer, margin, shares.detach(), by_shares, by_next, by_logits)
         return by_x.view_as(x) + torch.autograd.grad((shares, logits), x, (by_shares, by_logits))[0]
 
     def _swaps(
@@ -297,8 +301,26 @@ class _Sweep:
         fisher = torch.zeros(len(wanted), flat.shape[1])
         for rows in slices(self.groups):
             fisher += torch.zeros_like(fisher).index_add_(0, places[rows], flat[rows]).square_()
-        tokens = 0 if self.head == EMBEDDING else len(flat)
-        self.losses.add(EMBEDDING, self._rows(wanted), fisher.numpy(), tokens)
+        tokens = 0 if self.decoder.tied else len(flat)
+        self.losses.add(self.decoder.embed.name, self._rows(wanted), fisher.numpy(), tokens)
+
+
+class _Watch(Hooks):
+    """Lets every matmul be measured when the gradient of its output is known."""
+
+    def __init__(self, losses: Losses, run: Interpreter, groups: Tensor) -> None:
+        self._losses = losses
+        self._run = run
+        self._groups = groups
+
+    def outputs(self, matrix: Matrix, x: Tensor, y: Tensor) -> None:
+        """Wait for the gradient of y [B, T, rows], which `matrix` made of x [B, T, columns]."""
+        weight, rows = self._run.read(matrix.name).float(), x.detach().flatten(0, -2)
+
+        def measured(gradient: Tensor) -> None:
+            self._losses.add_product(matrix.name, weight, rows, gradient.flatten(0, -2), self._groups)
+
+        y.register_hook(measured)  # type: ignore[no-untyped-call]  # torch has no types there
 
 
 def _expert(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from edgelm.bundle.cpu_layout import HEADER_BYTES, TILE, Kind, PackedMatrix, Scales, aligned, stored_group
+from edgelm.models.spec import EMBEDDING, HEAD, Decoder, MoE
 from edgelm.quant.scheme import AnyScheme, Scheme
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 
 PAGE = 4096
 """Where tensors of a bundle's weights file start: at multiples of this."""
 
 # Matrices of a layer that share an input and are one product in the native operators, which store them in one type.
-_JOINED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate+up", "up_proj": "gate+up"}
+_JOINED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate+up", "up": "gate+up"}
 KINDS = ("embedding", "head", "qkv", "o", "gate+up", "down", "expert gate+up", "expert down")
 
 
@@ -72,42 +69,36 @@ class Unit:
         return matrix.nbytes if self.expert is None else aligned(matrix.nbytes)
 
 
-def find_units(shapes: Mapping[str, Sequence[int]]) -> list[Unit]:
-    """Group the matrices of a checkpoint; routers and vectors stay float. By layer, kind, expert."""
+def find_units(decoder: Decoder) -> list[Unit]:
+    """Group the matrices of a model; routers and vectors stay float. By layer, kind, expert."""
     found: dict[tuple[str, int | None, int | None], dict[str, tuple[int, int]]] = {}
-    for name, shape in shapes.items():
-        if len(shape) != 2 or name.endswith(".mlp.gate.weight"):
+    for name, matrix in decoder.matrices.items():
+        if matrix.role == "router":
             continue
-        parts = name.split(".")
-        layer = expert = None
-        if name in (EMBEDDING, HEAD):
-            kind = "head" if name == HEAD or HEAD not in shapes else "embedding"
-        else:
-            matrix = parts[-2]
-            layer = int(parts[2])
-            kind = _JOINED.get(matrix, matrix.removesuffix("_proj"))
-            if "experts" in parts:
-                expert = int(parts[parts.index("experts") + 1])
-                kind = f"expert {kind}"
-        found.setdefault((kind, layer, expert), {})[name] = (shape[0], shape[1])
+        kind = _JOINED.get(matrix.role, matrix.role)
+        if matrix.role == EMBEDDING and decoder.tied:
+            kind = HEAD
+        elif matrix.expert is not None:
+            kind = f"expert {kind}"
+        found.setdefault((kind, matrix.layer, matrix.expert), {})[name] = (matrix.rows, matrix.columns)
     units = [Unit(kind, tensors, layer, expert) for (kind, layer, expert), tensors in found.items()]
     return sorted(
         units, key=lambda unit: (-1 if unit.layer is None else unit.layer, KINDS.index(unit.kind), unit.expert or 0)
     )
 
 
-def fixed_bytes(config: Any, shapes: Mapping[str, Sequence[int]]) -> int:
+def fixed_bytes(decoder: Decoder) -> int:
     """Bytes of a native bundle's weights file besides the units: what stays float32, tables of positions and padding.
 
     Every tensor starts at a page, so up to a page of each is padding: all of it is counted.
     """
-    layers: int = config.num_hidden_layers
-    experts: int = getattr(config, "num_experts", 0)
-    vectors = sum(shape[0] for shape in shapes.values() if len(shape) == 1)
-    routers = [shape for name, shape in shapes.items() if name.endswith(".mlp.gate.weight")]
-    of_routers = sum(HEADER_BYTES + -(-rows // TILE) * TILE * columns * 4 for rows, columns in routers)
-    rotary: int = 2 * config.max_position_embeddings * (config.head_dim // 2) * 4
-    of_experts = (HEADER_BYTES + 16 * experts) * layers if experts else 0
-    products = layers * (3 if experts else 4) + 3  # the tables of the vocabulary, one of which has two planes
-    tensors = products + len(routers) + sum(len(shape) == 1 for shape in shapes.values()) + 2
-    return 4 * vectors + of_routers + rotary + of_experts + tensors * PAGE
+    vectors = [shape[0] for shape in decoder.tensor_shapes.values() if len(shape) == 1]
+    moes = [block.part for block in decoder.blocks if isinstance(block.part, MoE)]
+    of_routers = sum(HEADER_BYTES + -(-moe.router.rows // TILE) * TILE * moe.router.columns * 4 for moe in moes)
+    tables = {attention.rope for attention in decoder.attention}
+    of_tables = len(tables) * 2 * decoder.context_length * (decoder.attention[0].head_dim // 2) * 4
+    of_experts = sum(HEADER_BYTES + 16 * len(moe.experts) for moe in moes)
+    # Matrices and packed experts of each layer, and the tables of the vocabulary, one of which is split in two.
+    stacked = sum(3 if decoder.moe(layer) else 4 for layer in range(decoder.num_layers)) + 3
+    tensors = stacked + len(moes) + len(vectors) + 2 * len(tables)
+    return 4 * sum(vectors) + of_routers + of_tables + of_experts + tensors * PAGE

@@ -61,7 +61,7 @@ class Model:
     @cached_property
     def ranges(self) -> RangeRecorder:
         """Of the float model's activations."""
-        return record_ranges(self.checkpoint.config, self.checkpoint, self.calibration)
+        return record_ranges(self.checkpoint.decoder, self.checkpoint, self.calibration)
 
     @torch.no_grad()
     def _log_probabilities(self, module: Any) -> Iterator[torch.Tensor]:
@@ -178,7 +178,7 @@ def smoothed(
         kinds = activation_kinds(source)
         if not any(kind in STATIC for kind in kinds.values()):
             return reference_module(source)
-        ranges = record_ranges(view.config, view, model.calibration)
+        ranges = record_ranges(view.decoder, view, model.calibration)
         return reference_module(source, scales=ranges.scales(kinds, method))
 
     return module

@@ -26,6 +26,7 @@ from edgelm.quant.mixed_precision.losses import Sensitivity
 from edgelm.quant.mixed_precision.sensitivity import Measured, measure
 from edgelm.quant.mixed_precision.solve import Option, solve
 from edgelm.quant.mixed_precision.units import Unit
+from edgelm.reference.module import ReferenceModel
 from edgelm.tokenization.tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
@@ -54,8 +55,8 @@ class Model:
         held_out = windows(tokenizer, read_texts(BUILTIN, held_out=True).documents, count, LENGTH)
         self.batches = torch.from_numpy(np.stack(held_out)).split(BATCH)
         self.sample = windows(tokenizer, read_texts(BUILTIN).documents, tokens // LENGTH, LENGTH)
-        config = self.checkpoint.family.config_class.from_dict(self.checkpoint.config)
-        self.module = self.checkpoint.family.module_class(config)
+        config = self.checkpoint.decoder
+        self.module = ReferenceModel(config)
         self.module.load_weights(self.checkpoint.read_float32)
         self.tensors = dict(self.module.tensors())
         self.expected = [self._run(batch) for batch in self.batches]

@@ -67,7 +67,7 @@ class Maker:
         self.samples = samples
         with Checkpoint.open(self.source) as checkpoint:
             self.shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-        self.units = find_units(self.shapes)
+            self.units = find_units(checkpoint.decoder)
         self.rows: list[Row] = []
 
     def make(self, name: str, recipe: Recipe, *, calibrated: bool) -> Row:

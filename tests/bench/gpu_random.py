@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from edgelm.bundle import ModelInfo
 from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.export.graph.base import rotary_tables
+from edgelm.export.graph.decoder import build
 from edgelm.export.graph.gpu import GpuDecoder, program_of
 from edgelm.export.graph.onnx_builder import GraphBuilder
 from edgelm.export.packing.weights_file import WeightsPlan
-from edgelm.export.tensorrt.target import BUILDERS
-from edgelm.models import family as family_of
+from edgelm.models import decoder as decoder_of
+from edgelm.models.rope import inverse_frequencies
+from edgelm.models.spec import Rope
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.scheme import Fp8Scheme, Scheme
 from edgelm.runtimes.cuda.device import Device
@@ -57,29 +59,28 @@ class _Shapes:
 
 def random_program(config: Mapping[str, Any], recipe: Recipe) -> Program:
     """The program of a model with this config.json under a recipe."""
-    family = family_of(config)
-    parsed = family.config_class.from_dict(config)
+    decoder = decoder_of(config)
+    attention, moe = decoder.attention[0], decoder.first_moe
     info = ModelInfo(
-        family=family.name,
+        family=decoder.family,
         name="random",
-        hidden_size=parsed.hidden_size,
-        num_layers=parsed.num_hidden_layers,
-        num_heads=parsed.num_attention_heads,
-        num_kv_heads=parsed.num_key_value_heads,
-        head_dim=parsed.head_dim,
-        vocab_size=parsed.vocab_size,
-        context_length=parsed.max_position_embeddings,
-        tied=parsed.tie_word_embeddings,
-        num_experts=getattr(parsed, "num_experts", 0),
-        experts_per_token=getattr(parsed, "num_experts_per_tok", 0),
-        norm_topk_prob=getattr(parsed, "norm_topk_prob", False),
+        hidden_size=decoder.hidden_size,
+        num_layers=decoder.num_layers,
+        num_heads=attention.heads,
+        num_kv_heads=attention.kv_heads,
+        head_dim=attention.head_dim,
+        vocab_size=decoder.vocab_size,
+        context_length=decoder.context_length,
+        tied=decoder.tied,
+        num_experts=decoder.num_experts,
+        experts_per_token=decoder.active_experts,
+        norm_topk_prob=moe is not None and moe.normalize,
     )
-    source: Any = _Shapes(recipe, family.tensor_shapes(parsed))
+    source: Any = _Shapes(recipe.for_model(decoder), decoder.tensor_shapes)
     graph = GraphBuilder("weights")
-    args = (graph, WeightsPlan(), source, "bfloat16", info, parsed.rms_norm_eps, parsed.rope_theta, "float16")
-    decoder = GpuDecoder(*args)
-    BUILDERS[family.name](decoder, parsed)
-    return program_of(graph.model("random"), decoder.values)
+    model = GpuDecoder(graph, WeightsPlan(), source, "bfloat16", info, decoder, "float16")
+    build(model, decoder)
+    return program_of(graph.model("random"), model.values)
 
 
 class RandomWeights:
@@ -97,7 +98,12 @@ class RandomWeights:
             if name in matrices:
                 _upload_blob(device, at, matrices[name], pools, random)
             elif name in ("rope.cos", "rope.sin"):
-                device.upload(at, rotary_tables(weight.dims[0], 2 * weight.dims[1], theta)[name == "rope.sin"])
+                device.upload(
+                    at,
+                    rotary_tables(Rope(tuple(inverse_frequencies(theta, 2 * weight.dims[1]).tolist())), weight.dims[0])[
+                        name == "rope.sin"
+                    ],
+                )
             elif len(weight.dims) == 1:
                 device.upload(at, np.ones(weight.dims, np.float32))
             else:

@@ -38,8 +38,10 @@ from torch import Tensor
 
 from edgelm.checkpoint import Checkpoint
 from edgelm.corpus import read_texts, windows
+from edgelm.models.spec import Matrix
 from edgelm.quant import Recipe, WeightSource
-from edgelm.reference.hooks import Hooks, hook_model
+from edgelm.reference.hooks import Hooks
+from edgelm.reference.module import ReferenceModel
 from edgelm.tokenization.tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
@@ -75,9 +77,10 @@ class Squares(Hooks):
         self.sums: dict[str, Tensor] = {}
         self.rows: dict[str, int] = {}
 
-    def inputs(self, name: str, x: Tensor) -> Tensor:
+    def inputs(self, matrix: Matrix, x: Tensor) -> Tensor:
         """As the base class."""
         flat = x.reshape(-1, x.shape[-1]).double()
+        name = matrix.name
         self.sums[name] = self.sums.get(name, 0) + flat.square().sum(0)
         self.rows[name] = self.rows.get(name, 0) + len(flat)
         return x
@@ -92,14 +95,14 @@ class Model:
 
     def __init__(self, name: str) -> None:
         self.checkpoint = Checkpoint.open(CHECKPOINTS / name)
-        self.config = self.checkpoint.family.config_class.from_dict(self.checkpoint.config)
+        self.config = self.checkpoint.decoder
         self.tokenizer = Tokenizer.from_folder(self.checkpoint.path)
         held_out = read_texts("builtin", held_out=True).documents
         self.windows = np.stack(windows(self.tokenizer, held_out, WINDOWS, LENGTH))
         self.reference = [_log_probabilities(logits) for logits in self.logits(self.checkpoint.read_float32)]
 
     def _module(self, read: Callable[[str], Floats]) -> Any:
-        module = self.checkpoint.family.module_class(self.config)
+        module = ReferenceModel(self.config)
         module.load_weights(read)
         return module.eval()
 
@@ -113,7 +116,7 @@ class Model:
     def squares(self) -> dict[str, Floats]:
         """Mean squares of the inputs of every matrix over the calibration text."""
         module, collected = self._module(self.checkpoint.read_float32), Squares()
-        hook_model(module, collected)
+        module.hooks = collected
         for window in windows(self.tokenizer, read_texts("builtin").documents, *CALIBRATION):
             with torch.no_grad():
                 module(torch.from_numpy(window)[None])
@@ -132,7 +135,7 @@ class Model:
         folder = Path(candidate)
         if folder.is_dir():
             checkpoint = Checkpoint.open(folder)
-            if self.checkpoint.family.config_class.from_dict(checkpoint.config) != self.config:
+            if self.checkpoint.decoder != self.config:
                 return None
             source = WeightSource(checkpoint, threads=1)
         else:

@@ -87,7 +87,7 @@ class Model:
 
     def __init__(self, name: str, tokens: int) -> None:
         self.checkpoint = Checkpoint.open(CHECKPOINTS / name)
-        self.config = self.checkpoint.family.config_class.from_dict(self.checkpoint.config)
+        self.config = self.checkpoint.decoder
         self.head_name = head_name(self.config.tie_word_embeddings)
         self.full_size = FULL_SIZE[name]
         tokenizer = Tokenizer.from_folder(self.checkpoint.path)
@@ -97,11 +97,11 @@ class Model:
         self.experts: int = getattr(self.config, "num_experts", 0)
         # How often each expert is chosen: on other text than that which is judged.
         self.loads = self._loads(windows(tokenizer, training[::40], count, LENGTH + 1)) if self.experts else None
-        self.reference = WeightModel(self.checkpoint.config, self.checkpoint, self.windows)
+        self.reference = WeightModel(self.checkpoint.decoder, self.checkpoint, self.windows)
 
     def _loads(self, found: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
-        probe = ExpertProbe(self.config.num_hidden_layers, self.experts, self.checkpoint, ())
-        WeightModel(self.checkpoint.config, self.checkpoint, found, probe=probe)
+        probe = ExpertProbe(self.config, self.checkpoint, ())
+        WeightModel(self.checkpoint.decoder, self.checkpoint, found, probe=probe)
         return probe.tokens / probe.tokens.sum(axis=1, keepdims=True)
 
     def measure(self, variant: Variant) -> Line:
@@ -109,7 +109,7 @@ class Model:
         # One recipe serves both models: rules for what this one lacks are left out.
         rules = [rule for rule in variant.recipe.rules if fnmatch.filter(self.checkpoint.tensors, rule.pattern)]
         source = WeightSource(self.checkpoint, replace(variant.recipe, rules=tuple(rules)), threads=1)
-        target = WeightModel(self.checkpoint.config, source.dequantized(), self.windows)
+        target = WeightModel(self.checkpoint.decoder, source.dequantized(), self.windows)
         if variant.head is None:
             found = self.reference.compare(target)
         else:

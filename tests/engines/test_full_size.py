@@ -23,7 +23,7 @@ from edgelm.export.packing.weights_file import WeightsPlan
 from edgelm.export.plan import WEIGHTS_FILE
 from edgelm.export.tensorrt.engines import tensorrt_graph
 from edgelm.export.tensorrt.options import EngineOptions
-from edgelm.models import family
+from edgelm.models import decoder as decoder_of
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
 from edgelm.runtimes.tensorrt.build import GRAPH_FILE, RECIPE_FILE
@@ -51,8 +51,7 @@ def sparse_checkpoint(folder: Path) -> Checkpoint:
     """Fox-1's config and tensors, all zeros in a hole of the file."""
     config = dict(PUBLISHED["fox-1-1.6b"])
     (folder / "config.json").write_text(json.dumps(config))
-    kind = family(config)
-    shapes = kind.tensor_shapes(kind.config_class.from_dict(config))
+    shapes = decoder_of(config).tensor_shapes
     header, place = {}, 0
     for name, shape in shapes.items():
         size = 2 * math.prod(shape)
@@ -69,7 +68,7 @@ def sparse_checkpoint(folder: Path) -> Checkpoint:
 def test_full_size_fox(tmp_path: Path, recipe: str) -> None:
     (tmp_path / "source").mkdir()
     checkpoint = sparse_checkpoint(tmp_path / "source")
-    config = checkpoint.family.config_class.from_dict(checkpoint.config)
+    config = checkpoint.decoder
     source = WeightSource(checkpoint, Recipe.load(recipe), threads=1)
     info = ModelInfo(
         family="fox", name="fox", hidden_size=config.hidden_size, num_layers=config.num_hidden_layers,

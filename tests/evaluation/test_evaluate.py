@@ -19,7 +19,10 @@ from edgelm.errors import EdgeLMError, RecipeError
 from edgelm.evaluation import EvalOptions, evaluate, reference
 from edgelm.evaluation.experts import ExpertProbe
 from edgelm.evaluation.reference import WeightModel
+from edgelm.models import decoder as decoder_of
+from edgelm.models.spec import Decoder
 from edgelm.quant import Recipe, WeightSource
+from edgelm.reference.module import ReferenceModel
 from edgelm.tokenization.tokenizer import Tokenizer
 
 from .conftest import FLAVOUR
@@ -39,7 +42,7 @@ def cut(folder, text, count=COUNT):
 def whole_model_logits(folder, read, found):
     """Logits float64 [windows, T, V] of the model in memory, window by window."""
     opened = Checkpoint.open(folder)
-    module = opened.family.module_class(opened.family.config_class.from_dict(opened.config))
+    module = ReferenceModel(opened.decoder)
     module.load_weights(read)
     with torch.no_grad():
         return np.stack([module(torch.from_numpy(window[None, :-1]))[0].double().numpy() for window in found])
@@ -164,6 +167,13 @@ def test_a_damaged_expert_is_the_worst(checkpoint, text, tmp_path):
     assert (tokens.sum(axis=1) == COUNT * LENGTH * active).all()
 
 
+def one_layer() -> Decoder:
+    """A model of one layer with three experts of four columns."""
+    config = {"architectures": ["OlmoeForCausalLM"], "vocab_size": 8, "hidden_size": 4, "intermediate_size": 4}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 1, "num_experts": 3, "num_experts_per_tok": 1}
+    return decoder_of(config)
+
+
 def test_an_experts_error_is_that_of_its_output():
     class Weights:
         """One expert; `scale` multiplies what it gives."""
@@ -180,7 +190,7 @@ def test_an_experts_error_is_that_of_its_output():
         def dequantized(self):
             return self
 
-    probe = ExpertProbe(1, 3, Weights(1), [Weights(1.25)])
+    probe = ExpertProbe(one_layer(), Weights(1), [Weights(1.25)])
     probe.add(0, torch.randn(5, 4), torch.tensor([[0], [0], [2], [0], [2]]))
     assert probe.tokens.tolist() == [[3, 0, 2]]
     first, none, third = probe.errors(0).error[0]
@@ -198,8 +208,8 @@ def test_little_memory_gives_the_same_numbers(model, checkpoint, text, monkeypat
     kl = []
     for logits_bytes, keep in ((1 << 27, 1 << 30), (4 * 16_000, 0), (4 * logits.shape[1] * 40, 0)):
         monkeypatch.setattr(reference, "KEEP_HEAD_BYTES", keep)
-        float_model = WeightModel(opened.config, opened, found, logits_bytes=logits_bytes)
-        target = WeightModel(opened.config, source, found, logits_bytes=logits_bytes)
+        float_model = WeightModel(opened.decoder, opened, found, logits_bytes=logits_bytes)
+        target = WeightModel(opened.decoder, source, found, logits_bytes=logits_bytes)
         kl += [float_model.compare(target).kl, float_model.compare_logits(iter(blocks)).kl]
         assert np.array_equal(float_model.predictions().best, float_model.compare(target).reference.best)
     for other in kl[1:]:

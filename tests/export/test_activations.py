@@ -16,11 +16,11 @@ from edgelm.checkpoint import Checkpoint
 from edgelm.cli.inspect import bundle_rows
 from edgelm.errors import ExportError
 from edgelm.export import ExportOptions, export_bundle
-from edgelm.models import family
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
+from edgelm.reference.module import ReferenceModel
 from edgelm.runtimes import open_runtime
 
 SHORT = GoldenOptions(prompts=(Prompt("short", "The quick brown fox"),), greedy_tokens=2)
@@ -56,8 +56,7 @@ def attributes(bundle: Bundle, key: str) -> dict[str, object]:
 def error(bundle: Bundle, path: Path, chosen: Recipe) -> float:
     """How far the shipped graph is from the PyTorch model of the same weights, as a part of the logits' norm."""
     checkpoint = Checkpoint.open(path)
-    kind = family(checkpoint.config)
-    model = kind.module_class(kind.config_class.from_dict(checkpoint.config))
+    model = ReferenceModel(checkpoint.decoder)
     model.load_weights(WeightSource(checkpoint, chosen, threads=1).dequantized().read_float32)
     with torch.no_grad():
         expected: NDArray[np.float32] = model(torch.tensor([IDS]))[0].numpy()

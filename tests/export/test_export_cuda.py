@@ -30,11 +30,11 @@ from edgelm.export.onnxruntime import target as targets
 from edgelm.export.onnxruntime.greedy_graph import greedy_graph
 from edgelm.export.options import ExportOptions
 from edgelm.installing import install_hint
-from edgelm.models import family
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
+from edgelm.reference.module import ReferenceModel
 from edgelm.runtimes import open_runtime
 from edgelm.runtimes.onnxruntime.cuda import GREEDY_FILE
 from edgelm.runtimes.onnxruntime.portable import PortableRuntime, PortableTracing
@@ -66,8 +66,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def reference(path: Path, chosen: Recipe) -> tuple[Any, np.ndarray[Any, Any]]:
     checkpoint = Checkpoint.open(path)
-    kind = family(checkpoint.config)
-    model = kind.module_class(kind.config_class.from_dict(checkpoint.config))
+    model = ReferenceModel(checkpoint.decoder)
     model.load_weights(WeightSource(checkpoint, chosen, threads=1).dequantized().read_float32)
     with torch.no_grad():
         return model, model(torch.from_numpy(IDS[None])).numpy()[0]

@@ -25,7 +25,6 @@ from edgelm.export import ExportOptions, export_bundle
 from edgelm.export.options import TARGETS as NAMES
 from edgelm.export.plan import WEIGHTS_FILE, Plan, make_plan
 from edgelm.export.registry import TARGETS
-from edgelm.models import family
 from edgelm.progress import Silent
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
@@ -40,13 +39,11 @@ NARROWER_V = '\n[[rule]]\nmatch = "*.v_proj.weight"\nscheme = "{}"\n'
 
 def planned(path: Path, recipe: Recipe, dtype: str = "auto") -> tuple[WeightSource, Plan]:
     checkpoint = Checkpoint.open(path)
-    kind = family(checkpoint.config)
-    config = kind.config_class.from_dict(checkpoint.config)
     source = WeightSource(checkpoint, recipe, threads=1)
     options = ExportOptions(target="tensorrt", dtype=dtype, sms=(86,))
     tokenizer = Tokenizer.from_folder(path)
     target = TARGETS["tensorrt"]
-    return source, make_plan(checkpoint, source, tokenizer, kind.name, config, options, target, Silent())
+    return source, make_plan(checkpoint, source, tokenizer, options, target, Silent())
 
 
 class Written:

@@ -19,10 +19,10 @@ from edgelm.cli.main import cli
 from edgelm.errors import ExportError
 from edgelm.export import ExportOptions, export_bundle
 from edgelm.export.plan import DEBUG_FILE
-from edgelm.models import family
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
 from edgelm.quant import Recipe
+from edgelm.reference.module import ReferenceModel
 
 BY_NAME = {style.name: style for style in STYLES}
 SHORT = GoldenOptions(prompts=(Prompt("short", "The quick brown fox"),), greedy_tokens=2)
@@ -57,8 +57,7 @@ def exported(source: Path, out: Path, ops: str) -> Bundle:
 def computes(bundle: Bundle, made: Written, tolerance: float = 2e-5) -> None:
     """The debug graph against the PyTorch model of the values that were drawn."""
     with Checkpoint.open(made.path) as opened:
-        kind = family(opened.config)
-        model = kind.module_class(kind.config_class.from_dict(opened.config))
+        model = ReferenceModel(opened.decoder)
     model.load_weights(lambda name: made.values[name])
     shutil.copyfile(bundle.path / DEBUG_FILE, bundle.path / "graph.onnx")
     check(bundle.path, model, tolerance)

@@ -21,13 +21,12 @@ from edgelm.checkpoint import Checkpoint
 from edgelm.export import ExportOptions
 from edgelm.export.plan import WEIGHTS_FILE, Graphs, make_plan
 from edgelm.export.registry import TARGETS
-from edgelm.models import family
 from edgelm.parity.golden import DeviceRounding
 from edgelm.progress import Silent
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
-from edgelm.reference.hooks import hook_model
 from edgelm.reference.kv_cache import Trace
+from edgelm.reference.module import ReferenceModel
 from edgelm.runtimes.onnxruntime.native_library import library_path
 from edgelm.tokenization.tokenizer import Tokenizer
 
@@ -57,10 +56,8 @@ def ops(request: pytest.FixtureRequest) -> str:
 
 def planned(path: Path, source: WeightSource, options: ExportOptions) -> Graphs:
     checkpoint = source.checkpoint
-    kind = family(checkpoint.config)
-    config = kind.config_class.from_dict(checkpoint.config)
     tokenizer, target = Tokenizer.from_folder(path), TARGETS[options.target]
-    return make_plan(checkpoint, source, tokenizer, kind.name, config, options, target, Silent()).graphs
+    return make_plan(checkpoint, source, tokenizer, options, target, Silent()).graphs
 
 
 def write_graph(
@@ -79,8 +76,6 @@ def write_graph(
     activations as the main graph does.
     """
     checkpoint = Checkpoint.open(path)
-    kind = family(checkpoint.config)
-    config = kind.config_class.from_dict(checkpoint.config)
     source = WeightSource(checkpoint, chosen, threads=1)
     plan = planned(path, source, ExportOptions(dtype=dtype, ops=ops))
     plan.weights.write(folder / WEIGHTS_FILE, 2, lambda amount: None)
@@ -89,11 +84,11 @@ def write_graph(
         del graph.graph.node[:]
         graph.graph.node.extend(onnx.load_from_string(plan.files[plan.file]).graph.node)
     (folder / "graph.onnx").write_bytes(graph.SerializeToString())
-    model = kind.module_class(config)
+    model = ReferenceModel(checkpoint.decoder)
     model.load_weights(source.dequantized().read_float32)
     if as_rounded:
         assert plan.rounded is not None
-        hook_model(model, DeviceRounding(plan.rounded, "float32").hooks())
+        model.hooks = DeviceRounding(plan.rounded, "float32").hooks()
     return source, model
 
 
@@ -114,7 +109,7 @@ def run_both(folder: Path, model: Any, split: int) -> tuple[dict[str, NDArray[np
         options.register_custom_ops_library(str(library))
     session = ort.InferenceSession(str(folder / "graph.onnx"), options, providers=["CPUExecutionProvider"])
     native = any(item.name == "past_lengths" for item in session.get_inputs())
-    width = model.config.head_dim
+    width = model.decoder.attention[0].head_dim
     # A native cache is bytes of the whole capacity, a row of float32 here.
     past = {
         i.name: np.zeros((1, i.shape[1], 24, 4 * width), np.uint8)

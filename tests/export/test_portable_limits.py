@@ -20,10 +20,10 @@ from edgelm.checkpoint import Checkpoint
 from edgelm.errors import ExportError
 from edgelm.export import ExportOptions, export_bundle
 from edgelm.export.graph.onnx_builder import DEFAULTS
-from edgelm.models import family
 from edgelm.parity.golden import GoldenOptions
 from edgelm.quant import PRESETS, Recipe, Rule, Scheme
 from edgelm.quant.source import WeightSource
+from edgelm.reference.module import ReferenceModel
 from edgelm.runtimes import open_runtime
 from edgelm.synth import write_random_checkpoint
 
@@ -45,8 +45,7 @@ def exported(
 def error(bundle: Bundle, folder: Path, chosen: Recipe) -> float:
     """Of the logits of a prompt in two chunks and one more token, relative to the PyTorch model of the same weights."""
     checkpoint = Checkpoint.open(folder / "c")
-    kind = family(checkpoint.config)
-    model = kind.module_class(kind.config_class.from_dict(checkpoint.config))
+    model = ReferenceModel(checkpoint.decoder)
     model.load_weights(WeightSource(checkpoint, chosen, threads=1).dequantized().read_float32)
     with torch.inference_mode():
         want = model(torch.from_numpy(IDS)[None]).numpy()[0]
@@ -116,15 +115,13 @@ def test_all_reasons_are_told_at_once(tmp_path: Path) -> None:
     chosen = Recipe(
         "wrong", Scheme(8, 32), (ROUTER, Rule("*.q_proj.weight", Scheme(5, 32))), activations="float", kv="int8"
     )
-    config = {**OLMOE, "num_attention_heads": 16, "num_key_value_heads": 16}
     with pytest.raises(ExportError) as caught:
-        exported(tmp_path, config, chosen)
+        exported(tmp_path, OLMOE, chosen)
     assert not (tmp_path / "b").exists()
     reasons = str(caught.value).split("; ")
     for reason, start in zip(
         sorted(reasons),
         (
-            "config.json has heads of 8",
             "model.layers.0.mlp.experts.0.gate_proj.weight has float activations",
             "model.layers.0.self_attn.q_proj.weight is int5-g32-sym",
             'recipe wrong has kv = "int8"',

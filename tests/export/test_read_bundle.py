@@ -22,7 +22,6 @@ from edgelm.export import ExportOptions, export_bundle
 from edgelm.export.graph.base import STORAGE, rotary_tables, stored_as
 from edgelm.export.plan import WEIGHTS_FILE, make_plan
 from edgelm.export.registry import TARGETS
-from edgelm.models import family
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
 from edgelm.progress import Silent
@@ -121,11 +120,9 @@ CASES: dict[str, Case] = {
 def planned(folder: Path, path: Path, chosen: Recipe, options: ExportOptions) -> WeightSource:
     """Write the weights and the part of the manifest that a reader needs, as an export does."""
     checkpoint = Checkpoint.open(path)
-    kind = family(checkpoint.config)
-    config = kind.config_class.from_dict(checkpoint.config)
     source = WeightSource(checkpoint, chosen, threads=1)
     tokenizer, target = Tokenizer.from_folder(path), TARGETS[options.target]
-    plan = make_plan(checkpoint, source, tokenizer, kind.name, config, options, target, Silent())
+    plan = make_plan(checkpoint, source, tokenizer, options, target, Silent())
     entries = plan.graphs.weights.write(folder / WEIGHTS_FILE, 2, lambda amount: None)
     manifest = {"graph": {"weights_file": WEIGHTS_FILE}, "tensors": [entry.to_data() for entry in entries]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -150,9 +147,9 @@ def assert_exact(folder: Path, source: WeightSource, dtype: str, compute: str) -
 
 def assert_rotary(found: dict[str, NDArray[Any]], source: WeightSource, compute: str) -> None:
     checkpoint = source.checkpoint
-    config = checkpoint.family.config_class.from_dict(checkpoint.config)
-    tables = rotary_tables(len(found["rope.cos"]), config.head_dim, config.rope_theta)
-    assert len(found["rope.cos"]) >= config.max_position_embeddings
+    config = checkpoint.decoder
+    tables = rotary_tables(config.attention[0].rope, len(found["rope.cos"]))
+    assert len(found["rope.cos"]) >= config.context_length
     for name, table in zip(("rope.cos", "rope.sin"), tables, strict=True):
         np.testing.assert_allclose(found[name], table, atol=0 if compute == "float32" else 2.0**-8)
 

@@ -28,6 +28,7 @@ from edgelm.export import ExportOptions, export_bundle
 from edgelm.installing import install_hint
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
+from edgelm.reference.module import ReferenceModel
 from edgelm.runtimes.onnxruntime.native_library import library_path
 from edgelm.tokenization.tokenizer import Tokenizer
 
@@ -77,9 +78,7 @@ class Reference:
 
     def __init__(self, name: str) -> None:
         self.checkpoint = Checkpoint.open(CHECKPOINTS / name)
-        family = self.checkpoint.family
-        self.config = family.config_class.from_dict(self.checkpoint.config)
-        self.module = family.module_class(self.config)
+        self.module = ReferenceModel(self.checkpoint.decoder)
         self.module.load_weights(self.checkpoint.read_float32)
         self.tokenizer = Tokenizer.from_folder(self.checkpoint.path)
         begin = self.tokenizer.bos_id
@@ -105,8 +104,8 @@ class Reference:
         A product over D values in another order errs by about sqrt(D) roundings; seven products a layer, whose errors
         add up like random steps; twice, for the token's logit and the normaliser; for every token.
         """
-        products = 7 * self.config.num_hidden_layers + 1
-        relative = math.sqrt(self.config.hidden_size * products) * np.finfo(np.float32).eps
+        products = 7 * self.module.decoder.num_layers + 1
+        relative = math.sqrt(self.module.decoder.hidden_size * products) * np.finfo(np.float32).eps
         return float(2 * len(logits) * relative * logits.abs().max())
 
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:

@@ -318,12 +318,12 @@ OPTIONS = GoldenOptions(prompts=(Prompt("a", "def f(x):\n    return"), Prompt("b
 def test_a_pack_holds_what_the_whole_model_in_memory_computes(tiny):
     import torch
 
-    from edgelm.models.olmoe import Olmoe, OlmoeConfig
     from edgelm.reference.kv_cache import Trace
+    from edgelm.reference.module import ReferenceModel
 
     checkpoint, tokenizer = tiny
-    pack = make_pack(checkpoint, None, checkpoint.config, tokenizer, OPTIONS)
-    model = Olmoe(OlmoeConfig.from_dict(checkpoint.config))
+    pack = make_pack(checkpoint, None, checkpoint.decoder, tokenizer, OPTIONS)
+    model = ReferenceModel(checkpoint.decoder)
     model.load_weights(checkpoint.read_float32)
     for prompt in pack.prompts:
         ids = pack.ids[prompt.positions]
@@ -352,7 +352,7 @@ def test_both_references_are_over_the_same_tokens(tiny):
     checkpoint, tokenizer = tiny
     name = "model.layers.1.self_attn.o_proj.weight"
     other = OneTensorChanged(checkpoint, name, lambda values: -values)
-    pack = make_pack(checkpoint, other, checkpoint.config, tokenizer, OPTIONS)
+    pack = make_pack(checkpoint, other, checkpoint.decoder, tokenizer, OPTIONS)
     assert pack.quantized.norms.shape == pack.reference.norms.shape
     assert np.allclose(pack.quantized.sketches[1], pack.reference.sketches[1], rtol=1e-3, atol=1e-3)
     assert not np.allclose(pack.quantized.sketches[2], pack.reference.sketches[2], rtol=1e-2)
@@ -361,7 +361,7 @@ def test_both_references_are_over_the_same_tokens(tiny):
 def test_a_pack_does_not_depend_on_how_often_it_is_made(tiny, tmp_path):
     checkpoint, tokenizer = tiny
     for name in ("one", "two"):
-        make_pack(checkpoint, checkpoint, checkpoint.config, tokenizer, OPTIONS).save(tmp_path / name)
+        make_pack(checkpoint, checkpoint, checkpoint.decoder, tokenizer, OPTIONS).save(tmp_path / name)
     first, second = (ParityPack.load(tmp_path / name) for name in ("one", "two"))
     assert np.array_equal(first.reference.sketches, second.reference.sketches)
     assert np.allclose(first.reference.top_logits, first.quantized.top_logits, atol=1e-4)
@@ -370,7 +370,7 @@ def test_a_pack_does_not_depend_on_how_often_it_is_made(tiny, tmp_path):
 def test_no_greedy_tokens_and_long_prompts_are_possible(tiny):
     checkpoint, tokenizer = tiny
     options = GoldenOptions(prompts=(Prompt("long", "x = 1\n" * 500),), greedy_tokens=0, max_prompt_tokens=40)
-    pack = make_pack(checkpoint, None, checkpoint.config, tokenizer, options)
+    pack = make_pack(checkpoint, None, checkpoint.decoder, tokenizer, options)
     assert len(pack.ids) == 40
     assert pack.prompts[0].greedy == ()
 
@@ -378,7 +378,7 @@ def test_no_greedy_tokens_and_long_prompts_are_possible(tiny):
 def test_a_prompt_without_tokens_is_refused(tiny):
     checkpoint, tokenizer = tiny
     with pytest.raises(ParityError, match="'nothing' has no tokens"):
-        make_pack(checkpoint, None, checkpoint.config, tokenizer, GoldenOptions(prompts=(Prompt("nothing", ""),)))
+        make_pack(checkpoint, None, checkpoint.decoder, tokenizer, GoldenOptions(prompts=(Prompt("nothing", ""),)))
 
 
 def test_a_checkpoint_quantised_otherwise_is_refused(exported, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 
 from edgelm.checkpoint import Checkpoint
 from edgelm.checkpoint.writer import ShardedWriter, TensorSpec, float32_to_bf16
-from edgelm.models import family
+from edgelm.models import decoder as decoder_of
 
 OLMOE: dict[str, Any] = {
     "architectures": ["OlmoeForCausalLM"],
@@ -41,8 +41,7 @@ CONFIGS = {"olmoe": OLMOE, "fox": FOX}
 def write_small(folder: Path, name: str, *, bf16: bool = True, **changes: Any) -> Checkpoint:
     """Write and open one; three channels of every norm are eight times the others."""
     config = CONFIGS[name] | changes
-    found = family(config)
-    shapes = found.tensor_shapes(found.config_class.from_dict(config))
+    shapes = decoder_of(config).tensor_shapes
     generator = np.random.default_rng(0)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))

@@ -24,6 +24,7 @@ from edgelm.quant.mixed_precision.losses import BELIEF, Losses
 from edgelm.quant.mixed_precision.recipe_toml import Choice, make_recipe, to_toml
 from edgelm.quant.mixed_precision.sensitivity import measure
 from edgelm.quant.mixed_precision.units import KINDS, Unit, find_units
+from edgelm.reference.module import ReferenceModel
 from edgelm.tokenization.tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
@@ -45,7 +46,7 @@ def text() -> Texts:
 
 
 def units_of(checkpoint: Checkpoint) -> list[Unit]:
-    return find_units({name: info.shape for name, info in checkpoint.tensors.items()})
+    return find_units(checkpoint.decoder)
 
 
 def sample(checkpoint: Checkpoint, count: int) -> list[np.ndarray]:
@@ -58,8 +59,8 @@ class Measure:
     def __init__(self, checkpoint: Checkpoint, ids: list[np.ndarray]) -> None:
         self.checkpoint = checkpoint
         self.ids = torch.from_numpy(np.stack(ids))
-        config = checkpoint.family.config_class.from_dict(checkpoint.config)
-        self.module = checkpoint.family.module_class(config)
+        config = checkpoint.decoder
+        self.module = ReferenceModel(config)
         self.module.load_weights(checkpoint.read_float32)
         self.tensors = dict(self.module.tensors())
         self.expected = self.run()

@@ -24,6 +24,7 @@ from edgelm.checkpoint import Checkpoint, WeightReader
 from edgelm.cli.quantize import quantize as quantize_command
 from edgelm.corpus import read_texts, standard_library, windows
 from edgelm.errors import CheckpointError, EdgeLMError, RecipeError
+from edgelm.models import decoder as decoder_of
 from edgelm.progress import Advance, Progress
 from edgelm.quant import PRESETS, Fp8Scheme, Recipe, Rule, Scheme, WeightSource, codec
 from edgelm.quant.calibration import (
@@ -39,7 +40,8 @@ from edgelm.quant.calibration.options import CalibrationOptions
 from edgelm.quant.calibration.report import LayerReport, TensorReport
 from edgelm.quant.checkpoint import quantize_checkpoint
 from edgelm.quant.methods import Moments, calibrate
-from edgelm.reference.layerwise import LayerwiseReference
+from edgelm.reference.interpreter import Interpreter
+from edgelm.reference.layerwise import LayerWeights, LayerwiseReference
 from edgelm.synth import write_random_checkpoint
 from edgelm.tokenization.tokenizer import Tokenizer
 
@@ -167,34 +169,33 @@ def inputs_of_matrices(
     routed = []
     with Checkpoint.open(quantised) as opened:
         read = WeightSource(opened).dequantized().read_float32
-        family = opened.family
-        config = family.config_class.from_dict(opened.config)
+        decoder = opened.decoder
         x = torch.from_numpy(read("model.embed_tokens.weight"))[ids]
-        for index in range(config.num_hidden_layers):
-            layer = family.layer_from_disk(config, index, read)
+        for index in range(decoder.num_layers):
+            run = Interpreter(decoder, LayerWeights(decoder, index, read))
+            attend, feed = decoder.layers[index]
             prefix = f"model.layers.{index}"
-            h = layer.input_layernorm(x)
+            h = run.norm(attend.before, x)
             found |= {f"{prefix}.self_attn.{m}_proj.weight": h for m in "qkv"}
-            mixed = layer.self_attn.attend(*layer.self_attn.project(h), None, index)
+            mixed = run.attend(attend.part, *run.project(attend.part, h), None, index)
             found[f"{prefix}.self_attn.o_proj.weight"] = mixed
             states[f"{prefix}.self_attn.o_proj.weight"] = x.flatten(0, 1)
-            x = x + layer.self_attn.o_proj(mixed)
-            h = layer.post_attention_layernorm(x).flatten(0, 1)
+            x = x + run.matmul(attend.part.o, mixed)
+            h = run.norm(feed.before, x).flatten(0, 1)
             states |= {f"{prefix}.mlp.down_proj.weight": x.flatten(0, 1), f"{prefix}.mlp.normed": h}
             pairs = [(f"{prefix}.mlp", h)]
-            if hasattr(config, "num_experts"):
-                logits, chosen, _ = layer.mlp.route(h)
+            if decoder.num_experts:
+                logits, chosen, _ = run.route(feed.part, h)
                 routed.append((logits, chosen))
-                pairs = [(f"{prefix}.mlp.experts.{e}", h[(chosen == e).any(1)]) for e in range(config.num_experts)]
+                pairs = [(f"{prefix}.mlp.experts.{e}", h[(chosen == e).any(1)]) for e in range(decoder.num_experts)]
             for block, rows in pairs:
                 gate, up = (torch.from_numpy(read(f"{block}.{m}_proj.weight")) for m in ("gate", "up"))
                 found[f"{block}.gate_proj.weight"] = found[f"{block}.up_proj.weight"] = rows
                 found[f"{block}.down_proj.weight"] = F.silu(rows @ gate.T) * (rows @ up.T)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        if not config.tie_word_embeddings:
-            norm = family.norm_class(config.hidden_size, config.rms_norm_eps)
-            norm.weight.copy_(torch.from_numpy(read("model.norm.weight")))
-            found["lm_head.weight"] = norm(x)
+            x = run.block(feed, x)
+        if not decoder.tied:
+            last = Interpreter(decoder, lambda name: torch.from_numpy(read(name)))
+            found["lm_head.weight"] = last.norm(decoder.norm, x)
     return {name: value.reshape(-1, value.shape[-1]) for name, value in found.items()}, routed
 
 
@@ -654,7 +655,7 @@ def kl_of(reference: WeightReader, quantised: WeightReader, config: dict[str, An
     """Mean KL(reference || quantised) in nats a token."""
     logs = []
     for reader in (reference, quantised):
-        model = LayerwiseReference(config, reader)
+        model = LayerwiseReference(decoder_of(config), reader)
         final = torch.from_numpy(model.windows(ids)).flatten(0, 1)
         logs.append(torch.cat([block for _, block in model.head_blocks(final)], -1).log_softmax(-1))
     return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_fox_reference import generated_config as llama_config
-from test_olmoe_reference import generated_config as olmoe_config
+from test_models import generated
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
 from transformers.utils import logging
@@ -23,8 +22,8 @@ from transformers_oracle import TOLERANCE, disk_tensors, randomize, relative
 
 from edgelm.checkpoint import Checkpoint
 from edgelm.errors import CheckpointError, UnsupportedConfigError
-from edgelm.models import config_fields as fields
-from edgelm.models.fox import FoxConfig
+from edgelm.models import decoder as decoder_of
+from edgelm.reference.module import ReferenceModel
 
 Tensors = dict[str, Tensor]
 SEEDS = range(20)
@@ -82,7 +81,7 @@ HARMLESS: dict[str, Any] = {
 def configs(seed: int, **changes: Any) -> tuple[dict[str, Any], Any]:
     """config.json of one of the two families in turns, and transformers' model of it with random weights."""
     llama = seed % 2 == 0
-    config = {**(llama_config(seed) if llama else olmoe_config(seed)), **changes}
+    config = {**generated("llama" if llama else "olmoe", seed), **changes}
     ours = {key: value for key, value in config.items() if key != "architectures"}
     if llama:
         model: Any = LlamaForCausalLM(LlamaConfig(**ours))
@@ -106,9 +105,9 @@ def check_against_transformers(folder: Path) -> None:
         folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     ).eval()
     with Checkpoint.open(folder) as checkpoint:
-        config = checkpoint.family.config_class.from_dict(checkpoint.config)
-        checkpoint.check_tensors(checkpoint.family.tensor_shapes(config))
-        ours = checkpoint.family.module_class(config)
+        config = checkpoint.decoder
+        checkpoint.check_tensors(config.tensor_shapes)
+        ours = ReferenceModel(config)
         ours.load_weights(checkpoint.read_float32)
     ids = torch.arange(3, 14)[None] % config.vocab_size
     with torch.no_grad():
@@ -116,8 +115,9 @@ def check_against_transformers(folder: Path) -> None:
 
 
 def frequencies(config: dict[str, Any]) -> Tensor:
-    size = fields.head_dim(config)
-    return 1.0 / (fields.read_rope_theta(config) ** (torch.arange(0, size, 2).float() / size))
+    rope = decoder_of(config).attention[0].rope
+    assert rope is not None
+    return torch.tensor(rope.inv_freq)
 
 
 def with_frequencies(config: dict[str, Any], tensors: Tensors, model: Any) -> Tensors:
@@ -201,8 +201,8 @@ def test_fields_that_change_nothing_give_transformers_logits(tmp_path: Path) -> 
 
 def refusal(folder: Path) -> str:
     with pytest.raises(CheckpointError) as caught, Checkpoint.open(folder) as checkpoint:
-        config = checkpoint.family.config_class.from_dict(checkpoint.config)
-        checkpoint.check_tensors(checkpoint.family.tensor_shapes(config))
+        config = checkpoint.decoder
+        checkpoint.check_tensors(config.tensor_shapes)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -254,7 +254,7 @@ def changed(kind: str, tensors: Tensors) -> Tensors:
         ("head of another shape", r"\(16, 32\) and .*\(17, 32\) differ in shape.*tie_word_embeddings"),
         (
             "frequencies differ",
-            r"'model\.rotary_emb\.inv_freq' differs .*rope_theta 10000 gives by 0\.5 at \[0\] \(0\.5 for 1",
+            r"'model\.rotary_emb\.inv_freq' differs .*config.json gives by 0\.5 at \[0\] \(0\.5 for 1",
         ),
         (
             "frequencies differ by their last digits",
@@ -275,7 +275,7 @@ def test_what_is_not_the_same_is_refused_with_the_difference(tmp_path: Path, kin
 def test_all_fields_that_change_the_arithmetic_are_listed_with_value_and_meaning() -> None:
     config, _ = configs(0)
     changes = {
-        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        "rope_scaling": {"rope_type": "proportional", "factor": 8.0},
         "attention_bias": True,
         "hidden_act": "gelu",
         "layer_types": ["sliding_attention", "full_attention"],
@@ -285,10 +285,10 @@ def test_all_fields_that_change_the_arithmetic_are_listed_with_value_and_meaning
         "unsloth_version": "1",
     }
     with pytest.raises(UnsupportedConfigError) as caught:
-        FoxConfig.from_dict({**config, **changes})
+        decoder_of({**config, **changes})
     message = str(caught.value)
     for said in (
-        "rope_scaling.rope_type llama3 (RoPE scaling for long contexts, factor 8.0)",
+        "rope_scaling.rope_type proportional (RoPE on a part of each head, factor 8.0)",
         "attention_bias True (biases in attention)",
         "hidden_act 'gelu' (another activation)",
         "layer_types 'sliding_attention' (layers other than full_attention)",

@@ -43,7 +43,7 @@ def test_every_reason_is_given_with_value_and_meaning(tmp_path: Path) -> None:
     folder = changed(
         tmp_path / "c",
         "fox-tiny",
-        rope_scaling={"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192},
+        rope_scaling={"rope_type": "mrope", "factor": 8.0},
         attention_bias=True,
         vocab_size=100,
         quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True},
@@ -57,7 +57,7 @@ def test_every_reason_is_given_with_value_and_meaning(tmp_path: Path) -> None:
             "attention_bias True (biases in attention): not implemented",
             "num_hidden_layers is 7, but the weight files hold 6 layers",
             "quantization_config.quant_method 'bitsandbytes' (read are",
-            "rope_scaling.rope_type llama3 (RoPE scaling for long contexts, factor 8.0): not implemented",
+            "rope_scaling.rope_type mrope (RoPE over several axes, factor 8.0): not implemented",
             "the tokenizer has 3072 tokens, the model's table only 100 rows",
         ),
         strict=True,

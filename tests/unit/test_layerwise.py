@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from edgelm.errors import ContextLengthError
-from edgelm.models import family
+from edgelm.models import decoder as decoder_of
 from edgelm.progress import Advance, Progress
 from edgelm.reference import layerwise
 from edgelm.reference.kv_cache import Trace
 from edgelm.reference.layerwise import LayerwiseReference
+from edgelm.reference.module import ReferenceModel
 
 OLMOE: dict[str, Any] = {
     "architectures": ["OlmoeForCausalLM"],
@@ -47,11 +48,10 @@ class Weights:
     """Random tensors in memory that remember what was read of them."""
 
     def __init__(self, config_json: dict[str, Any]) -> None:
-        found = family(config_json)
         generator = np.random.default_rng(0)
         self.tensors = {
             name: generator.standard_normal(shape, dtype=np.float32) * (0.3 if len(shape) > 1 else 1)
-            for name, shape in found.tensor_shapes(found.config_class.from_dict(config_json)).items()
+            for name, shape in decoder_of(config_json).tensor_shapes.items()
         }
         self.reads: list[tuple[str, slice | None]] = []
 
@@ -64,8 +64,7 @@ class Weights:
 
 
 def whole_model(config_json: dict[str, Any], weights: Weights) -> torch.nn.Module:
-    found = family(config_json)
-    model: torch.nn.Module = found.module_class(found.config_class.from_dict(config_json))
+    model: torch.nn.Module = ReferenceModel(decoder_of(config_json))
     model.load_weights(lambda name: weights.tensors[name])  # type: ignore[operator]
     return model
 
@@ -92,7 +91,9 @@ def test_one_sweep_over_several_sequences_equals_the_whole_model(config_json: di
     weights = Weights(config_json)
     model = whole_model(config_json, weights)
     # Blocks of a few rows, so that the head really is put together from several.
-    result = LayerwiseReference(config_json, weights, head_block_bytes=10 * 4 * 32).step(SEQUENCES, trace=True)
+    result = LayerwiseReference(decoder_of(config_json), weights, head_block_bytes=10 * 4 * 32).step(
+        SEQUENCES, trace=True
+    )
     wanted = [np.stack([s, (s * 7 + 50) % 101, np.full(len(s), 100)], 1) for s in SEQUENCES]
     tops, gathered = result.topk(9, wanted)
     assert gathered is not None
@@ -108,7 +109,7 @@ def test_one_sweep_over_several_sequences_equals_the_whole_model(config_json: di
         assert relative(tops[i].logsumexp, logits.logsumexp(-1)) < 1e-5
         assert relative(gathered[i], logits.gather(-1, torch.from_numpy(wanted[i]))) < 1e-5
         sequence = result.sequences[i]
-        assert len(sequence.hidden) == model.config.num_hidden_layers + 1  # type: ignore[union-attr]
+        assert len(sequence.hidden) == model.decoder.num_layers + 1  # type: ignore[union-attr]
         for got, expected in zip(sequence.hidden, trace.hidden, strict=True):
             assert relative(got, expected[0]) < 1e-5
         if not trace.experts:
@@ -129,7 +130,7 @@ def test_windows_in_one_sweep_equal_separate_sequences(
     config_json: dict[str, Any], window_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layerwise, "WINDOW_BYTES", window_bytes)
-    reference = LayerwiseReference(config_json, Weights(config_json))
+    reference = LayerwiseReference(decoder_of(config_json), Weights(config_json))
     ids = np.arange(3 * 9).reshape(3, 9) * 7 % 101
     expected = reference.step(list(ids), trace=True).sequences
     hidden: dict[tuple[int, int], np.ndarray] = {}
@@ -158,7 +159,7 @@ def test_windows_in_one_sweep_equal_separate_sequences(
 
 def test_continuing_with_states_equals_one_long_sequence(config_json: dict[str, Any]) -> None:
     weights = Weights(config_json)
-    reference = LayerwiseReference(config_json, weights)
+    reference = LayerwiseReference(decoder_of(config_json), weights)
     whole = reference.step(SEQUENCES)
     states = [reference.new_state() for _ in (0, 2)]
     finals: list[list[np.ndarray]] = [[], []]
@@ -173,7 +174,7 @@ def test_continuing_with_states_equals_one_long_sequence(config_json: dict[str, 
 
 
 def test_a_truncated_state_continues_as_if_the_rest_had_not_been(config_json: dict[str, Any]) -> None:
-    reference = LayerwiseReference(config_json, Weights(config_json))
+    reference = LayerwiseReference(decoder_of(config_json), Weights(config_json))
     result = reference.step([SEQUENCES[2]])
     result.states[0].truncate(4)
     again = reference.step([SEQUENCES[2][4:]], result.states)
@@ -182,7 +183,7 @@ def test_a_truncated_state_continues_as_if_the_rest_had_not_been(config_json: di
 
 def test_only_what_is_needed_is_read() -> None:
     weights = Weights(OLMOE)
-    reference = LayerwiseReference(OLMOE, weights, head_block_bytes=16 * 4 * 32)
+    reference = LayerwiseReference(decoder_of(OLMOE), weights, head_block_bytes=16 * 4 * 32)
     result = reference.step([np.array([7, 7, 9])], trace=True)
     chosen = result.sequences[0].experts
     assert chosen is not None
@@ -203,7 +204,7 @@ def test_only_what_is_needed_is_read() -> None:
 
 
 def test_top_k_may_exceed_a_head_block_and_equal_the_vocabulary() -> None:
-    reference = LayerwiseReference(FOX, Weights(FOX), head_block_bytes=1)  # one row a block
+    reference = LayerwiseReference(decoder_of(FOX), Weights(FOX), head_block_bytes=1)  # one row a block
     result = reference.step([SEQUENCES[0]])
     tops, gathered = result.topk(103)
     assert gathered is None
@@ -213,7 +214,7 @@ def test_top_k_may_exceed_a_head_block_and_equal_the_vocabulary() -> None:
 
 
 def test_gather_takes_different_widths() -> None:
-    reference = LayerwiseReference(FOX, Weights(FOX))
+    reference = LayerwiseReference(decoder_of(FOX), Weights(FOX))
     result = reference.step(SEQUENCES[:2])
     (full,) = [logits for _, logits in result.logits()]
     wide, narrow = result.gather([np.tile([[5, 102, 0]], (7, 1)), np.array([[44]])])
@@ -232,12 +233,12 @@ def test_gather_takes_different_widths() -> None:
 )
 def test_unusable_tokens_are_refused(ids: list[np.ndarray], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        LayerwiseReference(OLMOE, Weights(OLMOE)).step(ids)
+        LayerwiseReference(decoder_of(OLMOE), Weights(OLMOE)).step(ids)
 
 
 def test_outgrowing_the_context_is_refused_before_anything_is_computed() -> None:
     weights = Weights(OLMOE)
-    reference = LayerwiseReference(OLMOE, weights)
+    reference = LayerwiseReference(decoder_of(OLMOE), weights)
     states = reference.step([np.arange(39)]).states
     weights.reads.clear()
     with pytest.raises(ContextLengthError, match=r"41 tokens.*40"):
@@ -248,7 +249,7 @@ def test_outgrowing_the_context_is_refused_before_anything_is_computed() -> None
 
 def test_a_sweep_that_cannot_read_leaves_the_states_as_they_were() -> None:
     weights = Weights(OLMOE)
-    reference = LayerwiseReference(OLMOE, weights)
+    reference = LayerwiseReference(decoder_of(OLMOE), weights)
     expected = reference.step([SEQUENCES[0]]).sequences[0].final[3:]
     states = reference.step([SEQUENCES[0][:3]]).states
     lost = weights.tensors.pop("model.layers.2.input_layernorm.weight")
@@ -269,12 +270,12 @@ def test_progress_is_told_of_every_layer() -> None:
             told.append((unit, total))
             yield lambda amount: told.append(("done", amount))
 
-    LayerwiseReference(FOX, Weights(FOX)).step([SEQUENCES[0]], progress=Told())
+    LayerwiseReference(decoder_of(FOX), Weights(FOX)).step([SEQUENCES[0]], progress=Told())
     assert told == [("steps", 3), *[("done", 1)] * 3]
 
 
 def test_unusable_questions_about_logits_are_refused() -> None:
-    result = LayerwiseReference(OLMOE, Weights(OLMOE)).step([np.array([1, 2])])
+    result = LayerwiseReference(decoder_of(OLMOE), Weights(OLMOE)).step([np.array([1, 2])])
     with pytest.raises(ValueError, match="k is 102"):
         result.topk(102)
     with pytest.raises(ValueError, match=r"shape \(1, 1\); expected \[2, m\]"):

@@ -191,7 +191,7 @@ def test_positions_whose_experts_tipped_have_the_margin_in_their_number():
 class Coarse(Hooks):
     """Rounds what is multiplied and what is cached to quarters."""
 
-    def inputs(self, name, x):
+    def inputs(self, matrix, x):
         return (4 * x).round() / 4
 
     def cached(self, layer, keys, values):
@@ -203,10 +203,10 @@ def test_one_sweep_serves_a_model_and_its_rounded_twin(tmp_path, name):
     checkpoint = write_small(tmp_path / name, name)
     ids = list(tokens(2))
     ids[1] = ids[1][:9]
-    plain = LayerwiseReference(checkpoint.config, checkpoint).step(ids, trace=True)
-    coarse = LayerwiseReference(checkpoint.config, checkpoint, hooks=Coarse()).step(ids, trace=True)
+    plain = LayerwiseReference(checkpoint.decoder, checkpoint).step(ids, trace=True)
+    coarse = LayerwiseReference(checkpoint.decoder, checkpoint, hooks=Coarse()).step(ids, trace=True)
     later = LaterRows(Coarse(), [len(item) for item in ids + ids], 2)
-    both = LayerwiseReference(checkpoint.config, checkpoint, hooks=later).step(ids + ids, trace=True)
+    both = LayerwiseReference(checkpoint.decoder, checkpoint, hooks=later).step(ids + ids, trace=True)
     for found, expected in zip(both.sequences, plain.sequences + coarse.sequences, strict=True):
         assert np.allclose(found.final, expected.final, atol=1e-5)
         assert np.allclose(found.hidden, expected.hidden, atol=1e-5)

@@ -24,7 +24,7 @@ from edgelm.quant.activations import (
     round_fp8,
 )
 from edgelm.quant.reference import activation_kinds, quantized_activations, reference_module
-from edgelm.reference.hooks import Hooks, hook_model
+from edgelm.reference.hooks import Hooks
 from edgelm.reference.layerwise import LayerwiseReference
 
 FAMILIES = pytest.mark.parametrize("family", CONFIGS)
@@ -110,8 +110,8 @@ class Names(Hooks):
         self.names: dict[str, tuple[int, ...]] = {}
         self.layers: list[int] = []
 
-    def inputs(self, name, x):
-        self.names[name] = tuple(x.shape)
+    def inputs(self, matrix, x):
+        self.names[matrix.name] = tuple(x.shape)
         return x
 
     def cached(self, layer, keys, values):
@@ -131,7 +131,7 @@ def test_every_product_of_the_model_goes_by_under_the_name_of_its_matrix(family,
     assert set(names.names) == set(matrices)
     assert all(names.names[name][-1] == shape[1] for name, shape in matrices.items())
     assert names.layers == [0, 1]
-    hook_model(module, None)
+    module.hooks = None
     names.names.clear()
     assert torch.equal(module(ids), logits)
     assert not names.names
@@ -163,7 +163,7 @@ def test_layer_by_layer_gives_the_same_logits(family, tmp_path):
     ids = tokens(4)
     expected = reference_module(source)(torch.from_numpy(ids))
     hooks = quantized_activations(source)
-    reference = LayerwiseReference(checkpoint.config, source.dequantized(), hooks=hooks)
+    reference = LayerwiseReference(checkpoint.decoder, source.dequantized(), hooks=hooks)
     final = torch.from_numpy(reference.windows(ids))
     found = torch.cat([block for _, block in reference.head_blocks(final)], -1)
     assert torch.allclose(found, expected, atol=2e-4 * float(expected.abs().max()))

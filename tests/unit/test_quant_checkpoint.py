@@ -25,6 +25,10 @@ SHAPES = {
     "model.norm.weight": (64,),
     "lm_head.weight": (50, 64),
 }
+CONFIG = {
+    "architectures": ["OlmoeForCausalLM"], "vocab_size": 96, "hidden_size": 64, "intermediate_size": 32,
+    "num_hidden_layers": 1, "num_attention_heads": 4, "num_experts": 1, "num_experts_per_tok": 1,
+}  # fmt: skip
 RECIPES = [
     PRESETS["int4"],
     PRESETS["int8"],
@@ -43,7 +47,7 @@ def folder(request, tmp_path):
     values = {name: (rng.standard_normal(shape) * 0.05).astype(np.float32) for name, shape in SHAPES.items()}
     path = tmp_path / "float"
     path.mkdir()
-    (path / "config.json").write_text(json.dumps({"architectures": ["OlmoeForCausalLM"], "hidden_size": 64}))
+    (path / "config.json").write_text(json.dumps(CONFIG))
     (path / "tokenizer.json").write_text("{}")
     (path / "pytorch_model.bin.index.json").write_text("{}")
     (path / "LICENSE").write_text("licence")
@@ -74,7 +78,7 @@ def test_stored_codes_are_those_made_on_the_fly(folder, tmp_path, recipe, shard_
         assert kept.shapes == SHAPES
         kept.check_tensors(SHAPES)
         for name, shape in SHAPES.items():
-            scheme = recipe.scheme_for(name, shape)
+            scheme = kept.recipe.scheme_for(name, shape)
             assert kept.scheme(name) == fly.scheme(name) == scheme
             reference = plain.read_float32(name)
             for rows in (None, slice(3, 4), slice(10, 33)):
@@ -196,7 +200,7 @@ def test_rows_whose_codes_do_not_fill_the_last_byte_are_read_back(tmp_path):
     values = np.random.default_rng(3).standard_normal((9, 40)).astype(np.float32)
     path, out = tmp_path / "float", tmp_path / "q"
     path.mkdir()
-    (path / "config.json").write_text(json.dumps({"architectures": ["OlmoeForCausalLM"]}))
+    (path / "config.json").write_text(json.dumps(CONFIG))
     specs = {name: TensorSpec("F32", shape) for name, shape in shapes.items()}
     write_sharded(path, specs, lambda name: [np.ascontiguousarray(values[:, : shapes[name][1]])])
     rules = (Rule("b.*", Scheme(3, None, symmetric=False)), Rule("c.*", Scheme(6, 16)))

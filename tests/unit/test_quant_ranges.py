@@ -17,6 +17,7 @@ from edgelm.quant.activations import STATIC
 from edgelm.quant.calibration.ranges import InputRange, calibrated_scales, record_ranges
 from edgelm.quant.checkpoint import write_quantized
 from edgelm.quant.reference import activation_kinds, reference_module
+from edgelm.reference.hooks import Hooks
 
 FAMILIES = pytest.mark.parametrize("family", CONFIGS)
 
@@ -86,18 +87,30 @@ def test_nothing_but_zeros_has_a_scale_and_what_is_not_finite_has_not():
         found.scale("int8-static", "max")
 
 
+class Keep(Hooks):
+    """Keeps what one matrix multiplies."""
+
+    def __init__(self, name, kept):
+        self.name, self.kept = name, kept
+
+    def inputs(self, matrix, x):
+        if matrix.name == self.name:
+            self.kept.append(x)
+        return x
+
+
 @FAMILIES
 def test_ranges_of_a_model_are_those_of_what_its_matrices_multiply(family, tmp_path):
     checkpoint = write_small(tmp_path / "c", family)
     ids = tokens()
-    found = record_ranges(checkpoint.config, checkpoint, ids)
+    found = record_ranges(checkpoint.decoder, checkpoint, ids)
     layer = "model.layers.1"
     q, k, v = (found.ranges[f"{layer}.self_attn.{m}_proj.weight"] for m in "qkv")
     assert q is k is v
     assert q.tokens == ids.size
     module = reference_module(WeightSource(checkpoint))
     seen: list[torch.Tensor] = []
-    module.layers[1].input_layernorm.register_forward_hook(lambda _m, _i, out: seen.append(out))
+    module.hooks = Keep(f"{layer}.self_attn.q_proj.weight", seen)
     module(torch.from_numpy(ids))
     assert torch.allclose(q.absmax, seen[0].abs().amax((0, 1)), rtol=1e-4)
     head = "model.embed_tokens.weight" if family == "fox" else "lm_head.weight"
@@ -105,8 +118,8 @@ def test_ranges_of_a_model_are_those_of_what_its_matrices_multiply(family, tmp_p
     if family == "olmoe":
         experts = [found.ranges[f"{layer}.mlp.experts.{e}.up_proj.weight"] for e in range(4)]
         assert sum(expert.tokens for expert in experts) == 2 * ids.size
-    config = module.config
-    assert found.keys[1].shape == (config.num_key_value_heads, config.head_dim)
+    attention = module.decoder.attention[1]
+    assert found.keys[1].shape == (attention.kv_heads, attention.head_dim)
     scales = found.kv_scales("int8", channels=True)[1]
     assert torch.allclose(scales.keys * 127, found.keys[1])
     assert torch.allclose(scales.values * 127, found.values[1].amax(-1))
@@ -115,7 +128,7 @@ def test_ranges_of_a_model_are_those_of_what_its_matrices_multiply(family, tmp_p
 def test_experts_share_the_scale_of_what_they_are_given_and_rare_ones_borrow(tmp_path):
     checkpoint = write_small(tmp_path / "c", "olmoe")
     source = WeightSource(checkpoint, recipe("olmoe", "int8-static"))
-    found = record_ranges(checkpoint.config, checkpoint, tokens())
+    found = record_ranges(checkpoint.decoder, checkpoint, tokens())
     kinds = activation_kinds(source)
     experts = "model.layers.0.mlp.experts"
     scales = found.scales(kinds, "absmax")
@@ -140,7 +153,7 @@ def test_calibrated_scales_come_near_those_of_each_token(family, tmp_path):
     source = WeightSource(checkpoint, recipe(family, "int8-static"))
     ids = torch.from_numpy(tokens(seed=1))
     exact = reference_module(WeightSource(checkpoint))(ids)
-    ranges = record_ranges(checkpoint.config, source.dequantized(), tokens())
+    ranges = record_ranges(checkpoint.decoder, source.dequantized(), tokens())
     errors = {}
     for method in ("absmax", "mse"):
         module = reference_module(source, scales=ranges.scales(activation_kinds(source), method))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from edgelm.errors import RecipeError
+from edgelm.models import decoder as decoder_of
 from edgelm.quant import PRESETS, Fp8Scheme, Recipe, Rule, Scheme
+from edgelm.synth import PUBLISHED
 
 EXPERT = "model.layers.3.mlp.experts.17.down_proj.weight"
 ROUTER = "model.layers.3.mlp.gate.weight"
@@ -33,8 +35,31 @@ ROUTER = "model.layers.3.mlp.gate.weight"
     ],
 )
 def test_presets_give_each_kind_of_tensor_its_scheme(preset, tensor, shape, scheme):
-    found = PRESETS[preset].scheme_for(tensor, shape)
+    models = [decoder_of(config) for config in PUBLISHED.values()]
+    model = next((model for model in models if tensor in model.matrices), models[0])
+    found = PRESETS[preset].for_model(model).scheme_for(tensor, shape)
     assert (found and found.name) == scheme
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_written_with_patterns_is_the_preset(preset):
+    """As bundles and checkpoints have it that were made before rules could have roles."""
+    patterns = {"router": "*.mlp.gate.weight", "embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}
+    former = PRESETS[preset].to_toml()
+    for role, pattern in patterns.items():
+        former = former.replace(f'role = "{role}"', f'match = "{pattern}"')
+    assert "role" not in former
+    assert Recipe.from_toml(former) == PRESETS[preset]
+    assert Recipe.from_toml(former).is_preset
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [('role = "experts"', r"role = .experts. is none of embedding, q, k"), ('role = "q"\nmatch = "*"', "not both")],
+)
+def test_a_rule_has_a_known_role_or_a_pattern(rule, said):
+    with pytest.raises(RecipeError, match=said):
+        Recipe.from_toml(f'name = "r"\ndefault = "float"\n[[rule]]\n{rule}\nscheme = "float"\n')
 
 
 def test_the_first_rule_that_matches_decides():

@@ -31,7 +31,7 @@ def logits(checkpoint: Checkpoint, ids: torch.Tensor, trace: Trace | None = None
 
 
 def all_folds(checkpoint: Checkpoint):
-    config = checkpoint.family.config_class.from_dict(checkpoint.config)
+    config = checkpoint.decoder
     return [*layer_folds(config, 0), *layer_folds(config, 1), *head_folds(config)]
 
 
@@ -67,7 +67,7 @@ def test_every_fold_keeps_the_function(family, powers_of_two, tmp_path):
 
 def test_values_that_are_clamped_are_left_alone(tmp_path):
     checkpoint = write_small(tmp_path / "c", "olmoe", clip_qkv=0.5, num_hidden_layers=1)
-    folds = layer_folds(checkpoint.family.config_class.from_dict(checkpoint.config), 0)
+    folds = layer_folds(checkpoint.decoder, 0)
     assert not any("v_proj" in fold.producer for fold in folds)
     view = smooth(checkpoint, tokens(), recipe("olmoe"), threads=1)
     ids = torch.from_numpy(tokens(seed=1))
@@ -91,7 +91,7 @@ def test_activations_with_outliers_lose_less(family, powers_of_two, tmp_path):
     errors = []
     for which in (checkpoint, view):
         source = WeightSource(which, what, threads=1)
-        scales = record_ranges(which.config, which, tokens(16)).scales(activation_kinds(source))
+        scales = record_ranges(which.decoder, which, tokens(16)).scales(activation_kinds(source))
         errors.append(float((reference_module(source, scales=scales)(ids) - expected).norm()))
     assert errors[1] < 0.8 * errors[0]
 

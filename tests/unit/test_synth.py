@@ -20,7 +20,7 @@ from edgelm.checkpoint.writer import plan_shards
 from edgelm.cli.main import cli
 from edgelm.cli.synth import NAMES
 from edgelm.errors import CheckpointError, EdgeLMError, UnsupportedConfigError
-from edgelm.models import family
+from edgelm.models import decoder as decoder_of
 from edgelm.progress import Advance, Progress
 from edgelm.synth import PUBLISHED, SHARD_BYTES, synth, write_random_checkpoint
 from edgelm.synth.tokenizer import write_gemma_tokenizer, write_olmoe_tokenizer
@@ -58,8 +58,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    kind = family(config)
-    return kind.tensor_shapes(kind.config_class.from_dict(config))
+    return decoder_of(config).tensor_shapes
 
 
 @pytest.mark.parametrize("config", [OLMOE, FOX], ids=["olmoe", "fox"])

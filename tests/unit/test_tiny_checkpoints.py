@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from edgelm.checkpoint import Checkpoint
-from edgelm.models import family
 from edgelm.reference.kv_cache import Trace
+from edgelm.reference.module import ReferenceModel
 from edgelm.tokenization.chat_template import ChatTemplate
 from edgelm.tokenization.tokenizer import Tokenizer
 
@@ -36,10 +36,8 @@ def corpus_module() -> ModuleType:
 
 def load(name: str) -> tuple[Any, Tokenizer]:
     with Checkpoint.open(FOLDER / name) as checkpoint:
-        found = family(checkpoint.config)
-        config = found.config_class.from_dict(checkpoint.config)
-        checkpoint.check_tensors(found.tensor_shapes(config))
-        model = found.module_class(config)
+        checkpoint.check_tensors(checkpoint.decoder.tensor_shapes)
+        model = ReferenceModel(checkpoint.decoder)
         model.load_weights(checkpoint.read_float32)
     return model, Tokenizer.from_folder(FOLDER / name)
 
@@ -74,7 +72,7 @@ def test_it_has_learned(tiny: tuple[str, Any, Tokenizer], held_out: str) -> None
         loss = float(F.cross_entropy(model(stream[:, :-1]).flatten(0, 1), stream[:, 1:].flatten()))
     shares = torch.bincount(stream.flatten()) / stream.numel()
     own_entropy = float(-(shares * shares.clamp_min(1e-9).log()).sum())  # no unigram model does better on this text
-    assert loss < 0.75 * own_entropy < math.log(model.config.vocab_size)
+    assert loss < 0.75 * own_entropy < math.log(model.decoder.vocab_size)
 
 
 def test_routing_is_neither_uniform_nor_collapsed(held_out: str) -> None:
@@ -83,7 +81,7 @@ def test_routing_is_neither_uniform_nor_collapsed(held_out: str) -> None:
     trace = Trace()
     with torch.no_grad():
         model(ids, trace=trace)
-    assert len(trace.experts) == model.config.num_hidden_layers
+    assert len(trace.experts) == model.decoder.num_layers
     for experts, weights in zip(trace.experts, trace.expert_weights, strict=True):
         load_shares = torch.bincount(experts.flatten(), minlength=32) / experts.numel()
         entropy = float(-(load_shares * load_shares.clamp_min(1e-9).log()).sum()) / math.log(32)

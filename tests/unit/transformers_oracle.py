@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from edgelm.models import family
+from edgelm.models import decoder as decoder_of
 from edgelm.reference.kv_cache import Trace
+from edgelm.reference.module import ReferenceModel
 
 TOLERANCE = 1e-5  # relative error in the Euclidean norm
 
@@ -33,19 +37,10 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 
 def disk_tensors(model: Any) -> dict[str, Tensor]:
-    """The state dict under the names on disk: transformers 5 keeps experts stacked in memory."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        prefix, _, last = name.rpartition(".")
-        if last == "gate_up_proj":
-            for e, weight in enumerate(tensor):
-                gate, up = weight.chunk(2)
-                tensors[f"{prefix}.{e}.gate_proj.weight"], tensors[f"{prefix}.{e}.up_proj.weight"] = gate, up
-        elif last == "down_proj":
-            tensors |= {f"{prefix}.{e}.down_proj.weight": weight for e, weight in enumerate(tensor)}
-        elif not (name == "lm_head.weight" and model.config.tie_word_embeddings):
-            tensors[name] = tensor
-    return tensors
+    """The tensors of the checkpoint that transformers writes: in memory it has other names, and experts stacked."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(f"{folder}/model.safetensors")
 
 
 def randomize(model: Any, seed: int) -> None:
@@ -59,16 +54,15 @@ def randomize(model: Any, seed: int) -> None:
                 parameter.normal_(0, 2 / parameter.shape[-1] ** 0.5, generator=generator)
 
 
-def compare(config_json: dict[str, Any], hf_config: Any, hf_class: Any, seed: int) -> Comparison:
+def compare(config_json: dict[str, Any], hf_config: Any, seed: int) -> Comparison:
     hf_config._attn_implementation = hf_config._experts_implementation = "eager"
-    theirs = hf_class(hf_config).eval()
+    theirs = AutoModelForCausalLM.from_config(hf_config).eval()
     randomize(theirs, seed)
     tensors = disk_tensors(theirs)
-    found = family(config_json)
-    config = found.config_class.from_dict(config_json)
-    assert {name: tuple(t.shape) for name, t in tensors.items()} == found.tensor_shapes(config)
-    ours = found.module_class(config)
-    assert {name: tuple(t.shape) for name, t in ours.tensors()} == found.tensor_shapes(config)
+    decoder = decoder_of(config_json)
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == decoder.tensor_shapes
+    ours = ReferenceModel(decoder)
+    assert {name: tuple(t.shape) for name, t in ours.tensors()} == decoder.tensor_shapes
     ours.load_weights(lambda name: tensors[name].numpy())
     experts: list[Tensor] = []
     router_logits: list[Tensor] = []
@@ -80,7 +74,7 @@ def compare(config_json: dict[str, Any], hf_config: Any, hf_class: Any, seed: in
     for layer in theirs.model.layers:
         if hasattr(layer.mlp, "experts"):
             layer.mlp.gate.register_forward_hook(keep_routing)
-    ids = torch.randint(0, config.vocab_size, (2, 19), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(0, decoder.vocab_size, (2, 19), generator=torch.Generator().manual_seed(seed))
     trace = Trace()
     with torch.no_grad():
         expected = theirs(ids, output_hidden_states=True, use_cache=False)
@@ -94,7 +88,7 @@ def check_hidden_states(c: Comparison) -> None:
     for got, want in zip(c.trace.hidden[:-1], expected[:-1], strict=True):
         assert relative(got, want) < TOLERANCE
     # transformers gives the last one after the final norm, we before it.
-    assert relative(c.model.norm(c.trace.hidden[-1]), expected[-1]) < TOLERANCE
+    assert relative(c.model.interpreter.norm(c.model.decoder.norm, c.trace.hidden[-1]), expected[-1]) < TOLERANCE
 
 
 def check_cached_decoding(c: Comparison) -> None:

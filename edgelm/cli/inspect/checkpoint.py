@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelm.errors import CheckpointError, EdgeLMError
-from edgelm.installing import install_hint
 
 if TYPE_CHECKING:
     from edgelm.checkpoint import CheckpointFiles
     from edgelm.models import Family
+    from edgelm.models.spec import Decoder
     from edgelm.quant.source import WeightSource
 
 _SHOWN = ("num_hidden_layers", "hidden_size", "vocab_size", "num_experts", "num_experts_per_tok")
@@ -69,26 +69,22 @@ def _survey(files: CheckpointFiles) -> tuple[str | None, WeightSource | None, li
         # Stays open: it is read from until this command ends.
         source = WeightSource(Checkpoint(files.path))
         if config is not None:
-            source.check_tensors(found.tensor_shapes(config))
+            source.check_tensors(config.tensor_shapes)
     except EdgeLMError as error:
         refused.append(_said(error, files))
-    refused += _tokenizer(files, getattr(config, "vocab_size", None))
+    refused += _tokenizer(files, None if config is None else config.vocab_size)
     return found.name, source, list(dict.fromkeys(refused))
 
 
-def _config(family: Family, files: CheckpointFiles) -> tuple[Any, list[str]]:
-    """The config without the fields that are not implemented, None where it is impossible; and what is against it."""
-    from edgelm.models import config_fields as fields
+def _config(family: Family, files: CheckpointFiles) -> tuple[Decoder | None, list[str]]:
+    """The decoder without the fields that are not implemented, None where it is impossible; and what is against it."""
+    from edgelm.models.unsupported_fields import not_implemented
 
-    try:
-        read = {*family.config_class.__dataclass_fields__, "head_dim"}
-    except ModuleNotFoundError as error:
-        return None, [f"{error.name} is not installed, which exporting needs: {install_hint('export')}"]
-    offending = fields.not_implemented(files.config, read)
+    offending = not_implemented(files.config, family.keys)
     refused = [f"config.json: {problem}: not implemented" for problem in offending.values()]
     try:
         wanted = {key: value for key, value in files.config.items() if key not in offending}
-        return family.config_class.from_dict(wanted), refused
+        return family.spec(wanted), refused
     except CheckpointError as error:
         return None, [*refused, _said(error, files)]
 

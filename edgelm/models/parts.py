@@ -1,0 +1,165 @@
+"""What the model files share: the usual parts of a decoder under their usual names on disk, from a config.json.
+
+Helpers, not a base class: a model that needs something else writes it in its own file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edgelm.errors import CheckpointError
+from edgelm.models import config_fields as fields
+from edgelm.models.spec import EMBEDDING, HEAD, Attention, Block, Decoder, Dense, Matrix, MoE, Norm, Rope
+
+Config = Mapping[str, Any]
+
+KEYS = frozenset(
+    """
+    vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size
+    max_position_embeddings rms_norm_eps tie_word_embeddings
+    """.split()  # noqa: SIM905 - names read better as prose
+)
+"""The fields that `Shape` and the parts below read. Those about RoPE are read by `edgelm.models.rope`."""
+
+GATED = ("gate_proj", "up_proj", "down_proj")
+"""The usual names of gate, up and down."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers that every part needs: D, H, K, Dh, L, V, the context and the norms' epsilon."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: int
+    vocabulary: int
+    context: int
+    eps: float
+    tied: bool
+
+    @classmethod
+    def read(
+        cls,
+        config: Config,
+        *,
+        context: int,
+        eps: float,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+    ) -> Shape:
+        """Read config.json; `context`, `eps`, `kv_heads` (as many as heads) and `head_dim` (D / H) are defaults.
+
+        Raises:
+            CheckpointError: a field is missing or impossible.
+        """
+        heads, hidden = fields.positive_int(config, "num_attention_heads"), fields.positive_int(config, "hidden_size")
+        if config.get("head_dim") is None and head_dim is None and hidden % heads:
+            raise CheckpointError(f"config.json: hidden_size {hidden} is not a multiple of {heads} heads")
+        shape = cls(
+            hidden=hidden,
+            heads=heads,
+            kv_heads=fields.positive_int(config, "num_key_value_heads", kv_heads or heads),
+            head_dim=fields.positive_int(config, "head_dim", head_dim or hidden // heads),
+            layers=fields.positive_int(config, "num_hidden_layers"),
+            vocabulary=fields.positive_int(config, "vocab_size"),
+            context=fields.positive_int(config, "max_position_embeddings", context),
+            eps=fields.positive_float(config, "rms_norm_eps", eps),
+            tied=fields.boolean(config, "tie_word_embeddings", False),
+        )
+        fields.check_heads(heads, shape.kv_heads, shape.head_dim)
+        return shape
+
+    def norm(self, name: str, size: int | None = None) -> Norm:
+        """An RMSNorm over `size` values, the hidden size unless told otherwise."""
+        return Norm(f"{name}.weight", size or self.hidden, self.eps)
+
+
+def attention(
+    shape: Shape,
+    layer: int,
+    rope: Rope | None,
+    *,
+    bias: bool = False,
+    qk_norm: str | None = None,
+    clip: float | None = None,
+    window: int | None = None,
+) -> Attention:
+    """Attention of a layer; `bias` is one of q, k and v; `qk_norm` is "whole", "head" or None."""
+    stem, size = f"model.layers.{layer}.self_attn", shape.head_dim
+    q, k, v = (
+        Matrix(
+            f"{stem}.{which}_proj.weight", heads * size, shape.hidden, which, layer,
+            bias=f"{stem}.{which}_proj.bias" if bias else None,
+        )
+        for which, heads in (("q", shape.heads), ("k", shape.kv_heads), ("v", shape.kv_heads))
+    )  # fmt: skip
+    o = Matrix(f"{stem}.o_proj.weight", shape.hidden, q.rows, "o", layer)
+    q_norm = k_norm = None
+    if qk_norm is not None:
+        q_norm, k_norm = (
+            shape.norm(f"{stem}.{which}_norm", size if qk_norm == "head" else matrix.rows)
+            for which, matrix in (("q", q), ("k", k))
+        )
+    return Attention(q, k, v, o, size, rope, q_norm, k_norm, clip, window)
+
+
+def dense(
+    shape: Shape, layer: int, stem: str, width: int, expert: int | None = None, names: tuple[str, str, str] = GATED
+) -> Dense:
+    """A SwiGLU network of `width`; `names` are those of gate, up and down on disk."""
+    gate, up, down = names
+    return Dense(
+        Matrix(f"{stem}.{gate}.weight", width, shape.hidden, "gate", layer, expert),
+        Matrix(f"{stem}.{up}.weight", width, shape.hidden, "up", layer, expert),
+        Matrix(f"{stem}.{down}.weight", shape.hidden, width, "down", layer, expert),
+    )
+
+
+def moe(
+    shape: Shape,
+    layer: int,
+    stem: str,
+    width: int,
+    experts: int,
+    active: int,
+    *,
+    normalize: bool,
+    names: tuple[str, str, str] = GATED,
+) -> MoE:
+    """Experts of `width`, of which `active` act on a token."""
+    router = Matrix(f"{stem}.gate.weight", experts, shape.hidden, "router", layer)
+    stacked = tuple(dense(shape, layer, f"{stem}.experts.{e}", width, e, names) for e in range(experts))
+    return MoE(router, stacked, active, normalize)
+
+
+def expert_counts(config: Config, experts: str) -> tuple[int, int]:
+    """Experts of a layer, from the field `experts`, and per token.
+
+    Raises:
+        CheckpointError: one is missing or impossible, or more are active than there are.
+    """
+    count, active = fields.positive_int(config, experts), fields.positive_int(config, "num_experts_per_tok")
+    if active > count:
+        raise CheckpointError(f"config.json: num_experts_per_tok {active} is above {experts} {count}")
+    return count, active
+
+
+def pre_norm(shape: Shape, layer: int, attended: Attention, feed_forward: Dense | MoE) -> tuple[Block, Block]:
+    """x += attention(norm(x)); x += feed_forward(norm(x)), as Llama has it."""
+    stem = f"model.layers.{layer}"
+    return (
+        Block(layer, attended, before=shape.norm(f"{stem}.input_layernorm")),
+        Block(layer, feed_forward, before=shape.norm(f"{stem}.post_attention_layernorm")),
+    )
+
+
+def decoder(family: str, shape: Shape, layer: Callable[[int], Iterable[Block]], context: int | None = None) -> Decoder:
+    """The whole model from the blocks of each layer; `context` is what RoPE leaves of the context."""
+    embed = Matrix("model.embed_tokens.weight", shape.vocabulary, shape.hidden, EMBEDDING)
+    head = embed if shape.tied else Matrix("lm_head.weight", shape.vocabulary, shape.hidden, HEAD)
+    blocks = tuple(block for index in range(shape.layers) for block in layer(index))
+    return Decoder(family, embed, blocks, shape.norm("model.norm"), head, context or shape.context)

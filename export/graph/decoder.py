@@ -1,0 +1,73 @@
+"""A decoder's spec as a graph of our own operators, whichever device it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from edgelm.models.spec import Attention, Block, Decoder, Dense, Matrix, MoE, Norm
+
+
+class OperatorDecoder(Protocol):
+    """Operators that a decoder's layers are built of; each method adds one and returns its result's name."""
+
+    def embedding(self, table: Matrix) -> str:
+        """The residual stream's start, `hidden.0`."""
+
+    def linear(
+        self,
+        x: str,
+        matrices: Sequence[Matrix],
+        out: str,
+        *,
+        norm: Norm | None = None,
+        residual: str = "",
+        swiglu: bool = False,
+    ) -> str:
+        """x, normed first, times the rows of all matrices; a residual is added, or the result is silu(gate) * up."""
+
+    def attention(self, part: Attention, qkv: str, out: str, layer: int) -> str:
+        """Grouped-query attention over the in-place cache, of queries, keys and values side by side."""
+
+    def moe(self, part: MoE, x: str, out: str, layer: int, norm: Norm | None, *, residual: bool) -> str:
+        """A mixture of experts of x, normed first; with `residual` x itself is added."""
+
+    def norm(self, x: str, norm: Norm, out: str, layer: int, residual: str) -> str:
+        """residual + RMSNorm(x)."""
+
+    def head(self, x: str, norm: Norm, matrix: Matrix) -> None:
+        """Logits of the residual stream x."""
+
+    def hidden(self, index: int) -> str:
+        """The name of the residual stream before layer `index`; the debug graph returns it."""
+
+
+def build(model: OperatorDecoder, decoder: Decoder) -> None:
+    """Add the whole decoder to the graph of `model`."""
+    x = model.embedding(decoder.embed)
+    for layer, blocks in enumerate(decoder.layers):
+        for block in blocks:
+            last = block is blocks[-1]
+            x = _block(model, block, x, model.hidden(layer + 1) if last else f"layers.{layer}.attn_sum")
+    model.head(x, decoder.norm, decoder.head)
+
+
+def _block(model: OperatorDecoder, block: Block, x: str, out: str) -> str:
+    """x + after(part(before(x))), named `out`. Without `after` the part's last operator adds x."""
+    if block.after is None:
+        return _part(model, block, x, out, residual=x)
+    made = _part(model, block, x, f"{out}.part", residual="")
+    return model.norm(made, block.after, out, block.layer, residual=x)
+
+
+def _part(model: OperatorDecoder, block: Block, x: str, out: str, residual: str) -> str:
+    part, layer, norm = block.part, block.layer, block.before
+    stem = f"layers.{layer}"
+    if isinstance(part, Attention):
+        qkv = model.linear(x, [part.q, part.k, part.v], f"{stem}.attn.qkv", norm=norm)
+        mixed = model.attention(part, qkv, f"{stem}.attn.out", layer)
+        return model.linear(mixed, [part.o], out, residual=residual)
+    if isinstance(part, Dense):
+        inner = model.linear(x, [part.gate, part.up], f"{stem}.mlp.gate_up", norm=norm, swiglu=True)
+        return model.linear(inner, [part.down], out, residual=residual)
+    return model.moe(part, x, out, layer, norm, residual=bool(residual))
