@@ -96,7 +96,7 @@ _ENTRIES = (
     ),
     RuntimeEntry(
         name="onnxruntime-cuda",
-        classes={"portable": "edgelm.runtimes.onnxruntime.cuda:CudaRuntime"},
+        classes={"portable": "edgelm.runtimes.onnxruntime.cuda:OnnxCudaRuntime"},
         targets=("cuda",),
         requires="onnxruntime",
         extras=("cuda",),

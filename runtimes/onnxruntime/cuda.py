@@ -99,7 +99,7 @@ def bind_caches(binding: Any, caches: Caches) -> None:
         binding.bind_ortvalue_output(present, cache)
 
 
-class CudaTracing(OnnxTracing):
+class OnnxCudaTracing(OnnxTracing):
     """A bundle's debug graph on the GPU: the very products of the shipped graph, with their types' rounding."""
 
     lengths = _LENGTHS
@@ -132,7 +132,7 @@ class CudaTracing(OnnxTracing):
             raise _failure(error, "running the debug graph") from error
 
 
-class CudaRuntime(Runtime):
+class OnnxCudaRuntime(Runtime):
     """A bundle's graph on a GPU, with the cache of one sequence. The cache's type is the graph's: `kv` may name it.
 
     Raises:
@@ -142,7 +142,7 @@ class CudaRuntime(Runtime):
     """
 
     name = "onnxruntime-cuda"
-    tracing_class = CudaTracing
+    tracing_class = OnnxCudaTracing
 
     def __init__(
         self,

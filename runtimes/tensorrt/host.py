@@ -40,19 +40,6 @@ class BuildHost(Host):
             self._known[key] = max(scratch_bytes(device, spec, fixed, types)[0] for device in self._devices)
         return self._known[key]
 
-    def run(
-        self,
-        spec: PluginSpec,
-        shapes: Sequence[tuple[int, ...]],
-        types: Sequence[str],
-        inputs: Sequence[int],
-        outputs: Sequence[int],
-        workspace: int,
-        stream: int,
-    ) -> None:
-        """Refuse: there are no kernels."""
-        raise DeviceError(f"{spec.name}: this process builds engines, it cannot run one")
-
 
 class DeviceHost(Host):
     """Launches on a device whose kernels are loaded.
@@ -70,10 +57,6 @@ class DeviceHost(Host):
         self._device: Device | None = device
         self.counters = 0
         self._planned: dict[tuple[object, ...], list[Launch]] = {}
-
-    def workspace(self, spec: PluginSpec, shapes: Sequence[Sequence[int]], types: Sequence[str]) -> int:
-        """Not asked of an engine that is built."""
-        raise DeviceError(f"{spec.name}: this process runs an engine, it does not build one")
 
     def run(
         self,

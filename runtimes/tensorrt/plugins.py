@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -36,11 +35,11 @@ FIELD = "spec"
 Result = TypeVar("Result")
 
 
-class Host(ABC):
+class Host:
     """What runs the nodes of one engine's plugins: the kernels of a bundle on a device.
 
     Every plugin belongs to the host that was at work (`serving`) when TensorRT made it, and so do its clones: engines
-    of several models live in one process. See `edgelm.runtimes.tensorrt.host`.
+    of several models live in one process. A host sizes nodes or runs them; see `edgelm.runtimes.tensorrt.host`.
     """
 
     def __init__(self) -> None:
@@ -60,11 +59,10 @@ class Host(ABC):
         failure, self._failure = self._failure, None
         return failure
 
-    @abstractmethod
     def workspace(self, spec: PluginSpec, shapes: Sequence[Sequence[int]], types: Sequence[str]) -> int:
         """Bytes of scratch memory of the node for inputs of at most these shapes, and of these types."""
+        raise DeviceError(f"{spec.name}: this process runs an engine, it does not build one")
 
-    @abstractmethod
     def run(
         self,
         spec: PluginSpec,
@@ -76,6 +74,7 @@ class Host(ABC):
         stream: int,
     ) -> None:
         """Launch the node on a stream; addresses of the inputs that it has and of the results."""
+        raise DeviceError(f"{spec.name}: this process builds engines, it cannot run one")
 
 
 # TensorRT keeps no reference to what is registered with it. And where Python frees plugins, a process that has built

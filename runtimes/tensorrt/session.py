@@ -180,8 +180,7 @@ class Session:
         device = self.device
         self._pinned_lengths[:] = lengths
         self._pinned_ids[: len(ids)] = ids
-        device.start_upload(self._device_lengths, self._pinned_lengths)
-        device.start_upload(self._ids, self._pinned_ids[: len(ids)])
+        self._start_upload(len(ids))
         context.bind(IDS, self._ids, (1, len(ids)))
         context.run(device.stream)
         logits: NDArray[np.float32] = self._pinned_logits[row]
@@ -210,11 +209,13 @@ class Session:
         return self._pinned_logits
 
     def _step(self) -> None:
-        device = self.device
-        device.start_upload(self._device_lengths, self._pinned_lengths)
-        device.start_upload(self._ids, self._pinned_ids[: self.batch])
-        self._contexts[DECODE].run(device.stream)
-        device.start_download(self._pinned_logits, self._logits)
+        self._start_upload(self.batch)
+        self._contexts[DECODE].run(self.device.stream)
+        self.device.start_download(self._pinned_logits, self._logits)
+
+    def _start_upload(self, ids: int) -> None:
+        self.device.start_upload(self._device_lengths, self._pinned_lengths)
+        self.device.start_upload(self._ids, self._pinned_ids[:ids])
 
     @property
     def captured(self) -> bool:

@@ -13,7 +13,7 @@ from edgelm.bundle import Bundle
 from edgelm.errors import EdgeLMError
 from edgelm.runtimes import open_runtime, open_tracing
 from edgelm.runtimes.cuda.device import DeviceInfo
-from edgelm.runtimes.onnxruntime.cuda import CAPTURE_VARIABLE, CudaRuntime
+from edgelm.runtimes.onnxruntime.cuda import CAPTURE_VARIABLE, OnnxCudaRuntime
 from edgelm.runtimes.onnxruntime.cuda_session import require_cuda
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
@@ -70,7 +70,7 @@ def test_recorded_steps_compute_what_unrecorded_ones_do(
 @pytest.mark.parametrize(("model", "recipe"), [("fox", "int4"), ("olmoe", "int8")])
 def test_a_choice_made_on_the_gpu_is_that_of_the_logits(exported, model: str, recipe: str) -> None:
     with open_runtime(exported(model, recipe, "fp16"), context_length=64) as runtime:
-        assert isinstance(runtime, CudaRuntime)
+        assert isinstance(runtime, OnnxCudaRuntime)
         token = int(runtime.prefill(IDS[:5]).argmax())
         chosen = []
         for _ in range(20):

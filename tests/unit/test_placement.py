@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 from edgelm.errors import DeviceError, DeviceMemoryError, RuntimeUnavailableError
 from edgelm.installing import install_hint
 from edgelm.runtimes import runtimes
-from edgelm.runtimes.onnxruntime import cuda_session as onnxruntime_gpu
+from edgelm.runtimes.onnxruntime import cuda_session
 from edgelm.runtimes.onnxruntime.cuda_session import check_placement, placement, record_placement
 from edgelm.runtimes.onnxruntime.router_probe import check_router
 
@@ -112,7 +112,7 @@ def test_is_a_provider_whose_answer_is_no_number_refused(value: float) -> None:
 def test_a_package_without_cuda_is_said_to_be_one() -> None:
     if CUDA in ort.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
-    why = onnxruntime_gpu.problem()
+    why = cuda_session.problem()
     assert why is not None
     assert f"was built without CUDA: pip uninstall onnxruntime, then {install_hint('cuda')}" in why
     entry = next(entry for entry in runtimes() if entry.name == "onnxruntime-cuda")
@@ -129,7 +129,7 @@ def test_two_packages_in_one_folder_are_told_apart(tmp_path: Path, monkeypatch: 
     monkeypatch.syspath_prepend(str(tmp_path))
     assert importlib.metadata.version("onnxruntime-gpu") == "9.9"
     with pytest.raises(RuntimeUnavailableError, match=r"are both installed, in one folder.*pip uninstall"):
-        onnxruntime_gpu.require_cuda()
+        cuda_session.require_cuda()
 
 
 MESSAGES = [
@@ -156,15 +156,15 @@ MESSAGES = [
 
 @pytest.mark.parametrize(("text", "kind", "message"), MESSAGES)
 def test_what_onnx_runtime_says_of_a_gpu_becomes_one_line(text: str, kind: type[DeviceError], message: str) -> None:
-    found = onnxruntime_gpu.device_error(RuntimeError(text), "loading")
+    found = cuda_session.device_error(RuntimeError(text), "loading")
     assert type(found) is kind
     assert message in str(found)
     assert "\n" not in str(found)
 
 
 def test_other_errors_are_not_blamed_on_the_gpu() -> None:
-    assert onnxruntime_gpu.device_error(RuntimeError("INVALID_GRAPH : this is an invalid model"), "loading") is None
-    assert onnxruntime_gpu.device_error(None, "loading") is None
+    assert cuda_session.device_error(RuntimeError("INVALID_GRAPH : this is an invalid model"), "loading") is None
+    assert cuda_session.device_error(None, "loading") is None
 
 
 def test_a_real_allocation_that_fails_has_the_words_that_are_looked_for() -> None:
@@ -182,4 +182,4 @@ def test_a_real_allocation_that_fails_has_the_words_that_are_looked_for() -> Non
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     with pytest.raises(Exception) as caught:
         ort.InferenceSession(data, options, providers=[CPU]).run(None, {})
-    assert isinstance(onnxruntime_gpu.device_error(caught.value, "running"), DeviceMemoryError)
+    assert isinstance(cuda_session.device_error(caught.value, "running"), DeviceMemoryError)

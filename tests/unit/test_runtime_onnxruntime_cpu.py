@@ -20,7 +20,7 @@ from edgelm.bundle import Bundle
 from edgelm.errors import BundleError, ContextLengthError, EdgeLMError, GenerationError, RuntimeUnavailableError
 from edgelm.runtimes import Runtime, open_runtime, runtimes
 from edgelm.runtimes.base import interruptible
-from edgelm.runtimes.onnxruntime import portable as onnxruntime_cpu
+from edgelm.runtimes.onnxruntime import portable
 from edgelm.runtimes.onnxruntime.portable import PortableRuntime, PortableTracing
 from edgelm.runtimes.onnxruntime.session import import_onnxruntime
 
@@ -436,8 +436,8 @@ def test_is_the_environment_as_it_was_once_a_debug_graph_is_loaded(
 ) -> None:
     """What makes the debug graph's experts exact would make every other session slow."""
     seen = []
-    monkeypatch.setattr(onnxruntime_cpu, "_has_8_bit_experts", lambda bundle: True)
-    monkeypatch.setattr(onnxruntime_cpu, "create_session", lambda *arguments: seen.append(dict(os.environ)))
+    monkeypatch.setattr(portable, "_has_8_bit_experts", lambda bundle: True)
+    monkeypatch.setattr(portable, "create_session", lambda *arguments: seen.append(dict(os.environ)))
     monkeypatch.setenv("ORT_QMOE_CPU_QNBIT_GEMM", "1")
     monkeypatch.delenv("ORT_USE_MLAS_Q4_GEMM_MOE", raising=False)
     before = dict(os.environ)
