@@ -72,50 +72,30 @@ def quantize(
     )
     # No checkpoint's companion ends in .toml: nothing of that name is there.
     texts = None if result is None else {RECIPE_FILE: result.toml}
+    writing: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "texts": texts, "progress": progress}
     plan = chosen(recipe, result, "int4")
     made: QuantizedSummary
     extra: dict[str, Any] = {} if result is None else {"budget": in_json(result)}
     if calibration is None:
-        made = quantize_checkpoint(
-            checkpoint, out, plan, threads=threads, overwrite=overwrite, texts=texts, progress=progress
-        )
+        made = quantize_checkpoint(checkpoint, out, plan, **writing)
     else:
         from edgelm.quant.calibration import calibrate_checkpoint
 
-        calibrated = calibrate_checkpoint(
-            checkpoint,
-            out,
-            plan,
-            text=calibration.text,
-            samples=calibration.samples,
-            length=calibration.length,
-            coverage=calibration.coverage,
-            require_coverage=calibration.require_coverage,
-            smoothing=calibration.smoothing,
-            threads=threads,
-            overwrite=overwrite,
-            texts=texts,
-            progress=progress,
-        )
-        made = calibrated
+        made = calibrated = calibrate_checkpoint(checkpoint, out, plan, **vars(calibration), **writing)
         extra["calibration"] = dataclasses.asdict(calibrated.report.info)
     seconds = time.monotonic() - start
     if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "checkpoint": str(made.path),
-                    "recipe": made.recipe.name,
-                    "bytes": made.stored_bytes,
-                    "source_bytes": made.source_bytes,
-                    "bits_per_weight": round(made.bits_per_weight, 3),
-                    "quantized_tensors": made.quantized_tensors,
-                    "float_tensors": made.float_tensors,
-                    "seconds": round(seconds, 1),
-                    **extra,
-                }
-            )
-        )
+        document = {
+            "checkpoint": str(made.path),
+            "recipe": made.recipe.name,
+            "bytes": made.stored_bytes,
+            "source_bytes": made.source_bytes,
+            "bits_per_weight": round(made.bits_per_weight, 3),
+            "quantized_tensors": made.quantized_tensors,
+            "float_tensors": made.float_tensors,
+            "seconds": round(seconds, 1),
+        }
+        click.echo(json.dumps(document | extra))
     else:
         progress.note(
             f"{made.path}: {made.quantized_tensors:,} tensors quantised, {made.float_tensors:,} kept, "
