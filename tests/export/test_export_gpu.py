@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from tiny_models import MakeCheckpoint
 from unpack_gpu import unpack_matrix
 
-from edgelm.bundle import Bundle
 from edgelm.bundle.gpu_layout import GpuKind
 from edgelm.checkpoint import Checkpoint
 from edgelm.cli.export import export as export_command
@@ -25,15 +24,21 @@ from edgelm.export import ExportOptions, export_bundle
 from edgelm.export.options import TARGETS as NAMES
 from edgelm.export.plan import WEIGHTS_FILE, Plan, make_plan
 from edgelm.export.registry import TARGETS
+from edgelm.export.tensorrt import target as gpu_target
+from edgelm.export.tensorrt.options import EngineOptions
+from edgelm.parity.golden import GoldenOptions
+from edgelm.parity.prompts import Prompt
 from edgelm.progress import Silent
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
-from edgelm.runtimes.cuda.kernels.file import KernelFolder
+from edgelm.runtimes.cuda.kernels import sources
+from edgelm.runtimes.cuda.kernels.file import KernelFolder, compile_bundle_kernels
 from edgelm.runtimes.cuda.operators import bundle_kernels
 from edgelm.runtimes.cuda.program import Program, matrix_of
 from edgelm.tokenization.tokenizer import Tokenizer
 
 ROUTER = '\n[[rule]]\nmatch = "*.mlp.gate.weight"\nscheme = "float"\n'
+SHORT = GoldenOptions(prompts=(Prompt("short", "a"),), greedy_tokens=0)
 NARROWER_V = '\n[[rule]]\nmatch = "*.v_proj.weight"\nscheme = "{}"\n'
 
 
@@ -149,11 +154,34 @@ def test_are_values_and_float_matrices_of_the_type_that_was_asked_for(
 def test_has_a_bundle_kernels_for_the_devices_asked_and_does_inspect_say_so(
     checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
+    """Compiled in earnest, of the bundle with the fewest kernels; tests/cuda/test_kernels_compile.py compiles all."""
     out = tmp_path / "bundle"
-    line = [str(checkpoint("olmoe")), "-o", str(out), "--target", "tensorrt", "--sm", "86", "--no-engines"]
-    done = CliRunner().invoke(export_command, [*line, "--recipe", "int4", "--greedy-tokens", "0"])
+    line = [str(checkpoint("fox")), "-o", str(out), "--target", "tensorrt", "--sm", "86", "--no-engines"]
+    done = CliRunner().invoke(export_command, [*line, "--recipe", "none", "--greedy-tokens", "0"])
     assert done.exit_code == 0, done.output
-    bundle = Bundle.open(out)
+    program = Program.read(out / "program.json")
+    folder = KernelFolder(out / "kernels")
+    assert set(folder.files) == {"sm_86", "compute_80"}
+    assert set(folder.argument_bytes) == set(bundle_kernels(program))
+    said = CliRunner().invoke(inspect_command, [str(out), "--verify"])
+    assert said.exit_code == 0, said.output
+    assert "sm_86" in said.output
+    document = json.loads(CliRunner().invoke(inspect_command, [str(out), "--json"]).stdout)
+    assert set(document["kernels"]["targets"]) == {"sm_86", "compute_80"}
+
+
+def test_are_the_kernels_of_a_mixture_among_those_that_compile_and_does_inspect_group_its_weights(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: set[str] = set()
+
+    def compile_one(names: Sequence[str], *rest: Any) -> None:
+        asked.update(names)
+        compile_bundle_kernels(list(names)[:1], *rest)
+
+    monkeypatch.setattr(gpu_target, "compile_bundle_kernels", compile_one)
+    options = ExportOptions(target="tensorrt", sms=(86,), engines=EngineOptions(build=False), golden=SHORT)
+    bundle = export_bundle(checkpoint("olmoe"), tmp_path / "bundle", recipe="int4", options=options)
     assert (bundle.manifest.target, bundle.manifest.ops, bundle.manifest.graph.kv_dtype) == (
         "tensorrt",
         "gpu",
@@ -161,16 +189,12 @@ def test_has_a_bundle_kernels_for_the_devices_asked_and_does_inspect_say_so(
     )
     program = Program.read(bundle.file("program.json"))
     assert (bundle.manifest.graph.file, bundle.manifest.graph.debug_file) == ("program.json", "program.json")
-    assert [path.name for path in out.glob("*.onnx")] == ["model.tensorrt.onnx"]
-    folder = KernelFolder(out / "kernels")
-    assert set(folder.files) == {"sm_86", "compute_80"}
-    assert set(folder.argument_bytes) == set(bundle_kernels(program))
-    said = CliRunner().invoke(inspect_command, [str(out), "--verify"])
+    assert [path.name for path in bundle.path.glob("*.onnx")] == ["model.tensorrt.onnx"]
+    assert asked == set(bundle_kernels(program)) <= set(sources.all_kernels())
+    said = CliRunner().invoke(inspect_command, [str(bundle.path)])
     assert said.exit_code == 0, said.output
-    assert "sm_86" in said.output
     assert "16 of 128 x 128 int4-g32, gate and up, 4.50 bits a weight" in said.output
-    document = json.loads(CliRunner().invoke(inspect_command, [str(out), "--json"]).stdout)
-    assert set(document["kernels"]["targets"]) == {"sm_86", "compute_80"}
+    document = json.loads(CliRunner().invoke(inspect_command, [str(bundle.path), "--json"]).stdout)
     assert sum(group["count"] for group in document["weights"]) == 2 + 2 * 4
 
 
