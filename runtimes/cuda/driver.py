@@ -113,9 +113,8 @@ class CudaDevice(Device):
         self._buffers: dict[int, int] = {}
         self._pinned: dict[int, NDArray[np.uint8]] = {}
         self._graphs: list[Graph] = []
-        self._streams: list[int] = []
         self._staging: list[tuple[NDArray[np.uint8], int]] = []
-        self.stream = self.new_stream()
+        self.stream = self._handle("cuStreamCreate", _NON_BLOCKING)
         """Handle of the device's own stream, for other libraries."""
 
     def call(self, function: str, *args: object, allowed: Container[int] = (), doing: str = "") -> int:
@@ -192,10 +191,10 @@ class CudaDevice(Device):
         if nbytes:
             self.call("cuMemsetD8Async", address, value, nbytes, self.stream)
 
-    def copy(self, destination: int, source: int, nbytes: int, stream: int = 0) -> None:
+    def copy(self, destination: int, source: int, nbytes: int) -> None:
         """Copy within the device, in the order of the launches; the two must not overlap."""
         if nbytes:
-            self.call("cuMemcpyDtoDAsync", destination, source, nbytes, stream or self.stream)
+            self.call("cuMemcpyDtoDAsync", destination, source, nbytes, self.stream)
 
     def pinned(self, nbytes: int) -> NDArray[np.uint8]:
         """Host memory that the device copies from and to by itself; it lives until `close`."""
@@ -206,13 +205,13 @@ class CudaDevice(Device):
         self._pinned[address.value] = array
         return array
 
-    def start_upload(self, address: int, pinned: NDArray[Any], stream: int = 0) -> None:
+    def start_upload(self, address: int, pinned: NDArray[Any]) -> None:
         """Start a copy from pinned memory, which must stay as it is until the copy is done; it can be captured."""
-        self.call("cuMemcpyHtoDAsync", address, pinned.ctypes.data, pinned.nbytes, stream or self.stream)
+        self.call("cuMemcpyHtoDAsync", address, pinned.ctypes.data, pinned.nbytes, self.stream)
 
-    def start_download(self, pinned: NDArray[Any], address: int, stream: int = 0) -> None:
+    def start_download(self, pinned: NDArray[Any], address: int) -> None:
         """Start a copy into pinned memory; it can be captured."""
-        self.call("cuMemcpyDtoHAsync", pinned.ctypes.data, address, pinned.nbytes, stream or self.stream)
+        self.call("cuMemcpyDtoHAsync", pinned.ctypes.data, address, pinned.nbytes, self.stream)
 
     # -- kernels -------------------------------------------------------------------------------------------------------
 
@@ -286,18 +285,6 @@ class CudaDevice(Device):
 
     # -- order and time ------------------------------------------------------------------------------------------------
 
-    def new_stream(self) -> int:
-        """One more queue of launches, beside the device's own; lives until `close`."""
-        self._streams.append(self._handle("cuStreamCreate", _NON_BLOCKING))
-        return self._streams[-1]
-
-    def wait(self, stream: int, other: int = 0) -> None:
-        """Let what is launched in `stream` from now on wait for all that `other` has now; can be captured."""
-        event = self._event(_NO_TIMING)
-        self.call("cuEventRecord", event, other or self.stream)
-        self.call("cuStreamWaitEvent", stream or self.stream, event, 0)
-        self.call("cuEventDestroy", event)  # the driver keeps it until it has happened
-
     def synchronize(self) -> None:
         """Wait for everything; an error of a kernel that ran shows here."""
         self.call("cuCtxSynchronize", doing="waiting for kernels")
@@ -365,8 +352,7 @@ class CudaDevice(Device):
                 graph.close()
             for _, copied in self._staging:
                 self.call("cuEventDestroy", copied)
-            for stream in self._streams:
-                self.call("cuStreamDestroy", stream)
+            self.call("cuStreamDestroy", self.stream)
             for module, _ in self._modules:
                 self.call("cuModuleUnload", module)
             for address in list(self._buffers):

@@ -84,7 +84,6 @@ _FUNCTIONS: dict[str, tuple[str, tuple[type, ...]]] = {
     "cuStreamCreate": ("cuStreamCreate", (_P, _U)),
     "cuStreamDestroy": ("cuStreamDestroy_v2", (_P,)),
     "cuStreamSynchronize": ("cuStreamSynchronize", (_P,)),
-    "cuStreamWaitEvent": ("cuStreamWaitEvent", (_P, _P, _U)),
     "cuStreamBeginCapture": ("cuStreamBeginCapture_v2", (_P, _I)),
     "cuStreamEndCapture": ("cuStreamEndCapture", (_P, _P)),
     "cuGraphInstantiate": ("cuGraphInstantiateWithFlags", (_P, _P, _L)),

@@ -215,9 +215,6 @@ CUresult cuStreamCreate(CUstream* stream, unsigned int flags) {
 }
 CUresult cuStreamDestroy_v2(CUstream stream) { return called(__func__, "%p", (void*)stream); }
 CUresult cuStreamSynchronize(CUstream stream) { return called(__func__, "%p", (void*)stream); }
-CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned int flags) {
-  return called(__func__, "%p %p %u", (void*)stream, (void*)event, flags);
-}
 CUresult cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode mode) {
   g_recorded = 0;
   g_end = &g_recorded;

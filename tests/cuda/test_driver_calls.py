@@ -227,16 +227,6 @@ def test_only_a_kernel_that_waits_itself_is_started_early_and_only_when_asked(li
     device.close()
 
 
-def test_streams_wait_for_each_other(device, calls):
-    stream = device.new_stream()
-    device.wait(stream)
-    device.wait(0, stream)
-    recorded, waited = calls("cuEventRecord"), calls("cuStreamWaitEvent")
-    assert [call[2] for call in recorded] == [hex(device.stream), hex(stream)]
-    assert [call[1] for call in waited] == [hex(stream), hex(device.stream)]
-    assert [call[2] for call in waited] == [call[1] for call in recorded]
-
-
 def test_work_is_timed_between_events(device):
     done = []
     times = device.elapsed(lambda: done.append(1), repeat=3)

@@ -62,9 +62,9 @@ def device(gpu, request: pytest.FixtureRequest):
     made.close()
 
 
-def run(device, address, count, by, kernel="increment", shared=0, stream=0):
+def run(device, address, count, by, kernel="increment", shared=0):
     blocks = -(-count // 256) if kernel == "increment" else 1
-    device.launch(Launch(kernel, (blocks, 1, 1), 256, shared, struct.pack("<Qif", address, count, by)), stream)
+    device.launch(Launch(kernel, (blocks, 1, 1), 256, shared, struct.pack("<Qif", address, count, by)))
 
 
 def test_the_device_is_described(gpu):
@@ -134,27 +134,6 @@ def test_a_graph_repeats_what_was_recorded_and_reads_pinned_memory_when_it_runs(
         graph()
         device.synchronize()
         assert (back.view(np.float32) == start + 3).all()
-
-
-def test_streams_run_beside_each_other_and_wait_when_told_also_in_a_graph(device):
-    address = device.allocate(8)
-    device.fill(address, 0, 8)
-    stream = device.new_stream()
-
-    def work() -> None:
-        device.wait(stream)
-        run(device, address, 1, 1.0, "linger", stream=stream)
-        run(device, address + 4, 1, 1.0, "linger")
-        device.wait(0, stream)
-        run(device, address, 2, 1.0)
-
-    graph = device.capture(work)
-    graph()
-    out = np.empty(2, np.float32)
-    device.download(address, out)
-    np.testing.assert_array_equal(out, [2, 2])
-    alone = min(device.elapsed(lambda: run(device, address, 1, 0.0, "linger"), 5))
-    assert min(device.elapsed(graph, 5)) < 1.7 * alone
 
 
 def test_time_is_the_devices_own(device):
