@@ -21,7 +21,7 @@ from edgelm.export.graph.onnx_builder import Dims, GraphBuilder
 from edgelm.runtimes.cuda.kernels.attention import row_bytes
 from edgelm.runtimes.cuda.operators import KV_CODES
 from edgelm.runtimes.cuda.program import Node, Program, Value
-from edgelm.runtimes.tensorrt.operators import NAMESPACE, OPERATORS, PREFIX, PluginSpec
+from edgelm.runtimes.tensorrt.plugin_spec import NAMESPACE, OPERATORS, PREFIX, PluginSpec
 from edgelm.runtimes.tensorrt.plugins import FIELD
 
 OPSET = 24

@@ -20,7 +20,7 @@ from edgelm.progress import Progress
 from edgelm.quant.source import WeightSource
 from edgelm.runtimes.cuda.driver import find_devices
 from edgelm.runtimes.cuda.kernels import nvrtc
-from edgelm.runtimes.cuda.kernels.file import FOLDER, compile_bundle_kernels
+from edgelm.runtimes.cuda.kernels.images import FOLDER, compile_bundle_kernels
 from edgelm.runtimes.cuda.operators import bundle_kernels
 from edgelm.runtimes.cuda.program import PROGRAM_FILE
 

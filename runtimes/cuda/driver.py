@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgelm.errors import DeviceError, DeviceMemoryError
 from edgelm.runtimes.cuda.device import Device, DeviceInfo, Launch
 from edgelm.runtimes.cuda.driver_library import OUT_OF_MEMORY, Driver, LaunchConfig
-from edgelm.runtimes.cuda.kernels.file import Image
+from edgelm.runtimes.cuda.kernels.images import Image
 from edgelm.sizes import format_size
 
 __all__ = ["INDEX_VARIABLE", "CudaDevice", "Graph", "KernelSource", "find_devices"]

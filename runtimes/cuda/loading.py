@@ -11,7 +11,7 @@ from edgelm.runtimes.cuda.device import Device
 from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.emulated import EmulatedDevice
 from edgelm.runtimes.cuda.executor import Executor, Layout, Sizes
-from edgelm.runtimes.cuda.kernels.file import FOLDER, KernelFolder
+from edgelm.runtimes.cuda.kernels.images import FOLDER, KernelFolder
 from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
 from edgelm.runtimes.cuda.weights import DeviceWeights, check_weights_file
 from edgelm.sizes import format_size

@@ -22,8 +22,8 @@ from edgelm.files import atomic_file, disk_full_explained, lock_folder, need_dis
 from edgelm.json_dataclass import Blame, from_data, read_json, require_format
 from edgelm.progress import Progress, Silent
 from edgelm.runtimes.cuda.driver import find_devices
-from edgelm.runtimes.cuda.kernels.file import FOLDER as KERNELS
-from edgelm.runtimes.cuda.kernels.file import KernelFolder
+from edgelm.runtimes.cuda.kernels.images import FOLDER as KERNELS
+from edgelm.runtimes.cuda.kernels.images import KernelFolder
 from edgelm.runtimes.tensorrt import rowmajor
 from edgelm.runtimes.tensorrt.builder import BuildOptions, GraphShape, build_engine, check_sms
 from edgelm.runtimes.tensorrt.engine_info import FOLDER, EngineInfo, engine_name, engines, sm_names

@@ -20,7 +20,7 @@ from edgelm.bundle import ENGINES
 from edgelm.errors import BundleError
 from edgelm.json_dataclass import Blame, Count, OneOf, Range, from_data, parse, quoted, read_bytes, require_format
 from edgelm.runtimes.tensorrt.library import FULL, RTX, TITLES
-from edgelm.runtimes.tensorrt.operators import MARK, PREFIX, PluginSpec
+from edgelm.runtimes.tensorrt.plugin_spec import MARK, PREFIX, PluginSpec
 from edgelm.sizes import format_size
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from edgelm.runtimes.cuda import sparse_moe
 from edgelm.runtimes.cuda.device import Device, DeviceInfo, Launch
 from edgelm.runtimes.cuda.operators import Operators, Scratch, Step
 from edgelm.runtimes.cuda.program import Node, Program, Value, Weight
-from edgelm.runtimes.tensorrt.operators import OPERATORS, PluginSpec
+from edgelm.runtimes.tensorrt.plugin_spec import OPERATORS, PluginSpec
 from edgelm.runtimes.tensorrt.plugins import Host
 
 _MULTIPROCESSORS = 256

@@ -19,7 +19,7 @@ import numpy as np
 
 from edgelm.errors import DeviceError, EdgeLMError
 from edgelm.runtimes.tensorrt.library import Library
-from edgelm.runtimes.tensorrt.operators import (
+from edgelm.runtimes.tensorrt.plugin_spec import (
     NAMESPACE,
     OPERATORS,
     PREFIX,

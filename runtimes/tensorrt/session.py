@@ -21,7 +21,7 @@ from edgelm.errors import EdgeLMError
 from edgelm.runtimes.base import choose_context_length
 from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.executor import CAPACITY_MULTIPLE
-from edgelm.runtimes.cuda.kernels.file import FOLDER, KernelFolder
+from edgelm.runtimes.cuda.kernels.images import FOLDER, KernelFolder
 from edgelm.runtimes.cuda.operators import Operators
 from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
 from edgelm.runtimes.tensorrt.engine import DECODE, PREFILL, Context, Engine, Tensor, choose

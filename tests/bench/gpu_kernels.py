@@ -25,7 +25,7 @@ from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.kernels import attention, linear
 from edgelm.runtimes.cuda.kernels.attention import AttentionBuffers, AttentionShape
-from edgelm.runtimes.cuda.kernels.file import KernelCompiler
+from edgelm.runtimes.cuda.kernels.images import KernelCompiler
 from edgelm.runtimes.cuda.kernels.linear import Matmul
 
 _SHAPES = {

@@ -31,7 +31,7 @@ from edgelm.bundle.kv_cache import row_bytes
 from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.emulated import EmulatedDevice
 from edgelm.runtimes.cuda.executor import Executor, Sizes
-from edgelm.runtimes.cuda.kernels.file import KernelCompiler
+from edgelm.runtimes.cuda.kernels.images import KernelCompiler
 from edgelm.runtimes.cuda.program import Program, matrix_of
 from edgelm.synth import PUBLISHED
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.driver_library import LIBRARY, LIBRARY_VARIABLE
 from edgelm.runtimes.cuda.executor import Executor
-from edgelm.runtimes.cuda.kernels.file import KernelCompiler
+from edgelm.runtimes.cuda.kernels.images import KernelCompiler
 from edgelm.synth import PUBLISHED
 
 # Heads of 128 as the published models have: their kernels are the ones to look at.

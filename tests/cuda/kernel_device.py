@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from edgelm.runtimes.cuda.device import Device
 from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.emulated import EmulatedDevice
-from edgelm.runtimes.cuda.kernels.file import KernelCompiler
+from edgelm.runtimes.cuda.kernels.images import KernelCompiler
 
 ON_GPU = os.environ.get("EDGELM_TEST_GPU") == "1"
 

@@ -19,7 +19,7 @@ from edgelm.errors import DeviceError, DeviceMemoryError, EdgeLMError, RuntimeUn
 from edgelm.runtimes.cuda import driver as drivers
 from edgelm.runtimes.cuda.device import Launch
 from edgelm.runtimes.cuda.driver import CudaDevice, find_devices
-from edgelm.runtimes.cuda.kernels.file import Image
+from edgelm.runtimes.cuda.kernels.images import Image
 
 _STAGING = drivers._STAGING
 

@@ -19,7 +19,7 @@ from edgelm.runtimes.cuda.weights import DeviceWeights
 from edgelm.runtimes.tensorrt.engine import Tensor
 from edgelm.runtimes.tensorrt.host import BuildHost
 from edgelm.runtimes.tensorrt.library import Library
-from edgelm.runtimes.tensorrt.operators import Dim, PluginSpec, Term, output_types, result_terms
+from edgelm.runtimes.tensorrt.plugin_spec import Dim, PluginSpec, Term, output_types, result_terms
 from edgelm.runtimes.tensorrt.plugins import FIELD, PREFIX, Host, creator_class, element_types, serving
 
 WIDTHS = {"f32": 4, "bf16": 2, "f16": 2, "int32": 4, "int8": 1}

@@ -21,7 +21,7 @@ from edgelm.runtimes.tensorrt.builder import BuildOptions, build_engine
 from edgelm.runtimes.tensorrt.engine_info import plugins_in
 from edgelm.runtimes.tensorrt.host import BuildHost, DeviceHost, _any_device, node_of, plan
 from edgelm.runtimes.tensorrt.library import Library, messages
-from edgelm.runtimes.tensorrt.operators import NAMESPACE, OPERATORS, PluginSpec, output_types
+from edgelm.runtimes.tensorrt.plugin_spec import NAMESPACE, OPERATORS, PluginSpec, output_types
 from edgelm.runtimes.tensorrt.plugins import FIELD, plugin_class, serving
 
 SMS = (86,)

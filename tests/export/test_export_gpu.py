@@ -32,7 +32,7 @@ from edgelm.progress import Silent
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
 from edgelm.runtimes.cuda.kernels import sources
-from edgelm.runtimes.cuda.kernels.file import KernelFolder, compile_bundle_kernels
+from edgelm.runtimes.cuda.kernels.images import KernelFolder, compile_bundle_kernels
 from edgelm.runtimes.cuda.operators import bundle_kernels
 from edgelm.runtimes.cuda.program import Program, matrix_of
 from edgelm.tokenization.tokenizer import Tokenizer

@@ -68,7 +68,7 @@ def environment(work: Path, *, dry: bool) -> dict[str, str]:
 def prepare(folder: Path) -> int:
     """Compile every kernel for SM 90 into a folder; needs NVRTC, no GPU."""
     code = (
-        "import sys; from pathlib import Path; from edgelm.runtimes.cuda.kernels import file as k, sources as s; "
+        "import sys; from pathlib import Path; from edgelm.runtimes.cuda.kernels import images as k, sources as s; "
         f"k.compile_bundle_kernels(sorted(s.all_kernels()), ({SM},), Path(sys.argv[1]), ptx=False)"
     )
     done = _python(code, str(folder.absolute()))
@@ -86,7 +86,7 @@ def prepared(folder: Path) -> bool:
         print(f"{folder} is not there: kernels are compiled as they are needed (check.py --prepare makes it)")
         return False
     done = _python(f"import os; os.environ['{VARIABLE}'] = r'{folder}'; "
-                   "from edgelm.runtimes.cuda.kernels import file; file.prepared_kernels()")  # fmt: skip
+                   "from edgelm.runtimes.cuda.kernels import images; images.prepared_kernels()")  # fmt: skip
     said = done.stderr.strip().splitlines()[-1:]
     print(f"{folder}: {'used' if done.returncode == 0 else f'not used ({said})'}", flush=True)
     return done.returncode == 0

@@ -15,7 +15,7 @@ from edgelm.errors import DeviceMemoryError
 from edgelm.runtimes.cuda.device import Launch
 from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.kernels import nvrtc
-from edgelm.runtimes.cuda.kernels.file import Image, choose
+from edgelm.runtimes.cuda.kernels.images import Image, choose
 
 SOURCE = """
 struct Increment { float* x; int count; float by; };

@@ -91,7 +91,7 @@ def kernels_document(bundle: Bundle) -> dict[str, Any] | None:
     """
     if bundle.manifest.ops != "gpu":
         return None
-    from edgelm.runtimes.cuda.kernels.file import FOLDER, KernelFolder
+    from edgelm.runtimes.cuda.kernels.images import FOLDER, KernelFolder
 
     folder = KernelFolder(bundle.file(FOLDER))
     return {

@@ -10,7 +10,7 @@ import pytest
 from edgelm.errors import BundleError, DeviceError, ExportError, RuntimeUnavailableError
 from edgelm.progress import Progress
 from edgelm.runtimes.cuda.kernels import cubin, nvrtc, sources
-from edgelm.runtimes.cuda.kernels.file import (
+from edgelm.runtimes.cuda.kernels.images import (
     PREPARED_VARIABLE,
     KernelCompiler,
     KernelFolder,
