@@ -20,10 +20,10 @@ from pathlib import Path
 FOLDERS = ("edgelm", "quant", "export", "runtimes")
 CPP = {".cc", ".cpp", ".h", ".cuh", ".cu"}
 
-_MODELS = r"edgelm/models/(?!fields|config_fields|hooks|kv_cache|layer|matmul|spec|walk)"
+_MODELS = r"edgelm/models/(?!fields|config_fields|unsupported_fields|hooks|kv_cache|layer|matmul|parts|rope|spec)"
 _RUNTIMES = r"runtimes/(__init__|registry)\.py|runtimes/(cuda|tensorrt|onnxruntime)"
 KINDS = {
-    "model, by name": (r"olmoe|fox|llama", _MODELS),
+    "model, by name": (r"olmoe|fox|llama(?!3)", _MODELS),
     "model, by its family": (r"\bfamily\b|\bfamily_of\b|\bmodel_type\b|config_class|module_class", _MODELS),
     "model, by names of weights": (r"self_attn|mlp\.|_proj\b|layernorm|\bexperts\.|embed_tokens|lm_head", _MODELS),
     "model, by asking for experts": (r"num_experts|has_router|is_mixture", _MODELS),
