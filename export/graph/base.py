@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.checkpoint.writer import float32_to_bf16
 from edgelm.errors import CheckpointError, ExportError
-from edgelm.export.graph.onnx_builder import GraphBuilder
 from edgelm.export.packing.contents import Held, array
-from edgelm.export.packing.weights_file import SlotWriter, WeightsPlan
+from edgelm.export.packing.weights_file import Slot, SlotWriter, WeightsPlan
 from edgelm.models.spec import Matrix, Rope
 from edgelm.progress import Advance
 from edgelm.quant.source import WeightSource
@@ -29,6 +28,16 @@ MAX_TABLE_BYTES = 1 << 30
 """Of the RoPE tables: two million positions of heads of 128."""
 
 
+class WeightGraph(Protocol):
+    """What takes the weights of layers: a graph in ONNX or a program."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is a weight of this name."""
+
+    def weight(self, slot: Slot) -> str:
+        """Add the weight that lies in a slot of the weights file; return its name."""
+
+
 class LayerOps:
     """Adds layers to a graph and plans their weights.
 
@@ -39,7 +48,7 @@ class LayerOps:
         dtype: how matrices that stay unquantised are stored: "float32", "float16" or "bfloat16". Arithmetic is float32.
     """
 
-    def __init__(self, graph: GraphBuilder, plan: WeightsPlan, source: WeightSource, dtype: str) -> None:
+    def __init__(self, graph: WeightGraph, plan: WeightsPlan, source: WeightSource, dtype: str) -> None:
         self.graph = graph
         self.plan = plan
         self.source = source
@@ -78,7 +87,7 @@ class LayerOps:
             advance(self.nbytes(name))
 
         self.plan.job([slot], fill)
-        return self.graph.weight(slot, bf16=slot.dtype == np.uint16)
+        return self.graph.weight(slot)
 
     def computed(self, name: str, value: NDArray[np.float32]) -> str:
         """A float32 tensor that is computed here (the rotary tables)."""
@@ -99,7 +108,7 @@ class LayerOps:
                 advance(self.nbytes(name))
 
         self.plan.job([slot], fill)
-        return self.graph.weight(slot, bf16=slot.dtype == np.uint16)
+        return self.graph.weight(slot)
 
     def bias(self, matrices: Sequence[Matrix], out: str) -> str:
         """The biases of matrices that are one matmul named `out`; "" where they have none."""

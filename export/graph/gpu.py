@@ -1,4 +1,4 @@
-"""The graph for GPUs, in the operators of the domain `edgelm`, with weights in the order of tensor cores' operands.
+"""The program for GPUs, in operators of our own, with weights in the order of tensor cores' operands.
 
 | name | type | shape |
 |---|---|---|
@@ -9,9 +9,9 @@
 | `present.{i}.key`, `.value` | uint8 | like past: the same buffer, the cache is written in place |
 
 The residual stream, routers, norms and logits are float32. Queries, keys, values, what attention gives and the products
-of SwiGLU are in the activations' type A, bfloat16 or float16. Every product sums in float32 and applies the scales to
-sums, so that it loses what rounding its input to A loses. The debug graph has the same nodes with A = float32, and
-returns `hidden.{i}` and, for a mixture, `router_logits.{i}` in addition. docs/bundle.md describes the attributes.
+of SwiGLU are in the activations' type A, bfloat16 or float16. Every matmul sums in float32 and applies the scales to
+sums, so that it loses what rounding its input to A loses. The debug program has the same nodes with A = float32; parity
+reads its values `hidden.{i}` and, of a MoE, `router_logits.{i}`. docs/bundle.md describes the attributes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper
 
 from edgelm.bundle import ModelInfo
 from edgelm.bundle.gpu_layout import ROWS, GpuMatrix
 from edgelm.errors import ExportError
 from edgelm.export.graph.base import LayerOps, stored_as
-from edgelm.export.graph.onnx_builder import EDGELM, Dims, GraphBuilder
+from edgelm.export.graph.program_builder import ProgramBuilder
 from edgelm.export.packing.contents import gpu
 from edgelm.export.packing.gpu import (
     BlobWriter,
@@ -42,21 +40,20 @@ from edgelm.export.tensorrt import activations as gpu_activations
 from edgelm.models.spec import Attention, Decoder, Matrix, MoE, Norm
 from edgelm.progress import Advance
 from edgelm.quant.source import WeightSource
-from edgelm.runtimes.cuda.program import Attribute, Node, Program, Value, Weight, matrix_attrs
+from edgelm.runtimes.cuda.program import Attribute, matrix_attrs
 
 ACTIVATIONS = {"bfloat16": "bf16", "float16": "f16"}
 """A by the type in which matrices that stay float are stored."""
 _F32 = "f32"
 EXACT: Mapping[str, Attribute] = {"activation": _F32, "output": _F32, "kv": "float32", "activations": "float"}
-"""Attributes of the debug graph."""
-_TYPES = {TensorProto.FLOAT: "f32", TensorProto.UINT8: "uint8"}
+"""Attributes of the debug program."""
 
 
 class GpuDecoder(LayerOps):
-    """A decoder's inputs and outputs, and the operators that a family's layers are built of.
+    """The operators that a decoder's layers are built of.
 
     Args:
-        graph: the graph to add to.
+        graph: the program to add to.
         plan: where weights are planned.
         source: the checkpoint's tensors, quantised as the recipe says.
         dtype: "bfloat16" or "float16": how matrices that stay unquantised are stored, and the activations.
@@ -65,9 +62,11 @@ class GpuDecoder(LayerOps):
         kv: type of the cache that a runtime allocates unless told otherwise.
     """
 
+    graph: ProgramBuilder
+
     def __init__(
         self,
-        graph: GraphBuilder,
+        graph: ProgramBuilder,
         plan: WeightsPlan,
         source: WeightSource,
         dtype: str,
@@ -80,23 +79,10 @@ class GpuDecoder(LayerOps):
         self.decoder = decoder
         self.epsilon = decoder.norm.eps
         self.activation = ACTIVATIONS[dtype]
-        self.debug_outputs: list[tuple[str, Dims]] = []
-        self.values: dict[str, Value] = {}
-        """Type and width of every value."""
         self._kv = kv
         self._matrices: dict[str, GpuMatrix] = {}
-        graph.input("input_ids", TensorProto.INT32, ["batch_size", "sequence_length"])
-        graph.input("past_lengths", TensorProto.INT32, ["batch_size"])
-        cache: Dims = ["batch_size", info.num_kv_heads, "capacity", "row_bytes"]
-        for i in range(info.num_layers):
-            graph.input(f"past_key_values.{i}.key", TensorProto.UINT8, cache)
-            graph.input(f"past_key_values.{i}.value", TensorProto.UINT8, cache)
         # Caches are of a multiple of 64 tokens, and every place in one has a position.
         self._positions = -(-info.context_length // 64) * 64
-        graph.output("logits", TensorProto.FLOAT, ["batch_size", 1, info.vocab_size])
-        for i in range(info.num_layers):
-            graph.output(f"present.{i}.key", TensorProto.UINT8, cache)
-            graph.output(f"present.{i}.value", TensorProto.UINT8, cache)
 
     # -- layers ----------------------------------------------------------------------------------------------------
 
@@ -106,7 +92,7 @@ class GpuDecoder(LayerOps):
         self.rotary(self.decoder.attention[0].rope, self._positions, self.info.head_dim)
         name = table.name
         matrix = self._matrix([name], name, None)
-        out = self._value(self.hidden(0), _F32, matrix.columns)
+        out = self.graph.value(self.hidden(0), _F32, matrix.columns)
         return self.graph.native_node("QuantEmbedding", ["input_ids", name], out, name, **matrix_attrs(matrix))
 
     def linear(
@@ -136,7 +122,7 @@ class GpuDecoder(LayerOps):
         return self.graph.native_node(
             "QuantLinear",
             [x, stem, "" if norm is None else self._vector_once(norm, layer), residual, self.bias(matrices, out)],
-            self._value(out, output, matrix.outputs), stem, **matrix_attrs(matrix), activation=self.activation,
+            self.graph.value(out, output, matrix.outputs), stem, **matrix_attrs(matrix), activation=self.activation,
             activations=gpu_activations.of_product(self.source, names), output=output, epsilon=self._eps(norm),
             **gpu_activations.static_scale(self.source, names),
         )  # fmt: skip
@@ -149,7 +135,7 @@ class GpuDecoder(LayerOps):
             *self.rotary(part.rope, self._positions, info.head_dim),
             *("" if norm is None else self._vector_once(norm, layer) for norm in norms),
         ]  # fmt: skip
-        value = self._value(out, self.activation, info.num_heads * info.head_dim)
+        value = self.graph.value(out, self.activation, info.num_heads * info.head_dim)
         return self.graph.native_node(
             "GroupQueryAttention", inputs, [value, f"present.{layer}.key", f"present.{layer}.value"],
             f"layers.{layer}.attn", num_heads=info.num_heads, kv_num_heads=info.num_kv_heads, head_size=info.head_dim,
@@ -158,11 +144,10 @@ class GpuDecoder(LayerOps):
         )  # fmt: skip
 
     def moe(self, part: MoE, x: str, out: str, layer: int, norm: Norm | None, *, residual: bool) -> str:
-        """x + a mixture of experts of RMSNorm(x)."""
+        """x + MoE(RMSNorm(x))."""
         # No model has experts without a norm before them, so the operator has no other form.
         assert norm is not None and residual
         logits = f"router_logits.{layer}"
-        self.debug_outputs.append((logits, ["tokens", len(part.experts)]))
         stem = f"layers.{layer}.moe"
         # The router decides in float32 whatever the recipe stores experts in: a flipped choice costs more than bytes.
         router = part.router.name
@@ -172,7 +157,7 @@ class GpuDecoder(LayerOps):
         )
         down = self._experts([(expert.down,) for expert in part.experts], f"{stem}.down", layer, swiglu=False)
         names = [matrix.name for expert in part.experts for matrix in expert.matrices]
-        outputs = [self._value(out, _F32, down.outputs), self._value(logits, _F32, len(part.experts))]
+        outputs = [self.graph.value(out, _F32, down.outputs), self.graph.value(logits, _F32, len(part.experts))]
         return self.graph.native_node(
             "SparseMoE", [x, gate, f"{stem}.gate_up", f"{stem}.down", self._vector_once(norm, layer)], outputs, stem,
             **matrix_attrs(gate_up, "gate_up_"), **matrix_attrs(down, "down_"), k=part.k,
@@ -183,26 +168,20 @@ class GpuDecoder(LayerOps):
     def norm(self, x: str, norm: Norm, out: str, layer: int, residual: str) -> str:
         """residual + RMSNorm(x), in float32."""
         inputs = [x, self._vector_once(norm, layer), residual]
-        value = self._value(out, _F32, norm.size)
+        value = self.graph.value(out, _F32, norm.size)
         return self.graph.native_node("RMSNorm", inputs, value, norm.name, epsilon=norm.eps)
 
     def head(self, x: str, norm: Norm, matrix: Matrix) -> None:
         """Logits of the last position, of the residual stream x."""
-        width = self.values[x].width
-        last = self.graph.native_node("LastToken", [x], self._value("head_input", _F32, width), "head_input")
+        value = self.graph.value("head_input", _F32, norm.size)
+        last = self.graph.native_node("LastToken", [x], value, "head_input")
         self.linear(last, [matrix], "logits", norm=norm)
 
     def hidden(self, index: int) -> str:
-        """The name of the residual stream before layer `index`; the debug graph returns it."""
-        name = f"hidden.{index}"
-        self.debug_outputs.append((name, ["batch_size", "sequence_length", self.info.hidden_size]))
-        return name
+        """The name of the residual stream before layer `index`."""
+        return f"hidden.{index}"
 
     # -- weights ---------------------------------------------------------------------------------------------------
-
-    def _value(self, name: str, kind: str, width: int) -> str:
-        self.values[name] = Value(kind, width)
-        return name
 
     def _vector_once(self, norm: Norm, layer: int | None) -> str:
         return norm.name if self.graph.has(norm.name) else self.vector(norm.name, layer)
@@ -212,7 +191,7 @@ class GpuDecoder(LayerOps):
         return self.epsilon if norm is None else norm.eps
 
     def _format(self, names: Sequence[str], stem: str) -> GpuFormat:
-        """The one format of matrices that are one product."""
+        """The one format of matrices that are one matmul."""
         schemes = [self.source.scheme(name) for name in names]
         found = gpu_format(schemes, self.dtype, self.source.shape(names[0])[1], stem)
         if found is None:
@@ -224,13 +203,13 @@ class GpuDecoder(LayerOps):
         return found
 
     def _matrix(self, names: Sequence[str], stem: str, layer: int | None, *, swiglu: bool = False) -> GpuMatrix:
-        """The initializer `stem` of matrices stacked along the rows as one."""
+        """The weight `stem` of matrices stacked along the rows as one."""
         if stem not in self._matrices:
             self._blob([names], stem, layer, swiglu=swiglu)
         return self._matrices[stem]
 
     def _experts(self, experts: Sequence[Sequence[Matrix]], stem: str, layer: int, *, swiglu: bool) -> GpuMatrix:
-        """The initializer of one kind of matrix of all experts of a layer, which share a format."""
+        """The weight of one kind of matrix of all experts of a layer, which share a format."""
         names = [[matrix.name for matrix in matrices] for matrices in experts]
         self._blob(names, stem, layer, swiglu=swiglu)
         return self._matrices[stem]
@@ -272,20 +251,3 @@ class GpuDecoder(LayerOps):
             else:
                 found.append(quantized_rows(self.source.quantized(name, piece), fmt))
         return stacked(found)
-
-
-def program_of(model: onnx.ModelProto, values: Mapping[str, Value]) -> Program:
-    """The graph as runtimes read it that have no ONNX."""
-    nodes = []
-    for node in model.graph.node:
-        assert node.domain == EDGELM, node.op_type
-        attrs = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        attrs = {key: value.decode() if isinstance(value, bytes) else value for key, value in attrs.items()}
-        name = attrs.pop("name")
-        nodes.append(Node(node.op_type, name, tuple(node.input), tuple(node.output), attrs))
-    weights = {}
-    for tensor in model.graph.initializer:
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        kind = _TYPES[tensor.data_type]
-        weights[tensor.name] = Weight(kind, tuple(tensor.dims), int(place["offset"]), int(place["length"]))
-    return Program(tuple(nodes), values, weights, EXACT)

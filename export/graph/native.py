@@ -52,6 +52,8 @@ class NativeDecoder(LayerOps):
         decoder: the model.
     """
 
+    graph: GraphBuilder
+
     def __init__(
         self,
         graph: GraphBuilder,

@@ -125,7 +125,6 @@ class GraphBuilder:
         slot: Slot,
         name: str | None = None,
         dims: Sequence[int] | None = None,
-        bf16: bool = False,
         size: int | None = None,
     ) -> str:
         """Add an initializer that lies in a slot of the weights file.
@@ -134,6 +133,7 @@ class GraphBuilder:
         """
         dims = (size,) if size is not None else slot.dims if dims is None else dims
         # numpy has no bfloat16: such slots are planned as uint16 and declared as what they are.
+        bf16 = slot.dtype == np.uint16
         elem_type = TensorProto.BFLOAT16 if bf16 else helper.np_dtype_to_tensor_dtype(slot.dtype)
         return self.external(name or slot.name, elem_type, dims, slot.offset, slot.size if size is None else size)
 

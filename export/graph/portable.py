@@ -72,6 +72,8 @@ class PortableOps(LayerOps):
     `compute` and `element` say in what type values are, as a name and as ONNX knows it.
     """
 
+    graph: GraphBuilder
+
     def __init__(
         self, graph: GraphBuilder, plan: WeightsPlan, source: WeightSource, dtype: str, provider: Provider = CPU
     ) -> None:
@@ -258,7 +260,7 @@ class PortableOps(LayerOps):
     def _stored(self, slot: Slot) -> str:
         if self.graph.has(slot.name):
             return slot.name
-        return self.graph.weight(slot, bf16=slot.dtype == np.uint16)
+        return self.graph.weight(slot)
 
     def _as_computed(self, slot: Slot) -> str:
         weight = self._stored(slot)

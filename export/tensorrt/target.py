@@ -9,8 +9,8 @@ from edgelm.errors import DeviceError, ExportError
 from edgelm.export import capabilities
 from edgelm.export.capabilities import Capabilities
 from edgelm.export.graph.decoder import build
-from edgelm.export.graph.gpu import ACTIVATIONS, GpuDecoder, program_of
-from edgelm.export.graph.onnx_builder import GraphBuilder
+from edgelm.export.graph.gpu import ACTIVATIONS, EXACT, GpuDecoder
+from edgelm.export.graph.program_builder import ProgramBuilder
 from edgelm.export.options import AUTO, ExportOptions
 from edgelm.export.packing.weights_file import WeightsPlan
 from edgelm.export.plan import WEIGHTS_FILE, Graphs, Order, Plan, Target
@@ -72,8 +72,8 @@ class TensorrtTarget(Target):
         return {"nvrtc": nvrtc.load().version_text}
 
     def build(self, order: Order) -> Graphs:
-        """Build the graph, plan its weights, and write it for runtimes without ONNX."""
-        graph, weights, info = GraphBuilder(WEIGHTS_FILE), WeightsPlan(), order.info
+        """Build the program and plan its weights."""
+        graph, weights = ProgramBuilder(), WeightsPlan()
         asked = order.source.recipe.kv
         # Finer than bfloat16, and keys and values stay far from its limit of 65504.
         kv = "float16" if asked == AUTO else asked
@@ -82,10 +82,9 @@ class TensorrtTarget(Target):
                 f'recipe {order.source.recipe.name} has kv = "float32", which on a GPU only the debug graph has: leave '
                 "kv out, or choose float16, int8 or fp8"
             )
-        model = GpuDecoder(graph, weights, order.source, order.dtype, info, order.decoder, kv)
+        model = GpuDecoder(graph, weights, order.source, order.dtype, order.info, order.decoder, kv)
         build(model, order.decoder)
-        main = graph.model(info.name)
-        program = program_of(main, model.values)
+        program = graph.program(EXACT)
 
         def finish(folder: Path, plan: Plan, options: ExportOptions, progress: Progress) -> None:
             sms = chosen_sms(options)

@@ -16,8 +16,8 @@ from edgelm.bundle import ModelInfo
 from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.export.graph.base import rotary_tables
 from edgelm.export.graph.decoder import build
-from edgelm.export.graph.gpu import GpuDecoder, program_of
-from edgelm.export.graph.onnx_builder import GraphBuilder
+from edgelm.export.graph.gpu import EXACT, GpuDecoder
+from edgelm.export.graph.program_builder import ProgramBuilder
 from edgelm.export.packing.weights_file import WeightsPlan
 from edgelm.models import decoder as decoder_of
 from edgelm.models.rope import inverse_frequencies
@@ -77,10 +77,10 @@ def random_program(config: Mapping[str, Any], recipe: Recipe) -> Program:
         norm_topk_prob=moe is not None and moe.normalize,
     )
     source: Any = _Shapes(recipe.for_model(decoder), decoder.tensor_shapes)
-    graph = GraphBuilder("weights")
+    graph = ProgramBuilder()
     model = GpuDecoder(graph, WeightsPlan(), source, "bfloat16", info, decoder, "float16")
     build(model, decoder)
-    return program_of(graph.model("random"), model.values)
+    return graph.program(EXACT)
 
 
 class RandomWeights:

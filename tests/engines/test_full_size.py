@@ -16,9 +16,9 @@ import pytest
 
 from edgelm.bundle import ModelInfo
 from edgelm.checkpoint import Checkpoint
-from edgelm.export.graph.gpu import GpuDecoder, program_of
-from edgelm.export.graph.onnx_builder import GraphBuilder
+from edgelm.export.graph.gpu import EXACT, GpuDecoder
 from edgelm.export.graph.onnx_fox import build_native
+from edgelm.export.graph.program_builder import ProgramBuilder
 from edgelm.export.packing.weights_file import WeightsPlan
 from edgelm.export.plan import WEIGHTS_FILE
 from edgelm.export.tensorrt.engines import tensorrt_graph
@@ -75,10 +75,10 @@ def test_full_size_fox(tmp_path: Path, recipe: str) -> None:
         num_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads, head_dim=config.head_dim,
         vocab_size=config.vocab_size, context_length=config.max_position_embeddings, tied=True,
     )  # fmt: skip
-    graph, plan = GraphBuilder(WEIGHTS_FILE), WeightsPlan()
+    graph, plan = ProgramBuilder(), WeightsPlan()
     model = GpuDecoder(graph, plan, source, "bfloat16", info, config.rms_norm_eps, config.rope_theta, "float16")
     build_native(model, config)
-    program = program_of(graph.model("fox"), model.values)
+    program = graph.program(EXACT)
     made = tensorrt_graph(program, info, WEIGHTS_FILE, EngineOptions(linears="plugin"), SMS)
     (tmp_path / GRAPH_FILE).write_bytes(made.model.SerializeToString())
     (tmp_path / RECIPE_FILE).write_text(made.recipe.to_json())
