@@ -23,6 +23,7 @@ import numpy as np
 from edgelm.bundle import ModelInfo
 from edgelm.bundle.gpu_layout import ROWS, GpuMatrix
 from edgelm.errors import ExportError
+from edgelm.export.activations import GPU, static_scale
 from edgelm.export.graph.base import LayerOps, stored_as
 from edgelm.export.graph.program_builder import ProgramBuilder
 from edgelm.export.packing.contents import gpu
@@ -36,7 +37,6 @@ from edgelm.export.packing.gpu import (
     stacked,
 )
 from edgelm.export.packing.weights_file import BLOCK_WEIGHTS, SlotWriter, WeightsPlan
-from edgelm.export.tensorrt import activations as gpu_activations
 from edgelm.models.spec import Attention, Decoder, Matrix, MoE, Norm
 from edgelm.progress import Advance
 from edgelm.quant.source import WeightSource
@@ -123,8 +123,8 @@ class GpuDecoder(LayerOps):
             "QuantLinear",
             [x, stem, "" if norm is None else self._vector_once(norm, layer), residual, self.bias(matrices, out)],
             self.graph.value(out, output, matrix.outputs), stem, **matrix_attrs(matrix), activation=self.activation,
-            activations=gpu_activations.of_product(self.source, names), output=output, epsilon=self._eps(norm),
-            **gpu_activations.static_scale(self.source, names),
+            activations=GPU.of_matmul(self.source, names), output=output, epsilon=self._eps(norm),
+            **static_scale(self.source, names),
         )  # fmt: skip
 
     def attention(self, part: Attention, qkv: str, out: str, layer: int) -> str:
@@ -162,7 +162,7 @@ class GpuDecoder(LayerOps):
             "SparseMoE", [x, gate, f"{stem}.gate_up", f"{stem}.down", self._vector_once(norm, layer)], outputs, stem,
             **matrix_attrs(gate_up, "gate_up_"), **matrix_attrs(down, "down_"), k=part.k,
             normalize=int(part.normalize), activation=self.activation,
-            activations=gpu_activations.of_experts(self.source, names, layer), epsilon=self._eps(norm),
+            activations=GPU.of_experts(self.source, names, layer), epsilon=self._eps(norm),
         )  # fmt: skip
 
     def norm(self, x: str, norm: Norm, out: str, layer: int, residual: str) -> str:

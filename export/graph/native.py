@@ -25,7 +25,7 @@ from edgelm.bundle import ModelInfo
 from edgelm.bundle.contents import Layout
 from edgelm.bundle.cpu_layout import HEADER_BYTES, REFINE, TILE, Kind, PackedMatrix, Scales, aligned, experts_header
 from edgelm.errors import ExportError
-from edgelm.export import activations
+from edgelm.export.activations import CPU, INT8, rounded
 from edgelm.export.graph.base import LayerOps, stored_as
 from edgelm.export.graph.onnx_builder import Dims, GraphBuilder, int64
 from edgelm.export.packing.contents import packed, packed_experts
@@ -158,8 +158,8 @@ class NativeDecoder(LayerOps):
         packed = self._experts(part.experts, f"layers.{layer}.moe.experts", layer)
         inputs = [x, gate, packed, self._vector_once(norm, layer) if norm else "", x if residual else ""]
         matrices = [matrix.name for expert in part.experts for matrix in expert.matrices]
-        kind = activations.of_experts(self.source, matrices, layer)
-        self.rounded |= activations.rounded(self.source, matrices, kind, ACTIVATION_BLOCK)
+        kind = CPU.of_experts(self.source, matrices, layer)
+        self.rounded |= rounded(self.source, matrices, kind, ACTIVATION_BLOCK)
         return self.graph.native_node(
             "SparseMoE", inputs, [out, name], f"layers.{layer}.moe", k=part.k,
             normalize=int(part.normalize), activations=kind, epsilon=self._eps(norm),
@@ -195,7 +195,7 @@ class NativeDecoder(LayerOps):
 
         Halves are for int8 activations only.
         """
-        if activations.of_product(self.source, [self.decoder.head.name]) != activations.INT8:
+        if CPU.of_matmul(self.source, [self.decoder.head.name]) != INT8:
             return False
         names = (name for name, matrix in self.decoder.matrices.items() if matrix.layer is not None)
         return any(scheme is not None and scheme.bits < 8 for scheme in map(self.source.scheme, names))
@@ -213,8 +213,8 @@ class NativeDecoder(LayerOps):
         bias: str = "",
         refine: int = 0,
     ) -> str:
-        kind = activations.of_product(self.source, names)
-        self.rounded |= activations.rounded(self.source, names, kind, ACTIVATION_BLOCK)
+        kind = CPU.of_matmul(self.source, names)
+        self.rounded |= rounded(self.source, names, kind, ACTIVATION_BLOCK)
         normed = "" if norm is None else self._vector_once(norm, layer)
         return self.graph.native_node(
             "QuantLinear", [x, weights, normed, residual, bias], out, weights, activations=kind,

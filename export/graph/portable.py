@@ -227,7 +227,7 @@ class PortableOps(LayerOps):
         quantized = [self.source.scheme(name) is not None for name in names]
         if all(quantized):
             stem = out if len(names) > 1 else names[0].removesuffix(".weight")
-            kind = activations.of_product(self.source, names)
+            kind = activations.CPU.of_matmul(self.source, names)
             matrix = self.quantized_matrix(names, stem, layer)
             self.rounded |= activations.rounded(self.source, names, kind, matrix.columns)
             return self._quantized_linear(x, matrix, kind, out)
@@ -389,7 +389,7 @@ class PortableOps(LayerOps):
             return out
         first, second = self._quantized_experts(names, out, layer)
         try:
-            kind = activations.of_experts(self.source, flat, layer)
+            kind = activations.CPU.of_experts(self.source, flat, layer)
         except ExportError as error:
             self.refuse("the recipe", str(error).removeprefix("the recipe "))
             return out

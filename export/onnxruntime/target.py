@@ -50,7 +50,7 @@ class OnnxRuntimeTarget(Target):
 
     def about(self, source: WeightSource) -> str | None:
         """Static activations have no use here."""
-        return activations.about_static(source)
+        return activations.note_for_cpu(source)
 
     def build(self, order: Order) -> Graphs:
         """Build the graphs in the operators of the order."""
@@ -158,12 +158,7 @@ class CudaTarget(OnnxRuntimeTarget):
 
     def about(self, source: WeightSource) -> str | None:
         """Static activations have no use here either."""
-        if not source.static_inputs:
-            return None
-        return (
-            "static activations are for other devices: ONNX Runtime's CUDA provider multiplies integers with float16 "
-            "or bfloat16 values, so the bundle needs no scales of them"
-        )
+        return activations.note_for_cuda(source)
 
     def _helpers(self, graph: onnx.ModelProto, ops: PortableOps, info: ModelInfo) -> Mapping[str, onnx.ModelProto]:
         """One that chooses the next token, and for a mixture one that shows whether a device routes as asked."""

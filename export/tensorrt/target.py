@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from edgelm.errors import DeviceError, ExportError
-from edgelm.export import capabilities
+from edgelm.export import activations, capabilities
 from edgelm.export.capabilities import Capabilities
 from edgelm.export.graph.decoder import build
 from edgelm.export.graph.gpu import ACTIVATIONS, EXACT, GpuDecoder
@@ -14,7 +14,6 @@ from edgelm.export.graph.program_builder import ProgramBuilder
 from edgelm.export.options import AUTO, ExportOptions
 from edgelm.export.packing.weights_file import WeightsPlan
 from edgelm.export.plan import WEIGHTS_FILE, Graphs, Order, Plan, Target
-from edgelm.export.tensorrt import activations as gpu_activations
 from edgelm.export.tensorrt.engines import add_engines, check_engines
 from edgelm.progress import Progress
 from edgelm.quant.source import WeightSource
@@ -58,7 +57,7 @@ class TensorrtTarget(Target):
 
     def about(self, source: WeightSource) -> str | None:
         """Integers meet floats, and FP8 has a scale for each token."""
-        return gpu_activations.about(source)
+        return activations.note_for_gpu(source)
 
     def check(self, options: ExportOptions) -> None:
         """Look for NVRTC, and whether it knows the devices, before hours of quantising."""

@@ -10,7 +10,7 @@ from programs import WEIGHTS, C, G, S, SmallProgram
 
 from edgelm.checkpoint import Checkpoint
 from edgelm.errors import ExportError
-from edgelm.export.tensorrt import activations as gpu_activations
+from edgelm.export.activations import static_scale
 from edgelm.export.tensorrt.engines import TensorRtGraph, tensorrt_graph
 from edgelm.export.tensorrt.options import EngineOptions
 from edgelm.quant.recipe import Recipe
@@ -142,12 +142,12 @@ def test_a_calibrated_scale_is_the_largest_of_a_products_matrices() -> None:
     text = 'name = "static"\ndefault = "int8-row-sym"\nactivations = "int8-static"\n'
     source = WeightSource(checkpoint, Recipe.from_toml(text), threads=1)
     names = [f"model.layers.0.self_attn.{which}_proj.weight" for which in "qkv"]
-    assert gpu_activations.static_scale(source, names) == {}  # no calibration has found any
+    assert static_scale(source, names) == {}  # no calibration has found any
     scales = dict(zip(names, (0.1, 0.3, 0.2), strict=True))
     source.input_scale = scales.get  # type: ignore[method-assign]
-    assert gpu_activations.static_scale(source, names) == {"input_scale": 0.3}
+    assert static_scale(source, names) == {"input_scale": 0.3}
     del scales[names[1]]
-    assert gpu_activations.static_scale(source, names) == {}
+    assert static_scale(source, names) == {}
     other = WeightSource(checkpoint, Recipe.load("int8"), threads=1)
     other.input_scale = lambda name: 0.1  # type: ignore[method-assign]
-    assert gpu_activations.static_scale(other, names) == {}
+    assert static_scale(other, names) == {}
