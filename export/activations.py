@@ -104,30 +104,29 @@ _ON_GPU = {
 }
 
 
-def note_for_cpu(source: WeightSource) -> str | None:
-    """About static activations; None where nobody asked for them."""
+def notes_for_cpu(source: WeightSource) -> list[str]:
+    """About static activations, where the recipe asks for them."""
     asked = {_of_recipe(source, name) for name in source.static_inputs}
     said = "; ".join(f"{kind}: {instead}" for kind, instead in _ON_CPU.items() if kind in asked)
     if not said:
-        return None
-    return f"static activations are for other devices, a CPU's bundle needs no scales of them: it has {said}"
+        return []
+    return [f"static activations are for other devices, a CPU's bundle needs no scales of them: it has {said}"]
 
 
-def note_for_cuda(source: WeightSource) -> str | None:
-    """About static activations; None where nobody asked for them."""
-    if not source.static_inputs:
-        return None
-    return (
+def notes_for_cuda(source: WeightSource) -> list[str]:
+    """About static activations, where the recipe asks for them."""
+    note = (
         "static activations are for other devices: ONNX Runtime's CUDA provider multiplies integers with float16 or "
         "bfloat16 values, so the bundle needs no scales of them"
     )
+    return [note] if source.static_inputs else []
 
 
-def note_for_gpu(source: WeightSource) -> str | None:
-    """About all that become others; None where there are none."""
+def notes_for_gpu(source: WeightSource) -> list[str]:
+    """About all that become others."""
     asked = {_of_recipe(source, name) for name in source.shapes if source.scheme(name) is not None}
     said = "; ".join(f"in place of {kind}: {instead}" for kind, instead in _ON_GPU.items() if kind in asked)
-    return f"a GPU's bundle multiplies, {said}" if said else None
+    return [f"a GPU's bundle multiplies, {said}"] if said else []
 
 
 def _of_recipe(source: WeightSource, name: str) -> str:

@@ -11,6 +11,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from edgelm.bundle import (
     BUNDLE,
     MANIFEST,
     Bundle,
-    CalibrationInfo,
     FileInfo,
     GraphInfo,
     Manifest,
@@ -33,9 +33,9 @@ from edgelm.bundle import (
 from edgelm.checkpoint import Checkpoint
 from edgelm.devices import allowed_cores
 from edgelm.errors import ExportError
-from edgelm.export.memory import plan_memory
+from edgelm.export.memory import fitting_threads
 from edgelm.export.options import ExportOptions
-from edgelm.export.plan import WEIGHTS_FILE, Plan, make_plan
+from edgelm.export.plan import WEIGHTS_FILE, ExportJob, float_dtype, make_plan
 from edgelm.export.registry import TARGETS, check_request
 from edgelm.files import atomic_directory, need_disk, prepare_place
 from edgelm.models.rope import FIELDS as ROPE_FIELDS
@@ -86,62 +86,32 @@ def export_bundle(
     _created()  # to be refused at once, if at all
     TARGETS[options.target].check(options)
     original = None if options.reference is None else _original(checkpoint, options.reference, progress)
+    # The export's own threads each work on a tensor, so the kernel inside takes one.
+    source = WeightSource(checkpoint, chosen, threads=1)
     if calibration is None:
-        # The export's own threads each work on a tensor, so the kernel inside takes one.
-        source = WeightSource(checkpoint, chosen, threads=1)
+        job = _prepare(source, original, out, options, progress)
         report = CalibrationReport.read(checkpoint.path) if source.is_stored_quantized else None
-        return _export(source, out, options, None if report is None else report.info, original, progress)
+        return _export(job if report is None else replace(job, calibration=report.info))
     if chosen is None:
         raise ExportError(f"{checkpoint.path} is already quantised: calibration starts from the float checkpoint")
-    # What cannot be exported is to be refused before hours of calibration.
-    _prepare(WeightSource(checkpoint, chosen, threads=1), out, options, Silent())
+    # What cannot be exported is to be refused before hours of calibration. Of a smoothed checkpoint, too, the float
+    # reference is the one that was given.
+    job = _prepare(source, checkpoint, out, options, progress)
     with calibrated(checkpoint, chosen, calibration, out, threads=options.threads, progress=progress, copies=2) as (
         source,
         report,
     ):
-        # Of a smoothed checkpoint, too, the float reference is the one that was given.
-        return _export(source, out, options, report.info, checkpoint, progress)
-
-
-def _export(
-    source: WeightSource,
-    out: Path,
-    options: ExportOptions,
-    calibration: CalibrationInfo | None,
-    original: Checkpoint | None,
-    progress: Progress,
-) -> Bundle:
-    """Write the bundle of the weights that `source` gives; `original` is the float checkpoint that they were made from,
-    None where it is `source`'s own or unknown.
-    """
-    note = TARGETS[options.target].about(source)
-    if note is not None:
-        progress.note(note)
-    tokenizer, golden, plan, threads = _prepare(source, out, options, progress)
-    checkpoint = source.checkpoint
-    sources = [checkpoint.path, None if original is None else original.path]
-    with atomic_directory(out, BUNDLE, sources=sources, overwrite=options.overwrite) as folder:
-        tensors, hashes = _write_weights(plan, checkpoint, folder, threads, progress)
-        for name, content in plan.graphs.files.items():
-            (folder / name).write_bytes(content)
-        _copy_texts(checkpoint.path, tokenizer, folder)
-        plan.graphs.finish(folder, plan, options, progress)
-        reference, quantised = references(source, plan.dtype, original)
-        blocks = plan.graphs.rounded
-        rounding = None if blocks is None else DeviceRounding(blocks, plan.graphs.kv)
-        pack = make_pack(reference, quantised, checkpoint.decoder, tokenizer, golden, progress, rounding, threads)
-        pack.save(folder / "parity")
-        _write_manifest(
-            folder, plan, source.recipe, checkpoint.source_id, tensors, hashes, options, calibration, progress
-        )
-    return Bundle.open(out)
+        if float_dtype(source, options, TARGETS[options.target]) != job.plan.dtype:
+            # Smoothing has made float32 of most values that stay float.
+            job = _prepare(source, checkpoint, out, options, Silent())
+        return _export(replace(job, source=source, calibration=report.info))
 
 
 def _prepare(
-    source: WeightSource, out: Path, options: ExportOptions, progress: Progress
-) -> tuple[Tokenizer, GoldenOptions, Plan, int]:
-    """Everything that can be refused before the first byte is written; and how many threads memory allows."""
-    checkpoint = source.checkpoint
+    source: WeightSource, original: Checkpoint | None, out: Path, options: ExportOptions, progress: Progress
+) -> ExportJob:
+    """Everything that can be refused before the first byte is written."""
+    checkpoint, target = source.checkpoint, TARGETS[options.target]
     decoder = checkpoint.decoder
     source.check_tensors(decoder.tensor_shapes)
     tokenizer = Tokenizer.from_folder(checkpoint.path)
@@ -150,17 +120,42 @@ def _prepare(
             f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model's table only "
             f"{decoder.vocab_size} rows: this is another model's tokenizer"
         )
-    for note in [*tokenizer.notes, *template_notes(checkpoint.path)]:
+    for note in [*target.notes(source), *tokenizer.notes, *template_notes(checkpoint.path)]:
         progress.note(note)
     golden = options.golden or GoldenOptions().resolved(decoder)
-    target = TARGETS[options.target]
-    plan = make_plan(checkpoint, source, tokenizer, options, target, progress)
-    threads = options.threads or allowed_cores()
-    memory = plan_memory(
-        plan.info, decoder.feed_forward_width, golden_tokens(golden, tokenizer, decoder), threads, options.max_ram
-    )
+    plan = make_plan(source, tokenizer, options, target, progress)
+    job = ExportJob(source, original, out, options, progress, tokenizer, golden, plan)
+    _threads(job)
     need_disk(out, plan.graphs.weights.size + (64 << 20))
-    return tokenizer, golden, plan, memory.threads
+    return job
+
+
+def _threads(job: ExportJob) -> int:
+    """How many threads the memory that is left allows."""
+    decoder, options = job.source.checkpoint.decoder, job.options
+    tokens = golden_tokens(job.golden, job.tokenizer, decoder)
+    asked = options.threads or allowed_cores()
+    return fitting_threads(job.plan.info, decoder.feed_forward_width, tokens, asked, options.max_ram)
+
+
+def _export(job: ExportJob) -> Bundle:
+    """Write the bundle."""
+    checkpoint, graphs, threads = job.source.checkpoint, job.plan.graphs, _threads(job)
+    sources = [checkpoint.path, None if job.original is None else job.original.path]
+    with atomic_directory(job.out, BUNDLE, sources=sources, overwrite=job.options.overwrite) as folder:
+        tensors, hashes = _write_weights(job, folder, threads)
+        for name, content in graphs.files.items():
+            (folder / name).write_bytes(content)
+        _copy_texts(checkpoint.path, job.tokenizer, folder)
+        graphs.finish(folder, job)
+        reference, quantised = references(job.source, job.plan.dtype, job.original)
+        rounding = None if graphs.rounded is None else DeviceRounding(graphs.rounded, graphs.kv)
+        pack = make_pack(
+            reference, quantised, checkpoint.decoder, job.tokenizer, job.golden, job.progress, rounding, threads
+        )
+        pack.save(folder / "parity")
+        _write_manifest(job, folder, tensors, hashes)
+    return Bundle.open(job.out)
 
 
 def _original(checkpoint: Checkpoint, reference: str | Path, progress: Progress) -> Checkpoint:
@@ -187,16 +182,15 @@ def _recipe(recipe: str | Path | Recipe | None, checkpoint: Checkpoint) -> Recip
     return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
 
 
-def _write_weights(
-    plan: Plan, checkpoint: Checkpoint, folder: Path, threads: int, progress: Progress
-) -> tuple[tuple[TensorEntry, ...], Mapping[str, Any]]:
+def _write_weights(job: ExportJob, folder: Path, threads: int) -> tuple[tuple[TensorEntry, ...], Mapping[str, Any]]:
     # The source's hashes are taken on the side: they are bound by the digest, the quantiser by its arithmetic.
-    stop = threading.Event()
+    stop, checkpoint = threading.Event(), job.source.checkpoint
+    size = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="hash") as pool:
         hashes: Future[Mapping[str, Any]] = pool.submit(checkpoint.hashes, _Stoppable(stop))
         try:
-            with progress.task("quantising", plan.source_bytes) as advance:
-                tensors = plan.graphs.weights.write(folder / WEIGHTS_FILE, threads, advance)
+            with job.progress.task("quantising", size) as advance:
+                tensors = job.plan.graphs.weights.write(folder / WEIGHTS_FILE, job.source, threads, advance)
         except BaseException:
             # Leaving the pool waits for its thread, which would read on to the end of a large checkpoint.
             stop.set()
@@ -229,35 +223,26 @@ def _copy_texts(source: Path, tokenizer: Tokenizer, folder: Path) -> None:
         shutil.copyfile(path, folder / name)
 
 
-def _write_manifest(
-    folder: Path,
-    plan: Plan,
-    recipe: Recipe,
-    source_id: str,
-    tensors: tuple[TensorEntry, ...],
-    hashes: Mapping[str, Any],
-    options: ExportOptions,
-    calibration: CalibrationInfo | None,
-    progress: Progress,
-) -> None:
+def _write_manifest(job: ExportJob, folder: Path, tensors: tuple[TensorEntry, ...], hashes: Mapping[str, Any]) -> None:
+    plan, recipe, target = job.plan, job.source.recipe, TARGETS[job.options.target]
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {}
-    with progress.task("hashing", sum(path.stat().st_size for path in paths)) as advance:
+    with job.progress.task("hashing", sum(path.stat().st_size for path in paths)) as advance:
         for path in paths:
             files[path.relative_to(folder).as_posix()] = FileInfo(path.stat().st_size, sha256_of(path, advance))
     manifest = Manifest(
         model=plan.info,
-        target=options.target,
+        target=target.name,
         ops=plan.ops,
         dtype=plan.dtype,
         recipe=RecipeInfo(recipe.name, recipe.to_toml()),
         graph=GraphInfo(plan.graphs.file, plan.graphs.debug_file, WEIGHTS_FILE, plan.graphs.kv),
         tokens=plan.tokens,
-        source=SourceInfo(source_id, {name: FileInfo(**info) for name, info in hashes.items()}),
+        source=SourceInfo(job.source.checkpoint.source_id, {name: FileInfo(**info) for name, info in hashes.items()}),
         files=files,
         tensors=tensors,
-        tools={**_tool_versions(), **TARGETS[options.target].tools()},
-        calibration=calibration,
+        tools={**_tool_versions(), **target.tools()},
+        calibration=job.calibration,
         requires=plan.graphs.requires,
         created=_created(),
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from edgelm.bundle import ModelInfo
 from edgelm.devices import resident_memory
 from edgelm.errors import MemoryLimitError
@@ -17,16 +15,8 @@ SLACK = 160 * MIB
 ASSUMED_BASE = 700 * MIB
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes an export will need at its peak, and with how many threads it stays below the limit."""
-
-    threads: int
-    needed: int
-
-
-def plan_memory(info: ModelInfo, expert_width: int, golden_tokens: int, threads: int, limit: int | None) -> MemoryPlan:
-    """Choose the thread count that fits `limit`, the largest first.
+def fitting_threads(info: ModelInfo, expert_width: int, golden_tokens: int, threads: int, limit: int | None) -> int:
+    """With how many threads, `threads` at most, an export stays below `limit` bytes.
 
     Two phases never overlap: writing the weights (a few blocks per thread) and the reference's golden values (one
     layer's dense weights, one expert, the sequences' activations and caches).
@@ -47,7 +37,7 @@ def plan_memory(info: ModelInfo, expert_width: int, golden_tokens: int, threads:
         writing = count * 24 * min(max(BLOCK_WEIGHTS, mlp), 2 * BLOCK_WEIGHTS)
         needed = base + max(writing, reference) + SLACK
         if limit is None or needed <= limit:
-            return MemoryPlan(count, needed)
+            return count
     assert limit is not None
     raise MemoryLimitError(
         f"--max-ram {format_size(limit)} is too little: this export takes about {format_size(needed)} "

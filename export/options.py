@@ -57,6 +57,6 @@ class ExportOptions:
             raise ExportError(f"--sm is for --target tensorrt: bundles for {self.target} hold no compiled kernels")
 
     @property
-    def storage(self) -> str:
+    def float_dtype(self) -> str:
         """`dtype` by its long name."""
         return _SHORT_DTYPES.get(self.dtype, self.dtype)

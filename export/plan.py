@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgelm.bundle import ModelInfo, Requirement, TokenIds
+from edgelm.bundle import CalibrationInfo, ModelInfo, Requirement, TokenIds
 from edgelm.checkpoint import Checkpoint
 from edgelm.export import capabilities
 from edgelm.export.capabilities import Capabilities
 from edgelm.export.options import ExportOptions
 from edgelm.export.packing.weights_file import WeightsPlan
 from edgelm.models.spec import Decoder
+from edgelm.parity.golden import GoldenOptions
 from edgelm.progress import Progress
 from edgelm.quant.source import WeightSource
 from edgelm.tokenization.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
-class Order:
+class GraphRequest:
     """What a graph is to be built of; `dtype` is how matrices that the recipe keeps in float are stored."""
 
     source: WeightSource
@@ -37,7 +38,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Graphs:
+class BuiltGraphs:
     """The graphs of a bundle, the weights that they share, the type of their cache, and what is needed to run them.
 
     `files` are the graphs' files by name, `file` that of the deployed one and `debug_file` that of the debug graph.
@@ -51,7 +52,7 @@ class Graphs:
     debug_file: str
     weights: WeightsPlan
     kv: str
-    finish: Callable[[Path, Plan, ExportOptions, Progress], None]
+    finish: Callable[[Path, ExportJob], None]
     rounded: Mapping[str, int] | None = None
     requires: tuple[Requirement, ...] = ()
 
@@ -62,7 +63,7 @@ class Target(ABC):
     name: str
 
     @abstractmethod
-    def flavour(self, ops: str, progress: Progress) -> str:
+    def operator_set(self, ops: str, progress: Progress) -> str:
         """The operators to export for, given `ops` of the options.
 
         Raises:
@@ -70,7 +71,7 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def storage(self, asked: str, checkpoint: str, *, quantises: bool) -> str:
+    def float_dtype(self, asked: str, checkpoint: str, *, quantises: bool) -> str:
         """How float matrices are stored: what was asked for, "auto" being the checkpoint's type where that will do.
 
         Raises:
@@ -82,11 +83,11 @@ class Target(ABC):
         """What the operators `ops` can compute."""
 
     @abstractmethod
-    def about(self, source: WeightSource) -> str | None:
-        """What a user should know of what products multiply; None where the recipe asks for nothing special."""
+    def notes(self, source: WeightSource) -> list[str]:
+        """What a user should know whose recipe asks for what this kind of device does otherwise."""
 
     @abstractmethod
-    def build(self, order: Order) -> Graphs:
+    def build(self, request: GraphRequest) -> BuiltGraphs:
         """Build the graphs and plan their weights.
 
         Raises:
@@ -114,12 +115,36 @@ class Plan:
     ops: str
     tokens: TokenIds
     dtype: str
-    graphs: Graphs
-    source_bytes: int
+    graphs: BuiltGraphs
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """One export from its plan to its manifest.
+
+    Attributes:
+        source: the weights.
+        original: the float checkpoint that they were made from; None where it is the source's own, or unknown.
+        out: the bundle's folder.
+        options, progress: of the caller.
+        tokenizer: the checkpoint's.
+        golden: what the parity pack is made of.
+        plan: the bundle's.
+        calibration: how codes were chosen, where it was by calibration.
+    """
+
+    source: WeightSource
+    original: Checkpoint | None
+    out: Path
+    options: ExportOptions
+    progress: Progress
+    tokenizer: Tokenizer
+    golden: GoldenOptions
+    plan: Plan
+    calibration: CalibrationInfo | None = None
 
 
 def make_plan(
-    checkpoint: Checkpoint,
     source: WeightSource,
     tokenizer: Tokenizer,
     options: ExportOptions,
@@ -131,11 +156,11 @@ def make_plan(
     Raises:
         ExportError: the target cannot hold or compute what the recipe asks for.
     """
-    decoder = checkpoint.decoder
+    decoder = source.checkpoint.decoder
     attention, moe = decoder.attention[0], decoder.first_moe
     info = ModelInfo(
         family=decoder.family,
-        name=checkpoint.source_id,
+        name=source.checkpoint.source_id,
         hidden_size=decoder.hidden_size,
         num_layers=decoder.num_layers,
         num_heads=attention.heads,
@@ -148,23 +173,31 @@ def make_plan(
         experts_per_token=decoder.active_experts,
         norm_topk_prob=moe is not None and moe.normalize,
     )
-    quantises = any(source.scheme(name) is not None for name in source.shapes)
-    dtype = target.storage(options.storage, _float_type(checkpoint, source), quantises=quantises)
-    ops = target.flavour(options.ops, progress)
+    dtype = float_dtype(source, options, target)
+    ops = target.operator_set(options.ops, progress)
     capabilities.check(decoder, target.capabilities(ops))
     return Plan(
         info=info,
         ops=ops,
         tokens=TokenIds(tokenizer.bos_id, tuple(tokenizer.eos_ids), tokenizer.pad_id),
         dtype=dtype,
-        graphs=target.build(Order(source, decoder, info, ops, dtype)),
-        source_bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
+        graphs=target.build(GraphRequest(source, decoder, info, ops, dtype)),
     )
 
 
-def _float_type(checkpoint: Checkpoint, source: WeightSource) -> str:
+def float_dtype(source: WeightSource, options: ExportOptions, target: Target) -> str:
+    """How the matrices that the recipe keeps in float are stored.
+
+    Raises:
+        ExportError: the target cannot compute with what was asked for.
+    """
+    quantises = any(source.scheme(name) is not None for name in source.shapes)
+    return target.float_dtype(options.float_dtype, _most_floats(source), quantises=quantises)
+
+
+def _most_floats(source: WeightSource) -> str:
     """The type of most values that stay float: scales are of another, and a calibrated checkpoint's routers too."""
-    counts: dict[str, int] = {}
+    checkpoint, counts = source.checkpoint, dict[str, int]()
     routers = {name for name, matrix in checkpoint.decoder.matrices.items() if matrix.role == "router"}
     for name, shape in source.shapes.items():
         if source.scheme(name) is None and checkpoint.tensors[name].dtype in _STORED:

@@ -21,8 +21,8 @@ def check_request(options: ExportOptions) -> None:
         ExportError: saying which.
     """
     target = TARGETS[options.target]
-    target.flavour(options.ops, Silent())
+    target.operator_set(options.ops, Silent())
     if options.dtype != AUTO:
-        target.storage(options.storage, options.storage, quantises=False)
+        target.float_dtype(options.float_dtype, options.float_dtype, quantises=False)
     if options.sms is not None:
         chosen_sms(options)

@@ -44,7 +44,7 @@ class LayerOps:
     Args:
         graph: the graph to add to.
         plan: where weights are planned.
-        source: the checkpoint's tensors, quantised as the recipe says.
+        source: the checkpoint's tensors, for shapes and schemes; values are read when they are written.
         dtype: how matrices that stay unquantised are stored: "float32", "float16" or "bfloat16". Arithmetic is float32.
     """
 
@@ -58,10 +58,6 @@ class LayerOps:
         """The type of norms' weights and biases."""
         self.rounded: dict[str, int] = {}
         """Matrices whose inputs the device rounds to int8, and in blocks of how many columns."""
-
-    def nbytes(self, name: str) -> int:
-        """Bytes of a tensor in the checkpoint, where it is stored whole or in quantised parts."""
-        return self.source.nbytes(name)
 
     def held(self, *names: str) -> Held:
         """The matrices `names` with their rows, for the manifest."""
@@ -82,9 +78,9 @@ class LayerOps:
         shape, dtype = self.source.shape(name), STORAGE[self.vectors]
         slot = self.plan.slot(name, shape, dtype, layer, array(shape, dtype, self.held(name)))
 
-        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
-            writers[0].append(stored_as(self.source.float32(name), self.vectors, name))
-            advance(self.nbytes(name))
+        def fill(source: WeightSource, writers: Sequence[SlotWriter], advance: Advance) -> None:
+            writers[0].append(stored_as(source.float32(name), self.vectors, name))
+            advance(source.nbytes(name))
 
         self.plan.job([slot], fill)
         return self.graph.weight(slot)
@@ -92,7 +88,7 @@ class LayerOps:
     def computed(self, name: str, value: NDArray[np.float32]) -> str:
         """A float32 tensor that is computed here (the rotary tables)."""
         slot = self.plan.slot(name, value.shape, np.float32, None)
-        self.plan.job([slot], lambda writers, advance: writers[0].append(value))
+        self.plan.job([slot], lambda source, writers, advance: writers[0].append(value))
         return self.graph.weight(slot)
 
     def stacked_vector(self, names: Sequence[str], stem: str, layer: int | None) -> str:
@@ -102,10 +98,10 @@ class LayerOps:
         size, dtype = sum(self.source.shape(name)[0] for name in names), STORAGE[self.vectors]
         slot = self.plan.slot(stem, (size,), dtype, layer, array((size,), dtype, self.held(*names)))
 
-        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+        def fill(source: WeightSource, writers: Sequence[SlotWriter], advance: Advance) -> None:
             for name in names:
-                writers[0].append(stored_as(self.source.float32(name), self.vectors, name))
-                advance(self.nbytes(name))
+                writers[0].append(stored_as(source.float32(name), self.vectors, name))
+                advance(source.nbytes(name))
 
         self.plan.job([slot], fill)
         return self.graph.weight(slot)

@@ -221,10 +221,10 @@ class GpuDecoder(LayerOps):
         held = self.held(*(name for names in matrices for name in names))
         slot = self.plan.slot(stem, (matrix.nbytes,), np.uint8, layer, gpu(matrix, held))
 
-        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+        def fill(source: WeightSource, writers: Sequence[SlotWriter], advance: Advance) -> None:
             writer = BlobWriter(matrix, writers[0].append)
             for names in matrices:
-                for rows in self._rows(names, fmt, matrix, advance):
+                for rows in self._rows(source, names, fmt, matrix, advance):
                     writer.add(rows)
             writer.finish()
 
@@ -232,22 +232,24 @@ class GpuDecoder(LayerOps):
         self.graph.weight(slot)
         self._matrices[stem] = matrix
 
-    def _rows(self, names: Sequence[str], fmt: GpuFormat, matrix: GpuMatrix, advance: Advance) -> Iterator[Rows]:
+    def _rows(
+        self, source: WeightSource, names: Sequence[str], fmt: GpuFormat, matrix: GpuMatrix, advance: Advance
+    ) -> Iterator[Rows]:
         """One matrix in blocks of whole tiles."""
         parts = [[name] for name in names] if matrix.swiglu else [list(names)]
         step = max(ROWS, BLOCK_WEIGHTS // (matrix.columns * len(parts)) // ROWS * ROWS)
-        total = sum(self.nbytes(name) for name in names)
+        total = sum(source.nbytes(name) for name in names)
         for start in range(0, matrix.outputs, step):
             block = slice(start, min(start + step, matrix.outputs))
-            rows = [self._stacked(part, block, fmt) for part in parts]
+            rows = [self._stacked(source, part, block, fmt) for part in parts]
             advance(total * (block.stop - start) / matrix.outputs)
             yield interleaved(*rows) if matrix.swiglu else rows[0]
 
-    def _stacked(self, names: Sequence[str], rows: slice, fmt: GpuFormat) -> Rows:
+    def _stacked(self, source: WeightSource, names: Sequence[str], rows: slice, fmt: GpuFormat) -> Rows:
         found = []
         for name, piece in self.pieces(names, rows):
-            if self.source.scheme(name) is None:
-                found.append(Rows(stored_as(self.source.float32(name, piece), self.dtype, name)))
+            if source.scheme(name) is None:
+                found.append(Rows(stored_as(source.float32(name, piece), self.dtype, name)))
             else:
-                found.append(quantized_rows(self.source.quantized(name, piece), fmt))
+                found.append(quantized_rows(source.quantized(name, piece), fmt))
         return stacked(found)

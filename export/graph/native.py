@@ -272,9 +272,9 @@ class NativeDecoder(LayerOps):
             assert matrix.low_plane - first.size < PAGE
         self._matrices[stem] = matrix
 
-        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+        def fill(source: WeightSource, writers: Sequence[SlotWriter], advance: Advance) -> None:
             writers[0].append(np.frombuffer(matrix.header(), np.uint8))
-            for upper, lower in self._packed(names, fmt, matrix, dtype or self.dtype, advance):
+            for upper, lower in self._packed(source, names, fmt, matrix, dtype or self.dtype, advance):
                 writers[0].append(upper)
                 if lower is not None:
                     writers[1].append(lower)
@@ -305,26 +305,32 @@ class NativeDecoder(LayerOps):
         slot = self.plan.slot(stem, (place,), np.uint8, layer, contents)
         offsets = [(parts[i][3], parts[i + 1][3]) for i in range(0, len(parts), 2)]
 
-        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+        def fill(source: WeightSource, writers: Sequence[SlotWriter], advance: Advance) -> None:
             writer = writers[0]
             writer.append(np.frombuffer(experts_header(offsets, slot.size), np.uint8))
             for names, fmt, matrix, offset in parts:
                 writer.append(np.zeros(offset - writer.written, np.uint8))
                 writer.append(np.frombuffer(matrix.header(), np.uint8))
-                for block, _ in self._packed(names, fmt, matrix, self.dtype, advance):
+                for block, _ in self._packed(source, names, fmt, matrix, self.dtype, advance):
                     writer.append(block)
 
         self.plan.job([slot], fill)
         return self.graph.weight(slot)
 
     def _packed(
-        self, names: Sequence[str], fmt: Format, matrix: PackedMatrix, dtype: str, advance: Advance
+        self,
+        source: WeightSource,
+        names: Sequence[str],
+        fmt: Format,
+        matrix: PackedMatrix,
+        dtype: str,
+        advance: Advance,
     ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8] | None]]:
         """The records of a matrix (and their lower halves) in blocks of whole tiles, in order."""
         parts = [[names[0]], [names[1]]] if matrix.swiglu else [list(names)]
         rows = matrix.outputs
         step = max(TILE, BLOCK_WEIGHTS // (matrix.columns * len(parts)) // TILE * TILE)
-        total = sum(self.nbytes(name) for name in names)
+        total = sum(source.nbytes(name) for name in names)
         for start in range(0, rows, step):
             block = slice(start, min(start + step, rows))
             count = -(-(block.stop - start) // TILE) * len(parts)
@@ -332,12 +338,13 @@ class NativeDecoder(LayerOps):
             lower = np.zeros((count, matrix.lower_bytes // matrix.tiles), np.uint8) if matrix.lower_bytes else None
             for i, part in enumerate(parts):
                 mine = slice(i, None, len(parts))
-                self._pack_rows(part, block, fmt, dtype, upper[mine], None if lower is None else lower[mine])
+                self._pack_rows(source, part, block, fmt, dtype, upper[mine], None if lower is None else lower[mine])
             advance(total * (block.stop - start) / rows)
             yield upper, lower
 
     def _pack_rows(
         self,
+        source: WeightSource,
         names: Sequence[str],
         rows: slice,
         fmt: Format,
@@ -347,7 +354,7 @@ class NativeDecoder(LayerOps):
     ) -> None:
         pieces = list(self.pieces(names, rows))
         if fmt.scales is Scales.NONE:
-            values = [stored_as(self.source.float32(name, piece), dtype, name) for name, piece in pieces]
+            values = [stored_as(source.float32(name, piece), dtype, name) for name, piece in pieces]
             pack_floats(np.concatenate(values), upper)
         else:
-            pack_codes(stacked([self.source.quantized(name, piece) for name, piece in pieces], fmt), fmt, upper, lower)
+            pack_codes(stacked([source.quantized(name, piece) for name, piece in pieces], fmt), fmt, upper, lower)

@@ -47,7 +47,7 @@ class Provider:
         """What a graph computes in whose float matrices are stored as `storage`."""
         return storage if storage in self.computes_in else self.computes_in[0]
 
-    def storage(self, asked: str, checkpoint: str, *, quantises: bool) -> str:
+    def float_dtype(self, asked: str, checkpoint: str, *, quantises: bool) -> str:
         """How float matrices are stored: what was asked for, "auto" being the checkpoint's type where that will do.
 
         Raises:

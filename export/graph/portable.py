@@ -117,10 +117,10 @@ class PortableOps(LayerOps):
         shape, stored = (rows, columns), STORAGE[dtype]
         slot = self.plan.slot(name, shape, stored, layer, array(shape, stored, self.held(name)))
 
-        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+        def fill(source: WeightSource, writers: Sequence[SlotWriter], advance: Advance) -> None:
             for block in _row_blocks(rows, columns):
-                writers[0].append(stored_as(self.source.float32(name, block), dtype, name))
-                advance(self.nbytes(name) * (block.stop - block.start) / rows)
+                writers[0].append(stored_as(source.float32(name, block), dtype, name))
+                advance(source.nbytes(name) * (block.stop - block.start) / rows)
 
         self.plan.job([slot], fill)
         self._float[name] = slot
@@ -136,15 +136,15 @@ class PortableOps(LayerOps):
         fmt = self._format(names)
         slots = self._quantized_slots(stem, (rows, columns), fmt, layer, self.held(*names))
 
-        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+        def fill(source: WeightSource, writers: Sequence[SlotWriter], advance: Advance) -> None:
             for name, (count, _) in zip(names, shapes, strict=True):
                 for block in _row_blocks(count, columns):
-                    tensor = self.source.quantized(name, block)
+                    tensor = source.quantized(name, block)
                     writers[0].append(codes_in(tensor, fmt))
                     writers[1].append(self._scales_in(tensor, fmt))
                     if fmt.zeros:
                         writers[2].append(zeros_in(tensor, fmt))
-                    advance(self.nbytes(name) * (block.stop - block.start) / count)
+                    advance(source.nbytes(name) * (block.stop - block.start) / count)
 
         self.plan.job(slots.all, fill)
         self._quantized[stem] = slots
@@ -201,14 +201,14 @@ class PortableOps(LayerOps):
     def computed(self, name: str, value: NDArray[np.float32]) -> str:
         """A tensor that is computed here (the rotary tables) in the type of values."""
         slot = self.plan.slot(name, value.shape, STORAGE[self.compute], None)
-        self.plan.job([slot], lambda writers, advance: writers[0].append(stored_as(value, self.compute, name)))
+        self.plan.job([slot], lambda source, writers, advance: writers[0].append(stored_as(value, self.compute, name)))
         return self._stored(slot)
 
     def cast(self, x: str, to: str, out: str) -> str:
         """`x`, which is in the type of values, as `to`; x itself where that is the same."""
         return x if to == self.compute else self.graph.node("Cast", [x], out, to=ELEMENT[to])
 
-    def narrowed(self, x: str, out: str) -> str:
+    def to_values(self, x: str, out: str) -> str:
         """`x`, which is float32, in the type of values; x itself where that is the same."""
         return x if self.compute == "float32" else self.graph.node("Cast", [x], out, to=self.element)
 
@@ -327,7 +327,7 @@ class PortableOps(LayerOps):
         low = self.graph.constant("clip_low", np.asarray(-limit, np.float32))
         high = self.graph.constant("clip_high", np.asarray(limit, np.float32))
         wide = self.graph.node("Clip", [self.cast(x, "float32", f"{out}.in"), low, high], f"{out}.float32")
-        return self.narrowed(wide, out)
+        return self.to_values(wide, out)
 
     def router(self, x: str, name: str, experts: int, out: str, logits: str, layer: int) -> str:
         """Router logits `logits` [B * T, E] of x [B, T, D], float32: a flipped choice costs far more than bytes."""
@@ -346,14 +346,14 @@ class PortableOps(LayerOps):
         if self.compute == "float32":
             return logits
         logarithm = self.graph.node("LogSoftmax", [logits], f"{out}.log_probabilities", axis=-1)
-        return self.narrowed(logarithm, f"{out}.router_logits")
+        return self.to_values(logarithm, f"{out}.router_logits")
 
     def _router_weights(self, logits: str, out: str) -> str:
         """The softmax over all experts, for providers that would renormalise without it."""
         stem = f"{out}.router_weights"
         if self.compute == "float32":
             return self.graph.node("Softmax", [logits], stem, axis=-1)
-        return self.narrowed(self.graph.node("Softmax", [logits], f"{stem}.float32", axis=-1), stem)
+        return self.to_values(self.graph.node("Softmax", [logits], f"{stem}.float32", axis=-1), stem)
 
     def experts(self, x: str, logits: str, part: MoE, out: str, layer: int) -> str:
         """Top-k mixture of SwiGLU experts.
@@ -447,14 +447,13 @@ class PortableOps(LayerOps):
         (first, pairs), (second, downs) = self._expert_parts(names)
         fc1 = self.plan.slot(f"{stem}.gate_up", first, dtype, layer, array(first, dtype, pairs, interleave=1))
         fc2 = self.plan.slot(f"{stem}.down", second, dtype, layer, array(second, dtype, downs))
-        source = self.source
 
-        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+        def fill(source: WeightSource, writers: Sequence[SlotWriter], advance: Advance) -> None:
             for gate, up, down in names:
                 rows = interleave(source.float32(gate), source.float32(up))
                 writers[0].append(stored_as(rows, self.dtype, gate))
                 writers[1].append(stored_as(source.float32(down), self.dtype, down))
-                advance(sum(self.nbytes(name) for name in (gate, up, down)))
+                advance(sum(source.nbytes(name) for name in (gate, up, down)))
 
         self.plan.job([fc1, fc2], fill)
         return fc1, fc2
@@ -462,11 +461,10 @@ class PortableOps(LayerOps):
     def _quantized_experts(
         self, names: Sequence[tuple[str, str, str]], stem: str, layer: int
     ) -> tuple[QuantizedSlots, QuantizedSlots]:
-        source = self.source
         # QMoE has one block size and one width for both products: what is coarser or narrower is stored as the finer.
         fmt = self._format([name for expert in names for name in expert])
         for name in (names[0][0], names[0][2]):
-            problem = self.provider.expert_problem(fmt.block, source.shape(name)[1])
+            problem = self.provider.expert_problem(fmt.block, self.source.shape(name)[1])
             if problem is not None:
                 self.refuse(name, problem)
         (first, pairs), (second, downs) = self._expert_parts(names)
@@ -476,13 +474,13 @@ class PortableOps(LayerOps):
         if fmt.zeros:
             parts.append(zeros_in)
 
-        def fill(writers: Sequence[SlotWriter], advance: Advance) -> None:
+        def fill(source: WeightSource, writers: Sequence[SlotWriter], advance: Advance) -> None:
             for gate, up, down in names:
                 tensors = [source.quantized(name) for name in (gate, up, down)]
                 for part, first, second in zip(parts, writers[: len(parts)], writers[len(parts) :], strict=True):
                     first.append(interleave(part(tensors[0], fmt), part(tensors[1], fmt)))
                     second.append(part(tensors[2], fmt))
-                advance(sum(self.nbytes(name) for name in (gate, up, down)))
+                advance(sum(source.nbytes(name) for name in (gate, up, down)))
 
         self.plan.job(fc1.all + fc2.all, fill)
         return fc1, fc2

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from edgelm.export.graph.onnx_builder import MICROSOFT, GraphBuilder
-from edgelm.export.graph.portable import PortableOps
+from edgelm.export.graph.portable import ELEMENT
 from edgelm.runtimes.onnxruntime.router_probe import EXPECTED, FOUND, RENORMALISED
 
 EXPERTS, TOKENS, WIDTH = 8, 4, 128
@@ -23,8 +23,8 @@ _ATTRIBUTES = (
 )  # fmt: skip
 
 
-def router_probe(model: onnx.ModelProto, ops: PortableOps, experts_per_token: int) -> onnx.ModelProto | None:
-    """The probe for the MoE layers of `model`, None where it has none.
+def router_probe(model: onnx.ModelProto, dtype: str, experts_per_token: int) -> onnx.ModelProto | None:
+    """The probe for the MoE layers of `model`, whose values are `dtype`; None where it has none.
 
     It has no inputs. Outputs, all float32 [tokens, width]: what the provider computes, what is right, and what
     renormalising would give.
@@ -48,7 +48,7 @@ def router_probe(model: onnx.ModelProto, ops: PortableOps, experts_per_token: in
 
     def weight(name: str, value: NDArray[np.float32]) -> str:
         """Stored as float32 and cast where the graph runs: every value is exact in all types, or rounded the same."""
-        return graph.node("Cast", [graph.constant(f"{name}.float32", value)], name, to=ops.element)
+        return graph.node("Cast", [graph.constant(f"{name}.float32", value)], name, to=ELEMENT[dtype])
 
     if node.op_type == "MoE":
         weights = [weight(f"fc{i + 1}", value) for i, value in enumerate(values)]

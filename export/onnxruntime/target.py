@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 
-from edgelm.bundle import ModelInfo, Requirement
+from edgelm.bundle import Requirement
 from edgelm.checkpoint.jsonfile import read_optional_json
 from edgelm.errors import ExportError
 from edgelm.export import activations, capabilities
@@ -24,9 +24,9 @@ from edgelm.export.onnxruntime.genai import genai_config
 from edgelm.export.onnxruntime.greedy_graph import greedy_graph
 from edgelm.export.onnxruntime.router_probe import router_probe
 from edgelm.export.onnxruntime.versions import onnxruntime_for
-from edgelm.export.options import AUTO, ExportOptions
+from edgelm.export.options import AUTO
 from edgelm.export.packing.weights_file import WeightsPlan
-from edgelm.export.plan import DEBUG_FILE, GRAPH_FILE, WEIGHTS_FILE, Graphs, Order, Plan, Target
+from edgelm.export.plan import DEBUG_FILE, GRAPH_FILE, WEIGHTS_FILE, BuiltGraphs, ExportJob, GraphRequest, Target
 from edgelm.progress import Progress
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
@@ -40,35 +40,35 @@ class OnnxRuntimeTarget(Target):
 
     provider: Provider
 
-    def storage(self, asked: str, checkpoint: str, *, quantises: bool) -> str:
+    def float_dtype(self, asked: str, checkpoint: str, *, quantises: bool) -> str:
         """As the provider has it."""
-        return self.provider.storage(asked, checkpoint, quantises=quantises)
+        return self.provider.float_dtype(asked, checkpoint, quantises=quantises)
 
     def capabilities(self, ops: str) -> Capabilities:
         """Ours, or ONNX Runtime's own."""
         return capabilities.NATIVE if ops == "native" else capabilities.PORTABLE
 
-    def about(self, source: WeightSource) -> str | None:
+    def notes(self, source: WeightSource) -> list[str]:
         """Static activations have no use here."""
-        return activations.note_for_cpu(source)
+        return activations.notes_for_cpu(source)
 
-    def build(self, order: Order) -> Graphs:
-        """Build the graphs in the operators of the order."""
-        return self._native(order) if order.ops == "native" else self._portable(order)
+    def build(self, request: GraphRequest) -> BuiltGraphs:
+        """Build the graphs in the operators of the request."""
+        return self._native(request) if request.ops == "native" else self._portable(request)
 
-    def _native(self, order: Order) -> Graphs:
+    def _native(self, request: GraphRequest) -> BuiltGraphs:
         graph, weights = GraphBuilder(WEIGHTS_FILE), WeightsPlan()
-        model = NativeDecoder(graph, weights, order.source, order.dtype, order.info, order.decoder)
-        build(model, order.decoder)
-        kv = _native_kv_dtype(order.source.recipe)
-        return self._graphs(order, graph, weights, model, model.debug_outputs, kv, lambda *_: None)
+        model = NativeDecoder(graph, weights, request.source, request.dtype, request.info, request.decoder)
+        build(model, request.decoder)
+        kv = _native_kv_dtype(request.source.recipe)
+        return self._graphs(request, graph, weights, model, model.debug_outputs, kv, lambda *_: None)
 
-    def _portable(self, order: Order) -> Graphs:
-        graph, weights, info = GraphBuilder(WEIGHTS_FILE), WeightsPlan(), order.info
-        ops = PortableOps(graph, weights, order.source, order.dtype, self.provider)
-        model = PortableDecoder(ops, info, order.decoder)
+    def _portable(self, request: GraphRequest) -> BuiltGraphs:
+        graph, weights, info = GraphBuilder(WEIGHTS_FILE), WeightsPlan(), request.info
+        ops = PortableOps(graph, weights, request.source, request.dtype, self.provider)
+        model = PortableDecoder(ops, info, request.decoder)
         model.build()
-        kv, recipe = ops.compute, order.source.recipe
+        kv, recipe = ops.compute, request.source.recipe
         if recipe.kv not in (AUTO, kv):
             ops.refuse(
                 f"recipe {recipe.name}",
@@ -76,53 +76,50 @@ class OnnxRuntimeTarget(Target):
                 "export for the CPU with --ops native, or leave kv out",
             )
         ops.check()
-        helpers = self._helpers(graph.model(info.name), ops, info)
 
-        def finish(folder: Path, plan: Plan, options: ExportOptions, progress: Progress) -> None:
-            del options, progress
+        def finish(folder: Path, job: ExportJob) -> None:
             generation = read_optional_json(folder / "generation_config.json")
-            config = genai_config(plan.info, plan.tokens, GRAPH_FILE, generation, self.provider.session)
+            config = genai_config(job.plan.info, job.plan.tokens, GRAPH_FILE, generation, self.provider.session)
             (folder / "genai_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-            for name, model in helpers.items():
-                (folder / name).write_bytes(model.SerializeToString())
 
-        return self._graphs(order, graph, weights, ops, model.debug_outputs, kv, finish)
+        return self._graphs(request, graph, weights, ops, model.debug_outputs, kv, finish)
 
     def _graphs(
         self,
-        order: Order,
+        request: GraphRequest,
         graph: GraphBuilder,
         weights: WeightsPlan,
         ops: LayerOps,
         outputs: Sequence[tuple[str, Dims]],
         kv: str,
-        finish: Callable[[Path, Plan, ExportOptions, Progress], None],
-    ) -> Graphs:
-        name = order.info.name
+        finish: Callable[[Path, ExportJob], None],
+    ) -> BuiltGraphs:
+        name = request.info.name
         main, debug = graph.model(name), graph.model(f"{name} (debug)", outputs, exact=EXACT)
-        rounded = ops.rounded if self.provider.compute_type(order.dtype) == "float32" else None
-        files = {GRAPH_FILE: main.SerializeToString(), DEBUG_FILE: debug.SerializeToString()}
-        requires = self._requires(order, main, debug)
-        return Graphs(files, GRAPH_FILE, DEBUG_FILE, weights, kv, finish, rounded, requires)
+        rounded = ops.rounded if self.provider.compute_type(request.dtype) == "float32" else None
+        graphs = {GRAPH_FILE: main, DEBUG_FILE: debug, **self._helpers(main, request)}
+        files = {name: model.SerializeToString() for name, model in graphs.items()}
+        requires = self._requires(request, main, debug)
+        return BuiltGraphs(files, GRAPH_FILE, DEBUG_FILE, weights, kv, finish, rounded, requires)
 
-    def _requires(self, order: Order, *graphs: onnx.ModelProto) -> tuple[Requirement, ...]:
+    def _requires(self, request: GraphRequest, *graphs: onnx.ModelProto) -> tuple[Requirement, ...]:
         """The versions of packages that the graphs need, where they are known to be other than EdgeLM's own."""
-        del order, graphs
+        del request, graphs
         return ()
 
-    def _helpers(self, graph: onnx.ModelProto, ops: PortableOps, info: ModelInfo) -> Mapping[str, onnx.ModelProto]:
+    def _helpers(self, graph: onnx.ModelProto, request: GraphRequest) -> Mapping[str, onnx.ModelProto]:
         """Small graphs that the runtime wants beside the model's, by the names of their files."""
-        del graph, ops, info
+        del graph, request
         return {}
 
 
 class CpuTarget(OnnxRuntimeTarget):
-    """ONNX Runtime on the processor, with our compiled operators or its own."""
+    """ONNX Runtime on the CPU, with our compiled operators or its own."""
 
     name = "cpu"
     provider = CPU
 
-    def flavour(self, ops: str, progress: Progress) -> str:
+    def operator_set(self, ops: str, progress: Progress) -> str:
         """Native where this installation has the compiled operators."""
         if ops != AUTO:
             return ops
@@ -135,9 +132,9 @@ class CpuTarget(OnnxRuntimeTarget):
         )
         return "portable"
 
-    def _requires(self, order: Order, *graphs: onnx.ModelProto) -> tuple[Requirement, ...]:
+    def _requires(self, request: GraphRequest, *graphs: onnx.ModelProto) -> tuple[Requirement, ...]:
         """The least ONNX Runtime for portable graphs; native ones are tested with EdgeLM's own alone."""
-        return onnxruntime_for(*graphs) if order.ops == "portable" else ()
+        return onnxruntime_for(*graphs) if request.ops == "portable" else ()
 
 
 class CudaTarget(OnnxRuntimeTarget):
@@ -146,7 +143,7 @@ class CudaTarget(OnnxRuntimeTarget):
     name = "cuda"
     provider = CUDA
 
-    def flavour(self, ops: str, progress: Progress) -> str:
+    def operator_set(self, ops: str, progress: Progress) -> str:
         """Portable, the only one."""
         del progress
         if ops == "native":
@@ -156,14 +153,14 @@ class CudaTarget(OnnxRuntimeTarget):
             )
         return "portable"
 
-    def about(self, source: WeightSource) -> str | None:
+    def notes(self, source: WeightSource) -> list[str]:
         """Static activations have no use here either."""
-        return activations.note_for_cuda(source)
+        return activations.notes_for_cuda(source)
 
-    def _helpers(self, graph: onnx.ModelProto, ops: PortableOps, info: ModelInfo) -> Mapping[str, onnx.ModelProto]:
-        """One that chooses the next token, and for a mixture one that shows whether a device routes as asked."""
-        helpers = {GREEDY_FILE: greedy_graph(info.vocab_size)}
-        probe = router_probe(graph, ops, info.experts_per_token)
+    def _helpers(self, graph: onnx.ModelProto, request: GraphRequest) -> Mapping[str, onnx.ModelProto]:
+        """One that chooses the next token, and for a MoE one that shows whether a device routes as asked."""
+        helpers = {GREEDY_FILE: greedy_graph(request.info.vocab_size)}
+        probe = router_probe(graph, self.provider.compute_type(request.dtype), request.info.experts_per_token)
         return helpers if probe is None else {**helpers, PROBE_FILE: probe}
 
 

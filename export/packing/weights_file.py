@@ -23,6 +23,7 @@ from edgelm.bundle import TensorEntry
 from edgelm.bundle.contents import Contents
 from edgelm.export.packing import contents as contents_of
 from edgelm.progress import Advance
+from edgelm.quant.source import WeightSource
 
 PAGE = 4096
 # Rows of a matrix are read and quantised in blocks of about this many weights: large enough that the kernels' fixed
@@ -64,12 +65,16 @@ class SlotWriter:
             data = data[count:]
 
 
+Fill = Callable[[WeightSource, Sequence[SlotWriter], Advance], None]
+"""Writes the weights of a job: from where, a writer for each slot in order, and what counts the source's bytes."""
+
+
 @dataclass(frozen=True)
 class Job:
-    """Fills some slots: `run` gets one writer per slot, in the slots' order, and a callback for source bytes done."""
+    """Fills some slots."""
 
     slots: tuple[Slot, ...]
-    run: Callable[[Sequence[SlotWriter], Advance], None]
+    run: Fill
 
 
 class WeightsPlan:
@@ -93,12 +98,15 @@ class WeightsPlan:
         self.size = -(-(self.size + size) // PAGE) * PAGE
         return slot
 
-    def job(self, slots: Sequence[Slot], run: Callable[[Sequence[SlotWriter], Advance], None]) -> None:
+    def job(self, slots: Sequence[Slot], run: Fill) -> None:
         """Add the job that fills `slots`."""
         self.jobs.append(Job(tuple(slots), run))
 
-    def write(self, path: Path, threads: int, advance: Advance) -> tuple[TensorEntry, ...]:
-        """Run all jobs on `threads` threads; return the manifest's tensor table in file order."""
+    def write(self, path: Path, source: WeightSource, threads: int, advance: Advance) -> tuple[TensorEntry, ...]:
+        """Run all jobs on `threads` threads; return the manifest's tensor table in file order.
+
+        `source` has the weights, in the schemes that the slots were planned for.
+        """
         entries: dict[str, TensorEntry] = {}
         stop = threading.Event()
         lock = threading.Lock()
@@ -116,7 +124,7 @@ class WeightsPlan:
 
             def run(job: Job) -> None:
                 writers = [SlotWriter(slot, descriptor) for slot in job.slots]
-                job.run(writers, checked_advance)
+                job.run(source, writers, checked_advance)
                 for writer in writers:
                     slot = writer.slot
                     assert writer.written == slot.size, f"{slot.name}: {writer.written} of {slot.size} bytes written"

@@ -13,7 +13,7 @@ from edgelm.export.graph.gpu import ACTIVATIONS, EXACT, GpuDecoder
 from edgelm.export.graph.program_builder import ProgramBuilder
 from edgelm.export.options import AUTO, ExportOptions
 from edgelm.export.packing.weights_file import WeightsPlan
-from edgelm.export.plan import WEIGHTS_FILE, Graphs, Order, Plan, Target
+from edgelm.export.plan import WEIGHTS_FILE, BuiltGraphs, ExportJob, GraphRequest, Target
 from edgelm.export.tensorrt.engines import add_engines, check_engines
 from edgelm.progress import Progress
 from edgelm.quant.source import WeightSource
@@ -29,7 +29,7 @@ class TensorrtTarget(Target):
 
     name = "tensorrt"
 
-    def flavour(self, ops: str, progress: Progress) -> str:
+    def operator_set(self, ops: str, progress: Progress) -> str:
         """Our own, the only one."""
         del progress
         if ops == "portable":
@@ -38,7 +38,7 @@ class TensorrtTarget(Target):
             )
         return "gpu"
 
-    def storage(self, asked: str, checkpoint: str, *, quantises: bool) -> str:
+    def float_dtype(self, asked: str, checkpoint: str, *, quantises: bool) -> str:
         """What the activations can be, which float matrices are stored in, too: bfloat16 unless it is float16."""
         del quantises
         if asked == AUTO:
@@ -55,9 +55,9 @@ class TensorrtTarget(Target):
         del ops
         return capabilities.GPU
 
-    def about(self, source: WeightSource) -> str | None:
-        """Integers meet floats, and FP8 has a scale for each token."""
-        return activations.note_for_gpu(source)
+    def notes(self, source: WeightSource) -> list[str]:
+        """Integers are multiplied with floats, and FP8 has a scale for each token."""
+        return activations.notes_for_gpu(source)
 
     def check(self, options: ExportOptions) -> None:
         """Look for NVRTC, and whether it knows the devices, before hours of quantising."""
@@ -70,29 +70,29 @@ class TensorrtTarget(Target):
         """The kernels' compiler."""
         return {"nvrtc": nvrtc.load().version_text}
 
-    def build(self, order: Order) -> Graphs:
+    def build(self, request: GraphRequest) -> BuiltGraphs:
         """Build the program and plan its weights."""
         graph, weights = ProgramBuilder(), WeightsPlan()
-        asked = order.source.recipe.kv
+        asked = request.source.recipe.kv
         # Finer than bfloat16, and keys and values stay far from its limit of 65504.
         kv = "float16" if asked == AUTO else asked
         if kv == "float32":
             raise ExportError(
-                f'recipe {order.source.recipe.name} has kv = "float32", which on a GPU only the debug graph has: leave '
-                "kv out, or choose float16, int8 or fp8"
+                f'recipe {request.source.recipe.name} has kv = "float32", which on a GPU only the debug graph has: '
+                "leave kv out, or choose float16, int8 or fp8"
             )
-        model = GpuDecoder(graph, weights, order.source, order.dtype, order.info, order.decoder, kv)
-        build(model, order.decoder)
+        model = GpuDecoder(graph, weights, request.source, request.dtype, request.info, request.decoder, kv)
+        build(model, request.decoder)
         program = graph.program(EXACT)
 
-        def finish(folder: Path, plan: Plan, options: ExportOptions, progress: Progress) -> None:
-            sms = chosen_sms(options)
-            compile_bundle_kernels(bundle_kernels(program), sms, folder / FOLDER, progress)
-            add_engines(folder, program, plan.info, WEIGHTS_FILE, options.engines, sms, progress)
+        def finish(folder: Path, job: ExportJob) -> None:
+            sms = chosen_sms(job.options)
+            compile_bundle_kernels(bundle_kernels(program), sms, folder / FOLDER, job.progress)
+            add_engines(folder, program, request.info, WEIGHTS_FILE, job.options.engines, sms, job.progress)
 
         # The debug graph is the program's own with its exact attributes.
         files = {PROGRAM_FILE: program.to_json().encode()}
-        return Graphs(files, PROGRAM_FILE, PROGRAM_FILE, weights, kv, finish)
+        return BuiltGraphs(files, PROGRAM_FILE, PROGRAM_FILE, weights, kv, finish)
 
 
 def chosen_sms(options: ExportOptions) -> tuple[int, ...]:

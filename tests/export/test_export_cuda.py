@@ -309,7 +309,7 @@ def test_a_quantised_table_whose_zero_points_do_not_fill_bytes_is_refused(
 
 def test_activations_of_a_recipe_are_said_to_have_no_use(tmp_path: Path, checkpoint: MakeCheckpoint) -> None:
     source = WeightSource(Checkpoint.open(checkpoint("fox")), recipe("int8-g32-sym", "fox"), threads=1)
-    assert targets.CudaTarget().about(source) is None
+    assert targets.CudaTarget().notes(source) == []
     bundle = export(checkpoint("fox"), tmp_path / "b", recipe("int8-g32-sym", "fox", 'activations = "int8-token"\n'))
     model = onnx.load(bundle.file("model.onnx"), load_external_data=False)
     written = {attribute.name for node in model.graph.node for attribute in node.attribute}

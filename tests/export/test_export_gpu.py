@@ -48,7 +48,7 @@ def planned(path: Path, recipe: Recipe, dtype: str = "auto") -> tuple[WeightSour
     options = ExportOptions(target="tensorrt", dtype=dtype, sms=(86,))
     tokenizer = Tokenizer.from_folder(path)
     target = TARGETS["tensorrt"]
-    return source, make_plan(checkpoint, source, tokenizer, options, target, Silent())
+    return source, make_plan(source, tokenizer, options, target, Silent())
 
 
 class Written:
@@ -56,7 +56,7 @@ class Written:
 
     def __init__(self, folder: Path, path: Path, recipe: Recipe, dtype: str = "auto") -> None:
         self.source, plan = planned(path, recipe, dtype)
-        plan.graphs.weights.write(folder / WEIGHTS_FILE, 2, lambda amount: None)
+        plan.graphs.weights.write(folder / WEIGHTS_FILE, self.source, 2, lambda amount: None)
         self.program = Program.from_json(plan.graphs.files[plan.graphs.file], "program.json")
         self.blob = (folder / WEIGHTS_FILE).read_bytes()
         self.nodes = {node.outputs[0]: node for node in self.program.nodes}

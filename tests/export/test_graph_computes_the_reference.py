@@ -19,7 +19,7 @@ from tiny_models import FLAVOURS, MakeCheckpoint
 
 from edgelm.checkpoint import Checkpoint
 from edgelm.export import ExportOptions
-from edgelm.export.plan import WEIGHTS_FILE, Graphs, make_plan
+from edgelm.export.plan import WEIGHTS_FILE, BuiltGraphs, make_plan
 from edgelm.export.registry import TARGETS
 from edgelm.parity.golden import DeviceRounding
 from edgelm.progress import Silent
@@ -54,10 +54,9 @@ def ops(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def planned(path: Path, source: WeightSource, options: ExportOptions) -> Graphs:
-    checkpoint = source.checkpoint
+def planned(path: Path, source: WeightSource, options: ExportOptions) -> BuiltGraphs:
     tokenizer, target = Tokenizer.from_folder(path), TARGETS[options.target]
-    return make_plan(checkpoint, source, tokenizer, options, target, Silent()).graphs
+    return make_plan(source, tokenizer, options, target, Silent()).graphs
 
 
 def write_graph(
@@ -78,7 +77,7 @@ def write_graph(
     checkpoint = Checkpoint.open(path)
     source = WeightSource(checkpoint, chosen, threads=1)
     plan = planned(path, source, ExportOptions(dtype=dtype, ops=ops))
-    plan.weights.write(folder / WEIGHTS_FILE, 2, lambda amount: None)
+    plan.weights.write(folder / WEIGHTS_FILE, source, 2, lambda amount: None)
     graph = onnx.load_from_string(plan.files[plan.debug_file])
     if as_deployed:
         del graph.graph.node[:]

@@ -122,8 +122,8 @@ def planned(folder: Path, path: Path, chosen: Recipe, options: ExportOptions) ->
     checkpoint = Checkpoint.open(path)
     source = WeightSource(checkpoint, chosen, threads=1)
     tokenizer, target = Tokenizer.from_folder(path), TARGETS[options.target]
-    plan = make_plan(checkpoint, source, tokenizer, options, target, Silent())
-    entries = plan.graphs.weights.write(folder / WEIGHTS_FILE, 2, lambda amount: None)
+    plan = make_plan(source, tokenizer, options, target, Silent())
+    entries = plan.graphs.weights.write(folder / WEIGHTS_FILE, source, 2, lambda amount: None)
     manifest = {"graph": {"weights_file": WEIGHTS_FILE}, "tensors": [entry.to_data() for entry in entries]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return source

@@ -6,11 +6,15 @@ import os
 import threading
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edgelm.export.packing.weights_file import PAGE, WeightsPlan
+
+NOTHING: Any = None
+"""The source of weights, which these jobs do without."""
 
 
 def planned(count: int) -> tuple[WeightsPlan, list[np.ndarray]]:
@@ -20,7 +24,7 @@ def planned(count: int) -> tuple[WeightsPlan, list[np.ndarray]]:
         values.append(value)
         slot = plan.slot(f"t{i}", value.shape, value.dtype, i)
 
-        def fill(writers, advance, value=value):  # type: ignore[no-untyped-def]
+        def fill(source, writers, advance, value=value):  # type: ignore[no-untyped-def]
             for row in value:
                 writers[0].append(row)
                 advance(1)
@@ -33,7 +37,7 @@ def planned(count: int) -> tuple[WeightsPlan, list[np.ndarray]]:
 def test_every_tensor_lies_at_its_page_with_its_checksum(tmp_path: Path, threads: int) -> None:
     plan, values = planned(9)
     done: list[float] = []
-    entries = plan.write(tmp_path / "w", threads, done.append)
+    entries = plan.write(tmp_path / "w", NOTHING, threads, done.append)
     data = (tmp_path / "w").read_bytes()
     assert len(data) == plan.size
     assert sum(done) == sum(len(value) for value in values)
@@ -50,7 +54,7 @@ def test_are_tensors_whole_where_the_system_writes_less_than_asked(
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, data[:300], at))
     plan, values = planned(2)
-    entries = plan.write(tmp_path / "w", 1, lambda amount: None)
+    entries = plan.write(tmp_path / "w", NOTHING, 1, lambda amount: None)
     data = (tmp_path / "w").read_bytes()
     for entry, value in zip(entries, values, strict=True):
         assert data[entry.offset : entry.offset + entry.size] == value.tobytes()
@@ -60,25 +64,25 @@ def test_a_failing_job_ends_the_others_and_is_what_is_raised(tmp_path: Path) -> 
     plan, _ = planned(2)
     started = threading.Event()
 
-    def endless(writers, advance):  # type: ignore[no-untyped-def]
+    def endless(source, writers, advance):  # type: ignore[no-untyped-def]
         started.set()
         while True:
             advance(0)
 
-    def failing(writers, advance):  # type: ignore[no-untyped-def]
+    def failing(source, writers, advance):  # type: ignore[no-untyped-def]
         assert started.wait(10)
         raise ValueError("this tensor is damaged")
 
     plan.job([plan.slot("endless", (1,), np.uint8, None)], endless)
     plan.job([plan.slot("failing", (1,), np.uint8, None)], failing)
     with pytest.raises(ValueError, match="this tensor is damaged"):
-        plan.write(tmp_path / "w", 4, lambda amount: None)
+        plan.write(tmp_path / "w", NOTHING, 4, lambda amount: None)
 
 
 @pytest.mark.parametrize(("rows", "message"), [(2, "of 12 bytes written"), (4, "larger than planned")])
 def test_a_tensor_of_another_size_than_planned_is_a_bug_that_shows(tmp_path: Path, rows: int, message: str) -> None:
     plan = WeightsPlan()
     slot = plan.slot("x", (3, 4), np.uint8, None)
-    plan.job([slot], lambda writers, advance: writers[0].append(np.zeros((rows, 4), np.uint8)))
+    plan.job([slot], lambda source, writers, advance: writers[0].append(np.zeros((rows, 4), np.uint8)))
     with pytest.raises(AssertionError, match=message):
-        plan.write(tmp_path / "w", 1, lambda amount: None)
+        plan.write(tmp_path / "w", NOTHING, 1, lambda amount: None)
