@@ -1,20 +1,16 @@
 """The layers that decoders are made of, in operators that every ONNX Runtime has (ai.onnx and com.microsoft).
 
-Values have the type that the provider computes in (providers.py), float32 on processors; the router is float32 always.
-Facts these choices rest on, checked on the CPU with ONNX Runtime 1.31 (what is said of CUDA is in providers.py):
+Values have the type that the provider computes in (ort_providers.py), float32 on the CPU.
+Facts these choices rest on, checked on the CPU with ONNX Runtime 1.31 (what is said of CUDA is in ort_providers.py):
 
-- `MatMulNBits` and `QMoE` take scales in the activations' type: as float32, int4 with groups of 32 costs 5 bits.
-- QMoE's routing differs per execution provider. The CPU softmaxes over the *selected* experts only, so it always
-  renormalises, unless `router_weights` (input 14) is fed; CUDA softmaxes over all experts and ignores input 14. Logits
-  in `router_probs`, the full softmax in `router_weights` and `normalize_routing_weights=0` is right on both.
-- The CPU's (Q)MoE wants gate and up interleaved row by row (`swiglu_fusion=1`), one width and one block size.
+- `MatMulNBits` takes scales in the activations' type: as float32, int4 with groups of 32 costs 5 bits.
 - `FusedMatMul` with `transB` reads a weight in the checkpoint's own [out, in] layout, so nothing is transposed on the
   way and a tied embedding serves lookup and head from the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +24,11 @@ from edgelm.export import activations
 from edgelm.export.graph.base import STORAGE, LayerOps, stored_as
 from edgelm.export.graph.onnx_builder import MICROSOFT, GraphBuilder, int64
 from edgelm.export.graph.ort_providers import CPU, Provider
+from edgelm.export.packing import ort
 from edgelm.export.packing.contents import Held, array, portable
-from edgelm.export.packing.ort import BlockFormat, block_of, codes_in, common_format, interleave, scales_in, zeros_in
+from edgelm.export.packing.ort import BlockFormat, block_of, codes_in, zeros_in
 from edgelm.export.packing.weights_file import BLOCK_WEIGHTS, Slot, SlotWriter, WeightsPlan
-from edgelm.models.spec import Matrix, MoE, Norm
+from edgelm.models.spec import Matrix, Norm
 from edgelm.progress import Advance
 from edgelm.quant.scheme import Scheme
 from edgelm.quant.source import WeightSource
@@ -39,7 +36,7 @@ from edgelm.quant.tensor import QuantTensor
 
 FLOAT = TensorProto.FLOAT
 ELEMENT = {"float32": FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
-# MatMulNBits' and QMoE's "4": activations are quantised to int8 per block on the fly, about 1 % of noise per product
+# MatMulNBits' and QMoE's "4": activations are quantised to int8 per block on the fly, about 1 % of noise per matmul
 # and the only mode whose kernels use the CPU's integer dot products.
 # At "0" they stay float32. Kernels for x86 round by blocks of the weights' group, those for Arm (KleidiAI) by whole
 # rows: parity allows for whole rows, the coarser of the two.
@@ -133,15 +130,15 @@ class PortableOps(LayerOps):
         shapes = [self.source.shape(name) for name in names]
         columns = shapes[0][1]
         rows = sum(shape[0] for shape in shapes)
-        fmt = self._format(names)
-        slots = self._quantized_slots(stem, (rows, columns), fmt, layer, self.held(*names))
+        fmt = self.common_format(names)
+        slots = self.quantized_slots(stem, (rows, columns), fmt, layer, self.held(*names))
 
         def fill(source: WeightSource, writers: Sequence[SlotWriter], advance: Advance) -> None:
             for name, (count, _) in zip(names, shapes, strict=True):
                 for block in _row_blocks(count, columns):
                     tensor = source.quantized(name, block)
                     writers[0].append(codes_in(tensor, fmt))
-                    writers[1].append(self._scales_in(tensor, fmt))
+                    writers[1].append(self.scales_in(tensor, fmt))
                     if fmt.zeros:
                         writers[2].append(zeros_in(tensor, fmt))
                     advance(source.nbytes(name) * (block.stop - block.start) / count)
@@ -150,7 +147,7 @@ class PortableOps(LayerOps):
         self._quantized[stem] = slots
         return slots
 
-    def _quantized_slots(
+    def quantized_slots(
         self,
         stem: str,
         shape: tuple[int, ...],
@@ -174,7 +171,7 @@ class PortableOps(LayerOps):
         zeros = slot(Layout.ZEROS, "zeros", fmt.zero_bytes(columns), byte) if fmt.zeros else None
         return QuantizedSlots(rows, columns, fmt, codes, scales, zeros)
 
-    def _format(self, names: Sequence[str]) -> BlockFormat:
+    def common_format(self, names: Sequence[str]) -> BlockFormat:
         """The one format of these matrices; that of any if one of them is refused."""
         schemes = []
         for name in names:
@@ -193,16 +190,17 @@ class PortableOps(LayerOps):
                 self.refuse(name, str(error).removeprefix(f"{name} "))
                 continue
             schemes.append((name, scheme, columns))
-        return common_format(schemes, self.provider.largest_block()) if schemes else _REFUSED
+        return ort.common_format(schemes, self.provider.largest_block()) if schemes else _REFUSED
 
-    def _scales_in(self, tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.generic]:
-        return stored_as(scales_in(tensor, fmt), self.compute, "a scale")
+    def scales_in(self, tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.generic]:
+        """A tensor's scales in the type of values."""
+        return stored_as(ort.scales_in(tensor, fmt), self.compute, "a scale")
 
     def computed(self, name: str, value: NDArray[np.float32]) -> str:
         """A tensor that is computed here (the rotary tables) in the type of values."""
         slot = self.plan.slot(name, value.shape, STORAGE[self.compute], None)
         self.plan.job([slot], lambda source, writers, advance: writers[0].append(stored_as(value, self.compute, name)))
-        return self._stored(slot)
+        return self.stored(slot)
 
     def cast(self, x: str, to: str, out: str) -> str:
         """`x`, which is in the type of values, as `to`; x itself where that is the same."""
@@ -242,28 +240,27 @@ class PortableOps(LayerOps):
         inputs = [
             x,
             self.graph.weight(matrix.codes, f"{out}.B", dims),
-            self._scales(matrix),
+            self.stored(matrix.scales),
             *([self.graph.weight(matrix.zeros, f"{out}.zeros")] if matrix.zeros else []),
         ]
         return self.graph.node(
             "MatMulNBits", inputs, out, MICROSOFT, K=matrix.columns, N=matrix.rows, bits=fmt.bits, block_size=fmt.block,
-            accuracy_level=self._accuracy(kind),
+            accuracy_level=self.accuracy(kind),
         )  # fmt: skip
 
-    def _scales(self, matrix: QuantizedSlots) -> str:
-        return self._stored(matrix.scales)
-
     def _float_linear(self, x: str, slot: Slot, out: str) -> str:
-        weight = self._as_computed(slot)
+        weight = self.as_computed(slot)
         return self.graph.node("FusedMatMul", [x, weight], out, MICROSOFT, transB=1)
 
-    def _stored(self, slot: Slot) -> str:
+    def stored(self, slot: Slot) -> str:
+        """The initializer of a slot, as it is stored."""
         if self.graph.has(slot.name):
             return slot.name
         return self.graph.weight(slot)
 
-    def _as_computed(self, slot: Slot) -> str:
-        weight = self._stored(slot)
+    def as_computed(self, slot: Slot) -> str:
+        """The initializer of a slot in the type of values."""
+        weight = self.stored(slot)
         if slot.dtype == STORAGE[self.compute]:
             return weight
         return self.graph.node("Cast", [weight], f"{slot.name}.{self.compute}", to=self.element)
@@ -273,8 +270,8 @@ class PortableOps(LayerOps):
         if self.source.scheme(name) is None:
             slot = self.float_matrix(name, None, self.dtype)
             if slot.dtype == STORAGE[self.compute]:
-                return self.graph.node("Gather", [self._stored(slot), ids], out, axis=0)
-            rows = self.graph.node("Gather", [self._stored(slot), ids], f"{out}.stored", axis=0)
+                return self.graph.node("Gather", [self.stored(slot), ids], out, axis=0)
+            rows = self.graph.node("Gather", [self.stored(slot), ids], f"{out}.stored", axis=0)
             return self.graph.node("Cast", [rows], out, to=self.element)
         table = self.quantized_matrix([name], name.removesuffix(".weight"), None)
         if table.zeros and self.provider.whole_zero_rows and table.fmt.blocks(table.columns) * table.fmt.bits % 8:
@@ -286,7 +283,7 @@ class PortableOps(LayerOps):
         inputs = [
             self.graph.weight(table.codes, f"{table.codes.name}.table"),
             ids,
-            self._scales(table),
+            self.stored(table.scales),
             *([self.graph.weight(table.zeros, f"{table.zeros.name}.table")] if table.zeros else []),
         ]
         return self.graph.node(
@@ -326,164 +323,12 @@ class PortableOps(LayerOps):
         """x within -limit..limit, in float32: not every provider has Clip in all types."""
         low = self.graph.constant("clip_low", np.asarray(-limit, np.float32))
         high = self.graph.constant("clip_high", np.asarray(limit, np.float32))
-        wide = self.graph.node("Clip", [self.cast(x, "float32", f"{out}.in"), low, high], f"{out}.float32")
-        return self.to_values(wide, out)
+        upcast = self.graph.node("Clip", [self.cast(x, "float32", f"{out}.in"), low, high], f"{out}.float32")
+        return self.to_values(upcast, out)
 
-    def router(self, x: str, name: str, experts: int, out: str, logits: str, layer: int) -> str:
-        """Router logits `logits` [B * T, E] of x [B, T, D], float32: a flipped choice costs far more than bytes."""
-        weight = self._stored(self.float_matrix(name, layer, "float32"))
-        wide = self.cast(x, "float32", f"{out}.in")
-        scores = self.graph.node("FusedMatMul", [wide, weight], out, MICROSOFT, transB=1)
-        flat = self.graph.constant("flat_tokens", int64(-1, experts))
-        return self.graph.node("Reshape", [scores, flat], logits)
-
-    def _router_probs(self, logits: str, out: str) -> str:
-        """What the mixture selects and weighs by, in the type of values.
-
-        Where that is narrower than the logits, log-probabilities are handed over: their softmax is the same, and those
-        of the experts with the largest weights are close to 0, where a narrow type is finest.
-        """
-        if self.compute == "float32":
-            return logits
-        logarithm = self.graph.node("LogSoftmax", [logits], f"{out}.log_probabilities", axis=-1)
-        return self.to_values(logarithm, f"{out}.router_logits")
-
-    def _router_weights(self, logits: str, out: str) -> str:
-        """The softmax over all experts, for providers that would renormalise without it."""
-        stem = f"{out}.router_weights"
-        if self.compute == "float32":
-            return self.graph.node("Softmax", [logits], stem, axis=-1)
-        return self.to_values(self.graph.node("Softmax", [logits], f"{stem}.float32", axis=-1), stem)
-
-    def experts(self, x: str, logits: str, part: MoE, out: str, layer: int) -> str:
-        """Top-k mixture of SwiGLU experts.
-
-        Args:
-            x: activations [B, T, D].
-            logits: router logits [B * T, E].
-            part: the experts and how they are chosen.
-            out: name of the result [B, T, D]; also the stem of the weights' names.
-            layer: layer index.
-        """
-        names = [(expert.gate.name, expert.up.name, expert.down.name) for expert in part.experts]
-        flat = [name for expert in names for name in expert]
-        schemes = [self.source.scheme(name) for name in flat]
-        common: dict[str, Any] = {
-            "k": part.k,
-            "activation_type": "swiglu",
-            "swiglu_fusion": 1,
-            "normalize_routing_weights": int(part.normalize),
-        }
-        if all(scheme is None for scheme in schemes):
-            fc1, fc2 = self._float_experts(names, out, layer)
-            weights = [self._as_computed(fc1), "", self._as_computed(fc2)]
-            inputs = [self._not_in_place(x, fc1.dims[2], out), self._router_probs(logits, out), *weights]
-            return self.graph.node("MoE", inputs, out, MICROSOFT, **common)
-        if any(scheme is None for scheme in schemes):
-            kept = next(name for name, scheme in zip(flat, schemes, strict=True) if scheme is None)
-            self.refuse(
-                kept,
-                "stays float in this recipe, which quantises other experts of its layer: one layer's experts "
-                "are one operator here and must be all quantised or all float; change the recipe's patterns",
-            )
-            return out
-        first, second = self._quantized_experts(names, out, layer)
-        try:
-            kind = activations.CPU.of_experts(self.source, flat, layer)
-        except ExportError as error:
-            self.refuse("the recipe", str(error).removeprefix("the recipe "))
-            return out
-        if self.provider.rounds_activations and kind == activations.FLOAT32 and first.fmt.bits == 8:
-            self.refuse(
-                flat[0],
-                "has float activations in this recipe, but ONNX Runtime's MoE operator rounds the inputs of "
-                "8-bit experts to int8 whatever it is told: export with --ops native, or leave activations out",
-            )
-        for parts, matrix in ((slice(0, 2), first), (slice(2, 3), second)):
-            some = [name for expert in names for name in expert[parts]]
-            self.rounded |= activations.rounded(self.source, some, kind, matrix.columns)
-        weight = self.graph.weight
-        zeros = [weight(matrix.zeros) if matrix.zeros else "" for matrix in (first, second)]
-        inputs = [x, self._router_probs(logits, out)]
-        for matrix in (first, second):
-            inputs += [weight(matrix.codes), self._stored(matrix.scales), ""]
-        inputs += ["", "", "", *zeros, ""]
-        if self.provider.router_weights and not part.normalize:
-            inputs.append(self._router_weights(logits, out))
-        return self.graph.node(
-            "QMoE", inputs, out, MICROSOFT, expert_weight_bits=first.fmt.bits, block_size=first.fmt.block,
-            accuracy_level=self._expert_accuracy(kind, first.fmt.bits), **self.provider.expert_attributes, **common,
-        )  # fmt: skip
-
-    def _accuracy(self, kind: str) -> int:
+    def accuracy(self, kind: str) -> int:
+        """The attribute `accuracy_level` of matmuls with these activations."""
         return ACCURACY[kind] if self.provider.rounds_activations else ACCURACY[activations.FLOAT32]
-
-    def _expert_accuracy(self, kind: str, bits: int) -> int:
-        """QMoE's 8-bit kernel rounds to int8 whatever it is told, and ONNX Runtime before 1.31 knows no such attribute.
-
-        For 4 bits it is worth it: without, a layer of OLMoE takes 2.2 to 3.3 times as long (docs/log.md).
-        """
-        return ACCURACY[activations.FLOAT32] if bits == 8 else self._accuracy(kind)
-
-    def _not_in_place(self, x: str, hidden: int, out: str) -> str:
-        """x [B, T, D] behind a reshape that hides its number of tokens from shape inference.
-
-        The CPU's MoE (1.31) lets its output take over its input's buffer when their shapes are known to be equal, and
-        then reads what it has overwritten: wrong by 20 % here. With an unknown size the planner keeps them apart.
-        """
-        shape = self.graph.constant("same_tokens", int64(0, -1, hidden))
-        return self.graph.node("Reshape", [x, shape], f"{out}.in")
-
-    def _expert_parts(self, names: Sequence[tuple[str, str, str]]) -> list[tuple[tuple[int, int, int], Held]]:
-        """The shape of all experts' gate and up, and of their downs, and the matrices of each."""
-        width, hidden = self.source.shape(names[0][0])
-        return [
-            ((len(names), 2 * width, hidden), self.held(*(name for expert in names for name in expert[:2]))),
-            ((len(names), hidden, width), self.held(*(down for _, _, down in names))),
-        ]
-
-    def _float_experts(self, names: Sequence[tuple[str, str, str]], stem: str, layer: int) -> tuple[Slot, Slot]:
-        dtype = STORAGE[self.dtype]
-        (first, pairs), (second, downs) = self._expert_parts(names)
-        fc1 = self.plan.slot(f"{stem}.gate_up", first, dtype, layer, array(first, dtype, pairs, interleave=1))
-        fc2 = self.plan.slot(f"{stem}.down", second, dtype, layer, array(second, dtype, downs))
-
-        def fill(source: WeightSource, writers: Sequence[SlotWriter], advance: Advance) -> None:
-            for gate, up, down in names:
-                rows = interleave(source.float32(gate), source.float32(up))
-                writers[0].append(stored_as(rows, self.dtype, gate))
-                writers[1].append(stored_as(source.float32(down), self.dtype, down))
-                advance(sum(source.nbytes(name) for name in (gate, up, down)))
-
-        self.plan.job([fc1, fc2], fill)
-        return fc1, fc2
-
-    def _quantized_experts(
-        self, names: Sequence[tuple[str, str, str]], stem: str, layer: int
-    ) -> tuple[QuantizedSlots, QuantizedSlots]:
-        # QMoE has one block size and one width for both products: what is coarser or narrower is stored as the finer.
-        fmt = self._format([name for expert in names for name in expert])
-        for name in (names[0][0], names[0][2]):
-            problem = self.provider.expert_problem(fmt.block, self.source.shape(name)[1])
-            if problem is not None:
-                self.refuse(name, problem)
-        (first, pairs), (second, downs) = self._expert_parts(names)
-        fc1 = self._quantized_slots(f"{stem}.gate_up", first, fmt, layer, pairs, interleave=1)
-        fc2 = self._quantized_slots(f"{stem}.down", second, fmt, layer, downs)
-        parts: list[Callable[[QuantTensor, BlockFormat], NDArray[Any]]] = [codes_in, self._scales_in]
-        if fmt.zeros:
-            parts.append(zeros_in)
-
-        def fill(source: WeightSource, writers: Sequence[SlotWriter], advance: Advance) -> None:
-            for gate, up, down in names:
-                tensors = [source.quantized(name) for name in (gate, up, down)]
-                for part, first, second in zip(parts, writers[: len(parts)], writers[len(parts) :], strict=True):
-                    first.append(interleave(part(tensors[0], fmt), part(tensors[1], fmt)))
-                    second.append(part(tensors[2], fmt))
-                advance(sum(source.nbytes(name) for name in (gate, up, down)))
-
-        self.plan.job(fc1.all + fc2.all, fill)
-        return fc1, fc2
 
 
 def _row_blocks(rows: int, columns: int) -> list[slice]:

@@ -26,6 +26,7 @@ from onnx import TensorProto
 from edgelm.bundle import ModelInfo
 from edgelm.export.graph.onnx_builder import MICROSOFT, Dims, int64
 from edgelm.export.graph.portable import FLOAT, PortableOps
+from edgelm.export.graph.portable_moe import PortableMoE
 from edgelm.models.spec import Attention, Block, Decoder, Dense, Matrix, MoE, Norm
 
 _END = np.iinfo(np.int64).max
@@ -143,8 +144,9 @@ class PortableDecoder:
     def _moe(self, part: MoE, normed: str, i: int) -> str:
         stem, name = f"layers.{i}", f"router_logits.{i}"
         self.debug_outputs.append((name, ["tokens", len(part.experts)]))
-        logits = self.ops.router(normed, part.router.name, len(part.experts), f"{stem}.router", name, i)
-        return self.ops.experts(normed, logits, part, f"{stem}.moe", i)
+        moe = PortableMoE(self.ops)
+        logits = moe.router(normed, part.router.name, len(part.experts), f"{stem}.router", name, i)
+        return moe.experts(normed, logits, part, f"{stem}.moe", i)
 
     def _head(self, normed: str, matrix: Matrix) -> None:
         """Logits of the positions from `logits_start` on."""
