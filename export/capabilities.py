@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from edgelm.errors import ExportError
-from edgelm.models.spec import Attention, Decoder, MoE
+from edgelm.models.spec import Decoder, MoE
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,3 @@ def check(decoder: Decoder, has: Capabilities) -> None:
     found = list(missing(decoder, has))
     if found:
         raise ExportError("; ".join(found))
-
-
-def attention_of(decoder: Decoder) -> Attention:
-    """The attention whose heads all layers share, as `check` has made sure."""
-    return decoder.attention[0]

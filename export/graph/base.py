@@ -75,6 +75,8 @@ class LayerOps:
 
     def vector(self, name: str, layer: int | None) -> str:
         """A vector of the checkpoint (a norm's weight), or a small matrix that stays float32 (a router's)."""
+        if self.graph.has(name):
+            return name
         shape, dtype = self.source.shape(name), STORAGE[self.vectors]
         slot = self.plan.slot(name, shape, dtype, layer, array(shape, dtype, self.held(name)))
 

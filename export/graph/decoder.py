@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from edgelm.bundle import ModelInfo
+from edgelm.export.graph.base import LayerOps, WeightGraph
+from edgelm.export.packing.weights_file import WeightsPlan
 from edgelm.models.spec import Attention, Block, Decoder, Dense, Matrix, MoE, Norm
+from edgelm.quant.source import WeightSource
 
 
 class OperatorDecoder(Protocol):
@@ -30,7 +34,7 @@ class OperatorDecoder(Protocol):
         """Grouped-query attention over the in-place cache, of queries, keys and values side by side."""
 
     def moe(self, part: MoE, x: str, out: str, layer: int, norm: Norm | None, *, residual: bool) -> str:
-        """A mixture of experts of x, normed first; with `residual` x itself is added."""
+        """A MoE of x, normed first; with `residual` x itself is added."""
 
     def norm(self, x: str, norm: Norm, out: str, layer: int, residual: str) -> str:
         """residual + RMSNorm(x)."""
@@ -40,6 +44,40 @@ class OperatorDecoder(Protocol):
 
     def hidden(self, index: int) -> str:
         """The name of the residual stream before layer `index`; the debug graph returns it."""
+
+
+class DecoderOps(LayerOps):
+    """What both kinds of our own operators have in common.
+
+    Args:
+        graph: the graph to add to.
+        plan: where weights are planned.
+        source: the checkpoint's tensors, for shapes and schemes.
+        dtype: how matrices that stay unquantised are stored.
+        info: the model's shapes.
+        decoder: the model.
+    """
+
+    def __init__(
+        self,
+        graph: WeightGraph,
+        plan: WeightsPlan,
+        source: WeightSource,
+        dtype: str,
+        info: ModelInfo,
+        decoder: Decoder,
+    ) -> None:
+        super().__init__(graph, plan, source, dtype)
+        self.info = info
+        self.decoder = decoder
+
+    def norm_weight(self, norm: Norm | None, layer: int | None) -> str:
+        """The weight of a norm; "" where there is none."""
+        return "" if norm is None else self.vector(norm.name, layer)
+
+    def epsilon(self, norm: Norm | None) -> float:
+        """An operator without a norm has the model's epsilon: the attribute is never left out."""
+        return self.decoder.norm.eps if norm is None else norm.eps
 
 
 def build(model: OperatorDecoder, decoder: Decoder) -> None:

@@ -24,7 +24,8 @@ from edgelm.bundle import ModelInfo
 from edgelm.bundle.gpu_layout import ROWS, GpuMatrix
 from edgelm.errors import ExportError
 from edgelm.export.activations import GPU, static_scale
-from edgelm.export.graph.base import LayerOps, stored_as
+from edgelm.export.graph.base import stored_as
+from edgelm.export.graph.decoder import DecoderOps
 from edgelm.export.graph.program_builder import ProgramBuilder
 from edgelm.export.packing.contents import gpu
 from edgelm.export.packing.gpu import (
@@ -49,7 +50,7 @@ EXACT: Mapping[str, Attribute] = {"activation": _F32, "output": _F32, "kv": "flo
 """Attributes of the debug program."""
 
 
-class GpuDecoder(LayerOps):
+class GpuDecoder(DecoderOps):
     """The operators that a decoder's layers are built of.
 
     Args:
@@ -74,10 +75,7 @@ class GpuDecoder(LayerOps):
         decoder: Decoder,
         kv: str,
     ) -> None:
-        super().__init__(graph, plan, source, dtype)
-        self.info = info
-        self.decoder = decoder
-        self.epsilon = decoder.norm.eps
+        super().__init__(graph, plan, source, dtype, info, decoder)
         self.activation = ACTIVATIONS[dtype]
         self._kv = kv
         self._matrices: dict[str, GpuMatrix] = {}
@@ -121,9 +119,9 @@ class GpuDecoder(LayerOps):
         output = _F32 if residual or out == "logits" else self.activation
         return self.graph.native_node(
             "QuantLinear",
-            [x, stem, "" if norm is None else self._vector_once(norm, layer), residual, self.bias(matrices, out)],
+            [x, stem, self.norm_weight(norm, layer), residual, self.bias(matrices, out)],
             self.graph.value(out, output, matrix.outputs), stem, **matrix_attrs(matrix), activation=self.activation,
-            activations=GPU.of_matmul(self.source, names), output=output, epsilon=self._eps(norm),
+            activations=GPU.of_matmul(self.source, names), output=output, epsilon=self.epsilon(norm),
             **static_scale(self.source, names),
         )  # fmt: skip
 
@@ -133,13 +131,13 @@ class GpuDecoder(LayerOps):
         inputs = [
             qkv, f"past_key_values.{layer}.key", f"past_key_values.{layer}.value", "past_lengths",
             *self.rotary(part.rope, self._positions, info.head_dim),
-            *("" if norm is None else self._vector_once(norm, layer) for norm in norms),
+            *(self.norm_weight(norm, layer) for norm in norms),
         ]  # fmt: skip
         value = self.graph.value(out, self.activation, info.num_heads * info.head_dim)
         return self.graph.native_node(
             "GroupQueryAttention", inputs, [value, f"present.{layer}.key", f"present.{layer}.value"],
             f"layers.{layer}.attn", num_heads=info.num_heads, kv_num_heads=info.num_kv_heads, head_size=info.head_dim,
-            activation=self.activation, kv=self._kv, epsilon=self._eps(part.q_norm),
+            activation=self.activation, kv=self._kv, epsilon=self.epsilon(part.q_norm),
             clip=0.0 if part.clip is None else part.clip,
         )  # fmt: skip
 
@@ -151,7 +149,7 @@ class GpuDecoder(LayerOps):
         stem = f"layers.{layer}.moe"
         # The router decides in float32 whatever the recipe stores experts in: a flipped choice costs more than bytes.
         router = part.router.name
-        gate = router if self.graph.has(router) else self.vector(router, layer)
+        gate = self.vector(router, layer)
         gate_up = self._experts(
             [(expert.gate, expert.up) for expert in part.experts], f"{stem}.gate_up", layer, swiglu=True
         )
@@ -159,15 +157,15 @@ class GpuDecoder(LayerOps):
         names = [matrix.name for expert in part.experts for matrix in expert.matrices]
         outputs = [self.graph.value(out, _F32, down.outputs), self.graph.value(logits, _F32, len(part.experts))]
         return self.graph.native_node(
-            "SparseMoE", [x, gate, f"{stem}.gate_up", f"{stem}.down", self._vector_once(norm, layer)], outputs, stem,
+            "SparseMoE", [x, gate, f"{stem}.gate_up", f"{stem}.down", self.norm_weight(norm, layer)], outputs, stem,
             **matrix_attrs(gate_up, "gate_up_"), **matrix_attrs(down, "down_"), k=part.k,
             normalize=int(part.normalize), activation=self.activation,
-            activations=GPU.of_experts(self.source, names, layer), epsilon=self._eps(norm),
+            activations=GPU.of_experts(self.source, names, layer), epsilon=self.epsilon(norm),
         )  # fmt: skip
 
     def norm(self, x: str, norm: Norm, out: str, layer: int, residual: str) -> str:
         """residual + RMSNorm(x), in float32."""
-        inputs = [x, self._vector_once(norm, layer), residual]
+        inputs = [x, self.norm_weight(norm, layer), residual]
         value = self.graph.value(out, _F32, norm.size)
         return self.graph.native_node("RMSNorm", inputs, value, norm.name, epsilon=norm.eps)
 
@@ -182,13 +180,6 @@ class GpuDecoder(LayerOps):
         return f"hidden.{index}"
 
     # -- weights ---------------------------------------------------------------------------------------------------
-
-    def _vector_once(self, norm: Norm, layer: int | None) -> str:
-        return norm.name if self.graph.has(norm.name) else self.vector(norm.name, layer)
-
-    def _eps(self, norm: Norm | None) -> float:
-        """An operator without a norm has the model's epsilon: the attribute is never left out."""
-        return self.epsilon if norm is None else norm.eps
 
     def _format(self, names: Sequence[str], stem: str) -> GpuFormat:
         """The one format of matrices that are one matmul."""

@@ -9,7 +9,7 @@
 | `logits` | float32 | [batch, 1, vocabulary]: of the last token; [batch, positions, ...] where `logits_start` is fed |
 | `present.{i}.key`, `.value` | uint8 | like past; the same buffer where the cache is to grow in place |
 
-The debug graph returns in addition `hidden.{i}` [batch, tokens, hidden] and, for a mixture, `router_logits.{i}`
+The debug graph returns in addition `hidden.{i}` [batch, tokens, hidden] and, of a MoE, `router_logits.{i}`
 [batch * tokens, experts], as the portable one does. docs/operators.md describes the operators.
 """
 
@@ -26,7 +26,8 @@ from edgelm.bundle.contents import Layout
 from edgelm.bundle.cpu_layout import HEADER_BYTES, REFINE, TILE, Kind, PackedMatrix, Scales, aligned, experts_header
 from edgelm.errors import ExportError
 from edgelm.export.activations import CPU, INT8, rounded
-from edgelm.export.graph.base import LayerOps, stored_as
+from edgelm.export.graph.base import stored_as
+from edgelm.export.graph.decoder import DecoderOps
 from edgelm.export.graph.onnx_builder import Dims, GraphBuilder, int64
 from edgelm.export.packing.contents import packed, packed_experts
 from edgelm.export.packing.cpu import Format, common_format, float_format, pack_codes, pack_floats, stacked
@@ -40,7 +41,7 @@ ACTIVATION_BLOCK = 32
 """Columns that share a scale where activations are int8 (QuantBlock in math_impl.h)."""
 
 
-class NativeDecoder(LayerOps):
+class NativeDecoder(DecoderOps):
     """A decoder's inputs and outputs, and the operators that a family's layers are built of.
 
     Args:
@@ -63,10 +64,7 @@ class NativeDecoder(LayerOps):
         info: ModelInfo,
         decoder: Decoder,
     ) -> None:
-        super().__init__(graph, plan, source, dtype)
-        self.info = info
-        self.decoder = decoder
-        self.epsilon = decoder.norm.eps
+        super().__init__(graph, plan, source, dtype, info, decoder)
         self.debug_outputs: list[tuple[str, Dims]] = []
         self._matrices: dict[str, PackedMatrix] = {}
         graph.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
@@ -118,8 +116,7 @@ class NativeDecoder(LayerOps):
         if weights is not None:
             return self._matmul(x, weights, names, out, norm, layer, residual, bias=self.bias(matrices, out))
         # One of them is float and another is not, or fp8: each is a matmul of its own.
-        if norm is not None:
-            self._vector_once(norm, layer)
+        self.norm_weight(norm, layer)
         parts = [
             self._matmul(
                 x, self._require([name], name, layer), [name], f"{out}.{i}", norm, layer,
@@ -139,35 +136,35 @@ class NativeDecoder(LayerOps):
         inputs = [
             qkv, f"past_key_values.{layer}.key", f"past_key_values.{layer}.value", "past_lengths",
             *self.rotary(part.rope, info.context_length, info.head_dim),
-            *("" if norm is None else self._vector_once(norm, layer) for norm in norms),
+            *(self.norm_weight(norm, layer) for norm in norms),
         ]  # fmt: skip
         outputs = [out, f"present.{layer}.key", f"present.{layer}.value"]
         return self.graph.native_node(
             "GroupQueryAttention", inputs, outputs, f"layers.{layer}.attn", num_heads=info.num_heads,
-            kv_num_heads=info.num_kv_heads, epsilon=self._eps(part.q_norm),
+            kv_num_heads=info.num_kv_heads, epsilon=self.epsilon(part.q_norm),
             clip=0.0 if part.clip is None else part.clip,
         )  # fmt: skip
 
     def moe(self, part: MoE, x: str, out: str, layer: int, norm: Norm | None, *, residual: bool) -> str:
-        """A mixture of experts of x, normed first; with `residual` x itself is added."""
+        """A MoE of x, normed first; with `residual` x itself is added."""
         name = f"router_logits.{layer}"
         self.debug_outputs.append((name, ["tokens", len(part.experts)]))
         # The router decides in float32 whatever the recipe stores experts in: a flipped choice costs more than bytes.
         router = part.router.name
         gate = self._require([router], router, layer, dtype="float32")
         packed = self._experts(part.experts, f"layers.{layer}.moe.experts", layer)
-        inputs = [x, gate, packed, self._vector_once(norm, layer) if norm else "", x if residual else ""]
+        inputs = [x, gate, packed, self.norm_weight(norm, layer), x if residual else ""]
         matrices = [matrix.name for expert in part.experts for matrix in expert.matrices]
         kind = CPU.of_experts(self.source, matrices, layer)
         self.rounded |= rounded(self.source, matrices, kind, ACTIVATION_BLOCK)
         return self.graph.native_node(
             "SparseMoE", inputs, [out, name], f"layers.{layer}.moe", k=part.k,
-            normalize=int(part.normalize), activations=kind, epsilon=self._eps(norm),
+            normalize=int(part.normalize), activations=kind, epsilon=self.epsilon(norm),
         )  # fmt: skip
 
     def norm(self, x: str, norm: Norm, out: str, layer: int, residual: str) -> str:
         """residual + RMSNorm(x)."""
-        inputs = [x, self._vector_once(norm, layer), residual]
+        inputs = [x, self.norm_weight(norm, layer), residual]
         return self.graph.native_node("RMSNorm", inputs, out, norm.name, epsilon=norm.eps)
 
     def head(self, x: str, norm: Norm, matrix: Matrix) -> None:
@@ -185,10 +182,6 @@ class NativeDecoder(LayerOps):
         name = f"hidden.{index}"
         self.debug_outputs.append((name, ["batch_size", "sequence_length", self.info.hidden_size]))
         return name
-
-    def _eps(self, norm: Norm | None) -> float:
-        """An operator without a norm has the model's epsilon: the attribute is never left out."""
-        return self.epsilon if norm is None else norm.eps
 
     def _head_in_planes(self) -> bool:
         """Whether the layers lose more than a head read by halves does: not where they have 8 bits themselves.
@@ -215,16 +208,13 @@ class NativeDecoder(LayerOps):
     ) -> str:
         kind = CPU.of_matmul(self.source, names)
         self.rounded |= rounded(self.source, names, kind, ACTIVATION_BLOCK)
-        normed = "" if norm is None else self._vector_once(norm, layer)
+        normed = self.norm_weight(norm, layer)
         return self.graph.native_node(
             "QuantLinear", [x, weights, normed, residual, bias], out, weights, activations=kind,
-            epsilon=self._eps(norm), refine=refine,
+            epsilon=self.epsilon(norm), refine=refine,
         )  # fmt: skip
 
     # -- weights ---------------------------------------------------------------------------------------------------
-
-    def _vector_once(self, norm: Norm, layer: int | None) -> str:
-        return norm.name if self.graph.has(norm.name) else self.vector(norm.name, layer)
 
     def _require(
         self, names: Sequence[str], stem: str, layer: int | None, *, dtype: str | None = None, planes: bool = False

@@ -21,7 +21,7 @@ def genai_config(
 ) -> dict[str, Any]:
     """The configuration as a JSON-ready dictionary; sampling defaults are the checkpoint's own.
 
-    `session` names the execution provider and its options; None is the processor's.
+    `session` names the execution provider and its options; None is the CPU's.
     """
     providers = [] if session is None else [{session[0]: dict(session[1])}]
     search: dict[str, Any] = {"max_length": info.context_length, "min_length": 0, "past_present_share_buffer": True}

@@ -148,8 +148,7 @@ class CudaTarget(OnnxRuntimeTarget):
         del progress
         if ops == "native":
             raise ExportError(
-                "native operators are for processors: leave --ops out, or export with --target tensorrt for our own on "
-                "a GPU"
+                "native operators are for CPUs: leave --ops out, or export with --target tensorrt for our own on a GPU"
             )
         return "portable"
 

@@ -277,7 +277,7 @@ REFUSED = [
         {"dtype": "fp32"},
         r"no grouped-query attention in float32: export with --dtype float16 or bfloat16",
     ),
-    ("fox", "none", {"ops": "native"}, r"native operators are for processors: .* --target tensorrt"),
+    ("fox", "none", {"ops": "native"}, r"native operators are for CPUs: .* --target tensorrt"),
     ("fox", "fp8", {}, r"is fp8-row in this recipe, which .* do not have .*: export with --target tensorrt"),
     ("olmoe", "int4-g16-sym", {}, r"experts\.0\.gate_proj\.weight has groups of 16 weights, .* groups of 32, 64, 128"),
     ("fox", 'int4-g32-sym"\nkv = "int8', {}, r'kv = "int8", but portable operators have float16 caches only'),
