@@ -55,6 +55,16 @@ def positive_int(config: Mapping[str, Any], field: str, default: int | None = No
     return value
 
 
+def whole(config: Mapping[str, Any], field: str, default: int) -> int:
+    """Read a whole number >= 0; null counts as absent.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    value = config.get(field)
+    return 0 if type(value) is int and value == 0 else positive_int(config, field, default)
+
+
 def positive_float(config: Mapping[str, Any], field: str, default: float | None = None) -> float:
     """Read a number > 0; null counts as absent.
 

@@ -15,6 +15,8 @@ from edgelm.models.spec import EMBEDDING, HEAD, Attention, Block, Decoder, Dense
 
 Config = Mapping[str, Any]
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
 KEYS = frozenset(
     """
     vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size
@@ -22,6 +24,12 @@ KEYS = frozenset(
     """.split()  # noqa: SIM905 - names read better as prose
 )
 """The fields that `Shape` and the parts below read. Those about RoPE are read by `edgelm.models.rope`."""
+
+WINDOW_KEYS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
+"""The fields that `layer_windows` reads."""
+
+Blocks = tuple[Block, Block]
+"""The blocks of a layer of attention and a feed-forward part."""
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 """The usual names of gate, up and down."""
@@ -136,19 +144,51 @@ def moe(
     return MoE(router, stacked, active, normalize)
 
 
-def expert_counts(config: Config, experts: str) -> tuple[int, int]:
-    """Experts of a layer, from the field `experts`, and per token.
+def expert_counts(config: Config, *experts: str) -> tuple[int, int]:
+    """Experts of a layer, from the first of the fields `experts` that is there, and per token.
 
     Raises:
         CheckpointError: one is missing or impossible, or more are active than there are.
     """
-    count, active = fields.positive_int(config, experts), fields.positive_int(config, "num_experts_per_tok")
+    field = next((field for field in experts if config.get(field) is not None), experts[0])
+    count, active = fields.positive_int(config, field), fields.positive_int(config, "num_experts_per_tok")
     if active > count:
-        raise CheckpointError(f"config.json: num_experts_per_tok {active} is above {experts} {count}")
+        raise CheckpointError(f"config.json: num_experts_per_tok {active} is above {field} {count}")
     return count, active
 
 
-def pre_norm(shape: Shape, layer: int, attended: Attention, feed_forward: Dense | MoE) -> tuple[Block, Block]:
+def window(config: Config, context: int, default: int | None = None) -> int | None:
+    """The positions that attention sees, from `sliding_window`: null is all, and so is as many as the context.
+
+    Raises:
+        CheckpointError: it is no number above zero.
+    """
+    if "sliding_window" not in config and default is None:
+        return None
+    if config.get("sliding_window", default) is None:
+        return None
+    size = fields.positive_int(config, "sliding_window", default)
+    return size if size < context else None
+
+
+def layer_windows(config: Config, layers: int, context: int) -> list[int | None]:
+    """The window of each layer as Qwen has them: `layer_types`, or from `max_window_layers` on.
+
+    Raises:
+        CheckpointError: a field is impossible.
+    """
+    if not fields.boolean(config, "use_sliding_window", False):
+        return [None] * layers
+    size, first = window(config, context, 4096), fields.whole(config, "max_window_layers", 28)
+    kinds = config.get("layer_types") or [SLIDING if i >= first else FULL for i in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {FULL, SLIDING}:
+        raise CheckpointError(
+            f"config.json: layer_types is {fields.shortened(kinds)}; expected {layers} of {FULL} and {SLIDING}"
+        )
+    return [size if kind == SLIDING else None for kind in kinds]
+
+
+def pre_norm(shape: Shape, layer: int, attended: Attention, feed_forward: Dense | MoE) -> Blocks:
     """x += attention(norm(x)); x += feed_forward(norm(x)), as Llama has it."""
     stem = f"model.layers.{layer}"
     return (

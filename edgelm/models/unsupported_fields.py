@@ -8,6 +8,7 @@ from typing import Any
 from edgelm.errors import UnsupportedConfigError
 from edgelm.models import rope
 from edgelm.models.config_fields import shortened
+from edgelm.models.parts import FULL
 
 # Fields without influence on the logits: bookkeeping, training, storage, generation defaults, and what transformers 4
 # wrote into every config. Token ids are read by the tokenizer, which knows better (published configs get them wrong).
@@ -89,8 +90,6 @@ UNUSED: Mapping[str, tuple[str, tuple[object, ...]]] = {
 QUANTISED_BY = ("edgelm", "gptq", "awq", "compressed-tensors", "fp8")
 """Formats of quantised weights that `edgelm.quant.WeightSource` reads; it knows them closer."""
 
-_FULL = "full_attention"
-
 
 def not_implemented(config: Mapping[str, Any], read: Collection[str]) -> dict[str, str]:
     """Every field of `config` that may change the arithmetic and is not implemented: its name, value and meaning.
@@ -112,10 +111,10 @@ def not_implemented(config: Mapping[str, Any], read: Collection[str]) -> dict[st
                     f"quantization_config.quant_method {shortened(method)} (read are {', '.join(QUANTISED_BY)}: start "
                     "from the float checkpoint)"
                 )
-        elif key == "layer_types":
-            if value is not None and not (isinstance(value, list) and all(kind == _FULL for kind in value)):
-                kinds = sorted({str(kind) for kind in value} - {_FULL}) if isinstance(value, list) else [str(value)]
-                found[key] = f"layer_types {shortened(', '.join(kinds))} (layers other than {_FULL})"
+        elif key == "layer_types" and key not in read:
+            if value is not None and not (isinstance(value, list) and all(kind == FULL for kind in value)):
+                kinds = sorted({str(kind) for kind in value} - {FULL}) if isinstance(value, list) else [str(value)]
+                found[key] = f"layer_types {shortened(', '.join(kinds))} (layers other than {FULL})"
         elif key in read or key in HARMLESS or value is None:
             continue
         elif key not in UNUSED:

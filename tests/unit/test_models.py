@@ -88,7 +88,10 @@ def olmoe(choose: random.Random, seed: int, config: Config) -> Config:
     }
 
 
-GENERATORS: dict[str, Callable[[random.Random, int, Config], Config]] = {"llama": llama, "olmoe": olmoe}
+GENERATORS: dict[str, Callable[[random.Random, int, Config], Config]] = {
+    "llama": llama,
+    "olmoe": olmoe,
+}
 
 
 @cache
