@@ -57,6 +57,7 @@ class Family:
 FAMILIES = (
     Family("olmoe", "OlmoeForCausalLM", "OLMoE"),
     Family("llama", "LlamaForCausalLM", "Llama"),
+    Family("mistral", "MistralForCausalLM", "Mistral"),
 )
 
 FORMER_NAMES = {"fox": "llama"}

@@ -88,9 +88,14 @@ def olmoe(choose: random.Random, seed: int, config: Config) -> Config:
     }
 
 
+def mistral(choose: random.Random, seed: int, config: Config) -> Config:
+    return wide_heads(config, seed) | {"sliding_window": [None, 4, 9][seed % 3]}
+
+
 GENERATORS: dict[str, Callable[[random.Random, int, Config], Config]] = {
     "llama": llama,
     "olmoe": olmoe,
+    "mistral": mistral,
 }
 
 
