@@ -58,6 +58,7 @@ FAMILIES = (
     Family("olmoe", "OlmoeForCausalLM", "OLMoE"),
     Family("llama", "LlamaForCausalLM", "Llama"),
     Family("mistral", "MistralForCausalLM", "Mistral"),
+    Family("mixtral", "MixtralForCausalLM", "Mixtral"),
 )
 
 FORMER_NAMES = {"fox": "llama"}

@@ -92,10 +92,17 @@ def mistral(choose: random.Random, seed: int, config: Config) -> Config:
     return wide_heads(config, seed) | {"sliding_window": [None, 4, 9][seed % 3]}
 
 
+def mixtral(choose: random.Random, seed: int, config: Config) -> Config:
+    count, active = experts(choose, seed)
+    changes = {"num_local_experts": count, "num_experts_per_tok": active, "sliding_window": [None, 6][seed % 2]}
+    return wide_heads(config, seed) | changes
+
+
 GENERATORS: dict[str, Callable[[random.Random, int, Config], Config]] = {
     "llama": llama,
     "olmoe": olmoe,
     "mistral": mistral,
+    "mixtral": mixtral,
 }
 
 
