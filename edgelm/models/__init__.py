@@ -59,6 +59,7 @@ FAMILIES = (
     Family("llama", "LlamaForCausalLM", "Llama"),
     Family("mistral", "MistralForCausalLM", "Mistral"),
     Family("mixtral", "MixtralForCausalLM", "Mixtral"),
+    Family("qwen2", "Qwen2ForCausalLM", "Qwen2"),
 )
 
 FORMER_NAMES = {"fox": "llama"}

@@ -98,11 +98,17 @@ def mixtral(choose: random.Random, seed: int, config: Config) -> Config:
     return wide_heads(config, seed) | changes
 
 
+def qwen2(choose: random.Random, seed: int, config: Config) -> Config:
+    windows = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": seed % 3}
+    return config | (windows if seed % 3 == 0 else {"use_sliding_window": False, "sliding_window": 5})
+
+
 GENERATORS: dict[str, Callable[[random.Random, int, Config], Config]] = {
     "llama": llama,
     "olmoe": olmoe,
     "mistral": mistral,
     "mixtral": mixtral,
+    "qwen2": qwen2,
 }
 
 
