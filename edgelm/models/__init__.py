@@ -60,6 +60,7 @@ FAMILIES = (
     Family("mistral", "MistralForCausalLM", "Mistral"),
     Family("mixtral", "MixtralForCausalLM", "Mixtral"),
     Family("qwen2", "Qwen2ForCausalLM", "Qwen2"),
+    Family("qwen3", "Qwen3ForCausalLM", "Qwen3"),
 )
 
 FORMER_NAMES = {"fox": "llama"}

@@ -103,12 +103,17 @@ def qwen2(choose: random.Random, seed: int, config: Config) -> Config:
     return config | (windows if seed % 3 == 0 else {"use_sliding_window": False, "sliding_window": 5})
 
 
+def qwen3(choose: random.Random, seed: int, config: Config) -> Config:
+    return qwen2(choose, seed, config) | {"head_dim": choose.choice([4, 8, 10, 16])}
+
+
 GENERATORS: dict[str, Callable[[random.Random, int, Config], Config]] = {
     "llama": llama,
     "olmoe": olmoe,
     "mistral": mistral,
     "mixtral": mixtral,
     "qwen2": qwen2,
+    "qwen3": qwen3,
 }
 
 
