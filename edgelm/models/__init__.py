@@ -61,6 +61,7 @@ FAMILIES = (
     Family("mixtral", "MixtralForCausalLM", "Mixtral"),
     Family("qwen2", "Qwen2ForCausalLM", "Qwen2"),
     Family("qwen3", "Qwen3ForCausalLM", "Qwen3"),
+    Family("qwen3_moe", "Qwen3MoeForCausalLM", "Qwen3-MoE"),
 )
 
 FORMER_NAMES = {"fox": "llama"}

@@ -107,6 +107,19 @@ def qwen3(choose: random.Random, seed: int, config: Config) -> Config:
     return qwen2(choose, seed, config) | {"head_dim": choose.choice([4, 8, 10, 16])}
 
 
+def qwen3_moe(choose: random.Random, seed: int, config: Config) -> Config:
+    count, active = experts(choose, seed)
+    return config | {
+        "head_dim": choose.choice([4, 8, 10, 16]),
+        "num_experts": count,
+        "num_experts_per_tok": active,
+        "moe_intermediate_size": choose.choice([8, 20, 33]),
+        "norm_topk_prob": seed % 8 >= 4,
+        "decoder_sparse_step": 2 if seed % 7 == 5 else 1,
+        "mlp_only_layers": [0] if seed % 5 == 3 and config["num_hidden_layers"] > 1 else [],
+    }
+
+
 GENERATORS: dict[str, Callable[[random.Random, int, Config], Config]] = {
     "llama": llama,
     "olmoe": olmoe,
@@ -114,6 +127,7 @@ GENERATORS: dict[str, Callable[[random.Random, int, Config], Config]] = {
     "mixtral": mixtral,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
 }
 
 
