@@ -62,6 +62,7 @@ FAMILIES = (
     Family("qwen2", "Qwen2ForCausalLM", "Qwen2"),
     Family("qwen3", "Qwen3ForCausalLM", "Qwen3"),
     Family("qwen3_moe", "Qwen3MoeForCausalLM", "Qwen3-MoE"),
+    Family("olmo2", "Olmo2ForCausalLM", "OLMo-2"),
 )
 
 FORMER_NAMES = {"fox": "llama"}

@@ -120,6 +120,10 @@ def qwen3_moe(choose: random.Random, seed: int, config: Config) -> Config:
     }
 
 
+def olmo2(choose: random.Random, seed: int, config: Config) -> Config:
+    return config
+
+
 GENERATORS: dict[str, Callable[[random.Random, int, Config], Config]] = {
     "llama": llama,
     "olmoe": olmoe,
@@ -128,6 +132,7 @@ GENERATORS: dict[str, Callable[[random.Random, int, Config], Config]] = {
     "qwen2": qwen2,
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
+    "olmo2": olmo2,
 }
 
 
