@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from edgelm.errors import ExportError
 from edgelm.models.spec import Decoder, MoE
+from edgelm.runtimes.cuda.kernels.attention import HEAD_SIZES
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Capabilities:
     Attributes:
         title: for messages.
         head_multiple: what head sizes have to be multiples of.
-        largest_head: the largest head size; None for any.
+        head_sizes: those that there are; None for any multiple.
         windows: attention to the last positions only.
         instead: what to export with in place of it.
     """
@@ -28,7 +29,7 @@ class Capabilities:
     title: str
     head_multiple: int
     instead: str
-    largest_head: int | None = None
+    head_sizes: tuple[int, ...] | None = None
     windows: bool = False
 
 
@@ -40,7 +41,7 @@ PORTABLE = Capabilities(
     "--target cpu --ops native, which takes all even sizes",
     windows=True,
 )
-GPU = Capabilities("the GPU kernels", 2, "--target cpu")
+GPU = Capabilities("the GPU kernels", 2, "--target cpu", head_sizes=HEAD_SIZES)
 
 
 def missing(decoder: Decoder, has: Capabilities) -> Iterator[str]:
@@ -49,11 +50,13 @@ def missing(decoder: Decoder, has: Capabilities) -> Iterator[str]:
     if len(shapes) > 1:
         yield "config.json has layers with different heads (num_attention_heads, head_dim): one cache holds them all"
     size = decoder.attention[0].head_dim
-    if size % has.head_multiple or (has.largest_head is not None and size > has.largest_head):
-        most = "" if has.largest_head is None else f" up to {has.largest_head}"
+    if size % has.head_multiple or (has.head_sizes is not None and size not in has.head_sizes):
+        taken = f"multiples of {has.head_multiple}"
+        if has.head_sizes is not None:
+            taken = f"heads of {', '.join(map(str, has.head_sizes))}"
         yield (
             f"config.json has heads of {size} (head_dim, or hidden_size / num_attention_heads), {has.title} takes "
-            f"multiples of {has.head_multiple}{most}: export with {has.instead}"
+            f"{taken}: export with {has.instead}"
         )
     windows = {part.window for part in decoder.attention if part.window is not None}
     if windows and not has.windows:

@@ -1,4 +1,4 @@
-"""Configurations of both families small enough to export in a moment."""
+"""Configurations of every model, small enough to export in a moment."""
 
 from __future__ import annotations
 
@@ -42,6 +42,32 @@ FOX = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-5,
 }
-CONFIGS = {"olmoe": OLMOE, "fox": FOX}
+WIDE_HEADS = {**FOX, "head_dim": 64, "num_key_value_heads": 2}
+EXPERTS = {"num_experts_per_tok": 2, "intermediate_size": 64, "tie_word_embeddings": False}
+CONFIGS = {
+    "olmoe": OLMOE,
+    "fox": FOX,
+    "llama3": {
+        **FOX,
+        "rope_theta": 5e5,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "mistral": {**FOX, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
+    "mixtral": {
+        **FOX, **EXPERTS, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 8,
+    },
+    "qwen2": {**FOX, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    "qwen3": {**WIDE_HEADS, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+    "qwen3_moe": {
+        **WIDE_HEADS, **EXPERTS, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
+        "num_experts": 8, "moe_intermediate_size": 64, "norm_topk_prob": True,
+    },
+    "olmo2": {**FOX, "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "num_key_value_heads": 4},
+}  # fmt: skip
+LATER = tuple(CONFIGS)[2:]
+"""The models that came after the first two."""
 
 MakeCheckpoint = Callable[..., Path]

@@ -69,10 +69,10 @@ def test_every_reason_is_given_with_value_and_meaning(tmp_path: Path) -> None:
     ("change", "said"),
     [
         (
-            {"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
-            "'MistralForCausalLM' is not supported",
+            {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"},
+            "'Gemma3ForCausalLM' is not supported",
         ),
-        ({"architectures": None, "model_type": "qwen3"}, "model_type 'qwen3' is not supported"),
+        ({"architectures": None, "model_type": "gemma3"}, "model_type 'gemma3' is not supported"),
         ({"architectures": [3]}, "architectures is not a list of names"),
         ({"architectures": "LlamaForCausalLM"}, "architectures is not a list of names"),
     ],
