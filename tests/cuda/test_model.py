@@ -96,7 +96,7 @@ def test_is_a_renormalising_router_found_and_named(damaged: Path) -> None:
     assert not report.passed
     assert report.first_diverged_layer == 1
     assert report.cause is not None
-    assert "mixture" in report.cause
+    assert "MoE" in report.cause
 
 
 def test_are_logits_the_same_at_once_in_chunks_and_token_by_token(bundles: Bundles) -> None:
