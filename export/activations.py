@@ -65,7 +65,7 @@ class Activations:
         found: dict[str, str] = {}
         for name in names:
             if isinstance(source.scheme(name), self.scheme):
-                found[name] = self.low if _of_recipe(source, name) in self.low_for else self.high
+                found[name] = self.low if source.recipe.activations_for(name) in self.low_for else self.high
             elif self.others is not None:
                 found[name] = self.others
         return found
@@ -86,7 +86,7 @@ def static_scale(source: WeightSource, names: Sequence[str]) -> dict[str, float]
     The matrices of a matmul have the same inputs, so that their scales differ by what calibration saw alone: the
     largest clips nothing that one of them saw.
     """
-    if not all(_of_recipe(source, name) in STATIC_ACTIVATIONS for name in names):
+    if not all(source.recipe.activations_for(name) in STATIC_ACTIVATIONS for name in names):
         return {}
     scales = [scale for name in names if (scale := source.input_scale(name)) is not None]
     return {"input_scale": float(max(scales))} if len(scales) == len(names) else {}
@@ -106,7 +106,7 @@ _ON_GPU = {
 
 def notes_for_cpu(source: WeightSource) -> list[str]:
     """About static activations, where the recipe asks for them."""
-    asked = {_of_recipe(source, name) for name in source.static_inputs}
+    asked = source.activations().values()
     said = "; ".join(f"{kind}: {instead}" for kind, instead in _ON_CPU.items() if kind in asked)
     if not said:
         return []
@@ -124,10 +124,6 @@ def notes_for_cuda(source: WeightSource) -> list[str]:
 
 def notes_for_gpu(source: WeightSource) -> list[str]:
     """About all that become others."""
-    asked = {_of_recipe(source, name) for name in source.shapes if source.scheme(name) is not None}
+    asked = source.activations().values()
     said = "; ".join(f"in place of {kind}: {instead}" for kind, instead in _ON_GPU.items() if kind in asked)
     return [f"a GPU's bundle multiplies, {said}"] if said else []
-
-
-def _of_recipe(source: WeightSource, name: str) -> str:
-    return source.recipe.rule(name).activations or AUTO

@@ -108,7 +108,7 @@ def quantize_checkpoint(
 def _refuse_static(weights: WeightSource) -> None:
     static = weights.static_inputs
     if static:
-        kind = weights.recipe.rule(static[0]).activations
+        kind = weights.recipe.activations_for(static[0])
         raise RecipeError(
             f'the recipe "{weights.recipe.name}" has {kind} activations for {static[0]} ({len(static)} in all), whose '
             'scales are calibrated: quantise with --calibration, or choose "int8-token" or "fp8-token" in the recipe'

@@ -108,6 +108,10 @@ class Recipe:
         rule = self.rules[index]
         return replace(rule, activations=rule.activations or self.activations, method=rule.method or self.method)
 
+    def activations_for(self, tensor: str) -> str:
+        """Return what a matrix of that name is to be multiplied with, one of `ACTIVATIONS`."""
+        return self.rule(tensor).activations or AUTO
+
     def _matching(self, tensor: str) -> Iterator[int]:
         """Indices of the rules that match, in no order."""
         role = self.roles.get(tensor)

@@ -35,15 +35,8 @@ def activation_kinds(source: WeightSource, recipe: Recipe | None = None, *, auto
         RecipeError: there is no such kind.
     """
     kinds: dict[str, str] = {}
-    recipe = recipe or source.recipe
-    decoder = source.checkpoint.decoder
-    # A table that is no head is looked up, not multiplied.
-    looked_up = {decoder.embed.name} - {decoder.head.name}
-    for name in source.shapes:
-        if name in looked_up or source.scheme(name) is None:
-            continue
-        kind = recipe.rule(name).activations or AUTO
-        kind = auto if kind == AUTO else kind
+    for name, asked in source.activations(recipe).items():
+        kind = auto if asked == AUTO else asked
         if kind != FLOAT and kind not in DYNAMIC and kind not in STATIC:
             raise RecipeError(f"no activations {kind}: give {', '.join((FLOAT, *DYNAMIC, *STATIC))}")
         if kind != FLOAT:

@@ -240,7 +240,7 @@ class _Search:
         return self.recipe.scheme_for(name, self.checkpoint.shape(name))
 
     def _activations(self, name: str, scheme: AnyScheme) -> str:
-        kind = self.recipe.rule(name).activations or AUTO
+        kind = self.recipe.activations_for(name)
         if self.target == "weights":
             return FLOAT
         if kind in (AUTO, FLOAT):

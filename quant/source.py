@@ -198,19 +198,20 @@ class WeightSource:
         """Bytes of a tensor in the checkpoint, where it is stored whole or in quantised parts."""
         return self.checkpoint.info(name).nbytes if self._stored is None else self._stored.nbytes(name)
 
+    def activations(self, recipe: Recipe | None = None) -> dict[str, str]:
+        """What the quantised matrices are to be multiplied with, by their names: `Recipe.activations_for`.
+
+        `recipe` is asked in place of the source's own. A table that is no head is looked up, not multiplied.
+        """
+        decoder, recipe = self.checkpoint.decoder, recipe or self.recipe
+        looked_up = None if decoder.tied else decoder.embed.name
+        names = (name for name in self.shapes if name != looked_up and self.scheme(name) is not None)
+        return {name: recipe.activations_for(name) for name in names}
+
     @property
     def static_inputs(self) -> list[str]:
         """Quantised matrices that multiply what is rounded with one calibrated scale, by the recipe."""
-        # A table that is no head is looked up, not multiplied.
-        decoder = self.checkpoint.decoder
-        looked_up = None if decoder.tied else decoder.embed.name
-        return [
-            name
-            for name in self.shapes
-            if name != looked_up
-            and self.recipe.rule(name).activations in STATIC_ACTIVATIONS
-            and self.scheme(name) is not None
-        ]
+        return [name for name, kind in self.activations().items() if kind in STATIC_ACTIVATIONS]
 
     def input_scale(self, name: str) -> float | None:
         """Return the static scale of a matrix's inputs, x = code * scale, that is known; None for none.
