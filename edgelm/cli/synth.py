@@ -9,7 +9,7 @@ import click
 from edgelm.cli.common.options import json_option, need_export_extra, output_option, overwrite_option
 
 # Named here too, so that `edgelm synth --help` needs no torch.
-NAMES = ("olmoe-1b-7b", "fox-1-1.6b")
+NAMES = ("olmoe-1b-7b", "fox-1-1.6b", "llama-3.2-1b", "qwen3-0.6b", "qwen2.5-1.5b", "olmo-2-1b", "mistral-7b")
 
 
 @click.command()
@@ -21,8 +21,8 @@ NAMES = ("olmoe-1b-7b", "fox-1-1.6b")
 def synth(name: str, out: Path, seed: int, overwrite: bool, as_json: bool) -> None:
     """Write a random checkpoint with the tensors, shapes, types and files of a published model.
 
-    olmoe-1b-7b takes 13.8 GB, fox-1-1.6b 3.3 GB. It serves to measure export, speed and memory without a download; the
-    text it generates is noise.
+    Gigabytes: olmoe-1b-7b 13.8, fox-1-1.6b 3.3, llama-3.2-1b 2.5, qwen3-0.6b 1.2, qwen2.5-1.5b 3.1, olmo-2-1b 3.0,
+    mistral-7b 14.5. It serves to measure export, speed and memory without a download; the text it generates is noise.
     """
     import json
     import time

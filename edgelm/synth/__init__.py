@@ -36,7 +36,26 @@ BLOCK = 1 << 18  # values drawn at a time: half a megabyte, which stays in a cor
 SHARD_BYTES = 5_000_000_000  # transformers' "5GB", which the published checkpoints were saved with
 DISK_RESERVE = 64 << 20  # for tokenizer and index
 
-# The published config.json files.
+_LLAMA_LIKE: Mapping[str, Any] = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+}
+_QWEN_LIKE: Mapping[str, Any] = {
+    **_LLAMA_LIKE,
+    "eos_token_id": 151645,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+# The published config.json files; of the later models the fields that the arithmetic depends on.
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "olmoe-1b-7b": {
         "architectures": ["OlmoeForCausalLM"],
@@ -90,6 +109,92 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
         "torch_dtype": "bfloat16",
         "use_cache": True,
         "vocab_size": 256000,
+    },
+    "llama-3.2-1b": {
+        **_LLAMA_LIKE,
+        "architectures": ["LlamaForCausalLM"],
+        "eos_token_id": 128001,
+        "head_dim": 64,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+        "vocab_size": 128256,
+    },
+    "qwen3-0.6b": {
+        **_QWEN_LIKE,
+        "architectures": ["Qwen3ForCausalLM"],
+        "head_dim": 128,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "model_type": "qwen3",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "sliding_window": None,
+    },
+    "qwen2.5-1.5b": {
+        **{key: value for key, value in _QWEN_LIKE.items() if key != "attention_bias"},
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 21,
+        "model_type": "qwen2",
+        "num_attention_heads": 12,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 2,
+        "sliding_window": 32768,
+    },
+    "olmo-2-1b": {
+        **_LLAMA_LIKE,
+        "architectures": ["Olmo2ForCausalLM"],
+        "eos_token_id": 100257,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 4096,
+        "model_type": "olmo2",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 16,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 500000,
+        "tie_word_embeddings": False,
+        "vocab_size": 100352,
+    },
+    "mistral-7b": {
+        **{key: value for key, value in _LLAMA_LIKE.items() if key != "attention_bias"},
+        "architectures": ["MistralForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "vocab_size": 32768,
     },
 }
 PUBLISHED_DTYPE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -158,11 +263,14 @@ def _write_weights(
 
 
 def _write_tokenizer(config: dict[str, Any], folder: Path, *, renamed_eos: bool) -> None:
-    """Write the family's tokenizer and set the ids in `config` where they are absent or outside the vocabulary."""
+    """Write a tokenizer and set the ids in `config` where they are absent or outside the vocabulary.
+
+    It has OLMoE's layout where config.json names an end token and no begin token, and else Gemma's, as Fox-1 has it.
+    """
     vocab = config["vocab_size"]
     # OLMoE's 50304 rows are 24 more than its tokenizer has entries; a model may produce ids without a token.
     size = vocab - 24 if vocab >= synth_tokenizer.FIRST_WIDE_VOCAB else vocab
-    if family(config).name == "olmoe":
+    if family(config).name == "olmoe" or ("eos_token_id" in config and "bos_token_id" not in config):
         eos = config.get("eos_token_id")
         if not isinstance(eos, int) or not 1 < eos < size:
             eos = size - 1
@@ -240,7 +348,7 @@ def synth(
     """Write a full-size random checkpoint with the keys, dtype, sharding and config.json of the published one.
 
     Args:
-        name: "olmoe-1b-7b" (13.8 GB, laid out as OLMoE-1B-7B-0924) or "fox-1-1.6b" (3.3 GB).
+        name: of `PUBLISHED`: "olmoe-1b-7b" (13.8 GB, laid out as OLMoE-1B-7B-0924), "fox-1-1.6b" (3.3 GB), ...
         out: the folder to make.
         seed: same seed, same bytes.
         progress: gets the bytes written.
@@ -251,7 +359,7 @@ def synth(
         EdgeLMError: the folder exists, or the disk is full.
     """
     if name not in PUBLISHED:
-        raise CheckpointError(f"no model {name!r} to make; there are {' and '.join(PUBLISHED)}")
+        raise CheckpointError(f"no model {name!r} to make; there are {', '.join(PUBLISHED)}")
     config = dict(PUBLISHED[name])
     return _write(
         config, Path(out), seed, SHARD_BYTES, "BF16", progress or Silent(), renamed_eos=False, overwrite=overwrite
