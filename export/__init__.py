@@ -1,7 +1,7 @@
 """Checkpoint and recipe to bundle.
 
-`export_bundle` is the whole of it; `onnx_olmoe` and `onnx_fox` hold one family's graph each, `graph` and `weights` what
-both are built from.
+`export_bundle` is the whole of it. `graph` interprets a model's spec, `packing` lays out its weights, and a target
+(`onnxruntime`, `tensorrt`) says what a kind of device needs.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def measure(
     """Measure every unit of a float checkpoint.
 
     Args:
-        checkpoint: of either family.
+        checkpoint: float.
         windows: token ids, all of one length.
         schemes: candidates; a group that does not fit a matrix shrinks for it.
         about: a scheme of about the bits that will be chosen: how often experts are swapped depends on it. None is
