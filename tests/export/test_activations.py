@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
-from tiny_models import FLAVOURS, MakeCheckpoint
+from tiny_models import OPERATOR_SETS, MakeCheckpoint
 
 from edgelm.bundle import Bundle
 from edgelm.checkpoint import Checkpoint
@@ -27,7 +27,7 @@ SHORT = GoldenOptions(prompts=(Prompt("short", "The quick brown fox"),), greedy_
 IDS = np.random.default_rng(3).integers(4, 600, 40).tolist()
 ROUTER = '[[rule]]\nmatch = "*.mlp.gate.weight"\nscheme = "float"\n'
 
-needs_native = pytest.mark.skipif("native" not in FLAVOURS, reason="needs the compiled operators")
+needs_native = pytest.mark.skipif("native" not in OPERATOR_SETS, reason="needs the compiled operators")
 
 
 def recipe(scheme: str, activations: str, rules: str = ROUTER) -> Recipe:
@@ -113,7 +113,7 @@ def test_a_head_with_float_activations_is_not_read_by_halves(checkpoint: MakeChe
         assert (attributes(bundle, "refine")["logits"] > 0) == refined  # type: ignore[operator]  # an int
 
 
-@pytest.mark.parametrize("ops", FLAVOURS)
+@pytest.mark.parametrize("ops", OPERATOR_SETS)
 def test_experts_of_a_layer_must_agree(checkpoint: MakeCheckpoint, tmp_path: Path, ops: str) -> None:
     rules = rule("*.layers.1.mlp.experts.3.*", "int4-g32-sym", "float") + ROUTER
     with pytest.raises(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from tiny_models import FLAVOURS, MakeCheckpoint
+from tiny_models import OPERATOR_SETS, MakeCheckpoint
 
 from edgelm.bundle import Bundle
 from edgelm.checkpoint import Checkpoint
@@ -24,7 +24,7 @@ IDS = [3, 1, 4, 1, 5]
 WEIGHTS = "model.onnx.data"
 
 
-@pytest.fixture(scope="module", params=FLAVOURS)
+@pytest.fixture(scope="module", params=OPERATOR_SETS)
 def exported(
     request: pytest.FixtureRequest, checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from tiny_models import FLAVOURS, MakeCheckpoint
+from tiny_models import OPERATOR_SETS, MakeCheckpoint
 
 import edgelm
 from edgelm.bundle import Bundle, sha256_of
@@ -233,7 +233,7 @@ def test_without_compiled_operators_the_export_is_portable_and_says_what_is_lost
     assert any("slower and with more memory" in note and "C++ compiler" in note for note in notes)
 
 
-@pytest.mark.skipif("native" not in FLAVOURS, reason="needs the compiled operators")
+@pytest.mark.skipif("native" not in OPERATOR_SETS, reason="needs the compiled operators")
 def test_with_compiled_operators_the_export_is_native(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     assert export_bundle(checkpoint("fox"), tmp_path / "b", options=OPTIONS).manifest.ops == "native"
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from tiny_models import FLAVOURS, MakeCheckpoint
+from tiny_models import OPERATOR_SETS, MakeCheckpoint
 
 import edgelm
 from edgelm.bundle import Bundle, CalibrationInfo, ExpertFallback
@@ -28,7 +28,7 @@ from edgelm.quant.checkpoint import quantize_checkpoint
 from edgelm.quant.recipe import Recipe
 
 SHORT = GoldenOptions(prompts=(Prompt("short", "The quick brown fox"),), greedy_tokens=2)
-OPTIONS = ExportOptions(golden=SHORT, threads=1, ops=FLAVOURS[0])
+OPTIONS = ExportOptions(golden=SHORT, threads=1, ops=OPERATOR_SETS[0])
 SMALL = {"num_experts": 6, "num_experts_per_tok": 2}
 
 
@@ -189,7 +189,7 @@ def test_what_cannot_be_exported_is_refused_before_the_calibration(
 
 
 def test_the_command_line_goes_the_same_way(bundle: Bundle, float_checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    base = [str(float_checkpoint), "-o", str(tmp_path / "b"), "--ops", FLAVOURS[0], "--threads", "1", "--json"]
+    base = [str(float_checkpoint), "-o", str(tmp_path / "b"), "--ops", OPERATOR_SETS[0], "--threads", "1", "--json"]
     given = [*base, "--greedy-tokens", "2", "--calibration", str(text), "--samples", "48", "--sample-length", "24"]
     done = CliRunner().invoke(export_command, given)
     assert done.exit_code == 0, done.output

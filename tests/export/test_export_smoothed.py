@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from tiny_models import FLAVOURS, MakeCheckpoint
+from tiny_models import OPERATOR_SETS, MakeCheckpoint
 
 import edgelm
 from edgelm.bundle import Bundle
@@ -26,7 +26,7 @@ from edgelm.quant.calibration import CalibrationOptions, CalibrationReport, cali
 from edgelm.quant.calibration import run as running
 
 SHORT = GoldenOptions(prompts=(Prompt("short", "The quick brown fox"),), greedy_tokens=2)
-OPTIONS = ExportOptions(golden=SHORT, threads=1, ops=FLAVOURS[0])
+OPTIONS = ExportOptions(golden=SHORT, threads=1, ops=OPERATOR_SETS[0])
 SMALL = {"olmoe": {"num_experts": 6, "num_experts_per_tok": 2}, "fox": {}}
 FAMILIES = pytest.mark.parametrize("family", SMALL)
 
@@ -137,7 +137,7 @@ def test_static_activations_of_a_processor_need_no_scales_and_it_says_so(
 
 
 def test_the_command_smooths(checkpoint: MakeCheckpoint, text: Path, tmp_path: Path) -> None:
-    base = [str(checkpoint("fox")), "-o", str(tmp_path / "b"), "--ops", FLAVOURS[0], "--threads", "1", "--json"]
+    base = [str(checkpoint("fox")), "-o", str(tmp_path / "b"), "--ops", OPERATOR_SETS[0], "--threads", "1", "--json"]
     base += ["--greedy-tokens", "1", "--recipe", "int8", "--smooth", "weights"]
     assert CliRunner().invoke(export_command, base).exit_code == 2
     given = ["--calibration", str(text), "--samples", "24", "--sample-length", "24"]

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from foreign_writers import STYLES, Written, linear, write_foreign
 from test_graph_computes_the_reference import check
-from tiny_models import FLAVOURS, MakeCheckpoint
+from tiny_models import OPERATOR_SETS, MakeCheckpoint
 
 from edgelm.bundle import Bundle
 from edgelm.checkpoint import Checkpoint
@@ -63,7 +63,7 @@ def computes(bundle: Bundle, made: Written, tolerance: float = 2e-5) -> None:
     check(bundle.path, model, tolerance)
 
 
-@pytest.mark.skipif("native" not in FLAVOURS, reason="needs the compiled operators")
+@pytest.mark.skipif("native" not in OPERATOR_SETS, reason="needs the compiled operators")
 @pytest.mark.parametrize("style", NATIVE)
 @pytest.mark.parametrize("model", ["olmoe", "fox"])
 def test_native_bundles_compute_with_its_weights(

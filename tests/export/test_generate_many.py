@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tiny_models import FLAVOURS, MakeCheckpoint
+from tiny_models import OPERATOR_SETS, MakeCheckpoint
 
 import edgelm
 from edgelm.bundle import Bundle
@@ -23,7 +23,7 @@ from edgelm.runtimes.onnxruntime.native import NativeBatch, NativeRuntime
 
 SHORT = GoldenOptions(prompts=(Prompt("short", "The quick brown fox"),), greedy_tokens=2)
 PROMPTS: list[str | list[int]] = ["one", "two and a half prompts", "def f(x):\n    return", [5, 6, 7, 8], "x" * 60, "Z"]
-native = pytest.mark.skipif("native" not in FLAVOURS, reason="needs the compiled operators")
+native = pytest.mark.skipif("native" not in OPERATOR_SETS, reason="needs the compiled operators")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def bundles(checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory
             checkpoint(name), folder / f"{name}-{ops}", recipe=recipe, options=ExportOptions(golden=SHORT, ops=ops)
         )
         for name, recipe, ops in wanted
-        if ops in FLAVOURS
+        if ops in OPERATOR_SETS
     }
 
 

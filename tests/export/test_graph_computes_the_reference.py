@@ -15,7 +15,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
-from tiny_models import FLAVOURS, MakeCheckpoint
+from tiny_models import OPERATOR_SETS, MakeCheckpoint
 
 from edgelm.checkpoint import Checkpoint
 from edgelm.export import ExportOptions
@@ -49,7 +49,7 @@ def recipe(scheme: str, family_name: str, activations: str = "auto") -> Recipe:
     return Recipe.from_toml(top + rules, "test")
 
 
-@pytest.fixture(params=FLAVOURS)
+@pytest.fixture(params=OPERATOR_SETS)
 def ops(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -192,7 +192,7 @@ def test_int8_of_the_dense_model_in_float_activation_mode(
     check(tmp_path, model, 2e-5)
 
 
-NATIVE = pytest.mark.skipif("native" not in FLAVOURS, reason="needs the compiled operators")
+NATIVE = pytest.mark.skipif("native" not in OPERATOR_SETS, reason="needs the compiled operators")
 
 
 @NATIVE

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from test_graph_computes_the_reference import check, write_graph
-from tiny_models import CONFIGS, FLAVOURS, LATER, MakeCheckpoint
+from tiny_models import CONFIGS, LATER, OPERATOR_SETS, MakeCheckpoint
 
 from edgelm.errors import ExportError
 from edgelm.export import ExportOptions, export_bundle
@@ -25,7 +25,7 @@ from edgelm.quant.scheme import Scheme
 
 GOLDEN = GoldenOptions(prompts=(Prompt("a", "def f(x):\n    return x"), Prompt("b", "import os")), greedy_tokens=4)
 models = pytest.mark.parametrize("name", LATER)
-operators = pytest.mark.parametrize("ops", FLAVOURS)
+operators = pytest.mark.parametrize("ops", OPERATOR_SETS)
 
 
 def test_every_family_is_among_the_models() -> None:
@@ -67,7 +67,7 @@ def test_a_window_is_refused_by_ours_with_what_to_do(
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.skipif("native" not in FLAVOURS, reason="needs the compiled operators")
+@pytest.mark.skipif("native" not in OPERATOR_SETS, reason="needs the compiled operators")
 @models
 def test_an_int4_bundle_passes_parity_on_the_cpu(tmp_path: Path, checkpoint: MakeCheckpoint, name: str) -> None:
     options = ExportOptions(ops="native", golden=GOLDEN)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
-from tiny_models import FLAVOURS, MakeCheckpoint
+from tiny_models import OPERATOR_SETS, MakeCheckpoint
 
 import edgelm
 from edgelm.bundle import Bundle
@@ -32,7 +32,7 @@ from edgelm.quant.recipe import KV_TYPES as RECIPE_KV_TYPES
 from edgelm.quant.recipe import Recipe
 from edgelm.runtimes import Runtime, open_batch, open_runtime, open_tracing
 
-pytestmark = pytest.mark.skipif("native" not in FLAVOURS, reason="needs the compiled operators")
+pytestmark = pytest.mark.skipif("native" not in OPERATOR_SETS, reason="needs the compiled operators")
 
 SHORT = GoldenOptions(prompts=(Prompt("short", "The quick brown fox"),), greedy_tokens=2)
 IDS = np.random.default_rng(3).integers(4, 600, 60).tolist()

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 from test_graph_computes_the_reference import check, check_rounded, recipe, write_graph
-from tiny_models import FLAVOURS, MakeCheckpoint
+from tiny_models import OPERATOR_SETS, MakeCheckpoint
 
 from edgelm.errors import ExportError
 from edgelm.export.packing.gpu import gpu_format
 from edgelm.quant.recipe import Recipe, Rule
 from edgelm.quant.scheme import parse_scheme
 
-NATIVE = pytest.mark.skipif("native" not in FLAVOURS, reason="needs the compiled operators")
+NATIVE = pytest.mark.skipif("native" not in OPERATOR_SETS, reason="needs the compiled operators")
 
 # hidden size, width of the (experts') feed-forward, heads, key and value heads, vocabulary; of OLMoE a head's size
 # follows. Of Fox it is its own, and the hidden size may be odd.
@@ -86,7 +86,7 @@ def test_portable_operators_refuse_by_name_width_and_field_and_the_advice_works(
     )
     with pytest.raises(ExportError, match=refused):
         write_graph(tmp_path, path, chosen, "float32", "portable")
-    if "native" in FLAVOURS:
+    if "native" in OPERATOR_SETS:
         (tmp_path / "native").mkdir()
         _, model = write_graph(tmp_path / "native", path, replace(chosen, activations="float"), "float32", "native")
         check(tmp_path / "native", model, 2e-5)

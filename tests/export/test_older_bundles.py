@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_models import FLAVOURS
+from tiny_models import OPERATOR_SETS
 
 from edgelm.bundle import Bundle
 from edgelm.parity.check import check_parity
@@ -31,7 +31,7 @@ def test_every_field_of_their_manifests_is_understood() -> None:
     assert gpu.manifest.calibration.smoothing == "activations"
 
 
-@pytest.mark.skipif("native" not in FLAVOURS, reason="needs the compiled operators")
+@pytest.mark.skipif("native" not in OPERATOR_SETS, reason="needs the compiled operators")
 def test_does_one_for_the_cpu_still_pass_parity() -> None:
     report = check_parity(BUNDLES / "olmoe-cpu")
     assert report.passed, report

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from tiny_models import FLAVOURS, FOX, OLMOE
+from tiny_models import FOX, OLMOE, OPERATOR_SETS
 
 from edgelm.bundle import Bundle
 from edgelm.checkpoint import Checkpoint
@@ -69,7 +69,8 @@ def test_a_head_size_that_attention_refuses_is_refused_first(tmp_path: Path, siz
 
 
 @pytest.mark.parametrize(
-    ("ops", "size"), [(ops, size) for ops in FLAVOURS for size in (2, 24, 16, 48) if ops == "native" or size % 16 == 0]
+    ("ops", "size"),
+    [(ops, size) for ops in OPERATOR_SETS for size in (2, 24, 16, 48) if ops == "native" or size % 16 == 0],
 )
 def test_other_head_sizes_compute_the_reference(tmp_path: Path, size: int, ops: str) -> None:
     bundle = exported(tmp_path, heads_of(size), PRESETS["none"], ops)
@@ -166,7 +167,7 @@ def test_a_bundle_says_the_least_onnxruntime(
                 assert written.get(attribute) != default, f"{node.name}: {attribute} is at its default"
 
 
-@pytest.mark.skipif("native" not in FLAVOURS, reason="needs the compiled operators")
+@pytest.mark.skipif("native" not in OPERATOR_SETS, reason="needs the compiled operators")
 def test_native_bundles_need_what_edgelm_needs(tmp_path: Path) -> None:
     bundle = exported(tmp_path, FOX, PRESETS["int4"], "native")
     assert bundle.manifest.requires == ()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FLAVOURS, MakeCheckpoint
+from tiny_models import OPERATOR_SETS, MakeCheckpoint
 
 import edgelm
 from edgelm.bundle import Bundle
@@ -41,7 +41,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-CASES = (f"olmoe-tiny int4 cpu {FLAVOURS[0]}", "fox-tiny int8 cpu portable", "olmoe-tiny int4 cuda auto")
+CASES = (f"olmoe-tiny int4 cpu {OPERATOR_SETS[0]}", "fox-tiny int8 cpu portable", "olmoe-tiny int4 cuda auto")
 
 
 def export_elsewhere(folder: Path, threads: int, **environment: str) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgelm.runtimes.onnxruntime.native_library import library_path
 
-FLAVOURS = ("native", "portable") if library_path() is not None else ("portable",)
+OPERATOR_SETS = ("native", "portable") if library_path() is not None else ("portable",)
 """The operators that bundles can be run with here."""
 
 OLMOE = {

@@ -1,4 +1,4 @@
-"""Bundles of the tiny trained checkpoints, exported once a session, in every flavour that can run here."""
+"""Bundles of the tiny trained checkpoints, exported once a session, with every operator set that can run here."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from edgelm.runtimes.onnxruntime.native_library import library_path
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 
 
-FLAVOURS = ("native", "portable") if library_path() is not None else ("portable",)
+OPERATOR_SETS = ("native", "portable") if library_path() is not None else ("portable",)
 
 
 @pytest.fixture(scope="session")
-def flavour():
+def ops():
     """The operators of the bundles; a module that wants more than the first overrides this."""
-    return FLAVOURS[0]
+    return OPERATOR_SETS[0]
 
 
 @pytest.fixture(scope="session")
 def export(tiny_bundle):
-    """Function (model, recipe, flavour) to the folder of a healthy bundle."""
+    """Function (model, recipe, ops) to the folder of a healthy bundle."""
     return tiny_bundle
 
 
 @pytest.fixture(scope="session")
-def exported(export, flavour):
+def exported(export, ops):
     """Function (model, recipe) to the folder of a healthy bundle."""
-    return lambda model, recipe: export(model, recipe, flavour)
+    return lambda model, recipe: export(model, recipe, ops)
 
 
 @pytest.fixture

@@ -27,10 +27,10 @@ from edgelm.parity.report import render
 from edgelm.runtimes import open_runtime
 
 from . import damage
-from .conftest import CHECKPOINTS, FLAVOURS
+from .conftest import CHECKPOINTS, OPERATOR_SETS
 
 # Types that portable operators do not have.
-NATIVE_SCHEMES = ["int3-g32-sym", "int5-g64-asym", "int6-g32-sym", "fp8-b32"] if "native" in FLAVOURS else []
+NATIVE_SCHEMES = ["int3-g32-sym", "int5-g64-asym", "int6-g32-sym", "fp8-b32"] if "native" in OPERATOR_SETS else []
 IMPORT_ROOT = Path(edgelm.__file__).parents[1]
 EXPORT_ONLY = ("torch", "onnx", "safetensors", "huggingface_hub", "transformers")
 
@@ -86,7 +86,7 @@ def test_recipes_of_ones_own_pass_by_the_limits_of_their_kind(tmp_path, scheme):
     assert report.kind == scheme.split("-")[0]
 
 
-@pytest.mark.skipif("native" not in FLAVOURS, reason="portable operators have one type for the experts of a layer")
+@pytest.mark.skipif("native" not in OPERATOR_SETS, reason="portable operators have one type for the experts of a layer")
 def test_experts_of_every_width_side_by_side_pass(tmp_path):
     from edgelm.bundle import Bundle
     from edgelm.cli.inspect import packed_groups
@@ -220,7 +220,7 @@ def wild(tmp_path_factory):
             if value.ndim == 1 and "self_attn" not in name:
                 value[[3, 17, 24]] *= 8
             writer.write(name, value * (1 if value.ndim == 1 or "embed" in name else 2))
-    options = ExportOptions(ops=FLAVOURS[0])
+    options = ExportOptions(ops=OPERATOR_SETS[0])
     return export_bundle(folder, root / "b", recipe="int4", options=options).path
 
 
@@ -261,7 +261,7 @@ def test_a_bundle_whose_pack_has_no_rounded_record_is_judged_by_the_fixed_limits
     assert (found["logits.error"], found["logits.kl_mean"]) == (LIMITS["int4"].logit_error, LIMITS["int4"].kl_mean)
 
 
-@pytest.mark.skipif("native" not in FLAVOURS, reason="portable caches are float32")
+@pytest.mark.skipif("native" not in OPERATOR_SETS, reason="portable caches are float32")
 def test_a_coarser_cache_than_the_simulated_one_has_limits_no_narrower_than_the_fixed_ones(exported):
     report = check_parity(exported("olmoe", "int4"), threads=1, kv="int8")
     assert report.passed, [(check.name, check.value, check.limit) for check in report.failures]
@@ -390,7 +390,7 @@ def test_a_checkpoint_quantised_otherwise_is_refused(exported, tmp_path):
         check_parity(exported("fox", "int4"), threads=1, checkpoint=tmp_path / "q8")
 
 
-@pytest.mark.skipif(FLAVOURS[0] != "native", reason="needs the compiled operators")
+@pytest.mark.skipif(OPERATOR_SETS[0] != "native", reason="needs the compiled operators")
 def test_a_large_head_that_is_read_by_halves_while_decoding_passes(tmp_path):
     """With more than 128 tiles of 32 tokens improbable ones get noise in decoding, which is no fault of the device."""
     from edgelm.export import ExportOptions, export_bundle

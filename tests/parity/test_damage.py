@@ -13,14 +13,14 @@ from edgelm.parity.check import check_parity
 from edgelm.parity.pack import ParityPack
 
 from . import damage
-from .conftest import FLAVOURS
+from .conftest import OPERATOR_SETS
 
 MODELS = ("olmoe", "fox")
 RECIPES = ("int4", "int8", "none")
 
 
-@pytest.fixture(params=FLAVOURS, scope="session")
-def flavour(request):
+@pytest.fixture(params=OPERATOR_SETS, scope="session")
+def ops(request):
     return request.param
 
 
@@ -235,7 +235,7 @@ def test_weights_that_are_no_numbers_fail(copied):
     assert_caught(report, 2, EVERY_LOGIT | {"head"} | layers)
 
 
-@pytest.mark.skipif("native" not in FLAVOURS, reason="needs the compiled operators")
+@pytest.mark.skipif("native" not in OPERATOR_SETS, reason="needs the compiled operators")
 @pytest.mark.parametrize(
     ("tensor", "position", "message"),
     [
@@ -246,8 +246,8 @@ def test_weights_that_are_no_numbers_fail(copied):
         ("model.embed_tokens.weight", 5, r"QuantEmbedding model\.embed_tokens\.weight"),
     ],
 )
-def test_a_damaged_header_of_packed_weights_is_refused_by_name(copied, flavour, tensor, position, message):
-    if flavour != "native":
+def test_a_damaged_header_of_packed_weights_is_refused_by_name(copied, ops, tensor, position, message):
+    if ops != "native":
         pytest.skip("portable weights have no headers")
     folder = copied("olmoe", "int4")
     damage.flip_byte(folder, tensor, position)

@@ -10,7 +10,7 @@ import pytest
 import edgelm.runtimes
 from edgelm.parity.check import check_parity
 
-from .conftest import FLAVOURS
+from .conftest import OPERATOR_SETS
 
 
 def one_position_early(model, decode):
@@ -75,15 +75,19 @@ def judge(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("model", "flavour", "fault"),
+    ("model", "ops", "fault"),
     [
-        *((model, FLAVOURS[0], fault) for model in ("olmoe", "fox") for fault in (one_position_early, row_not_written)),
-        ("olmoe", FLAVOURS[-1], one_position_early),
-        ("fox", FLAVOURS[0], stale_row),
+        *(
+            (model, OPERATOR_SETS[0], fault)
+            for model in ("olmoe", "fox")
+            for fault in (one_position_early, row_not_written)
+        ),
+        ("olmoe", OPERATOR_SETS[-1], one_position_early),
+        ("fox", OPERATOR_SETS[0], stale_row),
     ],
 )
-def test_a_fault_of_decoding_alone_is_caught_and_named(export, judge, model, flavour, fault):
-    report = judge(export(model, "int4", flavour), fault)
+def test_a_fault_of_decoding_alone_is_caught_and_named(export, judge, model, ops, fault):
+    report = judge(export(model, "int4", ops), fault)
     assert {check.name for check in report.failures} == {"greedy.tokens", "greedy.error", "greedy.kl"}
     assert report.first_diverged_layer is None
     assert report.cause.startswith("decoding only")
