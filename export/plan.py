@@ -157,10 +157,25 @@ def make_plan(
         ExportError: the target cannot hold or compute what the recipe asks for.
     """
     decoder = source.checkpoint.decoder
+    info = model_info(decoder, source.checkpoint.source_id)
+    dtype = float_dtype(source, options, target)
+    ops = target.operator_set(options.ops, progress)
+    capabilities.check(decoder, target.capabilities(ops))
+    return Plan(
+        info=info,
+        ops=ops,
+        tokens=TokenIds(tokenizer.bos_id, tuple(tokenizer.eos_ids), tokenizer.pad_id),
+        dtype=dtype,
+        graphs=target.build(GraphRequest(source, decoder, info, ops, dtype)),
+    )
+
+
+def model_info(decoder: Decoder, name: str) -> ModelInfo:
+    """What a manifest says of a model."""
     attention, moe = decoder.attention[0], decoder.first_moe
-    info = ModelInfo(
+    return ModelInfo(
         family=decoder.family,
-        name=source.checkpoint.source_id,
+        name=name,
         hidden_size=decoder.hidden_size,
         num_layers=decoder.num_layers,
         num_heads=attention.heads,
@@ -172,16 +187,6 @@ def make_plan(
         num_experts=decoder.num_experts,
         experts_per_token=decoder.active_experts,
         norm_topk_prob=moe is not None and moe.normalize,
-    )
-    dtype = float_dtype(source, options, target)
-    ops = target.operator_set(options.ops, progress)
-    capabilities.check(decoder, target.capabilities(ops))
-    return Plan(
-        info=info,
-        ops=ops,
-        tokens=TokenIds(tokenizer.bos_id, tuple(tokenizer.eos_ids), tokenizer.pad_id),
-        dtype=dtype,
-        graphs=target.build(GraphRequest(source, decoder, info, ops, dtype)),
     )
 
 

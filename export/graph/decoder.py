@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 from edgelm.bundle import ModelInfo
 from edgelm.export.graph.base import LayerOps, WeightGraph
@@ -12,42 +12,8 @@ from edgelm.models.spec import Attention, Block, Decoder, Dense, Matrix, MoE, No
 from edgelm.quant.source import WeightSource
 
 
-class OperatorDecoder(Protocol):
-    """Operators that a decoder's layers are built of; each method adds one and returns its result's name."""
-
-    def embedding(self, table: Matrix) -> str:
-        """The residual stream's start, `hidden.0`."""
-
-    def linear(
-        self,
-        x: str,
-        matrices: Sequence[Matrix],
-        out: str,
-        *,
-        norm: Norm | None = None,
-        residual: str = "",
-        swiglu: bool = False,
-    ) -> str:
-        """x, normed first, times the rows of all matrices; a residual is added, or the result is silu(gate) * up."""
-
-    def attention(self, part: Attention, qkv: str, out: str, layer: int) -> str:
-        """Grouped-query attention over the in-place cache, of queries, keys and values side by side."""
-
-    def moe(self, part: MoE, x: str, out: str, layer: int, norm: Norm | None, *, residual: bool) -> str:
-        """A MoE of x, normed first; with `residual` x itself is added."""
-
-    def norm(self, x: str, norm: Norm, out: str, layer: int, residual: str) -> str:
-        """residual + RMSNorm(x)."""
-
-    def head(self, x: str, norm: Norm, matrix: Matrix) -> None:
-        """Logits of the residual stream x."""
-
-    def hidden(self, index: int) -> str:
-        """The name of the residual stream before layer `index`; the debug graph returns it."""
-
-
-class DecoderOps(LayerOps):
-    """What both kinds of our own operators have in common.
+class OperatorDecoder(LayerOps, ABC):
+    """Our own operators, of which a decoder's layers are built; each method adds one and returns its result's name.
 
     Args:
         graph: the graph to add to.
@@ -78,6 +44,43 @@ class DecoderOps(LayerOps):
     def epsilon(self, norm: Norm | None) -> float:
         """An operator without a norm has the model's epsilon: the attribute is never left out."""
         return self.decoder.norm.eps if norm is None else norm.eps
+
+    @abstractmethod
+    def embedding(self, table: Matrix) -> str:
+        """The residual stream's start, `hidden.0`."""
+
+    @abstractmethod
+    def linear(
+        self,
+        x: str,
+        matrices: Sequence[Matrix],
+        out: str,
+        *,
+        norm: Norm | None = None,
+        residual: str = "",
+        swiglu: bool = False,
+    ) -> str:
+        """x, normed first, times the rows of all matrices; a residual is added, or the result is silu(gate) * up."""
+
+    @abstractmethod
+    def attention(self, part: Attention, qkv: str, out: str, layer: int) -> str:
+        """Grouped-query attention over the in-place cache, of queries, keys and values side by side."""
+
+    @abstractmethod
+    def moe(self, part: MoE, x: str, out: str, layer: int, norm: Norm | None, *, residual: bool) -> str:
+        """A MoE of x, normed first; with `residual` x itself is added."""
+
+    @abstractmethod
+    def norm(self, x: str, norm: Norm, out: str, layer: int, residual: str) -> str:
+        """residual + RMSNorm(x)."""
+
+    @abstractmethod
+    def head(self, x: str, norm: Norm, matrix: Matrix) -> None:
+        """Logits of the residual stream x."""
+
+    @abstractmethod
+    def hidden(self, index: int) -> str:
+        """The name of the residual stream before layer `index`; the debug graph returns it."""
 
 
 def build(model: OperatorDecoder, decoder: Decoder) -> None:

@@ -25,7 +25,7 @@ from edgelm.bundle.gpu_layout import ROWS, GpuMatrix
 from edgelm.errors import ExportError
 from edgelm.export.activations import GPU, static_scale
 from edgelm.export.graph.base import stored_as
-from edgelm.export.graph.decoder import DecoderOps
+from edgelm.export.graph.decoder import OperatorDecoder
 from edgelm.export.graph.program_builder import ProgramBuilder
 from edgelm.export.packing.contents import gpu
 from edgelm.export.packing.gpu import (
@@ -50,7 +50,7 @@ EXACT: Mapping[str, Attribute] = {"activation": _F32, "output": _F32, "kv": "flo
 """Attributes of the debug program."""
 
 
-class GpuDecoder(DecoderOps):
+class GpuDecoder(OperatorDecoder):
     """The operators that a decoder's layers are built of.
 
     Args:

@@ -27,7 +27,7 @@ from edgelm.bundle.cpu_layout import HEADER_BYTES, REFINE, TILE, Kind, PackedMat
 from edgelm.errors import ExportError
 from edgelm.export.activations import CPU, INT8, rounded
 from edgelm.export.graph.base import stored_as
-from edgelm.export.graph.decoder import DecoderOps
+from edgelm.export.graph.decoder import OperatorDecoder
 from edgelm.export.graph.onnx_builder import Dims, GraphBuilder, int64
 from edgelm.export.packing.contents import packed, packed_experts
 from edgelm.export.packing.cpu import Format, common_format, float_format, pack_codes, pack_floats, stacked
@@ -41,7 +41,7 @@ ACTIVATION_BLOCK = 32
 """Columns that share a scale where activations are int8 (QuantBlock in math_impl.h)."""
 
 
-class NativeDecoder(DecoderOps):
+class NativeDecoder(OperatorDecoder):
     """A decoder's inputs and outputs, and the operators that a family's layers are built of.
 
     Args:

@@ -12,13 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.bundle import ModelInfo
 from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.export.graph.base import rotary_tables
-from edgelm.export.graph.decoder import build
-from edgelm.export.graph.gpu import EXACT, GpuDecoder
-from edgelm.export.graph.program_builder import ProgramBuilder
-from edgelm.export.packing.weights_file import WeightsPlan
+from edgelm.export.plan import GraphRequest, model_info
+from edgelm.export.tensorrt.target import TensorrtTarget
 from edgelm.models import decoder as decoder_of
 from edgelm.models.rope import inverse_frequencies
 from edgelm.models.spec import Rope
@@ -26,7 +23,7 @@ from edgelm.quant.recipe import Recipe
 from edgelm.quant.scheme import Fp8Scheme, Scheme
 from edgelm.runtimes.cuda.device import Device
 from edgelm.runtimes.cuda.executor import Executor, Layout, Sizes
-from edgelm.runtimes.cuda.program import Node, Program, matrix_of
+from edgelm.runtimes.cuda.program import PROGRAM_FILE, Node, Program, matrix_of
 from edgelm.synth import PUBLISHED
 
 RECIPES: Mapping[str, Recipe] = {
@@ -60,27 +57,9 @@ class _Shapes:
 def random_program(config: Mapping[str, Any], recipe: Recipe) -> Program:
     """The program of a model with this config.json under a recipe."""
     decoder = decoder_of(config)
-    attention, moe = decoder.attention[0], decoder.first_moe
-    info = ModelInfo(
-        family=decoder.family,
-        name="random",
-        hidden_size=decoder.hidden_size,
-        num_layers=decoder.num_layers,
-        num_heads=attention.heads,
-        num_kv_heads=attention.kv_heads,
-        head_dim=attention.head_dim,
-        vocab_size=decoder.vocab_size,
-        context_length=decoder.context_length,
-        tied=decoder.tied,
-        num_experts=decoder.num_experts,
-        experts_per_token=decoder.active_experts,
-        norm_topk_prob=moe is not None and moe.normalize,
-    )
     source: Any = _Shapes(recipe.for_model(decoder), decoder.tensor_shapes)
-    graph = ProgramBuilder()
-    model = GpuDecoder(graph, WeightsPlan(), source, "bfloat16", info, decoder, "float16")
-    build(model, decoder)
-    return graph.program(EXACT)
+    request = GraphRequest(source, decoder, model_info(decoder, "random"), "gpu", "bfloat16")
+    return Program.from_json(TensorrtTarget().build(request).files[PROGRAM_FILE], PROGRAM_FILE)
 
 
 class RandomWeights:

@@ -14,18 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from edgelm.bundle import ModelInfo
 from edgelm.checkpoint import Checkpoint
-from edgelm.export.graph.gpu import EXACT, GpuDecoder
-from edgelm.export.graph.onnx_fox import build_native
-from edgelm.export.graph.program_builder import ProgramBuilder
-from edgelm.export.packing.weights_file import WeightsPlan
-from edgelm.export.plan import WEIGHTS_FILE
+from edgelm.export.plan import WEIGHTS_FILE, GraphRequest, model_info
 from edgelm.export.tensorrt.engines import tensorrt_graph
 from edgelm.export.tensorrt.options import EngineOptions
+from edgelm.export.tensorrt.target import TensorrtTarget
 from edgelm.models import decoder as decoder_of
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
+from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
 from edgelm.runtimes.tensorrt.build import GRAPH_FILE, RECIPE_FILE
 from edgelm.runtimes.tensorrt.engine_info import plugins_in
 from edgelm.synth import PUBLISHED
@@ -35,6 +32,7 @@ BUILD = """
 import json, resource, sys
 from pathlib import Path
 from edgelm.progress import Silent
+from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
 from edgelm.runtimes.tensorrt.build import build_into
 from edgelm.runtimes.tensorrt.builder import BuildOptions
 from edgelm.runtimes.tensorrt.library import load
@@ -68,29 +66,22 @@ def sparse_checkpoint(folder: Path) -> Checkpoint:
 def test_full_size_fox(tmp_path: Path, recipe: str) -> None:
     (tmp_path / "source").mkdir()
     checkpoint = sparse_checkpoint(tmp_path / "source")
-    config = checkpoint.decoder
-    source = WeightSource(checkpoint, Recipe.load(recipe), threads=1)
-    info = ModelInfo(
-        family="fox", name="fox", hidden_size=config.hidden_size, num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads, head_dim=config.head_dim,
-        vocab_size=config.vocab_size, context_length=config.max_position_embeddings, tied=True,
-    )  # fmt: skip
-    graph, plan = ProgramBuilder(), WeightsPlan()
-    model = GpuDecoder(graph, plan, source, "bfloat16", info, config.rms_norm_eps, config.rope_theta, "float16")
-    build_native(model, config)
-    program = graph.program(EXACT)
+    decoder = checkpoint.decoder
+    source, info = WeightSource(checkpoint, Recipe.load(recipe), threads=1), model_info(decoder, "fox")
+    graphs = TensorrtTarget().build(GraphRequest(source, decoder, info, "gpu", "bfloat16"))
+    program = Program.from_json(graphs.files[PROGRAM_FILE], PROGRAM_FILE)
     made = tensorrt_graph(program, info, WEIGHTS_FILE, EngineOptions(linears="plugin"), SMS)
     (tmp_path / GRAPH_FILE).write_bytes(made.model.SerializeToString())
     (tmp_path / RECIPE_FILE).write_text(made.recipe.to_json())
     with (tmp_path / WEIGHTS_FILE).open("wb") as stream:
-        stream.truncate(plan.size)
+        stream.truncate(graphs.weights.size)
     command = [sys.executable, "-c", BUILD, tmp_path, WEIGHTS_FILE, *map(str, SMS)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     engine = tmp_path / found["file"]
-    assert engine.stat().st_size < plan.size + (64 << 20)
+    assert engine.stat().st_size < graphs.weights.size + (64 << 20)
     layers = {spec.name for spec in plugins_in(engine) if spec.op == "GroupQueryAttention"}
-    assert layers == {f"layers.{i}.attn" for i in range(config.num_hidden_layers)}
-    assert found["operators"]["QuantLinear"] == 4 * config.num_hidden_layers + 1
+    assert layers == {f"layers.{i}.attn" for i in range(decoder.num_layers)}
+    assert found["operators"]["QuantLinear"] == 4 * decoder.num_layers + 1
     assert found["anonymous"] < 1 << 20  # KiB: neither the weights nor the engine were in memory as a whole
     engine.unlink()
