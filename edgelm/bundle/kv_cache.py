@@ -38,7 +38,7 @@ def require_type(kv: str) -> str:
 def row_bytes(kv: str, head_dim: int, ops: str = "native") -> int:
     """Bytes of one head's keys, and again of its values, of one token; bfloat16, which only GPUs have, too.
 
-    `ops`: a bundle's flavour. GPU kernels ("gpu") scale fp8 by a float32, as they do int8.
+    `ops`: a bundle's operator set. GPU kernels ("gpu") scale fp8 by a float32, as they do int8.
 
     Raises:
         EdgeLMError: there is no such type.
