@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.errors import RecipeError
 from edgelm.quant.scheme import AnyScheme, Scheme
 
 
@@ -92,20 +91,3 @@ class QuantTensor:
         """The first `columns` of each row, of as many groups."""
         codes = np.ascontiguousarray(self.codes[:, : self.scheme.code_bytes(columns)])
         return replace(self, codes=codes, shape=(self.shape[0], columns))
-
-    def regrouped(self, group: int) -> QuantTensor:
-        """Return the very same values with smaller groups: scales and zero points repeated.
-
-        For an operator that has no row-wide or wide groups.
-
-        Raises:
-            RecipeError: `group` does not divide the present one.
-        """
-        present = self.scheme.group_size(self.shape[1])
-        if present % group or self.shape[1] % group:
-            raise RecipeError(f"groups of {present} in rows of {self.shape[1]} cannot be split into groups of {group}")
-        times = present // group
-        zeros = None if self.zeros is None else np.repeat(self.zeros, times, axis=1)
-        return replace(
-            self, scales=np.repeat(self.scales, times, axis=1), zeros=zeros, scheme=self.scheme.with_group(group)
-        )

@@ -251,14 +251,11 @@ def test_a_tensor_whose_arrays_do_not_fit_is_refused():
     ],
     ids=lambda s: s.name,
 )
-def test_rows_and_smaller_groups_keep_every_value(scheme):
+def test_rows_keep_every_value(scheme):
     tensor = primitives.quantize(weights((6, 256)), scheme)
     values = primitives.dequantize(tensor)
-    assert np.array_equal(primitives.dequantize(tensor.regrouped(16)), values)
     assert np.array_equal(primitives.dequantize(tensor.rows(slice(2, 5))), values[2:5])
     assert np.array_equal(native.dequantize(tensor.rows(slice(2, 5))), values[2:5])
-    with pytest.raises(RecipeError, match="cannot be split"):
-        tensor.regrouped(48)
 
 
 needs_kernel = pytest.mark.skipif(native.library() is None, reason="this installation has no compiled kernel")
