@@ -28,6 +28,7 @@ from edgelm.quant.formats.edgelm import COLUMNS, INPUT_SCALE
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.scheme import AnyScheme
 from edgelm.quant.source import FORMAT_VERSION, METHOD, WeightSource, part_name, stored_recipe
+from edgelm.slices import slices
 
 SHARD_BYTES = 5_000_000_000
 """Largest weight file, as the hub has them."""
@@ -216,9 +217,7 @@ def _jobs(
             yield partial(_copy_whole, weights, writer, name)
             continue
         rows = info.shape[0]
-        step = max(1, _BLOCK_BYTES * rows // max(info.nbytes, 1))
-        for start in range(0, rows, step):
-            part = slice(start, min(start + step, rows))
+        for part in slices(rows, _BLOCK_BYTES * rows // max(info.nbytes, 1)):
             yield partial(_copy_rows if scheme is None else _quantize_rows, weights, writer, name, part)
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from edgelm.quant.primitives import as_float32, fill, not_finite
 from edgelm.quant.scheme import Fp8Scheme
 from edgelm.quant.tensor import QuantTensor
+from edgelm.slices import slices
 
 Floats = NDArray[np.float32]
 
@@ -127,15 +128,13 @@ def quantize(
     groups = scheme.groups(columns)
     codes = np.empty((rows, columns), np.uint8)
     scales = np.empty((rows, groups), np.float32)
-    step = max(1, _CHUNK // max(columns, 1))
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
+    for part in slices(rows, _CHUNK // max(columns, 1)):
         values = as_float32(weight[part])
         finite = np.isfinite(values)
         if not finite.all():
             row, column = (int(i) for i in np.argwhere(~finite)[0])
-            raise not_finite(name, start + row, column, float(values[row, column]))
-        blocks = np.ascontiguousarray(values).reshape(part.stop - start, groups, -1)
+            raise not_finite(name, part.start + row, column, float(values[row, column]))
+        blocks = np.ascontiguousarray(values).reshape(part.stop - part.start, groups, -1)
         largest = np.abs(blocks).max(axis=2, initial=0.0)
         scale: Floats = np.where(largest < form.tiny, np.float32(0), largest / form.largest).astype(np.float32)
         scales[part] = scale

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from edgelm.errors import CheckpointError
 from edgelm.quant.scheme import Scheme
 from edgelm.quant.tensor import QuantTensor
+from edgelm.slices import slices
 
 Floats = NDArray[np.float32]
 AnyWeights = TypeVar("AnyWeights", bound=NDArray[np.float32] | NDArray[np.uint16])
@@ -179,11 +180,9 @@ def quantize(weight: NDArray[np.float32] | NDArray[np.uint16], scheme: Scheme, *
     scales = np.empty((rows, groups), np.float16)
     zeros = None if scheme.symmetric else np.empty((rows, groups), np.uint8)
     targets = search_targets(scheme, columns)
-    step = max(1, _CHUNK // max(columns, 1))
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
+    for part in slices(rows, _CHUNK // max(columns, 1)):
         values = as_float32(weight[part])
-        _check(values, scheme, group, name, start)
+        _check(values, scheme, group, name, part.start)
         # [group, number of groups]: each column is one group, and reductions run down the columns.
         transposed = np.ascontiguousarray(values.reshape(-1, group).T)
         found = _quantize_groups(transposed, scheme, targets)

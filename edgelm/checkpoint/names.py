@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from edgelm.checkpoint.safetensors import FLOAT_DTYPES, MAX_TENSORS, TensorInfo, as_float32
 from edgelm.errors import CheckpointError
 from edgelm.models.spec import Decoder
+from edgelm.slices import slices
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -164,9 +165,7 @@ def check_head(head: TensorInfo, embedding: TensorInfo, read: Read) -> None:
         )
     largest, place, count = 0.0, 0, 0
     columns = math.prod(head.shape[1:])
-    rows = max(1, _BLOCK_BYTES // max(8 * columns, 1))
-    for start in range(0, head.shape[0], rows):
-        part = slice(start, min(start + rows, head.shape[0]))
+    for part in slices(head.shape[0], _BLOCK_BYTES // max(8 * columns, 1)):
         stored = (read(head, part), read(embedding, part))
         if head.dtype == embedding.dtype and np.array_equal(stored[0].view(np.uint8), stored[1].view(np.uint8)):
             continue
@@ -176,7 +175,7 @@ def check_head(head: TensorInfo, embedding: TensorInfo, read: Read) -> None:
         apart[np.isnan(apart)] = np.inf
         count += int(np.count_nonzero(apart))
         if apart.size and apart.max() > largest:
-            largest, place = float(apart.max()), start * columns + int(apart.argmax())
+            largest, place = float(apart.max()), part.start * columns + int(apart.argmax())
     if count:
         index = ", ".join(str(int(i)) for i in np.unravel_index(place, head.shape))
         raise CheckpointError(

@@ -13,12 +13,12 @@ Letters: n rows (tokens), v width of a block, W windows, T tokens of a window.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgelm.evaluation.result import Divergence, Estimate
+from edgelm.slices import slices
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -42,7 +42,7 @@ class Predictions:
 
     def add(self, start: int, logits: NDArray[np.float32], first_row: int = 0) -> None:
         """Take float32 logits [n', v] of the tokens from `start` on, for the rows from `first_row` on."""
-        for part in _parts(*logits.shape):
+        for part in slices(len(logits), _ELEMENTS // logits.shape[1]):
             rows = slice(first_row + part.start, first_row + part.stop)
             self.add_float64(rows, start, logits[part].astype(np.float64))
 
@@ -92,7 +92,7 @@ class Comparison:
     def add(self, start: int, reference: ArrayLike, target: ArrayLike, first_row: int = 0) -> None:
         """Take logits float32 [n', v] of both for the tokens from `start` on and the rows from `first_row` on."""
         a, b = np.asarray(reference), np.asarray(target)
-        for part in _parts(*a.shape):
+        for part in slices(len(a), _ELEMENTS // a.shape[1]):
             rows = slice(first_row + part.start, first_row + part.stop)
             a64, b64 = a[part].astype(np.float64), b[part].astype(np.float64)
             exponentials, scale = self.reference.add_float64(rows, start, a64)
@@ -105,12 +105,6 @@ class Comparison:
         """KL(float || target) of each row, float64 [n], in nats; not below zero."""
         mean = self._weighted / self.reference.total
         return np.maximum(mean - (self.reference.logsumexp - self.target.logsumexp), 0.0)
-
-
-def _parts(rows: int, width: int) -> Iterator[slice]:
-    step = max(1, _ELEMENTS // width)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 def standard_error(window_means: ArrayLike) -> float:

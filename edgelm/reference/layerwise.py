@@ -21,18 +21,22 @@ from torch import Tensor
 
 from edgelm.checkpoint import WeightReader
 from edgelm.errors import ContextLengthError
-from edgelm.models.spec import Attention, Block, Decoder
+from edgelm.models.spec import Attention, Block, Decoder, Dense
 from edgelm.progress import Progress, Silent
 from edgelm.reference.hooks import Hooks
 from edgelm.reference.interpreter import Interpreter
 from edgelm.reference.kv_cache import KVCache, Trace
 from edgelm.reference.matmul import linear
+from edgelm.slices import slices
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 HEAD_BLOCK_BYTES = 64 << 20  # of float32 weights; a head of 256000 x 2048 is 2 GB
 WINDOW_BYTES = 768 << 20  # of what a layer computes for the windows that go through it together
+
+ReadRows = Callable[[str, slice], Floats]
+"""Gives rows of a tensor, float32."""
 
 Visit = Callable[[int, int, Tensor, "Tensor | None", Trace], None]
 """Called with (layer, first window, residual stream [n, T, D] after it, input [n, T, D] of its feed-forward block, its
@@ -151,6 +155,11 @@ class LayerWeights:
     def replace(self, name: str, tensor: Tensor) -> None:
         """Let another tensor take the place of one."""
         self._kept[name] = tensor
+
+    def forget(self, expert: Dense) -> None:
+        """Keep the weights of an expert no longer, replaced ones neither."""
+        for matrix in expert.matrices:
+            self._kept.pop(matrix.name, None)
 
 
 class LayerwiseReference:
@@ -302,19 +311,17 @@ class LayerwiseReference:
 
     def _embed(self, ids: Ints) -> Tensor:
         """Rows [N, D] of the embedding table, each needed one read once."""
-        wanted, places = np.unique(ids, return_inverse=True)
-        rows = [self.weights.read_float32(self.decoder.embed.name, slice(int(i), int(i) + 1)) for i in wanted]
-        return torch.from_numpy(np.concatenate(rows)[places])
+        rows, places = embedding_rows(self.decoder, self.weights.read_float32, ids)
+        return torch.from_numpy(rows[places])
 
     def head_blocks(self, final: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Logits of `final` [N, D] as (range of tokens, [N, tokens in the range]), from the first token to the last."""
         head = self.decoder.head
         if self.hooks is not None:
             final = self.hooks.inputs(head, final)
-        size = max(1, self.head_block_bytes // (4 * self.decoder.hidden_size))
-        for start in range(0, self.decoder.vocab_size, size):
-            rows = slice(start, min(start + size, self.decoder.vocab_size))
-            yield rows, linear(final, torch.from_numpy(self.weights.read_float32(head.name, rows)))
+        size = self.head_block_bytes // (4 * self.decoder.hidden_size)
+        for rows, weight in head_weights(self.decoder, self.weights.read_float32, size):
+            yield rows, linear(final, weight)
 
     @torch.no_grad()
     def top_logits(
@@ -348,6 +355,19 @@ class LayerwiseReference:
         if found is None or gather is None:
             return tops, None
         return tops, [f[:, : g.shape[1]].numpy() for f, g in zip(torch.split(found, lengths), gather, strict=True)]
+
+
+def embedding_rows(decoder: Decoder, read: ReadRows, ids: Ints) -> tuple[Floats, Ints]:
+    """The rows [n, D] of the embedding table that `ids` [...] need, each read once, and which of them each id is."""
+    wanted, places = np.unique(ids, return_inverse=True)
+    rows = [read(decoder.embed.name, slice(int(i), int(i) + 1)) for i in wanted]
+    return np.concatenate(rows), places.reshape(ids.shape)
+
+
+def head_weights(decoder: Decoder, read: ReadRows, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """The head in blocks of `size` rows: (range of tokens, weights [tokens in the range, D])."""
+    for rows in slices(decoder.vocab_size, size):
+        yield rows, torch.from_numpy(read(decoder.head.name, rows))
 
 
 def _through(run: Interpreter, blocks: Sequence[Block], x: Tensor, trace: Trace) -> tuple[Tensor, Tensor]:

@@ -17,12 +17,12 @@ tokens of the float model; of a dense feed-forward block also its activations [N
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -39,6 +39,7 @@ from edgelm.quant.source import WeightSource
 from edgelm.quant.tensor import QuantTensor
 from edgelm.reference.interpreter import Interpreter
 from edgelm.reference.layerwise import LayerWeights
+from edgelm.slices import slices
 
 SLICE_TOKENS = 8192
 """Tokens in work at once: enough for matrix products at full speed, and tens of megabytes."""
@@ -122,6 +123,11 @@ def paired(samples: int, length: int) -> slice:
     return slice(None, None, max(1, samples * length // PAIRED_TOKENS))
 
 
+def sample_slices(x: Tensor) -> Iterator[slice]:
+    """Slices of the samples of [S, T, D]."""
+    return slices(len(x), SLICE_TOKENS // x.shape[1])
+
+
 class LayerStream:
     """Takes all samples through a layer.
 
@@ -165,15 +171,15 @@ class LayerStream:
                 self._attention(block, block.part, x, reference)
                 continue
             normed, exact = torch.empty_like(x), torch.empty_like(reference)
-            for part in self._samples(x):
+            for part in sample_slices(x):
                 normed[part] = self.run_quantised.norm(block.before, x[part])
-            for part in self._samples(reference):
+            for part in sample_slices(reference):
                 exact[part] = self.run_exact.norm(block.before, reference[part])
             if isinstance(block.part, MoE):
                 self._moe(block, block.part, x, normed, reference, exact)
             else:
                 self._dense(block, block.part, x, normed, reference, exact)
-        if not all(torch.isfinite(x[part]).all() for part in self._samples(x)):
+        if not all(torch.isfinite(x[part]).all() for part in sample_slices(x)):
             raise CheckpointError(
                 f"the hidden states after layer {self.index} are not finite: some weight is damaged, or the recipe "
                 "rounds this layer to uselessness"
@@ -189,30 +195,30 @@ class LayerStream:
         run, exact = self.run_quantised, self.run_exact
         pairs = paired(*x.shape[:2])
         drift = Drift()
-        for part in self._samples(reference):
+        for part in sample_slices(reference):
             found, wanted = (run.norm(block.before, stream[part]) for stream in (x[pairs], reference))
             drift.add(found.flatten(0, 1), wanted.flatten(0, 1))
         projections = (attention.q, attention.k, attention.v)
-        inputs = (run.norm(block.before, x[part]) for part in self._samples(x))
-        moments = self._moments([matrix.name for matrix in projections], inputs)
+        inputs = (run.norm(block.before, x[part]) for part in sample_slices(x))
+        moments = self._moments(projections, inputs)
         for matrix in projections:
             self._quantise(matrix, moments, drift)
         del moments
         mixed = torch.empty(*x.shape[:2], attention.o.columns)  # [S, T, H*Dh]
-        for part in self._samples(x):
+        for part in sample_slices(x):
             projected = run.project(attention, run.norm(block.before, x[part]))
             mixed[part] = run.attend(attention, *projected, None, self.index)
         drift = Drift()
-        for part in self._samples(reference):
+        for part in sample_slices(reference):
             projected = exact.project(attention, run.norm(block.before, reference[part]))
             wanted = exact.attend(attention, *projected, None, self.index)
             # The stream's own drift before this layer is for o to make up for too.
             apart = self._apart(block, x[pairs][part], reference[part])
             drift.add(mixed[pairs][part].flatten(0, 1), wanted.flatten(0, 1), apart)
             reference[part] += exact.norm(block.after, exact.matmul(attention.o, wanted))
-        moments = self._moments([attention.o.name], (mixed[part] for part in self._samples(x)))
+        moments = self._moments([attention.o], (mixed[part] for part in sample_slices(x)))
         self._quantise(attention.o, moments, drift)
-        for part in self._samples(x):
+        for part in sample_slices(x):
             x[part] += run.norm(block.after, run.matmul(attention.o, mixed[part]))
 
     @staticmethod
@@ -223,14 +229,9 @@ class LayerStream:
         """
         return (reference - x).flatten(0, 1) if block.after is None else None
 
-    @staticmethod
-    def _samples(x: Tensor) -> list[slice]:
-        """Slices of the samples of [S, T, D]."""
-        return list(slices(len(x), max(1, SLICE_TOKENS // x.shape[1])))
-
-    def _moments(self, names: Sequence[str], inputs: Iterator[Tensor]) -> Moments | None:
-        """The moments of inputs [..., K] that all the matrices `names` have in common; None where none wants them."""
-        if not self.quantiser.wants_moments(names):
+    def _moments(self, matrices: Sequence[Matrix], inputs: Iterator[Tensor]) -> Moments | None:
+        """The moments of inputs [..., K] that all of `matrices` have in common; None where none wants them."""
+        if not self.quantiser.wants_moments([matrix.name for matrix in matrices]):
             return None
         moments: Moments | None = None
         for part in inputs:
@@ -243,29 +244,29 @@ class LayerStream:
         """Quantise gate, up and down of a dense block and add what they compute; of both models, [S or R, T, D]."""
         pairs = paired(*x.shape[:2])
         pair = (dense.gate, dense.up)
-        moments = self._moments([matrix.name for matrix in pair], (normed[part] for part in self._samples(x)))
+        moments = self._moments(pair, (normed[part] for part in sample_slices(x)))
         drift = self._drift(normed[pairs], exact)
         for matrix in pair:
             self._quantise(matrix, moments, drift)
         del moments
         inner = torch.empty(*x.shape[:2], dense.gate.rows)  # [S, T, F]
-        for part in self._samples(x):
+        for part in sample_slices(x):
             inner[part] = self.run_quantised.gated(dense, normed[part])
         drift = Drift()
-        for part in self._samples(reference):
+        for part in sample_slices(reference):
             wanted = self.run_exact.gated(dense, exact[part])
             apart = self._apart(block, x[pairs][part], reference[part])
             drift.add(inner[pairs][part].flatten(0, 1), wanted.flatten(0, 1), apart)
             reference[part] += self.run_exact.norm(block.after, self.run_exact.matmul(dense.down, wanted))
-        moments = self._moments([dense.down.name], (inner[part] for part in self._samples(x)))
+        moments = self._moments([dense.down], (inner[part] for part in sample_slices(x)))
         self._quantise(dense.down, moments, drift)
-        for part in self._samples(x):
+        for part in sample_slices(x):
             x[part] += self.run_quantised.norm(block.after, self.run_quantised.matmul(dense.down, inner[part]))
 
     def _drift(self, inputs: Tensor, wanted: Tensor) -> Drift:
         """Of inputs [R, T, K] from those of the float model."""
         drift = Drift()
-        for part in self._samples(wanted):
+        for part in sample_slices(wanted):
             drift.add(inputs[part].flatten(0, 1), wanted[part].flatten(0, 1))
         return drift
 
@@ -277,9 +278,10 @@ class LayerStream:
         if self.quantiser.weights.scheme(name) is None:
             self.weights.replace(name, self.quantiser.fit(name, drift))
         else:
-            self._quantise(moe.router, self._moments([name], (normed[part] for part in slices(len(normed)))), drift)
+            inputs = (normed[part] for part in slices(len(normed), SLICE_TOKENS))
+            self._quantise(moe.router, self._moments([moe.router], inputs), drift)
         logits, chosen, weights = _routes(self.run_quantised, moe, normed)
-        needed = self.coverage.threshold(max(self.decoder.hidden_size, moe.experts[0].gate.rows))
+        needed = self.coverage.needed(moe)
         shares = assign(logits, chosen, weights, self.coverage, needed)
         report = self.quantiser.report
         report.tokens = [len(share.own) for share in shares]
@@ -295,18 +297,18 @@ class LayerStream:
             self._exact_expert(sums[1], exact, moe.experts[expert], tokens, weights[tokens, rank])
             self._expert(sums[0], normed, moe.experts[expert], share, drift)
         if block.after is not None:
-            for part in slices(len(x)):
+            for part in slices(len(x), SLICE_TOKENS):
                 x[part] += self.run_quantised.norm(block.after, sums[0][part])
-            for part in slices(len(reference)):
+            for part in slices(len(reference), SLICE_TOKENS):
                 reference[part] += self.run_exact.norm(block.after, sums[1][part])
 
     def _exact_expert(self, stream: Tensor, normed: Tensor, expert: Dense, tokens: Tensor, weights: Tensor) -> None:
         """Add what an expert of the float model computes for its tokens [n], weighed with `weights` [n]."""
         if not len(tokens):
             return
-        gate, up, down = (self.run_exact.read(matrix.name) for matrix in expert.matrices)
-        for part in slices(len(tokens)):
-            out = F.linear(swiglu(normed[tokens[part]], gate, up), down)
+        once = Interpreter(self.decoder, functools.cache(self.run_exact.read))  # an expert is kept by nobody else
+        for part in slices(len(tokens), SLICE_TOKENS):
+            out = once.dense(expert, normed[tokens[part]])
             stream.index_add_(0, tokens[part], out.mul_(weights[part, None]))
 
     def _expert(self, stream: Tensor, normed: Tensor, expert: Dense, share: ExpertTokens, drift: Drift) -> None:
@@ -317,37 +319,27 @@ class LayerStream:
         tokens = share.seen
         count = len(tokens)
         blind = share.starved or not count
-        pair = [expert.gate.name, expert.up.name]
-        moments = None if blind else self._moments(pair, (normed[tokens[part]] for part in slices(count)))
-        gate, up = (self.quantiser.matrix(name, moments, drift) for name in pair)
+        run, pair, parts = self.run_quantised, (expert.gate, expert.up), list(slices(count, SLICE_TOKENS))
+        moments = None if blind else self._moments(pair, (normed[tokens[part]] for part in parts))
+        for matrix in pair:
+            self._quantise(matrix, moments, drift)
         del moments
-        inner = torch.empty(len(share.own) if blind else count, len(gate))  # [n, F]
-        for part in slices(len(inner)):
-            inner[part] = swiglu(normed[tokens[part]], gate, up)
-        moments = None if blind else self._moments([expert.down.name], (inner[part] for part in slices(count)))
-        down = self.quantiser.matrix(expert.down.name, moments)
-        for part in slices(len(share.own)):
-            out = F.linear(inner[part], down)
+        inner = torch.empty(len(share.own) if blind else count, expert.gate.rows)  # [n, F]
+        for part in slices(len(inner), SLICE_TOKENS):
+            inner[part] = run.gated(expert, normed[tokens[part]])
+        moments = None if blind else self._moments([expert.down], (inner[part] for part in parts))
+        self._quantise(expert.down, moments, None)
+        for part in slices(len(share.own), SLICE_TOKENS):
+            out = run.matmul(expert.down, inner[part])
             stream.index_add_(0, share.own[part], out.mul_(share.weights[part, None]))
-
-
-def swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """silu(x gate^T) * (x up^T): [n, F] of [n, D]."""
-    return F.silu(F.linear(x, gate)) * F.linear(x, up)
+        self.weights.forget(expert)
 
 
 def _routes(run: Interpreter, moe: MoE, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Router logits [N, E], experts [N, A] and their weights [N, A]."""
-    routed = [run.route(moe, normed[part]) for part in slices(len(normed))]
+    routed = [run.route(moe, normed[part]) for part in slices(len(normed), SLICE_TOKENS)]
     logits, chosen, weights = (torch.cat(parts) for parts in zip(*routed, strict=True))
     return logits, chosen, weights
-
-
-def slices(count: int, size: int | None = None) -> Iterator[slice]:
-    """Cut 0 .. count into slices of `size`, or of `SLICE_TOKENS`."""
-    size = SLICE_TOKENS if size is None else size
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
 
 
 def starved_message(index: int, report: LayerReport, needed: int) -> str:

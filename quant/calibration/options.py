@@ -7,6 +7,7 @@ from pathlib import Path
 
 from edgelm.corpus import BUILTIN
 from edgelm.errors import EdgeLMError
+from edgelm.models.spec import MoE
 from edgelm.quant.smoothing import TARGETS
 
 SAMPLES = 128
@@ -18,7 +19,7 @@ class CoverageOptions:
     """How many tokens an expert must see for its codes to be chosen by them.
 
     Attributes:
-        min_tokens: fewer than these are too few; None is `threshold` of the model.
+        min_tokens: fewer than these are too few; None is as many as `needed` says.
         reach: where an expert sees too few, it borrows tokens for which it is among the `reach` times A most probable
             experts, A being how many the model chooses; 1 borrows none.
 
@@ -35,12 +36,13 @@ class CoverageOptions:
         if self.reach < 1:
             raise EdgeLMError(f"reach is 1 or more, not {self.reach}")
 
-    def threshold(self, columns: int) -> int:
-        """Tokens an expert needs whose widest input has `columns` values: as many unless it was given.
+    def needed(self, moe: MoE) -> int:
+        """Tokens that an expert needs: as many as its widest input has values, unless it was given.
 
         Measured on other tokens (docs/quantisation.md): codes found with half as many tokens as columns lose a third
         more than rounding to nearest does, with as many a tenth less, with twice as many four tenths less.
         """
+        columns = max(moe.router.columns, moe.experts[0].gate.rows)
         return columns if self.min_tokens is None else self.min_tokens
 
 

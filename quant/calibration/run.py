@@ -31,7 +31,7 @@ from edgelm.files import atomic_directory, need_disk, prepare_place
 from edgelm.models.spec import Decoder
 from edgelm.progress import Advance, Progress, Silent
 from edgelm.quant import codec
-from edgelm.quant.calibration.layer import SLICE_TOKENS, LayerStream, Quantiser, aligned, paired, slices
+from edgelm.quant.calibration.layer import LayerStream, Quantiser, aligned, paired, sample_slices
 from edgelm.quant.calibration.options import LENGTH, SAMPLES, CalibrationOptions, CoverageOptions
 from edgelm.quant.calibration.ranges import calibrated_scales
 from edgelm.quant.calibration.report import CalibrationReport, LayerReport
@@ -44,6 +44,7 @@ from edgelm.quant.scaled_checkpoint import SmoothedCheckpoint
 from edgelm.quant.smoothing import smooth
 from edgelm.quant.source import WeightSource, stored_recipe
 from edgelm.reference.interpreter import Interpreter
+from edgelm.reference.layerwise import embedding_rows
 from edgelm.tokenization.tokenizer import Tokenizer
 
 FORMAT = "edgelm-calibration 3"
@@ -180,13 +181,13 @@ def calibrated(
             if input_scales and made.static_inputs:
                 quantised = CalibratedSource(checkpoint, recipe, files, threads=threads)
                 made.input_scales = calibrated_scales(quantised, ids, progress=progress)
-        needed = options.coverage.threshold(max(decoder.hidden_size, decoder.feed_forward_width))
+        moes = [moe for moe in map(decoder.moe, range(decoder.num_layers)) if moe is not None]
         report = CalibrationReport(
             text=texts.name,
             sha256=texts.sha256,
             samples=options.samples,
             length=options.length,
-            min_tokens=needed if decoder.num_experts else 0,
+            min_tokens=max(map(options.coverage.needed, moes), default=0),
             layers=layers,
             head=head,
             smoothing=options.smoothing,
@@ -308,12 +309,11 @@ class _Run:
         """Rows [S, T, D] of the embedding as the device will have it, and [R, T, D] as the float model has it."""
         name = self.decoder.embed.name
         scheme = self.weights.scheme(name)
-        wanted, places = np.unique(ids, return_inverse=True)
-        exact = np.concatenate([self.weights.checkpoint.read_float32(name, slice(int(i), int(i) + 1)) for i in wanted])
+        exact, places = embedding_rows(self.decoder, self.weights.checkpoint.read_float32, ids)
         rows = exact
         if scheme is not None:
             rows = codec.dequantize(codec.quantize(rows, scheme, name=name, threads=1), threads=1)
-        where = torch.from_numpy(places.reshape(ids.shape))
+        where = torch.from_numpy(places)
         return torch.from_numpy(aligned(rows))[where], torch.from_numpy(aligned(exact))[where[paired(*ids.shape)]]
 
     def _layer(self, index: int, x: Tensor, reference: Tensor, advance: Advance) -> None:
@@ -337,10 +337,10 @@ class _Run:
                 run = Interpreter(self.decoder, lambda name: torch.from_numpy(quantiser.read(name)))
                 norm = functools.partial(run.norm, self.decoder.norm)
                 moments = Moments.zeros(self.decoder.hidden_size)
-                for part in slices(len(x), max(1, SLICE_TOKENS // x.shape[1])):
+                for part in sample_slices(x):
                     moments.add(norm(x[part]).flatten(0, 1))
                 pairs = paired(*x.shape[:2])
-                for part in slices(len(reference), max(1, SLICE_TOKENS // x.shape[1])):
+                for part in sample_slices(reference):
                     drift.add(norm(x[pairs][part]).flatten(0, 1), norm(reference[part]).flatten(0, 1))
             quantiser.matrix(head, moments, drift)
         self.work.save_head(quantiser.tensors, quantiser.report)
@@ -374,9 +374,8 @@ def _work(decoder: Decoder, tokens: int) -> dict[str, float]:
         if matrix is decoder.embed:
             continue
         rows, columns = matrix.rows, matrix.columns
-        seen: float = tokens
-        if matrix.expert is not None:
-            seen = tokens * decoder.active_experts / decoder.num_experts
+        moe = None if matrix.expert is None or matrix.layer is None else decoder.moe(matrix.layer)
+        seen = tokens if moe is None else tokens * moe.k / len(moe.experts)
         product = 0 if matrix.layer is None else seen * columns * rows
         found[name] = float(product + seen * columns * columns / 2 + columns * columns * (rows + columns))
     return found

@@ -15,6 +15,7 @@ from edgelm.devices import allowed_cores
 from edgelm.quant.codec import dequantize, quantize
 from edgelm.quant.mixed_precision.units import Unit
 from edgelm.quant.scheme import AnyScheme
+from edgelm.slices import slices
 
 BELIEF = 4.0
 """Tokens of a layer's average expert that each expert is thought to have seen in addition to its own."""
@@ -62,9 +63,8 @@ class Losses:
 
     def add(self, name: str, weight: NDArray[np.float32], fisher: NDArray[np.float32], tokens: int = 0) -> None:
         """Add rows [N, K] of a matrix, with F_ii summed over all tokens [N, K], and `tokens` that went through it."""
-        step = max(1, _WEIGHTS // weight.shape[1])
-        for start in range(0, len(weight), step):
-            part, of_part = weight[start : start + step], fisher[start : start + step]
+        for rows in slices(len(weight), _WEIGHTS // weight.shape[1]):
+            part, of_part = weight[rows], fisher[rows]
             for scheme in self._schemes[name]:
                 error = self.rounded(name, part, scheme)
                 error -= part
@@ -76,13 +76,13 @@ class Losses:
         """Return a matrix [N, K] as `scheme` has it."""
         return dequantize(quantize(weight, scheme, name=name, threads=self._threads), threads=self._threads)
 
-    def add_product(self, name: str, weight: Tensor, x: Tensor, gradient: Tensor, groups: Tensor) -> None:
+    def add_matmul(self, name: str, weight: Tensor, x: Tensor, gradient: Tensor, groups: Tensor) -> None:
         """Add a matrix [N, K] by what it was given [n, K] and the gradient of what it gave [n, N].
 
         `groups` [n] are those of the rows, in rising order.
         """
         fisher = torch.zeros_like(weight)
-        for rows in slices(groups):
+        for rows in runs(groups):
             fisher += (gradient[rows].T @ x[rows]).square_()
         self.add(name, weight.numpy(), fisher.numpy(), len(x))
 
@@ -96,7 +96,7 @@ class Losses:
         return _with_belief(found)
 
 
-def slices(groups: Tensor) -> list[slice]:
+def runs(groups: Tensor) -> list[slice]:
     """The runs of equal values in a rising sequence."""
     counts = torch.unique_consecutive(groups, return_counts=True)[1]
     ends = cast("list[int]", counts.cumsum(0).tolist())

@@ -102,16 +102,18 @@ def _comment(choices: Sequence[Choice]) -> str:
 
 
 def _pattern(unit: Unit, layer: str, expert: str) -> str:
-    """The pattern of a unit's matrices, or with "*" of those of all layers or experts."""
-    names = list(unit.tensors)
+    """The pattern of a unit's matrices, or with "*" of those of all layers or experts.
+
+    The layer is the first number between dots of a name, the expert the last.
+    """
+    names = [name.split(".") for name in unit.tensors]
     if unit.layer is None:
-        return names[0]
-    stem = names[0].rsplit(".", 2)[0]
-    parts = stem.split(".")
-    parts[2] = layer
+        return ".".join(names[0])
+    parts = [_any_of(list(dict.fromkeys(words))) for words in zip(*names, strict=True)]
+    parts[parts.index(str(unit.layer))] = layer
     if unit.expert is not None:
-        parts[-1] = expert
-    return ".".join([*parts, _any_of([name.split(".")[-2] for name in names]), "weight"])
+        parts[len(parts) - 1 - parts[::-1].index(str(unit.expert))] = expert
+    return ".".join(parts)
 
 
 def _any_of(words: Sequence[str]) -> str:

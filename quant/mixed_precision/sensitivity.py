@@ -17,27 +17,27 @@ head, and the residual stream before every layer.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from edgelm.checkpoint import Checkpoint
 from edgelm.models.spec import Block, Matrix, MoE
 from edgelm.progress import Advance, Progress, Silent
-from edgelm.quant.mixed_precision.losses import Losses, Sensitivity, slices
+from edgelm.quant.mixed_precision.losses import Losses, Sensitivity, runs
 from edgelm.quant.mixed_precision.routing import Margin, Swaps
 from edgelm.quant.mixed_precision.units import find_units
 from edgelm.quant.scheme import AnyScheme, Scheme
 from edgelm.reference.hooks import Hooks
 from edgelm.reference.interpreter import Interpreter
 from edgelm.reference.kv_cache import Trace
-from edgelm.reference.layerwise import HEAD_BLOCK_BYTES, LayerWeights
+from edgelm.reference.layerwise import HEAD_BLOCK_BYTES, LayerWeights, embedding_rows, head_weights
 
 Ints = NDArray[np.int64]
 
@@ -130,9 +130,8 @@ class _Sweep:
     @torch.no_grad()
     def _forward(self, advance: Advance) -> list[Tensor]:
         """The residual stream [B, T, D] before each layer and after the last."""
-        wanted, places = self._used()
-        rows = torch.from_numpy(self._rows(wanted))
-        streams = [rows[places].view(*self.ids.shape, -1)]
+        rows, places = embedding_rows(self.decoder, self.checkpoint.read_float32, self.ids.numpy())
+        streams = [torch.from_numpy(rows[places])]
         noisy = streams[0][: -(-len(self.ids) // _NOISY_SHARE)]
         for index in range(self.decoder.num_layers):
             trace, quantised = Trace(), Trace()
@@ -166,15 +165,6 @@ class _Sweep:
             return weight
         return self.losses.rounded(name, weight, self.about)
 
-    def _used(self) -> tuple[Ints, Tensor]:
-        """The tokens that occur, and which of them each token [N] is."""
-        wanted, places = np.unique(self.ids.numpy(), return_inverse=True)
-        return wanted, torch.from_numpy(places).flatten()
-
-    def _rows(self, wanted: Ints) -> NDArray[np.float32]:
-        read = self.checkpoint.read_float32
-        return np.concatenate([read(self.decoder.embed.name, slice(int(i), int(i) + 1)) for i in wanted])
-
     # -- head ----------------------------------------------------------------------------------------------------------
 
     def _head(self, stream: Tensor) -> Tensor:
@@ -198,11 +188,9 @@ class _Sweep:
         return torch.autograd.grad(final, leaf, by_final)[0]
 
     def _head_blocks(self) -> Iterator[tuple[int, Tensor]]:
-        rows, columns = self.checkpoint.shape(self.head)
-        step = max(1, HEAD_BLOCK_BYTES // (4 * max(columns, self.ids.numel())))
-        for start in range(0, rows, step):
-            part = slice(start, min(start + step, rows))
-            yield start, torch.from_numpy(self.checkpoint.read_float32(self.head, part))
+        size = HEAD_BLOCK_BYTES // (4 * max(self.decoder.hidden_size, self.ids.numel()))
+        for rows, weight in head_weights(self.decoder, self.checkpoint.read_float32, size):
+            yield rows.start, weight
 
     def _draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Log of the softmax's denominator [N], and a token [N] drawn from it: the largest of logit + Gumbel noise."""
@@ -244,15 +232,19 @@ class _Sweep:
                 by_output = torch.autograd.grad(run.norm(block.after, made), made, gradient)[0]
             by_leaf = self._moe(run, block.part, leaf, by_output)
         else:
-            watched = Interpreter(run.decoder, run.read, _Watch(self.losses, run, self.groups))
+            watched = self._watched(run, self.groups)
             out = run.norm(block.after, watched.part(block.part, leaf, block.layer, None, None))
             by_leaf = torch.autograd.grad(out, leaf, gradient)[0]
         if block.before is None:
             return gradient + by_leaf
         return gradient + torch.autograd.grad(normed, x, by_leaf)[0]
 
+    def _watched(self, run: Interpreter, groups: Tensor) -> Interpreter:
+        """The same with every matmul measured; `groups` are those of the rows."""
+        return Interpreter(run.decoder, run.read, _Watch(self.losses, run, groups))
+
     def _moe(self, run: Interpreter, moe: MoE, x: Tensor, gradient: Tensor) -> Tensor:
-        """Measure a mixture of experts, one expert in memory at a time; the gradient by x [B, T, D]."""
+        """Measure an MoE, one expert in memory at a time; the gradient by x [B, T, D]."""
         flat, by_output = x.detach().flatten(0, 1), gradient.flatten(0, 1)  # [N, D]
         logits, chosen, shares = (part.flatten(0, 1) for part in run.route(moe, x))  # [N, E], [N, A], [N, A]
         margin = Margin.of(logits.detach(), moe.k) if self._chooses(moe) else None
@@ -262,20 +254,15 @@ class _Sweep:
             refused = tokens[:0] if margin is None else (margin.next == index).nonzero()[:, 0]
             if len(tokens) + len(refused) == 0:
                 continue
-            weights = [run.read(matrix.name).float() for matrix in expert.matrices]
-            by_next[refused] = (_expert(flat[refused], *weights)[-1] * by_output[refused]).sum(-1)
+            once = Interpreter(self.decoder, functools.cache(run.read))  # an expert's weights are kept by nobody else
+            by_next[refused] = (once.dense(expert, flat[refused]) * by_output[refused]).sum(-1)
             if len(tokens) == 0:
                 continue
-            rows = flat[tokens].requires_grad_()
-            gate, up, inner, output = _expert(rows, *weights)
-            by_row = by_output[tokens]
+            rows, by_row = flat[tokens].requires_grad_(), by_output[tokens]
+            output = self._watched(once, self.groups[tokens]).dense(expert, rows)
             by_shares[tokens, place] = (output.detach() * by_row).sum(-1)
             by_down = by_row * shares.detach()[tokens, place, None]
-            by_rows, by_gate, by_up = torch.autograd.grad(output, (rows, gate, up), by_down)
-            by_x.index_add_(0, tokens, by_rows)
-            inputs, outputs = (rows.detach(), rows.detach(), inner.detach()), (by_gate, by_up, by_down)
-            for matrix, weight, given, wanted in zip(expert.matrices, weights, inputs, outputs, strict=True):
-                self.losses.add_product(matrix.name, weight, given, wanted, self.groups[tokens])
+            by_x.index_add_(0, tokens, torch.autograd.grad(output, rows, by_down)[0])
         by_logits = torch.zeros_like(logits)
         if margin is not None:
             assert moe.router.layer is not None
@@ -296,13 +283,13 @@ class _Sweep:
 
     def _embedding(self, gradient: Tensor) -> None:
         """The table by the gradient [B, T, D] of what was looked up; rows that no token reads lose nothing here."""
-        wanted, places = self._used()
-        flat = gradient.flatten(0, 1)
-        fisher = torch.zeros(len(wanted), flat.shape[1])
-        for rows in slices(self.groups):
+        table, found = embedding_rows(self.decoder, self.checkpoint.read_float32, self.ids.numpy())
+        flat, places = gradient.flatten(0, 1), torch.from_numpy(found).flatten()
+        fisher = torch.zeros(table.shape)
+        for rows in runs(self.groups):
             fisher += torch.zeros_like(fisher).index_add_(0, places[rows], flat[rows]).square_()
         tokens = 0 if self.decoder.tied else len(flat)
-        self.losses.add(self.decoder.embed.name, self._rows(wanted), fisher.numpy(), tokens)
+        self.losses.add(self.decoder.embed.name, table, fisher.numpy(), tokens)
 
 
 class _Watch(Hooks):
@@ -318,13 +305,6 @@ class _Watch(Hooks):
         weight, rows = self._run.read(matrix.name).float(), x.detach().flatten(0, -2)
 
         def measured(gradient: Tensor) -> None:
-            self._losses.add_product(matrix.name, weight, rows, gradient.flatten(0, -2), self._groups)
+            self._losses.add_matmul(matrix.name, weight, rows, gradient.flatten(0, -2), self._groups)
 
         y.register_hook(measured)  # type: ignore[no-untyped-call]  # torch has no types there
-
-
-def _expert(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What gate, up, their product and down give for rows [n, D]."""
-    of_gate, of_up = F.linear(x, gate), F.linear(x, up)
-    inner = F.silu(of_gate) * of_up
-    return of_gate, of_up, inner, F.linear(inner, down)

@@ -189,8 +189,8 @@ def test_experts_of_a_layer_that_agree_are_one_rule():
     ]
     choices = [Choice(u, SCHEMES[2] if u.layer == 1 else INT4, 0.0, 1, 1) for u in units]
     recipe, _ = make_recipe("mine", choices, True)
-    assert [rule.pattern for rule in recipe.rules] == [
-        "*.mlp.gate.weight",
+    assert [rule.pattern or rule.role for rule in recipe.rules] == [
+        "router",
         "model.layers.1.mlp.experts.*.down_proj.weight",
     ]
     choices[0] = replace(choices[0], scheme=SCHEMES[0])

@@ -22,7 +22,7 @@ FOLDERS = {"edgelm": "edgelm", "quant": "edgelm.quant", "export": "edgelm.export
 MOST_FILES = 15
 
 LAYERS = {
-    "base": "errors sizes places files installing devices progress progress_bar json_dataclass corpus version",
+    "base": "errors sizes slices places files installing devices progress progress_bar json_dataclass corpus version",
     "models": "models",
     "primitives": "quant.scheme quant.tensor quant.primitives quant.fp8 quant.native quant.codec quant.recipe "
     "quant.quality",
