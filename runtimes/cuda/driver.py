@@ -255,12 +255,16 @@ class CudaDevice(Device):
         """Start a kernel.
 
         Raises:
-            DeviceError: it was not loaded, or this GPU has too little shared memory for it.
+            DeviceError: it was not loaded, another version compiled it, or this GPU has too little shared memory.
         """
         function = self._functions.get(launch.kernel)
         if function is None:
             raise DeviceError(f"the kernel {launch.kernel} was not loaded")
-        assert len(launch.args) == function.argument_bytes, (launch.kernel, len(launch.args), function.argument_bytes)
+        if len(launch.args) != function.argument_bytes:
+            raise DeviceError(
+                f"the bundle's kernel {launch.kernel} takes {function.argument_bytes} bytes of arguments, this version "
+                f"of EdgeLM has {len(launch.args)}: another version compiled it; export the bundle again"
+            )
         if launch.shared > function.shared:
             if launch.shared > self._most_shared:
                 raise DeviceError(
