@@ -39,7 +39,7 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Texts:
+class Corpus:
     """Documents, where they came from, and the SHA-256 of all of them."""
 
     name: str
@@ -67,7 +67,7 @@ def standard_library() -> tuple[list[str], list[str]]:
     return training, held_out
 
 
-def read_texts(source: str | Path, *, held_out: bool = False) -> Texts:
+def read_corpus(source: str | Path, *, held_out: bool = False) -> Corpus:
     """Read a UTF-8 file, all UTF-8 files of a folder (hidden ones left out), or the standard library ("builtin").
 
     Args:
@@ -78,7 +78,7 @@ def read_texts(source: str | Path, *, held_out: bool = False) -> Texts:
         EdgeLMError: nothing is there, it holds no text, or it is larger than `LARGEST`.
     """
     if source == BUILTIN:
-        return _texts(BUILTIN, standard_library()[held_out])
+        return _corpus(BUILTIN, standard_library()[held_out])
     path = Path(source)
     if path.is_file():
         files = [path]
@@ -100,7 +100,7 @@ def read_texts(source: str | Path, *, held_out: bool = False) -> Texts:
     documents = [text for text in documents if text.strip()]
     if not documents:
         raise EdgeLMError(f"{path} holds no text")
-    return _texts(path.name, documents)
+    return _corpus(path.name, documents)
 
 
 def windows(encoder: Encoder, texts: Iterable[str], count: int, length: int) -> list[Ints]:
@@ -125,13 +125,13 @@ def windows(encoder: Encoder, texts: Iterable[str], count: int, length: int) -> 
     return found
 
 
-def _texts(name: str, documents: Sequence[str]) -> Texts:
+def _corpus(name: str, documents: Sequence[str]) -> Corpus:
     digest = hashlib.sha256()
     for text in documents:
         # The length keeps ("ab", "c") and ("a", "bc") apart.
         digest.update(len(text).to_bytes(8, "little"))
         digest.update(text.encode("utf-8", errors="surrogatepass"))
-    return Texts(name, tuple(documents), digest.hexdigest())
+    return Corpus(name, tuple(documents), digest.hexdigest())
 
 
 def _hidden(path: Path) -> bool:

@@ -15,7 +15,7 @@ from edgelm.evaluation import EvalOptions, evaluate
 from edgelm.export import ExportOptions, export_bundle
 from edgelm.progress import Bars
 from edgelm.quant.calibration import CalibrationOptions
-from edgelm.quant.mixed_precision import budget_recipe
+from edgelm.quant.mixed_precision import mixed_precision_recipe
 
 
 def main() -> None:
@@ -33,7 +33,9 @@ def main() -> None:
     progress = Bars()
 
     tokens = min(8192, options.samples * options.length)
-    chosen = budget_recipe(options.checkpoint, bits=options.bits, text=options.text, tokens=tokens, progress=progress)
+    chosen = mixed_precision_recipe(
+        options.checkpoint, bits=options.bits, text=options.text, tokens=tokens, progress=progress
+    )
     # The recipe is a text to read and edit; here it goes on as it is.
     (options.out / "recipe.toml").write_text(chosen.toml, encoding="utf-8")
     print(f"{chosen.bits:.2f} bits a weight, expected KL {chosen.predicted:.1e} nats a token before calibration")

@@ -1,7 +1,7 @@
 """Activations and caches rounded as devices round them, computed in float32 ("fake" quantisation), in PyTorch.
 
-Each function returns the numbers that the codes stand for, value(code) * scale, so that a float product with them is
-what an integer (FP8) product with a float32 sum gives, but for the order of that sum.
+Each function returns the numbers that the codes stand for, value(code) * scale, so that a float matmul with them is
+what an integer (FP8) matmul with a float32 sum gives, but for the order of that sum.
 
     int8 per token      scale = absmax / 127 of the row, code = round(x / scale)          arXiv 2211.10438, section 3
     int8 static         one scale for the tensor, code = round(x / scale) in -128 .. 127  same, calibrated

@@ -67,7 +67,7 @@ def quantize_checkpoint(
     threads: int | None = None,
     shard_bytes: int | None = SHARD_BYTES,
     overwrite: bool = False,
-    texts: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> QuantizedSummary:
     """Quantise the checkpoint `source` (a folder or a hub id) with `recipe` into the folder `out`.
@@ -81,7 +81,7 @@ def quantize_checkpoint(
         threads: blocks in work at once; None is one for each core.
         shard_bytes: largest weight file; None writes one file.
         overwrite: replace a checkpoint that EdgeLM wrote at `out` once the new one is complete.
-        texts: files to write beside it, their contents by their names.
+        extra_files: files to write beside it, their contents by their names.
         progress: gets the bytes read.
 
     Raises:
@@ -102,7 +102,7 @@ def quantize_checkpoint(
         stored_specs(weights)  # refuses before the folder is made
         with atomic_directory(out, CHECKPOINT, sources=[checkpoint.path], overwrite=overwrite) as folder:
             summary = write_quantized(weights, folder, threads=threads, shard_bytes=shard_bytes, progress=progress)
-            write_texts(folder, texts)
+            write_extra_files(folder, extra_files)
     return replace(summary, path=Path(out))
 
 
@@ -266,9 +266,9 @@ def _run(jobs: Iterable[Callable[[], int]], threads: int) -> Iterator[int]:
             raise
 
 
-def write_texts(folder: Path, texts: Mapping[str, str] | None) -> None:
+def write_extra_files(folder: Path, extra_files: Mapping[str, str] | None) -> None:
     """Write small files into a checkpoint's folder, none of which is there."""
-    for name, text in (texts or {}).items():
+    for name, text in (extra_files or {}).items():
         with (folder / name).open("x", encoding="utf-8") as stream:
             stream.write(text)
 

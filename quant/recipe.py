@@ -231,7 +231,7 @@ class Recipe:
         return cls.from_toml(read_bytes(path, _BLAME), str(path), path.stem)
 
 
-def _foreign(path: Path) -> str | None:
+def _refusal(path: Path) -> str | None:
     try:
         Recipe.load(path)
     except RecipeError:
@@ -239,7 +239,7 @@ def _foreign(path: Path) -> str | None:
     return None
 
 
-RECIPE = Kind("a recipe", _foreign, is_folder=False)
+RECIPE = Kind("a recipe", _refusal, is_folder=False)
 """A TOML file that `Recipe.load` reads."""
 
 

@@ -8,7 +8,7 @@ folded into what makes x, exactly but for float rounding:
     final norm  -> head, where it is not tied
 
 The query heads of one KV head share the scales of its values; v -> o is left out where clip_qkv clamps v. The norms of
-OLMoE's queries and keys come after the products and are untouched.
+OLMoE's queries and keys come after the matmuls and are untouched.
 
 How s is chosen, for a grid of alpha, by the error of the outputs on calibration inputs, weights rounded to nearest:
 

@@ -12,7 +12,7 @@ from edgelm.checkpoint.safetensors import FLOAT_DTYPES
 from edgelm.devices import allowed_cores
 from edgelm.errors import CheckpointError, RecipeError
 from edgelm.quant import codec
-from edgelm.quant.formats import FORMATS, ForeignWeights, recipe_of
+from edgelm.quant.formats import FORMATS, FormatWeights, recipe_of
 from edgelm.quant.formats.edgelm import FORMAT_VERSION, METHOD, PARTS, OwnWeights, Stored, part_name
 from edgelm.quant.recipe import STATIC_ACTIVATIONS, Recipe
 from edgelm.quant.scheme import AnyScheme
@@ -64,7 +64,7 @@ def _open_stored(checkpoint: Checkpoint) -> Stored | None:
         return None
     recipe = recipe.for_model(checkpoint.decoder)
     entry = checkpoint.config["quantization_config"]
-    return OwnWeights(checkpoint, recipe) if entry["quant_method"] == METHOD else ForeignWeights(checkpoint, entry)
+    return OwnWeights(checkpoint, recipe) if entry["quant_method"] == METHOD else FormatWeights(checkpoint, entry)
 
 
 def _refuse_unannounced(checkpoint: Checkpoint) -> None:
@@ -104,7 +104,7 @@ class WeightSource:
                 "leave the recipe out, or start from the float checkpoint"
             )
         self.checkpoint = checkpoint
-        # Of a quantised checkpoint the schemes are given; what its products multiply and its cache are still a choice.
+        # Of a quantised checkpoint the schemes are given; activations and the type of the cache are still a choice.
         self.recipe = (recipe or stored or Recipe.load("none")).for_model(checkpoint.decoder)
         self.is_stored_quantized = stored is not None
         if stored is None:

@@ -71,8 +71,8 @@ def quantize(
         progress=progress,
     )
     # No checkpoint's companion ends in .toml: nothing of that name is there.
-    texts = None if result is None else {RECIPE_FILE: result.toml}
-    writing: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "texts": texts, "progress": progress}
+    writing: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "progress": progress}
+    writing["extra_files"] = None if result is None else {RECIPE_FILE: result.toml}
     plan = chosen(recipe, result, "int4")
     made: QuantizedSummary
     extra: dict[str, Any] = {} if result is None else {"budget": in_json(result)}

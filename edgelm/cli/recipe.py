@@ -46,7 +46,7 @@ def recipe(
     from edgelm.files import atomic_file
     from edgelm.places import check_place
     from edgelm.progress import Bars
-    from edgelm.quant.mixed_precision import budget_recipe, parse_candidates
+    from edgelm.quant.mixed_precision import mixed_precision_recipe, parse_candidates
     from edgelm.quant.recipe import RECIPE
 
     with as_usage():
@@ -55,7 +55,7 @@ def recipe(
     check_place(out, RECIPE, sources=[checkpoint], overwrite=overwrite)
     progress = Bars()
     start = time.monotonic()
-    result = budget_recipe(
+    result = mixed_precision_recipe(
         checkpoint,
         bits=bits,
         budget=budget,

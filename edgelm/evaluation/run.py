@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.bundle.kv_cache import KV_TYPES
-from edgelm.corpus import BUILTIN, Texts, read_texts, windows
+from edgelm.corpus import BUILTIN, read_corpus, windows
 from edgelm.devices import describe
 from edgelm.errors import EdgeLMError
 from edgelm.evaluation import bundles, distances
@@ -179,18 +179,18 @@ class _Evaluation:
 
     def _cut(self, tokenizer: Tokenizer) -> tuple[list[NDArray[np.int64]], TextResult]:
         options = self._options
-        texts: Texts = read_texts(options.text, held_out=True)
+        corpus = read_corpus(options.text, held_out=True)
         counted = _Counted(tokenizer)
         count = options.tokens // options.length
         # One token more than is read: the one after the last is predicted too.
-        found = windows(counted, texts.documents, count, options.length + 1)
+        found = windows(counted, corpus.documents, count, options.length + 1)
         if counted.tokens < count * (options.length + 1):
             self.notes.append(
                 f"the text has {counted.tokens} tokens, so {count} windows of {options.length} overlap and the "
                 "standard errors are too small"
             )
-        name = f"{texts.name}, held out" if options.text == BUILTIN else texts.name
-        return found, TextResult(name, texts.sha256, count, options.length, count * options.length)
+        name = f"{corpus.name}, held out" if options.text == BUILTIN else corpus.name
+        return found, TextResult(name, corpus.sha256, count, options.length, count * options.length)
 
     def _run_float(self, checkpoint: Checkpoint) -> WeightModel:
         from edgelm.evaluation.experts import ExpertProbe

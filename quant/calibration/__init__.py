@@ -1,7 +1,7 @@
 """Calibrated quantisation of a whole checkpoint, layer by layer from disk.
 
-`options` says what can be asked for, `stream` takes hidden states through one layer while quantising it, `coverage`
-sees that every expert has tokens of its own, `work` keeps what is done so that an interrupted run goes on, `report`
+`options` says what can be asked for, `layer` takes hidden states through one layer while quantising it, `coverage`
+sees that every expert has tokens of its own, `resume` keeps what is done so that an interrupted run goes on, `report`
 says what came of it, and `run` puts them together.
 """
 

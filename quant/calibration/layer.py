@@ -42,7 +42,7 @@ from edgelm.reference.layerwise import LayerWeights
 from edgelm.slices import slices
 
 SLICE_TOKENS = 8192
-"""Tokens in work at once: enough for matrix products at full speed, and tens of megabytes."""
+"""Tokens at once: enough for matmuls at full speed, and tens of megabytes."""
 
 PAIRED_TOKENS = 16384
 """Tokens that the float model sees too, at least: eight for each column of the published models."""
@@ -53,7 +53,7 @@ Floats = NDArray[np.float32]
 def aligned(values: Floats) -> Floats:
     """The same values where torch would have put them, on a multiple of 64 bytes.
 
-    Matrix products may add up in another order on other alignments; a run that is resumed must compute the same.
+    Matmuls may add up in another order on other alignments; a run that is resumed must compute the same.
     """
     return cast("Floats", torch.empty(values.shape).copy_(torch.from_numpy(values)).numpy())
 
@@ -63,16 +63,16 @@ class Quantiser:
 
     Args:
         weights: the float checkpoint seen through the recipe.
-        work: how much of the whole each matrix is.
+        shares: of the whole run that each matrix takes.
         advance: told that of each when it is done.
     """
 
-    def __init__(self, weights: WeightSource, work: Mapping[str, float], advance: Callable[[float], None]) -> None:
+    def __init__(self, weights: WeightSource, shares: Mapping[str, float], advance: Callable[[float], None]) -> None:
         self.weights = weights
         self.tensors: dict[str, QuantTensor] = {}
         self.floats: dict[str, Floats] = {}
         self.report = LayerReport()
-        self._work = work
+        self._shares = shares
         self._advance = advance
 
     def read(self, name: str) -> Floats:
@@ -107,14 +107,14 @@ class Quantiser:
                 {key: float(value) for key, value in made.errors.items()} if measured else {},
             )
             weight = aligned(codec.dequantize(made.tensor, threads=torch.get_num_threads()))
-        self._advance(self._work.get(name, 0.0))
+        self._advance(self._shares.get(name, 0.0))
         return torch.from_numpy(weight)
 
     def fit(self, name: str, drift: Drift) -> Tensor:
         """A matrix that stays float, fitted to inputs that have drifted; returns the float32 [N, K]."""
         fitted = drift.corrected(torch.from_numpy(self.read(name)), ROUTER_DAMPING)
         self.floats[name] = fitted.numpy()
-        self._advance(self._work.get(name, 0.0))
+        self._advance(self._shares.get(name, 0.0))
         return fitted
 
 

@@ -105,7 +105,7 @@ class CalibrationReport:
 
     @property
     def tensors(self) -> dict[str, TensorReport]:
-        """All matrices that met calibration tokens, or whose expert ought to have."""
+        """All matrices that saw calibration tokens, or whose expert ought to have."""
         return {name: entry for part in (*self.layers, self.head) for name, entry in part.tensors.items()}
 
     @property

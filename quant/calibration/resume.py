@@ -55,8 +55,8 @@ _NAMES = (
 )
 
 
-class WorkFolder:
-    """What is done of one calibration. Open it with `open_work`."""
+class ResumeFolder:
+    """What is done of one calibration. Open it with `open_resume`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -102,7 +102,7 @@ class WorkFolder:
         with SafetensorsFile(self._stream(layer)) as file:
             for name in (_STREAM, _REFERENCE):
                 info = file.tensors[name]
-                found.append(torch.empty(info.shape))  # torch's own memory, see stream.aligned
+                found.append(torch.empty(info.shape))  # torch's own memory, see layer.aligned
                 file.read_into(found[-1].numpy(), info.offset)
         return found[0], found[1]
 
@@ -173,7 +173,7 @@ def _report(path: Path) -> LayerReport:
 
 
 @contextlib.contextmanager
-def open_work(path: Path, asked: Mapping[str, Any], progress: Progress) -> Iterator[WorkFolder]:
+def open_resume(path: Path, asked: Mapping[str, Any], progress: Progress) -> Iterator[ResumeFolder]:
     """Make the folder, or go on with the one there if it is of the same run; it is removed where all went well.
 
     Args:
@@ -192,11 +192,11 @@ def open_work(path: Path, asked: Mapping[str, Any], progress: Progress) -> Itera
         if not state.is_file():
             with atomic_file(state) as partial:
                 partial.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-        work = WorkFolder(path)
+        folder = ResumeFolder(path)
         try:
-            yield work
+            yield folder
         except BaseException:
-            if not work.is_worth_keeping:
+            if not folder.is_worth_keeping:
                 _remove(path)
             else:
                 progress.note(f"what is done so far is kept in {path}: the same command goes on from there")
@@ -224,22 +224,22 @@ def _clear_unless(path: Path, wanted: Mapping[str, Any], progress: Progress) -> 
     _empty(path)
 
 
-def _foreign(folder: Path) -> str | None:
+def _refusal(folder: Path) -> str | None:
     name = unlisted(folder, lambda path: any(re.fullmatch(pattern, path) for pattern in _NAMES))
     return None if name is None else f"holds {name}, which no calibration left there"
 
 
-WORK = Kind("the work of a calibration", _foreign)
+RESUME = Kind("the resume folder of a calibration", _refusal)
 
 
-def work_place(out: Path, source: Path) -> Path:
-    """The folder in which a calibration for `out` keeps its work.
+def resume_place(out: Path, source: Path) -> Path:
+    """The folder in which a calibration for `out` keeps what is done.
 
     Raises:
         EdgeLMError: something else is in its place.
     """
     place = resolved(out)
-    return check_place(place.with_name(place.name + SUFFIX), WORK, sources=[source], overwrite=True)
+    return check_place(place.with_name(place.name + SUFFIX), RESUME, sources=[source], overwrite=True)
 
 
 def _empty(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Calibrate a whole checkpoint: text to hidden states, through every layer, to codes.
+"""Calibrate a whole checkpoint: text to hidden states, through every layer, to quantised values.
 
 Where the recipe has static activations, the quantised model runs over the text once more for their scales.
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from edgelm.checkpoint import Checkpoint, SafetensorsFile
 from edgelm.checkpoint.written import CHECKPOINT
-from edgelm.corpus import BUILTIN, Texts, read_texts, windows
+from edgelm.corpus import BUILTIN, Corpus, read_corpus, windows
 from edgelm.devices import allowed_cores
 from edgelm.errors import EdgeLMError, RecipeError
 from edgelm.files import atomic_directory, need_disk, prepare_place
@@ -35,8 +35,8 @@ from edgelm.quant.calibration.layer import LayerStream, Quantiser, aligned, pair
 from edgelm.quant.calibration.options import LENGTH, SAMPLES, CalibrationOptions, CoverageOptions
 from edgelm.quant.calibration.ranges import calibrated_scales
 from edgelm.quant.calibration.report import CalibrationReport, LayerReport
-from edgelm.quant.calibration.resume import CalibratedSource, WorkFolder, open_work, work_place
-from edgelm.quant.checkpoint import SHARD_BYTES, QuantizedSummary, stored_specs, write_quantized, write_texts
+from edgelm.quant.calibration.resume import CalibratedSource, ResumeFolder, open_resume, resume_place
+from edgelm.quant.checkpoint import SHARD_BYTES, QuantizedSummary, stored_specs, write_extra_files, write_quantized
 from edgelm.quant.methods import Moments
 from edgelm.quant.methods.drift import Drift
 from edgelm.quant.recipe import Recipe
@@ -48,7 +48,7 @@ from edgelm.reference.layerwise import embedding_rows
 from edgelm.tokenization.tokenizer import Tokenizer
 
 FORMAT = "edgelm-calibration 3"
-"""Of the work folder; another number makes a new start."""
+"""Of the resume folder; another number makes a new start."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ def calibrate_checkpoint(
     smoothing: str | None = None,
     threads: int | None = None,
     overwrite: bool = False,
-    texts: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> CalibratedSummary:
-    """Quantise the checkpoint `source` into the folder `out`, its codes chosen by what the model does with a text.
+    """Quantise the checkpoint `source` into the folder `out` by what the model computes for a text.
 
     The result has the format of `quantize_checkpoint`, with `calibration.json` beside and, of matrices whose
     activations the recipe has static, the scales of these (`<stem>.input_scale`). Interrupted, it keeps what is
@@ -92,7 +92,7 @@ def calibrate_checkpoint(
         smoothing: scale the float weights first: for "activations" or for "weights"; None does not.
         threads: of the arithmetic; None is one for each core. Other numbers may add up in another order.
         overwrite: replace a checkpoint that EdgeLM wrote at `out` once the new one is complete.
-        texts: files to write beside it, their contents by their names.
+        extra_files: files to write beside it, their contents by their names.
         progress: gets the work done, and a line for each layer.
 
     Raises:
@@ -121,7 +121,7 @@ def calibrate_checkpoint(
             input_scales=weights.input_scales,
         )
         report.write(folder)
-        write_texts(folder, texts)
+        write_extra_files(folder, extra_files)
     return CalibratedSummary(**(vars(summary) | {"path": out, "report": report}))
 
 
@@ -164,27 +164,29 @@ def calibrated(
     if not any(weights.scheme(name) for name in weights.shapes):
         raise RecipeError(f'the recipe "{recipe.name}" quantises none of the tensors of {checkpoint.path}')
     stored = sum(spec.nbytes for spec in stored_specs(weights).values())
-    texts = read_texts(options.text)
-    ids = _windows(checkpoint, texts, options)
+    corpus = read_corpus(options.text)
+    ids = _windows(checkpoint, corpus, options)
     stream_bytes = 4 * ids.size * decoder.hidden_size
     need_disk(out, copies * stored + 4 * stream_bytes)
-    asked = _asked(checkpoint, recipe, texts, ids, options)
-    with open_work(work_place(out, checkpoint.path), asked, progress) as work, contextlib.ExitStack() as stack:
+    asked = _asked(checkpoint, recipe, corpus, ids, options)
+    with open_resume(resume_place(out, checkpoint.path), asked, progress) as resume, contextlib.ExitStack() as stack:
         with _threads(threads):
             if options.smoothing is not None:
-                checkpoint = stack.enter_context(_smoothed(checkpoint, recipe, options.smoothing, ids, work, progress))
+                checkpoint = stack.enter_context(
+                    _smoothed(checkpoint, recipe, options.smoothing, ids, resume, progress)
+                )
                 weights = WeightSource(checkpoint, recipe, threads=1)
-            run = _Run(weights, decoder, options, work, progress)
+            run = _Run(weights, decoder, options, resume, progress)
             layers, head = run.all(ids)
-            files = [stack.enter_context(SafetensorsFile(path)) for path in work.files(len(layers))]
+            files = [stack.enter_context(SafetensorsFile(path)) for path in resume.files(len(layers))]
             made = CalibratedSource(checkpoint, recipe, files, threads=1)
             if input_scales and made.static_inputs:
                 quantised = CalibratedSource(checkpoint, recipe, files, threads=threads)
                 made.input_scales = calibrated_scales(quantised, ids, progress=progress)
         moes = [moe for moe in map(decoder.moe, range(decoder.num_layers)) if moe is not None]
         report = CalibrationReport(
-            text=texts.name,
-            sha256=texts.sha256,
+            text=corpus.name,
+            sha256=corpus.sha256,
             samples=options.samples,
             length=options.length,
             min_tokens=max(map(options.coverage.needed, moes), default=0),
@@ -200,17 +202,17 @@ def _smoothed(
     recipe: Recipe,
     target: str,
     ids: np.ndarray[Any, Any],
-    work: WorkFolder,
+    resume: ResumeFolder,
     progress: Progress,
 ) -> SmoothedCheckpoint:
     """The checkpoint with the scales that an interrupted run found, or with new ones."""
-    kept = work.load_smoothing()
+    kept = resume.load_smoothing()
     if kept is not None:
-        progress.note(f"{work.path}: the weights are smoothed already")
+        progress.note(f"{resume.path}: the weights are smoothed already")
         return SmoothedCheckpoint(checkpoint, kept)
     began = time.monotonic()
     found = smooth(checkpoint, ids, recipe, target, threads=torch.get_num_threads(), progress=progress)
-    work.save_smoothing(found.scaling)
+    resume.save_smoothing(found.scaling)
     scaled = [choice for choice in found.choices if choice.alpha is not None]
     gained = 1 - np.mean([choice.after / choice.before for choice in scaled]) if scaled else 0.0
     progress.note(
@@ -220,7 +222,7 @@ def _smoothed(
     return found
 
 
-def _windows(checkpoint: Checkpoint, texts: Texts, options: CalibrationOptions) -> np.ndarray[Any, Any]:
+def _windows(checkpoint: Checkpoint, corpus: Corpus, options: CalibrationOptions) -> np.ndarray[Any, Any]:
     """Token ids int64 [S, T]."""
     decoder = checkpoint.decoder
     if options.length > decoder.context_length:
@@ -229,7 +231,7 @@ def _windows(checkpoint: Checkpoint, texts: Texts, options: CalibrationOptions) 
             f"{decoder.context_length}: give a smaller --sample-length"
         )
     tokenizer = Tokenizer.from_folder(checkpoint.path)
-    ids = np.stack(windows(tokenizer, texts.documents, options.samples, options.length))
+    ids = np.stack(windows(tokenizer, corpus.documents, options.samples, options.length))
     if ids.min() < 0 or ids.max() >= decoder.vocab_size:
         raise EdgeLMError(
             f"{checkpoint.path}: the tokenizer gives token {ids.max()}, the model's table has {decoder.vocab_size} "
@@ -239,7 +241,7 @@ def _windows(checkpoint: Checkpoint, texts: Texts, options: CalibrationOptions) 
 
 
 def _asked(
-    checkpoint: Checkpoint, recipe: Recipe, texts: Texts, ids: np.ndarray[Any, Any], options: CalibrationOptions
+    checkpoint: Checkpoint, recipe: Recipe, corpus: Corpus, ids: np.ndarray[Any, Any], options: CalibrationOptions
 ) -> dict[str, Any]:
     """What the result depends on, by the words of a note about a folder that was left by another run."""
     stats = {path.name: path.stat() for path in checkpoint.files}
@@ -249,7 +251,7 @@ def _asked(
         "checkpoint": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()],
         "config.json": checkpoint.config,
         "recipe": recipe.to_toml(),
-        "text": texts.sha256,
+        "text": corpus.sha256,
         "samples": options.samples,
         "sample length": options.length,
         "tokens": hashlib.sha256(ids.tobytes()).hexdigest(),
@@ -276,34 +278,34 @@ class _Run:
         weights: WeightSource,
         decoder: Decoder,
         options: CalibrationOptions,
-        work: WorkFolder,
+        resume: ResumeFolder,
         progress: Progress,
     ) -> None:
         self.weights = weights
         self.decoder = decoder
         self.options = options
-        self.work = work
+        self.resume = resume
         self.progress = progress
         self.layers = decoder.num_layers
-        self.shares = _work(decoder, options.samples * options.length)
+        self.shares = _shares(decoder, options.samples * options.length)
 
     @torch.no_grad()
     def all(self, ids: np.ndarray[Any, Any]) -> tuple[list[LayerReport], LayerReport]:
         """Do what is left to do; returns the reports of the layers and of the head."""
-        head = self.work.head_report()
-        start = self.work.next_layer() or 0
+        head = self.resume.head_report()
+        start = self.resume.next_layer() or 0
         if head is None:
             with self.progress.task("calibrating", sum(self.shares.values()), unit="work") as advance:
                 if start:
-                    self.progress.note(f"{self.work.path}: going on with layer {start} of {self.layers}")
+                    self.progress.note(f"{self.resume.path}: going on with layer {start} of {self.layers}")
                     advance(sum(share for name, share in self.shares.items() if self._layer_of(name) < start))
-                    x, reference = self.work.load_streams(start)
+                    x, reference = self.resume.load_streams(start)
                 else:
                     x, reference = self._embed(ids)
                 for index in range(start, self.layers):
                     self._layer(index, x, reference, advance)
                 head = self._head(x, reference, advance)
-        return [self.work.layer_report(index) for index in range(self.layers)], head
+        return [self.resume.layer_report(index) for index in range(self.layers)], head
 
     def _embed(self, ids: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
         """Rows [S, T, D] of the embedding as the device will have it, and [R, T, D] as the float model has it."""
@@ -323,8 +325,8 @@ class _Run:
             self.decoder, index, quantiser.read, quantiser, self.options.coverage, self.options.require_coverage
         )
         stream.run(x, reference)
-        self.work.save_layer(index, quantiser.tensors, quantiser.floats, quantiser.report)
-        self.work.save_streams(index + 1, x, reference)
+        self.resume.save_layer(index, quantiser.tensors, quantiser.floats, quantiser.report)
+        self.resume.save_streams(index + 1, x, reference)
         self._say(index, quantiser.report, time.monotonic() - began)
 
     def _head(self, x: Tensor, reference: Tensor, advance: Advance) -> LayerReport:
@@ -343,7 +345,7 @@ class _Run:
                 for part in sample_slices(reference):
                     drift.add(norm(x[pairs][part]).flatten(0, 1), norm(reference[part]).flatten(0, 1))
             quantiser.matrix(head, moments, drift)
-        self.work.save_head(quantiser.tensors, quantiser.report)
+        self.resume.save_head(quantiser.tensors, quantiser.report)
         return quantiser.report
 
     def _layer_of(self, name: str) -> float:
@@ -367,8 +369,8 @@ class _Run:
             )
 
 
-def _work(decoder: Decoder, tokens: int) -> dict[str, float]:
-    """Multiplications that each matrix takes, roughly: moments, product, and correcting its columns."""
+def _shares(decoder: Decoder, tokens: int) -> dict[str, float]:
+    """Multiplications that each matrix takes, roughly: moments, matmul, and correcting its columns."""
     found = {}
     for name, matrix in decoder.matrices.items():
         if matrix is decoder.embed:
@@ -376,6 +378,6 @@ def _work(decoder: Decoder, tokens: int) -> dict[str, float]:
         rows, columns = matrix.rows, matrix.columns
         moe = None if matrix.expert is None or matrix.layer is None else decoder.moe(matrix.layer)
         seen = tokens if moe is None else tokens * moe.k / len(moe.experts)
-        product = 0 if matrix.layer is None else seen * columns * rows
-        found[name] = float(product + seen * columns * columns / 2 + columns * columns * (rows + columns))
+        matmul = 0 if matrix.layer is None else seen * columns * rows
+        found[name] = float(matmul + seen * columns * columns / 2 + columns * columns * (rows + columns))
     return found

@@ -5,6 +5,6 @@ Whatever a format can hold that EdgeLM's schemes cannot is refused, with the ten
 
 from __future__ import annotations
 
-from edgelm.quant.formats.reader import FORMATS, ForeignWeights, format_of, recipe_of
+from edgelm.quant.formats.reader import FORMATS, FormatWeights, format_of, recipe_of
 
-__all__ = ["FORMATS", "ForeignWeights", "format_of", "recipe_of"]
+__all__ = ["FORMATS", "FormatWeights", "format_of", "recipe_of"]

@@ -1,4 +1,4 @@
-"""What every foreign format is turned into, and the checks that turning it rounds nothing."""
+"""What every other format is turned into, and the checks that turning it rounds nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FLOATS = ("F16", "BF16", "F32")
 
 @dataclass(frozen=True)
 class Matrix:
-    """A quantised matrix of a foreign checkpoint.
+    """A quantised matrix of another tool's checkpoint.
 
     Attributes:
         name: of the float matrix, "a.b.weight".
@@ -57,7 +57,7 @@ class Matrix:
 
 
 class Format(ABC):
-    """A foreign format, as one checkpoint's `quantization_config` sets it.
+    """Another tool's format, as one checkpoint's `quantization_config` sets it.
 
     Attributes:
         reads_whole: whether a row is spread over the whole stored tensor, so that reading a few rows costs as much as

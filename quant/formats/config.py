@@ -1,4 +1,4 @@
-"""Reading a foreign `quantization_config` so that nothing in it which changes the numbers goes unnoticed."""
+"""Reading another tool's `quantization_config` so that nothing in it which changes the numbers goes unnoticed."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def matched(pattern: str, module: str) -> bool:
 
 
 def label(scheme: AnyScheme) -> str:
-    """Return a scheme's name as recipes of foreign checkpoints have it: symmetric goes without saying."""
+    """Return a scheme's name as recipes of other tools' checkpoints have it: symmetric goes without saying."""
     return scheme.name.removesuffix("-sym") if isinstance(scheme, Scheme) else scheme.name
 
 

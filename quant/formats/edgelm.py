@@ -1,4 +1,4 @@
-"""Quantised tensors as a checkpoint holds them: EdgeLM's own format, and the protocol that foreign ones share."""
+"""Quantised tensors as a checkpoint holds them: EdgeLM's own format, and the protocol that the other formats share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A foreign checkpoint seen as `WeightSource` sees its own: shapes, schemes, a recipe, and rows of `QuantTensor`s."""
+"""Another tool's checkpoint as `WeightSource` sees our own: shapes, schemes, a recipe, and rows of `QuantTensor`s."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMATS: Mapping[str, type[Format]] = {
 }
 """What `quantization_config.quant_method` may be, besides EdgeLM's own."""
 
-# What may be computed beside the product with a stored matrix; compressed-tensors checks its own.
+# What may be computed beside the matmul with a stored matrix; compressed-tensors checks its own.
 _ADDITIONS = ("sparsity_config", "rotation", "adapter")
 
 _KEPT = 2
@@ -61,7 +61,7 @@ def format_of(settings: Settings) -> Format:
 def recipe_of(settings: Settings) -> Recipe:
     """Return the recipe as the config alone tells it: its name and its default, with what is never quantised float.
 
-    `ForeignWeights.recipe` is exact.
+    `FormatWeights.recipe` is exact.
 
     Raises:
         UnsupportedConfigError: as `format_of`.
@@ -71,8 +71,8 @@ def recipe_of(settings: Settings) -> Recipe:
     return Recipe(found.name, found.default, tuple(of_role(role, None) for role in kept))
 
 
-class ForeignWeights:
-    """The tensors of a foreign checkpoint under their float names.
+class FormatWeights:
+    """The tensors of another tool's checkpoint under their float names.
 
     Attributes:
         shapes: of every tensor, quantised or not.

@@ -113,9 +113,9 @@ def _fit_with_torch(weights: Tensor, importance: Tensor, trials: Tensor, lowest:
     found = torch.zeros_like(best)
     for trial in trials:
         value = grid.nearest(weights, inverse(trial), lowest)
-        product = (importance[:, None] * weights * value).sum(0)
+        dot = (importance[:, None] * weights * value).sum(0)
         norm = (importance[:, None] * value * value).sum(0)
-        fitted = grid.stored(torch.where(norm > 0, product / norm, 0.0))
+        fitted = grid.stored(torch.where(norm > 0, dot / norm, 0.0))
         left = weights - grid.nearest(weights, inverse(fitted), lowest) * fitted
         error = (importance[:, None] * left.square()).sum(0)
         better = error < best

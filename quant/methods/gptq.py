@@ -47,7 +47,7 @@ def gptq(weights: Tensor, grid: Grid, factor: Factor, group: int, sweeps: int) -
     state = _State(weights[factor.order], grid, factor, group)
     state.round_forward()
     for sweep in range(sweeps):
-        state.refine(last=sweep == sweeps - 1)
+        state.sweep(last=sweep == sweeps - 1)
     back = factor.order.argsort()
     groups = factor.groups.argsort()
     return Rounded(state.values[back], state.scales[groups], state.lowest[groups])
@@ -80,7 +80,7 @@ class _State:
                 self.scales[number] = fit_scale(seen, importance[whole], trials, self.lowest[number], self.grid)
             round_block(self._block(cut, number), target, feedback[cut, cut], self.grid)
 
-    def refine(self, last: bool) -> None:
+    def sweep(self, last: bool) -> None:
         """One sweep: each group's scale and each column's code made best for all that is fixed at that moment."""
         hessian = self.factor.hessian
         # Half the gradient of the objective with its sign turned; every change below keeps it up to date, as far as

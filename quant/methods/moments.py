@@ -34,13 +34,13 @@ class Moments:
     def add(self, inputs: Tensor) -> None:
         """Count `inputs`, float32 [n, K]."""
         columns = inputs.shape[1]
-        # H is symmetric: blocks below the diagonal are those above it, which spares three eighths of the products.
+        # H is symmetric: blocks below the diagonal are those above it, which spares three eighths of the work.
         step = columns // 4 if columns >= _WIDE else columns
         for start in range(0, columns, step):
             stop = start + step
-            product = inputs[:, start:stop].T @ inputs[:, start:]
-            self.hessian[start:stop, start:] += product
-            self.hessian[stop:, start:stop] += product[:, step:].T
+            block = inputs[:, start:stop].T @ inputs[:, start:]
+            self.hessian[start:stop, start:] += block
+            self.hessian[stop:, start:stop] += block[:, step:].T
         self.tokens += len(inputs)
         self._factors.clear()
         self._padded = None

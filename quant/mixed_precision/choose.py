@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgelm.checkpoint import Checkpoint
-from edgelm.corpus import BUILTIN, Texts, read_texts, windows
+from edgelm.corpus import BUILTIN, Corpus, read_corpus, windows
 from edgelm.errors import RecipeError
 from edgelm.progress import Progress, Silent
 from edgelm.quant.mixed_precision.losses import Sensitivity
@@ -29,7 +29,7 @@ LENGTH = 256
 
 
 @dataclass(frozen=True)
-class BudgetResult:
+class MixedPrecision:
     """A recipe, and what is expected of it.
 
     Attributes:
@@ -73,25 +73,25 @@ def parse_candidates(names: str) -> list[AnyScheme | None]:
     return list(dict.fromkeys(found))
 
 
-def budget_recipe(
+def mixed_precision_recipe(
     checkpoint: str | Path | Checkpoint,
     *,
     bits: float | None = None,
     budget: int | None = None,
-    text: str | Path | Texts = BUILTIN,
+    text: str | Path | Corpus = BUILTIN,
     tokens: int = TOKENS,
     schemes: Sequence[AnyScheme | None] | None = None,
     factors: Mapping[int, float] | None = None,
     name: str = "budget",
     progress: Progress | None = None,
-) -> BudgetResult:
+) -> MixedPrecision:
     """Choose a scheme for every matrix, and every expert, of a float checkpoint.
 
     Args:
         checkpoint: folder, hub id, or open.
         bits: mean bits of a weight over all matrices but the routers, scales included.
         budget: in place of `bits`, bytes of a native bundle's weights file.
-        text: to measure with, as `read_texts` takes it; the built-in one without what is held out.
+        text: to measure with, as `read_corpus` takes it; the built-in one without what is held out.
         tokens: of it to measure with, in windows of at most 256.
         schemes: candidates, None among them for float; default `SCHEMES`.
         factors: by bits, what a better method than rounding to nearest leaves of the loss (1 where not given).
@@ -106,16 +106,16 @@ def budget_recipe(
         raise RecipeError("give either a number of bits or a budget of bytes")
     if not isinstance(checkpoint, Checkpoint):
         with Checkpoint.open(checkpoint, progress) as opened:
-            return budget_recipe(
+            return mixed_precision_recipe(
                 opened, bits=bits, budget=budget, text=text, tokens=tokens, schemes=schemes, factors=factors,
                 name=name, progress=progress,
             )  # fmt: skip
     plan = _Plan.of(checkpoint, bits, budget, schemes)
-    texts = text if isinstance(text, Texts) else read_texts(text)
+    corpus = text if isinstance(text, Corpus) else read_corpus(text)
     length = min(LENGTH, plan.context, max(2, tokens))
-    sample = windows(Tokenizer.from_folder(checkpoint.path), texts.documents, max(1, tokens // length), length)
-    measured = measure(checkpoint, sample, plan.quantised, about=plan.about, progress=progress)
-    result = plan.choose(measured, factors or {}, name, texts.name, len(sample) * length)
+    sample = windows(Tokenizer.from_folder(checkpoint.path), corpus.documents, max(1, tokens // length), length)
+    measured = measure(checkpoint, sample, plan.quantised, nominal=plan.nominal, progress=progress)
+    result = plan.choose(measured, factors or {}, name, corpus.name, len(sample) * length)
     for note in result.notes:
         (progress or Silent()).note(note)
     return result
@@ -164,7 +164,7 @@ class _Plan:
             least = f"{_ceil(8 * smallest / weights)} bits" if bits is not None else f"{smallest + fixed} bytes"
             raise RecipeError(
                 f"the smallest possible with these schemes is {least}"
-                f" ({', '.join(scheme_name(scheme) for scheme in candidates)}): allow more, or name narrower schemes"
+                f" ({', '.join(scheme_name(scheme) for scheme in candidates)}): allow more, or name smaller schemes"
             )
         return cls(units, candidates, room, fixed, decoder.context_length, decoder.first_moe is not None)
 
@@ -179,14 +179,14 @@ class _Plan:
         return [scheme for scheme in self.candidates if scheme is not None]
 
     @property
-    def about(self) -> AnyScheme:
+    def nominal(self) -> AnyScheme:
         """The scheme of integers in groups of 32 that comes next to the room there is."""
         bits = 8 * self.room / self.weights
         return min((Scheme(width, 32) for width in INTEGER_BITS), key=lambda scheme: abs(scheme.bits + 0.5 - bits))
 
     def choose(
         self, measured: Measured, factors: Mapping[int, float], name: str, text: str, tokens: int
-    ) -> BudgetResult:
+    ) -> MixedPrecision:
         """Solve for the losses measured."""
         options = [[self._choice(one, scheme, factors) for scheme in self.candidates] for one in measured.units]
         solution = solve([[Option(c.nbytes, c.loss) for c in choices] for choices in options], self.room)
@@ -210,7 +210,7 @@ class _Plan:
             f"measured with {tokens} tokens of {text}. The first rule that matches decides: edit freely.",
             *notes,
         ]
-        return BudgetResult(
+        return MixedPrecision(
             recipe=recipe,
             toml=to_toml(recipe, comments, head),
             choices=choices,

@@ -5,7 +5,7 @@ the Fisher matrix: the mean of g g^T, g the gradient of log p(y | context) with 
 1412.1193, section 5). Rounding errors of different weights are nearly independent and have no sign in common, so of
 d^T F d remains the sum over weights of error^2 F_ii (SqueezeLLM weighs its clusters so, arXiv 2306.07629, with the
 text's own tokens). An expert's gradient is zero for tokens that do not choose it: how often it is chosen, and by how
-much it counts when it is, are in F already. What a mixture loses when experts are swapped comes on top (`routing`).
+much it counts when it is, are in F already. What an MoE loses when experts are swapped comes on top (`routing`).
 
 F_ii is the square of the gradient of a whole group of sequences, all tokens at once: the drawn tokens are independent,
 so what different positions add to each other has mean zero, and a few groups serve as well as many.
@@ -65,7 +65,7 @@ def measure(
     windows: Sequence[Ints],
     schemes: Sequence[AnyScheme],
     *,
-    about: AnyScheme | None = None,
+    nominal: AnyScheme | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Measured:
@@ -75,7 +75,7 @@ def measure(
         checkpoint: float.
         windows: token ids, all of one length.
         schemes: candidates; a group that does not fit a matrix shrinks for it.
-        about: a scheme of about the bits that will be chosen: how often experts are swapped depends on it. None is
+        nominal: a scheme of about the bits that will be chosen: how often experts are swapped depends on it. None is
             int4 in groups of 32.
         seed: of what is drawn.
         progress: told of every layer and of the head.
@@ -84,7 +84,7 @@ def measure(
         RecipeError: a scheme fits some matrix with no group.
         CheckpointError: a weight is not finite.
     """
-    sweep = _Sweep(checkpoint, windows, schemes, about or Scheme(4, 32), seed)
+    sweep = _Sweep(checkpoint, windows, schemes, nominal or Scheme(4, 32), seed)
     return sweep.run(progress or Silent())
 
 
@@ -94,7 +94,7 @@ class _Sweep:
         checkpoint: Checkpoint,
         windows: Sequence[Ints],
         schemes: Sequence[AnyScheme],
-        about: AnyScheme,
+        nominal: AnyScheme,
         seed: int,
     ) -> None:
         self.checkpoint = checkpoint
@@ -107,7 +107,7 @@ class _Sweep:
         # Group of each token [N]: neighbouring sequences share one.
         self.groups = (torch.arange(batch) * min(GROUPS, batch) // batch).repeat_interleave(length)
         self.random = torch.Generator().manual_seed(seed)
-        self.about = about
+        self.nominal = nominal
         self.noise: dict[int, float] = {}
         self.constant = 0.0
 
@@ -163,7 +163,7 @@ class _Sweep:
         matrix = self.decoder.matrices.get(name)
         if matrix is None or matrix.role == "router":
             return weight
-        return self.losses.rounded(name, weight, self.about)
+        return self.losses.rounded(name, weight, self.nominal)
 
     # -- head ----------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What a budget is spent on: matrices that have one type in a bundle, and the bytes of each in any scheme."""
+"""What mixed precision chooses for: matrices that have one type in a bundle, and the bytes of each in any scheme."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgelm.quant.scheme import AnyScheme, Scheme
 PAGE = 4096
 """Where tensors of a bundle's weights file start: at multiples of this."""
 
-# Matrices of a layer that share an input and are one product in the native operators, which store them in one type.
+# Matrices of a layer that share an input and are one matmul in the native operators, which store them in one type.
 _JOINED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate+up", "up": "gate+up"}
 KINDS = ("embedding", "head", "qkv", "o", "gate+up", "down", "expert gate+up", "expert down")
 

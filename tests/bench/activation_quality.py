@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from edgelm.checkpoint import Checkpoint
-from edgelm.corpus import BUILTIN, read_texts, windows
+from edgelm.corpus import BUILTIN, read_corpus, windows
 from edgelm.quant import PRESETS, Recipe, Rule, WeightSource, parse_scheme
 from edgelm.quant.activations import STATIC, KvScales
 from edgelm.quant.calibration.ranges import RangeRecorder, record_ranges
@@ -54,8 +54,8 @@ class Model:
     def __init__(self, name: str, count: int) -> None:
         self.checkpoint = Checkpoint.open(CHECKPOINTS / name)
         tokenizer = Tokenizer.from_folder(self.checkpoint.path)
-        self.held_out = np.stack(windows(tokenizer, read_texts(BUILTIN, held_out=True).documents, count, LENGTH))
-        self.calibration = np.stack(windows(tokenizer, read_texts(BUILTIN).documents[::4], CALIBRATION, LENGTH))
+        self.held_out = np.stack(windows(tokenizer, read_corpus(BUILTIN, held_out=True).documents, count, LENGTH))
+        self.calibration = np.stack(windows(tokenizer, read_corpus(BUILTIN).documents[::4], CALIBRATION, LENGTH))
         self.reference = list(self._log_probabilities(reference_module(WeightSource(self.checkpoint))))
 
     @cached_property

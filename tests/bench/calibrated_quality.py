@@ -27,7 +27,7 @@ from edgelm.evaluation import EvalOptions, evaluate
 from edgelm.quant import PRESETS, Recipe, Rule
 from edgelm.quant.calibration import calibrate_checkpoint
 from edgelm.quant.checkpoint import quantize_checkpoint
-from edgelm.quant.mixed_precision import budget_recipe, parse_candidates
+from edgelm.quant.mixed_precision import mixed_precision_recipe, parse_candidates
 from edgelm.quant.mixed_precision.units import find_units
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
@@ -86,7 +86,9 @@ class Maker:
         bits = self._unit_bits(stored, calibrated)
         candidates = None if schemes is None else parse_candidates(schemes)
         return self.make(
-            name, budget_recipe(self.source, bits=bits, schemes=candidates, tokens=16384).recipe, calibrated=calibrated
+            name,
+            mixed_precision_recipe(self.source, bits=bits, schemes=candidates, tokens=16384).recipe,
+            calibrated=calibrated,
         )
 
     def run_as(self, name: str, row: Row, recipe: Recipe) -> Row:

@@ -37,7 +37,7 @@ from peers import Worker
 from torch import Tensor
 
 from edgelm.checkpoint import Checkpoint
-from edgelm.corpus import read_texts, windows
+from edgelm.corpus import read_corpus, windows
 from edgelm.models.spec import Matrix
 from edgelm.quant import Recipe, WeightSource
 from edgelm.reference.hooks import Hooks
@@ -97,7 +97,7 @@ class Model:
         self.checkpoint = Checkpoint.open(CHECKPOINTS / name)
         self.config = self.checkpoint.decoder
         self.tokenizer = Tokenizer.from_folder(self.checkpoint.path)
-        held_out = read_texts("builtin", held_out=True).documents
+        held_out = read_corpus("builtin", held_out=True).documents
         self.windows = np.stack(windows(self.tokenizer, held_out, WINDOWS, LENGTH))
         self.reference = [_log_probabilities(logits) for logits in self.logits(self.checkpoint.read_float32)]
 
@@ -117,7 +117,7 @@ class Model:
         """Mean squares of the inputs of every matrix over the calibration text."""
         module, collected = self._module(self.checkpoint.read_float32), Squares()
         module.hooks = collected
-        for window in windows(self.tokenizer, read_texts("builtin").documents, *CALIBRATION):
+        for window in windows(self.tokenizer, read_corpus("builtin").documents, *CALIBRATION):
             with torch.no_grad():
                 module(torch.from_numpy(window)[None])
         return collected.means()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from edgelm.checkpoint import Checkpoint
-from edgelm.corpus import read_texts, windows
+from edgelm.corpus import read_corpus, windows
 from edgelm.errors import RecipeError
 from edgelm.evaluation import EvalOptions, evaluate
 from edgelm.quant import Recipe, WeightSource
@@ -40,7 +40,7 @@ def test_rounded_activations_and_caches_lose_what_the_whole_model_says(checkpoin
     options = EvalOptions(text=text, tokens=4 * 64, length=64, speed=False)
     targets = evaluate(given, checkpoint("fox"), options).targets
     opened = Checkpoint.open(checkpoint("fox"))
-    found = np.stack(windows(Tokenizer.from_folder(opened.path), read_texts(text).documents, 4, 65))
+    found = np.stack(windows(Tokenizer.from_folder(opened.path), read_corpus(text).documents, 4, 65))
     ids = torch.from_numpy(found[:, :-1])
     p = reference_module(WeightSource(opened))(ids).double().log_softmax(-1)
     for target, path in zip(targets, given, strict=True):

@@ -14,7 +14,7 @@ import torch
 
 from edgelm.bundle.kv_cache import KV_TYPES
 from edgelm.checkpoint import Checkpoint
-from edgelm.corpus import read_texts, windows
+from edgelm.corpus import read_corpus, windows
 from edgelm.errors import EdgeLMError, RecipeError
 from edgelm.evaluation import EvalOptions, evaluate, reference
 from edgelm.evaluation.experts import ExpertProbe
@@ -36,7 +36,7 @@ def options(text, **more):
 
 
 def cut(folder, text, count=COUNT):
-    return windows(Tokenizer.from_folder(folder), read_texts(text).documents, count, LENGTH + 1)
+    return windows(Tokenizer.from_folder(folder), read_corpus(text).documents, count, LENGTH + 1)
 
 
 def whole_model_logits(folder, read, found):
@@ -227,7 +227,7 @@ def test_the_report_is_a_json_document(checkpoint, exported, text):
     assert (document["format"], document["format_version"]) == ("edgelm-evaluation", 1)
     assert document["text"] == {
         "name": "text.py",
-        "sha256": read_texts(text).sha256,
+        "sha256": read_corpus(text).sha256,
         "windows": COUNT,
         "length": LENGTH,
         "tokens": COUNT * LENGTH,

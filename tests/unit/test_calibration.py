@@ -22,7 +22,7 @@ from click.testing import CliRunner
 
 from edgelm.checkpoint import Checkpoint, WeightReader
 from edgelm.cli.quantize import quantize as quantize_command
-from edgelm.corpus import read_texts, standard_library, windows
+from edgelm.corpus import read_corpus, standard_library, windows
 from edgelm.errors import CheckpointError, EdgeLMError, RecipeError
 from edgelm.models import decoder as decoder_of
 from edgelm.progress import Advance, Progress
@@ -33,9 +33,9 @@ from edgelm.quant.calibration import (
     CoverageOptions,
     calibrate_checkpoint,
     coverage,
+    resume,
 )
 from edgelm.quant.calibration import layer as stream
-from edgelm.quant.calibration import resume as work
 from edgelm.quant.calibration.options import CalibrationOptions
 from edgelm.quant.calibration.report import LayerReport, TensorReport
 from edgelm.quant.checkpoint import quantize_checkpoint
@@ -152,7 +152,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def sample_ids(checkpoint: Path, text: Path, samples: int, length: int) -> torch.Tensor:
-    found = windows(Tokenizer.from_folder(checkpoint), read_texts(text).documents, samples, length)
+    found = windows(Tokenizer.from_folder(checkpoint), read_corpus(text).documents, samples, length)
     return torch.from_numpy(np.stack(found))
 
 
@@ -250,7 +250,7 @@ def test_the_report_says_how_each_matrix_came_about(whole: Path, checkpoints: di
     report = CalibrationReport.read(whole)
     assert report is not None
     assert (report.samples, report.length) == (24, 24)
-    assert (report.text, report.sha256) == ("some.txt", read_texts(text).sha256)
+    assert (report.text, report.sha256) == ("some.txt", read_corpus(text).sha256)
     _, routed = inputs_of_matrices(checkpoints["olmoe"], whole, sample_ids(checkpoints["olmoe"], text, 24, 24))
     assert [layer.tokens for layer in report.layers] == [
         torch.bincount(chosen.flatten(), minlength=6).tolist() for _, chosen in routed
@@ -352,7 +352,7 @@ def test_a_run_that_ends_between_two_files_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(work.WorkFolder, failing, fail)
+        patch.setattr(resume.ResumeFolder, failing, fail)
         calibrate_checkpoint(checkpoints["olmoe"], tmp_path / "out", INT4, text=text, **SMALL)
     calibrate_checkpoint(checkpoints["olmoe"], tmp_path / "out", INT4, text=text, **SMALL)
     assert contents(tmp_path / "out") == contents(whole)
@@ -406,7 +406,7 @@ def test_a_folder_in_the_way_is_not_emptied(checkpoints: dict[str, Path], text: 
     assert mine.read_text() == "mine"
     shutil.rmtree(mine.parent)
     mine.parent.write_text("a file")
-    with pytest.raises(EdgeLMError, match="is a file, the work of a calibration a folder"):
+    with pytest.raises(EdgeLMError, match="is a file, the resume folder of a calibration a folder"):
         calibrate_checkpoint(checkpoints["fox"], tmp_path / "out", INT4, text=text, **SMALL)
 
 
@@ -422,12 +422,12 @@ def test_work_that_is_half_removed_is_nothing_to_go_on_from(tmp_path: Path) -> N
             (path / name).write_bytes(b"x")
 
     fill()
-    log = operations(lambda: work._remove(path))
+    log = operations(lambda: resume._remove(path))
     assert not path.exists()
     for at in range(len(log)):
         fill()
-        assert interrupted_at(lambda: work._remove(path), at, KILL) == "killed"
-        left = work.WorkFolder(path)
+        assert interrupted_at(lambda: resume._remove(path), at, KILL) == "killed"
+        left = resume.ResumeFolder(path)
         if left.next_layer() is not None or (path / "head.safetensors").is_file():
             assert all(file.is_file() for file in left.files(2)[:-1]), log[at]
             assert (path / "smoothing.safetensors").is_file(), log[at]
@@ -679,7 +679,7 @@ def test_a_trained_model_loses_less_than_by_rounding(tmp_path: Path) -> None:
 
 def test_codes_of_a_finished_layer_are_read_as_they_were_made(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    folder = work.WorkFolder(tmp_path)
+    folder = resume.ResumeFolder(tmp_path)
     schemes = [Scheme(4, 32, symmetric=False), Scheme(3, 32), Fp8Scheme(None)]
     tensors = {
         f"model.layers.3.m{i}.weight": codec.quantize(rng.standard_normal((8, 64)).astype(np.float32), scheme)

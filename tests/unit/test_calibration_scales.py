@@ -15,12 +15,11 @@ from click.testing import CliRunner
 
 from edgelm.checkpoint import Checkpoint, bf16_to_float32, float32_to_bf16
 from edgelm.cli.quantize import quantize as quantize_command
-from edgelm.corpus import read_texts, standard_library, windows
+from edgelm.corpus import read_corpus, standard_library, windows
 from edgelm.errors import EdgeLMError, RecipeError
 from edgelm.progress import Advance, Progress
 from edgelm.quant import PRESETS, Recipe, Rule, Scheme, WeightSource
-from edgelm.quant.calibration import CALIBRATION_FILE, CalibrationReport, calibrate_checkpoint
-from edgelm.quant.calibration import resume as work
+from edgelm.quant.calibration import CALIBRATION_FILE, CalibrationReport, calibrate_checkpoint, resume
 from edgelm.quant.calibration.ranges import calibrated_scales
 from edgelm.quant.checkpoint import quantize_checkpoint
 from edgelm.quant.reference import activation_kinds, reference_module
@@ -101,7 +100,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def sample_ids(checkpoint: Path, text: Path) -> np.ndarray[Any, Any]:
-    return np.stack(windows(Tokenizer.from_folder(checkpoint), read_texts(text).documents, 16, 24))
+    return np.stack(windows(Tokenizer.from_folder(checkpoint), read_corpus(text).documents, 16, 24))
 
 
 def apart(checkpoint: Path, quantised: Path, text: Path) -> float:
@@ -245,7 +244,7 @@ def test_scales_are_kept_to_the_bit(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows, columns = (rng.standard_normal(size).astype(np.float32) for size in (5, 7))
     kept = {"a.weight": Scaling(rows), "rows/b.weight": Scaling(None, columns), "c.weight": Scaling(rows, columns)}
-    folder = work.WorkFolder(tmp_path)
+    folder = resume.ResumeFolder(tmp_path)
     assert folder.load_smoothing() is None
     assert not folder.is_worth_keeping
     folder.save_smoothing({})

@@ -18,7 +18,7 @@ from edgelm.files import atomic_directory, atomic_file
 from edgelm.pages.page import REPORT, render
 from edgelm.places import check_place
 from edgelm.quant import PRESETS
-from edgelm.quant.calibration.resume import WORK
+from edgelm.quant.calibration.resume import RESUME
 from edgelm.quant.recipe import RECIPE
 
 TINY = Path(__file__).parents[2] / "examples" / "checkpoints" / "fox-tiny"
@@ -224,10 +224,10 @@ def test_the_work_of_a_calibration_is_known_by_its_files(tmp_path: Path) -> None
     for name in ("state.json", "layer-00000.safetensors", "stream-00001.safetensors", "head.safetensors", "lock"):
         (work / name).write_bytes(b"x")
     (work / ".state.json.partial-0123456789abcdef").write_bytes(b"")
-    assert check_place(work, WORK, overwrite=True) == work
+    assert check_place(work, RESUME, overwrite=True) == work
     (work / "layers.xlsx").write_bytes(b"x")
     with pytest.raises(EdgeLMError, match=r"holds layers\.xlsx, which no calibration left there"):
-        check_place(work, WORK, overwrite=True)
+        check_place(work, RESUME, overwrite=True)
 
 
 def test_case_is_folded_where_the_system_folds_it(checkpoint: Path) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from edgelm.places import Kind
     from edgelm.progress import Progress
     from edgelm.quant.calibration import CalibrationOptions
-    from edgelm.quant.mixed_precision import BudgetResult
+    from edgelm.quant.mixed_precision import MixedPrecision
     from edgelm.quant.recipe import Recipe
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -56,7 +56,7 @@ def budgeted(
     calibration: CalibrationOptions | None,
     overwrite: bool,
     progress: Progress,
-) -> BudgetResult | None:
+) -> MixedPrecision | None:
     """Choose the recipe for --bits or --budget, measured with the text of --calibration; None where neither was given.
 
     Raises:
@@ -67,14 +67,14 @@ def budgeted(
     need_export_extra()
     from edgelm.corpus import BUILTIN
     from edgelm.places import check_place
-    from edgelm.quant.mixed_precision import TOKENS, budget_recipe
+    from edgelm.quant.mixed_precision import TOKENS, mixed_precision_recipe
     from edgelm.sizes import format_size
 
     # Measuring takes a while; what writes the output would say so afterwards.
     check_place(out, kind, sources=[checkpoint, reference], overwrite=overwrite)
     # What suffices for the calibration is enough here.
     tokens = TOKENS if calibration is None else min(TOKENS, calibration.samples * calibration.length)
-    result = budget_recipe(
+    result = mixed_precision_recipe(
         checkpoint,
         bits=bits,
         budget=budget,
@@ -87,7 +87,7 @@ def budgeted(
     return result
 
 
-def chosen(recipe: str | None, result: BudgetResult | None, default: str) -> Recipe:
+def chosen(recipe: str | None, result: MixedPrecision | None, default: str) -> Recipe:
     """The recipe that `budgeted` came to, or the one named, or the default.
 
     Raises:
@@ -98,7 +98,7 @@ def chosen(recipe: str | None, result: BudgetResult | None, default: str) -> Rec
     return result.recipe if result is not None else Recipe.load(recipe or default)
 
 
-def in_words(result: BudgetResult) -> str:
+def in_words(result: MixedPrecision) -> str:
     """What a budgeted recipe comes to, in one line."""
     from edgelm.sizes import format_size
 
@@ -108,7 +108,7 @@ def in_words(result: BudgetResult) -> str:
     )
 
 
-def in_json(result: BudgetResult) -> dict[str, Any]:
+def in_json(result: MixedPrecision) -> dict[str, Any]:
     """What a budgeted recipe comes to, for a JSON document."""
     return {
         "bits": round(result.bits, 4),

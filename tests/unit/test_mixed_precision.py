@@ -15,11 +15,11 @@ from click.testing import CliRunner
 
 from edgelm.checkpoint import Checkpoint
 from edgelm.cli.main import cli
-from edgelm.corpus import Texts, read_texts, windows
+from edgelm.corpus import Corpus, read_corpus, windows
 from edgelm.errors import RecipeError
 from edgelm.export.packing.cpu import common_format, float_format
 from edgelm.quant import Recipe, Scheme, WeightSource, dequantize, parse_scheme, quantize
-from edgelm.quant.mixed_precision import budget_recipe, parse_candidates
+from edgelm.quant.mixed_precision import mixed_precision_recipe, parse_candidates
 from edgelm.quant.mixed_precision.losses import BELIEF, Losses
 from edgelm.quant.mixed_precision.recipe_toml import Choice, make_recipe, to_toml
 from edgelm.quant.mixed_precision.sensitivity import measure
@@ -39,9 +39,9 @@ def checkpoint(request):
 
 
 @cache
-def text() -> Texts:
+def text() -> Corpus:
     """Some of the built-in text: a tokenizer takes seconds for all of it."""
-    whole = read_texts("builtin")
+    whole = read_corpus("builtin")
     return replace(whole, documents=tuple(part[:8000] for part in whole.documents[::60]))
 
 
@@ -198,7 +198,7 @@ def test_experts_of_a_layer_that_agree_are_one_rule():
 
 
 def test_a_budget_is_kept_and_bits_go_where_they_matter(checkpoint):
-    result = budget_recipe(checkpoint, bits=5.0, tokens=512, schemes=SCHEMES, text=text())
+    result = mixed_precision_recipe(checkpoint, bits=5.0, tokens=512, schemes=SCHEMES, text=text())
     assert result.bits <= 5.0
     assert result.bits > 4.95
     assert result.bound <= result.predicted
@@ -207,21 +207,21 @@ def test_a_budget_is_kept_and_bits_go_where_they_matter(checkpoint):
         for kind in ("head", "gate+up")
     }
     assert np.mean(bits["head"]) > np.mean(bits["gate+up"])
-    bytes_of_it = budget_recipe(checkpoint, budget=result.file_bytes, tokens=512, schemes=SCHEMES, text=text())
+    bytes_of_it = mixed_precision_recipe(checkpoint, budget=result.file_bytes, tokens=512, schemes=SCHEMES, text=text())
     assert bytes_of_it.file_bytes <= result.file_bytes
 
 
 def test_budgets_that_cannot_be_are_refused_with_what_can(checkpoint):
     with pytest.raises(RecipeError, match=r"smallest possible with these schemes is 3\.5\d* bits"):
-        budget_recipe(checkpoint, bits=3.0, tokens=256, schemes=SCHEMES, text=text())
+        mixed_precision_recipe(checkpoint, bits=3.0, tokens=256, schemes=SCHEMES, text=text())
     with pytest.raises(RecipeError, match=r"smallest possible .* bytes"):
-        budget_recipe(checkpoint, budget=1000, tokens=256, schemes=SCHEMES, text=text())
+        mixed_precision_recipe(checkpoint, budget=1000, tokens=256, schemes=SCHEMES, text=text())
     with pytest.raises(RecipeError, match="either"):
-        budget_recipe(checkpoint, tokens=256, text=text())
+        mixed_precision_recipe(checkpoint, tokens=256, text=text())
 
 
 def test_a_budget_for_more_than_there_is_says_so(checkpoint):
-    result = budget_recipe(checkpoint, bits=20, tokens=256, schemes=SCHEMES, text=text())
+    result = mixed_precision_recipe(checkpoint, bits=20, tokens=256, schemes=SCHEMES, text=text())
     assert all(choice.scheme is not None and choice.scheme.bits == 8 for choice in result.choices)
     assert "above the largest" in result.notes[0]
     assert result.notes[0] in result.toml

@@ -1,6 +1,6 @@
 """What are bits worth that lie where they matter? Uniform recipes against `edgelm recipe` at the same bytes.
 
-    python tests/bench/budget_quality.py [MODEL ...] [--windows N] [--tokens N]
+    python tests/bench/mixed_precision_quality.py [MODEL ...] [--windows N] [--tokens N]
 
 Mean KL(float || quantised), in nats a token, of the PyTorch reference with weights rounded to nearest, on held-out text
 in windows of 256 tokens; what the recipes are made from is the text that is not held out. Bytes are those of a native
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from edgelm.checkpoint import Checkpoint
-from edgelm.corpus import BUILTIN, read_texts, windows
+from edgelm.corpus import BUILTIN, read_corpus, windows
 from edgelm.quant import AnyScheme, dequantize, parse_scheme, quantize
 from edgelm.quant.mixed_precision import SCHEMES
 from edgelm.quant.mixed_precision.losses import Sensitivity
@@ -52,9 +52,9 @@ class Model:
     def __init__(self, name: str, count: int, tokens: int) -> None:
         self.checkpoint = Checkpoint.open(CHECKPOINTS / name)
         tokenizer = Tokenizer.from_folder(self.checkpoint.path)
-        held_out = windows(tokenizer, read_texts(BUILTIN, held_out=True).documents, count, LENGTH)
+        held_out = windows(tokenizer, read_corpus(BUILTIN, held_out=True).documents, count, LENGTH)
         self.batches = torch.from_numpy(np.stack(held_out)).split(BATCH)
-        self.sample = windows(tokenizer, read_texts(BUILTIN).documents, tokens // LENGTH, LENGTH)
+        self.sample = windows(tokenizer, read_corpus(BUILTIN).documents, tokens // LENGTH, LENGTH)
         config = self.checkpoint.decoder
         self.module = ReferenceModel(config)
         self.module.load_weights(self.checkpoint.read_float32)
@@ -104,7 +104,7 @@ def report(model: Model) -> list[dict[str, float | str]]:
     lines: list[dict[str, float | str]] = []
     for layers, tables in UNIFORM:
         uniform = parse_scheme(layers)
-        measured: Measured = measure(model.checkpoint, model.sample, list(map(parse_scheme, SCHEMES)), about=uniform)
+        measured: Measured = measure(model.checkpoint, model.sample, list(map(parse_scheme, SCHEMES)), nominal=uniform)
         units = measured.units
         weights = sum(one.unit.weights for one in units)
         same: Schemes = [

@@ -16,7 +16,7 @@ from edgelm.cli.main import cli
 from edgelm.corpus import standard_library
 from edgelm.quant import Recipe, WeightSource
 from edgelm.quant.calibration import CalibrationReport
-from edgelm.quant.mixed_precision import BudgetResult, budget_recipe
+from edgelm.quant.mixed_precision import MixedPrecision, mixed_precision_recipe
 from edgelm.runtimes.onnxruntime.native_library import library_path
 from edgelm.synth import write_random_checkpoint
 
@@ -51,11 +51,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def builtin(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets a small text stand for the built-in one, whose megabytes take a minute to tokenise."""
 
-    def measured(*arguments: Any, **options: Any) -> BudgetResult:
+    def measured(*arguments: Any, **options: Any) -> MixedPrecision:
         assert options["text"] == "builtin"
-        return budget_recipe(*arguments, **options | {"text": text, "tokens": 256})
+        return mixed_precision_recipe(*arguments, **options | {"text": text, "tokens": 256})
 
-    monkeypatch.setattr(edgelm.quant.mixed_precision, "budget_recipe", measured)
+    monkeypatch.setattr(edgelm.quant.mixed_precision, "mixed_precision_recipe", measured)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_a_calibration_goes_on_with_it_and_measures_with_the_same_text(
     said = json.loads(done.stdout)
     assert (said["budget"]["text"], said["budget"]["tokens"]) == ("some.txt", 256)  # one window
     assert said["calibration"]["samples"] == 12
-    wanted = budget_recipe(checkpoint, bits=5, text=text, tokens=12 * 24, name="bits-5")
+    wanted = mixed_precision_recipe(checkpoint, bits=5, text=text, tokens=12 * 24, name="bits-5")
     assert Recipe.load(out / "recipe.toml") == wanted.recipe
     report = CalibrationReport.read(out)
     assert report is not None
@@ -139,7 +139,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_measured(
 ) -> None:
     (tmp_path / "there").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(edgelm.quant.mixed_precision, "budget_recipe", never)
+        patch.setattr(edgelm.quant.mixed_precision, "mixed_precision_recipe", never)
         base = [verb, checkpoint, "-o", tmp_path / "q"]
         for two in (["--bits", "4", "--budget", "1MiB"], ["--bits", "4", "--recipe", "int4"]):
             done = run(*base, *two)

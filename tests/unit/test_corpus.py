@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgelm.corpus import read_texts, windows
+from edgelm.corpus import read_corpus, windows
 from edgelm.errors import EdgeLMError
 
 
@@ -28,17 +28,17 @@ def test_a_file_a_folder_and_their_hashes(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff")
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "x").write_text("hidden")
-    folder, file = read_texts(tmp_path), read_texts(tmp_path / "a.txt")
+    folder, file = read_corpus(tmp_path), read_corpus(tmp_path / "a.txt")
     assert folder.documents == ("ab", "c")
     assert file.documents == ("ab",)
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b" / "c.md").write_text("bc")
-    assert read_texts(tmp_path).sha256 != folder.sha256
+    assert read_corpus(tmp_path).sha256 != folder.sha256
     assert len(folder.sha256) == 64
 
 
 def test_builtin_holds_files_out():
-    calibration, held_out = read_texts("builtin"), read_texts("builtin", held_out=True)
+    calibration, held_out = read_corpus("builtin"), read_corpus("builtin", held_out=True)
     assert not set(calibration.documents) & set(held_out.documents)
     both = set(calibration.documents) | set(held_out.documents)
     assert (Path(sysconfig.get_paths()["stdlib"]) / "functools.py").read_text() in both
@@ -66,7 +66,7 @@ def test_windows_are_spread_evenly_and_begin_with_bos():
 def test_what_is_no_text_is_refused(tmp_path, make, said):
     make(tmp_path / "x")
     with pytest.raises(EdgeLMError, match=said):
-        read_texts(tmp_path / "x")
+        read_corpus(tmp_path / "x")
 
 
 def test_too_little_text_is_refused():
