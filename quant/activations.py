@@ -29,7 +29,7 @@ from edgelm.quant.fp8 import FORMS
 
 Rounding = Callable[[Tensor], Tensor]
 
-_FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+FP8_TYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _INT8 = 127.0
 _TINY = 2.0**-100
 """A row whose largest magnitude is below this is zeros: its scale would come near float32's smallest."""
@@ -38,7 +38,7 @@ _TINY = 2.0**-100
 def round_fp8(x: Tensor, form: str = "e4m3") -> Tensor:
     """Return the nearest numbers of FP8, ties to the even code, past the largest the largest; float32, same shape."""
     largest = float(FORMS[form].largest)
-    return x.clamp(-largest, largest).to(_FP8[form]).float()
+    return x.clamp(-largest, largest).to(FP8_TYPES[form]).float()
 
 
 def int8_token(x: Tensor) -> Tensor:
@@ -96,8 +96,8 @@ DYNAMIC: Mapping[str, Rounding] = {
 
 STATIC: Mapping[str, Static] = {
     "int8-static": Static(int8_static, _INT8),
-    "fp8-static": Static(fp8_static, 448.0),
-    "fp8e5m2-static": Static(lambda x, scale: fp8_static(x, scale, "e5m2"), 57344.0),
+    "fp8-static": Static(fp8_static, float(FORMS["e4m3"].largest)),
+    "fp8e5m2-static": Static(lambda x, scale: fp8_static(x, scale, "e5m2"), float(FORMS["e5m2"].largest)),
 }
 """Roundings with calibrated scales."""
 

@@ -24,10 +24,10 @@ from edgelm.devices import allowed_cores
 from edgelm.errors import RecipeError
 from edgelm.files import atomic_directory, prepare_place
 from edgelm.progress import Progress, Silent
-from edgelm.quant.formats.edgelm import COLUMNS, INPUT_SCALE
+from edgelm.quant.formats.edgelm import COLUMNS, INPUT_SCALE, stored_arrays
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.scheme import AnyScheme
-from edgelm.quant.source import FORMAT_VERSION, METHOD, WeightSource, part_name, stored_recipe
+from edgelm.quant.source import FORMAT_VERSION, METHOD, WeightSource, float_source, part_name
 from edgelm.slices import slices
 
 SHARD_BYTES = 5_000_000_000
@@ -93,11 +93,7 @@ def quantize_checkpoint(
     progress = progress or Silent()
     prepare_place(out, CHECKPOINT, sources=[source], overwrite=overwrite)
     with Checkpoint.open(source, progress) as checkpoint:
-        if stored_recipe(checkpoint.config) is not None:
-            raise RecipeError(f"{checkpoint.path} is already quantised: start from the float checkpoint")
-        weights = WeightSource(checkpoint, recipe, threads=1)
-        if not any(weights.scheme(name) for name in checkpoint.tensors):
-            raise RecipeError(f'the recipe "{recipe.name}" quantises none of the tensors of {checkpoint.path}')
+        weights = float_source(checkpoint, recipe)
         _refuse_static(weights)
         stored_specs(weights)  # refuses before the folder is made
         with atomic_directory(out, CHECKPOINT, sources=[checkpoint.path], overwrite=overwrite) as folder:
@@ -240,10 +236,8 @@ def _copy_rows(weights: WeightSource, writer: ShardedWriter, name: str, rows: sl
 
 def _quantize_rows(weights: WeightSource, writer: ShardedWriter, name: str, rows: slice) -> int:
     found = weights.quantized(name, rows)
-    writer.write_rows(part_name(name, "qweight"), rows.start, found.codes)
-    writer.write_rows(part_name(name, "scales"), rows.start, found.scales)
-    if found.zeros is not None:
-        writer.write_rows(part_name(name, "zeros"), rows.start, found.zeros)
+    for key, array in stored_arrays(name, found).items():
+        writer.write_rows(key, rows.start, array)
     info = weights.checkpoint.tensors[name]
     if rows.start == 0 and (key := part_name(name, COLUMNS)) in writer.tensors:
         writer.write(key, np.array([info.shape[1]], np.int64))

@@ -39,3 +39,10 @@ def dequantize(tensor: QuantTensor, *, threads: int | None = None) -> NDArray[np
     if isinstance(tensor.scheme, Fp8Scheme):
         return fp8.dequantize(tensor)
     return native.dequantize(tensor, threads=threads)
+
+
+def rounded(
+    weight: NDArray[np.float32], scheme: AnyScheme, *, name: str = "weight", threads: int | None = None
+) -> NDArray[np.float32]:
+    """Return the float32 values [N, K] that a matrix has once it is quantised; arguments as of `quantize`."""
+    return dequantize(quantize(weight, scheme, name=name, threads=threads), threads=threads)

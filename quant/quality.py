@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelm.quant.codec import dequantize, quantize
+from edgelm.quant.codec import rounded
 from edgelm.quant.scheme import AnyScheme, Scheme, parse_scheme
 
 ROWS, COLUMNS = 256, 2048
@@ -93,9 +93,9 @@ def measure(scheme: AnyScheme, seed: int = 0) -> Quality:
     heavy = (0.02 * rng.standard_t(5, (ROWS, COLUMNS))).astype(np.float32)
     return Quality(
         scheme.name,
-        sqnr(normal, dequantize(quantize(normal, scheme))),
+        sqnr(normal, rounded(normal, scheme)),
         sqnr(normal, plain_rounding(normal, scheme)) if isinstance(scheme, Scheme) else None,
-        sqnr(heavy, dequantize(quantize(heavy, scheme))),
+        sqnr(heavy, rounded(heavy, scheme)),
     )
 
 

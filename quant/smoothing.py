@@ -40,6 +40,7 @@ from edgelm.quant.activations import DYNAMIC, STATIC
 from edgelm.quant.recipe import AUTO, FLOAT, Recipe
 from edgelm.quant.scaled_checkpoint import Scaling, SmoothedCheckpoint, SmoothingChoice
 from edgelm.quant.scheme import AnyScheme, Fp8Scheme
+from edgelm.quant.source import refuse_quantized
 from edgelm.reference.hooks import Hooks
 from edgelm.reference.layerwise import LayerwiseReference
 
@@ -269,8 +270,7 @@ class _Search:
                 x = DYNAMIC[kind](x)
             elif kind in STATIC:
                 x = STATIC[kind].rounding(x, max(float(absmax.max()) / STATIC[kind].largest, 1e-30))
-            tensor = codec.quantize(scaled.numpy(), scheme, name=name, threads=self.threads)
-            rounded = codec.dequantize(tensor, threads=self.threads)
+            rounded = codec.rounded(scaled.numpy(), scheme, name=name, threads=self.threads)
             found = F.linear(x, torch.from_numpy(rounded))
             what = self.checkpoint.decoder.matrices[name].role
             # An expert's rows stand for all that came to it.
@@ -311,8 +311,7 @@ def smooth(
     """
     if target not in TARGETS:
         raise RecipeError(f"smoothing is for {' or '.join(TARGETS)}, not {target!r}")
-    if checkpoint.config.get("quantization_config") is not None:
-        raise RecipeError(f"{checkpoint.path} is quantised: smoothing starts from the float checkpoint")
+    refuse_quantized(checkpoint)
     search = _Search(checkpoint, recipe, target, powers_of_two, threads)
     decoder = checkpoint.decoder
     reference = LayerwiseReference(decoder, checkpoint)

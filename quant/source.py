@@ -52,6 +52,25 @@ def stored_recipe(config: Mapping[str, object]) -> Recipe | None:
     return Recipe.from_toml(str(entry.get("recipe")), "config.json: quantization_config.recipe")
 
 
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raise RecipeError where a checkpoint is quantised already."""
+    if stored_recipe(checkpoint.config) is not None:
+        raise RecipeError(f"{checkpoint.path} is already quantised: start from the float checkpoint")
+
+
+def float_source(checkpoint: Checkpoint, recipe: Recipe) -> WeightSource:
+    """Return a float checkpoint seen through a recipe, for writers whose own threads each take a tensor.
+
+    Raises:
+        RecipeError: the checkpoint is quantised already, or the recipe quantises nothing of it.
+    """
+    refuse_quantized(checkpoint)
+    source = WeightSource(checkpoint, recipe, threads=1)
+    if not any(source.scheme(name) for name in source.shapes):
+        raise RecipeError(f'the recipe "{recipe.name}" quantises none of the tensors of {checkpoint.path}')
+    return source
+
+
 def _schemes(recipe: Recipe) -> tuple[object, ...]:
     """What quantises: neither activations, method nor cache."""
     return (recipe.default, *((rule.pattern, rule.role, rule.scheme) for rule in recipe.rules))

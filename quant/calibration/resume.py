@@ -31,6 +31,7 @@ from edgelm.json_dataclass import Blame, read_json
 from edgelm.places import Kind, check_place, resolved, unlisted
 from edgelm.progress import Progress
 from edgelm.quant.calibration.report import LayerReport
+from edgelm.quant.formats.edgelm import read_stored, stored_arrays
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.scaled_checkpoint import Scaling
 from edgelm.quant.source import WeightSource, part_name
@@ -142,10 +143,7 @@ class ResumeFolder:
     ) -> None:
         arrays: dict[str, NDArray[Any]] = dict(floats or {})
         for name, tensor in tensors.items():
-            arrays[part_name(name, "qweight")] = tensor.codes
-            arrays[part_name(name, "scales")] = tensor.scales
-            if tensor.zeros is not None:
-                arrays[part_name(name, "zeros")] = tensor.zeros
+            arrays |= stored_arrays(name, tensor)
         _write(path, arrays, {_REPORT: report.to_json()})
 
     def _layer(self, layer: int) -> Path:
@@ -286,11 +284,7 @@ class CalibratedSource(WeightSource):
         scheme = self.scheme(name)
         if file is None or scheme is None:
             return super().quantized(name, rows)
-        codes = cast("NDArray[np.uint8]", file.read_raw(part_name(name, "qweight"), rows))
-        scales = file.read_raw(part_name(name, "scales"), rows)
-        zeros = file.read_raw(part_name(name, "zeros"), rows) if scheme.has_zeros else None
         try:
-            shape = (len(codes), self.shape(name)[1])
-            return QuantTensor(codes, scales, cast("NDArray[np.uint8] | None", zeros), scheme, shape)
-        except ValueError as error:
-            raise CheckpointError(f"{file.path}: {name} is damaged: {error}; remove the folder") from error
+            return read_stored(file, name, rows, scheme, self.shape(name)[1])
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; remove the folder") from error

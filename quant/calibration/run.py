@@ -26,7 +26,7 @@ from edgelm.checkpoint import Checkpoint, SafetensorsFile
 from edgelm.checkpoint.written import CHECKPOINT
 from edgelm.corpus import BUILTIN, Corpus, read_corpus, windows
 from edgelm.devices import allowed_cores
-from edgelm.errors import EdgeLMError, RecipeError
+from edgelm.errors import EdgeLMError
 from edgelm.files import atomic_directory, need_disk, prepare_place
 from edgelm.models.spec import Decoder
 from edgelm.progress import Advance, Progress, Silent
@@ -42,7 +42,7 @@ from edgelm.quant.methods.drift import Drift
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.scaled_checkpoint import SmoothedCheckpoint
 from edgelm.quant.smoothing import smooth
-from edgelm.quant.source import WeightSource, stored_recipe
+from edgelm.quant.source import WeightSource, float_source
 from edgelm.reference.interpreter import Interpreter
 from edgelm.reference.layerwise import embedding_rows
 from edgelm.tokenization.tokenizer import Tokenizer
@@ -155,14 +155,9 @@ def calibrated(
         As `calibrate_checkpoint`.
     """
     progress = progress or Silent()
-    if stored_recipe(checkpoint.config) is not None:
-        raise RecipeError(f"{checkpoint.path} is already quantised: calibration starts from the float checkpoint")
-    # The writers' own threads each work on a tensor, so the kernel inside takes one.
-    weights = WeightSource(checkpoint, recipe, threads=1)
+    weights = float_source(checkpoint, recipe)
     decoder = checkpoint.decoder
     weights.check_tensors(decoder.tensor_shapes)
-    if not any(weights.scheme(name) for name in weights.shapes):
-        raise RecipeError(f'the recipe "{recipe.name}" quantises none of the tensors of {checkpoint.path}')
     stored = sum(spec.nbytes for spec in stored_specs(weights).values())
     corpus = read_corpus(options.text)
     ids = _windows(checkpoint, corpus, options)
@@ -314,7 +309,7 @@ class _Run:
         exact, places = embedding_rows(self.decoder, self.weights.checkpoint.read_float32, ids)
         rows = exact
         if scheme is not None:
-            rows = codec.dequantize(codec.quantize(rows, scheme, name=name, threads=1), threads=1)
+            rows = codec.rounded(rows, scheme, name=name, threads=1)
         where = torch.from_numpy(places)
         return torch.from_numpy(aligned(rows))[where], torch.from_numpy(aligned(exact))[where[paired(*ids.shape)]]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from edgelm.quant.scheme import AnyScheme
 from edgelm.quant.tensor import QuantTensor
 
 if TYPE_CHECKING:
-    from edgelm.checkpoint import Checkpoint
+    from edgelm.checkpoint import Checkpoint, SafetensorsFile
 
 METHOD = "edgelm"
 FORMAT_VERSION = 1
@@ -28,6 +28,28 @@ COLUMNS = "columns"
 def part_name(tensor: str, part: str) -> str:
     """Return the key under which `part` of a quantised tensor is stored: "a.b.weight" -> "a.b.qweight"."""
     return f"{tensor.removesuffix('.weight')}.{part}"
+
+
+def stored_arrays(name: str, tensor: QuantTensor) -> dict[str, NDArray[Any]]:
+    """The arrays of a quantised tensor by the keys under which they are stored."""
+    arrays = zip(PARTS, (tensor.codes, tensor.scales, tensor.zeros), strict=True)
+    return {part_name(name, part): array for part, array in arrays if array is not None}
+
+
+def read_stored(
+    file: Checkpoint | SafetensorsFile, name: str, rows: slice | None, scheme: AnyScheme, columns: int
+) -> QuantTensor:
+    """Return rows [n, columns] of the tensor whose arrays `stored_arrays` gave.
+
+    Raises:
+        CheckpointError: they do not fit together.
+    """
+    codes, scales = (file.read_raw(part_name(name, part), rows) for part in PARTS[:2])
+    zeros = file.read_raw(part_name(name, "zeros"), rows) if scheme.has_zeros else None
+    try:
+        return QuantTensor(codes, scales, zeros, scheme, (len(codes), columns))
+    except ValueError as error:
+        raise CheckpointError(f"{file.path}: {name} is damaged: {error}") from error
 
 
 class Stored(Protocol):
@@ -74,19 +96,7 @@ class OwnWeights:
         """Return rows of a quantised matrix."""
         scheme = self.scheme(name)
         assert scheme is not None
-        codes = self._checkpoint.read_raw(part_name(name, "qweight"), rows)
-        scales = self._checkpoint.read_raw(part_name(name, "scales"), rows)
-        zeros = self._checkpoint.read_raw(part_name(name, "zeros"), rows) if scheme.has_zeros else None
-        try:
-            return QuantTensor(
-                cast("NDArray[np.uint8]", codes),
-                scales,
-                cast("NDArray[np.uint8] | None", zeros),
-                scheme,
-                (codes.shape[0], self.shapes[name][1]),
-            )
-        except ValueError as error:
-            raise CheckpointError(f"{self._checkpoint.path}: {name} is damaged: {error}") from error
+        return read_stored(self._checkpoint, name, rows, scheme, self.shapes[name][1])
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor in the file, all its parts together."""

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from edgelm.quant.activations import FP8_TYPES
 from edgelm.quant.primitives import search_targets
 from edgelm.quant.scheme import AnyScheme, Fp8Scheme, Scheme
 
@@ -104,7 +105,7 @@ class Fp8Grid(Grid):
     """E4M3 or E5M2 with a float32 scale."""
 
     def __init__(self, scheme: Fp8Scheme) -> None:
-        self._type, self.numbers = (torch.float8_e4m3fn, 1) if scheme.form == "e4m3" else (torch.float8_e5m2, 2)
+        self._type, self.numbers = FP8_TYPES[scheme.form], 1 if scheme.form == "e4m3" else 2
         self.range, self.half = 0.0, False
         self._largest = float(torch.finfo(self._type).max)
 

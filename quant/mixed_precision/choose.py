@@ -18,7 +18,7 @@ from edgelm.quant.mixed_precision.solve import Option, solve
 from edgelm.quant.mixed_precision.units import Unit, find_units, fixed_bytes
 from edgelm.quant.recipe import FLOAT, Recipe
 from edgelm.quant.scheme import INTEGER_BITS, AnyScheme, Scheme, parse_scheme
-from edgelm.quant.source import stored_recipe
+from edgelm.quant.source import refuse_quantized
 from edgelm.tokenization.tokenizer import Tokenizer
 
 _GROUPS = {3: (32, 64, 128), 4: (32, 64, 128), 5: (32, 64, 128), 6: (32, 64, 128), 8: (64, 128)}
@@ -150,8 +150,7 @@ class _Plan:
         schemes: Sequence[AnyScheme | None] | None,
     ) -> _Plan:
         """Raise RecipeError where the budget is below the smallest possible, or the checkpoint no float one."""
-        if stored_recipe(checkpoint.config) is not None:
-            raise RecipeError(f"{checkpoint.path} is already quantised: start from the float checkpoint")
+        refuse_quantized(checkpoint)
         candidates = [parse_scheme(scheme) for scheme in SCHEMES] if schemes is None else list(schemes)
         if not candidates:
             raise RecipeError("no schemes to choose from: give names such as int3-g32,int4-g32,int8-g128")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgelm.devices import allowed_cores
-from edgelm.quant.codec import dequantize, quantize
+from edgelm.quant.codec import rounded
 from edgelm.quant.mixed_precision.units import Unit
 from edgelm.quant.scheme import AnyScheme
 from edgelm.slices import slices
@@ -74,7 +74,7 @@ class Losses:
 
     def rounded(self, name: str, weight: NDArray[np.float32], scheme: AnyScheme) -> NDArray[np.float32]:
         """Return a matrix [N, K] as `scheme` has it."""
-        return dequantize(quantize(weight, scheme, name=name, threads=self._threads), threads=self._threads)
+        return rounded(weight, scheme, name=name, threads=self._threads)
 
     def add_matmul(self, name: str, weight: Tensor, x: Tensor, gradient: Tensor, groups: Tensor) -> None:
         """Add a matrix [N, K] by what it was given [n, K] and the gradient of what it gave [n, N].

@@ -144,7 +144,7 @@ def test_what_cannot_be_smoothed_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="activations or weights, not 'both'"):
         smooth(checkpoint, tokens(), recipe("fox"), "both")
     quantize_checkpoint(tmp_path / "c", tmp_path / "q", recipe("fox", "int8-token"), threads=1)
-    with pytest.raises(RecipeError, match="is quantised"):
+    with pytest.raises(RecipeError, match="already quantised"):
         smooth(Checkpoint.open(tmp_path / "q"), tokens(), recipe("fox"))
 
 
