@@ -1,4 +1,4 @@
-"""Write a quantised checkpoint: the same folder with codes and scales in place of the matrices that a recipe names.
+"""Write a quantised checkpoint: quantised values and scales in place of the matrices that a recipe names.
 
 A quantised `a.b.weight` becomes `a.b.qweight`, `a.b.scales` and, asymmetric, `a.b.zeros`, laid out as in `QuantTensor`,
 and where the codes of a row do not fill its last byte `a.b.columns`, which says K. config.json gains

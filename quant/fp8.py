@@ -1,4 +1,4 @@
-"""FP8: a matrix to codes with one float32 scale for each block, and back. Pure numpy.
+"""FP8: a matrix to quantised values with one float32 scale for each block, and back. Pure numpy.
 
 The numbers are those of the OCP 8-bit floating point specification, revision 1.0:
 

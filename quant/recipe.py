@@ -18,7 +18,7 @@ as it is, and tensors that are not matrices are always kept.
 Three more keys may stand at the top, and the first two of them in a rule:
 
     activations = "float"   what the matrix multiplies: one of `ACTIVATIONS`; "auto" leaves it to the target
-    method = "gptq"         how codes are found where there are calibration data: one of `METHODS`
+    method = "gptq"         how quantised values are found where there are calibration data: one of `METHODS`
     kv = "int8"             the type of cache that a bundle asks for: one of `KV_TYPES`; "auto" leaves it to the target
 """
 
@@ -46,7 +46,7 @@ ACTIVATIONS = (AUTO, FLOAT, "int8-token", "int8-static", "fp8-token", "fp8-stati
 STATIC_ACTIVATIONS = ("int8-static", "fp8-static")
 """Those whose scale is calibrated."""
 METHODS = (AUTO, "gptq", "search", "rtn")
-"""How codes are found: by the least error of the output with its columns corrected in turn (gptq), by scales that
+"""How values are found: by the least error of the output with its columns corrected in turn (gptq), by scales that
 weigh the error with the inputs' magnitude (search), by the least error of the weights (rtn), or the best (auto)."""
 KV_TYPES = (AUTO, "float32", "float16", "int8", "fp8")
 

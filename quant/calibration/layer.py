@@ -80,7 +80,7 @@ class Quantiser:
         return aligned(self.weights.checkpoint.read_float32(name))
 
     def wants_moments(self, names: Sequence[str]) -> bool:
-        """Whether any of the matrices has its codes chosen by its inputs."""
+        """Whether any of the matrices has its quantised values chosen by its inputs."""
         return any(
             self.weights.scheme(name) is not None and self.weights.recipe.rule(name).method != "rtn" for name in names
         )

@@ -16,7 +16,7 @@ LENGTH = 512
 
 @dataclass(frozen=True)
 class CoverageOptions:
-    """How many tokens an expert must see for its codes to be chosen by them.
+    """How many tokens an expert must see for its quantised values to be chosen by them.
 
     Attributes:
         min_tokens: fewer than these are too few; None is as many as `needed` says.
@@ -39,7 +39,7 @@ class CoverageOptions:
     def needed(self, moe: MoE) -> int:
         """Tokens that an expert needs: as many as its widest input has values, unless it was given.
 
-        Measured on other tokens (docs/quantisation.md): codes found with half as many tokens as columns lose a third
+        Measured on other tokens (docs/quantisation.md): values found with half as many tokens as columns lose a third
         more than rounding to nearest does, with as many a tenth less, with twice as many four tenths less.
         """
         columns = max(moe.router.columns, moe.experts[0].gate.rows)

@@ -22,7 +22,7 @@ class TensorReport:
 
     Attributes:
         scheme: its name.
-        method: that found the codes kept.
+        method: that found the quantised values kept.
         error: squared error of the matrix's outputs on the calibration tokens, relative to the outputs' own square.
             None where no tokens were looked at.
         errors: the same for every method that was tried.

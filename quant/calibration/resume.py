@@ -1,7 +1,7 @@
 """The folder in which a calibration keeps what is done, so that it can go on where it was interrupted.
 
     state.json                    what the run was asked for
-    layer-00000.safetensors       codes and scales of a finished layer, its report among the file's metadata
+    layer-00000.safetensors       quantised values and scales of a finished layer; its report is in the metadata
     head.safetensors              those of the head
     stream-00001.safetensors      the residual streams before the next layer, quantised and float
     smoothing.safetensors         the scales that smoothing gave the float weights, where it was asked for
@@ -114,7 +114,7 @@ class ResumeFolder:
         floats: Mapping[str, NDArray[np.float32]],
         report: LayerReport,
     ) -> None:
-        """Keep a finished layer: its codes, and matrices that stay float but changed."""
+        """Keep a finished layer: its quantised matrices, and those that stay float but changed."""
         self._save(self._layer(layer), tensors, report, floats)
 
     def save_head(self, tensors: Mapping[str, QuantTensor], report: LayerReport) -> None:
@@ -255,7 +255,7 @@ def _remove(path: Path) -> None:
 
 
 class CalibratedSource(WeightSource):
-    """A float checkpoint seen through a recipe, with the codes that a calibration has found.
+    """A float checkpoint seen through a recipe, with the quantised values that a calibration has found.
 
     Attributes:
         input_scales: of matrices whose activations are static, where they were asked for.

@@ -34,7 +34,7 @@ _CHUNK = 4096  # rows worked on at once: a head of 256,000 rows would need gigab
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A matrix with codes found for its inputs.
+    """A matrix with quantised values found for its inputs.
 
     Attributes:
         tensor: the codes.

@@ -1,4 +1,4 @@
-"""GPTQ with refinement: rounds column by column, feeds errors forward, then goes back over codes and scales.
+"""GPTQ with refinement: rounds column by column, feeds errors forward, then goes back over values and scales.
 
 1. Columns are rounded one after the other. Each first takes up the errors of all before it, through the factors of H
    (GPTQ, arXiv 2210.17323, in the form of QuIP's LDLQ, arXiv 2307.13304, which needs no inverse). A group's scale is
@@ -81,7 +81,7 @@ class _State:
             round_block(self._block(cut, number), target, feedback[cut, cut], self.grid)
 
     def sweep(self, last: bool) -> None:
-        """One sweep: each group's scale and each column's code made best for all that is fixed at that moment."""
+        """One sweep: each group's scale and each column's value made best for all that is fixed at that moment."""
         hessian = self.factor.hessian
         # Half the gradient of the objective with its sign turned; every change below keeps it up to date, as far as
         # it is still needed.

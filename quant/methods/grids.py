@@ -1,4 +1,4 @@
-"""The numbers that codes can stand for, as the calibrated methods need them: nearest value, scale, code.
+"""Quantised values as the calibrated methods need them: the nearest one, its scale, its code.
 
 A weight is `value * scale`; `value` is an integer `code - zero`, or a number of FP8. Arrays are transposed, [columns,
 rows]: the methods go column by column, and a column of all rows is then one contiguous line.

@@ -104,7 +104,7 @@ def _comment(choices: Sequence[Choice]) -> str:
 def _pattern(unit: Unit, layer: str, expert: str) -> str:
     """The pattern of a unit's matrices, or with "*" of those of all layers or experts.
 
-    The layer is the first number between dots of a name, the expert the last.
+    Of the parts of a name between dots, the layer is the first that is its number, the expert the last.
     """
     names = [name.split(".") for name in unit.tensors]
     if unit.layer is None:

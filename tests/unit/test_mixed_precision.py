@@ -197,6 +197,17 @@ def test_experts_of_a_layer_that_agree_are_one_rule():
     assert make_recipe("mine", choices, True)[0].rules[1].pattern == "model.layers.0.mlp.experts.0.down_proj.weight"
 
 
+def test_layer_and_expert_are_found_at_any_place_of_a_name():
+    units = [
+        Unit("expert gate+up", {f"decoder.1.h.{i}.moe.{e}.{w}.weight": (32, 32) for w in ("w1", "w3")}, i, e)
+        for i in (0, 2, 3)
+        for e in range(4)
+    ]
+    choices = [Choice(unit, SCHEMES[2] if unit.layer == 2 else INT4, 0.0, 1, 1) for unit in units]
+    recipe, _ = make_recipe("mine", choices, False)
+    assert [rule.pattern for rule in recipe.rules] == ["decoder.1.h.2.moe.*.w[13].weight"]
+
+
 def test_a_budget_is_kept_and_bits_go_where_they_matter(checkpoint):
     result = mixed_precision_recipe(checkpoint, bits=5.0, tokens=512, schemes=SCHEMES, text=text())
     assert result.bits <= 5.0
