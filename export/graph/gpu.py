@@ -42,6 +42,7 @@ from edgelm.models.spec import Attention, Decoder, Matrix, MoE, Norm
 from edgelm.progress import Advance
 from edgelm.quant.source import WeightSource
 from edgelm.runtimes.cuda.program import Attribute, matrix_attrs
+from edgelm.slices import slices
 
 ACTIVATIONS = {"bfloat16": "bf16", "float16": "f16"}
 """A by the type in which matrices that stay float are stored."""
@@ -230,10 +231,9 @@ class GpuDecoder(OperatorDecoder):
         parts = [[name] for name in names] if matrix.swiglu else [list(names)]
         step = max(ROWS, BLOCK_WEIGHTS // (matrix.columns * len(parts)) // ROWS * ROWS)
         total = sum(source.nbytes(name) for name in names)
-        for start in range(0, matrix.outputs, step):
-            block = slice(start, min(start + step, matrix.outputs))
+        for block in slices(matrix.outputs, step):
             rows = [self._stacked(source, part, block, fmt) for part in parts]
-            advance(total * (block.stop - start) / matrix.outputs)
+            advance(total * (block.stop - block.start) / matrix.outputs)
             yield interleaved(*rows) if matrix.swiglu else rows[0]
 
     def _stacked(self, source: WeightSource, names: Sequence[str], rows: slice, fmt: GpuFormat) -> Rows:

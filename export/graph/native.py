@@ -35,6 +35,7 @@ from edgelm.export.packing.weights_file import BLOCK_WEIGHTS, PAGE, SlotWriter, 
 from edgelm.models.spec import Attention, Decoder, Dense, Matrix, MoE, Norm
 from edgelm.progress import Advance
 from edgelm.quant.source import WeightSource
+from edgelm.slices import slices
 
 _END = np.iinfo(np.int64).max
 ACTIVATION_BLOCK = 32
@@ -321,15 +322,14 @@ class NativeDecoder(OperatorDecoder):
         rows = matrix.outputs
         step = max(TILE, BLOCK_WEIGHTS // (matrix.columns * len(parts)) // TILE * TILE)
         total = sum(source.nbytes(name) for name in names)
-        for start in range(0, rows, step):
-            block = slice(start, min(start + step, rows))
-            count = -(-(block.stop - start) // TILE) * len(parts)
+        for block in slices(rows, step):
+            count = -(-(block.stop - block.start) // TILE) * len(parts)
             upper = np.zeros((count, matrix.records, matrix.record_bytes), np.uint8)
             lower = np.zeros((count, matrix.lower_bytes // matrix.tiles), np.uint8) if matrix.lower_bytes else None
             for i, part in enumerate(parts):
                 mine = slice(i, None, len(parts))
                 self._pack_rows(source, part, block, fmt, dtype, upper[mine], None if lower is None else lower[mine])
-            advance(total * (block.stop - start) / rows)
+            advance(total * (block.stop - block.start) / rows)
             yield upper, lower
 
     def _pack_rows(

@@ -33,6 +33,7 @@ from edgelm.progress import Advance
 from edgelm.quant.scheme import Scheme
 from edgelm.quant.source import WeightSource
 from edgelm.quant.tensor import QuantTensor
+from edgelm.slices import slices
 
 FLOAT = TensorProto.FLOAT
 ELEMENT = {"float32": FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
@@ -115,7 +116,7 @@ class PortableOps(LayerOps):
         slot = self.plan.slot(name, shape, stored, layer, array(shape, stored, self.held(name)))
 
         def fill(source: WeightSource, writers: Sequence[SlotWriter], advance: Advance) -> None:
-            for block in _row_blocks(rows, columns):
+            for block in slices(rows, BLOCK_WEIGHTS // columns):
                 writers[0].append(stored_as(source.float32(name, block), dtype, name))
                 advance(source.nbytes(name) * (block.stop - block.start) / rows)
 
@@ -135,7 +136,7 @@ class PortableOps(LayerOps):
 
         def fill(source: WeightSource, writers: Sequence[SlotWriter], advance: Advance) -> None:
             for name, (count, _) in zip(names, shapes, strict=True):
-                for block in _row_blocks(count, columns):
+                for block in slices(count, BLOCK_WEIGHTS // columns):
                     tensor = source.quantized(name, block)
                     writers[0].append(codes_in(tensor, fmt))
                     writers[1].append(self.scales_in(tensor, fmt))
@@ -329,8 +330,3 @@ class PortableOps(LayerOps):
     def accuracy(self, kind: str) -> int:
         """The attribute `accuracy_level` of matmuls with these activations."""
         return ACCURACY[kind] if self.provider.rounds_activations else ACCURACY[activations.FLOAT32]
-
-
-def _row_blocks(rows: int, columns: int) -> list[slice]:
-    step = max(1, BLOCK_WEIGHTS // columns)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
