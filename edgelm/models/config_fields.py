@@ -24,18 +24,6 @@ def shortened(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def head_dim(config: Mapping[str, Any]) -> int:
-    """Width of a head: `head_dim`, or the hidden size shared between the heads.
-
-    Raises:
-        CheckpointError: a field is missing or impossible.
-    """
-    heads, hidden = positive_int(config, "num_attention_heads"), positive_int(config, "hidden_size")
-    if config.get("head_dim") is None and hidden % heads:
-        raise CheckpointError(f"config.json: hidden_size {hidden} is not a multiple of {heads} heads")
-    return positive_int(config, "head_dim", hidden // heads)
-
-
 def positive_int(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
     """Read a whole number > 0; null counts as absent.
 

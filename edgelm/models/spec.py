@@ -101,11 +101,6 @@ class Attention:
         return self.k.rows // self.head_dim
 
     @property
-    def norm_per_head(self) -> bool:
-        """Whether queries and keys are normed head by head."""
-        return self.q_norm is not None and self.q_norm.size == self.head_dim < self.q.rows
-
-    @property
     def matrices(self) -> tuple[Matrix, ...]:
         """In the order of a checkpoint."""
         return (self.q, self.k, self.v, self.o)

@@ -20,6 +20,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = {"edgelm": "edgelm", "quant": "edgelm.quant", "export": "edgelm.export", "runtimes": "edgelm.runtimes"}
 MOST_FILES = 15
+OPEN_ENDED = {"edgelm/models": "one file a model"}
+"""Folders that may hold more, and why."""
 
 LAYERS = {
     "base": "errors sizes slices places files installing devices progress progress_bar json_dataclass corpus version",
@@ -174,8 +176,9 @@ def test_has_no_folder_more_loose_files_than_one_can_look_over() -> None:
     for path in (path for folder in FOLDERS for path in [ROOT / folder, *(ROOT / folder).rglob("*")]):
         if path.is_dir() and path.name != "__pycache__":
             loose = [one for one in path.iterdir() if one.is_file() and one.suffix != ".typed"]
-            if len(loose) > MOST_FILES:
-                found[path.relative_to(ROOT).as_posix()] = len(loose)
+            name = path.relative_to(ROOT).as_posix()
+            if len(loose) > MOST_FILES and name not in OPEN_ENDED:
+                found[name] = len(loose)
     assert found == {}
 
 
