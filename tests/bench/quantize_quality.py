@@ -30,7 +30,6 @@ from edgelm.evaluation import distances
 from edgelm.evaluation.experts import ExpertProbe
 from edgelm.evaluation.reference import WeightModel
 from edgelm.quant import PRESETS, AnyScheme, Recipe, Rule, Scheme, WeightSource, parse_scheme, primitives, quantize
-from edgelm.reference.hooks import head_name
 from edgelm.tokenization.tokenizer import Tokenizer
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
@@ -88,7 +87,7 @@ class Model:
     def __init__(self, name: str, tokens: int) -> None:
         self.checkpoint = Checkpoint.open(CHECKPOINTS / name)
         self.config = self.checkpoint.decoder
-        self.head_name = head_name(self.config.tie_word_embeddings)
+        self.head_name = self.config.head.name
         self.full_size = FULL_SIZE[name]
         tokenizer = Tokenizer.from_folder(self.checkpoint.path)
         training, held_out = standard_library()

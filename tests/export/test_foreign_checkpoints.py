@@ -31,9 +31,9 @@ from edgelm.checkpoint import Checkpoint
 from edgelm.cli.inspect import inspect
 from edgelm.cli.quantize import quantize as quantize_command
 from edgelm.errors import CheckpointError, EdgeLMError, RecipeError
-from edgelm.export.graph.portable import _row_blocks
 from edgelm.quant import Recipe, WeightSource, parse_scheme
 from edgelm.quant.source import stored_recipe
+from edgelm.slices import slices
 
 BY_NAME = {style.name: style for style in STYLES}
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -550,6 +550,6 @@ def test_blocks_of_rows_are_read_across_blocks_of_scales(checkpoint: MakeCheckpo
     )
     with Checkpoint.open(written.path) as opened:
         source = WeightSource(opened)
-        for rows in (slice(0, 640), slice(100, 300), slice(383, 385), slice(600, 640), *_row_blocks(640, 1 << 14)):
+        for rows in (slice(0, 640), slice(100, 300), slice(383, 385), slice(600, 640), *slices(640, 256)):
             found = source.dequantized().read_float32("lm_head.weight", rows)
             assert np.array_equal(found, written.values["lm_head.weight"][rows])
