@@ -33,7 +33,7 @@ class Capabilities:
     windows: bool = False
 
 
-NATIVE = Capabilities("the native operators", 2, "--ops portable")
+NATIVE = Capabilities("our attention on the CPU", 2, "--ops portable")
 PORTABLE = Capabilities(
     # With rotary positions it takes multiples of 16 alone (tried: 1.18 to 1.32, sizes 1 to 1024).
     "ONNX Runtime's GroupQueryAttention",
@@ -41,7 +41,7 @@ PORTABLE = Capabilities(
     "--target cpu --ops native, which takes all even sizes",
     windows=True,
 )
-GPU = Capabilities("the GPU kernels", 2, "--target cpu", head_sizes=HEAD_SIZES)
+GPU = Capabilities("our attention on GPUs", 2, "--target cpu", head_sizes=HEAD_SIZES)
 
 
 def missing(decoder: Decoder, has: Capabilities) -> Iterator[str]:
@@ -62,13 +62,13 @@ def missing(decoder: Decoder, has: Capabilities) -> Iterator[str]:
     if windows and not has.windows:
         window = min(windows)
         yield (
-            f"config.json has sliding_window {window}, attention to the last positions only, which {has.title} do not "
-            f"have: export with {PORTABLE.instead if has is PORTABLE else '--ops portable'}, or set "
-            f"max_position_embeddings to {window}, up to where it changes nothing"
+            f"config.json has sliding_window {window}, attention to the last positions only, which {has.title} does "
+            f"not have: export with --target cpu --ops portable, or set max_position_embeddings to {window}, up to "
+            "where it changes nothing"
         )
     for block in decoder.blocks:
         if isinstance(block.part, MoE) and (block.before is None or block.after is not None):
-            yield f"layer {block.layer} has experts whose norm is not before them, which {has.title} do not have"
+            yield f"layer {block.layer} has experts whose norm is not before them, which no operators have"
             break
 
 

@@ -68,9 +68,6 @@ class Rule:
     method: str | None = None
     role: str | None = None
 
-    def __str__(self) -> str:
-        return f'the role "{self.role}"' if self.pattern is None else f'the pattern "{self.pattern}"'
-
 
 def of_role(role: str, scheme: AnyScheme | None) -> Rule:
     """A rule for the matrices of a role."""
@@ -153,7 +150,9 @@ class Recipe:
         return PRESETS.get(self.name) == self
 
     def check(self, tensors: Collection[str]) -> None:
-        """Refuse a rule that matches no tensor: most likely a typo. Presets serve every model and are exempt.
+        """Refuse a pattern that matches no tensor: most likely a typo.
+
+        A role may be one that the model does not have, and presets serve every model: they are exempt.
 
         Raises:
             RecipeError: naming the pattern.
@@ -162,11 +161,11 @@ class Recipe:
             return
         matched = {index for tensor in tensors for index in self._matching(tensor)}
         for index, rule in enumerate(self.rules):
-            if index not in matched:
+            if rule.role is None and index not in matched:
                 example = next(iter(sorted(tensors)), "none")
                 raise RecipeError(
-                    f"recipe {self.name}: {rule} matches none of the {len(tensors)} tensors (e.g. {example}); patterns "
-                    "match the whole name"
+                    f'recipe {self.name}: the pattern "{rule.pattern}" matches none of the {len(tensors)} tensors '
+                    f"(e.g. {example}); patterns match the whole name"
                 )
 
     def to_toml(self) -> str:

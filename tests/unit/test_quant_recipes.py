@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from edgelm.errors import RecipeError
 from edgelm.models import decoder as decoder_of
 from edgelm.quant import PRESETS, Fp8Scheme, Recipe, Rule, Scheme
+from edgelm.quant.recipe import of_role
 from edgelm.synth import PUBLISHED
 
 EXPERT = "model.layers.3.mlp.experts.17.down_proj.weight"
@@ -60,6 +63,15 @@ def test_a_preset_written_with_patterns_is_the_preset(preset):
 def test_a_rule_has_a_known_role_or_a_pattern(rule, said):
     with pytest.raises(RecipeError, match=said):
         Recipe.from_toml(f'name = "r"\ndefault = "float"\n[[rule]]\n{rule}\nscheme = "float"\n')
+
+
+def test_a_rule_for_a_role_that_a_model_does_not_have_is_fine():
+    """A recipe with a rule for routers, or for a head of its own, serves dense and tied models too."""
+    fox = decoder_of(PUBLISHED["fox-1-1.6b"])
+    recipe = Recipe("r", Scheme(4, 32), (of_role("router", None), of_role("head", Scheme(8, 128)))).for_model(fox)
+    recipe.check(fox.tensor_shapes)
+    with pytest.raises(RecipeError, match=r"mlp\.gate\.weight"):
+        replace(recipe, rules=(Rule("*.mlp.gate.weight", None),)).check(fox.tensor_shapes)
 
 
 def test_the_first_rule_that_matches_decides():
@@ -148,6 +160,6 @@ def test_a_pattern_that_matches_nothing_is_refused_except_in_presets():
     recipe.check([*names, "x.gate_porj.weight"])
     for preset in PRESETS.values():
         preset.check(names)
-    same_name = Recipe("int4", None, PRESETS["int4"].rules)
+    same_name = Recipe("int4", None, (*PRESETS["int4"].rules, Rule("*.gate_porj.weight", None)))
     with pytest.raises(RecipeError, match="matches none"):
         same_name.check(names)
