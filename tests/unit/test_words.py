@@ -1,0 +1,65 @@
+"""Does the repository use the field's words? `tests/words.toml` lists those that must not return."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WORDS = tomllib.loads((ROOT / "tests" / "words.toml").read_text())["word"]
+TEXT = {
+    ".py", ".md", ".toml", ".cc", ".h", ".cu", ".cuh", ".c", ".txt", ".html", ".css", ".js", ".sh", ".yml", ".yaml",
+}  # fmt: skip
+LISTS_THEM = {"tests/words.toml"}
+PUBLISHED = {"examples/checkpoints", "tests/node/package-lock.json"}
+"""Text that models were trained on, and files of others."""
+
+
+def files() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = [name for name in listed.split("\0") if name and name not in LISTS_THEM]
+    return [
+        ROOT / name
+        for name in names
+        if (Path(name).suffix in TEXT or Path(name).name == "Makefile") and not name.startswith(tuple(PUBLISHED))
+        if (ROOT / name).is_file()
+    ]
+
+
+def as_words(text: str) -> str:
+    """Identifiers divided into words: `fp8_widened` is "fp8 widened", `WidenedRow` "Widened Row"; same lines."""
+    text = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_", " ", text)
+    return text.replace("-", " ")
+
+
+def found(text: str, entry: dict[str, object]) -> list[int]:
+    """Line numbers, from 1, where the word stands and no right use of it does."""
+    word = re.compile(rf"\b(?:{entry['word']})\b", re.IGNORECASE)
+    right = [re.compile(str(use), re.IGNORECASE) for use in entry.get("but", ())]  # type: ignore[union-attr]
+    lines = []
+    for number, line in enumerate(as_words(text).splitlines(), 1):
+        kept = [match.span() for use in right for match in use.finditer(line)]
+        if any(
+            not any(low <= match.start() and match.end() <= high for low, high in kept) for match in word.finditer(line)
+        ):
+            lines.append(number)
+    return lines
+
+
+@pytest.mark.parametrize("entry", WORDS, ids=[entry["word"] for entry in WORDS])
+def test_a_word_that_the_field_does_not_use_has_not_returned(entry: dict[str, object]) -> None:
+    places = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in files()
+        for number in found(path.read_text(errors="replace"), entry)
+    ]
+    assert not places, f"write {entry['instead']!r} in place of {entry['word']!r}:\n" + "\n".join(places)
+
+
+def test_words_are_found_in_identifiers_and_right_uses_are_kept() -> None:
+    entry = {"word": "products?", "but": ["dot.products?"]}
+    assert found("a dot product\nint8Product(x)\nfloat_products = 1\nproduction", entry) == [2, 3]
