@@ -3,6 +3,7 @@
 # make pyview the import tree of a working checkout, for mypy and editors
 # make kernel the compiled kernels of a working checkout, in build/csrc
 # make node   npm's onnxruntime-node, in build/node, for the tests of JavaScript; without Node they are skipped
+# make docs   the site, in build/docs: a link that leads nowhere or a page that no index lists is an error
 # make mutations  do the tests notice the deliberate mistakes of tests/mutations? Long, and no part of `make test`;
 #             ONLY=files tries one area, or the files whose path has the word
 #
@@ -25,14 +26,14 @@ GPU_TESTS := tests/cuda tests/engines tests/gpu
 KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
     $(foreach folder,. kernels kernels/* ort ort/*,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
 
-.PHONY: demo test lint types test-cpp test-arm test-python test-unit test-export test-gpu install pyview kernel node mutations clean
+.PHONY: demo test lint types docs test-cpp test-arm test-python test-unit test-export test-gpu install pyview kernel node mutations clean
 
 demo: $(INSTALLED)
 	$(BIN)/edgelm demo
 
 # First what fails quickly, then two targets at a time, the longest first: one alone often leaves a core idle.
 test: lint kernel $(HARNESS) node
-	+$(MAKE) --jobs 2 --output-sync=target --old-file=kernel test-gpu test-unit test-export test-cpp test-arm types
+	+$(MAKE) --jobs 2 --output-sync=target --old-file=kernel test-gpu test-unit test-export test-cpp test-arm docs types
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -40,6 +41,9 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED) pyview
 	cd build/pyview && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p edgelm
+
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs build/docs
 
 kernel:
 	cmake -S runtimes/csrc -B build/csrc -DEDGELM_BUILD_TESTS=ON

@@ -3,7 +3,7 @@
 //   npm install onnxruntime-node
 //   node generate.js BUNDLE 12,345,67 16        # prints {"tokens": [...], "logits": [[...], ...]}, logits of each step
 //
-// Ids come from the bundle's tokenizer, here or elsewhere. The graph is the one of docs/bundle.md, "Portable graph": past
+// Ids come from the bundle's tokenizer, here or elsewhere. The graph is the one of docs/reference/bundle.md, "Portable graph": past
 // keys and values go in, the longer ones come out, so each step computes one token.
 'use strict';
 

@@ -1,6 +1,6 @@
 """What a tensor of the weights file holds: the part of the manifest by which others can read the weights.
 
-docs/bundle.md defines every value here. Nothing in EdgeLM computes by it: graphs and packed headers say the same again.
+docs/reference/bundle.md defines every value here. Nothing in EdgeLM computes by it: graphs and packed headers say the same again.
 """
 
 from __future__ import annotations

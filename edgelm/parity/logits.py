@@ -20,7 +20,7 @@ LIKELY = 16
 """How many of the recorded tokens the error of a decoding step is taken over.
 
 For one token the native operators compute the logits of improbable ones with the upper half of the head's bits
-(docs/quantisation.md, "The head by halves"). Beyond the first few, tokens that the float reference finds likely may be
+(docs/reference/recipes.md, "The head by halves"). Beyond the first few, tokens that the float reference finds likely may be
 improbable to the quantised one.
 """
 

@@ -11,7 +11,7 @@
 The residual stream, routers, norms and logits are float32. Queries, keys, values, what attention gives and the products
 of SwiGLU are in the activations' type A, bfloat16 or float16. Every matmul sums in float32 and applies the scales to
 sums, so that it loses what rounding its input to A loses. The debug program has the same nodes with A = float32; parity
-reads its values `hidden.{i}` and, of a MoE, `router_logits.{i}`. docs/bundle.md describes the attributes.
+reads its values `hidden.{i}` and, of a MoE, `router_logits.{i}`. docs/reference/bundle.md describes the attributes.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@
 | `present.{i}.key`, `.value` | uint8 | like past; the same buffer where the cache is to grow in place |
 
 The debug graph returns in addition `hidden.{i}` [batch, tokens, hidden] and, of a MoE, `router_logits.{i}`
-[batch * tokens, experts], as the portable one does. docs/operators.md describes the operators.
+[batch * tokens, experts], as the portable one does. docs/reference/operators.md describes the operators.
 """
 
 from __future__ import annotations

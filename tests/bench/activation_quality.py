@@ -1,4 +1,4 @@
-"""What do quantised activations and caches cost the tiny trained models? Prints the table of docs/quantisation.md.
+"""What do quantised activations and caches cost the tiny trained models? Prints the table of docs/reference/recipes.md.
 
     python tests/bench/activation_quality.py [MODEL ...] [--windows N] [--only TEXT]
 

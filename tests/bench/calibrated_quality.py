@@ -1,4 +1,4 @@
-"""What do calibration and a budget leave of the tiny trained models? Prints the table of docs/quantisation.md.
+"""What do calibration and a budget leave of the tiny trained models? Prints the table of docs/reference/recipes.md.
 
     python tests/bench/calibrated_quality.py [MODEL ...] [--samples N] [--peer-bits B ...] [--keep DIR]
 

@@ -1,4 +1,4 @@
-"""What does each way to quantise cost the tiny trained models? Prints the table of docs/quantisation.md.
+"""What does each way to quantise cost the tiny trained models? Prints the table of docs/reference/recipes.md.
 
     python tests/bench/quantize_quality.py [MODEL ...] [--tokens N]
 

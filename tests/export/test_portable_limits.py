@@ -1,7 +1,7 @@
 """Is what ONNX Runtime's operators cannot do refused before the first byte, and what they can do right?
 
 And does a bundle say the least ONNX Runtime that has it right? The versions here were measured with the wheels of 1.17
-to 1.32 (docs/bundle.md).
+to 1.32 (docs/reference/bundle.md).
 """
 
 from __future__ import annotations

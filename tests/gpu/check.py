@@ -9,7 +9,7 @@ For a machine with an NVIDIA GPU, its driver, and the packages torch, numpy, onn
 jinja2, click, rich and nvidia-cuda-nvrtc; transformers is timed where it is there. Nothing has to be installed: EdgeLM
 is taken from this checkout. Each command is a process of its own with a limit, one that fails does not end the others,
 and what is stopped is stopped with its children. FOLDER gets two files: check.log, with all that was printed, and
-summary.json. The end of what is printed has all the figures and a table of the steps; it belongs in docs/gpu.md.
+summary.json. The end of what is printed has all the figures and a table of the steps; it belongs in docs/gpu/index.md.
 """
 
 from __future__ import annotations

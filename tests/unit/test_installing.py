@@ -71,6 +71,6 @@ def test_an_origin_that_is_gone_is_not_named(installed: Path, tmp_path: Path) ->
 def test_no_source_writes_a_hint_of_its_own() -> None:
     own = re.compile(r"pip install (?:-\S+ )*'?edgelm\b")
     files = [file for folder in ("edgelm", "export", "quant", "runtimes") for file in (ROOT / folder).rglob("*.py")]
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
     assert len(files) > 100
     assert [str(file) for file in (*files, *pages) if own.search(file.read_text(encoding="utf-8"))] == []

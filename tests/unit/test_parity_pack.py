@@ -255,7 +255,7 @@ def test_the_documentation_shows_the_limits_in_force(name):
         values = [getattr(column, item.name) for column in columns.values()]
         if name != "values" or values[0]:
             lines.append(f"| `{item.name}` | {' | '.join(f'{value:g}' for value in values)} |")
-    page = Path(__file__).parents[2] / "docs" / "parity.md"
+    page = Path(__file__).parents[2] / "docs" / "reference" / "parity.md"
     shown = page.read_text(encoding="utf-8").split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0]
     assert shown == "\n".join(lines)
 

@@ -1,6 +1,6 @@
 """Do texts get the ids that transformers gives them, and do ids become its texts, whatever a fine-tune adds?
 
-What differs on purpose, and is therefore not compared, is listed in docs/bundle.md.
+What differs on purpose, and is therefore not compared, is listed in docs/reference/bundle.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Launches of the kernels in attention.cuh: GroupQueryAttention with its cache.
 
-`docs/operators.md` says what is computed. Here qkv and the result are bfloat16, float16 or float32; a cache is bytes
+`docs/reference/operators.md` says what is computed. Here qkv and the result are bfloat16, float16 or float32; a cache is bytes
 [B, G, C, R]: in one sequence and head C * S codes, then, for int8 and fp8, C float32 scales.
 
 | new tokens | launches |

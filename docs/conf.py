@@ -1,0 +1,31 @@
+"""Sphinx settings of the documentation site: `make docs`."""
+
+from __future__ import annotations
+
+import edgelm
+
+project = "EdgeLM"
+author = "EdgeLM authors"
+copyright = "EdgeLM authors"  # noqa: A001  Sphinx's name
+release = version = edgelm.__version__
+
+extensions = [
+    "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_click",
+    "sphinx_copybutton",
+]  # fmt: skip
+html_theme = "furo"
+html_title = f"EdgeLM {release}"
+html_static_path = ["figures"]
+
+# GitHub's anchors of headings, so that a link works in both places; tables of definitions.
+myst_enable_extensions = ["colon_fence", "deflist", "attrs_inline"]
+myst_heading_anchors = 4
+
+autodoc_typehints = "description"
+autodoc_member_order = "bysource"
+napoleon_numpy_docstring = False
+
+# `$ ` marks what to type; what follows is printed.
+copybutton_prompt_text = "$ "
+copybutton_only_copy_prompt_lines = True
+copybutton_line_continuation_character = "\\"
