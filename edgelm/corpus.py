@@ -96,14 +96,14 @@ def read_corpus(source: str | Path, *, held_out: bool = False) -> Corpus:
         except UnicodeDecodeError as error:
             if path.is_file():
                 raise EdgeLMError(f"{path} is no UTF-8 text: {error}") from error
-            # A folder may hold pictures beside its texts.
+            # A folder may also hold pictures.
     documents = [text for text in documents if text.strip()]
     if not documents:
         raise EdgeLMError(f"{path} holds no text")
     return _corpus(path.name, documents)
 
 
-def windows(encoder: Encoder, texts: Iterable[str], count: int, length: int) -> list[Ints]:
+def windows(encoder: Encoder, documents: Iterable[str], count: int, length: int) -> list[Ints]:
     """Cut `count` windows of `length` tokens, evenly spaced over the documents one after the other.
 
     The first token of each is the begin token where the model has one. Windows overlap where the text is short.
@@ -114,7 +114,7 @@ def windows(encoder: Encoder, texts: Iterable[str], count: int, length: int) -> 
     Raises:
         EdgeLMError: the documents have fewer than `length` tokens together.
     """
-    ids = np.array([token for text in texts for token in encoder.encode(text, add_bos=False)], np.int64)
+    ids = np.array([token for text in documents for token in encoder.encode(text, add_bos=False)], np.int64)
     if len(ids) < length:
         raise EdgeLMError(f"the text has {len(ids)} tokens, one window alone needs {length}: give more text")
     starts = np.linspace(0, len(ids) - length, count).astype(int)

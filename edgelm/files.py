@@ -331,7 +331,7 @@ def _settle(place: Path, kind: Kind, token: str | None = None) -> None:
     if token is None:
         earlier = _left_by_earlier_versions(place)
         for path in earlier:
-            if ".old." in path.name[len(place.name) :] and not place.exists() and kind.foreign(path) is None:
+            if ".old." in path.name[len(place.name) :] and not place.exists() and kind.unknown_content(path) is None:
                 path.rename(place)
         left += earlier
     for path in left:

@@ -23,14 +23,14 @@ class Kind:
 
     Attributes:
         name: what a user calls it, "a bundle".
-        foreign: what of an existing file or non-empty folder is not from EdgeLM, as "holds notes.txt, which ..."; None
-            where all of it is known.
+        unknown_content: Say what EdgeLM did not write in an existing file or non-empty folder, such as "holds
+            notes.txt, which ..."; None if EdgeLM wrote all of it.
         is_folder: whether it is one.
-        seal: adds to a complete new folder what `foreign` will know it by.
+        seal: Add to a complete new folder the mark that `unknown_content` looks for.
     """
 
     name: str
-    foreign: Callable[[Path], str | None]
+    unknown_content: Callable[[Path], str | None]
     is_folder: bool = True
     seal: Callable[[Path], None] = _no_seal
 
@@ -64,9 +64,9 @@ def check_place(
     _check_parent(given, place, kind)
     if not os.path.lexists(place):
         return place
-    foreign = _foreign(place, kind)
-    if foreign is not None:
-        raise EdgeLMError(f"{given} exists already and {foreign}: choose another place, or move it away")
+    unknown = _unknown_content(place, kind)
+    if unknown is not None:
+        raise EdgeLMError(f"{given} exists already and {unknown}: choose another place, or move it away")
     if not overwrite:
         raise EdgeLMError(f"{given} exists already: remove it, choose another place, or pass --overwrite")
     return place
@@ -108,19 +108,19 @@ def _check_parent(given: Path, place: Path, kind: Kind) -> None:
         raise EdgeLMError(f"{given} cannot be written: {above} is a file; choose another place")
 
 
-def _foreign(place: Path, kind: Kind) -> str | None:
+def _unknown_content(place: Path, kind: Kind) -> str | None:
     try:
         if place.is_dir():
             if not kind.is_folder:
                 return f"is a folder, {kind.name} a file"
             if os.path.ismount(place):
                 return "is a mount point, which cannot be replaced (a folder inside it can be made)"
-            return kind.foreign(place) if any(place.iterdir()) else None
+            return kind.unknown_content(place) if any(place.iterdir()) else None
         if kind.is_folder:
             return f"is a file, {kind.name} a folder"
         if not place.is_file():
             return "is no regular file"
-        return kind.foreign(place) if place.stat().st_size else None
+        return kind.unknown_content(place) if place.stat().st_size else None
     except OSError as error:
         return f"cannot be looked into ({error.strerror or error})"
 

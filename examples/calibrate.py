@@ -1,6 +1,6 @@
 """From a float checkpoint to a bundle whose bits lie where they matter, and what that kept of the model.
 
-    python examples/calibrate.py examples/checkpoints/olmoe-tiny out/ --bits 4.5 --text my_texts/
+    python examples/calibrate.py examples/checkpoints/olmoe-tiny out/ --bits 4.5 --text my_corpus/
 
 The steps of `edgelm export --bits --calibration` and `edgelm eval`, one by one: measure what each matrix loses, choose
 a recipe, calibrate its codes, export, and compare the bundle, as it runs here, with the float model.

@@ -306,7 +306,7 @@ def _listed(folder: Path) -> set[str] | None:
     return {MANIFEST, *data["files"]}
 
 
-def _foreign(folder: Path) -> str | None:
+def _unknown_content(folder: Path) -> str | None:
     listed = _listed(folder)
     if listed is None:
         return f"is no bundle (it has no {MANIFEST} that EdgeLM wrote)"
@@ -314,7 +314,7 @@ def _foreign(folder: Path) -> str | None:
     return None if name is None else f"holds {name}, which is not in its {MANIFEST}"
 
 
-BUNDLE = Kind("a bundle", _foreign)
+BUNDLE = Kind("a bundle", _unknown_content)
 """What `edgelm export` writes: replaced where every file of it is in its manifest."""
 
 

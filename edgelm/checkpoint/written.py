@@ -19,7 +19,7 @@ def _seal(folder: Path) -> None:
     (folder / FILE_LIST).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _foreign(folder: Path) -> str | None:
+def _unknown_content(folder: Path) -> str | None:
     try:
         data = read_json_object(folder / FILE_LIST)
     except CheckpointError:
@@ -31,5 +31,5 @@ def _foreign(folder: Path) -> str | None:
     return None if name is None else f"holds {name}, which is not in its {FILE_LIST}"
 
 
-CHECKPOINT = Kind("a checkpoint", _foreign, seal=_seal)
+CHECKPOINT = Kind("a checkpoint", _unknown_content, seal=_seal)
 """A checkpoint folder: replaced where EdgeLM wrote every file of it."""

@@ -23,13 +23,13 @@ _START = (b'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">', b"<s
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 
 
-def _foreign(path: Path) -> str | None:
+def _unknown_content(path: Path) -> str | None:
     with path.open("rb") as stream:
         start = stream.read(2000)
     return None if start.startswith(_START[0]) and _START[1] in start else "is no report that EdgeLM wrote"
 
 
-REPORT = Kind("a report", _foreign, is_folder=False)
+REPORT = Kind("a report", _unknown_content, is_folder=False)
 """What `write_page` writes."""
 
 

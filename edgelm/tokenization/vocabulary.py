@@ -249,7 +249,7 @@ class JsonVocabulary(Vocabulary):
         return self._byte_fallback and BYTE_TOKEN.fullmatch(self.token(index) or "") is not None
 
     def token_bytes(self, index: int) -> bytes:
-        """See `Vocabulary`. As the library does, a byte-level token with a foreign character stands for itself."""
+        """See `Vocabulary`. As in the library, a byte-level token with a character of no byte stands for itself."""
         token = self._decoded_token(index)
         if token is None:
             return b""

@@ -20,7 +20,7 @@ from edgelm.bundle import ModelInfo
 from edgelm.errors import DeviceError
 from edgelm.export.tensorrt.attention import CACHE_TYPES, EngineAttention
 from edgelm.export.tensorrt.graph import ParserGraph, cache_kind, cache_row_bytes
-from edgelm.export.tensorrt.linear import EngineLinears
+from edgelm.export.tensorrt.linear import EngineMatmuls
 from edgelm.export.tensorrt.options import ENGINE, EngineOptions
 from edgelm.progress import Progress
 from edgelm.runtimes.base import DEFAULT_CONTEXT_LENGTH
@@ -51,12 +51,12 @@ def tensorrt_graph(
         ExportError: a node that is no operator of ours, or caches of a type that an engine cannot have.
     """
     graph = ParserGraph(program, weights_file)
-    linears = EngineLinears(graph, fp8=all(sm >= FP8_SM for sm in sms))
+    matmuls = EngineMatmuls(graph, fp8=all(sm >= FP8_SM for sm in sms))
     kv = cache_kind(program)
     attention = EngineAttention(graph, kv) if options.attention == ENGINE else None
     for node in program.nodes:
-        if options.linears == ENGINE and linears.takes(node):
-            linears.add(node)
+        if options.matmul == ENGINE and matmuls.takes(node):
+            matmuls.add(node)
         elif attention is not None and node.op == "GroupQueryAttention":
             attention.add(node)
         else:
@@ -67,8 +67,8 @@ def tensorrt_graph(
     else:
         positions = min(positions, DEFAULT_CONTEXT_LENGTH)
         graph.declare(info, CACHE_TYPES[kv], info.head_dim, positions)
-    shape = GraphShape(positions, kv, options.linears, options.attention)
-    return TensorRtGraph(graph.model(info.name), GraphRecipe(shape, linears.has_fp8, linears.rows))
+    shape = GraphShape(positions, kv, options.matmul, options.attention)
+    return TensorRtGraph(graph.model(info.name), GraphRecipe(shape, matmuls.has_fp8, matmuls.rows))
 
 
 def check_engines(options: EngineOptions) -> None:

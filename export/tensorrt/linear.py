@@ -24,7 +24,7 @@ _CODES = {GpuKind.INT8: TensorProto.INT8, GpuKind.FP8: TensorProto.FLOAT8E4M3FN}
 _TYPES = {"f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 
-class EngineLinears:
+class EngineMatmuls:
     """Adds matmuls to a graph; `rows` is what must be unpacked for them, `has_fp8` whether one is of FP8.
 
     Args:

@@ -200,7 +200,7 @@ def _compiled(source: str, capability: tuple[int, int], cache: Path) -> Callable
                 raise DeviceError(f"{compiler} refuses the kernels' sources: {first}")
             output.replace(library)
     function: Callable[..., bytes | None] = ctypes.CDLL(str(library)).edgelm_emulated_launch
-    function.argtypes = [  # type: ignore[attr-defined]  # a foreign function
+    function.argtypes = [  # type: ignore[attr-defined]  # a C function
         ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t,
         ctypes.c_uint,
     ]  # fmt: skip

@@ -50,7 +50,7 @@ class EngineInfo:
         kv: the cache's type.
         weight_streaming: whether weights can stay in the host's memory, under a budget.
         operators: how many of each of our plugins it holds, by the operator's name.
-        linears: what computes the products of float matrices: "engine" or "plugin".
+        linears: what computes the matmuls: "engine" or "plugin" (`--matmul`; stored under this name since format 1).
         attention: "plugin", or "engine" for TensorRT's own.
         seconds: how long the build took. It is not stored: two builds of one bundle are to be equal.
     """
@@ -187,5 +187,5 @@ def engine_lines(info: EngineInfo, bundle: Bundle) -> list[str]:
         f"{info.file}: {info.devices}, {format_size(size)}, built by {info.edition} {info.version}",
         f"needs {info.needs}{streaming}",
         f"up to {info.max_batch} sequences, prefill by {info.chunk}, context {info.context_length}, {info.kv} cache; "
-        f"{held or 'no plugin of ours'}; dense products by the {info.linears}, attention by the {info.attention}",
+        f"{held or 'no plugin of ours'}; matmuls by the {info.linears}, attention by the {info.attention}",
     ]

@@ -70,7 +70,7 @@ def test_full_size_fox(tmp_path: Path, recipe: str) -> None:
     source, info = WeightSource(checkpoint, Recipe.load(recipe), threads=1), model_info(decoder, "fox")
     graphs = TensorrtTarget().build(GraphRequest(source, decoder, info, "gpu", "bfloat16"))
     program = Program.from_json(graphs.files[PROGRAM_FILE], PROGRAM_FILE)
-    made = tensorrt_graph(program, info, WEIGHTS_FILE, EngineOptions(linears="plugin"), SMS)
+    made = tensorrt_graph(program, info, WEIGHTS_FILE, EngineOptions(matmul="plugin"), SMS)
     (tmp_path / GRAPH_FILE).write_bytes(made.model.SerializeToString())
     (tmp_path / RECIPE_FILE).write_text(made.recipe.to_json())
     with (tmp_path / WEIGHTS_FILE).open("wb") as stream:

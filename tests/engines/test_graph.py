@@ -75,7 +75,7 @@ def test_without_a_calibrated_scale_quantised_products_stay_ours(tmp_path: Path,
 
 def test_plugins_compute_everything_where_that_is_asked(tmp_path: Path) -> None:
     made = SmallProgram(tmp_path, layers=1, mixture=False)
-    graph = tensorrt_graph(made.program, made.info, WEIGHTS, EngineOptions(linears="plugin"), (89,))
+    graph = tensorrt_graph(made.program, made.info, WEIGHTS, EngineOptions(matmul="plugin"), (89,))
     assert {node.domain for node in graph.model.graph.node} == {"edgelm"}
     assert len(graph.model.graph.node) == len(made.program.nodes)
 
@@ -122,8 +122,8 @@ def test_every_cache_is_built_with_the_plugin(tmp_path: Path, rtx: Library, kv: 
 
 
 def test_who_computes_is_one_of_two() -> None:
-    with pytest.raises(ExportError, match="linears is 'x': it can be engine or plugin"):
-        EngineOptions(linears="x")
+    with pytest.raises(ExportError, match="matmul is 'x': it can be engine or plugin"):
+        EngineOptions(matmul="x")
 
 
 def test_ranges_of_shapes() -> None:

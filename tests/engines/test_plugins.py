@@ -25,7 +25,7 @@ from edgelm.runtimes.tensorrt.plugin_spec import NAMESPACE, OPERATORS, PluginSpe
 from edgelm.runtimes.tensorrt.plugins import FIELD, plugin_class, serving
 
 SMS = (86,)
-PLUGINS = EngineOptions(linears="plugin")
+PLUGINS = EngineOptions(matmul="plugin")
 CACHE = (3, G, C, 2 * S)
 
 

@@ -44,7 +44,7 @@ from unittest import mock
 import numpy as np
 import onnx
 import torch
-from foreign_writers import STYLES, linear, write_foreign
+from format_writers import STYLES, linear, write_format
 from numpy.typing import NDArray
 from onnx import helper
 from tiny_models import CONFIGS
@@ -149,12 +149,12 @@ def _special_cases(folder: Path) -> Iterator[Case]:
     mixed = _recipe(_MIXED, "olmoe")
     yield Case("olmoe mixed cpu native", tiny["olmoe"], mixed, native)
     yield Case("olmoe mixed tensorrt auto", tiny["olmoe"], mixed, gpu)
-    plugins = replace(gpu, dtype="fp16", engines=EngineOptions(linears="plugin", build=False))
+    plugins = replace(gpu, dtype="fp16", engines=EngineOptions(matmul="plugin", build=False))
     yield Case("fox fp8-token tensorrt auto", tiny["fox"], _recipe(_FP8_TOKEN, "fox"), gpu)
     yield Case("fox int8 tensorrt fp16 plugins", tiny["fox"], "int8", plugins)
     yield Case("fox none cpu portable fp16", tiny["fox"], "none", replace(portable, dtype="fp16"))
     style = next(style for style in STYLES if style.name == "gptq")
-    gptq = write_foreign(folder / "fox-unusual", folder / "fox-gptq", style, quantise=linear).path
+    gptq = write_format(folder / "fox-unusual", folder / "fox-gptq", style, quantise=linear).path
     yield Case("fox gptq cpu native", gptq, None, native)
     yield Case("fox gptq cuda portable", gptq, None, cuda)
     text = folder / "words.txt"

@@ -1,4 +1,4 @@
-"""Is every incomplete, damaged or foreign checkpoint folder refused by name, and every good one read?"""
+"""Is every incomplete, damaged or unknown checkpoint folder refused by name, and every good one read?"""
 
 from __future__ import annotations
 

@@ -100,14 +100,14 @@ def test_does_the_disk_hold_a_file_before_its_name_stands_for_it(
     assert_durable(calls, place)
 
 
-@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize("other_user", [False, True])
 def test_is_the_partial_file_of_a_live_process_of_an_earlier_version_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, foreign: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_user: bool
 ) -> None:
     live, dead = tmp_path / f".f.partial-{os.getppid()}", tmp_path / f".f.partial-{DEAD}"
     live.write_text("theirs")
     dead.write_text("left")
-    if foreign:  # of another user, to whom no signal may be sent
+    if other_user:  # no signal may be sent to its process
         kill = os.kill
 
         def refused(pid: int, signal: int) -> None:

@@ -334,7 +334,7 @@ calibration_options = together(
 """Whether to calibrate, with which text, and when an expert has seen enough of it: `calibration`."""
 
 
-ENGINE_PARAMETERS = ("sms", "build", "linears", "attention", "max_batch", "chunk", "weight_streaming")
+ENGINE_PARAMETERS = ("sms", "build", "matmul", "attention", "max_batch", "chunk", "weight_streaming")
 """The parameters that are about `--target tensorrt` alone."""
 
 
@@ -370,8 +370,8 @@ engine_options = together(
         help="With --target tensorrt: build engines now [if TensorRT is installed].",
     ),
     click.option(
-        "--linears", default="engine", show_default=True, type=_INSIDE,
-        help="Linear layers inside the engine: TensorRT's own, where it has them, or our plugin.",
+        "--matmul", default="engine", show_default=True, type=_INSIDE,
+        help="Matmuls inside the engine: TensorRT's own where it has them, or our plugin.",
     ),
     click.option(
         "--attention", default="plugin", show_default=True, type=_INSIDE,

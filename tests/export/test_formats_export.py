@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from foreign_writers import STYLES, Written, linear, write_foreign
+from format_writers import STYLES, Written, linear, write_format
 from test_graph_computes_the_reference import check
 from tiny_models import OPERATOR_SETS, MakeCheckpoint
 
@@ -47,7 +47,7 @@ PORTABLE = [
 
 def written(checkpoint: MakeCheckpoint, tmp_path: Path, model: str, style: str) -> Written:
     changes = SMALL if model == "olmoe" else {}
-    return write_foreign(checkpoint(model, **changes), tmp_path / "foreign", BY_NAME[style], quantise=linear)
+    return write_format(checkpoint(model, **changes), tmp_path / "other format", BY_NAME[style], quantise=linear)
 
 
 def exported(source: Path, out: Path, ops: str) -> Bundle:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from foreign_writers import (
+from format_writers import (
     STYLES,
     Style,
     Written,
@@ -23,7 +23,7 @@ from foreign_writers import (
     int8,
     linear,
     packed,
-    write_foreign,
+    write_format,
 )
 from tiny_models import MakeCheckpoint
 
@@ -48,7 +48,7 @@ def write(checkpoint: MakeCheckpoint, tmp_path: Path) -> Write:
 
     def make(style: str | Style, **more: Any) -> Written:
         chosen = BY_NAME[style] if isinstance(style, str) else style
-        return write_foreign(base, tmp_path / chosen.name, chosen, **more)
+        return write_format(base, tmp_path / chosen.name, chosen, **more)
 
     return make
 
@@ -542,7 +542,7 @@ def test_fp8_scales_may_be_one_a_row(write: Write) -> None:
 
 def test_blocks_of_rows_are_read_across_blocks_of_scales(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     """A vocabulary of 640 rows spans five blocks of 128; reading starts and ends inside of them."""
-    written = write_foreign(
+    written = write_format(
         checkpoint("fox", tie_word_embeddings=False),
         tmp_path / "f",
         BY_NAME["fp8-block"],

@@ -366,7 +366,7 @@ class Written:
         write_sharded(self.path, specs, lambda key: [np.asarray(self.arrays[key][1], order="C")])
 
 
-def write_foreign(
+def write_format(
     float_folder: Path,
     out: Path,
     style: Style,
