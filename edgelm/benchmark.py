@@ -190,14 +190,14 @@ def bench(
     threads: int | None = None,
     runtime: str | None = None,
     kv: str | None = None,
-    weight_budget: int | None = None,
+    weight_memory: int | None = None,
     batch: int = 1,
     progress: Progress | None = None,
 ) -> BenchResult:
     """Load the bundle and measure it `repeat` times, after one run that is not counted.
 
     `prompt_tokens` and `new_tokens` are 512 and 128 where they are not given, or less where the context is short. `kv`
-    is the cache's type, `weight_budget` as for `edgelm.load`. With a `batch` above 1, that many sequences are prefilled
+    is the cache's type, `weight_memory` as for `edgelm.load`. With a `batch` above 1, that many sequences are prefilled
     one after the other and decode together: rates count the tokens of all of them. It needs native operators.
 
     Raises:
@@ -224,7 +224,7 @@ def bench(
     before, _ = devices.resident_memory()
     started = time.perf_counter()
     opened: Runtime | SequenceBatch
-    options = {"threads": threads, "context_length": context, "kv": kv, "weight_budget": weight_budget}
+    options = {"threads": threads, "context_length": context, "kv": kv, "weight_memory": weight_memory}
     opened = open_runtime(bundle, runtime, **options) if batch == 1 else open_batch(bundle, batch, runtime, **options)
     load_seconds = time.perf_counter() - started
     loaded, _ = devices.resident_memory()

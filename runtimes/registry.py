@@ -111,7 +111,7 @@ _ENTRIES = (
         requires="tensorrt",
         instead=("tensorrt_rtx",),
         extras=("tensorrt-rtx", "tensorrt"),
-        options=("context_length", "chunk", "kv", "weight_budget"),
+        options=("context_length", "chunk", "kv", "weight_memory"),
         summary="TensorRT or TensorRT-RTX with our plugins on an NVIDIA GPU",
         compatibility="edgelm.runtimes.tensorrt.engine",
     ),
@@ -263,7 +263,7 @@ def open_runtime(bundle: Bundle, name: str | None = None, **options: int | str |
     most its CPUs. `context_length`: positions to allocate, default the model's, at most 4096. `chunk`: tokens a prefill
     step. `kv`: type of the cache, for bundles with native operators one of `edgelm.bundle.kv_cache.KV_TYPES`, default
     the bundle's.
-    `weight_budget`: bytes of weights that a TensorRT engine may have in the GPU's memory.
+    `weight_memory`: bytes of weights that a TensorRT engine may have in the GPU's memory.
 
     Raises:
         RuntimeUnavailableError: no such runtime, not one for this bundle, or its package is not installed.

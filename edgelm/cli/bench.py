@@ -13,7 +13,7 @@ from edgelm.cli.common.options import (
     kv_option,
     runtime_option,
     threads_option,
-    weight_budget_option,
+    weight_memory_option,
 )
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @threads_option()
 @runtime_option
 @kv_option
-@weight_budget_option
+@weight_memory_option
 @click.option(
     "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences that decode together."
 )
@@ -41,7 +41,7 @@ def bench(
     threads: int | None,
     runtime: str | None,
     kv: str | None,
-    weight_budget: int | None,
+    weight_memory: int | None,
     batch: int,
     as_json: bool,
 ) -> None:
@@ -59,7 +59,7 @@ def bench(
         threads=threads,
         runtime=runtime,
         kv=kv,
-        weight_budget=weight_budget,
+        weight_memory=weight_memory,
         batch=batch,
         progress=Bars(),
     )

@@ -23,7 +23,7 @@ from edgelm.cli.common.options import (
     threads_option,
     was_given,
 )
-from edgelm.cli.common.recipes import budget_options, budgeted, in_json, refuse_two
+from edgelm.cli.common.recipes import choose_mixed_precision, in_json, mixed_precision_options, refuse_two
 
 if TYPE_CHECKING:
     from edgelm.quant.calibration import CalibrationOptions
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.argument("checkpoint")
 @output_option("Bundle folder to write.")
 @click.option("--recipe", type=RecipeName(), help="int4 (default), int8, fp8, none, or a TOML file.")
-@budget_options
+@mixed_precision_options
 @click.option(
     "--target",
     default="cpu",
@@ -82,7 +82,7 @@ def export(
     out: Path,
     recipe: str | None,
     bits: float | None,
-    budget: int | None,
+    max_size: int | None,
     target: str,
     ops: str,
     dtype: str,
@@ -99,10 +99,10 @@ def export(
 ) -> None:
     """Export CHECKPOINT (a folder or a hub id) to a bundle.
 
-    With --bits or --budget the recipe is chosen by what each matrix loses. With --calibration an interrupted run goes
+    With --bits or --max-size the recipe is chosen by what each matrix loses. With --calibration an interrupted run goes
     on where it was when the same command is given again.
     """
-    refuse_two(recipe, bits, budget)
+    refuse_two(recipe, bits, max_size)
     if target != "tensorrt" and (others := was_given(*ENGINE_PARAMETERS)):
         raise click.UsageError(f"{', '.join(others)}: of use with --target tensorrt only, here it is {target}")
     import json
@@ -136,15 +136,15 @@ def export(
         check_request(options)
     progress = Bars()
     start = time.monotonic()
-    if bits is not None or budget is not None:
+    if bits is not None or max_size is not None:
         _refuse_portable(ops)
-    result = budgeted(
+    result = choose_mixed_precision(
         checkpoint,
         out,
         BUNDLE,
         reference=reference,
         bits=bits,
-        budget=budget,
+        max_size=max_size,
         calibration=calibration,
         overwrite=overwrite,
         progress=progress,
@@ -159,7 +159,7 @@ def export(
     else:
         progress.note(f"{bundle.path}: {format_size(bundle.size)}, {bundle.manifest.recipe.name}, in {seconds:.0f} s")
         if result is not None:
-            asked = f"--bits {bits:g}" if budget is None else f"--budget {budget}"
+            asked = f"--bits {bits:g}" if max_size is None else f"--max-size {max_size}"
             progress.note(
                 "the recipe stands in its manifest.json; as a file to edit, with what each matrix costs: "
                 f"edgelm recipe {checkpoint} {asked} -o FILE"
@@ -168,7 +168,7 @@ def export(
 
 
 def _refuse_portable(ops: str) -> None:
-    """Budgets are of native bundles, whose bits may differ from one expert to the next.
+    """Refuse --bits and --max-size for portable operators, which lack most of the schemes that these choose from.
 
     Raises:
         click.UsageError: portable operators were asked for.
@@ -179,7 +179,7 @@ def _refuse_portable(ops: str) -> None:
 
     if ops == "portable" or (ops == "auto" and library_path() is None):
         why = (
-            "--bits and --budget choose among schemes that only native operators have: export with --ops native, or "
+            "--bits and --max-size choose among schemes that only native operators have: export with --ops native, or "
             "have a recipe chosen from others (edgelm recipe --schemes int4-g32,int8-g32) and pass it with --recipe"
         )
         raise click.UsageError(why) if ops == "portable" else ExportError(why)

@@ -15,7 +15,7 @@ from edgelm.cli.common.options import (
     overwrite_option,
     threads_option,
 )
-from edgelm.cli.common.recipes import budget_options, budgeted, chosen, in_json, refuse_two
+from edgelm.cli.common.recipes import choose_mixed_precision, chosen, in_json, mixed_precision_options, refuse_two
 
 if TYPE_CHECKING:
     from edgelm.quant.calibration import CalibrationOptions
@@ -27,7 +27,7 @@ RECIPE_FILE = "recipe.toml"
 @click.argument("checkpoint")
 @output_option("Folder to write.")
 @click.option("--recipe", type=RecipeName(), help="int4 (default), int8, fp8, or a TOML file.")
-@budget_options
+@mixed_precision_options
 @calibration_options
 @threads_option("Blocks computed at once [the physical cores allowed].")
 @overwrite_option("a checkpoint that EdgeLM wrote,")
@@ -37,7 +37,7 @@ def quantize(
     out: Path,
     recipe: str | None,
     bits: float | None,
-    budget: int | None,
+    max_size: int | None,
     calibration: CalibrationOptions | None,
     threads: int | None,
     overwrite: bool,
@@ -45,10 +45,10 @@ def quantize(
 ) -> None:
     """Quantise CHECKPOINT (a folder or a hub id); `edgelm export` takes the result as it takes a float one.
 
-    With --bits or --budget the recipe is chosen by what each matrix loses; the output then holds it as recipe.toml.
+    With --bits or --max-size the recipe is chosen by what each matrix loses; the output then holds it as recipe.toml.
     With --calibration an interrupted run goes on where it was when the same command is given again.
     """
-    refuse_two(recipe, bits, budget)
+    refuse_two(recipe, bits, max_size)
     import dataclasses
     import json
     import time
@@ -60,12 +60,12 @@ def quantize(
 
     progress = Bars()
     start = time.monotonic()
-    result = budgeted(
+    result = choose_mixed_precision(
         checkpoint,
         out,
         CHECKPOINT,
         bits=bits,
-        budget=budget,
+        max_size=max_size,
         calibration=calibration,
         overwrite=overwrite,
         progress=progress,

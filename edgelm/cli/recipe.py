@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from edgelm.cli.common.options import as_usage, given, json_option, need_export_extra, output_option, overwrite_option
-from edgelm.cli.common.recipes import budget_options, in_json, in_words
+from edgelm.cli.common.recipes import in_json, in_words, mixed_precision_options
 
 
 @click.command()
 @click.argument("checkpoint")
-@budget_options
-@output_option("TOML file to write [budget.toml].", required=False)
+@mixed_precision_options
+@output_option("TOML file to write [mixed-precision.toml].", required=False)
 @click.option(
     "--calibration", "text", default="builtin", show_default=True, help="Text to measure with: a file or a folder."
 )
@@ -25,7 +25,7 @@ from edgelm.cli.common.recipes import budget_options, in_json, in_words
 def recipe(
     checkpoint: str,
     bits: float | None,
-    budget: int | None,
+    max_size: int | None,
     out: Path | None,
     text: str,
     tokens: int | None,
@@ -37,8 +37,8 @@ def recipe(
 
     The result is a recipe for `edgelm quantize` and `edgelm export`.
     """
-    if (bits is None) == (budget is None):
-        raise click.UsageError("give either --bits or --budget")
+    if (bits is None) == (max_size is None):
+        raise click.UsageError("give either --bits or --max-size")
     import json
     import time
 
@@ -51,14 +51,14 @@ def recipe(
 
     with as_usage():
         candidates = None if schemes is None else parse_candidates(schemes)
-    out = out or Path("budget.toml")
+    out = out or Path("mixed-precision.toml")
     check_place(out, RECIPE, sources=[checkpoint], overwrite=overwrite)
     progress = Bars()
     start = time.monotonic()
     result = mixed_precision_recipe(
         checkpoint,
         bits=bits,
-        budget=budget,
+        max_size=max_size,
         text=text,
         name=out.stem,
         progress=progress,

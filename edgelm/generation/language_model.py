@@ -236,7 +236,7 @@ def load(
     threads: int | None = None,
     context_length: int | None = None,
     kv: str | None = None,
-    weight_budget: int | None = None,
+    weight_memory: int | None = None,
     chat: bool = True,
 ) -> LanguageModel:
     """Load a bundle.
@@ -248,7 +248,7 @@ def load(
         context_length: positions to allocate; default the model's, at most 4096.
         kv: type of the cache of keys and values: "float16" (the default), "float32" or "int8", which halves what a long
             context reads. Bundles with portable operators have float32 alone.
-        weight_budget: bytes of weights that may lie in the GPU's memory, for a TensorRT engine that was built to stream
+        weight_memory: bytes of weights that may lie in the GPU's memory, for a TensorRT engine that was built to stream
             them; default all.
         chat: conversations are likely: the process that renders chat templates (12 MB) starts meanwhile, if the bundle
             has a template. False: it starts with the first conversation, which then waits for it.
@@ -268,6 +268,6 @@ def load(
         start_for(bundle.path)
     tokenizer = Tokenizer.from_folder(bundle.path)
     opened = open_runtime(
-        bundle, runtime, threads=threads, context_length=context_length, kv=kv, weight_budget=weight_budget
+        bundle, runtime, threads=threads, context_length=context_length, kv=kv, weight_memory=weight_memory
     )
     return LanguageModel(bundle, opened, tokenizer)

@@ -1,4 +1,4 @@
-"""The recipe that is expected to lose least within a budget of bytes."""
+"""The recipe that is expected to lose least within a number of bytes."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ def mixed_precision_recipe(
     checkpoint: str | Path | Checkpoint,
     *,
     bits: float | None = None,
-    budget: int | None = None,
+    max_size: int | None = None,
     text: str | Path | Corpus = BUILTIN,
     tokens: int = TOKENS,
     schemes: Sequence[AnyScheme | None] | None = None,
     factors: Mapping[int, float] | None = None,
-    name: str = "budget",
+    name: str = "mixed-precision",
     progress: Progress | None = None,
 ) -> MixedPrecision:
     """Choose a scheme for every matrix, and every expert, of a float checkpoint.
@@ -90,7 +90,7 @@ def mixed_precision_recipe(
     Args:
         checkpoint: folder, hub id, or open.
         bits: mean bits of a weight over all matrices but the routers, scales included.
-        budget: in place of `bits`, bytes of a native bundle's weights file.
+        max_size: in place of `bits`, bytes of a native bundle's weights file.
         text: to measure with, as `read_corpus` takes it; the built-in one without what is held out.
         tokens: of it to measure with, in windows of at most 256.
         schemes: candidates, None among them for float; default `SCHEMES`.
@@ -99,18 +99,18 @@ def mixed_precision_recipe(
         progress: told of every layer.
 
     Raises:
-        RecipeError: the budget is below the smallest possible, the checkpoint is quantised, or a scheme does not fit.
+        RecipeError: `bits` or `max_size` is too small, the checkpoint is quantised, or a scheme does not fit.
         EdgeLMError: there is too little text.
     """
-    if (bits is None) == (budget is None):
-        raise RecipeError("give either a number of bits or a budget of bytes")
+    if (bits is None) == (max_size is None):
+        raise RecipeError("give either a number of bits or a size in bytes")
     if not isinstance(checkpoint, Checkpoint):
         with Checkpoint.open(checkpoint, progress) as opened:
             return mixed_precision_recipe(
-                opened, bits=bits, budget=budget, text=text, tokens=tokens, schemes=schemes, factors=factors,
+                opened, bits=bits, max_size=max_size, text=text, tokens=tokens, schemes=schemes, factors=factors,
                 name=name, progress=progress,
             )  # fmt: skip
-    plan = _Plan.of(checkpoint, bits, budget, schemes)
+    plan = _Plan.of(checkpoint, bits, max_size, schemes)
     corpus = text if isinstance(text, Corpus) else read_corpus(text)
     length = min(LENGTH, plan.context, max(2, tokens))
     sample = windows(Tokenizer.from_folder(checkpoint.path), corpus.documents, max(1, tokens // length), length)
@@ -146,10 +146,10 @@ class _Plan:
         cls,
         checkpoint: Checkpoint,
         bits: float | None,
-        budget: int | None,
+        max_size: int | None,
         schemes: Sequence[AnyScheme | None] | None,
     ) -> _Plan:
-        """Raise RecipeError where the budget is below the smallest possible, or the checkpoint no float one."""
+        """Raise RecipeError where the limit is below the smallest possible, or the checkpoint no float one."""
         refuse_quantized(checkpoint)
         candidates = [parse_scheme(scheme) for scheme in SCHEMES] if schemes is None else list(schemes)
         if not candidates:
@@ -157,7 +157,7 @@ class _Plan:
         decoder = checkpoint.decoder
         units, fixed = find_units(decoder), fixed_bytes(decoder)
         weights = sum(unit.weights for unit in units)
-        room = int(bits * weights / 8) if bits is not None else (budget or 0) - fixed
+        room = int(bits * weights / 8) if bits is not None else (max_size or 0) - fixed
         smallest = sum(min(unit.nbytes(scheme) for scheme in candidates) for unit in units)
         if room < smallest:
             least = f"{_ceil(8 * smallest / weights)} bits" if bits is not None else f"{smallest + fixed} bytes"
@@ -194,7 +194,7 @@ class _Plan:
         notes = []
         if all(choice.nbytes == max(c.nbytes for c in found) for choice, found in zip(choices, options, strict=True)):
             notes.append(
-                f"the budget is above the largest possible: everything has its largest scheme, {bits:.2f} bits"
+                f"the limit is above the largest possible size: every matrix has its largest scheme, {bits:.2f} bits"
             )
         unseen = sum(one.tokens == 0 for one in measured.units if one.unit.kind == "expert down")
         if unseen:

@@ -1,9 +1,9 @@
-"""Which option to take of each unit, so that the losses add up to least within a budget of bytes.
+"""Which option to take of each unit, so that the losses add up to least within a limit of bytes.
 
 This is the multiple-choice knapsack. Only options on the lower convex hull of a unit's (bytes, loss) are worth their
 bytes in its linear relaxation, and going along all hulls in the order of their slopes solves the relaxation (Sinha and
 Zoltners, "The multiple-choice knapsack problem", Operations Research 27, 1979). The relaxation's loss bounds that of
-every choice there is; what the greedy choice leaves of the budget is then filled by upgrades, and by exchanges of one
+every choice there is; what the greedy choice leaves free is then filled by upgrades, and by exchanges of one
 upgrade for one downgrade, as long as one of them gains.
 """
 
@@ -31,7 +31,7 @@ class Solution:
         picks: the index of each unit's option.
         nbytes: sum of the options' bytes.
         loss: sum of their losses.
-        bound: no choice within the budget loses less than this.
+        bound: no choice within the limit loses less than this.
     """
 
     picks: tuple[int, ...]
@@ -50,21 +50,21 @@ class _Move:
     gain: float
 
 
-def solve(units: Sequence[Sequence[Option]], budget: int) -> Solution:
+def solve(units: Sequence[Sequence[Option]], limit: int) -> Solution:
     """Choose one option of each unit.
 
     Args:
         units: the options of each, at least one.
-        budget: bytes for all of them.
+        limit: bytes for all of them.
 
     Raises:
-        ValueError: even the smallest options take more than `budget`.
+        ValueError: even the smallest options take more than `limit`.
     """
     hulls = [_hull(options) for options in units]
     picks = [hull[0] for hull in hulls]
-    left = budget - sum(options[pick].nbytes for options, pick in zip(units, picks, strict=True))
+    left = limit - sum(options[pick].nbytes for options, pick in zip(units, picks, strict=True))
     if left < 0:
-        raise ValueError(f"a budget of {budget} bytes is {-left} bytes below the smallest possible")
+        raise ValueError(f"a limit of {limit} bytes is {-left} bytes below the smallest possible")
     loss = sum(options[pick].loss for options, pick in zip(units, picks, strict=True))
     bound: float | None = None
     blocked: set[int] = set()

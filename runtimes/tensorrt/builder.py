@@ -30,7 +30,7 @@ class BuildOptions:
             Empty: of the device at hand, the only ones that full TensorRT builds for.
         max_batch: sequences that decode together at most.
         chunk: tokens of a prefill step at most.
-        weight_streaming: let weights stay in host memory at run time, under a budget.
+        weight_streaming: let weights stay in host memory at run time.
     """
 
     sms: tuple[int, ...] = ()

@@ -27,7 +27,7 @@ _INVALID = {
     "UNSUPPORTED_CC": "it was not built for this GPU: build it with `edgelm build BUNDLE --sm` and its number",
     "OLD_CUDA_DRIVER": "the GPU's driver is too old for it: update the driver",
     "OLD_CUDA_RUNTIME": "the CUDA runtime is too old for it: update TensorRT-RTX",
-    "INSUFFICIENT_GPU_MEMORY": "the GPU has not enough memory free: end what else uses it, or give --weight-budget",
+    "INSUFFICIENT_GPU_MEMORY": "the GPU has not enough memory free: end what else uses it, or give --weight-memory",
     "CUDA_ERROR": "the driver failed: check that nvidia-smi works",
     "MALFORMED_ENGINE": "the file is damaged: copy the bundle again, or run `edgelm build`",
 }
@@ -104,7 +104,7 @@ class Engine:
         info: its description.
         path: its file.
         host: what runs its plugins' nodes.
-        weight_budget: bytes of weights that may lie in the GPU's memory; None is all.
+        weight_memory: bytes of weights that may lie in the GPU's memory; None is all.
 
     Raises:
         RuntimeUnavailableError: it does not fit the device or the library.
@@ -113,12 +113,12 @@ class Engine:
     """
 
     def __init__(
-        self, library: Library, info: EngineInfo, path: Path, host: Host, weight_budget: int | None = None
+        self, library: Library, info: EngineInfo, path: Path, host: Host, weight_memory: int | None = None
     ) -> None:
-        if weight_budget is not None and not info.weight_streaming:
+        if weight_memory is not None and not info.weight_streaming:
             raise EdgeLMError(
                 f"{path} was built without weight streaming, so all its weights lie in the GPU's memory: build it "
-                "again with `edgelm build BUNDLE --weight-streaming`, or leave --weight-budget out"
+                "again with `edgelm build BUNDLE --weight-streaming`, or leave --weight-memory out"
             )
         self.library = library
         self.info = info
@@ -131,8 +131,8 @@ class Engine:
                 self._check(data)
             engine = self._taking("loading it", self._runtime.deserialize_cuda_engine, data)
         self._engine: Any = engine
-        if weight_budget is not None:
-            engine.weight_streaming_budget_v2 = min(weight_budget, int(engine.streamable_weights_size))
+        if weight_memory is not None:
+            engine.weight_streaming_budget_v2 = min(weight_memory, int(engine.streamable_weights_size))
         self.tensors = [self._tensor(engine.get_tensor_name(i)) for i in range(engine.num_io_tensors)]
 
     def _check(self, data: mmap.mmap) -> None:
@@ -270,7 +270,7 @@ def failed(what: str, said: str) -> EdgeLMError:
     if "out of memory" in lower or "outofmemory" in lower or "cudaerror 2)" in lower:
         return DeviceMemoryError(
             f"{what}: the GPU has not enough memory free ({said}); end what else uses it, use a shorter context, or "
-            "build with --weight-streaming and give --weight-budget"
+            "build with --weight-streaming and give --weight-memory"
         )
     if "insufficient for cuda runtime version" in lower:
         return DeviceError(

@@ -48,7 +48,7 @@ class EngineInfo:
         chunk: tokens of a prefill step at most.
         context_length: positions of a cache at most.
         kv: the cache's type.
-        weight_streaming: whether weights can stay in the host's memory, under a budget.
+        weight_streaming: whether weights can stay in the host's memory.
         operators: how many of each of our plugins it holds, by the operator's name.
         linears: what computes the matmuls: "engine" or "plugin" (`--matmul`; stored under this name since format 1).
         attention: "plugin", or "engine" for TensorRT's own.
@@ -182,7 +182,7 @@ def engine_lines(info: EngineInfo, bundle: Bundle) -> list[str]:
     """For `edgelm inspect`: what it is, what it needs, what it holds."""
     size = bundle.manifest.files[info.file].size
     held = ", ".join(f"{count} {PREFIX}{op}" for op, count in info.operators.items())
-    streaming = "; its weights can stay in host memory (--weight-budget)" if info.weight_streaming else ""
+    streaming = "; its weights can stay in host memory (--weight-memory)" if info.weight_streaming else ""
     return [
         f"{info.file}: {info.devices}, {format_size(size)}, built by {info.edition} {info.version}",
         f"needs {info.needs}{streaming}",

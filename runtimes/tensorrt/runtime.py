@@ -27,10 +27,10 @@ class TensorRtBatch(SequenceBatch):
         context_length: int | None = None,
         chunk: int | None = None,
         kv: str | None = None,
-        weight_budget: int | None = None,
+        weight_memory: int | None = None,
     ) -> None:
         self._session = Session(
-            bundle, batch=batch, context_length=context_length, chunk=chunk, kv=kv, weight_budget=weight_budget
+            bundle, batch=batch, context_length=context_length, chunk=chunk, kv=kv, weight_memory=weight_memory
         )
         super().__init__(batch, threads=None, chunk=self._session.chunk, **self._session.sizes)
 
@@ -58,10 +58,10 @@ class TensorRtRuntime(Runtime):
         context_length: int | None = None,
         chunk: int | None = None,
         kv: str | None = None,
-        weight_budget: int | None = None,
+        weight_memory: int | None = None,
     ) -> None:
         self._session = Session(
-            bundle, batch=1, context_length=context_length, chunk=chunk, kv=kv, weight_budget=weight_budget
+            bundle, batch=1, context_length=context_length, chunk=chunk, kv=kv, weight_memory=weight_memory
         )
         super().__init__(chunk=self._session.chunk, **self._session.sizes)
         self.kv = self._session.info.kv

@@ -45,7 +45,7 @@ class Session:
         context_length: positions of each; default the model's, at most 4096.
         chunk: tokens of a prefill step, at most the engine's.
         kv: type of the cache; the engine's, which has no other.
-        weight_budget: bytes of weights that may lie in the GPU's memory; default all.
+        weight_memory: bytes of weights that may lie in the GPU's memory; default all.
 
     Raises:
         RuntimeUnavailableError: no TensorRT, or no engine that fits.
@@ -62,7 +62,7 @@ class Session:
         context_length: int | None,
         chunk: int | None,
         kv: str | None,
-        weight_budget: int | None,
+        weight_memory: int | None,
     ) -> None:
         model = bundle.manifest.model
         found = engines(bundle)
@@ -86,7 +86,7 @@ class Session:
             library = load(info.edition)
             self.device.load(Operators(program, info.kv, 0, self.device.info).kernels())
             self._host = DeviceHost(self.device)
-            self._engine = Engine(library, info, bundle.file(info.file), self._host, weight_budget)
+            self._engine = Engine(library, info, bundle.file(info.file), self._host, weight_memory)
             self.capacity = self._capacity()
             specs = plugins_in(bundle.file(info.file))
             counters = counter_bytes(self.device.info, specs, batch, self.chunk, self.capacity)

@@ -1,11 +1,13 @@
-"""What do calibration and a budget leave of the tiny trained models? Prints the table of docs/reference/recipes.md.
+"""What do calibration and mixed precision leave of the tiny trained models? Prints the table of
+docs/reference/recipes.md.
 
     python tests/bench/calibrated_quality.py [MODEL ...] [--samples N] [--peer-bits B ...] [--keep DIR]
 
 Mean KL(float || quantised) in nats a token, of the PyTorch reference with quantised weights (and activations or cache
 where a row says so), on 64 held-out windows of 256 tokens; calibrated on the part of the text that is not held out.
-"budget" rows have no more bits a weight than the rounded row that they are named after. `--peer-bits` adds rows of so
-many bits a weight: those that llamacpp_quality.py finds for a format of llama.cpp. `--keep` leaves the checkpoints.
+"mixed precision" rows have no more bits a weight than the rounded row that they are named after. `--peer-bits` adds
+rows of so many bits a weight: those that llamacpp_quality.py finds for a format of llama.cpp. `--keep` leaves the
+checkpoints.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 MODELS = ("olmoe-tiny", "fox-tiny")
 LENGTH = 256
 NEAR_FLOAT = "int5-g32,int6-g32,int8-g32,float"
-"""What an 8-bit budget chooses from: where a mixture's router is shaken most, float is worth its bytes."""
+"""Candidates at 8 bits: where a mixture's router is shaken most, float is worth its bytes."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ class Maker:
             bits = quantize_checkpoint(self.source, out, recipe, overwrite=True).bits_per_weight
         return self._keep(Row(name, out, bits))
 
-    def budget(self, name: str, stored: float, schemes: str | None, *, calibrated: bool) -> Row:
-        """A row of a budgeted recipe, with at most `stored` bits for each weight of the whole checkpoint."""
+    def mixed_precision(self, name: str, stored: float, schemes: str | None, *, calibrated: bool) -> Row:
+        """A row of a mixed-precision recipe, with at most `stored` bits for each weight of the whole checkpoint."""
         bits = self._unit_bits(stored, calibrated)
         candidates = None if schemes is None else parse_candidates(schemes)
         return self.make(
@@ -129,14 +131,14 @@ def rows(maker: Maker, peer_bits: Sequence[float]) -> None:
     made = maker.make("int4, calibrated", int4, calibrated=True)
     maker.run_as("int4, calibrated, int8 cache", made, replace(int4, kv="int8"))
     maker.run_as("int4, calibrated, fp8 cache", made, replace(int4, kv="fp8"))
-    maker.budget("budget of int4, rounded", plain.bits, None, calibrated=False)
-    maker.budget("budget of int4, calibrated", plain.bits, None, calibrated=True)
+    maker.mixed_precision("mixed precision at int4, rounded", plain.bits, None, calibrated=False)
+    maker.mixed_precision("mixed precision at int4, calibrated", plain.bits, None, calibrated=True)
     for bits in peer_bits:
-        maker.budget(f"budget of {bits:.2f} bits, calibrated", bits, None, calibrated=True)
+        maker.mixed_precision(f"mixed precision at {bits:.2f} bits, calibrated", bits, None, calibrated=True)
     plain = maker.make("int8, rounded", int8, calibrated=False)
     made = maker.make("int8, calibrated", int8, calibrated=True)
     maker.run_as("int8, calibrated, activations int8-token", made, replace(int8, activations="int8-token"))
-    maker.budget("budget of int8, calibrated", plain.bits, NEAR_FLOAT, calibrated=True)
+    maker.mixed_precision("mixed precision at int8, calibrated", plain.bits, NEAR_FLOAT, calibrated=True)
     maker.make("fp8, rounded", fp8, calibrated=False)
     made = maker.make("fp8, calibrated", fp8, calibrated=True)
     maker.run_as("fp8, calibrated, activations fp8-token", made, replace(fp8, activations="fp8-token"))

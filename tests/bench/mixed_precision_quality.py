@@ -77,8 +77,8 @@ class Model:
         return total / sum(batch.numel() for batch in self.batches)
 
 
-def choose(units: Sequence[Sensitivity], budget: int, key: Callable[[Unit], Hashable]) -> Schemes:
-    """The best schemes within a budget where units of the same key share one."""
+def choose(units: Sequence[Sensitivity], limit: int, key: Callable[[Unit], Hashable]) -> Schemes:
+    """The best schemes within a limit of bytes where units of the same key share one."""
     members: dict[Hashable, list[int]] = {}
     for i, one in enumerate(units):
         members.setdefault(key(one.unit), []).append(i)
@@ -94,7 +94,7 @@ def choose(units: Sequence[Sensitivity], budget: int, key: Callable[[Unit], Hash
         for inside in members.values()
     ]
     picked: dict[int, AnyScheme] = {}
-    for inside, pick in zip(members.values(), solve(options, budget).picks, strict=True):
+    for inside, pick in zip(members.values(), solve(options, limit).picks, strict=True):
         picked |= {i: candidates[i][pick] for i in inside}
     return [picked[i] for i in range(len(units))]
 
@@ -110,13 +110,13 @@ def report(model: Model) -> list[dict[str, float | str]]:
         same: Schemes = [
             one.unit.effective(parse_scheme(tables) if tables and one.unit.layer is None else uniform) for one in units
         ]
-        budget = sum(one.unit.nbytes(scheme) for one, scheme in zip(units, same, strict=True))
+        limit = sum(one.unit.nbytes(scheme) for one, scheme in zip(units, same, strict=True))
         base = model.kl(units, same)
         name = layers + (f", tables {tables}" if tables else "")
-        line: dict[str, float | str] = {"uniform": name, "bits": 8 * budget / weights, "kl": base}
+        line: dict[str, float | str] = {"uniform": name, "bits": 8 * limit / weights, "kl": base}
         groups = {label: key for label, key in GROUPS.items() if label == "each" or measured.swaps}
         for label, key in groups.items():
-            schemes = choose(units, budget, key)
+            schemes = choose(units, limit, key)
             line[label] = model.kl(units, schemes)
             if label == "each":
                 losses = (one.losses[scheme.name] for one, scheme in zip(units, schemes, strict=True))

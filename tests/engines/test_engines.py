@@ -60,7 +60,7 @@ def test_an_engine_for_one_device(copied: Bundle, sm: int) -> None:
 def test_weights_can_be_streamed_if_asked(copied: Bundle) -> None:
     info = build_bundle(copied, BuildOptions((86,), weight_streaming=True))
     assert info.weight_streaming
-    assert any("--weight-budget" in line for line in engine_lines(info, Bundle.open(copied.path)))
+    assert any("--weight-memory" in line for line in engine_lines(info, Bundle.open(copied.path)))
 
 
 def test_an_engine_holds_each_weight_once(export) -> None:

@@ -119,10 +119,10 @@ def test_a_damaged_engine_is_found(copied: Bundle, rtx: Library) -> None:
         engines(copied)
 
 
-def test_a_weight_budget_needs_an_engine_that_streams(copied: Bundle, rtx: Library) -> None:
+def test_a_weight_memory_needs_an_engine_that_streams(copied: Bundle, rtx: Library) -> None:
     (info,) = engines(copied)
     with pytest.raises(EdgeLMError, match=r"built without weight streaming.*--weight-streaming"):
-        Engine(rtx, info, copied.file(info.file), BuildHost(info.sms), weight_budget=1 << 20)
+        Engine(rtx, info, copied.file(info.file), BuildHost(info.sms), weight_memory=1 << 20)
 
 
 def test_every_diagnosis_of_tensorrt_rtx_has_words(rtx: Library) -> None:
@@ -133,7 +133,7 @@ def test_every_diagnosis_of_tensorrt_rtx_has_words(rtx: Library) -> None:
     assert len(words) == 7
     assert not any("finds no GPU" in word for word in words)
     assert "update the driver" in diagnosis(rtx.api, int(flags.OLD_CUDA_DRIVER))
-    assert "--weight-budget" in diagnosis(rtx.api, int(flags.INSUFFICIENT_GPU_MEMORY))
+    assert "--weight-memory" in diagnosis(rtx.api, int(flags.INSUFFICIENT_GPU_MEMORY))
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def played(monkeypatch: pytest.MonkeyPatch, rtx: Library):
         monkeypatch.setattr(
             session,
             "Engine",
-            lambda library, info, path, host, budget: PlayedEngine(
+            lambda library, info, path, host, weight_memory: PlayedEngine(
                 PlayedGraph(bundle, devices[-1], rtx, host), path, capturable=capturable
             ),
         )

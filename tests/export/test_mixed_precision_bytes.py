@@ -1,4 +1,4 @@
-"""Are the bytes that a budget counts those of the weights file that is written?"""
+"""Are the bytes that mixed precision counts those of the weights file that is written?"""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HEAD = parse_scheme("int8-g128-sym")
         ("fox", {"max_position_embeddings": 8192, "tie_word_embeddings": False}),
     ],
 )
-def test_a_weights_file_has_the_bytes_that_its_budget_counted(
+def test_a_weights_file_has_the_bytes_that_mixed_precision_counted(
     checkpoint: MakeCheckpoint, tmp_path: Path, family: str, changes: dict[str, Any]
 ) -> None:
     """To the byte, but for the padding to pages: a page is counted for each tensor, and for a tied table one more."""

@@ -178,7 +178,7 @@ def test_messages_that_are_none_are_refused(model: LanguageModel, messages: Any)
         ({"kv": ["int8"]}, r"kv is \['int8'\]: it has to be"),
         ({"kv": "int4"}, "kv is 'int4'"),
         ({"runtime": 5}, "there is no runtime 5"),
-        ({"weight_budget": 5}, "has no option 'weight_budget'"),
+        ({"weight_memory": 5}, "has no option 'weight_memory'"),
     ],
 )
 def test_an_option_of_loading_that_cannot_be_used_is_named(model: LanguageModel, options: Any, said: str) -> None:

@@ -1,4 +1,4 @@
-"""Do sizes, predictions and rules of a budgeted recipe hold?"""
+"""Do sizes, predictions and rules of a mixed-precision recipe hold?"""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_layer_and_expert_are_found_at_any_place_of_a_name():
     assert [rule.pattern for rule in recipe.rules] == ["decoder.1.h.2.moe.*.w[13].weight"]
 
 
-def test_a_budget_is_kept_and_bits_go_where_they_matter(checkpoint):
+def test_a_limit_of_bits_is_kept_and_bits_go_where_they_matter(checkpoint):
     result = mixed_precision_recipe(checkpoint, bits=5.0, tokens=512, schemes=SCHEMES, text=text())
     assert result.bits <= 5.0
     assert result.bits > 4.95
@@ -218,20 +218,22 @@ def test_a_budget_is_kept_and_bits_go_where_they_matter(checkpoint):
         for kind in ("head", "gate+up")
     }
     assert np.mean(bits["head"]) > np.mean(bits["gate+up"])
-    bytes_of_it = mixed_precision_recipe(checkpoint, budget=result.file_bytes, tokens=512, schemes=SCHEMES, text=text())
+    bytes_of_it = mixed_precision_recipe(
+        checkpoint, max_size=result.file_bytes, tokens=512, schemes=SCHEMES, text=text()
+    )
     assert bytes_of_it.file_bytes <= result.file_bytes
 
 
-def test_budgets_that_cannot_be_are_refused_with_what_can(checkpoint):
+def test_limits_that_cannot_be_met_are_refused_with_what_can(checkpoint):
     with pytest.raises(RecipeError, match=r"smallest possible with these schemes is 3\.5\d* bits"):
         mixed_precision_recipe(checkpoint, bits=3.0, tokens=256, schemes=SCHEMES, text=text())
     with pytest.raises(RecipeError, match=r"smallest possible .* bytes"):
-        mixed_precision_recipe(checkpoint, budget=1000, tokens=256, schemes=SCHEMES, text=text())
+        mixed_precision_recipe(checkpoint, max_size=1000, tokens=256, schemes=SCHEMES, text=text())
     with pytest.raises(RecipeError, match="either"):
         mixed_precision_recipe(checkpoint, tokens=256, text=text())
 
 
-def test_a_budget_for_more_than_there_is_says_so(checkpoint):
+def test_a_limit_above_the_largest_size_says_so(checkpoint):
     result = mixed_precision_recipe(checkpoint, bits=20, tokens=256, schemes=SCHEMES, text=text())
     assert all(choice.scheme is not None and choice.scheme.bits == 8 for choice in result.choices)
     assert "above the largest" in result.notes[0]

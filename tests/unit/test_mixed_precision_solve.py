@@ -1,4 +1,4 @@
-"""Is the choice within the budget, and as good as its bound says?"""
+"""Is the choice within the limit, and as good as its bound says?"""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ def random_units(seed: int, units: int = 6, options: int = 4) -> list[list[Optio
     return [[Option(source.randint(1, 40), source.random()) for _ in range(options)] for _ in range(units)]
 
 
-def best(units: list[list[Option]], budget: int) -> float:
+def best(units: list[list[Option]], limit: int) -> float:
     choices = itertools.product(*units)
-    return min(sum(o.loss for o in choice) for choice in choices if sum(o.nbytes for o in choice) <= budget)
+    return min(sum(o.loss for o in choice) for choice in choices if sum(o.nbytes for o in choice) <= limit)
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_no_choice_beats_the_bound_and_ours_is_near_the_best(seed):
     units = random_units(seed)
     smallest = sum(min(o.nbytes for o in options) for options in units)
-    for budget in (smallest, smallest + 7, smallest + 30, smallest + 80):
-        found, optimum = solve(units, budget), best(units, budget)
+    for limit in (smallest, smallest + 7, smallest + 30, smallest + 80):
+        found, optimum = solve(units, limit), best(units, limit)
         chosen = [options[pick] for options, pick in zip(units, found.picks, strict=True)]
-        assert sum(o.nbytes for o in chosen) == found.nbytes <= budget
+        assert sum(o.nbytes for o in chosen) == found.nbytes <= limit
         assert found.loss == pytest.approx(sum(o.loss for o in chosen))
         assert found.bound <= optimum + 1e-12
         assert optimum <= found.loss + 1e-12
@@ -39,18 +39,18 @@ def test_most_choices_are_the_best_there_is():
     exact = 0
     for seed in range(40):
         units = random_units(100 + seed)
-        budget = sum(min(o.nbytes for o in options) for options in units) + 40
-        exact += solve(units, budget).loss == pytest.approx(best(units, budget))
+        limit = sum(min(o.nbytes for o in options) for options in units) + 40
+        exact += solve(units, limit).loss == pytest.approx(best(units, limit))
     assert exact >= 30
 
 
-def test_a_budget_for_everything_takes_the_least_loss_everywhere():
+def test_a_limit_for_everything_takes_the_least_loss_everywhere():
     units = random_units(7)
     found = solve(units, 10_000)
     assert found.loss == found.bound == pytest.approx(sum(min(o.loss for o in options) for options in units))
 
 
-def test_a_budget_for_nothing_is_refused_with_what_is_missing():
+def test_a_limit_for_nothing_is_refused_with_what_is_missing():
     with pytest.raises(ValueError, match="3 bytes below"):
         solve([[Option(5, 1.0)], [Option(8, 1.0), Option(9, 0.0)]], 10)
 

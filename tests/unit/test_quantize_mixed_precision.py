@@ -122,13 +122,13 @@ def test_a_calibration_goes_on_with_it_and_measures_with_the_same_text(
 def test_export_keeps_within_the_bytes(checkpoint: Path, builtin: None, tmp_path: Path) -> None:
     out = tmp_path / "b"
     base = ["export", checkpoint, "-o", out, "--greedy-tokens", "1", "--threads", "1"]
-    done = run(*base, "--budget", "200 KiB")
+    done = run(*base, "--max-size", "200 KiB")
     assert done.exit_code == 0, done.output
     manifest = Bundle.open(out).manifest
-    assert manifest.recipe.name == "budget-205kB"
+    assert manifest.recipe.name == "size-205kB"
     assert manifest.files[manifest.graph.weights_file].size <= 200 << 10
     assert len(Recipe.from_toml(manifest.recipe.toml).rules) > 1
-    assert "".join(f"edgelm recipe {checkpoint} --budget {200 << 10} -o FILE".split()) in "".join(done.stderr.split())
+    assert "".join(f"edgelm recipe {checkpoint} --max-size {200 << 10} -o FILE".split()) in "".join(done.stderr.split())
     as_json = run(*base, "--bits", "6", "--overwrite", "--json")
     assert json.loads(as_json.stdout)["budget"]["bits"] <= 6
 
@@ -141,16 +141,16 @@ def test_what_makes_no_sense_is_refused_before_anything_is_measured(
     with monkeypatch.context() as patch:
         patch.setattr(edgelm.quant.mixed_precision, "mixed_precision_recipe", never)
         base = [verb, checkpoint, "-o", tmp_path / "q"]
-        for two in (["--bits", "4", "--budget", "1MiB"], ["--bits", "4", "--recipe", "int4"]):
+        for two in (["--bits", "4", "--max-size", "1MiB"], ["--bits", "4", "--recipe", "int4"]):
             done = run(*base, *two)
             assert done.exit_code == 2
-            assert "one of --recipe, --bits and --budget" in done.stderr
+            assert "one of --recipe, --bits and --max-size" in done.stderr
         assert run(*base, "--bits", "0").exit_code == 2
         assert run(*base, "--bits", "4", "--samples", "3").exit_code == 2
         there = run(verb, checkpoint, "-o", tmp_path / "there", "--bits", "4", *_native(verb))
         assert there.exit_code == 1
         assert "--overwrite" in there.stderr
-        size = run(*base, "--budget", "much", *_native(verb))
+        size = run(*base, "--max-size", "much", *_native(verb))
         assert size.exit_code == 2
         assert "is not a size" in size.stderr
         if verb == "export":

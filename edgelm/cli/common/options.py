@@ -177,8 +177,8 @@ report_option = click.option("--report", "report_path", type=REPORT_FILE, help="
 runtime_option = click.option(
     "--runtime", type=RuntimeName(), metavar="NAME", help="Runtime [the best one here]; `edgelm doctor` lists them."
 )
-weight_budget_option = click.option(
-    "--weight-budget",
+weight_memory_option = click.option(
+    "--weight-memory",
     type=Size(),
     metavar="SIZE",
     help="Weights that may lie in the GPU's memory, for a TensorRT engine that streams them, for example 2GB [all].",
@@ -230,7 +230,7 @@ loading_options = together(
     threads_option(),
     click.option("--context-length", type=click.IntRange(min=1), help="Positions to allocate [model's, <= 4096]."),
     kv_option,
-    weight_budget_option,
+    weight_memory_option,
     make=given,
 )
 """Which runtime, how many threads, how much context, what cache, how many weights on a GPU: `loading`."""
@@ -357,7 +357,7 @@ _BUILDING = (
     click.option(
         "--chunk", default=512, show_default=True, type=click.IntRange(min=1), help="Tokens of a prefill step."
     ),
-    click.option("--weight-streaming", is_flag=True, help="Let weights stay in host memory (run --weight-budget)."),
+    click.option("--weight-streaming", is_flag=True, help="Let weights stay in host memory (run --weight-memory)."),
 )  # fmt: skip
 _INSIDE = click.Choice(["engine", "plugin"])
 build_options = together("building", *_BUILDING)

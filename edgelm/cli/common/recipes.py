@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def budget_options(command: Command) -> Command:
+def mixed_precision_options(command: Command) -> Command:
     """How many bits a weight may have, or how many bytes all of them."""
     for option in (
         click.option(
-            "--budget",
+            "--max-size",
             type=Size(),
             metavar="SIZE",
             help="Or: size of the bundle's weights file, for example 3.2GB.",
@@ -35,34 +35,37 @@ def budget_options(command: Command) -> Command:
     return command
 
 
-def refuse_two(recipe: str | None, bits: float | None, budget: int | None) -> None:
+def refuse_two(recipe: str | None, bits: float | None, max_size: int | None) -> None:
     """Check that at most one of them was given.
 
     Raises:
         click.UsageError: two were.
     """
-    if sum(value is not None for value in (recipe, bits, budget)) > 1:
-        raise click.UsageError("give one of --recipe, --bits and --budget")
+    if sum(value is not None for value in (recipe, bits, max_size)) > 1:
+        raise click.UsageError("give one of --recipe, --bits and --max-size")
 
 
-def budgeted(
+def choose_mixed_precision(
     checkpoint: str,
     out: Path,
     kind: Kind,
     *,
     reference: str | None = None,
     bits: float | None,
-    budget: int | None,
+    max_size: int | None,
     calibration: CalibrationOptions | None,
     overwrite: bool,
     progress: Progress,
 ) -> MixedPrecision | None:
-    """Choose the recipe for --bits or --budget, measured with the text of --calibration; None where neither was given.
+    """Choose the recipe for --bits or --max-size, measured with the text of --calibration.
+
+    Returns:
+        None where neither option was given.
 
     Raises:
-        EdgeLMError: `out` is no place for an output of this kind, or no recipe keeps within the budget.
+        EdgeLMError: `out` is no place for an output of this kind, or no recipe is that small.
     """
-    if bits is None and budget is None:
+    if bits is None and max_size is None:
         return None
     need_export_extra()
     from edgelm.corpus import BUILTIN
@@ -77,10 +80,10 @@ def budgeted(
     result = mixed_precision_recipe(
         checkpoint,
         bits=bits,
-        budget=budget,
+        max_size=max_size,
         text=BUILTIN if calibration is None else calibration.text,
         tokens=tokens,
-        name=f"bits-{bits:g}" if budget is None else f"budget-{''.join(format_size(budget).split())}",
+        name=f"bits-{bits:g}" if max_size is None else f"size-{''.join(format_size(max_size).split())}",
         progress=progress,
     )
     progress.note(f"chosen: {in_words(result)}")
@@ -88,7 +91,7 @@ def budgeted(
 
 
 def chosen(recipe: str | None, result: MixedPrecision | None, default: str) -> Recipe:
-    """The recipe that `budgeted` came to, or the one named, or the default.
+    """The recipe that `choose_mixed_precision` came to, or the one named, or the default.
 
     Raises:
         RecipeError: there is none of that name.
@@ -99,7 +102,7 @@ def chosen(recipe: str | None, result: MixedPrecision | None, default: str) -> R
 
 
 def in_words(result: MixedPrecision) -> str:
-    """What a budgeted recipe comes to, in one line."""
+    """What a mixed-precision recipe comes to, in one line."""
     from edgelm.sizes import format_size
 
     return (
@@ -109,7 +112,7 @@ def in_words(result: MixedPrecision) -> str:
 
 
 def in_json(result: MixedPrecision) -> dict[str, Any]:
-    """What a budgeted recipe comes to, for a JSON document."""
+    """What a mixed-precision recipe comes to, for a JSON document."""
     return {
         "bits": round(result.bits, 4),
         "bytes": result.nbytes,
