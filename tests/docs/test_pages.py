@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,6 +60,12 @@ def test_lines_are_short_enough_to_read_as_source(page: Path) -> None:
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         if not line.lstrip().startswith(("|", "```", "<!--")) and "://" not in line:
             assert len(line) <= WIDE, f"{page}:{number}: {len(line)} characters; at most {WIDE}"
+
+
+def test_the_picture_is_what_its_script_draws() -> None:
+    script = ROOT / "docs" / "figures" / "chain.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_example_that_prints_something_else_is_noticed() -> None:
