@@ -1,8 +1,8 @@
 """Copy a bundle and damage one expert of the copy, to see what `edgelm parity` says of it.
 
-    edgelm export examples/checkpoints/olmoe-tiny -o olmoe-int4
-    python examples/damage.py olmoe-int4 damaged --layer 1 --expert 5
-    edgelm parity damaged
+edgelm export examples/checkpoints/olmoe-tiny -o olmoe-int4
+python examples/damage.py olmoe-int4 damaged --layer 1 --expert 5
+edgelm parity damaged
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Draws chain.svg: how a checkpoint becomes a bundle, and how the device proves it.
 
-    python docs/figures/chain.py            write chain.svg
-    python docs/figures/chain.py --check    exit code 1 where chain.svg is not what this script draws
+python docs/figures/chain.py            write chain.svg
+python docs/figures/chain.py --check    exit code 1 where chain.svg is not what this script draws
 """
 
 from __future__ import annotations
@@ -55,14 +55,12 @@ def draw() -> str:
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="10" fill="#f8fafc"/>',
         f'<rect x="590" y="14" width="280" height="240" rx="10" fill="none" stroke="{PALE}" stroke-dasharray="5 5"/>',
         f'<text x="606" y="36" font-size="13" fill="{PALE}">on the device: no PyTorch needed</text>',
-        f'<text x="24" y="36" font-size="13" fill="{PALE}">where you export: no GPU, one layer in memory at a time</text>',
+        f'<text x="24" y="36" font-size="13" fill="{PALE}">where you export: needs no GPU</text>',
     ]
     for points, proof in ARROWS:
         path = " ".join(f"{x} {y}" for x, y in points)
         name, colour = ("proof", ACCENT) if proof else ("plain", PALE)
-        parts.append(
-            f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.8" marker-end="url(#{name})"/>'
-        )
+        parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.8" marker-end="url(#{name})"/>')
     for x, y, width, title, lines, proof in BOXES:
         colour = ACCENT if proof else INK
         middle = x + width / 2
