@@ -6,6 +6,7 @@
 # make docs   the site, in build/docs: a link that leads nowhere or a page that no index lists is an error
 # make mutations  do the tests notice the deliberate mistakes of tests/mutations? Long, and no part of `make test`;
 #             ONLY=files tries one area, or the files whose path has the word
+# make release VERSION=0.3.0  check that everything is ready for this version, then tag it; nothing is pushed
 #
 # Needs Python 3.11 or newer, a C++17 compiler (GCC or Clang) and CMake. The first run makes .venv; after that it is
 # made again only when the build files change. New Python files need no new install, new folders beside edgelm/ do.
@@ -26,7 +27,7 @@ GPU_TESTS := tests/cuda tests/engines tests/gpu
 KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
     $(foreach folder,. kernels kernels/* ort ort/*,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
 
-.PHONY: demo test lint types docs test-cpp test-arm test-python test-unit test-export test-gpu install pyview kernel node mutations clean
+.PHONY: demo test lint types docs test-cpp test-arm test-python test-unit test-export test-gpu install pyview kernel node mutations release clean
 
 demo: $(INSTALLED)
 	$(BIN)/edgelm demo
@@ -38,6 +39,7 @@ test: lint kernel $(HARNESS) node
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 types: $(INSTALLED) pyview
 	cd build/pyview && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p edgelm
@@ -108,6 +110,9 @@ pyview:
 
 mutations: $(INSTALLED)
 	$(BIN)/python tests/mutations/run.py --jobs 2 $(if $(ONLY),--only $(ONLY))
+
+release:
+	.github/release.sh $(VERSION)
 
 clean:
 	rm -rf build $(VENV)
