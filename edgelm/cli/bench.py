@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgelm.cli.common.help import option, verb
 from edgelm.cli.common.options import (
     BUNDLE,
     json_option,
@@ -20,18 +21,21 @@ if TYPE_CHECKING:
     from edgelm.benchmark import BenchResult, Spread
 
 
-@click.command()
+@verb(example="edgelm bench olmoe")
 @click.argument("bundle", type=BUNDLE)
-@click.option("--prompt-tokens", type=click.IntRange(min=1), help="Random tokens to read [512, or what fits].")
-@click.option("--new-tokens", type=click.IntRange(min=1), help="Tokens to generate [128, or what fits].")
-@click.option("--repeat", type=click.IntRange(min=1), default=5, show_default=True, help="Runs, after one not counted.")
-@threads_option()
+@option(
+    "--prompt-tokens",
+    type=click.IntRange(min=1),
+    default_text="512, or what fits",
+    help="Length of the prompt, which is random tokens.",
+)
+@option("--new-tokens", type=click.IntRange(min=1), default_text="128, or what fits", help="Tokens to generate.")
+@option("--repeat", type=click.IntRange(min=1), default=5, help="Measured runs, after one that is not counted.")
+@option("--batch", type=click.IntRange(min=1), default=1, help="Sequences that decode together.")
 @runtime_option
+@threads_option()
 @kv_option
 @weight_memory_option
-@click.option(
-    "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences that decode together."
-)
 @json_option
 def bench(
     bundle: Path,
@@ -45,7 +49,10 @@ def bench(
     batch: int,
     as_json: bool,
 ) -> None:
-    """Measure BUNDLE on this machine: load time, prefill, time to first token, decode, memory, bandwidth."""
+    """Measure load time, speed and memory of BUNDLE on this machine.
+
+    The speeds are those of prefill (tokens of the prompt a second) and of decode (new tokens a second).
+    """
     import json
 
     from edgelm.benchmark import bench as measure

@@ -7,24 +7,27 @@ from typing import Any
 
 import click
 
-from edgelm.cli.common.options import BUNDLE, Renamed, build_options, chosen_sms, json_option
+from edgelm.cli.common.help import option, verb
+from edgelm.cli.common.options import BUNDLE, build_options, chosen_sms, json_option
 
 
-@click.command()
+@verb(example="edgelm build olmoe-gpu")
 @click.argument("bundle", type=BUNDLE)
-@click.option(
+@option(
+    "--edition",
+    old_names=("--flavour",),
+    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
+    default_text="tensorrt where it is installed",
+    help="TensorRT edition to build with. `tensorrt` builds for the GPU of this machine only; `tensorrt-rtx` builds on "
+    "any machine, one engine for SM 75, 80, 86, 89, 120 and 121.",
+)
+@option(
     "--sm",
     "sms",
     metavar="SM,...",
     callback=chosen_sms,
-    help="The GPUs to build for, for example 86,89 [all that the bundle has kernels for; full TensorRT: the GPU here].",
-)
-@click.option(
-    "--edition",
-    "--flavour",
-    cls=Renamed,
-    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
-    help="The TensorRT to build with [full TensorRT where it is installed].",
+    default_text="all the bundle has kernels for; with `tensorrt` the GPU here",
+    help="Compute capabilities of the GPUs to build for, for example 86,89.",
 )
 @build_options
 @json_option
@@ -35,10 +38,10 @@ def build(
     building: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Build a TensorRT engine of BUNDLE, which was exported with --target tensorrt, and add it to the bundle.
+    """Build a TensorRT engine and add it to BUNDLE.
 
-    Full TensorRT builds for the GPU of this machine, which is how Orin (SM 87), Hopper (SM 90) and Thor (SM 110) get
-    theirs. TensorRT-RTX builds on any machine, for SM 75, 80, 86, 89, 120 and 121, one engine for all of them.
+    BUNDLE must have been exported with --target tensorrt. Orin (SM 87), Hopper (SM 90) and Thor (SM 110) need an engine
+    that is built on the device itself, with full TensorRT.
     """
     import json
 

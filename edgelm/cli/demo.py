@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgelm.cli.common.options import PATH, Renamed, need_export_extra
+from edgelm.cli.common.help import option, verb
+from edgelm.cli.common.options import PATH, need_export_extra
 from edgelm.cli.common.output import echo
 
 if TYPE_CHECKING:
@@ -34,28 +35,27 @@ class Outcome:
     page: Path
 
 
-@click.command()
-@click.option(
-    "--output",
-    "--out",
+@verb(example="edgelm demo")
+@option(
     "-o",
+    "--output",
     "out",
-    cls=Renamed,
+    old_names=("--out",),
+    metavar="DIR",
     type=PATH,
     default=Path("bundles/demo"),
-    show_default=True,
-    help="Where bundles go.",
+    help="Folder to write the bundles to.",
 )
-@click.option(
+@option(
     "--checkpoints",
+    metavar="DIR",
     type=PATH,
-    help="Folder of the tiny checkpoints [a checkout's examples/checkpoints].",
+    default_text="examples/checkpoints of a checkout",
+    help="Folder with the tiny checkpoints.",
 )
-@click.option(
-    "--max-tokens", "-n", type=click.IntRange(min=1), default=48, show_default=True, help="Tokens to generate."
-)
+@option("-n", "--max-tokens", type=click.IntRange(min=1), default=48, help="Tokens to generate.")
 def demo(out: Path, checkpoints: Path | None, max_tokens: int) -> None:
-    """Export both tiny trained models as int4 and int8, run them, check parity, and compare.
+    """Export the tiny trained models as int4 and int8, run and check them.
 
     Exit code 1 if a parity check fails.
     """

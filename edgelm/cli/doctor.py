@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgelm.cli.common.help import verb
 from edgelm.cli.common.options import EXPORT_PACKAGES, json_option
 from edgelm.installing import install_hint
 
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 CORE = ("numpy", "click", "tokenizers", "sentencepiece", "jinja2", "rich")
 
 
-@click.command()
+@verb(example="edgelm doctor")
 @json_option
 def doctor(as_json: bool) -> None:
-    """Say what this machine is, what EdgeLM can do on it, and how to install what is missing.
+    """Show what EdgeLM can do on this machine, and how to install what is missing.
 
     Exit code 1 if no runtime can be used.
     """

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgelm.bundle.kv_cache import KV_TYPES
+from edgelm.cli.common.help import Group, option, verb
 from edgelm.cli.common.options import as_usage, json_option, report_option, runtime_option, threads_option
 
 if TYPE_CHECKING:
@@ -15,18 +16,36 @@ if TYPE_CHECKING:
     from edgelm.evaluation.result import TargetResult
 
 
-@click.command()
+@verb(example="edgelm eval olmoe --checkpoint allenai/OLMoE-1B-7B-0924")
 @click.argument("targets", nargs=-1, required=True, metavar="TARGET...")
-@click.option("--checkpoint", metavar="FLOAT", help="The float model: a folder or a hub id (needs torch).")
-@click.option("--text", default="builtin", show_default=True, metavar="FILE|FOLDER", help="Evaluation text.")
-@click.option("--tokens", type=click.IntRange(min=2), default=16384, show_default=True, help="Tokens to evaluate.")
-@click.option("--length", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens of a window.")
-@click.option("--layers", is_flag=True, help="Also the error of every layer and every expert.")
-@click.option("--speed/--no-speed", default=True, help="Also how fast bundles are here [yes].")
-@click.option("--kv", multiple=True, type=click.Choice(KV_TYPES), help="Cache of bundles; may be repeated [their own].")
-@runtime_option
-@threads_option("Threads for bundles [physical cores allowed].")
+@option(
+    "--checkpoint",
+    metavar="CHECKPOINT",
+    help="The float model to compare with: a folder or a hub id. Needs torch. Without it only perplexity is measured.",
+)
 @report_option
+@option("--speed/--no-speed", default=True, default_text="--speed", help="Measure the speed of bundles too.")
+@option("--layers", is_flag=True, help="Measure the error of every layer and every expert too.")
+@option(
+    "--text",
+    group=Group.TEXT,
+    default="builtin",
+    metavar="TEXT",
+    help="Evaluation text: a file, a folder, or `builtin` (files of Python's standard library that calibration does "
+    "not see).",
+)
+@option("--tokens", group=Group.TEXT, type=click.IntRange(min=2), default=16384, help="Tokens to evaluate.")
+@option("--length", group=Group.TEXT, type=click.IntRange(min=2), default=256, help="Tokens of one window.")
+@runtime_option
+@threads_option("CPU threads, for bundles.")
+@option(
+    "--kv",
+    group=Group.RUNTIME,
+    multiple=True,
+    type=click.Choice(KV_TYPES),
+    default_text="as exported",
+    help="Data type of the KV cache of bundles. May be repeated, to compare types.",
+)
 @json_option
 def eval(  # noqa: A001 - the verb's name
     targets: tuple[str, ...],
@@ -42,10 +61,11 @@ def eval(  # noqa: A001 - the verb's name
     report_path: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure what each TARGET keeps of the float model: KL, agreement, perplexity, size, speed.
+    """Measure how close each TARGET is to the float model.
 
-    A TARGET is a bundle (run as deployed), a quantised checkpoint, or a recipe (int4, int8, fp8, none, or a TOML file)
-    for the weights of FLOAT. Without --checkpoint there is perplexity alone.
+    Shows KL divergence, agreement of the most probable token, perplexity, size and speed. A TARGET is a bundle, which
+    runs as on a device; a quantised checkpoint; or a recipe (int4, int8, fp8, none, or a TOML file), which is applied
+    to CHECKPOINT in memory.
     """
     from edgelm.evaluation import EvalOptions, evaluate
     from edgelm.pages.page import REPORT

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgelm.cli.common.help import Group, option, verb
 from edgelm.cli.common.options import (
     ENGINE_PARAMETERS,
     PATH,
@@ -29,52 +30,81 @@ if TYPE_CHECKING:
     from edgelm.quant.calibration import CalibrationOptions
 
 
-@click.command()
+@verb(example="edgelm export allenai/OLMoE-1B-7B-0924 -o olmoe --recipe int4")
 @click.argument("checkpoint")
-@output_option("Bundle folder to write.")
-@click.option("--recipe", type=RecipeName(), help="int4 (default), int8, fp8, none, or a TOML file.")
-@mixed_precision_options
-@click.option(
+@output_option("Bundle folder to write.", required=True)
+@option(
+    "--recipe",
+    type=RecipeName(),
+    metavar="NAME|FILE",
+    default_text="int4",
+    help="How to quantise: int4, int8, fp8, none (keep floats), or a TOML file. A quantised CHECKPOINT keeps its own.",
+)
+@option(
     "--target",
     default="cpu",
-    show_default=True,
     type=click.Choice(["cpu", "cuda", "tensorrt"]),
-    help="What the bundle is for: ONNX Runtime on the CPU or on a GPU, or TensorRT with our kernels on a GPU.",
+    help="Device to export for: `cpu` and `cuda` run in ONNX Runtime, `tensorrt` in TensorRT with our kernels on an "
+    "NVIDIA GPU.",
 )
-@click.option(
+@option(
+    "--reference",
+    group=Group.PARITY,
+    metavar="CHECKPOINT",
+    help="Float checkpoint that a quantised CHECKPOINT was made from. Parity then measures the loss against it.",
+)
+@option(
+    "--parity-prompts",
+    group=Group.PARITY,
+    metavar="FILE",
+    type=PATH,
+    default_text="built-in prompts",
+    help="Prompts to store with the logits of the reference.",
+)
+@option(
+    "--greedy-tokens",
+    group=Group.PARITY,
+    type=click.IntRange(min=0),
+    default_text="16, or 8 for a big model",
+    help="Tokens that the reference generates for each prompt.",
+)
+@mixed_precision_options(Group.MIXED)
+@calibration_options
+@threads_option("Worker threads.", Group.RESOURCES)
+@option(
+    "--max-ram",
+    group=Group.RESOURCES,
+    type=Size(),
+    metavar="SIZE",
+    default_text="no limit",
+    help="Resident memory not to exceed, for example 3GB.",
+)
+@option(
     "--ops",
+    group=Group.EXPERT,
     default="auto",
-    show_default=True,
     type=click.Choice(["auto", "native", "portable"]),
-    help="Operators: EdgeLM's own, or ONNX Runtime's, which need nothing of EdgeLM's to run: `edgelm inspect` says the "
-    "oldest ONNX Runtime that has them right; auto is native where they are installed.",
+    help="Operator set: `native` is EdgeLM's own, `portable` is ONNX Runtime's, which runs without EdgeLM's library. "
+    "`auto` is native where the library is installed.",
 )
-@click.option(
+@option(
     "--dtype",
+    group=Group.EXPERT,
     default="auto",
-    show_default=True,
     type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
-    help="Type of the matrices that the recipe keeps in float, and on a GPU of all values; auto is the checkpoint's, "
-    "or fp16 for quantised bundles on a GPU.",
+    help="Data type of the matrices that stay float, and on a GPU of all values. `auto` is the checkpoint's, or fp16 "
+    "for quantised bundles on a GPU.",
 )
-@click.option(
+@option(
     "--sm",
     "sms",
+    group=Group.TENSORRT,
     metavar="SM,...",
     callback=chosen_sms,
-    help="With --target tensorrt: the GPUs to compile kernels for, for example 86,89 [the GPU here, or all].",
+    default_text="the GPU here, or all supported ones",
+    help="Compute capabilities of the GPUs to compile kernels for, for example 86,89.",
 )
 @engine_options
-@calibration_options
-@click.option(
-    "--reference",
-    metavar="CHECKPOINT",
-    help="The float checkpoint that a quantised one was made from: parity then compares with it.",
-)
-@click.option("--max-ram", type=Size(), metavar="SIZE", help="Resident memory not to exceed, for example 3GB.")
-@click.option("--parity-prompts", type=PATH, help="Golden prompts.")
-@click.option("--greedy-tokens", type=click.IntRange(min=0), help="Golden greedy tokens per prompt.")
-@threads_option("Worker threads [physical cores allowed].")
 @overwrite_option("an existing bundle")
 @json_option
 def export(
@@ -97,11 +127,7 @@ def export(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Export CHECKPOINT (a folder or a hub id) to a bundle.
-
-    With --bits or --max-size the recipe is chosen by what each matrix loses. With --calibration an interrupted run goes
-    on where it was when the same command is given again.
-    """
+    """Export CHECKPOINT, a folder or a hub id, to a bundle that a device can run."""
     refuse_two(recipe, bits, max_size)
     if target != "tensorrt" and (others := was_given(*ENGINE_PARAMETERS)):
         raise click.UsageError(f"{', '.join(others)}: of use with --target tensorrt only, here it is {target}")

@@ -8,14 +8,19 @@ from pathlib import Path
 
 import click
 
+from edgelm.cli.common.help import verb
+
 
 # Only a first --help is this command's own: `edgelm harness run --help` is the harness's.
-@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@verb(
+    example="edgelm harness --model edgelm --model_args bundle=olmoe --tasks arc_easy",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def harness(arguments: tuple[str, ...]) -> None:
-    """Run lm-evaluation-harness: its own command line, with the model "edgelm".
+    """Run tasks of lm-evaluation-harness on a bundle.
 
-    edgelm harness --model edgelm --model_args bundle=DIR --tasks arc_challenge --num_fewshot 25
+    ARGUMENTS are lm-evaluation-harness's own; `edgelm harness run --help` lists them. The model is called "edgelm".
     """
     from edgelm.cli.common.options import need_eval_extra
 

@@ -6,20 +6,21 @@ from pathlib import Path
 
 import click
 
+from edgelm.cli.common.help import verb
 from edgelm.cli.common.options import BUNDLE, PATH, json_option, overwrite_option
 
 
-@click.command()
+@verb(example="edgelm install olmoe /opt/my-app/model")
 @click.argument("bundle", type=BUNDLE)
 @click.argument("dest", type=PATH)
 @overwrite_option("the bundle at DEST")
 @json_option
 def install(bundle: Path, dest: Path, overwrite: bool, as_json: bool) -> None:
-    """Copy BUNDLE to the folder DEST, checking every file's hash on the way.
+    """Copy BUNDLE to the folder DEST and check every file's hash.
 
-    At any moment DEST is the old bundle or the new one, whole, even after a kill or a loss of power. Programs that run
-    the old bundle go on with it until they load again. Files of a bundle must never be written in place: a program maps
-    them into its memory, and a file that becomes shorter would end it.
+    DEST is replaced in one step: it is the old bundle or the new one, even after a crash or a loss of power. Programs
+    that run the old bundle keep it until they load again. Do not copy files over a bundle in use yourself: programs map
+    them into memory, and crash if a file becomes shorter.
     """
     import json
     import time

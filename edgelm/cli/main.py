@@ -21,23 +21,36 @@ from edgelm.errors import EdgeLMError
 from edgelm.version import __version__
 
 # The help is here too, so that `edgelm --help` imports no verb.
-VERBS = {
-    "export": "Export a checkpoint to a bundle.",
-    "build": "Build a TensorRT engine of a bundle.",
-    "quantize": "Quantise a checkpoint to a smaller checkpoint.",
-    "recipe": "Find out where bits matter, and write a recipe for a size.",
-    "run": "Continue a prompt.",
-    "chat": "Talk with a model.",
-    "bench": "Measure load time, speed and memory.",
-    "eval": "Measure what quantised models keep of the float one.",
-    "parity": "Check that a bundle computes what its reference computes.",
-    "harness": "Run lm-evaluation-harness's tasks on a bundle.",
-    "install": "Copy a bundle into place, checked, without disturbing what runs.",
-    "inspect": "Say what a bundle or a checkpoint is.",
-    "doctor": "Say what this machine is, can do and lacks.",
-    "synth": "Write a random checkpoint of full size.",
-    "demo": "Export, run and check the tiny models.",
+GROUPS = {
+    "Make a bundle": {
+        "export": "Export a checkpoint to a bundle that a device can run.",
+        "quantize": "Quantise a checkpoint to a smaller checkpoint.",
+        "recipe": "Choose the bits of each matrix, and write a recipe.",
+        "build": "Build a TensorRT engine and add it to a bundle.",
+        "synth": "Write a checkpoint with random weights, to measure with.",
+    },
+    "Use it": {
+        "run": "Generate text that continues a prompt.",
+        "chat": "Chat with a model.",
+        "install": "Copy a bundle to where an app loads it, and check it.",
+    },
+    "Check and measure": {
+        "parity": "Check that this device computes the same model as the reference.",
+        "inspect": "Describe a bundle or a checkpoint.",
+        "bench": "Measure load time, speed and memory.",
+        "eval": "Measure how close quantised models are to the float model.",
+        "harness": "Run tasks of lm-evaluation-harness on a bundle.",
+    },
+    "This machine": {
+        "doctor": "Show what EdgeLM can do here, and what is missing.",
+        "demo": "Export, run and check the tiny models of a checkout.",
+    },
 }
+VERBS = {verb: summary for verbs in GROUPS.values() for verb, summary in verbs.items()}
+EXAMPLE = """\
+edgelm export allenai/OLMoE-1B-7B-0924 -o olmoe
+edgelm parity olmoe
+edgelm run olmoe "Once upon a time\""""
 ALIASES = {"quantise": "quantize"}
 
 
@@ -87,10 +100,21 @@ class VerbGroup(click.Group):
             raise click.UsageError(f"no such command {args[0]!r}: {what}", ctx)
         return super().resolve_command(ctx, args)
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the verbs with their help, importing none."""
-        with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write what the program does, and the example."""
+        from edgelm.cli.common.help import write_example
+
+        super().format_help_text(ctx, formatter)
+        write_example(formatter, EXAMPLE)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the verbs by groups, importing none, and then the options."""
+        from edgelm.cli.common.help import write_sections
+
+        options = [record for param in self.get_params(ctx) if (record := param.get_help_record(ctx))]
+        write_sections(
+            formatter, {**{title: list(verbs.items()) for title, verbs in GROUPS.items()}, "Options": options}
+        )
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb; see the module's docstring for what becomes of errors."""
@@ -159,7 +183,10 @@ def _unexpected(error: BaseException) -> str:
 @click.version_option(__version__, prog_name="edgelm", message="%(prog)s %(version)s")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
-    """Take OLMoE and Fox-1 to a device: export, quantise, run, and prove that it still computes the same."""
+    """Quantise a language model, export it to a bundle, run it on a device, and check that it still computes the same.
+
+    `edgelm COMMAND --help` shows the options of a command.
+    """
     del debug  # read by VerbGroup.invoke
 
 

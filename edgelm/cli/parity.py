@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgelm.cli.common.help import option, verb
 from edgelm.cli.common.options import (
     BUNDLE,
     Number,
@@ -22,20 +23,26 @@ if TYPE_CHECKING:
     from edgelm.parity.result import Check, ParityReport
 
 
-@click.command()
+@verb(example="edgelm parity olmoe --report parity.html")
 @click.argument("bundle", type=BUNDLE)
 @report_option
-@click.option("--checkpoint", metavar="DIR", help="Compute the reference anew from this checkpoint (needs torch).")
-@runtime_option
-@threads_option()
-@kv_option
-@click.option(
+@option(
     "--max-kl",
     metavar="NATS",
     type=Number(min=0),
-    help="Fail if the mean KL to the float model is larger [not judged].",
+    default_text="no limit",
+    help="Also fail if quantisation lost more than this: the mean KL divergence to the float model, in nats a token.",
 )
-@click.option("--no-integrity", is_flag=True, help="Do not hash the files first; judge the arithmetic alone.")
+@option("--no-integrity", is_flag=True, help="Do not check the hashes of the bundle's files first.")
+@option(
+    "--checkpoint",
+    metavar="CHECKPOINT",
+    default_text="the results stored in the bundle",
+    help="Compute the reference anew from this checkpoint. Needs torch.",
+)
+@runtime_option
+@threads_option()
+@kv_option
 @json_option
 def parity(
     bundle: Path,
@@ -48,10 +55,11 @@ def parity(
     no_integrity: bool,
     as_json: bool,
 ) -> None:
-    """Does this device compute the bundle's quantised reference?
+    """Check that this device computes the same model as the reference.
 
-    Runs BUNDLE's golden prompts here and compares with what the PyTorch reference computed. Exit code 1 if any check
-    fails. What quantisation lost against the float model is told beside and is no check, unless --max-kl is given.
+    Runs the prompts stored in BUNDLE and compares logits, tokens and expert choices with those of the PyTorch reference
+    that was quantised the same way. Exit code 1 if a check fails. The loss to the float model is shown, and checked
+    only with --max-kl.
     """
     import json
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgelm.cli.common.help import Group, option, verb
 from edgelm.cli.common.options import (
     RecipeName,
     calibration_options,
@@ -23,13 +24,19 @@ if TYPE_CHECKING:
 RECIPE_FILE = "recipe.toml"
 
 
-@click.command()
+@verb(example="edgelm quantize allenai/OLMoE-1B-7B-0924 -o olmoe-int4 --calibration builtin")
 @click.argument("checkpoint")
-@output_option("Folder to write.")
-@click.option("--recipe", type=RecipeName(), help="int4 (default), int8, fp8, or a TOML file.")
-@mixed_precision_options
+@output_option("Checkpoint folder to write.", required=True)
+@option(
+    "--recipe",
+    type=RecipeName(),
+    metavar="NAME|FILE",
+    default_text="int4",
+    help="How to quantise: int4, int8, fp8, or a TOML file.",
+)
+@mixed_precision_options(Group.MIXED)
 @calibration_options
-@threads_option("Blocks computed at once [the physical cores allowed].")
+@threads_option("Worker threads.", Group.RESOURCES)
 @overwrite_option("a checkpoint that EdgeLM wrote,")
 @json_option
 def quantize(
@@ -43,10 +50,10 @@ def quantize(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Quantise CHECKPOINT (a folder or a hub id); `edgelm export` takes the result as it takes a float one.
+    """Quantise CHECKPOINT, a folder or a hub id, to a smaller checkpoint.
 
-    With --bits or --max-size the recipe is chosen by what each matrix loses; the output then holds it as recipe.toml.
-    With --calibration an interrupted run goes on where it was when the same command is given again.
+    `edgelm export` takes the result like any other checkpoint. With --bits or --max-size the folder also holds the
+    recipe that was chosen, as recipe.toml.
     """
     refuse_two(recipe, bits, max_size)
     import dataclasses

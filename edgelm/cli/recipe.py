@@ -7,19 +7,31 @@ from typing import Any
 
 import click
 
+from edgelm.cli.common.help import Group, option, verb
 from edgelm.cli.common.options import as_usage, given, json_option, need_export_extra, output_option, overwrite_option
 from edgelm.cli.common.recipes import in_json, in_words, mixed_precision_options
 
+DEFAULT_FILE = "mixed-precision.toml"
 
-@click.command()
+
+@verb(example="edgelm recipe allenai/OLMoE-1B-7B-0924 --bits 4.5 -o olmoe.toml")
 @click.argument("checkpoint")
-@mixed_precision_options
-@output_option("TOML file to write [mixed-precision.toml].", required=False)
-@click.option(
-    "--calibration", "text", default="builtin", show_default=True, help="Text to measure with: a file or a folder."
+@mixed_precision_options(Group.COMMON)
+@output_option("TOML file to write.", metavar="FILE", default_text=DEFAULT_FILE)
+@option(
+    "--schemes",
+    metavar="NAMES",
+    default_text="int3 to int8",
+    help="Schemes to choose from, for example int3-g32,int4-g32,int8-g128,float.",
 )
-@click.option("--tokens", type=click.IntRange(min=2), help="Tokens to measure with [8192].")
-@click.option("--schemes", metavar="NAMES", help="To choose from, for example int3-g32,int4-g32,int8-g128,float.")
+@option(
+    "--calibration",
+    "text",
+    metavar="TEXT",
+    default="builtin",
+    help="Text to measure with: a file, a folder, or `builtin` (Python's standard library).",
+)
+@option("--tokens", type=click.IntRange(min=2), default_text="8192", help="Tokens of that text to measure with.")
 @overwrite_option("an existing recipe")
 @json_option
 def recipe(
@@ -33,9 +45,10 @@ def recipe(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Measure which matrices of CHECKPOINT (a folder or a hub id) lose most, and give them more bits than others.
+    """Choose the bits of each matrix of CHECKPOINT, and write a recipe.
 
-    The result is a recipe for `edgelm quantize` and `edgelm export`.
+    Measures how much quantising each matrix changes the model's output, and spends the bits where they help most.
+    `edgelm export` and `edgelm quantize` take the recipe with --recipe.
     """
     if (bits is None) == (max_size is None):
         raise click.UsageError("give either --bits or --max-size")
@@ -51,7 +64,7 @@ def recipe(
 
     with as_usage():
         candidates = None if schemes is None else parse_candidates(schemes)
-    out = out or Path("mixed-precision.toml")
+    out = out or Path(DEFAULT_FILE)
     check_place(out, RECIPE, sources=[checkpoint], overwrite=overwrite)
     progress = Bars()
     start = time.monotonic()

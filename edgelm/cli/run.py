@@ -7,23 +7,25 @@ from typing import Any
 
 import click
 
+from edgelm.cli.common.help import option, verb
 from edgelm.cli.common.options import BUNDLE, PATH, loading_options, sampling_options
 
 
-@click.command()
+@verb(example='edgelm run olmoe "Once upon a time" --max-tokens 64')
 @click.argument("bundle", type=BUNDLE)
 @click.argument("prompt", required=False)
-@click.option("--chat", "as_chat", is_flag=True, help="PROMPT is a message: apply the model's chat template.")
-@click.option("--system", help="System message, with --chat.")
-@click.option(
+@option("--chat", "as_chat", is_flag=True, help="Take PROMPT as a message and apply the model's chat template.")
+@option("--system", metavar="TEXT", help="System message. Needs --chat.")
+@option(
     "--messages",
+    metavar="FILE",
     type=PATH,
-    help='In place of PROMPT, a conversation to answer: a JSON file, [{"role": "user", "content": "Hello"}, ...].',
+    help='Conversation to answer in place of PROMPT, as JSON: [{"role": "user", "content": "Hello"}, ...].',
 )
 @sampling_options(temperature=0.0)
 @loading_options
-@click.option("--quiet", "-q", is_flag=True, help="No line about speed.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document when done, instead of streaming.")
+@option("-q", "--quiet", is_flag=True, help="Do not print the line about speed.")
+@option("--json", "as_json", is_flag=True, help="Print one JSON document at the end in place of the text.")
 def run(
     bundle: Path,
     prompt: str | None,
@@ -35,9 +37,9 @@ def run(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Continue PROMPT with the model in BUNDLE. PROMPT "-" is read from standard input.
+    """Generate text that continues PROMPT with the model in BUNDLE.
 
-    The text streams to standard output, its speed goes to standard error. Ctrl-C stops.
+    PROMPT "-" reads standard input. The text goes to standard output, its speed to standard error. Ctrl-C stops.
     """
     import json
     import sys

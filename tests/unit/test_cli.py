@@ -50,7 +50,8 @@ def test_help_lists_every_verb_and_imports_none() -> None:
         "import sys; from click.testing import CliRunner; from edgelm.cli.main import cli; "
         "assert CliRunner().invoke(cli, ['--help']).exit_code == 0; "
         "loaded = [name for name in sys.modules if name.startswith('edgelm.cli.')]; "
-        "assert sorted(loaded) == ['edgelm.cli.common', 'edgelm.cli.common.interrupts', 'edgelm.cli.main'], loaded; "
+        "assert sorted(loaded) == ['edgelm.cli.common', 'edgelm.cli.common.help', 'edgelm.cli.common.interrupts', "
+        "'edgelm.cli.main'], loaded; "
         "assert 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)

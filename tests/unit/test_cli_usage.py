@@ -118,7 +118,7 @@ EXPORT = ("export", "nowhere", "-o", "out")
         ((*EXPORT, "--max-size", "3 bananas"), "'3 bananas' is not a size: write for example 4GB"),
         ((*EXPORT, "--max-ram", "0"), "'0' is not a size"),
         ((*EXPORT, "--sm", "86"), "--sm: of use with --target tensorrt only, here it is cpu"),
-        ((*EXPORT, "--target", "cuda", "--chunk", "64", "--no-engines"), "--chunk, --engines: of use with --target"),
+        ((*EXPORT, "--target", "cuda", "--chunk", "64", "--no-engines"), "--engines, --chunk: of use with --target"),
         ((*EXPORT, "--target", "tensorrt", "--sm", "eighty"), "'eighty' is no list of compute capabilities"),
         ((*EXPORT, "--target", "tensorrt", "--sm", "75"), "--sm 75: the kernels run from SM 80 on"),
         ((*EXPORT, "--target", "tensorrt", "--ops", "portable"), "portable operators are ONNX Runtime's"),

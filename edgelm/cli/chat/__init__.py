@@ -9,17 +9,22 @@ from typing import Any
 
 import click
 
+from edgelm.cli.common.help import option, verb
 from edgelm.cli.common.options import BUNDLE, loading_options, sampling_options
 
 
-@click.command()
+@verb(example="edgelm chat olmoe")
 @click.argument("bundle", type=BUNDLE)
-@click.option("--system", help="System message.")
-@click.option("--no-trim", is_flag=True, help="Refuse a message that the context has no room for; drop no old turns.")
-@click.option("--no-history", is_flag=True, help="Do not keep what is typed for the arrow keys of later sessions.")
+@option("--system", metavar="TEXT", help="System message.")
+@option(
+    "--no-trim",
+    is_flag=True,
+    help="Refuse a message that does not fit into the context; do not drop the oldest turns.",
+)
+@option("--no-history", is_flag=True, help="Do not save what is typed for the arrow keys of later sessions.")
 @sampling_options(temperature=0.7)
 @loading_options
-@click.option("--quiet", "-q", is_flag=True, help="No lines about speed.")
+@option("-q", "--quiet", is_flag=True, help="Do not print lines about speed.")
 def chat(
     bundle: Path,
     system: str | None,
@@ -29,11 +34,11 @@ def chat(
     sampling: dict[str, Any],
     quiet: bool,
 ) -> None:
-    """Talk with the model in BUNDLE.
+    """Chat with the model in BUNDLE.
 
-    When the context is full the oldest turns are dropped. /help lists the commands. A line is a message, and so is a
-    paste, and what stands between two \"\"\". Ctrl-C stops an answer, Ctrl-D leaves. Messages can be piped in: then
-    only answers are printed, and the exit code is 1 if one failed.
+    A line is a message; so is a paste, and the text between two \"\"\". /help lists the commands, Ctrl-C stops an
+    answer, Ctrl-D ends. Messages can be piped in: then only the answers are printed, and the exit code is 1 if one
+    failed.
     """
     from edgelm.tokenization.template_sandbox import start_for
 

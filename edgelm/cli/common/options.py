@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from edgelm.bundle.kv_cache import KV_TYPES
+from edgelm.cli.common.help import Group, option
 from edgelm.errors import EdgeLMError
 
 if TYPE_CHECKING:
@@ -79,18 +80,6 @@ def need_eval_extra() -> None:
 
     if importlib.util.find_spec("lm_eval") is None:
         raise EdgeLMError(f"this needs lm-evaluation-harness: {install_hint('eval')}")
-
-
-class Renamed(click.Option):
-    """An option whose later names are its old ones: they work, and no help shows them."""
-
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """The option's line of the help."""
-        names, self.opts = self.opts, [name for name in self.opts if not name.startswith("--")] + self.opts[:1]
-        try:
-            return super().get_help_record(ctx)
-        finally:
-            self.opts = names
 
 
 class Number(click.FloatRange):
@@ -167,37 +156,50 @@ class RecipeName(click.ParamType[str]):
         return str(value)
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
-kv_option = click.option(
+json_option = option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+kv_option = option(
     "--kv",
+    group=Group.RUNTIME,
     type=click.Choice(KV_TYPES),
-    help="Type of the cache [as exported: float16 unless the recipe says another; float32 for portable bundles].",
+    default_text="as exported: float16, or float32 for portable bundles",
+    help="Data type of the KV cache. int8 and fp8 take about half the memory of float16.",
 )
-report_option = click.option("--report", "report_path", type=REPORT_FILE, help="Write an HTML report.")
-runtime_option = click.option(
-    "--runtime", type=RuntimeName(), metavar="NAME", help="Runtime [the best one here]; `edgelm doctor` lists them."
+report_option = option(
+    "--report", "report_path", metavar="FILE", type=REPORT_FILE, help="Also write the result as an HTML page."
 )
-weight_memory_option = click.option(
+runtime_option = option(
+    "--runtime",
+    group=Group.RUNTIME,
+    type=RuntimeName(),
+    metavar="NAME",
+    default_text="the best one here",
+    help="Runtime to use. `edgelm doctor` lists them.",
+)
+weight_memory_option = option(
     "--weight-memory",
+    group=Group.GPU,
     type=Size(),
     metavar="SIZE",
-    help="Weights that may lie in the GPU's memory, for a TensorRT engine that streams them, for example 2GB [all].",
+    default_text="all of them",
+    help="How much of the weights to keep in GPU memory, for example 2GB. Needs a TensorRT engine that was built with "
+    "--weight-streaming.",
 )
+PHYSICAL_CORES = "the physical cores that this process may use"
 
 
-def output_option(what: str, *, required: bool = True) -> Callable[[Command], Command]:
-    """-o, `what` is written there."""
-    return click.option("-o", "--output", "out", required=required, type=PATH, help=what)
+def output_option(what: str, *, metavar: str = "DIR", **settings: Any) -> Callable[[Command], Command]:
+    """-o, with `what` as its help."""
+    return option("-o", "--output", "out", metavar=metavar, type=PATH, help=what, **settings)
 
 
 def overwrite_option(what: str) -> Callable[[Command], Command]:
     """--overwrite, which replaces `what`."""
-    return click.option("--overwrite", is_flag=True, help=f"Replace {what} once the new one is complete.")
+    return option("--overwrite", is_flag=True, help=f"Replace {what} once the new one is complete.")
 
 
-def threads_option(what: str = "Threads [physical cores allowed].") -> Callable[[Command], Command]:
-    """--threads, with the verb's own default."""
-    return click.option("--threads", type=Threads(), help=what)
+def threads_option(what: str = "CPU threads.", group: Group = Group.RUNTIME) -> Callable[[Command], Command]:
+    """--threads, with `what` as its help."""
+    return option("--threads", group=group, type=Threads(), default_text=PHYSICAL_CORES, help=what)
 
 
 def together(name: str, *options: Any, make: Callable[..., Any] = dict) -> Callable[[Command], Command]:
@@ -211,9 +213,9 @@ def together(name: str, *options: Any, make: Callable[..., Any] = dict) -> Calla
 
         decorated: Any = called
         before = len(getattr(called, "__click_params__", ()))
-        for option in reversed(options):
-            decorated = option(decorated)
-        keys = [option.name for option in decorated.__click_params__[before:]]
+        for decorator in reversed(options):
+            decorated = decorator(decorated)
+        keys = [param.name for param in decorated.__click_params__[before:]]
         return decorated  # type: ignore[no-any-return]
 
     return decorate
@@ -228,35 +230,57 @@ loading_options = together(
     "loading",
     runtime_option,
     threads_option(),
-    click.option("--context-length", type=click.IntRange(min=1), help="Positions to allocate [model's, <= 4096]."),
+    option(
+        "--context-length",
+        group=Group.RUNTIME,
+        type=click.IntRange(min=1),
+        default_text="the model's, at most 4096",
+        help="Tokens to allocate the KV cache for: prompt and answer together.",
+    ),
     kv_option,
     weight_memory_option,
     make=given,
 )
-"""Which runtime, how many threads, how much context, what cache, how many weights on a GPU: `loading`."""
+"""Runtime, threads, context, KV cache and GPU memory of a loaded model: the parameter `loading`."""
 
 
 def sampling_options(temperature: float) -> Callable[[Command], Command]:
-    """How tokens are chosen and when to stop: `sampling`. `temperature` is the verb's default."""
+    """How tokens are chosen and when to stop: the parameter `sampling`. `temperature` is the verb's default."""
     return together(
         "sampling",
-        click.option(
-            "--max-tokens", "-n", type=click.IntRange(min=1), default=256, show_default=True,
-            help="Tokens to generate at most.",
+        option(
+            "-n", "--max-tokens", type=click.IntRange(min=1), default=256, help="Tokens to generate at most."
         ),
-        click.option(
-            "--temperature", "-t", type=Number(min=0), default=temperature, show_default=True,
-            help="0: always the most likely token.",
+        option(
+            "-t", "--temperature", group=Group.SAMPLING, type=Number(min=0), default=temperature,
+            help="Randomness of the choice; 0 always takes the most probable token.",
         ),
-        click.option("--top-k", type=click.IntRange(min=0), help="Only the K most likely tokens; 0: all."),
-        click.option("--top-p", type=Number(0, 1, min_open=True), help="Only the most likely that reach this."),
-        click.option("--min-p", type=Number(0, 1), help="Only tokens this fraction as likely as the best."),
-        click.option(
-            "--repetition-penalty", type=Number(min=0, min_open=True), default=1.0, show_default=True,
-            help="Above 1 avoids tokens that were there already.",
+        option(
+            "--top-k", group=Group.SAMPLING, metavar="K", type=click.IntRange(min=0), default_text="0, all tokens",
+            help="Sample from the K most probable tokens.",
         ),
-        click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Make sampling repeatable."),
-        click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."),
+        option(
+            "--top-p", group=Group.SAMPLING, metavar="P", type=Number(0, 1, min_open=True),
+            default_text="1, all tokens",
+            help="Sample from the most probable tokens whose probabilities add up to P.",
+        ),
+        option(
+            "--min-p", group=Group.SAMPLING, metavar="P", type=Number(0, 1), default_text="0, all tokens",
+            help="Drop tokens less than P times as probable as the most probable one.",
+        ),
+        option(
+            "--repetition-penalty", group=Group.SAMPLING, type=Number(min=0, min_open=True), default=1.0,
+            default_text="1, off",
+            help="Above 1, make tokens less probable that the text already has.",
+        ),
+        option(
+            "--seed", group=Group.SAMPLING, type=click.IntRange(0, 2**64 - 1), default_text="random",
+            help="Seed of the random numbers: the same seed gives the same text.",
+        ),
+        option(
+            "--stop", group=Group.SAMPLING, multiple=True, metavar="TEXT",
+            help="Stop before this text is generated. May be repeated.",
+        ),
         make=_checked_sampling,
     )  # fmt: skip
 
@@ -314,24 +338,42 @@ def _chosen_calibration(
 
 calibration_options = together(
     "calibration",
-    click.option("--calibration", metavar="TEXT", help="Calibration text: a file, a folder, or builtin."),
-    click.option(
+    option(
+        "--calibration",
+        group=Group.CALIBRATION,
+        metavar="TEXT",
+        default_text="none, round weights to nearest",
+        help="Calibration text: a file, a folder, or `builtin` (Python's standard library). An interrupted run resumes "
+        "when the same command is given again.",
+    ),
+    option(
+        "--samples", group=Group.CALIBRATION, type=click.IntRange(min=1), default_text="128",
+        help="Number of samples taken from the text.",
+    ),
+    option(
+        "--sample-length", group=Group.CALIBRATION, type=click.IntRange(min=2), default_text="512",
+        help="Tokens in a sample.",
+    ),
+    option(
         "--smooth",
+        group=Group.CALIBRATION,
         type=click.Choice(["activations", "weights"]),
-        help="Scale float weights first, the model's function kept: activations where these are int8 or fp8, "
-        "weights where they are float.",
+        default_text="off",
+        help="Rescale columns before quantising, without changing the float model: `activations` where these are int8 "
+        "or fp8, `weights` where activations are float.",
     ),
-    click.option("--samples", type=click.IntRange(min=1), help="Samples of the text [128]."),
-    click.option("--sample-length", type=click.IntRange(min=2), help="Tokens of a sample [512]."),
-    click.option(
-        "--min-expert-tokens",
-        type=click.IntRange(min=0),
-        help="Tokens that an expert needs to be calibrated [as many as its inputs have values].",
+    option(
+        "--min-expert-tokens", group=Group.CALIBRATION, type=click.IntRange(min=0),
+        default_text="the columns of its widest matrix",
+        help="Tokens that an expert must see to be calibrated; with fewer it is rounded to nearest.",
     ),
-    click.option("--require-coverage", is_flag=True, help="Fail where an expert sees too few tokens to be calibrated."),
+    option(
+        "--require-coverage", group=Group.CALIBRATION, is_flag=True,
+        help="Fail where an expert sees fewer tokens than that.",
+    ),
     make=_chosen_calibration,
-)
-"""Whether to calibrate, with which text, and when an expert has seen enough of it: `calibration`."""
+)  # fmt: skip
+"""Calibration text, its size, and how many tokens an expert needs: the parameter `calibration`."""
 
 
 ENGINE_PARAMETERS = ("sms", "build", "matmul", "attention", "max_batch", "chunk", "weight_streaming")
@@ -349,33 +391,40 @@ def chosen_sms(context: click.Context, parameter: click.Parameter, text: str | N
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-_BUILDING = (
-    click.option(
-        "--max-batch", default=32, show_default=True, type=click.IntRange(min=1),
-        help="Sequences that decode together, at most.",
-    ),
-    click.option(
-        "--chunk", default=512, show_default=True, type=click.IntRange(min=1), help="Tokens of a prefill step."
-    ),
-    click.option("--weight-streaming", is_flag=True, help="Let weights stay in host memory (run --weight-memory)."),
-)  # fmt: skip
+def _building(group: Group) -> tuple[Callable[[Command], Command], ...]:
+    return (
+        option(
+            "--max-batch", group=group, default=32, type=click.IntRange(min=1),
+            help="Sequences that can decode together, at most.",
+        ),
+        option(
+            "--chunk", group=group, default=512, type=click.IntRange(min=1),
+            help="Tokens of a prefill step, at most.",
+        ),
+        option(
+            "--weight-streaming", group=group, is_flag=True,
+            help="Build engines whose weights can stay in host memory (see --weight-memory of `edgelm run`).",
+        ),
+    )  # fmt: skip
+
+
 _INSIDE = click.Choice(["engine", "plugin"])
-build_options = together("building", *_BUILDING)
-"""What an engine is built for: `building`, fields of `BuildOptions`."""
+build_options = together("building", *_building(Group.COMMON))
+"""What an engine is built for: the parameter `building`, fields of `BuildOptions`."""
 engine_options = together(
     "engine",
-    *_BUILDING,
-    click.option(
-        "--engines/--no-engines", "build", default=None,
-        help="With --target tensorrt: build engines now [if TensorRT is installed].",
+    option(
+        "--engines/--no-engines", "build", group=Group.TENSORRT, default=None,
+        default_text="yes if TensorRT is installed", help="Build engines now, or leave that to `edgelm build`.",
     ),
-    click.option(
-        "--matmul", default="engine", show_default=True, type=_INSIDE,
-        help="Matmuls inside the engine: TensorRT's own where it has them, or our plugin.",
+    *_building(Group.TENSORRT),
+    option(
+        "--matmul", group=Group.TENSORRT, default="engine", type=_INSIDE,
+        help="Matmul implementation: TensorRT's own where it has one, or our plugin.",
     ),
-    click.option(
-        "--attention", default="plugin", show_default=True, type=_INSIDE,
-        help="Attention implementation inside the engine.",
+    option(
+        "--attention", group=Group.TENSORRT, default="plugin", type=_INSIDE,
+        help="Attention implementation: TensorRT's own, or our plugin.",
     ),
 )  # fmt: skip
-"""With --target tensorrt, whether engines are built, for what, and what is inside: `engine`, of `EngineOptions`."""
+"""Whether engines are built, for what, and what is inside: the parameter `engine`, fields of `EngineOptions`."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from edgelm.cli.common.help import Group, option
 from edgelm.cli.common.options import Number, Size, need_export_extra
 
 if TYPE_CHECKING:
@@ -20,19 +21,25 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def mixed_precision_options(command: Command) -> Command:
-    """How many bits a weight may have, or how many bytes all of them."""
-    for option in (
-        click.option(
+def mixed_precision_options(group: Group) -> Callable[[Command], Command]:
+    """--bits and --max-size, under the heading `group`."""
+
+    def decorate(command: Command) -> Command:
+        command = option(
             "--max-size",
+            group=group,
             type=Size(),
             metavar="SIZE",
-            help="Or: size of the bundle's weights file, for example 3.2GB.",
-        ),
-        click.option("--bits", type=Number(0, 32, min_open=True), help="Mean bits of a weight, scales included."),
-    ):
-        command = option(command)
-    return command
+            help="Largest size of the bundle's weights file, for example 3.2GB. Give this or --bits.",
+        )(command)
+        return option(
+            "--bits",
+            group=group,
+            type=Number(0, 32, min_open=True),
+            help="Mean number of bits of a weight, scales included, for example 4.5.",
+        )(command)
+
+    return decorate
 
 
 def refuse_two(recipe: str | None, bits: float | None, max_size: int | None) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgelm.cli.common.help import option, verb
 from edgelm.cli.common.options import PATH, json_option
 from edgelm.cli.common.output import echo
 
@@ -18,17 +19,16 @@ if TYPE_CHECKING:
     from edgelm.runtimes.onnxruntime.native_library import CpuKernels
 
 
-@click.command()
+@verb(example="edgelm inspect olmoe --verify")
 @click.argument("path", type=PATH, required=False)
-@click.option("--cpu", is_flag=True, help="In place of PATH: the kernels that this CPU runs, and why those.")
-@click.option("--verify", is_flag=True, help="Hash every file of a bundle and compare with its manifest.")
+@option("--verify", is_flag=True, help="Hash every file of a bundle and compare with its manifest.")
+@option("--cpu", is_flag=True, help="In place of PATH, show which kernels this CPU runs, and why.")
 @json_option
 def inspect(path: Path | None, cpu: bool, verify: bool, as_json: bool) -> None:
-    """Say what PATH, a bundle or a checkpoint, is: model, sizes, recipe; --verify checks a bundle's hashes.
+    """Describe the bundle or checkpoint at PATH: model, recipe, size.
 
-    Of a checkpoint it also says whether `edgelm export` takes it, and every reason why not.
-
-    Exit code 1 if --verify finds a difference, or with --cpu if EDGELM_ISA names what cannot be used.
+    Of a checkpoint it also says whether `edgelm export` takes it, and every reason why not. Exit code 1 if --verify
+    finds a difference, or with --cpu if EDGELM_ISA names kernels that cannot be used.
     """
     import json
 
