@@ -19,9 +19,10 @@ if git rev-parse --quiet --verify "refs/tags/v$version" >/dev/null; then
 fi
 
 # Three files hold the version: the wheel's, the program's own and the citation's.
-grep -qx "version = \"$version\"" pyproject.toml || refuse "pyproject.toml has another version: set version = \"$version\""
-grep -qx "__version__ = \"$version\"" edgelm/version.py || refuse "edgelm/version.py has another version: set \"$version\""
-grep -qx "version: $version" CITATION.cff || refuse "CITATION.cff has another version: set version: $version"
+has_line() { grep -qx "$2" "$1" || refuse "$1 has another version: it needs the line $2"; }
+has_line pyproject.toml "version = \"$version\""
+has_line edgelm/version.py "__version__ = \"$version\""
+has_line CITATION.cff "version: $version"
 notes=$(.github/release_notes.sh "$version") || refuse "CHANGELOG.md says nothing about $version"
 
 # `--cleanup=whitespace` keeps the headings, which begin with git's sign of a comment.
