@@ -1,4 +1,4 @@
-"""Copy a bundle and damage one expert of the copy, to see what `edgelm parity` says of it.
+"""Copy a bundle and flip one bit of one expert's weights in the copy, to see what `edgelm parity` says of it.
 
 edgelm export examples/checkpoints/olmoe-tiny -o olmoe-int4
 python examples/damage.py olmoe-int4 damaged --layer 1 --expert 5
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def damage(bundle: Path, copy: Path, layer: int, expert: int) -> str:
-    """Copy the bundle and invert bits in the middle half of one expert's weights.
+    """Copy the bundle and flip one bit of one expert's weights.
 
     Args:
         bundle: a bundle for the CPU with native operators, of a mixture-of-experts model.
@@ -43,20 +43,20 @@ def damage(bundle: Path, copy: Path, layer: int, expert: int) -> str:
     shutil.copytree(bundle, copy)
     # The weights of a layer's experts lie one expert after the other.
     size = tensors[0]["size"] // count
-    start = tensors[0]["offset"] + size * expert + size // 4
+    place = tensors[0]["offset"] + size * expert + size // 4
     with (copy / "model.onnx.data").open("r+b") as file:
-        file.seek(start)
-        data = file.read(size // 2)
-        file.seek(start)
-        file.write(bytes(byte ^ 0x77 for byte in data))
-    return f"{copy}: inverted bits in {len(data)} bytes of layer {layer}, expert {expert}"
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 0x80]))
+    return f"{copy}: flipped one bit of layer {layer}, expert {expert}"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("copy", type=Path)
-    parser.add_argument("--layer", type=int, default=1)
-    parser.add_argument("--expert", type=int, default=5)
+    parser.add_argument("--layer", type=int, default=2)
+    parser.add_argument("--expert", type=int, default=7)
     options = parser.parse_args()
     print(damage(options.bundle, options.copy, options.layer, options.expert))
