@@ -6,6 +6,7 @@
 # make docs   the site, in build/docs: a link that leads nowhere or a page that no index lists is an error
 # make mutations  do the tests notice the deliberate mistakes of tests/mutations? Long, and no part of `make test`;
 #             ONLY=files tries one area, or the files whose path has the word
+# make coverage  which lines of Python the tests run, by package, and the files with most lines left; takes an hour
 # make release VERSION=0.3.0  check that everything is ready for this version, then tag it; nothing is pushed
 #
 # Needs Python 3.11 or newer, a C++17 compiler (GCC or Clang) and CMake. The first run makes .venv; after that it is
@@ -27,7 +28,7 @@ GPU_TESTS := tests/cuda tests/engines tests/gpu
 KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
     $(foreach folder,. kernels kernels/* ort ort/*,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
 
-.PHONY: demo test lint types docs test-cpp test-arm test-python test-unit test-export test-gpu install pyview kernel node mutations release clean
+.PHONY: demo test lint types docs test-cpp test-arm test-python test-unit test-export test-gpu install pyview kernel node mutations coverage release clean
 
 demo: $(INSTALLED)
 	$(BIN)/edgelm demo
@@ -110,6 +111,17 @@ pyview:
 
 mutations: $(INSTALLED)
 	$(BIN)/python tests/mutations/run.py --jobs 2 $(if $(ONLY),--only $(ONLY))
+
+coverage: $(INSTALLED) $(HARNESS) node kernel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt coverage
+	mkdir -p build/coverage
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q tests/unit
+	$(BIN)/coverage run -m pytest -q $(foreach folder,tests/unit $(GPU_TESTS),--ignore $(folder))
+	$(BIN)/coverage run -m pytest -q $(GPU_TESTS)
+	$(BIN)/coverage combine --quiet
+	for package in edgelm quant export runtimes; do $(BIN)/coverage report --include "$$package/*" | tail -1; done
+	$(BIN)/coverage report --sort=cover
 
 release:
 	.github/release.sh $(VERSION)
