@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from edgelm import devices
 from edgelm.bundle import Bundle, Manifest
-from edgelm.bundle.cpu_layout import REFINE, TILE
+from edgelm.bundle.cpu_layout import RESCORE, TILE
 from edgelm.bundle.kv_cache import row_bytes
 from edgelm.errors import ContextLengthError, EdgeLMError
 from edgelm.progress import Progress, Silent
@@ -112,7 +112,7 @@ def bytes_per_token(manifest: Manifest, position: float, kv: str | None = None) 
         elif tensor.name.startswith("rope.") or ("embed_tokens" in tensor.name and not model.tied):
             continue
         elif tensor.name.endswith(".lower"):
-            total += tensor.size * min(1.0, REFINE * TILE / model.vocab_size)
+            total += tensor.size * min(1.0, RESCORE * TILE / model.vocab_size)
         else:
             total += tensor.size
     kind = kv or manifest.graph.kv_dtype

@@ -95,7 +95,7 @@ def _allowed_logical() -> set[int]:
 
 
 def _physical_cores(logical: set[int]) -> int | None:
-    """Distinct (package, core) pairs among these logical processors."""
+    """Distinct (package, core) pairs among these logical CPUs."""
     if sys.platform == "darwin":
         text = _sysctl("hw.physicalcpu")
         return int(text) if text.isdigit() else None

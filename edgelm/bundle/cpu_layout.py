@@ -23,8 +23,8 @@ HEADER_BYTES = 64
 ALIGNMENT = 64
 """Where a matrix among packed experts may begin."""
 
-REFINE = 128
-"""How many of a head's logits are recomputed from all bits when it is stored in planes and one token is decoded."""
+RESCORE = 128
+"""How many of a head's logits are recomputed from all bits when one token is decoded (split nibbles only)."""
 
 _MATRIX_MAGIC, _EXPERTS_MAGIC, _VERSION = b"EDLM", b"EDLX", 1
 _MATRIX = struct.Struct("<4s4B5q16x")
@@ -42,7 +42,7 @@ class Kind(IntEnum):
     INT5 = 5
     INT6 = 6
     INT8 = 8
-    INT8_PLANES = 9
+    INT8_SPLIT = 9
     FP8 = 16
     FLOAT16 = 17
     BFLOAT16 = 18
@@ -55,8 +55,8 @@ class Kind(IntEnum):
 
     @property
     def label(self) -> str:
-        """Such as "int4" or "int8 in planes"."""
-        return {Kind.INT8_PLANES: "int8 in planes", Kind.FP8: "fp8"}.get(self, self.name.lower())
+        """Such as "int4" or "int8 in split nibbles"."""
+        return {Kind.INT8_SPLIT: "int8 in split nibbles", Kind.FP8: "fp8"}.get(self, self.name.lower())
 
 
 class Scales(IntEnum):
@@ -67,9 +67,9 @@ class Scales(IntEnum):
     FLOAT32 = 2
 
 
-# Bytes of 32 rows and 32 columns; of a matrix in planes, of one plane.
+# Bytes of 32 rows and 32 columns; of split nibbles: one half of them.
 _BLOCK_BYTES = {
-    Kind.INT3: 384, Kind.INT4: 512, Kind.INT5: 640, Kind.INT6: 768, Kind.INT8: 1024, Kind.INT8_PLANES: 512
+    Kind.INT3: 384, Kind.INT4: 512, Kind.INT5: 640, Kind.INT6: 768, Kind.INT8: 1024, Kind.INT8_SPLIT: 512
 }  # fmt: skip
 _ELEMENT_BYTES = {Kind.FP8: 1, Kind.FLOAT16: 2, Kind.BFLOAT16: 2, Kind.FLOAT32: 4}
 _SCALE_BYTES = {Scales.NONE: 0, Scales.FLOAT16: 2, Scales.FLOAT32: 4}
@@ -86,7 +86,7 @@ class PackedMatrix:
         rows, columns: N and K, any numbers.
         group: columns that share a scale: 16 or a multiple of 32, at most K rounded up to 32; K itself, whatever it is,
             of matrices that are no integers and have one scale a row or none.
-        low_plane: for INT8_PLANES where the lower halves begin, from the header's start; else 0.
+        low_offset: for INT8_SPLIT where the low nibbles begin, from the header's start; else 0.
     """
 
     kind: Kind
@@ -96,11 +96,11 @@ class PackedMatrix:
     rows: int
     columns: int
     group: int
-    low_plane: int = 0
+    low_offset: int = 0
 
     @property
     def outputs(self) -> int:
-        """Columns of the product's result: half the rows for SwiGLU."""
+        """Columns of the matmul's result: half the rows for SwiGLU."""
         return self.rows // 2 if self.swiglu else self.rows
 
     @property
@@ -136,7 +136,7 @@ class PackedMatrix:
 
     @property
     def code_bytes(self) -> int:
-        """Bytes of a record's codes; of a matrix in planes, of the upper halves."""
+        """Bytes of a record's codes; of split nibbles, the high ones."""
         if self.kind.is_integer:
             return self.span // BLOCK * _BLOCK_BYTES[self.kind]
         return self.span * TILE * _ELEMENT_BYTES[self.kind]
@@ -148,34 +148,34 @@ class PackedMatrix:
 
     @property
     def first_bytes(self) -> int:
-        """Bytes of the header and all records, which is everything but a lower plane."""
+        """Bytes of the header and all records, which is everything but the low nibbles."""
         return HEADER_BYTES + self.tiles * self.records * self.record_bytes
 
     @property
-    def lower_bytes(self) -> int:
-        """Bytes of the lower plane."""
-        return self.tiles * self.records * (self.span // BLOCK) * 512 if self.kind is Kind.INT8_PLANES else 0
+    def low_bytes(self) -> int:
+        """Bytes of the low nibbles."""
+        return self.tiles * self.records * (self.span // BLOCK) * 512 if self.kind is Kind.INT8_SPLIT else 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything, the header and the gap before a lower plane included."""
-        return self.low_plane + self.lower_bytes if self.kind is Kind.INT8_PLANES else self.first_bytes
+        """Bytes of everything, the header and the gap before the low nibbles included."""
+        return self.low_offset + self.low_bytes if self.kind is Kind.INT8_SPLIT else self.first_bytes
 
     @property
     def bits_per_weight(self) -> float:
         """Storage of a weight, scales, zero points and padding included."""
-        return 8 * (self.first_bytes + self.lower_bytes) / (self.rows * self.columns)
+        return 8 * (self.first_bytes + self.low_bytes) / (self.rows * self.columns)
 
-    def with_low_plane(self, offset: int) -> PackedMatrix:
-        """The same with its lower plane at `offset`."""
-        return replace(self, low_plane=offset)
+    def with_low_offset(self, offset: int) -> PackedMatrix:
+        """The same with its low nibbles at `offset`."""
+        return replace(self, low_offset=offset)
 
     def header(self) -> bytes:
         """The first 64 bytes."""
         flags = (_HAS_ZEROS if self.zeros else 0) | (_SWIGLU if self.swiglu else 0)
         return _MATRIX.pack(
             _MATRIX_MAGIC, _VERSION, self.kind, self.scales, flags,
-            self.rows, self.columns, self.group, self.nbytes, self.low_plane,
+            self.rows, self.columns, self.group, self.nbytes, self.low_offset,
         )  # fmt: skip
 
     def describe(self) -> str:
@@ -205,14 +205,21 @@ def parse_matrix(header: bytes, where: str) -> PackedMatrix:
     broken = f"{where} is no packed matrix"
     if len(header) < HEADER_BYTES or header[:4] != _MATRIX_MAGIC:
         raise BundleError(f"{broken}: it does not begin with {_MATRIX_MAGIC.decode()}; export the bundle again")
-    _, version, kind, scales, flags, rows, columns, group, size, low_plane = _MATRIX.unpack(header[:HEADER_BYTES])
+    _, version, kind, scales, flags, rows, columns, group, size, low_offset = _MATRIX.unpack(header[:HEADER_BYTES])
     if version != _VERSION:
         raise BundleError(
             f"{where} has layout version {version}, this EdgeLM reads {_VERSION}: export the bundle again"
         )
     try:
         matrix = PackedMatrix(
-            Kind(kind), Scales(scales), bool(flags & _HAS_ZEROS), bool(flags & _SWIGLU), rows, columns, group, low_plane
+            Kind(kind),
+            Scales(scales),
+            bool(flags & _HAS_ZEROS),
+            bool(flags & _SWIGLU),
+            rows,
+            columns,
+            group,
+            low_offset,
         )
     except ValueError as error:
         raise BundleError(f"{broken}: {error}; export the bundle again") from error

@@ -101,7 +101,7 @@ class GpuMatrix:
 
     @property
     def outputs(self) -> int:
-        """Columns of the product."""
+        """Columns of the matmul's result."""
         return self.rows // 2 if self.swiglu else self.rows
 
     @property

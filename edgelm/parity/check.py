@@ -19,7 +19,7 @@ from edgelm.errors import EdgeLMError, ParityError, TokenizerError
 from edgelm.installing import install_hint
 from edgelm.parity.device_run import DeviceRun, run_device
 from edgelm.parity.diagnose import diagnose, layer_checks
-from edgelm.parity.limits import LIMITS, SAME_PACK, Limits, kind_of, widened
+from edgelm.parity.limits import LIMITS, SAME_PACK, Limits, kind_of, loosened
 from edgelm.parity.logits import (
     agreement,
     divergence,
@@ -124,7 +124,7 @@ def limits_for(bundle: Bundle) -> tuple[Limits, str]:
     # What the graphs compute in, the shipped one and the debug graph: on a GPU not float32, except where it is our own.
     shipped = manifest.dtype if manifest.target != "cpu" and manifest.dtype != "float32" else "float32"
     debug = shipped if manifest.target == "cuda" else "float32"
-    return widened(LIMITS[kind], shipped, debug), kind
+    return loosened(LIMITS[kind], shipped, debug), kind
 
 
 def judge(pack: ParityPack, run: DeviceRun, limits: Limits) -> tuple[list[Check], Diagnosis | None]:
@@ -144,7 +144,7 @@ def _limits(bundle: Bundle, pack: ParityPack, fixed: Limits, kv: str | None) -> 
     derived = rounding_limits(pack, fixed)
     notes = []
     if kv is not None and KV_TYPES.index(require_type(kv)) > KV_TYPES.index(rounded.kv):
-        # A coarser cache than the one that was simulated: no limit may be narrower than the fixed ones.
+        # A coarser cache than the one that was simulated: no limit may be tighter than the fixed ones.
         wider = {item.name: max(getattr(derived, item.name), getattr(fixed, item.name)) for item in fields(Limits)}
         derived = replace(derived, **{**wider, "top1_clear": min(derived.top1_clear, fixed.top1_clear)})
         notes.append(f"limits are wide: the cache is {kv}, coarser than the {rounded.kv} that they were made for")

@@ -111,11 +111,11 @@ _OF_DEBUG_VALUES: dict[str, dict[str, float]] = {
 _TOP1 = {"float32": 1.0, "float16": 0.99, "bfloat16": 0.97}
 
 
-def widened(limits: Limits, shipped: str, debug: str) -> Limits:
+def loosened(limits: Limits, shipped: str, debug: str) -> Limits:
     """Limits for a bundle whose graphs compute with values of these types ("float32", "float16", "bfloat16")."""
     least = {**_OF_VALUES[shipped], **_OF_DEBUG_VALUES[debug]}
-    wider = {name: max(value, getattr(limits, name)) for name, value in least.items()}
-    return replace(limits, **wider, top1_clear=min(limits.top1_clear, _TOP1[shipped]))
+    looser = {name: max(value, getattr(limits, name)) for name, value in least.items()}
+    return replace(limits, **looser, top1_clear=min(limits.top1_clear, _TOP1[shipped]))
 
 
 def kind_of(recipe_toml: str) -> str:

@@ -23,7 +23,7 @@ from onnx import TensorProto
 
 from edgelm.bundle import ModelInfo
 from edgelm.bundle.contents import Layout
-from edgelm.bundle.cpu_layout import HEADER_BYTES, REFINE, TILE, Kind, PackedMatrix, Scales, aligned, experts_header
+from edgelm.bundle.cpu_layout import HEADER_BYTES, RESCORE, TILE, Kind, PackedMatrix, Scales, aligned, experts_header
 from edgelm.errors import ExportError
 from edgelm.export.activations import CPU, INT8, rounded
 from edgelm.export.graph.base import stored_as
@@ -86,9 +86,9 @@ class NativeDecoder(OperatorDecoder):
         """The residual stream's start, `hidden.0`."""
         # Before any layer's weights, as it is shared by them; further tables follow where a layer asks for one.
         self.rotary(self.decoder.attention[0].rope, self.info.context_length, self.info.head_dim)
-        planes = self.decoder.tied and self._head_in_planes()
+        split = self.decoder.tied and self._splits_head()
         name = table.name
-        packed = self._require([name], name, None, planes=planes)
+        packed = self._require([name], name, None, split=split)
         return self.graph.native_node("QuantEmbedding", ["input_ids", packed], self.hidden(0), name)
 
     def linear(
@@ -174,9 +174,9 @@ class NativeDecoder(OperatorDecoder):
         name = matrix.name
         ends, axes = constant("slice_end", int64(_END)), constant("axis_1", int64(1))
         last = self.graph.node("Slice", [x, self._logits_start, ends, axes], "head_input")
-        weights = self._require([name], name, None, planes=self._head_in_planes())
-        refine = REFINE if self._matrices[name].kind is Kind.INT8_PLANES else 0
-        self._matmul(last, weights, [name], "logits", norm, None, refine=refine)
+        weights = self._require([name], name, None, split=self._splits_head())
+        rescore = RESCORE if self._matrices[name].kind is Kind.INT8_SPLIT else 0
+        self._matmul(last, weights, [name], "logits", norm, None, rescore=rescore)
 
     def hidden(self, index: int) -> str:
         """The name of the residual stream before layer `index`; the debug graph returns it."""
@@ -184,7 +184,7 @@ class NativeDecoder(OperatorDecoder):
         self.debug_outputs.append((name, ["batch_size", "sequence_length", self.info.hidden_size]))
         return name
 
-    def _head_in_planes(self) -> bool:
+    def _splits_head(self) -> bool:
         """Whether the layers lose more than a head read by halves does: not where they have 8 bits themselves.
 
         Halves are for int8 activations only.
@@ -205,22 +205,22 @@ class NativeDecoder(OperatorDecoder):
         residual: str = "",
         *,
         bias: str = "",
-        refine: int = 0,
+        rescore: int = 0,
     ) -> str:
         kind = CPU.of_matmul(self.source, names)
         self.rounded |= rounded(self.source, names, kind, ACTIVATION_BLOCK)
         normed = self.norm_weight(norm, layer)
         return self.graph.native_node(
             "QuantLinear", [x, weights, normed, residual, bias], out, weights, activations=kind,
-            epsilon=self.epsilon(norm), refine=refine,
+            epsilon=self.epsilon(norm), refine=rescore,
         )  # fmt: skip
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
     def _require(
-        self, names: Sequence[str], stem: str, layer: int | None, *, dtype: str | None = None, planes: bool = False
+        self, names: Sequence[str], stem: str, layer: int | None, *, dtype: str | None = None, split: bool = False
     ) -> str:
-        found = self._matrix(names, stem, layer, dtype=dtype, planes=planes)
+        found = self._matrix(names, stem, layer, dtype=dtype, split=split)
         assert found is not None, f"{names} of one format"
         return found
 
@@ -240,7 +240,7 @@ class NativeDecoder(OperatorDecoder):
         *,
         dtype: str | None = None,
         swiglu: bool = False,
-        planes: bool = False,
+        split: bool = False,
     ) -> str | None:
         """The initializer of matrices stacked along the rows as one; None where no format holds them all."""
         if self.graph.has(stem):
@@ -248,19 +248,19 @@ class NativeDecoder(OperatorDecoder):
         fmt = self._format(names, stem, dtype)
         if fmt is None:
             return None
-        if planes and fmt.kind is Kind.INT8 and not fmt.zeros:
-            fmt = Format(Kind.INT8_PLANES, fmt.scales, False, fmt.group)
+        if split and fmt.kind is Kind.INT8 and not fmt.zeros:
+            fmt = Format(Kind.INT8_SPLIT, fmt.scales, False, fmt.group)
         shapes = [self.source.shape(name) for name in names]
         matrix = fmt.matrix(sum(rows for rows, _ in shapes), shapes[0][1], swiglu=swiglu)
         held = self.held(*names)
         first = self.plan.slot(stem, (matrix.first_bytes,), np.uint8, layer, packed(matrix, held))
         slots = [first]
-        if fmt.kind is Kind.INT8_PLANES:
-            # A tensor of its own in the file, and with the upper halves one initializer: they lie one after the other.
+        if fmt.kind is Kind.INT8_SPLIT:
+            # A tensor of its own in the file, and with the high nibbles one initializer: they lie one after the other.
             lower = packed(matrix, held, Layout.LOW_NIBBLES)
-            slots.append(self.plan.slot(f"{stem}.lower", (matrix.lower_bytes,), np.uint8, layer, lower))
-            matrix = matrix.with_low_plane(slots[1].offset - first.offset)
-            assert matrix.low_plane - first.size < PAGE
+            slots.append(self.plan.slot(f"{stem}.lower", (matrix.low_bytes,), np.uint8, layer, lower))
+            matrix = matrix.with_low_offset(slots[1].offset - first.offset)
+            assert matrix.low_offset - first.size < PAGE
         self._matrices[stem] = matrix
 
         def fill(source: WeightSource, writers: Sequence[SlotWriter], advance: Advance) -> None:
@@ -284,7 +284,7 @@ class NativeDecoder(OperatorDecoder):
                 if fmt is None:
                     raise ExportError(
                         f"the recipe stores {gate} and {up} in types of which neither holds the other: gate and up "
-                        "are one product, so give both integers, both fp8, or keep both in float"
+                        "are one matmul, so give both integers, both fp8, or keep both in float"
                     )
                 shapes = [self.source.shape(name) for name in names]
                 matrix = fmt.matrix(sum(rows for rows, _ in shapes), shapes[0][1], swiglu=swiglu)
@@ -317,7 +317,7 @@ class NativeDecoder(OperatorDecoder):
         dtype: str,
         advance: Advance,
     ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8] | None]]:
-        """The records of a matrix (and their lower halves) in blocks of whole tiles, in order."""
+        """The records of a matrix (and their low nibbles) in blocks of whole tiles, in order."""
         parts = [[names[0]], [names[1]]] if matrix.swiglu else [list(names)]
         rows = matrix.outputs
         step = max(TILE, BLOCK_WEIGHTS // (matrix.columns * len(parts)) // TILE * TILE)
@@ -325,7 +325,7 @@ class NativeDecoder(OperatorDecoder):
         for block in slices(rows, step):
             count = -(-(block.stop - block.start) // TILE) * len(parts)
             upper = np.zeros((count, matrix.records, matrix.record_bytes), np.uint8)
-            lower = np.zeros((count, matrix.lower_bytes // matrix.tiles), np.uint8) if matrix.lower_bytes else None
+            lower = np.zeros((count, matrix.low_bytes // matrix.tiles), np.uint8) if matrix.low_bytes else None
             for i, part in enumerate(parts):
                 mine = slice(i, None, len(parts))
                 self._pack_rows(source, part, block, fmt, dtype, upper[mine], None if lower is None else lower[mine])

@@ -218,8 +218,8 @@ class PortableOps(LayerOps):
         bias = self.bias(matrices, out)
         if not bias:
             return self._linear(x, [matrix.name for matrix in matrices], out, matrices[0].layer)
-        product = self._linear(x, [matrix.name for matrix in matrices], f"{out}.product", matrices[0].layer)
-        return self.graph.node("Add", [product, bias], out)
+        result = self._linear(x, [matrix.name for matrix in matrices], f"{out}.product", matrices[0].layer)
+        return self.graph.node("Add", [result, bias], out)
 
     def _linear(self, x: str, names: Sequence[str], out: str, layer: int | None) -> str:
         """x [..., in] times the rows of all `names` (each [out_i, in]): [..., sum of out_i]."""
@@ -312,7 +312,7 @@ class PortableOps(LayerOps):
         return self.graph.node("SkipSimplifiedLayerNormalization", inputs, outputs, MICROSOFT, epsilon=norm.eps)
 
     def silu_gate(self, gate_up: str, width: int, out: str) -> str:
-        """SwiGLU's product: silu(first `width` columns) * the others. `QuickGelu` with alpha 1 is SiLU."""
+        """SwiGLU: silu(first `width` columns) * the others. `QuickGelu` with alpha 1 is SiLU."""
         gate, up = f"{out}.gate", f"{out}.up"
         self.graph.node(
             "Split", [gate_up, self.graph.constant("swiglu_split", int64(width, width))], [gate, up], axis=-1

@@ -107,8 +107,8 @@ class PortableDecoder:
             return self._attention(part, normed, i)
         if isinstance(part, Dense):
             gate_up = self.ops.linear(normed, [part.gate, part.up], f"{stem}.mlp.gate_up")
-            product = self.ops.silu_gate(gate_up, part.gate.rows, f"{stem}.mlp.product")
-            return self.ops.linear(product, [part.down], f"{stem}.mlp.down")
+            activated = self.ops.silu_gate(gate_up, part.gate.rows, f"{stem}.mlp.product")
+            return self.ops.linear(activated, [part.down], f"{stem}.mlp.down")
         return self._moe(part, normed, i)
 
     def _attention(self, part: Attention, normed: str, i: int) -> str:

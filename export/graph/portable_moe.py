@@ -165,7 +165,7 @@ class PortableMoE:
     def _quantized_experts(
         self, names: Sequence[tuple[str, str, str]], stem: str, layer: int
     ) -> tuple[QuantizedSlots, QuantizedSlots]:
-        # QMoE has one block size and one width for both matmuls: what is coarser or narrower is stored as the finer.
+        # QMoE has one block size and one width for both matmuls: coarser blocks or fewer bits are stored as the finer.
         fmt = self.ops.common_format([name for expert in names for name in expert])
         for name in (names[0][0], names[0][2]):
             problem = self.ops.provider.expert_problem(fmt.block, self.ops.source.shape(name)[1])

@@ -74,7 +74,7 @@ def portable(
 
 
 def _dtype(kind: Kind) -> str:
-    return Kind.INT8.label if kind is Kind.INT8_PLANES else kind.label
+    return Kind.INT8.label if kind is Kind.INT8_SPLIT else kind.label
 
 
 def _group(matrix: PackedMatrix) -> int | None:

@@ -26,7 +26,7 @@ Units = NDArray[np.uint32]
 
 FLOAT_KINDS = {"float16": Kind.FLOAT16, "bfloat16": Kind.BFLOAT16, "float32": Kind.FLOAT32}
 _INTEGER_KINDS = {3: Kind.INT3, 4: Kind.INT4, 5: Kind.INT5, 6: Kind.INT6, 8: Kind.INT8}
-_BITS = {kind: bits for bits, kind in _INTEGER_KINDS.items()} | {Kind.INT8_PLANES: 8}
+_BITS = {kind: bits for bits, kind in _INTEGER_KINDS.items()} | {Kind.INT8_SPLIT: 8}
 _PARTS = {
     # of a block's codes, in the order in which they are stored: the lowest bit taken and how many
     Kind.INT3: ((0, 2), (2, 1)),
@@ -34,7 +34,7 @@ _PARTS = {
     Kind.INT5: ((0, 4), (4, 1)),
     Kind.INT6: ((0, 4), (4, 2)),
     Kind.INT8: ((0, 8),),
-    Kind.INT8_PLANES: ((4, 4),),
+    Kind.INT8_SPLIT: ((4, 4),),
 }
 
 
@@ -90,7 +90,7 @@ def pack_codes(tensor: QuantTensor, fmt: Format, out: Bytes, lower: Bytes | None
         tensor: rows whose scheme `fmt` holds exactly.
         fmt: the format of the whole matrix.
         out: zeros [tiles, records, record bytes] to fill, of at least as many rows; strides are free but the last.
-        lower: for INT8_PLANES, [tiles, padded K / 32 * 512] to fill with the lower halves.
+        lower: for INT8_SPLIT, [tiles, padded K / 32 * 512] to fill with the low nibbles.
     """
     tiles, records = out.shape[:2]
     matrix = fmt.matrix(tensor.shape[0], tensor.shape[1])
@@ -170,7 +170,7 @@ def _padded(codes: Bytes, columns: int, filling: int) -> Bytes:
 def _units(tensor: QuantTensor, kind: Kind, columns: int) -> tuple[Units, Units | None]:
     """Codes as units of 32 bits [N, columns / 32 * units of a block], in the columns' order.
 
-    Rows are padded to `columns` with codes that stand for zero. For planes, upper and lower halves.
+    Rows are padded to `columns` with codes that stand for zero. For split nibbles, return high and low ones.
     """
     bits = tensor.scheme.bits
     if kind is Kind.INT4 and bits == 4 and tensor.shape[1] == columns:
@@ -179,7 +179,7 @@ def _units(tensor: QuantTensor, kind: Kind, columns: int) -> tuple[Units, Units 
     blocks = _as_units(_padded(codes, columns, 1 << (_BITS[kind] - 1))).reshape(len(codes), -1, BLOCK // 4)
     parts = [_taken(blocks, lowest, count) for lowest, count in _PARTS[kind]]
     units = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
-    low = _taken(blocks, 0, 4).reshape(len(codes), -1) if kind is Kind.INT8_PLANES else None
+    low = _taken(blocks, 0, 4).reshape(len(codes), -1) if kind is Kind.INT8_SPLIT else None
     return units.reshape(len(codes), -1), low
 
 

@@ -22,7 +22,7 @@ from edgelm.quant.methods.feedback import LARGEST_BLOCK, Block, fit_scale, recod
 from edgelm.quant.methods.grids import Grid
 from edgelm.quant.methods.moments import Factor
 
-_BLOCK_OF_WIDE_GROUPS = 64  # columns between two updates of all others; narrower groups are a block each
+_BLOCK_OF_WIDE_GROUPS = 64  # columns between two updates of all others; smaller groups are a block each
 
 
 @dataclass

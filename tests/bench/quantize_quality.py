@@ -159,8 +159,8 @@ class Model:
             for expert in np.argsort(loads)[:count]
         ]
 
-    def head_in_planes(self, group: int, exact: int) -> tuple[Head, float]:
-        """The head from the upper halves of int8 codes, the `exact` largest logits from both; and its bits a weight."""
+    def split_head(self, group: int, exact: int) -> tuple[Head, float]:
+        """The head from the high nibbles of int8 codes, the `exact` largest logits from both; and its bits a weight."""
         tensor = quantize(self.checkpoint.read_float32(self.head_name), Scheme(8, group))
         rows, columns = tensor.shape
         codes = primitives.unpack(tensor.codes, 8).reshape(rows, tensor.scales.shape[1], -1)
@@ -214,10 +214,10 @@ def variants(model: Model) -> Iterator[Variant]:
     yield Variant("int4-g32, tables int4-g32", recipe("int4-g32-sym", *tables("int4-g32-sym")))
     yield Variant("int4-g32, tables float", recipe("int4-g32-sym", *tables("float")))
     for group, exact in ((128, 0), (128, 16), (128, 64), (128, 256), (32, 0), (32, 64)):
-        head, bits = model.head_in_planes(group, exact)
+        head, bits = model.split_head(group, exact)
         name = f"int4-g32, head int8-g{group} by its upper half, {exact} largest exact"
         yield Variant(name, recipe("int4-g32-sym"), head, bits)
-    head, bits = model.head_in_planes(128, 64)
+    head, bits = model.split_head(128, 64)
     for group in (64, 128):
         name = f"int4-g{group}, head int8-g128 by its upper half, 64 largest exact"
         yield Variant(name, recipe(f"int4-g{group}-sym"), head, bits)

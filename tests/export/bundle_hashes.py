@@ -13,7 +13,7 @@ What is recorded of a file:
   A graph whose names alone have changed is reported as such.
 - manifest.json by its parts, without `files`, `tools` and `created`; parity/pack.json without `made_with`.
 - Kernels are not compiled: their bytes hold NVRTC's version. What is asked of the compiler is recorded instead.
-- parity/pack.npz and the router's probe hold sums of PyTorch and NumPy, whose last bits depend on the processor's
+- parity/pack.npz and the router's probe hold sums of PyTorch and NumPy, whose last bits depend on the CPU's
   instructions (by 1e-6 of the values between AVX-512, AVX2 and neither). Their integers came out the same there and are
   exact; of every float array the root mean square and a sum with random signs are compared, with the tolerance `SUMS`.
   What rounds activations to int8 can round another way (by 1e-2 of a sum): `ROUNDED_SUMS`.
@@ -21,7 +21,7 @@ What is recorded of a file:
   often each value of a half byte occurs are compared, with the tolerance `CALIBRATED`.
 - Everything else came out the same with the instructions of AVX-512, AVX2 and SSE alone (EDGELM_ISA,
   NPY_DISABLE_CPU_FEATURES, ATEN_CPU_CAPABILITY and MKL_CBWR ask for them).
-- On a machine like the one that recorded (`machine`: processor, PyTorch, NumPy) those files, too, must be the same bit
+- On a machine like the one that recorded (`machine`: CPU, PyTorch, NumPy) those files, too, must be the same bit
   for bit.
 """
 
@@ -94,10 +94,10 @@ _UNUSUAL = {
     "fox": {"tie_word_embeddings": False, "num_key_value_heads": 4, "rope_theta": 500000.0},
 }
 # Calibration takes its time.
-_NARROW = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+_SMALL_DIMS = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
 _SMALL = {
-    "olmoe": {**_NARROW, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2},
-    "fox": {**_NARROW, "intermediate_size": 128},
+    "olmoe": {**_SMALL_DIMS, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2},
+    "fox": {**_SMALL_DIMS, "intermediate_size": 128},
 }
 
 Record = dict[str, Any]
@@ -458,8 +458,8 @@ def machine() -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     kinds = ("vendor_id", "cpu family", "model\t", "flags")
-    processor = [platform.machine(), *(line for line in lines if line.startswith(kinds))]
-    return _hash([processor, torch.__version__, torch.backends.cpu.get_cpu_capability(), np.__version__])
+    cpu = [platform.machine(), *(line for line in lines if line.startswith(kinds))]
+    return _hash([cpu, torch.__version__, torch.backends.cpu.get_cpu_capability(), np.__version__])
 
 
 def read_recorded() -> tuple[str, dict[str, Record]]:

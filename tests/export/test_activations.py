@@ -1,4 +1,4 @@
-"""Do products multiply what the recipe says, as far as the operators can?"""
+"""Do matmuls take the activation type that the recipe names, as far as the operators can?"""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_rule_has_its_own(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     bundle = exported(checkpoint("fox"), tmp_path / "b", recipe("int4-g32-sym", "int8-token", rules), "native")
     found = attributes(bundle, "activations")
     float32 = {name for name, kind in found.items() if kind == b"float32"}
-    # Queries, keys and values are one product: what is asked for one of them, all get. What down returns is hidden.
+    # Queries, keys and values are one matmul: what is asked for one of them, all get. What down returns is hidden.
     assert float32 == {"hidden.1", "hidden.2", "layers.0.attn.qkv", "layers.1.attn.qkv"}
     rows = dict(bundle_rows(bundle, None))
     assert rows["activations"] == (
@@ -106,11 +106,11 @@ def test_a_rule_has_its_own(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
 
 @needs_native
 def test_a_head_with_float_activations_is_not_read_by_halves(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    for activations, refined in (("auto", True), ("float", False)):
+    for activations, rescored in (("auto", True), ("float", False)):
         chosen = recipe("int4-g32-sym", "auto", rule("lm_head.weight", "int8-row-sym", activations) + ROUTER)
         bundle = exported(checkpoint("olmoe"), tmp_path / activations, chosen, "native")
-        assert any(entry.name == "lm_head.weight.lower" for entry in bundle.manifest.tensors) == refined
-        assert (attributes(bundle, "refine")["logits"] > 0) == refined  # type: ignore[operator]  # an int
+        assert any(entry.name == "lm_head.weight.lower" for entry in bundle.manifest.tensors) == rescored
+        assert (attributes(bundle, "refine")["logits"] > 0) == rescored  # type: ignore[operator]  # an int
 
 
 @pytest.mark.parametrize("ops", OPERATOR_SETS)

@@ -24,7 +24,7 @@ from tiny_models import OPERATOR_SETS, MakeCheckpoint
 
 import edgelm
 from edgelm.bundle import Bundle, sha256_of
-from edgelm.bundle.cpu_layout import REFINE
+from edgelm.bundle.cpu_layout import RESCORE
 from edgelm.checkpoint import Checkpoint
 from edgelm.errors import EdgeLMError, ExportError, MemoryLimitError
 from edgelm.export import ExportOptions, export_bundle
@@ -195,7 +195,7 @@ def test_a_native_tied_table_is_one_initializer_for_lookup_and_head(native: Bund
 
 
 def test_a_native_decode_reads_half_of_the_head_and_the_debug_graph_all(native: Bundles) -> None:
-    for file, expected in (("model.onnx", (REFINE, b"int8")), ("model.debug.onnx", (0, b"float32"))):
+    for file, expected in (("model.onnx", (RESCORE, b"int8")), ("model.debug.onnx", (0, b"float32"))):
         model = onnx.load(native["olmoe", "int4"].file(file), load_external_data=False)
         head = next(node for node in model.graph.node if "logits" in node.output)
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in head.attribute}
@@ -376,7 +376,7 @@ def test_what_cannot_be_done_is_refused_before_any_work(checkpoint: MakeCheckpoi
     for scheme in ("int3-g32-sym", "fp8-row"):
         own = Recipe.from_toml(f'name = "x"\ndefault = "{scheme}"\n', "x")
         with pytest.raises(ExportError, match=rf"is {scheme} in this recipe.*--ops native"):
-            export_bundle(path, tmp_path / "narrow", recipe=own, options=PORTABLE)
+            export_bundle(path, tmp_path / "few-bits", recipe=own, options=PORTABLE)
     text = text.replace("*.experts.0.*", "*.experts.0.up_proj.weight")
     with pytest.raises(ExportError, match=r"experts\.0\.gate_proj\.weight and .*up_proj\.weight in types"):
         recipe = Recipe.from_toml(text, "x")

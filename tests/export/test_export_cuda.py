@@ -214,7 +214,7 @@ def test_the_probe_tells_a_provider_that_routes_as_asked_from_one_that_does_not(
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("name", ["olmoe", "fox"])
 @pytest.mark.parametrize("chosen", ["none", "int4", "int8"])
-def test_values_have_the_narrow_type_and_the_router_float32(
+def test_values_have_the_16_bit_type_and_the_router_float32(
     tmp_path: Path, checkpoint: MakeCheckpoint, name: str, chosen: str, dtype: str
 ) -> None:
     bundle = export(checkpoint(name), tmp_path / "b", chosen, dtype)
@@ -251,7 +251,7 @@ def check_types(path: Path) -> None:
         assert "Could not find an implementation" in str(error)
 
 
-def test_scales_and_codes_are_those_of_a_bundle_for_processors(tmp_path: Path, checkpoint: MakeCheckpoint) -> None:
+def test_scales_and_codes_are_those_of_a_cpu_bundle(tmp_path: Path, checkpoint: MakeCheckpoint) -> None:
     path, chosen = checkpoint("olmoe"), recipe("int4-g32-asym", "olmoe")
     cuda = export(path, tmp_path / "cuda", chosen)
     cpu = export_bundle(path, tmp_path / "cpu", recipe=chosen, options=ExportOptions(ops="portable", golden=SHORT))
@@ -294,7 +294,9 @@ def test_what_the_provider_has_no_kernel_for_is_refused_before_anything_is_writt
     assert not (tmp_path / "b").exists()
 
 
-def test_experts_too_narrow_for_the_kernels_tiles_are_refused(tmp_path: Path, checkpoint: MakeCheckpoint) -> None:
+def test_experts_with_fewer_columns_than_the_kernels_tiles_are_refused(
+    tmp_path: Path, checkpoint: MakeCheckpoint
+) -> None:
     with pytest.raises(ExportError, match=r"down_proj\.weight has rows of 32 weights, .* wants multiples of 64"):
         export(checkpoint("olmoe", intermediate_size=32), tmp_path / "b", recipe("int4-g32-sym", "olmoe"))
 

@@ -39,7 +39,7 @@ from edgelm.tokenization.tokenizer import Tokenizer
 
 ROUTER = '\n[[rule]]\nmatch = "*.mlp.gate.weight"\nscheme = "float"\n'
 SHORT = GoldenOptions(prompts=(Prompt("short", "a"),), greedy_tokens=0)
-NARROWER_V = '\n[[rule]]\nmatch = "*.v_proj.weight"\nscheme = "{}"\n'
+FEWER_BITS_V = '\n[[rule]]\nmatch = "*.v_proj.weight"\nscheme = "{}"\n'
 
 
 def planned(path: Path, recipe: Recipe, dtype: str = "auto") -> tuple[WeightSource, Plan]:
@@ -107,9 +107,11 @@ def test_is_a_tied_table_stored_once_and_are_gate_and_up_one_matrix(checkpoint: 
     assert np.array_equal(found, written.want(f"{stem}.gate_proj.weight", f"{stem}.up_proj.weight"))
 
 
-def test_do_narrower_integers_join_wider_ones_and_floats_not(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_do_integers_of_fewer_bits_join_those_of_more_and_floats_not(
+    checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
     def recipe(scheme: str) -> Recipe:
-        rule = NARROWER_V.format(scheme)
+        rule = FEWER_BITS_V.format(scheme)
         return Recipe.from_toml(f'name = "test"\ndefault = "int8-g64-sym"\n{rule}{ROUTER}')
 
     written = Written(tmp_path, checkpoint("olmoe"), recipe("int4-g32-asym"))

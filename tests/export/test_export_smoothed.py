@@ -118,7 +118,7 @@ def test_floats_that_smoothing_changed_are_rounded_as_the_bundle_stores_them(
         assert edgelm.check_parity(made.path).passed
 
 
-def test_static_activations_of_a_processor_need_no_scales_and_it_says_so(
+def test_static_activations_on_a_cpu_need_no_scales_and_a_note_says_so(
     checkpoint: MakeCheckpoint, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*arguments: Any, **options: Any) -> None:

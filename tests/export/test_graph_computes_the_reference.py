@@ -212,7 +212,7 @@ MIXTURES = [
     ("olmoe", "*.experts.5.*", "fp8-row"),
     ("olmoe", "*.experts.*.up_proj.weight", "int4-g32-asym"),
     ("olmoe", "*.experts.*.down_proj.weight", "int3-g32-sym"),
-    # What is one product elsewhere: widened where a wider type holds both, else products of their own.
+    # One matmul elsewhere. Here: upcast where a larger type holds both, otherwise matmuls of their own.
     ("fox", "*.k_proj.weight", "int4-g32-asym"),
     ("fox", "*.v_proj.weight", "float"),
     ("fox", "*.q_proj.weight", "fp8-row"),
@@ -252,7 +252,7 @@ def test_presets_as_deployed_stay_within_int8_activation_noise(
     assert 0.005 < float(np.median(error)) < 0.02
 
 
-def test_mixed_widths_within_a_layers_experts_are_widened_exactly(
+def test_mixed_widths_within_a_layers_experts_are_upcast_exactly(
     tmp_path: Path, checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (

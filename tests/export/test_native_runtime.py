@@ -300,7 +300,7 @@ def test_inspect_says_how_weights_are_packed(bundles: dict[tuple[str, str], Bund
     for text in (
         "layers.*.attn.qkv.weight: 2 x int4, groups of 32 [384, 128], 4.51 bits a weight",
         "layers.*.moe.experts: 32 x int4, groups of 32, SwiGLU [128, 128]",
-        "lm_head.weight: int8 in planes, a scale per row [640, 128]",
+        "lm_head.weight: int8 in split nibbles, a scale per row [640, 128]",
         "model.layers.*.mlp.gate.weight: 2 x float32 [16, 128]",
     ):
         assert text in shown, shown
@@ -325,7 +325,7 @@ def test_inspect_names_the_tensor_whose_header_is_damaged(
     assert "layers.0.attn.qkv.weight is no packed matrix: 119 is not a valid Kind" in shown.stderr
 
 
-def test_a_head_is_in_planes_only_below_layers_of_fewer_than_eight_bits(
+def test_a_head_has_split_nibbles_only_below_layers_of_fewer_than_eight_bits(
     bundles: dict[tuple[str, str], Bundle],
 ) -> None:
     for (family, recipe), bundle in bundles.items():

@@ -47,14 +47,14 @@ def packed(tensors: list[QuantTensor], fmt: Format, *, swiglu: bool = False) -> 
     """One matrix of tensors stacked, or of gate and up."""
     matrix = fmt.matrix(sum(t.shape[0] for t in tensors), tensors[0].shape[1], swiglu=swiglu)
     out = np.zeros((matrix.tiles, matrix.records, matrix.record_bytes), np.uint8)
-    lower = np.zeros((matrix.tiles, matrix.lower_bytes // matrix.tiles), np.uint8)
+    lower = np.zeros((matrix.tiles, matrix.low_bytes // matrix.tiles), np.uint8)
     if swiglu:
         pack_codes(tensors[0], fmt, out[0::2])
         pack_codes(tensors[1], fmt, out[1::2])
     else:
         pack_codes(stacked(tensors, fmt), fmt, out, lower)
-    if fmt.kind is Kind.INT8_PLANES:
-        matrix = matrix.with_low_plane(matrix.first_bytes + 192)
+    if fmt.kind is Kind.INT8_SPLIT:
+        matrix = matrix.with_low_offset(matrix.first_bytes + 192)
         return matrix, matrix.header() + out.tobytes() + bytes(192) + lower.tobytes()
     return matrix, matrix.header() + out.tobytes()
 
@@ -98,10 +98,10 @@ def test_any_number_of_blocks(columns: int) -> None:
 @pytest.mark.parametrize(
     "name", ["int8-g128-sym", "int8-row-sym", "int4-g32-sym", "int3-g64-sym", "int5-g32-sym", "int6-row-sym"]
 )
-def test_planes_hold_eight_bits(name: str) -> None:
+def test_split_nibbles_hold_eight_bits(name: str) -> None:
     tensor = quantize(weight(50), parse_scheme(name))
     group = tensor.scheme.group_size(COLUMNS)
-    matrix, data = packed([tensor], Format(Kind.INT8_PLANES, Scales.FLOAT16, False, group))
+    matrix, data = packed([tensor], Format(Kind.INT8_SPLIT, Scales.FLOAT16, False, group))
     assert_same(tensor, unpack_matrix(matrix, data), 8)
 
 
@@ -132,7 +132,7 @@ MIXES = [
 
 
 @pytest.mark.parametrize(("names", "kind", "group", "zeros"), MIXES)
-def test_stacked_matrices_of_different_schemes_are_widened_exactly(
+def test_stacked_matrices_of_different_schemes_are_upcast_exactly(
     names: list[str], kind: Kind, group: int, zeros: bool
 ) -> None:
     tensors = [quantize(weight(17 + i, seed=i), parse_scheme(name)) for i, name in enumerate(names)]
@@ -193,8 +193,8 @@ def test_rows_of_any_width_come_back(group: str, columns: int) -> None:
         assert matrix.nbytes == len(data)
         assert_same(tensor, unpack_matrix(matrix, data), bits)
         if (bits, symmetry) == (8, "sym"):
-            planes = Format(Kind.INT8_PLANES, fmt.scales, False, fmt.group)
-            assert_same(tensor, unpack_matrix(*packed([tensor], planes)), 8)
+            split = Format(Kind.INT8_SPLIT, fmt.scales, False, fmt.group)
+            assert_same(tensor, unpack_matrix(*packed([tensor], split)), 8)
     tensor = quantize(weight(37, columns), parse_scheme(f"fp8-{group.replace('g', 'b')}"))
     fmt = common_format([tensor.scheme], columns, "x")
     assert fmt is not None

@@ -214,6 +214,6 @@ def test_the_manifest_says_what_the_headers_say(checkpoint: MakeCheckpoint, tmp_
                 continue
             (matrix,) = matrices
             group = None if matrix.scales is Scales.NONE else min(matrix.group, matrix.columns)
-            assert held["dtype"] == matrix.kind.label.removesuffix(" in planes"), name
+            assert held["dtype"] == matrix.kind.label.removesuffix(" in split nibbles"), name
             assert (held["shape"], held.get("group")) == ([matrix.rows, matrix.columns], group), name
             assert held.get("zero_points", False) == matrix.zeros, name

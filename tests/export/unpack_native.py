@@ -11,7 +11,7 @@ from edgelm.bundle.cpu_layout import BLOCK, TILE, Kind, PackedMatrix, Scales
 
 Bytes = NDArray[np.uint8]
 
-BITS = {Kind.INT3: 3, Kind.INT4: 4, Kind.INT5: 5, Kind.INT6: 6, Kind.INT8: 8, Kind.INT8_PLANES: 8}
+BITS = {Kind.INT3: 3, Kind.INT4: 4, Kind.INT5: 5, Kind.INT6: 6, Kind.INT8: 8, Kind.INT8_SPLIT: 8}
 FLOAT_TYPES = {Kind.FP8: np.uint8, Kind.FLOAT16: np.float16, Kind.BFLOAT16: np.uint16, Kind.FLOAT32: np.float32}
 SCALE_TYPES = {Scales.FLOAT16: np.float16, Scales.FLOAT32: np.float32}
 
@@ -42,8 +42,8 @@ def unpack_matrix(matrix: PackedMatrix, data: bytes | Bytes) -> tuple[NDArray[An
         return tuple(found)
     blocks = codes.reshape(tiles, records * matrix.span // BLOCK, -1)
     lower = None
-    if matrix.kind is Kind.INT8_PLANES:
-        lower = raw[matrix.low_plane : matrix.nbytes].reshape(blocks.shape)
+    if matrix.kind is Kind.INT8_SPLIT:
+        lower = raw[matrix.low_offset : matrix.nbytes].reshape(blocks.shape)
     columns = np.stack([_column(blocks, lower, k, matrix.kind) for k in range(BLOCK)], axis=-1)
     unpacked = _rows(columns.transpose(0, 2, 1, 3).reshape(tiles * TILE, -1), matrix)
     assert (unpacked[:, matrix.columns :] == 1 << (BITS[matrix.kind] - 1)).all(), "padding stands for zero"

@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 KINDS = {
-    "int3": 3, "int4": 4, "int5": 5, "int6": 6, "int8": 8, "planes": 9,
+    "int3": 3, "int4": 4, "int5": 5, "int6": 6, "int8": 8, "split": 9,
     "fp8": 16, "float16": 17, "bfloat16": 18, "float32": 19,
 }  # fmt: skip
-INTEGER_KINDS = ("int3", "int4", "int5", "int6", "int8", "planes")
+INTEGER_KINDS = ("int3", "int4", "int5", "int6", "int8", "split")
 FLOAT_KINDS = ("fp8", "float16", "bfloat16", "float32")
-_MIDDLE = {"int3": 4, "int4": 8, "int5": 16, "int6": 32, "int8": 128, "planes": 128}
-_BLOCK_BYTES = {"int3": 384, "int4": 512, "int5": 640, "int6": 768, "int8": 1024, "planes": 512}
+_MIDDLE = {"int3": 4, "int4": 8, "int5": 16, "int6": 32, "int8": 128, "split": 128}
+_BLOCK_BYTES = {"int3": 384, "int4": 512, "int5": 640, "int6": 768, "int8": 1024, "split": 512}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def random_matrix(
             elements = values.astype(kind)
             dense = elements.astype(np.float64)
         return Packed(pack(kind, elements, group, swiglu=swiglu), dense, swiglu)
-    bits = KINDS[kind] if kind != "planes" else 8
+    bits = KINDS[kind] if kind != "split" else 8
     codes = rng.integers(0, 1 << bits, (rows, columns)).astype(np.uint8)
     factors = (rng.uniform(0.5, 2, (rows, groups)) / (1 << bits) * 3 / np.sqrt(columns)).astype(scales)
     points = rng.integers(0, 1 << bits, (rows, groups)).astype(np.uint8) if zeros else None
@@ -109,16 +109,16 @@ def pack(
                 continue
             for block in range(0, group, 32):
                 upper = _filled(codes[:, block : block + 32])
-                if kind == "planes":
+                if kind == "split":
                     lower += _block("int4", upper & 15)
                     upper = upper >> 4
-                records += _block("int4" if kind == "planes" else kind, upper)
-    low_plane = 64 + len(records) if kind == "planes" else 0
+                records += _block("int4" if kind == "split" else kind, upper)
+    low_offset = 64 + len(records) if kind == "split" else 0
     scale_kind = 0 if scales is None else {np.dtype(np.float16): 1, np.dtype(np.float32): 2}[scales.dtype]
     flags = (zeros is not None) + 2 * swiglu
     size = 64 + len(records) + len(lower)
     header = struct.pack(
-        "<4sBBBB5q16x", b"EDLM", 1, KINDS[kind], scale_kind, flags, rows, columns, group, size, low_plane
+        "<4sBBBB5q16x", b"EDLM", 1, KINDS[kind], scale_kind, flags, rows, columns, group, size, low_offset
     )
     return np.frombuffer(header + bytes(records) + bytes(lower), np.uint8)
 

@@ -18,7 +18,7 @@ from edgelm.bundle.kv_cache import KV_TYPES, row_bytes
 from edgelm.runtimes.onnxruntime.native_library import describe_cpu
 
 D = 256
-KINDS = ["int4", "int8", "int3", "int5", "int6", "planes", "fp8", "bfloat16", "float16", "float32"]
+KINDS = ["int4", "int8", "int3", "int5", "int6", "split", "fp8", "bfloat16", "float16", "float32"]
 
 
 def cases() -> dict[str, tuple[str, dict[str, Array], dict[str, object]]]:
@@ -36,9 +36,9 @@ def cases() -> dict[str, tuple[str, dict[str, Array], dict[str, object]]]:
         ids = rng.integers(0, 520, (1, 30))
         if kind != "int8":
             found[f"embedding {kind}"] = ("QuantEmbedding", {"ids": ids, "table": weights}, {})
-    weights = random_matrix(rng, "planes", 9000, 64, group=64).blob
+    weights = random_matrix(rng, "split", 9000, 64, group=64).blob
     x = rng.standard_normal((1, 64)).astype(np.float32)
-    found["refined"] = ("QuantLinear", {"x": x, "weights": weights}, {"refine": 20})
+    found["rescored"] = ("QuantLinear", {"x": x, "weights": weights}, {"refine": 20})
     for rows in (1, 150):
         x, residual = (rng.standard_normal((rows, 250)).astype(np.float32) for _ in range(2))
         inputs = {"x": x, "weight": norm[:250], "residual": residual}

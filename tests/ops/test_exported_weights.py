@@ -27,11 +27,11 @@ def exported(tensors: list[QuantTensor], fmt: Format) -> Array:
     """One matrix, or gate and up, as the exporter packs it."""
     matrix = fmt.matrix(ROWS * len(tensors), COLUMNS, swiglu=len(tensors) == 2)
     out = np.zeros((matrix.tiles, matrix.records, matrix.record_bytes), np.uint8)
-    lower = np.zeros((matrix.tiles, matrix.lower_bytes // matrix.tiles), np.uint8)
+    lower = np.zeros((matrix.tiles, matrix.low_bytes // matrix.tiles), np.uint8)
     for i, part in enumerate(tensors):
         pack_codes(part, fmt, out[i :: len(tensors)], lower[i :: len(tensors)])
-    if fmt.kind is Kind.INT8_PLANES:
-        matrix = matrix.with_low_plane(matrix.first_bytes)
+    if fmt.kind is Kind.INT8_SPLIT:
+        matrix = matrix.with_low_offset(matrix.first_bytes)
     return np.frombuffer(matrix.header() + out.tobytes() + lower.tobytes(), np.uint8)
 
 
@@ -56,10 +56,10 @@ def test_integers(bits: int, group: str, symmetry: str) -> None:
     assert exported([made], fmt).tobytes() == ours.tobytes()
 
 
-def test_planes() -> None:
+def test_split_nibbles() -> None:
     made = tensor("int8-g64-sym")
-    ours = pack("planes", codes_of(made), 64, scales=made.scales)
-    assert exported([made], Format(Kind.INT8_PLANES, Scales.FLOAT16, False, 64)).tobytes() == ours.tobytes()
+    ours = pack("split", codes_of(made), 64, scales=made.scales)
+    assert exported([made], Format(Kind.INT8_SPLIT, Scales.FLOAT16, False, 64)).tobytes() == ours.tobytes()
 
 
 def test_gate_and_up() -> None:

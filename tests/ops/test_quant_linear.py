@@ -58,7 +58,7 @@ def test_float_activations_give_the_exact_weights_product(rng: Generator, kind: 
 
 @pytest.mark.parametrize("scales", ["float16", "float32"])
 @pytest.mark.parametrize("group", [32, 64, 192])
-# The layout has no zero points for planes.
+# The layout has no zero points for split nibbles.
 @pytest.mark.parametrize(("kind", "zeros"), [(kind, zeros) for kind in INTEGER_KINDS for zeros in (False, True)][:-1])
 def test_int8_activations_give_the_product_of_the_codes(
     rng: Generator, kind: str, group: int, zeros: bool, scales: str
@@ -118,7 +118,7 @@ def test_residual_is_added_last(rng: Generator, activations: str) -> None:
 @pytest.mark.parametrize("rows", [1, 6, 40])
 @pytest.mark.parametrize("activations", ["int8", "float32"])
 def test_a_bias_is_added_to_the_product_and_a_residual_to_both(rng: Generator, activations: str, rows: int) -> None:
-    for kind in ("int4", "planes", "float32"):
+    for kind in ("int4", "split", "float32"):
         matrix, x = random_matrix(rng, kind, 50, 64, group=32), floats(rng, rows, 64)
         bias, residual, norm = floats(rng, 50), floats(rng, rows, 50), rng.uniform(0.5, 2, 64).astype(np.float32)
         inputs = {"x": x, "weights": matrix.blob, "norm": norm}
@@ -131,7 +131,7 @@ def test_a_bias_is_added_to_the_product_and_a_residual_to_both(rng: Generator, a
         assert y.tobytes() == (product + bias + residual).tobytes()
 
 
-@pytest.mark.parametrize("kind", ["int4", "planes", "bfloat16"])
+@pytest.mark.parametrize("kind", ["int4", "split", "bfloat16"])
 def test_a_row_does_not_depend_on_the_others(rng: Generator, kind: str) -> None:
     matrix, norm = random_matrix(rng, kind, 200, 256, group=64), rng.uniform(0.5, 2, 256).astype(np.float32)
     x = floats(rng, 1300, 256)  # more than one stretch of rows in either form of activations
@@ -152,24 +152,24 @@ def test_an_odd_row_spoils_itself_only(rng: Generator) -> None:
     assert np.delete(y, [1, 4], 0).tobytes() == np.delete(good, [1, 4], 0).tobytes()
 
 
-@pytest.mark.parametrize("refine", [1, 7, 40, 1000])
-def test_refined_logits_are_exact_where_they_are_largest(rng: Generator, refine: int) -> None:
-    matrix, x = random_matrix(rng, "planes", 5000, 64, group=32), floats(rng, 1, 1, 64)
+@pytest.mark.parametrize("rescored", [1, 7, 40, 1000])
+def test_rescored_logits_are_exact_where_they_are_largest(rng: Generator, rescored: int) -> None:
+    matrix, x = random_matrix(rng, "split", 5000, 64, group=32), floats(rng, 1, 1, 64)
     inputs = {"x": x, "weights": matrix.blob}
     exact = run("QuantLinear", inputs)[0].ravel()
-    y = run("QuantLinear", inputs, refine=refine)[0].ravel()
-    # Leaving out the lower halves is wrong by half their range, 8 of 256 codes.
+    y = run("QuantLinear", inputs, refine=rescored)[0].ravel()
+    # Leaving out the low nibbles is wrong by half their range, 8 of 256 codes.
     scale = np.abs(matrix.dense).max(1) / 127
     bound = 8.5 * scale * np.abs(quantised(x)).sum()
     assert (np.abs(y - exact) <= bound + 1e-6).all()
     same = y == exact
-    assert same[np.argsort(-y)[:refine]].all()
+    assert same[np.argsort(-y)[:rescored]].all()
     tiles = -(-5000 // 32)
-    assert same.all() if refine >= tiles else not same.all()
+    assert same.all() if rescored >= tiles else not same.all()
 
 
-def test_a_bias_decides_which_logits_are_refined(rng: Generator) -> None:
-    matrix, x, bias = random_matrix(rng, "planes", 5000, 64, group=32), floats(rng, 1, 64), 100 * floats(rng, 5000)
+def test_a_bias_decides_which_logits_are_rescored(rng: Generator) -> None:
+    matrix, x, bias = random_matrix(rng, "split", 5000, 64, group=32), floats(rng, 1, 64), 100 * floats(rng, 5000)
     inputs = {"x": x, "weights": matrix.blob, "bias": bias}
     exact, y = run("QuantLinear", inputs)[0].ravel(), run("QuantLinear", inputs, refine=5)[0].ravel()
     assert (y == exact)[np.argsort(-exact)[:5]].all()
@@ -177,7 +177,7 @@ def test_a_bias_decides_which_logits_are_refined(rng: Generator) -> None:
 
 
 def test_many_rows_are_always_exact(rng: Generator) -> None:
-    matrix, x = random_matrix(rng, "planes", 500, 64, group=32), floats(rng, 2, 64)
+    matrix, x = random_matrix(rng, "split", 500, 64, group=32), floats(rng, 2, 64)
     inputs = {"x": x, "weights": matrix.blob}
     assert run("QuantLinear", inputs, refine=3)[0].tobytes() == run("QuantLinear", inputs)[0].tobytes()
 
@@ -224,7 +224,7 @@ def damaged(at: int, *values: int) -> Array:
         ({"bias": X[0]}, {}, "bias has shape [64], expected [48], one value a row of the weights"),
         ({"bias": X[:1, :48]}, {}, "bias has shape [1, 48], expected [48], one value a row of the weights"),
         ({"weights": GLU, "bias": X[0, :48]}, {}, "a bias cannot be added to the result of a SwiGLU matrix"),
-        ({}, {"refine": 4}, "attribute refine is for weights of kind int8 in planes"),
+        ({}, {"refine": 4}, "attribute refine is for weights of kind int8 in split nibbles"),
         ({}, {"refine": -1}, "attribute refine is -1, expected 0 or more"),
         ({}, {"activations": "int4"}, "attribute activations is int4, expected int8 or float32"),
         ({}, {"activations": 8}, "attribute activations is not a string"),

@@ -15,7 +15,7 @@ from packed_weights import Packed, pack, pack_experts, random_matrix
 
 U = 2.0**-24  # unit roundoff of float32
 D, F = 64, 96
-MIXED = ["int4", "int8", "int3", "planes", "int5", "fp8", "bfloat16", "int6"]
+MIXED = ["int4", "int8", "int3", "split", "int5", "fp8", "bfloat16", "int6"]
 INTEGERS = ["int5", "int8", "int3", "int6"]
 Generator = np.random.Generator
 Experts = list[tuple[Packed, Packed]]

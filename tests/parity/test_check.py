@@ -262,7 +262,7 @@ def test_a_bundle_whose_pack_has_no_rounded_record_is_judged_by_the_fixed_limits
 
 
 @pytest.mark.skipif("native" not in OPERATOR_SETS, reason="portable caches are float32")
-def test_a_coarser_cache_than_the_simulated_one_has_limits_no_narrower_than_the_fixed_ones(exported):
+def test_a_coarser_cache_than_the_simulated_one_has_limits_no_tighter_than_the_fixed_ones(exported):
     report = check_parity(exported("olmoe", "int4"), threads=1, kv="int8")
     assert report.passed, [(check.name, check.value, check.limit) for check in report.failures]
     found = {check.name: check.limit for check in report.checks}

@@ -144,7 +144,7 @@ def test_what_the_last_layer_brings_is_no_fault_of_the_head():
         assert failures(scene) == expected
 
 
-def test_an_error_that_came_in_widens_what_a_layer_may_add():
+def test_an_error_that_came_in_raises_what_a_layer_may_add():
     """By `layer_gain` times the relative error at the position; alone, it would be 8 times the limit."""
     for size, expected in ((INSIDE, set()), (OUTSIDE, {"layer[1]"})):
         scene = make_scene(LIMITS["int4"], dense=True)

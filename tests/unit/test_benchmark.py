@@ -23,7 +23,7 @@ from edgelm.benchmark import (
     read_bandwidth,
 )
 from edgelm.bundle import Bundle, TensorEntry
-from edgelm.bundle.cpu_layout import REFINE
+from edgelm.bundle.cpu_layout import RESCORE
 from edgelm.cli.bench import table
 from edgelm.cli.main import cli
 from edgelm.errors import ContextLengthError, EdgeLMError
@@ -57,10 +57,10 @@ def test_a_token_reads_its_experts_once_and_no_table(bundle: Bundle) -> None:
     assert bytes_per_token(tied, 0) == 2000 + 300 + 20 + 5000
 
 
-def test_a_head_in_planes_is_read_in_its_upper_half_and_the_refined_tiles(bundle: Bundle) -> None:
+def test_of_a_head_in_split_nibbles_the_high_ones_and_the_rescored_tiles_are_read(bundle: Bundle) -> None:
     manifest = dataclasses.replace(
         bundle.manifest,
-        model=dataclasses.replace(bundle.manifest.model, vocab_size=REFINE * 32 * 4),
+        model=dataclasses.replace(bundle.manifest.model, vocab_size=RESCORE * 32 * 4),
         tensors=(tensor("lm_head.weight", 1000), tensor("lm_head.weight.lower", 800)),
     )
     assert bytes_per_token(manifest, 0) == 1000 + 800 // 4

@@ -226,7 +226,7 @@ def test_each_matrix_meets_the_inputs_that_the_quantised_model_gives_it(
 
 
 @pytest.mark.parametrize("columns", [96, 1024, 1030])
-def test_moments_of_wide_inputs_are_the_whole_product(columns: int) -> None:
+def test_moments_of_wide_inputs_are_the_whole_matmul(columns: int) -> None:
     inputs = torch.randn(50, columns, generator=torch.Generator().manual_seed(1))
     moments = Moments.zeros(columns)
     for part in (inputs[:20], inputs[20:]):

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Eight logical processors on four cores: 0 and 4 share one, 1 and 5, and so on; no limits."""
+    """Eight logical CPUs on four cores: 0 and 4 share one, 1 and 5, and so on; no limits."""
     for cpu in range(8):
         topology = tmp_path / "cpu" / f"cpu{cpu}" / "topology"
         topology.mkdir(parents=True)
@@ -143,7 +143,7 @@ def test_threads_are_refused_above_the_cpus_of_affinity_and_quota(machine: Path,
     assert str(devices.thread_problem(threads + 1)).startswith(f"{threads + 1} threads are more than the {threads} CPU")
 
 
-def test_without_topology_every_allowed_processor_counts(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_topology_every_allowed_cpu_counts(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "_CPU", machine / "nowhere")
     allow(monkeypatch, {0, 1, 2})
     assert devices.allowed_cores() == 3

@@ -217,9 +217,9 @@ def test_gather_takes_different_widths() -> None:
     reference = LayerwiseReference(decoder_of(FOX), Weights(FOX))
     result = reference.step(SEQUENCES[:2])
     (full,) = [logits for _, logits in result.logits()]
-    wide, narrow = result.gather([np.tile([[5, 102, 0]], (7, 1)), np.array([[44]])])
-    assert np.array_equal(wide, full[0][:, [5, 102, 0]])
-    assert np.array_equal(narrow, full[1][:, [44]])
+    all_columns, one_column = result.gather([np.tile([[5, 102, 0]], (7, 1)), np.array([[44]])])
+    assert np.array_equal(all_columns, full[0][:, [5, 102, 0]])
+    assert np.array_equal(one_column, full[1][:, [44]])
 
 
 @pytest.mark.parametrize(

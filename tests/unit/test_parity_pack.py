@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edgelm.errors import ParityError
-from edgelm.parity.limits import LIMITS, LOSS_WARNINGS, Limits, kind_of, widened
+from edgelm.parity.limits import LIMITS, LOSS_WARNINGS, Limits, kind_of, loosened
 from edgelm.parity.pack import GoldenPrompt, ParityPack, ReferenceRecord, RoundedRecord, TokenizerPrint
 from edgelm.parity.prompts import BUILT_IN, load_prompts
 
@@ -242,7 +242,7 @@ def test_a_recipe_is_judged_by_its_coarsest_type(toml, kind):
 NO_LIMITS = Limits(**{item.name: 0.0 for item in dataclasses.fields(Limits)} | {"top1_clear": 1.0})
 TABLES = {
     "limits": ("limit", LIMITS),
-    "values": ("limit", {kind: widened(NO_LIMITS, kind, kind) for kind in ("float16", "bfloat16")}),
+    "values": ("limit", {kind: loosened(NO_LIMITS, kind, kind) for kind in ("float16", "bfloat16")}),
     "loss": ("large from", LOSS_WARNINGS),
 }
 

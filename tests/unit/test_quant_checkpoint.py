@@ -33,7 +33,7 @@ RECIPES = [
     PRESETS["int4"],
     PRESETS["int8"],
     PRESETS["fp8"],
-    Recipe("narrow", Scheme(3, 32), (Rule("*.mlp.gate.*", None), Rule("*_tokens.*", Scheme(3, 16, symmetric=False)))),
+    Recipe("few-bits", Scheme(3, 32), (Rule("*.mlp.gate.*", None), Rule("*_tokens.*", Scheme(3, 16, symmetric=False)))),
     Recipe("blocks", Fp8Scheme(32), (Rule("*.mlp.gate.*", None), Rule("lm_head.*", Scheme(8, 128)))),
     Recipe("asymmetric", Scheme(4, 64, symmetric=False), (Rule("*norm*", None), Rule("lm_head.*", Scheme(8, None)))),
 ]

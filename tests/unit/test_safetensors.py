@@ -79,7 +79,7 @@ def test_every_dtype_reads_as_the_reference_wrote_it(tmp_path: Path) -> None:
             np.testing.assert_array_equal(raw, expected.numpy())
 
 
-def test_floats_widen_exactly_whole_and_by_rows(tmp_path: Path) -> None:
+def test_upcasting_floats_is_exact_whole_and_by_rows(tmp_path: Path) -> None:
     tensors = a_file(tmp_path / "f.safetensors")
     with SafetensorsFile(tmp_path / "f.safetensors") as file:
         for name in ("w", "half", "single", "scalar", "none"):

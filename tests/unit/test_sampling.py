@@ -192,7 +192,7 @@ def test_a_vocabulary_of_256000_takes_milliseconds(options: Sampling) -> None:
         started = time.process_time()
         sampler.sample(logits)
         best = min(best, time.process_time() - started)
-    # 1 to 2 ms of processor time; a full sort takes 25.
+    # 1 to 2 ms of CPU time; a full sort takes 25.
     assert best < 0.015
 
 

@@ -14,7 +14,7 @@ WORDS = tomllib.loads((ROOT / "tests" / "words.toml").read_text())["word"]
 TEXT = {
     ".py", ".md", ".toml", ".cc", ".h", ".cu", ".cuh", ".c", ".txt", ".html", ".css", ".js", ".sh", ".yml", ".yaml",
 }  # fmt: skip
-LISTS_THEM = {"tests/words.toml"}
+LISTS_THEM = {"tests/words.toml", "tests/unit/test_words.py"}
 PUBLISHED = {"examples/checkpoints", "tests/node/package-lock.json"}
 """Text that models were trained on, and files of others."""
 

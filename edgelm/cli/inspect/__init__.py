@@ -161,8 +161,8 @@ def packed_groups(bundle: Bundle) -> list[PackedGroup]:
     with bundle.file(manifest.graph.weights_file).open("rb") as stream:
         for tensor in manifest.tensors:
             for _, matrix in read_matrices(stream, tensor.offset, tensor.name):
-                key = (re.sub(r"layers\.\d+\.", "layers.*.", tensor.name), dataclasses.replace(matrix, low_plane=0))
-                found.setdefault(key, []).append(matrix.first_bytes + matrix.lower_bytes)
+                key = (re.sub(r"layers\.\d+\.", "layers.*.", tensor.name), dataclasses.replace(matrix, low_offset=0))
+                found.setdefault(key, []).append(matrix.first_bytes + matrix.low_bytes)
     return [PackedGroup(name, matrix, len(sizes), sum(sizes)) for (name, matrix), sizes in found.items()]
 
 

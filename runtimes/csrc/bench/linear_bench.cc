@@ -41,8 +41,8 @@ std::vector<uint8_t> RandomMatrix(Kind kind, int64_t rows, int64_t columns, int6
   const int64_t tiles = (rows + 31) / 32, records = columns / (header.group * in_record);
   const int64_t record = head + edgelm::CodeBytes(kind, header.group * in_record);
   int64_t bytes = 64 + tiles * records * record;
-  if (kind == Kind::kInt8Planes) {
-    header.low_plane = bytes;
+  if (kind == Kind::kInt8Split) {
+    header.low_offset = bytes;
     bytes += tiles * (columns / 32) * 512;
   }
   header.bytes = bytes;
@@ -104,8 +104,8 @@ int main(int count, char** args) {
                         {"int8 g16", Kind::kInt8, 16, false},
                         {"int8 g32", Kind::kInt8, 32, false},
                         {"int8 g128", Kind::kInt8, 128, false},
-                        {"planes g128", Kind::kInt8Planes, 128, false},
-                        {"upper plane g128", Kind::kInt8Planes, 128, true},
+                        {"split g128", Kind::kInt8Split, 128, false},
+                        {"high nibbles g128", Kind::kInt8Split, 128, true},
                         {"fp8 row", Kind::kFp8E4M3, 0, false},
                         {"bfloat16", Kind::kBFloat16, 0, false},
                         {"float32", Kind::kFloat32, 0, false}};
@@ -141,7 +141,7 @@ int main(int count, char** args) {
           for (const Matrix& m : matrices) {
             const int64_t begin = m.units() * t / threads, end = m.units() * (t + 1) / threads;
             if (!integer) kernels->linear.linear_float(m, begin, end, x.data(), k, rows, out);
-            else if (c.upper) kernels->linear.linear_upper(m, begin, end, quantised, rows, out);
+            else if (c.upper) kernels->linear.linear_high(m, begin, end, quantised, rows, out);
             else kernels->linear.linear_int8(m, begin, end, quantised, rows, out);
           }
         });
@@ -150,7 +150,7 @@ int main(int count, char** args) {
     }
     const Matrix& m = matrices[0];
     const double read = static_cast<double>(m.tiles) * static_cast<double>(m.tile_bytes) *
-                        (c.kind == Kind::kInt8Planes && !c.upper ? 2.0 : 1.0);
+                        (c.kind == Kind::kInt8Split && !c.upper ? 2.0 : 1.0);
     std::printf("  %-17s %8.3f ms %7.0f GOPS %6.1f GB/s %6.2f G weights/s\n", c.name, best * 1e3,
                 2.0 * static_cast<double>(rows * n * k) / best / 1e9, read / best / 1e9,
                 static_cast<double>(n * k) / best / 1e9);

@@ -70,8 +70,8 @@ struct LinearKernels {
   // Units [begin, end) of an integer matrix times rows of int8 activations.
   void (*linear_int8)(const Matrix& matrix, int64_t begin, int64_t end, const QuantRows& x, int64_t rows,
                       const Output& out);
-  // kInt8Planes: the same from the upper halves alone, whose unknown lower halves count as 8 (their middle).
-  void (*linear_upper)(const Matrix& matrix, int64_t begin, int64_t end, const QuantRows& x, int64_t rows,
+  // kInt8Split: the same from the high nibbles alone, whose unknown low nibbles count as 8 (their middle).
+  void (*linear_high)(const Matrix& matrix, int64_t begin, int64_t end, const QuantRows& x, int64_t rows,
                        const Output& out);
   // Units [begin, end) of any matrix times rows of float32 activations [rows, columns].
   void (*linear_float)(const Matrix& matrix, int64_t begin, int64_t end, const float* x, int64_t ldx, int64_t rows,

@@ -12,7 +12,7 @@ int64_t RoundUp(int64_t value, int64_t multiple) { return (value + multiple - 1)
 
 bool Known(Kind kind) {
   switch (kind) {
-    case Kind::kInt3: case Kind::kInt4: case Kind::kInt5: case Kind::kInt6: case Kind::kInt8: case Kind::kInt8Planes:
+    case Kind::kInt3: case Kind::kInt4: case Kind::kInt5: case Kind::kInt6: case Kind::kInt8: case Kind::kInt8Split:
     case Kind::kFp8E4M3: case Kind::kFloat16: case Kind::kBFloat16: case Kind::kFloat32:
       return true;
   }
@@ -42,7 +42,7 @@ uint32_t Code(const Matrix& m, const uint8_t* codes, const uint8_t* low, int64_t
     case Kind::kInt3: return TwoBits(codes, n, c) | OneBit(codes + 256, n, c) << 2;
     case Kind::kInt5: return Nibble(codes, n, c) | OneBit(codes + 512, n, c) << 4;
     case Kind::kInt6: return Nibble(codes, n, c) | TwoBits(codes + 512, n, c) << 4;
-    case Kind::kInt8Planes: return Nibble(codes, n, c) << 4 | Nibble(low + block * 512, n, c);
+    case Kind::kInt8Split: return Nibble(codes, n, c) << 4 | Nibble(low + block * 512, n, c);
     default: return Nibble(codes, n, c);
   }
 }
@@ -63,7 +63,7 @@ int32_t SymmetricZero(Kind kind) {
 int64_t CodeBytes(Kind kind, int64_t columns) {
   switch (kind) {
     case Kind::kInt3: return columns / kBlock * 384;
-    case Kind::kInt4: case Kind::kInt8Planes: return columns / kBlock * 512;
+    case Kind::kInt4: case Kind::kInt8Split: return columns / kBlock * 512;
     case Kind::kInt5: return columns / kBlock * 640;
     case Kind::kInt6: return columns / kBlock * 768;
     case Kind::kInt8: case Kind::kFp8E4M3: return columns * kTile;
@@ -95,7 +95,7 @@ const char* ParseMatrix(const uint8_t* blob, int64_t size, Matrix* matrix) {
   if (!whole && m.group != kHalf && m.group % kBlock != 0) return "its group is neither 16 nor a multiple of 32";
   if (m.integer() && m.scale == ScaleKind::kNone) return "its integer codes have no scales";
   if (m.scale > ScaleKind::kFloat32) return "its kind of scales is unknown";
-  if (m.zeros && (!m.integer() || m.kind == Kind::kInt8Planes)) return "its kind has no zero points";
+  if (m.zeros && (!m.integer() || m.kind == Kind::kInt8Split)) return "its kind has no zero points";
   if (m.swiglu && m.rows % 2 != 0) return "a SwiGLU matrix has an even number of rows";
   const int64_t tiles = (m.outputs() + kTile - 1) / kTile;
   m.tiles = m.swiglu ? 2 * tiles : tiles;
@@ -109,12 +109,12 @@ const char* ParseMatrix(const uint8_t* blob, int64_t size, Matrix* matrix) {
   m.tile_bytes = m.records * m.record_bytes;
   m.data = blob + sizeof h;
   int64_t end = static_cast<int64_t>(sizeof h) + m.tiles * m.tile_bytes;
-  if (m.kind == Kind::kInt8Planes) {
-    if (h.low_plane < end || h.low_plane > size) return "its lower halves lie outside it";
-    m.low = blob + h.low_plane;
-    end = h.low_plane + m.tiles * m.low_bytes();
-  } else if (h.low_plane != 0) {
-    return "its kind has no lower halves";
+  if (m.kind == Kind::kInt8Split) {
+    if (h.low_offset < end || h.low_offset > size) return "its low nibbles lie outside it";
+    m.low = blob + h.low_offset;
+    end = h.low_offset + m.tiles * m.low_bytes();
+  } else if (h.low_offset != 0) {
+    return "its kind has no low nibbles";
   }
   if (h.bytes != end || end > size) return "its size is not what its shape needs";
   *matrix = m;

@@ -21,8 +21,9 @@
 //         + 128 bytes  byte       4 n + j         holds the third bit of 4 i + j at bit i           (i 0..7)
 //   int5    640 bytes  the low nibbles as int4 lays them, then the fifth bits as int3 lays its third
 //   int6    768 bytes  the low nibbles as int4 lays them, then the high two bits as int3 lays its low two
-//   int8 in planes     codes' upper halves as int4 lays them, with scales, for the whole matrix; then, from `low_plane`
-//                      on, the lower halves of all blocks, 512 bytes each: half the bytes give a first approximation
+//   int8 in split nibbles: the high nibbles as int4 lays its codes, with scales, for the whole matrix; then, from
+//                      `low_offset` on, the low nibbles of all blocks, 512 bytes each. Reading the high nibbles alone
+//                      (half the bytes) gives a first approximation
 //   fp8, float16, bfloat16, float32    element 32 k + n, for all columns of the group (any number of columns)
 //
 // w = (code - zero) * scale, zero = half the codes (4, 8, 16, 32, 128) where no zero points are stored. Rows that pad
@@ -50,7 +51,7 @@ enum class Kind : uint8_t {
   kInt5 = 5,
   kInt6 = 6,
   kInt8 = 8,
-  kInt8Planes = 9,
+  kInt8Split = 9,
   kFp8E4M3 = 16,
   kFloat16 = 17,
   kBFloat16 = 18,
@@ -70,7 +71,7 @@ struct MatrixHeader {
   int64_t columns;
   int64_t group;      // columns to a scale; `columns`, of integers rounded up to 32, for one record a tile
   int64_t bytes;      // of the whole packed matrix, header included
-  int64_t low_plane;  // kInt8Planes: where the lower halves begin, from the header's start; else 0
+  int64_t low_offset;  // kInt8Split: where the low nibbles begin, from the header's start; else 0
   int64_t reserved[2];
 };
 static_assert(sizeof(MatrixHeader) == 64, "the header is one cache line");
@@ -106,12 +107,12 @@ struct Matrix {
   int64_t record_bytes = 0;  // of a record
   int64_t tile_bytes = 0;    // of a tile's records
   const uint8_t* data = nullptr;
-  const uint8_t* low = nullptr;  // kInt8Planes: lower halves, tile by tile, block by block
+  const uint8_t* low = nullptr;  // kInt8Split: low nibbles, tile by tile, block by block
 
   EDGELM_INLINE bool integer() const { return kind < Kind::kFp8E4M3; }
   // Whether a record holds two groups of 16.
   EDGELM_INLINE bool halves() const { return span != group; }
-  // Bytes of a tile's lower halves.
+  // Bytes of a tile's low nibbles.
   EDGELM_INLINE int64_t low_bytes() const { return records * (span / kBlock) * 512; }
   // Of the scales of a group.
   EDGELM_INLINE int64_t scale_bytes() const {
@@ -123,7 +124,7 @@ struct Matrix {
   EDGELM_INLINE int64_t units() const { return swiglu ? tiles / 2 : tiles; }
 };
 
-// Bytes of `columns` columns of one tile's codes (upper halves only for kInt8Planes).
+// Bytes of `columns` columns of one tile's codes (high nibbles only for kInt8Split).
 int64_t CodeBytes(Kind kind, int64_t columns);
 
 // Reads and checks a header of `size` bytes at `blob`. Returns nullptr and fills `matrix`, or says what is wrong. Scales

@@ -124,7 +124,7 @@ void Finishes(const Matrix& m, int64_t rows, Random* random, Digest* digest, con
   digest->Floats(y);
 }
 
-enum class Of { kInt8, kUpper, kFloat };
+enum class Of { kInt8, kHigh, kFloat };
 
 uint32_t Product(const LinearKernels& kernels, const Packed& weights, Of product) {
   Random random(1);
@@ -136,7 +136,7 @@ uint32_t Product(const LinearKernels& kernels, const Packed& weights, Of product
     kScalarKernels.linear.quantize_rows(x.data(), m.columns, rows, m.columns, q.Rows());
     Finishes(m, rows, &random, &digest, [&](const Output& out) {
       if (product == Of::kInt8) kernels.linear_int8(m, 0, m.units(), q.Rows(), rows, out);
-      if (product == Of::kUpper) kernels.linear_upper(m, 0, m.units(), q.Rows(), rows, out);
+      if (product == Of::kHigh) kernels.linear_high(m, 0, m.units(), q.Rows(), rows, out);
       if (product == Of::kFloat) kernels.linear_float(m, 0, m.units(), x.data(), m.columns, rows, out);
     });
   }
@@ -233,7 +233,7 @@ int main() {
       {Kind::kInt6, 94, 96, 32, f16, false, true},
       {Kind::kInt8, 65, 192, 64, f16},
       {Kind::kInt8, 64, 96, 32, f16, true, true},
-      {Kind::kInt8Planes, 65, 128, 32, f16},
+      {Kind::kInt8Split, 65, 128, 32, f16},
       {Kind::kFp8E4M3, 33, 96, 32, f32},
       {Kind::kFloat16, 66, 70, 70, none, false, true},
       {Kind::kBFloat16, 40, 50, 50, none},
@@ -245,8 +245,8 @@ int main() {
     if (shape.integer()) {
       Line("linear_int8 " + shape.Name(), [&](const Kernels& k) { return Product(k.linear, weights, Of::kInt8); });
     }
-    if (shape.kind == Kind::kInt8Planes) {
-      Line("linear_upper " + shape.Name(), [&](const Kernels& k) { return Product(k.linear, weights, Of::kUpper); });
+    if (shape.kind == Kind::kInt8Split) {
+      Line("linear_high " + shape.Name(), [&](const Kernels& k) { return Product(k.linear, weights, Of::kHigh); });
     }
     Line("linear_float " + shape.Name(), [&](const Kernels& k) { return Product(k.linear, weights, Of::kFloat); });
   }

@@ -28,8 +28,8 @@ const std::vector<Shape>& Shapes() {
       {Kind::kInt6, 70, 128, 32, ScaleKind::kFloat32, false, true},
       {Kind::kInt8, 31, 128, 128, ScaleKind::kFloat16},
       {Kind::kInt8, 1, 64, 32, ScaleKind::kFloat32, true},
-      {Kind::kInt8Planes, 40, 128, 64, ScaleKind::kFloat16},
-      {Kind::kInt8Planes, 64, 96, 32, ScaleKind::kFloat32, false, true},
+      {Kind::kInt8Split, 40, 128, 64, ScaleKind::kFloat16},
+      {Kind::kInt8Split, 64, 96, 32, ScaleKind::kFloat32, false, true},
       {Kind::kInt3, 33, 100, 32, ScaleKind::kFloat16, true},
       {Kind::kInt4, 34, 100, 128, ScaleKind::kFloat16},
       {Kind::kInt4, 33, 48, 16, ScaleKind::kFloat32, true},
@@ -37,8 +37,8 @@ const std::vector<Shape>& Shapes() {
       {Kind::kInt5, 35, 7, 32, ScaleKind::kFloat16},
       {Kind::kInt6, 33, 75, 16, ScaleKind::kFloat16},
       {Kind::kInt8, 40, 20, 16, ScaleKind::kFloat16, true},
-      {Kind::kInt8Planes, 40, 99, 16, ScaleKind::kFloat32},
-      {Kind::kInt8Planes, 33, 70, 64, ScaleKind::kFloat16},
+      {Kind::kInt8Split, 40, 99, 16, ScaleKind::kFloat32},
+      {Kind::kInt8Split, 33, 70, 64, ScaleKind::kFloat16},
       {Kind::kFp8E4M3, 33, 100, 16, ScaleKind::kFloat32},
       {Kind::kFp8E4M3, 33, 77, 77, ScaleKind::kFloat32},
       {Kind::kFp8E4M3, 32, 96, 32, ScaleKind::kFloat16},
@@ -173,7 +173,7 @@ void Use(const std::vector<uint8_t>& blob, const Matrix& m) {
     if (!m.integer()) continue;
     linear.quantize_rows(x.data(), m.columns, 1, m.columns, q.Rows());
     linear.linear_int8(m, 0, m.units(), q.Rows(), 1, out);
-    if (m.kind == Kind::kInt8Planes) linear.linear_upper(m, 0, m.units(), q.Rows(), 1, out);
+    if (m.kind == Kind::kInt8Split) linear.linear_high(m, 0, m.units(), q.Rows(), 1, out);
   }
   EXPECT(!blob.empty(), "no blob");
 }
@@ -256,8 +256,8 @@ void TestEachFieldIsChecked() {
   refuses("zero points", [](edgelm::MatrixHeader* h) { h->kind = Kind::kFloat16, h->flags = edgelm::kHasZeros; });
   refuses("even number", [](edgelm::MatrixHeader* h) { h->rows = 63, h->flags = edgelm::kSwiglu; });
   refuses("shorter", [](edgelm::MatrixHeader* h) { h->rows = int64_t{1} << 39; });
-  refuses("no lower halves", [](edgelm::MatrixHeader* h) { h->low_plane = 64; });
-  refuses("lie outside", [](edgelm::MatrixHeader* h) { h->kind = Kind::kInt8Planes, h->low_plane = INT64_MAX; });
+  refuses("no low nibbles", [](edgelm::MatrixHeader* h) { h->low_offset = 64; });
+  refuses("lie outside", [](edgelm::MatrixHeader* h) { h->kind = Kind::kInt8Split, h->low_offset = INT64_MAX; });
   refuses("size", [](edgelm::MatrixHeader* h) { h->bytes += 1; });
 }
 

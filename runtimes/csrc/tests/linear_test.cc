@@ -17,7 +17,7 @@ using edgelm::kScalarKernels;
 
 constexpr float kCanary = -12345.0f;
 
-enum class Product { kInt8, kUpper, kFloat };
+enum class Product { kInt8, kHigh, kFloat };
 
 // Activations, as float32 and quantised by the scalar table.
 struct Rows {
@@ -74,7 +74,7 @@ struct Result {
 void Run(const Kernels& table, Product product, const Packed& packed, int64_t begin, int64_t end, Rows& x, int64_t rows,
          const edgelm::Output& out) {
   if (product == Product::kInt8) table.linear.linear_int8(packed.matrix, begin, end, x.q.Rows(), rows, out);
-  if (product == Product::kUpper) table.linear.linear_upper(packed.matrix, begin, end, x.q.Rows(), rows, out);
+  if (product == Product::kHigh) table.linear.linear_high(packed.matrix, begin, end, x.q.Rows(), rows, out);
   if (product == Product::kFloat) {
     table.linear.linear_float(packed.matrix, begin, end, x.x.data(), x.columns, rows, out);
   }
@@ -92,15 +92,15 @@ struct Exact {
     for (int64_t k = 0; k < packed.shape.columns; ++k) {
       double weight = packed.Weight(n, k);
       // The lower half of a code is unknown and taken for 8.
-      if (product == Product::kUpper) weight = UpperOnly(packed, n, k);
+      if (product == Product::kHigh) weight = HighOnly(packed, n, k);
       const double term = weight * x.Value(product, row, k);
       sum += term;
       norm += std::fabs(term);
     }
   }
 
-  // From the bytes of the upper plane alone: column 8 p + j low, 8 p + 4 + j high.
-  static double UpperOnly(const Packed& packed, int64_t n, int64_t k) {
+  // From the bytes of the high nibbles alone: column 8 p + j low, 8 p + 4 + j high.
+  static double HighOnly(const Packed& packed, int64_t n, int64_t k) {
     const Shape& s = packed.shape;
     const bool half = s.scale == ScaleKind::kFloat16;
     const int64_t scales = half ? 64 : 128, head = scales * (s.halves() ? 2 : 1), record_bytes = head + s.span() * 16;
@@ -230,7 +230,7 @@ void CheckRowAlone(Product product, const Packed& packed, Rows& x, int64_t row) 
                                                                         Name(packed, product, x.rows));
 }
 
-constexpr Kind kIntegerKinds[] = {Kind::kInt3, Kind::kInt4, Kind::kInt5, Kind::kInt6, Kind::kInt8, Kind::kInt8Planes};
+constexpr Kind kIntegerKinds[] = {Kind::kInt3, Kind::kInt4, Kind::kInt5, Kind::kInt6, Kind::kInt8, Kind::kInt8Split};
 
 const std::vector<Shape>& IntegerShapes() {
   static const std::vector<Shape> shapes = [] {
@@ -241,7 +241,7 @@ const std::vector<Shape>& IntegerShapes() {
       for (const int64_t group : {32, 64, 128, 160}) {  // 160: the whole row
         for (const ScaleKind scale : {ScaleKind::kFloat16, ScaleKind::kFloat32}) {
           for (const bool zeros : {false, true}) {
-            if (zeros && kind == Kind::kInt8Planes) continue;
+            if (zeros && kind == Kind::kInt8Split) continue;
             const int64_t columns = group == 160 ? 160 : group == 128 ? 256 : 192, n = remainders[count++ % 5];
             all.push_back({kind, n, columns, group, scale, zeros, false});
             all.push_back({kind, 2 * n, columns, group, scale, zeros, true});
@@ -254,7 +254,7 @@ const std::vector<Shape>& IntegerShapes() {
           const int64_t rounded = (columns + 31) / 32 * 32, width = group < rounded ? group : rounded;
           if (width < group && group < 160) continue;  // that is the next narrower group
           const ScaleKind scale = count % 2 == 0 ? ScaleKind::kFloat16 : ScaleKind::kFloat32;
-          const bool zeros = count % 3 == 0 && kind != Kind::kInt8Planes, swiglu = count % 4 == 0;
+          const bool zeros = count % 3 == 0 && kind != Kind::kInt8Split, swiglu = count % 4 == 0;
           const int64_t n = remainders[count++ % 5];
           all.push_back({kind, swiglu ? 2 * n : n, columns, width, scale, zeros, swiglu});
         }
@@ -296,9 +296,9 @@ void TestIntegerProducts() {
 void TestEveryNumberOfRows() {
   uint32_t seed = 1000;
   for (const Kind kind :
-       {Kind::kInt3, Kind::kInt4, Kind::kInt5, Kind::kInt6, Kind::kInt8, Kind::kInt8Planes, Kind::kFp8E4M3}) {
+       {Kind::kInt3, Kind::kInt4, Kind::kInt5, Kind::kInt6, Kind::kInt8, Kind::kInt8Split, Kind::kFp8E4M3}) {
     for (const bool swiglu : {false, true}) {
-      const bool zeros = seed % 2 == 0 && kind < Kind::kInt8Planes;
+      const bool zeros = seed % 2 == 0 && kind < Kind::kInt8Split;
       const Packed packed({kind, swiglu ? 68 : 34, 64, 32, ScaleKind::kFloat16, zeros, swiglu}, ++seed);
       const Packed halves({kind, swiglu ? 68 : 34, 75, 16, ScaleKind::kFloat16, zeros, swiglu}, ++seed);
       const Product product = kind == Kind::kFp8E4M3 ? Product::kFloat : Product::kInt8;
@@ -322,15 +322,15 @@ void TestUpperHalves() {
     for (const ScaleKind scale : {ScaleKind::kFloat16, ScaleKind::kFloat32}) {
       for (const int64_t n : {1, 33, 70}) {
         const int64_t columns = group == 160 ? 160 : group == 16 ? 75 : group == 48 ? 99 : 256;
-        const Packed packed({Kind::kInt8Planes, n, columns, group == 48 ? 64 : group, scale}, ++seed);
+        const Packed packed({Kind::kInt8Split, n, columns, group == 48 ? 64 : group, scale}, ++seed);
         Rows x(1 + seed % 9, packed.shape.columns, seed);
         Result result(packed, Finish::kStore, x.rows, false);
-        RunAll(kScalarKernels, Product::kUpper, packed, x, &result);
-        CheckAgainstDouble(Product::kUpper, packed, x, result);
-        CheckFinish(Product::kUpper, packed, x, Finish::kStore, true, true);
-        CheckFinish(Product::kUpper, packed, x, Finish::kStore, true);
-        CheckTables(Product::kUpper, packed, x, Finish::kStore, true);
-        CheckTables(Product::kUpper, packed, x, Finish::kScatterAdd, false);
+        RunAll(kScalarKernels, Product::kHigh, packed, x, &result);
+        CheckAgainstDouble(Product::kHigh, packed, x, result);
+        CheckFinish(Product::kHigh, packed, x, Finish::kStore, true, true);
+        CheckFinish(Product::kHigh, packed, x, Finish::kStore, true);
+        CheckTables(Product::kHigh, packed, x, Finish::kStore, true);
+        CheckTables(Product::kHigh, packed, x, Finish::kScatterAdd, false);
       }
     }
   }
@@ -438,7 +438,7 @@ void TestNaNAndInfinityStayInTheirRow() {
                              Shape{Kind::kInt5, 34, 96, 32, ScaleKind::kFloat16, true},
                              Shape{Kind::kInt6, 66, 64, 32, ScaleKind::kFloat32, false, true},
                              Shape{Kind::kInt8, 33, 96, 96, ScaleKind::kFloat32, true},
-                             Shape{Kind::kInt8Planes, 34, 64, 32, ScaleKind::kFloat16},
+                             Shape{Kind::kInt8Split, 34, 64, 32, ScaleKind::kFloat16},
                              Shape{Kind::kFp8E4M3, 40, 70, 70, ScaleKind::kFloat32},
                              Shape{Kind::kBFloat16, 66, 33, 33, ScaleKind::kNone, false, true}}) {
     const Packed packed(shape, ++seed);

@@ -32,11 +32,11 @@ struct Shape {
   bool halves() const { return group == 16 && (integer() || columns != 16); }
   int64_t span() const { return halves() ? 32 : group; }  // columns of a record
   int64_t records() const { return (columns + span() - 1) / span(); }
-  int bits() const { return kind == Kind::kInt8Planes ? 8 : static_cast<int>(kind); }  // of an integer's code
+  int bits() const { return kind == Kind::kInt8Split ? 8 : static_cast<int>(kind); }  // of an integer's code
   std::string Name() const {
     static const char* const kNames[] = {"fp8", "float16", "bfloat16", "float32"};
     const int number = static_cast<int>(kind);
-    std::string name = !integer() ? kNames[number - 16] : number == 9 ? "planes" : "int" + std::to_string(number);
+    std::string name = !integer() ? kNames[number - 16] : number == 9 ? "split" : "int" + std::to_string(number);
     name += " " + std::to_string(rows) + "x" + std::to_string(columns) + " group " + std::to_string(group);
     name += scale == ScaleKind::kNone ? "" : scale == ScaleKind::kFloat16 ? " scales16" : " scales32";
     return name + (zeros ? " zeros" : "") + (swiglu ? " swiglu" : "") + (scales == Scales::kExtreme ? " extreme" : "");
@@ -78,11 +78,11 @@ struct Packed {
     header.columns = s.columns;
     header.group = s.group;
     header.bytes = 64 + tiles * s.records() * record_;
-    if (s.kind == Kind::kInt8Planes) {
-      header.low_plane = header.bytes + 32;  // anywhere after the records
-      header.bytes = header.low_plane + tiles * s.records() * s.span() / 32 * 512;
+    if (s.kind == Kind::kInt8Split) {
+      header.low_offset = header.bytes + 32;  // anywhere after the records
+      header.bytes = header.low_offset + tiles * s.records() * s.span() / 32 * 512;
     }
-    low_ = header.low_plane;
+    low_ = header.low_offset;
     blob.assign(static_cast<size_t>(header.bytes), 0);
     std::memcpy(blob.data(), &header, sizeof header);
     weights.resize(static_cast<size_t>(s.rows * s.columns));
@@ -99,7 +99,7 @@ struct Packed {
   int64_t CodeBytes(int64_t columns) const {
     switch (shape.kind) {
       case Kind::kInt3: return columns * 12;
-      case Kind::kInt4: case Kind::kInt8Planes: return columns * 16;
+      case Kind::kInt4: case Kind::kInt8Split: return columns * 16;
       case Kind::kInt5: return columns * 20;
       case Kind::kInt6: return columns * 24;
       case Kind::kInt8: case Kind::kFp8E4M3: return columns * 32;

@@ -66,7 +66,7 @@ inline __attribute__((always_inline)) void VisitColumns(const Matrix& m, int64_t
   Factors f = LoadFactors<kKind>(m, record, 0);
   if constexpr (kKind < Kind::kFp8E4M3) {
     codes += within / kBlock * BlockCodeBytes(kKind);
-    const uint8_t* low = kKind == Kind::kInt8Planes ? m.low + tile * m.low_bytes() + column / kBlock * 512 : nullptr;
+    const uint8_t* low = kKind == Kind::kInt8Split ? m.low + tile * m.low_bytes() + column / kBlock * 512 : nullptr;
     VisitFour<kKind, 0>(codes, low, f, visit);
     VisitFour<kKind, 1>(codes, low, f, visit);
     VisitFour<kKind, 2>(codes, low, f, visit);
@@ -174,7 +174,7 @@ inline FloatTileFunction FloatTileFor(Kind kind) {
     case Kind::kInt5: return FloatTile<Kind::kInt5>;
     case Kind::kInt6: return FloatTile<Kind::kInt6>;
     case Kind::kInt8: return FloatTile<Kind::kInt8>;
-    case Kind::kInt8Planes: return FloatTile<Kind::kInt8Planes>;
+    case Kind::kInt8Split: return FloatTile<Kind::kInt8Split>;
     case Kind::kFp8E4M3: return FloatTile<Kind::kFp8E4M3>;
     case Kind::kFloat16: return FloatTile<Kind::kFloat16>;
     case Kind::kBFloat16: return FloatTile<Kind::kBFloat16>;

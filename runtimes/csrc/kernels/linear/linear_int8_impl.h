@@ -69,7 +69,7 @@ inline __attribute__((always_inline)) void DotBlock(const uint8_t* codes, const 
 // The sums a block starts from: minus its zero point times the sum of the activations' codes.
 template <Kind kKind>
 inline I32 BlockStart(int32_t offset) {
-  if constexpr (kKind == kUpperPlane || (IsFull(kKind) && kDotFullSigned)) {
+  if constexpr (kKind == kHighNibbles || (IsFull(kKind) && kDotFullSigned)) {
     return SplatI(0);
   } else if constexpr (kKind == Kind::kInt3) {
     return SplatI(offset / 2);
@@ -89,7 +89,7 @@ inline I32 BlockStart(int32_t offset, I32 zeros) {
 template <Kind kKind, bool kZeros, int kRows, int kVec>
 inline void IntTile(const Matrix& m, int64_t tile, int half, const QuantRows& x, float (*sums)[kTile]) {
   const uint8_t* record = m.data + tile * m.tile_bytes;
-  const uint8_t* low = kKind == Kind::kInt8Planes ? m.low + tile * m.low_bytes() : nullptr;
+  const uint8_t* low = kKind == Kind::kInt8Split ? m.low + tile * m.low_bytes() : nullptr;
   const int64_t blocks_per_record = m.span / kBlock, stride = x.columns, all = x.blocks();
   F32 f[kRows][kVec];
   for (int r = 0; r < kRows; ++r)
@@ -122,14 +122,14 @@ inline void IntTile(const Matrix& m, int64_t tile, int half, const QuantRows& x,
         }
       }
       DotBlock<kKind, kRows, kVec>(codes, low, half, x.codes + block * kBlock, stride, c, more);
-      if (kKind == Kind::kInt8Planes) low += 512;
+      if (kKind == Kind::kInt8Split) low += 512;
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const F32 xs = Splat(x.scales[r * all + block]);
 #pragma GCC unroll 2
         for (int v = 0; v < kVec; ++v) {
           I32 total = kRows == 1 ? AddI(c[r][v], more[r][v]) : c[r][v];
-          if constexpr (kKind == kUpperPlane) {  // 16 * upper + 8 - 128 = 16 * upper - 15 * 8
+          if constexpr (kKind == kHighNibbles) {  // 16 * upper + 8 - 128 = 16 * upper - 15 * 8
             total = AddI(ShiftLeftI<4>(total), SplatI(15 * x.offsets[r * all + block]));
           }
           f[r][v] = Fma(ToFloat(total), Mul(s[v], xs), f[r][v]);
@@ -145,7 +145,7 @@ inline void IntTile(const Matrix& m, int64_t tile, int half, const QuantRows& x,
 template <Kind kKind, bool kZeros, int kRows, int kVec>
 inline void IntTileHalves(const Matrix& m, int64_t tile, int half, const QuantRows& x, float (*sums)[kTile]) {
   const uint8_t* record = m.data + tile * m.tile_bytes;
-  const uint8_t* low = kKind == Kind::kInt8Planes ? m.low + tile * m.low_bytes() : nullptr;
+  const uint8_t* low = kKind == Kind::kInt8Split ? m.low + tile * m.low_bytes() : nullptr;
   const int64_t stride = x.columns, all = x.blocks();
   F32 f[kRows][kVec];
   for (int r = 0; r < kRows; ++r)
@@ -181,12 +181,12 @@ inline void IntTileHalves(const Matrix& m, int64_t tile, int half, const QuantRo
                           : Load(reinterpret_cast<const float*>(scales) + 16 * (half + v));
         for (int r = 0; r < kRows; ++r) {
           I32 total = AddI(c[r][v], more[r][v]);
-          if constexpr (kKind == kUpperPlane) total = AddI(ShiftLeftI<4>(total), SplatI(15 * offsets[r]));
+          if constexpr (kKind == kHighNibbles) total = AddI(ShiftLeftI<4>(total), SplatI(15 * offsets[r]));
           f[r][v] = Fma(ToFloat(total), Mul(s, Splat(x.scales[r * all + block])), f[r][v]);
         }
       }
     }
-    if (kKind == Kind::kInt8Planes) low += 512;
+    if (kKind == Kind::kInt8Split) low += 512;
   }
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVec; ++v) Store(sums[r] + 16 * (half + v), f[r][v]);
@@ -236,8 +236,8 @@ inline TileFunction TileFor(Kind kind, const Matrix& m, int64_t rows) {
     case Kind::kInt5: return m.zeros ? TileFor<Kind::kInt5, true>(m, rows) : TileFor<Kind::kInt5, false>(m, rows);
     case Kind::kInt6: return m.zeros ? TileFor<Kind::kInt6, true>(m, rows) : TileFor<Kind::kInt6, false>(m, rows);
     case Kind::kInt8: return m.zeros ? TileFor<Kind::kInt8, true>(m, rows) : TileFor<Kind::kInt8, false>(m, rows);
-    case Kind::kInt8Planes: return TileFor<Kind::kInt8Planes, false>(m, rows);
-    default: return TileFor<kUpperPlane, false>(m, rows);
+    case Kind::kInt8Split: return TileFor<Kind::kInt8Split, false>(m, rows);
+    default: return TileFor<kHighNibbles, false>(m, rows);
   }
 }
 
@@ -265,7 +265,7 @@ void LinearInt8(const Matrix& m, int64_t begin, int64_t end, const QuantRows& x,
 }
 
 void LinearUpper(const Matrix& m, int64_t begin, int64_t end, const QuantRows& x, int64_t rows, const Output& out) {
-  LinearIntegerOf(kUpperPlane, m, begin, end, x, rows, out);
+  LinearIntegerOf(kHighNibbles, m, begin, end, x, rows, out);
 }
 
 }  // namespace

@@ -18,11 +18,11 @@ constexpr int32_t SymmetricZero(Kind kind) {
   }
 }
 
-// Pseudo-kind: the upper halves of kInt8Planes alone.
-constexpr Kind kUpperPlane = static_cast<Kind>(10);
+// Pseudo-kind: the high nibbles of kInt8Split alone.
+constexpr Kind kHighNibbles = static_cast<Kind>(10);
 
 // Whether codes need all eight bits.
-constexpr bool IsFull(Kind kind) { return kind == Kind::kInt8 || kind == Kind::kInt8Planes; }
+constexpr bool IsFull(Kind kind) { return kind == Kind::kInt8 || kind == Kind::kInt8Split; }
 
 // Whether the bits of a code lie in two places.
 constexpr bool HasParts(Kind kind) { return kind == Kind::kInt3 || kind == Kind::kInt5 || kind == Kind::kInt6; }
@@ -52,7 +52,7 @@ inline __attribute__((always_inline)) B8 FourColumns(const uint8_t* codes, const
     return JoinBits<4 * (kQ % 2), 4, 2 * (kQ % 4), 2>(LoadB(codes + nibble), pairs);
   } else {
     const B8 bytes = LoadB(codes + nibble), four = kQ % 2 ? HighNibbles(bytes) : LowNibbles(bytes);
-    if constexpr (kKind != Kind::kInt8Planes) return four;
+    if constexpr (kKind != Kind::kInt8Split) return four;
     const B8 lower = LoadB(low + nibble);
     return JoinNibbles(four, kQ % 2 ? HighNibbles(lower) : LowNibbles(lower));
   }

@@ -19,11 +19,11 @@ class QuantLinear {
   explicit QuantLinear(const Node& node)
       : activations_(node),
         epsilon_(node.Float("epsilon", 1e-5f)),
-        refine_(node.Int("refine", 0)),
+        rescore_(node.Int("refine", 0)),
         weights_(node, 1, "weights"),
         norm_(node, 2, "norm"),
         bias_(node, 4, "bias") {
-    if (refine_ < 0) Fail("attribute refine is ", refine_, ", expected 0 or more");
+    if (rescore_ < 0) Fail("attribute refine is ", rescore_, ", expected 0 or more");
   }
 
   void Compute(const Run& run) const {
@@ -43,8 +43,9 @@ class QuantLinear {
     call.out.ldy = m.outputs();
     if (m.swiglu && call.out.bias != nullptr) Fail("a bias cannot be added to the result of a SwiGLU matrix");
     if (m.swiglu && call.out.residual != nullptr) Fail("a residual cannot be added to the result of a SwiGLU matrix");
-    if (refine_ > 0 && m.kind != Kind::kInt8Planes) Fail("attribute refine is for weights of kind int8 in planes");
-    if (refine_ > 0 && !activations_.Int8(m)) Fail("attribute refine is for activations int8");
+    if (rescore_ > 0 && m.kind != Kind::kInt8Split)
+      Fail("attribute refine is for weights of kind int8 in split nibbles");
+    if (rescore_ > 0 && !activations_.Int8(m)) Fail("attribute refine is for activations int8");
     call.out.y = run.Output<float>(0, shape);
     if (call.rows == 0) return;
     if (activations_.Int8(m)) {
@@ -89,13 +90,13 @@ class QuantLinear {
   void ComputeInt8(const Run& run, const Call& call) const {
     const LinearKernels& kernels = ChosenKernels().linear;
     const int64_t columns = call.m.columns, rows = call.rows;
-    const bool refined = refine_ > 0 && rows == 1;
+    const bool rescored = rescore_ > 0 && rows == 1;
     Plan plan;
     const QuantSlot slot = plan.AddRows(rows, columns);
     // A normed row lives only until it is quantised: one for each piece of rows.
     const Slot<float> normed = plan.Add<float>(call.norm != nullptr ? Pieces(rows, kRowsPiece) * columns : 0);
-    const Slot<float> largest = plan.Add<float>(refined ? call.m.units() : 0);
-    const Slot<int32_t> chosen = plan.Add<int32_t>(refined ? call.m.units() : 0);
+    const Slot<float> largest = plan.Add<float>(rescored ? call.m.units() : 0);
+    const Slot<int32_t> chosen = plan.Add<int32_t>(rescored ? call.m.units() : 0);
     const Scratch scratch(plan);
     const QuantRows x = scratch[slot];
     ForRows(run, rows, kRowsPiece, [&](int64_t first, int64_t count) {
@@ -108,7 +109,7 @@ class QuantLinear {
         kernels.quantize_rows(row, columns, 1, columns, x.From(r));
       }
     });
-    if (refined) return Refine(run, call, x, scratch[largest], scratch[chosen]);
+    if (rescored) return Rescore(run, call, x, scratch[largest], scratch[chosen]);
     const Grid grid(call.m, rows, true);
     run.ParallelFor(grid.pieces, [&](int64_t i) {
       grid.Piece(i, [&](int64_t begin, int64_t end, int64_t row, int64_t count) {
@@ -117,15 +118,15 @@ class QuantLinear {
     });
   }
 
-  // One row: every result from the upper halves of the weights, then exactly the `refine` tiles of 32 results whose
+  // One row: every result from the high nibbles of the weights, then exactly the `refine` tiles of 32 results whose
   // largest is largest. No more tiles than that can hold the `refine` largest results, so those are among the exact.
-  void Refine(const Run& run, const Call& call, const QuantRows& x, float* largest, int32_t* chosen) const {
+  void Rescore(const Run& run, const Call& call, const QuantRows& x, float* largest, int32_t* chosen) const {
     const LinearKernels& kernels = ChosenKernels().linear;
     const int64_t units = call.m.units(), width = call.m.outputs();
     const Grid grid(call.m, 1, true);
     run.ParallelFor(grid.pieces, [&](int64_t i) {
       grid.Piece(i, [&](int64_t begin, int64_t end, int64_t, int64_t) {
-        kernels.linear_upper(call.m, begin, end, x, 1, call.out);
+        kernels.linear_high(call.m, begin, end, x, 1, call.out);
         for (int64_t unit = begin; unit < end; ++unit) {
           float most = -INFINITY;  // also of a tile of NaN
           for (int64_t n = unit * kTile; n < std::min((unit + 1) * kTile, width); ++n) {
@@ -136,7 +137,7 @@ class QuantLinear {
       });
     });
     for (int64_t i = 0; i < units; ++i) chosen[i] = static_cast<int32_t>(i);
-    const int64_t count = std::min(refine_, units);
+    const int64_t count = std::min(rescore_, units);
     std::nth_element(chosen, chosen + count, chosen + units, [&](int32_t a, int32_t b) {
       return largest[a] > largest[b] || (largest[a] == largest[b] && a < b);
     });
@@ -145,7 +146,7 @@ class QuantLinear {
 
   Activations activations_;
   float epsilon_;
-  int64_t refine_;
+  int64_t rescore_;
   MatrixInput weights_;
   VectorInput norm_, bias_;
 };

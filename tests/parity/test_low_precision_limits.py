@@ -16,7 +16,7 @@ from edgelm.export import ExportOptions, export_bundle
 from edgelm.export.graph.ort_providers import CUDA
 from edgelm.export.onnxruntime import target as targets
 from edgelm.parity import check
-from edgelm.parity.limits import LIMITS, widened
+from edgelm.parity.limits import LIMITS, loosened
 
 from . import damage
 from .conftest import CHECKPOINTS
@@ -25,7 +25,7 @@ from .conftest import CHECKPOINTS
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
     """Function (recipe) to a bundle of the tiny OLMoE whose values are float16."""
-    root = tmp_path_factory.mktemp("narrow")
+    root = tmp_path_factory.mktemp("low_precision")
 
     def get(recipe):
         folder = root / recipe
@@ -49,7 +49,7 @@ def judged(monkeypatch):
     def for_cuda(bundle):
         limits, kind = plain(bundle)
         assert limits == LIMITS[kind]
-        return widened(limits, "float16", "float16"), kind
+        return loosened(limits, "float16", "float16"), kind
 
     monkeypatch.setattr(check, "limits_for", for_cuda)
     return lambda folder: check.check_parity(folder, integrity=False, runtime="onnxruntime-cpu")
@@ -74,12 +74,12 @@ def test_renormalised_routing_is_found_in_its_layer(healthy, judged, tmp_path):
     assert "MoE block as a whole" in report.cause
 
 
-def test_limits_only_grow_and_only_for_narrow_values():
+def test_limits_only_grow_and_only_for_low_precision():
     for limits in LIMITS.values():
-        assert widened(limits, "float32", "float32") == limits
-        half, brain = widened(limits, "float16", "float16"), widened(limits, "bfloat16", "bfloat16")
+        assert loosened(limits, "float32", "float32") == limits
+        half, brain = loosened(limits, "float16", "float16"), loosened(limits, "bfloat16", "bfloat16")
         for field in dataclasses.fields(limits):
             first, second, third = (getattr(item, field.name) for item in (limits, half, brain))
             assert (first >= second >= third) if field.name == "top1_clear" else (first <= second <= third), field.name
-        exact = widened(limits, "bfloat16", "float32")
-        assert exact.layer_base == limits.layer_base, "a debug graph in float32 is judged as on a processor"
+        exact = loosened(limits, "bfloat16", "float32")
+        assert exact.layer_base == limits.layer_base, "a debug graph in float32 is judged as on a CPU"
