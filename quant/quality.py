@@ -1,4 +1,4 @@
-"""How well each scheme keeps weights: one table, which the tests measure again and docs/reference/recipes.md prints."""
+"""Signal to noise of each scheme: one table, which the tests measure again and docs/performance/quality.md shows."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def plain_rounding(weight: NDArray[np.float32], scheme: Scheme) -> NDArray[np.fl
 
 
 def markdown() -> Iterator[str]:
-    """Yield the lines of the table as docs/reference/recipes.md has it."""
+    """Yield the lines of the table as docs/performance/quality.md has it."""
     yield "| scheme | bits a weight | normal, dB | plain rounding, dB | Student-t, dB |"
     yield "|---|---|---|---|---|"
     for row in QUALITY:

@@ -19,9 +19,9 @@ from edgelm.parity.result import Check, FloatLoss, Floats, Mask, at_least, at_mo
 LIKELY = 16
 """How many of the recorded tokens the error of a decoding step is taken over.
 
-For one token the native operators compute the logits of improbable ones with the upper half of the head's bits
-(docs/reference/recipes.md, "The head by halves"). Beyond the first few, tokens that the float reference finds likely may be
-improbable to the quantised one.
+For one token the native operators compute the logits of improbable ones with the high nibbles of the head alone
+(docs/performance/quality.md, "The head by its high nibbles"). Beyond the first few, tokens that the float reference
+finds likely may be improbable to the quantised one.
 """
 
 

@@ -39,7 +39,7 @@ class CoverageOptions:
     def needed(self, moe: MoE) -> int:
         """Tokens that an expert needs: as many as its widest input has values, unless it was given.
 
-        Measured on other tokens (docs/reference/recipes.md): values found with half as many tokens as columns lose a third
+        Measured on other tokens (docs/log.md): values found with half as many tokens as columns lose a third
         more than rounding to nearest does, with as many a tenth less, with twice as many four tenths less.
         """
         columns = max(moe.router.columns, moe.experts[0].gate.rows)

@@ -1,4 +1,4 @@
-"""What do quantised activations and caches cost the tiny trained models? Prints the table of docs/reference/recipes.md.
+"""What do quantised activations and caches cost the tiny trained models? For docs/performance/quality.md.
 
     python tests/bench/activation_quality.py [MODEL ...] [--windows N] [--only TEXT]
 
@@ -71,7 +71,9 @@ class Model:
 
     def source(self, recipe: Recipe, checkpoint: Checkpoint | None = None) -> WeightSource:
         """One recipe serves both models: rules for what this one lacks are left out."""
-        rules = tuple(rule for rule in recipe.rules if matching(self.checkpoint.tensors, rule.pattern))
+        rules = tuple(
+            rule for rule in recipe.rules if not rule.pattern or matching(self.checkpoint.tensors, rule.pattern)
+        )
         return WeightSource(checkpoint or self.checkpoint, replace(recipe, rules=rules), threads=1)
 
     def measure(self, name: str, module: Any) -> Line:

@@ -1,5 +1,4 @@
-"""What do calibration and mixed precision leave of the tiny trained models? Prints the table of
-docs/reference/recipes.md.
+"""What do calibration and mixed precision leave of the tiny trained models? For docs/performance/quality.md.
 
     python tests/bench/calibrated_quality.py [MODEL ...] [--samples N] [--peer-bits B ...] [--keep DIR]
 
@@ -112,7 +111,7 @@ class Maker:
 
     def _fitted(self, recipe: Recipe) -> Recipe:
         """Without the rules for what this model lacks: a preset may have them, what is made of one may not."""
-        rules = tuple(rule for rule in recipe.rules if fnmatch.filter(self.shapes, rule.pattern))
+        rules = tuple(rule for rule in recipe.rules if not rule.pattern or fnmatch.filter(self.shapes, rule.pattern))
         return recipe if recipe.is_preset else replace(recipe, rules=rules)
 
     def _keep(self, row: Row) -> Row:

@@ -1,4 +1,4 @@
-"""What does each way to quantise cost the tiny trained models? Prints the table of docs/reference/recipes.md.
+"""What does each way to quantise cost the tiny trained models? Prints the table of docs/performance/quality.md.
 
     python tests/bench/quantize_quality.py [MODEL ...] [--tokens N]
 
@@ -106,7 +106,11 @@ class Model:
     def measure(self, variant: Variant) -> Line:
         """Quantise, run every window, compare."""
         # One recipe serves both models: rules for what this one lacks are left out.
-        rules = [rule for rule in variant.recipe.rules if fnmatch.filter(self.checkpoint.tensors, rule.pattern)]
+        rules = [
+            rule
+            for rule in variant.recipe.rules
+            if not rule.pattern or fnmatch.filter(self.checkpoint.tensors, rule.pattern)
+        ]
         source = WeightSource(self.checkpoint, replace(variant.recipe, rules=tuple(rules)), threads=1)
         target = WeightModel(self.checkpoint.decoder, source.dequantized(), self.windows)
         if variant.head is None:
