@@ -15,6 +15,7 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,7 @@ class Table:
         """Columns and rows without a figure are left out."""
         cells = {column: [cell(peers, column) for _, cell in self.rows] for column in COLUMNS}
         used = [column for column in COLUMNS if any(cells[column])]
-        lines = [_row(self.head, *map(model_name, used)), _row(*["---"] * (1 + len(used)))]
+        lines = [_row(self.head, *map(model_name, used)), "|---" * (1 + len(used)) + "|"]
         for number, (label, _) in enumerate(self.rows):
             texts = [cells[column][number] for column in used]
             if any(texts):
@@ -158,7 +159,7 @@ def spread(peers: Peers) -> list[str]:
         low, high = (number(value, unit) for value in (min(item.values), max(item.values)))
         if len(item.values) > 1 and low != high:
             rows.setdefault((item.row, item.engine, item.match), {})[item.column] = f"{low} to {high}"
-    lines = [_row("figure, engine", *map(model_name, COLUMNS)), _row(*["---"] * (1 + len(COLUMNS)))]
+    lines = [_row("figure, engine", *map(model_name, COLUMNS)), "|---" * (1 + len(COLUMNS)) + "|"]
     for (row, engine, match), cells in rows.items():
         beside = f", beside {match}" if engine == NATIVE and match in ("openvino", "portable") else ""
         engine = "" if engine == MACHINE else f", {LABELS.get(engine, engine)}"
@@ -169,26 +170,24 @@ def spread(peers: Peers) -> list[str]:
 
 def headline(peers: Peers) -> list[str]:
     """Both models in int4 beside llama.cpp, one figure a row."""
-    lines = [_row("int4, 2 cores", "EdgeLM", "llama.cpp", "ratio"), _row(*["---"] * 4)]
-    wanted = (
-        (figures.DECODE, "decode, tokens/s"), (figures.PREFILL, "prefill of 512, tokens/s"),
-        (figures.FIRST, "load to first token, s"), (figures.RESIDENT, "memory in use, GB"),
-    )  # fmt: skip
+    lines = [_row("", "EdgeLM", "llama.cpp", "ratio"), "|---|---:|---:|---:|"]
     for column in ("olmoe int4", "fox int4"):
-        for row, label in wanted:
-            cells = [measured(row, NATIVE)(peers, column), measured(row, *LLAMAS)(peers, column)]
+        for row, label in ((figures.DECODE, "decode"), (figures.PREFILL, "prefill of 512")):
+            cells = [measured(row, *engines)(peers, column) for engines in ([NATIVE], LLAMAS)]
             value = peers.ratio(column, row, NATIVE, "llama.cpp")
             if all(cells) and value is not None:
-                text = f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
-                lines.append(_row(f"{model_name(column).split()[0]}, {label}", *(cell or "" for cell in cells), text))
+                name = NAMES[column.split()[0]]
+                lines.append(_row(f"{name}: {label}, tokens/s", *(cell or "" for cell in cells), f"{value:.2f}"))
     return lines
 
 
 def schemes(document: dict[str, Any], model: str) -> list[str]:
     """What each way to quantise loses."""
-    lines = [_row(model, "MB a token", "KL", "top-1"), _row(*["---"] * 4)]
-    for line in document[model]:
-        lines.append(_row(line["name"], f"{line['megabytes']:.0f}", kl(line["kl"]), f"{100 * line['top1']:.1f} %"))
+    lines = [_row(model, "MB a token", "KL", "top-1"), "|---|---|---|---|"]
+    lines += [
+        _row(line["name"], f"{line['megabytes']:.0f}", kl(line["kl"]), f"{100 * line['top1']:.1f} %")
+        for line in document[model]
+    ]
     return lines
 
 
@@ -199,7 +198,7 @@ def kl(value: float) -> str:
 
 
 def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
 
 
 LABELS = {NATIVE: "EdgeLM", NATIVE_INT8: "EdgeLM with an int8 cache", PORTABLE: "EdgeLM, portable operators"} | {
@@ -313,10 +312,10 @@ def table(name: str, folder: Path) -> list[str]:
         return spread(peers) if name == "spread" else headline(peers)
     if name == "measured":
         versions = ", ".join(f"{engine} {version}" for engine, version in peers.document["versions"].items())
-        return [
+        text = (
             f"Measured {peers.document['date']} on {peers.document['cpu']}, {peers.document['threads']} threads, with "
-            f"{versions}."
-        ]
+        )
+        return textwrap.wrap(f"{text}{versions}.", 120)
     if name.startswith("schemes-"):
         return schemes(json.loads((folder / "quantize_quality.json").read_text(encoding="utf-8")), name[8:] + "-tiny")
     raise ValueError(f"there is no table {name!r}")

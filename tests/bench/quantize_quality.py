@@ -219,11 +219,11 @@ def variants(model: Model) -> Iterator[Variant]:
     yield Variant("int4-g32, tables float", recipe("int4-g32-sym", *tables("float")))
     for group, exact in ((128, 0), (128, 16), (128, 64), (128, 256), (32, 0), (32, 64)):
         head, bits = model.split_head(group, exact)
-        name = f"int4-g32, head int8-g{group} by its upper half, {exact} largest exact"
+        name = f"int4-g32, head int8-g{group} by its high nibbles, {exact} largest exact"
         yield Variant(name, recipe("int4-g32-sym"), head, bits)
     head, bits = model.split_head(128, 64)
     for group in (64, 128):
-        name = f"int4-g{group}, head int8-g128 by its upper half, 64 largest exact"
+        name = f"int4-g{group}, head int8-g128 by its high nibbles, 64 largest exact"
         yield Variant(name, recipe(f"int4-g{group}-sym"), head, bits)
     if not model.experts:
         yield Variant("int3-g32, tables int8-g128", recipe("int3-g32-sym"))
@@ -238,7 +238,7 @@ def variants(model: Model) -> Iterator[Variant]:
         rule = (f"*.experts.*.{part}.weight", "int3-g32-sym")
         yield Variant(f"int4-g32, experts' {part} int3-g32", recipe("int4-g32-sym", rule))
     yield Variant(
-        "int4-g32, experts int3-g32, head int8-g128 by its upper half, 64 largest exact",
+        "int4-g32, experts int3-g32, head int8-g128 by its high nibbles, 64 largest exact",
         recipe("int4-g32-sym", ("*.experts.*", "int3-g32-sym")),
         head,
         bits,

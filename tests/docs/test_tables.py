@@ -12,17 +12,15 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docs" / "performance"))
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
 
-import figures
-import tables
-from figures import DECODE, LLAMA, LLAMA_PLAIN, NATIVE
+import figures  # noqa: E402  found by the lines above
+import tables  # noqa: E402
+from figures import DECODE, LLAMA, LLAMA_PLAIN, NATIVE  # noqa: E402
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
 def test_a_page_has_the_figures_of_the_json(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert tables.rewrite(text, ROOT / "docs" / "performance") == text, (
-        "run python docs/performance/tables.py --write"
-    )
+    assert tables.rewrite(text, ROOT / "docs" / "performance") == text, "run python docs/performance/tables.py --write"
 
 
 def run(folder: Path, **more: object) -> tables.Peers:
