@@ -1,19 +1,22 @@
-"""OLMoE and Fox-1 on edge devices: quantise, export, run, and prove that the device computes what PyTorch computes.
+"""EdgeLM: quantise, export and run language models, and check on the device that they compute what PyTorch computes.
+
+Example::
 
     import edgelm
+
     model = edgelm.load("bundle/")
-    for piece in model.stream("Once upon a time", max_tokens=64):
-        print(piece, end="")
+    for text in model.stream("Once upon a time", max_tokens=64):
+        print(text, end="")
     report = edgelm.check_parity("bundle/")
 
-Importing this package imports nothing heavy: each name below is fetched from its module when it is first used.
+``import edgelm`` is fast: each public name is imported from its module when it is first used.
 """
 
 from __future__ import annotations
 
 from edgelm.version import __version__
 
-# As typing.TYPE_CHECKING, which takes a while to import: `edgelm.cli.common.interrupts` says why that matters.
+# Replaces typing.TYPE_CHECKING, which is slow to import. Start-up must be fast: see `edgelm.cli.common.interrupts`.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle as Bundle

@@ -1,4 +1,4 @@
-"""`python -m edgelm` and the console script: the command line, which Ctrl-C can end while it is being imported."""
+"""Entry point of `python -m edgelm` and of the `edgelm` script. Ctrl-C works even while modules are being imported."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How fast a bundle runs here, what it takes, and how near that is to what the memory allows.
+"""Benchmark of a bundle on this machine: speed, memory, and the share of the memory bandwidth that decoding uses.
 
-Decoding one token reads every weight that takes part once, so it is bound by memory bandwidth. The bandwidth that the
-machine has is measured in the same process, with as many threads, after the model.
+Decoding one token reads every active weight once, so its speed is limited by memory bandwidth. The machine's bandwidth
+is measured in the same process, with the same number of threads, after the model was measured.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from edgelm.runtimes import Runtime, SequenceBatch, open_batch, open_runtime
 PROMPT_TOKENS, NEW_TOKENS = 512, 128
 _READ_BYTES = 512 << 20
 _READ_REPEATS = 5
-# What is read again and again comes from the CPU's caches unless it is several times as large.
+# Repeated reads of less than 4 times the size of the CPU's caches may come from the caches, not from memory.
 _CACHES = 4
 _ASSUMED_CACHE = 32 << 20
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A measurement's runs: median, least and greatest."""
+    """Median, minimum and maximum of the runs of a measurement, and the runs."""
 
     median: float
     low: float
@@ -46,17 +46,24 @@ class Spread:
 
     @classmethod
     def of(cls, runs: Sequence[float]) -> Spread:
-        """Of at least one run."""
+        """Summarise the runs, of which there must be at least one."""
         return cls(statistics.median(runs), min(runs), max(runs), tuple(runs))
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Seconds, tokens a second, bytes, bytes a second.
+    """Result of `bench`. Units: seconds, tokens per second, bytes, bytes per second.
 
-    Memory is None where the system does not tell. The bandwidth of decoding is None where sequences share what is read,
-    and where a token reads so little that the CPU's caches may hold it; the machine's, where too little memory is free
-    to measure more than the caches. `notes` say what was measured otherwise than a reader expects.
+    Attributes:
+        resident_before_load, resident_after_load, resident_after_run, resident_peak: resident memory of the process in
+            bytes; None where the system does not report it.
+        files: size in bytes of each file of the bundle.
+        bytes_per_token: bytes read to decode one token, see `bytes_per_token`.
+        decode_bandwidth: bytes per second read while decoding. None for a batch, whose sequences share the reads, and
+            where a token reads so little that the CPU's caches may hold it.
+        machine_bandwidth: bytes per second that the memory can deliver. None where too little memory is free to
+            measure it.
+        notes: differences from the usual measurement, one sentence each.
     """
 
     bundle: str
@@ -87,22 +94,26 @@ class BenchResult:
 
     @property
     def bandwidth_share(self) -> float | None:
-        """The part of the bandwidth of the memory that the weights are in that decoding uses."""
+        """Bandwidth used while decoding, as a fraction of the bandwidth of the memory that holds the weights."""
         if self.decode_bandwidth is None or self.machine_bandwidth is None:
             return None
         return self.decode_bandwidth / self.machine_bandwidth
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the fields as JSON-ready values."""
         return {**asdict(self), "bandwidth_share": self.bandwidth_share, "device": self.device.as_dict()}
 
 
 def bytes_per_token(manifest: Manifest, position: float, kv: str | None = None) -> int:
-    """Bytes that decoding one token at `position` has to read: weights that take part, and the cache so far.
+    """Return the bytes that must be read to decode one token at `position`: active weights and the KV cache so far.
 
-    Of an MoE layer's experts the chosen ones count; an embedding table counts as far as it also is the head. Of a head
-    in split nibbles the low ones are read only for the logits that are computed again, in whole tiles. `kv` is the
-    cache's type, one of `edgelm.bundle.kv_cache.KV_TYPES`, None the bundle's own.
+    Of an MoE layer only the selected experts count. The embedding table counts only if it is tied to the head. Of a
+    head in split nibbles, the low nibbles are read only in the tiles of the rescored logits.
+
+    Args:
+        manifest: the bundle's manifest.
+        position: tokens in the cache; may be an average.
+        kv: type of the KV cache, one of `edgelm.bundle.kv_cache.KV_TYPES`; None for the bundle's own.
     """
     model = manifest.model
     total = 0.0
@@ -121,12 +132,12 @@ def bytes_per_token(manifest: Manifest, position: float, kv: str | None = None) 
 
 
 def beyond_caches(nbytes: int) -> bool:
-    """Whether so many bytes, read in turn, come from memory: they are several times what the CPU's caches hold."""
+    """Return whether reading `nbytes` in order is bound by memory: they are at least 4 times the CPU's caches."""
     return nbytes >= _CACHES * (devices.cache_bytes() or _ASSUMED_CACHE)
 
 
 def memory_bandwidth(threads: int) -> float | None:
-    """`read_bandwidth` of the machine's memory; None where too little is free for more than the caches' to be seen."""
+    """Return `read_bandwidth` of the machine's memory; None where too little memory is free to exceed the caches."""
     return read_bandwidth(threads) if beyond_caches(_read_size()) else None
 
 
@@ -136,10 +147,12 @@ def _read_size() -> int:
 
 
 def choose_tokens(prompt: int | None, new: int | None, context: int) -> tuple[int, int]:
-    """How many prompt and new tokens to measure with; None is the default, or less where the context is short.
+    """Return the numbers of prompt and new tokens to measure with.
+
+    None stands for the default, `PROMPT_TOKENS` or `NEW_TOKENS`, or fewer where the context is short.
 
     Raises:
-        ContextLengthError: what was asked for does not fit.
+        ContextLengthError: the numbers given do not fit into the context.
     """
     if (prompt or 1) + (new or 1) > context:
         asked = f"{prompt:,} prompt tokens" if prompt else f"{new:,} new tokens"
@@ -153,17 +166,17 @@ def choose_tokens(prompt: int | None, new: int | None, context: int) -> tuple[in
 
 
 def read_bandwidth(threads: int, file: Path | None = None) -> float:
-    """Bytes a second that `threads` threads read: the best of a few passes over half a gigabyte.
+    """Measure the read bandwidth of `threads` threads in bytes per second: the best of 5 passes over 512 MiB.
 
-    From anonymous memory, or from a mapping of `file`, as weights are read: its first half gigabyte, or all it has. The
+    The data lies in anonymous memory. With `file` it is a memory map of its first 512 MiB, as weights are read; the
     first pass brings it into the page cache.
 
     Raises:
-        EdgeLMError: `file` is too small to have 8 bytes for every thread.
+        EdgeLMError: `file` has less than 8 bytes for every thread.
     """
     size = _read_size()
     if file is None:
-        # Written, so that every page is its own: untouched zeros all lie in one page that stays in the cache.
+        # Ones, not zeros: the system maps all untouched pages to one page of zeros, which would stay in the cache.
         words = np.ones(size // 8, np.uint64)
     else:
         count = min(size, file.stat().st_size) // 8
@@ -194,15 +207,21 @@ def bench(
     batch: int = 1,
     progress: Progress | None = None,
 ) -> BenchResult:
-    """Load the bundle and measure it `repeat` times, after one run that is not counted.
+    """Load a bundle and measure it `repeat` times, after one warm-up run.
 
-    `prompt_tokens` and `new_tokens` are 512 and 128 where they are not given, or less where the context is short. `kv`
-    is the cache's type, `weight_memory` as for `edgelm.load`. With a `batch` above 1, that many sequences are prefilled
-    one after the other and decode together: rates count the tokens of all of them. It needs native operators.
+    Args:
+        path: the bundle.
+        prompt_tokens: tokens to prefill; by default 512, or fewer where the context is short.
+        new_tokens: tokens to decode; by default 128, or fewer where the context is short.
+        repeat: measured runs.
+        threads, runtime, kv, weight_memory: as for `edgelm.load`.
+        batch: sequences. They are prefilled one after the other and decode together; rates count the tokens of all.
+            More than 1 needs native operators.
+        progress: where to report progress.
 
     Raises:
         ContextLengthError: prompt and new tokens do not fit into the model's context.
-        EdgeLMError: a count below 1.
+        EdgeLMError: a count is below 1.
         BundleError, RuntimeUnavailableError: as `edgelm.load`.
     """
     for name, value in (
@@ -229,7 +248,7 @@ def bench(
     load_seconds = time.perf_counter() - started
     loaded, _ = devices.resident_memory()
     with opened:
-        # Random tokens: an MoE model routes them over all its experts, and no text favours one model's tokenizer.
+        # Random tokens: an MoE model routes them over all its experts, and no tokenizer has an advantage.
         prompts = np.random.default_rng(0).integers(0, model.vocab_size, (batch, prompt_tokens)).tolist()
         runs = []
         with progress.task("measuring", repeat + 1, unit="steps") as advance:

@@ -1,4 +1,4 @@
-"""Text to calibrate and to judge with: a file, a folder, or Python's standard library, cut into windows of tokens."""
+"""Text for calibration and evaluation: a file, a folder or Python's standard library, cut into windows of tokens."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from edgelm.errors import EdgeLMError
 from edgelm.sizes import format_size
 
 BUILTIN = "builtin"
-"""Names the standard library's sources, as the interpreter that runs this has them."""
+"""Name of the corpus of the running interpreter's standard library sources."""
 
-# Not prose-like code: third-party packages, tests, character tables, help texts as escaped strings, build leftovers.
+# Third-party packages, tests, character tables, help texts as escaped strings, build output.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "_bundled"}
 HELD_OUT_SHARE = 20  # one file in twenty
 LARGEST = 256 << 20
-"""Bytes of text read at most: windows are taken evenly, so more of it would only cost time."""
+"""Most bytes of text to read. Windows are spaced evenly over the text, so more text only costs time."""
 
 Ints = NDArray[np.int64]
 
 
 class Encoder(Protocol):
-    """The part of `edgelm.tokenization.tokenizer.Tokenizer` that is needed here."""
+    """The part of `edgelm.tokenization.tokenizer.Tokenizer` that this module uses."""
 
     @property
     def bos_id(self) -> int | None:
-        """The token put before every sequence, None where the model has none."""
+        """The begin-of-sequence token; None where the model has none."""
 
     def encode(self, text: str, add_bos: bool = ...) -> list[int]:
-        """Ids of a text."""
+        """Return the token ids of a text."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents, where they came from, and the SHA-256 of all of them."""
+    """Documents, the name of their source, and the SHA-256 of all of them."""
 
     name: str
     documents: tuple[str, ...]
@@ -48,12 +48,12 @@ class Corpus:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a file of the standard library is kept from training and calibration, by its relative path alone."""
+    """Return whether a standard library file is held out from training and calibration, by a hash of its path."""
     return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % HELD_OUT_SHARE == 0
 
 
 def standard_library() -> tuple[list[str], list[str]]:
-    """Sources to train or calibrate on and sources held out, each in the order of the file names."""
+    """Return the standard library's sources to train or calibrate on, and the held-out ones, sorted by file name."""
     root = Path(sysconfig.get_paths()["stdlib"])
     training: list[str] = []
     held_out: list[str] = []
@@ -72,10 +72,10 @@ def read_corpus(source: str | Path, *, held_out: bool = False) -> Corpus:
 
     Args:
         source: path, or "builtin".
-        held_out: of "builtin", the files that neither training nor calibration sees; files and folders are one whole.
+        held_out: of "builtin", read the files that training and calibration do not see. Ignored for other sources.
 
     Raises:
-        EdgeLMError: nothing is there, it holds no text, or it is larger than `LARGEST`.
+        EdgeLMError: `source` does not exist, holds no text, or is larger than `LARGEST`.
     """
     if source == BUILTIN:
         return _corpus(BUILTIN, standard_library()[held_out])
@@ -96,7 +96,7 @@ def read_corpus(source: str | Path, *, held_out: bool = False) -> Corpus:
         except UnicodeDecodeError as error:
             if path.is_file():
                 raise EdgeLMError(f"{path} is no UTF-8 text: {error}") from error
-            # A folder may also hold pictures.
+            # Skip binary files of a folder, such as pictures.
     documents = [text for text in documents if text.strip()]
     if not documents:
         raise EdgeLMError(f"{path} holds no text")
@@ -104,9 +104,10 @@ def read_corpus(source: str | Path, *, held_out: bool = False) -> Corpus:
 
 
 def windows(encoder: Encoder, documents: Iterable[str], count: int, length: int) -> list[Ints]:
-    """Cut `count` windows of `length` tokens, evenly spaced over the documents one after the other.
+    """Cut `count` windows of `length` tokens, evenly spaced over the concatenated documents.
 
-    The first token of each is the begin token where the model has one. Windows overlap where the text is short.
+    The first token of each window is replaced by the begin-of-sequence token where the model has one. Windows overlap
+    where the text is short.
 
     Returns:
         `count` arrays int64 [length].
@@ -128,7 +129,7 @@ def windows(encoder: Encoder, documents: Iterable[str], count: int, length: int)
 def _corpus(name: str, documents: Sequence[str]) -> Corpus:
     digest = hashlib.sha256()
     for text in documents:
-        # The length keeps ("ab", "c") and ("a", "bc") apart.
+        # With the length, ("ab", "c") and ("a", "bc") have different hashes.
         digest.update(len(text).to_bytes(8, "little"))
         digest.update(text.encode("utf-8", errors="surrogatepass"))
     return Corpus(name, tuple(documents), digest.hexdigest())

@@ -1,6 +1,6 @@
-"""What this machine is: CPU, cores this process may use, memory, instruction sets.
+"""Description of this machine: CPU, cores that this process may use, memory, instruction sets.
 
-Standard library only; what cannot be learnt on a system is None or empty, never an error.
+Uses the standard library only. Values that a system does not provide are None or empty; nothing raises.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 _CPU = Path("/sys/devices/system/cpu")
 _CGROUP = Path("/sys/fs/cgroup")
-# The ones whose presence decides which kernels run.
+# The instruction sets that the choice of kernels depends on.
 _FEATURES = (
     *("sse4_2", "avx", "fma", "f16c", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16"),
     *("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
@@ -41,7 +41,7 @@ class Device:
     instruction_sets: tuple[str, ...]
 
     def as_dict(self) -> dict[str, object]:
-        """The fields as JSON-ready values."""
+        """Return the fields as JSON-ready values."""
         return {**asdict(self), "instruction_sets": list(self.instruction_sets)}
 
 
@@ -63,24 +63,24 @@ def describe() -> Device:
 
 
 def allowed_cores() -> int:
-    """Physical cores that this process may use: by affinity, container quota and core siblings; at least 1."""
+    """Return the physical cores that CPU affinity and the container's quota leave to this process; at least 1."""
     logical = _allowed_logical()
     cores = _physical_cores(logical) or len(logical)
     quota = _cgroup_quota()
     if quota is not None:
-        # Half a core of quota still wants one thread; 2.5 cores are better served by 2 threads than by 3 throttled.
+        # Round down, but to 1 at least: with a quota of 2.5 cores, 2 threads are faster than 3 that are throttled.
         cores = min(cores, max(1, int(quota)))
     return max(1, cores)
 
 
 def most_threads() -> int:
-    """Hardware threads that affinity and container quota leave to this process."""
+    """Return the hardware threads that CPU affinity and the container's quota leave to this process."""
     count, quota = len(_allowed_logical()), _cgroup_quota()
     return count if quota is None else max(1, min(count, math.ceil(quota)))
 
 
 def thread_problem(threads: int) -> str | None:
-    """Why this many threads cannot be had, in one line; None where they can. Checked in one place for every way in."""
+    """Return why `threads` threads are too many, in one line; None where they are not. All callers check here."""
     most = most_threads()
     if threads <= most:
         return None
@@ -95,14 +95,14 @@ def _allowed_logical() -> set[int]:
 
 
 def _physical_cores(logical: set[int]) -> int | None:
-    """Distinct (package, core) pairs among these logical CPUs."""
+    """Count the physical cores of these logical CPUs; None where the system does not say."""
     if sys.platform == "darwin":
         text = _sysctl("hw.physicalcpu")
         return int(text) if text.isdigit() else None
     cores = set()
     for cpu in logical:
         topology = _CPU / f"cpu{cpu}" / "topology"
-        # The list of siblings identifies a core even where core ids repeat over dies and clusters.
+        # Core ids repeat over dies and clusters; the list of sibling threads identifies a core.
         siblings = _read(topology / "core_cpus_list") or _read(topology / "thread_siblings_list")
         if not siblings:
             return None
@@ -111,7 +111,7 @@ def _physical_cores(logical: set[int]) -> int | None:
 
 
 def cache_bytes() -> int | None:
-    """Bytes of the last-level caches of the CPUs that this process may use; None where the system does not say."""
+    """Return the bytes of the last-level caches of this process's CPUs; None where the system does not say."""
     found: dict[tuple[int, str], int] = {}
     for cpu in _allowed_logical():
         for cache in (_CPU / f"cpu{cpu}" / "cache").glob("index*"):
@@ -124,7 +124,7 @@ def cache_bytes() -> int | None:
 
 
 def _cgroup_quota() -> float | None:
-    """Cores' worth of time that the container may use, None where there is no limit."""
+    """Return the container's CPU quota in cores; None where there is no limit."""
     quotas = []
     for folder in _own_cgroups():
         fields = _read(folder / "cpu.max").split()
@@ -137,7 +137,7 @@ def _cgroup_quota() -> float | None:
 
 
 def _own_cgroups() -> list[Path]:
-    """The folders of this process's control groups and of the groups above them."""
+    """Return the folders of this process's control groups and of their parents."""
     folders = [_CGROUP, _CGROUP / "cpu", _CGROUP / "memory"]
     for line in _read(Path("/proc/self/cgroup")).splitlines():
         _, controllers, path = line.split(":", 2)
@@ -148,7 +148,7 @@ def _own_cgroups() -> list[Path]:
 
 
 def _cgroup_memory() -> tuple[int, int] | None:
-    """(limit, available) in bytes by the memory limits of this process's control groups; None where there is none."""
+    """Return (limit, available) in bytes of this process's control groups; None where memory is not limited."""
     limits, available = [], []
     for folder in _own_cgroups():
         limit = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
@@ -160,19 +160,19 @@ def _cgroup_memory() -> tuple[int, int] | None:
 
 
 def _reclaimable(group: Path) -> int:
-    """Bytes that count as used by a control group but that the kernel gives up when memory is wanted: the page cache.
+    """Return the bytes of a control group's memory usage that the kernel can reclaim: page cache and slabs.
 
-    As the kernel's MemAvailable has it: files' pages, active or not, and slabs. What lies in a tmpfs is among neither.
+    The kernel computes MemAvailable in the same way. Files in a tmpfs are not reclaimable and not counted.
     """
     found = re.findall(r"^(\w+) (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
     fields: dict[str, str] = dict(found)
     names = ("active_file", "inactive_file", "slab_reclaimable")
-    # The old interface gives the sums over the groups below, which usage includes, under names of their own.
+    # In cgroup v1 the sums that include child groups, as usage does, are named total_*.
     return sum(int(fields.get(f"total_{name}", fields.get(name, 0))) for name in names)
 
 
 def _memory() -> tuple[int | None, int | None]:
-    """(total, available) bytes, never more than the container allows."""
+    """Return (total, available) bytes of memory, within the container's limit."""
     if sys.platform == "linux":
         fields = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read(Path("/proc/meminfo")), re.MULTILINE))
         if "MemTotal" not in fields:
@@ -229,7 +229,7 @@ def _instruction_sets() -> tuple[str, ...]:
 
 
 def resident_memory() -> tuple[int | None, int | None]:
-    """(now, peak) resident bytes of this process; pages of mapped files count."""
+    """Return the (current, peak) resident bytes of this process, pages of memory-mapped files included."""
     if sys.platform == "linux":
         fields: dict[str, str] = dict(
             re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB", _read(Path("/proc/self/status")), re.MULTILINE)
@@ -247,10 +247,10 @@ def resident_memory() -> tuple[int | None, int | None]:
 
 
 def return_free_memory() -> None:
-    """Give what the C library holds free back to the system, where the library can (glibc).
+    """Return free heap memory to the system (glibc's malloc_trim; does nothing elsewhere).
 
-    glibc raises the size from which it maps blocks on their own as soon as such a block was freed. So a second model
-    that is loaded lies in its heap, and would stay resident after it was closed.
+    After a large block was freed, glibc raises its mmap threshold. A second model then lies in the heap, and its memory
+    would stay resident after the model was closed.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):

@@ -1,26 +1,26 @@
-"""What EdgeLM raises when the input, the file or the machine is at fault.
+"""Exceptions that EdgeLM raises when an input, a file or the machine is at fault.
 
-Every message says what is wrong, where, and what to do about it. The command line prints it in one line and exits
-with 1; a bug in EdgeLM itself raises something else, of which the command line asks for a report.
+Every message says what is wrong, where, and what to do. The command line prints it in one line and exits with status 1.
+Any other exception is a bug in EdgeLM, and the command line asks for a report.
 """
 
 from __future__ import annotations
 
 
 class EdgeLMError(Exception):
-    """Base of every error a user can cause or mend."""
+    """Base class of every error that a user can cause or fix."""
 
 
 class ArgumentTypeError(EdgeLMError, TypeError):
-    """An argument of the wrong type, or one that there is not."""
+    """An argument has the wrong type, or does not exist."""
 
 
 class ArgumentValueError(EdgeLMError, ValueError):
-    """An argument of the right type whose value is out of range."""
+    """An argument has the right type, but its value is out of range."""
 
 
 class CheckpointError(EdgeLMError):
-    """A checkpoint folder is incomplete, damaged or of another model."""
+    """A checkpoint folder is incomplete or damaged, or its model is not supported."""
 
 
 class UnsupportedConfigError(CheckpointError):
@@ -28,7 +28,7 @@ class UnsupportedConfigError(CheckpointError):
 
 
 class TokenizerError(EdgeLMError):
-    """No usable tokenizer, or its special tokens contradict each other."""
+    """A checkpoint has no usable tokenizer, or its special tokens contradict each other."""
 
 
 class RecipeError(EdgeLMError):
@@ -40,7 +40,7 @@ class ExportError(EdgeLMError):
 
 
 class MemoryLimitError(ExportError):
-    """The work does not fit into the memory that was allowed."""
+    """The export needs more memory than the limit."""
 
 
 class BundleError(EdgeLMError):
@@ -52,28 +52,28 @@ class RuntimeUnavailableError(EdgeLMError):
 
 
 class ContextLengthError(EdgeLMError):
-    """More tokens than the model's context holds."""
+    """A sequence has more tokens than the model's context."""
 
 
 class GenerationError(EdgeLMError):
-    """Sampling options or messages that cannot be used."""
+    """A prompt, a message or an option of generation is invalid."""
 
 
 class GenerationTypeError(GenerationError, ArgumentTypeError):
-    """A prompt or an option of generation of the wrong type, or an option that there is not."""
+    """A prompt or an option of generation has the wrong type, or an option does not exist."""
 
 
 class GenerationValueError(GenerationError, ArgumentValueError):
-    """An option of generation whose value is out of range, or that would do nothing beside the others."""
+    """An option of generation is out of range, or has no effect together with the others."""
 
 
 class ParityError(EdgeLMError):
-    """The parity check could not be carried out (a failed check is a result, not an error)."""
+    """The parity check could not run. A check that fails is a result, not an error."""
 
 
 class DeviceError(EdgeLMError):
-    """A GPU, its driver or a library of it is missing, too old, or failed."""
+    """A GPU, its driver or one of its libraries is missing, too old, or failed."""
 
 
 class DeviceMemoryError(DeviceError):
-    """The device has not enough memory free."""
+    """The device has too little free memory."""

@@ -1,13 +1,14 @@
-"""Outputs that are whole or absent: written beside their place, then given its name.
+"""Atomic writing of files and folders: an output is complete or absent. It is written beside `x`, then renamed to `x`.
 
-While a run writes `x`, and after one was killed, there may be beside it
+While a run writes `x`, and after a run was killed, these may lie beside it:
 
-    .x.edgelm-lock            held with flock as long as the run lives
-    .x.partial-<16 digits>    the new `x`; once the names are exchanged, the old one
+    .x.edgelm-lock            locked with flock while the run lives
+    .x.partial-<16 digits>    the new `x`; after the two names were exchanged, the old one
     .x.old-<16 digits>        the old `x`, on file systems that cannot exchange two names
 
-Whoever holds the lock may judge the others by their names alone: what stands at `x` is whole and all else is left over,
-and where nothing stands at `x` an old one is put back. So cleaning up after an error and after a kill are the same.
+A run that holds the lock can tell what to do from the names alone. What is named `x` is complete, and everything else
+is left over and is removed. Where there is no `x`, an old one is put back first. So the clean-up is the same after an
+error and after a kill.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from edgelm.sizes import format_size
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: two runs into one place are then the user's business
+except ImportError:  # Windows has no flock: there, two runs that write one output are not kept apart
     fcntl = None  # type: ignore[assignment]
 
-_LONGEST_NAME = 200  # bytes; file systems take 255, and the hidden names are longer than the target's
+_LONGEST_NAME = 200  # bytes; file systems allow 255, and the hidden names are longer than the target's
 _CURRENT_FOLDER = -100  # AT_FDCWD
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 
 
 @contextlib.contextmanager
 def disk_full_explained(target: Path) -> Iterator[None]:
-    """Turn "no space left" into an error that says where and how much is free."""
+    """Turn the system's "no space left" into an `EdgeLMError` that says where, and how much is free."""
     try:
         yield
     except OSError as error:
@@ -53,10 +54,10 @@ def disk_full_explained(target: Path) -> Iterator[None]:
 
 
 def need_disk(target: Path, needed: int) -> None:
-    """Refuse before any work where `needed` bytes do not fit on the disk of `target`, which need not exist.
+    """Check before any work that the disk of `target`, which need not exist, has `needed` bytes free.
 
     Raises:
-        EdgeLMError: says what is needed and what is free.
+        EdgeLMError: it has not.
     """
     parent = target.absolute().parent
     while not parent.exists():
@@ -75,18 +76,18 @@ def atomic_directory(
 ) -> Iterator[Path]:
     """Yield an empty folder beside `target`; it becomes `target` when the block ends without an error.
 
-    On any exception, `KeyboardInterrupt` included, an existing `target` is untouched and nothing is left beside it.
-    Killed, or without power, `target` is the old one or the new one, and the next run removes what was left. Folders
-    above `target` are made.
+    On any exception, `KeyboardInterrupt` included, an existing `target` is unchanged and nothing is left beside it.
+    After a kill or a power failure, `target` is the old folder or the new one, complete, and the next run removes what
+    was left. Missing parent folders are made.
 
     Args:
-        target: what to write.
-        kind: what it is; decides what of an existing `target` may be replaced.
-        sources: what it is made from, which it must leave alone.
+        target: the folder to write.
+        kind: kind of output, which decides whether an existing `target` may be replaced.
+        sources: inputs of the run, which must not be overwritten.
         overwrite: replace an existing `target`.
 
     Raises:
-        EdgeLMError: the place cannot be used (`check_place`), another run is writing it, or the disk is full.
+        EdgeLMError: `target` cannot be used (`check_place`), another run is writing it, or the disk is full.
     """
     sources = tuple(sources)
     place = check_place(target, kind, sources=sources, overwrite=overwrite)
@@ -102,7 +103,7 @@ def atomic_directory(
                 yield partial
                 kind.seal(partial)
                 _sync_tree(partial)
-                check_place(target, kind, sources=sources, overwrite=overwrite)  # hours may have gone by
+                check_place(target, kind, sources=sources, overwrite=overwrite)  # the block may have taken hours
                 _publish(partial, place, _beside(place, "old", token))
         finally:
             mine = None if locked else token
@@ -119,16 +120,16 @@ def atomic_file(
 ) -> Iterator[Path]:
     """Yield an empty file beside `target` to write to; it becomes `target` when the block ends without an error.
 
-    Of several runs that write one file the last one's stays, whole. The disk holds all of it before this returns.
+    Where several runs write one file, the last one wins. The file is synced to disk before this returns.
 
     Args:
-        target: what to write, in a folder that exists.
-        kind: what it is, see `atomic_directory`; None for a file of EdgeLM's own, whose place holds nothing else.
-        sources: what it is made from.
-        overwrite: replace an existing one of this kind.
+        target: the file to write, in a folder that exists.
+        kind: kind of output, see `atomic_directory`; None for a file that only EdgeLM writes, which needs no check.
+        sources: inputs of the run, which must not be overwritten.
+        overwrite: replace an existing file of this kind.
 
     Raises:
-        EdgeLMError: the place cannot be used (`check_place`), or the disk is full.
+        EdgeLMError: `target` cannot be used (`check_place`), or the disk is full.
     """
     sources = tuple(sources)
 
@@ -162,9 +163,9 @@ def atomic_file(
 def prepare_place(
     target: Path | str, kind: Kind, *, sources: Iterable[Source | None] = (), overwrite: bool = False
 ) -> Path:
-    """`check_place` before long work that ends in an `atomic_directory`; what killed runs left beside it is removed.
+    """Check `target` with `check_place` before long work, and remove what killed runs left beside it.
 
-    So there is room on the disk for the new one, and an old one that is put back is noticed now.
+    This frees the disk for the new output, and puts back an old one that a killed run had moved away.
 
     Raises:
         EdgeLMError: as `check_place`, or another run is writing `target`.
@@ -180,7 +181,7 @@ def prepare_place(
 
 
 def restore(target: Path) -> None:
-    """Put back a folder that a killed run had moved away and not yet replaced; do nothing where none was."""
+    """Put back a folder that a killed run had moved away and not replaced; do nothing where there is none."""
     with contextlib.suppress(OSError, EdgeLMError):
         left = _left(target)
         if any(path.name.startswith(_prefix(target, "old")) for path in left):
@@ -191,12 +192,16 @@ def restore(target: Path) -> None:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, busy: str) -> Iterator[bool]:
-    """Keep other runs out of an existing folder; yields whether the file system has locks.
+    """Lock an existing folder against other runs; yields whether the file system has locks.
 
-    The system lets go of the lock however this process ends.
+    The system releases the lock when this process ends, however it ends.
+
+    Args:
+        folder: the folder to lock.
+        busy: the message of the error where another run holds the lock.
 
     Raises:
-        EdgeLMError: another run holds it, as `busy` says; or the folder is gone.
+        EdgeLMError: another run holds the lock, or the folder was removed.
     """
     with _explained(folder):
         descriptor = os.open(folder, os.O_RDONLY) if os.name == "posix" else -1
@@ -212,7 +217,7 @@ def lock_folder(folder: Path, busy: str) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _only_run(place: Path) -> Iterator[bool]:
-    """Keep other runs away from `place`, which need not exist; yields whether the file system has locks."""
+    """Lock `place`, which need not exist, against other runs; yields whether the file system has locks."""
     busy = f"another run is writing {place}: wait for it, or choose another place"
     path = place.parent / f".{_short(place.name)}.edgelm-lock"
     descriptor, ours = -1, False
@@ -224,10 +229,10 @@ def _only_run(place: Path) -> Iterator[bool]:
             with _explained(place):
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
             locked = _lock(descriptor, busy)
-            # Not so where a run that just ended removed the file between our opening it and locking it.
+            # A run that just ended may have removed the lock file after we opened it: then try again.
             ours = not locked or _is_at(descriptor, path)
         if place.is_dir():
-            # What changes a bundle in place locks the folder itself.
+            # Commands that change a bundle in place lock the folder itself.
             with lock_folder(place, busy):
                 yield locked
         else:
@@ -248,7 +253,7 @@ def _lock(descriptor: int, busy: str) -> bool:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Lock an open file; false where the file system has no locks. Raises BlockingIOError where another has it."""
+    """Lock an open file; return False where the file system has no locks. Raise BlockingIOError where it is locked."""
     if fcntl is None or descriptor < 0:
         return False
     try:
@@ -269,7 +274,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 @contextlib.contextmanager
 def _parents(folder: Path) -> Iterator[None]:
-    """Make `folder` and those above it; on an error those that were made here go again."""
+    """Make `folder` and its parents; on an error, remove those that were made here."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with _explained(folder):
@@ -307,7 +312,7 @@ def _publish(partial: Path, place: Path, old: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; false where the system or the file system cannot."""
+    """Exchange two names atomically; return False where the system or the file system cannot."""
     if os.name != "posix":
         return False
     libc = ctypes.CDLL(None)
@@ -320,9 +325,12 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _settle(place: Path, kind: Kind, token: str | None = None) -> None:
-    """Remove what is left beside `place`, an old one put back first where nothing stands there.
+    """Remove what runs left beside `place`. Where `place` does not exist, put an old one back first.
 
-    `token`: of one run's names alone; None: of all, which needs the lock.
+    Args:
+        place: the output.
+        kind: kind of output.
+        token: the run whose files to remove; None for those of all runs, which requires the lock.
     """
     left = _left(place)
     if token is not None:
@@ -349,7 +357,7 @@ def _left(place: Path) -> list[Path]:
 
 
 def _left_by_earlier_versions(place: Path) -> list[Path]:
-    """They had `.x.partial-<pid>`, and `.x.old.partial-<pid>` for the old one of `x` or the new one of `x.old`."""
+    """List files of earlier versions: `.x.partial-<pid>`, and `.x.old.partial-<pid>` for old `x` or new `x.old`."""
     pattern = re.compile(rf"\.{re.escape(place.name)}(\.old)?\.partial-(\d{{1,10}})")
     found = []
     for path in _siblings(place):
@@ -363,7 +371,7 @@ def _left_by_earlier_versions(place: Path) -> list[Path]:
 
 
 def _sweep(place: Path) -> None:
-    """Remove what killed runs left of a file; a partial that is being written is locked."""
+    """Remove partial files that killed runs left. A partial file that is still being written is locked."""
     for path in _siblings(place):
         if _new_name(place).fullmatch(path.name):
             with contextlib.suppress(OSError):
@@ -381,9 +389,9 @@ def _sweep(place: Path) -> None:
 
 def _process_runs(pid: int) -> bool:
     if os.name != "posix":
-        return True  # there is no asking
+        return True  # unknown: assume that it runs
     if pid == os.getpid():
-        return False  # in a container all runs may have the same
+        return False  # in a container every run may have the same process id
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -426,7 +434,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync_tree(root: Path) -> None:
-    # The name must not become durable before the data it stands for.
+    # The data must reach the disk before the name does.
     for folder, _, files in os.walk(root):
         for name in files:
             sync(Path(folder, name))
@@ -434,14 +442,14 @@ def _sync_tree(root: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the disk hold the names in a folder."""
+    """Sync a folder's entries to disk (fsync)."""
     if os.name == "posix":  # elsewhere a folder cannot be opened
         with contextlib.suppress(OSError):  # some network file systems have no fsync of folders
             sync(folder)
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file's contents."""
+    """Sync a file's contents to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""How to install what is missing, in a command that works here.
+"""The pip command that installs what is missing.
 
-EdgeLM is not registered on a package index, so a hint names what this installation came from: the checkout or the wheel
-file that pip recorded (PEP 610). Where neither is left, it names the packages themselves.
+EdgeLM is not on a package index, so the command names the source of this installation: the checkout or the wheel that
+pip recorded (PEP 610). Where neither exists any more, it names the packages of the extra.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NAME = "edgelm"
 
 
 def install_hint(*extras: str) -> str:
-    """The command that adds these extras of EdgeLM to this installation; without any, one that installs it again."""
+    """Return the pip command that adds these extras to this installation; without any, one that reinstalls EdgeLM."""
     wanted = f"[{','.join(extras)}]" if extras else ""
     again = "" if extras else "--force-reinstall --no-deps "
     origin, editable = _origin()
@@ -28,8 +28,8 @@ def install_hint(*extras: str) -> str:
 
 
 def _origin() -> tuple[Path | None, bool]:
-    """The folder or wheel file that EdgeLM was installed from, if it is still there; and whether it is editable."""
-    import importlib.metadata  # 15 ms that no command spends unless something is missing
+    """Return the folder or wheel that EdgeLM was installed from, if it still exists; and whether it is editable."""
+    import importlib.metadata  # takes 15 ms, so it is imported only when something is missing
 
     try:
         recorded = json.loads(importlib.metadata.distribution(NAME).read_text("direct_url.json") or "{}")
@@ -43,7 +43,7 @@ def _origin() -> tuple[Path | None, bool]:
 
 
 def _packages(extra: str) -> list[str]:
-    """The requirements that the installed metadata gives for one extra, those of the extras that it names included."""
+    """Return the requirements of an extra by the installed metadata, with those of the extras that it includes."""
     import importlib.metadata
 
     try:

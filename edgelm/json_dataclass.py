@@ -1,12 +1,12 @@
-"""The one way to read a JSON document: limits before it is parsed, then frozen dataclasses by their type hints.
+"""Reading of JSON documents: limits before parsing, then conversion to frozen dataclasses by their type hints.
 
-Whatever is in a file ends in one line that names the file, the field, what stands there and what may:
+A wrong document raises an error of one line that names the file, the field, its value and what is allowed:
 
     manifest.json: model.num_layers is "12" (a string), expected a whole number from 1 to 65536: export the bundle again
 
-Types are exact: `true` and `1.0` are no whole numbers, and no number is infinite. Ranges stand beside the field, as
-`Annotated[int, Range(1, 64)]`. A field with a default may be missing; a field that the class lacks is refused, since
-it may change what the others mean. `read_json` also serves documents that are not ours, such as a config.json.
+Types are exact: `true` and `1.0` are not integers, and infinite numbers are refused. A field's range is part of its
+type, as `Annotated[int, Range(1, 64)]`. A field with a default may be missing. An unknown field is refused, since it
+may change the meaning of the others. `read_json` also reads documents of others, such as a config.json.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 MAX_BYTES = 8 << 20
-"""Of a document of ours: parsed it takes up to some 25 times as much memory. OLMoE's largest is 1 MB."""
+"""Largest document of EdgeLM. Parsed, it takes up to 25 times as much memory. OLMoE's largest document is 1 MB."""
 MAX_DEPTH = 64
 _SHOWN = 60
 
@@ -41,19 +41,19 @@ _Reader = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class Blame:
-    """Who complains of a document: the class of error, and what its owner can do."""
+    """How to report a wrong document: the class of the error, and advice on what to do."""
 
     error: type[EdgeLMError]
     advice: str
 
     def at(self, where: Path | str, problem: str) -> EdgeLMError:
-        """The error, to be raised."""
+        """Return the error, for the caller to raise."""
         return self.error(f"{where}: {problem}: {self.advice}")
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field may have, both ends included."""
+    """Range of the numbers that a field may have, both ends included."""
 
     low: float
     high: float = math.inf
@@ -64,17 +64,17 @@ class Range:
 
 @dataclass(frozen=True)
 class OneOf:
-    """The texts that a field may have."""
+    """The strings that a field may have."""
 
     choices: tuple[str, ...]
 
 
 Count = Annotated[int, Range(0, 2**63 - 1)]
-"""A size, an offset or a number of things: what C code can hold."""
+"""A size, an offset or a count: a non-negative int64."""
 
 
-class _Problem(Exception):  # noqa: N818 - never seen outside
-    """What is wrong with a value; the path to it grows on the way out."""
+class _Problem(Exception):  # noqa: N818 - internal
+    """An invalid value and the path to it. Each enclosing reader appends its key, so the path is innermost first."""
 
     def __init__(self, problem: str, *path: str | int) -> None:
         super().__init__(problem)
@@ -93,10 +93,10 @@ class _Problem(Exception):  # noqa: N818 - never seen outside
 
 
 def read_bytes(path: Path, blame: Blame, limit: int = MAX_BYTES) -> bytes:
-    """A small file's contents.
+    """Return the contents of a file of at most `limit` bytes.
 
     Raises:
-        EdgeLMError: `blame`'s: it is missing, unreadable, larger than `limit` bytes, or no file (a device, a pipe).
+        EdgeLMError: of `blame`'s class: the file is missing, unreadable, too large, or not a regular file.
     """
     try:
         found = path.stat()
@@ -104,7 +104,7 @@ def read_bytes(path: Path, blame: Blame, limit: int = MAX_BYTES) -> bytes:
             raise blame.at(path, "is a folder, not a file" if stat.S_ISDIR(found.st_mode) else "is not a file")
         if found.st_size <= limit:
             with path.open("rb") as stream:
-                data = stream.read(limit + 1)  # some files of the system have no size
+                data = stream.read(limit + 1)  # the size of some system files reads as 0
             if len(data) <= limit:
                 return data
     except FileNotFoundError as error:
@@ -116,16 +116,17 @@ def read_bytes(path: Path, blame: Blame, limit: int = MAX_BYTES) -> bytes:
 
 
 def parse(text: bytes | str, where: Path | str, blame: Blame, *, finite: bool = True) -> Any:
-    """Parse JSON: UTF-8, no key twice (readers disagree on which one counts), not deeper than any document of use.
+    """Parse JSON. It must be UTF-8, nested at most `MAX_DEPTH` deep, and without duplicate keys, which readers resolve
+    differently.
 
     Args:
         text: the document.
-        where: how errors call it.
-        blame: who complains.
-        finite: whether NaN and infinite numbers are refused. JSON has none, but Python writes them.
+        where: its name in errors.
+        blame: how errors are reported.
+        finite: whether NaN and infinite numbers are refused. They are not JSON, but Python writes them.
 
     Raises:
-        EdgeLMError: `blame`'s.
+        EdgeLMError: of `blame`'s class: the document is not valid.
     """
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8")
@@ -141,7 +142,7 @@ def parse(text: bytes | str, where: Path | str, blame: Blame, *, finite: bool = 
 
 
 def parse_toml(text: bytes | str, where: Path | str, blame: Blame) -> dict[str, Any]:
-    """Parse TOML, which is read by people too: errors say the line. Raises as `parse`."""
+    """Parse TOML. Raises as `parse`; errors name the line."""
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8")
         value = tomllib.loads(decoded)
@@ -196,18 +197,18 @@ def read_json(path: Path, blame: Blame) -> Any:
 
 
 def from_data(cls: type[T], data: Any, where: Path | str, blame: Blame, *, ignored: Sequence[str] = ()) -> T:
-    """Make a dataclass of a parsed document.
+    """Convert a parsed document to a dataclass.
 
     Args:
         cls: the dataclass. Its fields are int, float, bool, str, None, `StrEnum`, dataclasses, and unions with None,
-            tuples, lists and dicts by str of these; `Annotated` with a `Range` limits a number, with `OneOf` a text.
-        data: what `parse` gave, or a TOML parser.
-        where: how errors call the document.
-        blame: who complains.
-        ignored: fields of the document itself that are passed over.
+            tuples, lists and dicts by str of these; `Annotated` with a `Range` limits a number, with `OneOf` a string.
+        data: the result of `parse` or `parse_toml`.
+        where: the document's name in errors.
+        blame: how errors are reported.
+        ignored: top-level fields to skip.
 
     Raises:
-        EdgeLMError: `blame`'s, naming a field that is missing, unknown, or of another type or range.
+        EdgeLMError: of `blame`'s class, naming a field that is missing, unknown, or of a wrong type or range.
     """
     if ignored and isinstance(data, dict):
         data = {key: value for key, value in data.items() if key not in ignored}
@@ -220,10 +221,10 @@ def from_data(cls: type[T], data: Any, where: Path | str, blame: Blame, *, ignor
 
 
 def require_format(data: Any, key: str, expected: int, where: Path | str, blame: Blame) -> dict[str, Any]:
-    """`data` as an object whose `key` is the one format that this version reads.
+    """Check that `data` is an object whose `key` is the `expected` format version, and return it.
 
     Raises:
-        EdgeLMError: `blame`'s, or the same that says to upgrade where the format is a newer one.
+        EdgeLMError: of `blame`'s class: it is not. Where the format is newer, the error advises to upgrade.
     """
     if not isinstance(data, dict):
         raise blame.at(where, f"it is {shown(data)}, expected an object")
@@ -237,7 +238,7 @@ def require_format(data: Any, key: str, expected: int, where: Path | str, blame:
 
 
 def shown(value: object) -> str:
-    """A value as messages show it: short, in one line, and such that `"1"` is not taken for `1`."""
+    """Return a value as messages show it: short, in one line, and with `"1"` distinct from `1`."""
     if isinstance(value, str):
         return f"{quoted(value)} (a string)"
     if isinstance(value, dict):
@@ -252,7 +253,7 @@ def shown(value: object) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text of a document in quotes, at most 60 characters of it, and none that a terminal would act on."""
+    """Return at most 60 characters of a text in quotes, with control characters escaped."""
     short = json.dumps(text[:_SHOWN], ensure_ascii=not text.isprintable())
     return f"{short}..." if len(text) > _SHOWN else short
 
@@ -261,7 +262,7 @@ def _expect(kind: str, value: object) -> _Problem:
     return _Problem(f"is {shown(value)}, expected {kind}")
 
 
-# Hints are few and documents long: each hint becomes a closure once. A reader comes with what it accepts, in words.
+# Returns a description of the accepted values and a reader of them. Cached: there are few hints and many values.
 @cache
 def _reader(hint: Any) -> tuple[str, _Reader]:
     origin, arguments = get_origin(hint), get_args(hint)
@@ -333,7 +334,7 @@ def _limited(hint: Any, limits: Range) -> tuple[str, _Reader]:
 
 
 def _union(hints: tuple[Any, ...]) -> tuple[str, _Reader]:
-    """A hint or None, or several scalars."""
+    """Return the reader of a union: one hint and None, or several scalars."""
     others = [_reader(hint) for hint in hints if hint is not type(None)]
     nullable = type(None) in hints
     kind = " or ".join([kind for kind, _ in others] + (["null"] if nullable else []))
@@ -342,7 +343,7 @@ def _union(hints: tuple[Any, ...]) -> tuple[str, _Reader]:
         if value is None and nullable:
             return None
         if len(others) == 1 and isinstance(value, (dict, list)):
-            return others[0][1](value)  # its own message names the place within
+            return others[0][1](value)  # its error names the path inside the value
         for _, inner in others:
             try:
                 return inner(value)
@@ -373,7 +374,7 @@ def _sequence(hint: Any, make: Callable[[list[Any]], Any]) -> tuple[str, _Reader
         found: list[Any] = []
         try:
             for item in value:
-                found.append(inner(item))  # noqa: PERF401 - its length is the index of what fails
+                found.append(inner(item))  # noqa: PERF401 - on an error, its length is the index of the item
         except _Problem as problem:
             problem.path.append(len(found))
             raise

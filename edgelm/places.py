@@ -1,4 +1,4 @@
-"""What an output may replace: never what it is made from, and nothing that EdgeLM did not write."""
+"""Check of output paths: an output never replaces its own inputs, nor anything that EdgeLM did not write."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from edgelm.errors import EdgeLMError
 
 Source = str | Path
-"""A folder or a file; what is neither is taken for a hub id, whose folder lies in the hub's cache."""
+"""An input: a folder or a file. Anything else is taken for a hub id, whose files lie in the hub's cache."""
 
 
 def _no_seal(folder: Path) -> None:
@@ -19,14 +19,14 @@ def _no_seal(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of output.
+    """A kind of output, and how to tell whether EdgeLM wrote an existing one.
 
     Attributes:
-        name: what a user calls it, "a bundle".
-        unknown_content: Say what EdgeLM did not write in an existing file or non-empty folder, such as "holds
-            notes.txt, which ..."; None if EdgeLM wrote all of it.
-        is_folder: whether it is one.
-        seal: Add to a complete new folder the mark that `unknown_content` looks for.
+        name: its name in messages, such as "a bundle".
+        unknown_content: function that says what in an existing file or non-empty folder EdgeLM did not write, such as
+            "holds notes.txt, which ..."; None if EdgeLM wrote all of it.
+        is_folder: whether it is a folder.
+        seal: function that adds the mark to a complete new folder by which `unknown_content` recognises it.
     """
 
     name: str
@@ -38,17 +38,20 @@ class Kind:
 def check_place(
     target: Path | str, kind: Kind, *, sources: Iterable[Source | None] = (), overwrite: bool = False
 ) -> Path:
-    """Decide whether an output may be written to `target`; returns its path, absolute and without links above it.
+    """Check that an output may be written to `target`.
 
     Args:
-        target: need not exist.
-        kind: what is to be written.
-        sources: what it is made from; None stands for nothing.
-        overwrite: whether an existing one of this kind may be replaced.
+        target: the output's path, which need not exist.
+        kind: kind of output.
+        sources: inputs of the run; None entries are ignored.
+        overwrite: whether an existing output of this kind may be replaced.
+
+    Returns:
+        The absolute path, with links in its parent folders resolved.
 
     Raises:
-        EdgeLMError: `target` is no place for an output of this kind, is, contains or lies in a source, or exists and
-            may not be replaced. The message says why.
+        EdgeLMError: an output of this kind cannot be there; `target` is, contains or lies in a source; or it exists and
+            may not be replaced.
     """
     given = Path(target)
     place = resolved(given)
@@ -73,7 +76,7 @@ def check_place(
 
 
 def unlisted(folder: Path, known: Callable[[str], bool]) -> str | None:
-    """The first file or link in `folder` whose path, relative to it, is not `known`; None where there is none.
+    """Return the path, relative to `folder`, of its first file or link that is not `known`; None where all are.
 
     Links to folders are not followed.
     """
@@ -92,7 +95,7 @@ def unlisted(folder: Path, known: Callable[[str], bool]) -> str | None:
 
 
 def resolved(given: Path) -> Path:
-    """`given`, absolute and with the links above it followed; itself it may be one, or not exist."""
+    """Return `given` as an absolute path, with links in its parents resolved. It may be a link itself, or not exist."""
     if given.name in ("", ".."):
         return Path(os.path.realpath(given))
     return Path(os.path.realpath(given.parent)) / given.name
@@ -126,7 +129,7 @@ def _unknown_content(place: Path, kind: Kind) -> str | None:
 
 
 def _protected(source: Source | None) -> Iterator[Path]:
-    """Where the bytes of a source lie: its folder, its files where they are links, and the hub's folder of it."""
+    """Yield the paths that hold a source's bytes: its folder, the targets of links in it, and its hub cache folder."""
     if source is None:
         return
     path = Path(source)
@@ -168,7 +171,7 @@ def _upwards(path: Path) -> Iterator[Path]:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether both name one file: by what the system says, which also folds case and knows mounts."""
+    """Return whether both paths are one file by the system's file id, which handles case folding and mounts."""
     try:
         return one.samefile(other)
     except OSError:

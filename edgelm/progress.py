@@ -1,6 +1,6 @@
-"""Progress of long work, in bytes or steps, with rate and time left.
+"""Progress reports of long work, in bytes or steps, with rate and time left.
 
-Library functions take a `Progress`; `Silent` is the default, the command line passes `Bars`.
+Library functions take a `Progress`. The default is `Silent`; the command line passes `Bars`.
 """
 
 from __future__ import annotations
@@ -22,34 +22,37 @@ Advance = Callable[[float], None]
 
 
 class Progress(ABC):
-    """Where long work reports to."""
+    """Receiver of progress reports."""
 
     @abstractmethod
     def task(self, label: str, total: float, *, unit: str = "bytes") -> AbstractContextManager[Advance]:
-        """Open a task of `total` units; call the yielded function with each amount done.
+        """Open a task; call the yielded function with each amount done.
 
-        Units are "bytes", "steps", or "work": shares of uneven steps, shown as a percentage, with the time left taken
-        from the last ten minutes.
+        Args:
+            label: what is done, for the reader.
+            total: the amount of the whole task, in units.
+            unit: "bytes", "steps", or "work" for steps of uneven length: shown as a percentage, with the time left
+                estimated from the last ten minutes.
         """
 
-    def note(self, message: str) -> None:  # noqa: B027 - a sink may ignore notes
-        """Say one line between the bars."""
+    def note(self, message: str) -> None:  # noqa: B027 - optional: the default ignores notes
+        """Print a message of one line between the bars."""
 
 
 class Silent(Progress):
-    """Reports nothing."""
+    """Progress that reports nothing."""
 
     @contextlib.contextmanager
     def task(self, label: str, total: float, *, unit: str = "bytes") -> Iterator[Advance]:
-        """Count nothing."""
+        """Yield a function that does nothing."""
         del label, total, unit
         yield lambda amount: None
 
 
 class Bars(Progress):
-    """Bars on standard error, so that standard output stays the command's result; without a terminal plain lines.
+    """Progress bars on standard error, since standard output is for the result; plain lines where it is no terminal.
 
-    A bar has one line at any width: where that is small, it leaves out what can be done without.
+    A bar takes one line at any width. In a narrow terminal it omits the less important columns.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -59,7 +62,7 @@ class Bars(Progress):
 
     @contextlib.contextmanager
     def task(self, label: str, total: float, *, unit: str = "bytes") -> Iterator[Advance]:
-        """Show a bar while the block runs, or without a terminal a line when it ends."""
+        """Show a bar while the block runs; without a terminal, print one line when it ends."""
         if not self.console.is_terminal or self.console.is_dumb_terminal:
             with self._line(label, total, unit) as advance:
                 yield advance
@@ -81,13 +84,13 @@ class Bars(Progress):
         try:
             yield advance
         finally:
-            texts = {
+            amounts = {
                 "bytes": f"{format_size(done)} of {format_size(total)}",
                 "steps": f"{done:,.0f} of {total:,.0f}",
                 "work": f"{done / (total or 1):.0%}",
             }
-            self.note(f"{label}: {texts[unit]} in {time.monotonic() - started:.0f} s")
+            self.note(f"{label}: {amounts[unit]} in {time.monotonic() - started:.0f} s")
 
     def note(self, message: str) -> None:
-        """Print one line above the bars, as it is: the terminal wraps it."""
+        """Print a message above the bars. It is not wrapped here; the terminal does that."""
         self.console.print(message, highlight=False, markup=False, emoji=False, soft_wrap=True)

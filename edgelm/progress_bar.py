@@ -1,4 +1,4 @@
-"""A progress bar that has one line at any width of the terminal. Imports rich, so `edgelm.progress` imports it late."""
+"""Progress bar that takes one line at any width of the terminal. It imports rich, so it is itself imported lazily."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _LABEL = 22
 
 
 def columns_for(unit: str, width: int) -> tuple[ProgressColumn, ...]:
-    """What a bar of `width` characters shows; `unit` as of `edgelm.progress.Progress.task`.
+    """Return the columns of a bar of `width` characters; `unit` as for `edgelm.progress.Progress.task`.
 
-    How far and how long yet stay; speed and the time so far go first, then the bar, then the end of the label.
+    The amount done and the time left are always shown. With less width, first the speed and the elapsed time are
+    omitted, then the bar, then the end of the label.
     """
 
     def fixed() -> Column:
@@ -41,7 +42,7 @@ def columns_for(unit: str, width: int) -> tuple[ProgressColumn, ...]:
     }[unit]
     found: list[ProgressColumn] = [TextColumn("{task.description}", markup=False, table_column=label)]
     if width >= 50:
-        # Takes what the others leave.
+        # The bar takes the width that the other columns leave.
         found.append(BarColumn(bar_width=None, table_column=Column(max_width=40)))
     found.append(done)
     if width >= 80:
@@ -51,17 +52,17 @@ def columns_for(unit: str, width: int) -> tuple[ProgressColumn, ...]:
 
 
 class OneLine(Progress):
-    """As rich's, with the columns that fit the terminal as wide as it is now."""
+    """rich's progress display with the columns that fit the current width of the terminal."""
 
     def __init__(self, unit: str, console: Console, **options: Any) -> None:
-        # rich's own __init__ draws already.
+        # Set before rich's __init__, which draws.
         self._unit, self._terminal = unit, console
-        # A column keeps its text for a moment, so it has to be the same one in the next frame.
+        # A column caches its text, so the same column object must be used in the next frame.
         self._made: dict[int, tuple[ProgressColumn, ...]] = {}
         super().__init__(console=console, **options)
 
     def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
-        """The bar."""
+        """Return the table of bars for the current width."""
         width = self._terminal.width
         if width not in self._made:
             self._made[width] = columns_for(self._unit, width)

@@ -1,7 +1,7 @@
-"""Sizes and numbers as people write them.
+"""Parsing and formatting of sizes and numbers.
 
-Sizes are shown in decimal units, as download pages, disks and memory bandwidths are: 13.8 GB at 25 GB/s take 0.55 s.
-Both decimal and binary units are read.
+Sizes are printed in decimal units, as on download pages, disks and for memory bandwidth: 13.8 GB at 25 GB/s take
+0.55 s. Both decimal and binary units are parsed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ _UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "4GB", "1.5 GiB", "800MB" or a plain number.
+    """Return the bytes of a size such as "4GB", "1.5 GiB", "800MB" or a plain number.
 
     Raises:
-        ValueError: not a positive size.
+        ValueError: `text` is not a positive size.
     """
     match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([kmgt]i?)?b?\s*", text.lower())
     size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
@@ -26,7 +26,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(count: float | None) -> str:
-    """Bytes with three digits: "13.8 GB"."""
+    """Format a number of bytes with three digits: "13.8 GB"; "unknown" for None."""
     if count is None:
         return "unknown"
     value = float(count)
@@ -40,5 +40,5 @@ def format_size(count: float | None) -> str:
 
 
 def format_number(value: float, digits: int = 1) -> str:
-    """A number with separators of thousands, and `digits` decimals below a thousand: "61,160", "271.4"."""
+    """Format a number with thousands separators, and with `digits` decimals below a thousand: "61,160", "271.4"."""
     return f"{value:,.{0 if abs(value) >= 1000 else digits}f}"

@@ -1,4 +1,4 @@
-"""Cutting a range into parts."""
+"""Cut a range into slices."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 def slices(count: int, size: int) -> Iterator[slice]:
-    """Cut 0 .. count into slices of `size`, at least 1; the last one may be shorter."""
+    """Yield consecutive slices of `size` (at least 1) that cover 0 .. count; the last one may be shorter."""
     size = max(1, size)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

@@ -1,3 +1,3 @@
-"""EdgeLM's version, for whoever records it; pyproject.toml says it again."""
+"""EdgeLM's version. Keep it equal to the version in pyproject.toml."""
 
 __version__ = "0.2.0"

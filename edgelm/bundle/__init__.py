@@ -1,8 +1,8 @@
-"""The deployable folder: what its manifest says, and whether the files still are what was exported.
+"""Bundles: the manifest of a deployable folder, and the check that its files are those that were exported.
 
-A bundle is complete or absent: `edgelm.files.atomic_directory` writes it beside its place. `Bundle.open` verifies the
-format version and every file's size (cheap, always); `Bundle.verify` also verifies hashes, and names the tensor and
-the layer in which a damaged byte of the weights lies.
+A bundle is complete or absent, since `edgelm.files.atomic_directory` writes it. `Bundle.open` always checks the format
+version and the size of every file, which is cheap. `Bundle.verify` also checks hashes; of damaged weights it names the
+tensor and the layer.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ MANIFEST = "manifest.json"
 FORMAT = "edgelm-bundle"
 FORMAT_VERSION = 1
 ENGINES = "engines"
-"""The folder of TensorRT engines."""
+"""Folder of TensorRT engines in a bundle."""
 ENGINE_WORK = ".engine.partial-"
-"""What the folders begin with in which an engine is built."""
+"""Prefix of the temporary folders in which engines are built."""
 _HASH_CHUNK = 8 << 20
-# Of a build that was killed: its workplace, an engine not yet in the manifest or no longer, the new manifest.
+# What a killed engine build may leave: its temporary folder, an engine that is not in the manifest, a new manifest.
 _LEFT_BY_BUILDS = re.compile(
     rf"{re.escape(ENGINE_WORK)}[^/]+(/[^/]+)?|{ENGINES}/(rtx|trt)-[\d.]+(-sm\d+)*(-\d+)?\.(engine|json)"
     rf"|\.{re.escape(MANIFEST)}\.partial-[0-9a-f]+"
 )
 _BLAME = Blame(BundleError, "export the bundle again")
 
-# Far above any model, and small enough that lists of so many and buffers of so many bytes do no harm.
+# Limits far above any model, yet small enough that a hostile manifest cannot exhaust the memory.
 _Layers = Annotated[int, Range(1, 4096)]
 _Width = Annotated[int, Range(1, 1 << 20)]
 _Heads = Annotated[int, Range(1, 1 << 16)]
@@ -54,7 +54,7 @@ _TokenId = Annotated[int, Range(0, (1 << 31) - 1)]
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The shapes a runtime and the parity check need, whatever the family."""
+    """The model's shapes, for runtimes and the parity check."""
 
     family: str
     name: str
@@ -71,13 +71,13 @@ class ModelInfo:
     norm_topk_prob: bool = False
 
     def __post_init__(self) -> None:
-        # Bundles that were exported before have Llama's family by the name of its first model.
+        # Older bundles name the Llama family after its first model here.
         object.__setattr__(self, "family", FORMER_NAMES.get(self.family, self.family))
 
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """Which files hold the graph, and the element type of its KV cache."""
+    """Files of the graph, the debug graph and the weights, and the element type of the KV cache."""
 
     file: str
     debug_file: str
@@ -87,7 +87,7 @@ class GraphInfo:
 
 @dataclass(frozen=True)
 class RecipeInfo:
-    """The recipe's name and its full text, so that a bundle says how it was made."""
+    """The recipe's name and its full text."""
 
     name: str
     toml: str
@@ -95,7 +95,7 @@ class RecipeInfo:
 
 @dataclass(frozen=True)
 class ExpertFallback:
-    """An expert that saw only `tokens` calibration tokens, too few, and was rounded to nearest."""
+    """An expert that was rounded to nearest because it saw too few calibration tokens, `tokens`."""
 
     layer: Count
     expert: Count
@@ -104,12 +104,16 @@ class ExpertFallback:
 
 @dataclass(frozen=True)
 class CalibrationInfo:
-    """What the codes were chosen by: the text and its SHA-256, windows of it and their tokens, and what came of it.
+    """How the weights were calibrated.
 
     Attributes:
-        methods: matrices by the method that found their codes.
+        text: name of the calibration text.
+        sha256: SHA-256 of it.
+        samples: number of windows.
+        length: tokens of a window.
+        methods: number of matrices by the method that quantised them.
         fallbacks: experts that saw too few tokens.
-        smoothing: what the float weights were scaled for first, "activations" or "weights"; None: they were not.
+        smoothing: kind of smoothing that was applied before, "activations" or "weights"; None for none.
     """
 
     text: str
@@ -140,9 +144,11 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A span of the weights file: byte offset and size, CRC-32, and the layer it belongs to (None: outside layers).
+    """A tensor in the weights file: byte offset, size and CRC-32.
 
-    `contents` says what the bytes stand for; None in bundles of before it was there.
+    Attributes:
+        layer: the layer that it belongs to; None for tensors outside the layers.
+        contents: how to read the bytes; None in older bundles.
     """
 
     name: str
@@ -153,14 +159,14 @@ class TensorEntry:
     contents: Contents | None = None
 
     def to_data(self) -> dict[str, Any]:
-        """The fields for JSON, without contents that are not known."""
+        """Return the fields for JSON, without `contents` where it is None."""
         data = dataclasses.asdict(self) | {"contents": self.contents and self.contents.to_data()}
         return {name: value for name, value in data.items() if name != "contents" or value is not None}
 
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """The checkpoint a bundle was made from: its id or folder name, and each file's size and hash."""
+    """The checkpoint that the bundle was exported from: hub id or folder name, and size and hash of each file."""
 
     id: str
     files: dict[str, FileInfo] = field(default_factory=dict)
@@ -168,7 +174,7 @@ class SourceInfo:
 
 @dataclass(frozen=True)
 class Requirement:
-    """A graph needs `package` of at least `version` because it has `feature`."""
+    """A Python package that the graph needs, its lowest version, and the feature that needs it."""
 
     package: str
     version: str
@@ -176,15 +182,15 @@ class Requirement:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """The version to compare with: 1.23.2 is (1, 23, 2)."""
+        """The version as a tuple that can be compared: 1.23.2 is (1, 23, 2)."""
         return version_numbers(self.version)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a bundle says about itself (`manifest.json`).
+    """Contents of a bundle's `manifest.json`.
 
-    `created` is a time in UTC, None where the export was given none (SOURCE_DATE_EPOCH): bundles are reproducible.
+    `created` is a time in UTC, given by SOURCE_DATE_EPOCH at export; None without it, so that bundles are reproducible.
     """
 
     model: ModelInfo
@@ -211,10 +217,10 @@ class Manifest:
         return f"{self.model.name}, {self.recipe.name}, {self.ops} operators for {self.target}"
 
     def to_json(self) -> str:
-        """The manifest as indented JSON."""
+        """Return the manifest as indented JSON."""
         data = dataclasses.asdict(self)
         if self.calibration is None:
-            # Versions that know no calibration refuse the field, and there is nothing in it.
+            # Older versions of EdgeLM refuse a field that they do not know.
             del data["calibration"]
         elif self.calibration.smoothing is None:
             del data["calibration"]["smoothing"]
@@ -227,11 +233,11 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes, where: Path) -> Manifest:
-        """Parse and check a manifest.
+        """Parse and check a manifest; `where` is its path for errors.
 
         Raises:
-            BundleError: not JSON, not a bundle's manifest, of a newer format, with a field that is missing, unknown or
-                of another type or range, or numbers that contradict each other.
+            BundleError: it is not JSON, not the manifest of a bundle, or of a newer format; a field is missing,
+                unknown, or of a wrong type or range; or fields contradict each other.
         """
         data = parse(text, where, _BLAME)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -243,7 +249,7 @@ class Manifest:
         return manifest
 
     def _problems(self) -> Iterator[str]:
-        """What contradicts itself: a line for each."""
+        """Yield a line for each contradiction between fields."""
         model = self.model
         if model.num_heads % model.num_kv_heads:
             yield f"model.num_heads is {model.num_heads}, no multiple of num_kv_heads, {model.num_kv_heads}"
@@ -277,15 +283,15 @@ class Manifest:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name in the manifest is a path within the bundle's folder."""
+    """Return whether a name in the manifest is a path inside the bundle's folder."""
     path = PurePosixPath(name)
     return bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
 
 
 def left_by_builds(folder: Path) -> list[Path]:
-    """What in a bundle's folder is not in its manifest and of a build that was killed; files and workplaces.
+    """Return the files and folders in a bundle that killed engine builds left: they are not in its manifest.
 
-    Only where no build is under way (`edgelm.files.lock_folder`).
+    Lock the bundle first (`edgelm.files.lock_folder`): a build that still runs has such files too.
     """
     listed = _listed(folder)
     if listed is None:
@@ -296,7 +302,7 @@ def left_by_builds(folder: Path) -> list[Path]:
 
 
 def _listed(folder: Path) -> set[str] | None:
-    """The files that the manifest names, whatever its version; None where it is not one of EdgeLM."""
+    """Return the files that the manifest lists, of any format version; None where it is not a manifest of EdgeLM."""
     try:
         data = read_json(folder / MANIFEST, _BLAME)
     except BundleError:
@@ -315,11 +321,11 @@ def _unknown_content(folder: Path) -> str | None:
 
 
 BUNDLE = Kind("a bundle", _unknown_content)
-"""What `edgelm export` writes: replaced where every file of it is in its manifest."""
+"""The output of `edgelm export`. It may be replaced if every file in it is listed in its manifest."""
 
 
 def _is_path(text: str | bytes) -> bool:
-    """Whether the system can take a text as a path."""
+    """Return whether the system accepts a string as a path."""
     try:
         return isinstance(text, str) and b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
@@ -327,7 +333,12 @@ def _is_path(text: str | bytes) -> bool:
 
 
 class Bundle:
-    """An opened bundle: its folder and its manifest."""
+    """An opened bundle.
+
+    Attributes:
+        path: its folder.
+        manifest: the contents of its `manifest.json`.
+    """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
@@ -335,10 +346,13 @@ class Bundle:
 
     @classmethod
     def open(cls, path: Path | str) -> Bundle:
-        """Open a bundle folder and verify that every file is there with its size.
+        """Open a bundle and check that every file exists and has its size.
+
+        Args:
+            path: the folder that `edgelm export -o` wrote.
 
         Raises:
-            BundleError: not a bundle, another format version, or a file missing or of the wrong size.
+            BundleError: it is not a bundle, it has another format version, or a file is missing or of a wrong size.
         """
         if not isinstance(path, (str, os.PathLike)) or not _is_path(os.fspath(path)):
             raise BundleError(f"{path!r:.100} is no path: give the folder that `edgelm export -o` wrote")
@@ -367,16 +381,21 @@ class Bundle:
         return f"Bundle({str(self.path)!r}: {self.manifest._summary()})"
 
     def file(self, name: str) -> Path:
-        """The path of a file of the bundle, which need not be in the manifest."""
+        """Return the path of a file in the bundle, which need not be in the manifest."""
         return self.path / name
 
     @property
     def size(self) -> int:
-        """Bytes of all files in the manifest."""
+        """Bytes of all files that the manifest lists."""
         return sum(info.size for info in self.manifest.files.values())
 
     def verify(self, progress: Progress | None = None) -> list[str]:
-        """Hash every file; return one line for each problem, naming file, tensor and layer. Empty means intact."""
+        """Check the SHA-256 of every file.
+
+        Returns:
+            One line for each problem, naming the file, and for weights the tensor and its layer; empty where the bundle
+            is intact.
+        """
         problems = []
         with (progress or Silent()).task("verifying", self.size) as advance:
             for name, info in self.manifest.files.items():
@@ -387,18 +406,22 @@ class Bundle:
         return problems
 
     def install(self, target: Path | str, *, overwrite: bool = False, progress: Progress | None = None) -> Bundle:
-        """Copy the bundle to `target`, hashing what is read; `target` is the old or the new bundle, whole, at any time.
+        """Copy the bundle to `target` and check every file on the way.
 
-        Programs that run the old one go on with its files: they are replaced, never written into.
+        At any time `target` is the complete old bundle or the complete new one. Programs that run the old bundle are
+        not disturbed: its files are replaced, never written into.
 
         Args:
-            target: folder to write, on the device.
-            overwrite: replace a bundle that is there.
-            progress: where to report to.
+            target: the folder to write, on the device.
+            overwrite: replace an existing bundle.
+            progress: where to report progress.
+
+        Returns:
+            The new bundle.
 
         Raises:
-            BundleError: a file differs from what was exported.
-            EdgeLMError: `target` exists, or the disk is full.
+            BundleError: a file differs from the exported one.
+            EdgeLMError: `target` exists and may not be replaced, or the disk is full.
         """
         target = Path(target)
         with (
@@ -432,13 +455,13 @@ class Bundle:
 
 
 def version_numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: of 1.32.0.dev7 it is (1, 32, 0); empty where it has none."""
+    """Return the leading numbers of a version: (1, 32, 0) for 1.32.0.dev7; empty where there are none."""
     found = re.match(r"\d{1,6}(\.\d{1,6}){0,2}", version)
     return () if found is None else tuple(int(part) for part in found[0].split("."))
 
 
 def sha256_of(path: Path, advance: Callable[[float], None] | None = None) -> str:
-    """SHA-256 of a file as hexadecimal digits, read in chunks; `advance` is called with the bytes of each."""
+    """Return the SHA-256 of a file in hexadecimal; `advance` is called with the bytes of each chunk read."""
     digest = hashlib.sha256()
     for chunk in _chunks(path, advance):
         digest.update(chunk)
@@ -457,7 +480,7 @@ def _copy(source: Path, target: Path, advance: Callable[[float], None]) -> str:
 
 
 def _chunks(path: Path, advance: Callable[[float], None] | None) -> Iterator[memoryview]:
-    """A file's contents; each chunk is valid until the next is asked for."""
+    """Yield a file's contents in chunks; each is valid until the next one is requested."""
     with path.open("rb", buffering=0) as stream:
         buffer = bytearray(_HASH_CHUNK)
         view = memoryview(buffer)

@@ -1,6 +1,6 @@
-"""What a tensor of the weights file holds: the part of the manifest by which others can read the weights.
+"""Description of a tensor in the weights file: the part of the manifest with which other tools can read the weights.
 
-docs/reference/bundle.md defines every value here. Nothing in EdgeLM computes by it: graphs and packed headers say the same again.
+docs/reference/bundle.md defines the values. EdgeLM itself does not need them: graphs and packed headers hold the same facts.
 """
 
 from __future__ import annotations
@@ -15,40 +15,40 @@ _Size = Annotated[int, Range(1, 2**63 - 1)]
 
 
 class Layout(StrEnum):
-    """How a tensor's bytes are to be read."""
+    """Layout of a tensor's bytes."""
 
     ARRAY = "array"
-    """Elements of `dtype`, row after row."""
+    """Elements of `dtype` in row-major order."""
     CODES = "codes"
-    """Portable: codes, row after row."""
+    """Portable: codes in row-major order."""
     SCALES = "scales"
-    """Portable: the scales of the codes beside it."""
+    """Portable: scales of the codes stored next to it."""
     ZEROS = "zeros"
-    """Portable: the zero points of the codes beside it."""
+    """Portable: zero points of the codes stored next to it."""
     PACKED = "packed"
     """Native: a packed matrix (`edgelm.bundle.cpu_layout`)."""
     PACKED_EXPERTS = "packed-experts"
-    """Native: a table and two packed matrices an expert."""
+    """Native: a table of offsets, and two packed matrices per expert."""
     LOW_NIBBLES = "low-nibbles"
-    """Native: the low nibbles of a packed int8 matrix whose high nibbles lie before it."""
+    """Native: low nibbles of the packed int8 matrix whose high nibbles are stored before it."""
     GPU = "gpu"
-    """TensorRT: tiles in the order of a tensor core's operand (`edgelm.bundle.gpu_layout`)."""
+    """TensorRT: tiles in the order of a tensor core operand (`edgelm.bundle.gpu_layout`)."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a tensor holds.
+    """Contents of a tensor.
 
     Attributes:
-        layout: how its bytes are to be read.
-        dtype: of the values: "float32", "float16", "bfloat16", "fp8" or "int3" .. "int8"; "mixed" for experts that
-            differ, whose packed headers say the type of each.
-        shape: of the values, without padding; of packed experts [experts, expert's width, hidden size].
-        group: neighbouring values of a row that share a scale; None where there are none, or experts differ.
-        zero_points: whether each group stores a zero point.
-        interleave: rows of gate and of up alternate in runs of this many; None where matrices are stacked.
-        matrices: the checkpoint's tensors in it, in order; none for what the export computed.
-        rows: of each of `matrices`; for a vector its length.
+        layout: layout of its bytes.
+        dtype: type of the values: "float32", "float16", "bfloat16", "fp8" or "int3" .. "int8"; "mixed" for experts of
+            different types, which their packed headers name.
+        shape: shape of the values, without padding; of packed experts [experts, expert width, hidden size].
+        group: consecutive values of a row that share a scale; None where there are no scales, or experts differ.
+        zero_points: whether each group has a zero point.
+        interleave: rows of gate and of up alternate in runs of this many; None where the matrices are stacked.
+        matrices: names of the checkpoint's tensors in it, in order; empty for tensors that the export computed.
+        rows: number of rows of each of `matrices`; the length of a vector.
     """
 
     layout: Layout
@@ -61,5 +61,5 @@ class Contents:
     rows: tuple[Count, ...] = ()
 
     def to_data(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, for JSON."""
+        """Return the fields that differ from their defaults, for JSON."""
         return {item.name: value for item in fields(self) if (value := getattr(self, item.name)) != item.default}

@@ -1,7 +1,7 @@
-"""The packed layout of matrices that the compiled operators read: what their headers say, and where things lie.
+"""Packed layout of the matrices that the native CPU operators read: headers, records and offsets.
 
-`runtimes/csrc/kernels/layout.h` is the definition; this is the same in Python, for the exporter that writes it and for
-whoever wants to know what a bundle holds. Numbers are little-endian.
+`runtimes/csrc/kernels/layout.h` defines the layout. This module is the same in Python, for the exporter and for
+`edgelm inspect`. Numbers are little-endian.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from edgelm.errors import BundleError
 TILE = 32
 """Rows of a tile."""
 BLOCK = 32
-"""Columns of integer codes that are stored together."""
+"""Columns of a block of integer codes."""
 HALF = 16
-"""Columns of a group of which two share a record."""
+"""Group size of which two groups share one record."""
 HEADER_BYTES = 64
 ALIGNMENT = 64
-"""Where a matrix among packed experts may begin."""
+"""Alignment in bytes of a matrix among packed experts."""
 
 RESCORE = 128
 """How many of a head's logits are recomputed from all bits when one token is decoded (split nibbles only)."""
@@ -31,11 +31,11 @@ _MATRIX = struct.Struct("<4s4B5q16x")
 _EXPERTS = struct.Struct("<4sB3x2q40x")
 _HAS_ZEROS, _SWIGLU = 1, 2
 _MOST = 1 << 40
-"""Of rows and columns, as the operators have it."""
+"""Most rows and columns; the operators have the same limit."""
 
 
 class Kind(IntEnum):
-    """How a matrix's weights are stored."""
+    """Storage type of a matrix's weights."""
 
     INT3 = 3
     INT4 = 4
@@ -50,7 +50,7 @@ class Kind(IntEnum):
 
     @property
     def is_integer(self) -> bool:
-        """Whether codes have scales and are multiplied as integers."""
+        """Whether the weights are integer codes with scales, multiplied in integer arithmetic."""
         return self < Kind.FP8
 
     @property
@@ -60,7 +60,7 @@ class Kind(IntEnum):
 
 
 class Scales(IntEnum):
-    """How a matrix's scales are stored."""
+    """Storage type of a matrix's scales."""
 
     NONE = 0
     FLOAT16 = 1
@@ -80,12 +80,12 @@ class PackedMatrix:
     """The shape and layout of a packed matrix.
 
     Attributes:
-        kind, scales: how weights and scales are stored.
+        kind, scales: storage types of weights and scales.
         zeros: whether each group has zero points.
-        swiglu: whether the rows are gate's and then up's, stored in alternating tiles.
-        rows, columns: N and K, any numbers.
-        group: columns that share a scale: 16 or a multiple of 32, at most K rounded up to 32; K itself, whatever it is,
-            of matrices that are no integers and have one scale a row or none.
+        swiglu: whether the matrix holds the rows of gate, then those of up, stored in alternating tiles.
+        rows, columns: N and K, of any size.
+        group: columns that share a scale: 16 or a multiple of 32, at most K rounded up to 32. For non-integer matrices
+            with one scale per row or none, it is K.
         low_offset: for INT8_SPLIT where the low nibbles begin, from the header's start; else 0.
     """
 
@@ -105,33 +105,33 @@ class PackedMatrix:
 
     @property
     def tiles(self) -> int:
-        """Tiles of 32 rows, the last of each part padded."""
+        """Tiles of 32 rows; the last one of gate and of up is padded."""
         return -(-self.outputs // TILE) * (2 if self.swiglu else 1)
 
     @property
     def groups(self) -> int:
-        """Scales of a row, the last perhaps for fewer columns."""
+        """Number of scales in a row; the last group may have fewer columns."""
         return -(-self.columns // self.group)
 
     @property
     def span(self) -> int:
-        """Columns of a record: a group, or two of 16."""
+        """Columns of a record: one group, or two groups of 16."""
         whole = not self.kind.is_integer and self.group == self.columns
         return BLOCK if self.group == HALF and not whole else self.group
 
     @property
     def records(self) -> int:
-        """Records of a tile, the last padded where K is no multiple of its columns."""
+        """Records in a tile; the last is padded where K is not a multiple of `span`."""
         return -(-self.columns // self.span)
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes of a group's scales in a record."""
+        """Bytes of the scales of one group in a record."""
         return TILE * _SCALE_BYTES[self.scales]
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of a record before its codes: scales of its one or two groups, then their zero points."""
+        """Bytes in a record before its codes: the scales of its one or two groups, then their zero points."""
         return (self.scale_bytes + (2 * TILE if self.zeros else 0)) * (self.span // self.group)
 
     @property
@@ -163,7 +163,7 @@ class PackedMatrix:
 
     @property
     def bits_per_weight(self) -> float:
-        """Storage of a weight, scales, zero points and padding included."""
+        """Bits stored per weight, with scales, zero points and padding."""
         return 8 * (self.first_bytes + self.low_bytes) / (self.rows * self.columns)
 
     def with_low_offset(self, offset: int) -> PackedMatrix:
@@ -171,7 +171,7 @@ class PackedMatrix:
         return replace(self, low_offset=offset)
 
     def header(self) -> bytes:
-        """The first 64 bytes."""
+        """Return the header, 64 bytes."""
         flags = (_HAS_ZEROS if self.zeros else 0) | (_SWIGLU if self.swiglu else 0)
         return _MATRIX.pack(
             _MATRIX_MAGIC, _VERSION, self.kind, self.scales, flags,
@@ -179,7 +179,7 @@ class PackedMatrix:
         )  # fmt: skip
 
     def describe(self) -> str:
-        """Such as "int4, groups of 32, SwiGLU [2048, 2048]"."""
+        """Return a description such as "int4, groups of 32, SwiGLU [2048, 2048]"."""
         parts = [self.kind.label]
         if self.scales is not Scales.NONE:
             parts.append(f"groups of {self.group}" if self.group < self.columns else "a scale per row")
@@ -191,16 +191,16 @@ class PackedMatrix:
 
 
 def stored_group(kind: Kind, group: int | None, columns: int) -> int:
-    """The group of a `PackedMatrix` whose rows have a scale for every `group` values; None is one for the row."""
+    """Return `PackedMatrix.group` for a scale per `group` values; None means one scale per row."""
     whole = aligned(columns, BLOCK) if kind.is_integer else columns
     return whole if group is None else min(group, whole)
 
 
 def parse_matrix(header: bytes, where: str) -> PackedMatrix:
-    """Read a packed matrix's header of 64 bytes.
+    """Parse the header of a packed matrix, 64 bytes; `where` names the tensor in errors.
 
     Raises:
-        BundleError: it is none, or contradicts itself.
+        BundleError: it is not such a header, or its fields contradict each other.
     """
     broken = f"{where} is no packed matrix"
     if len(header) < HEADER_BYTES or header[:4] != _MATRIX_MAGIC:
@@ -237,24 +237,25 @@ def _possible(matrix: PackedMatrix) -> bool:
 
 
 def experts_header(offsets: list[tuple[int, int]], size: int) -> bytes:
-    """The header of packed experts and the table of where each one's gate+up and down begin."""
+    """Return the header of packed experts, with the table of the byte offsets of each expert's gate+up and down."""
     head = _EXPERTS.pack(_EXPERTS_MAGIC, _VERSION, len(offsets), size)
     return head + struct.pack(f"<{2 * len(offsets)}q", *(offset for pair in offsets for offset in pair))
 
 
 def aligned(size: int, multiple: int = ALIGNMENT) -> int:
-    """`size` rounded up to where the next matrix may begin, or to another multiple."""
+    """Return `size` rounded up to a multiple, by default to the alignment of a matrix."""
     return -(-size // multiple) * multiple
 
 
 def read_matrices(stream: BinaryIO, offset: int, where: str) -> list[tuple[int, PackedMatrix]]:
-    """The packed matrices of a tensor that begins at `offset`: one, or two an expert; empty if it is not packed.
+    """Read the headers of the packed matrices in the tensor at byte `offset`.
 
-    Each comes with its place from the tensor's start. Experts come as gate+up of the first, down of the first, and so
-    on.
+    Returns:
+        (offset from the tensor's start, matrix) for each: one matrix, or gate+up and down of each expert in turn; empty
+        where the tensor is not packed.
 
     Raises:
-        BundleError: a header contradicts itself, or a matrix begins where none can.
+        BundleError: a header contradicts itself, or a matrix begins at an invalid offset.
     """
     stream.seek(offset)
     header = stream.read(HEADER_BYTES)

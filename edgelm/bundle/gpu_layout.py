@@ -1,8 +1,8 @@
-"""The layout of weights that the GPU kernels read: tiles in the order of a tensor core's operand.
+"""Layout of the weights that the GPU kernels read: tiles in the order of a tensor core operand.
 
-A matrix [N, K] is cut into tiles of 16 rows and `GpuKind.columns` columns, 512 bytes each, which one warp reads with a
-single load of 16 bytes a lane: lane 4 g + q holds what mma.m16n8k16 wants of rows g and g + 8. The four words of a lane
-(little-endian), with k counted within the tile:
+A matrix [N, K] is cut into tiles of 16 rows and `GpuKind.columns` columns. A tile has 512 bytes, which one warp reads
+with one load of 16 bytes per lane: lane 4 g + q holds the elements of rows g and g + 8 that mma.m16n8k16 expects there.
+The four words of a lane (little-endian), with k counted within the tile:
 
     float16, bfloat16 (16 columns)  w0: row g, k 2q, 2q+1; w1: row g+8, same; w2: row g, k 2q+8, 2q+9; w3: row g+8, same
     float32 (8 columns)             w0: row g, k q; w1: row g+8, k q; w2: row g, k q+4; w3: row g+8, k q+4
@@ -10,12 +10,13 @@ single load of 16 bytes a lane: lane 4 g + q holds what mma.m16n8k16 wants of ro
     int4 (64 columns)               steps s = 0..3: w[s]: register j has nibbles j and j + 4: j = 0: row g, k 16s + (2q,
                                     2q+1); 1: row g+8, same; 2: row g, k 16s + (2q+8, 2q+9); 3: row g+8, same
 
-Tiles of a block of 16 rows follow each other along K. Codes are unsigned, as in a quantised checkpoint: w = (code -
-zero) * scale. Scales (float16 of integers, float32 of fp8) and zero points (uint8) lie as [N / 16, groups, 16]. In a
-SwiGLU matrix rows 0..7 of block t are gate's 8t .. 8t+7 and rows 8..15 up's, so that a lane has both of one result.
+The tiles of a block of 16 rows follow each other along K. Codes are unsigned, as in a quantised checkpoint: w = (code -
+zero) * scale. Scales (float16 for integers, float32 for fp8) and zero points (uint8) are [N / 16, groups, 16]. In block
+t of a SwiGLU matrix, rows 0..7 are rows 8t .. 8t+7 of gate, and rows 8..15 those of up: one lane has both factors of an
+output.
 
-A blob is codes | scales | zeros of all its matrices (one, or a layer's experts), each part starting at a multiple of
-256 bytes; matrix e's part begins at e times the part's stride.
+A blob is codes | scales | zeros of all its matrices (one, or a layer's experts). Each part starts at a multiple of 256
+bytes; in it, matrix e begins at e times the part's stride.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _Size = Annotated[int, Range(1, (1 << 31) - 1)]
 
 
 class GpuKind(StrEnum):
-    """How weights are stored."""
+    """Storage type of the weights."""
 
     INT4 = "int4"
     INT8 = "int8"
@@ -44,7 +45,7 @@ class GpuKind(StrEnum):
 
     @property
     def label(self) -> str:
-        """As recipes and options spell it."""
+        """Name of the type in recipes and options."""
         return {GpuKind.FLOAT16: "float16", GpuKind.BFLOAT16: "bfloat16", GpuKind.FLOAT32: "float32"}.get(
             self, self.value
         )
@@ -56,20 +57,21 @@ class GpuKind(StrEnum):
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes of a scale; 0 where there is none."""
+        """Bytes of a scale; 0 for kinds without scales."""
         return {GpuKind.INT4: 2, GpuKind.INT8: 2, GpuKind.FP8: 4}.get(self, 0)
 
 
 @dataclass(frozen=True)
 class GpuMatrix:
-    """A blob of `count` matrices of one shape and format.
+    """A blob of `count` matrices of one shape and storage type.
 
     Attributes:
-        kind: how weights are stored.
-        rows, columns: N and K; of a SwiGLU matrix N counts gate and up together. K is a multiple of the tile's columns.
-        group: columns to a scale, a multiple of 16 that divides K; K for kinds without scales.
+        kind: storage type of the weights.
+        rows, columns: N and K. In a SwiGLU matrix N counts the rows of gate and up. K is a multiple of the tile's
+            columns.
+        group: columns per scale, a multiple of 16 that divides K; K for kinds without scales.
         zeros: whether groups have zero points.
-        swiglu: whether gate and up alternate by blocks of 8 rows.
+        swiglu: whether gate and up alternate in blocks of 8 rows.
         count: matrices in the blob.
     """
 
@@ -82,7 +84,7 @@ class GpuMatrix:
     count: _Size = 1
 
     def problem(self) -> str:
-        """What a description that was read contradicts itself in; empty where it does not."""
+        """Return what is inconsistent in a description that was read from a file; empty where nothing is."""
         if self.columns % self.kind.columns or self.columns % self.group or (self.swiglu and self.rows % 2):
             return (
                 f"{self.rows} rows of {self.columns} columns in groups of {self.group}, which no {self.kind} matrix has"
@@ -91,17 +93,17 @@ class GpuMatrix:
 
     @property
     def blocks(self) -> int:
-        """Blocks of 16 rows; the last is filled up with zeros. In a SwiGLU matrix each has 8 of gate and 8 of up."""
+        """Blocks of 16 rows; the last is padded with zeros. In a SwiGLU matrix each has 8 of gate and 8 of up."""
         return -(-self.rows // ROWS)
 
     @property
     def groups(self) -> int:
-        """Scales of a row."""
+        """Number of scales in a row."""
         return self.columns // self.group
 
     @property
     def outputs(self) -> int:
-        """Columns of the matmul's result."""
+        """Columns of the matmul's output: half the rows for SwiGLU."""
         return self.rows // 2 if self.swiglu else self.rows
 
     @property
@@ -121,12 +123,12 @@ class GpuMatrix:
 
     @property
     def scales_offset(self) -> int:
-        """Where the scales begin in the blob."""
+        """Byte offset of the scales in the blob."""
         return aligned(self.count * self.codes_stride)
 
     @property
     def zeros_offset(self) -> int:
-        """Where the zero points begin in the blob."""
+        """Byte offset of the zero points in the blob."""
         return self.scales_offset + aligned(self.count * self.scales_stride)
 
     @property
@@ -136,5 +138,5 @@ class GpuMatrix:
 
 
 def aligned(size: int, multiple: int = ALIGNMENT) -> int:
-    """`size` rounded up to a multiple."""
+    """Return `size` rounded up to a multiple."""
     return -(-size // multiple) * multiple

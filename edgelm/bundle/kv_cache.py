@@ -1,8 +1,9 @@
-"""Types of the cache of keys and values, and the bytes a token takes in one.
+"""Types of the KV cache, and the bytes that a token takes.
 
-| type | a head's keys (or values) of one token |
+| type | keys (or values) of one head and token |
 |---|---|
-| float32, float16 | as they are, or rounded to nearest |
+| float32 | float32 |
+| float16 | rounded to nearest |
 | int8 | codes round(x * 127 / max|x|), one float32 scale |
 | fp8 | E4M3 (OCP 8-bit floating point, revision 1.0), one bfloat16 scale: max|x| / 448, rounded up; on a GPU float32 |
 """
@@ -21,14 +22,14 @@ _ROWS: dict[str, Callable[[int], int]] = {
 }
 
 KV_TYPES = tuple(_ROWS)
-"""What a cache can be with native operators; portable ones have float32, and float16 or bfloat16 on a GPU."""
+"""Cache types of the native operators. Portable ones have float32, and float16 or bfloat16 on a GPU."""
 
 
 def require_type(kv: str) -> str:
-    """`kv`, if it is one of KV_TYPES.
+    """Check that `kv` is one of `KV_TYPES`, and return it.
 
     Raises:
-        EdgeLMError: there is no such type.
+        EdgeLMError: it is not.
     """
     if kv not in _ROWS:
         raise EdgeLMError(f"kv is {kv!r}: the cache can be {', '.join(_ROWS)}")
@@ -36,9 +37,12 @@ def require_type(kv: str) -> str:
 
 
 def row_bytes(kv: str, head_dim: int, ops: str = "native") -> int:
-    """Bytes of one head's keys, and again of its values, of one token; bfloat16, which only GPUs have, too.
+    """Return the bytes of the keys of one head and token; its values take as many again.
 
-    `ops`: a bundle's operator set. GPU kernels ("gpu") scale fp8 by a float32, as they do int8.
+    Args:
+        kv: the cache's type, one of `KV_TYPES` or "bfloat16" (GPUs only).
+        head_dim: values of a head.
+        ops: the bundle's operator set. The scale of fp8 is float32 for "gpu", as that of int8 is.
 
     Raises:
         EdgeLMError: there is no such type.

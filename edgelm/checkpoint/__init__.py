@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder, read tensor by tensor with bounded memory.
+"""Read a Hugging Face checkpoint folder tensor by tensor, with bounded memory.
 
 Needs numpy only. A hub id is downloaded first (`edgelm.checkpoint.hub`).
 """
@@ -50,20 +50,21 @@ MAX_CONFIG_BYTES = 8 << 20
 
 
 class WeightReader(Protocol):
-    """Anything that gives weights by name, such as a `Checkpoint` or a quantised view of one."""
+    """A source of weights by name, such as a `Checkpoint` or a quantised view of one."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the tensor. Raises `CheckpointError` when there is none of that name."""
+        """Return the shape of a tensor. Raises `CheckpointError` where there is no such tensor."""
 
     def read_float32(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
-        """The tensor, or the given rows of its first axis."""
+        """Return a tensor, or the given rows of its first axis."""
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The supported family that a config.json names.
+    """Return the model family that a config.json names in `architectures`.
 
     Raises:
-        UnsupportedConfigError: the architecture is unknown. CheckpointError: it is no list of names.
+        UnsupportedConfigError: the architecture is unknown.
+        CheckpointError: `architectures` is not a list of names.
     """
     architectures = config.get("architectures")
     if architectures is not None and not (isinstance(architectures, list) and all(map(_is_text, architectures))):
@@ -80,8 +81,8 @@ class CheckpointFiles:
 
     Attributes:
         path: the folder.
-        config: config.json.
-        stored: the tensors as the files name them, sorted by file and place in it.
+        config: contents of config.json.
+        stored: tensors by their names in the files, sorted by file and offset.
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,14 +111,14 @@ class CheckpointFiles:
 
 
 class Checkpoint(CheckpointFiles):
-    """An open checkpoint folder. Reads may come from several threads at once.
+    """An open checkpoint folder. Several threads may read at once.
 
-    Tensors have their canonical names, whatever form the files hold them in: see `edgelm.checkpoint.names`.
+    Tensors have canonical names, whatever the files call them: see `edgelm.checkpoint.names`.
 
     Attributes:
         source_id: the hub id with its revision, or the folder's name.
-        family: the supported model family that config.json names.
-        tensors: what there is, by name, sorted by file and place in it; float64 counts as float32.
+        family: the model family that config.json names.
+        tensors: the tensors by canonical name, sorted by file and offset; float64 is given as float32.
     """
 
     def __init__(self, path: Path, source_id: str | None = None) -> None:
@@ -136,7 +137,7 @@ class Checkpoint(CheckpointFiles):
         self.tensors: Mapping[str, TensorInfo] = {name: names.as_read(info) for name, info in self._places.items()}
 
     def _canonical(self) -> dict[str, TensorInfo]:
-        """Where each tensor lies by its canonical name; what is left out is compared with what stands for it."""
+        """Return the tensors by canonical name. Check that tensors that are left out equal what replaces them."""
         named = names.canonical(self.stored, tied=self.config.get("tie_word_embeddings") is True)
         check_counts(self.config, named.tensors, self.path)
 
@@ -152,7 +153,7 @@ class Checkpoint(CheckpointFiles):
 
     @cached_property
     def decoder(self) -> Decoder:
-        """The model that config.json describes.
+        """The spec of the model that config.json describes.
 
         Raises:
             UnsupportedConfigError, CheckpointError: as `Family.spec`.
@@ -161,13 +162,13 @@ class Checkpoint(CheckpointFiles):
 
     @classmethod
     def open(cls, path_or_hub_id: str | Path, progress: Progress | None = None) -> Checkpoint:
-        """Open a folder, or download `owner/name[@revision]` from the hub and open that. A folder of that name wins.
+        """Open a folder, or download `owner/name[@revision]` from the hub and open it. A folder of that name wins.
 
-        That the tensors are those of the model that config.json describes is `check_tensors`' business.
+        This does not check that the tensors are those of the model that config.json describes: see `check_tensors`.
 
         Raises:
-            CheckpointError: no such folder or repository, or the checkpoint is incomplete or damaged.
-            UnsupportedConfigError: it is of an unknown architecture.
+            CheckpointError: there is no such folder or repository, or the checkpoint is incomplete or damaged.
+            UnsupportedConfigError: the architecture is unknown.
         """
         path = Path(path_or_hub_id)
         if not path.exists():
@@ -183,21 +184,21 @@ class Checkpoint(CheckpointFiles):
         raise CheckpointError(f"{path}: no such folder (a hub id looks like owner/name)")
 
     def info(self, name: str) -> TensorInfo:
-        """Where a tensor lies. Raises `CheckpointError` when there is none of that name."""
+        """Return type, shape and place of a tensor. Raises `CheckpointError` where there is no such tensor."""
         try:
             return self.tensors[name]
         except KeyError:
             raise CheckpointError(f"{self.path}: no tensor {name!r} among its {len(self.tensors)}") from None
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor. Raises `CheckpointError` when there is none of that name."""
+        """Return the shape of a tensor. Raises `CheckpointError` where there is no such tensor."""
         return self.info(name).shape
 
     def read_raw(self, name: str, rows: slice | None = None) -> NDArray[Any]:
-        """A tensor, or some rows of its first axis, as stored: bfloat16 as uint16, float64 as float32, all else as is.
+        """Return a tensor, or some rows of its first axis, as stored; but bfloat16 as uint16 and float64 as float32.
 
         Raises:
-            CheckpointError: no such tensor, or one of its floats is not finite; names the tensor and the element.
+            CheckpointError: there is no such tensor, or a value is not finite; names the tensor and the element.
         """
         info = self._place(name)
         if info.dtype == "F64":
@@ -205,24 +206,26 @@ class Checkpoint(CheckpointFiles):
         return self._files[info.file].read_raw(info, rows, finite=True)
 
     def read_float32(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
-        """A tensor, or some rows of its first axis, as float32; exact, but for float64, which is rounded to nearest.
+        """Return a tensor, or some rows of its first axis, as float32. Only float64 is rounded, to nearest.
 
         Raises:
-            CheckpointError: no such tensor, it is not of a float type, or a value is not finite; names the element.
+            CheckpointError: there is no such tensor, it is not of a float type, or a value is not finite; names the
+                tensor and the element.
         """
         info = self._place(name)
         return self._files[info.file].read_float32(info, rows, finite=True)
 
     def _place(self, name: str) -> TensorInfo:
-        """The tensor as the file has it."""
+        """Return the tensor's entry in the file, with the stored type."""
         self.info(name)
         return self._places[name]
 
     def check_tensors(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Check that exactly the `expected` tensors are there, in these shapes.
+        """Check that the checkpoint has exactly the `expected` tensors, in these shapes.
 
         Raises:
-            CheckpointError: naming the first missing, extra or wrongly shaped tensor, its file, and how many there are.
+            CheckpointError: names the first tensor that is missing, extra or of a wrong shape, its file, and their
+                number.
         """
         missing = [name for name in expected if name not in self.tensors]
         if missing:
@@ -245,13 +248,13 @@ class Checkpoint(CheckpointFiles):
 
     @property
     def files(self) -> list[Path]:
-        """config.json, the index if there is one, and the weight files."""
+        """config.json, the index where there is one, and the weight files."""
         index = self.path / INDEX
         weights = list(self._files)
         return [self.path / "config.json", *([index] if index.exists() and len(weights) > 1 else []), *weights]
 
     def hashes(self, progress: Progress | None = None) -> dict[str, dict[str, int | str]]:
-        """Size and SHA-256 of every file of `files`, by file name."""
+        """Return size and SHA-256 of each of `files`, by file name."""
         total = sum(path.stat().st_size for path in self.files)
         with (progress or Silent()).task("hash checkpoint", total) as advance:
 

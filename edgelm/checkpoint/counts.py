@@ -1,4 +1,4 @@
-"""Counts in config.json, bounded by what the files hold: nothing is built for layers that do not exist."""
+"""Check of the counts in config.json against the files, before memory is used for layers that do not exist."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def check_counts(config: Mapping[str, Any], names: Mapping[str, object], path: P
     """Check that the files hold as many layers and experts as config.json counts.
 
     Args:
-        config: config.json; counts of other types are not looked at, who reads them refuses them.
+        config: contents of config.json. Counts of a wrong type are skipped; the reader of the field refuses them.
         names: canonical names of the tensors.
         path: the folder, for errors.
 
     Raises:
-        CheckpointError: they hold fewer.
+        CheckpointError: the files hold fewer.
     """
     layers = {found[2] for name in names if (found := _LAYER.match(name)) is not None}
     experts = {found[1] for name in names if (found := _EXPERT.match(name)) is not None}

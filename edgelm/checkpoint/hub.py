@@ -1,8 +1,7 @@
-"""Downloading a checkpoint from the Hugging Face hub into its cache, with progress.
+"""Download a checkpoint from the Hugging Face hub into the hub's cache, with progress.
 
-What `huggingface_hub` makes of an interruption: a connection that breaks is taken up at the byte where it broke; after
-a killed process the files that were complete are kept and the one under way is fetched again. Two files at a time keep
-that loss small.
+`huggingface_hub` resumes a broken connection at the byte where it broke. After a killed process, complete files are
+kept, and incomplete ones are downloaded again. Two files are downloaded at a time, so that little is lost.
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ from edgelm.errors import CheckpointError
 from edgelm.installing import install_hint
 from edgelm.progress import Advance, Progress, Silent
 
-# Only what is read: pickled copies of the weights, ONNX exports and pictures stay on the hub.
+# Only the files that EdgeLM reads; not pickled copies of the weights, ONNX exports or pictures.
 FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
 SUBFOLDERS = "*/*"
 WORKERS = 2
 
 
 def _bar_class(advance: Advance) -> type[Any]:
-    """A stand-in for the library's progress bar that hands the bytes it is told of to `advance`."""
+    """Return a replacement of the library's progress bar that reports downloaded bytes to `advance`."""
     from huggingface_hub.utils.tqdm import tqdm
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            # The library makes a bar that counts files, one for bytes, and newer ones another for bytes on the wire.
+            # The library makes one bar for files and one for bytes; newer versions also one for bytes transferred.
             self._counts = kwargs.get("unit") == "B" and not str(kwargs.get("name")).endswith(".transfer")
             kwargs["disable"] = True
             super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]  # the library has no types here
@@ -44,7 +43,7 @@ def _bar_class(advance: Advance) -> type[Any]:
 
 
 def _transport_errors() -> tuple[type[BaseException], ...]:
-    """What a broken connection raises; the library has used requests, httpx and httpx2 in turn."""
+    """Return the exceptions of a broken connection in the HTTP libraries that huggingface_hub has used so far."""
     modules = [sys.modules[name] for name in ("httpx2", "httpx", "requests.exceptions") if name in sys.modules]
     return tuple(
         getattr(module, name)
@@ -86,7 +85,7 @@ def _explained(name: str) -> Iterator[None]:
 
 
 def snapshot_id(folder: Path) -> str | None:
-    """Of a snapshot in the hub's cache (models--OWNER--NAME/snapshots/COMMIT) "OWNER/NAME@COMMIT", else None."""
+    """Return "OWNER/NAME@COMMIT" for the hub cache folder models--OWNER--NAME/snapshots/COMMIT; None for others."""
     folder = folder.resolve()
     repository = folder.parent.parent.name
     if folder.parent.name != "snapshots" or not repository.startswith("models--"):
@@ -99,7 +98,7 @@ def _wanted(file: str) -> bool:
 
 
 def _missing_bytes(repo_id: str, revision: str | None) -> int:
-    """Bytes that are not in the cache yet; 0 where the hub does not answer (the download will say why)."""
+    """Return the bytes that are not in the cache yet; 0 where the hub does not answer (the download will report it)."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     failures: tuple[type[BaseException], ...] = (OSError, ValueError, *_transport_errors())
@@ -117,18 +116,18 @@ def _missing_bytes(repo_id: str, revision: str | None) -> int:
 
 
 def download(repo_id: str, revision: str | None = None, progress: Progress | None = None) -> tuple[Path, str]:
-    """Download what EdgeLM reads of `owner/name` into the hub's cache, or find it there.
+    """Download the files of `owner/name` that EdgeLM reads into the hub's cache, or find them there.
 
     Args:
         repo_id: owner/name.
-        revision: branch, tag or commit; the default branch when absent.
-        progress: gets the bytes fetched.
+        revision: branch, tag or commit; None for the default branch.
+        progress: where to report the bytes downloaded.
 
     Returns:
-        The folder and the commit it is at.
+        The folder, and the commit of its files.
 
     Raises:
-        CheckpointError: huggingface_hub is not installed, or the repository cannot be had; says why.
+        CheckpointError: huggingface_hub is not installed, or the download failed.
     """
     name = repo_id + (f"@{revision}" if revision else "")
     try:

@@ -1,4 +1,4 @@
-"""Which files of a folder hold the weights, and whether index and files agree."""
+"""Find the weight files of a checkpoint folder, and check them against the index."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from edgelm.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MAX_INDEX_BYTES = 64 << 20  # the largest published one, of 140 000 tensors, takes 14 MB
+MAX_INDEX_BYTES = 64 << 20  # the largest published index has 140 000 tensors in 14 MB
 MAX_INDEX_TENSORS = 400_000
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def _check_file_name(index: Path, tensor: str, file: object) -> str:
-    # Shards lie beside their index. Symbolic links are fine: the hub's cache is made of them.
+    # Shards must lie in the folder of their index. Symbolic links are allowed: the hub's cache consists of them.
     plain = isinstance(file, str) and file == Path(file).name and not set(file) & set('/\\:\0"') and len(file) < 200
     if not plain or not isinstance(file, str) or file in ("", ".", ".."):
         raise CheckpointError(
@@ -66,12 +66,12 @@ def _open_sharded(index: Path) -> list[SafetensorsFile]:
 
 
 def open_weight_files(folder: Path) -> list[SafetensorsFile]:
-    """Open the safetensors files of a folder, in the order of their names.
+    """Open the safetensors files of a folder, sorted by name.
 
-    `model.safetensors` is preferred over an index, as transformers does; else a lone `*.safetensors` is taken.
+    `model.safetensors` comes before an index, as in transformers. Without both, a single `*.safetensors` is opened.
 
     Raises:
-        CheckpointError: there are none, or index and files disagree.
+        CheckpointError: there are no such files, or index and files disagree.
     """
     if (folder / SINGLE).exists():
         return [SafetensorsFile(folder / SINGLE)]

@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint folder, read so that whatever is in them ends in a `CheckpointError`."""
+"""Read JSON files of a checkpoint folder. Any invalid content raises `CheckpointError`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _FETCHED = Blame(CheckpointError, "fetch the file again")
 
 
 def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object; duplicate keys are refused because readers disagree on which one counts.
+    """Parse a JSON object. Duplicate keys are refused, since readers resolve them differently.
 
     Raises:
-        CheckpointError: not UTF-8, not JSON, not an object; the message begins with `where`.
+        CheckpointError: it is not UTF-8, not JSON or not an object; the message begins with `where`.
     """
-    # Published configs of other models have infinite numbers; who reads a field says whether it may be one.
+    # Published configs may have infinite numbers; the reader of a field checks whether it must be finite.
     value = parse(text, where, _FETCHED, finite=False)
     if not isinstance(value, dict):
         raise _FETCHED.at(where, f"holds {shown(value)}, expected a JSON object")
@@ -32,12 +32,12 @@ def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES, max_values: in
         CheckpointError: the file is missing, unreadable, too large or not a JSON object.
     """
     text = read_bytes(path, _FETCHED, max_bytes)
-    # Counted before they are parsed, which takes a hundred times as long.
+    # Check the number of values first: counting is a hundred times faster than parsing.
     if max_values is not None and text.count(b",") > max_values:
         raise _FETCHED.at(str(path), f"holds more than {max_values} values")
     return parse_json_object(text, str(path))
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
-    """Like `read_json_object`; an absent file gives an empty object."""
+    """Like `read_json_object`, but return an empty object where the file does not exist."""
     return read_json_object(path) if path.exists() else {}

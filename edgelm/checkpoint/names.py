@@ -1,14 +1,14 @@
-"""Tensors under their canonical names, whatever form a file has them in, as transformers 5 reads it.
+"""Map the tensor names in checkpoint files to canonical names, in the way of transformers 5.
 
-- The model saved without its head (`layers.0...`), or within another (`model.model.layers.0...`): `model.layers.0...`.
-- Stacked experts, `...mlp.experts.gate_up_proj` [E, 2F, D] and `down_proj` [E, D, F]: each expert's matrices,
-  `...mlp.experts.{e}.gate_proj.weight` [F, D] and so on, which are slices of the same bytes.
-- `lm_head.weight` of a model whose head is tied: left out if it equals the embedding, and the embedding where that is
-  absent.
-- `...rotary_emb.inv_freq`: left out if it is what `rope_theta` gives.
-- float64: float32.
+- A model saved without its head (`layers.0...`) or inside another one (`model.model.layers.0...`): the names become
+  `model.layers.0...`.
+- Stacked experts, `...mlp.experts.gate_up_proj` [E, 2F, D] and `down_proj` [E, D, F]: they become matrices of each
+  expert, `...mlp.experts.{e}.gate_proj.weight` [F, D] and so on, which are slices of the same bytes.
+- `lm_head.weight` of a tied model: omitted if it equals the embedding; used as the embedding where that is missing.
+- `...rotary_emb.inv_freq`: omitted if it equals the frequencies that the config gives.
+- float64 tensors are read as float32.
 
-Prefixes that training tools leave are refused by name: transformers finds none of those tensors either.
+Prefixes that training tools add raise an error that names the tool: transformers cannot read those tensors either.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 Read = Callable[[TensorInfo, "slice | None"], NDArray[Any]]
-"""Reads rows of a tensor, as stored."""
+"""Function that reads a tensor, or some of its rows, as stored."""
 
 _BLOCK_BYTES = 8 << 20
-_ROOT = re.compile(r"(?:layers\.\d+|embed_tokens|norm)\.")  # what lies in `model.`
+_ROOT = re.compile(r"(?:layers\.\d+|embed_tokens|norm)\.")  # modules inside `model.`
 _STACKED = re.compile(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)")
 _PREFIXED = re.compile(r"((?:[\w-]+\.)*?)(?:(?:model\.)?(?:layers\.\d+|embed_tokens|norm)|lm_head)\.")
 _LEFT_BY = {
@@ -47,7 +47,7 @@ _LEFT_BY = {
     "lora_A": "PEFT: save model.merge_and_unload()",
     "lora_B": "PEFT: save model.merge_and_unload()",
 }
-# Of a frequency relative to the one computed; half precision has fewer digits below 2**-14.
+# Allowed relative error of a stored frequency by its type. Below 2**-14 float16 has an absolute step as well.
 _FREQUENCY_ERROR = {"F64": 4e-6, "F32": 4e-6, "BF16": 2**-8, "F16": 2**-10}
 _HALF_STEP = 2.0**-24
 
@@ -57,9 +57,9 @@ class Named:
     """The tensors of a checkpoint under canonical names.
 
     Attributes:
-        tensors: where each lies, of the type that the file has.
-        head: what a tied model stores besides as its head, which must equal its embedding.
-        frequencies: stored rotary frequencies, which must be those of the config.
+        tensors: the tensors by canonical name, with their stored types.
+        head: the head that a tied model stores in addition; it must equal the embedding.
+        frequencies: stored rotary frequencies; they must equal those of the config.
     """
 
     tensors: dict[str, TensorInfo]
@@ -68,14 +68,14 @@ class Named:
 
 
 def canonical(stored: Mapping[str, TensorInfo], *, tied: bool) -> Named:
-    """Name the tensors of a checkpoint; only headers are looked at.
+    """Give the tensors of a checkpoint their canonical names. Reads only the files' headers.
 
     Args:
-        stored: as the files have them.
+        stored: tensors by their names in the files.
         tied: whether config.json ties the head to the embedding.
 
     Raises:
-        CheckpointError: names that a training tool left, or two tensors for one name.
+        CheckpointError: a name has a training tool's prefix, or two tensors have one canonical name.
     """
     tensors: dict[str, TensorInfo] = {}
     frequencies = []
@@ -105,7 +105,7 @@ def canonical(stored: Mapping[str, TensorInfo], *, tied: bool) -> Named:
 
 
 def as_read(info: TensorInfo) -> TensorInfo:
-    """The tensor as `Checkpoint` hands it out: float64 as float32. Its bytes are those in the file."""
+    """Return the tensor's entry with the type that `Checkpoint` gives it: float32 for float64. `nbytes` stays."""
     return replace(info, dtype="F32") if info.dtype == "F64" else info
 
 
@@ -119,7 +119,7 @@ def _rooted(name: str) -> str:
 
 
 def _experts(info: TensorInfo) -> Iterator[TensorInfo]:
-    """The tensor itself, or each expert's matrices where it is a stack of them: they lie one behind the other."""
+    """Yield the tensor itself; of stacked experts, the entries of each expert's matrices, which lie back to back."""
     found = _STACKED.fullmatch(info.name)
     stacked = found is not None and len(info.shape) == 3 and info.dtype in FLOAT_DTYPES and info.nbytes > 0
     matrices = ("gate_proj", "up_proj") if found and found[2] == "gate_up_proj" else ("down_proj",)
@@ -137,7 +137,7 @@ def _experts(info: TensorInfo) -> Iterator[TensorInfo]:
 
 
 def _refuse_prefixes(tensors: Mapping[str, TensorInfo]) -> None:
-    """Refuse what training tools put around a module's name."""
+    """Raise an error for names with a prefix or suffix of a training tool."""
     for name, info in tensors.items():
         tools = [part for part in name.split(".") if part in _LEFT_BY]
         found = _PREFIXED.match(name)
@@ -153,7 +153,7 @@ def _refuse_prefixes(tensors: Mapping[str, TensorInfo]) -> None:
 
 
 def check_head(head: TensorInfo, embedding: TensorInfo, read: Read) -> None:
-    """Check that the head that a tied model stores equals its embedding.
+    """Check that the stored head of a tied model equals its embedding.
 
     Raises:
         CheckpointError: it does not; says by how much and where.
@@ -186,10 +186,10 @@ def check_head(head: TensorInfo, embedding: TensorInfo, read: Read) -> None:
 
 
 def check_frequencies(info: TensorInfo, decoder: Decoder, read: Read) -> None:
-    """Check that stored rotary frequencies are those of the model, as their type rounds them.
+    """Check that stored rotary frequencies equal those of the spec up to the rounding of their type.
 
     Raises:
-        CheckpointError: they are not; says by how much and where.
+        CheckpointError: they do not; says by how much and where.
     """
     attention = decoder.attention[0]
     head_dim, rope = attention.head_dim, attention.rope

@@ -1,9 +1,9 @@
-"""Reading safetensors files with numpy alone, one tensor (or some rows of one) at a time.
+"""Read safetensors files with numpy alone, one tensor (or some rows of one) at a time.
 
 The format (https://huggingface.co/docs/safetensors): eight bytes with the little-endian length of a JSON header, the
-header, then the tensors' bytes back to back. Data is read with `pread`, never memory-mapped: mapped pages count as
-resident memory, and an export under a memory limit must know what it holds. bfloat16, which numpy lacks, is handed
-out as uint16.
+header, then the tensors' bytes back to back. Data is read with `pread`, not memory-mapped: mapped pages count as
+resident memory, and an export with a memory limit must control what it holds. bfloat16 is returned as uint16, since
+numpy has no such type.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from edgelm.checkpoint.jsonfile import parse_json_object
 from edgelm.errors import CheckpointError
 
-# Of one file. The largest published checkpoints have some 140 000 tensors in 60 files and headers of a few hundred KB.
+# Limits per file. The largest published checkpoints have 140 000 tensors in 60 files, and headers of a few hundred KB.
 MAX_TENSORS = 100_000
 MAX_HEADER_BYTES = 32 << 20
 MAX_HEADER_COMMAS = 12 * MAX_TENSORS  # five to seven a tensor, and the metadata's
-MAX_COUNT = 1 << 62  # of bytes, and of values even where another axis is empty: numpy counts in 64 bits
-READ_BYTES = 512 << 10  # what is converted at a time; fits a core's cache together with its result
+MAX_COUNT = 1 << 62  # limit of a tensor's bytes and values: numpy counts in 64 bits, even where an axis is empty
+READ_BYTES = 512 << 10  # bytes converted at a time; they fit into a core's cache together with the result
 
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -45,14 +45,14 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "U16": np.dtype("<u2"),
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
-    # numpy has no 8-bit floats: they are handed out as their codes.
+    # numpy has no 8-bit floats: they are returned as their bytes.
     "F8_E4M3": np.dtype("u1"),
     "F8_E5M2": np.dtype("u1"),
     "F8_E4M3FNUZ": np.dtype("u1"),
     "F8_E5M2FNUZ": np.dtype("u1"),
     "F8_E8M0": np.dtype("u1"),
 }
-# With the bits of the exponent, all of which are set in infinities and NaNs alone.
+# Masks of the exponent bits. Infinities and NaNs have them all set, and no other value has.
 _EXPONENTS: dict[str, np.unsignedinteger[Any]] = {
     "BF16": np.uint16(0x7F80),
     "F16": np.uint16(0x7C00),
@@ -64,7 +64,7 @@ FLOAT_DTYPES = tuple(_EXPONENTS)
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `offset` counts from the start of the file, `dtype` is the format's name for it."""
+    """A tensor's entry in a file. `offset` counts from the start of the file; `dtype` is the format's name, "BF16"."""
 
     name: str
     file: Path
@@ -75,14 +75,14 @@ class TensorInfo:
 
 
 def bf16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """bfloat16 bit patterns as float32, exactly; any shape."""
+    """Convert bfloat16 bit patterns of any shape to float32, exactly."""
     wide = bits.astype(np.uint32)
     np.left_shift(wide, np.uint32(16), out=wide)
     return wide.view(np.float32)
 
 
 def as_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """Stored floats of the format's type `dtype` as float32: exact, but for float64, which is rounded to nearest."""
+    """Convert stored floats of type `dtype` to float32. Only float64 is rounded, to nearest."""
     if dtype == "BF16":
         return bf16_to_float32(values)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -90,7 +90,7 @@ def as_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
 
 
 def first_not_finite(values: NDArray[Any], dtype: str) -> int | None:
-    """Place in C order of the first infinity or NaN among stored floats (any shape), None where there is none."""
+    """Return the flat index of the first infinity or NaN in stored floats of any shape; None where all are finite."""
     exponent = _EXPONENTS[dtype]
     bits = np.ascontiguousarray(values).reshape(-1).view(exponent.dtype)
     step = READ_BYTES // bits.itemsize
@@ -154,7 +154,7 @@ def _check_layout(path: Path, tensors: Iterable[TensorInfo], data_start: int, fi
 def _parse_header(path: Path, text: bytes, file_size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if not text.startswith(b"{"):
         raise CheckpointError(f"{path}: the header does not begin with '{{': not a safetensors file, or garbled")
-    # Counted before they are parsed, which takes a hundred times as long and fifty times the memory.
+    # Check the number of entries first: parsing takes a hundred times as long, and fifty times the memory.
     entries, commas = text.count(b"{") - 1, text.count(b",")
     if entries > MAX_TENSORS + 1 or commas > MAX_HEADER_COMMAS:
         raise CheckpointError(
@@ -172,10 +172,10 @@ def _parse_header(path: Path, text: bytes, file_size: int) -> tuple[dict[str, Te
 
 
 class SafetensorsFile:
-    """An open safetensors file. Reads may come from several threads at once.
+    """An open safetensors file. Several threads may read at once.
 
     Raises:
-        CheckpointError: the file is missing, truncated, garbled, or describes its tensors inconsistently.
+        CheckpointError: the file is missing, truncated or garbled, or its header is inconsistent.
     """
 
     def __init__(self, path: Path) -> None:
@@ -183,7 +183,7 @@ class SafetensorsFile:
         self._lock = threading.Lock()
         self._descriptor = -1
         try:
-            # A FIFO or device behind the name would block or never end.
+            # Reading a FIFO or a device could block or never end.
             if not stat.S_ISREG(path.stat().st_mode):
                 raise CheckpointError(f"{path}: not a regular file")
             self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
@@ -217,7 +217,7 @@ class SafetensorsFile:
         return buffer
 
     def read_into(self, buffer: NDArray[Any], offset: int) -> None:
-        """Fill a contiguous array with the bytes at `offset` of the file."""
+        """Fill a contiguous array with the file's bytes from `offset` on."""
         view = buffer.reshape(-1).view(np.uint8).data
         done = 0
         while done < len(view):
@@ -239,7 +239,7 @@ class SafetensorsFile:
         return len(data)
 
     def _rows(self, tensor: str | TensorInfo, rows: slice | None) -> tuple[TensorInfo, tuple[int, ...], int]:
-        """The tensor, the shape asked for and the file offset of its first byte."""
+        """Return the tensor's entry, the shape of the requested rows, and the file offset of their first byte."""
         info = self.tensors[tensor] if isinstance(tensor, str) else tensor
         if rows is None:
             return info, info.shape, info.offset
@@ -252,15 +252,16 @@ class SafetensorsFile:
         return info, (max(stop - start, 0), *info.shape[1:]), info.offset + start * row_bytes
 
     def read_raw(self, tensor: str | TensorInfo, rows: slice | None = None, *, finite: bool = False) -> NDArray[Any]:
-        """The tensor, or the given rows of its first axis, as stored; bfloat16 as uint16.
+        """Return a tensor, or the given rows of its first axis, as stored; bfloat16 as uint16.
 
         Args:
-            tensor: its name, or a part of the file as such: of a `TensorInfo` the name serves for errors alone.
-            rows: which; None is all.
-            finite: refuse infinities and NaNs in floats; others have none.
+            tensor: its name, or an entry that describes any part of the file, whose name is then used for errors only.
+            rows: rows to read, with step 1; None for all.
+            finite: raise an error for infinities and NaNs in floats.
 
         Raises:
-            KeyError: no such tensor. CheckpointError: the file cannot be read, or a value is not finite.
+            KeyError: there is no such tensor.
+            CheckpointError: the file cannot be read, or a value is not finite.
         """
         info, shape, offset = self._rows(tensor, rows)
         result = np.empty(shape, NUMPY_DTYPES[info.dtype])
@@ -273,16 +274,17 @@ class SafetensorsFile:
     def read_float32(
         self, tensor: str | TensorInfo, rows: slice | None = None, *, finite: bool = False
     ) -> NDArray[np.float32]:
-        """The tensor, or the given rows of its first axis, as float32: exact, but for float64, which is rounded.
+        """Return a tensor, or the given rows of its first axis, as float32. Only float64 is rounded, to nearest.
 
         Args:
             tensor: as `read_raw`.
-            rows: which; None is all.
-            finite: refuse infinities and NaNs.
+            rows: rows to read, with step 1; None for all.
+            finite: raise an error for infinities and NaNs.
 
         Raises:
-            KeyError: no such tensor. CheckpointError: it is not of a float type, the file cannot be read, or a value is
-                not finite, or becomes so.
+            KeyError: there is no such tensor.
+            CheckpointError: it is not of a float type, the file cannot be read, or a value is not finite, before or
+                after it is rounded.
         """
         info, shape, offset = self._rows(tensor, rows)
         if info.dtype not in FLOAT_DTYPES:
@@ -312,7 +314,7 @@ class SafetensorsFile:
         return result
 
     def _blocks(self, flat: NDArray[Any], offset: int) -> Iterator[tuple[NDArray[Any], int]]:
-        """Fill `flat` from `offset` of the file on; yields what was read, and at which value of it that begins."""
+        """Fill `flat` from the file's `offset` on; yield each part after it was read, and its start in `flat`."""
         step = READ_BYTES // flat.itemsize
         for start in range(0, flat.size, step):
             part = flat[start : start + step]
@@ -320,7 +322,7 @@ class SafetensorsFile:
             yield part, start
 
     def _check_finite(self, part: NDArray[Any], info: TensorInfo, start: int, when: str = "") -> None:
-        """Raise `CheckpointError` where a value in `part`, which begins at value `start` of `info`, is not finite."""
+        """Raise `CheckpointError` if a value of `part` is not finite. `start` is the flat index of `part` in `info`."""
         place = first_not_finite(part, "F32" if when else info.dtype)
         if place is not None:
             value = as_float32(part[place : place + 1], "F32" if when else info.dtype)[0]
@@ -345,6 +347,6 @@ class SafetensorsFile:
         self.close()
 
     def __del__(self) -> None:
-        """Close the file when nobody holds it any more."""
+        """Close the file when the object is deleted."""
         if hasattr(self, "_descriptor"):
             self.close()

@@ -1,4 +1,4 @@
-"""Writing safetensors files with numpy alone: the header first, then tensors in any order, whole or in parts."""
+"""Write safetensors files with numpy alone: the header first, then tensors in any order, whole or in parts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from edgelm.checkpoint.safetensors import NUMPY_DTYPES
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor to be written looks like."""
+    """Type (the format's name, "BF16") and shape of a tensor to write."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ def float32_to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 
 def _encode_header(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> tuple[bytes, list[str]]:
-    # Wide types first, as the reference implementation lays them out, so that every tensor is aligned to its type.
+    # The largest element types first, as in the reference implementation, so that every tensor is aligned to its type.
     order = sorted(tensors, key=lambda name: -NUMPY_DTYPES[tensors[name].dtype].itemsize)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
@@ -60,14 +60,14 @@ def _encode_header(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str
 
 
 class SafetensorsWriter:
-    """Writes one safetensors file whose tensors come one by one, in any order, whole or by rows.
+    """Writer of one safetensors file. Tensors are written in any order, whole or by rows, by several threads.
 
-    The header is written at once from `tensors` (in their order, wide types first). Writes may come from several
-    threads. `close`, or the end of a `with` block that raised nothing, checks that every byte was written. The file
-    appears in place: write into an `edgelm.files.atomic_directory`.
+    The constructor writes the header, with the tensors in the order of `tensors`, largest element types first. `close`,
+    or the end of a `with` block without an exception, checks that every byte was written. Writing is not atomic: write
+    into an `edgelm.files.atomic_directory`.
 
     Raises:
-        ValueError: an unknown dtype or a tensor name the format reserves.
+        ValueError: a dtype is unknown, or a tensor has the reserved name `__metadata__`.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class SafetensorsWriter:
                     done += self._file.write(view[done:]) or 0
 
     def write(self, name: str, array: NDArray[Any]) -> None:
-        """Write a whole tensor; its numpy dtype must be the declared one (bfloat16 as uint16)."""
+        """Write a whole tensor. Its shape and numpy dtype must be the declared ones (bfloat16 as uint16)."""
         if array.shape != self.tensors[name].shape:
             raise ValueError(f"tensor {name!r}: shape {array.shape}, declared {self.tensors[name].shape}")
         self._put(name, array, 0)
@@ -120,7 +120,7 @@ class SafetensorsWriter:
         self._put(name, array, start * row_bytes)
 
     def write_flat(self, name: str, start: int, array: NDArray[Any]) -> None:
-        """Write values `start ..` of a tensor in C order, `array` being one-dimensional. Each exactly once."""
+        """Write a one-dimensional `array` to the values `start ..` of a tensor in C order. Write each exactly once."""
         count = math.prod(self.tensors[name].shape)
         if array.ndim != 1 or not 0 <= start <= start + array.size <= count:
             raise ValueError(f"tensor {name!r}: values {start}.. of shape {array.shape} do not fit into {count}")
@@ -140,7 +140,7 @@ class SafetensorsWriter:
         """Close the file.
 
         Raises:
-            ValueError: some tensor was not written in full.
+            ValueError: a tensor was not written in full.
         """
         self._file.close()
         unwritten = [name for name, left in self._left.items() if left]
@@ -150,11 +150,11 @@ class SafetensorsWriter:
             )
 
     def __enter__(self) -> SafetensorsWriter:
-        """Close at the end of the block."""
+        """Close the file at the end of the block."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Close and check, unless an error is already under way."""
+        """Close the file; check that it is complete, unless the block raised an exception."""
         if kind is None:
             self.close()
         else:
@@ -162,7 +162,7 @@ class SafetensorsWriter:
 
 
 def plan_shards(tensors: Mapping[str, TensorSpec], shard_bytes: int | None) -> list[list[str]]:
-    """Fill shards in the tensors' order with at most `shard_bytes` each (a larger tensor gets one of its own)."""
+    """Assign tensors to shards, in order, of at most `shard_bytes` each; a larger tensor gets a shard of its own."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, spec in tensors.items():
@@ -175,9 +175,9 @@ def plan_shards(tensors: Mapping[str, TensorSpec], shard_bytes: int | None) -> l
 
 
 class ShardedWriter:
-    """Writes a checkpoint's weights into `folder`: one `model.safetensors`, or shards and their index.
+    """Writer of a checkpoint's weights: one `model.safetensors`, or shards and their index.
 
-    Names and index are as transformers writes them. The interface is `SafetensorsWriter`'s.
+    Files are named as transformers names them. The interface is that of `SafetensorsWriter`.
     """
 
     def __init__(
@@ -236,11 +236,11 @@ class ShardedWriter:
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def __enter__(self) -> ShardedWriter:
-        """Close at the end of the block."""
+        """Close the files at the end of the block."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Close and check, unless an error is already under way."""
+        """Close the files; check that they are complete, unless the block raised an exception."""
         if kind is None:
             self.close()
         else:
@@ -254,7 +254,14 @@ def write_sharded(
     shard_bytes: int | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Sequence[str]:
-    """Write all `tensors`; `blocks(name)` yields consecutive row blocks of each (a scalar: the one array).
+    """Write all `tensors` into `folder`.
+
+    Args:
+        folder: where to write.
+        tensors: types and shapes.
+        blocks: yields the consecutive blocks of rows of a tensor; of a scalar, one array.
+        shard_bytes: largest size of a shard; None for a single file.
+        metadata: the files' metadata.
 
     Returns:
         The names of the weight files.

@@ -1,4 +1,4 @@
-"""Checkpoints that EdgeLM wrote, known by a list of their files."""
+"""Recognise checkpoints that EdgeLM wrote, by the list of files in them."""
 
 from __future__ import annotations
 
@@ -32,4 +32,4 @@ def _unknown_content(folder: Path) -> str | None:
 
 
 CHECKPOINT = Kind("a checkpoint", _unknown_content, seal=_seal)
-"""A checkpoint folder: replaced where EdgeLM wrote every file of it."""
+"""A checkpoint folder. It may be replaced if EdgeLM wrote every file in it."""

@@ -1,6 +1,9 @@
-"""How much of a float model its quantised forms keep: KL, agreement, perplexity, by layer and by expert.
+"""Evaluate quantised models against their float model: KL, top-1 agreement, perplexity, by layer and by expert.
+
+Example::
 
     from edgelm.evaluation import EvalOptions, evaluate
+
     report = evaluate(["bundle/", "int4-checkpoint/", "int8"], "float-checkpoint/", EvalOptions(layers=True))
     for target in report.targets:
         print(target.name, target.bits_per_weight, target.kl.mean)

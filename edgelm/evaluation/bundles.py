@@ -1,4 +1,4 @@
-"""Bundles as they are deployed: their logits on this device, their layers, their speed. Needs no torch."""
+"""Measure a bundle with its own runtime: logits, layers and speed on this device. Needs no torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def open_for(bundle: Bundle, length: int, runtime: str | None, threads: int | No
 
 
 def logits_of(runtime: Runtime, ids: Ints, progress: Progress, label: str) -> Iterator[NDArray[np.float32]]:
-    """Logits [n, V] of windows int64 [W, T], each from an empty cache; valid until the next are asked for."""
+    """Yield blocks of logits [n, V] of windows int64 [W, T], each window from an empty cache.
+
+    A block is valid until the next one is requested.
+    """
     with progress.task(label, ids.size, unit="steps") as advance:
         for window in ids:
             runtime.reset()
@@ -41,10 +44,10 @@ def logits_of(runtime: Runtime, ids: Ints, progress: Progress, label: str) -> It
 
 
 def trail_of(bundle: Bundle, ids: Ints, runtime: str, threads: int | None, progress: Progress) -> Trail | None:
-    """The residual streams of the debug graph over windows [W, T], None where the runtime cannot trace.
+    """Trace the residual streams of the debug graph over windows int64 [W, T]; None where the runtime cannot trace.
 
-    The debug graph computes in float32 from the bundle's weights: this is what the weights change, not what quantised
-    activations add.
+    The debug graph computes in float32 from the bundle's weights. So this measures the error of quantised weights, not
+    that of quantised activations.
     """
     model = bundle.manifest.model
     debug = open_tracing(bundle, runtime, threads=threads)
@@ -66,10 +69,10 @@ def trail_of(bundle: Bundle, ids: Ints, runtime: str, threads: int | None, progr
 
 
 def measure_speed(bundle: Bundle, runtime: str | None, threads: int | None, kv: str | None) -> Speed:
-    """Run `edgelm bench` shortly in a process of its own: this one's memory holds a float model too.
+    """Run a short `edgelm bench` in another process, since this one also holds a float model in memory.
 
     Raises:
-        EdgeLMError: it failed.
+        EdgeLMError: the benchmark failed.
     """
     context = bundle.manifest.model.context_length
     new = min(NEW_TOKENS, max(1, context // 4))
@@ -77,7 +80,7 @@ def measure_speed(bundle: Bundle, runtime: str | None, threads: int | None, kv: 
     counts = ("--prompt-tokens", prompt, "--new-tokens", new, "--repeat", REPEAT)
     chosen = {"--runtime": runtime, "--threads": threads, "--kv": kv}
     options = [str(part) for pair in chosen.items() if pair[1] is not None for part in pair]
-    # -P: the folder this runs in is not to be searched for packages.
+    # -P: do not search the current folder for packages.
     command = [sys.executable, "-P", "-m", "edgelm", "bench", str(bundle.path), "--json", *map(str, counts), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

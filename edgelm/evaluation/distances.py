@@ -1,11 +1,11 @@
-"""How far one model's predictions are from another's, without ever holding the logits of all tokens.
+"""Compare the predictions of two models without holding the logits of all tokens.
 
-Logits come in blocks of the vocabulary; what is kept of a token are running sums. With logits a of the float model P
-and b of the target Q, shifted by the running maximum m of a (the "online softmax"):
+Logits come in blocks of the vocabulary, and for each token only running sums are kept. With logits a of the float model
+P and b of the target Q, shifted by the running maximum m of a (the "online softmax"):
 
     KL(P || Q) = sum_v p_v (log p_v - log q_v) = [sum_v e^(a_v - m) (a_v - b_v)] / [sum_v e^(a_v - m)] - (lse a - lse b)
 
-A constant added to all logits of either model cancels. Sums are float64, logits float32.
+A constant added to all logits of a model cancels. Sums are float64, logits float32.
 
 Letters: n rows (tokens), v width of a block, W windows, T tokens of a window.
 """
@@ -24,33 +24,33 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _ELEMENTS = 1 << 19
-"""Logits that are converted to float64 at once: a few copies of them stay in the CPU's cache."""
+"""Number of logits converted to float64 at once; a few copies of them fit into the CPU's cache."""
 
 
 class Predictions:
-    """Log-sum, largest logit and logit of the token that follows, of n rows whose logits come in blocks."""
+    """Log-sum-exp, largest logit and logit of the next token of n rows, from blocks of logits."""
 
     def __init__(self, following: Ints) -> None:
-        """`following`: int64 [n], the token after each row."""
+        """`following`: int64 [n], the token that follows each row."""
         count = len(following)
         self._following = following
         self._peak = np.full(count, -np.inf)
         self._total = np.zeros(count)
         self._following_logit = np.full(count, np.nan)
         self.best = np.zeros(count, np.int64)
-        """int64 [n], the most likely token; the first of equals."""
+        """int64 [n], the most likely token; of equal ones the first."""
 
     def add(self, start: int, logits: NDArray[np.float32], first_row: int = 0) -> None:
-        """Take float32 logits [n', v] of the tokens from `start` on, for the rows from `first_row` on."""
+        """Add float32 logits [n', v]: columns are vocabulary entries from `start` on, rows from `first_row` on."""
         for part in slices(len(logits), _ELEMENTS // logits.shape[1]):
             rows = slice(first_row + part.start, first_row + part.stop)
             self.add_float64(rows, start, logits[part].astype(np.float64))
 
     def add_float64(self, rows: slice, start: int, logits: Floats) -> tuple[Floats, Floats]:
-        """Take float64 logits [n', v] of the tokens from `start` on, for these rows, few enough for float64.
+        """Add float64 logits [n', v] of these rows; columns are vocabulary entries from `start` on.
 
         Returns:
-            exp(logits - running maximum) [n', v], and what earlier sums of such are to be scaled by [n'].
+            exp(logits - running maximum) [n', v], and the factors [n'] by which to scale earlier sums of them.
         """
         peak, best = logits.max(axis=1), logits.argmax(axis=1)
         before = self._peak[rows]
@@ -67,7 +67,7 @@ class Predictions:
 
     @property
     def logsumexp(self) -> Floats:
-        """float64 [n]."""
+        """Log-sum-exp of the logits, float64 [n]."""
         return np.asarray(self._peak + np.log(self._total))
 
     @property
@@ -77,12 +77,12 @@ class Predictions:
 
     @property
     def loss(self) -> Floats:
-        """-log p(the token that follows), float64 [n], in nats."""
+        """-log p(next token) in nats, float64 [n]."""
         return np.asarray(self.logsumexp - self._following_logit)
 
 
 class Comparison:
-    """Running sums over n rows of a float model and a target."""
+    """Comparison of a target with the float model over n rows, from running sums."""
 
     def __init__(self, following: Ints) -> None:
         self.reference = Predictions(following)
@@ -90,7 +90,7 @@ class Comparison:
         self._weighted = np.zeros(len(following))
 
     def add(self, start: int, reference: ArrayLike, target: ArrayLike, first_row: int = 0) -> None:
-        """Take logits float32 [n', v] of both for the tokens from `start` on and the rows from `first_row` on."""
+        """Add float32 logits [n', v] of both models; rows and columns as in `Predictions.add`."""
         a, b = np.asarray(reference), np.asarray(target)
         for part in slices(len(a), _ELEMENTS // a.shape[1]):
             rows = slice(first_row + part.start, first_row + part.stop)
@@ -102,32 +102,32 @@ class Comparison:
 
     @property
     def kl(self) -> Floats:
-        """KL(float || target) of each row, float64 [n], in nats; not below zero."""
+        """KL(float || target) of each row in nats, float64 [n]; rounding errors below zero are set to zero."""
         mean = self._weighted / self.reference.total
         return np.maximum(mean - (self.reference.logsumexp - self.target.logsumexp), 0.0)
 
 
 def standard_error(window_means: ArrayLike) -> float:
-    """Of the mean over windows: s / sqrt(W), s^2 = sum (x - mean)^2 / (W - 1). NaN for fewer than two windows.
+    """Return the standard error of the mean over W windows: s / sqrt(W), s^2 = sum (x - mean)^2 / (W - 1).
 
-    Tokens of one window depend on each other, so windows, not tokens, are the sample.
+    NaN for fewer than two windows. The tokens of a window depend on each other, so the windows are the sample.
     """
     values = np.asarray(window_means, np.float64)
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
 def estimate(values: Floats) -> Estimate:
-    """Mean of values [W, T] and its standard error over windows."""
+    """Return the mean of values [W, T] and its standard error over windows."""
     return Estimate(float(values.mean()), standard_error(values.mean(axis=1)))
 
 
 def perplexity(loss: Floats) -> float:
-    """exp of the mean loss in nats."""
+    """Return exp of the mean of losses in nats."""
     return float(np.exp(loss.mean()))
 
 
 def divergence(kl: Floats, same: NDArray[np.bool_]) -> Divergence:
-    """Summary of the KL [W, T] of every token and of whether its most likely token stayed the same."""
+    """Summarise the KL [W, T] of every token, and whether both models have the same most likely token [W, T]."""
     found = estimate(kl)
     return Divergence(
         mean=found.mean,

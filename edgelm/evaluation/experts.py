@@ -1,7 +1,7 @@
-"""What quantising costs each expert of an MoE layer: its output's error on the tokens that the float model gives it.
+"""Quantisation error of each expert of an MoE layer: the error of its output on the tokens routed to it.
 
-Weights only: inputs and routing are the float model's, so that an expert answers for itself and not for what the
-layers before it did. Computed during the float model's own sweep, since its inputs are not kept.
+Inputs and routing are those of the float model, so the error of an expert contains no errors of earlier layers. It is
+computed while the float model runs, since the inputs are not kept.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WORST = 10
 
 
 class ExpertProbe:
-    """Sums, for every layer and expert, the squared outputs and the squared errors of several targets."""
+    """Sums of the squared outputs, and of the squared errors of several targets, by layer and expert."""
 
     def __init__(self, decoder: Decoder, reference: WeightReader, targets: Sequence[WeightSource]) -> None:
         layers, experts = decoder.num_layers, decoder.num_experts
@@ -30,13 +30,13 @@ class ExpertProbe:
         self._reference = reference
         self._targets = targets
         self.tokens = np.zeros((layers, experts), np.int64)
-        """How many tokens each expert got, [L, E]."""
+        """Number of tokens routed to each expert, int64 [L, E]."""
         self._energy = np.zeros((layers, experts))
         self._error = np.zeros((len(targets), layers, experts))
 
     @torch.no_grad()
     def add(self, layer: int, inputs: Tensor, chosen: Tensor) -> None:
-        """Take the inputs [n, D] of an MoE layer and the experts [n, A] that the float model chose for them."""
+        """Add the inputs [n, D] of an MoE layer and the experts [n, A] that the float model selected for them."""
         self.tokens[layer] += torch.bincount(chosen.flatten(), minlength=self.tokens.shape[1]).numpy()
         if not self._targets:
             return
@@ -48,14 +48,14 @@ class ExpertProbe:
             expected = _expert(x, self._reference, names)
             self._energy[layer, expert] += float(expected.double().square().sum())
             for number, source in enumerate(self._targets):
-                # A recipe that keeps an expert float changes nothing; another checkpoint's floats may be others.
+                # A recipe that keeps an expert float leaves it unchanged. Another checkpoint may have other floats.
                 changed = source.checkpoint is not self._reference or any(source.scheme(name) for name in names)
                 if changed:
                     found = _expert(x, source.dequantized(), names)
                     self._error[number, layer, expert] += float((found - expected).double().square().sum())
 
     def errors(self, number: int) -> ExpertErrors:
-        """What became of the experts of target `number`."""
+        """Return the errors of the experts of target `number`."""
         relative = self._error[number] / np.maximum(self._energy, np.finfo(np.float64).tiny)
         seen = self.tokens > 0
         order = [index for index in np.argsort(-relative, axis=None, kind="stable") if seen.flat[index]][:WORST]

@@ -1,13 +1,12 @@
-"""Bundles as a model of EleutherAI's lm-evaluation-harness, called "edgelm".
+"""Model class "edgelm" for EleutherAI's lm-evaluation-harness, which runs a bundle.
 
     edgelm harness --model edgelm --model_args bundle=DIR --tasks arc_challenge --num_fewshot 25
 
-What is scored is what is deployed: the bundle's own runtime, tokenizer and chat template, one sequence at a time. Texts
-are split into context and continuation, cut to the window and summed up as the harness's Hugging Face model does it;
-where this differs, the method says so. Requests are sorted by their tokens, so that a prefix which many share (the
-examples of a few-shot prompt, the question of a multiple choice) goes through the model once.
+It uses the bundle's own runtime, tokenizer and chat template, one sequence at a time. Texts are split into context and
+continuation, truncated and summed as in the harness's Hugging Face model; methods that differ say so. Requests are
+sorted by their tokens, so that a shared prefix (few-shot examples, the question of a multiple choice) is computed once.
 
-Needs lm_eval, but no torch. The harness has no way for a package to announce a model: `main` puts it into its registry.
+Needs lm_eval, but no torch. Importing this module registers the model, since the harness has no plugin mechanism.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ log = logging.getLogger(__name__)
 
 NAME = "edgelm"
 DEFAULT_MAX_TOKENS = 256
-"""Tokens generated where a task does not say: the harness's default."""
+"""Tokens to generate where a task does not say: the harness's default."""
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SAMPLING = tuple(field.name for field in fields(Sampling))
@@ -47,7 +46,7 @@ _SAMPLING = tuple(field.name for field in fields(Sampling))
 
 @dataclass(frozen=True)
 class _Scored:
-    """What the model is fed, and the tokens whose probabilities are wanted after its last ones.
+    """A request to score: the model's input tokens, and the target tokens whose log-probabilities are summed.
 
     `index`: of the request. `inputs` [n] and `targets` [c], c <= n: target i follows input n - c + i.
     """
@@ -59,16 +58,16 @@ class _Scored:
 
 @register_model(NAME)
 class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
-    """One loaded bundle.
+    """A loaded bundle as a model of the harness.
 
     Args:
-        bundle: its folder.
-        runtime, threads, context_length, kv: as of `edgelm.load`.
-        batch_size, max_batch_size, device: what the harness's command line passes on. Sequences run one at a time, on
-            the device that the bundle was exported for.
+        bundle: the bundle's folder.
+        runtime, threads, context_length, kv: as for `edgelm.load`.
+        batch_size, max_batch_size, device: passed on by the harness's command line and ignored, but a batch above 1 is
+            an error. Sequences run one at a time, on the device that the bundle was exported for.
 
     Raises:
-        EdgeLMError: the bundle cannot be loaded, a setting is unknown, or a batch is asked for.
+        EdgeLMError: the bundle cannot be loaded, a setting is unknown, or `batch_size` is above 1.
     """
 
     def __init__(
@@ -89,10 +88,10 @@ class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             raise EdgeLMError(
                 f"{wrong}: write --model_args bundle=DIR and, if wanted, runtime=, threads=, context_length=, kv="
             )
-        # "auto" chooses the largest batch there can be, which is 1.
+        # "auto" means the largest possible batch, which is 1.
         if str(batch_size) not in ("None", "1") and not str(batch_size).startswith("auto"):
             raise EdgeLMError(f"batch_size is {batch_size}: bundles run one sequence at a time, leave it out")
-        # The command line passes a GPU's name where it was given none; a bundle knows what it is for.
+        # The command line passes a GPU as the default device; a bundle has its own target.
         del max_batch_size, device
         self._model = load(bundle, runtime=runtime, threads=threads, context_length=context_length, kv=kv, chat=False)
         self._tokens = self._model.tokenizer
@@ -104,35 +103,35 @@ class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
     @property
     def max_length(self) -> int:
-        """Tokens that fit at once."""
+        """The context length in tokens."""
         return self._model.runtime.context_length
 
     @property
     def max_gen_toks(self) -> int:
-        """Tokens generated where a task does not say."""
+        """Tokens to generate where a task does not say."""
         return DEFAULT_MAX_TOKENS
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
+        """The end-of-sequence token."""
         return self._model.bundle.manifest.tokens.eos_ids[0]
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands before a text without context: the one that begins texts, else the one that ends them.
+        """The token before a text without context: bos, or eos where the model has no bos.
 
-        As the harness's Hugging Face model has it.
+        The same as in the harness's Hugging Face model.
         """
         begin = self._tokens.bos_id
         return self.eot_token_id if begin is None else begin
 
     @cached_property
     def tokenizer_name(self) -> str:
-        """Names the bundle's tokenizer: prompts that the harness keeps on disk are told apart by it."""
+        """A name that identifies the bundle's tokenizer; the harness uses it as a key of its prompt cache."""
         return f"{NAME}-{self._tokens.fingerprint()[:16]}"
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside the results."""
+        """Return information on the model, which the harness writes with the results."""
         manifest, runtime = self._model.bundle.manifest, self._model.runtime
         return {
             "model_name": manifest.model.name,
@@ -144,12 +143,12 @@ class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         }
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text.
+        """Return the token ids of a text.
 
         Args:
-            string: any text.
-            add_special_tokens: put the token first that begins texts, where there is one; None does what the tokenizer
-                does by default, unless the text begins with it already, as chat templates write it.
+            string: the text.
+            add_special_tokens: whether to prepend bos, where the model has one. None: the tokenizer's default, unless
+                the text begins with bos already, as the output of a chat template does.
         """
         begin = None if self._tokens.bos_id is None else self._tokens.token(self._tokens.bos_id)
         if begin is None or (add_special_tokens is None and string.startswith(begin)):
@@ -157,12 +156,12 @@ class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return self._tokens.encode(string, add_bos=add_special_tokens)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Write a conversation as the bundle's chat template does.
+        """Render a conversation with the bundle's chat template.
 
         Args:
             chat_history: messages with "role" and "content".
-            add_generation_prompt: end with what makes the model answer; else the last message is the beginning of its
-                answer, and nothing that ends a message follows.
+            add_generation_prompt: end with the prompt for the model's answer. False: the last message is the beginning
+                of the answer, and the text ends with its content.
 
         Raises:
             EdgeLMError: the bundle has no template, or the template refuses the messages, even without a system
@@ -180,10 +179,10 @@ class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return text if add_generation_prompt else _without_ending(text, chat_history[-1]["content"])
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Choose the chat template that `apply_chat_template` uses: True the default one, a text the one of that name.
+        """Select the chat template for `apply_chat_template`: True for the default one, or a template's name.
 
         Returns:
-            Its source, None where none is to be applied.
+            The source of the template; None for False.
         """
         if chat_template is False or chat_template is None:
             return None
@@ -192,10 +191,10 @@ class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return self._template.source
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows as the harness cuts them.
+        """Return the log-likelihood of whole texts, in the harness's windows.
 
-        The token before a text is `prefix_token_id`, once: the harness's Hugging Face model lets the tokenizer put a
-        begin token after it, whose log-likelihood it then adds.
+        Only `prefix_token_id` comes before a text. The harness's Hugging Face model differs: its tokenizer may add bos
+        after it, whose log-likelihood is then counted.
         """
         windows: list[tuple[Any, list[int], list[int]]] = []
         owners: list[int] = []
@@ -215,11 +214,16 @@ class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """For (key, context, continuation) each: the sum of the continuation's log-probabilities in nats, and whether
-        each of its tokens was the most likely one. A context that does not fit loses its beginning.
+        """Score each (key, context, continuation).
+
+        A context that is too long is truncated at its beginning.
+
+        Returns:
+            For each, the sum of the continuation's log-probabilities in nats, and whether every token of it was the
+            most likely one.
 
         Raises:
-            EdgeLMError: a continuation alone does not fit, or is empty.
+            EdgeLMError: a context or continuation is empty, or a continuation is longer than the model's context.
         """
         self._model.runtime.reset()
         scored = sorted(self._cut(requests), key=lambda item: item.inputs)
@@ -248,8 +252,8 @@ class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             yield _Scored(index, tuple(tokens[:-1]), tuple(continuation))
 
     def _score(self, inputs: tuple[int, ...], members: Sequence[_Scored]) -> list[tuple[float, bool]]:
-        """Scores of requests that feed the model the same tokens."""
-        # One row alone may be computed by a shorter way through the head, exact for the most likely tokens only.
+        """Score requests that have the same input tokens."""
+        # At least two rows: for a single one the head may compute only the most likely tokens exactly.
         rows = min(len(inputs), max(2, *(len(member.targets) for member in members)))
         sums, greedy = [0.0] * len(members), [True] * len(members)
         position = len(inputs) - rows
@@ -266,14 +270,14 @@ class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return list(zip(sums, greedy, strict=True))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continue each context by its own settings; greedy unless they ask for sampling.
+        """Generate a continuation of each context, greedily unless its settings ask for sampling.
 
-        Settings: `until` (a text or texts that end the answer and are no part of it), `max_gen_toks` and its other
-        names, `do_sample`, and what `edgelm.generation.sampling.Sampling` has. A context that does not fit beside the
-        tokens to generate loses its beginning.
+        Settings: `until` (one or more stop strings, which the answer does not include), `max_gen_toks` and its other
+        names, `do_sample`, and the fields of `edgelm.generation.sampling.Sampling`. A context that leaves no room for
+        the tokens to generate is truncated at its beginning.
 
         Raises:
-            EdgeLMError: an unknown setting, or no room for the tokens to generate.
+            EdgeLMError: a setting is unknown, or the tokens to generate alone do not fit.
         """
         self._model.runtime.reset()
         prepared = []
@@ -288,7 +292,7 @@ class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
                 )
             prepared.append((self.tok_encode(context)[-room:], index, options))
         answers = [""] * len(requests)
-        # Neighbours share prefixes, which the model keeps.
+        # In sorted order neighbours share prefixes, which stay in the KV cache.
         for tokens, index, options in tqdm(
             sorted(prepared, key=lambda item: item[:2]), disable=disable_tqdm, desc="Generating"
         ):
@@ -298,13 +302,13 @@ class EdgeLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
 
 def generation_options(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `LanguageModel.generate` for a task's `generation_kwargs`.
+    """Convert a task's `generation_kwargs` to options of `LanguageModel.generate`.
 
-    `do_sample` decides: without it there is sampling where `temperature` is above 0; with it, `temperature` is 1 unless
-    given.
+    With `do_sample` the default `temperature` is 1; `do_sample=False` means greedy decoding. Without `do_sample`,
+    sampling is on where `temperature` is above 0.
 
     Raises:
-        EdgeLMError: a setting that there is not.
+        EdgeLMError: a setting is unknown.
     """
     left = dict(settings)
     until = left.pop("until", None) or []
@@ -319,7 +323,7 @@ def generation_options(settings: Mapping[str, Any]) -> dict[str, Any]:
         known = ", ".join(sorted({"until", "do_sample", *_LENGTHS, *_SAMPLING}))
         raise EdgeLMError(f"generation setting {', '.join(unknown)} is unknown; there are: {known}")
     if temperature == 0:
-        # Tasks carry these along for other models; they would do nothing.
+        # Tasks set these for other models; in greedy decoding they have no effect.
         left = {name: value for name, value in left.items() if name not in ("top_k", "top_p", "min_p")}
     return {
         "stop": [until] if isinstance(until, str) else [text for text in until if text],
@@ -330,7 +334,7 @@ def generation_options(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_ending(text: str, content: str) -> str:
-    """A rendered conversation up to the end of its last message's content, which templates may strip."""
+    """Return a rendered conversation up to the end of the last message's content. Templates may strip the content."""
     stripped = content.strip()
     begin = text.rfind(stripped)
     if begin < 0:
@@ -340,7 +344,7 @@ def _without_ending(text: str, content: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the harness's own command line with these arguments, the model "edgelm" among its models."""
+    """Run the harness's command line with these arguments; "edgelm" is one of its models."""
     from lm_eval.__main__ import cli_evaluate
 
     sys.argv = ["edgelm harness", *arguments]

@@ -1,7 +1,7 @@
-"""The float model over the windows, computed once, and what is compared with it. Needs torch.
+"""Run a model over the windows layer by layer, and compare other models with it. Needs torch.
 
-Memory: the final normed states of all tokens, one layer, and blocks of logits; never the logits of all tokens. The
-head is read in blocks of rows for every group of tokens, or kept where it is small enough.
+Memory: the final normed states of all tokens, one layer, and blocks of logits, but not the logits of all tokens. The
+head is read in blocks of rows for every group of tokens, or kept in memory where it is small.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from edgelm.reference.kv_cache import Trace
 from edgelm.reference.layerwise import LayerwiseReference
 
 LOGITS_BYTES = 128 << 20
-"""Of float32 logits of one model that are held at once."""
+"""Bytes of one model's float32 logits in memory at once."""
 KEEP_HEAD_BYTES = 1 << 30
-"""A float32 head up to this size stays in memory where it is read for every group of tokens."""
+"""Largest float32 head that is kept in memory where it is needed for every group of tokens."""
 
 Floats32 = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -36,11 +36,11 @@ class WeightModel:
     """A model given by its weights, run over the windows layer by layer.
 
     Attributes:
-        model: the reference that computes.
-        ids: int64 [W, T], what is read.
-        following: int64 [W * T], the token after each.
-        final: float32 [W * T, D], what the head reads.
-        trail: where asked for.
+        model: the PyTorch reference that runs it.
+        ids: int64 [W, T], the input tokens.
+        following: int64 [W * T], the token after each of them.
+        final: float32 [W * T, D], the input of the head.
+        trail: the layers' sketches; None unless requested.
     """
 
     def __init__(
@@ -59,15 +59,15 @@ class WeightModel:
         """Run the windows, each int64 [T + 1]; the last token is only predicted.
 
         Args:
-            decoder: the checkpoint's.
+            decoder: the model's spec.
             weights: where to read tensors.
-            windows: all of one length.
+            windows: token ids, all of one length.
             layers: keep a `Trail`.
-            probe: shown what every expert is given.
-            progress: told of every layer and window.
-            label: what the progress is called.
-            logits_bytes: of logits held at once; changes memory and nothing else.
-            hooks: round what matrices multiply and what is cached.
+            probe: gets the inputs of every expert.
+            progress: where to report progress.
+            label: the label of the progress.
+            logits_bytes: bytes of logits in memory at once; does not change results.
+            hooks: quantisation of activations and of the KV cache.
 
         Raises:
             CheckpointError, ContextLengthError: as `LayerwiseReference.windows`.
@@ -109,17 +109,19 @@ class WeightModel:
         return found
 
     def predictions(self) -> Predictions:
-        """What this model alone predicts."""
+        """Return the predictions of this model alone."""
         found = Predictions(self.following)
         for rows, logits in self._blocks():
             found.add(rows.start, logits.numpy())
         return found
 
     def compare_logits(self, blocks: Iterable[Floats32]) -> Comparison:
-        """Compare with logits [n, V] of the tokens in order, from anywhere; a block may be overwritten after its turn.
+        """Compare with blocks of logits [n, V] of the tokens in order, from any source.
+
+        A block may be overwritten when the next one is requested.
 
         Raises:
-            ValueError: the blocks have not as many rows as there are tokens.
+            ValueError: the blocks have more or fewer rows than there are tokens.
         """
         found, model = Comparison(self.following), self._with_head()
         first = 0
@@ -135,7 +137,7 @@ class WeightModel:
         return found
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Logits of all tokens [N, v] by blocks of the vocabulary."""
+        """Yield the logits [N, v] of all tokens in blocks of the vocabulary."""
         width = max(1, self._logits_bytes // (4 * len(self.final)))
         self.model.head_block_bytes = 4 * self.model.decoder.hidden_size * width
         yield from self.model.head_blocks(torch.from_numpy(self.final))
@@ -149,7 +151,7 @@ class WeightModel:
 
 
 class _KeptHead:
-    """Weights of which the head is kept in memory."""
+    """A `WeightReader` that keeps the head in memory."""
 
     def __init__(self, weights: WeightReader, name: str) -> None:
         self._weights = weights
@@ -166,7 +168,7 @@ class _KeptHead:
 
 
 def _grouped(blocks: Iterable[Floats32], rows: int) -> Iterator[Floats32]:
-    """Copy blocks together to groups of up to `rows` rows (or one larger block): few passes over a head."""
+    """Concatenate blocks into groups of up to `rows` rows (or one larger block), for fewer passes over the head."""
     waiting: list[Floats32] = []
     count = 0
     for block in blocks:

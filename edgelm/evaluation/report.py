@@ -1,4 +1,4 @@
-"""The evaluation as one HTML page, see `templates/evaluation.html.j2` of `edgelm.pages`."""
+"""Render an evaluation as one HTML page, with the template `evaluation.html.j2` of `edgelm.pages`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from edgelm.sizes import format_size
 
 
 def write_report(report: EvaluationReport, path: Path) -> None:
-    """Write the report to `path`; raises as `write_page`."""
+    """Write the report's HTML page to `path`; raises as `write_page`."""
     write_page(render(report), path)
 
 
 def render(report: EvaluationReport) -> str:
-    """The report as an HTML document."""
+    """Return the report as an HTML document."""
     text = report.text
     layer_charts, exact_layers = _layers(report)
     measured = [(target, target.experts) for target in report.targets if target.experts is not None]
@@ -51,7 +51,7 @@ def render(report: EvaluationReport) -> str:
 
 
 def sentence(report: EvaluationReport) -> str:
-    """The outcome in plain words: which candidate is closest to the float model, and what the smallest loses."""
+    """Return the result in one or two sentences: the candidate closest to the float model, and the smallest one."""
     known = [(target, target.kl) for target in report.targets if target.kl is not None]
     if not known:
         best = min(report.targets, key=lambda target: target.perplexity)
@@ -83,7 +83,7 @@ def _quoted(name: str) -> str:
 
 
 def _size_and_loss(report: EvaluationReport) -> Figure | None:
-    """KL against size: bits per weight, which a float model always comes with."""
+    """Return the chart of KL over bits per weight."""
     points = [
         Point(
             target.name,
@@ -108,7 +108,7 @@ def _size_and_loss(report: EvaluationReport) -> Figure | None:
 
 
 def _caches(report: EvaluationReport) -> list[tuple[str, Estimate, float]]:
-    """The candidates whose cache lost something: what it lost, and the KL of the float32 cache."""
+    """Return the candidates with a quantised KV cache: name, KL added by the cache, and KL with a float32 cache."""
     bases = {target.target: target.kl.mean for target in report.targets if target.kl and target.kv == "float32"}
     return [
         (target.name, target.kv_loss, bases[target.target]) for target in report.targets if target.kv_loss is not None
@@ -116,13 +116,13 @@ def _caches(report: EvaluationReport) -> list[tuple[str, Estimate, float]]:
 
 
 def _short(target: TargetResult) -> str:
-    """The name without the cache's type."""
+    """Return the name without the type of the cache."""
     return target.name.removesuffix(f", {target.kv} cache")
 
 
 def _layers(report: EvaluationReport) -> tuple[list[Figure | None], list[str]]:
-    """Charts of the layers, and the candidates without an error in any."""
-    # The layers are computed once for all caches of a bundle. What has no error has no place on a logarithmic axis.
+    """Return the charts of the layers, and the names of the candidates without an error in any layer."""
+    # All caches of a bundle share one measurement of the layers. A logarithmic axis cannot show an error of zero.
     shown = {target.target: target for target in reversed(report.targets) if target.layers}
     targets = [target for target in reversed(shown.values()) if any(layer.error > 0 for layer in target.layers or ())]
     every = [layer.error for target in targets for layer in target.layers or ()]
@@ -159,7 +159,7 @@ def _layers(report: EvaluationReport) -> tuple[list[Figure | None], list[str]]:
 
 
 def _expert_map(name: str, errors: ExpertErrors, tokens: tuple[tuple[int, ...], ...], scale: Scale) -> Figure | None:
-    """The error of each expert; None where there is none."""
+    """Return the heat map of the error of each expert; None where no expert has an error."""
     if not errors.worst:
         return None
     tips = [

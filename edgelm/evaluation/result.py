@@ -1,4 +1,4 @@
-"""What an evaluation found, as plain data."""
+"""Results of an evaluation, as dataclasses."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(float || target) in nats a token: mean with its standard error over windows, median and 99th percentile.
+    """KL(float || target) in nats per token: mean with its standard error over windows, median, 99th percentile.
 
-    `top1`: share of tokens at which both find the same token most likely.
+    `top1`: fraction of tokens for which both models have the same most likely next token.
     """
 
     mean: float
@@ -38,7 +38,10 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second and bytes of a short run in a process of its own; memory is None where the system hides it."""
+    """Speed in tokens per second and peak memory in bytes of a short run in a separate process.
+
+    Memory and load average are None where the system does not report them.
+    """
 
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
@@ -51,10 +54,13 @@ class Speed:
 
 @dataclass(frozen=True)
 class LayerError:
-    """The residual stream after a layer (-1: the embedding) against the float model's.
+    """Error of the residual stream after a layer (-1: the embedding).
 
-    `error`: |target - float| / |float|, median over tokens, from sketches of 64 numbers. `same_experts`: share of
-    tokens for which the router chose the same experts; None for the embedding and for dense models.
+    Attributes:
+        layer: the layer.
+        error: |target - float| / |float|, median over tokens, estimated from sketches of 64 numbers.
+        same_experts: fraction of tokens for which the router selected the same experts; None for the embedding and for
+            dense models.
     """
 
     layer: int
@@ -64,7 +70,7 @@ class LayerError:
 
 @dataclass(frozen=True)
 class ExpertError:
-    """Relative squared error of one expert's output on the float model's inputs, and how many these were."""
+    """Relative squared error of an expert's output on the float model's inputs, and the number of these tokens."""
 
     layer: int
     expert: int
@@ -74,9 +80,11 @@ class ExpertError:
 
 @dataclass(frozen=True)
 class ExpertErrors:
-    """Of every expert: |y - y_float|^2 / |y_float|^2 summed over the tokens that the float model gave it.
+    """Relative squared errors |y - y_float|^2 / |y_float|^2 of all experts, summed over the tokens routed to each.
 
-    `error` [L][E], None where it got no token; `worst`: the largest, in falling order.
+    Attributes:
+        error: [L][E]; None where an expert got no token.
+        worst: the experts with the largest errors, in descending order.
     """
 
     error: tuple[tuple[float | None, ...], ...]
@@ -85,26 +93,26 @@ class ExpertErrors:
 
 @dataclass(frozen=True)
 class TargetResult:
-    """One target, with one type of cache.
+    """Result of one target with one type of KV cache.
 
     Attributes:
-        name: as it is called in tables: what was asked for, and the cache's type where several were.
-        target: what was asked for.
+        name: name in tables: the target, and the type of the cache where several were measured.
+        target: the target as given.
         kind: "bundle", "checkpoint" or "recipe".
         recipe: the recipe's name.
-        arithmetic: what computed.
-        kv: type of the cache, of bundles.
-        stored_bytes: of the weights.
+        arithmetic: runtime, operators and cache that computed the result.
+        kv: type of the KV cache; None except for bundles.
+        stored_bytes: bytes of the weights.
         bits_per_weight: None where the number of weights is not known (bundles without a float checkpoint).
         loss: mean -log p(next token) in nats.
-        perplexity: exp of it.
-        kl: None without a float model.
-        kv_loss: KL minus the KL with a float32 cache, the same windows of both; None where that was not measured.
-        speed: of bundles.
-        layers: where asked for.
-        experts: where asked for, of MoE models; None for bundles.
-        files: size and SHA-256 of what was measured.
-        notes: what is to be known to read the numbers.
+        perplexity: exp of the mean loss.
+        kl: KL from the float model; None without one.
+        kv_loss: KL minus the KL with a float32 cache, over the same windows; None where that was not measured.
+        speed: None except for bundles.
+        layers: error of each layer; None unless requested.
+        experts: error of each expert; None unless requested, and for bundles and dense models.
+        files: size and SHA-256 of the files that were measured.
+        notes: remarks on the numbers.
     """
 
     name: str
@@ -128,7 +136,7 @@ class TargetResult:
 
 @dataclass(frozen=True)
 class TextResult:
-    """What was read: tokens = windows x length. The token after each is predicted, the last window's last too."""
+    """The evaluation text: tokens = windows x length. For each token, the prediction of the next one is scored."""
 
     name: str
     sha256: str
@@ -139,7 +147,7 @@ class TextResult:
 
 @dataclass(frozen=True)
 class ReferenceResult:
-    """The float model. `expert_tokens` [L][E]: how many tokens each expert got; None for dense models."""
+    """The float model. `expert_tokens` [L][E]: number of tokens routed to each expert; None unless measured."""
 
     checkpoint: str
     stored_bytes: int
@@ -151,13 +159,13 @@ class ReferenceResult:
 
     @property
     def bits_per_weight(self) -> float:
-        """As it is stored."""
+        """Bits per weight of the stored float model."""
         return 8 * self.stored_bytes / self.weights
 
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Everything that was measured."""
+    """Result of `edgelm.evaluation.evaluate`."""
 
     model: str
     text: TextResult
@@ -170,19 +178,19 @@ class EvaluationReport:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; numbers that are not finite become null, which JSON has no other word for."""
+        """Return the report as JSON-ready values. Numbers that are not finite become null, since JSON has none."""
         document: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION, **json_ready(asdict(self))}
         return document
 
     def to_json(self) -> str:
-        """One JSON document."""
+        """Return the report as a JSON document."""
         return json.dumps(self.to_dict(), allow_nan=False)
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which points (size, loss) no other beats in both, by rising size: the lower left edge.
+    """Return the indices of the Pareto frontier: the points (size, loss) for which no other is better in both.
 
-    Of equal points the first counts.
+    They are sorted by ascending size; of equal points the first is kept.
     """
     found: list[int] = []
     best = math.inf

@@ -1,4 +1,4 @@
-"""`evaluate`: several candidates against one float model on one text."""
+"""Evaluate several candidates against one float model on one text."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ FLOAT32_CACHE = "float32"
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """How to evaluate.
+    """Options of `evaluate`.
 
     Attributes:
-        text: "builtin" (the standard library's files that calibration does not see), a file or a folder.
-        tokens: at least this many less one window are read; whole windows only.
-        length: tokens of a window. Windows are independent: each begins with an empty cache.
-        layers: also the error of every layer and expert.
-        speed: also how fast bundles are here.
-        kv: types of cache to run bundles with; none is the bundle's own. With any, float32 is measured too.
-        runtime: for bundles; None picks the best one here.
-        threads: for bundles; None is the runtime's default.
+        text: a file, a folder, or "builtin": files of the standard library that are held out from calibration.
+        tokens: tokens to evaluate, rounded down to whole windows.
+        length: tokens of a window. Each window begins with an empty KV cache.
+        layers: also measure the error of every layer and expert.
+        speed: also measure the speed of bundles on this machine.
+        kv: types of KV cache to run bundles with; empty for the bundle's own. If given, float32 is measured too.
+        runtime: runtime of bundles; None for the best one here.
+        threads: threads for bundles; None for the runtime's default.
     """
 
     text: str | Path = BUILTIN
@@ -70,10 +70,10 @@ class EvalOptions:
     threads: int | None = None
 
     def check(self) -> None:
-        """Refuse what cannot be.
+        """Check the options.
 
         Raises:
-            EdgeLMError: saying which option.
+            EdgeLMError: an option is out of range.
         """
         if self.length < 2:
             raise EdgeLMError(f"length is {self.length}: a window needs 2 tokens or more")
@@ -85,7 +85,7 @@ class EvalOptions:
 
     @property
     def caches(self) -> tuple[str | None, ...]:
-        """The types to run, float32 first, from which the loss of the others is told."""
+        """Types of KV cache to run, float32 first: the others are compared with it."""
         others = tuple(dict.fromkeys(kv for kv in self.kv if kv != FLOAT32_CACHE))
         return (FLOAT32_CACHE, *others) if self.kv else (None,)
 
@@ -99,15 +99,16 @@ def evaluate(
     """Measure every target on the same windows of text.
 
     Args:
-        targets: bundles, (quantised) checkpoints, recipes (a preset's name or a TOML file).
-        checkpoint: the float model, a folder or a hub id. Without it there is perplexity alone, and no recipes.
-        options: text, sizes, what to measure.
-        progress: where to report to.
+        targets: bundles, (quantised) checkpoints, and recipes (a preset's name or a TOML file).
+        checkpoint: the float model, a folder or a hub id. Without it, only the perplexity of bundles and checkpoints
+            is measured.
+        options: text, number of tokens, and what to measure.
+        progress: where to report progress.
 
     Raises:
-        EdgeLMError: of the options; no such text, or too little of it; something is no target, another model, or has
-            another tokenizer; torch is needed and missing; a runtime is.
-        CheckpointError, BundleError, RecipeError: something cannot be read or is damaged.
+        EdgeLMError: an option is invalid; the text is missing or too short; a target does not exist, is another model,
+            or has another tokenizer; torch or a runtime is needed and missing.
+        CheckpointError, BundleError, RecipeError: a target or the float model cannot be read, or is damaged.
     """
     options, progress, started = options or EvalOptions(), progress or Silent(), time.monotonic()
     options.check()
@@ -153,7 +154,7 @@ def _need_torch(what: str) -> None:
 
 
 class _Evaluation:
-    """One text, the float model over it, and what every target is measured with."""
+    """The text, the float model's results on it, and the measurement of each target."""
 
     def __init__(
         self, targets: Sequence[Target], checkpoint: Checkpoint | None, options: EvalOptions, progress: Progress
@@ -164,7 +165,7 @@ class _Evaluation:
         self._windows, self.text = self._cut(tokenizer)
         self._reference_files = {} if checkpoint is None else dict(checkpoint.hashes(progress))
         self._weight_targets = [target for target in targets if isinstance(target, WeightTarget)]
-        # Before the long work: what is damaged or cannot be computed is refused here.
+        # Before the long work, since this raises for damaged files and for targets that cannot be computed.
         self._files = {target.name: target.hashes(progress) for target in targets}
         self._hooks = {target.name: target.hooks() for target in self._weight_targets}
         self._probe: ExpertProbe | None = None
@@ -182,7 +183,7 @@ class _Evaluation:
         corpus = read_corpus(options.text, held_out=True)
         counted = _Counted(tokenizer)
         count = options.tokens // options.length
-        # One token more than is read: the one after the last is predicted too.
+        # One token more per window: the target of the last prediction.
         found = windows(counted, corpus.documents, count, options.length + 1)
         if counted.tokens < count * (options.length + 1):
             self.notes.append(
@@ -209,7 +210,7 @@ class _Evaluation:
         )
 
     def reference(self) -> ReferenceResult | None:
-        """The float model's own numbers."""
+        """Return the float model's own results."""
         if self._checkpoint is None or self._float is None:
             return None
         if self._float_predictions is None:
@@ -230,7 +231,7 @@ class _Evaluation:
         )
 
     def results(self, target: Target) -> list[TargetResult]:
-        """One for each type of cache; one for what has none."""
+        """Return one result for each type of KV cache of a bundle; one result for other targets."""
         return [self._weights(target)] if isinstance(target, WeightTarget) else self._bundle(target)
 
     def _weights(self, target: WeightTarget) -> TargetResult:
@@ -357,7 +358,7 @@ class _Evaluation:
 
 
 class _Counted:
-    """A tokenizer that counts what it encodes."""
+    """A tokenizer that counts the tokens it encodes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -374,7 +375,7 @@ class _Counted:
 
 
 def _versions() -> dict[str, str]:
-    """Of what took part."""
+    """Return the versions of EdgeLM, Python and the libraries used."""
     found = {"edgelm": __version__, "python": platform.python_version(), "numpy": np.__version__}
     for name in ("torch", "onnxruntime"):
         module = sys.modules.get(name)

@@ -1,4 +1,4 @@
-"""What can be evaluated: bundles, checkpoints, recipes; that they are the same model; and what they take."""
+"""Targets of an evaluation: open bundles, checkpoints and recipes, check that they are one model, count their bytes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class BundleTarget:
-    """A bundle, run by its runtime."""
+    """A bundle, run by its runtime.
+
+    `name` is its name in tables; `given` is the argument that named it.
+    """
 
     name: str
     given: str
@@ -40,14 +43,14 @@ class BundleTarget:
 
     @property
     def stored_bytes(self) -> int:
-        """Of the weights; tables of rotary angles, which are computed, do not count."""
+        """Bytes of the weights, without RoPE tables, which the export computes."""
         return sum(tensor.size for tensor in self.bundle.manifest.tensors if not tensor.name.startswith("rope."))
 
     def hashes(self, progress: Progress) -> dict[str, dict[str, Any]]:
-        """Hash what is run and compare with the manifest.
+        """Check the files' hashes against the manifest, and return size and SHA-256 of each file.
 
         Raises:
-            BundleError: a file is not what was exported.
+            BundleError: a file differs from the exported one.
         """
         problems = self.bundle.verify(progress)
         if problems:
@@ -55,11 +58,11 @@ class BundleTarget:
         return {name: {"size": info.size, "sha256": info.sha256} for name, info in self.bundle.manifest.files.items()}
 
     def tokenizer(self) -> Tokenizer:
-        """The bundle's own."""
+        """Return the bundle's tokenizer."""
         return Tokenizer.from_folder(self.bundle.path)
 
     def check(self, decoder: Decoder, checkpoint: Path) -> None:
-        """Compare with the float model.
+        """Check that this is the same model as the float checkpoint.
 
         Raises:
             EdgeLMError: it is another model.
@@ -77,7 +80,7 @@ class BundleTarget:
             raise EdgeLMError(f"{self.bundle.path} is not the model of {checkpoint}: {'; '.join(different)}")
 
     def notes(self, reference_files: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """What is to be said about where it came from."""
+        """Return a note where the bundle was not exported from the float checkpoint's weights."""
         source = self.bundle.manifest.source
         weights = {name: info.sha256 for name, info in source.files.items() if name.endswith(".safetensors")}
         float_weights = {info["sha256"] for name, info in reference_files.items() if name.endswith(".safetensors")}
@@ -91,9 +94,9 @@ class BundleTarget:
 
 @dataclass
 class WeightTarget:
-    """A checkpoint or a recipe: weights as they are dequantised, in the PyTorch reference.
+    """A checkpoint or a recipe: the PyTorch reference with dequantised weights.
 
-    Activations and cache are float but where the recipe names others.
+    Activations and KV cache are float32 unless the recipe says otherwise.
     """
 
     name: str
@@ -108,7 +111,7 @@ class WeightTarget:
 
     @property
     def stored_bytes(self) -> int:
-        """Of all tensors, as a quantised checkpoint holds them."""
+        """Bytes of all tensors in a quantised checkpoint."""
         return sum(self._stored(name, shape) for name, shape in self.source.shapes.items())
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> int:
@@ -120,18 +123,18 @@ class WeightTarget:
         return rows * (scheme.code_bytes(columns) + scheme.groups(columns) * each)
 
     def hashes(self, progress: Progress) -> dict[str, dict[str, Any]]:
-        """Size and SHA-256 of the checkpoint's files, or of the recipe's text."""
+        """Return size and SHA-256 of the checkpoint's files, or of the recipe's text."""
         if self.kind == CHECKPOINT:
             return dict(self.source.checkpoint.hashes(progress))
         text = self.source.recipe.to_toml().encode()
         return {f"{self.recipe}.toml": {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}}
 
     def tokenizer(self) -> Tokenizer:
-        """The checkpoint's."""
+        """Return the checkpoint's tokenizer."""
         return Tokenizer.from_folder(self.source.checkpoint.path)
 
     def check(self, decoder: Decoder, checkpoint: Path) -> None:
-        """Compare with the float model.
+        """Check that this is the same model as the float checkpoint.
 
         Raises:
             EdgeLMError: it is another model.
@@ -143,17 +146,17 @@ class WeightTarget:
             )
 
     def hooks(self) -> QuantizedActivations | None:
-        """What rounds the activations and the cache that the recipe names, None where it names none.
+        """Return the hooks that quantise activations and KV cache as the recipe says; None where it keeps them float.
 
         Raises:
-            RecipeError: static activations without their calibrated scales.
+            RecipeError: activations are static, but the checkpoint has no calibrated scales for them.
         """
         from edgelm.quant.reference import quantized_activations
 
         return quantized_activations(self.source)
 
     def notes(self, reference_files: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """What is rounded besides the weights."""
+        """Return notes on what the recipe quantises besides the weights."""
         del reference_files
         recipe = self.source.recipe
         activations = {recipe.activations, *(rule.activations for rule in recipe.rules)}
@@ -168,26 +171,26 @@ Target = BundleTarget | WeightTarget
 
 
 def open_targets(given: Sequence[str | Path], checkpoint: Checkpoint | None) -> list[Target]:
-    """Find out what each is and open it; names are made different.
+    """Open each target as a bundle, a checkpoint or a recipe, and give them distinct names.
 
     Raises:
-        EdgeLMError: nothing is given, something is none of the three, is another model than the float checkpoint or
-            has another tokenizer, or a recipe comes without a float checkpoint.
-        BundleError, CheckpointError, RecipeError: it cannot be opened.
+        EdgeLMError: nothing is given; a target is none of the three, is another model than the float checkpoint, or has
+            another tokenizer; or a recipe is given without a float checkpoint.
+        BundleError, CheckpointError, RecipeError: a target cannot be opened.
     """
     if not given:
         raise EdgeLMError("nothing to evaluate: give a bundle, a quantised checkpoint or a recipe")
-    texts = [str(item) for item in given]
-    short = [Path(text).name or text for text in texts]
-    names = [name if short.count(name) == 1 else text for name, text in zip(short, texts, strict=True)]
+    paths = [str(item) for item in given]
+    short = [Path(path).name or path for path in paths]
+    names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
     if len(set(names)) < len(names):
         raise EdgeLMError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
-    targets = [_open(text, name, checkpoint) for text, name in zip(texts, names, strict=True)]
+    targets = [_open(path, name, checkpoint) for path, name in zip(paths, names, strict=True)]
     if checkpoint is not None:
         for target in targets:
             target.check(checkpoint.decoder, checkpoint.path)
     first = Tokenizer.from_folder(checkpoint.path) if checkpoint is not None else targets[0].tokenizer()
-    where = checkpoint.path if checkpoint is not None else texts[0]
+    where = checkpoint.path if checkpoint is not None else paths[0]
     expected = first.fingerprint()
     for target in targets:
         if target.kind != RECIPE and target.tokenizer().fingerprint() != expected:
@@ -196,28 +199,28 @@ def open_targets(given: Sequence[str | Path], checkpoint: Checkpoint | None) -> 
 
 
 def weight_count(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Weights of a model."""
+    """Return the number of weights of a model."""
     return sum(prod(shape) for shape in shapes.values())
 
 
-def _open(text: str, name: str, checkpoint: Checkpoint | None) -> Target:
-    path = Path(text)
-    if text not in PRESETS and path.is_dir():
+def _open(given: str, name: str, checkpoint: Checkpoint | None) -> Target:
+    path = Path(given)
+    if given not in PRESETS and path.is_dir():
         if (path / MANIFEST).is_file():
-            return BundleTarget(name, text, Bundle.open(path))
+            return BundleTarget(name, given, Bundle.open(path))
         if not (path / "config.json").is_file():
             raise EdgeLMError(f"{path} is neither a bundle nor a checkpoint: it has no {MANIFEST} and no config.json")
         from edgelm.checkpoint import Checkpoint
         from edgelm.quant.source import WeightSource
 
-        return WeightTarget(name, text, CHECKPOINT, WeightSource(Checkpoint.open(path)))
-    if text not in PRESETS and not path.is_file():
+        return WeightTarget(name, given, CHECKPOINT, WeightSource(Checkpoint.open(path)))
+    if given not in PRESETS and not path.is_file():
         raise RecipeError(
-            f"{text} is no bundle, no checkpoint and no recipe (give {', '.join(PRESETS)} or a .toml file)"
+            f"{given} is no bundle, no checkpoint and no recipe (give {', '.join(PRESETS)} or a .toml file)"
         )
-    recipe = Recipe.load(text)
+    recipe = Recipe.load(given)
     if checkpoint is None:
-        raise EdgeLMError(f"the recipe {text} needs weights to quantise: give the float model with --checkpoint")
+        raise EdgeLMError(f"the recipe {given} needs weights to quantise: give the float model with --checkpoint")
     from edgelm.quant.source import WeightSource
 
-    return WeightTarget(name, text, RECIPE, WeightSource(checkpoint, recipe))
+    return WeightTarget(name, given, RECIPE, WeightSource(checkpoint, recipe))

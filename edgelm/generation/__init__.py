@@ -1,1 +1,1 @@
-"""A loaded model that continues text: sampling, stop strings, streams, batches."""
+"""Text generation with a loaded bundle: sampling, stop strings, streams, batches, chat."""

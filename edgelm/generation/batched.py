@@ -1,4 +1,4 @@
-"""Several prompts that decode together: one pass over the weights gives each of them a token."""
+"""Batched decoding: one pass over the weights computes a token for each of several prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgelm.runtimes import SequenceBatch
 
 @dataclass
 class _Row:
-    """One sequence under way. Times are of `time.perf_counter`."""
+    """A running sequence. Times are values of `time.perf_counter`."""
 
     index: int
     answer: Continuation
@@ -28,7 +28,7 @@ class _Row:
 
 
 def positions(answers: Iterable[Continuation], context_length: int) -> int:
-    """Of each sequence's cache: what the longest of `answers` can come to, at most the model's `context_length`."""
+    """Return the KV cache positions that the longest of `answers` can need, at most `context_length`."""
     limits = [(len(answer.prompt), answer.options.max_tokens) for answer in answers]
     return max(context_length if most is None else min(prompt + most, context_length) for prompt, most in limits)
 
@@ -42,26 +42,26 @@ def decode_together(
     chunk: int,
     started: float,
 ) -> list[Generation]:
-    """Complete every continuation; a sequence that has ended makes room for the next prompt.
+    """Generate every continuation. When a sequence ends, the next prompt takes its row.
 
     Args:
-        batch: any number of rows.
-        answers: not begun.
-        turn: asked before every step whether to go on.
+        batch: sequences of the runtime, one per row.
+        answers: continuations that have not begun.
+        turn: checked before every step; raises if the call is to end.
         context_length: positions after which a sequence ends.
-        chunk: tokens of a prefill step, by which prompts of one sequence are computed as well.
-        started: when the call began.
+        chunk: tokens of a prefill step; the same as for single sequences, so that the results are equal.
+        started: start time of the call.
 
     Returns:
-        In the order of `answers`. `Timings` are each sequence's own: seconds from its first token to its last, in which
-        the others have their tokens, too.
+        The results in the order of `answers`. `Timings` are those of each sequence: its decoding time, from its first
+        token to its last, includes the steps of the others.
     """
     results: list[Generation | None] = [None] * len(answers)
     waiting = deque(enumerate(answers))
     rows: list[_Row | None] = [None] * batch.batch
 
-    def settle(row: _Row) -> _Row | None:
-        """The row, or None when it has ended and its result is kept."""
+    def unfinished(row: _Row) -> _Row | None:
+        """Return the row; if its sequence has ended, store the result and return None."""
         if row.answer.reason is None:
             return row
         timings = Timings(
@@ -78,13 +78,13 @@ def decode_together(
     while True:
         for place in range(len(rows)):
             while rows[place] is None and waiting:
-                rows[place] = settle(_begin(batch, place, *waiting.popleft(), turn, context_length, chunk))
+                rows[place] = unfinished(_begin(batch, place, *waiting.popleft(), turn, context_length, chunk))
         if not any(rows):
             return [result for result in results if result is not None]
         turn.check()
         for place, row in enumerate(rows):
             if row is None:
-                batch.truncate(place, 0)  # it is fed a token all the same, and must not fill up
+                batch.truncate(place, 0)  # an unused row gets a token as well: keep its cache from growing
         logits = batch.decode_batch([0 if row is None else row.token for row in rows])
         lengths = batch.lengths
         for place, row in enumerate(rows):
@@ -92,13 +92,13 @@ def decode_together(
                 row.token = row.answer.choose(logits[place])
                 row.decoded += 1
                 row.answer.take(row.token, full=bool(lengths[place] >= context_length))
-                rows[place] = settle(row)
+                rows[place] = unfinished(row)
 
 
 def _begin(
     batch: SequenceBatch, place: int, index: int, answer: Continuation, turn: Turn, context_length: int, chunk: int
 ) -> _Row:
-    """Prefill a prompt in place of the sequence that was there, and choose its first token."""
+    """Prefill a prompt in row `place`, which replaces the sequence there, and choose its first token."""
     began = time.perf_counter()
     batch.truncate(place, 0)
     logits: NDArray[np.float32] | None = None

@@ -1,4 +1,4 @@
-"""A loaded model that continues text."""
+"""The loaded model: generate text, stream it, chat, and generate for many prompts at once."""
 
 from __future__ import annotations
 
@@ -34,15 +34,25 @@ DEFAULT_BATCH = 8
 
 
 class LanguageModel:
-    """A bundle that is loaded and ready. Made by `edgelm.load`.
+    """A loaded bundle, which generates text. Returned by `edgelm.load`; close it, or use it in a `with` block.
 
-    Any number of threads may use it: calls have the model one after the other, in the order in which they came. A
-    stream has it from its first piece until it is exhausted, closed or garbage collected; a thread that has one open
-    gets a GenerationError for another call, since it would wait for itself.
+    Several threads may use it: calls run one after the other, in the order of arrival. A stream occupies the model from
+    its first text until it is exhausted, closed or garbage collected. While a thread has a stream open, another call
+    from that thread raises `GenerationError`, since it would wait for itself.
 
-    The cache of an earlier call is reused as far as the new prompt begins like it: see `PrefixCache`. With a seed,
-    which asks for the same text whatever came before, only a prompt that is repeated as a whole is reused, unless the
-    option `reuse` says that the same calls came before.
+    The KV cache of the last call is reused for the common prefix of the prompts. With a `seed` the text must not depend
+    on earlier calls, so only an identical prompt is reused, unless the option `reuse` is set.
+
+    Attributes:
+        bundle: the bundle.
+        runtime: the runtime that computes the logits.
+        tokenizer: the bundle's tokenizer.
+        end_ids: tokens that end a text.
+
+    Example::
+
+        with edgelm.load("bundle/") as model:
+            print(model.generate("Once upon a time", max_tokens=64).text)
     """
 
     def __init__(self, bundle: Bundle, runtime: Runtime, tokenizer: Tokenizer) -> None:
@@ -55,19 +65,39 @@ class LanguageModel:
         self._turns = Turns()
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Generation:
-        """Continue `prompt` (text or token ids) and return the whole text. Options: see `Options` and `Sampling`.
+        """Generate a continuation of `prompt` and return it when it is complete.
+
+        Args:
+            prompt: text, or token ids.
+            **options: see `edgelm.GenerateOptions`. The default is greedy decoding of at most 256 tokens.
+
+        Returns:
+            The generated text, its token ids, the reason why it ended, and timings.
 
         Raises:
-            GenerationTypeError: an unknown option, or one of the wrong type; a prompt that is neither text nor ids.
-            GenerationValueError: an option that is out of range.
-            GenerationError: a prompt without tokens, or with ids outside the vocabulary.
+            GenerationTypeError: an option is unknown or of a wrong type, or the prompt is neither text nor ids.
+            GenerationValueError: an option is out of range.
+            GenerationError: the prompt has no tokens, or ids outside the vocabulary.
             ContextLengthError: the prompt is longer than the context.
             EdgeLMError: the model was closed.
+
+        Example::
+
+            result = model.generate("Once upon a time", max_tokens=64, temperature=0.8, seed=1)
+            print(result.text, result.timings.decode_tokens_per_second)
         """
         return self.stream(prompt, **options).drain()
 
     def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> TextStream:
-        """Continue `prompt` piece by piece. A piece never ends within a character. Raises as `generate` does."""
+        """Generate a continuation of `prompt` and return an iterator over its text as it is generated.
+
+        Arguments and errors are those of `generate`. A text is never cut inside a character.
+
+        Example::
+
+            for text in model.stream("Once upon a time", max_tokens=64):
+                print(text, end="", flush=True)
+        """
         started = time.perf_counter()
         chosen = Options.of(options)
         return self._stream(self._tokens(prompt), chosen, started)
@@ -80,25 +110,28 @@ class LanguageModel:
         each: Sequence[GenerateOptions] | None = None,
         **options: Unpack[GenerateOptions],
     ) -> list[Generation]:
-        """Continue many prompts, up to `batch` of them together; the results are in their order.
+        """Generate continuations of many prompts, and decode up to `batch` of them together.
 
-        Decoding together reads the weights once for all. Each result is what `generate` gives for that prompt with a
-        seed: on the CPU the same numbers to the last bit, save that int4 bundles whose head is split compute all its
-        logits exactly here, and only the likeliest in `generate`. The same token is the best one; a draw may tip.
-        Runtimes without batches (portable operators, TensorRT) run the prompts one after the other.
+        Sequences that decode together share each read of the weights. Each result equals that of `generate` with a
+        seed: on the CPU logits are the same to the last bit. One exception: for int4 bundles with a head in split
+        nibbles, all logits are exact here, but `generate` rescores only the top ones. The best token is the same; a
+        sampled one may differ. Runtimes without batches (portable operators, TensorRT) run the prompts one by one.
 
-        Memory: `batch` caches of the longest prompt with its max_tokens each, at most of the model's context length,
-        freed at the end. The weights and the cache of `generate` are shared and untouched.
+        Memory: `batch` KV caches, each for the longest prompt and its max_tokens, at most the context length. They are
+        freed at the end. The weights are shared with `generate`, whose own cache is not used.
 
         Args:
             prompts: texts or lists of token ids.
-            batch: how many decode together. As sequences end, others take their places.
-            each: options for each prompt, which replace those for all.
-            options: for all prompts; see `Options` and `Sampling`.
+            batch: sequences that decode together. When one ends, the next prompt takes its place.
+            each: options of each prompt, which override `options`.
+            **options: options of all prompts, see `edgelm.GenerateOptions`.
+
+        Returns:
+            The results in the order of the prompts.
 
         Raises:
-            GenerationTypeError, GenerationValueError, GenerationError, ContextLengthError: as `generate`, naming the
-                prompt, before any is run.
+            GenerationTypeError, GenerationValueError, GenerationError, ContextLengthError: as `generate`, before
+                anything is computed; the message names the prompt.
         """
         started = time.perf_counter()
         answers = self._answers(prompts, each, options)
@@ -129,7 +162,7 @@ class LanguageModel:
         each: Sequence[GenerateOptions] | None,
         options: GenerateOptions,
     ) -> list[Continuation]:
-        """What is to follow each prompt, every option and length checked. Raises as `generate_many`."""
+        """Check every prompt and its options, and return their continuations. Raises as `generate_many`."""
         if isinstance(prompts, (str, bytes, bytearray, Mapping)) or not isinstance(prompts, Iterable):
             raise GenerationTypeError(f"prompts is {prompts!r:.100}: it has to be a list of prompts")
         given = list(prompts)
@@ -145,25 +178,33 @@ class LanguageModel:
         return answers
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerateOptions]) -> Generation:
-        """Answer a conversation of messages `{"role": "user", "content": "..."}` by the model's own chat template.
+        """Answer a conversation, rendered with the model's chat template.
 
-        A content may be a list of parts `{"type": "text", "text": "..."}` too; see
-        `edgelm.tokenization.chat_template.ChatTemplate.render`.
+        Args:
+            messages: messages `{"role": "user", "content": "..."}`. A content may also be a list of parts
+                `{"type": "text", "text": "..."}`.
+            **options: see `edgelm.GenerateOptions`.
 
         Raises:
-            GenerationError: no chat template, messages it refuses, or options that cannot be used.
+            GenerationError: the bundle has no chat template, the template refuses the messages, or an option is
+                invalid.
             ContextLengthError: the conversation is longer than the context.
+
+        Example::
+
+            answer = model.chat([{"role": "user", "content": "Hello"}])
+            print(answer.text)
         """
         return self.chat_stream(messages, **options).drain()
 
     def chat_stream(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerateOptions]) -> TextStream:
-        """Answer a conversation piece by piece. Raises as `chat` does."""
+        """Answer a conversation and return an iterator over the text. Arguments and errors are those of `chat`."""
         started = time.perf_counter()
         chosen = Options.of(options)
         return self._stream(self.chat_tokens(messages), chosen, started)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text that the chat template makes of a conversation, ready for the model's answer."""
+        """Return the text of a conversation by the chat template, with the prompt for the model's answer."""
         if self._chat_template is None:
             from edgelm.tokenization.chat_template import ChatTemplate
 
@@ -171,19 +212,19 @@ class LanguageModel:
         return self._chat_template.render(messages, add_generation_prompt=True)
 
     def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """The ids of that text: the prompt of `chat`."""
-        # The template writes the special tokens itself, the first one too.
+        """Return the token ids of `render_chat`, the prompt of `chat`."""
+        # The template writes all special tokens, bos included.
         return self.tokenizer.encode(self.render_chat(messages), add_bos=False)
 
     async def generate_async(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Generation:
-        """As `generate`, without blocking the event loop; cancelling the task stops the generation."""
+        """Like `generate`, without blocking the event loop. Cancelling the task stops the generation."""
         import asyncio
 
         stream = await asyncio.to_thread(self.stream, prompt, **options)
         return await stream.in_worker(stream.drain)
 
     async def chat_async(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerateOptions]) -> Generation:
-        """As `chat`, without blocking the event loop; cancelling the task stops the generation."""
+        """Like `chat`, without blocking the event loop. Cancelling the task stops the generation."""
         import asyncio
 
         stream = await asyncio.to_thread(self.chat_stream, messages, **options)
@@ -209,7 +250,7 @@ class LanguageModel:
         return Continuation(tokens, options, self.tokenizer, self.end_ids)
 
     def close(self) -> None:
-        """Free the model's memory. Calls of other threads end with an EdgeLMError; the step that runs is waited for."""
+        """Wait for the running step, then free the model's memory. Calls of other threads raise `EdgeLMError`."""
         self._turns.close()
         self.runtime.close()
 
@@ -243,22 +284,30 @@ def load(
 
     Args:
         path: the bundle's folder.
-        runtime: a name from `edgelm.runtimes.runtimes()`; default: the best one this device has for the bundle.
-        threads: default the physical cores this process may use.
-        context_length: positions to allocate; default the model's, at most 4096.
-        kv: type of the cache of keys and values: "float16" (the default), "float32" or "int8", which halves what a long
-            context reads. Bundles with portable operators have float32 alone.
-        weight_memory: bytes of weights that may lie in the GPU's memory, for a TensorRT engine that was built to stream
-            them; default all.
-        chat: conversations are likely: the process that renders chat templates (12 MB) starts meanwhile, if the bundle
-            has a template. False: it starts with the first conversation, which then waits for it.
+        runtime: a name from `edgelm.runtimes.runtimes()`; default: the best one on this device for the bundle.
+        threads: number of threads; default: the physical cores that this process may use.
+        context_length: positions of the KV cache; default: the model's context length, at most 4096.
+        kv: type of the KV cache: "float16" (the default), "float32", "int8" or "fp8". The 8-bit types halve the memory
+            and the reads of a long context. Bundles with portable operators have one type only.
+        weight_memory: bytes of GPU memory for weights, for a TensorRT engine that was built with weight streaming;
+            default: all weights.
+        chat: start the process that renders chat templates (12 MB) while the bundle loads, if it has a template. False:
+            the process starts with the first conversation, which waits for it.
+
+    Returns:
+        The loaded model.
 
     Raises:
-        BundleError: not a bundle, damaged, or of a newer format.
-        RuntimeUnavailableError: nothing installed can run it.
+        BundleError: it is not a bundle, it is damaged, or its format is newer.
+        RuntimeUnavailableError: no installed runtime can run it.
         TokenizerError: its tokenizer cannot be read.
         ContextLengthError: the model has no such context length.
-        EdgeLMError: no such type of cache.
+        EdgeLMError: there is no such type of KV cache.
+
+    Example::
+
+        model = edgelm.load("bundle/", threads=4)
+        print(model.generate("Once upon a time").text)
     """
     from edgelm.tokenization.template_sandbox import start_for
     from edgelm.tokenization.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""The options of generation: their names and types for editors, their values when they are used."""
+"""Options of generation: a typed dictionary for editors and type checkers, and a class that checks the values."""
 
 from __future__ import annotations
 
@@ -15,10 +15,22 @@ DEFAULT_MAX_TOKENS = 256
 
 
 class GenerateOptions(TypedDict, total=False):
-    """The keyword arguments of `generate`, `stream` and the like: see `Options` and `Sampling` for what each means.
+    """Keyword arguments of `LanguageModel.generate`, `stream`, `chat` and so on.
 
-    Static types only: what is read, and checked again, are the two classes. A test compares all three.
+    Attributes:
+        max_tokens: most tokens to generate, default 256; None: until the model ends the text or the context is full.
+        stop: a string or strings that end the text; they are not part of it.
+        reuse: with a seed, reuse the KV cache of earlier calls as well. The text is then reproducible only after the
+            same earlier calls. Default False.
+        temperature: 0, the default, is greedy decoding; 1 samples from the model's own distribution.
+        top_k: sample among the k most likely tokens; 0, the default: all.
+        top_p: sample among the most likely tokens that together reach this probability; 1, the default: all.
+        min_p: sample among tokens with at least this fraction of the highest probability; 0, the default: all.
+        repetition_penalty: divide positive and multiply negative logits of tokens that occurred; 1, the default: none.
+        seed: makes sampling reproducible; None, the default: a random one.
     """
+
+    # Static types only. `Options` and `Sampling` read and check the values; a test compares all three.
 
     max_tokens: int | None
     stop: str | Iterable[str] | None
@@ -33,12 +45,14 @@ class GenerateOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Options:
-    """The options of one generation, checked.
+    """Checked options of a generation.
 
-    `max_tokens`: how many tokens to generate at most; None: until the model ends or the context is full.
-    `stop`: a string or strings that end the text; they are not part of it.
-    `reuse`: with a seed, too, use what earlier calls have cached. The text then is the same only after the same calls.
-    `sampling`: see `edgelm.generation.sampling.Sampling`, whose fields are given as keyword arguments too.
+    Attributes:
+        max_tokens: most tokens to generate; None: until the model ends the text or the context is full.
+        stop: strings that end the text; they are not part of it.
+        reuse: with a seed, reuse the KV cache of earlier calls as well. The text is then reproducible only after the
+            same earlier calls.
+        sampling: how tokens are chosen.
     """
 
     max_tokens: int | None = DEFAULT_MAX_TOKENS
@@ -48,11 +62,11 @@ class Options:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:
-        """From keyword arguments.
+        """Check the keyword arguments of `GenerateOptions`.
 
         Raises:
-            GenerationTypeError: an unknown name, or a value of the wrong type.
-            GenerationValueError: a value out of range.
+            GenerationTypeError: a name is unknown, or a value has a wrong type.
+            GenerationValueError: a value is out of range.
         """
         valid = list(GenerateOptions.__annotations__)
         for name in given:

@@ -1,4 +1,4 @@
-"""A runtime's cache across calls: what a new prompt shares with the last one is not computed again."""
+"""Prefix cache: reuse a runtime's KV cache for the tokens that a new prompt shares with the last one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from edgelm.runtimes import Runtime
 
 @dataclass(frozen=True)
 class _Prefilled:
-    """The last prompt that went through the runtime; its cache stays as it is until the next one does.
+    """The last prompt that was prefilled, and the logits after it.
 
-    `fresh`: it was computed from its first token on.
+    `fresh`: it was computed from its first token on, without reuse of an earlier cache.
     """
 
     tokens: list[int]
@@ -24,25 +24,30 @@ class _Prefilled:
 
 
 class PrefixCache:
-    """Runs a prompt and its continuation on `runtime`, and knows which token each cached position holds.
+    """Runs prompts and continuations on `runtime`, and knows the token of each cached position.
 
-    A growing conversation only pays for its new part. Numbers that were computed in other pieces differ by rounding,
-    which can tip a close choice.
+    Of a growing conversation only the new part is computed. A prompt computed in other chunks differs by rounding. That
+    may change the choice between two tokens with nearly equal logits.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        # The ids behind the cached positions; entries past the runtime's position are not cached.
+        # Token ids of the cached positions. Entries beyond the runtime's position are not cached.
         self._cached: list[int] = []
         self._last_prompt: _Prefilled | None = None
 
     def prefill(
         self, tokens: list[int], *, exact: bool, check: Callable[[], None] = lambda: None
     ) -> tuple[NDArray[np.float32], int]:
-        """Logits after `tokens`, and how many of them an earlier call had cached.
+        """Prefill `tokens`.
 
-        `exact`: they and the cache have to be what a fresh model computes, to the last bit. `check` is called between
-        chunks and may raise to give the rest up.
+        Args:
+            tokens: the prompt.
+            exact: logits and cache must equal those of a fresh model to the last bit.
+            check: called between chunks; may raise to stop.
+
+        Returns:
+            The logits [V] after `tokens`, and the number of tokens that were cached by an earlier call.
         """
         runtime, last = self.runtime, self._last_prompt
         common = self._common(tokens)
@@ -54,9 +59,9 @@ class PrefixCache:
         if exact:
             common = 0
         runtime.truncate(common)
-        # Set before the work: if it is interrupted, the runtime's position says how much of this is cached.
+        # Set before the prefill: if that is interrupted, the runtime's position tells how many tokens are cached.
         self._cached, self._last_prompt = list(tokens), None
-        # In the runtime's own chunks, so that the numbers are those of one call.
+        # In the runtime's own chunks, so that the results equal those of a single call.
         for begin in range(common, len(tokens), runtime.chunk):
             check()
             logits = runtime.prefill(tokens[begin : begin + runtime.chunk])
@@ -64,7 +69,7 @@ class PrefixCache:
         return logits, common
 
     def logits_of_last(self, tokens: Sequence[int], rows: int) -> Iterator[NDArray[np.float32]]:
-        """Logits [n, V], block by block, after each of the last `rows` of `tokens`."""
+        """Yield the logits after each of the last `rows` tokens, in blocks [n, V]."""
         begin = len(tokens) - rows
         common = min(self._common(tokens), begin)
         self.runtime.truncate(common)
@@ -74,18 +79,18 @@ class PrefixCache:
         yield from self.runtime.logits_all(tokens[begin:])
 
     def _common(self, tokens: Sequence[int]) -> int:
-        """How many of `tokens` are cached."""
+        """Return how many of `tokens` are cached."""
         cached = self._cached[: self.runtime.position]
         pairs = enumerate(zip(cached, tokens, strict=False))
         return next((i for i, (a, b) in pairs if a != b), min(len(cached), len(tokens)))
 
     def decode(self, token: int) -> NDArray[np.float32]:
-        """Logits [V] after one more token."""
+        """Append a token and return the logits [V] after it."""
         self._append(token)
         return self.runtime.decode(token)
 
     def decode_greedy(self, token: int) -> int:
-        """The most likely token after one more; its logits stay on the device."""
+        """Append a token and return the most likely next one. The logits stay on the device."""
         self._append(token)
         return self.runtime.decode_greedy(token)
 

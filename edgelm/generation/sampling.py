@@ -1,11 +1,11 @@
-"""From logits to the next token.
+"""Sampling: choose the next token from the logits.
 
 The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p, then a draw from the softmax of
-what is left. Each is defined so that the tokens kept are the ones transformers' warpers keep, ties included.
+the tokens left. Each filter keeps the same tokens as the one of transformers, ties included.
 
-A draw is the inverse of the cumulative distribution in float64 at a number from PCG64's raw 64-bit stream, which NumPy
-keeps stable over its versions and systems (it does not promise that of `Generator`'s distributions): the same logits,
-options and seed give the same token everywhere.
+A draw inverts the cumulative distribution in float64 at a number from PCG64's raw 64-bit stream. NumPy keeps that
+stream stable over versions and systems, but not the distributions of `Generator`. So the same logits, options and seed
+give the same token everywhere.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from edgelm.errors import GenerationError, GenerationTypeError, GenerationValueError
 
-# A nucleus is almost always smaller than this; a larger one costs a full sort.
+# First number of candidates for top-p. The tokens kept are almost always fewer; otherwise more are tried.
 _FIRST_GUESS = 1024
 _BLOCK = 32
 _LEAST, _MOST = 1e-30, 1e30
@@ -29,20 +29,21 @@ _LEAST, _MOST = 1e-30, 1e30
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. The default is greedy: the most probable token, always the same.
+    """Options of sampling. The default is greedy decoding: always the most likely token.
 
-    `temperature`: 0 is greedy; 1 samples from the model's own distribution.
-    `top_k`: sample among the k most probable tokens (0: all).
-    `top_p`: among the most probable tokens that together reach this probability (1: all).
-    `min_p`: among the tokens at least this fraction as probable as the most probable one (0: all).
-    `repetition_penalty`: divides positive and multiplies negative logits of every token that the prompt or the answer
-    has already; 1 changes nothing. It applies to greedy choice too.
-    `seed`: makes sampling repeatable; None draws a fresh one.
+    Attributes:
+        temperature: 0 is greedy; 1 samples from the model's own distribution.
+        top_k: sample among the k most likely tokens (0: all).
+        top_p: sample among the most likely tokens that together reach this probability (1: all).
+        min_p: sample among tokens with at least this fraction of the highest probability (0: all).
+        repetition_penalty: divide positive and multiply negative logits of every token that occurs in the prompt or the
+            answer; 1 changes nothing. It applies to greedy decoding as well.
+        seed: makes sampling reproducible; None for a random one.
 
     Raises:
-        GenerationTypeError: a value of another type.
-        GenerationValueError: a value outside its range, or top_k, top_p or min_p with a temperature of 0, where they
-            would do nothing.
+        GenerationTypeError: a value has a wrong type.
+        GenerationValueError: a value is out of range; or top_k, top_p or min_p is given with temperature 0, where it
+            has no effect.
     """
 
     temperature: float = 0.0
@@ -76,12 +77,12 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most probable token is always taken."""
+        """Whether the most likely token is always chosen."""
         return self.temperature == 0
 
     @property
     def plain(self) -> bool:
-        """Whether it is taken by the model's own logits, which nothing changes."""
+        """Whether decoding is greedy and nothing changes the logits."""
         return self.greedy and self.repetition_penalty == 1
 
 
@@ -89,13 +90,13 @@ _DEFAULTS = {field.name: field.default for field in fields(Sampling)}
 
 
 def changed(options: Any) -> str:
-    """The fields of a dataclass that have no default value, as keyword arguments: a short line for its `repr`."""
+    """Return the fields of a dataclass that differ from their defaults, as keyword arguments, for a short `repr`."""
     given = [(field, getattr(options, field.name)) for field in fields(options)]
     return ", ".join(f"{field.name}={value!r:.60}" for field, value in given if value != field.default)
 
 
 def is_integer(value: object) -> bool:
-    """Whether a value is a whole number, Python's or numpy's; a truth value is none, nor is 2.0."""
+    """Return whether a value is an integer of Python or numpy; False for bool and for floats such as 2.0."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
@@ -104,44 +105,44 @@ def _is_number(value: object) -> bool:
 
 
 def _require(
-    name: str, value: Any, fits: Callable[[Any], bool], wanted: str, kind: Callable[[object], bool] = _is_number
+    name: str, value: Any, in_range: Callable[[Any], bool], wanted: str, kind: Callable[[object], bool] = _is_number
 ) -> None:
     right_type = kind(value)
-    if not right_type or not fits(value):
+    if not right_type or not in_range(value):
         kind_of_error = GenerationValueError if right_type else GenerationTypeError
         raise kind_of_error(f"{name} is {value!r:.100}: it has to be {wanted}")
 
 
-def _moderate(value: float) -> float:
-    """A temperature or penalty that float32 holds and that no logit overflows by: beyond it nothing changes."""
+def _clamped(value: float) -> float:
+    """Clamp a temperature or penalty so that no logit overflows float32. Beyond the limits nothing would change."""
     return min(max(value, _LEAST), _MOST)
 
 
 def penalise(logits: NDArray[np.float32], tokens: NDArray[np.int64], penalty: float) -> NDArray[np.float32]:
-    """`logits` [V] with those of the distinct ids `tokens` divided by `penalty` where positive, multiplied elsewhere.
+    """Return a copy of logits [V] in which those of the distinct ids `tokens` are divided by `penalty`.
 
-    Keskar et al. 2019 (CTRL), with the sign rule of transformers.
+    Negative logits are multiplied instead. Keskar et al. 2019 (CTRL), with the sign rule of transformers.
     """
     result = logits.copy()
-    chosen, factor = result[tokens], np.float32(_moderate(penalty))
+    chosen, factor = result[tokens], np.float32(_clamped(penalty))
     result[tokens] = np.where(chosen < 0, chosen * factor, chosen / factor)
     return result
 
 
 def candidates(logits: NDArray[np.float32], options: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The tokens that may be drawn and their probabilities, for a temperature above 0.
+    """Return the tokens that pass the filters and their probabilities, for a temperature above 0.
 
-    What is left after a filter is computed in float64; sums over the whole vocabulary have float32 terms.
+    Probabilities are computed in float64; sums over the whole vocabulary have float32 terms.
 
     Args:
         logits: [V], after the repetition penalty; the highest is finite.
         options: temperature, top_k, top_p and min_p.
 
     Returns:
-        ids [C] and probabilities [C] that sum to 1, in no particular order.
+        ids [C], and probabilities [C] that sum to 1, in no particular order.
     """
     highest = logits.max()
-    temperature = _moderate(options.temperature)
+    temperature = _clamped(options.temperature)
     total = None
     if 0 < options.top_k < logits.size:
         ids = _top_k(logits, options.top_k)
@@ -156,7 +157,7 @@ def candidates(logits: NDArray[np.float32], options: Sampling) -> tuple[NDArray[
             weights = np.exp((logits - highest) / np.float32(temperature)).astype(np.float64)
         return np.arange(logits.size), weights / weights.sum()
     if options.min_p > 0 and options.top_p == 1:
-        # A superset by a hair, cheaply, before the exact test below.
+        # A cheap first filter with a small margin; the exact test follows below.
         floor = float(highest) + temperature * math.log(options.min_p)
         ids = ids[logits[ids] >= np.float32(floor - 1e-3 * (1 + abs(floor)))]
     scores = _scores(logits, ids, temperature)
@@ -177,7 +178,7 @@ def candidates(logits: NDArray[np.float32], options: Sampling) -> tuple[NDArray[
 
 
 def _scores(logits: NDArray[np.float32], ids: NDArray[np.int64], temperature: float) -> NDArray[np.float64]:
-    """Logits over temperature, less the highest of them, so that the best score is 0."""
+    """Return (logit - highest logit) / temperature of `ids`, so that the best score is 0."""
     scores: NDArray[np.float64] = logits[ids].astype(np.float64)
     scores -= scores.max()
     scores /= temperature
@@ -185,10 +186,10 @@ def _scores(logits: NDArray[np.float32], ids: NDArray[np.int64], temperature: fl
 
 
 def _at_least_best(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """Ids of a set that holds the `count` best logits and every tie with the last of them; all ids where that is many.
+    """Return ids that include the `count` highest logits and all ties with the last of them; all ids for a large count.
 
-    The count-th highest of the maxima of strided blocks is a bound that at least `count` logits reach, and costs a
-    tenth of a partition.
+    At least `count` logits reach the count-th highest of the maxima of strided blocks. That bound takes a tenth of the
+    time of a partition.
     """
     blocks = logits.size // _BLOCK
     if logits.size < 4 * count:
@@ -201,7 +202,7 @@ def _at_least_best(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]
 
 
 def _top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """Ids of the k highest logits and of every tie with the k-th (as in transformers)."""
+    """Return the ids of the k highest logits and of all ties with the k-th, as in transformers."""
     ids = _at_least_best(logits, k)
     chosen = logits[ids]
     kept: NDArray[np.int64] = ids[chosen >= np.partition(chosen, chosen.size - k)[chosen.size - k]]
@@ -209,24 +210,24 @@ def _top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
 
 
 def _nucleus(scores: NDArray[np.float64], top_p: float, total: float | None) -> NDArray[np.int64] | None:
-    """Indices of the fewest best scores whose exponentials reach `top_p` of `total`; None if all of them do not.
+    """Return the indices of the fewest highest scores whose exponentials sum to `top_p` of `total`.
 
-    Without a total the scores are all there are.
+    Without `total`, the scores are those of the whole vocabulary. None where all scores together do not reach it.
     """
     order = np.argsort(-scores, kind="stable")
     reached = np.cumsum(np.exp(scores[order]))
     if total is not None and reached[-1] < top_p * total:
         return None
-    # A token stays while the tokens above it have not reached top_p; the first always stays.
+    # A token is kept while the tokens above it do not reach top_p; the first is always kept.
     wanted = top_p * (reached[-1] if total is None else total)
     return order[: int(np.searchsorted(reached, wanted, side="left")) + 1]
 
 
 def argmax(logits: NDArray[np.float32]) -> int:
-    """The token with the highest of logits [V], the first of equals.
+    """Return the token with the highest of logits [V]; of equal ones the first.
 
     Raises:
-        GenerationError: logits are not numbers.
+        GenerationError: the highest logit is not finite.
     """
     token = int(logits.argmax())
     require_finite(float(logits[token]))
@@ -234,10 +235,10 @@ def argmax(logits: NDArray[np.float32]) -> int:
 
 
 def require_finite(highest: float) -> None:
-    """Refuse to choose by logits that are not numbers.
+    """Check that the highest logit is a finite number.
 
     Raises:
-        GenerationError: saying what `highest`, the highest of them, is.
+        GenerationError: it is not.
     """
     if not math.isfinite(highest):
         raise GenerationError(
@@ -247,11 +248,11 @@ def require_finite(highest: float) -> None:
 
 
 class Sampler:
-    """Draws one sequence's tokens; holds its generator and the tokens it has seen.
+    """Chooses the tokens of one sequence. Holds the random number generator and the tokens that occurred.
 
     Args:
         options: how to choose.
-        seen: the prompt's ids, which the repetition penalty counts.
+        seen: the prompt's ids, for the repetition penalty.
     """
 
     def __init__(self, options: Sampling, seen: Iterable[int] = ()) -> None:
@@ -261,10 +262,10 @@ class Sampler:
         self._seen = dict.fromkeys(seen) if options.repetition_penalty != 1 else {}
 
     def sample(self, logits: NDArray[np.float32]) -> int:
-        """Choose the token after logits [V], which stay untouched, and remember it.
+        """Choose a token by the logits [V], which are not changed, and count it for the repetition penalty.
 
         Raises:
-            GenerationError: logits are not numbers.
+            GenerationError: the highest logit is not finite.
         """
         options = self.options
         highest = float(logits.max())
@@ -283,5 +284,5 @@ class Sampler:
         return token
 
     def _uniform(self) -> float:
-        """In [0, 1), from the upper 53 bits."""
+        """Return a random number in [0, 1) from the upper 53 bits of the stream."""
         return int(self._bits.random_raw() >> 11) * 2.0**-53

@@ -1,4 +1,4 @@
-"""Stop strings in streamed text."""
+"""Find stop strings in streamed text."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from edgelm.errors import GenerationTypeError, GenerationValueError
 
 
 class StopStrings:
-    """Cuts a stream of text at the first stop string, which may be spread over several pieces.
+    """Ends a stream of text at the first stop string, which may be split over several calls of `push`.
 
-    No part of a stop string is ever let through, and no more is held back than could still become one. "First" is the
-    one that is complete first; of several that end there, the longest. So the result depends on the text alone, not on
-    how it was cut into pieces.
+    No part of a stop string is returned, and only text that could begin one is held back. The first stop string is the
+    one that is complete first; of several that end at the same place, the longest. So the result depends on the text
+    alone, not on how it is split.
 
     Raises:
         GenerationTypeError: a stop string is not a string.
@@ -29,7 +29,7 @@ class StopStrings:
         self._longest = max(map(len, self._stops), default=0)
 
     def push(self, piece: str) -> tuple[str, bool]:
-        """Add a piece; return the text that may be shown now, and whether a stop string was found."""
+        """Add text; return the text that may be shown now, and whether a stop string was found."""
         text = self._held + piece
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
@@ -48,6 +48,6 @@ class StopStrings:
         return text[: len(text) - held], False
 
     def flush(self) -> str:
-        """What was held back, when the text has ended without a stop string."""
+        """Return the text held back; to be called when the text ends without a stop string."""
         held, self._held = self._held, ""
         return held

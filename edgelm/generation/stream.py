@@ -1,4 +1,4 @@
-"""What is generated: one sequence's text as it grows, as a stream and as a result."""
+"""Generated text: a continuation as it grows, a stream of its text, and the result with timings."""
 
 from __future__ import annotations
 
@@ -28,10 +28,15 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Timings:
-    """What one generation took; the consumer's time between two pieces of a stream is not counted.
+    """Timings of one generation, in seconds. The time of a stream's consumer is not counted.
 
-    `prompt_tokens` were asked for, of which `reused_tokens` were cached by an earlier call and cost nothing.
-    `time_to_first_token` starts with the call: tokenisation and the wait for other calls are in it. Seconds.
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        reused_tokens: how many of them were in the KV cache of an earlier call, and were not computed.
+        decoded_tokens: generated tokens after the first one.
+        prefill_seconds: time to compute the prompt.
+        time_to_first_token: from the call to the first token, with tokenization and the wait for other calls.
+        decode_seconds: from the first token to the last.
     """
 
     prompt_tokens: int
@@ -43,12 +48,12 @@ class Timings:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Of the tokens that were not reused; 0 where all were."""
+        """Rate of the prompt tokens that were computed; 0 where all were reused."""
         return _rate(self.prompt_tokens - self.reused_tokens, self.prefill_seconds)
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Tokens after the first one; 0 where there was none."""
+        """Rate of the tokens after the first one; 0 where there are none."""
         return _rate(self.decoded_tokens, self.decode_seconds)
 
 
@@ -60,9 +65,12 @@ def _rate(count: int, seconds: float) -> float:
 class Generation:
     """A generated text.
 
-    `tokens` are the ids that were generated, without the end token, with those of a stop string.
-    `stop_reason`: "eos" the model ended, "stop" a stop string came, "length" max_tokens or the context was reached,
-    "interrupted" the stream was left early.
+    Attributes:
+        text: the text, without a stop string.
+        tokens: the generated token ids, without the end token, but with those of a stop string.
+        stop_reason: why it ended. "eos": the model ended it; "stop": a stop string was found; "length": `max_tokens` or
+            the context length was reached; "interrupted": the stream was closed early.
+        timings: tokens and seconds.
     """
 
     text: str
@@ -79,13 +87,13 @@ def _shown(text: str) -> str:
 
 
 class Continuation:
-    """What follows one prompt: chooses its tokens, makes text of them and says when it ends.
+    """The continuation of one prompt: chooses tokens, converts them to text, and decides when it ends.
 
     Attributes:
         prompt: the prompt's ids.
-        options: how to choose and when to end.
-        tokens: the ids so far, without the end token.
-        reason: why it has ended; None while it has not.
+        options: options of sampling and of the end.
+        tokens: the ids generated so far, without the end token.
+        reason: why it ended; None while it has not.
     """
 
     def __init__(self, prompt: list[int], options: Options, tokenizer: Tokenizer, end_ids: frozenset[int]) -> None:
@@ -99,19 +107,19 @@ class Continuation:
 
     @property
     def text(self) -> str:
-        """All the text so far."""
+        """The text generated so far."""
         return "".join(self._text)
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """The token after logits [V]. Raises GenerationError where they are no numbers."""
+        """Choose the next token by the logits [V]. Raises `GenerationError` where they are not finite."""
         return self._sampler.sample(logits)
 
     def take(self, token: int, *, full: bool) -> str:
         """Append a token; return the text that may be shown now.
 
         Args:
-            token: the one that was chosen; an end token ends the text and is no part of it.
-            full: the context has no room for another.
+            token: the chosen token; an end token ends the text and is not part of it.
+            full: whether the context has no room for another token.
         """
         text, stopped = "", False
         if token in self._end_ids:
@@ -122,7 +130,7 @@ class Continuation:
             if not stopped and (full or len(self.tokens) == self.options.max_tokens):
                 self.reason = "length"
         if self.reason is not None:
-            # What was held back: bytes of a character, the beginning of a stop string.
+            # Add the text held back: bytes of an incomplete character, the beginning of a stop string.
             more, stopped = self._stops.push(self._pieces.flush())
             text += more if stopped else more + self._stops.flush()
         if stopped:
@@ -132,20 +140,20 @@ class Continuation:
         return text
 
     def generation(self, timings: Timings) -> Generation:
-        """The result so far."""
+        """Return the result so far."""
         return Generation(self.text, tuple(self.tokens), self.reason or "interrupted", timings)
 
 
 class TextStream(Iterator[str]):
-    """Pieces of text as they are generated, for `for` and for `async for`; `generation` tells what there is so far.
+    """Iterator over text as it is generated, with `for` or `async for`. Returned by `LanguageModel.stream`.
 
-    The model belongs to the stream from the first piece until the last, `close`, or garbage collection, and other calls
-    wait. `async for` computes in a thread of its own, and a task that is cancelled ends its stream. Leaving a stream
-    early is fine; leaving it open is not: see `edgelm.generation.turns`.
+    `generation` is the result so far. The stream occupies the model from its first text until it is exhausted, closed
+    or garbage collected, and other calls wait. So close a stream that you leave early. `async for` computes in a
+    separate thread; cancelling the task ends the stream.
     """
 
     def __init__(self, cache: PrefixCache, answer: Continuation, turn: Turn, *, started: float) -> None:
-        """Made by `LanguageModel`; `started`: when the call began."""
+        """Called by `LanguageModel`; `started` is the start time of the call."""
         self._cache, self._answer, self._turn = cache, answer, turn
         self._spent = time.perf_counter() - started
         self._resumed = 0.0
@@ -171,20 +179,20 @@ class TextStream(Iterator[str]):
         return piece
 
     def close(self) -> None:
-        """Stop generating and let the next call have the model; further iteration ends at once."""
+        """Stop generating and release the model to the next call. Further iteration ends at once."""
         self._turn.end()
         if not self._turn.computing:
             self._ended = True
         self._dismiss()
 
     async def aclose(self) -> None:
-        """As `close`, without blocking the event loop while a step runs."""
+        """Like `close`, without blocking the event loop while a step runs."""
         import asyncio
 
         await asyncio.to_thread(self.close)
 
     def __del__(self) -> None:
-        if hasattr(self, "_worker"):  # else it was never made
+        if hasattr(self, "_worker"):  # False if __init__ failed
             self.close()
 
     def __repr__(self) -> str:
@@ -194,7 +202,7 @@ class TextStream(Iterator[str]):
 
     @property
     def generation(self) -> Generation:
-        """The text, tokens and timings so far."""
+        """Text, tokens and timings so far."""
         decode_seconds = max(0.0, self._spent - self._first_seconds) if self._decoded else 0.0
         return self._answer.generation(
             Timings(
@@ -208,15 +216,15 @@ class TextStream(Iterator[str]):
         )
 
     def drain(self) -> Generation:
-        """Go on to the end; return it all."""
+        """Generate to the end and return the result."""
         for _ in self:
             pass
         return self.generation
 
-    async def in_worker(self, work: Callable[[], Result]) -> Result:
-        """Run `work` in this stream's thread; the stream ends if the task is cancelled meanwhile.
+    async def in_worker(self, function: Callable[[], Result]) -> Result:
+        """Run `function` in this stream's thread. If the task is cancelled meanwhile, the stream ends.
 
-        A thread of its own: one of a pool that all share might wait for a stream whose next step needs the pool.
+        Each stream has its own thread: in a shared pool all threads might wait for a stream whose next step needs one.
         """
         import asyncio
         from concurrent.futures import ThreadPoolExecutor
@@ -224,7 +232,7 @@ class TextStream(Iterator[str]):
         worker = self._worker = self._worker or ThreadPoolExecutor(1, thread_name_prefix="edgelm-stream")
         self._turn.task = asyncio.current_task()
         try:
-            result = await asyncio.get_running_loop().run_in_executor(worker, work)
+            result = await asyncio.get_running_loop().run_in_executor(worker, function)
         except asyncio.CancelledError:
             self._turn.leave()
             self._ended = True
@@ -242,14 +250,14 @@ class TextStream(Iterator[str]):
             worker.shutdown(wait=False)
 
     def _tick(self) -> float:
-        """Seconds spent here so far, the consumer's time left out."""
+        """Return the seconds spent in this stream so far, without the consumer's time."""
         now = time.perf_counter()
         self._spent += now - self._resumed
         self._resumed = now
         return self._spent
 
     def _advance(self) -> str | None:
-        """The next piece, None at the end."""
+        """Return the next text; None at the end."""
         if self._ended:
             return None
         self._resumed = time.perf_counter()
@@ -278,7 +286,7 @@ class TextStream(Iterator[str]):
             self._turn.pause()
 
     def _step(self) -> str:
-        """Compute and take one token."""
+        """Compute one token and return the text that may be shown now."""
         cache, answer = self._cache, self._answer
         self._turn.check()
         if self._token is None:
@@ -289,7 +297,7 @@ class TextStream(Iterator[str]):
             self._token = answer.choose(logits)
             self._first_seconds = self._tick()
         else:
-            # With nothing else to ask of the logits, they stay on the device.
+            # In plain greedy decoding the logits are not needed and stay on the device.
             plain = answer.options.sampling.plain
             self._token = cache.decode_greedy(self._token) if plain else answer.choose(cache.decode(self._token))
             self._decoded += 1

@@ -1,4 +1,4 @@
-"""Drops the oldest turns of a conversation when the context is full."""
+"""Drop the oldest turns of a conversation when the context is full."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Trimmed:
     """A conversation that fits into the context.
 
     Attributes:
-        messages: what is left of it.
+        messages: the messages that remain.
         tokens: the prompt's token ids, for `LanguageModel.stream`.
-        dropped: how many turns were dropped.
+        dropped: number of turns that were dropped.
     """
 
     messages: list[dict[str, Any]]
@@ -28,18 +28,21 @@ class Trimmed:
 
 
 def trim_messages(model: LanguageModel, messages: Sequence[Mapping[str, Any]], answer_tokens: int) -> Trimmed:
-    """Drop the oldest turns of a conversation that leaves the context no room for `answer_tokens` more.
+    """Drop the oldest turns of a conversation, so that the context has room for `answer_tokens` more.
 
-    A turn is a user's message and all up to the next one. System messages at the beginning stay, and so does the last
-    turn, even where it leaves less room. The first drop makes the rest be computed anew. So that not every further
-    message has to drop a turn, a quarter of the room is freed at once; continue with the messages that are returned.
+    A turn is a user's message and all messages up to the next one. System messages at the beginning and the last turn
+    are kept, even if they leave less room. After a drop, the rest of the conversation has to be computed again. So a
+    quarter of the room is freed at once, and the next messages need no further drop. Continue with the returned
+    messages.
+
+    Example::
 
         kept = trim_messages(model, messages, 256)
         answer = model.generate(kept.tokens, max_tokens=256)
         messages = [*kept.messages, {"role": "assistant", "content": answer.text}]
 
     Raises:
-        ContextLengthError: the last turn alone does not fit, with the system messages.
+        ContextLengthError: the system messages and the last turn alone do not fit.
         GenerationError: as `LanguageModel.render_chat`.
     """
     context = model.runtime.context_length

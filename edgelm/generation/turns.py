@@ -1,8 +1,8 @@
-"""Who may use a model: one call at a time, in the order in which they came.
+"""Queue of the calls that use a model: one runs at a time, in the order of arrival.
 
-A call of `generate` has its turn until it returns, a stream from its first piece until it is exhausted, closed or
-garbage collected. The others wait. A thread (or a task of asyncio) that has a stream open and makes another call would
-wait for itself: it gets an error instead.
+A call of `generate` has the model until it returns, a stream from its first text until it is exhausted, closed or
+garbage collected. The others wait. A thread or asyncio task that has a stream open and makes another call would wait
+for itself forever: that call raises an error instead.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any
 
 from edgelm.errors import EdgeLMError, GenerationError
 
-# The turns begun in this context. A pool of threads (Starlette's, `asyncio.to_thread`) runs each piece of a stream in a
-# context of its own, perhaps in the thread that has just served another stream, and then nobody waits for itself.
+# The turns begun in this context. A thread pool (Starlette's, `asyncio.to_thread`) runs each step of a stream in a
+# separate context. Its thread may just have served another stream, so the thread's id alone does not show a deadlock.
 _BEGUN: ContextVar[tuple[Turn, ...]] = ContextVar("edgelm_turns", default=())
 
 
-class TurnLeft(Exception):  # noqa: N818 - never seen outside
-    """The call was given up while it waited or computed."""
+class TurnLeft(Exception):  # noqa: N818 - internal
+    """The call was ended while it waited or computed."""
 
 
 class Turns:
     """The queue of one model."""
 
     def __init__(self) -> None:
-        # Reentrant: a garbage collection in the middle of what follows may end a stream.
+        # Reentrant: while it is held, a garbage collection may end a stream.
         self._mutex = threading.RLock()
         self._queue: deque[Turn] = deque()
         self._closed = False
@@ -40,10 +40,10 @@ class Turns:
             raise EdgeLMError("this model was closed: load the bundle again")
 
     def close(self) -> None:
-        """Let no call begin or go on; return when none computes.
+        """End all calls, and return when none computes any more.
 
         Raises:
-            EdgeLMError: one computes in this very thread (a signal handler closes the model).
+            EdgeLMError: a call computes in this thread, which happens when a signal handler closes the model.
         """
         with self._mutex:
             first = self._queue[0] if self._queue else None
@@ -54,18 +54,18 @@ class Turns:
                 turn._called.set()
         if first is not None:
             with first._using:
-                pass  # its step is over
+                pass  # wait for the end of its step
 
     def _join(self, turn: Turn) -> None:
-        """Put a turn last in the queue.
+        """Append a turn to the queue.
 
         Raises:
             EdgeLMError: the model was closed.
-            GenerationError: the first in the queue ends only when its caller goes on, who is this one.
+            GenerationError: deadlock: the first in the queue waits for the caller that makes this call.
         """
-        if self._why_endless(turn) is not None:
-            gc.collect()  # a stream that nobody can reach any more does not count
-            why = self._why_endless(turn)
+        if self._deadlock(turn) is not None:
+            gc.collect()  # ends streams that are no longer referenced
+            why = self._deadlock(turn)
             if why is not None:
                 raise GenerationError(why)
         with self._mutex:
@@ -74,8 +74,8 @@ class Turns:
             if self._queue[0] is turn:
                 turn._called.set()
 
-    def _why_endless(self, turn: Turn) -> str | None:
-        """Why a turn would wait for ever, None where it would not."""
+    def _deadlock(self, turn: Turn) -> str | None:
+        """Return why a turn would wait forever; None where it would not."""
         with self._mutex:
             first = self._queue[0] if self._queue else None
         if first is None:
@@ -90,7 +90,7 @@ class Turns:
                 "an async stream of this model is open in the event loop of this thread, which this call would block: "
                 "await generate_async or chat_async, or use `async for`"
             )
-        # Nobody else goes on in the main thread, in whatever context.
+        # The main thread runs only one caller, whatever the context.
         main = threading.current_thread() is threading.main_thread()
         if first._thread == threading.get_ident() and (main or first in _BEGUN.get()):
             return f"a stream of this model is open in this thread: {advice}"
@@ -105,8 +105,8 @@ class Turns:
 
 
 def _running_loop() -> Any:
-    """The event loop that runs in this thread, None where there is none."""
-    asyncio = sys.modules.get("asyncio")  # not imported for those who do not use it
+    """Return the event loop that runs in this thread; None where there is none."""
+    asyncio = sys.modules.get("asyncio")  # not imported here: programs without asyncio need not load it
     try:
         return None if asyncio is None else asyncio.get_running_loop()
     except RuntimeError:
@@ -114,30 +114,31 @@ def _running_loop() -> Any:
 
 
 class Turn:
-    """One call's place in the queue: it joins with its first step and keeps its turn until `end`.
+    """A call's place in the queue. It joins the queue with its first step and has the model until `end`.
 
-        turn.begin()                 # waits for the turn, if this call does not have it yet
-        try: ...                     # uses the model; `check()` now and then
+        turn.begin()                 # waits until it is this call's turn
+        try: ...                     # use the model; call `check()` between parts
         finally: turn.pause()
 
-    `task`: the task of asyncio for which a worker thread makes the steps, None where the caller makes them itself.
-    `computing`: whether a step is under way.
+    Attributes:
+        task: the asyncio task for which a worker thread runs the steps; None where the caller runs them itself.
+        computing: whether a step is running.
     """
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
         self.task: Any = None
-        # Held while it computes or waits; reentrant, since a signal handler may end the call of its own thread.
+        # Held while the call computes or waits. Reentrant: a signal handler may end the call of its own thread.
         self._using = threading.RLock()
         self._called = threading.Event()
         self._joined = self.computing = self._left = False
         self._thread = 0
 
     def begin(self) -> None:
-        """Begin a step.
+        """Begin a step; wait until it is this call's turn.
 
         Raises:
-            TurnLeft: the call was ended, perhaps while it waited here.
+            TurnLeft: the call was ended, possibly while it waited.
             EdgeLMError: the model was closed.
             GenerationError: it would wait for its own caller.
         """
@@ -168,14 +169,14 @@ class Turn:
             _BEGUN.set((*(turn for turn in begun if not turn._left), self))
 
     def pause(self) -> None:
-        """End a step; the turn stays this call's until `end`."""
+        """End a step. The call keeps its turn until `end`."""
         self.computing = False
         if self._left:
             self._turns._leave(self)
         self._using.release()
 
     def check(self) -> None:
-        """Between parts of a step: whether to go on.
+        """Check between parts of a step that the call may go on.
 
         Raises:
             TurnLeft: the call was ended.
@@ -186,12 +187,12 @@ class Turn:
             raise TurnLeft
 
     def leave(self) -> None:
-        """End the call as soon as may be, without waiting for the step that runs."""
+        """End the call as soon as possible, without waiting for its running step."""
         self._left = True
         self._called.set()
 
     def end(self) -> None:
-        """End the call: the next in the queue has its turn. A step that runs in another thread is waited for."""
+        """Wait for a step that runs in another thread, then end the call. The next in the queue has its turn."""
         self.leave()
         with self._using:
             if not self.computing:
