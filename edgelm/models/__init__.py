@@ -1,7 +1,7 @@
-"""The models, one file each, and the registry that finds a checkpoint's.
+"""Registry of the supported models. Each model is one file in this package.
 
-A model file has `spec(config_json)`, which gives the `edgelm.models.spec.Decoder` of a config.json, and `KEYS`, the
-fields of config.json that it reads. Nothing else knows a model's name. Importing this needs no torch.
+A model file has `spec(config_json)`, which returns the `edgelm.models.spec.Decoder` of a config.json, and `KEYS`, the
+fields of config.json that it reads. No other code knows a model's name. Importing this package needs no torch.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """One supported family of models.
+    """A supported family of models.
 
     Attributes:
-        name: of its file in this package, as bundles record it.
-        architecture: what `architectures[0]` of a config.json says.
-        title: what errors call it.
+        name: name of its file in this package; bundles record it.
+        architecture: value of `architectures[0]` in config.json.
+        title: its name in errors.
     """
 
     name: str
@@ -33,20 +33,20 @@ class Family:
 
     @property
     def model_type(self) -> str:
-        """What `model_type` of a config.json says."""
+        """Value of `model_type` in config.json."""
         return self.name
 
     @property
     def keys(self) -> frozenset[str]:
-        """The fields of config.json that it reads, besides those about RoPE."""
+        """The fields of config.json that it reads, apart from those of RoPE."""
         return cast("frozenset[str]", importlib.import_module(f"edgelm.models.{self.name}").KEYS)
 
     def spec(self, config_json: Mapping[str, Any]) -> Decoder:
-        """The decoder that a config.json describes.
+        """Return the spec of the model that a config.json describes.
 
         Raises:
-            UnsupportedConfigError: a field changes the arithmetic and is not implemented, or is unknown.
-            CheckpointError: a field is missing or impossible.
+            UnsupportedConfigError: a field that changes the arithmetic is not implemented, or a field is unknown.
+            CheckpointError: a field is missing or invalid.
         """
         from edgelm.models.unsupported_fields import check_fields
 
@@ -66,7 +66,7 @@ FAMILIES = (
 )
 
 FORMER_NAMES = {"fox": "llama"}
-"""What older bundles call a family."""
+"""Names of families in older bundles."""
 
 
 def family(config_json: Mapping[str, Any]) -> Family:
@@ -88,5 +88,5 @@ def family(config_json: Mapping[str, Any]) -> Family:
 
 
 def decoder(config_json: Mapping[str, Any]) -> Decoder:
-    """The decoder that a config.json describes, whatever its family. Raises as `family` and `Family.spec`."""
+    """Return the spec of the model that a config.json describes. Raises as `family` and `Family.spec`."""
     return family(config_json).spec(config_json)

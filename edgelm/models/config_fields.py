@@ -1,4 +1,4 @@
-"""Numbers of a config.json, checked as they are read."""
+"""Read and check the fields of a config.json."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from edgelm.errors import CheckpointError
 
-# Positions and their multiples are float32 numbers, which are whole up to here.
+# Positions are computed in float32, which holds every integer up to here.
 MAX_POSITIONS = 1 << 24
 MAX_COUNT = (1 << 31) - 1
-MIN_FLOAT, MAX_FLOAT = 1.1754944e-38, 3.4028234e38  # what float32 holds with all its digits
+MIN_FLOAT, MAX_FLOAT = 1.1754944e-38, 3.4028234e38  # smallest normal and largest float32
 
 
 def shortened(value: object) -> str:
-    """A value for an error message, cut where it is long."""
+    """Return a value for an error message, cut to 80 characters."""
     if isinstance(value, int) and value.bit_length() > 200:
         return f"a number of about {int(value.bit_length() * 0.30103) + 1} digits"
     try:
@@ -25,10 +25,10 @@ def shortened(value: object) -> str:
 
 
 def positive_int(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
-    """Read a whole number > 0; null counts as absent.
+    """Read an integer > 0; null counts as absent.
 
     Raises:
-        CheckpointError: the field is absent and has no default, or is not a whole number above zero.
+        CheckpointError: the field is absent and has no default, or is not an integer above zero.
     """
     value = config.get(field)
     if value is None:
@@ -43,11 +43,11 @@ def positive_int(config: Mapping[str, Any], field: str, default: int | None = No
     return value
 
 
-def whole(config: Mapping[str, Any], field: str, default: int) -> int:
-    """Read a whole number >= 0; null counts as absent.
+def non_negative_int(config: Mapping[str, Any], field: str, default: int) -> int:
+    """Read an integer >= 0; null counts as absent.
 
     Raises:
-        CheckpointError: it is something else.
+        CheckpointError: the field is something else.
     """
     value = config.get(field)
     return 0 if type(value) is int and value == 0 else positive_int(config, field, default)
@@ -86,10 +86,10 @@ def boolean(config: Mapping[str, Any], field: str, default: bool) -> bool:
 
 
 def check_heads(heads: int, kv_heads: int, head_dim: int) -> None:
-    """Check what attention needs of its numbers.
+    """Check the numbers of heads and their size.
 
     Raises:
-        CheckpointError: KV heads do not divide the heads, or the head width is odd (RoPE turns pairs).
+        CheckpointError: the KV heads do not divide the heads, or the head size is odd (RoPE rotates pairs).
     """
     if heads % kv_heads:
         raise CheckpointError(

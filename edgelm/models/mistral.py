@@ -1,7 +1,7 @@
-"""Mistral: Llama with attention to the last positions only (arXiv 2310.06825).
+"""Mistral: Llama with sliding-window attention (arXiv 2310.06825).
 
-The first version attends to 4096 positions, which transformers also takes for a config.json that says nothing; later
-ones say null: to all.
+The window of the first version is 4096 positions, which is also transformers' default. In later versions it is null,
+which means no window.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def spec(config: Mapping[str, Any]) -> Decoder:
     """Read config.json; absent fields have the defaults of transformers' MistralConfig.
 
     Raises:
-        CheckpointError, UnsupportedConfigError: a field is missing, impossible or not implemented.
+        CheckpointError, UnsupportedConfigError: a field is missing, invalid or not implemented.
     """
     shape = parts.Shape.read(config, context=1 << 17, eps=1e-6, kv_heads=8)
     rope, context = read_rope(config, shape.head_dim, shape.context)

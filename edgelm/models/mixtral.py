@@ -1,6 +1,6 @@
 """Mixtral: Mistral's attention and a sparse mixture of experts (arXiv 2401.04088).
 
-The weights of the chosen experts are divided by their sum, which equals a softmax over the chosen alone.
+The weights of the selected experts are divided by their sum, which equals a softmax over the selected experts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def spec(config: Mapping[str, Any]) -> Decoder:
     """Read config.json; absent fields have the defaults of transformers' MixtralConfig.
 
     Raises:
-        CheckpointError, UnsupportedConfigError: a field is missing, impossible or not implemented.
+        CheckpointError, UnsupportedConfigError: a field is missing, invalid or not implemented.
     """
     shape = parts.Shape.read(config, context=1 << 17, eps=1e-5, kv_heads=8)
     rope, context = read_rope(config, shape.head_dim, shape.context, theta=1e6)

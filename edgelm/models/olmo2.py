@@ -1,4 +1,4 @@
-"""OLMo-2: the output of each part is normed, not its input; QK-norm over the whole width (arXiv 2501.00656)."""
+"""OLMo-2: norms after attention and MLP instead of before; QK-norm over the whole width (arXiv 2501.00656)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def spec(config: Mapping[str, Any]) -> Decoder:
     """Read config.json; absent fields have the defaults of transformers' Olmo2Config.
 
     Raises:
-        CheckpointError, UnsupportedConfigError: a field is missing, impossible or not implemented.
+        CheckpointError, UnsupportedConfigError: a field is missing, invalid or not implemented.
     """
     shape = parts.Shape.read(config, context=2048, eps=1e-5)
     rope, context = read_rope(config, shape.head_dim, shape.context)

@@ -1,9 +1,9 @@
 """OLMoE: a sparse mixture-of-experts decoder (arXiv 2409.02060).
 
-Queries and keys are normed over their whole projected width, before the split into heads and before RoPE: a norm a head
-would be another model. `clip_qkv` clamps after the norm, as transformers does (the training code clamped before it; no
-published checkpoint sets it). The router's softmax is over all experts, and the chosen probabilities are used as they
-are unless `norm_topk_prob`: they sum to well under one, and normalizing them would be another model.
+QK-norm covers the whole projected width, before the split into heads and before RoPE; it is not a norm per head.
+`clip_qkv` clamps after the norm, as in transformers. The training code clamped before it, but no published checkpoint
+sets it. The router's softmax is over all experts. The probabilities of the selected experts, which sum to well under
+one, are used unchanged unless `norm_topk_prob` is set.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def spec(config: Mapping[str, Any]) -> Decoder:
     """Read config.json; absent fields have the defaults of transformers' OlmoeConfig where it has sensible ones.
 
     Raises:
-        CheckpointError, UnsupportedConfigError: a field is missing, impossible or not implemented.
+        CheckpointError, UnsupportedConfigError: a field is missing, invalid or not implemented.
     """
     shape = parts.Shape.read({**config, "head_dim": None}, context=4096, eps=1e-5)  # eps: absent in published configs
     if config.get("head_dim") not in (None, shape.head_dim):
-        # transformers sizes q_norm by hidden_size, so OLMoE with another head size does not exist.
+        # transformers sizes q_norm by hidden_size, so OLMoE cannot have another head size.
         raise UnsupportedConfigError(
             f"config.json: head_dim is {shortened(config['head_dim'])}; OLMoE has hidden_size / num_attention_heads = "
             f"{shape.head_dim}"

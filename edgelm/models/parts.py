@@ -1,6 +1,6 @@
-"""What the model files share: the usual parts of a decoder under their usual names on disk, from a config.json.
+"""Helpers for model files: the usual parts of a decoder, with their usual tensor names, from a config.json.
 
-Helpers, not a base class: a model that needs something else writes it in its own file.
+These are functions, not a base class: a model that needs something else defines it in its own file.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ KEYS = frozenset(
     max_position_embeddings rms_norm_eps tie_word_embeddings
     """.split()  # noqa: SIM905 - names read better as prose
 )
-"""The fields that `Shape` and the parts below read. Those about RoPE are read by `edgelm.models.rope`."""
+"""Fields of config.json that `Shape` and the parts below read. `edgelm.models.rope` reads those of RoPE."""
 
 WINDOW_KEYS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
-"""The fields that `layer_windows` reads."""
+"""Fields of config.json that `layer_windows` reads."""
 
 Blocks = tuple[Block, Block]
-"""The blocks of a layer of attention and a feed-forward part."""
+"""The two blocks of a layer: attention and feed-forward."""
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 """The usual names of gate, up and down."""
@@ -37,7 +37,7 @@ GATED = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers that every part needs: D, H, K, Dh, L, V, the context and the norms' epsilon."""
+    """Sizes that the parts need: D, H, K, Dh, L, V, the context length and the norms' epsilon."""
 
     hidden: int
     heads: int
@@ -59,10 +59,10 @@ class Shape:
         kv_heads: int | None = None,
         head_dim: int | None = None,
     ) -> Shape:
-        """Read config.json; `context`, `eps`, `kv_heads` (as many as heads) and `head_dim` (D / H) are defaults.
+        """Read config.json; the other arguments are defaults (None: as many KV heads as heads; head size D / H).
 
         Raises:
-            CheckpointError: a field is missing or impossible.
+            CheckpointError: a field is missing or invalid.
         """
         heads, hidden = fields.positive_int(config, "num_attention_heads"), fields.positive_int(config, "hidden_size")
         if config.get("head_dim") is None and head_dim is None and hidden % heads:
@@ -82,7 +82,7 @@ class Shape:
         return shape
 
     def norm(self, name: str, size: int | None = None) -> Norm:
-        """An RMSNorm over `size` values, the hidden size unless told otherwise."""
+        """Return an RMSNorm over `size` values, by default the hidden size."""
         return Norm(f"{name}.weight", size or self.hidden, self.eps)
 
 
@@ -96,7 +96,17 @@ def attention(
     clip: float | None = None,
     window: int | None = None,
 ) -> Attention:
-    """Attention of a layer; `bias` is one of q, k and v; `qk_norm` is "whole", "head" or None."""
+    """Return the attention of a layer.
+
+    Args:
+        shape: sizes of the model.
+        layer: the layer's index.
+        rope: RoPE; None for none.
+        bias: whether q, k and v have biases.
+        qk_norm: norms of queries and keys over the "whole" width or each "head"; None for none.
+        clip: clamp q, k and v to +-clip; None for no clamping.
+        window: size of the sliding window; None for none.
+    """
     stem, size = f"model.layers.{layer}.self_attn", shape.head_dim
     q, k, v = (
         Matrix(
@@ -118,7 +128,7 @@ def attention(
 def dense(
     shape: Shape, layer: int, stem: str, width: int, expert: int | None = None, names: tuple[str, str, str] = GATED
 ) -> Dense:
-    """A SwiGLU network of `width`; `names` are those of gate, up and down on disk."""
+    """Return a SwiGLU network of `width`; `names` are the tensor names of gate, up and down."""
     gate, up, down = names
     return Dense(
         Matrix(f"{stem}.{gate}.weight", width, shape.hidden, "gate", layer, expert),
@@ -138,17 +148,17 @@ def moe(
     normalize: bool,
     names: tuple[str, str, str] = GATED,
 ) -> MoE:
-    """Experts of `width`, of which `active` act on a token."""
+    """Return an MoE of `experts` experts of `width`, of which `active` are selected per token."""
     router = Matrix(f"{stem}.gate.weight", experts, shape.hidden, "router", layer)
     stacked = tuple(dense(shape, layer, f"{stem}.experts.{e}", width, e, names) for e in range(experts))
     return MoE(router, stacked, active, normalize)
 
 
 def expert_counts(config: Config, *experts: str) -> tuple[int, int]:
-    """Experts of a layer, from the first of the fields `experts` that is there, and per token.
+    """Return the number of experts in a layer, from the first of the fields `experts` that exists, and per token.
 
     Raises:
-        CheckpointError: one is missing or impossible, or more are active than there are.
+        CheckpointError: a field is missing or invalid, or more experts are active than there are.
     """
     field = next((field for field in experts if config.get(field) is not None), experts[0])
     count, active = fields.positive_int(config, field), fields.positive_int(config, "num_experts_per_tok")
@@ -158,10 +168,10 @@ def expert_counts(config: Config, *experts: str) -> tuple[int, int]:
 
 
 def window(config: Config, context: int, default: int | None = None) -> int | None:
-    """The positions that attention sees, from `sliding_window`: null is all, and so is as many as the context.
+    """Return the size of the sliding window; None where `sliding_window` is null or not below the context length.
 
     Raises:
-        CheckpointError: it is no number above zero.
+        CheckpointError: `sliding_window` is not an integer above zero.
     """
     if "sliding_window" not in config and default is None:
         return None
@@ -172,14 +182,14 @@ def window(config: Config, context: int, default: int | None = None) -> int | No
 
 
 def layer_windows(config: Config, layers: int, context: int) -> list[int | None]:
-    """The window of each layer as Qwen has them: `layer_types`, or from `max_window_layers` on.
+    """Return the sliding window of each layer of a Qwen model, from `layer_types` or `max_window_layers`.
 
     Raises:
-        CheckpointError: a field is impossible.
+        CheckpointError: a field is invalid.
     """
     if not fields.boolean(config, "use_sliding_window", False):
         return [None] * layers
-    size, first = window(config, context, 4096), fields.whole(config, "max_window_layers", 28)
+    size, first = window(config, context, 4096), fields.non_negative_int(config, "max_window_layers", 28)
     kinds = config.get("layer_types") or [SLIDING if i >= first else FULL for i in range(layers)]
     if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {FULL, SLIDING}:
         raise CheckpointError(
@@ -189,7 +199,7 @@ def layer_windows(config: Config, layers: int, context: int) -> list[int | None]
 
 
 def pre_norm(shape: Shape, layer: int, attended: Attention, feed_forward: Dense | MoE) -> Blocks:
-    """x += attention(norm(x)); x += feed_forward(norm(x)), as Llama has it."""
+    """Return the blocks of a pre-norm layer, as in Llama: x += attention(norm(x)); x += feed_forward(norm(x))."""
     stem = f"model.layers.{layer}"
     return (
         Block(layer, attended, before=shape.norm(f"{stem}.input_layernorm")),
@@ -198,7 +208,7 @@ def pre_norm(shape: Shape, layer: int, attended: Attention, feed_forward: Dense 
 
 
 def decoder(family: str, shape: Shape, layer: Callable[[int], Iterable[Block]], context: int | None = None) -> Decoder:
-    """The whole model from the blocks of each layer; `context` is what RoPE leaves of the context."""
+    """Return the whole model from a function that gives the blocks of a layer; `context`: its limit by RoPE."""
     embed = Matrix("model.embed_tokens.weight", shape.vocabulary, shape.hidden, EMBEDDING)
     head = embed if shape.tied else Matrix("lm_head.weight", shape.vocabulary, shape.hidden, HEAD)
     blocks = tuple(block for index in range(shape.layers) for block in layer(index))

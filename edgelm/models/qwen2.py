@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5 and Qwen1.5: Llama with biases of queries, keys and values (arXiv 2407.10671)."""
+"""Qwen2, Qwen2.5 and Qwen1.5: Llama with biases in the q, k and v projections (arXiv 2407.10671)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def spec(config: Mapping[str, Any]) -> Decoder:
     """Read config.json; absent fields have the defaults of transformers' Qwen2Config.
 
     Raises:
-        CheckpointError, UnsupportedConfigError: a field is missing, impossible or not implemented.
+        CheckpointError, UnsupportedConfigError: a field is missing, invalid or not implemented.
     """
     shape = parts.Shape.read(config, context=32768, eps=1e-6, kv_heads=32)
     rope, context = read_rope(config, shape.head_dim, shape.context)

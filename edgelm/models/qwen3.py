@@ -1,6 +1,6 @@
-"""Qwen3: Llama whose queries and keys are normed head by head, before RoPE (arXiv 2505.09388).
+"""Qwen3: Llama with QK-norm on each head, before RoPE (arXiv 2505.09388).
 
-Heads have 128 values unless config.json says otherwise, whatever the hidden size.
+The head size is 128 unless config.json says otherwise, whatever the hidden size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def spec(config: Mapping[str, Any]) -> Decoder:
     """Read config.json; absent fields have the defaults of transformers' Qwen3Config.
 
     Raises:
-        CheckpointError, UnsupportedConfigError: a field is missing, impossible or not implemented.
+        CheckpointError, UnsupportedConfigError: a field is missing, invalid or not implemented.
     """
     shape = parts.Shape.read(config, context=32768, eps=1e-6, kv_heads=32, head_dim=128)
     rope, context = read_rope(config, shape.head_dim, shape.context)

@@ -1,6 +1,6 @@
 """Qwen3-MoE: Qwen3's attention and a sparse mixture of experts (arXiv 2505.09388).
 
-`norm_topk_prob` is false where config.json says nothing; the published ones say true. Some layers may be dense.
+The default of `norm_topk_prob` is false; published configs set it to true. Some layers may be dense.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def spec(config: Mapping[str, Any]) -> Decoder:
     """Read config.json; absent fields have the defaults of transformers' Qwen3MoeConfig.
 
     Raises:
-        CheckpointError, UnsupportedConfigError: a field is missing, impossible or not implemented.
+        CheckpointError, UnsupportedConfigError: a field is missing, invalid or not implemented.
     """
     shape = parts.Shape.read(config, context=32768, eps=1e-6, kv_heads=4)
     rope, context = read_rope(config, shape.head_dim, shape.context)

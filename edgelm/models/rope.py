@@ -1,8 +1,8 @@
-"""Rotary positions (RoPE, arXiv 2104.09864) from a config.json to a table of inverse frequencies.
+"""Rotary position embeddings (RoPE, arXiv 2104.09864): from a config.json to a table of inverse frequencies.
 
-Every published way to stretch a context is another table, computed here as transformers' modeling_rope_utils does it,
-in float32. `dynamic` changes the table only beyond max_position_embeddings, which no bundle goes beyond, and `longrope`
-has one table up to original_max_position_embeddings and another beyond: the context is limited to the first.
+Every published method of context extension is another table. It is computed in float32, as in transformers'
+modeling_rope_utils. `dynamic` changes the table only beyond max_position_embeddings, which no bundle exceeds.
+`longrope` has one table up to original_max_position_embeddings and another beyond; the context is limited to the first.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ _ORIGINAL = "original_max_position_embeddings"
 
 Floats = NDArray[np.float32]
 Scaled = tuple[Floats, float, int]
-"""Inverse frequencies [Dh / 2], the attention factor, and the positions for which they are right."""
+"""Inverse frequencies [Dh / 2], the attention factor, and the positions up to which they are valid."""
 
 
 def read_rope(config: Mapping[str, Any], head_dim: int, context: int, theta: float = 10000.0) -> tuple[Rope, int]:
-    """The table for heads of `head_dim`, and the positions up to which it is right (at most `context`).
+    """Return the RoPE table, and the positions up to which it is valid, at most `context`.
 
     Args:
-        config: config.json, with `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`.
+        config: contents of config.json, with `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`.
         head_dim: Dh, even.
         context: max_position_embeddings.
-        theta: the base where config.json gives none.
+        theta: the default base.
 
     Raises:
-        UnsupportedConfigError: another kind of RoPE, or fields that contradict each other.
-        CheckpointError: a parameter is missing or impossible.
+        UnsupportedConfigError: the kind of RoPE is not implemented, or fields contradict each other.
+        CheckpointError: a parameter is missing or invalid.
     """
     found = problems(config)
     if found:
@@ -49,7 +49,7 @@ def read_rope(config: Mapping[str, Any], head_dim: int, context: int, theta: flo
 
 
 def problems(config: Mapping[str, Any]) -> dict[str, str]:
-    """What is not implemented of the fields about RoPE, by field."""
+    """Return the fields of RoPE that are not implemented, each with a description."""
     found = {}
     for field in FIELDS[1:]:
         table = config.get(field)
@@ -79,7 +79,7 @@ def problems(config: Mapping[str, Any]) -> dict[str, str]:
 
 _UNKNOWN = {"mrope": "RoPE over several axes", "proportional": "RoPE on a part of each head"}
 _HARMLESS = ("rope_type", "type", "rope_theta", "max_position_embeddings", _ORIGINAL)
-# What may be given where it means nothing.
+# Keys that are allowed with the value 1, which changes nothing.
 _ONE = ("partial_rotary_factor", "factor", "attention_factor")
 
 
@@ -104,7 +104,10 @@ def _theta(config: Mapping[str, Any], default: float) -> float:
 
 
 def _parameters(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """The field and its table; an original context that lies beside it counts, as for transformers."""
+    """Return the field with the RoPE parameters, and the parameters.
+
+    `original_max_position_embeddings` at the top level of config.json takes precedence, as in transformers.
+    """
     given = {field: dict(config[field]) for field in FIELDS[1:] if config.get(field) is not None}
     kinds = {_kind(table) for table in given.values()} - {"default"}
     if len(kinds) > 1:
@@ -118,7 +121,7 @@ def _parameters(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def inverse_frequencies(theta: float, head_dim: int, factor: float | Floats = 1.0) -> Floats:
-    """1 / (factor * theta^(2i / Dh)) for i < Dh / 2; the power is rounded to float32, and all else is float32."""
+    """Return 1 / (factor * theta^(2i / Dh)) for i < Dh / 2, in float32; the power is float64, rounded to float32."""
     steps = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     powers: Floats = (np.float64(theta) ** steps.astype(np.float64)).astype(np.float32)
     return np.float32(1) / (np.asarray(factor, np.float32) * powers)
@@ -128,7 +131,7 @@ def _number(table: Mapping[str, Any], field: str, key: str, default: float | Non
     return positive_float({f"{field}.{key}": table.get(key)}, f"{field}.{key}", default)
 
 
-def _whole(table: Mapping[str, Any], field: str, key: str, default: int | None = None) -> int:
+def _int(table: Mapping[str, Any], field: str, key: str, default: int | None = None) -> int:
     return positive_int({f"{field}.{key}": table.get(key)}, f"{field}.{key}", default)
 
 
@@ -141,25 +144,25 @@ def _linear(table: Mapping[str, Any], field: str, theta: float, head_dim: int, c
 
 
 def _llama3(table: Mapping[str, Any], field: str, theta: float, head_dim: int, context: int) -> Scaled:
-    """Long wavelengths are stretched by the factor, short ones kept, those between interpolated."""
+    """Llama 3: multiply long wavelengths by the factor, keep short ones, interpolate between them."""
     factor, low, high = (
         np.float32(_number(table, field, key)) for key in ("factor", "low_freq_factor", "high_freq_factor")
     )
-    original = _whole(table, field, _ORIGINAL, context)
+    original = _int(table, field, _ORIGINAL, context)
     if high <= low:
         raise CheckpointError(f"config.json: {field}.high_freq_factor {high:g} is not above low_freq_factor {low:g}")
     frequencies = inverse_frequencies(theta, head_dim)
     wavelengths = np.float32(2 * math.pi) / frequencies
     smooth = (np.float32(original) / wavelengths - low) / (high - low)
     between = (1 - smooth) * frequencies / factor + smooth * frequencies
-    stretched = np.where(wavelengths > original / low, frequencies / factor, frequencies)
+    scaled = np.where(wavelengths > original / low, frequencies / factor, frequencies)
     is_between = (wavelengths >= original / high) & (wavelengths <= original / low)
-    return np.where(is_between, between, stretched).astype(np.float32), 1.0, context
+    return np.where(is_between, between, scaled).astype(np.float32), 1.0, context
 
 
 def _yarn(table: Mapping[str, Any], field: str, theta: float, head_dim: int, context: int) -> Scaled:
-    """YaRN (arXiv 2309.00071, section 3.2 and 3.4)."""
-    original = _whole(table, field, _ORIGINAL, context)
+    """YaRN (arXiv 2309.00071, sections 3.2 and 3.4)."""
+    original = _int(table, field, _ORIGINAL, context)
     factor = _number(table, field, "factor", context / original)
     scale = _attention_factor(table, field, factor)
     fast, slow = _number(table, field, "beta_fast", 32.0), _number(table, field, "beta_slow", 1.0)
@@ -174,8 +177,8 @@ def _yarn(table: Mapping[str, Any], field: str, theta: float, head_dim: int, con
     ramp = (np.arange(head_dim // 2, dtype=np.float32) - low) / ((high if high != low else high + 0.001) - low)
     kept = (1 - np.clip(ramp, 0, 1)).astype(np.float32)
     frequencies = inverse_frequencies(theta, head_dim)
-    stretched = inverse_frequencies(theta, head_dim, factor)
-    return (stretched * (1 - kept) + frequencies * kept).astype(np.float32), scale, context
+    scaled = inverse_frequencies(theta, head_dim, factor)
+    return (scaled * (1 - kept) + frequencies * kept).astype(np.float32), scale, context
 
 
 def _attention_factor(table: Mapping[str, Any], field: str, factor: float) -> float:
@@ -191,8 +194,8 @@ def _attention_factor(table: Mapping[str, Any], field: str, factor: float) -> fl
 
 
 def _longrope(table: Mapping[str, Any], field: str, theta: float, head_dim: int, context: int) -> Scaled:
-    """LongRoPE (arXiv 2402.13753): a factor for each frequency, those for short contexts."""
-    original = _whole(table, field, _ORIGINAL, context)
+    """LongRoPE (arXiv 2402.13753): a factor for each frequency. Only the factors for short contexts are used."""
+    original = _int(table, field, _ORIGINAL, context)
     factor = _number(table, field, "factor", context / original)
     short = table.get("short_factor")
     good = isinstance(short, list) and len(short) == head_dim // 2
@@ -222,4 +225,4 @@ _READ: Mapping[str, tuple[str, ...]] = {
     "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     "longrope": ("factor", "attention_factor", "short_factor", "long_factor"),
 }
-"""The keys of a table that each kind reads."""
+"""Keys that each kind of RoPE reads."""

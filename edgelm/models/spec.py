@@ -1,9 +1,9 @@
-"""The spec of a decoder: what a model computes, as frozen data that every interpreter reads.
+"""The spec of a model: frozen dataclasses that describe what it computes.
 
 A decoder is an embedding, a list of residual blocks, a norm and a head. A block is `x + after(part(before(x)))`; its
-part is attention, a dense feed-forward network, or a mixture of experts. A model file turns a config.json into this;
-the PyTorch reference, the graph builders, calibration, smoothing and mixed precision interpret it. None of them knows a
-model's name. A new idea is a new small dataclass here and one method in each interpreter.
+part is attention, a dense feed-forward network, or a mixture of experts. A model file converts a config.json to a spec.
+The PyTorch reference, the graph builders, calibration, smoothing and mixed precision interpret it, and none of them
+knows a model's name. A new kind of part is a new dataclass here and one method in each interpreter.
 
 Shape letters: D hidden size, H heads, K key/value heads, Dh head size, F feed-forward width, E experts, V vocabulary.
 Importing this needs neither torch nor numpy.
@@ -17,21 +17,21 @@ from functools import cached_property
 
 EMBEDDING, HEAD = "embedding", "head"
 ROLES = (EMBEDDING, "q", "k", "v", "o", "router", "gate", "up", "down", HEAD)
-"""What a matrix is for. Recipes and passes ask for the role of a matrix, never for its name."""
+"""Roles of matrices. Recipes and passes select matrices by role, never by name."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight [rows, columns] of the checkpoint, multiplied as x @ weight.T (+ bias).
+    """A weight matrix [rows, columns] of the checkpoint, applied as x @ weight.T (+ bias).
 
     Attributes:
-        name: on disk.
-        rows: outputs.
-        columns: inputs.
+        name: tensor name in the checkpoint.
+        rows: number of outputs.
+        columns: number of inputs.
         role: one of `ROLES`.
-        layer: its layer, None for the embedding and the head.
-        expert: its expert, None outside experts.
-        bias: name on disk of a vector [rows] that is added, None for none.
+        layer: its layer; None for the embedding and the head.
+        expert: its expert; None outside experts.
+        bias: tensor name of the bias [rows]; None for none.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm: x / sqrt(mean(x^2) + eps) * weight over the last `size` values; `name` is the weight's on disk."""
+    """RMSNorm: x / sqrt(mean(x^2) + eps) * weight over `size` values. `name` is the tensor name of the weight."""
 
     name: str
     size: int
@@ -54,11 +54,11 @@ class Norm:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions as a table: pair i of a head turns by p * inv_freq[i] at position p ("rotate half").
+    """RoPE as a table: at position p, pair i of a head is rotated by p * inv_freq[i] ("rotate half").
 
     Attributes:
-        inv_freq: Dh / 2 inverse frequencies, each a float32 number.
-        scale: what cosines and sines are multiplied by (the attention factor of YaRN and LongRoPE).
+        inv_freq: Dh / 2 inverse frequencies, as float32 numbers.
+        scale: factor of cosines and sines (the attention factor of YaRN and LongRoPE).
     """
 
     inv_freq: tuple[float, ...]
@@ -72,11 +72,10 @@ class Attention:
     Attributes:
         q, k, v, o: the projections: [H*Dh, D], [K*Dh, D], [K*Dh, D], [D, H*Dh].
         head_dim: Dh.
-        rope: positions, None for a layer without.
-        q_norm, k_norm: norms of queries and keys before RoPE; of each head by itself, or of all heads together: the
-            size says which.
-        clip: queries, keys and values are clamped to +-clip after the norms; None does not.
-        window: attention to the last so many positions, the own one included; None is to all.
+        rope: RoPE; None for a layer without.
+        q_norm, k_norm: norms of queries and keys before RoPE. Their size tells whether they cover one head or all.
+        clip: queries, keys and values are clamped to +-clip after the norms; None for no clamping.
+        window: size of the sliding window, with the token's own position; None for none.
     """
 
     q: Matrix
@@ -102,7 +101,7 @@ class Attention:
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
-        """In the order of a checkpoint."""
+        """The matrices in the order of a checkpoint."""
         return (self.q, self.k, self.v, self.o)
 
 
@@ -116,21 +115,21 @@ class Dense:
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
-        """In the order of a checkpoint."""
+        """The matrices in the order of a checkpoint."""
         return (self.gate, self.up, self.down)
 
 
 @dataclass(frozen=True)
 class MoE:
-    """The sum of the k most probable experts, each weighted with its probability.
+    """Mixture of experts: the sum of the k most likely experts, weighted by their probabilities.
 
-    The softmax is over all experts. With `normalize` the k weights are divided by their sum.
+    The softmax is over all experts.
 
     Attributes:
         router: [E, D].
-        experts: E of them, all of one shape.
+        experts: E networks of one shape.
         k: experts per token.
-        normalize: see above.
+        normalize: divide the k weights by their sum.
     """
 
     router: Matrix
@@ -140,7 +139,7 @@ class MoE:
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
-        """In the order of a checkpoint."""
+        """The matrices in the order of a checkpoint."""
         return (self.router, *(matrix for expert in self.experts for matrix in expert.matrices))
 
 
@@ -157,7 +156,7 @@ class Block:
     after: Norm | None = None
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes on disk in the order of the forward pass."""
+        """Yield tensor names and shapes in the order of the forward pass."""
         if self.before is not None:
             yield self.before.name, (self.before.size,)
         for matrix in self.part.matrices:
@@ -172,15 +171,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A whole model. A tied head is the embedding's own matrix.
+    """A whole model.
 
     Attributes:
-        family: the model file's name, as bundles record it.
+        family: name of the model file; bundles record it.
         embed: the embedding table [V, D].
-        blocks: in order; those of a layer are neighbours.
-        norm: of the residual stream before the head.
-        head: [V, D].
-        context_length: positions that the model takes at most.
+        blocks: the blocks in order; those of a layer are consecutive.
+        norm: norm of the residual stream before the head.
+        head: [V, D]; of a tied model the same matrix as `embed`.
+        context_length: largest number of positions.
     """
 
     family: str
@@ -192,17 +191,17 @@ class Decoder:
 
     @property
     def hidden_size(self) -> int:
-        """D."""
+        """Hidden size, D."""
         return self.embed.columns
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """Size of the vocabulary, V."""
         return self.embed.rows
 
     @property
     def tied(self) -> bool:
-        """Whether the head is the embedding."""
+        """Whether the head is tied to the embedding."""
         return self.head is self.embed or self.head.name == self.embed.name
 
     @cached_property
@@ -215,7 +214,7 @@ class Decoder:
 
     @property
     def num_layers(self) -> int:
-        """Layers."""
+        """Number of layers."""
         return len(self.layers)
 
     @cached_property
@@ -224,39 +223,39 @@ class Decoder:
         return tuple(block.part for block in self.blocks if isinstance(block.part, Attention))
 
     def moe(self, layer: int) -> MoE | None:
-        """The mixture of experts of a layer, None where it has none."""
+        """Return the MoE of a layer; None where it has none."""
         return next((block.part for block in self.layers[layer] if isinstance(block.part, MoE)), None)
 
     @cached_property
     def first_moe(self) -> MoE | None:
-        """The first mixture of experts, None for a model without any."""
+        """The first MoE of the model; None for a dense model."""
         return next((block.part for block in self.blocks if isinstance(block.part, MoE)), None)
 
     @property
     def active_experts(self) -> int:
-        """Experts per token, 0 for a model without any."""
+        """Experts per token; 0 for a dense model."""
         return 0 if self.first_moe is None else self.first_moe.k
 
     @property
     def num_experts(self) -> int:
-        """Experts of a layer that has some, 0 for a model without any."""
+        """Experts of an MoE layer; 0 for a dense model."""
         return 0 if self.first_moe is None else len(self.first_moe.experts)
 
     @cached_property
     def feed_forward_width(self) -> int:
-        """The largest F: of a dense network or of one expert."""
+        """The largest F of a dense network or an expert."""
         dense = (part for part in (block.part for block in self.blocks) if not isinstance(part, Attention))
         return max((part.experts[0] if isinstance(part, MoE) else part).gate.rows for part in dense)
 
     @cached_property
     def matrices(self) -> Mapping[str, Matrix]:
-        """All matrices by their names on disk, in the order of the forward pass."""
+        """All matrices by tensor name, in the order of the forward pass."""
         found = [self.embed, *(matrix for block in self.blocks for matrix in block.part.matrices), self.head]
         return {matrix.name: matrix for matrix in found}
 
     @cached_property
     def tensor_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Names and shapes of the tensors on disk, in the order of the forward pass."""
+        """Names and shapes of the checkpoint's tensors, in the order of the forward pass."""
         found = dict(_tensors(self.embed))
         for block in self.blocks:
             found.update(block.tensors())

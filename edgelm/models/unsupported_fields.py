@@ -1,4 +1,4 @@
-"""Reading a config.json so that no field which changes the arithmetic goes unnoticed."""
+"""Check of a config.json: every field that could change the arithmetic must be implemented, unused or known."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from edgelm.models import rope
 from edgelm.models.config_fields import shortened
 from edgelm.models.parts import FULL
 
-# Fields without influence on the logits: bookkeeping, training, storage, generation defaults, and what transformers 4
-# wrote into every config. Token ids are read by the tokenizer, which knows better (published configs get them wrong).
-# Dropout does nothing once training is over. Classes named by auto_map are not run: `architectures` counts.
+# Fields without influence on the logits: metadata, training, storage, generation defaults, and fields that
+# transformers 4 wrote into every config. Special token ids are resolved by the tokenizer, since published configs get
+# them wrong. Dropout applies to training only. Code named by auto_map is never run: `architectures` counts.
 HARMLESS = frozenset(
     """
     architectures model_type _name_or_path name_or_path _commit_hash transformers_version torch_dtype dtype use_cache
@@ -41,7 +41,7 @@ HARMLESS = frozenset(
 _OFF = (False, None)
 _NONE = (None, 0, False)
 
-# Fields that do change the arithmetic (or the kind of model): what they mean, and the values that mean "not used".
+# Fields that change the arithmetic or the kind of model: their meaning, and the values that mean "not used".
 UNUSED: Mapping[str, tuple[str, tuple[object, ...]]] = {
     "hidden_act": ("another activation", ("silu", "swish", None)),
     "activation_function": ("another activation", ("silu", "swish", None)),
@@ -88,15 +88,18 @@ UNUSED: Mapping[str, tuple[str, tuple[object, ...]]] = {
 }
 
 QUANTISED_BY = ("edgelm", "gptq", "awq", "compressed-tensors", "fp8")
-"""Formats of quantised weights that `edgelm.quant.WeightSource` reads; it knows them closer."""
+"""Formats of quantised weights that `edgelm.quant.WeightSource` reads, which checks them further."""
 
 
 def not_implemented(config: Mapping[str, Any], read: Collection[str]) -> dict[str, str]:
-    """Every field of `config` that may change the arithmetic and is not implemented: its name, value and meaning.
+    """Return the fields of a config.json that may change the arithmetic and are not implemented.
 
     Args:
-        config: config.json.
+        config: contents of config.json.
         read: the fields that the model reads.
+
+    Returns:
+        For each field, a text with its name, value and meaning.
     """
     found: dict[str, str] = {}
     of_rope = rope.problems(config)
@@ -137,10 +140,15 @@ def _is_unused(key: str, value: object, config: Mapping[str, Any]) -> bool:
 
 
 def check_fields(config: Mapping[str, Any], model: str, read: Collection[str]) -> None:
-    """Check that every key of `config` is one of `read` (the fields the model reads), harmless, or set to "not used".
+    """Check that every field of a config.json is read by the model, harmless, or set to a value that means "not used".
+
+    Args:
+        config: contents of config.json.
+        model: the model's name, for errors.
+        read: the fields that the model reads.
 
     Raises:
-        UnsupportedConfigError: naming every field that is neither, with its value and what it means.
+        UnsupportedConfigError: lists every other field, with its value and meaning.
     """
     found = not_implemented(config, read)
     if found:

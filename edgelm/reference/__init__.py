@@ -1,1 +1,1 @@
-"""The PyTorch reference: in memory, and layer by layer from disk."""
+"""PyTorch reference: interprets a spec in float32, with weights in memory or read layer by layer from disk."""

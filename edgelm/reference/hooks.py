@@ -1,10 +1,9 @@
-"""Looking at, and changing, what a reference model multiplies and what it caches.
+"""Hooks of the reference model: observe or replace the inputs of matmuls, and the keys and values that are cached.
 
-A `Hooks` is handed the input of every matmul with the matrix's spec, and the keys and values of every layer before they
-are cached. Measuring ranges, collecting inputs for calibration and computing with quantised activations are all such
-hooks.
+A `Hooks` gets the input of every matmul with the matrix's spec, and the keys and values of every layer before they are
+cached. They serve to measure ranges, to collect inputs for calibration, and to compute with quantised activations.
 
-Shape letters: B batch, T new tokens, K key/value heads, Dh head width.
+Shape letters: B batch, T new tokens, K key/value heads, Dh head size.
 """
 
 from __future__ import annotations
@@ -18,37 +17,37 @@ from edgelm.models.spec import Matrix
 
 
 class Hooks:
-    """Does nothing: override what is wanted."""
+    """Base class of hooks. Its methods do nothing; override those needed."""
 
     def inputs(self, matrix: Matrix, x: Tensor) -> Tensor:
-        """Return what `matrix` multiplies in place of its input x [..., columns]; x is not to be changed."""
+        """Return the input for `matrix` in place of x [..., columns], which must not be changed."""
         del matrix
         return x
 
     def outputs(self, matrix: Matrix, x: Tensor, y: Tensor) -> None:
-        """Called with what `matrix` multiplied, x [..., columns], and what it made, y [..., rows]."""
+        """Called with the input x [..., columns] and the output y [..., rows] of `matrix`, before its bias."""
 
     def routed(self, layer: int, chosen: Tensor) -> None:
-        """Called with the experts [..., A] that layer number `layer` chose, before they compute."""
+        """Called with the experts [..., A] selected in a layer, before they compute."""
 
     def cached(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what layer number `layer` caches in place of new keys and values [B, K, T, Dh]."""
+        """Return the keys and values to cache in a layer in place of the new ones, [B, K, T, Dh] each."""
         del layer
         return keys, values
 
     def after_layer(self, layer: int) -> None:
-        """Called in layer-by-layer runs when all tokens have gone through layer number `layer`."""
+        """Called in layer-by-layer runs when all tokens have been through a layer."""
 
 
 class LaterRows(Hooks):
-    """Lets `hooks` change the later sequences of a layer-by-layer sweep alone, so that two models share one sweep.
+    """Applies `hooks` to the later sequences of a layer-by-layer run only, so that two models share one run.
 
-    The experts' rows are in the order of the tokens, so that those of the later sequences are the last.
+    The rows of an expert are in the order of the tokens, so those of the later sequences come last.
 
     Args:
-        hooks: what the later sequences go through.
-        lengths: tokens of each sequence of the sweep.
-        first: the first sequence that goes through `hooks`.
+        hooks: the hooks to apply.
+        lengths: tokens of each sequence.
+        first: the first sequence to which they apply.
     """
 
     def __init__(self, hooks: Hooks, lengths: Sequence[int], first: int) -> None:
@@ -59,22 +58,22 @@ class LaterRows(Hooks):
         self._counts: list[int] = []
 
     def inputs(self, matrix: Matrix, x: Tensor) -> Tensor:
-        """Let the later rows of x [n, columns] through."""
+        """Apply the hooks to the later rows of x [n, columns]."""
         rows = self._rows if matrix.expert is None else self._counts[matrix.expert]
         return x if rows == len(x) else torch.cat([x[:rows], self._hooks.inputs(matrix, x[rows:])])
 
     def routed(self, layer: int, chosen: Tensor) -> None:
-        """Count the rows that each expert gets of the sequences before."""
+        """Count the rows that each expert gets from the earlier sequences."""
         before = chosen.reshape(-1, chosen.shape[-1])[: self._rows]
         self._counts = torch.bincount(before.reshape(-1), minlength=int(chosen.max()) + 1).tolist()
         self._hooks.routed(layer, chosen)
 
     def cached(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Let those of the later sequences through; a layer attends for one sequence after the other."""
+        """Apply the hooks to the later sequences. In each layer, this is called for one sequence after the other."""
         self._sequence += 1
         return self._hooks.cached(layer, keys, values) if self._sequence > self._first else (keys, values)
 
     def after_layer(self, layer: int) -> None:
-        """Start with the first sequence again."""
+        """Begin to count the sequences again for the next layer."""
         self._sequence = 0
         self._hooks.after_layer(layer)

@@ -1,8 +1,8 @@
-"""A decoder's spec interpreted in PyTorch, in float32: the reference that everything else is compared with.
+"""Interpreter of a spec in PyTorch, in float32: the reference that all runtimes are compared with.
 
-The interpreter holds no weights: `read(name)` gives a tensor, from memory or from disk, so that a whole model in memory
-and a sweep layer by layer from disk are one thing. Weights may be kept in bfloat16; they are converted where they are
-used, so the arithmetic is float32 either way.
+The interpreter holds no weights: `read(name)` returns a tensor, from memory or from disk. So one interpreter serves
+for a model in memory and for a run layer by layer. Weights may be kept in bfloat16; they are converted when they are
+used, so the arithmetic is float32 in any case.
 
 Shape letters: B batch, T new tokens, S all tokens so far, N = B*T, D hidden, H heads, K key/value heads, Dh head size,
 E experts, A active experts per token, F feed-forward width, V vocabulary.
@@ -26,12 +26,12 @@ ReadTensor = Callable[[str], Tensor]
 
 
 class Interpreter:
-    """Computes a decoder, or parts of it.
+    """Computes a model, or parts of it.
 
     Args:
-        decoder: its spec.
-        read: gives a weight by its name on disk.
-        hooks: see, and may change, what each matrix multiplies and what is cached; None costs nothing.
+        decoder: the model's spec.
+        read: returns a weight by its tensor name.
+        hooks: observe or replace the inputs of matmuls, and the keys and values that are cached; None for none.
     """
 
     def __init__(self, decoder: Decoder, read: ReadTensor, hooks: Hooks | None = None) -> None:
@@ -42,7 +42,7 @@ class Interpreter:
     # -- operators -----------------------------------------------------------------------------------------------------
 
     def matmul(self, matrix: Matrix, x: Tensor) -> Tensor:
-        """Map [..., columns] to [..., rows]."""
+        """Apply a matrix and its bias: [..., columns] to [..., rows]."""
         if self.hooks is not None:
             x = self.hooks.inputs(matrix, x)
         y = linear(x, self.read(matrix.name).float())
@@ -51,28 +51,28 @@ class Interpreter:
         return y if matrix.bias is None else y + self.read(matrix.bias).float()
 
     def norm(self, norm: Norm | None, x: Tensor) -> Tensor:
-        """RMSNorm of [..., size]; None is the identity."""
+        """Return the RMSNorm of [..., size]; None is the identity."""
         if norm is None:
             return x
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * self.read(norm.name).float()
 
-    # -- attention: projecting and attending are apart, so that sequences of different lengths can share a projection --
+    # -- attention: `project` and `attend` are separate, so that sequences of different lengths share a projection -----
 
     def project(self, part: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [..., H*Dh], keys and values [..., K*Dh] of [..., D], normed and clipped, before RoPE."""
+        """Return queries [..., H*Dh], keys and values [..., K*Dh] of [..., D], normed and clipped, before RoPE."""
         q, k, v = (self.matmul(matrix, x) for matrix in (part.q, part.k, part.v))
         q, k = self._qk_norm(part.q_norm, q), self._qk_norm(part.k_norm, k)
         clip = part.clip
         return (q, k, v) if clip is None else (q.clamp(-clip, clip), k.clamp(-clip, clip), v.clamp(-clip, clip))
 
     def _qk_norm(self, norm: Norm | None, x: Tensor) -> Tensor:
-        """Norm [..., width] in pieces of the norm's size: one head, or all of them."""
+        """Apply a norm to [..., width] in groups of the norm's size: one head, or all heads."""
         if norm is None or norm.size == x.shape[-1]:
             return self.norm(norm, x)
         return self.norm(norm, x.view(*x.shape[:-1], -1, norm.size)).flatten(-2)
 
     def attend(self, part: Attention, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        """Attend from projections [B, T, ...] to everything in the cache and themselves; returns [B, T, H*Dh]."""
+        """Return attention [B, T, H*Dh] of projections [B, T, ...] over the cache and the new tokens, before `o`."""
         batch, new = q.shape[:2]
         q = q.view(batch, new, part.heads, part.head_dim).transpose(1, 2)  # [B, H, T, Dh]
         k = k.view(batch, new, part.kv_heads, part.head_dim).transpose(1, 2)  # [B, K, T, Dh]
@@ -94,15 +94,15 @@ class Interpreter:
     # -- feed-forward --------------------------------------------------------------------------------------------------
 
     def gated(self, part: Dense, x: Tensor) -> Tensor:
-        """silu(gate x) * up x, [..., F]: what `down` multiplies."""
+        """Return silu(gate x) * up x, [..., F], the input of `down`."""
         return F.silu(self.matmul(part.gate, x)) * self.matmul(part.up, x)
 
     def dense(self, part: Dense, x: Tensor) -> Tensor:
-        """SwiGLU of [..., D]."""
+        """Return the SwiGLU of [..., D]."""
         return self.matmul(part.down, self.gated(part, x))
 
     def route(self, part: MoE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Router logits [..., E], chosen experts [..., A] by falling weight, and their weights [..., A]."""
+        """Return router logits [..., E], selected experts [..., A] by descending weight, and their weights [..., A]."""
         logits = self.matmul(part.router, x)
         weights, chosen = torch.topk(logits.softmax(-1), part.k, dim=-1)
         if part.normalize:
@@ -110,10 +110,10 @@ class Interpreter:
         return logits, chosen, weights
 
     def moe(self, part: MoE, x: Tensor, trace: Trace | None = None) -> Tensor:
-        """Mix the experts of [..., D], token by token.
+        """Return the MoE of [..., D].
 
-        Rows are sorted by expert, so that each expert that was chosen does one product over one contiguous slice, and
-        the weights of no other expert are read.
+        Rows are sorted by expert. So each selected expert does one matmul over one contiguous slice, and the weights of
+        the other experts are not read.
         """
         logits, chosen, weights = self.route(part, x)
         if trace is not None:
@@ -140,7 +140,7 @@ class Interpreter:
 
     @singledispatchmethod
     def part(self, part: object, x: Tensor, layer: int, cache: KVCache | None, trace: Trace | None) -> Tensor:
-        """What a part makes of its input [B, T, D]."""
+        """Return the output of a part for its input [B, T, D]."""
         raise TypeError(f"the PyTorch reference has no {type(part).__name__}")
 
     @part.register
@@ -156,18 +156,18 @@ class Interpreter:
         return self.moe(part, x, trace)
 
     def block(self, block: Block, x: Tensor, cache: KVCache | None = None, trace: Trace | None = None) -> Tensor:
-        """Advance the residual stream [B, T, D] through a block."""
+        """Return the residual stream [B, T, D] after a block."""
         y = self.part(block.part, self.norm(block.before, x), block.layer, cache, trace)
         return x + self.norm(block.after, y)
 
     def layer(self, index: int, x: Tensor, cache: KVCache | None = None, trace: Trace | None = None) -> Tensor:
-        """Advance the residual stream [B, T, D] through the blocks of layer number `index`."""
+        """Return the residual stream [B, T, D] after the blocks of layer `index`."""
         for block in self.decoder.layers[index]:
             x = self.block(block, x, cache, trace)
         return x
 
-    def attend_apart(self, block: Block, x: Tensor, caches: Sequence[KVCache], lengths: Sequence[int]) -> Tensor:
-        """Advance [N, D], the tokens of several sequences of these lengths, through a block of attention."""
+    def attend_sequences(self, block: Block, x: Tensor, caches: Sequence[KVCache], lengths: Sequence[int]) -> Tensor:
+        """Return the residual stream [N, D] of several sequences of these lengths after a block of attention."""
         assert isinstance(block.part, Attention)
         projected = self.project(block.part, self.norm(block.before, x))
         mixed = [
@@ -178,16 +178,16 @@ class Interpreter:
 
 
 def rotary_table(rope: Rope, start: int, length: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, Dh] of positions start..start+length-1 (both halves of a head hold the same angles)."""
+    """Return cosines and sines [T, Dh] of positions start..start+length-1; both halves of a head have equal angles."""
     cos, sin = half_rotary_table(rope, start, length)
     return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
 
 
 def half_rotary_table(rope: Rope, start: int, length: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, Dh/2], as operators read them.
+    """Return cosines and sines [T, Dh/2], as operators read them.
 
-    Angles are float32 products of float32 positions and inverse frequencies: a graph's table and the reference agree to
-    the last bit at every position.
+    An angle is the float32 product of a float32 position and an inverse frequency, so that a graph's table equals the
+    reference's to the last bit.
     """
     positions = torch.arange(start, start + length).float()
     angles = torch.outer(positions, torch.tensor(rope.inv_freq, dtype=torch.float32))
@@ -196,13 +196,13 @@ def half_rotary_table(rope: Rope, start: int, length: int) -> tuple[Tensor, Tens
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + Dh/2]) of [B, heads, T, Dh] by its angle: the "rotate half" form of RoPE."""
+    """Rotate each pair (x[i], x[i + Dh/2]) of [B, heads, T, Dh] by its angle: the "rotate half" form of RoPE."""
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-right, left], dim=-1) * sin
 
 
 def _visible(start: int, new: int, window: int | None) -> Tensor | None:
-    """Which of S positions each of T new ones sees, bool [T, S]; None is plain causal attention from the start."""
+    """Return the attention mask of T new tokens over S positions, bool [T, S]; None for plain causal attention."""
     total = start + new
     if start == 0 and (window is None or window >= total):
         return None

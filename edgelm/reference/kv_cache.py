@@ -1,4 +1,4 @@
-"""What a forward pass remembers: keys and values for decoding, and a trace for whoever wants to look inside."""
+"""KV cache of the reference model, and the trace of a forward pass."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 @dataclass
 class Trace:
-    """Filled by a model's forward; pass a fresh one a call. Tensors keep their gradient history if there is any.
+    """Intermediate results, filled by a model's forward pass. Pass a new one to each call. Gradients are kept.
 
     Attributes:
         hidden: L + 1 tensors [B, T, D]; [0] is the embedding output, [i + 1] the residual stream after layer i.
-        router_logits: one [B, T, E] a layer (empty for a dense model).
-        experts: one int64 [B, T, A] a layer: the chosen experts by falling weight.
-        expert_weights: one [B, T, A] a layer: their weights, as used.
+        router_logits: one [B, T, E] per MoE layer.
+        experts: one int64 [B, T, A] per MoE layer: the selected experts by descending weight.
+        expert_weights: one [B, T, A] per MoE layer: their weights, as used.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
@@ -26,7 +26,7 @@ class Trace:
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, one pair of [B, K, S, Dh] buffers a layer, grown by doubling."""
+    """Keys and values of all positions so far: a pair of buffers [B, K, S, Dh] per layer, which grow by doubling."""
 
     def __init__(self, num_layers: int) -> None:
         self._keys: list[Tensor | None] = [None] * num_layers
@@ -35,25 +35,25 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Positions held, S."""
+        """Number of positions, S."""
         return min(self._lengths)
 
     def layer_length(self, layer: int) -> int:
-        """Positions `layer` holds: ahead of `length` by T while a forward pass is under way."""
+        """Return the number of positions of a layer, which is T more than `length` during a forward pass."""
         return self._lengths[layer]
 
     def truncate(self, length: int) -> None:
-        """Forget all positions from `length` on.
+        """Remove all positions from `length` on.
 
         Raises:
-            ValueError: fewer positions are held, or `length` is negative.
+            ValueError: there are fewer positions, or `length` is negative.
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate a cache of {self.length} positions to {length}")
         self._lengths = [length] * len(self._lengths)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [B, K, T, Dh] keys and values of `layer`; returns all of them as [B, K, S + T, Dh]."""
+        """Append keys and values [B, K, T, Dh] to a layer, and return all of them, [B, K, S + T, Dh]."""
         start, end = self._lengths[layer], self._lengths[layer] + keys.shape[2]
         self._keys[layer] = _store(self._keys[layer], keys, start)
         self._values[layer] = _store(self._values[layer], values, start)

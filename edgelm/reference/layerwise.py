@@ -1,8 +1,8 @@
-"""The reference run layer by layer from disk, for models whose float32 weights do not fit into memory.
+"""Run the reference layer by layer from disk, for models whose float32 weights do not fit into memory.
 
-One sweep reads every layer once and advances several sequences, of different lengths, through it. In memory at any
-time: one layer's attention weights, the weights of one expert, one block of rows of the head. Experts that no token
-chose are not read at all. `edgelm.reference.interpreter` does the arithmetic.
+One run reads every layer once, for several sequences of different lengths. Memory holds the attention weights of one
+layer, the weights of one expert, and one block of rows of the head. Experts that no token selects are not read.
+`edgelm.reference.interpreter` does the arithmetic.
 
 Shape letters: N tokens of all sequences together, T of one sequence, D hidden, E experts, A active experts,
 V vocabulary, L layers.
@@ -32,43 +32,43 @@ from edgelm.slices import slices
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-HEAD_BLOCK_BYTES = 64 << 20  # of float32 weights; a head of 256000 x 2048 is 2 GB
-WINDOW_BYTES = 768 << 20  # of what a layer computes for the windows that go through it together
+HEAD_BLOCK_BYTES = 64 << 20  # float32 weights of the head in memory; a head of 256000 x 2048 takes 2 GB
+WINDOW_BYTES = 768 << 20  # intermediate results of a layer for the windows that are computed together
 
 ReadRows = Callable[[str, slice], Floats]
-"""Gives rows of a tensor, float32."""
+"""Function that returns rows of a tensor in float32."""
 
 Visit = Callable[[int, int, Tensor, "Tensor | None", Trace], None]
-"""Called with (layer, first window, residual stream [n, T, D] after it, input [n, T, D] of its feed-forward block, its
-trace). Layer -1 is the embedding, which has neither input nor trace."""
+"""Function that is called with (layer, first window, residual stream [n, T, D] after the layer, input [n, T, D] of its
+feed-forward block, its trace). Layer -1 is the embedding, without input and trace."""
 
 
 @dataclass
 class SequenceState:
-    """Where one sequence stands: keys and values of all its positions so far."""
+    """State of one sequence: the keys and values of all its positions so far."""
 
     cache: KVCache
 
     @property
     def length(self) -> int:
-        """Positions seen."""
+        """Number of positions."""
         return self.cache.length
 
     def truncate(self, length: int) -> None:
-        """Forget all positions from `length` on."""
+        """Remove all positions from `length` on."""
         self.cache.truncate(length)
 
 
 @dataclass
 class SequenceResult:
-    """What one sweep says about one sequence's T new positions.
+    """Results of one run for the T new positions of a sequence.
 
     Attributes:
-        final: float32 [T, D], the normed residual stream that the head reads.
+        final: float32 [T, D], the normed residual stream, which is the input of the head.
         hidden: L + 1 float32 [T, D]: [0] embedding output, [i + 1] residual stream after layer i. Empty unless traced.
-        router_logits: one float32 [T, E] a layer; None for a dense model or unless traced.
-        experts: one int64 [T, A] a layer, chosen experts by falling weight; None like `router_logits`.
-        expert_weights: one float32 [T, A] a layer, their weights as used; None like `router_logits`.
+        router_logits: one float32 [T, E] per MoE layer; None for a dense model or unless traced.
+        experts: one int64 [T, A] per MoE layer, selected experts by descending weight; None like `router_logits`.
+        expert_weights: one float32 [T, A] per MoE layer, their weights as used; None like `router_logits`.
     """
 
     final: Floats
@@ -83,9 +83,9 @@ class TopLogits:
     """The largest logits of each position.
 
     Attributes:
-        values: float32 [T, k], falling.
+        values: float32 [T, k], descending.
         indices: int64 [T, k], their tokens.
-        logsumexp: float32 [T] over all V logits, so that values - logsumexp are log probabilities.
+        logsumexp: float32 [T] over all V logits; values - logsumexp are log-probabilities.
     """
 
     values: Floats
@@ -95,32 +95,32 @@ class TopLogits:
 
 @dataclass
 class LayerwiseResult:
-    """The outcome of one sweep; the head is applied when asked, in blocks of rows and to all sequences at once."""
+    """Result of one run. The head is computed on request, in blocks of rows and for all sequences at once."""
 
     sequences: list[SequenceResult]
     states: list[SequenceState]
     reference: LayerwiseReference
 
     def topk(self, k: int, gather: Sequence[Ints] | None = None) -> tuple[list[TopLogits], list[Floats] | None]:
-        """The k largest logits of every position and, in the same pass over the head, those at given tokens.
+        """Return the k largest logits of every position and, in the same pass over the head, those of given tokens.
 
         Args:
-            k: how many; at most V.
-            gather: for each sequence int64 [T, m], tokens whose logits are wanted too.
+            k: number of logits, at most V.
+            gather: for each sequence int64 [T, m], tokens whose logits to return as well.
 
         Returns:
-            One `TopLogits` a sequence, and one float32 [T, m] a sequence (None without `gather`).
+            One `TopLogits` per sequence, and one float32 [T, m] per sequence (None without `gather`).
         """
         return self.reference.top_logits([s.final for s in self.sequences], k, gather)
 
     def gather(self, indices: Sequence[Ints]) -> list[Floats]:
-        """Logits float32 [T, m] at the tokens `indices` [T, m] of each sequence."""
+        """Return the logits float32 [T, m] of the tokens `indices` [T, m] of each sequence."""
         _, gathered = self.topk(1, indices)
         assert gathered is not None
         return gathered
 
     def logits(self) -> Iterator[tuple[slice, list[Floats]]]:
-        """Walk over the head: (range of tokens, for each sequence its logits [T, tokens in the range])."""
+        """Yield (range of the vocabulary, for each sequence its logits [T, tokens in the range]) over the head."""
         lengths = [len(s.final) for s in self.sequences]
         final = torch.from_numpy(np.concatenate([s.final for s in self.sequences]))
         for rows, block in self.reference.head_blocks(final):
@@ -128,12 +128,12 @@ class LayerwiseResult:
 
 
 class LayerWeights:
-    """Reads the weights of one layer when they are first needed and keeps them, but for those of experts.
+    """Reads the weights of one layer when they are first needed, and keeps them in memory, except those of experts.
 
     Args:
-        decoder: the model.
-        layer: whose experts are read again whenever they are asked for.
-        read: gives a tensor, float32.
+        decoder: the model's spec.
+        layer: the layer.
+        read: returns a tensor in float32.
     """
 
     def __init__(self, decoder: Decoder, layer: int, read: Callable[[str], Floats]) -> None:
@@ -143,27 +143,27 @@ class LayerWeights:
         self._experts = frozenset(() if moe is None else (m.name for m in moe.matrices if m.expert is not None))
 
     def __call__(self, name: str) -> Tensor:
-        """The tensor of that name."""
+        """Return the tensor of that name."""
         if name in self._kept:
             return self._kept[name]
-        # Taken over, not copied: a sweep over a big model is bound by memory.
+        # Shared, not copied: the speed of a run over a big model is limited by memory.
         tensor = torch.from_numpy(self._read(name))
         if name not in self._experts:
             self._kept[name] = tensor
         return tensor
 
     def replace(self, name: str, tensor: Tensor) -> None:
-        """Let another tensor take the place of one."""
+        """Use another tensor in place of the one of that name."""
         self._kept[name] = tensor
 
     def forget(self, expert: Dense) -> None:
-        """Keep the weights of an expert no longer, replaced ones neither."""
+        """Free the weights of an expert, including replaced ones."""
         for matrix in expert.matrices:
             self._kept.pop(matrix.name, None)
 
 
 class LayerwiseReference:
-    """The reference of a checkpoint, reading weights as it goes."""
+    """The reference model of a checkpoint, which reads weights when they are needed."""
 
     def __init__(
         self,
@@ -173,9 +173,13 @@ class LayerwiseReference:
         head_block_bytes: int = HEAD_BLOCK_BYTES,
         hooks: Hooks | None = None,
     ) -> None:
-        """Take the spec and where to read tensors from; nothing is read yet.
+        """Create the model. Nothing is read yet.
 
-        `hooks` see, and may change, what each matrix multiplies and what is cached.
+        Args:
+            decoder: the model's spec.
+            weights: where to read tensors.
+            head_block_bytes: float32 weights of the head in memory at once.
+            hooks: observe or replace the inputs of matmuls, and the keys and values that are cached; None for none.
         """
         self.decoder = decoder
         self.weights = weights
@@ -183,11 +187,11 @@ class LayerwiseReference:
         self.hooks = hooks
 
     def new_state(self) -> SequenceState:
-        """A sequence of no positions."""
+        """Return the state of a sequence without positions."""
         return SequenceState(KVCache(self.decoder.num_layers))
 
     def layer(self, index: int) -> Interpreter:
-        """What computes layer number `index`, its weights read from the disk."""
+        """Return the interpreter of layer `index`, which reads its weights from disk."""
         return Interpreter(self.decoder, LayerWeights(self.decoder, index, self.weights.read_float32), self.hooks)
 
     @torch.no_grad()
@@ -198,18 +202,19 @@ class LayerwiseReference:
         trace: bool = False,
         progress: Progress | None = None,
     ) -> LayerwiseResult:
-        """Advance every sequence by its new tokens in one sweep over the weights.
+        """Compute the new tokens of every sequence in one run over the weights.
 
         Args:
             ids: for each sequence int64 [T] new tokens, T >= 1; lengths may differ.
-            states: where each stands, as an earlier result returned them; they are advanced in place, or left as they
-                were if reading fails. None: the start.
+            states: the states of the sequences, from an earlier result. They are updated in place; if reading fails,
+                they stay unchanged. None: new sequences.
             trace: keep hidden states and routing.
-            progress: told of every layer.
+            progress: where to report progress.
 
         Raises:
-            ValueError: not as many states as sequences, an empty sequence, or a token outside the vocabulary.
-            ContextLengthError: a sequence would outgrow `max_position_embeddings`.
+            ValueError: the numbers of states and sequences differ, a sequence is empty, or a token is outside the
+                vocabulary.
+            ContextLengthError: a sequence would be longer than the model's context.
         """
         states = [self.new_state() for _ in ids] if states is None else list(states)
         self._check(ids, states)
@@ -226,7 +231,7 @@ class LayerwiseReference:
     def _sweep(
         self, ids: Sequence[Ints], states: Sequence[SequenceState], trace: bool, progress: Progress
     ) -> tuple[Tensor, Trace]:
-        """The normed residual stream [N, D] of all new tokens, and what was traced on the way."""
+        """Return the normed residual stream [N, D] of all new tokens, and the trace."""
         lengths = [len(sequence) for sequence in ids]
         x = self._embed(np.concatenate(ids))  # [N, D]
         kept = Trace(hidden=[x])
@@ -236,7 +241,7 @@ class LayerwiseReference:
                 run = self.layer(index)
                 for block in blocks:
                     if isinstance(block.part, Attention):
-                        x = run.attend_apart(block, x, caches, lengths)
+                        x = run.attend_sequences(block, x, caches, lengths)
                     else:
                         x = run.block(block, x, None, kept if trace else None)
                 if trace:
@@ -250,16 +255,16 @@ class LayerwiseReference:
     def windows(
         self, ids: Ints, visit: Visit | None = None, progress: Progress | None = None, *, label: str = "reference"
     ) -> Floats:
-        """Run windows of one length, each from position 0, in one sweep; return the normed residual stream [W, T, D].
+        """Run windows of one length, each from position 0, and return the normed residual stream [W, T, D].
 
-        Unlike `step` it keeps no keys and values, so that its memory is that of the residual stream, one layer, and
-        `WINDOW_BYTES` of what that computes. Experts are read once for as many windows as that allows.
+        Unlike `step` it keeps no keys and values. Its memory is the residual stream, one layer, and `WINDOW_BYTES` of
+        intermediate results. Experts are read once for as many windows as these bytes allow.
 
         Args:
             ids: int64 [W, T].
-            visit: shown every layer's work; what it keeps it must copy.
-            progress: told of every window and layer.
-            label: what the progress is called.
+            visit: called after every layer; it must copy what it keeps.
+            progress: where to report progress.
+            label: the label of the progress.
 
         Raises:
             ValueError, ContextLengthError: as `step`.
@@ -276,16 +281,16 @@ class LayerwiseReference:
                 run = self.layer(index)
                 for start in starts:
                     part, trace = slice(start, start + together), Trace()
-                    x[part], entered = _through(run, blocks, x[part], trace)
+                    x[part], ff_input = _layer_and_input(run, blocks, x[part], trace)
                     if visit is not None:
-                        visit(index, start, x[part], entered, trace)
+                        visit(index, start, x[part], ff_input, trace)
                     advance(len(x[part]))
                 if self.hooks is not None:
                     self.hooks.after_layer(index)
         return self._final_norm(x).numpy()
 
     def _bytes_per_token(self) -> int:
-        """What a layer computes for one token, roughly: the feed-forward block's rows, gathered, computed, weighted."""
+        """Return the approximate bytes of a layer's intermediate results per token: gathered rows, FFN, outputs."""
         active = max(1, self.decoder.active_experts)
         return 4 * (3 * active * self.decoder.hidden_size + 3 * self.decoder.feed_forward_width)
 
@@ -310,12 +315,12 @@ class LayerwiseReference:
                 )
 
     def _embed(self, ids: Ints) -> Tensor:
-        """Rows [N, D] of the embedding table, each needed one read once."""
+        """Return the rows [N, D] of the embedding table for ids [N]; each distinct row is read once."""
         rows, places = embedding_rows(self.decoder, self.weights.read_float32, ids)
         return torch.from_numpy(rows[places])
 
     def head_blocks(self, final: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Logits of `final` [N, D] as (range of tokens, [N, tokens in the range]), from the first token to the last."""
+        """Yield the logits of `final` [N, D] as (range of the vocabulary, [N, tokens in the range]), in order."""
         head = self.decoder.head
         if self.hooks is not None:
             final = self.hooks.inputs(head, final)
@@ -327,7 +332,7 @@ class LayerwiseReference:
     def top_logits(
         self, finals: Sequence[Floats], k: int, gather: Sequence[Ints] | None = None
     ) -> tuple[list[TopLogits], list[Floats] | None]:
-        """`LayerwiseResult.topk` for normed residual streams [T, D] from anywhere, in one pass over the head."""
+        """`LayerwiseResult.topk` for any normed residual streams [T, D], in one pass over the head."""
         if not 1 <= k <= self.decoder.vocab_size:
             raise ValueError(f"k is {k}; expected 1 to the vocabulary's {self.decoder.vocab_size}")
         lengths = [len(final) for final in finals]
@@ -358,31 +363,31 @@ class LayerwiseReference:
 
 
 def embedding_rows(decoder: Decoder, read: ReadRows, ids: Ints) -> tuple[Floats, Ints]:
-    """The rows [n, D] of the embedding table that `ids` [...] need, each read once, and which of them each id is."""
+    """Return the distinct rows [n, D] of the embedding table for `ids` [...], and the row index of each id."""
     wanted, places = np.unique(ids, return_inverse=True)
     rows = [read(decoder.embed.name, slice(int(i), int(i) + 1)) for i in wanted]
     return np.concatenate(rows), places.reshape(ids.shape)
 
 
 def head_weights(decoder: Decoder, read: ReadRows, size: int) -> Iterator[tuple[slice, Tensor]]:
-    """The head in blocks of `size` rows: (range of tokens, weights [tokens in the range, D])."""
+    """Yield the head in blocks of `size` rows: (range of the vocabulary, weights [tokens in the range, D])."""
     for rows in slices(decoder.vocab_size, size):
         yield rows, torch.from_numpy(read(decoder.head.name, rows))
 
 
-def _through(run: Interpreter, blocks: Sequence[Block], x: Tensor, trace: Trace) -> tuple[Tensor, Tensor]:
-    """The residual stream [n, T, D] after a layer, and the input of its feed-forward part."""
-    entered = x
+def _layer_and_input(run: Interpreter, blocks: Sequence[Block], x: Tensor, trace: Trace) -> tuple[Tensor, Tensor]:
+    """Return the residual stream [n, T, D] after a layer, and the input of its feed-forward part."""
+    ff_input = x
     for block in blocks:
         y = run.norm(block.before, x)
         if not isinstance(block.part, Attention):
-            entered = y
+            ff_input = y
         x = x + run.norm(block.after, run.part(block.part, y, block.layer, None, trace))
-    return x, entered
+    return x, ff_input
 
 
 def _same_width(gather: Sequence[Ints], lengths: Sequence[int]) -> Ints:
-    """Stack [T, m] arrays of different m into [N, largest m]; the padding asks for token 0."""
+    """Stack arrays [T, m] of different m into [N, largest m], padded with token 0."""
     for i, (indices, length) in enumerate(zip(gather, lengths, strict=True)):
         if indices.ndim != 2 or len(indices) != length:
             raise ValueError(f"gather for sequence {i} has the shape {indices.shape}; expected [{length}, m]")
@@ -398,7 +403,7 @@ def _by_sequence(final: Tensor, kept: Trace | None, lengths: list[int]) -> list[
         return sequences
 
     def parts(tensors: list[Tensor]) -> list[list[NDArray[Any]]]:
-        """From one [N, ...] a layer to, for each sequence, one [T, ...] a layer."""
+        """Split one [N, ...] per layer into one [T, ...] per layer for each sequence."""
         split = [[part.numpy() for part in torch.split(tensor, lengths)] for tensor in tensors]
         return [list(layers) for layers in zip(*split, strict=True)]
 

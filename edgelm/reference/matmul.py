@@ -1,8 +1,8 @@
-"""Matmuls whose sums do not depend on how many threads compute them.
+"""Matmuls whose results do not depend on the number of threads.
 
-PyTorch's own threads divide a matmul by their number, which changes the order of its sums and so its last bits. Inside
-`reproducible` every matmul is divided by its shape alone, into blocks of `ROWS` weight rows; PyTorch computes each with
-one thread, and any number of workers computes blocks side by side.
+PyTorch splits a matmul by the number of its threads, which changes the order of the sums and so the last bits. Inside
+`reproducible` every matmul is split by its shape alone, into blocks of `ROWS` weight rows. PyTorch computes each block
+with one thread, and the workers compute several blocks at once.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS = 512
-# Below this many multiplications handing a block to a worker takes longer than computing it.
+# Below this number of multiplications, passing a block to a worker takes longer than computing it.
 SMALL = 1 << 22
 
 _WORKERS: ContextVar[Executor | None] = ContextVar("edgelm_matmul_workers", default=None)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x [..., K] times the rows of `weight` [N, K], as [..., N]."""
+    """Return x [..., K] @ weight [N, K].T, as [..., N]."""
     workers = _WORKERS.get()
     if workers is None or x.numel() * len(weight) < SMALL or len(weight) <= ROWS:
         return F.linear(x, weight)
@@ -38,9 +38,9 @@ def _block(x: Tensor, weight: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def reproducible(threads: int) -> Iterator[None]:
-    """Within it `linear` gives the same bits for any number of threads; without gradients.
+    """Context in which `linear` gives the same bits for any number of `threads`, without gradients.
 
-    PyTorch's number of threads is the process's: it is 1 within, and as it was before afterwards.
+    In it, PyTorch's number of threads is 1 for the whole process; afterwards it is restored.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

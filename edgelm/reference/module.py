@@ -1,4 +1,4 @@
-"""The reference as one torch module with all its weights in memory: for training, tests and evaluation."""
+"""The reference as a torch module with all weights in memory, for training, tests and evaluation."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from edgelm.reference.kv_cache import KVCache, Trace
 
 
 class ReferenceModel(nn.Module):
-    """A decoder whose weights are parameters, one for each tensor on disk.
+    """A model whose weights are torch parameters, one for each tensor of the checkpoint.
 
     Args:
-        decoder: the model.
+        decoder: the model's spec.
 
     Attributes:
-        hooks: see, and may change, what is multiplied and cached; None for none.
+        hooks: observe or replace the inputs of matmuls, and the keys and values that are cached; None for none.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -36,15 +36,15 @@ class ReferenceModel(nn.Module):
 
     @property
     def interpreter(self) -> Interpreter:
-        """What computes it, part by part."""
+        """The interpreter of the model."""
         return Interpreter(self.decoder, self.read, self.hooks)
 
     def read(self, name: str) -> Tensor:
-        """A weight by its name on disk."""
+        """Return a weight by its tensor name."""
         return self.get_parameter(_key(name))
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, trace: Trace | None = None) -> Tensor:
-        """Logits float32 [B, T, V] for int64 ids [B, T] that follow what the cache holds."""
+        """Return logits float32 [B, T, V] for int64 ids [B, T], which follow the tokens in the cache."""
         run, decoder = self.interpreter, self.decoder
         x = F.embedding(ids, self.read(decoder.embed.name)).float()  # [B, T, D]
         if trace is not None:
@@ -56,20 +56,20 @@ class ReferenceModel(nn.Module):
         return run.matmul(decoder.head, run.norm(decoder.norm, x))
 
     def new_cache(self) -> KVCache:
-        """An empty cache for decoding with this model."""
+        """Return an empty KV cache for this model."""
         return KVCache(self.decoder.num_layers)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Names on disk with views of the weights in memory, in the order of the forward pass."""
+        """Yield tensor names with views of the weights in memory, in the order of the forward pass."""
         for name in self.decoder.tensor_shapes:
             yield name, self.read(name).data
 
     def load_weights(self, read: Callable[[str], NDArray[np.float32]]) -> None:
-        """Fill every weight with `read(name)`, a float32 array of the shape in `Decoder.tensor_shapes`."""
+        """Set every weight to `read(name)`, a float32 array of the shape in `Decoder.tensor_shapes`."""
         for name, tensor in self.tensors():
             tensor.copy_(torch.from_numpy(read(name)))
 
 
 def _key(name: str) -> str:
-    """A parameter's name in torch, which keeps dots for modules."""
+    """Return the parameter's name in torch, which does not allow dots."""
     return name.replace(".", "/")

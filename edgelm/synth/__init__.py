@@ -1,9 +1,9 @@
-"""Random checkpoints: full-size ones that stand in for the published ones, and small ones for tests.
+"""Random checkpoints: full-size ones in place of published ones, and small ones for tests.
 
-Weights are Gaussian, drawn per tensor from a stream seeded by (seed, tensor name), so that every tensor differs from
-every other, and the same seed gives the same bytes in any sharding. Each value takes 16 random bits and looks up the
-middle of that 65 536th of the normal distribution (|z| < 4.2), which is several times faster than drawing normals and
-exact enough for weights that are then rounded to bfloat16.
+Weights are Gaussian. Each tensor has a random stream of its own, seeded by (seed, tensor name), so that the same seed
+gives the same bytes in any sharding. A value is looked up by 16 random bits in a table of 65 536 quantiles of the
+normal distribution (|z| < 4.2). This is several times faster than drawing normals, and exact enough for weights that
+are rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from edgelm.progress import Progress, Silent
 from edgelm.sizes import format_size
 from edgelm.synth import tokenizer as synth_tokenizer
 
-BLOCK = 1 << 18  # values drawn at a time: half a megabyte, which stays in a core's cache until it is written
-SHARD_BYTES = 5_000_000_000  # transformers' "5GB", which the published checkpoints were saved with
-DISK_RESERVE = 64 << 20  # for tokenizer and index
+BLOCK = 1 << 18  # values drawn at a time: half a megabyte, which fits into a core's cache
+SHARD_BYTES = 5_000_000_000  # transformers' "5GB", the shard size of the published checkpoints
+DISK_RESERVE = 64 << 20  # bytes for tokenizer and index
 
 _LLAMA_LIKE: Mapping[str, Any] = {
     "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
@@ -44,7 +44,7 @@ _QWEN_LIKE: Mapping[str, Any] = {
     **_LLAMA_LIKE, "eos_token_id": 151645, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0,
     "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936,
 }  # fmt: skip
-# The published config.json files; of the later models the fields that the arithmetic depends on.
+# The published config.json files of the first two models; of the others, the fields that change the arithmetic.
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "olmoe-1b-7b": {
         "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None,
@@ -104,7 +104,7 @@ PUBLISHED_DTYPE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 @cache
 def _normal_quantiles() -> NDArray[np.float64]:
-    """Middles of the 65 536 equal parts of the standard normal distribution, falling ones mirrored: exactly odd."""
+    """Return the midpoints of 65 536 equal parts of the standard normal distribution, exactly symmetric about 0."""
     inverse = NormalDist().inv_cdf
     upper = np.array([inverse(0.5 + (i + 0.5) / 65536) for i in range(32768)])
     return np.concatenate([-upper[::-1], upper])
@@ -117,22 +117,22 @@ def _table(mean: float, std: float, dtype: str) -> NDArray[Any]:
 
 
 def _random_blocks(seed: int, name: str, count: int, table: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """`count` values of `table`, in blocks; the stream depends on seed and name only."""
+    """Yield `count` random values of `table` in blocks; they depend on seed and name only."""
     key = np.frombuffer(hashlib.sha256(f"{seed}:{name}".encode()).digest(), "<u4")
     bits = np.random.SFC64(key.tolist())
     for start in range(0, count, BLOCK):
         size = min(BLOCK, count - start)
-        # random_raw, unlike Generator's methods, promises the same stream in every numpy.
+        # Unlike Generator's methods, random_raw gives the same stream in every version of numpy.
         index = np.asarray(bits.random_raw(-(-size // 4))).astype("<u8", copy=False).view("<u2")[:size]
         yield np.take(table, index, mode="clip")
 
 
 def _distribution(model: Decoder, name: str) -> tuple[float, float]:
-    """Mean and standard deviation of a tensor.
+    """Return mean and standard deviation of a tensor.
 
-    0.02 at the published width and in proportion to 1/sqrt(width) elsewhere, so that router logits and attention
-    scores have the same spread in small models; projections back into the residual stream are divided by
-    sqrt(2 * layers), as initialisations do, so that the stream does not grow with depth.
+    The deviation is 0.02 at the published width and scales with 1/sqrt(width), so that router logits and attention
+    scores have the same spread in small models. Projections into the residual stream are divided by sqrt(2 * layers),
+    as in usual initialisations, so that the stream does not grow with depth.
     """
     if name not in model.matrices:
         return (0.0, 0.02) if name.endswith(".bias") else (1.0, 0.05)
@@ -165,12 +165,12 @@ def _write_weights(
 
 
 def _write_tokenizer(config: dict[str, Any], folder: Path, *, renamed_eos: bool) -> None:
-    """Write a tokenizer and set the ids in `config` where they are absent or outside the vocabulary.
+    """Write a tokenizer, and set the special ids in `config` where they are absent or outside the vocabulary.
 
-    It has OLMoE's layout where config.json names an end token and no begin token, and else Gemma's, as Fox-1 has it.
+    The layout is OLMoE's where config.json has an end token and no begin token, else Gemma's, which Fox-1 uses.
     """
     vocab = config["vocab_size"]
-    # OLMoE's 50304 rows are 24 more than its tokenizer has entries; a model may produce ids without a token.
+    # OLMoE has 50304 rows, 24 more than its tokenizer has entries, so that a model may produce ids without a token.
     size = vocab - 24 if vocab >= synth_tokenizer.FIRST_WIDE_VOCAB else vocab
     if family(config).name == "olmoe" or ("eos_token_id" in config and "bos_token_id" not in config):
         eos = config.get("eos_token_id")
@@ -221,17 +221,17 @@ def write_random_checkpoint(
 ) -> Path:
     """Write a complete random checkpoint of any supported config: weights, config.json and a tokenizer.
 
-    The special ids are as in the published checkpoints, both traps included: with an OLMoE config the end token's id
-    is named `|||IP_ADDRESS|||` and `<|endoftext|>` is another token; with a Fox config bos and eos are swapped in
-    config.json and generation_config.json. OLMoE's tokenizer has 24 entries less than `vocab_size` from 1024 on.
+    The special ids have the two errors of published checkpoints. With an OLMoE config, the token at the end token's id
+    is `|||IP_ADDRESS|||`, and `<|endoftext|>` is another token. With a Fox config, bos and eos are swapped in
+    config.json and generation_config.json. For `vocab_size` of 1024 or more, OLMoE's tokenizer has 24 entries fewer.
 
     Args:
-        config: as in config.json; fields of special ids may be absent.
-        out: the folder to make; must not exist.
-        seed: same seed, same bytes.
-        shard_bytes: largest size of a weight file; None writes one file.
+        config: contents of config.json; the fields of special ids may be absent.
+        out: the folder to write, which must not exist.
+        seed: seed of the weights; the same seed gives the same bytes.
+        shard_bytes: largest size of a weight file; None for a single file.
         dtype: "BF16", "F16" or "F32".
-        progress: gets the bytes written.
+        progress: where to report the bytes written.
 
     Returns:
         The folder.
@@ -250,14 +250,14 @@ def synth(
     """Write a full-size random checkpoint with the keys, dtype, sharding and config.json of the published one.
 
     Args:
-        name: of `PUBLISHED`: "olmoe-1b-7b" (13.8 GB, laid out as OLMoE-1B-7B-0924), "fox-1-1.6b" (3.3 GB), ...
-        out: the folder to make.
-        seed: same seed, same bytes.
-        progress: gets the bytes written.
+        name: one of `PUBLISHED`: "olmoe-1b-7b" (13.8 GB, as OLMoE-1B-7B-0924), "fox-1-1.6b" (3.3 GB), ...
+        out: the folder to write.
+        seed: seed of the weights; the same seed gives the same bytes.
+        progress: where to report the bytes written.
         overwrite: replace a checkpoint that EdgeLM wrote.
 
     Raises:
-        CheckpointError: unknown name.
+        CheckpointError: the name is unknown.
         EdgeLMError: the folder exists, or the disk is full.
     """
     if name not in PUBLISHED:

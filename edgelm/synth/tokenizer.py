@@ -1,10 +1,10 @@
-"""Tokenizers for checkpoints of our own: the layout of the published ones, a vocabulary made from nothing.
+"""Generated tokenizers for synthetic checkpoints, in the layout of published ones.
 
-The published vocabularies cannot be shipped, so these are generated: byte-level BPE laid out as OLMoE's
-(GPT-NeoX-derived), SentencePiece BPE laid out as Fox's (Gemma's). Special tokens have their published names and ids
-wherever the vocabulary is large enough. The first merges are learned from a few lines of English, the rest are all
-pairs, triples and fours of letters in order. So they load, encode and decode any text and compress it about as far as
-a real one does, but cut words where no real one would.
+The published vocabularies cannot be shipped. So these are generated: byte-level BPE in the layout of OLMoE
+(GPT-NeoX-derived), and SentencePiece BPE in the layout of Fox (Gemma). Special tokens have their published names and
+ids if the vocabulary is large enough. The first merges are learned from a few lines of English; the rest are all pairs,
+triples and quadruples of letters. The tokenizers encode and decode any text, and compress it about as well as real
+ones, but split words at other places.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ little state good very make world still own see men work long get here between b
 another know while last might us great old year off come since against go came right used take three def return self
 import class raise value none true false print string number list index error file path name type data line
 """
-FIRST_WIDE_VOCAB = 1024  # from here on there is room for the published places of all special tokens
+FIRST_WIDE_VOCAB = 1024  # smallest vocabulary with room for all special tokens at their published ids
 
 OLMOE_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -45,7 +45,7 @@ GEMMA_CHAT_TEMPLATE = (
 
 
 def _learned_merges(text: str) -> Iterator[tuple[str, str]]:
-    """Byte pair encoding of the words of `text`, each with the space before it; most frequent pair first."""
+    """Yield the merges of byte pair encoding of the words of `text`, each with a leading space."""
     words = [list(" " + word) for word in text.split()]
     while True:
         pairs = Counter(pair for word in words for pair in itertools.pairwise(word))
@@ -62,7 +62,7 @@ def _learned_merges(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _letter_merges() -> Iterator[tuple[str, str]]:
-    """Merges for every two, three and four letters, of which the shorter ones also with a space before them."""
+    """Yield merges for all two, three and four letters; for up to three letters also with a leading space."""
     letters = string.ascii_lowercase
     pairs = [a + b for a in letters for b in letters]
     yield from ((" ", a) for a in letters)
@@ -70,14 +70,14 @@ def _letter_merges() -> Iterator[tuple[str, str]]:
     yield from ((" " + a, b) for a in letters for b in letters)
     yield from ((ab, c) for ab in pairs for c in letters)
     yield from ((" " + ab, c) for ab in pairs for c in letters)
-    # A stride coprime to their number spreads the fours over the alphabet when only some are taken.
+    # A stride coprime to their number spreads the quadruples over the alphabet when only some are used.
     for i in range(len(pairs) ** 2):
         left, right = divmod(i * 100_003 % len(pairs) ** 2, len(pairs))
         yield pairs[left], pairs[right]
 
 
 def _merges(count: int) -> list[tuple[str, str]]:
-    """The first `count` merges with different results; both halves of each are letters, a space, or earlier results."""
+    """Return the first `count` merges with distinct results. Both halves are letters, a space, or earlier results."""
     result: dict[str, tuple[str, str]] = {}
     for left, right in itertools.chain(_learned_merges(SAMPLE), _letter_merges()):
         if len(result) == count:
@@ -87,7 +87,7 @@ def _merges(count: int) -> list[tuple[str, str]]:
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in byte-level BPE (GPT-2's table)."""
+    """Return the printable character of each byte in byte-level BPE (GPT-2's table)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(rest))]
@@ -105,9 +105,9 @@ def _added_token(index: int, content: str, special: bool) -> dict[str, Any]:
 def write_olmoe_tokenizer(folder: Path, size: int, eos_id: int, *, renamed_eos: bool) -> None:
     """Write tokenizer.json and tokenizer_config.json: byte-level BPE of `size` entries in OLMoE's layout.
 
-    With `renamed_eos` the entry at `eos_id` is called `|||IP_ADDRESS|||` and `<|endoftext|>` is another one, as in
-    the 0125 instruction-tuned checkpoints; else the other way round, as in the 0924 ones. A vocabulary of fewer than
-    260 entries lacks some bytes; text with those in it loses them.
+    With `renamed_eos` the entry at `eos_id` is `|||IP_ADDRESS|||`, and `<|endoftext|>` is another one, as in the 0125
+    instruction-tuned checkpoints; otherwise it is the other way round, as in the 0924 ones. A vocabulary of fewer than
+    260 entries lacks some bytes, which are lost in encoding.
     """
     names = ["|||IP_ADDRESS|||", "<|endoftext|>"]
     eos_name, first_name = names if renamed_eos else names[::-1]
@@ -163,7 +163,7 @@ def _varint(value: int) -> bytes:
 
 
 def _field(number: int, value: int | bytes) -> bytes:
-    """One protobuf field: a varint, or bytes with their length."""
+    """Return a protobuf field: a varint, or bytes with their length."""
     if isinstance(value, int):
         return _varint(number << 3) + _varint(value)
     return _varint(number << 3 | 2) + _varint(len(value)) + value
@@ -177,7 +177,7 @@ def _piece(text: str, score: float, kind: int) -> bytes:
 
 
 def _gemma_pieces(size: int) -> list[tuple[str, int]]:
-    """Pieces and their types; where there is room every special piece at its place in Gemma's vocabulary."""
+    """Return pieces and their types. If there is room, special pieces are at their places in Gemma's vocabulary."""
     pieces = [("<pad>", CONTROL), ("<eos>", CONTROL), ("<bos>", CONTROL), ("<unk>", UNKNOWN)]
     turns = [("<start_of_turn>", USER_DEFINED), ("<end_of_turn>", USER_DEFINED)]
     if size >= FIRST_WIDE_VOCAB:
@@ -205,9 +205,9 @@ def _gemma_pieces(size: int) -> list[tuple[str, int]]:
 def write_gemma_tokenizer(folder: Path, size: int) -> None:
     """Write tokenizer.model and tokenizer_config.json: SentencePiece BPE of `size` pieces in Gemma's layout.
 
-    The model is built as its protobuf (https://github.com/google/sentencepiece, sentencepiece_model.proto), not
-    trained, because its ids must be Gemma's: pad 0, eos 1, bos 2, unk 3. A vocabulary too small for the 256 byte
-    pieces maps characters it lacks to unk.
+    The protobuf (https://github.com/google/sentencepiece, sentencepiece_model.proto) is built directly, not trained,
+    because the ids must be Gemma's: pad 0, eos 1, bos 2, unk 3. A vocabulary too small for the 256 byte pieces maps
+    unknown characters to unk.
     """
     pieces = _gemma_pieces(size)
     model = b"".join(_piece(text, -float(i) if kind == NORMAL else 0.0, kind) for i, (text, kind) in enumerate(pieces))

@@ -1,1 +1,1 @@
-"""Text to tokens and back with the files of a checkpoint, and its chat template."""
+"""Tokenizers and chat templates of checkpoints."""

@@ -1,13 +1,14 @@
-"""What the JSON files beside a vocabulary declare, read as transformers 5.23 reads it.
+"""Read the added tokens that the JSON files next to a vocabulary declare, in the way of transformers 5.23.
 
-Fine-tunes bring tokens that the vocabulary file lacks: in added_tokens.json, in `added_tokens_decoder` of
+Fine-tuned checkpoints have tokens that the vocabulary file lacks: in added_tokens.json, in `added_tokens_decoder` of
 tokenizer_config.json, or only by name (`eos_token`, `additional_special_tokens`). `Declared.tokens` lists them in the
-order in which transformers adds them (`PreTrainedTokenizerBase._from_pretrained`, `TokenizersBackend.__init__`), which
-decides their ids: a token that the vocabulary has keeps its id, another one gets the next free one, whatever id was
-declared for it.
+order in which transformers adds them (`PreTrainedTokenizerBase._from_pretrained`, `TokenizersBackend.__init__`). The
+order decides their ids: a token of the vocabulary keeps its id, and another one gets the next free id, whatever id a
+file declares.
 
-Different on purpose: tokens that only transformers' own classes name, such as Gemma's `<mask>`, are not added where no
-file has them, for the model has no rows for them; objects with a `content` are taken wherever a token is expected.
+Two differences from transformers are intended. Tokens that only its classes name, such as Gemma's `<mask>`, are not
+added unless a file has them, since the model has no rows for them. Objects with a `content` are accepted wherever a
+token is expected.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from edgelm.errors import TokenizerError
 CONFIG = "tokenizer_config.json"
 SPECIAL_MAP = "special_tokens_map.json"
 ADDED = "added_tokens.json"
-# More than any published vocabulary has; ids and counts beyond it are damage or an attack.
+# More than any published vocabulary has. Larger ids and counts are refused: the file is damaged or malicious.
 MAX_IDS = 1 << 22
-MAX_ADDED = 1 << 17  # tokens that one file adds; fine-tunes have up to some thousands
+MAX_ADDED = 1 << 17  # tokens that one file adds; published ones add up to some thousands
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
-# The classes of transformers that build their steps themselves, and the tokens that each names by default.
+# Tokenizer classes of transformers that build their own steps, and the default tokens of each.
 CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
     "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
     "GemmaTokenizer": {
@@ -50,17 +51,17 @@ CLASS_OF_MODEL_TYPE = {"olmo": "GPTNeoXTokenizer", "olmoe": "GPTNeoXTokenizer", 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is cut out of a text before the rest is encoded.
+    """A token that is split off a text before the rest is encoded.
 
     Attributes:
         content: its string.
-        lstrip: takes the white space before it, too.
-        rstrip: takes the white space after it, too.
-        single_word: only where no letter or digit touches it.
-        normalized: looked for in the text as the normaliser leaves it.
-        special: no text; left out when decoding.
-        declared: the id that a file gives it, None where none does.
-        where: the file that declares it; empty for transformers' own defaults.
+        lstrip: also match the white space before it.
+        rstrip: also match the white space after it.
+        single_word: match only where no letter or digit is next to it.
+        normalized: match in the normalised text.
+        special: not text; omitted when decoding.
+        declared: the id that a file gives it; None where none does.
+        where: the file that declares it; empty for defaults of transformers' classes.
     """
 
     content: str
@@ -73,11 +74,11 @@ class AddedToken:
     where: str = ""
 
     def alike(self, other: AddedToken) -> bool:
-        """Whether both are the same, wherever they are declared."""
+        """Return whether both are equal, apart from where they are declared."""
         return self == replace(other, declared=self.declared, where=self.where)
 
     def native(self) -> Any:
-        """The same as the `tokenizers` library's object."""
+        """Return the token as an object of the `tokenizers` library."""
         import tokenizers
 
         return tokenizers.AddedToken(self.content, **{name: getattr(self, name) for name in FLAGS})
@@ -85,17 +86,17 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class Declared:
-    """The declarations of one folder.
+    """The tokens and settings that the JSON files of a folder declare.
 
     Attributes:
-        config: tokenizer_config.json.
-        kind: the class of transformers whose rules count, one of `CLASS_TOKENS`, or "" for what the vocabulary's file
-            itself says.
-        names: `bos_token` and the like, where a file or the class names one; None where a file says there is none.
+        config: contents of tokenizer_config.json.
+        kind: the class of transformers whose rules apply, one of `CLASS_TOKENS`; "" for the rules in the vocabulary
+            file itself.
+        names: `bos_token` and so on, by name, from a file or the class; None where a file says there is no such token.
         listed: tokens with a declared id, by that id.
-        extra: further special tokens; None: no file lists any, so those of a tokenizer.model count.
-        rows: how many rows the model's embedding has; None where config.json does not say.
-        own_tokens_count: whether the tokens that a tokenizer.json lists count where its steps are built anew.
+        extra: further special tokens. None: no file lists any, so those of a tokenizer.model are used.
+        rows: rows of the model's embedding; None where config.json does not say.
+        own_tokens_count: whether the tokens listed in a tokenizer.json are used where its steps are rebuilt.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -107,10 +108,10 @@ class Declared:
     own_tokens_count: bool = True
 
     def flag(self, name: str, default: bool) -> bool:
-        """A yes or no of tokenizer_config.json; null means the default.
+        """Return a boolean of tokenizer_config.json; null means the default.
 
         Raises:
-            TokenizerError: it is neither.
+            TokenizerError: it is neither true, false nor null.
         """
         value = self.config.get(name)
         if value is not None and not isinstance(value, bool):
@@ -123,17 +124,17 @@ class Declared:
         extra: Iterable[AddedToken] = (),
         present: Iterable[str] = (),
     ) -> list[AddedToken]:
-        """The tokens to add, in order.
+        """Return the tokens to add, in order.
 
         Args:
-            own: those that a tokenizer.json lists, by id: they take the place of listed ones where they count.
-            extra: those of a tokenizer.model, where no file lists any.
-            present: strings of tokens that were added already; naming them changes nothing.
+            own: tokens that a tokenizer.json lists, by id. If they are used, they replace those of `listed`.
+            extra: tokens of a tokenizer.model, used where no file lists any.
+            present: strings of tokens that have been added already.
         """
         listed = {**self.listed, **(own or {})} if self.own_tokens_count else dict(self.listed)
         named = {token.content: token for token in self.names.values() if token}
         unlisted = [*named.values(), *(extra if self.extra is None else self.extra)]
-        # What is listed comes first and keeps its flags, but what is named is special.
+        # Listed tokens come first and keep their flags, but named tokens are special.
         result: dict[str, AddedToken] = {}
         for token in [*(listed[index] for index in sorted(listed)), *(t for t in unlisted if t.content not in present)]:
             if token.content and token.content not in result:
@@ -147,7 +148,7 @@ def _check_text(content: str, where: str) -> None:
 
 
 def _token(value: object, where: str, what: str, *, special: bool | None = None) -> AddedToken:
-    """A token from a string or an object; `special` is the value of that flag where the object has none."""
+    """Return the token of a string or an object; `special` is the default of that flag."""
     if isinstance(value, str):
         value = {"content": value}
     if not isinstance(value, Mapping) or not isinstance(value.get("content"), str):
@@ -190,7 +191,7 @@ def _decoder_tokens(value: object) -> dict[int, AddedToken]:
 
 
 def _file_tokens(values: Mapping[str, Any], special: set[str]) -> dict[int, AddedToken]:
-    """The tokens of added_tokens.json; those that are also named special are."""
+    """Return the tokens of added_tokens.json by id; those in `special` are special."""
     _check_count(values, ADDED)
     result = {}
     for content, value in values.items():
@@ -202,7 +203,7 @@ def _file_tokens(values: Mapping[str, Any], special: set[str]) -> dict[int, Adde
 
 
 def json_tokens(value: object, where: str) -> dict[int, AddedToken]:
-    """The `added_tokens` of a tokenizer.json by id.
+    """Return the `added_tokens` of a tokenizer.json by id.
 
     Raises:
         TokenizerError: it is not a list of tokens with ids.
@@ -221,7 +222,7 @@ def json_tokens(value: object, where: str) -> dict[int, AddedToken]:
 
 
 def _extra_values(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> tuple[list[Any] | None, list[Any]]:
-    """The unnamed special tokens (None: no file lists any), and those that also make a listed token special."""
+    """Return the unnamed special tokens (None: no file lists any), and those that also make a listed token special."""
     value = config.get("extra_special_tokens")
     if not value and "additional_special_tokens" in config:
         value = config["additional_special_tokens"]
@@ -239,7 +240,7 @@ def _extra_values(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> 
 
 
 def _further_names(values: Mapping[str, Any], where: str) -> dict[str, AddedToken | None]:
-    """Tokens of names that are a model's own, such as `image_token`."""
+    """Return the tokens with names of a model's own, such as `image_token`."""
     names = {key: item for key, item in values.items() if key.endswith("_token") and key not in NAMED}
     extra = values.get("extra_special_tokens")
     if isinstance(extra, Mapping):
@@ -252,7 +253,7 @@ def _is_token(value: object) -> bool:
 
 
 def _kind(config: Mapping[str, Any], model: Mapping[str, Any]) -> str:
-    """The class of transformers that `AutoTokenizer` takes, where it is one of those with rules of their own."""
+    """Return the class that transformers' `AutoTokenizer` selects, if it is one of `CLASS_TOKENS`; else ""."""
     named = config.get("tokenizer_class") or model.get("tokenizer_class")
     name = named if isinstance(named, str) else CLASS_OF_MODEL_TYPE.get(str(model.get("model_type")), "")
     name = name.removesuffix("Fast")
@@ -260,7 +261,7 @@ def _kind(config: Mapping[str, Any], model: Mapping[str, Any]) -> str:
 
 
 def _makes_special(name: str, config: Mapping[str, Any], token: AddedToken) -> bool:
-    """Whether a token of added_tokens.json is special, and not looked for in normalised text, because it is `token`."""
+    """Return whether a token of added_tokens.json is special, and matched in raw text, because it equals `token`."""
     return name in NAMED and (token.where != CONFIG or isinstance(config.get(name), str))
 
 
@@ -269,14 +270,14 @@ def read_declared(folder: Path) -> Declared:
 
     Raises:
         CheckpointError: a file is not a JSON object.
-        TokenizerError: what it declares has the wrong type.
+        TokenizerError: a declaration has a wrong type.
     """
     config = read_optional_json(folder / CONFIG)
     special_map = read_optional_json(folder / SPECIAL_MAP)
     model = read_optional_json(folder / "config.json")
     kind = _kind(config, model)
     has_decoder = config.get("added_tokens_decoder") is not None
-    # With added_tokens_decoder the other two files do not count, but for a name that is nowhere else.
+    # With added_tokens_decoder the other two files are ignored, except names that only they have.
     names: dict[str, AddedToken | None] = {
         name: AddedToken(content) for name, content in CLASS_TOKENS.get(kind, {}).items()
     }

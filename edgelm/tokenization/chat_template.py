@@ -1,7 +1,7 @@
-"""Conversations: a checkpoint's own chat template, and files of messages.
+"""Render conversations with a checkpoint's chat template, and read and write files of messages.
 
-Templates are programs that come with checkpoints: see `template_sandbox`. What a template is given and may use is what
-`apply_chat_template` of transformers gives it.
+Templates are programs that come with checkpoints, so they run in a sandbox: see `template_sandbox`. A template gets the
+same variables and functions as in `apply_chat_template` of transformers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SYSTEM_ROLES = ("system", "developer")
 TOOL_ROLES = ("tool", "ipython", "function")
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names a message's reasoning is given under; templates read the first, those of gpt-oss the second."""
+"""Keys of a message's reasoning. Templates read the first one; those of gpt-oss the second."""
 
 
 def _check_parts(where: str, parts: Sequence[Any]) -> None:
@@ -50,7 +50,7 @@ def _is_message(where: str, message: object) -> bool:
         return False
     content = message.get("content")
     if message["role"] in TOOL_ROLES:
-        return content is not None  # a tool's answer can be anything
+        return content is not None  # a tool's answer may have any type
     if isinstance(content, list | tuple):
         _check_parts(where, content)
         return bool(content)
@@ -58,7 +58,7 @@ def _is_message(where: str, message: object) -> bool:
 
 
 def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as transformers gives them to a template: without keys that are None, reasoning under all names."""
+    """Check messages, and return them as transformers passes them: without None values, reasoning under all keys."""
     right_type = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
     if not right_type or not messages:
         kind = GenerationValueError if right_type else GenerationTypeError
@@ -79,10 +79,10 @@ def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_messages(path: Path | str) -> list[dict[str, Any]]:
-    """The conversation in a JSON file: a list of messages `{"role": "user", "content": "Hello"}`, oldest first.
+    """Read a conversation from a JSON file: a list of messages `{"role": "user", "content": "Hello"}`, oldest first.
 
     Raises:
-        GenerationError: the file cannot be read, or holds no such list.
+        GenerationError: the file cannot be read, or has no such list.
     """
     blame = Blame(GenerationError, 'give a list such as [{"role": "user", "content": "Hello"}]')
     messages = read_json(Path(path), blame)
@@ -95,10 +95,10 @@ def read_messages(path: Path | str) -> list[dict[str, Any]]:
 
 
 def write_messages(path: Path | str, messages: Sequence[Mapping[str, Any]]) -> None:
-    """Write a conversation as `read_messages` reads it. A file of another content is never replaced.
+    """Write a conversation as JSON for `read_messages`. A file with other contents is never replaced.
 
     Raises:
-        EdgeLMError: the place cannot be used; what was there is as it was.
+        EdgeLMError: the file cannot be written; an existing one is unchanged.
     """
     from edgelm.files import atomic_file
     from edgelm.places import Kind
@@ -117,19 +117,19 @@ def _no_conversation(path: Path) -> str | None:
 
 
 def system_messages(messages: Sequence[Mapping[str, Any]]) -> int:
-    """How many system messages a conversation begins with."""
+    """Return the number of system messages at the beginning of a conversation."""
     return next((i for i, message in enumerate(messages) if message.get("role") not in SYSTEM_ROLES), len(messages))
 
 
 def _one_line(text: str) -> str:
-    """A template's words for a terminal: no line ends, no control characters, not too long."""
+    """Return a template's message for a terminal: one line, no control characters, at most 300 characters."""
     text = "".join(c if c.isprintable() else " " for c in text[:1000])
     text = " ".join(text.split())
     return text if len(text) <= 300 else text[:300] + "..."
 
 
 def template_notes(folder: Path) -> list[str]:
-    """What is wrong with the chat templates of a checkpoint, a sentence each. It can be used without them.
+    """Return a sentence for each invalid chat template of a checkpoint, which can be used without them.
 
     Raises:
         TokenizerError: a file with templates cannot be read.
@@ -144,7 +144,7 @@ def template_notes(folder: Path) -> list[str]:
 
 
 class ChatTemplate:
-    """A template with the strings of the special tokens it may ask for.
+    """A chat template with the strings of the special tokens.
 
     Attributes:
         source: the template's text.
@@ -154,10 +154,10 @@ class ChatTemplate:
     def __init__(
         self, source: str, special: Mapping[str, str], where: str = "chat template", sandbox: Sandbox = SANDBOX
     ) -> None:
-        """Check the template, for which a process is started if there is none yet.
+        """Check the template, in a process that is started if there is none yet.
 
         Raises:
-            TokenizerError: it is not a valid template; the message begins with `where`.
+            TokenizerError: the template is not valid; the message begins with `where`.
             GenerationError: no process can be started to render it.
         """
         self.source = source
@@ -173,15 +173,15 @@ class ChatTemplate:
 
     @classmethod
     def from_folder(cls, path: Path | str, tokenizer: Tokenizer | None = None, name: str | None = None) -> ChatTemplate:
-        """Take the template of a checkpoint or bundle folder.
+        """Load the template of a checkpoint or bundle folder.
 
-        The strings of bos and eos are those of the *resolved* ids, so that the rendered text encodes to them even
-        where the vocabulary has another token called `<|endoftext|>`.
+        The strings of bos and eos are those of the *resolved* ids, so that the rendered text encodes to these ids even
+        if the vocabulary has another token named `<|endoftext|>`.
 
         Args:
             path: the folder.
-            tokenizer: the folder's, if open already.
-            name: which template, where there are several; default "default".
+            tokenizer: the folder's tokenizer, if it is open already.
+            name: the template's name, where there are several; default "default".
 
         Raises:
             TokenizerError: there is no template (of that name), or it is not valid.
@@ -216,18 +216,19 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt for a conversation. Encode it with `add_bos=False`: the template writes bos where it belongs.
+        """Return the prompt of a conversation. Encode it with `add_bos=False`: the template writes bos itself.
 
         Args:
             messages: mappings with "role" and "content", oldest first. The content is a text, or a list of parts
-                `{"type": "text", "text": ...}`: a template that goes through parts gets them as they are, another one
-                their texts, a line each. An assistant's message with "tool_calls" may have none. Other keys are passed.
-            add_generation_prompt: end with what makes the model answer.
+                `{"type": "text", "text": ...}`. A template that loops over parts gets the list; another one gets the
+                texts joined by line ends. An assistant's message with "tool_calls" needs no content. Other keys are
+                passed to the template.
+            add_generation_prompt: end with the prompt for the model's answer.
             variables: further variables of the template, such as `tools`.
 
         Raises:
-            GenerationError: the messages are malformed, the template refuses them, tries what the sandbox forbids,
-                fails, or runs into a limit of time, memory or length.
+            GenerationError: the messages are malformed; or the template refuses them, does what the sandbox forbids,
+                fails, or exceeds a limit of time, memory or length.
         """
         given = {"tools": None, "documents": None, **self.special, **(variables or {})}
         given |= {"messages": _checked(messages), "add_generation_prompt": add_generation_prompt}

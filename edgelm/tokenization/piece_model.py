@@ -1,7 +1,7 @@
-"""tokenizer.model: SentencePiece's protobuf, read and written without its library.
+"""Read and write tokenizer.model, SentencePiece's protobuf, without its library.
 
-https://github.com/google/sentencepiece, sentencepiece_model.proto. The library itself gives away neither the flags of
-its normaliser nor all pieces at once, and it must never see what it cannot check.
+Format: https://github.com/google/sentencepiece, sentencepiece_model.proto. The library exposes neither the flags of its
+normaliser nor all pieces at once. A file is also checked here before the library reads it, since the library does not.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ _DUMMY_PREFIX, _EXTRA_WHITESPACE = 3, 4  # fields of the normaliser
 
 @dataclass(frozen=True)
 class PieceModel:
-    """What a tokenizer.model holds.
+    """Contents of a tokenizer.model.
 
     Attributes:
-        data: the file.
-        text: bytes in which the pieces' names are.
-        starts: where each name begins in `text`, [pieces].
-        ends: where it ends, [pieces].
-        kinds: the pieces' types, [pieces].
-        score_at: where each score is in `data`, [pieces]; None where the pieces do not all have the usual form: name,
-            score, and maybe type.
-        pieces_end: where the pieces end in `data`, if they have that form.
-        trainer: the trainer's settings, as they stand there.
-        model_type: `BPE`, or another one.
-        dummy_prefix: whether a space is put before a text.
-        remove_extra_whitespace: whether spaces that follow one another become one.
+        data: the file's bytes.
+        text: bytes that contain the names of the pieces.
+        starts: offset in `text` where each name begins, [pieces].
+        ends: offset where it ends, [pieces].
+        kinds: types of the pieces, [pieces].
+        score_at: offset of each score in `data`, [pieces]; None unless all pieces have the usual form: name, score, and
+            optionally type.
+        pieces_end: offset in `data` where the pieces end, if they have that form.
+        trainer: the trainer's settings, as stored.
+        model_type: `BPE` or another type.
+        dummy_prefix: whether a space is prepended to a text.
+        remove_extra_whitespace: whether consecutive spaces become one.
     """
 
     data: bytes
@@ -59,23 +59,23 @@ class PieceModel:
         return len(self.kinds)
 
     def name(self, index: int) -> str:
-        """The piece of an id."""
+        """Return the piece of an id."""
         return self.text[self.starts[index] : self.ends[index]].decode()
 
     def of_kind(self, *kinds: int) -> list[int]:
-        """The ids of pieces of these types, in order."""
+        """Return the ids of the pieces of these types, in order."""
         found: list[int] = np.flatnonzero(np.isin(self.kinds, kinds)).tolist()
         return found
 
     def plain(self) -> bytes:
-        """The same pieces as transformers' BPE has them: merged in the order of their ids, no text changed before.
+        """Return a model with the same pieces that works like transformers' BPE: merges by id, no normalisation.
 
-        Pieces that a user defined are merged like others, for they are cut out of the text as added tokens are, if at
-        all.
+        User-defined pieces are merged like others; if they are to be split off, the caller does that as for added
+        tokens.
         """
         changed = np.isin(self.kinds, (USER_DEFINED, UNUSED))
         scores = -np.arange(len(self), dtype="<f4")
-        if self.score_at is not None:  # nothing but numbers changes, and nothing moves
+        if self.score_at is not None:  # only numbers change: overwrite them in place
             data = np.frombuffer(self.data, np.uint8)[: self.pieces_end].copy()
             data[self.score_at[:, None] + np.arange(4)] = scores.view(np.uint8).reshape(-1, 4)
             data[self.score_at[changed] + 5] = NORMAL
@@ -122,7 +122,7 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int]:
 
 
 def _fields(data: bytes) -> list[tuple[int, int | bytes]]:
-    """Fields of a message: number and value (fixed-width ones as bytes)."""
+    """Return the fields of a message: number and value (fixed-width ones as bytes)."""
     position = 0
     result: list[tuple[int, int | bytes]] = []
     while position < len(data):
@@ -158,10 +158,10 @@ _Pieces = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8], NDArray
 
 
 def _usual_pieces(data: bytes) -> tuple[_Pieces | None, int]:
-    """The pieces that a model begins with (starts, ends, kinds, places of scores), and where they end.
+    """Return the pieces at the beginning of a model (starts, ends, kinds, offsets of scores), and where they end.
 
-    None unless each is a short name, a score, and maybe a type. There may be a quarter of a million of them, so only
-    their lengths are followed one by one.
+    None unless each is a short name, a score, and optionally a type. There may be a quarter of a million pieces, so
+    only their lengths are read in a loop.
     """
     places = []
     position, size = 0, len(data)
@@ -172,7 +172,7 @@ def _usual_pieces(data: bytes) -> tuple[_Pieces | None, int]:
         position += 2 + data[position + 1]
     if not places or position > size:
         return None, 0
-    view = np.frombuffer(data + bytes(16), np.uint8)  # so that no place is beyond it
+    view = np.frombuffer(data + bytes(16), np.uint8)  # padded, so that every index below is inside
     at = np.array(places)
     length, name_length = view[at + 1].astype(np.int64), view[at + 3].astype(np.int64)
     ends = at + 4 + name_length
@@ -187,7 +187,7 @@ def _usual_pieces(data: bytes) -> tuple[_Pieces | None, int]:
 
 
 def _check_names(text: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
-    """Every name is UTF-8: all together are, and none begins within a character."""
+    """Check that every name is UTF-8: all names joined are, and none begins inside a character."""
     steps = np.zeros(len(text) + 1, np.int8)
     steps[starts] += 1
     steps[ends] -= 1
@@ -205,7 +205,7 @@ def read_piece_model(path: Path) -> PieceModel:
     """Read a tokenizer.model.
 
     Raises:
-        TokenizerError: it cannot be read, is too large, no such model, or has no pieces.
+        TokenizerError: the file cannot be read, is too large, is not such a model, or has no pieces.
     """
     data = read_bytes(path, Blame(TokenizerError, "fetch the file again"), MAX_BYTES)
     try:
@@ -226,7 +226,7 @@ def read_piece_model(path: Path) -> PieceModel:
         if not len(kinds):
             raise ValueError("the vocabulary is empty")
         _check_names(text, starts, ends)
-        # Of a message that stands there twice protobuf takes both together.
+        # In protobuf, a message that occurs twice is merged.
         trainer = b"".join(v for number, v in messages if number == _TRAINER and isinstance(v, bytes))
         normalizer = b"".join(v for number, v in messages if number == _NORMALIZER and isinstance(v, bytes))
         trained, flags = _flags(trainer), _flags(normalizer)

@@ -1,21 +1,21 @@
-"""Which ids begin and end a text, when the files of a checkpoint contradict each other.
+"""Resolve the ids of bos, eos and pad when the files of a checkpoint contradict each other.
 
-Four places speak of it: generation_config.json and config.json (ids), tokenizer_config.json (strings), and the
-vocabulary (a string at every id; SentencePiece models also declare roles). Both published families get it wrong
-somewhere: Fox's configs say bos 1 and eos 2 while its vocabulary is Gemma's, where 1 is `<eos>` and 2 is `<bos>`;
-OLMoE's 0125 instruction-tuned checkpoints rightly say eos 50279 although the vocabulary calls that id
-`|||IP_ADDRESS|||` and has another `<|endoftext|>`, 0. The rule that gets both right:
+Four places define them: generation_config.json and config.json (ids), tokenizer_config.json (strings), and the
+vocabulary (a string for every id; SentencePiece models also declare roles). Two published families have errors. Fox's
+configs say bos 1 and eos 2, but its vocabulary is Gemma's, where 1 is `<eos>` and 2 is `<bos>`. OLMoE's 0125
+instruction-tuned checkpoints say eos 50279, which is right, although the token at that id is `|||IP_ADDRESS|||`, and
+`<|endoftext|>` is another token, 0. These rules resolve both:
 
-1. An id from generation_config.json counts, else one from config.json, whatever the token there is called...
-2. ...unless the vocabulary calls it by the customary name of *another* role (`<eos>` for a bos id) and the tokenizer
-   itself (its config, its SentencePiece model, or a token of the customary name) says which is right: then that one.
-3. Where no config gives an id, the tokenizer's word counts; a bos that it calls `<|endoftext|>`, or by the same string
-   as eos, is the end token that rules 1 and 2 found.
-4. Tokens with which the chat template closes turns end an answer too: fine-tunes often keep the base model's id in
-   generation_config.json. These are the tokenizer's own `eos_token`, and the usual ones (`TURN_ENDS`).
+1. The id in generation_config.json is used, else that in config.json, whatever the name of its token.
+2. Exception: the token has the usual name of *another* role (`<eos>` for a bos id), and the tokenizer itself (its
+   config, its SentencePiece model, or a token of the usual name) has an id for the role. Then that id is used.
+3. If no config has an id, the tokenizer's is used. If it names bos `<|endoftext|>`, or the same as eos, then bos is the
+   end token by rules 1 and 2.
+4. Tokens with which the chat template ends turns also end an answer, since fine-tunes often keep the base model's id
+   in generation_config.json. These are the tokenizer's own `eos_token` and the usual ones (`TURN_ENDS`).
 
-Every contradiction is noted, so that it can be shown. An end token that is declared and that no vocabulary has is an
-error: answers would not end, and the template would spell it out.
+Each contradiction gives a note. A declared end token that is not in the vocabulary is an error: answers would not end,
+and the template would write the token as plain text.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ CUSTOMARY: Mapping[str, tuple[str, ...]] = {
     "pad": ("<pad>", "<|padding|>"),
     "unk": ("<unk>",),
 }
-# Families that have one token for both ends call it this; it says nothing against the id being a bos.
+# The usual name where one token is both bos and eos. So a bos id with this name is not suspicious.
 BOTH_ENDS = "<|endoftext|>"
-# Tokens that close turns in the published chat formats.
+# Tokens that end turns in published chat formats.
 TURN_ENDS = (
     "<|im_end|>",
     "<|eot_id|>",
@@ -53,9 +53,14 @@ TURN_ENDS = (
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """The resolved ids; `eos` has at least one, the first being the model's own.
+    """The resolved ids.
 
-    `template_eos` is the end token that chat templates mean by `eos_token`.
+    Attributes:
+        bos: None where the model has none.
+        eos: at least one id; the first is the model's own.
+        pad: None where the model has none.
+        template_eos: the end token that chat templates mean by `eos_token`.
+        notes: contradictions between the files.
     """
 
     bos: int | None
@@ -70,7 +75,7 @@ def _ids(file: str, values: Mapping[str, Any], role: str) -> list[int]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
         raise TokenizerError(f"{file}: {role}_token_id is {str(value)[:80]!r}; expected an id or a list of ids")
-    return [i for i in ids if i >= 0]  # -1 is used for "none"
+    return [i for i in ids if i >= 0]  # -1 means "none"
 
 
 class _Resolver:
@@ -78,7 +83,7 @@ class _Resolver:
         self.vocabulary = vocabulary
         self.configs = configs
         self.rows = declared.rows
-        # What only a class of transformers names is no declaration.
+        # Defaults of transformers' classes do not count as declarations.
         named = {name.removesuffix("_token"): token for name, token in declared.names.items()}
         self.strings = {role: token.content for role, token in named.items() if token is not None and token.where}
         self.files = {role: token.where for role, token in named.items() if token is not None}
@@ -88,7 +93,7 @@ class _Resolver:
         return f"{index} ({self.vocabulary.token(index)!r})"
 
     def declared(self, role: str) -> int | None:
-        """What the tokenizer itself says."""
+        """Return the id of a role by the tokenizer itself; None where it has none."""
         string = self.strings.get(role)
         if string is not None and (index := self.vocabulary.token_id(string)) is not None:
             return index
@@ -103,7 +108,7 @@ class _Resolver:
         return bool(others) and declared is not None and declared != index
 
     def check_named_eos(self) -> None:
-        """Refuse an `eos_token` that is no token."""
+        """Raise an error for an `eos_token` that is not in the vocabulary."""
         string = self.strings.get("eos")
         if string is None or self.vocabulary.token_id(string) is not None:
             return
@@ -116,7 +121,7 @@ class _Resolver:
     def _usable(self, file: str, role: str, ids: list[int], counts: bool) -> list[int]:
         usable = [i for i in ids if self.vocabulary.token(i) is not None]
         for i in sorted(set(ids) - set(usable)):
-            # One of several that the model cannot produce either does no harm.
+            # One of several ids is harmless if it is beyond the model's rows: the model cannot produce it.
             beyond = bool(usable) and self.rows is not None and i >= self.rows
             if role == "eos" and counts and not beyond:
                 raise TokenizerError(
@@ -127,7 +132,7 @@ class _Resolver:
         return usable
 
     def from_configs(self, role: str) -> list[int]:
-        """Rules 1 and 2."""
+        """Return the ids of a role by rules 1 and 2."""
         declared = self.declared(role)
         given: dict[str, list[int]] = {}
         for name, values in self.configs.items():
@@ -141,7 +146,7 @@ class _Resolver:
                 self.notes.append(f"{file} says {role}_token_id {ids}, {other} says {other_ids}: {file} counts")
         result: list[int] = []
         for i in ids:
-            # A pad that is also the end token is customary and harmless.
+            # A pad id that is also the end token is usual and harmless.
             if role != "pad" and declared is not None and self._overruled(role, i, declared):
                 self.notes.append(
                     f"{' and '.join(given)} say {role}_token_id {i}, but that token is {self.vocabulary.token(i)!r}: "
@@ -158,7 +163,7 @@ class _Resolver:
         return result
 
     def bos_by_tokenizer(self, eos: list[int]) -> int | None:
-        """Rule 3 for bos."""
+        """Return the bos id by rule 3."""
         string = self.strings.get("bos")
         if string is not None and string in (BOTH_ENDS, self.strings.get("eos")):
             if string == BOTH_ENDS and self.vocabulary.token_id(string) not in (eos[0], None):
@@ -174,8 +179,11 @@ _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
 def _places(template: str, marker: str) -> Iterator[tuple[str, str, str]]:
-    """Where a template writes `marker` (a regular expression): what stands before it and after it, in the same tag or
-    between two tags, and the tag before."""
+    """Find `marker` (a regular expression) in a template.
+
+    Yields:
+        The text before and after it, inside its tag or between two tags, and the previous tag.
+    """
     for match in re.finditer(marker, template):
         opened = template.rfind("{%", 0, match.start())
         closed = template.rfind("%}", 0, match.start())
@@ -186,10 +194,10 @@ def _places(template: str, marker: str) -> Iterator[tuple[str, str, str]]:
 
 
 def closes_turns(template: str, token: str, variable: str | None = None) -> bool:
-    """Whether a chat template closes turns with `token`, written out or as `variable`.
+    """Return whether a chat template ends turns with `token`, written out or as `variable`.
 
-    It does where it writes it anywhere but at the beginning of a turn: before any content, before a role or a content
-    in the same tag, or before the words with which the model is to begin.
+    It does if the token occurs anywhere but at the beginning of a turn: before any content, before a role or a content
+    in the same tag, or before the generation prompt.
     """
     template = _COMMENT.sub("", template)
     first = _CONTENT.search(template)
@@ -211,10 +219,10 @@ def resolve(
     declared: Declared,
     chat_template: str | None,
 ) -> SpecialIds:
-    """Find the ids by the rules in the module's docstring.
+    """Resolve the ids by the rules in the module's docstring.
 
     Raises:
-        TokenizerError: there is no end token, one that is declared is in no vocabulary, or an id is not a number.
+        TokenizerError: there is no end token, a declared one is not in the vocabulary, or an id is not a number.
     """
     configs = {"generation_config.json": generation_config, "config.json": config}
     resolver = _Resolver(vocabulary, configs, declared)
@@ -237,7 +245,7 @@ def resolve(
     template_eos = eos[0]
     if chat_template is not None:
         own_name = resolver.strings.get("eos")
-        # OLMoE's 0125 checkpoints call another token `<|endoftext|>` than the one that ends; there the id counts.
+        # In OLMoE's 0125 checkpoints `<|endoftext|>` is not the end token, so its name is ignored.
         own_name = None if own_name == BOTH_ENDS else own_name
         for name in dict.fromkeys([own_name, *TURN_ENDS]):
             index = None if name is None else vocabulary.token_id(name)

@@ -1,4 +1,4 @@
-"""Where a checkpoint or bundle folder keeps its chat templates."""
+"""Read the chat templates of a checkpoint or bundle folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _named_templates(value: object, where: str) -> dict[str, str]:
 
 
 def read_templates(folder: Path) -> dict[str, str]:
-    """The chat templates of a folder by name; chat_template.jinja is the "default" one and wins over the config's.
+    """Return the chat templates of a folder by name. chat_template.jinja is "default" and overrides the config's.
 
     Raises:
         TokenizerError: a template cannot be read.
@@ -48,6 +48,6 @@ def read_templates(folder: Path) -> dict[str, str]:
 
 
 def read_source(folder: Path) -> str | None:
-    """The default template's source, None where there is none."""
+    """Return the source of the default template; None where there is none."""
     templates = read_templates(folder)
     return templates.get(DEFAULT) or next(iter(templates.values()), None)

@@ -1,15 +1,15 @@
-"""Renders chat templates in a process of its own, which can neither hang, nor fill memory, nor touch the machine.
+"""Render chat templates in a separate process with limits on time, memory, files and processes.
 
-Templates are programs that come with checkpoints. jinja2's sandbox keeps them from Python's internals, but not from
-comparing nested lists for ever inside C, where no signal is heeded, nor from making a text of a terabyte. Counting what
-they do inside this process never caught all of it. So a process renders them (`template_worker`) that the operating
-system limits: memory, CPU time, files, processes. It is started once, kept, and replaced when a template ran into a
-limit. While it works the caller waits, and can be interrupted by Ctrl-C and SIGTERM; the process is then ended.
+Templates are programs that come with checkpoints. jinja2's sandbox protects Python's internals. But a template can
+still compare nested lists forever inside C code, where no signal is handled, or build a string of a terabyte. So
+another process renders them (`template_worker`), limited by the operating system. It is started once and kept, and
+replaced after a template has exceeded a limit. The caller waits for it, and can be interrupted by Ctrl-C and SIGTERM,
+which end the process.
 
-It ends with the process that started it: its input ends then, and a rendering ends with its CPU time.
+The process also ends with the one that started it: its input is then closed, and a running template ends with its CPU
+time.
 
-On Windows, which has no such limits, CPU time and memory are bounded only by the time after which the process is ended;
-on macOS memory is.
+Windows has no such limits: there, the wall time alone bounds CPU time and memory. On macOS it bounds memory.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from edgelm.tokenization.template_worker import Answer
 
 CPU_SECONDS = 2.0
 WALL_SECONDS = 30.0
-"""Of one rendering: longer than its CPU time, because a busy machine takes longer."""
+"""Wall time of one rendering. It is longer than the CPU time, since a busy machine takes longer."""
 START_SECONDS = 60.0
 MEMORY = 256 << 20
-"""Bytes of address space; Python and jinja2 take some 30 MB of it."""
+"""Bytes of address space, of which Python and jinja2 take about 30 MB."""
 MAX_OUTPUT = 8 << 20
-"""Characters."""
+"""Characters of a rendered text."""
 MAX_REQUEST = 64 << 20
 """Bytes of a conversation and its template."""
 
 FILE = "chat_template.jinja"
 SETTINGS = "tokenizer_config.json"
-"""Where a folder keeps templates; see `template_files`."""
+"""Files of a folder with templates; see `template_files`."""
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ")
 
 
-class _Ended(Exception):  # noqa: N818 - never leaves this module
-    """The process ended or was ended. `limit`: which limit that was, None where it is not known to be one."""
+class _Ended(Exception):  # noqa: N818 - internal
+    """The process ended. `limit`: the limit that it exceeded; None if the reason is unknown."""
 
     def __init__(self, code: int | None, limit: str | None) -> None:
         super().__init__(
@@ -59,7 +59,7 @@ class _Ended(Exception):  # noqa: N818 - never leaves this module
 
 
 def _folders() -> list[str]:
-    """Where jinja2 and markupsafe lie. They are not imported here, which takes a tenth of a second."""
+    """Return the folders of jinja2 and markupsafe, without importing them, which takes a tenth of a second."""
     folders = []
     for name in ("jinja2", "markupsafe"):
         spec = importlib.util.find_spec(name)
@@ -70,10 +70,10 @@ def _folders() -> list[str]:
 
 
 class _Process:
-    """One process, and the protocol of `template_worker`.
+    """One worker process, and the protocol of `template_worker`.
 
     Attributes:
-        owing: an answer is still to come, of a request that was interrupted: the process cannot be asked again.
+        owing: a request was interrupted before its answer, so the process cannot be used again.
     """
 
     def __init__(self, memory: int, cpu_seconds: float) -> None:
@@ -88,7 +88,7 @@ class _Process:
         self._late = False
         self.owing = False
         try:
-            # A session of its own: a terminal's Ctrl-C is for this process alone.
+            # In a new session, so that Ctrl-C in a terminal reaches this process only.
             self._popen = subprocess.Popen(
                 command,
                 bufsize=0,
@@ -106,14 +106,14 @@ class _Process:
         return self._popen.pid
 
     def ask(self, request: bytes, seconds: float) -> bytes:
-        """The answer to a request, within some seconds. Raises `_Ended`."""
+        """Send a request and return the answer. Raises `_Ended` after `seconds`, or if the process ended."""
         if not self._ready:
             self._within(START_SECONDS, b"")
             self._ready = True
         return self._within(seconds, len(request).to_bytes(4, "big") + request)
 
     def _within(self, seconds: float, message: bytes) -> bytes:
-        # A read that is waiting can be interrupted by signals, but not by another thread: so the process is ended.
+        # Another thread cannot interrupt a waiting read, but it can end the process, which ends the read.
         self._late, self.owing = False, True
         clock = threading.Timer(seconds, self._end_late)
         clock.daemon = True
@@ -161,11 +161,11 @@ class _Process:
         return _Ended(code, "more time than it may have" if self._late else None)
 
     def kill(self) -> None:
-        """End the process; whoever waits for its answer learns of it."""
+        """Kill the process. A caller that waits for its answer gets `_Ended`."""
         self._popen.kill()
 
     def end(self) -> None:
-        """End the process and wait for it."""
+        """Kill the process and wait for its end."""
         self.kill()
         self.close()
         self._popen.wait()
@@ -177,18 +177,18 @@ class _Process:
                 pipe.close()
 
     def forget(self) -> None:
-        """In a fork of the process that started this one: it is not ours to use or wait for."""
+        """Drop the worker in a forked process: it belongs to the parent."""
         self._popen.returncode = 0
         self.close()
 
 
 class Sandbox:
-    """A process that is started when it is first needed, and again when it has ended. Threads take turns.
+    """A worker process that is started when it is first needed, and again after it ended. Threads take turns.
 
     Args:
         memory: bytes of address space.
         cpu_seconds: CPU time of one rendering.
-        wall_seconds: after which it is ended however little CPU time it had.
+        wall_seconds: wall time of one rendering, after which the process is ended.
     """
 
     def __init__(
@@ -200,26 +200,26 @@ class Sandbox:
 
     @property
     def pid(self) -> int | None:
-        """Of the process, if there is one."""
+        """Process id of the worker; None where there is none."""
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Start the process without waiting for it, so that it is ready when the first template comes.
+        """Start the process without waiting for it, so that it is ready for the first template.
 
         Raises:
-            GenerationError: there is no Python interpreter or jinja2 to start.
+            GenerationError: there is no Python interpreter, or jinja2 is not installed.
         """
         with self._lock:
             self._started()
 
     def ask(self, source: str, given: dict[str, Any] | None) -> tuple[bytes, str]:
-        """Render a template with variables; with None only check it.
+        """Render a template with the variables `given`; None only checks the template.
 
         Returns:
-            A letter of `template_worker.Answer`, and the text that belongs to it.
+            A letter of `template_worker.Answer`, and its text.
 
         Raises:
-            GenerationError: the process cannot be started, or the variables are no JSON or too large.
+            GenerationError: the process cannot be started, or the variables are not JSON or too large.
         """
         request = _request(source, given)
         with self._lock:
@@ -228,11 +228,11 @@ class Sandbox:
             except _Ended as ended:
                 self._process = None
                 return Answer.LIMIT, ended.limit or f"more than its process survives ({ended})"
-            except BaseException:  # Ctrl-C among others: the answer is still to come, and nobody will read it
+            except BaseException:  # for example Ctrl-C: the answer will not be read, so the process cannot be kept
                 self._end()
                 raise
             if answer[:1] == Answer.LIMIT:
-                # What is left of its memory is not known.
+                # Its remaining memory is unknown, so it is not used again.
                 self._end()
             return answer[:1], answer[1:].decode("utf-8", "surrogatepass")
 
@@ -242,13 +242,13 @@ class Sandbox:
         except _Ended as ended:
             if ended.limit is not None:
                 raise
-        # Something ended it, perhaps long ago: it is no fault of this template unless that happens again.
+        # The process may have been ended long ago from outside. Only a second failure is this template's fault.
         self._process = None
         return self._started().ask(request, self._wall_seconds)
 
     def _started(self) -> _Process:
         if self._process is not None and self._process.owing:
-            self._end()  # a second Ctrl-C came before the first one had ended it
+            self._end()  # a second Ctrl-C came before the first one ended it
         if self._process is None:
             self._process = _Process(self._memory, self._cpu_seconds)
         return self._process
@@ -259,17 +259,17 @@ class Sandbox:
             process.end()
 
     def close(self) -> None:
-        """End the process. Another one is started if need be."""
+        """End the process. Another one is started when it is needed."""
         process = self._process
         if process is not None:
-            # Without the lock: whoever has it may wait for long, and finds the process ended now.
+            # Without the lock: its holder may wait for the process, and continues when it is killed.
             process.kill()
         with self._lock:
             if self._process is process:
                 self._end()
 
     def forget(self) -> None:
-        """In a fork of this process: the one that renders belongs to the parent."""
+        """Drop the worker in a forked process: it belongs to the parent."""
         self._lock = threading.Lock()
         if self._process is not None:
             self._process.forget()
@@ -288,20 +288,20 @@ def _request(source: str, given: dict[str, Any] | None) -> bytes:
 
 
 SANDBOX = Sandbox()
-"""The one that all templates of this process share."""
+"""The worker process that all templates of this process share."""
 
 
 def start_for(folder: Path) -> None:
-    """Start its process without waiting for it, if a checkpoint's or bundle's folder is likely to have a template.
+    """Start the worker process without waiting for it, if a checkpoint or bundle folder is likely to have a template.
 
-    Importing this module is cheap, so that this can be the first thing that is done.
+    This module imports quickly, so that `edgelm.load` can call this first.
     """
     try:
         likely = (folder / FILE).is_file() or b'"chat_template"' in _beginning(folder / SETTINGS)
     except (OSError, ValueError):
         return
     if likely:
-        # Should it not start, the first conversation says why.
+        # If it cannot start, the first conversation raises the error.
         with contextlib.suppress(GenerationError):
             SANDBOX.start()
 

@@ -1,17 +1,18 @@
-"""The program that renders chat templates, in a process of its own with limits. `template_sandbox` starts it.
+"""Program that renders chat templates in a process with limits. `template_sandbox` starts it.
 
     python -I -S template_worker.py MEMORY SECONDS CHARACTERS FOLDER...
 
-MEMORY: bytes the process may have. SECONDS of CPU time and CHARACTERS of text for one rendering. FOLDER: where jinja2
-and markupsafe lie. Nothing of EdgeLM is imported, so that it starts quickly.
+MEMORY: bytes of address space. SECONDS: CPU time of one rendering. CHARACTERS: length of one rendered text. FOLDER: the
+folders of jinja2 and markupsafe. The program imports nothing of EdgeLM, so that it starts quickly.
 
-It reads requests from standard input until that ends and answers each on standard output. A message is its length (4
-bytes, big endian) and that many bytes. The first one comes from here, empty: ready. A request is JSON: `source` of the
-template, and `given` its variables or null to check the source alone. An answer is one letter and a text, see `Answer`.
+It reads requests from standard input until its end, and writes answers to standard output. A message is its length (4
+bytes, big endian) and that many bytes. The program first sends an empty message when it is ready. A request is JSON:
+`source` is the template, and `given` its variables, or null to check the template only. An answer is one letter and a
+text, see `Answer`.
 
-What the operating system holds: memory; CPU time, past which it ends the process, in the midst of C code too; files, of
-which no more can be opened and nothing written; processes, of which none can be started (except by root). Windows has
-none of these, macOS no limit on memory.
+The operating system limits memory; CPU time, after which it ends the process even inside C code; files: none can be
+opened or written; and processes: none can be started (except by root). Windows has none of these limits, macOS none on
+memory.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ if TYPE_CHECKING:
 
 
 class Answer:
-    """The letters that answers begin with, and what the text after them is."""
+    """First letters of answers. The comments say what the text after them is."""
 
-    DONE = b"d"  # the rendering; empty after a check
-    INVALID = b"i"  # why the source is no template
-    REFUSED = b"r"  # what the template says of the messages
-    FORBIDDEN = b"f"  # what it tried that a template may not
-    FAILED = b"e"  # the error that its expressions raised
-    LIMIT = b"l"  # which limit it ran into
+    DONE = b"d"  # the rendered text; empty after a check
+    INVALID = b"i"  # why the source is not a template
+    REFUSED = b"r"  # the template's own error about the messages
+    FORBIDDEN = b"f"  # the forbidden operation that it tried
+    FAILED = b"e"  # the error that one of its expressions raised
+    LIMIT = b"l"  # the limit that it exceeded
 
 
-# Jinja and Python import these when they are first needed, which is too late: no file can be opened then.
+# jinja2 and Python would import these when they are first needed, but then files can no longer be opened.
 _LATE = (
     "jinja2.constants", "jinja2.debug", "html", "pprint", "textwrap", "unicodedata",
     "encodings.ascii", "encodings.latin_1", "encodings.unicode_escape",
@@ -47,7 +48,7 @@ _LATE = (
 
 
 def _environment() -> Any:
-    """The environment of `transformers.utils.chat_template_utils`, which templates are written for."""
+    """Return an environment like that of `transformers.utils.chat_template_utils`, for which templates are written."""
     from jinja2 import nodes
     from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.ext import Extension, loopcontrols
@@ -55,14 +56,14 @@ def _environment() -> Any:
     from jinja2.utils import Namespace
 
     class Generation(Extension):
-        """`{% generation %}` marks the assistant's part for training; the text is rendered as it is."""
+        """`{% generation %}` marks the assistant's part for training; it does not change the text."""
 
         tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            # A call, as transformers has it: what is set inside is not seen outside.
+            # A call block, as in transformers: variables set inside are not visible outside.
             return nodes.CallBlock(self.call_method("_pass"), [], [], body).set_lineno(line)
 
         def _pass(self, caller: Any) -> Any:
@@ -78,7 +79,7 @@ def _environment() -> Any:
             return dict.fromkeys(*args)
 
     class PlainNamespace(Namespace):
-        """A namespace that takes no name of Python's internals."""
+        """A namespace that refuses names that begin with `_`."""
 
         def __init__(*args: Any, **kwargs: Any) -> None:
             self, *rest = args  # so that `namespace(self=1)` works, as in jinja2
@@ -98,7 +99,7 @@ def _environment() -> Any:
     def tojson(
         x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
     ) -> str:
-        # jinja2's own escapes <, > and & for HTML, which is not what a model was trained on.
+        # jinja2's own filter escapes <, > and & for HTML, which models were not trained on.
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def raise_exception(message: str) -> None:
@@ -121,9 +122,9 @@ def _environment() -> Any:
 
 
 def _reads_parts(tree: nodes.Template) -> bool:
-    """Whether the template goes through the parts of a message's content, in place of taking it for a string.
+    """Return whether the template loops over the parts of a message's content instead of using it as a string.
 
-    Looks for a loop over `x.content`, or over a name or macro argument that was given it.
+    Looks for a loop over `x.content`, or over a variable or macro argument to which it was assigned.
     """
     from jinja2 import nodes
 
@@ -150,7 +151,7 @@ def _reads_parts(tree: nodes.Template) -> bool:
         if isinstance(call.node, nodes.Name) and call.node.name in macros
     ]
     found = -1
-    while found != len(names):  # a name may be given on, and on
+    while found != len(names):  # repeat, since a variable may be assigned to another one
         found = len(names)
         names |= {a.target.name for a in assigned if isinstance(a.target, nodes.Name) and is_content(a.node)}
         for macro, call in calls:
@@ -171,7 +172,7 @@ def _flat(message: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Compiled:
-    """One template, ready."""
+    """A compiled template."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -179,8 +180,8 @@ class _Compiled:
         self.template: Template = self._environment.from_string(source)
         self._parts: bool | None = None
 
-    def fit(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Messages whose lists of text parts are strings, if the template expects strings."""
+    def adapt(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the messages; if the template expects strings, lists of text parts are joined to strings."""
         if not any(isinstance(message.get("content"), list) for message in messages):
             return messages
         if self._parts is None:
@@ -189,14 +190,14 @@ class _Compiled:
 
 
 class Renderer:
-    """Answers requests. Keeps the last template only: of an earlier one nothing stays, its memory neither."""
+    """Answers requests. Only the last template is kept, so that the memory of earlier ones is freed."""
 
     def __init__(self, characters: int) -> None:
         self._characters = characters
         self._compiled: _Compiled | None = None
 
     def answer(self, body: bytes) -> bytes:
-        """The answer to a request: a letter and a text."""
+        """Return the answer to a request: a letter and a text."""
         try:
             letter, text = self._answer(json.loads(body.decode("utf-8", "surrogatepass")))
             return letter + (text if letter == Answer.DONE else text[:1000]).encode("utf-8", "surrogatepass")
@@ -212,7 +213,7 @@ class Renderer:
             compiled = self._compile(request["source"])
         except (MemoryError, RecursionError):
             raise
-        except Exception as error:  # the compiler's own errors too: whatever it is, this is no template
+        except Exception as error:  # the compiler may raise anything for an invalid template
             return Answer.INVALID, str(error)
         if request["given"] is None:
             return Answer.DONE, ""
@@ -224,7 +225,7 @@ class Renderer:
             return Answer.FORBIDDEN, str(error)
         except TemplateError as error:
             return Answer.FAILED if isinstance(error, TemplateRuntimeError) else Answer.REFUSED, str(error)
-        except Exception as error:  # the template's expressions can raise anything
+        except Exception as error:  # the template's expressions may raise anything
             return Answer.FAILED, f"{type(error).__name__}: {error}"
 
     def _compile(self, source: str) -> _Compiled:
@@ -234,7 +235,7 @@ class Renderer:
         return self._compiled
 
     def _render(self, compiled: _Compiled, given: dict[str, Any]) -> tuple[bytes, str]:
-        given["messages"] = compiled.fit(given["messages"])
+        given["messages"] = compiled.adapt(given["messages"])
         parts: list[str] = []
         length = 0
         for part in compiled.template.generate(given):
@@ -251,17 +252,17 @@ def _set_limits(memory: int) -> None:
     except ImportError:  # Windows
         return
     limits = {"RLIMIT_AS": memory, "RLIMIT_DATA": memory, "RLIMIT_CORE": 0, "RLIMIT_FSIZE": 0, "RLIMIT_NPROC": 0}
-    # Files are numbered from 0: past the three that are open there can be no more.
+    # File descriptors begin at 0, and three are open: no more can be opened.
     for name, limit in {**limits, "RLIMIT_NOFILE": 3}.items():
         if hasattr(resource, name):
             try:
                 resource.setrlimit(getattr(resource, name), (limit, limit))
-            except (OSError, ValueError):  # the system does not have it, macOS for example no RLIMIT_AS
+            except (OSError, ValueError):  # not supported here, such as RLIMIT_AS on macOS
                 continue
 
 
 def _set_clock(seconds: float) -> None:
-    """Let the system end this process after so many more seconds of CPU time; 0: never."""
+    """Let the system end this process after `seconds` more of CPU time; 0: never."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
@@ -283,16 +284,16 @@ def _send(body: bytes) -> None:
 
 def main() -> None:
     """Serve until standard input ends."""
-    # A terminal's Ctrl-C is for EdgeLM, which ends this process if it wants to.
+    # Ctrl-C in a terminal is handled by the parent process, which ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGPROF"):  # the clock's; EdgeLM's program may ignore or block it, which is inherited
+    if hasattr(signal, "SIGPROF"):  # signal of `_set_clock`; the parent may ignore or block it, which is inherited
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     memory, seconds, characters = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
     sys.path += sys.argv[4:]
     for name in _LATE:
         __import__(name)
-    datetime.now().strftime("%c")  # reads the time zone
+    datetime.now().strftime("%c")  # reads the time zone file while files can be opened
     renderer = Renderer(characters)
     _environment()
     _set_limits(memory)

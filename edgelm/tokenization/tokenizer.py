@@ -1,8 +1,7 @@
-"""Text to token ids and back, with the checkpoint's own tokenizer files.
+"""Encode text to token ids and decode them, with a checkpoint's own tokenizer files.
 
-`tokenizer.json` is preferred to `tokenizer.model` where both are there. Which tokens the files beside them add is
-written in `edgelm.tokenization.added_tokens`, and how the special ids are found when the files contradict each other in
-`edgelm.tokenization.special_tokens`.
+`tokenizer.json` is preferred to `tokenizer.model`. `edgelm.tokenization.added_tokens` describes the tokens that other
+files add, and `edgelm.tokenization.special_tokens` how special ids are resolved when the files contradict each other.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ FILES = (
     "generation_config.json",
     "chat_template.jinja",
 )
-# What a fingerprint is taken of: spaces, digits, scripts, combining marks, code, special strings.
+# Texts for fingerprints: spaces, digits, scripts, combining marks, code, special tokens.
 PROBES = (
     "Hello, world!",
     "  two  spaces\n\n\ttab 12345 3.14",
@@ -40,9 +39,9 @@ PROBES = (
 
 
 class StreamDetokenizer:
-    """Turns ids into text one by one and never gives out part of a character.
+    """Converts ids to text one by one, and never returns part of a character.
 
-    The pieces, with `flush` at the end, join to `Tokenizer.decode` of all the ids.
+    The returned texts, with `flush` at the end, join to `Tokenizer.decode` of all the ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
@@ -52,10 +51,9 @@ class StreamDetokenizer:
         self._at_start = self._vocabulary.leading_space is not LeadingSpace.KEEP
 
     def push(self, index: int) -> str:
-        """Take the next id; gives the text that is complete now, maybe none.
+        """Add the next id, and return the text that is complete now, which may be empty.
 
-        Bytes that cannot become a character are given as U+FFFD, one for each maximal part of one, as the Unicode
-        standard recommends.
+        Invalid bytes become U+FFFD, one for each maximal subpart of a character, as the Unicode standard recommends.
         """
         if index in self._skip:
             return ""
@@ -75,7 +73,7 @@ class StreamDetokenizer:
         return data
 
     def flush(self) -> str:
-        """The end of the text: bytes that wait for the rest of their character become U+FFFD."""
+        """End the text, and return U+FFFD for the bytes of an incomplete character."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         self._at_start = self._vocabulary.leading_space is not LeadingSpace.KEEP
@@ -83,19 +81,19 @@ class StreamDetokenizer:
 
 
 class Tokenizer:
-    """A checkpoint's or bundle's tokenizer.
+    """The tokenizer of a checkpoint or bundle.
 
     Attributes:
         vocabulary: the open tokenizer file.
-        vocab_size: one more than the largest id; the model's own may be larger (padded).
-        bos_id: id that begins a text, or None.
-        eos_ids: ids that end one, the model's own first.
-        template_eos_id: the one that chat templates mean by `eos_token`.
-        pad_id: id for padding, or None.
-        special: ids that are no text and are left out when decoding.
-        add_bos: whether `encode` puts `bos_id` first when not told.
-        notes: contradictions between the files and how they were resolved.
-        files: the files that make up this tokenizer, config.json apart: what a bundle needs.
+        vocab_size: one more than the largest id; the model's vocabulary may be larger (padded).
+        bos_id: id that begins a text; None where there is none.
+        eos_ids: ids that end a text, the model's own first.
+        template_eos_id: the id that chat templates mean by `eos_token`.
+        pad_id: id for padding; None where there is none.
+        special: ids that are not text and are omitted when decoding.
+        add_bos: whether `encode` prepends `bos_id` by default.
+        notes: contradictions between the files, and how they were resolved.
+        files: the tokenizer's files that a bundle needs, without config.json.
     """
 
     def __init__(self, folder: Path, vocabulary: Vocabulary, declared: Declared) -> None:
@@ -121,7 +119,7 @@ class Tokenizer:
         """Open the tokenizer of a checkpoint or bundle folder.
 
         Raises:
-            TokenizerError: there is none, its files are damaged, or no end token can be found.
+            TokenizerError: there is no tokenizer, its files are damaged, or it has no end token.
         """
         folder = Path(path)
         try:
@@ -131,7 +129,7 @@ class Tokenizer:
             if (folder / "tokenizer.model").exists():
                 declared = read_declared(folder)
                 return cls(folder, PieceVocabulary(folder / "tokenizer.model", declared), declared)
-        except CheckpointError as error:  # of the JSON files beside it
+        except CheckpointError as error:  # from a JSON file
             raise TokenizerError(str(error)) from error
         except TokenizerError as error:
             raise error if str(error).startswith(str(folder)) else TokenizerError(f"{folder}: {error}") from error
@@ -147,20 +145,20 @@ class Tokenizer:
         by_file = self.vocabulary.adds_bos(self.bos_id)
         if by_file is not None:
             return by_file
-        # transformers' classes for these put bos first unless told otherwise.
+        # These classes of transformers prepend bos by default.
         named = str(declared.config.get("tokenizer_class")).removesuffix("Fast")
         return named in ("GemmaTokenizer", "LlamaTokenizer")
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
-        """Ids of `text`. Strings of special tokens in it, as chat templates write them, become those tokens.
+        """Return the ids of `text`. Strings of special tokens in it, as chat templates write them, become those tokens.
 
         Args:
-            text: any text.
-            add_bos: put `bos_id` first; None does what the tokenizer does by default (`self.add_bos`). The end token is
-                never put last, whatever `add_eos_token` says: a prompt is to be continued.
+            text: the text.
+            add_bos: whether to prepend `bos_id`; None for the tokenizer's default (`self.add_bos`). The end token is
+                never appended, whatever `add_eos_token` says, since a prompt is continued.
 
         Raises:
-            TokenizerError: the text holds a lone surrogate, or bos is asked for and there is none.
+            TokenizerError: the text has a lone surrogate, or `add_bos` is True and there is no bos.
         """
         try:
             text.encode()
@@ -174,29 +172,29 @@ class Tokenizer:
         return [self.bos_id, *ids]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`; ids without a token (a padded vocabulary has such) give nothing.
+        """Return the text of `ids`. Ids without a token, as in a padded vocabulary, give no text.
 
-        Equal to what the tokenizer's library gives, but for bytes that are not UTF-8: see `StreamDetokenizer.push`.
+        The result equals that of the tokenizer's library, except for invalid UTF-8: see `StreamDetokenizer.push`.
         """
         stream = self.detokenizer(skip_special=skip_special)
         return "".join([stream.push(int(index)) for index in ids]) + stream.flush()
 
     def detokenizer(self, *, skip_special: bool = True) -> StreamDetokenizer:
-        """A fresh stream detokenizer."""
+        """Return a new detokenizer for one text."""
         return StreamDetokenizer(self, skip_special=skip_special)
 
     def token(self, index: int) -> str | None:
-        """The string of a token as the vocabulary has it, None where there is none."""
+        """Return the string of a token in the vocabulary; None where there is no such token."""
         return self.vocabulary.token(index)
 
     def token_id(self, token: str) -> int | None:
-        """The id of a string that is one token of the vocabulary, None where it is none."""
+        """Return the id of a string that is one token of the vocabulary; None where it is not."""
         return None if any("\ud800" <= c <= "\udfff" for c in token) else self.vocabulary.token_id(token)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the vocabulary, the special ids and the ids of some probing texts.
+        """Return a SHA-256 over the vocabulary, the special ids and the ids of some test texts.
 
-        Equal for tokenizers that encode and decode alike, whichever files and library versions are behind them.
+        It is equal for tokenizers that encode and decode alike, whatever their files and library versions.
         """
         vocabulary = self.vocabulary
         state = hashlib.sha256()
@@ -205,7 +203,7 @@ class Tokenizer:
         special = sorted(vocabulary.own_special | self._named)
         ids = [self.bos_id, list(self.eos_ids), self.pad_id, self.add_bos, special]
         state.update(json.dumps([ids, [vocabulary.encode(probe) for probe in PROBES]]).encode())
-        if vocabulary.added:  # only then, so that the other fingerprints stay what they were
+        if vocabulary.added:  # only then, so that fingerprints from older versions stay valid
             flags = [
                 [index, token.content, *(getattr(token, flag) for flag in FLAGS)]
                 for index, token in sorted(vocabulary.added.items())

@@ -1,7 +1,7 @@
-"""tokenizer.json: checked before the `tokenizers` library sees it, and its steps as transformers would have them.
+"""Check a tokenizer.json before the `tokenizers` library loads it, and rebuild its steps as transformers does.
 
-The file comes with a checkpoint. The library runs whatever steps it asks for, without limits, and panics on some files;
-so what would take the device's memory or time is refused here by its size alone.
+The file comes with a checkpoint. The library runs any steps in it without limits, and panics on some files. So steps
+that could exhaust the device's memory or time are refused here.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from edgelm.tokenization.added_tokens import MAX_IDS, Declared
 
 MAX_BYTES = 64 << 20  # a vocabulary of 256 000 entries takes about 35 MB
 MAX_STEPS = 64  # of one kind; published tokenizers have up to six
-MAX_GROWTH = 16  # how many characters one may become by replacing, besides Unicode's own forms
-MAX_PREPENDED = 1024  # characters put before every part of a text
+MAX_GROWTH = 16  # characters that replacements may make of one, without Unicode normalisation
+MAX_PREPENDED = 1024  # characters prepended to every part of a text
 MAX_PATTERN = 20_000  # characters of a regular expression
-MANY = 16  # repetitions from which a bounded one is as good as an unbounded one
+MANY = 16  # bounded repetitions of this many or more count as unbounded
 SPACE = "▁"
 
 _Result = TypeVar("_Result")
 
 
 def read(path: Path) -> tuple[dict[str, Any], str]:
-    """Read and check the file; gives what it holds, and its text.
+    """Read and check a tokenizer.json, and return its parsed contents and its text.
 
     Raises:
-        TokenizerError: it cannot be read, is too large, not JSON, or asks for what is refused.
+        TokenizerError: the file cannot be read, is too large, is not JSON, or has steps that are refused.
     """
     text = read_bytes(path, Blame(TokenizerError, "fetch the file again"), MAX_BYTES)
     try:
@@ -49,7 +49,7 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def guarded(call: Callable[..., _Result], *arguments: Any, what: str) -> _Result:
-    """Call into the library; a panic of its is raised as a `BaseException` of a class that cannot be imported.
+    """Call the library. Its panics raise a `BaseException` of a class that cannot be imported.
 
     Raises:
         TokenizerError: the call failed; the message begins with `what`.
@@ -68,7 +68,7 @@ def _check(data: Mapping[str, Any]) -> None:
     if not isinstance(model, Mapping):
         raise ValueError("it has no model")
     _check_vocabulary(model.get("vocab"))
-    if model.get("continuing_subword_prefix"):  # WordPiece's; the library's BPE panics on merges shorter than it
+    if model.get("continuing_subword_prefix"):  # of WordPiece; the library's BPE panics on merges shorter than it
         raise ValueError("it has a continuing_subword_prefix, which is not supported")
     if model.get("type") == "BPE":
         _check_merges(model.get("merges"), model["vocab"])
@@ -110,11 +110,11 @@ def _check_vocabulary(vocab: object) -> None:
 
 
 def _check_merges(merges: object, vocab: object) -> None:
-    """Every merge is of two tokens and makes a third; the library panics on some that do not."""
+    """Check that every merge makes a token of two tokens; the library panics on some others."""
     if not isinstance(merges, list) or not isinstance(vocab, Mapping):
         raise ValueError("its BPE has no merges or no vocabulary")
     pair = None
-    try:  # one line for each, for there may be half a million
+    try:  # a simple loop, since there may be half a million
         for pair in merges:
             left, right = pair.split(" ") if type(pair) is str else pair
             if left + right not in vocab:
@@ -124,7 +124,7 @@ def _check_merges(merges: object, vocab: object) -> None:
 
 
 def _check_charsmap(value: object) -> None:
-    """The table of a Precompiled step: the size of its trie, the trie, and UTF-8 texts."""
+    """Check the table of a Precompiled step: the size of its trie, the trie, and UTF-8 text."""
     data = base64.b64decode(value, validate=True) if isinstance(value, str) else b""
     trie = int.from_bytes(data[:4], "little")
     if len(data) < 4 or trie % 4 or trie > len(data) - 4:
@@ -133,7 +133,7 @@ def _check_charsmap(value: object) -> None:
 
 
 def adds_bos(data: Mapping[str, Any], bos: int) -> bool:
-    """Whether the file's post-processor puts `bos` before a text."""
+    """Return whether the file's post-processor prepends `bos` to a text."""
     for step in _steps(data.get("post_processor"), "processors"):
         first = step.get("cls")
         if step["type"] == "TemplateProcessing" and isinstance(step.get("single"), list) and step["single"]:
@@ -150,7 +150,7 @@ def adds_bos(data: Mapping[str, Any], bos: int) -> bool:
 
 
 def _steps(step: object, inner: str) -> Iterator[Mapping[str, Any]]:
-    """The steps, sequences within sequences laid flat."""
+    """Yield the steps, with nested sequences flattened."""
     if step is None:
         return
     if not isinstance(step, Mapping):
@@ -174,7 +174,7 @@ def _regex(step: Mapping[str, Any]) -> str | None:
 
 
 def _check_growth(what: str, steps: list[Mapping[str, Any]]) -> None:
-    """Refuse steps that together make a text much longer; Unicode's own forms (at most 18 times) are allowed once."""
+    """Refuse steps that together make a text much longer, apart from Unicode normalisation (at most 18 times)."""
     if len(steps) > MAX_STEPS:
         raise ValueError(f"its {what} has {len(steps)} steps")
     growth = 1.0
@@ -189,7 +189,7 @@ def _check_growth(what: str, steps: list[Mapping[str, Any]]) -> None:
             raise ValueError(f"a Replace of its {what} is incomplete")
         if (regex := _regex(step)) is not None:
             check_pattern(regex)
-            growth *= 1 + len(content)  # it may match nothing, between any two characters
+            growth *= 1 + len(content)  # it may match the empty string between any two characters
         else:
             string = pattern.get("String")
             if not isinstance(string, str) or not string:
@@ -203,9 +203,9 @@ _QUANTIFIER = re.compile(r"(?P<sign>[*+?])|\{(?P<low>\d*)(?P<comma>,?)(?P<high>\
 
 
 def _repeats(pattern: str, position: int) -> tuple[bool, int]:
-    """Whether a quantifier there repeats many times and can give back, and where it ends."""
+    """Return whether a quantifier at `position` repeats many times and can backtrack, and where it ends."""
     match = _QUANTIFIER.match(pattern, position)
-    if not match or match.end() - match.start() == 2:  # "{}" is text
+    if not match or match.end() - match.start() == 2:  # "{}" is literal
         return False, position
     if match["sign"]:
         possessive = pattern[match.end() : match.end() + 1] == "+"
@@ -218,7 +218,7 @@ def _repeats(pattern: str, position: int) -> tuple[bool, int]:
 
 
 def _class_end(pattern: str, position: int) -> int:
-    """Where the character class that begins at `position` ends; they nest in Oniguruma."""
+    """Return where the character class that begins at `position` ends. Classes nest in Oniguruma."""
     depth = 0
     while position < len(pattern):
         character = pattern[position]
@@ -237,10 +237,10 @@ def _class_end(pattern: str, position: int) -> int:
 
 
 def check_pattern(pattern: str) -> None:
-    """Refuse a regular expression that can take exponential time, as far as its form tells.
+    """Refuse a regular expression whose form suggests exponential time.
 
-    What is refused is a repetition within a repetition, such as `(a+)+`, and references to groups. Possessive and
-    atomic ones give nothing back and are fine.
+    Nested repetitions such as `(a+)+` and references to groups are refused. Possessive and atomic repetitions do not
+    backtrack and are allowed.
 
     Raises:
         ValueError: the pattern is refused.
@@ -248,7 +248,7 @@ def check_pattern(pattern: str) -> None:
     if len(pattern) > MAX_PATTERN:
         raise ValueError(f"a regular expression has {len(pattern)} characters")
     position = 0
-    # For each open group: does something in it repeat, and is it atomic?
+    # For each open group: whether something in it repeats, and whether it is atomic.
     groups: list[list[bool]] = [[False, False]]
     while position < len(pattern):
         character = pattern[position]
@@ -276,11 +276,11 @@ def check_pattern(pattern: str) -> None:
 
 
 def rebuilt(data: Mapping[str, Any], declared: Declared, own_lost: bool = False) -> dict[str, Any] | None:
-    """The file as transformers' class for it has it, None where the class takes the file as it is.
+    """Return the file's contents with the steps of its transformers class; None where the file is used unchanged.
 
-    These classes take from the file only its vocabulary, merges and post-processor. So do we, but for files of another
-    kind than the class (byte-level or not): those count as they are. With `own_lost` tokens that the file adds do not
-    count either.
+    These classes use only the vocabulary, merges and post-processor of the file, and so does this function. A file of
+    another kind than its class (byte-level or not) is used unchanged. `own_lost`: the tokens that the file adds are not
+    used, so it must be rebuilt even if its steps are the same.
 
     Raises:
         TokenizerError: a setting has the wrong type.
@@ -335,7 +335,7 @@ _MODEL_DEFAULTS = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": F
 
 
 def same_steps(data: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether both have the same steps, so that there is no need to write a large vocabulary anew."""
+    """Return whether both have the same steps, so that a large vocabulary need not be serialised again."""
     models = []
     for model in (data["model"], other["model"]):
         rest = {key: value for key, value in model.items() if key not in ("vocab", "merges") and value is not None}
@@ -346,9 +346,9 @@ def same_steps(data: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def prepend_scheme(declared: Declared) -> str:
-    """Where LlamaTokenizer puts a space: "always" before each part of a text, before its "first", or "never".
+    """Return where LlamaTokenizer prepends a space: "always" to each part of a text, to the "first" one, or "never".
 
-    `"legacy": true` is what puts it after special tokens too; transformers takes an absent one as false.
+    With `"legacy": true` it also does so after special tokens; the default in transformers is false.
 
     Raises:
         TokenizerError: a setting has the wrong type.
@@ -363,7 +363,7 @@ def _replace_step(old: str, new: str) -> dict[str, Any]:
 
 
 def load(text: str, path: Path) -> Any:
-    """The library's object, which never cuts, fills or leaves anything to chance.
+    """Load a tokenizer.json into the library, without truncation, padding and dropout.
 
     Raises:
         TokenizerError: the library refuses the file.
@@ -371,10 +371,10 @@ def load(text: str, path: Path) -> Any:
     import tokenizers
 
     tokenizer = guarded(tokenizers.Tokenizer.from_str, text, what=f"{path}: not a usable tokenizer.json")
-    # Settings for training batches would cut or fill prompts, and drop merges by chance.
+    # These settings are for training batches.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    # It is called even where no special tokens are asked for, and all it may change here are offsets.
+    # It is called even without special tokens, so replace it with one that changes nothing but offsets.
     tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
     if getattr(tokenizer.model, "dropout", None) is not None:
         tokenizer.model.dropout = None

@@ -1,4 +1,4 @@
-"""The two kinds of tokenizer files behind one interface: text to ids, and an id to the bytes it stands for."""
+"""One interface to both kinds of tokenizer files: encode text to ids, and return the bytes of an id."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class LeadingSpace(Enum):
-    """What decoding does with the space that encoding put before the first word."""
+    """How decoding treats the space that encoding prepends to a text."""
 
     KEEP = "keep"
-    DROP_ONE = "drop one"  # the first character of the text, if it is a space
-    DROP_ONE_PIECE = "drop one of the first piece"  # the same, but not when it came from a byte token
+    DROP_ONE = "drop one"  # drop the first character of the text, if it is a space
+    DROP_ONE_PIECE = "drop one of the first piece"  # the same, unless it comes from a byte token
     DROP_EACH_PIECE = "drop one of every piece until there is text"
 
 
@@ -33,12 +33,12 @@ class Vocabulary(ABC):
 
     Attributes:
         size: one more than the largest id.
-        special: ids that are no text.
+        special: ids that are not text.
         leading_space: see `LeadingSpace`.
-        own_special: `special` without what the JSON files beside it declare.
+        own_special: `special` without the tokens that the JSON files next to it declare.
         added: tokens that only those files declare, by id.
-        left_out: such tokens that cannot be used, by their string, with the reason.
-        notes: what the declarations and the vocabulary disagree about.
+        left_out: reasons why some of those tokens cannot be used, by their strings.
+        notes: contradictions between those files and the vocabulary.
     """
 
     size: int
@@ -51,39 +51,39 @@ class Vocabulary(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; strings of special tokens within it become those tokens. Nothing is put before or behind."""
+        """Return the ids of `text`. Strings of special tokens in it become those tokens. No bos or eos is added."""
 
     @abstractmethod
     def token(self, index: int) -> str | None:
-        """The token's string, None where there is none."""
+        """Return the string of a token; None where there is no such token."""
 
     @abstractmethod
     def token_id(self, token: str) -> int | None:
-        """The id of a string that is one token."""
+        """Return the id of a string that is one token; None where it is not."""
 
     @abstractmethod
     def declared_id(self, role: str) -> int | None:
-        """What the file itself says is its "bos", "eos" or "pad"."""
+        """Return the id of "bos", "eos" or "pad" that the file itself declares; None where it declares none."""
 
     @abstractmethod
     def adds_bos(self, bos: int) -> bool | None:
-        """Whether the file says that `bos` goes before a text; None when it does not say."""
+        """Return whether the file says to prepend `bos` to a text; None where it does not say."""
 
     @abstractmethod
     def token_bytes(self, index: int) -> bytes:
-        """The UTF-8 bytes, maybe part of a character, that the token adds to a text; none for an unknown id."""
+        """Return the UTF-8 bytes that a token adds to a text, maybe part of a character; empty for an unknown id."""
 
     def lasting_bytes(self, index: int) -> bytes:
-        """`token_bytes` as every version of EdgeLM has given it: for fingerprints."""
+        """Return `token_bytes` as in every version of EdgeLM, for fingerprints."""
         return self.token_bytes(index)
 
     @abstractmethod
     def is_byte(self, index: int) -> bool:
-        """Whether the token stands for one raw byte."""
+        """Return whether the token is one raw byte."""
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's table: the printable bytes stand for themselves, the other ones are moved to U+0100 and after."""
+    """Return GPT-2's table: printable bytes are their own characters, the others are U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
@@ -92,10 +92,10 @@ def _byte_of_character() -> dict[str, int]:
 def _place(
     tokens: Collection[AddedToken], known: Mapping[str, int], next_id: int, declared: Declared
 ) -> tuple[dict[str, int], dict[str, str], list[str]]:
-    """The ids of added tokens, the ones left out, and notes, by transformers' rules (`added_tokens`).
+    """Return the ids of added tokens, those left out with reasons, and notes, by transformers' rules (`added_tokens`).
 
     Raises:
-        TokenizerError: the end token is one that no file gives an id.
+        TokenizerError: no file has an id for the end token.
     """
     eos = declared.names.get("eos_token")
     ids: dict[str, int] = {}
@@ -105,7 +105,7 @@ def _place(
         if token.content in known:
             ids[token.content] = known[token.content]
         elif not token.where:
-            continue  # a default of transformers' class, which no file has
+            continue  # a default of transformers' class that no file has
         elif token.declared is None and eos is not None and token.content == eos.content:
             raise TokenizerError(
                 f"{token.where}: the end token {token.content[:80]!r} is in no vocabulary file: fetch the checkpoint's "
@@ -130,17 +130,17 @@ def _place(
 
 
 class JsonVocabulary(Vocabulary):
-    """tokenizer.json, through `tokenizers`: byte-level BPE, or SentencePiece-like with byte tokens.
+    """A tokenizer.json, loaded by `tokenizers`: byte-level BPE, or SentencePiece-like with byte tokens.
 
     Raises:
-        TokenizerError: the file is damaged, or decodes in a way that is not one of these two.
+        TokenizerError: the file is damaged, or its decoder is of another kind.
     """
 
     def __init__(self, path: Path, declared: Declared | None = None) -> None:
         declared = declared or Declared()
         data, text = tokenizer_json.read(path)
         own = json_tokens(data.get("added_tokens"), str(path))
-        # The file's own added tokens do not count beside an added_tokens_decoder, but for those that this has, too.
+        # With an added_tokens_decoder, the file's own added tokens are used only if it has them as well.
         lost = not declared.own_tokens_count and any(
             index not in declared.listed or not token.alike(declared.listed[index]) for index, token in own.items()
         )
@@ -149,7 +149,7 @@ class JsonVocabulary(Vocabulary):
         self._path = path
         self._post_processor = {"post_processor": data.get("post_processor")}
         self._add(own, declared, anew is None)
-        # Files of Llama's put a space in a way of their own; the other classes have the steps of the published files.
+        # No note for LlamaTokenizer, whose published files differ from the class in how they prepend a space.
         if anew is not None and declared.kind != "LlamaTokenizer" and not tokenizer_json.same_steps(data, anew):
             self.notes.append(f"{path.name} has other steps than {declared.kind}, whose count, as in transformers")
         added: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
@@ -170,12 +170,12 @@ class JsonVocabulary(Vocabulary):
         self._read_decoder(path)
 
     def _add(self, own: Mapping[int, AddedToken], declared: Declared, as_it_is: bool) -> None:
-        """Add what is declared beside the file, or, where its steps are built anew, all tokens."""
+        """Add the tokens that other files declare; where the steps were rebuilt, all added tokens."""
         native = self._tokenizer
         present = {token.content for token in own.values()} if as_it_is else set()
         tokens = declared.tokens(own=own, present=present)
         known = {t.content: index for t in tokens if (index := native.token_to_id(t.content)) is not None}
-        # The library gives the next id after the model's or the last added one.
+        # The library assigns the next id after the model's own and the added ones.
         next_id = native.get_vocab_size(with_added_tokens=False)
         next_id = max(next_id, *(index + 1 for index in native.get_added_tokens_decoder()), 0)
         ids, self.left_out, self.notes = _place(tokens, known, next_id, declared)
@@ -226,7 +226,7 @@ class JsonVocabulary(Vocabulary):
         return self.added[index].content if index in self.added else self._decoded_token(index)
 
     def _decoded_token(self, index: int) -> str | None:
-        """The string that decoding takes: of an added token the normalised one."""
+        """Return the string for decoding; of an added token the normalised one."""
         token: str | None = self._tokenizer.id_to_token(index) if 0 <= index < self.size else None
         return token
 
@@ -236,12 +236,12 @@ class JsonVocabulary(Vocabulary):
         return index
 
     def declared_id(self, role: str) -> int | None:
-        """The file has no such field."""
+        """Return None: the file has no such field."""
         del role
         return None
 
     def adds_bos(self, bos: int) -> bool | None:
-        """What the file's post-processor does."""
+        """See `Vocabulary`: by the file's post-processor."""
         return tokenizer_json.adds_bos(self._post_processor, bos) or None
 
     def is_byte(self, index: int) -> bool:
@@ -249,7 +249,7 @@ class JsonVocabulary(Vocabulary):
         return self._byte_fallback and BYTE_TOKEN.fullmatch(self.token(index) or "") is not None
 
     def token_bytes(self, index: int) -> bytes:
-        """See `Vocabulary`. As in the library, a byte-level token with a character of no byte stands for itself."""
+        """See `Vocabulary`. As in the library, a byte-level token with any other character is its own text."""
         token = self._decoded_token(index)
         if token is None:
             return b""
@@ -269,12 +269,12 @@ def _sources(tokens: Collection[AddedToken]) -> list[str]:
 
 
 class _Splitter:
-    """Cuts added tokens out of a text, by the `tokenizers` library's rules, and leaves the rest alone."""
+    """Splits added tokens off a text, by the rules of the `tokenizers` library."""
 
     def __init__(self, tokens: Collection[AddedToken], ids: Mapping[str, int], declared: Declared) -> None:
         import tokenizers
 
-        self._native = tokenizers.Tokenizer(tokenizers.models.BPE())  # of no tokens: it drops what is not added
+        self._native = tokenizers.Tokenizer(tokenizers.models.BPE())  # without tokens: it keeps added tokens only
         if declared.kind == "GemmaTokenizer":
             self._native.normalizer = tokenizers.normalizers.Replace(" ", SPACE)
         self._native.encode_special_tokens = declared.flag("split_special_tokens", False)
@@ -284,7 +284,7 @@ class _Splitter:
         self._ids = {self._native.token_to_id(token.content): ids[token.content] for token in used}
 
     def __call__(self, text: str) -> Iterator[tuple[int, str | int]]:
-        """Parts of `text` with their offsets: a token's id, or what is between them."""
+        """Yield the parts of `text` with their offsets: the id of an added token, or the text between them."""
         end = 0
         if self._ids:
             cut = guarded(self._native.encode, text, what="the added tokens cannot be found in this text")
@@ -298,12 +298,12 @@ class _Splitter:
 
 
 class PieceVocabulary(Vocabulary):
-    """tokenizer.model, through `sentencepiece`.
+    """A tokenizer.model, loaded by `sentencepiece`.
 
-    The library parses no control tokens (`<bos>`) in a text, as tokenizer.json does, and knows nothing of added ones;
-    here these are cut out first and what lies between is encoded. Where tokenizer_config.json names a class of
-    transformers for such models, its rules count: it merges the pieces in the order of their ids, changes no text
-    before, and decides itself where a space is put before one. Else those of the model count.
+    Unlike tokenizer.json, the library does not recognise control tokens (`<bos>`) and added tokens in a text. So these
+    are split off first, and the text between them is encoded. If tokenizer_config.json names a class of transformers,
+    the rules of that class apply: it merges pieces by id, does not normalise, and decides where to prepend a space.
+    Otherwise the rules of the model apply.
 
     Raises:
         TokenizerError: the file is damaged.
@@ -316,7 +316,7 @@ class PieceVocabulary(Vocabulary):
         model = read_piece_model(path)
         self._path = path
         self._pieces = model
-        # transformers makes BPE of any model; one of another kind is better off with its own rules.
+        # transformers treats every model as BPE. A model of another type gets its own rules here.
         self._kind = declared.kind if model.model_type == BPE and declared.kind != "GPTNeoXTokenizer" else ""
         self._model = sentencepiece.SentencePieceProcessor()
         guarded(
@@ -389,12 +389,12 @@ class PieceVocabulary(Vocabulary):
         return index if self._pieces.name(index) == token else None
 
     def declared_id(self, role: str) -> int | None:
-        """The ids that the model was made with."""
+        """See `Vocabulary`: by the trainer's settings in the model."""
         index: int = {"bos": self._model.bos_id, "eos": self._model.eos_id, "pad": self._model.pad_id}[role]()
         return index if index >= 0 else None
 
     def adds_bos(self, bos: int) -> bool | None:
-        """Models that have a bos are used with it: Gemma's and Llama's tokenizers put it there by default."""
+        """See `Vocabulary`. True for models with a bos: the tokenizers of Gemma and Llama prepend it by default."""
         return self.declared_id("bos") == bos
 
     def is_byte(self, index: int) -> bool:
@@ -415,7 +415,7 @@ class PieceVocabulary(Vocabulary):
         return token.replace(SPACE, " ").encode()
 
     def lasting_bytes(self, index: int) -> bytes:
-        """See `Vocabulary`: the library's mark for the unknown, whatever transformers writes."""
+        """See `Vocabulary`: for the unknown token the library's mark, even where transformers writes another."""
         if index == self._unknown:
             surface: str = self._model.DecodeIds([index])
             return surface.encode()
