@@ -1,7 +1,7 @@
-"""Checkpoint and recipe to bundle.
+"""Export a checkpoint to a bundle.
 
-`export_bundle` is the whole of it. `graph` interprets a model's spec, `packing` lays out its weights, and a target
-(`onnxruntime`, `tensorrt`) says what a kind of device needs.
+`export_bundle` is the entry point. `graph` builds the graph of a model's spec, `packing` lays out the weights, and the
+targets (`onnxruntime`, `tensorrt`) hold what differs from device to device.
 """
 
 from __future__ import annotations

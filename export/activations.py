@@ -1,13 +1,14 @@
-"""What a recipe's `activations` become on each kind of device, and what users are told of it.
+"""Map a recipe's `activations` to the activation types of each device.
 
-- CPU: matrices of integers are multiplied with int8 that has a scale for every block of a row, or with float32; all
-  others with float32. A scale for each token, or one calibrated for all, would be coarser than a block's and gains
-  nothing here, so int8-token and int8-static become int8 in blocks; FP8 activations become float32.
-- GPU, our kernels: FP8 matrices are multiplied with FP8 that has a scale for each token where the recipe asks for it;
-  else all are multiplied with A (bfloat16 or float16). A calibrated scale for all tokens is coarser and saves nothing:
-  the kernel that rounds a token reads it anyway. Tensor cores have no GEMM of int8 whose scales change along the
-  columns. What TensorRT computes itself (`edgelm.export.tensorrt.linear`) has calibrated scales: `static_scale`.
-- ONNX Runtime's CUDA provider: integers with float16 or bfloat16.
+- CPU: integer matrices take int8 activations with a scale per block of a row, or float32. All other matrices take
+  float32. One scale per token, or one calibrated scale, is coarser than a scale per block and no faster here, so
+  int8-token and int8-static become int8 in blocks; FP8 activations become float32.
+- GPU, our kernels: FP8 matrices take FP8 activations with a scale per token if the recipe asks for them. All other
+  matmuls take activations of type A (bfloat16 or float16). A calibrated scale for all tokens is coarser and saves
+  nothing, because the kernel that rounds a token reads all of it anyway. Tensor cores have no int8 GEMM whose scales
+  change along the columns. Matmuls that TensorRT computes itself (`edgelm.export.tensorrt.linear`) use the calibrated
+  scale: `static_scale`.
+- ONNX Runtime's CUDA provider: integer matrices with float16 or bfloat16 activations.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ INT8, FLOAT32, FP8 = "int8", "float32", "fp8-token"
 
 @dataclass(frozen=True)
 class Activations:
-    """The activations that the matmuls of a device can have, by the names of its operators' attribute.
+    """The activation types of a device's matmuls, as values of the operator attribute `activations`.
 
     Attributes:
-        low: the low-precision type.
-        high: the other; a matmul of stacked matrices has it where one of them asks for it.
-        scheme: the kind of weights that can be multiplied with either.
-        low_for: what of a recipe's `activations` become the low-precision type.
-        others: what other weights ask for; None leaves the choice to those beside them.
+        low: The low-precision type.
+        high: The other type. Stacked matrices, which are one matmul, use it if one of them asks for it.
+        scheme: Class of the schemes whose weights can be multiplied with either type.
+        low_for: Values of a recipe's `activations` that select the low-precision type.
+        others: The type that weights of other schemes ask for; None if they take the type of the matrices that they
+            are stacked with.
     """
 
     low: str
@@ -42,14 +44,14 @@ class Activations:
     others: str | None
 
     def of_matmul(self, source: WeightSource, names: Sequence[str]) -> str:
-        """What these matrices, stacked, are multiplied with."""
+        """Return the activation type of one matmul of these stacked matrices."""
         return self.high if self.high in self._asked(source, names).values() else self.low
 
     def of_experts(self, source: WeightSource, names: Sequence[str], layer: int) -> str:
-        """What the experts of a layer, which are one operator, are multiplied with.
+        """Return the activation type of a layer's experts, which are one operator.
 
         Raises:
-            ExportError: the recipe has it differently for some of them.
+            ExportError: The recipe gives experts of the layer different types.
         """
         asked = self._asked(source, names)
         first = next(iter(asked), "")
@@ -57,7 +59,7 @@ class Activations:
             if kind != asked[first]:
                 raise ExportError(
                     f"the recipe has {asked[first]} activations for {first} and {kind} for {name}: the experts of "
-                    f"layer {layer} are one operator here, so write one rule for all of them"
+                    f"layer {layer} are one operator, so give all of them the same activations"
                 )
         return asked.get(first, self.low)
 
@@ -76,15 +78,15 @@ GPU = Activations(FP8, FLOAT, Fp8Scheme, ("fp8-token", "fp8-static"), FLOAT)
 
 
 def rounded(source: WeightSource, names: Sequence[str], kind: str, block: int) -> dict[str, int]:
-    """Matrices of a matmul with activations `kind` that are multiplied with int8, and in blocks of how many columns."""
+    """Return the matrices of a matmul whose inputs are rounded to int8, each with its block size in columns."""
     return {name: block for name in names if kind == INT8 and isinstance(source.scheme(name), Scheme)}
 
 
 def static_scale(source: WeightSource, names: Sequence[str]) -> dict[str, float]:
-    """The attribute `input_scale` of a matmul: the calibrated scale of its inputs, if the recipe asks for one.
+    """Return the attribute `input_scale` of a matmul if the recipe asks for static activations, otherwise nothing.
 
-    The matrices of a matmul have the same inputs, so that their scales differ by what calibration saw alone: the
-    largest clips nothing that one of them saw.
+    It is the largest calibrated input scale of the stacked matrices. They have the same inputs, so their scales differ
+    only by the samples that calibration saw; the largest clips none of them.
     """
     if not all(source.recipe.activations_for(name) in STATIC_ACTIVATIONS for name in names):
         return {}
@@ -92,10 +94,10 @@ def static_scale(source: WeightSource, names: Sequence[str]) -> dict[str, float]
     return {"input_scale": float(max(scales))} if len(scales) == len(names) else {}
 
 
-# What a user should know whose recipe asks for activations that are others on the device.
+# Activation types of a recipe that the device replaces, with the replacement.
 _ON_CPU = {
     "int8-static": "int8 in blocks (float32 with FP8 weights), finer than one scale for all",
-    "fp8-static": "float32 in place of FP8",
+    "fp8-static": "float32",
 }
 _ON_GPU = {
     "int8-token": "float",
@@ -105,25 +107,25 @@ _ON_GPU = {
 
 
 def notes_for_cpu(source: WeightSource) -> list[str]:
-    """About static activations, where the recipe asks for them."""
+    """Return a note if the recipe asks for static activations, which a CPU bundle replaces."""
     asked = source.activations().values()
-    said = "; ".join(f"{kind}: {instead}" for kind, instead in _ON_CPU.items() if kind in asked)
+    said = "; ".join(f"{kind} becomes {instead}" for kind, instead in _ON_CPU.items() if kind in asked)
     if not said:
         return []
-    return [f"static activations are for other devices, a CPU's bundle needs no scales of them: it has {said}"]
+    return [f"a bundle for the CPU does not use static activations: {said}"]
 
 
 def notes_for_cuda(source: WeightSource) -> list[str]:
-    """About static activations, where the recipe asks for them."""
+    """Return a note if the recipe asks for static activations, which ONNX Runtime's CUDA provider does not use."""
     note = (
-        "static activations are for other devices: ONNX Runtime's CUDA provider multiplies integers with float16 or "
-        "bfloat16 values, so the bundle needs no scales of them"
+        "a bundle for ONNX Runtime's CUDA provider does not use static activations: integer weights are multiplied "
+        "with float16 or bfloat16 activations"
     )
     return [note] if source.static_inputs else []
 
 
 def notes_for_gpu(source: WeightSource) -> list[str]:
-    """About all that become others."""
+    """Return a note if the recipe asks for activations that a GPU bundle replaces."""
     asked = source.activations().values()
-    said = "; ".join(f"in place of {kind}: {instead}" for kind, instead in _ON_GPU.items() if kind in asked)
-    return [f"a GPU's bundle multiplies, {said}"] if said else []
+    said = "; ".join(f"{kind} becomes {instead}" for kind, instead in _ON_GPU.items() if kind in asked)
+    return [f"a bundle for GPUs uses other activations than the recipe: {said}"] if said else []

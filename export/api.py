@@ -1,4 +1,4 @@
-"""`export_bundle`: from a checkpoint and a recipe to a bundle that is complete or absent."""
+"""`export_bundle`: export a checkpoint, quantised by a recipe, to a bundle."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from edgelm.tokenization.chat_template import template_notes
 from edgelm.tokenization.tokenizer import Tokenizer
 from edgelm.version import __version__
 
-# What an interpreter, a tokenizer or a template needs besides the tokenizer's own files.
+# Files of the checkpoint that a bundle has besides the tokenizer's own.
 _COPIED = ("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json")
 
 
@@ -62,17 +62,27 @@ def export_bundle(
     calibration: CalibrationOptions | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Export a checkpoint (folder, hub id, or one that is open) to the bundle folder `out`.
+    """Export a checkpoint to a bundle: quantise it, write graph and weights, and compute the parity pack.
 
-    `recipe` is a preset's name, a TOML file or a `Recipe`; None is int4, or the recipe that a quantised checkpoint
-    brings. The weights are read, quantised and written block by block and the reference runs layer by layer, so
-    memory does not grow with the model's depth. With `calibration` the codes are chosen by what the model does with a
-    text, see `edgelm.quant.calibration.calibrate_checkpoint`; what an interrupted run has done lies in
-    `<out>.calibrating`, and the same call goes on from there.
+    Weights are read, quantised and written block by block, and the PyTorch reference runs layer by layer. Memory use
+    therefore does not grow with the number of layers.
+
+    Args:
+        checkpoint: Folder, hub id or open checkpoint. Its weights may be float or quantised.
+        out: Folder of the bundle.
+        recipe: Preset name, TOML file or `Recipe`. None is "int4", or the stored recipe of a quantised checkpoint.
+        options: Target, operator set, limits; None for `ExportOptions()`.
+        calibration: Choose the quantised values from activations on a calibration text, as `calibrate_checkpoint` of
+            `edgelm.quant.calibration` does. An interrupted run leaves its work in the folder `<out>.calibrating`, and
+            the same call resumes it. None rounds each weight to the nearest value.
+        progress: Where progress and notes are reported; None for nowhere.
+
+    Returns:
+        The bundle, open.
 
     Raises:
-        EdgeLMError: the checkpoint, the recipe or an option cannot be used, or memory or disk do not suffice. Nothing
-            is left at `out` then, and what was there before stays.
+        EdgeLMError: The checkpoint, the recipe or an option cannot be used, or memory or disk space is too small. Then
+            nothing new is left at `out`, and a bundle that was there before stays.
     """
     options = options or ExportOptions()
     check_request(options)
@@ -83,26 +93,28 @@ def export_bundle(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(checkpoint, progress=progress)
     chosen = _recipe(recipe, checkpoint)
-    _created()  # to be refused at once, if at all
+    _created()  # refuses a wrong SOURCE_DATE_EPOCH before the long work
     TARGETS[options.target].check(options)
     original = None if options.reference is None else _original(checkpoint, options.reference, progress)
-    # The export's own threads each work on a tensor, so the kernel inside takes one.
+    # The export runs one thread per tensor, so each quantisation kernel uses one thread.
     source = WeightSource(checkpoint, chosen, threads=1)
     if calibration is None:
         job = _prepare(source, original, out, options, progress)
         report = CalibrationReport.read(checkpoint.path) if source.is_stored_quantized else None
         return _export(job if report is None else replace(job, calibration=report.info))
     if chosen is None:
-        raise ExportError(f"{checkpoint.path} is already quantised: calibration starts from the float checkpoint")
-    # What cannot be exported is to be refused before hours of calibration. Of a smoothed checkpoint, too, the float
-    # reference is the one that was given.
+        raise ExportError(
+            f"{checkpoint.path} is already quantised: calibrate the float checkpoint that it was made from"
+        )
+    # Checks that can fail run before hours of calibration. The float reference of a smoothed checkpoint, too, is the
+    # checkpoint that was given.
     job = _prepare(source, checkpoint, out, options, progress)
     with calibrated(checkpoint, chosen, calibration, out, threads=options.threads, progress=progress, copies=2) as (
         source,
         report,
     ):
         if float_dtype(source, options, TARGETS[options.target]) != job.plan.dtype:
-            # Smoothing has made float32 of most values that stay float.
+            # Smoothing has turned most values that stay float into float32.
             job = _prepare(source, checkpoint, out, options, Silent())
         return _export(replace(job, source=source, calibration=report.info))
 
@@ -110,15 +122,15 @@ def export_bundle(
 def _prepare(
     source: WeightSource, original: Checkpoint | None, out: Path, options: ExportOptions, progress: Progress
 ) -> ExportJob:
-    """Everything that can be refused before the first byte is written."""
+    """Plan the export and run every check that is possible before the first byte is written."""
     checkpoint, target = source.checkpoint, TARGETS[options.target]
     decoder = checkpoint.decoder
     source.check_tensors(decoder.tensor_shapes)
     tokenizer = Tokenizer.from_folder(checkpoint.path)
     if tokenizer.vocab_size > decoder.vocab_size:
         raise ExportError(
-            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model's table only "
-            f"{decoder.vocab_size} rows: this is another model's tokenizer"
+            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding only "
+            f"{decoder.vocab_size} rows: this is another model's tokenizer. Copy the model's own files into the folder"
         )
     for note in [*target.notes(source), *tokenizer.notes, *template_notes(checkpoint.path)]:
         progress.note(note)
@@ -131,7 +143,7 @@ def _prepare(
 
 
 def _threads(job: ExportJob) -> int:
-    """How many threads the memory that is left allows."""
+    """Return how many threads the memory limit allows."""
     decoder, options = job.source.checkpoint.decoder, job.options
     tokens = golden_tokens(job.golden, job.tokenizer, decoder)
     asked = options.threads or allowed_cores()
@@ -139,14 +151,14 @@ def _threads(job: ExportJob) -> int:
 
 
 def _export(job: ExportJob) -> Bundle:
-    """Write the bundle."""
+    """Write the bundle; it appears at `job.out` only when it is complete."""
     checkpoint, graphs, threads = job.source.checkpoint, job.plan.graphs, _threads(job)
     sources = [checkpoint.path, None if job.original is None else job.original.path]
     with atomic_directory(job.out, BUNDLE, sources=sources, overwrite=job.options.overwrite) as folder:
         tensors, hashes = _write_weights(job, folder, threads)
         for name, content in graphs.files.items():
             (folder / name).write_bytes(content)
-        _copy_texts(checkpoint.path, job.tokenizer, folder)
+        _copy_text_files(checkpoint.path, job.tokenizer, folder)
         graphs.finish(folder, job)
         reference, quantised = references(job.source, job.plan.dtype, job.original)
         rounding = None if graphs.rounded is None else DeviceRounding(graphs.rounded, graphs.kv)
@@ -159,7 +171,7 @@ def _export(job: ExportJob) -> Bundle:
 
 
 def _original(checkpoint: Checkpoint, reference: str | Path, progress: Progress) -> Checkpoint:
-    """The float checkpoint `reference`, of which `checkpoint` is said to be the quantised form."""
+    """Open the float checkpoint `reference` and check that `checkpoint` can be its quantised form."""
     if checkpoint.config.get("quantization_config") is None:
         raise ExportError(f"{checkpoint.path} is a float checkpoint and its own reference: leave --reference out")
     original = Checkpoint.open(reference, progress=progress)
@@ -169,21 +181,22 @@ def _original(checkpoint: Checkpoint, reference: str | Path, progress: Progress)
         read = {"architectures", *checkpoint.family.keys, *ROPE_FIELDS}
         fields = sorted(key for key in read if checkpoint.config.get(key) != original.config.get(key))
         raise ExportError(
-            f"{original.path} is not what {checkpoint.path} was made from: config.json differs in {', '.join(fields)}"
+            f"{checkpoint.path} was not made from {original.path}: config.json differs in {', '.join(fields)}. Give "
+            "the float checkpoint that was quantised"
         )
     original.check_tensors(original.decoder.tensor_shapes)
     return original
 
 
 def _recipe(recipe: str | Path | Recipe | None, checkpoint: Checkpoint) -> Recipe | None:
-    """None stays None for a quantised checkpoint, which brings its own, and is int4 for any other."""
+    """Load the recipe. None is int4 for a float checkpoint, and stays None for one with a stored recipe."""
     if recipe is None:
         return None if stored_recipe(checkpoint.config) is not None else Recipe.load("int4")
     return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
 
 
 def _write_weights(job: ExportJob, folder: Path, threads: int) -> tuple[tuple[TensorEntry, ...], Mapping[str, Any]]:
-    # The source's hashes are taken on the side: they are bound by the digest, the quantiser by its arithmetic.
+    # Hash the checkpoint in a second thread meanwhile. It uses resources that quantising leaves free.
     stop, checkpoint = threading.Event(), job.source.checkpoint
     size = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="hash") as pool:
@@ -192,21 +205,21 @@ def _write_weights(job: ExportJob, folder: Path, threads: int) -> tuple[tuple[Te
             with job.progress.task("quantising", size) as advance:
                 tensors = job.plan.graphs.weights.write(folder / WEIGHTS_FILE, job.source, threads, advance)
         except BaseException:
-            # Leaving the pool waits for its thread, which would read on to the end of a large checkpoint.
+            # Leaving the `with` waits for the hashing thread, which would read the whole checkpoint otherwise.
             stop.set()
             raise
         return tensors, hashes.result()
 
 
 class _Stoppable(Progress):
-    """Reports nothing, and ends the work at its next report once `stop` is set."""
+    """A silent progress that raises CancelledError at the next report once `stop` is set."""
 
     def __init__(self, stop: threading.Event) -> None:
         self._stop = stop
 
     @contextlib.contextmanager
     def task(self, label: str, total: float, *, unit: str = "bytes") -> Iterator[Advance]:
-        """Yield what raises when the work is to end."""
+        """Yield a function that raises CancelledError once `stop` is set."""
         del label, total, unit
 
         def advance(amount: float) -> None:
@@ -216,7 +229,7 @@ class _Stoppable(Progress):
         yield advance
 
 
-def _copy_texts(source: Path, tokenizer: Tokenizer, folder: Path) -> None:
+def _copy_text_files(source: Path, tokenizer: Tokenizer, folder: Path) -> None:
     names = {path.name: path for path in tokenizer.files}
     names |= {name: source / name for name in _COPIED if (source / name).is_file()}
     for name, path in sorted(names.items()):

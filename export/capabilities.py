@@ -1,7 +1,7 @@
-"""What each set of operators can compute of a decoder, and one check that lists all that is missing.
+"""Check that an operator set supports every feature of a model.
 
-The check runs before the first weight is read. What a recipe asks for is checked by the graph builders, which know the
-formats of weights.
+The check runs before the first weight is read and lists everything that is missing. The graph builders check the
+recipe, because they know the weight formats.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from edgelm.runtimes.cuda.kernels.attention import HEAD_SIZES
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a set of operators has.
+    """Features that an operator set supports.
 
     Attributes:
-        title: for messages.
-        head_multiple: what head sizes have to be multiples of.
-        head_sizes: those that there are; None for any multiple.
-        windows: attention to the last positions only.
-        instead: what to export with in place of it.
+        title: Name of the operator in messages.
+        head_multiple: Head sizes must be multiples of this.
+        instead: Options to export with if a feature is missing, such as "--ops portable".
+        head_sizes: The supported head sizes; None for every multiple.
+        windows: Whether sliding-window attention is supported.
     """
 
     title: str
@@ -35,7 +35,7 @@ class Capabilities:
 
 NATIVE = Capabilities("our attention on the CPU", 2, "--ops portable")
 PORTABLE = Capabilities(
-    # With rotary positions it takes multiples of 16 alone (tried: 1.18 to 1.32, sizes 1 to 1024).
+    # With RoPE it takes only multiples of 16 (tried: ONNX Runtime 1.18 to 1.32, sizes 1 to 1024).
     "ONNX Runtime's GroupQueryAttention",
     16,
     "--target cpu --ops native, which takes all even sizes",
@@ -45,10 +45,13 @@ GPU = Capabilities("our attention on GPUs", 2, "--target cpu", head_sizes=HEAD_S
 
 
 def missing(decoder: Decoder, has: Capabilities) -> Iterator[str]:
-    """Every feature of a decoder that a set of operators does not have, by its field of config.json."""
+    """Yield a message for each feature of a decoder that an operator set does not support, naming its config field."""
     shapes = {(part.heads, part.kv_heads, part.head_dim) for part in decoder.attention}
     if len(shapes) > 1:
-        yield "config.json has layers with different heads (num_attention_heads, head_dim): one cache holds them all"
+        yield (
+            "config.json gives layers different attention shapes (num_attention_heads, num_key_value_heads, head_dim): "
+            "all layers must share one, as the KV cache has one shape"
+        )
     size = decoder.attention[0].head_dim
     if size % has.head_multiple or (has.head_sizes is not None and size not in has.head_sizes):
         taken = f"multiples of {has.head_multiple}"
@@ -62,21 +65,23 @@ def missing(decoder: Decoder, has: Capabilities) -> Iterator[str]:
     if windows and not has.windows:
         window = min(windows)
         yield (
-            f"config.json has sliding_window {window}, attention to the last positions only, which {has.title} does "
-            f"not have: export with --target cpu --ops portable, or set max_position_embeddings to {window}, up to "
-            "where it changes nothing"
+            f"config.json has sliding_window {window}, which {has.title} does not support: export with --target cpu "
+            f"--ops portable, or set max_position_embeddings to {window} (in shorter contexts the window has no effect)"
         )
     for block in decoder.blocks:
         if isinstance(block.part, MoE) and (block.before is None or block.after is not None):
-            yield f"layer {block.layer} has experts whose norm is not before them, which no operators have"
+            yield (
+                f"layer {block.layer} has a MoE with a norm after it or without one before it: no operator set "
+                "supports that"
+            )
             break
 
 
 def check(decoder: Decoder, has: Capabilities) -> None:
-    """Refuse a decoder that needs more.
+    """Refuse a decoder that needs features the operator set does not support.
 
     Raises:
-        ExportError: with everything that is missing.
+        ExportError: Lists every missing feature.
     """
     found = list(missing(decoder, has))
     if found:

@@ -1,4 +1,4 @@
-"""What an export needs in memory, said before it starts."""
+"""Estimate the memory that an export needs, before it starts."""
 
 from __future__ import annotations
 
@@ -9,31 +9,40 @@ from edgelm.export.packing.weights_file import BLOCK_WEIGHTS
 from edgelm.sizes import format_size
 
 MIB = 1 << 20
-# Allocators keep freed blocks and torch its kernels: measured peaks of full-size exports lie within this of the sum.
+# Allocators keep freed blocks, and torch keeps its kernels. Measured peaks of full-size exports stay below the estimate
+# plus this.
 SLACK = 160 * MIB
-# What Python, torch and onnx take where the system does not say how much is resident now.
+# Python, torch and onnx, on systems that do not report the resident memory.
 ASSUMED_BASE = 700 * MIB
 
 
 def fitting_threads(info: ModelInfo, expert_width: int, golden_tokens: int, threads: int, limit: int | None) -> int:
-    """With how many threads, `threads` at most, an export stays below `limit` bytes.
+    """Return the largest number of threads with which an export stays below a memory limit.
 
-    Two phases never overlap: writing the weights (a few blocks per thread) and the reference's golden values (one
-    layer's dense weights, one expert, the sequences' activations and caches).
+    The estimate is the larger of two phases, which never overlap: writing the weights (a few blocks per thread), and
+    computing the reference of the parity pack (the dense weights of one layer, one expert, and the activations and
+    caches of all prompts).
+
+    Args:
+        info: Shapes of the model.
+        expert_width: Feed-forward width of an expert, or of a layer in a dense model.
+        golden_tokens: Tokens of all prompts of the parity pack.
+        threads: Upper limit of the result.
+        limit: Bytes of resident memory; None for no limit.
 
     Raises:
-        MemoryLimitError: not even one thread fits; says what it would take.
+        MemoryLimitError: One thread needs more than `limit`; the message says how much.
     """
     base = resident_memory()[0] or ASSUMED_BASE
     dense = (2 * info.num_heads + 2 * info.num_kv_heads) * info.head_dim * info.hidden_size
-    mlp = 3 * expert_width * info.hidden_size  # of one expert, or of the whole layer where there are none
+    mlp = 3 * expert_width * info.hidden_size  # one expert, or the feed-forward of a dense layer
     per_token = 4 * info.hidden_size * (3 * (info.num_layers + 1) + 16) + 8 * info.num_layers * (
         info.num_kv_heads * info.head_dim
     )
-    # bf16 as read plus float32 as computed: six bytes a weight; heads and embeddings go by blocks like everything else.
+    # Six bytes a weight: bfloat16 as read, float32 as computed. Head and embedding are read in blocks.
     reference = 6 * (dense + mlp) + 6 * 2 * BLOCK_WEIGHTS + golden_tokens * (per_token + 64 * info.num_experts)
     for count in range(threads, 0, -1):
-        # A thread holds one block as read, as float32 and as codes, and the kernels' or numpy's scratch.
+        # A thread holds one block as read, as float32 and as quantised values, plus scratch memory.
         writing = count * 24 * min(max(BLOCK_WEIGHTS, mlp), 2 * BLOCK_WEIGHTS)
         needed = base + max(writing, reference) + SLACK
         if limit is None or needed <= limit:
@@ -41,5 +50,5 @@ def fitting_threads(info: ModelInfo, expert_width: int, golden_tokens: int, thre
     assert limit is not None
     raise MemoryLimitError(
         f"--max-ram {format_size(limit)} is too little: this export takes about {format_size(needed)} "
-        f"({format_size(base)} of it Python and its libraries)"
+        f"({format_size(base)} of it Python and its libraries). Raise the limit, or use a machine with more memory"
     )

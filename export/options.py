@@ -1,4 +1,4 @@
-"""What a caller of `export_bundle` can choose."""
+"""Options of `export_bundle`."""
 
 from __future__ import annotations
 
@@ -18,24 +18,27 @@ _SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to export.
+    """Options of `export_bundle`.
 
     Attributes:
-        target: device kind, one of `TARGETS`.
-        ops: operator set, one of `OPERATOR_SETS`; "auto" is native where this installation has the compiled operators
-            and the target is a CPU, portable for ONNX Runtime's providers elsewhere, and our own for TensorRT.
-        dtype: storage of matrices the recipe keeps in float, one of `DTYPES` ("fp32", "fp16", "bf16" are understood);
-            "auto" keeps the checkpoint's. The router and the norms are always float32. On a GPU also what values are
-            computed in.
-        engines: for TensorRT, how engines are made.
-        sms: for TensorRT, the compute capabilities to compile kernels for, such as (80, 86); None is that of the GPU
-            in this machine, or without one all that there are.
-        max_ram: bytes of resident memory not to exceed; None is no limit.
-        threads: worker threads; None is one per core allowed to this process.
-        overwrite: replace an existing bundle (it stays until the new one is complete).
-        golden: the parity pack's prompts and sizes; None takes the built-in ones.
-        reference: float checkpoint (folder or hub id) that a quantised one was made from, for the parity pack's float
-            reference; a float checkpoint is its own.
+        target: Kind of device: "cpu", "cuda" or "tensorrt".
+        ops: Operator set: "native" (ours) or "portable" (ONNX Runtime's own). "auto" chooses native on a CPU if the
+            compiled operators are installed, otherwise portable; for TensorRT it is always ours.
+        dtype: Type of the matrices that the recipe does not quantise: "float32", "float16" or "bfloat16" (also "fp32",
+            "fp16", "bf16"). "auto" keeps the checkpoint's type. Routers and norms are float32 in any case. On a GPU,
+            activations have this type too.
+        sms: TensorRT only: compute capabilities to compile kernels for, such as (80, 86). None takes the GPU of this
+            machine; without a GPU, every capability that EdgeLM supports.
+        engines: TensorRT only: how to build engines.
+        max_ram: Limit of resident memory in bytes; None for no limit.
+        threads: Worker threads; None for one per core that this process may use.
+        overwrite: Replace an existing bundle at the output path. The old one stays until the new one is complete.
+        golden: Prompts and sizes of the parity pack; None for the built-in ones.
+        reference: Float checkpoint (folder or hub id) that a quantised checkpoint was made from. The parity pack then
+            compares with it too. Leave it out for a float checkpoint, which is its own reference.
+
+    Raises:
+        ExportError: A value is not one of those listed, or `sms` is given for another target than TensorRT.
     """
 
     target: str = "cpu"
@@ -58,5 +61,5 @@ class ExportOptions:
 
     @property
     def float_dtype(self) -> str:
-        """`dtype` by its long name."""
+        """`dtype` with its long name: "float16" for "fp16"."""
         return _SHORT_DTYPES.get(self.dtype, self.dtype)

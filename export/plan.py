@@ -1,4 +1,4 @@
-"""What is known of a bundle before its first byte is written, and what a target has to say about it."""
+"""Plan a bundle before its first byte is written; the interface of targets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 @dataclass(frozen=True)
 class GraphRequest:
-    """What a graph is to be built of; `dtype` is how matrices that the recipe keeps in float are stored."""
+    """Input of `Target.build`; `dtype` is the type of the matrices that the recipe does not quantise."""
 
     source: WeightSource
     decoder: Decoder
@@ -39,12 +39,19 @@ class GraphRequest:
 
 @dataclass(frozen=True)
 class BuiltGraphs:
-    """The graphs of a bundle, the weights that they share, the type of their cache, and what is needed to run them.
+    """The graphs of a bundle and the plan of their weights.
 
-    `files` are the graphs' files by name, `file` that of the deployed one and `debug_file` that of the debug graph.
-    `rounded` names the matrices whose inputs the graph rounds to int8, and in blocks of how many columns; None where
-    that is not all that is rounded (on a GPU values are float16 or bfloat16 too). `finish` writes what else belongs to
-    the bundle; the weights, `files` and the checkpoint's texts are in the folder then.
+    Attributes:
+        files: Contents of the graph files, by file name.
+        file: Name of the deployed graph.
+        debug_file: Name of the debug graph, which also returns intermediate values.
+        weights: Layout of the weights file, which both graphs share.
+        kv: Type of the KV cache.
+        finish: Write the target's other files into the bundle's folder. It is called when the weights, `files` and the
+            tokenizer files are there.
+        rounded: Matrices whose inputs the graph rounds to int8, each with its block size in columns. None if the graph
+            rounds other values too, as on a GPU, where activations are float16 or bfloat16.
+        requires: Packages and versions that the graphs need.
     """
 
     files: Mapping[str, bytes]
@@ -58,58 +65,63 @@ class BuiltGraphs:
 
 
 class Target(ABC):
-    """A kind of device, and how bundles for it are made."""
+    """A kind of device that bundles are exported for."""
 
     name: str
 
     @abstractmethod
     def operator_set(self, ops: str, progress: Progress) -> str:
-        """The operators to export for, given `ops` of the options.
+        """Return the operator set to export with; `ops` is the option of that name.
 
         Raises:
-            ExportError: this target has none of these.
+            ExportError: This target does not have the operator set.
         """
 
     @abstractmethod
     def float_dtype(self, asked: str, checkpoint: str, *, quantises: bool) -> str:
-        """How float matrices are stored: what was asked for, "auto" being the checkpoint's type where that will do.
+        """Return the type in which float matrices are stored.
+
+        Args:
+            asked: The option `dtype`; "auto" is the checkpoint's type if the target can compute with it.
+            checkpoint: The type of most of the checkpoint's float values.
+            quantises: Whether the recipe quantises any matrix.
 
         Raises:
-            ExportError: this target cannot compute with what was asked for.
+            ExportError: This target cannot compute with the type asked for.
         """
 
     @abstractmethod
     def capabilities(self, ops: str) -> Capabilities:
-        """What the operators `ops` can compute."""
+        """Return the features that the operator set `ops` supports."""
 
     @abstractmethod
     def notes(self, source: WeightSource) -> list[str]:
-        """What a user should know whose recipe asks for what this kind of device does otherwise."""
+        """Return notes for the user on settings of the recipe that this device replaces with others."""
 
     @abstractmethod
     def build(self, request: GraphRequest) -> BuiltGraphs:
         """Build the graphs and plan their weights.
 
         Raises:
-            ExportError: the target cannot hold or compute what the recipe asks for.
+            ExportError: The target does not support what the recipe asks for.
         """
 
     def check(self, options: ExportOptions) -> None:
-        """Refuse what can be refused before anything is read.
+        """Check, before the checkpoint is read, that everything the target needs at the end of an export is there.
 
         Raises:
-            EdgeLMError: something that the export would need at its end is missing.
+            EdgeLMError: Something is missing.
         """
         del options
 
     def tools(self) -> Mapping[str, str]:
-        """Versions of what else made a bundle, for its manifest."""
+        """Return the versions of this target's tools, for the manifest."""
         return {}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known before the first byte is written."""
+    """Everything that is decided before the first byte is written."""
 
     info: ModelInfo
     ops: str
@@ -123,14 +135,15 @@ class ExportJob:
     """One export from its plan to its manifest.
 
     Attributes:
-        source: the weights.
-        original: the float checkpoint that they were made from; None where it is the source's own, or unknown.
-        out: the bundle's folder.
-        options, progress: of the caller.
-        tokenizer: the checkpoint's.
-        golden: what the parity pack is made of.
-        plan: the bundle's.
-        calibration: how codes were chosen, where it was by calibration.
+        source: The weights.
+        original: The float checkpoint that they were quantised from; None if unknown, or if `source` reads it itself.
+        out: The bundle's folder.
+        options: The caller's options.
+        progress: Where progress is reported.
+        tokenizer: The checkpoint's tokenizer.
+        golden: Prompts and sizes of the parity pack.
+        plan: The bundle's plan.
+        calibration: How the weights were calibrated; None if they were not.
     """
 
     source: WeightSource
@@ -151,10 +164,10 @@ def make_plan(
     target: Target,
     progress: Progress,
 ) -> Plan:
-    """Plan the bundle of the weights that `source` gives.
+    """Plan the bundle of the weights that `source` reads.
 
     Raises:
-        ExportError: the target cannot hold or compute what the recipe asks for.
+        ExportError: The target does not support what the model or the recipe asks for.
     """
     decoder = source.checkpoint.decoder
     info = model_info(decoder, source.checkpoint.source_id)
@@ -171,7 +184,7 @@ def make_plan(
 
 
 def model_info(decoder: Decoder, name: str) -> ModelInfo:
-    """What a manifest says of a model."""
+    """Return the manifest's description of a model."""
     attention, moe = decoder.attention[0], decoder.first_moe
     return ModelInfo(
         family=decoder.family,
@@ -191,17 +204,20 @@ def model_info(decoder: Decoder, name: str) -> ModelInfo:
 
 
 def float_dtype(source: WeightSource, options: ExportOptions, target: Target) -> str:
-    """How the matrices that the recipe keeps in float are stored.
+    """Return the type in which the matrices that the recipe does not quantise are stored.
 
     Raises:
-        ExportError: the target cannot compute with what was asked for.
+        ExportError: The target cannot compute with the type asked for.
     """
     quantises = any(source.scheme(name) is not None for name in source.shapes)
     return target.float_dtype(options.float_dtype, _most_floats(source), quantises=quantises)
 
 
 def _most_floats(source: WeightSource) -> str:
-    """The type of most values that stay float: scales are of another, and a calibrated checkpoint's routers too."""
+    """Return the type of most values that stay float.
+
+    Routers do not count: those of a calibrated checkpoint have another type.
+    """
     checkpoint, counts = source.checkpoint, dict[str, int]()
     routers = {name for name, matrix in checkpoint.decoder.matrices.items() if matrix.role == "router"}
     for name, shape in source.shapes.items():

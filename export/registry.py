@@ -1,4 +1,4 @@
-"""The targets there are: a further one is a module and an entry here."""
+"""Registry of the export targets. A new target is one module and one entry here."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from edgelm.export.tensorrt.target import TensorrtTarget, chosen_sms
 from edgelm.progress import Silent
 
 TARGETS: Mapping[str, Target] = {target.name: target for target in (CpuTarget(), CudaTarget(), TensorrtTarget())}
-"""By the name that `--target` takes."""
+"""The targets by their `--target` name."""
 
 
 def check_request(options: ExportOptions) -> None:
-    """Refuse options that contradict each other, before anything is looked at.
+    """Refuse options that contradict each other, before the checkpoint is read.
 
     Raises:
-        ExportError: saying which.
+        ExportError: The target does not have the operator set, the dtype or the compute capabilities asked for.
     """
     target = TARGETS[options.target]
     target.operator_set(options.ops, Silent())

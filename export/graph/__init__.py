@@ -1,1 +1,1 @@
-"""From a decoder to an ONNX graph: one builder for each set of operators."""
+"""Build graphs from a decoder's spec: one builder for each operator set."""

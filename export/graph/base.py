@@ -1,4 +1,4 @@
-"""What the layers of every operator set are built from: the graph, the planned weights and the checkpoint's tensors."""
+"""`LayerOps`, the common base of the graph builders: it adds weights to a graph and plans the weights file."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ STORAGE: Mapping[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(np.uint16),
 }
-"""numpy has no bfloat16: its bits are kept as uint16."""
+"""numpy types by name. numpy has no bfloat16, so its bits are kept as uint16."""
 
 MAX_TABLE_BYTES = 1 << 30
-"""Of the RoPE tables: two million positions of heads of 128."""
+"""Limit of the RoPE tables' size: two million positions with a head size of 128."""
 
 
 class WeightGraph(Protocol):
-    """What takes the weights of layers: a graph in ONNX or a program."""
+    """The part of a graph builder that takes weights; implemented for ONNX graphs and for programs."""
 
     def has(self, name: str) -> bool:
-        """Whether there is a weight of this name."""
+        """Return whether the graph has a weight of this name."""
 
     def weight(self, slot: Slot) -> str:
-        """Add the weight that lies in a slot of the weights file; return its name."""
+        """Add the weight of a slot of the weights file; return its name."""
 
 
 class LayerOps:
-    """Adds layers to a graph and plans their weights.
+    """Add layers to a graph and plan their weights.
 
     Args:
-        graph: the graph to add to.
-        plan: where weights are planned.
-        source: the checkpoint's tensors, for shapes and schemes; values are read when they are written.
-        dtype: how matrices that stay unquantised are stored: "float32", "float16" or "bfloat16". Arithmetic is float32.
+        graph: Graph to add to.
+        plan: Plan of the weights file.
+        source: Weights. Building needs only their shapes and schemes; values are read when the file is written.
+        dtype: Type of unquantised matrices: "float32", "float16" or "bfloat16". Arithmetic is float32.
     """
 
     def __init__(self, graph: WeightGraph, plan: WeightsPlan, source: WeightSource, dtype: str) -> None:
@@ -55,16 +55,16 @@ class LayerOps:
         self.dtype = dtype
         self._tables: dict[Rope, tuple[str, str]] = {}
         self.vectors = "float32"
-        """The type of norms' weights and biases."""
+        """Type of norm weights and biases."""
         self.rounded: dict[str, int] = {}
-        """Matrices whose inputs the device rounds to int8, and in blocks of how many columns."""
+        """Matrices whose inputs the device rounds to int8, each with its block size in columns."""
 
     def held(self, *names: str) -> Held:
-        """The matrices `names` with their rows, for the manifest."""
+        """Return the number of rows of each matrix, for the manifest."""
         return {name: self.source.shape(name)[0] for name in names}
 
     def pieces(self, names: Sequence[str], rows: slice) -> Iterator[tuple[str, slice]]:
-        """Where rows of matrices that are stacked come from: a matrix's name, and which of its rows."""
+        """Yield, for a range of rows of stacked matrices, each matrix in it and the range of that matrix's own rows."""
         first = 0
         for name in names:
             count = self.source.shape(name)[0]
@@ -74,7 +74,7 @@ class LayerOps:
             first += count
 
     def vector(self, name: str, layer: int | None) -> str:
-        """A vector of the checkpoint (a norm's weight), or a small matrix that stays float32 (a router's)."""
+        """Add a norm's weight, or a small matrix that is not quantised (a router's); return its name."""
         if self.graph.has(name):
             return name
         shape, dtype = self.source.shape(name), STORAGE[self.vectors]
@@ -88,13 +88,13 @@ class LayerOps:
         return self.graph.weight(slot)
 
     def computed(self, name: str, value: NDArray[np.float32]) -> str:
-        """A float32 tensor that is computed here (the rotary tables)."""
+        """Add a float32 tensor that the exporter computes, such as a RoPE table; return its name."""
         slot = self.plan.slot(name, value.shape, np.float32, None)
         self.plan.job([slot], lambda source, writers, advance: writers[0].append(value))
         return self.graph.weight(slot)
 
     def stacked_vector(self, names: Sequence[str], stem: str, layer: int | None) -> str:
-        """Vectors of the checkpoint (biases of matrices that are one matmul) as one."""
+        """Add the concatenation of vectors, such as the biases of stacked matrices; return its name."""
         if self.graph.has(stem):
             return stem
         size, dtype = sum(self.source.shape(name)[0] for name in names), STORAGE[self.vectors]
@@ -109,20 +109,20 @@ class LayerOps:
         return self.graph.weight(slot)
 
     def bias(self, matrices: Sequence[Matrix], out: str) -> str:
-        """The biases of matrices that are one matmul named `out`; "" where they have none."""
+        """Add the biases of the stacked matrices of the matmul `out`; return their name, or "" without biases."""
         names = [matrix.bias for matrix in matrices if matrix.bias is not None]
         if not names:
             return ""
-        assert len(names) == len(matrices), "all of them have a bias or none"
+        assert len(names) == len(matrices), "either all stacked matrices have a bias or none"
         return self.stacked_vector(names, f"{out}.bias", matrices[0].layer)
 
     def rotary(self, rope: Rope | None, length: int, head_dim: int) -> tuple[str, str]:
-        """The cos and sin tables [length, head_dim / 2] of rotary positions, one pair for all layers that share it.
+        """Add the cos and sin tables of RoPE, each [length, head_dim / 2]; return their names.
 
-        A layer without RoPE has a table of angles of zero.
+        Layers with the same RoPE share the tables. For a layer without RoPE all angles are zero.
 
         Raises:
-            CheckpointError: they would take more than a gigabyte.
+            CheckpointError: The tables would be larger than `MAX_TABLE_BYTES`.
         """
         rope = rope or Rope((0.0,) * (head_dim // 2))
         if rope in self._tables:
@@ -130,8 +130,8 @@ class LayerOps:
         nbytes = 4 * length * head_dim
         if nbytes > MAX_TABLE_BYTES:
             raise CheckpointError(
-                f"config.json: max_position_embeddings {length} needs tables of positions of {format_size(nbytes)} (at "
-                f"most {format_size(MAX_TABLE_BYTES)}): lower it to the context that the device is to hold"
+                f"config.json: max_position_embeddings {length} needs RoPE tables of {format_size(nbytes)}, the limit "
+                f"is {format_size(MAX_TABLE_BYTES)}: lower it to the context length that you need"
             )
         cos, sin = rotary_tables(rope, length)
         stem = f"rope.{len(self._tables)}" if self._tables else "rope"
@@ -140,10 +140,10 @@ class LayerOps:
 
 
 def stored_as(values: NDArray[np.float32], dtype: str, name: str) -> NDArray[np.generic]:
-    """Round float32 to the storage type: nearest, ties to even; bfloat16 as its bits.
+    """Round float32 values to the storage type: to nearest, ties to even. bfloat16 is returned as uint16 bits.
 
     Raises:
-        ExportError: a value does not fit into float16.
+        ExportError: A value is out of float16's range; the message names the tensor `name`.
     """
     if dtype == "float32":
         return values
@@ -152,12 +152,12 @@ def stored_as(values: NDArray[np.float32], dtype: str, name: str) -> NDArray[np.
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)
     if not np.isfinite(half).all():
-        raise ExportError(f"{name} has values beyond float16's range (65504): export it as bfloat16 or float32")
+        raise ExportError(f"{name} has values beyond float16's range (65504): export with --dtype bf16 or fp32")
     return half
 
 
 def rotary_tables(rope: Rope, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """cos and sin [length, head_dim / 2] of rotate-half RoPE, equal to the reference's to the last bit."""
+    """Return cos and sin of rotate-half RoPE, each [length, head_dim / 2], bit for bit those of the reference."""
     from edgelm.reference.interpreter import half_rotary_table
 
     cos, sin = half_rotary_table(rope, 0, length)

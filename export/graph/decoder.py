@@ -1,4 +1,4 @@
-"""A decoder's spec as a graph of our own operators, whichever device it is for."""
+"""Build a graph of our own operators from a decoder's spec, for any device."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from edgelm.quant.source import WeightSource
 
 
 class OperatorDecoder(LayerOps, ABC):
-    """Our own operators, of which a decoder's layers are built; each method adds one and returns its result's name.
+    """Interface of our own operators. Each method adds one operator and returns the name of its result.
 
     Args:
-        graph: the graph to add to.
-        plan: where weights are planned.
-        source: the checkpoint's tensors, for shapes and schemes.
-        dtype: how matrices that stay unquantised are stored.
-        info: the model's shapes.
-        decoder: the model.
+        graph: Graph to add to.
+        plan: Plan of the weights file.
+        source: Weights, for their shapes and schemes.
+        dtype: Type of unquantised matrices.
+        info: Shapes of the model.
+        decoder: Spec of the model.
     """
 
     def __init__(
@@ -38,16 +38,16 @@ class OperatorDecoder(LayerOps, ABC):
         self.decoder = decoder
 
     def norm_weight(self, norm: Norm | None, layer: int | None) -> str:
-        """The weight of a norm; "" where there is none."""
+        """Add the weight of a norm; return its name, or "" without a norm."""
         return "" if norm is None else self.vector(norm.name, layer)
 
     def epsilon(self, norm: Norm | None) -> float:
-        """An operator without a norm has the model's epsilon: the attribute is never left out."""
+        """Return a norm's epsilon. Without a norm it is the model's, since operators require the attribute."""
         return self.decoder.norm.eps if norm is None else norm.eps
 
     @abstractmethod
     def embedding(self, table: Matrix) -> str:
-        """The residual stream's start, `hidden.0`."""
+        """Add the embedding, the start of the residual stream; its name is `hidden.0`."""
 
     @abstractmethod
     def linear(
@@ -60,27 +60,27 @@ class OperatorDecoder(LayerOps, ABC):
         residual: str = "",
         swiglu: bool = False,
     ) -> str:
-        """x, normed first, times the rows of all matrices; a residual is added, or the result is silu(gate) * up."""
+        """Add a matmul of x, normed first, with stacked matrices. It may add a residual or compute silu(gate) * up."""
 
     @abstractmethod
     def attention(self, part: Attention, qkv: str, out: str, layer: int) -> str:
-        """Grouped-query attention over the in-place cache, of queries, keys and values side by side."""
+        """Add grouped-query attention with an in-place KV cache; `qkv` holds queries, keys and values side by side."""
 
     @abstractmethod
     def moe(self, part: MoE, x: str, out: str, layer: int, norm: Norm | None, *, residual: bool) -> str:
-        """A MoE of x, normed first; with `residual` x itself is added."""
+        """Add a MoE of x, normed first; with `residual` it adds x."""
 
     @abstractmethod
     def norm(self, x: str, norm: Norm, out: str, layer: int, residual: str) -> str:
-        """residual + RMSNorm(x)."""
+        """Add residual + RMSNorm(x)."""
 
     @abstractmethod
     def head(self, x: str, norm: Norm, matrix: Matrix) -> None:
-        """Logits of the residual stream x."""
+        """Add the final norm and the head, which computes the logits of the residual stream x."""
 
     @abstractmethod
     def hidden(self, index: int) -> str:
-        """The name of the residual stream before layer `index`; the debug graph returns it."""
+        """Return the name of the residual stream before layer `index`. The debug graph returns this value."""
 
 
 def build(model: OperatorDecoder, decoder: Decoder) -> None:
@@ -94,7 +94,7 @@ def build(model: OperatorDecoder, decoder: Decoder) -> None:
 
 
 def _block(model: OperatorDecoder, block: Block, x: str, out: str) -> str:
-    """x + after(part(before(x))), named `out`. Without `after` the part's last operator adds x."""
+    """Add the block x + after(part(before(x))), named `out`. Without `after` the part's last operator adds x."""
     if block.after is None:
         return _part(model, block, x, out, residual=x)
     made = _part(model, block, x, f"{out}.part", residual="")

@@ -1,4 +1,4 @@
-"""The program for GPUs, in operators of our own, with weights in the order of tensor cores' operands.
+"""Build the program for GPUs: our operators, with weights in the order in which tensor cores read operands.
 
 | name | type | shape |
 |---|---|---|
@@ -8,10 +8,10 @@
 | `logits` | float32 | [batch, 1, vocabulary]: of the last token |
 | `present.{i}.key`, `.value` | uint8 | like past: the same buffer, the cache is written in place |
 
-The residual stream, routers, norms and logits are float32. Queries, keys, values, what attention gives and the products
-of SwiGLU are in the activations' type A, bfloat16 or float16. Every matmul sums in float32 and applies the scales to
-sums, so that it loses what rounding its input to A loses. The debug program has the same nodes with A = float32; parity
-reads its values `hidden.{i}` and, of a MoE, `router_logits.{i}`. docs/reference/bundle.md describes the attributes.
+The residual stream, routers, norms and logits are float32. Queries, keys, values, the result of attention and that of
+SwiGLU have the activations' type A, bfloat16 or float16. A matmul sums in float32 and applies the scales to the sums,
+so its only loss is that of rounding its input to A. The debug program has the same nodes with A = float32; parity
+reads its values `hidden.{i}` and, for a MoE, `router_logits.{i}`. docs/reference/bundle.md describes the attributes.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ from edgelm.runtimes.cuda.program import Attribute, matrix_attrs
 from edgelm.slices import slices
 
 ACTIVATIONS = {"bfloat16": "bf16", "float16": "f16"}
-"""A by the type in which matrices that stay float are stored."""
+"""The activations' type A, by the type of unquantised matrices."""
 _F32 = "f32"
 EXACT: Mapping[str, Attribute] = {"activation": _F32, "output": _F32, "kv": "float32", "activations": "float"}
-"""Attributes of the debug program."""
+"""Attributes that the debug program replaces."""
 
 
 class GpuDecoder(OperatorDecoder):
-    """The operators that a decoder's layers are built of.
+    """Adds GPU operators to a program.
 
     Args:
-        graph: the program to add to.
-        plan: where weights are planned.
-        source: the checkpoint's tensors, quantised as the recipe says.
-        dtype: "bfloat16" or "float16": how matrices that stay unquantised are stored, and the activations.
-        info: the model's shapes.
-        decoder: the model.
-        kv: type of the cache that a runtime allocates unless told otherwise.
+        graph: Program to add to.
+        plan: Plan of the weights file.
+        source: Weights, quantised by the recipe.
+        dtype: Type of unquantised matrices and of activations: "bfloat16" or "float16".
+        info: Shapes of the model.
+        decoder: Spec of the model.
+        kv: Type of the KV cache that a runtime allocates by default.
     """
 
     graph: ProgramBuilder
@@ -80,14 +80,14 @@ class GpuDecoder(OperatorDecoder):
         self.activation = ACTIVATIONS[dtype]
         self._kv = kv
         self._matrices: dict[str, GpuMatrix] = {}
-        # Caches are of a multiple of 64 tokens, and every place in one has a position.
+        # A cache holds a multiple of 64 tokens, and every token in it needs a row of the RoPE tables.
         self._positions = -(-info.context_length // 64) * 64
 
     # -- layers ----------------------------------------------------------------------------------------------------
 
     def embedding(self, table: Matrix) -> str:
-        """The residual stream's start, `hidden.0`."""
-        # Before any layer's weights, as it is shared by them; further tables follow where a layer asks for one.
+        """Add the embedding, the start of the residual stream; its name is `hidden.0`."""
+        # The RoPE table goes before the layers' weights, since layers share it. Further tables follow with their layer.
         self.rotary(self.decoder.attention[0].rope, self._positions, self.info.head_dim)
         name = table.name
         matrix = self._matrix([name], name, None)
@@ -104,15 +104,16 @@ class GpuDecoder(OperatorDecoder):
         residual: str = "",
         swiglu: bool = False,
     ) -> str:
-        """x times the rows of all matrices, stacked: [..., sum of rows], or SwiGLU of two of equal size: [..., rows].
+        """Add a matmul of x with stacked matrices.
 
         Args:
-            x: activations [..., K]: float32 where they are to be normed, else A.
-            matrices: each [rows, K]; for SwiGLU gate and up.
-            out: name of the result, in float32 where it is added to a residual, else in A.
-            norm: what x goes through first.
-            residual: a value of the result's shape that is added.
-            swiglu: the result is silu(gate) * up.
+            x: Activations [..., K]: float32 if `norm` is given, otherwise of type A.
+            matrices: Each [rows, K]; for SwiGLU gate and up, of equal size.
+            out: Name of the result, [..., sum of rows] or, with SwiGLU, [..., rows of one]. It is float32 if a residual
+                is added or if it is the logits, otherwise of type A.
+            norm: RMSNorm applied to x first.
+            residual: Value of the result's shape to add.
+            swiglu: Compute silu(gate) * up.
         """
         names, layer = [matrix.name for matrix in matrices], matrices[0].layer
         stem = names[0] if len(names) == 1 else f"{out}.weight"
@@ -127,7 +128,7 @@ class GpuDecoder(OperatorDecoder):
         )  # fmt: skip
 
     def attention(self, part: Attention, qkv: str, out: str, layer: int) -> str:
-        """Rotary grouped-query attention over the in-place cache."""
+        """Add grouped-query attention with RoPE and an in-place KV cache."""
         info, norms = self.info, (part.q_norm, part.k_norm)
         inputs = [
             qkv, f"past_key_values.{layer}.key", f"past_key_values.{layer}.value", "past_lengths",
@@ -143,12 +144,12 @@ class GpuDecoder(OperatorDecoder):
         )  # fmt: skip
 
     def moe(self, part: MoE, x: str, out: str, layer: int, norm: Norm | None, *, residual: bool) -> str:
-        """x + MoE(RMSNorm(x))."""
-        # No model has experts without a norm before them, so the operator has no other form.
+        """Add x + MoE(RMSNorm(x))."""
+        # Every supported model has a norm before its experts, so the operator has no other form.
         assert norm is not None and residual
         logits = f"router_logits.{layer}"
         stem = f"layers.{layer}.moe"
-        # The router decides in float32 whatever the recipe stores experts in: a flipped choice costs more than bytes.
+        # The router is float32 whatever the recipe says: it is small, and a wrong choice of expert is a large error.
         router = part.router.name
         gate = self.vector(router, layer)
         gate_up = self._experts(
@@ -165,43 +166,47 @@ class GpuDecoder(OperatorDecoder):
         )  # fmt: skip
 
     def norm(self, x: str, norm: Norm, out: str, layer: int, residual: str) -> str:
-        """residual + RMSNorm(x), in float32."""
+        """Add residual + RMSNorm(x), in float32."""
         inputs = [x, self.norm_weight(norm, layer), residual]
         value = self.graph.value(out, _F32, norm.size)
         return self.graph.native_node("RMSNorm", inputs, value, norm.name, epsilon=norm.eps)
 
     def head(self, x: str, norm: Norm, matrix: Matrix) -> None:
-        """Logits of the last position, of the residual stream x."""
+        """Add the final norm and the head: logits of the residual stream x for the last position."""
         value = self.graph.value("head_input", _F32, norm.size)
         last = self.graph.native_node("LastToken", [x], value, "head_input")
         self.linear(last, [matrix], "logits", norm=norm)
 
     def hidden(self, index: int) -> str:
-        """The name of the residual stream before layer `index`."""
+        """Return the name of the residual stream before layer `index`."""
         return f"hidden.{index}"
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
     def _format(self, names: Sequence[str], stem: str) -> GpuFormat:
-        """The one format of matrices that are one matmul."""
+        """Return the common format of stacked matrices.
+
+        Raises:
+            ExportError: The recipe gives them types that one matmul cannot have.
+        """
         schemes = [self.source.scheme(name) for name in names]
         found = gpu_format(schemes, self.dtype, self.source.shape(names[0])[1], stem)
         if found is None:
             said = ", ".join("float" if s is None else s.name for s in dict.fromkeys(schemes))
             raise ExportError(
-                f"the recipe has {said} for matrices that a GPU multiplies as one, {names[0]} .. {names[-1]}: write "
-                "one rule for all of them, of integers, of FP8, or of float"
+                f"the recipe has {said} for {names[0]} .. {names[-1]}, which are one matmul on a GPU: make all of them "
+                "integers, all FP8 or all float"
             )
         return found
 
     def _matrix(self, names: Sequence[str], stem: str, layer: int | None, *, swiglu: bool = False) -> GpuMatrix:
-        """The weight `stem` of matrices stacked along the rows as one."""
+        """Add the weight `stem` of matrices stacked along the rows, unless it is there; return its description."""
         if stem not in self._matrices:
             self._blob([names], stem, layer, swiglu=swiglu)
         return self._matrices[stem]
 
     def _experts(self, experts: Sequence[Sequence[Matrix]], stem: str, layer: int, *, swiglu: bool) -> GpuMatrix:
-        """The weight of one kind of matrix of all experts of a layer, which share a format."""
+        """Add the weight of one kind of matrix of all experts in a layer, which share a format."""
         names = [[matrix.name for matrix in matrices] for matrices in experts]
         self._blob(names, stem, layer, swiglu=swiglu)
         return self._matrices[stem]
@@ -227,7 +232,7 @@ class GpuDecoder(OperatorDecoder):
     def _rows(
         self, source: WeightSource, names: Sequence[str], fmt: GpuFormat, matrix: GpuMatrix, advance: Advance
     ) -> Iterator[Rows]:
-        """One matrix in blocks of whole tiles."""
+        """Yield a matrix in blocks of whole tiles."""
         parts = [[name] for name in names] if matrix.swiglu else [list(names)]
         step = max(ROWS, BLOCK_WEIGHTS // (matrix.columns * len(parts)) // ROWS * ROWS)
         total = sum(source.nbytes(name) for name in names)

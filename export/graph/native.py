@@ -1,4 +1,4 @@
-"""The graph in the compiled operators of the domain `edgelm`: a handful of nodes a layer, weights packed for them.
+"""Build the ONNX graph of native operators: our compiled operators of the domain `edgelm`, with packed weights.
 
 | name | type | shape |
 |---|---|---|
@@ -9,8 +9,8 @@
 | `logits` | float32 | [batch, 1, vocabulary]: of the last token; [batch, positions, ...] where `logits_start` is fed |
 | `present.{i}.key`, `.value` | uint8 | like past; the same buffer where the cache is to grow in place |
 
-The debug graph returns in addition `hidden.{i}` [batch, tokens, hidden] and, of a MoE, `router_logits.{i}`
-[batch * tokens, experts], as the portable one does. docs/reference/operators.md describes the operators.
+The debug graph also returns `hidden.{i}` [batch, tokens, hidden] and, for a MoE, `router_logits.{i}`
+[batch * tokens, experts], as the portable graph does. docs/reference/operators.md describes the operators.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from edgelm.slices import slices
 
 _END = np.iinfo(np.int64).max
 ACTIVATION_BLOCK = 32
-"""Columns that share a scale where activations are int8 (QuantBlock in math_impl.h)."""
+"""Columns that share a scale in int8 activations (QuantBlock in math_impl.h)."""
 
 
 class NativeDecoder(OperatorDecoder):
-    """A decoder's inputs and outputs, and the operators that a family's layers are built of.
+    """Adds native operators to an ONNX graph; declares the graph's inputs and outputs.
 
     Args:
-        graph: the graph to add to.
-        plan: where weights are planned.
-        source: the checkpoint's tensors, quantised as the recipe says.
-        dtype: how matrices that stay unquantised are stored.
-        info: the model's shapes.
-        decoder: the model.
+        graph: Graph to add to.
+        plan: Plan of the weights file.
+        source: Weights, quantised by the recipe.
+        dtype: Type of unquantised matrices.
+        info: Shapes of the model.
+        decoder: Spec of the model.
     """
 
     graph: GraphBuilder
@@ -83,8 +83,8 @@ class NativeDecoder(OperatorDecoder):
     # -- layers ----------------------------------------------------------------------------------------------------
 
     def embedding(self, table: Matrix) -> str:
-        """The residual stream's start, `hidden.0`."""
-        # Before any layer's weights, as it is shared by them; further tables follow where a layer asks for one.
+        """Add the embedding, the start of the residual stream; its name is `hidden.0`."""
+        # The RoPE table goes before the layers' weights, since layers share it. Further tables follow with their layer.
         self.rotary(self.decoder.attention[0].rope, self.info.context_length, self.info.head_dim)
         split = self.decoder.tied and self._splits_head()
         name = table.name
@@ -101,22 +101,22 @@ class NativeDecoder(OperatorDecoder):
         residual: str = "",
         swiglu: bool = False,
     ) -> str:
-        """x times the rows of all matrices, stacked: [..., sum of rows], or SwiGLU of two of equal size: [..., rows].
+        """Add a matmul of x with stacked matrices.
 
         Args:
-            x: activations [..., K].
-            matrices: each [rows, K]; for SwiGLU gate and up.
-            out: name of the result.
-            norm: what x goes through first.
-            residual: a value of the result's shape that is added.
-            swiglu: the result is silu(gate) * up.
+            x: Activations [..., K].
+            matrices: Each [rows, K]; for SwiGLU gate and up, of equal size.
+            out: Name of the result, [..., sum of rows] or, with SwiGLU, [..., rows of one].
+            norm: RMSNorm applied to x first.
+            residual: Value of the result's shape to add.
+            swiglu: Compute silu(gate) * up.
         """
         names, layer = [matrix.name for matrix in matrices], matrices[0].layer
         stem = names[0] if len(names) == 1 else f"{out}.weight"
         weights = self._matrix(names, stem, layer, swiglu=swiglu)
         if weights is not None:
             return self._matmul(x, weights, names, out, norm, layer, residual, bias=self.bias(matrices, out))
-        # One of them is float and another is not, or fp8: each is a matmul of its own.
+        # Formats that cannot be stacked (float beside integers, say): each matrix is a matmul of its own.
         self.norm_weight(norm, layer)
         parts = [
             self._matmul(
@@ -132,7 +132,7 @@ class NativeDecoder(OperatorDecoder):
         return node("Mul", [silu, parts[1]], out)
 
     def attention(self, part: Attention, qkv: str, out: str, layer: int) -> str:
-        """Rotary grouped-query attention over the in-place cache."""
+        """Add grouped-query attention with RoPE and an in-place KV cache."""
         info, norms = self.info, (part.q_norm, part.k_norm)
         inputs = [
             qkv, f"past_key_values.{layer}.key", f"past_key_values.{layer}.value", "past_lengths",
@@ -147,10 +147,10 @@ class NativeDecoder(OperatorDecoder):
         )  # fmt: skip
 
     def moe(self, part: MoE, x: str, out: str, layer: int, norm: Norm | None, *, residual: bool) -> str:
-        """A MoE of x, normed first; with `residual` x itself is added."""
+        """Add a MoE of x, normed first; with `residual` it adds x."""
         name = f"router_logits.{layer}"
         self.debug_outputs.append((name, ["tokens", len(part.experts)]))
-        # The router decides in float32 whatever the recipe stores experts in: a flipped choice costs more than bytes.
+        # The router is float32 whatever the recipe says: it is small, and a wrong choice of expert is a large error.
         router = part.router.name
         gate = self._require([router], router, layer, dtype="float32")
         packed = self._experts(part.experts, f"layers.{layer}.moe.experts", layer)
@@ -164,12 +164,12 @@ class NativeDecoder(OperatorDecoder):
         )  # fmt: skip
 
     def norm(self, x: str, norm: Norm, out: str, layer: int, residual: str) -> str:
-        """residual + RMSNorm(x)."""
+        """Add residual + RMSNorm(x)."""
         inputs = [x, self.norm_weight(norm, layer), residual]
         return self.graph.native_node("RMSNorm", inputs, out, norm.name, epsilon=norm.eps)
 
     def head(self, x: str, norm: Norm, matrix: Matrix) -> None:
-        """Logits of the positions from `logits_start` on, of the residual stream x."""
+        """Add the final norm and the head: logits of the residual stream x for the positions from `logits_start` on."""
         constant = self.graph.constant
         name = matrix.name
         ends, axes = constant("slice_end", int64(_END)), constant("axis_1", int64(1))
@@ -179,15 +179,16 @@ class NativeDecoder(OperatorDecoder):
         self._matmul(last, weights, [name], "logits", norm, None, rescore=rescore)
 
     def hidden(self, index: int) -> str:
-        """The name of the residual stream before layer `index`; the debug graph returns it."""
+        """Return the name of the residual stream before layer `index`. The debug graph returns this value."""
         name = f"hidden.{index}"
         self.debug_outputs.append((name, ["batch_size", "sequence_length", self.info.hidden_size]))
         return name
 
     def _splits_head(self) -> bool:
-        """Whether the layers lose more than a head read by halves does: not where they have 8 bits themselves.
+        """Return whether an int8 head is stored as split nibbles, to compute most logits from the high nibbles only.
 
-        Halves are for int8 activations only.
+        Only if some matrix of the layers has fewer than 8 bits: then the layers lose more than the head does. And only
+        with int8 activations, which the kernel needs.
         """
         if CPU.of_matmul(self.source, [self.decoder.head.name]) != INT8:
             return False
@@ -242,7 +243,7 @@ class NativeDecoder(OperatorDecoder):
         swiglu: bool = False,
         split: bool = False,
     ) -> str | None:
-        """The initializer of matrices stacked along the rows as one; None where no format holds them all."""
+        """Add the initializer of matrices stacked along the rows; return its name, or None if no format holds all."""
         if self.graph.has(stem):
             return stem
         fmt = self._format(names, stem, dtype)
@@ -256,7 +257,7 @@ class NativeDecoder(OperatorDecoder):
         first = self.plan.slot(stem, (matrix.first_bytes,), np.uint8, layer, packed(matrix, held))
         slots = [first]
         if fmt.kind is Kind.INT8_SPLIT:
-            # A tensor of its own in the file, and with the high nibbles one initializer: they lie one after the other.
+            # The low nibbles are a tensor of their own, right after the high ones, so that one initializer has both.
             lower = packed(matrix, held, Layout.LOW_NIBBLES)
             slots.append(self.plan.slot(f"{stem}.lower", (matrix.low_bytes,), np.uint8, layer, lower))
             matrix = matrix.with_low_offset(slots[1].offset - first.offset)
@@ -274,7 +275,7 @@ class NativeDecoder(OperatorDecoder):
         return self.graph.weight(first, size=matrix.nbytes)
 
     def _experts(self, experts: Sequence[Dense], stem: str, layer: int) -> str:
-        """The initializer of a layer's packed experts. Each may have its own format."""
+        """Add the initializer of a layer's packed experts, each of which may have its own format; return its name."""
         parts: list[tuple[Sequence[str], Format, PackedMatrix, int]] = []
         place = HEADER_BYTES + 16 * len(experts)
         for expert in experts:
@@ -283,8 +284,8 @@ class NativeDecoder(OperatorDecoder):
                 fmt = self._format(names, f"{stem}: {gate} and {up}" if swiglu else down)
                 if fmt is None:
                     raise ExportError(
-                        f"the recipe stores {gate} and {up} in types of which neither holds the other: gate and up "
-                        "are one matmul, so give both integers, both fp8, or keep both in float"
+                        f"the recipe stores {gate} and {up} in types that cannot be combined: gate and up are one "
+                        "matmul, so make both integers, both fp8 or both float"
                     )
                 shapes = [self.source.shape(name) for name in names]
                 matrix = fmt.matrix(sum(rows for rows, _ in shapes), shapes[0][1], swiglu=swiglu)
@@ -317,7 +318,7 @@ class NativeDecoder(OperatorDecoder):
         dtype: str,
         advance: Advance,
     ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8] | None]]:
-        """The records of a matrix (and their low nibbles) in blocks of whole tiles, in order."""
+        """Yield the packed records of a matrix (and their low nibbles, if split) in blocks of whole tiles, in order."""
         parts = [[names[0]], [names[1]]] if matrix.swiglu else [list(names)]
         rows = matrix.outputs
         step = max(TILE, BLOCK_WEIGHTS // (matrix.columns * len(parts)) // TILE * TILE)

@@ -1,4 +1,4 @@
-"""Builds ONNX graphs, whose large weights lie in files beside them."""
+"""Build ONNX graphs whose large weights are in a separate file."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ DEFAULTS: Mapping[str, Mapping[str, int | float]] = {
     "MoE": {"k": 1, "activation_alpha": 1.0, "activation_beta": 0.0},
     "QMoE": {"k": 1, "activation_alpha": 1.0, "activation_beta": 0.0, "expert_weight_bits": 4, "accuracy_level": 0},
 }
-"""What ONNX Runtime takes where an attribute is left out, the same in all versions that have the attribute.
+"""ONNX Runtime's defaults of attributes, by operator. They are the same in all versions that have the attribute.
 
-Such attributes are not written: an older version refuses a graph that has one it does not know.
-`normalize_routing_weights` is not among them, so that every graph of a MoE says whether it renormalises.
+An attribute with its default value is not written, because older versions refuse a graph with an attribute that they
+do not know. `normalize_routing_weights` is not listed, so every MoE node states whether it renormalises.
 """
 
 
 class GraphBuilder:
-    """Nodes, inputs, outputs and initializers in the order they are added; names are given by the caller or derived.
+    """Collects the nodes, inputs, outputs and initializers of an ONNX graph.
 
     Args:
-        weights_file: the file of the weights.
-        opset: version of ai.onnx.
-        ir_version: version of the file format.
+        weights_file: Name of the weights file.
+        opset: Opset version of ai.onnx.
+        ir_version: Version of the ONNX file format.
     """
 
     def __init__(self, weights_file: str = "", opset: int = OPSET, ir_version: int = IR_VERSION) -> None:
@@ -54,22 +54,22 @@ class GraphBuilder:
         self._initializers: dict[str, TensorProto] = {}
 
     def input(self, name: str, elem_type: int, dims: Dims) -> str:
-        """Declare a graph input."""
+        """Declare a graph input; return its name."""
         self._inputs.append(helper.make_tensor_value_info(name, elem_type, list(dims)))
         return name
 
     def overridable(self, name: str, default: NDArray[Any]) -> str:
-        """Declare an input with a default: an initializer that a caller may feed."""
+        """Declare an optional input: an initializer that a caller may replace; return its name."""
         self.constant(name, default)
         return self.input(name, helper.np_dtype_to_tensor_dtype(default.dtype), default.shape)
 
     def output(self, name: str, elem_type: int, dims: Dims) -> str:
-        """Declare a graph output."""
+        """Declare a graph output; return its name."""
         self._outputs.append(helper.make_tensor_value_info(name, elem_type, list(dims)))
         return name
 
     def node(self, op: str, inputs: Sequence[str], outputs: str | Sequence[str], domain: str = "", **attrs: Any) -> str:
-        """Add a node named after its first output; return that output."""
+        """Add a node, named after its first output; return the name of that output."""
         names = [outputs] if isinstance(outputs, str) else list(outputs)
         if domain == MICROSOFT:
             attrs = {name: value for name, value in attrs.items() if not _is_default(op, name, value)}
@@ -77,21 +77,21 @@ class GraphBuilder:
         return names[0]
 
     def add(self, node: onnx.NodeProto) -> None:
-        """Add a node that is made already."""
+        """Add a finished node."""
         self._nodes.append(node)
 
     def debug_node(self, op: str, inputs: Sequence[str], output: str, **attrs: Any) -> str:
-        """Add a node that only an exact graph has, after all others."""
+        """Add a node to the debug graph only, after all others; return the name of its output."""
         self._debug_nodes.append(helper.make_node(op, list(inputs), [output], name=f"{output}/{op}", **attrs))
         return output
 
     def native_node(
         self, op: str, inputs: Sequence[str], outputs: str | Sequence[str], label: str, **attrs: Any
     ) -> str:
-        """Add a node of the domain `edgelm`; return its first output.
+        """Add a node of the domain `edgelm`; return the name of its first output.
 
-        ONNX Runtime does not tell an operator its node's name: the attribute `name` is what its errors begin with.
-        Optional inputs at the end are left out, those in the middle have empty names.
+        ONNX Runtime does not tell an operator the name of its node, so `label` is stored as the attribute `name`;
+        errors start with it. Optional inputs have empty names; those at the end are dropped.
         """
         used = list(inputs)
         while not used[-1]:
@@ -101,7 +101,7 @@ class GraphBuilder:
         return first
 
     def constant(self, name: str, value: NDArray[Any] | TensorProto) -> str:
-        """Add a small initializer stored in the graph itself, unless there is one of its name."""
+        """Add a small initializer, stored in the graph itself, unless the name exists; return the name."""
         if name not in self._initializers:
             made = value if isinstance(value, TensorProto) else numpy_helper.from_array(value)
             made.name = name
@@ -111,7 +111,7 @@ class GraphBuilder:
     def external(
         self, name: str, elem_type: int, dims: Sequence[int], offset: int, size: int, file: str | None = None
     ) -> str:
-        """Add an initializer whose bytes lie in a file, the weights file unless another is named."""
+        """Add an initializer whose bytes are in `file`, by default the weights file; return its name."""
         assert name not in self._initializers, f"{name} is added twice"
         tensor = TensorProto(name=name, data_type=elem_type, data_location=TensorProto.EXTERNAL)
         tensor.dims.extend(dims)
@@ -127,18 +127,19 @@ class GraphBuilder:
         dims: Sequence[int] | None = None,
         size: int | None = None,
     ) -> str:
-        """Add an initializer that lies in a slot of the weights file.
+        """Add an initializer for a slot of the weights file; return its name.
 
-        `name` and `dims` let two views share one slot; with `size` bytes a 1-D uint8 tensor goes on into what follows.
+        `name` and `dims` replace the slot's own, so that two initializers can share one slot. With `size` the
+        initializer is a 1-D uint8 tensor of that many bytes, which may continue into the next slot.
         """
         dims = (size,) if size is not None else slot.dims if dims is None else dims
-        # numpy has no bfloat16: such slots are planned as uint16 and declared as what they are.
+        # numpy has no bfloat16: such slots are planned as uint16 and declared as bfloat16.
         bf16 = slot.dtype == np.uint16
         elem_type = TensorProto.BFLOAT16 if bf16 else helper.np_dtype_to_tensor_dtype(slot.dtype)
         return self.external(name or slot.name, elem_type, dims, slot.offset, slot.size if size is None else size)
 
     def has(self, name: str) -> bool:
-        """Whether an initializer of this name exists."""
+        """Return whether the graph has an initializer of this name."""
         return name in self._initializers
 
     def model(
@@ -148,11 +149,14 @@ class GraphBuilder:
         *,
         exact: Mapping[str, int | float | str] | None = None,
     ) -> onnx.ModelProto:
-        """The finished model; `extra_outputs` (float32) are intermediate values that a debug graph also returns.
+        """Return the finished model.
 
-        `exact` is what attributes are in a debug graph, `EXACT` for CPUs: quantised matmuls then have float32
-        activations instead of those they are faster with, and all bits of every weight. So the debug graph differs from
-        the reference by float32 rounding only, and a wrong weight stands out.
+        Args:
+            name: Name of the graph.
+            extra_outputs: Names and shapes of intermediate float32 values that the model also returns.
+            exact: Attributes to replace in a debug graph; `EXACT` for CPUs. Quantised matmuls then use float32
+                activations and all bits of every weight, so that the debug graph differs from the reference by float32
+                rounding only, and a wrong weight is visible.
         """
         outputs = self._outputs + [
             helper.make_tensor_value_info(n, TensorProto.FLOAT, list(d)) for n, d in extra_outputs
@@ -165,7 +169,7 @@ class GraphBuilder:
 
 
 EXACT: Mapping[str, int | float | str] = {"accuracy_level": 0, "activations": "float32", "refine": 0}
-"""What the attributes of quantised matmuls are in an exact graph for CPUs, whichever operator set has them."""
+"""Attributes of quantised matmuls in a debug graph for CPUs, for both operator sets."""
 
 
 def _exact(node: onnx.NodeProto, attributes: Mapping[str, int | float | str]) -> onnx.NodeProto:
@@ -187,5 +191,5 @@ def _is_default(op: str, name: str, value: object) -> bool:
 
 
 def int64(*values: int) -> NDArray[np.int64]:
-    """A 1-D int64 array, the type of ONNX shapes and axes."""
+    """Return a 1-D int64 array, the type of ONNX shapes and axes."""
     return np.asarray(values, np.int64)

@@ -1,11 +1,11 @@
-"""The layers that decoders are made of, in operators that every ONNX Runtime has (ai.onnx and com.microsoft).
+"""Build layers from portable operators: those that every ONNX Runtime has (ai.onnx and com.microsoft).
 
-Values have the type that the provider computes in (ort_providers.py), float32 on the CPU.
-Facts these choices rest on, checked on the CPU with ONNX Runtime 1.31 (what is said of CUDA is in ort_providers.py):
+Activations have the type that the execution provider computes in (ort_providers.py), float32 on the CPU.
+Two facts behind the design, checked on the CPU with ONNX Runtime 1.31 (for CUDA see ort_providers.py):
 
-- `MatMulNBits` takes scales in the activations' type: as float32, int4 with groups of 32 costs 5 bits.
-- `FusedMatMul` with `transB` reads a weight in the checkpoint's own [out, in] layout, so nothing is transposed on the
-  way and a tied embedding serves lookup and head from the same bytes.
+- `MatMulNBits` takes scales in the activations' type. With float32 scales, int4 in groups of 32 takes 5 bits a weight.
+- `FusedMatMul` with `transB` reads a weight in the checkpoint's own layout [out, in]. So no weight is transposed, and a
+  tied embedding and head share their bytes.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from edgelm.slices import slices
 
 FLOAT = TensorProto.FLOAT
 ELEMENT = {"float32": FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
-# MatMulNBits' and QMoE's "4": activations are quantised to int8 per block on the fly, about 1 % of noise per matmul
-# and the only mode whose kernels use the CPU's integer dot products.
-# At "0" they stay float32. Kernels for x86 round by blocks of the weights' group, those for Arm (KleidiAI) by whole
-# rows: parity allows for whole rows, the coarser of the two.
+# The attribute accuracy_level of MatMulNBits and QMoE. At 4, activations are quantised to int8 per block at run time:
+# about 1 % of noise per matmul, and the only mode whose kernels use the CPU's integer dot products. At 0 they stay
+# float32. Kernels for x86 round in blocks of the weights' group size, those for Arm (KleidiAI) whole rows. Parity
+# allows for whole rows, the coarser of the two.
 ACCURACY = {activations.INT8: 4, activations.FLOAT32: 0}
 BITS = (4, 8)
-# Stands for the format of matrices that are refused, until all reasons are known.
+# Format of refused matrices, so that building can go on until all reasons are known.
 _REFUSED = BlockFormat(bits=8, block=32, zeros=False)
 
 
 @dataclass(frozen=True)
 class QuantizedSlots:
-    """A quantised matrix [rows, columns] in the weights file."""
+    """The slots of a quantised matrix [rows, columns] in the weights file."""
 
     rows: int
     columns: int
@@ -60,14 +60,20 @@ class QuantizedSlots:
 
     @property
     def all(self) -> list[Slot]:
-        """The slots in the order that jobs fill them."""
+        """The slots, in the order in which jobs fill them."""
         return [self.codes, self.scales] + ([self.zeros] if self.zeros else [])
 
 
 class PortableOps(LayerOps):
-    """Adds layers in portable operators to a graph; the arguments are those of `LayerOps`, and whom the graph is for.
+    """Adds layers of portable operators to an ONNX graph.
 
-    `compute` and `element` say in what type values are, as a name and as ONNX knows it.
+    Args:
+        graph, plan, source, dtype: As for `LayerOps`.
+        provider: Execution provider that the graph is for.
+
+    Attributes:
+        compute: Type of activations, as a name.
+        element: The same type, as ONNX's number.
     """
 
     graph: GraphBuilder
@@ -87,16 +93,16 @@ class PortableOps(LayerOps):
     # -- what these operators cannot do ------------------------------------------------------------------------------
 
     def refuse(self, name: str, reason: str) -> None:
-        """Note why `name` cannot be exported, and go on: `check` tells all reasons at once."""
+        """Record why `name` cannot be exported; `check` raises with all reasons at once."""
         named = self._refused.setdefault(reason, [])
         if name not in named:
             named.append(name)
 
     def check(self) -> None:
-        """Refuse the graph that was built if anything was noted.
+        """Raise if anything was refused.
 
         Raises:
-            ExportError: with every reason once, and the first tensor that it holds for.
+            ExportError: States every reason once, with the first tensor that it applies to.
         """
         reasons = [
             f"{names[0]} {reason}" + (f" (the same for {len(names) - 1} more)" if len(names) > 1 else "")
@@ -108,7 +114,7 @@ class PortableOps(LayerOps):
     # -- weights ---------------------------------------------------------------------------------------------------
 
     def float_matrix(self, name: str, layer: int | None, dtype: str) -> Slot:
-        """Plan an unquantised matrix, stored as it stands in the checkpoint, [out, in]."""
+        """Plan an unquantised matrix [out, in], the checkpoint's own layout; return its slot."""
         if name in self._float:
             return self._float[name]
         rows, columns = self.source.shape(name)
@@ -125,7 +131,7 @@ class PortableOps(LayerOps):
         return slot
 
     def quantized_matrix(self, names: Sequence[str], stem: str, layer: int | None) -> QuantizedSlots:
-        """Plan quantised matrices of the same width, stacked along the rows as one."""
+        """Plan quantised matrices of equal width, stacked along the rows; return their slots."""
         if stem in self._quantized:
             return self._quantized[stem]
         shapes = [self.source.shape(name) for name in names]
@@ -157,7 +163,7 @@ class PortableOps(LayerOps):
         held: Held,
         interleave: int | None = None,
     ) -> QuantizedSlots:
-        """The slots of quantised matrices that are one of `shape` [..., rows, columns]."""
+        """Plan the slots of stacked quantised matrices; `shape` is [..., rows, columns] of all together."""
         *outer, rows, columns = shape
 
         def slot(layout: Layout, suffix: str, width: int, stored: np.dtype[Any]) -> Slot:
@@ -173,7 +179,7 @@ class PortableOps(LayerOps):
         return QuantizedSlots(rows, columns, fmt, codes, scales, zeros)
 
     def common_format(self, names: Sequence[str]) -> BlockFormat:
-        """The one format of these matrices; that of any if one of them is refused."""
+        """Return the common format of these matrices. If one is refused, the format may be any."""
         schemes = []
         for name in names:
             scheme, columns = self.source.scheme(name), self.source.shape(name)[1]
@@ -181,8 +187,8 @@ class PortableOps(LayerOps):
             if not isinstance(scheme, Scheme) or scheme.bits not in BITS:
                 self.refuse(
                     name,
-                    f"is {scheme.name} in this recipe, which ONNX Runtime's own operators do not have (they have int4 "
-                    f"and int8): {self.provider.instead}, or choose another recipe",
+                    f"is {scheme.name} in this recipe, but ONNX Runtime's own operators support only int4 and int8: "
+                    f"{self.provider.instead}, or choose another recipe",
                 )
                 continue
             try:
@@ -194,27 +200,27 @@ class PortableOps(LayerOps):
         return ort.common_format(schemes, self.provider.largest_block()) if schemes else _REFUSED
 
     def scales_in(self, tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.generic]:
-        """A tensor's scales in the type of values."""
+        """Return a tensor's scales in the activations' type."""
         return stored_as(ort.scales_in(tensor, fmt), self.compute, "a scale")
 
     def computed(self, name: str, value: NDArray[np.float32]) -> str:
-        """A tensor that is computed here (the rotary tables) in the type of values."""
+        """Add a tensor that the exporter computes, such as a RoPE table, in the activations' type; return its name."""
         slot = self.plan.slot(name, value.shape, STORAGE[self.compute], None)
         self.plan.job([slot], lambda source, writers, advance: writers[0].append(stored_as(value, self.compute, name)))
         return self.stored(slot)
 
     def cast(self, x: str, to: str, out: str) -> str:
-        """`x`, which is in the type of values, as `to`; x itself where that is the same."""
+        """Cast x from the activations' type to `to`; return x itself if they are the same."""
         return x if to == self.compute else self.graph.node("Cast", [x], out, to=ELEMENT[to])
 
     def to_values(self, x: str, out: str) -> str:
-        """`x`, which is float32, in the type of values; x itself where that is the same."""
+        """Cast x from float32 to the activations' type; return x itself if that is float32."""
         return x if self.compute == "float32" else self.graph.node("Cast", [x], out, to=self.element)
 
     # -- layers ----------------------------------------------------------------------------------------------------
 
     def linear(self, x: str, matrices: Sequence[Matrix], out: str) -> str:
-        """x [..., in] times the rows of all matrices (each [out_i, in]), plus their biases: [..., sum of out_i]."""
+        """Add a matmul of x [..., in] with stacked matrices [out_i, in], plus their biases: [..., sum of out_i]."""
         bias = self.bias(matrices, out)
         if not bias:
             return self._linear(x, [matrix.name for matrix in matrices], out, matrices[0].layer)
@@ -222,7 +228,7 @@ class PortableOps(LayerOps):
         return self.graph.node("Add", [result, bias], out)
 
     def _linear(self, x: str, names: Sequence[str], out: str, layer: int | None) -> str:
-        """x [..., in] times the rows of all `names` (each [out_i, in]): [..., sum of out_i]."""
+        """Add a matmul of x [..., in] with stacked matrices [out_i, in]: [..., sum of out_i]."""
         quantized = [self.source.scheme(name) is not None for name in names]
         if all(quantized):
             stem = out if len(names) > 1 else names[0].removesuffix(".weight")
@@ -254,20 +260,20 @@ class PortableOps(LayerOps):
         return self.graph.node("FusedMatMul", [x, weight], out, MICROSOFT, transB=1)
 
     def stored(self, slot: Slot) -> str:
-        """The initializer of a slot, as it is stored."""
+        """Add the initializer of a slot, unless it is there; return its name."""
         if self.graph.has(slot.name):
             return slot.name
         return self.graph.weight(slot)
 
     def as_computed(self, slot: Slot) -> str:
-        """The initializer of a slot in the type of values."""
+        """Add the initializer of a slot, cast to the activations' type; return the name of the result."""
         weight = self.stored(slot)
         if slot.dtype == STORAGE[self.compute]:
             return weight
         return self.graph.node("Cast", [weight], f"{slot.name}.{self.compute}", to=self.element)
 
     def embedding(self, ids: str, name: str, out: str) -> str:
-        """Rows `ids` [B, T] of the table `name` [V, D], [B, T, D]."""
+        """Add a lookup of the rows `ids` [B, T] in the table `name` [V, D]: [B, T, D]."""
         if self.source.scheme(name) is None:
             slot = self.float_matrix(name, None, self.dtype)
             if slot.dtype == STORAGE[self.compute]:
@@ -279,7 +285,7 @@ class PortableOps(LayerOps):
             self.refuse(
                 name,
                 f"has {table.fmt.blocks(table.columns)} groups a row with zero points of {table.fmt.bits} bits, "
-                f"which {self.provider.title} reads wrongly: give it a symmetric scheme in the recipe",
+                f"which {self.provider.title} computes wrongly: give it a symmetric scheme in the recipe",
             )
         inputs = [
             self.graph.weight(table.codes, f"{table.codes.name}.table"),
@@ -292,12 +298,12 @@ class PortableOps(LayerOps):
         )
 
     def norm(self, x: str, norm: Norm, out: str, layer: int | None) -> str:
-        """RMSNorm over the last axis, float32 inside."""
+        """Add RMSNorm over the last axis, computed in float32."""
         inputs = [x, self.vector(norm.name, layer)]
         return self.graph.node("SimplifiedLayerNormalization", inputs, out, axis=-1, epsilon=norm.eps, stash_type=1)
 
     def norm_heads(self, x: str, norm: Norm, width: int, out: str, layer: int) -> str:
-        """RMSNorm of each head of x [B, T, width] by itself."""
+        """Add RMSNorm of each head of x [B, T, width] separately."""
         split = self.graph.node("Reshape", [x, self._widths(0, 0, -1, norm.size)], f"{out}.heads")
         normed = self.norm(split, norm, f"{out}.heads_normed", layer)
         return self.graph.node("Reshape", [normed, self._widths(0, 0, width)], out)
@@ -306,13 +312,13 @@ class PortableOps(LayerOps):
         return self.graph.constant(f"shape_{'_'.join(map(str, sizes))}", int64(*sizes))
 
     def add_norm(self, x: str, y: str, norm: Norm, out: str, total: str, layer: int | None) -> str:
-        """`total` = x + y and `out` = RMSNorm(total), in one pass over memory."""
+        """Add `total` = x + y and `out` = RMSNorm(total), one operator that reads memory once; return `out`."""
         inputs = [x, y, self.vector(norm.name, layer)]
         outputs = [out, "", "", total]
         return self.graph.node("SkipSimplifiedLayerNormalization", inputs, outputs, MICROSOFT, epsilon=norm.eps)
 
     def silu_gate(self, gate_up: str, width: int, out: str) -> str:
-        """SwiGLU: silu(first `width` columns) * the others. `QuickGelu` with alpha 1 is SiLU."""
+        """Add SwiGLU: silu(first `width` columns) * the other columns. `QuickGelu` with alpha 1 is SiLU."""
         gate, up = f"{out}.gate", f"{out}.up"
         self.graph.node(
             "Split", [gate_up, self.graph.constant("swiglu_split", int64(width, width))], [gate, up], axis=-1
@@ -321,12 +327,12 @@ class PortableOps(LayerOps):
         return self.graph.node("Mul", [activated, up], out)
 
     def clipped(self, x: str, limit: float, out: str) -> str:
-        """x within -limit..limit, in float32: not every provider has Clip in all types."""
+        """Add a clip of x to -limit..limit. It is computed in float32, as not every provider has Clip in all types."""
         low = self.graph.constant("clip_low", np.asarray(-limit, np.float32))
         high = self.graph.constant("clip_high", np.asarray(limit, np.float32))
         upcast = self.graph.node("Clip", [self.cast(x, "float32", f"{out}.in"), low, high], f"{out}.float32")
         return self.to_values(upcast, out)
 
     def accuracy(self, kind: str) -> int:
-        """The attribute `accuracy_level` of matmuls with these activations."""
+        """Return the attribute `accuracy_level` of matmuls with activations `kind`."""
         return ACCURACY[kind] if self.provider.rounds_activations else ACCURACY[activations.FLOAT32]

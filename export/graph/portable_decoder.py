@@ -1,6 +1,6 @@
-"""A decoder's spec as a graph of portable operators: documented inputs and outputs, positions, the KV cache, the head.
+"""Build the ONNX graph of portable operators from a decoder's spec.
 
-Names and shapes are those ONNX Runtime GenAI expects, so that it runs the same folder:
+Inputs and outputs have the names and shapes that ONNX Runtime GenAI expects, so it runs the same folder:
 
 | name | type | shape |
 |---|---|---|
@@ -11,11 +11,11 @@ Names and shapes are those ONNX Runtime GenAI expects, so that it runs the same 
 | `logits` | float32 | [batch, 1, vocabulary]: of the last token; [batch, positions, ...] where `logits_start` is fed |
 | `present.{i}.key`, `.value` | float32 | like past; may be the same buffer, then of the context's full length |
 
-The debug graph returns in addition `hidden.{i}` [batch, tokens, hidden] (the residual stream: 0 is the embedding's
-output, i + 1 what layer i leaves) and, for a MoE layer, `router_logits.{i}` [batch * tokens, experts], all float32.
+The debug graph also returns `hidden.{i}` [batch, tokens, hidden] (the residual stream: 0 is the output of the
+embedding, i + 1 that of layer i) and, for a MoE layer, `router_logits.{i}` [batch * tokens, experts], all float32.
 
-A graph for CUDA is captured once and replayed for every token: nothing on the host may depend on a length. So the mask
-may be as long as the cache, with zeros at the end: its sum says how many tokens there are, its length only bounds them.
+On CUDA the graph is captured once and replayed for every token, so nothing on the host may depend on a length. The
+mask may therefore be as long as the cache, with zeros at the end: its sum is the number of tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _END = np.iinfo(np.int64).max
 
 
 class PortableDecoder:
-    """Declares inputs and outputs, and builds embedding, layers and head."""
+    """Declares the graph's inputs and outputs, and adds embedding, layers and head."""
 
     def __init__(self, ops: PortableOps, info: ModelInfo, decoder: Decoder) -> None:
         self.ops = ops
@@ -50,10 +50,10 @@ class PortableDecoder:
             graph.input(f"past_key_values.{i}.value", ops.element, cache)
         self.logits_start = graph.overridable("logits_start", int64(-1))
         self._lengths(mask)
-        # Before any layer's weights, as it is shared by them; further tables follow where a layer asks for one.
+        # The RoPE table goes before the layers' weights, since layers share it. Further tables follow with their layer.
         self._rotary(decoder.attention[0])
-        # The declared 1 tells GenAI not to allocate logits for every position of a prompt; whoever feeds `logits_start`
-        # gets as many as asked for (ONNX Runtime only logs that the declaration differs).
+        # The 1 keeps GenAI from allocating logits for every position of a prompt. A caller that feeds `logits_start`
+        # gets all positions that it asks for; ONNX Runtime only logs that the shape differs from the declaration.
         graph.output("logits", FLOAT, ["batch_size", 1, info.vocab_size])
         present: Dims = ["batch_size", info.num_kv_heads, "total_sequence_length", info.head_dim]
         for i in range(info.num_layers):
@@ -61,7 +61,7 @@ class PortableDecoder:
             graph.output(f"present.{i}.value", ops.element, present)
 
     def _lengths(self, mask: str) -> None:
-        """GroupQueryAttention's lengths, from the mask alone, as GenAI's graphs do it."""
+        """Add the lengths that GroupQueryAttention takes, computed from the mask alone, as in GenAI's own graphs."""
         node, constant = self.graph.node, self.graph.constant
         counted = node("ReduceSum", [mask, constant("axis_1", int64(1))], "tokens_so_far", keepdims=0)
         last = node("Sub", [counted, constant("one", int64(1))], "last_position")
@@ -77,7 +77,7 @@ class PortableDecoder:
     def build(self) -> None:
         """Add the whole decoder.
 
-        The residual of a block is added in the pass that norms the sum for the next block, where there is such a norm.
+        If the next block starts with a norm, one operator adds the residual and norms the sum.
         """
         decoder, ops = self.decoder, self.ops
         x = self.ops.embedding(self.ids, decoder.embed.name, self._record("hidden.0"))
@@ -112,7 +112,7 @@ class PortableDecoder:
         return self._moe(part, normed, i)
 
     def _attention(self, part: Attention, normed: str, i: int) -> str:
-        """Rotary grouped-query attention over the in-place cache."""
+        """Add grouped-query attention with RoPE and a KV cache, which may be updated in place."""
         graph, stem = self.graph, f"layers.{i}.attn"
         fused = self.ops.linear(normed, [part.q, part.k, part.v], f"{stem}.qkv")
         widths = int64(part.q.rows, part.k.rows, part.v.rows)
@@ -134,7 +134,7 @@ class PortableDecoder:
         return self.ops.linear(mixed, [part.o], f"{stem}.o")
 
     def _qk_norm(self, x: str, norm: Norm | None, matrix: Matrix, layer: int) -> str:
-        """Queries or keys [B, T, width], normed over a head or over all of them."""
+        """Add the norm of queries or keys [B, T, width], over each head or over all heads together."""
         if norm is None:
             return x
         if norm.size == matrix.rows:
@@ -149,7 +149,7 @@ class PortableDecoder:
         return moe.experts(normed, logits, part, f"{stem}.moe", i)
 
     def _head(self, normed: str, matrix: Matrix) -> None:
-        """Logits of the positions from `logits_start` on."""
+        """Add the head: logits of the positions from `logits_start` on."""
         constant = self.graph.constant
         ends, axes = constant("slice_end", int64(_END)), constant("axis_1", int64(1))
         last = self.graph.node("Slice", [normed, self.logits_start, ends, axes], "head_input")
@@ -160,7 +160,7 @@ class PortableDecoder:
             self.ops.cast(low, "float32", "logits")
 
     def _record(self, name: str) -> str:
-        """Let the debug graph return `name`, in float32; the name under which the graph itself has the value."""
+        """Make the debug graph return `name` in float32; return the name of the value in the activations' type."""
         self.debug_outputs.append((name, ["batch_size", "sequence_length", self.info.hidden_size]))
         if self.ops.compute == "float32":
             return name
@@ -170,6 +170,6 @@ class PortableDecoder:
 
 
 def _input_name(block: Block) -> str:
-    """The name of a block's normed input."""
+    """Return the name of a block's normed input."""
     kind = {Attention: "attn_in", Dense: "mlp_in", MoE: "moe_in"}[type(block.part)]
     return f"layers.{block.layer}.{kind}"

@@ -1,12 +1,12 @@
-"""MoE layers in operators that every ONNX Runtime has.
+"""Build MoE layers from portable operators: ONNX Runtime's MoE and QMoE.
 
-Facts these choices rest on, checked on the CPU with ONNX Runtime 1.31 (what is said of CUDA is in ort_providers.py):
+Facts behind the design, checked on the CPU with ONNX Runtime 1.31 (for CUDA see ort_providers.py):
 
-- QMoE's routing differs per execution provider. The CPU softmaxes over the *selected* experts only, so it always
-  renormalises, unless `router_weights` (input 14) is fed; CUDA softmaxes over all experts and ignores input 14. Logits
-  in `router_probs`, the full softmax in `router_weights` and `normalize_routing_weights=0` is right on both.
-- The CPU's (Q)MoE wants gate and up interleaved row by row (`swiglu_fusion=1`), one width and one block size.
-- The router is float32 always.
+- QMoE routes differently per execution provider. The CPU's takes the softmax over the *selected* experts only, so it
+  always renormalises unless `router_weights` (input 14) is fed. CUDA's takes it over all experts and ignores input 14.
+  Logits in `router_probs`, the full softmax in `router_weights` and `normalize_routing_weights=0` are right on both.
+- The CPU's MoE and QMoE take gate and up interleaved row by row (`swiglu_fusion=1`), with one width and one block size.
+- The router is always float32.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class PortableMoE:
         self.ops = ops
 
     def router(self, x: str, name: str, experts: int, out: str, logits: str, layer: int) -> str:
-        """Router logits `logits` [B * T, E] of x [B, T, D], float32: a flipped choice costs far more than bytes."""
+        """Add the router of x [B, T, D]; its float32 result `logits` is [B * T, E]."""
         weight = self.ops.stored(self.ops.float_matrix(name, layer, "float32"))
         upcast = self.ops.cast(x, "float32", f"{out}.in")
         scores = self.ops.graph.node("FusedMatMul", [upcast, weight], out, MICROSOFT, transB=1)
@@ -45,10 +45,10 @@ class PortableMoE:
         return self.ops.graph.node("Reshape", [scores, flat], logits)
 
     def _router_probs(self, logits: str, out: str) -> str:
-        """What the MoE selects and weighs by, in the type of values.
+        """Add the MoE operator's input `router_probs`, in the activations' type.
 
-        Where that is less precise than the logits, log-probabilities are handed over: their softmax is the same, and
-        those of the experts with the largest weights are close to 0, where a low-precision type is finest.
+        If that type is not float32, the input is the log-probabilities instead of the logits. Their softmax is the
+        same, and those of the most probable experts are close to 0, where a low-precision type is finest.
         """
         if self.ops.compute == "float32":
             return logits
@@ -56,21 +56,21 @@ class PortableMoE:
         return self.ops.to_values(logarithm, f"{out}.router_logits")
 
     def _router_weights(self, logits: str, out: str) -> str:
-        """The softmax over all experts, for providers that would renormalise without it."""
+        """Add the softmax over all experts, for providers that renormalise without it."""
         stem = f"{out}.router_weights"
         if self.ops.compute == "float32":
             return self.ops.graph.node("Softmax", [logits], stem, axis=-1)
         return self.ops.to_values(self.ops.graph.node("Softmax", [logits], f"{stem}.float32", axis=-1), stem)
 
     def experts(self, x: str, logits: str, part: MoE, out: str, layer: int) -> str:
-        """Top-k MoE of SwiGLU experts.
+        """Add a top-k MoE of SwiGLU experts.
 
         Args:
-            x: activations [B, T, D].
-            logits: router logits [B * T, E].
-            part: the experts and how they are chosen.
-            out: name of the result [B, T, D]; also the stem of the weights' names.
-            layer: layer index.
+            x: Activations [B, T, D].
+            logits: Router logits [B * T, E].
+            part: The experts and how they are chosen.
+            out: Name of the result [B, T, D]; also the stem of the weights' names.
+            layer: Index of the layer.
         """
         names = [(expert.gate.name, expert.up.name, expert.down.name) for expert in part.experts]
         flat = [name for expert in names for name in expert]
@@ -90,8 +90,8 @@ class PortableMoE:
             kept = next(name for name, scheme in zip(flat, schemes, strict=True) if scheme is None)
             self.ops.refuse(
                 kept,
-                "stays float in this recipe, which quantises other experts of its layer: one layer's experts "
-                "are one operator here and must be all quantised or all float; change the recipe's patterns",
+                "stays float in this recipe, which quantises other experts of its layer: the experts of a layer "
+                "are one operator, so quantise all of them or none",
             )
             return out
         first, second = self._quantized_experts(names, out, layer)
@@ -103,8 +103,8 @@ class PortableMoE:
         if self.ops.provider.rounds_activations and kind == activations.FLOAT32 and first.fmt.bits == 8:
             self.ops.refuse(
                 flat[0],
-                "has float activations in this recipe, but ONNX Runtime's MoE operator rounds the inputs of "
-                "8-bit experts to int8 whatever it is told: export with --ops native, or leave activations out",
+                "has float activations in this recipe, but ONNX Runtime's MoE operator always rounds the inputs of "
+                "8-bit experts to int8: export with --ops native, or leave activations out of the recipe",
             )
         for parts, matrix in ((slice(0, 2), first), (slice(2, 3), second)):
             some = [name for expert in names for name in expert[parts]]
@@ -123,23 +123,24 @@ class PortableMoE:
         )  # fmt: skip
 
     def _expert_accuracy(self, kind: str, bits: int) -> int:
-        """QMoE's 8-bit kernel rounds to int8 whatever it is told, and ONNX Runtime before 1.31 knows no such attribute.
+        """Return QMoE's attribute `accuracy_level`.
 
-        For 4 bits it is worth it: without, a layer of OLMoE takes 2.2 to 3.3 times as long (docs/log.md).
+        QMoE's 8-bit kernel rounds to int8 in any case, and ONNX Runtime before 1.31 does not know the attribute, so it
+        is left at its default there. For 4 bits it makes a layer of OLMoE 2.2 to 3.3 times as fast (docs/log.md).
         """
         return ACCURACY[activations.FLOAT32] if bits == 8 else self.ops.accuracy(kind)
 
     def _not_in_place(self, x: str, hidden: int, out: str) -> str:
-        """x [B, T, D] behind a reshape that hides its number of tokens from shape inference.
+        """Add a reshape of x [B, T, D] that hides its number of tokens from shape inference.
 
-        The CPU's MoE (1.31) lets its output take over its input's buffer when their shapes are known to be equal, and
-        then reads what it has overwritten: wrong by 20 % here. With an unknown size the planner keeps them apart.
+        It works around a bug of the CPU's MoE in ONNX Runtime 1.31. If input and output have equal known shapes, the
+        output reuses the input's buffer, and the operator reads what it has overwritten: errors of 20 % were measured.
         """
         shape = self.ops.graph.constant("same_tokens", int64(0, -1, hidden))
         return self.ops.graph.node("Reshape", [x, shape], f"{out}.in")
 
     def _expert_parts(self, names: Sequence[tuple[str, str, str]]) -> list[tuple[tuple[int, int, int], Held]]:
-        """The shape of all experts' gate and up, and of their downs, and the matrices of each."""
+        """Return shape and matrices of all experts' gate and up, then those of all experts' down."""
         width, hidden = self.ops.source.shape(names[0][0])
         return [
             ((len(names), 2 * width, hidden), self.ops.held(*(name for expert in names for name in expert[:2]))),
@@ -165,7 +166,7 @@ class PortableMoE:
     def _quantized_experts(
         self, names: Sequence[tuple[str, str, str]], stem: str, layer: int
     ) -> tuple[QuantizedSlots, QuantizedSlots]:
-        # QMoE has one block size and one width for both matmuls: coarser blocks or fewer bits are stored as the finer.
+        # QMoE has one block size and one bit width for both matmuls, so the coarser format is stored as the finer one.
         fmt = self.ops.common_format([name for expert in names for name in expert])
         for name in (names[0][0], names[0][2]):
             problem = self.ops.provider.expert_problem(fmt.block, self.ops.source.shape(name)[1])

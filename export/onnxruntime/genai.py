@@ -1,4 +1,4 @@
-"""genai_config.json, with which ONNX Runtime GenAI (C, C++, C#, Java, Python) runs the same folder."""
+"""Write genai_config.json, with which ONNX Runtime GenAI (C, C++, C#, Java, Python) runs a bundle."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from edgelm.bundle import ModelInfo, TokenIds
 
-# GenAI knows types of models by their inputs, and this one means a decoder with exactly these.
+# GenAI's model types stand for sets of inputs; this type has exactly those of a portable graph.
 _TYPE = "llama"
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
@@ -19,9 +19,14 @@ def genai_config(
     generation_config: Mapping[str, Any],
     session: tuple[str, Mapping[str, str]] | None = None,
 ) -> dict[str, Any]:
-    """The configuration as a JSON-ready dictionary; sampling defaults are the checkpoint's own.
+    """Return the contents of genai_config.json.
 
-    `session` names the execution provider and its options; None is the CPU's.
+    Args:
+        info: Shapes of the model.
+        tokens: Special token ids.
+        graph_file: Name of the graph's file.
+        generation_config: The checkpoint's generation_config.json, for the sampling defaults.
+        session: Name and options of the execution provider; None for the CPU's.
     """
     providers = [] if session is None else [{session[0]: dict(session[1])}]
     search: dict[str, Any] = {"max_length": info.context_length, "min_length": 0, "past_present_share_buffer": True}
@@ -37,7 +42,7 @@ def genai_config(
             "type": _TYPE,
             "vocab_size": info.vocab_size,
             "decoder": {
-                # Level 3: ONNX Runtime would warn at every load that `logits_start` may be fed, which is its purpose.
+                # Level 3 (errors): at level 2 ONNX Runtime warns at every load that `logits_start` has a default.
                 "session_options": {
                     "log_id": "onnxruntime-genai",
                     "log_severity_level": 3,

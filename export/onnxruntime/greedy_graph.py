@@ -1,7 +1,8 @@
-"""The graph that chooses the next token on a GPU, so that one number comes back instead of a vocabulary of logits.
+"""Build the graph that chooses the next token greedily on a GPU, so that the logits need not be copied to the host.
 
-It also puts the token and the new length where the model's graph reads them. It takes the maxima of rows and then the
-maximum of those: each is a small top-1, many of which run at once, where one over 256,000 logits would be one block's.
+It also writes the token and the new length where the model's graph reads them. It takes the argmax of each row of 1024
+logits, then the argmax of the rows' maxima. Many small TopK run in parallel; one over 256,000 logits would run in a
+single block.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _EXACT = 1 << 24  # up to here float32 has every integer
 
 
 def greedy_graph(vocab_size: int) -> onnx.ModelProto:
-    """The graph for logits of [1, 1, vocab_size].
+    """Return the graph for logits of shape [1, 1, vocab_size].
 
     Inputs: `logits` float32, `length` int64 [1, 1]. Outputs: `next_ids` int64 [1, 1], `next_length` = length + 1, and
     `answer` float32 [1, 2]: the token again, and its logit.

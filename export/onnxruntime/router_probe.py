@@ -1,8 +1,8 @@
-"""A MoE of a few kilobytes whose answer is known, with which a device proves how it routes.
+"""Build the router probe: a MoE of a few kilobytes with a known result, to check how a device routes.
 
-Execution providers differ in what they make of routing weights: some renormalise those of the chosen experts whatever
-`normalize_routing_weights` says. OLMoE's eight weights sum to 0.2 to 0.97, so such a provider is wrong by a factor. The
-graph has the very operator, attributes and layout of the bundle's MoE layers, built by the same code.
+Some execution providers renormalise the routing weights of the chosen experts whatever `normalize_routing_weights`
+says. OLMoE's eight weights sum to 0.2 to 0.97, so such a provider's results are wrong by a factor. The probe has the
+operator, attributes and layout of the bundle's MoE layers.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _ATTRIBUTES = (
 
 
 def router_probe(model: onnx.ModelProto, dtype: str, experts_per_token: int) -> onnx.ModelProto | None:
-    """The probe for the MoE layers of `model`, whose values are `dtype`; None where it has none.
+    """Return the probe for the MoE layers of `model`, whose activations are `dtype`; None if it has no MoE.
 
-    It has no inputs. Outputs, all float32 [tokens, width]: what the provider computes, what is right, and what
-    renormalising would give.
+    The probe has no inputs. Its outputs, all float32 [tokens, width], are the provider's result, the right result, and
+    the result of renormalising.
     """
     node = next((node for node in model.graph.node if node.op_type in ("MoE", "QMoE")), None)
     if node is None:
@@ -37,7 +37,7 @@ def router_probe(model: onnx.ModelProto, dtype: str, experts_per_token: int) -> 
     kept["k"] = min(experts_per_token, EXPERTS // 2)
     random = np.random.default_rng(7)
     x = random.standard_normal((TOKENS, WIDTH)).astype(np.float32)
-    # Weights of the chosen sum to well below 1, and no two logits are close.
+    # The weights of the chosen experts sum to well below 1, and no two logits are close.
     order = np.stack([random.permutation(EXPERTS) for _ in range(TOKENS)])
     logits: NDArray[np.float32] = order.astype(np.float32) * np.float32(0.25)
     gate_up = random.integers(-7, 8, (EXPERTS, 2 * WIDTH, WIDTH))
@@ -47,7 +47,7 @@ def router_probe(model: onnx.ModelProto, dtype: str, experts_per_token: int) -> 
     graph = GraphBuilder()
 
     def weight(name: str, value: NDArray[np.float32]) -> str:
-        """Stored as float32 and cast where the graph runs: every value is exact in all types, or rounded the same."""
+        """Add a float32 constant and a cast to the activations' type; return the name of the cast."""
         return graph.node("Cast", [graph.constant(f"{name}.float32", value)], name, to=ELEMENT[dtype])
 
     if node.op_type == "MoE":

@@ -1,4 +1,4 @@
-"""The targets `cpu` and `cuda`: what ONNX Runtime runs."""
+"""The targets `cpu` and `cuda`, which ONNX Runtime runs."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ from edgelm.runtimes.onnxruntime.router_probe import PROBE_FILE
 
 
 class OnnxRuntimeTarget(Target):
-    """What ONNX Runtime runs with one of its execution providers."""
+    """Base of the targets that ONNX Runtime runs with one of its execution providers."""
 
     provider: Provider
 
     def float_dtype(self, asked: str, checkpoint: str, *, quantises: bool) -> str:
-        """As the provider has it."""
+        """See `Target.float_dtype`; the execution provider decides."""
         return self.provider.float_dtype(asked, checkpoint, quantises=quantises)
 
     def capabilities(self, ops: str) -> Capabilities:
-        """Ours, or ONNX Runtime's own."""
+        """Return the features of our operators or of ONNX Runtime's own."""
         return capabilities.NATIVE if ops == "native" else capabilities.PORTABLE
 
     def notes(self, source: WeightSource) -> list[str]:
-        """Static activations have no use here."""
+        """Return a note if the recipe asks for static activations, which these operators do not use."""
         return activations.notes_for_cpu(source)
 
     def build(self, request: GraphRequest) -> BuiltGraphs:
-        """Build the graphs in the operators of the request."""
+        """Build the graphs with the operator set of the request."""
         return self._native(request) if request.ops == "native" else self._portable(request)
 
     def _native(self, request: GraphRequest) -> BuiltGraphs:
@@ -72,8 +72,8 @@ class OnnxRuntimeTarget(Target):
         if recipe.kv not in (AUTO, kv):
             ops.refuse(
                 f"recipe {recipe.name}",
-                f'has kv = "{recipe.kv}", but portable operators have {kv} caches only here: '
-                "export for the CPU with --ops native, or leave kv out",
+                f'has kv = "{recipe.kv}", but portable operators support only {kv} caches here: '
+                "export for the CPU with --ops native, or leave kv out of the recipe",
             )
         ops.check()
 
@@ -103,12 +103,12 @@ class OnnxRuntimeTarget(Target):
         return BuiltGraphs(files, GRAPH_FILE, DEBUG_FILE, weights, kv, finish, rounded, requires)
 
     def _requires(self, request: GraphRequest, *graphs: onnx.ModelProto) -> tuple[Requirement, ...]:
-        """The versions of packages that the graphs need, where they are known to be other than EdgeLM's own."""
+        """Return the package versions that the graphs need, if they are not simply those that EdgeLM needs."""
         del request, graphs
         return ()
 
     def _helpers(self, graph: onnx.ModelProto, request: GraphRequest) -> Mapping[str, onnx.ModelProto]:
-        """Small graphs that the runtime wants beside the model's, by the names of their files."""
+        """Return small graphs that the runtime needs besides the model's, by file name."""
         del graph, request
         return {}
 
@@ -120,20 +120,20 @@ class CpuTarget(OnnxRuntimeTarget):
     provider = CPU
 
     def operator_set(self, ops: str, progress: Progress) -> str:
-        """Native where this installation has the compiled operators."""
+        """Return the operator set; "auto" is native if the compiled operators are installed, otherwise portable."""
         if ops != AUTO:
             return ops
         if library_path() is not None:
             return "native"
         progress.note(
             "exporting with portable operators, because this installation has no compiled ones: the bundle runs "
-            "wherever ONNX Runtime does, but slower and with more memory than with native operators; to have them, "
+            "wherever ONNX Runtime does, but slower and with more memory than with native operators. For those, "
             "install edgelm where there is a C++ compiler, or export for another machine with --ops native"
         )
         return "portable"
 
     def _requires(self, request: GraphRequest, *graphs: onnx.ModelProto) -> tuple[Requirement, ...]:
-        """The least ONNX Runtime for portable graphs; native ones are tested with EdgeLM's own alone."""
+        """Return the oldest usable ONNX Runtime for portable graphs. Native ones need the version EdgeLM depends on."""
         return onnxruntime_for(*graphs) if request.ops == "portable" else ()
 
 
@@ -144,29 +144,29 @@ class CudaTarget(OnnxRuntimeTarget):
     provider = CUDA
 
     def operator_set(self, ops: str, progress: Progress) -> str:
-        """Portable, the only one."""
+        """Return "portable", the only operator set."""
         del progress
         if ops == "native":
             raise ExportError(
-                "native operators are for CPUs: leave --ops out, or export with --target tensorrt for our own on a GPU"
+                "native operators run on CPUs only: leave --ops out, or export with --target tensorrt for our kernels"
             )
         return "portable"
 
     def notes(self, source: WeightSource) -> list[str]:
-        """Static activations have no use here either."""
+        """Return a note if the recipe asks for static activations, which this provider does not use."""
         return activations.notes_for_cuda(source)
 
     def _helpers(self, graph: onnx.ModelProto, request: GraphRequest) -> Mapping[str, onnx.ModelProto]:
-        """One that chooses the next token, and for a MoE one that shows whether a device routes as asked."""
+        """Return the graph of greedy decoding and, for a MoE, the router probe."""
         helpers = {GREEDY_FILE: greedy_graph(request.info.vocab_size)}
         probe = router_probe(graph, self.provider.compute_type(request.dtype), request.info.experts_per_token)
         return helpers if probe is None else {**helpers, PROBE_FILE: probe}
 
 
 def _native_kv_dtype(recipe: Recipe) -> str:
-    """The type of cache that a runtime allocates unless told otherwise: the recipe's, if it has one.
+    """Return the type of KV cache that a runtime allocates by default.
 
-    Else it does not round where nothing else does.
+    It is the recipe's, if given; otherwise float16, or float32 if the recipe quantises nothing.
     """
     exact = recipe.default is None and all(rule.scheme is None for rule in recipe.rules)
     return recipe.kv if recipe.kv != AUTO else "float32" if exact else "float16"

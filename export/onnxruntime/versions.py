@@ -1,8 +1,9 @@
-"""The least ONNX Runtime that loads a portable graph and computes it right on the CPU, from the graph itself.
+"""Find the oldest ONNX Runtime that loads a portable graph and computes it correctly on the CPU.
 
-Measured, not read: wheels from 1.17 to 1.32 ran the operators over a grid of shapes, and whole bundles with prompts in
-one piece and in chunks, against numpy and against 1.31.1. A version counts only if the results are right: 1.18 and 1.19
-load GroupQueryAttention and compute chunks after the first wrongly, 1.23 to 1.26 read some zero points wrongly.
+The versions are measured: wheels from 1.17 to 1.32 ran the operators over a grid of shapes, and whole bundles with
+prompts in one step and in chunks, compared with numpy and with 1.31.1. A version counts only if its results are right:
+1.18 and 1.19 load GroupQueryAttention but compute chunks after the first wrongly, and 1.23 to 1.26 read some zero
+points wrongly.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Found = Iterator[tuple[str, str]]
 
 
 def onnxruntime_for(*models: onnx.ModelProto) -> tuple[Requirement, ...]:
-    """What the models need, newest version first: for each feature, the least version that has it right."""
+    """Return, for each feature that the models use, the oldest version that computes it correctly; newest first."""
     found = {pair for model in models for pair in _features(model)}
     ordered = sorted(found, key=lambda pair: (version_numbers(pair[0]), pair[1]), reverse=True)
     return tuple(Requirement(PACKAGE, version, feature) for version, feature in ordered)

@@ -1,1 +1,1 @@
-"""Weights in the layouts that operators read, and the file that holds them."""
+"""Pack weights into the layouts that operators read, and write the weights file."""

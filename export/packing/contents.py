@@ -1,4 +1,4 @@
-"""What the manifest says of each tensor in the weights file (`edgelm.bundle.contents`), from the exporter's plan."""
+"""Describe the tensors of the weights file for the manifest (`edgelm.bundle.contents`)."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from edgelm.bundle.cpu_layout import TILE, Kind, PackedMatrix, Scales
 from edgelm.bundle.gpu_layout import ROWS, GpuMatrix
 
 Held = Mapping[str, int]
-"""Tensors of the checkpoint in the order in which they are stored, and the rows of each."""
+"""Tensors of the checkpoint that a stored tensor holds, in order, each with its number of rows."""
 
 
 def array(
     dims: Sequence[int], dtype: np.dtype[Any], held: Held | None = None, interleave: int | None = None
 ) -> Contents:
-    """Elements row after row. numpy has no bfloat16: uint16 stands for it in the weights file."""
+    """Describe a plain array, stored row by row. dtype uint16 means bfloat16, which numpy does not have."""
     name = "bfloat16" if dtype == np.uint16 else dtype.name
     return Contents(Layout.ARRAY, name, tuple(dims), interleave=interleave, **_held(held))
 
 
 def packed(matrix: PackedMatrix, held: Held, layout: Layout = Layout.PACKED) -> Contents:
-    """A matrix for the native operators, or its low nibbles."""
+    """Describe a matrix packed for the native operators, or its low nibbles."""
     return Contents(
         layout,
         _dtype(matrix.kind),
@@ -37,7 +37,7 @@ def packed(matrix: PackedMatrix, held: Held, layout: Layout = Layout.PACKED) -> 
 
 
 def packed_experts(matrices: Sequence[PackedMatrix], held: Held) -> Contents:
-    """A layer's experts for the native operators: gate+up and down of each."""
+    """Describe a layer's experts packed for the native operators; `matrices` are gate+up and down of each expert."""
     dtypes = {_dtype(matrix.kind) for matrix in matrices}
     groups = {_group(matrix) for matrix in matrices}
     down = matrices[1]
@@ -53,7 +53,7 @@ def packed_experts(matrices: Sequence[PackedMatrix], held: Held) -> Contents:
 
 
 def gpu(matrix: GpuMatrix, held: Held) -> Contents:
-    """A blob for the GPU kernels."""
+    """Describe a blob packed for the GPU kernels: one matrix, or one kind of matrix of all experts of a layer."""
     outer = () if matrix.count == 1 else (matrix.count,)
     return Contents(
         Layout.GPU,
@@ -69,7 +69,7 @@ def gpu(matrix: GpuMatrix, held: Held) -> Contents:
 def portable(
     layout: Layout, dtype: str, shape: Sequence[int], group: int, zeros: bool, interleave: int | None, held: Held
 ) -> Contents:
-    """Codes, scales or zero points of quantised matrices for ONNX Runtime's own operators."""
+    """Describe the codes, scales or zero points of quantised matrices for ONNX Runtime's own operators."""
     return Contents(layout, dtype, tuple(shape), group, zeros, interleave, **_held(held))
 
 
@@ -78,7 +78,7 @@ def _dtype(kind: Kind) -> str:
 
 
 def _group(matrix: PackedMatrix) -> int | None:
-    """Values of a row that share a scale; those that pad a row are none."""
+    """Return how many values of a row share a scale, without the padding at a row's end."""
     return min(matrix.group, matrix.columns) if matrix.scales is not Scales.NONE else None
 
 

@@ -1,8 +1,9 @@
-"""Packs matrices into the layout that the compiled operators read in place (`edgelm.bundle.cpu_layout`).
+"""Pack matrices into the layout of the native operators (`edgelm.bundle.cpu_layout`), which read it in place.
 
-Pure numpy. Codes, scales and zero points are reordered and, where a matrix joins others of more bits or smaller groups,
-upcast and repeated: nothing is rounded. Neighbouring columns of a row are moved as units of four bytes, so packing is
-a few passes over 32-bit numbers and one transposition. Rows that do not fill their last record are padded.
+Pure numpy. Codes, scales and zero points are reordered. If a matrix is stacked with others of more bits or smaller
+groups, its codes are upcast and its scales repeated; nothing is rounded. Neighbouring columns of a row move together in
+units of four bytes, so packing takes a few passes over 32-bit numbers and one transposition. Rows that do not fill
+their last record are padded.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FLOAT_KINDS = {"float16": Kind.FLOAT16, "bfloat16": Kind.BFLOAT16, "float32": Ki
 _INTEGER_KINDS = {3: Kind.INT3, 4: Kind.INT4, 5: Kind.INT5, 6: Kind.INT6, 8: Kind.INT8}
 _BITS = {kind: bits for bits, kind in _INTEGER_KINDS.items()} | {Kind.INT8_SPLIT: 8}
 _PARTS = {
-    # of a block's codes, in the order in which they are stored: the lowest bit taken and how many
+    # Bits of a block's codes in the order in which they are stored: (lowest bit, number of bits).
     Kind.INT3: ((0, 2), (2, 1)),
     Kind.INT4: ((0, 4),),
     Kind.INT5: ((0, 4), (4, 1)),
@@ -40,7 +41,14 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class Format:
-    """How a matrix of any number of rows is to be packed: weights, scales, zero points, and columns to a scale."""
+    """Format of a packed matrix with any number of rows.
+
+    Attributes:
+        kind: Type of the weights.
+        scales: Type of the scales.
+        zeros: Whether zero points are stored.
+        group: Columns that share a scale.
+    """
 
     kind: Kind
     scales: Scales
@@ -48,29 +56,32 @@ class Format:
     group: int
 
     def matrix(self, rows: int, columns: int, *, swiglu: bool = False) -> PackedMatrix:
-        """A matrix of this format."""
+        """Return the description of a matrix of this format."""
         return PackedMatrix(self.kind, self.scales, self.zeros, swiglu, rows, columns, self.group)
 
 
 def float_format(dtype: str, columns: int) -> Format:
-    """The format of a matrix that stays float: `dtype` is "float16", "bfloat16" or "float32"."""
+    """Return the format of an unquantised matrix; `dtype` is "float16", "bfloat16" or "float32"."""
     return Format(FLOAT_KINDS[dtype], Scales.NONE, False, columns)
 
 
 def common_format(schemes: Sequence[Any], columns: int, name: str) -> Format | None:
-    """The one format that holds rows of all these (effective) schemes exactly; None where there is none.
+    """Return the format that holds rows of all these schemes exactly, or None if there is none.
 
-    `schemes` are `edgelm.quant.scheme`'s. `name` is what errors call the matrix.
+    Args:
+        schemes: Effective schemes (`edgelm.quant.scheme`), each with its final group.
+        columns: Columns of every row.
+        name: Name of the matrix in errors.
 
     Raises:
-        ExportError: the layout cannot hold one of them: FP8 E5M2.
+        ExportError: The layout does not support one of the schemes: FP8 E5M2.
     """
     for scheme in schemes:
         if isinstance(scheme, Fp8Scheme) and scheme.form != "e4m3":
             e4m3 = Fp8Scheme(scheme.group).name
             raise ExportError(
-                f"{name} is {scheme.name} in this recipe: of FP8 the native operators have E4M3 alone; choose {e4m3} "
-                "in the recipe, or keep it float"
+                f"{name} is {scheme.name} in this recipe, but the native operators support only E4M3 of the FP8 types: "
+                f"choose {e4m3} in the recipe, or keep it float"
             )
     finest = min((scheme.group for scheme in schemes if scheme.group is not None), default=None)
     integer = [isinstance(scheme, Scheme) for scheme in schemes]
@@ -87,10 +98,11 @@ def pack_codes(tensor: QuantTensor, fmt: Format, out: Bytes, lower: Bytes | None
     """Pack quantised rows into tiles.
 
     Args:
-        tensor: rows whose scheme `fmt` holds exactly.
-        fmt: the format of the whole matrix.
-        out: zeros [tiles, records, record bytes] to fill, of at least as many rows; strides are free but the last.
-        lower: for INT8_SPLIT, [tiles, padded K / 32 * 512] to fill with the low nibbles.
+        tensor: Rows [N, K] of a scheme that `fmt` holds exactly.
+        fmt: Format of the whole matrix.
+        out: Zeros [tiles, records, record bytes] to write to, with room for at least N rows. The last axis must be
+            contiguous.
+        lower: For split nibbles, [tiles, padded K / 32 * 512] to write the low nibbles to.
     """
     tiles, records = out.shape[:2]
     matrix = fmt.matrix(tensor.shape[0], tensor.shape[1])
@@ -115,7 +127,7 @@ def pack_codes(tensor: QuantTensor, fmt: Format, out: Bytes, lower: Bytes | None
 
 
 def stacked(tensors: Sequence[QuantTensor], fmt: Format) -> QuantTensor:
-    """The rows of several matrices as one, whose scheme holds what `fmt` holds."""
+    """Stack the rows of several matrices; the result's scheme holds all of theirs exactly, in the format `fmt`."""
     first = tensors[0]
     if len(tensors) == 1:
         return first
@@ -148,13 +160,13 @@ def _scale_type(scales: Scales) -> type[np.floating[Any]]:
 
 
 def _place(values: NDArray[Any], out: NDArray[Any], per_record: int) -> None:
-    """[N, records * per_record] to `out` [tiles, records, per_record * 32]: the rows of a tile become neighbours.
+    """Transpose [N, records * per_record] into `out` [tiles, records, per_record * 32], rows of a tile innermost.
 
-    Records that the last values do not reach stay as they are.
+    Records beyond the last value stay as they are.
     """
     tiles, records = out.shape[0], values.shape[1] // per_record
     target = out.reshape(tiles, out.shape[1], per_record, TILE)[:, :records]
-    assert np.may_share_memory(target, out), "the last axis of a record has no gaps"
+    assert np.may_share_memory(target, out), "the last axis of out must be contiguous"
     whole, rest = divmod(len(values), TILE)
     shape = (whole, TILE, records, per_record)
     target[:whole] = values[: whole * TILE].reshape(shape).transpose(0, 2, 3, 1)
@@ -168,9 +180,9 @@ def _padded(codes: Bytes, columns: int, filling: int) -> Bytes:
 
 
 def _units(tensor: QuantTensor, kind: Kind, columns: int) -> tuple[Units, Units | None]:
-    """Codes as units of 32 bits [N, columns / 32 * units of a block], in the columns' order.
+    """Return codes as 32-bit units [N, columns / 32 * units of a block], in column order, and the low nibbles if split.
 
-    Rows are padded to `columns` with codes that stand for zero. For split nibbles, return high and low ones.
+    Rows are padded to `columns` with the code of zero.
     """
     bits = tensor.scheme.bits
     if kind is Kind.INT4 and bits == 4 and tensor.shape[1] == columns:
@@ -184,7 +196,7 @@ def _units(tensor: QuantTensor, kind: Kind, columns: int) -> tuple[Units, Units 
 
 
 def _taken(units: Units, lowest: int, count: int) -> Units:
-    """Some bits of every code, `count` from bit `lowest` on: of 8 / count neighbouring units [..., U] one is made."""
+    """Take `count` bits of every code from bit `lowest` on; 8 / count neighbouring units of [..., U] become one."""
     if count == 8:
         return units
     mask = np.uint32(((1 << count) - 1) * 0x01010101)
@@ -201,7 +213,7 @@ def _as_units(codes: Bytes) -> Units:
 
 
 def _shuffled(units: Units) -> Units:
-    """Nibbles 0 .. 7 of each unit to the order 0 4 1 5 2 6 3 7: two columns four apart share a byte."""
+    """Reorder the nibbles 0 .. 7 of each unit to 0 4 1 5 2 6 3 7, so that columns four apart share a byte."""
     inner = (units ^ (units >> np.uint32(8))) & np.uint32(0x0000FF00)
     units = units ^ inner ^ (inner << np.uint32(8))
     inner = (units ^ (units >> np.uint32(4))) & np.uint32(0x00F000F0)

@@ -1,7 +1,7 @@
-"""Packs matrices into the layout that the GPU kernels read (`edgelm.bundle.gpu_layout`).
+"""Pack matrices into the layout of the GPU kernels (`edgelm.bundle.gpu_layout`).
 
-Pure numpy. Codes, scales and zero points are reordered and, where a matrix joins others of more bits or finer groups,
-upcast and repeated: nothing is rounded. Rows are taken a block at a time.
+Pure numpy. Codes, scales and zero points are reordered. If a matrix is stacked with others of more bits or smaller
+groups, its codes are upcast and its scales repeated; nothing is rounded. Rows are packed block by block.
 """
 
 from __future__ import annotations
@@ -29,28 +29,34 @@ _HALF = ROWS // 2
 
 @dataclass(frozen=True)
 class GpuFormat:
-    """How a matrix of any number of rows is packed: weights, columns to a scale, zero points."""
+    """Format of a packed matrix with any number of rows.
+
+    Attributes:
+        kind: Type of the weights.
+        group: Columns that share a scale.
+        zeros: Whether zero points are stored.
+    """
 
     kind: GpuKind
     group: int
     zeros: bool = False
 
     def matrix(self, rows: int, columns: int, *, swiglu: bool = False, count: int = 1) -> GpuMatrix:
-        """A blob of this format; `rows` of a SwiGLU matrix are gate's and up's together."""
+        """Return the description of a blob of `count` matrices; with `swiglu`, `rows` counts gate and up together."""
         return GpuMatrix(self.kind, rows, columns, self.group, self.zeros, swiglu, count)
 
 
 def gpu_format(schemes: Sequence[Any], dtype: str, columns: int, name: str) -> GpuFormat | None:
-    """The one format that holds rows of all these (effective) schemes exactly; None where there is none.
+    """Return the format that holds rows of all these schemes exactly, or None if there is none.
 
     Args:
-        schemes: `edgelm.quant.scheme`'s; None is a matrix that stays float.
-        dtype: how matrices that stay float are stored: "float16", "bfloat16" or "float32".
-        columns: of every row.
-        name: what errors call the matrix.
+        schemes: Effective schemes (`edgelm.quant.scheme`); None for an unquantised matrix.
+        dtype: Type of unquantised matrices: "float16", "bfloat16" or "float32".
+        columns: Columns of every row.
+        name: Name of the matrix in errors.
 
     Raises:
-        ExportError: the layout cannot hold one of them.
+        ExportError: The layout does not support one of the schemes, or rows of this width.
     """
     quantized = [scheme for scheme in schemes if scheme is not None]
     if quantized and len(quantized) < len(schemes):
@@ -65,8 +71,8 @@ def gpu_format(schemes: Sequence[Any], dtype: str, columns: int, name: str) -> G
         for scheme in quantized:
             if isinstance(scheme, Fp8Scheme) and scheme.form != "e4m3":
                 raise ExportError(
-                    f"{name} is {scheme.name} in this recipe: of FP8 the GPU kernels have E4M3 alone; choose "
-                    f"{Fp8Scheme(scheme.group).name} in the recipe, or keep it float"
+                    f"{name} is {scheme.name} in this recipe, but the GPU kernels support only E4M3 of the FP8 types: "
+                    f"choose {Fp8Scheme(scheme.group).name} in the recipe, or keep it float"
                 )
         if all(fp8):
             fmt = GpuFormat(GpuKind.FP8, group)
@@ -78,22 +84,21 @@ def gpu_format(schemes: Sequence[Any], dtype: str, columns: int, name: str) -> G
         kinds = {"int8 or fp8": GpuKind.INT8, "float16 or bfloat16": GpuKind.FLOAT16, "float32": GpuKind.FLOAT32}
         fitting = [text for text, kind in kinds.items() if columns % kind.columns == 0]
         raise ExportError(
-            f"{name} is {stored} with rows of {columns} ({width_field(name)} in config.json): the GPU kernels take "
-            f"{fmt.kind.label} in rows of a multiple of {fmt.kind.columns}. "
-            + (
-                f"Rows of {columns} they take as {', '.join(fitting)}: choose one of these for it"
-                if fitting
-                else f"Rows of {columns} they do not take at all: export for the CPU, --target cpu"
-            )
+            f"{name} is {stored} with rows of {columns} ({width_field(name)} in config.json), but the GPU kernels "
+            f"support {fmt.kind.label} only in rows of a multiple of {fmt.kind.columns}. "
+            + (f"Choose {' or '.join(fitting)} for it in the recipe" if fitting else "Export for the CPU: --target cpu")
         )
     return fmt
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a matrix in a format's numbers, not yet in its order.
+    """Rows of a matrix in a format's types, before they are reordered.
 
-    `codes`: uint8 [N, K bits / 8], or [N, K] floats (bfloat16 as uint16); `scales` and `zeros` [N, groups] or None.
+    Attributes:
+        codes: uint8 [N, K * bits / 8], or floats [N, K] (bfloat16 as uint16).
+        scales: [N, groups], or None.
+        zeros: Zero points, uint8 [N, groups], or None.
     """
 
     codes: NDArray[Any]
@@ -101,7 +106,7 @@ class Rows:
     zeros: Bytes | None = None
 
     def map(self, change: Callable[..., NDArray[Any]], *others: Rows) -> Rows:
-        """Apply a function of arrays to the codes, the scales and the zero points."""
+        """Apply a function of arrays to the codes, the scales and the zero points of these rows and others."""
         found = [
             None if getattr(self, name) is None else change(*(getattr(rows, name) for rows in (self, *others)))
             for name in ("codes", "scales", "zeros")
@@ -111,17 +116,17 @@ class Rows:
 
 
 def quantized_rows(tensor: QuantTensor, fmt: GpuFormat) -> Rows:
-    """Quantised rows in a format that holds their scheme: codes upcast, scales and zero points repeated."""
+    """Convert quantised rows to a format that holds their scheme: upcast codes, repeat scales and zero points."""
     return Rows(*repacked(tensor, _BITS[fmt.kind], fmt.group, zeros=fmt.zeros))
 
 
 def stacked(parts: Sequence[Rows]) -> Rows:
-    """The rows of several matrices, one below the other."""
+    """Stack the rows of several matrices."""
     return parts[0] if len(parts) == 1 else parts[0].map(lambda *arrays: np.concatenate(arrays), *parts[1:])
 
 
 def interleaved(gate: Rows, up: Rows) -> Rows:
-    """As many rows of gate as of up, alternating by blocks of 8; both are padded to 8 with zeros."""
+    """Interleave the rows of gate and up in blocks of 8; both are padded to a multiple of 8 with zeros."""
 
     def alternate(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
         a, b = (_padded(part, _HALF) for part in (a, b))
@@ -132,11 +137,11 @@ def interleaved(gate: Rows, up: Rows) -> Rows:
 
 
 class BlobWriter:
-    """Writes a blob's matrices from their rows, in order.
+    """Writes the matrices of a blob from their rows, in order.
 
     Args:
-        matrix: what the blob holds.
-        append: takes the next bytes of the blob.
+        matrix: Description of the blob.
+        append: Write the next bytes of the blob.
     """
 
     def __init__(self, matrix: GpuMatrix, append: Callable[[Bytes], None]) -> None:
@@ -147,18 +152,18 @@ class BlobWriter:
         self._codes = 0
 
     def add(self, rows: Rows) -> None:
-        """Take the next rows: a multiple of 16, but for the last of a matrix."""
+        """Write the next rows. Their number is a multiple of 16, except for the last rows of a matrix."""
         codes = tiles(rows.codes, self._matrix.kind)
         self._codes += codes.nbytes
         self._append(codes)
-        # Scales and zero points of all matrices follow the codes of all, and are small beside them.
+        # Scales and zero points follow the codes of all matrices. They are small, so they are kept until then.
         if rows.scales is not None:
             self._scales.append(_columns(rows.scales))
         if rows.zeros is not None:
             self._zeros.append(_columns(rows.zeros))
 
     def finish(self) -> None:
-        """Write what follows the codes."""
+        """Write the scales and zero points, which follow the codes."""
         matrix = self._matrix
         assert self._codes == matrix.count * matrix.codes_stride, (self._codes, matrix)
         written = self._codes
@@ -174,7 +179,7 @@ class BlobWriter:
 
 
 def tiles(codes: NDArray[Any], kind: GpuKind) -> Bytes:
-    """Codes as `Rows` has them as tiles of `kind`; rows are padded to 16 with zeros."""
+    """Reorder codes (as in `Rows`) into tiles of `kind`; rows are padded to a multiple of 16 with zeros."""
     codes = _padded(np.ascontiguousarray(codes), ROWS)
     if kind is GpuKind.INT4:
         return _tiles_of_nibbles(codes)
@@ -189,7 +194,7 @@ def tiles(codes: NDArray[Any], kind: GpuKind) -> Bytes:
 
 def _tiles_of_nibbles(codes: Bytes) -> Bytes:
     split = codes.reshape(-1, 2, _HALF, codes.shape[1] // 32, 4, 2, 4)  # block, half, g, tile, step, side, q
-    # Byte j of a word now has both codes of register j; its nibbles 0 .. 7 go to the order 0 2 4 6 1 3 5 7.
+    # Byte j of a word now has both codes of register j. Reorder its nibbles 0 .. 7 to 0 2 4 6 1 3 5 7.
     words = _bytes(split.transpose(0, 3, 2, 6, 4, 5, 1)).view(np.uint32)
     for mask, shift in ((0x00F000F0, 4), (0x0000FF00, 8)):
         swapped = (words ^ (words >> np.uint32(shift))) & np.uint32(mask)
@@ -199,7 +204,7 @@ def _tiles_of_nibbles(codes: Bytes) -> Bytes:
 
 
 def _columns(values: NDArray[Any]) -> Bytes:
-    """[N, groups] as [blocks, groups, 16]."""
+    """Reorder [N, groups] to [blocks, groups, 16]; return the bytes."""
     padded = _padded(values, ROWS)
     return _bytes(padded.reshape(-1, ROWS, padded.shape[1]).transpose(0, 2, 1))
 

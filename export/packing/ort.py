@@ -1,8 +1,8 @@
-"""From quantised tensors to the layouts of ONNX Runtime's operators, without another rounding.
+"""Pack quantised tensors into the layouts of ONNX Runtime's own operators, without rounding again.
 
-A `QuantTensor` row is `K` codes, `G` scales and perhaps `G` zero points. The operators want one block size and one
-width per weight; every function here only repeats, upcasts or reorders what is there, so that the operator computes
-exactly `(code - zero) * scale` with the same numbers.
+A row of a `QuantTensor` has K codes, G scales and perhaps G zero points. An operator takes one block size and one bit
+width per weight. The functions here only repeat, upcast or reorder, so that the operator computes
+`(code - zero) * scale` with the same numbers.
 """
 
 from __future__ import annotations
@@ -20,62 +20,68 @@ from edgelm.quant.primitives import pack
 from edgelm.quant.scheme import MIN_GROUP, Scheme
 from edgelm.quant.tensor import QuantTensor
 
-# MLAS has n-bit kernels for these block sizes; a scale per row is stored as equal scales of blocks of this many.
+# MLAS has n-bit kernels for this block size. One scale per row is stored as equal scales of such blocks.
 ROW_BLOCK = 128
 
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """What an n-bit operator is told: width, weights per block, and whether zero points are stored."""
+    """Format of an n-bit operator's weight.
+
+    Attributes:
+        bits: Bits of a code.
+        block: Weights that share a scale.
+        zeros: Whether zero points are stored.
+    """
 
     bits: int
     block: int
     zeros: bool
 
     def code_bytes(self, columns: int) -> int:
-        """Bytes of one row's codes."""
+        """Return the bytes of one row's codes."""
         return columns * self.bits // 8
 
     def blocks(self, columns: int) -> int:
-        """Blocks (and scales) of one row."""
+        """Return the number of blocks, and so of scales, in one row."""
         return columns // self.block
 
     def zero_bytes(self, columns: int) -> int:
-        """Bytes of one row's packed zero points."""
+        """Return the bytes of one row's packed zero points."""
         return -(-self.blocks(columns) * self.bits // 8)
 
 
 def width_field(name: str) -> str:
-    """The field of config.json that says how many columns a matrix has."""
+    """Return the field of config.json that determines the number of columns of a matrix, for messages."""
     if name.endswith("down_proj.weight"):
         return "intermediate_size"
     return "num_attention_heads * head_dim" if name.endswith("o_proj.weight") else "hidden_size"
 
 
 def block_of(scheme: Scheme, columns: int, name: str = "the matrix") -> int:
-    """Weights per block in which a row of `columns` weights of this (effective) scheme is stored.
+    """Return the weights per block for rows of `columns` weights of an effective scheme.
 
     Raises:
-        ExportError: no block fits the row.
+        ExportError: No supported block divides the row.
     """
     largest = columns & -columns  # power of two that divides the row
     if largest < MIN_GROUP:
         raise ExportError(
-            f"{name} is {scheme.name} with rows of {columns} ({width_field(name)} in config.json): ONNX Runtime's own "
-            f"operators take quantised rows of a multiple of {MIN_GROUP} alone. Export with --target cpu --ops native, "
-            "which takes rows of any width, or keep such matrices float in the recipe"
+            f"{name} is {scheme.name} with rows of {columns} ({width_field(name)} in config.json), but ONNX Runtime's "
+            f"own operators support quantised rows only in multiples of {MIN_GROUP}. Export with --target cpu --ops "
+            "native, which supports any width, or keep such matrices float in the recipe"
         )
     return min(largest, ROW_BLOCK) if scheme.group is None else scheme.group
 
 
 def common_format(schemes: Sequence[tuple[str, Scheme, int]], largest: int | None = None) -> BlockFormat:
-    """The one format that holds all of `(name, scheme, columns)` exactly.
+    """Return the format that holds all matrices `(name, scheme, columns)` exactly.
 
-    It has the widest codes, the smallest block, and zeros if any has. A group above `largest` is stored as several
-    blocks of that many weights with equal scales.
+    It has the most bits and the smallest block of all, and zero points if any has them. A group larger than `largest`
+    is stored as several blocks of that many weights with equal scales.
 
     Raises:
-        ExportError: no block fits the rows of one.
+        ExportError: No supported block divides the rows of one matrix.
     """
     block = min(block_of(scheme, columns, name) for name, scheme, columns in schemes)
     return BlockFormat(
@@ -86,20 +92,20 @@ def common_format(schemes: Sequence[tuple[str, Scheme, int]], largest: int | Non
 
 
 def codes_in(tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.uint8]:
-    """Codes [N, K * bits / 8] at the format's width."""
+    """Return the codes with the format's bits, uint8 [N, K * bits / 8]."""
     return repack.codes_in(tensor, fmt.bits)
 
 
 def scales_in(tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.float32]:
-    """Scales float32 [N, K / block]: each repeated over the blocks that its group covers."""
+    """Return the scales, float32 [N, K / block], each repeated for every block of its group."""
     return repack.scales_in(tensor, fmt.block).astype(np.float32)
 
 
 def zeros_in(tensor: QuantTensor, fmt: BlockFormat) -> NDArray[np.uint8]:
-    """Zero points packed along the blocks, [N, ceil(K / block * bits / 8)], low nibble first."""
+    """Return the zero points packed along the blocks, uint8 [N, ceil(K / block * bits / 8)], low nibble first."""
     return pack(repack.zeros_in(tensor, fmt.block, fmt.bits), fmt.bits)
 
 
 def interleave(gate: NDArray[Any], up: NDArray[Any]) -> NDArray[Any]:
-    """Rows gate 0, up 0, gate 1, up 1, ... as the fused SwiGLU of (Q)MoE reads them: [N, X], [N, X] -> [2N, X]."""
+    """Interleave rows for the fused SwiGLU of MoE and QMoE: gate 0, up 0, gate 1, ...; two [N, X] become [2N, X]."""
     return np.stack([gate, up], axis=1).reshape(2 * gate.shape[0], -1)

@@ -1,7 +1,7 @@
-"""Quantised rows with more bits and smaller groups: what they need to join others in one layout.
+"""Convert quantised rows to more bits and smaller groups, so that matrices of different schemes can be stacked.
 
-Nothing is rounded: codes and zero points move with the middle of their type, scales and zero points are repeated, so
-that `(code - zero) * scale` stays the very same number.
+Nothing is rounded. Codes and zero points are shifted by the difference of the types' midpoints, and scales and zero
+points are repeated, so `(code - zero) * scale` stays the same number.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from edgelm.quant.tensor import QuantTensor
 Bytes = NDArray[np.uint8]
 
 
-def upcast(codes: Bytes, bits: int, wider: int) -> Bytes:
-    """Codes or zero points, one to a byte, in `wider` bits: the middle of one type becomes that of the other."""
-    assert bits <= wider, "codes are never rounded to fewer bits"
-    if bits == wider:
+def upcast(codes: Bytes, bits: int, more: int) -> Bytes:
+    """Convert codes or zero points, one per byte, from `bits` to `more` bits; the midpoint becomes the new midpoint."""
+    assert bits <= more, "codes are never rounded to fewer bits"
+    if bits == more:
         return codes
-    moved: Bytes = codes + np.uint8((1 << (wider - 1)) - (1 << (bits - 1)))
+    moved: Bytes = codes + np.uint8((1 << (more - 1)) - (1 << (bits - 1)))
     return moved
 
 
 def codes_in(tensor: QuantTensor, bits: int) -> Bytes:
-    """Codes of `bits`, packed: [N, ceil(K * bits / 8)]."""
+    """Return the codes with `bits` bits, packed: [N, ceil(K * bits / 8)]."""
     own = tensor.scheme.bits
     if own == bits:
         return tensor.codes
@@ -35,12 +35,15 @@ def codes_in(tensor: QuantTensor, bits: int) -> Bytes:
 
 
 def scales_in(tensor: QuantTensor, group: int) -> NDArray[np.floating[Any]]:
-    """Scales for groups of `group` columns, [N, ceil(K / group)]."""
+    """Return the scales for groups of `group` columns: [N, ceil(K / group)]."""
     return _repeated(tensor, tensor.scales, group)
 
 
 def zeros_in(tensor: QuantTensor, group: int, bits: int) -> Bytes:
-    """Zero points of codes of `bits`, one to a byte, [N, ceil(K / group)]; a symmetric scheme's are its middle."""
+    """Return the zero points for codes of `bits` bits, one per byte: [N, ceil(K / group)].
+
+    In a symmetric scheme they are the midpoint.
+    """
     own, zeros = tensor.scheme.bits, tensor.zeros
     if zeros is None:
         zeros = np.full(tensor.scales.shape, 1 << (own - 1), np.uint8)
@@ -50,7 +53,7 @@ def zeros_in(tensor: QuantTensor, group: int, bits: int) -> Bytes:
 def repacked(
     tensor: QuantTensor, bits: int, group: int, *, zeros: bool
 ) -> tuple[Bytes, NDArray[np.floating[Any]], Bytes | None]:
-    """Codes, scales and, with `zeros`, zero points of the same values."""
+    """Return codes, scales and, with `zeros`, zero points for `bits` and `group`; the values stay the same."""
     return (
         codes_in(tensor, bits),
         scales_in(tensor, group),
@@ -59,10 +62,10 @@ def repacked(
 
 
 def _repeated(tensor: QuantTensor, values: NDArray[Any], group: int) -> NDArray[Any]:
-    """What `tensor` has for each of its groups, for groups of `group` columns, which are as many or more."""
+    """Repeat `values`, one for each group of `tensor`, for smaller groups of `group` columns."""
     own, groups = tensor.scheme.group, -(-tensor.shape[1] // group)
     if values.shape[1] == groups:
         return values
     assert own is None or own % group == 0, "a group never spans two"
-    # The last group may be cut off by the row's end.
+    # The row may end within the last group.
     return np.repeat(values, groups if own is None else own // group, axis=1)[:, :groups]

@@ -1,8 +1,8 @@
-"""The weights file: laid out before anything is read, then filled by jobs that each hold one block in memory.
+"""Plan and write the weights file.
 
-Every tensor has its place before the first byte is written, so the graph, the file's size and the memory needed are
-known up front, and jobs may run in any order and in parallel. Tensors start at page boundaries: ONNX Runtime maps them
-straight from the file.
+The place of every tensor is planned before the first byte is written. So the graph, the file's size and the memory
+needed are known first, and the jobs that write the tensors can run in any order and in parallel. Each job holds one
+block in memory. Tensors start at page boundaries, because ONNX Runtime maps them from the file.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from edgelm.progress import Advance
 from edgelm.quant.source import WeightSource
 
 PAGE = 4096
-# Rows of a matrix are read and quantised in blocks of about this many weights: large enough that the kernels' fixed
-# costs vanish, small enough that a float32 block (16 MiB) with its copies stays far below any sensible limit.
+# Matrices are read and quantised in blocks of about this many weights. A block is large enough that the fixed costs of
+# a kernel call do not matter, and small in memory: 16 MiB in float32.
 BLOCK_WEIGHTS = 4 << 20
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor's place in the weights file, and what it holds. `offset` and `size` are in bytes."""
+    """Place and contents of a tensor in the weights file; `offset` and `size` are in bytes."""
 
     name: str
     dims: tuple[int, ...]
@@ -45,7 +45,7 @@ class Slot:
 
 
 class SlotWriter:
-    """Appends a tensor's bytes in order at the slot's place."""
+    """Writes the bytes of a slot's tensor, in order."""
 
     def __init__(self, slot: Slot, descriptor: int) -> None:
         self.slot = slot
@@ -66,19 +66,20 @@ class SlotWriter:
 
 
 Fill = Callable[[WeightSource, Sequence[SlotWriter], Advance], None]
-"""Writes the weights of a job: from where, a writer for each slot in order, and what counts the source's bytes."""
+"""Function that writes the slots of a job. Arguments: the weights, a writer per slot, and a progress callback, which
+takes the bytes read from the source."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Fills some slots."""
+    """Writes some slots with one function."""
 
     slots: tuple[Slot, ...]
     run: Fill
 
 
 class WeightsPlan:
-    """Collects slots and jobs while the graph is built; `write` then fills the file."""
+    """Collects slots and jobs while the graph is built; `write` then writes the file."""
 
     def __init__(self) -> None:
         self.slots: dict[str, Slot] = {}
@@ -88,7 +89,7 @@ class WeightsPlan:
     def slot(
         self, name: str, dims: Sequence[int], dtype: Any, layer: int | None, contents: Contents | None = None
     ) -> Slot:
-        """Reserve page-aligned room for a tensor; `contents` unless it is an array that the export computes."""
+        """Reserve page-aligned space for a tensor; without `contents` it is described as a plain array."""
         assert name not in self.slots, f"{name} is planned twice"
         dtype = np.dtype(dtype)
         size = int(np.prod(dims, dtype=np.int64)) * dtype.itemsize
@@ -99,20 +100,27 @@ class WeightsPlan:
         return slot
 
     def job(self, slots: Sequence[Slot], run: Fill) -> None:
-        """Add the job that fills `slots`."""
+        """Add the job that writes `slots`."""
         self.jobs.append(Job(tuple(slots), run))
 
     def write(self, path: Path, source: WeightSource, threads: int, advance: Advance) -> tuple[TensorEntry, ...]:
-        """Run all jobs on `threads` threads; return the manifest's tensor table in file order.
+        """Run all jobs on `threads` threads and write the file `path`.
 
-        `source` has the weights, in the schemes that the slots were planned for.
+        Args:
+            path: The file, which must not exist.
+            source: The weights, with the schemes that the slots were planned for.
+            threads: Number of worker threads.
+            advance: Called with the bytes read from the source.
+
+        Returns:
+            The manifest's tensor table, in file order.
         """
         entries: dict[str, TensorEntry] = {}
         stop = threading.Event()
         lock = threading.Lock()
 
         def checked_advance(amount: float) -> None:
-            # The one place every job passes often: an interruption or another job's failure ends it here.
+            # Every job calls this often, so it also ends the job after an interruption or another job's failure.
             if stop.is_set():
                 raise _StoppedError
             with lock:
@@ -151,4 +159,4 @@ class WeightsPlan:
 
 
 class _StoppedError(Exception):
-    """Ends a job because another failed or the user interrupted; never reaches the caller."""
+    """Raised inside a job because another failed or the user interrupted; never reaches the caller."""

@@ -1,1 +1,1 @@
-"""Bundles for NVIDIA GPUs: our operators as TensorRT plugins or launched through the driver."""
+"""Export for NVIDIA GPUs: our operators as TensorRT plugins or launched by our own runtime."""

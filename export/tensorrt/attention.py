@@ -1,10 +1,10 @@
-"""Attention that TensorRT computes itself, in the place of our plugin: `--attention engine`.
+"""Add attention that TensorRT computes itself, in place of our plugin (`--attention engine`).
 
-Rotary positions in float32, TensorScatter into the cache in place, and Attention over the whole cache under a mask of
-what is filled: TensorRT's parser drops the operator's own input for lengths without an error. The work of a decode
-step therefore grows with the cache's capacity, not with what it holds, and TensorRT fixes that capacity when it builds
-(at most 4096 positions here), which is why our plugin is the default. The cache holds float16 or bfloat16; int8 and
-fp8 need the plugin.
+It is RoPE in float32, TensorScatter into the cache in place, and Attention over the whole cache with a mask of the
+positions in use. The mask is needed because TensorRT's parser silently drops the operator's own input for lengths. The
+work of a decode step therefore grows with the cache's capacity, not with its length, and TensorRT fixes the capacity
+when it builds an engine (here at most 4096 positions). So our plugin is the default. The cache is float16 or bfloat16;
+int8 and fp8 need the plugin.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ _POSITIONS, _MASK, _STARTS = "attention.positions", "attention.mask", "attention
 
 
 class EngineAttention:
-    """Adds attention to a graph.
+    """Adds TensorRT's own attention to a graph.
 
     Args:
-        graph: the graph to add to.
-        kv: type of the caches.
+        graph: Graph to add to.
+        kv: Type of the KV cache.
 
     Raises:
-        ExportError: TensorRT's attention has no such cache.
+        ExportError: TensorRT's attention does not support this cache type.
     """
 
     def __init__(self, graph: ParserGraph, kv: str) -> None:
         if kv not in CACHE_TYPES:
             raise ExportError(
-                f"TensorRT's own attention has no {kv} cache: leave --attention out, which is our plugin's, or have "
-                f'kv = "float16" in the recipe'
+                f"TensorRT's own attention does not support {kv} caches: leave --attention out to use our plugin, or "
+                f'set kv = "float16" in the recipe'
             )
         self._graph = graph
         self._cache = CACHE_TYPES[kv]
         self._shared = False
 
     def add(self, node: Node) -> None:
-        """Add one layer's attention."""
+        """Add the attention node of one layer."""
         qkv, keys, values, lengths, cos, sin = node.inputs[:6]
         if not self._shared:
             self._add_shared(lengths, keys)
@@ -70,7 +70,7 @@ class EngineAttention:
         self._cast(flat, _TYPES[node.text("activation")], out)
 
     def _add_shared(self, lengths: str, cache: str) -> None:
-        """Positions [B, T] of the new tokens, and which of the cache's positions each may see [B, 1, T, C]."""
+        """Add the new tokens' positions [B, T] and the mask [B, 1, T, C] of cache positions that each may attend to."""
         graph = self._graph
         zero, one, two = (graph.constant(f"attention.{i}", np.asarray(i, np.int64)) for i in range(3))
         axis = self._ints("axis", "1", 1)
@@ -93,7 +93,10 @@ class EngineAttention:
         return self._graph.node("Clip", [x, *bounds], out)
 
     def _split_heads(self, x: str, weight: str, heads: int, node: Node) -> str:
-        """In float32, [B, heads, T, size]. A norm's weight spans all heads, normed as one, or each by itself."""
+        """Add a cast to float32, a norm if there is one, and a split into heads: [B, heads, T, size].
+
+        The size of the norm's weight says whether it norms each head separately or all heads together.
+        """
         size = node.integer("head_size")
         x = self._cast(x, TensorProto.FLOAT, f"{x}.f32")
         if not weight:
@@ -114,7 +117,7 @@ class EngineAttention:
         return self._cast(rotated, self._cache, f"{stem}.cached")
 
     def _heads(self, x: str, heads: int, size: int) -> str:
-        """[B, T, heads * size] to [B, heads, T, size]."""
+        """Add a reshape from [B, T, heads * size] to [B, heads, T, size]."""
         shape = self._ints("heads", f"{heads}.{size}", 0, 0, heads, size)
         split = self._graph.node("Reshape", [x, shape], f"{x}.split")
         return self._graph.node("Transpose", [split], f"{x}.heads", perm=[0, 2, 1, 3])

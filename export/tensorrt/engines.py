@@ -1,10 +1,10 @@
-"""What a bundle for `tensorrt` holds besides its program: TensorRT's graph, and engines where they can be built here.
+"""Write TensorRT's graph into a bundle, and build the engines that can be built on this machine.
 
-    model.tensorrt.onnx    the graph for TensorRT's parser; its weights are the bundle's own file
-    model.tensorrt.json    matrices that have to be in rows, see `edgelm.runtimes.tensorrt.rowmajor`
+    model.tensorrt.onnx    the graph for TensorRT's parser; its weights are in the bundle's weights file
+    model.tensorrt.json    matrices that must be stored row by row, see `edgelm.runtimes.tensorrt.rowmajor`
     engines/               engines, each with its description
 
-The first two are all that `edgelm build` needs on a device, with TensorRT and numpy and without onnx or torch.
+The first two are all that `edgelm build` needs on a device; it needs TensorRT and numpy there, but no onnx or torch.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from edgelm.runtimes.tensorrt.builder import BuildOptions, GraphShape
 from edgelm.runtimes.tensorrt.library import RTX, installed, load
 
 FP8_SM = 89
-"""The first devices that multiply FP8."""
+"""The first compute capability with FP8 matmuls."""
 
 
 @dataclass(frozen=True)
 class TensorRtGraph:
-    """A graph for TensorRT's parser, and what an engine's builder has to know besides."""
+    """A graph for TensorRT's parser, with the facts about it that the engine builder needs."""
 
     model: onnx.ModelProto
     recipe: GraphRecipe
@@ -45,10 +45,10 @@ class TensorRtGraph:
 def tensorrt_graph(
     program: Program, info: ModelInfo, weights_file: str, options: EngineOptions, sms: Sequence[int]
 ) -> TensorRtGraph:
-    """TensorRT's graph of a program, for these devices.
+    """Build TensorRT's graph of a program, for devices of these compute capabilities.
 
     Raises:
-        ExportError: a node that is no operator of ours, or caches of a type that an engine cannot have.
+        ExportError: A node is not one of our operators, or an engine cannot have caches of this type.
     """
     graph = ParserGraph(program, weights_file)
     matmuls = EngineMatmuls(graph, fp8=all(sm >= FP8_SM for sm in sms))
@@ -72,11 +72,12 @@ def tensorrt_graph(
 
 
 def check_engines(options: EngineOptions) -> None:
-    """Refuse before hours of quantising what cannot be built at the end.
+    """Check, before hours of quantising, that engines can be built at the end.
 
     Raises:
-        RuntimeUnavailableError: engines are asked for, and there is no TensorRT; or it cannot be imported.
-        ExportError: an option makes no sense.
+        RuntimeUnavailableError: `options.build` asks for engines and TensorRT is not installed, or it cannot be
+            imported.
+        ExportError: An option has an impossible value.
     """
     BuildOptions((), options.max_batch, options.chunk, options.weight_streaming)
     if options.build or (options.build is None and installed()):
@@ -92,19 +93,19 @@ def add_engines(
     sms: tuple[int, ...],
     progress: Progress,
 ) -> None:
-    """Write TensorRT's graph into a bundle's folder, whose weights are there, and the engines that can be built here.
+    """Write TensorRT's graph into a bundle's folder, and build the engines that can be built on this machine.
 
     Args:
-        folder: the bundle's.
-        program: its program.
-        info: the model's shapes.
-        weights_file: the weights' name in it.
-        options: how.
-        sms: the devices that the bundle is for.
-        progress: is told which devices have to finish with `edgelm build`.
+        folder: The bundle's folder, with its weights file.
+        program: The bundle's program.
+        info: Shapes of the model.
+        weights_file: Name of the weights file.
+        options: Options of engines.
+        sms: Compute capabilities that the bundle is for.
+        progress: Gets a note that names the devices on which `edgelm build` must run.
 
     Raises:
-        ExportError: TensorRT refuses the graph, or there is none and `options.build` asks for engines.
+        ExportError: TensorRT refuses the graph, or `options.build` asks for engines and TensorRT is not installed.
     """
     made = tensorrt_graph(program, info, weights_file, options, sms)
     (folder / GRAPH_FILE).write_bytes(made.model.SerializeToString())
@@ -124,13 +125,13 @@ def add_engines(
     left = sorted(set(sms) - built)
     if left:
         progress.note(
-            f"no engine for {', '.join(f'SM {sm}' for sm in left)}: TensorRT builds it on such a device, with "
-            "`edgelm build BUNDLE`; without one the bundle runs with the runtime cuda-kernels"
+            f"no engine for {', '.join(f'SM {sm}' for sm in left)}: run `edgelm build BUNDLE` on such a device. "
+            "Without an engine the bundle runs with the runtime cuda-kernels"
         )
 
 
 def _devices() -> set[int]:
-    """The compute capabilities of the GPUs here."""
+    """Return the compute capabilities of this machine's GPUs."""
     try:
         return {device.sm for device in find_devices()}
     except DeviceError:

@@ -1,11 +1,12 @@
-"""The graph that TensorRT's parser reads, made of a bundle's program.
+"""Build the graph for TensorRT's parser from a bundle's program.
 
-- Every node is a plugin: the operator's name with a prefix (the parser keeps names such as GroupQueryAttention to
-  itself), absent inputs left out (it takes no empty ones), and one attribute, the text of a `PluginSpec`.
-- Weights and caches are int8: TensorRT upcasts constants of uint8, and gives a plugin int8 as it is.
-- Batch, tokens and the caches' positions stay open; a cache's bytes a position are fixed, since its type is.
+- Every node is a plugin. Its name is the operator's with a prefix, because the parser reserves names such as
+  GroupQueryAttention. Absent inputs are dropped, because the parser does not take empty ones. Its one attribute is the
+  text of a `PluginSpec`.
+- Weights and caches are declared as int8, because TensorRT upcasts uint8 constants but not int8 ones.
+- Batch, tokens and the positions of a cache are dynamic. The bytes per position are fixed, as the cache's type is.
 
-`edgelm.export.tensorrt.linear` puts matmuls that the engine computes itself in the place of some of the nodes.
+`edgelm.export.tensorrt.linear` replaces some of the nodes with matmuls that the engine computes itself.
 """
 
 from __future__ import annotations
@@ -31,28 +32,28 @@ CACHES = ("key", "value")
 
 
 class ParserGraph(GraphBuilder):
-    """A graph for TensorRT's parser, made of a program's nodes and of operators of ai.onnx."""
+    """Graph for TensorRT's parser, made of a program's nodes and of operators of ai.onnx."""
 
     def __init__(self, program: Program, weights_file: str) -> None:
         super().__init__(weights_file, OPSET, IR_VERSION)
         self.program = program
 
     def stored(self, name: str) -> str:
-        """Use a weight of the program as it is stored."""
+        """Add a weight of the program as an initializer, unless it is there; return its name."""
         if not self.has(name):
             weight = self.program.weights[name]
             self.external(name, _TYPES[weight.type], weight.dims, weight.offset, weight.size)
         return name
 
     def plugin(self, node: Node) -> None:
-        """Add a node as a plugin."""
+        """Add a node of the program as a plugin."""
         self.add(plugin_node(node, self.program.values))
         for name in node.inputs:
             if name in self.program.weights:
                 self.stored(name)
 
     def declare(self, info: ModelInfo, cache_type: int, row: int, capacity: int | str = "capacity") -> None:
-        """Declare inputs and outputs; a cache has `row` elements of `cache_type` for one head and position."""
+        """Declare inputs and outputs; a cache has `row` elements of `cache_type` per head and position."""
         cache: Dims = ["batch", info.num_kv_heads, capacity, row]
         self.input("input_ids", TensorProto.INT32, ["batch", "tokens"])
         self.input("past_lengths", TensorProto.INT32, ["batch"])
@@ -64,7 +65,7 @@ class ParserGraph(GraphBuilder):
 
 
 def plugin_node(node: Node, values: Mapping[str, Value]) -> onnx.NodeProto:
-    """The plugin of one node, as the parser reads it. Raises as `plugin_spec`."""
+    """Return the plugin node of a program's node. Raises as `plugin_spec`."""
     return helper.make_node(
         f"{PREFIX}{node.op}",
         [name for name in node.inputs if name],
@@ -76,19 +77,19 @@ def plugin_node(node: Node, values: Mapping[str, Value]) -> onnx.NodeProto:
 
 
 def plugin_spec(node: Node, values: Mapping[str, Value]) -> PluginSpec:
-    """What the plugin of a node is told.
+    """Return the parameters of a node's plugin.
 
     Raises:
-        ExportError: it is no operator of ours, or has more or fewer inputs than one.
+        ExportError: The node is not one of our operators, or has the wrong number of inputs.
     """
     operator = OPERATORS.get(node.op)
     if operator is None:
-        raise ExportError(f"{node.name}: the TensorRT plugins have no operator {node.op}; they have {list(OPERATORS)}")
+        raise ExportError(f"{node.name}: there is no TensorRT plugin for {node.op}, only for {', '.join(OPERATORS)}")
     present = operator.present(node.inputs)
     if len(node.inputs) > len(operator.inputs) or not all(present[: operator.required]):
         raise ExportError(
-            f"{node.name}: {node.op} takes {', '.join(operator.inputs)}, of which the first {operator.required} must "
-            f"be there; the node has {list(node.inputs)}"
+            f"{node.name}: {node.op} takes {', '.join(operator.inputs)}, and needs the first {operator.required}. The "
+            f"node has {list(node.inputs)}"
         )
     own = len(node.outputs) - len(operator.aliases)
     results = tuple((values[name].type, values[name].width) for name in node.outputs[:own])
@@ -96,25 +97,25 @@ def plugin_spec(node: Node, values: Mapping[str, Value]) -> PluginSpec:
 
 
 def cache_kind(program: Program) -> str:
-    """The type of the caches that the program's attention has, e.g. "bfloat16".
+    """Return the type of the program's KV cache, such as "bfloat16".
 
     Raises:
-        ExportError: it has several, or there is no attention.
+        ExportError: The layers have caches of different types, or there is no attention.
     """
     found = {node.text("kv") for node in program.nodes if node.op == "GroupQueryAttention"}
     if len(found) != 1:
-        raise ExportError(f"the program's caches are of {len(found)} types ({', '.join(sorted(found))}), expected one")
+        raise ExportError(f"the program has {len(found)} cache types ({', '.join(sorted(found))}), expected one")
     return found.pop()
 
 
 def cache_row_bytes(program: Program) -> int:
-    """Bytes of a cache for one head and position.
+    """Return the bytes of a cache per head and position.
 
     Raises:
-        ExportError: the GPU kernels have no such cache.
+        ExportError: The GPU kernels do not support this cache type.
     """
     kind = cache_kind(program)
     if kind not in KV_CODES:
-        raise ExportError(f"the cache is {kind!r}: on a GPU it can be {', '.join(KV_CODES)}")
+        raise ExportError(f"the cache type is {kind!r}: on a GPU it can be {', '.join(KV_CODES)}")
     width = next(node.integer("head_size") for node in program.nodes if node.op == "GroupQueryAttention")
     return row_bytes(KV_CODES[kind], width)

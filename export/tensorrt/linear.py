@@ -1,11 +1,12 @@
-"""Matmuls that TensorRT computes itself, in the place of our plugin.
+"""Add matmuls that TensorRT computes itself, in place of our plugin (`--matmul engine`).
 
-- Matrices that stay float: RMSNorm in float32, rounding to A, MatMul in A. The engine rounds the product to A, as
-  PyTorch does, before a bias and a residual are added in float32; our plugin adds them to its float32 sums.
-- int8 and FP8 with one scale a row, where the recipe has calibrated a static scale of the inputs: QuantizeLinear,
-  DequantizeLinear and MatMul, which TensorRT makes one GEMM of 8-bit operands.
+- Unquantised matrices: RMSNorm in float32, rounding to the activations' type A, MatMul in A. The engine rounds the
+  result to A, as PyTorch does, before a bias and a residual are added in float32. Our plugin adds them to its float32
+  sums.
+- int8 and FP8 matrices with one scale per row, if the input has a calibrated static scale: QuantizeLinear,
+  DequantizeLinear and MatMul, which TensorRT fuses into one GEMM of 8-bit operands.
 
-The head stays a plugin: its logits are not to be rounded. So does everything else, as int4 and scales of groups.
+All other matmuls stay plugins: int4, scales per group, and the head, whose logits must not be rounded.
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ _TYPES = {"f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16, "bf16": TensorPr
 
 
 class EngineMatmuls:
-    """Adds matmuls to a graph; `rows` is what must be unpacked for them, `has_fp8` whether one is of FP8.
+    """Adds TensorRT's own matmuls to a graph.
 
     Args:
-        graph: the graph to add to.
-        fp8: whether FP8 matmuls may be the engine's: it has them from SM 89 on.
+        graph: Graph to add to.
+        fp8: Whether the engine may compute FP8 matmuls, which it supports from SM 89 on.
+
+    Attributes:
+        rows: Matrices that `edgelm build` must unpack for these matmuls.
+        has_fp8: Whether one of them is FP8.
     """
 
     def __init__(self, graph: ParserGraph, *, fp8: bool) -> None:
@@ -40,7 +45,7 @@ class EngineMatmuls:
         self._size = 0
 
     def takes(self, node: Node) -> bool:
-        """Whether the engine computes this node."""
+        """Return whether the engine computes this node."""
         if node.op != "QuantLinear" or node.outputs[0] == "logits":
             return False
         matrix = matrix_of(node)
@@ -50,7 +55,7 @@ class EngineMatmuls:
         return scaled and (matrix.kind is GpuKind.INT8 or (matrix.kind is GpuKind.FP8 and self._fp8))
 
     def add(self, node: Node) -> None:
-        """Add one matmul."""
+        """Add one matmul node."""
         graph, out = self._graph, node.outputs[0]
         x, norm, residual, bias = (node.input(i) for i in (0, 2, 3, 4))
         kind = graph.program.values[x].type

@@ -1,4 +1,4 @@
-"""What a caller can choose of TensorRT's engines."""
+"""Options of TensorRT engines."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ from dataclasses import dataclass
 from edgelm.errors import ExportError
 
 PLUGIN, ENGINE = "plugin", "engine"
-WHO = (ENGINE, PLUGIN)
+IMPLEMENTATIONS = (ENGINE, PLUGIN)
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How engines are to be made; all of it is about `--target tensorrt`.
+    """Options of TensorRT engines, for the target "tensorrt" only.
 
     Attributes:
-        matmul: "engine": TensorRT's own matmuls where it has them, see `tensorrt.linear`; "plugin": ours.
-        attention: "plugin": ours; "engine": TensorRT's own, see `tensorrt.attention`.
-        build: whether to build engines now, as far as the installed TensorRT can; None: if there is one.
-        max_batch, chunk, weight_streaming: see `edgelm.runtimes.tensorrt.builder.BuildOptions`.
+        matmul: Implementation of matmuls inside the engine: "engine" for TensorRT's own where it has one
+            (`edgelm.export.tensorrt.linear`), "plugin" for ours.
+        attention: Implementation of attention inside the engine: "plugin" for ours, "engine" for TensorRT's own
+            (`edgelm.export.tensorrt.attention`).
+        build: Whether to build engines at export. None builds them if TensorRT is installed.
+        max_batch: Largest number of sequences that decode together.
+        chunk: Largest number of tokens in a prefill step.
+        weight_streaming: Build engines that can keep weights in host memory.
+
+    Raises:
+        ExportError: `matmul` or `attention` is not one of those values.
     """
 
     matmul: str = ENGINE
@@ -30,5 +37,5 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         for name in ("matmul", "attention"):
-            if getattr(self, name) not in WHO:
-                raise ExportError(f"{name} is {getattr(self, name)!r}: it can be {' or '.join(WHO)}")
+            if getattr(self, name) not in IMPLEMENTATIONS:
+                raise ExportError(f"{name} is {getattr(self, name)!r}: it can be {' or '.join(IMPLEMENTATIONS)}")

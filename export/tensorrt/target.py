@@ -1,4 +1,4 @@
-"""The target `tensorrt`: our own operators on NVIDIA GPUs, and the kernels compiled for them."""
+"""The target `tensorrt`: our own operators on NVIDIA GPUs, with compiled kernels."""
 
 from __future__ import annotations
 
@@ -25,61 +25,61 @@ from edgelm.runtimes.cuda.program import PROGRAM_FILE
 
 
 class TensorrtTarget(Target):
-    """Our operators with our kernels: as plugins of TensorRT, or launched by the runtime `cuda-kernels`."""
+    """Our operators and kernels, run as TensorRT plugins or by the runtime `cuda-kernels`."""
 
     name = "tensorrt"
 
     def operator_set(self, ops: str, progress: Progress) -> str:
-        """Our own, the only one."""
+        """Return "gpu", the only operator set."""
         del progress
         if ops == "portable":
             raise ExportError(
-                "portable operators are ONNX Runtime's: leave --ops out, or export with --target cuda or cpu for them"
+                "portable operators run only with ONNX Runtime: leave --ops out, or export with --target cuda or cpu"
             )
         return "gpu"
 
     def float_dtype(self, asked: str, checkpoint: str, *, quantises: bool) -> str:
-        """What the activations can be, which float matrices are stored in, too: bfloat16 unless it is float16."""
+        """Return the type of activations and float matrices; "auto" is bfloat16 unless the checkpoint is float16."""
         del quantises
         if asked == AUTO:
             return checkpoint if checkpoint in ACTIVATIONS else "bfloat16"
         if asked not in ACTIVATIONS:
             raise ExportError(
-                f"tensor cores multiply bfloat16 or float16, not {asked}: export with --dtype bf16 or fp16, or with "
-                "--target cpu"
+                f"the GPU kernels compute in bfloat16 or float16, not {asked}: export with --dtype bf16 or fp16, or "
+                "with --target cpu"
             )
         return asked
 
     def capabilities(self, ops: str) -> Capabilities:
-        """Those of the GPU kernels."""
+        """Return the features of the GPU kernels."""
         del ops
         return capabilities.GPU
 
     def notes(self, source: WeightSource) -> list[str]:
-        """Integers are multiplied with floats, and FP8 has a scale for each token."""
+        """Return a note if the recipe asks for activations that the GPU kernels replace."""
         return activations.notes_for_gpu(source)
 
     def check(self, options: ExportOptions) -> None:
-        """Look for NVRTC, and whether it knows the devices, before hours of quantising."""
+        """Check, before hours of quantising, that NVRTC is installed and compiles for the devices."""
         library = nvrtc.load()
         for sm in chosen_sms(options):
             library.check_target(f"sm_{sm}")
         check_engines(options.engines)
 
     def tools(self) -> Mapping[str, str]:
-        """The kernels' compiler."""
+        """Return the version of the kernels' compiler, NVRTC."""
         return {"nvrtc": nvrtc.load().version_text}
 
     def build(self, request: GraphRequest) -> BuiltGraphs:
         """Build the program and plan its weights."""
         graph, weights = ProgramBuilder(), WeightsPlan()
         asked = request.source.recipe.kv
-        # Finer than bfloat16, and keys and values stay far from its limit of 65504.
+        # float16 is finer than bfloat16, and keys and values stay far below its limit of 65504.
         kv = "float16" if asked == AUTO else asked
         if kv == "float32":
             raise ExportError(
-                f'recipe {request.source.recipe.name} has kv = "float32", which on a GPU only the debug graph has: '
-                "leave kv out, or choose float16, int8 or fp8"
+                f'recipe {request.source.recipe.name} has kv = "float32", which is not supported on GPUs: leave kv '
+                "out, or choose float16, int8 or fp8"
             )
         model = GpuDecoder(graph, weights, request.source, request.dtype, request.info, request.decoder, kv)
         build(model, request.decoder)
@@ -90,16 +90,16 @@ class TensorrtTarget(Target):
             compile_bundle_kernels(bundle_kernels(program), sms, folder / FOLDER, job.progress)
             add_engines(folder, program, request.info, WEIGHTS_FILE, job.options.engines, sms, job.progress)
 
-        # The debug graph is the program's own with its exact attributes.
+        # The debug graph is the same program with the exact attributes.
         files = {PROGRAM_FILE: program.to_json().encode()}
         return BuiltGraphs(files, PROGRAM_FILE, PROGRAM_FILE, weights, kv, finish)
 
 
 def chosen_sms(options: ExportOptions) -> tuple[int, ...]:
-    """The compute capabilities to compile for: asked for, of the GPUs here, or all that there are kernels for.
+    """Return the compute capabilities to compile for: those asked for, those of this machine's GPUs, or all supported.
 
     Raises:
-        ExportError: none, or one that the kernels do not run on.
+        ExportError: `options.sms` is empty, or the kernels do not support one of them.
     """
     if options.sms is None:
         try:
@@ -110,5 +110,5 @@ def chosen_sms(options: ExportOptions) -> tuple[int, ...]:
     wrong = [sm for sm in options.sms if sm < min(nvrtc.SMS)]
     if wrong or not options.sms:
         known = ", ".join(map(str, nvrtc.SMS))
-        raise ExportError(f"--sm {','.join(map(str, wrong))}: the kernels run from SM 80 on, such as {known}")
+        raise ExportError(f"--sm {','.join(map(str, wrong))}: the kernels need SM 80 or later, such as {known}")
     return options.sms

@@ -110,7 +110,9 @@ def test_the_engines_norm_spans_what_its_weight_does(tmp_path: Path, rtx: Librar
 
 def test_attention_of_the_engine_has_no_int8_cache(tmp_path: Path) -> None:
     made = SmallProgram(tmp_path, layers=1, kv="int8")
-    with pytest.raises(ExportError, match="TensorRT's own attention has no int8 cache: leave --attention out"):
+    with pytest.raises(
+        ExportError, match="TensorRT's own attention does not support int8 caches: leave --attention out"
+    ):
         tensorrt_graph(made.program, made.info, WEIGHTS, EngineOptions(attention="engine"), (86,))
 
 

@@ -130,9 +130,9 @@ def test_a_spec_survives_as_text_and_others_are_refused() -> None:
 
 def test_a_node_that_is_none_of_ours_is_refused() -> None:
     values = {"x": Value("f32", 8), "y": Value("f32", 8)}
-    with pytest.raises(ExportError, match="n: the TensorRT plugins have no operator Softmax"):
+    with pytest.raises(ExportError, match="n: there is no TensorRT plugin for Softmax"):
         plugin_node(Node("Softmax", "n", ("x",), ("y",), {}), values)
-    with pytest.raises(ExportError, match=r"n: QuantEmbedding takes ids, table, of which the first 2 must be there"):
+    with pytest.raises(ExportError, match=r"n: QuantEmbedding takes ids, table, and needs the first 2"):
         plugin_node(Node("QuantEmbedding", "n", ("x", ""), ("y",), {}), values)
     with pytest.raises(ExportError, match="LastToken takes x"):
         plugin_node(Node("LastToken", "n", ("x", "x", "x"), ("y",), {}), values)

@@ -1,4 +1,4 @@
-"""Reads every weight of a bundle: written from docs/reference/bundle.md, "Reading the weights", with numpy and json alone.
+"""Read every weight of a bundle with numpy and json alone, as docs/reference/bundle.md ("Reading the weights") says.
 
 It shares no code with EdgeLM, and is plain rather than quick. `read_weights` gives float32 values by the checkpoint's
 names; what the export computed comes by the bundle's own names.

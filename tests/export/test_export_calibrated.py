@@ -123,7 +123,7 @@ def test_a_reference_of_another_model_is_refused(
         assert list(tmp_path.iterdir()) == []
 
     refused(quantised, checkpoint("olmoe"), "differs in num_experts")
-    refused(quantised, checkpoint("fox"), "not what .* was made from|is no")
+    refused(quantised, checkpoint("fox"), "was not made from|is no")
     refused(quantised, quantised, "is quantised")
     refused(float_checkpoint, float_checkpoint, "its own reference")
 

@@ -94,7 +94,7 @@ def test_the_graph_computes_the_reference_in_float32(
     if name == "fox" or "int8" not in scheme:
         assert relative(found, logits) < 2e-5
         return
-    # The inputs of 8-bit experts are rounded to int8 on the CPU whatever it is told: a step of 1/127 of a row's largest
+    # On the CPU the inputs of 8-bit experts are always rounded to int8: a step of 1/127 of a row's largest
     # value, 2.6 times its root mean square over 64 or 128, over sqrt(12): 0.6 % a matmul, of which a layer's experts
     # have two. Where it tips a near-tie of the router a whole position moves: the median is what to hold.
     error = np.linalg.norm(found - logits, axis=1) / np.linalg.norm(logits, axis=1)
@@ -275,12 +275,12 @@ REFUSED = [
         "fox",
         "none",
         {"dtype": "fp32"},
-        r"no grouped-query attention in float32: export with --dtype float16 or bfloat16",
+        r"does not support grouped-query attention in float32: export with --dtype float16 or bfloat16",
     ),
-    ("fox", "none", {"ops": "native"}, r"native operators are for CPUs: .* --target tensorrt"),
-    ("fox", "fp8", {}, r"is fp8-row in this recipe, which .* do not have .*: export with --target tensorrt"),
+    ("fox", "none", {"ops": "native"}, r"native operators run on CPUs only: .* --target tensorrt"),
+    ("fox", "fp8", {}, r"is fp8-row in this recipe, but .* support only int4 and int8: export with --target tensorrt"),
     ("olmoe", "int4-g16-sym", {}, r"experts\.0\.gate_proj\.weight has groups of 16 weights, .* groups of 32, 64, 128"),
-    ("fox", 'int4-g32-sym"\nkv = "int8', {}, r'kv = "int8", but portable operators have float16 caches only'),
+    ("fox", 'int4-g32-sym"\nkv = "int8', {}, r'kv = "int8", but portable operators support only float16 caches'),
 ]
 
 
@@ -297,7 +297,7 @@ def test_what_the_provider_has_no_kernel_for_is_refused_before_anything_is_writt
 def test_experts_with_fewer_columns_than_the_kernels_tiles_are_refused(
     tmp_path: Path, checkpoint: MakeCheckpoint
 ) -> None:
-    with pytest.raises(ExportError, match=r"down_proj\.weight has rows of 32 weights, .* wants multiples of 64"):
+    with pytest.raises(ExportError, match=r"down_proj\.weight has rows of 32 weights, .* needs multiples of 64"):
         export(checkpoint("olmoe", intermediate_size=32), tmp_path / "b", recipe("int4-g32-sym", "olmoe"))
 
 

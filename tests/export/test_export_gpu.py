@@ -119,7 +119,7 @@ def test_do_integers_of_fewer_bits_join_those_of_more_and_floats_not(
     assert (attributes["kind"], attributes["group"], attributes["zeros"]) == ("int8", 32, 1)
     qkv = written.matrix("layers.0.attn.qkv", "layers.0.attn.qkv.weight")
     assert np.array_equal(qkv, written.want(*(f"model.layers.0.self_attn.{p}_proj.weight" for p in "qkv")))
-    with pytest.raises(ExportError, match=r"int8-g64-sym, float for matrices that a GPU multiplies as one, .*q_proj"):
+    with pytest.raises(ExportError, match=r"int8-g64-sym, float for .*q_proj.* are one matmul on a GPU"):
         planned(checkpoint("olmoe"), recipe("float"))
 
 
@@ -203,11 +203,11 @@ def test_are_the_kernels_of_a_mixture_among_those_that_compile_and_does_inspect_
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"sms": (70,)}, "--sm 70: the kernels run from SM 80 on"),
+        ({"sms": (70,)}, "--sm 70: the kernels need SM 80 or later"),
         ({"sms": (81,)}, r"does not compile for sm_81, only for SM .*86"),
-        ({"sms": ()}, "the kernels run from SM 80 on"),
-        ({"ops": "portable"}, "portable operators are ONNX Runtime's"),
-        ({"dtype": "fp32"}, "tensor cores multiply bfloat16 or float16, not float32"),
+        ({"sms": ()}, "the kernels need SM 80 or later"),
+        ({"ops": "portable"}, "portable operators run only with ONNX Runtime"),
+        ({"dtype": "fp32"}, "the GPU kernels compute in bfloat16 or float16, not float32"),
         ({"target": "cpu", "sms": (86,)}, "--sm is for --target tensorrt"),
     ],
 )
@@ -234,8 +234,8 @@ def test_is_a_missing_nvrtc_said_before_hours_of_quantising(
 @pytest.mark.parametrize(
     ("toml", "said"),
     [
-        ('default = "fp8e5m2-row"', "of FP8 the GPU kernels have E4M3 alone"),
-        ('default = "int4-g32-sym"\nkv = "float32"', 'kv = "float32", which on a GPU only the debug graph has'),
+        ('default = "fp8e5m2-row"', "the GPU kernels support only E4M3"),
+        ('default = "int4-g32-sym"\nkv = "float32"', 'kv = "float32", which is not supported on GPUs'),
     ],
 )
 def test_is_a_recipe_that_the_kernels_lack_named(checkpoint: MakeCheckpoint, toml: str, said: str) -> None:
