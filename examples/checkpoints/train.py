@@ -342,13 +342,14 @@ def main() -> None:
         help="coefficient of the load-balancing loss in transformers' scale, where balanced routing costs the number "
         "of chosen experts",
     )
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="take every Nth file only, for a quick trial")
     parser.add_argument("--resume", action="store_true", help="start from the checkpoint that is there")
     options = parser.parse_args()
     out = options.out or Path(__file__).parent / options.name
     check_place(out, CHECKPOINT, overwrite=True)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     config_json = OLMOE_TINY if options.name == "olmoe-tiny" else FOX_TINY
-    texts, held_out_texts = read_corpus()
+    texts, held_out_texts = (files[:: options.every] for files in read_corpus())
     with tempfile.TemporaryDirectory() as scratch:
         make = olmoe_tokenizer if options.name == "olmoe-tiny" else fox_tokenizer
         encode = make(texts, Path(scratch))

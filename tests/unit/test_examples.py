@@ -1,9 +1,10 @@
-"""Does the app in examples/ serve?"""
+"""Does every example in examples/ run and do what it says?"""
 
 from __future__ import annotations
 
 import http.client
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from tiny_graph import Shape, write_tiny_model
 
 from edgelm.bundle import Bundle
+from edgelm.checkpoint import Checkpoint
 from edgelm.corpus import standard_library
 from edgelm.generation.language_model import load
 from edgelm.quant import Recipe
@@ -91,3 +93,24 @@ def test_the_calibration_example_goes_all_the_way(tmp_path: Path) -> None:
     assert 0 < kl < 0.02  # int4 rounded to nearest loses 0.0155, at half a bit more
     assert Recipe.load(tmp_path / "out" / "recipe.toml").rules
     assert Bundle.open(tmp_path / "out" / "bundle").manifest.calibration is not None
+
+
+def test_the_training_script_writes_a_checkpoint_and_goes_on_from_it(tmp_path: Path) -> None:
+    out = tmp_path / "fox-tiny"
+    command = [sys.executable, "-P", str(EXAMPLES / "checkpoints" / "train.py"), "fox-tiny", "-o", str(out)]
+    command += ["--every", "30", "--steps"]
+    subprocess.run([*command, "2"], check=True, capture_output=True)
+    first = (out / "model.safetensors").read_bytes()
+    done = subprocess.run([*command, "1", "--resume"], check=True, capture_output=True, text=True)
+    assert [phase["steps"] for phase in json.loads((out / "training.json").read_text())] == [2, 1]
+    assert (out / "model.safetensors").read_bytes() != first
+    nats, unigram = (float(done.stdout.partition(f"{name}=")[2].partition(",")[0]) for name in ("nats", "unigram_nats"))
+    assert unigram < nats < math.log(3072)  # after three steps it knows a little: less than a count of tokens does
+    assert Checkpoint.open(out).config["vocab_size"] == 3072
+
+
+def test_every_example_is_listed() -> None:
+    page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    files = [path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".js")]
+    assert files
+    assert [name for name in files if f"]({name})" not in page] == []
