@@ -1,4 +1,4 @@
-"""Quantisation of weight matrices: schemes, primitives, recipes, and checkpoints seen through a recipe."""
+"""Quantise weight matrices: schemes, primitives, recipes, and readers of quantised checkpoints."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Activations and caches rounded as devices round them, computed in float32 ("fake" quantisation), in PyTorch.
+"""Round activations and KV caches as devices do, computed in float32 ("fake quantisation"), in PyTorch.
 
-Each function returns the numbers that the codes stand for, value(code) * scale, so that a float matmul with them is
-what an integer (FP8) matmul with a float32 sum gives, but for the order of that sum.
+Each function returns value(code) * scale. A float matmul of these values gives what an integer or FP8 matmul with
+float32 sums gives, up to the order of the sums.
 
     int8 per token      scale = absmax / 127 of the row, code = round(x / scale)          arXiv 2211.10438, section 3
     int8 static         one scale for the tensor, code = round(x / scale) in -128 .. 127  same, calibrated
@@ -9,11 +9,11 @@ what an integer (FP8) matmul with a float32 sum gives, but for the order of that
     FP8 per token       scale = absmax / largest of the row, code = nearest FP8 number    arXiv 2209.05433, section 3
     FP8 static          one scale for the tensor; what is larger becomes the largest      same, calibrated
 
-A cache has the same with heads in place of rows: one scale for a head and token (each row [Dh] of [B, K, T, Dh]), or
-calibrated ones for a head, or for a head and channel, which keys, whose outliers stay in their channels, gain from
-(arXiv 2402.02750, section 3; arXiv 2401.18079).
+A cache has one scale per head and token (each row [Dh] of [B, K, T, Dh]), or calibrated scales per head, or per head
+and channel. The latter help keys, whose outliers stay in the same channels (arXiv 2402.02750, section 3; arXiv
+2401.18079).
 
-Shape letters: B batch, T tokens, K key/value heads, Dh head width.
+Shape letters: B batch, T tokens, K key/value heads, Dh head size.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ Rounding = Callable[[Tensor], Tensor]
 FP8_TYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _INT8 = 127.0
 _TINY = 2.0**-100
-"""A row whose largest magnitude is below this is zeros: its scale would come near float32's smallest."""
+"""A row with a smaller largest magnitude becomes zeros, since its scale would be near float32's smallest number."""
 
 
 def round_fp8(x: Tensor, form: str = "e4m3") -> Tensor:
-    """Return the nearest numbers of FP8, ties to the even code, past the largest the largest; float32, same shape."""
+    """Round to the nearest FP8 number, ties to the even code; clip to the largest number. float32, same shape."""
     largest = float(FORMS[form].largest)
     return x.clamp(-largest, largest).to(FP8_TYPES[form]).float()
 
@@ -52,9 +52,9 @@ def fp8_token(x: Tensor, form: str = "e4m3") -> Tensor:
 
 
 def int8_blocks(x: Tensor, block: int = 32) -> Tensor:
-    """Round each `block` neighbouring columns of [..., K] to int8 with a scale of their own; same shape.
+    """Round each block of `block` neighbouring columns of [..., K] to int8 with its own scale; same shape.
 
-    The last block is the shorter where `block` does not divide K.
+    If `block` does not divide K, the last block is shorter.
     """
     columns = x.shape[-1]
     padded = F.pad(x, (0, -columns % block))
@@ -63,12 +63,12 @@ def int8_blocks(x: Tensor, block: int = 32) -> Tensor:
 
 
 def int8_static(x: Tensor, scale: Tensor | float) -> Tensor:
-    """Round to int8 with a given positive scale, a number or broadcast against x; past -128 .. 127 it is clipped."""
+    """Round to int8 with a given positive scale, a number or broadcast against x; codes are clipped to -128 .. 127."""
     return (x / scale).round().clamp(-_INT8 - 1, _INT8) * scale
 
 
 def fp8_static(x: Tensor, scale: Tensor | float, form: str = "e4m3") -> Tensor:
-    """Round to FP8 with a given positive scale, a number or broadcast against x; past the largest it is clipped."""
+    """Round to FP8 with a given positive scale, a number or broadcast against x; clip to the largest number."""
     return round_fp8(x / scale, form) * scale
 
 
@@ -80,7 +80,12 @@ def _by_absmax(x: Tensor, largest: float, rounding: Rounding) -> Tensor:
 
 @dataclass(frozen=True)
 class Static:
-    """A rounding with calibrated scales: `rounding(x, scale)`, and the largest number that a code stands for."""
+    """A rounding with a calibrated scale.
+
+    Attributes:
+        rounding: Function of the values and the scale.
+        largest: Largest number of the format.
+    """
 
     rounding: Callable[[Tensor, Tensor | float], Tensor]
     largest: float
@@ -92,7 +97,7 @@ DYNAMIC: Mapping[str, Rounding] = {
     "fp8-token": fp8_token,
     "fp8e5m2-token": lambda x: fp8_token(x, "e5m2"),
 }
-"""Roundings that need no calibration. "int8-b32" is what the native CPU operators do; recipes do not name it."""
+"""Roundings that need no calibration. "int8-b32" is that of the native CPU operators; recipes do not use the name."""
 
 STATIC: Mapping[str, Static] = {
     "int8-static": Static(int8_static, _INT8),
@@ -104,28 +109,28 @@ STATIC: Mapping[str, Static] = {
 
 @dataclass(frozen=True)
 class KvScales:
-    """Calibrated scales of one layer's cache, float32: of each head [K], or of each head and channel [K, Dh]."""
+    """Calibrated scales of one layer's cache, float32: per head [K], or per head and channel [K, Dh]."""
 
     keys: Tensor
     values: Tensor
 
     def broadcast(self) -> tuple[Tensor, Tensor]:
-        """Shaped to fit keys and values [B, K, T, Dh]."""
+        """Return the scales in shapes that broadcast against keys and values [B, K, T, Dh]."""
         keys, values = (s[:, None, None] if s.ndim == 1 else s[:, None, :] for s in (self.keys, self.values))
         return keys, values
 
 
 def round_cache(keys: Tensor, values: Tensor, kind: str, scales: KvScales | None = None) -> tuple[Tensor, Tensor]:
-    """Return keys and values [B, K, T, Dh] as a cache of that type holds them.
+    """Round keys and values [B, K, T, Dh] to the type of a cache.
 
     Args:
-        keys: after RoPE, as they are cached.
-        values: likewise.
-        kind: "float32", "float16", "int8" or "fp8" (E4M3).
-        scales: calibrated; None is a scale for each head and token.
+        keys: Keys after RoPE, as they are cached.
+        values: Values.
+        kind: Type of the cache: "float32", "float16", "int8" or "fp8" (E4M3).
+        scales: Calibrated scales; None for one scale per head and token.
 
     Raises:
-        KeyError: no such kind.
+        KeyError: There is no such type.
     """
     if kind == "float32":
         return keys, values

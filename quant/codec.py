@@ -1,4 +1,4 @@
-"""Quantise and dequantise with any scheme: the one place that asks which kind of numbers a scheme has."""
+"""Quantise and dequantise with any scheme. Only this module distinguishes integer and FP8 schemes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def quantize(
     name: str = "weight",
     threads: int | None = None,
 ) -> QuantTensor:
-    """Quantise a matrix [N, K], float32 or bfloat16 as uint16.
+    """Quantise a matrix, each value to the nearest code.
 
     Args:
-        weight: [N, K]; rows may be apart, values within a row are copied together if they are.
-        scheme: the scheme wanted; the result's is `scheme.effective(K)`.
-        name: what errors call the tensor.
-        threads: for the compiled kernel of integers; None is every core this process may use.
+        weight: [N, K], float32, or bfloat16 as uint16. Rows may be strided; other strides cause a copy.
+        scheme: The scheme; the result has `scheme.effective(K)`.
+        name: Name of the tensor in errors.
+        threads: Threads of the compiled integer kernel; None for every core that this process may use.
 
     Raises:
-        CheckpointError: a weight is not finite, or too large for the scheme's scale.
+        CheckpointError: A weight is not finite, or too large for the scheme's scale.
     """
     if isinstance(scheme, Fp8Scheme):
         return fp8.quantize(weight, scheme, name=name)
@@ -35,7 +35,7 @@ def quantize(
 
 
 def dequantize(tensor: QuantTensor, *, threads: int | None = None) -> NDArray[np.float32]:
-    """Return the float32 values [N, K] that a device computes with."""
+    """Return the float32 values [N, K] of a quantised matrix, which a device computes with."""
     if isinstance(tensor.scheme, Fp8Scheme):
         return fp8.dequantize(tensor)
     return native.dequantize(tensor, threads=threads)
@@ -44,5 +44,5 @@ def dequantize(tensor: QuantTensor, *, threads: int | None = None) -> NDArray[np
 def rounded(
     weight: NDArray[np.float32], scheme: AnyScheme, *, name: str = "weight", threads: int | None = None
 ) -> NDArray[np.float32]:
-    """Return the float32 values [N, K] that a matrix has once it is quantised; arguments as of `quantize`."""
+    """Quantise and dequantise a matrix: return float32 [N, K]. Arguments as for `quantize`."""
     return dequantize(quantize(weight, scheme, name=name, threads=threads), threads=threads)

@@ -1,12 +1,12 @@
-"""FP8: a matrix to quantised values with one float32 scale for each block, and back. Pure numpy.
+"""Quantise a matrix to FP8 with one float32 scale per block, and back. Pure numpy.
 
-The numbers are those of the OCP 8-bit floating point specification, revision 1.0:
+The number formats are those of the OCP 8-bit floating point specification, revision 1.0:
 
-    E4M3    4 bits of exponent with bias 7, 3 of mantissa, subnormals down to 2**-9, the largest 448; 0x7F is NaN
-    E5M2    5 bits of exponent with bias 15, 2 of mantissa, subnormals down to 2**-16, the largest 57344; 0x7C is
+    E4M3    4 exponent bits with bias 7, 3 mantissa bits, subnormals down to 2**-9, largest number 448; 0x7F is NaN
+    E5M2    5 exponent bits with bias 15, 2 mantissa bits, subnormals down to 2**-16, largest number 57344; 0x7C is
             infinity, 0x7D to 0x7F are NaN
 
-Infinities and NaNs have codes that no weight becomes.
+Quantising never produces the codes of infinity and NaN.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from edgelm.slices import slices
 Floats = NDArray[np.float32]
 
 _CHUNK = 1 << 18
-"""Values quantised at once: a few arrays of this size stay in the second-level cache."""
+"""Values quantised at once; a few arrays of this size fit into the second-level cache."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """One format of FP8.
+    """An FP8 number format.
 
     Attributes:
-        mantissa: bits of it.
-        bias: of the exponent.
-        top: code of the largest finite number.
-        infinity: code of infinity, None where there is none; codes from it, or past `top`, are no numbers.
-        table: the 256 numbers by their code, float32.
+        mantissa: Bits of the mantissa.
+        bias: Bias of the exponent.
+        top: Code of the largest finite number. Larger codes are infinity or NaN.
+        infinity: Code of infinity; None if the format has none.
+        table: The numbers of all 256 codes, float32.
     """
 
     mantissa: int
@@ -65,43 +65,45 @@ class Form:
 
     @property
     def smallest_normal(self) -> np.float32:
-        """The smallest number with all bits of mantissa."""
+        """The smallest normal number."""
         return np.float32(2.0 ** (1 - self.bias))
 
     @property
     def tiny(self) -> np.float32:
-        """A block whose largest magnitude is below this is all zeros: its scale would be subnormal, too coarse."""
+        """A block with a smaller largest magnitude becomes zeros, since its scale would be a subnormal float32."""
         return np.float32(self.largest * 2.0**-126)
 
 
 E4M3 = Form(mantissa=3, bias=7, top=0x7E)
 E5M2 = Form(mantissa=2, bias=15, top=0x7B, infinity=0x7C)
 FORMS: Mapping[str, Form] = {"e4m3": E4M3, "e5m2": E5M2}
-"""By the `form` of a scheme."""
+"""The formats by the `form` of a scheme."""
 
 LARGEST = E4M3.largest
-"""The largest number of E4M3, code 0x7E."""
+"""The largest number of E4M3 (code 0x7E)."""
 
 
 def decode(codes: NDArray[np.uint8], form: Form = E4M3) -> Floats:
-    """Return the numbers that codes stand for, exactly; same shape."""
+    """Return the exact numbers of codes, float32; same shape."""
     return form.table[codes]
 
 
 def encode(values: Floats, form: Form = E4M3) -> NDArray[np.uint8]:
-    """Round finite values to the nearest number, ties to the even code, past the largest to it; same shape, uint8.
+    """Round finite values to codes, uint8 of the same shape.
 
-    The sign of zero is kept.
+    Rounding is to the nearest number, ties to the even code. Larger magnitudes become the largest number, and zero
+    keeps its sign.
     """
     shift = np.uint32(23 - form.mantissa)
     sign = values.view(np.uint32) >> np.uint32(24) & np.uint32(0x80)
     magnitude = np.minimum(np.abs(values), form.largest)
-    # Half a unit of the last mantissa bit less the tie, plus that bit: the carry runs into the exponent as it should.
+    # Add just under half a unit of the last mantissa bit, plus that bit: ties go to even, and a carry runs into the
+    # exponent, which is right.
     bits = magnitude.view(np.uint32)
     half = np.uint32((1 << int(shift) - 1) - 1)
     rebias = np.uint32(127 - form.bias << form.mantissa)
     normal = (bits + half + (bits >> shift & np.uint32(1)) >> shift) - rebias
-    # The smallest normal number is 2**mantissa steps of the subnormals, and has that code.
+    # The smallest normal number is 2**mantissa subnormal steps, which is also its code.
     step = np.float32(form.smallest_normal * 2.0**-form.mantissa)
     subnormal = np.rint(np.minimum(magnitude, form.smallest_normal) / step).astype(np.uint32)
     codes: NDArray[np.uint8] = (np.where(magnitude < form.smallest_normal, subnormal, normal) | sign).astype(np.uint8)
@@ -111,15 +113,15 @@ def encode(values: Floats, form: Form = E4M3) -> NDArray[np.uint8]:
 def quantize(
     weight: NDArray[np.float32] | NDArray[np.uint16], scheme: Fp8Scheme, *, name: str = "weight"
 ) -> QuantTensor:
-    """Quantise a matrix [N, K] (float32, or bfloat16 as uint16): scale = absmax / largest, code = nearest to w / scale.
+    """Quantise a matrix to FP8: scale = absmax / largest number, code = nearest to w / scale.
 
     Args:
-        weight: [N, K].
-        scheme: the scheme wanted; the result's is `scheme.effective(K)`.
-        name: what errors call the tensor.
+        weight: [N, K], float32, or bfloat16 as uint16.
+        scheme: The scheme; the result has `scheme.effective(K)`.
+        name: Name of the tensor in errors.
 
     Raises:
-        CheckpointError: a weight is not finite.
+        CheckpointError: A weight is not finite.
     """
     rows, columns = weight.shape
     scheme, form = scheme.effective(columns), FORMS[scheme.form]
@@ -138,17 +140,17 @@ def quantize(
         largest = np.abs(blocks).max(axis=2, initial=0.0)
         scale: Floats = np.where(largest < form.tiny, np.float32(0), largest / form.largest).astype(np.float32)
         scales[part] = scale
-        # A block of zeros has codes of zero: divided by one, it rounds to them.
+        # A block of zeros is divided by one, which gives codes of zero.
         divisor: Floats = np.where(scale == 0, np.float32(1), scale)[:, :, None]
         codes[part] = encode(blocks / divisor, form).reshape(-1, columns)
     return QuantTensor(codes, scales, None, scheme, (rows, columns))
 
 
 def dequantize(tensor: QuantTensor) -> Floats:
-    """Return float32 [N, K] = value(code) * scale, each product rounded once.
+    """Return float32 [N, K] = value(code) * scale, rounded once.
 
     Raises:
-        TypeError: the codes are integers.
+        TypeError: The codes are integers.
     """
     if not isinstance(tensor.scheme, Fp8Scheme):
         raise TypeError(f"the codes of {tensor.scheme.name} are integers")

@@ -1,4 +1,4 @@
-"""Quantise to integers by the kernel where it was compiled, by `primitives` where not: equal bit for bit."""
+"""Quantise to integers with the compiled kernel, or with `primitives` if there is none. Both agree bit for bit."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from edgelm.quant.tensor import QuantTensor
 ABI = 4
 LIBRARY = "_edgelm_quant.so"
 LIBRARY_VARIABLE = "EDGELM_QUANT_LIBRARY"
-"""Environment variable: path of the library to load in place of the installed one; empty loads none."""
+"""Environment variable: path of a library to load instead of the installed one; empty for no library."""
 
 ISAS = {"auto": 0, "scalar": 1, "baseline": 2, "avx2": 3, "avx512": 4}
-"""Instruction sets by their number in quantize.h."""
+"""Instruction sets with their numbers in quantize.h."""
 
 _OK, _NOT_FINITE, _TOO_LARGE = 0, 2, 3
 _WEIGHT_TYPES = {np.dtype(np.float32): 0, np.dtype(np.uint16): 1}
@@ -65,16 +65,16 @@ class _DequantizeArguments(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """Return the compiled kernel, or None where this installation has none.
+    """Return the compiled kernel, or None if this installation has none.
 
     Raises:
-        OSError: the file is there but cannot be loaded, or is of another version of EdgeLM.
+        OSError: The library cannot be loaded, or belongs to another version of EdgeLM.
     """
     named = os.environ.get(LIBRARY_VARIABLE)
     if named is not None:
         path = Path(named) if named else None
     else:
-        # An editable install has the sources in one folder and the compiled library in another, both on this path.
+        # An editable install has sources and compiled library in two folders; the package's path has both.
         places = (Path(place) / LIBRARY for place in sys.modules[__name__.rpartition(".")[0]].__path__)
         path = next((place for place in places if place.exists()), None)
     if path is None:
@@ -82,12 +82,14 @@ def library() -> ctypes.CDLL | None:
     found = ctypes.CDLL(str(path))
     abi = found.edgelm_quant_abi()
     if abi != ABI:
-        raise OSError(f"{path} is of another version of EdgeLM (kernel interface {abi}, not {ABI}): install it again")
+        raise OSError(
+            f"{path} belongs to another version of EdgeLM (kernel interface {abi}, not {ABI}): install EdgeLM again"
+        )
     return found
 
 
 def isas() -> tuple[str, ...]:
-    """Names of the instruction sets that the kernel can use here; empty without a kernel."""
+    """Return the instruction sets that the kernel can use on this CPU; empty without a kernel."""
     kernel = library()
     return () if kernel is None else tuple(name for name, isa in ISAS.items() if kernel.edgelm_quant_has_isa(isa))
 
@@ -100,17 +102,18 @@ def quantize(
     threads: int | None = None,
     isa: str = "auto",
 ) -> QuantTensor:
-    """Quantise a matrix [N, K], float32 or bfloat16 as uint16.
+    """Quantise a matrix to integers; see `primitives` for the algorithm.
 
     Args:
-        weight: [N, K]; rows may be apart, values within a row are copied together if they are.
-        scheme: the scheme wanted; the result's is `scheme.effective(K)`.
-        name: what errors call the tensor.
-        threads: None is every core this process may use.
-        isa: one of `isas()`; only tests and benchmarks choose.
+        weight: [N, K], float32, or bfloat16 as uint16. Rows may be strided; other strides cause a copy.
+        scheme: The scheme; the result has `scheme.effective(K)`.
+        name: Name of the tensor in errors.
+        threads: Number of threads; None for every core that this process may use.
+        isa: Instruction set, one of `isas()`; for tests and benchmarks.
 
     Raises:
-        CheckpointError: a weight is not finite, or too large for a float16 scale.
+        CheckpointError: A weight is not finite, or too large for a float16 scale.
+        TypeError: The weights have another type.
     """
     kernel = library()
     if kernel is None:
@@ -171,7 +174,7 @@ def _matrix(tensor: QuantTensor, threads: int | None, isa: str) -> _Matrix:
     scheme = tensor.integers
     for array in (tensor.codes, tensor.scales, tensor.zeros):
         if array is not None and not array.flags.c_contiguous:
-            raise ValueError("the arrays of a QuantTensor lie row after row without gaps")
+            raise ValueError("the arrays of a QuantTensor must be C-contiguous")
     return _Matrix(
         rows=tensor.shape[0],
         columns=tensor.shape[1],
@@ -187,5 +190,5 @@ def _matrix(tensor: QuantTensor, threads: int | None, isa: str) -> _Matrix:
 
 
 def _require_ok(status: int, isa: str) -> None:
-    # Shapes were checked in Python, so that anything else here is a bug of this module.
+    # Shapes were checked in Python, so any other status is a bug of this module.
     assert status == _OK, f"the quantisation kernel ({isa}) returned status {status}"

@@ -1,20 +1,18 @@
-"""Quantise a matrix to integers and back: pure functions, and the definition that the native kernel is tested against.
+"""Quantise a matrix to integers and back, in numpy. The native kernel is tested against these functions.
 
-Round to nearest, with the scale of each group searched for the least squared error:
+Values are rounded to nearest, with a scale per group that minimises the squared error:
 
-1. For each of a dozen trial scales, codes are chosen and the sums sxc = sum(x * c), scc = sum(c * c) taken, where
-   c = code - zero.
-   With these codes the best scale is sxc / scc (least squares), and it leaves the error sum(x * x) - sxc**2 / scc;
-   so the trial with the largest sxc**2 / scc wins.
-   A symmetric trial maps the largest value to one side: `x_max -> -t`, t = 7 .. 10.5 of 8 at 4 bits. The negative side
-   has one code more; giving it to the largest value is llama.cpp's choice. t > 8 clips it, which pays where it stands
-   out.
-2. The winner's least-squares scale is rounded to float16, and only then are the codes chosen, so that every
-   consumer computes with the very scale the codes were made for.
-3. Plain rounding with the scale absmax / 7 (or range / 15) is tried last: the result is never worse than it.
+1. Each of 12 trial scales gives codes c = code - zero and the sums sxc = sum(x * c) and scc = sum(c * c). For these
+   codes the least-squares scale is sxc / scc, and its error is sum(x * x) - sxc**2 / scc. So the trial with the largest
+   sxc**2 / scc is best. A symmetric trial maps the value of largest magnitude to -t, with t = 7 .. 10.5 at 4 bits,
+   where the negative side ends at 8. The negative side has one more code, and as in llama.cpp the largest value gets
+   it. t > 8 clips that value, which reduces the error if it is an outlier.
+2. The least-squares scale of the best trial is rounded to float16, and the final codes are chosen for the rounded
+   scale, which is the one that a device uses.
+3. Plain rounding with the scale absmax / 7 (asymmetric: range / 15) is tried too, and taken if its error is smaller.
 
-Sums run in one fixed order in float32 without fused multiply-adds, so this module and the native kernel agree bit
-for bit on every machine, and an exported file does not depend on where it was made.
+Sums run in a fixed order in float32 without fused multiply-adds. So this module and the native kernel agree bit for bit
+on every machine, and an exported file does not depend on the machine that made it.
 """
 
 from __future__ import annotations
@@ -35,18 +33,18 @@ Floats = NDArray[np.float32]
 AnyWeights = TypeVar("AnyWeights", bound=NDArray[np.float32] | NDArray[np.uint16])
 
 LANES = 16
-"""Groups that the native kernel treats together; also the least number of columns summed here (see `_sum`)."""
+"""Groups that the native kernel processes together; also the least number of columns summed here (see `_sum`)."""
 
 _CHUNK = 1 << 18
-"""Values quantised at once: a few arrays of this size stay in the second-level cache."""
+"""Values quantised at once; a few arrays of this size fit into the second-level cache."""
 
 TINY = np.float32(2.0**-40)
-"""A group whose largest magnitude is below this is all zeros: even its 4-bit scale is far below float16's smallest."""
+"""A group with a smaller largest magnitude becomes zeros, since its scale is far below float16's smallest number."""
 
 
 _WIDE = 256
 _TARGETS = {
-    # bits, symmetric: the ends of the grid for groups up to _WIDE values, and for wider ones
+    # (bits, symmetric): ends of the grid for groups of at most _WIDE values, and for larger ones
     (3, True): ((2.9, 6.0), (3.2, 10.5)),
     (3, False): ((6.3, 10.0), (7.5, 18.0)),
     (4, True): ((6.9, 10.5), (8.0, 18.0)),
@@ -61,17 +59,21 @@ _TARGETS = {
 
 
 def search_targets(scheme: Scheme, columns: int) -> Floats:
-    """Trial scales, as the code distance to which the largest magnitude (symmetric) or the range (else) is mapped.
+    """Return the trial scales: code distances to which the largest magnitude (asymmetric: the range) is mapped.
 
-    The wider the group, the further its largest value stands out, and the more clipping pays. The grids were chosen by
-    the error on normal and Student-t weights: at 4, 5 and 6 bits each is within 0.05 dB of a search with 200 trials.
+    The larger a group, the larger its outliers, and the more clipping reduces the error. The grids were chosen by the
+    error on normal and Student-t weights. At 4, 5 and 6 bits each is within 0.05 dB of a search with 200 trials.
     """
     low, high = _TARGETS[scheme.bits, scheme.symmetric][scheme.group_size(columns) > _WIDE]
     return np.linspace(low, high, 12, dtype=np.float32)
 
 
 def as_float32(weight: NDArray[np.float32] | NDArray[np.uint16]) -> Floats:
-    """Return float32 values; uint16 holds bfloat16 bit patterns."""
+    """Convert weights to float32; uint16 means the bits of bfloat16.
+
+    Raises:
+        TypeError: The weights have another type.
+    """
     if weight.dtype == np.uint16:
         return (weight.astype(np.uint32) << 16).view(np.float32)
     if weight.dtype == np.float32:
@@ -80,9 +82,9 @@ def as_float32(weight: NDArray[np.float32] | NDArray[np.uint16]) -> Floats:
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Pack codes [N, K], one to a byte, into [N, ceil(K * bits / 8)] as `QuantTensor` has them.
+    """Pack codes [N, K], one per byte, into [N, ceil(K * bits / 8)], the layout of `QuantTensor`.
 
-    Bits of the last byte that no code needs are 0.
+    Unused bits of the last byte are 0.
     """
     if bits == 8:
         return codes
@@ -102,12 +104,12 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
 
 def unpack(packed: NDArray[np.uint8], bits: int, columns: int | None = None) -> NDArray[np.uint8]:
-    """Return the codes one to a byte, [N, K]: the inverse of `pack`.
+    """Return codes one per byte, [N, K]: the inverse of `pack`.
 
     Args:
-        packed: codes [N, ceil(K * bits / 8)].
-        bits: of a code.
-        columns: K; None where the codes fill the last byte.
+        packed: Codes [N, ceil(K * bits / 8)].
+        bits: Bits per code.
+        columns: K; None if the codes fill the last byte.
     """
     if bits == 8:
         return packed
@@ -132,15 +134,15 @@ def unpack(packed: NDArray[np.uint8], bits: int, columns: int | None = None) -> 
 
 
 def _word(bits: int) -> tuple[int, int]:
-    # The fewest codes that fill whole bytes, and these bytes: 8 codes in 3 at 3 bits, 8 in 5 at 5, 4 in 3 at 6.
+    # The smallest number of codes that fills whole bytes, and that number of bytes: (8, 3) at 3 bits, (4, 3) at 6.
     codes = 8 // gcd(8, bits)
     return codes, codes * bits // 8
 
 
 def fill(weight: AnyWeights, columns: int) -> AnyWeights:
-    """Rows [N, K] padded with zeros to `columns`.
+    """Pad rows [N, K] with zeros to `columns`.
 
-    A zero changes no scale: it adds nothing to a sum, and every range includes it.
+    The zeros change no scale, as they add nothing to a sum, and every range includes zero.
     """
     return cast("AnyWeights", np.pad(weight, ((0, 0), (0, columns - weight.shape[1]))))
 
@@ -148,28 +150,28 @@ def fill(weight: AnyWeights, columns: int) -> AnyWeights:
 def not_finite(name: str, row: int, column: int, value: float) -> CheckpointError:
     """Return the error for a NaN or an infinity among the weights."""
     return CheckpointError(
-        f"{name}[{row}, {column}] is {value}: weights must be finite, so this checkpoint is damaged; fetch it again"
+        f"{name}[{row}, {column}] is {value}, but weights must be finite: the checkpoint is damaged, so fetch it again"
     )
 
 
 def too_large(name: str, row: int, column: int, value: float) -> CheckpointError:
-    """Return the error for a weight whose scale would overflow float16."""
+    """Return the error for a weight whose scale would exceed float16's range."""
     return CheckpointError(
-        f"{name}[{row}, {column}] is {value:g}: its scale is past float16's range (65504): this checkpoint is damaged, "
-        'or the tensor must be kept float (a recipe rule with scheme = "float")'
+        f"{name}[{row}, {column}] is {value:g}, too large for a float16 scale (65504): the checkpoint is damaged, or "
+        'the tensor must stay float (a recipe rule with scheme = "float")'
     )
 
 
 def quantize(weight: NDArray[np.float32] | NDArray[np.uint16], scheme: Scheme, *, name: str = "weight") -> QuantTensor:
-    """Quantise a matrix [N, K] (float32, or bfloat16 as uint16) with numpy alone.
+    """Quantise a matrix to integers with numpy alone.
 
     Args:
-        weight: [N, K].
-        scheme: the scheme wanted; the result's is `scheme.effective(K)`.
-        name: what errors call the tensor.
+        weight: [N, K], float32, or bfloat16 as uint16.
+        scheme: The scheme; the result has `scheme.effective(K)`.
+        name: Name of the tensor in errors.
 
     Raises:
-        CheckpointError: a weight is not finite, or too large for a float16 scale.
+        CheckpointError: A weight is not finite, or too large for a float16 scale.
     """
     rows, columns = weight.shape
     scheme = scheme.effective(columns)
@@ -194,7 +196,7 @@ def quantize(weight: NDArray[np.float32] | NDArray[np.uint16], scheme: Scheme, *
 
 
 def dequantize(tensor: QuantTensor) -> Floats:
-    """Return float32 [N, K] = (code - zero) * scale; each product is exact in float32."""
+    """Return float32 [N, K] = (code - zero) * scale, which is exact in float32."""
     rows, columns = tensor.shape
     scheme = tensor.integers
     if columns != scheme.padded(columns):
@@ -211,7 +213,7 @@ def _check(values: Floats, scheme: Scheme, group: int, name: str, first_row: int
     if not finite.all():
         row, column = (int(i) for i in np.argwhere(~finite)[0])
         raise not_finite(name, first_row + row, column, float(values[row, column]))
-    # The largest scale that may arise is that of plain rounding. 65504 is float16's largest number.
+    # The largest possible scale is that of plain rounding. 65504 is float16's largest number.
     limit = np.float32(65504.0) * np.float32(scheme.symmetric_zero - 1)
     magnitude = np.abs(values)
     if magnitude.max(initial=0.0) > limit:
@@ -227,8 +229,8 @@ class _Groups:
 
 
 def _sum(values: Floats) -> Floats:
-    # numpy adds the rows of a [group, M] array in order, which is the order the native kernel has; but where M is 1 it
-    # sums pairwise along what has become the contiguous axis. `_quantize_groups` pads M for that reason.
+    # numpy adds the rows of a [group, M] array in order, like the native kernel. But with M = 1 it sums pairwise, as
+    # the axis is contiguous then. So `_quantize_groups` pads M.
     return cast("Floats", np.add.reduce(values, axis=0))
 
 
@@ -238,14 +240,14 @@ def _reciprocal(values: Floats) -> Floats:
 
 
 def _to_half(scale: Floats) -> Floats:
-    # Adding zero turns -0.0 into 0.0. A scale past 65504 becomes infinite: its error is not a number, and it loses.
+    # Adding zero turns -0.0 into 0.0. A scale above 65504 becomes infinite; its error is NaN, so it is never chosen.
     with np.errstate(over="ignore"):
         return scale.astype(np.float16).astype(np.float32) + np.float32(0)
 
 
 def _codes(x: Floats, inverse: Floats, low: Floats, high: Floats) -> Floats:
-    # Clipped before rounding: the bounds are whole, so the order does not matter, and the kernel may round by adding
-    # and subtracting 1.5 * 2**23.
+    # Clip before rounding. The bounds are integers, so the result is the same, and the kernel can round by adding and
+    # subtracting 1.5 * 2**23.
     c = x * inverse
     np.maximum(c, low, out=c)
     np.minimum(c, high, out=c)

@@ -1,4 +1,4 @@
-"""Signal to noise of each scheme: one table, which the tests measure again and docs/performance/quality.md shows."""
+"""Signal to noise ratio of each scheme: a table that tests measure again and docs/performance/quality.md shows."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from edgelm.quant.codec import rounded
 from edgelm.quant.scheme import AnyScheme, Scheme, parse_scheme
 
 ROWS, COLUMNS = 256, 2048
-"""The matrices measured: rows as long as those of OLMoE and Fox."""
+"""Shape of the measured matrices; the rows are as long as those of OLMoE and Fox."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Signal to quantisation noise in dB, of normal and of Student-t weights (5 degrees of freedom: outliers).
+    """Signal to quantisation noise ratio of a scheme, in dB. 6.02 dB are one bit.
 
-    `plain` is rounding of the normal weights with a scale from the largest magnitude alone, for comparison; None for
-    FP8, which is nothing else.
-    6.02 dB are one bit.
+    Attributes:
+        scheme: Name of the scheme.
+        normal: On normally distributed weights.
+        plain: The same with plain rounding, whose scale comes from the largest magnitude. None for FP8, which always
+            has such scales.
+        heavy: On Student-t weights with 5 degrees of freedom, which have outliers.
     """
 
     scheme: str
@@ -80,7 +83,7 @@ QUALITY: tuple[Quality, ...] = (
 
 
 def sqnr(reference: NDArray[np.float32], found: NDArray[np.float32]) -> float:
-    """Return 10 log10(sum(reference**2) / sum((reference - found)**2)) in dB; infinite where they are equal."""
+    """Return 10 log10(sum(reference**2) / sum((reference - found)**2)) in dB; infinite if they are equal."""
     exact = reference.astype(np.float64)
     noise = float(np.square(exact - found).sum())
     return float("inf") if noise == 0 else float(10 * np.log10(np.square(exact).sum() / noise))
@@ -100,7 +103,7 @@ def measure(scheme: AnyScheme, seed: int = 0) -> Quality:
 
 
 def plain_rounding(weight: NDArray[np.float32], scheme: Scheme) -> NDArray[np.float32]:
-    """Return [N, K] weights rounded with float16 scales absmax / (2**(bits-1) - 1), or range / (2**bits - 1)."""
+    """Round weights [N, K] with float16 scales absmax / (2**(bits-1) - 1), or range / (2**bits - 1) if asymmetric."""
     values = weight.reshape(weight.shape[0], scheme.groups(weight.shape[1]), -1)
     if scheme.symmetric:
         low = high = np.float32(scheme.symmetric_zero - 1)
@@ -120,7 +123,7 @@ def plain_rounding(weight: NDArray[np.float32], scheme: Scheme) -> NDArray[np.fl
 
 
 def markdown() -> Iterator[str]:
-    """Yield the lines of the table as docs/performance/quality.md has it."""
+    """Yield the lines of the table in docs/performance/quality.md."""
     yield "| scheme | bits a weight | normal, dB | plain rounding, dB | Student-t, dB |"
     yield "|---|---|---|---|---|"
     for row in QUALITY:

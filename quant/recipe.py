@@ -1,4 +1,4 @@
-"""Recipes: which scheme each tensor of a checkpoint gets.
+"""Recipes: the quantisation scheme of each tensor of a checkpoint, as TOML.
 
     name = "mine"
     default = "int4-g32-sym"
@@ -11,15 +11,15 @@
     match = "model.layers.0.*"
     scheme = "int8-g32-sym"
 
-A rule is for the matrices of a role (`edgelm.models.spec.ROLES`), or for the tensors whose full name matches a shell
-pattern (`*` crosses dots). The first rule that matches decides; where none does, `default` does. "float" keeps a tensor
-as it is, and tensors that are not matrices are always kept.
+A rule applies to the matrices of a role (`edgelm.models.spec.ROLES`), or to the tensors whose full name matches a shell
+pattern, in which `*` also matches dots. The first rule that matches decides; without a match `default` does. "float"
+means not quantised. Tensors that are not matrices are never quantised.
 
-Three more keys may stand at the top, and the first two of them in a rule:
+Three more keys are possible at the top, and the first two also in a rule:
 
-    activations = "float"   what the matrix multiplies: one of `ACTIVATIONS`; "auto" leaves it to the target
-    method = "gptq"         how quantised values are found where there are calibration data: one of `METHODS`
-    kv = "int8"             the type of cache that a bundle asks for: one of `KV_TYPES`; "auto" leaves it to the target
+    activations = "float"   activation type of the matmul, one of `ACTIVATIONS`; "auto" leaves it to the target
+    method = "gptq"         calibration method, one of `METHODS`; unused without calibration
+    kv = "int8"             default type of the KV cache, one of `KV_TYPES`; "auto" leaves it to the target
 """
 
 from __future__ import annotations
@@ -37,17 +37,21 @@ from edgelm.models.spec import EMBEDDING, HEAD, ROLES, Decoder
 from edgelm.places import Kind
 from edgelm.quant.scheme import AnyScheme, Fp8Scheme, Scheme, parse_scheme
 
-_BLAME = Blame(RecipeError, "mend it, or write one with `edgelm recipe`")
+_BLAME = Blame(RecipeError, "correct it, or write one with `edgelm recipe`")
 
 FLOAT = "float"
 AUTO = "auto"
 ACTIVATIONS = (AUTO, FLOAT, "int8-token", "int8-static", "fp8-token", "fp8-static")
-"""What a matrix multiplies: float; int8 or FP8 E4M3 with a scale for each token, or one calibrated for all."""
+"""Activation types: float, or int8 or FP8 E4M3 with one scale per token or one calibrated ("static") scale."""
 STATIC_ACTIVATIONS = ("int8-static", "fp8-static")
-"""Those whose scale is calibrated."""
+"""The activation types with a calibrated scale."""
 METHODS = (AUTO, "gptq", "search", "rtn")
-"""How values are found: by the least error of the output with its columns corrected in turn (gptq), by scales that
-weigh the error with the inputs' magnitude (search), by the least error of the weights (rtn), or the best (auto)."""
+"""Calibration methods.
+
+"gptq" minimises the error of the matmul's output and corrects later columns for the error of earlier ones. "search"
+chooses scales by the error weighted with the magnitude of the inputs. "rtn" rounds to nearest, with scales of the least
+error of the weights. "auto" takes the best of them.
+"""
 KV_TYPES = (AUTO, "float32", "float16", "int8", "fp8")
 
 _WILDCARD = re.compile(r"[*?[]")
@@ -57,9 +61,14 @@ _OF_RULES = ("activations", "method")
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors whose name matches `pattern`, or those of `role`, get `scheme`, or stay float where it is None.
+    """A rule of a recipe: the scheme of some tensors. Either `pattern` or `role` is given.
 
-    `activations` and `method` of None are the recipe's own.
+    Attributes:
+        pattern: Shell pattern that matches the tensors' full names.
+        scheme: How to quantise them; None keeps them float.
+        activations: Activation type, one of `ACTIVATIONS`; None for the recipe's own.
+        method: Calibration method, one of `METHODS`; None for the recipe's own.
+        role: Role of the matrices, one of `edgelm.models.spec.ROLES`.
     """
 
     pattern: str | None
@@ -70,15 +79,22 @@ class Rule:
 
 
 def of_role(role: str, scheme: AnyScheme | None) -> Rule:
-    """A rule for the matrices of a role."""
+    """Return a rule for the matrices of a role."""
     return Rule(None, scheme, role=role)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named default with exceptions.
+    """How to quantise each tensor of a checkpoint: a default scheme, and rules for exceptions.
 
-    `roles` are those of a model's matrices by their names (`for_model`): without them no rule for a role matches.
+    Attributes:
+        name: Name of the recipe.
+        default: Scheme of matrices that no rule matches; None keeps them float.
+        rules: The exceptions. The first rule that matches a tensor decides.
+        activations: Activation type where a rule has none, one of `ACTIVATIONS`.
+        method: Calibration method where a rule has none, one of `METHODS`.
+        kv: Default type of the KV cache, one of `KV_TYPES`.
+        roles: Role of each matrix of a model, by name. `for_model` sets it; without it no rule for a role matches.
     """
 
     name: str
@@ -90,15 +106,15 @@ class Recipe:
     roles: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def for_model(self, decoder: Decoder) -> Recipe:
-        """Return this recipe with the roles of a model's matrices known."""
+        """Return this recipe with the roles of a model's matrices, so that rules for roles match."""
         return replace(self, roles={name: matrix.role for name, matrix in decoder.matrices.items()})
 
     def match(self, tensor: str) -> AnyScheme | None:
-        """Return the scheme written for a tensor of that name, before its shape is looked at."""
+        """Return the scheme of a tensor by its name alone; see `scheme_for`."""
         return self.rule(tensor).scheme
 
     def rule(self, tensor: str) -> Rule:
-        """Return what is written for a tensor of that name, nothing left to defaults."""
+        """Return the rule for a tensor, with the recipe's own values filled in."""
         index = min(self._matching(tensor), default=None)
         if index is None:
             return Rule("*", self.default, self.activations, self.method)
@@ -106,11 +122,11 @@ class Recipe:
         return replace(rule, activations=rule.activations or self.activations, method=rule.method or self.method)
 
     def activations_for(self, tensor: str) -> str:
-        """Return what a matrix of that name is to be multiplied with, one of `ACTIVATIONS`."""
+        """Return the activation type of a matrix's matmul, one of `ACTIVATIONS`."""
         return self.rule(tensor).activations or AUTO
 
     def _matching(self, tensor: str) -> Iterator[int]:
-        """Indices of the rules that match, in no order."""
+        """Yield the indices of the rules that match a tensor, in any order."""
         role = self.roles.get(tensor)
         if role is not None:
             yield from (index for index, rule in enumerate(self.rules) if rule.role == role)
@@ -124,10 +140,10 @@ class Recipe:
 
     @cached_property
     def _patterns(self) -> dict[int, dict[str, list[tuple[int, re.Pattern[str] | None]]]]:
-        """Rules by the text before the first wildcard, and by its length; a pattern without one is None.
+        """The rules by the text before their first wildcard, grouped by its length; None for a pattern without one.
 
-        A recipe with a scheme for each expert has thousands of rules, and a checkpoint thousands of tensors: most
-        pairs of them are told apart here.
+        A recipe with a scheme for each expert has thousands of rules, and a checkpoint has thousands of tensors. This
+        index avoids matching every pair of them.
         """
         found: dict[int, dict[str, list[tuple[int, re.Pattern[str] | None]]]] = {}
         for index, rule in enumerate(self.rules):
@@ -140,22 +156,25 @@ class Recipe:
         return found
 
     def scheme_for(self, tensor: str, shape: tuple[int, ...]) -> AnyScheme | None:
-        """Return the scheme of a tensor with its group made to fit the rows; None keeps it float."""
+        """Return the scheme of a tensor, with a group that suits its rows (`AnyScheme.effective`); None keeps it float.
+
+        Tensors with other than two dimensions stay float.
+        """
         scheme = self.match(tensor) if len(shape) == 2 else None
         return None if scheme is None else scheme.effective(shape[1])
 
     @property
     def is_preset(self) -> bool:
-        """Whether this is one of the named presets."""
+        """Whether this is one of `PRESETS`."""
         return PRESETS.get(self.name) == self
 
     def check(self, tensors: Collection[str]) -> None:
-        """Refuse a pattern that matches no tensor: most likely a typo.
+        """Check that every pattern matches at least one tensor, as one that does not is probably a typo.
 
-        A role may be one that the model does not have, and presets serve every model: they are exempt.
+        Presets and rules for roles are exempt: they are for all models.
 
         Raises:
-            RecipeError: naming the pattern.
+            RecipeError: Names a pattern that matches nothing.
         """
         if self.is_preset:
             return
@@ -165,11 +184,11 @@ class Recipe:
                 example = next(iter(sorted(tensors)), "none")
                 raise RecipeError(
                     f'recipe {self.name}: the pattern "{rule.pattern}" matches none of the {len(tensors)} tensors '
-                    f"(e.g. {example}); patterns match the whole name"
+                    f"(such as {example}): write a pattern for the whole name, or remove the rule"
                 )
 
     def to_toml(self) -> str:
-        """Return the TOML that `from_toml` reads back to an equal recipe."""
+        """Return the recipe as TOML, which `from_toml` reads back."""
         lines = [f"name = {_quoted(self.name)}", f"default = {_quoted(_scheme_name(self.default))}"]
         lines += [f"{key} = {_quoted(getattr(self, key))}" for key in _CHOICES if getattr(self, key) != AUTO]
         for rule in self.rules:
@@ -184,16 +203,21 @@ class Recipe:
 
     @classmethod
     def from_toml(cls, text: str | bytes, where: str = "the recipe", name: str | None = None) -> Recipe:
-        """Read a recipe; `name` is used where the text gives none.
+        """Parse a recipe.
+
+        Args:
+            text: The TOML.
+            where: Name of the source in errors, such as the file's path.
+            name: Name of the recipe if the TOML has none.
 
         Raises:
-            RecipeError: it is no TOML, a key is unknown or missing, or a scheme does not exist.
+            RecipeError: It is not TOML, a key is unknown or missing, or a value is not one of those allowed.
         """
         table = parse_toml(text, where, _BLAME)
         _only(table, ("name", "default", "rule", *_CHOICES), where)
         rules = table.get("rule", [])
         if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
-            raise RecipeError(f'{where}: rules are tables headed "[[rule]]"')
+            raise RecipeError(f'{where}: "rule" is not a list of tables: start each rule with "[[rule]]"')
         found = []
         for number, rule in enumerate(rules, 1):
             place = f"{where}, rule {number}"
@@ -212,21 +236,26 @@ class Recipe:
         recipe = cls(
             name, _scheme(table, "default", where), tuple(found), kinds["activations"], kinds["method"], kinds["kv"]
         )
-        # Bundles and checkpoints of before roles have the presets with patterns.
+        # Bundles and checkpoints of earlier versions hold the presets with patterns in place of roles.
         return PRESETS[recipe.name] if _FORMER_PRESETS.get(recipe.name) == recipe else recipe
 
     @classmethod
     def load(cls, preset_or_path: str | Path) -> Recipe:
-        """Return a preset by its name, or read a TOML file.
+        """Return a preset, or read a TOML file.
+
+        Args:
+            preset_or_path: Name of a preset ("int4", "int8", "fp8", "none"), or path of a file.
 
         Raises:
-            RecipeError: it is neither, or the file is malformed.
+            RecipeError: It is neither, or the file is malformed.
         """
         if isinstance(preset_or_path, str) and preset_or_path in PRESETS:
             return PRESETS[preset_or_path]
         path = Path(preset_or_path)
         if not path.is_file():
-            raise RecipeError(f"no recipe {preset_or_path}: give {', '.join(PRESETS)}, or the path of a .toml file")
+            raise RecipeError(
+                f"there is no recipe {preset_or_path}: give {', '.join(PRESETS)}, or the path of a .toml file"
+            )
         return cls.from_toml(read_bytes(path, _BLAME), str(path), path.stem)
 
 
@@ -239,7 +268,7 @@ def _refusal(path: Path) -> str | None:
 
 
 RECIPE = Kind("a recipe", _refusal, is_folder=False)
-"""A TOML file that `Recipe.load` reads."""
+"""A TOML file that `Recipe.load` reads, as a kind of output."""
 
 
 def _quoted(text: str) -> str:
@@ -250,27 +279,27 @@ def _quoted(text: str) -> str:
 def _only(table: Mapping[str, object], keys: tuple[str, ...], where: str) -> None:
     unknown = sorted(set(table) - set(keys))
     if unknown:
-        raise RecipeError(f"{where}: unknown key {', '.join(unknown)[:200]}; known are {', '.join(keys)}")
+        raise RecipeError(f"{where}: unknown key {', '.join(unknown)[:200]}; the keys are {', '.join(keys)}")
 
 
 def _text(table: Mapping[str, object], key: str, where: str) -> str:
     value = table.get(key)
     if not isinstance(value, str) or not value:
-        raise RecipeError(f'{where}: "{key}" is missing or not a text')
+        raise RecipeError(f'{where}: "{key}" is missing or is not a string')
     return value
 
 
 def _role(table: Mapping[str, object], where: str) -> str:
     role = _text(table, "role", where)
     if role not in ROLES:
-        raise RecipeError(f"{where}: role = {quoted(role)} is none of {', '.join(ROLES)}")
+        raise RecipeError(f"{where}: role = {quoted(role)} is not one of {', '.join(ROLES)}")
     return role
 
 
 def _choice(table: Mapping[str, object], key: str, where: str) -> str:
     value = _text(table, key, where)
     if value not in _CHOICES[key]:
-        raise RecipeError(f"{where}: {key} = {quoted(value)} is none of {', '.join(_CHOICES[key])}")
+        raise RecipeError(f"{where}: {key} = {quoted(value)} is not one of {', '.join(_CHOICES[key])}")
     return value
 
 
@@ -289,16 +318,16 @@ def _scheme_name(scheme: AnyScheme | None) -> str:
 
 
 _ROUTER = of_role("router", None)
-# The tables of the vocabulary stay at 8 bits: an error of the head goes straight into every logit, and the embedding
-# is read one row a token, so its width costs storage but no speed. Norms are vectors, which no rule quantises.
+# Embedding and head get 8 bits. An error of the head is an error of every logit, and of the embedding only one row is
+# read per token, so its bits cost storage but no speed. Norms are vectors, which are never quantised.
 _TABLES = (of_role(EMBEDDING, Scheme(8, 128)), of_role(HEAD, Scheme(8, 128)))
 
 PRESETS: Mapping[str, Recipe] = {
     "int4": Recipe("int4", Scheme(4, 32), (_ROUTER, *_TABLES)),
-    # The activations are rounded to int8 in blocks of the weights' group: with 128 in place of 32 a MoE loses almost
-    # twice as much (docs/log.md), for 8 % fewer bytes.
+    # Activations are rounded to int8 in blocks of the weights' group. With groups of 128 instead of 32 a MoE loses
+    # almost twice as much quality (docs/log.md) and takes 8 % fewer bytes.
     "int8": Recipe("int8", Scheme(8, 32), (_ROUTER, *_TABLES)),
-    # As most FP8 checkpoints have it: one scale a row; embedding, head and router stay float.
+    # Like most published FP8 checkpoints: one scale per row; embedding, head and router stay float.
     "fp8": Recipe("fp8", Fp8Scheme(None), (_ROUTER, of_role(EMBEDDING, None), of_role(HEAD, None))),
     "none": Recipe("none", None),
 }
@@ -310,4 +339,4 @@ _FORMER_PRESETS: Mapping[str, Recipe] = {
     )
     for name, preset in PRESETS.items()
 }
-"""The presets as they were written when rules had patterns alone."""
+"""The presets as earlier versions wrote them, when rules had no roles."""

@@ -1,7 +1,7 @@
-"""The reference model of a recipe: quantised weights, activations rounded, the cache rounded; float32 arithmetic.
+"""The quantised reference: a PyTorch model with quantised weights, rounded activations and a rounded KV cache.
 
-This is what a device computes, but for the order of sums. `reference_module` gives a whole model in memory, and
-`QuantizedActivations` are the hooks for one that exists already or for a layer-by-layer run.
+Arithmetic is float32, so it computes what a device computes, up to the order of sums. `reference_module` returns a
+whole model in memory. `QuantizedActivations` are hooks for an existing model or a layer-by-layer run.
 """
 
 from __future__ import annotations
@@ -22,39 +22,38 @@ from edgelm.reference.module import ReferenceModel
 
 
 def activation_kinds(source: WeightSource, recipe: Recipe | None = None, *, auto: str = FLOAT) -> dict[str, str]:
-    """Return how the input of each quantised matrix is rounded, by its name; inputs that stay float are left out.
-
-    A matrix that the recipe keeps in float multiplies floats.
+    """Return the rounding of each quantised matrix's input, by matrix name; matrices with float inputs are left out.
 
     Args:
-        source: the checkpoint and its recipe.
-        recipe: asked for the activations in place of the source's own.
-        auto: what "auto" stands for: "float", "int8-b32" (the native CPU operators), or any key of DYNAMIC, STATIC.
+        source: The checkpoint and its recipe.
+        recipe: Recipe whose activations are used; None for the source's own.
+        auto: Rounding that "auto" means: "float", "int8-b32" (the native CPU operators), or another key of
+            `activations.DYNAMIC` or `STATIC`.
 
     Raises:
-        RecipeError: there is no such kind.
+        RecipeError: There is no such rounding.
     """
     kinds: dict[str, str] = {}
     for name, asked in source.activations(recipe).items():
         kind = auto if asked == AUTO else asked
         if kind != FLOAT and kind not in DYNAMIC and kind not in STATIC:
-            raise RecipeError(f"no activations {kind}: give {', '.join((FLOAT, *DYNAMIC, *STATIC))}")
+            raise RecipeError(f"there are no activations {kind!r}: give {', '.join((FLOAT, *DYNAMIC, *STATIC))}")
         if kind != FLOAT:
             kinds[name] = kind
     return kinds
 
 
 class QuantizedActivations(Hooks):
-    """Rounds what matrices multiply and what is cached.
+    """Hooks that round the inputs of matmuls and the KV cache.
 
     Args:
-        kinds: of each matrix by its name, a key of `activations.DYNAMIC` or `STATIC`; others stay float.
-        scales: of the static ones.
-        kv: type of the cache: "float32", "float16", "int8", "fp8".
-        kv_scales: calibrated scales of the cache by layer; None is a scale for each head and token.
+        kinds: Rounding by matrix name, a key of `activations.DYNAMIC` or `STATIC`. Other inputs stay float.
+        scales: Scales of the static roundings, by matrix name.
+        kv: Type of the cache: "float32", "float16", "int8" or "fp8".
+        kv_scales: Calibrated scales of the cache, by layer; None for one scale per head and token.
 
     Raises:
-        RecipeError: a static matrix has no scale.
+        RecipeError: A matrix with a static rounding has no scale.
     """
 
     def __init__(
@@ -72,12 +71,12 @@ class QuantizedActivations(Hooks):
         missing = [name for name, kind in self.kinds.items() if kind in STATIC and name not in self.scales]
         if missing:
             raise RecipeError(
-                f"{missing[0]} has {self.kinds[missing[0]]} activations, whose scale is calibrated, and none is known: "
-                'calibrate, or choose "int8-token" or "fp8-token" in the recipe'
+                f"{missing[0]} has {self.kinds[missing[0]]} activations, but the checkpoint has no calibrated scale "
+                'for it: calibrate, or choose "int8-token" or "fp8-token" in the recipe'
             )
 
     def inputs(self, matrix: Matrix, x: Tensor) -> Tensor:
-        """Round x [..., K] as `matrix` has it."""
+        """Round x [..., K], the input of `matrix`."""
         kind = self.kinds.get(matrix.name)
         if kind is None:
             return x
@@ -99,18 +98,18 @@ def quantized_activations(
     auto: str = FLOAT,
     auto_kv: str = "float32",
 ) -> QuantizedActivations | None:
-    """Return the hooks of a recipe's `activations` and `kv`, None where it rounds neither.
+    """Return the hooks for a recipe's `activations` and `kv`, or None if it rounds neither.
 
     Args:
-        source: the checkpoint and its recipe.
-        recipe: asked in place of the source's own.
-        scales: calibrated, by matrix; None are those that the checkpoint holds (`<stem>.input_scale`).
-        kv_scales: calibrated, by layer; None is a scale for each head and token.
-        auto: what activations of "auto" are.
-        auto_kv: what a cache of "auto" is.
+        source: The checkpoint and its recipe.
+        recipe: Recipe to use; None for the source's own.
+        scales: Calibrated scales by matrix; None for those of the checkpoint (`<stem>.input_scale`).
+        kv_scales: Calibrated scales of the cache by layer; None for one scale per head and token.
+        auto: Rounding of activations that "auto" means.
+        auto_kv: Type of the cache that "auto" means.
 
     Raises:
-        RecipeError: a static scale is missing, or there is no such kind.
+        RecipeError: A static scale is missing, or there is no such rounding.
     """
     recipe = recipe or source.recipe
     kinds = activation_kinds(source, recipe, auto=auto)
@@ -127,16 +126,16 @@ def quantized_activations(
 def reference_module(
     source: WeightSource, recipe: Recipe | None = None, *, hooks: Hooks | None = None, **options: Any
 ) -> ReferenceModel:
-    """Return the whole model in memory, its logits those of quantised weights, activations and cache.
+    """Return the whole model in memory, with quantised weights, activations and cache.
 
     Args:
-        source: the checkpoint and its recipe.
-        recipe: asked for activations and cache in place of the source's own.
-        hooks: in place of those of `quantized_activations`.
-        options: of `quantized_activations`.
+        source: The checkpoint and its recipe.
+        recipe: Recipe whose activations and cache are used; None for the source's own.
+        hooks: Hooks instead of those of `quantized_activations`.
+        options: Keyword arguments of `quantized_activations`.
 
     Raises:
-        RecipeError: as there.
+        RecipeError: As `quantized_activations`.
     """
     module = ReferenceModel(source.checkpoint.decoder)
     module.load_weights(source.dequantized().read_float32)

@@ -1,4 +1,4 @@
-"""How one matrix is quantised: the numbers that codes stand for, and how many values share a scale."""
+"""Quantisation schemes: the number format of a matrix's codes, and how many values share a scale."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ import numpy as np
 from edgelm.errors import RecipeError
 
 MIN_GROUP = 16
-"""Smallest group: ONNX Runtime's block-quantised operators want a power of two of at least 16."""
+"""Smallest group. ONNX Runtime's block-quantised operators need a power of two of at least 16."""
 
 INTEGER_BITS = (3, 4, 5, 6, 8)
 
 FP8_FORMS = {"e4m3": "fp8", "e5m2": "fp8e5m2"}
-"""Formats of FP8 by what the names of their schemes start with."""
+"""The FP8 formats, each with the start of its schemes' names."""
 
 FORMS = (
     "int3|int4|int5|int6|int8 - g<group>|row - sym|asym (such as int4-g32-sym, int3-g64-asym, int8-row-sym), "
     "fp8-row, fp8-b<block> (such as fp8-b128), and fp8e5m2 in place of fp8"
 )
-"""The names of schemes, for messages."""
+"""The names of all schemes, for messages."""
 
 _INTEGER = re.compile(r"int(?P<bits>[34568])-(?:g(?P<group>\d+)|row)-(?P<symmetry>sym|asym)")
 _FP8 = re.compile(r"(?P<format>fp8|fp8e5m2)-(?:b(?P<block>\d+)|row)")
 
 
 class AnyScheme(ABC):
-    """What storing, cutting and sizing a quantised matrix has to know; the arithmetic is each scheme's own.
+    """Base of the schemes: what is needed to store, slice and measure a quantised matrix.
 
     Attributes:
-        bits: of a code. Codes of one row fill its bytes from the lowest bit up.
-        group: values per scale along the row, a power of two of at least 16, the last perhaps fewer; None is one scale
-            for the whole row.
-        scale_dtype: in which the scales are stored.
+        bits: Bits per code. The codes of a row fill its bytes from the lowest bit up.
+        group: Values per scale along the row, a power of two of at least 16; the last group of a row may be shorter.
+            None means one scale for the whole row.
+        scale_dtype: Type of the stored scales.
     """
 
     bits: int
@@ -47,7 +47,7 @@ class AnyScheme(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """As `parse_scheme` reads it."""
+        """Name of the scheme, which `parse_scheme` reads."""
 
     @property
     @abstractmethod
@@ -59,31 +59,31 @@ class AnyScheme(ABC):
         """Return the same scheme with another group."""
 
     def groups(self, columns: int) -> int:
-        """Scales in a row of `columns` values."""
+        """Return the number of scales in a row of `columns` values."""
         return 1 if self.group is None else -(-columns // self.group)
 
     def group_size(self, columns: int) -> int:
-        """Values per scale in a row of `columns` values."""
+        """Return the number of values per scale in a row of `columns` values."""
         return columns if self.group is None else self.group
 
     def code_bytes(self, columns: int) -> int:
-        """Bytes of the codes of a row of `columns` values, the last byte perhaps with bits to spare."""
+        """Return the bytes of the codes of a row of `columns` values; the last byte may have unused bits."""
         return -(-columns * self.bits // 8)
 
     def padded(self, columns: int) -> int:
-        """`columns` rounded up to whole groups, or to codes that fill the last byte where a row is one group."""
+        """Round `columns` up to whole groups, or to codes that fill whole bytes if a row is one group."""
         unit = 8 // gcd(8, self.bits) if self.group is None else self.group
         return -(-columns // unit) * unit
 
     def bits_per_weight(self, columns: int) -> float:
-        """Storage for each weight in a row of `columns` values, scales and 8-bit zero points included."""
+        """Return the mean bits per weight in a row of `columns` values, with scales and 8-bit zero points."""
         of_group = 8 * self.scale_dtype.itemsize + (8 if self.has_zeros else 0)
         return self.bits + self.groups(columns) * of_group / columns
 
     def effective(self, columns: int) -> Self:
-        """Return this scheme with a group that divides `columns`: its own, or the largest smaller one that does.
+        """Return this scheme with the largest group, at most its own, that divides `columns`.
 
-        Where no power of two of at least 16 divides `columns` the group stays, and the last one of a row is shorter.
+        If no power of two of at least 16 divides `columns`, the group stays and the last one of each row is shorter.
         """
         if self.group is None:
             return self
@@ -93,24 +93,24 @@ class AnyScheme(ABC):
 
 def _check_group(group: int | None) -> None:
     if group is not None and (group < MIN_GROUP or group & (group - 1)):
-        raise RecipeError(f"a group is a power of two of at least {MIN_GROUP}, or the whole row, not {group!r}")
+        raise RecipeError(f"the group is {group!r}: give a power of two of at least {MIN_GROUP}, or a whole row")
 
 
 @dataclass(frozen=True)
 class Scheme(AnyScheme):
-    """Integers: one float16 scale (and, asymmetric, one zero point) for each `group` neighbouring values of a row.
+    """Integer scheme: each group of values in a row shares a float16 scale and, if asymmetric, a zero point.
 
-    A weight is `w = (code - zero) * scale` with `code` in 0 .. 2**bits - 1. A symmetric scheme fixes `zero` at
-    2**(bits - 1); its scale may be negative, so that the one code more on the negative side serves whichever sign
-    holds the largest value.
+    A weight is w = (code - zero) * scale with codes 0 .. 2**bits - 1. A symmetric scheme has the fixed zero point
+    2**(bits - 1). Its scale may be negative, so that the sign with the larger magnitude can use the additional code of
+    the negative side.
 
     Attributes:
-        bits: one of `INTEGER_BITS`.
-        group: values per scale along the row, a power of two of at least 16; None is one scale for the whole row.
-        symmetric: whether the zero point is fixed.
+        bits: Bits per code, one of `INTEGER_BITS`.
+        group: Values per scale along the row, a power of two of at least 16; None for one scale per row.
+        symmetric: Whether the zero point is fixed.
 
     Raises:
-        RecipeError: bits or group is none of these.
+        RecipeError: `bits` or `group` is not one of these.
     """
 
     bits: int
@@ -121,18 +121,18 @@ class Scheme(AnyScheme):
 
     def __post_init__(self) -> None:
         if self.bits not in INTEGER_BITS:
-            raise RecipeError(f"a scheme of integers has 3, 4, 5, 6 or 8 bits, not {self.bits!r}")
+            raise RecipeError(f"an integer scheme has 3, 4, 5, 6 or 8 bits, not {self.bits!r}")
         _check_group(self.group)
 
     @property
     def name(self) -> str:
-        """Such as "int4-g32-sym" or "int8-row-sym"."""
+        """Name of the scheme, such as "int4-g32-sym" or "int8-row-sym"."""
         group = "row" if self.group is None else f"g{self.group}"
         return f"int{self.bits}-{group}-{'sym' if self.symmetric else 'asym'}"
 
     @property
     def has_zeros(self) -> bool:
-        """Whether each group stores a zero point: unless it is symmetric."""
+        """Whether each group stores a zero point: true for asymmetric schemes."""
         return not self.symmetric
 
     def with_group(self, group: int | None) -> Self:
@@ -152,17 +152,17 @@ class Scheme(AnyScheme):
 
 @dataclass(frozen=True)
 class Fp8Scheme(AnyScheme):
-    """FP8 (OCP 8-bit floating point, revision 1.0) with one float32 scale for each block of a row.
+    """FP8 scheme (OCP 8-bit floating point, revision 1.0): each block of a row shares a float32 scale.
 
-    A weight is `w = value(code) * scale`, and scale = absmax / largest, so that a block's largest weight becomes the
-    format's largest number: 448 of E4M3 (4 bits of exponent, 3 of mantissa), 57344 of E5M2 (5 and 2).
+    A weight is w = value(code) * scale with scale = absmax / largest. So the largest magnitude of a block becomes the
+    format's largest number: 448 in E4M3 (4 exponent bits, 3 mantissa bits), 57344 in E5M2 (5 and 2).
 
     Attributes:
-        group: values per scale along the row, a power of two of at least 16; None is one scale for the whole row.
+        group: Values per scale along the row, a power of two of at least 16; None for one scale per row.
         form: "e4m3" or "e5m2".
 
     Raises:
-        RecipeError: group or form is none of these.
+        RecipeError: `group` or `form` is not one of these.
     """
 
     group: int | None
@@ -178,12 +178,12 @@ class Fp8Scheme(AnyScheme):
 
     @property
     def name(self) -> str:
-        """Such as "fp8-row", "fp8-b128" or "fp8e5m2-row"."""
+        """Name of the scheme, such as "fp8-row", "fp8-b128" or "fp8e5m2-row"."""
         return f"{FP8_FORMS[self.form]}-{'row' if self.group is None else f'b{self.group}'}"
 
     @property
     def has_zeros(self) -> bool:
-        """Never: zero is a code of its own."""
+        """Always false: FP8 has a code for zero."""
         return False
 
     def with_group(self, group: int | None) -> Self:
@@ -192,10 +192,10 @@ class Fp8Scheme(AnyScheme):
 
 
 def parse_scheme(name: str) -> AnyScheme:
-    """Read a scheme's `name`.
+    """Parse the name of a scheme, such as "int4-g32-sym" or "fp8-row".
 
     Raises:
-        RecipeError: it is none of `FORMS`, or its group is no power of two of at least 16.
+        RecipeError: There is no scheme of that name, or its group is not a power of two of at least 16.
     """
     if match := _INTEGER.fullmatch(name):
         group = match["group"]
@@ -203,4 +203,4 @@ def parse_scheme(name: str) -> AnyScheme:
     if match := _FP8.fullmatch(name):
         form = next(form for form, stem in FP8_FORMS.items() if stem == match["format"])
         return Fp8Scheme(None if match["block"] is None else int(match["block"]), form)
-    raise RecipeError(f'"{name}" is no scheme: write {FORMS}')
+    raise RecipeError(f'"{name}" is not a scheme: write {FORMS}')

@@ -1,4 +1,4 @@
-"""A checkpoint seen through a recipe: quantised where the recipe says so, float elsewhere."""
+"""`WeightSource`: read a checkpoint's tensors, quantised by a recipe or as they were stored."""
 
 from __future__ import annotations
 
@@ -25,59 +25,65 @@ __all__ = ["FORMAT_VERSION", "METHOD", "PARTS", "WeightSource", "part_name", "st
 
 
 def stored_recipe(config: Mapping[str, object]) -> Recipe | None:
-    """Return the recipe of a quantised checkpoint from its config.json, None where it is not quantised.
+    """Return the recipe of a quantised checkpoint from its config.json, or None if it is not quantised.
 
-    Of a checkpoint that others quantised it is the name and the default, such as "gptq-int4-g128"; which tensors are
-    exceptions only the tensors tell, and `WeightSource.recipe` says.
+    For a checkpoint of another tool the recipe has a name such as "gptq-int4-g128" and a default, but no rules. The
+    exceptions are known only from the tensors; `WeightSource.recipe` has them.
 
     Raises:
-        CheckpointError: it was quantised by something that is not read, or by a newer version.
-        RecipeError: the recipe in it is malformed.
+        CheckpointError: The quantisation format is not supported, or was written by a newer version.
+        RecipeError: The stored recipe is malformed.
     """
     entry = config.get("quantization_config")
     if entry is None:
         return None
     if not isinstance(entry, dict):
         raise CheckpointError(
-            f"config.json: quantization_config is {entry!r} and no object: fetch the file again, or start from the "
+            f"config.json: quantization_config is {entry!r}, not an object: fetch the file again, or start from the "
             "float checkpoint"
         )
     if entry.get("quant_method") != METHOD:
         return recipe_of(entry)
     if entry.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"config.json has quantization_config.format_version {entry.get('format_version')!r}, this version reads "
-            f"{FORMAT_VERSION}: use the EdgeLM that wrote it, or quantise again"
+            f"config.json has quantization_config.format_version {entry.get('format_version')!r}, but this version "
+            f"reads {FORMAT_VERSION}: use the EdgeLM that wrote it, or quantise again"
         )
     return Recipe.from_toml(str(entry.get("recipe")), "config.json: quantization_config.recipe")
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Raise RecipeError where a checkpoint is quantised already."""
+    """Raise if a checkpoint is quantised.
+
+    Raises:
+        RecipeError: It is.
+    """
     if stored_recipe(checkpoint.config) is not None:
         raise RecipeError(f"{checkpoint.path} is already quantised: start from the float checkpoint")
 
 
 def float_source(checkpoint: Checkpoint, recipe: Recipe) -> WeightSource:
-    """Return a float checkpoint seen through a recipe, for writers whose own threads each take a tensor.
+    """Return the source of a float checkpoint, with one kernel thread, for callers that run one thread per tensor.
 
     Raises:
-        RecipeError: the checkpoint is quantised already, or the recipe quantises nothing of it.
+        RecipeError: The checkpoint is quantised already, or the recipe quantises none of its tensors.
     """
     refuse_quantized(checkpoint)
     source = WeightSource(checkpoint, recipe, threads=1)
     if not any(source.scheme(name) for name in source.shapes):
-        raise RecipeError(f'the recipe "{recipe.name}" quantises none of the tensors of {checkpoint.path}')
+        raise RecipeError(
+            f'the recipe "{recipe.name}" quantises none of the tensors of {checkpoint.path}: choose another recipe'
+        )
     return source
 
 
 def _schemes(recipe: Recipe) -> tuple[object, ...]:
-    """What quantises: neither activations, method nor cache."""
+    """Return the part of a recipe that determines the schemes: neither activations, method nor cache."""
     return (recipe.default, *((rule.pattern, rule.role, rule.scheme) for rule in recipe.rules))
 
 
 def _open_stored(checkpoint: Checkpoint) -> Stored | None:
-    """The checkpoint's quantised tensors, whoever made them; None where it is float."""
+    """Open the checkpoint's quantised tensors, in any format; None if it is float."""
     recipe = stored_recipe(checkpoint.config)
     if recipe is None:
         return None
@@ -87,31 +93,32 @@ def _open_stored(checkpoint: Checkpoint) -> Stored | None:
 
 
 def _refuse_unannounced(checkpoint: Checkpoint) -> None:
-    """Refuse quantised weights without a `quantization_config`: AutoGPTQ and AutoAWQ once wrote it beside config.json.
+    """Refuse quantised weights without a `quantization_config`. AutoGPTQ and AutoAWQ used to write it to another file.
 
     Raises:
-        CheckpointError: naming one of the tensors.
+        CheckpointError: Names one of the tensors.
     """
     for key, info in checkpoint.tensors.items():
         if key.endswith((".qweight", ".weight_packed")) or (key.endswith(".weight") and info.dtype not in FLOAT_DTYPES):
             raise CheckpointError(
-                f"{checkpoint.path}: {key} of the type {info.dtype} is quantised, but config.json has no "
-                "quantization_config: put there what quantize_config.json or quant_config.json says, with its "
+                f"{checkpoint.path}: {key} of type {info.dtype} is quantised, but config.json has no "
+                "quantization_config: copy the contents of quantize_config.json or quant_config.json there, with a "
                 f"quant_method ({METHOD}, {', '.join(FORMATS)}), or start from the float checkpoint"
             )
 
 
 class WeightSource:
-    """Gives each tensor of `checkpoint` by its float name, quantised on the fly or as it was stored.
+    """Reads the tensors of a checkpoint by their float names, quantised when read or as they were stored.
 
     Args:
-        checkpoint: float, written by `quantize_checkpoint`, or quantised by others (`edgelm.quant.formats`).
-        recipe: None is the stored recipe of a quantised checkpoint, and "none" for a float one.
-        threads: for the quantisation kernel; None is all cores this process may use.
+        checkpoint: A float checkpoint, one written by `quantize_checkpoint`, or one of another tool
+            (`edgelm.quant.formats`).
+        recipe: How to quantise. None is the stored recipe of a quantised checkpoint, and "none" for a float one.
+        threads: Threads of the quantisation kernel; None for every core that this process may use.
 
     Raises:
-        RecipeError: a pattern matches nothing, or the checkpoint is quantised with another recipe.
-        CheckpointError: quantised by something else, or parts of a tensor are missing.
+        RecipeError: A pattern matches no tensor, or the checkpoint is quantised with another recipe.
+        CheckpointError: The quantisation format is not supported, or parts of a tensor are missing.
     """
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe | None = None, *, threads: int | None = None) -> None:
@@ -119,16 +126,16 @@ class WeightSource:
         stored = None if self._stored is None else self._stored.recipe
         if stored is not None and recipe is not None and _schemes(stored) != _schemes(recipe):
             raise RecipeError(
-                f'{checkpoint.path} is already quantised with the recipe "{stored.name}", "{recipe.name}" is another: '
-                "leave the recipe out, or start from the float checkpoint"
+                f'{checkpoint.path} is already quantised with the recipe "{stored.name}", not "{recipe.name}": leave '
+                "the recipe out, or start from the float checkpoint"
             )
         self.checkpoint = checkpoint
-        # Of a quantised checkpoint the schemes are given; activations and the type of the cache are still a choice.
+        # The schemes of a quantised checkpoint are fixed, but activations and the cache's type can still be chosen.
         self.recipe = (recipe or stored or Recipe.load("none")).for_model(checkpoint.decoder)
         self.is_stored_quantized = stored is not None
         if stored is None:
             _refuse_unannounced(checkpoint)
-        # Asked once: finding out reads a dozen files of the system, and there are thousands of tensors.
+        # Called once, because it reads a dozen files of the system and there are thousands of tensors.
         self._threads = allowed_cores() if threads is None else threads
         self.shapes: Mapping[str, tuple[int, ...]] = (
             {name: tuple(info.shape) for name, info in checkpoint.tensors.items()}
@@ -137,51 +144,51 @@ class WeightSource:
         )
         """Shape of every tensor under its float name."""
         self.replaced: Mapping[str, NDArray[np.float32]] = {}
-        """Float tensors that take the place of the checkpoint's; a calibration fits some."""
+        """Float tensors that replace the checkpoint's; calibration refits some."""
         self.recipe.check(self.shapes)
 
     def scheme(self, name: str) -> AnyScheme | None:
-        """Return the scheme of a tensor, None where it stays float."""
+        """Return the scheme of a tensor; None if it stays float."""
         shape = self.shape(name)
         return self.recipe.scheme_for(name, shape) if self._stored is None else self._stored.scheme(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of the float tensor.
+        """Return the shape of a tensor, as in float.
 
         Raises:
-            CheckpointError: the checkpoint has no such tensor.
+            CheckpointError: The checkpoint has no such tensor.
         """
         if name not in self.shapes:
             raise CheckpointError(f"{self.checkpoint.path} has no tensor {name}")
         return self.shapes[name]
 
     def check_tensors(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Compare with what the model needs, quantised or not.
+        """Check that the checkpoint has exactly the tensors that the model needs.
 
         Raises:
-            CheckpointError: naming tensors that are missing, too many, or of another shape.
+            CheckpointError: Names tensors that are missing, unknown, or of another shape.
         """
         missing, extra = sorted(set(expected) - set(self.shapes)), sorted(set(self.shapes) - set(expected))
         wrong = [name for name in sorted(expected) if name in self.shapes and self.shapes[name] != expected[name]]
-        for what, names in (("lacks", missing), ("has, and the model does not know,", extra)):
+        for what, names in (("lacks", missing), ("has unknown", extra)):
             if names:
                 raise CheckpointError(f"{self.checkpoint.path} {what} {len(names)} tensor(s): {', '.join(names[:5])}")
         if wrong:
             name = wrong[0]
             raise CheckpointError(
-                f"{self.checkpoint.path}: {name} has shape {self.shapes[name]}, the config wants {expected[name]}"
+                f"{self.checkpoint.path}: {name} has shape {self.shapes[name]}, but config.json needs {expected[name]}"
             )
 
     def quantized(self, name: str, rows: slice | None = None) -> QuantTensor:
         """Return a tensor, or some of its rows, quantised.
 
         Raises:
-            RecipeError: the recipe keeps it float.
-            CheckpointError: no such tensor, or its weights cannot be quantised.
+            RecipeError: The recipe does not quantise it.
+            CheckpointError: There is no such tensor, or its weights cannot be quantised.
         """
         scheme = self.scheme(name)
         if scheme is None:
-            raise RecipeError(f"the recipe {self.recipe.name} keeps {name} in float")
+            raise RecipeError(f"the recipe {self.recipe.name} does not quantise {name}: read its float values instead")
         if self._stored is not None:
             return self._stored.quantized(name, rows)
         if self.checkpoint.tensors[name].dtype == "BF16":
@@ -190,37 +197,40 @@ class WeightSource:
         return codec.quantize(self.checkpoint.read_float32(name, rows), scheme, name=name, threads=self._threads)
 
     def float32(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
-        """Return a tensor, or some of its rows, as stored in the checkpoint (or `replaced`), before any quantisation.
+        """Return a float tensor, or some of its rows, from `replaced` or the checkpoint, before quantisation.
 
         Raises:
-            RecipeError: the checkpoint holds it in quantised form only.
-            CheckpointError: no such tensor.
+            RecipeError: The checkpoint has it only quantised.
+            CheckpointError: There is no such tensor.
         """
         if self.is_stored_quantized and self.scheme(name) is not None:
-            raise RecipeError(f"{self.checkpoint.path} holds {name} quantised: its float values are gone")
+            raise RecipeError(
+                f"{self.checkpoint.path} has only quantised values of {name}: start from the float checkpoint"
+            )
         self.shape(name)
         if name in self.replaced:
             return self.replaced[name] if rows is None else self.replaced[name][rows]
         return self.checkpoint.read_float32(name, rows)
 
     def dequantized(self) -> WeightReader:
-        """Return a reader of the values that a device computes with: the weights of the quantised reference."""
+        """Return a reader of the dequantised values, which are the weights of the quantised reference."""
         return _Dequantized(self)
 
     def dequantized_float32(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
-        """Return float32 values, through quantisation where the recipe quantises the tensor."""
+        """Return a tensor, or some of its rows, in float32; dequantised if the recipe quantises it."""
         if self.scheme(name) is None:
             return self.float32(name, rows)
         return codec.dequantize(self.quantized(name, rows), threads=self._threads)
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a tensor in the checkpoint, where it is stored whole or in quantised parts."""
+        """Return the bytes of a tensor in the checkpoint; all its parts if it is quantised."""
         return self.checkpoint.info(name).nbytes if self._stored is None else self._stored.nbytes(name)
 
     def activations(self, recipe: Recipe | None = None) -> dict[str, str]:
-        """What the quantised matrices are to be multiplied with, by their names: `Recipe.activations_for`.
+        """Return the activation type of each quantised matrix's matmul, by name; see `Recipe.activations_for`.
 
-        `recipe` is asked in place of the source's own. A table that is no head is looked up, not multiplied.
+        The embedding is left out unless it is also the head, since a lookup is not a matmul. `recipe` replaces the
+        source's own.
         """
         decoder, recipe = self.checkpoint.decoder, recipe or self.recipe
         looked_up = None if decoder.tied else decoder.embed.name
@@ -229,14 +239,14 @@ class WeightSource:
 
     @property
     def static_inputs(self) -> list[str]:
-        """Quantised matrices that multiply what is rounded with one calibrated scale, by the recipe."""
+        """Names of the quantised matrices with static activations."""
         return [name for name, kind in self.activations().items() if kind in STATIC_ACTIVATIONS]
 
     def input_scale(self, name: str) -> float | None:
-        """Return the static scale of a matrix's inputs, x = code * scale, that is known; None for none.
+        """Return the stored static scale of a matrix's input, x = code * scale; None if there is none.
 
         Raises:
-            CheckpointError: it is not a number above zero.
+            CheckpointError: It is not a positive number.
         """
         return None if self._stored is None else self._stored.input_scale(name)
 

@@ -1,4 +1,4 @@
-"""A quantised matrix as every consumer of it sees it."""
+"""`QuantTensor`: a quantised matrix in memory."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ from edgelm.quant.scheme import AnyScheme, Scheme
 
 @dataclass(frozen=True)
 class QuantTensor:
-    """A matrix of `shape` (N, K) in the numbers of `scheme`, in memory as in a quantised checkpoint.
+    """A quantised matrix [N, K]. The arrays have the layout of a quantised checkpoint.
 
     Integers: w[n, k] = (code[n, k] - zero[n, k // group]) * scale[n, k // group].
     FP8: w[n, k] = value(code[n, k]) * scale[n, k // group].
 
     Attributes:
-        codes: uint8 [N, ceil(K * bits / 8)], the codes of a row one after the other from the lowest bit up, as
-            `primitives.unpack` takes them apart. 4-bit: two neighbouring k values to a byte, the even one in the low
-            nibble. 3, 5 and 6 bits: eight codes to three bytes, eight to five, four to three, each such a little-endian
-            number of 24, 40, 24 bits with the first code in its lowest bits.
-        scales: [N, G] with G = ceil(K / group), or 1 for one scale a row: float16 for integers (may be negative where
+        codes: uint8 [N, ceil(K * bits / 8)]: the codes of a row from the lowest bit up, see `primitives.unpack`. At 4
+            bits a byte holds two neighbouring columns, the even one in the low nibble. At 3, 5 and 6 bits, 8 codes take
+            3 bytes, 8 take 5, and 4 take 3, as a little-endian number with the first code in the lowest bits.
+        scales: [N, G] with G = ceil(K / group), or 1 for one scale per row. float16 for integers (may be negative if
             symmetric), float32 for FP8.
-        zeros: uint8 [N, G], one to a byte at any width; None where the scheme has none (symmetric integers, whose zero
-            point is 2**(bits - 1), and FP8).
-        scheme: the scheme these codes have. Where its group does not divide K, the last one of a row is shorter.
+        zeros: Zero points, uint8 [N, G], one per byte. None for symmetric integers, whose zero point is 2**(bits - 1),
+            and for FP8.
+        scheme: Scheme of the codes. If its group does not divide K, the last group of each row is shorter.
         shape: (N, K).
 
     Raises:
-        ValueError: the arrays do not fit `scheme` and `shape`.
+        ValueError: Shape or type of an array does not agree with `scheme` and `shape`.
     """
 
     codes: NDArray[np.uint8]
@@ -59,13 +58,13 @@ class QuantTensor:
 
     @property
     def integers(self) -> Scheme:
-        """The scheme of codes that are integers; for functions that serve no others.
+        """The scheme, which must be an integer scheme.
 
         Raises:
-            TypeError: the codes are FP8.
+            TypeError: The codes are FP8.
         """
         if not isinstance(self.scheme, Scheme):
-            raise TypeError(f"the codes of {self.scheme.name} are no integers")
+            raise TypeError(f"the codes of {self.scheme.name} are not integers")
         return self.scheme
 
     @property
@@ -74,13 +73,13 @@ class QuantTensor:
         return self.codes.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
 
     def rows(self, rows: slice) -> QuantTensor:
-        """Return the same matrix cut to some rows (views, no copies)."""
+        """Return some rows of the matrix, as views without copies."""
         codes = self.codes[rows]
         zeros = None if self.zeros is None else self.zeros[rows]
         return replace(self, codes=codes, scales=self.scales[rows], zeros=zeros, shape=(codes.shape[0], self.shape[1]))
 
     def padded(self) -> QuantTensor:
-        """The same rows with codes up to `scheme.padded(K)`; what the added ones stand for is not to be used."""
+        """Return the matrix padded to `scheme.padded(K)` columns; the values of the added columns are undefined."""
         columns = self.scheme.padded(self.shape[1])
         if columns == self.shape[1]:
             return self
@@ -88,6 +87,6 @@ class QuantTensor:
         return replace(self, codes=codes, shape=(self.shape[0], columns))
 
     def cut(self, columns: int) -> QuantTensor:
-        """The first `columns` of each row, of as many groups."""
+        """Return the first `columns` columns; the number of groups must stay the same."""
         codes = np.ascontiguousarray(self.codes[:, : self.scheme.code_bytes(columns)])
         return replace(self, codes=codes, shape=(self.shape[0], columns))

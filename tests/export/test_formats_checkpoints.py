@@ -90,7 +90,7 @@ def test_the_derived_recipe_is_short_and_survives_its_text(write: Write, style: 
         from_config = stored_recipe(opened.config)
         assert from_config is not None
         assert (from_config.name, from_config.default) == (recipe.name, recipe.default)
-        with pytest.raises(RecipeError, match=f'already quantised with the recipe "{style.recipe}", "int4" is another'):
+        with pytest.raises(RecipeError, match=f'already quantised with the recipe "{style.recipe}", not "int4"'):
             WeightSource(opened, Recipe.load("int4"))
 
 
@@ -461,7 +461,7 @@ def test_what_is_stored_twice_or_unknown_is_refused(write: Write) -> None:
     refused(written, "has both")
     written = write("int8")
     written.change("lm_head.weight", np.zeros((640, 128), np.uint8), "F8_E5M2")
-    refused(written, r"lm_head\.weight of the type F8_E5M2")
+    refused(written, r"lm_head\.weight of type F8_E5M2")
     written = write("fp8-static")
     written.change(f"{Q_PROJ}.extra", np.zeros((2, 2), np.uint8), "F8_E4M3")
     refused(written, r"extra is F8_E4M3 of the shape \(2, 2\), and no weight matrix")

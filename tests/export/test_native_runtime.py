@@ -152,7 +152,7 @@ def test_a_quantised_checkpoint_still_has_a_choice_of_cache_and_activations(
     assert bundle.manifest.graph.kv_dtype == "fp8"
     assert dict(bundle_rows(bundle, None))["activations"] == "float32"
     other = Recipe.from_toml('name = "c"\ndefault = "int8-g32-sym"\n')
-    with pytest.raises(RecipeError, match='already quantised with the recipe "a", "c" is another'):
+    with pytest.raises(RecipeError, match='already quantised with the recipe "a", not "c"'):
         export_bundle(tmp_path / "q", tmp_path / "c", recipe=other, options=options)
 
 

@@ -1,4 +1,4 @@
-"""Can others read every weight of a bundle from docs/reference/bundle.md alone? `read_bundle.py` follows that page only."""
+"""Can others read every weight of a bundle from docs/reference/bundle.md alone? `read_bundle.py` follows that page."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def test_what_stays_float_multiplies_floats_and_auto_is_what_the_target_does(tmp
     assert not activation_kinds(plain)
     assert set(activation_kinds(plain, auto="int8-b32").values()) == {"int8-b32"}
     assert quantized_activations(plain) is None
-    with pytest.raises(RecipeError, match=r"no activations int5: give float, int8-token"):
+    with pytest.raises(RecipeError, match=r"no activations 'int5': give float, int8-token"):
         activation_kinds(plain, auto="int5")
 
 

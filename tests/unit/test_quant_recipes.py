@@ -58,7 +58,7 @@ def test_a_preset_written_with_patterns_is_the_preset(preset):
 
 @pytest.mark.parametrize(
     ("rule", "said"),
-    [('role = "experts"', r"role = .experts. is none of embedding, q, k"), ('role = "q"\nmatch = "*"', "not both")],
+    [('role = "experts"', r"role = .experts. is not one of embedding, q, k"), ('role = "q"\nmatch = "*"', "not both")],
 )
 def test_a_rule_has_a_known_role_or_a_pattern(rule, said):
     with pytest.raises(RecipeError, match=said):
@@ -120,18 +120,18 @@ def test_a_file_without_a_name_is_called_after_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('default = "int4-g32-sym"\ngroup = 32', "unknown key group; known are name, default, rule"),
+        ('default = "int4-g32-sym"\ngroup = 32', "unknown key group; the keys are name, default, rule"),
         ('default = "float"\n[[rule]]\nmatch = "*"\nscheme = "float"\nbits = 4', "rule 1: unknown key bits"),
         ('default = "float"\n[[rule]]\nscheme = "float"', 'rule 1: "match" is missing'),
         ('default = "float"\n[[rule]]\nmatch = ""\nscheme = "float"', 'rule 1: "match" is missing'),
         ('default = "float"\n[rule]\nmatch = "*"', r"\[\[rule\]\]"),
         ('name = "x"', '"default" is missing'),
-        ("default = 4", '"default" is missing or not a text'),
+        ("default = 4", '"default" is missing or is not a string'),
         ('default = "int7-g32-sym"', r"int7-g32-sym.*int3\|int4\|int5\|int6\|int8.*fp8-row, fp8-b.*or float"),
-        ('default = "float"\nkv = "int4"', "kv = .int4. is none of auto, float32, float16, int8, fp8"),
+        ('default = "float"\nkv = "int4"', "kv = .int4. is not one of auto, float32, float16, int8, fp8"),
         (
             'default = "float"\n[[rule]]\nmatch = "*"\nscheme = "float"\nmethod = "best"',
-            "rule 1: method = .best. is none of auto",
+            "rule 1: method = .best. is not one of auto",
         ),
         ('default = "fp8-b100"', "power of two"),
         ('default = "int4-g24-sym"', "power of two"),
