@@ -1,4 +1,4 @@
-"""For all tests: bundles of the tiny trained checkpoints, and a Ctrl-C that works in the programs that tests start."""
+"""Fixtures of all tests: bundles of the tiny trained checkpoints, and SIGINT enabled for the programs tests start."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import pytest
 
 CHECKPOINTS = Path(__file__).parents[1] / "examples" / "checkpoints"
 
-# A shell's background jobs ignore SIGINT, and so do the programs that they start. One that is handled is not ignored
-# there.
+# The shell starts background jobs with SIGINT ignored, and their child processes inherit that, unless it is handled.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], Path]:
-    """Function (model, recipe, operator set) to a bundle of a tiny trained checkpoint, exported once. Read only."""
+    """Function (model, recipe, operator set) that returns a bundle of a tiny trained checkpoint. Do not change it."""
     from edgelm.export import ExportOptions, export_bundle
 
     root = tmp_path_factory.mktemp("bundles")

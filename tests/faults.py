@@ -1,4 +1,4 @@
-"""Kills and interrupts at file operations: each in a child, at its n-th operation that changes or syncs files."""
+"""Fault injection: kill or interrupt a child process at its n-th operation that changes or syncs files."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ OPERATIONS = (
     *("write", "pwrite", "truncate", "ftruncate", "sendfile", "copy_file_range"),
 )
 KILL, BEFORE, AFTER = "kill", "interrupt before", "interrupt after"
-"""A kill, and Ctrl-C before an operation and after it. For the files a kill after one is a kill before the next."""
-_PATIENCE = 120  # seconds for a child
+"""Kinds of faults: a kill before an operation, and Ctrl-C before or after it. A kill after an operation has the same
+effect on files as a kill before the next one."""
+_PATIENCE = 120  # time limit of a child in seconds
 MODES = (KILL, BEFORE, AFTER)
 
 
 class Interrupter:
-    """Counts operations while it is active, and at number `at` does what `mode` says."""
+    """Counts file operations while it is active, and injects the fault `mode` at number `at`."""
 
     def __init__(self, at: int | None = None, mode: str = KILL) -> None:
         self.at = at
@@ -44,7 +45,7 @@ class Interrupter:
                 raise KeyboardInterrupt
             result = real(*arguments, **options)
             if here:
-                if name in ("open", "create"):  # the value is lost, as it is where a signal comes before it is kept
+                if name in ("open", "create"):  # the result is lost, as when a signal arrives before it is assigned
                     result.close() if hasattr(result, "close") else os.close(result)
                 raise KeyboardInterrupt
             return result
@@ -55,17 +56,17 @@ class Interrupter:
         create = self._around("create", real)
 
         def opened(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-            # Reading changes nothing, and other threads do it meanwhile.
+            # Reads are not counted: they change nothing, and other threads read at the same time.
             return (real if mode in ("r", "rb") else create)(file, mode, *arguments, **options)
 
         return opened
 
     @contextlib.contextmanager
     def active(self, *, exchange: bool = True) -> Iterator[None]:
-        """Intercept; without `exchange` the file system seems to know no exchange of names."""
+        """Intercept file operations. Without `exchange`, exchanging two names fails as on an old file system."""
         with contextlib.ExitStack() as stack:
             for name in OPERATIONS:
-                # What a kill leaves does not depend on when the disk has it.
+                # fsync does not change what a kill leaves, so it is skipped.
                 real = _no_fsync if name == "fsync" else getattr(os, name)
                 stack.enter_context(mock.patch.object(os, name, self._around(name, real)))
             stack.enter_context(mock.patch.object(fcntl, "flock", self._around("flock", fcntl.flock)))
@@ -80,7 +81,7 @@ def _no_fsync(descriptor: int) -> None:
 
 
 def in_child(work: Callable[[], object]) -> int | str:
-    """Run `work` in a forked child; its signal or exit status: "killed", "interrupted", 0, or a traceback."""
+    """Run `work` in a forked child; return "killed", "interrupted", its exit status, or a traceback."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -91,7 +92,7 @@ def in_child(work: Callable[[], object]) -> int | str:
             work()
         except KeyboardInterrupt:
             said = b"interrupted"
-        except BaseException:  # the parent shows it
+        except BaseException:  # reported by the parent
             said = traceback.format_exc().encode()
         finally:
             os.write(writing, said)
@@ -106,7 +107,7 @@ def in_child(work: Callable[[], object]) -> int | str:
 
 
 def operations(work: Callable[[], object], *, exchange: bool = True) -> list[str]:
-    """What `work` does when nothing happens."""
+    """Return the file operations of `work` without a fault."""
     counter = Interrupter()
     with counter.active(exchange=exchange):
         work()
@@ -114,7 +115,7 @@ def operations(work: Callable[[], object], *, exchange: bool = True) -> list[str
 
 
 def interrupted_at(work: Callable[[], object], at: int, mode: str, *, exchange: bool = True) -> int | str:
-    """What becomes of `work` when its operation number `at` meets a fault; see `in_child`."""
+    """Run `work` with a fault at operation number `at`; returns as `in_child`."""
 
     def faulty() -> None:
         with Interrupter(at, mode).active(exchange=exchange):
@@ -124,7 +125,7 @@ def interrupted_at(work: Callable[[], object], at: int, mode: str, *, exchange: 
 
 
 def can_exchange(folder: Path) -> bool:
-    """Whether this system and file system can."""
+    """Return whether this system and file system can exchange two names."""
     one, other = folder / "one", folder / "other"
     one.mkdir()
     other.mkdir()

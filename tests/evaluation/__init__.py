@@ -1,1 +1,1 @@
-"""Tests of edgelm.evaluation; a package, so that they share what the parity tests have."""
+"""Tests of edgelm.evaluation. A package, so that they can import helpers of the parity tests."""

@@ -1,4 +1,4 @@
-"""Bundles of the tiny trained checkpoints, and short texts."""
+"""Fixtures: bundles of the tiny trained checkpoints, and short texts."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import pytest
 from edgelm.runtimes.onnxruntime.native_library import library_path
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
-FLAVOUR = "native" if library_path() is not None else "portable"
+OPS = "native" if library_path() is not None else "portable"
 
 
 @pytest.fixture(scope="session")
 def checkpoint():
-    """Function from a family to the folder of its float checkpoint."""
+    """Function (family) that returns the folder of its float checkpoint."""
     return lambda model: CHECKPOINTS / f"{model}-tiny"
 
 
 @pytest.fixture(scope="session")
 def exported(tiny_bundle):
-    """Function (model, recipe) to the folder of a bundle."""
-    return lambda model, recipe, flavour=FLAVOUR: tiny_bundle(model, recipe, flavour)
+    """Function (model, recipe) that returns the folder of a bundle."""
+    return lambda model, recipe, ops=OPS: tiny_bundle(model, recipe, ops)
 
 
 @pytest.fixture(scope="session")
 def quantized(tmp_path_factory):
-    """Function (model, recipe) to the folder of a quantised checkpoint."""
+    """Function (model, recipe) that returns the folder of a quantised checkpoint."""
     from edgelm.quant import Recipe
     from edgelm.quant.checkpoint import quantize_checkpoint
 
@@ -43,7 +43,7 @@ def quantized(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
-    """A file of text that is long enough for a few windows."""
+    """A text file that is long enough for a few windows."""
     file = tmp_path_factory.mktemp("text") / "text.py"
     lines = [f"def f{i}(x):\n    return x * {i * 37 % 101} + {i}\n\n\n" for i in range(300)]
     file.write_text("".join(lines), encoding="utf-8")

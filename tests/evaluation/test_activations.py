@@ -1,4 +1,4 @@
-"""Does the evaluation of a recipe count the activations and the cache that it names?"""
+"""Does the evaluation of a recipe include its quantised activations and KV cache?"""
 
 from __future__ import annotations
 

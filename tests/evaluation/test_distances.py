@@ -1,4 +1,4 @@
-"""Are the running sums over blocks of the vocabulary the distances that they stand for?"""
+"""Do the running sums over blocks of the vocabulary give the right distances?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def log_softmax(logits):
 
 def random_pair(rows=23, vocab=57, seed=1):
     rng = np.random.default_rng(seed)
-    # Rising along the vocabulary, so that every block has a new maximum; every other row would overflow exp.
+    # Logits ascend along the vocabulary, so that every block has a new maximum; in every other row exp would overflow.
     steep = np.where(np.arange(rows) % 2, 900, 5)[:, None]
     a = (rng.standard_normal((rows, vocab)) * 3 + np.linspace(0, 1, vocab) * steep).astype(np.float32)
     b = (a + rng.standard_normal((rows, vocab))).astype(np.float32)
@@ -56,7 +56,7 @@ def test_a_constant_on_all_logits_changes_nothing():
     plain, moved = Comparison(following), Comparison(following)
     plain.add(0, a, b)
     moved.add(0, a, b + np.float32(64))
-    # Sums below 128 are rounded to 2^-18; KL feels the mean of such errors under P, and no more than the largest.
+    # Sums below 128 are rounded to 2^-18. The error of KL is the mean of such errors under P, at most the largest.
     np.testing.assert_allclose(moved.kl, plain.kl, rtol=0, atol=2**-17)
     assert (plain.kl > 100 * 2**-17).all()
 
@@ -107,7 +107,7 @@ def test_the_standard_error_is_that_of_the_mean_over_windows():
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / 3)
     assert standard_error(values) == pytest.approx(spread / 2)
     assert math.isnan(standard_error([1.0]))
-    # Of windows, not tokens: a window whose tokens all agree says it once.
+    # The sample is the windows, not the tokens: a window of equal values counts once.
     kl = np.repeat(np.array(values)[:, None], 10, axis=1)
     assert divergence(kl, np.ones(40, bool)).standard_error == pytest.approx(spread / 2)
 

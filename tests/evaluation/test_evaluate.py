@@ -1,4 +1,4 @@
-"""Are the numbers of an evaluation those of a direct computation with the whole model, for every kind of target?"""
+"""Does an evaluation give the same numbers as a direct computation with the whole model, for every kind of target?"""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from edgelm.quant import Recipe, WeightSource
 from edgelm.reference.module import ReferenceModel
 from edgelm.tokenization.tokenizer import Tokenizer
 
-from .conftest import FLAVOUR
+from .conftest import OPS
 
 LENGTH, COUNT = 64, 6
-native = pytest.mark.skipif(FLAVOUR != "native", reason="the compiled operators are not here")
+native = pytest.mark.skipif(OPS != "native", reason="the compiled operators are not here")
 
 
 def options(text, **more):
@@ -40,7 +40,7 @@ def cut(folder, text, count=COUNT):
 
 
 def whole_model_logits(folder, read, found):
-    """Logits float64 [windows, T, V] of the model in memory, window by window."""
+    """Return logits float64 [windows, T, V] of the model in memory, computed window by window."""
     opened = Checkpoint.open(folder)
     module = ReferenceModel(opened.decoder)
     module.load_weights(read)
@@ -102,7 +102,7 @@ def test_a_quantised_checkpoint_is_what_its_recipe_says(checkpoint, quantized, t
 
 @pytest.mark.parametrize("model", ["olmoe", "fox"])
 def test_a_float_bundle_computes_the_float_model(model, checkpoint, exported, text):
-    kv = ("float32",) if FLAVOUR == "native" else ()
+    kv = ("float32",) if OPS == "native" else ()
     report = evaluate([exported(model, "none")], checkpoint(model), options(text, layers=True, kv=kv))
     (target,) = report.targets
     assert target.kl.mean < 1e-6
@@ -115,7 +115,7 @@ def test_a_float_bundle_computes_the_float_model(model, checkpoint, exported, te
 
 def test_a_bundle_and_its_recipe_agree_but_for_the_activations(checkpoint, exported, text):
     bundle, recipe = evaluate([exported("fox", "int8"), "int8"], checkpoint("fox"), options(text, layers=True)).targets
-    # int8 activations add to what int8 weights lose. Measured: 3.2 times that (native), 3.7 times (portable).
+    # int8 activations add to the loss of int8 weights. Measured: 3.2 times as much (native), 3.7 times (portable).
     assert recipe.kl.mean < bundle.kl.mean < 6 * recipe.kl.mean
     # In the debug graph activations are float: the same arithmetic in another order. Measured: 3e-5.
     for mine, theirs in zip(bundle.layers, recipe.layers, strict=True):
@@ -131,13 +131,13 @@ def test_the_caches_loss_is_told_apart(checkpoint, exported, text):
     assert base.kv_loss is None
     for target in (int8, float16):
         assert target.kv_loss.mean == pytest.approx(target.kl.mean - base.kl.mean, abs=1e-12)
-    # Differences of the same windows: known better than either KL.
+    # The difference over the same windows has a smaller standard error than either KL.
     assert float16.kv_loss.standard_error < 0.5 * base.kl.standard_error
     assert len({target.name for target in report.targets}) == 3
 
 
 def damage(folder, copy, tensor):
-    """A copy of a checkpoint with the second half of a tensor negated."""
+    """Copy a checkpoint and negate the second half of a tensor."""
     shutil.copytree(folder, copy)
     info = Checkpoint.open(copy).info(tensor)
     with info.file.open("r+b") as stream:
@@ -176,7 +176,7 @@ def one_layer() -> Decoder:
 
 def test_an_experts_error_is_that_of_its_output():
     class Weights:
-        """One expert; `scale` multiplies what it gives."""
+        """Weights of one expert, whose output is multiplied by `scale`."""
 
         def __init__(self, scale):
             self.scale, self.checkpoint = scale, self
@@ -291,7 +291,7 @@ def test_what_cannot_be_compared_is_refused(checkpoint, exported, quantized, tex
     refuse("neither a bundle nor a checkpoint", [tmp_path], olmoe, given)
     with pytest.raises(RecipeError, match="no bundle, no checkpoint and no recipe"):
         evaluate([tmp_path / "nothing"], olmoe, given)
-    if FLAVOUR == "native":
+    if OPS == "native":
         refuse("leave --kv out", [exported("fox", "int4", "portable")], checkpoint("fox"), options(text, kv=("int8",)))
 
 

@@ -1,4 +1,4 @@
-"""Does the verb print, and does the page show, what was measured; and do the plots show what they are given?"""
+"""Do `edgelm eval` and its HTML page show what was measured?"""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from edgelm.evaluation import EvalOptions, evaluate
 from edgelm.evaluation.report import render
 from edgelm.pages.numbers import number
 
-from .conftest import FLAVOUR
+from .conftest import OPS
 
 
 @pytest.fixture(scope="module")
 def report(checkpoint, exported, quantized, text):
     targets = [exported("olmoe", "int4"), quantized("olmoe", "int8"), "int8", "none"]
-    kv = ("int8",) if FLAVOUR == "native" else ()
+    kv = ("int8",) if OPS == "native" else ()
     options = EvalOptions(text=text, tokens=256, length=64, layers=True, speed=False, kv=kv)
     return evaluate(targets, checkpoint("olmoe"), options)
 
@@ -38,7 +38,7 @@ def test_the_page_is_whole_and_has_every_target(report):
     assert report.text.sha256 in html
     for files in (report.reference.files, *(target.files for target in report.targets)):
         assert all(info["sha256"] in html for info in files.values())
-    # Frontier, layers, routing; a heat map for each of weights that loses anything.
+    # Frontier, layers, routing; a heat map for each checkpoint or recipe with an error.
     assert page.tags.count("figure") == 3 + 2
     assert "none: every expert is as in the float model" in html
     experts = sum(len(row) for row in report.targets[-1].experts.error)
@@ -62,7 +62,7 @@ def test_the_summary_names_every_target_and_the_worst_experts(report):
     worst = report.targets[-2].experts.worst[0]
     assert f"{worst.layer}.{worst.expert} {worst.error:.3g}" in shown
     assert "float model" in shown
-    assert ("over the float32 cache" in shown) == (FLAVOUR == "native")
+    assert ("over the float32 cache" in shown) == (OPS == "native")
 
 
 def test_the_verb_prints_json_and_writes_the_page(checkpoint, exported, text, tmp_path):

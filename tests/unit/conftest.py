@@ -1,4 +1,4 @@
-"""Makes the helper modules beside the tests importable (tiny_graph, transformers_oracle)."""
+"""Make the helper modules in this folder importable (tiny_graph, transformers_oracle)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates that try to hang, to fill memory, or to write without end. Each is one way that Jinja offers."""
+"""Hostile chat templates: each tries to hang, to fill memory, or to write endless text, in a different way."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ LONG = "{% set x = 'x' * 1000000 %}"
 KEPT = "{% set n = namespace(k=[]) %}"
 
 HANGS = [
-    # Inside C, where no signal is heeded.
+    # Inside C code, where Python handles no signal.
     NESTED + "{{ n.a == n.b }}",
     NESTED + "{{ n.a < n.b }}",
     NESTED + "{{ n.a in [n.b] }}",
@@ -113,7 +113,7 @@ DEEP = [
 ]
 
 RAISES = [
-    # AssertionError, NameError, OverflowError, LookupError and what else Jinja and Python have.
+    # AssertionError, NameError, OverflowError, LookupError and other errors of Jinja and Python.
     "{{ {'a b': 1} | xmlattr(1, 2, 3) }}",
     "{{ 'x' | wordwrap(0) }}",
     "{{ [1] | slice(0) | list }}",

@@ -1,4 +1,4 @@
-"""A hub on 127.0.0.1: the few endpoints that downloading a repository uses, with faults on demand."""
+"""Fake Hugging Face hub on 127.0.0.1: the endpoints that a download uses, with faults on demand."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Hub
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
-        """Be quiet."""
+        """Print nothing."""
 
     def _answer(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
@@ -117,7 +117,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def running(files: dict[str, bytes]) -> Iterator[Hub]:
-    """A hub that serves `files` until the block ends."""
+    """Run a hub that serves `files` until the block ends."""
     hub = Hub(files)
     thread = threading.Thread(target=hub.serve_forever, args=(0.02,), daemon=True)
     thread.start()

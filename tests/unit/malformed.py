@@ -1,4 +1,4 @@
-"""Probes: files with one thing wrong, and what the command line makes of them.
+"""Fuzzing of input files: files with one error each, and the result of the command line on them.
 
 python tests/unit/malformed.py [EVERY]     run every EVERY-th probe of every file (1: all, some minutes)
 """
@@ -53,19 +53,19 @@ PLACES = ("missing", "a folder", "a pipe", "a link to nothing", "a link to itsel
 
 @dataclass(frozen=True)
 class Target:
-    """A file of a folder, and the commands that read it: "{}" stands for the folder, "{new}" for one to write."""
+    """A file in a folder, and the commands that read it: "{}" is the folder, "{new}" a folder to write."""
 
     folder: str
     file: str
     commands: tuple[tuple[str, ...], ...]
     fields: bool = True
     is_ours: bool = False
-    """Whether the file is in a format of ours: then what no field can be is refused wherever it stands."""
+    """Whether the file's format is EdgeLM's: then every invalid value in every field must be refused."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a probe: its name, how the command ended, and what is wrong with that ("" if nothing is)."""
+    """Result of a probe: its name, how the command ended, and what is wrong with that ("" if nothing is)."""
 
     probe: str
     command: tuple[str, ...]
@@ -75,7 +75,7 @@ class Outcome:
 
 
 def paths(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Places in a document: every field, of lists the first entry, of objects with many keys the first three."""
+    """Yield paths in a document: all fields; of a list the first entry, of an object with many keys the first three."""
     if path:
         yield path
     if isinstance(document, dict):
@@ -86,7 +86,7 @@ def paths(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
 
 
 def changed(document: Any, path: tuple[Any, ...], value: Any) -> bytes:
-    """The document's text with another value at a place; `...` removes it."""
+    """Return the document as JSON with another value at a path; `...` removes the field."""
     found = copy.deepcopy(document)
     inner = found
     for key in path[:-1]:
@@ -99,7 +99,7 @@ def changed(document: Any, path: tuple[Any, ...], value: Any) -> bytes:
 
 
 def documents(original: bytes) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Texts with one field wrong each, made when they are asked for: of a manifest's thousands few are chosen."""
+    """Yield names and functions that return the document with one wrong field. Few of the thousands are called."""
     document = json.loads(original)
     for path in paths(document):
         name = ".".join(map(str, path))
@@ -111,7 +111,7 @@ def documents(original: bytes) -> Iterator[tuple[str, Callable[[], bytes]]]:
 
 
 def probes(target: Target, original: bytes) -> Iterator[tuple[str, Callable[[], bytes] | None]]:
-    """Names and functions that make the contents; None: the name says what is in the file's place."""
+    """Yield names and functions that return the file's contents; None: the name says what replaces the file."""
     for name in PLACES:
         yield name, None
     for name, damage in DAMAGE.items():
@@ -121,7 +121,7 @@ def probes(target: Target, original: bytes) -> Iterator[tuple[str, Callable[[], 
 
 
 def put(path: Path, name: str, data: bytes | None) -> None:
-    """Put a probe in a file's place."""
+    """Replace a file by a probe."""
     if path.is_dir() and not path.is_symlink():
         path.rmdir()
     path.unlink(missing_ok=True)
@@ -138,7 +138,7 @@ def put(path: Path, name: str, data: bytes | None) -> None:
 
 
 def fit_manifest(folder: Path, file: str) -> None:
-    """Write the file's new size into a bundle's manifest, so that its contents are what is looked at."""
+    """Write the file's new size into a bundle's manifest, so that the commands read its contents."""
     manifest, path = folder / "manifest.json", folder / file
     if file != "manifest.json" and manifest.exists() and path.is_file():
         document = json.loads(manifest.read_text())
@@ -173,7 +173,7 @@ def judge(command: Sequence[str]) -> Outcome:
     seconds = time.perf_counter() - start
     lines = [line for line in result.stderr.splitlines() if line.startswith(("edgelm: error: ", "Error: "))]
     said = lines[0] if lines else result.stderr.strip()[-300:]
-    is_verdict = command[0] in ("parity", "inspect") and result.exit_code == 1 and not lines
+    is_result = command[0] in ("parity", "inspect") and result.exit_code == 1 and not lines
     wrong = ""
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         wrong = f"traceback: {type(result.exception).__name__}: {str(result.exception)[:200]}"
@@ -181,7 +181,7 @@ def judge(command: Sequence[str]) -> Outcome:
         wrong = "unexpected"
     elif result.exit_code not in (0, 1, 2):
         wrong = f"exit code {result.exit_code}"
-    elif result.exit_code and len(lines) != 1 and not is_verdict:
+    elif result.exit_code and len(lines) != 1 and not is_result:
         wrong = f"{len(lines)} lines of errors"
     elif seconds > SECONDS:
         wrong = f"{seconds:.0f} s"
@@ -189,7 +189,7 @@ def judge(command: Sequence[str]) -> Outcome:
 
 
 def run(target: Target, folder: Path, chosen: Callable[[int, str], bool]) -> Iterator[Outcome]:
-    """Run those probes of a target, by number and name, in a copy of its folder."""
+    """Run the probes of a target for which `chosen` (number, name) is true, in a copy of its folder."""
     with tempfile.TemporaryDirectory() as temporary:
         copied, new = Path(temporary) / "probed", Path(temporary) / "new"
         shutil.copytree(folder, copied)
@@ -261,7 +261,7 @@ KERNELS = {
 
 
 def folders(root: Path, *, all_kinds: bool = True) -> dict[str, Path]:
-    """A folder of each kind of the table above, or of "bundle" and "gpu" alone."""
+    """Return a folder of each kind in the table above, or of "bundle" and "gpu" only."""
     import pytest
 
     from edgelm.export import ExportOptions, export_bundle

@@ -1,5 +1,6 @@
-"""Chat templates with the structure of those that come with published models: their variables, tests, filters, loops
-and whitespace control. Written for these tests; the models' own are longer.
+"""Chat templates with the structure of published ones: their variables, tests, filters, loops and whitespace control.
+
+They are written for these tests and shorter than the models' own.
 """
 
 # ruff: noqa: E501, RUF001 - lines and characters of templates are what they are
@@ -24,7 +25,7 @@ GEMMA = (
     "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
 
-# Goes through parts.
+# Loops over parts.
 GEMMA_3 = """{{ bos_token }}
 {%- if messages[0]['role'] == 'system' -%}
     {%- if messages[0]['content'] is string -%}
@@ -388,7 +389,7 @@ DEEPSEEK = (
     "{% if add_generation_prompt and not ns.is_tool %}{{'<｜Assistant｜><think>\\n'}}{% endif %}"
 )
 
-# Goes through parts by a macro.
+# Loops over parts in a macro.
 VISION = """{%- macro show(content, shout=false) -%}
     {%- if content is string -%}
         {{ content | upper if shout else content }}
@@ -419,7 +420,7 @@ PUBLISHED = {
     "vision": VISION,
 }
 
-# Every filter, test and global of the environment, with arguments that it takes.
+# Every filter, test and global of the environment, with valid arguments.
 FILTERS = """{{ -3 | abs }} {{ 'x' | attr('upper') is defined }} {{ [1, 2, 3] | batch(2, 0) | list }} {{ 'ab' | capitalize }}
 {{ 'x' | center(9) }} {{ nothing | default('d') }}{{ '' | d('e', true) }} {{ {'b': 1, 'a': 2} | dictsort(by='value') }}
 {{ '<' | e }}{{ '<' | escape }}{{ '<' | safe | forceescape }} {{ 123456 | filesizeformat(true) }} {{ [1, 2] | first }}

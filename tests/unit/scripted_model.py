@@ -1,4 +1,4 @@
-"""A runtime whose most probable tokens are given, for tests of what is made of them."""
+"""A runtime that returns given tokens as the most likely ones, for tests of generation."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ END = 2
 
 
 class Scripted(Runtime):
-    """Answers with `tokens`, one a step, after a prompt of `prompt_length`; the last of them again and again.
+    """Answers with `tokens`, one per step, after a prompt of `prompt_length`; then repeats the last one.
 
-    `fed` is what it was given. `before_step`, if set, is called before each step.
+    `fed` lists its input tokens. `before_step`, if set, is called before each step.
     """
 
     name = "scripted"
@@ -45,7 +45,7 @@ class Scripted(Runtime):
 
 
 def scripted(bundle: Bundle, text: str, *, end: bool = True, context_length: int = 64) -> LanguageModel:
-    """A model that answers the prompt "x" with `text`, one token a byte, and then ends."""
+    """Return a model that answers the prompt "x" with `text`, one token per byte, and then ends."""
     tokenizer = Tokenizer.from_folder(bundle.path)
     tokens = [tokenizer.encode(char)[0] for char in text] + ([END] if end else [])
     return LanguageModel(bundle, Scripted(tokens, 1, context_length), tokenizer)

@@ -1,4 +1,4 @@
-"""Small random checkpoints of both families, with outlier channels, as a folder."""
+"""Write small random checkpoints of two families, with outlier channels."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CONFIGS = {"olmoe": OLMOE, "fox": FOX}
 
 
 def write_small(folder: Path, name: str, *, bf16: bool = True, **changes: Any) -> Checkpoint:
-    """Write and open one; three channels of every norm are eight times the others."""
+    """Write and open a checkpoint in which three channels of every norm are eight times the others."""
     config = CONFIGS[name] | changes
     shapes = decoder_of(config).tensor_shapes
     generator = np.random.default_rng(0)
@@ -57,5 +57,5 @@ def write_small(folder: Path, name: str, *, bf16: bool = True, **changes: Any) -
 
 
 def tokens(count: int = 8, length: int = 24, seed: int = 0) -> np.ndarray:
-    """Random windows int64 [count, length]."""
+    """Return random windows int64 [count, length]."""
     return np.random.default_rng(seed).integers(0, 96, (count, length))

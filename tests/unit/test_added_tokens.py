@@ -1,6 +1,6 @@
-"""Which tokens do the files beside a vocabulary add, with which ids, and what becomes of those that do not fit?
+"""Which tokens do the files next to a vocabulary add, with which ids, and which are left out?
 
-That texts and ids are transformers' is asked in test_tokenizer_oracle.py.
+test_tokenizer_oracle.py compares texts and ids with transformers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def test_flags_of_added_tokens_change_the_fingerprint(tmp_path: Path) -> None:
 
 
 def test_fingerprints_of_checkpoints_that_add_nothing_stay(tmp_path: Path) -> None:
-    # Parity packs of bundles that were exported before have these.
+    # Parity packs of older bundles contain these fingerprints.
     known = {
         "fox-tiny": "0030e1a67f84dccf6ed08265aea1c0270f90420cadd33632ff6e1b95e657d301",
         "olmoe-tiny": "288ca72397b56f5a6a72adcc5ee3cefc761abe5d19d904f781bb1c0916768e26",
@@ -70,7 +70,7 @@ def test_another_id_than_the_declared_one_is_noted(tmp_path: Path) -> None:
 
 
 def test_tokens_without_a_row_in_the_embedding_are_text(tmp_path: Path) -> None:
-    # As the many Llama 2 fine-tunes that declare a <pad> of 32000 and have 32000 rows.
+    # As in many Llama 2 fine-tunes, which declare <pad> with the id 32000 and have 32000 rows.
     folder = gemma_json(tmp_path / "t")
     size = Tokenizer.from_folder(folder).vocab_size
     put(folder, "added_tokens.json", {"<here>": size, "[PAD]": size + 1})

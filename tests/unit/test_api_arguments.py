@@ -1,4 +1,4 @@
-"""Does each argument of the Python API that cannot be used end in one clear EdgeLMError, and each that can work?"""
+"""Does the Python API accept every valid argument, and raise a clear EdgeLMError for every invalid one?"""
 
 from __future__ import annotations
 

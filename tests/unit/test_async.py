@@ -1,4 +1,4 @@
-"""Does `async for` leave the event loop free, and does a task that is cancelled let the next call have the model?"""
+"""Does `async for` keep the event loop free, and does a cancelled task release the model?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgelm.generation.language_model import LanguageModel, load
 from edgelm.generation.stream import TextStream
 
 SOON = 30.0
-"""Seconds after which a wait that should end at once has failed."""
+"""Time limit in seconds of waits that should end at once."""
 Result = TypeVar("Result")
 
 
@@ -35,7 +35,7 @@ def run(work: Coroutine[Any, Any, Result]) -> Result:
 
 
 class Gate:
-    """Stops a scripted model's steps in their thread until the event loop opens it."""
+    """Blocks a scripted model's steps in their thread until the event loop opens it."""
 
     def __init__(self, model: LanguageModel) -> None:
         assert isinstance(model.runtime, Scripted)
@@ -67,7 +67,7 @@ def test_pieces_are_those_of_for_and_the_loop_is_free_meanwhile(bundle: Bundle) 
         model = scripted(bundle, "hello")
         gate, opened = Gate(model), 0
         task = asyncio.create_task(pieces(model.stream("x")))
-        while opened < 6:  # only a loop that is free gets here
+        while opened < 6:  # reached only if the event loop is not blocked
             await gate.reached.acquire()
             gate.open(1)
             opened += 1
@@ -113,7 +113,7 @@ def test_cancelling_a_task_that_computes_frees_the_model(bundle: Bundle, kind: s
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        # The step that runs is not torn off: the next call has to wait for it.
+        # The running step is not aborted: the next call waits for its end.
         await in_queue(model, 2)
         gate.open()
         assert (await waiting).text == "hello"
@@ -160,7 +160,7 @@ def test_a_long_prompt_is_given_up_between_its_chunks(bundle: Bundle) -> None:
         gate.open()
         await in_queue(model, 0)
         assert gate.runtime.fed == list(range(10, 18))
-        # What was computed of it counts.
+        # The chunks that were computed stay cached.
         await model.generate_async(list(range(10, 20)))
         assert gate.runtime.fed[:10] == list(range(10, 20))
 

@@ -1,4 +1,4 @@
-"""Does the benchmark against other engines pair, judge and print what it measured rightly?"""
+"""Does the benchmark against other engines compute ratios, check targets and print results correctly?"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def measured(*rows: tuple[str, str, str, list[float]]) -> Measurements:
-    """Of (match, row, engine, values)."""
+    """Return measurements from (match, row, engine, values)."""
     found = Measurements()
     for match, row, engine, values in rows:
         found.add(COLUMN, match, row, engine, values)
@@ -178,7 +178,7 @@ def test_agreement_is_of_the_worst_position_and_sees_a_wrong_scale() -> None:
     worst = figures.agreement("peer", logits, other)
     ours, theirs = logits[1].astype(np.float64), other[1].astype(np.float64)
     assert worst.error == pytest.approx(np.sqrt(((theirs - ours) ** 2).mean()) / ours.std(), rel=1e-9)
-    assert worst.error > 1.3  # of unrelated logits sqrt(2)
+    assert worst.error > 1.3  # it is sqrt(2) for unrelated logits
     assert worst.correlation == pytest.approx(np.corrcoef(ours, theirs)[0, 1], rel=1e-9)
     assert worst.same >= 2
     assert figures.agreement("peer", logits, 2 * logits).error == pytest.approx(1, rel=0.01)
@@ -235,15 +235,15 @@ def test_a_short_context_shortens_the_rows() -> None:
 
 
 def test_an_absent_peer_is_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, config in (("dense", {}), ("mixture", {"num_experts": 8})):
+    for name, config in (("dense", {}), ("moe", {"num_experts": 8})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     place = Workplace(tmp_path, 1, "/nowhere/python", "/nowhere/python")
     assert place.peers("llama.cpp", "x", tmp_path / "dense", "int4") == []
     assert place.peers("llama.cpp", "x", tmp_path / "dense", "fp8") == []
     assert place.peers("openvino", "x", tmp_path / "dense", "int4") == []
-    assert place.peers("openvino", "x", tmp_path / "mixture", "int4") == []
-    assert place.peers("openvino", "x", tmp_path / "mixture", "int4") == []
+    assert place.peers("openvino", "x", tmp_path / "moe", "int4") == []
+    assert place.peers("openvino", "x", tmp_path / "moe", "int4") == []
     assert len(place.notes) == 4
     assert capsys.readouterr().out.splitlines() == place.notes
     assert "/nowhere/python lacks llama-cpp-python" in place.notes[0]

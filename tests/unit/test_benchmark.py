@@ -1,4 +1,4 @@
-"""Does the benchmark count what a token reads, and report what it measured?"""
+"""Does the benchmark count the bytes read per token, and report its measurements?"""
 
 from __future__ import annotations
 
@@ -87,11 +87,11 @@ def test_bench_measures_and_says_with_what(bundle: Bundle) -> None:
     assert len(result.decode_tokens_per_second.runs) == 2
     assert result.decode_tokens_per_second.low > 0
     assert result.prefill_tokens_per_second.median > 0
-    # A prompt takes longer than no time, and the first token comes after it.
+    # The prompt takes some time, and the first token comes after it.
     assert all(seconds * 1.001 >= 20 / max(result.prefill_tokens_per_second.runs)
                for seconds in result.time_to_first_token.runs)  # fmt: skip
     assert result.files["model.onnx"] == bundle.manifest.files["model.onnx"].size
-    # A model of some kilobytes lies in the CPU's caches: what it reads says nothing of memory.
+    # A model of some kilobytes fits into the CPU's caches, so its reads do not measure memory bandwidth.
     assert result.decode_bandwidth is None
     assert result.bandwidth_share is None
 

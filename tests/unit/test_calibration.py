@@ -1,4 +1,4 @@
-"""Is every matrix calibrated on what it will multiply, and does an interrupted run end as if nothing had been?"""
+"""Is every matrix calibrated with its actual inputs, and does an interrupted run give the same result?"""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ Calls = dict[str, tuple[torch.Tensor, int] | None]
 
 
 class Notes(Progress):
-    """Keeps the notes, counts the work, and may end the run at one of either."""
+    """Records notes and progress, and may stop the run at one of them."""
 
     def __init__(self, stop: Callable[[str], bool] = lambda what: False) -> None:
         self.notes: list[str] = []
@@ -128,7 +128,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def whole(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """OLMoE calibrated without an interruption."""
+    """Return OLMoE calibrated without an interruption."""
     out = tmp_path_factory.mktemp("whole") / "out"
     calibrate_checkpoint(checkpoints["olmoe"], out, INT4, text=text, **SMALL)
     return out
@@ -136,7 +136,7 @@ def whole(checkpoints: dict[str, Path], text: Path, tmp_path_factory: pytest.Tem
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """The moments, and their number of tokens, that each matrix is calibrated with, in that order."""
+    """Record the moments and the number of tokens with which each matrix is calibrated, in order."""
     found: Calls = {}
 
     def spy(weight: Any, scheme: Any, moments: Moments | None, *, method: str, name: str) -> Any:
@@ -160,9 +160,9 @@ def sample_ids(checkpoint: Path, text: Path, samples: int, length: int) -> torch
 def inputs_of_matrices(
     checkpoint: Path, quantised: Path, ids: torch.Tensor, states: dict[str, torch.Tensor] | None = None
 ) -> tuple[dict[str, Any], list[Any]]:
-    """What each matrix multiplies, [n, K], when all before it in the model are quantised; and what was routed where.
+    """Return the inputs [n, K] of each matrix when all matrices before it are quantised, and the routing.
 
-    `states` gets the residual stream [n, D] that o, and down of a dense block, add to, and each block's `mlp.normed`.
+    `states` gets the residual stream [n, D] before o and a dense block's down are added, and each block's `mlp.normed`.
     """
     found: dict[str, Any] = {}
     states = {} if states is None else states
@@ -219,7 +219,7 @@ def test_each_matrix_meets_the_inputs_that_the_quantised_model_gives_it(
         assert tokens == len(rows), name
         wanted = rows.T @ rows
         assert torch.allclose(hessian, wanted, rtol=1e-3, atol=1e-4 * float(wanted.diagonal().mean())), name
-    # An expert's tokens are its own: no two see the same.
+    # No two experts get the same tokens.
     if family == "olmoe":
         sums = [calls[EXPERT.format(0, e, "gate")][0].sum().item() for e in range(6)]  # type: ignore[index]
         assert len(set(sums)) == 6
@@ -242,7 +242,7 @@ def test_matrices_are_taken_in_the_order_in_which_they_compute(
 ) -> None:
     calibrate_checkpoint(checkpoints["fox"], tmp_path / "q", INT4, text=text, **SMALL)
     parts = ["self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down"]
-    # The tied table is looked up before there are any inputs: it is rounded to nearest.
+    # The tied table is used before there are inputs, so it is rounded to nearest.
     assert list(calls) == [f"model.layers.{i}.{part}_proj.weight" for i in range(3) for part in parts]
 
 
@@ -272,7 +272,7 @@ def test_the_report_says_how_each_matrix_came_about(whole: Path, checkpoints: di
 def test_what_is_written_is_what_was_found(
     whole: Path, checkpoints: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:
-    """The stored codes leave the error that the report gives, and floats and the embedding are as without a text."""
+    """The stored codes have the reported error; floats and the embedding are as without calibration."""
     quantize_checkpoint(checkpoints["olmoe"], tmp_path / "plain", INT4)
     inputs, _ = inputs_of_matrices(checkpoints["olmoe"], whole, sample_ids(checkpoints["olmoe"], text, 24, 24))
     report = CalibrationReport.read(whole)
@@ -292,7 +292,7 @@ def test_what_is_written_is_what_was_found(
             key = f"model.embed_tokens.{part}"
             assert np.array_equal(made.read_raw(key), plain.read_raw(key))
         better = 0
-        # An expert that borrowed tokens was judged by these too.
+        # The error of an expert that borrowed tokens includes those.
         borrowing = tuple(
             f"model.layers.{i}.mlp.experts.{e}."
             for i, layer in enumerate(report.layers)
@@ -301,14 +301,14 @@ def test_what_is_written_is_what_was_found(
         )
         for name, entry in report.tensors.items():
             better += entry.error is not None and entry.error < entry.errors["rtn"]
-            # All others are calibrated towards what the float model computes, not towards their own weights.
+            # The target of all others is the output of the float model, not that of their own weights.
             if name.startswith(borrowing) or ".down_proj." not in name:
                 continue
             rows, weight = inputs[name].double(), torch.from_numpy(original.read_float32(name)).double()
             outputs = rows @ weight.T
             wrong = rows @ torch.from_numpy(source.dequantized().read_float32(name)).double().T - outputs
             error = float(wrong.square().sum() / outputs.square().sum())
-            # Moments are sums in float32: what cancels to less than a millionth of the outputs is beyond them.
+            # Moments are float32 sums, so errors below a millionth of the outputs are not resolved.
             assert entry.error == pytest.approx(error, rel=0.02, abs=1e-6), name
         assert better > 0.9 * len(report.tensors)
 
@@ -361,7 +361,7 @@ def test_a_run_that_ends_between_two_files_goes_on(
 @pytest.mark.skipif(os.name != "posix", reason="kill is POSIX")
 def test_a_killed_run_goes_on(whole: Path, checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    # It waits at the end of its first layer for the signal, as if a second one were long.
+    # The run waits for the signal at the end of its first layer.
     script = (
         "import time; from edgelm.quant.calibration import run; from edgelm.quant import PRESETS\n"
         "run._Run._say = lambda *a: time.sleep(60)\n"
@@ -435,7 +435,7 @@ def test_work_that_is_half_removed_is_nothing_to_go_on_from(tmp_path: Path) -> N
 
 
 def test_tokens_are_borrowed_from_those_that_route_near() -> None:
-    # Four experts, one chosen. Expert 3 is nobody's first choice, second choice of tokens 4, 1, 0 (nearest first).
+    # Four experts, one per token. Expert 3 is no token's first choice; it is the second choice of tokens 4, 1, 0.
     probabilities = torch.tensor(
         [
             [0.60, 0.10, 0.10, 0.20],
@@ -477,7 +477,7 @@ def test_borrowed_tokens_go_into_the_moments_only(
     options = CoverageOptions(min_tokens=200, reach=2)
     made = calibrate_checkpoint(checkpoints["olmoe"], tmp_path / "q", INT4, text=text, coverage=options, **SMALL)
     ids = sample_ids(checkpoints["olmoe"], text, 24, 24)
-    # Inputs of the later layers agree only if borrowed tokens took no part in the outputs.
+    # The inputs of later layers agree only if borrowed tokens do not change the outputs.
     inputs, routed = inputs_of_matrices(checkpoints["olmoe"], tmp_path / "q", ids)
     borrowing = 0
     for index, layer in enumerate(made.report.layers):
@@ -537,7 +537,7 @@ def test_required_coverage_fails_before_there_is_an_output(
     arguments += ["--sample-length", "24", "--threads", "1"]
     wanted = ["--min-expert-tokens", "10000", "--require-coverage"]
     failed = CliRunner().invoke(quantize_command, [*arguments, *wanted])
-    assert isinstance(failed.exception, EdgeLMError)  # which `edgelm` turns into exit code 1
+    assert isinstance(failed.exception, EdgeLMError)  # the command line exits with 1
     message = str(failed.exception)
     assert "layer 0: 6 expert(s)" in message
     assert "10000" in message
@@ -579,7 +579,7 @@ def test_a_recipe_decides_what_is_quantised_and_how(
             assert source.scheme(tensor) == recipe.scheme_for(tensor, shape)
             if source.scheme(tensor) is None:
                 if tensor.endswith(".mlp.gate.weight"):
-                    # The router is fitted to the quantised model's states: near what it was, and not rounded.
+                    # The router is fitted to the quantised model's states: it changes a little and is not rounded.
                     apart = opened.read_float32(tensor) - original.read_float32(tensor)
                     assert 0 < np.abs(apart).max() < 0.5 * np.abs(original.read_float32(tensor)).max()
                     assert opened.info(tensor).dtype == "F32"
@@ -652,7 +652,7 @@ def test_a_damaged_weight_is_named(checkpoints: dict[str, Path], text: Path, tmp
 
 
 def kl_of(reference: WeightReader, quantised: WeightReader, config: dict[str, Any], ids: np.ndarray[Any, Any]) -> float:
-    """Mean KL(reference || quantised) in nats a token."""
+    """Return the mean KL(reference || quantised) in nats per token."""
     logs = []
     for reader in (reference, quantised):
         model = LayerwiseReference(decoder_of(config), reader)
@@ -662,7 +662,7 @@ def kl_of(reference: WeightReader, quantised: WeightReader, config: dict[str, An
 
 
 def test_a_trained_model_loses_less_than_by_rounding(tmp_path: Path) -> None:
-    """On text it has not been calibrated with; one layer of it, so that it takes a moment."""
+    """Measured on other text than the calibration text, with one layer only, so that it is fast."""
     config = json.loads((TRAINED / "config.json").read_text())
     documents = standard_library()
     text = tmp_path / "text.txt"

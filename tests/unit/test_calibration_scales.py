@@ -37,9 +37,9 @@ COMMON: dict[str, Any] = {
     "rope_theta": 10000.0,
     "hidden_act": "silu",
 }
-MIXTURE = {"intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+MOE = {"intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
 CONFIGS = {
-    "olmoe": {"architectures": ["OlmoeForCausalLM"], **COMMON, **MIXTURE},
+    "olmoe": {"architectures": ["OlmoeForCausalLM"], **COMMON, **MOE},
     "fox": {"architectures": ["LlamaForCausalLM"], **COMMON, "intermediate_size": 96, "tie_word_embeddings": True},
 }
 FAMILIES = pytest.mark.parametrize("family", CONFIGS)
@@ -80,7 +80,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One of each family, three channels of every norm eight times the others."""
+    """One checkpoint of each family in which three channels of every norm are eight times the others."""
     folder = tmp_path_factory.mktemp("checkpoints")
     found = {name: write_random_checkpoint(config, folder / name, seed=3) for name, config in CONFIGS.items()}
     for path in found.values():
@@ -104,7 +104,7 @@ def sample_ids(checkpoint: Path, text: Path) -> np.ndarray[Any, Any]:
 
 
 def apart(checkpoint: Path, quantised: Path, text: Path) -> float:
-    """Relative error of the logits, by what the recipe says of activations."""
+    """Return the relative error of the logits with the recipe's activations."""
     ids = torch.from_numpy(sample_ids(checkpoint, text))
     with Checkpoint.open(checkpoint) as original, Checkpoint.open(quantised) as made:
         exact = reference_module(WeightSource(original))(ids)
@@ -124,7 +124,7 @@ def test_static_scales_are_those_of_the_calibrated_model(
         for name in source.shapes:
             found = source.input_scale(name)
             assert found == (pytest.approx(wanted[name], rel=1e-5) if name in wanted else None), name
-    assert apart(checkpoints[family], tmp_path / "q", text) < 0.5  # loud channels: see below what smoothing makes of it
+    assert apart(checkpoints[family], tmp_path / "q", text) < 0.5  # large because of the outlier channels
 
 
 def test_only_what_is_static_gets_a_scale(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
@@ -160,9 +160,9 @@ def test_static_activations_without_a_text_are_refused(checkpoints: dict[str, Pa
     done = CliRunner().invoke(
         quantize_command, [str(checkpoints["olmoe"]), "-o", str(tmp_path / "q"), "--recipe", str(path)]
     )
-    assert isinstance(done.exception, RecipeError)  # which `edgelm` turns into exit code 1
+    assert isinstance(done.exception, RecipeError)  # the command line exits with 1
     assert list(tmp_path.iterdir()) == [path]
-    # A table that is looked up multiplies nothing; one that is the head too does.
+    # An embedding table has no inputs to quantise, unless it is also the head.
     table = Rule("model.embed_tokens.weight", Scheme(8, 32), activations="int8-static")
     looked_up = Recipe("table", Scheme(8, 32), (table, *INT8.rules))
     quantize_checkpoint(checkpoints["olmoe"], tmp_path / "table", looked_up)
@@ -182,14 +182,14 @@ def test_a_smoothed_calibrated_checkpoint_computes_nearly_the_same(
     assert read == made.report
     norm = "model.layers.1.post_attention_layernorm.weight"
     with Checkpoint.open(checkpoints[family]) as original, Checkpoint.open(tmp_path / "q") as opened:
-        # What the scales changed is there as it was computed, not rounded to the checkpoint's own type.
+        # Tensors that smoothing changed are stored in float32, not rounded to the checkpoint's type.
         assert opened.info(norm).dtype == "F32"
         assert original.info(norm).dtype == "BF16"
         before, after = original.read_float32(norm), opened.read_float32(norm)
         assert np.abs(after / before - 1).max() > 0.2
         assert (after != bf16_to_float32(float32_to_bf16(after))).any()
         assert opened.tensors["model.norm.weight"].dtype == ("BF16" if family == "fox" else "F32")
-    # Experts of random weights are swapped by the least error: a mixture's logits are further apart.
+    # With random weights the smallest error changes the selected experts, so the logits of an MoE differ more.
     assert apart(checkpoints[family], tmp_path / "q", text) < {"fox": 0.02, "olmoe": 0.05}[family]
 
 
@@ -202,7 +202,7 @@ def test_smoothing_helps_static_activations_of_loud_channels(
         out = tmp_path / str(smoothing)
         calibrate_checkpoint(checkpoints[family], out, STATIC[family], text=text, smoothing=smoothing, **SMALL)
         errors[smoothing] = apart(checkpoints[family], out, text)
-    # Most of the mixture's error is experts that are swapped.
+    # Most of the MoE's error comes from other selected experts.
     assert errors["activations"] < {"fox": 0.8, "olmoe": 1.0}[family] * errors[None], errors
 
 

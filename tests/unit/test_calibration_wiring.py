@@ -1,4 +1,4 @@
-"""Does each matrix get the target, the damping and the order of columns that it should, and an expert with few rows?"""
+"""Does calibration use the right target, damping and order of columns for each matrix, also for rarely used experts?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from edgelm.synth import write_random_checkpoint
 
 @dataclass(frozen=True)
 class Case:
-    """A family with changes of its config, how much text, and when an expert has seen enough of it."""
+    """A family, changes of its config, the amount of text, and the tokens that an expert needs."""
 
     family: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -51,7 +51,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Tensor, int]]:
-    """The weights [N, K] that each matrix is rounded from, and for the inputs of how many tokens."""
+    """Record the weights [N, K] that each matrix is quantised from, and the number of tokens of its inputs."""
     found: dict[str, tuple[Tensor, int]] = {}
 
     def spy(weight: Any, scheme: Any, moments: Moments | None, *, method: str, name: str) -> Any:
@@ -63,10 +63,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Tensor, int]]:
 
 
 def nearest(weight: Tensor, inputs: Tensor, reference: Tensor, residual: Tensor | None, damping: float) -> Tensor:
-    """W' that minimises |W' x - (W x~ + r)|^2 + a |W' - W|^2, by a solver that knows nothing of moments.
+    """Return W' that minimises |W' x - (W x~ + r)|^2 + a |W' - W|^2, by least squares on the inputs themselves.
 
-    `inputs` x are the quantised model's, `reference` x~ the float model's, [n, K]; `residual` r [n, N] is what the
-    float model's residual stream is ahead; a is `damping` times the mean square of an input over all tokens.
+    x are the quantised model's `inputs`, x~ those of the float model (`reference`), [n, K]. r [n, N] is the difference
+    of their residual streams. a is `damping` times the mean square of an input over all tokens.
     """
     x, weight = inputs.double(), weight.double()
     wanted = reference.double() @ weight.T + (0 if residual is None else residual.double())
@@ -79,10 +79,10 @@ def nearest(weight: Tensor, inputs: Tensor, reference: Tensor, residual: Tensor 
 def test_each_matrix_is_rounded_towards_what_the_float_model_computes(
     tmp_path: Path, text: Path, calls: dict[str, tuple[Tensor, int]], case: str
 ) -> None:
-    """Which matrices make up for drifted inputs, which for the drifted stream too, which for none; sign and damping.
+    """Some matrices correct the drift of their inputs, some also that of the residual stream, some neither.
 
-    Experts with too few tokens, or with none, are rounded as they are, and the others see just their own. What they add
-    to the stream is right if the matrices after them get the right targets.
+    Experts with too few tokens are rounded to nearest; the others are calibrated on their own tokens. Their outputs are
+    right if the matrices after them get the right targets.
     """
     what = CASES[case]
     path = write_random_checkpoint(CONFIGS[what.family] | what.changes, tmp_path / "c", seed=3)
@@ -116,7 +116,7 @@ def test_each_matrix_is_rounded_towards_what_the_float_model_computes(
             assert tokens == (0 if name in blind else len(inputs[name])), name
             x, wanted = inputs[name], references[name]
             if ".experts." in name:
-                # An expert's own tokens are too few to tell a drift: gate and up have that of all, down none.
+                # An expert has too few tokens to measure a drift: gate and up use that of all tokens, down none.
                 if name in blind or ".down_proj." in name:
                     assert torch.equal(target, weight), name
                     continue
@@ -132,14 +132,14 @@ def test_each_matrix_is_rounded_towards_what_the_float_model_computes(
 
 
 def assert_moved_alike(name: str, weight: Tensor, found: Tensor, expected: Tensor) -> None:
-    """The way from `weight` to `found` is that to `expected`, up to float32's rounding of the moments (6e-5 of it)."""
+    """Check that found - weight equals expected - weight, up to the float32 rounding of the moments (6e-5 of it)."""
     moved = expected - weight
     assert float(moved.norm()) > 5e-4 * float(weight.norm()), name
     assert float((found - expected).norm()) < 1e-3 * float(moved.norm()), name
 
 
 def test_few_tokens_are_damped_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundredth of H's mean diagonal, and columns / tokens besides."""
+    """The damping is (0.01 + columns / tokens) times the mean diagonal of H."""
     used: list[float] = []
     factor = Moments.factor
 
@@ -157,7 +157,7 @@ def test_few_tokens_are_damped_more(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_columns_with_the_largest_inputs_are_rounded_first() -> None:
-    """Groups by the sum of their inputs' squares, and columns within a group by their own: the largest comes first."""
+    """Groups are sorted by the sum of squares of their inputs, and columns in a group by their own, largest first."""
     squares = torch.rand(96, generator=torch.Generator().manual_seed(0))
     squares += torch.tensor([1.0, 9.0, 4.0]).repeat_interleave(32)
     factor = Factor(torch.diag(squares), 32, 0.01)
@@ -170,10 +170,10 @@ def test_columns_with_the_largest_inputs_are_rounded_first() -> None:
 
 
 def test_one_token_of_an_expert_does_not_ruin_its_weights() -> None:
-    """What one token asks for must not cost what all others would see: the weights stay near those rounded.
+    """With one token, the weights must stay close to those rounded to nearest, or the error of other tokens grows.
 
-    With the damping of many tokens GPTQ makes the error of these weights 1.4 to 1.7 times as large, with that of one
-    1.003 times.
+    With the damping for many tokens, GPTQ's error of these weights is 1.4 to 1.7 times that of rounding to nearest;
+    with the damping for one token it is 1.003 times.
     """
     generator = torch.Generator().manual_seed(4)
     weight = torch.randn(32, 64, generator=generator).numpy()

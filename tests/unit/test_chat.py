@@ -1,4 +1,4 @@
-"""Does `edgelm chat` keep a conversation within the context, serve its commands, and never lose what was said?"""
+"""Does `edgelm chat` keep a conversation within the context, run its commands, and never lose messages?"""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def system(text: str) -> Message:
 
 
 TURNS = [message for i in range(6) for message in (user(f"question {i}"), assistant(f"answer {i}"))]
-"""Some 25 tokens a turn."""
+"""About 25 tokens per turn."""
 
 
 def test_a_conversation_that_fits_is_left_alone(model: LanguageModel) -> None:
@@ -77,7 +77,7 @@ def test_the_oldest_whole_turns_go_and_system_messages_stay(
     assert kept.dropped > 0
     assert kept.messages == [*first, *TURNS[2 * kept.dropped :], user("last")]
     assert kept.tokens == model.chat_tokens(kept.messages)
-    # As few as free a quarter of the room besides.
+    # As few as possible to free a quarter of the room.
     goal = (model.runtime.context_length - answer) * 3 // 4
     one_more = [*first, *TURNS[2 * (kept.dropped - 1) :], user("last")]
     assert len(kept.tokens) <= goal < len(model.chat_tokens(one_more))
@@ -138,7 +138,7 @@ def test_with_a_seed_the_cache_is_used_and_the_text_is_that_of_a_fresh_session(b
     lines = [line for line in one.stderr.splitlines() if "ended by" in line]
     assert ["cached" in line for line in lines] == [False, True, True, True]
     saved = json.loads((tmp_path / "a").read_text())
-    # Another try has another seed: the same one would say the same.
+    # Another attempt uses another seed, since the same one would give the same answer.
     with_regen, without = saved[3]["content"], chat(bundle, "Hi\nMore\n", *options, "--seed", 3).stdout
     assert with_regen.strip() not in without
 
@@ -151,7 +151,7 @@ def test_a_conversation_is_kept_and_forgotten_on_reset(bundle: Path, model: Lang
     assert result.stdout == f"{first}\n{second}\n{first}\n"
     assert result.exit_code == 0
     assert result.stderr.count("ended by") == 3
-    assert result.stderr.count("\n") == 4  # nothing else but what /reset says
+    assert result.stderr.count("\n") == 4  # nothing but the message of /reset
 
 
 def test_a_chat_beyond_the_context_says_what_it_drops(bundle: Path) -> None:
@@ -221,7 +221,7 @@ def test_help_names_every_command(bundle: Path) -> None:
 
 
 def asked(model: LanguageModel, *entries: Entry, **options: Any) -> Session:
-    """A session after some entries."""
+    """Return a session after some entries."""
     session = Session(model, Screen(), {"max_tokens": 2}, quiet=True, **options)
     for entry in entries:
         assert session.handle(entry)
@@ -338,7 +338,7 @@ def test_ctrl_c_cancels_a_message_or_keeps_what_was_said(
     original = getattr(model.runtime, where)
     try:
         session.run(read, terminal=True)
-    except KeyboardInterrupt:  # which would end pytest
+    except KeyboardInterrupt:  # would end pytest
         pytest.fail("Ctrl-C left the chat")
     said = [message["content"] for message in session.messages]
     assert said[::2] == (["Hi", "Again"] if where == "prefill" else ["Hi", "More", "Again"])
@@ -412,7 +412,7 @@ def test_what_can_never_work_is_said_at_once(bundle: Path, options: list[object]
 
 @pytest.mark.skipif(os.name == "nt", reason="no POSIX signals")
 def test_through_pipes_ctrl_c_stops_an_answer_and_sigterm_ends_the_chat(tmp_path: Path) -> None:
-    # Never ends by itself, and has context for a minute of generation.
+    # Generates without end; the context lasts for a minute.
     shape = Shape(vocab=512, hidden=64, layers=8, context=1 << 16)
     endless = write_tiny_model(tmp_path / "bundle", shape).path
     options = ["-n", "60000", "--context-length", "65000", "--threads", "1"]

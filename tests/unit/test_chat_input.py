@@ -1,4 +1,4 @@
-"""What is one message of `edgelm chat`, which bytes are refused, and what stays in the history?"""
+"""How does `edgelm chat` split its input into messages, which bytes are refused, and what is in the history?"""
 
 from __future__ import annotations
 

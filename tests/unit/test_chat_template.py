@@ -1,4 +1,4 @@
-"""Do chat templates render as transformers renders them, and does a hostile one get nowhere?"""
+"""Do chat templates render as in transformers, and is a hostile one harmless?"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TALK = [
 ]
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>"}
 
-# What templates of real models use: macros, namespaces, loop controls, filters, tests, whitespace control.
+# Features used by templates of published models: macros, namespaces, loop controls, filters, tests, whitespace control.
 HARD_TEMPLATE = """
 {%- macro part(m, last=false) -%}
     {%- if m.content is string -%}{{ m.content | trim | replace('x', 'y') }}{%- endif -%}{{ '' if last else '|' }}
@@ -97,7 +97,7 @@ TEMPLATES = {**PUBLISHED, "olmoe-tiny": OLMOE_CHAT_TEMPLATE, "gemma-tiny": GEMMA
 
 @pytest.fixture(scope="module")
 def oracle() -> Callable[..., str]:
-    """transformers' own rendering, or the kind of error."""
+    """Function that renders with transformers, and returns the text or the kind of error."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import models
     from transformers import PreTrainedTokenizerFast
@@ -116,7 +116,7 @@ def test_rendering_is_transformers(name: str, tools: Any, oracle: Callable[..., 
             more = {"tools": tools, **({"enable_thinking": False} if prompt and tools else {})}
             try:
                 expected = oracle(talk, chat_template=TEMPLATES[name], add_generation_prompt=prompt, **more)
-            except Exception:  # whatever transformers raises, here it is an error too
+            except Exception:  # transformers may raise anything
                 with pytest.raises(GenerationError):
                     template.render(talk, prompt, more)
                 continue
@@ -126,7 +126,7 @@ def test_rendering_is_transformers(name: str, tools: Any, oracle: Callable[..., 
 
 
 def parted(talk: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation with every content as two parts."""
+    """Return the conversation with every content split into two parts."""
     return [
         m | {"content": [{"type": "text", "text": m["content"][:1]}, {"type": "text", "text": m["content"][1:]}]}
         for m in talk

@@ -1,4 +1,4 @@
-"""Does `edgelm chat` in a terminal edit, paste, remember and colour, and what does Ctrl-C do at every moment?"""
+"""Does `edgelm chat` in a terminal support editing, pastes, history and colours, and what does Ctrl-C do?"""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Never ends by itself, and is slow with a long prompt."""
+    """A bundle that generates without end, and is slow with a long prompt."""
     shape = Shape(vocab=512, hidden=64, layers=8, context=1 << 16)
     return write_tiny_model(tmp_path_factory.mktemp("endless") / "bundle", shape).path
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Function that starts a chat with a bundle, with a state folder that the sessions of a test share."""
+    """Function that starts a chat with a bundle. The sessions of a test share a state folder."""
     open_ones: list[Terminal] = []
 
     def begin(bundle: Path, *options: object, **env: str) -> Terminal:
@@ -93,7 +93,7 @@ def test_ctrl_c_at_the_prompt_clears_the_line_and_twice_leaves(bundle: Path, sta
     chat = start(bundle, "-n", 2, "-q", "--no-history", NO_COLOR="1")
     chat.wait("> ")
     chat.send(UP)
-    for _ in range(3):  # a line that is cleared is no empty prompt
+    for _ in range(3):  # clearing a line does not count as Ctrl-C at an empty prompt
         chat.send("half a line")
         assert "earlier" not in chat.wait("half a line")
         chat.send(CTRL_C)
@@ -122,7 +122,7 @@ def test_ctrl_c_cancels_what_is_rendered_or_prefilled_and_stops_an_answer(
 ) -> None:
     chat = start(endless, "-n", 60000, "--context-length", 65000)
     chat.wait("> ")
-    # While the template is rendered, in a process that stands still here:
+    # While the template is rendered, in a process that is stopped here:
     worker = psutil.Process(chat.process.pid).children(recursive=True)[0]
     assert os.getpgid(worker.pid) != os.getpgid(chat.process.pid)
     worker.suspend()
@@ -140,7 +140,7 @@ def test_ctrl_c_cancels_what_is_rendered_or_prefilled_and_stops_an_answer(
     chat.send(CTRL_C)
     chat.wait("[cancelled")
     chat.wait("> ")
-    # While an answer comes:
+    # While an answer is generated:
     chat.send("Hi\r")
     chat.wait("\n")
     chat.wait_for_more(40)

@@ -28,7 +28,7 @@ def values(name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """Three tensors in three shards."""
+    """A checkpoint of three tensors in three shards."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     files = write_sharded(tmp_path, SPECS, lambda name: [values(name)[:1], values(name)[1:]], shard_bytes=30)
     assert files[1] == SHARD

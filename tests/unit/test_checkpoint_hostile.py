@@ -1,4 +1,4 @@
-"""Does every malformed config.json, header and index end in one line, at once and in little memory?"""
+"""Does every malformed config.json, header and index give an error of one line, quickly and with little memory?"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COUNTS = (
 NUMBERS = ("rms_norm_eps", "rope_theta", "clip_qkv")
 OTHERS = ("tie_word_embeddings", "norm_topk_prob", "architectures", "rope_scaling", "rope_parameters", "layer_types",
           "quantization_config", "hidden_act", "model_type", "sliding_window", "auto_map")  # fmt: skip
-# As texts of JSON: NaN and Infinity are what Python's json reads besides.
+# As JSON text: Python's json module also accepts NaN and Infinity.
 VALUES = (
     "0", "-1", "1000000000000", "1e12", "1e308", "NaN", "Infinity", "-Infinity", '"7"', "true", "[]", "[1, 2]", "{}",
     '{"a": [1]}', "2.5", "1" + "0" * 400, "9" * 4000, "[" * 300 + "]" * 300, '"' + "x" * 10_000 + '"',
@@ -33,7 +33,7 @@ VALUES = (
 
 
 def opened(folder: Path) -> Any:
-    """What every command does first."""
+    """Open the checkpoint and check its tensors, as every command does first."""
     with Checkpoint.open(folder) as checkpoint:
         config = checkpoint.decoder
         checkpoint.check_tensors(config.tensor_shapes)
@@ -128,7 +128,7 @@ def test_hostile_folders_are_refused_within_a_second_and_200_megabytes(tmp_path:
     empty = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100)}
     entry = json.dumps(empty)[1:-1].encode()
     long = write_small(tmp_path / "long", "olmoe").path
-    header = b"{" + b",".join([entry] * 14_400) + b"}"  # names repeat, which nobody gets to see
+    header = b"{" + b",".join([entry] * 14_400) + b"}"  # duplicate names are not detected before the size
     assert len(header) > 90_000_000
     (long / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     many = write_small(tmp_path / "many", "olmoe").path
@@ -185,5 +185,5 @@ def test_rounding_that_export_uses_keeps_nan(tmp_path: Path) -> None:
 
     values = np.array([np.nan, -np.nan, 1.0, np.inf], np.float32)
     bits = np.asarray(stored_as(values, "bfloat16", "w")).astype(np.uint16)
-    assert ((bits[:2] & 0x7FFF) > 0x7F80).all()  # NaN: all of the exponent, and some of the fraction
+    assert ((bits[:2] & 0x7FFF) > 0x7F80).all()  # NaN: all exponent bits, and some of the fraction
     assert bits[2:].tolist() == [0x3F80, 0x7F80]

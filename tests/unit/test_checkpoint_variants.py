@@ -1,4 +1,4 @@
-"""Is every form in which tools save these models read as transformers reads it, all else refused with the reason?"""
+"""Are checkpoints in every form that tools write read as in transformers, and others refused with the reason?"""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from edgelm.reference.module import ReferenceModel
 Tensors = dict[str, Tensor]
 SEEDS = range(20)
 
-# Fields that published fine-tunes have and that change nothing, with values as these have them.
+# Fields of published fine-tunes that change nothing, with their values.
 HARMLESS: dict[str, Any] = {
     "auto_map": {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"},
     "_commit_hash": "6d84c48581ece794365f2b8c0b1ef2d4b1b1b1b1",
@@ -79,7 +79,7 @@ HARMLESS: dict[str, Any] = {
 
 
 def configs(seed: int, **changes: Any) -> tuple[dict[str, Any], Any]:
-    """config.json of one of the two families in turns, and transformers' model of it with random weights."""
+    """Return a config.json, of the two families in turn, and transformers' model of it with random weights."""
     llama = seed % 2 == 0
     config = {**generated("llama" if llama else "olmoe", seed), **changes}
     ours = {key: value for key, value in config.items() if key != "architectures"}
@@ -156,7 +156,7 @@ TIED: dict[str, Callable[[Tensors], Tensors]] = {
 
 @pytest.fixture(autouse=True)
 def quiet_and_on_one_thread() -> Iterator[None]:
-    """Matrices this small take longer on several threads."""
+    """Use one thread: such small matrices take longer on several."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     before = torch.get_num_threads()
@@ -222,7 +222,7 @@ def changed(kind: str, tensors: Tensors) -> Tensors:
         return tensors | {"lm_head.weight": embedding[1:]}
     if kind == "frequencies differ":
         return tensors | {"model.rotary_emb.inv_freq": torch.ones(4) / 2}
-    if kind == "frequencies differ by their last digits":  # of another base, or computed in bfloat16
+    if kind == "frequencies differ by their last digits":  # from another base, or computed in bfloat16
         frequencies = 10000.0 ** -(torch.arange(0, 8, 2, dtype=torch.float64) / 8)
         frequencies[2] *= 1 + 1e-4
         return tensors | {"model.rotary_emb.inv_freq": frequencies.float()}
@@ -318,7 +318,7 @@ def test_a_weight_that_is_not_finite_is_named_with_its_element(
                 for rows in (None, slice(0, 4), slice(3, 4)):
                     with pytest.raises(CheckpointError, match=said):
                         read(name, rows)
-                assert read(name, slice(0, 3)).shape[0] == 3  # what is not asked for is not looked at
+                assert read(name, slice(0, 3)).shape[0] == 3  # other rows are not checked
 
 
 def test_float64_beyond_float32_is_refused(tmp_path: Path) -> None:

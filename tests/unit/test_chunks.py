@@ -1,4 +1,4 @@
-"""Is a file that is read or written in several chunks hashed, copied and checked whole?"""
+"""Are files that are read or written in several chunks hashed, copied and checked completely?"""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DATA = np.random.default_rng(5).integers(0, 256, 64, dtype=np.uint8).tobytes()
 
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    """Weights of four chunks: two tensors of one and a half chunks, and one chunk that belongs to none."""
+    """A bundle with weights of four chunks: two tensors of one and a half chunks, and one chunk of no tensor."""
     monkeypatch.setattr(edgelm.bundle, "_HASH_CHUNK", CHUNK)
     path = tmp_path / "bundle"
     write_tiny_bundle(path, Shape(layers=1))
@@ -48,7 +48,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
 
 
 class Told(Progress):
-    """Remembers what its tasks did."""
+    """Records the progress of its tasks."""
 
     def __init__(self) -> None:
         self.amounts: list[float] = []
@@ -112,7 +112,7 @@ def test_is_a_copy_of_several_chunks_whole_where_the_system_writes_less_than_ask
     real = Path.open
 
     class Short:
-        """A file that takes at most five bytes at a time, as a full pipe or a network file system may."""
+        """A file that accepts at most five bytes per write, as a full pipe or a network file system may."""
 
         def __init__(self, file: Any) -> None:
             self._file = file

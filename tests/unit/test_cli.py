@@ -1,4 +1,4 @@
-"""Do the verbs print what they should, fail in one line, and end cleanly when interrupted?"""
+"""Do the verbs print the right output, report errors in one line, and end cleanly when interrupted?"""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_errors_are_one_line_with_an_exit_code(bundle: Path, arguments: list[str
 
 
 class Panic(BaseException):
-    """As Rust's panics are: no Exception."""
+    """Not an Exception, like a panic of Rust."""
 
 
 def deeper() -> None:
@@ -216,14 +216,14 @@ def test_an_unknown_verb_is_wrong_usage() -> None:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Never ends by itself, and has context for a minute of generation."""
+    """A bundle that generates without end; the context lasts for a minute."""
     shape = Shape(vocab=512, hidden=64, layers=8, context=1 << 16)
     return write_tiny_model(tmp_path_factory.mktemp("endless") / "bundle", shape).path
 
 
 @pytest.fixture
 def generating(endless: Path) -> Iterator[subprocess.Popen[str]]:
-    """`edgelm run` in its own process, after some text."""
+    """A process of `edgelm run` that has printed some text."""
     process = spawn("run", endless, PROMPT, "-n", 60000, "--context-length", 65000, "--threads", 1)
     assert process.stdout is not None
     assert len(process.stdout.read(40)) == 40
@@ -340,7 +340,7 @@ def write_fox(path: Path) -> Path:
 
 @pytest.fixture
 def operators(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The compiled operators, with the instruction set left to them."""
+    """The compiled operators, which choose the instruction set."""
     from edgelm.runtimes.onnxruntime.native_library import library_path
 
     monkeypatch.delenv("EDGELM_ISA", raising=False)
@@ -415,7 +415,7 @@ def test_doctor_knows_this_machine() -> None:
     assert document["packages"]["numpy"]
     assert "safetensors" not in document["packages"]
     assert document["disk"]["free"] <= document["disk"]["total"] == shutil.disk_usage(".").total
-    # Our own kernels have no package whose version could say anything.
+    # EdgeLM's own kernels have no package and so no version.
     assert document["runtimes"]["cuda-kernels"]["version"] is None
     assert document["runtimes"]["onnxruntime-cpu"]["version"] == document["runtimes"]["onnxruntime-cuda"]["version"]
     text = invoke("doctor")

@@ -1,4 +1,4 @@
-"""Do bundles of before the manifest said what tensors hold still open, and are wrong statements refused?"""
+"""Do older bundles without `contents` in the manifest still open, and are wrong contents refused?"""
 
 from __future__ import annotations
 

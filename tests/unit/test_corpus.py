@@ -1,4 +1,4 @@
-"""Is the text that models are calibrated and judged with what was asked for, and refused where it is none?"""
+"""Is the right text read for calibration and evaluation, and is anything else refused?"""
 
 import sysconfig
 from pathlib import Path
@@ -11,7 +11,7 @@ from edgelm.errors import EdgeLMError
 
 
 class Letters:
-    """A token for each character."""
+    """A tokenizer with one token per character."""
 
     def __init__(self, bos_id=None):
         self.bos_id = bos_id

@@ -1,4 +1,4 @@
-"""Does the default number of threads follow cores, affinity and container limits?"""
+"""Does the default number of threads respect cores, affinity and container limits?"""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_containers_page_cache_is_available(machine: Path, limit: str, used: s
     assert available == 10 * MEBIBYTE
     (folder / "memory.stat").write_text(stat.format(20 * MEBIBYTE, 100 * MEBIBYTE, 3 * MEBIBYTE))
     assert devices.describe().memory_available == 133 * MEBIBYTE
-    # Never more than is used, nor than the machine has.
+    # At most the used memory, and at most the memory of the machine.
     (folder / "memory.stat").write_text(stat.format(20 * MEBIBYTE, 1 << 50, 0))
     assert devices.describe().memory_available == 200 * MEBIBYTE
 
@@ -159,5 +159,5 @@ def test_this_machine_is_described() -> None:
     now, peak = devices.resident_memory()
     assert now is not None
     assert peak is not None
-    # A Python process with NumPy takes some megabytes; units that are off by 1024 fall outside.
+    # A Python process with NumPy takes some megabytes; a unit that is wrong by 1024 would be out of range.
     assert 5e6 < now <= peak < 1e11

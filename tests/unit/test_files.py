@@ -1,4 +1,4 @@
-"""Does the disk hold an output before its name stands for it, and are a full disk and others' partials noticed?"""
+"""Is an output on disk before it gets its name, and are a full disk and partial files of other runs handled?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="there is no fsync of
 
 
 class Call(NamedTuple):
-    """A system call that was observed, and the file or folder it was about."""
+    """An observed system call, and the file or folder it changed."""
 
     what: str
     inode: int
@@ -33,7 +33,7 @@ class Call(NamedTuple):
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
-    """The calls that make data and names durable, in order; all of them are made, too."""
+    """Record the calls that make data and names durable, in order. The calls are still executed."""
     seen: list[Call] = []
 
     def observe(owner: Any, name: str, what: str, stat: Callable[[Any], os.stat_result]) -> None:
@@ -42,7 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         def called(first: Any, *rest: Any) -> Any:
             found = stat(first)
             result = real(first, *rest)
-            if result is not False:  # an exchange that the file system refused
+            if result is not False:  # False: an exchange that the file system does not support
                 seen.append(Call(what, found.st_ino, found.st_size))
             return result
 
@@ -56,13 +56,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 
 
 def assert_durable(calls: list[Call], place: Path) -> None:
-    """All below `place` was synced, whole, before it got its name; and the name after that."""
+    """Check that everything in `place` was synced before it got its name, and the name after that."""
     given = [at for at, call in enumerate(calls) if call.what == "name" and call.inode == place.stat().st_ino]
     assert len(given) == 1, calls
     before, after = calls[: given[0]], calls[given[0] + 1 :]
     for path in (place, *place.rglob("*")):
         synced = [call for call in before if call.what == "sync" and call.inode == path.stat().st_ino]
-        assert synced, f"{path} has its name before the disk has its contents: {calls}"
+        assert synced, f"{path} got its name before its contents were synced: {calls}"
         assert path.is_dir() or synced[-1].size == path.stat().st_size, f"{path} was written to after it was synced"
     assert any(call.what == "sync" and call.inode == place.parent.stat().st_ino for call in after), calls
 
@@ -124,7 +124,7 @@ def test_is_the_partial_file_of_a_live_process_of_an_earlier_version_kept(
 def test_is_a_lock_whose_file_was_removed_meanwhile_taken_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that ends removes its lock file, perhaps between another's opening it and locking it."""
+    """A run that ends removes its lock file, possibly after another run opened it and before that run locks it."""
     real, removed = files._try_lock, []
 
     def removed_first(descriptor: int) -> bool:

@@ -1,4 +1,4 @@
-"""Does a loaded model generate what its runtime's logits say, stop where it should, and keep its cache right?"""
+"""Does a loaded model generate the tokens of its runtime's logits, stop correctly, and keep its cache consistent?"""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_with_a_seed_the_past_does_not_matter_to_the_last_bit(model: LanguageMod
             model.cache.decode(token)
         reused, count = model.cache.prefill(tokens, exact=False)
         assert count == len(tokens) - 1
-        # The point of it: computed in other pieces, the numbers are close but not the same.
+        # Without a seed, the prompt is computed in other chunks: the logits are close but not equal.
         np.testing.assert_allclose(reused, want, atol=1e-4)
         assert not np.array_equal(reused, want)
         again, count = model.cache.prefill(tokens, exact=True)
@@ -119,7 +119,7 @@ def test_a_prompt_that_is_repeated_or_goes_on_another_way_equals_a_fresh_model(
         with load(bundle.path, threads=1) as fresh:
             assert got.tokens == fresh.generate(prompt, max_tokens=15, **options).tokens, (prompt, options)
             assert model.runtime.position == fresh.runtime.position
-            # To the last bit where the numbers are promised, else to rounding.
+            # To the last bit where that is guaranteed, else up to rounding.
             model_next, fresh_next = model.cache.decode(7), fresh.cache.decode(7)
             if "seed" in options:
                 np.testing.assert_array_equal(model_next, fresh_next)
@@ -153,7 +153,7 @@ def test_a_longer_prompt_pays_only_for_its_new_part(model: LanguageModel, bundle
     tokens = model.tokenizer.encode(PROMPT)
     first = model.generate(tokens, max_tokens=10)
     assert first.timings.reused_tokens == 0
-    # The last generated token was never fed, so it is not cached.
+    # The last generated token was not fed to the model, so it is not cached.
     longer = [*tokens, *first.tokens, 70, 71]
     second = model.generate(longer, max_tokens=10)
     assert second.timings.reused_tokens == len(tokens) + 9
@@ -199,7 +199,7 @@ def test_a_character_of_several_tokens_comes_whole(bundle: Bundle) -> None:
 def test_the_context_ends_a_generation_quietly(bundle: Bundle) -> None:
     model = scripted(bundle, "a" * 20, end=False, context_length=8)
     got = model.generate("x", max_tokens=None)
-    # 8 positions hold the prompt and 7 of the tokens; the eighth comes from the last position's logits.
+    # 8 positions hold the prompt and 7 tokens; the eighth token comes from the logits of the last position.
     assert (got.text, got.stop_reason, model.runtime.position) == ("a" * 8, "length", 8)
 
 
@@ -222,7 +222,7 @@ def test_leaving_a_stream_early_is_an_interruption_and_the_model_goes_on(model: 
 
 
 class Interrupting(Scripted):
-    """Ctrl-C comes while a decode runs, after the runtime has written the cache."""
+    """Raises KeyboardInterrupt during a decode step, after the runtime has written the cache."""
 
     def decode(self, token: int) -> NDArray[np.float32]:
         logits = super().decode(token)

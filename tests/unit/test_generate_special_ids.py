@@ -1,4 +1,4 @@
-"""Does a text begin and end right where the tokenizer begins each with a token of its own and several ids end one?"""
+"""Does a text begin and end correctly for a tokenizer with a bos token and several end tokens?"""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def test_a_prompt_begins_with_the_token_that_begins_texts_once(bundle: Bundle) -
     model, runtime = answering(bundle, [EOS], prompt)
     assert model.generate("hello").timings.prompt_tokens == len(prompt)
     assert runtime.fed == prompt
-    # Ids are taken as they are.
+    # Nothing is prepended to token ids.
     runtime.fed.clear()
     model.generate(prompt[1:], seed=1)
     assert runtime.fed == prompt[1:]
 
 
 def test_a_conversation_begins_with_it_once_too(bundle: Bundle) -> None:
-    # The template writes it, the tokenizer would put it first again.
+    # The template writes bos, and the tokenizer would prepend it again.
     model, runtime = answering(bundle, [EOS], [0])
     model.chat(MESSAGES)
     assert runtime.fed[0] == BOS
@@ -48,7 +48,7 @@ def test_a_conversation_begins_with_it_once_too(bundle: Bundle) -> None:
     assert model.tokenizer.decode(runtime.fed, skip_special=False) == model.render_chat(MESSAGES)
     runtime.fed.clear()
     model.generate(model.render_chat(MESSAGES), seed=1)
-    assert runtime.fed[:2] == [BOS, BOS]  # a prompt is text, whatever stands in it
+    assert runtime.fed[:2] == [BOS, BOS]  # a plain prompt gets bos, even if its text begins with bos
 
 
 def test_an_empty_prompt_is_that_token_alone(bundle: Bundle) -> None:
@@ -60,7 +60,7 @@ def test_an_empty_prompt_is_that_token_alone(bundle: Bundle) -> None:
 def test_each_end_id_ends_a_text_and_is_no_part_of_it(bundle: Bundle, end: int) -> None:
     tokenizer = Tokenizer.from_folder(bundle.path)
     words = tokenizer.encode("hello", add_bos=False)
-    # A special id that ends nothing is no text either.
+    # A special id that is not an end token gives no text either.
     model, _ = answering(bundle, [*words, TURN, end, 77], [BOS])
     got = model.generate([BOS])
     assert (got.stop_reason, got.tokens) == ("eos", (*words, TURN))

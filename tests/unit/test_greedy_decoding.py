@@ -1,4 +1,4 @@
-"""Does a runtime choose greedily itself where nothing else is asked of the logits, only there, with the same text?"""
+"""Does the runtime choose the token itself in plain greedy decoding, and only there, with the same text?"""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> edgelm.LanguageModel:
 
 @pytest.fixture
 def calls(model: edgelm.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which of the runtime's two ways of decoding was taken, step by step."""
+    """Record for each step which of the runtime's two decode methods was called."""
     taken: list[str] = []
     kind = type(model.runtime)
     decode, choose = kind.decode, kind.decode_greedy
@@ -51,7 +51,7 @@ def calls(model: edgelm.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[
 
 def test_plain_greedy_text_is_chosen_by_the_runtime(model: edgelm.LanguageModel, calls: list[str]) -> None:
     result = model.generate("Once upon a time", max_tokens=8)
-    # The runtime's own default asks for the logits in turn.
+    # The default implementation of `decode_greedy` calls `decode`.
     assert calls == ["choice", "logits"] * (len(result.tokens) - 1)
     model.runtime.reset()
     tokens = model.tokenizer.encode("Once upon a time")

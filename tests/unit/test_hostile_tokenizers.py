@@ -1,4 +1,4 @@
-"""Do hostile and damaged tokenizer files end in one line, before they take the device's time or memory?"""
+"""Do hostile and damaged tokenizer files give an error of one line before they use much time or memory?"""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_mutated_files_are_read_or_refused_in_one_line(tmp_path: Path, make: Cal
 
 
 def test_pieces_of_unusual_form_are_read_and_written(tmp_path: Path) -> None:
-    # Fields in another order, as a protobuf may have them; the common form has a shortcut.
+    # Fields in another order, which protobuf allows; the usual order has a fast path.
     folder = gemma(tmp_path / "t", 600)
     file = folder / "tokenizer.model"
     usual = piece_model.read_piece_model(file)
@@ -214,7 +214,7 @@ def test_pieces_of_unusual_form_are_read_and_written(tmp_path: Path) -> None:
 
 
 def test_pieces_that_share_a_character_are_refused(tmp_path: Path) -> None:
-    """Together they are valid UTF-8, so that nothing but the place where the second begins tells."""
+    """Joined they are valid UTF-8; only the start of the second piece shows that they are not valid."""
 
     def piece(name: bytes) -> bytes:
         body = b"\x0a" + bytes([len(name)]) + name + b"\x15" + bytes(4)

@@ -1,6 +1,6 @@
-"""Is a hub id downloaded, taken up after an interruption, and refused in one clear line?
+"""Is a hub id downloaded, is an interrupted download resumed, and are errors one clear line?
 
-Against a hub on this machine, through the real huggingface_hub.
+The tests use the real huggingface_hub and a fake hub on this machine.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ UNWANTED = ("pytorch_model.bin", "README.md", "onnx/model.onnx", "original/model
 
 
 class Counter(Progress):
-    """Adds up what it is told."""
+    """Adds up the progress."""
 
     def __init__(self) -> None:
         self.total = 0.0
@@ -101,7 +101,7 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(
 ) -> None:
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)  # what it keeps of a broken read is whole chunks
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)  # of a broken read it keeps whole chunks
     hub.break_after[SHARD] = 300_000
     counter = Counter()
     with Checkpoint.open("owner/model", counter) as checkpoint, Checkpoint.open(source) as original:

@@ -1,4 +1,4 @@
-"""Does `edgelm inspect` describe a checkpoint of any architecture, and give every reason against an export?"""
+"""Does `edgelm inspect` describe a checkpoint of any architecture, and list every reason why it cannot be exported?"""
 
 from __future__ import annotations
 

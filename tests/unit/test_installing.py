@@ -1,4 +1,4 @@
-"""Do hints name something that pip can install, however this installation came to be?"""
+"""Do install hints name something that pip can install, whatever the source of this installation?"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Requires-Dist: nvidia-cuda-nvrtc<13.1,>=13.0; extra == 'gpu-export'
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The metadata of an installation that comes before the real one."""
+    """The metadata folder of an installation that comes first on the path."""
     folder = tmp_path / "site" / "edgelm-9.dist-info"
     folder.mkdir(parents=True)
     (folder / "METADATA").write_text(METADATA)

@@ -1,4 +1,4 @@
-"""Does a document that is not as it should be end in one line that says where?"""
+"""Does an invalid document give an error of one line that names the field?"""
 
 import json
 import os

@@ -1,9 +1,8 @@
-"""Does every file import only what lies below it, and does none import itself by way of others?
+"""Does every file import only from lower layers, and are there no import cycles?
 
-Read from the sources: every import statement counts, also those inside functions and under TYPE_CHECKING. `LAYERS` is
-the section "Layers" of the design as data. All tables hold what is, no more: an entry that nothing needs any longer
-fails, so that they can only shrink. That a device which only runs bundles needs neither torch nor onnx nor transformers
-is shown by tests/unit/test_packaging.py, where a wheel is installed without them and a bundle is run.
+All import statements in the sources count, also those inside functions and under TYPE_CHECKING. `LAYERS` is the section
+"Layers" of the design as data. An entry of a table that is no longer needed fails, so that the tables can only shrink.
+tests/unit/test_packaging.py shows that running bundles needs neither torch nor onnx nor transformers.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = {"edgelm": "edgelm", "quant": "edgelm.quant", "export": "edgelm.export", "runtimes": "edgelm.runtimes"}
 MOST_FILES = 15
 OPEN_ENDED = {"edgelm/models": "one file a model"}
-"""Folders that may hold more, and why."""
+"""Folders that may hold more files, with the reason."""
 
 LAYERS = {
     "base": "errors sizes slices places files installing devices progress progress_bar json_dataclass corpus version",
@@ -47,7 +46,7 @@ LAYERS = {
     "edgelm": "edgelm",
     "cli": "cli __main__",
 }
-"""Modules by part, without "edgelm." in front, the lowest part first. None imports a part that comes after its own."""
+"""Modules by part, without the prefix "edgelm.", lowest part first. A module never imports from a later part."""
 
 ALLOWED = {
     "primitives": "base models",
@@ -73,10 +72,10 @@ ALLOWED = {
     "cli": "base primitives models checkpoint tokenization bundle sampling runtimes generation weights methods pages "
     "parity evaluation synth export benchmark edgelm",
 }
-"""The parts that a part imports; others it may not."""
+"""The parts that a part may import."""
 
 EXCEPTIONS: dict[tuple[str, str], str] = {}
-"""Imports of a higher part, and why they are there still."""
+"""Imports of a higher part that are allowed, with the reason."""
 
 PACKAGES = {
     "torch": "reference rounding methods parity evaluation export",
@@ -92,7 +91,7 @@ PACKAGES = {
     "tqdm": "evaluation",
     "pytest": "parity",
 }
-"""Who imports which of others' packages, numpy aside."""
+"""Third-party packages and the parts that import them, without numpy."""
 
 AT_ONCE = {
     "torch": "reference rounding methods evaluation",
@@ -103,7 +102,7 @@ AT_ONCE = {
     "tqdm": "evaluation",
     "pytest": "parity",
 }
-"""And who does when it is imported itself: others wait until a function needs it."""
+"""Modules that import a third-party package at module level; the others import it inside functions."""
 
 
 def test_does_every_part_import_only_what_it_may() -> None:
@@ -140,7 +139,7 @@ def test_does_nobody_import_the_command_line() -> None:
     "name", sorted(path.stem for path in (ROOT / "edgelm" / "cli").iterdir() if path.stem[0] != "_")
 )
 def test_does_a_command_import_lazily(name: str) -> None:
-    """`edgelm --help` and an error in an option are to be there at once: what takes a while to import waits."""
+    """`edgelm --help` and errors in options must be fast, so modules that import slowly are imported lazily."""
     seen: set[str] = set()
     left = [f"edgelm.cli.{name}"]
     while left:
@@ -195,7 +194,7 @@ def _modules() -> Mapping[str, ast.Module]:
 
 @lru_cache
 def _edges() -> tuple[tuple[str, str], ...]:
-    """Every module and what it imports of ours."""
+    """Return pairs (module, module of EdgeLM that it imports)."""
     pairs = {
         (module, other)
         for module, tree in _modules().items()
@@ -210,7 +209,7 @@ def _statements(tree: ast.Module) -> Iterator[ast.Import | ast.ImportFrom]:
 
 
 def _at_once(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    """The imports that importing the module runs: not those in functions, nor under TYPE_CHECKING."""
+    """Yield the imports that run when the module is imported: not those in functions or under TYPE_CHECKING."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node
@@ -221,7 +220,7 @@ def _at_once(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
 
 
 def _imported(statement: ast.Import | ast.ImportFrom) -> Iterator[str]:
-    """Our modules that a statement imports: of `from package import name` the module `name`, or else the package."""
+    """Yield the modules of EdgeLM that a statement imports: of `from package import name` the module or the package."""
     if isinstance(statement, ast.Import):
         yield from (one.name for one in statement.names if one.name in _modules())
         return
@@ -255,7 +254,7 @@ def _part(module: str) -> str:
 
 
 def _circles() -> Iterator[list[str]]:
-    """Groups of modules that import each other, however far around (Tarjan's strongly connected components)."""
+    """Yield groups of modules with import cycles (Tarjan's strongly connected components)."""
     graph: dict[str, list[str]] = defaultdict(list)
     for module, other in _edges():
         graph[module].append(other)

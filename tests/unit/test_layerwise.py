@@ -1,4 +1,4 @@
-"""Does the reference run from disk layer by layer compute what the whole model computes?"""
+"""Does the layer-by-layer reference compute the same as the whole model in memory?"""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FOX: dict[str, Any] = {
 
 
 class Weights:
-    """Random tensors in memory that remember what was read of them."""
+    """Random tensors in memory that record which parts were read."""
 
     def __init__(self, config_json: dict[str, Any]) -> None:
         generator = np.random.default_rng(0)
@@ -90,7 +90,7 @@ SEQUENCES = [np.array([3, 1, 4, 1, 5, 9, 2]), np.array([6]), np.array([5, 3, 5, 
 def test_one_sweep_over_several_sequences_equals_the_whole_model(config_json: dict[str, Any]) -> None:
     weights = Weights(config_json)
     model = whole_model(config_json, weights)
-    # Blocks of a few rows, so that the head really is put together from several.
+    # Blocks of a few rows, so that the head consists of several.
     result = LayerwiseReference(decoder_of(config_json), weights, head_block_bytes=10 * 4 * 32).step(
         SEQUENCES, trace=True
     )
@@ -147,7 +147,7 @@ def test_windows_in_one_sweep_equal_separate_sequences(
                 experts[layer, first + i] = trace.experts[0][i].numpy().copy()
 
     final = reference.windows(ids, visit)
-    # As many at a time as that memory holds, at least one.
+    # As many windows at a time as fit into that memory, at least one.
     assert max(together) == min(len(ids), max(1, window_bytes // (ids.shape[1] * reference._bytes_per_token())))
     for i, sequence in enumerate(expected):
         assert relative(final[i], torch.from_numpy(sequence.final)) < 1e-5
@@ -187,13 +187,13 @@ def test_only_what_is_needed_is_read() -> None:
     result = reference.step([np.array([7, 7, 9])], trace=True)
     chosen = result.sequences[0].experts
     assert chosen is not None
-    assert any(len(np.unique(experts)) < 8 for experts in chosen), "the case must leave an expert unchosen"
+    assert any(len(np.unique(experts)) < 8 for experts in chosen), "this case needs an expert that is not selected"
     names = [name for name, _ in weights.reads]
     for layer, experts in enumerate(chosen):
         read = {int(name.split(".")[5]) for name in names if name.startswith(f"model.layers.{layer}.mlp.experts.")}
         assert read == set(np.unique(experts).tolist())
     whole_layer = [name for name in names if name.startswith("model.layers.")]
-    assert len(whole_layer) == len(set(whole_layer)), "a tensor was read twice in one sweep"
+    assert len(whole_layer) == len(set(whole_layer)), "a tensor was read twice in one run"
     embedding = [rows for name, rows in weights.reads if name == "model.embed_tokens.weight"]
     assert sorted((rows.start, rows.stop) for rows in embedding if rows is not None) == [(7, 8), (9, 10)]
     assert "lm_head.weight" not in names
@@ -204,7 +204,7 @@ def test_only_what_is_needed_is_read() -> None:
 
 
 def test_top_k_may_exceed_a_head_block_and_equal_the_vocabulary() -> None:
-    reference = LayerwiseReference(decoder_of(FOX), Weights(FOX), head_block_bytes=1)  # one row a block
+    reference = LayerwiseReference(decoder_of(FOX), Weights(FOX), head_block_bytes=1)  # one row per block
     result = reference.step([SEQUENCES[0]])
     tops, gathered = result.topk(103)
     assert gathered is None

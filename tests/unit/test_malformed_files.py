@@ -1,4 +1,4 @@
-"""Does a file with anything wrong in it end in one line, whatever verb reads it? `malformed.py` has the probes."""
+"""Does every malformed file give an error of one line in every verb that reads it? `malformed.py` has the probes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_damaged_file_is_one_line(made: dict[str, Path], target: Target) -> No
     assert len(found) == len(wanted)
     assert [outcome for outcome in found if outcome.wrong] == []
     if target.is_ours:
-        # A file that is not there at all may have been none of the bundle's.
+        # If the file is missing, the command cannot know that it belonged to the bundle.
         accepted = {outcome.probe for outcome in found if not outcome.code}
         assert accepted <= {f"{target.folder}/{target.file}: {name}" for name in ("bytes changed",)}
 
@@ -41,7 +41,7 @@ def test_a_damaged_file_is_one_line(made: dict[str, Path], target: Target) -> No
 )
 def test_a_wrong_field_is_one_line(made: dict[str, Path], target: Target) -> None:
     places = len(list(paths(json.loads((made[target.folder] / target.file).read_bytes()))))
-    # Evenly over fields and kinds: a step that shares no factor with the number of kinds meets all of them.
+    # A step that is coprime to the number of kinds covers all kinds and fields evenly.
     step = max(1, places * (1 + len(WRONG)) // FIELDS)
     step += step % (1 + len(WRONG)) == 0
     found = list(run(target, made[target.folder], lambda number, name: number % step == step - 1))

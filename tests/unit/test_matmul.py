@@ -1,4 +1,4 @@
-"""Do a matmul's bits depend on the threads that compute it, and are PyTorch's threads as they were afterwards?"""
+"""Are matmuls equal to the last bit for any number of threads, and is PyTorch's number of threads restored?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLUMNS = 512
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    """A matmul that is divided, the last block a short one."""
+    """Inputs of a matmul that is split into blocks, the last one shorter."""
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(5 * ROWS + 7, COLUMNS, generator=generator)
     x = torch.randn(-(-SMALL // (COLUMNS * len(weight))), 2, COLUMNS, generator=generator)

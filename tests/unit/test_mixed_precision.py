@@ -40,7 +40,7 @@ def checkpoint(request):
 
 @cache
 def text() -> Corpus:
-    """Some of the built-in text: a tokenizer takes seconds for all of it."""
+    """A part of the built-in text, since tokenizing all of it takes seconds."""
     whole = read_corpus("builtin")
     return replace(whole, documents=tuple(part[:8000] for part in whole.documents[::60]))
 
@@ -54,7 +54,7 @@ def sample(checkpoint: Checkpoint, count: int) -> list[np.ndarray]:
 
 
 class Measure:
-    """KL(float || changed), nats a token, of the model in memory."""
+    """KL(float || quantised) of the model in memory, in nats per token."""
 
     def __init__(self, checkpoint: Checkpoint, ids: list[np.ndarray]) -> None:
         self.checkpoint = checkpoint
@@ -120,14 +120,14 @@ def test_rows_fill_their_last_tile():
 def test_predictions_of_single_matrices_come_true(measured):
     found, direct = measured
     last = max(one.unit.layer or 0 for one in found.units)
-    # No router comes after these, so nothing but the second order of the KL is at work.
+    # No router comes after these matrices, so the second-order approximation of the KL applies.
     for kind in ("head", "o", "qkv", "down", "gate+up", "expert down", "expert gate+up"):
         units = [one for one in found.units if one.unit.kind == kind and one.unit.layer in (None, last)]
         if not units or (kind in ("o", "qkv") and found.swaps):
             continue
         predicted = sum(one.losses[INT4.name] for one in units)
         happened = direct.kl([name for one in units for name in one.unit.tensors], INT4)
-        # Measured of the dense model: 0.92 to 1.14.
+        # Measured on the dense model: 0.92 to 1.14.
         low, high = (0.6, 1.6) if found.swaps else (0.85, 1.25)
         assert low < happened / predicted < high, (kind, predicted, happened)
 
@@ -136,14 +136,14 @@ def test_the_prediction_of_a_whole_recipe_comes_true(measured):
     found, direct = measured
     predicted = sum(one.losses[INT4.name] for one in found.units) + found.swaps
     happened = direct.kl([name for one in found.units for name in one.unit.tensors], INT4)
-    low, high = (0.7, 1.5) if found.swaps else (0.85, 1.15)  # measured of the dense model: 0.97
+    low, high = (0.7, 1.5) if found.swaps else (0.85, 1.15)  # measured on the dense model: 0.97
     assert low < happened / predicted < high, (predicted, happened)
 
 
 def test_swapped_experts_are_more_than_the_second_order_has(measured):
     found, _ = measured
-    mixture = any(one.unit.expert is not None for one in found.units)
-    assert (found.swaps > 0) == mixture
+    is_moe = any(one.unit.expert is not None for one in found.units)
+    assert (found.swaps > 0) == is_moe
 
 
 def test_fewer_bits_lose_more_everywhere(measured):

@@ -31,7 +31,7 @@ def test_no_choice_beats_the_bound_and_ours_is_near_the_best(seed):
         assert found.loss == pytest.approx(sum(o.loss for o in chosen))
         assert found.bound <= optimum + 1e-12
         assert optimum <= found.loss + 1e-12
-        # The greedy choice misses the relaxation by less than one step, which is at most one unit's whole range.
+        # The greedy choice is within one step of the relaxation, and a step is at most the range of one unit.
         assert found.loss - found.bound <= max(max(o.loss for o in c) - min(o.loss for o in c) for c in units)
 
 

@@ -1,7 +1,7 @@
-"""Does each model compute what transformers computes, and does it refuse what it cannot compute?
+"""Does each model compute the same as transformers, and refuse configs that it cannot compute?
 
-Every family gets generated configurations whose shapes, norms, RoPE and routing differ. The weights go through a
-checkpoint that transformers writes, so that names on disk are compared too.
+Every family is tested with generated configs with different shapes, norms, RoPE and routing. The weights come from a
+checkpoint that transformers writes, so that tensor names are tested too.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def common(choose: random.Random, seed: int, architecture: str, model_type: str)
 
 
 def wide_heads(config: Config, seed: int) -> Config:
-    """Every fourth has heads that are together wider than the hidden size."""
+    """In every fourth config the heads together are wider than the hidden size."""
     return (
         config | {"head_dim": config["hidden_size"] // config["num_attention_heads"] + 2} if seed % 4 == 0 else config
     )
@@ -227,12 +227,12 @@ def test_absent_fields_are_what_transformers_takes_them_for(name: str) -> None:
         "llama",
         "olmoe",
         "olmo2",
-    ):  # these have as many KV heads as heads, the others a number of their own
+    ):  # by default these have as many KV heads as heads; the others have a fixed number
         required.append("num_key_value_heads")
     sizes = [key for key in config if key in required or "intermediate" in key or "experts" in key or key == "head_dim"]
     bare = {key: config[key] for key in ("architectures", "model_type", *sizes)}
     whole = hf_config(bare).to_dict() | {"architectures": config["architectures"]}
-    # transformers writes the window that its class has by default; where it is not used it changes nothing.
+    # transformers writes the default window of its class, which has no effect where it is not used.
     assert decoder_of(bare) == decoder_of(whole)
 
 
@@ -334,8 +334,8 @@ def test_the_published_olmoe_does_not_normalize_its_eight_weights() -> None:
         ("fox", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
         ("fox", {"head_dim": 128}),
         ("fox", {"pad_token_id": 0, "_attn_implementation_autoset": True, "hidden_act": "swish"}),
-        ("fox", {"is_llama_config": True, "rope_interleaved": False}),  # as SmolLM2 has it
-        ("fox", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),  # changes longer contexts alone
+        ("fox", {"is_llama_config": True, "rope_interleaved": False}),  # as in SmolLM2
+        ("fox", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),  # changes longer contexts only
         ("olmoe", {"rope_scaling": {"type": "default"}}),
         ("olmoe", {"rms_norm_eps": 1e-5}),
         ("olmoe", {"quantization_config": {"quant_method": "edgelm", "format_version": 1}}),

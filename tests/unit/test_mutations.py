@@ -1,4 +1,4 @@
-"""Can every deliberate mistake of tests/mutations still be made, and do its tests exist?"""
+"""Can every mutation in tests/mutations still be applied, and do its tests exist?"""
 
 from __future__ import annotations
 

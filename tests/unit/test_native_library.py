@@ -1,4 +1,4 @@
-"""Is the operators' library found where it should be, and does a session that registers it hear what is wrong?"""
+"""Is the operators' library found, and are errors reported when a session registers it?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgelm.runtimes.onnxruntime.native_library import describe_cpu, library_pat
 
 @pytest.fixture
 def operators(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The compiled operators, with the instruction set left to them."""
+    """The compiled operators, which choose the instruction set."""
     monkeypatch.delenv("EDGELM_ISA", raising=False)
     path = library_path()
     if path is None:

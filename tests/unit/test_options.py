@@ -25,7 +25,7 @@ def test_the_typed_names_are_those_that_are_read_with_their_types() -> None:
     read = {item.name: hints[item.name] for item in (*fields(Options), *fields(Sampling)) if item.name != "sampling"}
     assert typed == {**read, "stop": str | Iterable[str] | None}  # kept as a tuple
     assert not GenerateOptions.__required_keys__
-    # And the list of values that cannot be used is complete.
+    # The list of invalid values is complete.
     assert set(WRONG) == set(typed)
 
 
@@ -127,7 +127,7 @@ def test_mypy_takes_the_right_calls_and_refuses_each_wrong_one(tmp_path: Path) -
     (tmp_path / "wrong.py").write_text(WRONG_CALLS)
     subprocess.run(["make", "-s", "pyview"], cwd=ROOT, check=True)
     view = ROOT / "build" / "pyview"
-    # From there, so that what `make types` has cached serves.
+    # In that folder, to use the cache of `make types`.
     command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "--no-error-summary"]
     done = subprocess.run(
         [*command, str(tmp_path / "right.py"), str(tmp_path / "wrong.py")],

@@ -1,7 +1,7 @@
-"""Does what `pip install` puts on a device run a bundle there, with nothing that it does not declare?
+"""Does an installed wheel run a bundle with its declared requirements only?
 
-A wheel is built and installed into a fresh environment that holds the run-time requirements of `edgelm[cpu]` and
-nothing else: not even pip. The requirements are copied from this environment, so that no network is needed.
+A wheel is built and installed into a new environment with the run-time requirements of `edgelm[cpu]` and nothing else,
+not even pip. The requirements are copied from this environment, so that no network is needed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CONFIG = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
-# Loads and runs a bundle as an app does, checks parity as a device does, and says which modules that took.
+# Loads and runs a bundle as an app does, checks parity as a device does, and prints the imported modules.
 USE = """
 import json, sys
 import edgelm, edgelm.cli.main, edgelm.quant, edgelm.runtimes
@@ -72,8 +72,8 @@ def run(*command: object, **extra: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env=clean_environment(**extra),
-        cwd=Path(sys.prefix),  # not the checkout, whose folders would be importable by their bare names
-        timeout=600,  # where nothing is compiled yet, a wheel compiles six sets of kernels
+        cwd=Path(sys.prefix),  # not the checkout, whose folders could be imported as top-level packages
+        timeout=600,  # the first build of a wheel compiles six sets of kernels
         check=False,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
@@ -88,7 +88,7 @@ def build_wheel(folder: Path, *settings: str, **extra: str) -> Path:
 
 
 def closure(requirements: list[Requirement]) -> dict[str, metadata.Distribution]:
-    """The installed distributions that these requirements draw in."""
+    """Return the installed distributions that these requirements need, with their dependencies."""
     found: dict[str, metadata.Distribution] = {}
     while requirements:
         requirement = requirements.pop()
@@ -102,7 +102,7 @@ def closure(requirements: list[Requirement]) -> dict[str, metadata.Distribution]
 
 
 def extra_requirements(wheel: Path, extra: str) -> list[Requirement]:
-    """What the wheel itself, with one of its extras, asks for."""
+    """Return the requirements of the wheel with an extra."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         lines = archive.read(name).decode().splitlines()
@@ -115,7 +115,7 @@ def extra_requirements(wheel: Path, extra: str) -> list[Requirement]:
 
 def copy_distribution(distribution: metadata.Distribution, site: Path) -> None:
     for file in distribution.files or ():
-        # Console scripts lie outside, and compiled files of this interpreter would name this environment's paths.
+        # Console scripts are outside the folder, and compiled .pyc files would contain paths of this environment.
         if ".." in file.parts or "__pycache__" in file.parts:
             continue
         target = site / file
@@ -125,7 +125,7 @@ def copy_distribution(distribution: metadata.Distribution, site: Path) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # In make's build folder, with make's generator: only sources that changed since are compiled.
+    # In make's build folder, with make's generator, so that only changed sources are compiled.
     settings = ("--config-settings", f"build-dir={ROOT / 'build' / 'csrc'}")
     generator = os.environ.get("CMAKE_GENERATOR", "Unix Makefiles")
     return build_wheel(tmp_path_factory.mktemp("wheel"), *settings, CMAKE_GENERATOR=generator)
@@ -133,13 +133,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pure_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # CXX and PATH show that no compiler is looked for.
+    # With these CXX and PATH, any use of a compiler would fail.
     return build_wheel(tmp_path_factory.mktemp("pure"), EDGELM_PURE="1", CXX="/nonexistent/c++", PATH="/nonexistent")
 
 
 @pytest.fixture(scope="module")
 def device(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Iterator[Path]:
-    """The folder of an environment made by `pip install edgelm[cpu]`."""
+    """The folder of an environment like one made by `pip install edgelm[cpu]`."""
     folder = tmp_path_factory.mktemp("device")
     run(sys.executable, "-m", "venv", "--without-pip", folder)
     site = next(folder.glob("lib/python*/site-packages"))
@@ -176,7 +176,7 @@ def test_the_wheel_holds_one_package_and_the_kernels(wheel):
     assert not [name for name in names if "__pycache__" in name or name.endswith((".cc", ".o"))]
     headers = [path for path in (ROOT / "runtimes/csrc/cuda").rglob("*") if path.is_file()]
     sources = {f"edgelm/{path.relative_to(ROOT).as_posix()}" for path in headers}
-    assert {name for name in names if "csrc" in name} == sources  # of the GPU kernels, which an export compiles
+    assert {name for name in names if "csrc" in name} == sources  # sources of the GPU kernels, which an export compiles
     assert {Path(name).suffix for name in sources} == {".cuh", ".h"}
 
 
@@ -209,7 +209,7 @@ def test_a_run_only_install_runs_a_bundle_and_checks_parity(device, bundle):
     assert found["passed"]
     assert Path(found["file"]).is_relative_to(device)
     assert not set(FORBIDDEN) & set(found["modules"])
-    # tokenizers draws in huggingface_hub, which must stay unused; the others must not even be there.
+    # tokenizers depends on huggingface_hub, which must not be imported; the others must not be installed.
     absent = tuple(name for name in FORBIDDEN if name != "huggingface_hub")
     code = f"import importlib.util as u; print([n for n in {absent} if u.find_spec(n)])"
     assert run(device / "bin" / "python", "-c", code).stdout.strip() == "[]"
@@ -239,7 +239,7 @@ def test_the_command_is_installed_and_says_what_an_extra_would_add(device, bundl
         check=False,
     )
     assert refused.returncode == 1
-    # The name is not registered on an index: the wheel file is.
+    # The hint names the wheel file, since EdgeLM is not on a package index.
     assert f"pip install '{wheel}[export]'" in refused.stderr
     assert "Traceback" not in refused.stderr
 
@@ -274,7 +274,7 @@ def test_a_pure_wheel_needs_no_compiler_and_quantises_the_same(pure_wheel, devic
         "w = np.random.default_rng(3).standard_normal((8, 256)).astype(np.float32)\n"
         "print(edgelm.__file__, native.library(), native.quantize(w, Scheme(4, 32)).codes.tobytes().hex())"
     )
-    # The environment lends the requirements; the pure wheel comes first on the path.
+    # The environment provides the requirements; the pure wheel is first on the path.
     file, library, codes = run(device / "bin" / "python", "-c", code, PYTHONPATH=str(tmp_path)).stdout.split()
     assert Path(file).is_relative_to(tmp_path)
     assert library == "None"

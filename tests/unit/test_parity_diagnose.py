@@ -1,4 +1,4 @@
-"""Is the first diverged layer found, its cause named, and a near-tie not blamed? On traces made by hand."""
+"""Does the diagnosis find the first diverged layer and its cause, and ignore near-ties? Uses synthetic traces."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIMIT = LIMITS["int4"]
 
 
 def make(dense=False):
-    """A made-up model: hidden states that drift, router logits that are a projection of them."""
+    """Make a synthetic model: hidden states with random updates, and router logits that are a projection of them."""
     rng = np.random.default_rng(0)
     hidden = np.cumsum(rng.standard_normal((LAYERS + 1, COUNT, WIDTH)).astype(np.float32), axis=0)
     gate = rng.standard_normal((LAYERS, WIDTH, EXPERTS)).astype(np.float32)
@@ -74,13 +74,13 @@ def test_rounding_is_no_divergence(dense):
     result = judge(pack, hidden + noise(hidden.shape, 1e-6), gate)
     assert result.first is None
     assert result.cause is None
-    # Two errors of 1e-6 beside an update of 1, of which 1e-4 is allowed, are 0.014; of 120 sketches the largest is
-    # 0.019 to 0.027 (16 draws).
+    # Two errors of 1e-6 relative to the allowed 1e-4 of an update give 0.014. The largest of 120 sketches is 0.019 to
+    # 0.027 (16 draws).
     assert 0.01 < max(layer.worst for layer in result.layers) < 0.04
 
 
 def test_an_error_that_is_carried_on_unchanged_is_no_layers():
-    """Where the stream is a thousand times its updates, what came in is far larger than what a layer may add."""
+    """If the stream is a thousand times its updates, an earlier error is far larger than a layer's allowed error."""
     pack, hidden, gate = make(dense=True)
     hidden = hidden + np.float32(1000)
     norms, sketches, _, _ = trace_of(hidden, gate)
@@ -135,7 +135,7 @@ def test_first_positions_that_agree_point_at_the_attention_scores(dense):
 
 
 def tie(pack, layer, position):
-    """Make the last chosen and the first left-out expert of a position nearly equal, and return the pack and both."""
+    """Make the last selected and the first other expert of a position nearly equal; return the pack and both."""
     router = pack.reference.router.copy()
     order = np.argsort(-router[layer, position])
     last, out = order[CHOSEN - 1], order[CHOSEN]
@@ -152,7 +152,7 @@ def test_a_near_tie_that_falls_the_other_way_is_not_blamed():
     assert last in pack.reference.experts[1, 40]
     wrong = hidden.copy()
     wrong[2:, 40] += noise(WIDTH, 0.3)
-    # Attention looks at the position and brings a part of its error to later ones.
+    # Attention carries a part of the position's error to later positions.
     wrong[3:, 41:80] += 0.1 * noise((39, WIDTH), 0.3)
     result = judge(pack, wrong, gate, router=pack.reference.router, experts=experts)
     assert result.first is None, result.cause
@@ -191,7 +191,7 @@ def test_numbers_that_are_none_are_a_divergence():
 
 def test_a_huge_activation_does_not_turn_rounding_into_an_error():
     pack, hidden, gate = make()
-    # One coordinate of one position is enormous from layer 1 on: float32 rounds the sum to 1e-7 of it.
+    # One value of one position is huge from layer 1 on: float32 rounds the sum to 1e-7 of it.
     huge = hidden.copy()
     huge[1:, 5, 3] += 5e4
     norms, sketches, router, experts = trace_of(huge, gate)

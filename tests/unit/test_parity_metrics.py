@@ -1,4 +1,4 @@
-"""Do the parity metrics measure what they say?"""
+"""Are the parity metrics computed by their definitions?"""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_signs_are_balanced_and_independent_of_the_number_asked_for():
 
 
 def test_the_default_signs_are_frozen():
-    # Packs in the field were made with exactly these.
+    # Existing packs use exactly these signs.
     assert SKETCH_SEED == 0x456467654C4D3031
     assert zlib.crc32(sign_matrix(2048).tobytes()) == 3350420698
 
@@ -105,14 +105,14 @@ def test_bucketed_kl_is_a_lower_bound_and_zero_for_equal_distributions():
 
 
 def test_bucketed_kl_is_from_the_first_to_the_second_in_the_bucket_too():
-    """P = (1/2, 1/2) and Q = (1/4, 3/4), by hand, with both tokens recorded, either one, or a bucket of two halves."""
+    """P = (1/2, 1/2) and Q = (1/4, 3/4), with both tokens recorded, either one, or a bucket of two halves."""
     forward, backward = math.log(4 / 3) / 2, 0.75 * math.log(3) - math.log(2)
     p, q = np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]])
     for recorded in ([0, 1], [0], [1]):
         a, b = p[:, recorded], q[:, recorded]
         assert bucketed_kl(a, [0.0], b, [0.0]) == pytest.approx([forward], rel=1e-9)
         assert bucketed_kl(b, [0.0], a, [0.0]) == pytest.approx([backward], rel=1e-9)
-    # The log-sums are of the whole vocabulary, and each of its own logits.
+    # Each log-sum-exp is over the whole vocabulary of its own logits.
     assert bucketed_kl(p + 3, [3.0], q - 2, [-2.0]) == pytest.approx([forward], rel=1e-9)
 
 
@@ -132,7 +132,7 @@ def test_logit_error_ignores_a_constant_and_sees_noise():
         math.sqrt(sum(x * x for x in row) / 64) / spread for row, spread in zip(noise, a.std(axis=1), strict=True)
     ]
     assert logit_error(a, a + noise) == pytest.approx(by_hand, rel=1e-12)
-    # Not the other way: the spread is that of what is expected.
+    # The error is relative to the spread of the expected logits, so it is not symmetric.
     assert logit_error([[0.0, 2.0]], [[0.0, 6.0]]) == pytest.approx([math.sqrt(8)], rel=1e-12)
 
 

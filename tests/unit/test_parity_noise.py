@@ -1,4 +1,4 @@
-"""Do the limits that follow from rounding let every other draw of it pass, and nothing that is larger?"""
+"""Do the limits from simulated rounding pass every other draw of the same rounding, and fail larger errors?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VOCAB, TOP, COUNT = 300, 64, 400
 
 
 def draw(rng, logits, noise, flips, scale=1.0):
-    """Logits moved by rounding: small noise everywhere, and at a share of the positions another expert's output."""
+    """Return logits with simulated rounding: small noise everywhere, and at some positions another expert's output."""
     flipped = rng.random(len(logits)) < flips
     size = np.where(flipped, 30.0, 1.0)[:, None] * noise * scale
     return logits + size * rng.standard_normal(logits.shape), flipped
@@ -40,7 +40,7 @@ def sampled(pack, logits):
 
 
 def packed(rng, noise, flips):
-    """A pack whose target has random logits, with one draw of rounding in it; and the target's logits."""
+    """Return a pack whose target has random logits, with one draw of rounding recorded, and the target's logits."""
     logits = 3 * rng.standard_normal((COUNT, VOCAB))
     prompts = tuple(GoldenPrompt(f"p{i}", "", "", 40 * i, 33, tuple(range(8))) for i in range(10))
     pack = replace(
@@ -109,7 +109,7 @@ def test_rounding_below_float32_leaves_the_limits_of_float32():
 
 
 def statistics(pack):
-    """KL, error of all recorded tokens, of the 16 likeliest, and the spread, at every position: by definition."""
+    """Return by definition, at every position: KL, error of all recorded tokens, of the 16 most likely, and spread."""
     want, rounded = pack.target, pack.rounded
     columns = [np.concatenate([one.top_logits, one.probe_logits], axis=1) for one in (want, rounded)]
     a, b = (logits - one.logsumexp[:, None] for logits, one in zip(columns, (want, rounded), strict=True))
@@ -122,20 +122,20 @@ def statistics(pack):
 
 
 SAMPLED = ("top_logits", "probe_logits", "next_logit", "logsumexp", "best")
-# Of two samples of 400 positions, and of 80 steps and 400 positions: standard deviations of a difference of means.
+# Standard deviations of a difference of means: of two samples of 400 positions, and of 80 steps and 400 positions.
 BETWEEN, OF_STEPS = (2 / 400) ** 0.5, (1 / 80 + 1 / 400) ** 0.5
 
 
 @pytest.mark.parametrize("dense", [True, False])
 def test_limits_are_what_docs_parity_md_says(dense):
-    """Factors of 2 in size, 4 in KL and 16 in its largest, three standard deviations, and what float32 is allowed."""
+    """Factors of 2 in size, 4 in KL and 16 in the largest KL, plus three standard deviations and float32's limits."""
     pack, _ = packed(np.random.default_rng(4), 0.02, 0.0)
     if dense:
         reference = replace(pack.reference, router=None, experts=None)
         pack = replace(pack, reference=reference, quantized=None)
     limits = rounding_limits(pack, LIMITS["int4"])
     kl, error, likely, spread = statistics(pack)
-    # A tipped choice of experts, of which the simulation had none, may cost one nat; a second sample's four.
+    # A changed choice of experts, of which the simulation had none, may cost one nat; in a second sample four.
     unseen = 0.0 if dense else 1.0
     assert limits.kl_mean == pytest.approx(1e-6 + 4 * (kl.mean() + 3 * kl.std() * BETWEEN) + unseen / 400, rel=1e-3)
     assert limits.kl_p99 == pytest.approx(1e-5 + 4 * kl.max(), rel=1e-3)
@@ -189,7 +189,7 @@ def test_positions_whose_experts_tipped_have_the_margin_in_their_number():
 
 
 class Coarse(Hooks):
-    """Rounds what is multiplied and what is cached to quarters."""
+    """Rounds inputs of matmuls and cached keys and values to multiples of 1/4."""
 
     def inputs(self, matrix, x):
         return (4 * x).round() / 4

@@ -1,4 +1,4 @@
-"""Does a parity pack survive the disk, and are damaged ones refused by name?"""
+"""Is a parity pack read back as it was written, and are damaged ones refused with the reason?"""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ def test_a_type_without_limits_is_refused():
 
 
 def rewrite(folder, **changed):
-    """Put arrays of other contents into the archive, and say so in the index."""
+    """Replace arrays in the archive, and update the index."""
     with np.load(folder / "pack.npz") as archive:
         arrays = dict(archive) | changed
     np.savez_compressed(folder / "pack.npz", **arrays)
@@ -311,7 +311,7 @@ def test_an_archive_that_unpacks_to_far_more_is_refused_before_it_does(tmp_path)
 
 
 class Touches:
-    """Pickled, this makes a file when it is read."""
+    """When it is unpickled, it creates a file."""
 
     def __init__(self, place):
         self.place = place
@@ -327,10 +327,10 @@ def test_an_archive_with_objects_in_it_runs_no_code(tmp_path):
         arrays = dict(archive)
     trap = np.array([Touches(evidence)] * len(arrays["ids"]), dtype=object)
     pickle.loads(pickle.dumps(trap))
-    assert evidence.exists()  # what is in the archive does run where it is read
+    assert evidence.exists()  # unpickling the archive does run the code
     evidence.unlink()
     np.savez(tmp_path / "pack.npz", **{**arrays, "ids": trap})
-    for said in ("int32", "object"):  # as what the index says it is, and as what it is
+    for said in ("int32", "object"):  # the index may give a wrong type, or the right one
         change_index(tmp_path, lambda index, said=said: index["arrays"]["ids"].update(dtype=said))
         with pytest.raises(ParityError, match="array 'ids' is not what"):
             ParityPack.load(tmp_path)

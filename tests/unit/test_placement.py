@@ -1,7 +1,7 @@
-"""Is a node that runs on another provider than asked for found, named, and refused?
+"""Is a graph node on another execution provider than requested found, named, and refused?
 
-Every question but that of CUDA is asked of the real CPU provider: for a check that wants another one, its nodes are the
-stray ones.
+Except for CUDA, the tests use the real CPU provider: if a check requests another provider, its nodes are on the wrong
+one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 def model(count: int = 2) -> bytes:
-    """A chain of operators, one of ONNX Runtime's own among them."""
+    """Return a model with a chain of operators, one of which is ONNX Runtime's own."""
     nodes = [helper.make_node("QuickGelu", ["x0"], ["x1"], "gate/QuickGelu", domain="com.microsoft", alpha=1.0)]
     nodes += [helper.make_node("Det", [f"x{i}"], [f"x{i + 1}"], f"det{i}/Det") for i in range(1, count)]
     graph = helper.make_graph(
@@ -134,7 +134,7 @@ def test_two_packages_in_one_folder_are_told_apart(tmp_path: Path, monkeypatch: 
 
 MESSAGES = [
     (
-        # From 1.31.1's own arena, for a tensor that is too large.
+        # Message of the arena of ONNX Runtime 1.31.1 for a tensor that is too large.
         "Non-zero status code returned while running MatMul node. bfc_arena.cc:419 Failed to allocate memory for "
         "requested buffer of size 274877906944",
         DeviceMemoryError,

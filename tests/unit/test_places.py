@@ -1,4 +1,4 @@
-"""What may an output replace? Nothing it is made from, and nothing that EdgeLM did not write."""
+"""Is an output never written over its own inputs, nor over anything that EdgeLM did not write?"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TINY = Path(__file__).parents[2] / "examples" / "checkpoints" / "fox-tiny"
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """As others publish them: without EdgeLM's list of files."""
+    """A published checkpoint, without EdgeLM's list of files."""
     return shutil.copytree(TINY, tmp_path / "models" / "ck", ignore=shutil.ignore_patterns(FILE_LIST))
 
 
@@ -35,7 +35,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def write_bundle(folder: Path) -> Path:
-    """What matters here of one: a manifest that names its files."""
+    """Write a minimal bundle: a manifest that lists its files."""
     (folder / "parity").mkdir(parents=True)
     for name in ("model.onnx", "parity/pack.bin"):
         (folder / name).write_bytes(b"x")
@@ -120,7 +120,7 @@ def test_the_hubs_cache_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monkey
         for place in (cache, repository, blobs, blobs / "abc" / "x", repository / "mine", snapshot):
             with pytest.raises(EdgeLMError, match="the input"):
                 check_place(place, BUNDLE, sources=[source], overwrite=True)
-    # A folder of links elsewhere: their files are what is read.
+    # A folder of links to other places, whose files are the inputs.
     linked = tmp_path / "linked"
     linked.mkdir()
     (linked / "model.safetensors").symlink_to(blobs / "abc")
@@ -133,7 +133,7 @@ def test_a_bundle_is_replaced_where_every_file_is_in_its_manifest(tmp_path: Path
     with pytest.raises(EdgeLMError, match="exists already: remove it, choose another place, or pass --overwrite"):
         check_place(bundle, BUNDLE)
     assert check_place(bundle, BUNDLE, overwrite=True) == bundle
-    # What a killed build leaves is known, and so are an empty folder and one of the bundle's files cut short.
+    # Also with what a killed build leaves, with an empty folder, and with a truncated file of the bundle.
     (bundle / "engines").mkdir()
     (bundle / "engines" / "rtx-1.7.1-sm86-sm89-2.engine").write_bytes(b"x")
     (bundle / ".engine.partial-ab12").mkdir()
@@ -211,7 +211,7 @@ def test_files_are_replaced_by_their_own_kind_alone(tmp_path: Path) -> None:
     for place in (notes, recipe):
         with pytest.raises(EdgeLMError, match="is no report that EdgeLM wrote"):
             check_place(place, REPORT, overwrite=True)
-    notes.write_text("")  # as mktemp makes it
+    notes.write_text("")  # as made by mktemp
     assert check_place(notes, REPORT, overwrite=True) == notes
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(EdgeLMError, match="is no regular file"):

@@ -1,4 +1,4 @@
-"""Does a progress bar keep to one line at any width, and is output without a terminal plain?"""
+"""Does a progress bar take one line at any width, and is the output without a terminal plain text?"""
 
 from __future__ import annotations
 

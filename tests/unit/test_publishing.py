@@ -1,4 +1,4 @@
-"""Do runs that share a place keep out of each other's way, and what earlier runs left, is it put back or removed?"""
+"""Do runs that write one output exclude each other, and are files of killed runs put back or removed?"""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture
 def held(tmp_path: Path) -> Iterator[Path]:
-    """A place that another process writes, as if in another container: its id is the same as this one's."""
+    """An output that another process is writing. It has the same process id, as in another container."""
     target = tmp_path / "b"
     script = (
         f"import os, sys; os.getpid = lambda: {os.getpid()}\n"
@@ -65,7 +65,7 @@ def test_a_second_run_into_one_place_is_told_so(held: Path, exists: bool) -> Non
     with pytest.raises(EdgeLMError, match=f"another run is writing {held}: wait for it, or choose another place"):
         write(held, "mine", overwrite=True)
     assert held.exists() == exists
-    assert len([name for name in names(held.parent) if ".partial-" in name]) == 1  # theirs is untouched
+    assert len([name for name in names(held.parent) if ".partial-" in name]) == 1  # that of the other run
 
 
 def test_what_changes_a_bundle_in_place_and_what_replaces_it_exclude_each_other(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_file_is_old_or_new_wherever_its_writing_ends(tmp_path: Path, old: str
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("old", [None, "old"])
 def test_a_folder_is_old_or_new_wherever_its_writing_ends(tmp_path: Path, old: str | None, exchange: bool) -> None:
-    """Of real outputs some operations inside are left out, see tests/export/test_faults.py; here are all."""
+    """Here every operation gets a fault; with real outputs (tests/export/test_faults.py) only some do."""
     target = tmp_path / "b"
 
     def new() -> None:
@@ -139,7 +139,7 @@ def test_a_folder_is_old_or_new_wherever_its_writing_ends(tmp_path: Path, old: s
             target.rmdir()
 
     def found() -> str | None:
-        restore(target)  # as `Bundle.open` does
+        restore(target)  # as in `Bundle.open`
         texts = {path.read_text() for path in target.rglob("text")}
         assert len(texts) == target.exists()
         assert texts != {"new"} or (target / "inner" / "text").exists()
@@ -159,7 +159,7 @@ def test_a_folder_is_old_or_new_wherever_its_writing_ends(tmp_path: Path, old: s
 
 
 def kill_between_renames(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave what a kill leaves there where the file system cannot exchange names."""
+    """Leave what a killed run leaves on a file system that cannot exchange names."""
     monkeypatch.setattr(files, "_exchange", lambda one, other: False)
 
     def overwrite() -> None:
@@ -210,7 +210,7 @@ def test_long_work_begins_with_a_clean_place(held: Path, monkeypatch: pytest.Mon
 
 
 def test_the_names_of_other_targets_are_left_alone(tmp_path: Path) -> None:
-    """No name is a pattern, and none is part of another."""
+    """Names are not used as patterns, and a name that contains another is not confused with it."""
     others = ["b", "a1", "x.old", "x.partial", "[x]"]
     for name in others:
         assert in_child(lambda name=name: _killed(tmp_path / name)) == "killed"
@@ -261,12 +261,12 @@ def test_what_earlier_versions_left_is_put_back_or_removed(tmp_path: Path) -> No
         write(tmp_path / "b", "new")
     assert (tmp_path / "b" / "text").read_text() == f".b.old.partial-{DEAD}"
     assert names(tmp_path) == ["b"]
-    # The process that writes this one runs.
+    # The process that writes this one still runs.
     running = leave(f".b.partial-{os.getppid()}")
     leave(f".b.old.partial-{DEAD}")
     write(tmp_path / "b", "new", overwrite=True)
     assert names(tmp_path) == [running.name, "b"]
-    # What may be the only copy of x does not go when x.old is written.
+    # A file that may be the only copy of x is not removed when x.old is written.
     only = leave(f".x.old.partial-{DEAD}")
     write(tmp_path / "x.old", "new")
     assert only.is_dir()

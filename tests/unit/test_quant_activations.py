@@ -1,4 +1,4 @@
-"""Are activations and caches rounded by the formulas, and does a recipe's reference round just what it names?"""
+"""Are activations and KV caches quantised by the formulas, and only those that the recipe names?"""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_int8_has_a_scale_for_each_row_and_errs_by_half_a_step():
     assert torch.allclose(codes, codes.round(), atol=1e-4)
     assert codes.abs().max() <= 127.001
     assert ((found - x).abs() <= step / 2 * 1.0001).all()
-    # The largest of a row stays what it was.
+    # The largest value of a row is exact.
     assert torch.allclose(found.abs().amax(-1), x.abs().amax(-1))
 
 
@@ -149,10 +149,10 @@ def test_weights_activations_and_cache_all_count(family, activations, tmp_path):
     }
     exact = reference_module(WeightSource(checkpoint))(ids)
     assert len({tuple(found.flatten()[:50].tolist()) for found in [exact, *logits.values()]}) == 5
-    # Measured: 0.04 to 0.11 (Fox) and 0.08 to 0.18 (OLMoE, where choices of experts tip).
+    # Measured: 0.04 to 0.11 (Fox) and 0.08 to 0.18 (OLMoE, where other experts are selected).
     for found in logits.values():
         assert (found - exact).norm() < (0.3 if family == "olmoe" else 0.2) * exact.norm()
-    # Rounding in finer steps errs less.
+    # Finer steps have a smaller error.
     assert (logits["float", "float32"] - exact).norm() < (logits[activations, "int8"] - exact).norm()
 
 
@@ -167,7 +167,7 @@ def test_layer_by_layer_gives_the_same_logits(family, tmp_path):
     final = torch.from_numpy(reference.windows(ids))
     found = torch.cat([block for _, block in reference.head_blocks(final)], -1)
     assert torch.allclose(found, expected, atol=2e-4 * float(expected.abs().max()))
-    # With a cache that is filled in two steps, too.
+    # Also with a KV cache that is filled in two steps.
     result = reference.step([window[:10] for window in ids])
     steps = reference.step([window[10:] for window in ids], result.states)
     logits = np.concatenate([block for _, (block, *_) in steps.logits()], -1)

@@ -1,4 +1,4 @@
-"""Does a quantised checkpoint serve the very values that quantising on the fly gives, and is a wrong one refused?"""
+"""Does a quantised checkpoint have the same values as quantisation on the fly, and is a wrong one refused?"""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ RECIPES = [
 
 @pytest.fixture(params=["BF16", "F32", "F16"])
 def folder(request, tmp_path):
-    """A checkpoint in one of the dtypes that are published."""
+    """A checkpoint in one of the published dtypes."""
     rng = np.random.default_rng(7)
     stored = {"BF16": float32_to_bf16, "F32": lambda w: w, "F16": lambda w: w.astype(np.float16)}[request.param]
     values = {name: (rng.standard_normal(shape) * 0.05).astype(np.float32) for name, shape in SHAPES.items()}
@@ -68,7 +68,7 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 @pytest.mark.parametrize("shard_bytes", [None, 4000])
 def test_stored_codes_are_those_made_on_the_fly(folder, tmp_path, recipe, shard_bytes, monkeypatch):
-    monkeypatch.setattr(writing, "_BLOCK_BYTES", 1500)  # several blocks a tensor
+    monkeypatch.setattr(writing, "_BLOCK_BYTES", 1500)  # several blocks per tensor
     summary = quantize_checkpoint(folder, tmp_path / "q", recipe, shard_bytes=shard_bytes, threads=3)
     with Checkpoint.open(folder) as plain, Checkpoint.open(tmp_path / "q") as stored:
         fly, kept = WeightSource(plain, recipe), WeightSource(stored)

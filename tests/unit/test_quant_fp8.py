@@ -1,4 +1,4 @@
-"""Is FP8 rounded as the standard says (PyTorch is the oracle), and is a scaled matrix what was asked for?"""
+"""Is FP8 rounded as in the standard (compared with PyTorch), and are scales and codes of a matrix correct?"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BOTH = pytest.mark.parametrize("name", TORCH)
 
 
 def codes_of_torch(values, name):
-    # PyTorch's conversion does not saturate: what is past the largest number becomes NaN or infinity.
+    # PyTorch's conversion does not saturate: values above the largest number become NaN or infinity.
     largest = float(torch.finfo(TORCH[name]).max)
     clipped = torch.from_numpy(np.clip(values, -largest, largest))
     return clipped.to(TORCH[name]).view(torch.uint8).numpy()

@@ -1,4 +1,4 @@
-"""Do the calibrated methods lose less of a matrix's output than rounding does, and only what they say?"""
+"""Do the calibrated methods have a smaller output error than rounding to nearest, and report it correctly?"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCHEMES = (*INTEGERS, "int4-row-sym", "fp8-row", "fp8-b32", "fp8e5m2-row")
 
 @pytest.fixture(scope="module")
 def inputs() -> torch.Tensor:
-    """Correlated, and of very different magnitudes, as hidden states are."""
+    """Correlated inputs of very different magnitudes, like hidden states."""
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(2000, K, generator=generator) @ torch.randn(K, K, generator=generator)
     return mixed * torch.exp(torch.randn(K, generator=generator))
@@ -65,7 +65,7 @@ def test_each_method_loses_less_than_rounding_and_what_it_says(inputs, weight, s
 
 
 def test_without_correlation_the_methods_agree_with_weighing(weight):
-    """Where H is diagonal there is nothing to feed back: GPTQ is a search with each column's weight."""
+    """If H is diagonal there is no error to feed back, so GPTQ equals a search weighted by column."""
     moments = Moments(torch.diag(torch.linspace(1, 50, K)), 100_000)
     search, corrected = (calibrate(weight, parse_scheme("int4-g32-sym"), moments, method=m) for m in ("search", "gptq"))
     assert corrected.error <= search.error * 1.001
@@ -87,7 +87,7 @@ def test_the_factor_is_one_of_the_damped_moments_and_keeps_groups_together(input
 
 
 def test_the_first_pass_is_gptq_as_its_paper_has_it(inputs, weight):
-    """Against the textbook form: the inverse's Cholesky factor, columns updated one by one, with the same scales."""
+    """Compared with the paper's form: Cholesky factor of the inverse, columns updated one by one, the same scales."""
     factor = moments_of(inputs).factor(K, 0.01)
     numbers = grid(parse_scheme("int4-row-sym"), K)
     weights = torch.from_numpy(weight).T.contiguous()
@@ -101,7 +101,7 @@ def test_the_first_pass_is_gptq_as_its_paper_has_it(inputs, weight):
         error = (left[j] - expected[j] * scale) / upper[j, j]
         left[j:] -= upper[j, j:, None] * error
     same = (found.values[factor.order].double() == expected).double().mean()
-    assert same > 0.999  # a tie may fall differently in float32
+    assert same > 0.999  # ties may be rounded differently in float32
 
 
 def test_sweeps_only_ever_lower_the_error(inputs, weight):
@@ -115,7 +115,7 @@ def test_sweeps_only_ever_lower_the_error(inputs, weight):
         wrong = (weights - found.values * found.scales.repeat_interleave(32, 0)).T
         errors.append(moments.output_energy(wrong))
     assert errors[1] < 0.97 * errors[0]
-    # Scales are rounded to float16 after they are fitted, which the last sweeps may feel.
+    # Scales are rounded to float16 after they are fitted, which may matter in the last sweeps.
     assert errors[2] < 1.001 * errors[1]
     assert errors[3] < 1.001 * errors[2]
 
@@ -147,12 +147,12 @@ def test_the_compiled_loops_compute_what_torch_does(scheme, rows, monkeypatch):
         results.append((scale, *first, block.values, block.error))
     for compiled_array, torch_array in zip(*results, strict=True):
         close = torch.isclose(compiled_array, torch_array, rtol=1e-4, atol=1e-6)
-        assert close.double().mean() > 0.99  # ties, and what follows from them in a row
+        assert close.double().mean() > 0.99  # ties, and their effects in the same row
 
 
 @pytest.mark.parametrize("scheme", ["int4-g32-sym", "int4-g32-asym", "fp8-row"])
 def test_degenerate_inputs_and_weights(scheme, weight):
-    """Inputs that are always zero, one that is alone, all the same, fewer than columns; weights that are zero."""
+    """Inputs that are always zero, a single one, equal ones, fewer than columns; and weights that are zero."""
     dead = torch.randn(50, K, generator=torch.Generator().manual_seed(2))
     dead[:, 5:70] = 0
     same = torch.ones(30, K)
@@ -164,7 +164,7 @@ def test_degenerate_inputs_and_weights(scheme, weight):
             values = dequantize(made.tensor)
             assert np.isfinite(values).all()
             plain = np.abs(dequantize(quantize(matrix, parse_scheme(scheme))) - matrix).max()
-            # A group that no input touches is rounded as it would be without any.
+            # A group without inputs is rounded as without calibration.
             untouched = np.abs(values - matrix)[:, 32:64] if inputs is dead else np.zeros(1)
             assert untouched.max() <= 1.5 * plain
 
@@ -214,7 +214,7 @@ def test_wrong_use_is_refused(weight):
 
 
 def test_drift_is_undone_as_far_as_a_matrix_can(inputs):
-    """W' is the minimum that it claims to be, against a solver that knows nothing of moments."""
+    """W' is the minimum, compared with least squares on the inputs themselves."""
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(N, K, generator=generator)
     drifted = inputs + 0.3 * inputs.std() * torch.randn(inputs.shape, generator=generator)

@@ -1,4 +1,4 @@
-"""Are codes, scales and zero points what the formulas say, never worse than plain rounding, and equal on every path?"""
+"""Do codes, scales and zero points follow the formulas, beat plain rounding, and agree in all implementations?"""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_no_group_is_worse_than_plain_rounding(scheme, kind):
     tensor = primitives.quantize(weight, scheme)
     ours = group_errors(weight, primitives.dequantize(tensor), tensor.scheme)
     plain = group_errors(weight, plain_rounding(weight, tensor.scheme), tensor.scheme)
-    # The comparison inside is made in float32 sums of up to 512 squares.
+    # The code compares float32 sums of up to 512 squares.
     assert (ours <= plain * (1 + 3e-5) + 1e-30).all(), (ours - plain).max()
 
 
@@ -119,7 +119,7 @@ def test_zeros_stay_exactly_zero(quantize, symmetric):
     weight = weights((4, 96))
     weight[1] = 0
     weight[2, 32:64] = -0.0
-    weight[3, :32] = 1e-9  # its scale is below float16's smallest
+    weight[3, :32] = 1e-9  # the scale is below the smallest float16
     tensor = quantize(weight, Scheme(4, 32, symmetric))
     values = native.dequantize(tensor)
     assert (values[1] == 0).all()
@@ -187,7 +187,7 @@ def test_rows_of_any_width_end_with_a_shorter_group(scheme, columns):
         for part in ("codes", "scales", "zeros"):
             np.testing.assert_array_equal(getattr(found, part), getattr(tensor, part))
         np.testing.assert_array_equal(native.dequantize(found, isa=isa), primitives.dequantize(tensor))
-    # The last group's numbers are those of a matrix that has nothing else.
+    # The last group equals that of a matrix with these columns only.
     start = 0 if scheme.group is None else (columns - 1) // scheme.group * scheme.group
     alone = primitives.quantize(np.ascontiguousarray(values[:, start:]), scheme.with_group(None))
     np.testing.assert_array_equal(tensor.scales[:, -1:], alone.scales)

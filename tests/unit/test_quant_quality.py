@@ -1,4 +1,4 @@
-"""Is the table of quality true, and does the page print it?"""
+"""Is the table of quantisation quality correct, and does the documentation contain it?"""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PAGE = Path(__file__).parents[2] / "docs" / "performance" / "quality.md"
 @pytest.mark.parametrize("row", QUALITY, ids=lambda row: row.scheme)
 def test_quality_is_as_the_table_says(row):
     found = measure(parse_scheme(row.scheme))
-    # The numbers are of one seed and deterministic; 0.02 dB leaves room for numpy's random numbers and rounding.
+    # The numbers are for one seed; 0.02 dB allows for changes of numpy's random numbers and rounding.
     assert found.normal == pytest.approx(row.normal, abs=0.02)
     assert found.plain == (None if row.plain is None else pytest.approx(row.plain, abs=0.02))
     assert found.heavy == pytest.approx(row.heavy, abs=0.02)
     other = measure(parse_scheme(row.scheme), seed=1)
-    assert other.normal == pytest.approx(row.normal, abs=0.2)  # not a property of one seed
+    assert other.normal == pytest.approx(row.normal, abs=0.2)  # another seed gives nearly the same
 
 
 def test_every_scheme_of_the_table_beats_plain_rounding():

@@ -1,4 +1,4 @@
-"""Are ranges counted right, in parts as at once, and are static scales those of least error?"""
+"""Are activation ranges measured correctly, in parts and at once, and do static scales minimise the error?"""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_nothing_but_zeros_has_a_scale_and_what_is_not_finite_has_not():
 
 
 class Keep(Hooks):
-    """Keeps what one matrix multiplies."""
+    """Records the inputs of one matrix."""
 
     def __init__(self, name, kept):
         self.name, self.kept = name, kept

@@ -1,4 +1,4 @@
-"""Does a recipe say what it means, survive TOML, and refuse what it cannot mean?"""
+"""Does a recipe select the right scheme, survive a TOML round trip, and refuse invalid rules?"""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_presets_give_each_kind_of_tensor_its_scheme(preset, tensor, shape, sche
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_written_with_patterns_is_the_preset(preset):
-    """As bundles and checkpoints have it that were made before rules could have roles."""
+    """Older bundles and checkpoints have recipes with patterns instead of roles."""
     patterns = {"router": "*.mlp.gate.weight", "embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}
     former = PRESETS[preset].to_toml()
     for role, pattern in patterns.items():
@@ -66,7 +66,7 @@ def test_a_rule_has_a_known_role_or_a_pattern(rule, said):
 
 
 def test_a_rule_for_a_role_that_a_model_does_not_have_is_fine():
-    """A recipe with a rule for routers, or for a head of its own, serves dense and tied models too."""
+    """A recipe with a rule for routers or for an untied head can be used for dense and tied models."""
     fox = decoder_of(PUBLISHED["fox-1-1.6b"])
     recipe = Recipe("r", Scheme(4, 32), (of_role("router", None), of_role("head", Scheme(8, 128)))).for_model(fox)
     recipe.check(fox.tensor_shapes)

@@ -1,4 +1,4 @@
-"""Does a smoothed checkpoint compute the same, is it easier to quantise, and is it read and written as any other?"""
+"""Does a smoothed checkpoint compute the same, with less quantisation error, and can it be written and read?"""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_fold_keeps_the_function(family, powers_of_two, tmp_path):
     ids = torch.from_numpy(tokens())
     before, after = Trace(), Trace()
     expected, found = logits(checkpoint, ids, before), logits(view, ids, after)
-    # Every matrix and norm of the layers but the norms of queries and keys takes part.
+    # Every matrix and norm of the layers changes, except the norms of queries and keys.
     untouched = {name for name in checkpoint.tensors if name not in scaling}
     assert {name.split(".")[-2] for name in untouched} <= {"embed_tokens", "q_norm", "k_norm", "norm"}
     assert all(torch.equal(a, b) for a, b in zip(before.experts, after.experts, strict=True))
@@ -107,7 +107,7 @@ def test_weights_with_large_inputs_lose_less(family, tmp_path):
         float((reference_module(WeightSource(which, what, threads=1))(ids) - expected).norm())
         for which in (checkpoint, view)
     ]
-    # A mixture of random weights chooses other experts at the least rounding: its logits say little.
+    # An MoE with random weights selects other experts after any rounding, so its logits are not compared.
     assert family == "olmoe" or errors[1] < errors[0]
     assert sum(choice.after for choice in view.choices) < 0.9 * sum(choice.before for choice in view.choices)
 
@@ -130,7 +130,7 @@ def test_it_is_written_and_read_as_any_checkpoint(family, tmp_path):
     assert np.array_equal(view.read_float32(vector)[3:7], view.read_float32(vector, slice(3, 7)))
     up = "model.layers.0.mlp.experts.1.up_proj.weight" if family == "olmoe" else "model.layers.0.mlp.up_proj.weight"
     assert np.array_equal(view.read_float32(up)[3:7], view.read_float32(up, slice(3, 7)))
-    # Quantised on the way, or from what was written: the same codes.
+    # Quantising while smoothing, or after writing, gives the same codes.
     quantize_checkpoint(tmp_path / "s", tmp_path / "q", recipe(family, "int8-token"), threads=1)
     with Checkpoint.open(tmp_path / "q") as quantised:
         found = WeightSource(quantised).quantized(name)

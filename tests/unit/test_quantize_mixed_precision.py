@@ -1,4 +1,4 @@
-"""Do `quantize` and `export` go on with the recipe that a number of bits or bytes comes to?"""
+"""Do `quantize` and `export` use the mixed-precision recipe for a given number of bits or bytes?"""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def builtin(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a small text stand for the built-in one, whose megabytes take a minute to tokenise."""
+    """Replace the built-in text by a small one, since tokenizing its megabytes takes a minute."""
 
     def measured(*arguments: Any, **options: Any) -> MixedPrecision:
         assert options["text"] == "builtin"
@@ -89,7 +89,7 @@ def test_quantize_rounds_with_the_recipe_that_it_chose_and_leaves_it_to_be_read(
         source = WeightSource(opened)
         assert source.recipe == recipe
         assert len({source.scheme(name) for name in source.shapes} - {None}) > 1
-    # What was written for reading is what another run takes.
+    # Another run accepts the recipe that was written.
     again = run("quantize", checkpoint, "-o", tmp_path / "again", "--recipe", out / "recipe.toml")
     assert again.exit_code == 0, again.output
     weights = "model.safetensors"

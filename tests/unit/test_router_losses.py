@@ -1,4 +1,4 @@
-"""Do the losses that the tiny checkpoint's router is trained with equal transformers' and their formulas?"""
+"""Do the router losses used to train the tiny checkpoint equal those of transformers and their formulas?"""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ def test_load_balancing_tells_balanced_from_collapsed_and_sees_each_layer() -> N
     collapsed = [torch.eye(4)[[e]].repeat(32, 1) * 20 for e in range(4)]
     assert load_balancing_loss([balanced], 1).item() == pytest.approx(1, abs=1e-3)
     assert load_balancing_loss(collapsed[:1], 1).item() == pytest.approx(4, abs=1e-3)
-    # Four layers that collapse to different experts look balanced only when they are pooled.
+    # Four layers that collapse to different experts look balanced if the layers are pooled.
     assert load_balancing_loss(collapsed, 1).item() == pytest.approx(4, abs=1e-3)
     assert load_balancing_loss(collapsed, 1, pooled=True).item() == pytest.approx(1, abs=1e-3)

@@ -1,4 +1,4 @@
-"""Which of several runtimes is taken where none is named?"""
+"""Which of several runtimes is used by default?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def entry(name: str, *, compatible: bool | None = None, requires: str = "numpy", by_name: bool = False) -> RuntimeEntry:
-    """A runtime for CPU bundles; `compatible`: what it says of them, None where it is not asked."""
+    """Return an entry of a runtime for CPU bundles; `compatible`: its answer, None if it has no such check."""
     return RuntimeEntry(
         name=name,
         classes={},
@@ -52,7 +52,7 @@ def compatibility_modules(monkeypatch: pytest.MonkeyPatch) -> None:
         ([entry("a", compatible=True), entry("b")], "a"),
         ([entry("a", compatible=False), entry("b"), entry("c")], "b"),
         ([entry("a", compatible=False), entry("b", compatible=False), entry("c")], "c"),
-        ([entry("a", compatible=False), entry("b", compatible=False)], "b"),  # the last says itself what it lacks
+        ([entry("a", compatible=False), entry("b", compatible=False)], "b"),  # the last one raises its own error
         ([entry("a", compatible=False)], "a"),
         ([entry("a", requires=MISSING), entry("b")], "b"),
         ([entry("a", by_name=True), entry("b")], "b"),

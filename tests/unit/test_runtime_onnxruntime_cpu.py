@@ -1,4 +1,4 @@
-"""Does the CPU runtime compute what one plain pass of the graph computes, and refuse what it cannot do?"""
+"""Does the CPU runtime compute the same as one plain pass of the graph, and refuse invalid use?"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from edgelm.runtimes.onnxruntime.session import import_onnxruntime
 
 SHAPE = Shape()
 IDS = np.random.default_rng(1).integers(0, SHAPE.vocab, 40).tolist()
-# Kernels for one row and for many sum in different orders.
+# Kernels for one row and for several rows sum in different orders.
 TOLERANCE = 2e-5
 
 
@@ -37,7 +37,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def expected(bundle: Bundle) -> NDArray[np.float32]:
-    """Logits at every position from one pass without a cache, bound or chunked."""
+    """Logits at every position from one pass of the graph, without KV cache, IO binding and chunks."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(bundle.file("model.onnx"), options, providers=["CPUExecutionProvider"])
@@ -80,7 +80,7 @@ def test_logits_all_gives_every_position_in_order(bundle: Bundle, expected: NDAr
         blocks = [block.copy() for block in runtime.logits_all(IDS[3:])]
         assert max(len(block) for block in blocks) <= chunk
         np.testing.assert_allclose(np.concatenate(blocks), expected[3:], atol=TOLERANCE)
-        # One row again afterwards: the buffer has grown, the result must still be the last position's.
+        # Then one row: the buffer has grown, but the result must be that of the last position.
         runtime.truncate(9)
         np.testing.assert_allclose(runtime.decode(IDS[9]), expected[9], atol=TOLERANCE)
 
@@ -273,7 +273,7 @@ def test_a_second_interruption_waits_for_the_work_too() -> None:
 
     def work() -> None:
         for _ in range(2):
-            time.sleep(0.2)  # as fast as people can press a key
+            time.sleep(0.2)  # about the fastest that people press a key twice
             os.kill(os.getpid(), signal.SIGINT)
             assert taken.acquire(timeout=30)
         time.sleep(0.2)
@@ -312,7 +312,7 @@ def test_uninterrupted_work_gives_its_result_or_its_error(in_main_thread: bool) 
 
 
 def test_a_failure_while_running_is_explained(tmp_path: Path) -> None:
-    # A model that claims more positions than its rotary tables hold: ONNX Runtime refuses the position past them.
+    # The model claims more positions than its RoPE tables have: ONNX Runtime raises an error beyond them.
     path = tmp_path / "b"
     write_tiny_bundle(path, Shape(layers=1, context=16))
     manifest = path / "manifest.json"
@@ -360,7 +360,7 @@ def test_a_bundle_that_needs_a_newer_onnxruntime_says_why(tmp_path: Path) -> Non
 def test_an_old_onnxruntime_is_refused_where_the_bundle_says_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: str, old: bool
 ) -> None:
-    """As native bundles do, and bundles of before they said it; versions are numbers, not texts."""
+    """Native bundles and older ones have no requirement. Versions are compared as numbers, not as strings."""
     bundle = write_tiny_bundle(tmp_path / "b")
     assert bundle.manifest.requires == ()
     monkeypatch.setattr(onnxruntime, "__version__", here)
@@ -434,14 +434,14 @@ def test_is_a_manifest_that_contradicts_its_graph_refused(
 def test_is_the_environment_as_it_was_once_a_debug_graph_is_loaded(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What makes the debug graph's experts exact would make every other session slow."""
+    """The setting that makes the debug graph's experts exact would slow down all other sessions."""
     seen = []
     monkeypatch.setattr(portable, "_has_8_bit_experts", lambda bundle: True)
     monkeypatch.setattr(portable, "create_session", lambda *arguments: seen.append(dict(os.environ)))
     monkeypatch.setenv("ORT_QMOE_CPU_QNBIT_GEMM", "1")
     monkeypatch.delenv("ORT_USE_MLAS_Q4_GEMM_MOE", raising=False)
     before = dict(os.environ)
-    with pytest.raises(AttributeError):  # None is no session
+    with pytest.raises(AttributeError):  # the session is None
         PortableTracing(bundle, threads=1)
     assert dict(os.environ) == before
     changes = {name: value for name, value in seen[0].items() if before.get(name) != value}

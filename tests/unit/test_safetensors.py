@@ -1,4 +1,4 @@
-"""Does the safetensors reader and writer agree with the reference implementation, and survive damaged files?"""
+"""Do the safetensors reader and writer agree with the reference implementation, and are damaged files refused?"""
 
 from __future__ import annotations
 
@@ -304,7 +304,7 @@ def mutate(content: bytes, chooser: random.Random) -> bytes:
             head[at:at] = b"9" * chooser.choice((1, 5, 30, 5000))
         if not head:
             break
-    if chooser.random() < 0.7:  # else the length no longer fits, another kind of damage
+    if chooser.random() < 0.7:  # otherwise the length is wrong, which is another kind of damage
         head[:8] = max(len(head) - 8, 0).to_bytes(8, "little")
     return bytes(head) + data
 

@@ -1,4 +1,4 @@
-"""Are tokens chosen as transformers chooses them, repeatably, and quickly at a large vocabulary?"""
+"""Are tokens chosen as in transformers, reproducibly, and quickly for a large vocabulary?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def random_logits(size: int, seed: int, scale: float = 3.0) -> NDArray[np.float3
 
 
 def distribution(logits: NDArray[np.float32], options: Sampling) -> NDArray[np.float64]:
-    """Probabilities over the whole vocabulary."""
+    """Return the probabilities of the whole vocabulary."""
     ids, probabilities = candidates(logits, options)
     assert len(set(ids.tolist())) == len(ids)
     dense = np.zeros(logits.size)
@@ -48,7 +48,7 @@ def test_the_distribution_is_that_of_transformers(size: int, options: Sampling) 
     torch = pytest.importorskip("torch")
     warpers = pytest.importorskip("transformers.generation.logits_process")
     logits = random_logits(size, seed=size)
-    # float64, so that the oracle's own rounding does not move a token over a threshold.
+    # float64, so that rounding in transformers does not move a token across a threshold.
     scores = torch.from_numpy(logits).double()[None]
     if options.temperature != 1:
         scores = warpers.TemperatureLogitsWarper(options.temperature)(None, scores)
@@ -67,7 +67,7 @@ def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     process = pytest.importorskip("transformers.generation.logits_process").RepetitionPenaltyLogitsProcessor(penalty)
     logits = random_logits(97, seed=3)
     seen = np.array([4, 90, 17, 3])
-    # transformers sees repeated ids too, and penalises each token once.
+    # transformers also gets repeated ids, and penalises each token once.
     want = process(torch.tensor([[4, 90, 17, 3, 4, 4]]), torch.from_numpy(logits)[None])[0].numpy()
     np.testing.assert_allclose(penalise(logits, seen, penalty), want, rtol=1e-6)
 
@@ -121,7 +121,7 @@ def test_draws_follow_the_distribution() -> None:
     sampler = Sampler(Sampling(1.0, seed=7))
     counts = np.bincount([sampler.sample(logits) for _ in range(4000)], minlength=4)
     expected = 4000 * np.array([0.5, 0.3, 0.15, 0.05])
-    # Chi-square with 3 degrees of freedom: 16.3 is passed by chance once in a thousand seeds; this one is fixed.
+    # Chi-square with 3 degrees of freedom: one in a thousand seeds exceeds 16.3 by chance; this seed is fixed.
     assert float(((counts - expected) ** 2 / expected).sum()) < 16.3
 
 
@@ -138,7 +138,7 @@ def test_a_seed_repeats_and_other_seeds_differ() -> None:
 
 
 def test_the_stream_of_a_seed_never_changes() -> None:
-    # Written down once: a change of the generator or of the inverse shows here, on every platform.
+    # Recorded tokens: they would change with the generator or the inverse, on any platform.
     sampler = Sampler(Sampling(1.0, seed=1234))
     assert [sampler.sample(np.zeros(1000, np.float32)) for _ in range(6)] == EXPECTED_DRAWS
 
@@ -199,6 +199,6 @@ def test_a_vocabulary_of_256000_takes_milliseconds(options: Sampling) -> None:
 def test_a_draw_has_all_the_bits_of_a_float64() -> None:
     sampler = Sampler(Sampling(temperature=1.0, seed=7))
     draws = [sampler._uniform() for _ in range(50)]
-    # As numpy draws today; what it makes of the raw bits is not promised, the bits are.
+    # Equals numpy's current method. NumPy guarantees the raw bits, but not their conversion.
     assert draws == np.random.Generator(np.random.PCG64(7)).random(50).tolist()
     assert any(draw * 2**52 != int(draw * 2**52) for draw in draws)

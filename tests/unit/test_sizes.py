@@ -1,4 +1,4 @@
-"""Are sizes read in both systems of units and shown in one, and numbers with separators?"""
+"""Are sizes parsed in decimal and binary units, and sizes and numbers formatted correctly?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do the special ids come out right when a checkpoint's files contradict each other, as the published ones do?"""
+"""Are special ids resolved correctly when a checkpoint's files contradict each other, as in published checkpoints?"""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def test_olmoe_0125_ends_with_the_id_whatever_it_is_called(tmp_path: Path) -> No
     assert tokenizer.bos_id == 50279
     assert tokenizer.pad_id == 1
     assert any("50279 ('|||IP_ADDRESS|||')" in note and "'<|endoftext|>' is 0" in note for note in tokenizer.notes)
-    # It is no text, although the vocabulary does not call it special.
+    # It is not text, although the vocabulary does not mark it as special.
     assert tokenizer.decode([50279]) == ""
 
 
 def test_a_bos_of_the_configs_that_is_called_like_the_end_counts_against_the_tokenizers(tmp_path: Path) -> None:
-    """Families that have one token for both ends call it `<|endoftext|>`: the name says nothing against it."""
+    """In families with one token for bos and eos it is `<|endoftext|>`, so that name does not exclude a bos."""
     folder = olmoe(tmp_path / "o", 50280, renamed_eos=False)
     put(folder, "tokenizer_config.json", {"bos_token": Tokenizer.from_folder(folder).token(5)})
     put(folder, "generation_config.json", {"bos_token_id": 50279, "eos_token_id": 50279})
@@ -51,7 +51,7 @@ def test_an_end_token_of_the_id_0_is_one(tmp_path: Path, value: object) -> None:
     tokenizer = Tokenizer.from_folder(folder)
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (0, (0,), 0)
     assert tokenizer.decode([0]) == ""
-    put(folder, "generation_config.json", {"eos_token_id": -1})  # what some write for none
+    put(folder, "generation_config.json", {"eos_token_id": -1})  # some tools write -1 for none
     assert Tokenizer.from_folder(folder).eos_ids == (0,)
 
 
@@ -156,7 +156,7 @@ def test_an_end_token_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
 
 
 def test_ids_that_do_no_harm_are_only_noted(tmp_path: Path) -> None:
-    # The model cannot produce the second; -1 stands for none; the file that does not count may say anything.
+    # The model cannot produce the second id; -1 means none; ids in the file that is not used do not matter.
     tokenizer = with_files(
         olmoe(tmp_path / "o"),
         generation_config={"eos_token_id": [2999, 3005], "pad_token_id": -1},
@@ -229,7 +229,7 @@ def test_the_tokenizers_own_end_token_ends_an_answer_where_the_template_closes_t
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer.eos_ids == (1, size + 1)
     assert any("ends turns with" in note for note in tokenizer.notes)
-    # What the template calls eos_token is that token, as in transformers, so that past turns read as in training.
+    # The template's eos_token is that token, as in transformers, so that past turns look as in training.
     assert tokenizer.template_eos_id == size + 1
     rendered = ChatTemplate.from_folder(folder, tokenizer).render([{"role": "user", "content": "a"}])
     assert tokenizer.encode(rendered, add_bos=False).count(size + 1) == 1
@@ -254,7 +254,7 @@ def test_a_pad_that_is_the_end_token_is_fine(tmp_path: Path) -> None:
 
 
 def test_one_token_for_both_ends_is_kept_where_the_tokenizer_says_so(tmp_path: Path) -> None:
-    # OPT's way: a text begins with the end token, and the tokenizer's config agrees with config.json.
+    # As in OPT: a text begins with the end token, and the tokenizer's config agrees with config.json.
     config = {"bos_token_id": 1, "eos_token_id": 1}
     tokenizer = with_files(gemma_json(tmp_path / "g"), config=config, tokenizer_config={"bos_token": "<eos>"})
     assert tokenizer.bos_id == 1

@@ -1,4 +1,4 @@
-"""Is text cut exactly before the first stop string, however it comes in pieces?"""
+"""Does text end exactly before the first stop string, however it is split?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgelm.generation.stop_strings import StopStrings
 
 
 def cut(text: str, stops: list[str]) -> tuple[str, bool]:
-    """The definition, one character at a time: the first moment at which the text ends with a stop string."""
+    """Apply the definition one character at a time: stop as soon as the text ends with a stop string."""
     for end in range(1, len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:

@@ -1,4 +1,4 @@
-"""Are random checkpoints complete, laid out as the published ones, repeatable, and Gaussian?"""
+"""Are random checkpoints complete, in the layout of published ones, reproducible, and Gaussian?"""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_sharding_changes_no_value(tmp_path: Path) -> None:
 
 
 def test_the_bytes_stay_what_they_were(tmp_path: Path) -> None:
-    # Benchmarks of different days compare only if a seed means the same weights; a new numpy must not change them.
+    # Benchmarks of different days are comparable only if a seed gives the same weights, with any version of numpy.
     write_random_checkpoint(FOX, tmp_path / "c", seed=1)
     with Checkpoint.open(tmp_path / "c") as checkpoint:
         values = checkpoint.read_raw("model.layers.1.mlp.up_proj.weight").ravel()[:6]
@@ -146,7 +146,7 @@ def test_weights_are_gaussian_of_the_right_spread(tmp_path: Path) -> None:
             for bound, share in ((1, 0.6827), (2, 0.9545), (3, 0.9973)):
                 assert abs((np.abs(values) < bound).mean() - share) < error
         norm = checkpoint.read_float32("model.layers.0.input_layernorm.weight")
-        error = 6 * 0.05 / math.sqrt(norm.size)  # six standard errors, of the mean and more than of the spread
+        error = 6 * 0.05 / math.sqrt(norm.size)  # six standard errors of the mean, more of the standard deviation
         assert abs(norm.mean() - 1) < error
         assert abs(norm.std() - 0.05) < error
 
@@ -221,7 +221,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
 
 
 class Interrupting(Progress):
-    """Stops at the third piece of work."""
+    """Raises KeyboardInterrupt at the third report of progress."""
 
     @contextmanager
     def task(self, label: str, total: float, *, unit: str = "bytes") -> Iterator[Advance]:

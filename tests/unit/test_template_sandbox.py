@@ -1,4 +1,4 @@
-"""Can a chat template hang, fill memory, outlive EdgeLM, or harm the rendering that comes after it?"""
+"""Can a chat template hang, fill memory, outlive EdgeLM, or disturb later renderings?"""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def sandbox() -> Iterator[Sandbox]:
 
 
 def said(sandbox: Sandbox, source: str) -> str:
-    """The error that a template ends in; what is asked for next is rendered."""
+    """Return the error of a template, and check that the next request is rendered."""
     start = time.monotonic()
     with pytest.raises((GenerationError, TokenizerError)) as caught:
         ChatTemplate(source, {}, sandbox=sandbox).render(TALK)
-    assert time.monotonic() - start < 30  # 0.15 s of CPU time on a machine that others use too
+    assert time.monotonic() - start < 30  # 0.15 s of CPU time, on a busy machine
     assert ChatTemplate(GOOD, {}, sandbox=sandbox).render(TALK) == "user: HI"
     message = str(caught.value)
     assert message.isprintable()
@@ -184,7 +184,7 @@ def test_a_fork_has_a_process_of_its_own() -> None:
 
 
 def program(code: str) -> subprocess.Popen[str]:
-    """A program that says `ready` and the number of its rendering process, and then does `code`."""
+    """Start a program that prints `ready` and the id of its worker process, and then runs `code`."""
     start = f"""
 import signal, sys
 from edgelm.tokenization.chat_template import ChatTemplate
@@ -265,7 +265,7 @@ def test_no_process_is_left_when_edgelm_is_killed(busy: bool) -> None:
         assert process.is_running()
         running.kill()
         running.communicate()
-    # Whether it is reaped too is up to the process that it falls to.
+    # It may still be a zombie: its new parent process has to reap it.
     end = time.monotonic() + 20
     while psutil.pid_exists(process.pid) and process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < end

@@ -1,4 +1,4 @@
-"""Are the two trained checkpoints of examples/checkpoints what they claim to be, and have they learned?"""
+"""Are the two trained checkpoints in examples/checkpoints complete, and are they trained?"""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_it_has_learned(tiny: tuple[str, Any, Tokenizer], held_out: str) -> None
     with torch.no_grad():
         loss = float(F.cross_entropy(model(stream[:, :-1]).flatten(0, 1), stream[:, 1:].flatten()))
     shares = torch.bincount(stream.flatten()) / stream.numel()
-    own_entropy = float(-(shares * shares.clamp_min(1e-9).log()).sum())  # no unigram model does better on this text
+    own_entropy = float(-(shares * shares.clamp_min(1e-9).log()).sum())  # lower bound of any unigram model
     assert loss < 0.75 * own_entropy < math.log(model.decoder.vocab_size)
 
 
@@ -86,10 +86,10 @@ def test_routing_is_neither_uniform_nor_collapsed(held_out: str) -> None:
         load_shares = torch.bincount(experts.flatten(), minlength=32) / experts.numel()
         entropy = float(-(load_shares * load_shares.clamp_min(1e-9).log()).sum()) / math.log(32)
         assert 0.8 < entropy < 0.999
-        assert (load_shares > 0).all(), "an expert is never chosen"
+        assert (load_shares > 0).all(), "an expert is never selected"
         sums = weights.sum(-1)
-        assert 4 / 32 < sums.mean() < 0.95, "either uniform, or as if renormalised"
-        # A token's experts are chosen, not drawn: the first clearly outweighs the fourth.
+        assert 4 / 32 < sums.mean() < 0.95, "routing is uniform, or its weights are renormalised"
+        # Routing is not random: the weight of a token's first expert is clearly above that of the fourth.
         assert weights[..., 0].mean() > 2 * weights[..., 3].mean()
 
 
@@ -109,7 +109,7 @@ def test_the_published_traps_are_in_place() -> None:
     assert (fox.pad_id, fox.eos_ids[0], fox.bos_id) == (0, 1, 2)
     assert fox.encode("x")[0] == 2
     assert fox.vocab_size == config["vocab_size"]
-    # As in OLMoE, the model's table is padded, bos is eos, and a bare prompt gets nothing prepended.
+    # As in OLMoE, the embedding table is padded, bos is eos, and nothing is prepended to a prompt.
     assert (olmoe.vocab_size, olmoe.eos_ids[0], olmoe.bos_id) == (2024, 2023, 2023)
     assert olmoe.encode("x")[0] != 2023
 

@@ -1,4 +1,4 @@
-"""Does text survive the tokenizers, do streams join to the whole, and do both agree with the libraries?"""
+"""Do tokenizers encode and decode text as the libraries do, at once and as a stream?"""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def library(folder: Path) -> Library:
-    """Encode and decode of the library itself."""
+    """Return the encode and decode functions of the library."""
     if (folder / "tokenizer.json").exists():
         fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         fast.no_truncation()
@@ -38,7 +38,7 @@ def library(folder: Path) -> Library:
 
 
 def random_ids(tokenizer: Tokenizer, count: int, chooser: random.Random) -> list[int]:
-    """Ids of which many are bytes, so that invalid and cut characters occur."""
+    """Return ids of which many are bytes, so that invalid and incomplete characters occur."""
     byte_ids = [i for i in range(tokenizer.vocab_size) if tokenizer.vocabulary.is_byte(i)]
     return [
         chooser.choice(byte_ids) if byte_ids and chooser.random() < 0.5 else chooser.randrange(tokenizer.vocab_size)
@@ -77,7 +77,7 @@ def test_random_ids_decode_as_the_library_does_where_they_are_utf8(folder: Path)
     for _ in range(400):
         ids = random_ids(tokenizer, chooser.randint(1, 6), chooser)
         if any(i in tokenizer.special and i not in tokenizer.vocabulary.own_special for i in ids):
-            continue  # named special by config.json only, which the library does not read
+            continue  # special by config.json only, which the library does not read
         text = tokenizer.decode(ids)
         if "\ufffd" not in text:
             assert text == decode(ids), ids
@@ -257,7 +257,7 @@ def test_files_are_what_a_bundle_needs(tmp_path: Path) -> None:
 
 
 def test_a_class_with_other_steps_than_the_file_counts_and_is_noted(tmp_path: Path) -> None:
-    # As in transformers, whose GPTNeoXTokenizer takes only vocabulary and merges from the file.
+    # As in transformers, whose GPTNeoXTokenizer uses only vocabulary and merges of the file.
     folder = olmoe(tmp_path / "o")
     before = Tokenizer.from_folder(folder)
     assert before.notes == [note for note in before.notes if "steps" not in note]

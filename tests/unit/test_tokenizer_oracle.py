@@ -1,4 +1,4 @@
-"""Do texts get the ids that transformers gives them, and do ids become its texts, whatever a fine-tune adds?
+"""Do texts and ids agree with transformers in both directions, also with the added tokens of fine-tunes?
 
 What differs on purpose, and is therefore not compared, is listed in docs/reference/bundle.md.
 """
@@ -49,7 +49,7 @@ CODE = (
 
 
 def texts() -> list[str]:
-    """Some 300 texts: the parts above alone, among words, at the edges and side by side, and long runs."""
+    """Return 300 texts: the parts above alone, between words, at the ends, next to each other, and repeated."""
     added = [content for content, _ in ADDITIONS]
     special = [*MARKERS, *added, "cafe\u0301"]
     parts = [*EMOJI, *SCRIPTS, *MARKS, *SPACES, *BYTES, *CODE, *special]
@@ -91,7 +91,7 @@ def with_class(make: Callable[[Path], Path], **settings: Any) -> Callable[[Path]
 
 
 def llama_both(folder: Path) -> Path:
-    """tokenizer.model beside a tokenizer.json of another making: this counts."""
+    """tokenizer.model and a different tokenizer.json, which takes precedence."""
     llama(folder, bos_token="<bos>", eos_token="<eos>")
     other = llama_json(folder.with_name("other"))
     put(folder, "config.json", {"model_type": "llama", "eos_token_id": 1})
@@ -117,7 +117,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
 
 @dataclass(frozen=True)
 class Pair:
-    """EdgeLM's tokenizer and transformers' of one folder, and the ids that ours gives for all texts."""
+    """EdgeLM's and transformers' tokenizers of a folder, and EdgeLM's ids of all texts."""
 
     ours: Tokenizer
     theirs: Any
@@ -148,7 +148,7 @@ def test_ids_are_those_of_transformers(pair: Pair) -> None:
 
 
 def test_texts_are_those_of_transformers(pair: Pair) -> None:
-    # transformers does not read which ids end a text, such as `<end_of_turn>` by the chat template, and shows these.
+    # transformers decodes end tokens that only the chat template implies, such as `<end_of_turn>`, as text.
     ends = pair.ours.special - pair.ours.vocabulary.special
     wrong = []
     for ids in pair.ids:

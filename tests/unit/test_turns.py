@@ -1,4 +1,4 @@
-"""Do calls of many threads have one model in turn, and does no call ever wait for itself?"""
+"""Do calls of many threads use a model one at a time, and does no call wait for itself?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from edgelm.generation.language_model import LanguageModel, load
 from edgelm.generation.stream import TextStream
 
 SOON = 30.0
-"""Seconds after which a wait that should end at once has failed."""
+"""Time limit in seconds of waits that should end at once."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 class Gate:
-    """Lets a scripted model's steps pass one by one."""
+    """Blocks a scripted model's steps, and lets them pass one by one."""
 
     def __init__(self, model: LanguageModel) -> None:
         assert isinstance(model.runtime, Scripted)
@@ -42,7 +42,7 @@ class Gate:
         assert self._open.acquire(timeout=SOON)
 
     def wait(self) -> None:
-        """Until a step has begun."""
+        """Wait until a step has begun."""
         assert self.reached.acquire(timeout=SOON)
 
     def open(self, steps: int = 1000) -> None:
@@ -50,7 +50,7 @@ class Gate:
 
 
 def in_thread(work: Callable[[], Any]) -> Future[Any]:
-    """Runs in a thread of its own."""
+    """Run `work` in a new thread."""
     with_one = ThreadPoolExecutor(1)
     future = with_one.submit(work)
     with_one.shutdown(wait=False)
@@ -58,7 +58,7 @@ def in_thread(work: Callable[[], Any]) -> Future[Any]:
 
 
 def wait_for_queue(model: LanguageModel, length: int) -> None:
-    """Until so many calls have or await their turn."""
+    """Wait until `length` calls are in the queue."""
     end = time.monotonic() + SOON
     while len(model._turns._queue) != length:
         assert time.monotonic() < end
@@ -103,7 +103,7 @@ def finish(stream: TextStream) -> None:
 
 
 def collect_cycle(stream: TextStream) -> None:
-    """Leave the stream in a cycle; the test's own reference goes with its frame."""
+    """Leave the stream in a reference cycle only; the test's own reference ends with its frame."""
     cycle: list[Any] = [stream]
     cycle.append(cycle)
 
@@ -123,7 +123,7 @@ def test_a_second_call_of_the_same_thread_is_refused_until_the_stream_ends(
     ):
         with pytest.raises(GenerationError, match="open in this thread: exhaust it, or close"):
             call()
-    gc.disable()  # so that the refused call has to look for itself
+    gc.disable()  # so that the refused call has to collect garbage itself
     try:
         end(streams.pop())
         assert model.generate("x").text == "abc"
@@ -161,7 +161,7 @@ def test_other_threads_wait_for_an_open_stream(bundle: Bundle) -> None:
 
 
 def test_streams_whose_pieces_a_pool_of_threads_computes_wait_for_each_other(bundle: Bundle) -> None:
-    # As web frameworks do: every piece in any thread, in a copy of the request's context.
+    # As web frameworks do: every text in any thread, in a copy of the request's context.
     model = scripted(bundle, "abc")
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
 
@@ -174,7 +174,7 @@ def test_streams_whose_pieces_a_pool_of_threads_computes_wait_for_each_other(bun
         wait_for_queue(model, 2)
         assert [piece(other, first).result(SOON) for _ in range(3)] == ["b", "c", "end"]
         assert waiting.result(SOON) == "a"
-        # But in a thread's own context nobody else goes on.
+        # In the thread's own context, no other caller can continue the stream.
         second.close()
         third = model.stream("x")
         assert one.submit(next, third).result(SOON) == "a"

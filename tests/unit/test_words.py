@@ -1,4 +1,4 @@
-"""Does the repository use the field's words? `tests/words.toml` lists those that must not return."""
+"""Does the repository use the usual terms of the field? `tests/words.toml` lists the words to avoid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXT = {
 }  # fmt: skip
 LISTS_THEM = {"tests/words.toml", "tests/unit/test_words.py"}
 PUBLISHED = {"examples/checkpoints", "tests/node/package-lock.json"}
-"""Text that models were trained on, and files of others."""
+"""Training text, and files of other projects."""
 
 
 def files() -> list[Path]:
@@ -31,13 +31,13 @@ def files() -> list[Path]:
 
 
 def as_words(text: str) -> str:
-    """Identifiers divided into words: `fp8_widened` is "fp8 widened", `WidenedRow` "Widened Row"; same lines."""
+    """Split identifiers into words: `dot_product` is "dot product", `DotProduct` "Dot Product". Lines stay."""
     text = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_", " ", text)
     return text.replace("-", " ")
 
 
 def found(text: str, entry: dict[str, object]) -> list[int]:
-    """Line numbers, from 1, where the word stands and no right use of it does."""
+    """Return the numbers of the lines, from 1, where the word occurs outside its allowed uses."""
     word = re.compile(rf"\b(?:{entry['word']})\b", re.IGNORECASE)
     right = [re.compile(str(use), re.IGNORECASE) for use in entry.get("but", ())]  # type: ignore[union-attr]
     lines = []

@@ -1,6 +1,6 @@
-"""A bundle with a tiny random decoder in the graph form that runtimes expect, built without the exporter.
+"""Build a bundle with a tiny random decoder in the graph form that runtimes expect, without the exporter.
 
-So the runtime's tests do not depend on export, and the decoder's weights are known to the test.
+So the tests of runtimes do not depend on the exporter, and know the weights.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Shape:
 
 
 def weights(shape: Shape, seed: int = 0) -> dict[str, NDArray[np.float32]]:
-    """Random weights by name, [in, out]."""
+    """Return random weights by name, [in, out]."""
     rng = np.random.default_rng(seed)
     width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
 
@@ -68,7 +68,7 @@ def _rope_caches(shape: Shape) -> dict[str, NDArray[np.float32]]:
 
 
 def graph(shape: Shape, *, debug: bool, seed: int = 0) -> onnx.ModelProto:
-    """The decoder; `debug` adds `hidden.{i}`."""
+    """Return the graph of the decoder; `debug` adds the outputs `hidden.{i}`."""
     nodes: list[onnx.NodeProto] = []
 
     def node(op: str, inputs: list[str], outputs: list[str], domain: str = "", **attributes: object) -> str:
@@ -124,7 +124,7 @@ def graph(shape: Shape, *, debug: bool, seed: int = 0) -> onnx.ModelProto:
             for i in range(shape.layers + 1)
         ]
     initializers = {**constants, **weights(shape, seed), **_rope_caches(shape)}
-    # A default that a caller may override has to be an input as well as an initializer.
+    # An input with a default value must be both an input and an initializer.
     inputs.append(helper.make_tensor_value_info("logits_start", TensorProto.INT64, [1]))
     initializers["logits_start"] = np.array([-1], np.int64)
     return helper.make_model(
@@ -154,7 +154,7 @@ def write_tiny_bundle(
 
 
 def write_manifest(path: Path, shape: Shape, eos_ids: tuple[int, ...]) -> Bundle:
-    """(Re)write the manifest over the files that are there."""
+    """Write a manifest that lists the files in the folder."""
     files = {p.name: FileInfo(p.stat().st_size, sha256_of(p)) for p in path.iterdir() if p.name != "manifest.json"}
     manifest = Manifest(
         model=ModelInfo(
@@ -188,9 +188,9 @@ def write_manifest(path: Path, shape: Shape, eos_ids: tuple[int, ...]) -> Bundle
 def write_tiny_model(
     path: Path, shape: Shape | None = None, *, seed: int = 0, eos_ids: tuple[int, ...] = (), gemma: bool = False
 ) -> Bundle:
-    """`write_tiny_bundle` with a tokenizer and a chat template: all that `edgelm.load` needs.
+    """`write_tiny_bundle` with a tokenizer and a chat template, so that `edgelm.load` can load it.
 
-    The tokenizer is byte-level as OLMoE's, or with `gemma` as Fox's: it begins texts with a token of its own (2).
+    The tokenizer is byte-level as OLMoE's. With `gemma` it is as Fox's, which prepends bos (2).
     """
     from edgelm.synth.tokenizer import write_gemma_tokenizer, write_olmoe_tokenizer
 

@@ -1,4 +1,4 @@
-"""Folders with tokenizers of every kind that is read, made in a moment."""
+"""Write folders with small tokenizers of every supported kind."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _byte_fallback_model() -> models.BPE:
 
 
 def gemma_json(folder: Path) -> Path:
-    """tokenizer.json as Gemma's is: BPE with byte tokens, bos put there by a post-processor."""
+    """tokenizer.json like Gemma's: BPE with byte tokens; a post-processor prepends bos."""
     folder.mkdir()
     tokenizer = tokenizers.Tokenizer(_byte_fallback_model())
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
@@ -67,7 +67,7 @@ def gemma_json(folder: Path) -> Path:
 
 
 def llama_json(folder: Path) -> Path:
-    """tokenizer.json as Llama 2's is: a space put before the text and taken away again."""
+    """tokenizer.json like Llama 2's: encoding prepends a space, and decoding drops it."""
     folder.mkdir()
     tokenizer = tokenizers.Tokenizer(_byte_fallback_model())
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -80,7 +80,7 @@ def llama_json(folder: Path) -> Path:
 
 
 def plain_byte_level(folder: Path) -> Path:
-    """Byte-level BPE with an added token that holds spaces, as GPT-NeoX's runs of spaces are."""
+    """Byte-level BPE with an added token of spaces, as in GPT-NeoX."""
     folder.mkdir()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
@@ -95,7 +95,7 @@ def plain_byte_level(folder: Path) -> Path:
 
 
 def trained_pieces(folder: Path, **options: Any) -> Path:
-    """A SentencePiece model trained with the library's defaults, which put and take away spaces, or with `options`."""
+    """A SentencePiece model trained with `options`; the library's defaults prepend and drop a space."""
     folder.mkdir()
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -126,7 +126,7 @@ KINDS = {
 
 
 def llama(folder: Path, **settings: Any) -> Path:
-    """tokenizer.model as Llama 2's is, with the class that reads it and `settings` such as `legacy`."""
+    """tokenizer.model like Llama 2's, with its tokenizer class and `settings` such as `legacy`."""
     trained_pieces(folder, remove_extra_whitespaces=False, normalization_rule_name="identity")
     put(folder, "config.json", {"model_type": "llama", "eos_token_id": 2})
     put(folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **settings})
@@ -142,7 +142,7 @@ def example(folder: Path, name: str) -> Path:
     return folder
 
 
-# What a fine-tune may add: content and flags. The first two are chat markers.
+# Tokens that a fine-tune may add: content and flags. The first two are chat markers.
 ADDITIONS: tuple[tuple[str, dict[str, bool]], ...] = (
     ("<|im_start|>", {"special": True, "normalized": False}),
     ("<|im_end|>", {"special": True, "normalized": False}),
@@ -162,7 +162,7 @@ def _edit(folder: Path, name: str, **values: Any) -> None:
 
 
 def add_by_file(folder: Path, first: int) -> None:
-    """added_tokens.json, as transformers 4 wrote it; the end of a turn is named as the end token."""
+    """added_tokens.json as written by transformers 4; the end-of-turn token is the eos_token."""
     put(folder, "added_tokens.json", {content: first + i for i, (content, _) in enumerate(ADDITIONS)})
     _edit(folder, "tokenizer_config.json", eos_token="<|im_end|>")
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -171,7 +171,7 @@ def add_by_file(folder: Path, first: int) -> None:
 
 
 def add_by_decoder(folder: Path, first: int) -> None:
-    """tokenizer_config.json: added_tokens_decoder, beside the entries that it has."""
+    """tokenizer_config.json with an added_tokens_decoder in addition to its entries."""
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text()) if file.exists() else {}
     flags = {"lstrip": False, "rstrip": False, "single_word": False, "special": False}
@@ -185,14 +185,14 @@ def add_by_decoder(folder: Path, first: int) -> None:
 
 
 def add_by_both(folder: Path, first: int) -> None:
-    """Both, and a special_tokens_map.json; of the ids those of the decoder count."""
+    """Both, and a special_tokens_map.json. The ids of the decoder take precedence."""
     add_by_file(folder, first + 3)
     add_by_decoder(folder, first)
     put(folder, "special_tokens_map.json", {"eos_token": {"content": "<|im_end|>", "lstrip": True}})
 
 
 def add_by_map(folder: Path, first: int) -> None:
-    """added_tokens.json, of which special_tokens_map.json says what is special."""
+    """added_tokens.json, and a special_tokens_map.json that lists which of the tokens are special."""
     add_by_file(folder, first)
     special = {"content": "<|im_start|>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
     put(folder, "special_tokens_map.json", {"cls_token": special, "extra_special_tokens": ["<left>", "<new>"]})

@@ -1,4 +1,4 @@
-"""transformers as the judge of our reference models: the same weights, the same tokens, both outcomes side by side."""
+"""Compare the reference models with transformers on the same weights and tokens."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ TOLERANCE = 1e-5  # relative error in the Euclidean norm
 
 @dataclass
 class Comparison:
-    """What both sides say about the same batch of tokens."""
+    """Outputs of the reference and of transformers for one batch of tokens."""
 
     model: Any
     ids: Tensor
     logits: Tensor
     trace: Trace
     expected: Any  # transformers' output, with hidden states
-    expected_experts: list[Tensor]  # [N, A] a layer
-    expected_router_logits: list[Tensor]  # [N, E] a layer
+    expected_experts: list[Tensor]  # [N, A] per layer
+    expected_router_logits: list[Tensor]  # [N, E] per layer
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
@@ -37,14 +37,14 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 
 def disk_tensors(model: Any) -> dict[str, Tensor]:
-    """The tensors of the checkpoint that transformers writes: in memory it has other names, and experts stacked."""
+    """Return the tensors of the checkpoint that transformers writes; in memory names differ and experts are stacked."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return load_file(f"{folder}/model.safetensors")
 
 
 def randomize(model: Any, seed: int) -> None:
-    """Weights large enough that attention and routing are far from uniform, and norms that are not all one."""
+    """Set weights so large that attention and routing are far from uniform, and norms that are not all one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -87,12 +87,12 @@ def check_hidden_states(c: Comparison) -> None:
     assert len(c.trace.hidden) == len(expected)
     for got, want in zip(c.trace.hidden[:-1], expected[:-1], strict=True):
         assert relative(got, want) < TOLERANCE
-    # transformers gives the last one after the final norm, we before it.
+    # transformers' last hidden state is after the final norm, ours before it.
     assert relative(c.model.interpreter.norm(c.model.decoder.norm, c.trace.hidden[-1]), expected[-1]) < TOLERANCE
 
 
 def check_cached_decoding(c: Comparison) -> None:
-    """A prompt, single tokens, and an uneven rest, then the same again after going back."""
+    """Compare a prompt, single tokens and the rest with a full forward pass, then again after a truncation."""
     cache = c.model.new_cache()
     with torch.no_grad():
         for start, end in ((0, 5), (5, 6), (6, 7), (7, 19)):
