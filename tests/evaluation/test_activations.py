@@ -31,7 +31,7 @@ def written(folder, name, activations, kv="auto"):
     return str(path)
 
 
-def test_rounded_activations_and_caches_lose_what_the_whole_model_says(checkpoint, text, tmp_path):
+def test_quantised_activations_and_caches_have_the_loss_of_the_whole_model(checkpoint, text, tmp_path):
     given = [
         written(tmp_path, "weights", "float"),
         written(tmp_path, "token", "int8-token"),

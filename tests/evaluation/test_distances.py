@@ -30,7 +30,7 @@ def random_pair(rows=23, vocab=57, seed=1):
 
 @pytest.mark.parametrize("elements", [1, 100, 1 << 20])
 @pytest.mark.parametrize("width", [1, 10, 57])
-def test_kl_of_blocks_is_the_sum_over_the_whole_vocabulary(width, elements, monkeypatch):
+def test_kl_from_blocks_equals_the_sum_over_the_whole_vocabulary(width, elements, monkeypatch):
     monkeypatch.setattr(distances, "_ELEMENTS", elements)
     a, b, following = random_pair()
     found = Comparison(following)
@@ -76,14 +76,14 @@ def test_kl_is_from_the_float_model_to_the_target():
         assert whole.target.loss == pytest.approx(-2 - target[:, 1], rel=1e-6)
 
 
-def test_equal_logits_have_no_divergence_at_all():
+def test_equal_logits_have_zero_kl():
     a, _, following = random_pair()
     found = Comparison(following)
     found.add(0, a, a)
     assert (found.kl == 0).all()
 
 
-def test_logits_that_are_no_numbers_do_not_pass_as_equal():
+def test_nan_logits_do_not_count_as_equal():
     a, b, following = random_pair()
     b[3, 7] = np.nan
     found = Comparison(following)
@@ -92,7 +92,7 @@ def test_logits_that_are_no_numbers_do_not_pass_as_equal():
     assert np.isfinite(np.delete(found.kl, 3)).all()
 
 
-def test_the_first_of_equal_logits_is_the_most_likely_token():
+def test_of_equal_logits_the_first_is_the_most_likely_token():
     logits = np.zeros((2, 6), np.float32)
     logits[1, [2, 5]] = 1
     found = Predictions(np.zeros(2, np.int64))
@@ -119,7 +119,7 @@ def test_summary_of_a_divergence():
     assert found.p99 == pytest.approx(98.01)
 
 
-def test_the_frontier_is_what_no_other_beats_in_both():
+def test_the_frontier_is_the_pareto_frontier():
     points = [(4.0, 1.0), (3.0, 2.0), (3.0, 3.0), (5.0, 1.0), (8.0, 0.5), (2.0, math.nan), (6.0, 0.7)]
     assert frontier(points) == [1, 0, 6, 4]
     assert frontier([]) == []

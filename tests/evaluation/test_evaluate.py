@@ -49,7 +49,7 @@ def whole_model_logits(folder, read, found):
 
 
 @pytest.mark.parametrize("model", ["olmoe", "fox"])
-def test_numbers_of_a_recipe_are_those_of_the_whole_model(model, checkpoint, text):
+def test_results_of_a_recipe_equal_those_of_the_whole_model(model, checkpoint, text):
     folder = checkpoint(model)
     report = evaluate(["int4"], folder, options(text))
     (target,) = report.targets
@@ -72,7 +72,7 @@ def test_numbers_of_a_recipe_are_those_of_the_whole_model(model, checkpoint, tex
 
 
 @pytest.mark.parametrize("model", ["olmoe", "fox"])
-def test_the_recipe_none_loses_nothing(model, checkpoint, text):
+def test_the_recipe_none_has_no_loss(model, checkpoint, text):
     report = evaluate(["none", str(checkpoint(model))], checkpoint(model), options(text, layers=True))
     for target in report.targets:
         assert target.kl.mean < 1e-12
@@ -83,7 +83,7 @@ def test_the_recipe_none_loses_nothing(model, checkpoint, text):
         assert target.experts is None or not target.experts.worst
 
 
-def test_a_quantised_checkpoint_is_what_its_recipe_says(checkpoint, quantized, text):
+def test_a_quantised_checkpoint_has_the_results_of_its_recipe(checkpoint, quantized, text):
     folder = quantized("olmoe", "int4")
     report = evaluate([folder, "int4"], checkpoint("olmoe"), options(text, layers=True))
     stored, fly = report.targets
@@ -101,7 +101,7 @@ def test_a_quantised_checkpoint_is_what_its_recipe_says(checkpoint, quantized, t
 
 
 @pytest.mark.parametrize("model", ["olmoe", "fox"])
-def test_a_float_bundle_computes_the_float_model(model, checkpoint, exported, text):
+def test_a_float_bundle_agrees_with_the_float_model(model, checkpoint, exported, text):
     kv = ("float32",) if OPS == "native" else ()
     report = evaluate([exported(model, "none")], checkpoint(model), options(text, layers=True, kv=kv))
     (target,) = report.targets
@@ -113,7 +113,7 @@ def test_a_float_bundle_computes_the_float_model(model, checkpoint, exported, te
     assert not any("checkpoint's" in note for note in target.notes)
 
 
-def test_a_bundle_and_its_recipe_agree_but_for_the_activations(checkpoint, exported, text):
+def test_a_bundle_and_its_recipe_agree_except_for_activations(checkpoint, exported, text):
     bundle, recipe = evaluate([exported("fox", "int8"), "int8"], checkpoint("fox"), options(text, layers=True)).targets
     # int8 activations add to the loss of int8 weights. Measured: 3.2 times as much (native), 3.7 times (portable).
     assert recipe.kl.mean < bundle.kl.mean < 6 * recipe.kl.mean
@@ -124,7 +124,7 @@ def test_a_bundle_and_its_recipe_agree_but_for_the_activations(checkpoint, expor
 
 
 @native
-def test_the_caches_loss_is_told_apart(checkpoint, exported, text):
+def test_the_loss_of_the_cache_is_reported_separately(checkpoint, exported, text):
     report = evaluate([exported("fox", "int4")], checkpoint("fox"), options(text, kv=("int8", "float16")))
     base, int8, float16 = report.targets
     assert [target.kv for target in report.targets] == ["float32", "int8", "float16"]
@@ -148,7 +148,7 @@ def damage(folder, copy, tensor):
     return copy
 
 
-def test_a_damaged_expert_is_the_worst(checkpoint, text, tmp_path):
+def test_a_damaged_expert_has_the_largest_error(checkpoint, text, tmp_path):
     copy = damage(checkpoint("olmoe"), tmp_path / "damaged", "model.layers.1.mlp.experts.3.down_proj.weight")
     report = evaluate([copy, "int4"], checkpoint("olmoe"), options(text, layers=True))
     damaged, int4 = report.targets
@@ -174,7 +174,7 @@ def one_layer() -> Decoder:
     return decoder_of(config)
 
 
-def test_an_experts_error_is_that_of_its_output():
+def test_the_error_of_an_expert_is_that_of_its_output():
     class Weights:
         """Weights of one expert, whose output is multiplied by `scale`."""
 
@@ -199,7 +199,7 @@ def test_an_experts_error_is_that_of_its_output():
 
 
 @pytest.mark.parametrize("model", ["olmoe", "fox"])
-def test_little_memory_gives_the_same_numbers(model, checkpoint, text, monkeypatch):
+def test_a_small_memory_limit_gives_the_same_results(model, checkpoint, text, monkeypatch):
     folder = checkpoint(model)
     opened, found = Checkpoint.open(folder), cut(folder, text, 3)
     source = WeightSource(opened, Recipe.load("int4")).dequantized()
@@ -243,7 +243,7 @@ def test_the_report_is_a_json_document(checkpoint, exported, text):
     assert {"edgelm", "numpy", "python", "torch", "onnxruntime"} <= set(document["versions"])
 
 
-def test_without_a_float_model_there_is_perplexity(checkpoint, exported, text):
+def test_without_a_float_model_only_perplexity_is_measured(checkpoint, exported, text):
     bundle = exported("olmoe", "int4")
     alone = evaluate([bundle], None, options(text, layers=True))
     beside = evaluate([bundle], checkpoint("olmoe"), options(text))
@@ -253,7 +253,7 @@ def test_without_a_float_model_there_is_perplexity(checkpoint, exported, text):
     assert any("--checkpoint" in note for note in alone.notes)
 
 
-def test_a_bundles_perplexity_needs_no_torch(exported, text):
+def test_perplexity_of_a_bundle_needs_no_torch(exported, text):
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from edgelm.evaluation import EvalOptions, evaluate\n"
@@ -266,7 +266,7 @@ def test_a_bundles_perplexity_needs_no_torch(exported, text):
     assert float(done.stdout) > 1
 
 
-def test_overlapping_windows_are_said(checkpoint, text):
+def test_overlapping_windows_give_a_note(checkpoint, text):
     short = text.with_name("short.py")
     short.write_text(text.read_text(encoding="utf-8")[: 40 * COUNT], encoding="utf-8")
     report = evaluate(["none"], checkpoint("olmoe"), options(short))
@@ -279,7 +279,7 @@ def refuse(message, targets, folder, given):
         evaluate(targets, folder, given)
 
 
-def test_what_cannot_be_compared_is_refused(checkpoint, exported, quantized, text, tmp_path):
+def test_targets_that_cannot_be_compared_are_refused(checkpoint, exported, quantized, text, tmp_path):
     olmoe, given = checkpoint("olmoe"), options(text)
     refuse("not the model", [exported("fox", "int4")], olmoe, given)
     refuse("not the model", [quantized("fox", "int4")], olmoe, given)
@@ -304,7 +304,7 @@ def test_a_damaged_bundle_is_refused(exported, text, tmp_path):
     refuse("is damaged", [copy], None, options(text))
 
 
-def test_options_that_cannot_be_are_refused(checkpoint, text, tmp_path):
+def test_invalid_options_are_refused(checkpoint, text, tmp_path):
     folder = checkpoint("olmoe")
     (tmp_path / "short.txt").write_text("one two three")
     refuse("give more text", ["int4"], folder, options(tmp_path / "short.txt"))
@@ -316,7 +316,7 @@ def test_options_that_cannot_be_are_refused(checkpoint, text, tmp_path):
     refuse("context", ["int4"], folder, options(text, length=length, tokens=length))
 
 
-def test_weights_without_torch_say_what_is_missing(checkpoint, quantized, text, monkeypatch):
+def test_evaluating_weights_without_torch_says_what_to_install(checkpoint, quantized, text, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refuse("needs torch", ["int4"], checkpoint("olmoe"), options(text))
     refuse("needs torch", [quantized("olmoe", "int4")], None, options(text))

@@ -27,7 +27,7 @@ def report(checkpoint, exported, quantized, text):
     return evaluate(targets, checkpoint("olmoe"), options)
 
 
-def test_the_page_is_whole_and_has_every_target(report):
+def test_the_page_is_complete_and_has_every_target(report):
     html = render(report)
     page = parse(html)
     assert not page.fetched
@@ -82,7 +82,7 @@ def test_the_verb_prints_json_and_writes_the_page(checkpoint, exported, text, tm
     assert "KL, nats/token" in table.stdout
 
 
-def test_the_verb_refuses_what_the_library_refuses_as_wrong_usage():
+def test_the_verb_reports_invalid_arguments_as_wrong_usage():
     result = CliRunner().invoke(verb, ["int4"])
     assert result.exit_code == 2
     assert "give the float model with --checkpoint" in result.stderr

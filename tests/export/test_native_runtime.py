@@ -263,7 +263,7 @@ def test_every_instruction_set_gives_the_same_bits(
         np.testing.assert_array_equal(found[0], other)
 
 
-def test_texts_traced_together_give_what_they_give_alone(exact: Bundle) -> None:
+def test_texts_traced_together_give_the_same_as_alone(exact: Bundle) -> None:
     texts = [IDS[:9], IDS[:4], IDS[2:37]]
     runtime = open_tracing(exact, "onnxruntime-cpu", threads=1)
     assert runtime is not None

@@ -49,7 +49,7 @@ def test_flags_of_added_tokens_change_the_fingerprint(tmp_path: Path) -> None:
     assert len(prints) == 3
 
 
-def test_fingerprints_of_checkpoints_that_add_nothing_stay(tmp_path: Path) -> None:
+def test_fingerprints_of_checkpoints_without_added_tokens_are_unchanged(tmp_path: Path) -> None:
     # Parity packs of older bundles contain these fingerprints.
     known = {
         "fox-tiny": "0030e1a67f84dccf6ed08265aea1c0270f90420cadd33632ff6e1b95e657d301",
@@ -69,7 +69,7 @@ def test_another_id_than_the_declared_one_is_noted(tmp_path: Path) -> None:
     assert any(f"'<|im_end|>' is {size + 5}, but its id is {size}" in note for note in tokenizer.notes)
 
 
-def test_tokens_without_a_row_in_the_embedding_are_text(tmp_path: Path) -> None:
+def test_tokens_without_an_embedding_row_are_encoded_as_text(tmp_path: Path) -> None:
     # As in many Llama 2 fine-tunes, which declare <pad> with the id 32000 and have 32000 rows.
     folder = gemma_json(tmp_path / "t")
     size = Tokenizer.from_folder(folder).vocab_size
@@ -129,17 +129,17 @@ def test_malformed_declarations_are_refused_in_one_line(tmp_path: Path, file: st
     str(caught.value).encode()
 
 
-def test_a_string_that_is_no_unicode_is_no_token(tmp_path: Path) -> None:
+def test_a_string_that_is_not_unicode_is_not_a_token(tmp_path: Path) -> None:
     for make in (gemma_json, llama):
         assert Tokenizer.from_folder(make(tmp_path / make.__name__)).token_id("\ud800") is None
 
 
-def test_special_tokens_can_be_kept_text(tmp_path: Path) -> None:
+def test_special_tokens_can_be_encoded_as_text(tmp_path: Path) -> None:
     folder = llama(tmp_path / "t", split_special_tokens=True)
     assert 2 not in Tokenizer.from_folder(folder).encode("</s>")
 
 
-def test_a_listed_token_that_is_also_named_is_special_and_keeps_its_other_flags() -> None:
+def test_a_listed_token_that_is_also_named_becomes_special() -> None:
     listed = {7: AddedToken("<x>", special=False, lstrip=True, declared=7), 8: AddedToken("<y>", special=False)}
     found = Declared(names={"eos_token": AddedToken("<x>", where="special_tokens_map.json")}, listed=listed).tokens()
     assert [(token.content, token.special, token.lstrip) for token in found] == [
@@ -148,7 +148,7 @@ def test_a_listed_token_that_is_also_named_is_special_and_keeps_its_other_flags(
     ]
 
 
-def test_tokens_are_looked_for_in_normalised_text_unless_they_are_special_or_say_otherwise(tmp_path: Path) -> None:
+def test_tokens_are_matched_in_normalised_text_unless_special_or_declared_otherwise(tmp_path: Path) -> None:
     decoder = {
         "5": {"content": "plain"},
         "6": {"content": "<special>", "special": True},

@@ -47,7 +47,7 @@ WRONG: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
-def test_an_option_that_cannot_be_used_is_named(model: LanguageModel, name: str, value: Any) -> None:
+def test_an_invalid_option_is_named(model: LanguageModel, name: str, value: Any) -> None:
     more = (
         {}
         if name in ("max_tokens", "temperature", "seed", "stop", "reuse", "repetition_penalty")
@@ -70,7 +70,7 @@ def test_an_option_that_cannot_be_used_is_named(model: LanguageModel, name: str,
         {"max_tokens": 3, "stop": "never said"},
     ],
 )
-def test_values_of_numpy_and_of_other_kinds_of_list_are_taken(model: LanguageModel, options: dict[str, Any]) -> None:
+def test_numpy_values_and_other_sequences_are_accepted(model: LanguageModel, options: dict[str, Any]) -> None:
     assert len(model.generate("x", **options).tokens) == 3
 
 
@@ -88,7 +88,7 @@ def test_a_temperature_beyond_float32_is_uniform() -> None:
 
 
 @pytest.mark.parametrize("penalty", [1e-300, 1e300])
-def test_a_penalty_beyond_float32_is_no_overflow(penalty: float) -> None:
+def test_a_penalty_beyond_float32_does_not_overflow(penalty: float) -> None:
     logits = np.array([1, 2, -1], np.float32)
     chosen = Sampler(Sampling(repetition_penalty=penalty), seen=[1]).sample(logits)
     assert chosen == (1 if penalty < 1 else 0)
@@ -134,7 +134,7 @@ def test_a_prompt_that_is_neither_text_nor_token_ids_is_named(model: LanguageMod
     "prompt",
     [[1, 5, 7], (1, 5, 7), np.array([1, 5, 7], np.uint8), np.array([1, 5, 7]), iter([1, 5, 7]), range(1, 8, 3)],
 )
-def test_token_ids_of_any_integer_type_are_taken(model: LanguageModel, prompt: Any) -> None:
+def test_token_ids_of_any_integer_type_are_accepted(model: LanguageModel, prompt: Any) -> None:
     assert len(model.generate(prompt, max_tokens=2).tokens) == 2
     assert model.generate([1, 5, 7], max_tokens=2) is not None
 
@@ -148,7 +148,7 @@ def test_token_ids_of_any_integer_type_are_taken(model: LanguageModel, prompt: A
         [{"role": "user", "content": "\ud800"}],
     ],
 )  # fmt: skip
-def test_messages_that_are_none_are_refused(model: LanguageModel, messages: Any) -> None:
+def test_invalid_messages_are_refused(model: LanguageModel, messages: Any) -> None:
     with pytest.raises(EdgeLMError) as caught:
         model.chat(messages, max_tokens=1)
     one_line(caught.value)
@@ -181,7 +181,7 @@ def test_messages_that_are_none_are_refused(model: LanguageModel, messages: Any)
         ({"weight_memory": 5}, "has no option 'weight_memory'"),
     ],
 )
-def test_an_option_of_loading_that_cannot_be_used_is_named(model: LanguageModel, options: Any, said: str) -> None:
+def test_an_invalid_option_of_load_is_named(model: LanguageModel, options: Any, said: str) -> None:
     with pytest.raises(EdgeLMError, match=said) as caught:
         load(model.bundle.path, **options)
     one_line(caught.value)
@@ -190,7 +190,7 @@ def test_an_option_of_loading_that_cannot_be_used_is_named(model: LanguageModel,
         assert isinstance(caught.value, TypeError if wrong_type else ValueError)
 
 
-def test_the_other_ways_to_load_check_the_same(model: LanguageModel) -> None:
+def test_all_ways_to_load_have_the_same_checks(model: LanguageModel) -> None:
     with pytest.raises(EdgeLMError, match="threads is 0"):
         open_runtime(model.bundle, threads=0)
     with pytest.raises(EdgeLMError, match="threads is 0"):
@@ -205,7 +205,7 @@ def test_the_other_ways_to_load_check_the_same(model: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("path", [5, None, b"x", ["x"], "", "a\0b", "\ud800"])
-def test_a_path_that_is_none_is_named(path: Any) -> None:
+def test_an_invalid_path_is_named(path: Any) -> None:
     with pytest.raises(EdgeLMError) as caught:
         load(path)
     one_line(caught.value)
@@ -239,7 +239,7 @@ print("done")
 """
 
 
-def test_hostile_counts_of_a_manifest_cost_neither_memory_nor_time(tmp_path: Path) -> None:
+def test_hostile_counts_in_a_manifest_use_little_memory_and_time(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "bundle").path
     text = (folder / "manifest.json").read_text()
     shapes = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "context_length",

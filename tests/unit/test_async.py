@@ -62,7 +62,7 @@ async def in_queue(model: LanguageModel, length: int) -> None:
         await asyncio.sleep(0.001)
 
 
-def test_pieces_are_those_of_for_and_the_loop_is_free_meanwhile(bundle: Bundle) -> None:
+def test_async_for_gives_the_same_texts_and_the_loop_is_not_blocked(bundle: Bundle) -> None:
     async def work() -> None:
         model = scripted(bundle, "hello")
         gate, opened = Gate(model), 0
@@ -79,7 +79,7 @@ def test_pieces_are_those_of_for_and_the_loop_is_free_meanwhile(bundle: Bundle) 
     run(work())
 
 
-def test_many_tasks_get_what_they_get_alone(bundle: Bundle) -> None:
+def test_many_tasks_get_the_same_results_as_alone(bundle: Bundle) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     count = 40  # more than asyncio's pool has threads
     with load(bundle.path, threads=1) as model:
@@ -145,7 +145,7 @@ def test_cancelling_a_task_that_waits_leaves_the_queue(bundle: Bundle) -> None:
     run(work())
 
 
-def test_a_long_prompt_is_given_up_between_its_chunks(bundle: Bundle) -> None:
+def test_a_long_prompt_is_cancelled_between_its_chunks(bundle: Bundle) -> None:
     async def work() -> None:
         model = scripted(bundle, "hello")
         gate = Gate(model)
@@ -183,7 +183,7 @@ def test_leaving_the_loop_ends_the_stream(bundle: Bundle) -> None:
     run(work())
 
 
-def test_a_call_that_would_wait_for_its_own_task_or_loop_is_refused(bundle: Bundle) -> None:
+def test_a_call_that_would_deadlock_its_task_or_loop_is_refused(bundle: Bundle) -> None:
     async def work() -> None:
         model = scripted(bundle, "hello")
         async with aclosing(model.stream("x")) as stream:
@@ -198,7 +198,7 @@ def test_a_call_that_would_wait_for_its_own_task_or_loop_is_refused(bundle: Bund
     run(work())
 
 
-def test_errors_come_to_the_task(bundle: Bundle) -> None:
+def test_errors_are_raised_in_the_task(bundle: Bundle) -> None:
     async def work() -> None:
         model = scripted(bundle, "hello")
         with pytest.raises(GenerationTypeError, match="did you mean temperature"):

@@ -45,7 +45,7 @@ def ours(bundle: Bundle, name: str) -> Engine:
 # -- ratios --------------------------------------------------------------------------------------------------------
 
 
-def test_a_ratio_is_the_median_of_the_repetitions_ratios() -> None:
+def test_a_ratio_is_the_median_of_the_ratios_of_repetitions() -> None:
     # The machine slows down by half in the second repetition: the ratio of medians would be 4 / 2.
     found = measured(
         ("llama.cpp", PREFILL, NATIVE, [6.0, 3.0, 4.0]),
@@ -54,7 +54,7 @@ def test_a_ratio_is_the_median_of_the_repetitions_ratios() -> None:
     assert figures.ratio(found, COLUMN, PREFILL, NATIVE, [LLAMA]) == 3.0
 
 
-def test_the_best_peer_is_the_one_that_leaves_us_least() -> None:
+def test_the_best_peer_is_the_one_with_the_smallest_ratio() -> None:
     found = measured(
         ("llama.cpp", DECODE, NATIVE, [8.0]),
         ("llama.cpp", DECODE, LLAMA, [4.0]),
@@ -70,7 +70,7 @@ def test_the_best_peer_is_the_one_that_leaves_us_least() -> None:
     assert figures.ratio(found, "olmoe int4", DECODE, NATIVE, figures.PEERS) is None
 
 
-def test_what_was_not_measured_in_turns_is_not_paired() -> None:
+def test_measurements_that_were_not_interleaved_are_not_paired() -> None:
     one = measured(("llama.cpp", DECODE, NATIVE, [1.0]), ("llama.cpp", DECODE, LLAMA, [1.0, 2.0]))
     with pytest.raises(ValueError, match="not measured in turns"):
         figures.ratio(one, COLUMN, DECODE, NATIVE, [LLAMA])
@@ -79,7 +79,7 @@ def test_what_was_not_measured_in_turns_is_not_paired() -> None:
         figures.paired(*other.all)
 
 
-def test_an_earlier_runs_rows_complete_the_table() -> None:
+def test_rows_of_an_earlier_run_complete_the_table() -> None:
     found = measured(("llama.cpp", DECODE, NATIVE, [3.0]), ("llama.cpp", DECODE, LLAMA, [2.0]))
     earlier = measured(
         ("llama.cpp", DECODE, NATIVE, [9.0, 9.0]),
@@ -92,7 +92,7 @@ def test_an_earlier_runs_rows_complete_the_table() -> None:
     assert found.all[2:] == earlier.all[2:]
 
 
-def test_no_values_are_no_measurement() -> None:
+def test_a_measurement_needs_at_least_one_value() -> None:
     assert measured(("alone", DECODE, NATIVE, [])).all == []
 
 
@@ -139,7 +139,7 @@ def test_targets_say_reached_and_not_reached() -> None:
     assert "| prefill vs OpenVINO, x | not measured |" in table
 
 
-def test_a_value_a_hair_below_its_bound_is_not_reached() -> None:
+def test_a_value_just_below_its_target_is_not_reached() -> None:
     target = next(target for target in figures.TARGETS if target.name == "decode vs the best peer, x")
     assert target.reached("fox int8", 1.0)
     assert not target.reached("fox int8", 0.9999)
@@ -168,7 +168,7 @@ def test_the_row_table_has_medians_spread_and_ratios() -> None:
 # -- agreement -----------------------------------------------------------------------------------------------------
 
 
-def test_agreement_is_of_the_worst_position_and_sees_a_wrong_scale() -> None:
+def test_agreement_is_that_of_the_worst_position_and_detects_a_wrong_scale() -> None:
     logits = np.random.default_rng(0).standard_normal((3, 1000)).astype(np.float32)
     same = figures.agreement("peer", logits, logits)
     assert (same.error, same.same, same.positions) == (0, 3, 3)
@@ -273,7 +273,7 @@ def test_bundles_are_measured_in_turns_and_in_new_processes(bundle: Bundle, tmp_
     assert {item["row"] for item in document["measurements"]} >= {PREFILL, DECODE, figures.FIRST, figures.MEMORY}
 
 
-def test_an_engine_that_computes_something_else_stops_the_run(
+def test_an_engine_with_different_logits_stops_the_run(
     bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("other")

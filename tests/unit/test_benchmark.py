@@ -38,7 +38,7 @@ def tensor(name: str, size: int) -> TensorEntry:
     return TensorEntry(name, 0, size, 0)
 
 
-def test_a_token_reads_its_experts_once_and_no_table(bundle: Bundle) -> None:
+def test_a_token_reads_its_experts_once_and_no_embedding_table(bundle: Bundle) -> None:
     manifest = dataclasses.replace(
         bundle.manifest,
         model=dataclasses.replace(bundle.manifest.model, num_experts=8, experts_per_token=2),
@@ -66,23 +66,23 @@ def test_of_a_head_in_split_nibbles_the_high_ones_and_the_rescored_tiles_are_rea
     assert bytes_per_token(manifest, 0) == 1000 + 800 // 4
 
 
-def test_the_cache_counts_in_its_own_type(bundle: Bundle) -> None:
+def test_the_cache_is_counted_in_its_own_type(bundle: Bundle) -> None:
     manifest = dataclasses.replace(bundle.manifest, tensors=())
     heads = 2 * 2 * 2  # keys and values, layers, KV heads
     assert bytes_per_token(manifest, 3, "float16") == 3 * heads * 16 * 2
     assert bytes_per_token(manifest, 3, "int8") == 3 * heads * (16 + 4)
 
 
-def test_the_median_and_spread_are_of_the_runs() -> None:
+def test_median_and_spread_are_those_of_the_runs() -> None:
     spread = Spread.of([3.0, 1.0, 2.0, 10.0])
     assert (spread.median, spread.low, spread.high) == (2.5, 1.0, 10.0)
 
 
-def test_bandwidth_is_that_of_a_machine_not_of_a_cache_or_a_disk() -> None:
+def test_bandwidth_is_plausible_for_memory() -> None:
     assert 5e8 < read_bandwidth(1) < 1e12
 
 
-def test_bench_measures_and_says_with_what(bundle: Bundle) -> None:
+def test_bench_reports_measurements_and_settings(bundle: Bundle) -> None:
     result = bench(bundle.path, prompt_tokens=20, new_tokens=10, repeat=2, threads=1)
     assert len(result.decode_tokens_per_second.runs) == 2
     assert result.decode_tokens_per_second.low > 0
@@ -110,7 +110,7 @@ def test_a_model_larger_than_the_caches_has_its_share_of_the_bandwidth(
     assert "the memory's own was not measured: too little of it is free" in table(scarce)
 
 
-def test_a_bandwidth_is_measured_beyond_the_caches_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bandwidth_is_measured_only_if_memory_exceeds_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgelm.devices.cache_bytes", lambda: 1 << 20)
     assert [beyond_caches(size) for size in ((4 << 20) - 1, 4 << 20)] == [False, True]
     full = devices.describe()
@@ -129,19 +129,19 @@ def test_a_bandwidth_is_measured_beyond_the_caches_or_not_at_all(monkeypatch: py
         (None, 4000, 4096, (96, 4000)),
     ],
 )  # fmt: skip
-def test_tokens_that_are_not_asked_for_fit_the_context(
+def test_default_token_counts_fit_into_the_context(
     prompt: int | None, new: int | None, context: int, chosen: tuple[int, int]
 ) -> None:
     assert choose_tokens(prompt, new, context) == chosen
 
 
 @pytest.mark.parametrize(("prompt", "new"), [(128, None), (None, 128), (100, 29)])
-def test_what_was_asked_for_and_does_not_fit_is_refused(prompt: int | None, new: int | None) -> None:
+def test_requested_token_counts_that_do_not_fit_are_refused(prompt: int | None, new: int | None) -> None:
     with pytest.raises(ContextLengthError, match=r"tokens .*are more than the model's context of 128 has room for"):
         choose_tokens(prompt, new, 128)
 
 
-def test_without_options_a_short_context_is_measured_and_said(bundle: Bundle) -> None:
+def test_a_short_context_is_measured_with_a_note(bundle: Bundle) -> None:
     result = CliRunner().invoke(cli, ["bench", str(bundle.path), "--repeat", "1"])
     assert result.exit_code == 0, result.output
     assert "prefill 103" in result.stdout
@@ -149,7 +149,7 @@ def test_without_options_a_short_context_is_measured_and_said(bundle: Bundle) ->
     assert "the model's context of 128 has no room for the usual 512 prompt and 128 new tokens" in result.stdout
 
 
-def test_a_bundle_for_a_gpu_without_one_is_one_clear_line(
+def test_a_gpu_bundle_without_a_gpu_gives_an_error_of_one_line(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EDGELM_CUDA_DRIVER", str(tmp_path / "libcuda.so.1"))
@@ -173,7 +173,7 @@ def test_more_tokens_than_the_context_are_refused(bundle: Bundle) -> None:
         bench(bundle.path, prompt_tokens=100, new_tokens=29)
 
 
-def test_the_verb_prints_a_table_or_one_document(bundle: Bundle) -> None:
+def test_the_verb_prints_a_table_or_json(bundle: Bundle) -> None:
     arguments = ["bench", str(bundle.path), "--prompt-tokens", "16", "--new-tokens", "4", "--repeat", "1"]
     table = CliRunner().invoke(cli, arguments)
     assert table.exit_code == 0, table.output

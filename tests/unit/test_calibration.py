@@ -200,7 +200,7 @@ def inputs_of_matrices(
 
 
 @pytest.mark.parametrize("family", ["olmoe", "fox"])
-def test_each_matrix_meets_the_inputs_that_the_quantised_model_gives_it(
+def test_each_matrix_is_calibrated_with_the_inputs_of_the_quantised_model(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path, calls: Calls, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream, "SLICE_TOKENS", 50)  # several slices, of samples and of tokens
@@ -226,7 +226,7 @@ def test_each_matrix_meets_the_inputs_that_the_quantised_model_gives_it(
 
 
 @pytest.mark.parametrize("columns", [96, 1024, 1030])
-def test_moments_of_wide_inputs_are_the_whole_matmul(columns: int) -> None:
+def test_moments_of_wide_inputs_equal_the_full_matmul(columns: int) -> None:
     inputs = torch.randn(50, columns, generator=torch.Generator().manual_seed(1))
     moments = Moments.zeros(columns)
     for part in (inputs[:20], inputs[20:]):
@@ -237,7 +237,7 @@ def test_moments_of_wide_inputs_are_the_whole_matmul(columns: int) -> None:
     assert torch.allclose(moments.hessian.double(), wanted, rtol=0, atol=50 * 2**-22 * float(wanted.max()))
 
 
-def test_matrices_are_taken_in_the_order_in_which_they_compute(
+def test_matrices_are_calibrated_in_the_order_of_the_forward_pass(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path, calls: Calls
 ) -> None:
     calibrate_checkpoint(checkpoints["fox"], tmp_path / "q", INT4, text=text, **SMALL)
@@ -246,7 +246,7 @@ def test_matrices_are_taken_in_the_order_in_which_they_compute(
     assert list(calls) == [f"model.layers.{i}.{part}_proj.weight" for i in range(3) for part in parts]
 
 
-def test_the_report_says_how_each_matrix_came_about(whole: Path, checkpoints: dict[str, Path], text: Path) -> None:
+def test_the_report_gives_the_method_of_each_matrix(whole: Path, checkpoints: dict[str, Path], text: Path) -> None:
     report = CalibrationReport.read(whole)
     assert report is not None
     assert (report.samples, report.length) == (24, 24)
@@ -269,7 +269,7 @@ def test_the_report_says_how_each_matrix_came_about(whole: Path, checkpoints: di
     assert report.info.methods == report.methods
 
 
-def test_what_is_written_is_what_was_found(
+def test_the_written_weights_are_those_that_were_computed(
     whole: Path, checkpoints: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:
     """The stored codes have the reported error; floats and the embedding are as without calibration."""
@@ -322,7 +322,7 @@ def test_equal_runs_write_equal_bytes(whole: Path, checkpoints: dict[str, Path],
     "moment",
     ["layer 0 (1 of 2)", "layer 1 (2 of 2)", "calibrating 0.1", "calibrating 0.8", "calibrating 1.00", "quant"],
 )
-def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
+def test_an_interrupted_run_resumes_with_the_same_result(
     whole: Path, checkpoints: dict[str, Path], text: Path, tmp_path: Path, moment: str
 ) -> None:
     out = tmp_path / "out"
@@ -345,7 +345,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
 
 
 @pytest.mark.parametrize("failing", ["save_streams", "save_head"])
-def test_a_run_that_ends_between_two_files_goes_on(
+def test_a_run_that_ends_between_two_files_resumes(
     whole: Path, checkpoints: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     def fail(*arguments: Any) -> None:
@@ -359,7 +359,7 @@ def test_a_run_that_ends_between_two_files_goes_on(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kill is POSIX")
-def test_a_killed_run_goes_on(whole: Path, checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes(whole: Path, checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     # The run waits for the signal at the end of its first layer.
     script = (
@@ -383,7 +383,7 @@ def test_a_killed_run_goes_on(whole: Path, checkpoints: dict[str, Path], text: P
     assert contents(out) == contents(whole)
 
 
-def test_work_of_another_run_is_replaced_and_said_so(
+def test_state_of_another_run_is_replaced_with_a_note(
     whole: Path, checkpoints: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -397,7 +397,7 @@ def test_work_of_another_run_is_replaced_and_said_so(
     assert contents(out) == contents(whole)
 
 
-def test_a_folder_in_the_way_is_not_emptied(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
+def test_an_unrelated_folder_is_not_emptied(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
     mine = tmp_path / "out.calibrating" / "mine.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
@@ -411,7 +411,7 @@ def test_a_folder_in_the_way_is_not_emptied(checkpoints: dict[str, Path], text: 
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_work_that_is_half_removed_is_nothing_to_go_on_from(tmp_path: Path) -> None:
+def test_partly_removed_state_is_not_resumed(tmp_path: Path) -> None:
     path = tmp_path / "out.calibrating"
     names = ["state.json", "smoothing.safetensors", "head.safetensors", "stream-00002.safetensors"]
     names += ["layer-00000.safetensors", "layer-00001.safetensors", ".head.safetensors.partial-0123456789abcdef"]
@@ -434,7 +434,7 @@ def test_work_that_is_half_removed_is_nothing_to_go_on_from(tmp_path: Path) -> N
         assert not list(path.glob("*")) or (path / "state.json").is_file(), log[at]
 
 
-def test_tokens_are_borrowed_from_those_that_route_near() -> None:
+def test_tokens_are_borrowed_from_those_with_the_next_router_scores() -> None:
     # Four experts, one per token. Expert 3 is no token's first choice; it is the second choice of tokens 4, 1, 0.
     probabilities = torch.tensor(
         [
@@ -471,7 +471,7 @@ def test_tokens_are_borrowed_from_those_that_route_near() -> None:
         assert set(shares[0].borrowed.tolist()).isdisjoint([0, 1, 2])
 
 
-def test_borrowed_tokens_go_into_the_moments_only(
+def test_borrowed_tokens_are_used_for_moments_only(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path, calls: Calls
 ) -> None:
     options = CoverageOptions(min_tokens=200, reach=2)
@@ -506,7 +506,7 @@ def test_borrowed_tokens_go_into_the_moments_only(
         assert torch.allclose(calls[name][0], wanted, rtol=1e-3, atol=1e-4 * float(wanted.diagonal().mean()))  # type: ignore[index]
 
 
-def test_starved_experts_are_rounded_to_nearest_and_named(
+def test_experts_with_too_few_tokens_are_rounded_to_nearest_and_named(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:
     options = CoverageOptions(min_tokens=10_000)
@@ -529,7 +529,7 @@ def test_starved_experts_are_rounded_to_nearest_and_named(
             assert written["layers"][1]["tensors"][name]["method"] == "rtn"
 
 
-def test_required_coverage_fails_before_there_is_an_output(
+def test_required_coverage_fails_before_an_output_is_written(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "q"
@@ -567,7 +567,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_a_recipe_decides_what_is_quantised_and_how(
+def test_the_recipe_selects_matrices_and_schemes(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path, name: str
 ) -> None:
     recipe = RECIPES[name]
@@ -592,7 +592,7 @@ def test_a_recipe_decides_what_is_quantised_and_how(
         assert "model.layers.0.mlp.gate.weight" in made.report.tensors
 
 
-def test_wrong_input_is_refused_before_any_work(
+def test_invalid_input_is_refused_before_any_work(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     olmoe, out = checkpoints["olmoe"], tmp_path / "q"
@@ -629,7 +629,7 @@ def test_wrong_input_is_refused_before_any_work(
         CalibrationOptions(length=1)
 
 
-def test_the_command_refuses_what_makes_no_sense(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_the_command_refuses_invalid_combinations(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     base = [str(checkpoints["fox"]), "-o", str(tmp_path / "q")]
     alone = CliRunner().invoke(quantize_command, [*base, "--samples", "3"])
     assert alone.exit_code == 2
@@ -661,7 +661,7 @@ def kl_of(reference: WeightReader, quantised: WeightReader, config: dict[str, An
     return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
 
 
-def test_a_trained_model_loses_less_than_by_rounding(tmp_path: Path) -> None:
+def test_calibration_loses_less_than_rounding_on_a_trained_model(tmp_path: Path) -> None:
     """Measured on other text than the calibration text, with one layer only, so that it is fast."""
     config = json.loads((TRAINED / "config.json").read_text())
     documents = standard_library()

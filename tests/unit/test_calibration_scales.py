@@ -113,7 +113,7 @@ def apart(checkpoint: Path, quantised: Path, text: Path) -> float:
 
 
 @FAMILIES
-def test_static_scales_are_those_of_the_calibrated_model(
+def test_static_scales_are_measured_on_the_calibrated_model(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path, family: str
 ) -> None:
     calibrate_checkpoint(checkpoints[family], tmp_path / "q", STATIC[family], text=text, **SMALL)
@@ -127,7 +127,7 @@ def test_static_scales_are_those_of_the_calibrated_model(
     assert apart(checkpoints[family], tmp_path / "q", text) < 0.5  # large because of the outlier channels
 
 
-def test_only_what_is_static_gets_a_scale(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
+def test_only_static_activations_get_a_scale(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
     down = Rule("*.down_proj.weight", Scheme(8, 32), activations="fp8-static")
     recipe = Recipe("one rule", Scheme(8, 32), (down,), activations="int8-token")
     calibrate_checkpoint(checkpoints["fox"], tmp_path / "q", recipe, text=text, **SMALL)
@@ -136,7 +136,7 @@ def test_only_what_is_static_gets_a_scale(checkpoints: dict[str, Path], text: Pa
     assert stored == {f"model.layers.{i}.mlp.down_proj.input_scale" for i in range(2)}
 
 
-def test_a_run_that_ends_among_the_scales_goes_on(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
+def test_a_run_that_ends_while_writing_scales_resumes(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
     calibrate_checkpoint(checkpoints["olmoe"], tmp_path / "whole", STATIC["olmoe"], text=text, **SMALL)
     ended = Watched(lambda task: task == "ranges")
     with pytest.raises(KeyboardInterrupt):
@@ -152,7 +152,7 @@ def test_a_run_that_ends_among_the_scales_goes_on(checkpoints: dict[str, Path], 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
-def test_static_activations_without_a_text_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_static_activations_without_calibration_text_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"int8-static activations for .* --calibration, or choose \"int8-token\""):
         quantize_checkpoint(checkpoints["olmoe"], tmp_path / "q", STATIC["olmoe"])
     path = tmp_path / "static.toml"
@@ -194,7 +194,7 @@ def test_a_smoothed_calibrated_checkpoint_computes_nearly_the_same(
 
 
 @FAMILIES
-def test_smoothing_helps_static_activations_of_loud_channels(
+def test_smoothing_helps_static_activations_with_outlier_channels(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path, family: str
 ) -> None:
     errors = {}
@@ -206,9 +206,7 @@ def test_smoothing_helps_static_activations_of_loud_channels(
     assert errors["activations"] < {"fox": 0.8, "olmoe": 1.0}[family] * errors[None], errors
 
 
-def test_a_smoothed_run_goes_on_with_the_scales_it_found(
-    checkpoints: dict[str, Path], text: Path, tmp_path: Path
-) -> None:
+def test_a_smoothed_run_resumes_with_its_scales(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
     olmoe, out = checkpoints["olmoe"], tmp_path / "out"
     given: dict[str, Any] = {"text": text, "smoothing": "activations", **SMALL}
     calibrate_checkpoint(olmoe, tmp_path / "whole", INT8, **given)
@@ -224,9 +222,7 @@ def test_a_smoothed_run_goes_on_with_the_scales_it_found(
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_work_that_was_smoothed_otherwise_is_not_gone_on_with(
-    checkpoints: dict[str, Path], text: Path, tmp_path: Path
-) -> None:
+def test_state_with_other_smoothing_is_not_resumed(checkpoints: dict[str, Path], text: Path, tmp_path: Path) -> None:
     fox, out = checkpoints["fox"], tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         stop = Watched(lambda task: task == "calibrating")
@@ -240,7 +236,7 @@ def test_work_that_was_smoothed_otherwise_is_not_gone_on_with(
         assert np.array_equal(original.read_raw(norm), made.read_raw(norm))
 
 
-def test_scales_are_kept_to_the_bit(tmp_path: Path) -> None:
+def test_scales_are_stored_exactly(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows, columns = (rng.standard_normal(size).astype(np.float32) for size in (5, 7))
     kept = {"a.weight": Scaling(rows), "rows/b.weight": Scaling(None, columns), "c.weight": Scaling(rows, columns)}
@@ -260,7 +256,7 @@ def test_scales_are_kept_to_the_bit(tmp_path: Path) -> None:
             assert one is None or np.array_equal(one, other)
 
 
-def test_smoothing_for_nothing_known_or_without_a_text_is_refused(
+def test_smoothing_of_unknown_kind_or_without_text_is_refused(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(EdgeLMError, match="activations or weights, not 'both'"):

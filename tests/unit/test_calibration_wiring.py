@@ -76,7 +76,7 @@ def nearest(weight: Tensor, inputs: Tensor, reference: Tensor, residual: Tensor 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_matrix_is_rounded_towards_what_the_float_model_computes(
+def test_each_matrix_has_the_float_models_output_as_target(
     tmp_path: Path, text: Path, calls: dict[str, tuple[Tensor, int]], case: str
 ) -> None:
     """Some matrices correct the drift of their inputs, some also that of the residual stream, some neither.
@@ -138,7 +138,7 @@ def assert_moved_alike(name: str, weight: Tensor, found: Tensor, expected: Tenso
     assert float((found - expected).norm()) < 1e-3 * float(moved.norm()), name
 
 
-def test_few_tokens_are_damped_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damping_is_larger_for_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """The damping is (0.01 + columns / tokens) times the mean diagonal of H."""
     used: list[float] = []
     factor = Moments.factor
@@ -169,7 +169,7 @@ def test_columns_with_the_largest_inputs_are_rounded_first() -> None:
         assert torch.equal(inside, inside.sort(descending=True).values)
 
 
-def test_one_token_of_an_expert_does_not_ruin_its_weights() -> None:
+def test_an_expert_with_one_token_keeps_usable_weights() -> None:
     """With one token, the weights must stay close to those rounded to nearest, or the error of other tokens grows.
 
     With the damping for many tokens, GPTQ's error of these weights is 1.4 to 1.7 times that of rounding to nearest;

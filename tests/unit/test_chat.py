@@ -60,7 +60,7 @@ TURNS = [message for i in range(6) for message in (user(f"question {i}"), assist
 """About 25 tokens per turn."""
 
 
-def test_a_conversation_that_fits_is_left_alone(model: LanguageModel) -> None:
+def test_a_conversation_that_fits_is_not_changed(model: LanguageModel) -> None:
     messages = [*TURNS, user("last")]
     tokens = model.chat_tokens(messages)
     room = model.runtime.context_length - len(tokens)
@@ -70,7 +70,7 @@ def test_a_conversation_that_fits_is_left_alone(model: LanguageModel) -> None:
 
 @pytest.mark.parametrize("first", [[], [system("Be brief.")], [system("a"), {"role": "developer", "content": "b"}]])
 @pytest.mark.parametrize("answer", [100, 150, 200])
-def test_the_oldest_whole_turns_go_and_system_messages_stay(
+def test_the_oldest_turns_are_dropped_and_system_messages_kept(
     model: LanguageModel, first: list[Message], answer: int
 ) -> None:
     kept = trim_messages(model, [*first, *TURNS, user("last")], answer)
@@ -84,14 +84,14 @@ def test_the_oldest_whole_turns_go_and_system_messages_stay(
     assert trim_messages(model, kept.messages, answer).dropped == 0
 
 
-def test_tool_calls_and_a_second_question_go_with_their_turn(model: LanguageModel) -> None:
+def test_tool_calls_are_dropped_with_their_turn(model: LanguageModel) -> None:
     tools = [user("a " * 30), user("b"), {"role": "tool", "content": "1"}, assistant("c " * 40)]
     last = [user("d"), {"role": "tool", "content": "2"}, user("e"), user("f")]
     kept = trim_messages(model, [*tools, *last], 150)
     assert (kept.messages, kept.dropped) == (last, 1)
 
 
-def test_the_last_message_stays_though_it_leaves_less_room(model: LanguageModel) -> None:
+def test_the_last_message_is_kept_even_if_it_leaves_less_room(model: LanguageModel) -> None:
     long = user("word " * 90)
     kept = trim_messages(model, [system("s"), *TURNS, long], 128)
     assert (kept.messages, kept.dropped) == ([system("s"), long], 6)
@@ -99,19 +99,19 @@ def test_the_last_message_stays_though_it_leaves_less_room(model: LanguageModel)
     assert trim_messages(model, [long], 300).dropped == 0
 
 
-def test_room_comes_before_the_quarter_that_is_freed_besides(model: LanguageModel) -> None:
+def test_room_for_the_answer_has_priority_over_the_extra_quarter(model: LanguageModel) -> None:
     long = user("word " * 50)
     need = len(model.chat_tokens([*TURNS[-2:], long]))
     kept = trim_messages(model, [*TURNS, long], 256 - need)
     assert (kept.messages, kept.dropped) == ([*TURNS[-2:], long], 5)
 
 
-def test_a_message_that_alone_is_too_long_is_refused(model: LanguageModel) -> None:
+def test_a_single_message_that_is_too_long_is_refused(model: LanguageModel) -> None:
     with pytest.raises(ContextLengthError, match="tokens do not fit: the context holds 256"):
         trim_messages(model, [*TURNS, user("word " * 200)], 16)
 
 
-def test_messages_come_back_from_their_file(tmp_path: Path) -> None:
+def test_messages_are_read_back_from_their_file(tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     messages = [system("ü"), user('"\n\t'), assistant("")]
     write_messages(path, messages)
@@ -127,7 +127,7 @@ def test_messages_come_back_from_their_file(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["talk.json"]
 
 
-def test_with_a_seed_the_cache_is_used_and_the_text_is_that_of_a_fresh_session(bundle: Path, tmp_path: Path) -> None:
+def test_with_a_seed_the_cache_is_reused_and_the_text_is_reproducible(bundle: Path, tmp_path: Path) -> None:
     words = "Hi\nMore\n/regen\nAnd more\n"
     options = ["-n", 12, "-t", 1.5]
     one = chat(bundle, words + f"/save {tmp_path / 'a'}\n", *options, "--seed", 3)
@@ -143,7 +143,7 @@ def test_with_a_seed_the_cache_is_used_and_the_text_is_that_of_a_fresh_session(b
     assert with_regen.strip() not in without
 
 
-def test_a_conversation_is_kept_and_forgotten_on_reset(bundle: Path, model: LanguageModel) -> None:
+def test_a_conversation_is_kept_until_reset(bundle: Path, model: LanguageModel) -> None:
     result = chat(bundle, "Hi\nMore\n/RESET\nHi\n/exit\nnever\n", "-t", 0, "-n", 4)
     first = model.chat([user("Hi")], max_tokens=4).text
     second = model.chat([user("Hi"), assistant(first), user("More")], max_tokens=4).text
@@ -179,7 +179,7 @@ def test_a_message_that_is_too_long_leaves_the_conversation_as_it_was(bundle: Pa
     assert [message["content"] for message in read_messages(talk) if message["role"] == "user"] == ["Hi", "More"]
 
 
-def test_bad_bytes_cost_their_line_alone(bundle: Path) -> None:
+def test_only_the_line_with_invalid_bytes_is_skipped(bundle: Path) -> None:
     result = chat(bundle, b"a\xff\nHi\nb\x00\nMore", "-n", 2)
     assert result.exit_code == 1
     assert result.stderr.count("not sent: character 2 is ") == 2
@@ -201,14 +201,14 @@ def test_bad_bytes_cost_their_line_alone(bundle: Path) -> None:
         ("/load bad\x9b", "not sent: character 10 is U+009B"),
     ],
 )
-def test_a_command_that_cannot_be_done_is_one_line_and_is_not_sent(bundle: Path, line: str, message: str) -> None:
+def test_a_failed_command_gives_one_line_and_is_not_sent(bundle: Path, line: str, message: str) -> None:
     result = chat(bundle, f"{line}\n", "-n", 2)
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
     assert message in result.stderr
 
 
 @pytest.mark.parametrize("leave", ["/exit", "/EXIT ", "/Quit", "/bye"])
-def test_commands_that_leave(bundle: Path, leave: str) -> None:
+def test_commands_that_end_the_chat(bundle: Path, leave: str) -> None:
     assert (chat(bundle, f"{leave}\nHi\n").stdout, chat(bundle, f"{leave}\nHi\n").stderr) == ("", "")
 
 
@@ -228,7 +228,7 @@ def asked(model: LanguageModel, *entries: Entry, **options: Any) -> Session:
     return session
 
 
-def test_what_is_sent_is_what_was_written(model: LanguageModel) -> None:
+def test_messages_are_sent_unchanged(model: LanguageModel) -> None:
     literal, indented = Entry("/reset\n  x ", literal=True), Entry("  x", literal=True)
     code = Entry("\n  def f():\n    pass\n\n")
     session = asked(model, Entry("  /reset "), code, Entry(" \n "), literal, Entry("/a\nb"), indented)
@@ -282,7 +282,7 @@ def test_save_and_load_continue_a_conversation(
     assert session.messages == read_messages(talk)
 
 
-def test_a_loaded_question_is_answered(model: LanguageModel, tmp_path: Path) -> None:
+def test_a_question_in_a_loaded_file_is_answered(model: LanguageModel, tmp_path: Path) -> None:
     write_messages(tmp_path / "q.json", [system("s"), user("Hi")])
     session = asked(model, Entry(f"/load {tmp_path / 'q.json'}"))
     assert [message["role"] for message in session.messages] == ["system", "user", "assistant"]
@@ -299,7 +299,7 @@ def test_regen_answers_the_last_message_again(model: LanguageModel) -> None:
     assert len(answers) > 1
 
 
-def test_an_error_of_one_message_leaves_the_conversation(
+def test_an_error_in_one_message_does_not_end_the_chat(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     session = asked(model, Entry("Hi"))
@@ -322,7 +322,7 @@ def failing(error: BaseException) -> Any:
 
 
 @pytest.mark.parametrize("where", ["prefill", "decode_greedy"])
-def test_ctrl_c_cancels_a_message_or_keeps_what_was_said(
+def test_ctrl_c_cancels_a_message_or_keeps_the_partial_answer(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     session = Session(model, Screen(), {"max_tokens": 9}, quiet=True)
@@ -355,7 +355,7 @@ def test_ctrl_c_before_the_answer_of_a_piped_message_ends(
         session.run(lambda: Entry("Hi"), terminal=False)
 
 
-def test_only_two_ctrl_c_in_a_row_leave(model: LanguageModel) -> None:
+def test_only_two_consecutive_ctrl_c_end_the_chat(model: LanguageModel) -> None:
     session = Session(model, Screen(), {"max_tokens": 2}, quiet=True)
     pressed: list[object] = []
     script: list[Any] = [
@@ -379,7 +379,7 @@ def test_only_two_ctrl_c_in_a_row_leave(model: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize(("terminal", "shown"), [(True, "a\u241b[31m\n\tb\ufffd"), (False, "a\x1b[31m\n\tb\x9b")])
-def test_a_model_cannot_write_what_a_terminal_acts_on(
+def test_control_characters_of_a_model_are_not_printed(
     terminal: bool, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
@@ -404,14 +404,14 @@ def test_colours_can_be_turned_off(name: str, value: str, colour: bool, monkeypa
         (["--system", "\udcff"], "not valid Unicode"),
     ],
 )
-def test_what_can_never_work_is_said_at_once(bundle: Path, options: list[object], message: str) -> None:
+def test_invalid_settings_are_reported_at_once(bundle: Path, options: list[object], message: str) -> None:
     result = chat(bundle, "Hi\nMore\n", *options)
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
     assert message in result.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no POSIX signals")
-def test_through_pipes_ctrl_c_stops_an_answer_and_sigterm_ends_the_chat(tmp_path: Path) -> None:
+def test_with_pipes_ctrl_c_stops_an_answer_and_sigterm_ends_the_chat(tmp_path: Path) -> None:
     # Generates without end; the context lasts for a minute.
     shape = Shape(vocab=512, hidden=64, layers=8, context=1 << 16)
     endless = write_tiny_model(tmp_path / "bundle", shape).path

@@ -36,7 +36,7 @@ def entries(data: str | bytes) -> list[Entry]:
         ('/system """\na\nb\n"""\n', ["/system a\nb"]),
     ],
 )
-def test_a_line_is_a_message_and_so_is_what_stands_between_triple_quotes(data: str, texts: list[str]) -> None:
+def test_a_message_is_a_line_or_a_block_in_triple_quotes(data: str, texts: list[str]) -> None:
     found = entries(data)
     assert [entry.text for entry in found] == texts
     assert not any(entry.problem for entry in found)
@@ -53,7 +53,7 @@ def test_a_paste_that_only_begins_with_triple_quotes_is_complete() -> None:
     assert chat_input.read_entry(line) == Entry('"""What it does."""\nimport os\n')
 
 
-def test_an_unfinished_block_is_a_problem_and_no_message() -> None:
+def test_an_unfinished_block_is_an_error() -> None:
     (entry,) = entries('"""a\nb\n')
     assert "the input ended before" in entry.problem
 
@@ -69,18 +69,18 @@ def test_an_unfinished_block_is_a_problem_and_no_message() -> None:
         (b'"""\na\xff\nb\n"""', "character 2 is the byte 0xff"),
     ],
 )
-def test_a_stray_byte_costs_one_message(data: bytes, problem: str) -> None:
+def test_an_invalid_byte_affects_one_message_only(data: bytes, problem: str) -> None:
     bad, good = entries(data + b"\ngood\n")
     assert problem in bad.problem
     assert good == Entry("good")
 
 
-def test_what_people_write_is_usable() -> None:
+def test_texts_in_many_scripts_are_accepted() -> None:
     assert unusable("tabs\tand\nline ends\f, emoji 👩‍👩‍👧, Größe, \u00a0\u200d") == ""
     assert unusable("\ud83d") == "character 1 is U+D83D, half a surrogate pair"
 
 
-def test_history_keeps_messages_of_several_lines_for_its_user_alone(tmp_path: Path) -> None:
+def test_history_keeps_multi_line_messages_in_a_private_file(tmp_path: Path) -> None:
     history = History(tmp_path / "state" / "edgelm" / "chat_history")
     assert history.read() == []
     for text in ("a", "b\nc", "x" * 20_000, "ü"):
@@ -104,7 +104,7 @@ def test_history_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [json.loads(line) for line in history.path.read_text().splitlines()] == found == history.read()
 
 
-def test_a_history_that_cannot_be_kept_is_no_error(tmp_path: Path) -> None:
+def test_a_history_that_cannot_be_written_is_not_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file" / "h"):
         history = History(path)
@@ -112,7 +112,7 @@ def test_a_history_that_cannot_be_kept_is_no_error(tmp_path: Path) -> None:
         assert history.read() == []
 
 
-def test_history_lies_in_the_users_state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_history_is_in_the_users_state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for value in ("", "relative"):
         monkeypatch.setenv("XDG_STATE_HOME", value)

@@ -108,7 +108,7 @@ def oracle() -> Callable[..., str]:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("tools", [None, TOOLS], ids=["plain", "tools"])
-def test_rendering_is_transformers(name: str, tools: Any, oracle: Callable[..., str]) -> None:
+def test_rendering_equals_transformers(name: str, tools: Any, oracle: Callable[..., str]) -> None:
     template = ChatTemplate(TEMPLATES[name], SPECIAL)
     equal = 0
     for what, talk in CONVERSATIONS.items():
@@ -161,7 +161,7 @@ def test_parts_are_passed_to_templates_that_read_them_and_joined_for_others(
         ("{% set c = messages[0].content %}{% for m in messages %}{{ c }}{% endfor %}", False),
     ],
 )
-def test_whether_a_template_reads_parts_is_seen(source: str, reads: bool) -> None:
+def test_templates_that_read_parts_are_detected(source: str, reads: bool) -> None:
     assert rendered(source, parted([{"role": "user", "content": "ab"}])) == ("ab" if reads else "a\nb")
 
 
@@ -179,12 +179,12 @@ def test_whether_a_template_reads_parts_is_seen(source: str, reads: bool) -> Non
         (None, "message 1 must be like"),
     ],
 )
-def test_content_that_is_no_text_is_refused(content: Any, message: str) -> None:
+def test_content_that_is_not_text_is_refused(content: Any, message: str) -> None:
     with pytest.raises(GenerationError, match=message):
         rendered("x", [TALK[0], {"role": "user", "content": content}])
 
 
-def test_variables_that_are_no_json_are_refused() -> None:
+def test_variables_that_are_not_json_are_refused() -> None:
     for value in (object(), {1, 2}, b"x"):
         with pytest.raises(GenerationError, match="must be JSON"):
             rendered("x", variables={"tools": value})
@@ -194,7 +194,7 @@ def test_variables_that_are_no_json_are_refused() -> None:
         rendered("x", variables={"tools": loop})
 
 
-def test_every_filter_test_and_global_is_there(oracle: Callable[..., str]) -> None:
+def test_every_filter_test_and_global_is_available(oracle: Callable[..., str]) -> None:
     from jinja2.defaults import DEFAULT_FILTERS, DEFAULT_NAMESPACE, DEFAULT_TESTS
 
     for name in DEFAULT_FILTERS:
@@ -207,7 +207,7 @@ def test_every_filter_test_and_global_is_there(oracle: Callable[..., str]) -> No
         assert rendered(source, TALK, add_generation_prompt=False) == oracle(TALK, chat_template=source)
 
 
-def test_olmoes_form_is_the_known_one_and_encodes_to_the_right_ids(tmp_path: Path) -> None:
+def test_the_template_of_olmoe_encodes_to_the_right_ids(tmp_path: Path) -> None:
     folder = olmoe(tmp_path / "o")
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}, TALK[2]]
     tokenizer = Tokenizer.from_folder(folder)
@@ -220,7 +220,7 @@ def test_olmoes_form_is_the_known_one_and_encodes_to_the_right_ids(tmp_path: Pat
     assert 0 not in ids
 
 
-def test_gemmas_form_encodes_to_the_right_ids(tmp_path: Path) -> None:
+def test_the_template_of_gemma_encodes_to_the_right_ids(tmp_path: Path) -> None:
     folder = gemma(tmp_path / "g")
     tokenizer = Tokenizer.from_folder(folder)
     text = ChatTemplate.from_folder(folder).render(TALK[:1])
@@ -229,7 +229,7 @@ def test_gemmas_form_encodes_to_the_right_ids(tmp_path: Path) -> None:
     assert [i for i in ids if i in (1, 2, 106, 107)] == [2, 106, 107, 106]
 
 
-def test_a_file_wins_over_the_config_and_names_choose(tmp_path: Path) -> None:
+def test_a_template_file_overrides_the_config_and_names_select(tmp_path: Path) -> None:
     folder = gemma(tmp_path / "g")
     named = [{"name": "default", "template": "D"}, {"name": "rag", "template": "R"}]
     put(folder, "tokenizer_config.json", {"chat_template": named})
@@ -245,7 +245,7 @@ def test_a_file_wins_over_the_config_and_names_choose(tmp_path: Path) -> None:
     assert ChatTemplate.from_folder(folder).render(TALK) == "R"
 
 
-def test_no_template_says_what_to_do(tmp_path: Path) -> None:
+def test_a_missing_template_says_what_to_do(tmp_path: Path) -> None:
     folder = gemma(tmp_path / "g")
     put(folder, "tokenizer_config.json", {"chat_template": None})
     with pytest.raises(TokenizerError, match=r"no chat template: .* as chat_template.jinja"):
@@ -294,7 +294,7 @@ def test_malformed_messages_are_refused(messages: Any) -> None:
         rendered("x", messages)
 
 
-def test_a_template_that_refuses_says_why() -> None:
+def test_the_refusal_of_a_template_gives_its_reason() -> None:
     with pytest.raises(GenerationError, match="refuses these messages: System role not supported"):
         rendered(GEMMA_CHAT_TEMPLATE, [{"role": "system", "content": "Be nice."}])
 
@@ -303,7 +303,7 @@ def test_a_template_that_refuses_says_why() -> None:
     "source",
     ["{{ 'a' + 1 }}", "{{ messages[7].content.x }}", "{{ 1 // 0 }}", "{{ nothing() }}", "{{ 'é'.encode('ascii') }}"],
 )
-def test_a_template_that_fails_is_an_error_of_ours(source: str) -> None:
+def test_a_failing_template_raises_an_edgelm_error(source: str) -> None:
     with pytest.raises(GenerationError, match="chat template"):
         rendered(source)
 
@@ -342,7 +342,7 @@ def test_the_date_is_todays() -> None:
         "{{ _count.__self__ }}{{ _count.__self__.x }}{{ _count.x.y }}",
     ],
 )
-def test_pythons_internals_are_out_of_reach(source: str) -> None:
+def test_python_internals_cannot_be_reached(source: str) -> None:
     try:
         text = rendered(source)
     except (GenerationError, TokenizerError):
@@ -354,7 +354,7 @@ def test_pythons_internals_are_out_of_reach(source: str) -> None:
 
 @pytest.mark.parametrize("set_it", ["{% set n = namespace(NAME=1) %}", "{% set n = namespace() %}{% set n.NAME = 1 %}"])
 @pytest.mark.parametrize("name", ["__class__", "_Namespace__attrs", "_x"])
-def test_a_namespace_takes_no_name_of_pythons_internals(set_it: str, name: str) -> None:
+def test_a_namespace_refuses_names_of_python_internals(set_it: str, name: str) -> None:
     assert rendered(set_it.replace("NAME", "x") + "{{ n.x }}") == "1"
     with pytest.raises(GenerationError, match="a namespace cannot have the attribute"):
         rendered(set_it.replace("NAME", name))

@@ -48,9 +48,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         terminal.close()
 
 
-def test_lines_pastes_and_blocks_are_messages_and_arrow_keys_bring_them_back(
-    bundle: Path, start: Start, tmp_path: Path
-) -> None:
+def test_lines_pastes_and_blocks_are_messages_in_the_history(bundle: Path, start: Start, tmp_path: Path) -> None:
     talk, history = tmp_path / "talk.json", tmp_path / "state" / "edgelm" / "chat_history"
     history.parent.mkdir(parents=True)
     history.write_text('"of an earlier session"\nno JSON\n')
@@ -86,7 +84,7 @@ def test_lines_pastes_and_blocks_are_messages_and_arrow_keys_bring_them_back(
     assert "\x1b[36m" in chat.raw  # the prompt
 
 
-def test_ctrl_c_at_the_prompt_clears_the_line_and_twice_leaves(bundle: Path, start: Start, tmp_path: Path) -> None:
+def test_ctrl_c_clears_the_line_and_twice_ends_the_chat(bundle: Path, start: Start, tmp_path: Path) -> None:
     history = tmp_path / "state" / "edgelm" / "chat_history"
     history.parent.mkdir(parents=True)
     history.write_text('"of an earlier session"\n')
@@ -117,9 +115,7 @@ def test_ctrl_c_at_the_prompt_clears_the_line_and_twice_leaves(bundle: Path, sta
     assert not re.search("\x1b\\[[0-9;]*m", chat.raw)
 
 
-def test_ctrl_c_cancels_what_is_rendered_or_prefilled_and_stops_an_answer(
-    endless: Path, start: Start, tmp_path: Path
-) -> None:
+def test_ctrl_c_cancels_rendering_prefill_and_decoding(endless: Path, start: Start, tmp_path: Path) -> None:
     chat = start(endless, "-n", 60000, "--context-length", 65000)
     chat.wait("> ")
     # While the template is rendered, in a process that is stopped here:

@@ -60,7 +60,7 @@ def test_a_sharded_folder_reads_as_one(sharded: Path) -> None:
         assert checkpoint.tensors["b"].file.name == SHARD
 
 
-def test_the_reference_reads_our_shards(sharded: Path) -> None:
+def test_safetensors_reads_our_shards(sharded: Path) -> None:
     weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
     for name, file in weight_map.items():
         np.testing.assert_array_equal(safetensors.numpy.load_file(sharded / file)[name], values(name))
@@ -86,7 +86,7 @@ def test_shards_may_be_links_as_in_the_hubs_cache(sharded: Path, tmp_path: Path)
         np.testing.assert_array_equal(checkpoint.read_float32("c"), values("c"))
 
 
-def test_hashes_are_those_of_the_files(sharded: Path) -> None:
+def test_hashes_equal_those_of_the_files(sharded: Path) -> None:
     with Checkpoint.open(sharded) as checkpoint:
         hashes = checkpoint.hashes()
     assert set(hashes) == {"config.json", INDEX, *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))}
@@ -108,14 +108,14 @@ def test_tensors_that_do_not_fit_the_model_are_named(sharded: Path, expected: di
         checkpoint.check_tensors(expected)
 
 
-def test_an_unknown_name_is_an_error_of_ours(sharded: Path) -> None:
+def test_an_unknown_tensor_name_raises_an_edgelm_error(sharded: Path) -> None:
     with Checkpoint.open(sharded) as checkpoint:
         for read in (checkpoint.shape, checkpoint.read_float32, checkpoint.read_raw):
             with pytest.raises(CheckpointError, match="no tensor 'lm_head' among its 3"):
                 read("lm_head")
 
 
-def test_a_missing_shard_is_named_with_what_it_holds(sharded: Path) -> None:
+def test_a_missing_shard_is_named_with_a_tensor_of_it(sharded: Path) -> None:
     (sharded / SHARD).unlink()
     message = refusal(sharded)
     assert SHARD in message
@@ -132,7 +132,7 @@ def test_a_truncated_shard_is_named(sharded: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["/etc/passwd", "../a.safetensors", "x/../../a.safetensors", "..", "", ".", "x\0"])
-def test_an_index_may_not_point_elsewhere(sharded: Path, file: str) -> None:
+def test_an_index_may_only_name_files_of_its_folder(sharded: Path, file: str) -> None:
     edit_index(sharded, lambda index: index["weight_map"].update(b=file))
     message = refusal(sharded)
     assert INDEX in message
@@ -178,7 +178,7 @@ def test_pickles_are_refused(tmp_path: Path, name: str) -> None:
     assert "safe_serialization=True" in message
 
 
-def test_folders_without_the_essentials_are_refused(tmp_path: Path) -> None:
+def test_folders_without_required_files_are_refused(tmp_path: Path) -> None:
     assert "no config.json" in refusal(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     assert "no model.safetensors and no" in refusal(tmp_path)
@@ -203,12 +203,12 @@ def test_an_unknown_architecture_is_refused(sharded: Path, config: dict[str, Any
 
 
 @pytest.mark.parametrize("architectures", ["LlamaForCausalLM", 3, [3], {"0": "x"}])
-def test_architectures_of_another_kind_are_refused(sharded: Path, architectures: object) -> None:
+def test_architectures_of_a_wrong_type_are_refused(sharded: Path, architectures: object) -> None:
     (sharded / "config.json").write_text(json.dumps({"architectures": architectures}))
     assert "architectures is not a list of names" in refusal(sharded)
 
 
-def test_a_place_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="is a file; give the folder"):
         Checkpoint.open(tmp_path / "file")

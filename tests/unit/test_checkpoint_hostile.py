@@ -41,7 +41,7 @@ def opened(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("family", ["olmoe", "fox"])
-def test_any_value_of_any_field_gives_a_model_or_one_line(tmp_path: Path, family: str) -> None:
+def test_any_value_in_any_field_gives_a_model_or_an_error_of_one_line(tmp_path: Path, family: str) -> None:
     folder = tmp_path / "c"
     plain = opened(write_small(folder, family).path)
     text = json.dumps(CONFIGS[family])
@@ -68,7 +68,7 @@ def test_any_value_of_any_field_gives_a_model_or_one_line(tmp_path: Path, family
     assert accepted < 100
 
 
-def test_counts_name_what_the_files_hold(tmp_path: Path) -> None:
+def test_too_large_counts_are_refused_with_the_actual_counts(tmp_path: Path) -> None:
     folder = write_small(tmp_path / "c", "olmoe").path
     for field, value, said in (
         ("num_hidden_layers", 10**12, r"num_hidden_layers is 1000000000000, but the weight files hold 2 layers"),
@@ -171,7 +171,7 @@ def test_hostile_folders_are_refused_within_a_second_and_200_megabytes(tmp_path:
         assert float(seconds) < 1, line
 
 
-def test_a_header_of_as_many_tensors_as_are_read_is_read(tmp_path: Path) -> None:
+def test_a_header_with_the_largest_number_of_tensors_is_read(tmp_path: Path) -> None:
     header = json.dumps(
         {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(MAX_TENSORS)}
     ).encode()
@@ -180,7 +180,7 @@ def test_a_header_of_as_many_tensors_as_are_read_is_read(tmp_path: Path) -> None
         assert len(file.tensors) == MAX_TENSORS
 
 
-def test_rounding_that_export_uses_keeps_nan(tmp_path: Path) -> None:
+def test_rounding_to_bfloat16_keeps_nan(tmp_path: Path) -> None:
     from edgelm.export.graph.base import stored_as
 
     values = np.array([np.nan, -np.nan, 1.0, np.inf], np.float32)

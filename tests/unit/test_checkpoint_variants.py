@@ -166,7 +166,7 @@ def quiet_and_on_one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_form_gives_transformers_logits(tmp_path: Path, variant: str) -> None:
+def test_every_form_gives_the_logits_of_transformers(tmp_path: Path, variant: str) -> None:
     for seed in SEEDS:
         config, model = configs(seed)
         tensors = VARIANTS[variant](config, disk_tensors(model), model)
@@ -174,13 +174,13 @@ def test_every_form_gives_transformers_logits(tmp_path: Path, variant: str) -> N
 
 
 @pytest.mark.parametrize("variant", TIED)
-def test_tied_models_in_every_form_give_transformers_logits(tmp_path: Path, variant: str) -> None:
+def test_tied_models_in_every_form_give_the_logits_of_transformers(tmp_path: Path, variant: str) -> None:
     for seed in SEEDS:
         config, model = configs(seed, tie_word_embeddings=True)
         check_against_transformers(write(tmp_path / str(seed), config, TIED[variant](disk_tensors(model))))
 
 
-def test_fields_that_change_nothing_give_transformers_logits(tmp_path: Path) -> None:
+def test_ignored_fields_give_the_logits_of_transformers(tmp_path: Path) -> None:
     seen: set[str] = set()
     for seed in SEEDS:
         config, model = configs(seed)
@@ -264,7 +264,7 @@ def changed(kind: str, tensors: Tensors) -> Tensors:
         ("two embeddings", r"is a second tensor for 'model\.embed_tokens\.weight'"),
     ],
 )
-def test_what_is_not_the_same_is_refused_with_the_difference(tmp_path: Path, kind: str, said: str) -> None:
+def test_tensors_that_differ_are_refused_with_the_difference(tmp_path: Path, kind: str, said: str) -> None:
     config, model = configs(
         0, tie_word_embeddings=True, vocab_size=17, hidden_size=32, num_attention_heads=4, num_key_value_heads=4,
         rope_theta=10000.0, head_dim=8,
@@ -347,7 +347,7 @@ def test_parts_of_a_stack_are_read_by_rows(tmp_path: Path) -> None:
         assert sizes == sum(info.nbytes for info in checkpoint.stored.values())
 
 
-def test_the_published_tiny_checkpoints_are_plain(tmp_path: Path) -> None:
+def test_the_tiny_checkpoints_need_no_renaming(tmp_path: Path) -> None:
     for name in ("fox-tiny", "olmoe-tiny"):
         folder = Path(__file__).parents[2] / "examples" / "checkpoints" / name
         with Checkpoint.open(folder) as checkpoint:

@@ -60,7 +60,7 @@ class Told(Progress):
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 4 * CHUNK, 5 * CHUNK - 3])
-def test_is_the_hash_that_of_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+def test_does_the_hash_cover_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(edgelm.bundle, "_HASH_CHUNK", CHUNK)
     data = (DATA * 2)[:size]
     (tmp_path / "file").write_bytes(data)
@@ -97,7 +97,7 @@ def test_is_a_file_of_another_size_refused_when_a_bundle_is_opened(bundle: Bundl
 
 
 @pytest.mark.parametrize("at", [3, CHUNK, 2 * CHUNK + 5, 63])
-def test_does_a_copy_whose_source_is_damaged_in_any_chunk_stay_away(bundle: Bundle, tmp_path: Path, at: int) -> None:
+def test_is_a_copy_refused_if_any_chunk_of_its_source_is_damaged(bundle: Bundle, tmp_path: Path, at: int) -> None:
     data = bytearray(DATA)
     data[at] ^= 0x10
     bundle.file("model.onnx.data").write_bytes(data)
@@ -106,7 +106,7 @@ def test_does_a_copy_whose_source_is_damaged_in_any_chunk_stay_away(bundle: Bund
     assert not (tmp_path / "app").exists()
 
 
-def test_is_a_copy_of_several_chunks_whole_where_the_system_writes_less_than_asked(
+def test_is_a_copy_complete_if_the_system_writes_less_than_requested(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Path.open
@@ -136,9 +136,7 @@ def test_is_a_copy_of_several_chunks_whole_where_the_system_writes_less_than_ask
     assert (tmp_path / "app" / "model.onnx.data").read_bytes() == DATA
 
 
-def test_are_the_hashes_of_a_checkpoint_those_of_its_whole_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_do_the_hashes_of_a_checkpoint_cover_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edgelm.checkpoint, "HASH_BLOCK", CHUNK)
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     with SafetensorsWriter(tmp_path / "model.safetensors", {"a": TensorSpec("U8", (61,))}) as writer:
@@ -154,7 +152,7 @@ def test_are_the_hashes_of_a_checkpoint_those_of_its_whole_files(
 
 
 @pytest.mark.skipif(not hasattr(os, "preadv"), reason="this system has no preadv and pwrite")
-def test_are_tensors_whole_where_the_system_reads_and_writes_less_than_asked(
+def test_are_tensors_complete_if_the_system_reads_and_writes_less_than_requested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pread, pwrite = os.preadv, os.pwrite

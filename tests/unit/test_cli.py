@@ -176,7 +176,7 @@ def raiser(error: BaseException) -> Callable[..., None]:
         (raiser(OSError(28, "No space left on device")), "[Errno 28] No space left on device"),
     ],
 )
-def test_what_nobody_expected_is_one_line_too(
+def test_an_unexpected_error_is_one_line_too(
     monkeypatch: pytest.MonkeyPatch, fail: Callable[..., None], said: str
 ) -> None:
     monkeypatch.setattr("edgelm.bundle.Bundle.open", fail)
@@ -192,7 +192,7 @@ def test_what_nobody_expected_is_one_line_too(
     assert debugged.stderr.endswith(result.stderr)
 
 
-def test_a_bug_while_arguments_are_read_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_while_parsing_arguments_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("click.Context.__init__", raiser(TypeError("x")))
     result = invoke("run", "bundle", "x")
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
@@ -234,7 +234,7 @@ def generating(endless: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.skipif(os.name == "nt", reason="no POSIX signals")
 @pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
-def test_a_signal_stops_run_with_its_speed_and_130(
+def test_a_signal_stops_run_with_the_speed_and_status_130(
     generating: subprocess.Popen[str], number: signal.Signals, word: str
 ) -> None:
     generating.send_signal(number)
@@ -249,7 +249,7 @@ def test_a_signal_stops_run_with_its_speed_and_130(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no POSIX pipes")
-def test_a_reader_that_goes_away_ends_run_quietly(generating: subprocess.Popen[str]) -> None:
+def test_a_closed_pipe_ends_run_without_an_error(generating: subprocess.Popen[str]) -> None:
     assert generating.stdout is not None
     generating.stdout.close()
     generating.stdout = None
@@ -278,7 +278,7 @@ def test_inspect_describes_and_verifies_a_bundle(bundle: Path, tmp_path: Path) -
     assert json.loads(invoke("inspect", copy, "--verify", "--json").stdout)["problems"]
 
 
-def test_inspect_says_what_chose_the_codes() -> None:
+def test_inspect_describes_the_calibration() -> None:
     from edgelm.bundle import CalibrationInfo, ExpertFallback
     from edgelm.cli.inspect import calibration_line
 
@@ -293,7 +293,7 @@ def test_inspect_says_what_chose_the_codes() -> None:
     assert "3.17 (5)" in calibration_line(starved)
 
 
-def test_inspect_of_a_folder_that_is_neither_fails(tmp_path: Path) -> None:
+def test_inspect_of_another_folder_fails(tmp_path: Path) -> None:
     result = invoke("inspect", tmp_path)
     assert result.exit_code == 1
     assert "is not a bundle" in result.stderr
@@ -366,9 +366,7 @@ def test_inspect_cpu_says_which_kernels_run_and_why(operators: Path, monkeypatch
     assert "compiled, scalar: EDGELM_ISA asks for it" in invoke("doctor").stdout
 
 
-def test_inspect_cpu_refuses_an_instruction_set_that_cannot_be(
-    operators: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inspect_cpu_refuses_an_unsupported_instruction_set(operators: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads(invoke("inspect", "--cpu", "--json").stdout)["instruction_sets"]
     absent = [isa["name"] for isa in found if not isa["available"]]
     for name in ("avx9", "AVX2", *absent):
@@ -380,7 +378,7 @@ def test_inspect_cpu_refuses_an_instruction_set_that_cannot_be(
         assert json.loads(invoke("inspect", "--cpu", "--json").stdout)["chosen"] is None
 
 
-def test_inspect_cpu_without_the_library_says_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_cpu_without_the_library_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGELM_OPS_LIBRARY", "")
     result = invoke("inspect", "--cpu")
     assert result.exit_code == 0
@@ -407,7 +405,7 @@ def test_inspect_takes_a_path_or_cpu(tmp_path: Path) -> None:
         assert invoke("inspect", *arguments).exit_code == 2
 
 
-def test_doctor_knows_this_machine() -> None:
+def test_doctor_describes_this_machine() -> None:
     document = json.loads(invoke("doctor", "--json").stdout)
     assert document["edgelm"] == edgelm.__version__
     assert document["runtimes"]["onnxruntime-cpu"]["available"] is True
@@ -442,9 +440,7 @@ def test_doctor_says_how_to_install_what_is_missing(monkeypatch: pytest.MonkeyPa
     assert f"missing torch, onnx (only needed to export): {install_hint('export')}" in result.stdout
 
 
-def test_doctor_knows_the_gpus_and_the_compiler_of_their_kernels(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_doctor_describes_the_gpus_and_their_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EDGELM_CUDA_DRIVER", str(tmp_path / "libcuda.so.1"))
     monkeypatch.setenv("EDGELM_NVRTC", str(tmp_path / "libnvrtc.so.13"))
     document = json.loads(invoke("doctor", "--json").stdout)

@@ -16,7 +16,7 @@ from edgelm.errors import BundleError
 HELD = {"layout": "array", "dtype": "float32", "shape": [4, 4], "matrices": ["x"], "rows": [4]}
 
 
-def test_a_manifest_without_contents_opens_and_is_written_as_it_was(tmp_path: Path) -> None:
+def test_a_manifest_without_contents_opens_and_is_written_back_unchanged(tmp_path: Path) -> None:
     written = json.loads((write_tiny_bundle(tmp_path / "b").path / "manifest.json").read_text())
     assert "contents" not in written["tensors"][0]
     manifest = Bundle.open(tmp_path / "b").manifest

@@ -37,7 +37,7 @@ def test_a_file_a_folder_and_their_hashes(tmp_path):
     assert len(folder.sha256) == 64
 
 
-def test_builtin_holds_files_out():
+def test_builtin_has_held_out_files():
     calibration, held_out = read_corpus("builtin"), read_corpus("builtin", held_out=True)
     assert not set(calibration.documents) & set(held_out.documents)
     both = set(calibration.documents) | set(held_out.documents)
@@ -45,7 +45,7 @@ def test_builtin_holds_files_out():
     assert 10 < len(calibration.documents) / len(held_out.documents) < 40
 
 
-def test_windows_are_spread_evenly_and_begin_with_bos():
+def test_windows_are_evenly_spaced_and_begin_with_bos():
     found = windows(Letters(), ["abcd", "efgh"], 3, 4)
     assert ["".join(map(chr, w)) for w in found] == ["abcd", "cdef", "efgh"]
     assert all(w.dtype == np.int64 for w in found)
@@ -63,7 +63,7 @@ def test_windows_are_spread_evenly_and_begin_with_bos():
         (lambda p: p.mkdir(), "holds no text"),
     ],
 )
-def test_what_is_no_text_is_refused(tmp_path, make, said):
+def test_invalid_text_sources_are_refused(tmp_path, make, said):
     make(tmp_path / "x")
     with pytest.raises(EdgeLMError, match=said):
         read_corpus(tmp_path / "x")

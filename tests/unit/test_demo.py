@@ -59,7 +59,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_whole_chain_runs_and_is_compared(checkpoints: Path, tmp_path: Path) -> None:
+def test_the_demo_runs_all_steps_and_compares(checkpoints: Path, tmp_path: Path) -> None:
     out = tmp_path / "demo"
     arguments = ["demo", "--checkpoints", str(checkpoints), "--out", str(out), "-n", "4"]
     result = CliRunner().invoke(cli, arguments)
@@ -75,7 +75,7 @@ def test_the_whole_chain_runs_and_is_compared(checkpoints: Path, tmp_path: Path)
             assert (out / f"{name}-{recipe}.html").read_text(encoding="utf-8").startswith("<!")
 
 
-def test_a_folder_that_is_no_bundle_is_not_replaced(checkpoints: Path, tmp_path: Path) -> None:
+def test_another_folder_is_not_replaced(checkpoints: Path, tmp_path: Path) -> None:
     mine = tmp_path / "olmoe-tiny-int4"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
@@ -85,7 +85,7 @@ def test_a_folder_that_is_no_bundle_is_not_replaced(checkpoints: Path, tmp_path:
     assert (mine / "thesis.txt").read_text() == "years of work"
 
 
-def test_checkpoints_are_found_in_a_checkout_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_checkpoints_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         (tmp_path / "examples" / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "examples" / "checkpoints" / name / "config.json").write_text("{}")

@@ -59,7 +59,7 @@ def test_an_old_style_quota_limits_cores(machine: Path) -> None:
     assert devices.allowed_cores() == 3
 
 
-def test_a_tighter_limit_of_a_group_above_wins(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lower_limit_of_a_parent_group_applies(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = machine / "cgroup" / "user.slice" / "app.scope"
     inner.mkdir(parents=True)
     (inner / "cpu.max").write_text("max 100000")
@@ -92,7 +92,9 @@ MEBIBYTE = 1 << 20
     ],
     ids=["cgroup v2", "cgroup v1"],
 )
-def test_a_containers_page_cache_is_available(machine: Path, limit: str, used: str, stat: str, file: str) -> None:
+def test_the_page_cache_of_a_container_counts_as_available(
+    machine: Path, limit: str, used: str, stat: str, file: str
+) -> None:
     folder = machine / "cgroup" / file
     folder.mkdir(exist_ok=True)
     (folder / limit).write_text(str(200 * MEBIBYTE))
@@ -106,7 +108,7 @@ def test_a_containers_page_cache_is_available(machine: Path, limit: str, used: s
     assert devices.describe().memory_available == 200 * MEBIBYTE
 
 
-def test_the_group_that_leaves_least_counts(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_group_with_the_least_available_memory_counts(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = machine / "cgroup" / "app"
     inner.mkdir()
     for folder, limit, used in ((inner, 100, 40), (inner.parent, 120, 110)):

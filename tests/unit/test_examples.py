@@ -48,14 +48,14 @@ def post(port: int, **request: object) -> tuple[int, str]:
     return response.status, text
 
 
-def test_the_service_answers_what_the_model_generates(port: int, bundle: Path) -> None:
+def test_the_service_returns_the_generated_text(port: int, bundle: Path) -> None:
     with load(bundle, threads=1) as model:
         assert post(port, prompt="hello", max_tokens=8) == (200, model.generate("hello", max_tokens=8).text)
         messages = [{"role": "user", "content": "Hi"}]
         assert post(port, messages=messages, max_tokens=8) == (200, model.chat(messages, max_tokens=8).text)
 
 
-def test_a_client_that_leaves_does_not_block_the_next(port: int) -> None:
+def test_a_client_that_disconnects_does_not_block_the_next(port: int) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("POST", "/complete", json.dumps({"prompt": "hello", "max_tokens": 4000}))
     assert connection.getresponse().read(1)
@@ -70,7 +70,7 @@ def test_unusable_requests_are_refused_with_a_reason(port: int, request_: dict[s
     assert any(word in text for word in ("temperature", "prompt", "do not fit"))
 
 
-def test_the_calibration_example_goes_all_the_way(tmp_path: Path) -> None:
+def test_the_calibration_example_runs_completely(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(standard_library()[0][5:200:20])[:60_000], encoding="utf-8")
     command = [sys.executable, "-P", str(EXAMPLES / "calibrate.py"), str(EXAMPLES / "checkpoints" / "olmoe-tiny")]

@@ -69,7 +69,7 @@ def assert_durable(calls: list[Call], place: Path) -> None:
 
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("exists", [True, False])
-def test_does_the_disk_hold_a_folder_before_its_name_stands_for_it(
+def test_is_a_folder_synced_before_it_gets_its_name(
     calls: list[Call], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool, exchange: bool
 ) -> None:
     if not exchange:
@@ -88,9 +88,7 @@ def test_does_the_disk_hold_a_folder_before_its_name_stands_for_it(
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_does_the_disk_hold_a_file_before_its_name_stands_for_it(
-    calls: list[Call], tmp_path: Path, exists: bool
-) -> None:
+def test_is_a_file_synced_before_it_gets_its_name(calls: list[Call], tmp_path: Path, exists: bool) -> None:
     place = tmp_path / "recipe.toml"
     if exists:
         place.write_text("old")
@@ -101,7 +99,7 @@ def test_does_the_disk_hold_a_file_before_its_name_stands_for_it(
 
 
 @pytest.mark.parametrize("other_user", [False, True])
-def test_is_the_partial_file_of_a_live_process_of_an_earlier_version_kept(
+def test_is_a_partial_file_of_a_running_older_version_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_user: bool
 ) -> None:
     live, dead = tmp_path / f".f.partial-{os.getppid()}", tmp_path / f".f.partial-{DEAD}"
@@ -121,9 +119,7 @@ def test_is_the_partial_file_of_a_live_process_of_an_earlier_version_kept(
     assert sorted(path.name for path in tmp_path.iterdir()) == [live.name, "f"]
 
 
-def test_is_a_lock_whose_file_was_removed_meanwhile_taken_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_is_a_lock_taken_again_if_its_file_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that ends removes its lock file, possibly after another run opened it and before that run locks it."""
     real, removed = files._try_lock, []
 
@@ -143,7 +139,7 @@ def test_is_a_lock_whose_file_was_removed_meanwhile_taken_again(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_is_a_disk_that_fills_up_explained(tmp_path: Path, number: int) -> None:
+def test_is_a_full_disk_explained(tmp_path: Path, number: int) -> None:
     with (
         pytest.raises(EdgeLMError, match=f"the disk is full while writing {tmp_path / 'b'} .* free some space"),
         atomic_directory(tmp_path / "b", ANY),
@@ -152,12 +148,12 @@ def test_is_a_disk_that_fills_up_explained(tmp_path: Path, number: int) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_is_another_fault_of_the_disk_left_as_it_is(tmp_path: Path) -> None:
+def test_is_another_disk_error_passed_on(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Input/output error"), atomic_directory(tmp_path / "b", ANY):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-def test_is_a_disk_without_the_space_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_too_little_disk_space_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def usage(folder: Path) -> Any:

@@ -31,7 +31,7 @@ def model(bundle: Bundle) -> LanguageModel:
     return load(bundle.path, threads=1)
 
 
-def test_greedy_is_the_runtimes_best_token_each_time(model: LanguageModel) -> None:
+def test_greedy_decoding_takes_the_runtimes_best_token(model: LanguageModel) -> None:
     got = model.generate(PROMPT, max_tokens=12)
     tokens = model.tokenizer.encode(PROMPT)
     want = []
@@ -46,7 +46,7 @@ def test_greedy_is_the_runtimes_best_token_each_time(model: LanguageModel) -> No
     assert got.stop_reason == "length"
 
 
-def test_a_stream_joins_to_the_generation(model: LanguageModel) -> None:
+def test_the_texts_of_a_stream_join_to_the_result(model: LanguageModel) -> None:
     stream = model.stream(PROMPT, max_tokens=30, temperature=1.5, seed=1)
     pieces = list(stream)
     assert len(pieces) > 5
@@ -56,7 +56,7 @@ def test_a_stream_joins_to_the_generation(model: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.2, "top_p": 0.9, "seed": 5}])
-def test_the_same_call_gives_the_same_text_on_a_used_and_on_a_fresh_model(
+def test_a_call_gives_the_same_text_on_a_used_and_a_fresh_model(
     model: LanguageModel, bundle: Bundle, options: dict[str, float]
 ) -> None:
     first = model.generate(PROMPT, max_tokens=40, **options)
@@ -68,7 +68,7 @@ def test_the_same_call_gives_the_same_text_on_a_used_and_on_a_fresh_model(
         assert first.tokens == again.tokens == fresh.generate(PROMPT, max_tokens=40, **options).tokens
 
 
-def test_with_a_seed_the_past_does_not_matter_to_the_last_bit(model: LanguageModel, bundle: Bundle) -> None:
+def test_with_a_seed_logits_do_not_depend_on_earlier_calls(model: LanguageModel, bundle: Bundle) -> None:
     tokens = model.tokenizer.encode(PROMPT * 4)
     with load(bundle.path, threads=1) as fresh:
         want, _ = fresh.cache.prefill(tokens, exact=True)
@@ -91,7 +91,7 @@ def test_with_a_seed_the_past_does_not_matter_to_the_last_bit(model: LanguageMod
 
 
 @pytest.mark.parametrize(("options", "reused"), [({}, 9), ({"seed": 1}, 0), ({"seed": 1, "reuse": True}, 9)])
-def test_with_a_seed_a_prompt_that_goes_on_is_computed_anew_unless_reuse_is_asked_for(
+def test_with_a_seed_a_longer_prompt_is_recomputed_unless_reuse_is_set(
     model: LanguageModel, options: dict[str, int], reused: int
 ) -> None:
     tokens = list(range(5, 15))
@@ -99,9 +99,7 @@ def test_with_a_seed_a_prompt_that_goes_on_is_computed_anew_unless_reuse_is_aske
     assert model.generate([*tokens[:9], 40, 41], max_tokens=1, **options).timings.reused_tokens == reused
 
 
-def test_a_prompt_that_is_repeated_or_goes_on_another_way_equals_a_fresh_model(
-    model: LanguageModel, bundle: Bundle
-) -> None:
+def test_reused_prefixes_give_the_results_of_a_fresh_model(model: LanguageModel, bundle: Bundle) -> None:
     tokens = model.tokenizer.encode(PROMPT)
     calls = [
         (tokens, {"temperature": 1.5, "seed": 1}),
@@ -126,7 +124,7 @@ def test_a_prompt_that_is_repeated_or_goes_on_another_way_equals_a_fresh_model(
             np.testing.assert_allclose(model_next, fresh_next, atol=1e-4)
 
 
-def test_after_another_answer_the_first_one_is_not_taken_for_cached(model: LanguageModel, bundle: Bundle) -> None:
+def test_only_the_last_answer_counts_as_cached(model: LanguageModel, bundle: Bundle) -> None:
     tokens = model.tokenizer.encode(PROMPT)
     first = model.generate(tokens, max_tokens=9, temperature=1.5, seed=1).tokens
     other = model.generate(tokens, max_tokens=9).tokens
@@ -138,7 +136,7 @@ def test_after_another_answer_the_first_one_is_not_taken_for_cached(model: Langu
         np.testing.assert_allclose(model.cache.decode(7), fresh.cache.decode(7), atol=1e-4)
 
 
-def test_every_bit_of_a_seed_counts(model: LanguageModel) -> None:
+def test_every_bit_of_a_seed_matters(model: LanguageModel) -> None:
     seeds = [1, 1 + 2**32, 1 + 2**40, 1 + 2**63]
     found = [model.generate(PROMPT, max_tokens=12, temperature=2.0, seed=seed).tokens for seed in seeds]
     assert len(set(found)) == len(seeds)
@@ -149,7 +147,7 @@ def test_without_a_seed_texts_differ(model: LanguageModel) -> None:
     assert len({model.generate(PROMPT, max_tokens=20, temperature=2.0).text for _ in range(4)}) > 1
 
 
-def test_a_longer_prompt_pays_only_for_its_new_part(model: LanguageModel, bundle: Bundle) -> None:
+def test_of_a_longer_prompt_only_the_new_part_is_computed(model: LanguageModel, bundle: Bundle) -> None:
     tokens = model.tokenizer.encode(PROMPT)
     first = model.generate(tokens, max_tokens=10)
     assert first.timings.reused_tokens == 0
@@ -168,7 +166,7 @@ def test_a_longer_prompt_pays_only_for_its_new_part(model: LanguageModel, bundle
         assert fresh.generate(changed[:8], max_tokens=10).tokens == shorter.tokens
 
 
-def test_the_end_token_ends_and_is_no_text(bundle: Bundle) -> None:
+def test_the_end_token_ends_a_text_and_is_not_part_of_it(bundle: Bundle) -> None:
     got = scripted(bundle, "hello").generate("x")
     assert (got.text, got.stop_reason, len(got.tokens)) == ("hello", "eos", 5)
 
@@ -181,12 +179,12 @@ def test_a_stop_string_over_several_tokens_ends_the_text_before_it(bundle: Bundl
     assert len(stream.generation.tokens) == len("hello w")
 
 
-def test_a_stop_string_that_does_not_come_changes_nothing(bundle: Bundle) -> None:
+def test_a_stop_string_that_does_not_occur_changes_nothing(bundle: Bundle) -> None:
     got = scripted(bundle, "hello wor").generate("x", stop="world")
     assert (got.text, got.stop_reason) == ("hello wor", "eos")
 
 
-def test_a_character_of_several_tokens_comes_whole(bundle: Bundle) -> None:
+def test_a_character_of_several_tokens_is_not_split(bundle: Bundle) -> None:
     tokenizer = Tokenizer.from_folder(bundle.path)
     tokens = [token for char in "aé漢🎉" for token in tokenizer.encode(char)]
     assert len(tokens) > 4
@@ -196,7 +194,7 @@ def test_a_character_of_several_tokens_comes_whole(bundle: Bundle) -> None:
     assert cut_short.text == "a\ufffd"
 
 
-def test_the_context_ends_a_generation_quietly(bundle: Bundle) -> None:
+def test_a_full_context_ends_a_generation_without_an_error(bundle: Bundle) -> None:
     model = scripted(bundle, "a" * 20, end=False, context_length=8)
     got = model.generate("x", max_tokens=None)
     # 8 positions hold the prompt and 7 tokens; the eighth token comes from the logits of the last position.
@@ -211,7 +209,7 @@ def test_a_prompt_longer_than_the_context_is_refused_at_once(bundle: Bundle) -> 
         assert model.generate([5] * 16, max_tokens=9).stop_reason == "length"
 
 
-def test_leaving_a_stream_early_is_an_interruption_and_the_model_goes_on(model: LanguageModel) -> None:
+def test_closing_a_stream_early_leaves_the_model_usable(model: LanguageModel) -> None:
     want = model.generate(PROMPT, max_tokens=10).tokens
     stream = model.stream(PROMPT, max_tokens=50)
     next(stream)
@@ -231,7 +229,7 @@ class Interrupting(Scripted):
         return logits
 
 
-def test_ctrl_c_in_the_middle_leaves_a_right_cache(bundle: Bundle) -> None:
+def test_ctrl_c_during_a_step_leaves_a_consistent_cache(bundle: Bundle) -> None:
     tokenizer = Tokenizer.from_folder(bundle.path)
     runtime = Interrupting([tokenizer.encode(char)[0] for char in "abcdefgh"], 1)
     model = LanguageModel(bundle, runtime, tokenizer)
@@ -274,7 +272,7 @@ def test_prompts_without_usable_tokens_are_refused(model: LanguageModel) -> None
         model.generate([1, 512])
 
 
-def test_reprs_say_what_a_thing_is_in_one_line(model: LanguageModel) -> None:
+def test_reprs_are_one_line(model: LanguageModel) -> None:
     from edgelm.generation.options import Options
 
     stream = model.stream(PROMPT * 5, max_tokens=100, temperature=2.0, seed=1)
@@ -301,7 +299,7 @@ def test_reprs_say_what_a_thing_is_in_one_line(model: LanguageModel) -> None:
             assert text in said
 
 
-def test_timings_count_tokens_and_leave_the_consumer_out(model: LanguageModel) -> None:
+def test_timings_count_tokens_without_the_consumers_time(model: LanguageModel) -> None:
     import time
 
     stream = model.stream(PROMPT, max_tokens=5)
@@ -327,7 +325,7 @@ def test_chat_renders_the_bundles_template(model: LanguageModel) -> None:
     assert model.chat(followed, max_tokens=2).timings.reused_tokens >= shared
 
 
-def test_chat_without_a_template_says_so(bundle: Bundle, tmp_path: Path) -> None:
+def test_chat_without_a_template_is_an_error(bundle: Bundle, tmp_path: Path) -> None:
     import json
     import shutil
 
@@ -349,7 +347,7 @@ def test_a_closed_model_refuses_use(bundle: Bundle) -> None:
         model.generate(PROMPT, max_tokens=1)
 
 
-def test_the_package_exports_what_it_says_and_imports_nothing_heavy() -> None:
+def test_the_package_exports_its_names_and_imports_quickly() -> None:
     code = (
         "import sys, edgelm; "
         "heavy = {'numpy', 'onnxruntime', 'torch', 'jinja2', 'tokenizers', 'click'} & set(sys.modules); "
@@ -362,7 +360,7 @@ def test_the_package_exports_what_it_says_and_imports_nothing_heavy() -> None:
         edgelm.lode  # noqa: B018
 
 
-def test_every_exported_name_can_be_fetched() -> None:
+def test_every_exported_name_can_be_imported() -> None:
     for name in edgelm.__all__:
         assert getattr(edgelm, name) is not None
 

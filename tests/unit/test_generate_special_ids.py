@@ -26,7 +26,7 @@ def answering(bundle: Bundle, tokens: list[int], prompt: list[int]) -> tuple[Lan
     return LanguageModel(bundle, runtime, Tokenizer.from_folder(bundle.path)), runtime
 
 
-def test_a_prompt_begins_with_the_token_that_begins_texts_once(bundle: Bundle) -> None:
+def test_a_prompt_begins_with_one_bos(bundle: Bundle) -> None:
     tokenizer = Tokenizer.from_folder(bundle.path)
     prompt = [BOS, *tokenizer.encode("hello", add_bos=False)]
     assert BOS not in prompt[1:]
@@ -39,7 +39,7 @@ def test_a_prompt_begins_with_the_token_that_begins_texts_once(bundle: Bundle) -
     assert runtime.fed == prompt[1:]
 
 
-def test_a_conversation_begins_with_it_once_too(bundle: Bundle) -> None:
+def test_a_conversation_begins_with_one_bos(bundle: Bundle) -> None:
     # The template writes bos, and the tokenizer would prepend it again.
     model, runtime = answering(bundle, [EOS], [0])
     model.chat(MESSAGES)
@@ -51,13 +51,13 @@ def test_a_conversation_begins_with_it_once_too(bundle: Bundle) -> None:
     assert runtime.fed[:2] == [BOS, BOS]  # a plain prompt gets bos, even if its text begins with bos
 
 
-def test_an_empty_prompt_is_that_token_alone(bundle: Bundle) -> None:
+def test_an_empty_prompt_is_bos_alone(bundle: Bundle) -> None:
     with load(bundle.path, threads=1) as model:
         assert model.generate("", max_tokens=3).tokens == model.generate([BOS], max_tokens=3).tokens
 
 
 @pytest.mark.parametrize("end", [EOS, END_OF_TURN])
-def test_each_end_id_ends_a_text_and_is_no_part_of_it(bundle: Bundle, end: int) -> None:
+def test_each_end_id_ends_a_text_and_is_not_part_of_it(bundle: Bundle, end: int) -> None:
     tokenizer = Tokenizer.from_folder(bundle.path)
     words = tokenizer.encode("hello", add_bos=False)
     # A special id that is not an end token gives no text either.

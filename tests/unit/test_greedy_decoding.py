@@ -63,13 +63,13 @@ def test_plain_greedy_text_is_chosen_by_the_runtime(model: edgelm.LanguageModel,
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.8, "seed": 1}, {"repetition_penalty": 1.3}])
-def test_anything_else_needs_the_logits(model: edgelm.LanguageModel, calls: list[str], options: dict[str, Any]) -> None:
+def test_other_options_use_the_logits(model: edgelm.LanguageModel, calls: list[str], options: dict[str, Any]) -> None:
     model.generate("Once upon a time", max_tokens=6, **options)
     assert calls
     assert set(calls) == {"logits"}
 
 
-def test_logits_that_are_no_numbers_are_not_chosen_by() -> None:
+def test_nan_logits_are_an_error_in_greedy_decoding() -> None:
     assert argmax(np.array([1, 3, 3], np.float32)) == 1
     with pytest.raises(GenerationError, match="highest logit is nan"):
         argmax(np.array([1, np.nan], np.float32))

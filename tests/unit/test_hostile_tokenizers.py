@@ -65,7 +65,7 @@ def sequence(*steps: Any, of: str = "normalizers") -> dict[str, Any]:
         ("added_tokens", {"a": 1}, "added_tokens is no list"),
     ],
 )
-def test_what_would_explode_or_panic_is_refused(tmp_path: Path, part: str, value: Any, match: str) -> None:
+def test_steps_that_could_explode_or_panic_are_refused(tmp_path: Path, part: str, value: Any, match: str) -> None:
     folder = gemma_json(tmp_path / "t")
     data = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps({**data, part: value}))
@@ -88,7 +88,7 @@ def test_what_would_explode_or_panic_is_refused(tmp_path: Path, part: str, value
         r"(?>a+)*|(?:b++)+",
     ],
 )
-def test_published_patterns_are_taken(pattern: str) -> None:
+def test_published_patterns_are_accepted(pattern: str) -> None:
     check_pattern(pattern)
 
 
@@ -102,7 +102,7 @@ def test_files_of_a_gigabyte_are_not_read(tmp_path: Path, name: str) -> None:
     assert time.process_time() - start < 1
 
 
-def test_deep_json_is_refused(tmp_path: Path) -> None:
+def test_deeply_nested_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model":' + "[" * 200_000 + "]" * 200_000 + "}")
     with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
         Tokenizer.from_folder(tmp_path)
@@ -129,7 +129,7 @@ def test_damaged_models_are_refused(tmp_path: Path, content: bytes, match: str) 
     assert "\n" not in str(caught.value)
 
 
-def test_a_text_that_the_library_cannot_encode_is_an_error_of_one_line(tmp_path: Path) -> None:
+def test_a_text_that_the_library_cannot_encode_gives_an_error_of_one_line(tmp_path: Path) -> None:
     folder = plain_byte_level(tmp_path / "t")
     data = json.loads((folder / "tokenizer.json").read_text())
     data["model"] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "q"}
@@ -140,7 +140,7 @@ def test_a_text_that_the_library_cannot_encode_is_an_error_of_one_line(tmp_path:
     assert "\n" not in str(caught.value)
 
 
-def test_panics_are_errors_and_interrupts_are_not(tmp_path: Path) -> None:
+def test_panics_become_errors_and_interrupts_are_passed_on(tmp_path: Path) -> None:
     class Panic(BaseException):
         pass
 
@@ -196,7 +196,7 @@ def test_mutated_files_are_read_or_refused_in_one_line(tmp_path: Path, make: Cal
     assert read + refused == 60
 
 
-def test_pieces_of_unusual_form_are_read_and_written(tmp_path: Path) -> None:
+def test_pieces_in_unusual_order_are_read_and_written(tmp_path: Path) -> None:
     # Fields in another order, which protobuf allows; the usual order has a fast path.
     folder = gemma(tmp_path / "t", 600)
     file = folder / "tokenizer.model"

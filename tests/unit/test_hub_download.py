@@ -85,7 +85,7 @@ def test_a_hub_id_is_downloaded_and_opened(hub: Hub, source: Path) -> None:
     assert counter.done == expected
 
 
-def test_nothing_is_fetched_twice_and_the_cache_serves_when_the_hub_is_down(hub: Hub) -> None:
+def test_nothing_is_downloaded_twice_and_the_cache_works_offline(hub: Hub) -> None:
     Checkpoint.open("owner/model@main").close()
     fetched = list(hub.gets)
     counter = Counter()
@@ -96,9 +96,7 @@ def test_nothing_is_fetched_twice_and_the_cache_serves_when_the_hub_is_down(hub:
     assert hub.gets == fetched
 
 
-def test_a_connection_that_breaks_is_taken_up_where_it_broke(
-    hub: Hub, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_connection_is_resumed(hub: Hub, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)  # of a broken read it keeps whole chunks
@@ -139,13 +137,13 @@ def test_after_a_failed_download_complete_files_are_kept(hub: Hub) -> None:
         ("owner/mo--del", "owner/mo--del: not a valid hub id"),
     ],
 )
-def test_what_cannot_be_had_is_refused_in_one_line(hub: Hub, name: str, message: str) -> None:
+def test_a_repository_that_cannot_be_downloaded_gives_one_line(hub: Hub, name: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         Checkpoint.open(name)
     assert "\n" not in str(caught.value)
 
 
-def test_without_a_connection_the_error_says_so(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_connection_the_error_names_it(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     hub.down = True
@@ -159,7 +157,9 @@ def test_without_a_connection_the_error_says_so(hub: Hub, monkeypatch: pytest.Mo
         Checkpoint.open("owner/model")
 
 
-def test_a_folder_of_that_name_wins(hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_that_name_has_priority(
+    hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner" / "model").symlink_to(source)
     monkeypatch.chdir(tmp_path)
@@ -168,7 +168,7 @@ def test_a_folder_of_that_name_wins(hub: Hub, source: Path, tmp_path: Path, monk
     assert hub.gets == []
 
 
-def test_a_path_is_never_looked_up_on_the_hub(hub: Hub) -> None:
+def test_a_path_is_never_requested_from_the_hub(hub: Hub) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         Checkpoint.open(Path("owner/model"))
     assert hub.gets == []

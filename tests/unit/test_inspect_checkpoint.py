@@ -34,12 +34,12 @@ def document(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("name", "family"), [("fox-tiny", "llama"), ("olmoe-tiny", "olmoe")])
-def test_what_export_takes_is_said_to_be_taken(tmp_path: Path, name: str, family: str) -> None:
+def test_supported_checkpoints_are_reported_as_exportable(tmp_path: Path, name: str, family: str) -> None:
     found = document(changed(tmp_path / "c", name, auto_map={"AutoModel": "own.Own"}, pretraining_tp=2))
     assert (found["family"], found["exportable"], found["quantized"]) == (family, True, False)
 
 
-def test_every_reason_is_given_with_value_and_meaning(tmp_path: Path) -> None:
+def test_every_unsupported_field_is_listed_with_value_and_meaning(tmp_path: Path) -> None:
     folder = changed(
         tmp_path / "c",
         "fox-tiny",
@@ -85,13 +85,13 @@ def test_unknown_models_are_described_too(tmp_path: Path, change: dict[str, Any]
     assert said in found["refused"][0]
 
 
-def test_a_missing_tokenizer_is_a_reason(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_listed(tmp_path: Path) -> None:
     folder = changed(tmp_path / "c", "olmoe-tiny")
     (folder / "tokenizer.json").unlink()
     assert ["neither tokenizer.json nor tokenizer.model" in reason for reason in document(folder)["refused"]] == [True]
 
 
-def test_bundles_that_call_the_family_by_its_first_model_are_read_as_llama() -> None:
+def test_bundles_of_the_family_fox_are_read_as_llama() -> None:
     sizes = dict.fromkeys(("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size"), 1)
     info = ModelInfo(family="fox", name="x", context_length=1, tied=True, **sizes)
     assert info.family == "llama"

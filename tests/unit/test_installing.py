@@ -56,7 +56,7 @@ def test_a_wheel_file_is_named(installed: Path, tmp_path: Path) -> None:
     assert install_hint("cpu") == f"pip install '{wheel}[cpu]'"
 
 
-def test_an_origin_that_is_gone_is_not_named(installed: Path, tmp_path: Path) -> None:
+def test_a_source_that_no_longer_exists_is_not_named(installed: Path, tmp_path: Path) -> None:
     packages = "pip install 'torch>=2.8' 'onnx>=1.18'"
     for origin in (tmp_path / "removed", tmp_path / "removed.whl"):
         came_from(installed, origin)
@@ -68,7 +68,7 @@ def test_an_origin_that_is_gone_is_not_named(installed: Path, tmp_path: Path) ->
     assert install_hint() == "pip install --force-reinstall --no-deps '.' in a checkout of EdgeLM"
 
 
-def test_no_source_writes_a_hint_of_its_own() -> None:
+def test_every_hint_comes_from_install_hint() -> None:
     own = re.compile(r"pip install (?:-\S+ )*'?edgelm\b")
     files = [file for folder in ("edgelm", "export", "quant", "runtimes") for file in (ROOT / folder).rglob("*.py")]
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]

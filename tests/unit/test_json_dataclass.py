@@ -45,7 +45,7 @@ class Outer:
 GOOD = {"name": "x", "flag": True, "inner": {"width": 3}}
 
 
-def test_what_fits_is_read():
+def test_valid_data_is_read():
     data = {
         **GOOD,
         "many": [{"width": 1, "ratio": 2}, {"width": 64}],
@@ -96,7 +96,7 @@ def test_what_fits_is_read():
         ({"extra": 1}, "extra is no field"),
     ],
 )
-def test_what_does_not_fit_is_named_with_its_place(change, said):
+def test_invalid_values_are_named_with_their_path(change, said):
     with pytest.raises(BundleError) as caught:
         from_data(Outer, GOOD | change, "f.json", BLAME)
     message = str(caught.value)
@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_named_with_its_place(change, said):
 
 
 @pytest.mark.parametrize("data", [None, [], 1, "x"])
-def test_a_document_of_another_kind_is_named(data):
+def test_a_document_of_a_wrong_type_is_refused(data):
     with pytest.raises(BundleError, match=r"f.json: it is .*, expected an object"):
         from_data(Outer, data, "f.json", BLAME)
 
@@ -128,7 +128,7 @@ def test_a_document_of_another_kind_is_named(data):
         (b"[" * 2_000_000 + b"]" * 2_000_000, "nested too deeply"),
     ],
 )
-def test_text_that_is_no_document_is_refused(text, said):
+def test_text_that_is_not_json_is_refused(text, said):
     with pytest.raises(BundleError) as caught:
         parse(text, "f.json", BLAME)
     assert str(caught.value).startswith("f.json: not valid JSON")
@@ -140,7 +140,7 @@ def test_nesting_up_to_the_limit_is_read():
     assert json.dumps(value) == "[" * 64 + "]" * 64
 
 
-def test_other_programs_documents_may_have_infinite_numbers():
+def test_infinite_numbers_are_allowed_in_documents_of_others():
     assert parse(b"[Infinity]", "f.json", BLAME, finite=False) == [float("inf")]
 
 
@@ -155,7 +155,7 @@ def test_other_programs_documents_may_have_infinite_numbers():
         (None, "is null, this EdgeLM reads 1: make it again"),
     ],
 )
-def test_a_format_is_compared_with_its_type(version, said):
+def test_format_versions_are_compared_with_their_type(version, said):
     with pytest.raises(BundleError) as caught:
         require_format({"format": version}, "format", 1, "f.json", BLAME)
     assert str(caught.value) == f"f.json: format {said}"
@@ -164,7 +164,7 @@ def test_a_format_is_compared_with_its_type(version, said):
         require_format({}, "format", 1, "f.json", BLAME)
 
 
-def test_files_that_cannot_be_documents_are_refused_before_they_are_read(tmp_path):
+def test_files_that_cannot_be_documents_are_not_read(tmp_path):
     with pytest.raises(BundleError, match="gone: is missing"):
         read_bytes(tmp_path / "gone", BLAME)
     with pytest.raises(BundleError, match="is a folder, not a file"):
@@ -187,7 +187,7 @@ def test_files_that_cannot_be_documents_are_refused_before_they_are_read(tmp_pat
         read_bytes(tmp_path / "small", BLAME, 1)
 
 
-def test_a_file_of_the_system_that_has_no_size_is_read_to_the_limit_alone():
+def test_a_system_file_of_size_zero_is_read_up_to_the_limit():
     file = Path("/proc/self/status")
     if not file.is_file():
         pytest.skip("this system has no /proc")

@@ -20,11 +20,11 @@ from edgelm.errors import EdgeLMError
         ("fp8", "gpu", 96 + 4),  # a float32 scale
     ],
 )
-def test_a_row_is_a_heads_values_and_their_scale(kv: str, ops: str, expected: int) -> None:
+def test_a_row_has_the_values_of_a_head_and_their_scale(kv: str, ops: str, expected: int) -> None:
     assert row_bytes(kv, 96, ops) == expected
 
 
-def test_other_types_are_refused_with_those_there_are() -> None:
+def test_other_types_are_refused_with_the_valid_ones() -> None:
     assert KV_TYPES == ("float32", "float16", "int8", "fp8")
     assert [require_type(kv) for kv in KV_TYPES] == list(KV_TYPES)
     for refuse in (require_type, lambda kv: row_bytes(kv, 64)):

@@ -124,13 +124,13 @@ def test_is_no_part_allowed_to_import_a_higher_one() -> None:
     assert above == []
 
 
-def test_is_every_exception_needed_and_one() -> None:
+def test_is_every_exception_needed() -> None:
     order, edges = list(LAYERS), set(_edges())
     assert [edge for edge in EXCEPTIONS if edge not in edges] == []
     assert [e for e in EXCEPTIONS if order.index(_part(e[0])) >= order.index(_part(e[1]))] == []
 
 
-def test_does_nobody_import_the_command_line() -> None:
+def test_is_the_command_line_not_imported_by_other_parts() -> None:
     above = [(a, b) for a, b in _edges() if _part(b) == "cli" and _part(a) != "cli"]
     assert above == []
 
@@ -153,11 +153,11 @@ def test_does_a_command_import_lazily(name: str) -> None:
     assert others <= {"click"}
 
 
-def test_does_no_file_import_itself_by_way_of_others() -> None:
+def test_are_there_no_import_cycles() -> None:
     assert list(_circles()) == []
 
 
-def test_are_others_packages_imported_only_where_they_belong() -> None:
+def test_are_third_party_packages_imported_only_where_allowed() -> None:
     used: dict[str, set[str]] = defaultdict(set)
     at_once: dict[str, set[str]] = defaultdict(set)
     for module, tree in _modules().items():
@@ -170,7 +170,7 @@ def test_are_others_packages_imported_only_where_they_belong() -> None:
         assert found == {name: set(parts.split()) for name, parts in table.items()}
 
 
-def test_has_no_folder_more_loose_files_than_one_can_look_over() -> None:
+def test_has_no_folder_too_many_files() -> None:
     found = {}
     for path in (path for folder in FOLDERS for path in [ROOT / folder, *(ROOT / folder).rglob("*")]):
         if path.is_dir() and path.name != "__pycache__":

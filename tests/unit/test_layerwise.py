@@ -87,7 +87,7 @@ def config_json(request: pytest.FixtureRequest) -> dict[str, Any]:
 SEQUENCES = [np.array([3, 1, 4, 1, 5, 9, 2]), np.array([6]), np.array([5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8])]
 
 
-def test_one_sweep_over_several_sequences_equals_the_whole_model(config_json: dict[str, Any]) -> None:
+def test_one_run_over_several_sequences_equals_the_whole_model(config_json: dict[str, Any]) -> None:
     weights = Weights(config_json)
     model = whole_model(config_json, weights)
     # Blocks of a few rows, so that the head consists of several.
@@ -126,7 +126,7 @@ def test_one_sweep_over_several_sequences_equals_the_whole_model(config_json: di
 
 
 @pytest.mark.parametrize("window_bytes", [1, 1 << 30], ids=["one at a time", "all together"])
-def test_windows_in_one_sweep_equal_separate_sequences(
+def test_windows_in_one_run_equal_separate_sequences(
     config_json: dict[str, Any], window_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layerwise, "WINDOW_BYTES", window_bytes)
@@ -173,7 +173,7 @@ def test_continuing_with_states_equals_one_long_sequence(config_json: dict[str, 
     assert [state.length for state in states] == [7, 11]
 
 
-def test_a_truncated_state_continues_as_if_the_rest_had_not_been(config_json: dict[str, Any]) -> None:
+def test_a_truncated_state_continues_from_the_remaining_tokens(config_json: dict[str, Any]) -> None:
     reference = LayerwiseReference(decoder_of(config_json), Weights(config_json))
     result = reference.step([SEQUENCES[2]])
     result.states[0].truncate(4)
@@ -181,7 +181,7 @@ def test_a_truncated_state_continues_as_if_the_rest_had_not_been(config_json: di
     assert relative(again.sequences[0].final, torch.from_numpy(result.sequences[0].final[4:])) < 1e-5
 
 
-def test_only_what_is_needed_is_read() -> None:
+def test_only_the_needed_tensors_are_read() -> None:
     weights = Weights(OLMOE)
     reference = LayerwiseReference(decoder_of(OLMOE), weights, head_block_bytes=16 * 4 * 32)
     result = reference.step([np.array([7, 7, 9])], trace=True)
@@ -213,7 +213,7 @@ def test_top_k_may_exceed_a_head_block_and_equal_the_vocabulary() -> None:
     assert np.allclose(np.exp(log_probabilities).sum(-1), 1, atol=1e-5)
 
 
-def test_gather_takes_different_widths() -> None:
+def test_gather_accepts_different_widths() -> None:
     reference = LayerwiseReference(decoder_of(FOX), Weights(FOX))
     result = reference.step(SEQUENCES[:2])
     (full,) = [logits for _, logits in result.logits()]
@@ -236,7 +236,7 @@ def test_unusable_tokens_are_refused(ids: list[np.ndarray], message: str) -> Non
         LayerwiseReference(decoder_of(OLMOE), Weights(OLMOE)).step(ids)
 
 
-def test_outgrowing_the_context_is_refused_before_anything_is_computed() -> None:
+def test_exceeding_the_context_is_refused_before_any_work() -> None:
     weights = Weights(OLMOE)
     reference = LayerwiseReference(decoder_of(OLMOE), weights)
     states = reference.step([np.arange(39)]).states
@@ -247,7 +247,7 @@ def test_outgrowing_the_context_is_refused_before_anything_is_computed() -> None
     assert states[0].length == 39
 
 
-def test_a_sweep_that_cannot_read_leaves_the_states_as_they_were() -> None:
+def test_a_run_that_cannot_read_leaves_the_states_unchanged() -> None:
     weights = Weights(OLMOE)
     reference = LayerwiseReference(decoder_of(OLMOE), weights)
     expected = reference.step([SEQUENCES[0]]).sequences[0].final[3:]
@@ -261,7 +261,7 @@ def test_a_sweep_that_cannot_read_leaves_the_states_as_they_were() -> None:
     assert relative(again, torch.from_numpy(expected)) < 1e-5
 
 
-def test_progress_is_told_of_every_layer() -> None:
+def test_progress_is_reported_for_every_layer() -> None:
     told: list[tuple[str, float]] = []
 
     class Told(Progress):
@@ -274,7 +274,7 @@ def test_progress_is_told_of_every_layer() -> None:
     assert told == [("steps", 3), *[("done", 1)] * 3]
 
 
-def test_unusable_questions_about_logits_are_refused() -> None:
+def test_invalid_requests_for_logits_are_refused() -> None:
     result = LayerwiseReference(decoder_of(OLMOE), Weights(OLMOE)).step([np.array([1, 2])])
     with pytest.raises(ValueError, match="k is 102"):
         result.topk(102)

@@ -24,7 +24,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("target", MINE, ids=lambda target: f"{target.folder}/{target.file}")
-def test_a_damaged_file_is_one_line(made: dict[str, Path], target: Target) -> None:
+def test_a_damaged_file_gives_an_error_of_one_line(made: dict[str, Path], target: Target) -> None:
     wanted = {*PLACES, *DAMAGE}
     once = replace(target, commands=target.commands[:1])
     found = list(run(once, made[target.folder], lambda _, name: name in wanted))
@@ -39,7 +39,7 @@ def test_a_damaged_file_is_one_line(made: dict[str, Path], target: Target) -> No
 @pytest.mark.parametrize(
     "target", [target for target in MINE if target.fields], ids=lambda target: f"{target.folder}/{target.file}"
 )
-def test_a_wrong_field_is_one_line(made: dict[str, Path], target: Target) -> None:
+def test_a_wrong_field_gives_an_error_of_one_line(made: dict[str, Path], target: Target) -> None:
     places = len(list(paths(json.loads((made[target.folder] / target.file).read_bytes()))))
     # A step that is coprime to the number of kinds covers all kinds and fields evenly.
     step = max(1, places * (1 + len(WRONG)) // FIELDS)
@@ -60,7 +60,7 @@ def test_a_wrong_field_is_one_line(made: dict[str, Path], target: Target) -> Non
         (lambda m: m["tensors"].append({**m["tensors"][0], "name": "b", "offset": 64}), '"b" ends at 128, and model.'),
     ],
 )
-def test_a_manifest_that_contradicts_itself_is_one_line(tmp_path, change, said):
+def test_a_contradictory_manifest_gives_an_error_of_one_line(tmp_path, change, said):
     bundle = write_tiny_bundle(tmp_path / "b")
     manifest = json.loads(bundle.file("manifest.json").read_text(encoding="utf-8"))
     change(manifest)

@@ -20,7 +20,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
-def test_is_a_matmul_divided_by_its_shape_alone(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+def test_is_a_matmul_split_by_its_shape_alone(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     x, weight = inputs()
     blocks: list[int] = []
     real = matmul._block
@@ -41,7 +41,7 @@ def test_is_a_matmul_divided_by_its_shape_alone(monkeypatch: pytest.MonkeyPatch,
     assert torch.allclose(expected, torch.nn.functional.linear(x, weight), rtol=1e-4, atol=1e-3)
 
 
-def test_are_pytorchs_threads_as_they_were_afterwards() -> None:
+def test_is_the_number_of_pytorch_threads_restored() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)

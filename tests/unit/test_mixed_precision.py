@@ -99,7 +99,7 @@ def test_every_matrix_but_the_routers_is_in_one_unit(checkpoint):
 @pytest.mark.parametrize(
     "scheme", [None, *map(parse_scheme, ("int3-g32-sym", "int4-g128-asym", "int8-row-sym", "fp8-b64"))]
 )
-def test_units_take_the_bytes_that_a_bundle_gives_them(checkpoint, scheme):
+def test_sizes_of_units_equal_those_in_a_bundle(checkpoint, scheme):
     for unit in units_of(checkpoint)[:12]:
         rows, columns = sum(n for n, _ in unit.tensors.values()), unit.columns
         fmt = (
@@ -117,7 +117,7 @@ def test_rows_fill_their_last_tile():
     assert unit.nbytes(INT4) == common_format([INT4], 64, "").matrix(80, 64, swiglu=True).nbytes  # type: ignore[union-attr]
 
 
-def test_predictions_of_single_matrices_come_true(measured):
+def test_predictions_for_single_matrices_are_accurate(measured):
     found, direct = measured
     last = max(one.unit.layer or 0 for one in found.units)
     # No router comes after these matrices, so the second-order approximation of the KL applies.
@@ -132,7 +132,7 @@ def test_predictions_of_single_matrices_come_true(measured):
         assert low < happened / predicted < high, (kind, predicted, happened)
 
 
-def test_the_prediction_of_a_whole_recipe_comes_true(measured):
+def test_the_prediction_for_a_whole_recipe_is_accurate(measured):
     found, direct = measured
     predicted = sum(one.losses[INT4.name] for one in found.units) + found.swaps
     happened = direct.kl([name for one in found.units for name in one.unit.tensors], INT4)
@@ -140,7 +140,7 @@ def test_the_prediction_of_a_whole_recipe_comes_true(measured):
     assert low < happened / predicted < high, (predicted, happened)
 
 
-def test_swapped_experts_are_more_than_the_second_order_has(measured):
+def test_swapped_experts_are_counted_for_moe_models_only(measured):
     found, _ = measured
     is_moe = any(one.unit.expert is not None for one in found.units)
     assert (found.swaps > 0) == is_moe
@@ -153,7 +153,7 @@ def test_fewer_bits_lose_more_everywhere(measured):
         assert one.tokens > 0
 
 
-def test_an_expert_that_saw_no_token_is_thought_to_matter_a_little():
+def test_an_expert_without_tokens_gets_a_small_sensitivity():
     units = [Unit("expert down", {f"e{e}": (32, 32)}, 0, e) for e in range(3)]
     losses = Losses(units, [INT4], tokens=10)
     weight = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
@@ -197,7 +197,7 @@ def test_experts_of_a_layer_that_agree_are_one_rule():
     assert make_recipe("mine", choices, True)[0].rules[1].pattern == "model.layers.0.mlp.experts.0.down_proj.weight"
 
 
-def test_layer_and_expert_are_found_at_any_place_of_a_name():
+def test_layer_and_expert_are_found_anywhere_in_a_name():
     units = [
         Unit("expert gate+up", {f"decoder.1.h.{i}.moe.{e}.{w}.weight": (32, 32) for w in ("w1", "w3")}, i, e)
         for i in (0, 2, 3)
@@ -240,7 +240,7 @@ def test_a_limit_above_the_largest_size_says_so(checkpoint):
     assert result.notes[0] in result.toml
 
 
-def test_names_of_candidates_may_leave_out_what_is_usual():
+def test_names_of_candidates_may_omit_defaults():
     assert parse_candidates("int3-g32, int4-g64-asym,fp8-row,float,int3-g32-sym") == [
         Scheme(3, 32), Scheme(4, 64, symmetric=False), parse_scheme("fp8-row"), None,
     ]  # fmt: skip

@@ -21,7 +21,7 @@ def best(units: list[list[Option]], limit: int) -> float:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_no_choice_beats_the_bound_and_ours_is_near_the_best(seed):
+def test_no_choice_beats_the_bound_and_the_result_is_near_the_optimum(seed):
     units = random_units(seed)
     smallest = sum(min(o.nbytes for o in options) for options in units)
     for limit in (smallest, smallest + 7, smallest + 30, smallest + 80):
@@ -35,7 +35,7 @@ def test_no_choice_beats_the_bound_and_ours_is_near_the_best(seed):
         assert found.loss - found.bound <= max(max(o.loss for o in c) - min(o.loss for o in c) for c in units)
 
 
-def test_most_choices_are_the_best_there_is():
+def test_most_results_are_optimal():
     exact = 0
     for seed in range(40):
         units = random_units(100 + seed)
@@ -55,7 +55,7 @@ def test_a_limit_for_nothing_is_refused_with_what_is_missing():
         solve([[Option(5, 1.0)], [Option(8, 1.0), Option(9, 0.0)]], 10)
 
 
-def test_thousands_of_units_leave_almost_no_gap():
+def test_with_thousands_of_units_the_gap_is_small():
     units = [
         [Option(b * 100, seed.random() * 4.0**-b) for b in (3, 4, 5, 6, 8)] for seed in map(random.Random, range(2000))
     ]

@@ -162,7 +162,7 @@ def test_every_family_is_compared_with_transformers() -> None:
 
 
 @every_family
-def test_the_generated_configs_cover_what_they_should(name: str) -> None:
+def test_the_generated_configs_cover_all_features(name: str) -> None:
     configs = [generated(name, seed) for seed in SEEDS]
 
     def some(condition: Callable[[Config], Any]) -> bool:
@@ -200,14 +200,14 @@ def test_decoding_with_the_cache_equals_the_full_forward(name: str, seed: int) -
 
 
 @every_config
-def test_what_transformers_writes_as_config_reads_the_same(name: str, seed: int) -> None:
+def test_configs_written_by_transformers_give_the_same_spec(name: str, seed: int) -> None:
     config = generated(name, seed)
     written = hf_config(config).to_dict() | {"architectures": config["architectures"]}
     assert decoder_of(written) == decoder_of(config)
 
 
 @every_config
-def test_matrices_have_their_roles_and_places(name: str, seed: int) -> None:
+def test_matrices_have_the_right_roles_layers_and_experts(name: str, seed: int) -> None:
     decoder = decoder_of(generated(name, seed))
     assert set(decoder.matrices) == {n for n, shape in decoder.tensor_shapes.items() if len(shape) == 2}
     for matrix in decoder.matrices.values():
@@ -220,7 +220,7 @@ def test_matrices_have_their_roles_and_places(name: str, seed: int) -> None:
 
 
 @every_family
-def test_absent_fields_are_what_transformers_takes_them_for(name: str) -> None:
+def test_absent_fields_have_the_defaults_of_transformers(name: str) -> None:
     config = generated(name, 3)
     required = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
     if name not in (
@@ -237,7 +237,7 @@ def test_absent_fields_are_what_transformers_takes_them_for(name: str) -> None:
 
 
 @every_family
-def test_a_layer_from_disk_reads_its_tensors_alone_and_only_chosen_experts(name: str) -> None:
+def test_a_layer_reads_only_its_own_tensors_and_selected_experts(name: str) -> None:
     c = comparison(name, 2)
     decoder: Decoder = c.model.decoder
     tensors = {key: tensor.numpy() for key, tensor in c.model.tensors()}
@@ -263,7 +263,7 @@ def test_a_layer_from_disk_reads_its_tensors_alone_and_only_chosen_experts(name:
 
 
 @every_family
-def test_weights_kept_in_bfloat16_give_float32_arithmetic(name: str) -> None:
+def test_weights_in_bfloat16_are_computed_in_float32(name: str) -> None:
     c = comparison(name, 1)
     low, full = ReferenceModel(c.model.decoder).bfloat16(), ReferenceModel(c.model.decoder)
     rounded = {key: tensor.bfloat16().float().numpy() for key, tensor in c.model.tensors()}
@@ -274,7 +274,7 @@ def test_weights_kept_in_bfloat16_give_float32_arithmetic(name: str) -> None:
         assert torch.equal(low(c.ids), full(c.ids))
 
 
-def test_gradients_reach_router_and_chosen_experts_only() -> None:
+def test_gradients_reach_the_router_and_selected_experts_only() -> None:
     torch.manual_seed(0)
     model = ReferenceModel(decoder_of(generated("olmoe", 3) | {"num_experts": 16, "num_experts_per_tok": 2}))
     for parameter in model.parameters():
@@ -291,7 +291,7 @@ def test_gradients_reach_router_and_chosen_experts_only() -> None:
         assert touched == sorted(set(chosen.flatten().tolist()))
 
 
-def test_the_cache_refuses_to_go_forward() -> None:
+def test_the_cache_cannot_be_truncated_to_more_positions() -> None:
     c = comparison("llama", 0)
     cache_of_three = c.model.new_cache()
     with torch.no_grad():
@@ -344,7 +344,7 @@ def test_the_published_olmoe_does_not_normalize_its_eight_weights() -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_fields_that_do_not_change_the_arithmetic_are_fine(base: str, change: Config) -> None:
+def test_fields_that_do_not_change_the_arithmetic_are_accepted(base: str, change: Config) -> None:
     assert decoder_of({**BASES[base], **change}) == decoder_of(BASES[base])
 
 
@@ -402,7 +402,7 @@ def test_fields_that_are_not_implemented_are_refused_by_name(base: str, change: 
     ],
     ids=str,
 )  # fmt: skip
-def test_impossible_numbers_are_refused_by_name(base: str, change: Config, named: str) -> None:
+def test_invalid_numbers_are_refused_by_name(base: str, change: Config, named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         decoder_of({**BASES[base], **change})
 

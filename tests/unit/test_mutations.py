@@ -14,7 +14,7 @@ SOURCE = "def double(x):\n    return 2 * x\n"
 TESTS = "class TestIt:\n    def test_double(self):\n        pass\n"
 
 
-def test_can_every_mistake_be_made():
+def test_can_every_mutation_be_applied():
     mutations = read_mutations()
     assert mutations
     assert [problem for mutation in mutations for problem in problems(mutation)] == []
@@ -35,7 +35,7 @@ def test_can_every_mistake_be_made():
         ({"tests": ("ctest:attention",)}, "there is no test ctest:attention"),
     ],
 )
-def test_is_an_entry_that_rotted_named(tmp_path, changes, complaint):
+def test_is_an_outdated_mutation_named(tmp_path, changes, complaint):
     (tmp_path / "it.py").write_text(SOURCE)
     (tmp_path / "test_it.py").write_text(TESTS)
     fields = {"file": "it.py", "old": "2 * x", "new": "3 * x", "tests": ("test_it.py",), **changes}

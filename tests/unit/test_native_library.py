@@ -25,11 +25,11 @@ def operators(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.skipif(os.environ.get("CI") != "true", reason="a machine without a compiler may lack them; CI may not")
-def test_ci_has_the_operators_whose_tests_skip_without_them() -> None:
+def test_ci_has_the_compiled_operators() -> None:
     assert library_path() is not None
 
 
-def test_the_variable_names_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_variable_selects_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = tmp_path / "x.so"
     library.touch()
     monkeypatch.setenv("EDGELM_OPS_LIBRARY", str(library))
@@ -63,7 +63,7 @@ def test_every_available_instruction_set_can_be_registered(operators: Path, monk
             ort.SessionOptions().register_custom_ops_library(str(operators))
 
 
-def test_registering_with_an_instruction_set_that_cannot_be_fails_in_words(
+def test_registering_with_an_unsupported_instruction_set_is_a_clear_error(
     operators: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     absent = [isa.name for isa in describe_cpu().instruction_sets if not isa.available]

@@ -19,7 +19,7 @@ from edgelm.generation.sampling import Sampling
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_typed_names_are_those_that_are_read_with_their_types() -> None:
+def test_the_typed_dictionary_equals_the_options_that_are_read() -> None:
     typed = get_type_hints(GenerateOptions)
     hints = {**get_type_hints(Options), **get_type_hints(Sampling)}
     read = {item.name: hints[item.name] for item in (*fields(Options), *fields(Sampling)) if item.name != "sampling"}
@@ -29,7 +29,7 @@ def test_the_typed_names_are_those_that_are_read_with_their_types() -> None:
     assert set(WRONG) == set(typed)
 
 
-def test_each_default_is_what_leaving_the_option_out_means() -> None:
+def test_each_default_equals_omitting_the_option() -> None:
     own = {"max_tokens": Options().max_tokens, "stop": None, "reuse": Options().reuse}
     defaults = {**own, **{item.name: item.default for item in fields(Sampling)}}
     assert set(defaults) == set(get_type_hints(GenerateOptions))
@@ -122,7 +122,7 @@ async def wrong(model: edgelm.LanguageModel) -> None:
 """
 
 
-def test_mypy_takes_the_right_calls_and_refuses_each_wrong_one(tmp_path: Path) -> None:
+def test_mypy_accepts_valid_calls_and_refuses_invalid_ones(tmp_path: Path) -> None:
     (tmp_path / "right.py").write_text(RIGHT)
     (tmp_path / "wrong.py").write_text(WRONG_CALLS)
     subprocess.run(["make", "-s", "pyview"], cwd=ROOT, check=True)

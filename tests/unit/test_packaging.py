@@ -188,7 +188,7 @@ def test_the_wheel_holds_every_module_of_the_checkout(wheel):
     assert expected <= wheel_names(wheel)
 
 
-def test_entry_points_lead_somewhere(wheel):
+def test_entry_points_exist(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         lines = [line for line in archive.read(name).decode().splitlines() if "=" in line]
@@ -198,7 +198,7 @@ def test_entry_points_lead_somewhere(wheel):
         assert f"{module.replace('.', '/')}.py" in wheel_names(wheel), line
 
 
-def test_an_installed_wheel_leaks_no_bare_package(device):
+def test_an_installed_wheel_has_one_top_level_package(device):
     code = "import importlib.util as u; print([n for n in ('export', 'quant', 'runtimes', 'csrc') if u.find_spec(n)])"
     assert run(device / "bin" / "python", "-c", code).stdout.strip() == "[]"
 
@@ -215,7 +215,7 @@ def test_a_run_only_install_runs_a_bundle_and_checks_parity(device, bundle):
     assert run(device / "bin" / "python", "-c", code).stdout.strip() == "[]"
 
 
-def test_what_only_makes_bundles_is_not_imported_where_it_is_installed_either(bundle):
+def test_running_a_bundle_does_not_import_export_dependencies(bundle):
     done = subprocess.run(
         [sys.executable, "-c", USE, str(bundle)], capture_output=True, text=True, cwd=Path(sys.prefix), check=False
     )
@@ -225,7 +225,7 @@ def test_what_only_makes_bundles_is_not_imported_where_it_is_installed_either(bu
     assert not set(FORBIDDEN) & modules
 
 
-def test_the_command_is_installed_and_says_what_an_extra_would_add(device, bundle, wheel):
+def test_the_command_is_installed_and_names_the_missing_extra(device, bundle, wheel):
     command = device / "bin" / "edgelm"
     assert re.fullmatch(r"edgelm \d+\.\d+\.\d+", run(command, "--version").stdout.strip())
     assert "quantize" in run(command, "--help").stdout
@@ -244,7 +244,7 @@ def test_the_command_is_installed_and_says_what_an_extra_would_add(device, bundl
     assert "Traceback" not in refused.stderr
 
 
-def test_the_installed_kernel_quantises_as_numpy_does(device):
+def test_the_installed_kernel_quantises_like_numpy(device):
     code = (
         "import numpy as np; from edgelm.quant import Scheme, native\n"
         "w = np.random.default_rng(3).standard_normal((8, 256)).astype(np.float32)\n"
@@ -284,7 +284,7 @@ def test_a_pure_wheel_needs_no_compiler_and_quantises_the_same(pure_wheel, devic
     assert "no compiled operators: bundles with portable operators run" in said
 
 
-def test_the_export_extra_has_what_the_command_asks_for(wheel):
+def test_the_export_extra_has_the_requirements_of_the_command(wheel):
     names = {canonicalize_name(requirement.name) for requirement in extra_requirements(wheel, "export")}
     assert {canonicalize_name(name) for name in EXPORT_PACKAGES} <= names
 

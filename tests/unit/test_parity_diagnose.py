@@ -69,7 +69,7 @@ def noise(shape, size, seed=1):
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_rounding_is_no_divergence(dense):
+def test_rounding_is_not_a_divergence(dense):
     pack, hidden, gate = make(dense)
     result = judge(pack, hidden + noise(hidden.shape, 1e-6), gate)
     assert result.first is None
@@ -79,7 +79,7 @@ def test_rounding_is_no_divergence(dense):
     assert 0.01 < max(layer.worst for layer in result.layers) < 0.04
 
 
-def test_an_error_that_is_carried_on_unchanged_is_no_layers():
+def test_an_error_that_is_only_passed_on_is_not_blamed_on_a_layer():
     """If the stream is a thousand times its updates, an earlier error is far larger than a layer's allowed error."""
     pack, hidden, gate = make(dense=True)
     hidden = hidden + np.float32(1000)
@@ -89,7 +89,7 @@ def test_an_error_that_is_carried_on_unchanged_is_no_layers():
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
-def test_the_first_wrong_layer_is_found_and_later_ones_carry_it_on(layer):
+def test_only_the_first_wrong_layer_is_blamed(layer):
     pack, hidden, gate = make()
     wrong = hidden.copy()
     wrong[layer + 1 :] += noise(hidden.shape[1:], 0.01)
@@ -98,7 +98,7 @@ def test_the_first_wrong_layer_is_found_and_later_ones_carry_it_on(layer):
     assert [item.diverged for item in result.layers] == [item.layer == layer for item in result.layers]
 
 
-def test_what_happens_after_the_router_is_told_from_what_happens_before():
+def test_errors_before_and_after_the_router_are_distinguished():
     pack, hidden, gate = make()
     wrong = hidden.copy()
     wrong[2:] += noise(hidden.shape[1:], 0.01)
@@ -123,7 +123,7 @@ def test_single_experts_are_named():
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_first_positions_that_agree_point_at_the_attention_scores(dense):
+def test_if_first_positions_agree_the_attention_scores_are_blamed(dense):
     pack, hidden, gate = make(dense)
     wrong = hidden.copy()
     later = np.ones(COUNT, bool)
@@ -144,7 +144,7 @@ def tie(pack, layer, position):
     return dataclasses.replace(pack, reference=record), int(last), int(out)
 
 
-def test_a_near_tie_that_falls_the_other_way_is_not_blamed():
+def test_a_changed_choice_at_a_near_tie_is_not_blamed():
     pack, hidden, gate = make()
     pack, last, out = tie(pack, layer=1, position=40)
     experts = pack.reference.experts.copy()
@@ -161,7 +161,7 @@ def test_a_near_tie_that_falls_the_other_way_is_not_blamed():
     assert result.layers[1].severe_flips == 0
 
 
-def test_a_clear_choice_that_falls_otherwise_is_blamed():
+def test_a_changed_clear_choice_is_blamed():
     pack, hidden, gate = make()
     experts = pack.reference.experts.copy()
     experts[1, 40, CHOSEN - 1] = int(np.argmin(pack.reference.router[1, 40]))
@@ -180,7 +180,7 @@ def test_rows_of_the_embedding_are_named():
     assert judge(pack, hidden * 1.01, gate).cause == "embedding: most rows"
 
 
-def test_numbers_that_are_none_are_a_divergence():
+def test_nan_is_a_divergence():
     pack, hidden, gate = make()
     wrong = hidden.copy()
     wrong[3:] = np.nan
@@ -189,7 +189,7 @@ def test_numbers_that_are_none_are_a_divergence():
     assert result.layers[2].bad == COUNT
 
 
-def test_a_huge_activation_does_not_turn_rounding_into_an_error():
+def test_rounding_of_a_huge_activation_is_not_an_error():
     pack, hidden, gate = make()
     # One value of one position is huge from layer 1 on: float32 rounds the sum to 1e-7 of it.
     huge = hidden.copy()

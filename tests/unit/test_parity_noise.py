@@ -67,7 +67,7 @@ def failures(pack, limits, logits):
 
 
 @pytest.mark.parametrize(("noise", "flips"), [(1e-3, 0.0), (0.02, 0.05), (0.3, 0.0), (0.1, 0.3), (2.0, 0.5)])
-def test_every_other_draw_of_the_same_rounding_passes(noise, flips):
+def test_other_draws_of_the_same_rounding_pass(noise, flips):
     rng = np.random.default_rng(7)
     failed = []
     for _ in range(10):
@@ -78,7 +78,7 @@ def test_every_other_draw_of_the_same_rounding_passes(noise, flips):
 
 
 @pytest.mark.parametrize("noise", [1e-3, 0.02])
-def test_three_times_the_rounding_fails_where_fixed_limits_are_blind(noise):
+def test_three_times_the_rounding_fails_unlike_with_fixed_limits(noise):
     rng = np.random.default_rng(8)
     pack, logits = packed(rng, noise, 0.0)
     worse = draw(rng, logits, noise, 0.0, scale=3)[0]
@@ -86,7 +86,7 @@ def test_three_times_the_rounding_fails_where_fixed_limits_are_blind(noise):
     assert not failures(pack, LIMITS["int4"], worse)
 
 
-def test_a_tenth_of_the_positions_wrong_is_found_by_the_ninth_decile():
+def test_an_error_at_a_tenth_of_the_positions_is_detected():
     rng = np.random.default_rng(9)
     pack, logits = packed(rng, 0.02, 0.0)
     device = draw(rng, logits, 0.02, 0.0)[0]
@@ -94,12 +94,12 @@ def test_a_tenth_of_the_positions_wrong_is_found_by_the_ninth_decile():
     assert "logits.error_p90" in failures(pack, rounding_limits(pack, LIMITS["int4"]), device)
 
 
-def test_a_pack_without_the_record_keeps_the_fixed_limits():
+def test_a_pack_without_rounded_record_has_the_fixed_limits():
     pack = make_pack()
     assert rounding_limits(pack, LIMITS["int4"]) is LIMITS["int4"]
 
 
-def test_rounding_below_float32_leaves_the_limits_of_float32():
+def test_small_rounding_keeps_the_limits_of_float32():
     pack, _ = packed(np.random.default_rng(3), 0.0, 0.0)
     dense = replace(pack, reference=replace(pack.reference, router=None, experts=None), quantized=None)
     limits = rounding_limits(dense, LIMITS["int4"])
@@ -127,7 +127,7 @@ BETWEEN, OF_STEPS = (2 / 400) ** 0.5, (1 / 80 + 1 / 400) ** 0.5
 
 
 @pytest.mark.parametrize("dense", [True, False])
-def test_limits_are_what_docs_parity_md_says(dense):
+def test_limits_follow_the_documentation(dense):
     """Factors of 2 in size, 4 in KL and 16 in the largest KL, plus three standard deviations and float32's limits."""
     pack, _ = packed(np.random.default_rng(4), 0.02, 0.0)
     if dense:
@@ -173,7 +173,7 @@ def test_the_kl_of_the_simulation_is_from_the_target_to_the_rounded():
     assert rounding_limits(pack, LIMITS["int4"]).kl_max == pytest.approx(1e-4 + 16 * forward, rel=1e-3)
 
 
-def test_positions_whose_experts_tipped_have_the_margin_in_their_number():
+def test_positions_with_changed_experts_are_counted_with_a_margin():
     pack, _ = packed(np.random.default_rng(5), 0.02, 0.1)
     limits = rounding_limits(pack, LIMITS["int4"])
     kl, flipped = statistics(pack)[0], pack.rounded.flipped != 0
@@ -199,7 +199,7 @@ class Coarse(Hooks):
 
 
 @pytest.mark.parametrize("name", ["olmoe", "fox"])
-def test_one_sweep_serves_a_model_and_its_rounded_twin(tmp_path, name):
+def test_one_run_computes_a_model_and_its_rounded_version(tmp_path, name):
     checkpoint = write_small(tmp_path / name, name)
     ids = list(tokens(2))
     ids[1] = ids[1][:9]

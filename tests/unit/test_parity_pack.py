@@ -123,7 +123,7 @@ def test_positions_of_prompts_and_continuations():
     assert pack.next_ids.tolist() == [1, 2, 3, 4, 5, 0, 7, 8, 0]
 
 
-def test_a_missing_pack_is_said_to_be_missing(tmp_path):
+def test_a_missing_pack_is_a_clear_error(tmp_path):
     with pytest.raises(ParityError, match=r"pack\.json is missing"):
         ParityPack.load(tmp_path)
 
@@ -233,7 +233,7 @@ def test_useless_prompt_files_are_refused(tmp_path, content, message):
         ('default = "fp8-row"\n\n[[rule]]\nmatch = "x"\nscheme = "int6-g32-sym"\n', "fp8"),
     ],
 )
-def test_a_recipe_is_judged_by_its_coarsest_type(toml, kind):
+def test_the_limits_are_those_of_the_coarsest_type(toml, kind):
     assert kind_of(toml) == kind
     assert kind in LIMITS
     assert kind in LOSS_WARNINGS
@@ -248,7 +248,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_the_documentation_shows_the_limits_in_force(name):
+def test_the_documentation_shows_the_current_limits(name):
     head, columns = TABLES[name]
     lines = [f"| {head} | {' | '.join(columns)} |", f"|---{'|---' * len(columns)}|"]
     for item in dataclasses.fields(next(iter(columns.values()))):
@@ -300,7 +300,7 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path, change, said):
         ParityPack.load(tmp_path)
 
 
-def test_an_archive_that_unpacks_to_far_more_is_refused_before_it_does(tmp_path):
+def test_a_decompression_bomb_is_refused(tmp_path):
     make_pack().save(tmp_path)
     rewrite(tmp_path, bomb=np.zeros(25 << 20, np.float32))
     tracemalloc.start()
@@ -320,7 +320,7 @@ class Touches:
         return Path.touch, (self.place,)
 
 
-def test_an_archive_with_objects_in_it_runs_no_code(tmp_path):
+def test_a_pickle_in_an_archive_is_not_executed(tmp_path):
     make_pack().save(tmp_path)
     evidence = tmp_path / "it ran"
     with np.load(tmp_path / "pack.npz") as archive:

@@ -47,7 +47,7 @@ def session(data: bytes, *, recorded: bool = True) -> ort.InferenceSession:
     return ort.InferenceSession(data, options, providers=[CPU])
 
 
-def test_every_node_and_its_provider_are_known() -> None:
+def test_every_node_has_a_known_provider() -> None:
     nodes = placement(session(model()))
     assert [(node.name, node.op, node.provider) for node in nodes] == [
         ("gate/QuickGelu", "com.microsoft.QuickGelu", CPU),
@@ -55,11 +55,11 @@ def test_every_node_and_its_provider_are_known() -> None:
     ]
 
 
-def test_nodes_where_they_belong_pass() -> None:
+def test_nodes_on_the_requested_provider_pass() -> None:
     check_placement(session(model()), CPU, "the graph")
 
 
-def test_a_stray_node_is_named_with_its_operator_and_where_it_went() -> None:
+def test_a_node_on_another_provider_is_named_with_its_operator() -> None:
     expected = (
         r"CUDAExecutionProvider has no kernel for 2 of 2 nodes of the graph, which CPUExecutionProvider would run "
         r"instead: gate/QuickGelu \(com.microsoft.QuickGelu\), det1/Det \(ai.onnx.Det\); export"
@@ -68,13 +68,13 @@ def test_a_stray_node_is_named_with_its_operator_and_where_it_went() -> None:
         check_placement(session(model()), CUDA, "the graph")
 
 
-def test_only_the_nodes_that_may_are_let_through() -> None:
+def test_only_allowed_nodes_may_be_on_another_provider() -> None:
     check_placement(session(model()), CUDA, "the graph", allowed=("gate/QuickGelu", "det1/Det"))
     with pytest.raises(RuntimeUnavailableError, match=r"1 of 2 nodes .* instead: det1/Det \(ai.onnx.Det\)"):
         check_placement(session(model()), CUDA, "the graph", allowed=("gate/QuickGelu",))
 
 
-def test_many_stray_nodes_are_counted() -> None:
+def test_many_nodes_on_another_provider_are_counted() -> None:
     chain = onnx.load_from_string(model(1))
     for i in range(1, 7):
         chain.graph.node.append(helper.make_node("Det", ["x0"], [f"d{i}"], f"det{i}/Det"))
@@ -83,12 +83,12 @@ def test_many_stray_nodes_are_counted() -> None:
         check_placement(session(chain.SerializeToString()), CUDA, "the graph")
 
 
-def test_a_session_that_did_not_record_is_not_taken_for_a_good_one() -> None:
+def test_a_session_without_recorded_placement_is_refused() -> None:
     with pytest.raises(Exception, match=r"record_ep_graph_assignment_info|does not say"):
         check_placement(session(model(), recorded=False), CPU, "the graph")
 
 
-def test_is_a_session_that_tells_of_no_node_refused() -> None:
+def test_is_a_session_without_node_information_refused() -> None:
     class Silent:
         def get_provider_graph_assignment_info(self) -> list[object]:
             return []
@@ -98,7 +98,7 @@ def test_is_a_session_that_tells_of_no_node_refused() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_is_a_provider_whose_answer_is_no_number_refused(value: float) -> None:
+def test_is_a_provider_that_computes_nan_refused(value: float) -> None:
     class Broken:
         def run(self, names: list[str], feed: dict[str, object]) -> list[object]:
             del names, feed
@@ -109,7 +109,7 @@ def test_is_a_provider_whose_answer_is_no_number_refused(value: float) -> None:
         check_router(Broken(), "this provider")
 
 
-def test_a_package_without_cuda_is_said_to_be_one() -> None:
+def test_a_package_without_cuda_is_named() -> None:
     if CUDA in ort.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
     why = cuda_session.problem()
@@ -119,7 +119,7 @@ def test_a_package_without_cuda_is_said_to_be_one() -> None:
     assert entry.targets == ("cuda",)
 
 
-def test_two_packages_in_one_folder_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_packages_in_one_folder_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if CUDA in ort.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
     for name in ("onnxruntime", "onnxruntime_gpu"):
@@ -155,7 +155,7 @@ MESSAGES = [
 
 
 @pytest.mark.parametrize(("text", "kind", "message"), MESSAGES)
-def test_what_onnx_runtime_says_of_a_gpu_becomes_one_line(text: str, kind: type[DeviceError], message: str) -> None:
+def test_gpu_errors_of_onnx_runtime_become_one_line(text: str, kind: type[DeviceError], message: str) -> None:
     found = cuda_session.device_error(RuntimeError(text), "loading")
     assert type(found) is kind
     assert message in str(found)
@@ -167,7 +167,7 @@ def test_other_errors_are_not_blamed_on_the_gpu() -> None:
     assert cuda_session.device_error(None, "loading") is None
 
 
-def test_a_real_allocation_that_fails_has_the_words_that_are_looked_for() -> None:
+def test_a_real_allocation_failure_is_recognised() -> None:
     shape = helper.make_tensor("shape", TensorProto.INT64, [2], [1 << 20, 1 << 20])
     graph = helper.make_graph(
         [helper.make_node("ConstantOfShape", ["shape"], ["y"], "fill")],

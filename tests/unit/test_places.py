@@ -57,7 +57,7 @@ def write_bundle(folder: Path) -> Path:
     ],
     ids=lambda command: " ".join(command[:3] + command[5:]),
 )
-def test_the_commands_leave_alone_what_they_read_and_what_is_not_theirs(
+def test_commands_never_replace_their_inputs_or_other_files(
     command: list[str], checkpoint: Path, tmp_path: Path
 ) -> None:
     photos = tmp_path / "photos"
@@ -84,7 +84,7 @@ def test_the_commands_leave_alone_what_they_read_and_what_is_not_theirs(
 @pytest.mark.parametrize(
     "command", [["recipe", "CK", "-o", "PLACE", "--bits", "5"], ["eval", "CK", "--report", "PLACE"]]
 )
-def test_a_file_does_not_make_folders(command: list[str], checkpoint: Path, tmp_path: Path) -> None:
+def test_writing_a_file_does_not_create_folders(command: list[str], checkpoint: Path, tmp_path: Path) -> None:
     place = tmp_path / "missing" / "x"
     result = CliRunner().invoke(cli, [str({"CK": checkpoint, "PLACE": place}.get(word, word)) for word in command])
     assert result.exit_code == 1
@@ -92,7 +92,7 @@ def test_a_file_does_not_make_folders(command: list[str], checkpoint: Path, tmp_
     assert not place.parent.exists()
 
 
-def test_the_relation_to_a_source_is_found_through_links_and_mounts(checkpoint: Path, tmp_path: Path) -> None:
+def test_sources_are_recognised_through_links_and_mounts(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(checkpoint.parent)
     for place, relation in [
         (tmp_path / "link" / "ck", "is"),
@@ -105,7 +105,7 @@ def test_the_relation_to_a_source_is_found_through_links_and_mounts(checkpoint: 
     assert check_place(tmp_path / "link" / "new", BUNDLE, sources=[checkpoint]) == checkpoint.parent / "new"
 
 
-def test_the_hubs_cache_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_cache_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     cache = tmp_path / "hub"
@@ -128,7 +128,7 @@ def test_the_hubs_cache_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monkey
         check_place(blobs, BUNDLE, sources=[linked], overwrite=True)
 
 
-def test_a_bundle_is_replaced_where_every_file_is_in_its_manifest(tmp_path: Path) -> None:
+def test_a_bundle_is_replaced_if_every_file_is_in_its_manifest(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "b")
     with pytest.raises(EdgeLMError, match="exists already: remove it, choose another place, or pass --overwrite"):
         check_place(bundle, BUNDLE)
@@ -153,14 +153,14 @@ def test_a_bundle_is_replaced_where_every_file_is_in_its_manifest(tmp_path: Path
 @pytest.mark.parametrize(
     "manifest", ["", "{", "[]", "{}", '{"format": "x", "files": {}}', '{"format": "edgelm-bundle"}']
 )
-def test_another_manifest_makes_no_bundle(tmp_path: Path, manifest: str) -> None:
+def test_a_folder_with_another_manifest_is_not_a_bundle(tmp_path: Path, manifest: str) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "manifest.json").write_text(manifest)
     with pytest.raises(EdgeLMError, match="exists already and is no bundle"):
         check_place(tmp_path / "b", BUNDLE, overwrite=True)
 
 
-def test_a_checkpoint_is_replaced_where_edgelm_wrote_it(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_replaced_if_edgelm_wrote_it(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(EdgeLMError, match=f"is no checkpoint that EdgeLM wrote \\(it has no {FILE_LIST}\\)"):
         check_place(checkpoint, CHECKPOINT, overwrite=True)
     for other in ({"files": ["config.json"]}, {"format": "another", "files": ["config.json", FILE_LIST]}):
@@ -182,7 +182,7 @@ def test_a_checkpoint_is_replaced_where_edgelm_wrote_it(checkpoint: Path, tmp_pa
         check_place(out, CHECKPOINT, overwrite=True)
 
 
-def test_what_appears_while_a_run_works_is_not_replaced(tmp_path: Path) -> None:
+def test_files_that_appear_during_a_run_are_not_replaced(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "b")
     with (
         pytest.raises(EdgeLMError, match=r"holds notes\.txt"),
@@ -196,7 +196,7 @@ def test_what_appears_while_a_run_works_is_not_replaced(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c"]
 
 
-def test_files_are_replaced_by_their_own_kind_alone(tmp_path: Path) -> None:
+def test_files_are_replaced_only_by_their_own_kind(tmp_path: Path) -> None:
     recipe, report, notes = tmp_path / "r.toml", tmp_path / "r.html", tmp_path / "notes.txt"
     recipe.write_text(PRESETS["int4"].to_toml())
     report.write_text(render("page.html.j2"))
@@ -218,7 +218,7 @@ def test_files_are_replaced_by_their_own_kind_alone(tmp_path: Path) -> None:
         check_place(tmp_path / "pipe", REPORT, overwrite=True)
 
 
-def test_the_work_of_a_calibration_is_known_by_its_files(tmp_path: Path) -> None:
+def test_the_state_of_a_calibration_is_recognised_by_its_files(tmp_path: Path) -> None:
     work = tmp_path / "x.calibrating"
     work.mkdir()
     for name in ("state.json", "layer-00000.safetensors", "stream-00001.safetensors", "head.safetensors", "lock"):
@@ -230,7 +230,7 @@ def test_the_work_of_a_calibration_is_known_by_its_files(tmp_path: Path) -> None
         check_place(work, RESUME, overwrite=True)
 
 
-def test_case_is_folded_where_the_system_folds_it(checkpoint: Path) -> None:
+def test_paths_that_differ_in_case_are_one_if_the_system_says_so(checkpoint: Path) -> None:
     other = checkpoint.parent / "CK"
     if other.exists():
         with pytest.raises(EdgeLMError, match="the input"):
@@ -239,7 +239,7 @@ def test_case_is_folded_where_the_system_folds_it(checkpoint: Path) -> None:
         assert check_place(other, BUNDLE, sources=[checkpoint]) == other
 
 
-def test_folders_made_for_an_output_go_again_with_it(tmp_path: Path) -> None:
+def test_folders_made_for_an_output_are_removed_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / "a" / "b" / "c", BUNDLE):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ LABELS = ("verifying", "download allenai/OLMoE-1B-7B-0924-Instruct")
 @pytest.mark.parametrize("unit", TOTALS)
 @pytest.mark.parametrize("label", LABELS, ids=["short", "long"])
 @pytest.mark.parametrize("width", [40, 50, 60, 72, 80, 120, 200])
-def test_a_bar_has_one_line_and_says_how_far_and_how_long_yet(width: int, label: str, unit: str) -> None:
+def test_a_bar_has_one_line_with_the_amount_done_and_the_time_left(width: int, label: str, unit: str) -> None:
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     bar = OneLine(unit, console=console)
     task = bar.add_task(label, total=TOTALS[unit])

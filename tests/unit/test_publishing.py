@@ -58,7 +58,7 @@ def held(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_second_run_into_one_place_is_told_so(held: Path, exists: bool) -> None:
+def test_a_second_run_with_the_same_output_is_refused(held: Path, exists: bool) -> None:
     if exists:
         held.mkdir()
         (held / "text").write_text("old")
@@ -68,7 +68,7 @@ def test_a_second_run_into_one_place_is_told_so(held: Path, exists: bool) -> Non
     assert len([name for name in names(held.parent) if ".partial-" in name]) == 1  # that of the other run
 
 
-def test_what_changes_a_bundle_in_place_and_what_replaces_it_exclude_each_other(tmp_path: Path) -> None:
+def test_changing_and_replacing_a_bundle_exclude_each_other(tmp_path: Path) -> None:
     write(tmp_path / "b", "old")
     with lock_folder(tmp_path / "b", "busy"):
         with pytest.raises(EdgeLMError, match="another run is writing"):
@@ -83,7 +83,7 @@ def test_what_changes_a_bundle_in_place_and_what_replaces_it_exclude_each_other(
     assert names(tmp_path) == ["b"]
 
 
-def test_of_two_runs_that_write_one_file_the_last_ones_is_whole(tmp_path: Path) -> None:
+def test_of_two_runs_that_write_one_file_the_last_one_wins(tmp_path: Path) -> None:
     target = tmp_path / "f"
     with atomic_file(target) as one:
         one.write_text("one")
@@ -95,7 +95,7 @@ def test_of_two_runs_that_write_one_file_the_last_ones_is_whole(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("old", [None, "old"])
-def test_a_file_is_old_or_new_wherever_its_writing_ends(tmp_path: Path, old: str | None) -> None:
+def test_a_file_is_old_or_new_after_a_fault_at_any_operation(tmp_path: Path, old: str | None) -> None:
     target = tmp_path / "f"
 
     def new() -> None:
@@ -122,7 +122,7 @@ def test_a_file_is_old_or_new_wherever_its_writing_ends(tmp_path: Path, old: str
 
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("old", [None, "old"])
-def test_a_folder_is_old_or_new_wherever_its_writing_ends(tmp_path: Path, old: str | None, exchange: bool) -> None:
+def test_a_folder_is_old_or_new_after_a_fault_at_any_operation(tmp_path: Path, old: str | None, exchange: bool) -> None:
     """Here every operation gets a fault; with real outputs (tests/export/test_faults.py) only some do."""
     target = tmp_path / "b"
 
@@ -173,7 +173,7 @@ def kill_between_renames(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not target.exists()
 
 
-def test_an_old_one_that_was_moved_away_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_folder_that_was_moved_away_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "b"
     write(target, "old")
     kill_between_renames(target, monkeypatch)
@@ -192,7 +192,7 @@ def test_an_old_one_that_was_moved_away_is_put_back(tmp_path: Path, monkeypatch:
     restore(tmp_path / "nowhere" / "b")  # nothing to do
 
 
-def test_long_work_begins_with_a_clean_place(held: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_left_files_are_removed_before_long_work(held: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EdgeLMError, match="another run is writing"):
         prepare_place(held, ANY)
     target = held.parent / "inner" / "b"
@@ -209,7 +209,7 @@ def test_long_work_begins_with_a_clean_place(held: Path, monkeypatch: pytest.Mon
     target.parent.rmdir()
 
 
-def test_the_names_of_other_targets_are_left_alone(tmp_path: Path) -> None:
+def test_files_of_other_outputs_are_not_touched(tmp_path: Path) -> None:
     """Names are not used as patterns, and a name that contains another is not confused with it."""
     others = ["b", "a1", "x.old", "x.partial", "[x]"]
     for name in others:
@@ -232,7 +232,7 @@ def _killed(target: Path) -> None:
         os.kill(os.getpid(), 9)
 
 
-def test_names_as_long_as_the_file_system_takes_work(tmp_path: Path) -> None:
+def test_names_of_the_largest_length_work(tmp_path: Path) -> None:
     for name in ("n" * 255, "é" * 127):
         write(tmp_path / name, "one")
         write(tmp_path / name, "two", overwrite=True)
@@ -248,7 +248,7 @@ def _killed_over(target: Path) -> None:
         os.kill(os.getpid(), 9)
 
 
-def test_what_earlier_versions_left_is_put_back_or_removed(tmp_path: Path) -> None:
+def test_files_left_by_older_versions_are_put_back_or_removed(tmp_path: Path) -> None:
     def leave(name: str) -> Path:
         (tmp_path / name).mkdir()
         (tmp_path / name / "text").write_text(name)
@@ -275,7 +275,7 @@ def test_what_earlier_versions_left_is_put_back_or_removed(tmp_path: Path) -> No
     assert unrelated.is_dir()
 
 
-def test_a_run_that_was_told_to_wait_can_write_afterwards(tmp_path: Path) -> None:
+def test_a_refused_run_can_write_later(tmp_path: Path) -> None:
     """The lock's file is removed by who holds it: nobody may then hold a lock on a file without a name."""
     target = tmp_path / "b"
     with atomic_directory(target, ANY) as folder:
@@ -291,9 +291,7 @@ def test_a_run_that_was_told_to_wait_can_write_afterwards(tmp_path: Path) -> Non
     assert not (tmp_path / "victim").exists()
 
 
-def test_a_file_system_without_locks_and_exchange_is_written_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_systems_without_locks_and_exchange_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(descriptor: int, operation: int) -> None:
         raise OSError(95, "not supported")
 
@@ -311,7 +309,7 @@ def test_a_file_system_without_locks_and_exchange_is_written_too(
     assert names(tmp_path) == ["b", "f"]
 
 
-def test_a_place_that_cannot_be_written_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_place_gives_an_error_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: object, *arguments: object, **options: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 

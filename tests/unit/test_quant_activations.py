@@ -40,7 +40,7 @@ def recipe(activations: str = "auto", kv: str = "auto", family: str = "olmoe") -
     return Recipe("test", Scheme(8, None), rules, activations=activations, kv=kv)
 
 
-def test_int8_has_a_scale_for_each_row_and_errs_by_half_a_step():
+def test_int8_has_a_scale_per_row_and_an_error_of_half_a_step():
     x = some(3, 5, 40)
     found = int8_token(x)
     step = x.abs().amax(-1, keepdim=True) / 127
@@ -52,7 +52,7 @@ def test_int8_has_a_scale_for_each_row_and_errs_by_half_a_step():
     assert torch.allclose(found.abs().amax(-1), x.abs().amax(-1))
 
 
-def test_blocks_are_rounded_as_rows_of_their_own():
+def test_blocks_are_quantised_like_separate_rows():
     x = some(4, 96)
     assert torch.equal(int8_blocks(x), int8_token(x.view(4, 3, 32)).view(4, 96))
     ragged = int8_blocks(x[:, :70])
@@ -61,14 +61,14 @@ def test_blocks_are_rounded_as_rows_of_their_own():
     assert (int8_blocks(x) - x).norm() < (int8_token(x) - x).norm()
 
 
-def test_static_int8_clips_to_the_codes_of_int8():
+def test_static_int8_clips_to_the_range_of_int8():
     x = torch.tensor([-300.0, -128.4, -1.5, -0.5, 0.0, 0.5, 1.5, 2.5, 126.6, 300.0])
     assert int8_static(x, 1.0).tolist() == [-128, -128, -2, 0, 0, 0, 2, 2, 127, 127]
     assert torch.equal(int8_static(x, 0.5), int8_static(x / 0.5, 1.0) * 0.5)
 
 
 @pytest.mark.parametrize("form", fp8.FORMS)
-def test_fp8_is_the_rounding_of_the_weights(form):
+def test_fp8_activations_are_rounded_like_weights(form):
     x = torch.cat([some(4000) * 100, some(4000) * 1e-3, torch.tensor([1e9, -1e9, 0.0])])
     expected = fp8.decode(fp8.encode(x.numpy(), fp8.FORMS[form]), fp8.FORMS[form])
     assert np.array_equal(round_fp8(x, form).numpy(), expected)
@@ -89,7 +89,7 @@ def test_zeros_and_rows_too_small_for_a_scale_become_zero(kind):
     assert found[2].count_nonzero() > 50
 
 
-def test_a_cache_is_rounded_for_each_head_and_token_or_by_given_scales():
+def test_a_cache_is_quantised_per_head_and_token_or_by_given_scales():
     keys, values = some(2, 3, 7, 16), some(2, 3, 7, 16) * 3
     of_keys, of_values = round_cache(keys, values, "int8")
     assert torch.equal(of_keys[1, 2, 5], int8_token(keys[1, 2, 5]))
@@ -120,7 +120,7 @@ class Names(Hooks):
 
 
 @FAMILIES
-def test_every_product_of_the_model_goes_by_under_the_name_of_its_matrix(family, tmp_path):
+def test_hooks_see_every_matmul_with_the_name_of_its_matrix(family, tmp_path):
     checkpoint = write_small(tmp_path / "c", family)
     names = Names()
     module = reference_module(WeightSource(checkpoint), hooks=names)
@@ -139,7 +139,7 @@ def test_every_product_of_the_model_goes_by_under_the_name_of_its_matrix(family,
 
 @FAMILIES
 @pytest.mark.parametrize("activations", ["int8-token", "fp8-token"])
-def test_weights_activations_and_cache_all_count(family, activations, tmp_path):
+def test_weights_activations_and_cache_all_change_the_logits(family, activations, tmp_path):
     checkpoint = write_small(tmp_path / "c", family)
     ids = torch.from_numpy(tokens())
     logits = {
@@ -174,7 +174,7 @@ def test_layer_by_layer_gives_the_same_logits(family, tmp_path):
     assert np.allclose(logits, expected[0, 10:].numpy(), atol=2e-4 * float(expected.abs().max()))
 
 
-def test_what_stays_float_multiplies_floats_and_auto_is_what_the_target_does(tmp_path):
+def test_float_matrices_keep_float_inputs_and_auto_follows_the_target(tmp_path):
     checkpoint = write_small(tmp_path / "c", "olmoe")
     rules = (ROUTER, Rule("*.o_proj.weight", Scheme(8, None), activations="float"))
     source = WeightSource(checkpoint, replace(recipe("fp8-token"), rules=rules))

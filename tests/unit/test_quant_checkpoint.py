@@ -67,7 +67,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 @pytest.mark.parametrize("shard_bytes", [None, 4000])
-def test_stored_codes_are_those_made_on_the_fly(folder, tmp_path, recipe, shard_bytes, monkeypatch):
+def test_stored_codes_equal_those_made_on_the_fly(folder, tmp_path, recipe, shard_bytes, monkeypatch):
     monkeypatch.setattr(writing, "_BLOCK_BYTES", 1500)  # several blocks per tensor
     summary = quantize_checkpoint(folder, tmp_path / "q", recipe, shard_bytes=shard_bytes, threads=3)
     with Checkpoint.open(folder) as plain, Checkpoint.open(tmp_path / "q") as stored:
@@ -99,7 +99,7 @@ def test_stored_codes_are_those_made_on_the_fly(folder, tmp_path, recipe, shard_
         assert summary.weights == sum(int(np.prod(shape)) for shape in SHAPES.values())
 
 
-def test_the_rest_of_the_folder_comes_along(folder, tmp_path):
+def test_other_files_of_the_folder_are_copied(folder, tmp_path):
     quantize_checkpoint(folder, tmp_path / "q", PRESETS["int4"])
     names = {path.name for path in (tmp_path / "q").iterdir()}
     assert names == {"config.json", "tokenizer.json", "LICENSE", "model.safetensors", "edgelm-files.json"}
@@ -129,7 +129,7 @@ def test_progress_counts_every_byte_read(folder, tmp_path):
     assert Count.done == Count.total == summary.source_bytes
 
 
-def test_a_quantised_checkpoint_takes_no_other_recipe(folder, tmp_path):
+def test_a_quantised_checkpoint_refuses_another_recipe(folder, tmp_path):
     quantize_checkpoint(folder, tmp_path / "q", PRESETS["int4"])
     with Checkpoint.open(tmp_path / "q") as stored:
         assert WeightSource(stored, PRESETS["int4"]).is_stored_quantized
@@ -152,7 +152,7 @@ def test_a_quantised_checkpoint_takes_no_other_recipe(folder, tmp_path):
         ({"recipe": Recipe("f", Scheme(4, 32, symmetric=False)).to_toml()}, CheckpointError, r"lacks .*\.zeros"),
     ],
 )
-def test_a_contradicting_config_is_refused(folder, tmp_path, change, error, said):
+def test_a_contradictory_config_is_refused(folder, tmp_path, change, error, said):
     quantize_checkpoint(folder, tmp_path / "q", PRESETS["int4"])
     path = tmp_path / "q" / "config.json"
     config = json.loads(path.read_text())
@@ -195,7 +195,7 @@ def test_damage_to_a_quantised_checkpoint_is_named(folder, tmp_path):
         WeightSource(damaged).quantized(f"{stem}.weight")
 
 
-def test_rows_whose_codes_do_not_fill_the_last_byte_are_read_back(tmp_path):
+def test_rows_with_a_partly_used_last_byte_are_read_back(tmp_path):
     shapes = {"a.weight": (9, 37), "b.weight": (9, 33), "c.weight": (9, 36), "d.weight": (9, 40)}
     values = np.random.default_rng(3).standard_normal((9, 40)).astype(np.float32)
     path, out = tmp_path / "float", tmp_path / "q"
@@ -219,7 +219,7 @@ def test_rows_whose_codes_do_not_fill_the_last_byte_are_read_back(tmp_path):
         WeightSource(damaged)
 
 
-def test_a_calibrated_scale_of_inputs_is_a_part_of_its_matrix(folder, tmp_path):
+def test_a_calibrated_input_scale_is_stored_with_its_matrix(folder, tmp_path):
     quantize_checkpoint(folder, tmp_path / "q", PRESETS["int8"])
     with Checkpoint.open(tmp_path / "q") as stored:
         arrays = {n: (info.dtype, stored.read_raw(n)) for n, info in stored.tensors.items()}
@@ -274,7 +274,7 @@ def test_a_failure_leaves_nothing_behind(folder, tmp_path):
         quantize_checkpoint(folder, tmp_path / "q", PRESETS["int4"])
 
 
-def test_the_command_says_what_it_made(folder, tmp_path):
+def test_the_command_prints_what_it_wrote(folder, tmp_path):
     arguments = [str(folder), "-o", str(tmp_path / "q"), "--recipe", "int8", "--json"]
     result = CliRunner().invoke(quantize_command, arguments, catch_exceptions=False)
     assert result.exit_code == 0

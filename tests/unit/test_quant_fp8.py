@@ -24,7 +24,7 @@ def codes_of_torch(values, name):
 
 
 @BOTH
-def test_every_code_stands_for_the_number_that_torch_says(name):
+def test_every_code_has_the_value_of_torch(name):
     form = fp8.FORMS[name]
     codes = np.arange(256, dtype=np.uint8)
     expected = torch.from_numpy(codes).view(TORCH[name]).float().numpy()
@@ -44,7 +44,7 @@ def test_the_largest_and_smallest_are_those_of_the_specification():
 
 
 @BOTH
-def test_every_number_and_every_tie_between_two_is_rounded_as_torch_does(name):
+def test_every_number_and_every_tie_is_rounded_as_in_torch(name):
     form = fp8.FORMS[name]
     count = form.top + 1
     numbers = fp8.decode(np.arange(count, dtype=np.uint8), form)
@@ -61,7 +61,7 @@ def test_every_number_and_every_tie_between_two_is_rounded_as_torch_does(name):
 
 
 @BOTH
-def test_any_float_is_rounded_as_torch_does_and_saturates(name):
+def test_any_float_is_rounded_as_in_torch_and_saturates(name):
     form = fp8.FORMS[name]
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 1 << 32, 1_000_000, dtype=np.uint64).astype(np.uint32)
@@ -111,7 +111,7 @@ def test_rows_keep_every_value():
         assert tensor.nbytes == weight.size + 4 * tensor.scales.size
 
 
-def test_bfloat16_and_rows_that_lie_apart_are_read():
+def test_bfloat16_and_strided_rows_are_read():
     bf16 = (np.random.default_rng(3).standard_normal((9, 160)).astype(np.float32).view(np.uint32) >> 16).astype(
         np.uint16
     )
@@ -162,7 +162,7 @@ def test_names_are_read_back(scheme):
     assert scheme.bits_per_weight(2048) == 8 + 32 * scheme.groups(2048) / 2048
 
 
-def test_what_only_integers_have_is_refused():
+def test_options_of_integer_schemes_are_refused():
     tensor = quantize(np.ones((2, 64), np.float32), Fp8Scheme(32))
     with pytest.raises(TypeError, match="fp8-b32"):
         primitives.dequantize(tensor)

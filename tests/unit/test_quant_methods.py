@@ -50,7 +50,7 @@ def output_error(weight: np.ndarray, made: Calibrated, inputs: torch.Tensor) -> 
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_each_method_loses_less_than_rounding_and_what_it_says(inputs, weight, scheme):
+def test_each_method_beats_rounding_and_reports_its_error(inputs, weight, scheme):
     moments = moments_of(inputs)
     made = {m: calibrate(weight, parse_scheme(scheme), moments, method=m) for m in ("rtn", "search", "gptq", "auto")}
     for method, result in made.items():
@@ -64,7 +64,7 @@ def test_each_method_loses_less_than_rounding_and_what_it_says(inputs, weight, s
     assert np.array_equal(made["auto"].tensor.codes, made["gptq"].tensor.codes)
 
 
-def test_without_correlation_the_methods_agree_with_weighing(weight):
+def test_without_correlation_the_methods_equal_a_weighted_search(weight):
     """If H is diagonal there is no error to feed back, so GPTQ equals a search weighted by column."""
     moments = Moments(torch.diag(torch.linspace(1, 50, K)), 100_000)
     search, corrected = (calibrate(weight, parse_scheme("int4-g32-sym"), moments, method=m) for m in ("search", "gptq"))
@@ -73,7 +73,7 @@ def test_without_correlation_the_methods_agree_with_weighing(weight):
 
 
 @pytest.mark.parametrize("group", [32, 64, K])
-def test_the_factor_is_one_of_the_damped_moments_and_keeps_groups_together(inputs, group):
+def test_the_factor_is_that_of_the_damped_moments_with_groups_kept_together(inputs, group):
     moments = moments_of(inputs)
     factor = Factor(moments.hessian, group, 0.01)
     unit = factor.feedback + torch.eye(K)
@@ -86,7 +86,7 @@ def test_the_factor_is_one_of_the_damped_moments_and_keeps_groups_together(input
     assert sorted(factor.order.tolist()) == list(range(K))
 
 
-def test_the_first_pass_is_gptq_as_its_paper_has_it(inputs, weight):
+def test_the_first_pass_is_gptq_as_in_its_paper(inputs, weight):
     """Compared with the paper's form: Cholesky factor of the inverse, columns updated one by one, the same scales."""
     factor = moments_of(inputs).factor(K, 0.01)
     numbers = grid(parse_scheme("int4-row-sym"), K)
@@ -104,7 +104,7 @@ def test_the_first_pass_is_gptq_as_its_paper_has_it(inputs, weight):
     assert same > 0.999  # ties may be rounded differently in float32
 
 
-def test_sweeps_only_ever_lower_the_error(inputs, weight):
+def test_every_sweep_lowers_the_error(inputs, weight):
     moments = moments_of(inputs)
     factor = moments.factor(32, 0.01)
     numbers = grid(parse_scheme("int4-g32-sym"), K)
@@ -122,7 +122,7 @@ def test_sweeps_only_ever_lower_the_error(inputs, weight):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("rows", [1, 31, 40, 300])
-def test_the_compiled_loops_compute_what_torch_does(scheme, rows, monkeypatch):
+def test_the_compiled_loops_agree_with_torch(scheme, rows, monkeypatch):
     if native.library() is None:
         assert not os.environ.get("CI"), "the compiled quantiser is missing: CI must test it"
         pytest.skip("this installation has no compiled quantiser")
@@ -174,7 +174,7 @@ def test_without_inputs_weights_are_rounded_to_nearest(weight):
     assert calibrate(weight, parse_scheme("int4-g32-sym"), Moments.zeros(K)).method == "rtn"
 
 
-def test_many_rows_are_worked_on_in_parts(inputs, monkeypatch):
+def test_many_rows_are_processed_in_parts(inputs, monkeypatch):
     matrix = (0.05 * np.random.default_rng(4).standard_normal((70, K))).astype(np.float32)
     moments = moments_of(inputs)
     whole = calibrate(matrix, parse_scheme("int4-g32-asym"), moments, method="gptq").tensor
@@ -185,7 +185,7 @@ def test_many_rows_are_worked_on_in_parts(inputs, monkeypatch):
 
 
 @pytest.mark.parametrize("scheme", ["int4-g32-sym", "int3-g16-asym", "int4-row-asym", "fp8-b32"])
-def test_rows_of_any_width_gain_as_others_do(scheme):
+def test_rows_of_any_width_gain_equally(scheme):
     torch.manual_seed(5)
     inputs = torch.randn(300, 75) @ torch.randn(75, 75)
     weight = torch.randn(12, 75).numpy()
@@ -213,7 +213,7 @@ def test_wrong_use_is_refused(weight):
         calibrate(weight, parse_scheme("int4-g32-sym"), broken, name="a.weight")
 
 
-def test_drift_is_undone_as_far_as_a_matrix_can(inputs):
+def test_drift_is_corrected_as_far_as_a_matrix_can(inputs):
     """W' is the minimum, compared with least squares on the inputs themselves."""
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(N, K, generator=generator)

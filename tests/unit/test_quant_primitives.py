@@ -37,7 +37,7 @@ def group_errors(weight, values, scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_dequantised_values_follow_the_formula(scheme, shape):
+def test_dequantised_values_follow_the_formula_exactly(scheme, shape):
     weight = weights(shape)
     tensor = primitives.quantize(weight, scheme)
     rows, columns = shape
@@ -86,12 +86,12 @@ def test_packing_round_trips(bits, columns):
     assert np.array_equal(primitives.unpack(packed, bits), codes)
 
 
-def test_the_even_value_lies_in_the_low_nibble():
+def test_the_even_value_is_in_the_low_nibble():
     assert primitives.pack(np.array([[0x1, 0xF, 0x3, 0x8]], np.uint8), 4).tolist() == [[0xF1, 0x83]]
 
 
 @pytest.mark.parametrize(("bits", "codes_of_word"), [(3, 8), (5, 8), (6, 4)])
-def test_codes_of_odd_widths_fill_whole_bytes_from_the_lowest_bit_up(bits, codes_of_word):
+def test_codes_of_odd_widths_fill_bytes_from_the_lowest_bit(bits, codes_of_word):
     most = (1 << bits) - 1
     codes = np.array([range(1, codes_of_word + 1), [0] * (codes_of_word - 1) + [most]], np.uint8) & most
     packed = primitives.pack(codes, bits)
@@ -100,7 +100,7 @@ def test_codes_of_odd_widths_fill_whole_bytes_from_the_lowest_bit_up(bits, codes
     assert [int.from_bytes(row.tobytes(), "little") for row in packed] == numbers
 
 
-def test_bfloat16_weights_give_what_their_float32_values_give():
+def test_bfloat16_weights_are_quantised_like_their_float32_values():
     bf16 = (weights((6, 128)).view(np.uint32) >> 16).astype(np.uint16)
     short, wide = (primitives.quantize(w, Scheme(4, 32)) for w in (bf16, primitives.as_float32(bf16)))
     assert np.array_equal(short.codes, wide.codes)
@@ -141,7 +141,7 @@ def test_a_weight_that_is_not_finite_is_named(quantize, value, said):
 
 @pytest.mark.parametrize("quantize", [primitives.quantize, native.quantize])
 @pytest.mark.parametrize("bits", [3, 4, 5, 6, 8])
-def test_a_scale_past_float16_is_refused_and_the_last_one_before_is_not(quantize, bits):
+def test_scales_beyond_float16_are_refused(quantize, bits):
     weight = weights((2, 64))
     limit = 65504 * (2 ** (bits - 1) - 1)
     weight[1, 7] = -limit
@@ -281,7 +281,7 @@ def test_the_kernel_gives_the_same_bytes_as_numpy(scheme, kind):
 
 
 @needs_kernel
-def test_the_kernel_reads_rows_that_lie_apart():
+def test_the_kernel_reads_strided_rows():
     wide = weights((9, 160))
     for view in (
         wide[:, :128],
@@ -296,7 +296,7 @@ def test_the_kernel_reads_rows_that_lie_apart():
 
 
 @needs_kernel
-def test_no_library_means_numpy(monkeypatch):
+def test_without_the_library_numpy_is_used(monkeypatch):
     weight = weights((4, 64))
     compiled = native.quantize(weight, Scheme(4, 32))
     monkeypatch.setenv(native.LIBRARY_VARIABLE, "")
@@ -311,7 +311,7 @@ def test_no_library_means_numpy(monkeypatch):
     assert np.array_equal(plain.codes, compiled.codes)
 
 
-def test_no_rows_are_fine():
+def test_zero_rows_are_allowed():
     for quantize, dequantize in ((primitives.quantize, primitives.dequantize), (native.quantize, native.dequantize)):
         for bits in (3, 4, 8):
             assert dequantize(quantize(np.zeros((0, 64), np.float32), Scheme(bits, 32))).shape == (0, 64)

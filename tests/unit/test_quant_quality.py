@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "performance" / "quality.md"
 
 
 @pytest.mark.parametrize("row", QUALITY, ids=lambda row: row.scheme)
-def test_quality_is_as_the_table_says(row):
+def test_the_table_of_quality_is_correct(row):
     found = measure(parse_scheme(row.scheme))
     # The numbers are for one seed; 0.02 dB allows for changes of numpy's random numbers and rounding.
     assert found.normal == pytest.approx(row.normal, abs=0.02)

@@ -31,7 +31,7 @@ def heavy(rows: int, columns: int = 64) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(2).standard_t(3, (rows, columns)).astype(np.float32))
 
 
-def test_parts_count_as_the_whole():
+def test_ranges_of_parts_equal_the_range_of_the_whole():
     x = heavy(500)
     whole, parts = InputRange(64), InputRange(64)
     whole.add(x)
@@ -51,7 +51,7 @@ def test_parts_count_as_the_whole():
     assert torch.equal(merged.absmax, whole.absmax)
 
 
-def test_quantiles_are_those_of_the_values_to_a_bin():
+def test_quantiles_are_accurate_to_a_bin():
     x = heavy(2000)
     found = InputRange(64)
     found.add(x)
@@ -60,7 +60,7 @@ def test_quantiles_are_those_of_the_values_to_a_bin():
 
 
 @pytest.mark.parametrize("kind", STATIC)
-def test_the_scale_of_least_squares_is_about_the_best_of_all(kind):
+def test_the_static_scale_is_near_the_optimum(kind):
     x = heavy(2000)
     found = InputRange(64)
     found.add(x)
@@ -77,7 +77,7 @@ def test_the_scale_of_least_squares_is_about_the_best_of_all(kind):
         assert error(found.scale(kind, "mse")) < 0.7 * error(full)
 
 
-def test_nothing_but_zeros_has_a_scale_and_what_is_not_finite_has_not():
+def test_zeros_have_a_scale_and_infinite_values_are_refused():
     found = InputRange(8)
     found.add(torch.zeros(4, 8))
     assert found.scale("int8-static", "mse") == 1.0
@@ -100,7 +100,7 @@ class Keep(Hooks):
 
 
 @FAMILIES
-def test_ranges_of_a_model_are_those_of_what_its_matrices_multiply(family, tmp_path):
+def test_ranges_of_a_model_are_those_of_its_matmul_inputs(family, tmp_path):
     checkpoint = write_small(tmp_path / "c", family)
     ids = tokens()
     found = record_ranges(checkpoint.decoder, checkpoint, ids)
@@ -125,7 +125,7 @@ def test_ranges_of_a_model_are_those_of_what_its_matrices_multiply(family, tmp_p
     assert torch.allclose(scales.values * 127, found.values[1].amax(-1))
 
 
-def test_experts_share_the_scale_of_what_they_are_given_and_rare_ones_borrow(tmp_path):
+def test_experts_share_the_scale_of_their_inputs_and_rare_ones_borrow(tmp_path):
     checkpoint = write_small(tmp_path / "c", "olmoe")
     source = WeightSource(checkpoint, recipe("olmoe", "int8-static"))
     found = record_ranges(checkpoint.decoder, checkpoint, tokens())
@@ -148,7 +148,7 @@ def test_experts_share_the_scale_of_what_they_are_given_and_rare_ones_borrow(tmp
 
 
 @FAMILIES
-def test_calibrated_scales_come_near_those_of_each_token(family, tmp_path):
+def test_calibrated_scales_are_nearly_as_good_as_per_token_scales(family, tmp_path):
     checkpoint = write_small(tmp_path / "c", family)
     source = WeightSource(checkpoint, recipe(family, "int8-static"))
     ids = torch.from_numpy(tokens(seed=1))

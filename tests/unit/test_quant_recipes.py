@@ -37,7 +37,7 @@ ROUTER = "model.layers.3.mlp.gate.weight"
         ("none", EXPERT, (2048, 1024), None),
     ],
 )
-def test_presets_give_each_kind_of_tensor_its_scheme(preset, tensor, shape, scheme):
+def test_presets_select_the_scheme_of_each_kind_of_tensor(preset, tensor, shape, scheme):
     models = [decoder_of(config) for config in PUBLISHED.values()]
     model = next((model for model in models if tensor in model.matrices), models[0])
     found = PRESETS[preset].for_model(model).scheme_for(tensor, shape)
@@ -45,7 +45,7 @@ def test_presets_give_each_kind_of_tensor_its_scheme(preset, tensor, shape, sche
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_written_with_patterns_is_the_preset(preset):
+def test_a_preset_written_with_patterns_equals_the_preset(preset):
     """Older bundles and checkpoints have recipes with patterns instead of roles."""
     patterns = {"router": "*.mlp.gate.weight", "embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}
     former = PRESETS[preset].to_toml()
@@ -65,7 +65,7 @@ def test_a_rule_has_a_known_role_or_a_pattern(rule, said):
         Recipe.from_toml(f'name = "r"\ndefault = "float"\n[[rule]]\n{rule}\nscheme = "float"\n')
 
 
-def test_a_rule_for_a_role_that_a_model_does_not_have_is_fine():
+def test_a_rule_for_a_role_that_a_model_lacks_is_allowed():
     """A recipe with a rule for routers or for an untied head can be used for dense and tied models."""
     fox = decoder_of(PUBLISHED["fox-1-1.6b"])
     recipe = Recipe("r", Scheme(4, 32), (of_role("router", None), of_role("head", Scheme(8, 128)))).for_model(fox)
@@ -112,7 +112,7 @@ def test_toml_round_trips(recipe, tmp_path):
     assert Recipe.load(tmp_path / "r.toml") == recipe
 
 
-def test_a_file_without_a_name_is_called_after_the_file(tmp_path):
+def test_a_recipe_without_a_name_is_named_after_its_file(tmp_path):
     (tmp_path / "mine.toml").write_text('default = "int8-row-sym"\n')
     assert Recipe.load(str(tmp_path / "mine.toml")) == Recipe("mine", Scheme(8, None))
 
@@ -139,7 +139,7 @@ def test_a_file_without_a_name_is_called_after_the_file(tmp_path):
         (b"\xff\xfe", "not valid TOML"),
     ],
 )
-def test_what_a_recipe_cannot_mean_is_refused_with_its_place(tmp_path, text, said):
+def test_invalid_recipes_are_refused_with_the_place(tmp_path, text, said):
     path = tmp_path / "r.toml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(RecipeError, match=said) as error:

@@ -37,7 +37,7 @@ def all_folds(checkpoint: Checkpoint):
 
 @FAMILIES
 @pytest.mark.parametrize("powers_of_two", [False, True])
-def test_every_fold_keeps_the_function(family, powers_of_two, tmp_path):
+def test_every_fold_preserves_the_function(family, powers_of_two, tmp_path):
     checkpoint = write_small(tmp_path / "c", family)
     generator = torch.Generator().manual_seed(0)
     scaling: dict[str, Scaling] = {}
@@ -65,7 +65,7 @@ def test_every_fold_keeps_the_function(family, powers_of_two, tmp_path):
         assert {view.tensors[name].dtype for name in scaling} == {"F32"}
 
 
-def test_values_that_are_clamped_are_left_alone(tmp_path):
+def test_clamped_values_are_not_smoothed(tmp_path):
     checkpoint = write_small(tmp_path / "c", "olmoe", clip_qkv=0.5, num_hidden_layers=1)
     folds = layer_folds(checkpoint.decoder, 0)
     assert not any("v_proj" in fold.producer for fold in folds)
@@ -113,7 +113,7 @@ def test_weights_with_large_inputs_lose_less(family, tmp_path):
 
 
 @FAMILIES
-def test_it_is_written_and_read_as_any_checkpoint(family, tmp_path):
+def test_a_smoothed_checkpoint_is_written_and_read(family, tmp_path):
     checkpoint = write_small(tmp_path / "c", family)
     (tmp_path / "c" / "tokenizer.json").write_text("{}")
     view = smooth(checkpoint, tokens(), recipe(family), threads=1)
@@ -139,7 +139,7 @@ def test_it_is_written_and_read_as_any_checkpoint(family, tmp_path):
     assert np.array_equal(found.scales, expected.scales)
 
 
-def test_what_cannot_be_smoothed_is_refused(tmp_path):
+def test_unsupported_smoothing_is_refused(tmp_path):
     checkpoint = write_small(tmp_path / "c", "fox")
     with pytest.raises(RecipeError, match="activations or weights, not 'both'"):
         smooth(checkpoint, tokens(), recipe("fox"), "both")
@@ -148,7 +148,7 @@ def test_what_cannot_be_smoothed_is_refused(tmp_path):
         smooth(Checkpoint.open(tmp_path / "q"), tokens(), recipe("fox"))
 
 
-def test_one_half_is_measured_and_rows_of_the_other_are_kept():
+def test_half_of_the_rows_is_measured_and_the_other_half_kept():
     x = torch.arange(40.0)[:, None].expand(-1, 3)
     seen = Seen(3, limit=6)
     for part in x.split(10):

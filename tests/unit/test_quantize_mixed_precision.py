@@ -71,9 +71,7 @@ def never(*arguments: Any, **options: Any) -> None:
     raise AssertionError("measured")
 
 
-def test_quantize_rounds_with_the_recipe_that_it_chose_and_leaves_it_to_be_read(
-    checkpoint: Path, builtin: None, tmp_path: Path
-) -> None:
+def test_quantize_uses_the_chosen_recipe_and_writes_it(checkpoint: Path, builtin: None, tmp_path: Path) -> None:
     out = tmp_path / "q"
     done = run("quantize", checkpoint, "-o", out, "--bits", "5", "--json")
     assert done.exit_code == 0, done.output
@@ -97,9 +95,7 @@ def test_quantize_rounds_with_the_recipe_that_it_chose_and_leaves_it_to_be_read(
     assert not (tmp_path / "again" / "recipe.toml").exists()
 
 
-def test_a_calibration_goes_on_with_it_and_measures_with_the_same_text(
-    checkpoint: Path, text: Path, tmp_path: Path
-) -> None:
+def test_calibration_uses_the_chosen_recipe_and_the_same_text(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "q"
     done = run("quantize", checkpoint, "-o", out, "--bits", "5", "--calibration", text, *CALIBRATED, "--json")
     assert done.exit_code == 0, done.output
@@ -119,7 +115,7 @@ def test_a_calibration_goes_on_with_it_and_measures_with_the_same_text(
 
 
 @needs_native
-def test_export_keeps_within_the_bytes(checkpoint: Path, builtin: None, tmp_path: Path) -> None:
+def test_export_keeps_within_the_given_size(checkpoint: Path, builtin: None, tmp_path: Path) -> None:
     out = tmp_path / "b"
     base = ["export", checkpoint, "-o", out, "--greedy-tokens", "1", "--threads", "1"]
     done = run(*base, "--max-size", "200 KiB")
@@ -134,7 +130,7 @@ def test_export_keeps_within_the_bytes(checkpoint: Path, builtin: None, tmp_path
 
 
 @pytest.mark.parametrize("verb", ["quantize", "export"])
-def test_what_makes_no_sense_is_refused_before_anything_is_measured(
+def test_invalid_combinations_are_refused_before_any_work(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     (tmp_path / "there").mkdir()
@@ -163,7 +159,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_measured(
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
-def test_a_quantised_checkpoint_has_no_bits_to_choose(checkpoint: Path, tmp_path: Path) -> None:
+def test_bits_cannot_be_chosen_for_a_quantised_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     assert run("quantize", checkpoint, "-o", tmp_path / "q").exit_code == 0
     done = run("export", tmp_path / "q", "-o", tmp_path / "b", "--bits", "5", *_native("export"))
     assert done.exit_code == 1

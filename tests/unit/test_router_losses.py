@@ -30,7 +30,7 @@ def test_training_losses_equal_transformers_and_the_formula(seed: int) -> None:
     assert torch.isclose(router_z_loss(logits).double(), z, rtol=1e-5)
 
 
-def test_load_balancing_tells_balanced_from_collapsed_and_sees_each_layer() -> None:
+def test_load_balancing_detects_collapse_in_each_layer() -> None:
     balanced = torch.eye(4).repeat(8, 1) * 20
     collapsed = [torch.eye(4)[[e]].repeat(32, 1) * 20 for e in range(4)]
     assert load_balancing_loss([balanced], 1).item() == pytest.approx(1, abs=1e-3)

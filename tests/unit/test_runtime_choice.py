@@ -59,14 +59,14 @@ def compatibility_modules(monkeypatch: pytest.MonkeyPatch) -> None:
         ([entry("a", compatible=False), entry("b", by_name=True)], "a"),
     ],
 )
-def test_the_first_that_is_there_and_compatible_is_taken(
+def test_the_first_installed_compatible_runtime_is_used(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, entries: list[RuntimeEntry], chosen: str
 ) -> None:
     monkeypatch.setattr(registry, "_ENTRIES", tuple(entries))
     assert _choose(bundle, None).name == chosen
 
 
-def test_is_one_that_is_never_taken_unasked_taken_by_its_name(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_a_runtime_that_is_never_the_default_used_by_name(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_ENTRIES", (entry("a"), entry("b", by_name=True), entry("c", compatible=False)))
     assert [_choose(bundle, name).name for name in ("a", "b", "c")] == ["a", "b", "c"]
     monkeypatch.setattr(registry, "_ENTRIES", (entry("b", by_name=True),))
@@ -74,9 +74,7 @@ def test_is_one_that_is_never_taken_unasked_taken_by_its_name(bundle: Bundle, mo
         _choose(bundle, None)
 
 
-def test_where_none_is_installed_every_way_to_install_one_is_named(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_runtime_every_way_to_install_one_is_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = (entry("a", requires=MISSING), entry("b", requires=MISSING), entry("c", requires=MISSING, by_name=True))
     monkeypatch.setattr(registry, "_ENTRIES", missing)
     with pytest.raises(RuntimeUnavailableError) as caught:
@@ -84,5 +82,5 @@ def test_where_none_is_installed_every_way_to_install_one_is_named(
     assert str(caught.value).endswith(f": {install_hint('cpu')} (for a) or {install_hint('cpu')} (for b)")
 
 
-def test_are_the_emulated_kernels_never_taken_unasked() -> None:
+def test_are_the_emulated_kernels_never_the_default() -> None:
     assert [one.name for one in registry.runtimes() if one.only_by_name] == ["cuda-emulated"]

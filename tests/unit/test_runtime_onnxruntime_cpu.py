@@ -74,7 +74,7 @@ def test_decode_after_prefill_equals_one_pass(bundle: Bundle, expected: NDArray[
 
 
 @pytest.mark.parametrize("chunk", [5, 64])
-def test_logits_all_gives_every_position_in_order(bundle: Bundle, expected: NDArray[np.float32], chunk: int) -> None:
+def test_logits_all_returns_every_position_in_order(bundle: Bundle, expected: NDArray[np.float32], chunk: int) -> None:
     with opened(bundle, chunk=chunk) as runtime:
         runtime.prefill(IDS[:3])
         blocks = [block.copy() for block in runtime.logits_all(IDS[3:])]
@@ -85,7 +85,7 @@ def test_logits_all_gives_every_position_in_order(bundle: Bundle, expected: NDAr
         np.testing.assert_allclose(runtime.decode(IDS[9]), expected[9], atol=TOLERANCE)
 
 
-def test_the_base_class_gives_every_position_too(bundle: Bundle, expected: NDArray[np.float32]) -> None:
+def test_the_base_class_returns_every_position(bundle: Bundle, expected: NDArray[np.float32]) -> None:
     with opened(bundle) as runtime:
         blocks = [block.copy() for block in Runtime.logits_all(runtime, IDS)]
         np.testing.assert_allclose(np.concatenate(blocks), expected, atol=TOLERANCE)
@@ -119,7 +119,7 @@ def test_the_cache_is_written_in_place(bundle: Bundle) -> None:
             assert not new[:, :, 6:].any()
 
 
-def test_a_full_context_is_refused_before_anything_is_appended(bundle: Bundle) -> None:
+def test_exceeding_the_context_is_refused_before_the_cache_changes(bundle: Bundle) -> None:
     with opened(bundle, context_length=16) as runtime:
         runtime.prefill(IDS[:10])
         with pytest.raises(ContextLengthError, match=r"7 tokens do not fit: .* holds 16, 10 are taken, so 6 fit.*64"):
@@ -133,7 +133,7 @@ def test_a_full_context_is_refused_before_anything_is_appended(bundle: Bundle) -
 
 
 @pytest.mark.parametrize("length", [0, -3, 65])
-def test_a_context_the_model_lacks_is_refused(bundle: Bundle, length: int) -> None:
+def test_an_unsupported_context_length_is_refused(bundle: Bundle, length: int) -> None:
     with pytest.raises(ContextLengthError, match=rf"context_length {length} .* 1 to 64"):
         opened(bundle, context_length=length)
 
@@ -196,7 +196,7 @@ def test_a_damaged_graph_says_how_to_check_it(tmp_path: Path) -> None:
         open_runtime(Bundle.open(path))
 
 
-def test_a_graph_without_the_agreed_inputs_is_refused(tmp_path: Path) -> None:
+def test_a_graph_without_the_expected_inputs_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "b"
     write_tiny_bundle(path, Shape(layers=1))
     model = onnx.load(path / "model.onnx")
@@ -225,7 +225,7 @@ def test_the_trace_holds_logits_and_hidden_states(bundle: Bundle, expected: NDAr
         runtime.trace([1])
 
 
-def test_every_runtime_listed_says_how_to_install_it() -> None:
+def test_every_listed_runtime_says_how_to_install_it() -> None:
     names = [entry.name for entry in runtimes()]
     assert names == ["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "cuda-kernels", "cuda-emulated"]
     assert all(entry.install and entry.targets and entry.available for entry in runtimes())
@@ -250,7 +250,7 @@ def test_ctrl_c_during_a_long_prefill_leaves_the_runtime_usable(tmp_path: Path) 
         assert interrupted_after < whole
 
 
-def test_an_interruption_cancels_native_work_and_waits_for_it() -> None:
+def test_an_interrupt_cancels_native_work_and_waits_for_it() -> None:
     cancelled, finished = threading.Event(), threading.Event()
 
     def work() -> None:
@@ -264,7 +264,7 @@ def test_an_interruption_cancels_native_work_and_waits_for_it() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no POSIX signals")
-def test_a_second_interruption_waits_for_the_work_too() -> None:
+def test_a_second_interrupt_also_waits_for_the_work() -> None:
     taken, finished = threading.Semaphore(0), threading.Event()
 
     def interrupt(*_: object) -> None:
@@ -289,7 +289,7 @@ def test_a_second_interruption_waits_for_the_work_too() -> None:
 
 
 @pytest.mark.parametrize("in_main_thread", [True, False])
-def test_uninterrupted_work_gives_its_result_or_its_error(in_main_thread: bool) -> None:
+def test_uninterrupted_work_returns_its_result_or_raises_its_error(in_main_thread: bool) -> None:
     def fail() -> None:
         raise BundleError("broken")
 
@@ -323,7 +323,7 @@ def test_a_failure_while_running_is_explained(tmp_path: Path) -> None:
             runtime.prefill([1] * 16)
 
 
-def test_texts_traced_together_give_what_they_give_alone(bundle):
+def test_texts_traced_together_give_the_same_as_alone(bundle):
     texts = [IDS[:9], IDS[:4], IDS[2:7]]
     with PortableTracing(bundle, threads=1) as runtime:
         together = runtime.trace_all(texts)
@@ -357,7 +357,7 @@ def test_a_bundle_that_needs_a_newer_onnxruntime_says_why(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("here", "old"), [("1.9.2", True), ("1.31.0", True), ("1.31.1", False), ("1.100.0", False)])
-def test_an_old_onnxruntime_is_refused_where_the_bundle_says_nothing(
+def test_an_old_onnxruntime_is_refused_without_a_requirement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: str, old: bool
 ) -> None:
     """Native bundles and older ones have no requirement. Versions are compared as numbers, not as strings."""
@@ -380,12 +380,12 @@ def test_an_old_onnxruntime_is_refused_where_the_bundle_says_nothing(
                 load(bundle)
 
 
-def test_a_needed_version_that_is_none_is_a_damaged_manifest(tmp_path: Path) -> None:
+def test_an_invalid_required_version_is_a_damaged_manifest(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"requires onnxruntime of a version that is none: .*newest"):
         requiring(write_tiny_bundle(tmp_path / "b"), "newest")
 
 
-def test_does_the_largest_of_several_needs_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_does_the_highest_required_version_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = write_tiny_bundle(tmp_path / "b")
     manifest = json.loads(bundle.file("manifest.json").read_text(encoding="utf-8"))
     needs = [("onnxruntime", "1.9", "old"), ("onnxruntime", "1.25.1", "wings"), ("another", "99.0", "no")]
@@ -431,7 +431,7 @@ def test_is_a_manifest_that_contradicts_its_graph_refused(
             use(Bundle.open(bundle.path))
 
 
-def test_is_the_environment_as_it_was_once_a_debug_graph_is_loaded(
+def test_is_the_environment_restored_after_loading_a_debug_graph(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The setting that makes the debug graph's experts exact would slow down all other sessions."""

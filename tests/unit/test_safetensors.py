@@ -64,7 +64,7 @@ def entry(shape: list[Any], begin: int, end: int, dtype: Any = "U8") -> dict[str
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-def test_every_dtype_reads_as_the_reference_wrote_it(tmp_path: Path) -> None:
+def test_every_dtype_is_read_as_written_by_safetensors(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: (torch.randn(5, 3, generator=generator) * 50).abs().to(dtype) for name, dtype in TORCH_DTYPES.items()
@@ -89,7 +89,7 @@ def test_upcasting_floats_is_exact_whole_and_by_rows(tmp_path: Path) -> None:
             np.testing.assert_array_equal(file.read_raw("half", rows), tensors["half"].numpy()[rows], strict=True)
 
 
-def test_tensors_larger_than_one_read_are_whole(tmp_path: Path) -> None:
+def test_tensors_larger_than_one_read_are_complete(tmp_path: Path) -> None:
     values = torch.randn(700, 1021, generator=torch.Generator().manual_seed(3)).bfloat16()
     safetensors.torch.save_file({"x": values}, tmp_path / "f.safetensors")
     with SafetensorsFile(tmp_path / "f.safetensors") as file:
@@ -109,7 +109,7 @@ def test_is_the_first_value_that_is_not_finite_found_in_any_block(place: int) ->
     assert first_not_finite(values, "F32") == place
 
 
-def test_rows_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+def test_invalid_rows_are_refused(tmp_path: Path) -> None:
     a_file(tmp_path / "f.safetensors")
     with SafetensorsFile(tmp_path / "f.safetensors") as file:
         with pytest.raises(ValueError, match="step 1"):
@@ -141,7 +141,7 @@ def test_threads_may_read_at_once(tmp_path: Path) -> None:
     assert not wrong
 
 
-def test_the_reference_reads_what_is_written(tmp_path: Path) -> None:
+def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
     tensors = a_file(tmp_path / "reference.safetensors")
     with SafetensorsFile(tmp_path / "reference.safetensors") as source:
         specs = {name: TensorSpec(info.dtype, info.shape) for name, info in source.tensors.items()}
@@ -185,7 +185,7 @@ def test_the_writer_refuses_wrong_and_incomplete_tensors(tmp_path: Path) -> None
         writer.close()
 
 
-def test_rounding_to_bf16_is_torchs() -> None:
+def test_rounding_to_bf16_equals_torch() -> None:
     bits = np.random.default_rng(0).integers(0, 1 << 32, 200_000, dtype=np.uint32)
     special = np.array([0, -0.0, np.inf, -np.inf, np.nan, 3.4e38, 1e-45, 1.00390625, 1.01171875], np.float32)
     values = np.concatenate([bits.view(np.float32), special])
@@ -251,7 +251,7 @@ def test_inconsistent_headers_are_refused_by_name(tmp_path: Path, header: Any, d
         (b"\x80\x02}q\x00(X\x06\x00\x00\x00weight", "claims a header"),
     ],
 )
-def test_files_that_are_no_safetensors_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_files_that_are_not_safetensors_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
@@ -262,7 +262,7 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path: Path, content: byte
         SafetensorsFile(tmp_path / "absent")
 
 
-def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
+def test_a_file_truncated_anywhere_is_refused(tmp_path: Path) -> None:
     a_file(tmp_path / "f.safetensors")
     whole = (tmp_path / "f.safetensors").read_bytes()
     for size in range(0, len(whole), 7):
@@ -271,7 +271,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
             SafetensorsFile(tmp_path / "cut.safetensors")
 
 
-def test_a_file_cut_while_it_is_open_is_noticed(tmp_path: Path) -> None:
+def test_a_file_truncated_while_open_is_detected(tmp_path: Path) -> None:
     a_file(tmp_path / "f.safetensors")
     with SafetensorsFile(tmp_path / "f.safetensors") as file:
         with (tmp_path / "f.safetensors").open("r+b") as stream:
@@ -309,7 +309,7 @@ def mutate(content: bytes, chooser: random.Random) -> bytes:
     return bytes(head) + data
 
 
-def test_random_damage_ends_in_an_error_of_ours_or_a_readable_file(tmp_path: Path) -> None:
+def test_random_damage_gives_an_edgelm_error_or_a_readable_file(tmp_path: Path) -> None:
     a_file(tmp_path / "f.safetensors")
     whole = (tmp_path / "f.safetensors").read_bytes()
     chooser = random.Random(0)
@@ -327,7 +327,7 @@ def test_random_damage_ends_in_an_error_of_ours_or_a_readable_file(tmp_path: Pat
     assert 400 < refused <= 600
 
 
-def test_systems_without_pread_read_and_write_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_and_writing_work_without_pread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = a_file(tmp_path / "f.safetensors")
     for name in ("preadv", "pwrite"):
         monkeypatch.delattr(os, name)

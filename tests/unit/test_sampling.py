@@ -44,7 +44,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("size", [5, 97, 5000, 100_000])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_distribution_is_that_of_transformers(size: int, options: Sampling) -> None:
+def test_the_distribution_equals_that_of_transformers(size: int, options: Sampling) -> None:
     torch = pytest.importorskip("torch")
     warpers = pytest.importorskip("transformers.generation.logits_process")
     logits = random_logits(size, seed=size)
@@ -62,7 +62,7 @@ def test_the_distribution_is_that_of_transformers(size: int, options: Sampling) 
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.2, 3.0])
-def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
+def test_the_repetition_penalty_equals_that_of_transformers(penalty: float) -> None:
     torch = pytest.importorskip("torch")
     process = pytest.importorskip("transformers.generation.logits_process").RepetitionPenaltyLogitsProcessor(penalty)
     logits = random_logits(97, seed=3)
@@ -77,7 +77,7 @@ def test_the_repetition_penalty_lowers_logits_of_either_sign() -> None:
     np.testing.assert_array_equal(penalise(logits, np.array([0, 1]), 2.0), [1, -4, 3, -3])
 
 
-def test_tokens_that_tie_with_the_kth_stay() -> None:
+def test_tokens_that_tie_with_the_kth_are_kept() -> None:
     logits = np.array([1, 3, 3, 3, 0], np.float32)
     np.testing.assert_allclose(distribution(logits, Sampling(1.0, top_k=2)), [0, 1 / 3, 1 / 3, 1 / 3, 0])
 
@@ -89,7 +89,7 @@ def test_top_p_keeps_the_token_that_crosses_the_threshold() -> None:
 
 
 @pytest.mark.parametrize("top_p", [0.5, 0.99, 0.9999])
-def test_a_nucleus_larger_than_the_first_guess_is_whole(top_p: float) -> None:
+def test_top_p_is_right_beyond_the_first_number_of_candidates(top_p: float) -> None:
     logits = random_logits(60_000, seed=1, scale=0.1)
     probabilities = np.exp(logits.astype(np.float64))
     probabilities = np.sort(probabilities / probabilities.sum())[::-1]

@@ -16,7 +16,7 @@ def test_decimal_and_binary_units_are_read(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "1e3", "nan", "4 GiBs", "1" * 16])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_invalid_sizes_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"is not a size: write for example 4GB, 1\.5GiB or 800MB"):
         parse_size(text)
 

@@ -20,7 +20,7 @@ def with_files(folder: Path, **files: dict[str, Any]) -> Tokenizer:
     return Tokenizer.from_folder(folder)
 
 
-def test_olmoe_0125_ends_with_the_id_whatever_it_is_called(tmp_path: Path) -> None:
+def test_the_end_token_of_olmoe_0125_is_found_by_its_id(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(olmoe(tmp_path / "o", 50280))
     assert tokenizer.token(50279) == "|||IP_ADDRESS|||"
     assert tokenizer.encode("<|endoftext|>") == [0]
@@ -32,7 +32,7 @@ def test_olmoe_0125_ends_with_the_id_whatever_it_is_called(tmp_path: Path) -> No
     assert tokenizer.decode([50279]) == ""
 
 
-def test_a_bos_of_the_configs_that_is_called_like_the_end_counts_against_the_tokenizers(tmp_path: Path) -> None:
+def test_a_bos_id_named_endoftext_overrides_the_tokenizer(tmp_path: Path) -> None:
     """In families with one token for bos and eos it is `<|endoftext|>`, so that name does not exclude a bos."""
     folder = olmoe(tmp_path / "o", 50280, renamed_eos=False)
     put(folder, "tokenizer_config.json", {"bos_token": Tokenizer.from_folder(folder).token(5)})
@@ -44,7 +44,7 @@ def test_a_bos_of_the_configs_that_is_called_like_the_end_counts_against_the_tok
 
 
 @pytest.mark.parametrize("value", [0, [0]])
-def test_an_end_token_of_the_id_0_is_one(tmp_path: Path, value: object) -> None:
+def test_an_end_token_may_have_the_id_0(tmp_path: Path, value: object) -> None:
     folder = olmoe(tmp_path / "o", 50280, renamed_eos=False)
     for name in ("generation_config.json", "config.json"):
         put(folder, name, {"eos_token_id": value, "bos_token_id": 0, "pad_token_id": 0})
@@ -55,7 +55,7 @@ def test_an_end_token_of_the_id_0_is_one(tmp_path: Path, value: object) -> None:
     assert Tokenizer.from_folder(folder).eos_ids == (0,)
 
 
-def test_an_end_token_by_its_id_alone_is_no_text(tmp_path: Path) -> None:
+def test_an_end_token_by_id_is_not_decoded(tmp_path: Path) -> None:
     folder = olmoe(tmp_path / "o", 50280, renamed_eos=False)
     assert Tokenizer.from_folder(folder).decode([300]) != ""
     put(folder, "generation_config.json", {"eos_token_id": [300, 50279]})
@@ -64,7 +64,7 @@ def test_an_end_token_by_its_id_alone_is_no_text(tmp_path: Path) -> None:
     assert tokenizer.decode([300]) == ""
 
 
-def test_olmoe_0924_has_nothing_to_note(tmp_path: Path) -> None:
+def test_olmoe_0924_has_no_notes(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(olmoe(tmp_path / "o", 50280, renamed_eos=False))
     assert tokenizer.token(50279) == "<|endoftext|>"
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (50279, (50279,), 1)
@@ -79,14 +79,14 @@ def test_olmoe_0924_has_nothing_to_note(tmp_path: Path) -> None:
         {"bos_token": {"content": "|||IP_ADDRESS|||"}, "eos_token": {"content": "|||IP_ADDRESS|||"}},
     ],
 )
-def test_olmoe_0125_begins_with_its_end_however_that_is_said(tmp_path: Path, declared: dict[str, Any]) -> None:
+def test_in_olmoe_0125_bos_is_eos_however_declared(tmp_path: Path, declared: dict[str, Any]) -> None:
     tokenizer = with_files(olmoe(tmp_path / "o"), tokenizer_config=declared)
     assert tokenizer.eos_ids == (2999,)
     assert tokenizer.bos_id == 2999
     assert tokenizer.notes
 
 
-def test_fox_goes_by_the_names_because_its_configs_swap_the_ids(tmp_path: Path) -> None:
+def test_special_ids_of_fox_are_found_by_name(tmp_path: Path) -> None:
     folder = gemma(tmp_path / "g")
     (folder / "tokenizer_config.json").unlink()
     tokenizer = Tokenizer.from_folder(folder)
@@ -97,14 +97,14 @@ def test_fox_goes_by_the_names_because_its_configs_swap_the_ids(tmp_path: Path) 
     assert any("eos_token_id 2" in note and "1 ('<eos>') is used" in note for note in tokenizer.notes)
 
 
-def test_fox_from_tokenizer_json_too(tmp_path: Path) -> None:
+def test_special_ids_of_fox_are_found_in_tokenizer_json(tmp_path: Path) -> None:
     swapped = {"bos_token_id": 1, "eos_token_id": 2}
     tokenizer = with_files(gemma_json(tmp_path / "g"), config=swapped)
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (2, (1,), 0)
     assert len(tokenizer.notes) == 2
 
 
-def test_right_configs_have_nothing_to_note(tmp_path: Path) -> None:
+def test_consistent_configs_have_no_notes(tmp_path: Path) -> None:
     right = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
     folder = gemma(tmp_path / "g")
     (folder / "tokenizer_config.json").unlink()
@@ -113,7 +113,7 @@ def test_right_configs_have_nothing_to_note(tmp_path: Path) -> None:
     assert tokenizer.notes == []
 
 
-def test_end_of_turn_ends_an_answer_where_the_template_uses_it(tmp_path: Path) -> None:
+def test_end_of_turn_ends_an_answer_if_the_template_uses_it(tmp_path: Path) -> None:
     folder = gemma(tmp_path / "g")
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer.token_id("<end_of_turn>") == 107
@@ -125,14 +125,14 @@ def test_end_of_turn_ends_an_answer_where_the_template_uses_it(tmp_path: Path) -
     assert Tokenizer.from_folder(folder).eos_ids == (1, 107)
 
 
-def test_the_generation_config_counts_before_the_config(tmp_path: Path) -> None:
+def test_generation_config_has_priority_over_config(tmp_path: Path) -> None:
     folder = olmoe(tmp_path / "o")
     tokenizer = with_files(folder, generation_config={"eos_token_id": [2999, 300, 2999]}, config={"eos_token_id": 5})
     assert tokenizer.eos_ids == (2999, 300)
     assert any("generation_config.json counts" in note for note in tokenizer.notes)
 
 
-def test_an_end_token_that_no_vocabulary_has_is_refused(tmp_path: Path) -> None:
+def test_an_end_token_missing_from_the_vocabulary_is_refused(tmp_path: Path) -> None:
     folder = olmoe(tmp_path / "o")
     with pytest.raises(TokenizerError, match=r"generation_config.json: eos_token_id 3005 has no token .* 3000"):
         with_files(folder, generation_config={"eos_token_id": 3005}, config={"eos_token_id": 2999})
@@ -155,7 +155,7 @@ def test_an_end_token_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
     assert with_files(folder, **files).token_id("<|im_end|>") == 3000
 
 
-def test_ids_that_do_no_harm_are_only_noted(tmp_path: Path) -> None:
+def test_harmless_invalid_ids_give_notes(tmp_path: Path) -> None:
     # The model cannot produce the second id; -1 means none; ids in the file that is not used do not matter.
     tokenizer = with_files(
         olmoe(tmp_path / "o"),
@@ -210,14 +210,12 @@ OPENING = (
         ("{{ messages[0].content }}", "</s>", False),
     ],
 )
-def test_templates_tell_which_tokens_close_turns(template: str, token: str, closes: bool) -> None:
+def test_end_of_turn_tokens_are_found_in_templates(template: str, token: str, closes: bool) -> None:
     assert closes_turns(template, token, "eos_token") is closes
 
 
 @pytest.mark.parametrize("template", [CHATML, WITH_EOS])
-def test_the_tokenizers_own_end_token_ends_an_answer_where_the_template_closes_turns_with_it(
-    tmp_path: Path, template: str
-) -> None:
+def test_the_tokenizers_eos_ends_an_answer_if_the_template_ends_turns_with_it(tmp_path: Path, template: str) -> None:
     # A ChatML fine-tune: generation_config.json still has the base model's id.
     folder = gemma_json(tmp_path / "g")
     size = Tokenizer.from_folder(folder).vocab_size
@@ -237,7 +235,7 @@ def test_the_tokenizers_own_end_token_ends_an_answer_where_the_template_closes_t
     assert Tokenizer.from_folder(folder).eos_ids == (1,)
 
 
-def test_a_usual_end_of_turn_counts_though_nobody_declares_it(tmp_path: Path) -> None:
+def test_a_usual_end_of_turn_token_counts_without_a_declaration(tmp_path: Path) -> None:
     folder = olmoe(tmp_path / "o")
     put(folder, "added_tokens.json", {"<|im_start|>": 3000, "<|im_end|>": 3001})
     (folder / "chat_template.jinja").write_text(CHATML)
@@ -246,21 +244,21 @@ def test_a_usual_end_of_turn_counts_though_nobody_declares_it(tmp_path: Path) ->
     assert tokenizer.template_eos_id == 2999
 
 
-def test_a_pad_that_is_the_end_token_is_fine(tmp_path: Path) -> None:
+def test_pad_may_be_the_end_token(tmp_path: Path) -> None:
     config = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 1}
     tokenizer = with_files(gemma_json(tmp_path / "g"), config=config)
     assert tokenizer.pad_id == 1
     assert tokenizer.eos_ids == (1,)
 
 
-def test_one_token_for_both_ends_is_kept_where_the_tokenizer_says_so(tmp_path: Path) -> None:
+def test_bos_may_equal_eos_if_the_tokenizer_says_so(tmp_path: Path) -> None:
     # As in OPT: a text begins with the end token, and the tokenizer's config agrees with config.json.
     config = {"bos_token_id": 1, "eos_token_id": 1}
     tokenizer = with_files(gemma_json(tmp_path / "g"), config=config, tokenizer_config={"bos_token": "<eos>"})
     assert tokenizer.bos_id == 1
 
 
-def test_names_alone_suffice(tmp_path: Path) -> None:
+def test_names_without_ids_suffice(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(gemma_json(tmp_path / "g"))
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (2, (1,), 0)
     tokenizer = Tokenizer.from_folder(plain_byte_level(tmp_path / "p"))
@@ -268,7 +266,7 @@ def test_names_alone_suffice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["2999", 1.5, True, {"id": 1}, [1, None]])
-def test_ids_that_are_no_numbers_are_refused(tmp_path: Path, value: object) -> None:
+def test_ids_that_are_not_integers_are_refused(tmp_path: Path, value: object) -> None:
     with pytest.raises(TokenizerError, match=r"config.json: eos_token_id is"):
         with_files(olmoe(tmp_path / "o"), config={"eos_token_id": value})
 

@@ -76,7 +76,7 @@ def test_a_random_checkpoint_is_complete(config: dict[str, Any], vocab: int, tmp
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_both_traps_are_in_the_tokenizers(tmp_path: Path) -> None:
+def test_both_published_errors_are_in_the_tokenizers(tmp_path: Path) -> None:
     olmoe = Tokenizer.from_folder(write_random_checkpoint(OLMOE, tmp_path / "o"))
     assert olmoe.token(olmoe.eos_ids[0]) == "|||IP_ADDRESS|||"
     assert olmoe.encode("<|endoftext|>") == [0]
@@ -103,7 +103,7 @@ def test_sharding_changes_no_value(tmp_path: Path) -> None:
             np.testing.assert_array_equal(one.read_raw(name), many.read_raw(name))
 
 
-def test_the_bytes_stay_what_they_were(tmp_path: Path) -> None:
+def test_the_bytes_of_a_seed_are_unchanged(tmp_path: Path) -> None:
     # Benchmarks of different days are comparable only if a seed gives the same weights, with any version of numpy.
     write_random_checkpoint(FOX, tmp_path / "c", seed=1)
     with Checkpoint.open(tmp_path / "c") as checkpoint:
@@ -164,7 +164,7 @@ def test_every_tensor_differs_from_every_other(tmp_path: Path) -> None:
     ("name", "tensors", "parameters", "files"),
     [("olmoe-1b-7b", 3219, 6_919_161_856, 3), ("fox-1-1.6b", 290, 1_665_271_808, 1)],
 )
-def test_full_size_ones_are_laid_out_as_published(name: str, tensors: int, parameters: int, files: int) -> None:
+def test_full_size_checkpoints_have_the_published_layout(name: str, tensors: int, parameters: int, files: int) -> None:
     expected = shapes(PUBLISHED[name])
     assert len(expected) == tensors
     assert sum(math.prod(shape) for shape in expected.values()) == parameters
@@ -242,7 +242,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_requests_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match=r"there are olmoe-1b-7b, fox-1-1.6b, "):
         synth("llama", tmp_path / "c")
     with pytest.raises(CheckpointError, match="dtype 'I8' is not one of BF16, F16, F32"):
@@ -260,7 +260,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
-def test_the_command_knows_the_models_and_refuses_others(tmp_path: Path) -> None:
+def test_the_command_lists_the_models_and_refuses_others(tmp_path: Path) -> None:
     assert set(NAMES) == set(PUBLISHED)
     wrong = CliRunner().invoke(cli, ["synth", "llama", "-o", str(tmp_path / "c")])
     assert wrong.exit_code == 2

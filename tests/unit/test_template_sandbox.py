@@ -57,7 +57,7 @@ def test_a_template_that_fills_memory_is_ended(sandbox: Sandbox, source: str) ->
     said(sandbox, source)
 
 
-def test_the_process_whose_memory_a_template_filled_renders_no_other(sandbox: Sandbox) -> None:
+def test_a_process_is_replaced_after_a_template_filled_its_memory(sandbox: Sandbox) -> None:
     assert sandbox.ask("a", {"messages": []}) == (Answer.DONE, "a")
     before = sandbox.pid
     assert sandbox.ask("{{ 'ab' * 200000000 }}", {"messages": []})[0] == Answer.LIMIT
@@ -66,7 +66,7 @@ def test_the_process_whose_memory_a_template_filled_renders_no_other(sandbox: Sa
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the environment is read from /proc")
-def test_the_process_knows_nothing_of_the_environment(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_gets_no_environment_variables(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("TZ", "UTC")
     assert sandbox.ask("a", {"messages": []}) == (Answer.DONE, "a")
@@ -82,7 +82,7 @@ def test_a_template_that_is_too_deep_is_an_error(sandbox: Sandbox, source: str) 
 
 
 @pytest.mark.parametrize("source", RAISES)
-def test_whatever_a_template_raises_is_an_error_of_ours(sandbox: Sandbox, source: str) -> None:
+def test_any_error_of_a_template_is_reported(sandbox: Sandbox, source: str) -> None:
     message = said(sandbox, source)
     assert "chat template" in message
     assert "does more" not in message
@@ -107,7 +107,7 @@ def test_the_process_has_its_limits(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no CPU time limit: it is ended by the other clock")
-def test_a_template_that_stands_still_is_ended_by_the_clock() -> None:
+def test_a_template_that_waits_is_ended_by_wall_time() -> None:
     sandbox = Sandbox(cpu_seconds=60, wall_seconds=0.5)
     template = ChatTemplate(GOOD, {}, sandbox=sandbox)
     assert sandbox.pid is not None
@@ -119,7 +119,7 @@ def test_a_template_that_stands_still_is_ended_by_the_clock() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no CPU time limit")
-def test_the_clock_runs_where_the_program_ignores_its_signal() -> None:
+def test_the_cpu_limit_works_if_the_program_ignores_its_signal() -> None:
     before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
     try:
@@ -174,7 +174,7 @@ def test_threads_take_turns(sandbox: Sandbox) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_fork_has_a_process_of_its_own() -> None:
+def test_a_forked_process_has_its_own_worker() -> None:
     template = ChatTemplate(GOOD, {})
     pid = os.fork()
     if pid == 0:
@@ -233,9 +233,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_a_second_ctrl_c_leaves_no_answer_of_the_interrupted_rendering(
-    ended: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_a_second_ctrl_c_no_old_answer_is_read(ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     sandbox = Sandbox(cpu_seconds=60)
     template = ChatTemplate(GOOD, {}, sandbox=sandbox)
     end = sandbox._end
@@ -272,7 +270,7 @@ def test_no_process_is_left_when_edgelm_is_killed(busy: bool) -> None:
         time.sleep(0.02)
 
 
-def test_it_ends_with_the_program_and_without_a_word() -> None:
+def test_the_process_ends_silently_with_the_program() -> None:
     code = """
 from edgelm.tokenization.chat_template import ChatTemplate
 from edgelm.tokenization.template_sandbox import SANDBOX
@@ -286,21 +284,21 @@ print(ChatTemplate("{{ messages[0].content }}", {}).render([{"role": "user", "co
 
 
 @pytest.mark.parametrize("executable", ["", "/nowhere/python", sys.executable])
-def test_without_an_interpreter_the_error_says_so(executable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_python_interpreter_the_error_says_so(executable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", executable)
     monkeypatch.setattr(sys, "frozen", executable == sys.executable and executable != "", raising=False)
     with pytest.raises(GenerationError, match=r"interpreter to start: set sys\.executable|cannot be started to render"):
         ChatTemplate(GOOD, {}, sandbox=Sandbox())
 
 
-def test_a_program_that_is_no_interpreter_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_executable_that_is_not_python_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(EdgeLMError, match="ended with code 1"):
         ChatTemplate(GOOD, {}, sandbox=Sandbox())
 
 
 @pytest.mark.parametrize(("parts", "fits"), [(50, True), (51, False), (1000, False)])
-def test_a_rendering_of_many_short_parts_has_a_limit_too(parts: int, fits: bool) -> None:
+def test_many_short_parts_count_towards_the_length_limit(parts: int, fits: bool) -> None:
     source = "{% for _ in range(" + str(parts) + ") %}ab{% endfor %}"
     answer = Renderer(100).answer(json.dumps({"source": source, "given": {"messages": []}}).encode())
     assert answer == (Answer.DONE + b"ab" * 50 if fits else Answer.LIMIT + b"more than 100 characters")

@@ -65,7 +65,7 @@ def test_the_folder_is_small_and_complete(tiny: tuple[str, Any, Tokenizer]) -> N
         assert tokenizer.decode(tokenizer.encode(text, add_bos=False)) == text
 
 
-def test_it_has_learned(tiny: tuple[str, Any, Tokenizer], held_out: str) -> None:
+def test_the_model_is_trained(tiny: tuple[str, Any, Tokenizer], held_out: str) -> None:
     _, model, tokenizer = tiny
     stream = torch.tensor(tokenizer.encode(held_out, add_bos=False))[: 16 * 257].view(-1, 257)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_transformers_reads_the_folder_and_agrees(tiny: tuple[str, Any, Tokenize
     assert float((got - expected).norm() / expected.norm()) < 1e-5
 
 
-def test_the_published_traps_are_in_place() -> None:
+def test_the_published_errors_are_reproduced() -> None:
     config = json.loads((FOLDER / "fox-tiny" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
     fox, olmoe = (Tokenizer.from_folder(FOLDER / name) for name in ("fox-tiny", "olmoe-tiny"))
@@ -114,7 +114,7 @@ def test_the_published_traps_are_in_place() -> None:
     assert olmoe.encode("x")[0] != 2023
 
 
-def test_chat_templates_have_the_form_of_the_published_ones() -> None:
+def test_chat_templates_have_the_structure_of_published_ones() -> None:
     turns = [{"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Hello!"), ("user", "x"))]
     end = "<|endoftext|>"
     assert (

@@ -51,7 +51,7 @@ def stream(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
     return [*(detokenizer.push(i) for i in ids), detokenizer.flush()]
 
 
-def test_ids_and_texts_are_the_librarys(folder: Path) -> None:
+def test_ids_and_texts_equal_those_of_the_library(folder: Path) -> None:
     tokenizer = Tokenizer.from_folder(folder)
     encode, decode = library(folder)
     for text in TEXTS:
@@ -61,7 +61,7 @@ def test_ids_and_texts_are_the_librarys(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["olmoe", "gemma", "gemma_json", "llama_json", "pieces_identity"])
-def test_texts_come_back_from_tokenizers_that_keep_them(kind: str, tmp_path: Path) -> None:
+def test_texts_survive_a_round_trip(kind: str, tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(KINDS[kind](tmp_path / kind))
     for text in TEXTS:
         # GPT-NeoX's tokenizer, and so OLMoE's, composes characters first.
@@ -69,7 +69,7 @@ def test_texts_come_back_from_tokenizers_that_keep_them(kind: str, tmp_path: Pat
         assert tokenizer.decode(tokenizer.encode(text)) == expected
 
 
-def test_random_ids_decode_as_the_library_does_where_they_are_utf8(folder: Path) -> None:
+def test_random_ids_decode_as_in_the_library_if_they_are_utf8(folder: Path) -> None:
     tokenizer = Tokenizer.from_folder(folder)
     _, decode = library(folder)
     chooser = random.Random(1)
@@ -85,7 +85,7 @@ def test_random_ids_decode_as_the_library_does_where_they_are_utf8(folder: Path)
     assert compared > 50
 
 
-def test_the_stream_joins_to_the_whole_and_never_splits_a_character(folder: Path) -> None:
+def test_streamed_texts_join_to_the_whole_and_never_split_a_character(folder: Path) -> None:
     tokenizer = Tokenizer.from_folder(folder)
     chooser = random.Random(2)
     for text in TEXTS:
@@ -99,7 +99,7 @@ def test_the_stream_joins_to_the_whole_and_never_splits_a_character(folder: Path
         assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-def test_a_character_of_several_tokens_appears_with_its_last(folder: Path) -> None:
+def test_a_character_of_several_tokens_appears_with_the_last_token(folder: Path) -> None:
     tokenizer = Tokenizer.from_folder(folder)
     for character in "🎉漢":
         ids = tokenizer.encode("a" + character, add_bos=False)
@@ -109,7 +109,7 @@ def test_a_character_of_several_tokens_appears_with_its_last(folder: Path) -> No
         assert len(ids) >= 4, "the vocabularies of these tests have no such character"
 
 
-def test_a_cut_character_becomes_one_replacement_at_the_end(tmp_path: Path) -> None:
+def test_an_incomplete_character_becomes_one_replacement_at_the_end(tmp_path: Path) -> None:
     for make in (olmoe, gemma, gemma_json):
         tokenizer = Tokenizer.from_folder(make(tmp_path / make.__name__))
         ids = tokenizer.encode("a🎉", add_bos=False)
@@ -142,7 +142,7 @@ def test_special_tokens_in_a_text_are_parsed_by_both_kinds(tmp_path: Path) -> No
         assert tokenizer.decode(ids, skip_special=False) == "<bos>a<eos><bos>"
 
 
-def test_bos_is_put_where_the_files_say_so(tmp_path: Path) -> None:
+def test_bos_is_prepended_if_the_files_say_so(tmp_path: Path) -> None:
     byte_level = Tokenizer.from_folder(olmoe(tmp_path / "o"))
     assert byte_level.add_bos is False
     assert byte_level.encode("a", add_bos=True) == [byte_level.bos_id, *byte_level.encode("a")]
@@ -159,13 +159,13 @@ def test_bos_is_put_where_the_files_say_so(tmp_path: Path) -> None:
         without.encode("a", add_bos=True)
 
 
-def test_settings_for_training_do_not_cut_or_fill_a_text(tmp_path: Path) -> None:
+def test_truncation_and_padding_settings_are_ignored(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(plain_byte_level(tmp_path / "p"))
     assert len(tokenizer.encode("x" * 50)) == 50
     assert len(tokenizer.encode("x")) == 1
 
 
-def test_a_dropout_of_training_does_not_leave_a_text_to_chance(tmp_path: Path) -> None:
+def test_dropout_of_the_tokenizer_is_ignored(tmp_path: Path) -> None:
     folder = plain_byte_level(tmp_path / "p")
     data = json.loads((folder / "tokenizer.json").read_text())
     merged = max(data["model"]["vocab"].values()) + 10
@@ -187,7 +187,7 @@ def test_the_space_before_every_word_but_the_first_is_kept(folder: Path) -> None
     assert text.strip().count(" ") == len(words) - 1
 
 
-def test_spaces_before_a_text_are_dropped_as_the_library_drops_them(folder: Path) -> None:
+def test_leading_spaces_are_dropped_as_in_the_library(folder: Path) -> None:
     tokenizer = Tokenizer.from_folder(folder)
     _, decode = library(folder)
     space = tokenizer.token_id("\u2581") or tokenizer.token_id("\u0120")
@@ -197,7 +197,7 @@ def test_spaces_before_a_text_are_dropped_as_the_library_drops_them(folder: Path
         assert tokenizer.decode(ids) == decode(ids), ids
 
 
-def test_characters_that_no_piece_has_are_dropped_where_transformers_drops_them(tmp_path: Path) -> None:
+def test_unknown_characters_are_dropped_as_in_transformers(tmp_path: Path) -> None:
     folder = trained_pieces(tmp_path / "p", byte_fallback=False)
     unknown = Tokenizer.from_folder(folder).encode("a\u6f22b", add_bos=False)
     put(folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
@@ -208,7 +208,7 @@ def test_characters_that_no_piece_has_are_dropped_where_transformers_drops_them(
 
 
 @pytest.mark.parametrize(("ids", "begins"), [([2], True), ([2, 7], True), ([7, 2], False), ([7], False), ([], False)])
-def test_does_the_first_id_of_a_post_processor_alone_begin_a_text(ids: list[int], begins: bool) -> None:
+def test_is_bos_the_first_id_of_the_post_processor(ids: list[int], begins: bool) -> None:
     single = [{"SpecialToken": {"id": "X", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     special = {"X": {"id": "X", "ids": ids, "tokens": ["?"] * len(ids)}}
     step = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": special}
@@ -218,12 +218,12 @@ def test_does_the_first_id_of_a_post_processor_alone_begin_a_text(ids: list[int]
     assert not adds_bos({"post_processor": last}, 2)
 
 
-def test_text_that_is_no_unicode_is_refused(folder: Path) -> None:
+def test_text_that_is_not_unicode_is_refused(folder: Path) -> None:
     with pytest.raises(TokenizerError, match="not valid Unicode at character 1"):
         Tokenizer.from_folder(folder).encode("a\udcff")
 
 
-def test_the_fingerprint_follows_the_vocabulary_and_the_special_ids(folder: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_vocabulary_and_special_ids(folder: Path, tmp_path: Path) -> None:
     fingerprint = Tokenizer.from_folder(folder).fingerprint()
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -243,7 +243,7 @@ def test_a_swapped_token_changes_the_fingerprint(tmp_path: Path) -> None:
     assert Tokenizer.from_folder(folder).fingerprint() != before
 
 
-def test_files_are_what_a_bundle_needs(tmp_path: Path) -> None:
+def test_files_are_those_that_a_bundle_needs(tmp_path: Path) -> None:
     folder = gemma(tmp_path / "g")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     tokenizer = Tokenizer.from_folder(folder)
@@ -256,7 +256,7 @@ def test_files_are_what_a_bundle_needs(tmp_path: Path) -> None:
     assert Tokenizer.from_folder(copy).fingerprint() == tokenizer.fingerprint()
 
 
-def test_a_class_with_other_steps_than_the_file_counts_and_is_noted(tmp_path: Path) -> None:
+def test_a_class_with_other_steps_than_the_file_is_used_with_a_note(tmp_path: Path) -> None:
     # As in transformers, whose GPTNeoXTokenizer uses only vocabulary and merges of the file.
     folder = olmoe(tmp_path / "o")
     before = Tokenizer.from_folder(folder)
@@ -271,7 +271,7 @@ def test_a_class_with_other_steps_than_the_file_counts_and_is_noted(tmp_path: Pa
     assert Tokenizer.from_folder(folder).encode("The People") == before.encode("the people")
 
 
-def test_json_is_preferred_to_the_model(tmp_path: Path) -> None:
+def test_tokenizer_json_is_preferred_to_tokenizer_model(tmp_path: Path) -> None:
     folder = gemma(tmp_path / "g")
     other = gemma_json(tmp_path / "j")
     (folder / "tokenizer.json").write_bytes((other / "tokenizer.json").read_bytes())

@@ -141,13 +141,13 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Pair(ours, AutoTokenizer.from_pretrained(str(folder)), ids)
 
 
-def test_ids_are_those_of_transformers(pair: Pair) -> None:
+def test_ids_equal_those_of_transformers(pair: Pair) -> None:
     expected = pair.theirs(STRINGS, add_special_tokens=False)["input_ids"]
     wrong = [case for case in zip(STRINGS, pair.ids, expected, strict=True) if case[1] != case[2]]
     assert not wrong, (len(wrong), wrong[:3])
 
 
-def test_texts_are_those_of_transformers(pair: Pair) -> None:
+def test_texts_equal_those_of_transformers(pair: Pair) -> None:
     # transformers decodes end tokens that only the chat template implies, such as `<end_of_turn>`, as text.
     ends = pair.ours.special - pair.ours.vocabulary.special
     wrong = []

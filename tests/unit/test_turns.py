@@ -65,7 +65,7 @@ def wait_for_queue(model: LanguageModel, length: int) -> None:
         time.sleep(0.001)
 
 
-def test_calls_of_many_threads_give_what_they_give_alone(bundle: Bundle) -> None:
+def test_calls_of_many_threads_give_the_same_results_as_alone(bundle: Bundle) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     calls: list[Callable[[LanguageModel], Any]] = [
         lambda model: model.generate("one prompt", max_tokens=20).tokens,
@@ -83,7 +83,7 @@ def test_calls_of_many_threads_give_what_they_give_alone(bundle: Bundle) -> None
         assert [future.result(SOON) for future in found] == alone * 4
 
 
-def test_calls_have_their_turn_in_the_order_in_which_they_came(bundle: Bundle) -> None:
+def test_calls_run_in_the_order_of_arrival(bundle: Bundle) -> None:
     model = scripted(bundle, "abc")
     gate = Gate(model)
     first = in_thread(lambda: model.generate("x"))
@@ -131,7 +131,7 @@ def test_a_second_call_of_the_same_thread_is_refused_until_the_stream_ends(
         gc.enable()
 
 
-def test_a_stream_that_is_left_by_its_loop_is_no_more_in_the_way(bundle: Bundle) -> None:
+def test_an_abandoned_stream_releases_the_model(bundle: Bundle) -> None:
     model = scripted(bundle, "abc")
     for _ in model.stream("x"):
         break
@@ -141,7 +141,7 @@ def test_a_stream_that_is_left_by_its_loop_is_no_more_in_the_way(bundle: Bundle)
     assert list(never_begun) == ["a", "b", "c"]
 
 
-def test_the_last_piece_ends_a_stream(bundle: Bundle) -> None:
+def test_the_last_text_ends_a_stream(bundle: Bundle) -> None:
     model = scripted(bundle, "abc")
     stream = model.stream("x", max_tokens=2)
     assert [next(stream), next(stream)] == ["a", "b"]
@@ -160,7 +160,7 @@ def test_other_threads_wait_for_an_open_stream(bundle: Bundle) -> None:
     assert waiting.result(SOON).text == "abc"
 
 
-def test_streams_whose_pieces_a_pool_of_threads_computes_wait_for_each_other(bundle: Bundle) -> None:
+def test_streams_computed_by_a_thread_pool_wait_for_each_other(bundle: Bundle) -> None:
     # As web frameworks do: every text in any thread, in a copy of the request's context.
     model = scripted(bundle, "abc")
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
@@ -183,7 +183,7 @@ def test_streams_whose_pieces_a_pool_of_threads_computes_wait_for_each_other(bun
         third.close()
 
 
-def test_closing_the_model_ends_the_call_that_computes_and_those_that_wait(bundle: Bundle) -> None:
+def test_closing_the_model_ends_running_and_waiting_calls(bundle: Bundle) -> None:
     model = scripted(bundle, "abc")
     gate = Gate(model)
     running = in_thread(lambda: model.generate("x"))
@@ -203,7 +203,7 @@ def test_closing_the_model_ends_the_call_that_computes_and_those_that_wait(bundl
     model.close()
 
 
-def test_closing_the_model_beside_an_open_stream_does_not_wait_for_it(bundle: Bundle) -> None:
+def test_closing_the_model_does_not_wait_for_an_open_stream(bundle: Bundle) -> None:
     with scripted(bundle, "abc") as model:
         stream = model.stream("x")
         assert next(stream) == "a"
@@ -214,7 +214,7 @@ def test_closing_the_model_beside_an_open_stream_does_not_wait_for_it(bundle: Bu
             call()
 
 
-def test_a_stream_may_be_closed_by_another_thread_while_it_computes_or_waits(bundle: Bundle) -> None:
+def test_another_thread_may_close_a_running_or_waiting_stream(bundle: Bundle) -> None:
     model = scripted(bundle, "abc")
     gate = Gate(model)
     first, second = model.stream("x"), model.stream("x")
@@ -234,7 +234,7 @@ def test_a_stream_may_be_closed_by_another_thread_while_it_computes_or_waits(bun
     assert model.generate("x").text == "abc"
 
 
-def test_a_signal_handler_may_close_the_stream_it_interrupts_and_nothing_else(bundle: Bundle) -> None:
+def test_a_signal_handler_may_only_close_the_stream_it_interrupts(bundle: Bundle) -> None:
     model = scripted(bundle, "abc")
     assert isinstance(model.runtime, Scripted)
     refused = []
@@ -259,7 +259,7 @@ def test_a_signal_handler_may_close_the_stream_it_interrupts_and_nothing_else(bu
     ]
 
 
-def test_however_many_threads_begin_leave_and_close_streams_one_computes_at_a_time(bundle: Bundle) -> None:
+def test_with_many_threads_only_one_stream_computes_at_a_time(bundle: Bundle) -> None:
     model = scripted(bundle, "abcdefgh")
     assert isinstance(model.runtime, Scripted)
     alone, together = threading.Lock(), []

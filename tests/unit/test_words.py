@@ -51,7 +51,7 @@ def found(text: str, entry: dict[str, object]) -> list[int]:
 
 
 @pytest.mark.parametrize("entry", WORDS, ids=[entry["word"] for entry in WORDS])
-def test_a_word_that_the_field_does_not_use_has_not_returned(entry: dict[str, object]) -> None:
+def test_the_words_to_avoid_do_not_occur(entry: dict[str, object]) -> None:
     places = [
         f"{path.relative_to(ROOT)}:{number}"
         for path in files()
@@ -60,6 +60,6 @@ def test_a_word_that_the_field_does_not_use_has_not_returned(entry: dict[str, ob
     assert not places, f"write {entry['instead']!r} in place of {entry['word']!r}:\n" + "\n".join(places)
 
 
-def test_words_are_found_in_identifiers_and_right_uses_are_kept() -> None:
+def test_words_are_found_in_identifiers_and_allowed_uses_are_not_reported() -> None:
     entry = {"word": "products?", "but": ["dot.products?"]}
     assert found("a dot product\nint8Product(x)\nfloat_products = 1\nproduction", entry) == [2, 3]

@@ -30,7 +30,7 @@ def streamed(pieces: list[str], stops: list[str]) -> tuple[list[str], bool]:
     return [*shown, matcher.flush()], False
 
 
-def test_random_texts_are_cut_as_defined_in_whatever_pieces() -> None:
+def test_random_texts_end_at_the_first_stop_string_however_split() -> None:
     rng = random.Random(0)
     stopped_count = 0
     for _ in range(3000):
@@ -44,7 +44,7 @@ def test_random_texts_are_cut_as_defined_in_whatever_pieces() -> None:
     assert 500 < stopped_count < 2900
 
 
-def test_no_part_of_a_stop_string_is_shown_and_nothing_else_is_held_back() -> None:
+def test_only_a_possible_stop_string_is_held_back() -> None:
     matcher = StopStrings(["\n\nUser:", "END"])
     assert matcher.push("one\n") == ("one", False)
     assert matcher.push("two\n\nUs") == ("\ntwo", False)
@@ -53,18 +53,18 @@ def test_no_part_of_a_stop_string_is_shown_and_nothing_else_is_held_back() -> No
     assert matcher.push("Dangered") == ("", True)
 
 
-def test_what_was_held_back_is_shown_at_the_end() -> None:
+def test_held_back_text_is_shown_at_the_end() -> None:
     matcher = StopStrings(["END"])
     assert matcher.push("the EN") == ("the ", False)
     assert matcher.flush() == "EN"
     assert matcher.flush() == ""
 
 
-def test_without_stop_strings_everything_passes() -> None:
+def test_without_stop_strings_nothing_is_held_back() -> None:
     assert streamed(["a", "", "b\n"], []) == (["a", "", "b\n", ""], False)
 
 
 @pytest.mark.parametrize("bad", ["", 3, None])
-def test_stop_strings_that_cannot_be_found_are_refused(bad: object) -> None:
+def test_invalid_stop_strings_are_refused(bad: object) -> None:
     with pytest.raises(GenerationError, match="stop string"):
         StopStrings(["fine", bad])  # type: ignore[list-item]
