@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import edgelm
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "EdgeLM"
 author = "EdgeLM authors"
@@ -10,9 +15,11 @@ copyright = "EdgeLM authors"  # noqa: A001  Sphinx's name
 release = version = edgelm.__version__
 
 extensions = [
-    "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_click",
+    "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "cli_reference",
     "sphinx_copybutton",
 ]  # fmt: skip
+# Quotes and ellipses, but no dash for the two hyphens of an option.
+smartquotes_action = "qe"
 html_theme = "furo"
 html_title = f"EdgeLM {release}"
 html_static_path = ["figures"]
