@@ -83,6 +83,12 @@ def export_bundle(
     Raises:
         EdgeLMError: The checkpoint, the recipe or an option cannot be used, or memory or disk space is too small. Then
             nothing new is left at `out`, and a bundle that was there before stays.
+
+    Example::
+
+        from edgelm.export import export_bundle
+
+        bundle = export_bundle("checkpoint/", "bundle/", recipe="int4")
     """
     options = options or ExportOptions()
     check_request(options)

@@ -95,6 +95,12 @@ class Recipe:
         method: Calibration method where a rule has none, one of `METHODS`.
         kv: Default type of the KV cache, one of `KV_TYPES`.
         roles: Role of each matrix of a model, by name. `for_model` sets it; without it no rule for a role matches.
+
+    Example::
+
+        from edgelm.quant.recipe import Recipe
+
+        print(Recipe.load("int4").to_toml())
     """
 
     name: str

@@ -68,24 +68,32 @@ def check_parity(
     max_kl: float | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
-    """Run the bundle's golden prompts on this device and judge the outcome.
+    """Run the prompts of a bundle's parity pack on this device, and compare the results with the reference.
 
     Args:
         bundle: an opened bundle or its folder.
-        runtime: which runtime to use; None picks the best one here.
-        threads: for the runtime; None is its default.
-        kv: type of the cache of keys and values, for runtimes that have a choice; None is the runtime's default.
-        checkpoint: compute the reference anew from this checkpoint (needs torch) and compare the stored pack with it.
-        integrity: hash every file first. Without it only the arithmetic is judged.
-        max_kl: fail if the mean KL(float reference || device) is above this, in nats. None: what the recipe lost
-            against the float model is reported and no check counts it.
-        progress: where to report to.
+        runtime: name of the runtime; None for the best one here.
+        threads: threads of the runtime; None for its default.
+        kv: type of the KV cache, if the runtime has a choice; None for the runtime's default.
+        checkpoint: compute the reference again from this checkpoint (needs torch), and compare the stored pack with it.
+        integrity: first check the hash of every file. False checks the arithmetic only.
+        max_kl: fail if the mean KL(float model || device) is above this, in nats per token. None: the loss of the
+            recipe against the float model is reported, but not checked.
+        progress: where to report progress.
+
+    Returns:
+        The report, with the result of every check; a failed check does not raise.
 
     Raises:
-        BundleError: the folder is no bundle, or ONNX Runtime cannot load its graph.
-        ParityError: the bundle has no readable parity pack, there are no limits for its recipe, or `max_kl` is no
+        BundleError: the folder is not a bundle, or its graph cannot be loaded.
+        ParityError: the bundle has no readable parity pack, there are no limits for its recipe, or `max_kl` is not a
             number of nats.
-        EdgeLMError: no runtime here, or the checkpoint cannot be used.
+        EdgeLMError: no runtime here can run the bundle, or the checkpoint cannot be used.
+
+    Example::
+
+        report = edgelm.check_parity("bundle/")
+        print(report.passed)
     """
     progress = progress or Silent()
     if max_kl is not None and not 0 <= max_kl < math.inf:
