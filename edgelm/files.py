@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from edgelm.errors import EdgeLMError
-from edgelm.places import Kind, Source, check_place
+from edgelm.output_paths import OutputKind, Source, check_output
 from edgelm.sizes import format_size
 
 try:
@@ -53,7 +53,7 @@ def disk_full_explained(target: Path) -> Iterator[None]:
         ) from error
 
 
-def need_disk(target: Path, needed: int) -> None:
+def require_disk_space(target: Path, needed: int) -> None:
     """Check before any work that the disk of `target`, which need not exist, has `needed` bytes free.
 
     Raises:
@@ -72,7 +72,7 @@ def need_disk(target: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def atomic_directory(
-    target: Path | str, kind: Kind, *, sources: Iterable[Source | None] = (), overwrite: bool = False
+    target: Path | str, kind: OutputKind, *, sources: Iterable[Source | None] = (), overwrite: bool = False
 ) -> Iterator[Path]:
     """Yield an empty folder beside `target`; it becomes `target` when the block ends without an error.
 
@@ -87,15 +87,15 @@ def atomic_directory(
         overwrite: replace an existing `target`.
 
     Raises:
-        EdgeLMError: `target` cannot be used (`check_place`), another run is writing it, or the disk is full.
+        EdgeLMError: `target` cannot be used (`check_output`), another run is writing it, or the disk is full.
     """
     sources = tuple(sources)
-    place = check_place(target, kind, sources=sources, overwrite=overwrite)
+    place = check_output(target, kind, sources=sources, overwrite=overwrite)
     with _parents(place.parent), _only_run(place) as locked:
         token = _token()
         if locked:
             _settle(place, kind)
-        check_place(target, kind, sources=sources, overwrite=overwrite)
+        check_output(target, kind, sources=sources, overwrite=overwrite)
         partial = _beside(place, "partial", token)
         try:
             with disk_full_explained(place):
@@ -103,7 +103,7 @@ def atomic_directory(
                 yield partial
                 kind.seal(partial)
                 _sync_tree(partial)
-                check_place(target, kind, sources=sources, overwrite=overwrite)  # the block may have taken hours
+                check_output(target, kind, sources=sources, overwrite=overwrite)  # the block may have taken hours
                 _publish(partial, place, _beside(place, "old", token))
         finally:
             mine = None if locked else token
@@ -116,7 +116,11 @@ def atomic_directory(
 
 @contextlib.contextmanager
 def atomic_file(
-    target: Path | str, kind: Kind | None = None, *, sources: Iterable[Source | None] = (), overwrite: bool = False
+    target: Path | str,
+    kind: OutputKind | None = None,
+    *,
+    sources: Iterable[Source | None] = (),
+    overwrite: bool = False,
 ) -> Iterator[Path]:
     """Yield an empty file beside `target` to write to; it becomes `target` when the block ends without an error.
 
@@ -129,12 +133,12 @@ def atomic_file(
         overwrite: replace an existing file of this kind.
 
     Raises:
-        EdgeLMError: `target` cannot be used (`check_place`), or the disk is full.
+        EdgeLMError: `target` cannot be used (`check_output`), or the disk is full.
     """
     sources = tuple(sources)
 
     def checked() -> Path:
-        return Path(target) if kind is None else check_place(target, kind, sources=sources, overwrite=overwrite)
+        return Path(target) if kind is None else check_output(target, kind, sources=sources, overwrite=overwrite)
 
     place = checked()
     _sweep(place)
@@ -160,23 +164,23 @@ def atomic_file(
                 os.close(descriptor)
 
 
-def prepare_place(
-    target: Path | str, kind: Kind, *, sources: Iterable[Source | None] = (), overwrite: bool = False
+def prepare_output(
+    target: Path | str, kind: OutputKind, *, sources: Iterable[Source | None] = (), overwrite: bool = False
 ) -> Path:
-    """Check `target` with `check_place` before long work, and remove what killed runs left beside it.
+    """Check `target` with `check_output` before long work, and remove what killed runs left beside it.
 
     This frees the disk for the new output, and puts back an old one that a killed run had moved away.
 
     Raises:
-        EdgeLMError: as `check_place`, or another run is writing `target`.
+        EdgeLMError: as `check_output`, or another run is writing `target`.
     """
     sources = tuple(sources)
-    place = check_place(target, kind, sources=sources, overwrite=overwrite)
+    place = check_output(target, kind, sources=sources, overwrite=overwrite)
     if place.parent.is_dir() and (_left(place) or _left_by_earlier_versions(place)):
         with _only_run(place) as locked:
             if locked:
                 _settle(place, kind)
-        check_place(target, kind, sources=sources, overwrite=overwrite)
+        check_output(target, kind, sources=sources, overwrite=overwrite)
     return place
 
 
@@ -324,7 +328,7 @@ def _exchange(one: Path, other: Path) -> bool:
     return False
 
 
-def _settle(place: Path, kind: Kind, token: str | None = None) -> None:
+def _settle(place: Path, kind: OutputKind, token: str | None = None) -> None:
     """Remove what runs left beside `place`. Where `place` does not exist, put an old one back first.
 
     Args:

@@ -37,7 +37,7 @@ from edgelm.export.memory import fitting_threads
 from edgelm.export.options import ExportOptions
 from edgelm.export.plan import WEIGHTS_FILE, ExportJob, float_dtype, make_plan
 from edgelm.export.registry import TARGETS, check_request
-from edgelm.files import atomic_directory, need_disk, prepare_place
+from edgelm.files import atomic_directory, prepare_output, require_disk_space
 from edgelm.models.rope import FIELDS as ROPE_FIELDS
 from edgelm.parity.golden import DeviceRounding, GoldenOptions, golden_tokens, make_pack
 from edgelm.parity.reference import references
@@ -95,7 +95,7 @@ def export_bundle(
     progress = progress or Silent()
     out = Path(out)
     given = checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint
-    prepare_place(out, BUNDLE, sources=[given, options.reference], overwrite=options.overwrite)
+    prepare_output(out, BUNDLE, sources=[given, options.reference], overwrite=options.overwrite)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint.open(checkpoint, progress=progress)
     chosen = _recipe(recipe, checkpoint)
@@ -144,7 +144,7 @@ def _prepare(
     plan = make_plan(source, tokenizer, options, target, progress)
     job = ExportJob(source, original, out, options, progress, tokenizer, golden, plan)
     _threads(job)
-    need_disk(out, plan.graphs.weights.size + (64 << 20))
+    require_disk_space(out, plan.graphs.weights.size + (64 << 20))
     return job
 
 

@@ -22,7 +22,7 @@ from edgelm.checkpoint import Checkpoint, ShardedWriter, TensorSpec
 from edgelm.checkpoint.written import CHECKPOINT, FILE_LIST
 from edgelm.devices import allowed_cores
 from edgelm.errors import RecipeError
-from edgelm.files import atomic_directory, prepare_place
+from edgelm.files import atomic_directory, prepare_output
 from edgelm.progress import Progress, Silent
 from edgelm.quant.formats.edgelm import COLUMNS, INPUT_SCALE, stored_arrays
 from edgelm.quant.recipe import Recipe
@@ -88,10 +88,10 @@ def quantize_checkpoint(
         CheckpointError: `source` is incomplete or damaged, or some weight is not finite.
         RecipeError: `source` is already quantised, or the recipe does not fit its tensors, or it has static
             activations, whose scales are calibrated.
-        EdgeLMError: `out` cannot be used (`edgelm.places.check_place`), or the disk is full.
+        EdgeLMError: `out` cannot be used (`edgelm.output_paths.check_output`), or the disk is full.
     """
     progress = progress or Silent()
-    prepare_place(out, CHECKPOINT, sources=[source], overwrite=overwrite)
+    prepare_output(out, CHECKPOINT, sources=[source], overwrite=overwrite)
     with Checkpoint.open(source, progress) as checkpoint:
         weights = float_source(checkpoint, recipe)
         _refuse_static(weights)

@@ -34,7 +34,7 @@ from pathlib import Path
 from edgelm.errors import RecipeError
 from edgelm.json_dataclass import Blame, parse_toml, quoted, read_bytes
 from edgelm.models.spec import EMBEDDING, HEAD, ROLES, Decoder
-from edgelm.places import Kind
+from edgelm.output_paths import OutputKind
 from edgelm.quant.scheme import AnyScheme, Fp8Scheme, Scheme, parse_scheme
 
 _BLAME = Blame(RecipeError, "correct it, or write one with `edgelm recipe`")
@@ -273,7 +273,7 @@ def _refusal(path: Path) -> str | None:
     return None
 
 
-RECIPE = Kind("a recipe", _refusal, is_folder=False)
+RECIPE = OutputKind("a recipe", _refusal, is_folder=False)
 """A TOML file that `Recipe.load` reads, as a kind of output."""
 
 

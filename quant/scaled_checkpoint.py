@@ -121,7 +121,7 @@ class SmoothedCheckpoint(Checkpoint):
             progress: gets the bytes written.
 
         Raises:
-            EdgeLMError: `out` cannot be used (`edgelm.places.check_place`), or the disk is full.
+            EdgeLMError: `out` cannot be used (`edgelm.output_paths.check_output`), or the disk is full.
         """
         specs = {name: TensorSpec(info.dtype, info.shape) for name, info in self.tensors.items()}
         total = sum(spec.nbytes for spec in specs.values())

@@ -21,10 +21,10 @@ from typing import Annotated, Any
 
 from edgelm.bundle.contents import Contents
 from edgelm.errors import BundleError
-from edgelm.files import atomic_directory, need_disk, restore
+from edgelm.files import atomic_directory, require_disk_space, restore
 from edgelm.json_dataclass import Blame, Count, Range, from_data, parse, quoted, read_bytes, read_json, require_format
 from edgelm.models import FORMER_NAMES
-from edgelm.places import Kind, unlisted
+from edgelm.output_paths import OutputKind, unlisted
 from edgelm.progress import Progress, Silent
 
 MANIFEST = "manifest.json"
@@ -320,7 +320,7 @@ def _unknown_content(folder: Path) -> str | None:
     return None if name is None else f"holds {name}, which is not in its {MANIFEST}"
 
 
-BUNDLE = Kind("a bundle", _unknown_content)
+BUNDLE = OutputKind("a bundle", _unknown_content)
 """The output of `edgelm export`. It may be replaced if every file in it is listed in its manifest."""
 
 
@@ -428,7 +428,7 @@ class Bundle:
             atomic_directory(target, BUNDLE, sources=[self.path], overwrite=overwrite) as folder,
             (progress or Silent()).task("copying", self.size) as advance,
         ):
-            need_disk(target, self.size)
+            require_disk_space(target, self.size)
             for name, info in self.manifest.files.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 if _copy(self.file(name), folder / name, advance) != info.sha256:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgelm.checkpoint.jsonfile import read_json_object
 from edgelm.errors import CheckpointError
-from edgelm.places import Kind, unlisted
+from edgelm.output_paths import OutputKind, unlisted
 
 FILE_LIST = "edgelm-files.json"
 _FORMAT = "edgelm-checkpoint"
@@ -31,5 +31,5 @@ def _unknown_content(folder: Path) -> str | None:
     return None if name is None else f"holds {name}, which is not in its {FILE_LIST}"
 
 
-CHECKPOINT = Kind("a checkpoint", _unknown_content, seal=_seal)
+CHECKPOINT = OutputKind("a checkpoint", _unknown_content, seal=_seal)
 """A checkpoint folder. It may be replaced if EdgeLM wrote every file in it."""

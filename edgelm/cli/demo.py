@@ -111,14 +111,14 @@ def take(checkpoint: Path, out: Path, recipe: str, max_tokens: int, progress: Pr
     """Export, run and check one checkpoint."""
     from edgelm.export import ExportOptions, export_bundle
     from edgelm.generation.language_model import load
+    from edgelm.output_paths import check_output
     from edgelm.pages.page import REPORT
     from edgelm.parity.check import check_parity
     from edgelm.parity.report import write_report
-    from edgelm.places import check_place
 
     page = out.with_name(f"{out.name}.html")
     if page.exists():
-        check_place(page, REPORT, sources=[checkpoint], overwrite=True)
+        check_output(page, REPORT, sources=[checkpoint], overwrite=True)
     bundle = export_bundle(checkpoint, out, recipe=recipe, options=ExportOptions(overwrite=True), progress=progress)
     with load(out, chat=False) as model:
         generation = model.generate(PROMPT, max_tokens=max_tokens)

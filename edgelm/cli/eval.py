@@ -68,8 +68,8 @@ def eval(  # noqa: A001 - the verb's name
     to CHECKPOINT in memory.
     """
     from edgelm.evaluation import EvalOptions, evaluate
+    from edgelm.output_paths import check_output
     from edgelm.pages.page import REPORT
-    from edgelm.places import check_place
     from edgelm.progress import Bars
 
     options = EvalOptions(
@@ -80,7 +80,7 @@ def eval(  # noqa: A001 - the verb's name
     _check_names(targets, checkpoint)
     if report_path is not None:
         folders = [target for target in targets if Path(target).is_dir()]
-        check_place(report_path, REPORT, sources=[checkpoint, *folders], overwrite=True)
+        check_output(report_path, REPORT, sources=[checkpoint, *folders], overwrite=True)
     progress = Bars()
     found = evaluate(targets, checkpoint, options, progress)
     if report_path is not None:

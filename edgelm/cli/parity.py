@@ -63,13 +63,13 @@ def parity(
     """
     import json
 
+    from edgelm.output_paths import check_output
     from edgelm.pages.page import REPORT
     from edgelm.parity.check import check_parity
-    from edgelm.places import check_place
     from edgelm.progress import Bars
 
     if report_path is not None:
-        check_place(report_path, REPORT, sources=[bundle, checkpoint], overwrite=True)
+        check_output(report_path, REPORT, sources=[bundle, checkpoint], overwrite=True)
     progress = Bars()
     result = check_parity(
         bundle,

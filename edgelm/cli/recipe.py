@@ -57,7 +57,7 @@ def recipe(
 
     need_export_extra()
     from edgelm.files import atomic_file
-    from edgelm.places import check_place
+    from edgelm.output_paths import check_output
     from edgelm.progress import Bars
     from edgelm.quant.mixed_precision import mixed_precision_recipe, parse_candidates
     from edgelm.quant.recipe import RECIPE
@@ -65,7 +65,7 @@ def recipe(
     with as_usage():
         candidates = None if schemes is None else parse_candidates(schemes)
     out = out or Path(DEFAULT_FILE)
-    check_place(out, RECIPE, sources=[checkpoint], overwrite=overwrite)
+    check_output(out, RECIPE, sources=[checkpoint], overwrite=overwrite)
     progress = Bars()
     start = time.monotonic()
     result = mixed_precision_recipe(

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgelm.files import atomic_file
+from edgelm.output_paths import OutputKind
 from edgelm.pages.numbers import estimate, number, percent
-from edgelm.places import Kind
 from edgelm.sizes import format_size
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def _unknown_content(path: Path) -> str | None:
     return None if start.startswith(_START[0]) and _START[1] in start else "is no report that EdgeLM wrote"
 
 
-REPORT = Kind("a report", _unknown_content, is_folder=False)
+REPORT = OutputKind("a report", _unknown_content, is_folder=False)
 """What `write_page` writes."""
 
 

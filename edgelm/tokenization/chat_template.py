@@ -101,10 +101,10 @@ def write_messages(path: Path | str, messages: Sequence[Mapping[str, Any]]) -> N
         EdgeLMError: the file cannot be written; an existing one is unchanged.
     """
     from edgelm.files import atomic_file
-    from edgelm.places import Kind
+    from edgelm.output_paths import OutputKind
 
     text = json.dumps([dict(message) for message in messages], ensure_ascii=False, indent=1) + "\n"
-    with atomic_file(path, Kind("a conversation", _no_conversation, is_folder=False), overwrite=True) as partial:
+    with atomic_file(path, OutputKind("a conversation", _no_conversation, is_folder=False), overwrite=True) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

@@ -36,7 +36,7 @@ from vocabularies import FOX_TOKENS, OLMOE_TOKENS, Encode, fox_tokenizer, olmoe_
 from edgelm.checkpoint.written import CHECKPOINT
 from edgelm.files import atomic_directory
 from edgelm.models import decoder as decoder_of
-from edgelm.places import check_place
+from edgelm.output_paths import check_output
 from edgelm.reference.kv_cache import Trace
 from edgelm.reference.module import ReferenceModel
 
@@ -346,7 +346,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="start from the checkpoint that is there")
     options = parser.parse_args()
     out = options.out or Path(__file__).parent / options.name
-    check_place(out, CHECKPOINT, overwrite=True)
+    check_output(out, CHECKPOINT, overwrite=True)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     config_json = OLMOE_TINY if options.name == "olmoe-tiny" else FOX_TINY
     texts, held_out_texts = (files[:: options.every] for files in read_corpus())

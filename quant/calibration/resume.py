@@ -28,7 +28,7 @@ from edgelm.checkpoint import Checkpoint, SafetensorsFile, SafetensorsWriter, Te
 from edgelm.errors import CheckpointError, EdgeLMError
 from edgelm.files import atomic_file, lock_folder
 from edgelm.json_dataclass import Blame, read_json
-from edgelm.places import Kind, check_place, resolved, unlisted
+from edgelm.output_paths import OutputKind, check_output, resolved, unlisted
 from edgelm.progress import Progress
 from edgelm.quant.calibration.report import LayerReport
 from edgelm.quant.formats.edgelm import read_stored, stored_arrays
@@ -227,7 +227,7 @@ def _refusal(folder: Path) -> str | None:
     return None if name is None else f"holds {name}, which no calibration left there"
 
 
-RESUME = Kind("the resume folder of a calibration", _refusal)
+RESUME = OutputKind("the resume folder of a calibration", _refusal)
 
 
 def resume_place(out: Path, source: Path) -> Path:
@@ -237,7 +237,7 @@ def resume_place(out: Path, source: Path) -> Path:
         EdgeLMError: something else is in its place.
     """
     place = resolved(out)
-    return check_place(place.with_name(place.name + SUFFIX), RESUME, sources=[source], overwrite=True)
+    return check_output(place.with_name(place.name + SUFFIX), RESUME, sources=[source], overwrite=True)
 
 
 def _empty(path: Path) -> None:

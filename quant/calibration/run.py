@@ -27,7 +27,7 @@ from edgelm.checkpoint.written import CHECKPOINT
 from edgelm.corpus import BUILTIN, Corpus, read_corpus, windows
 from edgelm.devices import allowed_cores
 from edgelm.errors import EdgeLMError
-from edgelm.files import atomic_directory, need_disk, prepare_place
+from edgelm.files import atomic_directory, prepare_output, require_disk_space
 from edgelm.models.spec import Decoder
 from edgelm.progress import Advance, Progress, Silent
 from edgelm.quant import codec
@@ -98,13 +98,13 @@ def calibrate_checkpoint(
     Raises:
         CheckpointError: `source` is incomplete or damaged, or some weight is not finite.
         RecipeError: `source` is already quantised, or the recipe does not fit its tensors.
-        EdgeLMError: there is no text or too little, `out` cannot be used (`edgelm.places.check_place`), coverage is
-            required and missing, or the disk is full.
+        EdgeLMError: there is no text or too little, `out` cannot be used (`edgelm.output_paths.check_output`), coverage
+            is required and missing, or the disk is full.
     """
     progress = progress or Silent()
     options = CalibrationOptions(text, samples, length, coverage or CoverageOptions(), require_coverage, smoothing)
     out = Path(out)
-    prepare_place(out, CHECKPOINT, sources=[source], overwrite=overwrite)
+    prepare_output(out, CHECKPOINT, sources=[source], overwrite=overwrite)
     with (
         Checkpoint.open(source, progress) as checkpoint,
         calibrated(
@@ -162,7 +162,7 @@ def calibrated(
     corpus = read_corpus(options.text)
     ids = _windows(checkpoint, corpus, options)
     stream_bytes = 4 * ids.size * decoder.hidden_size
-    need_disk(out, copies * stored + 4 * stream_bytes)
+    require_disk_space(out, copies * stored + 4 * stream_bytes)
     asked = _asked(checkpoint, recipe, corpus, ids, options)
     with open_resume(resume_place(out, checkpoint.path), asked, progress) as resume, contextlib.ExitStack() as stack:
         with _threads(threads):

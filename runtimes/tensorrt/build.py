@@ -18,7 +18,7 @@ from pathlib import Path
 
 from edgelm.bundle import ENGINE_WORK, MANIFEST, Bundle, FileInfo, left_by_builds, sha256_of
 from edgelm.errors import BundleError, ExportError
-from edgelm.files import atomic_file, disk_full_explained, lock_folder, need_disk, sync, sync_folder
+from edgelm.files import atomic_file, disk_full_explained, lock_folder, require_disk_space, sync, sync_folder
 from edgelm.json_dataclass import Blame, from_data, read_json, require_format
 from edgelm.progress import Progress, Silent
 from edgelm.runtimes.cuda.driver import find_devices
@@ -181,7 +181,9 @@ def build_into(
             f"--sm {old[0]}, which makes them products of our plugin"
         )
     weights = folder / weights_file
-    need_disk(folder / FOLDER, weights.stat().st_size + 2 * sum(entry.nbytes for entry in recipe.rows) + (16 << 20))
+    require_disk_space(
+        folder / FOLDER, weights.stat().st_size + 2 * sum(entry.nbytes for entry in recipe.rows) + (16 << 20)
+    )
     (folder / FOLDER).mkdir(exist_ok=True)
     stem = _free_name(folder, engine_name(library.edition, sms, library.version))
     target = folder / FOLDER / f"{stem}.engine"

@@ -16,9 +16,9 @@ from edgelm.checkpoint import Checkpoint
 from edgelm.checkpoint.written import FILE_LIST
 from edgelm.errors import EdgeLMError
 from edgelm.export import ExportOptions, export_bundle
+from edgelm.output_paths import OutputKind
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
-from edgelm.places import Kind
 from edgelm.quant import PRESETS
 from edgelm.quant.checkpoint import quantize_checkpoint
 from edgelm.synth import write_random_checkpoint
@@ -28,7 +28,7 @@ from faults import AFTER, BEFORE, KILL, MODES, can_exchange, interrupted_at, ope
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-ANY = Kind("anything", lambda place: None)
+ANY = OutputKind("anything", lambda place: None)
 SMALL = {**FOX, "vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
 OUTCOME = {KILL: "killed", BEFORE: "interrupted", AFTER: "interrupted"}
 EXCHANGES = (True, False)

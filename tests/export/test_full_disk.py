@@ -13,7 +13,7 @@ from edgelm.bundle import Bundle
 from edgelm.errors import EdgeLMError
 from edgelm.export import ExportOptions, export_bundle
 from edgelm.export.packing.weights_file import WeightsPlan
-from edgelm.files import need_disk
+from edgelm.files import require_disk_space
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import Prompt
 from edgelm.sizes import format_size
@@ -78,6 +78,6 @@ def test_a_bundle_that_does_not_fit_is_not_installed(
 
 def test_as_much_as_is_free_may_be_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_free(monkeypatch, 1000)
-    need_disk(tmp_path / "x", 1000)
+    require_disk_space(tmp_path / "x", 1000)
     with pytest.raises(EdgeLMError, match=re.escape(f"needs {format_size(1001)} but")):
-        need_disk(tmp_path / "x", 1001)
+        require_disk_space(tmp_path / "x", 1001)

@@ -149,7 +149,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
 
 
 @native
-def test_places_are_filled_again_and_memory_is_what_is_needed(
+def test_output_paths_are_filled_again_and_memory_is_what_is_needed(
     batching: edgelm.LanguageModel, watched: list[Watched]
 ) -> None:
     lengths = [30, 2, 2, 2, 2, 2, 2]

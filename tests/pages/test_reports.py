@@ -11,10 +11,10 @@ import pytest
 from parity.wellformed import parse
 
 from edgelm.evaluation.report import sentence
+from edgelm.output_paths import check_output
 from edgelm.pages import page
 from edgelm.pages.page import REPORT
 from edgelm.parity.result import Check
-from edgelm.places import check_place
 
 from . import samples
 
@@ -161,7 +161,7 @@ def test_names_cannot_break_out_of_a_page_or_garble_it(make):
 def test_a_report_with_a_long_title_is_known_as_one(tmp_path):
     file = tmp_path / "report.html"
     file.write_text(samples.render(samples.parity(name="<" * 4000)), encoding="utf-8")
-    check_place(file, REPORT, overwrite=True)
+    check_output(file, REPORT, overwrite=True)
 
 
 def luminance(colour):

@@ -14,10 +14,10 @@ import pytest
 
 from edgelm import files
 from edgelm.errors import EdgeLMError
-from edgelm.files import atomic_directory, atomic_file, need_disk
-from edgelm.places import Kind
+from edgelm.files import atomic_directory, atomic_file, require_disk_space
+from edgelm.output_paths import OutputKind
 
-ANY = Kind("anything", lambda place: None)
+ANY = OutputKind("anything", lambda place: None)
 DEAD = 4194304  # above the largest process id of Linux
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="there is no fsync of folders, and no flock")
@@ -78,7 +78,9 @@ def test_is_a_folder_synced_before_it_gets_its_name(
     if exists:
         place.mkdir()
         (place / "old").write_text("old")
-    sealed = Kind("anything", lambda place: None, seal=lambda folder: (folder / "list").write_text("seal") and None)
+    sealed = OutputKind(
+        "anything", lambda place: None, seal=lambda folder: (folder / "list").write_text("seal") and None
+    )
     with atomic_directory(place, sealed, overwrite=True) as folder:
         (folder / "inner").mkdir()
         (folder / "weights").write_bytes(b"w" * 1000)
@@ -162,9 +164,9 @@ def test_is_too_little_disk_space_refused_before_any_work(tmp_path: Path, monkey
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     target = tmp_path / "not" / "yet" / "there"
-    need_disk(target, 10**9)
+    require_disk_space(target, 10**9)
     with pytest.raises(EdgeLMError, match=f"{target} needs 2 GB but {tmp_path} has 1 GB free: free some space"):
-        need_disk(target, 2 * 10**9)
+        require_disk_space(target, 2 * 10**9)
     with pytest.raises(EdgeLMError, match="free some space"):
-        need_disk(target, 10**9 + 1)
+        require_disk_space(target, 10**9 + 1)
     assert asked == [tmp_path] * 3

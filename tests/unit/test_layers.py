@@ -23,7 +23,8 @@ OPEN_ENDED = {"edgelm/models": "one file a model"}
 """Folders that may hold more files, with the reason."""
 
 LAYERS = {
-    "base": "errors sizes slices places files installing devices progress progress_bar json_dataclass corpus version",
+    "base": "errors sizes slices output_paths files installing devices progress progress_bar json_dataclass corpus "
+    "version",
     "models": "models",
     "primitives": "quant.scheme quant.tensor quant.primitives quant.fp8 quant.native quant.codec quant.recipe "
     "quant.quality",

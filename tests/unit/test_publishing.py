@@ -12,14 +12,14 @@ import pytest
 
 from edgelm import files
 from edgelm.errors import EdgeLMError
-from edgelm.files import atomic_directory, atomic_file, lock_folder, prepare_place, restore
-from edgelm.places import Kind
+from edgelm.files import atomic_directory, atomic_file, lock_folder, prepare_output, restore
+from edgelm.output_paths import OutputKind
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from faults import KILL, MODES, in_child, interrupted_at, operations
 
-ANY = Kind("anything", lambda place: None)
-FILE = Kind("a file", lambda place: None, is_folder=False)
+ANY = OutputKind("anything", lambda place: None)
+FILE = OutputKind("a file", lambda place: None, is_folder=False)
 DEAD = 4194304  # above the largest process id of Linux
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -40,8 +40,10 @@ def held(tmp_path: Path) -> Iterator[Path]:
     target = tmp_path / "b"
     script = (
         f"import os, sys; os.getpid = lambda: {os.getpid()}\n"
-        "from pathlib import Path; from edgelm.files import atomic_directory; from edgelm.places import Kind\n"
-        f"with atomic_directory({str(target)!r}, Kind('anything', lambda place: None), overwrite=True) as folder:\n"
+        "from pathlib import Path; from edgelm.files import atomic_directory\n"
+        "from edgelm.output_paths import OutputKind\n"
+        "kind = OutputKind('anything', lambda place: None)\n"
+        f"with atomic_directory({str(target)!r}, kind, overwrite=True) as folder:\n"
         "    (folder / 'text').write_text('theirs'); print('writing', flush=True); sys.stdin.read()\n"
     )
     with subprocess.Popen(
@@ -194,15 +196,15 @@ def test_an_old_folder_that_was_moved_away_is_put_back(tmp_path: Path, monkeypat
 
 def test_left_files_are_removed_before_long_work(held: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EdgeLMError, match="another run is writing"):
-        prepare_place(held, ANY)
+        prepare_output(held, ANY)
     target = held.parent / "inner" / "b"
-    assert prepare_place(target, ANY) == target
+    assert prepare_output(target, ANY) == target
     write(target, "old")
     kill_between_renames(target, monkeypatch)
     with pytest.raises(EdgeLMError, match="exists already"):
-        prepare_place(target, ANY)
+        prepare_output(target, ANY)
     assert in_child(lambda: _killed_over(target)) == "killed"
-    assert prepare_place(target, ANY, overwrite=True) == target
+    assert prepare_output(target, ANY, overwrite=True) == target
     assert names(target.parent) == ["b"]
     (target / "text").unlink()
     target.rmdir()

@@ -12,7 +12,7 @@ from edgelm.cli.common.help import Group, option
 from edgelm.cli.common.options import Number, Size, need_export_extra
 
 if TYPE_CHECKING:
-    from edgelm.places import Kind
+    from edgelm.output_paths import OutputKind
     from edgelm.progress import Progress
     from edgelm.quant.calibration import CalibrationOptions
     from edgelm.quant.mixed_precision import MixedPrecision
@@ -55,7 +55,7 @@ def refuse_two(recipe: str | None, bits: float | None, max_size: int | None) -> 
 def choose_mixed_precision(
     checkpoint: str,
     out: Path,
-    kind: Kind,
+    kind: OutputKind,
     *,
     reference: str | None = None,
     bits: float | None,
@@ -76,12 +76,12 @@ def choose_mixed_precision(
         return None
     need_export_extra()
     from edgelm.corpus import BUILTIN
-    from edgelm.places import check_place
+    from edgelm.output_paths import check_output
     from edgelm.quant.mixed_precision import TOKENS, mixed_precision_recipe
     from edgelm.sizes import format_size
 
     # Measuring takes a while; what writes the output would say so afterwards.
-    check_place(out, kind, sources=[checkpoint, reference], overwrite=overwrite)
+    check_output(out, kind, sources=[checkpoint, reference], overwrite=overwrite)
     # What suffices for the calibration is enough here.
     tokens = TOKENS if calibration is None else min(TOKENS, calibration.samples * calibration.length)
     result = mixed_precision_recipe(

@@ -18,7 +18,7 @@ def _no_seal(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Kind:
+class OutputKind:
     """A kind of output, and how to tell whether EdgeLM wrote an existing one.
 
     Attributes:
@@ -35,8 +35,8 @@ class Kind:
     seal: Callable[[Path], None] = _no_seal
 
 
-def check_place(
-    target: Path | str, kind: Kind, *, sources: Iterable[Source | None] = (), overwrite: bool = False
+def check_output(
+    target: Path | str, kind: OutputKind, *, sources: Iterable[Source | None] = (), overwrite: bool = False
 ) -> Path:
     """Check that an output may be written to `target`.
 
@@ -101,7 +101,7 @@ def resolved(given: Path) -> Path:
     return Path(os.path.realpath(given.parent)) / given.name
 
 
-def _check_parent(given: Path, place: Path, kind: Kind) -> None:
+def _check_parent(given: Path, place: Path, kind: OutputKind) -> None:
     if not kind.is_folder and not place.parent.exists():
         raise EdgeLMError(
             f"there is no folder {given.parent} to write {given.name} to: make it, or choose another place"
@@ -111,7 +111,7 @@ def _check_parent(given: Path, place: Path, kind: Kind) -> None:
         raise EdgeLMError(f"{given} cannot be written: {above} is a file; choose another place")
 
 
-def _unknown_content(place: Path, kind: Kind) -> str | None:
+def _unknown_content(place: Path, kind: OutputKind) -> str | None:
     try:
         if place.is_dir():
             if not kind.is_folder:

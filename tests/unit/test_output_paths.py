@@ -15,8 +15,8 @@ from edgelm.checkpoint.written import CHECKPOINT, FILE_LIST
 from edgelm.cli.main import cli
 from edgelm.errors import EdgeLMError
 from edgelm.files import atomic_directory, atomic_file
+from edgelm.output_paths import check_output
 from edgelm.pages.page import REPORT, render
-from edgelm.places import check_place
 from edgelm.quant import PRESETS
 from edgelm.quant.calibration.resume import RESUME
 from edgelm.quant.recipe import RECIPE
@@ -101,8 +101,8 @@ def test_sources_are_recognised_through_links_and_mounts(checkpoint: Path, tmp_p
         (tmp_path, "contains"),
     ]:
         with pytest.raises(EdgeLMError, match=f"{relation} the input "):
-            check_place(place, BUNDLE, sources=[checkpoint], overwrite=True)
-    assert check_place(tmp_path / "link" / "new", BUNDLE, sources=[checkpoint]) == checkpoint.parent / "new"
+            check_output(place, BUNDLE, sources=[checkpoint], overwrite=True)
+    assert check_output(tmp_path / "link" / "new", BUNDLE, sources=[checkpoint]) == checkpoint.parent / "new"
 
 
 def test_the_hub_cache_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,35 +119,35 @@ def test_the_hub_cache_is_never_replaced(tmp_path: Path, monkeypatch: pytest.Mon
     for source in (snapshot, "owner/name"):
         for place in (cache, repository, blobs, blobs / "abc" / "x", repository / "mine", snapshot):
             with pytest.raises(EdgeLMError, match="the input"):
-                check_place(place, BUNDLE, sources=[source], overwrite=True)
+                check_output(place, BUNDLE, sources=[source], overwrite=True)
     # A folder of links to other places, whose files are the inputs.
     linked = tmp_path / "linked"
     linked.mkdir()
     (linked / "model.safetensors").symlink_to(blobs / "abc")
     with pytest.raises(EdgeLMError, match=r"contains the input .*abc"):
-        check_place(blobs, BUNDLE, sources=[linked], overwrite=True)
+        check_output(blobs, BUNDLE, sources=[linked], overwrite=True)
 
 
 def test_a_bundle_is_replaced_if_every_file_is_in_its_manifest(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "b")
     with pytest.raises(EdgeLMError, match="exists already: remove it, choose another place, or pass --overwrite"):
-        check_place(bundle, BUNDLE)
-    assert check_place(bundle, BUNDLE, overwrite=True) == bundle
+        check_output(bundle, BUNDLE)
+    assert check_output(bundle, BUNDLE, overwrite=True) == bundle
     # Also with what a killed build leaves, with an empty folder, and with a truncated file of the bundle.
     (bundle / "engines").mkdir()
     (bundle / "engines" / "rtx-1.7.1-sm86-sm89-2.engine").write_bytes(b"x")
     (bundle / ".engine.partial-ab12").mkdir()
     (bundle / ".engine.partial-ab12" / "engine").write_bytes(b"x")
     (bundle / "model.onnx").write_bytes(b"")
-    assert check_place(bundle, BUNDLE, overwrite=True) == bundle
+    assert check_output(bundle, BUNDLE, overwrite=True) == bundle
     for name in ("notes.txt", "parity/mine.csv", ".hidden", "engines/mine.engine"):
         (bundle / name).write_text("mine")
         with pytest.raises(EdgeLMError, match=f"holds {name}, which is not in its manifest.json: choose another place"):
-            check_place(bundle, BUNDLE, overwrite=True)
+            check_output(bundle, BUNDLE, overwrite=True)
         (bundle / name).unlink()
     (bundle / "parity" / "link").symlink_to(tmp_path)
     with pytest.raises(EdgeLMError, match="holds parity/link"):
-        check_place(bundle, BUNDLE, overwrite=True)
+        check_output(bundle, BUNDLE, overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -157,19 +157,19 @@ def test_a_folder_with_another_manifest_is_not_a_bundle(tmp_path: Path, manifest
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "manifest.json").write_text(manifest)
     with pytest.raises(EdgeLMError, match="exists already and is no bundle"):
-        check_place(tmp_path / "b", BUNDLE, overwrite=True)
+        check_output(tmp_path / "b", BUNDLE, overwrite=True)
 
 
 def test_a_checkpoint_is_replaced_if_edgelm_wrote_it(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(EdgeLMError, match=f"is no checkpoint that EdgeLM wrote \\(it has no {FILE_LIST}\\)"):
-        check_place(checkpoint, CHECKPOINT, overwrite=True)
+        check_output(checkpoint, CHECKPOINT, overwrite=True)
     for other in ({"files": ["config.json"]}, {"format": "another", "files": ["config.json", FILE_LIST]}):
         theirs = tmp_path / "theirs"
         theirs.mkdir(exist_ok=True)
         (theirs / "config.json").write_text("{}")
         (theirs / FILE_LIST).write_text(json.dumps(other))
         with pytest.raises(EdgeLMError, match="is no checkpoint that EdgeLM wrote"):
-            check_place(theirs, CHECKPOINT, overwrite=True)
+            check_output(theirs, CHECKPOINT, overwrite=True)
     out = tmp_path / "made"
     with atomic_directory(out, CHECKPOINT) as folder:
         (folder / "config.json").write_text("{}")
@@ -179,7 +179,7 @@ def test_a_checkpoint_is_replaced_if_edgelm_wrote_it(checkpoint: Path, tmp_path:
     assert sorted(path.name for path in out.iterdir()) == [FILE_LIST, "model.safetensors"]
     (out / "model-of-mine.safetensors").write_bytes(b"x")
     with pytest.raises(EdgeLMError, match=r"holds model-of-mine\.safetensors, which is not in its"):
-        check_place(out, CHECKPOINT, overwrite=True)
+        check_output(out, CHECKPOINT, overwrite=True)
 
 
 def test_files_that_appear_during_a_run_are_not_replaced(tmp_path: Path) -> None:
@@ -202,20 +202,20 @@ def test_files_are_replaced_only_by_their_own_kind(tmp_path: Path) -> None:
     report.write_text(render("page.html.j2"))
     notes.write_text("title = 'mine'")
     with pytest.raises(EdgeLMError, match="exists already: remove it"):
-        check_place(recipe, RECIPE)
-    assert check_place(recipe, RECIPE, overwrite=True) == recipe
-    assert check_place(report, REPORT, overwrite=True) == report
+        check_output(recipe, RECIPE)
+    assert check_output(recipe, RECIPE, overwrite=True) == recipe
+    assert check_output(report, REPORT, overwrite=True) == report
     for place in (notes, report):
         with pytest.raises(EdgeLMError, match="is no recipe: choose another place, or move it away"):
-            check_place(place, RECIPE, overwrite=True)
+            check_output(place, RECIPE, overwrite=True)
     for place in (notes, recipe):
         with pytest.raises(EdgeLMError, match="is no report that EdgeLM wrote"):
-            check_place(place, REPORT, overwrite=True)
+            check_output(place, REPORT, overwrite=True)
     notes.write_text("")  # as made by mktemp
-    assert check_place(notes, REPORT, overwrite=True) == notes
+    assert check_output(notes, REPORT, overwrite=True) == notes
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(EdgeLMError, match="is no regular file"):
-        check_place(tmp_path / "pipe", REPORT, overwrite=True)
+        check_output(tmp_path / "pipe", REPORT, overwrite=True)
 
 
 def test_the_state_of_a_calibration_is_recognised_by_its_files(tmp_path: Path) -> None:
@@ -224,19 +224,19 @@ def test_the_state_of_a_calibration_is_recognised_by_its_files(tmp_path: Path) -
     for name in ("state.json", "layer-00000.safetensors", "stream-00001.safetensors", "head.safetensors", "lock"):
         (work / name).write_bytes(b"x")
     (work / ".state.json.partial-0123456789abcdef").write_bytes(b"")
-    assert check_place(work, RESUME, overwrite=True) == work
+    assert check_output(work, RESUME, overwrite=True) == work
     (work / "layers.xlsx").write_bytes(b"x")
     with pytest.raises(EdgeLMError, match=r"holds layers\.xlsx, which no calibration left there"):
-        check_place(work, RESUME, overwrite=True)
+        check_output(work, RESUME, overwrite=True)
 
 
 def test_paths_that_differ_in_case_are_one_if_the_system_says_so(checkpoint: Path) -> None:
     other = checkpoint.parent / "CK"
     if other.exists():
         with pytest.raises(EdgeLMError, match="the input"):
-            check_place(other, BUNDLE, sources=[checkpoint], overwrite=True)
+            check_output(other, BUNDLE, sources=[checkpoint], overwrite=True)
     else:
-        assert check_place(other, BUNDLE, sources=[checkpoint]) == other
+        assert check_output(other, BUNDLE, sources=[checkpoint]) == other
 
 
 def test_folders_made_for_an_output_are_removed_after_an_error(tmp_path: Path) -> None:
