@@ -208,7 +208,7 @@ def _windows_memory() -> tuple[int | None, int | None]:
 
 def _cpu_name() -> str:
     if sys.platform == "darwin":
-        return _sysctl("machdep.cpu.brand_string") or platform.processor()
+        return _sysctl("machdep.cpu.brand_string") or platform.processor() or platform.machine()
     text = _read(Path("/proc/cpuinfo"))
     match = re.search(r"^(?:model name|Model|Hardware|cpu model)\s*:\s*(.+)$", text, re.MULTILINE)
     if match:

@@ -163,3 +163,24 @@ def test_this_machine_is_described() -> None:
     assert peak is not None
     # A Python process with NumPy takes some megabytes; a unit that is wrong by 1024 would be out of range.
     assert 5e6 < now <= peak < 1e11
+
+
+@pytest.mark.parametrize("system", ["darwin", "freebsd14"])
+def test_a_system_that_tells_nothing_is_described_without_it(monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+    # Linux has no sysctl of these names, so that a Mac's answers are empty here.
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(devices, "_CPU", Path("/nonexistent"))
+    device = devices.describe()
+    assert device.cpu
+    assert device.allowed_cores == device.logical_cores == os.cpu_count()
+    assert device.memory_total is None
+    assert device.memory_available is None
+    now, peak = devices.resident_memory()
+    assert now is None
+    assert peak is not None
+    assert 5e6 < peak * (1024 if system == "darwin" else 1) < 1e11  # Linux counts kilobytes
+
+
+def test_a_system_without_a_known_name_has_no_resident_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert devices.resident_memory() == (None, None)

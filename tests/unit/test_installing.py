@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,18 @@ def test_every_hint_comes_from_install_hint() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
     assert len(files) > 100
     assert [str(file) for file in (*files, *pages) if own.search(file.read_text(encoding="utf-8"))] == []
+
+
+def test_a_copy_without_metadata_is_named_as_a_checkout(tmp_path: Path) -> None:
+    (tmp_path / "edgelm").symlink_to(ROOT / "edgelm")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from edgelm.installing import install_hint as h; print(h('cpu'))"
+    )
+    command = [sys.executable, "-I", "-S", "-c", code, str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said == "pip install '.[cpu]' in a checkout of EdgeLM\n"
+
+
+def test_damaged_metadata_is_no_error(installed: Path) -> None:
+    (installed / "direct_url.json").write_text("{")
+    assert install_hint("export") == "pip install 'torch>=2.8' 'onnx>=1.18'"

@@ -64,3 +64,11 @@ def test_notes_are_printed_as_they_are() -> None:
     note = "/data/[bold]models[/bold]/:smile:/" + "long " * 20
     Bars(console).note(note)
     assert console.file.getvalue() == note + "\n"  # type: ignore[attr-defined]
+
+
+def test_on_a_terminal_the_bar_stays_complete_when_the_task_ends() -> None:
+    console = Console(file=io.StringIO(), width=60, force_terminal=True, color_system=None, legacy_windows=False)
+    with Bars(console).task("verifying", 10_000_000) as advance:
+        advance(4_000_000)
+        advance(6_000_000)
+    assert "10.0/10.0 MB" in console.file.getvalue()  # type: ignore[attr-defined]

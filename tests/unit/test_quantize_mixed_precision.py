@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,20 @@ def test_bits_cannot_be_chosen_for_a_quantised_checkpoint(checkpoint: Path, tmp_
 
 def _native(verb: str) -> list[str]:
     return ["--ops", "native"] if verb == "export" else []
+
+
+def test_recipe_prints_a_table_of_what_it_chose_and_the_next_command(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    common = ("recipe", checkpoint, "--bits", "5", "--calibration", text, "--tokens", "256", "-o")
+    done = run(*common, tmp_path / "r.toml")
+    assert done.exit_code == 0, done.output
+    head, _, *rows = done.stdout.splitlines()
+    assert head.split() == ["weights", "bits", "nats", "a", "token", "schemes"]
+    assert rows
+    assert all(re.search(r" [\d,]+ +[\d.]+ +\S+e[-+]\d+ +\d+ x \S+", row) for row in rows)
+    assert f"edgelm export {checkpoint} -o BUNDLE --recipe {tmp_path / 'r.toml'}" in " ".join(done.stderr.split())
+    said = json.loads(run(*common, tmp_path / "again.toml", "--json").stdout)
+    assert said["recipe"] == str(tmp_path / "again.toml")
+    assert len(said["kinds"]) == len(rows)
+    assert Recipe.load(tmp_path / "again.toml").rules == Recipe.load(tmp_path / "r.toml").rules

@@ -268,3 +268,15 @@ def test_the_command_lists_the_models_and_refuses_others(tmp_path: Path) -> None
     taken = CliRunner().invoke(cli, ["synth", "fox-1-1.6b", "-o", str(tmp_path / "there")])
     assert taken.exit_code == 1
     assert "exists already" in taken.output
+
+
+def test_the_command_says_what_it_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PUBLISHED, "fox-1-1.6b", FOX)  # type: ignore[misc]  # the published one has 3.3 GB
+    done = CliRunner().invoke(cli, ["synth", "fox-1-1.6b", "-o", str(tmp_path / "a"), "--seed", "7"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith(f"{tmp_path / 'a'}: fox-1-1.6b, seed 7, ")
+    done = CliRunner().invoke(cli, ["synth", "fox-1-1.6b", "-o", str(tmp_path / "b"), "--seed", "7", "--json"])
+    said = json.loads(done.stdout)
+    assert (said["name"], said["seed"], said["checkpoint"]) == ("fox-1-1.6b", 7, str(tmp_path / "b"))
+    assert said["bytes"] == sum(len(content) for content in contents(tmp_path / "b").values())
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
