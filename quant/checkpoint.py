@@ -1,8 +1,8 @@
-"""Write a quantised checkpoint: quantised values and scales in place of the matrices that a recipe names.
+"""Write a quantised checkpoint, in which quantised values and scales replace the matrices that a recipe quantises.
 
-A quantised `a.b.weight` becomes `a.b.qweight`, `a.b.scales` and, asymmetric, `a.b.zeros`, laid out as in `QuantTensor`,
-and where the codes of a row do not fill its last byte `a.b.columns`, which says K. config.json gains
-`quantization_config`, which holds the recipe. `WeightSource` reads it back.
+A quantised `a.b.weight` becomes `a.b.qweight`, `a.b.scales` and, if asymmetric, `a.b.zeros`, with the layout of
+`QuantTensor`. If the codes of a row do not fill the last byte, `a.b.columns` holds K. config.json gets a
+`quantization_config` with the recipe. `WeightSource` reads such a checkpoint.
 """
 
 from __future__ import annotations
@@ -31,19 +31,29 @@ from edgelm.quant.source import FORMAT_VERSION, METHOD, WeightSource, float_sour
 from edgelm.slices import slices
 
 SHARD_BYTES = 5_000_000_000
-"""Largest weight file, as the hub has them."""
+"""Largest size of a weight file, the usual limit on the Hugging Face hub."""
 
 _BLOCK_BYTES = 16 << 20
 _CONFIG = "config.json"
 _INDEX_SUFFIX = ".index.json"
-# The small files that make up the rest of a checkpoint. Other formats of the same weights stay behind.
+# The small files of a checkpoint are copied; the same weights in other formats are not.
 _COMPANION_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")
 _COMPANION_NAMES = ("LICENSE", "NOTICE")
 
 
 @dataclass(frozen=True)
 class QuantizedSummary:
-    """What a quantised checkpoint came to; sizes in bytes of the tensors."""
+    """Summary of a written checkpoint.
+
+    Attributes:
+        path: Its folder.
+        recipe: The recipe.
+        quantized_tensors: Number of quantised tensors.
+        float_tensors: Number of other tensors.
+        source_bytes: Bytes of the source's tensors.
+        stored_bytes: Bytes of the written tensors.
+        weights: Number of weights.
+    """
 
     path: Path
     recipe: Recipe
@@ -55,7 +65,7 @@ class QuantizedSummary:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits for each weight of the model, the float ones included."""
+        """Mean stored bits per weight, over quantised and float tensors."""
         return 8 * self.stored_bytes / self.weights
 
 
@@ -70,24 +80,28 @@ def quantize_checkpoint(
     extra_files: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> QuantizedSummary:
-    """Quantise the checkpoint `source` (a folder or a hub id) with `recipe` into the folder `out`.
+    """Quantise a checkpoint, each weight to the nearest value, and write the result to a folder.
 
-    Reads, quantises and writes blocks of rows, so that memory stays at tens of megabytes. `out` is whole or absent.
+    Rows are read, quantised and written in blocks, so memory use stays at tens of megabytes. The folder appears only
+    when it is complete.
 
     Args:
-        source: float checkpoint.
-        out: folder to write.
-        recipe: must quantise something.
-        threads: blocks in work at once; None is one for each core.
-        shard_bytes: largest weight file; None writes one file.
-        overwrite: replace a checkpoint that EdgeLM wrote at `out` once the new one is complete.
-        extra_files: files to write beside it, their contents by their names.
-        progress: gets the bytes read.
+        source: Float checkpoint, a folder or a hub id.
+        out: Folder to write.
+        recipe: How to quantise. It must quantise at least one tensor.
+        threads: Blocks in work at once; None for one per core.
+        shard_bytes: Largest size of a weight file; None for a single file.
+        overwrite: Replace a checkpoint that EdgeLM wrote at `out`, once the new one is complete.
+        extra_files: Further files to write, contents by name.
+        progress: Gets the bytes read.
+
+    Returns:
+        Path, sizes and number of tensors.
 
     Raises:
-        CheckpointError: `source` is incomplete or damaged, or some weight is not finite.
-        RecipeError: `source` is already quantised, or the recipe does not fit its tensors, or it has static
-            activations, whose scales are calibrated.
+        CheckpointError: `source` is incomplete or damaged, or a weight is not finite.
+        RecipeError: `source` is quantised already, the recipe does not suit its tensors, or it has static activations,
+            which need calibration.
         EdgeLMError: `out` cannot be used (`edgelm.output_paths.check_output`), or the disk is full.
     """
     progress = progress or Silent()
@@ -95,7 +109,7 @@ def quantize_checkpoint(
     with Checkpoint.open(source, progress) as checkpoint:
         weights = float_source(checkpoint, recipe)
         _refuse_static(weights)
-        stored_specs(weights)  # refuses before the folder is made
+        stored_specs(weights)  # raises before the folder is made
         with atomic_directory(out, CHECKPOINT, sources=[checkpoint.path], overwrite=overwrite) as folder:
             summary = write_quantized(weights, folder, threads=threads, shard_bytes=shard_bytes, progress=progress)
             write_extra_files(folder, extra_files)
@@ -107,8 +121,8 @@ def _refuse_static(weights: WeightSource) -> None:
     if static:
         kind = weights.recipe.activations_for(static[0])
         raise RecipeError(
-            f'the recipe "{weights.recipe.name}" has {kind} activations for {static[0]} ({len(static)} in all), whose '
-            'scales are calibrated: quantise with --calibration, or choose "int8-token" or "fp8-token" in the recipe'
+            f'the recipe "{weights.recipe.name}" has {kind} activations for {static[0]} ({len(static)} in all), which '
+            'need calibration: quantise with --calibration, or choose "int8-token" or "fp8-token" in the recipe'
         )
 
 
@@ -121,18 +135,18 @@ def write_quantized(
     progress: Progress,
     input_scales: Mapping[str, float] | None = None,
 ) -> QuantizedSummary:
-    """Write the tensors that `weights` gives, its recipe, and the rest of its checkpoint's folder into `folder`.
+    """Write the quantised tensors, the recipe and the small files of a checkpoint into `folder`.
 
     Args:
-        weights: a float checkpoint seen through a recipe.
-        folder: exists and is empty.
-        threads: blocks in work at once; None is one for each core.
-        shard_bytes: largest weight file; None writes one file.
-        progress: gets the bytes of the source that are done.
-        input_scales: of quantised matrices whose activations are static (`calibration.ranges.calibrated_scales`).
+        weights: A float checkpoint and its recipe.
+        folder: An existing, empty folder.
+        threads: Blocks in work at once; None for one per core.
+        shard_bytes: Largest size of a weight file; None for a single file.
+        progress: Gets the bytes of the source that are done.
+        input_scales: Input scales of matrices with static activations (`calibration.ranges.calibrated_scales`).
 
     Raises:
-        As `quantize_checkpoint`.
+        EdgeLMError: As `quantize_checkpoint`.
     """
     checkpoint = weights.checkpoint
     scales = {part_name(name, INPUT_SCALE): scale for name, scale in (input_scales or {}).items()}
@@ -161,10 +175,10 @@ def write_quantized(
 
 
 def stored_specs(weights: WeightSource) -> dict[str, TensorSpec]:
-    """What the tensors of a float checkpoint are stored as once they are quantised.
+    """Return types and shapes of the tensors in the quantised checkpoint.
 
     Raises:
-        RecipeError: a tensor that is to be quantised cannot be stored so.
+        RecipeError: A tensor that the recipe quantises cannot be stored quantised.
     """
     checkpoint = weights.checkpoint
     specs = {
@@ -185,7 +199,9 @@ def _specs(checkpoint: Checkpoint, name: str, scheme: AnyScheme | None) -> dict[
     if scheme is None:
         return {name: TensorSpec(info.dtype, info.shape)}
     if not name.endswith(".weight"):
-        raise RecipeError(f'{name} does not end in ".weight" and cannot be stored quantised: keep it float by a rule')
+        raise RecipeError(
+            f'{name} cannot be stored quantised, because it does not end in ".weight": keep it float by a rule'
+        )
     rows, columns = info.shape
     specs = {
         part_name(name, "qweight"): TensorSpec("U8", (rows, scheme.code_bytes(columns))),
@@ -197,7 +213,10 @@ def _specs(checkpoint: Checkpoint, name: str, scheme: AnyScheme | None) -> dict[
         specs[part_name(name, COLUMNS)] = TensorSpec("I64", (1,))
     taken = [key for key in specs if key in checkpoint.tensors]
     if taken:
-        raise RecipeError(f"{checkpoint.path} has a tensor {taken[0]}, which the quantised {name} would be stored as")
+        raise RecipeError(
+            f"{checkpoint.path} already has a tensor {taken[0]}, a name that the quantised {name} needs: keep {name} "
+            "float by a rule"
+        )
     return specs
 
 
@@ -245,7 +264,7 @@ def _quantize_rows(weights: WeightSource, writer: ShardedWriter, name: str, rows
 
 
 def _run(jobs: Iterable[Callable[[], int]], threads: int) -> Iterator[int]:
-    """Yield each job's result in order, with a few jobs ahead in the works; the first error stops the rest."""
+    """Run jobs on threads, a few ahead, and yield their results in order; the first error stops the rest."""
     with ThreadPoolExecutor(max(1, threads), thread_name_prefix="quantise") as pool:
         pending: deque[Future[int]] = deque()
         try:
@@ -261,14 +280,14 @@ def _run(jobs: Iterable[Callable[[], int]], threads: int) -> Iterator[int]:
 
 
 def write_extra_files(folder: Path, extra_files: Mapping[str, str] | None) -> None:
-    """Write small files into a checkpoint's folder, none of which is there."""
+    """Write small files into a checkpoint's folder; they must not exist."""
     for name, text in (extra_files or {}).items():
         with (folder / name).open("x", encoding="utf-8") as stream:
             stream.write(text)
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy what a checkpoint's folder holds besides config.json and weights: tokenizer, template, licence."""
+    """Copy a checkpoint's small files except config.json: tokenizer, template, licence."""
     for path in sorted(source.iterdir()):
         wanted = path.suffix in _COMPANION_SUFFIXES or path.name.startswith(_COMPANION_NAMES)
         written = path.name in (_CONFIG, FILE_LIST) or path.name.endswith(_INDEX_SUFFIX)

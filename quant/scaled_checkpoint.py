@@ -1,4 +1,4 @@
-"""A float checkpoint whose matrices are read with scaled rows and columns, and written so."""
+"""A view of a float checkpoint that scales rows and columns of matrices when it reads them."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Scaling:
-    """A tensor's rows (elements, if it is a vector) and columns are multiplied by these, float32; None is by one."""
+    """Float32 factors for the rows (of a vector: the elements) and columns of a tensor; None for no factors."""
 
     rows: Floats | None = None
     columns: Floats | None = None
 
     def over_rows(self, factors: Tensor) -> Scaling:
-        """Return this with the rows multiplied again."""
+        """Return this scaling with the rows multiplied by further factors."""
         more = factors.numpy()
         return replace(self, rows=more if self.rows is None else self.rows * more)
 
     def times_columns(self, factors: Tensor) -> Scaling:
-        """Return this with the columns multiplied again."""
+        """Return this scaling with the columns multiplied by further factors."""
         more = factors.numpy()
         return replace(self, columns=more if self.columns is None else self.columns * more)
 
     @property
     def is_exact(self) -> bool:
-        """Whether all factors are powers of two, which change exponents only."""
+        """Whether all factors are powers of two, which change only exponents."""
         return all(
             bool((np.frexp(factors)[0] == 0.5).all()) for factors in (self.rows, self.columns) if factors is not None
         )
 
     def apply(self, values: Floats, rows: slice | None = None) -> Floats:
-        """Return `values` (the given rows of the tensor) scaled."""
+        """Scale `values`, which are the given rows of the tensor; None means all rows."""
         result = values
         if self.rows is not None:
             factors = self.rows if rows is None else self.rows[rows]
@@ -62,7 +62,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class SmoothingChoice:
-    """What was chosen for one fold: alpha (None: no scales), and the relative squared error before and after."""
+    """The choice for one fold: its producer, alpha (None for no scales), and the relative squared error around it."""
 
     producer: str
     alpha: float | None
@@ -71,11 +71,12 @@ class SmoothingChoice:
 
 
 class SmoothedCheckpoint(Checkpoint):
-    """A view of a float checkpoint: reads come scaled, bfloat16 where that is exact, and float32 else.
+    """A view of a float checkpoint that reads scaled tensors: bfloat16 if that is exact, otherwise float32.
 
-    Attributes:
-        scaling: of each tensor that is changed, by its name.
-        choices: how these were chosen, in the order of the layers.
+    Args:
+        base: The float checkpoint.
+        scaling: Factors of each scaled tensor, by name.
+        choices: How the factors were chosen, in the order of layers.
     """
 
     def __init__(
@@ -93,14 +94,14 @@ class SmoothedCheckpoint(Checkpoint):
         return replace(info, dtype="F32", nbytes=TensorSpec("F32", info.shape).nbytes)
 
     def read_raw(self, name: str, rows: slice | None = None) -> NDArray[Any]:
-        """As `Checkpoint.read_raw`, of the type that `tensors` says."""
+        """See `Checkpoint.read_raw`; scaled, with the type that `tensors` states."""
         if name not in self.scaling:
             return super().read_raw(name, rows)
         values = self.read_float32(name, rows)
         return float32_to_bf16(values) if self.tensors[name].dtype == "BF16" else values
 
     def read_float32(self, name: str, rows: slice | None = None) -> Floats:
-        """As `Checkpoint.read_float32`, scaled."""
+        """See `Checkpoint.read_float32`; scaled."""
         values = super().read_float32(name, rows)
         return self.scaling[name].apply(values, rows) if name in self.scaling else values
 
@@ -112,13 +113,15 @@ class SmoothedCheckpoint(Checkpoint):
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        """Write this as a checkpoint folder of its own, whole or not at all; one tensor is in memory at a time.
+        """Write the scaled checkpoint to a folder, which appears only when it is complete.
+
+        One tensor is in memory at a time.
 
         Args:
-            out: folder to write.
-            shard_bytes: largest weight file; None writes one file.
-            overwrite: replace a checkpoint that EdgeLM wrote at `out`.
-            progress: gets the bytes written.
+            out: Folder to write.
+            shard_bytes: Largest size of a weight file; None for a single file.
+            overwrite: Replace a checkpoint that EdgeLM wrote at `out`.
+            progress: Gets the bytes written.
 
         Raises:
             EdgeLMError: `out` cannot be used (`edgelm.output_paths.check_output`), or the disk is full.

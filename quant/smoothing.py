@@ -1,22 +1,22 @@
-"""Scales between neighbouring weights that leave the model's function as it is and make it easier to quantise.
+"""Smoothing: scale channels between neighbouring weights so that a model is easier to quantise.
 
-A matrix W that multiplies x computes (x / s) (W diag(s)) for any positive s, one number a channel. The division is
-folded into what makes x, exactly but for float rounding:
+The scaled model computes the same function. For any positive s, one number per channel, W x = (W diag(s)) (x / s). The
+division by s is folded into the weight that produces x, which is exact up to float rounding:
 
-    norm weight -> q, k, v          norm weight -> gate and up (all experts, and the router: choices stay as they are)
-    rows of v   -> columns of o     rows of up  -> columns of down (for each expert)
-    final norm  -> head, where it is not tied
+    norm weight -> q, k, v          norm weight -> gate and up (all experts, and the router, so choices do not change)
+    rows of v   -> columns of o     rows of up  -> columns of down (per expert)
+    final norm  -> head, unless it is tied
 
-The query heads of one KV head share the scales of its values; v -> o is left out where clip_qkv clamps v. The norms of
-OLMoE's queries and keys come after the matmuls and are untouched.
+The query heads of one KV head share the scales of its values. v -> o is left out if clip_qkv clips v. The norms of
+OLMoE's queries and keys come after the matmuls and do not change.
 
-How s is chosen, for a grid of alpha, by the error of the outputs on calibration inputs, weights rounded to nearest:
+s is chosen from a grid of alpha, by the error of the outputs on calibration inputs with weights rounded to nearest:
 
     activations    s = max|x|**alpha / max|W|**(1 - alpha)    SmoothQuant, arXiv 2211.10438, section 4
     weights        s = mean|x|**alpha                          AWQ, arXiv 2306.00978, section 3.2
 
-No scaling at all is always among the candidates. With `powers_of_two` scales are rounded to these: the smoothed weights
-are then the very same numbers with other exponents, so they stay in bfloat16 and the function is kept to the bit.
+No scaling is always one of the candidates. With `powers_of_two` the scales are rounded to powers of two. They change
+only exponents, so weights stay in bfloat16 and the function stays the same bit for bit.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ if TYPE_CHECKING:
 TARGETS = ("activations", "weights")
 ALPHAS = tuple(float(alpha) for alpha in np.linspace(0, 1, 11))
 ROWS = 512
-"""Calibration inputs kept of a matrix to judge by; of an expert's, fewer."""
+"""Input rows of a matrix kept to measure the error with; `ROWS_OF_EXPERT` for a matrix of an expert."""
 ROWS_OF_EXPERT = 64
 _ENOUGH = 8
-_SMALLEST = 2.0**-20  # of a channel's magnitude, relative to the largest: beyond that nothing is gained
+_SMALLEST = 2.0**-20  # smallest magnitude of a channel relative to the largest; smaller ones count as this
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Scales s [C]: `producer` is divided by them along its first axis, the columns of `consumers` multiplied.
+    """Weights that share scales s [C]: `producer` is divided by s along its first axis, columns of `consumers` times s.
 
     Attributes:
-        producer: a norm's weight [C], or a matrix [C, ...].
-        consumers: matrices [..., C], or [..., C * group] where heads share.
-        heads: (KV heads, query heads to each) where `producer` makes values: C is KV heads x width.
+        producer: A norm's weight [C], or a matrix [C, ...].
+        consumers: Matrices [..., C], or [..., C * group] if heads share scales.
+        heads: (KV heads, query heads per KV head) if `producer` makes values. C is then KV heads * head size.
     """
 
     producer: str
@@ -71,14 +71,14 @@ class Fold:
     heads: tuple[int, int] | None = None
 
     def spread(self, s: Tensor) -> Tensor:
-        """Scales [C] for the columns of the consumers."""
+        """Expand scales [C] to the columns of the consumers."""
         if self.heads is None:
             return s
         kv, group = self.heads
         return s.view(kv, 1, -1).expand(kv, group, -1).reshape(-1)
 
     def gathered(self, columns: Tensor) -> Tensor:
-        """The largest of what columns of the consumers say, for each of the C channels."""
+        """Reduce a value per column of the consumers to the maximum per channel, [C]."""
         if self.heads is None:
             return columns
         kv, group = self.heads
@@ -86,10 +86,10 @@ class Fold:
 
 
 def layer_folds(decoder: Decoder, index: int) -> list[Fold]:
-    """All folds of one layer.
+    """Return all folds of one layer.
 
-    A norm in front of a part is folded into what multiplies its output; a block without one has no such fold. Values
-    are folded into `o` where nothing between them is nonlinear, and `up` into `down`.
+    They are the norm before a part, if any, with the matrices that read it; v with o, unless v has a bias or is
+    clipped; and up with down.
     """
     folds = []
     for block in decoder.layers[index]:
@@ -110,21 +110,21 @@ def layer_folds(decoder: Decoder, index: int) -> list[Fold]:
 
 
 def head_folds(decoder: Decoder) -> list[Fold]:
-    """The fold of the head, which a tied one does not have: the embedding would change with it."""
+    """Return the fold of the final norm and the head. A tied head has none, as the embedding would change with it."""
     return [] if decoder.tied else [Fold(decoder.norm.name, (decoder.head.name,))]
 
 
 class Seen:
-    """Of the first half of what came by the magnitudes, of the second some rows, each as likely as any other.
+    """Statistics of a matrix's input: magnitudes of the first half of the rows, and random rows of the second half.
 
-    Scales are made from one and judged by the other: made and judged by the same rows, every channel would be stretched
-    to the very end of the range, and the next text would be clipped.
+    Scales are computed from the magnitudes and their error is measured on the rows. With the same rows for both, every
+    channel would fill the whole range, and other text would be clipped.
 
     Attributes:
-        absmax: float32 [K].
-        total: float64 [K], sum of magnitudes.
-        tokens: rows that came by, of both.
-        rows: [at most `limit`, K].
+        absmax: Largest magnitude per channel, float32 [K].
+        total: Sum of magnitudes per channel, float64 [K].
+        tokens: Number of rows seen, in both halves.
+        rows: Kept rows, [at most `limit`, K].
     """
 
     def __init__(self, columns: int, limit: int) -> None:
@@ -137,7 +137,7 @@ class Seen:
         self._generator = torch.Generator().manual_seed(columns)
 
     def add(self, x: Tensor) -> None:
-        """Look at rows [..., K]."""
+        """Add rows [..., K] to the statistics."""
         x = x.detach().reshape(-1, x.shape[-1])
         if not len(x):
             return
@@ -146,7 +146,7 @@ class Seen:
         magnitudes = first.abs()
         self.absmax = torch.maximum(self.absmax, magnitudes.amax(0))
         self.total += magnitudes.sum(0, dtype=torch.float64)
-        # Every row draws a lot and the highest stay: each row is as likely as any other to be kept.
+        # Each row gets a random number, and the rows with the largest numbers are kept: a uniform sample.
         lots = torch.cat([self._lots, torch.rand(len(x), generator=self._generator)])
         self._lots, kept = lots.topk(min(self._limit, len(lots)))
         old = len(self.rows)
@@ -157,7 +157,7 @@ class Seen:
 
 
 class _Watcher(Hooks):
-    """Keeps what each matrix of the layer under way multiplies, and lets `done` use it when the layer is through."""
+    """Hooks that collect statistics of each matrix's input in a layer and run the search after the layer."""
 
     def __init__(self, search: _Search, decoder: Decoder) -> None:
         self.seen: dict[str, Seen] = {}
@@ -181,7 +181,7 @@ class _Watcher(Hooks):
 
 
 def _candidates(fold: Fold, target: str, seen: Sequence[Seen], weights: Sequence[Tensor]) -> Iterator[tuple[Any, Any]]:
-    """(alpha, scales [C]) for each alpha; magnitudes are gathered over consumers, the heads that share included."""
+    """Yield (alpha, scales [C]) for each alpha; magnitudes are maxima over consumers and over heads that share."""
     if target == "activations":
         x = fold.gathered(torch.stack([s.absmax for s in seen]).amax(0))
     else:
@@ -192,12 +192,12 @@ def _candidates(fold: Fold, target: str, seen: Sequence[Seen], weights: Sequence
     x, w = x.clamp_min(float(x.max()) * _SMALLEST), w.clamp_min(float(w.max()) * _SMALLEST)
     for alpha in ALPHAS:
         s = x**alpha / w ** (1 - alpha) if target == "activations" else x**alpha
-        # About one in the middle: norms and rows keep their order of magnitude.
+        # Divide by the geometric mean, so that norms and rows keep their order of magnitude.
         yield alpha, s / s.log().mean().exp()
 
 
 class _Search:
-    """Chooses the scales of folds by the error of what the consumers compute."""
+    """Chooses the scales of folds by the error of the consumers' outputs."""
 
     def __init__(
         self, checkpoint: Checkpoint, recipe: Recipe, target: str, powers_of_two: bool, threads: int | None
@@ -211,10 +211,10 @@ class _Search:
         self.choices: list[SmoothingChoice] = []
 
     def run(self, folds: Sequence[Fold], seen: Mapping[str, Seen]) -> None:
-        """Choose for each fold, given the inputs of all its consumers."""
+        """Choose the scales of each fold from the inputs of its consumers."""
         for fold in folds:
             quantised = [name for name in fold.consumers if name in seen and self._scheme(name) is not None]
-            # An expert that hardly any text came to is left alone.
+            # Experts with hardly any tokens are not scaled.
             if sum(len(seen[name].rows) for name in quantised) < _ENOUGH:
                 continue
             weights = [torch.from_numpy(self.checkpoint.read_float32(name)) for name in quantised]
@@ -251,7 +251,7 @@ class _Search:
     def _error(
         self, fold: Fold, names: Sequence[str], inputs: Sequence[Seen], weights: Sequence[Tensor], s: Tensor | None
     ) -> float:
-        """Mean over the kinds of consumers (q, k, v, ...) of their squared error relative to their squared output."""
+        """Return the squared error of the outputs relative to their square, averaged over roles (q, k, v, ...)."""
         spread = None if s is None else fold.spread(s)
         error: dict[str, float] = {}
         size: dict[str, float] = {}
@@ -273,7 +273,7 @@ class _Search:
             rounded = codec.rounded(scaled.numpy(), scheme, name=name, threads=self.threads)
             found = F.linear(x, torch.from_numpy(rounded))
             what = self.checkpoint.decoder.matrices[name].role
-            # An expert's rows stand for all that came to it.
+            # The kept rows represent all tokens of the matrix.
             share = seen.tokens / len(x)
             error[what] = error.get(what, 0.0) + share * float((found - exact).double().square().sum())
             size[what] = size.get(what, 0.0) + share * float(exact.double().square().sum())
@@ -291,26 +291,30 @@ def smooth(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> SmoothedCheckpoint:
-    """Return a view of a float checkpoint that computes the same and is easier to quantise with `recipe`.
+    """Smooth a float checkpoint: scale it so that it computes the same and is easier to quantise with `recipe`.
 
-    One sweep over the layers; inputs of one layer are in memory at a time. Whatever reads checkpoints reads the view:
-    `WeightSource(smooth(...), recipe)`, a calibration, or `SmoothedCheckpoint.write`.
+    The model runs once over the text, layer by layer, with the inputs of one layer in memory. The result is a view of
+    the checkpoint, for `WeightSource`, for calibration, or for `SmoothedCheckpoint.write`.
 
     Args:
-        checkpoint: float.
-        windows: int64 [W, T] tokens of calibration text.
-        recipe: the schemes that weights will have; for the target "activations" also what these will be ("auto" and
-            "float" count as int8, with FP8 weights as FP8, per token).
-        target: "activations" moves their outliers into the weights, "weights" protects those with large inputs.
-        powers_of_two: scales that change exponents only.
-        threads: for quantising; None is every core this process may use.
-        progress: told of every window and layer.
+        checkpoint: The float checkpoint.
+        windows: Tokens of the calibration text, int64 [W, T].
+        recipe: Schemes of the weights. For the target "activations" also the activation types; "auto" and "float"
+            count as int8 per token there, or FP8 per token with FP8 weights.
+        target: "activations" moves outliers of activations into the weights (SmoothQuant). "weights" protects weights
+            with large inputs (AWQ).
+        powers_of_two: Use only powers of two as scales, which change only exponents.
+        threads: Threads for quantising; None for every core that this process may use.
+        progress: Gets every window and layer.
+
+    Returns:
+        The scaled view of the checkpoint.
 
     Raises:
-        RecipeError: no such target, or the checkpoint is quantised already.
+        RecipeError: There is no such target, or the checkpoint is quantised already.
     """
     if target not in TARGETS:
-        raise RecipeError(f"smoothing is for {' or '.join(TARGETS)}, not {target!r}")
+        raise RecipeError(f"there is no smoothing for {target!r}: give {' or '.join(TARGETS)}")
     refuse_quantized(checkpoint)
     search = _Search(checkpoint, recipe, target, powers_of_two, threads)
     decoder = checkpoint.decoder

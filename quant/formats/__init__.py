@@ -1,6 +1,7 @@
-"""Checkpoints that others quantised, read without another rounding: GPTQ, AWQ, compressed-tensors and FP8.
+"""Read checkpoints that other tools quantised: GPTQ, AWQ, compressed-tensors and FP8.
 
-Whatever a format can hold that EdgeLM's schemes cannot is refused, with the tensor and what to do about it.
+The values are read exactly, without rounding again. Whatever EdgeLM's schemes cannot hold exactly is refused, with the
+tensor's name and advice.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""AWQ checkpoints, version "gemm", as AutoAWQ and transformers write them.
+"""Read AWQ checkpoints, version "gemm", as AutoAWQ and transformers write them.
 
-The layout (AutoAWQ's `modules/linear/gemm.py`, `WQLinear_GEMM.from_linear`, and `utils/packing_utils.py`), for a
-linear layer of N outputs and K inputs:
+The layout (AutoAWQ's `modules/linear/gemm.py`, `WQLinear_GEMM.from_linear`, and `utils/packing_utils.py`) of a
+linear layer with N outputs and K inputs:
 
     qweight  int32 [K, N / 8]   nibble i of word c, from the lowest, is the code of output 8 c + (0 2 4 6 1 3 5 7)[i]
-    qzeros   int32 [G, N / 8]   the zero points, in the same order; not lessened by one
+    qzeros   int32 [G, N / 8]   the zero points in the same order, not decremented
     scales   float16 [G, N]
 
     w[n, k] = (code[k, n] - zero[k // group_size, n]) * scales[k // group_size, n]
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from edgelm.checkpoint import Checkpoint
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight neighbouring outputs the nibbles of a word hold, from the lowest."""
+"""The output, of eight neighbours, that each nibble of a word holds, from the lowest nibble."""
 
 _PARTS = ("qweight", "qzeros", "scales", "bias")
 
@@ -76,7 +76,7 @@ class Awq(Format):
                 raise reading.contradiction(module, "modules_to_not_convert")
             if len(info.shape) != 2:
                 raise CheckpointError(
-                    f"{checkpoint.path}: {key} has the shape {info.shape}; a matrix is needed: {WAY_OUT}"
+                    f"{checkpoint.path}: {key} has the shape {info.shape}, but must be a matrix: {WAY_OUT}"
                 )
             columns, rows = info.shape[0], info.shape[1] * 8
             name = f"{module}.weight"

@@ -1,4 +1,4 @@
-"""What every other format is turned into, and the checks that turning it rounds nothing."""
+"""Base of the readers of other tools' formats, and checks that reading them is exact."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Matrix:
     """A quantised matrix of another tool's checkpoint.
 
     Attributes:
-        name: of the float matrix, "a.b.weight".
+        name: Name of the float matrix, "a.b.weight".
         shape: (N, K) of the float matrix.
-        written: the scheme as the format has it, its group perhaps wider than a row.
-        parts: key in the file by the part's own name, those of them that are there.
-        activations: what the matrix multiplies where the config says so, as recipes name it; None leaves it open.
+        written: Scheme as stored; its group may be larger than a row.
+        parts: Keys of the parts in the file, by part name; only those that exist.
+        activations: Activation type that the config states, one of `recipe.ACTIVATIONS`; None if it states none.
     """
 
     name: str
@@ -49,21 +49,21 @@ class Matrix:
 
     @property
     def scheme(self) -> AnyScheme:
-        """The scheme of the repacked matrix: a group that does not divide the row is cut into smaller equal ones.
+        """The scheme of the repacked matrix: a group that does not divide the row is divided into smaller ones.
 
-        Where these would be of fewer than 16 values it stays, and the last one of a row is shorter.
+        If these would have fewer than 16 values, the group stays and the last one of each row is shorter.
         """
         return self.written.effective(self.shape[1])
 
 
 class Format(ABC):
-    """Another tool's format, as one checkpoint's `quantization_config` sets it.
+    """Reader of another tool's format, with the settings of one checkpoint's `quantization_config`.
 
     Attributes:
-        reads_whole: whether a row is spread over the whole stored tensor, so that reading a few rows costs as much as
-            reading all of them.
-        name: of the recipe that is derived, such as "gptq-int4-g128".
-        default: the scheme of what the config does not except.
+        reads_whole: Whether the values of a row are spread over the whole stored tensor, so that reading a few rows
+            costs as much as reading all.
+        name: Name of the derived recipe, such as "gptq-int4-g128".
+        default: Scheme of the modules for which the config states no exception.
     """
 
     reads_whole: ClassVar[bool] = False
@@ -75,38 +75,38 @@ class Format(ABC):
         """Read the checkpoint's `quantization_config`.
 
         Raises:
-            UnsupportedConfigError: a field is set to what is not read.
+            UnsupportedConfigError: A field has an unsupported value.
         """
 
     @abstractmethod
     def matrices(self, checkpoint: Checkpoint) -> dict[str, Matrix]:
-        """Return every quantised matrix by its float name; checks headers, not values.
+        """Return every quantised matrix by its float name; check types and shapes, but not values.
 
         Raises:
-            CheckpointError: a part is missing, of another type or shape, or contradicts the config.
+            CheckpointError: A part is missing, has another type or shape, or contradicts the config.
         """
 
     @abstractmethod
     def read(self, checkpoint: Checkpoint, matrix: Matrix, rows: slice) -> QuantTensor:
-        """Return rows of a matrix, exactly; `rows` has a start and a stop, and is all of them where `reads_whole`.
+        """Read rows of a matrix exactly; `rows` has a start and a stop, and covers all rows if `reads_whole`.
 
         Raises:
-            CheckpointError: a value has no exact counterpart.
+            CheckpointError: A value cannot be represented exactly.
         """
 
 
 def parts_of(checkpoint: Checkpoint, stem: str, parts: tuple[str, ...]) -> dict[str, str]:
-    """Return the keys of those parts of a module that the checkpoint has."""
+    """Return the keys of a module's parts that the checkpoint has, by part name."""
     return {part: f"{stem}.{part}" for part in parts if f"{stem}.{part}" in checkpoint.tensors}
 
 
 def require(
     checkpoint: Checkpoint, matrix: Matrix, part: str, shapes: tuple[tuple[int, ...], ...], dtypes: tuple[str, ...]
 ) -> None:
-    """Check that a part is there, in one of the shapes and types.
+    """Check that a part exists, with one of the shapes and one of the types.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: It does not.
     """
     key = f"{matrix.module}.{part}"
     if part not in matrix.parts:
@@ -123,10 +123,10 @@ def require(
 
 
 def refuse_orphans(checkpoint: Checkpoint, stems: Mapping[str, Matrix], parts: tuple[str, ...], main: str) -> None:
-    """Refuse parts of quantised matrices whose codes are not there.
+    """Refuse parts of quantised matrices that have no codes.
 
     Raises:
-        CheckpointError: naming the first.
+        CheckpointError: Names the first.
     """
     for key in checkpoint.tensors:
         stem, _, part = key.rpartition(".")
@@ -134,9 +134,8 @@ def refuse_orphans(checkpoint: Checkpoint, stems: Mapping[str, Matrix], parts: t
             weight = checkpoint.tensors.get(f"{stem}.weight")
             if weight is not None and weight.dtype in FLOATS:
                 raise CheckpointError(
-                    f"{checkpoint.path} has {key}, but {stem}.weight is {weight.dtype} and not rounded to it yet: the "
-                    "checkpoint was saved without being compressed (llm-compressor: save_compressed=True); save it "
-                    f"again, or {WAY_OUT}"
+                    f"{checkpoint.path} has {key}, but {stem}.weight is {weight.dtype} and not quantised: save the "
+                    f"checkpoint again, compressed (llm-compressor: save_compressed=True), or {WAY_OUT}"
                 )
             raise CheckpointError(f"{checkpoint.path} has {key} but not {stem}.{main}: fetch the checkpoint again")
 
@@ -154,32 +153,32 @@ _CACHE_SCALES = (
 
 
 def refuse_extras(checkpoint: Checkpoint, matrices: Mapping[str, Matrix]) -> None:
-    """Refuse what changes the results and has no place here: scales of the KV cache, and biases that are not zero.
+    """Refuse tensors that would change the results but are not supported: KV cache scales and nonzero biases.
 
-    AutoGPTQ wrote biases of zeros for layers that have none; adding them is nothing, so they are passed over.
+    AutoGPTQ wrote biases of zeros for layers without a bias. They have no effect and are ignored.
 
     Raises:
-        CheckpointError: naming the tensor.
+        CheckpointError: Names the tensor.
     """
     for key in checkpoint.tensors:
         if key.rpartition(".")[2] in _CACHE_SCALES:
             raise CheckpointError(
-                f"{checkpoint.path} has {key}: static scales of the KV cache (or of outputs) are not supported; "
-                "take a checkpoint that was made without them"
+                f"{checkpoint.path} has {key}: static scales of the KV cache or of outputs are not supported. Use a "
+                "checkpoint that was made without them"
             )
     for matrix in matrices.values():
         if "bias" in matrix.parts and checkpoint.read_raw(matrix.parts["bias"]).astype(np.bool_).any():
             raise CheckpointError(
-                f"{checkpoint.path}: {matrix.parts['bias']} is not zero: these models have no biases, and adding one "
-                f"is not implemented; {WAY_OUT}"
+                f"{checkpoint.path}: {matrix.parts['bias']} is not zero, but biases of quantised matrices are not "
+                f"supported: {WAY_OUT}"
             )
 
 
 def float32_of(checkpoint: Checkpoint, key: str, rows: slice | None = None) -> NDArray[np.float32]:
-    """Read a scale of any float type, exactly.
+    """Read scales of any float type exactly.
 
     Raises:
-        CheckpointError: a value is not finite.
+        CheckpointError: A value is not finite.
     """
     return as_float32(checkpoint.read_raw(key, rows), checkpoint.tensors[key].dtype)
 
@@ -187,16 +186,16 @@ def float32_of(checkpoint: Checkpoint, key: str, rows: slice | None = None) -> N
 def integer_tensor(
     matrix: Matrix, codes: Bytes, scales: NDArray[np.float32], zeros: NDArray[Any] | None
 ) -> QuantTensor:
-    """Put rows together as EdgeLM has them.
+    """Make a `QuantTensor` of rows of an integer matrix.
 
     Args:
-        matrix: whose rows these are.
-        codes: uint8 [n, K * bits / 8], unsigned codes from the lowest bit up.
+        matrix: The matrix.
+        codes: Unsigned codes, uint8 [n, K * bits / 8], from the lowest bit up.
         scales: float32 [n, groups as stored].
-        zeros: [n, groups as stored] in the codes' own numbers; None for none, else checked against the scheme.
+        zeros: Zero points [n, groups as stored], counted like the codes; None if there are none.
 
     Raises:
-        CheckpointError: a scale is no float16 number, or a zero point does not fit.
+        CheckpointError: A scale is not exact in float16, or a zero point is outside the scheme's range.
     """
     scheme = matrix.scheme
     assert isinstance(scheme, Scheme)
@@ -205,30 +204,29 @@ def integer_tensor(
     lost = half.astype(np.float32) != scales
     if lost.any():
         raise CheckpointError(
-            f"{matrix.name}: {int(lost.sum())} of {scales.size} scales in these rows are no float16 numbers "
-            f"(e.g. {scales[lost][0]:.9g}), in which EdgeLM stores scales of integers: rounding them would change the "
-            f"weights; {WAY_OUT}"
+            f"{matrix.name}: {int(lost.sum())} of {scales.size} scales in these rows are not exact in float16 (such as "
+            f"{scales[lost][0]:.9g}), the type in which EdgeLM stores them, so the weights would change: {WAY_OUT}"
         )
     points: Bytes | None = None
     if zeros is not None and scheme.symmetric and (zeros != scheme.symmetric_zero).any():
         raise CheckpointError(
-            f"{matrix.name} has the zero point {zeros[zeros != scheme.symmetric_zero][0]}, but config.json calls it "
-            f"symmetric, which is {scheme.symmetric_zero} always: the config or the file is wrong; {WAY_OUT}"
+            f"{matrix.name} has the zero point {zeros[zeros != scheme.symmetric_zero][0]}, but config.json says "
+            f"symmetric, which means {scheme.symmetric_zero}: the config or the file is wrong, so {WAY_OUT}"
         )
     if not scheme.symmetric:
         assert zeros is not None
         outside = (zeros < 0) | (zeros >= scheme.levels)
         if outside.any():
             raise CheckpointError(
-                f"{matrix.name} has the zero point {zeros[outside][0]}, outside of 0 .. {scheme.levels - 1}: "
-                f"{scheme.name} cannot hold it; {WAY_OUT}"
+                f"{matrix.name} has the zero point {zeros[outside][0]}, outside of 0 .. {scheme.levels - 1}, the range "
+                f"of {scheme.name}: {WAY_OUT}"
             )
         points = in_groups(zeros.astype(np.uint8), matrix)
     return QuantTensor(codes, in_groups(half, matrix), points, scheme, (codes.shape[0], matrix.shape[1]))
 
 
 def in_groups(values: NDArray[Any], matrix: Matrix) -> NDArray[Any]:
-    """Repeat [n, groups as stored] over the smaller groups of `matrix.scheme`, whose last one ends with the row."""
+    """Repeat values [n, groups as stored] for the smaller groups of `matrix.scheme`, up to the row's end."""
     stored, cut = matrix.written.group, matrix.scheme.group
     if stored is None or cut is None or stored == cut:
         return np.ascontiguousarray(values)
@@ -236,5 +234,5 @@ def in_groups(values: NDArray[Any], matrix: Matrix) -> NDArray[Any]:
 
 
 def stored_groups(matrix: Matrix) -> int:
-    """Scales to a row as the format has them: the last group may be cut off by the row's end."""
+    """Return the number of stored scales per row; the last group may end with the row."""
     return matrix.written.groups(matrix.shape[1])

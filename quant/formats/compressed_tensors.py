@@ -1,24 +1,24 @@
-"""Checkpoints of compressed-tensors, which llm-compressor and vLLM use.
+"""Read compressed-tensors checkpoints, the format of llm-compressor and vLLM.
 
 The layouts (compressed-tensors' `compressors/quantized_compressors/{pack_quantized,naive_quantized}.py`, and
-`quantization/lifecycle/forward.py`, `dequantize`), for a linear layer of N outputs and K inputs, by the config's or a
-group's `format`:
+`quantization/lifecycle/forward.py`, `dequantize`) of a linear layer with N outputs and K inputs, by the `format` of
+the config or of a group:
 
     pack-quantized      weight_packed int32 [N, K * bits / 32]: code q as q + 2**(bits - 1), from the lowest bits up
                         weight_shape int [2]: N, K
-                        weight_zero_point (symmetric: none) int32 [N * bits / 32, G], the same along N; or int8 [N, G]
-    int-quantized       weight int8 [N, K], signed codes; weight_zero_point (symmetric: none) int8, as the scales
+                        weight_zero_point (symmetric: none) int32 [N * bits / 32, G], packed along N; or int8 [N, G]
+    int-quantized       weight int8 [N, K], signed codes; weight_zero_point (symmetric: none) int8, shaped as the scales
     float-quantized     weight float8_e4m3fn [N, K]
-    naive-quantized     as one of the last two, whichever type `weight` has
+    naive-quantized     like one of the last two, by the type of `weight`
     all                 weight_scale of any float type: [1] (strategy tensor), [N, 1] (channel), [N, G] (group), or
                         [ceil(N / r), ceil(K / c)] (block, with block_structure [r, c])
-                        input_scale [1], where the inputs' scale is static; weight_g_idx, where they were reordered
+                        input_scale [1], if activations are static; weight_g_idx, if inputs were reordered
 
     w[n, k] = (q[n, k] - zero[n, k // group]) * weight_scale[n, k // group]
 
-A module belongs to the first group of `config_groups` whose `targets` name it: "Linear" is every one, "re:..." a
-regular expression from the start of the name, all else a whole name (`utils/match.py`). The values here are exact
-products; compressed-tensors itself rounds them to the scales' type when it decompresses.
+A module belongs to the first group of `config_groups` whose `targets` name it. "Linear" names every module, "re:..." is
+a regular expression from the start of the name, anything else is a full name (`utils/match.py`). The values read here
+are exact; compressed-tensors itself rounds them to the scales' type when it decompresses.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ _PARTS = (
     "weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale",
     "input_zero_point", "bias",
 )  # fmt: skip
-# How far llm-compressor had come. What the weights are stored as, their types say: some that are compressed are called
-# "frozen", and floats that are yet to be rounded have scales beside them, which `refuse_orphans` finds.
+# Stages of llm-compressor. They do not say how the weights are stored: some compressed ones are "frozen". Float weights
+# that are not rounded yet have scales beside them, which `refuse_orphans` finds.
 _STATUSES = ("initialized", "calibration", "frozen", "compressed")
 _STRATEGIES = ("tensor", "channel", "group", "block")
 _EVERY_LINEAR = "Linear"
@@ -83,7 +83,7 @@ class CompressedTensors(Format):
         """Read the config.
 
         Raises:
-            UnsupportedConfigError: a field is set to what is not read.
+            UnsupportedConfigError: A field has an unsupported value.
         """
         _check_whole(settings)
         groups = reading.table(settings, "config_groups")
@@ -95,7 +95,7 @@ class CompressedTensors(Format):
         self.name = f"compressed-tensors-{reading.label(self.default)}"
 
     def matrices(self, checkpoint: Checkpoint) -> dict[str, Matrix]:
-        """Return every matrix that has packed codes, or a weight with a scale."""
+        """Return every matrix with packed codes, or with a weight of type int8 or FP8."""
         found = {}
         for key, info in checkpoint.tensors.items():
             module, _, part = key.rpartition(".")
@@ -105,18 +105,19 @@ class CompressedTensors(Format):
             group = self._group_of(checkpoint, module)
             if packed != group.packed or (not packed and (info.dtype == E4M3) != isinstance(group.scheme, Fp8Scheme)):
                 raise CheckpointError(
-                    f"{checkpoint.path}: {key} of the type {info.dtype} is not how config.json says that {module} is "
-                    f"stored ({group.scheme.name}): the config or the file is wrong; {WAY_OUT}"
+                    f"{checkpoint.path}: {key} is {info.dtype}, but config.json says that {module} is "
+                    f"{group.scheme.name} in another form: the config or the file is wrong, so {WAY_OUT}"
                 )
             parts = parts_of(checkpoint, module, _PARTS)
             if packed and "weight" in parts:
                 raise CheckpointError(
-                    f"{checkpoint.path} has both {key} and {module}.weight: which of the two is right cannot be told; "
-                    f"fetch the checkpoint again, or {WAY_OUT}"
+                    f"{checkpoint.path} has both {key} and {module}.weight: fetch the checkpoint again, or {WAY_OUT}"
                 )
             shape = _unpacked_shape(checkpoint, module, parts, group) if packed else info.shape
             if len(shape) != 2:
-                raise CheckpointError(f"{checkpoint.path}: {key} has the shape {shape}, and is no matrix: {WAY_OUT}")
+                raise CheckpointError(
+                    f"{checkpoint.path}: {key} has the shape {shape}, but must be a matrix: {WAY_OUT}"
+                )
             name = f"{module}.weight"
             found[name] = Matrix(name, (shape[0], shape[1]), group.scheme, parts, group.activations)
             _check_parts(checkpoint, found[name], group)
@@ -135,7 +136,7 @@ class CompressedTensors(Format):
             words = checkpoint.read_raw(matrix.parts["weight_packed"], rows).astype("<i4", copy=False)
             codes = words.view(np.uint8)
         else:
-            # Two's complement with the sign's bit turned over is the number plus 128.
+            # Flipping the sign bit of a two's complement number adds 128.
             codes = checkpoint.read_raw(matrix.parts["weight"], rows).view(np.uint8) ^ np.uint8(0x80)
         key = matrix.parts["weight_scale"]
         return integer_tensor(
@@ -152,8 +153,8 @@ class CompressedTensors(Format):
             if any(target == _EVERY_LINEAR or _names(target, module) for target in group.targets):
                 return group
         raise CheckpointError(
-            f"{checkpoint.path} holds {module} quantised, but no group of config.json's "
-            f"quantization_config.config_groups names it: fetch the checkpoint again, or {WAY_OUT}"
+            f"{checkpoint.path} holds {module} quantised, but no group in quantization_config.config_groups of "
+            f"config.json names it: fetch the checkpoint again, or {WAY_OUT}"
         )
 
 
@@ -162,7 +163,7 @@ def _names(entry: str, module: str) -> bool:
 
 
 def _check_whole(settings: Settings) -> None:
-    """Refuse what concerns the whole checkpoint and is not read."""
+    """Refuse unsupported settings of the whole checkpoint."""
     status = settings.get("quantization_status")
     if status is not None and status not in _STATUSES:
         raise reading.unsupported("quantization_status", status, ", ".join(_STATUSES))
@@ -193,7 +194,7 @@ def _group(key: str, entry: Settings, whole_format: object) -> _Group:
 
 
 def _scheme(where: str, weights: Settings) -> tuple[AnyScheme, int | None]:
-    """The scheme of a group, and how many rows share a scale in blocks."""
+    """Return the scheme of a group, and the rows that share a scale if scales are per block."""
     kind, strategy = weights.get("type", "int"), weights.get("strategy")
     if kind not in ("int", "float"):
         raise reading.unsupported(f"{where}.type", kind, '"int" or "float"')
@@ -220,7 +221,7 @@ def _scheme(where: str, weights: Settings) -> tuple[AnyScheme, int | None]:
 
 
 def _activations(where: str, inputs: Settings) -> str | None:
-    """What modules multiply; None where that is float, or rounded at run time in a way that no recipe names."""
+    """Return the activation type; None if it is float, or rounded at run time in a way that recipes do not have."""
     if not inputs:
         return None
     kind = "fp8" if inputs.get("type") == "float" else "int8"
@@ -235,15 +236,15 @@ def _activations(where: str, inputs: Settings) -> str | None:
 
 
 def _unpacked_shape(checkpoint: Checkpoint, module: str, parts: dict[str, str], group: _Group) -> tuple[int, ...]:
-    """N, K as `weight_shape` has them."""
+    """Return (N, K) from `weight_shape`."""
     if "weight_shape" not in parts:
         raise CheckpointError(f"{checkpoint.path} lacks {module}.weight_shape: fetch the checkpoint again")
     shape = tuple(int(size) for size in checkpoint.read_raw(parts["weight_shape"]).reshape(-1))
     per_word = 32 // group.scheme.bits
     if len(shape) == 2 and shape[1] % per_word:
         raise CheckpointError(
-            f"{checkpoint.path}: {module} has rows of {shape[1]} values, which do not fill words of {per_word}: "
-            f"padded rows are not read; {WAY_OUT}"
+            f"{checkpoint.path}: {module} has rows of {shape[1]} values, not a multiple of {per_word}, and padded rows "
+            f"are not supported: {WAY_OUT}"
         )
     return shape
 
@@ -266,20 +267,20 @@ def _check_parts(checkpoint: Checkpoint, matrix: Matrix, group: _Group) -> None:
         require(checkpoint, matrix, "input_scale", ((), (1,), (1, 1)), FLOATS)
     if "input_zero_point" in matrix.parts and checkpoint.read_raw(matrix.parts["input_zero_point"]).astype(bool).any():
         raise CheckpointError(
-            f"{checkpoint.path}: {matrix.parts['input_zero_point']} is not zero: only symmetric static activations "
-            f"are read; {WAY_OUT}"
+            f"{checkpoint.path}: {matrix.parts['input_zero_point']} is not zero, but only symmetric static activations "
+            f"are supported: {WAY_OUT}"
         )
 
 
 def _by_row(values: NDArray[np.float32], rows: slice) -> NDArray[np.float32]:
-    """Scales of one for all, one a row or a row's groups, as [n, groups]."""
+    """Expand scales (one for all, one per row, or one per group of a row) to [n, groups]."""
     count = rows.stop - rows.start
     values = values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1)
     return np.repeat(values, count, axis=0) if len(values) == 1 and count > 1 else values
 
 
 def _zeros(checkpoint: Checkpoint, matrix: Matrix, rows: slice) -> NDArray[Any] | None:
-    """Zero points [n, groups], moved up as the codes are; None where none are stored."""
+    """Return the zero points [n, groups], shifted like the codes; None if there are none."""
     if "weight_zero_point" not in matrix.parts:
         return None
     key, bits = matrix.parts["weight_zero_point"], matrix.written.bits
@@ -301,10 +302,10 @@ def _check_order(checkpoint: Checkpoint, matrix: Matrix) -> None:
         return
     columns = matrix.shape[1]
     found = checkpoint.read_raw(matrix.parts["weight_g_idx"]).reshape(-1)
-    # -1 stands for "not reordered".
+    # -1 means not reordered.
     if not (found == -1).all() and not np.array_equal(found, np.arange(columns) // matrix.written.group_size(columns)):
         raise CheckpointError(
-            f"{matrix.name} was quantised in the order of the activations ({matrix.parts['weight_g_idx']}), so that "
-            f'groups are no neighbours, as EdgeLM\'s are: take a checkpoint made with actorder "weight" or none, or '
+            f"{matrix.name} was quantised in activation order ({matrix.parts['weight_g_idx']}), so its groups are not "
+            f'neighbouring columns, which EdgeLM needs: use a checkpoint made with actorder "weight" or none, or '
             f"{WAY_OUT}"
         )

@@ -1,4 +1,4 @@
-"""Reading another tool's `quantization_config` so that nothing in it which changes the numbers goes unnoticed."""
+"""Read another tool's `quantization_config` strictly: an unsupported value of a field that matters is an error."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from edgelm.quant.scheme import MIN_GROUP, AnyScheme, Scheme
 Settings = Mapping[str, object]
 
 WAY_OUT = "start from the float checkpoint"
-"""What to do about a checkpoint that cannot be read exactly."""
+"""Advice in errors about a checkpoint that cannot be read exactly."""
 
 
 def unsupported(key: str, value: object, accepted: str) -> UnsupportedConfigError:
-    """Return the error for a value of `quantization_config` that is not read."""
+    """Return the error for an unsupported value in `quantization_config`."""
     return UnsupportedConfigError(
-        f"config.json: quantization_config.{key} is {value!r}; EdgeLM reads {accepted}: {WAY_OUT}"
+        f"config.json: quantization_config.{key} is {value!r}, but EdgeLM reads {accepted}: {WAY_OUT}"
     )
 
 
 def bits_of(settings: Settings, keys: Sequence[str], accepted: Sequence[int], default: object = None) -> int:
-    """Read the width of the codes.
+    """Read the bits per code.
 
     Raises:
-        UnsupportedConfigError: it is absent or none of `accepted`.
+        UnsupportedConfigError: They are missing or not among `accepted`.
     """
     value = first_of(settings, keys, default)
     if isinstance(value, bool) or value not in accepted:
@@ -35,10 +35,10 @@ def bits_of(settings: Settings, keys: Sequence[str], accepted: Sequence[int], de
 
 
 def group_of(settings: Settings, keys: Sequence[str], default: object = None) -> int | None:
-    """Read the number of values to a scale; -1 (or null) is a row and returned as None.
+    """Read the number of values per scale; -1 or null means a whole row and gives None.
 
     Raises:
-        UnsupportedConfigError: it is no power of two of at least 16, which all that computes with groups here needs.
+        UnsupportedConfigError: It is not a power of two of at least 16, the only groups that EdgeLM supports.
     """
     value = first_of(settings, keys, default)
     if value is None or value == -1:
@@ -49,10 +49,10 @@ def group_of(settings: Settings, keys: Sequence[str], default: object = None) ->
 
 
 def flag(settings: Settings, key: str, default: bool) -> bool:
-    """Read true or false; null counts as absent.
+    """Read true or false; null counts as missing.
 
     Raises:
-        UnsupportedConfigError: it is something else.
+        UnsupportedConfigError: It is something else.
     """
     value = settings.get(key)
     if value is None:
@@ -66,7 +66,7 @@ def table(settings: Settings, key: str) -> Mapping[str, object]:
     """Read an object; null counts as empty.
 
     Raises:
-        UnsupportedConfigError: it is something else.
+        UnsupportedConfigError: It is something else.
     """
     value = settings.get(key)
     if value is None:
@@ -77,10 +77,10 @@ def table(settings: Settings, key: str) -> Mapping[str, object]:
 
 
 def names(settings: Settings, *keys: str) -> tuple[str, ...]:
-    """Read the first of `keys` that is there as a list of texts; absent or null is none.
+    """Read a list of strings from the first of `keys` that is present; missing or null gives an empty list.
 
     Raises:
-        UnsupportedConfigError: it is something else.
+        UnsupportedConfigError: It is something else.
     """
     value = first_of(settings, keys, [])
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
@@ -89,15 +89,15 @@ def names(settings: Settings, *keys: str) -> tuple[str, ...]:
 
 
 def first_of(settings: Settings, keys: Sequence[str], default: object = None) -> object:
-    """Return the value of the first key that is there and not null."""
+    """Return the value of the first key that is present and not null."""
     return next((settings[key] for key in keys if settings.get(key) is not None), default)
 
 
 def matched(pattern: str, module: str) -> bool:
-    """Whether a regular expression of the config matches from the start of a module's name.
+    """Return whether a regular expression of the config matches the start of a module's name.
 
     Raises:
-        UnsupportedConfigError: it is none.
+        UnsupportedConfigError: It is not a regular expression.
     """
     try:
         return re.match(pattern, module) is not None
@@ -106,13 +106,13 @@ def matched(pattern: str, module: str) -> bool:
 
 
 def label(scheme: AnyScheme) -> str:
-    """Return a scheme's name as recipes of other tools' checkpoints have it: symmetric goes without saying."""
+    """Return a scheme's name for the recipe of another tool's checkpoint: without "-sym"."""
     return scheme.name.removesuffix("-sym") if isinstance(scheme, Scheme) else scheme.name
 
 
 def contradiction(module: str, key: str) -> CheckpointError:
     """Return the error for a module that is stored quantised although the config says that it is float."""
     return CheckpointError(
-        f"{module} is stored quantised, but config.json lists it in quantization_config.{key}: which of the two is "
-        f"right cannot be told; fetch the checkpoint again, or {WAY_OUT}"
+        f"{module} is stored quantised, but quantization_config.{key} in config.json says that it is not: fetch the "
+        f"checkpoint again, or {WAY_OUT}"
     )

@@ -1,4 +1,4 @@
-"""Quantised tensors as a checkpoint holds them: EdgeLM's own format, and the protocol that the other formats share."""
+"""Read EdgeLM's own quantised checkpoints; the interface that all readers of quantised checkpoints share."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ METHOD = "edgelm"
 FORMAT_VERSION = 1
 PARTS = ("qweight", "scales", "zeros")
 INPUT_SCALE = "input_scale"
-"""A further part, float32: the calibrated scale of what the matrix multiplies, where its activations are static."""
+"""Optional part, float32: the calibrated scale of the matrix's input, if its activations are static."""
 COLUMNS = "columns"
-"""A further part, int64 [1]: K, where the codes of a row do not fill its last byte."""
+"""Optional part, int64 [1]: K, if the codes of a row do not fill its last byte."""
 
 
 def part_name(tensor: str, part: str) -> str:
@@ -31,7 +31,7 @@ def part_name(tensor: str, part: str) -> str:
 
 
 def stored_arrays(name: str, tensor: QuantTensor) -> dict[str, NDArray[Any]]:
-    """The arrays of a quantised tensor by the keys under which they are stored."""
+    """Return the arrays of a quantised tensor by their keys in the file."""
     arrays = zip(PARTS, (tensor.codes, tensor.scales, tensor.zeros), strict=True)
     return {part_name(name, part): array for part, array in arrays if array is not None}
 
@@ -39,10 +39,10 @@ def stored_arrays(name: str, tensor: QuantTensor) -> dict[str, NDArray[Any]]:
 def read_stored(
     file: Checkpoint | SafetensorsFile, name: str, rows: slice | None, scheme: AnyScheme, columns: int
 ) -> QuantTensor:
-    """Return rows [n, columns] of the tensor whose arrays `stored_arrays` gave.
+    """Read rows [n, columns] of a tensor stored with the keys of `stored_arrays`.
 
     Raises:
-        CheckpointError: they do not fit together.
+        CheckpointError: Shapes or types of the arrays do not agree.
     """
     codes, scales = (file.read_raw(part_name(name, part), rows) for part in PARTS[:2])
     zeros = file.read_raw(part_name(name, "zeros"), rows) if scheme.has_zeros else None
@@ -53,34 +53,34 @@ def read_stored(
 
 
 class Stored(Protocol):
-    """A quantised checkpoint, its tensors under their float names.
+    """Interface of a quantised checkpoint whose tensors are read by their float names.
 
     Attributes:
-        recipe: which gives every matrix the scheme that it is stored in.
-        shapes: of every tensor, quantised or not.
+        recipe: A recipe that gives every matrix its stored scheme.
+        shapes: Shape of every tensor, as in float.
     """
 
     recipe: Recipe
     shapes: dict[str, tuple[int, ...]]
 
     def scheme(self, name: str) -> AnyScheme | None:
-        """Return the scheme of a tensor, None where it is float."""
+        """Return the scheme of a tensor; None if it is float."""
 
     def quantized(self, name: str, rows: slice | None) -> QuantTensor:
-        """Return rows of a quantised matrix, None all of them. Raises `CheckpointError` where they are damaged."""
+        """Return rows of a quantised matrix; None for all rows. Raises `CheckpointError` if they are damaged."""
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a tensor in the file, all its parts together."""
+        """Return the bytes of a tensor in the file, with all its parts."""
 
     def input_scale(self, name: str) -> float | None:
-        """Return the static scale of a matrix's inputs, None where none is stored."""
+        """Return the stored static scale of a matrix's input; None if there is none."""
 
 
 class OwnWeights:
     """A checkpoint that `quantize_checkpoint` wrote.
 
     Raises:
-        CheckpointError: parts are missing, or there is what the recipe does not describe.
+        CheckpointError: Parts of a tensor are missing, or the tensors contradict the recipe.
     """
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
@@ -89,7 +89,7 @@ class OwnWeights:
         self.shapes = self._logical_shapes()
 
     def scheme(self, name: str) -> AnyScheme | None:
-        """Return the scheme of a tensor, None where it is float."""
+        """Return the scheme of a tensor; None if it is float."""
         return self.recipe.scheme_for(name, self.shapes[name])
 
     def quantized(self, name: str, rows: slice | None) -> QuantTensor:
@@ -99,13 +99,13 @@ class OwnWeights:
         return read_stored(self._checkpoint, name, rows, scheme, self.shapes[name][1])
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a tensor in the file, all its parts together."""
+        """Return the bytes of a tensor in the file, with all its parts."""
         tensors: Mapping[str, object] = self._checkpoint.tensors
         keys = [name] if name in tensors else [part_name(name, part) for part in (*PARTS, INPUT_SCALE, COLUMNS)]
         return sum(self._checkpoint.tensors[key].nbytes for key in keys if key in tensors)
 
     def input_scale(self, name: str) -> float | None:
-        """Return the static scale of a matrix's inputs, None where none is stored."""
+        """Return the stored static scale of a matrix's input; None if there is none."""
         key = part_name(name, INPUT_SCALE)
         if key not in self._checkpoint.tensors or name in self._checkpoint.tensors:
             return None
@@ -115,8 +115,8 @@ class OwnWeights:
         stored = self._checkpoint.read_raw(key)
         if stored.dtype != np.int64 or stored.size != 1 or scheme.code_bytes(int(stored.flat[0])) != code_bytes:
             raise CheckpointError(
-                f"{self._checkpoint.path}: {key} is {stored.tolist()}, which {code_bytes} bytes of {scheme.bits}-bit "
-                "codes do not hold: the checkpoint is damaged, quantise again"
+                f"{self._checkpoint.path}: {key} is {stored.tolist()}, which does not agree with {code_bytes} bytes of "
+                f"{scheme.bits}-bit codes: the checkpoint is damaged, so quantise again"
             )
         return int(stored.flat[0])
 
@@ -127,7 +127,7 @@ class OwnWeights:
             stem, _, part = key.rpartition(".")
             if part in (*PARTS, INPUT_SCALE, COLUMNS):
                 if f"{stem}.qweight" not in tensors:
-                    raise CheckpointError(f"{path} has {key} but not {stem}.qweight")
+                    raise CheckpointError(f"{path} has {key} but not {stem}.qweight: quantise again")
             else:
                 shapes[key] = tuple(info.shape)
             if part != "qweight":
@@ -135,15 +135,15 @@ class OwnWeights:
             name = f"{stem}.weight"
             scheme = self.recipe.match(name)
             if scheme is None or len(info.shape) != 2:
-                raise CheckpointError(f"{path} has {key}, but its recipe keeps {name} float")
+                raise CheckpointError(f"{path} has {key}, but its recipe keeps {name} float: quantise again")
             for needed in PARTS if scheme.has_zeros else PARTS[:-1]:
                 if f"{stem}.{needed}" not in tensors:
-                    raise CheckpointError(f"{path} lacks {stem}.{needed} of the quantised {name}")
+                    raise CheckpointError(f"{path} lacks {stem}.{needed} of the quantised {name}: quantise again")
             columns = info.shape[1] * 8 // scheme.bits
             if f"{stem}.{COLUMNS}" in tensors:
                 columns = self._columns(f"{stem}.{COLUMNS}", info.shape[1], scheme)
             shapes[name] = (info.shape[0], columns)
         for name, shape in shapes.items():
             if name in tensors and self.recipe.scheme_for(name, shape) is not None:
-                raise CheckpointError(f"{path} holds {name} in float, but its recipe quantises it")
+                raise CheckpointError(f"{path} holds {name} in float, but its recipe quantises it: quantise again")
         return shapes

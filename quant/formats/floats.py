@@ -1,4 +1,4 @@
-"""FP8 matrices with the scales that checkpoints have: one in all, one a row, one a group, or one a block of rows."""
+"""Read FP8 matrices with the scales that checkpoints have: per matrix, per row, per group, or per block of rows."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from edgelm.checkpoint import Checkpoint
 
 E4M3 = "F8_E4M3"
-"""The safetensors name of the one FP8 type that is read."""
+"""The safetensors name of the only supported FP8 type."""
 
 
 def check_scales(checkpoint: Checkpoint, matrix: Matrix, part: str, block_rows: int | None = None) -> None:
-    """Check the shape of the scales: one, one a row, one for each of a row's groups, or one for `block_rows` rows.
+    """Check the shape of scales: per matrix, per row, per group of a row, or per block of `block_rows` rows.
 
     Raises:
-        CheckpointError: they are missing, or of another shape or type.
+        CheckpointError: They are missing, or have another shape or type.
     """
     rows, groups = matrix.shape[0], stored_groups(matrix)
     shapes: tuple[tuple[int, ...], ...]
@@ -36,7 +36,7 @@ def check_scales(checkpoint: Checkpoint, matrix: Matrix, part: str, block_rows: 
 
 
 def scale_rows(checkpoint: Checkpoint, key: str, rows: slice, block_rows: int = 1) -> slice | None:
-    """Return which rows of a stored scale serve `rows`; None is all, where there is one for the whole matrix."""
+    """Return the rows of the stored scales that apply to `rows`; None if there is one scale for the whole matrix."""
     shape = checkpoint.tensors[key].shape
     if shape in ((), (1,), (1, 1)):
         return None
@@ -44,25 +44,25 @@ def scale_rows(checkpoint: Checkpoint, key: str, rows: slice, block_rows: int = 
 
 
 def read_fp8(checkpoint: Checkpoint, matrix: Matrix, part: str, rows: slice, block_rows: int = 1) -> QuantTensor:
-    """Return rows of a matrix of E4M3 codes: w = value(code) * scale, the scales repeated over rows and groups.
+    """Read rows of a matrix of E4M3 codes: w = value(code) * scale, with scales repeated over rows and groups.
 
     Args:
-        checkpoint: what holds it.
-        matrix: whose part `weight` are the codes [N, K].
-        part: which part its scales are.
-        rows: with start and stop.
-        block_rows: rows to a scale.
+        checkpoint: The checkpoint.
+        matrix: The matrix; its part `weight` holds the codes [N, K].
+        part: Name of the part that holds the scales.
+        rows: The rows, with start and stop.
+        block_rows: Rows that share a scale.
 
     Raises:
-        CheckpointError: a code is NaN, or a scale not finite.
+        CheckpointError: A code is NaN, or a scale is not finite.
     """
     codes = checkpoint.read_raw(matrix.parts["weight"], rows)
     nan = codes & np.uint8(0x7F) == 0x7F
     if nan.any():
         row, column = (int(i) for i in np.argwhere(nan)[0])
         raise CheckpointError(
-            f"{matrix.name}[{rows.start + row}, {column}] is NaN: weights must be finite, so this checkpoint is "
-            f"damaged; fetch it again, or {WAY_OUT}"
+            f"{matrix.name}[{rows.start + row}, {column}] is NaN, but weights must be finite: the checkpoint is "
+            f"damaged, so fetch it again, or {WAY_OUT}"
         )
     key = matrix.parts[part]
     served = scale_rows(checkpoint, key, rows, block_rows)

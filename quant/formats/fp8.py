@@ -1,10 +1,10 @@
-"""FP8 checkpoints of `quant_method: fp8`, as DeepSeek, AutoFP8, vLLM and transformers' fine-grained FP8 have them.
+"""Read FP8 checkpoints with `quant_method: fp8`, from DeepSeek, AutoFP8, vLLM and transformers' fine-grained FP8.
 
 weight             float8_e4m3fn [N, K]
-weight_scale_inv   float32 [ceil(N / 128), ceil(K / 128)] where the config has weight_block_size [128, 128]; it
-                   multiplies, whatever its name says (DeepSeek-V3's inference/kernel.py, weight_dequant_kernel)
-weight_scale       without blocks: one for the matrix, or one a row
-input_scale        one for the inputs, with activation_scheme "static": x = value(code) * input_scale
+weight_scale_inv   float32 [ceil(N / 128), ceil(K / 128)] if the config has weight_block_size [128, 128]. Despite
+                   its name it is a factor (DeepSeek-V3's inference/kernel.py, weight_dequant_kernel)
+weight_scale       without blocks: one per matrix, or one per row
+input_scale        one per matrix, with activation_scheme "static": x = value(code) * input_scale
 
 w[n, k] = value(weight[n, k]) * scale[n // 128, k // 128]
 """
@@ -36,7 +36,7 @@ class Fp8(Format):
         """Read the config.
 
         Raises:
-            UnsupportedConfigError: a field is set to what is not read.
+            UnsupportedConfigError: A field has an unsupported value.
         """
         if settings.get("fmt") not in (None, "e4m3", "float8_e4m3fn"):
             raise reading.unsupported("fmt", settings["fmt"], '"e4m3"')
@@ -50,7 +50,7 @@ class Fp8(Format):
         self._skipped = (*reading.names(settings, _SKIPS[0]), *reading.names(settings, _SKIPS[1]))
 
     def matrices(self, checkpoint: Checkpoint) -> dict[str, Matrix]:
-        """Return every matrix of FP8 numbers."""
+        """Return every FP8 matrix."""
         found = {}
         scale = _SCALES[0] if self._block_rows else _SCALES[1]
         for key, info in checkpoint.tensors.items():
@@ -59,9 +59,9 @@ class Fp8(Format):
             module = key.removesuffix(".weight")
             if len(info.shape) != 2 or module == key:
                 raise CheckpointError(
-                    f"{checkpoint.path}: {key} is {E4M3} of the shape {info.shape}, and no weight matrix: {WAY_OUT}"
+                    f"{checkpoint.path}: {key} is {E4M3} of shape {info.shape}, but not a weight matrix: {WAY_OUT}"
                 )
-            # As vLLM and transformers take these lists: whole names, and names of the modules above.
+            # vLLM and transformers compare these lists with full names and with names of parent modules.
             if any(skip == module or f".{skip}." in f".{module}." for skip in self._skipped):
                 raise reading.contradiction(module, " or ".join(_SKIPS))
             parts = parts_of(checkpoint, module, _PARTS)
@@ -83,7 +83,7 @@ class Fp8(Format):
 
 
 def _block(settings: Settings) -> tuple[int | None, int | None]:
-    """Rows and columns to a scale; None and None without blocks."""
+    """Return the rows and columns that share a scale; None and None without blocks."""
     block = settings.get("weight_block_size")
     if block is None:
         return None, None

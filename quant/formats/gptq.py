@@ -1,23 +1,23 @@
-"""GPTQ checkpoints, as AutoGPTQ, GPTQModel and transformers write them.
+"""Read GPTQ checkpoints, as AutoGPTQ, GPTQModel and transformers write them.
 
 The layout (AutoGPTQ's `QuantLinear.pack`; GPTQModel's `nn_modules/qlinear/__init__.py` `pack_original` and its
-`docs/gptq_planar.md`), for a linear layer of N outputs and K inputs:
+`docs/gptq_planar.md`) of a linear layer with N outputs and K inputs:
 
-    qweight  int32 [K * bits / 32, N]   along K a stream of bits, the first code in the lowest: code k of column n
-                                        begins at bit k * bits. At 3 bits 32 codes take 3 words and codes 10 and 21
-                                        straddle two of them
+    qweight  int32 [K * bits / 32, N]   a bit stream along K, the first code in the lowest bits: code k of column n
+                                        begins at bit k * bits. At 3 bits 32 codes take 3 words, and codes 10 and 21
+                                        lie across two words
     qzeros   int32 [G, N * bits / 32]   the zero points, the same stream along N
-    scales   float16 [G, N]             G = ceil(K / group_size), or 1 where group_size is -1
+    scales   float16 [G, N]             G = ceil(K / group_size), or 1 if group_size is -1
     g_idx    int32 [K]                  the group of each input; k // group_size unless `desc_act` reordered them
 
     w[n, k] = (code[k, n] - zero[g_idx[k], n]) * scales[g_idx[k], n]
 
-Format v1 ("gptq", and whatever names none) stores zero - 1, v2 ("gptq_v2") the zero point itself (GPTQModel's
-`utils/model.py`, `convert_gptq_v1_to_v2_format_module`). A v1 field of all ones is ambiguous: it is 2**bits for
-kernels that add one (exllama, vLLM), 0 for those that also mask (AutoGPTQ's), and where the writer let the -1 borrow
-from its neighbour, neither. It is refused.
+Version 1 ("gptq", or no name) stores zero - 1, version 2 ("gptq_v2") stores zero (GPTQModel's `utils/model.py`,
+`convert_gptq_v1_to_v2_format_module`). A version 1 field with all bits set is ambiguous and refused. Kernels that add
+one (exllama, vLLM) read it as 2**bits, kernels that also mask (AutoGPTQ) as 0, and if the writer's -1 borrowed from
+the next field, both are wrong.
 
-A column of `qweight` is the very byte stream that a row of a `QuantTensor` is, so repacking is one transposition.
+A column of `qweight` is the same byte stream as a row of a `QuantTensor`, so repacking is a transposition.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 BITS = (3, 4, 8)
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
 _PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
-# Kernels' own layouts, which older files announce by a flag of their own.
+# Flags of older files for layouts of particular kernels.
 _REPACKED = ("is_marlin_format", "use_marlin", "is_bitblas_format")
 
 
@@ -73,7 +73,7 @@ class Gptq(Format):
         """Read the config.
 
         Raises:
-            UnsupportedConfigError: a field is set to what is not read.
+            UnsupportedConfigError: A field has an unsupported value.
         """
         form = reading.first_of(settings, ("checkpoint_format", "format"), "gptq")
         if form not in VERSIONS:
@@ -103,8 +103,8 @@ class Gptq(Format):
             bits, name = layer.scheme.bits, f"{module}.weight"
             if len(info.shape) != 2 or info.shape[0] * 32 % bits:
                 raise CheckpointError(
-                    f"{checkpoint.path}: {key} has the shape {info.shape}, which no codes of {bits} bits fill: the "
-                    f"config or the file is wrong; {WAY_OUT}"
+                    f"{checkpoint.path}: {key} has the shape {info.shape}, which is impossible for {bits}-bit codes: "
+                    f"the config or the file is wrong, so {WAY_OUT}"
                 )
             shape = (info.shape[1], info.shape[0] * 32 // bits)
             matrix = Matrix(name, shape, layer.scheme, parts_of(checkpoint, module, _PARTS))
@@ -125,7 +125,7 @@ class Gptq(Format):
         return integer_tensor(matrix, codes, scales, self._zeros(checkpoint, matrix))
 
     def _zeros(self, checkpoint: Checkpoint, matrix: Matrix) -> NDArray[np.int16]:
-        """Zero points [N, G]."""
+        """Return the zero points [N, G]."""
         bits = matrix.written.bits
         packed = checkpoint.read_raw(matrix.parts["qzeros"]).astype("<i4", copy=False)
         stored = unpack(packed.view(np.uint8), bits).T.astype(np.int16)
@@ -135,14 +135,14 @@ class Gptq(Format):
         if wrapped.any():
             row, group = (int(i) for i in np.argwhere(wrapped)[0])
             raise CheckpointError(
-                f"{matrix.name}: the stored zero point of row {row}, group {group} is {(1 << bits) - 1}. In the format "
-                f'"gptq", which stores zero points less one, that may mean {1 << bits} or a 0 that wrapped round, and '
-                f'engines disagree: save it again with checkpoint_format "gptq_v2" by what made it, or {WAY_OUT}'
+                f"{matrix.name}: the stored zero point of row {row}, group {group} is {(1 << bits) - 1}, which means "
+                f'{1 << bits} or 0 in the format "gptq", depending on the tool. Save the checkpoint again with '
+                f'checkpoint_format "gptq_v2", or {WAY_OUT}'
             )
         return stored + np.int16(1)
 
     def _layer(self, module: str) -> _Layer:
-        """The settings of a module: the config's, with the first entry of `dynamic` that matches laid over them."""
+        """Return the settings of a module: the config's, overridden by the first entry of `dynamic` that matches."""
         for pattern, change in self._dynamic.items():
             if not reading.matched(pattern.removeprefix("+:").removeprefix("-:"), module):
                 continue
@@ -162,7 +162,7 @@ def _layer(settings: Settings) -> _Layer:
 
 
 def _columns(words: NDArray[np.int32]) -> Bytes:
-    """Columns of int32 [W, N] as rows of bytes [N, 4 W], the lowest byte of a word first."""
+    """Transpose int32 [W, N] to bytes [N, 4 W], the lowest byte of a word first."""
     turned = np.ascontiguousarray(words.astype("<i4", copy=False).T)
     return turned.view(np.uint8)
 
@@ -172,8 +172,8 @@ def _check_parts(checkpoint: Checkpoint, matrix: Matrix) -> None:
     bits, groups = matrix.written.bits, stored_groups(matrix)
     if rows * bits % 32:
         raise CheckpointError(
-            f"{checkpoint.path}: {matrix.name} has {rows} rows, whose zero points of {bits} bits fill no whole words: "
-            f"the file is damaged, or padded in a way that is not known; {WAY_OUT}"
+            f"{checkpoint.path}: {matrix.name} has {rows} rows, whose {bits}-bit zero points do not fill whole words: "
+            f"the file is damaged or padded, so {WAY_OUT}"
         )
     require(checkpoint, matrix, "qweight", ((columns * bits // 32, rows),), ("I32",))
     require(checkpoint, matrix, "qzeros", ((groups, rows * bits // 32),), ("I32",))
@@ -183,7 +183,7 @@ def _check_parts(checkpoint: Checkpoint, matrix: Matrix) -> None:
 
 
 def _check_order(checkpoint: Checkpoint, matrix: Matrix) -> None:
-    """Refuse inputs whose groups are not neighbours. No `g_idx` means that they are."""
+    """Refuse matrices whose groups are not neighbouring columns. Without `g_idx` they are."""
     if "g_idx" not in matrix.parts:
         return
     columns = matrix.shape[1]
@@ -192,7 +192,7 @@ def _check_order(checkpoint: Checkpoint, matrix: Matrix) -> None:
     if not np.array_equal(found, plain):
         first = int(np.argwhere(found != plain)[0, 0])
         raise CheckpointError(
-            f"{matrix.name} was quantised in the order of the activations: {matrix.parts['g_idx']}[{first}] is "
-            f"{found[first]}, groups of neighbours have {plain[first]} there. EdgeLM's groups are neighbours: take a "
-            f"checkpoint made with desc_act false (or with static groups), or {WAY_OUT}"
+            f"{matrix.name} was quantised in activation order: {matrix.parts['g_idx']}[{first}] is {found[first]}, but "
+            f"EdgeLM needs groups of neighbouring columns ({plain[first]}). Use a checkpoint made with desc_act false "
+            f"or with static groups, or {WAY_OUT}"
         )

@@ -1,4 +1,4 @@
-"""Another tool's checkpoint as `WeightSource` sees our own: shapes, schemes, a recipe, and rows of `QuantTensor`s."""
+"""Open another tool's checkpoint with the interface of our own (`edgelm.quant.formats.edgelm.Stored`)."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ FORMATS: Mapping[str, type[Format]] = {
     "compressed-tensors": CompressedTensors,
     "fp8": Fp8,
 }
-"""What `quantization_config.quant_method` may be, besides EdgeLM's own."""
+"""Supported values of `quantization_config.quant_method`, besides EdgeLM's own."""
 
-# What may be computed beside the matmul with a stored matrix; compressed-tensors checks its own.
+# Settings that add computations to a matmul; the compressed-tensors reader checks its own.
 _ADDITIONS = ("sparsity_config", "rotation", "adapter")
 
 _KEPT = 2
-"""Tensors that each thread keeps in memory: an expert's gate and up are read in turns."""
+"""Tensors that each thread keeps in memory, because an expert's gate and up are read alternately."""
 
 
 def format_of(settings: Settings) -> Format:
-    """Return the format that a `quantization_config` describes.
+    """Return the reader for a `quantization_config`.
 
     Raises:
-        UnsupportedConfigError: it is none that is read, or set in a way that is not.
+        UnsupportedConfigError: The format, or a value of one of its fields, is not supported.
     """
     method = settings.get("quant_method")
     if not isinstance(method, str) or method not in FORMATS:
         raise UnsupportedConfigError(
-            f"config.json says that the weights are quantised by {method!r}, which is not supported (edgelm, "
-            f"{', '.join(FORMATS)} are): {WAY_OUT}"
+            f"config.json says that the weights are quantised by {method!r}, but only edgelm, {', '.join(FORMATS)} are "
+            f"supported: {WAY_OUT}"
         )
     if method != "compressed-tensors":
         for key in _ADDITIONS:
@@ -59,12 +59,12 @@ def format_of(settings: Settings) -> Format:
 
 
 def recipe_of(settings: Settings) -> Recipe:
-    """Return the recipe as the config alone tells it: its name and its default, with what is never quantised float.
+    """Return the recipe as far as the config alone determines it: the name, the default, and the usual exceptions.
 
     `FormatWeights.recipe` is exact.
 
     Raises:
-        UnsupportedConfigError: as `format_of`.
+        UnsupportedConfigError: As `format_of`.
     """
     found = format_of(settings)
     kept = (EMBEDDING, "router", *(() if settings.get("lm_head") else (HEAD,)))
@@ -72,15 +72,15 @@ def recipe_of(settings: Settings) -> Recipe:
 
 
 class FormatWeights:
-    """The tensors of another tool's checkpoint under their float names.
+    """The tensors of another tool's checkpoint, read by their float names.
 
     Attributes:
-        shapes: of every tensor, quantised or not.
-        recipe: which gives every matrix the very scheme that it is stored in.
+        shapes: Shape of every tensor, as in float.
+        recipe: A recipe that gives every matrix its stored scheme.
 
     Raises:
-        CheckpointError: something in it has no exact counterpart, or is missing; what only the values tell is found
-            when they are read.
+        CheckpointError: A part is missing, or a scheme cannot be represented exactly. Values are checked later, when
+            they are read.
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
@@ -97,8 +97,8 @@ class FormatWeights:
         for key, info in rest.items():
             if info.dtype.startswith("F8") or key in self._matrices:
                 raise CheckpointError(
-                    f"{checkpoint.path}: {key} of the type {info.dtype} is there in a form that config.json does not "
-                    f"describe: fetch the checkpoint again, or {WAY_OUT}"
+                    f"{checkpoint.path}: {key} of type {info.dtype} does not agree with the quantization_config in "
+                    f"config.json: fetch the checkpoint again, or {WAY_OUT}"
                 )
         self.shapes: dict[str, tuple[int, ...]] = {key: info.shape for key, info in rest.items()}
         self.shapes |= {name: matrix.shape for name, matrix in self._matrices.items()}
@@ -107,14 +107,14 @@ class FormatWeights:
         self._kept = threading.local()
 
     def scheme(self, name: str) -> AnyScheme | None:
-        """Return the scheme of a tensor, None where it is float."""
+        """Return the scheme of a tensor; None if it is float."""
         return self._schemes.get(name)
 
     def quantized(self, name: str, rows: slice | None) -> QuantTensor:
-        """Return rows of a quantised matrix.
+        """Return rows of a quantised matrix; None for all rows.
 
         Raises:
-            CheckpointError: a value in it has no exact counterpart.
+            CheckpointError: A value cannot be represented exactly.
         """
         matrix = self._matrices[name]
         start, stop, _ = (rows or slice(None)).indices(matrix.shape[0])
@@ -123,7 +123,7 @@ class FormatWeights:
         return self._whole(matrix).rows(slice(start, stop))
 
     def _whole(self, matrix: Matrix) -> QuantTensor:
-        """The whole matrix, kept for the next rows of it that this thread asks for."""
+        """Return the whole matrix, cached for this thread's next rows."""
         kept: dict[str, QuantTensor] = self._kept.__dict__
         found = kept.pop(matrix.name, None)
         if found is None:
@@ -134,16 +134,16 @@ class FormatWeights:
         return found
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a tensor in the file, all its parts together."""
+        """Return the bytes of a tensor in the file, with all its parts."""
         matrix = self._matrices.get(name)
         keys = [name] if matrix is None else matrix.parts.values()
         return sum(self._checkpoint.tensors[key].nbytes for key in keys)
 
     def input_scale(self, name: str) -> float | None:
-        """Return the static scale of a matrix's inputs, x = code * scale; None where the checkpoint has none.
+        """Return the stored static scale of a matrix's input, x = code * scale; None if there is none.
 
         Raises:
-            CheckpointError: it is not finite, or not above zero.
+            CheckpointError: It is not a positive, finite number.
         """
         matrix = self._matrices.get(name)
         if matrix is None or "input_scale" not in matrix.parts:
@@ -151,8 +151,8 @@ class FormatWeights:
         value = float(float32_of(self._checkpoint, matrix.parts["input_scale"]).reshape(-1)[0])
         if value <= 0:
             raise CheckpointError(
-                f"{self._checkpoint.path}: {matrix.parts['input_scale']} is {value}; a scale is above zero: fetch the "
-                "checkpoint again"
+                f"{self._checkpoint.path}: {matrix.parts['input_scale']} is {value}, but a scale must be positive: "
+                "fetch the checkpoint again"
             )
         return value
 
@@ -160,9 +160,9 @@ class FormatWeights:
 def derived_recipe(
     name: str, default: AnyScheme, shapes: Mapping[str, tuple[int, ...]], matrices: Mapping[str, Matrix]
 ) -> Recipe:
-    """Return a recipe that gives each matrix of `shapes` what `matrices` says, and float to those not in it.
+    """Return a recipe that gives each matrix its stored scheme, and keeps the other tensors of `shapes` float.
 
-    Tensors whose names differ in numbers alone share a rule where they agree.
+    Tensors whose names differ only in numbers share a rule if they agree.
     """
     wanted = {tensor: _written(tensor, matrices.get(tensor)) for tensor, shape in shapes.items() if len(shape) == 2}
     common = Counter(rule.activations for rule in wanted.values() if rule.scheme is not None).most_common(1)[0][0]
@@ -196,6 +196,6 @@ def _written(tensor: str, matrix: Matrix | None) -> Rule:
 
 
 def _rule(pattern: str, scheme: AnyScheme | None, activations: str | None, common: str) -> Rule:
-    # A float matrix multiplies floats; where nothing is said of activations, that goes without saying.
+    # A rule for a float matrix states its float activations only if the recipe states activations at all.
     said = None if activations == common or (scheme is None and common == AUTO) else activations
     return Rule(pattern, scheme, said)

@@ -141,7 +141,7 @@ def test_a_smoothed_checkpoint_is_written_and_read(family, tmp_path):
 
 def test_unsupported_smoothing_is_refused(tmp_path):
     checkpoint = write_small(tmp_path / "c", "fox")
-    with pytest.raises(RecipeError, match="activations or weights, not 'both'"):
+    with pytest.raises(RecipeError, match="no smoothing for 'both': give activations or weights"):
         smooth(checkpoint, tokens(), recipe("fox"), "both")
     quantize_checkpoint(tmp_path / "c", tmp_path / "q", recipe("fox", "int8-token"), threads=1)
     with pytest.raises(RecipeError, match="already quantised"):
