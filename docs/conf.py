@@ -18,8 +18,8 @@ extensions = [
     "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "cli_reference",
     "sphinx_copybutton",
 ]  # fmt: skip
-# Quotes and ellipses, but no dash for the two hyphens of an option.
-smartquotes_action = "qe"
+# Quotes and hyphens are what one types.
+smartquotes = False
 html_theme = "furo"
 html_title = f"EdgeLM {release}"
 html_static_path = ["figures"]
@@ -31,6 +31,7 @@ myst_heading_anchors = 4
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 
 # `$ ` marks what to type; what follows is printed.
 copybutton_prompt_text = "$ "
