@@ -158,7 +158,7 @@ def choose_tokens(prompt: int | None, new: int | None, context: int) -> tuple[in
         asked = f"{prompt:,} prompt tokens" if prompt else f"{new:,} new tokens"
         asked += f" and {new:,} new ones" if prompt and new else ""
         raise ContextLengthError(
-            f"{asked} are more than the model's context of {context:,} has room for: give smaller numbers"
+            f"{asked} do not fit into the model's context of {context:,} tokens: give smaller numbers"
         )
     if new is None:
         new = min(NEW_TOKENS, max(1, context // 5) if prompt is None else context - prompt)
@@ -181,7 +181,7 @@ def read_bandwidth(threads: int, file: Path | None = None) -> float:
     else:
         count = min(size, file.stat().st_size) // 8
         if count < threads:
-            raise EdgeLMError(f"{file} is too small to measure bandwidth with: give a file of half a gigabyte")
+            raise EdgeLMError(f"{file} is too small to measure bandwidth with: give a file of 500 MB")
         words = np.memmap(file, np.uint64, "r", shape=(count,))
     parts = np.array_split(words, threads)
     read: Callable[[NDArray[np.uint64]], np.uint64] = np.bitwise_or.reduce

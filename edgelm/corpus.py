@@ -85,7 +85,9 @@ def read_corpus(source: str | Path, *, held_out: bool = False) -> Corpus:
     elif path.is_dir():
         files = [p for p in sorted(path.rglob("*")) if p.is_file() and not _hidden(p.relative_to(path))]
     else:
-        raise EdgeLMError(f'no text at {path}: give a file, a folder, or "{BUILTIN}" for Python\'s standard library')
+        raise EdgeLMError(
+            f'there is no text at {path}: give a file, a folder, or "{BUILTIN}" for Python\'s standard library'
+        )
     size = sum(file.stat().st_size for file in files)
     if size > LARGEST:
         raise EdgeLMError(f"{path} holds {format_size(size)}: give at most {format_size(LARGEST)} of text")
@@ -95,11 +97,11 @@ def read_corpus(source: str | Path, *, held_out: bool = False) -> Corpus:
             documents.append(file.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             if path.is_file():
-                raise EdgeLMError(f"{path} is no UTF-8 text: {error}") from error
+                raise EdgeLMError(f"{path} is not UTF-8 text ({error}): convert it, or give another file") from error
             # Skip binary files of a folder, such as pictures.
     documents = [text for text in documents if text.strip()]
     if not documents:
-        raise EdgeLMError(f"{path} holds no text")
+        raise EdgeLMError(f"{path} holds no text: give another file or folder")
     return _corpus(path.name, documents)
 
 

@@ -172,7 +172,7 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"the key {quoted(key)} stands there twice")
+                raise ValueError(f"the key {quoted(key)} is there twice")
             seen.add(key)
     return result
 
@@ -311,7 +311,7 @@ def _scalar(hint: Any) -> tuple[str, _Reader]:
         if type(value) is not str:
             raise _expect(kind, value)
         if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise _Problem("holds half of a surrogate pair, which is no character")
+            raise _Problem("holds half of a surrogate pair, which is not a character")
         return value
 
     return kind, {float: read_float, str: read_text}.get(hint, read)
@@ -433,7 +433,7 @@ def _dataclass(cls: Any) -> tuple[str, _Reader]:
         found = {}
         for key, item in value.items():
             if key not in names:
-                raise _Problem("is no field that this EdgeLM knows (upgrade edgelm if a newer one wrote it)", key)
+                raise _Problem("is an unknown field (upgrade edgelm if a newer one wrote this file)", key)
             try:
                 found[key] = names[key][1](item)
             except _Problem as problem:

@@ -56,9 +56,9 @@ def check_output(
     given = Path(target)
     place = resolved(given)
     if not place.name or (kind.is_folder and any(_same(place, folder) for folder in _upwards(Path.cwd()))):
-        raise EdgeLMError(f"{given} is a folder to work in, not to replace: name one for {kind.name}")
+        raise EdgeLMError(f"{given} is the folder you are in, or above it: give another folder for {kind.name}")
     if place.is_symlink():
-        raise EdgeLMError(f"{given} is a link to {os.path.realpath(place)}: name that place itself, or another")
+        raise EdgeLMError(f"{given} is a link to {os.path.realpath(place)}: give that path itself, or another")
     for source in sources:
         for path in _protected(source):
             relation = _relation(place, path)

@@ -355,7 +355,7 @@ class Bundle:
             BundleError: it is not a bundle, it has another format version, or a file is missing or of a wrong size.
         """
         if not isinstance(path, (str, os.PathLike)) or not _is_path(os.fspath(path)):
-            raise BundleError(f"{path!r:.100} is no path: give the folder that `edgelm export -o` wrote")
+            raise BundleError(f"{path!r:.100} is not a path: give the folder that `edgelm export -o` wrote")
         path = Path(path)
         if not path.exists():
             restore(path)
@@ -369,7 +369,7 @@ class Bundle:
         for name, info in manifest.files.items():
             file = path / name
             if not file.is_file():
-                raise BundleError(f"{path} lacks {name}: copy or export the bundle again")
+                raise BundleError(f"{path}: {name} is missing; copy or export the bundle again")
             size = file.stat().st_size
             if size != info.size:
                 raise BundleError(
@@ -433,8 +433,8 @@ class Bundle:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 if _copy(self.file(name), folder / name, advance) != info.sha256:
                     raise BundleError(
-                        f"{self.file(name)} differs from what was exported, and nothing was installed: copy or export "
-                        f"the bundle again; `edgelm inspect --verify {self.path}` says more"
+                        f"{self.file(name)} is damaged (its hash is not the manifest's), so nothing was installed: "
+                        f"copy or export the bundle again; `edgelm inspect --verify {self.path}` lists what is damaged"
                     )
             shutil.copyfile(self.file(MANIFEST), folder / MANIFEST)
         return Bundle.open(target)

@@ -32,7 +32,7 @@ def require_type(kv: str) -> str:
         EdgeLMError: it is not.
     """
     if kv not in _ROWS:
-        raise EdgeLMError(f"kv is {kv!r}: the cache can be {', '.join(_ROWS)}")
+        raise EdgeLMError(f"kv is {kv!r}: the KV cache can be {', '.join(_ROWS)}")
     return kv
 
 

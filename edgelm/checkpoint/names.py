@@ -87,8 +87,7 @@ def canonical(stored: Mapping[str, TensorInfo], *, tied: bool) -> Named:
         for part in _experts(replace(info, name=name)):
             if part.name in tensors:
                 raise CheckpointError(
-                    f"{info.file}: {info.name!r} is a second tensor for {part.name!r}: which of them counts cannot be "
-                    "told; save the checkpoint again"
+                    f"{info.file}: {info.name!r} is a second tensor for {part.name!r}; save the checkpoint again"
                 )
             tensors[part.name] = part
         if len(tensors) > 4 * MAX_TENSORS:
@@ -161,7 +160,7 @@ def check_head(head: TensorInfo, embedding: TensorInfo, read: Read) -> None:
     if head.shape != embedding.shape or not head.shape:
         raise CheckpointError(
             f"{head.file}: {head.name!r} {head.shape} and {embedding.name!r} {embedding.shape} differ in shape, but "
-            "config.json says that they are one (tie_word_embeddings): set that to false if the head is its own"
+            "config.json ties them (tie_word_embeddings): set that to false if the head has weights of its own"
         )
     largest, place, count = 0.0, 0, 0
     columns = math.prod(head.shape[1:])
@@ -180,8 +179,8 @@ def check_head(head: TensorInfo, embedding: TensorInfo, read: Read) -> None:
         index = ", ".join(str(int(i)) for i in np.unravel_index(place, head.shape))
         raise CheckpointError(
             f"{head.file}: {head.name!r} differs from {embedding.name!r} in {count} value(s), by {largest:.4g} at "
-            f"[{index}], but config.json says that they are one (tie_word_embeddings): set that to false if the "
-            "head is its own, or remove the tensor"
+            f"[{index}], but config.json ties them (tie_word_embeddings): set that to false if the head has weights "
+            "of its own, or remove the tensor"
         )
 
 

@@ -147,19 +147,19 @@ def _check_layout(path: Path, tensors: Iterable[TensorInfo], data_start: int, fi
             )
     if position != file_size:
         raise CheckpointError(
-            f"{path}: {file_size - position} bytes behind the last tensor belong to no tensor; fetch the file again"
+            f"{path}: {file_size - position} bytes after the last tensor belong to no tensor; fetch the file again"
         )
 
 
 def _parse_header(path: Path, text: bytes, file_size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if not text.startswith(b"{"):
-        raise CheckpointError(f"{path}: the header does not begin with '{{': not a safetensors file, or garbled")
+        raise CheckpointError(f"{path}: the header does not begin with '{{': not a safetensors file, or damaged")
     # Check the number of entries first: parsing takes a hundred times as long, and fifty times the memory.
     entries, commas = text.count(b"{") - 1, text.count(b",")
     if entries > MAX_TENSORS + 1 or commas > MAX_HEADER_COMMAS:
         raise CheckpointError(
             f"{path}: its header describes some {max(entries, commas // 7)} tensors (at most {MAX_TENSORS} are read "
-            "from one file): garbled, or no checkpoint of a model"
+            "from one file): damaged, or not a model's checkpoint"
         )
     header = parse_json_object(text, f"{path}: header")
     metadata = header.pop("__metadata__", {})
@@ -203,7 +203,7 @@ class SafetensorsFile:
         if length > MAX_HEADER_BYTES:
             raise CheckpointError(
                 f"{self.path}: claims a header of {length} bytes (at most {MAX_HEADER_BYTES}): "
-                "not a safetensors file, or garbled"
+                "not a safetensors file, or damaged"
             )
         if 8 + length > size:
             raise CheckpointError(

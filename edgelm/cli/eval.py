@@ -106,7 +106,8 @@ def _check_names(targets: tuple[str, ...], checkpoint: str | None) -> None:
             )
         if target not in PRESETS and not Path(target).exists() and Path(target).name == target:
             raise click.UsageError(
-                f"{target} is no bundle, no checkpoint and no recipe (give {', '.join(PRESETS)} or a .toml file)"
+                f"there is no bundle, checkpoint or recipe {target!r}: give a folder, {', '.join(PRESETS)}, or a "
+                ".toml file"
             )
 
 

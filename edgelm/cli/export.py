@@ -130,7 +130,7 @@ def export(
     """Export CHECKPOINT, a folder or a hub id, to a bundle that a device can run."""
     refuse_two(recipe, bits, max_size)
     if target != "tensorrt" and (others := was_given(*ENGINE_PARAMETERS)):
-        raise click.UsageError(f"{', '.join(others)}: of use with --target tensorrt only, here it is {target}")
+        raise click.UsageError(f"{', '.join(others)}: only for --target tensorrt, but the target is {target}")
     import json
     import time
 

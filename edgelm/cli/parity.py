@@ -16,6 +16,7 @@ from edgelm.cli.common.options import (
     report_option,
     runtime_option,
     threads_option,
+    verbose_option,
 )
 from edgelm.cli.common.output import echo
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     default_text="the results stored in the bundle",
     help="Compute the reference anew from this checkpoint. Needs torch.",
 )
+@verbose_option("Also list every check with its value, its limit and its formula.")
 @runtime_option
 @threads_option()
 @kv_option
@@ -53,6 +55,7 @@ def parity(
     kv: str | None,
     max_kl: float | None,
     no_integrity: bool,
+    verbose: bool,
     as_json: bool,
 ) -> None:
     """Check that this device computes the same model as the reference.
@@ -89,43 +92,35 @@ def parity(
     if as_json:
         click.echo(json.dumps(result.to_dict(), allow_nan=False))
     else:
-        echo(summary(result))
+        echo(summary(result, verbose=verbose))
     if not result.passed:
         raise click.exceptions.Exit(1)
 
 
-def summary(report: ParityReport) -> str:
-    """The outcome for a terminal: what failed, else the numbers that matter."""
-    from edgelm.cli.common.output import pairs
-    from edgelm.sizes import format_number
+def summary(report: ParityReport, *, verbose: bool = False) -> str:
+    """The result for a terminal: a sentence, a line for each group of checks, and with `verbose` every check."""
+    from edgelm.parity.result import counted, summary_lines
 
-    shown = [check for check in report.checks if check.layer is None or check.passed is False]
-    # What failed stands last, next to the outcome.
-    lines = [_row(check) for check in sorted(shown, key=lambda check: check.passed is False)]
-    per_layer = [check for check in report.checks if check.layer is not None]
-    good = sum(check.passed is True for check in per_layer)
-    if per_layer:
-        lines.append(("pass" if good == len(per_layer) else "FAIL", f"Layers: {good} of {len(per_layer)} checks pass"))
-    total = len([check for check in report.checks if check.passed is not None])
-    outcome = "PASSED" if report.passed else "FAILED"
-    end = [f"parity {outcome}: {total - len(report.failures)} of {total} checks, limits for {report.kind}"]
-    if report.cause:
-        end.append(f"first divergence: {report.cause}")
-    end.append(f"lost against the float model: {report.float_loss.text}")
+    marks = {True: "ok", False: "FAIL", None: ""}
+    # What failed stands first, next to the sentence.
+    found = sorted(summary_lines(report), key=lambda line: line.passed is not False)
+    lines = [report.sentence]
+    if report.evidence:
+        lines.append(f"{report.evidence[0].upper()}{report.evidence[1:]}.")
+    lines += ["", *(f"{marks[line.passed]:<4}  {line.name:<12}  {line.text}" for line in found), ""]
     if report.float_loss.warning:
-        end.append(f"warning: {report.float_loss.warning}; the exit code does not count it without --max-kl")
-    if report.speed is not None:
-        end.append(
-            f"{report.runtime}, {report.threads} threads: prefill {format_number(report.speed.prefill_tokens_per_s)}, "
-            f"decode {format_number(report.speed.decode_tokens_per_s)} tokens/s"
-        )
-    return "\n".join([pairs(lines), *report.notes, *end])
+        lines.append(f"warning: {report.float_loss.warning}; only --max-kl makes this a failure")
+    lines += [f"note: {note}" for note in report.notes]
+    lines.append(counted(report) if verbose else f"{counted(report)}; --verbose lists them")
+    if verbose:
+        lines += ["", *map(_row, report.checks)]
+    return "\n".join(lines)
 
 
-def _row(check: Check) -> tuple[str, str]:
+def _row(check: Check) -> str:
+    """A check with its value, its limit and its detail."""
     word = {True: "pass", False: "FAIL", None: "-"}[check.passed]
     text = check.title
     if check.value is not None and check.limit is not None:
         text += f": {check.value:.3g} ({'at most' if check.better == 'lower' else 'at least'} {check.limit:.3g})"
-    show = check.detail and (check.passed is not True or check.value is None)
-    return word, f"{text}: {check.detail}" if show else text
+    return f"{word:<4}  {text}: {check.detail}" if check.detail else f"{word:<4}  {text}"

@@ -51,7 +51,7 @@ def recipe(
     `edgelm export` and `edgelm quantize` take the recipe with --recipe.
     """
     if (bits is None) == (max_size is None):
-        raise click.UsageError("give either --bits or --max-size")
+        raise click.UsageError("give --bits or --max-size, one of them")
     import json
     import time
 

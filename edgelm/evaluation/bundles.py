@@ -85,7 +85,7 @@ def measure_speed(bundle: Bundle, runtime: str | None, threads: int | None, kv: 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise EdgeLMError(
-            f"measuring the speed of {bundle.path} failed: {_last_line(done.stderr)}; --no-speed leaves it"
+            f"measuring the speed of {bundle.path} failed: {_last_line(done.stderr)}; pass --no-speed to leave it out"
         )
     found: dict[str, Any] = json.loads(done.stdout)
     return Speed(

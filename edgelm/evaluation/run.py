@@ -81,7 +81,7 @@ class EvalOptions:
             raise EdgeLMError(f"tokens is {self.tokens}, less than one window of {self.length}: give more")
         for kv in self.kv:
             if kv not in KV_TYPES:
-                raise EdgeLMError(f"kv is {kv!r}: the cache can be {', '.join(KV_TYPES)}")
+                raise EdgeLMError(f"kv is {kv!r}: the KV cache can be {', '.join(KV_TYPES)}")
 
     @property
     def caches(self) -> tuple[str | None, ...]:
@@ -118,7 +118,9 @@ def evaluate(
         _need_torch("a checkpoint")
     for target in found:
         if isinstance(target, BundleTarget) and target.bundle.manifest.ops == "portable" and options.kv:
-            raise EdgeLMError(f"{target.given} has portable operators, whose cache has one type: leave --kv out")
+            raise EdgeLMError(
+                f"{target.given} has portable operators, whose KV cache is always float32: leave --kv out"
+            )
     evaluation = _Evaluation(found, opened, options, progress)
     results = [result for target in found for result in evaluation.results(target)]
     return EvaluationReport(

@@ -179,7 +179,7 @@ def open_targets(given: Sequence[str | Path], checkpoint: Checkpoint | None) -> 
         BundleError, CheckpointError, RecipeError: a target cannot be opened.
     """
     if not given:
-        raise EdgeLMError("nothing to evaluate: give a bundle, a quantised checkpoint or a recipe")
+        raise EdgeLMError("there is nothing to evaluate: give a bundle, a quantised checkpoint or a recipe")
     paths = [str(item) for item in given]
     short = [Path(path).name or path for path in paths]
     names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
@@ -216,7 +216,7 @@ def _open(given: str, name: str, checkpoint: Checkpoint | None) -> Target:
         return WeightTarget(name, given, CHECKPOINT, WeightSource(Checkpoint.open(path)))
     if given not in PRESETS and not path.is_file():
         raise RecipeError(
-            f"{given} is no bundle, no checkpoint and no recipe (give {', '.join(PRESETS)} or a .toml file)"
+            f"there is no bundle, checkpoint or recipe {given!r}: give a folder, {', '.join(PRESETS)}, or a .toml file"
         )
     recipe = Recipe.load(given)
     if checkpoint is None:

@@ -48,7 +48,7 @@ class Turns:
         with self._mutex:
             first = self._queue[0] if self._queue else None
             if first is not None and first.computing and first._thread == threading.get_ident():
-                raise EdgeLMError("this model computes in this thread: close it after the call")
+                raise EdgeLMError("this model is generating in this thread: close it afterwards")
             self._closed = True
             for turn in self._queue:
                 turn._called.set()
@@ -145,7 +145,7 @@ class Turn:
         self._using.acquire()
         try:
             if self.computing:
-                raise GenerationError("this stream is being read: a signal handler cannot read it, too")
+                raise GenerationError("this stream is being read already: a signal handler cannot read it too")
             self._wait()
             self.computing = True
         except BaseException:

@@ -107,7 +107,9 @@ def check_parity(
     pack = ParityPack.load(bundle.file(PACK_FOLDER))
     problem = _incompatible(bundle, pack)
     if problem:
-        raise ParityError(f"the parity pack of {bundle.path} is another model's ({problem}): export the bundle again")
+        raise ParityError(
+            f"the parity pack of {bundle.path} belongs to another model ({problem}): export the bundle again"
+        )
     limits, notes = _limits(bundle, pack, fixed, kv)
     reference = "from the parity pack, " + ", ".join(f"{key} {value}" for key, value in pack.made_with.items())
     if checkpoint is not None:
@@ -255,23 +257,23 @@ def _tokenizer(bundle: Bundle, pack: ParityPack) -> tuple[Tokenizer | None, list
 
 
 def first_divergence(diagnosis: Diagnosis | None, checks: Sequence[Check]) -> tuple[int | None, str | None]:
-    """The first layer that is wrong (-1: the embedding) and what is known about the cause."""
+    """Return the first wrong layer (-1: the embedding) and the cause, "PLACE: EVIDENCE"; None where not known."""
     failed = {check.name for check in checks if check.passed is False}
     if diagnosis is not None and diagnosis.first is not None:
         return diagnosis.first, diagnosis.cause
     if "head" in failed:
-        return None, "final norm or output head: every layer agrees, the logits do not"
+        return None, "the final norm or output head: every layer agrees, the logits do not"
     if any(name.startswith(("logits.", "perplexity.device")) for name in failed):
         if diagnosis is None:
             return None, None
         return None, (
-            "the shipped graph only: the debug graph, which reads the same weights, agrees in every layer; the shipped "
-            "graph differs from it, or a kernel that only it uses is wrong on this device"
+            "the shipped graph: the debug graph, which reads the same weights, agrees in every layer, so a kernel "
+            "that only the shipped graph uses is wrong on this device"
         )
     if any(name.startswith("greedy.") for name in failed):
         return None, (
-            "decoding only: the same graph agrees where it computes all positions at once, so the cache (a row, a "
-            "position) or a kernel for single tokens is wrong on this device"
+            "decoding with the KV cache: the same graph agrees where it computes all positions at once, so the cache "
+            "or a kernel for single tokens is wrong on this device"
         )
     return None, None
 

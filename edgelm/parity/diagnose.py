@@ -138,8 +138,8 @@ def _embedding_cause(pack: ParityPack, error: Floats, limits: Limits) -> str:
     bad = ~(error <= limits.embedding_error)
     tokens = np.unique(pack.ids[bad])
     if len(tokens) * 4 <= len(np.unique(pack.ids)):
-        return f"embedding: the rows of token ids {', '.join(str(int(token)) for token in tokens[:8])}"
-    return "embedding: most rows"
+        return f"the embedding, rows of token ids {', '.join(str(int(token)) for token in tokens[:8])}"
+    return "the embedding, most rows"
 
 
 def _layer(
@@ -220,7 +220,7 @@ def _cause(
     index: int,
     suspects: _Suspects,
 ) -> str:
-    """Name the part of layer `index` that is wrong, as narrowly as the evidence allows."""
+    """Name the part of layer `index` that is wrong, as closely as the evidence allows: "PLACE: EVIDENCE"."""
     bad, counted = suspects.bad, suspects.counted
     firsts = np.zeros(len(bad), dtype=bool)
     firsts[[prompt.start for prompt in pack.prompts]] = True
@@ -230,17 +230,17 @@ def _cause(
     attention = "attention scores (rotary embedding, query or key projection or norm, mask)"
     if want.router is None or want.experts is None or trace.router is None:
         if scores:
-            return f"layer {index}: {attention}: first positions agree, later ones do not"
-        return f"layer {index}: attention or feed-forward"
-    moe = f"layer {index}: the MoE block as a whole (routing weights, or gate and up): router logits agree"
+            return f"layer {index}, {attention}: first positions agree, later ones do not"
+        return f"layer {index}, attention or feed-forward"
+    moe = f"layer {index}, the MoE block as a whole (routing weights, or gate and up): router logits agree"
     if _before_router(want, trace, index, suspects):
-        moe = f"layer {index}: attention, its norms or the router: router logits differ though the input agrees"
+        moe = f"layer {index}, attention, its norms or the router: router logits differ though the input agrees"
     else:
         guilty = guilty_experts(want.experts[index], bad & counted, ~bad & counted)
         if guilty is not None:
             who = f"expert{'s' if len(guilty) > 1 else ''} {', '.join(map(str, guilty))}"
-            return f"layer {index}: {who}: only positions that chose {'them' if len(guilty) > 1 else 'it'} are wrong"
-    return f"layer {index}: {attention}: first positions agree, later ones do not" if scores else moe
+            return f"layer {index}, {who}: only positions that chose {'them' if len(guilty) > 1 else 'it'} are wrong"
+    return f"layer {index}, {attention}: first positions agree, later ones do not" if scores else moe
 
 
 def _before_router(
@@ -313,7 +313,7 @@ def layer_checks(pack: ParityPack, debug: LogitRecord, diagnosis: Diagnosis, lim
         if layer.layer == diagnosis.first:
             detail = f"{diagnosis.cause}; {detail}"
         elif layer.diverged:
-            detail = f"what came in was wrong already; {detail}"
+            detail = f"its input was wrong already; {detail}"
         title = f"Layer {layer.layer}: positions at which it adds an error of its own"
         checks.append(at_most(f"layer[{layer.layer}]", title, float(layer.bad), allowed, detail, layer.layer))
         if pack.num_experts:

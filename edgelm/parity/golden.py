@@ -202,12 +202,15 @@ def make_pack(
 def _prompt_ids(tokenizer: Tokenizer, options: GoldenOptions, context: int) -> list[NDArray[np.int64]]:
     room = min(options.max_prompt_tokens or MAX_PROMPT_TOKENS, context - (options.greedy_tokens or 0))
     if room < 1:
-        raise ParityError(f"{options.greedy_tokens} greedy tokens leave no room for a prompt in a context of {context}")
+        raise ParityError(
+            f"{options.greedy_tokens} greedy tokens leave no room for a prompt in a context of {context}: lower "
+            "--greedy-tokens"
+        )
     ids = []
     for prompt in options.prompts:
         tokens = np.asarray(tokenizer.encode(prompt.text)[:room], dtype=np.int64)
         if not len(tokens):
-            raise ParityError(f"the golden prompt {prompt.name!r} has no tokens: leave it out")
+            raise ParityError(f"the parity prompt {prompt.name!r} has no tokens: leave it out")
         ids.append(tokens)
     return ids
 

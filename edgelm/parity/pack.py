@@ -244,7 +244,7 @@ class ParityPack:
         """
         path = folder / INDEX_FILE
         if not path.exists():
-            raise ParityError(f"{path} is missing: the bundle carries no parity pack; export it with one")
+            raise ParityError(f"{path} is missing: the bundle has no parity pack; export it again")
         data = require_format(read_json(path, _BLAME), "format_version", FORMAT_VERSION, path, _BLAME)
         index = from_data(_Index, data, path, _BLAME)
         arrays = _read_arrays(folder / ARRAYS_FILE, index.arrays)

@@ -140,7 +140,7 @@ class CheckItem(pytest.Item):
             numbers = "" if check.value is None else f": measured {check.value:.4g}, limit {check.limit:.4g}"
             lines.append(f"{check.title}{numbers}" + (f" ({check.detail})" if check.detail else ""))
         if excinfo.value.report.cause:
-            lines.append(f"first divergence: {excinfo.value.report.cause}")
+            lines.append(f"first difference: {excinfo.value.report.cause}")
         return "\n".join(lines)
 
     def reportinfo(self) -> tuple[Path, int | None, str]:

@@ -33,8 +33,8 @@ def recomputed_pack(bundle: Bundle, stored: ParityPack, checkpoint: Path | str, 
     source = WeightSource(opened, recipe)
     if bundle.manifest.calibration is not None and not source.is_stored_quantized:
         raise ParityError(
-            f"{bundle.path} is calibrated: its codes cannot be had from the float checkpoint {opened.path} without "
-            "calibrating again. Leave --checkpoint out: the bundle holds what both references computed"
+            f"{bundle.path} is calibrated, so its reference cannot be computed from the float checkpoint "
+            f"{opened.path}. Leave --checkpoint out: the parity pack holds the reference's results"
         )
     options = GoldenOptions(
         prompts=tuple(Prompt(prompt.name, prompt.text) for prompt in stored.prompts),

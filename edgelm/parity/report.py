@@ -9,7 +9,7 @@ from edgelm.pages.frame import Figure
 from edgelm.pages.numbers import number
 from edgelm.pages.page import render as render_page
 from edgelm.pages.page import write_page
-from edgelm.parity.result import Diagnosis, ParityReport
+from edgelm.parity.result import Diagnosis, ParityReport, counted, summary_lines
 
 _FLOOR = 1e-9  # nats: KL below it is drawn at it
 
@@ -34,6 +34,8 @@ def render(report: ParityReport) -> str:
         report=report,
         name=Path(report.bundle).name,
         checks=[check for check in report.checks if check.layer is None or check.passed is False],
+        summary=summary_lines(report),
+        counted=counted(report),
         layer_checks=[check for check in report.checks if check.layer is not None],
         charts=_charts(report),
         run={**run, **report.device},
@@ -45,7 +47,7 @@ def _charts(report: ParityReport) -> list[Figure | None]:
     charts = [_kl_chart(report)]
     if report.diagnosis is not None:
         first = report.first_diverged_layer
-        flag = None if first is None or first < 0 else Flag("first divergence", first)
+        flag = None if first is None or first < 0 else Flag("first difference", first)
         charts.append(_error_chart(report.diagnosis, flag))
         if report.diagnosis.experts_total:
             charts.append(_routing_chart(report.diagnosis, flag))

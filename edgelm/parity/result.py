@@ -1,14 +1,17 @@
-"""What a parity check found: every single check with its limit, and the curves behind them."""
+"""What a parity check found: every check with its limit, the curves behind them, and a summary of a few lines."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from edgelm.sizes import format_number
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -87,12 +90,11 @@ class FloatLoss:
         """One line for people."""
         if not self.known:
             return "not known: the checkpoint was quantised already and the export had no --reference"
-        line = f"mean KL(float model || device) {self.kl:.3g} nats (the recipe by itself {self.kl_reference:.3g})"
+        line = f"mean KL {self.kl:.3g} nats (recipe alone {self.kl_reference:.3g})"
         if math.isnan(self.perplexity_reference):
             return line
-        return (
-            f"{line}, perplexity {100 * self.perplexity:+.2g} % (the recipe {100 * self.perplexity_reference:+.2g} %)"
-        )
+        recipe = f"recipe alone {100 * self.perplexity_reference:+.2g} %"
+        return f"{line}, perplexity {100 * self.perplexity:+.2g} % ({recipe})"
 
 
 @dataclass(frozen=True)
@@ -207,26 +209,37 @@ class ParityReport:
         return [check for check in self.checks if check.passed is False]
 
     @property
+    def place(self) -> str:
+        """Where the device first differs from the reference, such as "layer 2, expert 7"; empty where not known."""
+        return (self.cause or "").partition(": ")[0]
+
+    @property
+    def evidence(self) -> str:
+        """What tells that `place` is the cause; empty where nothing does."""
+        return (self.cause or "").partition(": ")[2]
+
+    @property
     def sentence(self) -> str:
-        """The outcome in one plain sentence: what was asked, the answer, how many checks, and where it first fails."""
-        total, failed = sum(check.passed is not None for check in self.checks), len(self.failures)
-        if not failed:
-            return f"This device computes what the PyTorch reference computes: {total} of {total} checks passed."
+        """The result in one plain sentence: whether the device computes the same model, and where it first differs."""
+        failed = len(self.failures)
         kinds = {check.name.split(".")[0] for check in self.failures}
+        if not failed:
+            kl = next((check for check in self.checks if check.name == "logits.kl_mean"), None)
+            known = kl is not None and kl.value is not None and kl.limit is not None
+            numbers = f": mean KL {kl.value:.2g} nats, limit {kl.limit:.2g}" if kl is not None and known else ""
+            return f"This device computes the same model as the reference{numbers}."
         if kinds == {"integrity"}:
-            what = "The bundle's files are not those that were exported, though the device computes the reference"
-        elif kinds <= {"integrity", "tokenizer"}:
-            what = "The bundle's tokenizer is not the one that was exported"
-        elif kinds == {"float_kl"}:
-            what = "This device computes the quantised reference, but that has lost more than --max-kl allows"
-        elif kinds == {"pack"}:
-            what = "The bundle's parity pack is not what this checkpoint gives"
-        else:
-            what = "This device does not compute what the PyTorch reference computes"
-        where = {None: "", -1: ", first in the embedding"}.get(
-            self.first_diverged_layer, f", first in layer {self.first_diverged_layer}"
-        )
-        return f"{what}: {failed} of {total} checks failed{where}."
+            return "The bundle's files are damaged, though this device still computes the same model as the reference."
+        if kinds <= {"integrity", "tokenizer"}:
+            return "The bundle's tokenizer is not the one that was exported."
+        if kinds == {"float_kl"}:
+            return (
+                "This device computes the same model as the reference, but quantisation lost more than --max-kl allows."
+            )
+        if kinds == {"pack"}:
+            return "The bundle's parity pack is not what this checkpoint gives."
+        where = f"it first differs in {self.place}" if self.place else f"{failed} checks failed"
+        return f"This device does NOT compute the same model as the reference: {where}."
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; numbers that are not finite become null, which JSON has no other word for."""
@@ -242,3 +255,110 @@ def json_ready(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+GROUPS = {
+    "files": ("integrity",),
+    "tokenizer": ("tokenizer",),
+    "parity pack": ("pack",),
+    "logits": ("logits", "perplexity"),
+    "decoding": ("greedy",),
+    "layers": ("embedding", "layer", "experts", "head"),
+}
+"""Lines of the summary, with the beginnings of the checks' names that each stands for."""
+
+SHORT = {
+    "logits.kl_mean": "mean KL, nats:",
+    "logits.kl_p99": "99th percentile of the KL, nats:",
+    "logits.kl_max": "largest KL, nats:",
+    "logits.error": "error of the log-probabilities, median:",
+    "logits.error_p90": "error of the log-probabilities, 90th percentile:",
+    "logits.top1": "share of clear positions with the same most probable token:",
+    "perplexity.device": "change of the perplexity:",
+    "greedy.tokens": "clear choices that differ:",
+    "greedy.error": "error of the log-probabilities, median:",
+    "greedy.kl": "largest KL, nats:",
+    "embedding": "error of the embedding:",
+    "head": "error of the log-probabilities after the last layer:",
+    "pack": "difference to the pack computed now:",
+}
+MOST = 3
+"""Failed checks that one line names."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the summary: `passed` is None where nothing was checked; `text` says what was found."""
+
+    passed: bool | None
+    name: str
+    text: str
+
+
+def summary_lines(report: ParityReport) -> list[Line]:
+    """One line for each group of checks, for the cost of quantisation and for the speed."""
+    lines = [line for name in GROUPS if (line := _group(name, report)) is not None]
+    lines.append(_quantisation(report))
+    if report.speed is not None:
+        speed = report.speed
+        prefill, decode = (format_number(rate) for rate in (speed.prefill_tokens_per_s, speed.decode_tokens_per_s))
+        where = f"{report.runtime}, {report.threads} threads"
+        lines.append(Line(None, "speed", f"prefill {prefill}, decode {decode} tokens/s ({where})"))
+    return lines
+
+
+def counted(report: ParityReport) -> str:
+    """How many checks passed or failed, and which limits they were held to."""
+    total, failed = sum(check.passed is not None for check in report.checks), len(report.failures)
+    found = f"{failed} of {total} checks FAILED" if failed else f"all {total} checks passed"
+    return f"{found}, with the limits for {report.kind}"
+
+
+def _group(name: str, report: ParityReport) -> Line | None:
+    checks = [check for check in report.checks if re.split(r"[.\[]", check.name)[0] in GROUPS[name]]
+    failed = [check for check in checks if check.passed is False]
+    if not checks:
+        return None
+    if failed:
+        more = f"; {len(failed) - MOST} more" if len(failed) > MOST else ""
+        return Line(False, name, "; ".join(_failure(check, report) for check in failed[:MOST]) + more)
+    if all(check.passed is None for check in checks):
+        return Line(None, name, checks[0].detail)
+    return Line(True, name, _success(name, report, checks))
+
+
+def _failure(check: Check, report: ParityReport) -> str:
+    """A failed check in a few words."""
+    if check.value is None or check.limit is None or math.isnan(check.value):
+        return check.detail or f"{SHORT.get(check.name, f'{check.title}:')} not a number"
+    count = f"{check.value:.0f} of {report.positions} positions"
+    if check.name.startswith("layer["):
+        return f"layer {check.layer} adds an error of its own at {count}"
+    if check.name.startswith("experts["):
+        return f"layer {check.layer} chooses other experts at {count}"
+    return f"{SHORT.get(check.name, f'{check.title}:')} {check.value:.3g}, limit {check.limit:.3g}"
+
+
+def _success(name: str, report: ParityReport, checks: list[Check]) -> str:
+    """What a group of passed checks found, in a few words."""
+    if name == "tokenizer":
+        return "same token ids, same text, same vocabulary"
+    if name == "logits":
+        clear = "" if math.isnan(report.top1_clear) else f", {100 * report.top1_clear:.4g} % of the clear ones"
+        same = f"the same at {100 * report.top1:.4g} % of positions{clear}"
+        return f"mean KL {report.kl_mean:.2g} nats; most probable token {same}"
+    if name == "decoding":
+        different = next((check.value for check in checks if check.name == "greedy.tokens"), 0)
+        choices = f"{different:.0f} clear choices differ" if different else "every clear choice is the same"
+        return f"{report.greedy_total} greedy tokens through the KV cache: {choices}"
+    if name == "layers" and report.diagnosis is not None:
+        return f"the embedding and all {len(report.diagnosis.layers)} layers agree"
+    return checks[0].detail
+
+
+def _quantisation(report: ParityReport) -> Line:
+    """What quantisation cost: no check, unless --max-kl makes it one."""
+    check = next((check for check in report.checks if check.name == "float_kl"), None)
+    if check is None:
+        return Line(None, "quantisation", f"cost: {report.float_loss.text}")
+    return Line(check.passed, "quantisation", f"cost: {report.float_loss.text}; --max-kl is {check.limit:g}")

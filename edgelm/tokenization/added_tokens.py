@@ -173,7 +173,7 @@ def _index(value: object, where: str, content: str) -> int:
 
 def _check_count(values: Sized, where: str) -> None:
     if len(values) > MAX_ADDED:
-        raise TokenizerError(f"{where}: {len(values)} tokens are more than the {MAX_ADDED} that are taken; remove some")
+        raise TokenizerError(f"{where}: {len(values)} tokens are more than the limit of {MAX_ADDED}; remove some")
 
 
 def _decoder_tokens(value: object) -> dict[int, AddedToken]:
@@ -211,7 +211,7 @@ def json_tokens(value: object, where: str) -> dict[int, AddedToken]:
     if value is None:
         return {}
     if not isinstance(value, list):
-        raise TokenizerError(f"{where}: added_tokens is no list; fetch the file again")
+        raise TokenizerError(f"{where}: added_tokens is not a list; fetch the file again")
     _check_count(value, f"{where}: added_tokens")
     result = {}
     for item in value:

@@ -43,7 +43,7 @@ def read_templates(folder: Path) -> dict[str, str]:
             raise _PUBLISHED.at(file, f"cannot be read ({error})") from error
     for name, text in templates.items():
         if len(text) > MAX_TEMPLATE_BYTES:
-            raise TokenizerError(f"{folder}: chat template {name!r} has {len(text)} characters, which is too much")
+            raise TokenizerError(f"{folder}: chat template {name!r} has {len(text)} characters, which are too many")
     return templates
 
 

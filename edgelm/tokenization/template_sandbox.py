@@ -283,7 +283,9 @@ def _request(source: str, given: dict[str, Any] | None) -> bytes:
         raise GenerationError(f"messages and variables of a chat template must be JSON: {error}") from error
     request = text.encode("utf-8", "surrogatepass")
     if len(request) > MAX_REQUEST:
-        raise GenerationError(f"a conversation of {len(request)} bytes: at most {MAX_REQUEST} are rendered")
+        raise GenerationError(
+            f"the conversation has {len(request)} bytes, more than the limit of {MAX_REQUEST}: shorten it"
+        )
     return request
 
 

@@ -58,7 +58,7 @@ class Operators:
 
     def __init__(self, program: Program, kv: str, capacity: int, info: DeviceInfo) -> None:
         if kv not in KV_CODES:
-            raise EdgeLMError(f"kv is {kv!r}: the cache can be {', '.join(KV_CODES)}")
+            raise EdgeLMError(f"kv is {kv!r}: the KV cache can be {', '.join(KV_CODES)}")
         for node in program.nodes:
             if node.op not in _LAUNCHES:
                 raise BundleError(

@@ -257,7 +257,7 @@ def test_is_a_damaged_program_named(damaged: Path, change: Callable[[dict], None
 
 def test_are_wrong_options_and_uses_refused(bundles: Bundles) -> None:
     bundle = bundles("olmoe", "int4")
-    with pytest.raises(EdgeLMError, match="kv is 'int4': the cache can be"):
+    with pytest.raises(EdgeLMError, match="kv is 'int4': the KV cache can be"):
         open_runtime(bundle, RUNTIME, kv="int4")
     with pytest.raises(EdgeLMError, match="chunk is 0"):
         open_runtime(bundle, RUNTIME, chunk=0)

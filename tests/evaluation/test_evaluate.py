@@ -289,7 +289,7 @@ def test_targets_that_cannot_be_compared_are_refused(checkpoint, exported, quant
     refuse("given twice", ["int4", "int4"], olmoe, given)
     refuse("nothing to evaluate", [], olmoe, given)
     refuse("neither a bundle nor a checkpoint", [tmp_path], olmoe, given)
-    with pytest.raises(RecipeError, match="no bundle, no checkpoint and no recipe"):
+    with pytest.raises(RecipeError, match="there is no bundle, checkpoint or recipe"):
         evaluate([tmp_path / "nothing"], olmoe, given)
     if OPS == "native":
         refuse("leave --kv out", [exported("fox", "int4", "portable")], checkpoint("fox"), options(text, kv=("int8",)))

@@ -223,7 +223,7 @@ def test_a_batch_refuses_what_does_not_fit(bundles: dict[tuple[str, str], Bundle
 
 
 def test_options_that_do_not_exist_are_refused(bundles: dict[tuple[str, str], Bundle], portable: Bundle) -> None:
-    with pytest.raises(EdgeLMError, match="kv is 'int4': the cache can be float32, float16, int8, fp8"):
+    with pytest.raises(EdgeLMError, match="kv is 'int4': the KV cache can be float32, float16, int8, fp8"):
         opened(bundles["fox", "int4"], kv="int4")
     with pytest.raises(EdgeLMError, match=r"kv is 'int8', but the cache of .* is float32: leave kv out, or .*native"):
         opened(portable, kv="int8")

@@ -18,6 +18,7 @@ from edgelm.parity.result import Check
 
 from . import samples
 
+NOT = "This device does NOT compute the same model as the reference:"
 STYLE = Path(page.__file__).parent / "templates/style.css"
 
 
@@ -29,42 +30,43 @@ def failing(*checks, **fields):
 @pytest.mark.parametrize(
     ("report", "words"),
     [
-        (samples.parity(layers=2), "This device computes what the PyTorch reference computes: 5 of 5 checks passed."),
         (
-            failing(Check("logits.kl_mean", "KL", False, ""), first_diverged_layer=3),
-            "This device does not compute what the PyTorch reference computes: 1 of 2 checks failed, first in layer 3.",
+            samples.parity(layers=2),
+            "This device computes the same model as the reference: mean KL 0.004 nats, limit 0.006.",
         ),
         (
-            failing(Check("embedding", "E", False, ""), first_diverged_layer=-1),
-            "This device does not compute what the PyTorch reference computes: 1 of 2 checks failed, first in the "
-            "embedding.",
+            failing(Check("logits.kl_mean", "KL", False, ""), cause="layer 3, expert 5: only positions that chose it"),
+            f"{NOT} it first differs in layer 3, expert 5.",
+        ),
+        (
+            failing(Check("embedding", "E", False, ""), cause="the embedding, most rows"),
+            f"{NOT} it first differs in the embedding, most rows.",
         ),
         (
             failing(Check("integrity", "Files", False, "")),
-            "The bundle's files are not those that were exported, though the device computes the reference: 1 of 2 "
-            "checks failed.",
+            "The bundle's files are damaged, though this device still computes the same model as the reference.",
         ),
         (
             failing(Check("tokenizer.encode", "T", False, ""), Check("integrity", "F", False, "")),
-            "The bundle's tokenizer is not the one that was exported: 2 of 3 checks failed.",
+            "The bundle's tokenizer is not the one that was exported.",
         ),
         (
-            failing(Check("integrity", "F", False, ""), Check("layer[0]", "L", False, ""), first_diverged_layer=0),
-            "This device does not compute what the PyTorch reference computes: 2 of 3 checks failed, first in layer 0.",
+            failing(
+                Check("integrity", "F", False, ""),
+                Check("layer[0]", "L", False, ""),
+                cause="layer 0, attention or feed-forward",
+            ),
+            f"{NOT} it first differs in layer 0, attention or feed-forward.",
         ),
         (
             failing(Check("float_kl", "KL", False, "")),
-            "This device computes the quantised reference, but that has lost more than --max-kl allows: 1 of 2 checks "
-            "failed.",
+            "This device computes the same model as the reference, but quantisation lost more than --max-kl allows.",
         ),
         (
             failing(Check("float_kl", "KL", False, ""), Check("greedy.tokens", "G", False, "")),
-            "This device does not compute what the PyTorch reference computes: 2 of 3 checks failed.",
+            f"{NOT} 2 checks failed.",
         ),
-        (
-            failing(Check("pack", "P", False, "")),
-            "The bundle's parity pack is not what this checkpoint gives: 1 of 2 checks failed.",
-        ),
+        (failing(Check("pack", "P", False, "")), "The bundle's parity pack is not what this checkpoint gives."),
     ],
 )
 def test_parity_is_answered_in_one_sentence(report, words):
@@ -73,7 +75,7 @@ def test_parity_is_answered_in_one_sentence(report, words):
 
 def test_the_answer_comes_first_and_failures_are_listed_with_their_limits():
     html = samples.render(samples.parity(failed={"logits.kl_mean"}, first=1))
-    assert re.search(r'</h1>\s<p class="answer fail"><span class="badge">✗ FAILED</span> This device does not', html)
+    assert re.search(r'</h1>\s<p class="answer fail"><span class="badge">✗ FAILED</span> This device does NOT', html)
     assert "<li>KL(quantised reference || device), mean, nats: 0.5, allowed at most 0.006</li>" in html
     assert re.search(r'<tr class="fail"><td class="long">KL[^<]*</td><td class="mark">✗ FAIL</td>', html)
     assert re.search(r'<tr class="none"><td class="long">Greedy[^<]*</td><td class="mark">not judged</td>', html)

@@ -90,4 +90,4 @@ def test_a_fault_of_decoding_alone_is_caught_and_named(export, judge, model, ops
     report = judge(export(model, "int4", ops), fault)
     assert {check.name for check in report.failures} == {"greedy.tokens", "greedy.error", "greedy.kl"}
     assert report.first_diverged_layer is None
-    assert report.cause.startswith("decoding only")
+    assert report.cause.startswith("decoding with the KV cache: ")

@@ -50,7 +50,7 @@ def test_a_damaged_bundle_fails_in_the_items_that_noticed(copied, tmp_path):
     damage.reseal(folder)
     result = run_pytest(tmp_path, "--edgelm-threads", "1", "--edgelm-bundle", str(folder))
     assert result.returncode == 1
-    assert "first divergence: layer 2: the MoE" in result.stdout
+    assert "first difference: layer 2, the MoE" in result.stdout
     assert "Traceback" not in result.stdout
     assert "::layer[2]" in result.stdout or "layer[2]" in result.stdout
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -14,7 +15,7 @@ from edgelm.cli.parity import parity, summary
 from edgelm.errors import ParityError
 from edgelm.parity.check import check_parity
 from edgelm.parity.report import render, write_report
-from edgelm.parity.result import passed
+from edgelm.parity.result import passed, summary_lines
 
 from . import damage
 from .wellformed import parse
@@ -40,7 +41,8 @@ def test_the_report_says_the_outcome_the_device_and_the_hashes(healthy):
     html = render(healthy)
     assert "✓ PASSED" in html
     judged = sum(check.passed is not None for check in healthy.checks)
-    assert f"computes what the PyTorch reference computes: {judged} of {judged} checks passed." in html
+    assert escape(healthy.sentence) in html
+    assert f"limits: all {judged} checks passed, with the limits for int4</summary>" in html
     for check in healthy.checks:
         assert escape(check.title) in html
     assert healthy.files["model.onnx.data"]["sha256"] in html
@@ -61,13 +63,21 @@ def test_a_failed_report_names_the_layer(copied, tmp_path):
     parse(html)
     assert "✗ FAILED" in html
     assert f"{len(report.failures)} of " in html
-    assert " checks failed, first in layer 1." in html
-    # Each in the table, those of layers in the folded table too.
-    assert html.count("✗ FAIL<") == len(report.failures) + sum(check.layer is not None for check in report.failures)
-    assert html.count(">first divergence<") == 2 * 2  # in both layouts of the charts over layers
-    assert "layer 1: the MoE block as a whole" in html
-    assert "FAIL" in summary(report)
-    assert "first divergence: layer 1" in summary(report)
+    assert "it first differs in layer 1, the MoE block as a whole" in html
+    # Each in the folded table, those of layers in theirs too, and the lines of the summary.
+    assert html.count("✗ FAIL<") == (
+        len(report.failures)
+        + sum(check.layer is not None for check in report.failures)
+        + sum(line.passed is False for line in summary_lines(report))
+    )
+    assert html.count(">first difference<") == 2 * 2  # in both layouts of the charts over layers
+    assert "First difference:</b> layer 1, the MoE block as a whole" in html
+    lines = summary(report).splitlines()
+    assert "does NOT compute the same model as the reference: it first differs in layer 1, the MoE" in lines[0]
+    assert lines[1] == "Router logits agree."
+    assert re.search(
+        r"^FAIL  layers        layer 1 adds an error of its own at \d+ of \d+ positions", "\n".join(lines), re.M
+    )
 
 
 def test_names_and_texts_cannot_break_out_of_the_page(healthy):
@@ -115,11 +125,11 @@ def test_the_command_prints_one_json_document_and_exits_by_the_outcome(exported,
     result = CliRunner().invoke(parity, [str(folder), "--threads", "1"], color=True)
     assert result.exit_code == 1
     assert f"{tensor} (layer 1)" in result.stdout
-    assert "\x1b[31m\x1b[1mparity FAILED" in result.stdout
-    assert "\x1b[31m\x1b[1mFAIL " in result.stdout
-    words = [line.split()[0].removeprefix("\x1b[31m\x1b[1m") for line in result.stdout.splitlines()]
-    checks = words[: words.index("parity")]
-    assert "pass" not in checks[checks.index("FAIL") :]
+    red = "\x1b[31m\x1b[1m"
+    assert result.stdout.startswith(f"{red}This device does NOT compute the same model")
+    assert f"{red}FAIL " in result.stdout
+    marks = [line.removeprefix(red)[:4].strip() for line in result.stdout.splitlines()]
+    assert marks.index("ok") > max(place for place, mark in enumerate(marks) if mark == "FAIL")
 
 
 def test_the_command_fails_with_any_single_check(healthy, monkeypatch):
@@ -130,10 +140,12 @@ def test_the_command_fails_with_any_single_check(healthy, monkeypatch):
             changed = [*checks[:index], dataclasses.replace(check, passed=outcome), *checks[index + 1 :]]
             report = dataclasses.replace(healthy, checks=changed, passed=passed(changed))
             monkeypatch.setattr("edgelm.parity.check.check_parity", lambda *_, report=report, **__: report)
-            result = CliRunner().invoke(parity, ["b"])
+            result = CliRunner().invoke(parity, ["b", "--verbose"])
             assert result.exit_code == code, check.name
-            assert ("parity FAILED" in result.stdout) == (code == 1)
-            failed = [line for line in result.stdout.splitlines() if line.strip().startswith("FAIL ")]
+            brief, _, every = result.stdout.partition("with the limits for")
+            assert ("1 of " in brief and "checks FAILED" in brief) == (code == 1)
+            assert bool(re.search("^FAIL  ", brief, re.MULTILINE)) == (code == 1), check.name
+            failed = [line for line in every.splitlines() if line.startswith("FAIL ")]
             assert any(check.title in line for line in failed) == (code == 1), check.name
 
 

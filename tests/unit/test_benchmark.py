@@ -137,7 +137,7 @@ def test_default_token_counts_fit_into_the_context(
 
 @pytest.mark.parametrize(("prompt", "new"), [(128, None), (None, 128), (100, 29)])
 def test_requested_token_counts_that_do_not_fit_are_refused(prompt: int | None, new: int | None) -> None:
-    with pytest.raises(ContextLengthError, match=r"tokens .*are more than the model's context of 128 has room for"):
+    with pytest.raises(ContextLengthError, match=r"tokens .*do not fit into the model's context of 128 tokens"):
         choose_tokens(prompt, new, 128)
 
 

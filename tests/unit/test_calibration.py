@@ -633,7 +633,7 @@ def test_the_command_refuses_invalid_combinations(checkpoints: dict[str, Path], 
     base = [str(checkpoints["fox"]), "-o", str(tmp_path / "q")]
     alone = CliRunner().invoke(quantize_command, [*base, "--samples", "3"])
     assert alone.exit_code == 2
-    assert "go with --calibration" in alone.output
+    assert "only with --calibration" in alone.output
     unknown = CliRunner().invoke(quantize_command, [*base, "--recipe", "int5", "--calibration", "builtin"])
     assert unknown.exit_code == 2
     assert "there is no recipe 'int5'" in unknown.output

@@ -264,7 +264,7 @@ def test_smoothing_of_unknown_kind_or_without_text_is_refused(
     base = [str(checkpoints["fox"]), "-o", str(tmp_path / "q"), "--smooth"]
     alone = CliRunner().invoke(quantize_command, [*base, "weights"])
     assert alone.exit_code == 2
-    assert "go with --calibration" in alone.output
+    assert "only with --calibration" in alone.output
     assert CliRunner().invoke(quantize_command, [*base, "both", "--calibration", str(text)]).exit_code == 2
     assert list(tmp_path.iterdir()) == []
 

@@ -166,7 +166,7 @@ def test_a_chat_beyond_the_context_says_what_it_drops(bundle: Path) -> None:
     assert (
         "not answered: the conversation and an answer of 6 tokens do not fit into the context of 96" in refused.stderr
     )
-    assert "without --no-trim" in refused.stderr
+    assert "or leave --no-trim out" in refused.stderr
     assert "is full" not in refused.stderr
     assert refused.stderr.rindex("ended by") > refused.stderr.rindex("forgotten")
 

@@ -110,30 +110,36 @@ EXPORT = ("export", "nowhere", "-o", "out")
     ("arguments", "said"),
     [
         ((*EXPORT, "--recipe", "int5"), "there is no recipe 'int5': give int4, int8, fp8, none, or the path of a"),
-        ((*EXPORT, "--recipe", "int4", "--bits", "4"), "give one of --recipe, --bits and --max-size"),
-        ((*EXPORT, "--bits", "4", "--max-size", "3GB"), "give one of --recipe, --bits and --max-size"),
+        ((*EXPORT, "--recipe", "int4", "--bits", "4"), "give only one of --recipe, --bits and --max-size"),
+        ((*EXPORT, "--bits", "4", "--max-size", "3GB"), "give only one of --recipe, --bits and --max-size"),
         ((*EXPORT, "--bits", "0"), "0.0 is not in the range 0<x<=32"),
         ((*EXPORT, "--bits", "33"), "33.0 is not in the range 0<x<=32"),
         ((*EXPORT, "--bits", "4", "--ops", "portable"), "schemes that only native operators have"),
         ((*EXPORT, "--max-size", "3 bananas"), "'3 bananas' is not a size: write for example 4GB"),
         ((*EXPORT, "--max-ram", "0"), "'0' is not a size"),
-        ((*EXPORT, "--sm", "86"), "--sm: of use with --target tensorrt only, here it is cpu"),
-        ((*EXPORT, "--target", "cuda", "--chunk", "64", "--no-engines"), "--engines, --chunk: of use with --target"),
-        ((*EXPORT, "--target", "tensorrt", "--sm", "eighty"), "'eighty' is no list of compute capabilities"),
+        ((*EXPORT, "--sm", "86"), "--sm: only for --target tensorrt, but the target is cpu"),
+        (
+            (*EXPORT, "--target", "cuda", "--chunk", "64", "--no-engines"),
+            "--engines, --chunk: only for --target tensorrt, but the target is cuda",
+        ),
+        ((*EXPORT, "--target", "tensorrt", "--sm", "eighty"), "'eighty' is not a list of compute capabilities"),
         ((*EXPORT, "--target", "tensorrt", "--sm", "75"), "--sm 75: the kernels need SM 80 or later"),
         ((*EXPORT, "--target", "tensorrt", "--ops", "portable"), "portable operators run only with ONNX Runtime"),
         ((*EXPORT, "--target", "tensorrt", "--dtype", "fp32"), "compute in bfloat16 or float16, not float32"),
         ((*EXPORT, "--target", "cuda", "--ops", "native"), "native operators run on CPUs only"),
         ((*EXPORT, "--target", "cuda", "--dtype", "fp32"), "does not support grouped-query attention in float32"),
-        ((*EXPORT, "--samples", "4"), "go with --calibration"),
-        ((*EXPORT, "--smooth", "weights"), "go with --calibration"),
+        ((*EXPORT, "--samples", "4"), "--samples: only with --calibration TEXT"),
+        ((*EXPORT, "--smooth", "weights"), "--smooth: only with --calibration TEXT"),
         (("quantise", "nowhere", "-o", "out", "--recipe", "int5"), "there is no recipe 'int5'"),
-        (("quantize", "nowhere", "-o", "out", "--require-coverage"), "go with --calibration"),
-        (("recipe", "nowhere"), "give either --bits or --max-size"),
-        (("recipe", "nowhere", "--bits", "4", "--max-size", "1GB"), "give either --bits or --max-size"),
+        (
+            ("quantize", "nowhere", "-o", "out", "--require-coverage"),
+            "--require-coverage: only with --calibration TEXT",
+        ),
+        (("recipe", "nowhere"), "give --bits or --max-size, one of them"),
+        (("recipe", "nowhere", "--bits", "4", "--max-size", "1GB"), "give --bits or --max-size, one of them"),
         (("recipe", "nowhere", "--bits", "4", "--schemes", "int9-g32"), "int9-g32"),
         (("recipe", "nowhere", "--bits", "4", "--schemes", ","), "no schemes to choose from"),
-        (("build", "nowhere", "--sm", ""), "'' is no list of compute capabilities"),
+        (("build", "nowhere", "--sm", ""), "'' is not a list of compute capabilities"),
         (("run", "nowhere", "x", "--runtime", "npu"), "there is no runtime 'npu'; there are: onnxruntime-cpu"),
         (("run", "nowhere", "x", "--top-p", "0.5"), "top_p would do nothing with temperature 0"),
         (("run", "nowhere", "x", "--stop", ""), "stop string '' cannot be found"),
@@ -141,10 +147,13 @@ EXPORT = ("export", "nowhere", "-o", "out")
         (("run", "nowhere", "x", "--system", "y"), "--system needs --chat"),
         (("run", "nowhere", "x", "--messages", "y"), "--messages is the whole conversation"),
         (("chat", "nowhere", "-t", "0", "--top-k", "5"), "top_k would do nothing with temperature 0"),
-        (("eval", "int5", "--checkpoint", "nowhere"), "int5 is no bundle, no checkpoint and no recipe"),
+        (
+            ("eval", "int5", "--checkpoint", "nowhere"),
+            "there is no bundle, checkpoint or recipe 'int5': give a folder, int4",
+        ),
         (("eval", "int4"), "the recipe int4 needs weights to quantise: give the float model with --checkpoint"),
         (("eval", "./nowhere", "--tokens", "8", "--length", "9"), "tokens is 8, less than one window of 9"),
-        (("inspect",), "name a bundle or a checkpoint"),
+        (("inspect",), "Missing argument 'PATH': give the folder of"),
         (("inspect", "nowhere", "--cpu"), "takes neither PATH nor --verify"),
         (("exprt", "x"), "no such command 'exprt': did you mean 'export'?"),
         (("Run", "x"), "no such command 'Run': did you mean 'run'?"),
@@ -230,8 +239,10 @@ def test_the_harness_asks_for_a_bundle_of_our_model_alone(monkeypatch: pytest.Mo
         check_bundle(others)
 
 
-GOOD = "pass  Layers: 3 of 3 checks pass\nparity PASSED: 9 of 9 checks"
-BAD = "pass  Files\nFAIL  KL: 3 (at most 1)\nparity FAILED: 8 of 9 checks"
+SAME = "This device computes the same model as the reference"
+GOOD = f"{SAME}: mean KL 1e-05 nats, limit 0.1.\nok  layers\nall 9 checks passed"
+NOT = "This device does NOT compute the same model as the reference: it first differs in layer 1."
+BAD = f"{NOT}\nFAIL  logits\nok  files\n1 of 9 checks FAILED, with the limits for int4"
 RED, GREEN, END = "\x1b[31m\x1b[1m", "\x1b[32m\x1b[1m", "\x1b[0m"
 
 
@@ -245,10 +256,11 @@ def test_failures_stand_out_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     assert CliRunner().invoke(shown, [BAD], color=True).stdout == (
-        f"pass  Files\n{RED}FAIL  KL: 3 (at most 1){END}\n{RED}parity FAILED: 8 of 9 checks{END}\n"
+        f"{RED}{NOT}{END}\n{RED}FAIL  logits{END}\nok  files\n{RED}1 of 9 checks FAILED{END}, with the "
+        "limits for int4\n"
     )
     assert CliRunner().invoke(shown, [GOOD], color=True).stdout == (
-        f"pass  Layers: 3 of 3 checks pass\n{GREEN}parity PASSED{END}: 9 of 9 checks\n"
+        f"{GREEN}{SAME}{END}: mean KL 1e-05 nats, limit 0.1.\nok  layers\nall 9 checks passed\n"
     )
     assert CliRunner().invoke(shown, [BAD]).stdout == f"{BAD}\n"
     for name, value in (("TERM", "dumb"), ("NO_COLOR", "1")):

@@ -43,7 +43,7 @@ def test_contents_are_read(tmp_path: Path) -> None:
     [
         ({"layout": "boxes"}, r'contents.layout is "boxes" \(a string\), expected "array" or '),
         ({"rows": [1, 2]}, r'"embed" holds 1 matrices and the rows of 2'),
-        ({"colour": 1}, r"contents.colour is no field that this EdgeLM knows \(upgrade edgelm"),
+        ({"colour": 1}, r"contents.colour is an unknown field \(upgrade edgelm"),
         ({"shape": [0, 4]}, r"contents.shape\[0\] is 0, expected a whole number from 1"),
     ],
 )

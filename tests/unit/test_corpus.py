@@ -58,7 +58,7 @@ def test_windows_are_evenly_spaced_and_begin_with_bos():
     ("make", "said"),
     [
         (lambda p: None, "no text at .*builtin"),
-        (lambda p: p.write_bytes(b"\xff\xfe\x00"), "no UTF-8 text"),
+        (lambda p: p.write_bytes(b"\xff\xfe\x00"), "not UTF-8 text"),
         (lambda p: p.write_text(" \n"), "holds no text"),
         (lambda p: p.mkdir(), "holds no text"),
     ],

@@ -81,7 +81,7 @@ def test_valid_data_is_read():
         ({"inner": {"width": 2**200}}, "inner.width is a number of 201 bits, expected"),
         ({"inner": {"width": 1, "ratio": 10**400}}, "inner.ratio is a number of 1329 bits, expected a number"),
         ({"inner": {"width": 1, "ratio": float("nan")}}, "inner.ratio is nan, expected a number"),
-        ({"many": [{"width": 1}, {"width": 1, "x": 0}]}, "many[1].x is no field that this EdgeLM knows (upgrade"),
+        ({"many": [{"width": 1}, {"width": 1, "x": 0}]}, "many[1].x is an unknown field (upgrade"),
         ({"many": {}}, "many is an object, expected a list"),
         ({"pair": ["p"]}, "pair is a list, expected a list of 2 entries"),
         ({"pair": ["p", -1]}, "pair[1] is -1, expected a whole number from 0 to"),
@@ -93,7 +93,7 @@ def test_valid_data_is_read():
         ({"value": []}, "value is a list, expected a whole number or a number or a text"),
         ({"value": True}, "value is true, expected"),
         ({"scale": -0.5}, "scale is -0.5, expected a number of 0 or more"),
-        ({"extra": 1}, "extra is no field"),
+        ({"extra": 1}, "extra is an unknown field"),
     ],
 )
 def test_invalid_values_are_named_with_their_path(change, said):
@@ -117,7 +117,7 @@ def test_a_document_of_a_wrong_type_is_refused(data):
         (b"", "not valid JSON"),
         (b"{", "not valid JSON"),
         (b"\xff{}", "not valid JSON ('utf-8' codec"),
-        (b'{"a": 1, "b": 2, "a": 3}', 'the key "a" stands there twice'),
+        (b'{"a": 1, "b": 2, "a": 3}', 'the key "a" is there twice'),
         (b"[NaN]", "NaN is not a number"),
         (b"[-Infinity]", "-Infinity is not a number"),
         (b"[1e999]", "the number 1e999 is too large"),

@@ -28,5 +28,5 @@ def test_other_types_are_refused_with_the_valid_ones() -> None:
     assert KV_TYPES == ("float32", "float16", "int8", "fp8")
     assert [require_type(kv) for kv in KV_TYPES] == list(KV_TYPES)
     for refuse in (require_type, lambda kv: row_bytes(kv, 64)):
-        with pytest.raises(EdgeLMError, match="kv is 'int4': the cache can be float32, float16, int8, fp8"):
+        with pytest.raises(EdgeLMError, match="kv is 'int4': the KV cache can be float32, float16, int8, fp8"):
             refuse("int4")

@@ -119,7 +119,7 @@ def test_single_experts_are_named():
     wrong[3:, hit] += noise((int(hit.sum()), WIDTH), 0.01)
     result = judge(pack, wrong, gate, experts=pack.reference.experts, router=pack.reference.router)
     assert result.first == 2
-    assert result.cause == f"layer 2: expert {guilty}: only positions that chose it are wrong"
+    assert result.cause == f"layer 2, expert {guilty}: only positions that chose it are wrong"
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -176,8 +176,8 @@ def test_rows_of_the_embedding_are_named():
     wrong[:, [7, 90]] *= 1.01
     result = judge(pack, wrong, gate)
     assert result.first == -1
-    assert result.cause == "embedding: the rows of token ids 7, 90"
-    assert judge(pack, hidden * 1.01, gate).cause == "embedding: most rows"
+    assert result.cause == "the embedding, rows of token ids 7, 90"
+    assert judge(pack, hidden * 1.01, gate).cause == "the embedding, most rows"
 
 
 def test_nan_is_a_divergence():

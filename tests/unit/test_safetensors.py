@@ -211,7 +211,7 @@ def test_shards_are_filled_in_order() -> None:
         (b'{"a": "\xff"}', b"", "header: not valid JSON"),
         (b'{"a":' + b"[" * 100_000, b"", "not valid JSON"),
         (b'{"a":1' + b"0" * 10_000 + b"}", b"", "not valid JSON"),
-        (b'{"a": {}, "a": {}}', b"", 'the key "a" stands there twice'),
+        (b'{"a": {}, "a": {}}', b"", 'the key "a" is there twice'),
         ({"a": 3}, b"", "tensor 'a': its header entry is not an object"),
         ({"a": entry([2], 0, 2, "F7_E1M5")}, b"ab", "tensor 'a': unknown dtype 'F7_E1M5'"),
         ({"a": entry([2], 0, 2, ["U8"])}, b"ab", "tensor 'a': unknown dtype"),
@@ -228,7 +228,7 @@ def test_shards_are_filled_in_order() -> None:
         ({"a": entry([2], 0, 2), "b": entry([2], 0, 2)}, b"ab", "overlaps"),
         ({"a": entry([2], 1, 3)}, b"abc", "1 bytes before tensor 'a' belong to no tensor"),
         ({"a": entry([4], 0, 4)}, b"ab", "truncated: tensor 'a' ends at byte"),
-        ({"a": entry([2], 0, 2)}, b"abcd", "2 bytes behind the last tensor"),
+        ({"a": entry([2], 0, 2)}, b"abcd", "2 bytes after the last tensor"),
         ({"__metadata__": {"x": 3}}, b"", "__metadata__"),
     ],
 )

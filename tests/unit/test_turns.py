@@ -253,8 +253,8 @@ def test_a_signal_handler_may_only_close_the_stream_it_interrupts(bundle: Bundle
     stream = model.stream("x")
     assert list(stream) == ["a", "b"]
     assert [said.partition(":")[0] for said in refused] == [
-        "this model computes in this thread",
-        "this stream is being read",
+        "this model is generating in this thread",
+        "this stream is being read already",
         "a stream of this model is open in this thread",
     ]
 

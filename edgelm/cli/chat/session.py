@@ -272,9 +272,8 @@ class Session:
         kept = trim_messages(self._model, messages, answer)
         if kept.dropped and not self._trim:
             raise ContextLengthError(
-                f"the conversation and an answer of {answer} tokens do not fit into the context of {context}: /reset "
-                "forgets the conversation, a larger --context-length holds more of it, and without --no-trim the "
-                "oldest turns are dropped"
+                f"the conversation and an answer of {answer} tokens do not fit into the context of {context}: type "
+                "/reset, give a larger --context-length, or leave --no-trim out"
             )
         if kept.dropped:
             turns = "turn" if kept.dropped == 1 else f"{kept.dropped} turns"

@@ -65,9 +65,7 @@ def need_export_extra() -> None:
 
     missing = [name for name in EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise EdgeLMError(
-            f"this needs {', '.join(missing)}, which a run-only install leaves out: {install_hint('export')}"
-        )
+        raise EdgeLMError(f"this command needs {', '.join(missing)}, not installed here: {install_hint('export')}")
 
 
 def need_eval_extra() -> None:
@@ -79,7 +77,7 @@ def need_eval_extra() -> None:
     from edgelm.installing import install_hint
 
     if importlib.util.find_spec("lm_eval") is None:
-        raise EdgeLMError(f"this needs lm-evaluation-harness: {install_hint('eval')}")
+        raise EdgeLMError(f"this command needs lm-evaluation-harness, not installed here: {install_hint('eval')}")
 
 
 class Number(click.FloatRange):
@@ -195,6 +193,11 @@ def output_option(what: str, *, metavar: str = "DIR", **settings: Any) -> Callab
 def overwrite_option(what: str) -> Callable[[Command], Command]:
     """--overwrite, which replaces `what`."""
     return option("--overwrite", is_flag=True, help=f"Replace {what} once the new one is complete.")
+
+
+def verbose_option(what: str) -> Callable[[Command], Command]:
+    """-v, with `what` as its help."""
+    return option("-v", "--verbose", is_flag=True, help=what)
 
 
 def threads_option(what: str = "CPU threads.", group: Group = Group.RUNTIME) -> Callable[[Command], Command]:
@@ -318,10 +321,9 @@ def _chosen_calibration(
         click.UsageError: another of them was given without it.
     """
     if calibration is None:
-        if require_coverage or any(value is not None for value in (samples, sample_length, min_expert_tokens, smooth)):
-            raise click.UsageError(
-                "--samples, --sample-length, --min-expert-tokens, --require-coverage and --smooth go with --calibration"
-            )
+        others = was_given("samples", "sample_length", "smooth", "min_expert_tokens", "require_coverage")
+        if others:
+            raise click.UsageError(f"{', '.join(others)}: only with --calibration TEXT")
         return None
     need_export_extra()
     from edgelm.quant.calibration import CalibrationOptions, CoverageOptions
@@ -387,7 +389,7 @@ def chosen_sms(context: click.Context, parameter: click.Parameter, text: str | N
         return None
     parts = [part.strip().removeprefix("sm_") for part in text.split(",")]
     if not all(part.isdigit() for part in parts):
-        raise click.BadParameter(f"{text!r} is no list of compute capabilities: write for example 86,89")
+        raise click.BadParameter(f"{text!r} is not a list of compute capabilities: write for example 86,89")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 

@@ -11,8 +11,11 @@ from typing import Any
 import click
 
 # Lines of results that begin with a bad word, and the outcomes.
-_BAD = re.compile(r"^(?:FAIL|DAMAGED|REFUSED|missing)\b.*$|^parity FAILED.*$|\bFAILED$", re.MULTILINE)
-_GOOD = re.compile(r"^parity PASSED\b", re.MULTILINE)
+_BAD = re.compile(
+    r"^(?:FAIL|DAMAGED|REFUSED|missing|This device does NOT|The bundle's)\b.*$|^\d+ of \d+ checks FAILED|\bFAILED$",
+    re.MULTILINE,
+)
+_GOOD = re.compile(r"^This device computes the same model as the reference(?=[:.])", re.MULTILINE)
 
 
 def wants_colour() -> bool:

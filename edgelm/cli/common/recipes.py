@@ -49,7 +49,7 @@ def refuse_two(recipe: str | None, bits: float | None, max_size: int | None) -> 
         click.UsageError: two were.
     """
     if sum(value is not None for value in (recipe, bits, max_size)) > 1:
-        raise click.UsageError("give one of --recipe, --bits and --max-size")
+        raise click.UsageError("give only one of --recipe, --bits and --max-size")
 
 
 def choose_mixed_precision(

@@ -42,7 +42,7 @@ def inspect(path: Path | None, cpu: bool, verify: bool, as_json: bool) -> None:
         inspect_cpu(as_json)
         return
     if path is None:
-        raise click.UsageError("name a bundle or a checkpoint, or ask for --cpu")
+        raise click.UsageError("Missing argument 'PATH': give the folder of a bundle or a checkpoint, or --cpu")
     if (path / MANIFEST).is_file() or not (path / "config.json").is_file():
         bundle = Bundle.open(path)
         problems = bundle.verify(Bars()) if verify else None
@@ -51,7 +51,7 @@ def inspect(path: Path | None, cpu: bool, verify: bool, as_json: bool) -> None:
         from edgelm.cli.inspect.checkpoint import checkpoint_document, checkpoint_rows
 
         if verify:
-            raise click.UsageError("--verify needs a bundle: a checkpoint has no hashes to compare with")
+            raise click.UsageError("--verify needs a bundle: a checkpoint has no manifest with hashes")
         problems, document = None, checkpoint_document(path)
         rows = checkpoint_rows(document)
     if as_json:
