@@ -91,12 +91,12 @@ def atomic_directory(
     """
     sources = tuple(sources)
     place = check_output(target, kind, sources=sources, overwrite=overwrite)
-    with _parents(place.parent), _only_run(place) as locked:
+    with _parents(place.parent), _exclusive(place) as locked:
         token = _token()
         if locked:
-            _settle(place, kind)
+            _clean_up(place, kind)
         check_output(target, kind, sources=sources, overwrite=overwrite)
-        partial = _beside(place, "partial", token)
+        partial = _sibling(place, "partial", token)
         try:
             with disk_full_explained(place):
                 partial.mkdir()
@@ -104,13 +104,13 @@ def atomic_directory(
                 kind.seal(partial)
                 _sync_tree(partial)
                 check_output(target, kind, sources=sources, overwrite=overwrite)  # the block may have taken hours
-                _publish(partial, place, _beside(place, "old", token))
+                _publish(partial, place, _sibling(place, "old", token))
         finally:
             mine = None if locked else token
             try:
-                _settle(place, kind, mine)
+                _clean_up(place, kind, mine)
             except BaseException:
-                _settle(place, kind, mine)  # Ctrl-C while cleaning up
+                _clean_up(place, kind, mine)  # Ctrl-C while cleaning up
                 raise
 
 
@@ -141,8 +141,8 @@ def atomic_file(
         return Path(target) if kind is None else check_output(target, kind, sources=sources, overwrite=overwrite)
 
     place = checked()
-    _sweep(place)
-    partial, descriptor = _beside(place, "partial", _token()), -1
+    _remove_partial_files(place)
+    partial, descriptor = _sibling(place, "partial", _token()), -1
     try:
         with disk_full_explained(place):
             with _explained(place):
@@ -176,10 +176,10 @@ def prepare_output(
     """
     sources = tuple(sources)
     place = check_output(target, kind, sources=sources, overwrite=overwrite)
-    if place.parent.is_dir() and (_left(place) or _left_by_earlier_versions(place)):
-        with _only_run(place) as locked:
+    if place.parent.is_dir() and (_leftovers(place) or _leftovers_of_earlier_versions(place)):
+        with _exclusive(place) as locked:
             if locked:
-                _settle(place, kind)
+                _clean_up(place, kind)
         check_output(target, kind, sources=sources, overwrite=overwrite)
     return place
 
@@ -187,9 +187,9 @@ def prepare_output(
 def restore(target: Path) -> None:
     """Put back a folder that a killed run had moved away and not replaced; do nothing where there is none."""
     with contextlib.suppress(OSError, EdgeLMError):
-        left = _left(target)
+        left = _leftovers(target)
         if any(path.name.startswith(_prefix(target, "old")) for path in left):
-            with _only_run(target) as locked:
+            with _exclusive(target) as locked:
                 if locked:
                     _put_back(target, left)
 
@@ -220,7 +220,7 @@ def lock_folder(folder: Path, busy: str) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def _only_run(place: Path) -> Iterator[bool]:
+def _exclusive(place: Path) -> Iterator[bool]:
     """Lock `place`, which need not exist, against other runs; yields whether the file system has locks."""
     busy = f"another run is writing {place}: wait for it, or choose another place"
     path = place.parent / f".{_short(place.name)}.edgelm-lock"
@@ -328,7 +328,7 @@ def _exchange(one: Path, other: Path) -> bool:
     return False
 
 
-def _settle(place: Path, kind: OutputKind, token: str | None = None) -> None:
+def _clean_up(place: Path, kind: OutputKind, token: str | None = None) -> None:
     """Remove what runs left beside `place`. Where `place` does not exist, put an old one back first.
 
     Args:
@@ -336,12 +336,12 @@ def _settle(place: Path, kind: OutputKind, token: str | None = None) -> None:
         kind: kind of output.
         token: the run whose files to remove; None for those of all runs, which requires the lock.
     """
-    left = _left(place)
+    left = _leftovers(place)
     if token is not None:
         left = [path for path in left if path.name.endswith(f"-{token}")]
     _put_back(place, left)
     if token is None:
-        earlier = _left_by_earlier_versions(place)
+        earlier = _leftovers_of_earlier_versions(place)
         for path in earlier:
             if ".old." in path.name[len(place.name) :] and not place.exists() and kind.unknown_content(path) is None:
                 path.rename(place)
@@ -356,11 +356,11 @@ def _put_back(place: Path, left: list[Path]) -> None:
             path.rename(place)
 
 
-def _left(place: Path) -> list[Path]:
+def _leftovers(place: Path) -> list[Path]:
     return [path for path in _siblings(place) if _new_name(place).fullmatch(path.name)]
 
 
-def _left_by_earlier_versions(place: Path) -> list[Path]:
+def _leftovers_of_earlier_versions(place: Path) -> list[Path]:
     """List files of earlier versions: `.x.partial-<pid>`, and `.x.old.partial-<pid>` for old `x` or new `x.old`."""
     pattern = re.compile(rf"\.{re.escape(place.name)}(\.old)?\.partial-(\d{{1,10}})")
     found = []
@@ -374,7 +374,7 @@ def _left_by_earlier_versions(place: Path) -> list[Path]:
     return found
 
 
-def _sweep(place: Path) -> None:
+def _remove_partial_files(place: Path) -> None:
     """Remove partial files that killed runs left. A partial file that is still being written is locked."""
     for path in _siblings(place):
         if _new_name(place).fullmatch(path.name):
@@ -417,7 +417,7 @@ def _prefix(place: Path, what: str) -> str:
     return f".{_short(place.name)}.{what}-"
 
 
-def _beside(place: Path, what: str, token: str) -> Path:
+def _sibling(place: Path, what: str, token: str) -> Path:
     return place.parent / (_prefix(place, what) + token)
 
 

@@ -55,12 +55,12 @@ def check_output(
     """
     given = Path(target)
     place = resolved(given)
-    if not place.name or (kind.is_folder and any(_same(place, folder) for folder in _upwards(Path.cwd()))):
+    if not place.name or (kind.is_folder and any(_same(place, folder) for folder in _with_parents(Path.cwd()))):
         raise EdgeLMError(f"{given} is the folder you are in, or above it: give another folder for {kind.name}")
     if place.is_symlink():
         raise EdgeLMError(f"{given} is a link to {os.path.realpath(place)}: give that path itself, or another")
     for source in sources:
-        for path in _protected(source):
+        for path in _source_paths(source):
             relation = _relation(place, path)
             if relation is not None:
                 raise EdgeLMError(f"{given} {relation} the input {path}: choose another place")
@@ -128,7 +128,7 @@ def _unknown_content(place: Path, kind: OutputKind) -> str | None:
         return f"cannot be looked into ({error.strerror or error})"
 
 
-def _protected(source: Source | None) -> Iterator[Path]:
+def _source_paths(source: Source | None) -> Iterator[Path]:
     """Yield the paths that hold a source's bytes: its folder, the targets of links in it, and its hub cache folder."""
     if source is None:
         return
@@ -158,14 +158,14 @@ def _hub_cache() -> Iterator[Path]:
 def _relation(place: Path, source: Path) -> str | None:
     if _same(place, source):
         return "is"
-    if any(_same(place, folder) for folder in _upwards(source)):
+    if any(_same(place, folder) for folder in _with_parents(source)):
         return "contains"
-    if any(_same(folder, source) for folder in _upwards(place)):
+    if any(_same(folder, source) for folder in _with_parents(place)):
         return "lies in"
     return None
 
 
-def _upwards(path: Path) -> Iterator[Path]:
+def _with_parents(path: Path) -> Iterator[Path]:
     real = Path(os.path.realpath(path))
     yield from (real, *real.parents)
 

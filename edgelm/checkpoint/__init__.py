@@ -126,7 +126,7 @@ class Checkpoint(CheckpointFiles):
         self.source_id = source_id or hub.snapshot_id(path) or path.resolve().name
         try:
             self.family = family_of(self.config)
-            self._places = self._canonical()
+            self._stored_tensors = self._canonical()
         except CheckpointError as error:
             self.close()
             message = str(error)
@@ -134,7 +134,9 @@ class Checkpoint(CheckpointFiles):
         except BaseException:
             self.close()
             raise
-        self.tensors: Mapping[str, TensorInfo] = {name: names.as_read(info) for name, info in self._places.items()}
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: names.as_read(info) for name, info in self._stored_tensors.items()
+        }
 
     def _canonical(self) -> dict[str, TensorInfo]:
         """Return the tensors by canonical name. Check that tensors that are left out equal what replaces them."""
@@ -200,7 +202,7 @@ class Checkpoint(CheckpointFiles):
         Raises:
             CheckpointError: there is no such tensor, or a value is not finite; names the tensor and the element.
         """
-        info = self._place(name)
+        info = self._stored_tensor(name)
         if info.dtype == "F64":
             return self.read_float32(name, rows)
         return self._files[info.file].read_raw(info, rows, finite=True)
@@ -212,13 +214,13 @@ class Checkpoint(CheckpointFiles):
             CheckpointError: there is no such tensor, it is not of a float type, or a value is not finite; names the
                 tensor and the element.
         """
-        info = self._place(name)
+        info = self._stored_tensor(name)
         return self._files[info.file].read_float32(info, rows, finite=True)
 
-    def _place(self, name: str) -> TensorInfo:
+    def _stored_tensor(self, name: str) -> TensorInfo:
         """Return the tensor's entry in the file, with the stored type."""
         self.info(name)
-        return self._places[name]
+        return self._stored_tensors[name]
 
     def check_tensors(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Check that the checkpoint has exactly the `expected` tensors, in these shapes.

@@ -37,7 +37,7 @@ _BLOCK_BYTES = 8 << 20
 _ROOT = re.compile(r"(?:layers\.\d+|embed_tokens|norm)\.")  # modules inside `model.`
 _STACKED = re.compile(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)")
 _PREFIXED = re.compile(r"((?:[\w-]+\.)*?)(?:(?:model\.)?(?:layers\.\d+|embed_tokens|norm)|lm_head)\.")
-_LEFT_BY = {
+_TRAINING_TOOLS = {
     "_orig_mod": "torch.compile: save model._orig_mod",
     "module": "DistributedDataParallel or DeepSpeed: save model.module",
     "_fsdp_wrapped_module": "FSDP: save its full state dict",
@@ -53,7 +53,7 @@ _HALF_STEP = 2.0**-24
 
 
 @dataclass(frozen=True)
-class Named:
+class CanonicalTensors:
     """The tensors of a checkpoint under canonical names.
 
     Attributes:
@@ -67,7 +67,7 @@ class Named:
     frequencies: tuple[TensorInfo, ...] = ()
 
 
-def canonical(stored: Mapping[str, TensorInfo], *, tied: bool) -> Named:
+def canonical(stored: Mapping[str, TensorInfo], *, tied: bool) -> CanonicalTensors:
     """Give the tensors of a checkpoint their canonical names. Reads only the files' headers.
 
     Args:
@@ -80,7 +80,7 @@ def canonical(stored: Mapping[str, TensorInfo], *, tied: bool) -> Named:
     tensors: dict[str, TensorInfo] = {}
     frequencies = []
     for info in stored.values():
-        name = _rooted(info.name)
+        name = _with_model_prefix(info.name)
         if name.endswith("rotary_emb.inv_freq"):
             frequencies.append(info)
             continue
@@ -100,7 +100,7 @@ def canonical(stored: Mapping[str, TensorInfo], *, tied: bool) -> Named:
         else:
             tensors = {(EMBEDDING if name == HEAD else name): info for name, info in tensors.items()}
             tensors[EMBEDDING] = replace(tensors[EMBEDDING], name=EMBEDDING)
-    return Named(tensors, head, tuple(frequencies))
+    return CanonicalTensors(tensors, head, tuple(frequencies))
 
 
 def as_read(info: TensorInfo) -> TensorInfo:
@@ -108,7 +108,7 @@ def as_read(info: TensorInfo) -> TensorInfo:
     return replace(info, dtype="F32") if info.dtype == "F64" else info
 
 
-def _rooted(name: str) -> str:
+def _with_model_prefix(name: str) -> str:
     if _ROOT.match(name):
         return f"model.{name}"
     rest = name.removeprefix("model.")
@@ -138,14 +138,14 @@ def _experts(info: TensorInfo) -> Iterator[TensorInfo]:
 def _refuse_prefixes(tensors: Mapping[str, TensorInfo]) -> None:
     """Raise an error for names with a prefix or suffix of a training tool."""
     for name, info in tensors.items():
-        tools = [part for part in name.split(".") if part in _LEFT_BY]
+        tools = [part for part in name.split(".") if part in _TRAINING_TOOLS]
         found = _PREFIXED.match(name)
         prefix = found[1] if found is not None else ""
         if not tools and (not prefix or EMBEDDING in tensors):
             continue
         alike = [other for other in tensors if (other.startswith(prefix) if prefix else tools[0] in other.split("."))]
         what = f"the prefix {prefix!r}" if prefix else f"{tools[0]!r} in its name"
-        left = f", left by {_LEFT_BY[tools[0]]}," if tools else ": save the language model alone,"
+        left = f", left by {_TRAINING_TOOLS[tools[0]]}," if tools else ": save the language model alone,"
         raise CheckpointError(
             f"{info.file}: tensor {name!r} has {what} ({len(alike)} of {len(tensors)} have){left} or rename the tensors"
         )

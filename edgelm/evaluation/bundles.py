@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgelm.bundle import Bundle
 from edgelm.errors import EdgeLMError
-from edgelm.evaluation.layers import Trail
+from edgelm.evaluation.layers import LayerSketches
 from edgelm.evaluation.result import Speed
 from edgelm.parity.diagnose import choose
 from edgelm.progress import Progress
@@ -43,7 +43,9 @@ def logits_of(runtime: Runtime, ids: Ints, progress: Progress, label: str) -> It
                 advance(len(block))
 
 
-def trail_of(bundle: Bundle, ids: Ints, runtime: str, threads: int | None, progress: Progress) -> Trail | None:
+def trace_layers(
+    bundle: Bundle, ids: Ints, runtime: str, threads: int | None, progress: Progress
+) -> LayerSketches | None:
     """Trace the residual streams of the debug graph over windows int64 [W, T]; None where the runtime cannot trace.
 
     The debug graph computes in float32 from the bundle's weights. So this measures the error of quantised weights, not
@@ -54,18 +56,18 @@ def trail_of(bundle: Bundle, ids: Ints, runtime: str, threads: int | None, progr
     if debug is None:
         return None
     length = ids.shape[1]
-    trail = Trail(model.num_layers, ids.size, model.hidden_size, model.experts_per_token)
+    sketches = LayerSketches(model.num_layers, ids.size, model.hidden_size, model.experts_per_token)
     together = max(1, _TRACE_BYTES // (4 * length * model.hidden_size * (model.num_layers + 1)))
     with debug, progress.task(f"{bundle.path.name}: layers", len(ids), unit="steps") as advance:
         for start in range(0, len(ids), together):
             part = ids[start : start + together]
             for number, trace in enumerate(debug.trace_all(part.tolist(), logits=False), start):
                 for layer, hidden in enumerate(trace.hidden, -1):
-                    trail.put(layer, number * length, hidden)
+                    sketches.put(layer, number * length, hidden)
                 for layer, router in enumerate(trace.router_logits):
-                    trail.put_experts(layer, number * length, choose(router, model.experts_per_token))
+                    sketches.put_experts(layer, number * length, choose(router, model.experts_per_token))
             advance(len(part))
-    return trail
+    return sketches
 
 
 def measure_speed(bundle: Bundle, runtime: str | None, threads: int | None, kv: str | None) -> Speed:

@@ -13,7 +13,7 @@ from edgelm.evaluation.result import LayerError
 from edgelm.parity.sketch import SKETCH_WIDTH, relative_error, sign_matrix, sketch
 
 
-class Trail:
+class LayerSketches:
     """Sketches of the residual streams of N tokens after the embedding (index 0) and L layers, and their experts.
 
     Attributes:
@@ -40,8 +40,8 @@ class Trail:
         assert self.experts is not None
         self.experts[layer, first : first + len(chosen)] = np.sort(chosen, axis=-1)
 
-    def errors_of(self, target: Trail) -> tuple[LayerError, ...]:
-        """Compare the trail of another model over the same tokens with this one, of the float model."""
+    def errors_of(self, target: LayerSketches) -> tuple[LayerError, ...]:
+        """Compare the sketches of another model over the same tokens with this one, of the float model."""
         found = []
         for index in range(len(self.norms)):
             error = relative_error(self.sketches[index], target.sketches[index], self.norms[index])

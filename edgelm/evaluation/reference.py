@@ -16,7 +16,7 @@ from torch import Tensor
 from edgelm.checkpoint import WeightReader
 from edgelm.evaluation.distances import Comparison, Predictions
 from edgelm.evaluation.experts import ExpertProbe
-from edgelm.evaluation.layers import Trail
+from edgelm.evaluation.layers import LayerSketches
 from edgelm.models.spec import Decoder
 from edgelm.progress import Progress, Silent
 from edgelm.reference.hooks import Hooks
@@ -40,7 +40,7 @@ class WeightModel:
         ids: int64 [W, T], the input tokens.
         following: int64 [W * T], the token after each of them.
         final: float32 [W * T, D], the input of the head.
-        trail: the layers' sketches; None unless requested.
+        sketches: the layers' sketches; None unless requested.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class WeightModel:
             decoder: the model's spec.
             weights: where to read tensors.
             windows: token ids, all of one length.
-            layers: keep a `Trail`.
+            layers: keep a `LayerSketches`.
             probe: gets the inputs of every expert.
             progress: where to report progress.
             label: the label of the progress.
@@ -76,9 +76,11 @@ class WeightModel:
         self.ids, self.following = stacked[:, :-1], stacked[:, 1:].reshape(-1)
         self.model = LayerwiseReference(decoder, weights, hooks=hooks)
         self._logits_bytes = logits_bytes
-        self.trail: Trail | None = None
+        self.sketches: LayerSketches | None = None
         if layers:
-            self.trail = Trail(decoder.num_layers, self.ids.size, decoder.hidden_size, decoder.active_experts)
+            self.sketches = LayerSketches(
+                decoder.num_layers, self.ids.size, decoder.hidden_size, decoder.active_experts
+            )
         self._probe = probe
         visit = self._visit if layers or probe is not None else None
         self.final: Floats32 = self.model.windows(self.ids, visit, progress, label=label).reshape(
@@ -87,13 +89,13 @@ class WeightModel:
 
     def _visit(self, layer: int, first: int, x: Tensor, inputs: Tensor | None, trace: Trace) -> None:
         start = first * self.ids.shape[1]
-        if self.trail is not None:
-            self.trail.put(layer, start, x.reshape(-1, x.shape[-1]).numpy())
+        if self.sketches is not None:
+            self.sketches.put(layer, start, x.reshape(-1, x.shape[-1]).numpy())
         if inputs is None or not trace.experts:
             return
         chosen = trace.experts[0].reshape(-1, trace.experts[0].shape[-1])
-        if self.trail is not None:
-            self.trail.put_experts(layer, start, chosen.numpy())
+        if self.sketches is not None:
+            self.sketches.put_experts(layer, start, chosen.numpy())
         if self._probe is not None:
             self._probe.add(layer, inputs.reshape(-1, inputs.shape[-1]), chosen)
 
@@ -125,7 +127,7 @@ class WeightModel:
         """
         found, model = Comparison(self.following), self._with_head()
         first = 0
-        for logits in _grouped(blocks, max(1, self._logits_bytes // (4 * model.decoder.vocab_size))):
+        for logits in _group_blocks(blocks, max(1, self._logits_bytes // (4 * model.decoder.vocab_size))):
             final = torch.from_numpy(self.final[first : first + len(logits)])
             if len(final) < len(logits):
                 raise ValueError(f"more logits than the {len(self.final)} tokens")
@@ -146,11 +148,11 @@ class WeightModel:
         decoder = self.model.decoder
         if 4 * decoder.vocab_size * decoder.hidden_size > KEEP_HEAD_BYTES:
             return self.model
-        kept = _KeptHead(self.model.weights, decoder.head.name)
+        kept = _CachedHead(self.model.weights, decoder.head.name)
         return LayerwiseReference(decoder, kept, hooks=self.model.hooks)
 
 
-class _KeptHead:
+class _CachedHead:
     """A `WeightReader` that keeps the head in memory."""
 
     def __init__(self, weights: WeightReader, name: str) -> None:
@@ -167,7 +169,7 @@ class _KeptHead:
         return self._head if rows is None else self._head[rows]
 
 
-def _grouped(blocks: Iterable[Floats32], rows: int) -> Iterator[Floats32]:
+def _group_blocks(blocks: Iterable[Floats32], rows: int) -> Iterator[Floats32]:
     """Concatenate blocks into groups of up to `rows` rows (or one larger block), for fewer passes over the head."""
     waiting: list[Floats32] = []
     count = 0

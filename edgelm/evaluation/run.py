@@ -183,7 +183,7 @@ class _Evaluation:
     def _cut(self, tokenizer: Tokenizer) -> tuple[list[NDArray[np.int64]], TextResult]:
         options = self._options
         corpus = read_corpus(options.text, held_out=True)
-        counted = _Counted(tokenizer)
+        counted = _CountingTokenizer(tokenizer)
         count = options.tokens // options.length
         # One token more per window: the target of the last prediction.
         found = windows(counted, corpus.documents, count, options.length + 1)
@@ -252,11 +252,11 @@ class _Evaluation:
         )
         measured: Comparison | Predictions
         measured = model.predictions() if self._float is None else self._float.compare(model, self._progress)
-        trail = None
-        if self._float is not None and self._float.trail is not None and model.trail is not None:
-            trail = self._float.trail.errors_of(model.trail)
+        errors = None
+        if self._float is not None and self._float.sketches is not None and model.sketches is not None:
+            errors = self._float.sketches.errors_of(model.sketches)
         experts = None if self._probe is None else self._probe.errors(self._weight_targets.index(target))
-        return self._result(target, target.name, measured, "PyTorch reference, float32", layers=trail, experts=experts)
+        return self._result(target, target.name, measured, "PyTorch reference, float32", layers=errors, experts=experts)
 
     def _bundle(self, target: BundleTarget) -> list[TargetResult]:
         options, manifest = self._options, target.bundle.manifest
@@ -297,10 +297,10 @@ class _Evaluation:
     def _bundle_layers(
         self, target: BundleTarget, ids: NDArray[np.int64], runtime: str
     ) -> tuple[LayerError, ...] | None:
-        if self._float is None or self._float.trail is None:
+        if self._float is None or self._float.sketches is None:
             return None
-        trail = bundles.trail_of(target.bundle, ids, runtime, self._options.threads, self._progress)
-        return None if trail is None else self._float.trail.errors_of(trail)
+        sketches = bundles.trace_layers(target.bundle, ids, runtime, self._options.threads, self._progress)
+        return None if sketches is None else self._float.sketches.errors_of(sketches)
 
     def _by_window(self, values: distances.Floats) -> distances.Floats:
         return values.reshape(len(self._windows), -1)
@@ -359,7 +359,7 @@ class _Evaluation:
         )
 
 
-class _Counted:
+class _CountingTokenizer:
     """A tokenizer that counts the tokens it encodes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

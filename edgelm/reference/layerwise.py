@@ -220,7 +220,7 @@ class LayerwiseReference:
         self._check(ids, states)
         before = [state.length for state in states]
         try:
-            final, kept = self._sweep(ids, states, trace, progress or Silent())
+            final, kept = self._run_layers(ids, states, trace, progress or Silent())
         except BaseException:
             for state, length in zip(states, before, strict=True):
                 state.truncate(length)
@@ -228,7 +228,7 @@ class LayerwiseReference:
         lengths = [len(sequence) for sequence in ids]
         return LayerwiseResult(_by_sequence(final, kept if trace else None, lengths), states, self)
 
-    def _sweep(
+    def _run_layers(
         self, ids: Sequence[Ints], states: Sequence[SequenceState], trace: bool, progress: Progress
     ) -> tuple[Tensor, Trace]:
         """Return the normed residual stream [N, D] of all new tokens, and the trace."""

@@ -73,11 +73,11 @@ class AddedToken:
     declared: int | None = None
     where: str = ""
 
-    def alike(self, other: AddedToken) -> bool:
+    def equals(self, other: AddedToken) -> bool:
         """Return whether both are equal, apart from where they are declared."""
         return self == replace(other, declared=self.declared, where=self.where)
 
-    def native(self) -> Any:
+    def to_library(self) -> Any:
         """Return the token as an object of the `tokenizers` library."""
         import tokenizers
 
@@ -96,7 +96,7 @@ class Declared:
         listed: tokens with a declared id, by that id.
         extra: further special tokens. None: no file lists any, so those of a tokenizer.model are used.
         rows: rows of the model's embedding; None where config.json does not say.
-        own_tokens_count: whether the tokens listed in a tokenizer.json are used where its steps are rebuilt.
+        use_own_tokens: whether the tokens listed in a tokenizer.json are used where its steps are rebuilt.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -105,7 +105,7 @@ class Declared:
     listed: Mapping[int, AddedToken] = field(default_factory=dict)
     extra: tuple[AddedToken, ...] | None = None
     rows: int | None = None
-    own_tokens_count: bool = True
+    use_own_tokens: bool = True
 
     def flag(self, name: str, default: bool) -> bool:
         """Return a boolean of tokenizer_config.json; null means the default.
@@ -131,7 +131,7 @@ class Declared:
             extra: tokens of a tokenizer.model, used where no file lists any.
             present: strings of tokens that have been added already.
         """
-        listed = {**self.listed, **(own or {})} if self.own_tokens_count else dict(self.listed)
+        listed = {**self.listed, **(own or {})} if self.use_own_tokens else dict(self.listed)
         named = {token.content: token for token in self.names.values() if token}
         unlisted = [*named.values(), *(extra if self.extra is None else self.extra)]
         # Listed tokens come first and keep their flags, but named tokens are special.
@@ -305,5 +305,5 @@ def read_declared(folder: Path) -> Declared:
         listed=listed,
         extra=extra,
         rows=rows if isinstance(rows, int) and not isinstance(rows, bool) and rows > 0 else None,
-        own_tokens_count=not has_decoder,
+        use_own_tokens=not has_decoder,
     )

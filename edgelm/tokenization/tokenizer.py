@@ -199,7 +199,7 @@ class Tokenizer:
         vocabulary = self.vocabulary
         state = hashlib.sha256()
         for index in range(self.vocab_size):
-            state.update(b"%d %b\n" % (index, vocabulary.lasting_bytes(index).hex().encode()))
+            state.update(b"%d %b\n" % (index, vocabulary.fingerprint_bytes(index).hex().encode()))
         special = sorted(vocabulary.own_special | self._named)
         ids = [self.bos_id, list(self.eos_ids), self.pad_id, self.add_bos, special]
         state.update(json.dumps([ids, [vocabulary.encode(probe) for probe in PROBES]]).encode())

@@ -275,12 +275,12 @@ def check_pattern(pattern: str) -> None:
         groups[-1][0] = groups[-1][0] or repeated or inner
 
 
-def rebuilt(data: Mapping[str, Any], declared: Declared, own_lost: bool = False) -> dict[str, Any] | None:
+def rebuilt(data: Mapping[str, Any], declared: Declared, own_tokens_dropped: bool = False) -> dict[str, Any] | None:
     """Return the file's contents with the steps of its transformers class; None where the file is used unchanged.
 
     These classes use only the vocabulary, merges and post-processor of the file, and so does this function. A file of
-    another kind than its class (byte-level or not) is used unchanged. `own_lost`: the tokens that the file adds are not
-    used, so it must be rebuilt even if its steps are the same.
+    another kind than its class (byte-level or not) is used unchanged. With `own_tokens_dropped`, the tokens that the
+    file adds are not used, so it must be rebuilt even if its steps are the same.
 
     Raises:
         TokenizerError: a setting has the wrong type.
@@ -328,7 +328,7 @@ def rebuilt(data: Mapping[str, Any], declared: Declared, own_lost: bool = False)
             "merges": model["merges"],
         },
     }
-    return None if same_steps(data, result) and not own_lost else result
+    return None if same_steps(data, result) and not own_tokens_dropped else result
 
 
 _MODEL_DEFAULTS = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "end_of_word_suffix": ""}

@@ -73,7 +73,7 @@ class Vocabulary(ABC):
     def token_bytes(self, index: int) -> bytes:
         """Return the UTF-8 bytes that a token adds to a text, maybe part of a character; empty for an unknown id."""
 
-    def lasting_bytes(self, index: int) -> bytes:
+    def fingerprint_bytes(self, index: int) -> bytes:
         """Return `token_bytes` as in every version of EdgeLM, for fingerprints."""
         return self.token_bytes(index)
 
@@ -141,16 +141,16 @@ class JsonVocabulary(Vocabulary):
         data, text = tokenizer_json.read(path)
         own = json_tokens(data.get("added_tokens"), str(path))
         # With an added_tokens_decoder, the file's own added tokens are used only if it has them as well.
-        lost = not declared.own_tokens_count and any(
-            index not in declared.listed or not token.alike(declared.listed[index]) for index, token in own.items()
+        dropped = not declared.use_own_tokens and any(
+            index not in declared.listed or not token.equals(declared.listed[index]) for index, token in own.items()
         )
-        anew = tokenizer_json.rebuilt(data, declared, lost)
-        self._tokenizer = tokenizer_json.load(text if anew is None else json.dumps(anew), path)
+        rebuilt = tokenizer_json.rebuilt(data, declared, dropped)
+        self._tokenizer = tokenizer_json.load(text if rebuilt is None else json.dumps(rebuilt), path)
         self._path = path
         self._post_processor = {"post_processor": data.get("post_processor")}
-        self._add(own, declared, anew is None)
+        self._add(own, declared, rebuilt is None)
         # No note for LlamaTokenizer, whose published files differ from the class in how they prepend a space.
-        if anew is not None and declared.kind != "LlamaTokenizer" and not tokenizer_json.same_steps(data, anew):
+        if rebuilt is not None and declared.kind != "LlamaTokenizer" and not tokenizer_json.same_steps(data, rebuilt):
             self.notes.append(f"{path.name} has other steps than {declared.kind}, whose count, as in transformers")
         added: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
         self.special = frozenset(index for index, token in added.items() if token.special)
@@ -182,7 +182,7 @@ class JsonVocabulary(Vocabulary):
         named = {token.content for token in own.values()}
         guarded(
             native.add_tokens,
-            [token.native() for token in tokens if token.content in ids],
+            [token.to_library() for token in tokens if token.content in ids],
             what=f"{self._path}: its tokens cannot be extended by those of {', '.join(_sources(tokens))}",
         )
         self.added = {
@@ -280,7 +280,7 @@ class _Splitter:
         self._native.encode_special_tokens = declared.flag("split_special_tokens", False)
         used = [token for token in tokens if token.content in ids]
         where = ", ".join(_sources(used)) or "tokenizer.model"
-        guarded(self._native.add_tokens, [t.native() for t in used], what=f"{where}: its tokens cannot be used")
+        guarded(self._native.add_tokens, [t.to_library() for t in used], what=f"{where}: its tokens cannot be used")
         self._ids = {self._native.token_to_id(token.content): ids[token.content] for token in used}
 
     def __call__(self, text: str) -> Iterator[tuple[int, str | int]]:
@@ -411,10 +411,10 @@ class PieceVocabulary(Vocabulary):
         if self.is_byte(index):
             return bytes([int(token[3:5], 16)])
         if index == self._unknown and not self._kind:
-            return self.lasting_bytes(index)
+            return self.fingerprint_bytes(index)
         return token.replace(SPACE, " ").encode()
 
-    def lasting_bytes(self, index: int) -> bytes:
+    def fingerprint_bytes(self, index: int) -> bytes:
         """See `Vocabulary`: for the unknown token the library's mark, even where transformers writes another."""
         if index == self._unknown:
             surface: str = self._model.DecodeIds([index])
