@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
+from tiny_graph import Shape, write_tiny_model
 
-from edgelm.errors import DeviceError, DeviceMemoryError, RuntimeUnavailableError
+from edgelm.errors import BundleError, DeviceError, DeviceMemoryError, RuntimeUnavailableError
 from edgelm.installing import install_hint
 from edgelm.runtimes import runtimes
+from edgelm.runtimes.cuda.device import DeviceInfo
 from edgelm.runtimes.onnxruntime import cuda_session
 from edgelm.runtimes.onnxruntime.cuda_session import check_placement, placement, record_placement
 from edgelm.runtimes.onnxruntime.router_probe import check_router
@@ -130,6 +133,38 @@ def test_two_packages_in_one_folder_are_detected(tmp_path: Path, monkeypatch: py
     assert importlib.metadata.version("onnxruntime-gpu") == "9.9"
     with pytest.raises(RuntimeUnavailableError, match=r"are both installed, in one folder.*pip uninstall"):
         cuda_session.require_cuda()
+
+
+def test_a_gpu_that_is_too_old_for_onnx_runtime_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(cuda_session, "find_devices", lambda: (DeviceInfo("Volta", (7, 0), 80, 16 << 30, (12, 4)),))
+    why = cuda_session.problem()
+    assert why is not None
+    assert "Volta has compute capability 7.0, ONNX Runtime's kernels need 7.5 or newer" in why
+
+
+def test_a_missing_library_of_cuda_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    build = SimpleNamespace(cuda_version="97.1", preload_dlls=lambda: print("Failed to load libcudart.so.97"))
+    with pytest.raises(RuntimeUnavailableError, match=r"needs libcudart\.so\.97, which cannot be loaded .*CUDA 97"):
+        cuda_session._preload(build)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_provider_that_does_not_start_is_no_silent_fallback_to_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if CUDA in ort.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    bundle = write_tiny_model(tmp_path / "bundle", Shape())
+    monkeypatch.setattr(cuda_session, "require_cuda", lambda: (ort, 0))
+    with (
+        pytest.warns(UserWarning, match=CUDA),
+        pytest.raises(RuntimeUnavailableError, match="could not start its CUDA"),
+    ):
+        cuda_session.cuda_session(bundle, bundle.manifest.graph.file, 1)
+    bundle.file(bundle.manifest.graph.file).write_bytes(b"no graph")
+    with pytest.warns(UserWarning, match=CUDA), pytest.raises(BundleError, match="cannot load"):
+        cuda_session.cuda_session(bundle, bundle.manifest.graph.file, 1)
 
 
 MESSAGES = [
