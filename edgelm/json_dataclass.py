@@ -26,8 +26,18 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 from edgelm.errors import EdgeLMError
 
 __all__ = [
-    "Blame", "Count", "OneOf", "Range", "from_data", "parse", "parse_toml", "quoted", "read_bytes", "read_json",
-    "require_format", "shown",
+    "Count",
+    "ErrorFactory",
+    "OneOf",
+    "Range",
+    "from_data",
+    "parse",
+    "parse_toml",
+    "quoted",
+    "read_bytes",
+    "read_json",
+    "require_format",
+    "shown",
 ]  # fmt: skip
 
 MAX_BYTES = 8 << 20
@@ -40,8 +50,8 @@ _Reader = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
-class Blame:
-    """How to report a wrong document: the class of the error, and advice on what to do."""
+class ErrorFactory:
+    """Makes the errors of an invalid document: the class of the error, and advice on what to do."""
 
     error: type[EdgeLMError]
     advice: str
@@ -92,41 +102,41 @@ class _Problem(Exception):  # noqa: N818 - internal
         return f"{path or 'it'} {self.problem}"
 
 
-def read_bytes(path: Path, blame: Blame, limit: int = MAX_BYTES) -> bytes:
+def read_bytes(path: Path, errors: ErrorFactory, limit: int = MAX_BYTES) -> bytes:
     """Return the contents of a file of at most `limit` bytes.
 
     Raises:
-        EdgeLMError: of `blame`'s class: the file is missing, unreadable, too large, or not a regular file.
+        EdgeLMError: of the class of `errors`: the file is missing, unreadable, too large, or not a regular file.
     """
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise blame.at(path, "is a folder, not a file" if stat.S_ISDIR(found.st_mode) else "is not a file")
+            raise errors.at(path, "is a folder, not a file" if stat.S_ISDIR(found.st_mode) else "is not a file")
         if found.st_size <= limit:
             with path.open("rb") as stream:
                 data = stream.read(limit + 1)  # the size of some system files reads as 0
             if len(data) <= limit:
                 return data
     except FileNotFoundError as error:
-        raise blame.at(path, "is missing") from error
+        raise errors.at(path, "is missing") from error
     except (OSError, ValueError) as error:  # a ValueError: a name with a zero byte
         reason = getattr(error, "strerror", None) or str(error)
-        raise blame.at(path, f"cannot be read ({reason})") from error
-    raise blame.at(path, f"is larger than {limit} bytes, too large for such a file")
+        raise errors.at(path, f"cannot be read ({reason})") from error
+    raise errors.at(path, f"is larger than {limit} bytes, too large for such a file")
 
 
-def parse(text: bytes | str, where: Path | str, blame: Blame, *, finite: bool = True) -> Any:
+def parse(text: bytes | str, where: Path | str, errors: ErrorFactory, *, finite: bool = True) -> Any:
     """Parse JSON. It must be UTF-8, nested at most `MAX_DEPTH` deep, and without duplicate keys, which readers resolve
     differently.
 
     Args:
         text: the document.
         where: its name in errors.
-        blame: how errors are reported.
+        errors: makes the error of an invalid document.
         finite: whether NaN and infinite numbers are refused. They are not JSON, but Python writes them.
 
     Raises:
-        EdgeLMError: of `blame`'s class: the document is not valid.
+        EdgeLMError: of the class of `errors`: the document is not valid.
     """
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8")
@@ -135,13 +145,13 @@ def parse(text: bytes | str, where: Path | str, blame: Blame, *, finite: bool = 
         if not _shallow(value):
             raise ValueError(f"nested more than {MAX_DEPTH} deep")
     except RecursionError:
-        raise blame.at(where, "not valid JSON (nested too deeply)") from None
+        raise errors.at(where, "not valid JSON (nested too deeply)") from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise blame.at(where, f"not valid JSON ({error or 'empty'})") from None
+        raise errors.at(where, f"not valid JSON ({error or 'empty'})") from None
     return value
 
 
-def parse_toml(text: bytes | str, where: Path | str, blame: Blame) -> dict[str, Any]:
+def parse_toml(text: bytes | str, where: Path | str, errors: ErrorFactory) -> dict[str, Any]:
     """Parse TOML. Raises as `parse`; errors name the line."""
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8")
@@ -149,9 +159,9 @@ def parse_toml(text: bytes | str, where: Path | str, blame: Blame) -> dict[str, 
         if not _shallow(value):
             raise ValueError(f"nested more than {MAX_DEPTH} deep")
     except RecursionError:
-        raise blame.at(where, "not valid TOML (nested too deeply)") from None
+        raise errors.at(where, "not valid TOML (nested too deeply)") from None
     except ValueError as error:  # so is TOMLDecodeError
-        raise blame.at(where, f"not valid TOML ({error})") from None
+        raise errors.at(where, f"not valid TOML ({error})") from None
     return value
 
 
@@ -191,12 +201,12 @@ def _shallow(value: Any) -> bool:
     return not level
 
 
-def read_json(path: Path, blame: Blame) -> Any:
+def read_json(path: Path, errors: ErrorFactory) -> Any:
     """Read and parse a JSON file; see `read_bytes` and `parse`."""
-    return parse(read_bytes(path, blame), path, blame)
+    return parse(read_bytes(path, errors), path, errors)
 
 
-def from_data(cls: type[T], data: Any, where: Path | str, blame: Blame, *, ignored: Sequence[str] = ()) -> T:
+def from_data(cls: type[T], data: Any, where: Path | str, errors: ErrorFactory, *, ignored: Sequence[str] = ()) -> T:
     """Convert a parsed document to a dataclass.
 
     Args:
@@ -204,11 +214,11 @@ def from_data(cls: type[T], data: Any, where: Path | str, blame: Blame, *, ignor
             tuples, lists and dicts by str of these; `Annotated` with a `Range` limits a number, with `OneOf` a string.
         data: the result of `parse` or `parse_toml`.
         where: the document's name in errors.
-        blame: how errors are reported.
+        errors: makes the error of an invalid document.
         ignored: top-level fields to skip.
 
     Raises:
-        EdgeLMError: of `blame`'s class, naming a field that is missing, unknown, or of a wrong type or range.
+        EdgeLMError: of the class of `errors`, naming a field that is missing, unknown, or of a wrong type or range.
     """
     if ignored and isinstance(data, dict):
         data = {key: value for key, value in data.items() if key not in ignored}
@@ -216,24 +226,24 @@ def from_data(cls: type[T], data: Any, where: Path | str, blame: Blame, *, ignor
         hint: Any = cls
         value: T = _reader(hint)[1](data)
     except _Problem as problem:
-        raise blame.at(where, str(problem)) from None
+        raise errors.at(where, str(problem)) from None
     return value
 
 
-def require_format(data: Any, key: str, expected: int, where: Path | str, blame: Blame) -> dict[str, Any]:
+def require_format(data: Any, key: str, expected: int, where: Path | str, errors: ErrorFactory) -> dict[str, Any]:
     """Check that `data` is an object whose `key` is the `expected` format version, and return it.
 
     Raises:
-        EdgeLMError: of `blame`'s class: it is not. Where the format is newer, the error advises to upgrade.
+        EdgeLMError: of the class of `errors`: it is not. Where the format is newer, the error advises to upgrade.
     """
     if not isinstance(data, dict):
-        raise blame.at(where, f"it is {shown(data)}, expected an object")
+        raise errors.at(where, f"it is {shown(data)}, expected an object")
     version = data.get(key)
     if type(version) is not int or version != expected:
         is_newer = type(version) is int and version > expected
         found = shown(version) if key in data else "missing"
         problem = f"{key} is {found}, this EdgeLM reads {expected}"
-        raise (Blame(blame.error, "upgrade edgelm") if is_newer else blame).at(where, problem)
+        raise (ErrorFactory(errors.error, "upgrade edgelm") if is_newer else errors).at(where, problem)
     return data
 
 

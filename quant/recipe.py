@@ -32,12 +32,12 @@ from functools import cached_property
 from pathlib import Path
 
 from edgelm.errors import RecipeError
-from edgelm.json_dataclass import Blame, parse_toml, quoted, read_bytes
+from edgelm.json_dataclass import ErrorFactory, parse_toml, quoted, read_bytes
 from edgelm.models.spec import EMBEDDING, HEAD, ROLES, Decoder
 from edgelm.output_paths import OutputKind
 from edgelm.quant.scheme import AnyScheme, Fp8Scheme, Scheme, parse_scheme
 
-_BLAME = Blame(RecipeError, "correct it, or write one with `edgelm recipe`")
+_ERRORS = ErrorFactory(RecipeError, "correct it, or write one with `edgelm recipe`")
 
 FLOAT = "float"
 AUTO = "auto"
@@ -219,7 +219,7 @@ class Recipe:
         Raises:
             RecipeError: It is not TOML, a key is unknown or missing, or a value is not one of those allowed.
         """
-        table = parse_toml(text, where, _BLAME)
+        table = parse_toml(text, where, _ERRORS)
         _only(table, ("name", "default", "rule", *_CHOICES), where)
         rules = table.get("rule", [])
         if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
@@ -262,7 +262,7 @@ class Recipe:
             raise RecipeError(
                 f"there is no recipe {preset_or_path}: give {', '.join(PRESETS)}, or the path of a .toml file"
             )
-        return cls.from_toml(read_bytes(path, _BLAME), str(path), path.stem)
+        return cls.from_toml(read_bytes(path, _ERRORS), str(path), path.stem)
 
 
 def _refusal(path: Path) -> str | None:

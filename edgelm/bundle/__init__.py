@@ -22,7 +22,17 @@ from typing import Annotated, Any
 from edgelm.bundle.contents import Contents
 from edgelm.errors import BundleError
 from edgelm.files import atomic_directory, require_disk_space, restore
-from edgelm.json_dataclass import Blame, Count, Range, from_data, parse, quoted, read_bytes, read_json, require_format
+from edgelm.json_dataclass import (
+    Count,
+    ErrorFactory,
+    Range,
+    from_data,
+    parse,
+    quoted,
+    read_bytes,
+    read_json,
+    require_format,
+)
 from edgelm.models import FORMER_NAMES
 from edgelm.output_paths import OutputKind, unlisted
 from edgelm.progress import Progress, Silent
@@ -40,7 +50,7 @@ _LEFT_BY_BUILDS = re.compile(
     rf"{re.escape(ENGINE_WORK)}[^/]+(/[^/]+)?|{ENGINES}/(rtx|trt)-[\d.]+(-sm\d+)*(-\d+)?\.(engine|json)"
     rf"|\.{re.escape(MANIFEST)}\.partial-[0-9a-f]+"
 )
-_BLAME = Blame(BundleError, "export the bundle again")
+_ERRORS = ErrorFactory(BundleError, "export the bundle again")
 
 # Limits far above any model, yet small enough that a hostile manifest cannot exhaust the memory.
 _Layers = Annotated[int, Range(1, 4096)]
@@ -239,13 +249,15 @@ class Manifest:
             BundleError: it is not JSON, not the manifest of a bundle, or of a newer format; a field is missing,
                 unknown, or of a wrong type or range; or fields contradict each other.
         """
-        data = parse(text, where, _BLAME)
+        data = parse(text, where, _ERRORS)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise BundleError(f'{where} is not the manifest of an EdgeLM bundle (no "format": "{FORMAT}")')
-        manifest = from_data(cls, require_format(data, "format_version", FORMAT_VERSION, where, _BLAME), where, _BLAME)
+        manifest = from_data(
+            cls, require_format(data, "format_version", FORMAT_VERSION, where, _ERRORS), where, _ERRORS
+        )
         problem = next(manifest._problems(), None)
         if problem is not None:
-            raise _BLAME.at(where, problem)
+            raise _ERRORS.at(where, problem)
         return manifest
 
     def _problems(self) -> Iterator[str]:
@@ -304,7 +316,7 @@ def left_by_builds(folder: Path) -> list[Path]:
 def _listed(folder: Path) -> set[str] | None:
     """Return the files that the manifest lists, of any format version; None where it is not a manifest of EdgeLM."""
     try:
-        data = read_json(folder / MANIFEST, _BLAME)
+        data = read_json(folder / MANIFEST, _ERRORS)
     except BundleError:
         return None
     if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("files"), dict):
@@ -365,7 +377,7 @@ class Bundle:
         if not manifest_path.is_file():
             hint = " (this looks like a checkpoint: export it first)" if (path / "config.json").is_file() else ""
             raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}{hint}")
-        manifest = Manifest.from_json(read_bytes(manifest_path, _BLAME), manifest_path)
+        manifest = Manifest.from_json(read_bytes(manifest_path, _ERRORS), manifest_path)
         for name, info in manifest.files.items():
             file = path / name
             if not file.is_file():

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from edgelm.errors import CheckpointError
-from edgelm.json_dataclass import Blame, parse, read_bytes, shown
+from edgelm.json_dataclass import ErrorFactory, parse, read_bytes, shown
 
 MAX_JSON_BYTES = 256 << 20  # a tokenizer.json of 256 000 entries takes about 35 MB
-_FETCHED = Blame(CheckpointError, "fetch the file again")
+_FETCHED = ErrorFactory(CheckpointError, "fetch the file again")
 
 
 def parse_json_object(text: bytes, where: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from edgelm.bundle.kv_cache import KV_TYPES
 from edgelm.errors import ParityError
-from edgelm.json_dataclass import Blame, Count, OneOf, Range, from_data, quoted, read_json, require_format
+from edgelm.json_dataclass import Count, ErrorFactory, OneOf, Range, from_data, quoted, read_json, require_format
 from edgelm.parity.sketch import SKETCH_SEED, SKETCH_WIDTH
 
 FORMAT_VERSION = 1
@@ -33,7 +33,7 @@ TOP = 64
 PROBES = 64
 ARRAYS_FILE = "pack.npz"
 INDEX_FILE = "pack.json"
-_BLAME = Blame(ParityError, "export the bundle again")
+_ERRORS = ErrorFactory(ParityError, "export the bundle again")
 # What a pack may unpack to: this, and its file's size times that. Real ones shrink by a tenth.
 _UNPACKED_BYTES, _UNPACKED_TIMES = 64 << 20, 16
 _PIECE = 1 << 20
@@ -245,12 +245,12 @@ class ParityPack:
         path = folder / INDEX_FILE
         if not path.exists():
             raise ParityError(f"{path} is missing: the bundle has no parity pack; export it again")
-        data = require_format(read_json(path, _BLAME), "format_version", FORMAT_VERSION, path, _BLAME)
-        index = from_data(_Index, data, path, _BLAME)
+        data = require_format(read_json(path, _ERRORS), "format_version", FORMAT_VERSION, path, _ERRORS)
+        index = from_data(_Index, data, path, _ERRORS)
         arrays = _read_arrays(folder / ARRAYS_FILE, index.arrays)
         for name in ("ids", "top_ids", "probe_ids"):
             if name not in arrays:
-                raise _BLAME.at(path, f"arrays.{name} is missing")
+                raise _ERRORS.at(path, f"arrays.{name} is missing")
         has_quantized = any(name.startswith("quantized.") for name in arrays)
         pack = cls(
             prompts=index.prompts,
@@ -273,7 +273,7 @@ class ParityPack:
         """Raise ParityError unless prompts and arrays agree with each other in number, shape and range."""
         problem = next(self._problems(), None)
         if problem is not None:
-            raise _BLAME.at(where, problem)
+            raise _ERRORS.at(where, problem)
 
     def _problems(self) -> Iterator[str]:
         """What does not fit: a line for each, of which only the first is sure to be true."""
@@ -346,15 +346,15 @@ def _read_arrays(path: Path, wanted: Mapping[str, _Array]) -> dict[str, NDArray[
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(sizes.values()) > _UNPACKED_BYTES + _UNPACKED_TIMES * path.stat().st_size:
-                raise _BLAME.at(path, f"unpacks to {sum(sizes.values())} bytes, too many for its size")
+                raise _ERRORS.at(path, f"unpacks to {sum(sizes.values())} bytes, too many for its size")
             return {name: _read_array(archive, path, name, info) for name, info in wanted.items()}
     except KeyError as error:
-        raise _BLAME.at(path, f"has no array {error}") from error
+        raise _ERRORS.at(path, f"has no array {error}") from error
     # The last two: compression or encryption of a kind that nobody wrote.
     except (
         OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, NotImplementedError
     ) as error:  # fmt: skip
-        raise _BLAME.at(path, f"cannot be read ({error})") from error
+        raise _ERRORS.at(path, f"cannot be read ({error})") from error
 
 
 def _read_array(archive: zipfile.ZipFile, path: Path, name: str, wanted: _Array) -> NDArray[Any]:
@@ -366,7 +366,7 @@ def _read_array(archive: zipfile.ZipFile, path: Path, name: str, wanted: _Array)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, by_columns, dtype = read_header(stream)
         if (shape, dtype.name) != (wanted.shape, wanted.dtype) or dtype != _dtype(name) or by_columns:
-            raise _BLAME.at(path, f"array {name!r} is not what {INDEX_FILE} says")
+            raise _ERRORS.at(path, f"array {name!r} is not what {INDEX_FILE} says")
         size = math.prod(shape) * dtype.itemsize
         data = bytearray()
         while len(data) < size:
@@ -396,5 +396,5 @@ def _record(cls: type[R], arrays: Mapping[str, NDArray[Any]], prefix: str, where
         if item.name not in values:
             values[item.name] = arrays.get(f"{prefix}.{item.name}")
             if values[item.name] is None and "None" not in str(item.type):
-                raise _BLAME.at(where, f"arrays.{prefix}.{item.name} is missing")
+                raise _ERRORS.at(where, f"arrays.{prefix}.{item.name} is missing")
     return cls(**values)

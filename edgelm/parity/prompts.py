@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgelm.errors import ParityError
-from edgelm.json_dataclass import Blame, from_data, parse, read_bytes
+from edgelm.json_dataclass import ErrorFactory, from_data, parse, read_bytes
 
-_BLAME = Blame(ParityError, "write one prompt per line, or a JSON list of strings")
+_ERRORS = ErrorFactory(ParityError, "write one prompt per line, or a JSON list of strings")
 _MAX_BYTES = 2 << 20
 
 
@@ -57,15 +57,15 @@ def load_prompts(path: Path) -> tuple[Prompt, ...]:
     Raises:
         ParityError: the file cannot be read, holds no prompt, or is a JSON document of another kind.
     """
-    data = read_bytes(path, _BLAME, _MAX_BYTES)
+    data = read_bytes(path, _ERRORS, _MAX_BYTES)
     if data.lstrip()[:1] == b"[":
-        texts = from_data(list[str], parse(data, path, _BLAME), path, _BLAME)
+        texts = from_data(list[str], parse(data, path, _ERRORS), path, _ERRORS)
     else:
         try:
             texts = data.decode("utf-8").splitlines()
         except UnicodeDecodeError as error:
-            raise _BLAME.at(path, f"cannot be read ({error})") from error
+            raise _ERRORS.at(path, f"cannot be read ({error})") from error
     texts = [item for item in texts if item.strip()]
     if not texts:
-        raise _BLAME.at(path, "holds no prompt")
+        raise _ERRORS.at(path, "holds no prompt")
     return tuple(Prompt(f"prompt {number}", item) for number, item in enumerate(texts, 1))

@@ -18,7 +18,7 @@ from edgelm.errors import (
     GenerationValueError,
     TokenizerError,
 )
-from edgelm.json_dataclass import Blame, read_json
+from edgelm.json_dataclass import ErrorFactory, read_json
 from edgelm.tokenization.template_files import DEFAULT, read_templates
 from edgelm.tokenization.template_sandbox import SANDBOX, Sandbox
 from edgelm.tokenization.template_worker import Answer
@@ -84,8 +84,8 @@ def read_messages(path: Path | str) -> list[dict[str, Any]]:
     Raises:
         GenerationError: the file cannot be read, or has no such list.
     """
-    blame = Blame(GenerationError, 'give a list such as [{"role": "user", "content": "Hello"}]')
-    messages = read_json(Path(path), blame)
+    factory = ErrorFactory(GenerationError, 'give a list such as [{"role": "user", "content": "Hello"}]')
+    messages = read_json(Path(path), factory)
     try:
         _checked(messages)
     except GenerationError as error:

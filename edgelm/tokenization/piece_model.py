@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import TokenizerError
-from edgelm.json_dataclass import Blame, read_bytes
+from edgelm.json_dataclass import ErrorFactory, read_bytes
 from edgelm.tokenization.added_tokens import MAX_IDS
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces
@@ -207,7 +207,7 @@ def read_piece_model(path: Path) -> PieceModel:
     Raises:
         TokenizerError: the file cannot be read, is too large, is not such a model, or has no pieces.
     """
-    data = read_bytes(path, Blame(TokenizerError, "fetch the file again"), MAX_BYTES)
+    data = read_bytes(path, ErrorFactory(TokenizerError, "fetch the file again"), MAX_BYTES)
     try:
         usual, end = _usual_pieces(data)
         messages = _fields(data[end:])

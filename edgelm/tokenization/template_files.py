@@ -6,10 +6,10 @@ from pathlib import Path
 
 from edgelm.checkpoint.jsonfile import read_optional_json
 from edgelm.errors import TokenizerError
-from edgelm.json_dataclass import Blame, read_bytes
+from edgelm.json_dataclass import ErrorFactory, read_bytes
 from edgelm.tokenization.template_sandbox import FILE, SETTINGS
 
-_PUBLISHED = Blame(TokenizerError, "put the publisher's template there")
+_PUBLISHED = ErrorFactory(TokenizerError, "put the publisher's template there")
 DEFAULT = "default"
 MAX_TEMPLATE_BYTES = 1 << 20
 

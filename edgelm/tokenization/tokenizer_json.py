@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from edgelm.checkpoint.jsonfile import parse_json_object
 from edgelm.errors import CheckpointError, TokenizerError
-from edgelm.json_dataclass import Blame, read_bytes
+from edgelm.json_dataclass import ErrorFactory, read_bytes
 from edgelm.tokenization.added_tokens import MAX_IDS, Declared
 
 MAX_BYTES = 64 << 20  # a vocabulary of 256 000 entries takes about 35 MB
@@ -35,7 +35,7 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
     Raises:
         TokenizerError: the file cannot be read, is too large, is not JSON, or has steps that are refused.
     """
-    text = read_bytes(path, Blame(TokenizerError, "fetch the file again"), MAX_BYTES)
+    text = read_bytes(path, ErrorFactory(TokenizerError, "fetch the file again"), MAX_BYTES)
     try:
         data = parse_json_object(text, str(path))
     except CheckpointError as error:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from edgelm.bundle import CalibrationInfo, ExpertFallback
 from edgelm.errors import CheckpointError
-from edgelm.json_dataclass import Blame, Count, from_data, parse, read_json, require_format
+from edgelm.json_dataclass import Count, ErrorFactory, from_data, parse, read_json, require_format
 
 CALIBRATION_FILE = "calibration.json"
 FORMAT_VERSION = 1
-_BLAME = Blame(CheckpointError, "calibrate again, or remove it")
+_ERRORS = ErrorFactory(CheckpointError, "calibrate again, or remove it")
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ class LayerReport:
         Raises:
             CheckpointError: it is damaged.
         """
-        return from_data(cls, parse(text, where, _BLAME), where, _BLAME).checked(where)
+        return from_data(cls, parse(text, where, _ERRORS), where, _ERRORS).checked(where)
 
     def checked(self, where: Path) -> LayerReport:
         """Itself. Raises CheckpointError where its lists do not belong together."""
         experts = len(self.tokens)
         if len(self.borrowed) != experts or any(expert >= experts for expert in self.fallbacks):
-            raise _BLAME.at(where, f"a layer has tokens of {experts} experts, and borrowed or fallbacks of others")
+            raise _ERRORS.at(where, f"a layer has tokens of {experts} experts, and borrowed or fallbacks of others")
         return self
 
 
@@ -144,9 +144,9 @@ class CalibrationReport:
         path = folder / CALIBRATION_FILE
         if not path.exists():
             return None
-        data = require_format(read_json(path, _BLAME), "format_version", FORMAT_VERSION, path, _BLAME)
+        data = require_format(read_json(path, _ERRORS), "format_version", FORMAT_VERSION, path, _ERRORS)
         # What can be counted from the rest stands there for people.
-        report = from_data(cls, data, path, _BLAME, ignored=("methods", "fallbacks"))
+        report = from_data(cls, data, path, _ERRORS, ignored=("methods", "fallbacks"))
         for layer in (*report.layers, report.head):
             layer.checked(path)
         return report

@@ -27,7 +27,7 @@ from torch import Tensor
 from edgelm.checkpoint import Checkpoint, SafetensorsFile, SafetensorsWriter, TensorSpec
 from edgelm.errors import CheckpointError, EdgeLMError
 from edgelm.files import atomic_file, lock_folder
-from edgelm.json_dataclass import Blame, read_json
+from edgelm.json_dataclass import ErrorFactory, read_json
 from edgelm.output_paths import OutputKind, check_output, resolved, unlisted
 from edgelm.progress import Progress
 from edgelm.quant.calibration.report import LayerReport
@@ -209,7 +209,7 @@ def _clear_unless(path: Path, wanted: Mapping[str, Any], progress: Progress) -> 
         _empty(path)
         return
     try:
-        found = read_json(path / _STATE, Blame(EdgeLMError, f"remove the folder {path}"))
+        found = read_json(path / _STATE, ErrorFactory(EdgeLMError, f"remove the folder {path}"))
     except EdgeLMError:
         found = None
     if found == wanted:

@@ -21,7 +21,17 @@ from typing import Annotated
 
 from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.errors import BundleError
-from edgelm.json_dataclass import Blame, Count, OneOf, Range, from_data, parse, quoted, read_bytes, require_format
+from edgelm.json_dataclass import (
+    Count,
+    ErrorFactory,
+    OneOf,
+    Range,
+    from_data,
+    parse,
+    quoted,
+    read_bytes,
+    require_format,
+)
 
 __all__ = ["PROGRAM_FILE", "TYPE_BYTES", "Node", "Program", "Value", "Weight", "matrix_attrs", "matrix_of"]
 
@@ -31,7 +41,7 @@ FLOAT32 = "f32"
 ACTIVATIONS = ("bf16", "f16", FLOAT32)
 TYPE_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "int32": 4, "uint8": 1}
 
-_BLAME = Blame(BundleError, "copy or export the bundle again")
+_ERRORS = ErrorFactory(BundleError, "copy or export the bundle again")
 _LARGEST = (1 << 31) - 1
 _POSITIVE = ("rows", "columns", "group", "count", "num_heads", "head_size", "k")
 """How the names end of whole numbers that are 1 or more; all others are 0 or more."""
@@ -169,19 +179,19 @@ class Program:
             BundleError: it is damaged, of a newer format, uses a value that nothing makes, or has shapes that do not
                 fit together.
         """
-        data = require_format(parse(text, where, _BLAME), "format", FORMAT, where, _BLAME)
-        file = from_data(_File, data, where, _BLAME)
+        data = require_format(parse(text, where, _ERRORS), "format", FORMAT, where, _ERRORS)
+        file = from_data(_File, data, where, _ERRORS)
         values = {name: Value(*described) for name, described in file.values.items()}
         found = cls(file.nodes, values, file.weights, file.exact)
         problem = next(found._problems(), None)
         if problem is not None:
-            raise _BLAME.at(where, f"is damaged ({problem})")
+            raise _ERRORS.at(where, f"is damaged ({problem})")
         return found
 
     @classmethod
     def read(cls, path: Path) -> Program:
         """Read a bundle's file. Raises as `from_json`, and BundleError where it is missing."""
-        return cls.from_json(read_bytes(path, _BLAME), path)
+        return cls.from_json(read_bytes(path, _ERRORS), path)
 
     def _problems(self) -> Iterator[str]:
         known = {"", "input_ids", "past_lengths", *self.weights}
@@ -238,7 +248,7 @@ class Program:
             yield from ((inputs(0), matrix.columns), (inputs(1), matrix.nbytes), (inputs(2), matrix.columns))
             yield from ((inputs(3), matrix.outputs), (inputs(4), matrix.outputs), (result, matrix.outputs))
             if inputs(4) and matrix.swiglu:
-                raise _BLAME.at(PROGRAM_FILE, f"{node.name} adds a bias to a SwiGLU product")
+                raise _ERRORS.at(PROGRAM_FILE, f"{node.name} adds a bias to a SwiGLU product")
         elif node.op == "GroupQueryAttention":
             heads, kv_heads, width = (node.integer(key) for key in ("num_heads", "kv_num_heads", "head_size"))
             yield from ((inputs(0), (heads + 2 * kv_heads) * width), (result, heads * width))
@@ -253,14 +263,14 @@ class Program:
             yield from ((name, experts) for name in node.outputs[1:])
             fit = (up.outputs, up.columns, up.count) == (down.columns, down.rows, down.count)
             if not fit or node.integer("k") > experts:
-                raise _BLAME.at(PROGRAM_FILE, f"the experts of {node.name} do not fit together")
+                raise _ERRORS.at(PROGRAM_FILE, f"the experts of {node.name} do not fit together")
         elif node.op == "RMSNorm":
             for name in (inputs(2), result):
                 if name in self.values and self.values[name].type != FLOAT32:
-                    raise _BLAME.at(PROGRAM_FILE, f"{node.name} wants float32 in {quoted(name)}")
+                    raise _ERRORS.at(PROGRAM_FILE, f"{node.name} wants float32 in {quoted(name)}")
             width = self.values[result].width
             if width % 2:
-                raise _BLAME.at(PROGRAM_FILE, f"{node.name} norms {width} columns, which is no even number")
+                raise _ERRORS.at(PROGRAM_FILE, f"{node.name} norms {width} columns, which is no even number")
             yield from ((name, width) for name in (inputs(0), inputs(1), inputs(2)))
         else:
             yield inputs(0), self.values[result].width

@@ -19,7 +19,7 @@ from pathlib import Path
 from edgelm.bundle import ENGINE_WORK, MANIFEST, Bundle, FileInfo, left_by_builds, sha256_of
 from edgelm.errors import BundleError, ExportError
 from edgelm.files import atomic_file, disk_full_explained, lock_folder, require_disk_space, sync, sync_folder
-from edgelm.json_dataclass import Blame, from_data, read_json, require_format
+from edgelm.json_dataclass import ErrorFactory, from_data, read_json, require_format
 from edgelm.progress import Progress, Silent
 from edgelm.runtimes.cuda.driver import find_devices
 from edgelm.runtimes.cuda.kernels.images import FOLDER as KERNELS
@@ -37,7 +37,7 @@ ROWS_FILE = "model.rows.data"
 """Matrices in rows, which exists only while an engine is built."""
 _FORMAT = 1
 _FP8_SM = 89
-_BLAME = Blame(BundleError, "export the bundle again")
+_ERRORS = ErrorFactory(BundleError, "export the bundle again")
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class GraphRecipe:
         Raises:
             BundleError: it is missing or damaged, or of another version.
         """
-        data = require_format(read_json(path, _BLAME), "format", _FORMAT, path, _BLAME)
+        data = require_format(read_json(path, _ERRORS), "format", _FORMAT, path, _ERRORS)
         shape = {item.name: data[item.name] for item in dataclasses.fields(GraphShape) if item.name in data}
         rest = {name: value for name, value in data.items() if name not in shape and name != "format"}
-        recipe = from_data(cls, {"shape": shape, **rest}, path, _BLAME)
+        recipe = from_data(cls, {"shape": shape, **rest}, path, _ERRORS)
         for entry in recipe.rows:
             entry.check(path)
         return recipe

@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from edgelm.bundle import ENGINES
 from edgelm.errors import BundleError
-from edgelm.json_dataclass import Blame, Count, OneOf, Range, from_data, parse, quoted, read_bytes, require_format
+from edgelm.json_dataclass import (
+    Count,
+    ErrorFactory,
+    OneOf,
+    Range,
+    from_data,
+    parse,
+    quoted,
+    read_bytes,
+    require_format,
+)
 from edgelm.runtimes.tensorrt.library import FULL, RTX, TITLES
 from edgelm.runtimes.tensorrt.plugin_spec import MARK, PREFIX, PluginSpec
 from edgelm.sizes import format_size
@@ -30,7 +40,7 @@ FOLDER = ENGINES
 PYTHON, PTX = "python", "ptx"
 _FORMAT = 1
 _SPEC_LIMIT = 1 << 16
-_BLAME = Blame(BundleError, "run `edgelm build` again")
+_ERRORS = ErrorFactory(BundleError, "run `edgelm build` again")
 _Size = Annotated[int, Range(1, (1 << 31) - 1)]
 
 
@@ -83,8 +93,8 @@ class EngineInfo:
         Raises:
             BundleError: it is none, or of another version.
         """
-        data = require_format(parse(text, where, _BLAME), "format", _FORMAT, where, _BLAME)
-        return from_data(cls, data, where, _BLAME, ignored=("format",))
+        data = require_format(parse(text, where, _ERRORS), "format", _FORMAT, where, _ERRORS)
+        return from_data(cls, data, where, _ERRORS, ignored=("format",))
 
     @property
     def edition(self) -> str:
@@ -122,9 +132,9 @@ def engines(bundle: Bundle) -> list[EngineInfo]:
     for name in sorted(bundle.manifest.files):
         if name.startswith(f"{FOLDER}/") and name.endswith(".json"):
             path = bundle.file(name)
-            info = EngineInfo.from_json(read_bytes(path, _BLAME), path)
+            info = EngineInfo.from_json(read_bytes(path, _ERRORS), path)
             if info.file not in bundle.manifest.files:
-                raise _BLAME.at(path, f"describes {quoted(info.file)}, which the manifest does not list")
+                raise _ERRORS.at(path, f"describes {quoted(info.file)}, which the manifest does not list")
             found.append(info)
     return found
 

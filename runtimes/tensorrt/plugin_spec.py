@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from edgelm.errors import EdgeLMError
-from edgelm.json_dataclass import Blame, Range, from_data, parse, require_format
+from edgelm.json_dataclass import ErrorFactory, Range, from_data, parse, require_format
 
 PREFIX = "EdgeLM"
 """Of plugins' names. TensorRT's parser keeps names such as GroupQueryAttention to itself, whatever their domain."""
@@ -21,7 +21,7 @@ MARK = '{"edgelm_plugin": 1, '
 """How the serialised form of a plugin begins; engines are searched for it."""
 
 _PLUGIN = "a plugin of this engine"
-_BLAME = Blame(EdgeLMError, "build the engine again with `edgelm build BUNDLE`")
+_ERRORS = ErrorFactory(EdgeLMError, "build the engine again with `edgelm build BUNDLE`")
 
 Value = int | float | str
 
@@ -92,8 +92,8 @@ class PluginSpec:
         Raises:
             EdgeLMError: it is something else, or of an operator that this version lacks.
         """
-        data = require_format(parse(text, _PLUGIN, _BLAME), "edgelm_plugin", 1, _PLUGIN, _BLAME)
-        read = from_data(_Text, data, _PLUGIN, _BLAME, ignored=("edgelm_plugin",))
+        data = require_format(parse(text, _PLUGIN, _ERRORS), "edgelm_plugin", 1, _PLUGIN, _ERRORS)
+        read = from_data(_Text, data, _PLUGIN, _ERRORS, ignored=("edgelm_plugin",))
         found = cls(read.name, read.op, read.attrs, tuple(map(bool, read.present)), read.results)
         if found.op not in OPERATORS:
             raise EdgeLMError(

@@ -13,10 +13,10 @@ from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.errors import BundleError
 from edgelm.export.packing.gpu import BlobWriter, interleaved
 from edgelm.export.packing.gpu import Rows as Packed
-from edgelm.json_dataclass import Blame, from_data
+from edgelm.json_dataclass import ErrorFactory, from_data
 from edgelm.runtimes.tensorrt.rowmajor import Rows, parts_of, write
 
-BLAME = Blame(BundleError, "export the bundle again")
+ERRORS = ErrorFactory(BundleError, "export the bundle again")
 
 
 def packed(folder: Path, matrix: GpuMatrix, rows: list[Packed], before: int) -> Path:
@@ -49,7 +49,7 @@ def test_rows_come_back(tmp_path: Path, kind: GpuKind, rows: int, swiglu: bool) 
             entries.append(Rows(f"{part}.{what}", matrix, 4096, part, what, place))
             place += entries[-1].nbytes
     documents = json.loads(json.dumps([dataclasses.asdict(entry) for entry in entries]))
-    entries = [from_data(Rows, document, tmp_path, BLAME) for document in documents]
+    entries = [from_data(Rows, document, tmp_path, ERRORS) for document in documents]
     out = tmp_path / "rows.bin"
     write(entries, weights, out)
     data = out.read_bytes()
@@ -72,6 +72,6 @@ def test_a_weights_file_that_ends_early_is_named(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"weights.bin ends within a: copy or export"):
         write([Rows("a", matrix, 0, "all", "values", 0)], tmp_path / "weights.bin", tmp_path / "rows.bin")
     with pytest.raises(BundleError, match="name is 1, expected a text"):
-        from_data(Rows, {"name": 1}, tmp_path, BLAME)
+        from_data(Rows, {"name": 1}, tmp_path, ERRORS)
     with pytest.raises(BundleError, match=r'"a" is no matrix in rows .*16 rows of 50 columns in groups of 50'):
         Rows("a", GpuMatrix(GpuKind.BFLOAT16, 16, 50, 50), 0, "all", "values", 0).check(tmp_path)

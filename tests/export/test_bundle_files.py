@@ -109,7 +109,7 @@ def test_install_copies_every_file_and_checks_it(bundle: Bundle, tmp_path: Path)
     data = bytearray(bundle.file(WEIGHTS).read_bytes())
     data[100] ^= 1
     bundle.file(WEIGHTS).write_bytes(data)
-    with pytest.raises(BundleError, match="is damaged .*so nothing was installed"):
+    with pytest.raises(BundleError, match=r"is damaged .*so nothing was installed"):
         bundle.install(target, overwrite=True)
     assert files_of(target) == before
     assert sorted(path.name for path in target.parent.iterdir()) == ["model"]

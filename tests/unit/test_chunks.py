@@ -101,7 +101,7 @@ def test_is_a_copy_refused_if_any_chunk_of_its_source_is_damaged(bundle: Bundle,
     data = bytearray(DATA)
     data[at] ^= 0x10
     bundle.file("model.onnx.data").write_bytes(data)
-    with pytest.raises(BundleError, match="is damaged .*so nothing was installed"):
+    with pytest.raises(BundleError, match=r"is damaged .*so nothing was installed"):
         bundle.install(tmp_path / "app")
     assert not (tmp_path / "app").exists()
 

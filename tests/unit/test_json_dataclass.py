@@ -11,9 +11,9 @@ from typing import Annotated
 import pytest
 
 from edgelm.errors import BundleError
-from edgelm.json_dataclass import Blame, Count, OneOf, Range, from_data, parse, read_bytes, require_format, shown
+from edgelm.json_dataclass import Count, ErrorFactory, OneOf, Range, from_data, parse, read_bytes, require_format, shown
 
-BLAME = Blame(BundleError, "make it again")
+ERRORS = ErrorFactory(BundleError, "make it again")
 
 
 class Colour(StrEnum):
@@ -56,7 +56,7 @@ def test_valid_data_is_read():
         "maybe": None,
         "value": 1.5,
     }
-    found = from_data(Outer, data, "f.json", BLAME)
+    found = from_data(Outer, data, "f.json", ERRORS)
     assert found == Outer(
         "x", True, Inner(3), (Inner(1, 2.0), Inner(64)), ("p", 7), {"é": 1}, "b", Colour.BLUE, None, 1.5
     )
@@ -98,7 +98,7 @@ def test_valid_data_is_read():
 )
 def test_invalid_values_are_named_with_their_path(change, said):
     with pytest.raises(BundleError) as caught:
-        from_data(Outer, GOOD | change, "f.json", BLAME)
+        from_data(Outer, GOOD | change, "f.json", ERRORS)
     message = str(caught.value)
     assert message.startswith(f"f.json: {said}")
     assert message.endswith(": make it again")
@@ -108,7 +108,7 @@ def test_invalid_values_are_named_with_their_path(change, said):
 @pytest.mark.parametrize("data", [None, [], 1, "x"])
 def test_a_document_of_a_wrong_type_is_refused(data):
     with pytest.raises(BundleError, match=r"f.json: it is .*, expected an object"):
-        from_data(Outer, data, "f.json", BLAME)
+        from_data(Outer, data, "f.json", ERRORS)
 
 
 @pytest.mark.parametrize(
@@ -130,18 +130,18 @@ def test_a_document_of_a_wrong_type_is_refused(data):
 )
 def test_text_that_is_not_json_is_refused(text, said):
     with pytest.raises(BundleError) as caught:
-        parse(text, "f.json", BLAME)
+        parse(text, "f.json", ERRORS)
     assert str(caught.value).startswith("f.json: not valid JSON")
     assert said in str(caught.value)
 
 
 def test_nesting_up_to_the_limit_is_read():
-    value = parse(b"[" * 64 + b"]" * 64, "f.json", BLAME)
+    value = parse(b"[" * 64 + b"]" * 64, "f.json", ERRORS)
     assert json.dumps(value) == "[" * 64 + "]" * 64
 
 
 def test_infinite_numbers_are_allowed_in_documents_of_others():
-    assert parse(b"[Infinity]", "f.json", BLAME, finite=False) == [float("inf")]
+    assert parse(b"[Infinity]", "f.json", ERRORS, finite=False) == [float("inf")]
 
 
 @pytest.mark.parametrize(
@@ -157,34 +157,34 @@ def test_infinite_numbers_are_allowed_in_documents_of_others():
 )
 def test_format_versions_are_compared_with_their_type(version, said):
     with pytest.raises(BundleError) as caught:
-        require_format({"format": version}, "format", 1, "f.json", BLAME)
+        require_format({"format": version}, "format", 1, "f.json", ERRORS)
     assert str(caught.value) == f"f.json: format {said}"
-    assert require_format({"format": 1}, "format", 1, "f.json", BLAME) == {"format": 1}
+    assert require_format({"format": 1}, "format", 1, "f.json", ERRORS) == {"format": 1}
     with pytest.raises(BundleError, match="format is missing, this EdgeLM reads 1"):
-        require_format({}, "format", 1, "f.json", BLAME)
+        require_format({}, "format", 1, "f.json", ERRORS)
 
 
 def test_files_that_cannot_be_documents_are_not_read(tmp_path):
     with pytest.raises(BundleError, match="gone: is missing"):
-        read_bytes(tmp_path / "gone", BLAME)
+        read_bytes(tmp_path / "gone", ERRORS)
     with pytest.raises(BundleError, match="is a folder, not a file"):
-        read_bytes(tmp_path, BLAME)
+        read_bytes(tmp_path, ERRORS)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(BundleError, match="pipe: is not a file"):
-        read_bytes(tmp_path / "pipe", BLAME)
+        read_bytes(tmp_path / "pipe", ERRORS)
     with (tmp_path / "large").open("wb") as stream:
         stream.truncate(1 << 40)
     start = time.process_time()
     with pytest.raises(BundleError, match="is larger than 8388608 bytes"):
-        read_bytes(tmp_path / "large", BLAME)
+        read_bytes(tmp_path / "large", ERRORS)
     assert time.process_time() - start < 1
     with pytest.raises(BundleError, match="cannot be read"):
-        read_bytes(tmp_path / "a\0b", BLAME)
+        read_bytes(tmp_path / "a\0b", ERRORS)
     (tmp_path / "small").write_bytes(b"{}")
-    assert read_bytes(tmp_path / "small", BLAME) == b"{}"
-    assert read_bytes(tmp_path / "small", BLAME, 2) == b"{}"
+    assert read_bytes(tmp_path / "small", ERRORS) == b"{}"
+    assert read_bytes(tmp_path / "small", ERRORS, 2) == b"{}"
     with pytest.raises(BundleError, match="is larger than 1 bytes"):
-        read_bytes(tmp_path / "small", BLAME, 1)
+        read_bytes(tmp_path / "small", ERRORS, 1)
 
 
 def test_a_system_file_of_size_zero_is_read_up_to_the_limit():
@@ -192,9 +192,9 @@ def test_a_system_file_of_size_zero_is_read_up_to_the_limit():
     if not file.is_file():
         pytest.skip("this system has no /proc")
     assert file.stat().st_size == 0
-    assert read_bytes(file, BLAME).startswith(b"Name:")
+    assert read_bytes(file, ERRORS).startswith(b"Name:")
     with pytest.raises(BundleError, match="is larger than 10 bytes"):
-        read_bytes(file, BLAME, 10)
+        read_bytes(file, ERRORS, 10)
 
 
 def test_long_values_are_shown_short_and_in_one_line():

@@ -219,7 +219,10 @@ def test_rows_with_a_partly_used_last_byte_are_read_back(tmp_path):
             assert_same(source.quantized(name, slice(2, 7)), expected.quantized(name).rows(slice(2, 7)))
     file = out / "model.safetensors"
     file.write_bytes(file.read_bytes().replace((37).to_bytes(8, "little"), (39).to_bytes(8, "little")))
-    with Checkpoint.open(out) as damaged, pytest.raises(CheckpointError, match=r"a\.columns is \[39\], which does not agree with 19 bytes"):
+    with (
+        Checkpoint.open(out) as damaged,
+        pytest.raises(CheckpointError, match=r"a\.columns is \[39\], which does not agree with 19 bytes"),
+    ):
         WeightSource(damaged)
 
 

@@ -18,7 +18,7 @@ from typing import Annotated
 
 from edgelm.devices import allowed_cores
 from edgelm.errors import BundleError, ExportError, RuntimeUnavailableError
-from edgelm.json_dataclass import Blame, Count, Range, from_data, quoted, read_json, require_format
+from edgelm.json_dataclass import Count, ErrorFactory, Range, from_data, quoted, read_json, require_format
 from edgelm.progress import Progress, Silent
 from edgelm.runtimes.cuda.kernels import nvrtc, sources
 from edgelm.runtimes.cuda.kernels.cubin import Resources
@@ -44,7 +44,7 @@ FORMAT = 1
 # A cubin runs on later devices of its generation, except that boards (Orin, Thor) have code of their own.
 _BOARDS = (87, 88, 110)
 _TARGET = re.compile(r"(sm|compute)_[1-9][0-9]{1,2}")
-_BLAME = Blame(BundleError, "copy the bundle again")
+_ERRORS = ErrorFactory(BundleError, "copy the bundle again")
 _Version = Annotated[int, Range(0, 10_000)]
 
 
@@ -166,12 +166,14 @@ class KernelFolder:
         path = folder / INDEX
         if not path.exists():
             raise BundleError(f"{path} is missing: the bundle holds no GPU kernels; export it again")
-        index = from_data(_Index, require_format(read_json(path, _BLAME), "format", FORMAT, path, _BLAME), path, _BLAME)
+        index = from_data(
+            _Index, require_format(read_json(path, _ERRORS), "format", FORMAT, path, _ERRORS), path, _ERRORS
+        )
         for target, image in index.images.items():
             if not _TARGET.fullmatch(target):
-                raise _BLAME.at(path, f"images has {quoted(target)}, expected such as sm_86 or compute_80")
+                raise _ERRORS.at(path, f"images has {quoted(target)}, expected such as sm_86 or compute_80")
             if not re.fullmatch(r"\w[\w.-]*", image.file, re.ASCII):
-                raise _BLAME.at(path, f"images.{target}.file is {quoted(image.file)}, no name of a file beside it")
+                raise _ERRORS.at(path, f"images.{target}.file is {quoted(image.file)}, no name of a file beside it")
         self.compiler = index.nvrtc
         self.source = index.source
         self.argument_bytes = index.argument_bytes
