@@ -4,8 +4,8 @@
     python docs/performance/tables.py --check     exit code 1 if a page has another table
 
 A page holds `<!-- table: NAME -->`, the table, and `<!-- /table -->`. `peers.json` is what `tests/bench/vs_peers.py
---out` writes, with a `date` and a `command` added; `quantize_quality.json` is the last line that
-`tests/bench/quantize_quality.py` prints.
+--out` writes, with a `date` and a `command` added. `NAME_quality.json` has the last line that
+`tests/bench/NAME_quality.py` prints, likewise.
 """
 
 from __future__ import annotations
@@ -191,6 +191,17 @@ def schemes(document: dict[str, Any], model: str) -> list[str]:
     return lines
 
 
+def both_models(document: dict[str, Any], head: str, wanted: Callable[[str], bool]) -> list[str]:
+    """KL and top-1 of both tiny models, of the lines whose name is wanted."""
+    lines = [_row(head, "olmoe-tiny, KL", "top-1", "fox-tiny, KL", "top-1"), "|---|---|---|---|---|"]
+    for line, other in zip(document["olmoe-tiny"], document["fox-tiny"], strict=True):
+        assert line["name"] == other["name"]
+        if wanted(line["name"]):
+            cells = [text for item in (line, other) for text in (kl(item["kl"]), f"{100 * item['top1']:.1f} %")]
+            lines.append(_row(line["name"], *cells))
+    return lines
+
+
 def kl(value: float) -> str:
     """Return 6.15e-4 of 0.000615."""
     digits, exponent = f"{value:.2e}".split("e")
@@ -299,6 +310,20 @@ TABLES = {
 """Tables of `peers.json`, by name; `spread` and `headline` are made of it too."""
 
 
+ACTIVATIONS = {
+    "activations": (
+        "weights, activations",
+        lambda name: not any(word in name for word in ("cache", "smoothed", "scaled", "int8-row")),
+    ),
+    "smoothing": (
+        "weights, activations",
+        lambda name: name.startswith("int8-row") or any(word in name for word in ("smoothed", "scaled")),
+    ),
+    "caches": ("weights, cache, one scale for each", lambda name: "cache" in name),
+}
+"""Tables of `activation_quality.json`: the first column's head, and which lines they have."""
+
+
 def table(name: str, folder: Path) -> list[str]:
     """Return the lines of a table.
 
@@ -316,6 +341,10 @@ def table(name: str, folder: Path) -> list[str]:
             f"Measured {peers.document['date']} on {peers.document['cpu']}, {peers.document['threads']} threads, with "
         )
         return textwrap.wrap(f"{text}{versions}.", 120)
+    if name in ACTIVATIONS:
+        return both_models(
+            json.loads((folder / "activation_quality.json").read_text(encoding="utf-8")), *ACTIVATIONS[name]
+        )
     if name.startswith("schemes-"):
         return schemes(json.loads((folder / "quantize_quality.json").read_text(encoding="utf-8")), name[8:] + "-tiny")
     raise ValueError(f"there is no table {name!r}")
