@@ -131,14 +131,14 @@ def bytes_per_token(manifest: Manifest, position: float, kv: str | None = None) 
     return round(total + row * position)
 
 
-def beyond_caches(nbytes: int) -> bool:
+def exceeds_caches(nbytes: int) -> bool:
     """Return whether reading `nbytes` in order is bound by memory: they are at least 4 times the CPU's caches."""
     return nbytes >= _CACHES * (devices.cache_bytes() or _ASSUMED_CACHE)
 
 
 def memory_bandwidth(threads: int) -> float | None:
     """Return `read_bandwidth` of the machine's memory; None where too little memory is free to exceed the caches."""
-    return read_bandwidth(threads) if beyond_caches(_read_size()) else None
+    return read_bandwidth(threads) if exceeds_caches(_read_size()) else None
 
 
 def _read_size() -> int:
@@ -267,7 +267,7 @@ def bench(
     decode = Spread.of([run.decode_rate for run in counted])
     bytes_read = bytes_per_token(bundle.manifest, prompt_tokens + new_tokens / 2, kv)
     on_cpu = bundle.manifest.target == "cpu"
-    from_memory = batch == 1 and (not on_cpu or beyond_caches(bytes_read))
+    from_memory = batch == 1 and (not on_cpu or exceeds_caches(bytes_read))
     return BenchResult(
         bundle=str(bundle.path),
         model=model.name,

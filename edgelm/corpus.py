@@ -19,9 +19,18 @@ BUILTIN = "builtin"
 """Name of the corpus of the running interpreter's standard library sources."""
 
 # Third-party packages, tests, character tables, help texts as escaped strings, build output.
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "_bundled"}
+EXCLUDED_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+    "_bundled",
+}
 HELD_OUT_SHARE = 20  # one file in twenty
-LARGEST = 256 << 20
+MAX_TEXT_BYTES = 256 << 20
 """Most bytes of text to read. Windows are spaced evenly over the text, so more text only costs time."""
 
 Ints = NDArray[np.int64]
@@ -59,7 +68,11 @@ def standard_library() -> tuple[list[str], list[str]]:
     held_out: list[str] = []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
-        if LEFT_OUT.intersection(parts) or path.name.startswith("_sysconfigdata") or parts[0].startswith("config-"):
+        if (
+            EXCLUDED_FOLDERS.intersection(parts)
+            or path.name.startswith("_sysconfigdata")
+            or parts[0].startswith("config-")
+        ):
             continue
         text = path.read_bytes().decode("utf-8", errors="replace")
         if text.strip():
@@ -75,7 +88,7 @@ def read_corpus(source: str | Path, *, held_out: bool = False) -> Corpus:
         held_out: of "builtin", read the files that training and calibration do not see. Ignored for other sources.
 
     Raises:
-        EdgeLMError: `source` does not exist, holds no text, or is larger than `LARGEST`.
+        EdgeLMError: `source` does not exist, holds no text, or is larger than `MAX_TEXT_BYTES`.
     """
     if source == BUILTIN:
         return _corpus(BUILTIN, standard_library()[held_out])
@@ -89,8 +102,8 @@ def read_corpus(source: str | Path, *, held_out: bool = False) -> Corpus:
             f'there is no text at {path}: give a file, a folder, or "{BUILTIN}" for Python\'s standard library'
         )
     size = sum(file.stat().st_size for file in files)
-    if size > LARGEST:
-        raise EdgeLMError(f"{path} holds {format_size(size)}: give at most {format_size(LARGEST)} of text")
+    if size > MAX_TEXT_BYTES:
+        raise EdgeLMError(f"{path} holds {format_size(size)}: give at most {format_size(MAX_TEXT_BYTES)} of text")
     documents = []
     for file in files:
         try:

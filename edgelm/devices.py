@@ -73,7 +73,7 @@ def allowed_cores() -> int:
     return max(1, cores)
 
 
-def most_threads() -> int:
+def max_threads() -> int:
     """Return the hardware threads that CPU affinity and the container's quota leave to this process."""
     count, quota = len(_allowed_logical()), _cgroup_quota()
     return count if quota is None else max(1, min(count, math.ceil(quota)))
@@ -81,7 +81,7 @@ def most_threads() -> int:
 
 def thread_problem(threads: int) -> str | None:
     """Return why `threads` threads are too many, in one line; None where they are not. All callers check here."""
-    most = most_threads()
+    most = max_threads()
     if threads <= most:
         return None
     cpus = "1 CPU" if most == 1 else f"{most} CPUs"

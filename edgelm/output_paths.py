@@ -75,7 +75,7 @@ def check_output(
     return place
 
 
-def unlisted(folder: Path, known: Callable[[str], bool]) -> str | None:
+def first_unlisted(folder: Path, known: Callable[[str], bool]) -> str | None:
     """Return the path, relative to `folder`, of its first file or link that is not `known`; None where all are.
 
     Links to folders are not followed.

@@ -67,9 +67,11 @@ class Bars(Progress):
             with self._line(label, total, unit) as advance:
                 yield advance
             return
-        from edgelm.progress_bar import OneLine
+        from edgelm.progress_bar import OneLineProgress
 
-        with OneLine(unit, console=self.console, speed_estimate_period=600 if unit == "work" else 30) as display:
+        with OneLineProgress(
+            unit, console=self.console, speed_estimate_period=600 if unit == "work" else 30
+        ) as display:
             task_id = display.add_task(label, total=total)
             yield lambda amount: display.advance(task_id, amount)
 

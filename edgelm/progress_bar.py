@@ -51,7 +51,7 @@ def columns_for(unit: str, width: int) -> tuple[ProgressColumn, ...]:
     return (*found, TimeRemainingColumn(table_column=fixed()))
 
 
-class OneLine(Progress):
+class OneLineProgress(Progress):
     """rich's progress display with the columns that fit the current width of the terminal."""
 
     def __init__(self, unit: str, console: Console, **options: Any) -> None:

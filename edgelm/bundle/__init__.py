@@ -34,7 +34,7 @@ from edgelm.json_dataclass import (
     require_format,
 )
 from edgelm.models import FORMER_NAMES
-from edgelm.output_paths import OutputKind, unlisted
+from edgelm.output_paths import OutputKind, first_unlisted
 from edgelm.progress import Progress, Silent
 
 MANIFEST = "manifest.json"
@@ -42,12 +42,12 @@ FORMAT = "edgelm-bundle"
 FORMAT_VERSION = 1
 ENGINES = "engines"
 """Folder of TensorRT engines in a bundle."""
-ENGINE_WORK = ".engine.partial-"
+ENGINE_TEMP_PREFIX = ".engine.partial-"
 """Prefix of the temporary folders in which engines are built."""
 _HASH_CHUNK = 8 << 20
 # What a killed engine build may leave: its temporary folder, an engine that is not in the manifest, a new manifest.
-_LEFT_BY_BUILDS = re.compile(
-    rf"{re.escape(ENGINE_WORK)}[^/]+(/[^/]+)?|{ENGINES}/(rtx|trt)-[\d.]+(-sm\d+)*(-\d+)?\.(engine|json)"
+_BUILD_LEFTOVERS = re.compile(
+    rf"{re.escape(ENGINE_TEMP_PREFIX)}[^/]+(/[^/]+)?|{ENGINES}/(rtx|trt)-[\d.]+(-sm\d+)*(-\d+)?\.(engine|json)"
     rf"|\.{re.escape(MANIFEST)}\.partial-[0-9a-f]+"
 )
 _ERRORS = ErrorFactory(BundleError, "export the bundle again")
@@ -300,7 +300,7 @@ def _is_inside(name: str) -> bool:
     return bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
 
 
-def left_by_builds(folder: Path) -> list[Path]:
+def build_leftovers(folder: Path) -> list[Path]:
     """Return the files and folders in a bundle that killed engine builds left: they are not in its manifest.
 
     Lock the bundle first (`edgelm.files.lock_folder`): a build that still runs has such files too.
@@ -310,7 +310,7 @@ def left_by_builds(folder: Path) -> list[Path]:
         return []
     found = [*folder.glob(".*"), *folder.glob(f"{ENGINES}/*")]
     names = {path.relative_to(folder).as_posix(): path for path in found}
-    return [path for name, path in names.items() if name not in listed and _LEFT_BY_BUILDS.fullmatch(name)]
+    return [path for name, path in names.items() if name not in listed and _BUILD_LEFTOVERS.fullmatch(name)]
 
 
 def _listed(folder: Path) -> set[str] | None:
@@ -328,7 +328,7 @@ def _unknown_content(folder: Path) -> str | None:
     listed = _listed(folder)
     if listed is None:
         return f"is no bundle (it has no {MANIFEST} that EdgeLM wrote)"
-    name = unlisted(folder, lambda path: path in listed or _LEFT_BY_BUILDS.fullmatch(path) is not None)
+    name = first_unlisted(folder, lambda path: path in listed or _BUILD_LEFTOVERS.fullmatch(path) is not None)
     return None if name is None else f"holds {name}, which is not in its {MANIFEST}"
 
 

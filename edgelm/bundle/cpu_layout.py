@@ -30,7 +30,7 @@ _MATRIX_MAGIC, _EXPERTS_MAGIC, _VERSION = b"EDLM", b"EDLX", 1
 _MATRIX = struct.Struct("<4s4B5q16x")
 _EXPERTS = struct.Struct("<4sB3x2q40x")
 _HAS_ZEROS, _SWIGLU = 1, 2
-_MOST = 1 << 40
+_MAX_SIZE = 1 << 40
 """Most rows and columns; the operators have the same limit."""
 
 
@@ -230,7 +230,7 @@ def parse_matrix(header: bytes, where: str) -> PackedMatrix:
 
 def _possible(matrix: PackedMatrix) -> bool:
     rows, columns, group = matrix.rows, matrix.columns, matrix.group
-    if min(rows, columns, group) < 1 or max(rows, columns) > _MOST or group > aligned(columns, BLOCK):
+    if min(rows, columns, group) < 1 or max(rows, columns) > _MAX_SIZE or group > aligned(columns, BLOCK):
         return False
     whole = not matrix.kind.is_integer and group == columns
     return (whole or group == HALF or group % BLOCK == 0) and not (matrix.swiglu and rows % 2)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgelm.checkpoint.jsonfile import read_json_object
 from edgelm.errors import CheckpointError
-from edgelm.output_paths import OutputKind, unlisted
+from edgelm.output_paths import OutputKind, first_unlisted
 
 FILE_LIST = "edgelm-files.json"
 _FORMAT = "edgelm-checkpoint"
@@ -27,7 +27,7 @@ def _unknown_content(folder: Path) -> str | None:
     listed = data.get("files")
     if data.get("format") != _FORMAT or not isinstance(listed, list):
         return f"is no checkpoint that EdgeLM wrote (it has no {FILE_LIST})"
-    name = unlisted(folder, lambda path: path in listed)
+    name = first_unlisted(folder, lambda path: path in listed)
     return None if name is None else f"holds {name}, which is not in its {FILE_LIST}"
 
 

@@ -164,7 +164,7 @@ class _Evaluation:
         self._options, self._progress, self._checkpoint = options, progress, checkpoint
         self.notes: list[str] = []
         tokenizer = targets[0].tokenizer() if checkpoint is None else Tokenizer.from_folder(checkpoint.path)
-        self._windows, self.text = self._cut(tokenizer)
+        self._windows, self.text = self._make_windows(tokenizer)
         self._reference_files = {} if checkpoint is None else dict(checkpoint.hashes(progress))
         self._weight_targets = [target for target in targets if isinstance(target, WeightTarget)]
         # Before the long work, since this raises for damaged files and for targets that cannot be computed.
@@ -180,7 +180,7 @@ class _Evaluation:
             self._float = self._run_float(checkpoint)
         self._float_predictions: Predictions | None = None
 
-    def _cut(self, tokenizer: Tokenizer) -> tuple[list[NDArray[np.int64]], TextResult]:
+    def _make_windows(self, tokenizer: Tokenizer) -> tuple[list[NDArray[np.int64]], TextResult]:
         options = self._options
         corpus = read_corpus(options.text, held_out=True)
         counted = _CountingTokenizer(tokenizer)

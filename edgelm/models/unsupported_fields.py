@@ -13,7 +13,7 @@ from edgelm.models.parts import FULL
 # Fields without influence on the logits: metadata, training, storage, generation defaults, and fields that
 # transformers 4 wrote into every config. Special token ids are resolved by the tokenizer, since published configs get
 # them wrong. Dropout applies to training only. Code named by auto_map is never run: `architectures` counts.
-HARMLESS = frozenset(
+IGNORED_FIELDS = frozenset(
     """
     architectures model_type _name_or_path name_or_path _commit_hash transformers_version torch_dtype dtype use_cache
     initializer_range initializer_factor initializer_cutoff_factor init_std pad_token_id bos_token_id eos_token_id
@@ -87,7 +87,7 @@ UNUSED: Mapping[str, tuple[str, tuple[object, ...]]] = {
     "quantization": ("weights quantised by MLX: start from the float checkpoint", (None,)),
 }
 
-QUANTISED_BY = ("edgelm", "gptq", "awq", "compressed-tensors", "fp8")
+QUANTISED_FORMATS = ("edgelm", "gptq", "awq", "compressed-tensors", "fp8")
 """Formats of quantised weights that `edgelm.quant.WeightSource` reads, which checks them further."""
 
 
@@ -109,16 +109,16 @@ def not_implemented(config: Mapping[str, Any], read: Collection[str]) -> dict[st
                 found[key] = of_rope[key]
         elif key == "quantization_config":
             method = value.get("quant_method") if isinstance(value, Mapping) else value
-            if method not in (None, *QUANTISED_BY):
+            if method not in (None, *QUANTISED_FORMATS):
                 found[key] = (
-                    f"quantization_config.quant_method {shortened(method)} (read are {', '.join(QUANTISED_BY)}: start "
-                    "from the float checkpoint)"
+                    f"quantization_config.quant_method {shortened(method)} (read are {', '.join(QUANTISED_FORMATS)}: "
+                    "start from the float checkpoint)"
                 )
         elif key == "layer_types" and key not in read:
             if value is not None and not (isinstance(value, list) and all(kind == FULL for kind in value)):
                 kinds = sorted({str(kind) for kind in value} - {FULL}) if isinstance(value, list) else [str(value)]
                 found[key] = f"layer_types {shortened(', '.join(kinds))} (layers other than {FULL})"
-        elif key in read or key in HARMLESS or value is None:
+        elif key in read or key in IGNORED_FIELDS or value is None:
             continue
         elif key not in UNUSED:
             found[key] = f"{shortened(key)[1:-1]} {shortened(value)} (unknown; if it changes nothing, remove it)"

@@ -171,7 +171,7 @@ def _write_tokenizer(config: dict[str, Any], folder: Path, *, renamed_eos: bool)
     """
     vocab = config["vocab_size"]
     # OLMoE has 50304 rows, 24 more than its tokenizer has entries, so that a model may produce ids without a token.
-    size = vocab - 24 if vocab >= synth_tokenizer.FIRST_WIDE_VOCAB else vocab
+    size = vocab - 24 if vocab >= synth_tokenizer.FULL_LAYOUT_SIZE else vocab
     if family(config).name == "olmoe" or ("eos_token_id" in config and "bos_token_id" not in config):
         eos = config.get("eos_token_id")
         if not isinstance(eos, int) or not 1 < eos < size:

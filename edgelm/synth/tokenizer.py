@@ -25,7 +25,7 @@ little state good very make world still own see men work long get here between b
 another know while last might us great old year off come since against go came right used take three def return self
 import class raise value none true false print string number list index error file path name type data line
 """
-FIRST_WIDE_VOCAB = 1024  # smallest vocabulary with room for all special tokens at their published ids
+FULL_LAYOUT_SIZE = 1024  # smallest vocabulary with room for all special tokens at their published ids
 
 OLMOE_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -112,7 +112,7 @@ def write_olmoe_tokenizer(folder: Path, size: int, eos_id: int, *, renamed_eos: 
     names = ["|||IP_ADDRESS|||", "<|endoftext|>"]
     eos_name, first_name = names if renamed_eos else names[::-1]
     fixed = {0: first_name, 1: "<|padding|>", eos_id: eos_name}
-    if size >= FIRST_WIDE_VOCAB:
+    if size >= FULL_LAYOUT_SIZE:
         fixed = {size - 3: "|||PHONE_NUMBER|||", size - 2: "|||EMAIL_ADDRESS|||", **fixed}
     alphabet = _byte_characters()[: size - len(fixed)]
     wanted = max(size - len(fixed) - len(alphabet), 0)
@@ -180,7 +180,7 @@ def _gemma_pieces(size: int) -> list[tuple[str, int]]:
     """Return pieces and their types. If there is room, special pieces are at their places in Gemma's vocabulary."""
     pieces = [("<pad>", CONTROL), ("<eos>", CONTROL), ("<bos>", CONTROL), ("<unk>", UNKNOWN)]
     turns = [("<start_of_turn>", USER_DEFINED), ("<end_of_turn>", USER_DEFINED)]
-    if size >= FIRST_WIDE_VOCAB:
+    if size >= FULL_LAYOUT_SIZE:
         pieces += [(text, USER_DEFINED) for text in ("<mask>", "<2mass>", "[@BOS@]")]
         pieces += [(f"<unused{i}>", USER_DEFINED) for i in range(99)]
         pieces += turns

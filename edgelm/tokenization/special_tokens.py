@@ -29,7 +29,7 @@ from edgelm.errors import TokenizerError
 from edgelm.tokenization.added_tokens import Declared
 from edgelm.tokenization.vocabulary import Vocabulary
 
-CUSTOMARY: Mapping[str, tuple[str, ...]] = {
+USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     "bos": ("<bos>", "<s>"),
     "eos": ("<eos>", "</s>", "<|endoftext|>"),
     "pad": ("<pad>", "<|padding|>"),
@@ -99,12 +99,14 @@ class _Resolver:
             return index
         if (index := self.vocabulary.declared_id(role)) is not None:
             return index
-        found = (self.vocabulary.token_id(name) for name in CUSTOMARY[role])
+        found = (self.vocabulary.token_id(name) for name in USUAL_NAMES[role])
         return next((index for index in found if index is not None), None)
 
     def _overruled(self, role: str, index: int, declared: int | None) -> bool:
         name = self.vocabulary.token(index)
-        others = [other for other, names in CUSTOMARY.items() if other != role and name in names and name != BOTH_ENDS]
+        others = [
+            other for other, names in USUAL_NAMES.items() if other != role and name in names and name != BOTH_ENDS
+        ]
         return bool(others) and declared is not None and declared != index
 
     def check_named_eos(self) -> None:
@@ -193,7 +195,7 @@ def _places(template: str, marker: str) -> Iterator[tuple[str, str, str]]:
         yield template[max(opened, closed, 0) : match.start()], after, tag
 
 
-def closes_turns(template: str, token: str, variable: str | None = None) -> bool:
+def ends_turns(template: str, token: str, variable: str | None = None) -> bool:
     """Return whether a chat template ends turns with `token`, written out or as `variable`.
 
     It does if the token occurs anywhere but at the beginning of a turn: before any content, before a role or a content
@@ -232,7 +234,7 @@ def resolve(
         eos = [own]
     if not eos:
         raise TokenizerError("no end token: add its eos_token_id to config.json")
-    rivals = [index for name in CUSTOMARY["eos"] if (index := vocabulary.token_id(name)) is not None]
+    rivals = [index for name in USUAL_NAMES["eos"] if (index := vocabulary.token_id(name)) is not None]
     if rivals and not set(rivals) & set(eos) and not resolver.notes:
         resolver.notes.append(
             f"the end token is {eos[0]} ({vocabulary.token(eos[0])!r}), by its id; the token called "
@@ -254,7 +256,7 @@ def resolve(
             variable = "eos_token" if name == own_name else None
             if index in eos and name == own_name:
                 template_eos = index
-            if index in eos or not closes_turns(chat_template, name, variable):
+            if index in eos or not ends_turns(chat_template, name, variable):
                 continue
             eos.append(index)
             template_eos = index if name == own_name else template_eos

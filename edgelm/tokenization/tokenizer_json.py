@@ -48,7 +48,7 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
     return data, text.decode()
 
 
-def guarded(call: Callable[..., _Result], *arguments: Any, what: str) -> _Result:
+def call_library(call: Callable[..., _Result], *arguments: Any, what: str) -> _Result:
     """Call the library. Its panics raise a `BaseException` of a class that cannot be imported.
 
     Raises:
@@ -370,7 +370,7 @@ def load(text: str, path: Path) -> Any:
     """
     import tokenizers
 
-    tokenizer = guarded(tokenizers.Tokenizer.from_str, text, what=f"{path}: not a usable tokenizer.json")
+    tokenizer = call_library(tokenizers.Tokenizer.from_str, text, what=f"{path}: not a usable tokenizer.json")
     # These settings are for training batches.
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -14,7 +14,7 @@ from edgelm.errors import TokenizerError
 from edgelm.tokenization import tokenizer_json
 from edgelm.tokenization.added_tokens import AddedToken, Declared, json_tokens
 from edgelm.tokenization.piece_model import BPE, BYTE, CONTROL, UNKNOWN, USER_DEFINED, read_piece_model
-from edgelm.tokenization.tokenizer_json import SPACE, guarded
+from edgelm.tokenization.tokenizer_json import SPACE, call_library
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -180,7 +180,7 @@ class JsonVocabulary(Vocabulary):
         next_id = max(next_id, *(index + 1 for index in native.get_added_tokens_decoder()), 0)
         ids, self.left_out, self.notes = _place(tokens, known, next_id, declared)
         named = {token.content for token in own.values()}
-        guarded(
+        call_library(
             native.add_tokens,
             [token.to_library() for token in tokens if token.content in ids],
             what=f"{self._path}: its tokens cannot be extended by those of {', '.join(_sources(tokens))}",
@@ -219,7 +219,7 @@ class JsonVocabulary(Vocabulary):
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
             return ids
 
-        return guarded(call, what=f"{self._path}: it cannot encode this text")
+        return call_library(call, what=f"{self._path}: it cannot encode this text")
 
     def token(self, index: int) -> str | None:
         """See `Vocabulary`."""
@@ -280,14 +280,16 @@ class _Splitter:
         self._native.encode_special_tokens = declared.flag("split_special_tokens", False)
         used = [token for token in tokens if token.content in ids]
         where = ", ".join(_sources(used)) or "tokenizer.model"
-        guarded(self._native.add_tokens, [t.to_library() for t in used], what=f"{where}: its tokens cannot be used")
+        call_library(
+            self._native.add_tokens, [t.to_library() for t in used], what=f"{where}: its tokens cannot be used"
+        )
         self._ids = {self._native.token_to_id(token.content): ids[token.content] for token in used}
 
     def __call__(self, text: str) -> Iterator[tuple[int, str | int]]:
         """Yield the parts of `text` with their offsets: the id of an added token, or the text between them."""
         end = 0
         if self._ids:
-            cut = guarded(self._native.encode, text, what="the added tokens cannot be found in this text")
+            cut = call_library(self._native.encode, text, what="the added tokens cannot be found in this text")
             for index, (start, stop) in zip(cut.ids, cut.offsets, strict=True):
                 if start > end:
                     yield end, text[end:start]
@@ -319,7 +321,7 @@ class PieceVocabulary(Vocabulary):
         # transformers treats every model as BPE. A model of another type gets its own rules here.
         self._kind = declared.kind if model.model_type == BPE and declared.kind != "GPTNeoXTokenizer" else ""
         self._model = sentencepiece.SentencePieceProcessor()
-        guarded(
+        call_library(
             self._model.LoadFromSerializedProto,
             model.plain() if self._kind else model.data,
             what=f"{path}: not a usable tokenizer.model",
@@ -368,7 +370,9 @@ class PieceVocabulary(Vocabulary):
             prefixed = self._prefix == "always" or (self._prefix == "first" and start == 0)
             if prefixed and not part.startswith((" ", SPACE)):
                 part = " " + part
-            found: list[int] = guarded(self._model.EncodeAsIds, part, what=f"{self._path}: it cannot encode this text")
+            found: list[int] = call_library(
+                self._model.EncodeAsIds, part, what=f"{self._path}: it cannot encode this text"
+            )
             ids += [i for i in found if i != self._unknown] if self._drops_unknown else found
         return ids
 

@@ -28,7 +28,7 @@ from edgelm.checkpoint import Checkpoint, SafetensorsFile, SafetensorsWriter, Te
 from edgelm.errors import CheckpointError, EdgeLMError
 from edgelm.files import atomic_file, lock_folder
 from edgelm.json_dataclass import ErrorFactory, read_json
-from edgelm.output_paths import OutputKind, check_output, resolved, unlisted
+from edgelm.output_paths import OutputKind, check_output, first_unlisted, resolved
 from edgelm.progress import Progress
 from edgelm.quant.calibration.report import LayerReport
 from edgelm.quant.formats.edgelm import read_stored, stored_arrays
@@ -223,7 +223,7 @@ def _clear_unless(path: Path, wanted: Mapping[str, Any], progress: Progress) -> 
 
 
 def _refusal(folder: Path) -> str | None:
-    name = unlisted(folder, lambda path: any(re.fullmatch(pattern, path) for pattern in _NAMES))
+    name = first_unlisted(folder, lambda path: any(re.fullmatch(pattern, path) for pattern in _NAMES))
     return None if name is None else f"holds {name}, which no calibration left there"
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgelm.bundle import ENGINE_WORK, MANIFEST, Bundle, FileInfo, left_by_builds, sha256_of
+from edgelm.bundle import ENGINE_TEMP_PREFIX, MANIFEST, Bundle, FileInfo, build_leftovers, sha256_of
 from edgelm.errors import BundleError, ExportError
 from edgelm.files import atomic_file, disk_full_explained, lock_folder, require_disk_space, sync, sync_folder
 from edgelm.json_dataclass import ErrorFactory, from_data, read_json, require_format
@@ -133,7 +133,7 @@ def _add(
 
 
 def _remove_left(folder: Path) -> None:
-    for path in left_by_builds(folder):
+    for path in build_leftovers(folder):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -216,7 +216,7 @@ def _free_name(folder: Path, stem: str) -> str:
 @contextlib.contextmanager
 def _workplace(folder: Path) -> Iterator[Path]:
     """A folder on the bundle's disk, gone afterwards."""
-    work = Path(tempfile.mkdtemp(prefix=ENGINE_WORK, dir=folder))
+    work = Path(tempfile.mkdtemp(prefix=ENGINE_TEMP_PREFIX, dir=folder))
     try:
         yield work
     finally:

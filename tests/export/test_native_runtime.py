@@ -92,7 +92,7 @@ def test_results_do_not_depend_on_the_number_of_threads(
     bundles: dict[tuple[str, str], Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Three that take turns will do; a user is told that there are too few CPUs.
-    monkeypatch.setattr("edgelm.devices.most_threads", lambda: 3)
+    monkeypatch.setattr("edgelm.devices.max_threads", lambda: 3)
     for bundle in bundles.values():
         with opened(bundle) as one, opened(bundle, threads=3) as three:
             np.testing.assert_array_equal(one.prefill(IDS), three.prefill(IDS))

@@ -16,9 +16,9 @@ from edgelm import devices
 from edgelm.benchmark import (
     Spread,
     bench,
-    beyond_caches,
     bytes_per_token,
     choose_tokens,
+    exceeds_caches,
     memory_bandwidth,
     read_bandwidth,
 )
@@ -112,7 +112,7 @@ def test_a_model_larger_than_the_caches_has_its_share_of_the_bandwidth(
 
 def test_bandwidth_is_measured_only_if_memory_exceeds_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgelm.devices.cache_bytes", lambda: 1 << 20)
-    assert [beyond_caches(size) for size in ((4 << 20) - 1, 4 << 20)] == [False, True]
+    assert [exceeds_caches(size) for size in ((4 << 20) - 1, 4 << 20)] == [False, True]
     full = devices.describe()
     monkeypatch.setattr(devices, "describe", lambda: dataclasses.replace(full, memory_available=(16 << 20) - 4))
     assert memory_bandwidth(1) is None

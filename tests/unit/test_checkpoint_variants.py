@@ -29,7 +29,7 @@ Tensors = dict[str, Tensor]
 SEEDS = range(20)
 
 # Fields of published fine-tunes that change nothing, with their values.
-HARMLESS: dict[str, Any] = {
+IGNORED_FIELDS: dict[str, Any] = {
     "auto_map": {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"},
     "_commit_hash": "6d84c48581ece794365f2b8c0b1ef2d4b1b1b1b1",
     "_name_or_path": "some/base",
@@ -184,9 +184,9 @@ def test_ignored_fields_give_the_logits_of_transformers(tmp_path: Path) -> None:
     seen: set[str] = set()
     for seed in SEEDS:
         config, model = configs(seed)
-        chosen = random.Random(seed).sample(sorted(HARMLESS), 15)
+        chosen = random.Random(seed).sample(sorted(IGNORED_FIELDS), 15)
         seen.update(chosen)
-        more = {name: HARMLESS[name] for name in chosen}
+        more = {name: IGNORED_FIELDS[name] for name in chosen}
         if seed % 3 == 0:
             more["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
         if seed % 4 == 1:
@@ -196,7 +196,7 @@ def test_ignored_fields_give_the_logits_of_transformers(tmp_path: Path) -> None:
         if seed % 5 == 0 and config["model_type"] == "llama" and "head_dim" not in config:
             more["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
         check_against_transformers(write(tmp_path / str(seed), {**config, **more}, disk_tensors(model)))
-    assert seen == set(HARMLESS)
+    assert seen == set(IGNORED_FIELDS)
 
 
 def refusal(folder: Path) -> str:

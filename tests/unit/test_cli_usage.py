@@ -77,7 +77,7 @@ def test_every_option_refuses_nonsense_or_is_free_text(verb: str, option: click.
     if isinstance(option.type, click.FloatRange):
         wrong += ["nan", "inf"]
     if option.name == "threads":
-        wrong += ["0", str(devices.most_threads() + 1)]
+        wrong += ["0", str(devices.max_threads() + 1)]
     if isinstance(option.type, click.IntRange):
         wrong += ["1.5", str(option.type.min - 1)]
     for value in wrong:
@@ -187,7 +187,7 @@ def test_what_is_not_there_is_a_failure_in_one_line(arguments: tuple[str, ...]) 
 
 
 def test_threads_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "most_threads", lambda: 3)
+    monkeypatch.setattr(devices, "max_threads", lambda: 3)
     assert devices.thread_problem(3) is None
     for verb in ("bench", "parity", "quantize", "export", "eval", "chat"):
         result = invoke(verb, *least_arguments(verb), "--threads", "4")

@@ -140,7 +140,7 @@ def test_caches_that_cpus_share_count_once(machine: Path, monkeypatch: pytest.Mo
 )
 def test_threads_are_refused_above_the_cpus_of_affinity_and_quota(machine: Path, quota: str, threads: int) -> None:
     (machine / "cgroup" / "cpu.max").write_text(quota)
-    assert devices.most_threads() == threads
+    assert devices.max_threads() == threads
     assert devices.thread_problem(threads) is None
     assert str(devices.thread_problem(threads + 1)).startswith(f"{threads + 1} threads are more than the {threads} CPU")
 

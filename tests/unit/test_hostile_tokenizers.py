@@ -148,9 +148,9 @@ def test_panics_become_errors_and_interrupts_are_passed_on(tmp_path: Path) -> No
         raise error
 
     with pytest.raises(TokenizerError, match=r"here \(first second\)"):
-        tokenizer_json.guarded(fail, Panic("first\n  second"), what="here")
+        tokenizer_json.call_library(fail, Panic("first\n  second"), what="here")
     with pytest.raises(KeyboardInterrupt):
-        tokenizer_json.guarded(fail, KeyboardInterrupt(), what="here")
+        tokenizer_json.call_library(fail, KeyboardInterrupt(), what="here")
 
 
 def _mutated(data: bytes, chooser: random.Random) -> bytes:

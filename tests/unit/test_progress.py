@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from edgelm.progress import Bars
-from edgelm.progress_bar import OneLine
+from edgelm.progress_bar import OneLineProgress
 
 TOTALS = {"bytes": 13_800_000_000, "steps": 50304, "work": 1.0}
 LABELS = ("verifying", "download allenai/OLMoE-1B-7B-0924-Instruct")
@@ -19,7 +19,7 @@ LABELS = ("verifying", "download allenai/OLMoE-1B-7B-0924-Instruct")
 @pytest.mark.parametrize("width", [40, 50, 60, 72, 80, 120, 200])
 def test_a_bar_has_one_line_with_the_amount_done_and_the_time_left(width: int, label: str, unit: str) -> None:
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
-    bar = OneLine(unit, console=console)
+    bar = OneLineProgress(unit, console=console)
     task = bar.add_task(label, total=TOTALS[unit])
     bar.advance(task, TOTALS[unit] * 0.5)
     lines = console.render_lines(bar, pad=False)
@@ -34,7 +34,7 @@ def test_a_bar_has_one_line_with_the_amount_done_and_the_time_left(width: int, l
 
 def test_a_terminal_that_becomes_narrow_gets_a_narrow_bar() -> None:
     console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None)
-    bar = OneLine("bytes", console=console)
+    bar = OneLineProgress("bytes", console=console)
     bar.add_task("verifying", total=10)
     wide = "".join(segment.text for segment in console.render_lines(bar, pad=False)[0])
     console.width = 40

@@ -10,7 +10,7 @@ from tokenizer_folders import gemma, gemma_json, olmoe, plain_byte_level, put
 
 from edgelm.errors import TokenizerError
 from edgelm.tokenization.chat_template import ChatTemplate
-from edgelm.tokenization.special_tokens import closes_turns
+from edgelm.tokenization.special_tokens import ends_turns
 from edgelm.tokenization.tokenizer import Tokenizer
 
 
@@ -211,7 +211,7 @@ OPENING = (
     ],
 )
 def test_end_of_turn_tokens_are_found_in_templates(template: str, token: str, closes: bool) -> None:
-    assert closes_turns(template, token, "eos_token") is closes
+    assert ends_turns(template, token, "eos_token") is closes
 
 
 @pytest.mark.parametrize("template", [CHATML, WITH_EOS])
