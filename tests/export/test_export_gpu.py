@@ -257,4 +257,4 @@ def test_is_an_sm_that_is_no_number_a_usage_error(checkpoint: MakeCheckpoint, tm
     line = [str(checkpoint("fox")), "-o", str(tmp_path / "out"), "--target", "tensorrt", "--sm", "ampere"]
     done = CliRunner().invoke(export_command, line)
     assert done.exit_code == 2
-    assert "no list of compute capabilities" in done.output
+    assert "is not a list of compute capabilities" in done.output

@@ -183,11 +183,11 @@ def test_where_nothing_can_be_judged_no_check_passes_or_fails():
 @pytest.mark.parametrize(
     ("faults", "traced", "cause"),
     [
-        ((kl_max, greedy_kl), True, "shipped graph only"),
-        ((perplexity_above,), True, "shipped graph only"),
+        ((kl_max, greedy_kl), True, "the shipped graph"),
+        ((perplexity_above,), True, "the shipped graph"),
         ((kl_max, greedy_kl), False, None),
-        ((greedy_error,), True, "decoding only"),
-        ((greedy_tokens,), False, "decoding only"),
+        ((greedy_error,), True, "decoding with the KV cache"),
+        ((greedy_tokens,), False, "decoding with the KV cache"),
         ((head, kl_max, greedy_kl), True, "final norm or output head"),
         ((layer, head, kl_max), True, "layer 1"),
         ((embedding, layer), True, "embedding"),

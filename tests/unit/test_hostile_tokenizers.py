@@ -62,7 +62,7 @@ def sequence(*steps: Any, of: str = "normalizers") -> dict[str, Any]:
         ("model", {"type": "Unigram", "vocab": [["a", float("inf")]]}, "not finite"),
         ("model", None, "it has no model"),
         ("added_tokens", [{"id": 1 << 40, "content": "<x>"}], "the id of '<x>'"),
-        ("added_tokens", {"a": 1}, "added_tokens is no list"),
+        ("added_tokens", {"a": 1}, "added_tokens is not a list"),
     ],
 )
 def test_steps_that_could_explode_or_panic_are_refused(tmp_path: Path, part: str, value: Any, match: str) -> None:
