@@ -27,7 +27,10 @@ sys.path.insert(0, str(ROOT / "tests" / "bench"))
 import figures  # noqa: E402  found by the line above
 from figures import LLAMAS, MACHINE, NATIVE, NATIVE_INT8, OPENVINO, PEERS, PORTABLE  # noqa: E402
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "performance").glob("*.md")))
+PAGES = (
+    ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "docs" / "guides" / "quantise.md",
+    *sorted((ROOT / "docs" / "performance").glob("*.md")),
+)  # fmt: skip
 NAMES = {"olmoe": "OLMoE-1B-7B", "fox": "Fox-1-1.6B"}
 COLUMNS = ("olmoe int4", "olmoe int8", "fox int4", "fox int8")
 OTHERS = {"llama.cpp": LLAMAS, "openvino": (OPENVINO,), "portable": (PORTABLE,), "best": PEERS}
@@ -194,11 +197,11 @@ def schemes(document: dict[str, Any], model: str) -> list[str]:
 def both_models(document: dict[str, Any], head: str, wanted: Callable[[str], bool]) -> list[str]:
     """KL and top-1 of both tiny models, of the lines whose name is wanted."""
     lines = [_row(head, "olmoe-tiny, KL", "top-1", "fox-tiny, KL", "top-1"), "|---|---|---|---|---|"]
-    for line, other in zip(document["olmoe-tiny"], document["fox-tiny"], strict=True):
+    chosen = [[line for line in document[model] if wanted(line["name"])] for model in ("olmoe-tiny", "fox-tiny")]
+    for line, other in zip(*chosen, strict=True):
         assert line["name"] == other["name"]
-        if wanted(line["name"]):
-            cells = [text for item in (line, other) for text in (kl(item["kl"]), f"{100 * item['top1']:.1f} %")]
-            lines.append(_row(line["name"], *cells))
+        cells = [text for item in (line, other) for text in (kl(item["kl"]), f"{100 * item['top1']:.1f} %")]
+        lines.append(_row(line["name"], *cells))
     return lines
 
 
@@ -345,8 +348,11 @@ def table(name: str, folder: Path) -> list[str]:
         return both_models(
             json.loads((folder / "activation_quality.json").read_text(encoding="utf-8")), *ACTIVATIONS[name]
         )
-    if name.startswith("schemes-"):
-        return schemes(json.loads((folder / "quantize_quality.json").read_text(encoding="utf-8")), name[8:] + "-tiny")
+    if name == "presets" or name.startswith("schemes-"):
+        document = json.loads((folder / "quantize_quality.json").read_text(encoding="utf-8"))
+        if name == "presets":
+            return both_models(document, "preset", lambda line: ": " in line)
+        return schemes(document, name[8:] + "-tiny")
     raise ValueError(f"there is no table {name!r}")
 
 
