@@ -24,7 +24,7 @@ ALIGNMENT = 64
 """Alignment in bytes of a matrix among packed experts."""
 
 RESCORE = 128
-"""How many of a head's logits are recomputed from all bits when one token is decoded (split nibbles only)."""
+"""Number of a head's logits that are rescored with all bits when one token is decoded (split nibbles only)."""
 
 _MATRIX_MAGIC, _EXPERTS_MAGIC, _VERSION = b"EDLM", b"EDLX", 1
 _MATRIX = struct.Struct("<4s4B5q16x")
@@ -55,7 +55,7 @@ class Kind(IntEnum):
 
     @property
     def label(self) -> str:
-        """Such as "int4" or "int8 in split nibbles"."""
+        """Name in messages, such as "int4" or "int8 in split nibbles"."""
         return {Kind.INT8_SPLIT: "int8 in split nibbles", Kind.FP8: "fp8"}.get(self, self.name.lower())
 
 
@@ -148,7 +148,7 @@ class PackedMatrix:
 
     @property
     def first_bytes(self) -> int:
-        """Bytes of the header and all records, which is everything but the low nibbles."""
+        """Bytes of the header and all records, without the low nibbles of split nibbles."""
         return HEADER_BYTES + self.tiles * self.records * self.record_bytes
 
     @property
@@ -158,7 +158,7 @@ class PackedMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything, the header and the gap before the low nibbles included."""
+        """Bytes of the whole matrix, with the header and the gap before the low nibbles."""
         return self.low_offset + self.low_bytes if self.kind is Kind.INT8_SPLIT else self.first_bytes
 
     @property
@@ -167,7 +167,7 @@ class PackedMatrix:
         return 8 * (self.first_bytes + self.low_bytes) / (self.rows * self.columns)
 
     def with_low_offset(self, offset: int) -> PackedMatrix:
-        """The same with its low nibbles at `offset`."""
+        """Return the same matrix with its low nibbles at `offset`."""
         return replace(self, low_offset=offset)
 
     def header(self) -> bytes:
