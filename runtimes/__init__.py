@@ -1,4 +1,4 @@
-"""What runs a bundle on a device. Importing it loads no runtime: each is imported when it is opened."""
+"""Runtimes run bundles on devices. Importing this package loads none of them: each is imported when it is opened."""
 
 from edgelm.runtimes.base import Runtime, SequenceBatch
 from edgelm.runtimes.registry import RuntimeEntry, open_batch, open_runtime, open_tracing, runtimes

@@ -1,4 +1,4 @@
-"""What every runtime can do: append tokens, give logits, forget the end of what it has seen."""
+"""Base classes of runtimes: append tokens to a KV cache, return logits, truncate the cache."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _LOGITS_BYTES = 64 << 20
 
 
 class Closable(ABC):
-    """What holds a device's memory until it is closed, by `close` or at the end of a `with`."""
+    """An object that holds a device's memory until `close` is called or its `with` block ends."""
 
     kind: ClassVar[str]
-    """What errors call it."""
+    """The name of the object in error messages."""
     _closed = False
 
     def close(self) -> None:
@@ -60,24 +60,24 @@ class Closable(ABC):
 
 
 class LoadedModel(Closable):
-    """A model that is loaded on a device, with a cache: what `Runtime` and `SequenceBatch` have in common.
+    """A model that is loaded on a device, with a KV cache. Base of `Runtime` and `SequenceBatch`.
 
-    One thread at a time may use it. Logits that it returns are float32 and lie in a buffer of its own: they are valid
-    until its next call; copy what you keep.
+    Only one thread at a time may use it. Logits that it returns are float32 in a buffer of the model: they are valid
+    until the next call; copy them to keep them.
 
     Args:
-        vocab_size: V, numbers of the logits.
+        vocab_size: V, the number of logits per position.
         context_length: positions of each sequence.
-        model_context_length: the most that the model takes.
-        threads: of the CPU; None: the physical cores that this process may use.
-        chunk: tokens of a prefill step at most; a long prompt takes several.
+        model_context_length: the model's limit.
+        threads: CPU threads; None: the physical cores that this process may use.
+        chunk: the largest number of tokens per prefill step; a long prompt takes several steps.
 
     Raises:
         EdgeLMError: `chunk` is less than 1.
     """
 
     name: str
-    """The registry's name, e.g. "onnxruntime-cpu"."""
+    """The name in the registry, e.g. "onnxruntime-cpu"."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class LoadedModel(Closable):
         chunk: int = DEFAULT_CHUNK,
     ) -> None:
         if chunk < 1:
-            raise EdgeLMError(f"chunk is {chunk}: give 1 or more tokens a prefill step")
+            raise EdgeLMError(f"chunk is {chunk}: give 1 or more tokens per prefill step")
         self.vocab_size = vocab_size
         self.context_length = context_length
         self.model_context_length = model_context_length
@@ -97,11 +97,11 @@ class LoadedModel(Closable):
         self.chunk = min(chunk, context_length)
 
     def device_bandwidth(self) -> float | None:
-        """Bytes a second that the device's own memory moves, measured now; None where nobody can tell."""
+        """Measure the bandwidth of the device's memory in bytes a second; None if it cannot be measured."""
         return None
 
     def _fitting(self, tokens: Sequence[int] | NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        """`tokens` as int64 [T], after the checks that `prefill` promises for a sequence of which `length` are cached.
+        """Return `tokens` as int64 [T], checked as `prefill` documents for a sequence with `length` cached tokens.
 
         Raises:
             ContextLengthError, GenerationError: as `Runtime.prefill`.
@@ -117,9 +117,9 @@ class LoadedModel(Closable):
 
 
 class SequenceBatch(LoadedModel):
-    """A model that is loaded on a device, with the caches of several sequences that decode together.
+    """A model that is loaded on a device, with the KV caches of several sequences that decode together.
 
-    Every sequence is prefilled on its own and has its own length.
+    Each sequence is prefilled separately and has its own length.
 
         with open_batch(Bundle.open("bundle"), 8) as model:
             tokens = [int(model.prefill(row, prompt).argmax()) for row, prompt in enumerate(prompts)]
@@ -138,15 +138,16 @@ class SequenceBatch(LoadedModel):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """How many tokens of each sequence are cached, [batch]."""
+        """The number of cached tokens of each sequence, [batch]."""
         return self._lengths.copy()
 
     def prefill(self, row: int, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Append `tokens` to sequence `row`, `chunk` at a time; return the logits [vocab_size] after the last of them.
 
         Raises:
-            ContextLengthError: they do not all fit; nothing was appended.
-            GenerationError: no such sequence, no token, or an id outside the vocabulary; nothing was appended.
+            ContextLengthError: the tokens do not all fit; nothing was appended.
+            GenerationError: no sequence has this number, there is no token, or an id is outside the vocabulary; nothing
+            was appended.
         """
         self._require_row(row)
         ids = self._fitting(tokens, int(self._lengths[row]))
@@ -161,7 +162,8 @@ class SequenceBatch(LoadedModel):
 
         Raises:
             ContextLengthError: a sequence is full; nothing was appended.
-            GenerationError: not one token for each sequence, or an id outside the vocabulary; nothing was appended.
+            GenerationError: the number of tokens is not `batch`, or an id is outside the vocabulary; nothing was
+            appended.
         """
         self._require_open()
         ids = checked_tokens(tokens, self.vocab_size)
@@ -176,7 +178,7 @@ class SequenceBatch(LoadedModel):
         """Keep the first `length` cached tokens of sequence `row`.
 
         Raises:
-            GenerationError: no such sequence, or `length` is negative or more than is cached.
+            GenerationError: no sequence has this number, or `length` is negative or more than is cached.
         """
         self._require_row(row)
         _require_cached(length, int(self._lengths[row]))
@@ -184,19 +186,19 @@ class SequenceBatch(LoadedModel):
 
     @abstractmethod
     def _prefill(self, row: int, ids: NDArray[np.int64], *, last: bool) -> NDArray[np.float32]:
-        """Run ids [T], at most `chunk`, on sequence `row`; the caller counts them.
+        """Run ids [T], at most `chunk`, on sequence `row`. The caller updates the length.
 
-        Returns the logits [vocab_size] after the last of them, which are of use only if `last`.
+        Return the logits [vocab_size] after the last of them. They are used only if `last`.
         """
 
     @abstractmethod
     def _decode(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Run ids [batch], one of each sequence: logits [batch, vocab_size]; the caller counts them."""
+        """Run ids [batch], one per sequence; return logits [batch, vocab_size]. The caller updates the lengths."""
 
     def _require_row(self, row: int) -> None:
         self._require_open()
         if not 0 <= row < self.batch:
-            raise GenerationError(f"there is no sequence {row}: there are 0..{self.batch - 1}")
+            raise GenerationError(f"sequence {row} does not exist: choose 0 to {self.batch - 1}")
 
 
 class Runtime(LoadedModel):
@@ -204,22 +206,23 @@ class Runtime(LoadedModel):
 
     kind = "runtime"
     batch_class: ClassVar[type[SequenceBatch] | None] = None
-    """Called as this class, with the number of sequences after the bundle; None: it runs one sequence at a time."""
+    """Class for several sequences; called like this class, with the number of sequences after the bundle. None: not
+    supported."""
     tracing_class: ClassVar[type[Any] | None] = None  # an `edgelm.runtimes.tracing.TracingModel`
-    """Called with the bundle and `threads`; None: it does not run the debug graph."""
+    """Class for the debug graph; called with the bundle and `threads`. None: not supported."""
     _position = 0
 
     @property
     def position(self) -> int:
-        """How many tokens are cached: the next one is at this position."""
+        """The number of cached tokens, which is the position of the next token."""
         return self._position
 
     def prefill(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Append `tokens` after what is cached, `chunk` at a time; return the logits [vocab_size] after the last.
+        """Append `tokens` to the cache, `chunk` at a time; return the logits [vocab_size] after the last of them.
 
         Raises:
-            ContextLengthError: they do not all fit; nothing was appended.
-            GenerationError: no token, or an id outside the vocabulary; nothing was appended.
+            ContextLengthError: the tokens do not all fit; nothing was appended.
+            GenerationError: there is no token, or an id is outside the vocabulary; nothing was appended.
         """
         ids = self._checked(tokens)
         for begin in range(0, ids.size, self.chunk):
@@ -230,9 +233,9 @@ class Runtime(LoadedModel):
 
     @abstractmethod
     def _prefill(self, ids: NDArray[np.int64], *, last: bool) -> NDArray[np.float32]:
-        """Run ids [T], at most `chunk`, after what is cached; the caller counts them.
+        """Run ids [T], at most `chunk`, after the cached ones. The caller updates the position.
 
-        Returns the logits [vocab_size] after the last of them, which are of use only if `last`.
+        Return the logits [vocab_size] after the last of them. They are used only if `last`.
         """
 
     @abstractmethod
@@ -240,23 +243,24 @@ class Runtime(LoadedModel):
         """Append one token; return the logits [vocab_size] after it. Raises as `prefill` does."""
 
     def decode_greedy(self, token: int) -> int:
-        """Append one token; return the most probable one after it, as `argmax` of `decode`'s logits.
+        """Append one token; return the argmax of the logits after it.
 
-        A device with memory of its own copies back the token alone. Of exactly equal logits it may take another than
-        the first. Raises as `decode` and `argmax` do.
+        A GPU runtime copies only the token back. If several logits are exactly equal it may choose another than the
+        first. Raises as `decode` and `argmax` do.
         """
         return argmax(self.decode(token))
 
     def open_batch(self, batch: int, context_length: int) -> SequenceBatch | None:
-        """Caches for `batch` sequences of `context_length` positions that decode together, over this runtime's weights.
+        """Return a `SequenceBatch` of `batch` sequences of `context_length` positions that shares this runtime's
+        weights.
 
-        Close it before the runtime. None: this runtime has one sequence only.
+        Close it before the runtime. None if the runtime supports only one sequence.
         """
         del batch, context_length
         return None
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` cached tokens and forget the rest.
+        """Keep the first `length` cached tokens and drop the rest.
 
         Raises:
             GenerationError: `length` is negative or more than is cached.
@@ -266,14 +270,14 @@ class Runtime(LoadedModel):
         self._position = length
 
     def reset(self) -> None:
-        """Forget every cached token."""
+        """Drop all cached tokens."""
         self.truncate(0)
 
     def logits_all(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """Append `tokens`; yield the logits after each of them in blocks [rows, vocab_size], in order.
 
-        A block has at most 64 MiB, so that a long text with a large vocabulary never is in memory at once, and is valid
-        until the next is asked for. Raises as `prefill` does, before the first block.
+        A block has at most 64 MiB, so that memory stays small for a long text with a large vocabulary. It is valid
+        until the next block is requested. Raises as `prefill` does, before the first block.
         """
         ids = self._checked(tokens)
         for begin in range(0, ids.size, self._block):
@@ -284,29 +288,29 @@ class Runtime(LoadedModel):
             yield logits
 
     def _prefill_all(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Run ids [T], at most `_block`, after what is cached: logits [T, vocab_size]."""
+        """Run ids [T], at most `_block`, after the cached ones; return logits [T, vocab_size]."""
         return np.stack([self.decode(token).copy() for token in ids.tolist()])
 
     @property
     def _block(self) -> int:
-        """Positions whose logits are computed in one step."""
+        """The number of positions whose logits are computed in one step."""
         return max(1, min(self.chunk, _LOGITS_BYTES // (4 * self.vocab_size)))
 
     def _checked(self, tokens: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """`tokens` as int64 [T], after the checks that `prefill` promises."""
+        """Return `tokens` as int64 [T], checked as `prefill` documents."""
         return self._fitting(tokens, self._position)
 
 
 def _require_cached(length: int, cached: int) -> None:
     if not 0 <= length <= cached:
-        raise GenerationError(f"cannot keep {length} cached tokens: {cached} are cached")
+        raise GenerationError(f"cannot keep {length} cached tokens: give 0 to {cached}, the number that is cached")
 
 
 def checked_tokens(tokens: Sequence[int] | NDArray[np.int64], vocab_size: int) -> NDArray[np.int64]:
-    """`tokens` as int64 [T].
+    """Return `tokens` as int64 [T].
 
     Raises:
-        GenerationError: there is none, or an id is outside the vocabulary or no whole number.
+        GenerationError: there is none, or an id is not an integer or outside the vocabulary.
     """
     ids = whole_numbers(tokens, "the tokens")
     if ids.size == 0:
@@ -322,13 +326,13 @@ def checked_tokens(tokens: Sequence[int] | NDArray[np.int64], vocab_size: int) -
 
 
 def whole_numbers(tokens: object, what: str) -> NDArray[np.int64]:
-    """Token ids as int64 [T]; nothing is rounded, cut off or wrapped around.
+    """Return token ids as int64 [T]. Nothing is rounded, truncated or wrapped around.
 
     Raises:
-        GenerationTypeError: `tokens` is no list of whole numbers; the message begins with `what`.
-        GenerationError: one does not fit into 64 bits.
+        GenerationTypeError: `tokens` is not a list of integers; the message begins with `what`.
+        GenerationError: a number does not fit into 64 bits.
     """
-    wanted = "give text, or a list of token ids, which are whole numbers"
+    wanted = "give text, or a list of integer token ids"
     if isinstance(tokens, (str, bytes, bytearray, Mapping, Set)) or not isinstance(tokens, (Iterable, np.ndarray)):
         raise GenerationTypeError(f"{what}: {tokens!r:.60} cannot be used: {wanted}")
     if not hasattr(tokens, "dtype"):
@@ -350,10 +354,11 @@ def whole_numbers(tokens: object, what: str) -> NDArray[np.int64]:
 
 
 def interruptible(work: Callable[[], Result], cancel: Callable[[], None]) -> Result:
-    """Run `work`, a long call into native code, so that Ctrl-C takes effect at once instead of after it.
+    """Run `work`, a long call into native code, so that Ctrl-C takes effect at once and not after the call.
 
-    Python handles signals in the main thread and not before a native call returns. So the main thread only waits, and
-    on any interruption calls `cancel` and waits for the work to notice. In other threads the work is simply done.
+    Python handles signals only in the main thread, and not before a native call returns. So `work` runs in another
+    thread while the main thread waits; on an interruption it calls `cancel` and waits until `work` has returned. If
+    this is not the main thread, `work` just runs.
     """
     if threading.current_thread() is not threading.main_thread():
         return work()
@@ -373,9 +378,9 @@ def interruptible(work: Callable[[], Result], cancel: Callable[[], None]) -> Res
 
 
 def _outlast(running: Future[Result]) -> BaseException | None:
-    """Wait for work that was cancelled: if it went on, the next call would meet it. Returns the last interruption.
+    """Wait for cancelled work to end, so that the next call does not run beside it. Return the last interruption.
 
-    Not by the pool: a thread that `join` is interrupted for counts as ended in Python 3.11.
+    This does not leave the waiting to the pool: Python 3.11 counts a thread as ended if its `join` is interrupted.
     """
     interruption: BaseException | None = None
     while not running.done():
@@ -387,7 +392,7 @@ def _outlast(running: Future[Result]) -> BaseException | None:
 
 
 def context_full(asked: int, position: int, context_length: int, model_context_length: int) -> ContextLengthError:
-    """The error that says how many tokens were asked for and how many fit."""
+    """Return the error that says how many tokens were given and how many fit."""
     used = f", {position} are taken" if position else ""
     larger = (
         f" or load with a larger context_length (the model's limit is {model_context_length})"
@@ -401,7 +406,7 @@ def context_full(asked: int, position: int, context_length: int, model_context_l
 
 
 def choose_context_length(asked: int | None, model_context_length: int) -> int:
-    """The context to allocate: `asked`, or the model's, at most 4096 by default.
+    """Return the context length to allocate: `asked`, by default the model's but at most 4096.
 
     Raises:
         ContextLengthError: `asked` is not between 1 and the model's limit.
@@ -410,13 +415,13 @@ def choose_context_length(asked: int | None, model_context_length: int) -> int:
         return min(model_context_length, DEFAULT_CONTEXT_LENGTH)
     if not is_integer(asked) or not 1 <= asked <= model_context_length:
         raise ContextLengthError(
-            f"context_length {asked!r:.60} cannot be had: this model takes 1 to {model_context_length}"
+            f"context_length is {asked!r:.60}: give 1 to {model_context_length}, the model's limit"
         )
     return asked
 
 
 def model_sizes(bundle: Bundle, context_length: int | None) -> dict[str, int]:
-    """`LoadedModel`'s arguments for a bundle's model and a context to allocate. Raises as `choose_context_length`."""
+    """Return `LoadedModel`'s arguments for a bundle and a context length. Raises as `choose_context_length`."""
     model = bundle.manifest.model
     return {
         "vocab_size": model.vocab_size,

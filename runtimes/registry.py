@@ -1,4 +1,4 @@
-"""Every runtime, and the choice of one for a bundle. A further runtime is one entry of `_ENTRIES` and one module."""
+"""List of all runtimes, and the choice of one for a bundle. To add one: an entry in `_ENTRIES` and a module."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RuntimeEntry:
-    """One way to run bundles.
+    """A runtime: its name, classes, targets and requirements.
 
     Attributes:
-        name: what users call it.
-        classes: for each operator set that it runs the subclass of `Runtime`, "module:class". It is imported only when
-            it is needed, and called with the bundle and the options that were given. Its `batch_class` and
-            `tracing_class`, where it has them, take the bundle (and a number of sequences) likewise.
-        targets: what bundles are exported for.
-        requires: the package that it needs.
-        options: names of those that it takes.
+        name: the name for users.
+        classes: for each operator set that it supports, the subclass of `Runtime` as "module:class". It is imported
+        when
+            needed, and called with the bundle and the options that were given. Its `batch_class` and `tracing_class`,
+            if any, are called in the same way (the former also with the number of sequences).
+        targets: targets of the bundles that it runs.
+        requires: the Python package that it needs.
+        options: names of its options.
         summary: one line for users.
-        extras: of EdgeLM, any of which brings the package.
-        instead: packages that do as well as `requires`.
-        compatibility: a module with `compatible(bundle) -> bool`, imported without the package. An entry that is not
-            compatible is passed over where no runtime is named and there is another.
-        only_by_name: it is never chosen unless it is named.
-        checking: a module with `problem() -> str | None`: why it cannot run here though its package is installed.
+        extras: extras of EdgeLM that install the package, any of them.
+        instead: packages that can replace `requires`.
+        compatibility: a module with `compatible(bundle) -> bool`, imported without the package. If no runtime is named,
+            an entry that is not compatible is skipped when there is another.
+        only_by_name: it is chosen only if it is named.
+        checking: a module with `problem() -> str | None`: why it cannot run here although its package is installed.
     """
 
     name: str
@@ -56,28 +57,28 @@ class RuntimeEntry:
 
     @property
     def package(self) -> str | None:
-        """The installed package that it runs with; None where there is none."""
+        """The installed package that it uses; None if there is none."""
         return next((name for name in (self.requires, *self.instead) if importlib.util.find_spec(name)), None)
 
     @property
     def available(self) -> bool:
-        """Whether the package it needs is installed."""
+        """Whether the package that it needs is installed."""
         return self.package is not None
 
     @property
     def install(self) -> str:
-        """The command that installs what it needs."""
+        """The command that installs its requirements."""
         return " or ".join(map(install_hint, self.extras)) or install_hint()
 
     def problem(self) -> str | None:
-        """Why it cannot run here though its package is installed; None where nothing is known to be wrong."""
+        """Return why it cannot run here although its package is installed; None if no problem is known."""
         if not self.available or not self.checking:
             return None
         why: str | None = importlib.import_module(self.checking).problem()
         return why
 
     def compatible(self, bundle: Bundle) -> bool:
-        """Whether it can run this bundle on this device, as far as that is known without loading it."""
+        """Whether it can run this bundle on this device, as far as is known without loading it."""
         return not self.compatibility or bool(importlib.import_module(self.compatibility).compatible(bundle))
 
 
@@ -121,7 +122,7 @@ _ENTRIES = (
         targets=("tensorrt",),
         requires="numpy",
         options=("threads", "context_length", "chunk", "kv"),
-        summary="our own kernels on an NVIDIA GPU, with nothing but its driver",
+        summary="EdgeLM's own kernels on an NVIDIA GPU; needs only the driver",
     ),
     RuntimeEntry(
         name="cuda-emulated",
@@ -129,14 +130,14 @@ _ENTRIES = (
         targets=("tensorrt",),
         requires="numpy",
         options=("threads", "context_length", "chunk", "kv"),
-        summary="the same kernels emulated on the CPU, to check them: thousands of times slower",
+        summary="the same kernels emulated on the CPU, for checks; thousands of times slower",
         only_by_name=True,
     ),
 )
 
 
 def runtimes() -> tuple[RuntimeEntry, ...]:
-    """Every runtime there is, best first, whether or not it is available here."""
+    """Return all runtimes, best first, available here or not."""
     return _ENTRIES
 
 
@@ -149,7 +150,7 @@ def _choose(bundle: Bundle, name: str | None) -> RuntimeEntry:
             raise RuntimeUnavailableError(f"there is no runtime {name!r}; there are: {valid}")
         if target not in entry.targets:
             raise RuntimeUnavailableError(
-                f"{bundle.path} was exported for {target}, {name} runs {', '.join(entry.targets)}: "
+                f"{bundle.path} was exported for {target}, but {name} runs {', '.join(entry.targets)}: "
                 f"export with --target {entry.targets[0]}, or leave the choice of runtime out"
             )
         candidates = [entry]
@@ -162,7 +163,7 @@ def _choose(bundle: Bundle, name: str | None) -> RuntimeEntry:
             )
     found = [entry for entry in candidates if entry.available]
     if len(found) > 1:
-        # The last is taken unasked: what it lacks it says itself, better than a refusal here.
+        # The last one is not asked: if it cannot run the bundle, its own error message says more.
         return next((entry for entry in found[:-1] if entry.compatible(bundle)), found[-1])
     if found:
         return found[0]
@@ -174,7 +175,7 @@ def _runtime_class(entry: RuntimeEntry, bundle: Bundle) -> type[Runtime]:
     ops = bundle.manifest.ops
     if ops not in entry.classes:
         raise RuntimeUnavailableError(
-            f"{bundle.path} has {ops} operators, {entry.name} runs {', '.join(entry.classes)}: upgrade edgelm, or "
+            f"{bundle.path} has {ops} operators, but {entry.name} runs {', '.join(entry.classes)}: upgrade edgelm, or "
             "export the bundle again"
         )
     module, _, name = entry.classes[ops].partition(":")
@@ -183,7 +184,7 @@ def _runtime_class(entry: RuntimeEntry, bundle: Bundle) -> type[Runtime]:
 
 
 def open_tracing(bundle: Bundle, name: str, *, threads: int | None = None) -> TracingModel | None:
-    """Load the debug graph into the runtime called `name`, None where it has none. Raises as `open_runtime`."""
+    """Load the debug graph into the runtime `name`; None if it does not support it. Raises as `open_runtime`."""
     if threads is not None:
         _check_option("threads", threads)
     tracing: Callable[..., TracingModel] | None = _runtime_class(_choose(bundle, name), bundle).tracing_class
@@ -191,10 +192,10 @@ def open_tracing(bundle: Bundle, name: str, *, threads: int | None = None) -> Tr
 
 
 def open_batch(bundle: Bundle, batch: int, name: str | None = None, **options: int | str | None) -> SequenceBatch:
-    """Load `bundle` for `batch` sequences that decode together; options and errors as for `open_runtime`.
+    """Load `bundle` for `batch` sequences that decode together; options and errors as in `open_runtime`.
 
     Raises:
-        RuntimeUnavailableError: also where the bundle's operators run one sequence at a time.
+        RuntimeUnavailableError: also if the bundle's operators run only one sequence at a time.
     """
     _check_option("batch", batch)
     entry = _choose(bundle, name)
@@ -211,10 +212,10 @@ def open_batch(bundle: Bundle, batch: int, name: str | None = None, **options: i
 
 @contextlib.contextmanager
 def _gpu_explained(bundle: Bundle) -> Iterator[None]:
-    """Of a bundle for a GPU, say so before what is missing for one.
+    """For a bundle for a GPU, mention this in errors about missing requirements.
 
     Raises:
-        RuntimeUnavailableError, DeviceError: as inside.
+        RuntimeUnavailableError, DeviceError: as raised inside.
     """
     try:
         yield
@@ -236,16 +237,16 @@ def _given(entry: RuntimeEntry, options: Mapping[str, int | str | None]) -> dict
 
 
 def _check_option(option: str, value: object) -> None:
-    """Types and ranges that are the same for every runtime.
+    """Check an option's type and range, which are the same for every runtime.
 
     Raises:
-        ArgumentTypeError, ArgumentValueError: the value cannot be used.
+        ArgumentTypeError, ArgumentValueError: the value is not allowed.
     """
     if option == "kv":
         if not isinstance(value, str):
-            raise ArgumentTypeError(f"kv is {value!r:.60}: it has to be the name of a type")
+            raise ArgumentTypeError(f"kv is {value!r:.60}: it has to be the name of a type, e.g. int8")
         return
-    # What a model's context can be, it says itself.
+    # The model checks its context length itself.
     least, most = (-math.inf, math.inf) if option == "context_length" else (1, 2**63 - 1)
     right_type = is_integer(value)
     if not right_type or not least <= cast("int", value) <= most:
@@ -257,18 +258,18 @@ def _check_option(option: str, value: object) -> None:
 
 
 def open_runtime(bundle: Bundle, name: str | None = None, **options: int | str | None) -> Runtime:
-    """Load `bundle` into a runtime: the one called `name`, else the best available one for the bundle's target.
+    """Load `bundle` into the runtime `name`, or the best available one for the bundle's target.
 
-    Options that are None are left to the runtime. `threads`: default the physical cores that this process may use, at
-    most its CPUs. `context_length`: positions to allocate, default the model's, at most 4096. `chunk`: tokens a prefill
-    step. `kv`: type of the cache, for bundles with native operators one of `edgelm.bundle.kv_cache.KV_TYPES`, default
-    the bundle's.
-    `weight_memory`: bytes of weights that a TensorRT engine may have in the GPU's memory.
+    Options that are None have the runtime's default. `threads`: CPU threads, default the physical cores that this
+    process may use. `context_length`: positions to allocate, default the model's, at most 4096. `chunk`: tokens per
+    prefill step. `kv`: type of the KV cache, for bundles with native operators one of
+    `edgelm.bundle.kv_cache.KV_TYPES`, default the bundle's. `weight_memory`: bytes of weights that a TensorRT engine
+    may keep in the GPU's memory.
 
     Raises:
-        RuntimeUnavailableError: no such runtime, not one for this bundle, or its package is not installed.
-        ArgumentTypeError: an option that the runtime does not have, or of the wrong type.
-        ArgumentValueError: an option that is out of range.
+        RuntimeUnavailableError: the runtime does not exist, cannot run this bundle, or its package is not installed.
+        ArgumentTypeError: the runtime does not have an option, or an option has the wrong type.
+        ArgumentValueError: an option is out of range.
         BundleError: the graph cannot be loaded.
     """
     entry = _choose(bundle, name)

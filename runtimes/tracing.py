@@ -1,4 +1,5 @@
-"""A bundle's debug graph, whatever runs it: texts in, every layer's values out."""
+"""Base class of runtimes for a bundle's debug graph: token ids in, hidden states and router logits of every layer
+out."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trace:
-    """What the debug graph computed at every position of a text of T tokens.
+    """Values of the debug graph at every position of a text of T tokens.
 
-    `logits` [T, V], None where they were not asked for; `hidden`: L + 1 arrays [T, D], the embedding's output and the
+    `logits` [T, V], None if not requested; `hidden`: L + 1 arrays [T, D], the embedding's output and the
     residual stream after each layer; `router_logits`: L arrays [T, E], empty for a dense model.
     """
 
@@ -30,9 +31,9 @@ class Trace:
 
 
 class TracingModel(Closable):
-    """A bundle's debug graph, loaded. It takes as much memory as the main graph: close that one first.
+    """A bundle's loaded debug graph. It takes as much memory as the main graph: close that one first.
 
-    Its products are computed in float32, so it differs from the quantised reference by rounding only.
+    Its matmuls are computed in float32, so it differs from the quantised reference only by rounding.
     """
 
     kind = "tracing runtime"
@@ -42,17 +43,17 @@ class TracingModel(Closable):
         layers = self._model.num_layers
         routers = [f"router_logits.{i}" for i in range(layers)] if self._model.num_experts else []
         self.traced = (*(f"hidden.{i}" for i in range(layers + 1)), *routers)
-        """Names of the values that it returns besides logits."""
+        """Names of the returned values, without logits."""
 
     @abstractmethod
     def _run(self, ids: NDArray[np.int64], names: Sequence[str], *, logits: bool) -> list[NDArray[np.float32]]:
-        """Run ids [B, T] from position 0; the values `names`, each of B * T rows.
+        """Run ids [B, T] from position 0; return the values `names`, each with B * T rows.
 
-        The first of the names is "logits", which need not be complete unless `logits`.
+        The first name is "logits"; that value may be incomplete unless `logits` is true.
         """
 
     def trace(self, tokens: Sequence[int], *, logits: bool = True) -> Trace:
-        """Run `tokens` from position 0 in one pass. `logits=False` spares their [T, V] float32.
+        """Run `tokens` from position 0 in one pass. `logits=False` saves their memory, [T, V] float32.
 
         Raises:
             ContextLengthError, GenerationError: as `Runtime.prefill`, against the model's own context length.
@@ -62,8 +63,8 @@ class TracingModel(Closable):
     def trace_all(self, texts: Sequence[Sequence[int]], *, logits: bool = True) -> list[Trace]:
         """Run several texts in one pass over the weights, each from position 0.
 
-        Shorter ones are padded at the end with a token of their own: attention looks back only, so what is computed
-        before stays as it is. Memory grows with the number of texts times the longest. Raises as `trace`.
+        Shorter ones are padded at the end: attention is causal, so earlier positions are not affected. Memory grows
+        with the number of texts times the longest. Raises as `trace`.
         """
         self._require_open()
         model = self._model

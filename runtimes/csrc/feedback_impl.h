@@ -1,14 +1,14 @@
-// Rounding with feedback, for a block of columns and a tile of rows: the inner loops of quant/methods/gptq.py.
+// Inner loops of GPTQ (quant/methods/gptq.py): rounding with error feedback for a block of columns and a tile of rows.
 //
-// Plain loops over a tile of rows, which each instruction set vectorises as wide as it can: a row's arithmetic does not
-// depend on its neighbours, and nothing is fused, so every instruction set gives the same bits. Included where a kernel
-// table is compiled, inside its anonymous namespace and after quantize_kernel.h.
+// These are plain loops over a tile of rows, which the compiler vectorises for each instruction set. A row's arithmetic
+// does not depend on its neighbours and no multiply-add is fused, so every instruction set gives the same bits.
+// Included where a kernel table is compiled, inside its anonymous namespace and after quantize_kernel.h.
 #ifndef EDGELM_FEEDBACK_IMPL_H_
 #define EDGELM_FEEDBACK_IMPL_H_
 
 constexpr int kFeedbackRows = 32;
 
-// The value nearest to `x`: an integer in [low, high], whose bounds are whole and below 2^22.
+// Round `x` to the nearest integer in [low, high]. The bounds are integers below 2^22.
 struct NearestInteger {
   static inline float Of(float x, float low, float high) {
     x = x < low ? low : x;
@@ -17,18 +17,18 @@ struct NearestInteger {
   }
 };
 
-// The number of FP8 nearest to `x`, ties to even; past the largest it is the largest. Above kSmallest there are kMantissa
-// bits after the leading one, below it steps of kStep.
+// Round `x` to the nearest FP8 number, ties to even, clamped to the largest. At or above kSmallest there are kMantissa
+// bits after the leading one; below it numbers are multiples of kStep.
 template <int kMantissa, uint32_t kLargest, uint32_t kSmallest, uint32_t kStep>
 struct NearestFp8 {
   static inline float Of(float x, float, float) {
     const uint32_t bits = Bits(x), sign = bits & 0x80000000u;
     uint32_t magnitude = bits & 0x7fffffffu;
-    magnitude = magnitude > kLargest ? kLargest : magnitude;  // floats of one sign are ordered as their bits
+    magnitude = magnitude > kLargest ? kLargest : magnitude;  // bits of floats of one sign compare as the floats do
     constexpr int kShift = 23 - kMantissa;
     const uint32_t normal =
         (magnitude + ((1u << (kShift - 1)) - 1) + ((magnitude >> kShift) & 1u)) & ~((1u << kShift) - 1);
-    // Adding a number whose last place is worth kStep rounds to multiples of it.
+    // Adding a number whose unit in the last place is kStep rounds to multiples of kStep.
     const float base = FromBits(kStep + (23u << 23)) * 1.5f;
     const uint32_t subnormal = Bits((FromBits(magnitude) + base) - base);
     return FromBits((magnitude < kSmallest ? subnormal : normal) | sign);
@@ -38,7 +38,7 @@ struct NearestFp8 {
 using NearestE4m3 = NearestFp8<3, 0x43e00000u, 0x3c800000u, 0x3b000000u>;  // 448, 2^-6, 2^-9
 using NearestE5m2 = NearestFp8<2, 0x47600000u, 0x38800000u, 0x37800000u>;  // 57344, 2^-14, 2^-16
 
-// A tile's columns from or to an array whose rows are `stride` apart; rows beyond `count` are zero.
+// Load a tile, column by column, from an array with `stride` floats per row. Rows beyond `count` are zero.
 inline void LoadTile(const float* from, int64_t stride, int64_t columns, int count, float (*to)[kFeedbackRows]) {
   for (int64_t j = 0; j < columns; ++j) {
     if (count == kFeedbackRows) {
@@ -88,12 +88,13 @@ void FeedbackTile(const edgelm_feedback_arguments& a, int64_t first, int count) 
   StoreTile(error, a.columns, count, a.error + first, a.stride);
 }
 
-// For a tile of rows the best of the trial scales, each first fitted to the values that it gives.
+// For each row of a tile, find the best of the trial scales. Each is first refitted (least squares) to the codes it
+// gives.
 template <class Nearest>
 void FitTile(const edgelm_fit_arguments& a, int64_t first, int count) {
   alignas(64) float low[1][kFeedbackRows], trial[1][kFeedbackRows], line[1][kFeedbackRows];
   alignas(64) float best[kFeedbackRows], found[kFeedbackRows], inverse[kFeedbackRows];
-  alignas(64) float product[kFeedbackRows], norm[kFeedbackRows], fitted[kFeedbackRows], error[kFeedbackRows];
+  alignas(64) float dot[kFeedbackRows], norm[kFeedbackRows], fitted[kFeedbackRows], error[kFeedbackRows];
   LoadTile(a.lowest + first, 0, 1, count, low);
   for (int r = 0; r < kFeedbackRows; ++r) {
     best[r] = __builtin_inff();
@@ -103,18 +104,18 @@ void FitTile(const edgelm_fit_arguments& a, int64_t first, int count) {
     LoadTile(a.trials + t * a.rows + first, 0, 1, count, trial);
     for (int r = 0; r < kFeedbackRows; ++r) {
       inverse[r] = trial[0][r] == 0.0f ? 0.0f : 1.0f / trial[0][r];
-      product[r] = norm[r] = error[r] = 0.0f;
+      dot[r] = norm[r] = error[r] = 0.0f;
     }
     for (int64_t j = 0; j < a.columns; ++j) {
       const float importance = a.importance[j];
       LoadTile(a.weights + j * a.stride + first, 0, 1, count, line);
       for (int r = 0; r < kFeedbackRows; ++r) {
         const float value = Nearest::Of(line[0][r] * inverse[r], low[0][r], low[0][r] + a.range);
-        product[r] += importance * line[0][r] * value;
+        dot[r] += importance * line[0][r] * value;
         norm[r] += importance * value * value;
       }
     }
-    for (int r = 0; r < kFeedbackRows; ++r) fitted[r] = norm[r] > 0.0f ? product[r] / norm[r] : 0.0f;
+    for (int r = 0; r < kFeedbackRows; ++r) fitted[r] = norm[r] > 0.0f ? dot[r] / norm[r] : 0.0f;
     if (a.half) {
       for (int r = 0; r < kFeedbackRows; ++r) fitted[r] = HalfToFloat(FloatToHalf(fitted[r]));
     }
@@ -129,7 +130,7 @@ void FitTile(const edgelm_fit_arguments& a, int64_t first, int count) {
       }
     }
     for (int r = 0; r < kFeedbackRows; ++r) {
-      // A scale past float16 is infinite and its error no number, which is not less than anything.
+      // A scale beyond float16's range is infinite and its error NaN, which never compares as less.
       const bool better = error[r] < best[r];
       best[r] = better ? error[r] : best[r];
       found[r] = better ? fitted[r] : found[r];
@@ -145,7 +146,7 @@ void FitRows(const edgelm_fit_arguments& a, int64_t first, int64_t last) {
   }
 }
 
-// Rows [first, last).
+// Fit rows [first, last).
 void Fit(const edgelm_fit_arguments& a, int64_t first, int64_t last) {
   switch (a.numbers) {
     case EDGELM_INTEGERS:
@@ -169,7 +170,7 @@ void FeedbackRows(const edgelm_feedback_arguments& a, int64_t first, int64_t las
   }
 }
 
-// Rows [first, last) of the block.
+// Round rows [first, last) of the block.
 void Feedback(const edgelm_feedback_arguments& a, int64_t first, int64_t last) {
   switch (a.numbers) {
     case EDGELM_INTEGERS:

@@ -1,4 +1,4 @@
-// Boundary checks, choice of the instruction set, and threads.
+// C interface of _edgelm_quant: argument checks, choice of the instruction set, threads.
 #include "quantize.h"
 
 #include <algorithm>
@@ -46,7 +46,7 @@ bool Fits(const edgelm_quant_matrix& m, int64_t row_stride) {
          m.scales != nullptr && (m.symmetric != 0 || m.zeros != nullptr) && m.threads >= 1;
 }
 
-// Call `work(first, last)` on pieces of [0, total) of `step` from `threads` threads, the calling one among them.
+// Call `work(first, last)` on chunks of `step` of [0, total), with `threads` threads including the calling one.
 template <typename Work>
 void Share(int64_t total, int64_t step, int threads, const Work& work) {
   std::atomic<int64_t> next{0};
@@ -58,7 +58,7 @@ void Share(int64_t total, int64_t step, int threads, const Work& work) {
   try {
     for (int64_t i = 1; i < std::min<int64_t>(threads, pieces); ++i) others.emplace_back(loop);
   } catch (const std::system_error&) {
-    // No more threads are to be had: those there are do the work.
+    // No more threads can be created; the existing ones do the work.
   }
   loop();
   for (std::thread& other : others) other.join();
@@ -91,7 +91,8 @@ int32_t edgelm_quantize(edgelm_quantize_arguments* arguments) {
   const QuantizeKernel* kernel = FindKernel(m.isa);
   if (kernel == nullptr) return EDGELM_QUANT_NO_SUCH_ISA;
 
-  // Pieces of about 64 K weights: long enough to pay for the counter, short enough to share a small matrix evenly.
+  // Chunks of about 64 K weights: large compared with the cost of the counter, small enough to divide a small matrix
+  // evenly.
   const int64_t batch = m.group * kernel->lanes, step = kernel->lanes * std::max<int64_t>(1, (1 << 16) / batch);
   const size_t bytes = static_cast<size_t>(batch) * (sizeof(float) + 1);
   std::mutex mutex;
@@ -101,7 +102,8 @@ int32_t edgelm_quantize(edgelm_quantize_arguments* arguments) {
     int32_t found = EDGELM_QUANT_OK;
     const int64_t bad = kernel->quantize(*arguments, first, last, scratch.get(), &found);
     if (bad < 0) return;
-    // Every piece is looked at even after one was refused, so that the first weight is named with any number of threads.
+    // All chunks are processed even after an error, so that the first bad weight is reported with any number of
+    // threads.
     const std::lock_guard<std::mutex> lock(mutex);
     if (arguments->bad_index < 0 || bad < arguments->bad_index) {
       arguments->bad_index = bad;

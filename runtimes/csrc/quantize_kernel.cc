@@ -1,8 +1,10 @@
-// The vector kernel, compiled once for each instruction set with EDGELM_KERNEL and EDGELM_LANES set by the build.
+// The vector kernel for quantisation. Compiled once per instruction set, with EDGELM_KERNEL and EDGELM_LANES set by the
+// build.
 //
-// One group lies in each lane, so that sums run down a group without crossing lanes: nothing but the transposition of
-// the weights depends on the vector width, and every width gives the same bits. No header with inline functions of
-// external linkage may be included here: the linker would keep one copy of those, compiled for whichever instruction set.
+// Each lane holds one group, so that sums over a group do not cross lanes: only the transposition of the weights
+// depends on the vector width, and every width gives the same bits. Do not include headers with inline functions of
+// external
+// linkage here: the linker would keep one copy of those, compiled for any one of the instruction sets.
 #include "quantize_kernel.h"
 
 #if defined(__SSE2__)
@@ -13,7 +15,7 @@ namespace edgelm {
 namespace {
 
 constexpr int kLanes = EDGELM_LANES;
-// Trial scales whose sums are taken in one pass over a group: enough chains of additions to hide their latency.
+// Trial scales per pass over a group: enough independent sums to hide the latency of additions.
 constexpr int kTrials = kLanes == 16 ? 4 : 2;
 
 typedef float Vec __attribute__((vector_size(4 * EDGELM_LANES)));
@@ -21,7 +23,7 @@ typedef int32_t Ints __attribute__((vector_size(4 * EDGELM_LANES)));
 
 inline Vec Splat(float value) { return value - Vec{}; }
 
-// The compiler may not turn `a < b ? a : b` into a minimum while NaN and -0 count; no NaN gets here.
+// The compiler must not turn `a < b ? a : b` into a minimum, because of NaN and -0. No NaN gets here, so this may.
 inline Vec Min(Vec a, Vec b) {
 #if EDGELM_LANES == 16
   return _mm512_min_ps(a, b);
@@ -99,7 +101,7 @@ inline void Try(const Vec* x, int64_t group, const float* targets, Vec base, Vec
   }
 }
 
-// What one pass over the values finds: the value of largest magnitude (the first of equals), and the extremes with 0.
+// Result of one pass over the values: the value of largest magnitude (the first of equals), minimum and maximum with 0.
 struct Extremes {
   Vec largest, bottom, top;
 };
@@ -144,7 +146,8 @@ inline Final Search(const edgelm_quantize_arguments& arguments, const Vec* x) {
 }
 
 // Copy up to kLanes groups so that lane l of x[k] is value k of group first + l; lanes without a group are zero.
-// Returns the largest magnitude as bits: float magnitudes order as integers, with infinities and NaN above all.
+// Returns
+// the largest magnitude as bits: magnitudes of floats compare as integers, with infinities and NaN above all others.
 uint32_t Transpose(const edgelm_quantize_arguments& arguments, int64_t first, int count, float* x) {
   const edgelm_quant_matrix& m = arguments.matrix;
   const int64_t group = m.group, per_row = m.columns / group;
@@ -177,13 +180,14 @@ int64_t FindRefused(const edgelm_quantize_arguments& arguments, int64_t first, i
     *status = magnitude >= 0x7f800000u ? EDGELM_QUANT_NOT_FINITE : EDGELM_QUANT_TOO_LARGE;
     if (magnitude >= 0x7f800000u || FromBits(magnitude) > LargestWeight(m.bits)) return row * m.columns + column;
   }
-  __builtin_unreachable();  // the caller saw such a magnitude among these very weights
+  __builtin_unreachable();  // the caller found such a magnitude among these weights
 }
 
-// The fewest codes that fill whole bytes: 8 codes in 3 bytes at 3 bits, 2 in 1 at 4, 8 in 5 at 5, 4 in 3 at 6, 1 at 8.
+// The smallest number of codes that fill whole bytes: 8 codes in 3 bytes at 3 bits, 2 in 1 at 4, 8 in 5 at 5, 4 in 3 at
+// 6, 1 at 8.
 constexpr int CodesOfWord(int bits) { return bits % 8 == 0 ? 1 : bits % 4 == 0 ? 2 : bits % 2 == 0 ? 4 : 8; }
 
-// Codes of one group lie kLanes apart, as Quantize makes them.
+// Store one group's codes, which Quantize writes kLanes apart.
 template <int kBits>
 void StoreGroup(const uint8_t* from, int64_t group, uint8_t* to) {
   constexpr int kCodes = CodesOfWord(kBits), kBytes = kCodes * kBits / 8;
@@ -264,7 +268,7 @@ void Dequantize(const edgelm_dequantize_arguments& arguments, int64_t first_row,
 
 }  // namespace
 
-extern const QuantizeKernel EDGELM_KERNEL;  // else a constant is local to its file
+extern const QuantizeKernel EDGELM_KERNEL;  // without `extern` a constant is local to its file
 const QuantizeKernel EDGELM_KERNEL = {kLanes, Quantize, Dequantize, Fit, Feedback};
 
 }  // namespace edgelm

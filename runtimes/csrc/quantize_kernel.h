@@ -10,10 +10,10 @@
 namespace edgelm {
 
 struct QuantizeKernel {
-  // Groups treated together, one to a vector lane.
+  // Groups processed together, one per vector lane.
   int lanes;
   // Quantise the groups [first, last) of the matrix, counted row by row. `scratch` holds (4 + 1) * lanes * group bytes,
-  // 64-byte aligned. Returns -1, or the index of a weight at or before which something was refused, with the status.
+  // 64-byte aligned. Returns -1, or the index of a weight at or before which an error occurred, and sets the status.
   int64_t (*quantize)(const edgelm_quantize_arguments& arguments, int64_t first, int64_t last, void* scratch,
                       int32_t* status);
   void (*dequantize)(const edgelm_dequantize_arguments& arguments, int64_t first_row, int64_t last_row);
@@ -44,17 +44,17 @@ static inline float FromBits(uint32_t bits) {
   return value;
 }
 
-// Round to nearest, ties to even, subnormals included; past 65519.99 it is infinite.
+// Round to nearest, ties to even, subnormals included; infinite above 65519.99.
 static inline uint16_t FloatToHalf(float value) {
   uint32_t bits = Bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   bits &= 0x7fffffffu;
   if (bits >= 0x47800000u) return static_cast<uint16_t>(sign | (bits > 0x7f800000u ? 0x7e00u : 0x7c00u));
   if (bits < 0x38800000u) {
-    // 0.5 has the unit in the last place 2^-24, which is a subnormal half's: the addition rounds for us.
+    // 0.5 has the unit in the last place 2^-24, that of a subnormal half, so the addition rounds correctly.
     return static_cast<uint16_t>(sign | (Bits(FromBits(bits) + 0.5f) - 0x3f000000u));
   }
-  bits += 0xc8000fffu + ((bits >> 13) & 1u);  // exponent bias 127 -> 15, and half a unit less the tie
+  bits += 0xc8000fffu + ((bits >> 13) & 1u);  // exponent bias 127 -> 15, and half a unit for rounding
   return static_cast<uint16_t>(sign | (bits >> 13));
 }
 
@@ -72,7 +72,7 @@ static inline float LoadWeight(const edgelm_quantize_arguments& arguments, int64
   return FromBits(static_cast<uint32_t>(static_cast<const uint16_t*>(arguments.weights)[at]) << 16);
 }
 
-// The largest magnitude whose plain scale still fits float16 under either kind of scheme.
+// The largest magnitude whose scale fits float16, for symmetric and asymmetric schemes.
 static inline float LargestWeight(int bits) { return kHalfMax * static_cast<float>((1 << (bits - 1)) - 1); }
 
 }  // namespace edgelm

@@ -1,4 +1,4 @@
-// The scalar reference: one group at a time, one loop for each sentence of quant/primitives.py. Always compiled.
+// The scalar reference for quantisation, one group at a time, following quant/primitives.py. Always compiled.
 #include "quantize_kernel.h"
 
 namespace edgelm {
@@ -68,7 +68,7 @@ Final Search(const edgelm_quantize_arguments& arguments, const float* x) {
   return found.error <= rounded.error ? found : rounded;
 }
 
-// Codes are written in rising order: what lies above one in its byte is not there yet.
+// Codes are written in ascending order, so the bits above a code in its byte are not written yet.
 void Put(uint8_t* codes, int64_t at, int bits, unsigned code) {
   uint8_t* byte = codes + at * bits / 8;
   const int shift = static_cast<int>(at * bits % 8);

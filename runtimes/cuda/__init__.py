@@ -1,1 +1,2 @@
-"""EdgeLM's own kernels on NVIDIA GPUs: compiled by NVRTC, launched through the driver, or emulated on a CPU."""
+"""Runtime `cuda`: EdgeLM's own kernels on NVIDIA GPUs, compiled by NVRTC, launched through the driver or emulated on a
+CPU."""

@@ -1,4 +1,4 @@
-"""What an executor and a plugin need of a device; the driver and the emulator implement it."""
+"""Interface of a device for executors and plugins. The driver and the emulator implement it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Launch:
     """One kernel launch.
 
     Attributes:
-        kernel: the name under which it was instantiated.
+        kernel: name of the kernel.
         grid: blocks in x, y, z.
-        block: threads of a block, in x alone.
+        block: threads per block, in x only.
         shared: bytes of dynamic shared memory.
-        args: the kernel's only parameter, a struct, as bytes in the device's layout (little-endian, naturally aligned).
+        args: bytes of the kernel's only parameter, a struct (little-endian, naturally aligned).
     """
 
     kernel: str
@@ -34,11 +34,11 @@ class DeviceInfo:
     """A device as the driver describes it.
 
     Attributes:
-        name: as printed by the vendor's tools.
+        name: the device's name, as nvidia-smi prints it.
         capability: compute capability, e.g. (9, 0).
-        multiprocessors: how many blocks can run at the same time at least.
-        memory: bytes in all.
-        driver: the CUDA version that the driver speaks, e.g. (13, 0).
+        multiprocessors: number of multiprocessors (SMs).
+        memory: total bytes.
+        driver: the CUDA version that the driver supports, e.g. (13, 0).
     """
 
     name: str
@@ -49,17 +49,17 @@ class DeviceInfo:
 
     @property
     def sm(self) -> int:
-        """The compute capability as compilers name it, e.g. 90."""
+        """The compute capability as a number, e.g. 90."""
         return 10 * self.capability[0] + self.capability[1]
 
 
 class Device(ABC):
-    """Memory, kernels and streams of one device. Addresses are plain integers. One thread at a time may use it."""
+    """Memory, kernels and streams of one device. Addresses are integers. Only one thread at a time may use it."""
 
     info: DeviceInfo
 
     def memory(self) -> tuple[int, int]:
-        """(free, total) bytes now, whoever holds the rest; a device without others has all of it free."""
+        """Return (free, total) bytes of memory, counting all processes."""
         return self.info.memory, self.info.memory
 
     @abstractmethod
@@ -67,49 +67,50 @@ class Device(ABC):
         """Reserve memory, aligned to 256 bytes, with undefined contents; return its address.
 
         Raises:
-            DeviceMemoryError: the device has not that much free.
+            DeviceMemoryError: there is not enough free memory.
         """
 
     @abstractmethod
     def free(self, address: int) -> None:
-        """Give back what `allocate` returned."""
+        """Free memory that `allocate` returned."""
 
     @abstractmethod
     def upload(self, address: int, data: NDArray[Any] | bytes) -> None:
-        """Copy to the device, in the order of the launches."""
+        """Copy to the device, in stream order."""
 
     @abstractmethod
     def download(self, address: int, out: NDArray[Any]) -> None:
-        """Copy `out.nbytes` bytes from the device into `out`; returns when they are there."""
+        """Copy `out.nbytes` bytes from the device into `out`; return when the copy is done."""
 
     @abstractmethod
     def fill(self, address: int, value: int, nbytes: int) -> None:
-        """Set bytes."""
+        """Set `nbytes` bytes to `value`."""
 
     @abstractmethod
     def load(self, names: Sequence[str]) -> None:
-        """Make kernels ready.
+        """Load kernels so that they can be launched.
 
         Raises:
-            RuntimeUnavailableError: naming what this device lacks.
+            RuntimeUnavailableError: a kernel does not run on this device; the message says why.
         """
 
     @abstractmethod
     def launch(self, launch: Launch, stream: int = 0) -> None:
-        """Start a kernel; `stream` 0 is the device's own."""
+        """Launch a kernel. `stream` 0 is the device's own stream."""
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Wait for everything that was started."""
+        """Wait for all launches and copies."""
 
     @abstractmethod
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Capture the launches of `work` (CUDA graph); the result starts them all, with the same arguments."""
+        """Capture the launches of `work` as a CUDA graph. Calling the result launches them all with the same
+        arguments."""
 
     def copy_bandwidth(self) -> float | None:
-        """Bytes a second read and written by a large copy within the device, measured now; None where none is."""
+        """Measure the bytes a second that a large copy within the device reads and writes; None if not supported."""
         return None
 
     @abstractmethod
     def close(self) -> None:
-        """Free everything."""
+        """Free all memory."""

@@ -1,4 +1,4 @@
-"""A device through the NVIDIA driver's own library: memory, kernels, streams, graphs. Needs nothing else."""
+"""A GPU through the NVIDIA driver library: memory, kernels, streams, CUDA graphs. No CUDA toolkit is needed."""
 
 from __future__ import annotations
 
@@ -23,28 +23,29 @@ from edgelm.sizes import format_size
 __all__ = ["INDEX_VARIABLE", "CudaDevice", "Graph", "KernelSource", "find_devices"]
 
 INDEX_VARIABLE = "EDGELM_GPU"
-"""Environment variable: which of the GPUs to use, counted from 0 as CUDA_VISIBLE_DEVICES leaves them."""
-PDL_VARIABLE = "EDGELM_GPU_OVERLAP"
-"""Environment variable: 1 starts kernels before the one before has ended, from SM 90 on. No GPU has seen this yet."""
+"""Environment variable: the number of the GPU to use, counted from 0 among those that CUDA_VISIBLE_DEVICES shows."""
+PDL_VARIABLE = "EDGELM_GPU_PDL"
+"""Environment variable: 1 enables programmatic dependent launch (PDL) from SM 90 on: a kernel may start before the
+previous one has ended. Not yet tested on a GPU."""
 OLDEST = (8, 0)
-"""The oldest compute capability that the kernels run on."""
+"""The lowest compute capability that the kernels support."""
 
-# Numbers of the driver's interface.
+# Constants of the driver API.
 _MULTIPROCESSORS, _MAJOR, _MINOR, _MOST_SHARED = 16, 75, 76, 97
 _DYNAMIC_SHARED = 8
 _NON_BLOCKING, _NO_TIMING, _CAPTURE_THIS_THREAD = 1, 2, 1
 _JIT_ERROR_LOG, _JIT_ERROR_LOG_SIZE = 5, 6
-# What a kernel may have without being asked.
+# Bytes of shared memory that a kernel may use without setting an attribute.
 _SHARED = 48 << 10
-# Uploads go through two pinned buffers of this size: while one is copied to the GPU the other is filled.
+# Uploads use two pinned buffers of this size: while one is copied to the GPU, the other is filled.
 _STAGING = 8 << 20
 
 
 class KernelSource(Protocol):
-    """Where compiled kernels come from: a bundle's folder, or the compiler."""
+    """A source of compiled kernels: a bundle's folder, or the compiler."""
 
     def image(self, names: Sequence[str], capability: tuple[int, int], driver: tuple[int, int]) -> Image:
-        """An image that has these kernels and suits the device; see `KernelFolder.image`."""
+        """Return an image that has these kernels and runs on the device; see `KernelFolder.image`."""
 
 
 @dataclass
@@ -56,37 +57,38 @@ class _Function:
 
 
 class Graph:
-    """Captured launches; calling it starts them all."""
+    """A CUDA graph. Calling it launches all captured kernels."""
 
     def __init__(self, device: CudaDevice, handle: int) -> None:
         self._device, self._handle = device, handle
 
     def __call__(self) -> None:
-        """Start the launches, on the device's own stream."""
+        """Launch the graph on the device's own stream."""
         self._device.call("cuGraphLaunch", self._handle, self._device.stream)
 
     def close(self) -> None:
-        """Free it; the device does so too when it is closed."""
+        """Free the graph. Closing the device does so too."""
         if self._handle:
             self._device.call("cuGraphExecDestroy", self._handle)
             self._handle = 0
 
 
 class CudaDevice(Device):
-    """One GPU. It lives in the process's primary context, so that other libraries can share its memory.
+    """One GPU. It uses the process's primary context, so that other libraries can share its memory.
 
     Args:
-        kernels: where kernels come from.
-        index: which GPU, as CUDA_VISIBLE_DEVICES leaves them; default EDGELM_GPU, else 0.
-        library: path of the driver's library, where it is not the system's.
-        pdl: whether kernels that wait by themselves are started before the one before has ended (programmatic dependent
-            launch); default EDGELM_GPU_OVERLAP, else not.
+        kernels: the source of compiled kernels.
+        index: number of the GPU among those that CUDA_VISIBLE_DEVICES shows; default EDGELM_GPU, otherwise 0.
+        library: path of the driver library, if not the system's.
+        pdl: use programmatic dependent launch for kernels that support it: they start before the previous kernel has
+        ended
+            and wait for its results themselves; default EDGELM_GPU_PDL, otherwise off.
 
     Attributes:
-        pdl: likewise; what is launched or captured from now on goes by it.
+        pdl: as above; applies to all later launches and captures.
 
     Raises:
-        DeviceError: no driver, no such GPU, or one that is too old.
+        DeviceError: there is no driver, no GPU of this number, or the GPU is too old.
     """
 
     def __init__(
@@ -115,10 +117,10 @@ class CudaDevice(Device):
         self._graphs: list[Graph] = []
         self._staging: list[tuple[NDArray[np.uint8], int]] = []
         self.stream = self._handle("cuStreamCreate", _NON_BLOCKING)
-        """Handle of the device's own stream, for other libraries."""
+        """The handle of the device's own stream, for other libraries."""
 
     def call(self, function: str, *args: object, allowed: Container[int] = (), doing: str = "") -> int:
-        """Call the driver in this device's context; see `Driver.call`."""
+        """Call a driver function in this device's context; see `Driver.call`."""
         thread = threading.get_ident()
         if thread != self._thread:
             self._driver.call("cuCtxSetCurrent", self._context)
@@ -128,19 +130,19 @@ class CudaDevice(Device):
     # -- memory --------------------------------------------------------------------------------------------------------
 
     def memory(self) -> tuple[int, int]:
-        """(free, total) bytes of the GPU now, whoever holds the rest."""
+        """Return (free, total) bytes of the GPU's memory, counting all processes."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self.call("cuMemGetInfo", ctypes.byref(free), ctypes.byref(total))
         return free.value, total.value
 
     @property
     def allocated(self) -> int:
-        """Bytes that `allocate` handed out and that were not freed."""
+        """Bytes that were allocated and not freed."""
         return sum(self._buffers.values())
 
     def allocate(self, nbytes: int) -> int:
-        """Reserve memory; see `Device.allocate`."""
-        assert not self._capturing, "memory must be there before launches are captured"
+        """See `Device.allocate`."""
+        assert not self._capturing, "allocate memory before launches are captured"
         address = ctypes.c_ulonglong()
         status = self.call("cuMemAlloc", ctypes.byref(address), max(nbytes, 1), allowed=(OUT_OF_MEMORY,))
         if status == OUT_OF_MEMORY:
@@ -154,16 +156,16 @@ class CudaDevice(Device):
         return address.value
 
     def free(self, address: int) -> None:
-        """Give memory back."""
+        """Free memory."""
         del self._buffers[address]
         self.call("cuMemFree", address)
 
     def upload(self, address: int, data: NDArray[Any] | bytes) -> None:
-        """Copy to the device in the order of the launches; `data` may be changed when this returns."""
+        """Copy to the device in stream order. `data` may be changed when this returns."""
         assert not self._capturing, "a captured copy would read this memory later: use start_upload"
         source = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else np.ascontiguousarray(data)
         start, left = source.ctypes.data, source.nbytes
-        if 0 < left <= _STAGING // 64:  # the driver's own buffer takes it
+        if 0 < left <= _STAGING // 64:  # small enough for the driver's own buffer
             self.call("cuMemcpyHtoDAsync", address, start, left, self.stream)
             return
         if left and not self._staging:
@@ -179,25 +181,25 @@ class CudaDevice(Device):
             start, address, left, turn = start + part, address + part, left - part, 1 - turn
 
     def download(self, address: int, out: NDArray[Any]) -> None:
-        """Copy from the device into `out`, which must be contiguous; returns when it is there."""
-        assert not self._capturing, "nothing can be waited for while launches are captured: use start_download"
+        """Copy from the device into `out`, which must be contiguous; return when the copy is done."""
+        assert not self._capturing, "a capture cannot wait: use start_download"
         assert out.flags.c_contiguous
         if out.nbytes:
             self.call("cuMemcpyDtoHAsync", out.ctypes.data, address, out.nbytes, self.stream)
             self.call("cuStreamSynchronize", self.stream, doing="waiting for a copy and the kernels before it")
 
     def fill(self, address: int, value: int, nbytes: int) -> None:
-        """Set bytes."""
+        """Set `nbytes` bytes to `value`."""
         if nbytes:
             self.call("cuMemsetD8Async", address, value, nbytes, self.stream)
 
     def copy(self, destination: int, source: int, nbytes: int) -> None:
-        """Copy within the device, in the order of the launches; the two must not overlap."""
+        """Copy within the device, in stream order. The two ranges must not overlap."""
         if nbytes:
             self.call("cuMemcpyDtoDAsync", destination, source, nbytes, self.stream)
 
     def pinned(self, nbytes: int) -> NDArray[np.uint8]:
-        """Host memory that the device copies from and to by itself; it lives until `close`."""
+        """Return pinned host memory for asynchronous copies; it stays valid until `close`."""
         address = ctypes.c_void_p()
         self.call("cuMemHostAlloc", ctypes.byref(address), max(nbytes, 1), 0, doing="pinning host memory")
         assert address.value is not None
@@ -206,21 +208,21 @@ class CudaDevice(Device):
         return array
 
     def start_upload(self, address: int, pinned: NDArray[Any]) -> None:
-        """Start a copy from pinned memory, which must stay as it is until the copy is done; it can be captured."""
+        """Start a copy from pinned memory, which must not change until the copy is done. Can be captured."""
         self.call("cuMemcpyHtoDAsync", address, pinned.ctypes.data, pinned.nbytes, self.stream)
 
     def start_download(self, pinned: NDArray[Any], address: int) -> None:
-        """Start a copy into pinned memory; it can be captured."""
+        """Start a copy into pinned memory. Can be captured."""
         self.call("cuMemcpyDtoHAsync", pinned.ctypes.data, address, pinned.nbytes, self.stream)
 
     # -- kernels -------------------------------------------------------------------------------------------------------
 
     def load(self, names: Sequence[str]) -> None:
-        """Make kernels ready; see `Device.load`.
+        """Load kernels; see `Device.load`.
 
         Raises:
-            RuntimeUnavailableError: there is no image for this GPU and driver.
-            DeviceError: the driver refuses the image.
+            RuntimeUnavailableError: no image runs on this GPU with this driver.
+            DeviceError: the driver rejects the image.
         """
         have = {name for _, image in self._modules for name in image.argument_bytes}
         missing = [name for name in dict.fromkeys(names) if name not in have]
@@ -231,7 +233,7 @@ class CudaDevice(Device):
             if name not in self._functions:
                 module, image = next(found for found in self._modules if name in found[1].argument_bytes)
                 handle = self._handle("cuModuleGetFunction", module, name.encode(), doing=f"looking for {name}")
-                # Drivers load a kernel when it is first used, which may be while launches are captured, and wait then.
+                # Drivers load a kernel when it is first used and wait then, which is not allowed during a capture.
                 if self._driver.has("cuFuncLoad"):
                     self.call("cuFuncLoad", handle, doing=f"loading {name}")
                 self._functions[name] = _Function(handle, image.argument_bytes[name], name in image.pdl)
@@ -240,7 +242,7 @@ class CudaDevice(Device):
         module, log = ctypes.c_void_p(), ctypes.create_string_buffer(4096)
         keys = (ctypes.c_int * 2)(_JIT_ERROR_LOG, _JIT_ERROR_LOG_SIZE)
         values = (ctypes.c_void_p * 2)(ctypes.addressof(log), len(log))
-        data = image.data + b"\0"  # where PTX text ends
+        data = image.data + b"\0"  # PTX text must end with a zero byte
         try:
             self.call(
                 "cuModuleLoadDataEx", ctypes.byref(module), data, 2, keys, values, doing=f"loading {image.target}"
@@ -252,14 +254,15 @@ class CudaDevice(Device):
         return module.value
 
     def launch(self, launch: Launch, stream: int = 0) -> None:
-        """Start a kernel.
+        """Launch a kernel.
 
         Raises:
-            DeviceError: it was not loaded, another version compiled it, or this GPU has too little shared memory.
+            DeviceError: the kernel was not loaded, another version of EdgeLM compiled it, or this GPU has too little
+            shared memory.
         """
         function = self._functions.get(launch.kernel)
         if function is None:
-            raise DeviceError(f"the kernel {launch.kernel} was not loaded")
+            raise DeviceError(f"the kernel {launch.kernel} was not loaded: call load() first")
         if len(launch.args) != function.argument_bytes:
             raise DeviceError(
                 f"the bundle's kernel {launch.kernel} takes {function.argument_bytes} bytes of arguments, this version "
@@ -274,7 +277,7 @@ class CudaDevice(Device):
             self.call("cuFuncSetAttribute", function.handle, _DYNAMIC_SHARED, launch.shared)
             function.shared = launch.shared
         arguments = ctypes.c_char_p(launch.args)
-        parameters = ctypes.cast(arguments, ctypes.c_void_p)  # of the struct's bytes, which the driver copies
+        parameters = ctypes.cast(arguments, ctypes.c_void_p)  # pointer to the struct's bytes, which the driver copies
         how = (launch.shared, stream or self.stream)
         if function.pdl and self.pdl:
             config = LaunchConfig.with_pdl(launch.grid, launch.block, *how)
@@ -290,11 +293,11 @@ class CudaDevice(Device):
     # -- order and time ------------------------------------------------------------------------------------------------
 
     def synchronize(self) -> None:
-        """Wait for everything; an error of a kernel that ran shows here."""
+        """Wait for all work. An error of an earlier kernel is raised here."""
         self.call("cuCtxSynchronize", doing="waiting for kernels")
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """Capture what `work` launches; it must neither wait nor allocate."""
+        """Capture the launches of `work`, which must neither wait nor allocate."""
         self.call("cuStreamBeginCapture", self.stream, _CAPTURE_THIS_THREAD)
         self._capturing = True
         graph, done = ctypes.c_void_p(), False
@@ -303,7 +306,7 @@ class CudaDevice(Device):
             done = True
         finally:
             self._capturing = False
-            # After an error of `work` that error is the one to show.
+            # If `work` failed, its error is the one to raise.
             status = self._driver.call("cuStreamEndCapture", self.stream, ctypes.byref(graph), allowed=range(1, 10000))
             if status and done:
                 self._driver.fail("cuStreamEndCapture", status, "capturing launches")
@@ -316,7 +319,7 @@ class CudaDevice(Device):
         return self._graphs[-1]
 
     def elapsed(self, work: Callable[[], None], repeat: int = 1) -> list[float]:
-        """Seconds of device time that each of `repeat` runs of `work` takes on the device's own stream."""
+        """Measure the seconds of device time of each of `repeat` runs of `work` on the device's own stream."""
         events = [self._event(0) for _ in range(repeat + 1)]
         self.call("cuEventRecord", events[0], self.stream)
         for event in events[1:]:
@@ -333,7 +336,8 @@ class CudaDevice(Device):
         return times
 
     def copy_bandwidth(self) -> float | None:
-        """Bytes a second that a copy of 256 MiB reads and writes, the median of ten; None where there is no room."""
+        """Measure the bytes a second that a copy of 256 MiB reads and writes (median of ten); None if memory is too
+        small."""
         nbytes = 256 << 20
         try:
             source, target = self.allocate(nbytes), self.allocate(nbytes)
@@ -346,7 +350,7 @@ class CudaDevice(Device):
         return 2 * nbytes / statistics.median(times)
 
     def close(self) -> None:
-        """Free everything; a second time it does nothing. After an error of a kernel only the context is released."""
+        """Free everything. Closing twice is harmless. After a kernel error only the context is released."""
         if self._ordinal is None:
             return
         ordinal, self._ordinal = self._ordinal, None
@@ -368,7 +372,7 @@ class CudaDevice(Device):
 
     def _handle(self, function: str, *args: object, doing: str = "") -> int:
         handle = ctypes.c_void_p()
-        # The context itself is made before there is one to be current.
+        # This call creates the context, so there is none to make current yet.
         call = self._driver.call if function == "cuDevicePrimaryCtxRetain" else self.call
         call(function, ctypes.byref(handle), *args, doing=doing)
         assert handle.value is not None, function
@@ -379,10 +383,10 @@ class CudaDevice(Device):
 
 
 def find_devices(library: str | None = None) -> tuple[DeviceInfo, ...]:
-    """Every GPU of this machine that CUDA_VISIBLE_DEVICES leaves; makes no context.
+    """Describe every GPU of this machine that CUDA_VISIBLE_DEVICES shows. Creates no context.
 
     Raises:
-        DeviceError: no driver, or no GPU.
+        DeviceError: there is no driver, or no GPU.
     """
     driver = Driver(library)
     return tuple(_describe(driver, _integer(driver, "cuDeviceGet", index)) for index in range(_count(driver)))
@@ -396,20 +400,20 @@ def _count(driver: Driver) -> int:
 
 
 def chosen_index(count: int, index: int | None = None) -> int:
-    """Which of `count` GPUs to use: `index`, else what EDGELM_GPU says, else the first.
+    """Return the number of the GPU to use: `index`, by default EDGELM_GPU, by default 0.
 
     Raises:
-        DeviceError: there is none of that number.
+        DeviceError: it is not below `count`.
     """
     named = os.environ.get(INDEX_VARIABLE)
     if index is None and named:
         if not named.isdigit():
-            raise DeviceError(f"{INDEX_VARIABLE}={named} is not the number of a GPU: 0 to {count - 1}")
+            raise DeviceError(f"{INDEX_VARIABLE}={named} is not the number of a GPU: set it to 0 to {count - 1}")
         index = int(named)
     index = index or 0
     if not 0 <= index < count:
         raise DeviceError(
-            f"there is no GPU {index}: this machine shows {count}, counted from 0 ({INDEX_VARIABLE} chooses)"
+            f"there is no GPU {index}: this machine shows {count}, numbered from 0; choose one with {INDEX_VARIABLE}"
         )
     return index
 

@@ -1,6 +1,6 @@
-"""libcuda.so.1, the driver's own library, by ctypes: loading it, calling it, and what its errors mean for a user.
+"""libcuda.so.1, the NVIDIA driver's library, through ctypes: loading, calls, and errors with what to do about them.
 
-It comes with the driver, so that a device needs no part of the CUDA toolkit.
+The library comes with the driver, so that a device needs no part of the CUDA toolkit.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ __all__ = ["LIBRARY_VARIABLE", "Driver", "LaunchConfig"]
 
 LIBRARY = "libcuda.so.1"
 LIBRARY_VARIABLE = "EDGELM_CUDA_DRIVER"
-"""Environment variable: path of the driver's library to use in place of the system's."""
+"""Environment variable: path of the driver library to use in place of the system's."""
 
 OUT_OF_MEMORY = 2
 _NO_DEVICE_HELP = (
     "check that nvidia-smi lists a GPU, that CUDA_VISIBLE_DEVICES does not hide it, and that a container was started "
     "with its GPUs (--gpus all)"
 )
-# By the driver's number; what none of these says, the driver's own words do.
+# What to do, by the driver's error number. For other errors the message has the driver's own text.
 _HELP = {
     2: "end what else uses the GPU (nvidia-smi shows it), or use a shorter context, a smaller batch or int4 weights",
     3: "the process forked after it used the GPU: load the model in the child process",
     34: "this is the toolkit's stub of the driver: install the driver, or take the stubs' folder off LD_LIBRARY_PATH",
     46: "another process has the GPU for itself: end it, or change the GPU's compute mode",
     100: _NO_DEVICE_HELP,
-    101: "there is no GPU of that number: nvidia-smi lists them; EDGELM_GPU and CUDA_VISIBLE_DEVICES choose",
+    101: "no GPU has this number: nvidia-smi lists them; choose one with EDGELM_GPU or CUDA_VISIBLE_DEVICES",
     200: "the bundle's kernels are damaged, or too new for this driver: copy the bundle again, or update the driver",
     201: "another library in this process reset the GPU: load the model again",
     209: "the bundle has no kernels for this GPU: export with --sm and its number",
-    214: "the GPU's memory has errors that it cannot correct: restart the machine, and have the GPU looked at",
+    214: "the GPU's memory has uncorrectable errors: restart the machine, and have the GPU checked",
     218: "the driver cannot compile the bundle's PTX: update the driver, or export with --sm and this GPU's number",
     222: "the bundle's PTX is newer than the driver: update the driver, or export with --sm and this GPU's number",
-    700: "a kernel left its memory, a bug in EdgeLM: report it; this process cannot use the GPU any more",
+    700: "a kernel accessed invalid memory, a bug in EdgeLM: report it; restart this process to use the GPU again",
     701: "the kernel needs more registers or shared memory than this GPU has: a bug in EdgeLM, report it",
     702: "a kernel ran for too long for a GPU that also drives a display: use another GPU or turn its watchdog off",
-    719: "a kernel failed, a bug in EdgeLM or a fault of the GPU: report it; this process cannot use the GPU any more",
+    719: "a kernel failed, a bug in EdgeLM or a fault of the GPU: report it; restart this process to use the GPU again",
     802: "the system is still starting its GPUs: start nvidia-fabricmanager, then try again",
     803: "the driver's library and its kernel module are of different versions: restart the machine",
     804: "the compatibility libraries of a newer CUDA do not run on this GPU: take them off LD_LIBRARY_PATH",
@@ -49,8 +49,8 @@ _I, _U, _L, _Z, _P, _S = (
     *(ctypes.c_int, ctypes.c_uint, ctypes.c_ulonglong),
     *(ctypes.c_size_t, ctypes.c_void_p, ctypes.c_char_p),
 )
-# Symbol and parameters. Addresses and handles are 64 bits, which ctypes would cut to an int where no type is given.
-# Where a function has several forms the one of CUDA 11 is taken, which every later driver keeps.
+# Symbol and parameters. Addresses and handles have 64 bits; ctypes would truncate them to int without a declared type.
+# If a function has several versions, that of CUDA 11 is used, which every later driver keeps.
 _FUNCTIONS: dict[str, tuple[str, tuple[type, ...]]] = {
     "cuDriverGetVersion": ("cuDriverGetVersion", (_P,)),
     "cuInit": ("cuInit", (_U,)),
@@ -100,7 +100,7 @@ _FUNCTIONS: dict[str, tuple[str, tuple[type, ...]]] = {
 
 
 class LaunchConfig(ctypes.Structure):
-    """How a kernel is launched before the one before it has ended (CUlaunchConfig with one attribute)."""
+    """CUlaunchConfig with one attribute, for programmatic dependent launch."""
 
     class _Attribute(ctypes.Structure):
         _fields_ = (("id", _I), ("pad", _I), ("value", _I), ("rest", ctypes.c_ubyte * 60))
@@ -114,12 +114,12 @@ class LaunchConfig(ctypes.Structure):
         ("count", _U),
     )
 
-    # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: the kernel itself waits for the one before.
+    # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: the kernel itself waits for the previous one.
     _pdl = _Attribute(id=6, value=1)
 
     @classmethod
     def with_pdl(cls, grid: tuple[int, int, int], block: int, shared: int, stream: int) -> LaunchConfig:
-        """For a kernel that waits by itself."""
+        """Return the configuration for a kernel that waits for the previous one itself."""
         return cls(grid, (block, 1, 1), shared, stream, ctypes.pointer(cls._pdl), 1)
 
 
@@ -127,13 +127,13 @@ class Driver:
     """The loaded and initialised library."""
 
     def __init__(self, library: str | None = None) -> None:
-        """Load it.
+        """Load and initialise the library.
 
         Args:
-            library: its path; by default what EDGELM_CUDA_DRIVER names, else the system's.
+            library: its path; default EDGELM_CUDA_DRIVER, otherwise the system's.
 
         Raises:
-            DeviceError: there is no driver, or no GPU that it can use.
+            DeviceError: there is no driver, or no usable GPU.
         """
         self.path = library or os.environ.get(LIBRARY_VARIABLE) or LIBRARY
         try:
@@ -147,24 +147,24 @@ class Driver:
         version = ctypes.c_int()
         self.call("cuDriverGetVersion", ctypes.byref(version))
         self.version = (version.value // 1000, version.value % 1000 // 10)
-        """The CUDA version that it speaks, e.g. (13, 0)."""
+        """The CUDA version that the driver supports, e.g. (13, 0)."""
         self.call("cuInit", 0)
 
     def has(self, function: str) -> bool:
-        """Whether this driver is new enough for a function."""
+        """Whether this driver has a function."""
         return hasattr(self._library, _FUNCTIONS[function][0])
 
     def call(self, function: str, *args: object, allowed: Container[int] = (), doing: str = "") -> int:
         """Call a function of the driver and return its status: 0 or one of `allowed`.
 
         Args:
-            function: its name without the suffix of its version.
-            args: integers for addresses and handles, byref() for what is written to.
-            allowed: errors that the caller deals with.
-            doing: what it is for, as a message says it.
+            function: its name without version suffix.
+            args: integers for addresses and handles, byref() for outputs.
+            allowed: error numbers that the caller handles.
+            doing: what the call is for, in error messages.
 
         Raises:
-            DeviceMemoryError: not enough memory.
+            DeviceMemoryError: the GPU has not enough memory.
             DeviceError: any other failure.
         """
         found = self._functions.get(function) or self._find(function)
@@ -184,7 +184,7 @@ class Driver:
         return found
 
     def fail(self, function: str, status: int, doing: str = "") -> NoReturn:
-        """Raise what a status means."""
+        """Raise the error of a status, with what to do."""
         said = f"{self._name(status)} from {function}{f' while {doing}' if doing else ''}"
         kind = DeviceMemoryError if status == OUT_OF_MEMORY else DeviceError
         raise kind(f"the GPU or its driver failed, {said}: {_HELP.get(status, self._words(status))}")

@@ -1,7 +1,7 @@
-"""The kernels on a CPU: compiled by the C++ compiler with an emulator of a GPU's blocks, for tests and checks.
+"""Emulation of the GPU kernels on the CPU, for tests and checks: compiled with a C++ compiler and csrc/cuda/emulator.h.
 
-Everything but the speed and the instructions is what a GPU runs: the same sources, launches and arguments. See
-`csrc/cuda/emulator.h` for what it looks out for. Buffers lie in the host's memory between canaries.
+Sources, launches and arguments are those of a GPU; speed and instructions are not. `csrc/cuda/emulator.h` lists what it
+detects. Buffers are in host memory, with canaries before and behind them.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _CANARY_BYTE = 0xA5
 
 
 class EmulatedDevice(Device):
-    """Runs kernels in emulation, one block after another.
+    """Runs emulated kernels, one block after another.
 
     Args:
-        capability: the compute capability to be: from (8, 9) on kernels take the instructions for FP8.
-        seed: the order of warps: 0 first to last, 1 last to first, other numbers shuffle.
-        cache: folder for compiled kernels; default `EDGELM_EMULATOR_CACHE`, else a folder of the user's cache.
-        lazy: compile each kernel when it is first launched: of a whole model's, most never are.
+        capability: the compute capability to emulate; from (8, 9) on kernels use FP8 instructions.
+        seed: the order of warps: 0: first to last, 1: last to first, other numbers: shuffled.
+        cache: folder for compiled kernels; default `EDGELM_EMULATOR_CACHE`, otherwise a folder in the user's cache.
+        lazy: compile each kernel when it is first launched, since a model launches few of its kernels.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class EmulatedDevice(Device):
         self._awaited: set[str] = set()
 
     def allocate(self, nbytes: int) -> int:
-        """Reserve memory filled with NaNs."""
+        """Allocate memory filled with NaNs."""
         buffer = np.full(nbytes + 2 * _CANARY + ALIGNMENT, 0xFF, np.uint8)
         address = aligned(buffer.ctypes.data + _CANARY)
         start = address - buffer.ctypes.data
@@ -60,28 +60,28 @@ class EmulatedDevice(Device):
         return address
 
     def free(self, address: int) -> None:
-        """Give memory back, after a look at its canaries."""
+        """Check the canaries and free the memory."""
         self._check(address, self._buffers[address])
         del self._buffers[address]
 
     def upload(self, address: int, data: NDArray[Any] | bytes) -> None:
-        """Copy."""
+        """Copy to the buffer."""
         array = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else np.ascontiguousarray(data)
         ctypes.memmove(address, array.ctypes.data, array.nbytes)
 
     def download(self, address: int, out: NDArray[Any]) -> None:
-        """Copy; `out` must be contiguous."""
+        """Copy from the buffer into `out`, which must be contiguous."""
         ctypes.memmove(out.ctypes.data, address, out.nbytes)
 
     def fill(self, address: int, value: int, nbytes: int) -> None:
-        """Set bytes."""
+        """Set `nbytes` bytes to `value`."""
         ctypes.memset(address, value, nbytes)
 
     def load(self, names: Sequence[str]) -> None:
-        """Compile kernels, or take them from the cache.
+        """Compile kernels, or load them from the cache.
 
         Raises:
-            DeviceError: there is no C++ compiler, or it refuses the sources.
+            DeviceError: there is no C++ compiler, or it rejects the sources.
         """
         missing = sorted(set(names) - self._launchers.keys())
         if missing:
@@ -100,14 +100,14 @@ class EmulatedDevice(Device):
         """Run a kernel to its end.
 
         Raises:
-            DeviceError: the kernel was not loaded, or did what it must not.
+            DeviceError: the kernel was not loaded, or the emulator found an error in it.
         """
         del stream
         if launch.kernel not in self._launchers and launch.kernel in self._awaited:
             source, _ = translation_unit([launch.kernel])
             self.load_source([launch.kernel], source)
         if launch.kernel not in self._launchers:
-            raise DeviceError(f"the kernel {launch.kernel} was not loaded")
+            raise DeviceError(f"the kernel {launch.kernel} was not loaded: call load() first")
         grid = (ctypes.c_int * 3)(*launch.grid)
         args = ctypes.create_string_buffer(launch.args, len(launch.args))
         problem = self._launchers[launch.kernel](
@@ -118,23 +118,23 @@ class EmulatedDevice(Device):
             raise DeviceError(f"emulated kernel {problem.decode()}")
 
     def synchronize(self) -> None:
-        """Look at every buffer's canaries.
+        """Check the canaries of all buffers.
 
         Raises:
-            DeviceError: a kernel wrote beside a buffer.
+            DeviceError: a kernel wrote outside a buffer.
         """
         for address, buffer in self._buffers.items():
             self._check(address, buffer)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Capture the launches."""
+        """Capture the launches of `work`."""
         captured: list[Launch] = []
         run = self.launch
         self.launch = lambda launch, stream=0: captured.append(launch)  # type: ignore[method-assign]  # while capturing
         try:
             work()
         finally:
-            self.launch = run  # type: ignore[method-assign]  # as it was
+            self.launch = run  # type: ignore[method-assign]  # restore it
 
         def replay() -> None:
             for launch in captured:
@@ -143,7 +143,7 @@ class EmulatedDevice(Device):
         return replay
 
     def close(self) -> None:
-        """Free everything, after a look at the canaries."""
+        """Check the canaries and free everything."""
         self.synchronize()
         self._buffers.clear()
 
@@ -155,7 +155,7 @@ class EmulatedDevice(Device):
 
 
 def _included(source: str) -> list[str]:
-    """The texts of the headers that a source includes, and of those that they include: a change to others is none."""
+    """Return the texts of all headers that a source includes, directly or not. They are part of the cache key."""
     found: dict[str, str] = {}
     texts = [source]
     while texts:
@@ -168,8 +168,8 @@ def _included(source: str) -> list[str]:
 
 def _compiled(source: str, capability: tuple[int, int], cache: Path) -> Callable[..., bytes | None]:
     fp8 = ["-DEDGELM_HAS_FP8=1"] if capability >= (8, 9) else []
-    # -ffp-contract=off: what is fused is written fused. Hidden: what is static in an inline function is otherwise one
-    # object in the whole process, which several such libraries, even of different sources, would write to and free.
+    # -ffp-contract=off: only explicit fma() is fused. -fvisibility=hidden: a static variable of an inline function
+    # would otherwise be one object in the process, shared by all such libraries, even of different sources.
     command = [
         "-std=c++17",
         "-O2",
@@ -187,7 +187,7 @@ def _compiled(source: str, capability: tuple[int, int], cache: Path) -> Callable
     if not library.is_file():
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
         if compiler is None:
-            raise DeviceError("the emulator of GPU kernels needs a C++ compiler: install g++, or name one in CXX")
+            raise DeviceError("the emulator of GPU kernels needs a C++ compiler: install g++, or set CXX to one")
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             file = Path(folder) / "kernels.cc"
@@ -197,12 +197,12 @@ def _compiled(source: str, capability: tuple[int, int], cache: Path) -> Callable
             done = subprocess.run(call, capture_output=True, text=True, check=False)
             if done.returncode:
                 first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:500])
-                raise DeviceError(f"{compiler} refuses the kernels' sources: {first}")
+                raise DeviceError(f"{compiler} cannot compile the emulated kernels: {first}")
             output.replace(library)
     function: Callable[..., bytes | None] = ctypes.CDLL(str(library)).edgelm_emulated_launch
     function.argtypes = [  # type: ignore[attr-defined]  # a C function
         ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t,
         ctypes.c_uint,
     ]  # fmt: skip
-    function.restype = ctypes.c_char_p  # type: ignore[attr-defined]  # likewise
+    function.restype = ctypes.c_char_p  # type: ignore[attr-defined]  # a C function
     return function

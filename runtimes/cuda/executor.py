@@ -1,8 +1,8 @@
-"""Runs a program on a device: caches and values in the device's memory, and the launches of a step.
+"""Runs a program on a device: memory for caches and values, and the kernel launches of a step.
 
-A step has B sequences of T new tokens. Which kernels are launched with which addresses depends on B and T and on how
-large the caches are, never on what is cached: how much that is, is read from the device's memory. So the launches of a
-shape are planned once, and those of a decode step captured as one graph.
+A step has B sequences of T new tokens. Its launches depend on B, T and the size of the caches only: kernels read the
+number of cached tokens from device memory. So the launches of each shape are planned once, and those of a decode step
+are captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from edgelm.runtimes.cuda.program import Node, Program
 from edgelm.runtimes.cuda.weights import DeviceWeights
 
 CAPACITY_MULTIPLE = 64
-"""Caches hold a multiple of so many tokens, which aligns every head's part in them."""
+"""The capacity of caches is a multiple of this, which aligns the part of every head."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What memory is reserved for.
+    """The sizes that memory is reserved for.
 
     Attributes:
-        batch: sequences with a cache.
+        batch: number of sequences.
         capacity: tokens of each cache; rounded up to `CAPACITY_MULTIPLE`.
-        tokens: the most new tokens of all sequences of a step together.
-        logits: the most positions of a step whose logits are computed.
+        tokens: the largest number of new tokens per step, over all sequences.
+        logits: the largest number of positions per step whose logits are computed.
         kv: type of the caches, see `edgelm.bundle.kv_cache`.
     """
 
@@ -52,7 +52,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the device, beside the weights: `caches`, `values` (with logits), and `workspace` of the kernels."""
+    """Bytes on the device besides the weights: `caches`, `values` (with logits), and `workspace` of the kernels."""
 
     caches: int
     values: int
@@ -60,18 +60,18 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum."""
         return self.caches + self.values + self.workspace
 
 
 class Layout:
-    """Where everything lies in one piece of memory, relative to its start.
+    """Offsets of caches, values and workspace in one block of memory.
 
     Args:
-        program: what is to be run.
-        sizes: for how much.
+        program: the program.
+        sizes: the sizes to reserve memory for.
         info: the device.
-        kept: values that stay until the end of a step; all others share memory as soon as nobody reads them.
+        kept: values that stay until the end of a step. All others share memory once their last reader has run.
     """
 
     def __init__(self, program: Program, sizes: Sizes, info: DeviceInfo, kept: Iterable[str] = ()) -> None:
@@ -95,7 +95,7 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in all."""
+        """Total bytes."""
         return self._end
 
     def _take(self, nbytes: int) -> int:
@@ -114,7 +114,7 @@ class Layout:
         nodes = self.program.nodes
         last = {name: index for index, node in enumerate(nodes) for name in node.inputs}
         for node in nodes:
-            if node.op == "LastToken":  # with one token a row its reader reads its input instead
+            if node.op == "LastToken":  # with one token per row its readers read its input instead
                 last[node.inputs[0]] = max(last[node.inputs[0]], last.get(node.outputs[0], 0))
         free: list[tuple[int, int]] = []  # (size, offset)
         held: dict[str, tuple[int, int]] = {}
@@ -139,15 +139,15 @@ def _after_head(name: str) -> bool:
 
 
 class Executor:
-    """A program with its memory on a device.
+    """Runs a program; owns its memory on a device.
 
     Args:
-        device: has the kernels of `kernels_of(program, kv)` loaded.
-        weights: of the program, on that device.
-        layout: of what else is needed.
+        device: the device, with the kernels of `kernels_of(program, kv)` loaded.
+        weights: the program's weights on that device.
+        layout: the layout of all other memory.
 
     Raises:
-        DeviceMemoryError: it does not fit.
+        DeviceMemoryError: there is not enough memory.
     """
 
     def __init__(self, device: Device, weights: DeviceWeights, layout: Layout) -> None:
@@ -156,14 +156,14 @@ class Executor:
         self._program = layout.program
         self._weights = weights
         self._base = device.allocate(layout.nbytes)
-        # Caches hold numbers from the start, and counters, which kernels leave as they found them, zeros.
+        # Caches must not hold NaN, and counters must be 0; kernels reset the counters.
         for start, nbytes in layout.zeroed:
             device.fill(self._base + start, 0, nbytes)
         self._planned: dict[tuple[Any, ...], list[Launch]] = {}
         self._graphs: dict[tuple[Any, ...], Callable[[], None]] = {}
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._graphs.clear()
         self.device.free(self._base)
 
@@ -177,15 +177,15 @@ class Executor:
         greedy: bool = False,
         graph: bool = False,
     ) -> None:
-        """Run ids [B, T] on sequences first .. first + B - 1, of which `lengths` [B] tokens are cached.
+        """Run ids [B, T] on sequences first .. first + B - 1, which have `lengths` [B] cached tokens.
 
         Args:
             ids: the new tokens.
-            lengths: how many each sequence has before them.
-            first: the first of the sequences.
-            all_positions: compute the logits of all positions, not of the last only.
-            greedy: choose the most probable tokens on the device.
-            graph: capture the launches the second time, and start them as one from then on.
+            lengths: the number of cached tokens of each sequence.
+            first: number of the first sequence.
+            all_positions: compute the logits of all positions, not only of the last.
+            greedy: compute the argmax of the logits on the device.
+            graph: capture the launches at the second call, and launch the CUDA graph from then on.
         """
         batch, tokens = ids.shape
         self.device.upload(self._base + self.layout.ids, np.ascontiguousarray(ids, np.int32))
@@ -193,7 +193,7 @@ class Executor:
         self.device.upload(place, np.ascontiguousarray(lengths, np.int32))
         key = (batch, tokens, first, all_positions, greedy)
         if not graph or key not in self._planned:
-            # The first time, too, of what is to be captured: what a kernel still needs of the driver it gets now.
+            # Also the first time before a capture, so that the driver can finish loading the kernels.
             self._start(self._launches(*key))
             return
         if key not in self._graphs:
@@ -202,7 +202,7 @@ class Executor:
         self._graphs[key]()
 
     def value(self, name: str, rows: int) -> NDArray[np.float32]:
-        """A float32 value of the last step, [rows, width]."""
+        """Return a float32 value of the last step, [rows, width]."""
         value = self._program.values[name]
         assert value.type == "f32", name
         out = np.empty((rows, value.width), np.float32)
@@ -214,7 +214,7 @@ class Executor:
         self.device.download(self._base + self.layout.offsets["logits"], out)
 
     def chosen(self, out: NDArray[np.int32]) -> None:
-        """Copy the tokens that a greedy step chose into `out` [rows]."""
+        """Copy the argmax tokens of a greedy step into `out` [rows]."""
         self.device.download(self._base + self.layout.next_ids, out)
 
     def _start(self, launches: Sequence[Launch]) -> None:
@@ -224,7 +224,7 @@ class Executor:
     def _launches(self, batch: int, tokens: int, first: int, all_positions: bool, greedy: bool) -> list[Launch]:
         key = (batch, tokens, first, all_positions, greedy)
         if key not in self._planned:
-            # The odd lengths of prompts' ends would pile up.
+            # Otherwise plans for the many lengths of prompts' last chunks would accumulate.
             ends = [old for old in self._planned if old[1] > 1]
             if len(ends) >= 16:
                 del self._planned[ends[0]]
@@ -251,7 +251,7 @@ class Executor:
         return launches
 
     def _addresses(self, node: Node, first: int, renamed: Mapping[str, str]) -> dict[str, int]:
-        """Where a node's inputs and outputs lie."""
+        """Return the addresses of a node's inputs and outputs."""
         found = {"": 0}
         for name in filter(None, (*node.inputs, *node.outputs)):
             actual = renamed.get(name, name)

@@ -1,4 +1,4 @@
-"""A bundle's program on a device: which device, whether it fits, and what it takes there."""
+"""Loads a bundle's program to a device: opens the device, checks that memory suffices, uploads the weights."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from edgelm.bundle import Bundle
 
 OpenDevice = Callable[[Path], Device]
-"""From a bundle's folder of kernels to a device."""
+"""Opens a device, given a bundle's folder of kernels."""
 
 
 def open_gpu(kernels: Path) -> Device:
-    """The GPU, with the kernels that the bundle brings."""
+    """Open the GPU, with the bundle's compiled kernels."""
     return CudaDevice(KernelFolder(kernels))
 
 
 def open_emulator(kernels: Path) -> Device:
-    """The emulator, which compiles the kernels from their sources."""
+    """Open the emulator, which compiles the kernels from source."""
     del kernels
     return EmulatedDevice(lazy=True)
 
@@ -39,13 +39,13 @@ class LoadedProgram:
 
     Args:
         bundle: exported for `tensorrt`.
-        open_device: gives the device.
-        sizes: what memory to reserve for; `executor` then is ready. None: see `new_executor`.
-        debug: take the debug program.
+        open_device: opens the device.
+        sizes: sizes to reserve memory for, for `executor`. None: only `new_executor` is used.
+        debug: load the debug program.
 
     Raises:
-        RuntimeUnavailableError, DeviceError: there is no device, or none that the bundle has kernels for.
-        DeviceMemoryError: it does not fit, with what is needed and what there is.
+        RuntimeUnavailableError, DeviceError: there is no device that the bundle has kernels for.
+        DeviceMemoryError: there is not enough memory; the message says how much is needed and free.
         BundleError: a file is damaged.
     """
 
@@ -69,18 +69,19 @@ class LoadedProgram:
 
     @property
     def executor(self) -> Executor:
-        """What runs steps of the sizes that were asked for."""
+        """The executor for `sizes`."""
         assert self._executor is not None
         return self._executor
 
     def new_executor(self, sizes: Sizes, kept: Iterable[str]) -> Executor:
-        """One more executor over the same weights, which keeps some values; `free` it. Raises DeviceMemoryError."""
+        """Return another executor over the same weights, which keeps the values `kept`. Call its `free`. Raises
+        DeviceMemoryError."""
         layout = Layout(self.program, sizes, self.device.info, kept)
         self._require_memory(0, layout)
         return self._execute(layout)
 
     def close(self) -> None:
-        """Free everything on the device."""
+        """Free all memory on the device."""
         self.device.close()
 
     def _execute(self, layout: Layout) -> Executor:
@@ -88,7 +89,7 @@ class LoadedProgram:
         return Executor(self.device, self.weights, layout)
 
     def _require_memory(self, weights: int, layout: Layout | None) -> None:
-        """Refuse before anything is copied what will not fit."""
+        """Raise DeviceMemoryError, before anything is copied, if it will not fit."""
         caches, rest = (0, 0) if layout is None else (layout.plan.caches, layout.plan.values + layout.plan.workspace)
         free, total = self.device.memory()
         if weights + caches + rest > free:

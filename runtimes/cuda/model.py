@@ -1,8 +1,8 @@
-"""The runtime `cuda-kernels`: a bundle's program with its own kernels, through the driver alone.
+"""The runtime `cuda-kernels`: runs a bundle's program with its own kernels, through the driver alone.
 
-Needs a driver and numpy: neither CUDA's toolkit, TensorRT nor ONNX Runtime. The runtime `cuda-emulated` is the same
-with the kernels emulated on the CPU, for checks where there is no GPU: the sources, launches and arithmetic are those
-of a GPU, the speed is not. It needs a C++ compiler.
+It needs a driver and numpy, but not the CUDA toolkit, TensorRT or ONNX Runtime. The runtime `cuda-emulated` is the same
+with the kernels emulated on the CPU, for checks without a GPU: sources, launches and arithmetic are those of a GPU, the
+speed is not. It needs a C++ compiler.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from edgelm.bundle import Bundle
 
 DEFAULT_CHUNK = 2048
-"""Tokens of a prefill step: of 64 experts of which 8 act each then has 256, enough for tensor cores."""
+"""Tokens per prefill step. With 8 of 64 experts per token, each expert has 256 tokens on average, enough for tensor
+cores."""
 
 
 class CudaBatch(SequenceBatch):
-    """A bundle's program with the caches of `batch` sequences; the options are those of `CudaRuntime`.
+    """A bundle's program with caches for `batch` sequences. Options as in `CudaRuntime`.
 
-    `loaded`: of a runtime whose weights this is to use; None loads them.
+    `loaded`: the loaded program of a runtime, whose weights are shared; None: load them.
     """
 
     name = "cuda-kernels"
@@ -57,11 +58,11 @@ class CudaBatch(SequenceBatch):
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of all caches."""
+        """Bytes of all KV caches."""
         return self._executor.layout.plan.caches
 
     def device_bandwidth(self) -> float | None:
-        """What a copy within the device reads and writes a second."""
+        """Measure the bytes a second that a copy within the device reads and writes."""
         self._require_open()
         return self._loaded.device.copy_bandwidth()
 
@@ -85,7 +86,7 @@ class CudaBatch(SequenceBatch):
 
 
 class CudaTracing(TracingModel):
-    """A bundle's debug program, with exact products and a float32 cache."""
+    """A bundle's debug program, with exact matmuls and a float32 cache."""
 
     open_device = staticmethod(open_gpu)
 
@@ -113,14 +114,14 @@ class CudaRuntime(Runtime):
 
     Args:
         bundle: exported for `tensorrt`.
-        threads: of no use here; taken because all runtimes take it.
+        threads: not used; accepted because all runtimes have it.
         context_length: positions to allocate.
-        chunk: tokens of a prefill step at most.
-        kv: the cache's type; default the bundle's.
+        chunk: the largest number of tokens per prefill step.
+        kv: type of the KV cache; default the bundle's.
 
     Raises:
-        RuntimeUnavailableError, DeviceError: there is no GPU, or none that the bundle has kernels for.
-        DeviceMemoryError: it does not fit, with what is needed and what there is.
+        RuntimeUnavailableError, DeviceError: there is no GPU that the bundle has kernels for.
+        DeviceMemoryError: there is not enough memory; the message says how much is needed and free.
         BundleError: a file is damaged.
     """
 
@@ -142,7 +143,7 @@ class CudaRuntime(Runtime):
         super().__init__(threads=1, chunk=chunk, **model_sizes(bundle, context_length))
         self._bundle = bundle
         self.kv = kv or bundle.manifest.graph.kv_dtype
-        # All positions' logits of one step, where they are asked for.
+        # Memory for the logits of all positions of a step, for `logits_all`.
         sizes = Sizes(batch=1, capacity=self.context_length, tokens=self.chunk, logits=self._block, kv=self.kv)
         self._loaded = LoadedProgram(bundle, self.open_device, sizes)
         self._executor: Executor = self._loaded.executor
@@ -151,7 +152,7 @@ class CudaRuntime(Runtime):
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the cache."""
+        """Bytes of the KV cache."""
         return self._executor.layout.plan.caches
 
     def decode(self, token: int) -> NDArray[np.float32]:
@@ -162,23 +163,23 @@ class CudaRuntime(Runtime):
         return logits
 
     def decode_greedy(self, token: int) -> int:
-        """Append one token; the most probable one after it is found on the device, and four bytes are copied."""
+        """Append one token; return the argmax after it, computed on the device, so that four bytes are copied."""
         self._append(token, greedy=True)
         self._executor.chosen(self._token)
         found = int(self._token[0])
         if found < 0:
-            raise GenerationError("every logit is NaN: the weights are damaged, or the values left their type's range")
+            raise GenerationError("every logit is NaN, as of damaged weights or values too large: run edgelm parity")
         return found
 
     def open_batch(self, batch: int, context_length: int) -> SequenceBatch:
-        """Caches for several sequences over this runtime's weights."""
+        """Return caches for several sequences that share this runtime's weights."""
         self._require_open()
         return self.batch_class(
             self._bundle, batch, context_length=context_length, chunk=self.chunk, kv=self.kv, loaded=self._loaded
         )
 
     def device_bandwidth(self) -> float | None:
-        """What a copy within the device reads and writes a second."""
+        """Measure the bytes a second that a copy within the device reads and writes."""
         self._require_open()
         return self._loaded.device.copy_bandwidth()
 
@@ -205,20 +206,20 @@ class CudaRuntime(Runtime):
 
 
 class EmulatedBatch(CudaBatch):
-    """`CudaBatch` in emulation."""
+    """`CudaBatch`, emulated on the CPU."""
 
     name = "cuda-emulated"
     open_device = staticmethod(open_emulator)
 
 
 class EmulatedTracing(CudaTracing):
-    """`CudaTracing` in emulation."""
+    """`CudaTracing`, emulated on the CPU."""
 
     open_device = staticmethod(open_emulator)
 
 
 class EmulatedRuntime(CudaRuntime):
-    """`CudaRuntime` in emulation."""
+    """`CudaRuntime`, emulated on the CPU."""
 
     name = "cuda-emulated"
     batch_class = EmulatedBatch

@@ -1,4 +1,4 @@
-"""From a node of a program to launches: attributes and shapes to what the modules of the kernels ask for."""
+"""Plans the kernel launches of a program's nodes from their attributes and shapes."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from edgelm.runtimes.cuda.program import PROGRAM_FILE, Node, Program, matrix_of
 from edgelm.runtimes.cuda.sparse_moe import SparseMoe, SparseMoeBuffers
 
 KV_CODES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "int8": "int8", "fp8": "fp8"}
-"""Types of caches, and how the kernels call them."""
+"""Types of KV caches, and their names in the kernels."""
 _ROUNDINGS = {"float": 0.0, "fp8-token": -1.0}
-"""What matmuls multiply, as `linear.Matmul` has it."""
+"""The node's `activations`, as `rounding` of `linear.Matmul`."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """How much a step computes: `batch` sequences of `tokens` new tokens each."""
+    """The size of a step: `batch` sequences of `tokens` new tokens each."""
 
     batch: int
     tokens: int
 
     @property
     def rows(self) -> int:
-        """Tokens in all."""
+        """Total number of new tokens."""
         return self.batch * self.tokens
 
 
 @dataclass(frozen=True)
 class Scratch:
-    """Addresses of memory that nodes share: `workspace` has no meaning between them, `counters` are zeros there."""
+    """Addresses of memory that nodes share. Between nodes `workspace` is undefined and `counters` are zeros."""
 
     workspace: int
     counters: int
@@ -46,14 +46,14 @@ class Operators:
     """Plans the launches of a program's nodes.
 
     Args:
-        program: which nodes there are.
+        program: the program.
         kv: type of the caches, one of `KV_CODES`.
         capacity: tokens of each cache.
         info: the device.
 
     Raises:
-        BundleError: it has an operator that this version does not know.
-        EdgeLMError: there is no such cache.
+        BundleError: the program has an unknown operator.
+        EdgeLMError: `kv` is not a type of cache.
     """
 
     def __init__(self, program: Program, kv: str, capacity: int, info: DeviceInfo) -> None:
@@ -62,7 +62,7 @@ class Operators:
         for node in program.nodes:
             if node.op not in _LAUNCHES:
                 raise BundleError(
-                    f"{PROGRAM_FILE}: {node.name} is the operator {node.op!r}, this EdgeLM has {', '.join(_LAUNCHES)}: "
+                    f"{PROGRAM_FILE}: {node.name} has the operator {node.op!r}, supported are {', '.join(_LAUNCHES)}: "
                     "upgrade edgelm"
                 )
         self.program = program
@@ -71,23 +71,25 @@ class Operators:
         self._info = info
 
     def launches(self, node: Node, step: Step, addresses: Mapping[str, int], scratch: Scratch) -> list[Launch]:
-        """The launches of a node, given where its inputs and outputs lie (0 for one that is left out)."""
+        """Return the launches of a node, given the addresses of its inputs and outputs (0 for an absent one)."""
         return _LAUNCHES[node.op](self, node, step, addresses, scratch)
 
     def kernels(self) -> tuple[str, ...]:
-        """Every kernel that steps of this program may launch."""
+        """Return all kernels that steps of this program may launch."""
         return tuple(dict.fromkeys(_kernels(self.program, (self._kv,))))
 
     def cache_bytes(self, node: Node, batch: int) -> int:
-        """Bytes of an attention node's keys, and again of its values, of some sequences."""
+        """Return the bytes of an attention node's key cache for `batch` sequences. The value cache has the same
+        size."""
         row = attention.row_bytes(self._kv, node.integer("head_size"))
         return batch * node.integer("kv_num_heads") * self._capacity * row
 
     def scratch_bytes(self, batch: int, tokens: int) -> tuple[int, int]:
-        """Bytes of workspace and of counters for one sequence of up to so many tokens, or `batch` of a part of them."""
+        """Return the bytes of workspace and of counters for steps of up to `tokens` tokens of up to `batch`
+        sequences."""
         steps = [Step(1, count) for count in range(1, tokens + 1)]
         steps += [Step(batch, count) for count in range(1, max(1, tokens // batch) + 1)]
-        # Attention's is not largest where there are most tokens; for other operators the rows alone count.
+        # Attention's workspace does not grow with tokens monotonically; other operators' depends on rows only.
         kinds = {tuple(sorted(node.attrs.items())): node for node in self.program.nodes if node.op in _SCRATCH}
         workspace = linear.argmax_workspace_bytes(max(batch, 1), self.program.values["logits"].width)
         counters = 0
@@ -147,7 +149,7 @@ class Operators:
         return list(launches)
 
     def _per_head(self, node: Node, index: int, heads: str) -> bool:
-        """Whether a weight of QK-norm has the size of one head of several."""
+        """Whether a QK-norm weight has the size of one head."""
         weight = self.program.weights.get(node.input(index))
         return weight is not None and weight.elements == node.integer("head_size") and node.integer(heads) > 1
 
@@ -175,7 +177,7 @@ class Operators:
 
 
 def bundle_kernels(program: Program) -> tuple[str, ...]:
-    """Every kernel that a bundle needs: of its program and of its debug program, for any cache and number of tokens."""
+    """Return all kernels of a bundle: of its program and its debug program, for any cache and number of tokens."""
     low_precision = tuple(code for code in KV_CODES.values() if code != "f32")
     return tuple(dict.fromkeys([*_kernels(program, low_precision), *_kernels(program.debug(), ("f32",))]))
 
@@ -209,7 +211,8 @@ def _rounding(node: Node) -> float:
     kind = node.text("activations")
     if kind not in _ROUNDINGS:
         raise BundleError(
-            f"{PROGRAM_FILE}: {node.name} multiplies {kind!r}, this EdgeLM has {', '.join(_ROUNDINGS)}: upgrade edgelm"
+            f"{PROGRAM_FILE}: {node.name} has activations {kind!r}, expected one of {', '.join(_ROUNDINGS)}: "
+            "upgrade edgelm"
         )
     return _ROUNDINGS[kind]
 

@@ -1,12 +1,12 @@
-"""`program.json` of a bundle: the graph as a list of our operators, for runtimes that need no ONNX.
+"""`program.json` of a bundle: the graph as a list of our operators, for runtimes without ONNX.
 
     {"format": 1, "nodes": [...], "values": {...}, "weights": {...}, "exact": {...}}
 
-- A node has `op`, `name`, `inputs`, `outputs` and `attrs`, as the graph's; an input that is left out is "".
-- Values are [batch, tokens, width] in the activations' type or float32: `[type, width]`. Beside them nodes read
-  `input_ids` and `past_lengths` and read and write the caches `past_key_values.{i}.key` and `.value`, in place.
-- Weights say `type`, `dims`, and where their bytes lie in the weights file: `offset`, `size`.
-- `exact` has the attributes' values in the debug graph, which is otherwise the same: all of its values are float32.
+- A node has `op`, `name`, `inputs`, `outputs` and `attrs`, as in the ONNX graph; an absent input is "".
+- Values are [batch, tokens, width] in the activations' type or float32, given as `[type, width]`. Nodes also read
+  `input_ids` and `past_lengths`, and update the caches `past_key_values.{i}.key` and `.value` in place.
+- Weights have `type`, `dims`, and the position of their bytes in the weights file: `offset`, `size`.
+- `exact` has attribute values for the debug graph, which otherwise has the same nodes; all its values are float32.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ TYPE_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "int32": 4, "uint8": 1}
 _ERRORS = ErrorFactory(BundleError, "copy or export the bundle again")
 _LARGEST = (1 << 31) - 1
 _POSITIVE = ("rows", "columns", "group", "count", "num_heads", "head_size", "k")
-"""How the names end of whole numbers that are 1 or more; all others are 0 or more."""
-# Inputs that an operator reads, those of them that must be there, and results.
+"""Name endings of integer attributes that must be 1 or more; all others are 0 or more."""
+# Of each operator: number of inputs, of required inputs, and of outputs.
 _ARITY = {
     "QuantEmbedding": (2, 2, 1), "QuantLinear": (5, 2, 1), "SparseMoE": (5, 4, 2), "GroupQueryAttention": (8, 6, 3),
     "RMSNorm": (3, 2, 1), "LastToken": (1, 1, 1),
@@ -57,7 +57,7 @@ ElementType = Annotated[str, OneOf(tuple(TYPE_BYTES))]
 
 @dataclass(frozen=True)
 class Node:
-    """One operator. `name` is what errors call it; an input of "" is left out."""
+    """An operator of the graph. `name` is used in error messages; an input "" is absent."""
 
     op: str
     name: str
@@ -66,29 +66,31 @@ class Node:
     attrs: Mapping[str, Attribute]
 
     def text(self, key: str) -> str:
-        """A text attribute. Raises BundleError where it is missing."""
+        """Return a text attribute. Raises BundleError if it is missing."""
         return str(self._attr(key))
 
     def integer(self, key: str) -> int:
-        """A whole number that is not negative. Raises BundleError where it is missing or something else."""
+        """Return a non-negative integer attribute. Raises BundleError if it is missing or of another type."""
         value = self._attr(key)
         low = 1 if key.endswith(_POSITIVE) else 0
         if not isinstance(value, int) or not low <= value <= _LARGEST:
             raise BundleError(
-                f"{PROGRAM_FILE}: {key} of {self.name} is {value!r:.60}, expected a whole number from {low} to "
+                f"{PROGRAM_FILE}: {key} of {self.name} is {value!r:.60}, expected an integer from {low} to "
                 f"{_LARGEST}: export the bundle again"
             )
         return value
 
     def number(self, key: str) -> float:
-        """A number. Raises BundleError where it is missing or something else."""
+        """Return a number attribute. Raises BundleError if it is missing or of another type."""
         value = self._attr(key)
         if isinstance(value, str):
-            raise BundleError(f"{PROGRAM_FILE}: {key} of {self.name} is {value!r}: export the bundle again")
+            raise BundleError(
+                f"{PROGRAM_FILE}: {key} of {self.name} is {value!r}, expected a number: export the bundle again"
+            )
         return float(value)
 
     def input(self, index: int) -> str:
-        """The name of an input, "" where it is left out."""
+        """Return the name of an input, "" if it is absent."""
         return self.inputs[index] if index < len(self.inputs) else ""
 
     def _attr(self, key: str) -> Attribute:
@@ -106,13 +108,13 @@ class Value:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one token."""
+        """Bytes per token."""
         return self.width * TYPE_BYTES[self.type]
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Where a tensor lies in the weights file."""
+    """A tensor in the weights file."""
 
     type: ElementType
     dims: tuple[Annotated[int, Range(1, _LARGEST)], ...]
@@ -121,13 +123,13 @@ class Weight:
 
     @property
     def elements(self) -> int:
-        """How many there are."""
+        """The number of elements."""
         return math.prod(self.dims)
 
 
 @dataclass(frozen=True)
 class _File:
-    """`program.json`."""
+    """The contents of `program.json`."""
 
     format: int
     nodes: tuple[Node, ...]
@@ -138,7 +140,7 @@ class _File:
 
 @dataclass(frozen=True)
 class Program:
-    """A bundle's graph."""
+    """A bundle's graph as a list of operators."""
 
     nodes: tuple[Node, ...]
     values: Mapping[str, Value]
@@ -147,11 +149,11 @@ class Program:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights file that are used, counted from its start."""
+        """Size of the weights file up to the last byte that is used."""
         return max((weight.offset + weight.size for weight in self.weights.values()), default=0)
 
     def debug(self) -> Program:
-        """The debug graph: the same nodes with exact products; all values are float32."""
+        """Return the debug graph: the same nodes with exact matmuls; all values are float32."""
         nodes = tuple(
             dataclasses.replace(node, attrs={key: self.exact.get(key, value) for key, value in node.attrs.items()})
             for node in self.nodes
@@ -160,7 +162,7 @@ class Program:
         return Program(nodes, values, self.weights, self.exact)
 
     def to_json(self) -> str:
-        """What `from_json` reads back, a line a node."""
+        """Return JSON that `from_json` reads, one line per node."""
         nodes = ",\n  ".join(json.dumps(dataclasses.asdict(node)) for node in self.nodes)
         values = ",\n  ".join(f"{json.dumps(n)}: {json.dumps([v.type, v.width])}" for n, v in self.values.items())
         weights = ",\n  ".join(
@@ -176,8 +178,8 @@ class Program:
         """Parse and check what `to_json` wrote.
 
         Raises:
-            BundleError: it is damaged, of a newer format, uses a value that nothing makes, or has shapes that do not
-                fit together.
+            BundleError: it is damaged, has a newer format, reads a value that no node computes, or has shapes that
+                contradict each other.
         """
         data = require_format(parse(text, where, _ERRORS), "format", FORMAT, where, _ERRORS)
         file = from_data(_File, data, where, _ERRORS)
@@ -190,7 +192,7 @@ class Program:
 
     @classmethod
     def read(cls, path: Path) -> Program:
-        """Read a bundle's file. Raises as `from_json`, and BundleError where it is missing."""
+        """Read a bundle's `program.json`. Raises as `from_json`, and BundleError if it is missing."""
         return cls.from_json(read_bytes(path, _ERRORS), path)
 
     def _problems(self) -> Iterator[str]:
@@ -198,13 +200,13 @@ class Program:
         for node in self.nodes:
             for name in node.inputs:
                 if name not in known and not name.startswith("past_key_values."):
-                    yield f"{node.name} reads {name}, which nothing makes"
+                    yield f"{node.name} reads {name}, which no node computes"
             for name in node.outputs:
                 if name not in self.values and not name.startswith("present."):
                     yield f"the value {name} of {node.name} has no type"
             known |= set(node.outputs)
         if "logits" not in known or "logits" not in self.values:
-            yield "nothing makes logits"
+            yield "no node computes logits"
         for name, weight in self.weights.items():
             if weight.size != weight.elements * TYPE_BYTES[weight.type]:
                 yield f"the weight {name} has {weight.size} bytes for {weight.elements} elements of {weight.type}"
@@ -212,15 +214,15 @@ class Program:
             for key, value in node.attrs.items():
                 if isinstance(self.exact.get(key, value), str) != isinstance(value, str):
                     yield f"exact.{key} is {self.exact[key]!r:.60}, and {value!r:.60} in {node.name}"
-            if node.op in _ARITY:  # another is refused by whoever plans its launches
+            if node.op in _ARITY:  # `Operators` rejects unknown ones
                 yield from self._misfits(node)
 
     def _misfits(self, node: Node) -> Iterator[str]:
-        """Inputs and results of a node that have another shape than its attributes say."""
+        """Yield a problem for each input or output of a node whose shape contradicts the node's attributes."""
         most, least, results = _ARITY[node.op]
         given = [name for name in node.inputs[:least] if name]
         if len(given) < least or len(node.inputs) > most or not 1 <= len(node.outputs) <= results:
-            yield f"{node.name} has {len(node.inputs)} inputs and {len(node.outputs)} results, and is a {node.op}"
+            yield f"{node.name} has {len(node.inputs)} inputs and {len(node.outputs)} outputs, wrong for {node.op}"
             return
         for name, *wanted in self._sizes(node):
             if not name:
@@ -231,14 +233,14 @@ class Program:
                 weight = self.weights[name]
                 size = weight.size if weight.type == "uint8" else weight.elements
             else:
-                yield f"{node.name} reads {quoted(name)} where it wants a value or a weight"
+                yield f"{node.name} reads {quoted(name)}, expected a value or a weight"
                 continue
             if size not in wanted:
                 expected = " or ".join(map(str, dict.fromkeys(wanted)))
-                yield f"{node.name} wants {expected} values in {quoted(name)}, which has {size}"
+                yield f"{node.name} needs {expected} values in {quoted(name)}, which has {size}"
 
     def _sizes(self, node: Node) -> Iterator[tuple[str, int] | tuple[str, int, int]]:
-        """Inputs and results of a node with what they may have: values in a row, or bytes of a blob."""
+        """Yield inputs and outputs of a node with their allowed sizes: values per row, or bytes of a blob."""
         inputs, result = node.input, node.outputs[0]
         if node.op == "QuantEmbedding":
             matrix = matrix_of(node)
@@ -248,7 +250,7 @@ class Program:
             yield from ((inputs(0), matrix.columns), (inputs(1), matrix.nbytes), (inputs(2), matrix.columns))
             yield from ((inputs(3), matrix.outputs), (inputs(4), matrix.outputs), (result, matrix.outputs))
             if inputs(4) and matrix.swiglu:
-                raise _ERRORS.at(PROGRAM_FILE, f"{node.name} adds a bias to a SwiGLU product")
+                raise _ERRORS.at(PROGRAM_FILE, f"{node.name} adds a bias to a SwiGLU matmul")
         elif node.op == "GroupQueryAttention":
             heads, kv_heads, width = (node.integer(key) for key in ("num_heads", "kv_num_heads", "head_size"))
             yield from ((inputs(0), (heads + 2 * kv_heads) * width), (result, heads * width))
@@ -263,21 +265,23 @@ class Program:
             yield from ((name, experts) for name in node.outputs[1:])
             fit = (up.outputs, up.columns, up.count) == (down.columns, down.rows, down.count)
             if not fit or node.integer("k") > experts:
-                raise _ERRORS.at(PROGRAM_FILE, f"the experts of {node.name} do not fit together")
+                raise _ERRORS.at(
+                    PROGRAM_FILE, f"gate_up and down of {node.name} have shapes that contradict each other"
+                )
         elif node.op == "RMSNorm":
             for name in (inputs(2), result):
                 if name in self.values and self.values[name].type != FLOAT32:
-                    raise _ERRORS.at(PROGRAM_FILE, f"{node.name} wants float32 in {quoted(name)}")
+                    raise _ERRORS.at(PROGRAM_FILE, f"{node.name} needs float32 in {quoted(name)}")
             width = self.values[result].width
             if width % 2:
-                raise _ERRORS.at(PROGRAM_FILE, f"{node.name} norms {width} columns, which is no even number")
+                raise _ERRORS.at(PROGRAM_FILE, f"{node.name} norms {width} columns, expected an even number")
             yield from ((name, width) for name in (inputs(0), inputs(1), inputs(2)))
         else:
             yield inputs(0), self.values[result].width
 
 
 def matrix_attrs(matrix: GpuMatrix, prefix: str = "") -> dict[str, Attribute]:
-    """A blob's description as attributes, whose names begin with `prefix`."""
+    """Return a blob's description as attributes whose names begin with `prefix`."""
     return {
         f"{prefix}kind": str(matrix.kind),
         f"{prefix}rows": matrix.rows,
@@ -290,10 +294,10 @@ def matrix_attrs(matrix: GpuMatrix, prefix: str = "") -> dict[str, Attribute]:
 
 
 def matrix_of(node: Node, prefix: str = "") -> GpuMatrix:
-    """The blob that attributes describe.
+    """Return the description of a blob from a node's attributes.
 
     Raises:
-        BundleError: one is missing, there is no such kind, or they contradict each other.
+        BundleError: an attribute is missing, the kind is unknown, or attributes contradict each other.
     """
     kind = node.text(f"{prefix}kind")
     if kind not in list(GpuKind):

@@ -1,4 +1,4 @@
-"""SparseMoE as launches: the kernels of moe.cuh around the grouped matmuls of linear.cuh."""
+"""Launches of SparseMoE: the kernels of moe.cuh around the grouped matmuls of linear.cuh."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COUNTER_BYTES = 4
 
 @dataclass(frozen=True)
 class SparseMoe:
-    """One call of the operator: sizes, the experts' two blobs, and what their matmuls round x to (`Matmul`)."""
+    """A call of the operator: shape, the formats of the experts' two blobs, and `rounding` of their matmuls."""
 
     shape: MoeShape
     gate_up: GpuMatrix
@@ -25,11 +25,11 @@ class SparseMoe:
 
     @property
     def fuses_down(self) -> bool:
-        """Whether the second matmul and the weighted sum are one launch."""
+        """Whether the down matmul and the weighted sum are one launch."""
         return self.shape.activation != "f32" and self.rounding == 0 and self.shape.tokens <= moe.DOWN_TOKENS
 
     def first(self, normed: int, blob: int, hidden: int, places: MoeWorkspace) -> Matmul:
-        """Gate and up of every slot."""
+        """Return the matmul of gate and up for all slots."""
         shape = self.shape
         return Matmul(
             self.gate_up, blob, normed, hidden, shape.slots, activation=shape.activation, row_map=places.row_map,
@@ -37,7 +37,7 @@ class SparseMoe:
         )  # fmt: skip
 
     def second(self, hidden: int, blob: int, outputs: int, places: MoeWorkspace) -> Matmul:
-        """Down of every slot."""
+        """Return the matmul of down for all slots."""
         shape = self.shape
         return Matmul(
             self.down, blob, hidden, outputs, shape.slots, activation=shape.activation, y_float=True,
@@ -53,11 +53,11 @@ class SparseMoeBuffers:
         x: float32 [M, D].
         norm: float32 [D].
         router: float32 [E, D].
-        gate_up, down: the blobs.
+        gate_up, down: the experts' weights.
         y: float32 [M, D], written; may be x.
         workspace: `workspace_bytes` of scratch memory.
-        logits: float32 [M, E] for the router's logits; 0: not wanted.
-        counters: `COUNTER_BYTES` of zeros, which the launches leave as zeros; with them few tokens need a launch less.
+        logits: float32 [M, E], receives the router's logits; 0: not needed.
+        counters: `COUNTER_BYTES` of zeros, or 0. The launches reset them to zeros. They save a launch for few tokens.
     """
 
     x: int
@@ -72,14 +72,14 @@ class SparseMoeBuffers:
 
 
 def workspace_bytes(call: SparseMoe) -> int:
-    """Bytes of scratch memory that `moe_launches` needs."""
+    """Return the bytes of scratch memory that `moe_launches` needs."""
     places = moe.workspace(call.shape, 0)
     matmuls = [call.first(0, 0, 0, places), call.second(0, 0, 0, places)]
     return moe.workspace_bytes(call.shape) + max(map(linear.workspace_bytes, matmuls))
 
 
 def moe_launches(call: SparseMoe, buffers: SparseMoeBuffers, info: DeviceInfo) -> list[Launch]:
-    """The launches of one SparseMoE."""
+    """Return the launches of one SparseMoE."""
     shape = call.shape
     places = moe.workspace(shape, buffers.workspace)
     scratch = buffers.workspace + moe.workspace_bytes(shape)
@@ -100,7 +100,7 @@ def moe_launches(call: SparseMoe, buffers: SparseMoeBuffers, info: DeviceInfo) -
 
 
 def kernels_of(call: SparseMoe) -> tuple[str, ...]:
-    """Every kernel that such a call may launch, for any number of tokens."""
+    """Return all kernels that such a call may launch, for any number of tokens."""
     shape, activation = call.shape, call.shape.activation
     lanes = next(e for e in (32, 64, 128, 256) if shape.experts <= e)
     wanted = [f"moe_router_{activation}_", f"moe_down_{activation}_{call.down.kind}_", "moe_combine_"]

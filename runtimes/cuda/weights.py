@@ -1,4 +1,5 @@
-"""A bundle's weights in a device's memory: one allocation that is the weights file, read a block at a time."""
+"""A bundle's weights in device memory: one allocation with the contents of the weights file, uploaded block by
+block."""
 
 from __future__ import annotations
 
@@ -17,13 +18,13 @@ class DeviceWeights:
     """The weights of a program on a device, until `free`.
 
     Args:
-        device: where they go.
-        program: names them.
+        device: the device.
+        program: the program whose weights they are.
         path: the weights file.
 
     Raises:
-        BundleError: the file ends before they do.
-        DeviceMemoryError: they do not fit.
+        BundleError: the file is too short.
+        DeviceMemoryError: there is not enough memory.
     """
 
     def __init__(self, device: Device, program: Program, path: Path) -> None:
@@ -38,15 +39,15 @@ class DeviceWeights:
             raise
 
     def address(self, name: str) -> int:
-        """Where a weight lies on the device."""
+        """Return the address of a weight."""
         return self._base + self._program.weights[name].offset
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._device.free(self._base)
 
     def _upload(self, path: Path) -> None:
-        # Read, not mapped: a map of a file larger than the host's memory would push everything else out of it.
+        # Read rather than mmap: mapping a file larger than host memory would evict everything else from the page cache.
         memory = bytearray(min(_BLOCK, self.nbytes))
         buffer, view = np.frombuffer(memory, np.uint8), memoryview(memory)
         done = 0
@@ -54,14 +55,14 @@ class DeviceWeights:
             while done < self.nbytes:
                 count = stream.readinto(view[: self.nbytes - done])
                 if not count:
-                    raise BundleError(f"{path} ends at byte {done}: copy or export the bundle again")
+                    raise BundleError(f"{path} is too short, it ends at byte {done}: copy or export the bundle again")
                 self._device.upload(self._base + done, buffer[:count])
                 done += count
         self._device.synchronize()
 
 
 def check_weights_file(program: Program, path: Path) -> None:
-    """Compare a weights file's size with what a program reads.
+    """Check that a weights file is as large as a program needs.
 
     Raises:
         BundleError: it is too short.

@@ -1,1 +1,1 @@
-"""Bundles run by ONNX Runtime, on the CPU and on NVIDIA GPUs."""
+"""Runtimes that use ONNX Runtime, on the CPU and on NVIDIA GPUs."""

@@ -1,12 +1,12 @@
-"""Bundles for CUDA: ONNX Runtime's own operators on an NVIDIA GPU.
+"""Runtime `onnxruntime-cuda`: bundles for CUDA with ONNX Runtime's own operators on an NVIDIA GPU.
 
-The cache of keys and values lies on the GPU and is bound as the graph's past and its present. Decoding is captured
-once, as a CUDA graph, and replayed for every token, so everything that a step reads lies at a fixed address: the id of
-the token, and a mask as long as the cache, of which the graph takes the sum. Its first element holds that sum and the
-others are zero, so that 8 bytes say how long the text is.
+The KV cache is on the GPU and bound as the graph's past and present. A decode step is captured once as a CUDA graph and
+replayed for every token, so all its inputs have fixed addresses: the token id, and a mask as long as the cache, of
+which the graph takes the sum. The mask's first element holds that sum and the others are zero, so 8 bytes set the
+length.
 
-Greedy decoding goes round on the GPU: a second small graph takes the best logit and writes the token and the length
-where the next step reads them. One token comes back to the host; sampling, which needs them all, copies the logits.
+In greedy decoding the loop stays on the GPU: a second small graph computes the argmax and writes token and length where
+the next step reads them. Only the token is copied to the host. Sampling needs all logits and copies them.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 
 GREEDY_FILE = "greedy.onnx"
 LENGTH, NEXT_IDS, NEXT_LENGTH, ANSWER = "length", "next_ids", "next_length", "answer"
-"""Names in the graph that chooses greedily; see `edgelm.export.onnxruntime.greedy_graph`."""
+"""Names in the graph for greedy decoding; see `edgelm.export.onnxruntime.greedy_graph`."""
 CAPTURE_VARIABLE = "EDGELM_CUDA_GRAPHS"
-"""Environment variable: 0 launches every operator of every token instead of replaying a captured graph."""
+"""Environment variable: 0 launches every operator of every token in place of replaying a CUDA graph."""
 
-# ONNX's numbers of what a cache can hold; numpy has no bfloat16.
+# ONNX's numbers of the cache types; numpy has no bfloat16.
 _ELEMENT = {"float16": 10, "bfloat16": 16}
 _CAPTURED, _NOT_CAPTURED = "1", "-1"
 _LENGTHS = "attention_mask"
@@ -55,13 +55,15 @@ Result = TypeVar("Result")
 
 def _failure(error: Exception, doing: str) -> EdgeLMError:
     return device_error(error, doing) or EdgeLMError(
-        f"onnxruntime failed when {doing}: {first_line(error)}; {CAPTURE_VARIABLE}=0 decodes without captured graphs"
+        f"onnxruntime failed when {doing}: {first_line(error)}; try {CAPTURE_VARIABLE}=0 (no CUDA graphs)"
     )
 
 
 def _check_router(bundle: Bundle, threads: int) -> None:
     if PROBE_FILE not in bundle.manifest.files:
-        raise BundleError(f"{bundle.path} lacks {PROBE_FILE}, with which its routing is checked: export it again")
+        raise BundleError(
+            f"{bundle.path} lacks {PROBE_FILE}, which is needed to check its MoE routing: export it again"
+        )
     session = cuda_session(bundle, PROBE_FILE, threads)
     try:
         check_router(session, PROVIDER)
@@ -70,37 +72,39 @@ def _check_router(bundle: Bundle, threads: int) -> None:
 
 
 def device_of(session: onnxruntime.InferenceSession) -> tuple[str, int]:
-    """Where a session's buffers lie, as ONNX Runtime names it."""
+    """Return the device of a session's buffers, as ONNX Runtime names it."""
     return "cuda", int(session.get_provider_options()[PROVIDER]["device_id"])
 
 
 Caches = list[tuple[str, str, Any]]
-"""Names of a cache as input and as output, and its buffer on the GPU."""
+"""For each cache its names as input and output, and its buffer on the GPU."""
 
 
 def device_caches(bundle: Bundle, batch: int, length: int, device: tuple[str, int]) -> Caches:
-    """A cache for every layer's keys and values, [batch, kv_heads, length, head_dim].
+    """Allocate a cache for the keys and values of every layer, [batch, kv_heads, length, head_dim].
 
     Raises:
-        BundleError: of a type that these graphs do not have.
+        BundleError: the bundle's cache type is not supported.
     """
     model, kind = bundle.manifest.model, bundle.manifest.graph.kv_dtype
     if kind not in _ELEMENT:
-        raise BundleError(f"{bundle.path} wants a {kind} cache; bundles for CUDA have {', '.join(_ELEMENT)}")
+        raise BundleError(
+            f"{bundle.path} has a {kind} cache, and bundles for CUDA support {', '.join(_ELEMENT)}: export it again"
+        )
     make = import_onnxruntime().OrtValue.ortvalue_from_shape_and_type
     shape = (batch, model.num_kv_heads, length, model.head_dim)
     return [(past, present, make(shape, _ELEMENT[kind], *device)) for past, present in kv_names(model.num_layers)]
 
 
 def bind_caches(binding: Any, caches: Caches) -> None:
-    """Let a graph read and write the same buffers."""
+    """Bind the caches as both inputs and outputs."""
     for past, present, cache in caches:
         binding.bind_ortvalue_input(past, cache)
         binding.bind_ortvalue_output(present, cache)
 
 
 class OnnxCudaTracing(OnnxTracing):
-    """A bundle's debug graph on the GPU: the very products of the shipped graph, with their types' rounding."""
+    """A bundle's debug graph on the GPU. Its matmuls are those of the shipped graph, rounding included."""
 
     lengths = _LENGTHS
 
@@ -126,19 +130,19 @@ class OnnxCudaTracing(OnnxTracing):
             for name in names:
                 binding.bind_output(name, "cpu")
             session.run_with_iobinding(binding)
-            # In the order in which they were bound, the caches first.
+            # Outputs are in the order in which they were bound, the caches first.
             return [np.asarray(value.numpy()) for value in binding.get_outputs()[-len(names) :]]
         except ort_errors() as error:
             raise _failure(error, "running the debug graph") from error
 
 
 class OnnxCudaRuntime(Runtime):
-    """A bundle's graph on a GPU, with the cache of one sequence. The cache's type is the graph's: `kv` may name it.
+    """A bundle's graph on a GPU, for one sequence. The cache type is that of the graph; `kv` may only name it.
 
     Raises:
-        RuntimeUnavailableError: ONNX Runtime has no CUDA here, a node would run on the CPU, or the provider
-            computes another mixture of experts.
-        DeviceError: no GPU, one that is too old, or one that failed; DeviceMemoryError: not enough memory.
+        RuntimeUnavailableError: ONNX Runtime has no CUDA here, a node would run on the CPU, or the provider does not
+            compute the model's MoE.
+        DeviceError: there is no GPU, or it is too old, or it failed; DeviceMemoryError: not enough memory.
     """
 
     name = "onnxruntime-cuda"
@@ -165,7 +169,7 @@ class OnnxCudaRuntime(Runtime):
         self._guarded(self._replay, "capturing a step")
 
     def _allocate(self, bundle: Bundle) -> None:
-        """Everything that stays where it is: caches, the token, the mask, the logits; and what is bound to them."""
+        """Allocate everything with a fixed address (caches, token, mask, logits) and bind it."""
         ort = import_onnxruntime()
         self._caches = device_caches(bundle, 1, self.context_length, self._where)
         self._ids = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, 1), np.int64), *self._where)
@@ -175,7 +179,7 @@ class OnnxCudaRuntime(Runtime):
         self._logits = ort.OrtValue.ortvalue_from_shape_and_type((1, 1, self.vocab_size), np.float32, *self._where)
         self._last = ort.OrtValue.ortvalue_from_numpy(np.array([-1], np.int64))
         self._all = ort.OrtValue.ortvalue_from_numpy(np.array([0], np.int64))
-        # What the next replay would append, and how many tokens there would be then; the GPU changes it by itself.
+        # The token that the next replay appends, and the length then. The greedy graph changes both on the GPU.
         self._staged = (0, 1)
         self._step = self._session.io_binding()
         bind_caches(self._step, self._caches)
@@ -200,17 +204,17 @@ class OnnxCudaRuntime(Runtime):
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the whole cache, on the GPU."""
+        """Bytes of the KV cache, on the GPU."""
         return sum(int(cache.tensor_size_in_bytes()) for _, _, cache in self._caches)
 
     def decode(self, token: int) -> NDArray[np.float32]:
-        """Append one token; all logits are copied to the host."""
+        """Append one token; copy all logits to the host."""
         self._append(token)
         logits: NDArray[np.float32] = self._guarded(self._logits.numpy, "copying logits")
         return logits.reshape(-1)
 
     def decode_greedy(self, token: int) -> int:
-        """Append one token and choose the next on the GPU, which then has it in place for the step after."""
+        """Append one token and compute the argmax on the GPU, where the next step reads it."""
         self._append(token)
         found = self._guarded(self._choose, "choosing a token")
         chosen, highest = int(found[0, 0]), float(found[0, 1])
@@ -219,7 +223,7 @@ class OnnxCudaRuntime(Runtime):
         return chosen
 
     def _free(self) -> None:
-        # Bindings first: they hold the sessions and their buffers.
+        # Bindings first, since they hold references to the sessions and their buffers.
         del self._step, self._choice
         del self._session, self._greedy
         self._caches = []
@@ -247,7 +251,7 @@ class OnnxCudaRuntime(Runtime):
         self._session.run_with_iobinding(self._step, options)
 
     def _choose(self) -> NDArray[np.float32]:
-        # Whatever happens, the GPU's own token and length are not what they were.
+        # Even if this fails, token and length on the GPU have changed.
         self._staged = (-1, -1)
         self._greedy.run_with_iobinding(self._choice)
         answer: NDArray[np.float32] = self._choice.get_outputs()[-1].numpy()
@@ -262,11 +266,11 @@ class OnnxCudaRuntime(Runtime):
         return self._run(ids, self._all)
 
     def _run(self, ids: NDArray[np.int64], start: Any) -> NDArray[np.float32]:
-        """Run at most one chunk, outside the captured graph: the logits from position `start` of it on."""
+        """Run at most one chunk, without CUDA graph; return the logits from its position `start` on."""
         session = self._session
         binding = session.io_binding()
         bind_caches(binding, self._caches)
-        # Copied to the GPU here: the arrays may go when this returns.
+        # This copies to the GPU, so the arrays may be freed when it returns.
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids[None, :]))
         binding.bind_cpu_input(_LENGTHS, np.ones((1, self._position + ids.size), np.int64))
         binding.bind_ortvalue_input("logits_start", start)

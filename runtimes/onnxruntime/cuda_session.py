@@ -1,7 +1,7 @@
-"""Sessions of ONNX Runtime on an NVIDIA GPU: what has to be there, said in one line where it is not.
+"""Sessions of ONNX Runtime on an NVIDIA GPU, with checks of all requirements and one-line errors.
 
-A provider without a kernel hands its nodes to the CPU, silently. Such a node costs two copies over the bus at every
-token and computes in another type than was asked for; here it is an error that names it.
+If a provider lacks a kernel, ONNX Runtime silently runs the node on the CPU. This costs two copies over the bus per
+token and computes in another type. Here it is an error that names the node.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
 PROVIDER = "CUDAExecutionProvider"
 OLDEST = (7, 5)
-"""The oldest compute capability whose mixture of experts the provider has."""
+"""The lowest compute capability for which the provider has an MoE kernel."""
 
-# What the provider is linked with; it opens cuDNN and cuFFT when an operator wants them, which none of ours does.
+# Libraries that the provider is linked with. It opens cuDNN and cuFFT only for operators that we do not use.
 _LIBRARIES = ("libcudart.so.{0}", "libcublas.so.{0}", "libcublasLt.so.{0}", "libcurand.so.10")
 _MEMORY = ("out of memory", "Failed to allocate memory", "CUDA failure 2:", "CUBLAS_STATUS_ALLOC_FAILED")
 _NO_KERNEL = ("no kernel image is available", "CUDA failure 209:")
 ON_HOST = frozenset({"total/Gather", "total_sequence_length_int32/Cast"})
-"""Nodes that belong on the CPU: they read the length of the mask, a shape, which attention wants on the host."""
+"""Nodes that must run on the CPU: they read the mask's length, a shape, which attention needs on the host."""
 _SHOWN = 4
 
 
 def problem() -> str | None:
-    """Why no bundle for CUDA can be run here, in one line; None where nothing is known to be missing."""
+    """Return in one line why no bundle for CUDA can run here; None if nothing is known to be missing."""
     try:
         require_cuda()
     except EdgeLMError as error:
@@ -47,11 +47,11 @@ def problem() -> str | None:
 
 
 def require_cuda() -> tuple[Any, int]:
-    """ONNX Runtime with its CUDA provider, and the number of the GPU to use.
+    """Return ONNX Runtime with its CUDA provider, and the number of the GPU to use.
 
     Raises:
         RuntimeUnavailableError: the package or a library is missing.
-        DeviceError: no driver, no GPU, or one that is too old.
+        DeviceError: there is no driver or no GPU, or the GPU is too old.
     """
     ort = import_onnxruntime()
     if PROVIDER not in ort.get_available_providers():
@@ -62,7 +62,7 @@ def require_cuda() -> tuple[Any, int]:
     if device.capability < OLDEST:
         raise DeviceError(
             f"{device.name} has compute capability {'{}.{}'.format(*device.capability)}, ONNX Runtime's kernels need "
-            f"{'{}.{}'.format(*OLDEST)} or newer: use a bundle for cpu here"
+            f"{'{}.{}'.format(*OLDEST)} or newer: use a bundle for the target cpu"
         )
     _preload(ort)
     return ort, index
@@ -71,12 +71,12 @@ def require_cuda() -> tuple[Any, int]:
 def _without_provider(version: str) -> str:
     if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
         return (
-            "onnxruntime and onnxruntime-gpu are both installed, in one folder, and the one without CUDA is on top: "
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
             f"pip uninstall onnxruntime onnxruntime-gpu, then {install_hint('cuda')}"
         )
     return (
         f"onnxruntime {version} was built without CUDA: pip uninstall onnxruntime, then {install_hint('cuda')} "
-        "(the package onnxruntime-gpu; it runs bundles for cpu as well)"
+        "(the package onnxruntime-gpu, which also runs bundles for the CPU)"
     )
 
 
@@ -88,12 +88,12 @@ def _installed(distribution: str) -> bool:
 
 
 def _preload(ort: Any) -> None:
-    """Load CUDA's libraries, those that pip installed first.
+    """Load CUDA's libraries, preferring those that pip installed.
 
     Raises:
-        RuntimeUnavailableError: one is missing.
+        RuntimeUnavailableError: a library is missing.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the libraries that it does not find
         ort.preload_dlls()
     major = str(ort.cuda_version).split(".")[0]
     for name in (pattern.format(major) for pattern in _LIBRARIES):
@@ -102,13 +102,13 @@ def _preload(ort: Any) -> None:
         except OSError as error:
             raise RuntimeUnavailableError(
                 f"ONNX Runtime's CUDA provider needs {name}, which cannot be loaded ({error}): "
-                f"{install_hint('cuda')} brings CUDA {major}, or put an installed one on LD_LIBRARY_PATH"
+                f"{install_hint('cuda')} installs CUDA {major}, or add an installed one to LD_LIBRARY_PATH"
             ) from error
 
 
 @contextlib.contextmanager
 def _quiet(ort: Any) -> Iterator[None]:
-    """Without ONNX Runtime's own log of what an exception says, or what we say, anyway."""
+    """Silence ONNX Runtime's log inside, since errors are raised as exceptions."""
     ort.set_default_logger_severity(4)
     try:
         yield
@@ -117,17 +117,17 @@ def _quiet(ort: Any) -> Iterator[None]:
 
 
 def cuda_session(bundle: Bundle, file: str, threads: int, *, capture: bool = False) -> onnxruntime.InferenceSession:
-    """Load one of the bundle's graphs on the GPU, all of it.
+    """Load one of the bundle's graphs so that all of it runs on the GPU.
 
-    `capture`: have the provider capture the launches of a run and replay them, for run options that do not say
-    `gpu_graph_id` -1.
+    `capture`: the provider captures the launches of a run as a CUDA graph and replays them, unless the run options set
+    `gpu_graph_id` to -1.
 
     Raises:
-        RuntimeUnavailableError, DeviceError: something is missing here, or a node would run elsewhere.
+        RuntimeUnavailableError, DeviceError: a requirement is missing, or a node would run elsewhere.
         BundleError: the graph cannot be loaded.
     """
     ort, index = require_cuda()
-    # TF32 would leave the float32 products of the router 10 bits.
+    # TF32 would reduce the router's float32 matmul to 10 bits.
     options = {"device_id": str(index), "use_tf32": "0", "enable_cuda_graph": str(int(capture))}
     try:
         with _quiet(ort):
@@ -157,12 +157,12 @@ class Placed:
 
 
 def record_placement(options: Any) -> None:
-    """Have a session, of which these are the options, remember where its nodes go."""
+    """Set the session option that makes `placement` available."""
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
 
 
 def placement(session: onnxruntime.InferenceSession) -> list[Placed]:
-    """Every node of a session that was made with `record_placement`."""
+    """Return every node of a session that was created with `record_placement`."""
     return [
         Placed(node.name, f"{node.domain or 'ai.onnx'}.{node.op_type}", part.ep_name)
         for part in session.get_provider_graph_assignment_info()
@@ -173,15 +173,15 @@ def placement(session: onnxruntime.InferenceSession) -> list[Placed]:
 def check_placement(
     session: onnxruntime.InferenceSession, provider: str, graph: str, allowed: Collection[str] = ON_HOST
 ) -> None:
-    """Refuse a session some of whose nodes another provider runs; `allowed` are names of nodes that it may.
+    """Check that a session's nodes run on `provider`, except those whose names are in `allowed`.
 
     Raises:
-        RuntimeUnavailableError: naming the nodes and their operators.
+        RuntimeUnavailableError: some do not; the message has the nodes and their operators.
     """
     nodes = placement(session)
     if not nodes:
         raise RuntimeUnavailableError(
-            f"ONNX Runtime does not say where it runs the nodes of {graph}: another version of it is needed"
+            f"ONNX Runtime does not report where the nodes of {graph} run: install another version of it"
         )
     elsewhere = [node for node in nodes if node.provider != provider and node.name not in allowed]
     if elsewhere:
@@ -195,16 +195,16 @@ def check_placement(
 
 
 def device_error(error: BaseException | None, doing: str) -> EdgeLMError | None:
-    """What an error of ONNX Runtime's says about the GPU; None where it is about something else."""
+    """Convert an error of ONNX Runtime to one about the GPU; None if it is about something else."""
     text = "" if error is None else str(error)
     if any(words in text for words in _MEMORY):
         return DeviceMemoryError(
             f"the GPU ran out of memory when {doing}: end what else uses it (nvidia-smi shows it), or use a shorter "
-            "context, smaller chunks or a recipe of fewer bits"
+            "context, smaller chunks or a recipe with fewer bits"
         )
     if any(words in text for words in _NO_KERNEL):
         return DeviceError(
-            f"this version of onnxruntime-gpu has no code for this GPU, it says when {doing}: install one that has, or "
+            f"this version of onnxruntime-gpu has no code for this GPU (when {doing}): install one that has, or "
             "export with --target tensorrt"
         )
     if isinstance(error, Exception) and ("CUDA failure" in text or "CUBLAS failure" in text):

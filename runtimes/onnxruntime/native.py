@@ -1,7 +1,7 @@
-"""Bundles with native operators: EdgeLM's own compiled ones, registered with ONNX Runtime, on the CPU.
+"""Runtime of bundles with native operators on the CPU: EdgeLM's compiled operators, registered with ONNX Runtime.
 
-Weights are used where the file is mapped. The cache is bytes whose row says what it holds (`edgelm.bundle.kv_cache`),
-chosen when a bundle is loaded.
+Weights are used directly from the mapped file. The KV cache is bytes whose row size determines its type
+(`edgelm.bundle.kv_cache`); the type is chosen when a bundle is loaded.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def _load(bundle: Bundle, file: str, threads: int) -> onnxruntime.InferenceSessi
     """Load one of the bundle's graphs with the compiled operators.
 
     Raises:
-        RuntimeUnavailableError: there are none here, or not for this CPU.
+        RuntimeUnavailableError: there are no compiled operators, or none for this CPU.
         BundleError: ONNX Runtime cannot load the graph.
     """
     found = describe_cpu()
     if found.library is None:
         raise RuntimeUnavailableError(
-            f"{bundle.path} was exported for the compiled operators, which this installation lacks: install edgelm "
-            "again where there is a C++ compiler (and without EDGELM_PURE), or export with --ops portable"
+            f"{bundle.path} needs the compiled operators, which this installation lacks: install edgelm "
+            "again with a C++ compiler (and without EDGELM_PURE), or export with --ops portable"
         )
     if found.chosen is None:
         raise RuntimeUnavailableError(found.why)
@@ -66,9 +66,9 @@ def _load(bundle: Bundle, file: str, threads: int) -> onnxruntime.InferenceSessi
 
 
 class NativeBatch(SequenceBatch):
-    """A bundle's native graph with the caches of `batch` sequences; the other options are those of `NativeRuntime`.
+    """A bundle's native graph with caches for `batch` sequences. Other options as in `NativeRuntime`.
 
-    `graph`: of a runtime whose session this is to use; None loads one.
+    `graph`: the graph of a runtime, whose session is shared; None: load a session.
     """
 
     name = "onnxruntime-cpu"
@@ -108,9 +108,9 @@ class NativeBatch(SequenceBatch):
         return self._step(slice(0, self.batch), ids[:, None])
 
     def _step(self, rows: slice, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Run ids [rows, T] on those sequences: logits [rows, V]."""
+        """Run ids [rows, T] on the sequences `rows`; return logits [rows, V]."""
         if rows != self._rows:
-            # The batch is the outermost axis of a cache: any rows of it are one piece of memory.
+            # The batch is the outermost axis of a cache, so consecutive rows are contiguous memory.
             self._graph.bind_input(_LENGTHS, self._lengths[rows], ids.shape[:1])
             self._graph.bind_caches([cache[rows] for cache in self._caches])
             self._rows = rows
@@ -144,7 +144,7 @@ class NativeTracing(OnnxTracing):
 class NativeRuntime(OnnxRuntimeModel):
     """A bundle's native graph.
 
-    `kv`: the cache's type, one of `edgelm.bundle.kv_cache.KV_TYPES`; default the bundle's.
+    `kv`: type of the KV cache, one of `edgelm.bundle.kv_cache.KV_TYPES`; default the bundle's.
     """
 
     batch_class = NativeBatch
@@ -167,7 +167,7 @@ class NativeRuntime(OnnxRuntimeModel):
         self._graph.bind_input(_LENGTHS, self._lengths, (1,))
 
     def open_batch(self, batch: int, context_length: int) -> NativeBatch:
-        """Caches for several sequences over this runtime's session."""
+        """Return caches for several sequences that share this runtime's session."""
         self._require_open()
         return self.batch_class(
             self._bundle, batch, threads=self.threads, context_length=context_length, chunk=self.chunk, kv=self.kv,

@@ -1,7 +1,7 @@
-"""Where the compiled operators are, and which of their instruction sets this CPU uses.
+"""Finds the compiled operators, and reports which of their instruction sets this CPU uses.
 
-The library is one file for every CPU of its architecture: it holds the kernels once per instruction set and
-chooses when it is registered. Nothing here needs ONNX Runtime.
+The library is one file for every CPU of its architecture: it holds the kernels for each instruction set and chooses one
+when it is registered. Nothing here needs ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ __all__ = ["ISA_VARIABLE", "LIBRARY_VARIABLE", "CpuKernels", "InstructionSet", "
 ABI = 1
 LIBRARY = "_edgelm_ops.so"
 LIBRARY_VARIABLE = "EDGELM_OPS_LIBRARY"
-"""Environment variable: path of the library to use in place of the installed one; empty uses none."""
+"""Environment variable: path of the library to use in place of the installed one; empty: use none."""
 ISA_VARIABLE = "EDGELM_ISA"
-"""Environment variable: name of the instruction set to use in place of the best; an error where it cannot be."""
+"""Environment variable: name of the instruction set to use in place of the best; an error if this CPU lacks it."""
 
 
 @dataclass(frozen=True)
@@ -29,26 +29,26 @@ class InstructionSet:
     """Kernels compiled for one instruction set."""
 
     name: str
-    """As EDGELM_ISA spells it."""
+    """The name, as in EDGELM_ISA."""
     available: bool
     missing: str | None
-    """What keeps it from running here; None where it can."""
+    """Why it cannot run here; None if it can."""
 
 
 @dataclass(frozen=True)
 class CpuKernels:
-    """Which kernels the compiled operators use on this machine."""
+    """The kernels that the compiled operators use on this machine."""
 
     library: str | None
-    """The library's path; None without one: bundles with native operators do not run, portable ones do."""
+    """The library's path; None if there is none, so that only bundles with portable operators run."""
     chosen: str | None
-    """The instruction set in use; None without a library, or where EDGELM_ISA names one that cannot be used."""
+    """The instruction set in use; None without a library, or if EDGELM_ISA names one that cannot be used."""
     forced: bool
     """Whether EDGELM_ISA is set."""
     why: str
-    """Why it was chosen, or what is wrong and what to do."""
+    """Why it was chosen, or the error and what to do."""
     instruction_sets: tuple[InstructionSet, ...]
-    """Every one in the library, best first."""
+    """All instruction sets in the library, best first."""
 
     def as_dict(self) -> dict[str, object]:
         """The fields as JSON-ready values."""
@@ -56,7 +56,7 @@ class CpuKernels:
 
 
 def library_path() -> Path | None:
-    """Where the compiled operators are; None where this installation has none.
+    """Return the path of the compiled operators; None if this installation has none.
 
     Raises:
         RuntimeUnavailableError: EDGELM_OPS_LIBRARY names a file that does not exist.
@@ -66,10 +66,10 @@ def library_path() -> Path | None:
         path = Path(named)
         if named and not path.is_file():
             raise RuntimeUnavailableError(
-                f"{LIBRARY_VARIABLE}={named}: there is no such file; unset it to use the installed library"
+                f"{LIBRARY_VARIABLE}={named}: the file does not exist; unset the variable to use the installed library"
             )
         return path.absolute() if named else None
-    # An editable install has the sources in one folder and the compiled library in another, both on this path.
+    # An editable install has sources and compiled library in two folders, which are both in this path.
     places = (Path(place) / LIBRARY for place in edgelm.runtimes.__path__)
     return next((place for place in places if place.is_file()), None)
 
@@ -78,14 +78,14 @@ def describe_cpu() -> CpuKernels:
     """Ask the compiled operators which instruction set they use here, and why.
 
     Raises:
-        RuntimeUnavailableError: the library is there but cannot be loaded, or is of another version of EdgeLM.
+        RuntimeUnavailableError: the library cannot be loaded, or belongs to another version of EdgeLM.
     """
     path = library_path()
     forced = bool(os.environ.get(ISA_VARIABLE))
     if path is None:
         why = (
             "this installation has no compiled operators: bundles with portable operators run, native ones do not; "
-            "install a wheel with compiled parts, or install without EDGELM_PURE where there is a C++ compiler"
+            "install a wheel with compiled parts, or install from source with a C++ compiler and without EDGELM_PURE"
         )
         return CpuKernels(None, None, forced, why, ())
     library = _load(path)
@@ -111,13 +111,13 @@ def _load(path: Path) -> ctypes.CDLL:
         abi = library.edgelm_ops_abi()
     except (OSError, AttributeError) as error:
         raise RuntimeUnavailableError(
-            f"{path} is not a library of EdgeLM's operators that this machine can load ({error}): install edgelm again"
+            f"{path} cannot be loaded as EdgeLM's operators ({error}): install edgelm again"
         ) from error
     if abi != ABI:
         raise RuntimeUnavailableError(
-            f"{path} is of another version of EdgeLM (interface {abi}, not {ABI}): install edgelm again"
+            f"{path} belongs to another version of EdgeLM (interface {abi}, expected {ABI}): install edgelm again"
         )
-    # c_int32 and c_int64 by the header; ctypes would take int for all.
+    # Types as in the header; by default ctypes assumes int.
     library.edgelm_isa_name.argtypes = [ctypes.c_int32]
     library.edgelm_isa_name.restype = ctypes.c_char_p
     library.edgelm_isa_missing.argtypes = [ctypes.c_int32]

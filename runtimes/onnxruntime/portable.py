@@ -1,4 +1,4 @@
-"""Bundles with portable operators: the graph that every ONNX Runtime runs, on the CPU."""
+"""Runtime of bundles with portable operators on the CPU: graphs that need only ONNX Runtime's own operators."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ _KV_DTYPES: dict[str, type[np.floating[Any]]] = {"float32": np.float32, "float16
 def _kv_dtype(bundle: Bundle) -> type[np.floating[Any]]:
     kind = bundle.manifest.graph.kv_dtype
     if kind not in _KV_DTYPES:
-        raise BundleError(f"{bundle.path} wants a {kind} cache; portable operators have {', '.join(_KV_DTYPES)}")
+        raise BundleError(
+            f"{bundle.path} has a {kind} cache, and portable operators support {', '.join(_KV_DTYPES)}: export it again"
+        )
     return _KV_DTYPES[kind]
 
 
@@ -50,11 +52,11 @@ def _has_8_bit_experts(bundle: Bundle) -> bool:
 
 @contextlib.contextmanager
 def _float32_experts(bundle: Bundle) -> Iterator[None]:
-    """QMoE created within this computes in float32, as the debug graph's other products do.
+    """Make QMoE nodes that are created inside compute in float32, like the debug graph's other matmuls.
 
-    Its 8-bit kernel quantises activations to int8 whatever `accuracy_level` says, and the 0.3 % of noise that this
-    makes would hide a small error of a weight. The 4-bit kernel obeys, and is left alone: switched off, OLMoE loads 20
-    times as long.
+    The 8-bit kernel of QMoE quantises activations to int8 whatever `accuracy_level` is; its noise of 0.3 % would hide a
+    small error of a weight. The 4-bit kernel follows `accuracy_level` and is left on: without it OLMoE takes 20 times
+    as long to load.
     """
     names = ("ORT_QMOE_CPU_QNBIT_GEMM", "ORT_USE_MLAS_Q4_GEMM_MOE") if _has_8_bit_experts(bundle) else ()
     before = {name: os.environ.get(name) for name in names}
@@ -90,7 +92,7 @@ class PortableTracing(OnnxTracing):
 
 
 class PortableRuntime(OnnxRuntimeModel):
-    """A bundle's portable graph. The cache's type is the graph's: `kv` may only name it."""
+    """A bundle's portable graph. The cache type is that of the graph; `kv` may only name it."""
 
     tracing_class = PortableTracing
     lengths = "attention_mask"

@@ -1,6 +1,6 @@
-"""Does a provider leave the routing weights of an MoE as the graph says? Asked at load, by a tiny graph of the bundle.
+"""Checks at load time, with a tiny graph in the bundle, whether a provider computes MoE routing as the graph specifies.
 
-Needs nothing but numpy and ONNX Runtime: the graph and the answers come with the bundle.
+Needs only numpy and ONNX Runtime: the graph and the expected results are in the bundle.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 PROBE_FILE = "router_probe.onnx"
 FOUND, EXPECTED, RENORMALISED = "found", "expected", "renormalised"
 TOLERANCE = 0.05
-"""Of the answer's norm. Low precision stays below 1 %; renormalising, or leaving it out, is off by a factor."""
+"""Relative to the norm of the result. Low precision stays below 1 %; wrong renormalisation is off by a factor."""
 
 
 def check_router(session: onnxruntime.InferenceSession, provider: str) -> None:
-    """Run the probe.
+    """Run the probe and check its result.
 
     Raises:
-        RuntimeUnavailableError: the provider computes another MoE, and which.
+        RuntimeUnavailableError: the result is wrong; the message says how.
     """
     found, expected, renormalised = (
         np.asarray(value, np.float32) for value in session.run([FOUND, EXPECTED, RENORMALISED], {})
@@ -34,19 +34,19 @@ def check_router(session: onnxruntime.InferenceSession, provider: str) -> None:
     if error <= TOLERANCE:
         return
     if relative_error(found, renormalised) <= TOLERANCE:
-        reason = "it ignores whether the weights of the chosen experts are to be renormalised"
+        reason = "it ignores whether the weights of the chosen experts must be renormalised"
     elif np.isfinite(error):
-        reason = f"its answer to a known MoE is {error:.0%} off"
+        reason = f"its result for a known MoE is {error:.0%} off"
     else:
-        reason = "its answer to a known MoE has values that are not numbers"
+        reason = "its result for a known MoE has NaN or infinite values"
     raise RuntimeUnavailableError(
-        f"{provider} does not compute this model's mixture of experts: {reason}; use another version of ONNX Runtime, "
+        f"{provider} does not compute this model's MoE correctly: {reason}; use another version of ONNX Runtime, "
         "or export for another target"
     )
 
 
 def relative_error(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """The distance over the norm of what is expected; infinite where something is not a number."""
+    """Return the distance divided by the norm of `expected`; infinite if a value is not finite."""
     with np.errstate(all="ignore"):
         error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
     return error if np.isfinite(error) else float("inf")

@@ -1,7 +1,7 @@
-"""What both operator sets share on the CPU: sessions, bound buffers, prefill in chunks, tracing.
+"""Shared code of the CPU runtimes: sessions, bound buffers, prefill in chunks, tracing.
 
-The cache of keys and values is allocated once and bound both as the graph's past and as its present, so a step writes
-its rows in place and copies nothing. Every other input and the logits are bound to buffers that are reused.
+The KV cache is allocated once and bound as both the graph's past and its present, so a step updates it in place without
+copies. All other inputs and the logits are bound to reused buffers.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from edgelm.bundle import Bundle
 
 MINIMUM_VERSION = "1.31.1"
-"""For bundles that do not say what they need."""
+"""For bundles that do not state their minimum version."""
 
 
 def import_onnxruntime(bundle: Bundle | None = None) -> Any:
-    """The package, new enough for `bundle`; without one, for all of them.
+    """Import onnxruntime and check that it is new enough for `bundle`; without one, for every bundle.
 
     Raises:
-        RuntimeUnavailableError: it is missing or too old.
+        RuntimeUnavailableError: onnxruntime is missing or too old.
     """
     try:
         import onnxruntime
@@ -67,26 +67,26 @@ def create_session(
     prepare: Callable[[Any], None] | None = None,
     providers: Sequence[str | tuple[str, dict[str, str]]] = ("CPUExecutionProvider",),
 ) -> onnxruntime.InferenceSession:
-    """Load one of the bundle's graphs; `prepare` may change the session's options first.
+    """Load one of the bundle's graphs. `prepare` may change the session options first.
 
     Raises:
         BundleError: ONNX Runtime cannot load it.
-        EdgeLMError: fewer than one thread.
+        EdgeLMError: `threads` is less than 1.
     """
     ort = import_onnxruntime(bundle)
     if threads < 1:
         raise EdgeLMError(f"threads is {threads}: give 1 or more")
     options = ort.SessionOptions()
-    # Given explicitly: with 0 it would pin threads to cores, outside containers' cpusets too.
+    # Set explicitly: with 0, ONNX Runtime pins threads to cores, even to cores outside a container's cpuset.
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    # A pattern is planned and kept for every shape of the inputs, and the portable mask is one longer at each token.
+    # A pattern would be kept for every input shape, and the portable mask grows by one with each token.
     options.enable_mem_pattern = False
-    # Long enough to catch the next operator, short enough to leave the core to others: with the default of a
-    # millisecond, decoding falls to a half or a third as soon as another process wants a core.
+    # Long enough to catch the next operator, short enough to leave the core to other processes: with the default of 1
+    # ms, decoding drops to a half or a third of its speed as soon as another process needs a core.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
-    # Failures come as exceptions; the log would say them a second time on stderr.
+    # Errors are raised as exceptions; the log would repeat them on stderr.
     options.log_severity_level = 4
     if prepare is not None:
         prepare(options)
@@ -105,10 +105,10 @@ def create_session(
 
 
 def _refuse_linked_weights(bundle: Bundle, graph: Path) -> None:
-    """ONNX Runtime reads weights only from the folder that the graph lies in, links resolved.
+    """Check that the weights are in the graph's folder with links resolved, as ONNX Runtime requires.
 
     Raises:
-        BundleError: the weights file is a link to elsewhere.
+        BundleError: the weights file is a link to another folder.
     """
     weights = bundle.file(bundle.manifest.graph.weights_file)
     found = weights.resolve()
@@ -121,9 +121,9 @@ def _refuse_linked_weights(bundle: Bundle, graph: Path) -> None:
 
 
 class MappedWeights:
-    """The bundle's weights file as the session maps it: reading a page that is no longer there kills the process.
+    """Watches the weights file that a session maps: reading a page that no longer exists would kill the process.
 
-    The file is held open, so that a new one in its place (`edgelm install`) does not matter to those that run.
+    The file is kept open, so that replacing it (`edgelm install`) does not affect running sessions.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -134,24 +134,24 @@ class MappedWeights:
         self.check()
 
     def check(self) -> None:
-        """Look at the file's size, which takes a microsecond.
+        """Check the file's size, which takes a microsecond.
 
         Raises:
-            BundleError: the file has become shorter.
+            BundleError: the file was truncated.
         """
         size = os.fstat(self._descriptor).st_size
         if size < self._size:
             raise BundleError(
-                f"{self._path} was cut from {self._size} to {size} bytes while it was in use: load the bundle again "
-                "once it is whole. Replace a bundle with `edgelm install`, never write into its files"
+                f"{self._path} was truncated from {self._size} to {size} bytes while in use: restore it and load the "
+                "bundle again. Replace bundles with `edgelm install` only, never write into their files"
             )
 
 
 def require_stored_kv(bundle: Bundle, kv: str | None, more: str = "") -> None:
-    """Refuse another type of cache than the graph's; `more` is what else a user can do.
+    """Check that `kv`, if given, is the graph's cache type; `more` is appended to the error message.
 
     Raises:
-        EdgeLMError: `kv` names another.
+        EdgeLMError: `kv` names another type.
     """
     stored = bundle.manifest.graph.kv_dtype
     if kv not in (None, stored):
@@ -159,31 +159,32 @@ def require_stored_kv(bundle: Bundle, kv: str | None, more: str = "") -> None:
 
 
 def ort_errors() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state  # type: ignore[import-untyped]  # likewise
+    """Return the exception types that ONNX Runtime raises."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state  # type: ignore[import-untyped]  # it has no type information
 
     names = ("Fail", "InvalidGraph", "InvalidProtobuf", "InvalidArgument", "NoSuchFile", "NotImplemented")
-    # A run with bound buffers raises plain RuntimeErrors, a damaged name that is to become a Python string the last.
+    # A run with bound buffers raises plain RuntimeError; a damaged name that is converted to a Python string, the
+    # second.
     return (RuntimeError, UnicodeDecodeError, state.RuntimeException, *(getattr(state, name) for name in names))
 
 
 def first_line(error: Exception) -> str:
-    """An error's message without what follows it."""
+    """Return the first line of an error's message."""
     return str(error).strip().splitlines()[0]
 
 
 def kv_names(layers: int) -> list[tuple[str, str]]:
-    """The names of every cache as input and as output."""
+    """Return the names of all caches, each as input and as output."""
     return [(f"past_key_values.{i}.{part}", f"present.{i}.{part}") for i in range(layers) for part in ("key", "value")]
 
 
 def check_graph(
     session: onnxruntime.InferenceSession, bundle: Bundle, lengths: str, extra_outputs: Sequence[str] = ()
 ) -> None:
-    """Compare a graph's inputs and outputs with what a runtime feeds; `lengths` says how much is cached.
+    """Check that a graph has the inputs and outputs of a runtime; `lengths` is the input with the cached lengths.
 
     Raises:
-        BundleError: naming what is missing.
+        BundleError: some are missing; the message names them.
     """
     layers = bundle.manifest.model.num_layers
     inputs = {item.name for item in session.get_inputs()}
@@ -194,7 +195,7 @@ def check_graph(
     missing = sorted(wanted_in - inputs) + sorted({"logits_start"} - optional) + sorted(wanted_out - outputs)
     if missing:
         raise BundleError(f"the graph of {bundle.path} lacks {', '.join(missing[:4])}: export the bundle again")
-    # The manifest's numbers become buffers: they must be the graph's, where it says any.
+    # Buffers are sized by the manifest, so its numbers must match the graph's where the graph has any.
     model = bundle.manifest.model
     shapes = {item.name: item.shape for item in (*session.get_inputs(), *session.get_outputs())}
     known = [("logits", -1, "vocab_size"), *((past, 1, "num_kv_heads") for past, _ in kv_names(layers))]
@@ -202,18 +203,18 @@ def check_graph(
         wanted, found = getattr(model, field), shapes[name][axis]
         if isinstance(found, int) and found != wanted:
             raise BundleError(
-                f"{bundle.path}: model.{field} is {wanted} in the manifest, and the graph's {name} has {found}: export "
+                f"{bundle.path}: model.{field} is {wanted} in the manifest, but the graph's {name} has {found}: export "
                 "the bundle again"
             )
 
 
 def untouched(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
-    """Zeros whose pages are taken only when written.
+    """Return zeros whose memory pages are allocated only when they are written.
 
-    numpy asks for huge pages, and each head's first row would then take 2 MB at once.
+    numpy requests huge pages, with which the first row of each head would take 2 MB at once.
 
     Raises:
-        EdgeLMError: there is no room for so many.
+        EdgeLMError: there is not enough memory.
     """
     count = math.prod(shape)
     nbytes = count * np.dtype(dtype).itemsize
@@ -221,14 +222,15 @@ def untouched(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
         return np.frombuffer(mmap.mmap(-1, nbytes), dtype, count).reshape(shape)
     except (OSError, OverflowError, MemoryError) as error:
         raise EdgeLMError(
-            f"there is no memory for {nbytes} bytes of cache: take a smaller context_length or batch"
+            f"not enough memory for a cache of {nbytes} bytes: use a smaller context_length or batch"
         ) from error
 
 
 class BoundGraph:
-    """A session whose inputs and outputs are buffers that are bound once and reused.
+    """A session with input and output buffers that are bound once and reused.
 
-    `weights`: what the session maps. `batch`: rows of `input_ids`. `chunk`: the most tokens a row has in one step.
+    `weights`: the mapped weights file. `batch`: rows of `input_ids`. `chunk`: the largest number of tokens per row and
+    step.
     """
 
     def __init__(
@@ -251,19 +253,19 @@ class BoundGraph:
         self.bind_input("logits_start", self._start, (1,))
 
     def another(self, *, batch: int, chunk: int) -> BoundGraph:
-        """The same session with buffers of their own, nothing bound."""
+        """Return a graph with the same session and its own buffers, nothing bound."""
         return BoundGraph(self._session, self._weights, batch=batch, chunk=chunk, vocab_size=self._vocab_size)
 
     def bind_input(self, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
-        """Let the graph read an input of `shape` from where `array` begins."""
+        """Bind an input of `shape` to the start of `array`."""
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
 
     def bind_output(self, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
-        """Let the graph write an output of `shape` to where `array` begins."""
+        """Bind an output of `shape` to the start of `array`."""
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
 
     def bind_caches(self, caches: Sequence[NDArray[Any]]) -> None:
-        """Let the graph read and write every layer's keys and values where they lie."""
+        """Bind the caches of all layers as both inputs and outputs."""
         for (past, present), cache in zip(kv_names(len(caches) // 2), caches, strict=True):
             self.bind_input(past, cache, cache.shape)
             self.bind_output(present, cache, cache.shape)
@@ -271,11 +273,11 @@ class BoundGraph:
     def step(self, ids: NDArray[np.int64], *, all_positions: bool = False) -> NDArray[np.float32]:
         """Run ids [B, T]; return the logits of each row's last position, [B, V], or of all of them, [B, T, V].
 
-        The result lies in a buffer that the next step overwrites.
+        The result is in a buffer that the next step overwrites.
 
         Raises:
-            BundleError: the weights file has become shorter.
-            EdgeLMError: ONNX Runtime failed.
+            BundleError: the weights file was truncated.
+            EdgeLMError: ONNX Runtime failed, e.g. for lack of memory.
         """
         self._weights.check()
         batch, tokens = ids.shape
@@ -285,8 +287,8 @@ class BoundGraph:
             self._bound = ids.shape
         self._start[0] = 0 if all_positions else -1
         if all_positions and tokens > 1:
-            # The graph declares one row, by which GenAI allocates: ONNX Runtime refuses a larger buffer that is bound
-            # to it, but allocates one of the true size itself.
+            # The graph declares one row, which GenAI uses to allocate. ONNX Runtime rejects a larger bound buffer, but
+            # allocates one of the true size itself.
             self._binding.bind_output("logits", "cpu")
         else:
             self.bind_output("logits", self._logits, (batch, 1, self._logits.shape[1]))
@@ -307,24 +309,24 @@ class BoundGraph:
             import onnxruntime
 
             options = onnxruntime.RunOptions()
-            # A chunk's activations are large and decoding does not need them: give them back.
+            # A chunk's activations are large and decoding does not need their memory: free it.
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
             interruptible(
                 lambda: session.run_with_iobinding(binding, options), lambda: setattr(options, "terminate", True)
             )
         except ort_errors() as error:
             raise EdgeLMError(
-                f"onnxruntime failed in the middle: {first_line(error)}; if memory ran out, take a smaller "
+                f"onnxruntime failed while running the model: {first_line(error)}; if memory ran out, use a smaller "
                 f"context_length or a smaller chunk than {self._ids.size}"
             ) from error
 
 
 class OnnxRuntimeModel(Runtime):
-    """A bundle's graph in ONNX Runtime's CPU provider, with the cache of one sequence."""
+    """A bundle's graph on ONNX Runtime's CPU provider, for one sequence."""
 
     name = "onnxruntime-cpu"
     lengths: str
-    """The input that says how much is cached."""
+    """The input with the number of cached tokens."""
 
     def __init__(self, bundle: Bundle, *, threads: int | None, context_length: int | None, chunk: int) -> None:
         super().__init__(threads=threads, chunk=chunk, **model_sizes(bundle, context_length))
@@ -343,15 +345,15 @@ class OnnxRuntimeModel(Runtime):
 
     @abstractmethod
     def _cache_row(self, bundle: Bundle) -> tuple[int, type[np.generic]]:
-        """Numbers of a cache for one head and position, and their type."""
+        """Return the number of elements per head and position of a cache, and their type."""
 
     @abstractmethod
     def _bind_step(self, graph: BoundGraph, tokens: int) -> None:
-        """Tell the graph that `tokens` follow the cached ones."""
+        """Bind the inputs for a step of `tokens` tokens after the cached ones."""
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of address space of the whole cache; resident is only what was written."""
+        """Bytes of address space of the cache; only written pages are resident."""
         return sum(cache.nbytes for cache in self._caches)
 
     def decode(self, token: int) -> NDArray[np.float32]:
@@ -381,7 +383,7 @@ class OnnxTracing(TracingModel):
     """A bundle's debug graph in ONNX Runtime."""
 
     lengths: str
-    """The input that says how much is cached."""
+    """The input with the number of cached tokens."""
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         super().__init__(bundle)
@@ -395,7 +397,7 @@ class OnnxTracing(TracingModel):
 
     @abstractmethod
     def _empty_cache(self, batch: int, tokens: int) -> dict[str, NDArray[Any]]:
-        """What to feed so that `batch` rows of `tokens` begin at position 0."""
+        """Return the inputs for `batch` rows of `tokens` tokens that begin at position 0."""
 
     def _run(self, ids: NDArray[np.int64], names: Sequence[str], *, logits: bool) -> list[NDArray[np.float32]]:
         self._weights.check()
@@ -403,7 +405,7 @@ class OnnxTracing(TracingModel):
         return self._compute(names, {"input_ids": ids, "logits_start": start, **self._empty_cache(*ids.shape)})
 
     def _compute(self, names: Sequence[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
-        """The outputs `names` for inputs of [batch, tokens], from position 0."""
+        """Return the outputs `names` for inputs [batch, tokens] from position 0."""
         return [np.asarray(value) for value in self._session.run(names, feed)]
 
     def _free(self) -> None:

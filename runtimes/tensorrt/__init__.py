@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX: our operators as plugins, engines of a bundle, and what runs them."""
+"""Runtime `tensorrt`: builds and runs engines of TensorRT and TensorRT-RTX, with our operators as plugins."""

@@ -1,8 +1,8 @@
-"""Engines of a bundle: `edgelm build`, and the end of `edgelm export --target tensorrt`.
+"""Builds engines of a bundle: `edgelm build`, and the last step of `edgelm export --target tensorrt`.
 
-An engine is built in a folder beside the bundle's files, renamed into `engines/`, and only then named in the manifest,
-which is replaced as a whole: whatever happens, the bundle stays one that opens. What a killed build left is in no
-manifest, and the next one removes it.
+An engine is built in a folder beside the bundle's files, renamed into `engines/`, and only then added to the manifest,
+which is replaced atomically. So the bundle stays valid whatever happens. Files that a killed build leaves are not in
+the manifest; the next build removes them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from edgelm.runtimes.tensorrt.rowmajor import Rows
 GRAPH_FILE = "model.tensorrt.onnx"
 RECIPE_FILE = "model.tensorrt.json"
 ROWS_FILE = "model.rows.data"
-"""Matrices in rows, which exists only while an engine is built."""
+"""Row-major matrices; the file exists only while an engine is built."""
 _FORMAT = 1
 _FP8_SM = 89
 _ERRORS = ErrorFactory(BundleError, "export the bundle again")
@@ -42,12 +42,12 @@ _ERRORS = ErrorFactory(BundleError, "export the bundle again")
 
 @dataclass(frozen=True)
 class GraphRecipe:
-    """What `model.tensorrt.json` says of the graph beside it.
+    """The contents of `model.tensorrt.json`, which describes the graph for TensorRT.
 
     Attributes:
-        shape: what the builder is told.
-        fp8: whether the graph has FP8 products, which only devices from SM 89 on have.
-        rows: matrices that have to be unpacked.
+        shape: the builder's parameters.
+        fp8: whether the graph has FP8 matmuls, which need SM 89 or newer.
+        rows: matrices that must be unpacked to rows.
     """
 
     shape: GraphShape
@@ -55,7 +55,7 @@ class GraphRecipe:
     rows: list[Rows]
 
     def to_json(self) -> str:
-        """What `read` reads."""
+        """Return the JSON that `read` reads."""
         data = {"format": _FORMAT, **dataclasses.asdict(self.shape), "fp8": self.fp8}
         return json.dumps(data | {"rows": [dataclasses.asdict(entry) for entry in self.rows]}, indent=1) + "\n"
 
@@ -64,7 +64,7 @@ class GraphRecipe:
         """Read the file.
 
         Raises:
-            BundleError: it is missing or damaged, or of another version.
+            BundleError: it is missing, damaged or of another version.
         """
         data = require_format(read_json(path, _ERRORS), "format", _FORMAT, path, _ERRORS)
         shape = {item.name: data[item.name] for item in dataclasses.fields(GraphShape) if item.name in data}
@@ -82,22 +82,22 @@ def build_bundle(
     edition: str | None = None,
     progress: Progress | None = None,
 ) -> EngineInfo:
-    """Build an engine of a bundle and add it, in the place of one of the same edition and devices.
+    """Build an engine of a bundle and add it. It replaces one of the same edition and devices.
 
-    `options.sms`: of TensorRT-RTX the devices to build for, by default the GPU here, else those that the bundle has
-    kernels for; full TensorRT builds for the GPU here alone.
+    `options.sms`: for TensorRT-RTX the devices to build for, by default the local GPU, or without one those that the
+    bundle has kernels for. Full TensorRT builds only for the local GPU.
 
     Raises:
         ExportError: the bundle is for another target, or TensorRT cannot build it.
-        RuntimeUnavailableError: there is no TensorRT.
-        DeviceError: full TensorRT without a GPU.
-        EdgeLMError: another run is writing the bundle.
+        RuntimeUnavailableError: TensorRT is not installed.
+        DeviceError: full TensorRT is used without a GPU.
+        EdgeLMError: another process is writing the bundle.
     """
     progress = progress or Silent()
     manifest = bundle.manifest
     if manifest.target != "tensorrt":
         raise ExportError(
-            f"{bundle.path} was exported for {manifest.target}: engines are built of bundles that were exported with "
+            f"{bundle.path} was exported for {manifest.target}, and engines need a bundle that was exported with "
             "--target tensorrt"
         )
     library = load(edition)
@@ -108,7 +108,7 @@ def build_bundle(
         try:
             return _add(bundle, library, options, sms, progress)
         finally:
-            # What is in the manifest stays: the new engine, or on an error the old one.
+            # Keep the files in the manifest: the new engine, or after an error the old one.
             try:
                 _remove_left(bundle.path)
             except BaseException:
@@ -141,12 +141,12 @@ def _remove_left(folder: Path) -> None:
 
 
 def chosen_sms(library: Library, asked: Sequence[int], folder: Path) -> tuple[int, ...]:
-    """The devices to build for; see `build_bundle`. Raises as it."""
+    """Return the devices to build for; see `build_bundle`, also for errors."""
     if library.edition == FULL:
         here = find_devices()[0].sm
         if asked and tuple(asked) != (here,):
             raise ExportError(
-                f"full TensorRT builds for the GPU of this machine, SM {here}, and not for "
+                f"full TensorRT builds only for the GPU of this machine, SM {here}, not for "
                 f"{sm_names(asked)}: leave --sm out, or use TensorRT-RTX (--edition tensorrt-rtx)"
             )
         return (here,)
@@ -167,18 +167,18 @@ def build_into(
     sms: tuple[int, ...],
     progress: Progress,
 ) -> EngineInfo:
-    """Build an engine of the graph in `folder`, a bundle's, into its `engines/`; the manifest is not touched.
+    """Build an engine of the graph in `folder` (a bundle) into its `engines/`. The manifest is not changed.
 
     Raises:
-        ExportError: TensorRT cannot build it, or not for these devices.
+        ExportError: TensorRT cannot build it for these devices.
         BundleError: the bundle has no graph for TensorRT.
     """
     recipe = GraphRecipe.read(folder / RECIPE_FILE)
     old = [sm for sm in sms if sm < _FP8_SM]
     if recipe.fp8 and old:
         raise ExportError(
-            f"{folder / GRAPH_FILE} has FP8 products, which SM {old[0]} has not: export the bundle again with "
-            f"--sm {old[0]}, which makes them products of our plugin"
+            f"{folder / GRAPH_FILE} has FP8 matmuls, which SM {old[0]} does not support: export the bundle again with "
+            f"--sm {old[0]}, so that a plugin computes them"
         )
     weights = folder / weights_file
     require_disk_space(
@@ -188,7 +188,7 @@ def build_into(
     stem = _free_name(folder, engine_name(library.edition, sms, library.version))
     target = folder / FOLDER / f"{stem}.engine"
     with _workplace(folder) as work, disk_full_explained(target), progress.task("building an engine", 1, unit="steps"):
-        # The parser looks for weights beside the graph, and only there.
+        # The parser reads weights only from the graph's folder.
         (work / GRAPH_FILE).symlink_to((folder / GRAPH_FILE).absolute())
         (work / weights_file).symlink_to(weights.absolute())
         rowmajor.write(recipe.rows, weights, work / ROWS_FILE)
@@ -208,14 +208,14 @@ def _description(engine: str) -> str:
 
 
 def _free_name(folder: Path, stem: str) -> str:
-    """A name that no engine has: one that is replaced is in the manifest until the new one is."""
+    """Return an unused file name. A replaced engine stays in the manifest until the new one is added."""
     names = [stem, *(f"{stem}-{i}" for i in range(2, 100))]
     return next(name for name in names if not (folder / FOLDER / f"{name}.engine").exists())
 
 
 @contextlib.contextmanager
 def _workplace(folder: Path) -> Iterator[Path]:
-    """A folder on the bundle's disk, gone afterwards."""
+    """Create a temporary folder on the bundle's disk; remove it afterwards."""
     work = Path(tempfile.mkdtemp(prefix=ENGINE_TEMP_PREFIX, dir=folder))
     try:
         yield work

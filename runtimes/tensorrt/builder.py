@@ -1,6 +1,6 @@
-"""From a bundle's graph for TensorRT to an engine; needs TensorRT and numpy, no GPU where TensorRT-RTX builds.
+"""Builds an engine from a bundle's graph for TensorRT. Needs TensorRT and numpy; with TensorRT-RTX no GPU.
 
-The parser maps the weights from the file and the engine is written as it is built, so neither is in memory as a whole.
+The parser maps the weights file and the engine is written as it is built, so neither must fit into memory.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How to build.
+    """Options of an engine build.
 
     Attributes:
-        sms: compute capabilities, each two or three digits, e.g. (86, 89); TensorRT-RTX makes one engine for all.
-            Empty: of the device at hand, the only ones that full TensorRT builds for.
-        max_batch: sequences that decode together at most.
-        chunk: tokens of a prefill step at most.
-        weight_streaming: let weights stay in host memory at run time.
+        sms: compute capabilities as numbers, e.g. (86, 89); TensorRT-RTX builds one engine for all. Empty: the local
+            device, the only one that full TensorRT can build for.
+        max_batch: the largest number of sequences that decode together.
+        chunk: the largest number of tokens per prefill step.
+        weight_streaming: allow weights to stay in host memory at run time.
     """
 
     sms: tuple[int, ...] = ()
@@ -46,7 +46,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class GraphShape:
-    """What an engine has to be told of a graph besides the graph."""
+    """Properties of a graph that its engine's description needs."""
 
     context_length: Annotated[int, Range(1, (1 << 31) - 1)]
     kv: Annotated[str, OneOf((*KV_TYPES, "bfloat16"))]
@@ -55,17 +55,17 @@ class GraphShape:
 
 
 def check_sms(library: Library, sms: Sequence[int]) -> None:
-    """Refuse compute capabilities that this TensorRT does not build for.
+    """Check that this TensorRT can build for these compute capabilities.
 
     Raises:
-        ExportError: says which do, and how the others get their engine.
+        ExportError: it cannot; the message says for which it can, and what to do for others.
     """
     if library.edition == RTX:
         wrong = [sm for sm in sms if sm not in library.sms]
         if wrong or not sms:
             named = sm_names(wrong) or "no device"
             raise ExportError(
-                f"TensorRT-RTX builds for SM {', '.join(map(str, library.sms))}, not for {named}: for others full "
+                f"TensorRT-RTX builds for SM {', '.join(map(str, library.sms))}, not for {named}: for these full "
                 "TensorRT builds on the device itself, with `edgelm build BUNDLE`"
             )
 
@@ -75,16 +75,17 @@ def build_engine(
 ) -> EngineInfo:
     """Build the engine of `graph` into the file `out`.
 
-    `graph` is a file that `edgelm.export.tensorrt.graph.parser_graph` made, with its weights beside it; `sms` is what
-    the description is to say: of TensorRT-RTX the options' own, of full TensorRT the device at hand.
+    `graph` is a file that `edgelm.export.tensorrt.graph.parser_graph` wrote, with its weights in the same folder. `sms`
+    goes
+    into the description: the options' own for TensorRT-RTX, the local device for full TensorRT.
 
     Raises:
-        ExportError: the parser or the builder refuses, with its reasons.
+        ExportError: the parser or the builder fails; the message has its reasons.
     """
     if not library.can_parse:
         raise ExportError(
-            "tensorrt_rtx was imported before EdgeLM could make its library known under the name that its parser "
-            "opens: build in a process of its own, for example with `edgelm build`"
+            "tensorrt_rtx was imported before EdgeLM could load its library under the name that its parser opens: "
+            "build in a new process, for example with `edgelm build`"
         )
     start = time.monotonic()
     messages(library).take()
@@ -113,7 +114,7 @@ def build_engine(
 def _build(
     library: Library, graph: Path, out: Path, shape: GraphShape, options: BuildOptions, host: Host, sms: tuple[int, ...]
 ) -> None:
-    """Write the engine's file; see `build_engine`."""
+    """Build and write the engine's file; see `build_engine`."""
     api = library.api
     log = messages(library)
     builder = api.Builder(log.logger)
@@ -129,7 +130,7 @@ def _build(
         config.num_compute_capabilities = len(options.sms)
         for i, sm in enumerate(options.sms):
             config.set_compute_capability(getattr(api.ComputeCapability, f"SM{sm}"), i)
-    # Results that lie in an input: the caches.
+    # Outputs that alias an input: the caches.
     config.set_preview_feature(api.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if options.weight_streaming:
         config.set_flag(api.BuilderFlag.WEIGHT_STREAMING)
@@ -141,7 +142,7 @@ def _build(
         config.add_optimization_profile(profile)
     with out.open("wb") as stream:
         done = builder.build_serialized_network_to_stream(network, config, _writer(api, stream.write, host))
-    # What a callback raises does not always stop TensorRT.
+    # An exception in a callback does not always stop TensorRT.
     if not done or host.failed:
         out.unlink()
         raise _refused(library, host, f"cannot build {graph.name} for {sm_names(sms) or 'this device'}", log.take())
@@ -150,9 +151,9 @@ def _build(
 def profiles(
     inputs: dict[str, Shape], shape: GraphShape, options: BuildOptions
 ) -> list[dict[str, tuple[Shape, Shape, Shape]]]:
-    """The ranges of the inputs' shapes: first decoding (one token of up to `max_batch` sequences), then a chunk of one.
+    """Return the ranges of input shapes: first decoding (one token of up to `max_batch` sequences), then one chunk.
 
-    The first dimension is sequences; that of ids [B, T] behind it tokens, that of a cache [B, G, C, R] positions.
+    Variable dimensions: B of all inputs, T of ids [B, T], C of caches [B, G, C, R].
     """
     context, chunk = shape.context_length, min(options.chunk, shape.context_length)
     steps = (((1, 1, options.max_batch), (1, 1, 1)), ((1, 1, 1), (1, chunk, chunk)))
@@ -185,7 +186,7 @@ def _writer(api: Any, write: Callable[[bytes], int], host: Host) -> Any:
         def write(self, data: bytes) -> int:
             try:
                 return int(write(data))
-            except OSError as error:  # the disk is full: said after the build has failed
+            except OSError as error:  # e.g. the disk is full: raised after the build has failed
                 host.note(error)
                 return 0
 
@@ -198,7 +199,7 @@ def _reason(error: Any) -> str:
 
 
 def _refused(library: Library, host: Host, what: str, reasons: str) -> EdgeLMError | OSError:
-    """The error to raise: what failed in a callback of ours says more than what TensorRT makes of it."""
+    """Return the error to raise: that of a failed callback, which says more than TensorRT's message, or a new one."""
     failure = host.take_failure()
     if isinstance(failure, EdgeLMError | OSError):
         return failure

@@ -1,4 +1,4 @@
-"""An engine on a device: whether it fits is decided and said before it is loaded."""
+"""An engine on a device. Whether it can run there is checked before it is loaded."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 DECODE, PREFILL = 0, 1
 """Optimisation profiles, in the order of `builder.profiles`."""
 _OLDEST_CUDA = 12
-# What TensorRT-RTX's check of an engine can say, by the names of its flags.
+# Messages for the flags of TensorRT-RTX's check of an engine.
 _INVALID = {
     "VERSION_MISMATCH": "another version of TensorRT-RTX built it: build it again with `edgelm build BUNDLE`",
     "UNSUPPORTED_CC": "it was not built for this GPU: build it with `edgelm build BUNDLE --sm` and its number",
     "OLD_CUDA_DRIVER": "the GPU's driver is too old for it: update the driver",
     "OLD_CUDA_RUNTIME": "the CUDA runtime is too old for it: update TensorRT-RTX",
-    "INSUFFICIENT_GPU_MEMORY": "the GPU has not enough memory free: end what else uses it, or give --weight-memory",
+    "INSUFFICIENT_GPU_MEMORY": "the GPU has not enough free memory: end what else uses it, or give --weight-memory",
     "CUDA_ERROR": "the driver failed: check that nvidia-smi works",
     "MALFORMED_ENGINE": "the file is damaged: copy the bundle again, or run `edgelm build`",
 }
 
 
 def incompatible(info: EngineInfo, device: DeviceInfo, versions: dict[str, str]) -> str | None:
-    """Why an engine cannot run on a device with these TensorRT editions installed, by version; None if it can."""
+    """Return why an engine cannot run on a device with these installed editions of TensorRT; None if it can."""
     have = versions.get(info.edition)
     if have is None:
         return f"needs {info.edition} {info.version}, which is not installed"
@@ -44,14 +44,14 @@ def incompatible(info: EngineInfo, device: DeviceInfo, versions: dict[str, str])
         return f"was built for {info.devices}, and {device.name} is SM {device.sm}"
     if device.driver[0] < _OLDEST_CUDA:
         spoken = "{}.{}".format(*device.driver)
-        return f"needs a driver for CUDA {_OLDEST_CUDA} or newer, and this one speaks {spoken}"
+        return f"needs a driver for CUDA {_OLDEST_CUDA} or newer, and this one supports {spoken}"
     return None
 
 
 def compatible(bundle: Bundle) -> bool:
-    """Whether a bundle has an engine for the GPU and the TensorRT that are here; False too where there is no GPU.
+    """Whether a bundle has an engine for the local GPU and TensorRT. False if there is no GPU.
 
-    Imports no TensorRT.
+    Does not import TensorRT.
     """
     found = engines(bundle)
     if not found:
@@ -65,10 +65,10 @@ def compatible(bundle: Bundle) -> bool:
 
 
 def choose(found: Sequence[EngineInfo], device: DeviceInfo, versions: dict[str, str], where: Path) -> EngineInfo:
-    """The engine to run: full TensorRT's where both editions fit.
+    """Return the engine to run; if both editions are compatible, that of full TensorRT.
 
     Raises:
-        RuntimeUnavailableError: none fits; says why each does not, and what to do.
+        RuntimeUnavailableError: none is compatible; the message says why, and what to do.
     """
     reasons = {info.file: incompatible(info, device, versions) for info in found}
     fitting = [info for info in found if reasons[info.file] is None]
@@ -78,17 +78,17 @@ def choose(found: Sequence[EngineInfo], device: DeviceInfo, versions: dict[str, 
     if not found:
         raise RuntimeUnavailableError(f"{where} has no engine: {how}")
     lines = "; ".join(f"{file} {reason}" for file, reason in reasons.items())
-    raise RuntimeUnavailableError(f"no engine of {where} fits here: {lines}. So {how}")
+    raise RuntimeUnavailableError(f"no engine of {where} can run here: {lines}. So {how}")
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or a result of an engine.
+    """An input or output of an engine.
 
     Attributes:
         name: as in the graph.
-        is_input: or a result.
-        element_bytes: of one element.
+        is_input: whether it is an input.
+        element_bytes: bytes per element.
     """
 
     name: str
@@ -103,11 +103,11 @@ class Engine:
         library: the TensorRT to run it with.
         info: its description.
         path: its file.
-        host: what runs its plugins' nodes.
-        weight_memory: bytes of weights that may lie in the GPU's memory; None is all.
+        host: runs the nodes of its plugins.
+        weight_memory: bytes of weights that may be in the GPU's memory; None: all.
 
     Raises:
-        RuntimeUnavailableError: it does not fit the device or the library.
+        RuntimeUnavailableError: it is not compatible with the device or the library.
         DeviceMemoryError: the GPU has not enough memory.
         BundleError: the file is damaged.
     """
@@ -117,7 +117,7 @@ class Engine:
     ) -> None:
         if weight_memory is not None and not info.weight_streaming:
             raise EdgeLMError(
-                f"{path} was built without weight streaming, so all its weights lie in the GPU's memory: build it "
+                f"{path} was built without weight streaming, so all its weights must be in the GPU's memory: build it "
                 "again with `edgelm build BUNDLE --weight-streaming`, or leave --weight-memory out"
             )
         self.library = library
@@ -136,7 +136,7 @@ class Engine:
         self.tensors = [self._tensor(engine.get_tensor_name(i)) for i in range(engine.num_io_tensors)]
 
     def _check(self, data: mmap.mmap) -> None:
-        """Ask TensorRT-RTX whether the engine's header fits this device."""
+        """Let TensorRT-RTX check the engine's header against this device."""
         api = self.library.api
         header = data[: self._runtime.engine_header_size]
         validity, flags = self._runtime.get_engine_validity(header)
@@ -167,18 +167,18 @@ class Engine:
         return Tensor(name, is_input, int(engine.get_tensor_dtype(name).itemsize))
 
     def input_shape(self, name: str) -> tuple[int, ...]:
-        """An input's shape; -1 where it may vary."""
+        """Return an input's shape, with -1 for variable dimensions."""
         return tuple(self._engine.get_tensor_shape(name))
 
     def activation_bytes(self) -> int:
-        """Scratch memory for the larger of the profiles."""
+        """Return the bytes of scratch memory of the larger profile."""
         engine = self._engine
         return max(int(engine.get_device_memory_size_for_profile_v2(i)) for i in (DECODE, PREFILL))
 
     def context(self, profile: int, stream: int, scratch: int, scratch_bytes: int, cache: Path | None) -> Context:
-        """An execution context of one profile; contexts may share `scratch`, which is theirs one at a time.
+        """Create an execution context for a profile. Contexts may share `scratch` if they do not run at the same time.
 
-        `cache`: where TensorRT-RTX keeps what it compiled for this device; read if it is there, and written.
+        `cache`: file for the kernels that TensorRT-RTX compiles for this device; read if it exists, and written.
         """
         api = self.library.api
         strategy = api.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -200,41 +200,41 @@ class Engine:
         return Context(self, made, compiled, cache)
 
     def close(self) -> None:
-        """Free it; contexts must be gone."""
+        """Free the engine. Close its contexts first."""
         self._engine = None
         self._runtime = None
 
 
 class Context:
-    """An execution context: shapes and addresses bound, then run on a stream."""
+    """An execution context: bind shapes and addresses, then run on a stream."""
 
     def __init__(self, engine: Engine, made: Any, compiled: Any, cache: Path | None) -> None:
         self._engine, self._made, self._compiled, self._cache = engine, made, compiled, cache
 
     def bind(self, name: str, address: int, shape: Sequence[int] | None = None) -> None:
-        """Set a tensor's address, and of an input its shape."""
+        """Set a tensor's address, and for an input its shape."""
         if shape is not None and not self._made.set_input_shape(name, tuple(shape)):
-            raise self._engine._failed(f"giving {name} the shape {tuple(shape)}")
+            raise self._engine._failed(f"setting the shape of {name} to {tuple(shape)}")
         if not self._made.set_tensor_address(name, address):
-            raise self._engine._failed(f"giving {name} its place")
+            raise self._engine._failed(f"setting the address of {name}")
 
     def run(self, stream: int) -> None:
-        """Start it.
+        """Launch the engine.
 
         Raises:
-            DeviceError: it could not be started; what a plugin raised comes as it is.
+            DeviceError: the launch failed. An exception of a plugin is raised as it is.
         """
         self._engine._host.take_failure()
         if not self._made.execute_async_v3(stream):
             raise self._engine._failed("running it")
 
     def capturable(self, stream: int) -> bool:
-        """Whether its work can be captured in a CUDA graph."""
+        """Whether a run can be captured as a CUDA graph."""
         ask = getattr(self._made, "is_stream_capturable", None)
         return True if ask is None else bool(ask(stream))
 
     def keep_compiled(self) -> None:
-        """Write what TensorRT-RTX compiled, so that the next start is short. A full disk is no reason to fail."""
+        """Write the kernels that TensorRT-RTX compiled, for a faster next start. A full disk is ignored."""
         if self._compiled is None or self._cache is None:
             return
         from edgelm.files import atomic_file
@@ -247,14 +247,14 @@ class Context:
             return
 
     def close(self) -> None:
-        """Free it."""
+        """Free the context."""
         self._made = None
 
 
 def diagnosis(api: Any, flags: int) -> str:
-    """What TensorRT-RTX's diagnostics of an engine mean.
+    """Return the message of TensorRT-RTX's diagnostic flags of an engine.
 
-    It sets none of them where it cannot reach a GPU at all.
+    No flag is set if TensorRT-RTX finds no GPU at all.
     """
     found = [
         text
@@ -265,11 +265,11 @@ def diagnosis(api: Any, flags: int) -> str:
 
 
 def failed(what: str, said: str) -> EdgeLMError:
-    """The error of a failure that TensorRT's log describes."""
+    """Return the error for a failure that TensorRT's log describes."""
     lower = said.lower()
     if "out of memory" in lower or "outofmemory" in lower or "cudaerror 2)" in lower:
         return DeviceMemoryError(
-            f"{what}: the GPU has not enough memory free ({said}); end what else uses it, use a shorter context, or "
+            f"{what}: the GPU has not enough free memory ({said}); end what else uses it, use a shorter context, or "
             "build with --weight-streaming and give --weight-memory"
         )
     if "insufficient for cuda runtime version" in lower:

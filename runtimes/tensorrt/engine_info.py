@@ -1,8 +1,7 @@
-"""What a bundle says of its engines, and which plugins an engine holds: read without TensorRT and without a GPU.
+"""Descriptions of a bundle's engines, and the plugins that an engine contains, read without TensorRT and without a GPU.
 
-Beside `engines/NAME.engine` lies `engines/NAME.json`. TensorRT's own inspector needs the GPU that the engine
-is for; but a plugin's serialised form is the text that we gave it, so the engine's bytes tell which of our plugins
-it will make when it is loaded, in every layer.
+`engines/NAME.json` describes `engines/NAME.engine`. TensorRT's inspector needs the GPU that the engine is for. But a
+plugin's serialised form is text that we wrote, so our plugins of every layer can be found in the engine's bytes.
 """
 
 from __future__ import annotations
@@ -46,23 +45,23 @@ _Size = Annotated[int, Range(1, (1 << 31) - 1)]
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """An engine as its description beside it says.
+    """The description of an engine.
 
     Attributes:
         file: its path within the bundle.
-        flavour: the edition of TensorRT, `library.FULL` or `library.RTX`, as files name it.
-        version: of the TensorRT that built it, which must be the one that runs it.
+        flavour: the edition of TensorRT, `library.FULL` or `library.RTX`; see `edition`.
+        version: version of the TensorRT that built it; the same must run it.
         sms: compute capabilities that it was built for, e.g. (86, 89).
-        plugins: how ours run: "python": registered by our runtime; "ptx": baked into the engine.
+        plugins: how plugins run: "python": registered by our runtime; "ptx": contained in the engine.
         max_batch: sequences that can decode together.
-        chunk: tokens of a prefill step at most.
-        context_length: positions of a cache at most.
-        kv: the cache's type.
-        weight_streaming: whether weights can stay in the host's memory.
-        operators: how many of each of our plugins it holds, by the operator's name.
+        chunk: the largest number of tokens per prefill step.
+        context_length: the largest number of positions of a cache.
+        kv: type of the KV cache.
+        weight_streaming: whether weights can stay in host memory.
+        operators: number of our plugins in it, by operator.
         linears: what computes the matmuls: "engine" or "plugin" (`--matmul`; stored under this name since format 1).
         attention: "plugin", or "engine" for TensorRT's own.
-        seconds: how long the build took. It is not stored: two builds of one bundle are to be equal.
+        seconds: seconds that the build took. Not stored, so that two builds of one bundle are equal.
     """
 
     file: str
@@ -81,7 +80,7 @@ class EngineInfo:
     seconds: Annotated[float, Range(0)] = dataclasses.field(default=0.0, compare=False)
 
     def to_json(self) -> str:
-        """The description's text."""
+        """Return the description as JSON."""
         stored = dataclasses.asdict(self)
         del stored["seconds"]
         return json.dumps({"format": _FORMAT, **stored}, indent=1) + "\n"
@@ -91,19 +90,19 @@ class EngineInfo:
         """Parse a description.
 
         Raises:
-            BundleError: it is none, or of another version.
+            BundleError: it is not a description, or of another version.
         """
         data = require_format(parse(text, where, _ERRORS), "format", _FORMAT, where, _ERRORS)
         return from_data(cls, data, where, _ERRORS, ignored=("format",))
 
     @property
     def edition(self) -> str:
-        """The edition of TensorRT that built it, which must be the one that runs it."""
+        """The edition of TensorRT that built it; the same must run it."""
         return self.flavour
 
     @property
     def needs(self) -> str:
-        """What must be on the device to run it, in words."""
+        """The requirements of the device, in words."""
         how = (
             "no Python: its plugins' PTX is in the engine"
             if self.plugins == PTX
@@ -118,7 +117,7 @@ class EngineInfo:
 
 
 def sm_names(sms: Sequence[int]) -> str:
-    """Compute capabilities in words."""
+    """Return compute capabilities in words."""
     return ", ".join(f"SM {sm}" for sm in sms)
 
 
@@ -140,17 +139,17 @@ def engines(bundle: Bundle) -> list[EngineInfo]:
 
 
 def engine_name(edition: str, sms: tuple[int, ...], version: str) -> str:
-    """The stem of an engine's file, e.g. "rtx-1.7.1-sm86-sm89"."""
+    """Return the stem of an engine's file name, e.g. "rtx-1.7.1-sm86-sm89"."""
     short = ".".join(version.split(".")[:3])
     return "-".join(["rtx" if edition == RTX else "trt", short, *(f"sm{sm}" for sm in sms)])
 
 
 def plugins_in(engine: Path) -> list[PluginSpec]:
-    """The plugins that an engine makes when it is loaded, without loading it; each once, however many profiles.
+    """Return the plugins of an engine without loading it; each once, for any number of profiles.
 
     Raises:
         BundleError: the file is empty.
-        EdgeLMError: a plugin of another version of EdgeLM.
+        EdgeLMError: a plugin belongs to another version of EdgeLM.
     """
     found: dict[tuple[str, str], PluginSpec] = {}
     if engine.stat().st_size == 0:
@@ -178,18 +177,18 @@ def _json_at(data: mmap.mmap, place: int) -> str | None:
 
 
 def count_operators(specs: list[PluginSpec]) -> dict[str, int]:
-    """How many of each operator, named as the plugins are without their prefix."""
+    """Return the number of plugins by operator."""
     return dict(sorted(Counter(spec.op for spec in specs).items()))
 
 
 def engine_document(info: EngineInfo, bundle: Bundle) -> dict[str, Any]:
-    """For `edgelm inspect --json`."""
+    """Return the description for `edgelm inspect --json`."""
     document = dataclasses.asdict(info)
     return document | {"bytes": bundle.manifest.files[info.file].size, "needs": info.needs}
 
 
 def engine_lines(info: EngineInfo, bundle: Bundle) -> list[str]:
-    """For `edgelm inspect`: what it is, what it needs, what it holds."""
+    """Return the lines for `edgelm inspect`: the engine, its requirements, its contents."""
     size = bundle.manifest.files[info.file].size
     held = ", ".join(f"{count} {PREFIX}{op}" for op, count in info.operators.items())
     streaming = "; its weights can stay in host memory (--weight-memory)" if info.weight_streaming else ""

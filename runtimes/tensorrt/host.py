@@ -1,4 +1,4 @@
-"""What runs the plugins' nodes: the launch code that the executor has too, on the memory that TensorRT gives."""
+"""Runs the nodes of plugins, with the executor's launch code on memory that TensorRT provides."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from edgelm.runtimes.tensorrt.plugin_spec import OPERATORS, PluginSpec
 from edgelm.runtimes.tensorrt.plugins import Host
 
 _MULTIPROCESSORS = 256
-"""More than any GPU has: scratch memory is reserved before the device is known, and more of them never need less."""
+"""More multiprocessors than any GPU has: scratch memory is sized before the device is known, and never shrinks with
+more."""
 _KEPT = 4096
-"""Launches are planned once for each node, shape and place; of more the oldest are forgotten."""
+"""Number of cached launch plans, one per node, shape and addresses; the oldest are dropped."""
 
 
 class BuildHost(Host):
-    """Sizes only: what an engine is built with, where there may be no GPU.
+    """Computes sizes only, for building an engine without a GPU.
 
     Args:
         sms: the devices that the engine is for.
@@ -32,8 +33,8 @@ class BuildHost(Host):
         self._known: dict[tuple[object, ...], int] = {}
 
     def workspace(self, spec: PluginSpec, shapes: Sequence[Sequence[int]], types: Sequence[str]) -> int:
-        """Bytes of scratch memory for inputs of at most these shapes, on any of the devices."""
-        # TensorRT asks for every layer, profile and tactic, several times.
+        """Return the bytes of scratch memory for inputs of at most these shapes, on any of the devices."""
+        # TensorRT calls this several times for every layer, profile and tactic.
         fixed = tuple(tuple(map(int, shape)) for shape in shapes)
         key = (spec.op, tuple(spec.attrs.items()), spec.present, spec.results, fixed, tuple(types))
         if key not in self._known:
@@ -48,8 +49,9 @@ class DeviceHost(Host):
         device: the device.
 
     Attributes:
-        counters: address of zeros, for counters that kernels leave as zeros; see `counter_bytes`. How many there must
-            be is known when the engine is loaded, so it is set after that.
+        counters: address of zeros, for counters that kernels reset to zeros; see `counter_bytes`. Set after the engine
+        is
+            loaded, since the size is known only then.
     """
 
     def __init__(self, device: Device) -> None:
@@ -82,7 +84,7 @@ class DeviceHost(Host):
             self._device.launch(launch, stream)
 
     def close(self) -> None:
-        """Let go of the device: plugins, which live as long as the process, still refer to this."""
+        """Release the device. Plugins live as long as the process and still refer to this object."""
         self._device = None
         self._planned.clear()
 
@@ -96,7 +98,7 @@ def plan(
     outputs: Sequence[int],
     scratch: Scratch,
 ) -> list[Launch]:
-    """A node's launches for the shapes, types and addresses of the inputs that it has."""
+    """Return a node's launches for the shapes, types and addresses of its inputs."""
     node = node_of(spec)
     addresses = {"": 0}
     addresses |= dict(zip((name for name in node.inputs if name), inputs, strict=True))
@@ -107,17 +109,17 @@ def plan(
 def scratch_bytes(
     device: DeviceInfo, spec: PluginSpec, shapes: Sequence[Sequence[int]], types: Sequence[str]
 ) -> tuple[int, int]:
-    """Bytes of workspace and of counters of a node for inputs of at most these shapes."""
+    """Return a node's bytes of workspace and of counters for inputs of at most these shapes."""
     step = step_of(shapes)
     return operators_of(device, spec, shapes, types).scratch_bytes(step.batch, step.rows)
 
 
 def counter_bytes(device: DeviceInfo, specs: Sequence[PluginSpec], batch: int, tokens: int, capacity: int) -> int:
-    """Bytes of counters that any of these nodes wants in steps of one sequence, or of one token of all."""
+    """Return the largest bytes of counters of these nodes, for prefill of one sequence and decoding of all."""
     most = 0
     for spec in specs:
         if spec.op == "GroupQueryAttention":
-            # Of the shapes only these dimensions count.
+            # Only these dimensions of the shapes matter.
             cache = (batch, 1, capacity, 1)
             behind = (cache, cache, (batch,), (capacity, 1), (capacity, 1))
             for sequences, new in ((batch, 1), (1, tokens)):
@@ -139,26 +141,26 @@ def _node(text: str) -> Node:
 
 
 def node_of(spec: PluginSpec) -> Node:
-    """The node of a program that a plugin is; its values are named as in the operator's description."""
+    """Return a plugin's node as in a program; its values have the names in the operator's description."""
     return _node(spec.to_text())
 
 
 def step_of(shapes: Sequence[Sequence[int]]) -> Step:
-    """Sequences and new tokens of each, of the shapes of the inputs that a node has."""
+    """Return the number of sequences and of new tokens per sequence, from the shapes of a node's inputs."""
     return Step(int(shapes[0][0]), int(shapes[0][1]))
 
 
 def operators_of(
     device: DeviceInfo, spec: PluginSpec, shapes: Sequence[Sequence[int]], types: Sequence[str]
 ) -> Operators:
-    """The launch code for a program of this node alone."""
+    """Return the launch code for a program of this single node."""
     node = node_of(spec)
     names = [name for name in node.inputs if name]
     weights = {name: Weight("f32", tuple(map(int, shape)), 0, 1) for name, shape in zip(names, shapes, strict=True)}
     values = {name: Value(kind, int(shape[-1])) for name, shape, kind in zip(names, shapes, types, strict=True)}
     results = [Value(kind, width) for kind, width in spec.results]
     values |= dict(zip(node.outputs, results, strict=False))
-    # A program's logits have a workspace too; here they are the node's own result, if anything.
+    # `Operators` expects a value "logits"; here it is the node's own result.
     values["logits"] = results[0]
     capacity = weights["key_cache"].dims[2] if spec.op == "GroupQueryAttention" else 0
     return Operators(Program((node,), values, weights), str(spec.attrs.get("kv", "float16")), capacity, device)

@@ -1,10 +1,10 @@
-"""The installed TensorRT: full `tensorrt` or `tensorrt_rtx`, whose Python interfaces are nearly the same.
+"""Loads the installed TensorRT: full `tensorrt` or `tensorrt_rtx`, whose Python interfaces are nearly the same.
 
-**The link.** TensorRT-RTX's ONNX parser opens `libtensorrt_rtx.so` to reach the registry of plugins, and its wheel has
-only `libtensorrt_rtx.so.1`: without a file of that name the process aborts, and a library path set from within comes
-too late. The parser searches beside itself first (its RPATH is `$ORIGIN`), and the loader takes the folder from the
-path under which a library was opened, links unresolved. So `load` opens the wheel's libraries through a folder of
-links that has the missing name too; a later import finds them loaded.
+**The link.** TensorRT-RTX's ONNX parser opens `libtensorrt_rtx.so` to get the plugin registry, but its wheel has only
+`libtensorrt_rtx.so.1`. Without a file of the former name the process aborts, and setting a library path inside the
+process is too late. The parser searches its own folder first (its RPATH is `$ORIGIN`), which the loader takes from the
+path that the library was opened with, links unresolved. So `load` opens the wheel's libraries through a folder of links
+that has the missing name too. A later import uses the loaded libraries.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ _RTX_LIBRARY = "libtensorrt_rtx.so"
 
 
 def how_to_install(edition: str) -> str:
-    """The command that installs a TensorRT."""
+    """Return the command that installs an edition of TensorRT."""
     more = " (its main library is on NVIDIA's own index; on a Jetson JetPack brings it)" if edition == FULL else ""
     return install_hint(edition) + more
 
 
 @dataclass(frozen=True)
 class Library:
-    """A TensorRT that was imported.
+    """An imported TensorRT.
 
     Attributes:
         edition: `FULL` or `RTX`.
         version: of the package, e.g. "1.7.1.116".
-        api: the module.
-        can_parse: False where another import came first, after which parsing a graph would abort the process.
+        api: the Python module.
+        can_parse: False if the module was imported before EdgeLM loaded it; parsing a graph would then abort the
+        process.
     """
 
     edition: str
@@ -56,21 +57,21 @@ class Library:
 
     @property
     def sms(self) -> tuple[int, ...]:
-        """The compute capabilities that this library builds for without such a device; empty for full TensorRT."""
+        """The compute capabilities that this library can build for without the device; empty for full TensorRT."""
         if self.edition != RTX:
             return ()
         names = (re.fullmatch(r"SM(\d+)", name) for name in dir(self.api.ComputeCapability))
         return tuple(sorted(int(match[1]) for match in names if match))
 
     def logger(self) -> Any:
-        """The logger of everything that is made with this library; keeps what went wrong, see `Messages`."""
+        """The logger for all objects of this library; it keeps errors, see `Messages`."""
         return messages(self).logger
 
 
 class Messages:
-    """TensorRT's log: errors are kept for the exception that is raised next, warnings are dropped.
+    """TensorRT's log. Errors are kept for the next exception; warnings are dropped.
 
-    TensorRT returns None where something failed and says why only here.
+    When a call fails, TensorRT returns None; only the log has the reason.
     """
 
     def __init__(self, api: ModuleType) -> None:
@@ -88,8 +89,8 @@ class Messages:
         self.logger = Log()
 
     def take(self) -> str:
-        """What went wrong since the last call, the root first, in one line; "no reason given" if nothing was said."""
-        # The same failure is reported on several levels, as that a CUDA error was caught.
+        """Return the errors since the last call in one line, root cause first; "no reason given" if there are none."""
+        # The same failure is reported on several levels, e.g. again when a CUDA error is caught.
         lines = dict.fromkeys(" ".join(line.split()) for line in self.errors)
         self.errors.clear()
         return "; ".join(lines) or "no reason given"
@@ -97,12 +98,12 @@ class Messages:
 
 @lru_cache(maxsize=2)
 def messages(library: Library) -> Messages:
-    """The one log of a library: TensorRT keeps the first logger it is given for some of its parts."""
+    """Return the single log of a library: some parts of TensorRT keep the first logger that they get."""
     return Messages(library.api)
 
 
 def installed() -> dict[str, str]:
-    """Versions of the editions that are installed, without importing them."""
+    """Return the versions of the installed editions, without importing them."""
     found = {}
     for edition, module in _MODULES.items():
         if importlib.util.find_spec(module) is not None:
@@ -111,10 +112,10 @@ def installed() -> dict[str, str]:
 
 
 def load(edition: str | None = None) -> Library:
-    """Import a edition; None is full TensorRT where it is installed, else TensorRT-RTX.
+    """Import an edition. None: full TensorRT if it is installed, otherwise TensorRT-RTX.
 
     Raises:
-        RuntimeUnavailableError: it is not installed, or cannot be imported (what the loader says is in the message).
+        RuntimeUnavailableError: it is not installed or cannot be imported; the message has the loader's error.
     """
     if edition is None:
         edition = next(iter(installed()), None)
@@ -147,12 +148,13 @@ def _load(edition: str) -> Library:
 def _version(edition: str) -> str:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(edition)
-    # JetPack installs the module without the metadata of a wheel.
+    # JetPack installs the module without wheel metadata.
     return str(getattr(importlib.import_module(_MODULES[edition]), "__version__", "of unknown version"))
 
 
 def _open_through_links() -> bool:
-    """Load TensorRT-RTX's libraries under links; see the module's docstring. Whether the parser will find them."""
+    """Load TensorRT-RTX's libraries through links; see the module's docstring. Return whether the parser will find
+    them."""
     spec = importlib.util.find_spec("tensorrt_rtx_libs")
     if sys.platform != "linux" or spec is None or spec.origin is None:
         return _finds_itself()
@@ -165,7 +167,7 @@ def _open_through_links() -> bool:
         (folder / path.name).symlink_to(path)
     if not (folder / _RTX_LIBRARY).exists():
         (folder / _RTX_LIBRARY).symlink_to(core)
-    # The parser needs nothing of the core by name, so the order does not matter to the loader.
+    # The parser does not link to the core by name, so the order does not matter to the loader.
     for name in (core.name, *(path.name for path in libraries if path != core)):
         ctypes.CDLL(str(folder / name))
     return True
@@ -173,7 +175,7 @@ def _open_through_links() -> bool:
 
 @lru_cache(maxsize=1)
 def _links_owner() -> tempfile.TemporaryDirectory[str]:
-    # Kept until the interpreter ends: the parser opens the link when it meets the first plugin.
+    # Kept until the interpreter ends: the parser opens the link at the first plugin.
     return tempfile.TemporaryDirectory(prefix="edgelm-tensorrt-")
 
 
@@ -184,7 +186,7 @@ def _links() -> Path:
 def _finds_itself() -> bool:
     """Whether the loader finds the library under the name that the parser uses."""
     if sys.platform != "linux":
-        return True  # the parser's name is that of the wheel's file there
+        return True  # on Windows the wheel's file has the name that the parser opens
     try:
         ctypes.CDLL(_RTX_LIBRARY)
     except OSError:

@@ -1,6 +1,6 @@
-"""What TensorRT has to know of our operators: shapes and types of results, and which input a result lies in.
+"""Descriptions of our operators for TensorRT: shapes and types of outputs, and outputs that alias an input.
 
-Pure data and functions of it, without TensorRT: tests and the plugins read the same table.
+Pure data and functions on it, without TensorRT, shared by tests and plugins.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from edgelm.errors import EdgeLMError
 from edgelm.json_dataclass import ErrorFactory, Range, from_data, parse, require_format
 
 PREFIX = "EdgeLM"
-"""Of plugins' names. TensorRT's parser keeps names such as GroupQueryAttention to itself, whatever their domain."""
+"""Prefix of plugin names. TensorRT's parser reserves names such as GroupQueryAttention, whatever their domain."""
 NAMESPACE = "edgelm"
 VERSION = "1"
 MARK = '{"edgelm_plugin": 1, '
-"""How the serialised form of a plugin begins; engines are searched for it."""
+"""The start of a plugin's serialised form; engines are searched for it."""
 
 _PLUGIN = "a plugin of this engine"
 _ERRORS = ErrorFactory(EdgeLMError, "build the engine again with `edgelm build BUNDLE`")
@@ -28,19 +28,19 @@ Value = int | float | str
 
 @dataclass(frozen=True)
 class Dim:
-    """A dimension of a result that is one of an input: axis `axis` of input `input` of the operator's full list."""
+    """A dimension of an output that equals axis `axis` of input `input`, counted in the operator's full list."""
 
     input: int
     axis: int
 
 
 Term = int | Dim | tuple[Dim, ...]
-"""A dimension of a result: a constant, an input's, or the product of several of these."""
+"""A dimension of an output: a constant, an input's dimension, or a product of several of these."""
 
 
 @dataclass(frozen=True)
 class _Text:
-    """A plugin's serialised form, but for its mark."""
+    """A plugin's serialised form without its mark."""
 
     name: str
     op: str
@@ -51,16 +51,17 @@ class _Text:
 
 @dataclass(frozen=True)
 class PluginSpec:
-    """One node as a plugin keeps it, and as it lies in an engine.
+    """A node as a plugin, and as it is serialised in an engine.
 
     Attributes:
         name: the node's label, e.g. "layers.3.attn".
         op: operator of the domain `edgelm`.
         attrs: the node's attributes.
-        present: for each input of the operator's list whether the node has it. TensorRT takes no empty inputs, so a
-            plugin gets those that are present, in order. Inputs behind its end are absent.
-        results: element type ("f32", "f16", "bf16") and width, the last dimension, of the results that are
-            used; caches, which lie in their inputs, are not among them.
+        present: for each input in the operator's list, whether the node has it. TensorRT allows no empty inputs, so a
+            plugin gets those that are present, in order. Inputs beyond the end of `present` are absent.
+        results: element type ("f32", "f16", "bf16") and width (last dimension) of the outputs that are used, without
+        the
+            caches, which alias their inputs.
     """
 
     name: str
@@ -71,11 +72,11 @@ class PluginSpec:
 
     @property
     def outputs(self) -> int:
-        """How many results the plugin has, caches included."""
+        """The number of outputs of the plugin, caches included."""
         return len(self.results) + len(OPERATORS[self.op].aliases)
 
     def to_text(self) -> str:
-        """One line of JSON that begins with `MARK`."""
+        """Return one line of JSON that begins with `MARK`."""
         fields = {
             "name": self.name,
             "op": self.op,
@@ -90,39 +91,38 @@ class PluginSpec:
         """Parse what `to_text` wrote.
 
         Raises:
-            EdgeLMError: it is something else, or of an operator that this version lacks.
+            EdgeLMError: it is not a plugin's text, or its operator is unknown.
         """
         data = require_format(parse(text, _PLUGIN, _ERRORS), "edgelm_plugin", 1, _PLUGIN, _ERRORS)
         read = from_data(_Text, data, _PLUGIN, _ERRORS, ignored=("edgelm_plugin",))
         found = cls(read.name, read.op, read.attrs, tuple(map(bool, read.present)), read.results)
         if found.op not in OPERATORS:
             raise EdgeLMError(
-                f"{found.name}: the engine has the operator {found.op}, this EdgeLM has {', '.join(OPERATORS)}: "
+                f"{found.name}: the engine has the operator {found.op}, this EdgeLM supports {', '.join(OPERATORS)}: "
                 "upgrade edgelm, or build the engine again"
             )
         return found
 
     def spread(self, given: Sequence[Any]) -> list[Any]:
-        """The plugin's inputs at their places in the operator's list, None where one is absent."""
+        """Return the plugin's inputs in the order of the operator's list, None for absent ones."""
         queue = list(given)
         if len(queue) != sum(self.present):
-            raise EdgeLMError(
-                f"{self.name}: {self.op} takes {sum(self.present)} inputs here, it was given {len(queue)}"
-            )
+            raise EdgeLMError(f"{self.name}: {self.op} has {len(queue)} inputs, expected {sum(self.present)}")
         return [queue.pop(0) if there else None for there in self.present]
 
 
 @dataclass(frozen=True)
 class Operator:
-    """What is the same for all nodes of an operator.
+    """Properties that all nodes of an operator share.
 
     Attributes:
-        inputs: names of its inputs in order; those behind `required` may be absent.
-        required: how many must be there.
-        listed: of how many `PluginSpec.present` speaks even where they are absent; default: all. Those behind were
-            added later: engines without them stay as they were.
-        shapes: the dimensions of its results before the last, which is the width that the spec says.
-        aliases: results that are an input written in place: result -> input. They come after the others.
+        inputs: names of its inputs in order; those after the first `required` may be absent.
+        required: number of required inputs.
+        listed: number of inputs that `PluginSpec.present` always lists; default: all. Inputs after these were added
+        later:
+            engines without them stay unchanged.
+        shapes: dimensions of its outputs without the last, which is the width in the spec.
+        aliases: outputs that are an input written in place: output -> input. They come after the others.
     """
 
     inputs: tuple[str, ...]
@@ -132,7 +132,7 @@ class Operator:
     listed: int | None = None
 
     def present(self, inputs: Sequence[str]) -> tuple[bool, ...]:
-        """`PluginSpec.present` of a node with these inputs."""
+        """Return `PluginSpec.present` of a node with these inputs."""
         listed = len(self.inputs) if self.listed is None else self.listed
         used = max((i + 1 for i, name in enumerate(inputs) if name), default=0)
         return tuple(i < len(inputs) and bool(inputs[i]) for i in range(max(listed, used)))
@@ -155,7 +155,7 @@ OPERATORS: dict[str, Operator] = {
 
 
 def result_terms(spec: PluginSpec) -> list[tuple[Term, ...]]:
-    """The dimensions of a node's results, caches included."""
+    """Return the dimensions of a node's outputs, caches included."""
     operator = OPERATORS[spec.op]
     found = [(*before, width) for (_, width), before in zip(spec.results, operator.shapes, strict=False)]
     caches = (tuple(Dim(place, axis) for axis in range(_CACHE_RANK)) for place in operator.aliases.values())
@@ -163,6 +163,6 @@ def result_terms(spec: PluginSpec) -> list[tuple[Term, ...]]:
 
 
 def output_types(spec: PluginSpec, types: Sequence[str]) -> list[str]:
-    """Element types of a node's results for those of the inputs that it has."""
+    """Return the element types of a node's outputs, given those of its inputs."""
     places = spec.spread(types)
     return [kind for kind, _ in spec.results] + [str(places[i]) for i in OPERATORS[spec.op].aliases.values()]

@@ -1,8 +1,8 @@
-"""Our operators as TensorRT plugins: one class for all, told by its `PluginSpec` which node it is.
+"""Our operators as TensorRT plugins: one class for all, whose `PluginSpec` describes the node.
 
-A plugin serialises to its spec and nothing else, so an engine is complete without our kernels: they come from the
-bundle (cubins of the device, or PTX) when the engine is loaded, and the engine's own `Host` launches them. The caches
-are results that lie in their inputs (`get_aliased_input`), which makes TensorRT write them in place.
+A plugin serialises to its spec only, so an engine is complete without our kernels: these come from the bundle (cubins
+for the device, or PTX) when the engine is loaded, and the engine's `Host` launches them. The caches are outputs that
+alias their inputs (`get_aliased_input`), so TensorRT updates them in place.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Result = TypeVar("Result")
 
 
 class Host:
-    """What runs the nodes of one engine's plugins: the kernels of a bundle on a device.
+    """Sizes or runs the nodes of one engine's plugins, with a bundle's kernels on a device.
 
-    Every plugin belongs to the host that was at work (`serving`) when TensorRT made it, and so do its clones: engines
-    of several models live in one process. A host sizes nodes or runs them; see `edgelm.runtimes.tensorrt.host`.
+    A plugin and its clones belong to the host that was active (`serving`) when TensorRT created it, since a process may
+    have engines of several models. See `edgelm.runtimes.tensorrt.host`.
     """
 
     def __init__(self) -> None:
@@ -47,21 +47,21 @@ class Host:
 
     @property
     def failed(self) -> bool:
-        """Whether a callback has raised since the failure was last taken."""
+        """Whether a callback has raised since `take_failure`."""
         return self._failure is not None
 
     def note(self, error: BaseException) -> None:
-        """Keep the first exception of a callback. TensorRT reports none of it to its caller."""
+        """Keep the first exception of a callback, which TensorRT does not report to its caller."""
         self._failure = self._failure or error
 
     def take_failure(self) -> BaseException | None:
-        """The first failure of a callback, once."""
+        """Return the first exception of a callback and forget it."""
         failure, self._failure = self._failure, None
         return failure
 
     def workspace(self, spec: PluginSpec, shapes: Sequence[Sequence[int]], types: Sequence[str]) -> int:
-        """Bytes of scratch memory of the node for inputs of at most these shapes, and of these types."""
-        raise DeviceError(f"{spec.name}: this process runs an engine, it does not build one")
+        """Return the node's bytes of scratch memory for inputs of at most these shapes and of these types."""
+        raise DeviceError(f"{spec.name}: this process runs an engine and cannot build one")
 
     def run(
         self,
@@ -73,23 +73,23 @@ class Host:
         workspace: int,
         stream: int,
     ) -> None:
-        """Launch the node on a stream; addresses of the inputs that it has and of the results."""
-        raise DeviceError(f"{spec.name}: this process builds engines, it cannot run one")
+        """Launch the node on a stream, given the addresses of its inputs and outputs."""
+        raise DeviceError(f"{spec.name}: this process builds engines and cannot run one")
 
 
-# TensorRT keeps no reference to what is registered with it. And where Python frees plugins, a process that has built
-# engines aborts now and then when it makes others: all of them, some kB each, stay.
+# TensorRT keeps no reference to registered objects. And if Python frees plugins after a build, creating others
+# sometimes aborts the process. So all plugins are kept, some kB each.
 _KEPT: list[Any] = []
-# Whom plugins belong to that TensorRT makes now; it makes them itself, without arguments of ours.
+# The host of plugins that TensorRT creates now; it creates them itself, without arguments from us.
 _SERVING: list[Host] = []
 _LOCK = threading.RLock()
 
 
 @contextlib.contextmanager
 def serving(library: Library, host: Host) -> Iterator[None]:
-    """Make our operators known to TensorRT; the plugins that it makes until the end of this belong to `host`.
+    """Register our operators with TensorRT. Plugins that it creates inside belong to `host`.
 
-    One thread at a time makes plugins; running them needs no lock.
+    Only one thread at a time may create plugins. Running them needs no lock.
     """
     with _LOCK:
         _register_once(library)
@@ -106,18 +106,21 @@ def _register_once(library: Library) -> None:
     for op in OPERATORS:
         made = creator_class(library.api)(op)
         if not registry.register_creator(made, NAMESPACE):
-            raise EdgeLMError(f"{library.edition} {library.version} refuses the plugin {PREFIX}{op}")
+            raise EdgeLMError(
+                f"{library.edition} {library.version} refuses the plugin {PREFIX}{op}: install another version"
+            )
         _KEPT.append(made)
 
 
 def element_types(api: ModuleType) -> dict[Any, str]:
-    """TensorRT's element types by our names."""
+    """Return our names of TensorRT's element types."""
     names = {"FLOAT": "f32", "HALF": "f16", "BF16": "bf16", "INT8": "int8", "INT32": "int32", "UINT8": "uint8"}
     return {getattr(api.DataType, name): ours for name, ours in names.items()}
 
 
 def _noted(method: Callable[..., Result]) -> Callable[..., Result]:
-    """Keep what a plugin's callback raises: TensorRT prints it and fails without a reason, or goes on as if with 0."""
+    """Decorate a plugin's callback to keep its exception, which TensorRT only prints before it fails or continues with
+    0."""
 
     @functools.wraps(method)
     def call(plugin: Any, *args: Any) -> Result:
@@ -132,7 +135,7 @@ def _noted(method: Callable[..., Result]) -> Callable[..., Result]:
 
 @lru_cache(maxsize=2)
 def creator_class(api: ModuleType) -> type[Any]:
-    """The class of creators; one creator for each operator."""
+    """Return the class of plugin creators; there is one creator per operator."""
 
     class Creator(api.IPluginCreatorV3One):  # type: ignore[misc,name-defined]  # the module has no types
         def __init__(self, op: str) -> None:
@@ -144,9 +147,9 @@ def creator_class(api: ModuleType) -> type[Any]:
             self.field_names = api.PluginFieldCollection([empty])
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
-            """A plugin of a node of a graph, or of an engine."""
+            """Create the plugin of a node of a graph or of an engine."""
             del phase
-            assert _SERVING, "plugins are made while `serving` a host"
+            assert _SERVING, "plugins must be created inside `serving`"
             host = _SERVING[-1]
             try:
                 text = next((bytes(np.asarray(f.data, np.int8)) for f in fields if f.name == FIELD), b"")
@@ -162,7 +165,7 @@ def creator_class(api: ModuleType) -> type[Any]:
 
 @lru_cache(maxsize=2)
 def plugin_class(api: ModuleType) -> type[Any]:
-    """The class of plugins for a TensorRT module."""
+    """Return the class of plugins for a TensorRT module."""
     names = element_types(api)
     types = {ours: theirs for theirs, ours in names.items()}
 
@@ -181,24 +184,24 @@ def plugin_class(api: ModuleType) -> type[Any]:
             _KEPT.append(self)
 
         def get_capability_interface(self, kind: Any) -> Any:
-            """The class has all of them."""
+            """Return self, which has all capabilities."""
             del kind
             return self
 
         def clone(self) -> Any:
-            """Another plugin of the same node and host."""
+            """Return another plugin of the same node and host."""
             return Plugin(self.spec, self.host)
 
         # -- building ----------------------------------------------------------------------------------------------
 
         @_noted
         def get_output_data_types(self, inputs: Sequence[Any]) -> list[Any]:
-            """Types of the results."""
+            """Return the types of the outputs."""
             return [types[name] for name in output_types(self.spec, [names[given] for given in inputs])]
 
         @_noted
         def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
-            """Shapes of the results, as TensorRT's expressions."""
+            """Return the shapes of the outputs, as TensorRT's expressions."""
             del shape_inputs
             places = self.spec.spread(inputs)
 
@@ -218,13 +221,13 @@ def plugin_class(api: ModuleType) -> type[Any]:
             return results
 
         def get_aliased_input(self, output: int) -> int:
-            """The input that a result lies in, -1 for one of its own."""
+            """Return the input that an output aliases, or -1."""
             place = OPERATORS[self.spec.op].aliases.get(output)
             return -1 if place is None else self._places.index(place)
 
         @_noted
         def supports_format_combination(self, position: int, tensors: Sequence[Any], inputs: int) -> bool:
-            """Row-major everywhere, and results of the types that the node has."""
+            """Allow only row-major tensors, and outputs of the node's types."""
             tensor = tensors[position].desc
             if tensor.format != api.TensorFormat.LINEAR:
                 return False
@@ -234,36 +237,36 @@ def plugin_class(api: ModuleType) -> type[Any]:
             return names.get(tensor.type) == wanted[position - inputs]
 
         def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-            """Nothing depends on it."""
+            """Do nothing: the plugin does not depend on it."""
 
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-            """Scratch memory for the largest shapes of a profile."""
+            """Return the bytes of scratch memory for the largest shapes of a profile."""
             del outputs
             shapes = [tuple(tensor.max) for tensor in inputs]
             try:
                 return self.host.workspace(self.spec, shapes, [names[tensor.desc.type] for tensor in inputs])
-            except Exception as error:  # raised by the builder when it has looked at the host
+            except Exception as error:  # the builder raises it later
                 self.host.note(error)
                 return 0
 
         def get_valid_tactics(self) -> list[int]:
-            """None besides the default: the launch code chooses by shape."""
+            """Return no tactics besides the default: the launch code chooses by shape."""
             return []
 
         # -- running -----------------------------------------------------------------------------------------------
 
         def get_fields_to_serialize(self) -> Any:
-            """The spec's text."""
+            """Return the spec's text."""
             return api.PluginFieldCollection([api.PluginField(FIELD, self._text, api.PluginFieldType.CHAR)])
 
         def set_tactic(self, tactic: int) -> None:
-            """There is one."""
+            """Do nothing: there is one tactic."""
 
         def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-            """Shapes come with every call."""
+            """Do nothing: shapes come with every call."""
 
         def attach_to_context(self, context: Any) -> Any:
-            """A plugin of its own for each execution context."""
+            """Return a clone for each execution context."""
             del context
             return self.clone()
 
@@ -282,8 +285,8 @@ def plugin_class(api: ModuleType) -> type[Any]:
             for result, place in OPERATORS[self.spec.op].aliases.items():
                 if result < len(outputs) and outputs[result] != inputs[self._places.index(place)]:
                     raise DeviceError(
-                        f"{self.spec.name}: TensorRT gave the cache another place to write than to read, which would "
-                        "lose it: this version of TensorRT cannot be used; use the runtime cuda-kernels"
+                        f"{self.spec.name}: TensorRT did not alias the cache's output with its input, so updates would "
+                        "be lost: use another version of TensorRT, or the runtime cuda-kernels"
                     )
             self.host.run(
                 self.spec,

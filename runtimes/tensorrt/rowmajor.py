@@ -1,7 +1,7 @@
-"""Matrices in rows, as TensorRT's own products take them, from the tiles that a bundle has.
+"""Converts matrices from a bundle's tiles to rows, the layout that TensorRT's own matmuls take.
 
-An engine keeps its own copy of these, so a bundle stores the tiles only: the file of rows is made when an engine is
-built and deleted after it. Needs numpy alone, since full TensorRT builds on the device.
+An engine has its own copy of these, so a bundle stores only the tiles: the file of rows is written when an engine is
+built and deleted afterwards. Needs only numpy, since full TensorRT builds on the device.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _ALL, _GATE, _UP = "all", "gate", "up"
 
 @dataclass(frozen=True)
 class Rows:
-    """A tensor of the file of rows.
+    """A tensor in the file of rows.
 
     Attributes:
-        name: in the graph.
-        matrix: the blob's description; of one matrix.
-        source: where the blob begins in the bundle's weights file.
+        name: its name in the graph.
+        matrix: the blob's format; it must have one matrix.
+        source: offset of the blob in the bundle's weights file.
         part: "all" rows, or of a SwiGLU matrix "gate" or "up".
-        what: "values" [N, K]: float16 or bfloat16 bits, int8 or FP8; or "scales" [N] float32, of a scale a row.
-        offset: in the file of rows.
+        what: "values" [N, K]: float16 or bfloat16 bits, int8 or FP8; or "scales" [N] float32, one per row.
+        offset: offset in the file of rows.
     """
 
     name: str
@@ -45,14 +45,16 @@ class Rows:
     offset: Count
 
     def check(self, where: Path) -> None:
-        """Raise BundleError unless the matrix is one and the part is there."""
+        """Raise BundleError unless the blob has one matrix with this part."""
         problem = self.matrix.problem()
         if problem or self.matrix.count != 1 or (self.part != _ALL) != self.matrix.swiglu:
-            raise BundleError(f"{where}: {quoted(self.name)} is no matrix in rows ({problem}): export the bundle again")
+            raise BundleError(
+                f"{where}: {quoted(self.name)} is not a row-major matrix ({problem}): export the bundle again"
+            )
 
     @property
     def rows(self) -> int:
-        """N."""
+        """N, the number of rows."""
         return self.matrix.rows if self.part == _ALL else self.matrix.outputs
 
     @property
@@ -69,12 +71,12 @@ class Rows:
 
 
 def parts_of(matrix: GpuMatrix) -> tuple[str, ...]:
-    """The matrices that a blob holds one beside the other."""
+    """Return the names of the matrices that a blob interleaves."""
     return (_GATE, _UP) if matrix.swiglu else (_ALL,)
 
 
 def write(entries: list[Rows], weights: Path, out: Path) -> None:
-    """Write the file of rows, a block at a time.
+    """Write the file of rows, block by block.
 
     Raises:
         BundleError: the weights file is shorter than the entries say.
@@ -83,7 +85,9 @@ def write(entries: list[Rows], weights: Path, out: Path) -> None:
     with out.open("wb") as stream:
         for entry in entries:
             if entry.source + entry.matrix.nbytes > data.size:
-                raise BundleError(f"{weights} ends within {entry.name}: copy or export the bundle again")
+                raise BundleError(
+                    f"{weights} is too short, it ends within {entry.name}: copy or export the bundle again"
+                )
             blob = data[entry.source : entry.source + entry.matrix.nbytes]
             stream.seek(entry.offset)
             for block in blocks(entry, blob):
@@ -91,7 +95,7 @@ def write(entries: list[Rows], weights: Path, out: Path) -> None:
 
 
 def blocks(entry: Rows, blob: NDArray[np.uint8]) -> Iterator[memoryview]:
-    """A tensor's bytes in order, in pieces of some megabytes."""
+    """Yield a tensor's bytes in order, in blocks of some megabytes."""
     matrix = entry.matrix
     if entry.what == "scales":
         yield np.ascontiguousarray(_scales(entry, blob)).data
@@ -109,7 +113,7 @@ def blocks(entry: Rows, blob: NDArray[np.uint8]) -> Iterator[memoryview]:
 
 
 def _untiled(tiles: NDArray[np.uint8], kind: GpuKind) -> NDArray[Any]:
-    """[blocks, tiles, 512] bytes as [blocks, 16, K] values: 16-bit patterns, signed codes, or FP8."""
+    """Convert [blocks, tiles, 512] bytes to [blocks, 16, K] values: 16-bit patterns, signed codes, or FP8."""
     count, along, _ = tiles.shape
     if kind in (GpuKind.FLOAT16, GpuKind.BFLOAT16):
         # g, q, half of the columns, half of the rows, neighbours
@@ -118,12 +122,12 @@ def _untiled(tiles: NDArray[np.uint8], kind: GpuKind) -> NDArray[Any]:
     # g, q, step of 16 columns, half of the rows, half of the columns, neighbours
     lanes = tiles.reshape(count, along, _HALF, 4, 2, 2, 2, 2)
     found = lanes.transpose(0, 5, 2, 1, 4, 6, 3, 7).reshape(count, ROWS, along * kind.columns)
-    # Unsigned codes around 128 become signed ones around 0.
+    # Convert unsigned codes with zero point 128 to signed ones.
     return found if kind is GpuKind.FP8 else found ^ np.uint8(0x80)
 
 
 def _selected(rows: NDArray[Any], part: str) -> NDArray[Any]:
-    """Of [blocks, 16, X] the rows of one part, [N, X]."""
+    """Return the rows [N, X] of one part of [blocks, 16, X]."""
     chosen = {_ALL: slice(0, ROWS), _GATE: slice(0, _HALF), _UP: slice(_HALF, ROWS)}[part]
     return rows[:, chosen].reshape(-1, rows.shape[2])
 
@@ -133,5 +137,5 @@ def _scales(entry: Rows, blob: NDArray[np.uint8]) -> NDArray[np.float32]:
     kind = np.float32 if matrix.kind is GpuKind.FP8 else np.float16
     raw = blob[matrix.scales_offset : matrix.scales_offset + matrix.scales_stride].view(kind)
     rows = _selected(raw.reshape(matrix.blocks, ROWS, 1), entry.part)
-    # A row of zeros may have the scale 0, which TensorRT refuses.
+    # A row of zeros may have scale 0, which TensorRT does not allow.
     return np.maximum(rows[: entry.rows, 0].astype(np.float32), np.finfo(np.float32).tiny)

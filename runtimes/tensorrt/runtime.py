@@ -1,4 +1,4 @@
-"""Bundles for `tensorrt`, run by TensorRT or TensorRT-RTX."""
+"""Runtime of bundles for the target `tensorrt`, using TensorRT or TensorRT-RTX."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class TensorRtBatch(SequenceBatch):
-    """A bundle's engine with the caches of `batch` sequences; options and errors as for `Session`."""
+    """A bundle's engine with caches for `batch` sequences. Options and errors as in `Session`."""
 
     name = "tensorrt"
 
@@ -46,7 +46,7 @@ class TensorRtBatch(SequenceBatch):
 
 
 class TensorRtRuntime(Runtime):
-    """A bundle's engine with the cache of one sequence; options and errors as for `Session`."""
+    """A bundle's engine for one sequence. Options and errors as in `Session`."""
 
     name = "tensorrt"
     batch_class = TensorRtBatch

@@ -1,8 +1,8 @@
 """A bundle's engine with its buffers on the device: prefill of one sequence, decoding of all.
 
-The caches are bound once for each profile and written in place. Decoding is captured in a CUDA graph after its first
-step, which then starts with one call: ids and lengths are copied in from pinned memory and logits out to it within the
-graph, so a step costs the host nothing but the call. Prefill is not captured, since its shapes vary.
+The caches are bound once per profile and updated in place. Decoding is captured as a CUDA graph after its first step.
+The graph copies ids and lengths in from pinned memory and logits out to it, so a step costs the host a single call.
+Prefill is not captured, since its shapes vary.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ PAST, PRESENT = "past_key_values.", "present."
 
 
 class Session:
-    """The engine that fits this device, loaded.
+    """The loaded engine that is compatible with this device.
 
     Args:
-        bundle: with engines, see `engine_info.engines`.
-        batch: sequences that it holds caches for.
-        context_length: positions of each; default the model's, at most 4096.
-        chunk: tokens of a prefill step, at most the engine's.
-        kv: type of the cache; the engine's, which has no other.
-        weight_memory: bytes of weights that may lie in the GPU's memory; default all.
+        bundle: the bundle, with engines; see `engine_info.engines`.
+        batch: number of sequences.
+        context_length: positions of each sequence; default the model's, at most 4096.
+        chunk: tokens per prefill step, at most the engine's.
+        kv: type of the KV cache; may only name the engine's.
+        weight_memory: bytes of weights that may be in the GPU's memory; default all.
 
     Raises:
-        RuntimeUnavailableError: no TensorRT, or no engine that fits.
-        DeviceError: no GPU, no driver or an old one.
+        RuntimeUnavailableError: TensorRT is not installed, or no engine is compatible.
+        DeviceError: there is no GPU or driver, or the driver is too old.
         DeviceMemoryError: the GPU has not enough memory.
-        EdgeLMError: an option that the engine does not have.
+        EdgeLMError: the engine was not built for an option.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Session:
                 "context_length": self.context_length,
                 "model_context_length": most,
             }
-            """For `edgelm.runtimes.base.LoadedModel`."""
+            """Arguments of `edgelm.runtimes.base.LoadedModel`."""
             self.chunk = min(chunk or info.chunk, info.chunk, self.context_length)
             library = load(info.edition)
             self.device.load(Operators(program, info.kv, 0, self.device.info).kernels())
@@ -103,7 +103,8 @@ class Session:
         self._row = -1
 
     def _capacity(self) -> int:
-        """Positions of a cache: what the engine fixes, as its own attention does, else rounded for our kernels."""
+        """Return the positions of a cache: fixed by the engine for its own attention, otherwise rounded for our
+        kernels."""
         fixed = {self._engine.input_shape(tensor.name)[2] for tensor in self._engine.tensors if _is_cache(tensor)}
         (size,) = fixed
         if size > 0:
@@ -113,7 +114,7 @@ class Session:
     # -- buffers -------------------------------------------------------------------------------------------------------
 
     def _allocate(self, kv_heads: int) -> dict[str, tuple[int, int]]:
-        """Every cache's address and the bytes of one sequence in it; ids, lengths and logits beside."""
+        """Allocate all buffers. Return each cache's address and its bytes per sequence."""
         device = self.device
         caches = {}
         for tensor in self._engine.tensors:
@@ -146,7 +147,7 @@ class Session:
         return contexts
 
     def _bind(self, context: Context, row: int, rows: int) -> None:
-        """Give a context the caches of sequences `row` to `row + rows`."""
+        """Bind the caches of sequences `row` to `row + rows` to a context."""
         for tensor in self._engine.tensors:
             if tensor.name in self._caches:
                 address, size = self._caches[tensor.name]
@@ -164,14 +165,16 @@ class Session:
             elif tensor.name == LOGITS:
                 context.bind(LOGITS, self._logits + 4 * row * self.vocab_size)
             else:
-                raise EdgeLMError(f"{self._engine.path} has a result {tensor.name} that this EdgeLM does not know")
+                raise EdgeLMError(
+                    f"{self._engine.path} has an unknown output {tensor.name}: upgrade edgelm or build the engine again"
+                )
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def prefill(self, row: int, ids: NDArray[np.int64], lengths: NDArray[np.int64] | int) -> NDArray[np.float32]:
-        """Run ids [T], at most `chunk`, on a sequence; the logits [vocabulary] after the last, in a buffer.
+        """Run ids [T], at most `chunk`, on a sequence; return the logits [vocabulary] after the last, in a buffer.
 
-        `lengths`: how many tokens of each sequence are cached. The caller has checked that these fit, and counts them.
+        `lengths`: cached tokens of each sequence. The caller checks that the ids fit, and updates the lengths.
         """
         context = self._contexts[PREFILL]
         if row != self._row:
@@ -185,12 +188,12 @@ class Session:
         context.run(device.stream)
         logits: NDArray[np.float32] = self._pinned_logits[row]
         device.start_download(logits, self._logits + 4 * row * self.vocab_size)
-        # The pinned buffers are written again for the next chunk.
+        # The pinned buffers are reused for the next chunk.
         device.synchronize()
         return logits
 
     def decode(self, ids: NDArray[np.int64], lengths: NDArray[np.int64] | int) -> NDArray[np.float32]:
-        """Run one id of every sequence: the logits [batch, vocabulary], in a buffer; `lengths` as for `prefill`."""
+        """Run one id per sequence; return the logits [batch, vocabulary], in a buffer. `lengths` as in `prefill`."""
         self._pinned_lengths[:] = lengths
         self._pinned_ids[: self.batch] = ids
         if self._graph is not None:
@@ -198,7 +201,7 @@ class Session:
         else:
             self._step()
             self.device.synchronize()
-            # TensorRT compiles and sets itself up in the first run; it may refuse to be captured, as when weights are
+            # TensorRT compiles and initialises in the first run. It may not be capturable, e.g. when weights are
             # streamed.
             if not self._decoded and self._contexts[DECODE].capturable(self.device.stream):
                 self._graph = self.device.capture(self._step)
@@ -219,11 +222,11 @@ class Session:
 
     @property
     def captured(self) -> bool:
-        """Whether decoding is a CUDA graph by now."""
+        """Whether decoding has been captured as a CUDA graph."""
         return self._graph is not None
 
     def close(self) -> None:
-        """Free everything on the device."""
+        """Free all memory on the device."""
         for context in self._contexts:
             context.close()
         self._engine.close()
@@ -236,14 +239,14 @@ def _is_cache(tensor: Tensor) -> bool:
 
 
 def check_options(info: EngineInfo, *, batch: int, chunk: int | None, kv: str | None) -> None:
-    """Refuse what an engine was not built for.
+    """Check that an engine was built for these options.
 
     Raises:
-        EdgeLMError: says what it was built for.
+        EdgeLMError: it was not; the message says what it was built for.
     """
     if batch > info.max_batch:
         raise EdgeLMError(
-            f"{batch} sequences are more than {info.file} was built for, {info.max_batch}: build it again with "
+            f"batch is {batch}, and {info.file} was built for at most {info.max_batch}: build it again with "
             f"--max-batch {batch}"
         )
     if batch < 1 or (chunk is not None and chunk < 1):
@@ -256,7 +259,8 @@ def check_options(info: EngineInfo, *, batch: int, chunk: int | None, kv: str | 
 
 
 def compiled_cache(info: EngineInfo, engine: Path, device: str) -> Path:
-    """Where TensorRT-RTX's compiled kernels of an engine are kept for a device: under the user's cache folder."""
+    """Return the file, in the user's cache folder, for the kernels that TensorRT-RTX compiles for an engine and
+    device."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     stat = engine.stat()
     key = hashlib.sha256(

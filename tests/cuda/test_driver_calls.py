@@ -314,7 +314,7 @@ def test_the_gpu_can_be_chosen_and_a_wrong_choice_is_named(library, monkeypatch,
     monkeypatch.setenv("EDGELM_GPU", "3")
     assert "there is no GPU 3: this machine shows 3" in failure(library)
     monkeypatch.setenv("EDGELM_GPU", "first")
-    assert "EDGELM_GPU=first is not the number of a GPU: 0 to 2" in failure(library)
+    assert "EDGELM_GPU=first is not the number of a GPU: set it to 0 to 2" in failure(library)
 
 
 def test_a_gpu_that_is_too_old_is_named(library, monkeypatch):

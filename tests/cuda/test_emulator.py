@@ -143,9 +143,9 @@ def test_a_copy_that_was_not_waited_for_has_not_arrived():
 @pytest.mark.parametrize(
     ("name", "block", "n", "message"),
     [
-        ("parted_warp", 32, 0, "have parted"),
-        ("parted_block", 64, 0, "32 of 64 threads came to a barrier"),
-        ("beyond_shared", 32, 4096, "wrote behind its 4096 bytes of shared memory"),
+        ("parted_warp", 32, 0, "have diverged"),
+        ("parted_block", 64, 0, "32 of 64 threads reached a barrier"),
+        ("beyond_shared", 32, 4096, "wrote beyond its 4096 bytes of shared memory"),
         ("crooked_store", 32, 0, "no multiple of 16"),
         ("beyond_buffer", 32, 64, "wrote behind the buffer of 64 bytes"),
         ("beyond_buffer", 32, -1, "wrote before the buffer of 64 bytes"),
@@ -183,7 +183,7 @@ def _values(bits, kind):
 
 
 @pytest.mark.parametrize("kind", ["bf16", "f16"])
-def test_a_tensor_core_product_takes_its_operands_from_where_ptx_says(kind):
+def test_a_tensor_core_mma_takes_its_operands_from_where_ptx_says(kind):
     values = np.random.default_rng(5).standard_normal((24, 16)).astype(np.float32)
     bits = _bits(values, kind)
     found = _run(_device(), f"product_{kind}", np.zeros((16, 8), np.float32), bits)

@@ -86,7 +86,7 @@ def test_the_same_kernels_give_the_same_files(kernels, tmp_path):
 
 def test_a_kernel_that_spills_is_not_exported(kernels, tmp_path):
     kernels["two_f32"] = SPILLS
-    with pytest.raises(ExportError, match=r"two_f32 spills 256 bytes a thread on sm_80"):
+    with pytest.raises(ExportError, match=r"two_f32 spills 256 bytes per thread on sm_80"):
         compile_bundle_kernels(["one_f32", "two_f32"], [80], tmp_path / "kernels")
     assert not (tmp_path / "kernels").exists()
 
@@ -141,11 +141,11 @@ def test_a_device_without_an_image_is_told_what_there_is():
 
 
 def test_an_old_driver_is_told_which_it_must_be():
-    with pytest.raises(RuntimeUnavailableError, match=r"speaks CUDA 12.8, .* with CUDA 13.0: update the driver"):
+    with pytest.raises(RuntimeUnavailableError, match=r"supports CUDA 12.8, .* with CUDA 13.0: update the driver"):
         choose(ALL, (9, 0), (13, 0), (12, 8))
     # Within one major version older drivers take newer cubins, but no newer PTX.
     assert choose(ALL, (9, 0), (13, 1), (13, 0)) == "sm_90"
-    with pytest.raises(RuntimeUnavailableError, match=r"PTX of CUDA 13.1 only, and its driver speaks CUDA 13.0"):
+    with pytest.raises(RuntimeUnavailableError, match=r"PTX of CUDA 13.1 only, and its driver supports CUDA 13.0"):
         choose(("compute_80",), (9, 0), (13, 1), (13, 0))
 
 
@@ -169,10 +169,10 @@ def test_a_folder_that_is_missing_damaged_or_too_new_is_an_error(kernels, tmp_pa
         ("{", "not valid JSON"),
         ("[]", "it is a list, expected an object"),
         (json.dumps({**document, "images": {"sm_80": {}}}), "images.sm_80.file is missing, expected a text"),
-        (json.dumps({**document, "images": {"sm_x": image}}), 'images has "sm_x", expected such as sm_86'),
+        (json.dumps({**document, "images": {"sm_x": image}}), 'images has "sm_x", expected a name like sm_86'),
         (
             json.dumps({**document, "images": {"sm_80": {**image, "file": "../x"}}}),
-            'file is "../x", no name of a file',
+            'file is "../x", expected a file beside it',
         ),
         (json.dumps({**document, "nvrtc": [13]}), "nvrtc is a list, expected a list of 2 entries"),
         (json.dumps({"format": 1}), "nvrtc is missing"),
@@ -207,5 +207,5 @@ def test_kernels_prepared_from_other_sources_are_refused(kernels, tmp_path, monk
     compile_bundle_kernels(["one_f32"], [90], tmp_path / "prepared", ptx=False)
     monkeypatch.setenv(PREPARED_VARIABLE, str(tmp_path / "prepared"))
     kernels["one_f32"] = BODY.replace("1.0f", "2.0f")
-    with pytest.raises(BundleError, match="compiled from other sources: make them again with"):
+    with pytest.raises(BundleError, match="compiled from other sources: compile them again with"):
         KernelCompiler().image(["one_f32"], (9, 0), (13, 0))

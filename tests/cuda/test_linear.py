@@ -197,7 +197,7 @@ def test_any_number_of_rows(sm80: Device, rng: np.random.Generator, rows: int) -
 @pytest.mark.parametrize("kind", GpuKind)
 def test_every_kind_of_weights(sm80: Device, rng: np.random.Generator, kind: str, activation: str) -> None:
     if kind not in KINDS[activation]:
-        with pytest.raises(DeviceError, match="both must be the same"):
+        with pytest.raises(DeviceError, match="need .* activations, found"):
             Matmul(matrix_of(kind), 1, 1, 1, 1, activation)
         return
     for rows in (3, 20, 70):
@@ -421,27 +421,27 @@ def test_the_largest_and_the_first_of_equals(sm80: Device, rng: np.random.Genera
 
 def test_what_cannot_be_is_said() -> None:
     info = DeviceInfo("test", (8, 6), 4, 1 << 30, (13, 0))
-    with pytest.raises(DeviceError, match="72 columns: int4 needs a multiple of 64"):
+    with pytest.raises(DeviceError, match="int4 has 72 columns, expected a multiple of 64"):
         Matmul(matrix_of("int4", columns=72), 1, 1, 1, 1)
     with pytest.raises(DeviceError, match="groups of 48 do not cut 128 columns"):
         Matmul(matrix_of("int8", columns=128, group=48), 1, 1, 1, 1)
-    with pytest.raises(DeviceError, match="a norm takes float32, x is bf16"):
+    with pytest.raises(DeviceError, match="a norm needs float32 x, and x is bf16"):
         Matmul(matrix_of("int8"), 1, 1, 1, 1, norm=1)
     with pytest.raises(DeviceError, match="a blob of 4 matrices needs offsets"):
         Matmul(matrix_of("int8", count=4), 1, 1, 1, 1)
     for wrong in ({"offsets": 1}, {"matrix": matrix_of("int8", swiglu=True)}):
-        with pytest.raises(DeviceError, match="a bias is added to one matrix's matmul that is not SwiGLU"):
+        with pytest.raises(DeviceError, match="a bias needs a single matrix without SwiGLU"):
             replace(Matmul(matrix_of("int8"), 1, 1, 1, 1, bias=1), **wrong)
     with pytest.raises(DeviceError, match="a row_map needs x_rows"):
         Matmul(matrix_of("int8"), 1, 1, 1, 1, row_map=1)
     with pytest.raises(DeviceError, match="expected bf16, f16 or f32"):
         Matmul(matrix_of("int8"), 1, 1, 1, 1, "f64")
-    with pytest.raises(DeviceError, match="needs a workspace of 18432 bytes"):
+    with pytest.raises(DeviceError, match="needs a workspace: pass the address of 18432 bytes"):
         linear.matmul_launches(Matmul(matrix_of("int8"), 1, 1, 1, 48, x_float=True), info)
-    with pytest.raises(DeviceError, match="an embedding's table is one plain matrix"):
+    with pytest.raises(DeviceError, match="an embedding's table is .*, expected one matrix"):
         linear.embedding_launch(1, matrix_of("int8", count=2), 1, 1, 1)
     with pytest.raises(DeviceError, match="there is no norm of int8, expected bf16, f16 or f32"):
         linear.rms_norm_launch(1, 1, 1, 1, 64, source="int8")
-    with pytest.raises(DeviceError, match="a norm of 63 columns: an even number is needed"):
+    with pytest.raises(DeviceError, match="a norm of 63 columns, expected an even number"):
         linear.rms_norm_launch(1, 1, 1, 1, 63)
     assert linear.matmul_launches(Matmul(matrix_of("int8"), 1, 1, 1, 0), info) == []

@@ -310,11 +310,11 @@ def test_shapes_that_no_kernel_takes_are_refused() -> None:
         ({"tokens": 0}, "tokens is 0"),
         ({"columns": 60}, "columns is 60, expected a multiple of 8"),
         ({"hidden": 4}, "hidden is 4"),
-        ({"experts": 257}, "257 experts, expected 1 to 256"),
+        ({"experts": 257}, "experts is 257, expected 1 to 256"),
         ({"k": 9}, "k is 9, expected 1 to 8 of 8 experts"),
         ({"experts": 64, "k": 17}, "k is 17, expected 1 to 16"),
         ({"activation": "int8"}, "activation is 'int8', expected one of bf16, f16, f32"),
-        ({"tokens": 1 << 29}, "cut the prompt"),
+        ({"tokens": 1 << 29}, "divide the prompt"),
     ):
         with pytest.raises(DeviceError, match=message):
             replace(good, **change)

@@ -128,7 +128,7 @@ def test_a_bias_that_does_not_fit_is_refused() -> None:
     given = {"x": np.ones((1, 64), np.float32), "weights": np.zeros(matrix.nbytes, np.uint8)}
     with pytest.raises(BundleError, match=r'layers.0.qkv wants 40 values in "bias", which has 64'):
         product(matrix, given, bias=np.ones(64, np.float32))
-    with pytest.raises(BundleError, match=r"layers.0.qkv adds a bias to a SwiGLU product"):
+    with pytest.raises(BundleError, match=r"layers.0.qkv adds a bias to a SwiGLU matmul"):
         product(replace(matrix, swiglu=True), given, bias=np.ones(20, np.float32))
 
 
@@ -158,7 +158,7 @@ def test_a_norm_that_does_not_fit_is_refused() -> None:
     x, weight = np.ones((1, 64), np.float32), np.ones(64, np.float32)
     with pytest.raises(BundleError, match=r'layers.0.after wants 64 values in "weight", which has 32'):
         norm_node(x, weight=weight[:32])
-    with pytest.raises(BundleError, match=r'layers.0.after wants float32 in "logits"'):
+    with pytest.raises(BundleError, match=r'layers.0.after needs float32 in "logits"'):
         norm_node(x, result="bf16", weight=weight)
-    with pytest.raises(BundleError, match=r"layers.0.after norms 63 columns, which is no even number"):
+    with pytest.raises(BundleError, match=r"layers.0.after norms 63 columns, expected an even number"):
         norm_node(x[:, :63], weight=weight[:63])

@@ -14,23 +14,23 @@ D, H, G, S, E, F, V, C = 128, 4, 2, 32, 8, 64, 96, 128
 WEIGHTS = "weights.bin"
 
 
-def info(layers: int, *, mixture: bool = True) -> ModelInfo:
+def info(layers: int, *, moe: bool = True) -> ModelInfo:
     return ModelInfo(
-        family="olmoe" if mixture else "fox", name="small", hidden_size=D, num_layers=layers, num_heads=H,
-        num_kv_heads=G, head_dim=S, vocab_size=V, context_length=C, tied=True, num_experts=E if mixture else 0,
-        experts_per_token=2 if mixture else 0,
+        family="olmoe" if moe else "fox", name="small", hidden_size=D, num_layers=layers, num_heads=H,
+        num_kv_heads=G, head_dim=S, vocab_size=V, context_length=C, tied=True, num_experts=E if moe else 0,
+        experts_per_token=2 if moe else 0,
     )  # fmt: skip
 
 
 class SmallProgram:
     """A decoder of a few layers; `program` is what was made, its weights lie in folder/weights.bin.
 
-    A mixture has QK-norm over the whole width, with `per_head` any has it over each head. `biased` adds a bias to
+    An MoE model has QK-norm over the whole width, with `per_head` any has it over each head. `biased` adds a bias to
     queries, keys and values, `after` norms what attention adds to the residual stream.
     """
 
     def __init__(
-        self, folder: Path, layers: int = 2, *, mixture: bool = True, kind: str = "bf16", activation: str = "bf16",
+        self, folder: Path, layers: int = 2, *, moe: bool = True, kind: str = "bf16", activation: str = "bf16",
         kv: str = "float16", activations: str = "float", per_head: bool = False,
         biased: bool = False, after: bool = False,
     ) -> None:  # fmt: skip
@@ -49,7 +49,7 @@ class SmallProgram:
             bias = self._floats(f"bias.{i}", width) if biased else ""
             qkv = self._linear(f"layers.{i}.attn.qkv", x, width, D, norm=norm, bias=bias)
             caches = [f"past_key_values.{i}.{which}" for which in ("key", "value")]
-            sizes = (("q", S if per_head else H * S), ("k", S if per_head else G * S)) if mixture or per_head else ()
+            sizes = (("q", S if per_head else H * S), ("k", S if per_head else G * S)) if moe or per_head else ()
             norms = [self._floats(f"{which}_norm.{i}", size) for which, size in sizes]
             attended = self._add(
                 "GroupQueryAttention", f"layers.{i}.attn", [qkv, *caches, "past_lengths", cos, sin, *norms],
@@ -64,14 +64,14 @@ class SmallProgram:
                 x = self._add("RMSNorm", f"layers.{i}.after", inputs, [(f"attended.{i}", "f32", D)], {"epsilon": 1e-5})
             else:
                 x = self._linear(f"layers.{i}.attn_sum", attended, D, H * S, residual=x)
-            x = self._mixture(i, x, norm) if mixture else self._mlp(i, x, norm)
+            x = self._moe(i, x, norm) if moe else self._mlp(i, x, norm)
         last = self._add("LastToken", "head_input", [x], [("head_input", "f32", D)], {})
         self._linear("logits", last, V, D, norm=self._floats("final_norm", D), weights="embed")
         (folder / WEIGHTS).write_bytes(self._data)
         self.program = Program(tuple(self._nodes), self._values, self._weights)
-        self.info = info(layers, mixture=mixture)
+        self.info = info(layers, moe=moe)
 
-    def _mixture(self, i: int, x: str, norm: str) -> str:
+    def _moe(self, i: int, x: str, norm: str) -> str:
         gate_up = self._blob(f"layers.{i}.moe.gate_up", 2 * F, D, swiglu=True, count=E)
         down = self._blob(f"layers.{i}.moe.down", D, F, count=E)
         attrs = {

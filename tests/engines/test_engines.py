@@ -100,14 +100,14 @@ def test_a_bundle_without_engines_says_how_to_get_one(copied: Bundle, tmp_path: 
 def test_devices_of_full_tensorrt_are_told_so(copied: Bundle, sm: int) -> None:
     result = run("build", copied.path, "--sm", sm)
     assert result.exit_code == 1
-    assert f"not for SM {sm}: for others full TensorRT builds on the device itself" in result.output
+    assert f"not for SM {sm}: for these full TensorRT builds on the device itself" in result.output
 
 
 def test_fp8_products_are_not_built_for_devices_without(copied: Bundle) -> None:
     path = copied.path / building.RECIPE_FILE
     # A file of another size is refused when the bundle is opened, which a build does.
     path.write_text(path.read_text().replace('"fp8": false', '"fp8": true '))
-    with pytest.raises(ExportError, match="has FP8 products, which SM 86 has not: export the bundle again"):
+    with pytest.raises(ExportError, match="has FP8 matmuls, which SM 86 does not support: export the bundle again"):
         build_bundle(copied, BuildOptions((86, 89)))
 
 
@@ -147,6 +147,4 @@ def test_a_bundle_for_another_target_has_no_engines(copied: Bundle) -> None:
     (copied.path / "manifest.json").write_text(json.dumps({**manifest, "target": "cpu"}))
     result = run("build", copied.path)
     assert result.exit_code == 1
-    assert (
-        "was exported for cpu: engines are built of bundles that were exported with --target tensorrt" in result.output
-    )
+    assert "was exported for cpu: and engines need a bundle that was exported with --target tensorrt" in result.output

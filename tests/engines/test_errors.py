@@ -71,7 +71,7 @@ def test_an_old_driver_is_refused(copied: Bundle, gpu) -> None:
     with pytest.raises(EdgeLMError, match=r"driver"):
         open_runtime(copied, "tensorrt")
     assert incompatible(INFO, replace(A10, driver=(11, 8)), HAVE) == (
-        "needs a driver for CUDA 12 or newer, and this one speaks 11.8"
+        "needs a driver for CUDA 12 or newer, and this one supports 11.8"
     )
 
 
@@ -201,7 +201,7 @@ def test_another_import_before_ours_is_an_error_and_no_abort(copied: Bundle) -> 
         [sys.executable, "-c", PARSE_AFTER_ANOTHER_IMPORT, copied.path], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "tensorrt_rtx was imported before EdgeLM could make its library known" in done.stdout
+    assert "tensorrt_rtx was imported before EdgeLM could load its library under the name" in done.stdout
 
 
 def test_impossible_build_options_are_refused() -> None:

@@ -43,19 +43,19 @@ def with_static_scales(made: SmallProgram) -> SmallProgram:
 
 @pytest.mark.parametrize("sm", [86, 89, 120])
 @pytest.mark.parametrize("kind", ["bf16", "int8", "fp8"])
-@pytest.mark.parametrize("mixture", [True, False])
-def test_dense_products_are_the_engines_where_it_has_them(tmp_path, rtx, mixture, kind, sm) -> None:
-    made = with_static_scales(SmallProgram(tmp_path, layers=1, mixture=mixture, kind=kind))
+@pytest.mark.parametrize("moe", [True, False])
+def test_dense_matmuls_are_the_engines_where_it_has_them(tmp_path, rtx, moe, kind, sm) -> None:
+    made = with_static_scales(SmallProgram(tmp_path, layers=1, moe=moe, kind=kind))
     graph = tensorrt_graph(made.program, made.info, WEIGHTS, EngineOptions(), (sm,))
     fp8_on_ampere = kind == "fp8" and sm < 89
     assert graph.recipe.fp8 == (kind == "fp8" and not fp8_on_ampere)
-    dense = 2 if mixture else 4
+    dense = 2 if moe else 4
     assert built(tmp_path, rtx, graph, (sm,))["QuantLinear"] == (1 + dense if fp8_on_ampere else 1)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8", "fp8"])
 def test_a_bias_is_added_in_float32_before_the_product_is_rounded_to_its_type(tmp_path, rtx, kind: str) -> None:
-    made = with_static_scales(SmallProgram(tmp_path, layers=1, mixture=False, kind=kind, biased=True))
+    made = with_static_scales(SmallProgram(tmp_path, layers=1, moe=False, kind=kind, biased=True))
     graph = tensorrt_graph(made.program, made.info, WEIGHTS, EngineOptions(), (89,))
     nodes = {name: node for node in graph.model.graph.node for name in node.output}
     last = nodes["layers.0.attn.qkv"]
@@ -67,23 +67,23 @@ def test_a_bias_is_added_in_float32_before_the_product_is_rounded_to_its_type(tm
 
 @pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
 def test_without_a_calibrated_scale_quantised_products_stay_ours(tmp_path: Path, kind: str) -> None:
-    made = SmallProgram(tmp_path, layers=1, mixture=False, kind=kind)
+    made = SmallProgram(tmp_path, layers=1, moe=False, kind=kind)
     graph = tensorrt_graph(made.program, made.info, WEIGHTS, EngineOptions(), (89,))
     assert graph.recipe.rows == []
     assert sum(node.op_type == "EdgeLMQuantLinear" for node in graph.model.graph.node) == 5
 
 
 def test_plugins_compute_everything_where_that_is_asked(tmp_path: Path) -> None:
-    made = SmallProgram(tmp_path, layers=1, mixture=False)
+    made = SmallProgram(tmp_path, layers=1, moe=False)
     graph = tensorrt_graph(made.program, made.info, WEIGHTS, EngineOptions(matmul="plugin"), (89,))
     assert {node.domain for node in graph.model.graph.node} == {"edgelm"}
     assert len(graph.model.graph.node) == len(made.program.nodes)
 
 
 @pytest.mark.parametrize("kv", ["float16", "bfloat16"])
-@pytest.mark.parametrize("mixture", [True, False])
-def test_attention_can_be_the_engines(tmp_path: Path, rtx: Library, mixture: bool, kv: str) -> None:
-    made = SmallProgram(tmp_path, layers=2, mixture=mixture, kv=kv)
+@pytest.mark.parametrize("moe", [True, False])
+def test_attention_can_be_the_engines(tmp_path: Path, rtx: Library, moe: bool, kv: str) -> None:
+    made = SmallProgram(tmp_path, layers=2, moe=moe, kv=kv)
     graph = tensorrt_graph(made.program, made.info, WEIGHTS, EngineOptions(attention="engine"), (86, 89, 120))
     assert "GroupQueryAttention" not in built(tmp_path, rtx, graph, (86, 89, 120))
     dims = [

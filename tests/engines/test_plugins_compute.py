@@ -88,7 +88,7 @@ def test_sequences_have_caches_of_their_own(export, played) -> None:
         second = found.decode_batch([20, 21, 22]).copy()
         with pytest.raises(GenerationError, match="2 tokens for 3 sequences"):
             found.decode_batch([1, 2])
-        with pytest.raises(GenerationError, match="there is no sequence 3"):
+        with pytest.raises(GenerationError, match="sequence 3 does not exist"):
             found.prefill(3, [1])
     with open_batch(bundle, 3, "cuda-emulated", context_length=CONTEXT) as model:
         for row in (2, 0, 1):

@@ -69,9 +69,9 @@ def test_rows_come_back(tmp_path: Path, kind: GpuKind, rows: int, swiglu: bool) 
 def test_a_weights_file_that_ends_early_is_named(tmp_path: Path) -> None:
     matrix = GpuMatrix(GpuKind.BFLOAT16, 16, 64, 64)
     (tmp_path / "weights.bin").write_bytes(bytes(100))
-    with pytest.raises(BundleError, match=r"weights.bin ends within a: copy or export"):
+    with pytest.raises(BundleError, match=r"weights.bin is too short, it ends within a: copy or export"):
         write([Rows("a", matrix, 0, "all", "values", 0)], tmp_path / "weights.bin", tmp_path / "rows.bin")
     with pytest.raises(BundleError, match="name is 1, expected a text"):
         from_data(Rows, {"name": 1}, tmp_path, ERRORS)
-    with pytest.raises(BundleError, match=r'"a" is no matrix in rows .*16 rows of 50 columns in groups of 50'):
+    with pytest.raises(BundleError, match=r'"a" is not a row-major matrix .*16 rows of 50 columns in groups of 50'):
         Rows("a", GpuMatrix(GpuKind.BFLOAT16, 16, 50, 50), 0, "all", "values", 0).check(tmp_path)

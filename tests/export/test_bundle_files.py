@@ -81,7 +81,7 @@ def test_weights_that_become_shorter_are_an_error_and_not_the_end_of_the_process
         runtime.prefill(IDS)
         os.truncate(bundle.file(WEIGHTS), 4096)
         for use in (lambda: runtime.prefill(IDS), lambda: runtime.decode(1), lambda: list(runtime.logits_all(IDS))):
-            with pytest.raises(BundleError, match=r"was cut from \d+ to 4096 bytes while it was in use"):
+            with pytest.raises(BundleError, match=r"was truncated from \d+ to 4096 bytes while in use"):
                 use()
     with pytest.raises(BundleError, match="has 4096 bytes, the manifest says"):
         logits(bundle.path)

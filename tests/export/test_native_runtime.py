@@ -208,8 +208,8 @@ def test_a_batch_refuses_what_does_not_fit(bundles: dict[tuple[str, str], Bundle
         assert batch.lengths.tolist() == [3, 10]
         for use, message in (
             (lambda: batch.decode_batch([1]), "1 tokens for 2 sequences"),
-            (lambda: batch.prefill(2, [1]), r"no sequence 2: there are 0\.\.1"),
-            (lambda: batch.truncate(0, 4), "cannot keep 4 cached tokens: 3 are cached"),
+            (lambda: batch.prefill(2, [1]), "sequence 2 does not exist: choose 0 to 1"),
+            (lambda: batch.truncate(0, 4), "cannot keep 4 cached tokens: give 0 to 3"),
             (lambda: batch.prefill(0, [bundle.manifest.model.vocab_size]), "outside the vocabulary"),
         ):
             with pytest.raises(GenerationError, match=message):

@@ -302,7 +302,7 @@ def zeros(*shape: int) -> Array:
         (
             {"past_key": np.zeros((2, 4, 10, 64), np.uint8)},
             {},
-            "past_key has shape [2, 4, 10, 64], expected [2, 2, capacity, bytes a token]",
+            "past_key has shape [2, 4, 10, 64], expected [2, 2, capacity, bytes per token]",
         ),
         (
             {"past_value": np.zeros((2, 2, 9, 64), np.uint8)},
@@ -312,7 +312,8 @@ def zeros(*shape: int) -> Array:
         (
             {"past_key": np.zeros((2, 2, 10, 48), np.uint8), "past_value": np.zeros((2, 2, 10, 48), np.uint8)},
             {},
-            "past_key has 48 bytes a token, expected 64 (float32), 32 (float16), 20 (int8) or 18 (fp8) for heads of 16",
+            "past_key has 48 bytes per token, expected 64 (float32), 32 (float16), 20 (int8) or 18 (fp8) for a head "
+            "size of 16",
         ),
         (
             {"past_lengths": np.array([1, 8])},
@@ -334,15 +335,15 @@ def zeros(*shape: int) -> Array:
         (
             {"q_norm": zeros(32)},
             {},
-            "q_norm has shape [32], expected [64], one value an element of the queries, or [16], one value an element "
-            "of a head",
+            "q_norm has shape [32], expected [64], one value per element of the queries, or [16], "
+            "one value per element of a head",
         ),
         (
             {"k_norm": zeros(64)},
             {},
-            "k_norm has shape [64], expected [32], one value an element of the keys, or [16], one value an element of",
+            "k_norm has shape [64], expected [32], one value per element of the keys, or [16], one value per elem",
         ),
-        ({"k_norm": zeros(2, 16)}, {}, "k_norm has shape [2, 16], expected [32], one value an element of the keys"),
+        ({"k_norm": zeros(2, 16)}, {}, "k_norm has shape [2, 16], expected [32], one value per element of the keys"),
         (
             {},
             {"kv_num_heads": 3},

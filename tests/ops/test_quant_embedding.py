@@ -39,7 +39,7 @@ def test_no_ids_give_no_rows() -> None:
     [
         ([[1, 50]], TABLE, "id 50 at position 1 is outside 0..49, the table has 50 rows"),
         ([[1, 2], [-1, 3]], TABLE, "id -1 at position 2 is outside 0..49, the table has 50 rows"),
-        ([[1]], TABLE[1:], "table: this is not a packed matrix: it does not begin with EDLM"),
+        ([[1]], TABLE[1:], "table: not a packed matrix, it does not begin with EDLM"),
         (
             [[1]],
             random_matrix(np.random.default_rng(5), "int4", 64, 32, swiglu=True).blob,

@@ -213,16 +213,16 @@ def damaged(at: int, *values: int) -> Array:
         (
             {"norm": np.ones(32, np.float32)},
             {},
-            "norm has shape [32], expected [64], one value a column of the weights",
+            "norm has shape [32], expected [64], one value per column of the weights",
         ),
-        ({"residual": X}, {}, "residual has shape [2, 64], expected [2, 48], the result's"),
+        ({"residual": X}, {}, "residual has shape [2, 64], expected [2, 48] like the result"),
         (
             {"weights": GLU, "residual": X[:, :48]},
             {},
             "a residual cannot be added to the result of a SwiGLU matrix",
         ),
-        ({"bias": X[0]}, {}, "bias has shape [64], expected [48], one value a row of the weights"),
-        ({"bias": X[:1, :48]}, {}, "bias has shape [1, 48], expected [48], one value a row of the weights"),
+        ({"bias": X[0]}, {}, "bias has shape [64], expected [48], one value per row of the weights"),
+        ({"bias": X[:1, :48]}, {}, "bias has shape [1, 48], expected [48], one value per row of the weights"),
         ({"weights": GLU, "bias": X[0, :48]}, {}, "a bias cannot be added to the result of a SwiGLU matrix"),
         ({}, {"refine": 4}, "attribute refine is for weights of kind int8 in split nibbles"),
         ({}, {"refine": -1}, "attribute refine is -1, expected 0 or more"),
@@ -238,10 +238,10 @@ def damaged(at: int, *values: int) -> Array:
         (
             {"weights": INT4[:-1]},
             {},
-            f"weights: this is not a packed matrix: it is shorter than its shape needs ({len(INT4) - 1} bytes)",
+            f"weights: not a packed matrix, it is shorter than its shape needs ({len(INT4) - 1} bytes)",
         ),
-        ({"weights": INT4[:20]}, {}, "weights: this is not a packed matrix: it is shorter than its header (20 bytes)"),
-        ({"weights": damaged(0, 0)}, {}, "weights: this is not a packed matrix: it does not begin with EDLM"),
+        ({"weights": INT4[:20]}, {}, "weights: not a packed matrix, it is shorter than its header (20 bytes)"),
+        ({"weights": damaged(0, 0)}, {}, "weights: not a packed matrix, it does not begin with EDLM"),
         ({"weights": damaged(4, 9)}, {}, "its layout version is not 1"),
         ({"weights": damaged(5, 77)}, {}, "its kind of weights is unknown"),
         ({"weights": damaged(8, *[255] * 8)}, {}, "its shape is not possible"),
@@ -268,7 +268,7 @@ def test_what_lies_at_an_odd_address_is_refused(name: str, said: str) -> None:
     start = 1 + -room.ctypes.data % 4
     room[start : start + given[name].nbytes] = np.frombuffer(given[name].tobytes(), np.uint8)
     moved = np.frombuffer(room.data, given[name].dtype, given[name].size, start).reshape(given[name].shape)
-    message = f"QuantLinear layers.3/o: {said} that is no multiple of 4: align"
+    message = f"QuantLinear layers.3/o: {said} that is not a multiple of 4: align"
     with pytest.raises(Exception, match=re.escape(message)):
         run("QuantLinear", given | {name: moved}, constant=[], node="layers.3/o")
 

@@ -71,9 +71,9 @@ X = np.ones((2, 64), np.float32)
     [
         ({"x": np.float32(1)}, "x has shape [], expected [..., columns]"),
         ({"x": X[:, :0]}, "x has shape [2, 0], expected [..., columns]"),
-        ({"weight": X[0, :32]}, "weight has shape [32], expected [64], one value a column of x"),
-        ({"weight": X}, "weight has shape [2, 64], expected [64], one value a column of x"),
-        ({"residual": X[:1]}, "residual has shape [1, 64], expected [2, 64], the result's"),
+        ({"weight": X[0, :32]}, "weight has shape [32], expected [64], one value per column of x"),
+        ({"weight": X}, "weight has shape [2, 64], expected [64], one value per column of x"),
+        ({"residual": X[:1]}, "residual has shape [1, 64], expected [2, 64] like the result"),
     ],
 )
 def test_what_does_not_fit_is_named(inputs: dict[str, Array], message: str) -> None:

@@ -391,7 +391,7 @@ def test_inspect_cpu_without_the_library_says_what_is_missing(monkeypatch: pytes
 def test_a_library_that_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"not a library")
-    for path, wanted in ((broken, "install edgelm again"), (tmp_path / "none.so", "there is no such file")):
+    for path, wanted in ((broken, "install edgelm again"), (tmp_path / "none.so", "the file does not exist")):
         monkeypatch.setenv("EDGELM_OPS_LIBRARY", str(path))
         result = invoke("inspect", "--cpu")
         assert result.exit_code == 1

@@ -1,9 +1,10 @@
-// Times the products of one instruction set on random weights: what a kernel alone reaches, without ONNX Runtime.
+// Benchmark of the matmul kernels of one instruction set on random weights, without ONNX Runtime.
 //
 //   linear_bench [table] [threads] [rows] [N] [K]
 //
-// Prints, per kind of weights, billions of operations a second (two per multiply-add), the bandwidth at which packed
-// weights are read, and how many weights that is. Matrices are many enough that weights come from memory, as they do when a model decodes.
+// Prints, per kind of weights: billions of operations a second (two per multiply-add), the bandwidth at which packed
+// weights are read, and weights read a second. There are enough matrices that weights come from memory, not from a
+// cache, as in decoding.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>

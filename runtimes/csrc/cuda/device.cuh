@@ -1,9 +1,10 @@
-// What the kernels are written in: indices, barriers, shuffles, tensor-core products, copies, conversions.
+// The primitives that the CUDA kernels are written in: thread indices, barriers, shuffles, tensor-core mma, copies and
+// conversions.
 //
-// There are two implementations of it. NVRTC (or nvcc) takes this file's own, in CUDA and PTX. With EDGELM_EMULATED the
-// same kernels are compiled for a processor, where emulator.h runs a block's threads as fibers: their arithmetic,
-// barriers and copies can then be tested where there is no GPU. Nothing here needs a header of CUDA's or the standard
-// library's, so that NVRTC alone compiles it.
+// There are two implementations. NVRTC (or nvcc) compiles the kernels with device_cuda.cuh, in CUDA and PTX. With
+// EDGELM_EMULATED the same kernels are compiled for the CPU, where emulator.h runs the threads of a block as fibers, so
+// that arithmetic, barriers and copies can be tested without a GPU. This file includes no header of CUDA or of the
+// standard library, so that NVRTC alone can compile it.
 //
 // A kernel is a function template of one struct:
 //
@@ -11,8 +12,8 @@
 //     EDGELM_BODY void scale(const ScaleArgs& args) { ... }
 //     EDGELM_KERNEL(scale_bf16_4, ScaleArgs, 256, 1, scale<bf16, 4>)
 //
-// 256 is the number of threads it is launched with (blocks have one dimension), 1 the blocks that must fit on a
-// multiprocessor, from which the compiler knows how many registers it may take.
+// 256 is the number of threads per block (blocks have one dimension). 1 is the number of blocks that must fit on a
+// multiprocessor, which limits the registers per thread.
 #pragma once
 
 namespace edgelm {
@@ -26,7 +27,7 @@ using u32 = unsigned int;
 using i64 = long long;
 using u64 = unsigned long long;
 
-// Numbers of two bytes and one: bits only, converted explicitly.
+// 16-bit and 8-bit floats: bits only, converted explicitly.
 struct bf16 { u16 bits; };
 struct f16 { u16 bits; };
 struct e4m3 { u8 bits; };  // OCP FP8: 4 bits of exponent, 3 of mantissa, largest 448
@@ -60,10 +61,10 @@ template <> struct From<float> { static EDGELM_INLINE float of(float x) { return
 template <> struct From<bf16> { static EDGELM_INLINE bf16 of(float x) { return {u16(float_to_bf16x2(x, 0.f))}; } };
 template <> struct From<f16> { static EDGELM_INLINE f16 of(float x) { return {u16(float_to_f16x2(x, 0.f))}; } };
 
-// To the nearest, ties to even. float16 becomes infinite beyond 65504.
+// Round to nearest, ties to even. float16 becomes infinite beyond 65504.
 template <class T> EDGELM_DEVICE T from_float(float x) { return From<T>::of(x); }
 
-// Two neighbours in one word, the first in the lower half.
+// Pack two neighbouring numbers into one word, the first in the low half.
 template <class A> EDGELM_DEVICE u32 pack2(float low, float high) {
   static_assert(Same<A, bf16>::value || Same<A, f16>::value, "pairs are of 16-bit numbers");
   if constexpr (Same<A, bf16>::value) return float_to_bf16x2(low, high);
@@ -80,13 +81,14 @@ template <class A> EDGELM_DEVICE void unpack2(u32 pair, float& low, float& high)
   }
 }
 
-// E4M3's exponent is eight less than float16's for the same bits, and its subnormals are float16's: shifted into place
-// and multiplied by 2^8 every finite code is exact. (The two NaN codes come out as 480; weights and caches have none.)
+// E4M3 to float, exact for every finite code: its exponent is 8 less than float16's for the same bits and its
+// subnormals are float16's, so shift into place and multiply by 2^8. (The two NaN codes give 480; weights and caches
+// have none.)
 EDGELM_DEVICE float to_float(e4m3 x) {
   return f16_to_float(u16((x.bits & 0x80) << 8 | (x.bits & 0x7f) << 7)) * 256.f;
 }
 
-// To the nearest, ties to even, saturating at 448: the rule of cvt.rn.satfinite, in integers for processors without it.
+// Round to nearest, ties to even, saturating at 448, as cvt.rn.satfinite does. In integers, for devices without it.
 EDGELM_DEVICE u8 float_to_e4m3_bits(float x) {
   const u32 bits = float_to_bits(x);
   const u32 sign = bits >> 24 & 0x80;
@@ -123,8 +125,8 @@ EDGELM_DEVICE float warp_max(float x) {
   return x;
 }
 
-// Over all threads, whose number is a multiple of 32; `scratch` is shared memory of one float a warp. Every thread gets
-// the result, and all have passed a barrier after it was read.
+// Sum over all threads of a block (a multiple of 32); `scratch` is shared memory of one float per warp. Every thread
+// gets the result, and all have passed a barrier after reading it.
 EDGELM_DEVICE float block_sum(float x, float* scratch) {
   x = warp_sum(x);
   const int warps = block_threads() / kWarp;

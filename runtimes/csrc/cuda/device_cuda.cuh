@@ -8,14 +8,14 @@
 #define EDGELM_UNROLL_BY(n) EDGELM_PRAGMA(unroll n)
 #define EDGELM_PRAGMA(x) _Pragma(#x)
 
-// The launch passes the struct by value; it stays in constant memory.
+// The launch passes the struct by value; it is read from constant memory.
 #define EDGELM_KERNEL(name, Args, threads, min_blocks, ...)                                                            \
   extern "C" __global__ void __launch_bounds__(threads, min_blocks) name(const __grid_constant__ Args args) {          \
     __VA_ARGS__(args);                                                                                                 \
   }
 
 #if __CUDA_ARCH__ >= 890
-#define EDGELM_HAS_FP8 1  // conversions and products of FP8
+#define EDGELM_HAS_FP8 1  // FP8 conversions and mma
 #endif
 
 namespace edgelm {
@@ -39,8 +39,8 @@ EDGELM_DEVICE u8* shared_memory() {
 EDGELM_DEVICE void sync_block() { __syncthreads(); }
 EDGELM_DEVICE void sync_warp() { __syncwarp(); }
 
-// With programmatic dependent launch (SM 90) a kernel may start before the one before it has ended: nothing that came
-// from it may be read before this. Elsewhere, and launched the ordinary way, it does nothing.
+// With programmatic dependent launch (PDL, from SM 90 on) a kernel may start before the previous one has ended. It must
+// not read the previous kernel's results before this call. On other devices and in ordinary launches it does nothing.
 EDGELM_DEVICE void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -59,14 +59,14 @@ EDGELM_DEVICE int shuffle_xor(int x, int mask) { return __shfl_xor_sync(0xffffff
 EDGELM_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 EDGELM_DEVICE int shuffle(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 EDGELM_DEVICE u32 shuffle(u32 x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
-// Lanes below `delta` keep their own.
+// Lanes below `delta` keep their own value.
 EDGELM_DEVICE int shuffle_up(int x, int delta) { return __shfl_up_sync(0xffffffffu, x, delta); }
 EDGELM_DEVICE u32 ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 EDGELM_DEVICE int warp_max(int x) { return __reduce_max_sync(0xffffffffu, x); }
 
 // -- tensor cores ------------------------------------------------------------------------------------------------------
 
-// d += a b: a [16, 16] row by row, b [16, 8] column by column, of A; d float32. Lane 4 g + q has
+// d += a b: a [16, 16] row-major and b [16, 8] column-major of type A, d float32. Lane 4 g + q holds
 // a0 (row g; columns 2q, 2q+1), a1 (g+8; 2q..), a2 (g; 2q+8..), a3 (g+8; 2q+8..), b0 (rows 2q, 2q+1; column g),
 // b1 (rows 2q+8..; g), d0, d1 (row g; columns 2q, 2q+1), d2, d3 (row g+8).
 #define EDGELM_MMA(types)                                                                                              \
@@ -79,8 +79,8 @@ template <class A> EDGELM_DEVICE void mma_16x8x16(float (&d)[4], const u32 (&a)[
 }
 #undef EDGELM_MMA
 
-// The same of E4M3 with 32 columns of a and rows of b: where a register has 2 numbers above it has 4 here
-// (a0: row g, columns 4q..4q+3; a2: columns 4q+16..; b0: rows 4q..4q+3). Only where EDGELM_HAS_FP8.
+// The same for E4M3 with K = 32: a register holds 4 numbers in place of 2 (a0: row g, columns 4q..4q+3; a2: columns
+// 4q+16..; b0: rows 4q..4q+3). Only where EDGELM_HAS_FP8 is defined.
 #ifdef EDGELM_HAS_FP8
 EDGELM_DEVICE void mma_16x8x32_fp8(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
   asm volatile(
@@ -92,13 +92,13 @@ EDGELM_DEVICE void mma_16x8x32_fp8(float (&d)[4], const u32 (&a)[4], const u32 (
 
 EDGELM_DEVICE u32 shared_address(const void* shared) { return u32(__cvta_generic_to_shared(shared)); }
 
-// Four 8 x 8 matrices of 16-bit numbers: lane i gives where row i % 8 of matrix i / 8 begins (16 bytes, aligned), and
-// gets of matrix m in r[m] the numbers 2 q, 2 q + 1 of row g, with lane = 4 g + q.
+// Load four 8 x 8 matrices of 16-bit numbers. Lane i passes the address of row i % 8 of matrix i / 8 (16 bytes,
+// aligned). Lane 4 g + q gets numbers 2 q, 2 q + 1 of row g of matrix m in r[m].
 EDGELM_DEVICE void ldmatrix_x4(u32 (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
-// Each matrix transposed: rows 2 q, 2 q + 1 of column g.
+// The same with each matrix transposed: lane 4 g + q gets rows 2 q, 2 q + 1 of column g.
 EDGELM_DEVICE void ldmatrix_x4_transposed(u32 (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
@@ -106,13 +106,13 @@ EDGELM_DEVICE void ldmatrix_x4_transposed(u32 (&r)[4], const void* row) {
 
 // -- copies to shared memory in the background -------------------------------------------------------------------------
 
-// 16 aligned bytes; zeros where not `valid`, and `global` is then not read.
+// Copy 16 aligned bytes; if not `valid`, write zeros and do not read `global`.
 EDGELM_DEVICE void cp_async16(void* shared, const void* global, bool valid = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0) : "memory");
 }
 EDGELM_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until all but the newest `pending` groups of this thread have arrived; a barrier shows them to other threads.
+// Wait until all but the newest `pending` groups of this thread have arrived. Other threads see them after a barrier.
 template <int pending> EDGELM_DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory"); }
 
 // -- memory ------------------------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ EDGELM_DEVICE void store16(void* p, Words4 x) { *static_cast<Words4*>(p) = x; }
 EDGELM_DEVICE void store8(void* p, Words2 x) { *static_cast<Words2*>(p) = x; }
 EDGELM_DEVICE void store4(void* p, u32 x) { *static_cast<u32*>(p) = x; }
 
-// Of weights, which are read once: global memory that no kernel writes, past the first cache.
+// Load weights, which are read once, bypassing L1: global memory that no kernel writes.
 EDGELM_DEVICE Words4 load16_stream(const void* p) {
   Words4 x;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -133,8 +133,8 @@ EDGELM_DEVICE Words4 load16_stream(const void* p) {
 }
 
 EDGELM_DEVICE int atomic_add(int* p, int x) { return atomicAdd(p, x); }
-// What this thread has written is seen by whoever sees what it writes, or adds, afterwards; and what was written before
-// what this thread has seen is seen by it.
+// Memory fence for the device: writes of this thread before it are visible to whoever sees a write or atomic of this
+// thread after it, and the reverse for reads.
 EDGELM_DEVICE void fence_device() { __threadfence(); }
 
 // -- arithmetic --------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ EDGELM_DEVICE float exp2_fast(float a) { float r; asm("ex2.approx.ftz.f32 %0, %1
 EDGELM_DEVICE float rsqrt_(float a) { return 1.f / sqrtf(a); }
 EDGELM_DEVICE bool is_nan(float a) { return a != a; }
 EDGELM_DEVICE int count_bits(u32 x) { return __popc(x); }
-EDGELM_DEVICE int lowest_bit(u32 x) { return __ffs(int(x)) - 1; }  // its number; x is not 0
+EDGELM_DEVICE int lowest_bit(u32 x) { return __ffs(int(x)) - 1; }  // index of the lowest set bit; x must not be 0
 
 EDGELM_DEVICE float f16_to_float(u16 x) { float r; asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x)); return r; }
 EDGELM_DEVICE u32 float_to_bf16x2(float low, float high) {
@@ -168,7 +168,7 @@ EDGELM_DEVICE u32 float_to_f16x2(float low, float high) {
   return r;
 }
 
-// Pairs of float16: a * b + c.
+// a * b + c on pairs of float16.
 EDGELM_DEVICE u32 f16x2_fma(u32 a, u32 b, u32 c) {
   u32 r;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
@@ -186,11 +186,11 @@ EDGELM_DEVICE u32 and_or(u32 a, u32 b, u32 c) {
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
   return r;
 }
-// Bytes chosen out of the eight of a (0 to 3) and b (4 to 7) by the nibbles of `selector`, lowest first.
+// Choose four of the eight bytes of a (0 to 3) and b (4 to 7) by the nibbles of `selector`, lowest first.
 EDGELM_DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 
 #ifdef EDGELM_HAS_FP8
-// Two codes, the first in the lower byte.
+// Convert two floats to E4M3 codes, the first in the low byte.
 EDGELM_DEVICE u32 float_to_e4m3x2(float low, float high) {
   u16 r;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));

@@ -1,4 +1,4 @@
-// What stands at the ends of a model: rows of the embedding, the last token's row, the largest logits.
+// Kernels for the first and last steps of a model: embedding lookup, the last token's row, argmax of the logits.
 #pragma once
 
 #include "linear/linear_args.cuh"
@@ -9,17 +9,17 @@ constexpr int kEndThreads = 256;
 
 struct EmbeddingArgs {
   const i32* ids;     // [rows]
-  const u8* codes;    // the table [n, k] as a matrix of weights: the head may read the same one
+  const u8* codes;    // the table [n, k], packed as a weight matrix; a tied head reads the same one
   const u8* scales;
   const u8* zeros;
   float* y;           // [rows, k]
   i32 rows;
-  i32 n;              // ids beyond 0 .. n - 1 take row 0
+  i32 n;              // ids outside 0 .. n - 1 read row 0
   i32 k;
   i32 group;
 };
 
-// Block (row, part of the columns).
+// Grid: (rows, parts of the columns).
 template <class W> EDGELM_BODY void quant_embedding(const EmbeddingArgs& args) {
   let_next_kernel_start();
   wait_for_previous_kernel();
@@ -34,7 +34,7 @@ template <class W> EDGELM_BODY void quant_embedding(const EmbeddingArgs& args) {
     EDGELM_UNROLL
     for (int j = 0; j < Scalars<W>::count; ++j) {
       const int column = tile * Format<W>::columns + column_of<W>(j, q);
-      // Both are compile-time choices of registers.
+      // The register is chosen at compile time in both cases.
       float value = high ? number_of<W>(words, 1, j) : number_of<W>(words, 0, j);
       if constexpr (Is<W>::scaled) {
         const i64 index = (i64(block) * groups + column / args.group) * kTileRows + id % kTileRows;
@@ -61,11 +61,11 @@ template <class A> EDGELM_BODY void last_token(const LastTokenArgs& args) {
   for (int k = thread(); k < args.k; k += block_threads()) args.y[i64(block_x()) * args.k + k] = from[k];
 }
 
-// Where the largest of each row is, of equals the first; NaN is none: where there is nothing else the id is -1.
-// Two kernels: of the parts of a row, then of these.
+// Argmax of each row; the first of equal values. NaN is never chosen; a row of NaN gives id -1.
+// Two kernels: top_parts finds the best of each part of a row, top_all the best of the parts.
 struct TopArgs {
-  const float* x;  // [rows, n] of the first kernel
-  float* values;   // [rows, parts] between them
+  const float* x;  // [rows, n] input of the first kernel
+  float* values;   // [rows, parts] passed from the first kernel to the second
   i32* ids;        // likewise
   i32* out_ids;    // [rows]
   i32 n;
@@ -78,7 +78,7 @@ EDGELM_DEVICE bool is_better(float a, int a_id, float b, int b_id) {
   return a > b || (a == b && a_id < b_id);
 }
 
-// The best of all threads' (value, id), in every thread; `scratch` has two words a warp.
+// Reduce to the best (value, id) of all threads; every thread gets it. `scratch` holds two words per warp.
 EDGELM_DEVICE void block_best(float& value, int& id, float* scratch) {
   for (int mask = kWarp / 2; mask > 0; mask /= 2) {
     const float other = shuffle_xor(value, mask);
@@ -104,7 +104,8 @@ EDGELM_DEVICE void block_best(float& value, int& id, float* scratch) {
   sync_block();
 }
 
-// The best of n candidates, in every thread: candidate i is (values[i], ids ? ids[i] : first + i); negative ids are none.
+// The best of n candidates, for every thread. Candidate i is (values[i], ids ? ids[i] : first + i); negative ids are
+// skipped.
 EDGELM_DEVICE void best_of(const float* values, const i32* ids, int first, int n, float& value, int& id) {
   value = 0.f;
   id = -1;
@@ -119,7 +120,7 @@ EDGELM_DEVICE void best_of(const float* values, const i32* ids, int first, int n
   block_best(value, id, reinterpret_cast<float*>(shared_memory()));
 }
 
-// Block (part, row).
+// Grid: (parts, rows).
 template <class A> EDGELM_BODY void top_parts(const TopArgs& args) {
   static_assert(Same<A, float>::value, "logits are float32");
   let_next_kernel_start();
@@ -135,7 +136,7 @@ template <class A> EDGELM_BODY void top_parts(const TopArgs& args) {
   }
 }
 
-// Block (row).
+// Grid: (rows).
 template <class A> EDGELM_BODY void top_all(const TopArgs& args) {
   static_assert(Same<A, float>::value, "logits are float32");
   let_next_kernel_start();

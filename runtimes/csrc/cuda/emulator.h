@@ -1,14 +1,14 @@
-// The primitives of device.cuh for a processor: a block's threads are fibers of one thread of the host.
+// CPU emulation of the primitives of device.cuh. The threads of a block are fibers of one host thread.
 //
-// A fiber runs until it comes to something that others take part in: a barrier, or a shuffle or tensor-core product of
-// its warp. That is carried out when all of them have come to the same one. What real hardware leaves open is made as
-// bad as it may be, so that a missing barrier or wait shows:
+// A fiber runs until it reaches an operation that other threads take part in: a barrier, or a shuffle or mma of its
+// warp. The operation is carried out when all of them have reached it. Where hardware leaves an order open, the
+// emulator picks an unfavourable one, so that a missing barrier or wait shows up as a wrong result:
 //   - warps run one after the other, each as far as it can, in an order that a seed changes (0: first to last,
 //     1: last to first, others: shuffled anew at every barrier);
-//   - cp_async copies when it is waited for, not before; where warps are shuffled, some are made at once, and
+//   - cp_async copies when it is waited for, not before; where warps are shuffled, some copies are made at once, and
 //     some read at once and write when they are waited for;
 //   - shared memory begins as NaNs, with a canary behind it; vector accesses must be aligned.
-// It proves the algorithm, not the speed, nor what only hardware does (memory order between blocks, PTX).
+// The emulation checks the algorithm. It does not check speed, memory order between blocks, or PTX.
 #pragma once
 
 #include <sys/mman.h>
@@ -83,11 +83,11 @@ struct State {
   int block[3] = {}, grid[3] = {};
   u8* shared = nullptr;
   size_t shared_bytes = 0;
-  u32 copies = 0;  // random bits: which copies are early; 0: none is
+  u32 copies = 0;  // random bits: which copies are made early; 0: none
   const Kernel* kernel = nullptr;
   const void* args = nullptr;
   std::vector<Fiber> fibers;
-  std::string failure;  // exceptions cannot leave a fiber
+  std::string failure;  // the message, since an exception cannot leave a fiber
 #if defined(__x86_64__)
   void* scheduler = nullptr;
 #else
@@ -103,7 +103,7 @@ inline State& state() {
 // -- switching between fibers ------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
-// Saves what a callee must preserve on the one stack, and goes on with the other.
+// Save the callee-saved registers on the current stack, switch to the other stack, and restore its registers.
 __attribute__((naked, noinline)) inline void switch_stacks(void** /* save */, void* /* load */) {
   asm volatile(
       "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
@@ -129,14 +129,14 @@ inline void run_thread() {
 inline void prepare(Fiber& fiber) {
   if (fiber.stack == nullptr) {
     void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw Failure("no memory for the stack of a thread");
+    if (memory == MAP_FAILED) throw Failure("no memory for the stack of an emulated thread: use smaller blocks");
     fiber.stack = static_cast<u8*>(memory);
   }
   fiber.waits = Waits::kNothing;
   fiber.open.clear();
   fiber.groups.clear();
 #if defined(__x86_64__)
-  // As if called: 16-byte alignment broken by a return address. Six registers to pop, then run_thread.
+  // The stack looks as after a call: a return address (run_thread) at 8 mod 16, below it six registers to pop.
   void** top = reinterpret_cast<void**>(fiber.stack + kStack - 64);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(run_thread);
@@ -196,7 +196,7 @@ inline float e4m3_value(u8 x) { return f16_value(u16((x & 0x80) << 8 | (x & 0x7f
 
 inline u16 half_of(const u32 (&words)[32][4], int lane, int word, int half) { return u16(words[lane][word] >> (16 * half)); }
 
-// One rounding of the whole sum: hardware rounds more often, by amounts that a tolerance allows for.
+// The whole sum is rounded once. Hardware rounds more often; the tests' tolerances allow for that.
 inline void mma(Fiber* lanes) {
   static float a[16][16], b[16][8];
   for (int lane = 0; lane < 32; ++lane) {
@@ -272,7 +272,7 @@ inline void ballot_all(Fiber* lanes) {
 
 // -- running a block ---------------------------------------------------------------------------------------------------
 
-// Runs one warp as far as it comes without the others; whether it got anywhere.
+// Run one warp until it needs the other warps. Return whether it made progress.
 inline bool run_warp(int warp) {
   State& s = state();
   Fiber* lanes = &s.fibers[32 * warp];
@@ -290,8 +290,8 @@ inline bool run_warp(int warp) {
     const Waits what = lanes[0].waits;
     for (int lane = 1; lane < 32; ++lane) {
       if (lanes[lane].waits != what) {
-        throw Failure("the threads of warp " + std::to_string(warp) + " have parted: lane 0 waits for (" +
-                      std::to_string(int(what)) + "), lane " + std::to_string(lane) + " for (" +
+        throw Failure("the threads of warp " + std::to_string(warp) + " have diverged: lane 0 is at operation (" +
+                      std::to_string(int(what)) + "), lane " + std::to_string(lane) + " at (" +
                       std::to_string(int(lanes[lane].waits)) + ")");
       }
     }
@@ -325,7 +325,7 @@ inline void run_block(std::vector<int>& order, std::mt19937& random, bool shuffl
     if (done == s.threads) return;
     if (at_barrier != s.threads) {
       throw Failure(std::to_string(at_barrier) + " of " + std::to_string(s.threads) +
-                    " threads came to a barrier of the block, " + std::to_string(done) + " have ended");
+                    " threads reached a barrier of the block, " + std::to_string(done) + " have ended");
     }
     for (int i = 0; i < s.threads; ++i) s.fibers[i].waits = Waits::kNothing;
   }
@@ -335,11 +335,11 @@ constexpr size_t kCanary = 256;
 
 inline void launch(const Kernel& kernel, const int* grid, int threads, size_t shared, const void* args, u32 seed) {
   State& s = state();
-  if (threads % 32 || threads < 32 || threads > 1024) throw Failure("a block has 32, 64, ... 1024 threads");
+  if (threads % 32 || threads < 32 || threads > 1024) throw Failure("blocks must have 32, 64, ... or 1024 threads");
   if (threads > kernel.threads) {
     throw Failure("launched with " + std::to_string(threads) + " threads, compiled for " + std::to_string(kernel.threads));
   }
-  if (shared > (227 << 10)) throw Failure("more than 227 KB of shared memory");
+  if (shared > (227 << 10)) throw Failure("the launch asks for more than 227 KB of shared memory");
   s.copies = seed > 1 ? seed : 0;
   s.threads = threads;
   s.kernel = &kernel;
@@ -363,7 +363,7 @@ inline void launch(const Kernel& kernel, const int* grid, int threads, size_t sh
         for (size_t i = 0; i < kCanary; ++i) {
           if (s.shared[shared + i] != 0xa5) {
             throw Failure("block (" + std::to_string(s.block[0]) + ", " + std::to_string(s.block[1]) + ", " +
-                          std::to_string(s.block[2]) + ") wrote behind its " + std::to_string(shared) +
+                          std::to_string(s.block[2]) + ") wrote beyond its " + std::to_string(shared) +
                           " bytes of shared memory, at " + std::to_string(i));
           }
         }
@@ -536,7 +536,7 @@ EDGELM_DEVICE u32 float_to_f16x2(float low, float high) {
   return u32(emulator::f16_bits(low)) | u32(emulator::f16_bits(high)) << 16;
 }
 namespace emulator {
-// Exact in double, rounded once.
+// Computed exactly in double, then rounded once.
 template <float (*value)(u16), u16 (*bits)(float)> inline u32 fma_pairs(u32 a, u32 b, u32 c) {
   u32 result = 0;
   for (int half = 0; half < 2; ++half) {
@@ -574,14 +574,14 @@ EDGELM_DEVICE u32 e4m3x2_to_f16x2(u32 pair) {
 
 }  // namespace edgelm
 
-// Launch a kernel; null, or what went wrong (valid until the next call).
+// Launch a kernel. Return null, or an error message that is valid until the next call.
 extern "C" __attribute__((visibility("default"))) const char* edgelm_emulated_launch(
     const char* name, const int* grid, int threads, size_t shared, const void* args, size_t args_bytes, unsigned seed) {
   static std::string message;
   const auto& kernels = edgelm::emulator::kernels();
   const auto found = kernels.find(name);
   try {
-    if (found == kernels.end()) throw edgelm::emulator::Failure("there is no such kernel");
+    if (found == kernels.end()) throw edgelm::emulator::Failure("no kernel has this name");
     if (found->second.args != args_bytes) {
       throw edgelm::emulator::Failure("its arguments are " + std::to_string(found->second.args) + " bytes, given were " +
                                       std::to_string(args_bytes));

@@ -1,4 +1,4 @@
-// Kernels that go over rows of activations: RMSNorm, conversion, rounding to E4M3.
+// Kernels over rows of activations: RMSNorm, type conversion, rounding to E4M3.
 #pragma once
 
 #include "linear/linear_args.cuh"
@@ -8,18 +8,18 @@ namespace edgelm {
 constexpr int kRowThreads = 256;
 
 struct RowsArgs {
-  const void* x;      // [rows, k]: float32 where x_float, else A
-  const float* norm;  // [k]; null: not normalised
+  const void* x;      // [rows, k]: float32 if x_float, otherwise A
+  const float* norm;  // [k]; null: no norm
   void* y;            // [rows, k]: float32, A or E4M3
   float* scales;      // [rows]; null unless rounded to E4M3
   i32 rows;
   i32 k;              // even
   i32 x_float;
   float epsilon;
-  float round_scale;  // as LinearArgs has it
+  float round_scale;  // as in LinearArgs
 };
 
-// Two neighbours of a row of float, bfloat16 or float16.
+// Load two neighbouring numbers of a row of float, bfloat16 or float16.
 template <class A> EDGELM_DEVICE void load_pair(const A* from, float& low, float& high) {
   if constexpr (Same<A, float>::value) {
     const Words2 both = load8(from);
@@ -30,9 +30,9 @@ template <class A> EDGELM_DEVICE void load_pair(const A* from, float& low, float
   }
 }
 
-// One block a row. Y float or A: y = x * rsqrt(mean(x^2) + epsilon) * norm, rounded to numbers that are E4M3 times
-// the row's scale where round_scale is not 0: the numbers are in y, the scale in `scales`.
-// Y e4m3: the codes, of each 16 in the order 0 1 8 9, 2 3 10 11, 4 5 12 13, 6 7 14 15.
+// One block per row. Y float or A: y = x * rsqrt(mean(x^2) + epsilon) * norm. If round_scale is not 0, results are
+// rounded to E4M3 codes times the row's scale: the numbers go to y, the scale to `scales`.
+// Y e4m3: writes the codes, each 16 in the order 0 1 8 9, 2 3 10 11, 4 5 12 13, 6 7 14 15.
 template <class A, class Y> EDGELM_BODY void convert_rows(const RowsArgs& args) {
   float* scratch = reinterpret_cast<float*>(shared_memory());
   let_next_kernel_start();
@@ -108,7 +108,7 @@ struct RmsNormArgs {
   float epsilon;
 };
 
-// y = residual + x * rsqrt(mean(x^2) + epsilon) * weight, one block a row.
+// y = residual + x * rsqrt(mean(x^2) + epsilon) * weight, one block per row.
 template <class A> EDGELM_BODY void rms_norm(const RmsNormArgs& args) {
   let_next_kernel_start();
   wait_for_previous_kernel();

@@ -1,4 +1,4 @@
-// How weights are stored, and how a lane's 16 bytes of a tile become operands: see edgelm/bundle/gpu_layout.py for the layout.
+// Storage formats of weights, and their conversion to mma operands. edgelm/bundle/gpu_layout.py describes the layout.
 #pragma once
 
 #include "device.cuh"
@@ -8,7 +8,7 @@ namespace edgelm {
 struct Int4 {};
 struct Int8 {};
 
-// columns: of a tile. steps: products of 16 columns in it. scale_bytes: of a scale, 0 where there is none.
+// columns: of a tile. steps: mma steps of 16 columns per tile. scale_bytes: of a scale, 0 where there is none.
 template <class W> struct Format { static constexpr int columns = 16, steps = 1, scale_bytes = 0; };
 template <> struct Format<Int4> { static constexpr int columns = 64, steps = 4, scale_bytes = 2; };
 template <> struct Format<Int8> { static constexpr int columns = 32, steps = 2, scale_bytes = 2; };
@@ -23,19 +23,19 @@ template <class W> struct Is {
 constexpr int kTileRows = 16;
 constexpr int kTileBytes = 512;
 
-// The zero point of integers that are symmetric.
+// The zero point of symmetric integers.
 template <class W> EDGELM_DEVICE int middle() { return Same<W, Int4>::value ? 8 : 128; }
 
-// -- operands of tensor cores: codes less the zero point, exactly ------------------------------------------------------
+// -- mma operands: code - zero point, exact ------------- ------------------------------------------------------
 
 template <class A> EDGELM_DEVICE u32 pair_fma(u32 a, u32 b, u32 c) {
   if constexpr (Same<A, bf16>::value) return bf16x2_fma(a, b, c);
   else return f16x2_fma(a, b, c);
 }
 
-// What `fragment` adds to make a code the code less its zero point: the same in both halves.
+// The term that `fragment` adds to turn a code into code - zero point, in both halves of a word.
 template <class A, class W> EDGELM_DEVICE u32 zero_pair(int zero) {
-  // bfloat16's step is 1 only from 128 to 256, float16's from 1024 to 2048: there the zero point is the last bits.
+  // Codes are the last mantissa bits of 128 .. 255 (bfloat16) or 1024 .. 2047 (float16), where the step is 1.
   if constexpr (!Is<W>::integer) return 0;
   else if constexpr (!Same<A, bf16>::value) return (0xe400u | u32(zero)) * 0x10001u;        // -1024 - zero
   else if constexpr (Same<W, Int4>::value) return (0xc300u | u32(zero)) * 0x10001u;         // -128 - zero
@@ -54,29 +54,30 @@ template <class A, class W> EDGELM_DEVICE void fragment(const Words4& tile, int 
     a[3] = tile.w;
   } else if constexpr (Same<W, Int4>::value) {
     const u32 w = step == 0 ? tile.x : step == 1 ? tile.y : step == 2 ? tile.z : tile.w;
-    // The code becomes the lowest bits of the mantissa of 128 or 1024.
+    // Put the code into the lowest mantissa bits of 128 or 1024.
     constexpr u32 magic = brain ? 0x43004300u : 0x64006400u;
     a[0] = pair_fma<A>(and_or(w, 0x000f000fu, magic), one, low);
     a[1] = pair_fma<A>(and_or(w >> 4, 0x000f000fu, magic), one, high);
     a[2] = pair_fma<A>(and_or(w >> 8, 0x000f000fu, magic), one, low);
     a[3] = pair_fma<A>(and_or(w >> 12, 0x000f000fu, magic), one, high);
   } else {
-    const u32 first = step ? tile.z : tile.x, second = step ? tile.w : tile.y;  // of rows g and g + 8
+    const u32 first = step ? tile.z : tile.x, second = step ? tile.w : tile.y;  // rows g and g + 8
     EDGELM_UNROLL
     for (int i = 0; i < 4; ++i) {
       const u32 w = i % 2 ? second : first, zero = i % 2 ? high : low;
       if constexpr (Same<W, Int8>::value && !brain) {
         a[i] = pair_fma<A>(permute_bytes(w, 0x64646464u, i < 2 ? 0x4140 : 0x4342), one, zero);
       } else if constexpr (Same<W, Int8>::value) {
-        // Seven bits fit behind 128; the eighth chooses what is taken away, 128 or 256: that leaves code - 128.
+        // Seven bits fit into the mantissa of 128. The eighth bit chooses whether 128 or 256 is subtracted: the rest is
+        // code - 128.
         const u32 spread = permute_bytes(w, 0, i < 2 ? 0x4140 : 0x4342);
         const u32 rest = and_or(spread, 0x007f007fu, 0x43004300u);
         const u32 taken = (spread & 0x00800080u) ^ 0x43804380u;
         a[i] = pair_fma<A>(pair_fma<A>(taken, 0xbf80bf80u, rest), one, zero);
       } else {
-        static_assert(Same<W, e4m3>::value, "a kind of weights");
+        static_assert(Same<W, e4m3>::value, "W must be e4m3 here");
         if constexpr (brain) {
-          // Sign, exponent and mantissa moved to bfloat16's places; its exponent is 120 more.
+          // Move sign, exponent and mantissa to bfloat16's positions; its exponent bias is 120 larger.
           const u32 spread = permute_bytes(w, 0, i < 2 ? 0x1404 : 0x3424);
           const u32 bits = and_or(spread, 0x80008000u, (spread >> 4) & 0x07f007f0u);
           a[i] = bf16x2_fma(bits, 0x7b807b80u, 0x80008000u);
@@ -90,7 +91,7 @@ template <class A, class W> EDGELM_DEVICE void fragment(const Words4& tile, int 
 
 // -- one number at a time ----------------------------------------------------------------------------------------------
 
-// Numbers that a lane has of each of its two rows.
+// How many numbers a lane holds of each of its two rows.
 template <class W> struct Scalars { static constexpr int count = Format<W>::columns / 4; };
 
 // The column within the tile of number i.
@@ -103,7 +104,7 @@ EDGELM_DEVICE u32 word_of(const Words4& words, int i) {
   return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
 }
 
-// Number i of row g (high = 0) or g + 8 (1): a code of integers, the value of anything else.
+// Number i of row g (high = 0) or g + 8 (1): for integers the code, otherwise the value.
 template <class W> EDGELM_DEVICE float number_of(const Words4& tile, int high, int i) {
   if constexpr (Same<W, Int4>::value) {
     return float(word_of(tile, i / 4) >> (4 * (i / 2 % 2 * 2 + high + i % 2 * 4)) & 15);
@@ -118,7 +119,7 @@ template <class W> EDGELM_DEVICE float number_of(const Words4& tile, int high, i
   }
 }
 
-// Scale `index` of an array of them.
+// Scale number `index` of an array.
 template <class W> EDGELM_DEVICE float scale_at(const u8* scales, i64 index) {
   if constexpr (Format<W>::scale_bytes == 2) return to_float(reinterpret_cast<const f16*>(scales)[index]);
   else if constexpr (Format<W>::scale_bytes == 4) return reinterpret_cast<const float*>(scales)[index];

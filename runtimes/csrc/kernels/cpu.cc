@@ -15,7 +15,7 @@
 namespace edgelm {
 namespace {
 
-// One thing that a table needs, by the name /proc/cpuinfo gives it.
+// A CPU feature that a table needs, by its name in /proc/cpuinfo.
 struct Feature {
   const char* name;
   bool present;
@@ -24,7 +24,7 @@ struct Feature {
 std::string Missing(const std::vector<Feature>& needed) {
   std::string missing;
   for (const Feature& feature : needed) {
-    if (!feature.present) missing += (missing.empty() ? "this processor lacks " : ", ") + std::string(feature.name);
+    if (!feature.present) missing += (missing.empty() ? "this CPU lacks " : ", ") + std::string(feature.name);
   }
   return missing;
 }
@@ -43,9 +43,9 @@ Registers Cpuid(unsigned leaf, unsigned subleaf) {
 
 constexpr bool Bit(uint64_t word, int bit) { return (word >> bit & 1) != 0; }
 
-// Which registers the operating system saves when it switches threads: XCR0.
+// XCR0: the registers that the operating system saves when it switches threads.
 uint64_t SavedState() {
-  if (!Bit(Cpuid(1, 0).c, 27)) return 0;  // OSXSAVE: without it XGETBV is not to be executed
+  if (!Bit(Cpuid(1, 0).c, 27)) return 0;  // OSXSAVE: without it XGETBV must not be executed
   uint32_t low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return uint64_t{high} << 32 | low;
@@ -87,7 +87,7 @@ std::vector<InstructionSet> Detect() {
   const bool fp16 = has("hw.optional.arm.FEAT_FP16"), dot = has("hw.optional.arm.FEAT_DotProd"),
              i8mm = has("hw.optional.arm.FEAT_I8MM");
 #else
-  // Bits of Linux's AT_HWCAP and AT_HWCAP2 (asm/hwcap.h), spelt out as older headers lack the last.
+  // Bits of Linux's AT_HWCAP and AT_HWCAP2 (asm/hwcap.h), as numbers, since older headers lack the last name.
   const unsigned long caps = getauxval(AT_HWCAP), caps2 = getauxval(AT_HWCAP2);
   const bool fp16 = (caps >> 9 & caps >> 10 & 1) != 0, dot = (caps >> 20 & 1) != 0, i8mm = (caps2 >> 13 & 1) != 0;
 #endif

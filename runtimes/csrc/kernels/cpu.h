@@ -1,4 +1,4 @@
-// Which instruction sets this processor has, and which kernels run on it.
+// Detects the CPU's instruction sets and chooses the kernels that run on it.
 #ifndef EDGELM_KERNELS_CPU_H_
 #define EDGELM_KERNELS_CPU_H_
 
@@ -19,7 +19,7 @@ namespace edgelm {
 // A compiled table and whether it can run here.
 struct InstructionSet {
   const Kernels* kernels = nullptr;
-  std::string missing;  // what keeps it from running here; empty where it can
+  std::string missing;  // why it cannot run here; empty if it can
 
   bool available() const { return missing.empty(); }
 };
@@ -27,27 +27,27 @@ struct InstructionSet {
 // Every table in this library, best first; the last, scalar, is always available.
 const std::vector<InstructionSet>& InstructionSets();
 
-// The table to use: the one that the environment variable EDGELM_ISA names, else the best available. `why` is told the
-// reason. Where EDGELM_ISA names one that there is not or that this processor lacks, returns nullptr, and `why` is an
-// error with the valid names. The variable is read at each call.
+// Choose a table: the one that the environment variable EDGELM_ISA names, otherwise the best available. `why` receives
+// the reason. If EDGELM_ISA names an unknown instruction set or one that this CPU lacks, return nullptr, and `why` is
+// an error with the valid names. The variable is read at each call.
 const Kernels* ChooseKernels(std::string* why);
 
 }  // namespace edgelm
 
-// The same for runtimes/onnxruntime/native_library.py, through ctypes.
+// C interface to the above for runtimes/onnxruntime/native_library.py (ctypes).
 extern "C" {
 
-// Raised by one whenever these functions change; the caller must see the number it was written for.
+// Increment this whenever these functions change. The caller checks that it gets the number that it was written for.
 #define EDGELM_OPS_ABI 1
 EDGELM_EXPORT int32_t edgelm_ops_abi(void);
 
-// The number of compiled tables; the name of one, best first; what it lacks here, or null where it is available.
+// The number of compiled tables; a table's name, best first; what the CPU lacks for it, or null if it is available.
 EDGELM_EXPORT int32_t edgelm_isa_count(void);
 EDGELM_EXPORT const char* edgelm_isa_name(int32_t index);
 EDGELM_EXPORT const char* edgelm_isa_missing(int32_t index);
 
 // The index of the table in use, or -1 if EDGELM_ISA cannot be followed. The reason, or the error, is written to `why`,
-// which has room for `size` bytes; what does not fit is cut off.
+// cut to `size` bytes.
 EDGELM_EXPORT int32_t edgelm_isa_chosen(char* why, int64_t size);
 
 }  // extern "C"

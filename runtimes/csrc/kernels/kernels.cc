@@ -1,6 +1,6 @@
-// One instruction set's table. Compiled once for each with EDGELM_SIMD (the header of its vectors), EDGELM_TABLE and
-// EDGELM_NAME set by the build. No header with inline functions of external linkage may be included here: the linker
-// would keep one copy of those, compiled for whichever instruction set.
+// The kernel table of one instruction set. Compiled once for each, with EDGELM_SIMD (the header of its vectors),
+// EDGELM_TABLE and EDGELM_NAME set by the build. Do not include headers with inline functions of external linkage here:
+// the linker would keep one copy of those, compiled for any one of the instruction sets.
 #include <cmath>
 
 #include EDGELM_SIMD
@@ -12,7 +12,7 @@ namespace edgelm {
 extern const Kernels EDGELM_TABLE;
 const Kernels EDGELM_TABLE = {
     EDGELM_NAME,
-    {QuantizeRows, RmsNorm, LinearInt8, LinearUpper, LinearFloat, Softmax},
+    {QuantizeRows, RmsNorm, LinearInt8, LinearHigh, LinearFloat, Softmax},
     {AttentionPrepare, AttentionAttend, AttentionCombine},
 };
 

@@ -1,12 +1,13 @@
-// The kernels: raw pointers in, raw pointers out, no allocation, no threads, no knowledge of ONNX Runtime.
+// Interface of the CPU kernels: raw pointers in and out, no allocation, no threads, independent of ONNX Runtime.
 //
-// One table of functions per instruction set, compiled from the same templates over `simd_*.h`. All tables give the
-// same bits: sums are taken in one canonical order (16 lanes, then halves added to halves), every a * b + c is one fused
-// operation, and exponentials are one polynomial. So a bundle's results do not depend on which machine runs it, and any
-// table is checked against the scalar one without a tolerance.
+// There is one table of functions per instruction set, compiled from the same templates over `simd_*.h`. All tables
+// give
+// the same bits: sums are taken in one fixed order (16 lanes, then halves added to halves), every a * b + c is one
+// fused operation, and exponentials are one polynomial. So a bundle's results do not depend on the machine that runs
+// it, and each table is tested against the scalar one without a tolerance.
 //
-// Work is cut by the caller: a function computes the tiles or rows it is told to, and what it writes depends on nothing
-// else. Whoever runs the pieces, on however many threads, gets the same result.
+// The caller divides the work: a function computes the tiles or rows that it is given, and its results depend on
+// nothing else. So they do not depend on the number of threads.
 #ifndef EDGELM_KERNELS_KERNELS_H_
 #define EDGELM_KERNELS_KERNELS_H_
 
@@ -17,13 +18,13 @@
 
 namespace edgelm {
 
-// Rows of activations in int8, one scale per block of 32: x ~ codes * scales. A block with a value that is not finite
-// has a scale of NaN, which makes its row's results NaN and no other's.
+// Rows of activations in int8, with one scale per block of 32: x ~ codes * scales. A block with a value that is not
+// finite has a scale of NaN, which makes the results of its row NaN, and of no other row.
 struct QuantRows {
   int8_t* codes = nullptr;     // [rows, columns rounded up to 32]
   float* scales = nullptr;     // [rows, blocks]
-  int32_t* offsets = nullptr;  // [rows, blocks]: -8 times the sum of the codes, what int4's zero point adds
-  int64_t columns = 0;         // codes from row to row; a multiple of 32
+  int32_t* offsets = nullptr;  // [rows, blocks]: -8 times the sum of the codes, the contribution of int4's zero point
+  int64_t columns = 0;         // codes per row, a multiple of 32
 
   EDGELM_INLINE int64_t blocks() const { return columns / kBlock; }
   EDGELM_INLINE QuantRows From(int64_t row) const {
@@ -32,13 +33,13 @@ struct QuantRows {
 };
 
 enum class Finish {
-  kStore,        // y[r, n] = product, + bias[n] where given, + residual[r, n] where given
-  kScatterAdd,   // y[index[r], n] += weight[r] * product: a mixture's weighted sum
+  kStore,        // y[r, n] = x W^T, + bias[n] if given, + residual[r, n] if given
+  kScatterAdd,   // y[index[r], n] += weight[r] * x W^T: the weighted sum of an MoE layer
   kSwiglu,       // y[r, n] = silu(gate) * up
   kSwigluQuant,  // the same, quantised into `quant` (a tile's 32 columns are a block)
 };
 
-// What becomes of a product. `y` has `ldy` floats from row to row.
+// What a matmul does with its results. `y` has `ldy` floats per row.
 struct Output {
   Finish finish = Finish::kStore;
   float* y = nullptr;
@@ -62,7 +63,7 @@ struct Output {
 };
 
 struct LinearKernels {
-  // x [rows, columns] with `ldx` floats from row to row -> int8. `columns` need not be a multiple of 32: zeros follow.
+  // x [rows, columns] with `ldx` floats per row, to int8. If `columns` is not a multiple of 32, zeros follow.
   void (*quantize_rows)(const float* x, int64_t ldx, int64_t rows, int64_t columns, const QuantRows& out);
   // y = x / sqrt(mean(x^2) + eps) * weight, row by row (Zhang & Sennrich 2019, arXiv 1910.07467). y may be x.
   void (*rms_norm)(const float* x, int64_t ldx, int64_t rows, int64_t columns, const float* weight, float eps, float* y,
@@ -70,13 +71,13 @@ struct LinearKernels {
   // Units [begin, end) of an integer matrix times rows of int8 activations.
   void (*linear_int8)(const Matrix& matrix, int64_t begin, int64_t end, const QuantRows& x, int64_t rows,
                       const Output& out);
-  // kInt8Split: the same from the high nibbles alone, whose unknown low nibbles count as 8 (their middle).
+  // For kInt8Split: the same from the high nibbles alone; the unread low nibbles count as 8, their middle.
   void (*linear_high)(const Matrix& matrix, int64_t begin, int64_t end, const QuantRows& x, int64_t rows,
                        const Output& out);
   // Units [begin, end) of any matrix times rows of float32 activations [rows, columns].
   void (*linear_float)(const Matrix& matrix, int64_t begin, int64_t end, const float* x, int64_t ldx, int64_t rows,
                        const Output& out);
-  // In place, row by row: softmax over `columns` (maximum subtracted).
+  // Softmax over `columns`, in place, row by row (the maximum is subtracted first).
   void (*softmax)(float* x, int64_t rows, int64_t columns);
 };
 

@@ -6,7 +6,7 @@
 namespace edgelm {
 namespace {
 
-constexpr int64_t kMost = int64_t{1} << 40;  // of rows, columns: keeps every product below 2^63
+constexpr int64_t kMost = int64_t{1} << 40;  // limit of rows and columns, so that sizes stay below 2^63
 
 int64_t RoundUp(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -25,7 +25,7 @@ float FromBits(uint32_t bits) {
   return value;
 }
 
-// One bit of each of 32 columns in 128 bytes, and two bits of each in 256; `c` is the column, `n` the row.
+// Read one bit (of 32 columns in 128 bytes) or two bits (in 256 bytes); `c` is the column, `n` the row.
 uint32_t OneBit(const uint8_t* codes, int64_t n, int64_t c) { return codes[4 * n + c % 4] >> (c / 4) & 1; }
 uint32_t TwoBits(const uint8_t* codes, int64_t n, int64_t c) {
   return codes[128 * (c / 16) + 4 * n + c % 4] >> (2 * (c % 16 / 4)) & 3;
@@ -47,7 +47,7 @@ uint32_t Code(const Matrix& m, const uint8_t* codes, const uint8_t* low, int64_t
   }
 }
 
-// What the codes of an integer kind count as zero where no zero points are stored.
+// The zero point of an integer kind where none is stored.
 int32_t SymmetricZero(Kind kind) {
   switch (kind) {
     case Kind::kInt3: return 4;
@@ -103,7 +103,7 @@ const char* ParseMatrix(const uint8_t* blob, int64_t size, Matrix* matrix) {
   m.records = (m.columns + m.span - 1) / m.span;
   m.head_bytes = (m.scale_bytes() + (m.zeros ? 64 : 0)) * (m.halves() ? 2 : 1);
   m.record_bytes = m.head_bytes + CodeBytes(m.kind, m.span);
-  // Divided rather than multiplied: a damaged header may hold any numbers.
+  // Divide rather than multiply: the numbers of a damaged header could overflow.
   const int64_t room = size - static_cast<int64_t>(sizeof h);
   if (m.record_bytes > room / m.tiles / m.records) return "it is shorter than its shape needs";
   m.tile_bytes = m.records * m.record_bytes;

@@ -1,19 +1,19 @@
-// The one on-disk layout of matrices, which every kernel reads straight from the mapped file.
+// The on-disk layout of packed matrices for the CPU. All kernels read it straight from the mapped file.
 //
-// A matrix of N rows (outputs) and K columns (inputs) is cut into tiles of 32 rows, and a tile along K into groups: one
-// record per group, all records of a tile in order, all tiles in order. So a matmul with one row of activations reads
-// the file from front to back in one stream.
+// A matrix of N rows (outputs) and K columns (inputs) is divided into tiles of 32 rows, and each tile along K into
+// groups. There is one record per group; all records of a tile follow one another, and so do all tiles. A matmul with
+// one row of activations reads the file from front to back.
 //
 //   record  [scales: 32 x float16 | float32, or none] [zero points: 32 x uint8, then 32 bytes unused, or none] [codes]
 //
-// Groups of 16 lie in pairs, one record for both: the scales of the first, those of the second, the zero points of the
+// Two groups of 16 share a record: the scales of the first, those of the second, the zero points of the
 // first, those of the second, then the codes of all 32 columns.
 //
-// N and K are free. Where K is no multiple of the group, the last record is padded: its codes beyond K stand for zero
-// (and no kernel uses them). A group is at most K rounded up to 32.
+// N and K may have any size. If K is not a multiple of the group, the last record is padded: its codes beyond K stand
+// for zero (and no kernel uses them). A group is at most K rounded up to 32.
 //
 // `n` is a row within its tile, `k` a column within a block of 32; a group holds group / 32 such blocks. The codes of
-// four neighbouring columns of one row lie together, the unit of every instruction set's integer dot product:
+// four neighbouring columns of one row are stored together, since every instruction set's dot product takes four int8:
 //
 //   int8   1024 bytes  byte 128 q + 4 n + j       holds column 4 q + j                              (q 0..7, j 0..3)
 //   int4    512 bytes  byte 128 p + 4 n + j       holds 8 p + j low, 8 p + 4 + j high               (p 0..3)
@@ -26,7 +26,7 @@
 //                      (half the bytes) gives a first approximation
 //   fp8, float16, bfloat16, float32    element 32 k + n, for all columns of the group (any number of columns)
 //
-// w = (code - zero) * scale, zero = half the codes (4, 8, 16, 32, 128) where no zero points are stored. Rows that pad
+// w = (code - zero) * scale, zero = 4, 8, 16, 32 or 128 (the middle code) if no zero points are stored. Rows that pad
 // the last tile have scales (or values) of 0. A SwiGLU matrix holds gate and up in alternating tiles: tile 2 i is rows
 // 32 i of gate.
 // All numbers are little-endian. Nothing here allocates or throws.
@@ -36,14 +36,14 @@
 #include <cstddef>
 #include <cstdint>
 
-// Members are forced inline: an out-of-line copy would be compiled for whichever instruction set the linker meets first.
+// Members are forced inline: an out-of-line copy would be compiled for the instruction set that is linked first.
 #define EDGELM_INLINE inline __attribute__((always_inline))
 
 namespace edgelm {
 
 constexpr int64_t kTile = 32;   // rows of a tile
 constexpr int64_t kBlock = 32;  // columns that share an activation scale
-constexpr int64_t kHalf = 16;   // columns of a group of which two share a record
+constexpr int64_t kHalf = 16;   // groups of this many columns share a record in pairs
 
 enum class Kind : uint8_t {
   kInt3 = 3,
@@ -60,7 +60,7 @@ enum class Kind : uint8_t {
 
 enum class ScaleKind : uint8_t { kNone = 0, kFloat16 = 1, kFloat32 = 2 };
 
-// The first 64 bytes of a packed matrix. Its records follow at once.
+// The first 64 bytes of a packed matrix. Its records follow directly.
 struct MatrixHeader {
   char magic[4];  // "EDLM"
   uint8_t version;
@@ -69,31 +69,31 @@ struct MatrixHeader {
   uint8_t flags;  // kHasZeros | kSwiglu
   int64_t rows;
   int64_t columns;
-  int64_t group;      // columns to a scale; `columns`, of integers rounded up to 32, for one record a tile
+  int64_t group;      // columns per scale; for one scale per row: `columns`, rounded up to 32 for integers
   int64_t bytes;      // of the whole packed matrix, header included
-  int64_t low_offset;  // kInt8Split: where the low nibbles begin, from the header's start; else 0
+  int64_t low_offset;  // kInt8Split: offset of the low nibbles from the header's start; otherwise 0
   int64_t reserved[2];
 };
 static_assert(sizeof(MatrixHeader) == 64, "the header is one cache line");
 
 constexpr uint8_t kLayoutVersion = 1;
-constexpr int64_t kAlignment = 64;  // where a matrix among packed experts begins
+constexpr int64_t kAlignment = 64;  // of the matrices of packed experts, in bytes
 constexpr uint8_t kHasZeros = 1;
 constexpr uint8_t kSwiglu = 2;
 
-// The first 64 bytes of the packed experts of a layer; then `experts` pairs of int64: where gate+up and down begin,
-// from this header's start, multiples of 64.
+// The first 64 bytes of the packed experts of a layer. Then `experts` pairs of int64: the offsets of gate+up and of
+// down from this header's start, multiples of 64.
 struct ExpertsHeader {
   char magic[4];  // "EDLX"
   uint8_t version;
   uint8_t unused[3];
   int64_t experts;
-  int64_t bytes;  // of the whole, this header included
+  int64_t bytes;  // of all experts, this header included
   int64_t reserved[5];
 };
 static_assert(sizeof(ExpertsHeader) == 64, "the header is one cache line");
 
-// A packed matrix, checked. `data` is its first record.
+// A packed matrix whose header was checked. `data` is its first record.
 struct Matrix {
   Kind kind = Kind::kFloat32;
   ScaleKind scale = ScaleKind::kNone;
@@ -114,11 +114,11 @@ struct Matrix {
   EDGELM_INLINE bool halves() const { return span != group; }
   // Bytes of a tile's low nibbles.
   EDGELM_INLINE int64_t low_bytes() const { return records * (span / kBlock) * 512; }
-  // Of the scales of a group.
+  // Bytes of a group's scales in a record.
   EDGELM_INLINE int64_t scale_bytes() const {
     return scale == ScaleKind::kFloat16 ? 2 * kTile : scale == ScaleKind::kFloat32 ? 4 * kTile : 0;
   }
-  // Columns of the product's result: half the rows for SwiGLU.
+  // Columns of the matmul's result: half the rows for SwiGLU.
   EDGELM_INLINE int64_t outputs() const { return swiglu ? rows / 2 : rows; }
   // Units of work: tiles, or pairs of them for SwiGLU.
   EDGELM_INLINE int64_t units() const { return swiglu ? tiles / 2 : tiles; }
@@ -127,12 +127,12 @@ struct Matrix {
 // Bytes of `columns` columns of one tile's codes (high nibbles only for kInt8Split).
 int64_t CodeBytes(Kind kind, int64_t columns);
 
-// Reads and checks a header of `size` bytes at `blob`. Returns nullptr and fills `matrix`, or says what is wrong. Scales
-// and floats are read in place: `blob` is to be a multiple of 4.
+// Read and check a header at `blob`, which has `size` bytes. Returns nullptr and fills `matrix`, or returns an error
+// message. Scales and floats are read in place, so `blob` must be aligned to 4.
 const char* ParseMatrix(const uint8_t* blob, int64_t size, Matrix* matrix);
 
-// One row of the matrix as float32 [columns]: the lookup of an embedding. `row` counts as in the checkpoint, for SwiGLU
-// gate's rows first.
+// Write one row of the matrix as float32 [columns] (embedding lookup). `row` counts as in the checkpoint; for SwiGLU
+// the gate's rows come first.
 void DequantizeRow(const Matrix& matrix, int64_t row, float* out);
 
 // float16 bits to float32, exact.

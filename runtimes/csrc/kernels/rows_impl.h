@@ -1,4 +1,4 @@
-// Rows of activations: to int8, RMSNorm, softmax. Included after one of simd_*.h.
+// Kernels over rows of activations: quantisation to int8, RMSNorm, softmax. Included after one of simd_*.h.
 #ifndef EDGELM_KERNELS_ROWS_IMPL_H_
 #define EDGELM_KERNELS_ROWS_IMPL_H_
 
@@ -48,7 +48,7 @@ void Softmax(float* x, int64_t rows, int64_t columns) {
     for (int64_t i = 0; i < columns; i += 16) {
       const int64_t count = columns - i < 16 ? columns - i : 16;
       F32 a = LoadPart(x + i, count);
-      if (count < 16) {  // the lanes beyond hold 0, which may be the largest
+      if (count < 16) {  // the unused lanes hold 0, which could be the largest
         float lanes[16];
         for (int l = 0; l < 16; ++l) lanes[l] = l < count ? x[i + l] : -INFINITY;
         a = Load(lanes);

@@ -1,13 +1,12 @@
-// The part of ONNX Runtime's C ABI that the operators use, declared from its documentation: the runtime's packages ship
-// no C headers.
+// Declarations of the part of ONNX Runtime's C ABI that the operators use, written from its documentation, since the
+// runtime's packages contain no C headers.
 //
-// Why a few numbers suffice. A library of operators exports RegisterCustomOps and is handed an OrtApiBase, whose GetApi
-// gives a table of function pointers. Entries of the table are only ever appended, never moved or changed, so that
-// programs built years ago keep running: entry 90 is KernelContext_GetInput in every release. Each entry is named once
-// below, with its number and signature, and can only be called with that signature. The newest one used came with
-// version 17 of the API (ONNX Runtime 1.17): that version is requested, and an older runtime is refused with a message.
-// In the other direction the runtime reads our OrtCustomOp, whose fields are as frozen; `version` 17 tells it that the
-// fields end where this declaration ends.
+// A library of operators exports RegisterCustomOps, which receives an OrtApiBase; its GetApi returns a table of
+// function pointers. Entries of the table are only appended, never moved or changed: entry 90 is KernelContext_GetInput
+// in every release. So each entry that is used is declared once below, with its number and signature. The newest of
+// them came with version 17 of the API (ONNX Runtime 1.17): that version is requested, and an older runtime is refused
+// with a message. In the other direction the runtime reads our OrtCustomOp, whose fields are stable in the same way;
+// `version` 17 tells it which fields exist.
 #ifndef EDGELM_ORT_ABI_H_
 #define EDGELM_ORT_ABI_H_
 
@@ -16,7 +15,7 @@
 
 extern "C" {
 
-// Opaque: only ever seen through pointers.
+// Opaque types, used only through pointers.
 struct OrtStatus;
 struct OrtSessionOptions;
 struct OrtCustomOpDomain;
@@ -26,7 +25,7 @@ struct OrtValue;
 struct OrtTensorTypeAndShapeInfo;
 
 struct OrtApi {
-  void (*entries[1])();  // as many as the version has
+  void (*entries[1])();  // in fact as many as the version has
 };
 
 struct OrtApiBase {
@@ -102,8 +101,8 @@ constexpr Entry<101, void(OrtCustomOpDomain*)> ReleaseCustomOpDomain{};
 constexpr Entry<244, OrtStatus*(const OrtKernelInfo*, char*, size_t* size)> GetNodeName{};
 constexpr Entry<249, OrtStatus*(const OrtKernelInfo*, size_t index, int* is_constant, const OrtValue**)>
     GetConstantInput{};
-// Calls work(user, i) for i in [0, total) on the session's threads and returns when all are done. They are claimed in
-// `batches` portions, one after another.
+// Call work(user, i) for i in [0, total) on the session's threads and return when all are done. Threads take them in
+// `batches` portions, in order.
 constexpr Entry<274, OrtStatus*(const OrtKernelContext*, void (*work)(void* user, size_t i), size_t total,
                                 size_t batches, void* user)>
     KernelParallelFor{};

@@ -1,4 +1,4 @@
-// Attribute `activations`: whether products with integer weights take their activations in int8 or in float32.
+// Attribute `activations`: the type in which activations are multiplied with integer weights, int8 or float32.
 #ifndef EDGELM_ORT_ACTIVATIONS_H_
 #define EDGELM_ORT_ACTIVATIONS_H_
 
@@ -14,7 +14,7 @@ class Activations {
     int8_ = value == "int8";
   }
 
-  // Float kinds have no other way than float32.
+  // Float weights always take float32 activations.
   bool Int8(const Matrix& matrix) const { return int8_ && matrix.integer(); }
 
  private:

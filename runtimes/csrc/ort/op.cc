@@ -32,7 +32,7 @@ Tensor View(const OrtApi* api, const OrtValue* value) {
   if (fits) status = GetDimensions(api, info, tensor.shape.dims, tensor.shape.rank);
   ReleaseTensorTypeAndShapeInfo(api, info);
   Check(api, status);
-  if (!fits) Fail("an input has ", static_cast<int64_t>(tensor.shape.rank), " dimensions, more than 8");
+  if (!fits) Fail("an input has ", static_cast<int64_t>(tensor.shape.rank), " dimensions, expected at most 8");
   void* data = nullptr;
   Check(api, GetTensorMutableData(api, const_cast<OrtValue*>(value), &data));
   tensor.data = data;
@@ -46,7 +46,7 @@ bool Node::Succeeds(OrtStatus* status) const {
   return status == nullptr;
 }
 
-// The runtime's status does not say which it is, only its message does, and that is not part of the ABI.
+// The status is the same for a missing attribute and one of another type; only its message differs, which is not ABI.
 void Node::CheckAbsent(const char* name, const char* type) const {
   float number;
   int64_t integer;

@@ -1,8 +1,8 @@
-// What the operators share: failures with a message, views of tensors, attributes, and the boundary to the runtime.
+// Shared by all operators: failures with a message, views of tensors, attributes, and the interface to ONNX Runtime.
 //
 // Inside an operator a failure is an exception of type Failure. Guarded() turns it, and a failed allocation, into a
-// status that names operator and node; no exception crosses the C ABI, and none is thrown by the pieces of a
-// ParallelFor, which run on the runtime's threads.
+// status that names operator and node, so that no exception crosses the C ABI. The tasks of a ParallelFor run on the
+// runtime's threads and must not throw.
 #ifndef EDGELM_ORT_OP_H_
 #define EDGELM_ORT_OP_H_
 
@@ -31,7 +31,7 @@ template <typename... Parts>
   throw Failure{(Text(parts) + ...)};
 }
 
-// Throws what a status of the runtime says, if it is one, and releases it.
+// If `status` is an error, release it and throw its message as a Failure.
 void Check(const OrtApi* api, OrtStatus* status);
 
 // Dimensions of a tensor.
@@ -48,51 +48,50 @@ struct Shape {
   int64_t& operator[](size_t i) { return dims[i]; }
   int64_t last() const { return dims[rank - 1]; }
   int64_t elements() const {
-    int64_t product = 1;
-    for (size_t i = 0; i < rank; ++i) product *= dims[i];
-    return product;
+    int64_t count = 1;
+    for (size_t i = 0; i < rank; ++i) count *= dims[i];
+    return count;
   }
 };
 
 bool operator==(const Shape& a, const Shape& b);
 std::string Text(const Shape& shape);  // "[2, 3, 64]"
 
-// An input as it lies in memory. Its type is the one that the operator declares: the runtime refuses a model with any
-// other.
+// An input in memory. Its type is the one that the operator declares: the runtime refuses a model with another type.
 struct Tensor {
   const void* data = nullptr;
   Shape shape;
 
-  // Fails where it lies at no multiple of T's alignment: a tensor's offset in a damaged file decides that.
+  // Fails if the address is not aligned for T, which can happen if a damaged file has a wrong offset.
   template <typename T>
   const T* As() const {
     if (reinterpret_cast<uintptr_t>(data) % alignof(T) != 0) {
-      Fail("an input of shape ", Text(shape), " begins at an address that is no multiple of ", int64_t{alignof(T)},
+      Fail("an input of shape ", Text(shape), " begins at an address that is not a multiple of ", int64_t{alignof(T)},
            ": align it, or export the bundle again");
     }
     return static_cast<const T*>(data);
   }
 };
 
-// A node of the graph, while its kernel is made.
+// A node of the graph while its kernel is created.
 class Node {
  public:
   Node(const OrtApi* api, const OrtKernelInfo* info) : api_(api), info_(info) {}
 
   const OrtApi* api() const { return api_; }
-  // Attribute `name` where there is one, else what the graph calls the node.
+  // The attribute `name` if given, otherwise the node's name in the graph.
   std::string Name() const;
-  // Attributes, or `otherwise` where they are not given. One of another type is a failure.
+  // The attribute's value, or `otherwise` if it is not given. An attribute of another type is a failure.
   int64_t Int(const char* name, int64_t otherwise) const;
   float Float(const char* name, float otherwise) const;
   std::string String(const char* name, const std::string& otherwise) const;
-  // Whether input `index` is the same for every run, and then its tensor, which stays where it is.
+  // Whether input `index` is a constant of the graph; then `tensor` is its value, whose memory stays valid.
   bool Constant(size_t index, Tensor* tensor) const;
 
  private:
-  // Releases a status of failure.
+  // Whether the call succeeded. Releases the status if not.
   bool Succeeds(OrtStatus* status) const;
-  // After an attribute could not be read as `type`: throws if there is one of another type.
+  // Call after an attribute could not be read as `type`: throws if it exists with another type.
   void CheckAbsent(const char* name, const char* type) const;
 
   const OrtApi* api_;
@@ -104,26 +103,26 @@ class Run {
  public:
   Run(const OrtApi* api, OrtKernelContext* context);
 
-  // False where an optional input is not given.
+  // False if an optional input is not given.
   bool Input(size_t index, Tensor* tensor) const;
   Tensor Required(size_t index, const char* name) const;
-  // nullptr where nobody wants an optional output.
+  // nullptr if an optional output is not used.
   template <typename T>
   T* Output(size_t index, const Shape& shape) const {
     return static_cast<T*>(RawOutput(index, shape));
   }
 
-  // Calls piece(i) for i in [0, pieces) on the session's threads, each as soon as a thread is free. What the pieces are
-  // must not depend on how many threads there are: that is why results do not either. A call costs 2 to 5 us.
-  template <typename Piece>
-  void ParallelFor(int64_t pieces, const Piece& piece) const {
-    if (pieces <= 0) return;
-    if (pieces == 1) return piece(int64_t{0});
+  // Call task(i) for i in [0, tasks) on the session's threads; each thread takes the next task when it is free. Tasks
+  // must not depend on the number of threads, so that results do not either. A call costs 2 to 5 us.
+  template <typename Task>
+  void ParallelFor(int64_t tasks, const Task& task) const {
+    if (tasks <= 0) return;
+    if (tasks == 1) return task(int64_t{0});
     const auto work = [](void* user, size_t i) noexcept {
-      (*static_cast<const Piece*>(user))(static_cast<int64_t>(i));
+      (*static_cast<const Task*>(user))(static_cast<int64_t>(i));
     };
-    const size_t total = static_cast<size_t>(pieces);
-    Check(api_, KernelParallelFor(api_, context_, work, total, total, const_cast<Piece*>(&piece)));
+    const size_t total = static_cast<size_t>(tasks);
+    Check(api_, KernelParallelFor(api_, context_, work, total, total, const_cast<Task*>(&task)));
   }
 
  private:
@@ -140,7 +139,7 @@ struct Declared {
   Characteristic characteristic = kRequired;
 };
 
-// Runs `body` and turns what it throws into a status "operator node: message".
+// Run `body`. Return nullptr, or for an exception a status "operator node: message".
 template <typename Body>
 OrtStatus* Guarded(const OrtApi* api, const char* op, const std::string& node, const Body& body) noexcept {
   const char* message = "not enough memory";
@@ -160,7 +159,7 @@ OrtStatus* Guarded(const OrtApi* api, const char* op, const std::string& node, c
   return CreateStatus(api, code, message);
 }
 
-// The OrtCustomOp of a kernel class, which has
+// The OrtCustomOp of a kernel class. The class must have
 //   static constexpr const char* kName;  static constexpr Declared kInputs[], kOutputs[];
 //   explicit Kernel(const Node&);  void Compute(const Run&) const;
 template <typename Kernel>
@@ -203,10 +202,10 @@ class Operator : public OrtCustomOp {
   }
 };
 
-// The kernels of this machine's instruction set, chosen when the library is registered.
+// The kernels for this CPU, chosen when the library is registered.
 const Kernels& ChosenKernels();
 
-// One for each operator, for the life of the library.
+// The operators. Each object lives as long as the library.
 const OrtCustomOp* QuantEmbeddingOp();
 const OrtCustomOp* QuantLinearOp();
 const OrtCustomOp* SparseMoeOp();

@@ -1,4 +1,4 @@
-// The library's entry point, which ONNX Runtime calls for each SessionOptions.register_custom_ops_library.
+// The library's entry point. ONNX Runtime calls it for each SessionOptions.register_custom_ops_library.
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -10,12 +10,13 @@
 namespace edgelm::ort {
 namespace {
 
-// Chosen anew at each registration, so that EDGELM_ISA is heard whenever it is set, and refused where it cannot be. All
-// sessions of the process follow: every table gives the same bits.
+// Chosen again at each registration, so that EDGELM_ISA takes effect whenever it is set, and registration fails if it
+// cannot. All sessions of the process use the new choice: every table gives the same bits.
 std::atomic<const Kernels*> chosen{nullptr};
 
-// The operators' domain, made once for each runtime in the process (there may be two: ONNX Runtime GenAI brings its
-// own) and shared by its sessions. The runtime keeps pointers to it, and unloads this library after its last session.
+// The operators' domain. It is created once for each runtime in the process (there may be two: ONNX Runtime GenAI
+// brings its own) and shared by its sessions. The runtime keeps pointers to it, and unloads this library after its last
+// session.
 struct Domain {
   const OrtApi* api;
   OrtCustomOpDomain* domain;

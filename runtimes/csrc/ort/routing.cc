@@ -7,7 +7,7 @@ void ChooseExperts(const float* probabilities, int64_t experts, int64_t k, bool 
   int64_t count = 0;
   for (int64_t e = 0; e < experts; ++e) {
     const float p = probabilities[e];
-    // Where e belongs among those before it: behind all that are not less.
+    // The place of e among the chosen ones: after all that are not less.
     int64_t at = count;
     while (at > 0 && (p > weights[at - 1] || (p == p && weights[at - 1] != weights[at - 1]))) --at;
     if (at == k) continue;
@@ -31,7 +31,7 @@ void SortByExpert(const int32_t* chosen, const float* weights, int64_t tokens, i
   for (int64_t e = 0; e <= experts; ++e) start[e] = 0;
   for (int64_t i = 0; i < tokens * k; ++i) ++start[chosen[i] + 1];
   for (int64_t e = 0; e < experts; ++e) start[e + 1] += start[e];
-  // start[e] serves as expert e's next free place, which leaves it at the beginning of e + 1's.
+  // start[e] is used as expert e's next free place, so it ends at the start of e + 1's places.
   for (int64_t i = 0; i < tokens * k; ++i) {
     const int64_t at = start[chosen[i]]++;
     pairs.token[at] = static_cast<int32_t>(i / k);

@@ -14,12 +14,12 @@ struct Block {
   size_t size = 0;
 };
 
-constexpr size_t kSmall = 1 << 20;  // what may stay for good
+constexpr size_t kSmall = 1 << 20;  // memory that is never given back
 constexpr int kWindow = 64;         // calls
 
-// Straight from the system, because free() keeps what it is given back: its threshold rises with use.
+// Memory from mmap, since free() would keep large blocks: malloc's mmap threshold rises with use.
 Block Map(size_t size) {
-  size = (size / 65536 + 1) * 65536;  // also what needs none gets some
+  size = (size / 65536 + 1) * 65536;  // at least one page, also for size 0
   void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) throw std::bad_alloc();
   return {static_cast<uint8_t*>(data), size};
@@ -33,7 +33,7 @@ class Pool {
     for (size_t i = 0; i < count_; ++i) Unmap(free_[i]);
   }
 
-  // The smallest free block that is large enough. Where there is none, a new one takes the place of the largest.
+  // Take the smallest free block that is large enough. If there is none, replace the largest by a new one.
   Block Take(size_t size) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -48,7 +48,7 @@ class Pool {
     return Map(size);
   }
 
-  // `needed` is what was asked for, which may be less than the block holds.
+  // Return a block. `needed` is the size that was asked for, which may be less than the block's.
   void Give(const Block& block, size_t needed) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (count_ == kBlocks) return Unmap(block);
@@ -64,7 +64,7 @@ class Pool {
   }
 
  private:
-  static constexpr size_t kBlocks = 16;  // sessions side by side that find a block
+  static constexpr size_t kBlocks = 16;  // blocks kept for sessions that run at the same time
 
   Block Remove(size_t i) {
     const Block block = free_[i];
@@ -75,7 +75,7 @@ class Pool {
   std::mutex mutex_;
   Block free_[kBlocks];
   size_t count_ = 0;
-  size_t most_ = 0;  // needed by a call of this window
+  size_t most_ = 0;  // the most that a call of this window needed
   int calls_ = 0;    // in this window
 };
 
@@ -83,7 +83,7 @@ Pool pool;
 
 }  // namespace
 
-Scratch::Scratch(const Plan& plan) : needed_(plan.bytes()) {
+Scratch::Scratch(const ScratchLayout& layout) : needed_(layout.bytes()) {
   const Block block = pool.Take(needed_);
   data_ = block.data;
   size_ = block.size;

@@ -1,13 +1,13 @@
-// Memory for what an operator computes on the way.
+// Memory for the intermediate results of operators.
 //
-// A model's operators run one after another, so one buffer serves them all: blocks come from a pool of the process and
-// go back at the end of the call. Sessions that run side by side take a block each. A buffer a kernel would be one for
-// each of a hundred operators, and one a thread would stay with every thread that ever ran the session.
+// A model's operators run one after another and can share one block of memory. Blocks come from a pool of the process
+// and go back at the end of the call; sessions that run at the same time take a block each. A block per kernel would
+// mean a hundred of them, and a block per thread would stay with every thread that ever ran the session.
 //
-// A prompt of thousands of tokens needs tens of megabytes, a generated token some kilobytes. Asking the system for the
-// former in every operator would cost as many page faults (5 % of a prompt's time), keeping them would raise the
-// resident memory for good. So the pool looks at what was needed in each 64 calls, about a generated token's, and gives
-// back blocks of more than twice that: the memory of a prompt is gone after a token or two.
+// A prompt of thousands of tokens needs tens of megabytes, a generated token some kilobytes. Allocating the former from
+// the system in every operator would cost page faults (5 % of a prompt's time); keeping it would raise resident memory
+// permanently. So the pool looks at the largest need of each 64 calls, about one generated token, and gives back blocks
+// larger than twice that: the memory of a prompt is freed after a token or two.
 #ifndef EDGELM_ORT_SCRATCH_H_
 #define EDGELM_ORT_SCRATCH_H_
 
@@ -19,27 +19,27 @@
 namespace edgelm::ort {
 
 template <typename T>
-struct Slot {
+struct Buffer {
   size_t offset;
 };
 
-struct QuantSlot {
-  Slot<int8_t> codes;
-  Slot<float> scales;
-  Slot<int32_t> offsets;
+struct QuantBuffer {
+  Buffer<int8_t> codes;
+  Buffer<float> scales;
+  Buffer<int32_t> offsets;
   int64_t columns;
 };
 
-// What a call needs, written down before memory is asked for once. Slots begin at cache lines.
-class Plan {
+// The layout of a call's buffers in one block of memory, which is then allocated once. Buffers begin at cache lines.
+class ScratchLayout {
  public:
   template <typename T>
-  Slot<T> Add(int64_t count) {
-    const Slot<T> slot{bytes_};
+  Buffer<T> Add(int64_t count) {
+    const Buffer<T> buffer{bytes_};
     bytes_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    return slot;
+    return buffer;
   }
-  QuantSlot AddRows(int64_t rows, int64_t columns) {
+  QuantBuffer AddRows(int64_t rows, int64_t columns) {
     columns = (columns + kBlock - 1) / kBlock * kBlock;
     const int64_t blocks = rows * (columns / kBlock);
     return {Add<int8_t>(rows * columns), Add<float>(blocks), Add<int32_t>(blocks), columns};
@@ -50,20 +50,20 @@ class Plan {
   size_t bytes_ = 0;
 };
 
-// A block of the pool, for as long as this lives. Throws std::bad_alloc where there is no memory.
+// A block of the pool, held for the lifetime of this object. Throws std::bad_alloc if there is no memory.
 class Scratch {
  public:
-  explicit Scratch(const Plan& plan);
+  explicit Scratch(const ScratchLayout& layout);
   ~Scratch();
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
   template <typename T>
-  T* operator[](Slot<T> slot) const {
-    return reinterpret_cast<T*>(data_ + slot.offset);
+  T* operator[](Buffer<T> buffer) const {
+    return reinterpret_cast<T*>(data_ + buffer.offset);
   }
-  QuantRows operator[](const QuantSlot& slot) const {
-    return {(*this)[slot.codes], (*this)[slot.scales], (*this)[slot.offsets], slot.columns};
+  QuantRows operator[](const QuantBuffer& buffer) const {
+    return {(*this)[buffer.codes], (*this)[buffer.scales], (*this)[buffer.offsets], buffer.columns};
   }
 
  private:

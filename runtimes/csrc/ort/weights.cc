@@ -5,11 +5,11 @@
 namespace edgelm::ort {
 namespace {
 
-// A tensor's offset in the file decides where it lies in memory: a damaged one must not make a misaligned read.
+// A tensor's offset in the file decides its address: a damaged file must not cause a misaligned read.
 void CheckAligned(const void* data, const std::string& what) {
   constexpr size_t kFloat = alignof(float);
   if (reinterpret_cast<uintptr_t>(data) % kFloat != 0) {
-    Fail(what, " begin at an address that is no multiple of ", int64_t{kFloat},
+    Fail(what, " begin at an address that is not a multiple of ", int64_t{kFloat},
          ": align them, or export the bundle again");
   }
 }
@@ -22,30 +22,31 @@ const uint8_t* Blob(const Tensor& tensor, const char* what) {
 Matrix ParseAt(const uint8_t* blob, int64_t size, const std::string& what) {
   Matrix matrix;
   const char* wrong = ParseMatrix(blob, size, &matrix);
-  if (wrong != nullptr) Fail(what, ": this is not a packed matrix: ", wrong, " (", size, " bytes)");
+  if (wrong != nullptr) Fail(what, ": not a packed matrix, ", wrong, " (", size, " bytes)");
   CheckAligned(blob, what);
   return matrix;
 }
 
-// What fits together within a layer's experts; what must fit the rest of the layer is checked at each call.
+// Check that an expert's shapes agree with each other and with expert 0's. Each call checks them against the layer.
 void CheckExpert(const Expert& expert, const Expert& first, int64_t index) {
   const Matrix &gate_up = expert.gate_up, &down = expert.down;
   if (!gate_up.swiglu) Fail("experts' gate_up of expert ", index, " is not a SwiGLU matrix");
   if (down.swiglu) Fail("experts' down of expert ", index, " is a SwiGLU matrix");
   if (gate_up.columns != first.gate_up.columns) {
-    Fail("experts' gate_up of expert ", index, " is for ", gate_up.columns, " columns, that of expert 0 for ",
+    Fail("experts' gate_up of expert ", index, " is for ", gate_up.columns, " columns, expected as for expert 0, ",
          first.gate_up.columns);
   }
   if (gate_up.rows != first.gate_up.rows) {
-    Fail("experts' gate_up of expert ", index, " has ", gate_up.rows, " rows, that of expert 0 ", first.gate_up.rows);
+    Fail("experts' gate_up of expert ", index, " has ", gate_up.rows, " rows, expected as for expert 0, ",
+         first.gate_up.rows);
   }
   if (down.columns != gate_up.outputs()) {
-    Fail("experts' down of expert ", index, " is for ", down.columns, " columns, its gate_up gives ",
+    Fail("experts' down of expert ", index, " is for ", down.columns, " columns, expected the outputs of its gate_up, ",
          gate_up.outputs());
   }
   if (down.rows != gate_up.columns) {
-    Fail("experts' down of expert ", index, " has ", down.rows, " rows, its gate_up is for ", gate_up.columns,
-         " columns");
+    Fail("experts' down of expert ", index, " has ", down.rows, " rows, expected the columns of its gate_up, ",
+         gate_up.columns);
   }
 }
 
@@ -80,15 +81,17 @@ std::vector<Expert> ExpertsInput::Parse(const Tensor& tensor) {
   constexpr int64_t kHead = sizeof header;
   if (size < kHead) Fail("experts: ", size, " bytes are too few for packed experts");
   std::memcpy(&header, blob, sizeof header);
-  if (std::memcmp(header.magic, "EDLX", 4) != 0) Fail("experts: they do not begin with EDLX");
+  if (std::memcmp(header.magic, "EDLX", 4) != 0) {
+    Fail("experts: the packed experts do not begin with EDLX: export the bundle again");
+  }
   if (header.version != kLayoutVersion) {
-    Fail("experts: their layout version is ", int64_t{header.version}, ", not ", int64_t{kLayoutVersion});
+    Fail("experts: the layout version is ", int64_t{header.version}, ", not ", int64_t{kLayoutVersion});
   }
   if (header.bytes < kHead || header.bytes > size) {
-    Fail("experts: their header speaks of ", header.bytes, " bytes, there are ", size);
+    Fail("experts: the header says ", header.bytes, " bytes, the input has ", size);
   }
   if (header.experts < 1 || header.experts > (header.bytes - kHead) / 16) {
-    Fail("experts: their header speaks of ", header.experts, " experts, which ", header.bytes, " bytes cannot hold");
+    Fail("experts: the header says ", header.experts, " experts, too many for ", header.bytes, " bytes");
   }
   std::vector<Expert> experts(static_cast<size_t>(header.experts));
   for (int64_t i = 0; i < header.experts; ++i) {
@@ -98,7 +101,7 @@ std::vector<Expert> ExpertsInput::Parse(const Tensor& tensor) {
     for (int part = 0; part < 2; ++part) {
       const std::string what = (part == 0 ? "experts' gate_up of expert " : "experts' down of expert ") + Text(i);
       if (at[part] < kHead || at[part] >= header.bytes) Fail(what, " begins at byte ", at[part], " of ", header.bytes);
-      if (at[part] % kAlignment != 0) Fail(what, " begins at byte ", at[part], ", no multiple of ", kAlignment);
+      if (at[part] % kAlignment != 0) Fail(what, " begins at byte ", at[part], ", expected a multiple of ", kAlignment);
       *parts[part] = ParseAt(blob + at[part], header.bytes - at[part], what);
     }
     CheckExpert(experts[i], experts[0], i);
@@ -131,7 +134,7 @@ const float* VectorInput::Get(const Run& run, int64_t length, const char* of, in
   *is_part = tensor.shape == Shape{part};
   if (!*is_part && !(tensor.shape == Shape{length})) {
     Fail(what_, " has shape ", tensor.shape, ", expected ", Shape{length}, ", ", of, ", or ", Shape{part},
-         ", one value an element of a head");
+         ", one value per element of a head");
   }
   CheckAligned(tensor.data, what_);
   return tensor.As<float>();
@@ -140,7 +143,7 @@ const float* VectorInput::Get(const Run& run, int64_t length, const char* of, in
 const float* Residual(const Run& run, size_t index, const Shape& shape) {
   Tensor tensor;
   if (!run.Input(index, &tensor)) return nullptr;
-  if (!(tensor.shape == shape)) Fail("residual has shape ", tensor.shape, ", expected ", shape, ", the result's");
+  if (!(tensor.shape == shape)) Fail("residual has shape ", tensor.shape, ", expected ", shape, " like the result");
   return tensor.As<float>();
 }
 

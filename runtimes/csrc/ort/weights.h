@@ -1,6 +1,7 @@
-// Inputs that hold weights: packed matrices, a layer's packed experts, vectors. They are constants of the model, so
-// their headers are read and checked once, when the kernel is made, and the views are kept: the runtime maps the file
-// into memory and leaves it where it is. Where one is not constant it is read at each call.
+// Inputs that hold weights: packed matrices, a layer's packed experts, vectors. They are usually constants of the
+// model.
+// Then their headers are read and checked once, when the kernel is created, and the views are kept: the runtime maps
+// the file into memory and keeps it in place. An input that is not constant is read at each call.
 #ifndef EDGELM_ORT_WEIGHTS_H_
 #define EDGELM_ORT_WEIGHTS_H_
 
@@ -12,7 +13,7 @@ namespace edgelm::ort {
 
 class MatrixInput {
  public:
-  // `what` names it in messages.
+  // `what` names the input in messages.
   MatrixInput(const Node& node, size_t index, const char* what);
   Matrix Get(const Run& run) const { return constant_ ? matrix_ : Parse(run.Required(index_, what_)); }
 
@@ -33,7 +34,7 @@ struct Expert {
 class ExpertsInput {
  public:
   ExpertsInput(const Node& node, size_t index);
-  // `own` is room for what is not constant.
+  // `own` stores the experts if the input is not constant.
   const std::vector<Expert>& Get(const Run& run, std::vector<Expert>* own) const;
 
  private:
@@ -48,9 +49,9 @@ class ExpertsInput {
 class VectorInput {
  public:
   VectorInput(const Node& node, size_t index, const char* what);
-  // nullptr where it is not given. `length` is what it must have, `of` says why.
+  // Returns nullptr if the input is not given. It must have `length` values; `of` explains that number in messages.
   const float* Get(const Run& run, int64_t length, const char* of) const;
-  // The same where it may also have `part` values, one for each element of a head: *is_part says whether it does.
+  // The same for an input that may also have `part` values, one per element of a head; *is_part says whether it does.
   const float* Get(const Run& run, int64_t length, const char* of, int64_t part, bool* is_part) const;
 
  private:
@@ -62,7 +63,7 @@ class VectorInput {
   Tensor tensor_;
 };
 
-// What is added to a result of `shape`, or nullptr where it is not given.
+// The residual, which must have `shape`, or nullptr if it is not given.
 const float* Residual(const Run& run, size_t index, const Shape& shape);
 
 }  // namespace edgelm::ort

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The C++ tests on 64-bit Arm: cross-compiled, run under qemu-user, and the kernels' results compared with those of this
-# machine's build (build/csrc). Where a tool is missing it says so and leaves; with CI=true that is a failure.
+# Runs the C++ tests for 64-bit Arm: cross-compiled, under qemu-user. Compares the kernels' results with those of this
+# machine's build (build/csrc). If a tool is missing, prints that and exits; with CI=true this is a failure.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
@@ -20,7 +20,7 @@ fi
 
 cmake -S runtimes/csrc -B build/csrc-arm -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DEDGELM_BUILD_TESTS=ON
 cmake --build build/csrc-arm --parallel 2
-ctest --test-dir build/csrc-arm --output-on-failure --parallel 2 --exclude-regex digest  # which follows
+ctest --test-dir build/csrc-arm --output-on-failure --parallel 2 --exclude-regex digest  # digest follows below
 
 build/csrc/digest_test >build/digest-here.txt
 qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu build/csrc-arm/digest_test >build/digest-arm.txt

@@ -1,8 +1,9 @@
-// Does attention compute what it says, on every instruction set, whatever else is in the call or in the cache?
+// Tests attention on every instruction set against a naive float64 reference, and its independence of other rows and of
+// stale cache contents.
 //
-// The reference is naive and in float64, on queries, keys and values rounded as the cache stores them. Its tolerances
-// are derived element by element: float32's roundoff in scores and sums, the steps of int8 caches' weights, and one
-// step of storage for every element so close to halfway that float32 may have rounded it the other way.
+// The reference uses queries, keys and values rounded as the cache stores them. Tolerances are derived per element: the
+// roundoff of float32 in scores and sums, the quantisation steps of int8 caches' weights, and one storage step for
+// every element so close to a tie that float32 may round it the other way.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -17,7 +18,7 @@ namespace {
 using namespace edgelm;
 using namespace edgelm_test;
 
-// QK-norm: left out, over all heads as one, or over each by itself.
+// QK-norm: none, one over all heads, or one per head.
 enum class Norm { kNone, kAll, kEach };
 
 struct Shape {
@@ -40,7 +41,7 @@ const char* Name(CacheKind kind) {
   return "";
 }
 
-// A sequence: its tokens, the tables of rotation and the weights of the norms.
+// A sequence: its tokens, rotary tables and norm weights.
 struct Sequence {
   Shape shape;
   int64_t tokens;
@@ -61,7 +62,7 @@ struct Sequence {
   }
 };
 
-// A cache that begins with bytes of no meaning: as float32 and float16 they are NaN, as scales too.
+// A cache filled with bytes that are NaN as float32, as float16 and as scales.
 struct CacheBuffer {
   std::vector<uint8_t> key, value;
   explicit CacheBuffer(const Shape& shape)
@@ -75,8 +76,8 @@ struct AlignedBytes {
   std::vector<uint8_t> bytes;
 };
 
-// Tokens past .. past + rows - 1 of the sequence through one table; their rows of the output. `between` is called once
-// the cache is written and before it is read.
+// Run tokens past .. past + rows - 1 of the sequence through one table; return their rows of the output. `between` is
+// called after the cache is written and before it is read.
 template <typename Between>
 std::vector<float> Run(const Kernels& table, const Sequence& sequence, CacheBuffer& cache, int64_t past, int64_t rows,
                        bool backwards, const Between& between) {
@@ -123,7 +124,7 @@ std::vector<float> Run(const Kernels& table, const Sequence& sequence, CacheBuff
 
 // -- reference --------------------------------------------------------------------------------------------------------
 
-// A head's vector as it is stored, and how far each element may be off because float32 rounds it first.
+// A head's vector as it is stored, and the error that float32 rounding may add to each element.
 struct Stored {
   std::vector<double> value, slack;
   double scale = 1;  // int8
@@ -137,7 +138,7 @@ Stored StoreFp8(const std::vector<double>& x) {
   if (largest == 0) return out;
   const double unit = std::ldexp(1.0, std::ilogb(largest / 448) - 7), units = largest / 448 / unit;
   const double scale = std::ceil(units) * unit;
-  // Where float32 may have rounded the scale to its neighbour, any element may have another code.
+  // If float32 may have rounded the scale to its neighbour, any element may have another code.
   const bool unsure = std::fabs(units - std::nearbyint(units)) < 256 * 64 * kUnit;
   for (size_t i = 0; i < x.size(); ++i) {
     const double step = scale * std::ldexp(1.0, std::max(std::ilogb(std::fabs(x[i]) / scale + 1e-30), -6) - 3);
@@ -155,7 +156,7 @@ Stored Store(CacheKind kind, const std::vector<double>& x, bool query) {
   double largest = 0;
   for (const double value : x) largest = std::max(largest, std::fabs(value));
   for (size_t i = 0; i < x.size(); ++i) {
-    // The step to the neighbouring stored number.
+    // The distance to the next stored number.
     double step = largest / 127;
     if (kind == CacheKind::kFloat16) step = std::ldexp(1.0, std::max(std::ilogb(std::fabs(x[i]) + 1e-30), -14) - 10);
     if (step == 0) continue;
@@ -215,7 +216,7 @@ class Reference {
     }
   }
 
-  // Compares rows of the output, the first of which is token `past`.
+  // Compare rows of the output; the first is token `past`.
   void Check(const std::vector<float>& out, int64_t past, int64_t rows, const std::string& what) const {
     const Shape& s = sequence_.shape;
     Worst worst;
@@ -253,7 +254,7 @@ class Reference {
     for (double& value : p) sum += value = std::exp(value - top);
     for (double& value : p) value /= sum;
     const size_t block = static_cast<size_t>(kKeyBlock);
-    double before = 0;  // weights of the blocks before
+    double before = 0;  // weights of the earlier blocks
     for (size_t first = 0; s.cache == CacheKind::kInt8 && first < count; first += block) {
       const size_t end = std::min(count, first + block);
       double largest = 0, all = 0;
@@ -272,7 +273,7 @@ class Reference {
         const Stored& v = Value(t, kv);
         const double codes = std::fabs(v.value[d]) / (v.scale + 1e-300);
         tolerance += p[t] * (2 * error[t] * std::fabs(v.value[d] - y) + v.slack[d]) + 0.51 * fine[t] / 254 * codes;
-        noise += coarse[t] * codes * coarse[t] * codes / 6;  // dithered: the sum of two errors of a twelfth
+        noise += coarse[t] * codes * coarse[t] * codes / 6;  // dithered: two errors, each of variance 1/12
         tolerance += (static_cast<double>(count) + 64) * kUnit * p[t] * std::fabs(v.value[d]);
       }
       tolerance += 6 * std::sqrt(noise);
@@ -287,7 +288,7 @@ class Reference {
   std::vector<Stored> keys_, values_;  // [tokens, kv_heads]
 };
 
-// -- questions --------------------------------------------------------------------------------------------------------
+// -- tests ------------------------------------------------------------------------------------------------------------
 
 std::string Describe(const Shape& s, int64_t past, int64_t rows) {
   char text[160];
@@ -298,7 +299,7 @@ std::string Describe(const Shape& s, int64_t past, int64_t rows) {
   return text;
 }
 
-// Scalar against the reference, every other table against scalar, caches too.
+// Check scalar against the reference, and every other table against scalar, caches included.
 void TestCase(const Shape& shape, int64_t past, int64_t rows, float deviation = 1.0f) {
   const Sequence sequence(shape, past + rows, static_cast<uint32_t>(past * 131 + rows), deviation);
   const std::string what = Describe(shape, past, rows);
@@ -345,13 +346,13 @@ void TestShapes(bool reduced) {
     TestCase({kind, 12, 1, 8, 40, Norm::kAll, 2.0f}, 20, 12);
     TestCase({kind, 12, 3, 8, 40, Norm::kEach, 1.0f}, 20, 12);
     TestCase({kind, 80, 1, 8, 40, Norm::kNone, 0.0f}, 5, 12);
-    // Scores far apart: most probabilities vanish beside the largest.
+    // Scores far apart: most probabilities are negligible beside the largest.
     TestCase({kind, 2, 1, 64, 300, Norm::kNone, 0.0f}, 270, 1, 6.0f);
     TestCase({kind, 2, 1, 64, 300, Norm::kNone, 0.0f}, 200, 40, 6.0f);
   }
 }
 
-// Of one head both kinds of QK-norm are the same, to the last bit.
+// With one head both kinds of QK-norm give the same bits.
 void TestTheNormOfOneHead(const Kernels& table) {
   const Shape all = {CacheKind::kFloat32, 1, 1, 24, 30, Norm::kAll};
   Shape each = all;
@@ -362,8 +363,8 @@ void TestTheNormOfOneHead(const Kernels& table) {
   EXPECT(first == second, "%s: cache of one head", table.name);
 }
 
-// int8: many small weights count for what they are together, beside a large one in each block that makes each of them
-// less than the smallest code.
+// int8: many small weights keep their joint effect beside a large weight in each block, although each of them is below
+// the smallest code.
 void TestSmallWeightsSurvive() {
   const Shape shape = {CacheKind::kInt8, 1, 1, 16, 3000};
   Sequence sequence(shape, 3000, 21, 0.01f);
@@ -385,15 +386,15 @@ void TestSmallWeightsSurvive() {
   reference.Check(Run(kScalarKernels, sequence, cache, 2960, 40), 2960, 40, "small weights, many rows");
 }
 
-// What E4M3's codes stand for, by the format's definition (OCP 8-bit floating point, revision 1.0).
+// The value of an E4M3 code, from the format's definition (OCP 8-bit floating point, revision 1.0).
 float Fp8Value(uint8_t code) {
   const int exponent = code >> 3 & 15, mantissa = code & 7;
   const double magnitude = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
   return static_cast<float>(exponent == 15 && mantissa == 7 ? NAN : code >= 128 ? -magnitude : magnitude);
 }
 
-// Keys or values of an fp8 cache as those of a float32 one, whose elements lie in the same order.
-std::vector<uint8_t> Widened(const Shape& shape, const std::vector<uint8_t>& cache, bool keys) {
+// Convert the keys or values of an fp8 cache to those of a float32 cache, which has the same element order.
+std::vector<uint8_t> Upcast(const Shape& shape, const std::vector<uint8_t>& cache, bool keys) {
   std::vector<float> wide;
   for (int64_t h = 0; h < shape.kv_heads; ++h) {
     for (int64_t first = 0; first < shape.capacity; first += kCacheTile) {
@@ -413,7 +414,7 @@ std::vector<uint8_t> Widened(const Shape& shape, const std::vector<uint8_t>& cac
   return std::vector<uint8_t>(bytes, bytes + 4 * wide.size());
 }
 
-// fp8: the result is that of a float32 cache with the same keys and values.
+// fp8: the result equals that of a float32 cache with the same keys and values.
 void TestFp8IsFloat32OfTheRounded(const Kernels& table) {
   for (const int64_t rows : {2, 40}) {
     const Shape shape = {CacheKind::kFp8, 4, 2, 24, 309};
@@ -425,7 +426,7 @@ void TestFp8IsFloat32OfTheRounded(const Kernels& table) {
     Run(table, sequence, cache, 0, past);
     const std::vector<float> got = Run(table, sequence, cache, past, rows);
     const std::vector<float> wanted = Run(table, wide_sequence, wide, past, rows, false, [&] {
-      const std::vector<uint8_t> keys = Widened(shape, cache.key, true), values = Widened(shape, cache.value, false);
+      const std::vector<uint8_t> keys = Upcast(shape, cache.key, true), values = Upcast(shape, cache.value, false);
       std::copy(keys.begin(), keys.end(), wide.key.begin());
       std::copy(values.begin(), values.end(), wide.value.begin());
     });
@@ -433,7 +434,7 @@ void TestFp8IsFloat32OfTheRounded(const Kernels& table) {
   }
 }
 
-// Decoding, five tokens at once give what one by one gives; so do prompts cut anywhere.
+// Five tokens at once give the same bits as one by one, and so do prompts cut anywhere.
 void TestRowsAreAlone(const Kernels& table) {
   for (const CacheKind kind : kKinds) {
     const Shape shape = {kind, 8, 2, 32, 1203};
@@ -458,7 +459,7 @@ void TestRowsAreAlone(const Kernels& table) {
   }
 }
 
-// Dropping tokens from the end and writing others leaves no trace of the former.
+// After dropping tokens and writing others, the result does not depend on the dropped ones.
 void TestOverwriting(const Kernels& table) {
   for (const CacheKind kind : kKinds) {
     const Shape shape = {kind, 2, 2, 24, 53};
@@ -480,7 +481,7 @@ void TestOverwriting(const Kernels& table) {
   }
 }
 
-// What is not finite in one token's query spoils that row and head; in its key or value, that head's later rows.
+// A query that is not finite affects only its row and head; a key or value only later rows of its head.
 void TestNotFinite(const Kernels& table) {
   for (const CacheKind kind : kKinds) {
     for (const float bad : {NAN, INFINITY, -INFINITY}) {
@@ -502,7 +503,7 @@ void TestNotFinite(const Kernels& table) {
                 finite = finite && std::isfinite(out[i + d]);
                 same = same && SameFloat(out[i + d], clean[i + d]);
               }
-              // An infinite score may be minus infinity, which is no more than a probability of zero.
+              // An infinite score may be minus infinity, which is just a probability of zero.
               const bool spoilt = !finite || (std::isinf(bad) && part != 2);
               EXPECT(hit ? spoilt : same, "%s, %s: %g in part %d, %d rows: token %d, head %d", Name(kind), table.name,
                      static_cast<double>(bad), part, static_cast<int>(rows), static_cast<int>(t), static_cast<int>(h));
@@ -516,7 +517,7 @@ void TestNotFinite(const Kernels& table) {
 
 }  // namespace
 
-// `attention_test reduced` leaves out what an emulated processor takes too long for.
+// `attention_test reduced` leaves out tests that take too long under emulation.
 int main(int argc, char** argv) {
   const bool reduced = argc > 1 && std::strcmp(argv[1], "reduced") == 0;
   TestSmallWeightsSurvive();

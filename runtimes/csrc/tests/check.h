@@ -1,4 +1,4 @@
-// The least a test needs: EXPECT says what failed and where, and the program's exit status says whether anything did.
+// EXPECT for tests: prints what failed and where. The program's exit status says whether anything failed.
 #ifndef EDGELM_TESTS_CHECK_H_
 #define EDGELM_TESTS_CHECK_H_
 

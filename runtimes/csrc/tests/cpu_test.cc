@@ -1,4 +1,4 @@
-// Is the instruction set chosen as EDGELM_ISA says, and refused with the valid names where it cannot be?
+// Tests the choice of the instruction set by EDGELM_ISA, and the error with the valid names for a bad value.
 #include "kernels/cpu.h"
 
 #include <cstdlib>

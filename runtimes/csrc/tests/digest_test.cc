@@ -1,6 +1,5 @@
-// Are results the same on every instruction set, and on every kind of machine? Prints one checksum per kernel and kind
-// of weights over the results of fixed inputs. Fails where two tables of this machine differ; that machines agree is
-// seen by comparing what it prints on each.
+// Prints one checksum per kernel and kind of weights over results for fixed inputs. Fails if two tables of this machine
+// differ. To compare machines, compare their outputs.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -15,7 +14,7 @@ namespace {
 using namespace edgelm;
 using namespace edgelm_test;
 
-// Inputs are made of integers alone, so that they are the same wherever this is compiled.
+// Inputs are generated with integer arithmetic, so that they are the same on every machine.
 class Random {
  public:
   explicit Random(uint64_t seed) : state_(seed) {}
@@ -25,7 +24,7 @@ class Random {
     z = (z ^ z >> 27) * 0x94D049BB133111EBu;
     return z ^ z >> 31;
   }
-  // Of any sign, between 2^low and 2^high.
+  // A number of random sign, with magnitude between 2^low and 2^high.
   float Float(int low, int high) {
     const uint64_t bits = Next();
     const float magnitude = std::ldexp(1.0f + static_cast<float>(bits & 0x7FFFFF) * 0x1p-23f,
@@ -46,7 +45,7 @@ class Digest {
       for (int bit = 0; bit < 8; ++bit) crc_ = crc_ >> 1 ^ (0xEDB88320u & (0u - (crc_ & 1)));
     }
   }
-  // Which NaN it is may differ: its sign and payload are the processor's own.
+  // All NaN count as equal: sign and payload differ between CPUs.
   void Floats(const std::vector<float>& values) {
     for (float value : values) {
       uint32_t bits = 0x7FC00000u;
@@ -66,7 +65,7 @@ std::vector<float> Floats(int64_t count, Random* random) {
   return x;
 }
 
-// Rows of activations with what breaks kernels: zeros, tiny and huge values, one that is not finite.
+// Rows of activations with difficult values: zeros, tiny and huge values, one that is not finite.
 std::vector<float> Activations(int64_t rows, int64_t columns, Random* random) {
   std::vector<float> x = Floats(rows * columns, random);
   for (int64_t i = 0; i < columns; ++i) {
@@ -85,7 +84,7 @@ void Into(Digest* digest, const QuantBuffer& quantised) {
   digest->Bytes(quantised.offsets.data(), 4 * quantised.offsets.size());
 }
 
-// Every way to finish a product, `multiply(output)`.
+// Every Finish of a matmul, by `multiply(output)`.
 template <typename Multiply>
 void Finishes(const Matrix& m, int64_t rows, Random* random, Digest* digest, const Multiply& multiply) {
   const int64_t width = m.outputs();
@@ -126,7 +125,7 @@ void Finishes(const Matrix& m, int64_t rows, Random* random, Digest* digest, con
 
 enum class Of { kInt8, kHigh, kFloat };
 
-uint32_t Product(const LinearKernels& kernels, const Packed& weights, Of product) {
+uint32_t LinearDigest(const LinearKernels& kernels, const Packed& weights, Of which) {
   Random random(1);
   Digest digest;
   const Matrix& m = weights.matrix;
@@ -135,9 +134,9 @@ uint32_t Product(const LinearKernels& kernels, const Packed& weights, Of product
     QuantBuffer q(rows, m.columns);
     kScalarKernels.linear.quantize_rows(x.data(), m.columns, rows, m.columns, q.Rows());
     Finishes(m, rows, &random, &digest, [&](const Output& out) {
-      if (product == Of::kInt8) kernels.linear_int8(m, 0, m.units(), q.Rows(), rows, out);
-      if (product == Of::kHigh) kernels.linear_high(m, 0, m.units(), q.Rows(), rows, out);
-      if (product == Of::kFloat) kernels.linear_float(m, 0, m.units(), x.data(), m.columns, rows, out);
+      if (which == Of::kInt8) kernels.linear_int8(m, 0, m.units(), q.Rows(), rows, out);
+      if (which == Of::kHigh) kernels.linear_high(m, 0, m.units(), q.Rows(), rows, out);
+      if (which == Of::kFloat) kernels.linear_float(m, 0, m.units(), x.data(), m.columns, rows, out);
     });
   }
   return digest.value();
@@ -162,7 +161,7 @@ uint32_t Rows(const LinearKernels& kernels) {
   return digest.value();
 }
 
-// A prompt in two parts, cut within a tile of the cache, then few tokens over more than one piece of it, then one.
+// A prompt in two parts, cut within a tile of the cache; then a few tokens over more than one split; then one token.
 uint32_t Attend(const AttentionKernels& kernels, CacheKind kind) {
   Random random(4);
   Digest digest;
@@ -178,7 +177,7 @@ uint32_t Attend(const AttentionKernels& kernels, CacheKind kind) {
     call.epsilon = 1e-5f;
     const int64_t columns = (call.heads + 2 * call.kv_heads) * dim;
     const std::vector<float> qkv = Floats(tokens * columns, &random), norm = Floats(call.heads * dim, &random);
-    const std::vector<float> cos = Floats((tokens + 1) * dim / 2, &random);  // what is a rotation does not matter here
+    const std::vector<float> cos = Floats((tokens + 1) * dim / 2, &random);  // need not be a rotation here
     std::vector<uint8_t> key(static_cast<size_t>(call.kv_heads * tokens * AttentionRowBytes(kind, dim))), value(key);
     call.q_norm = call.k_norm = dim == 6 ? nullptr : norm.data();
     call.cos = cos.data();
@@ -206,7 +205,7 @@ uint32_t Attend(const AttentionKernels& kernels, CacheKind kind) {
   return digest.value();
 }
 
-// Prints the scalar table's checksum once every table has given it.
+// Check that every table gives the scalar table's checksum, and print it.
 template <typename Compute>
 void Line(const std::string& name, const Compute& compute) {
   const uint32_t expected = compute(kScalarKernels);
@@ -243,12 +242,12 @@ int main() {
     Packed weights(shape, 3);
     if (shape.kind == Kind::kFp8E4M3) weights.blob[64 + 128 + 5] = 0xFF;  // NaN, row 5
     if (shape.integer()) {
-      Line("linear_int8 " + shape.Name(), [&](const Kernels& k) { return Product(k.linear, weights, Of::kInt8); });
+      Line("linear_int8 " + shape.Name(), [&](const Kernels& k) { return LinearDigest(k.linear, weights, Of::kInt8); });
     }
     if (shape.kind == Kind::kInt8Split) {
-      Line("linear_high " + shape.Name(), [&](const Kernels& k) { return Product(k.linear, weights, Of::kHigh); });
+      Line("linear_high " + shape.Name(), [&](const Kernels& k) { return LinearDigest(k.linear, weights, Of::kHigh); });
     }
-    Line("linear_float " + shape.Name(), [&](const Kernels& k) { return Product(k.linear, weights, Of::kFloat); });
+    Line("linear_float " + shape.Name(), [&](const Kernels& k) { return LinearDigest(k.linear, weights, Of::kFloat); });
   }
   Line("quantize_rows, rms_norm, softmax", [](const Kernels& k) { return Rows(k.linear); });
   Line("attention float32", [](const Kernels& k) { return Attend(k.attention, CacheKind::kFloat32); });

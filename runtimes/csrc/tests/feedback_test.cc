@@ -1,5 +1,5 @@
-// Fitting scales and rounding with feedback: does every instruction set give the scalar table's bits, and are those
-// what quantize.h says, computed here one row at a time and with FP8 numbers looked up in a list of them?
+// Tests fitting of scales and rounding with error feedback: every instruction set gives the scalar table's bits, and
+// those are what quantize.h defines, computed here one row at a time with FP8 numbers looked up in a list.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -22,7 +22,7 @@ struct Grid {
   const char* name;
   int numbers;
   float range;
-  bool varying;  // whether each row has a lowest value of its own
+  bool varying;  // whether each row has its own lowest value
 };
 
 const Grid kGrids[] = {{"int4 sym", EDGELM_INTEGERS, 15.0f, false},
@@ -31,7 +31,7 @@ const Grid kGrids[] = {{"int4 sym", EDGELM_INTEGERS, 15.0f, false},
                        {"e4m3", EDGELM_E4M3, 0.0f, false},
                        {"e5m2", EDGELM_E5M2, 0.0f, false}};
 
-// What the codes 0, 1, ... of an FP8 format stand for, as far as they are finite.
+// The values of the codes 0, 1, ... of an FP8 format that are finite.
 std::vector<double> Positive(int numbers) {
   const int mantissa = numbers == EDGELM_E4M3 ? 3 : 2, bias = numbers == EDGELM_E4M3 ? 7 : 15;
   const int count = numbers == EDGELM_E4M3 ? 0x7f : 0x7c;  // then NaN, and in E5M2 infinity before it
@@ -46,7 +46,7 @@ std::vector<double> Positive(int numbers) {
 
 float NearestFp8(float x, const std::vector<double>& values) {
   const double magnitude = std::fabs(double(x));
-  size_t best = values.size() - 1;  // and to what is past it, where distances in double would be equal
+  size_t best = values.size() - 1;  // also for numbers beyond it, whose distances could be equal in double
   for (size_t code = 0; code < values.size() && magnitude < values.back(); ++code) {
     const double distance = std::fabs(magnitude - values[code]), least = std::fabs(magnitude - values[best]);
     if (distance < least || (distance == least && code % 2 == 0)) best = code;
@@ -64,7 +64,7 @@ float Nearest(const Grid& grid, float x, float lowest) {
 
 // -- a block and what is expected of it -------------------------------------------------------------------------------
 
-// Arrays [columns, rows] end with their last element, so that AddressSanitizer sees what is read past them.
+// Arrays [columns, rows] end with their last element, so that AddressSanitizer detects reads beyond them.
 struct Block {
   Grid grid;
   bool recode;
@@ -90,14 +90,14 @@ Block MakeBlock(const Grid& grid, bool recode, int64_t rows, int64_t columns, in
   }
   for (float& x : b.error) x *= 0.1f;
   b.values.assign(size, -77.0f);
-  // H of columns that are alike to some extent; what lies below the diagonal is not to be read.
+  // H of correlated columns. Elements below the diagonal must not be read.
   b.coupling.assign(static_cast<size_t>((columns - 1) * b.coupling_stride + columns), NAN);
   for (int64_t j = 0; j < columns; ++j) {
     for (int64_t k = j; k < columns; ++k) {
       const float alike = 0.3f * normal(engine) / float(columns);
       b.coupling[j * b.coupling_stride + k] = j == k ? 2.0f + 0.1f * float(j % 5) : alike;
     }
-    if (!recode) b.coupling[j * b.coupling_stride + j] = NAN;  // a rounded column's target is used up
+    if (!recode) b.coupling[j * b.coupling_stride + j] = NAN;  // a rounded column's target is not needed any more
   }
   for (int64_t r = 0; r < rows; ++r) {
     const float levels = grid.numbers == EDGELM_INTEGERS ? grid.range : grid.numbers == EDGELM_E4M3 ? 700.0f : 40.0f;
@@ -131,7 +131,7 @@ int32_t Run(Block* b, int isa, int threads) {
   return edgelm_feedback(&a);
 }
 
-// The same, a row at a time.
+// The expected results, computed a row at a time.
 void Expect(Block* b) {
   for (int64_t r = 0; r < b->rows; ++r) {
     Floats target;
@@ -170,7 +170,7 @@ void CheckBlock(const Block& block, int threads) {
   Block expected = block, scalar = block;
   Expect(&expected);
   EXPECT(Run(&scalar, EDGELM_ISA_SCALAR, 1) == EDGELM_QUANT_OK, "%s", block.Name().c_str());
-  // What lies between the columns stays as it was, and so does all that is only read.
+  // Padding between columns and all inputs stay unchanged.
   EXPECT(Same(scalar.values, expected.values), "%s: values", block.Name().c_str());
   EXPECT(Same(scalar.error, expected.error), "%s: errors", block.Name().c_str());
   EXPECT(Same(scalar.target, block.target), "%s: targets changed", block.Name().c_str());
@@ -199,7 +199,7 @@ void TestFeedbackAgreesOnEveryInstructionSet() {
   }
 }
 
-// One column with a scale of 1 is rounded to the nearest value and nothing else.
+// Round one column with a scale of 1: no feedback, just the nearest value.
 Floats Rounded(const Grid& grid, const Floats& x, float lowest, int isa) {
   const auto count = static_cast<int64_t>(x.size());
   const Floats unset(x.size(), NAN), one(x.size(), 1.0f);
@@ -229,7 +229,7 @@ void TestEveryTieAndBoundIsRoundedRight() {
     } else {
       const std::vector<double> values = Positive(grid.numbers);
       for (size_t i = 0; i < values.size(); ++i) {
-        // The last tie is with the number that there would be next.
+        // The last tie is with the number that would come next.
         const double next = i + 1 < values.size() ? values[i + 1] : 2 * values[i] - values[i - 1];
         x.insert(x.end(), {static_cast<float>(values[i]), static_cast<float>((values[i] + next) / 2)});
       }
@@ -245,7 +245,7 @@ void TestEveryTieAndBoundIsRoundedRight() {
   }
 }
 
-// Each value that changes is the best while all others stay, so e H e falls or stays.
+// Each changed value is the best with all others fixed, so e H e never increases.
 void TestRecodingNeverLosesAndOftenGains() {
   for (const Grid& grid : kGrids) {
     Block b = MakeBlock(grid, true, 50, 64, 50, 4);
@@ -259,7 +259,7 @@ void TestRecodingNeverLosesAndOftenGains() {
       }
       return sum;
     };
-    // Wrongly rounded to begin with: codes of weights that were shifted.
+    // Start from wrong codes: those of shifted weights.
     std::vector<double> before;
     for (int64_t r = 0; r < b.rows; ++r) {
       for (int64_t j = 0; j < b.columns; ++j) {
@@ -283,7 +283,7 @@ void TestRecodingNeverLosesAndOftenGains() {
       first += b.scale[r] == 0.0f ? 0.0 : before[r];
       last += b.scale[r] == 0.0f ? 0.0 : after;
     }
-    // Where a row's lowest value is 0 or the like, most of the error is of weights out of range, and remains.
+    // If a row's lowest value is about 0, most of the error comes from weights out of range and remains.
     EXPECT(last < (grid.varying ? 0.95 : 0.6) * first, "%s: %g to %g", grid.name, first, last);
   }
 }
@@ -308,7 +308,7 @@ Group MakeGroup(const Grid& grid, bool half, int64_t rows, int64_t columns, int6
   std::normal_distribution<float> normal;
   g.weights.resize(static_cast<size_t>((columns - 1) * stride + rows));
   for (float& x : g.weights) x = 0.05f * normal(engine);
-  for (int64_t r = 6; r < rows; r += 13) {  // rows of zeros, and rows whose scales are past float16
+  for (int64_t r = 6; r < rows; r += 13) {  // rows of zeros, and rows whose scales exceed float16
     for (int64_t j = 0; j < columns; ++j) g.weights[j * stride + r] *= r % 2 ? 0.0f : 1e9f;
   }
   for (int64_t j = 0; j < columns; ++j) g.importance.push_back(j % 9 == 8 ? 0.0f : std::fabs(normal(engine)));
@@ -368,16 +368,16 @@ Number FitError(const Group& g, int64_t r, float scale) {
 float ExpectScale(const Group& g, int64_t r) {
   float best = std::numeric_limits<float>::infinity(), found = 0.0f;
   for (int64_t t = 0; t < g.trial_count; ++t) {
-    float product = 0.0f, norm = 0.0f;
+    float dot = 0.0f, norm = 0.0f;
     for (int64_t j = 0; j < g.columns; ++j) {
       const float w = g.weights[j * g.stride + r];
       const float value = Nearest(g.grid, w * Reciprocal(g.trials[t * g.rows + r]), g.lowest[r]);
       const float weighed_weight = g.importance[j] * w, weighed_value = g.importance[j] * value;
       const float one = weighed_weight * value, other = weighed_value * value;
-      product += one;
+      dot += one;
       norm += other;
     }
-    float fitted = norm > 0.0f ? product / norm : 0.0f;
+    float fitted = norm > 0.0f ? dot / norm : 0.0f;
     if (g.half) fitted = edgelm::HalfToFloat(edgelm::FloatToHalf(fitted));
     const float error = FitError<float>(g, r, fitted);
     if (error < best) {
@@ -417,7 +417,7 @@ void TestFitAgreesOnEveryInstructionSet() {
   }
 }
 
-// In double: no trial, as it stands, leaves less than what was found.
+// In double: no trial scale gives a smaller error than the fitted one.
 void TestAFittedScaleIsBetterThanItsTrials() {
   for (const Grid& grid : kGrids) {
     for (const bool half : {false, true}) {
@@ -437,7 +437,7 @@ void TestAFittedScaleIsBetterThanItsTrials() {
   }
 }
 
-// -- what is refused --------------------------------------------------------------------------------------------------
+// -- errors ----------------------------------------------------------------------------------------------------------
 
 void TestNoRowsAreNoWork() {
   for (const int isa : {EDGELM_ISA_SCALAR, EDGELM_ISA_AUTO}) {
@@ -464,7 +464,7 @@ void ExpectStatus(int32_t (*run)(const Arguments*), Arguments a, int32_t status,
   EXPECT(got == status, "%s: status %d, not %d", what, got, status);
 }
 
-// What both functions refuse.
+// Arguments that both functions refuse.
 template <typename Arguments>
 void CheckCommonRefusals(int32_t (*run)(const Arguments*), const Arguments& good) {
   const int32_t bad = EDGELM_QUANT_BAD_ARGUMENT;

@@ -1,4 +1,4 @@
-// Is the layout read as it is described, and is a damaged matrix refused or at least harmless?
+// Tests that the layout is read as layout.h defines it, and that a damaged matrix is refused or at least harmless.
 #include "kernels/layout.h"
 
 #include <algorithm>
@@ -57,7 +57,7 @@ void TestDequantizedRowsAreTheWeights() {
     for (int64_t n = 0; n < shape.rows; ++n) {
       edgelm::DequantizeRow(packed.matrix, n, row.data());
       for (int64_t k = 0; k < shape.columns; ++k) {
-        // Code times scale is exact in double, so rounding it is the one rounding that the product has.
+        // Code times scale is exact in double, so there is one rounding, to float32.
         const float wanted = static_cast<float>(packed.Weight(n, k)), got = row[static_cast<size_t>(k)];
         EXPECT(got == wanted, "%s: [%d, %d] is %g, not %g", shape.Name().c_str(), int(n), int(k), double(got),
                double(wanted));
@@ -66,8 +66,8 @@ void TestDequantizedRowsAreTheWeights() {
   }
 }
 
-// The identity times the matrix is the matrix, in every table.
-void TestProductsWithTheIdentityAreTheDequantizedRows() {
+// The identity times the matrix is the matrix, with every table.
+void TestMatmulWithTheIdentityGivesTheDequantizedRows() {
   uint32_t seed = 100;
   for (const Shape& shape : Shapes()) {
     if (shape.swiglu) continue;
@@ -118,7 +118,7 @@ void TestScalarConversionsAreExact() {
   EXPECT((edgelm::Float32ToHalf(NAN) & 0x7FFF) > 0x7C00, "NaN");
 }
 
-// Scales are read in place: a matrix may begin at any multiple of 4, and UndefinedBehaviorSanitizer watches each table.
+// Scales are read in place: a matrix may begin at any multiple of 4. UndefinedBehaviorSanitizer checks this per table.
 void TestMatricesMayBeginAtAnyMultipleOfFour() {
   for (const Shape& shape : Shapes()) {
     const Packed packed(shape, 21);
@@ -154,7 +154,7 @@ void TestMatricesMayBeginAtAnyMultipleOfFour() {
   }
 }
 
-// Whatever parses can be used: nothing outside the blob is read, which AddressSanitizer watches.
+// A matrix that parses can be used: nothing outside the blob is read, which AddressSanitizer checks.
 void Use(const std::vector<uint8_t>& blob, const Matrix& m) {
   EXPECT(m.rows > 0 && m.columns > 0, "an empty matrix was let through");
   // A header that claims a large matrix needs as many bytes, so these are small.
@@ -189,7 +189,7 @@ void TestDamagedHeadersAreRefusedOrHarmless() {
       const int flips = 1 + static_cast<int>(engine() % 3);
       for (int i = 0; i < flips; ++i) {
         uint8_t& byte = blob[engine() % sizeof(edgelm::MatrixHeader)];
-        // A flipped bit, a small number, or any byte: sizes that nearly fit are the interesting ones.
+        // A flipped bit, a small number, or any byte. Sizes that nearly fit are the interesting cases.
         const uint32_t kind = engine() % 3;
         byte = static_cast<uint8_t>(kind == 0 ? byte ^ 1u << engine() % 8 : kind == 1 ? engine() % 20 : engine());
       }
@@ -215,7 +215,7 @@ void TestTruncatedMatricesAreRefused() {
       EXPECT(edgelm::ParseMatrix(part.data(), length, &m) != nullptr, "%s: %d of %d bytes", shape.Name().c_str(),
              int(length), int(size));
     }
-    // Longer is well: matrices lie one after another in a file.
+    // Extra bytes are allowed: matrices follow one another in a file.
     std::vector<uint8_t> longer = packed.blob;
     longer.resize(longer.size() + 100);
     Matrix m;
@@ -266,7 +266,7 @@ void TestEachFieldIsChecked() {
 int main() {
   TestScalarConversionsAreExact();
   TestDequantizedRowsAreTheWeights();
-  TestProductsWithTheIdentityAreTheDequantizedRows();
+  TestMatmulWithTheIdentityGivesTheDequantizedRows();
   TestEachFieldIsChecked();
   TestTruncatedMatricesAreRefused();
   TestMatricesMayBeginAtAnyMultipleOfFour();

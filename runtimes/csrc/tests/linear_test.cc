@@ -1,4 +1,4 @@
-// Do products with packed matrices compute what they should, with the same bits in every table and however they are cut?
+// Tests the matmul kernels: results against double arithmetic, and the same bits with every table and division of work.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -17,9 +17,9 @@ using edgelm::kScalarKernels;
 
 constexpr float kCanary = -12345.0f;
 
-enum class Product { kInt8, kHigh, kFloat };
+enum class Matmul { kInt8, kHigh, kFloat };
 
-// Activations, as float32 and quantised by the scalar table.
+// Activations, in float32 and quantised by the scalar table.
 struct Rows {
   int64_t rows, columns;
   std::vector<float> x;
@@ -30,15 +30,15 @@ struct Rows {
       : rows(count), columns(width), x(std::move(values)), q(count, width) {
     kScalarKernels.linear.quantize_rows(x.data(), width, count, width, q.Rows());
   }
-  // What the product sees of [row, column], exactly.
-  double Value(Product product, int64_t row, int64_t column) const {
-    if (product == Product::kFloat) return x[static_cast<size_t>(row * columns + column)];
+  // The exact value that the matmul uses for [row, column].
+  double Value(Matmul matmul, int64_t row, int64_t column) const {
+    if (matmul == Matmul::kFloat) return x[static_cast<size_t>(row * columns + column)];
     const double scale = q.scales[static_cast<size_t>((row * q.columns + column) / 32)];
     return q.codes[static_cast<size_t>(row * q.columns + column)] * scale;
   }
 };
 
-// Where a product goes: everything an Output can point to, with canaries around it.
+// The result of a matmul: everything that an Output can point to, with canaries around it.
 struct Result {
   int64_t ldy;
   std::vector<float> y, bias, residual, weight;
@@ -63,7 +63,7 @@ struct Result {
     }
     if (finish != Finish::kScatterAdd) return;
     weight = RandomRows(rows, 78);
-    // Indices repeat, and some rows of y get nothing.
+    // Indices repeat, and some rows of y receive nothing.
     for (int64_t r = 0; r < rows; ++r) index.push_back(static_cast<int32_t>(r % 5 == 4 ? 0 : r * 3 % rows / 2));
     for (float& value : y) value = 0.5f;
     out.weight = weight.data();
@@ -71,29 +71,29 @@ struct Result {
   }
 };
 
-void Run(const Kernels& table, Product product, const Packed& packed, int64_t begin, int64_t end, Rows& x, int64_t rows,
+void Run(const Kernels& table, Matmul matmul, const Packed& packed, int64_t begin, int64_t end, Rows& x, int64_t rows,
          const edgelm::Output& out) {
-  if (product == Product::kInt8) table.linear.linear_int8(packed.matrix, begin, end, x.q.Rows(), rows, out);
-  if (product == Product::kHigh) table.linear.linear_high(packed.matrix, begin, end, x.q.Rows(), rows, out);
-  if (product == Product::kFloat) {
+  if (matmul == Matmul::kInt8) table.linear.linear_int8(packed.matrix, begin, end, x.q.Rows(), rows, out);
+  if (matmul == Matmul::kHigh) table.linear.linear_high(packed.matrix, begin, end, x.q.Rows(), rows, out);
+  if (matmul == Matmul::kFloat) {
     table.linear.linear_float(packed.matrix, begin, end, x.x.data(), x.columns, rows, out);
   }
 }
 
-void RunAll(const Kernels& table, Product product, const Packed& packed, Rows& x, Result* result) {
-  Run(table, product, packed, 0, packed.matrix.units(), x, x.rows, result->out);
+void RunAll(const Kernels& table, Matmul matmul, const Packed& packed, Rows& x, Result* result) {
+  Run(table, matmul, packed, 0, packed.matrix.units(), x, x.rows, result->out);
 }
 
 // sum_k w[n, k] x[r, k] and sum_k |w x| in double.
 struct Exact {
   double sum = 0, norm = 0;
 
-  Exact(Product product, const Packed& packed, const Rows& x, int64_t row, int64_t n) {
+  Exact(Matmul matmul, const Packed& packed, const Rows& x, int64_t row, int64_t n) {
     for (int64_t k = 0; k < packed.shape.columns; ++k) {
       double weight = packed.Weight(n, k);
-      // The lower half of a code is unknown and taken for 8.
-      if (product == Product::kHigh) weight = HighOnly(packed, n, k);
-      const double term = weight * x.Value(product, row, k);
+      // The low nibble of a code is unread and counts as 8.
+      if (matmul == Matmul::kHigh) weight = HighOnly(packed, n, k);
+      const double term = weight * x.Value(matmul, row, k);
       sum += term;
       norm += std::fabs(term);
     }
@@ -121,24 +121,23 @@ struct Exact {
     return (16 * (c % 8 < 4 ? byte & 15 : byte >> 4) + 8 - 128) * scale;
   }
 
-  // Integer matmuls: one rounding of the scales' product a block (or a group of 16) and one of each of the block sums'
-  // additions; float ones: one of the weight and one of each addition. Underflow: 2^-149 a term, times a block's sum
-  // below 2^21.
-  double Tolerance(Product product, const Shape& shape) const {
+  // Integer matmuls round once per block (or group of 16) for scale * scale, and once per addition of a block's sum;
+  // float matmuls once per weight and once per addition. Underflow: 2^-149 per term, times a block's sum below 2^21.
+  double Tolerance(Matmul matmul, const Shape& shape) const {
     const int64_t step = shape.halves() ? 16 : 32;
     const double terms =
-        static_cast<double>(product == Product::kFloat ? shape.columns : (shape.columns + step - 1) / step);
+        static_cast<double>(matmul == Matmul::kFloat ? shape.columns : (shape.columns + step - 1) / step);
     return (terms + 2) * kUnit * norm + terms * 0x1p-128;
   }
 };
 
-std::string Name(const Packed& packed, Product product, int64_t rows) {
-  const char* const kNames[] = {"int8", "upper", "float"};
-  return packed.shape.Name() + " x " + std::to_string(rows) + " rows " + kNames[static_cast<int>(product)];
+std::string Name(const Packed& packed, Matmul matmul, int64_t rows) {
+  const char* const kNames[] = {"int8", "high", "float"};
+  return packed.shape.Name() + " x " + std::to_string(rows) + " rows " + kNames[static_cast<int>(matmul)];
 }
 
-// The scalar table against double arithmetic: plain products, or SwiGLU.
-void CheckAgainstDouble(Product product, const Packed& packed, const Rows& x, const Result& result) {
+// The scalar table against double arithmetic: plain matmul, or SwiGLU.
+void CheckAgainstDouble(Matmul matmul, const Packed& packed, const Rows& x, const Result& result) {
   const int64_t outputs = packed.matrix.outputs();
   Worst worst;
   for (int64_t r = 0; r < x.rows; ++r) {
@@ -148,35 +147,36 @@ void CheckAgainstDouble(Product product, const Packed& packed, const Rows& x, co
         worst.Add(r * result.ldy + n, got, static_cast<double>(kCanary), 0);
         continue;
       }
-      const Exact first(product, packed, x, r, n);
-      const double tolerance = first.Tolerance(product, packed.shape);
+      const Exact first(matmul, packed, x, r, n);
+      const double tolerance = first.Tolerance(matmul, packed.shape);
       if (!packed.shape.swiglu) {
         worst.Add(r * result.ldy + n, got, first.sum, tolerance);
         continue;
       }
-      const Exact second(product, packed, x, r, outputs + n);
-      const double gate = first.sum, up = second.sum, up_error = second.Tolerance(product, packed.shape);
+      const Exact second(matmul, packed, x, r, outputs + n);
+      const double gate = first.sum, up = second.sum, up_error = second.Tolerance(matmul, packed.shape);
       const double silu = gate / (1 + std::exp(-gate)), wanted = silu * up;
-      // |silu'| < 1.1; Exp, the sum, the quotient and the product round; past -88.3 the exponential stops growing.
+      // |silu'| < 1.1; Exp, the sum, the quotient and the multiplication round; below -88.3 the exponential stops
+      // growing.
       worst.Add(r * result.ldy + n, got, wanted,
                 1.1 * tolerance * (std::fabs(up) + up_error) + std::fabs(silu) * up_error +
                     16 * kUnit * std::fabs(wanted) + 1e-36 * (std::fabs(up) + 1));
     }
   }
-  worst.Expect("scalar, " + Name(packed, product, x.rows));
+  worst.Expect("scalar, " + Name(packed, matmul, x.rows));
 }
 
-// Every finish follows from the plain product (or kSwiglu) by operations that round once, so it is known to the bit.
-void CheckFinish(Product product, const Packed& packed, Rows& x, Finish finish, bool with_residual,
+// Every finish follows from the plain result (or kSwiglu) by operations that round once, so its bits are known.
+void CheckFinish(Matmul matmul, const Packed& packed, Rows& x, Finish finish, bool with_residual,
                  bool with_bias = false) {
   const bool swiglu = packed.shape.swiglu;
   const int64_t outputs = packed.matrix.outputs();
-  const std::string what = "scalar, " + Name(packed, product, x.rows);
+  const std::string what = "scalar, " + Name(packed, matmul, x.rows);
   Result plain(packed, swiglu ? Finish::kSwiglu : Finish::kStore, x.rows, false, false);
-  RunAll(kScalarKernels, product, packed, x, &plain);
+  RunAll(kScalarKernels, matmul, packed, x, &plain);
   Result result(packed, finish, x.rows, with_residual, true, with_bias);
   std::vector<float> wanted = result.y;
-  RunAll(kScalarKernels, product, packed, x, &result);
+  RunAll(kScalarKernels, matmul, packed, x, &result);
   if (finish == Finish::kSwigluQuant) {
     QuantBuffer q(x.rows, outputs);
     kScalarKernels.linear.quantize_rows(plain.y.data(), outputs, x.rows, outputs, q.Rows());
@@ -200,34 +200,34 @@ void CheckFinish(Product product, const Packed& packed, Rows& x, Finish finish, 
   ExpectSame(result.y, wanted, what + added + (with_residual ? ", residual" : ", scattered or stored"));
 }
 
-// Every table, unit by unit from the last to the first, against the scalar table in one go.
-void CheckTables(Product product, const Packed& packed, Rows& x, Finish finish, bool with_residual,
+// Compare every table, unit by unit from the last to the first, with one call of the scalar table.
+void CheckTables(Matmul matmul, const Packed& packed, Rows& x, Finish finish, bool with_residual,
                  bool with_bias = false) {
   Result reference(packed, finish, x.rows, with_residual, true, with_bias);
-  RunAll(kScalarKernels, product, packed, x, &reference);
+  RunAll(kScalarKernels, matmul, packed, x, &reference);
   for (const Kernels* table : FastTables()) {
     Result result(packed, finish, x.rows, with_residual, true, with_bias);
     for (int64_t unit = packed.matrix.units() - 1; unit >= 0; --unit) {
-      Run(*table, product, packed, unit, unit + 1, x, x.rows, result.out);
+      Run(*table, matmul, packed, unit, unit + 1, x, x.rows, result.out);
     }
-    const std::string what = std::string(table->name) + ", " + Name(packed, product, x.rows);
+    const std::string what = std::string(table->name) + ", " + Name(packed, matmul, x.rows);
     ExpectSame(result.y, reference.y, what);
     result.q.ExpectSame(reference.q, what);
   }
 }
 
 // A row's result does not depend on how many rows there are.
-void CheckRowAlone(Product product, const Packed& packed, Rows& x, int64_t row) {
+void CheckRowAlone(Matmul matmul, const Packed& packed, Rows& x, int64_t row) {
   const Finish finish = packed.shape.swiglu ? Finish::kSwiglu : Finish::kStore;
   Result all(packed, finish, x.rows, false, false);
-  RunAll(kScalarKernels, product, packed, x, &all);
+  RunAll(kScalarKernels, matmul, packed, x, &all);
   const float* from = x.x.data() + row * x.columns;
   Rows one(1, x.columns, std::vector<float>(from, from + x.columns));
   Result alone(packed, finish, 1, false, false);
-  RunAll(kScalarKernels, product, packed, one, &alone);
+  RunAll(kScalarKernels, matmul, packed, one, &alone);
   const float* wanted = all.y.data() + row * all.ldy;
   ExpectSame(alone.y, std::vector<float>(wanted, wanted + all.ldy), "row " + std::to_string(row) + " alone, " +
-                                                                        Name(packed, product, x.rows));
+                                                                        Name(packed, matmul, x.rows));
 }
 
 constexpr Kind kIntegerKinds[] = {Kind::kInt3, Kind::kInt4, Kind::kInt5, Kind::kInt6, Kind::kInt8, Kind::kInt8Split};
@@ -252,7 +252,7 @@ const std::vector<Shape>& IntegerShapes() {
       for (const int64_t columns : {1, 5, 16, 31, 33, 48, 70, 100, 129}) {
         for (const int64_t group : {16, 32, 64, 160}) {
           const int64_t rounded = (columns + 31) / 32 * 32, width = group < rounded ? group : rounded;
-          if (width < group && group < 160) continue;  // that is the next narrower group
+          if (width < group && group < 160) continue;  // the next smaller group covers this
           const ScaleKind scale = count % 2 == 0 ? ScaleKind::kFloat16 : ScaleKind::kFloat32;
           const bool zeros = count % 3 == 0 && kind != Kind::kInt8Split, swiglu = count % 4 == 0;
           const int64_t n = remainders[count++ % 5];
@@ -265,7 +265,7 @@ const std::vector<Shape>& IntegerShapes() {
   return shapes;
 }
 
-void TestIntegerProducts() {
+void TestIntegerMatmul() {
   uint32_t seed = 1;
   for (const Shape& shape : IntegerShapes()) {
     const Packed packed(shape, ++seed);
@@ -274,25 +274,25 @@ void TestIntegerProducts() {
     std::vector<Finish> finishes = {Finish::kStore, Finish::kScatterAdd};
     if (shape.swiglu) finishes = {Finish::kSwiglu, Finish::kSwigluQuant};
     Result result(packed, finishes[0], count, false);
-    RunAll(kScalarKernels, Product::kInt8, packed, x, &result);
-    CheckAgainstDouble(Product::kInt8, packed, x, result);
+    RunAll(kScalarKernels, Matmul::kInt8, packed, x, &result);
+    CheckAgainstDouble(Matmul::kInt8, packed, x, result);
     for (const Finish finish : finishes) {
-      CheckFinish(Product::kInt8, packed, x, finish, false);
-      CheckTables(Product::kInt8, packed, x, finish, false);
+      CheckFinish(Matmul::kInt8, packed, x, finish, false);
+      CheckTables(Matmul::kInt8, packed, x, finish, false);
     }
     if (!shape.swiglu) {
       for (const bool residual : {false, true}) {
-        CheckFinish(Product::kInt8, packed, x, Finish::kStore, residual, true);
-        CheckTables(Product::kInt8, packed, x, Finish::kStore, residual, true);
+        CheckFinish(Matmul::kInt8, packed, x, Finish::kStore, residual, true);
+        CheckTables(Matmul::kInt8, packed, x, Finish::kStore, residual, true);
       }
-      CheckFinish(Product::kInt8, packed, x, Finish::kStore, true);
-      CheckTables(Product::kInt8, packed, x, Finish::kStore, true);
+      CheckFinish(Matmul::kInt8, packed, x, Finish::kStore, true);
+      CheckTables(Matmul::kInt8, packed, x, Finish::kStore, true);
     }
-    CheckRowAlone(Product::kInt8, packed, x, count / 2);
+    CheckRowAlone(Matmul::kInt8, packed, x, count / 2);
   }
 }
 
-// All numbers of rows, so every remainder of a tile of rows in every kind.
+// All numbers of rows, so that every remainder of a tile of rows occurs for every kind.
 void TestEveryNumberOfRows() {
   uint32_t seed = 1000;
   for (const Kind kind :
@@ -301,17 +301,17 @@ void TestEveryNumberOfRows() {
       const bool zeros = seed % 2 == 0 && kind < Kind::kInt8Split;
       const Packed packed({kind, swiglu ? 68 : 34, 64, 32, ScaleKind::kFloat16, zeros, swiglu}, ++seed);
       const Packed halves({kind, swiglu ? 68 : 34, 75, 16, ScaleKind::kFloat16, zeros, swiglu}, ++seed);
-      const Product product = kind == Kind::kFp8E4M3 ? Product::kFloat : Product::kInt8;
+      const Matmul matmul = kind == Kind::kFp8E4M3 ? Matmul::kFloat : Matmul::kInt8;
       for (int64_t count = 1; count <= 18; ++count) {
         for (const Packed* each : {&packed, &halves}) {
           Rows x(count == 18 ? 64 : count, each->shape.columns, ++seed);
-          CheckTables(product, *each, x, swiglu ? Finish::kSwiglu : Finish::kStore, false);
-          CheckRowAlone(product, *each, x, x.rows - 1);
+          CheckTables(matmul, *each, x, swiglu ? Finish::kSwiglu : Finish::kStore, false);
+          CheckRowAlone(matmul, *each, x, x.rows - 1);
         }
       }
-      Rows x(131, 64, ++seed);  // more than linear_float takes at once
-      CheckTables(product, packed, x, swiglu ? Finish::kSwigluQuant : Finish::kScatterAdd, false);
-      CheckRowAlone(product, packed, x, 130);
+      Rows x(131, 64, ++seed);  // more than linear_float processes at once
+      CheckTables(matmul, packed, x, swiglu ? Finish::kSwigluQuant : Finish::kScatterAdd, false);
+      CheckRowAlone(matmul, packed, x, 130);
     }
   }
 }
@@ -325,12 +325,12 @@ void TestUpperHalves() {
         const Packed packed({Kind::kInt8Split, n, columns, group == 48 ? 64 : group, scale}, ++seed);
         Rows x(1 + seed % 9, packed.shape.columns, seed);
         Result result(packed, Finish::kStore, x.rows, false);
-        RunAll(kScalarKernels, Product::kHigh, packed, x, &result);
-        CheckAgainstDouble(Product::kHigh, packed, x, result);
-        CheckFinish(Product::kHigh, packed, x, Finish::kStore, true, true);
-        CheckFinish(Product::kHigh, packed, x, Finish::kStore, true);
-        CheckTables(Product::kHigh, packed, x, Finish::kStore, true);
-        CheckTables(Product::kHigh, packed, x, Finish::kScatterAdd, false);
+        RunAll(kScalarKernels, Matmul::kHigh, packed, x, &result);
+        CheckAgainstDouble(Matmul::kHigh, packed, x, result);
+        CheckFinish(Matmul::kHigh, packed, x, Finish::kStore, true, true);
+        CheckFinish(Matmul::kHigh, packed, x, Finish::kStore, true);
+        CheckTables(Matmul::kHigh, packed, x, Finish::kStore, true);
+        CheckTables(Matmul::kHigh, packed, x, Finish::kScatterAdd, false);
       }
     }
   }
@@ -358,7 +358,7 @@ std::vector<Shape> FloatShapes() {
   return shapes;
 }
 
-void TestFloatProducts() {
+void TestFloatMatmul() {
   uint32_t seed = 3000;
   for (const Shape& shape : FloatShapes()) {
     const Packed packed(shape, ++seed);
@@ -366,20 +366,20 @@ void TestFloatProducts() {
     std::vector<Finish> finishes = {Finish::kStore, Finish::kScatterAdd};
     if (shape.swiglu) finishes = {Finish::kSwiglu, Finish::kSwigluQuant};
     Result result(packed, finishes[0], x.rows, false);
-    RunAll(kScalarKernels, Product::kFloat, packed, x, &result);
-    CheckAgainstDouble(Product::kFloat, packed, x, result);
+    RunAll(kScalarKernels, Matmul::kFloat, packed, x, &result);
+    CheckAgainstDouble(Matmul::kFloat, packed, x, result);
     for (const Finish finish : finishes) {
-      CheckFinish(Product::kFloat, packed, x, finish, finish == Finish::kStore);
-      CheckTables(Product::kFloat, packed, x, finish, finish == Finish::kStore);
+      CheckFinish(Matmul::kFloat, packed, x, finish, finish == Finish::kStore);
+      CheckTables(Matmul::kFloat, packed, x, finish, finish == Finish::kStore);
       if (finish != Finish::kStore) continue;
-      CheckFinish(Product::kFloat, packed, x, finish, false, true);
-      CheckTables(Product::kFloat, packed, x, finish, true, true);
+      CheckFinish(Matmul::kFloat, packed, x, finish, false, true);
+      CheckTables(Matmul::kFloat, packed, x, finish, true, true);
     }
-    CheckRowAlone(Product::kFloat, packed, x, x.rows / 2);
+    CheckRowAlone(Matmul::kFloat, packed, x, x.rows / 2);
   }
 }
 
-// Scales at the ends of their types overflow and underflow alike everywhere; what stays finite is right.
+// Scales at the ends of their range overflow and underflow the same way everywhere; finite results are correct.
 void TestExtremeScales() {
   uint32_t seed = 4000;
   for (Shape shape : FloatShapes()) {
@@ -387,21 +387,21 @@ void TestExtremeScales() {
     shape.scales = Scales::kExtreme;
     const Packed packed(shape, ++seed);
     Rows x(3, shape.columns, ++seed);
-    for (const Product product : {Product::kInt8, Product::kFloat}) {
-      if (product == Product::kInt8 && !shape.integer()) continue;
-      CheckTables(product, packed, x, shape.swiglu ? Finish::kSwiglu : Finish::kStore, false);
+    for (const Matmul matmul : {Matmul::kInt8, Matmul::kFloat}) {
+      if (matmul == Matmul::kInt8 && !shape.integer()) continue;
+      CheckTables(matmul, packed, x, shape.swiglu ? Finish::kSwiglu : Finish::kStore, false);
       if (shape.swiglu) {
-        CheckTables(product, packed, x, Finish::kSwigluQuant, false);
+        CheckTables(matmul, packed, x, Finish::kSwigluQuant, false);
       } else if (shape.scale == ScaleKind::kFloat16) {
         Result result(packed, Finish::kStore, 3, false);
-        RunAll(kScalarKernels, product, packed, x, &result);
-        CheckAgainstDouble(product, packed, x, result);
+        RunAll(kScalarKernels, matmul, packed, x, &result);
+        CheckAgainstDouble(matmul, packed, x, result);
       }
     }
   }
 }
 
-// The largest codes on both sides, where sums of products would leave 16 bits.
+// The largest codes on both sides, where sums of int8 products exceed 16 bits.
 void TestLargestCodes() {
   for (const Kind kind : kIntegerKinds) {
     for (const uint8_t fill : {0x00, 0xFF}) {
@@ -421,9 +421,9 @@ void TestLargestCodes() {
         }
         Rows x(5, 64, std::vector<float>(5 * 64, sign * 3.25f));
         Result result(packed, Finish::kStore, 5, false);
-        RunAll(kScalarKernels, Product::kInt8, packed, x, &result);
-        CheckAgainstDouble(Product::kInt8, packed, x, result);
-        CheckTables(Product::kInt8, packed, x, Finish::kStore, false);
+        RunAll(kScalarKernels, Matmul::kInt8, packed, x, &result);
+        CheckAgainstDouble(Matmul::kInt8, packed, x, result);
+        CheckTables(Matmul::kInt8, packed, x, Finish::kStore, false);
       }
     }
   }
@@ -443,11 +443,11 @@ void TestNaNAndInfinityStayInTheirRow() {
                              Shape{Kind::kBFloat16, 66, 33, 33, ScaleKind::kNone, false, true}}) {
     const Packed packed(shape, ++seed);
     const Finish finish = shape.swiglu ? Finish::kSwiglu : Finish::kStore;
-    for (const Product product : {Product::kInt8, Product::kFloat}) {
-      if (product == Product::kInt8 && !shape.integer()) continue;
+    for (const Matmul matmul : {Matmul::kInt8, Matmul::kFloat}) {
+      if (matmul == Matmul::kInt8 && !shape.integer()) continue;
       Rows clean(9, shape.columns, ++seed);
       Result wanted(packed, finish, 9, false, false);
-      RunAll(kScalarKernels, product, packed, clean, &wanted);
+      RunAll(kScalarKernels, matmul, packed, clean, &wanted);
       for (const float bad : {NAN, std::numeric_limits<float>::infinity()}) {
         for (const int64_t row : {0, 4, 8}) {
           std::vector<float> values = clean.x;
@@ -455,13 +455,13 @@ void TestNaNAndInfinityStayInTheirRow() {
           Rows x(9, shape.columns, values);
           for (const Kernels* table : tables) {
             Result result(packed, finish, 9, false, false);
-            RunAll(*table, product, packed, x, &result);
-            const std::string what = std::string(table->name) + ", " + Name(packed, product, 9);
+            RunAll(*table, matmul, packed, x, &result);
+            const std::string what = std::string(table->name) + ", " + Name(packed, matmul, 9);
             for (int64_t i = 0; i < static_cast<int64_t>(result.y.size()); ++i) {
               const float got = result.y[static_cast<size_t>(i)], expected = wanted.y[static_cast<size_t>(i)];
               if (i / result.ldy != row) {
                 EXPECT(SameFloat(got, expected), "%s: a neighbour of %g in row %d", what.c_str(), double(bad), int(row));
-              } else if (std::isnan(bad) || product == Product::kInt8) {
+              } else if (std::isnan(bad) || matmul == Matmul::kInt8) {
                 EXPECT(std::isnan(got), "%s: %g of a row with %g", what.c_str(), double(got), double(bad));
               }
             }
@@ -475,10 +475,10 @@ void TestNaNAndInfinityStayInTheirRow() {
 }  // namespace
 
 int main() {
-  TestIntegerProducts();
+  TestIntegerMatmul();
   TestEveryNumberOfRows();
   TestUpperHalves();
-  TestFloatProducts();
+  TestFloatMatmul();
   TestExtremeScales();
   TestLargestCodes();
   TestNaNAndInfinityStayInTheirRow();

@@ -1,5 +1,5 @@
-// Random packed matrices with their exact weights beside them, written from the description in layout.h and sharing no
-// code with what reads it.
+// Random packed matrices together with their exact weights, written from the description in layout.h. Shares no code
+// with the reader.
 #ifndef EDGELM_TESTS_PACKED_MATRIX_H_
 #define EDGELM_TESTS_PACKED_MATRIX_H_
 
@@ -43,7 +43,7 @@ struct Shape {
   }
 };
 
-// sign, exponent and fraction of a small float with the given bias, as a number. Infinities and NaN are not made here.
+// The value of a small float of sign, exponent and fraction bits. Not for infinities and NaN.
 inline double Decode(uint32_t bits, int exponent_bits, int fraction_bits) {
   const int bias = (1 << (exponent_bits - 1)) - 1;
   const int exponent = static_cast<int>(bits >> fraction_bits) & ((1 << exponent_bits) - 1);
@@ -111,7 +111,7 @@ struct Packed {
 
   uint32_t Random(uint32_t below) { return static_cast<uint32_t>(engine_() % below); }
 
-  // Writes row n of a tile and remembers what it means.
+  // Write row n of a tile and remember its weights.
   void WriteRow(int64_t row, int64_t tile, int64_t n) {
     const Shape& s = shape;
     const int64_t in_record = s.span() / s.group;
@@ -126,7 +126,7 @@ struct Packed {
       }
       for (int64_t k = 0; k < s.group; ++k) {
         const int64_t column = g * s.group + k, within = half * 16 + k;
-        // What lies beyond the last column is anything: nobody is to use it.
+        // Codes beyond the last column are random, since nothing may use them.
         const double value = s.integer() ? WriteCode(record + head_, tile, n, within, column) - zero
                                          : WriteFloat(record + head_, n, within);
         if (column < s.columns) weights[static_cast<size_t>(row * s.columns + column)] = value * scale;
@@ -139,7 +139,7 @@ struct Packed {
     const bool extreme = shape.scales == Scales::kExtreme;
     if (shape.scale == ScaleKind::kFloat16) {
       static const uint16_t kExtreme[] = {0x7BFF, 0x0001, 0x0000, 0x8000, 0xFBFF, 0x8001, 0x03FF, 0xA000};
-      // Of either sign, from 2^-9 to 2^-5.
+      // A scale of either sign, from 2^-9 to 2^-5.
       const uint32_t bits = extreme ? kExtreme[Random(8)] : Random(2) << 15 | (6 + Random(4)) << 10 | Random(1024);
       const uint16_t half = static_cast<uint16_t>(bits);
       std::memcpy(record + 2 * n, &half, 2);

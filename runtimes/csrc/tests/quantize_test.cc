@@ -1,4 +1,4 @@
-// Does every instruction set give the scalar reference's bits, and is the reference right?
+// Tests quantisation: every instruction set gives the scalar reference's bits, and the reference is correct.
 #include "quantize.h"
 
 #include <cmath>
@@ -25,7 +25,7 @@ std::string Name(const Case& c) {
 }
 
 std::vector<float> Targets(const Case& c) {
-  // A little less to a little more than what plain rounding maps the largest weight to, as search_targets has them.
+  // From a little less to a little more than the code of the largest weight in plain rounding, as in search_targets.
   const float half = static_cast<float>(1 << (c.bits - 1)), levels = 2.0f * half - 1.0f;
   const float low = c.symmetric ? half - 1.1f : levels - 0.8f;
   const float step = (c.symmetric ? half * 1.3f : levels * 1.3f) / (c.bits == 8 ? 256.0f : 32.0f);

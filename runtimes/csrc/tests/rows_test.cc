@@ -1,4 +1,5 @@
-// Do quantisation of rows, RMSNorm and softmax compute what their definitions say, with the same bits in every table?
+// Tests quantisation of rows, RMSNorm and softmax: results against their definitions, and the same bits with every
+// table.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -16,7 +17,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // -- quantize_rows -----------------------------------------------------------------------------------------------------
 
-// Blocks of all sizes, and ones that ask something of the scale.
+// Blocks of all sizes, some with extreme scales.
 std::vector<float> Activations(int64_t rows, int64_t columns, uint32_t seed) {
   std::vector<float> x = RandomRows(rows * columns, seed);
   const float extremes[] = {1.0f, 0.0f, 3e38f, 1e-38f, 1e-45f, 0x1p-100f, 0x1p-101f, -2.5e-7f};
@@ -28,7 +29,7 @@ std::vector<float> Activations(int64_t rows, int64_t columns, uint32_t seed) {
   return x;
 }
 
-// Against the definition, in double, one block of up to 32.
+// Check one block of up to 32 against the definition, in double.
 void CheckBlock(const float* x, int64_t count, const int8_t* codes, float scale, int32_t offset,
                 const std::string& what) {
   double largest = 0;
@@ -50,7 +51,7 @@ void CheckBlock(const float* x, int64_t count, const int8_t* codes, float scale,
   EXPECT(scale == wanted, "%s: scale %g, not %g", what.c_str(), double(scale), double(wanted));
   for (int64_t i = 0; i < count; ++i) {
     const double exact = zero ? 0 : x[i] * 127.0 / largest;
-    // Two roundings before the one to an integer: of the inverse and of the product.
+    // Two roundings precede the one to an integer: the inverse and the multiplication.
     EXPECT(std::fabs(codes[i] - exact) <= 0.5 + 2.1 * kUnit * std::fabs(exact), "%s: code %d of %.9g", what.c_str(),
            codes[i], exact);
   }
@@ -133,7 +134,8 @@ void TestRmsNorm() {
         double squares = 0;
         for (int64_t i = 0; i < columns; ++i) squares += std::pow(double(x[static_cast<size_t>(r * ldx + i)]), 2);
         const double factor = 1 / std::sqrt(squares / static_cast<double>(columns) + eps);
-        // A lane's sum has columns / 16 terms, all positive; 4 additions, division, eps, root, inverse, two products.
+        // A lane's sum has columns / 16 terms, all positive; 4 additions, division, eps, root, inverse, two
+        // multiplications.
         const double roundings = static_cast<double>(columns) / 16 + 12;
         for (int64_t i = 0; i < ldy; ++i) {
           const bool inside = i < columns;
@@ -182,7 +184,7 @@ void TestRmsNormKeepsNaNAndInfinityInTheirRows() {
 void TestSoftmax() {
   uint32_t seed = 40;
   for (const int64_t columns : {1, 2, 7, 15, 16, 17, 31, 33, 64, 65, 300}) {
-    // 30: some results below float32's smallest normal; shifted: the maximum is what is subtracted, not 0.
+    // 30: some results below float32's smallest normal; shifted: the maximum must be subtracted.
     for (const float deviation : {0.1f, 1.0f, 30.0f, 1000.0f}) {
       for (const float shift : {0.0f, -500.0f, 2000.0f}) {
         const int64_t rows = 2;
@@ -200,8 +202,8 @@ void TestSoftmax() {
           for (int64_t i = 0; i < columns; ++i) sum += std::exp(row[i] - top);
           for (int64_t i = 0; i < columns; ++i) {
             const double distance = std::fmin(std::fabs(row[i] - top), 90), wanted = std::exp(row[i] - top) / sum;
-            // The difference is rounded (an error of e^x relative to x), Exp takes 3 more, then the sum and the quotient.
-            // Below e^-87.3 it stops falling: 1.3e-38 for each of the columns.
+            // The difference is rounded (an error of e^x relative to x), Exp adds 3 more, then the sum and the
+            // quotient. Below e^-87.3 Exp stops decreasing: 1.3e-38 for each of the columns.
             const double relative = kUnit * (distance + 20 + static_cast<double>(columns) / 16 + 6);
             worst.Add(r * columns + i, reference[static_cast<size_t>(r * columns + i)], wanted,
                       relative * wanted + 1.3e-38 * (1 + wanted * static_cast<double>(columns)));

@@ -1,4 +1,4 @@
-// What tests of kernels share: the tables that run here, comparison of bits, and guarded outputs.
+// Shared by the tests of kernels: the tables that run here, comparison of bits, and guarded outputs.
 #ifndef EDGELM_TESTS_TABLES_H_
 #define EDGELM_TESTS_TABLES_H_
 
@@ -24,7 +24,7 @@ namespace edgelm_test {
 
 constexpr double kUnit = 0x1p-24;  // float32's unit roundoff
 
-// Every table but the scalar one that this processor runs. Says once what is left out.
+// Every table except scalar that this CPU can run. Prints once which are left out.
 inline const std::vector<const edgelm::Kernels*>& FastTables() {
   static const std::vector<const edgelm::Kernels*> tables = [] {
     std::vector<const edgelm::Kernels*> found;
@@ -42,7 +42,7 @@ inline const std::vector<const edgelm::Kernels*>& FastTables() {
   return tables;
 }
 
-// Equal bits; any NaN equals any other, whose sign and payload say which operand of an addition came first.
+// Whether the bits are equal. All NaN count as equal, since sign and payload depend on the order of operands.
 inline bool SameFloat(float a, float b) {
   return std::memcmp(&a, &b, 4) == 0 || (std::isnan(a) && std::isnan(b));
 }
@@ -62,7 +62,7 @@ inline void ExpectSame(const std::vector<float>& got, const std::vector<float>& 
          static_cast<double>(got[static_cast<size_t>(at)]), static_cast<double>(wanted[static_cast<size_t>(at)]));
 }
 
-// The element furthest outside its tolerance. NaN is never within.
+// The element furthest outside its tolerance. NaN is always outside.
 struct Worst {
   double excess = 0, got = 0, wanted = 0, tolerance = 0;
   int64_t at = -1;
@@ -87,7 +87,7 @@ inline std::vector<float> RandomRows(int64_t count, uint32_t seed, float deviati
   return x;
 }
 
-// Quantised rows and their memory, filled with what no kernel writes.
+// Quantised rows and their memory, filled with values that no kernel writes.
 struct QuantBuffer {
   std::vector<int8_t> codes;
   std::vector<float> scales;

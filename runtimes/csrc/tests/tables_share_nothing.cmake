@@ -1,4 +1,4 @@
-# Fails if an object of OBJECTS defines a weak symbol or more than one global one, its table.
+# Fails if an object of OBJECTS defines a weak symbol, or any global symbol besides its table.
 if(NOT OBJECTS)
   message(FATAL_ERROR "no objects given")
 endif()

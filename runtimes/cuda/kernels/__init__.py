@@ -1,1 +1,1 @@
-"""The CUDA kernels: sources, compilation, and what each launch is given."""
+"""The CUDA kernels: sources, compilation, and the arguments of each launch."""

@@ -1,16 +1,16 @@
-"""Launches of the kernels in attention.cuh: GroupQueryAttention with its cache.
+"""Launches of the kernels in attention.cuh: GroupQueryAttention with its KV cache.
 
-`docs/reference/operators.md` says what is computed. Here qkv and the result are bfloat16, float16 or float32; a cache is bytes
-[B, G, C, R]: in one sequence and head C * S codes, then, for int8 and fp8, C float32 scales.
+`docs/reference/operators.md` defines the operator. Here qkv and the result are bfloat16, float16 or float32. A cache is
+bytes [B, G, C, R]: for one sequence and head C * S codes, then, for int8 and fp8, C float32 scales.
 
 | new tokens | launches |
 |---|---|
-| T * H / G <= 16 rows, `counters` given | 1: decode, which prepares what it needs itself |
+| T * H / G <= 16 rows, `counters` given | 1: decode, which also prepares queries, keys and values |
 | T * H / G <= 16 rows | 2: prepare, split |
-| more | 2: prepare, prefill (64 rows a block) or, where these are plenty, wide (128) |
+| more | 2: prepare, prefill (64 rows per block) or, with many rows, wide (128) |
 | float32 | 2: prepare, exact |
 
-Lengths stay on the device: grids depend on shapes alone, so that a CUDA graph can be replayed as the cache fills.
+Lengths stay on the device: grids depend on shapes only, so that a CUDA graph can be replayed as the cache grows.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ HEADER = "attention/attention.cuh"
 
 HEAD_SIZES = (32, 64, 128)
 CODE_BYTES = {"f16": 2, "bf16": 2, "f32": 4, "int8": 1, "fp8": 1}
-"""What a cache can hold, and the bytes of one code."""
+"""The types of a cache, and the bytes of one code."""
 FEW_ROWS = 16
-"""Rows, T * H / G, up to which the cache is split over the warps of a block."""
+"""The largest number of rows, T * H / G, for which the warps of a block divide the cache."""
 
 _THREADS = 128
 _TILE_KEYS = 64
-_MAX_SPLITS = {16: 32, 64: 16, 128: 16}  # by rows of a block
+_MAX_SPLITS = {16: 32, 64: 16, 128: 16}  # by rows per block
 _CACHE_TYPES = {"f16": "f16", "bf16": "bf16", "f32": "float", "int8": "i8", "fp8": "e4m3"}
 _ARGS = struct.Struct("<14Q7i4fi")  # AttentionArgs in attention_cache.cuh
 _BODIES = {
@@ -49,21 +49,21 @@ _MIN_BLOCKS = {"prepare": 4, "decode": 2, "split": 2, "prefill": 2, "wide": 2, "
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What one call of the operator is about.
+    """The shape of one call of the operator.
 
     Attributes:
         batch: sequences, B.
         tokens: new tokens of each, T, padding included.
         heads: query heads, H.
         kv_heads: key and value heads, G, which divides H.
-        size: numbers of a head, S: 32, 64 or 128.
-        capacity: tokens that the cache has room for, C; of int8 and fp8 caches a multiple of 4.
+        size: head size, S: 32, 64 or 128.
+        capacity: tokens that the cache has room for, C; a multiple of 4 for int8 and fp8.
         positions: rows of the rotary tables, at least C.
-        activations: type of qkv and the result: bf16, f16, or f32 (exact, with an f32 cache).
-        cache: what the cache holds: bf16, f16, int8, fp8, or f32.
+        activations: type of qkv and the result: bf16, f16, or f32 (with an f32 cache).
+        cache: type of the cache: bf16, f16, int8, fp8, or f32.
 
     Raises:
-        DeviceError: there are no kernels for such a shape.
+        DeviceError: there are no kernels for the shape.
     """
 
     batch: int
@@ -103,7 +103,7 @@ class AttentionShape:
 
     @property
     def rows(self) -> int:
-        """Rows of one sequence and key/value head."""
+        """Rows per sequence and KV head, T * H / G."""
         return self.tokens * self.heads // self.kv_heads
 
     @property
@@ -112,7 +112,7 @@ class AttentionShape:
         return self.rows <= FEW_ROWS
 
     def cache_bytes(self) -> int:
-        """Bytes of the key cache, and of the value cache."""
+        """Bytes of the key cache; the value cache has the same size."""
         return self.batch * self.kv_heads * self.capacity * row_bytes(self.cache, self.size)
 
     def counter_bytes(self) -> int:
@@ -122,25 +122,25 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class AttentionBuffers:
-    """Addresses on the device; 0 where there is none.
+    """Addresses on the device; 0 for an absent buffer.
 
     Attributes:
         qkv: A [B, T, (H + 2 G) S].
-        key_cache: bytes [B, G, C, R], changed in place.
-        value_cache: likewise.
-        past_lengths: int32 [B], tokens in the cache. past + new tokens must not exceed C: what would lie beyond is
-            dropped.
+        key_cache: bytes [B, G, C, R], updated in place.
+        value_cache: bytes [B, G, C, R], updated in place.
+        past_lengths: int32 [B], tokens in the cache. past + new tokens must not exceed C; tokens beyond are dropped.
         cos: float32 [positions, S / 2].
-        sin: likewise.
+        sin: float32 [positions, S / 2].
         out: A [B, T, H S].
         workspace: `workspace_bytes` of scratch memory.
-        q_norm: float32 [H S], or [S] where `q_norm_per_head`; or 0.
-        k_norm: float32 [G S], or [S] where `k_norm_per_head`; both or none.
+        q_norm: float32 [H S], or [S] if `q_norm_per_head`; or 0.
+        k_norm: float32 [G S], or [S] if `k_norm_per_head`; or 0, as q_norm.
         new_lengths: int32 [B], or 0: all T are new.
-        counters: `AttentionShape.counter_bytes` of zeros, which the kernels leave as zeros, or 0. Only calls on one
-            stream may share them. They spare a launch for few rows.
-        q_norm_per_head: q_norm has the size of one head, and each head of the queries is normed by itself.
-        k_norm_per_head: likewise of the keys.
+        counters: `AttentionShape.counter_bytes` of zeros, or 0. The kernels reset them to zeros. Only calls on one
+        stream may
+            share them. They save a launch for few rows.
+        q_norm_per_head: q_norm has the size of one head; each head of the queries is normed separately.
+        k_norm_per_head: the same for the keys.
     """
 
     qkv: int
@@ -160,19 +160,19 @@ class AttentionBuffers:
 
 
 def row_bytes(kind: str, size: int) -> int:
-    """Bytes of the cache for one head and token.
+    """Return the bytes of the cache per head and token.
 
     Raises:
-        DeviceError: there is no such cache.
+        DeviceError: `kind` is not a type of cache.
     """
     if kind not in CODE_BYTES:
-        raise DeviceError(f"there is no {kind} cache on a GPU, only {', '.join(CODE_BYTES)}")
+        raise DeviceError(f"there is no {kind} cache on a GPU: choose {', '.join(CODE_BYTES)}")
     return CODE_BYTES[kind] * size + (4 if CODE_BYTES[kind] == 1 else 0)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a call is cut: rows of a block, blocks of the rows of one sequence and head, ranges of keys."""
+    """Division of a call: rows per block, blocks per sequence and KV head, splits of the keys."""
 
     block_rows: int
     row_blocks: int
@@ -184,13 +184,13 @@ class _Plan:
         wide = heads * -(-shape.rows // 128) >= multiprocessors
         block_rows = FEW_ROWS if shape.few else 128 if wide else 64
         row_blocks = -(-shape.rows // block_rows)
-        # As many ranges as keep two blocks on each multiprocessor, of two tiles at least where the cache is full.
+        # As many splits as give each multiprocessor two blocks, but at least two tiles per split of a full cache.
         tiles = -(-shape.capacity // _TILE_KEYS)
         most = min(2 * multiprocessors // (heads * row_blocks), -(-tiles // 2), _MAX_SPLITS[block_rows])
         return cls(block_rows, row_blocks, splits or max(1, most))
 
     def workspace(self, shape: AttentionShape) -> tuple[int, int, int, int, int]:
-        """Where counters, queries, partial results and their totals begin, and where all ends."""
+        """Return the offsets of counters, queries, partial results and their totals, and the total size."""
         heads = shape.batch * shape.kv_heads
         exact = shape.activations == "f32"
         rows = heads * self.row_blocks * self.splits * self.block_rows if self.splits > 1 and not exact else 0
@@ -206,7 +206,8 @@ class _Plan:
 
 
 def workspace_bytes(shape: AttentionShape, multiprocessors: int, splits: int | None = None) -> int:
-    """Bytes of scratch memory; the largest over T is not at the largest T: ask for every T that will be used."""
+    """Return the bytes of scratch memory. They do not grow with T monotonically: compute them for every T that is
+    used."""
     return _Plan.of(shape, multiprocessors, splits).workspace(shape)[-1]
 
 
@@ -220,16 +221,16 @@ def attention_launches(
     scale: float = 0.0,
     splits: int | None = None,
 ) -> tuple[Launch, ...]:
-    """The launches of one GroupQueryAttention.
+    """Return the launches of one GroupQueryAttention.
 
     Args:
         shape: of the call.
-        buffers: where everything is.
-        multiprocessors: of the device, by which the cache is split.
+        buffers: addresses of all buffers.
+        multiprocessors: of the device; determines the splits of the cache.
         epsilon: of the norms.
-        clip: queries, keys and values are clamped to it after the norms; 0: not at all.
+        clip: queries, keys and values are clamped to -clip .. clip after the norms; 0: no clamp.
         scale: of the scores; 0: 1 / sqrt(S).
-        splits: ranges of keys, instead of what the shape and the device suggest.
+        splits: number of splits of the keys; None: chosen by shape and device.
 
     Raises:
         DeviceError: a buffer is missing.
@@ -266,24 +267,25 @@ def attention_launches(
 
 
 def shared_bytes(step: str, cache: str, size: int) -> int:
-    """Shared memory of a block: stages of a tile of keys and values, a tile of widened codes, 128 rows of queries."""
+    """Return the bytes of shared memory per block: stages of keys and values, a tile of upcast codes, 128 rows of
+    queries."""
     if step == "prepare":
         return 64
     if step == "exact":
         return 0
     few = step in ("decode", "split")
     stages = (3 if few else 2) * _TILE_KEYS * 2 * row_bytes(cache, size)
-    widened = _TILE_KEYS * 2 * size * 2 if CODE_BYTES[cache] == 1 and not few else 0
-    return stages + widened + (128 * size * 2 if step == "wide" else 0) + 128
+    upcast = _TILE_KEYS * 2 * size * 2 if CODE_BYTES[cache] == 1 and not few else 0
+    return stages + upcast + (128 * size * 2 if step == "wide" else 0) + 128
 
 
 def kernel_name(step: str, activations: str, cache: str, size: int) -> str:
-    """Name of a kernel, e.g. `attention_decode_bf16_int8_s128`."""
+    """Return the name of a kernel, e.g. `attention_decode_bf16_int8_s128`."""
     return f"attention_{step}_{activations}_{cache}_s{size}"
 
 
 def kernels_for(activations: str, cache: str, size: int) -> tuple[str, ...]:
-    """Every kernel that a model needs whose heads have this size."""
+    """Return all kernels that a model with this head size needs."""
     steps = ("prepare", "exact") if activations == "f32" else ("prepare", "decode", "split", "prefill", "wide")
     return tuple(kernel_name(step, activations, cache, size) for step in steps)
 
@@ -295,10 +297,10 @@ def all_kernels() -> tuple[str, ...]:
 
 
 def instantiation(name: str) -> str:
-    """Return the line of C++ that makes the kernel of that name.
+    """Return the line of C++ that instantiates the kernel `name`.
 
     Raises:
-        KeyError: there is none.
+        KeyError: there is no such kernel.
     """
     if name not in all_kernels():
         raise KeyError(name)

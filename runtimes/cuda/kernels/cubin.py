@@ -1,9 +1,9 @@
-"""What a compiled kernel takes of a multiprocessor, read from the cubin itself: no tool of the CUDA toolkit is needed.
+"""Reads the resources of compiled kernels (registers, stack, shared memory) from a cubin, without the CUDA toolkit.
 
 A cubin is a little-endian ELF64 file. `.text.NAME` is a kernel's code; `.nv.info` holds records about all kernels,
-`.nv.info.NAME` about one. A record is (format byte, attribute byte, 16 bits): the 16 bits are its value, or where the
-format says so the length of the value that follows. NVIDIA documents neither; the numbers below are what `cuobjdump`
-and `ptxas -v` print for the same files, and a test compares them with what the compiler says while it compiles.
+`.nv.info.NAME` about one. A record is (format byte, attribute byte, 16 bits). Depending on the format, the 16 bits are
+its value or the length of the value that follows. NVIDIA does not document this. The numbers below are those for which
+`cuobjdump` and `ptxas -v` print the same values; a test compares them with the compiler's own report.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ __all__ = ["Resources", "architecture", "resources"]
 _SIZED = 4  # record format: the value follows
 _FRAME, _STACK, _REGISTERS, _ARGUMENTS = 0x11, 0x12, 0x2F, 0x0A
 _NOBITS = 8
-# From SM 90 on the first kilobyte of a block's shared memory is the system's; the section counts it.
+# From SM 90 on the first kilobyte of a block's shared memory is reserved by the system, but counted in the section.
 _RESERVED_SHARED, _FIRST_WITH_RESERVED = 1024, 90
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel uses.
+    """Resources of one kernel.
 
     Attributes:
-        registers: 32-bit registers of a thread.
-        local_bytes: bytes of a thread's stack. Registers that did not fit (spills) and arrays that are indexed
-            at run time lie there, in slow memory: our kernels have none.
-        shared_bytes: static shared memory of a block.
-        argument_bytes: size of the kernel's parameters.
+        registers: 32-bit registers per thread.
+        local_bytes: bytes of a thread's stack, in slow memory, for spilled registers and arrays that are indexed at run
+        time.
+            Our kernels must have none.
+        shared_bytes: bytes of static shared memory per block.
+        argument_bytes: bytes of the kernel's parameters.
     """
 
     registers: Count
@@ -53,22 +54,22 @@ class _Section:
 
 
 def architecture(image: bytes) -> int:
-    """The SM a cubin was compiled for, e.g. 86.
+    """Return the SM that a cubin was compiled for, e.g. 86.
 
     Raises:
-        BundleError: not a cubin.
+        BundleError: `image` is not a cubin.
     """
     _check(image)
     (flags,) = struct.unpack_from("<I", image, 48)
-    # Up to interface 7 (CUDA 12) the lowest byte has it, since 8 (CUDA 13) the second.
+    # The lowest byte up to ELF ABI version 7 (CUDA 12), the second byte from 8 (CUDA 13) on.
     return int(flags >> 8 & 0xFF if image[8] >= 8 else flags & 0xFF)
 
 
 def resources(image: bytes) -> dict[str, Resources]:
-    """What each kernel of a cubin uses, by name.
+    """Return the resources of each kernel of a cubin, by name.
 
     Raises:
-        BundleError: not a cubin, or a damaged one.
+        BundleError: `image` is not a cubin, or is damaged.
     """
     _check(image)
     try:
@@ -82,7 +83,7 @@ def _resources(image: bytes) -> dict[str, Resources]:
     by_name = {section.name: section for section in sections}
     code = {name.removeprefix(".text."): s for name, s in by_name.items() if name.startswith(".text.")}
     symbols = _symbols(image, by_name[".symtab"], sections)
-    # Of a kernel alone, and with the functions it calls.
+    # _FRAME is of a kernel alone, _STACK includes the functions that it calls.
     numbers: dict[int, dict[str, int]] = {_FRAME: {}, _STACK: {}, _REGISTERS: {}}
     for attribute, value in _records(image, by_name[".nv.info"]):
         if attribute in numbers:
@@ -97,7 +98,7 @@ def _resources(image: bytes) -> dict[str, Resources]:
         arguments = [struct.unpack("<IHH", v)[2] for a, v in _records(image, own) if a == _ARGUMENTS]
         shared = by_name.get(f".nv.shared.{name}")
         found[name] = Resources(
-            # CUDA 11 wrote the registers into the top byte of the section's info only.
+            # CUDA 11 wrote the number of registers only into the top byte of the section's info.
             registers=numbers[_REGISTERS].get(name, section.info >> 24),
             local_bytes=max(numbers[_FRAME].get(name, 0), numbers[_STACK].get(name, 0)),
             shared_bytes=max(0, shared.size - reserved) if shared is not None else 0,

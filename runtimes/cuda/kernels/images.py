@@ -1,8 +1,8 @@
-"""The compiled kernels of a bundle: a folder `kernels` with one image a target, and `kernels.json` about them.
+"""The compiled kernels of a bundle: a folder `kernels` with one image per target, described by `kernels.json`.
 
     kernels/sm_86.cubin ... kernels/compute_80.ptx   kernels/kernels.json
 
-Its hashes are in the bundle's manifest.
+The bundle's manifest has the hashes of these files.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ __all__ = [
 
 FOLDER = "kernels"
 PREPARED_VARIABLE = "EDGELM_GPU_KERNELS"
-"""Environment variable: a folder of kernels that were compiled beforehand from the same sources, to save the time where
-a GPU is at hand for minutes only (tests/gpu/check.py --prepare makes one)."""
+"""Environment variable: a folder of kernels that were compiled beforehand from the same sources, for machines that have
+a GPU for minutes only (tests/gpu/check.py --prepare writes one)."""
 INDEX = "kernels.json"
 FORMAT = 1
-# A cubin runs on later devices of its generation, except that boards (Orin, Thor) have code of their own.
+# A cubin runs on later devices of its generation, except on boards (Orin, Thor), which need their own.
 _BOARDS = (87, 88, 110)
 _TARGET = re.compile(r"(sm|compute)_[1-9][0-9]{1,2}")
 _ERRORS = ErrorFactory(BundleError, "copy the bundle again")
@@ -50,7 +50,7 @@ _Version = Annotated[int, Range(0, 10_000)]
 
 @dataclass(frozen=True, kw_only=True)
 class _ImageInfo:
-    """One image; `waits` are the kernels of `Image.pdl`."""
+    """One image in `kernels.json`. `waits` are the kernels of `Image.pdl`."""
 
     file: str
     waits: tuple[str, ...] = ()
@@ -59,7 +59,7 @@ class _ImageInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class _Index:
-    """`kernels.json`."""
+    """The contents of `kernels.json`."""
 
     format: int
     nvrtc: tuple[_Version, _Version]
@@ -70,14 +70,14 @@ class _Index:
 
 @dataclass(frozen=True)
 class Image:
-    """What a driver loads.
+    """A compiled image, which the driver loads.
 
     Attributes:
         target: `sm_86` or `compute_80`.
         data: a cubin or PTX text.
-        argument_bytes: size of each kernel's parameters, by name: these are the kernels that it has.
-        compiler: version of the NVRTC that made it.
-        pdl: kernels that may be started before the one before them has ended; see `nvrtc.Compiled`.
+        argument_bytes: bytes of each kernel's parameters, by name of the kernel.
+        compiler: version of the NVRTC that compiled it.
+        pdl: kernels that support programmatic dependent launch; see `nvrtc.Compiled`.
     """
 
     target: str
@@ -90,11 +90,11 @@ class Image:
 def compile_images(
     names: Sequence[str], targets: Sequence[str], progress: Progress | None = None
 ) -> dict[str, nvrtc.Compiled]:
-    """Compile kernels for several targets, as many at a time as there are cores, or take what was prepared.
+    """Compile kernels for several targets in parallel, or use prepared ones.
 
     Raises:
-        ExportError: a kernel does not compile, or NVRTC does not know a target.
-        DeviceError: there is no NVRTC.
+        ExportError: a kernel does not compile, or NVRTC does not support a target.
+        DeviceError: NVRTC is not installed.
     """
     library = nvrtc.load()
     for target in targets:
@@ -125,18 +125,18 @@ def compile_images(
 def compile_bundle_kernels(
     names: Sequence[str], sms: Sequence[int], folder: Path, progress: Progress | None = None, *, ptx: bool = True
 ) -> None:
-    """Compile kernels for these SMs, and as PTX for the others unless `ptx` is false, into `folder` (made if absent).
+    """Compile kernels for these SMs, and with `ptx` as PTX for later ones, into `folder`, which is created if absent.
 
     Raises:
-        ExportError: a kernel does not compile, spills registers, or NVRTC does not know an SM.
-        DeviceError: there is no NVRTC.
+        ExportError: a kernel does not compile, spills registers, or NVRTC does not support an SM.
+        DeviceError: NVRTC is not installed.
     """
     targets = [*dict.fromkeys(f"sm_{sm}" for sm in sms), *([nvrtc.PTX_TARGET] if ptx else [])]
     compiled = compile_images(names, targets, progress)
     for target, one in compiled.items():
         for name, used in one.resources.items():
             if used.local_bytes:
-                raise ExportError(f"{name} spills {used.local_bytes} bytes a thread on {target}: report this bug")
+                raise ExportError(f"{name} spills {used.local_bytes} bytes per thread on {target}: report this bug")
     folder.mkdir(parents=True, exist_ok=True)
     images = {}
     for target, one in compiled.items():
@@ -154,13 +154,13 @@ def compile_bundle_kernels(
 
 
 class KernelFolder:
-    """Reads the folder; an image's bytes are read when it is chosen."""
+    """Reads the folder of compiled kernels. An image's bytes are read when it is chosen."""
 
     def __init__(self, folder: Path) -> None:
-        """Open it.
+        """Open the folder and check `kernels.json`.
 
         Raises:
-            BundleError: it is missing, damaged or of a newer format.
+            BundleError: it is missing, damaged or has a newer format.
         """
         self.folder = folder
         path = folder / INDEX
@@ -171,9 +171,9 @@ class KernelFolder:
         )
         for target, image in index.images.items():
             if not _TARGET.fullmatch(target):
-                raise _ERRORS.at(path, f"images has {quoted(target)}, expected such as sm_86 or compute_80")
+                raise _ERRORS.at(path, f"images has {quoted(target)}, expected a name like sm_86 or compute_80")
             if not re.fullmatch(r"\w[\w.-]*", image.file, re.ASCII):
-                raise _ERRORS.at(path, f"images.{target}.file is {quoted(image.file)}, no name of a file beside it")
+                raise _ERRORS.at(path, f"images.{target}.file is {quoted(image.file)}, expected a file beside it")
         self.compiler = index.nvrtc
         self.source = index.source
         self.argument_bytes = index.argument_bytes
@@ -182,15 +182,15 @@ class KernelFolder:
         self.resources = {target: image.resources for target, image in index.images.items()}
 
     def image(self, names: Sequence[str], capability: tuple[int, int], driver: tuple[int, int]) -> Image:
-        """The image that suits a device best.
+        """Return the best image for a device.
 
         Args:
-            names: kernels that it must have.
+            names: kernels that the image must have.
             capability: of the device, e.g. (8, 6).
-            driver: the CUDA version that its driver speaks.
+            driver: the CUDA version that its driver supports.
 
         Raises:
-            RuntimeUnavailableError: no image runs there, or a kernel is missing.
+            RuntimeUnavailableError: no image runs on the device, or a kernel is missing.
         """
         missing = [name for name in names if name not in self.argument_bytes]
         if missing:
@@ -206,11 +206,11 @@ class KernelFolder:
             raise BundleError(f"{path} cannot be read ({error.strerror}): copy the bundle again") from error
 
     def has(self, names: Sequence[str], target: str) -> bool:
-        """Whether it has all of these kernels for a target."""
+        """Whether the folder has all these kernels for a target."""
         return target in self.files and all(name in self.argument_bytes for name in names)
 
     def compiled(self, names: Sequence[str], target: str) -> nvrtc.Compiled:
-        """An image as the compiler gave it, described for these kernels alone. Raises OSError: it cannot be read."""
+        """Return an image as a compiler result for these kernels. Raises OSError if it cannot be read."""
         return nvrtc.Compiled(
             target,
             (self.folder / self.files[target]).read_bytes(),
@@ -222,10 +222,10 @@ class KernelFolder:
 
 
 def prepared_kernels() -> KernelFolder | None:
-    """The folder that `PREPARED_VARIABLE` names.
+    """Return the folder that `PREPARED_VARIABLE` names, or None.
 
     Raises:
-        BundleError: it is damaged, or was made from other sources.
+        BundleError: it is damaged, or was compiled from other sources.
     """
     named = os.environ.get(PREPARED_VARIABLE)
     if not named:
@@ -233,16 +233,16 @@ def prepared_kernels() -> KernelFolder | None:
     folder = KernelFolder(Path(named))
     if folder.source != sources.fingerprint(*sources.translation_unit(sorted(folder.argument_bytes))):
         raise BundleError(
-            f"{PREPARED_VARIABLE}={named}: these kernels were compiled from other sources: make them again with "
+            f"{PREPARED_VARIABLE}={named}: these kernels were compiled from other sources: compile them again with "
             "`python tests/gpu/check.py --prepare FOLDER`, or unset the variable"
         )
     return folder
 
 
 class KernelCompiler:
-    """Compiles what is asked for with the NVRTC of this machine: for tests and measurements, which have no bundle.
+    """Compiles kernels with the NVRTC of this machine, for tests and measurements without a bundle.
 
-    Where `PREPARED_VARIABLE` names a folder that has it for the device, it comes from there, and NVRTC is not needed.
+    Kernels of the folder that `PREPARED_VARIABLE` names are used where it has them; then NVRTC is not needed.
     """
 
     def image(self, names: Sequence[str], capability: tuple[int, int], driver: tuple[int, int]) -> Image:
@@ -260,15 +260,15 @@ class KernelCompiler:
 def choose(
     targets: Sequence[str], capability: tuple[int, int], compiler: tuple[int, int], driver: tuple[int, int]
 ) -> str:
-    """Which of the targets a device runs best: its own, an earlier one of its generation, or PTX.
+    """Return the best target for a device: its own SM, an earlier SM of its generation, or PTX.
 
     Raises:
-        RuntimeUnavailableError: none of them.
+        RuntimeUnavailableError: the device runs none of them.
     """
     version, spoken = ("{}.{}".format(*pair) for pair in (compiler, driver))
     if driver[0] < compiler[0]:
         raise RuntimeUnavailableError(
-            f"this GPU's driver speaks CUDA {spoken}, and the kernels were compiled with CUDA {version}: update the "
+            f"this GPU's driver supports CUDA {spoken}, and the kernels were compiled with CUDA {version}: update the "
             f"driver to one for CUDA {compiler[0]}.0 or newer, or export the bundle where EDGELM_NVRTC names the NVRTC "
             f"of CUDA {driver[0]}"
         )
@@ -286,7 +286,7 @@ def choose(
     has = ", ".join(targets) or "nothing"
     if older:
         raise RuntimeUnavailableError(
-            f"this GPU is SM {sm}, for which the bundle has PTX of CUDA {version} only, and its driver speaks CUDA "
+            f"this GPU is SM {sm}, for which the bundle has PTX of CUDA {version} only, and its driver supports CUDA "
             f"{spoken}: update the driver, or export with --sm {sm}"
         )
     raise RuntimeUnavailableError(f"this GPU is SM {sm}, and the bundle has kernels for {has}: export with --sm {sm}")

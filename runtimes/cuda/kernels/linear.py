@@ -1,7 +1,7 @@
-"""Launches of the kernels in linear.cuh: matmuls with quantised weights, and the small kernels around them.
+"""Launches of the kernels in linear.cuh: matmuls with quantised weights, and small kernels around them.
 
-A matmul is computed by one of three kernels: "skinny" where few rows make reading the weights all the work, "gemm" on
-tensor cores, and "exact" in float32 throughout (activation f32). Which one depends on shapes alone, never on data.
+One of three kernels computes a matmul: "skinny" for few rows, bound by reading the weights; "gemm" on tensor cores for
+many rows; "exact" in float32 throughout (activation f32). The choice depends on shapes alone, never on data.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from edgelm.runtimes.cuda.device import DeviceInfo, Launch
 HEADER = "linear/linear.cuh"
 
 ACTIVATIONS = ("bf16", "f16")
-"""What tensor cores multiply; f32 stands for the exact kernels."""
+"""Types of activations: bf16 and f16 for tensor cores, f32 for the exact kernels."""
 
-# LinearArgs, RowsArgs, RmsNormArgs, EmbeddingArgs, LastTokenArgs, TopArgs of the sources.
+# LinearArgs, RowsArgs, RmsNormArgs, EmbeddingArgs, LastTokenArgs, TopArgs in the CUDA sources.
 _LINEAR_ARGS = struct.Struct("<10Q3q8i2f3i4x")
 _ROWS_ARGS = struct.Struct("<4Q3i2f4x")
 _RMS_NORM_ARGS = struct.Struct("<4Qif")
@@ -29,16 +29,16 @@ _LAST_TOKEN_ARGS = struct.Struct("<2Q2i")
 _TOP_ARGS = struct.Struct("<4Q3i4x")
 
 TYPES = {"int4": "Int4", "int8": "Int8", "fp8": "e4m3", "f16": "f16", "bf16": "bf16", "f32": "float"}
-"""Element types as the sources call them; int4 and int8 are those of weights."""
+"""C++ names of the element types; int4 and int8 are types of weights."""
 _SKINNY_WIDTHS = (8, 16, 32)
 SKINNY_ROWS = 32
-"""Rows up to which a single matrix is multiplied by the skinny kernel."""
+"""The largest number of rows for which a single matrix uses the skinny kernel."""
 FUSED_ROWS = 8
-"""Rows of x up to which the skinny kernel normalises and rounds itself: each of its blocks does so for all of them."""
+"""The largest number of rows of x that the skinny kernel norms and rounds itself, in each of its blocks."""
 # Tiles of the gemm kernels by name: rows of the matrix, tokens, warps along the rows.
 _GEMM_TILES = {"256": (256, 128, 4), "128": (128, 128, 2), "64": (64, 64, 2)}
 _GEMM_SPEED = {"256": 1.0, "128": 0.8, "64": 0.5}
-"""What is thought of the kernels' relative speed when a device is full; only the choice depends on it."""
+"""Estimated relative speed of the kernels on a busy device; used only to choose one."""
 _GEMM_THREADS = 256
 _GEMM_STAGES = {"256": 3, "128": 3, "64": 6}
 _SKINNY_THREADS = {8: 512, 16: 512, 32: 256}
@@ -46,7 +46,7 @@ _EXACT_TOKENS, _EXACT_WARPS = 4, 8
 _ROW_THREADS = 256
 _TOP_PART = 4096
 
-# Shared memory of a multiprocessor in KiB by capability; a block may have 1 KiB less.
+# Shared memory per multiprocessor in KiB, by compute capability. A block may use 1 KiB less.
 _SHARED_KB = {(8, 0): 164, (8, 6): 100, (8, 7): 164, (8, 9): 100, (9, 0): 228, (10, 0): 228, (11, 0): 228, (12, 0): 100}
 
 
@@ -56,7 +56,7 @@ def all_kernels() -> tuple[str, ...]:
 
 
 def instantiation(name: str) -> str:
-    """Return the line of C++ that makes the kernel of that name."""
+    """Return the line of C++ that instantiates the kernel `name`."""
     args, threads, blocks, body = _instantiations()[name]
     return f"EDGELM_KERNEL({name}, {args}, {threads}, {blocks}, {body})"
 
@@ -70,7 +70,7 @@ def kernels_of(matrix: GpuMatrix, activation: str, rounding: float = 0.0) -> tup
         rounding: as in `Matmul`.
 
     Raises:
-        DeviceError: there is no kernel for the two.
+        DeviceError: there is no kernel for this matrix with this activation.
     """
     _check(matrix, activation)
     if activation == "f32":
@@ -86,23 +86,24 @@ def kernels_of(matrix: GpuMatrix, activation: str, rounding: float = 0.0) -> tup
 
 @dataclass(frozen=True)
 class Matmul:
-    """y[slot] = residual[slot] + f(W g(x[row of slot]) + bias), with everything's device address; 0 is none.
+    """A matmul y[slot] = residual[slot] + f(W g(x[row of slot]) + bias), with addresses on the device; 0: absent.
 
     Attributes:
-        matrix, blob: the weights' format and address. With `offsets` each of its matrices has rows of its own.
-        x: [x_rows, K]: float32 where `x_float`, else of type `activation`.
-        y: [rows, outputs]: float32 where `y_float`, else of type `activation`.
+        matrix, blob: the weights' format and address. With `offsets` each matrix has its own rows.
+        x: [x_rows, K]: float32 if `x_float`, otherwise of type `activation`.
+        y: [rows, outputs]: float32 if `y_float`, otherwise of type `activation`.
         rows: slots, the rows of y. 0 is allowed.
         activation: bf16, f16, or f32 for exact matmuls; x and y are then float32.
-        norm: float32 [K] of an RMSNorm of x, which is then float32.
+        norm: float32 [K], weight of an RMSNorm of x; x must be float32.
         residual: float32 [rows, outputs], added at the end; may be y.
         bias: float32 [N] of one matrix that is not SwiGLU, added to the float32 sums before anything else.
-        row_map: int32 [rows], the row of x of each slot; none: its own number.
-        offsets: int32 [count + 1], the slots of matrix e being offsets[e] .. offsets[e + 1] - 1, none twice.
-        x_rows: rows of x where `row_map` is given.
-        most_rows: what no matrix has more slots than; default: `rows`. It chooses kernels, no result depends on it.
-        rounding: x (after the norm) is rounded to FP8 E4M3: > 0 with this scale, < 0 with absmax / 448 of its row, 0
-            not at all.
+        row_map: int32 [rows], the row of x of each slot; 0: row s for slot s.
+        offsets: int32 [count + 1], matrix e has slots offsets[e] .. offsets[e + 1] - 1.
+        x_rows: rows of x, if `row_map` is given.
+        most_rows: upper limit of the slots per matrix; default: `rows`. Used only to choose kernels.
+        rounding: rounding of x (after the norm) to FP8 E4M3: > 0: with this scale; < 0: with absmax / 448 of its row;
+        0:
+            none.
         epsilon: of the norm.
     """
 
@@ -125,44 +126,44 @@ class Matmul:
     epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
-        """Raise DeviceError for what the kernels cannot do."""
+        """Raise DeviceError if the kernels cannot compute this."""
         _check(self.matrix, self.activation)
         if self.norm and not (self.x_float or self.activation == "f32"):
-            raise DeviceError(f"a norm takes float32, x is {self.activation}: pass x_float=True")
+            raise DeviceError(f"a norm needs float32 x, and x is {self.activation}: pass x_float=True")
         if self.matrix.count > 1 and not self.offsets:
-            raise DeviceError(f"a blob of {self.matrix.count} matrices needs offsets")
+            raise DeviceError(f"a blob of {self.matrix.count} matrices needs offsets: pass them")
         if self.bias and (self.offsets or self.matrix.swiglu):
-            raise DeviceError("a bias is added to one matrix's matmul that is not SwiGLU")
+            raise DeviceError("a bias needs a single matrix without SwiGLU: pass bias=0")
         if self.row_map and not self.x_rows:
-            raise DeviceError("a row_map needs x_rows, the rows that x has")
+            raise DeviceError("a row_map needs x_rows: pass the number of rows of x")
         if self.rows < 0:
             raise DeviceError(f"rows is {self.rows}, expected 0 or more")
 
     @property
     def rows_of_x(self) -> int:
-        """Rows that x has."""
+        """The number of rows of x."""
         return self.x_rows if self.row_map else self.rows
 
     @property
     def active(self) -> int:
-        """Matrices that can have rows at most."""
+        """The largest number of matrices that can have rows."""
         return min(self.matrix.count, self.rows) if self.offsets else 1
 
     def is_skinny(self) -> bool:
-        """Whether the weights are streamed past few rows."""
+        """Whether the skinny kernel is used."""
         most = min(self.most_rows or self.rows, self.rows)
-        # With many experts most have few rows even where one may have all.
+        # With many experts most have few rows, even if one expert may have all of them.
         return most <= SKINNY_ROWS or (self.offsets != 0 and self.rows <= self.matrix.count * 12)
 
     def prepares_x(self) -> bool:
-        """Whether a kernel of its own makes x ready for tensor cores."""
+        """Whether a separate kernel first converts x for the matmul."""
         if self.rows == 0 or self.activation == "f32" or not (self.x_float or self.rounding):
             return False
         return not self.is_skinny() or self.rows_of_x > FUSED_ROWS
 
 
 def workspace_bytes(matmul: Matmul) -> int:
-    """Bytes of scratch memory that `matmul_launches` needs, or would with fewer rows."""
+    """Return the bytes of scratch memory that `matmul_launches` needs for up to this number of rows."""
     if matmul.activation == "f32" or not (matmul.x_float or matmul.rounding):
         return 0
     rows = matmul.rows_of_x
@@ -173,12 +174,12 @@ def matmul_launches(matmul: Matmul, info: DeviceInfo, workspace: int = 0) -> lis
     """Return the launches that compute a matmul.
 
     Args:
-        matmul: what is computed.
-        info: of the device it is launched on.
-        workspace: address of `workspace_bytes(matmul)` bytes, aligned to 256; needed where `matmul.prepares_x()`.
+        matmul: the matmul.
+        info: of the device.
+        workspace: address of `workspace_bytes(matmul)` bytes, aligned to 256; needed if `matmul.prepares_x()`.
 
     Raises:
-        DeviceError: there is no workspace, or the shapes do not fit the device.
+        DeviceError: the workspace is missing, or the shapes do not fit the device.
     """
     if matmul.rows == 0:
         return []
@@ -188,8 +189,8 @@ def matmul_launches(matmul: Matmul, info: DeviceInfo, workspace: int = 0) -> lis
     scales = 0
     if matmul.prepares_x():
         if not workspace:
-            raise DeviceError(f"this matmul needs a workspace of {workspace_bytes(matmul)} bytes")
-        # The skinny kernel takes what was rounded as numbers of the activations' type, which hold FP8 exactly.
+            raise DeviceError(f"this matmul needs a workspace: pass the address of {workspace_bytes(matmul)} bytes")
+        # The skinny kernel takes rounded x in the activations' type, which represents FP8 exactly.
         target = "fp8" if matmul.rounding and not matmul.is_skinny() else matmul.activation
         if matmul.rounding:
             cells = matmul.rows_of_x * matmul.matrix.columns
@@ -223,23 +224,23 @@ def convert_launch(
     """Return the launch that normalises, converts or rounds rows.
 
     Args:
-        x: [rows, columns], float32 where `x_float`, else of type `source`.
-        y: [rows, columns] of type `target`: `source`, or fp8 (codes, of each 16 in an order of their own).
-        rows: rows.
-        columns: an even number.
+        x: [rows, columns], float32 if `x_float`, otherwise of type `source`.
+        y: [rows, columns] of type `target`: `source`, or fp8 (codes, reordered within each 16).
+        rows: number of rows.
+        columns: number of columns, which must be even.
         source: bf16 or f16.
         target: the type of y.
-        x_float: whether x is float32 although `source` is not.
-        norm: float32 [columns] of an RMSNorm; 0: none.
+        x_float: whether x is float32 and not of type `source`.
+        norm: float32 [columns], weight of an RMSNorm; 0: none.
         epsilon: of the norm.
         rounding: as in `Matmul`.
-        scales: float32 [rows] for the scales of rounding; 0: they are not wanted.
+        scales: float32 [rows], receives the scales of rounding; 0: not needed.
     """
     name = f"convert_rows_{source}_{target}"
     if name not in _instantiations():
-        raise DeviceError(f"there is no conversion from {source} to {target}")
+        raise DeviceError(f"there is no conversion from {source} to {target}: use bf16 or f16, to itself or to fp8")
     if columns % 2:
-        raise DeviceError(f"rows of {columns} numbers: an even number is needed")
+        raise DeviceError(f"rows have {columns} numbers, expected an even number")
     args = _ROWS_ARGS.pack(x, norm, y, scales, rows, columns, x_float, epsilon, rounding)
     return Launch(name, (rows, 1, 1), _ROW_THREADS, 4 * _ROW_THREADS // 32, args)
 
@@ -254,8 +255,8 @@ def rms_norm_launch(
         x: [rows, columns] of type `source`.
         weight: float32 [columns].
         y: float32 [rows, columns]; may be x or residual.
-        rows: rows.
-        columns: an even number.
+        rows: number of rows.
+        columns: number of columns, which must be even.
         source: bf16, f16 or f32.
         residual: float32 [rows, columns]; 0: none.
         epsilon: of the norm.
@@ -265,26 +266,26 @@ def rms_norm_launch(
     """
     name = rms_norm_kernel(source)
     if columns % 2:
-        raise DeviceError(f"a norm of {columns} columns: an even number is needed")
+        raise DeviceError(f"a norm of {columns} columns, expected an even number")
     args = _RMS_NORM_ARGS.pack(x, weight, residual, y, columns, epsilon)
     return Launch(name, (rows, 1, 1), _ROW_THREADS, 4 * _ROW_THREADS // 32, args)
 
 
 def rms_norm_kernel(source: str) -> str:
-    """Return the name of the kernel of RMSNorm for x of this type. Raises DeviceError where there is none."""
+    """Return the name of the RMSNorm kernel for x of type `source`. Raises DeviceError if there is none."""
     if source not in (*ACTIVATIONS, "f32"):
         raise DeviceError(f"there is no norm of {source}, expected bf16, f16 or f32")
     return f"rms_norm_{source}_f32"
 
 
 def embedding_launch(ids: int, matrix: GpuMatrix, blob: int, y: int, rows: int) -> Launch:
-    """Return the launch of y[r, :] = the table's row ids[r], float32 [rows, K]; ids are int32.
+    """Return the launch of y[r, :] = table[ids[r], :], float32 [rows, K]; ids are int32.
 
     Raises:
-        DeviceError: the table is no single plain matrix.
+        DeviceError: the table is not a single matrix, or is a SwiGLU matrix.
     """
     if matrix.swiglu or matrix.count != 1:
-        raise DeviceError(f"an embedding's table is one plain matrix, not {matrix}")
+        raise DeviceError(f"an embedding's table is {matrix}, expected one matrix without SwiGLU")
     scales, zeros = _parts(matrix, blob)
     args = _EMBEDDING_ARGS.pack(
         ids, blob, scales, zeros, y, rows, matrix.rows, matrix.columns, matrix.group if matrix.kind.scale_bytes else 1
@@ -300,18 +301,18 @@ def last_token_launch(x: int, y: int, batch: int, tokens: int, columns: int) -> 
 
 
 def argmax_workspace_bytes(rows: int, columns: int) -> int:
-    """Bytes of scratch memory that `argmax_launches` needs."""
+    """Return the bytes of scratch memory that `argmax_launches` needs."""
     return 2 * aligned(4 * rows * -(-columns // _TOP_PART))
 
 
 def argmax_launches(x: int, ids: int, rows: int, columns: int, workspace: int) -> list[Launch]:
-    """Return the launches that find the largest of each row, the first of equals; NaN is none of them.
+    """Return the launches of a row-wise argmax. Of equal values the first is chosen; NaN never is.
 
     Args:
         x: float32 [rows, columns].
-        ids: int32 [rows] for where they are; -1 where all are NaN.
-        rows: rows.
-        columns: numbers in a row.
+        ids: int32 [rows], receives the indices; -1 if all values are NaN.
+        rows: number of rows.
+        columns: number of columns.
         workspace: address of `argmax_workspace_bytes(rows, columns)` bytes, aligned to 256.
     """
     parts = -(-columns // _TOP_PART)
@@ -340,12 +341,12 @@ def _exact(matmul: Matmul) -> Launch:
 def _skinny(matmul: Matmul, info: DeviceInfo, scales: int) -> Launch:
     matrix = matmul.matrix
     most = min(matmul.most_rows or matmul.rows, matmul.rows)
-    if matmul.offsets and most > 8:  # an expert's usual share; where one has more it takes them by turns
+    if matmul.offsets and most > 8:  # sized for an expert's usual share; an expert with more rows takes several turns
         most = min(most, 4 * -(-matmul.rows // matrix.count))
     width = next((one for one in _SKINNY_WIDTHS if one >= most), _SKINNY_WIDTHS[-1])
     x_tile = min(most, width)
     work = matmul.active * matrix.blocks
-    # Two blocks of 8 warps on a multiprocessor. One of 16 where x takes long to bring, or there are too few rows.
+    # Two blocks of 8 warps per multiprocessor; one of 16 if loading x takes long or there is too little work.
     warps, on_one = (8, 2) if x_tile <= 2 and work >= 2 * info.multiprocessors else (_SKINNY_THREADS[width] // 32, 1)
     split = _skinny_split(matrix, warps, work, warps * on_one * info.multiprocessors)
     whole = _shared_limit(info)
@@ -368,10 +369,10 @@ def _skinny(matmul: Matmul, info: DeviceInfo, scales: int) -> Launch:
 
 
 def _skinny_split(matrix: GpuMatrix, warps: int, work: int, warps_in_all: int) -> int:
-    """Warps that share the columns of 16 rows.
+    """Return the number of warps that divide the columns of 16 rows.
 
-    As few as leave each warp no more columns than it loads ahead, which makes for the fewest sums to add, and enough
-    for every warp to have some.
+    As few as possible, for few sums to add, such that a warp's columns fit into its loads in flight; but enough that
+    every warp has some.
     """
     units = -(-matrix.columns // max(32, matrix.kind.columns))
     ahead = 8 if matrix.kind.columns >= 32 else 4
@@ -382,7 +383,7 @@ def _skinny_split(matrix: GpuMatrix, warps: int, work: int, warps_in_all: int) -
 
 
 def _skinny_shared(matmul: Matmul, warps: int, split: int, x_tile: int, chunk: int) -> int:
-    """Bytes of shared memory: the sum that SkinnyShared makes."""
+    """Return the bytes of shared memory, as SkinnyShared computes them."""
     matrix = matmul.matrix
     width = next(one for one in _SKINNY_WIDTHS if one >= x_tile)
     groups = matrix.groups if matrix.kind.scale_bytes else 0
@@ -407,14 +408,14 @@ def _gemm(matmul: Matmul, info: DeviceInfo, scales: int) -> Launch:
             continue
         across = -(-matrix.blocks * ROWS // rows)
         experts = matrix.count if matmul.offsets else 0
-        # With experts the last tile of each is half full, on the average; there may be as many as these.
+        # The last tile of each expert is half full on average, and all `active` experts may have one.
         used = matmul.rows / tokens + matmul.active / 2 if experts else -(-matmul.rows // tokens)
         most = min(matmul.rows, matmul.rows // tokens + experts) if experts else -(-matmul.rows // tokens)
         time = math.ceil(across * used / info.multiprocessors) * rows * tokens / _GEMM_SPEED[tile]
         if best is None or time < best[0]:
             name = _gemm_name(matrix, matmul.activation, tile, fp8)
             best = time, Launch(name, (across, most, 1), _GEMM_THREADS, shared, _args(matmul, scales=scales))
-    assert best is not None, "the smallest tile fits every device"
+    assert best is not None, "the smallest tile must fit every device"
     return best[1]
 
 
@@ -423,13 +424,13 @@ def _gemm_scales(matrix: GpuMatrix) -> str:
 
 
 def _gemm_tiles(scales: str) -> list[str]:
-    """Tiles of a kernel; the largest has no registers for scales or for unpacking weights."""
+    """Return the tiles of a kernel. The largest has no registers left for scales or for unpacking weights."""
     return [tile for tile in _GEMM_TILES if scales == "plain" or tile != "256"]
 
 
 def _gemm_name(matrix: GpuMatrix, activation: str, tile: str, fp8: bool) -> str:
     scales = _gemm_scales(matrix)
-    # FP8 times FP8 makes what `activation` says only at its end.
+    # For FP8 times FP8, `activation` is only the type of y.
     inputs = f"fp8_fp8_{scales}_{activation}" if fp8 else f"{activation}_{matrix.kind}_{scales}"
     return f"linear_gemm_{inputs}_{tile}"
 
@@ -459,13 +460,13 @@ def _check(matrix: GpuMatrix, activation: str) -> None:
         raise DeviceError(f"activation is {activation!r}, expected bf16, f16 or f32")
     kind = matrix.kind
     if activation != "f32" and kind in (GpuKind.FLOAT16, GpuKind.BFLOAT16, GpuKind.FLOAT32) and kind != activation:
-        raise DeviceError(f"weights in {kind} have no matmul with activations in {activation}: both must be the same")
+        raise DeviceError(f"{kind} weights need {kind} activations, found {activation}")
     if matrix.columns % max(16, kind.columns) or matrix.columns < 16:
-        raise DeviceError(f"{matrix.columns} columns: {kind} needs a multiple of {max(16, kind.columns)}")
+        raise DeviceError(f"{kind} has {matrix.columns} columns, expected a multiple of {max(16, kind.columns)}")
     if kind.scale_bytes and (matrix.group % 16 or matrix.columns % matrix.group):
-        raise DeviceError(f"groups of {matrix.group} do not cut {matrix.columns} columns into multiples of 16")
+        raise DeviceError(f"groups of {matrix.group} do not divide {matrix.columns} columns into multiples of 16")
     if matrix.swiglu and matrix.rows % 2:
-        raise DeviceError(f"{matrix.rows} rows of gate and up together: expected an even number")
+        raise DeviceError(f"gate and up have {matrix.rows} rows together, expected an even number")
 
 
 def _shared_limit(info: DeviceInfo) -> int:
@@ -473,7 +474,7 @@ def _shared_limit(info: DeviceInfo) -> int:
     return _SHARED_KB[max(known)] * 1024
 
 
-# -- which kernels there are ------------------------------------------------------------------------------------------
+# -- list of all kernels ---------------------------------------------------------------------------------------------
 
 
 def _instantiations() -> dict[str, tuple[str, int, int, str]]:
@@ -481,7 +482,7 @@ def _instantiations() -> dict[str, tuple[str, int, int, str]]:
 
 
 def _all() -> Iterator[tuple[str, tuple[str, int, int, str]]]:
-    """Name, and (struct, threads, blocks on a multiprocessor, C++ of the body)."""
+    """Yield name and (struct, threads, blocks per multiprocessor, C++ of the body) of every kernel."""
     for a in ACTIVATIONS:
         for w in ("int4", "int8", "fp8", a):
             for width in _SKINNY_WIDTHS:
@@ -508,7 +509,7 @@ def _gemms(inputs: str, output: str, a: str, w: str, scales: str) -> Iterator[tu
     flags = f"{str(fp8).lower()}, {str(scales == 'group').lower()}"
     for tile in _gemm_tiles(scales):
         rows, tokens, warps = _GEMM_TILES[tile]
-        # Two blocks of the middle size go on a multiprocessor where there is nothing to do but to multiply.
+        # Two blocks of the middle tile fit on a multiprocessor if there are no scales and no unpacking.
         blocks = 2 if (scales, tile) == ("plain", "128") else 1
         body = f"linear_gemm<{a}, {TYPES[w]}, {flags}, {rows}, {tokens}, {warps}>"
         yield f"linear_gemm_{inputs}_{scales}{output}_{tile}", ("LinearArgs", _GEMM_THREADS, blocks, body)

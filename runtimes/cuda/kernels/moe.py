@@ -1,4 +1,4 @@
-"""Launches of the kernels in moe.cuh: the router, the choice of experts, sorting by expert, the weighted sum."""
+"""Launches of the kernels in moe.cuh: router, choice of experts, sorting by expert, weighted sum."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ HEADER = "moe/moe.cuh"
 MAX_EXPERTS = 256
 MAX_CHOSEN = 16
 CHOOSE_TOKENS = 32
-"""Tokens for which one block chooses and sorts: an expert's tokens are the bits of one word."""
+"""The largest number of tokens that one block chooses and sorts for: an expert's tokens are bits of one word."""
 TILED_TOKENS = 257
-"""From so many tokens on the router is computed in tiles: before, a block a few tokens and experts is sooner done."""
+"""From this number of tokens on the router is computed in tiles. For fewer, a block per few tokens and experts is
+faster."""
 
 _ACTIVATION_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
-# (tokens, experts, threads) of a block of the router for few tokens, by kernel.
+# (tokens, experts, threads) per block of the router for few tokens, by kernel.
 _ROUTERS = {"n1": (1, 2, 512), "n4": (4, 4, 512)}
-_TILES, _TILE_THREADS = (32, 16, 8), 256  # tokens of a block of the router in tiles
+_TILES, _TILE_THREADS = (32, 16, 8), 256  # tokens per block of the router in tiles
 _PLACE_THREADS = 256
 _COMBINE_THREADS = 128
 DOWN_TOKENS = 32
-"""Tokens for which the second matmul and the weighted sum are one launch."""
+"""The largest number of tokens for which the down matmul and the weighted sum are one launch."""
 _DOWN_THREADS = 512
-_DOWN_RINGS = {1: 8, 2: 8, 4: 6}  # tiles of a warp in shared memory, by the tiles of 8 tokens
+_DOWN_RINGS = {1: 8, 2: 8, 4: 6}  # tiles per warp in shared memory, by tiles of 8 tokens
 
 # The structs of moe.cuh.
 _ROUTER_ARGS = struct.Struct("<5Q3if")
@@ -40,16 +41,16 @@ _DOWN_ARGS = struct.Struct("<9Q3q7i4x")
 
 @dataclass(frozen=True)
 class MoeShape:
-    """What an MoE's launches depend on; the letters are those of moe.cuh.
+    """The shape of an MoE layer, with the letters of moe.cuh.
 
     Attributes:
-        tokens: M, of all sequences together.
-        columns: D, the width of x; a multiple of 8.
-        hidden: F, the width of an expert.
+        tokens: M, over all sequences.
+        columns: D, columns of x; a multiple of 8.
+        hidden: F, columns inside an expert.
         experts: E, 1 to 256.
-        k: experts of a token, 1 to 16 and at most E.
+        k: experts per token, 1 to 16 and at most E.
         normalize: whether a token's weights are divided by their sum.
-        activation: what the experts' matmuls take: bf16, f16, or f32 for the exact kernels.
+        activation: type of the experts' activations: bf16, f16, or f32 for the exact kernels.
         epsilon: of the norm.
     """
 
@@ -63,52 +64,52 @@ class MoeShape:
     epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
-        """Raise DeviceError for what the kernels cannot do."""
+        """Raise DeviceError if the kernels cannot compute this."""
         if self.tokens < 1:
             raise DeviceError(f"tokens is {self.tokens}, expected 1 or more")
         for name, value in (("columns", self.columns), ("hidden", self.hidden)):
             if value < 16 or value % 8:
                 raise DeviceError(f"{name} is {value}, expected a multiple of 8, 16 or more")
         if not 1 <= self.experts <= MAX_EXPERTS:
-            raise DeviceError(f"there are {self.experts} experts, expected 1 to {MAX_EXPERTS}")
+            raise DeviceError(f"experts is {self.experts}, expected 1 to {MAX_EXPERTS}")
         if not 1 <= self.k <= min(MAX_CHOSEN, self.experts):
             raise DeviceError(f"k is {self.k}, expected 1 to {min(MAX_CHOSEN, self.experts)} of {self.experts} experts")
         if self.activation not in _ACTIVATION_BYTES:
             raise DeviceError(f"activation is {self.activation!r}, expected one of {', '.join(_ACTIVATION_BYTES)}")
         if self.tokens * self.k * max(self.columns, self.hidden) >= 1 << 40 or self.tokens * self.k >= 1 << 30:
-            raise DeviceError(f"{self.tokens} tokens are more than one launch takes: cut the prompt")
+            raise DeviceError(f"{self.tokens} tokens are too many for one launch: divide the prompt")
 
     @property
     def slots(self) -> int:
-        """Pairs of a token and an expert."""
+        """The number of (token, expert) pairs, M * k."""
         return self.tokens * self.k
 
     @property
     def most_active(self) -> int:
-        """How many experts can have tokens."""
+        """The largest number of experts that can have tokens."""
         return min(self.experts, self.slots)
 
     @property
     def blocks(self) -> int:
-        """Blocks of 32 tokens."""
+        """The number of blocks of 32 tokens."""
         return -(-self.tokens // CHOOSE_TOKENS)
 
 
 @dataclass(frozen=True)
 class MoeWorkspace:
-    """Addresses of intermediate results, int32 and float32 unless said otherwise.
+    """Addresses of intermediate results. They are int32 or float32 unless stated otherwise.
 
     Attributes:
         logits: [M, E].
         normed: [M, D] of the activation's type, RMSNorm(x).
-        chosen, chosen_weights, counts: [M, k], [M, k] and [ceil(M / 32), E]; of use between two kernels only.
-        offsets: [E + 1], where an expert's slots begin.
-        row_map: [M k], a slot's token.
-        slot_weights: [M k], a slot's weight.
-        slot_of: [M, k], a token's slots, ascending, which is in the order of the experts.
-        active: [1 + min(E, M k), 4], how many experts have tokens, then each one's index, first slot and slots.
-        hidden: [M k, F] of the activation's type, what gate and up gave.
-        outputs: [M k, D], what down gave.
+        chosen, chosen_weights, counts: [M, k], [M, k] and [ceil(M / 32), E]; used between two kernels only.
+        offsets: [E + 1], the first slot of each expert.
+        row_map: [M k], the token of each slot.
+        slot_weights: [M k], the weight of each slot.
+        slot_of: [M, k], a token's slots in ascending order, which is the order of its experts.
+        active: [1 + min(E, M k), 4], the number of experts that have tokens, then index, first slot and slots of each.
+        hidden: [M k, F] of the activation's type, the result of gate and up.
+        outputs: [M k, D], the result of down.
     """
 
     logits: int
@@ -145,12 +146,12 @@ def _sizes(shape: MoeShape) -> dict[str, int]:
 
 
 def workspace_bytes(shape: MoeShape) -> int:
-    """Bytes that `workspace` divides; more tokens never need less."""
+    """Return the bytes that `workspace` divides. They never decrease with more tokens."""
     return sum(map(aligned, _sizes(shape).values()))
 
 
 def workspace(shape: MoeShape, address: int) -> MoeWorkspace:
-    """Divide memory of `workspace_bytes(shape)` bytes; parts begin at multiples of 256 bytes if `address` is one."""
+    """Lay out `workspace_bytes(shape)` bytes at `address`. Parts are aligned to 256 bytes if `address` is."""
     places = {}
     for name, size in _sizes(shape).items():
         places[name] = address
@@ -159,10 +160,10 @@ def workspace(shape: MoeShape, address: int) -> MoeWorkspace:
 
 
 def router_launch(shape: MoeShape, x: int, norm: int, router: int, logits: int, normed: int) -> Launch:
-    """Logits and normed rows.
+    """Return the launch that computes logits and normed rows.
 
     Args:
-        shape: sizes.
+        shape: the layer's shape.
         x: address of [M, D] float32.
         norm: of [D] float32.
         router: of [E, D] float32.
@@ -171,7 +172,7 @@ def router_launch(shape: MoeShape, x: int, norm: int, router: int, logits: int, 
     """
     args = _router_args(shape, x, norm, router, logits, normed)
     if shape.tokens >= TILED_TOKENS:
-        # The largest that still gives most multiprocessors of a large GPU something to do.
+        # The largest tile that still uses most multiprocessors of a large GPU.
         tile = next((tile for tile in _TILES if shape.tokens > 96 * tile), _TILES[-1])
         grid = (-(-shape.tokens // tile), 1, 1)
         return Launch(f"moe_router_{shape.activation}_t{tile}", grid, _TILE_THREADS, 64 * (tile + 64) * 4, args)
@@ -182,13 +183,13 @@ def router_launch(shape: MoeShape, x: int, norm: int, router: int, logits: int, 
 def route_launches(
     shape: MoeShape, x: int, norm: int, router: int, logits: int, places: MoeWorkspace, counter: int = 0
 ) -> list[Launch]:
-    """Logits and normed rows, the choice of experts and the order of slots: one launch up to 32 tokens with a counter.
+    """Return the launches of router, choice of experts and sorting. Up to 32 tokens, with a counter, it is one launch.
 
     Args:
-        shape: sizes.
-        x, norm, router, logits: as `router_launch` has them.
-        places: everything but hidden and outputs is written.
-        counter: address of an int32 that is 0, and is again when the launches have ended; 0: there is none.
+        shape: the layer's shape.
+        x, norm, router, logits: as in `router_launch`.
+        places: all buffers but hidden and outputs are written.
+        counter: address of an int32 that is 0; it is 0 again when the launches have ended. 0: no counter.
     """
     if not counter or shape.tokens > CHOOSE_TOKENS:
         first = router_launch(shape, x, norm, router, logits, places.normed)
@@ -202,7 +203,7 @@ def route_launches(
 
 
 def _router_blocks(shape: MoeShape) -> tuple[str, tuple[int, int, int], int, int]:
-    """The router for few tokens: its name, grid, threads and shared memory."""
+    """Return name, grid, threads and shared memory of the router for few tokens."""
     kind = "n1" if shape.tokens <= 2 else "n4"
     tokens, experts, threads = _ROUTERS[kind]
     grid = (-(-shape.experts // experts), -(-shape.tokens // tokens), 1)
@@ -225,10 +226,10 @@ def _choose_shared(shape: MoeShape) -> int:
 
 
 def choose_launches(shape: MoeShape, logits: int, places: MoeWorkspace) -> list[Launch]:
-    """The choice of experts and the order of slots: one launch up to 32 tokens, two for more.
+    """Return the launches of choice of experts and sorting: one up to 32 tokens, two for more.
 
     Args:
-        shape: sizes.
+        shape: the layer's shape.
         logits: address of [M, E] float32.
         places: offsets, row_map, slot_weights, slot_of and active are written.
     """
@@ -244,10 +245,10 @@ def choose_launches(shape: MoeShape, logits: int, places: MoeWorkspace) -> list[
 
 
 def combine_launch(shape: MoeShape, x: int, outputs: int, slot_weights: int, slot_of: int, y: int) -> Launch:
-    """y = x + the weighted sum of the experts' outputs.
+    """Return the launch of y = x + weighted sum of the experts' outputs.
 
     Args:
-        shape: sizes.
+        shape: the layer's shape.
         x: address of [M, D] float32.
         outputs: of [M k, D] float32, in the order of slots.
         slot_weights: of [M k] float32.
@@ -262,11 +263,12 @@ def combine_launch(shape: MoeShape, x: int, outputs: int, slot_weights: int, slo
 def down_launch(
     shape: MoeShape, matrix: GpuMatrix, weights: int, x: int, hidden: int, places: MoeWorkspace, y: int
 ) -> Launch:
-    """y = x + the weighted sum of the experts' second matmuls: for up to 32 tokens, and activations of 16 bits.
+    """Return the launch of y = x + weighted sum of the experts' down matmuls, for up to 32 tokens and 16-bit
+    activations.
 
     Args:
-        shape: sizes.
-        matrix: the experts' [D, F].
+        shape: the layer's shape.
+        matrix: the experts' matrices [D, F].
         weights: address of their blob.
         x: of [M, D] float32.
         hidden: of [M k, F] of the activation's type, in the order of slots.
@@ -274,20 +276,20 @@ def down_launch(
         y: of [M, D] float32, written; may be x.
 
     Raises:
-        DeviceError: there is no such kernel, or the matrix is not that of these experts.
+        DeviceError: there is no kernel for it, or the matrix does not fit the shape.
     """
     wanted = (shape.experts, shape.columns, shape.hidden, False)
     if (matrix.count, matrix.rows, matrix.columns, matrix.swiglu) != wanted:
         raise DeviceError(f"down is {matrix}, expected {shape.experts} matrices [{shape.columns}, {shape.hidden}]")
     if shape.hidden % matrix.kind.columns or (matrix.kind.scale_bytes and matrix.group % 16):
-        raise DeviceError(f"{matrix} has no whole tiles, or groups that are no multiple of 16")
+        raise DeviceError(f"{matrix} has partial tiles, or a group that is not a multiple of 16")
     if shape.tokens > DOWN_TOKENS or (shape.activation, matrix.kind) not in _downs():
         raise DeviceError(
-            f"no kernel does {shape.tokens} tokens of {shape.activation} with {matrix.kind} weights in one"
+            f"moe_down has no kernel for {shape.tokens} tokens of {shape.activation} with {matrix.kind} weights"
         )
     tiles = next(n for n in _DOWN_RINGS if shape.tokens <= 8 * n)
     warps = _DOWN_THREADS // 32
-    # With few experts several warps share one's rows, as far as each has some tiles.
+    # With few experts, several warps divide an expert's columns, as long as each has some tiles.
     split = 1
     while split * 2 * min(shape.most_active, 8) <= warps and split * 8 <= shape.hidden // matrix.kind.columns:
         split *= 2
@@ -314,7 +316,7 @@ def all_kernels() -> tuple[str, ...]:
 
 
 def instantiation(name: str) -> str:
-    """Return the line of C++ that makes the kernel of that name."""
+    """Return the line of C++ that instantiates the kernel `name`."""
     if name not in all_kernels():
         raise KeyError(name)
     if name == "moe_combine_f32":

@@ -1,7 +1,7 @@
-"""Compiles CUDA C++ with NVRTC, NVIDIA's compiler as a library: neither nvcc nor a GPU nor a driver is needed.
+"""Compiles CUDA C++ with NVRTC, NVIDIA's compiler library. Neither nvcc nor a GPU nor a driver is needed.
 
-The library comes from the wheel `nvidia-cuda-nvrtc`. Which version matters: a driver refuses PTX and cubins of a newer
-CUDA than its own, so that EdgeLM pins the oldest that knows every device it compiles for (13.0).
+The library comes from the wheel `nvidia-cuda-nvrtc`. Its version matters: a driver rejects PTX and cubins of a newer
+CUDA than its own, so EdgeLM pins the oldest version that supports every target device (13.0).
 """
 
 from __future__ import annotations
@@ -23,31 +23,32 @@ from edgelm.runtimes.cuda.kernels.cubin import Resources, resources
 __all__ = ["LIBRARY_VARIABLE", "PTX_TARGET", "SMS", "Compiled", "Nvrtc", "compile_kernels", "load"]
 
 SMS = (80, 86, 87, 89, 90, 100, 110, 120)
-"""Devices that get compiled code of their own: A100; RTX 30; Orin; RTX 40, L4, L40; H100, H200; B200; Thor; RTX 50."""
+"""Devices that cubins are compiled for: A100; RTX 30; Orin; RTX 40, L4, L40; H100, H200; B200; Thor; RTX 50."""
 PTX_TARGET = "compute_80"
-"""What the drivers of all other devices compile on their own when a bundle is loaded."""
+"""PTX for all other devices; their drivers compile it when a bundle is loaded."""
 LIBRARY_VARIABLE = "EDGELM_NVRTC"
 """Environment variable: path of the NVRTC library to use in place of the installed one."""
 
 _SUCCESS, _COMPILATION = 0, 6
-# A kernel whose only parameter is a struct.
+# The PTX declaration of a kernel whose only parameter is a struct.
 _PTX_ENTRY = re.compile(r"\.entry\s+([A-Za-z_$][\w$]*)\s*\(\s*\.param\s+\.align\s+\d+\s+\.b8\s+\w+\[(\d+)\]\s*\)")
-# Every choice that changes the arithmetic is spelt out: what a kernel may approximate it calls by name.
+# All options that change the arithmetic are explicit. Kernels call approximate functions by name.
 _OPTIONS = ("-std=c++17", "--fmad=true", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One translation unit for one target.
+    """A compiled translation unit for one target.
 
     Attributes:
         target: `sm_86` (image is a cubin) or `compute_80` (image is PTX text).
-        image: what the driver loads.
-        argument_bytes: size of each kernel's parameters, by name: these are the kernels in it.
-        pdl: the kernels that wait for the one before themselves (griddepcontrol.wait, from SM 90 on), so that they may
-            be started before it has ended (programmatic dependent launch).
-        resources: what each kernel uses; empty for PTX, which has no registers yet.
-        log: what the compiler said: its warnings.
+        image: the bytes that the driver loads.
+        argument_bytes: bytes of each kernel's parameters, by name of the kernel.
+        pdl: the kernels that support programmatic dependent launch (from SM 90 on): they execute griddepcontrol.wait,
+        so
+            they may start before the previous kernel has ended.
+        resources: resources of each kernel; empty for PTX, whose registers are not assigned yet.
+        log: the compiler's warnings.
     """
 
     target: str
@@ -65,14 +66,14 @@ def compile_kernels(
 
     Args:
         source: CUDA C++.
-        headers: what it may include, by the name in `#include "..."`.
+        headers: the texts that it may include, by the name in `#include "..."`.
         target: `sm_86` for a cubin, `compute_80` for PTX.
         names: the kernels that the source defines, all with C linkage.
-        options: of NVRTC, beside ours.
+        options: more options of NVRTC.
 
     Raises:
-        ExportError: the source has an error, lacks a kernel, or this NVRTC does not know the target.
-        DeviceError: there is no NVRTC here.
+        ExportError: the source has an error, lacks a kernel, or this NVRTC does not support the target.
+        DeviceError: NVRTC is not installed.
     """
     nvrtc = load()
     nvrtc.check_target(target)
@@ -82,7 +83,7 @@ def compile_kernels(
         log = nvrtc.text("nvrtcGetProgramLog", program).decode(errors="replace").strip()
         if status == _COMPILATION:
             raise ExportError(f"{_first_error(log)} ({_naming(names)} for {target}, by NVRTC {nvrtc.version_text})")
-        ptx = nvrtc.text("nvrtcGetPTX", program)  # on the way to a cubin there is some too
+        ptx = nvrtc.text("nvrtcGetPTX", program)  # also available for a cubin
         if target.startswith("compute_"):
             image, used = ptx, {}
             arguments = {name: int(size) for name, size in _PTX_ENTRY.findall(image.decode(errors="replace"))}
@@ -97,16 +98,17 @@ def compile_kernels(
 
 
 class Nvrtc:
-    """The library. Programs are independent: threads may compile at the same time."""
+    """The loaded library. Several threads may compile at the same time."""
 
     def __init__(self, path: str) -> None:
-        """Load it.
+        """Load the library.
 
         Raises:
-            OSError: no such library, or one that cannot be loaded.
+            OSError: the library does not exist or cannot be loaded.
         """
         folder = Path(path).parent
-        # NVRTC opens this one by its bare name, and nobody searches the wheel's folder; already loaded it is found.
+        # NVRTC opens libnvrtc-builtins by its bare name, which is not searched for in the wheel's folder. Load it
+        # first.
         for builtins in sorted(folder.glob("libnvrtc-builtins.so.*")) if os.sep in path else ():
             ctypes.CDLL(str(builtins))
         self._library = ctypes.CDLL(path)
@@ -119,15 +121,15 @@ class Nvrtc:
         known = (ctypes.c_int * count.value)()
         self.call("nvrtcGetSupportedArchs", known)
         self.sms = tuple(known)
-        """Every SM it compiles for."""
+        """All SMs that it supports."""
 
     @property
     def version_text(self) -> str:
-        """Such as 13.0: the CUDA that a driver must speak to load what was compiled."""
+        """The version, e.g. 13.0: the CUDA version that a driver must support to load the images."""
         return "{}.{}".format(*self.version)
 
     def check_target(self, target: str) -> None:
-        """Raise ExportError, naming what there is, unless it knows `target`."""
+        """Raise ExportError, with the supported SMs, if `target` is not one of them."""
         match = re.fullmatch(r"(?:sm|compute)_(\d+)", target)
         if match is None or int(match[1]) not in self.sms:
             known = ", ".join(map(str, self.sms))
@@ -139,7 +141,7 @@ class Nvrtc:
         """Call a function of the library.
 
         Raises:
-            DeviceError: it failed with a status that is not among `allowed`.
+            DeviceError: it returned an error that is not in `allowed`.
         """
         status = int(getattr(self._library, function)(*args))
         if status != _SUCCESS and status not in allowed:
@@ -152,7 +154,7 @@ class Nvrtc:
 
     @contextlib.contextmanager
     def program(self, source: str, headers: Mapping[str, str]) -> Iterator[ctypes.c_void_p]:
-        """A program from source text, destroyed afterwards."""
+        """Create a program from source text; destroy it afterwards."""
         program = ctypes.c_void_p()
         texts, names = _strings(list(headers.values())), _strings(list(headers))
         self.call(
@@ -164,7 +166,7 @@ class Nvrtc:
             self.call("nvrtcDestroyProgram", ctypes.byref(program))
 
     def text(self, function: str, program: ctypes.c_void_p) -> bytes:
-        """What a pair of functions (NAMESize, NAME) gives, without the zero that ends text."""
+        """Return the result of a pair of functions (NAMESize, NAME), without the terminating zero."""
         size = ctypes.c_size_t()
         self.call(f"{function}Size", program, ctypes.byref(size))
         buffer = ctypes.create_string_buffer(size.value)
@@ -173,10 +175,10 @@ class Nvrtc:
 
 
 def load() -> Nvrtc:
-    """The library of this installation.
+    """Load the library of this installation.
 
     Raises:
-        DeviceError: there is none, or it cannot be loaded, and how to install it.
+        DeviceError: it is missing or cannot be loaded; the message says how to install it.
     """
     return _load(os.environ.get(LIBRARY_VARIABLE))
 
@@ -203,8 +205,8 @@ def _load(named: str | None) -> Nvrtc:
 
 
 def candidates() -> list[str]:
-    """Where an NVRTC may be, best first: of wheels, known to the system's loader, in the toolkit's folder."""
-    spec = importlib.util.find_spec("nvidia")  # a folder of many wheels; nothing is imported
+    """Return possible paths of NVRTC, best first: in wheels, known to the system's loader, in the toolkit's folder."""
+    spec = importlib.util.find_spec("nvidia")  # a namespace package of many wheels; nothing is imported
     places = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
     wheels = [str(path) for place in places for path in sorted(place.glob("*/lib/libnvrtc.so.[0-9]*"))]
     versions = ("13", "12")

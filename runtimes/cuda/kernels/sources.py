@@ -1,4 +1,4 @@
-"""The kernels' sources, and the translation unit that instantiates some of them by name."""
+"""The kernels' CUDA sources, and the translation unit that instantiates kernels by name."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda.kernels import attention, linear, moe
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-"""Folder of the headers, in a checkout and in an installed package; they include each other by their path in it."""
+"""Folder of the headers, in a checkout or an installed package. They include each other by paths relative to it."""
 
-# Each has HEADER, the file its kernels are in, all_kernels(), and instantiation(name), the line that makes one.
+# Each has HEADER, the file of its kernels, all_kernels(), and instantiation(name), the C++ line of a kernel.
 MODULES = (linear, moe, attention)
 
 
 def all_kernels() -> tuple[str, ...]:
-    """The name of every kernel there is, module after module; each occurs once."""
+    """Return the names of all kernels, by module; each occurs once."""
     names = [str(name) for module in MODULES for name in module.all_kernels()]
     assert len(set(names)) == len(names), sorted(name for name in names if names.count(name) > 1)
     return tuple(names)
 
 
 def translation_unit(names: Sequence[str]) -> tuple[str, Mapping[str, str]]:
-    """The source that instantiates kernels, and the headers it includes, by name.
+    """Return the source that instantiates kernels, and the headers that it includes, by name.
 
     Raises:
-        DeviceError: there is no kernel of a name, or this installation lacks the sources.
+        DeviceError: a kernel does not exist, or this installation lacks the sources.
     """
     lines: list[str] = []
     left = dict.fromkeys(names)
@@ -52,5 +52,5 @@ def translation_unit(names: Sequence[str]) -> tuple[str, Mapping[str, str]]:
 
 
 def fingerprint(source: str, headers: Mapping[str, str]) -> str:
-    """SHA-256 of all that a compiled image was made from."""
+    """Return the SHA-256 of all sources of a compiled image."""
     return hashlib.sha256("\0".join([source, *headers, *headers.values()]).encode()).hexdigest()

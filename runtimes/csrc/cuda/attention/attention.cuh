@@ -1,14 +1,15 @@
-// GroupQueryAttention: QK-norm, clip, rotary embedding, the append to the cache, causal attention over it.
+// GroupQueryAttention on a GPU: QK-norm, clip, rotary embedding, append to the KV cache, causal attention.
 //
-//   attention_prepare   one block a token: queries to the workspace, keys and values to the cache
-//   attention_tiles     attention of rows to the cache, on tensor cores. Of few rows (16 at most) it can prepare what
-//                       it needs itself: one launch a layer
-//   attention_exact     float32, scalar, any number of rows: the debug graph's
+//   attention_prepare   one block per token: writes queries to the workspace, keys and values to the cache
+//   attention_tiles     attention on tensor cores. For at most 16 rows it can also do the work of attention_prepare for
+//                       its own rows, so that a layer needs one launch
+//   attention_exact     float32, without tensor cores, any number of rows: used by the debug graph
 //
-// A row is one query head of one token: the H / G heads that share a key/value head are rows of one product, so that
-// the cache is read once for all of them. Row r of (b, g) is token r / (H / G), head g H / G + r % (H / G).
+// A row is one query head of one token. The H / G query heads that share a KV head are rows of one matmul, so that the
+// cache is read once for all of them. Row r of (b, g) is token r / (H / G), head g H / G + r % (H / G).
 //
-// A cache is bytes [B, G, C, R]. In one (b, g) lie C S codes, then, for codes of one byte, C float32 scales.
+// A cache is bytes [B, G, C, R] with C tokens of R bytes: for each (b, g) first C * S codes; then, if codes have one
+// byte (int8, fp8), C float32 scales.
 #pragma once
 
 #include "attention/attention_prepare.cuh"

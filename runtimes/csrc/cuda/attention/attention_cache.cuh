@@ -1,4 +1,4 @@
-// The arguments of attention's kernels, the kinds of cache, and how codes become operands of a tensor core.
+// Arguments of the attention kernels, the types of KV cache, and conversion of cached codes to tensor-core operands.
 #pragma once
 
 #include "device.cuh"
@@ -23,7 +23,7 @@ struct AttentionArgs {
   i32 tokens, heads, kv_heads, capacity, positions, splits, row_blocks;
   float epsilon, clip, scale;
   float scale_base2;         // scale / ln 2: weights are powers of 2
-  i32 per_head_norms;        // kQueries, kKeys: these have a norm's weight of one head, and each is normed by itself
+  i32 per_head_norms;        // bits kQueries, kKeys: their norm weight is [S] and each head is normed by itself
 };
 
 constexpr i32 kQueries = 1, kKeys = 2;
@@ -31,12 +31,12 @@ constexpr i32 kQueries = 1, kKeys = 2;
 constexpr int kAttentionThreads = 128;
 constexpr int kAttentionWarps = kAttentionThreads / kWarp;
 
-// What a cache of elements E is multiplied in: 16-bit elements as they are, codes as the activations' type.
-template <class A, class E, int bytes = int(sizeof(E))> struct ProductOf { using Type = E; };
-template <class A, class E> struct ProductOf<A, E, 1> { using Type = A; };
-template <class A, class E> using Product = typename ProductOf<A, E>::Type;
+// The type in which a cache of elements E is multiplied: 16-bit elements as they are, codes as activation type A.
+template <class A, class E, int bytes = int(sizeof(E))> struct MmaTypeOf { using Type = E; };
+template <class A, class E> struct MmaTypeOf<A, E, 1> { using Type = A; };
+template <class A, class E> using MmaType = typename MmaTypeOf<A, E>::Type;
 
-// int8 and fp8 have a scale for each head and token.
+// Whether a cache of E has a scale per head and token: int8 and fp8 have.
 template <class E> constexpr bool kScaled = sizeof(E) == 1;
 
 template <class E> constexpr float kLargestCode = 0.f;
@@ -48,7 +48,7 @@ template <class E> EDGELM_DEVICE E encode(float x) {
   else return from_float<E>(x);
 }
 
-// Tokens in the cache and tokens that join it. The host checks that they fit; beyond the cache nothing is written.
+// Tokens in the cache, and new tokens. The host checks that they fit; nothing is written beyond the cache.
 struct Lengths { int past, fresh; };
 EDGELM_DEVICE Lengths lengths_of(const AttentionArgs& args, int b) {
   const int past = min_(max_(args.past_lengths[b], 0), args.capacity);
@@ -57,16 +57,16 @@ EDGELM_DEVICE Lengths lengths_of(const AttentionArgs& args, int b) {
   return {past, min_(fresh, args.capacity - past)};
 }
 
-// Where (b, g) begins in a cache.
+// Byte offset of (b, g) in a cache.
 template <class E, int S> EDGELM_DEVICE i64 cache_offset(const AttentionArgs& args, int b, int g) {
   constexpr int kRow = S * int(sizeof(E)) + (kScaled<E> ? 4 : 0);
   return (i64(b) * args.kv_heads + g) * args.capacity * kRow;
 }
 
-// Two codes of a word, of its bytes i and j, as a pair of M. All are exact.
-template <class M, class E> EDGELM_DEVICE u32 widen(u32 word, int i, int j) {
+// Convert bytes i and j of a word of codes to a pair of M. The conversion is exact.
+template <class M, class E> EDGELM_DEVICE u32 upcast(u32 word, int i, int j) {
   static_assert(Same<M, bf16>::value || Same<M, f16>::value, "pairs are of 16-bit numbers");
-  const u32 apart = u32(i) | 0x40u | u32(j) << 8 | 0x4000u;  // a byte in the lower half of each number
+  const u32 apart = u32(i) | 0x40u | u32(j) << 8 | 0x4000u;  // each byte goes to the low half of a 16-bit number
   if constexpr (Same<E, i8>::value && Same<M, f16>::value) {
     const u32 shifted = permute_bytes(word ^ 0x80808080u, 0x64646464u, apart);  // 1024 + code + 128
     return f16x2_fma(shifted, 0x3c003c00u, 0xe480e480u);
@@ -95,24 +95,25 @@ template <class E, int S> struct Stage {
   static constexpr int kValueScales = kKeyScales + 4 * kTileKeys;
   static constexpr int kBytes = kKeyScales + (kScaled<E> ? 8 * kTileKeys : 0);
 
-  // Where chunk `chunk` of 16 bytes of a row lies: rows that are read at the same time lie in different banks.
+  // Offset of the 16-byte chunk `chunk` of a row. The XOR swizzle puts rows that are read together on different banks.
   static EDGELM_INLINE int at(int row, int chunk) {
     constexpr int kMask = kChunks < 8 ? kChunks - 1 : 7;
     constexpr int kShare = kChunks < 8 ? 8 / kChunks : 1;  // rows in 128 bytes
     return row * kRow + 16 * (chunk ^ (row / kShare & kMask));
   }
-  // Where the chunk lies that is `chunks` behind the one at `from`, an offset in shared memory. Of the sum of the two
-  // chunks' numbers no bit may carry. One instruction: to keep all places at hand costs registers.
+  // Offset of the chunk that is `chunks` after the one at offset `from`. Adding the two chunk numbers must not carry.
+  // One instruction: keeping all offsets would cost registers.
   static EDGELM_INLINE int behind(int from, int chunks) { return (from ^ chunks % 8 * 16) + chunks / 8 * 128; }
 };
 
-// Copies `count` keys and values of a tile, from `from` on, in the background; zeros beyond `end`. Keys from `skip` to
-// `end` are left out: another thread puts them there. Keys are consecutive positions; `loader` is this thread's number.
+// Copy `count` keys and values of a tile, from `from` on, with cp.async; zeros beyond `end`. Keys from `skip` to `end`
+// are
+// left out: another thread stores them. Keys are consecutive positions; `loader` is the number of this thread.
 template <class E, int S, int count, int loaders>
 EDGELM_DEVICE void load_keys(u8* stage, const u8* keys, const u8* values, int capacity, int tile, int from, int loader,
                              int end, int skip) {
   using Tile = Stage<E, S>;
-  constexpr int kUnroll = loaders == kWarp ? 4 : 1;  // alone a warp has more to wait for, and registers to spare
+  constexpr int kUnroll = loaders == kWarp ? 4 : 1;  // a single warp waits longer per load and has registers to spare
   EDGELM_UNROLL_BY(kUnroll)
   for (int i = loader; i < count * Tile::kChunks; i += loaders) {
     const int row = from + i / Tile::kChunks, chunk = i % Tile::kChunks;
@@ -139,7 +140,7 @@ EDGELM_DEVICE void load_keys(u8* stage, const u8* keys, const u8* values, int ca
   }
 }
 
-// Copies `count` rows of S numbers, zeros from row `rows` on, by all threads in the background; laid out as keys are.
+// Copy `count` rows of S numbers with cp.async by all threads, zeros from row `rows` on. The layout is that of keys.
 template <class M, int S, int count> EDGELM_DEVICE void load_rows(u8* to, const M* from, int rows) {
   constexpr int kChunks = Stage<M, S>::kChunks;
   EDGELM_UNROLL_BY(1)
@@ -149,9 +150,9 @@ template <class M, int S, int count> EDGELM_DEVICE void load_rows(u8* to, const 
   }
 }
 
-// A tile of codes becomes one of M, by all threads. The columns of keys are then in the order of `store_query`, as the
-// words of a tile of codes have them.
-template <class M, class E, int S> EDGELM_DEVICE void widen_tile(u8* to, const u8* from) {
+// Convert a tile of codes E to a tile of M, by all threads. Columns of keys then have the order of `store_query`, the
+// order in which the words of a tile of codes hold them.
+template <class M, class E, int S> EDGELM_DEVICE void upcast_tile(u8* to, const u8* from) {
   constexpr int kChunks = Stage<E, S>::kChunks;
   EDGELM_UNROLL_BY(1)
   for (int i = thread(); i < kTileKeys * kChunks; i += kAttentionThreads) {
@@ -164,8 +165,8 @@ template <class M, class E, int S> EDGELM_DEVICE void widen_tile(u8* to, const u
       u32 first[4], second[4];
       EDGELM_UNROLL
       for (int k = 0; k < 4; ++k) {
-        first[k] = widen<M, E>(words[k], 0, 1);
-        second[k] = widen<M, E>(words[k], 2, 3);
+        first[k] = upcast<M, E>(words[k], 0, 1);
+        second[k] = upcast<M, E>(words[k], 2, 3);
       }
       if (values == 0) {
         store16(part + Stage<M, S>::at(row, 2 * chunk), {first[0], first[1], first[2], first[3]});

@@ -1,11 +1,11 @@
-// Attention in float32, one warp a row, without tensor cores: what the debug graph computes.
+// Attention in float32 with one warp per row, without tensor cores. The debug graph uses it.
 #pragma once
 
 #include "attention/attention_cache.cuh"
 
 namespace edgelm {
 
-// A grid of (rows / 4, G, B) blocks of 4 warps, after attention_prepare<float, float, S>.
+// Grid: (rows / 4, G, B) blocks of 4 warps. Runs after attention_prepare<float, float, S>.
 template <int S> EDGELM_BODY void attention_exact(const AttentionArgs& args) {
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -34,7 +34,7 @@ template <int S> EDGELM_BODY void attention_exact(const AttentionArgs& args) {
     }
     const float before = largest;
     largest = max_(largest, warp_max(score));
-    const float weight = exp_(score - largest), shrink = exp_(before - largest);  // of -infinity: 0
+    const float weight = exp_(score - largest), shrink = exp_(before - largest);  // exp(-infinity) is 0
     total = total * shrink + warp_sum(weight);
     EDGELM_UNROLL
     for (int i = 0; i < S / kWarp; ++i) sums[i] *= shrink;

@@ -1,7 +1,7 @@
-// Results of several warps and of several blocks that saw different keys become one.
+// Merges the attention results of warps, or of blocks, that each processed a part of the keys.
 //
-// What saw some keys gives a row's largest score m (base 2), the total of the weights 2^(score - m), and the sum of the
-// values with these weights. Of a row that saw nothing m is -infinity and the rest 0.
+// The result for a part of the keys is: the row's largest score m (base 2), the sum of the weights 2^(score - m), and
+// the sum of the values with these weights. For a row that saw no key, m is -infinity and the rest is 0.
 #pragma once
 
 #include "attention/attention_rows.cuh"
@@ -12,7 +12,7 @@ struct RowMerge {
   float largest = -bits_to_float(0x7f800000u), total = 0.f;
   float sums[4] = {0.f, 0.f, 0.f, 0.f};
 
-  // All of them are seen before the first is added.
+  // Call see() for every part before the first add().
   EDGELM_INLINE void see(float m) { largest = max_(largest, m); }
   EDGELM_INLINE void add(float m, float of_total, const float (&of_sums)[4]) {
     const float weight = m > -bits_to_float(0x7f800000u) ? exp2_fast(m - largest) : 0.f;
@@ -28,8 +28,8 @@ struct RowMerge {
   }
 };
 
-// Four columns of a row of the block from all splits. Many are loaded at a time: they come from other blocks, and the
-// whole launch waits for them.
+// Merge four columns of a row of the block from all splits. Several are loaded at a time: they were written by other
+// blocks, and the whole launch waits for this step.
 template <int S, int block_rows>
 EDGELM_DEVICE RowMerge merge_row(const AttentionArgs& args, const BlockOfRows& block, int row, int column) {
   constexpr int kBatch = 16;
@@ -63,7 +63,7 @@ EDGELM_DEVICE RowMerge merge_row(const AttentionArgs& args, const BlockOfRows& b
   return merge;
 }
 
-// The results of all splits of the block's rows.
+// Merge the results of all splits of the block's rows.
 template <class A, int S, int block_rows>
 EDGELM_DEVICE void merge_splits(const AttentionArgs& args, const BlockOfRows& block) {
   const int rows = min_(block_rows, block.rows - block.first);

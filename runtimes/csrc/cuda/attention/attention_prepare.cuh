@@ -1,12 +1,12 @@
-// Queries, keys and values on their way from a product to attention: norm, clip, rotation, rounding.
+// Prepares queries, keys and values for attention: QK-norm, clip, rotary embedding, rounding to the cache's type.
 #pragma once
 
 #include "attention/attention_rows.cuh"
 
 namespace edgelm {
 
-// A head's vector, spread over a warp: a lane has numbers S / 2 apart, which the rotation mixes. Of S = 32 half of the
-// lanes have none (zeros).
+// One head's vector [S], spread over a warp. A lane holds numbers that are S / 2 apart, the pairs that RoPE rotates.
+// For S = 32 half of the lanes hold zeros.
 template <int S> struct HeadPart {
   static constexpr int kPairs = S < 64 ? 1 : S / 64;
   float first[kPairs], second[kPairs];
@@ -21,28 +21,29 @@ template <class E, int S> struct HeadCodes {
 
 EDGELM_DEVICE float clipped(float x, float clip) { return clip > 0.f ? min_(max_(x, -clip), clip) : x; }
 
-// What a head is normed with: x * factor * weight, weight null: x. With `by_itself` the factor is the head's own.
+// RMSNorm of a head: x * factor * weight, or x where weight is null. `by_itself`: compute the factor from this head
+// alone.
 struct HeadNorm {
   const float* weight;
   float factor;
   bool by_itself;
 };
 
-// Of head `index` of the queries, or of the keys; `factor` is that of all of them.
+// The norm of head `index` of the queries, or of the keys. `factor` is the one that all heads share.
 template <int S> EDGELM_DEVICE HeadNorm head_norm(const AttentionArgs& args, bool is_query, int index, float factor) {
   const bool by_itself = args.per_head_norms & (is_query ? kQueries : kKeys);
   const float* weight = is_query ? args.q_norm : args.k_norm;
   return {weight == nullptr || by_itself ? weight : weight + index * S, factor, by_itself};
 }
 
-// 1 / sqrt(mean(x^2) + epsilon) of one head, by a warp.
+// Return 1 / sqrt(mean(x^2) + epsilon) of one head, computed by a warp.
 template <class A, int S> EDGELM_DEVICE float head_inverse_rms(const A* x, float epsilon) {
   float squares = 0.f;
   for (int i = thread() % kWarp; i < S; i += kWarp) squares = fma_(to_float(x[i]), to_float(x[i]), squares);
   return rsqrt_(warp_sum(squares) / float(S) + epsilon);
 }
 
-// Normed, then clipped. All lanes take part.
+// Load a head, norm it, then clip it. All lanes take part.
 template <class A, int S>
 EDGELM_DEVICE HeadPart<S> load_head(const A* x, HeadNorm norm, float epsilon, float clip) {
   if (norm.by_itself) norm.factor = head_inverse_rms<A, S>(x, epsilon);
@@ -75,7 +76,7 @@ template <int S> EDGELM_DEVICE void rotate(HeadPart<S>& part, const AttentionArg
   }
 }
 
-// As the cache has it. All lanes take part.
+// Convert a head to the cache's type E. All lanes take part.
 template <class E, int S> EDGELM_DEVICE HeadCodes<E, S> encode_head(const HeadPart<S>& part) {
   HeadCodes<E, S> codes;
   float factor = 1.f;
@@ -99,7 +100,7 @@ template <class E, int S> EDGELM_DEVICE HeadCodes<E, S> encode_head(const HeadPa
   return codes;
 }
 
-// To a row of S elements.
+// Store a head as a row of S elements.
 template <class E, int S> EDGELM_DEVICE void store_head(E* row, const HeadCodes<E, S>& codes) {
   EDGELM_UNROLL
   for (int n = 0; n < HeadPart<S>::kPairs; ++n) {
@@ -109,8 +110,8 @@ template <class E, int S> EDGELM_DEVICE void store_head(E* row, const HeadCodes<
   }
 }
 
-// To a row of queries. For a cache of codes the columns are in another order within 16, that in which the words of a
-// tile of keys have them: 0 1 4 5 8 9 12 13, 2 3 6 7 10 11 14 15.
+// Store a head as a row of queries. For a cache of codes the columns are reordered within 16 to the order in which the
+// words of a tile of keys hold them: 0 1 4 5 8 9 12 13, 2 3 6 7 10 11 14 15.
 template <class M, class E, int S> EDGELM_DEVICE void store_query(M* row, const HeadPart<S>& part) {
   const auto store = [&](int column, float x) {
     const int i = column % 16;
@@ -125,7 +126,7 @@ template <class M, class E, int S> EDGELM_DEVICE void store_query(M* row, const 
   }
 }
 
-// To the cache of one (b, g).
+// Append to the cache of one (b, g).
 template <class E, int S>
 EDGELM_DEVICE void append(u8* cache, int capacity, int position, const HeadCodes<E, S>& codes) {
   store_head<E, S>(reinterpret_cast<E*>(cache) + i64(position) * S, codes);
@@ -136,7 +137,7 @@ EDGELM_DEVICE void append(u8* cache, int capacity, int position, const HeadCodes
   }
 }
 
-// To a tile in shared memory.
+// Store to a tile in shared memory.
 template <class E, int S>
 EDGELM_DEVICE void store_to_stage(u8* stage, bool is_key, int row, const HeadCodes<E, S>& codes) {
   using Tile = Stage<E, S>;
@@ -157,7 +158,7 @@ EDGELM_DEVICE void store_to_stage(u8* stage, bool is_key, int row, const HeadCod
   }
 }
 
-// 1 / sqrt(mean(x^2) + epsilon) of a row of `width` numbers, a multiple of 8, by the whole block.
+// Return 1 / sqrt(mean(x^2) + epsilon) of a row of `width` numbers (a multiple of 8), computed by the whole block.
 template <class A> EDGELM_DEVICE float inverse_rms(const A* x, int width, float epsilon, float* scratch) {
   constexpr int kNumbers = 16 / int(sizeof(A));
   float sum = 0.f;
@@ -178,9 +179,9 @@ template <class A> EDGELM_DEVICE float inverse_rms(const A* x, int width, float 
   return rsqrt_(block_sum(sum, scratch) / float(width) + epsilon);
 }
 
-// One token: a grid of (T, B) blocks.
+// Prepare one token per block. Grid: (T, B).
 template <class A, class E, int S> EDGELM_BODY void attention_prepare(const AttentionArgs& args) {
-  using M = Product<A, E>;
+  using M = MmaType<A, E>;
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int t = block_x(), b = block_y();
@@ -218,13 +219,13 @@ template <class A, class E, int S> EDGELM_BODY void attention_prepare(const Atte
   }
 }
 
-// What a block of attention_tiles needs of the new tokens, whose rows are 16 at most: its queries to shared memory,
-// from `scratch` + 64 on, rows of S numbers and 16 bytes; the keys and values of the tiles that it has to the cache.
-// Those of its first `ahead` tiles go to their stages too: the copies into these have begun, and have left them out.
+// Prepare what a block of attention_tiles needs of the new tokens (at most 16 rows): store its queries to shared memory
+// at `scratch` + 64, rows of S numbers and 16 bytes; store the keys and values of its tiles to the cache. Those of its
+// first `ahead` tiles are also stored to their stages: the copies into these stages have begun and have left them out.
 template <class A, class E, int S>
 EDGELM_DEVICE void prepare_rows(const AttentionArgs& args, const BlockOfRows& block, int first_tile, int end_tile,
                                 int ahead, u8* scratch) {
-  using M = Product<A, E>;
+  using M = MmaType<A, E>;
   using Tile = Stage<E, S>;
   constexpr int kStride = S + 8;
   const int warp = thread() / kWarp, warps = block_threads() / kWarp;

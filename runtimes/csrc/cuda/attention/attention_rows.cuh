@@ -1,4 +1,4 @@
-// Which rows and keys a block has, and where its results go.
+// The rows and keys of a block, and the place of its results.
 #pragma once
 
 #include "attention/attention_cache.cuh"
@@ -10,15 +10,15 @@ struct BlockOfRows {
   int block;             // number of the block of rows
   int shared_by;         // H / G
   int first;             // its first row
-  int rows, fresh_rows;  // of this (b, g) in all, and those that are no padding
+  int rows, fresh_rows;  // of this (b, g): all, and those that are not padding
   int past;
-  int end;               // keys that some row of the block sees
-  int tiles, active;     // tiles of keys, and the splits that have some. No tiles: all rows are padding
+  int end;               // keys that at least one row of the block sees
+  int tiles, active;     // tiles of keys, and splits with at least one tile. 0 tiles: all rows are padding
 
-  // Keys that row r sees; padding sees none.
+  // The number of keys that row r sees; padding rows see none.
   EDGELM_INLINE int limit(int r) const { return r < fresh_rows ? past + r / shared_by + 1 : 0; }
 
-  // Where row r begins in the result.
+  // Offset of row r in the result.
   EDGELM_INLINE i64 out_offset(const AttentionArgs& args, int r, int size) const {
     return ((i64(b) * args.tokens + r / shared_by) * args.heads + g * shared_by + r % shared_by) * size;
   }
@@ -27,8 +27,8 @@ struct BlockOfRows {
     return (i64(b) * args.kv_heads + g) * args.row_blocks + block;
   }
 
-  // Whether the other splits of these rows have all been here, having written what they found. The last one puts the
-  // counter back. `flag` is shared memory.
+  // Whether this block is the last of its rows' splits to finish, so that all results are written. The last block
+  // resets the counter. `flag` is shared memory.
   EDGELM_INLINE bool is_last(const AttentionArgs& args, int* flag) const {
     fence_device();
     sync_block();
@@ -44,7 +44,7 @@ struct BlockOfRows {
   }
 };
 
-// Blocks with the most keys come first.
+// Blocks with the most keys start first.
 template <int block_rows> EDGELM_DEVICE BlockOfRows block_of_rows(const AttentionArgs& args) {
   BlockOfRows block;
   block.b = block_z();

@@ -1,32 +1,34 @@
-// Attention on tensor cores: tiles of 64 keys come to shared memory in the background.
+// Attention on tensor cores. Tiles of 64 keys are copied to shared memory with cp.async while earlier ones are
+// computed.
 //
-// Four warps a block. For few rows (decode) they share 16 rows and each has 16 keys of a tile, which it copies and
-// awaits by itself; their results are merged at the end. For many rows (prefill) each has 16 or 32 rows and all keys.
+// A block has four warps. With few rows (decode) the warps share 16 rows, and each handles 16 keys of a tile, which it
+// copies and waits for by itself; their results are merged at the end. With many rows (prefill) each warp has 16 or 32
+// rows and all keys.
 //
-// The keys of a block may be cut into `splits` ranges, of tiles of what the cache holds; the block that is last merges
-// what all found, in the order of the splits: results do not depend on which it was.
+// The keys of a block may be cut into `splits` ranges of tiles. The block that finishes last merges the results in the
+// order of the splits, so results do not depend on which block it was.
 #pragma once
 
 #include "attention/attention_merge.cuh"
 #include "attention/attention_prepare.cuh"
-#include "attention/attention_product.cuh"
+#include "attention/attention_mma.cuh"
 
 namespace edgelm {
 
-// What is multiplied: few rows with codes as they are; of many, each warp would widen them all, which is done once.
+// The type of a tile that is multiplied. With many rows a tile of codes is upcast once, rather than by each warp.
 template <class M, class E, bool few> struct OperandOf { using Type = E; };
 template <class M> struct OperandOf<M, i8, false> { using Type = M; };
 template <class M> struct OperandOf<M, e4m3, false> { using Type = M; };
 
-// Shared memory: three stages for few rows; else two, then a tile of widened codes, then of 128 rows the queries.
+// Shared memory: three stages for few rows; otherwise two, a tile of upcast codes and, for 128 rows, the queries.
 template <class E, int S, int block_rows> constexpr int kStagesBytes = (block_rows == 16 ? 3 : 2) * Stage<E, S>::kBytes;
 template <class M, class E, int S, int block_rows>
-constexpr int kWidenedBytes = kScaled<E> && block_rows != 16 ? Stage<M, S>::kBytes : 0;
+constexpr int kUpcastBytes = kScaled<E> && block_rows != 16 ? Stage<M, S>::kBytes : 0;
 template <class M, class E, int S, int block_rows>
-constexpr int kTilesBytes = kStagesBytes<E, S, block_rows> + kWidenedBytes<M, E, S, block_rows> +
+constexpr int kTilesBytes = kStagesBytes<E, S, block_rows> + kUpcastBytes<M, E, S, block_rows> +
                             (block_rows == 128 ? 128 * Stage<M, S>::kRow : 0);
 
-// What the loop over tiles needs now and then. Registers are scarce there: it waits in shared memory.
+// Values that the loop over tiles rarely needs. They are kept in shared memory, since registers are scarce there.
 struct LoopState {
   BlockOfRows block;
   const u8* keys;  // of this (b, g)
@@ -36,7 +38,7 @@ struct LoopState {
   int seen[kAttentionWarps];         // keys that some row of a warp sees
 };
 constexpr int kLoopStateBytes = 128;
-static_assert(sizeof(LoopState) <= kLoopStateBytes, "the room for it");
+static_assert(sizeof(LoopState) <= kLoopStateBytes, "LoopState does not fit into kLoopStateBytes");
 
 template <class E, int S, int warp_rows>
 EDGELM_DEVICE LoopState loop_state(const AttentionArgs& args, const BlockOfRows& block, bool few) {
@@ -55,18 +57,18 @@ EDGELM_DEVICE LoopState loop_state(const AttentionArgs& args, const BlockOfRows&
   return state;
 }
 
-// A grid of (row blocks * splits, G, B) blocks of 4 warps; `block_rows`: 16 (few), 64 or 128. `prepares`: queries, keys
-// and values are prepared here, by each block those that it needs; only with one row block.
-// Shared memory: kTilesBytes + kLoopStateBytes; also in attention.py.
+// Grid: (row blocks * splits, G, B) blocks of 4 warps. `block_rows`: 16 (few), 64 or 128. `prepares`: each block
+// prepares the queries, keys and values that it needs; only with one row block.
+// Shared memory: kTilesBytes + kLoopStateBytes. attention.py computes the same size.
 template <class A, class E, int S, int block_rows, bool prepares>
 EDGELM_BODY void attention_tiles(const AttentionArgs& args) {
   constexpr bool few = block_rows == 16;
   static_assert(few || !prepares, "several blocks of rows would append the same keys");
-  using M = Product<A, E>;
+  using M = MmaType<A, E>;
   using Tile = Stage<E, S>;
   using Operand = typename OperandOf<M, E, few>::Type;
   using Rows = RowTiles<M, Operand, S, block_rows == 128 ? 2 : 1>;
-  constexpr bool kWidens = !Same<Operand, E>::value;
+  constexpr bool kUpcasts = !Same<Operand, E>::value;
   constexpr int kStages = few ? 3 : 2;
   constexpr int kKeys = few ? 16 : block_rows == 64 ? 64 : 32;  // at a time, as many as registers have room for
   wait_for_previous_kernel();
@@ -100,7 +102,7 @@ EDGELM_BODY void attention_tiles(const AttentionArgs& args) {
   const int warp_row = block.first + (few ? 0 : warp * Rows::kRows);
   const M* queries = static_cast<const M*>(args.queries) + (i64(block.b) * args.kv_heads + block.g) * block.rows * S;
   if constexpr (prepares) {
-    // The last stage is not in use yet: queries in its lower part, as rows of S numbers and 16 bytes.
+    // The last stage is not in use yet. Its first part holds the queries, as rows of S numbers and 16 bytes.
     u8* scratch = shared + (kStages - 1) * Tile::kBytes;
     prepare_rows<A, E, S>(args, block, first_tile, end_tile, kStages - 1, scratch);
     sync_block();
@@ -109,7 +111,7 @@ EDGELM_BODY void attention_tiles(const AttentionArgs& args) {
   } else if constexpr (Rows::kQueriesStay) {
     rows.load_queries(queries + i64(warp_row) * S, S, block.rows - warp_row);
   } else {
-    constexpr int kQueries = kStagesBytes<E, S, block_rows> + kWidenedBytes<M, E, S, block_rows>;
+    constexpr int kQueries = kStagesBytes<E, S, block_rows> + kUpcastBytes<M, E, S, block_rows>;
     load_rows<M, S, block_rows>(shared + kQueries, queries + i64(block.first) * S, block.rows - block.first);
     rows.shared_queries = kQueries + warp * Rows::kRows * Stage<M, S>::kRow;
   }
@@ -126,8 +128,8 @@ EDGELM_BODY void attention_tiles(const AttentionArgs& args) {
     cp_async_commit();
     int stage = (tile - now.first_tile) % kStages * Tile::kBytes;
     const float* scales = reinterpret_cast<const float*>(shared + stage + Tile::kKeyScales);
-    if constexpr (kWidens) {
-      widen_tile<M, E, S>(shared + kStagesBytes<E, S, block_rows>, shared + stage);
+    if constexpr (kUpcasts) {
+      upcast_tile<M, E, S>(shared + kStagesBytes<E, S, block_rows>, shared + stage);
       stage = kStagesBytes<E, S, block_rows>;
       sync_block();
     }

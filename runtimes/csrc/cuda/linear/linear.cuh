@@ -1,4 +1,4 @@
-// Products of activations and quantised weights, and the small kernels around them.
+// All kernels for y = x W^T with quantised or float weights W, and the small kernels around them.
 #pragma once
 
 #include "embedding.cuh"

@@ -1,4 +1,4 @@
-// The arguments of every product of activations and weights, and what is done with its results.
+// Arguments of the matmul kernels, and how their results are written.
 #pragma once
 
 #include "weights.cuh"
@@ -8,35 +8,35 @@ namespace edgelm {
 // y[slot, :] = residual[slot, :] + f(matrix of the slot's expert * g(x[row of the slot, :]) + bias)
 // g: nothing, an RMSNorm, rounding to FP8; f: nothing or SwiGLU.
 //
-// A slot is a row of the product. Without `row_map` it is row `slot` of x. With `experts` > 0 matrix e has the slots
+// A slot is a row of the result. Without `row_map`, slot s reads row s of x. With `experts` > 0, matrix e has the slots
 // offsets[e] .. offsets[e + 1] - 1; otherwise there is one matrix, which has all `rows` slots.
 struct LinearArgs {
-  const void* x;          // [*, k]: float32 where x_float, else A, or E4M3 as convert_rows writes it
+  const void* x;          // [*, k]: float32 if x_float, otherwise A, or E4M3 as convert_rows writes it
   const u8* codes;        // the matrices in tiles
   const u8* scales;       // [experts][n / 16][groups][16]
-  const u8* zeros;        // the same of zero points; null: symmetric
-  const float* norm;      // [k]: x is normalised first, and is then float32; null: it is not
+  const u8* zeros;        // zero points in the same layout; null: symmetric
+  const float* norm;      // [k]: RMSNorm weight, applied to x, which is then float32; null: no norm
   const float* residual;  // [rows, outputs]; null: none
-  const float* x_scales;  // [*]: a factor of each row of x, by its row; null: none
+  const float* x_scales;  // [*]: a factor for each row of x; null: none
   void* y;                // [rows, outputs]: float32 where y_float, else A
-  const i32* row_map;     // [rows]; null: row s belongs to slot s
+  const i32* row_map;     // [rows]; the row of x of each slot; null: row s
   union {
-    const i32* offsets;   // of experts: [experts + 1]
-    const float* bias;    // of one matrix that is not SwiGLU: [n]; null: none
+    const i32* offsets;   // with experts: [experts + 1]
+    const float* bias;    // for one matrix without SwiGLU: [n]; null: none
   };
   i64 codes_stride;       // bytes from one expert's codes to the next's
   i64 scales_stride;
   i64 zeros_stride;
   i32 rows;               // slots
-  i32 n;                  // rows of a matrix: with swiglu gate and up together
+  i32 n;                  // rows of a matrix; with swiglu those of gate and up together
   i32 k;                  // columns
   i32 group;              // columns to a scale
   i32 experts;
-  i32 swiglu;             // 1: rows 0 .. 7 of each 16 are the gate of 8 .. 15
+  i32 swiglu;             // 1: of each 16 rows, 0 .. 7 are the gate of 8 .. 15
   i32 x_float;
   i32 y_float;
   float epsilon;          // of the norm
-  float round_scale;      // x is rounded to E4M3 first: > 0 with this scale, < 0 with absmax / 448 of its row, 0 not at all
+  float round_scale;      // rounding of x to E4M3: > 0: with this scale; < 0: with absmax / 448 of its row; 0: none
   i32 split;              // skinny: warps that share the columns of 16 rows
   i32 chunk;              // skinny: columns of x in shared memory at a time, a multiple of 64 or all
   i32 x_tile;             // skinny: rows of it, 1 to the kernel's 8, 16 or 32
@@ -49,10 +49,10 @@ EDGELM_DEVICE int source_row(const LinearArgs& args, int slot) { return args.row
 
 EDGELM_DEVICE float silu(float x) { return x / (1.f + exp_(-x)); }
 
-// The scale with which a row is rounded to E4M3; below this every number of it is 0.
+// The scale for rounding a row to E4M3. If absmax is below 2^-100, every number of the row rounds to 0.
 EDGELM_DEVICE float fp8_scale(float absmax) { return absmax < 0x1p-100f ? 1.f : absmax / 448.f; }
 
-// x / scale with the reciprocal at hand: rounded once, as a division is, unless x is within 2^-100 of nothing.
+// x / scale by the reciprocal and one correction: rounded once, as a division is, unless abs(x) is below 2^-100.
 EDGELM_DEVICE float divided(float x, float scale, float reciprocal) {
   const float quotient = x * reciprocal;
   return fma_(fma_(-quotient, scale, x), reciprocal, quotient);
@@ -68,7 +68,7 @@ template <class A> EDGELM_DEVICE void put(const LinearArgs& args, int slot, int 
   else static_cast<A*>(args.y)[at] = from_float<A>(value);
 }
 
-// Results of rows g and g + 8 of a block of 16.
+// Write the results of rows g and g + 8 of a block of 16.
 template <class A> EDGELM_DEVICE void put_pair(const LinearArgs& args, int slot, int block, int g, float low, float high) {
   if (args.swiglu) {
     put<A>(args, slot, block * 8 + g, silu(low) * high);

@@ -1,7 +1,8 @@
-// Products in float32, one number at a time: any number of rows, any kind of weights. Checks of a model run on these,
-// and what other kernels compute is compared with them.
+// y = x W^T in float32, one multiply-add at a time: any number of rows, any kind of weights. The debug graph uses it,
+// and the other kernels are tested against it.
 //
-// A warp has 16 rows of a matrix and kExactTokens tokens at a time; its lanes read tiles as tensor-core kernels do.
+// A warp computes 16 rows of a matrix times kExactTokens tokens at a time. Its lanes read tiles in the way of the
+// tensor-core kernels.
 #pragma once
 
 #include "linear/linear_args.cuh"
@@ -11,7 +12,7 @@ namespace edgelm {
 constexpr int kExactTokens = 4;
 constexpr int kExactWarps = 8;
 
-// The norm's factor and the scale of rounding of a row, by one warp.
+// Compute the norm's factor and the rounding scale of a row, by one warp.
 EDGELM_DEVICE void exact_row(const LinearArgs& args, const float* x, float& inverse, float& rounding) {
   float squares = 0.f;
   for (int k = thread() % kWarp; k < args.k; k += kWarp) squares = fma_(x[k], x[k], squares);

@@ -1,39 +1,39 @@
-// Products with many rows on tensor cores: a block makes TM rows of a matrix times TN tokens.
+// y = x W^T for many rows (prefill) on tensor cores. A block computes TM rows of a matrix times TN tokens.
 //
-// Weights go through shared memory as they are stored, in tiles that a lane reads with one load of 16 bytes, and become
-// operands in registers. x goes there in rows of 128 bytes whose 16-byte parts are swizzled, for ldmatrix. Both come by
-// cp.async, some stages ahead. Scales of groups multiply float32 sums of a group; a scale for a whole row
-// multiplies at the end. Results leave through shared memory, so that stores are whole lines.
+// Weights are copied to shared memory as they are stored, in tiles of which a lane reads 16 bytes, and become mma
+// operands in registers. x is copied in rows of 128 bytes whose 16-byte parts are swizzled for ldmatrix. Both are
+// copied with cp.async, several stages ahead. Scales per group multiply the float32 sums of a group; a scale per row
+// multiplies at the end. Results go through shared memory, so that stores are whole cache lines.
 //
-// XF8: x is E4M3 (convert_rows) and so are the weights; A is only what y may be.
+// XF8: x is E4M3 (from convert_rows) and so are the weights; A is then only a type of y.
 #pragma once
 
 #include "linear/linear_args.cuh"
 
-// Tensor cores that multiply E4M3 by mma.sync: Ada's and the consumer Blackwell's. For Hopper's and the big Blackwell's
-// the compiler would convert every operand to float16 anew for each product; the kernel does so once.
+// Devices whose mma.sync multiplies E4M3 directly: Ada and consumer Blackwell (SM 89, 120). On Hopper and data-centre
+// Blackwell the compiler would convert every operand to float16 for each mma; this kernel converts it once.
 #if defined(EDGELM_HAS_FP8) && !(__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
-#define EDGELM_FP8_PRODUCTS 1
+#define EDGELM_FP8_MMA 1
 #endif
 
 namespace edgelm {
 
 constexpr int kGemmThreads = 256;
-constexpr int kGemmRowBytes = 128;  // of x in a stage
+constexpr int kGemmRowBytes = 128;  // of a row of x in a stage
 
 template <class W, bool XF8, int TM, int TN> struct GemmShape {
-  static constexpr int step_columns = XF8 ? 32 : 16;         // of a product
+  static constexpr int step_columns = XF8 ? 32 : 16;         // of one mma
   static constexpr int columns = 4 * step_columns;           // of a stage
   static constexpr int tiles = columns / Format<W>::columns;  // of 16 rows in a stage
   static constexpr int steps_per_tile = 4 / tiles;
   static constexpr int weight_bytes = TM / kTileRows * tiles * kTileBytes;
-  // Small tiles are for products that must have many bytes under way rather than many operands in shared memory.
+  // Small tiles are bound by memory: they need many bytes in flight, so they get more stages.
   static constexpr int stages = TN == 64 ? 6 : 3;
   static constexpr int stage_bytes = weight_bytes + TN * kGemmRowBytes;
 };
 
-// Blocks in the order in which they start take 8 tiles of tokens by turns for each tile of weights: what is read again
-// is then likely to be in the cache still.
+// Tiles are assigned in an order in which 8 tiles of tokens share each tile of weights, so that weights that are read
+// again are likely to be in L2.
 struct GemmTile { int weights, tokens; };
 EDGELM_DEVICE GemmTile gemm_tile() {
   const int number = block_y() * grid_x() + block_x();
@@ -42,10 +42,10 @@ EDGELM_DEVICE GemmTile gemm_tile() {
   return {inside / height, panel * 8 + inside % height};
 }
 
-// Which rows a block has: of expert `expert` the slots `first` .. `first` + `rows` - 1.
+// The rows of a block: slots `first` .. `first` + `rows` - 1 of expert `expert`.
 struct GemmRows { int expert, first, rows; };
 
-// Number `tile` of the tiles of TN slots that all experts have, one expert after the other. Every warp finds it alone.
+// Tile number `tile` of TN slots, counted over all experts in order. Every warp searches for it by itself.
 template <int TN> EDGELM_DEVICE GemmRows gemm_rows(const LinearArgs& args, int tile) {
   if (args.experts == 0) return {0, tile * TN, min_(TN, args.rows - tile * TN)};
   const int lane = thread() % kWarp;
@@ -72,7 +72,7 @@ template <int TN> EDGELM_DEVICE GemmRows gemm_rows(const LinearArgs& args, int t
   return {0, 0, 0};
 }
 
-// A scale and a zero point in one word each.
+// A scale and a zero point.
 template <class W> struct GemmScale {
   float scale;
   int zero;
@@ -84,7 +84,7 @@ template <class A, class W, bool XF8, bool GROUPED, int TM, int TN, int WARPS_M>
   static constexpr int kWarpsN = kWarps / WARPS_M;
   static constexpr int kStrips = TM / kTileRows / WARPS_M;  // blocks of 16 rows of a warp
   static constexpr int kParts = TN / 8 / kWarpsN;           // of 8 tokens of a warp
-  static_assert(kParts % 2 == 0, "ldmatrix brings 16 tokens");
+  static_assert(kParts % 2 == 0, "ldmatrix loads 16 tokens");
   static constexpr int kXCopies = TN * 8 / kGemmThreads;
   static constexpr int kAtOnce = kGemmThreads * 16;  // bytes that all threads copy
   static constexpr int kWeightCopies = (Shape::weight_bytes + kAtOnce - 1) / kAtOnce;
@@ -105,7 +105,7 @@ template <class A, class W, bool XF8, bool GROUPED, int TM, int TN, int WARPS_M>
 
   EDGELM_INLINE explicit Gemm(const LinearArgs& a)
       : args(a),
-        warp(shuffle(thread() / kWarp, 0)),  // the same in all lanes, as the compiler then knows
+        warp(shuffle(thread() / kWarp, 0)),  // from a shuffle the compiler knows that it is the same in all lanes
         lane(thread() % kWarp),
         warp_m(warp % WARPS_M),
         warp_n(warp / WARPS_M),
@@ -135,7 +135,7 @@ template <class A, class W, bool XF8, bool GROUPED, int TM, int TN, int WARPS_M>
     }
   }
 
-  // Begins to copy stage `stage`; beyond the matrix come zeros.
+  // Start copying stage `stage`, with zeros beyond the matrix.
   EDGELM_INLINE void copy_weights(int stage, u8* to) const {
     const bool inside = thread() * 16 < Shape::weight_bytes && stage * Shape::tiles + weights_tile < tiles;
     const u8* from = weights_from + i64(stage) * (Shape::tiles * kTileBytes);
@@ -160,7 +160,7 @@ template <class A, class W, bool XF8, bool GROUPED, int TM, int TN, int WARPS_M>
     }
   }
 
-  // The scale and the zero point of row g + 8 high of a block of 16 in a group.
+  // The scale and the zero point of row g + 8 * high of a block of 16, in a group.
   EDGELM_INLINE GemmScale<W> scale(int strip, int high, int group, int groups) const {
     const int block = min_(block0 + warp_m * kStrips + strip, blocks - 1);
     const i64 index = (i64(block) * groups + group) * kTileRows + lane / 4 + 8 * high;
@@ -171,17 +171,17 @@ template <class A, class W, bool XF8, bool GROUPED, int TM, int TN, int WARPS_M>
   }
 };
 
-// d += a b of E4M3, 32 columns.
+// d += a b for E4M3, 32 columns.
 template <int STRIPS, int PARTS>
 EDGELM_DEVICE void multiply_fp8(float (&d)[STRIPS][PARTS][4], const Words4 (&a)[STRIPS], const u32 (&b)[PARTS][2]) {
-#ifdef EDGELM_FP8_PRODUCTS
+#ifdef EDGELM_FP8_MMA
   EDGELM_UNROLL
   for (int i = 0; i < STRIPS; ++i) {
     const u32 words[4] = {a[i].x, a[i].y, a[i].z, a[i].w};
     EDGELM_UNROLL
     for (int n = 0; n < PARTS; ++n) mma_16x8x32_fp8(d[i][n], words, b[n]);
   }
-#else  // float16 holds the same numbers
+#else  // convert to float16, which is exact
   EDGELM_UNROLL
   for (int step = 0; step < 2; ++step) {
     u32 x[PARTS][2];
@@ -249,7 +249,7 @@ EDGELM_BODY void linear_gemm(const LinearArgs& args) {
   }
   int group = 0, steps_left = group_steps;
 
-  // Where this lane reads: its 16 bytes of a tile, its row of a matrix of ldmatrix.
+  // Offsets that this lane reads at: its 16 bytes of a tile of weights, its row of an ldmatrix matrix.
   const int weights_at = my.warp_m * kStrips * Shape::tiles * kTileBytes + my.lane * 16;
   const int token = my.warp_n * kParts * 8 + my.lane / 16 * 8 + my.lane % 8;
   const int part = my.lane / 8 % 2;
@@ -331,7 +331,7 @@ EDGELM_BODY void linear_gemm(const LinearArgs& args) {
   EDGELM_UNROLL
   for (int i = 0; i < kStrips; ++i) {
     float low_scale = 1.f, high_scale = 1.f;
-    if constexpr (My::kScaled && !GROUPED) {  // read only now: registers are short before
+    if constexpr (My::kScaled && !GROUPED) {  // read only here, since registers are scarce in the loop
       low_scale = my.scale(i, 0, 0, groups).scale;
       high_scale = my.scale(i, 1, 0, groups).scale;
     }

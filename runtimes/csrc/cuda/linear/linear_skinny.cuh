@@ -1,24 +1,25 @@
-// Products with few rows, where reading the weights is all the time there is: they are read once, 16 bytes a lane.
+// y = x W^T for few rows (decode), bound by reading the weights: each weight is read once, 16 bytes per lane and load.
 //
-// Weights are the M side of the tensor cores' product (16 rows of a matrix), tokens the N side, so that 8 of them cost
-// what one does. A block is `split` warps times some blocks of 16 rows: the warps that share 16 rows take a part of the
-// columns each, and their sums are added in shared memory in a fixed order. A block of threads walks over its share of
-// the work ("items": an expert's next few 16 rows) and always has kAhead loads a lane under way, across items too.
-// Rows of x lie in shared memory, all of their columns where they fit, else `chunk` at a time; 16 bytes more than they
-// need keep the eight rows that ldmatrix reads on different banks.
+// Weights are the M side of the mma (16 rows of a matrix) and tokens the N side, so that 8 tokens cost as much as one.
+// A block is `split` warps times some blocks of 16 rows. The warps that share 16 rows divide the columns among them,
+// and their sums are added in shared memory in a fixed order. A block of threads loops over its share of the work
+// ("items": the next few blocks of 16 rows of an expert) and keeps kAhead loads per lane in flight, also from one item
+// to the next.
+// Rows of x are in shared memory: all columns if they fit, otherwise `chunk` columns at a time. They are padded by 16
+// bytes, so that the eight rows that ldmatrix reads are on different banks.
 #pragma once
 
 #include "linear/linear_args.cuh"
 
 namespace edgelm {
 
-// What a warp reads at a time.
+// The columns of 16 rows that a warp reads at a time.
 template <class W> struct SkinnyUnit {
   static constexpr int columns = Format<W>::columns < 32 ? 32 : Format<W>::columns;
   static constexpr int loads = columns / Format<W>::columns;
 };
 
-// Where a block is in its work.
+// The position of a block in its items.
 struct SkinnyPlace {
   int active;  // index of the expert among those with rows
   int tile;    // of x_tile of its rows
@@ -26,7 +27,7 @@ struct SkinnyPlace {
   int chunk;   // of columns
 };
 
-// The parts of shared memory; linear.py computes the same sum.
+// The layout of shared memory. linear.py computes the same size.
 template <class W, int NB> struct SkinnyShared {
   u8* x;            // [x_tile] rows of A
   float* sums;      // [2][warps][NB * 4][32]
@@ -64,7 +65,7 @@ template <class W, int NB> struct SkinnyShared {
   }
 };
 
-// The experts that have rows, in order: one warp makes the list.
+// List the experts that have rows, in order; one warp does it.
 EDGELM_DEVICE void list_experts(const i32* offsets, int experts, int* list) {
   const int lane = thread() % kWarp;
   int count = 0;
@@ -85,7 +86,7 @@ EDGELM_DEVICE void list_experts(const i32* offsets, int experts, int* list) {
 
 template <class A, class W, int NB> struct Skinny {
   using Unit = SkinnyUnit<W>;
-  // Rows that a lane gives ldmatrix: its four matrices are b0 and b1 of two steps of 8 tokens, or of a step of 16.
+  // Rows that a lane passes to ldmatrix. Its four matrices are b0 and b1 of two steps of 8 tokens, or of one of 16.
   static constexpr int kRows = NB > 1 ? NB / 2 : 1;
 
   const LinearArgs& args;
@@ -93,7 +94,7 @@ template <class A, class W, int NB> struct Skinny {
   const int blocks, groups, tiles, units, chunk_units, chunks;
   SkinnyShared<W, NB> shared;
   int first_item, last_item, actives;
-  bool fine;         // groups end within a unit
+  bool fine;         // a group can end within a unit
   u64 group_factor;  // step * group_factor >> 32 is the step's group
 
   EDGELM_INLINE explicit Skinny(const LinearArgs& a)
@@ -120,7 +121,8 @@ template <class A, class W, int NB> struct Skinny {
   EDGELM_INLINE int first_slot(int active) const { return args.experts ? shared.experts[2 + 3 * active] : 0; }
   EDGELM_INLINE int rows(int active) const { return args.experts ? shared.experts[3 + 3 * active] : args.rows; }
 
-  // -- the walk ---------------------------------------------------------------------------------------------------------
+  // -- loop over items -
+  // ---------------------------------------------------------------------------------------------------------
 
   EDGELM_INLINE bool begin() {
     actives = args.experts ? shared.experts[0] : (args.rows > 0);
@@ -146,9 +148,10 @@ template <class A, class W, int NB> struct Skinny {
     if (++p.chunk == chunks) next_item(p);
   }
 
-  // -- this warp's weights in a place -------------------------------------------------------------------------------------
+  // -- this warp's weights in an item
+  // -------------------------------------------------------------------------------------
 
-  // Units that each warp has there, rounded up, and the first of this warp.
+  // Units per warp, rounded up; then the first unit of this warp.
   EDGELM_INLINE int share(const SkinnyPlace& p) const {
     return (min_(chunk_units, units - p.chunk * chunk_units) + args.split - 1) / args.split;
   }
@@ -164,7 +167,7 @@ template <class A, class W, int NB> struct Skinny {
     return args.codes + expert(p.active) * args.codes_stride + tile * kTileBytes + lane * 16;
   }
 
-  // Unit `at` of the warp's, and whether its last tile is beyond the matrix (16-bit weights, k an odd multiple of 16).
+  // Load a unit of the warp. Not `whole`: its last tile is beyond the matrix (16-bit weights, k an odd multiple of 16).
   EDGELM_INLINE void load(const u8* from, bool whole, Words4 (&to)[Unit::loads]) const {
     to[0] = load16_stream(from);
     if constexpr (Unit::loads == 2) {
@@ -173,7 +176,7 @@ template <class A, class W, int NB> struct Skinny {
     }
   }
 
-  // Begins to copy the scales and zero points of an item to shared memory.
+  // Start copying the scales and zero points of an item to shared memory.
   EDGELM_INLINE void copy_scales(const SkinnyPlace& p, int buffer) const {
     if constexpr (Is<W>::scaled) {
       if (!is_end(p)) {
@@ -203,10 +206,10 @@ template <class A, class W, int NB> struct Skinny {
   EDGELM_INLINE int tokens(const SkinnyPlace& p) const {
     return min_(args.x_tile, rows(p.active) - p.tile * args.x_tile);
   }
-  // Whether x must be computed with before it is multiplied.
+  // Whether x must be converted, normed or rounded before the mma.
   EDGELM_INLINE bool is_raw() const { return args.x_float || args.round_scale != 0.f; }
 
-  // Eight neighbouring numbers of a row.
+  // Load eight neighbouring numbers of a row.
   EDGELM_INLINE void x_eight(int row, int column, float (&to)[8]) const {
     const i64 at = i64(row) * args.k + column;
     if (args.x_float) {
@@ -230,10 +233,10 @@ template <class A, class W, int NB> struct Skinny {
     for (int i = 0; i < 8; ++i) to[i] = bits_to_float(bits[i]);
   }
 
-  // The norm's factor and the scale of rounding of each row, by all threads.
+  // Compute the norm's factor and the rounding scale of each row, by all threads.
   EDGELM_INLINE void measure(const SkinnyPlace& p) const {
     const int count = tokens(p);
-    int shares = 1;  // warps to a row
+    int shares = 1;  // warps per row
     while (shares * 2 * count <= warps) shares *= 2;
     sync_block();
     for (int token = warp / shares; token < count; token += warps / shares) {
@@ -242,7 +245,7 @@ template <class A, class W, int NB> struct Skinny {
       for (int column = 8 * (warp % shares * kWarp + lane); column < args.k; column += 8 * kWarp * shares) {
         float values[8], norm[8];
         x_eight(row, column, values);
-        const bool normed = args.norm && args.round_scale < 0.f;  // only then are the largest wanted
+        const bool normed = args.norm && args.round_scale < 0.f;  // the maxima are needed only then
         if (normed) norm_eight(column, norm);
         EDGELM_UNROLL
         for (int i = 0; i < 8; ++i) {
@@ -272,7 +275,7 @@ template <class A, class W, int NB> struct Skinny {
     sync_block();
   }
 
-  // Columns of a chunk to shared memory, zeros behind the last; those that need no work in the background.
+  // Copy the columns of a chunk to shared memory, zeros behind the last; with cp.async if they need no conversion.
   EDGELM_INLINE void stage(const SkinnyPlace& p) const {
     const int base = p.chunk * chunk_units * Unit::columns;
     const int pieces = (min_(args.k - base, args.chunk) + 31) / 32 * 4;  // of 8 columns
@@ -312,7 +315,8 @@ template <class A, class W, int NB> struct Skinny {
                  pack2<A>(values[6], values[7])});
   }
 
-  // -- products -----------------------------------------------------------------------------------------------------------
+  // -- mma
+  // ----------------------------------------------------------------------------------------------------------------
 
   // Scales and zero points of rows g and g + 8 in one group.
   struct Group { float low, high; u32 zero_low, zero_high; };
@@ -333,7 +337,7 @@ template <class A, class W, int NB> struct Skinny {
     return found;
   }
 
-  // `at`: number of the unit in the matrix; `x`: this lane's rows of ldmatrix.
+  // Multiply a unit. `at`: its number in the matrix; `x`: this lane's rows for ldmatrix.
   EDGELM_INLINE void consume(const Words4 (&unit)[Unit::loads], int at, const u8* const (&x)[kRows], int offset, int buffer,
                              float (&sums)[NB][4]) const {
     if constexpr (!Is<W>::scaled) {
@@ -345,7 +349,7 @@ template <class A, class W, int NB> struct Skinny {
     }
   }
 
-  // Step after step with a group of its own.
+  // Multiply step by step where each step has its own group.
   template <int STEP>
   EDGELM_INLINE void multiply_steps(const Words4 (&unit)[Unit::loads], int at, const u8* const (&x)[kRows], int offset, int buffer,
                                     float (&sums)[NB][4]) const {
@@ -367,15 +371,15 @@ template <class A, class W, int NB> struct Skinny {
     }
   }
 
-  // Row n of this lane, at the warp's first column.
+  // This lane's row n for ldmatrix, at the warp's first column.
   EDGELM_INLINE const u8* x_lane(const SkinnyPlace& p, int n) const {
     const int token = NB > 1 ? n * 16 + lane / 16 * 8 + lane % 8 : lane % 8;
     const int piece = NB > 1 ? lane / 8 % 2 : lane / 8;
-    // Those beyond the last are read and not used.
+    // Rows beyond the last repeat it; their results are not used.
     return shared.x + min_(token, tokens(p) - 1) * shared.pitch + part * share(p) * Unit::columns * 2 + piece * 16;
   }
 
-  // Steps FROM .. TO - 1 of a unit.
+  // Multiply steps FROM .. TO - 1 of a unit.
   template <int FROM, int TO>
   EDGELM_INLINE void multiply(const Words4 (&unit)[Unit::loads], const u8* const (&x)[kRows], int offset, Group group, float (&sums)[NB][4]) const {
     u32 b[kRows][4];
@@ -397,7 +401,7 @@ template <class A, class W, int NB> struct Skinny {
     }
   }
 
-  // Adds the warps' sums and writes the results of an item.
+  // Add the warps' sums and write the results of an item.
   EDGELM_INLINE void finish(const SkinnyPlace& p, int buffer, const float (&sums)[NB][4]) const {
     float* all = shared.sums + buffer * warps * NB * 128;
     EDGELM_UNROLL
@@ -428,7 +432,7 @@ template <class A, class W, int NB> struct Skinny {
 
 template <class A, class W, int NB> EDGELM_BODY void linear_skinny(const LinearArgs& args) {
   using Unit = SkinnyUnit<W>;
-  // Units under way. (For 32 tokens blocks are half as large and have twice the registers.)
+  // Units in flight. (For 32 tokens, blocks are half as large and have twice the registers per thread.)
   constexpr int kAhead = (NB == 2 && Same<W, Int4>::value ? 4 : 8) / Unit::loads;
   Skinny<A, W, NB> my(args);
   let_next_kernel_start();
@@ -447,7 +451,7 @@ template <class A, class W, int NB> EDGELM_BODY void linear_skinny(const LinearA
     EDGELM_UNROLL
     for (int j = 0; j < Unit::loads; ++j) buffer[i][j] = {0, 0, 0, 0};
   }
-  if (any) {  // weights and scales are constant: they may be read before the kernel that makes x has ended
+  if (any) {  // weights and scales are constant: they may be read before the previous kernel, which writes x, has ended
     from = my.source(place);
     count = my.count(place);
     const int first = my.first_unit(place);
@@ -471,12 +475,12 @@ template <class A, class W, int NB> EDGELM_BODY void linear_skinny(const LinearA
     const bool moved = place.active != staged_active || place.tile != staged_tile;
     if (moved && (args.norm || args.round_scale != 0.f)) my.measure(place);
     if (moved || my.chunks > 1) {
-      if (place.chunk > 0) sync_block();  // all have done with the columns before
+      if (place.chunk > 0) sync_block();  // all threads are done with the previous columns
       my.stage(place);
     }
     staged_active = place.active;
     staged_tile = place.tile;
-    // All but the next item's scales; those are older than x where x was just asked for.
+    // Wait for all copies but the next item's scales. If x was just requested those are older, so wait for all.
     if (moved || my.chunks > 1) cp_async_wait<0>();
     else if constexpr (Is<W>::scaled) cp_async_wait<1>();
     sync_block();
@@ -487,7 +491,7 @@ template <class A, class W, int NB> EDGELM_BODY void linear_skinny(const LinearA
     EDGELM_UNROLL
     for (int n = 0; n < my.kRows; ++n) x[n] = my.x_lane(place, n);
     SkinnyPlace following = place;
-    const u8* source = from;  // what is loaded next, how many units of it there are, the number of the first
+    const u8* source = from;  // the next unit to load, how many units follow, and the number of the first
     int left = count, source_unit = first;
     for (int round = 0; round < rounds; ++round) {
       const int done = round * kAhead;

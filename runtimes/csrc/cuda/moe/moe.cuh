@@ -1,23 +1,24 @@
-// Sparse expert dispatch: router, choice of experts, sorting by expert, and the weighted sum of what they computed.
+// Sparse MoE layer without the experts' matmuls: router, choice of experts, sorting of tokens by expert, weighted sum.
 //
-// The experts' own products are grouped launches of linear.cuh. Around them, for M tokens and E experts of width D:
+// The experts' matmuls are grouped launches of linear.cuh. Around them, for M tokens, E experts and D columns:
 //
-//   router    logits = RMSNorm(x) . router^T in float32, and RMSNorm(x) as the experts take it
-//   choose    softmax over all experts, the k most probable, and where each (token, expert) pair goes: its *slot*.
-//             Slots are in the order of experts, within one expert in the order of tokens.
-//   combine   y = x + the weighted sum, in the order of the experts' indices; up to 32 tokens `down` does the experts'
-//             second product as well, and nothing of it passes through memory
+//   router    logits = RMSNorm(x) . router^T in float32, and RMSNorm(x) in the type that the experts take
+//   choose    softmax over all experts, top k, and a *slot* for each (token, expert) pair. Slots are ordered by expert,
+//             and by token within an expert
+//   combine   y = x + weighted sum of the experts' results, in the order of the experts' indices. Up to 32 tokens,
+//   `down`
+//             does the experts' down matmul too, so that its results need not go through memory
 //
-// Up to 32 tokens one block chooses and sorts: the last of the router's to end (`route`), or that of a kernel of its
-// own (`choose`). More are chosen by 32s (`choose_many`), and `place` gives each its slot.
-// Everything is deterministic, and nothing about a launch depends on which experts are chosen.
+// Up to 32 tokens one block chooses and sorts: the block of the router that ends last (`route`), or that of a separate
+// kernel (`choose`). With more tokens, blocks of 32 choose (`choose_many`) and `place` computes the slots.
+// All results are deterministic, and no launch parameter depends on which experts are chosen.
 #pragma once
 
 #include "device.cuh"
 
 namespace edgelm {
 
-constexpr int kChooseTokens = 32;  // of one block: an expert's tokens are the bits of one word
+constexpr int kChooseTokens = 32;  // per block: the tokens of an expert are bits of one word
 constexpr int kMaxChosen = 16;
 constexpr int kMaxExperts = 256;
 
@@ -33,22 +34,22 @@ struct MoeRouterArgs {
 
 struct MoeChooseArgs {
   const float* logits;    // [tokens, experts]
-  int* chosen;            // [tokens, k], from choose_many to place: expert * 32 + rank among the block's tokens of it
-  float* chosen_weights;  // [tokens, k], likewise
-  int* counts;            // [blocks of 32 tokens, experts], likewise
-  int* offsets;           // [experts + 1]: where an expert's slots begin
-  int* row_map;           // [slots]: the token
+  int* chosen;            // [tokens, k], from choose_many to place: expert * 32 + rank among its tokens in the block
+  float* chosen_weights;  // [tokens, k], written by choose_many, read by place
+  int* counts;            // [blocks of 32 tokens, experts], the same
+  int* offsets;           // [experts + 1]: the first slot of each expert
+  int* row_map;           // [slots]: the slot's token
   float* slot_weights;    // [slots]
   int* slot_of;           // [tokens, k]: a token's slots, ascending
-  int* active;            // [1 + min(experts, slots), 4]: {experts that have tokens}, then of these, ascending, {index,
-                          // first slot, slots}, then zeros
+  int* active;            // [1 + min(experts, slots), 4]: {number of experts that have tokens}, then for each of these
+                          // in order {index, first slot, slots}, then zeros
   int tokens, experts, k, normalize;
 };
 
 struct MoeRouteArgs {
   MoeRouterArgs router;
   MoeChooseArgs choose;
-  int* counter;  // 0; left as 0
+  int* counter;  // must be 0; is 0 again at the end
 };
 
 struct MoeCombineArgs {
@@ -85,10 +86,10 @@ EDGELM_DEVICE Float4 normed_floats(const Float4& x, float inverse, const Float4&
            x.v[3] * inverse * norm.v[3]}};
 }
 
-// A block has `T` tokens (block_y) and `N` experts (block_x), its threads share the columns: with few tokens the time
-// is that of one access to memory, and all loads are on their way at once. The norm's factor is taken out of the sum
-// over columns, so that sum of squares and products need one pass and one barrier. Threads: any multiple of 32.
-// With a counter: whether this block is the last, and sees all logits.
+// A block has `T` tokens (block_y) and `N` experts (block_x); its threads divide the columns among them. With few
+// tokens the time is that of one memory access, so all loads are issued at once. The norm's factor is applied after the
+// sum over columns, so that sum of squares and dot products need one pass and one barrier. Threads: any multiple of 32.
+// With a counter, returns whether this block is the last to finish and so sees all logits.
 template <class A, int T, int N>
 EDGELM_DEVICE bool router_block(const MoeRouterArgs& args, float* scratch, int* counter, int* flag) {
   const int first_token = block_y() * T, first_expert = block_x() * N, columns = args.columns;
@@ -104,7 +105,7 @@ EDGELM_DEVICE bool router_block(const MoeRouterArgs& args, float* scratch, int* 
       weights[n] = real ? load_floats_stream(args.router + i64(first_expert + n) * columns + c) : Float4{};
     }
     const Float4 norm = inside ? load_floats(args.norm + c) : Float4{};
-    if (!waited) wait_for_previous_kernel();  // weights do not come from it
+    if (!waited) wait_for_previous_kernel();  // the router's weights do not depend on it
     waited = true;
     EDGELM_UNROLL
     for (int t = 0; t < T; ++t) {
@@ -148,7 +149,7 @@ EDGELM_DEVICE bool router_block(const MoeRouterArgs& args, float* scratch, int* 
       args.logits[i64(first_token + t) * args.experts + first_expert + n] = total * factor;
     }
   }
-  if (counter && warp == 0) {  // which wrote the logits
+  if (counter && warp == 0) {  // warp 0 wrote the logits
     static_assert(T * N <= kWarp, "one warp writes the logits");
     fence_device();
     sync_warp();
@@ -158,7 +159,7 @@ EDGELM_DEVICE bool router_block(const MoeRouterArgs& args, float* scratch, int* 
       *flag = last;
     }
   }
-  // Each block of a token writes its share of the columns.
+  // Each block of a token writes its share of the normed columns.
   const int share = (columns / 4 + grid_x() - 1) / grid_x() * 4;
   const int end = min_(columns, (block_x() + 1) * share);
   for (int c = block_x() * share + 4 * thread(); c < end; c += 4 * block_threads()) {
@@ -184,16 +185,16 @@ template <class A, int T, int N> EDGELM_BODY void moe_router(const MoeRouterArgs
 
 constexpr int kRouterExperts = 64, kRouterColumns = 64, kRouterThreads = 256;  // of a tile
 
-// Where element (column, i) of a transposed operand with `width` rows lies: groups of 4 are permuted by the column, so
-// that the threads of a warp, which write groups of columns of a row, mostly meet in different banks.
+// Offset of element (column, i) of a transposed operand with `width` rows. Groups of 4 are permuted by the column, so
+// that the threads of a warp, which write groups of columns of a row, mostly access different banks.
 template <int width> EDGELM_DEVICE int tile_place(int column, int i) {
   constexpr int kMask = width / 4 < 8 ? width / 4 - 1 : 7;
   return column * width + ((i / 4 ^ (column / 4 & kMask)) * 4 + i % 4);
 }
 
-// A block has R = 32, 16 or 8 tokens (block_x) and all experts, 64 at a time. Both operands lie transposed in shared
-// memory. A thread has 4 x 4 results of every (64 / R)th column: as many parts of the block share the columns. Shared
-// memory: [64][R] x * norm, [64][64] router; then [parts - 1][R][64] sums and [R] factors of tokens.
+// A block has R = 32, 16 or 8 tokens (block_x) and all experts, 64 at a time. Both operands are transposed in shared
+// memory. A thread computes 4 x 4 results over every (64 / R)th column: 64 / R parts of the block divide the columns.
+// Shared memory: [64][R] x * norm, [64][64] router; then [parts - 1][R][64] sums and [R] factors of tokens.
 template <class A, int R> EDGELM_BODY void moe_router_tiled(const MoeRouterArgs& args) {
   constexpr int kParts = 64 / R, kPartThreads = kRouterThreads / kParts, kRowLoads = kRouterColumns / 4;
   constexpr int kXLoads = (R * kRowLoads + kRouterThreads - 1) / kRouterThreads;
@@ -205,7 +206,7 @@ template <class A, int R> EDGELM_BODY void moe_router_tiled(const MoeRouterArgs&
   float* const factors = ws + kRouterColumns * kRouterExperts - R;
   const int first_token = block_x() * R, columns = args.columns;
   const int part = thread() / kPartThreads, t0 = thread() % kPartThreads / 16 * 4, e0 = thread() % 16 * 4;
-  // Loading: 16 neighbours have 64 columns of a row.
+  // Loading: 16 neighbouring threads load 64 columns of a row.
   const int load_row = thread() / kRowLoads, load_column = thread() % kRowLoads * 4;
   constexpr int kLoadRows = kRouterThreads / kRowLoads;
 
@@ -235,7 +236,7 @@ template <class A, int R> EDGELM_BODY void moe_router_tiled(const MoeRouterArgs&
     };
     fetch(0);
     for (int from = 0; from < columns; from += kRouterColumns) {
-      sync_block();  // the columns before have been read
+      sync_block();  // the previous columns have been read
       EDGELM_UNROLL
       for (int i = 0; i < 4; ++i) {
         EDGELM_UNROLL
@@ -263,7 +264,7 @@ template <class A, int R> EDGELM_BODY void moe_router_tiled(const MoeRouterArgs&
       }
     }
     sync_block();
-    // The other parts hand their sums over.
+    // The other parts write their sums to shared memory.
     if (part > 0) {
       EDGELM_UNROLL
       for (int t = 0; t < 4; ++t) {

@@ -1,11 +1,11 @@
-// Choosing experts and sorting by them, and the weighted sum: see moe.cuh.
+// Choice of experts, sorting of tokens by expert, and the weighted sum. See moe.cuh.
 #pragma once
 
 namespace edgelm {
 
-// A warp chooses for one token. Lane r < k gets the r-th most probable expert, its weight, and its place among the
-// token's experts in the order of their indices. P experts a lane, `experts` <= 32 P.
-// Equal probabilities: the lower index first. NaN is less than any number; k experts are chosen whatever the logits.
+// Choose the experts of one token, by a warp. Lane r < k gets the r-th most probable expert, its weight, and its place
+// among the token's experts in the order of their indices. P experts per lane, `experts` <= 32 P.
+// For equal probabilities the lower index comes first. NaN counts as less than any number; k experts are always chosen.
 template <int P>
 EDGELM_DEVICE void choose_experts(const float* logits, int experts, int k, bool normalize, int& expert, float& weight,
                                   int& place) {
@@ -24,7 +24,7 @@ EDGELM_DEVICE void choose_experts(const float* logits, int experts, int k, bool 
     sum += value[i];
   }
   sum = warp_sum(sum);
-  // Probabilities are not negative: their bits are in their order.
+  // Probabilities are not negative, so comparing their bits as integers compares the numbers.
   constexpr int kNan = -1, kNone = -2;
   int key[P];
   EDGELM_UNROLL
@@ -68,8 +68,8 @@ EDGELM_DEVICE void put_entry(const MoeChooseArgs& args, int index, int expert, i
   store16(args.active + 4 * index, {u32(expert), u32(first_slot), u32(slots), 0});
 }
 
-// Warp 0: from the numbers of an expert's tokens, in shared memory, where its slots begin (`starts`), and for everybody
-// (`publish`) the same and the experts that have any. P experts a lane.
+// By warp 0: from the number of tokens of each expert (`counts`, shared memory) compute its first slot (`starts`). With
+// `publish`, also write offsets and the list of experts that have tokens to global memory. P experts per lane.
 template <int P>
 EDGELM_DEVICE void scan_counts(const MoeChooseArgs& args, const int* counts, int* starts, bool publish) {
   const int lane = thread() % kWarp;
@@ -120,7 +120,7 @@ EDGELM_DEVICE void place_pair(const MoeChooseArgs& args, int token, int place, i
   args.slot_of[i64(token) * args.k + place] = slot;
 }
 
-// Bytes of shared memory that choose_all takes are 12 an expert and 8 a pair.
+// Choose and sort up to 32 tokens in one block. Shared memory: 12 bytes per expert and 8 per (token, expert) pair.
 template <int P> EDGELM_DEVICE void choose_all(const MoeChooseArgs& args, void* shared) {
   int* const bits = static_cast<int*>(shared);  // [experts] the tokens that chose it
   int* const counts = bits + args.experts;
@@ -136,7 +136,7 @@ template <int P> EDGELM_DEVICE void choose_all(const MoeChooseArgs& args, void* 
     choose_experts<P>(args.logits + i64(token) * args.experts, args.experts, args.k, args.normalize != 0, expert,
                       weight, place);
     if (lane < args.k) {
-      atomic_add(bits + expert, int(1u << token));  // a token chooses an expert once: that sets its bit
+      atomic_add(bits + expert, int(1u << token));  // a token chooses an expert at most once, so this sets its bit
       chosen[token * args.k + lane] = expert * kMaxChosen + place;
       weights[token * args.k + lane] = weight;
     }
@@ -154,14 +154,14 @@ template <int P> EDGELM_DEVICE void choose_all(const MoeChooseArgs& args, void* 
   }
 }
 
-// Up to 32 tokens in one block, best a warp each.
+// Up to 32 tokens in one block; fastest with a warp per token.
 template <int P> EDGELM_BODY void moe_choose(const MoeChooseArgs& args) {
   wait_for_previous_kernel();
   let_next_kernel_start();
   choose_all<P>(args, shared_memory());
 }
 
-// Router and choice in one launch: the last block to end has all logits. 16 bytes of shared memory for its flag.
+// Router and choice in one launch: the block that ends last has all logits. 16 bytes of shared memory are for its flag.
 template <class A, int T, int N, int P> EDGELM_BODY void moe_route(const MoeRouteArgs& args) {
   u8* const shared = shared_memory() + 16;
   int* const flag = reinterpret_cast<int*>(shared_memory());
@@ -170,7 +170,7 @@ template <class A, int T, int N, int P> EDGELM_BODY void moe_route(const MoeRout
   }
 }
 
-// 32 tokens a block, of many; what remains is how many pairs the blocks before it have for the same expert.
+// For many tokens, 32 per block. The slots still lack the pairs of earlier blocks, which moe_place adds.
 template <int P> EDGELM_BODY void moe_choose_many(const MoeChooseArgs& args) {
   int* const tokens = reinterpret_cast<int*>(shared_memory());
   const int bit = thread() / kWarp, lane = thread() % kWarp, token = block_x() * kChooseTokens + bit;
@@ -197,13 +197,13 @@ template <int P> EDGELM_BODY void moe_choose_many(const MoeChooseArgs& args) {
   }
 }
 
-// The same 32 tokens a block. Every block adds up all blocks' counts for itself: they are few, and in the cache.
-// 3 * 4 bytes of shared memory an expert; at least as many threads as experts.
+// Compute the slots, 32 tokens per block. Every block sums all blocks' counts for itself: they are few and cached.
+// Shared memory: 3 * 4 bytes per expert. At least as many threads as experts.
 template <int P> EDGELM_BODY void moe_place(const MoeChooseArgs& args) {
   wait_for_previous_kernel();
   let_next_kernel_start();
-  int* const counts = reinterpret_cast<int*>(shared_memory());  // [experts] of all blocks
-  int* const before = counts + args.experts;                    // of those before this one
+  int* const counts = reinterpret_cast<int*>(shared_memory());  // [experts] sum over all blocks
+  int* const before = counts + args.experts;                    // sum over the blocks before this one
   int* const starts = before + args.experts;
   for (int e = thread(); e < args.experts; e += block_threads()) counts[e] = before[e] = 0;
   sync_block();
@@ -230,8 +230,8 @@ template <int P> EDGELM_BODY void moe_place(const MoeChooseArgs& args) {
   }
 }
 
-// y = x + sum of weight * output, in the order of the experts' indices, which is that of their slots: four columns a
-// thread (block_y), a token a block_x.
+// y = x + sum of weight * output, in the order of the experts' indices, which is the order of their slots. Four columns
+// per thread (block_y), a token per block_x.
 EDGELM_BODY void moe_combine(const MoeCombineArgs& args) {
   wait_for_previous_kernel();
   let_next_kernel_start();

@@ -1,8 +1,8 @@
-// The second product of few tokens' experts and their weighted sum in one launch: see moe.cuh.
+// The experts' down matmul and their weighted sum in one launch, for few tokens: see moe.cuh.
 //
-// A block has 16 of the result's columns and goes through all experts that have tokens, several at a time: it reads
-// its 16 rows of each expert's matrix once, whatever the number of tokens, and has every term of its sums. All blocks
-// do the same work whoever was chosen, and nothing passes through memory between the product and the sum.
+// A block computes 16 columns of the result. It goes through all experts that have tokens, several at a time, and reads
+// its 16 rows of each expert's matrix once, whatever the number of tokens, so it has every term of its sums. All blocks
+// do the same amount of work whichever experts were chosen. The down results are not written to memory.
 #pragma once
 
 #include "weights.cuh"
@@ -14,7 +14,7 @@ struct MoeDownArgs {
   const u8* codes;            // the experts' matrices [columns, hidden_columns] in tiles
   const u8* scales;
   const u8* zeros;            // null: symmetric
-  const int* active;          // as MoeChooseArgs' from here
+  const int* active;          // this and the next as in MoeChooseArgs
   const float* slot_weights;
   const int* slot_of;
   const float* x;             // [tokens, columns]
@@ -22,17 +22,17 @@ struct MoeDownArgs {
   i64 codes_stride, scales_stride, zeros_stride;
   int tokens, columns, hidden_columns, group, k;
   int most_active;            // min(experts, slots)
-  int split;                  // warps that share an expert's rows, each a part of the columns of hidden
+  int split;                  // warps that share an expert's rows; each takes a part of the columns of hidden
 };
 
 constexpr int kDownThreads = 512, kDownWarps = kDownThreads / kWarp;
-// Tiles of a warp in shared memory, read or on their way; beside the results of 32 tokens there is room for fewer.
+// Tiles of a warp in shared memory, loaded or in flight. The results of 32 tokens leave room for fewer.
 template <int N> struct DownRing { static constexpr int tiles = N < 4 ? 8 : 6; };
-constexpr int kDownStride = 20;  // of 16 rows' results of one token in shared memory, against bank conflicts
+constexpr int kDownStride = 20;  // floats per token for 16 results in shared memory, padded against bank conflicts
 
-// What a warp reads of one expert: its part of 16 rows.
+// The part of one expert's 16 rows that a warp reads.
 struct DownPart {
-  int expert, first_slot, slots;  // slots = 0: nothing, as there is no such expert
+  int expert, first_slot, slots;  // slots = 0: there is no such expert, nothing to read
   int first_tile, tiles;
 };
 
@@ -44,12 +44,12 @@ template <class W> EDGELM_DEVICE DownPart down_part(const MoeDownArgs& args, int
   return {int(entry.x), int(entry.y), int(entry.z), first, end - first};
 }
 
-// The tiles of a warp's experts, one after the other, through a ring in shared memory: all but one of its places are on
-// their way, those of the next expert too. Every lane copies and reads its own 16 bytes: no barrier is needed.
+// Streams the tiles of a warp's experts, one after the other, through a ring in shared memory. All but one of its
+// places are in flight, also across experts. Every lane copies and reads its own 16 bytes, so no barrier is needed.
 template <class W, int ring_size> struct DownStream {
   const MoeDownArgs& args;
   u8* const ring;  // this lane's bytes of the first tile
-  int index;     // of the expert whose tiles are fetched
+  int index;     // of the expert whose tiles are being fetched
   int left = 0;  // of its tiles
   const u8* from = nullptr;
   int fetched = 0, taken = 0;
@@ -77,7 +77,7 @@ template <class W, int ring_size> struct DownStream {
     }
     cp_async_commit();
   }
-  // The place that is fetched into is that of the tile before.
+  // Return the next tile, and fetch into the place of the previous one.
   EDGELM_INLINE Words4 next() {
     cp_async_wait<ring_size - 2>();
     const Words4 tile = load16(ring + taken % ring_size * (kDownThreads * 16));
@@ -90,7 +90,7 @@ template <class W, int ring_size> struct DownStream {
 template <bool first, class T, class U> struct Pick { using Type = T; };
 template <class T, class U> struct Pick<false, T, U> { using Type = U; };
 
-// Scales and zero points of rows g and g + 8 as they are stored, so that nothing waits for them before they are used.
+// Scales and zero points of rows g and g + 8 in their stored type: converting them at once would wait for the load.
 template <class W> struct DownScales {
   using Stored = typename Pick<Format<W>::scale_bytes == 2, f16, float>::Type;
   Stored low, high;
@@ -112,9 +112,9 @@ template <class W> struct DownScales {
   }
 };
 
-// total[n] = 16 rows of the expert times 8 of its slots from 8 n on.
+// total[n] = 16 rows of the expert times 8 of its slots, from slot 8 n on.
 template <class A, class W, int N>
-EDGELM_DEVICE void down_product(const MoeDownArgs& args, const DownPart& part,
+EDGELM_DEVICE void down_matmul(const MoeDownArgs& args, const DownPart& part,
                                 DownStream<W, DownRing<N>::tiles>& stream, float (&total)[N][4]) {
   const int g = thread() % kWarp / 4, q = thread() % 4;
   const A* const hidden =
@@ -175,7 +175,7 @@ EDGELM_DEVICE void down_product(const MoeDownArgs& args, const DownPart& part,
   if constexpr (Is<W>::scaled) leave_group();
 }
 
-// For up to 8 N tokens.
+// Up to 8 N tokens.
 template <class A, class W, int N> EDGELM_BODY void moe_down(const MoeDownArgs& args) {
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -187,7 +187,7 @@ template <class A, class W, int N> EDGELM_BODY void moe_down(const MoeDownArgs& 
   const int at_once = kDownWarps / args.split, active = args.active[0];
   DownStream<W, kRing> stream(args, ring);
 
-  // A thread sums one column of one token; `pair` is the next of its experts.
+  // A thread sums one column of one token. `pair` is the index of the token's next expert.
   const int token = thread() / kTileRows, row = thread() % kTileRows, column = block_x() * kTileRows + row;
   const bool sums = token < args.tokens && column < args.columns;
   float sum = 0.f, weight = 0.f;
@@ -205,8 +205,8 @@ template <class A, class W, int N> EDGELM_BODY void moe_down(const MoeDownArgs& 
   for (int first = 0; first < active; first += at_once) {
     const DownPart part = down_part<W>(args, first + warp / args.split);
     float total[N][4] = {};
-    if (part.slots > 0) down_product<A, W, N>(args, part, stream, total);
-    sync_block();  // the results before have been read
+    if (part.slots > 0) down_matmul<A, W, N>(args, part, stream, total);
+    sync_block();  // the previous results have been read
     EDGELM_UNROLL
     for (int n = 0; n < N; ++n) {
       float* const to = results + (warp * N + n) * 8 * kDownStride;

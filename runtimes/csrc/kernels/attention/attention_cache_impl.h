@@ -1,4 +1,4 @@
-// One head's cache: where each element lies, and how a token is written.
+// Layout of one head's cache, and writing a token to it.
 #ifndef EDGELM_KERNELS_ATTENTION_CACHE_IMPL_H_
 #define EDGELM_KERNELS_ATTENTION_CACHE_IMPL_H_
 
@@ -9,7 +9,7 @@
 namespace edgelm {
 namespace {
 
-// One head's bytes. A tile holds 16 tokens, the last one of the cache what is left.
+// The cache of one head. A tile holds 16 tokens; the last one holds the remainder.
 struct HeadCache {
   uint8_t* data;
   int64_t head_dim, row_bytes, capacity;
@@ -26,7 +26,7 @@ inline HeadCache Cache(const Attention& call, uint8_t* data, int64_t head) {
   return {data + head * call.capacity * row_bytes, call.head_dim, row_bytes, call.capacity};
 }
 
-// Where element d of token `slot` of a tile of n tokens lies, in elements.
+// Index of element d of token `slot` in a tile of n tokens, in elements: of keys, of values.
 inline int64_t KeyCode(int64_t d, int64_t slot, int64_t n, int64_t head_dim) {
   const int64_t four = d / 4 * 4, width = head_dim - four < 4 ? head_dim - four : 4;
   return n * four + width * slot + d - four;
@@ -36,8 +36,8 @@ inline int64_t ValueCode(int64_t d, int64_t slot, int64_t n, int64_t head_dim) {
   return head_dim * four + width * d + slot - four;
 }
 
-// The largest magnitude of x [head_dim, zeros up to whole vectors]; 0 where it is too small to divide by, NaN where one
-// is not finite.
+// Return the largest magnitude of x [head_dim, zeros up to whole vectors]; 0 if it is too small to divide by, NaN if a
+// number is not finite.
 inline float LargestOf(const float* x, int64_t width) {
   F32 odd = Splat(0.0f), top = Splat(0.0f);
   for (int64_t i = 0; i < width; i += 16) {
@@ -50,7 +50,7 @@ inline float LargestOf(const float* x, int64_t width) {
   return largest < 0x1p-100f ? 0.0f : largest;
 }
 
-// x [head_dim, zeros up to whole vectors] into int8: codes = round(x * 127 / max|x|), as QuantBlock does it.
+// Quantise x [head_dim, zeros up to whole vectors] to int8: codes = round(x * 127 / max|x|), as QuantBlock does it.
 inline void QuantHead(const float* x, int64_t width, int8_t* codes, float* scale) {
   const float largest = LargestOf(x, width);
   if (!(largest > 0.0f)) {
@@ -63,7 +63,7 @@ inline void QuantHead(const float* x, int64_t width, int8_t* codes, float* scale
   *scale = largest / 127.0f;
 }
 
-// The nearest number of E4M3 (ties to even), past 448 that; not for NaN.
+// Round to the nearest E4M3 number, ties to even, at most 448. x must not be NaN.
 inline uint8_t Fp8Code(float x) {
   constexpr uint32_t kLargest = 0x43E00000, kSmallestNormal = 0x3C800000, kShift = 0x46800000;  // 448, 2^-6, 2^14
   uint32_t bits, shifted;
@@ -71,9 +71,9 @@ inline uint8_t Fp8Code(float x) {
   const uint32_t sign = bits >> 24 & 0x80;
   bits &= 0x7FFFFFFF;
   bits = bits < kLargest ? bits : kLargest;
-  // To three bits of mantissa: the carry runs into the exponent, whose bias is 7 in place of 127.
+  // Round to three mantissa bits; the carry may go into the exponent. The bias is 7 in place of 127.
   const uint32_t normal = ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - (120 << 3);
-  // Below 2^-6 in steps of 2^-9, the unit in the last place of what lies above 2^14.
+  // Below 2^-6 numbers are multiples of 2^-9, the unit in the last place of floats from 2^14 on.
   float magnitude;
   std::memcpy(&magnitude, &bits, 4);
   magnitude += 16384.0f;
@@ -81,8 +81,8 @@ inline uint8_t Fp8Code(float x) {
   return static_cast<uint8_t>(sign | (bits < kSmallestNormal ? shifted - kShift : normal));
 }
 
-// x [head_dim, zeros up to whole vectors] into E4M3: codes = x / scale, scale = max|x| / 448 rounded up to bfloat16.
-// A code times a scale is then exact in float32.
+// Quantise x [head_dim, zeros up to whole vectors] to E4M3: codes = x / scale, scale = max|x| / 448 rounded up to
+// bfloat16. A code times a bfloat16 scale is exact in float32.
 inline void QuantHeadFp8(const float* x, int64_t width, uint8_t* codes, uint16_t* scale) {
   const float largest = LargestOf(x, width);
   if (!(largest > 0.0f)) {
@@ -103,8 +103,8 @@ inline void QuantHeadFp8(const float* x, int64_t width, uint8_t* codes, uint16_t
   }
 }
 
-// One token's key (or value) of one head, x [head_dim, zeros up to whole vectors], into the cache. `temporary` holds as
-// many floats.
+// Write one token's key (or value) of one head, x [head_dim, zeros up to whole vectors], into the cache. `temporary`
+// has room for as many floats as x.
 template <bool kKey>
 inline void StoreToken(const HeadCache& cache, CacheKind kind, int64_t position, const float* x, int64_t width,
                        float* temporary) {

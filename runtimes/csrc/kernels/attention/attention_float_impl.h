@@ -1,4 +1,4 @@
-// Scores and weighted sums in float32: caches of float32 and float16.
+// Attention over caches of float32 and float16: scores and weighted sums in float32.
 #ifndef EDGELM_KERNELS_ATTENTION_FLOAT_IMPL_H_
 #define EDGELM_KERNELS_ATTENTION_FLOAT_IMPL_H_
 
@@ -10,8 +10,8 @@ namespace {
 inline F32 LoadElements(const float* p) { return Load(p); }
 inline F32 LoadElements(const uint16_t* p) { return LoadHalf(p); }
 
-// Scores of kRows rows with kVec tiles of 16 tokens. kFew: two sums, of the even and of the odd dimensions, since one
-// tile alone is one chain of additions.
+// Scores of kRows query rows with kVec tiles of 16 tokens. kFew: sum even and odd dimensions separately, since a single
+// tile would be one dependent chain of additions.
 template <typename T, bool kFew, int kRows, int kVec>
 __attribute__((noinline)) void FloatScores(const uint8_t* const* tiles, const uint8_t* ahead, const float* q,
                                            int64_t stride, int64_t head_dim, float* s) {
@@ -75,7 +75,7 @@ __attribute__((noinline)) void FloatSums(const float* p, int64_t count, const T*
     for (int v = 0; v < kVec; ++v) Store(acc + r * width + 16 * v, f[r][v]);
 }
 
-// A block's keys and values as the kernels read them, and what they call for meanwhile.
+// Pointers to a block's keys and values, and to what is prefetched meanwhile.
 template <typename T>
 struct FloatView {
   const uint8_t* keys[kBlockTiles];
@@ -85,7 +85,7 @@ struct FloatView {
   const uint8_t* keys_ahead;
 };
 
-// Rows from `from` on, which see the block's first token at least.
+// Attend the rows from `from` on to a block; each sees at least the block's first token.
 template <typename T, bool kFew>
 inline void FloatRows(const Unit& u, int64_t from, int64_t begin, int64_t count, const FloatView<T>& view) {
   const int64_t width = u.at.width, dim = u.call->head_dim, tiles = RoundUp(count, 16) / 16;
@@ -110,7 +110,7 @@ inline void FloatRows(const Unit& u, int64_t from, int64_t begin, int64_t count,
   }
   EachTile<kQueryTile>(u.rows - from, [&](auto rows, int64_t r) __attribute__((always_inline)) {
     constexpr int kRows = decltype(rows)::kValue;
-    // What the first row sees, all see; the rest one by one: 0 times what a later token left may be NaN.
+    // All rows see what the first row sees. Later tokens go row by row: masking by weight 0 fails if the value is NaN.
     const int64_t common = u.Seen(from + r, begin, count);
     const float* p = u.scores + (from + r) * kKeyBlock;
     float* acc = u.accumulators + (from + r) * width;
@@ -131,14 +131,14 @@ inline void FloatRows(const Unit& u, int64_t from, int64_t begin, int64_t count,
   });
 }
 
-// A tile of keys with fewer than 16 tokens, as if it had 16.
+// Copy a tile of keys with fewer than 16 tokens to the layout of a tile of 16.
 template <typename T>
-inline void WidenKeys(const uint8_t* tile, int64_t n, int64_t head_dim, uint8_t* to) {
+inline void UpcastKeys(const uint8_t* tile, int64_t n, int64_t head_dim, uint8_t* to) {
   std::memset(to, 0, sizeof(T) * 16 * head_dim);
   for (int64_t d = 0; d < head_dim; ++d) std::memcpy(to + sizeof(T) * 16 * d, tile + sizeof(T) * n * d, sizeof(T) * n);
 }
 
-// The block as float32 with whole vectors.
+// Copy the block as float32, padded to whole vectors.
 template <typename T>
 inline FloatView<float> Pack(const Unit& u, const FloatView<T>& view, int64_t count) {
   const int64_t dim = u.call->head_dim, width = u.at.width;
@@ -157,7 +157,7 @@ inline FloatView<float> Pack(const Unit& u, const FloatView<T>& view, int64_t co
   }
   for (int64_t i = 0; 16 * i < count; ++i) {
     float* to = reinterpret_cast<float*>(u.keys) + 16 * width * i;
-    // From the last dimension on: a widened tile may lie where it becomes float32.
+    // From the last dimension to the first: the source may be at the start of the destination.
     for (int64_t d = dim; d-- > 0;) Store(to + 16 * d, LoadElements(reinterpret_cast<const T*>(view.keys[i]) + 16 * d));
     out.keys[i] = reinterpret_cast<const uint8_t*>(to);
   }
@@ -176,16 +176,16 @@ void AttendFloat(const Unit& u, int64_t from, int64_t begin, int64_t count) {
   view.keys_ahead = keys.Tile(begin + count < call.total() ? first + kBlockTiles : first);
   for (int64_t i = 0; 16 * i < count; ++i) {
     view.keys[i] = keys.Tile(first + i);
-    if (keys.Tokens(first + i) < 16) {  // the last of its block and of the cache
+    if (keys.Tokens(first + i) < 16) {  // the last tile of its block and of the cache
       uint8_t* to = u.keys + 4 * 16 * width * (kBlockTiles - 1);
-      WidenKeys<T>(view.keys[i], keys.Tokens(first + i), dim, to);
+      UpcastKeys<T>(view.keys[i], keys.Tokens(first + i), dim, to);
       view.keys[i] = to;
     }
   }
-  // Where several tiles of rows would convert the same elements, or a vector would reach past a token's, a packed copy
-  // serves all.
+  // Use a packed float32 copy where several tiles of rows would convert the same elements, or where a vector would
+  // reach past a token's elements.
   const bool copy = width != dim || (sizeof(T) < 4 && u.rows - from > kQueryTile);
-  if (call.split()) {
+  if (call.split_kv()) {
     copy ? FloatRows<float, true>(u, from, begin, count, Pack(u, view, count))
          : FloatRows<T, true>(u, from, begin, count, view);
   } else {

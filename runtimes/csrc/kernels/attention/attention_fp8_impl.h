@@ -1,5 +1,5 @@
-// Caches of FP8 E4M3: a block's keys and values are widened to float32, which is exact, and go the way of a float32
-// cache. So the result is, bit for bit, a float32 cache's that holds the rounded keys and values.
+// Attention over caches of FP8 E4M3: a block's keys and values are converted to float32, which is exact, and processed
+// as a float32 cache. The result has the same bits as with a float32 cache of the rounded keys and values.
 #ifndef EDGELM_KERNELS_ATTENTION_FP8_IMPL_H_
 #define EDGELM_KERNELS_ATTENTION_FP8_IMPL_H_
 
@@ -8,8 +8,8 @@
 namespace edgelm {
 namespace {
 
-// A tile of keys as float32 [head_dim, 16 tokens].
-inline void WidenFp8Keys(const HeadCache& cache, int64_t tile, float* to) {
+// Convert a tile of keys to float32 [head_dim, 16 tokens].
+inline void UpcastFp8Keys(const HeadCache& cache, int64_t tile, float* to) {
   const int64_t n = cache.Tokens(tile), dim = cache.head_dim;
   const uint8_t* codes = cache.Tile(tile);
   uint16_t some[16] = {};
@@ -17,15 +17,15 @@ inline void WidenFp8Keys(const HeadCache& cache, int64_t tile, float* to) {
   const F32 scales = LoadBFloat16(some);
   if (n < 16) {
     uint8_t* whole = reinterpret_cast<uint8_t*>(to);
-    WidenKeys<uint8_t>(codes, n, dim, whole);
+    UpcastKeys<uint8_t>(codes, n, dim, whole);
     codes = whole;
   }
-  // From the last dimension on: a widened tile lies where it becomes float32.
+  // From the last dimension to the first: the source is at the start of the destination.
   for (int64_t d = dim; d-- > 0;) Store(to + 16 * d, Mul(LoadFp8(codes + 16 * d), scales));
 }
 
-// The first `count` tokens of a tile of values as float32 [count, width].
-inline void WidenFp8Values(const HeadCache& cache, int64_t tile, int64_t count, int64_t width, float* to) {
+// Convert the first `count` tokens of a tile of values to float32 [count, width].
+inline void UpcastFp8Values(const HeadCache& cache, int64_t tile, int64_t count, int64_t width, float* to) {
   const int64_t n = cache.Tokens(tile), dim = cache.head_dim;
   const uint8_t* codes = cache.Tile(tile);
   for (int64_t t = 0; t < count; ++t, to += width) {
@@ -52,15 +52,15 @@ void AttendFp8(const Unit& u, int64_t from, int64_t begin, int64_t count) {
   const int64_t width = u.at.width, first = begin / kCacheTile;
   float* wide_keys = reinterpret_cast<float*>(u.keys);
   float* wide_values = reinterpret_cast<float*>(u.values);
-  // What a few rows call for ahead of time is in the cache already: they are given what was just widened.
+  // The prefetch pointers get the converted block: there is nothing to prefetch, as it is in the CPU's cache already.
   FloatView<float> view = {{}, wide_values, width, u.values, u.keys};
   for (int64_t i = 0; 16 * i < count; ++i) {
     const int64_t some = count - 16 * i < 16 ? count - 16 * i : 16;
-    WidenFp8Keys(keys, first + i, wide_keys + 16 * width * i);
-    WidenFp8Values(values, first + i, some, width, wide_values + 16 * width * i);
+    UpcastFp8Keys(keys, first + i, wide_keys + 16 * width * i);
+    UpcastFp8Values(values, first + i, some, width, wide_values + 16 * width * i);
     view.keys[i] = reinterpret_cast<const uint8_t*>(wide_keys + 16 * width * i);
   }
-  call.split() ? FloatRows<float, true>(u, from, begin, count, view)
+  call.split_kv() ? FloatRows<float, true>(u, from, begin, count, view)
                : FloatRows<float, false>(u, from, begin, count, view);
 }
 

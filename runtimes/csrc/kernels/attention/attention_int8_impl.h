@@ -1,12 +1,11 @@
-// Scores and weighted sums by integer dot products: caches of int8. Queries are quantised to int8 with one scale per
-// head, and so are the weights of a block's values (probability times the value's scale), with one step per row and
-// block, in one or two levels:
-//   fine    high + low / 254, 15 bits. With one level, all that is below 1/254 of the block's largest weight would be
-//           lost, and with it most of a flat distribution beside one peak.
+// Attention over caches of int8: scores and weighted sums by integer dot products. Queries are quantised to int8 with
+// one scale per head. The weights of a block's values (probability times the value's scale) are quantised to int8 with
+// one step per row and block, in one or two levels:
+//   fine    high + low / 254, 15 bits. With one level, weights below 1/254 of the block's largest would be lost, and
+//           with them most of a flat distribution beside one peak.
 //   coarse  one level, rounded with dither: a pattern of offsets that makes errors cancel over tokens, so that small
-//           weights survive in the sum. For blocks whose largest weight is at most 1/16 of what the row has summed so
-//           far: each then adds noise of 0.4/127 * sqrt(128) / 16 = 0.2 % of a value at most, no more than its rounding
-//           to int8.
+//           weights survive in the sum. Used for blocks whose largest weight is at most 1/16 of the row's sum so far:
+//           each adds noise of at most 0.4/127 * sqrt(128) / 16 = 0.2 % of a value, no more than its rounding to int8.
 #ifndef EDGELM_KERNELS_ATTENTION_INT8_IMPL_H_
 #define EDGELM_KERNELS_ATTENTION_INT8_IMPL_H_
 
@@ -15,7 +14,7 @@
 namespace edgelm {
 namespace {
 
-// c[r][v] += the dot products of four codes with the four int8 at x + r * stride.
+// c[r][v] += dot products of four codes with the four int8 at x + r * stride.
 template <int kRows, int kVec>
 inline __attribute__((always_inline)) void Dots(I32 (&c)[kRows][kVec], const B8 (&codes)[kVec], const int8_t* x,
                                                 int64_t stride) {
@@ -25,7 +24,7 @@ inline __attribute__((always_inline)) void Dots(I32 (&c)[kRows][kVec], const B8 
     for (int v = 0; v < kVec; ++v) c[r][v] = DotFull(c[r][v], codes[v], x + r * stride);
 }
 
-// Scores of kRows rows with kVec tiles. Several sums of a row shorten the chains where there are few.
+// Scores of kRows rows with kVec tiles. With few rows, several sums per row shorten the dependency chains.
 template <bool kFew, int kRows, int kVec>
 __attribute__((noinline)) void Int8Scores(const uint8_t* const* tiles, const uint8_t* ahead, int64_t fours,
                                           const int8_t* q, int64_t stride, const float* steps, const int32_t* sums,
@@ -70,7 +69,7 @@ __attribute__((noinline)) void Int8Scores(const uint8_t* const* tiles, const uin
   }
 }
 
-// Offsets of -0.5 .. 0.5 by the golden ratio: any few tokens in a row have them spread evenly.
+// Offsets of -0.5 .. 0.5 by the golden ratio, so that those of neighbouring tokens are spread evenly.
 struct Dither {
   alignas(64) float offsets[kKeyBlock];
   constexpr Dither() : offsets() {
@@ -84,7 +83,7 @@ struct Dither {
 };
 constexpr Dither kDither;
 
-// Appends the codes of a row's weights to the `rows` there are. `spoilt`: one of the weights is NaN.
+// Quantise a row's weights and append them to the `rows` code rows. `spoilt`: one of the weights is NaN.
 inline int64_t QuantWeights(const Unit& u, int64_t rows, int64_t r, int64_t valid, int64_t padded, float largest,
                             bool spoilt) {
   const float* w = u.scores + r * kKeyBlock;
@@ -101,12 +100,12 @@ inline int64_t QuantWeights(const Unit& u, int64_t rows, int64_t r, int64_t vali
     u.weights[r] = before;
     return rows + 1;
   }
-  I32 both = SplatI(0);  // sums of `high` times 2^16 plus those of `low`, which are within +-127 * kKeyBlock
+  I32 both = SplatI(0);  // sums of `high` times 2^16 + sums of `low`, which are within +-127 * kKeyBlock
   static_assert(127 * kKeyBlock < 32768);
   float step;
   int64_t i = 0;
   if (coarse) {
-    step = largest / 126.49f;  // so that with its offset none is above 127
+    step = largest / 126.49f;  // so that no code exceeds 127 after its offset is added
     const F32 inverse = Splat(126.49f / largest);
     for (; i < valid; i += 16) {
       const I32 a = Round(Fma(Load(w + i), inverse, Load(kDither.offsets + i)));
@@ -131,7 +130,7 @@ inline int64_t QuantWeights(const Unit& u, int64_t rows, int64_t r, int64_t vali
   }
   const int32_t sum = SumI(both), lows = static_cast<int16_t>(sum & 0xFFFF), highs = (sum - lows) / 65536;
   u.weights[r] = __builtin_fmaf(step, static_cast<float>(highs), before);
-  u.steps[rows] = step / 254.0f;  // where coarse, overwritten
+  u.steps[rows] = step / 254.0f;  // overwritten if coarse
   u.steps[at] = step;
   u.starts[rows] = kDotFullSigned ? 0 : -128 * lows;
   u.starts[at] = kDotFullSigned ? 0 : -128 * highs;
@@ -139,7 +138,7 @@ inline int64_t QuantWeights(const Unit& u, int64_t rows, int64_t r, int64_t vali
   return at + 1;
 }
 
-// acc[target, dims ..] += the block's values weighted by kRows rows of codes.
+// acc[target, dims ..] += values of the block, weighted by kRows rows of codes.
 template <bool kFew, int kRows, int kVec>
 __attribute__((noinline)) void Int8Sums(const Unit& u, int64_t row, int64_t count, int64_t dims,
                                         const uint8_t* const* tiles, const uint8_t* ahead) {
@@ -173,10 +172,10 @@ __attribute__((noinline)) void Int8Sums(const Unit& u, int64_t row, int64_t coun
   }
 }
 
-// A tile with fewer than 16 tokens, or of keys with a dimension left over, as the kernels read it: `codes` bytes, zeros
-// where there is nothing, then 16 scales.
+// Copy a tile with fewer than 16 tokens, or of keys with head_dim % 4 != 0, to the layout that the kernels read:
+// `codes` bytes, padded with zeros, then 16 scales.
 template <bool kKey>
-inline void WidenCodes(const HeadCache& cache, int64_t tile, int64_t codes, uint8_t* to) {
+inline void UpcastCodes(const HeadCache& cache, int64_t tile, int64_t codes, uint8_t* to) {
   const int64_t n = cache.Tokens(tile), dim = cache.head_dim;
   const uint8_t* from = cache.Tile(tile);
   std::memset(to, 0, codes + 64);
@@ -211,11 +210,11 @@ inline Int8View ViewInt8(const Unit& u, int64_t begin, int64_t count) {
     view.keys[i] = keys.Tile(first + i);
     view.values[i] = values.Tile(first + i);
     if (dim % 4 != 0 || keys.Tokens(first + i) < 16) {
-      WidenCodes<true>(keys, first + i, (dim + 3) / 4 * 64, u.keys + at);
+      UpcastCodes<true>(keys, first + i, (dim + 3) / 4 * 64, u.keys + at);
       view.keys[i] = u.keys + at;
     }
     if (values.Tokens(first + i) < 16) {
-      WidenCodes<false>(values, first + i, 16 * dim, u.values + at);
+      UpcastCodes<false>(values, first + i, 16 * dim, u.values + at);
       view.values[i] = u.values + at;
     }
   }
@@ -243,7 +242,7 @@ void AttendInt8(const Unit& u, int64_t from, int64_t begin, int64_t count) {
       });
     });
   }
-  // A value's scale is NaN where the value is not finite.
+  // The scale of a value that is not finite is NaN.
   alignas(64) float scales[kKeyBlock];
   for (int64_t i = 0; i < tiles; ++i) std::memcpy(scales + 16 * i, view.values[i] + 16 * dim, 64);
   int64_t finite = 0;

@@ -1,4 +1,4 @@
-// The first step of attention: queries, keys and values of the new tokens, normed, clipped and rotated.
+// The `prepare` step of attention: QK-norm, clip and rotary embedding of the new tokens; keys and values to the cache.
 #ifndef EDGELM_KERNELS_ATTENTION_PREPARE_IMPL_H_
 #define EDGELM_KERNELS_ATTENTION_PREPARE_IMPL_H_
 
@@ -7,7 +7,7 @@
 namespace edgelm {
 namespace {
 
-// What turns x into what is stored: factor * weight (norm), clip, rotation. Null: left out.
+// The steps from x to what is stored: factor * weight (norm), clip, rotation. A null pointer leaves its step out.
 struct Transform {
   float factor;
   const float* weight;
@@ -23,7 +23,7 @@ inline F32 Normed(const Transform& t, const float* x, int64_t i, int64_t count) 
   return a;
 }
 
-// 1 / sqrt(mean(x^2) + epsilon), as RmsNorm takes it.
+// Return 1 / sqrt(mean(x^2) + epsilon), computed as in RmsNorm.
 inline float NormFactor(const float* x, int64_t columns, float epsilon) {
   F32 squares = Splat(0.0f);
   for (int64_t i = 0; i < columns; i += 16) {
@@ -33,8 +33,8 @@ inline float NormFactor(const float* x, int64_t columns, float epsilon) {
   return 1.0f / __builtin_sqrtf(Sum(squares) / static_cast<float>(columns) + epsilon);
 }
 
-// Sets the norm of head h of x [heads, head_dim], heads in order: all are normed as one by a weight of their whole width,
-// or each by itself by a weight [head_dim].
+// Set the norm of head h of x [heads, head_dim]; call for heads in order. Either one norm covers all heads with a
+// weight of their whole width, or each head is normed separately with a weight [head_dim].
 inline void SetNorm(const float* weight, bool per_head, const float* x, int64_t heads, int64_t head_dim, int64_t h,
                     float epsilon, Transform* how) {
   if (weight == nullptr) return;
@@ -46,7 +46,7 @@ inline void SetNorm(const float* weight, bool per_head, const float* x, int64_t 
   how->weight = per_head ? weight : weight + h * head_dim;
 }
 
-// One head: y [width] = x [head_dim], zeros behind. `t.weight` is this head's.
+// Transform one head: y [width] from x [head_dim], padded with zeros. `t.weight` is this head's.
 inline void TransformHead(const Transform& t, const float* x, int64_t head_dim, int64_t width, float* y) {
   Store(y + width - 16, Splat(0.0f));
   if (t.cos == nullptr) {

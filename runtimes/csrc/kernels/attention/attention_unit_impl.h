@@ -1,4 +1,4 @@
-// One unit of the second step of attention: its query rows, their running softmax, and how loops over them are cut.
+// One unit of the `attend` step of attention: its query rows, their online softmax, and loops over tiles of rows.
 #ifndef EDGELM_KERNELS_ATTENTION_UNIT_IMPL_H_
 #define EDGELM_KERNELS_ATTENTION_UNIT_IMPL_H_
 
@@ -8,12 +8,12 @@ namespace edgelm {
 namespace {
 
 constexpr int64_t kBlockTiles = kKeyBlock / kCacheTile;
-// Query rows that work on kVectors vectors of the cache at once: their sums take half of the registers.
+// Query rows that are processed with kVectors vectors of the cache at once: their sums take half of the registers.
 constexpr int kQueryTile = kVectors == 2 ? 8 : 4;
 
 template <int kN> struct Count { static constexpr int kValue = kN; };
 
-// visit(Count<n>, r) for rows r .. r + n - 1, `kMost` at a time, then four, two, one.
+// Call visit(Count<n>, r) for rows r .. r + n - 1, `kMost` at a time, then four, two, one.
 template <int kMost, typename Visit>
 inline __attribute__((always_inline)) void EachTile(int64_t rows, Visit visit) {
   int64_t r = 0;
@@ -29,7 +29,7 @@ inline __attribute__((always_inline)) void EachTile(int64_t rows, Visit visit) {
   }
 }
 
-// The query rows of a unit (tokens first .. first + tokens - 1 by heads of the group) and what is known of them.
+// The query rows of a unit (tokens first .. first + tokens - 1, each with the heads of the group) and their state.
 struct Unit {
   const Attention* call;
   AttentionLayout at;
@@ -37,18 +37,18 @@ struct Unit {
   int64_t query;        // index of row 0 in the scratch
   float* scores;        // [rows, kKeyBlock], then probabilities, then int8 caches' weights
   float* accumulators;  // [rows, width]
-  float* tops;          // [rows] running maximum, then running sum, then what the last block's maximum made of both
+  float* tops;          // [rows] running maximum; then running sum; then the factor that rescales earlier sums
   float* sums;
   float* factors;
   float* weights;       // int8: running sum of weights
-  int8_t* codes;        // int8: [rows of codes, kKeyBlock], two at most for a row: second level, first level
+  int8_t* codes;        // int8: [rows of codes, kKeyBlock], at most two per row: second level, first level
   float* steps;         // of rows of codes
-  int32_t* starts;      // of rows of codes: what their sums start from
-  int32_t* targets;     // of rows of codes: whose they are
+  int32_t* starts;      // of rows of codes: start value of their sums
+  int32_t* targets;     // of rows of codes: the row that they belong to
   uint8_t* keys;        // packed
   uint8_t* values;
 
-  // Tokens of the block at `begin` that row r sees.
+  // Number of tokens of the block at `begin` that row r sees.
   EDGELM_INLINE int64_t Seen(int64_t r, int64_t begin, int64_t count) const {
     const int64_t limit = call->past + first + r / call->group() + 1 - begin;
     return limit < count ? limit : count;
@@ -65,8 +65,8 @@ inline Unit MakeUnit(const Attention& call, int64_t head, int64_t first, int64_t
           reinterpret_cast<int32_t*>(state + 8 * at.most), workspace + at.keys, workspace + at.values};
 }
 
-// A row's scores of a block become probabilities relative to its new maximum (weights, where the values' `scales` are
-// given: times those). Returns the largest of them in *most, and their sum before that.
+// Turn a row's scores of a block into probabilities relative to its new maximum. With the values' `scales`, multiply by
+// these too (weights). Returns the sum of the probabilities; *most is the largest result.
 template <bool kScaled>
 inline float Exponentials(float* s, int64_t valid, float top, const float* scales, float* most) {
   const F32 tops = Splat(top);
@@ -81,7 +81,7 @@ inline float Exponentials(float* s, int64_t valid, float top, const float* scale
     }
     Store(s + i, p);
   }
-  if (i < valid) {  // Exp never gives 0: what is masked is set to it
+  if (i < valid) {  // Exp never returns 0, so masked tokens are set to 0
     const int64_t left = valid - i;
     F32 p = Exp(Sub(LoadPart(s + i, left), tops));
     Store(s + i, Splat(0.0f));
@@ -98,14 +98,14 @@ inline float Exponentials(float* s, int64_t valid, float top, const float* scale
   return Sum(sum);
 }
 
-// The rows' running maxima take in a block's scores; `factors` is what becomes of what was summed before.
+// Update the rows' running maxima with a block's scores. `factors` rescales the earlier sums.
 inline void UpdateTops(const Unit& u, int64_t from, int64_t begin, int64_t count) {
   for (int64_t r = from; r < u.rows; ++r) {
     float* s = u.scores + r * kKeyBlock;
     const int64_t valid = u.Seen(r, begin, count), padded = RoundUp(valid, 16);
     for (int64_t i = valid; i < padded; ++i) s[i] = -INFINITY;
     F32 most = Splat(u.tops[r]);
-    for (int64_t i = 0; i < padded; i += 16) most = Max(Load(s + i), most);  // passes over NaN
+    for (int64_t i = 0; i < padded; i += 16) most = Max(Load(s + i), most);  // ignores NaN
     u.factors[r] = Largest(most);
   }
   for (int64_t r = from; r < u.rows; r += 16) {
@@ -116,7 +116,7 @@ inline void UpdateTops(const Unit& u, int64_t from, int64_t begin, int64_t count
   }
 }
 
-// A row's sum and accumulators relative to its new maximum, with a block's sum.
+// Rescale a row's sum and accumulators to its new maximum, and add a block's sum.
 inline void UpdateSum(const Unit& u, int64_t r, float sum) {
   const float factor = u.factors[r];
   u.sums[r] = __builtin_fmaf(u.sums[r], factor, sum);
@@ -125,12 +125,13 @@ inline void UpdateSum(const Unit& u, int64_t r, float sum) {
   for (int64_t i = 0; i < u.at.width; i += 16) Store(acc + i, Mul(Load(acc + i), Splat(factor)));
 }
 
-// Vectors that a tile of rows works on at once.
+// Vectors of the cache that a tile of rows is processed with at once.
 constexpr int VectorsFor(int rows) { return rows <= 2 && kVectors == 2 ? 8 : kQueryTile * kVectors / rows; }
 
-// The functions of one tile come in two forms. kFew: few query rows, whose time is the memory's. They take the cache
-// from front to back, since two streams a few kilobytes apart halve what memory gives, and while they work on a block's
-// keys they call for its values (`ahead`), on its values for the next block's keys: the processor foresees no turn.
+// The functions of a tile have two forms. kFew is for few query rows, where memory bandwidth is the limit. It reads the
+// cache from front to back, since two streams a few kilobytes apart halve the bandwidth. While working on a block's
+// keys it prefetches the block's values (`ahead`), and then the next block's keys, which the hardware prefetcher would
+// not foresee.
 template <bool kFew>
 inline void CallFor(const uint8_t* p) {
   if (kFew) __builtin_prefetch(p, 0, 2);

@@ -1,4 +1,4 @@
-// What becomes of a product's sums: stored, with a bias or others added, or through SwiGLU. Included after one of simd_*.h.
+// The last step of a matmul: bias, residual, weighted sum or SwiGLU; store. Included after one of simd_*.h.
 #ifndef EDGELM_KERNELS_LINEAR_FINISH_IMPL_H_
 #define EDGELM_KERNELS_LINEAR_FINISH_IMPL_H_
 
@@ -8,7 +8,7 @@
 namespace edgelm {
 namespace {
 
-// What becomes of `rows` rows of a unit's sums: gate's in `sums`, up's in `second` where the matrix is SwiGLU.
+// Finish `rows` rows of a unit's sums. For a SwiGLU matrix `sums` is of gate and `second` of up.
 inline void FinishRows(const Matrix& m, int64_t unit, int64_t rows, const float (*sums)[kTile],
                        const float (*second)[kTile], const Output& out) {
   const int64_t first = unit * kTile, width = m.outputs() - first;
@@ -48,7 +48,7 @@ inline void FinishRows(const Matrix& m, int64_t unit, int64_t rows, const float 
           StorePart(y, a, left);
           StorePart(y + 16, b, right);
         } else {
-          // Columns beyond the matrix's own have weights of 0, so what is quantised there is 0 too, or NaN with its row.
+          // Columns beyond the matrix have weights of 0, so their results are 0 too, or NaN with the rest of the row.
           const QuantRows q = out.quant.From(r);
           QuantBlock(a, b, q.codes + first, q.scales + unit, q.offsets + unit);
         }

@@ -1,4 +1,5 @@
-// Products of any matrix with rows of float32 activations, column by column in order. Included after one of simd_*.h.
+// y = x W^T for any kind of W and float32 activations, summed column by column in order. Included after one of
+// simd_*.h.
 #ifndef EDGELM_KERNELS_LINEAR_FLOAT_IMPL_H_
 #define EDGELM_KERNELS_LINEAR_FLOAT_IMPL_H_
 
@@ -16,13 +17,13 @@ inline F32 LoadFloats(const uint8_t* codes, int64_t element) {
   return Load(reinterpret_cast<const float*>(codes) + element);
 }
 
-// What 16 columns, or all of a record, are multiplied by: scales and zero points of rows 0..15 and 16..31.
+// Scales and zero points of rows 0..15 and 16..31 of a tile, for one group.
 struct Factors {
   F32 scale[2];
   I32 zero[2];
 };
 
-// `half`: of a record that holds two groups.
+// Load them. `half`: which group, in a record that holds two.
 template <Kind kKind>
 inline Factors LoadFactors(const Matrix& m, const uint8_t* record, int64_t half) {
   Factors f = {{Splat(1.0f), Splat(1.0f)}, {SplatI(0), SplatI(0)}};
@@ -54,9 +55,9 @@ inline __attribute__((always_inline)) void VisitFour(const uint8_t* codes, const
   one(3, ByteOfLane<3>(a), ByteOfLane<3>(b));
 }
 
-// Calls visit(k, left, right) for up to 32 columns of a tile in order, with the weights of its rows 0..15 and 16..31 as
-// float32. Integer weights come out exact: 8 bits times a float16's 11. Of integers all 32 columns of the block are
-// visited, whatever `count` says.
+// Call visit(k, left, right) for up to 32 columns of a tile in order, with the weights of its rows 0..15 and 16..31 as
+// float32. Integer weights are exact: 8 bits times a float16's 11. For integers all 32 columns of the block are
+// visited, whatever `count` is.
 template <Kind kKind, typename Visit>
 inline __attribute__((always_inline)) void VisitColumns(const Matrix& m, int64_t tile, int64_t column, int64_t count,
                                                         Visit visit) {
@@ -125,15 +126,15 @@ inline void FloatBlock(const float* x, int64_t ldx, int64_t count, const float (
   }
 }
 
-// As many rows as share one dequantised block: their sums stay in the first-level cache.
+// Rows that share one dequantised block: their sums stay in the L1 cache.
 constexpr int64_t kFloatRows = 64;
 
 template <Kind kKind>
 void FloatTile(const Matrix& m, int64_t tile, const float* x, int64_t ldx, int64_t rows, float (*sums)[kTile]) {
   int64_t start = 0;
-  if (rows == 1) {  // decoding: straight from the codes
+  if (rows == 1) {  // decoding: convert the codes in registers
     F32 left = Splat(0.0f), right = Splat(0.0f);
-    // All 32 columns of a block of integers are visited: a padded one takes the way of several rows.
+    // All 32 columns of a block of integers are visited, so a padded block is left to the code for several rows.
     const int64_t end = kKind < Kind::kFp8E4M3 ? m.columns / kBlock * kBlock : m.columns;
     for (int64_t column = 0; column < end; column += kBlock) {
       const int64_t count = end - column < kBlock ? end - column : kBlock;

@@ -1,4 +1,4 @@
-// Products with packed matrices and what goes with them, over the vectors of simd_*.h. Included after one of those.
+// All matmul kernels with packed matrices. Included after one of simd_*.h.
 #ifndef EDGELM_KERNELS_LINEAR_IMPL_H_
 #define EDGELM_KERNELS_LINEAR_IMPL_H_
 

@@ -1,8 +1,8 @@
-// Products of integer matrices with rows of int8 activations. Included after one of simd_*.h.
+// y = x W^T for integer W and int8 activations. Included after one of simd_*.h.
 //
-// A block of 32 columns is summed in int32, exactly; then one fused multiply-add a block joins it, with the product of
-// the two scales, to the float32 sum of its row and column, blocks in order. Every instruction set does this arithmetic
-// and no other, so they agree bit for bit.
+// The dot products of a block of 32 columns are summed in int32, exactly. Then one fused multiply-add per block adds
+// the block's sum, times weight scale times activation scale, to the float32 result, blocks in order. Every instruction
+// set does the same arithmetic, so results agree bit for bit.
 #ifndef EDGELM_KERNELS_LINEAR_INT8_IMPL_H_
 #define EDGELM_KERNELS_LINEAR_INT8_IMPL_H_
 
@@ -15,10 +15,10 @@ namespace {
 #if defined(EDGELM_NEON_DOT)
 #include "kernels/simd/neon_dot_impl.h"
 #else
-// Rows of activations that one pass over a tile serves.
+// Rows of activations per pass over a tile.
 constexpr int kIntRows = kRowTile;
 
-// Columns 4 kQ .. 4 kQ + 3 of a block for vectors [begin, end).
+// Add the dot products of columns 4 kQ .. 4 kQ + 3 of a block, for vectors [begin, end).
 template <Kind kKind, int kRows, int kVec, int kQ>
 inline __attribute__((always_inline)) void DotFour(const uint8_t* codes, const uint8_t* low, int half, int begin,
                                                    int end, const int8_t* x, int64_t stride, I32 (&c)[kRows][kVec],
@@ -35,7 +35,7 @@ inline __attribute__((always_inline)) void DotFour(const uint8_t* codes, const u
   }
 }
 
-// Adds the dot products of 16 columns of a block, the first or the second.
+// Add the dot products of 16 columns of a block, the first or the second.
 template <Kind kKind, int kRows, int kVec, int kWhich>
 inline __attribute__((always_inline)) void DotHalf(const uint8_t* codes, const uint8_t* low, int half, const int8_t* x,
                                                    int64_t stride, I32 (&c)[kRows][kVec], I32 (&more)[kRows][kVec]) {
@@ -45,12 +45,12 @@ inline __attribute__((always_inline)) void DotHalf(const uint8_t* codes, const u
   DotFour<kKind, kRows, kVec, 4 * kWhich + 3>(codes, low, half, 0, kVec, x, stride, c, more);
 }
 
-// Adds one block's dot products: lanes are columns 16 (half + v) .. of the tile, c[r][v].
-// `more` is a second set of sums that shortens the chains of a single row.
+// Add one block's dot products: lanes are columns 16 (half + v) .. of the tile, c[r][v].
+// `more` is a second set of sums; with a single row it shortens the dependency chains.
 template <Kind kKind, int kRows, int kVec>
 inline __attribute__((always_inline)) void DotBlock(const uint8_t* codes, const uint8_t* low, int half, const int8_t* x,
                                                     int64_t stride, I32 (&c)[kRows][kVec], I32 (&more)[kRows][kVec]) {
-  // Bytes that are needed more than twice stay in registers: one vector at a time.
+  // Bytes that are used more than twice stay in registers, which have room for one vector at a time.
   constexpr int kStep = HasParts(kKind) ? 1 : kVec;
 #pragma GCC unroll 2
   for (int v = 0; v < kVec; v += kStep) {
@@ -66,7 +66,7 @@ inline __attribute__((always_inline)) void DotBlock(const uint8_t* codes, const 
 }
 #endif
 
-// The sums a block starts from: minus its zero point times the sum of the activations' codes.
+// The start value of a block's sums: minus the zero point times the sum of the activations' codes.
 template <Kind kKind>
 inline I32 BlockStart(int32_t offset) {
   if constexpr (kKind == kHighNibbles || (IsFull(kKind) && kDotFullSigned)) {
@@ -85,7 +85,7 @@ inline I32 BlockStart(int32_t offset, I32 zeros) {
   return MulI(SubI(zeros, SplatI(IsFull(kKind) && kDotFullSigned ? 128 : 0)), SplatI(offset / 8));
 }
 
-// kRows rows times kVec * 16 columns of a tile, from column 16 * half on: sums[r][column of the tile].
+// sums[r][column of the tile] for kRows rows and kVec * 16 columns of a tile, from column 16 * half on.
 template <Kind kKind, bool kZeros, int kRows, int kVec>
 inline void IntTile(const Matrix& m, int64_t tile, int half, const QuantRows& x, float (*sums)[kTile]) {
   const uint8_t* record = m.data + tile * m.tile_bytes;
@@ -104,7 +104,7 @@ inline void IntTile(const Matrix& m, int64_t tile, int half, const QuantRows& x,
       if constexpr (kZeros) z[v] = LoadBytes(record + m.head_bytes - 64 + 16 * (half + v));
     }
     const uint8_t* codes = record + m.head_bytes;
-    // The last record may be padded with blocks that the activations do not have.
+    // The last record may be padded with blocks beyond the activations.
     const int64_t end = block + blocks_per_record < all ? block + blocks_per_record : all;
     for (; block < end; ++block, codes += BlockCodeBytes(kKind)) {
       I32 c[kRows][kVec], more[kRows][kVec];
@@ -141,7 +141,7 @@ inline void IntTile(const Matrix& m, int64_t tile, int half, const QuantRows& x,
     for (int v = 0; v < kVec; ++v) Store(sums[r] + 16 * (half + v), f[r][v]);
 }
 
-// The same for groups of 16: each half of a block joins the sums by itself.
+// The same for groups of 16: each half of a block is scaled and added separately.
 template <Kind kKind, bool kZeros, int kRows, int kVec>
 inline void IntTileHalves(const Matrix& m, int64_t tile, int half, const QuantRows& x, float (*sums)[kTile]) {
   const uint8_t* record = m.data + tile * m.tile_bytes;
@@ -205,7 +205,7 @@ void IntTileRows(const Matrix& m, int64_t tile, const QuantRows& x, float (*sums
 
 using TileFunction = void (*)(const Matrix&, int64_t, const QuantRows&, float (*)[kTile]);
 
-// Rows of activations that one pass over groups of 16 serves. They are rare: two versions of the code are enough.
+// Rows of activations per pass over groups of 16. Such groups are rare: two versions of the code are enough.
 constexpr int kHalvesRows = 2;
 
 template <Kind kKind, bool kZeros>
@@ -247,7 +247,7 @@ void LinearIntegerOf(Kind kind, const Matrix& m, int64_t begin, int64_t end, con
   alignas(64) float sums[kMost][kTile], second[kMost][kTile];
   const int64_t most = m.halves() ? kHalvesRows : kIntRows;
   for (int64_t unit = begin; unit < end; ++unit) {
-    // Passes of about equal size: one of a row or two costs nearly as much as a full one.
+    // Make passes of about equal size: a pass of one or two rows costs nearly as much as a full one.
     int64_t passes = (rows + most - 1) / most;
     for (int64_t row = 0, count = 0; row < rows; row += count, --passes) {
       count = (rows - row + passes - 1) / passes;
@@ -264,7 +264,7 @@ void LinearInt8(const Matrix& m, int64_t begin, int64_t end, const QuantRows& x,
   LinearIntegerOf(m.kind, m, begin, end, x, rows, out);
 }
 
-void LinearUpper(const Matrix& m, int64_t begin, int64_t end, const QuantRows& x, int64_t rows, const Output& out) {
+void LinearHigh(const Matrix& m, int64_t begin, int64_t end, const QuantRows& x, int64_t rows, const Output& out) {
   LinearIntegerOf(kHighNibbles, m, begin, end, x, rows, out);
 }
 

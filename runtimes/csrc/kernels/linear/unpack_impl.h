@@ -1,4 +1,4 @@
-// Codes of integer kinds from the layout to one a byte, in registers. Included after one of simd_*.h.
+// Unpacks the codes of integer kinds to one per byte, in registers. Included after one of simd_*.h.
 #ifndef EDGELM_KERNELS_UNPACK_IMPL_H_
 #define EDGELM_KERNELS_UNPACK_IMPL_H_
 
@@ -7,7 +7,7 @@
 namespace edgelm {
 namespace {
 
-// What the codes of an integer kind count as zero where no zero points are stored.
+// The zero point of an integer kind where none is stored.
 constexpr int32_t SymmetricZero(Kind kind) {
   switch (kind) {
     case Kind::kInt3: return 4;
@@ -21,10 +21,10 @@ constexpr int32_t SymmetricZero(Kind kind) {
 // Pseudo-kind: the high nibbles of kInt8Split alone.
 constexpr Kind kHighNibbles = static_cast<Kind>(10);
 
-// Whether codes need all eight bits.
+// Whether codes use all eight bits.
 constexpr bool IsFull(Kind kind) { return kind == Kind::kInt8 || kind == Kind::kInt8Split; }
 
-// Whether the bits of a code lie in two places.
+// Whether the bits of a code are stored in two places.
 constexpr bool HasParts(Kind kind) { return kind == Kind::kInt3 || kind == Kind::kInt5 || kind == Kind::kInt6; }
 
 constexpr int64_t BlockCodeBytes(Kind kind) {
@@ -37,7 +37,7 @@ constexpr int64_t BlockCodeBytes(Kind kind) {
   }
 }
 
-// Four columns of 16 rows as the codes of an integer kind lie: columns 4 kQ .. 4 kQ + 3 of the block at `codes`.
+// Load the codes of 16 rows, columns 4 kQ .. 4 kQ + 3 of the block at `codes`.
 template <Kind kKind, int kQ>
 inline __attribute__((always_inline)) B8 FourColumns(const uint8_t* codes, const uint8_t* low, int half) {
   const int64_t at = 64 * half, nibble = 128 * (kQ / 2) + at;

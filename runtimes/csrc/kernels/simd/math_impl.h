@@ -1,4 +1,5 @@
-// Elementwise mathematics over the vectors of simd_*.h, in one canonical order. Included after one of those.
+// Elementwise functions: exp, SiLU, quantisation of a block. The same operations in the same order on every instruction
+// set. Included after one of simd_*.h.
 #ifndef EDGELM_KERNELS_MATH_IMPL_H_
 #define EDGELM_KERNELS_MATH_IMPL_H_
 
@@ -26,10 +27,10 @@ inline F32 Exp(F32 x) {
 // x * sigmoid(x)
 inline F32 Silu(F32 x) { return Div(x, Add(Splat(1.0f), Exp(Sub(Splat(0.0f), x)))); }
 
-// One block of 32 activations to int8: codes = round(x * 127 / max|x|). Blocks below 2^-100 count as zero (the inverse
-// of their scale would overflow).
+// Quantise a block of 32 activations to int8: codes = round(x * 127 / max|x|). Blocks below 2^-100 count as zero (the
+// inverse of their scale would overflow).
 inline void QuantBlock(F32 a, F32 b, int8_t* codes, float* scale, int32_t* offset) {
-  // 0 * x is NaN for infinities and NaN, which Max alone would drop.
+  // 0 * x is NaN for infinities and NaN; Max alone would drop a NaN.
   const F32 odd = Fma(a, Splat(0.0f), Mul(b, Splat(0.0f)));
   const float probe = Sum(odd);
   const float largest = Largest(Max(Abs(a), Abs(b)));

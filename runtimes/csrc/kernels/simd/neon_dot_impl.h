@@ -1,12 +1,12 @@
-// Integer products of a block on Arm, in place of linear_int8_impl.h's own, which includes this inside its namespaces:
-// four columns of an activation row come from a lane of a register, and with FEAT_I8MM several rows go through matrix
-// products.
+// Integer dot products of a block on Arm. linear_int8_impl.h includes this inside its namespaces in place of its own
+// versions. Four columns of an activation row come from a lane of a register; with FEAT_I8MM several rows use int8
+// matrix multiply instructions.
 #ifndef EDGELM_KERNELS_NEON_DOT_IMPL_H_
 #define EDGELM_KERNELS_NEON_DOT_IMPL_H_
 
 #define EDGELM_FLATTEN inline __attribute__((always_inline))
 
-// Rows of activations that one pass over a tile serves.
+// Rows of activations per pass over a tile.
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 constexpr int kIntRows = 8;
 #else
@@ -32,7 +32,7 @@ EDGELM_FLATTEN int32x4_t DotLane(int32x4_t acc, uint8x16_t codes, int8x16_t x) {
 #endif
 }
 
-// Columns 4 kQ .. 4 kQ + 3; x[r] holds columns 16 (kQ / 4) .. of row r.
+// Add the dot products of columns 4 kQ .. 4 kQ + 3; x[r] holds columns 16 (kQ / 4) .. of row r.
 template <Kind kKind, int kRows, int kVec, int kQ>
 EDGELM_FLATTEN void DotFour(const uint8_t* codes, const uint8_t* low, int half, const int8x16_t (&x)[kRows],
                             I32 (&c)[kRows][kVec]) {
@@ -71,7 +71,7 @@ EDGELM_FLATTEN void DotLanes(const uint8_t* codes, const uint8_t* low, int half,
   DotFour<kKind, kRows, kVec, 7>(codes, low, half, rows, other);
 }
 
-// Adds the dot products of 16 columns of a block, the first or the second.
+// Add the dot products of 16 columns of a block, the first or the second.
 template <Kind kKind, int kRows, int kVec, int kWhich>
 EDGELM_FLATTEN void DotHalf(const uint8_t* codes, const uint8_t* low, int half, const int8_t* x, int64_t stride,
                             I32 (&c)[kRows][kVec], I32 (&more)[kRows][kVec]) {
@@ -86,11 +86,12 @@ EDGELM_FLATTEN void DotHalf(const uint8_t* codes, const uint8_t* low, int half, 
 }
 
 #if defined(__ARM_FEATURE_MATMUL_INT8)
-// -- two rows by two columns of eight at a time ------------------------------------------------------------------------
+// -- SMMLA, USMMLA: two rows by two columns of eight at a time
+// ---------------------------------------------------------
 
-// Four rows of the tile by 16 columns, as the matrix product takes them: two rows (`front`, then `back`) by eight
-// columns. Which eight does not matter as long as the activations have the same: here 4-column units 0 and 2 of the 16
-// are `even`, 1 and 3 `odd`, so that nibbles are taken apart after rows are joined, half as often.
+// Four rows of the tile by 16 columns, as the matrix multiply instruction takes them: two rows (`front`, then `back`)
+// by eight columns. Which eight does not matter as long as the activations have the same: here 4-column units 0 and 2
+// of the 16 are `even`, 1 and 3 `odd`, so that nibbles are separated after rows are joined, half as often.
 struct Sixteen { uint8x16_t even_front, even_back, odd_front, odd_back; };
 
 EDGELM_FLATTEN uint8x16_t Front(uint8x16_t x, uint8x16_t y) {
@@ -100,7 +101,7 @@ EDGELM_FLATTEN uint8x16_t Back(uint8x16_t x, uint8x16_t y) {
   return vreinterpretq_u8_u32(vzip2q_u32(vreinterpretq_u32_u8(x), vreinterpretq_u32_u8(y)));
 }
 
-// `at` is where the four rows begin in 128 bytes of codes; kHalf says which 16 of the block's columns.
+// `at`: offset of the four rows in 128 bytes of codes. `half`: which 16 of the block's columns.
 EDGELM_FLATTEN Sixteen SplitNibbles(const uint8_t* codes, int64_t at, int half) {
   const uint8x16_t x = vld1q_u8(codes + 256 * half + at), y = vld1q_u8(codes + 256 * half + 128 + at);
   const uint8x16_t front = Front(x, y), back = Back(x, y);
@@ -140,8 +141,8 @@ EDGELM_FLATTEN Sixteen SixteenColumns(const uint8_t* codes, const uint8_t* low, 
   }
 }
 
-// Eight rows of the tile, quads kQuad and kQuad + 1 of vector v, by 16 columns of all activation rows. A product's lanes
-// are (row of the tile, row of x): 00, 01, 10, 11. An odd last row of x is paired with itself.
+// Eight rows of the tile, quads kQuad and kQuad + 1 of vector v, by 16 columns of all activation rows. The lanes of an
+// instruction's result are (row of the tile, row of x): 00, 01, 10, 11. An odd last row of x is paired with itself.
 template <Kind kKind, int kRows, int kHalf>
 EDGELM_FLATTEN void MultiplySixteen(const uint8_t* codes, const uint8_t* low, int64_t at, const int8_t* x,
                                     int64_t stride, int32x4_t (&sums)[(kRows + 1) / 2][4]) {

@@ -1,5 +1,6 @@
-// AVX2 with FMA and F16C, and with AVX-VNNI where the compiler is told so: a vector is two registers. Contracts:
-// simd_scalar.h. (AVX512-VNNI in its stead is for tests: the same operation in an encoding that other processors have.)
+// Vector operations for AVX2 with FMA and F16C; with AVX-VNNI where the build enables it. A vector is two registers.
+// simd_scalar.h documents the operations. (AVX512-VNNI in place of AVX-VNNI is for tests: the same operation in an
+// encoding that other CPUs have.)
 #ifndef EDGELM_KERNELS_SIMD_H_
 #define EDGELM_KERNELS_SIMD_H_
 
@@ -11,7 +12,7 @@
 namespace edgelm {
 namespace {
 
-// 16 registers: four rows' sums of one vector take eight of them, its codes two to four.
+// There are 16 registers. The sums of four rows by one vector take eight, its codes two to four.
 constexpr int kRowTile = 4;
 constexpr int kVectors = 1;
 #if defined(__AVXVNNI__) || defined(__AVX512VNNI__)
@@ -30,7 +31,7 @@ inline void Store(float* p, F32 x) {
   _mm256_storeu_ps(p, x.a);
   _mm256_storeu_ps(p + 8, x.b);
 }
-// All ones in the lanes of which `n` (less `from`) are the first.
+// A mask with all ones in the first `n` - `from` lanes.
 inline __m256i First(int64_t n, int from) {
   const __m256i lanes = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(from));
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lanes);
@@ -109,7 +110,8 @@ inline F32 LoadBFloat16(const uint16_t* p) {
   return {eight(p), eight(p + 8)};
 }
 inline F32 LoadFp8(const uint8_t* p) {
-  // As float16 with the exponent 8 too small, which the product mends exactly; NaN needs its own exponent.
+  // Convert to float16 with the exponent 8 too small; the multiplication by 256 corrects it exactly. NaN is set
+  // separately.
   const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   const __m256i magnitude = _mm256_and_si256(bytes, _mm256_set1_epi16(0x7F));
   const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7F));
@@ -126,8 +128,8 @@ inline void StoreHalf(uint16_t* p, F32 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(x.b, kNearest));
 }
 inline void StoreBytes(int8_t* p, I32 x) {
-  // Packing works within 128-bit lanes: 0..3 8..11 4..7 12..15, which the permutation puts in order. Values fit, so
-  // saturation changes none.
+  // Packing works within 128-bit lanes, giving 0..3 8..11 4..7 12..15; the permutation restores the order. The values
+  // fit, so none is saturated.
   const __m256i shorts = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);
   const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(shorts), _mm256_extracti128_si256(shorts, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
@@ -147,7 +149,7 @@ inline B8 JoinNibbles(B8 upper, B8 lower) {
   return {_mm256_or_si256(_mm256_slli_epi16(upper.a, 4), lower.a),
           _mm256_or_si256(_mm256_slli_epi16(upper.b, 4), lower.b)};
 }
-// Each byte's bits shifted right by kBits, left where that is negative; some of its neighbour's come in.
+// Shift each byte right by kBits (left if negative). Bits of the neighbouring byte may come in.
 template <int kBits> inline __m256i ShiftBytes(__m256i x) {
   if constexpr (kBits > 0) {
     return _mm256_srli_epi16(x, kBits);
@@ -193,7 +195,7 @@ inline I32 DotFull(I32 acc, B8 codes, const int8_t* x) { return DotSmall(acc, co
 
 #else
 
-// VPMADDUBSW adds pairs of products of an unsigned and a signed byte, saturating at 16 bits.
+// VPMADDUBSW multiplies unsigned by signed bytes and adds pairs, saturating at 16 bits.
 inline __m256i AddPairs(__m256i acc, __m256i magnitudes, __m256i x) {
   const __m256i pairs = _mm256_maddubs_epi16(magnitudes, x);
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
@@ -203,8 +205,8 @@ inline I32 DotSmall(I32 acc, B8 codes, const int8_t* x) {
   const __m256i four = SplatFour(x);
   return {AddPairs(acc.a, codes.a, four), AddPairs(acc.b, codes.b, four)};
 }
-// Codes of eight bits are taken less 128 and their signs moved to the activations, which are never -128: a pair is at
-// most 2 * 128 * 127 = 32,512, where the codes as they are would reach 64,770 and saturate.
+// For codes of eight bits use code - 128 and move the sign to the activations, which are never -128: a pair is at most
+// 2 * 128 * 127 = 32,512. With the codes as they are it could reach 64,770 and saturate.
 inline I32 DotFull(I32 acc, B8 codes, const int8_t* x) {
   const __m256i four = SplatFour(x), flip = _mm256_set1_epi8(-128);
   const __m256i a = _mm256_xor_si256(codes.a, flip), b = _mm256_xor_si256(codes.b, flip);

@@ -1,4 +1,5 @@
-// AVX-512 (F, BW, DQ, VL, VNNI): a vector is one register. Contracts: simd_scalar.h.
+// Vector operations for AVX-512 (F, BW, DQ, VL, VNNI). A vector is one register. simd_scalar.h documents the
+// operations.
 #ifndef EDGELM_KERNELS_SIMD_H_
 #define EDGELM_KERNELS_SIMD_H_
 
@@ -62,8 +63,8 @@ inline F32 LoadBFloat16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
 inline F32 LoadFp8(const uint8_t* p) {
-  // As float16 with the exponent 8 too small, which the product mends exactly; NaN needs its own exponent. The sign is
-  // extended, so one shift brings it to the top, and a second copy of it to the bit below, which is cleared.
+  // Convert to float16 with the exponent 8 too small; the multiplication by 256 corrects it exactly. NaN is set
+  // separately. The sign is extended: one shift brings it to the top bit, and its copy in the bit below is cleared.
   const __m256i bytes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   const __mmask16 number = _mm256_test_epi16_mask(_mm256_xor_si256(bytes, _mm256_set1_epi16(0x7F)), _mm256_set1_epi16(0x7F));
   const __m256i half = _mm256_and_si256(_mm256_slli_epi16(bytes, 7), _mm256_set1_epi16(static_cast<short>(0xBF80)));
@@ -86,7 +87,7 @@ inline B8 LoadB(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline B8 LowNibbles(B8 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 inline B8 HighNibbles(B8 a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
 inline B8 JoinNibbles(B8 upper, B8 lower) { return {_mm512_or_si512(_mm512_slli_epi16(upper.v, 4), lower.v)}; }
-// Each byte's bits shifted right by kBits, left where that is negative; some of its neighbour's come in.
+// Shift each byte right by kBits (left if negative). Bits of the neighbouring byte may come in.
 template <int kBits> inline __m512i ShiftBytes(__m512i x) {
   if constexpr (kBits > 0) {
     return _mm512_srli_epi16(x, kBits);
@@ -96,7 +97,7 @@ template <int kBits> inline __m512i ShiftBytes(__m512i x) {
 }
 template <int kLowAt, int kLowBits, int kHighAt, int kHighBits> inline B8 JoinBits(B8 low, B8 high) {
   const __m512i l = ShiftBytes<kLowAt>(low.v), h = ShiftBytes<kHighAt - kLowBits>(high.v);
-  // Two masks and their union in one operation: bits outside the low ones come from `h`; one mask after it.
+  // One operation selects the low bits from `l` and the others from `h`; then one mask.
   const __m512i mixed = _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << kLowBits) - 1), l, h, 0xCA);
   return {_mm512_and_si512(mixed, _mm512_set1_epi8((1 << (kLowBits + kHighBits)) - 1))};
 }

@@ -1,8 +1,9 @@
-// Arm NEON with the int8 dot product (FEAT_DotProd): a vector is four registers. Where the build also has the int8 matrix
-// product (FEAT_I8MM), codes are taken unsigned. Integer products of blocks: neon_dot_impl.h. Contracts: simd_scalar.h.
+// Vector operations for Arm NEON with int8 dot products (FEAT_DotProd). A vector is four registers. If the build also
+// has int8 matrix multiply (FEAT_I8MM), codes are taken unsigned. neon_dot_impl.h has the dot products of blocks.
+// simd_scalar.h documents the operations.
 //
-// Vectors are structures of four named registers and not arrays: GCC would give an array of them four neighbouring
-// registers, and spend its time on moving them there.
+// A vector is a struct of four named registers, not an array: GCC would keep an array in four neighbouring registers
+// and spend time moving data there.
 #ifndef EDGELM_KERNELS_SIMD_H_
 #define EDGELM_KERNELS_SIMD_H_
 
@@ -15,7 +16,7 @@
 #error "simd_neon.h needs the int8 dot product: compile with -march=armv8.2-a+dotprod"
 #endif
 #if defined(__AARCH64EB__)
-#error "the kernels read little-endian files in place"
+#error "the kernels read little-endian files in place: build for a little-endian target"
 #endif
 
 #define EDGELM_NEON_DOT
@@ -23,7 +24,7 @@
 namespace edgelm {
 namespace {
 
-// Of the 32 registers, four rows by one vector take 16 for the sums and 8 for the codes.
+// There are 32 registers. Four rows by one vector take 16 for the sums and 8 for the codes.
 constexpr int kRowTile = 4;
 constexpr int kVectors = 1;
 #if defined(__ARM_FEATURE_MATMUL_INT8)
@@ -47,7 +48,7 @@ inline void Store(float* p, F32 x) {
   vst1q_f32(p + 8, x.c);
   vst1q_f32(p + 12, x.d);
 }
-// NEON has no masks: what is not a whole vector goes through memory.
+// NEON has no masked loads and stores: partial vectors go through memory.
 inline F32 LoadPart(const float* p, int64_t n) {
   if (n == 16) return Load(p);
   float lanes[16] = {};
@@ -72,7 +73,7 @@ inline F32 Fma(F32 x, F32 y, F32 z) {
   return {vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b), vfmaq_f32(z.c, x.c, y.c), vfmaq_f32(z.d, x.d, y.d)};
 }
 inline F32 Abs(F32 x) { return EDGELM_EACH(vabsq_f32, x); }
-// Arm's own maximum is NaN where either is, and takes +0 for the larger of two zeros.
+// Arm's own maximum returns NaN if either operand is NaN, and treats +0 as larger than -0.
 inline float32x4_t MaxOf(float32x4_t x, float32x4_t y) { return vbslq_f32(vcgtq_f32(x, y), x, y); }
 inline float32x4_t MinOf(float32x4_t x, float32x4_t y) { return vbslq_f32(vcltq_f32(x, y), x, y); }
 inline F32 Max(F32 x, F32 y) { return EDGELM_PAIRS(MaxOf, x, y); }
@@ -112,7 +113,8 @@ inline F32 LoadBFloat16(const uint16_t* p) {
   return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(l), 16)), vreinterpretq_f32_u32(vshll_high_n_u16(l, 16)),
           vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(h), 16)), vreinterpretq_f32_u32(vshll_high_n_u16(h, 16))};
 }
-// FP8 E4M3 as float16 with the exponent 8 too small, which a product mends exactly; NaN needs its own exponent.
+// Convert FP8 E4M3 to float16 with the exponent 8 too small; the multiplication by 256 corrects it exactly. NaN is set
+// separately.
 inline uint16x8_t Fp8AsHalf(uint16x8_t bytes) {
   const uint16x8_t magnitude = vandq_u16(bytes, vdupq_n_u16(0x7F)), sign = vandq_u16(bytes, vdupq_n_u16(0x80));
   const uint16x8_t nan = vceqq_u16(magnitude, vdupq_n_u16(0x7F));
@@ -147,7 +149,7 @@ inline uint8x16_t JoinNibblesOf(uint8x16_t upper, uint8x16_t lower) { return vsl
 inline B8 LowNibbles(B8 x) { return EDGELM_EACH(LowNibblesOf, x); }
 inline B8 HighNibbles(B8 x) { return EDGELM_EACH(HighNibblesOf, x); }
 inline B8 JoinNibbles(B8 upper, B8 lower) { return EDGELM_PAIRS(JoinNibblesOf, upper, lower); }
-// x shifted right by kBits, left where that is negative; NEON's own right shift cannot be by 0.
+// Shift each byte right by kBits (left if not positive); NEON's right shift does not allow 0.
 template <int kBits> inline uint8x16_t ShiftBytes(uint8x16_t x) {
   if constexpr (kBits > 0) {
     return vshrq_n_u8(x, kBits);

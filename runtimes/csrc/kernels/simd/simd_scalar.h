@@ -1,9 +1,9 @@
-// The vector operations that the kernels are written in, one lane at a time: the reference for every instruction set,
-// and what runs where there is none of them.
+// Scalar version of the vector operations that the kernels are written in, one lane at a time. It is the reference for
+// every instruction set and the fallback where none is available.
 //
-// A vector has 16 lanes of 32 bits everywhere; an instruction set with shorter registers takes two or four. The
-// contract of each operation is stated here. Included inside namespace edgelm::(anonymous): nothing in these headers may
-// have external linkage, or the linker would keep one copy, compiled for whichever instruction set.
+// A vector has 16 lanes of 32 bits; an instruction set with shorter registers uses two or four per vector. Each
+// operation is documented here. Included inside namespace edgelm::(anonymous): nothing in these headers may have
+// external linkage, or the linker would keep one copy, compiled for any one of the instruction sets.
 #ifndef EDGELM_KERNELS_SIMD_H_
 #define EDGELM_KERNELS_SIMD_H_
 
@@ -14,8 +14,8 @@
 namespace edgelm {
 namespace {
 
-// Rows of activations that one pass over a tile serves, and vectors of 16 columns it works on at once: few, for there
-// are no registers that they could fill.
+// Rows of activations per pass over a tile, and vectors of 16 columns per step. Small, since there are no vector
+// registers to fill.
 constexpr int kRowTile = 2;
 constexpr int kVectors = 1;
 // Whether DotFull takes codes as code - 128 rather than as they are.
@@ -26,13 +26,13 @@ struct I32 { int32_t v[16]; };
 struct B8 { uint8_t v[64]; };  // lane l holds bytes 4 l .. 4 l + 3
 
 #define EDGELM_LANES for (int l = 0; l < 16; ++l)
-// Not inlined: the kernels unroll for registers that are not there, and with every lane of every operation written out
-// in each of them GCC took two minutes.
+// Not inlined: the kernels are unrolled for vector registers, and with every lane of every operation expanded in them
+// GCC took two minutes.
 #define EDGELM_CALLED inline __attribute__((noinline))
 
 inline F32 Load(const float* p) { F32 r; std::memcpy(r.v, p, 64); return r; }
 inline void Store(float* p, F32 a) { std::memcpy(p, a.v, 64); }
-// The first n (0..16) lanes; the others are 0, or stay unwritten.
+// Load or store the first n (0..16) lanes; the others are 0, or are not written.
 inline F32 LoadPart(const float* p, int64_t n) { F32 r = {}; std::memcpy(r.v, p, 4 * n); return r; }
 inline void StorePart(float* p, F32 a, int64_t n) { std::memcpy(p, a.v, 4 * n); }
 inline F32 Splat(float x) { F32 r; EDGELM_LANES r.v[l] = x; return r; }
@@ -43,7 +43,7 @@ EDGELM_CALLED F32 Div(F32 a, F32 b) { EDGELM_LANES a.v[l] /= b.v[l]; return a; }
 // a * b + c, rounded once.
 EDGELM_CALLED F32 Fma(F32 a, F32 b, F32 c) { EDGELM_LANES c.v[l] = std::fma(a.v[l], b.v[l], c.v[l]); return c; }
 EDGELM_CALLED F32 Abs(F32 a) { EDGELM_LANES a.v[l] = std::fabs(a.v[l]); return a; }
-// The larger / smaller; where one is NaN, b. (x86's rule: Arm's differs and is made equal.)
+// The larger / smaller; b if one is NaN. (This is x86's rule; the Arm version emulates it.)
 EDGELM_CALLED F32 Max(F32 a, F32 b) { EDGELM_LANES a.v[l] = a.v[l] > b.v[l] ? a.v[l] : b.v[l]; return a; }
 EDGELM_CALLED F32 Min(F32 a, F32 b) { EDGELM_LANES a.v[l] = a.v[l] < b.v[l] ? a.v[l] : b.v[l]; return a; }
 
@@ -54,7 +54,7 @@ EDGELM_CALLED I32 SubI(I32 a, I32 b) { EDGELM_LANES a.v[l] = static_cast<int32_t
 EDGELM_CALLED I32 MulI(I32 a, I32 b) { EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) * static_cast<uint32_t>(b.v[l])); return a; }
 template <int kBits> EDGELM_CALLED I32 ShiftLeftI(I32 a) { EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) << kBits); return a; }
 EDGELM_CALLED F32 ToFloat(I32 a) { F32 r; EDGELM_LANES r.v[l] = static_cast<float>(a.v[l]); return r; }
-// To nearest, ties to even; |a| < 2^31 (anything else, NaN too, gives some value).
+// To nearest, ties to even; |a| < 2^31 (the result is unspecified for anything else, NaN included).
 EDGELM_CALLED I32 Round(F32 a) {
   I32 r;
   EDGELM_LANES r.v[l] = std::fabs(a.v[l]) < 2147483648.0f ? static_cast<int32_t>(std::nearbyint(a.v[l])) : INT32_MIN;
@@ -63,7 +63,7 @@ EDGELM_CALLED I32 Round(F32 a) {
 inline F32 AsFloat(I32 a) { F32 r; std::memcpy(r.v, a.v, 64); return r; }
 inline I32 AsInt(F32 a) { I32 r; std::memcpy(r.v, a.v, 64); return r; }
 
-// Sums in the one canonical order: lane l + lane l + 8, then 4, 2, 1 apart.
+// Sum of the lanes in a fixed order: lane l + lane l + 8, then lanes 4, 2, 1 apart.
 EDGELM_CALLED float Sum(F32 a) {
   for (int step = 8; step > 0; step /= 2)
     for (int l = 0; l < step; ++l) a.v[l] += a.v[l + step];
@@ -76,7 +76,7 @@ EDGELM_CALLED float Largest(F32 a) {  // no lane is NaN
 }
 EDGELM_CALLED int32_t SumI(I32 a) { uint32_t s = 0; EDGELM_LANES s += static_cast<uint32_t>(a.v[l]); return static_cast<int32_t>(s); }
 
-// 16 elements of each storage type to float32, exact.
+// Convert 16 elements of a storage type to float32, exactly.
 EDGELM_CALLED F32 LoadHalf(const uint16_t* p) {
   F32 r;
   EDGELM_LANES {
@@ -111,7 +111,7 @@ EDGELM_CALLED F32 LoadFp8(const uint8_t* p) {
   }
   return r;
 }
-// To nearest, ties to even; beyond float16's range infinity.
+// Round to float16, to nearest, ties to even; infinity beyond its range.
 EDGELM_CALLED void StoreHalf(uint16_t* p, F32 a) {
   EDGELM_LANES {
     uint32_t bits;
@@ -135,9 +135,9 @@ EDGELM_CALLED void StoreHalf(uint16_t* p, F32 a) {
     p[l] = static_cast<uint16_t>(sign | half);
   }
 }
-// The low bytes of the lanes, which are within -128 .. 127.
+// Store the lanes, which are within -128 .. 127, as bytes.
 EDGELM_CALLED void StoreBytes(int8_t* p, I32 a) { EDGELM_LANES p[l] = static_cast<int8_t>(a.v[l]); }
-// 16 bytes, unsigned, as lanes.
+// Load 16 unsigned bytes as lanes.
 EDGELM_CALLED I32 LoadBytes(const uint8_t* p) { I32 r; EDGELM_LANES r.v[l] = p[l]; return r; }
 
 inline B8 LoadB(const uint8_t* p) { B8 r; std::memcpy(r.v, p, 64); return r; }

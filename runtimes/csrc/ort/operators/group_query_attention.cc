@@ -1,23 +1,24 @@
-// GroupQueryAttention: QK-norm, rotary embedding and causal attention of new tokens over a cache that they join.
+// GroupQueryAttention: QK-norm, rotary embedding, append of new tokens to the KV cache, and causal attention over it.
 //
-// The cache is updated in place where the runtime binds one buffer as past and present; else past is copied first.
+// The cache is updated in place if the runtime binds the same buffer as past and present; otherwise past is copied
+// first.
 #include <atomic>
 #include <cstring>
 #include <thread>
 #include <vector>
 
-#include "ort/pieces.h"
+#include "ort/tasks.h"
 #include "ort/scratch.h"
 #include "ort/weights.h"
 
 namespace edgelm::ort {
 namespace {
 
-constexpr int64_t kCopyPiece = 1 << 20;  // bytes
+constexpr int64_t kCopyBytes = 1 << 20;  // bytes
 
-// Threads that may be at work at once. The kernel wants a workspace for each, and the runtime does not say which thread
-// a piece runs on: so there is a piece for each workspace, which takes unit after unit until none is left. A unit's
-// result depends on neither.
+// The number of threads that may run at once. Each needs a workspace, and the runtime does not say which thread a task
+// runs on. So there is one task per workspace, which takes unit after unit until none is left. A unit's result does not
+// depend on its task.
 int64_t Workers() {
   static const int64_t workers = std::max(1u, std::thread::hardware_concurrency());
   return workers;
@@ -58,9 +59,9 @@ class GroupQueryAttention {
     CopyCache(run, past_key, key);
     CopyCache(run, past_value, value);
 
-    Plan plan;
+    ScratchLayout layout;
     std::vector<Attention> calls;
-    std::vector<Slot<uint8_t>> slots;
+    std::vector<Buffer<uint8_t>> buffers;
     const int64_t cache_bytes = past_key.shape.elements() / std::max<int64_t>(1, batch);
     for (int64_t b = 0; b < batch; ++b) {
       Attention one = all[b];
@@ -71,14 +72,14 @@ class GroupQueryAttention {
       const int64_t padding = tokens - one.rows;
       if (padding > 0) std::memset(one.out + one.rows * width, 0, padding * width * sizeof(float));
       if (one.rows == 0) continue;
-      slots.push_back(plan.Add<uint8_t>(AttentionScratchBytes(one)));
+      buffers.push_back(layout.Add<uint8_t>(AttentionScratchBytes(one)));
       calls.push_back(one);
     }
     if (calls.empty()) return;
     const int64_t workspace_bytes = (AttentionWorkspaceBytes(call) + 63) / 64 * 64;
-    const Slot<uint8_t> workspaces = plan.Add<uint8_t>(Workers() * workspace_bytes);
-    const Scratch scratch(plan);
-    for (size_t i = 0; i < calls.size(); ++i) calls[i].scratch = scratch[slots[i]];
+    const Buffer<uint8_t> workspaces = layout.Add<uint8_t>(Workers() * workspace_bytes);
+    const Scratch scratch(layout);
+    for (size_t i = 0; i < calls.size(); ++i) calls[i].scratch = scratch[buffers[i]];
 
     const AttentionKernels& kernels = ChosenKernels().attention;
     uint8_t* const workspace = scratch[workspaces];
@@ -95,21 +96,21 @@ class GroupQueryAttention {
   }
 
  private:
-  // What is the same for all sequences.
+  // Check what all sequences share, and return it.
   Attention Check(const Run& run, const Tensor& qkv, const Shape& past_key, const Shape& past_value) const;
-  // Each sequence's lengths, and whether they fit the cache and the rotary tables.
+  // Return a call for each sequence. Fails if its lengths do not fit the cache or the rotary tables.
   std::vector<Attention> Sequences(const Run& run, const Attention& call, int64_t batch, int64_t tokens) const;
 
   static void CopyCache(const Run& run, const Tensor& past, uint8_t* present) {
     const uint8_t* from = past.As<uint8_t>();
     if (from == present) return;
     const int64_t bytes = past.shape.elements();
-    run.ParallelFor(Pieces(bytes, kCopyPiece), [&](int64_t i) {
-      std::memcpy(present + i * kCopyPiece, from + i * kCopyPiece, std::min(kCopyPiece, bytes - i * kCopyPiece));
+    run.ParallelFor(TaskCount(bytes, kCopyBytes), [&](int64_t i) {
+      std::memcpy(present + i * kCopyBytes, from + i * kCopyBytes, std::min(kCopyBytes, bytes - i * kCopyBytes));
     });
   }
 
-  // Runs all units of a step: work(call, unit, worker).
+  // Run all units of a step: work(call, unit, worker).
   template <typename Count, typename Work>
   static void Units(const Run& run, const std::vector<Attention>& calls, const Count& count, const Work& work) {
     std::vector<int64_t> ends;
@@ -146,11 +147,11 @@ Attention GroupQueryAttention::Check(const Run& run, const Tensor& qkv, const Sh
   call.scale = scale_;
   const int64_t batch = shape[0], dim = call.head_dim;
   if (past_key.rank != 4 || past_key[0] != batch || past_key[1] != kv_heads_) {
-    Fail("past_key has shape ", past_key, ", expected [", batch, ", ", kv_heads_, ", capacity, bytes a token]");
+    Fail("past_key has shape ", past_key, ", expected [", batch, ", ", kv_heads_, ", capacity, bytes per token]");
   }
   if (!(past_value == past_key)) Fail("past_value has shape ", past_value, ", past_key ", past_key);
   call.capacity = past_key[2];
-  // Where two kinds take the same bytes (heads of 2 or 4), the wider type is meant.
+  // If two cache types take the same number of bytes (head sizes 2 and 4), assume the larger type.
   bool known = false;
   for (CacheKind kind : {CacheKind::kFp8, CacheKind::kInt8, CacheKind::kFloat16, CacheKind::kFloat32}) {
     if (past_key[3] != AttentionRowBytes(kind, dim)) continue;
@@ -158,13 +159,13 @@ Attention GroupQueryAttention::Check(const Run& run, const Tensor& qkv, const Sh
     known = true;
   }
   if (!known) {
-    Fail("past_key has ", past_key[3], " bytes a token, expected ", AttentionRowBytes(CacheKind::kFloat32, dim),
+    Fail("past_key has ", past_key[3], " bytes per token, expected ", AttentionRowBytes(CacheKind::kFloat32, dim),
          " (float32), ", AttentionRowBytes(CacheKind::kFloat16, dim), " (float16), ",
          AttentionRowBytes(CacheKind::kInt8, dim), " (int8) or ", AttentionRowBytes(CacheKind::kFp8, dim),
-         " (fp8) for heads of ", dim);
+         " (fp8) for a head size of ", dim);
   }
-  call.q_norm = q_norm_.Get(run, heads_ * dim, "one value an element of the queries", dim, &call.q_norm_per_head);
-  call.k_norm = k_norm_.Get(run, kv_heads_ * dim, "one value an element of the keys", dim, &call.k_norm_per_head);
+  call.q_norm = q_norm_.Get(run, heads_ * dim, "one value per element of the queries", dim, &call.q_norm_per_head);
+  call.k_norm = k_norm_.Get(run, kv_heads_ * dim, "one value per element of the keys", dim, &call.k_norm_per_head);
   return call;
 }
 

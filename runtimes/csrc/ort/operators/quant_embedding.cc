@@ -1,5 +1,5 @@
-// QuantEmbedding: rows of a packed matrix as float32.
-#include "ort/pieces.h"
+// QuantEmbedding: embedding lookup, rows of a packed matrix as float32.
+#include "ort/tasks.h"
 #include "ort/weights.h"
 
 namespace edgelm::ort {
@@ -29,7 +29,7 @@ class QuantEmbedding {
       }
     }
     float* out = run.Output<float>(0, shape);
-    ForRows(run, count, kRowsPiece, [&](int64_t first, int64_t rows) {
+    ForRows(run, count, kTaskRows, [&](int64_t first, int64_t rows) {
       for (int64_t i = first; i < first + rows; ++i) DequantizeRow(table, id[i], out + i * table.columns);
     });
   }

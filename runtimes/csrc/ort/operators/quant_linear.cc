@@ -1,8 +1,8 @@
-// QuantLinear: [RMSNorm,] product with a packed matrix [, SwiGLU, or a bias and a residual added].
+// QuantLinear: [RMSNorm,] matmul with a packed matrix [, SwiGLU, or a bias and a residual added].
 #include <cmath>
 
 #include "ort/activations.h"
-#include "ort/pieces.h"
+#include "ort/tasks.h"
 #include "ort/scratch.h"
 #include "ort/weights.h"
 
@@ -36,9 +36,9 @@ class QuantLinear {
     shape[shape.rank - 1] = m.outputs();
     Call call{m, x.As<float>(), 0, nullptr, {}};
     call.rows = x.shape.elements() / m.columns;
-    call.norm = norm_.Get(run, m.columns, "one value a column of the weights");
+    call.norm = norm_.Get(run, m.columns, "one value per column of the weights");
     call.out.finish = m.swiglu ? Finish::kSwiglu : Finish::kStore;
-    call.out.bias = bias_.Get(run, m.outputs(), "one value a row of the weights");
+    call.out.bias = bias_.Get(run, m.outputs(), "one value per row of the weights");
     call.out.residual = Residual(run, 3, shape);
     call.out.ldy = m.outputs();
     if (m.swiglu && call.out.bias != nullptr) Fail("a bias cannot be added to the result of a SwiGLU matrix");
@@ -67,21 +67,21 @@ class QuantLinear {
   void ComputeFloat(const Run& run, const Call& call) const {
     const LinearKernels& kernels = ChosenKernels().linear;
     const int64_t columns = call.m.columns;
-    Plan plan;
-    const Slot<float> normed = plan.Add<float>(call.norm != nullptr ? call.rows * columns : 0);
-    const Scratch scratch(plan);
+    ScratchLayout layout;
+    const Buffer<float> normed = layout.Add<float>(call.norm != nullptr ? call.rows * columns : 0);
+    const Scratch scratch(layout);
     const float* x = call.x;
     if (call.norm != nullptr) {
       float* to = scratch[normed];
-      ForRows(run, call.rows, kRowsPiece, [&](int64_t first, int64_t count) {
+      ForRows(run, call.rows, kTaskRows, [&](int64_t first, int64_t count) {
         kernels.rms_norm(x + first * columns, columns, count, columns, call.norm, epsilon_, to + first * columns,
                          columns);
       });
       x = to;
     }
     const Grid grid(call.m, call.rows, false);
-    run.ParallelFor(grid.pieces, [&](int64_t i) {
-      grid.Piece(i, [&](int64_t begin, int64_t end, int64_t row, int64_t count) {
+    run.ParallelFor(grid.tasks, [&](int64_t i) {
+      grid.Task(i, [&](int64_t begin, int64_t end, int64_t row, int64_t count) {
         kernels.linear_float(call.m, begin, end, x + row * columns, columns, count, call.out.From(row));
       });
     });
@@ -91,19 +91,19 @@ class QuantLinear {
     const LinearKernels& kernels = ChosenKernels().linear;
     const int64_t columns = call.m.columns, rows = call.rows;
     const bool rescored = rescore_ > 0 && rows == 1;
-    Plan plan;
-    const QuantSlot slot = plan.AddRows(rows, columns);
-    // A normed row lives only until it is quantised: one for each piece of rows.
-    const Slot<float> normed = plan.Add<float>(call.norm != nullptr ? Pieces(rows, kRowsPiece) * columns : 0);
-    const Slot<float> largest = plan.Add<float>(rescored ? call.m.units() : 0);
-    const Slot<int32_t> chosen = plan.Add<int32_t>(rescored ? call.m.units() : 0);
-    const Scratch scratch(plan);
-    const QuantRows x = scratch[slot];
-    ForRows(run, rows, kRowsPiece, [&](int64_t first, int64_t count) {
+    ScratchLayout layout;
+    const QuantBuffer buffer = layout.AddRows(rows, columns);
+    // A normed row is needed only until it is quantised, so each task of rows has room for one.
+    const Buffer<float> normed = layout.Add<float>(call.norm != nullptr ? TaskCount(rows, kTaskRows) * columns : 0);
+    const Buffer<float> largest = layout.Add<float>(rescored ? call.m.units() : 0);
+    const Buffer<int32_t> chosen = layout.Add<int32_t>(rescored ? call.m.units() : 0);
+    const Scratch scratch(layout);
+    const QuantRows x = scratch[buffer];
+    ForRows(run, rows, kTaskRows, [&](int64_t first, int64_t count) {
       if (call.norm == nullptr) {
         return kernels.quantize_rows(call.x + first * columns, columns, count, columns, x.From(first));
       }
-      float* row = scratch[normed] + first / kRowsPiece * columns;
+      float* row = scratch[normed] + first / kTaskRows * columns;
       for (int64_t r = first; r < first + count; ++r) {
         kernels.rms_norm(call.x + r * columns, columns, 1, columns, call.norm, epsilon_, row, columns);
         kernels.quantize_rows(row, columns, 1, columns, x.From(r));
@@ -111,24 +111,24 @@ class QuantLinear {
     });
     if (rescored) return Rescore(run, call, x, scratch[largest], scratch[chosen]);
     const Grid grid(call.m, rows, true);
-    run.ParallelFor(grid.pieces, [&](int64_t i) {
-      grid.Piece(i, [&](int64_t begin, int64_t end, int64_t row, int64_t count) {
+    run.ParallelFor(grid.tasks, [&](int64_t i) {
+      grid.Task(i, [&](int64_t begin, int64_t end, int64_t row, int64_t count) {
         kernels.linear_int8(call.m, begin, end, x.From(row), count, call.out.From(row));
       });
     });
   }
 
-  // One row: every result from the high nibbles of the weights, then exactly the `refine` tiles of 32 results whose
-  // largest is largest. No more tiles than that can hold the `refine` largest results, so those are among the exact.
+  // One row: compute all results from the high nibbles of the weights, then compute exactly the `refine` tiles of 32
+  // results with the largest maxima. The `refine` largest results are in at most that many tiles, so they are exact.
   void Rescore(const Run& run, const Call& call, const QuantRows& x, float* largest, int32_t* chosen) const {
     const LinearKernels& kernels = ChosenKernels().linear;
     const int64_t units = call.m.units(), width = call.m.outputs();
     const Grid grid(call.m, 1, true);
-    run.ParallelFor(grid.pieces, [&](int64_t i) {
-      grid.Piece(i, [&](int64_t begin, int64_t end, int64_t, int64_t) {
+    run.ParallelFor(grid.tasks, [&](int64_t i) {
+      grid.Task(i, [&](int64_t begin, int64_t end, int64_t, int64_t) {
         kernels.linear_high(call.m, begin, end, x, 1, call.out);
         for (int64_t unit = begin; unit < end; ++unit) {
-          float most = -INFINITY;  // also of a tile of NaN
+          float most = -INFINITY;  // also for a tile of NaN
           for (int64_t n = unit * kTile; n < std::min((unit + 1) * kTile, width); ++n) {
             most = call.out.y[n] > most ? call.out.y[n] : most;
           }

@@ -1,5 +1,5 @@
-// RMSNorm: rows over the root of their mean square, times a weight [, a residual added].
-#include "ort/pieces.h"
+// RMSNorm: y = x / sqrt(mean(x^2) + epsilon) * weight, row by row [, a residual added].
+#include "ort/tasks.h"
 #include "ort/weights.h"
 
 namespace edgelm::ort {
@@ -18,12 +18,12 @@ class RmsNorm {
     if (x.shape.rank < 1 || x.shape.last() < 1) Fail("x has shape ", x.shape, ", expected [..., columns]");
     const int64_t columns = x.shape.last(), rows = x.shape.elements() / columns;
     if (!(weight.shape == Shape{columns})) {
-      Fail("weight has shape ", weight.shape, ", expected ", Shape{columns}, ", one value a column of x");
+      Fail("weight has shape ", weight.shape, ", expected ", Shape{columns}, ", one value per column of x");
     }
     const float* residual = Residual(run, 2, x.shape);
     const float *from = x.As<float>(), *scale = weight.As<float>();
     float* y = run.Output<float>(0, x.shape);
-    ForRows(run, rows, kRowsPiece, [&](int64_t first, int64_t count) {
+    ForRows(run, rows, kTaskRows, [&](int64_t first, int64_t count) {
       const int64_t begin = first * columns, end = begin + count * columns;
       ChosenKernels().linear.rms_norm(from + begin, columns, count, columns, scale, epsilon_, y + begin, columns);
       for (int64_t i = begin; residual != nullptr && i < end; ++i) y[i] += residual[i];

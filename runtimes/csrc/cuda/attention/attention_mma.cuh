@@ -1,13 +1,13 @@
-// Rows of queries of a warp against keys of a tile in shared memory, with tensor cores: scores are float32, the weights
-// are relative to the largest score seen so far (online softmax).
+// Attention of one warp's query rows to keys of a tile in shared memory, on tensor cores. Scores are float32; weights
+// are relative to the largest score so far (online softmax).
 #pragma once
 
 #include "attention/attention_rows.cuh"
 
 namespace edgelm {
 
-// `count` times 16 rows of a warp: their queries, and what they have seen so far. Keys and values come as numbers of M,
-// or as codes of E, which are then widened here.
+// `count` times 16 rows of a warp: their queries, and their softmax state so far. Keys and values are numbers of M, or
+// codes of E, which are converted here.
 template <class M, class E, int S, int count> struct RowTiles {
   static constexpr bool kCodes = sizeof(E) == 1;
   static constexpr bool kQueriesStay = count == 1;  // in registers; of more rows they are read from shared memory
@@ -35,7 +35,7 @@ template <class M, class E, int S, int count> struct RowTiles {
     }
   }
 
-  // The rows at `from`, those below `rows`; zeros beyond.
+  // Load the rows at `from` whose number is below `rows`; the others are zeros.
   EDGELM_INLINE void load_queries(const M* from, int stride, int rows) {
     const int g = thread() % kWarp / 4, q = thread() % 4;
     EDGELM_UNROLL
@@ -62,7 +62,7 @@ template <class M, class E, int S, int count> struct RowTiles {
     }
   }
 
-  // Queries times the keys of the tile from `first` on.
+  // s = queries times the keys of the tile from `first` on.
   template <int keys>
   EDGELM_INLINE void scores(int stage, int first, float (&s)[count][keys / 8][4]) const {
     const int lane = thread() % kWarp;
@@ -74,8 +74,8 @@ template <class M, class E, int S, int count> struct RowTiles {
         for (int i = 0; i < 4; ++i) s[n][k][i] = 0.f;
       }
     }
-    // Four matrices of 8 keys by 16 bytes at a time. Numbers of two bytes: two chunks, one step, of 16 keys. Codes: one
-    // chunk, one step, of 32 keys, or two chunks of 16 where there are no more.
+    // ldmatrix loads four matrices of 8 keys by 16 bytes at a time. For 2-byte numbers these are two chunks of 16 keys,
+    // one mma step. For codes: one chunk of 32 keys, one step; or two chunks where there are only 16 keys.
     constexpr bool kWide = kCodes && keys >= 32;
     constexpr int kSteps = kCodes && !kWide ? 2 : 1;
     EDGELM_UNROLL
@@ -85,7 +85,7 @@ template <class M, class E, int S, int count> struct RowTiles {
       for (int step = 0; step < kSteps; ++step) queries_of_step(kCodes ? chunk + step : chunk / 2, a[step]);
       EDGELM_UNROLL
       for (int k = 0; k < keys / 8; k += kWide ? 4 : 2) {
-        u32 words[4];  // the keys of one chunk; or keys 0..7 of chunk and the next, keys 8..15 of them
+        u32 words[4];  // the keys of one chunk; or keys 0..7, then 8..15, of two chunks
         const int row = first + 8 * k + (kWide ? lane : lane / 16 * 8 + lane % 8);
         const int from = stage + Tile::at(row, kWide ? 0 : lane / 8 % 2);
         ldmatrix_x4(words, shared_memory() + Tile::behind(from, chunk));
@@ -96,8 +96,8 @@ template <class M, class E, int S, int count> struct RowTiles {
             u32 b[2];
             if constexpr (kCodes) {
               const u32 word = words[kWide ? part : 2 * part + step];
-              b[0] = widen<M, E>(word, 0, 1);
-              b[1] = widen<M, E>(word, 2, 3);
+              b[0] = upcast<M, E>(word, 0, 1);
+              b[1] = upcast<M, E>(word, 2, 3);
             } else {
               b[0] = words[2 * part];
               b[1] = words[2 * part + 1];
@@ -110,13 +110,13 @@ template <class M, class E, int S, int count> struct RowTiles {
     }
   }
 
-  // Adds the values of 16 keys, weighted. Of codes, even columns of 16 are sums[2 i], odd ones sums[2 i + 1].
+  // sums += weights times the values of 16 keys. For codes, even columns of 16 are sums[2 i], odd ones sums[2 i + 1].
   EDGELM_INLINE void add_values(int stage, int key, const u32 (&weights)[count][4]) {
     const int lane = thread() % kWarp;
     const int from = stage + Tile::kValues + Tile::at(key + lane / 8 % 2 * 8 + lane % 8, lane / 16);
     EDGELM_UNROLL
     for (int chunk = 0; chunk < Tile::kChunks; chunk += 2) {
-      u32 words[4];  // keys 0..7 and 8..15 of chunk, then of the next
+      u32 words[4];  // keys 0..7 and 8..15 of this chunk, then of the next
       ldmatrix_x4_transposed(words, shared_memory() + Tile::behind(from, chunk));
       EDGELM_UNROLL
       for (int step = 0; step < 2; ++step) {
@@ -125,8 +125,8 @@ template <class M, class E, int S, int count> struct RowTiles {
         for (int odd = 0; odd < (kCodes ? 2 : 1); ++odd) {
           u32 b[2] = {low, high};
           if constexpr (kCodes) {
-            b[0] = widen<M, E>(low, odd, odd + 2);
-            b[1] = widen<M, E>(high, odd, odd + 2);
+            b[0] = upcast<M, E>(low, odd, odd + 2);
+            b[1] = upcast<M, E>(high, odd, odd + 2);
           }
           const int d = kCodes ? 2 * (chunk + step) + odd : chunk + step;
           EDGELM_UNROLL
@@ -136,9 +136,9 @@ template <class M, class E, int S, int count> struct RowTiles {
     }
   }
 
-  // Attends to `keys` keys of a tile from `first` on, which is at `position`; the tile is at `stage` in shared memory.
-  // `scales`: of the tile's keys, then of its values. `edge`: some row may not see all of the keys (padding sees what
-  // is there). `row`: this lane's first in the block. `factor`: of the scores, for base 2.
+  // Attend to `keys` keys of a tile from `first` on; that key is at `position`. The tile is at `stage` in shared
+  // memory. `scales`: of the tile's keys, then of its values. `edge`: some row may not see all of the keys (padding
+  // rows see them all). `row`: this lane's first row in the block. `factor`: of the scores, for base 2.
   template <int keys, bool scaled>
   EDGELM_INLINE void attend(int stage, const float* scales, int first, int position, bool edge, int row,
                             const BlockOfRows& block, float factor) {
@@ -166,7 +166,7 @@ template <class M, class E, int S, int count> struct RowTiles {
           EDGELM_UNROLL
           for (int column = 0; column < 2; ++column) {
             const int key = 8 * (k + half) + 2 * q + column;
-            // Beyond the last key a scale is anything, NaN included; the weight is 0, and so must be the product.
+            // Beyond the last key a scale may be anything, also NaN. The weight there is 0 and 0 * scale must be 0.
             const float scale = min_(abs_(scales[kTileKeys + first + key]), 1e36f) * kWeightFactor;
             EDGELM_UNROLL
             for (int i = 0; i < 2 * count; ++i) s[i / 2][k + half][i % 2 * 2 + column] *= scale;
@@ -185,7 +185,7 @@ template <class M, class E, int S, int count> struct RowTiles {
     }
   }
 
-  // Row r is of token r / shared_by, which sees keys up to its own. This lane's first key is at `position`.
+  // Causal mask. Row r is token r / shared_by, which sees keys up to its own. This lane's first key is at `position`.
   template <int keys>
   static EDGELM_INLINE void hide(float (&s)[count][keys / 8][4], int position, int row, const BlockOfRows& block) {
     const int shared_by = block.shared_by, ahead = position - block.past;
@@ -202,7 +202,7 @@ template <class M, class E, int S, int count> struct RowTiles {
     }
   }
 
-  // The scores of row i of this lane become weights; what was seen before shrinks to the new maximum.
+  // Online softmax: turn the scores of row i into weights and rescale the earlier sums to the new maximum.
   template <int keys> EDGELM_INLINE void weights_of_row(int i, float (&s)[count][keys / 8][4]) {
     float highest = largest[i];
     EDGELM_UNROLL
@@ -231,8 +231,8 @@ template <class M, class E, int S, int count> struct RowTiles {
     }
   }
 
-  // float16 has too few exponents for small scales times small weights: 64 times them still fits (516 is the largest
-  // scale of float16 values).
+  // float16 has too little range for small scales times small weights, so they are multiplied by 64, which still fits
+  // (516 is the largest scale of float16 values).
   static constexpr float kWeightFactor = Same<M, f16>::value ? 64.f : 1.f;
 
   template <bool scaled> EDGELM_INLINE void finish() {
@@ -250,7 +250,7 @@ template <class M, class E, int S, int count> struct RowTiles {
     }
   }
 
-  // This lane's results of row g + 8 i are pairs of columns: pair n begins at column(n).
+  // This lane holds the results of row g + 8 i as pairs of columns; pair n begins at column(n).
   static constexpr int kPairs = S / 8;
   static EDGELM_INLINE int column(int n) {
     const int q = thread() % 4;
