@@ -75,7 +75,7 @@ class Node:
         low = 1 if key.endswith(_POSITIVE) else 0
         if not isinstance(value, int) or not low <= value <= _LARGEST:
             raise BundleError(
-                f"{PROGRAM_FILE}: {key} of {self.name} is {value!r:.60}, expected an integer from {low} to "
+                f"{PROGRAM_FILE}: {key} of {self.name} is {value!r:.60}, expected a whole number from {low} to "
                 f"{_LARGEST}: export the bundle again"
             )
         return value

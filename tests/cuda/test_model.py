@@ -210,7 +210,7 @@ def test_does_cuda_kernels_say_what_it_lacks_without_a_driver(
 
 
 def test_is_another_targets_bundle_refused(bundles: Bundles) -> None:
-    with pytest.raises(RuntimeUnavailableError, match="was exported for tensorrt, onnxruntime-cpu runs cpu"):
+    with pytest.raises(RuntimeUnavailableError, match="was exported for tensorrt, but onnxruntime-cpu runs cpu"):
         open_runtime(bundles("fox", "int4"), "onnxruntime-cpu")
 
 
@@ -236,7 +236,7 @@ def test_does_a_bundle_with_graphs_in_onnx_as_they_once_had_still_run(damaged: P
         (lambda data: data.update(format=2), "format is 2, this EdgeLM reads 1: upgrade"),
         (lambda data: data.pop("values"), "values is missing, expected an object"),
         (lambda data: data["values"].update(logits=["f32", 1 << 40]), r"values.logits\[1\] is 1099511627776, expected"),
-        (lambda data: data["values"].update(logits=["f32", 8]), r'wants \d+ values in "logits", which has 8'),
+        (lambda data: data["values"].update(logits=["f32", 8]), r'needs \d+ values in "logits", which has 8'),
         (lambda data: data["nodes"][1]["attrs"].update(rows=-1), "rows of .* is -1, expected a whole number from 1"),
         (lambda data: data["nodes"][1]["attrs"].update(group=7), "in groups of 7, which no .* matrix has"),
         (lambda data: data["nodes"][2]["attrs"].update(head_size=0), "head_size of .* is 0, expected a whole number"),
@@ -244,7 +244,7 @@ def test_does_a_bundle_with_graphs_in_onnx_as_they_once_had_still_run(damaged: P
         (lambda data: data["nodes"].pop(0), "reads hidden.0, which no node computes"),
         (lambda data: data["nodes"][1]["attrs"].pop("group"), "has no group"),
         (lambda data: data["nodes"][1]["attrs"].update(kind="int2"), "of the kind 'int2'"),
-        (lambda data: data["nodes"][1]["attrs"].update(activations="int7"), "multiplies 'int7'"),
+        (lambda data: data["nodes"][1]["attrs"].update(activations="int7"), "has activations 'int7'"),
         (lambda data: data["weights"]["rope.cos"].update(size=4), "has 4 bytes for"),
         (lambda data: data["weights"]["rope.cos"].update(offset=1 << 40), "the program's weights end at"),
     ],

@@ -174,7 +174,7 @@ def test_what_it_does_not_do_is_refused() -> None:
     for bad, tokens, activation, message in (
         (GpuMatrix(GpuKind.INT4, 64, 64, 64, count=7), 4, "bf16", r"expected 8 matrices \[64, 64\]"),
         (GpuMatrix(GpuKind.INT4, 64, 64, 64, swiglu=True, count=8), 4, "bf16", "expected 8 matrices"),
-        (GpuMatrix(GpuKind.INT8, 64, 64, 8, count=8), 4, "bf16", "no multiple of 16"),
+        (GpuMatrix(GpuKind.INT8, 64, 64, 8, count=8), 4, "bf16", "not a multiple of 16"),
         (good, 33, "bf16", "33 tokens of bf16 with int4"),
         (good, 4, "f32", "4 tokens of f32"),
         (GpuMatrix(GpuKind.FLOAT16, 64, 64, 64, count=8), 4, "bf16", "bf16 with f16 weights"),

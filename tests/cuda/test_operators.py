@@ -94,7 +94,7 @@ def test_the_size_of_a_norms_weight_says_what_it_spans(q_heads: int, k_heads: in
 
 def test_a_norms_weight_of_another_size_is_refused() -> None:
     wrong = {"q_norm": np.ones(H * S, np.float32), "k_norm": np.ones(S + 2, np.float32)}
-    with pytest.raises(BundleError, match=r'layers.0.attn wants 64 or 32 values in "k_norm", which has 34'):
+    with pytest.raises(BundleError, match=r'layers.0.attn needs 64 or 32 values in "k_norm", which has 34'):
         attention(np.ones((1, (H + 2 * G) * S), np.float32), wrong)
 
 
@@ -126,7 +126,7 @@ def test_a_bias_is_the_fifth_input_of_a_product() -> None:
 def test_a_bias_that_does_not_fit_is_refused() -> None:
     matrix = GpuMatrix(GpuKind("f32"), 40, 64, 64)
     given = {"x": np.ones((1, 64), np.float32), "weights": np.zeros(matrix.nbytes, np.uint8)}
-    with pytest.raises(BundleError, match=r'layers.0.qkv wants 40 values in "bias", which has 64'):
+    with pytest.raises(BundleError, match=r'layers.0.qkv needs 40 values in "bias", which has 64'):
         product(matrix, given, bias=np.ones(64, np.float32))
     with pytest.raises(BundleError, match=r"layers.0.qkv adds a bias to a SwiGLU matmul"):
         product(replace(matrix, swiglu=True), given, bias=np.ones(20, np.float32))
@@ -156,7 +156,7 @@ def test_a_norm_takes_the_type_of_its_value() -> None:
 
 def test_a_norm_that_does_not_fit_is_refused() -> None:
     x, weight = np.ones((1, 64), np.float32), np.ones(64, np.float32)
-    with pytest.raises(BundleError, match=r'layers.0.after wants 64 values in "weight", which has 32'):
+    with pytest.raises(BundleError, match=r'layers.0.after needs 64 values in "weight", which has 32'):
         norm_node(x, weight=weight[:32])
     with pytest.raises(BundleError, match=r'layers.0.after needs float32 in "logits"'):
         norm_node(x, result="bf16", weight=weight)

@@ -326,5 +326,5 @@ def test_without_cuda_a_bundle_says_what_to_install(tmp_path: Path, checkpoint: 
         EdgeLMError, match=re.escape(f"built without CUDA: pip uninstall onnxruntime, then {install_hint('cuda')}")
     ):
         open_runtime(bundle)
-    with pytest.raises(RuntimeUnavailableError, match="was exported for cuda, onnxruntime-cpu runs cpu"):
+    with pytest.raises(RuntimeUnavailableError, match="was exported for cuda, but onnxruntime-cpu runs cpu"):
         open_runtime(bundle, "onnxruntime-cpu")
