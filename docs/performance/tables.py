@@ -4,8 +4,7 @@
     python docs/performance/tables.py --check     exit code 1 if a page has another table
 
 A page holds `<!-- table: NAME -->`, the table, and `<!-- /table -->`. `peers.json` is what `tests/bench/vs_peers.py
---out` writes, with a `date` and a `command` added. `NAME_quality.json` has the last line that
-`tests/bench/NAME_quality.py` prints, likewise.
+--out` writes. `NAME_quality.json` has the last line that `tests/bench/NAME_quality.py` prints, with date and command.
 """
 
 from __future__ import annotations
@@ -169,6 +168,17 @@ def spread(peers: Peers) -> list[str]:
         label = f"{row}, {figures.UNITS[row]}{engine}{beside}"
         lines.append(_row(label, *(cells.get(column, "") for column in COLUMNS)))
     return lines
+
+
+def measured_with(peers: Peers) -> str:
+    """When, on what and with which versions."""
+    names = {**dict.fromkeys(LLAMAS, "llama-cpp-python"), OPENVINO: "OpenVINO GenAI"}
+    found = {names.get(engine, "EdgeLM"): version for engine, version in peers.document["versions"].items()}
+    versions = ", ".join(f"{name} {version}" for name, version in found.items())
+    return (
+        f"Measured {peers.document['date']} on {peers.document['cpu']}, {peers.document['threads']} threads, with "
+        f"{versions}."
+    )
 
 
 def headline(peers: Peers) -> list[str]:
@@ -339,11 +349,7 @@ def table(name: str, folder: Path) -> list[str]:
     if name in ("spread", "headline"):
         return spread(peers) if name == "spread" else headline(peers)
     if name == "measured":
-        versions = ", ".join(f"{engine} {version}" for engine, version in peers.document["versions"].items())
-        text = (
-            f"Measured {peers.document['date']} on {peers.document['cpu']}, {peers.document['threads']} threads, with "
-        )
-        return textwrap.wrap(f"{text}{versions}.", 120)
+        return textwrap.wrap(measured_with(peers), 120)
     if name in ACTIVATIONS:
         return both_models(
             json.loads((folder / "activation_quality.json").read_text(encoding="utf-8")), *ACTIVATIONS[name]

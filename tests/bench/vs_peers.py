@@ -353,6 +353,7 @@ def report(runs: Sequence[Run], found: Measurements, notes: Sequence[str], optio
     """The JSON line."""
     return json.dumps(
         {
+            "date": time.strftime("%Y-%m-%d"),
             "cpu": devices.describe().cpu,
             "threads": options.threads,
             "sizes": vars(options.sizes),
