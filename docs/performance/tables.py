@@ -55,14 +55,14 @@ class Peers:
     def ratio(self, column: str, row: str, ours: str, theirs: str) -> float | None:
         """Return ours over theirs.
 
-        A run whose repetitions were not kept has its ratios in `ratios`; where one is missing there, it is the ratio
-        of the medians.
+        Of speeds it is the median of paired ratios. A run whose repetitions were not kept has these in `ratios`. Of
+        anything else, and where one is missing there, it is the ratio of the medians.
         """
         recorded = self.document.get("ratios")
-        if recorded is None:
+        if recorded is None and figures.UNITS[row] == "tokens/s":
             return figures.ratio(self.found, column, row, ours, OTHERS[theirs])
         wanted = {"column": column, "row": row, "ours": ours, "theirs": theirs}
-        for record in recorded:
+        for record in recorded or ():
             if wanted.items() <= record.items():
                 return float(record["value"])
         other = self.median(column, row, OTHERS[theirs])
@@ -215,6 +215,20 @@ def both_models(document: dict[str, Any], head: str, wanted: Callable[[str], boo
     return lines
 
 
+def mixed(document: dict[str, Any]) -> list[str]:
+    """KL of each uniform scheme, and of what is chosen at the same bytes."""
+    lines = [_row("uniform scheme", "olmoe-tiny, KL", "chosen", "fox-tiny, KL", "chosen"), "|---|---|---|---|---|"]
+    for line, other in zip(document["olmoe-tiny"], document["fox-tiny"], strict=True):
+        assert line["uniform"] == other["uniform"]
+        cells = [
+            text
+            for item in (line, other)
+            for text in (kl(item["kl"]), f"{kl(item['each'])} ({item['each'] / item['kl']:.2f})")
+        ]
+        lines.append(_row(line["uniform"], *cells))
+    return lines
+
+
 def kl(value: float) -> str:
     """Return 6.15e-4 of 0.000615."""
     digits, exponent = f"{value:.2e}".split("e")
@@ -350,6 +364,8 @@ def table(name: str, folder: Path) -> list[str]:
         return spread(peers) if name == "spread" else headline(peers)
     if name == "measured":
         return textwrap.wrap(measured_with(peers), 120)
+    if name == "mixed":
+        return mixed(json.loads((folder / "mixed_precision_quality.json").read_text(encoding="utf-8")))
     if name in ACTIVATIONS:
         return both_models(
             json.loads((folder / "activation_quality.json").read_text(encoding="utf-8")), *ACTIVATIONS[name]

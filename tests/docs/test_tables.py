@@ -28,6 +28,8 @@ def run(folder: Path, **more: object) -> tables.Peers:
     found.add("olmoe int4", "llama.cpp", DECODE, NATIVE, [30.0, 45.0, 40.0])
     found.add("olmoe int4", "llama.cpp", DECODE, LLAMA, [20.0, 36.0, 40.0])
     found.add("olmoe int4", "llama.cpp", DECODE, LLAMA_PLAIN, [10.0, 18.0, 20.0])
+    found.add("olmoe int4", "alone", figures.RESIDENT, NATIVE, [1e9, 2e9, 3e9])
+    found.add("olmoe int4", "alone", figures.RESIDENT, LLAMA, [4e9])
     document = {"measurements": [item.as_dict() for item in found.all], **more}
     (folder / "peers.json").write_text(json.dumps(document))
     return tables.Peers(folder / "peers.json")
@@ -37,6 +39,11 @@ def test_ratios_are_medians_of_repetitions_and_llama_cpp_has_its_faster_setting(
     lines = tables.TABLES["decode"].lines(run(tmp_path))
     assert lines[0] == "| tokens/s | OLMoE-1B-7B int4 |"
     assert lines[2:] == ["| EdgeLM | 40.0 |", "| llama.cpp | 36.0 |", "| EdgeLM / llama.cpp | **1.25** |"]
+
+
+def test_memory_is_compared_by_medians(tmp_path: Path) -> None:
+    lines = tables.TABLES["memory"].lines(run(tmp_path))
+    assert lines[2:] == ["| EdgeLM | 2.00 |", "| llama.cpp | 4.00 |", "| EdgeLM / llama.cpp | **0.50** |"]
 
 
 def test_a_recorded_ratio_counts_where_the_repetitions_were_not_kept(tmp_path: Path) -> None:
