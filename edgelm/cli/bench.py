@@ -74,7 +74,7 @@ def bench(
 
 
 def table(result: BenchResult) -> str:
-    """The result for people."""
+    """The result for people: a sentence, then the figures."""
     from edgelm.cli.common.output import pairs
     from edgelm.sizes import format_number, format_size
 
@@ -103,7 +103,12 @@ def table(result: BenchResult) -> str:
     ]
     if result.load_average is not None and result.load_average > result.threads + 1:
         rows.append(("note", f"the machine was busy (load {result.load_average:.1f}): measure again when it is quiet"))
-    return pairs(rows)
+    decode, prefill = (
+        format_number(value.median) for value in (result.decode_tokens_per_second, result.prefill_tokens_per_second)
+    )
+    together = f", {result.batch} sequences together" if result.batch > 1 else ""
+    sentence = f"This device generates {decode} tokens/s{together}, after reading the prompt at {prefill} tokens/s."
+    return f"{sentence}\n\n{pairs(rows)}"
 
 
 def _bandwidth(result: BenchResult) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgelm.cli.common.help import verb
-from edgelm.cli.common.options import EXPORT_PACKAGES, json_option
+from edgelm.cli.common.options import EXPORT_PACKAGES, json_option, verbose_option
 from edgelm.installing import install_hint
 
 if TYPE_CHECKING:
@@ -21,8 +21,9 @@ CORE = ("numpy", "click", "tokenizers", "sentencepiece", "jinja2", "rich")
 
 
 @verb(example="edgelm doctor")
+@verbose_option("Also list the versions of packages and the GPU parts.")
 @json_option
-def doctor(as_json: bool) -> None:
+def doctor(verbose: bool, as_json: bool) -> None:
     """Show what EdgeLM can do on this machine, and how to install what is missing.
 
     Exit code 1 if no runtime can be used.
@@ -30,7 +31,7 @@ def doctor(as_json: bool) -> None:
     import json
 
     document = examine()
-    click.echo(json.dumps(document) if as_json else text(document))
+    click.echo(json.dumps(document) if as_json else text(document, verbose=verbose))
     if not any(runtime["usable"] for runtime in document["runtimes"].values()):
         raise click.exceptions.Exit(1)
 
@@ -81,7 +82,7 @@ def examine() -> dict[str, Any]:
         "native_operators": native_operators(),
         "gpu": gpu,
         "gpu_compiler": gpu_compiler(),
-        "tensorrt": tensorrt_flavours(),
+        "tensorrt": tensorrt_editions(),
         "device": devices.describe().as_dict(),
         "disk": disk(),
     }
@@ -164,7 +165,7 @@ def gpu_compiler() -> dict[str, Any]:
     return {"library": library.path, "version": library.version_text, "sms": list(library.sms), "why": None}
 
 
-def tensorrt_flavours() -> list[dict[str, Any]]:
+def tensorrt_editions() -> list[dict[str, Any]]:
     """The TensorRT editions that are installed, and the SMs that each builds engines for on any machine."""
     from edgelm.errors import RuntimeUnavailableError
     from edgelm.runtimes.tensorrt import library
@@ -180,18 +181,34 @@ def tensorrt_flavours() -> list[dict[str, Any]]:
     return found
 
 
-def sections(document: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The document for people: this machine, what EdgeLM can do on it, with what."""
+def sections(document: dict[str, Any], *, verbose: bool) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The document for people: what EdgeLM can do here, what the machine is, its runtimes, and packages on request."""
+    runtimes = [(name, runtime_line(entry, document["gpu"])) for name, entry in document["runtimes"].items()]
+    packages = [("Packages", package_rows(document))] if verbose or _missing_core(document) else []
     return [
+        ("What EdgeLM can do here", ability_rows(document, verbose=verbose)),
         ("This machine", machine_rows(document)),
-        ("What EdgeLM can do here", ability_rows(document)),
-        ("Runtimes", [(name, runtime_line(entry, document["gpu"])) for name, entry in document["runtimes"].items()]),
-        ("Packages", package_rows(document)),
+        ("Runtimes", runtimes),
+        *packages,
     ]
 
 
+def sentence(document: dict[str, Any]) -> str:
+    """What EdgeLM can do here, in one sentence."""
+    targets = list(dict.fromkeys(t for e in document["runtimes"].values() if e["usable"] for t in e["targets"]))
+    if not targets:
+        return "EdgeLM cannot run any bundle here: no runtime can be used."
+    exports = all(document["packages"][name] for name in EXPORT_PACKAGES)
+    more = ", and export checkpoints" if exports else "; it cannot export checkpoints"
+    return f"EdgeLM can run bundles for {' and '.join(targets)} here{more}."
+
+
+def _missing_core(document: dict[str, Any]) -> list[str]:
+    return [name for name in CORE if document["packages"][name] is None]
+
+
 def machine_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the machine is."""
+    """System, CPU, memory, disk and GPUs."""
     from edgelm.sizes import format_size
 
     device, disk, gpu = document["device"], document["disk"], document["gpu"]
@@ -214,8 +231,8 @@ def machine_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def ability_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
-    """What works here, and of the rest what to install."""
+def ability_rows(document: dict[str, Any], *, verbose: bool) -> list[tuple[str, str]]:
+    """What works here, and how to install the rest; GPU parts of a machine without GPU on request."""
     missing = [name for name in EXPORT_PACKAGES if document["packages"][name] is None]
     export = "yes"
     if missing:
@@ -223,14 +240,21 @@ def ability_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
     operators, compiler = document["native_operators"], document["gpu_compiler"]
     kernels = operators["instruction_set"]
     made_for = f"NVRTC {compiler['version']}, for SM {', '.join(map(str, compiler['sms']))}"
-    return [
+    rows = [
         ("run", _runs(document)),
         ("operators", f"compiled, {kernels}: {operators['why']}" if kernels else operators["why"]),
         ("export", export),
         (
             "quantize",
-            "compiled" if document["native_quantizer"] else "NumPy only, slow: install a wheel with compiled parts",
+            "yes, compiled"
+            if document["native_quantizer"]
+            else "NumPy only, slow: install a wheel with compiled parts",
         ),
+    ]
+    if not verbose and not document["gpu"]["devices"]:
+        return rows
+    return [
+        *rows,
         ("GPU kernels", f"compiled by {made_for}" if compiler["version"] else f"cannot be exported: {compiler['why']}"),
         *((f"{entry['flavour']} engines", tensorrt_line(entry)) for entry in document["tensorrt"]),
     ]
@@ -243,7 +267,7 @@ def _runs(document: dict[str, Any]) -> str:
         for target in entry["targets"] if entry["usable"] else ():
             chosen.setdefault(target, name)
     if not chosen:
-        return "nothing: no runtime can be used, see below"
+        return "nothing: no runtime can be used, see Runtimes below"
     return ", ".join(f"bundles for {target} with {name}" for target, name in chosen.items())
 
 
@@ -263,7 +287,7 @@ def package_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
     found = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
     lines = [("edgelm", f"{document['edgelm']}, Python {document['python']}"), ("with", found)]
     lines.append(("providers", ", ".join(document["providers"]) or "none"))
-    missing = [name for name in CORE if packages[name] is None]
+    missing = _missing_core(document)
     return [*lines, ("missing", f"{', '.join(missing)}: pip install {' '.join(missing)}")] if missing else lines
 
 
@@ -276,11 +300,11 @@ def tensorrt_line(entry: dict[str, Any]) -> str:
     return f"{entry['version']}, builds engines for {where}"
 
 
-def text(document: dict[str, Any]) -> str:
-    """The sections, their rows aligned with one another."""
+def text(document: dict[str, Any], *, verbose: bool = False) -> str:
+    """A sentence and the sections, their rows aligned with one another."""
     from edgelm.cli.common.output import pairs
 
-    found = sections(document)
+    found = sections(document, verbose=verbose)
     lines = iter(pairs([row for _, rows in found for row in rows]).splitlines())
     blocks = (f"{title}\n" + "\n".join(f"  {next(lines)}" for _ in rows) for title, rows in found)
-    return "\n\n".join(blocks)
+    return "\n\n".join([sentence(document), *blocks])

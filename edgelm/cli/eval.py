@@ -112,11 +112,14 @@ def _check_names(targets: tuple[str, ...], checkpoint: str | None) -> None:
 
 
 def summary(report: EvaluationReport) -> str:
-    """The report for a terminal."""
+    """The report for a terminal: a sentence, a table, and what the options asked for besides."""
     from edgelm.cli.common.output import grid
+    from edgelm.evaluation.report import sentence
 
     text = report.text
     lines = [
+        sentence(report),
+        "",
         f"{report.model}: {text.tokens:,} tokens of {text.name}, {text.windows} windows of {text.length}",
         "",
         grid(_header(report), [row for row in (_reference_row(report), *map(_row, report.targets)) if row]),
@@ -198,15 +201,15 @@ def _layer_lines(report: EvaluationReport) -> list[str]:
         if target.layers:
             worst = max(target.layers, key=lambda layer: layer.error)
             where = "the embedding" if worst.layer < 0 else f"layer {worst.layer}"
-            line = f"{target.target}: residual stream worst after {where}, {worst.error:.3g}"
+            line = f"{target.target}: largest error of the residual stream {worst.error:.3g}, after {where}"
             same = [layer.same_experts for layer in target.layers if layer.same_experts is not None]
-            lines.append(line + (f"; same experts {min(same):.1%} of tokens or more" if same else ""))
+            lines.append(line + (f"; the same experts for at least {min(same):.1%} of tokens" if same else ""))
         if target.experts and target.experts.worst:
             named = [
                 f"{expert.layer}.{expert.expert} {expert.error:.3g} ({expert.tokens:,} tokens)"
                 for expert in target.experts.worst[:5]
             ]
-            lines.append(f"{target.target}: worst experts (layer.expert, squared error): {', '.join(named)}")
+            lines.append(f"{target.target}: experts with the largest squared error (layer.expert): {', '.join(named)}")
     return ["", *lines] if lines else []
 
 

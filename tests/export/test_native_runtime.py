@@ -296,7 +296,8 @@ def test_the_verbs_take_the_cache_and_the_batch(bundles: dict[tuple[str, str], B
 
 def test_inspect_says_how_weights_are_packed(bundles: dict[tuple[str, str], Bundle]) -> None:
     path = str(bundles["olmoe", "int4"].path)
-    shown = CliRunner().invoke(cli, ["inspect", path]).stdout
+    shown = CliRunner().invoke(cli, ["inspect", path, "--verbose"]).stdout
+    assert "layers.*" not in CliRunner().invoke(cli, ["inspect", path]).stdout
     for text in (
         "layers.*.attn.qkv.weight: 2 x int4, groups of 32 [384, 128], 4.51 bits a weight",
         "layers.*.moe.experts: 32 x int4, groups of 32, SwiGLU [128, 128]",

@@ -418,8 +418,12 @@ def test_doctor_describes_this_machine() -> None:
     assert document["runtimes"]["onnxruntime-cpu"]["version"] == document["runtimes"]["onnxruntime-cuda"]["version"]
     text = invoke("doctor")
     assert text.exit_code == 0
-    titles = [line for line in text.stdout.splitlines() if line and not line.startswith(" ")]
-    assert titles == ["This machine", "What EdgeLM can do here", "Runtimes", "Packages"]
+    first, *titles = [line for line in text.stdout.splitlines() if line and not line.startswith(" ")]
+    assert first.startswith("EdgeLM can run bundles for cpu here")
+    assert titles == ["What EdgeLM can do here", "This machine", "Runtimes"]
+    more = invoke("doctor", "--verbose").stdout
+    assert "\nPackages\n" in more
+    assert re.search(r"^  GPU kernels +\S", more, re.MULTILINE)
     assert re.search(r"^  run +bundles for cpu with onnxruntime-cpu", text.stdout, re.MULTILINE)
     assert (
         len({re.match(r"  \S(?:\S| (?! ))* *", line).end() for line in text.stdout.splitlines() if line[:1] == " "})
@@ -436,6 +440,7 @@ def test_doctor_says_how_to_install_what_is_missing(monkeypatch: pytest.MonkeyPa
     result = invoke("doctor")
     assert result.exit_code == 1
     assert f"missing: {install_hint('cpu')}" in result.stdout
+    assert result.stdout.startswith("EdgeLM cannot run any bundle here: no runtime can be used.\n")
     assert "nothing: no runtime can be used" in result.stdout
     assert f"missing torch, onnx (only needed to export): {install_hint('export')}" in result.stdout
 
@@ -449,7 +454,7 @@ def test_doctor_describes_the_gpus_and_their_compiler(monkeypatch: pytest.Monkey
     assert text.exit_code == 0
     assert re.search(r"^  GPU +none: no NVIDIA driver", text.stdout, re.MULTILINE)
     assert re.search(r"^  tensorrt +ready, \S+, but there is no GPU", text.stdout, re.MULTILINE)
-    assert f"cannot be exported: EDGELM_NVRTC={tmp_path}" in text.stdout
+    assert f"cannot be exported: EDGELM_NVRTC={tmp_path}" in invoke("doctor", "-v").stdout
 
     source = Path(__file__).parents[1] / "cuda" / "fake_driver.c"
     driver = tmp_path / "driver.so"

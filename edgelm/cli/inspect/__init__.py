@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgelm.cli.common.help import option, verb
-from edgelm.cli.common.options import PATH, json_option
+from edgelm.cli.common.options import PATH, json_option, verbose_option
 from edgelm.cli.common.output import echo
 
 if TYPE_CHECKING:
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 @click.argument("path", type=PATH, required=False)
 @option("--verify", is_flag=True, help="Hash every file of a bundle and compare with its manifest.")
 @option("--cpu", is_flag=True, help="In place of PATH, show which kernels this CPU runs, and why.")
+@verbose_option("Also list versions, attention, files and hashes, and how every matrix is stored.")
 @json_option
-def inspect(path: Path | None, cpu: bool, verify: bool, as_json: bool) -> None:
+def inspect(path: Path | None, cpu: bool, verify: bool, verbose: bool, as_json: bool) -> None:
     """Describe the bundle or checkpoint at PATH: model, recipe, size.
 
     Of a checkpoint it also says whether `edgelm export` takes it, and every reason why not. Exit code 1 if --verify
@@ -46,14 +47,14 @@ def inspect(path: Path | None, cpu: bool, verify: bool, as_json: bool) -> None:
     if (path / MANIFEST).is_file() or not (path / "config.json").is_file():
         bundle = Bundle.open(path)
         problems = bundle.verify(Bars()) if verify else None
-        document, rows = bundle_document(bundle, problems), bundle_rows(bundle, problems)
+        document, rows = bundle_document(bundle, problems), bundle_rows(bundle, problems, verbose=verbose)
     else:
         from edgelm.cli.inspect.checkpoint import checkpoint_document, checkpoint_rows
 
         if verify:
             raise click.UsageError("--verify needs a bundle: a checkpoint has no manifest with hashes")
         problems, document = None, checkpoint_document(path)
-        rows = checkpoint_rows(document)
+        rows = checkpoint_rows(document, verbose=verbose)
     if as_json:
         click.echo(json.dumps(document))
     else:
@@ -78,7 +79,7 @@ def inspect_cpu(as_json: bool) -> None:
 
 
 def cpu_rows(cpu: str, kernels: CpuKernels) -> list[tuple[str, str]]:
-    """What a person wants to know of the kernels."""
+    """Describe the kernels for people."""
     rows = [("CPU", cpu), ("operators", kernels.library or "none"), ("chosen", kernels.why)]
     if kernels.chosen is not None:
         rows[-1] = ("chosen", f"{kernels.chosen}: {kernels.why}")
@@ -94,7 +95,7 @@ def cpu_rows(cpu: str, kernels: CpuKernels) -> list[tuple[str, str]]:
 
 
 def bundle_document(bundle: Bundle, problems: list[str] | None) -> dict[str, Any]:
-    """The manifest without its table of tensors, and what verification found."""
+    """The manifest without its table of tensors, and what `Bundle.verify` found."""
     import json
 
     from edgelm.cli.inspect.gpu import gpu_groups, kernels_document
@@ -167,9 +168,9 @@ def packed_groups(bundle: Bundle) -> list[PackedGroup]:
 
 
 def calibration_line(info: CalibrationInfo | None) -> str:
-    """The text that chose a bundle's codes, and the experts that it did not reach."""
+    """The calibration text, and the experts that saw too little of it."""
     if info is None:
-        return "no: weights are rounded to nearest, or came quantised"
+        return "no: weights were rounded to nearest, or the checkpoint was quantised already"
     methods = ", ".join(f"{count} {method}" for method, count in info.methods.items())
     line = f"{info.samples} x {info.length} tokens of {info.text} (SHA-256 {info.sha256[:12]}); matrices: {methods}"
     if info.smoothing:
@@ -181,7 +182,7 @@ def calibration_line(info: CalibrationInfo | None) -> str:
 
 
 def activations_line(manifest: Manifest) -> str:
-    """The activations of a bundle's matmuls: as the recipe asks, or what its target has in place of that."""
+    """Data type of the activations in matmuls: the recipe's, or what the target has in place of it."""
     from edgelm.errors import RecipeError
     from edgelm.quant.recipe import AUTO, FLOAT, Recipe
 
@@ -204,44 +205,79 @@ def activations_line(manifest: Manifest) -> str:
     return "; ".join([words(recipe.activations), *(f"{rule.pattern}: {words(str(rule.activations))}" for rule in own)])
 
 
-def bundle_rows(bundle: Bundle, problems: list[str] | None) -> list[tuple[str, str]]:
-    """What a person wants to know of a bundle."""
+def bundle_rows(bundle: Bundle, problems: list[str] | None, *, verbose: bool = False) -> list[tuple[str, str]]:
+    """Describe a bundle for people, with `verbose` down to files and matrices; `problems` as `Bundle.verify` says."""
     from edgelm.bundle.kv_cache import row_bytes
     from edgelm.cli.inspect.gpu import gpu_groups, kernels_rows, multiplied
     from edgelm.sizes import format_size
 
     manifest, model = bundle.manifest, bundle.manifest.model
-    experts = f", {model.num_experts} experts of which {model.experts_per_token} act" if model.num_experts else ""
     kv = manifest.graph.kv_dtype
     cached = 2 * model.num_layers * model.num_kv_heads * row_bytes(kv, model.head_dim, manifest.ops)
-    made = f", made {manifest.created}" if manifest.created else ""
     weights: list[PackedGroup | GpuGroup] = [*packed_groups(bundle), *gpu_groups(bundle)]
+    made = f", made {manifest.created}" if manifest.created else ""
     rows = [
-        ("bundle", f"{bundle.path}, format {manifest.format_version}{made}"),
-        ("model", f"{model.name} ({model.family}): {model.num_layers} layers of {model.hidden_size}{experts}"),
-        ("attention", f"{model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} for keys and values"),
-        ("vocabulary", f"{model.vocab_size:,}{', embedding and head tied' if model.tied else ''}"),
-        ("context", f"{model.context_length:,} positions, {format_size(cached)} of {kv} cache each"),
+        ("bundle", f"{bundle.path}, {format_size(bundle.size)}{made}"),
+        ("model", f"{model.name} ({model.family}): {_shape(bundle)}"),
         ("recipe", f"{manifest.recipe.name}, floats as {manifest.dtype}"),
         ("calibrated", calibration_line(manifest.calibration)),
         ("activations", multiplied(bundle) if manifest.ops == "gpu" else activations_line(manifest)),
-        ("target", f"{manifest.target}, {manifest.ops} operators"),
+        ("size", _sizes(bundle)),
+        ("context", f"{model.context_length:,} tokens, {format_size(cached)} of {kv} cache each"),
+        ("runs with", f"{', '.join(_runtimes(bundle)) or 'no runtime here'}, {manifest.ops} operators"),
         *(("needs", f"{need.package} {need.version} or newer: {need.feature}") for need in manifest.requires),
-        ("source", manifest.source.id),
-        ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
-        ("size", format_size(bundle.size)),
-        *(("", f"{format_size(info.size):>8}  {name}") for name, info in manifest.files.items()),
-        *(("weights", f"{format_size(group.bytes):>8}  {group.line()}") for group in weights),
-        *kernels_rows(bundle),
         *engine_rows(bundle),
+        ("source", manifest.source.id),
     ]
+    if verbose:
+        heads = f"{model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} for keys and values"
+        rows += [
+            ("format", str(manifest.format_version)),
+            ("target", manifest.target),
+            ("attention", heads),
+            ("embedding", "tied to the head" if model.tied else "apart from the head"),
+            ("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
+            *(("file", f"{format_size(info.size):>8}  {info.sha256}  {name}") for name, info in manifest.files.items()),
+            *(("weights", f"{format_size(group.bytes):>8}  {group.line()}") for group in weights),
+        ]
+    rows += kernels_rows(bundle)
     if problems is None:
-        rows.append(("verified", "sizes only; --verify checks every byte"))
+        rows.append(("verified", "sizes of the files; --verify checks every byte"))
     elif problems:
         rows += [("DAMAGED", problem) for problem in problems]
     else:
         rows.append(("verified", "every file is what was exported"))
     return rows
+
+
+def _shape(bundle: Bundle) -> str:
+    """The model's size in a few words."""
+    model = bundle.manifest.model
+    experts = f", {model.num_experts} experts of which {model.experts_per_token} act" if model.num_experts else ""
+    return f"{model.num_layers} layers of {model.hidden_size}{experts}, vocabulary of {model.vocab_size:,}"
+
+
+def _sizes(bundle: Bundle) -> str:
+    """What the bundle's bytes are for."""
+    from edgelm.sizes import format_size
+
+    files = bundle.manifest.files
+    weights = files[bundle.manifest.graph.weights_file].size
+    pack = sum(info.size for name, info in files.items() if name.startswith("parity/"))
+    parts = [(weights, "weights"), (pack, "parity pack"), (bundle.size - weights - pack, "other files")]
+    return ", ".join(f"{name} {format_size(size)}" for size, name in parts)
+
+
+def _runtimes(bundle: Bundle) -> list[str]:
+    """Names of the runtimes that run such a bundle, whether or not they are installed."""
+    from edgelm.runtimes import runtimes
+
+    manifest = bundle.manifest
+    return [
+        entry.name
+        for entry in runtimes()
+        if manifest.target in entry.targets and manifest.ops in entry.classes and not entry.only_by_name
+    ]
 
 
 def engine_rows(bundle: Bundle) -> list[tuple[str, str]]:

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from edgelm.models.spec import Decoder
     from edgelm.quant.source import WeightSource
 
-_SHOWN = ("num_hidden_layers", "hidden_size", "vocab_size", "num_experts", "num_experts_per_tok")
+_SHOWN = {
+    "num_hidden_layers": "layers",
+    "hidden_size": "hidden size",
+    "vocab_size": "tokens in the vocabulary",
+    "num_experts": "experts",
+    "num_experts_per_tok": "experts chosen for a token",
+}
+"""Fields of config.json that are shown, with the words for them."""
 
 
 def checkpoint_document(path: Path) -> dict[str, Any]:
@@ -108,8 +115,8 @@ def _said(error: EdgeLMError, files: CheckpointFiles) -> str:
     return str(error).removeprefix(folder).lstrip(":/ ")
 
 
-def checkpoint_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a person wants to know of a checkpoint, by its `checkpoint_document`."""
+def checkpoint_rows(document: Mapping[str, Any], *, verbose: bool = False) -> list[tuple[str, str]]:
+    """Describe a checkpoint for people by its `checkpoint_document`, with `verbose` with all of its config."""
     from edgelm.sizes import format_size
 
     config, family = document["config"], document["family"]
@@ -118,9 +125,12 @@ def checkpoint_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("checkpoint", str(document["path"])),
         ("architecture", f"{architecture} ({family})" if family else str(architecture)),
-        *((name, str(config[name])) for name in _SHOWN if name in config),
-        ("tensors", ", ".join(f"{count:,} {dtype}" for dtype, count in document["dtypes"].items()) or "none"),
+        (
+            "model",
+            ", ".join(f"{config[name]} {words}" for name, words in _SHOWN.items() if name in config) or "unknown",
+        ),
         ("size", format_size(document["bytes"])),
+        ("tensors", ", ".join(f"{count:,} {dtype}" for dtype, count in document["dtypes"].items()) or "none"),
     ]
     if document["quantized"]:
         quantization, recipe = config["quantization_config"], document["recipe"]
@@ -128,6 +138,8 @@ def checkpoint_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("quantised", f"by {method}{', recipe ' + recipe['name'] if recipe else ''}"))
         if document["input_scales"]:
             rows.append(("", f"{document['input_scales']} matrices with a static scale of their inputs"))
+    if verbose:
+        rows += [(name, str(value)) for name, value in sorted(config.items())]
     if document["exportable"]:
         return [*rows, ("export", "takes it")]
     return [*rows, ("export", "refuses it"), *(("REFUSED", reason) for reason in document["refused"])]
