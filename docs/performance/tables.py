@@ -26,6 +26,10 @@ sys.path.insert(0, str(ROOT / "tests" / "bench"))
 import figures  # noqa: E402  found by the line above
 from figures import LLAMAS, MACHINE, NATIVE, NATIVE_INT8, OPENVINO, PEERS, PORTABLE  # noqa: E402
 
+from edgelm.models import decoder  # noqa: E402
+from edgelm.quant import PRESETS  # noqa: E402
+from edgelm.synth import PUBLISHED  # noqa: E402
+
 PAGES = (
     ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "docs" / "guides" / "quantise.md",
     *sorted((ROOT / "docs" / "performance").glob("*.md")),
@@ -215,6 +219,25 @@ def both_models(document: dict[str, Any], head: str, wanted: Callable[[str], boo
     return lines
 
 
+def sizes() -> list[str]:
+    """GB of the published models' matrices under each preset: of bf16 checkpoints, scales included."""
+    presets = ("none", "int8", "fp8", "int4")
+    lines = [_row("GB", "bf16", *presets[1:]), "|---|---|---|---|---|"]
+    for name, config in PUBLISHED.items():
+        model = decoder(config)
+        totals = []
+        for preset in presets:
+            recipe = PRESETS[preset].for_model(model)
+            total = 0.0
+            for matrix in model.matrices.values():
+                scheme = recipe.scheme_for(matrix.name, (matrix.rows, matrix.columns))
+                bits = 16.0 if scheme is None else scheme.bits_per_weight(matrix.columns)
+                total += matrix.rows * matrix.columns * bits / 8
+            totals.append(total)
+        lines.append(_row(name, *(number(total, "GB") or "" for total in totals)))
+    return lines
+
+
 def mixed(document: dict[str, Any]) -> list[str]:
     """KL of each uniform scheme, and of what is chosen at the same bytes."""
     lines = [_row("uniform scheme", "olmoe-tiny, KL", "chosen", "fox-tiny, KL", "chosen"), "|---|---|---|---|---|"]
@@ -364,6 +387,8 @@ def table(name: str, folder: Path) -> list[str]:
         return spread(peers) if name == "spread" else headline(peers)
     if name == "measured":
         return textwrap.wrap(measured_with(peers), 120)
+    if name == "sizes":
+        return sizes()
     if name == "mixed":
         return mixed(json.loads((folder / "mixed_precision_quality.json").read_text(encoding="utf-8")))
     if name in ACTIVATIONS:
