@@ -1,8 +1,12 @@
-"""Calibrated quantisation of a whole checkpoint, layer by layer from disk.
+"""Quantise a whole checkpoint with calibration text, layer by layer from disk.
 
-`options` says what can be asked for, `layer` takes hidden states through one layer while quantising it, `coverage`
-sees that every expert has tokens of its own, `resume` keeps what is done so that an interrupted run goes on, `report`
-says what came of it, and `run` puts them together.
+- `options`: the options.
+- `layer`: quantises one layer while hidden states pass through it.
+- `coverage`: assigns calibration tokens to experts.
+- `ranges`: static scales of activations.
+- `resume`: keeps finished layers so that an interrupted run can resume.
+- `report`: the results, `calibration.json`.
+- `run`: the whole run.
 """
 
 from edgelm.quant.calibration.options import CalibrationOptions, CoverageOptions

@@ -1,4 +1,4 @@
-"""Which tokens each expert is calibrated on: its own, and where they are few, some that route near it.
+"""Assign calibration tokens to experts: their own and, if these are few, tokens for which they were nearly chosen.
 
 Shape letters: N tokens, E experts, A chosen per token.
 """
@@ -15,13 +15,13 @@ from edgelm.quant.calibration.options import CoverageOptions
 
 @dataclass(frozen=True)
 class ExpertTokens:
-    """One expert's tokens.
+    """The calibration tokens of one expert.
 
     Attributes:
-        own: int64 [n], tokens that chose the expert, rising.
-        weights: float32 [n], the router's weight of each.
-        borrowed: int64 [m], tokens that did not, nearest first; for the moments only.
-        starved: there are too few even so.
+        own: Tokens that chose the expert, int64 [n], ascending.
+        weights: The router's weight of each, float32 [n].
+        borrowed: Tokens that did not choose it, int64 [m], most probable first; used for moments only.
+        starved: Whether own and borrowed tokens together are too few.
     """
 
     own: Tensor
@@ -31,24 +31,24 @@ class ExpertTokens:
 
     @property
     def seen(self) -> Tensor:
-        """int64 [n + m], all tokens that its moments are made of, its own first."""
+        """All tokens that its moments are computed from, int64 [n + m], its own first."""
         return torch.cat([self.own, self.borrowed])
 
 
 def assign(
     logits: Tensor, chosen: Tensor, weights: Tensor, coverage: CoverageOptions, needed: int
 ) -> list[ExpertTokens]:
-    """Share the tokens out among the experts.
+    """Assign the calibration tokens to experts.
 
     Args:
-        logits: float32 [N, E] of the router.
-        chosen: int64 [N, A], the experts of each token.
-        weights: float32 [N, A], theirs.
-        coverage: how far an expert may reach for more tokens.
-        needed: tokens that are enough.
+        logits: Router logits, float32 [N, E].
+        chosen: Experts of each token, int64 [N, A].
+        weights: Their weights, float32 [N, A].
+        coverage: How many more experts per token may borrow it.
+        needed: Tokens that an expert needs.
 
     Returns:
-        One entry an expert.
+        One entry per expert.
     """
     experts, active = logits.shape[1], chosen.shape[1]
     picks = chosen.reshape(-1)
@@ -68,9 +68,9 @@ def assign(
 
 
 def _near(logits: Tensor, chosen: Tensor, extra: int, wanted: dict[int, int]) -> dict[int, Tensor]:
-    """For each expert in `wanted`, up to that many tokens that have it among the `extra` next most probable ones."""
+    """Return, for each expert in `wanted`, up to that many tokens with it among the `extra` next most probable ones."""
     probabilities = logits.softmax(-1)
-    # Those chosen are masked by their places, not left out by rank: ties then cannot list a token twice.
+    # Mask the chosen experts instead of skipping the first ranks, so that ties cannot list a token twice.
     values, experts = probabilities.scatter(1, chosen, -1.0).topk(extra, dim=-1)  # [N, extra]
     found = {}
     for expert, count in wanted.items():

@@ -1,18 +1,18 @@
-"""One layer of a calibration: hidden states go through it while its matrices are quantised one after the other.
+"""Calibrate one layer: quantise its matrices one after the other while hidden states pass through it.
 
-As GPTQ does it (arXiv 2210.17323, section 4): each matrix is calibrated on inputs that everything quantised before it
-has made, and computes with its dequantised weights from then on. Within a layer: q, k and v; o; gate and up; down. An
-expert is calibrated on the tokens that the quantised model routes to it.
+As in GPTQ (arXiv 2210.17323, section 4), each matrix is calibrated on inputs computed by the already quantised
+matrices before it, and then computes with its own dequantised weights. The order within a layer is q, k and v; o; gate
+and up; down. An expert is calibrated on the tokens that the quantised model routes to it.
 
-The float model runs beside it on some of the samples. Where the two part, matrices are calibrated towards what the
-float model computes (`methods.drift`), and the router, which stays float, is fitted to the quantised model's states: it
-then chooses the experts that the float model's router chooses more often.
+The float model runs beside it on some of the samples. Matrices are calibrated to reproduce the float model's outputs
+from the quantised model's inputs (`methods.drift`). The router, which stays float, is refitted in the same way, so that
+it more often chooses the experts that the float model chooses.
 
-Shape letters: S samples, T tokens of each, N = S * T, R samples that the float model sees too, D hidden, F feed-forward
-width, n tokens of an expert.
+Shape letters: S samples, T tokens per sample, N = S * T, R samples that the float model sees too, D hidden size, F
+feed-forward width, n tokens of an expert.
 
-What is kept for all N tokens: the residual stream and one array beside it, [N, D] float32, and as much for the R * T
-tokens of the float model; of a dense feed-forward block also its activations [N, F]. All else is made slice by slice.
+In memory for all N tokens: the residual stream and one more array, float32 [N, D]; the same for the R * T tokens of the
+float model; in a dense layer also its activations [N, F]. Everything else is computed slice by slice.
 """
 
 from __future__ import annotations
@@ -42,29 +42,29 @@ from edgelm.reference.layerwise import LayerWeights
 from edgelm.slices import slices
 
 SLICE_TOKENS = 8192
-"""Tokens at once: enough for matmuls at full speed, and tens of megabytes."""
+"""Tokens per slice: enough for matmuls at full speed, and tens of megabytes."""
 
 PAIRED_TOKENS = 16384
-"""Tokens that the float model sees too, at least: eight for each column of the published models."""
+"""Least number of tokens that the float model sees too: eight per column of the published models."""
 
 Floats = NDArray[np.float32]
 
 
 def aligned(values: Floats) -> Floats:
-    """The same values where torch would have put them, on a multiple of 64 bytes.
+    """Copy values into memory that torch allocates, aligned to 64 bytes.
 
-    Matmuls may add up in another order on other alignments; a run that is resumed must compute the same.
+    With other alignments a matmul may sum in another order, but a resumed run must compute the same.
     """
     return cast("Floats", torch.empty(values.shape).copy_(torch.from_numpy(values)).numpy())
 
 
 class Quantiser:
-    """Quantises matrices by their names and keeps what came of it.
+    """Quantises matrices by name and keeps the results.
 
     Args:
-        weights: the float checkpoint seen through the recipe.
-        shares: of the whole run that each matrix takes.
-        advance: told that of each when it is done.
+        weights: The float checkpoint and its recipe.
+        shares: Work of each matrix, for progress.
+        advance: Called with the work of a matrix when it is done.
     """
 
     def __init__(self, weights: WeightSource, shares: Mapping[str, float], advance: Callable[[float], None]) -> None:
@@ -76,20 +76,22 @@ class Quantiser:
         self._advance = advance
 
     def read(self, name: str) -> Floats:
-        """A tensor of the checkpoint, float32."""
+        """Return a tensor of the checkpoint in float32."""
         return aligned(self.weights.checkpoint.read_float32(name))
 
     def wants_moments(self, names: Sequence[str]) -> bool:
-        """Whether any of the matrices has its quantised values chosen by its inputs."""
+        """Return whether any of the matrices is quantised with a method that needs moments of its inputs."""
         return any(
             self.weights.scheme(name) is not None and self.weights.recipe.rule(name).method != "rtn" for name in names
         )
 
     def matrix(self, name: str, moments: Moments | None, drift: Drift | None = None) -> Tensor:
-        """Quantise a matrix; returns the float32 [N, K] that a device computes with.
+        """Quantise a matrix; return its dequantised values, float32 [N, K].
 
-        `moments` of its inputs; None rounds to nearest. What the recipe keeps float comes back as it is. `drift` of
-        its inputs from the float model's makes up for it, where there are moments.
+        Args:
+            name: Name of the matrix. If the recipe keeps it float, its own values are returned.
+            moments: Moments of its inputs; None rounds to nearest.
+            drift: Drift of its inputs from the float model's, to compensate; used only with moments.
         """
         weight = self.read(name)
         if moments is not None and drift is not None and self.weights.scheme(name) is not None:
@@ -111,7 +113,7 @@ class Quantiser:
         return torch.from_numpy(weight)
 
     def fit(self, name: str, drift: Drift) -> Tensor:
-        """A matrix that stays float, fitted to inputs that have drifted; returns the float32 [N, K]."""
+        """Refit a float matrix to inputs that have drifted; return its new values, float32 [N, K]."""
         fitted = drift.corrected(torch.from_numpy(self.read(name)), ROUTER_DAMPING)
         self.floats[name] = fitted.numpy()
         self._advance(self._shares.get(name, 0.0))
@@ -119,25 +121,25 @@ class Quantiser:
 
 
 def paired(samples: int, length: int) -> slice:
-    """Which of the samples the float model sees too."""
+    """Return the samples that the float model sees too."""
     return slice(None, None, max(1, samples * length // PAIRED_TOKENS))
 
 
 def sample_slices(x: Tensor) -> Iterator[slice]:
-    """Slices of the samples of [S, T, D]."""
+    """Yield slices of the samples of x [S, T, D]."""
     return slices(len(x), SLICE_TOKENS // x.shape[1])
 
 
 class LayerStream:
-    """Takes all samples through a layer.
+    """Passes all samples through one layer and quantises it.
 
     Args:
-        decoder: the model.
-        index: of the layer.
-        read: gives a float32 tensor of the float checkpoint.
-        quantiser: takes the matrices.
-        coverage: when an expert has seen enough.
-        require_coverage: fail where one has not.
+        decoder: Spec of the model.
+        index: Index of the layer.
+        read: Read a float32 tensor of the float checkpoint by name.
+        quantiser: Quantises the matrices.
+        coverage: Tokens that each expert needs.
+        require_coverage: Fail if an expert has too few.
     """
 
     def __init__(
@@ -152,7 +154,7 @@ class LayerStream:
         self.decoder = decoder
         self.index = index
         self.weights = LayerWeights(decoder, index, read)
-        """Float at first; each matrix is replaced by its quantised one on the way. Experts are read one by one."""
+        """Float weights at first; each matrix is replaced once it is quantised. Experts are read one by one."""
         self.run_quantised = Interpreter(decoder, self.weights)
         self.run_exact = Interpreter(decoder, LayerWeights(decoder, index, read))
         self.quantiser = quantiser
@@ -160,11 +162,11 @@ class LayerStream:
         self.require_coverage = require_coverage
 
     def run(self, x: Tensor, reference: Tensor) -> None:
-        """Advance the residual stream [S, T, D], and that of the float model [R, T, D], in place.
+        """Quantise the layer; advance the residual streams of both models, [S, T, D] and [R, T, D], in place.
 
         Raises:
-            EdgeLMError: coverage is required and some expert has too few tokens.
-            CheckpointError: the stream ceases to be finite.
+            EdgeLMError: Coverage is required and an expert has too few tokens.
+            CheckpointError: The residual stream is no longer finite.
         """
         for block in self.decoder.layers[self.index]:
             if isinstance(block.part, Attention):
@@ -181,12 +183,12 @@ class LayerStream:
                 self._dense(block, block.part, x, normed, reference, exact)
         if not all(torch.isfinite(x[part]).all() for part in sample_slices(x)):
             raise CheckpointError(
-                f"the hidden states after layer {self.index} are not finite: some weight is damaged, or the recipe "
-                "rounds this layer to uselessness"
+                f"the hidden states after layer {self.index} are not finite: a weight is damaged, or the recipe is too "
+                "coarse for this layer"
             )
 
     def _quantise(self, matrix: Matrix, moments: Moments | None, drift: Drift | None) -> Tensor:
-        """Quantise a matrix, and compute with it from now on."""
+        """Quantise a matrix and use the result from now on."""
         weight = self.quantiser.matrix(matrix.name, moments, drift)
         self.weights.replace(matrix.name, weight)
         return weight
@@ -212,7 +214,7 @@ class LayerStream:
         for part in sample_slices(reference):
             projected = exact.project(attention, run.norm(block.before, reference[part]))
             wanted = exact.attend(attention, *projected, None, self.index)
-            # The stream's own drift before this layer is for o to make up for too.
+            # o also compensates the drift of the residual stream itself.
             apart = self._apart(block, x[pairs][part], reference[part])
             drift.add(mixed[pairs][part].flatten(0, 1), wanted.flatten(0, 1), apart)
             reference[part] += exact.norm(block.after, exact.matmul(attention.o, wanted))
@@ -223,14 +225,14 @@ class LayerStream:
 
     @staticmethod
     def _apart(block: Block, x: Tensor, reference: Tensor) -> Tensor | None:
-        """How far the streams have parted, [n, D], for the last matrix of a part to make up for.
+        """Return the difference of the residual streams, [n, D], which the last matrix of a part compensates.
 
-        A norm stands between that matrix and the stream in a block with `after`: then it cannot.
+        In a block with a norm `after` it cannot, as the norm lies between: None.
         """
         return (reference - x).flatten(0, 1) if block.after is None else None
 
     def _moments(self, matrices: Sequence[Matrix], inputs: Iterator[Tensor]) -> Moments | None:
-        """The moments of inputs [..., K] that all of `matrices` have in common; None where none wants them."""
+        """Return the moments of the inputs [..., K] that all `matrices` share; None if none of them needs moments."""
         if not self.quantiser.wants_moments([matrix.name for matrix in matrices]):
             return None
         moments: Moments | None = None
@@ -241,7 +243,7 @@ class LayerStream:
         return moments
 
     def _dense(self, block: Block, dense: Dense, x: Tensor, normed: Tensor, reference: Tensor, exact: Tensor) -> None:
-        """Quantise gate, up and down of a dense block and add what they compute; of both models, [S or R, T, D]."""
+        """Quantise gate, up and down of a dense block; add their output to both streams, [S, T, D] and [R, T, D]."""
         pairs = paired(*x.shape[:2])
         pair = (dense.gate, dense.up)
         moments = self._moments(pair, (normed[part] for part in sample_slices(x)))
@@ -264,14 +266,14 @@ class LayerStream:
             x[part] += self.run_quantised.norm(block.after, self.run_quantised.matmul(dense.down, inner[part]))
 
     def _drift(self, inputs: Tensor, wanted: Tensor) -> Drift:
-        """Of inputs [R, T, K] from those of the float model."""
+        """Return the drift of inputs [R, T, K] from those of the float model."""
         drift = Drift()
         for part in sample_slices(wanted):
             drift.add(inputs[part].flatten(0, 1), wanted[part].flatten(0, 1))
         return drift
 
     def _moe(self, block: Block, moe: MoE, x: Tensor, normed: Tensor, reference: Tensor, exact: Tensor) -> None:
-        """Fit the router, quantise the experts and add what they compute; of both models, [S or R, T, D]."""
+        """Refit the router, quantise the experts, and add their output to both streams, [S, T, D] and [R, T, D]."""
         drift = self._drift(normed[paired(*x.shape[:2])], exact)
         x, normed, reference, exact = (stream.view(-1, stream.shape[-1]) for stream in (x, normed, reference, exact))
         name = moe.router.name
@@ -290,7 +292,7 @@ class LayerStream:
         if report.fallbacks and self.require_coverage:
             raise EdgeLMError(starved_message(self.index, report, needed))
         _, chosen, weights = _routes(self.run_exact, moe, exact)
-        # With a norm after the part the outputs of all experts are summed before they are added to the stream.
+        # If there is a norm after the part, the experts' outputs are summed before they are added to the stream.
         sums = (x, reference) if block.after is None else (torch.zeros_like(x), torch.zeros_like(reference))
         for expert, share in enumerate(shares):
             tokens, rank = (chosen == expert).nonzero(as_tuple=True)
@@ -303,7 +305,7 @@ class LayerStream:
                 reference[part] += self.run_exact.norm(block.after, sums[1][part])
 
     def _exact_expert(self, stream: Tensor, normed: Tensor, expert: Dense, tokens: Tensor, weights: Tensor) -> None:
-        """Add what an expert of the float model computes for its tokens [n], weighed with `weights` [n]."""
+        """Add the output of a float expert for its tokens [n], weighted with `weights` [n]."""
         if not len(tokens):
             return
         once = Interpreter(self.decoder, functools.cache(self.run_exact.read))  # an expert is kept by nobody else
@@ -312,9 +314,10 @@ class LayerStream:
             stream.index_add_(0, tokens[part], out.mul_(weights[part, None]))
 
     def _expert(self, stream: Tensor, normed: Tensor, expert: Dense, share: ExpertTokens, drift: Drift) -> None:
-        """Quantise gate, up and down of an expert and add what they compute for its own tokens.
+        """Quantise gate, up and down of an expert and add its output for its own tokens.
 
-        The drift of gate's and up's inputs is that of all tokens: an expert's own are too few to tell it from noise.
+        The drift of gate's and up's inputs is measured on all tokens, as an expert's own are too few to tell it from
+        noise.
         """
         tokens = share.seen
         count = len(tokens)
@@ -336,16 +339,16 @@ class LayerStream:
 
 
 def _routes(run: Interpreter, moe: MoE, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Router logits [N, E], experts [N, A] and their weights [N, A]."""
+    """Return router logits [N, E], chosen experts [N, A] and their weights [N, A]."""
     routed = [run.route(moe, normed[part]) for part in slices(len(normed), SLICE_TOKENS)]
     logits, chosen, weights = (torch.cat(parts) for parts in zip(*routed, strict=True))
     return logits, chosen, weights
 
 
 def starved_message(index: int, report: LayerReport, needed: int) -> str:
-    """Name the experts of a layer that saw too few tokens."""
+    """Return a message that names the experts of a layer with too few tokens."""
     named = ", ".join(f"{expert} ({report.tokens[expert] + report.borrowed[expert]})" for expert in report.fallbacks)
     return (
-        f"layer {index}: {len(report.fallbacks)} expert(s) see fewer than {needed} calibration tokens, with those that "
-        f"route near them: {named}. Give more samples or other text, or lower --min-expert-tokens"
+        f"layer {index}: {len(report.fallbacks)} expert(s) have fewer than {needed} calibration tokens, borrowed ones "
+        f"included: {named}. Give more samples or other text, or lower --min-expert-tokens"
     )

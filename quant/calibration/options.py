@@ -1,4 +1,4 @@
-"""What a calibration can be asked for."""
+"""Options of calibration."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ LENGTH = 512
 
 @dataclass(frozen=True)
 class CoverageOptions:
-    """How many tokens an expert must see for its quantised values to be chosen by them.
+    """How many calibration tokens an expert needs; with fewer it is rounded to nearest.
 
     Attributes:
-        min_tokens: fewer than these are too few; None is as many as `needed` says.
-        reach: where an expert sees too few, it borrows tokens for which it is among the `reach` times A most probable
-            experts, A being how many the model chooses; 1 borrows none.
+        min_tokens: Tokens that an expert needs; None for the default of `needed`.
+        reach: An expert with too few tokens borrows tokens for which it is among the `reach` * A most probable experts,
+            where A is the number of experts that the model chooses per token. 1 borrows none.
 
     Raises:
-        EdgeLMError: a value is out of range.
+        EdgeLMError: A value is out of range.
     """
 
     min_tokens: int | None = None
@@ -32,15 +32,15 @@ class CoverageOptions:
 
     def __post_init__(self) -> None:
         if self.min_tokens is not None and self.min_tokens < 0:
-            raise EdgeLMError(f"an expert's least number of tokens is 0 or more, not {self.min_tokens}")
+            raise EdgeLMError(f"min_tokens is {self.min_tokens}: give 0 or more tokens per expert")
         if self.reach < 1:
-            raise EdgeLMError(f"reach is 1 or more, not {self.reach}")
+            raise EdgeLMError(f"reach is {self.reach}: give 1 or more")
 
     def needed(self, moe: MoE) -> int:
-        """Tokens that an expert needs: as many as its widest input has values, unless it was given.
+        """Return the tokens that an expert needs: `min_tokens`, by default the number of its matrices' columns.
 
-        Measured on other tokens (docs/log.md): values found with half as many tokens as columns lose a third
-        more than rounding to nearest does, with as many a tenth less, with twice as many four tenths less.
+        Error on other tokens compared with rounding to nearest (docs/log.md): a third more with half as many tokens as
+        columns, a tenth less with as many, four tenths less with twice as many.
         """
         columns = max(moe.router.columns, moe.experts[0].gate.rows)
         return columns if self.min_tokens is None else self.min_tokens
@@ -48,19 +48,19 @@ class CoverageOptions:
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What to calibrate with.
+    """Options of calibration.
 
     Attributes:
-        text: a UTF-8 file, a folder of them, or "builtin": Python's standard library.
-        samples: windows of text.
-        length: tokens of each.
-        coverage: when an expert has seen enough.
-        require_coverage: fail where an expert has not, in place of rounding it to nearest.
-        smoothing: scale the float weights first, with the same text: for "activations" or for "weights"
-            (`edgelm.quant.smoothing`); None does not.
+        text: Calibration text: a UTF-8 file, a folder of them, or "builtin" (Python's standard library).
+        samples: Number of windows of text.
+        length: Tokens per window.
+        coverage: Tokens that each expert needs.
+        require_coverage: Fail if an expert has too few tokens, instead of rounding it to nearest.
+        smoothing: Scale the float weights first, with the same text: for "activations" or for "weights"
+            (`edgelm.quant.smoothing`). None for no smoothing.
 
     Raises:
-        EdgeLMError: a value is out of range.
+        EdgeLMError: A value is out of range.
     """
 
     text: str | Path = BUILTIN
@@ -73,7 +73,7 @@ class CalibrationOptions:
     def __post_init__(self) -> None:
         if self.samples < 1 or self.length < 2:
             raise EdgeLMError(
-                f"calibration takes at least one sample of at least two tokens, not {self.samples} of {self.length}"
+                f"calibration needs at least one sample of at least two tokens, not {self.samples} of {self.length}"
             )
         if self.smoothing is not None and self.smoothing not in TARGETS:
-            raise EdgeLMError(f"smoothing is for {' or '.join(TARGETS)}, not {self.smoothing!r}")
+            raise EdgeLMError(f"there is no smoothing for {self.smoothing!r}: give {' or '.join(TARGETS)}")

@@ -1,11 +1,11 @@
-"""Ranges of activations, counted while a reference model runs over calibration text, and the static scales from them.
+"""Measure ranges of activations on calibration text, and compute static scales from them.
 
-What a matrix multiplies is counted in one pass and in bounded memory: the largest and the mean magnitude of each
-channel, and a histogram of all magnitudes. Bins are the upper 13 bits of the float32 (32 to an octave), so that no
-range has to be known before.
+One pass with bounded memory collects, for the input of each matrix, the largest and the mean magnitude per channel and
+a histogram of all magnitudes. A bin is the upper 13 bits of the float32 (32 bins per octave), so no range need be known
+before.
 
-Scales are found by the largest magnitude, or by the least squared error over clip ratios: the error of a ratio is taken
-from the histogram. Clipping pays where a few values stand far out (arXiv 2004.09602, section 3.3).
+A scale comes from the largest magnitude ("absmax"), or from the clip ratio with the least squared error on the
+histogram ("mse"). Clipping helps if there are a few large outliers (arXiv 2004.09602, section 3.3).
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ METHODS = ("absmax", "mse")
 
 _SHIFT = 18
 _BINS = 255 << 23 - _SHIFT  # up to infinity
-_POINTS = 4  # of each bin that stand for its values
+_POINTS = 4  # values that represent a bin
 _RATIOS = np.linspace(0.2, 1.0, 65)
 _NO_EXPERT = "no expert"
 _SEEN_ENOUGH = 32
-"""Rows. An expert that saw fewer takes the range of all experts of its layer."""
+"""Rows that an expert needs for a range of its own. With fewer it takes the range of all experts of its layer."""
 
 
 class InputRange:
-    """What was seen of the input [n, K] of a matrix.
+    """Statistics of the input [n, K] of a matrix.
 
     Attributes:
-        absmax: float32 [K], largest magnitude of each channel.
-        total: float64 [K], sum of magnitudes of each channel.
-        counts: int64 [bins], how many magnitudes fell into each.
-        tokens: rows seen.
+        absmax: Largest magnitude per channel, float32 [K].
+        total: Sum of magnitudes per channel, float64 [K].
+        counts: Histogram of magnitudes, int64 [bins].
+        tokens: Number of rows.
     """
 
     def __init__(self, columns: int) -> None:
@@ -58,10 +58,10 @@ class InputRange:
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
-        """Count rows [..., K].
+        """Add rows [..., K].
 
         Raises:
-            RecipeError: a value is not finite, so no range holds it.
+            RecipeError: A value is not finite.
         """
         magnitudes = x.detach().reshape(-1, x.shape[-1]).abs()
         if not len(magnitudes):
@@ -80,17 +80,17 @@ class InputRange:
 
     @property
     def largest(self) -> float:
-        """The largest magnitude seen."""
+        """The largest magnitude."""
         return float(self.absmax.max()) if len(self.absmax) else 0.0
 
     def quantile(self, share: float) -> float:
-        """Return the magnitude that `share` of all values do not exceed, to 3 %."""
+        """Return the magnitude that a `share` of all values does not exceed, within 3 %."""
         counts = self.counts.numpy()
         place = int(np.searchsorted(counts.cumsum(), share * counts.sum()))
         return min(float(_edges(np.array([place + 1]))[0]), self.largest)
 
     def merged(self, other: InputRange) -> InputRange:
-        """Return what both saw."""
+        """Return the statistics of both inputs together."""
         result = InputRange(len(self.absmax))
         result.absmax = torch.maximum(self.absmax, other.absmax)
         result.total = self.total + other.total
@@ -99,17 +99,17 @@ class InputRange:
         return result
 
     def scale(self, kind: str, method: str = "mse") -> float:
-        """Return the scale of a static rounding (a key of `activations.STATIC`); 1 where only zeros were seen.
+        """Return the scale of a static rounding; 1 if all values were zero.
 
         Args:
-            kind: such as "int8-static".
-            method: "absmax": largest magnitude / largest code. "mse": that times the clip ratio of least error.
+            kind: Key of `activations.STATIC`, such as "int8-static".
+            method: "absmax" is largest magnitude / largest code. "mse" is that times the clip ratio of least error.
 
         Raises:
-            RecipeError: no such method.
+            RecipeError: There is no such method.
         """
         if method not in METHODS:
-            raise RecipeError(f"ranges are found by {' or '.join(METHODS)}, not {method!r}")
+            raise RecipeError(f"there is no method {method!r} for ranges: give {' or '.join(METHODS)}")
         static = STATIC[kind]
         full = self.largest / static.largest
         if full < 2.0**-100:
@@ -131,21 +131,22 @@ def _edges(bins: NDArray[np.int64]) -> NDArray[np.float32]:
 
 
 def _points(bins: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Float32 [bins, _POINTS]: values spread over each bin."""
+    """Return values spread over each bin, float32 [bins, _POINTS]."""
     step = (1 << _SHIFT) // _POINTS
     inside = np.arange(_POINTS, dtype=np.uint32) * np.uint32(step) + np.uint32(step // 2)
     return ((bins.astype(np.uint32) << np.uint32(_SHIFT))[:, None] + inside).view(np.float32)
 
 
 class RangeRecorder(Hooks):
-    """Counts what goes by and changes nothing.
+    """Hooks that collect ranges of activations and change nothing.
 
     Args:
-        decoder: the model that is run.
+        decoder: Spec of the model.
 
     Attributes:
-        ranges: of each matrix's input, by its name. Matrices that multiply the same rows share one.
-        keys, values: float32 [K, Dh] largest magnitudes of each layer's cache.
+        ranges: Statistics of each matrix's input, by name. Matrices with the same input share them.
+        keys: Largest magnitudes of each layer's cached keys, float32 [K, Dh].
+        values: The same of the cached values.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -156,10 +157,10 @@ class RangeRecorder(Hooks):
         self._last: tuple[Tensor, InputRange] | None = None
 
     def inputs(self, matrix: Matrix, x: Tensor) -> Tensor:
-        """Count the rows of x [..., K]."""
+        """Add the rows of x [..., K]."""
         name = matrix.name
         if self._last is not None and x is self._last[0]:
-            # q, k and v (gate and up) multiply the very same rows: counted once.
+            # q, k and v (gate and up) have the same input, which is counted once.
             self.ranges.setdefault(name, self._last[1])
             return x
         found = self.ranges.setdefault(name, InputRange(x.shape[-1]))
@@ -171,18 +172,18 @@ class RangeRecorder(Hooks):
         return x
 
     def cached(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Count keys and values [B, K, T, Dh]."""
+        """Add keys and values [B, K, T, Dh]."""
         for seen, new in ((self.keys, keys), (self.values, values)):
             largest = new.detach().abs().amax((0, 2))
             seen[layer] = torch.maximum(seen[layer], largest) if layer in seen else largest
         return keys, values
 
     def kv_scales(self, kind: str, *, channels: bool = False) -> dict[int, KvScales]:
-        """Return static scales of every layer's cache.
+        """Return static scales of each layer's cache.
 
         Args:
-            kind: "int8" or "fp8".
-            channels: keys get a scale for each channel, not for the head alone.
+            kind: Type of the cache, "int8" or "fp8".
+            channels: Give keys a scale per channel instead of per head.
         """
         largest = STATIC[f"{kind}-static"].largest
         scales = {}
@@ -192,17 +193,17 @@ class RangeRecorder(Hooks):
         return scales
 
     def scales(self, kinds: Mapping[str, str], method: str = "mse") -> dict[str, float]:
-        """Return the scale of every matrix whose kind is static.
+        """Return the input scale of every matrix with a static rounding.
 
-        The experts of a layer share the scale of gate and up, so that a token is rounded once for all of them; down has
-        one for each expert, or, where that saw fewer than 32 rows, the one of all experts together.
+        The experts of a layer share the scale of gate and up, so that a token is rounded once for all of them. down has
+        a scale per expert; with fewer than 32 rows an expert takes the scale of all experts together.
 
         Args:
-            kinds: activations of each matrix by its name; what is not static is left out.
-            method: see `InputRange.scale`.
+            kinds: Rounding of each matrix's input, by name; those that are not static are skipped.
+            method: See `InputRange.scale`.
 
         Raises:
-            RecipeError: a matrix saw nothing.
+            RecipeError: A matrix had no input.
         """
         wanted = {name: kind for name, kind in kinds.items() if kind in STATIC}
         together = self._of_all_experts(wanted)
@@ -215,20 +216,22 @@ class RangeRecorder(Hooks):
             if shared in together and (few or shared[1] != "down"):
                 found = together[shared]
             if found is None or not found.tokens:
-                raise RecipeError(f"no calibration text reached {name}: give more text, or another activations rule")
+                raise RecipeError(
+                    f"no calibration token reached {name}: give more text, or other activations for it in the recipe"
+                )
             if (id(found), kind) not in known:
                 known[id(found), kind] = found.scale(kind, method)
             scales[name] = known[id(found), kind]
         return scales
 
     def _expert_input(self, name: str) -> tuple[int | None, str]:
-        """What the experts of a layer have in common: the layer, and which of their two inputs; of others the role."""
+        """Return the key under which experts of a layer share a range: the layer, and "in" or "down"."""
         matrix = self.decoder.matrices[name]
         kind = "down" if matrix.role == "down" else "in"
         return (matrix.layer, kind if matrix.expert is not None else _NO_EXPERT)
 
     def _of_all_experts(self, names: Iterable[str]) -> dict[tuple[int | None, str], InputRange]:
-        """The ranges of all experts of a layer together: one for gate and up, one for down."""
+        """Return the ranges of all experts of a layer together: one for gate and up, one for down."""
         wanted = {shared for name in names if (shared := self._expert_input(name))[1] != _NO_EXPERT}
         result: dict[tuple[int | None, str], InputRange] = {}
         seen: set[tuple[tuple[int | None, str], int]] = set()
@@ -252,16 +255,16 @@ def record_ranges(
     windows: NDArray[np.int64],
     progress: Progress | None = None,
 ) -> RangeRecorder:
-    """Run a model over calibration text, layer by layer from disk, and count its activations.
+    """Run a model over calibration text, layer by layer from disk, and collect the ranges of its activations.
 
     Args:
-        decoder: the model.
-        weights: float ones, or quantised: ranges of what will run.
-        windows: int64 [W, T] tokens.
-        progress: told of every window and layer.
+        decoder: Spec of the model.
+        weights: Its weights; dequantised ones give the ranges of the quantised model.
+        windows: Tokens, int64 [W, T].
+        progress: Gets every window and layer.
 
     Raises:
-        RecipeError: an activation is not finite.
+        RecipeError: An activation is not finite.
     """
     recorder = RangeRecorder(decoder)
     reference = LayerwiseReference(decoder, weights, hooks=recorder)
@@ -273,19 +276,20 @@ def record_ranges(
 def calibrated_scales(
     source: WeightSource, windows: NDArray[np.int64], method: str = "mse", progress: Progress | None = None
 ) -> dict[str, float]:
-    """Return the input scale of every matrix whose activations a recipe has static; runs nothing where none has.
+    """Return the input scale of every matrix with static activations, by name.
 
-    The ranges are those of the quantised model: what a device will see.
+    The ranges are those of the quantised model, which is what a device runs. If the recipe has no static activations,
+    nothing runs.
 
     Args:
-        source: a checkpoint and its recipe.
-        windows: int64 [W, T] tokens of calibration text.
-        method: see `InputRange.scale`. Clipping gave the tiny models' static int8 0.35 and 0.83 of the KL of "absmax",
-            and static FP8 the same.
-        progress: told of every window and layer.
+        source: The checkpoint and its recipe.
+        windows: Tokens of the calibration text, int64 [W, T].
+        method: See `InputRange.scale`. With static int8 the KL of "mse" was 0.35 and 0.83 of that of "absmax" on the
+            two tiny models; with static FP8 it was the same.
+        progress: Gets every window and layer.
 
     Raises:
-        RecipeError: no text reached some matrix, or an activation is not finite.
+        RecipeError: No token reached a matrix, or an activation is not finite.
     """
     kinds = activation_kinds(source)
     if not any(kind in STATIC for kind in kinds.values()):

@@ -1,4 +1,4 @@
-"""What a calibration came to: `calibration.json` beside the config.json of the checkpoint it made."""
+"""The report of a calibration, `calibration.json`, stored beside the config.json of the checkpoint."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class TensorReport:
     """How one matrix was quantised.
 
     Attributes:
-        scheme: its name.
-        method: that found the quantised values kept.
-        error: squared error of the matrix's outputs on the calibration tokens, relative to the outputs' own square.
-            None where no tokens were looked at.
-        errors: the same for every method that was tried.
+        scheme: Name of the scheme.
+        method: Method whose values were kept.
+        error: Squared error of the outputs on the calibration tokens, relative to the outputs' square; None if it was
+            not measured.
+        errors: The same for every method that was tried.
     """
 
     scheme: str
@@ -36,13 +36,13 @@ class TensorReport:
 
 @dataclass
 class LayerReport:
-    """One layer.
+    """How one layer was quantised.
 
     Attributes:
-        tensors: by full name.
-        tokens: that each expert was chosen for; empty for a dense layer.
-        borrowed: tokens that each expert took besides, which route near it.
-        fallbacks: experts that saw too few tokens all the same and were rounded to nearest.
+        tensors: Reports of its matrices, by full name.
+        tokens: Tokens that chose each expert; empty for a dense layer.
+        borrowed: Further tokens of each expert, which nearly chose it.
+        fallbacks: Experts that had too few tokens and were rounded to nearest.
     """
 
     tensors: dict[str, TensorReport] = field(default_factory=dict)
@@ -52,12 +52,12 @@ class LayerReport:
 
     @property
     def mean_error(self) -> float | None:
-        """Mean relative error of the matrices, None where none was measured."""
+        """Mean relative error of the matrices; None if none was measured."""
         errors = [tensor.error for tensor in self.tensors.values() if tensor.error is not None]
         return sum(errors) / len(errors) if errors else None
 
     def to_json(self) -> str:
-        """As `from_json` reads it."""
+        """Return JSON, which `from_json` reads."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -65,32 +65,36 @@ class LayerReport:
         """Read what `to_json` wrote.
 
         Raises:
-            CheckpointError: it is damaged.
+            CheckpointError: It is damaged.
         """
         return from_data(cls, parse(text, where, _ERRORS), where, _ERRORS).checked(where)
 
     def checked(self, where: Path) -> LayerReport:
-        """Itself. Raises CheckpointError where its lists do not belong together."""
+        """Check that the lists agree, and return the report itself.
+
+        Raises:
+            CheckpointError: They do not.
+        """
         experts = len(self.tokens)
         if len(self.borrowed) != experts or any(expert >= experts for expert in self.fallbacks):
-            raise _ERRORS.at(where, f"a layer has tokens of {experts} experts, and borrowed or fallbacks of others")
+            raise _ERRORS.at(where, f"a layer has tokens of {experts} experts, but borrowed or fallbacks of others")
         return self
 
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """The whole run.
+    """Report of a whole calibration.
 
     Attributes:
-        text: name of the text.
-        sha256: of its documents.
-        samples: windows of it.
-        length: tokens of each.
-        min_tokens: an expert needed; 0 for a dense model.
-        layers: in order.
-        head: the head, and nothing else.
-        smoothing: what the float weights were scaled for first, "activations" or "weights"; None: they were not.
-        format_version: of the file.
+        text: Name of the calibration text.
+        sha256: SHA-256 of its documents.
+        samples: Number of windows.
+        length: Tokens per window.
+        min_tokens: Tokens that an expert needed; 0 for a dense model.
+        layers: Reports of the layers, in order.
+        head: Report of the head alone.
+        smoothing: What the float weights were smoothed for, "activations" or "weights"; None if they were not.
+        format_version: Version of the file format.
     """
 
     text: str
@@ -105,17 +109,17 @@ class CalibrationReport:
 
     @property
     def tensors(self) -> dict[str, TensorReport]:
-        """All matrices that saw calibration tokens, or whose expert ought to have."""
+        """Reports of all matrices in the layers and the head, by name."""
         return {name: entry for part in (*self.layers, self.head) for name, entry in part.tensors.items()}
 
     @property
     def methods(self) -> dict[str, int]:
-        """Matrices by the method that found their codes."""
+        """Number of matrices by the method whose values were kept."""
         return dict(sorted(Counter(entry.method for entry in self.tensors.values()).items()))
 
     @property
     def fallbacks(self) -> tuple[ExpertFallback, ...]:
-        """Experts that were rounded to nearest because they saw too few tokens."""
+        """Experts that were rounded to nearest because they had too few tokens."""
         return tuple(
             ExpertFallback(index, expert, layer.tokens[expert] + layer.borrowed[expert])
             for index, layer in enumerate(self.layers)
@@ -124,28 +128,28 @@ class CalibrationReport:
 
     @property
     def info(self) -> CalibrationInfo:
-        """The summary that a bundle's manifest holds."""
+        """The summary for a bundle's manifest."""
         return CalibrationInfo(
             self.text, self.sha256, self.samples, self.length, self.methods, self.fallbacks, self.smoothing
         )
 
     def write(self, folder: Path) -> None:
-        """Write `calibration.json`; no times in it, so that equal runs write equal files."""
+        """Write `calibration.json` into a folder. It holds no times, so equal runs write equal files."""
         data = asdict(self) | {"methods": self.methods, "fallbacks": [asdict(entry) for entry in self.fallbacks]}
         (folder / CALIBRATION_FILE).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> CalibrationReport | None:
-        """Read a checkpoint's report; None where it has none.
+        """Read a checkpoint's report; None if it has none.
 
         Raises:
-            CheckpointError: the file is damaged or of another version.
+            CheckpointError: The file is damaged, or of another version.
         """
         path = folder / CALIBRATION_FILE
         if not path.exists():
             return None
         data = require_format(read_json(path, _ERRORS), "format_version", FORMAT_VERSION, path, _ERRORS)
-        # What can be counted from the rest stands there for people.
+        # The ignored fields are derived from the others; they are there for people.
         report = from_data(cls, data, path, _ERRORS, ignored=("methods", "fallbacks"))
         for layer in (*report.layers, report.head):
             layer.checked(path)

@@ -1,13 +1,13 @@
-"""The folder in which a calibration keeps what is done, so that it can go on where it was interrupted.
+"""The resume folder of a calibration: it keeps finished layers, so that an interrupted run can resume.
 
-    state.json                    what the run was asked for
+    state.json                    the settings of the run
     layer-00000.safetensors       quantised values and scales of a finished layer; its report is in the metadata
-    head.safetensors              those of the head
-    stream-00001.safetensors      the residual streams before the next layer, quantised and float
-    smoothing.safetensors         the scales that smoothing gave the float weights, where it was asked for
+    head.safetensors              the same for the head
+    stream-00001.safetensors      the residual streams before the next layer, of the quantised and the float model
+    smoothing.safetensors         the scales of smoothing, if it was asked for
 
-Each file is on the disk under another name before it gets its own, and a layer's file before the stream behind it: the
-last stream says where to go on.
+Each file is written under a temporary name and then renamed, and a layer's file before the stream that follows it. So
+the last stream says where to resume.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _SMOOTHING = "smoothing.safetensors"
 _ROWS, _COLUMNS = "rows/", "columns/"
 _REPORT = "report"
 _STREAM, _REFERENCE = "x", "reference"
-# In the order in which they go: a run that ends in between leaves nothing that the next one would go on with.
+# The order in which files are removed. A run that ends in between leaves nothing that the next one would resume.
 _NAMES = (
     r"head\.safetensors",
     r"stream-\d{5}\.safetensors",
@@ -57,25 +57,25 @@ _NAMES = (
 
 
 class ResumeFolder:
-    """What is done of one calibration. Open it with `open_resume`."""
+    """The finished part of one calibration. Open it with `open_resume`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def next_layer(self) -> int | None:
-        """The layer to go on with, None where even the embedding is still to be looked up."""
+        """Return the layer to resume at; None if nothing is done."""
         numbers = [path.stem.rpartition("-")[2] for path in self.path.glob("stream-?????.safetensors")]
         found = [int(number) for number in numbers if number.isdecimal()]
-        # Two are there where the run ended between writing one and removing the other.
+        # There are two if the run ended between writing one and removing the other.
         return max(found, default=None)
 
     @property
     def is_worth_keeping(self) -> bool:
-        """Whether anything is done that a run would otherwise have to do again."""
+        """Whether the folder holds work that a new run would have to repeat."""
         return self.next_layer() is not None or (self.path / _SMOOTHING).is_file()
 
     def save_smoothing(self, scaling: Mapping[str, Scaling]) -> None:
-        """Keep the scales of the float weights: found anew they might differ from those that layers were done with."""
+        """Write the scales of smoothing. Computed again, they might differ from those of the finished layers."""
         arrays: dict[str, NDArray[Any]] = {}
         for name, found in scaling.items():
             arrays |= {} if found.rows is None else {_ROWS + name: found.rows}
@@ -83,7 +83,7 @@ class ResumeFolder:
         _write(self.path / _SMOOTHING, arrays, {})
 
     def load_smoothing(self) -> dict[str, Scaling] | None:
-        """Read what `save_smoothing` kept; None where there is nothing yet."""
+        """Read the scales of smoothing; None if there are none yet."""
         path = self.path / _SMOOTHING
         if not path.is_file():
             return None
@@ -93,17 +93,17 @@ class ResumeFolder:
         return {name: Scaling(parts.get(_ROWS + name), parts.get(_COLUMNS + name)) for name in names}
 
     def save_streams(self, layer: int, x: Tensor, reference: Tensor) -> None:
-        """Keep both residual streams [S, T, D] before `layer`, and forget those before it."""
+        """Write both residual streams, [S, T, D] and [R, T, D], before `layer`; remove earlier ones."""
         _write(self._stream(layer), {_STREAM: x.numpy(), _REFERENCE: reference.numpy()}, {})
         self._stream(layer - 1).unlink(missing_ok=True)
 
     def load_streams(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Read what `save_streams` kept."""
+        """Read both residual streams before `layer`."""
         found = []
         with SafetensorsFile(self._stream(layer)) as file:
             for name in (_STREAM, _REFERENCE):
                 info = file.tensors[name]
-                found.append(torch.empty(info.shape))  # torch's own memory, see layer.aligned
+                found.append(torch.empty(info.shape))  # memory allocated by torch, see layer.aligned
                 file.read_into(found[-1].numpy(), info.offset)
         return found[0], found[1]
 
@@ -114,24 +114,24 @@ class ResumeFolder:
         floats: Mapping[str, NDArray[np.float32]],
         report: LayerReport,
     ) -> None:
-        """Keep a finished layer: its quantised matrices, and those that stay float but changed."""
+        """Write a finished layer: its quantised matrices, and the float ones that were refitted."""
         self._save(self._layer(layer), tensors, report, floats)
 
     def save_head(self, tensors: Mapping[str, QuantTensor], report: LayerReport) -> None:
-        """Keep the head."""
+        """Write the finished head."""
         self._save(self.path / _HEAD, tensors, report)
 
     def layer_report(self, layer: int) -> LayerReport:
-        """The report of a finished layer."""
+        """Read the report of a finished layer."""
         return _report(self._layer(layer))
 
     def head_report(self) -> LayerReport | None:
-        """The report of the head, None where it is still to be done."""
+        """Read the report of the head; None if it is not finished."""
         path = self.path / _HEAD
         return _report(path) if path.is_file() else None
 
     def files(self, layers: int) -> list[Path]:
-        """All files of tensors."""
+        """Return all files of tensors: one per layer, and the head's."""
         return [*(self._layer(layer) for layer in range(layers)), self.path / _HEAD]
 
     def _save(
@@ -166,21 +166,21 @@ def _write(path: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str
 def _report(path: Path) -> LayerReport:
     with SafetensorsFile(path) as file:
         if _REPORT not in file.metadata:
-            raise CheckpointError(f"{path} holds no report: remove the folder {path.parent}, and calibrate again")
+            raise CheckpointError(f"{path} has no report: remove the folder {path.parent} and calibrate again")
         return LayerReport.from_json(file.metadata[_REPORT], path)
 
 
 @contextlib.contextmanager
 def open_resume(path: Path, asked: Mapping[str, Any], progress: Progress) -> Iterator[ResumeFolder]:
-    """Make the folder, or go on with the one there if it is of the same run; it is removed where all went well.
+    """Open the resume folder: make it, or resume if it holds the same run. It is removed if the block succeeds.
 
     Args:
-        path: of the folder.
-        asked: everything that the result depends on, by what a user would call it.
-        progress: told what becomes of a folder that is there.
+        path: The folder.
+        asked: Everything that the result depends on, by names for messages.
+        progress: Gets notes on what happens to an existing folder.
 
     Raises:
-        EdgeLMError: another process works in the folder.
+        EdgeLMError: Another process uses the folder, or it holds something else.
     """
     wanted = json.loads(json.dumps(asked))
     path.mkdir(parents=True, exist_ok=True)
@@ -197,15 +197,15 @@ def open_resume(path: Path, asked: Mapping[str, Any], progress: Progress) -> Ite
             if not folder.is_worth_keeping:
                 _remove(path)
             else:
-                progress.note(f"what is done so far is kept in {path}: the same command goes on from there")
+                progress.note(f"finished work is kept in {path}: run the same command again to resume")
             raise
         _remove(path)
 
 
 def _clear_unless(path: Path, wanted: Mapping[str, Any], progress: Progress) -> None:
-    """Empty the folder of everything that another run left there."""
+    """Remove another run's files from the folder, unless its settings are `wanted`."""
     if not (path / _STATE).exists():
-        # A run that ended before its first file, or while it removed them.
+        # A run ended before its first file, or while it removed its files.
         _empty(path)
         return
     try:
@@ -215,10 +215,10 @@ def _clear_unless(path: Path, wanted: Mapping[str, Any], progress: Progress) -> 
     if found == wanted:
         return
     if not isinstance(found, dict) or "format" not in found:
-        # Not ours to empty, whatever it is.
-        raise EdgeLMError(f"{path} is in the way: its {_STATE} is of no calibration that EdgeLM left; remove it")
+        # EdgeLM did not write this folder, so it is not removed.
+        raise EdgeLMError(f"{path} is in the way: its {_STATE} is not from a calibration. Remove or move the folder")
     differing = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
-    progress.note(f"{path} holds an interrupted calibration with another {', '.join(differing)}: starting anew")
+    progress.note(f"{path} holds an interrupted calibration with another {', '.join(differing)}: starting again")
     _empty(path)
 
 
@@ -231,10 +231,10 @@ RESUME = OutputKind("the resume folder of a calibration", _refusal)
 
 
 def resume_place(out: Path, source: Path) -> Path:
-    """The folder in which a calibration for `out` keeps what is done.
+    """Return the resume folder of a calibration that writes to `out`.
 
     Raises:
-        EdgeLMError: something else is in its place.
+        EdgeLMError: Something else is at its path.
     """
     place = resolved(out)
     return check_output(place.with_name(place.name + SUFFIX), RESUME, sources=[source], overwrite=True)
@@ -249,16 +249,16 @@ def _empty(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # the result is there; and what is not ours keeps the folder
+    with contextlib.suppress(OSError):  # the result is complete, and other files in the folder keep it
         _empty(path)
         path.rmdir()
 
 
 class CalibratedSource(WeightSource):
-    """A float checkpoint seen through a recipe, with the quantised values that a calibration has found.
+    """A float checkpoint and its recipe, with the quantised values that a calibration found.
 
     Attributes:
-        input_scales: of matrices whose activations are static, where they were asked for.
+        input_scales: Input scales of matrices with static activations, if they were asked for.
     """
 
     def __init__(
@@ -266,7 +266,7 @@ class CalibratedSource(WeightSource):
     ) -> None:
         super().__init__(checkpoint, recipe, threads=threads)
         self._found = {name: file for file in files for name in file.tensors}
-        # Routers, fitted to the quantised model's states.
+        # Routers that were refitted to the quantised model's hidden states.
         self.replaced = {
             name: cast("NDArray[np.float32]", file.read_raw(name))
             for name, file in self._found.items()
@@ -279,7 +279,7 @@ class CalibratedSource(WeightSource):
         return self.input_scales.get(name)
 
     def quantized(self, name: str, rows: slice | None = None) -> QuantTensor:
-        """See `WeightSource.quantized`; what was not calibrated, such as the embedding, is rounded to nearest."""
+        """See `WeightSource.quantized`; matrices without calibrated values (the embedding) are rounded to nearest."""
         file = self._found.get(part_name(name, "qweight"))
         scheme = self.scheme(name)
         if file is None or scheme is None:

@@ -1,9 +1,10 @@
-"""Calibrate a whole checkpoint: text to hidden states, through every layer, to quantised values.
+"""Calibrate a whole checkpoint: pass hidden states of a text through every layer and quantise it.
 
-Where the recipe has static activations, the quantised model runs over the text once more for their scales.
+If the recipe has static activations, the quantised model runs over the text once more for their scales.
 
-In memory at any time: the residual stream of all samples, that of some of them in the float model, an array beside
-each, one layer's attention weights, the weights and moments of one expert. A layer that is done is on the disk.
+In memory at any time: the residual streams of the quantised model (all samples) and the float model (some samples), one
+more array for each, the attention weights of one layer, and the weights and moments of one expert. Finished layers are
+on disk.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ from edgelm.reference.layerwise import embedding_rows
 from edgelm.tokenization.tokenizer import Tokenizer
 
 FORMAT = "edgelm-calibration 3"
-"""Of the resume folder; another number makes a new start."""
+"""Format of the resume folder. A folder of another format is not resumed."""
 
 
 @dataclass(frozen=True)
 class CalibratedSummary(QuantizedSummary):
-    """What a calibrated checkpoint came to, and how."""
+    """Summary of a calibrated checkpoint; `report` says how each matrix was quantised."""
 
     report: CalibrationReport
 
@@ -74,31 +75,34 @@ def calibrate_checkpoint(
     extra_files: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> CalibratedSummary:
-    """Quantise the checkpoint `source` into the folder `out` by what the model computes for a text.
+    """Quantise a checkpoint with calibration text, and write the result to a folder.
 
-    The result has the format of `quantize_checkpoint`, with `calibration.json` beside and, of matrices whose
-    activations the recipe has static, the scales of these (`<stem>.input_scale`). Interrupted, it keeps what is
-    done in `<out>.calibrating`, and the same call goes on at the layer it was in and ends in the same bytes.
+    The result has the format of `quantize_checkpoint`, plus `calibration.json` and the input scales of matrices with
+    static activations (`<stem>.input_scale`). An interrupted run keeps finished layers in `<out>.calibrating`. The same
+    call resumes there and writes the same bytes.
 
     Args:
-        source: float checkpoint, a folder or a hub id.
-        out: folder to write.
-        recipe: must quantise something.
-        text: a UTF-8 file, a folder of them, or "builtin".
-        samples: windows of text.
-        length: tokens of each.
-        coverage: when an expert has seen enough tokens; None is the default.
-        require_coverage: fail where an expert has not, in place of rounding it to nearest.
-        smoothing: scale the float weights first: for "activations" or for "weights"; None does not.
-        threads: of the arithmetic; None is one for each core. Other numbers may add up in another order.
-        overwrite: replace a checkpoint that EdgeLM wrote at `out` once the new one is complete.
-        extra_files: files to write beside it, their contents by their names.
-        progress: gets the work done, and a line for each layer.
+        source: Float checkpoint, a folder or a hub id.
+        out: Folder to write.
+        recipe: How to quantise. It must quantise at least one tensor.
+        text: Calibration text: a UTF-8 file, a folder of them, or "builtin".
+        samples: Number of windows of text.
+        length: Tokens per window.
+        coverage: Tokens that each expert needs; None for the default.
+        require_coverage: Fail if an expert has too few tokens, instead of rounding it to nearest.
+        smoothing: Scale the float weights first, for "activations" or for "weights"; None for no smoothing.
+        threads: Threads of the arithmetic; None for one per core. Another number may change the order of sums.
+        overwrite: Replace a checkpoint that EdgeLM wrote at `out`, once the new one is complete.
+        extra_files: Further files to write, contents by name.
+        progress: Gets the work done, and a note per layer.
+
+    Returns:
+        Path, sizes, and the report of the calibration.
 
     Raises:
-        CheckpointError: `source` is incomplete or damaged, or some weight is not finite.
-        RecipeError: `source` is already quantised, or the recipe does not fit its tensors.
-        EdgeLMError: there is no text or too little, `out` cannot be used (`edgelm.output_paths.check_output`), coverage
+        CheckpointError: `source` is incomplete or damaged, or a weight is not finite.
+        RecipeError: `source` is quantised already, or the recipe does not suit its tensors.
+        EdgeLMError: There is no text or too little, `out` cannot be used (`edgelm.output_paths.check_output`), coverage
             is required and missing, or the disk is full.
     """
     progress = progress or Silent()
@@ -137,22 +141,22 @@ def calibrated(
     copies: int = 1,
     input_scales: bool = False,
 ) -> Iterator[tuple[CalibratedSource, CalibrationReport]]:
-    """Calibrate, or go on calibrating, in a folder beside `out`; yields the result to be written to `out`.
+    """Calibrate, or resume, with a resume folder beside `out`; yield the quantised source and the report.
 
-    The folder is removed when the block ends without an error.
+    The resume folder is removed when the block ends without an error.
 
     Args:
-        checkpoint: float.
-        recipe: must quantise something.
-        options: what to calibrate with.
-        out: what is to be made of it.
-        threads: of the arithmetic; None is one for each core.
-        progress: gets the work done, and a line for each layer.
-        copies: how many times the quantised tensors need space on the disk of `out`, those in the folder included.
-        input_scales: find those of static activations too, on the quantised model.
+        checkpoint: The float checkpoint.
+        recipe: How to quantise. It must quantise at least one tensor.
+        options: Options of calibration.
+        out: Path of the output that the caller will write.
+        threads: Threads of the arithmetic; None for one per core.
+        progress: Gets the work done, and a note per layer.
+        copies: Copies of the quantised tensors that need space on the disk of `out`, the resume folder's included.
+        input_scales: Also find the scales of static activations, on the quantised model.
 
     Raises:
-        As `calibrate_checkpoint`.
+        EdgeLMError: As `calibrate_checkpoint`.
     """
     progress = progress or Silent()
     weights = float_source(checkpoint, recipe)
@@ -200,10 +204,10 @@ def _smoothed(
     resume: ResumeFolder,
     progress: Progress,
 ) -> SmoothedCheckpoint:
-    """The checkpoint with the scales that an interrupted run found, or with new ones."""
+    """Return the smoothed checkpoint, with the scales of the interrupted run or new ones."""
     kept = resume.load_smoothing()
     if kept is not None:
-        progress.note(f"{resume.path}: the weights are smoothed already")
+        progress.note(f"{resume.path}: resuming with smoothed weights")
         return SmoothedCheckpoint(checkpoint, kept)
     began = time.monotonic()
     found = smooth(checkpoint, ids, recipe, target, threads=torch.get_num_threads(), progress=progress)
@@ -211,26 +215,26 @@ def _smoothed(
     scaled = [choice for choice in found.choices if choice.alpha is not None]
     gained = 1 - np.mean([choice.after / choice.before for choice in scaled]) if scaled else 0.0
     progress.note(
-        f"smoothed for {target}: {len(scaled)} of {len(found.choices)} places scaled, the squared error of rounding "
-        f"to nearest less by {gained:.0%} there; {time.monotonic() - began:.0f} s"
+        f"smoothed for {target}: {len(scaled)} of {len(found.choices)} groups of weights scaled, whose squared error "
+        f"(rounded to nearest) fell by {gained:.0%}; {time.monotonic() - began:.0f} s"
     )
     return found
 
 
 def _windows(checkpoint: Checkpoint, corpus: Corpus, options: CalibrationOptions) -> np.ndarray[Any, Any]:
-    """Token ids int64 [S, T]."""
+    """Return the token ids of the samples, int64 [S, T]."""
     decoder = checkpoint.decoder
     if options.length > decoder.context_length:
         raise EdgeLMError(
-            f"samples of {options.length} tokens are longer than the model's context of "
-            f"{decoder.context_length}: give a smaller --sample-length"
+            f"samples of {options.length} tokens are longer than the model's context of {decoder.context_length}: give "
+            "a smaller --sample-length"
         )
     tokenizer = Tokenizer.from_folder(checkpoint.path)
     ids = np.stack(windows(tokenizer, corpus.documents, options.samples, options.length))
     if ids.min() < 0 or ids.max() >= decoder.vocab_size:
         raise EdgeLMError(
-            f"{checkpoint.path}: the tokenizer gives token {ids.max()}, the model's table has {decoder.vocab_size} "
-            "rows: this is another model's tokenizer"
+            f"{checkpoint.path}: the tokenizer gives token {ids.max()}, but the model's embedding has only "
+            f"{decoder.vocab_size} rows: this is another model's tokenizer. Copy the model's own files into the folder"
         )
     return ids
 
@@ -238,7 +242,7 @@ def _windows(checkpoint: Checkpoint, corpus: Corpus, options: CalibrationOptions
 def _asked(
     checkpoint: Checkpoint, recipe: Recipe, corpus: Corpus, ids: np.ndarray[Any, Any], options: CalibrationOptions
 ) -> dict[str, Any]:
-    """What the result depends on, by the words of a note about a folder that was left by another run."""
+    """Return everything that the result depends on, by names for messages."""
     stats = {path.name: path.stat() for path in checkpoint.files}
     smoothing = {} if options.smoothing is None else {"smoothing": options.smoothing}
     return {
@@ -266,7 +270,7 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 class _Run:
-    """The way through the layers."""
+    """A run over all layers."""
 
     def __init__(
         self,
@@ -286,13 +290,13 @@ class _Run:
 
     @torch.no_grad()
     def all(self, ids: np.ndarray[Any, Any]) -> tuple[list[LayerReport], LayerReport]:
-        """Do what is left to do; returns the reports of the layers and of the head."""
+        """Quantise the layers and the head that are not finished; return the reports of all layers and of the head."""
         head = self.resume.head_report()
         start = self.resume.next_layer() or 0
         if head is None:
             with self.progress.task("calibrating", sum(self.shares.values()), unit="work") as advance:
                 if start:
-                    self.progress.note(f"{self.resume.path}: going on with layer {start} of {self.layers}")
+                    self.progress.note(f"{self.resume.path}: resuming at layer {start} of {self.layers}")
                     advance(sum(share for name, share in self.shares.items() if self._layer_of(name) < start))
                     x, reference = self.resume.load_streams(start)
                 else:
@@ -303,7 +307,7 @@ class _Run:
         return [self.resume.layer_report(index) for index in range(self.layers)], head
 
     def _embed(self, ids: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
-        """Rows [S, T, D] of the embedding as the device will have it, and [R, T, D] as the float model has it."""
+        """Return the embedded tokens: [S, T, D] with the quantised embedding, [R, T, D] with the float one."""
         name = self.decoder.embed.name
         scheme = self.weights.scheme(name)
         exact, places = embedding_rows(self.decoder, self.weights.checkpoint.read_float32, ids)
@@ -325,7 +329,7 @@ class _Run:
         self._say(index, quantiser.report, time.monotonic() - began)
 
     def _head(self, x: Tensor, reference: Tensor, advance: Advance) -> LayerReport:
-        """Quantise the head by the normed states; a tied one is the embedding, which is looked up before all else."""
+        """Quantise the head. A tied head is the embedding, whose quantised values were used from the start."""
         quantiser = Quantiser(self.weights, self.shares, advance)
         if not self.decoder.tied:
             head = self.decoder.head.name
@@ -344,7 +348,7 @@ class _Run:
         return quantiser.report
 
     def _layer_of(self, name: str) -> float:
-        """The layer a matrix belongs to; beyond all of them for those outside."""
+        """Return the layer of a matrix; infinity for a matrix outside the layers."""
         layer = self.decoder.matrices[name].layer
         return math.inf if layer is None else layer
 
@@ -359,13 +363,13 @@ class _Run:
         for expert in report.fallbacks:
             seen, near = report.tokens[expert], report.borrowed[expert]
             self.progress.note(
-                f"layer {index}, expert {expert} saw too few tokens to be calibrated, {seen} and {near} that route "
-                "near it: it is rounded to nearest"
+                f"layer {index}, expert {expert} has too few tokens to be calibrated ({seen}, and {near} borrowed): it "
+                "is rounded to nearest"
             )
 
 
 def _shares(decoder: Decoder, tokens: int) -> dict[str, float]:
-    """Multiplications that each matrix takes, roughly: moments, matmul, and correcting its columns."""
+    """Return the approximate number of multiplications per matrix: moments, matmul, and correcting its columns."""
     found = {}
     for name, matrix in decoder.matrices.items():
         if matrix is decoder.embed:

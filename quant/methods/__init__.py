@@ -1,7 +1,6 @@
-"""Codes found with calibration data: what a matrix multiplies decides which of its errors matter.
+"""Calibration methods: choose quantised values by the error of a matrix's output instead of its weights.
 
-Everything here minimises the error of the *output*, `tr(dW H dW^T)` with `H = sum of x x^T` over the calibration
-inputs x, in place of the error of the weights.
+The output error is tr(dW H dW^T) with H = sum of x x^T over the calibration inputs x.
 """
 
 from __future__ import annotations

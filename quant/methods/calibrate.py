@@ -1,4 +1,4 @@
-"""One matrix, its calibration inputs, and the method that serves it best."""
+"""Quantise one matrix for its calibration inputs, with the method of least error."""
 
 from __future__ import annotations
 
@@ -22,26 +22,29 @@ from edgelm.quant.scheme import AnyScheme
 from edgelm.quant.tensor import QuantTensor
 
 DAMPING = 0.01
-"""Added to the diagonal of H, as a share of its mean (GPTQ's choice), and K / tokens besides: few tokens say
-less about the next text. With four tokens for each column that takes 3 % off the KL, with two 10 % (docs/log.md)."""
+"""Damping of H: this share of the mean of its diagonal (GPTQ's choice), plus K / tokens, is added to the diagonal.
+
+The second part reduces overfitting to few tokens: the KL is 3 % lower with four tokens per column, and 10 % with two
+(docs/log.md).
+"""
 SWEEPS = 2
-"""Of coordinate descent: the first takes about 13 % off the error, the second 4 %, further ones 1 %."""
+"""Sweeps of coordinate descent. The first reduces the error by about 13 %, the second by 4 %, further ones by 1 %."""
 _JUDGED = 128
-"""Rows by which methods are compared."""
+"""Rows on which methods are compared."""
 _Method = Callable[[Tensor, Grid, Moments, int], Rounded]
-_CHUNK = 4096  # rows worked on at once: a head of 256,000 rows would need gigabytes
+_CHUNK = 4096  # rows processed at once, because a head of 256,000 rows would need gigabytes
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A matrix with quantised values found for its inputs.
+    """A calibrated matrix.
 
     Attributes:
-        tensor: the codes.
-        method: which of `METHODS` found them.
-        error: tr(dW H dW^T) / tr(W H W^T), the relative squared error of the outputs on the calibration inputs, of up
-            to `_JUDGED` rows spread evenly; that of the weights, where there were no inputs.
-        errors: the same of every method that was tried.
+        tensor: The quantised matrix.
+        method: The method of `recipe.METHODS` whose values were kept.
+        error: tr(dW H dW^T) / tr(W H W^T), the relative squared error of the outputs on the calibration inputs, for up
+            to `_JUDGED` evenly spaced rows. Without inputs, the relative squared error of the weights.
+        errors: The same for every method that was tried.
     """
 
     tensor: QuantTensor
@@ -59,21 +62,21 @@ def calibrate(
     method: str = AUTO,
     name: str = "weight",
 ) -> Calibrated:
-    """Quantise `weight`, float32 [N, K], for inputs with these moments.
+    """Quantise a matrix for inputs with given moments.
 
     Args:
-        weight: the matrix.
-        scheme: the scheme wanted; the result's is `scheme.effective(K)`.
-        moments: of its inputs [*, K]; None (or of no token) leaves nothing but rounding to nearest.
-        method: one of `METHODS`; "auto" tries all and keeps the best.
-        name: what errors call the matrix.
+        weight: float32 [N, K].
+        scheme: The scheme; the result has `scheme.effective(K)`.
+        moments: Moments of the inputs [*, K]. None, or moments of no tokens, means rounding to nearest.
+        method: One of `recipe.METHODS`; "auto" tries all and keeps the best.
+        name: Name of the matrix in errors.
 
     Raises:
-        CheckpointError: a weight is not finite, or too large for the scheme's scale.
-        ValueError: no such method, or moments of another K.
+        CheckpointError: A weight or a calibration input is not finite, or a weight is too large for the scheme's scale.
+        ValueError: There is no such method, or the moments have another K.
     """
     if method not in METHODS:
-        raise ValueError(f"{method!r} is none of {', '.join(METHODS)}")
+        raise ValueError(f"{method!r} is not one of {', '.join(METHODS)}")
     plain = codec.quantize(weight, scheme, name=name, threads=torch.get_num_threads())
     if moments is None or moments.tokens == 0:
         moments = None
@@ -83,8 +86,10 @@ def calibrate(
         error = _relative_error(weight, plain, moments)
         return Calibrated(plain, "rtn", error, {"rtn": error})
     if not bool(moments.hessian.isfinite().all()):
-        raise CheckpointError(f"the calibration inputs of {name} are not finite: this checkpoint computes no numbers")
-    # Rows are independent: a sample of them says which method is best.
+        raise CheckpointError(
+            f"the calibration inputs of {name} are not finite: the checkpoint is damaged, so fetch it again"
+        )
+    # Rows are independent, so a sample of them is enough to compare methods.
     sample = slice(None, None, -(-len(weight) // _JUDGED))
     judged = np.ascontiguousarray(weight[sample])
     found = {"rtn": plain} if method == AUTO else {}
@@ -104,9 +109,9 @@ def _gptq(weights: Tensor, numbers: Grid, moments: Moments, group: int) -> Round
 
 
 def _search(weights: Tensor, numbers: Grid, moments: Moments, group: int) -> Rounded:
-    """Rounding to nearest with scales searched for the inputs: each column's error weighs as much as its inputs do.
+    """Round to nearest, with scales of least error weighted by the mean square of each column's inputs.
 
-    llama.cpp's importance matrix does the same.
+    This is what llama.cpp does with an importance matrix.
     """
     importance = moments.hessian.diagonal().clone()
     if not bool(importance.any()):

@@ -1,17 +1,17 @@
-"""Makes a matrix undo, as far as it can, what everything quantised before it has done to its inputs.
+"""Compensate the drift of a matrix's inputs: the error that the quantised matrices before it cause.
 
-A quantised model's hidden states x drift from those of the float model, x~. What a matrix W should compute from x is
-what the float model computes from x~, so the target of its quantisation is not W but the W' that comes nearest:
+The hidden states x of the quantised model drift from those of the float model, x~. A matrix W should compute from x
+what the float model computes from x~. So the matrix that is quantised is not W but the W' of least squared error:
 
     minimise  sum |W' x - W x~ - r|^2 + a |W' - W|^2      W' = W + (W D + R) (H + a)^-1
     H = sum x x^T,   D = sum (x~ - x) x^T,   R = sum r x^T
 
-r is what is to be added to the output besides: for a matrix that writes into the residual stream, the drift of the
-stream itself. W' costs nothing to run. (GPTAQ, arXiv 2504.02692, puts the first term into GPTQ's column updates; here
-it is a matrix of its own, so that every method profits and experts can share it.)
+r is a further correction of the output. For a matrix that writes to the residual stream it is the drift of the stream.
+W' costs nothing at run time. GPTAQ (arXiv 2504.02692) puts the first term into GPTQ's column updates. Here it is a
+separate matrix, so every method can use it and experts can share it.
 
-The damping `a` keeps W' from fitting noise: a tenth of the mean of H's diagonal was no worse than a hundredth, with few
-calibration tokens and with many (docs/log.md).
+The damping `a` keeps W' from fitting noise. A tenth of the mean of H's diagonal was no worse than a hundredth, with few
+and with many calibration tokens (docs/log.md).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 
 DAMPING = 0.1
 ROUTER_DAMPING = 0.01
-"""Of routers, which have few rows and see every token."""
+"""Damping for routers, which have few rows and see every token."""
 
 
 class Drift:
-    """The moments H, D and R of a matrix's inputs [K], and with a residual of its outputs [N]."""
+    """The moments H and D of a matrix's inputs [K], and R if a residual [N] of its outputs is given."""
 
     def __init__(self) -> None:
         self._hessian: Tensor | None = None
@@ -34,12 +34,12 @@ class Drift:
         self._shared: tuple[float, Tensor] | None = None
 
     def add(self, inputs: Tensor, reference: Tensor, residual: Tensor | None = None) -> None:
-        """Count the same tokens in both models.
+        """Add the inputs of the same tokens in both models.
 
         Args:
-            inputs: float32 [n, K], of the quantised model.
-            reference: float32 [n, K], of the float model.
-            residual: float32 [n, N], what the output is to make up for besides; always or never given.
+            inputs: Inputs in the quantised model, float32 [n, K].
+            reference: Inputs in the float model, float32 [n, K].
+            residual: Further correction r of the output, float32 [n, N]; either always or never given.
         """
         if self._hessian is None or self._drift is None:
             self._hessian = torch.zeros(inputs.shape[1], inputs.shape[1])
@@ -53,11 +53,11 @@ class Drift:
         self._shared = None
 
     def corrected(self, weight: Tensor, damping: float = DAMPING) -> Tensor:
-        """W' for `weight`, float32 [N, K]; `damping` is a share of the mean of H's diagonal."""
+        """Return W' for `weight`, float32 [N, K]; `damping` is a share of the mean of H's diagonal."""
         if self._hessian is None or self._drift is None:
             return weight
         if self._residual is None and len(weight) * 4 >= weight.shape[1]:
-            # Several matrices have the same inputs: what they share is worth a matrix of its own.
+            # Several matrices have the same inputs, so the common factor is computed once.
             if self._shared is None or self._shared[0] != damping:
                 self._shared = (damping, self._solve(self._drift, damping))
             return torch.addmm(weight, weight, self._shared[1])
@@ -67,7 +67,7 @@ class Drift:
         return weight + self._solve(wanted, damping)
 
     def _solve(self, wanted: Tensor, damping: float) -> Tensor:
-        """wanted (H + a)^-1."""
+        """Return wanted (H + a)^-1."""
         assert self._hessian is not None
         damped = self._hessian.clone()
         mean = float(damped.diagonal().double().mean())

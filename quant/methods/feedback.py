@@ -1,6 +1,6 @@
-"""A block of columns rounded with feedback: by the compiled kernel where there is one, by torch where not.
+"""Round a block of columns with error feedback, with the compiled kernel or, if there is none, with torch.
 
-Both do the same sums in the same order; torch's may be fused on some machines, so that a tie can fall differently.
+Both sum in the same order. On some machines torch fuses operations, which can change a tie.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from edgelm.quant import native
 from edgelm.quant.methods.grids import Grid, inverse
 
 LARGEST_BLOCK = 128
-"""Columns at most: EDGELM_FEEDBACK_COLUMNS of quantize.h."""
+"""Largest number of columns in a block: EDGELM_FEEDBACK_COLUMNS in quantize.h."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Views of some columns of a matrix, transposed: [columns, rows], float32; rows are contiguous.
+    """Views of some columns of a matrix, transposed: float32 [columns, rows], rows contiguous.
 
     Attributes:
-        weights: as they are on disk.
-        values: out, what the codes stand for.
-        error: out, weights - values * scale; `recode` reads it too.
-        scale: [rows].
-        lowest: [rows], as `Grid.nearest` wants it.
+        weights: The float weights.
+        values: Output: values of the codes.
+        error: Output: weights - values * scale; `recode_block` also reads it.
+        scale: Scale of each row, [rows].
+        lowest: Lowest value of each row, [rows], see `Grid.nearest`.
     """
 
     weights: Tensor
@@ -38,7 +38,7 @@ class Block:
 
 
 def round_block(block: Block, target: Tensor, feedback: Tensor, grid: Grid) -> None:
-    """Round `target` [columns, rows] column by column; column j's error, times feedback[j, k], goes to target[k]."""
+    """Round `target` [columns, rows] column by column; add feedback[j, k] times column j's error to target[k]."""
     if not _compiled(block, target, feedback, grid, recode=False):
         inverted = inverse(block.scale)
         target = target.clone()
@@ -49,13 +49,13 @@ def round_block(block: Block, target: Tensor, feedback: Tensor, grid: Grid) -> N
 
 
 def recode_block(block: Block, pull: Tensor, hessian: Tensor, grid: Grid) -> None:
-    """Give each column in turn the value that is best while all others stay.
+    """Set each column in turn to the value of least error while all others stay: one step of coordinate descent.
 
     Args:
-        block: with values and errors of the present codes.
-        pull: H error [columns, rows], over all columns of the matrix.
-        hessian: H of the block's columns [columns, columns].
-        grid: the numbers.
+        block: The columns, with values and errors of the present codes.
+        pull: H error, [columns, rows], summed over all columns of the matrix.
+        hessian: H of the block's columns, [columns, columns].
+        grid: The scheme's values.
     """
     if not _compiled(block, pull, hessian, grid, recode=True):
         inverted = inverse(block.scale)
@@ -69,23 +69,23 @@ def recode_block(block: Block, pull: Tensor, hessian: Tensor, grid: Grid) -> Non
 
 
 def fit_scale(weights: Tensor, importance: Tensor, trials: Tensor, lowest: Tensor, grid: Grid) -> Tensor:
-    """For each row the scale that leaves the least sum of importance * (weight - value * scale)^2.
+    """Return, for each row, the scale with the least sum of importance * (weight - value * scale)^2.
 
     Args:
         weights: float32 [columns, rows].
         importance: float32 [columns].
-        trials: float32 [T, rows], scales; each is fitted to the values that it gives (least squares) before it counts.
-        lowest: float32 [rows], as `Grid.nearest` wants it.
-        grid: the numbers.
+        trials: Trial scales, float32 [T, rows]. Each is refitted to its values by least squares before it is compared.
+        lowest: Lowest values, float32 [rows], see `Grid.nearest`.
+        grid: The scheme's values.
 
     Returns:
-        Scales float32 [rows], as they will be stored.
+        Scales float32 [rows], rounded to their stored type.
     """
     kernel = native.library()
     if kernel is None:
         return _fit_with_torch(weights, importance, trials, lowest, grid)
     columns, rows = weights.shape
-    assert weights.stride() == (rows, 1), "columns without gaps"
+    assert weights.stride() == (rows, 1), "weights must be contiguous"
     arrays = [array.contiguous() for array in (importance, trials, lowest)]
     scale = torch.empty(rows)
     arguments = _FitArguments(
@@ -168,14 +168,14 @@ class _Arguments(ctypes.Structure):
 
 
 def _compiled(block: Block, target: Tensor, coupling: Tensor, grid: Grid, *, recode: bool) -> bool:
-    """Whether the compiled kernel did it."""
+    """Run the compiled kernel; return False if there is none."""
     kernel = native.library()
     if kernel is None:
         return False
     columns, rows = target.shape
     inverted = inverse(block.scale)
     arrays = (block.weights, target, block.values, block.error)
-    assert all(array.stride() == (rows, 1) and array.dtype == torch.float32 for array in arrays), "columns without gaps"
+    assert all(array.stride() == (rows, 1) and array.dtype == torch.float32 for array in arrays), "contiguous float32"
     assert coupling.stride(1) == 1 and columns <= LARGEST_BLOCK
     arguments = _Arguments(
         rows=rows,

@@ -1,11 +1,11 @@
-"""GPTQ with refinement: rounds column by column, feeds errors forward, then goes back over values and scales.
+"""GPTQ with coordinate descent: round column by column with error feedback, then improve values and scales.
 
-1. Columns are rounded one after the other. Each first takes up the errors of all before it, through the factors of H
-   (GPTQ, arXiv 2210.17323, in the form of QuIP's LDLQ, arXiv 2307.13304, which needs no inverse). A group's scale is
-   searched when its first column comes up, for the weights as the feedback has left them, with each column's error
-   weighed by what later columns cannot make up for.
-2. Then sweeps of coordinate descent on the same objective: for each group the scale that is best for the present codes
-   (in closed form), and for each column the code that is best given all others, before and after it.
+1. Columns are rounded one after the other. Each is first corrected for the errors of all earlier ones, through the
+   factors of H (GPTQ, arXiv 2210.17323, in the form of QuIP's LDLQ, arXiv 2307.13304, which needs no inverse). The
+   scale of a group is searched when its first column is reached, for the corrected weights. Each column's error is
+   weighted by the part of it that later columns cannot correct.
+2. Sweeps of coordinate descent then minimise the same objective: for each group the best scale for the present codes,
+   in closed form, and for each column the best code with all other columns fixed.
 
 Arrays are transposed, [columns, rows].
 """
@@ -22,12 +22,12 @@ from edgelm.quant.methods.feedback import LARGEST_BLOCK, Block, fit_scale, recod
 from edgelm.quant.methods.grids import Grid
 from edgelm.quant.methods.moments import Factor
 
-_BLOCK_OF_WIDE_GROUPS = 64  # columns between two updates of all others; smaller groups are a block each
+_BLOCK_OF_WIDE_GROUPS = 64  # columns between two updates of all others; each smaller group is one block
 
 
 @dataclass
 class Rounded:
-    """Values [K, N], scales [G, N] and lowest values [G, N] of each group, in the order of the columns on disk."""
+    """Values [K, N], scales [G, N] and lowest values [G, N], in the original order of columns."""
 
     values: Tensor
     scales: Tensor
@@ -35,14 +35,14 @@ class Rounded:
 
 
 def gptq(weights: Tensor, grid: Grid, factor: Factor, group: int, sweeps: int) -> Rounded:
-    """Round `weights`, float32 [K, N], to `grid` with a scale for each `group` of columns.
+    """Round a matrix for its inputs.
 
     Args:
-        weights: the matrix, transposed.
-        grid: its numbers.
-        factor: of its inputs' second moments, for the same group.
-        group: columns to a scale; divides K.
-        sweeps: of coordinate descent afterwards.
+        weights: The transposed matrix, float32 [K, N].
+        grid: The scheme's values.
+        factor: Factor of the second moments of its inputs, for the same group.
+        group: Columns that share a scale; divides K.
+        sweeps: Number of sweeps of coordinate descent.
     """
     state = _State(weights[factor.order], grid, factor, group)
     state.round_forward()
@@ -54,7 +54,7 @@ def gptq(weights: Tensor, grid: Grid, factor: Factor, group: int, sweeps: int) -
 
 
 class _State:
-    """Columns in the factor's order; `values * scale` is the matrix so far, and `error` what is missing to it."""
+    """State of the rounding, columns in the factor's order; `error` is weights - values * scale."""
 
     def __init__(self, weights: Tensor, grid: Grid, factor: Factor, group: int) -> None:
         columns, rows = weights.shape
@@ -67,13 +67,13 @@ class _State:
         self.pull: Tensor | None = None
 
     def round_forward(self) -> None:
-        """The first pass: every column once, with the errors of what came before fed into it."""
+        """Round every column once, after adding the feedback of earlier columns' errors."""
         feedback, importance = self.factor.feedback, self.factor.importance
         for cut, number, first in self._blocks():
             target = torch.addmm(self.weights[cut], feedback[: cut.start, cut].T, self.error[: cut.start])
             if first:
                 whole = slice(cut.start, cut.start + self.group)
-                # A group of several blocks gets its scale from the weights as they are beyond its first block.
+                # In a group of several blocks, the weights beyond the first block have no feedback yet.
                 beyond = self.weights[cut.stop : whole.stop]
                 seen = torch.cat([target, beyond]) if len(beyond) else target
                 trials, self.lowest[number] = self.grid.trials(seen)
@@ -81,10 +81,9 @@ class _State:
             round_block(self._block(cut, number), target, feedback[cut, cut], self.grid)
 
     def sweep(self, last: bool) -> None:
-        """One sweep: each group's scale and each column's value made best for all that is fixed at that moment."""
+        """Run one sweep of coordinate descent over the scales of groups and the values of columns."""
         hessian = self.factor.hessian
-        # Half the gradient of the objective with its sign turned; every change below keeps it up to date, as far as
-        # it is still needed.
+        # pull is half the negative gradient of the objective. Every change below updates the part still needed.
         if self.pull is None:
             self.pull = hessian @ self.error
         pull = self.pull
@@ -104,7 +103,7 @@ class _State:
             pull[needed].addmm_(hessian[needed, cut], self.error[cut] - before)
 
     def _refit(self, group: slice, number: int, pull: Tensor) -> None:
-        """The scale of least error for a group's values: s + (v . pull) / (v . H v)."""
+        """Set a group's scale to that of least error for its values: s + (v . pull) / (v . H v)."""
         values = self.values[group]
         norm = (values * (self.factor.hessian[group, group] @ values)).sum(0)
         step = torch.where(norm > 0, (values * pull).sum(0) / norm, 0.0)
@@ -114,7 +113,7 @@ class _State:
         self.scales[number] = scale
 
     def _blocks(self) -> Iterator[tuple[slice, int, bool]]:
-        """Columns of each block in turn, the number of its group, and whether it is the group's first."""
+        """Yield the columns of each block, the number of its group, and whether it is the group's first block."""
         for start in range(0, len(self.weights), self.block):
             number, within = divmod(start, self.group)
             yield slice(start, start + min(self.block, self.group - within)), number, within == 0

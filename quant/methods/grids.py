@@ -1,7 +1,7 @@
-"""Quantised values as the calibrated methods need them: the nearest one, its scale, its code.
+"""The values of a scheme for the calibration methods: nearest values, trial scales and codes.
 
-A weight is `value * scale`; `value` is an integer `code - zero`, or a number of FP8. Arrays are transposed, [columns,
-rows]: the methods go column by column, and a column of all rows is then one contiguous line.
+A weight is value * scale, where the value is an integer code - zero, or an FP8 number. Arrays are transposed, [columns,
+rows], because the methods go column by column and a column is then contiguous.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from edgelm.quant.activations import FP8_TYPES
 from edgelm.quant.primitives import search_targets
 from edgelm.quant.scheme import AnyScheme, Fp8Scheme, Scheme
 
-_FP8_SHRINK = 8  # trial scales within one binade: beyond it the numbers of FP8 repeat
+_FP8_SHRINK = 8  # trial scales within a factor of two, after which the pattern of FP8 numbers repeats
 
 
 def grid(scheme: AnyScheme, columns: int) -> Grid:
-    """The grid of a scheme for groups in rows of `columns` values."""
+    """Return the grid of a scheme, for rows of `columns` values."""
     if isinstance(scheme, Fp8Scheme):
         return Fp8Grid(scheme)
     assert isinstance(scheme, Scheme), scheme
@@ -27,12 +27,12 @@ def grid(scheme: AnyScheme, columns: int) -> Grid:
 
 
 class Grid(ABC):
-    """Values and scales of one scheme. Shapes: g columns of a group, N rows.
+    """Values and scales of one scheme. Shape letters: g columns of a group, N rows, K columns, T trials.
 
     Attributes:
-        numbers: what the compiled kernel calls the kind of values (edgelm_numbers in quantize.h).
-        range: from the least integer to the largest; of no meaning for FP8.
-        half: whether scales are stored as float16; else they are float32.
+        numbers: Kind of values for the compiled kernel (edgelm_numbers in quantize.h).
+        range: Largest minus smallest integer; unused for FP8.
+        half: Whether scales are stored as float16; otherwise as float32.
     """
 
     numbers: int
@@ -41,32 +41,32 @@ class Grid(ABC):
 
     @abstractmethod
     def trials(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales to try for `weights`, float32 [g, N].
+        """Return trial scales for a group of weights, float32 [g, N].
 
         Returns:
-            Trial scales [T, N], and lowest values [N] (minus the zero point, for integers).
+            Trial scales [T, N], and lowest values [N] (for integers, minus the zero point).
         """
 
     @abstractmethod
     def nearest(self, weights: Tensor, inverse: Tensor, lowest: Tensor) -> Tensor:
-        """The values [..., N] nearest to weights * inverse, where `inverse` [N] is 1 / scale, or 0 for a scale of 0."""
+        """Return the values nearest to weights * inverse, [..., N]; `inverse` [N] is 1 / scale, or 0 if that is 0."""
 
     @abstractmethod
     def stored(self, scale: Tensor) -> Tensor:
-        """`scale` rounded to how it is stored, float32."""
+        """Round a scale to its stored type; return float32."""
 
     @abstractmethod
     def codes(self, values: Tensor, lowest: Tensor) -> Tensor:
-        """Codes uint8 [K, N] of values [K, N], with `lowest` [K, N] of each."""
+        """Return the codes of values, uint8 [K, N]; `lowest` is [K, N]."""
 
 
 def inverse(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 where it is 0."""
+    """Return 1 / scale, or 0 where the scale is 0."""
     return torch.where(scale == 0, 0.0, 1 / torch.where(scale == 0, 1.0, scale))
 
 
 class IntegerGrid(Grid):
-    """Codes 0 .. 2^bits - 1 with a zero point, fixed in the middle where the scheme is symmetric."""
+    """Integer codes 0 .. 2^bits - 1 with a zero point, which is the midpoint in a symmetric scheme."""
 
     def __init__(self, scheme: Scheme, columns: int) -> None:
         self.scheme = scheme
@@ -74,10 +74,10 @@ class IntegerGrid(Grid):
         self._targets = torch.from_numpy(search_targets(scheme, columns))
 
     def trials(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The trials of the plain search (`primitives.search_targets`)."""
+        """Return the trial scales of rounding without calibration (`primitives.search_targets`)."""
         levels = self.scheme.levels - 1
         if self.scheme.symmetric:
-            # The side with one code more goes to the largest magnitude: scales may be negative.
+            # Scales may be negative, so that the largest magnitude is on the side with one more code.
             largest = weights.gather(0, weights.abs().argmax(0, keepdim=True))[0]
             extent = -largest
             lowest = torch.full_like(extent, -float(self.scheme.symmetric_zero))
@@ -88,21 +88,21 @@ class IntegerGrid(Grid):
         return extent / self._targets[:, None], lowest
 
     def nearest(self, weights: Tensor, inverse: Tensor, lowest: Tensor) -> Tensor:
-        """Integers lowest .. lowest + 2^bits - 1."""
+        """Return the nearest integers in lowest .. lowest + 2^bits - 1."""
         value = (weights * inverse).round_()
         return torch.minimum(torch.maximum(value, lowest), lowest + (self.scheme.levels - 1))
 
     def stored(self, scale: Tensor) -> Tensor:
-        """Rounded to float16."""
+        """Round to float16."""
         return scale.to(torch.float16).float()
 
     def codes(self, values: Tensor, lowest: Tensor) -> Tensor:
-        """value + zero."""
+        """Return value + zero point."""
         return (values - lowest).to(torch.uint8)
 
 
 class Fp8Grid(Grid):
-    """E4M3 or E5M2 with a float32 scale."""
+    """FP8 numbers (E4M3 or E5M2) with a float32 scale."""
 
     def __init__(self, scheme: Fp8Scheme) -> None:
         self._type, self.numbers = FP8_TYPES[scheme.form], 1 if scheme.form == "e4m3" else 2
@@ -110,22 +110,24 @@ class Fp8Grid(Grid):
         self._largest = float(torch.finfo(self._type).max)
 
     def trials(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """absmax / largest, and a few within the binade above it, whose gaps lie elsewhere."""
+        """Return absmax / largest number, and larger scales up to twice that, which place the FP8 numbers differently.
+
+        No trial clips, as none is smaller.
+        """
         largest = weights.abs().amax(0) / self._largest
         shrink = torch.exp2(-torch.arange(_FP8_SHRINK) / _FP8_SHRINK)
-        # Larger, not smaller: nothing is clipped, the largest weight becomes a number below the format's largest.
         return largest / shrink[:, None], torch.zeros_like(largest)
 
     def nearest(self, weights: Tensor, inverse: Tensor, lowest: Tensor) -> Tensor:
-        """Numbers of the format; past the largest, the largest."""
+        """Return the nearest numbers of the format, clipped to the largest."""
         del lowest
         return (weights * inverse).clamp_(-self._largest, self._largest).to(self._type).float()
 
     def stored(self, scale: Tensor) -> Tensor:
-        """As it is."""
+        """Return the scale unchanged."""
         return scale
 
     def codes(self, values: Tensor, lowest: Tensor) -> Tensor:
-        """The format's bits."""
+        """Return the bits of the FP8 numbers."""
         del lowest
         return values.to(self._type).view(torch.uint8)

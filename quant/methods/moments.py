@@ -1,21 +1,21 @@
-"""What a calibration remembers of the inputs of a matrix: their second moments, and how many there were."""
+"""Second moments of a matrix's calibration inputs, and their factors for GPTQ."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_WIDE = 1024  # columns from which on cutting H into blocks pays
+_WIDE = 1024  # columns from which computing H in blocks is faster
 
 
 class Moments:
     """H = sum over tokens of x x^T, for the inputs x [K] of a matrix [N, K].
 
-    With it, `tr(dW H dW^T)` is the summed squared error that the rounding errors dW [N, K] leave in the outputs.
+    tr(dW H dW^T) is the summed squared error of the outputs for rounding errors dW [N, K].
 
     Attributes:
-        hessian: float32 [K, K]. (The Hessian of the squared output error is twice this; the factor is of no matter.)
-        tokens: how many inputs were added.
+        hessian: H, float32 [K, K]. The Hessian of the squared output error is 2 H; the factor makes no difference.
+        tokens: Number of inputs added.
     """
 
     def __init__(self, hessian: Tensor, tokens: int) -> None:
@@ -28,13 +28,13 @@ class Moments:
 
     @classmethod
     def zeros(cls, columns: int) -> Moments:
-        """Of no tokens yet."""
+        """Return the moments of no tokens."""
         return cls(torch.zeros(columns, columns), 0)
 
     def add(self, inputs: Tensor) -> None:
-        """Count `inputs`, float32 [n, K]."""
+        """Add inputs, float32 [n, K]."""
         columns = inputs.shape[1]
-        # H is symmetric: blocks below the diagonal are those above it, which spares three eighths of the work.
+        # H is symmetric. Copying the blocks below the diagonal from those above saves three eighths of the work.
         step = columns // 4 if columns >= _WIDE else columns
         for start in range(0, columns, step):
             stop = start + step
@@ -46,14 +46,14 @@ class Moments:
         self._padded = None
 
     def factor(self, group: int, damping: float) -> Factor:
-        """The factor for groups of `group` columns; kept, because matrices with the same input share it."""
+        """Return the factor for groups of `group` columns; cached, because matrices with the same input share it."""
         key = (group, damping)
         if key not in self._factors:
             self._factors[key] = Factor(self.hessian, group, damping)
         return self._factors[key]
 
     def padded(self, columns: int) -> Moments:
-        """The same with further inputs, up to `columns`, that are always zero; kept, as factors are."""
+        """Return the moments with zero inputs added up to `columns`; cached like factors."""
         missing = columns - self.hessian.shape[0]
         if missing == 0:
             return self
@@ -62,23 +62,24 @@ class Moments:
         return self._padded
 
     def output_energy(self, weights: Tensor) -> float:
-        """tr(W H W^T) of `weights` [N, K]: the summed squares of their outputs."""
+        """Return tr(W H W^T) of `weights` [N, K], the summed squares of their outputs."""
         return float(((weights @ self.hessian) * weights).sum(dtype=torch.float64))
 
 
 class Factor:
-    """H in the order in which columns are rounded, and its factors H = (I + U) D (I + U)^T, U strictly upper.
+    """H in the order in which columns are rounded, and its factors: H = (I + U) D (I + U)^T with U strictly upper.
 
-    Groups stay whole, because their columns share a scale: those whose inputs are largest come first, and within a
-    group again the largest (the "activation order" of GPTQ's authors, kept within what contiguous groups allow). What
-    comes first is corrected by all that follows.
+    Groups with the largest inputs come first, and within a group the columns with the largest inputs. (This is GPTQ's
+    activation order with contiguous groups, whose columns share a scale.) The earlier a column, the more later columns
+    can correct its error.
 
     Attributes:
-        order: int64 [K], the columns in that order.
-        groups: int64 [K / group], the groups in that order.
-        hessian: float32 [K, K], H in that order, damped: `damping` times the mean of its diagonal is added to it.
-        feedback: float32 [K, K], U: column j is rounded after adding U[i, j] times the error of each earlier column i.
-        importance: float32 [K], D: the weight of a column's error once later columns have made up for what they can.
+        order: Columns in that order, int64 [K].
+        groups: Groups in that order, int64 [K / group].
+        hessian: H in that order, float32 [K, K], with `damping` times the mean of its diagonal added to the diagonal.
+        feedback: U, float32 [K, K]: before column j is rounded, U[i, j] times the error of each earlier column i is
+            added to it.
+        importance: D, float32 [K]: weight of a column's error after the correction by later columns.
     """
 
     def __init__(self, hessian: Tensor, group: int, damping: float) -> None:
@@ -89,7 +90,7 @@ class Factor:
         self.order = (self.groups[:, None] * group + inner).flatten()
         self.hessian = hessian[self.order][:, self.order]
         mean = float(diagonal.double().mean())
-        # Of inputs that were all zero nothing is known: every error counts alike.
+        # If all inputs were zero, all errors count equally.
         self.hessian.diagonal().add_(damping * mean if mean > 0 else 1.0)
         upper = _reversed_cholesky(self.hessian)
         scale = upper.diagonal().clone()
@@ -98,15 +99,15 @@ class Factor:
 
 
 def _reversed_cholesky(matrix: Tensor) -> Tensor:
-    """Upper triangular V with V V^T = matrix: Cholesky of the matrix with rows and columns reversed.
+    """Return the upper triangular V with V V^T = matrix, by Cholesky of the matrix with rows and columns reversed.
 
-    With this one factor GPTQ needs no inverse: rounding column by column with the errors fed back through U is the
-    same as the updates of its paper (QuIP, arXiv 2307.13304, section 3.1 and theorem 6).
+    With this factor GPTQ needs no inverse: rounding column by column with error feedback through U equals the updates
+    in its paper (QuIP, arXiv 2307.13304, section 3.1 and theorem 6).
     """
     flipped = matrix.flip(0, 1)
     lower, failed = torch.linalg.cholesky_ex(flipped)
     if int(failed):
-        # float32 was not enough for inputs that are nearly dependent; damping makes it positive in float64.
+        # float32 was not precise enough for nearly dependent inputs. In float64 damping makes it positive definite.
         lower = torch.linalg.cholesky(flipped.double()).float()
     upper: Tensor = lower.flip(0, 1)
     return upper

@@ -1,4 +1,4 @@
-"""Mixed precision: a scheme for every matrix, so that the model loses least at a given size."""
+"""Mixed precision: choose a scheme for every matrix so that the model loses least at a given size."""
 
 from __future__ import annotations
 

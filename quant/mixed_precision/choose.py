@@ -1,4 +1,4 @@
-"""The recipe that is expected to lose least within a number of bytes."""
+"""Choose the recipe with the least expected loss within a number of bytes."""
 
 from __future__ import annotations
 
@@ -23,26 +23,28 @@ from edgelm.tokenization.tokenizer import Tokenizer
 
 _GROUPS = {3: (32, 64, 128), 4: (32, 64, 128), 5: (32, 64, 128), 6: (32, 64, 128), 8: (64, 128)}
 SCHEMES = tuple(f"int{bits}-g{group}-sym" for bits, groups in _GROUPS.items() for group in groups)
-"""Candidates unless others are asked for: every number of bits, and the groups that pay."""
+"""Default candidates: every number of bits, with the groups that are worth their bytes."""
 TOKENS = 8192
 LENGTH = 256
 
 
 @dataclass(frozen=True)
 class MixedPrecision:
-    """A recipe, and what is expected of it.
+    """A mixed-precision recipe with its expected loss and size.
 
     Attributes:
-        recipe: the choice.
-        toml: the recipe with comments on what it costs.
-        choices: scheme, loss and bytes of every unit.
-        predicted: KL(float || quantised), nats a token, of weights rounded to nearest on text like the calibration's.
-        bound: no choice of these candidates has a smaller `predicted`.
-        nbytes: of the units in a native bundle.
-        file_bytes: of a native bundle's whole weights file, at most.
-        bits: mean of a weight of the units, scales included.
-        text: what was measured with, and `tokens` of it.
-        notes: what the user should know.
+        recipe: The recipe.
+        toml: The recipe as TOML, with comments on what each rule costs.
+        choices: Scheme, loss and bytes of every unit.
+        predicted: Expected KL(float || quantised) in nats per token, with weights rounded to nearest, on text like the
+            one measured with.
+        bound: Lower bound of `predicted` for any choice among the candidates.
+        nbytes: Bytes of the units in a native bundle.
+        file_bytes: Upper limit for the whole weights file of a native bundle, in bytes.
+        bits: Mean bits per weight over the units, scales included.
+        text: Name of the text measured with.
+        tokens: Number of its tokens.
+        notes: Notes for the user.
     """
 
     recipe: Recipe
@@ -59,10 +61,10 @@ class MixedPrecision:
 
 
 def parse_candidates(names: str) -> list[AnyScheme | None]:
-    """Read "int3-g32,int4-g64-sym,float": names of schemes, symmetric where they do not say, None for float.
+    """Parse a list of schemes such as "int3-g32,int4-g64-sym,float"; "-sym" is the default, and float gives None.
 
     Raises:
-        RecipeError: one is no scheme, or there are none.
+        RecipeError: A name is not a scheme, or the list is empty.
     """
     found: list[AnyScheme | None] = []
     for name in filter(None, (part.strip() for part in names.split(","))):
@@ -85,25 +87,31 @@ def mixed_precision_recipe(
     name: str = "mixed-precision",
     progress: Progress | None = None,
 ) -> MixedPrecision:
-    """Choose a scheme for every matrix, and every expert, of a float checkpoint.
+    """Choose a scheme for every matrix and every expert of a float checkpoint, for the least loss at a given size.
+
+    The loss of each matrix in each scheme is measured on a text (`edgelm.quant.mixed_precision.sensitivity`).
 
     Args:
-        checkpoint: folder, hub id, or open.
-        bits: mean bits of a weight over all matrices but the routers, scales included.
-        max_size: in place of `bits`, bytes of a native bundle's weights file.
-        text: to measure with, as `read_corpus` takes it; the built-in one without what is held out.
-        tokens: of it to measure with, in windows of at most 256.
-        schemes: candidates, None among them for float; default `SCHEMES`.
-        factors: by bits, what a better method than rounding to nearest leaves of the loss (1 where not given).
-        name: of the recipe.
-        progress: told of every layer.
+        checkpoint: Folder, hub id or open checkpoint.
+        bits: Mean bits per weight over all matrices except routers, scales included. Give this or `max_size`.
+        max_size: Largest size of a native bundle's weights file, in bytes.
+        text: Text to measure with: a UTF-8 file, a folder, "builtin" (without its held-out part), or a `Corpus`.
+        tokens: Tokens to measure with, in windows of at most 256.
+        schemes: Candidates; None in the list means float. Default: `SCHEMES`.
+        factors: By bits, the share of the loss that a better method than rounding to nearest leaves; 1 if not given.
+        name: Name of the recipe.
+        progress: Gets every layer.
+
+    Returns:
+        The recipe, with its expected loss and size.
 
     Raises:
-        RecipeError: `bits` or `max_size` is too small, the checkpoint is quantised, or a scheme does not fit.
-        EdgeLMError: there is too little text.
+        RecipeError: Both or neither of `bits` and `max_size` are given, they are too small, or the checkpoint is
+            quantised already.
+        EdgeLMError: There is too little text.
     """
     if (bits is None) == (max_size is None):
-        raise RecipeError("give either a number of bits or a size in bytes")
+        raise RecipeError("give either bits or max_size, not both or neither")
     if not isinstance(checkpoint, Checkpoint):
         with Checkpoint.open(checkpoint, progress) as opened:
             return mixed_precision_recipe(
@@ -123,15 +131,15 @@ def mixed_precision_recipe(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What can be known before anything is measured.
+    """Everything known before the measurement.
 
     Attributes:
-        units: what is chosen for.
-        candidates: schemes, None for float.
-        room: bytes for the units.
-        fixed: bytes of the rest of the weights file.
-        context: longest sequence.
-        has_router: whether there are routers, which stay float.
+        units: The units to choose schemes for.
+        candidates: Schemes; None for float.
+        room: Bytes for the units.
+        fixed: Bytes of the rest of the weights file.
+        context: Longest sequence of the model.
+        has_router: Whether the model has routers, which stay float.
     """
 
     units: Sequence[Unit]
@@ -149,7 +157,11 @@ class _Plan:
         max_size: int | None,
         schemes: Sequence[AnyScheme | None] | None,
     ) -> _Plan:
-        """Raise RecipeError where the limit is below the smallest possible, or the checkpoint no float one."""
+        """Make the plan.
+
+        Raises:
+            RecipeError: The limit is below the smallest possible size, or the checkpoint is quantised already.
+        """
         refuse_quantized(checkpoint)
         candidates = [parse_scheme(scheme) for scheme in SCHEMES] if schemes is None else list(schemes)
         if not candidates:
@@ -162,31 +174,31 @@ class _Plan:
         if room < smallest:
             least = f"{_ceil(8 * smallest / weights)} bits" if bits is not None else f"{smallest + fixed} bytes"
             raise RecipeError(
-                f"the smallest possible with these schemes is {least}"
-                f" ({', '.join(scheme_name(scheme) for scheme in candidates)}): allow more, or name smaller schemes"
+                f"the smallest possible size with these schemes is {least}"
+                f" ({', '.join(scheme_name(scheme) for scheme in candidates)}): allow more, or give smaller schemes"
             )
         return cls(units, candidates, room, fixed, decoder.context_length, decoder.first_moe is not None)
 
     @property
     def weights(self) -> int:
-        """Weights of all units."""
+        """Number of weights in all units."""
         return sum(unit.weights for unit in self.units)
 
     @property
     def quantised(self) -> list[AnyScheme]:
-        """The candidates but float."""
+        """The candidates without float."""
         return [scheme for scheme in self.candidates if scheme is not None]
 
     @property
     def nominal(self) -> AnyScheme:
-        """The scheme of integers in groups of 32 that comes next to the room there is."""
+        """The integer scheme with groups of 32 whose size is nearest to the limit."""
         bits = 8 * self.room / self.weights
         return min((Scheme(width, 32) for width in INTEGER_BITS), key=lambda scheme: abs(scheme.bits + 0.5 - bits))
 
     def choose(
         self, measured: Measured, factors: Mapping[int, float], name: str, text: str, tokens: int
     ) -> MixedPrecision:
-        """Solve for the losses measured."""
+        """Choose the schemes for the measured losses."""
         options = [[self._choice(one, scheme, factors) for scheme in self.candidates] for one in measured.units]
         solution = solve([[Option(c.nbytes, c.loss) for c in choices] for choices in options], self.room)
         choices = [found[pick] for found, pick in zip(options, solution.picks, strict=True)]
@@ -198,7 +210,7 @@ class _Plan:
             )
         unseen = sum(one.tokens == 0 for one in measured.units if one.unit.kind == "expert down")
         if unseen:
-            notes.append(f"{unseen} experts saw no token: they are taken to matter little; give more or other text")
+            notes.append(f"{unseen} experts saw no token and are taken to matter little: give more or other text")
         predicted = solution.loss + measured.swaps
         recipe, comments = make_recipe(name, choices, self.has_router)
         head = [
@@ -232,5 +244,5 @@ class _Plan:
 
 
 def _ceil(bits: float) -> float:
-    """Two digits, not below: what the message names must be enough."""
+    """Round up to two digits, so that the number in the message is large enough."""
     return math.ceil(100 * bits) / 100

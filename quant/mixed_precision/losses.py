@@ -1,4 +1,4 @@
-"""What is collected for each matrix and scheme while the gradients go by."""
+"""Collect the loss of each matrix in each scheme during the backward pass."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from edgelm.quant.scheme import AnyScheme
 from edgelm.slices import slices
 
 BELIEF = 4.0
-"""Tokens of a layer's average expert that each expert is thought to have seen in addition to its own."""
+"""Average tokens of the layer's experts that are added to each expert's own, as a prior."""
 
-_WEIGHTS = 1 << 22  # quantised at once: 16 MB of float32
+_WEIGHTS = 1 << 22  # weights quantised at once: 16 MB in float32
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What a unit loses.
+    """Measured losses of a unit.
 
     Attributes:
-        unit: the matrices.
-        losses: for each scheme, under the name that it has with a group that fits, nats a token.
-        tokens: that went through it.
+        unit: The unit.
+        losses: Loss in nats per token, by the name of the effective scheme.
+        tokens: Tokens that passed through the unit.
     """
 
     unit: Unit
@@ -42,17 +42,14 @@ class Losses:
     """Sums 1/2 error^2 F / tokens over the weights of every matrix, for every scheme.
 
     Args:
-        units: whose matrices.
-        schemes: candidates.
-        tokens: of all sequences together.
-
-    Raises:
-        RecipeError: a scheme fits some matrix with no group.
+        units: The units whose matrices are measured.
+        schemes: Candidates.
+        tokens: Tokens of all sequences together.
     """
 
     def __init__(self, units: Sequence[Unit], schemes: Sequence[AnyScheme], tokens: int) -> None:
         self.tokens = tokens
-        # Asked once: finding out reads a dozen files of the system, and there are thousands of matrices.
+        # Called once, because it reads a dozen files of the system and there are thousands of matrices.
         self._threads = allowed_cores()
         self._schemes: dict[str, list[AnyScheme]] = {}
         for unit in units:
@@ -62,7 +59,7 @@ class Losses:
         self._seen = dict.fromkeys(self._schemes, 0)
 
     def add(self, name: str, weight: NDArray[np.float32], fisher: NDArray[np.float32], tokens: int = 0) -> None:
-        """Add rows [N, K] of a matrix, with F_ii summed over all tokens [N, K], and `tokens` that went through it."""
+        """Add the loss of rows of a matrix [N, K], with F_ii summed over all tokens [N, K], and its tokens."""
         for rows in slices(len(weight), _WEIGHTS // weight.shape[1]):
             part, of_part = weight[rows], fisher[rows]
             for scheme in self._schemes[name]:
@@ -73,13 +70,13 @@ class Losses:
         self._seen[name] += tokens
 
     def rounded(self, name: str, weight: NDArray[np.float32], scheme: AnyScheme) -> NDArray[np.float32]:
-        """Return a matrix [N, K] as `scheme` has it."""
+        """Return a matrix [N, K] quantised with `scheme` and dequantised."""
         return rounded(weight, scheme, name=name, threads=self._threads)
 
     def add_matmul(self, name: str, weight: Tensor, x: Tensor, gradient: Tensor, groups: Tensor) -> None:
-        """Add a matrix [N, K] by what it was given [n, K] and the gradient of what it gave [n, N].
+        """Add the loss of a matrix [N, K] from its input [n, K] and the gradient of its output [n, N].
 
-        `groups` [n] are those of the rows, in rising order.
+        `groups` [n] are the groups of the rows, in ascending order.
         """
         fisher = torch.zeros_like(weight)
         for rows in runs(groups):
@@ -87,7 +84,7 @@ class Losses:
         self.add(name, weight.numpy(), fisher.numpy(), len(x))
 
     def of_units(self, units: Sequence[Unit]) -> list[Sensitivity]:
-        """The sums over the matrices of each unit."""
+        """Return the losses of each unit, summed over its matrices."""
         found = []
         for unit in units:
             names = list(unit.tensors)
@@ -97,14 +94,14 @@ class Losses:
 
 
 def runs(groups: Tensor) -> list[slice]:
-    """The runs of equal values in a rising sequence."""
+    """Return the slices of equal values in an ascending sequence."""
     counts = torch.unique_consecutive(groups, return_counts=True)[1]
     ends = cast("list[int]", counts.cumsum(0).tolist())
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _with_belief(found: Sequence[Sensitivity]) -> list[Sensitivity]:
-    """Experts that few of these tokens chose are chosen by other texts: each gets `BELIEF` average tokens."""
+    """Add the loss of `BELIEF` average tokens to each expert, since other text may choose other experts."""
     layers: dict[tuple[str, int | None], list[Sensitivity]] = {}
     for one in found:
         if one.unit.expert is not None:

@@ -1,7 +1,7 @@
-"""A choice of schemes as a recipe that people read and edit: few rules, and comments that say what each costs.
+"""Write a choice of schemes as a recipe with few rules, and comments on what each rule costs.
 
-Rules for single units come first, then what most experts of one layer have, then what most units of a kind have; the
-default is what most matrices have.
+Rules for single units come first, then rules for most experts of a layer, then rules for most units of a kind. The
+default is the most frequent scheme.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgelm.quant.scheme import AnyScheme
 
 @dataclass(frozen=True)
 class Choice:
-    """A unit with its scheme, what that is expected to lose (nats a token), its bytes, and the tokens measured with."""
+    """A unit with its scheme, expected loss in nats per token, bytes, and tokens measured with."""
 
     unit: Unit
     scheme: AnyScheme | None
@@ -28,7 +28,7 @@ class Choice:
 
 
 def make_recipe(name: str, choices: Sequence[Choice], has_router: bool) -> tuple[Recipe, list[str]]:
-    """Return the recipe, and a comment for each of its rules."""
+    """Return the recipe and a comment for each of its rules."""
     default = Counter(choice.scheme for choice in choices for _ in choice.unit.tensors).most_common(1)[0][0]
     single: list[tuple[Rule, str]] = []
     of_layer: list[tuple[Rule, str]] = []
@@ -63,7 +63,7 @@ def make_recipe(name: str, choices: Sequence[Choice], has_router: bool) -> tuple
 
 
 def to_toml(recipe: Recipe, comments: Sequence[str], head: Sequence[str]) -> str:
-    """Return the recipe's TOML with a comment before it and one at each rule."""
+    """Return the recipe's TOML, with the comment `head` before it and a comment at each rule."""
     top, *blocks = recipe.to_toml().split("\n[[rule]]\n")
     assert len(blocks) == len(comments)
     lines = [*(f"# {line}".rstrip() for line in head), top.rstrip("\n")]
@@ -73,7 +73,7 @@ def to_toml(recipe: Recipe, comments: Sequence[str], head: Sequence[str]) -> str
 
 
 def table(choices: Sequence[Choice]) -> list[Mapping[str, object]]:
-    """For each kind of unit: weights, mean bits, nats a token, and how many units have which scheme."""
+    """Return, for each kind of unit, its weights, mean bits, loss in nats per token, and units per scheme."""
     rows: list[Mapping[str, object]] = []
     for kind in dict.fromkeys(choice.unit.kind for choice in choices):
         members = [choice for choice in choices if choice.unit.kind == kind]
@@ -92,7 +92,7 @@ def table(choices: Sequence[Choice]) -> list[Mapping[str, object]]:
 
 
 def scheme_name(scheme: AnyScheme | None) -> str:
-    """The name of a scheme, "float" for none."""
+    """Return the name of a scheme, or "float" for None."""
     return "float" if scheme is None else scheme.name
 
 
@@ -102,9 +102,10 @@ def _comment(choices: Sequence[Choice]) -> str:
 
 
 def _pattern(unit: Unit, layer: str, expert: str) -> str:
-    """The pattern of a unit's matrices, or with "*" of those of all layers or experts.
+    """Return the pattern of a unit's matrices; `layer` or `expert` may be "*" for all of them.
 
-    Of the parts of a name between dots, the layer is the first that is its number, the expert the last.
+    Among the parts of a name between dots, the first equal to the layer's number is the layer, and the last equal to
+    the expert's number is the expert.
     """
     names = [name.split(".") for name in unit.tensors]
     if unit.layer is None:
@@ -117,7 +118,7 @@ def _pattern(unit: Unit, layer: str, expert: str) -> str:
 
 
 def _any_of(words: Sequence[str]) -> str:
-    """A pattern of these words and few others: [qkv]_proj, [gu]*_proj, w[13]."""
+    """Return a pattern that matches these words and few others, such as [qkv]_proj, [gu]*_proj or w[13]."""
     if len(words) == 1:
         return words[0]
     start = _common_start(words)

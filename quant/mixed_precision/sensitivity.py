@@ -1,18 +1,18 @@
-"""How much each matrix loses in each scheme: the expected KL(float || quantised), to second order.
+"""Measure the loss of each matrix in each scheme: the expected KL(float || quantised), to second order.
 
-The KL between the model's next-token distribution before and after a small change d of the weights is d^T F d / 2, F
-the Fisher matrix: the mean of g g^T, g the gradient of log p(y | context) with y *drawn from the model* (Martens, arXiv
-1412.1193, section 5). Rounding errors of different weights are nearly independent and have no sign in common, so of
-d^T F d remains the sum over weights of error^2 F_ii (SqueezeLLM weighs its clusters so, arXiv 2306.07629, with the
-text's own tokens). An expert's gradient is zero for tokens that do not choose it: how often it is chosen, and by how
-much it counts when it is, are in F already. What an MoE loses when experts are swapped comes on top (`routing`).
+The KL between the next-token distributions before and after a small change d of the weights is d^T F d / 2. F is the
+Fisher matrix, the mean of g g^T, where g is the gradient of log p(y | context) with y *drawn from the model* (Martens,
+arXiv 1412.1193, section 5). Rounding errors of different weights are nearly independent with mean zero, so d^T F d is
+about the sum over weights of error^2 F_ii. (SqueezeLLM, arXiv 2306.07629, weights its clusters in the same way, with
+the text's own tokens.) The gradient of an expert is zero for tokens that do not choose it, so F accounts for how often
+an expert is chosen and with what weight. The loss of an MoE from swapped experts is added (`routing`).
 
-F_ii is the square of the gradient of a whole group of sequences, all tokens at once: the drawn tokens are independent,
-so what different positions add to each other has mean zero, and a few groups serve as well as many.
+F_ii is computed as the square of the gradient of a whole group of sequences, all tokens at once. The drawn tokens are
+independent, so cross terms of different positions have mean zero, and a few groups are as good as many.
 
-The gradient is computed layer by layer from disk: one sweep forward keeps the residual stream between layers, one back
-computes each layer again with its gradients. In memory: one layer's attention weights, one expert, one block of the
-head, and the residual stream before every layer.
+The gradient is computed layer by layer from disk. A forward pass keeps the residual stream between layers; a backward
+pass computes each layer again, with gradients. In memory are one layer's attention weights, one expert, one block of
+the head, and the residual stream before every layer.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from edgelm.reference.layerwise import HEAD_BLOCK_BYTES, LayerWeights, embedding
 Ints = NDArray[np.int64]
 
 GROUPS = 16
-"""Gradients that are squared apart, at most one a sequence."""
+"""Number of groups of sequences, whose gradients are squared separately."""
 
-_NOISY_SHARE = 4  # of the sequences, one in so many says how noisy the routers' inputs get
+_NOISY_SHARE = 4  # one in this many sequences measures the noise of the routers' inputs
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What quantisation loses.
+    """Measured losses.
 
     Attributes:
-        units: by unit and scheme.
-        swaps: nats a token to be added to any sum of these: the constant of `routing`; 0 for a dense model.
+        units: Losses of each unit in each scheme.
+        swaps: Constant to add to any sum of these, in nats per token (`routing`); 0 for a dense model.
     """
 
     units: list[Sensitivity]
@@ -69,20 +69,19 @@ def measure(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Measured:
-    """Measure every unit of a float checkpoint.
+    """Measure the loss of every unit of a float checkpoint in every scheme.
 
     Args:
-        checkpoint: float.
-        windows: token ids, all of one length.
-        schemes: candidates; a group that does not fit a matrix shrinks for it.
-        nominal: a scheme of about the bits that will be chosen: how often experts are swapped depends on it. None is
-            int4 in groups of 32.
-        seed: of what is drawn.
-        progress: told of every layer and of the head.
+        checkpoint: The float checkpoint.
+        windows: Token ids, all of the same length.
+        schemes: Candidates. A group that does not divide a row is replaced by a smaller one.
+        nominal: A scheme with about the bits that will be chosen, which determines how often experts are swapped. None
+            for int4 in groups of 32.
+        seed: Seed of the random numbers.
+        progress: Gets every layer and the head.
 
     Raises:
-        RecipeError: a scheme fits some matrix with no group.
-        CheckpointError: a weight is not finite.
+        CheckpointError: A weight is not finite.
     """
     sweep = _Sweep(checkpoint, windows, schemes, nominal or Scheme(4, 32), seed)
     return sweep.run(progress or Silent())
@@ -112,9 +111,9 @@ class _Sweep:
         self.constant = 0.0
 
     def run(self, progress: Progress) -> Measured:
-        """Forward, head, and back."""
+        """Run the forward pass, the head and the backward pass."""
         layers = self.decoder.num_layers
-        # A layer backwards, with its matrices in every scheme, takes about four times as long as forwards.
+        # The backward pass of a layer, with its matrices in every scheme, takes about four times as long as forward.
         with progress.task("sensitivity", 5 * layers + 4, unit="steps") as advance:
             streams = self._forward(advance)
             gradient = self._head(streams.pop())
@@ -129,14 +128,14 @@ class _Sweep:
 
     @torch.no_grad()
     def _forward(self, advance: Advance) -> list[Tensor]:
-        """The residual stream [B, T, D] before each layer and after the last."""
+        """Return the residual stream [B, T, D] before each layer and after the last."""
         rows, places = embedding_rows(self.decoder, self.checkpoint.read_float32, self.ids.numpy())
         streams = [torch.from_numpy(rows[places])]
         noisy = streams[0][: -(-len(self.ids) // _NOISY_SHARE)]
         for index in range(self.decoder.num_layers):
             trace, quantised = Trace(), Trace()
             streams.append(self._layer_from_disk(index).layer(index, streams[-1], None, trace))
-            # The noisy stream is needed as long as some layer's routers choose.
+            # The noisy stream is needed as long as a router of this or a later layer has a choice.
             if any(self._chooses(moe) for moe in map(self.decoder.moe, range(index, self.decoder.num_layers))):
                 noisy = self._layer_from_disk(index, self._read_quantised).layer(index, noisy, None, quantised)
             moe = self.decoder.moe(index)
@@ -149,7 +148,7 @@ class _Sweep:
 
     @staticmethod
     def _chooses(moe: MoE | None) -> TypeGuard[MoE]:
-        """Whether experts can be swapped: not where every expert always acts."""
+        """Return whether experts can be swapped, which needs more experts than are active."""
         return moe is not None and len(moe.experts) > moe.k
 
     def _layer_from_disk(
@@ -168,9 +167,9 @@ class _Sweep:
     # -- head ----------------------------------------------------------------------------------------------------------
 
     def _head(self, stream: Tensor) -> Tensor:
-        """Draw tokens; measure the head; return the gradient of log p(drawn) by the residual stream [B, T, D].
+        """Draw tokens and measure the head; return the gradient of log p(drawn) by the residual stream, [B, T, D].
 
-        For the head itself nothing need be drawn: the Fisher matrix of the logits is diag(p) - p p^T.
+        The head itself needs no drawn tokens, as the Fisher matrix of the logits is diag(p) - p p^T.
         """
         leaf = stream.requires_grad_()
         run = Interpreter(self.decoder, lambda name: torch.from_numpy(self.checkpoint.read_float32(name)))
@@ -193,7 +192,7 @@ class _Sweep:
             yield rows.start, weight
 
     def _draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Log of the softmax's denominator [N], and a token [N] drawn from it: the largest of logit + Gumbel noise."""
+        """Return the log of the softmax's denominator, [N], and drawn tokens, [N]: argmax of logit + Gumbel noise."""
         total = torch.full((len(x),), -torch.inf)
         best, drawn = total.clone(), torch.zeros(len(x), dtype=torch.int64)
         for start, weight in self._head_blocks():
@@ -208,7 +207,7 @@ class _Sweep:
     # -- back ----------------------------------------------------------------------------------------------------------
 
     def _layer(self, index: int, stream: Tensor, gradient: Tensor) -> Tensor:
-        """Measure a layer's matrices; return the gradient by what goes into it."""
+        """Measure a layer's matrices; return the gradient by its input."""
         run = self._layer_from_disk(index)
         blocks = self.decoder.layers[index]
         streams = [stream]
@@ -240,11 +239,11 @@ class _Sweep:
         return gradient + torch.autograd.grad(normed, x, by_leaf)[0]
 
     def _watched(self, run: Interpreter, groups: Tensor) -> Interpreter:
-        """The same with every matmul measured; `groups` are those of the rows."""
+        """Return an interpreter that measures every matmul; `groups` are the groups of the rows."""
         return Interpreter(run.decoder, run.read, _Watch(self.losses, run, groups))
 
     def _moe(self, run: Interpreter, moe: MoE, x: Tensor, gradient: Tensor) -> Tensor:
-        """Measure an MoE, one expert in memory at a time; the gradient by x [B, T, D]."""
+        """Measure a MoE, with one expert in memory at a time; return the gradient by x [B, T, D]."""
         flat, by_output = x.detach().flatten(0, 1), gradient.flatten(0, 1)  # [N, D]
         logits, chosen, shares = (part.flatten(0, 1) for part in run.route(moe, x))  # [N, E], [N, A], [N, A]
         margin = Margin.of(logits.detach(), moe.k) if self._chooses(moe) else None
@@ -254,7 +253,7 @@ class _Sweep:
             refused = tokens[:0] if margin is None else (margin.next == index).nonzero()[:, 0]
             if len(tokens) + len(refused) == 0:
                 continue
-            once = Interpreter(self.decoder, functools.cache(run.read))  # an expert's weights are kept by nobody else
+            once = Interpreter(self.decoder, functools.cache(run.read))  # caches this expert's weights only
             by_next[refused] = (once.dense(expert, flat[refused]) * by_output[refused]).sum(-1)
             if len(tokens) == 0:
                 continue
@@ -272,7 +271,7 @@ class _Sweep:
     def _swaps(
         self, index: int, margin: Margin, shares: Tensor, by_shares: Tensor, by_next: Tensor, by_logits: Tensor
     ) -> Tensor:
-        """Add what the cost of swaps adds to the gradient by the router's logits [N, E]."""
+        """Add the loss from swapped experts to the gradient by the router's logits, [N, E]."""
         last = shares[:, -1]
         change = last * (-margin.gap).exp() * by_next - last * by_shares[:, -1]
         swaps = Swaps.of(margin.gap, change, self.noise[index])
@@ -282,7 +281,7 @@ class _Sweep:
         return by_logits.scatter_(1, margin.next[:, None], -seed[:, None])
 
     def _embedding(self, gradient: Tensor) -> None:
-        """The table by the gradient [B, T, D] of what was looked up; rows that no token reads lose nothing here."""
+        """Measure the embedding from the gradient of the rows looked up, [B, T, D]; unused rows have no loss."""
         table, found = embedding_rows(self.decoder, self.checkpoint.read_float32, self.ids.numpy())
         flat, places = gradient.flatten(0, 1), torch.from_numpy(found).flatten()
         fisher = torch.zeros(table.shape)
@@ -293,7 +292,7 @@ class _Sweep:
 
 
 class _Watch(Hooks):
-    """Lets every matmul be measured when the gradient of its output is known."""
+    """Hooks that measure every matmul once the gradient of its output is known."""
 
     def __init__(self, losses: Losses, run: Interpreter, groups: Tensor) -> None:
         self._losses = losses
@@ -301,10 +300,10 @@ class _Watch(Hooks):
         self._groups = groups
 
     def outputs(self, matrix: Matrix, x: Tensor, y: Tensor) -> None:
-        """Wait for the gradient of y [B, T, rows], which `matrix` made of x [B, T, columns]."""
+        """Measure `matrix`, which computed y [B, T, rows] from x [B, T, columns], once the gradient of y is known."""
         weight, rows = self._run.read(matrix.name).float(), x.detach().flatten(0, -2)
 
         def measured(gradient: Tensor) -> None:
             self._losses.add_matmul(matrix.name, weight, rows, gradient.flatten(0, -2), self._groups)
 
-        y.register_hook(measured)  # type: ignore[no-untyped-call]  # torch has no types there
+        y.register_hook(measured)  # type: ignore[no-untyped-call]  # torch has no types for it

@@ -1,10 +1,10 @@
-"""Which option to take of each unit, so that the losses add up to least within a limit of bytes.
+"""Choose one option per unit with the least sum of losses within a limit of bytes.
 
-This is the multiple-choice knapsack. Only options on the lower convex hull of a unit's (bytes, loss) are worth their
-bytes in its linear relaxation, and going along all hulls in the order of their slopes solves the relaxation (Sinha and
-Zoltners, "The multiple-choice knapsack problem", Operations Research 27, 1979). The relaxation's loss bounds that of
-every choice there is; what the greedy choice leaves free is then filled by upgrades, and by exchanges of one
-upgrade for one downgrade, as long as one of them gains.
+This is the multiple-choice knapsack problem. Its linear relaxation uses only options on the lower convex hull of a
+unit's (bytes, loss), and is solved by steps along all hulls in the order of their slopes (Sinha and Zoltners, "The
+multiple-choice knapsack problem", Operations Research 27, 1979). The loss of the relaxation is a lower bound for every
+choice. The bytes that this greedy choice leaves are used for upgrades, and for pairs of one upgrade and one downgrade,
+as long as they reduce the loss.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Option:
-    """One way to store a unit: its bytes and what it loses."""
+    """One way to store a unit: its bytes and its loss."""
 
     nbytes: int
     loss: float
@@ -28,10 +28,10 @@ class Solution:
     """A choice for every unit.
 
     Attributes:
-        picks: the index of each unit's option.
-        nbytes: sum of the options' bytes.
-        loss: sum of their losses.
-        bound: no choice within the limit loses less than this.
+        picks: Index of each unit's option.
+        nbytes: Sum of the options' bytes.
+        loss: Sum of their losses.
+        bound: Lower bound of the loss of any choice within the limit.
     """
 
     picks: tuple[int, ...]
@@ -42,7 +42,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class _Move:
-    """Another option for a unit, by what it changes."""
+    """A change of a unit to another option, with the bytes it adds and the loss it saves."""
 
     unit: int
     to: int
@@ -51,14 +51,14 @@ class _Move:
 
 
 def solve(units: Sequence[Sequence[Option]], limit: int) -> Solution:
-    """Choose one option of each unit.
+    """Choose one option per unit.
 
     Args:
-        units: the options of each, at least one.
-        limit: bytes for all of them.
+        units: Options of each unit, at least one.
+        limit: Bytes for all units together.
 
     Raises:
-        ValueError: even the smallest options take more than `limit`.
+        ValueError: Even the smallest options take more than `limit`.
     """
     hulls = [_hull(options) for options in units]
     picks = [hull[0] for hull in hulls]
@@ -70,7 +70,7 @@ def solve(units: Sequence[Sequence[Option]], limit: int) -> Solution:
     blocked: set[int] = set()
     for step in _steps(units, hulls):
         if bound is None and step.nbytes > left:
-            # The relaxation takes the part of this step that fits, and is at its end.
+            # The relaxation ends with the fraction of this step for which there are bytes.
             bound = loss - step.gain * left / step.nbytes
         if step.nbytes > left or step.unit in blocked:
             blocked.add(step.unit)
@@ -81,14 +81,14 @@ def solve(units: Sequence[Sequence[Option]], limit: int) -> Solution:
     _improve(units, picks, left)
     chosen = [options[pick] for options, pick in zip(units, picks, strict=True)]
     loss = sum(option.loss for option in chosen)
-    # Rounding of sums must not put the bound above what was reached.
+    # Rounding of sums must not put the bound above the loss.
     return Solution(
         tuple(picks), sum(option.nbytes for option in chosen), loss, loss if bound is None else min(bound, loss)
     )
 
 
 def _hull(options: Sequence[Option]) -> list[int]:
-    """Options on the lower convex hull from the smallest to the least loss: bytes rise, and gains for a byte fall."""
+    """Return the options on the lower convex hull, from the smallest one to that of least loss."""
     order = sorted(range(len(options)), key=lambda i: (options[i].nbytes, options[i].loss))
     hull: list[int] = []
     for i in order:
@@ -101,12 +101,12 @@ def _hull(options: Sequence[Option]) -> list[int]:
 
 
 def _slope(options: Sequence[Option], first: int, second: int) -> float:
-    """Gain for a byte from one option to a larger one."""
+    """Return the loss saved per byte by changing to a larger option."""
     return (options[first].loss - options[second].loss) / (options[second].nbytes - options[first].nbytes)
 
 
 def _steps(units: Sequence[Sequence[Option]], hulls: Sequence[list[int]]) -> list[_Move]:
-    """All steps along the hulls, the most gain for a byte first; those of one unit stay in order."""
+    """Return all steps along the hulls, largest gain per byte first; the steps of a unit stay in order."""
     steps = [
         _Move(unit, second, *_change(units[unit], first, second))
         for unit, hull in enumerate(hulls)
@@ -120,7 +120,7 @@ def _change(options: Sequence[Option], old: int, new: int) -> tuple[int, float]:
 
 
 def _improve(units: Sequence[Sequence[Option]], picks: list[int], left: int) -> None:
-    """Apply, as long as there is one, the best change of one unit, or of two, that `left` bytes allow."""
+    """Apply the best change of one or two units within `left` bytes until there is none."""
     while True:
         moves = [
             _Move(unit, new, *_change(options, picks[unit], new))
@@ -137,9 +137,9 @@ def _improve(units: Sequence[Sequence[Option]], picks: list[int], left: int) -> 
 
 
 def _best_exchange(moves: Sequence[_Move], left: int) -> list[_Move] | None:
-    """The change, or pair of changes of different units, that gains most within `left` more bytes."""
+    """Return the change, or the pair of changes of different units, with the largest gain within `left` more bytes."""
     gaining = sorted((move for move in moves if move.gain > 0), key=lambda move: move.nbytes)
-    # For every prefix by bytes the best move, and the best one of another unit than that.
+    # For every prefix by bytes: the best move, and the best move of another unit.
     sizes = [move.nbytes for move in gaining]
     firsts: list[_Move] = []
     seconds: list[_Move | None] = []
@@ -159,7 +159,7 @@ def _best_exchange(moves: Sequence[_Move], left: int) -> list[_Move] | None:
         if first is None:
             return
         total = first.gain + (0.0 if giving is None else giving.gain)
-        # Beyond what rounding in a sum of losses can make up.
+        # The gain must exceed rounding errors of the sum.
         if total > gain and total > 1e-12 * first.gain:
             best, gain = [first] if giving is None else [giving, first], total
 

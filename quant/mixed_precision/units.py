@@ -1,4 +1,4 @@
-"""What mixed precision chooses for: matrices that have one type in a bundle, and the bytes of each in any scheme."""
+"""Units of mixed precision: matrices that share a scheme, and their bytes in each scheme."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from edgelm.models.spec import EMBEDDING, HEAD, Decoder, MoE
 from edgelm.quant.scheme import AnyScheme, Scheme
 
 PAGE = 4096
-"""Where tensors of a bundle's weights file start: at multiples of this."""
+"""Tensors of a bundle's weights file start at multiples of this."""
 
-# Matrices of a layer that share an input and are one matmul in the native operators, which store them in one type.
+# Matrices of a layer with the same input. They are one matmul in the native operators, which store them in one type.
 _JOINED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate+up", "up": "gate+up"}
 KINDS = ("embedding", "head", "qkv", "o", "gate+up", "down", "expert gate+up", "expert down")
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Matrices that get one scheme.
+    """Matrices that share a scheme.
 
     Attributes:
-        kind: one of `KINDS`; a head that is tied to the embedding is a "head".
-        tensors: names and shapes (N, K); all have the same K.
-        layer: its index, None for the tables of the vocabulary.
-        expert: its index, None outside experts.
+        kind: One of `KINDS`; a tied head is a "head".
+        tensors: Names and shapes (N, K), all with the same K.
+        layer: Index of the layer; None for embedding and head.
+        expert: Index of the expert; None outside experts.
     """
 
     kind: str
@@ -37,7 +37,7 @@ class Unit:
 
     @property
     def weights(self) -> int:
-        """Weights of all its matrices."""
+        """Number of weights in its matrices."""
         return sum(rows * columns for rows, columns in self.tensors.values())
 
     @property
@@ -46,14 +46,13 @@ class Unit:
         return next(iter(self.tensors.values()))[1]
 
     def effective(self, scheme: AnyScheme) -> AnyScheme:
-        """Return `scheme` with the group that fits the rows."""
+        """Return `scheme` with the group for rows of this width (`AnyScheme.effective`)."""
         return scheme.effective(self.columns)
 
     def nbytes(self, scheme: AnyScheme | None, float_bytes: int = 2) -> int:
-        """Bytes in a native bundle: header, and whole tiles of 32 rows of codes, scales and zero points.
+        """Return the bytes in a native bundle: the header, and whole tiles of 32 rows of codes, scales and zero points.
 
-        `scheme` None is float, `float_bytes` a weight. Joined gate and up are tiles of their own each; q, k and v are
-        stacked first.
+        Scheme None means float, with `float_bytes` per weight. gate and up have separate tiles; q, k and v are stacked.
         """
         swiglu = self.kind.endswith("gate+up")
         rows, columns = sum(n for n, _ in self.tensors.values()), self.columns
@@ -70,7 +69,7 @@ class Unit:
 
 
 def find_units(decoder: Decoder) -> list[Unit]:
-    """Group the matrices of a model; routers and vectors stay float. By layer, kind, expert."""
+    """Group the matrices of a model into units, ordered by layer, kind and expert; routers stay float."""
     found: dict[tuple[str, int | None, int | None], dict[str, tuple[int, int]]] = {}
     for name, matrix in decoder.matrices.items():
         if matrix.role == "router":
@@ -88,9 +87,9 @@ def find_units(decoder: Decoder) -> list[Unit]:
 
 
 def fixed_bytes(decoder: Decoder) -> int:
-    """Bytes of a native bundle's weights file besides the units: what stays float32, tables of positions and padding.
+    """Return the bytes of a native bundle's weights file besides the units: float32 tensors, RoPE tables and padding.
 
-    Every tensor starts at a page, so up to a page of each is padding: all of it is counted.
+    Every tensor starts at a page, so a page of padding is counted for each.
     """
     vectors = [shape[0] for shape in decoder.tensor_shapes.values() if len(shape) == 1]
     moes = [block.part for block in decoder.blocks if isinstance(block.part, MoE)]
@@ -98,7 +97,7 @@ def fixed_bytes(decoder: Decoder) -> int:
     tables = {attention.rope for attention in decoder.attention}
     of_tables = len(tables) * 2 * decoder.context_length * (decoder.attention[0].head_dim // 2) * 4
     of_experts = sum(HEADER_BYTES + 16 * len(moe.experts) for moe in moes)
-    # Matrices and packed experts of each layer, and the tables of the vocabulary, one of which is split in two.
+    # Matrices and packed experts of each layer, the embedding and the head, one of which may be split in two.
     stacked = sum(3 if decoder.moe(layer) else 4 for layer in range(decoder.num_layers)) + 3
     tensors = stacked + len(moes) + len(vectors) + 2 * len(tables)
     return 4 * sum(vectors) + of_routers + of_tables + of_experts + tensors * PAGE

@@ -341,7 +341,7 @@ def test_an_interrupted_run_resumes_with_the_same_result(
     layers = [note[:7] for note in (*first.notes, *second.notes) if note.startswith("layer ")]
     assert layers == ["layer 0", "layer 1"]  # each once
     if first.notes:
-        assert "the same command goes on" in first.notes[-1]
+        assert "run the same command again to resume" in first.notes[-1]
 
 
 @pytest.mark.parametrize("failing", ["save_streams", "save_head"])
@@ -379,7 +379,7 @@ def test_a_killed_run_resumes(whole: Path, checkpoints: dict[str, Path], text: P
         process.send_signal(signal.SIGKILL)
     progress = Notes()
     calibrate_checkpoint(checkpoints["olmoe"], out, INT4, text=text, progress=progress, **SMALL)
-    assert "going on with layer 1 of 2" in progress.notes[0]
+    assert "resuming at layer 1 of 2" in progress.notes[0]
     assert contents(out) == contents(whole)
 
 
@@ -393,7 +393,7 @@ def test_state_of_another_run_is_replaced_with_a_note(
         calibrate_checkpoint(checkpoints["olmoe"], out, PRESETS["int8"], text=text, progress=stop, **other)
     again = Notes()
     calibrate_checkpoint(checkpoints["olmoe"], out, INT4, text=text, progress=again, **SMALL)
-    assert "another recipe, samples, tokens: starting anew" in again.notes[0]
+    assert "another recipe, samples, tokens: starting again" in again.notes[0]
     assert contents(out) == contents(whole)
 
 
@@ -517,7 +517,7 @@ def test_experts_with_too_few_tokens_are_rounded_to_nearest_and_named(
     assert [(f.layer, f.expert) for f in made.report.fallbacks] == [(i, e) for i in range(2) for e in range(6)]
     said = [note for note in progress.notes if "too few tokens" in note]
     assert len(said) == 12
-    assert "layer 1, expert 5 saw" in said[-1]
+    assert "layer 1, expert 5 has too few tokens" in said[-1]
     written = json.loads((tmp_path / "q" / CALIBRATION_FILE).read_text())
     assert written["fallbacks"][-1] == {"layer": 1, "expert": 5, "tokens": made.report.fallbacks[-1].tokens}
     assert written["methods"]["rtn"] >= 36

@@ -218,7 +218,7 @@ def test_a_smoothed_run_resumes_with_its_scales(checkpoints: dict[str, Path], te
     again = Watched()
     calibrate_checkpoint(olmoe, out, INT8, progress=again, **given)
     assert "smoothing" not in again.tasks
-    assert "smoothed already" in again.notes[0]
+    assert "resuming with smoothed weights" in again.notes[0]
     assert contents(out) == contents(tmp_path / "whole")
 
 
@@ -229,7 +229,7 @@ def test_state_with_other_smoothing_is_not_resumed(checkpoints: dict[str, Path],
         calibrate_checkpoint(fox, out, INT8, text=text, smoothing="weights", progress=stop, **SMALL)
     again = Watched()
     calibrate_checkpoint(fox, out, INT8, text=text, progress=again, **SMALL)
-    assert "another smoothing: starting anew" in again.notes[0]
+    assert "another smoothing: starting again" in again.notes[0]
     assert "smoothing" not in again.tasks
     with Checkpoint.open(fox) as original, Checkpoint.open(out) as made:
         norm = "model.layers.0.input_layernorm.weight"
@@ -259,7 +259,7 @@ def test_scales_are_stored_exactly(tmp_path: Path) -> None:
 def test_smoothing_of_unknown_kind_or_without_text_is_refused(
     checkpoints: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(EdgeLMError, match="activations or weights, not 'both'"):
+    with pytest.raises(EdgeLMError, match="no smoothing for 'both': give activations or weights"):
         calibrate_checkpoint(checkpoints["fox"], tmp_path / "q", INT8, text=text, smoothing="both", **SMALL)
     base = [str(checkpoints["fox"]), "-o", str(tmp_path / "q"), "--smooth"]
     alone = CliRunner().invoke(quantize_command, [*base, "weights"])
