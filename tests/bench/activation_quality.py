@@ -1,10 +1,10 @@
-"""What do quantised activations and caches cost the tiny trained models? For docs/performance/quality.md.
+"""How much do quantised activations and KV caches lose on the tiny trained models? For docs/performance/quality.md.
 
     python tests/bench/activation_quality.py [MODEL ...] [--windows N] [--only TEXT]
 
-Mean KL(float || quantised), in nats a token, of the PyTorch reference with rounded weights, activations and caches, on
-text held out from training and calibration, in windows of 256 tokens; the error is that of the mean over windows.
-Weights are rounded to nearest. Deterministic for one interpreter.
+Measures the mean KL(float || quantised) in nats per token of the PyTorch reference with quantised weights, activations
+and caches, on text held out from training and calibration, in windows of 256 tokens. The error is the standard error of
+the mean over windows. Weights are rounded to nearest. Deterministic for one interpreter.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CALIBRATION = 64
 
 @dataclass(frozen=True)
 class Line:
-    """What a variant came to: KL and its standard error in nats a token, and first choices kept."""
+    """Result of a variant: KL and its standard error in nats per token, and top-1 agreement."""
 
     name: str
     kl: float
@@ -49,7 +49,7 @@ class Line:
 
 
 class Model:
-    """A tiny checkpoint with windows of text to judge by and others to calibrate on."""
+    """A tiny checkpoint with windows of text for evaluation and for calibration."""
 
     def __init__(self, name: str, count: int) -> None:
         self.checkpoint = Checkpoint.open(CHECKPOINTS / name)
@@ -60,7 +60,7 @@ class Model:
 
     @cached_property
     def ranges(self) -> RangeRecorder:
-        """Of the float model's activations."""
+        """Return the ranges of the float model's activations."""
         return record_ranges(self.checkpoint.decoder, self.checkpoint, self.calibration)
 
     @torch.no_grad()
@@ -70,14 +70,14 @@ class Model:
             yield torch.log_softmax(module(ids), dim=-1)
 
     def source(self, recipe: Recipe, checkpoint: Checkpoint | None = None) -> WeightSource:
-        """One recipe serves both models: rules for what this one lacks are left out."""
+        """Return the weights under a recipe. Rules for matrices that this model lacks are omitted."""
         rules = tuple(
             rule for rule in recipe.rules if not rule.pattern or matching(self.checkpoint.tensors, rule.pattern)
         )
         return WeightSource(checkpoint or self.checkpoint, replace(recipe, rules=rules), threads=1)
 
     def measure(self, name: str, module: Any) -> Line:
-        """Run every window, compare."""
+        """Run every window and compare with the float model."""
         kl: list[float] = []
         kept: list[float] = []
         for expected, found in zip(self.reference, self._log_probabilities(module), strict=True):
@@ -87,7 +87,7 @@ class Model:
 
 
 def recipe(default: str, activations: str = "float", kv: str = "auto", tables: str = "int8-g128-sym") -> Recipe:
-    """A recipe of the presets' form: router float, tables as given."""
+    """Return a recipe in the form of the presets: router float, embedding and head as given."""
     of_tables = tuple(
         Rule(name, None if tables == "float" else parse_scheme(tables))
         for name in ("model.embed_tokens.weight", "lm_head.weight")
@@ -113,7 +113,7 @@ def rounded(recipe: Recipe, method: str = "absmax", **options: Any) -> Callable[
 
 
 def static_cache(recipe: Recipe, kind: str, channels: bool) -> Callable[[Model], Any]:
-    """The same with calibrated scales of the cache."""
+    """Like `rounded`, with calibrated scales of the KV cache."""
 
     def module(model: Model) -> Any:
         scales: dict[int, KvScales] = model.ranges.kv_scales(kind, channels=channels)
@@ -123,7 +123,7 @@ def static_cache(recipe: Recipe, kind: str, channels: bool) -> Callable[[Model],
 
 
 def variants() -> Iterator[Variant]:
-    """The lines of the table."""
+    """Yield the lines of the table."""
     for weights in ("int8-g32-sym", "int8-row-sym"):
         yield f"{weights}, activations float", rounded(recipe(weights))
         yield f"{weights}, int8 in blocks of 32", rounded(recipe(weights, "auto"), auto="int8-b32")
@@ -187,7 +187,7 @@ def smoothed(
 
 
 def rounded_float(kind: str) -> Callable[[Model], Any]:
-    """Float weights; only what matrices of the layers multiply is rounded."""
+    """Return a function from a model to its module with float weights and quantised inputs of the layers' matrices."""
 
     def module(model: Model) -> Any:
         hooks = quantized_activations(model.source(recipe("int8-row-sym", kind, tables="float")))

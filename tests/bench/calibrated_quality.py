@@ -1,12 +1,12 @@
-"""What do calibration and mixed precision leave of the tiny trained models? For docs/performance/quality.md.
+"""How much do calibrated and mixed-precision recipes lose on the tiny trained models? For docs/performance/quality.md.
 
     python tests/bench/calibrated_quality.py [MODEL ...] [--samples N] [--peer-bits B ...] [--keep DIR]
 
-Mean KL(float || quantised) in nats a token, of the PyTorch reference with quantised weights (and activations or cache
-where a row says so), on 64 held-out windows of 256 tokens; calibrated on the part of the text that is not held out.
-"mixed precision" rows have no more bits a weight than the rounded row that they are named after. `--peer-bits` adds
-rows of so many bits a weight: those that llamacpp_quality.py finds for a format of llama.cpp. `--keep` leaves the
-checkpoints.
+Measures the mean KL(float || quantised) in nats per token of the PyTorch reference with quantised weights (and
+activations or KV cache where a row says so), on 64 held-out windows of 256 tokens. Calibration uses the rest of the
+text. "mixed precision" rows have at most the bits per weight of the rounded row that they are named after.
+`--peer-bits` adds rows of so many bits per weight, which llamacpp_quality.py prints for the formats of llama.cpp.
+`--keep` keeps the checkpoints.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 MODELS = ("olmoe-tiny", "fox-tiny")
 LENGTH = 256
 NEAR_FLOAT = "int5-g32,int6-g32,int8-g32,float"
-"""Candidates at 8 bits: where a mixture's router is shaken most, float is worth its bytes."""
+"""Candidates at 8 bits. Float is worth its bytes where an error changes an MoE's routing most."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line: a checkpoint in a folder, or the folder of an earlier line run in another way."""
+    """A row of the table: a checkpoint in a folder, or the folder of an earlier row run with another recipe."""
 
     name: str
     folder: Path
@@ -49,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Line:
-    """What came of it: bits a weight as stored, KL with its standard error over windows, first choices kept."""
+    """Result of a row: bits stored per weight, KL with its standard error over windows, and top-1 agreement."""
 
     name: str
     bits: float
@@ -60,7 +60,7 @@ class Line:
 
 
 class Maker:
-    """Makes the checkpoints of one model, each once."""
+    """Makes each checkpoint of a model once."""
 
     def __init__(self, model: str, folder: Path, samples: int) -> None:
         self.source = CHECKPOINTS / model
@@ -72,7 +72,7 @@ class Maker:
         self.rows: list[Row] = []
 
     def make(self, name: str, recipe: Recipe, *, calibrated: bool) -> Row:
-        """A row of a recipe."""
+        """Return the row of a recipe."""
         out, recipe = self.folder / _file_name(name), self._fitted(recipe)
         if calibrated:
             bits = calibrate_checkpoint(
@@ -83,7 +83,7 @@ class Maker:
         return self._keep(Row(name, out, bits))
 
     def mixed_precision(self, name: str, stored: float, schemes: str | None, *, calibrated: bool) -> Row:
-        """A row of a mixed-precision recipe, with at most `stored` bits for each weight of the whole checkpoint."""
+        """Return the row of a mixed-precision recipe with at most `stored` bits per weight of the whole checkpoint."""
         bits = self._unit_bits(stored, calibrated)
         candidates = None if schemes is None else parse_candidates(schemes)
         return self.make(
@@ -93,7 +93,7 @@ class Maker:
         )
 
     def run_as(self, name: str, row: Row, recipe: Recipe) -> Row:
-        """The weights of `row` under a recipe with other activations or another cache."""
+        """Return a row with the weights of `row` and a recipe with other activations or another cache."""
         out, recipe = self.folder / _file_name(name), self._fitted(recipe)
         shutil.copytree(row.folder, out, dirs_exist_ok=True)
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
@@ -102,7 +102,7 @@ class Maker:
         return self._keep(Row(name, out, row.bits))
 
     def _unit_bits(self, stored: float, calibrated: bool) -> float:
-        """Bits for each weight of the units that leave `stored` for all: norms have 16, a fitted router 32."""
+        """Return the bits per weight of the units so that all weights have `stored`: norms 16, a fitted router 32."""
         sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
         units = sum(unit.weights for unit in self.units)
         routers = sum(size for name, size in sizes.items() if name.endswith(".mlp.gate.weight"))
@@ -110,7 +110,7 @@ class Maker:
         return (stored * sum(sizes.values()) - 16 * others - (16 * routers if calibrated else 0)) / units
 
     def _fitted(self, recipe: Recipe) -> Recipe:
-        """Without the rules for what this model lacks: a preset may have them, what is made of one may not."""
+        """Return the recipe without rules for matrices that this model lacks; only presets may have such rules."""
         rules = tuple(rule for rule in recipe.rules if not rule.pattern or fnmatch.filter(self.shapes, rule.pattern))
         return recipe if recipe.is_preset else replace(recipe, rules=rules)
 
@@ -124,7 +124,7 @@ def _file_name(name: str) -> str:
 
 
 def rows(maker: Maker, peer_bits: Sequence[float]) -> None:
-    """The lines of the table."""
+    """Make the rows of the table."""
     int4, int8, fp8 = (PRESETS[name] for name in ("int4", "int8", "fp8"))
     plain = maker.make("int4, rounded", int4, calibrated=False)
     made = maker.make("int4, calibrated", int4, calibrated=True)

@@ -1,4 +1,4 @@
-"""A bundle of ours as an engine of the benchmark."""
+"""Benchmark engine: a bundle run by EdgeLM."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from worker import Engine, serve
 
 
 class EdgeLm(Engine):
-    """One bundle in one runtime; `kv` is its cache's type, None what the bundle says."""
+    """A bundle in one runtime; `kv` is the type of its KV cache, None for the bundle's own."""
 
     def __init__(self) -> None:
         self.runtime: Any = None
@@ -18,7 +18,7 @@ class EdgeLm(Engine):
         self.batches: dict[int, Any] = {}
 
     def imports(self) -> dict[str, Any]:
-        """As the base class."""
+        """See `Engine`."""
         import onnxruntime
 
         import edgelm
@@ -29,7 +29,7 @@ class EdgeLm(Engine):
         return {"version": f"{edgelm.__version__} on onnxruntime {onnxruntime.__version__}"}
 
     def load(self, *, path: str, threads: int, context: int, kv: str | None) -> dict[str, Any]:
-        """As the base class."""
+        """See `Engine`."""
         from edgelm.bundle import Bundle
         from edgelm.runtimes import open_runtime
 
@@ -38,7 +38,7 @@ class EdgeLm(Engine):
         return {}
 
     def run(self, prompt: list[int], new: list[int]) -> dict[str, Any]:
-        """As the base class."""
+        """See `Engine`."""
         runtime = self.runtime
         runtime.reset()
         clocks = [time.perf_counter()]
@@ -51,7 +51,7 @@ class EdgeLm(Engine):
         return {"prefill": steps[0], "decode": steps[1:]}
 
     def logits(self, tokens: list[int], lengths: list[int], out: str) -> dict[str, Any]:
-        """As the base class: a prefill to the first length, further ones from there."""
+        """See `Engine`: one prefill to the first length, then further prefills from there."""
         import numpy as np
 
         self.runtime.reset()
@@ -66,7 +66,7 @@ class EdgeLm(Engine):
         """Decode as many sequences together as there are prompts; `new` has one token for each, step by step.
 
         Returns:
-            "decode", the seconds of each step.
+            "decode": the seconds of each step.
         """
         from edgelm.runtimes.onnxruntime.native import NativeBatch
 

@@ -1,7 +1,7 @@
-"""What the benchmark makes of its measurements: medians, paired ratios, and the table of targets.
+"""Evaluation of the benchmark's measurements: medians, paired ratios, and the table of targets.
 
-A measurement is the values of one engine in one row, one per repetition, in the order in which they were taken. Engines
-measured in turns share a `match`; only within one are values paired, because the machine drifts.
+A measurement has the values of one engine in one row, one per repetition, in order. Engines that were measured in turn
+share a `match`. Values are paired only within a match, since the machine's speed drifts.
 """
 
 from __future__ import annotations
@@ -55,41 +55,41 @@ class Measurement:
 
     @property
     def median(self) -> float:
-        """Of at least one value."""
+        """Median of the values, of which there is at least one."""
         return statistics.median(self.values)
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-ready."""
+        """Return the fields as JSON-ready values."""
         return {**asdict(self), "unit": UNITS[self.row], "median": self.median}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Measurement:
-        """What `as_dict` gave."""
+        """Read the result of `as_dict`."""
         return cls(
             record["column"], record["match"], record["row"], record["engine"], tuple(map(float, record["values"]))
         )
 
 
 class Measurements:
-    """All of a run."""
+    """All measurements of a run."""
 
     def __init__(self, found: Iterable[Measurement] = ()) -> None:
         self.all = list(found)
 
     def add(self, column: str, match: str, row: str, engine: str, values: Sequence[float]) -> None:
-        """Keep the values; none of them is no measurement."""
+        """Add the values of a measurement; nothing is added if there are none."""
         if values:
             self.all.append(Measurement(column, match, row, engine, tuple(values)))
 
     def extend(self, earlier: Iterable[Measurement]) -> None:
-        """Keep what earlier runs measured too, after what is here, but of a row in a match only the latest run's."""
+        """Append the measurements of earlier runs; of each row in a match only the latest run's are kept."""
         known = {(item.column, item.match, item.row) for item in self.all}
         self.all += [item for item in earlier if (item.column, item.match, item.row) not in known]
 
     def select(
         self, column: str, row: str, engines: Iterable[str] | None = None, match: str | None = None
     ) -> list[Measurement]:
-        """In the order in which they were added."""
+        """Return the matching measurements in the order in which they were added."""
         wanted = None if engines is None else set(engines)
         return [
             item
@@ -102,16 +102,16 @@ class Measurements:
 
     @property
     def columns(self) -> list[str]:
-        """Those that have targets first, then in order of appearance."""
+        """Return the columns: first those with targets, then the others in order of appearance."""
         found = dict.fromkeys(item.column for item in self.all)
         return [*(name for name in COLUMNS if name in found), *(name for name in found if name not in COLUMNS)]
 
 
 def paired(ours: Measurement, theirs: Measurement) -> list[float]:
-    """ours / theirs, repetition by repetition.
+    """Return the ratio ours / theirs of each repetition.
 
     Raises:
-        ValueError: they were not measured in turns, or one has more repetitions.
+        ValueError: they were not measured in turn, or their numbers of repetitions differ.
     """
     if ours.match != theirs.match or len(ours.values) != len(theirs.values):
         raise ValueError(f"{ours.engine} and {theirs.engine} were not measured in turns: {ours} and {theirs}")
@@ -119,7 +119,7 @@ def paired(ours: Measurement, theirs: Measurement) -> list[float]:
 
 
 def ratio(found: Measurements, column: str, row: str, ours: str, theirs: Iterable[str]) -> float | None:
-    """Median of the paired ratios against that engine of `theirs` against which it is least; None without a pair."""
+    """Return the smallest median of the paired ratios over the engines `theirs`; None without a pair."""
     ratios = []
     for other in found.select(column, row, theirs):
         ratios += [
@@ -129,7 +129,7 @@ def ratio(found: Measurements, column: str, row: str, ours: str, theirs: Iterabl
 
 
 def share(found: Measurements, column: str, engine: str, bandwidth: str = ANONYMOUS) -> float | None:
-    """Median, over all matches, of what part of the bandwidth (measured beside it) the bytes of decoding take."""
+    """Return the median over all matches of the fraction of the bandwidth that decoding uses."""
     parts: list[float] = []
     for rate in found.select(column, DECODE, [engine]):
         moved = found.select(column, BYTES, [engine])
@@ -149,7 +149,7 @@ Figure = Callable[[Measurements, str], float | None]
 
 @dataclass(frozen=True)
 class Target:
-    """A figure and the bound it is to reach: at least, or at most, per column (checkpoint and recipe)."""
+    """A figure and its target, a lower or an upper bound, per column (checkpoint and recipe)."""
 
     name: str
     figure: Figure
@@ -158,11 +158,11 @@ class Target:
     percent: bool = False
 
     def text(self, value: float) -> str:
-        """As it is printed."""
+        """Format a value for the table."""
         return f"{100 * value:.0f} %" if self.percent else f"{value:.2f}"
 
     def reached(self, column: str, value: float) -> bool | None:
-        """None where no bound is set."""
+        """Return whether a value reaches the target; None where there is none."""
         bound = self.bounds.get(column)
         if bound is None:
             return None
@@ -227,7 +227,7 @@ TARGETS = (
 
 
 def target_records(found: Measurements) -> list[dict[str, object]]:
-    """One record per target and column that has a figure."""
+    """Return a record for each target and column with a figure."""
     records: list[dict[str, object]] = []
     for target in TARGETS:
         for column in found.columns:
@@ -246,7 +246,7 @@ def target_records(found: Measurements) -> list[dict[str, object]]:
 
 
 def target_table(found: Measurements) -> str:
-    """Markdown: each target's figure, its bound and whether it is reached, column by column."""
+    """Return a Markdown table with the figure of each target, its bound, and whether it is reached, per column."""
     lines = ["| | " + " | ".join(found.columns) + " |", "|---" * (len(found.columns) + 1) + "|"]
     for target in TARGETS:
         cells = []
@@ -266,7 +266,7 @@ def target_table(found: Measurements) -> str:
 
 
 def row_table(found: Measurements, column: str) -> str:
-    """For people: every measurement's median and spread, and ours over each other engine of the same match."""
+    """Return a table with the median and spread of every measurement, and the ratios of ours to other engines."""
     lines = []
     for item in (item for item in found.all if item.column == column):
         scale = 1e9 if UNITS[item.row].startswith("GB") else 1.0
@@ -283,10 +283,12 @@ def row_table(found: Measurements, column: str) -> str:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far one engine's logits [positions, vocabulary] are from ours.
+    """Comparison of another engine's logits [positions, vocabulary] with ours.
 
-    `error` is the root mean square of the differences over ours about its mean; `kl` the mean of KL(ours || theirs) in
-    nats; `same` the positions with the same most likely token.
+    Attributes:
+        error: root mean square of the differences, relative to the standard deviation of ours.
+        kl: mean KL(ours || theirs) in nats.
+        same: positions with the same most likely token.
     """
 
     engine: str
@@ -304,10 +306,10 @@ class Agreement:
 
 
 def agreement(engine: str, ours: np.ndarray, theirs: np.ndarray) -> Agreement:
-    """Compare logits; the worst position's error and correlation count.
+    """Compare logits; error and correlation are those of the worst position.
 
     Raises:
-        ValueError: other shapes, or logits that are not finite.
+        ValueError: the shapes differ, or logits are not finite.
     """
     if ours.shape != theirs.shape or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
         raise ValueError(f"{engine}: logits {theirs.shape} beside our {ours.shape}, or some are not finite")

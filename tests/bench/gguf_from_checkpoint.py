@@ -1,6 +1,6 @@
-"""A checkpoint as llama.cpp reads it, a float GGUF by the `gguf` package, then llama.cpp's own quantiser; and back.
+"""Convert a checkpoint to GGUF for llama.cpp: write a float GGUF, quantise it with llama.cpp, and read it back.
 
-Its tokenizer is left out ("none"): the benchmarks feed token ids. Runs in the peer's environment.
+The tokenizer is omitted ("none"), since the benchmarks use token ids. Runs in the environment of llama.cpp.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgelm.checkpoint import Checkpoint
 
 FLOAT_TYPES = {
     "F32": (gguf.GGMLQuantizationType.F32, np.dtype(np.float32)),
-    # NumPy has no bfloat16: its bits.
+    # NumPy has no bfloat16: write its bits.
     "BF16": (gguf.GGMLQuantizationType.BF16, np.dtype(np.uint16)),
 }
 _LAYER_NAMES = {
@@ -56,12 +56,12 @@ def _parameters(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 
 
 def _interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's "llama" rotates neighbouring pairs, so rotate-half heads are stored with their halves interleaved."""
+    """Interleave the halves of each head: llama.cpp's "llama" rotates neighbouring pairs instead of halves."""
     return rows.reshape(heads, 2, rows.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...], list[str]]]:
-    """(GGUF name, shape, checkpoint tensors stacked in it), in an order that streams."""
+    """Yield (GGUF name, shape, checkpoint tensors stacked in it), in the order of writing."""
     config = checkpoint.config
     yield "token_embd.weight", checkpoint.shape("model.embed_tokens.weight"), ["model.embed_tokens.weight"]
     for i in range(config["num_hidden_layers"]):
@@ -78,7 +78,7 @@ def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...], lis
 
 
 def _rotated(config: Mapping[str, Any], name: str) -> int:
-    """Heads of a tensor whose rows llama.cpp has in another order, 0 for the others."""
+    """Return the number of heads of a tensor whose rows llama.cpp reorders; 0 for other tensors."""
     if "num_experts" in config or not name.endswith(("attn_q.weight", "attn_k.weight")):
         return 0
     heads: int = config["num_attention_heads" if name.endswith("attn_q.weight") else "num_key_value_heads"]
@@ -97,7 +97,7 @@ def write_float(folder: Path, out: Path, kind: str) -> None:
     with Checkpoint.open(folder) as checkpoint:
         writer = gguf.GGUFWriter(str(out), "olmoe" if "num_experts" in checkpoint.config else "llama")
         _parameters(writer, checkpoint.config)
-        # llama.cpp adds norms and routes in float32: it wants those tensors so.
+        # llama.cpp expects norms and routers in float32.
         kinds = {
             name: "F32" if len(shape) == 1 or "gate_inp" in name else kind for name, shape, _ in _tensors(checkpoint)
         }
@@ -123,7 +123,7 @@ def quantize(whole: Path, out: Path, file_type: str, importance: Mapping[str, np
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{file_type}")
     parameters.nthread = 1
     kept = {name: np.ascontiguousarray(values, np.float32) for name, values in (importance or {}).items()}
-    # The list ends with an entry without a name.
+    # An entry without a name ends the list.
     entries = (llama_cpp.llama_model_imatrix_data * (len(kept) + 1))()
     for entry, (name, values) in zip(entries, kept.items(), strict=False):
         entry.name, entry.size = name.encode(), values.size
@@ -136,7 +136,7 @@ def quantize(whole: Path, out: Path, file_type: str, importance: Mapping[str, np
 
 
 def write_gguf(folder: Path, out: Path, file_type: str) -> None:
-    """Write `out`, quantised to "Q4_0" or "Q8_0" as llama.cpp does by itself (head at Q6_K under Q4_0)."""
+    """Write `out`, quantised to "Q4_0" or "Q8_0" with llama.cpp's own choice of types (for Q4_0 the head is Q6_K)."""
     whole = out.with_suffix(".bf16.gguf")
     write_float(folder, whole, "BF16")
     quantize(whole, out, file_type)
@@ -144,9 +144,9 @@ def write_gguf(folder: Path, out: Path, file_type: str) -> None:
 
 
 def importance_of(folder: Path, squares: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Mean squares by the checkpoint's names as llama.cpp's tool stores them: the layers' matrices, experts stacked.
+    """Convert mean squares by checkpoint names to the form of llama.cpp's tool: matrices of layers, experts stacked.
 
-    An expert that no token chose has no entry in `squares`; it gets ones, as there.
+    An expert without tokens has no entry in `squares`; it gets ones, as in that tool.
     """
     found = {}
     with Checkpoint.open(folder) as checkpoint:
@@ -158,7 +158,7 @@ def importance_of(folder: Path, squares: Mapping[str, np.ndarray]) -> dict[str, 
 
 
 def dequantized(folder: Path, path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of a GGUF made from the checkpoint `folder`, float32, under its name in there and in its order."""
+    """Yield every tensor of a GGUF made from the checkpoint `folder` in float32, with its name and order there."""
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     with Checkpoint.open(folder) as checkpoint:
         for name, shape, names in _tensors(checkpoint):
@@ -170,7 +170,7 @@ def dequantized(folder: Path, path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def stored_types(path: Path) -> dict[str, dict[str, int]]:
-    """By type: tensors, weights and bytes of a GGUF."""
+    """Return the numbers of tensors, weights and bytes of a GGUF by type."""
     found: dict[str, dict[str, int]] = {}
     for tensor in gguf.GGUFReader(path).tensors:
         entry = found.setdefault(tensor.tensor_type.name, {"tensors": 0, "weights": 0, "bytes": 0})
@@ -180,7 +180,7 @@ def stored_types(path: Path) -> dict[str, dict[str, int]]:
 
 
 def bytes_per_token(path: Path) -> int:
-    """Bytes of weights that decoding one token reads: of a mixture's experts those used, of tables the head."""
+    """Return the bytes of weights read per decoded token: of an MoE the active experts, and of the tables the head."""
     reader = gguf.GGUFReader(path)
     fields = {field.split(".", 1)[1]: int(reader.fields[field].contents())
               for field in reader.fields if field.endswith(("expert_count", "expert_used_count"))}  # fmt: skip

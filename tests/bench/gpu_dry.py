@@ -1,7 +1,7 @@
-"""A device that computes nothing: does a measurement run to its end, with the real shapes, on a machine without a GPU?
+"""Dry run of a GPU benchmark: a device that computes nothing, to test measurements with real shapes without a GPU.
 
-Launches are planned as for an H200 and checked for what can be: that their kernels were loaded, that shared memory and
-the grid are what a block and a launch may have, and that all buffers together fit the memory. Results are ones.
+Launches are planned as for an H200 and checked: their kernels are loaded, shared memory and grid are within the limits,
+and all buffers fit into the memory. Results are ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MOST_BLOCKS = (2**31 - 1, 65535, 65535)
 
 
 class DryDevice(Device):
-    """An H200 as the driver would describe it, with memory that is counted and not there."""
+    """A device with the properties of an H200; its memory is only counted."""
 
     pdl = False
 
@@ -32,11 +32,11 @@ class DryDevice(Device):
         self.launched = 0
 
     def memory(self) -> tuple[int, int]:
-        """(free, total) bytes."""
+        """Return (free, total) bytes."""
         return self.info.memory - sum(self._buffers.values()), self.info.memory
 
     def allocate(self, nbytes: int) -> int:
-        """Count memory; raises DeviceMemoryError where an H200 has not that much."""
+        """Count memory; raise DeviceMemoryError if an H200 has not enough."""
         if nbytes > self.memory()[0]:
             raise DeviceMemoryError(f"{nbytes} bytes do not fit an H200, which has {self.memory()[0]} free")
         address, self._next = self._next, self._next + -(-nbytes // 256) * 256 + 256
@@ -48,24 +48,24 @@ class DryDevice(Device):
         del self._buffers[address]
 
     def upload(self, address: int, data: NDArray[Any] | bytes) -> None:
-        """Check that it fits a buffer."""
+        """Check that the data fits into a buffer."""
         nbytes = len(data) if isinstance(data, bytes) else data.nbytes
         if not any(start <= address and address + nbytes <= start + size for start, size in self._buffers.items()):
             raise DeviceError(f"{nbytes} bytes at {address:#x} are in no buffer")
 
     def download(self, address: int, out: NDArray[Any]) -> None:
-        """Ones."""
+        """Fill `out` with ones."""
         out.fill(1)
 
     def fill(self, address: int, value: int, nbytes: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def load(self, names: Sequence[str]) -> None:
-        """Note their names."""
+        """Record the names of the kernels."""
         self._loaded |= set(names)
 
     def launch(self, launch: Launch, stream: int = 0) -> None:
-        """Check what a driver would."""
+        """Check the launch as a driver does."""
         if launch.kernel not in self._loaded:
             raise DeviceError(f"the kernel {launch.kernel} was not loaded")
         if launch.shared > _MOST_SHARED or not 0 < launch.block <= _MOST_THREADS:
@@ -75,17 +75,17 @@ class DryDevice(Device):
         self.launched += 1
 
     def synchronize(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """The work itself."""
+        """Return the function unchanged."""
         return work
 
     def elapsed(self, work: Callable[[], None], repeat: int = 1) -> list[float]:
-        """Run it once; every run is said to take a millisecond."""
+        """Run the function once; report a millisecond per run."""
         work()
         return [1e-3] * repeat
 
     def close(self) -> None:
-        """Forget everything."""
+        """Free everything."""
         self._buffers.clear()

@@ -1,4 +1,4 @@
-"""What the GPU measurements share: medians, limits of the device, a table for people and a line for programs."""
+"""Helpers of the GPU benchmarks: medians, limits of the device, a table for people and a JSON line for programs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _COPY_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Figure:
-    """One measurement: seconds of each run, and what they are to be compared with.
+    """One measurement: seconds of each run, and the numbers to compare them with.
 
     Attributes:
-        name: what was done.
-        seconds: of each run.
-        nbytes: that had to be read or written at least; 0: not the limit.
-        operations: floating-point operations that had to be done; 0: not the limit.
-        per: what one run makes (tokens), for the rate.
-        peer: seconds of another program's runs of the same, taken in turn with ours.
+        name: what was measured.
+        seconds: seconds of each run.
+        nbytes: least number of bytes to read or write; 0 if memory is not the limit.
+        operations: floating-point operations; 0 if arithmetic is not the limit.
+        per: items (tokens) per run, for the rate.
+        peer: seconds of another program's runs of the same task, taken in turn with ours.
     """
 
     name: str
@@ -44,16 +44,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the device was seen to do in this run: bytes a second copied, bf16 operations a second."""
+    """Measured limits of the device: bytes per second of a copy, bf16 operations per second."""
 
     bandwidth: float
     matrix: float
 
 
 def limits(device: CudaDevice, file: Path | None = None) -> Limits:
-    """Measure them: a large copy, counting what is read and what is written; PyTorch's product of random matrices.
+    """Measure the limits: a large copy, counting reads and writes, and PyTorch's matmul of random matrices.
 
-    Given a `file` they are read from it, or written to it where it is not there yet.
+    With `file`, they are read from it, or written to it if it does not exist.
     """
     if file is not None and file.exists():
         return Limits(**json.loads(file.read_text(encoding="utf-8")))
@@ -92,7 +92,7 @@ def _matrix_peak() -> float:
 
 
 def paired(ours: Callable[[], float], peer: Callable[[], float] | None, repeat: int) -> tuple[list[float], list[float]]:
-    """Run both in turn, who begins changing, after one run of each that does not count."""
+    """Run both in turn, after a warm-up run of each; which one is first alternates."""
     mine: list[float] = []
     other: list[float] = []
     runs = [(mine, ours)] + ([(other, peer)] if peer is not None else [])
@@ -105,7 +105,7 @@ def paired(ours: Callable[[], float], peer: Callable[[], float] | None, repeat: 
 
 
 def row(figure: Figure, limit: Limits) -> dict[str, Any]:
-    """A figure with what follows from it."""
+    """Return a row of the table: a figure and the numbers derived from it."""
     seconds = figure.median
     made: dict[str, Any] = {
         "name": figure.name,
@@ -139,10 +139,10 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def report(device: CudaDevice, limit: Limits, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print what was measured on which device, and the line for programs."""
+    """Print the measurements and the device, and the JSON line."""
     print(
         f"{device.info.name}, {device.info.multiprocessors} multiprocessors, CUDA {device.info.driver}; copies "
-        f"{limit.bandwidth / 1e9:.0f} GB/s (read and written), bf16 products {limit.matrix / 1e12:.0f} TFLOP/s"
+        f"{limit.bandwidth / 1e9:.0f} GB/s (read and written), bf16 matmul {limit.matrix / 1e12:.0f} TFLOP/s"
     )
     show(rows)
     print(json.dumps({"device": asdict(device.info), "limits": asdict(limit), "rows": list(rows)}))

@@ -1,4 +1,4 @@
-"""How near to the limits of this GPU are single kernels, and how fast beside PyTorch's (cuBLAS, flash attention)?
+"""How near to this GPU's limits are single kernels, and how fast compared with PyTorch's (cuBLAS, flash attention)?
 
     python tests/bench/gpu_kernels.py [--repeat 20]
 
@@ -33,11 +33,11 @@ _SHAPES = {
     "down Fox": (2048, 4096), "head OLMoE": (50304, 2048), "head Fox": (256000, 2048),
 }  # fmt: skip
 _CACHE = 192 << 20
-"""More than the second cache of any of these GPUs holds."""
+"""More bytes than the L2 cache of any of these GPUs."""
 
 
 def _unpacked(matrix: GpuMatrix, codes: np.ndarray, scale: float) -> torch.Tensor:
-    """The matrix [N, K] of a blob whose scales are all `scale`, in float32, from the layout's description."""
+    """Return the float32 matrix [N, K] of a blob whose scales are all `scale`, by the description of the layout."""
     tiles = codes.reshape(
         matrix.blocks, matrix.columns // matrix.kind.columns, 8, 4, 4, 4
     )  # block, tile, g, q, word, byte
@@ -75,7 +75,7 @@ def _unpacked(matrix: GpuMatrix, codes: np.ndarray, scale: float) -> torch.Tenso
 
 
 def _matrices(device: CudaDevice, matrix: GpuMatrix, copies: int) -> tuple[list[int], torch.Tensor]:
-    """Addresses of equal random matrices, and what they are."""
+    """Return the addresses of equal random matrices, and their values."""
     pool = gpu_random._codes(matrix.kind, np.random.default_rng(3))
     codes = np.resize(pool, matrix.codes_stride)
     scale = {GpuKind.BFLOAT16: 1.0, GpuKind.INT8: 0.02 / 74, GpuKind.INT4: 0.02 / 4.6, GpuKind.FP8: 0.04}[matrix.kind]
@@ -98,10 +98,10 @@ def _compare(name: str, found: torch.Tensor, expected: torch.Tensor, wrong: list
         print(wrong[-1], flush=True)
 
 
-def products(
+def matmuls(
     device: CudaDevice, kind: GpuKind, rows: int, repeat: int, shapes: list[str], wrong: list[str]
 ) -> list[Figure]:
-    """y = x w^T for some shapes; x is of bf16. What differs from PyTorch's is noted in `wrong`."""
+    """Time y = x w^T for some shapes; x is bf16. Results that differ from PyTorch's are appended to `wrong`."""
     figures = []
     for shape in shapes:
         n, k = _SHAPES[shape]
@@ -168,7 +168,7 @@ def _torch_graph(work: Callable[[], Any]) -> Callable[[], float]:
 
 
 def decode_attention(device: CudaDevice, heads: int, kv_heads: int, past: int, cache: str, repeat: int) -> Figure:
-    """One token over a cache; its peer is PyTorch's scaled_dot_product_attention over a bf16 cache."""
+    """Time attention of one token over a cache, compared with PyTorch's scaled_dot_product_attention (bf16 cache)."""
     capacity = past + 64
     shape = AttentionShape(1, 1, heads, kv_heads, 128, capacity, capacity, "bf16", cache)
     copies = max(1, -(-_CACHE // (2 * shape.cache_bytes())))
@@ -179,7 +179,7 @@ def decode_attention(device: CudaDevice, heads: int, kv_heads: int, past: int, c
     for _ in range(copies):
         pair = [device.allocate(shape.cache_bytes()) for _ in range(2)]
         for address in pair:
-            # Small positive codes and, where they lie, scales: any bytes below 0x3b are sane in every type.
+            # Small positive codes and scales: any bytes below 0x3b are valid in every type.
             device.upload(address, random.integers(0x30, 0x3B, shape.cache_bytes(), np.uint8))
         caches.append(pair)
     lengths, cos = device.allocate(4), device.allocate(capacity * 256)
@@ -219,7 +219,7 @@ def decode_attention(device: CudaDevice, heads: int, kv_heads: int, past: int, c
 
 
 def main() -> int:
-    """Measure."""
+    """Run the measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="a quarter of the shapes")
@@ -231,9 +231,9 @@ def main() -> int:
     shapes = ["o", "gate, up Fox"] if given.quick else list(_SHAPES)
     for kind in (GpuKind.BFLOAT16, GpuKind.FP8, GpuKind.INT8, GpuKind.INT4):
         for count in (1, 32):
-            rows += [gpu_figures.row(f, limit) for f in products(device, kind, count, given.repeat, shapes, wrong)]
+            rows += [gpu_figures.row(f, limit) for f in matmuls(device, kind, count, given.repeat, shapes, wrong)]
         many = ["o"] if given.quick else ["o", "gate, up Fox"]
-        rows += [gpu_figures.row(f, limit) for f in products(device, kind, 4096, given.repeat, many, wrong)]
+        rows += [gpu_figures.row(f, limit) for f in matmuls(device, kind, 4096, given.repeat, many, wrong)]
     for heads, kv_heads in ((16, 16), (16, 4)):
         for cache in ("f16", "int8", "fp8"):
             rows.append(gpu_figures.row(decode_attention(device, heads, kv_heads, 4096, cache, given.repeat), limit))

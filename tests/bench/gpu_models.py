@@ -5,10 +5,10 @@
     python tests/bench/gpu_models.py --emulated                          # a tiny model on the emulator
     python tests/bench/gpu_models.py --dry-run                           # the real shapes, nothing computed
 
-Weights are random (`gpu_random.py`). Before anything is timed, decoded tokens' logits, alone and in a batch, are
-compared with those of a prefill. In a dense model they differ by rounding: where they differ by more, it is timed all
-the same and the exit code is 1. In a MoE rounding moves a token to another expert now and then, which with random
-weights changes its logits altogether, so there it is only counted. `gpu_peer.py` times transformers on the same shapes.
+Weights are random (`gpu_random.py`). Before anything is timed, the logits of decoded tokens, alone and in a batch, are
+compared with those of a prefill. In a dense model they may differ by rounding only; if they differ more, the model is
+still timed, and the exit code is 1. In an MoE rounding can change the selected experts, which with random weights
+changes the logits completely, so such tokens are only counted. `gpu_peer.py` times transformers on the same shapes.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ TINY = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 256,
 }  # fmt: skip
-# Of the check: tokens of the prompt, and of these the ones that are decoded; what rounding moves logits by at most.
+# The check: tokens of the prompt, how many of them are decoded, and the largest error of logits from rounding.
 _PROMPT, _DECODED = 48, 8
 _ROUNDING = 0.05
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Where a model is timed.
+    """Context lengths at which a model is timed.
 
     Attributes:
         context: tokens in the cache when short decoding begins.
-        long: tokens of the long prefill, and in the cache when long decoding ends: all that the caches hold.
+        long: tokens of the long prefill, and in the cache when long decoding ends; the capacity of the caches.
         steps: tokens decoded in a run.
     """
 
@@ -60,7 +60,7 @@ class Positions:
 
 
 def positions(config: Mapping[str, Any]) -> Positions:
-    """For a config.json: 512 and 4,096, or as many as the model has; raises ValueError where it has too few."""
+    """Return 512 and 4,096, or less if the model's context is shorter; raise ValueError if it is too short."""
     most = int(config["max_position_embeddings"])
     found = Positions(512, min(4096, most), 32) if most >= 1024 else Positions(64, min(96, most), 2)
     if found.long - found.steps < max(found.context, _PROMPT):
@@ -69,7 +69,7 @@ def positions(config: Mapping[str, Any]) -> Positions:
 
 
 def weight_bytes(program: Program, rows: int) -> int:
-    """Bytes of weights that a step of `rows` tokens reads at least; of experts what even routing does."""
+    """Return the least bytes of weights that a step of `rows` tokens reads; of experts, those of uniform routing."""
     total = 0
     for node in program.nodes:
         if node.op == "QuantLinear":
@@ -84,29 +84,29 @@ def weight_bytes(program: Program, rows: int) -> int:
 
 
 def cache_bytes(config: dict[str, Any], kv: str, tokens: int) -> int:
-    """Bytes of the keys and values of one sequence."""
+    """Return the bytes of the keys and values of one sequence."""
     size = config["hidden_size"] // config["num_attention_heads"]
     return 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * tokens * row_bytes(kv, size)
 
 
 def operations(config: dict[str, Any], tokens: int) -> int:
-    """Floating-point operations of a prefill: products with weights, and half of the square of attention."""
+    """Return the floating-point operations of a prefill: matmuls with weights, and half of the attention matrix."""
     d, f = config["hidden_size"], config["intermediate_size"] * config.get("num_experts_per_tok", 1)
     size = d // config["num_attention_heads"]
     attention = d * (d * 2 + 2 * config["num_key_value_heads"] * size)
     per_token = attention + 3 * d * f + d * config.get("num_experts", 0)
-    scores = tokens * tokens * d * 2  # two products, half of each
+    scores = tokens * tokens * d * 2  # two matmuls, half of each
     return int(2 * config["num_hidden_layers"] * (per_token * tokens + scores / 2) + 2 * d * config["vocab_size"])
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How decoded tokens' logits compare with those of a prefill.
+    """Comparison of the logits of decoded tokens with those of a prefill.
 
     Attributes:
-        tokens: compared.
-        differing: of them, by more than rounding does.
-        choosing: of them, whose most probable next token is another.
+        tokens: number of tokens.
+        differing: tokens whose logits differ by more than rounding.
+        choosing: tokens with another most likely next token.
         worst: the largest relative difference.
     """
 
@@ -123,10 +123,10 @@ class Agreement:
 
 
 def agreement(model: Executor, vocabulary: int, batch: int) -> Agreement:
-    """Compare ways to the same logits: one prefill, and a shorter one with the rest decoded, alone and in a batch.
+    """Compare the logits of one prefill with those of a shorter one and decoding, alone and in a batch.
 
     Raises:
-        SystemExit: logits that are not finite.
+        SystemExit: logits are not finite.
     """
     ids = np.random.default_rng(1).integers(0, vocabulary, (1, _PROMPT))
     whole = np.empty((_PROMPT, vocabulary), np.float32)
@@ -152,7 +152,7 @@ def agreement(model: Executor, vocabulary: int, batch: int) -> Agreement:
 
 
 def decode(model: Executor, context: int, batch: int, steps: int) -> list[float]:
-    """Wall seconds of decoding `steps` tokens greedily, each read by the host before the next is started."""
+    """Return the wall seconds of each of `steps` greedily decoded tokens; the host reads each before the next one."""
     assert context + steps <= model.layout.sizes.capacity, (context, steps, model.layout.sizes)
     tokens = np.zeros((batch, 1), np.int32)
     chosen = np.empty(batch, np.int32)
@@ -167,12 +167,12 @@ def decode(model: Executor, context: int, batch: int, steps: int) -> list[float]
 
 
 def config_of(name: str, *, tiny: bool = False) -> dict[str, Any]:
-    """The config.json of a published model, or of a small one of its family."""
+    """Return the config.json of a published model, or of a small one of its family."""
     return dict(PUBLISHED[name]) | (TINY if tiny else {})
 
 
 def load(device: Any, config: Mapping[str, Any], kind: str, batch: int) -> Executor:
-    """A model with random weights, ready for what `measure` does."""
+    """Return a model with random weights for `measure`."""
     at = positions(config)
     program = gpu_random.random_program(config, gpu_random.RECIPES[kind])
     sizes = Sizes(batch, at.long, tokens=at.long, logits=max(batch, _PROMPT), kv="float16")
@@ -182,7 +182,7 @@ def load(device: Any, config: Mapping[str, Any], kind: str, batch: int) -> Execu
 def measure(
     device: Any, name: str, kind: str, limit: Limits, repeat: int, batch: int, *, tiny: bool = False
 ) -> tuple[list[dict[str, Any]], bool]:
-    """The rows of one model, and whether its ways to the same logits agree as far as they must."""
+    """Return the rows of one model, and whether decoding and prefill agree."""
     config = config_of(name, tiny=tiny)
     at = positions(config)
     model = load(device, config, kind, batch)
@@ -195,7 +195,7 @@ def measure(
         f"{batch} sequences of {model.layout.sizes.rounded}; {found}{'' if agrees else ': WRONG in a dense model'}",
         flush=True,
     )
-    # Rows in the caches are whatever was there before: of no weight for the time.
+    # The contents of the caches do not matter for the time.
     median = lambda *args: float(np.median(decode(model, *args)))  # noqa: E731
     decode(model, at.context, 1, 3)
     ours = [median(at.context, 1, at.steps) for _ in range(repeat)]
@@ -219,17 +219,17 @@ def measure(
 
 
 class TimedEmulator(EmulatedDevice):
-    """The emulator; its times are the clock's and mean nothing."""
+    """The emulator with a clock; its times are meaningless."""
 
     def elapsed(self, work: Any, repeat: int = 1) -> list[float]:
-        """Run it once."""
+        """Run the function once and time it."""
         start = time.perf_counter()
         work()
         return [time.perf_counter() - start] * repeat
 
 
 def main() -> int:
-    """Measure what is asked for."""
+    """Run the requested measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", choices=list(PUBLISHED))
     parser.add_argument("--kind", action="append", choices=list(gpu_random.RECIPES))

@@ -3,8 +3,8 @@
     python tests/bench/gpu_peer.py [--model olmoe-1b-7b] [--repeat 3]
     python tests/bench/gpu_peer.py --tiny          # a small model on the CPU: does this run?
 
-The figures stand beside those of `gpu_models.py`, which has no part in this process: a failure of one cannot harm the
-other. Decoding is captured as a CUDA graph where transformers allows it.
+The figures are compared with those of `gpu_models.py`, which runs in another process, so that a failure of one does not
+affect the other. Decoding is captured as a CUDA graph where transformers allows it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Peer:
         self.model = model.eval()
 
     def decode(self, context: int, steps: int, runs: int) -> tuple[Callable[[], float], bool]:
-        """Give a function to a step's median wall time, of `steps` after `context` tokens, and whether it is a graph.
+        """Return a function that times `steps` steps after `context` tokens (median), and whether it runs a CUDA graph.
 
-        The cache itself counts the tokens that it was given, in a captured graph too, and a step past its end is an
-        error on the device, which nothing later in the process survives: it has room for `runs` calls.
+        The cache counts its tokens, also in a captured graph, and a step beyond its end is a device error that ends the
+        process. So it has room for `runs` calls.
         """
         cache = transformers.StaticCache(config=self.config, max_cache_len=context + _EAGER + runs * steps)
         ids = torch.randint(0, self.config.vocab_size, (1, context), device=self.device)
@@ -58,7 +58,7 @@ class Peer:
             if self.device == "cuda":
                 try:
                     run, captured = self._captured(step), True
-                except RuntimeError as error:  # what is read back on the way cannot be captured: it is timed as it is
+                except RuntimeError as error:  # a step that reads results back cannot be captured: time it without
                     torch.cuda.synchronize()
                     print(f"transformers cannot be captured ({str(error).splitlines()[0]}): timed eagerly", flush=True)
 
@@ -90,7 +90,7 @@ class Peer:
         return replay
 
     def prefill(self, tokens: int) -> float:
-        """Wall seconds of a prefill with the logits of the last token."""
+        """Return the wall seconds of a prefill with the logits of the last token."""
         ids = torch.randint(0, self.config.vocab_size, (1, tokens), device=self.device)
         self._wait()
         start = time.perf_counter()
@@ -105,7 +105,7 @@ class Peer:
 
 
 def measure(name: str, repeat: int, *, tiny: bool) -> list[dict[str, Any]]:
-    """The rows of one model."""
+    """Return the rows of one model."""
     config = dict(PUBLISHED[name]) | (TINY if tiny else {})
     at = positions(config)
     peer = Peer(config, "cpu" if tiny else "cuda")
@@ -124,7 +124,7 @@ def measure(name: str, repeat: int, *, tiny: bool) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Measure what is asked for."""
+    """Run the requested measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", choices=list(PUBLISHED))
     parser.add_argument("--repeat", type=int, default=3)

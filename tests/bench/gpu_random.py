@@ -1,7 +1,7 @@
-"""A model of a published shape with random weights on a device, in seconds: no checkpoint, no export, no disk.
+"""Load a model of a published shape with random weights onto a device in seconds, without checkpoint and export.
 
-The program is the exporter's own, from the shapes alone. Codes are random bytes and scales are such that activations
-keep their size; norms are ones. Nothing is zero: zeros are faster to multiply.
+The exporter makes the program from the shapes. Codes are random bytes, and scales keep the size of activations; norms
+are ones. No value is zero, since multiplying zeros is faster.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from edgelm.synth import PUBLISHED
 
 RECIPES: Mapping[str, Recipe] = {
     "bf16": Recipe.load("none"),
-    "fp8": Recipe("fp8", Fp8Scheme(None), Recipe.load("fp8").rules[:1]),  # the tables too: they are bytes of a token
+    "fp8": Recipe("fp8", Fp8Scheme(None), Recipe.load("fp8").rules[:1]),  # also embedding and head
     "int8": Recipe.load("int8"),
     "int4": Recipe("int4", Scheme(4, 32), Recipe.load("int4").rules[:1]),  # likewise
 }
-"""By name. Speed depends on the tables' width; how much quality it costs is not this program's business."""
+"""Recipes by name. Speed depends on the type of embedding and head; quality does not matter here."""
 
-# Random bytes are drawn once and repeated: drawing as many as a model has takes longer than measuring it.
+# Random bytes are drawn once and repeated, since drawing them for a whole model takes longer than the measurement.
 _RANDOM = 64 << 20
 _RANDOM_SCALES = 1 << 20
 
 
 class _Shapes:
-    """What a decoder asks of a checkpoint that is never read."""
+    """Stands in for a checkpoint: shapes and schemes only."""
 
     def __init__(self, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.recipe = recipe
@@ -55,7 +55,7 @@ class _Shapes:
 
 
 def random_program(config: Mapping[str, Any], recipe: Recipe) -> Program:
-    """The program of a model with this config.json under a recipe."""
+    """Return the program of a model with this config.json and recipe."""
     decoder = decoder_of(config)
     source: Any = _Shapes(recipe.for_model(decoder), decoder.tensor_shapes)
     request = GraphRequest(source, decoder, model_info(decoder, "random"), "gpu", "bfloat16")
@@ -63,7 +63,7 @@ def random_program(config: Mapping[str, Any], recipe: Recipe) -> Program:
 
 
 class RandomWeights:
-    """Random weights of a program on a device; what the executor asks of `DeviceWeights`."""
+    """Random weights of a program on a device, with the interface of `DeviceWeights`."""
 
     def __init__(self, device: Device, program: Program, theta: float = 10000.0, seed: int = 0) -> None:
         self._program = program
@@ -89,7 +89,7 @@ class RandomWeights:
                 device.upload(at, random.standard_normal(weight.dims, np.float32) / np.float32(weight.dims[1] ** 0.5))
 
     def address(self, name: str) -> int:
-        """Where a weight lies on the device."""
+        """Return the address of a weight on the device."""
         return self._base + self._program.weights[name].offset
 
 
@@ -102,7 +102,7 @@ def _matrices(node: Node) -> list[tuple[str, GpuMatrix]]:
 
 
 def _codes(kind: GpuKind, random: np.random.Generator) -> NDArray[np.uint8]:
-    """Random codes, of floats with a standard deviation near 0.02."""
+    """Return random codes; those of floats have a standard deviation near 0.02."""
     if kind in (GpuKind.BFLOAT16, GpuKind.FLOAT16):
         values = random.standard_normal(_RANDOM // 2, np.float32) * np.float32(0.02)
         if kind is GpuKind.FLOAT16:
@@ -130,12 +130,12 @@ def _upload_blob(
 
 
 def random_model(device: Device, name: str, kind: str, sizes: Sizes) -> Executor:
-    """A published shape ("olmoe-1b-7b", "fox-1-1.6b") with random weights of a kind of `RECIPES`, ready to run."""
+    """Return a model of a published shape ("olmoe-1b-7b", "fox-1-1.6b") with random weights of a kind of `RECIPES`."""
     return loaded(device, random_program(PUBLISHED[name], RECIPES[kind]), sizes)
 
 
 def loaded(device: Device, program: Program, sizes: Sizes) -> Executor:
-    """A program with random weights on a device, ready to run."""
+    """Return an executor of a program with random weights on a device."""
     layout = Layout(program, sizes, device.info)
     device.load(layout.operators.kernels())
     weights: Any = RandomWeights(device, program)
@@ -143,5 +143,5 @@ def loaded(device: Device, program: Program, sizes: Sizes) -> Executor:
 
 
 def again(model: Executor) -> Executor:
-    """Another executor with the weights of this one and memory of its own."""
+    """Return another executor with the same weights and its own memory."""
     return Executor(model.device, model._weights, model.layout)

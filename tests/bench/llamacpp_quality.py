@@ -1,22 +1,22 @@
-"""What do llama.cpp's formats cost the tiny trained models, and ours beside them, measured in the same way?
+"""How much do llama.cpp's formats lose on the tiny trained models, compared with ours measured in the same way?
 
     python tests/bench/llamacpp_quality.py --llama-python PYTHON [MODEL ...] [--ours RECIPE | FOLDER ...] [--out FILE]
 
-Each checkpoint becomes a GGUF in float32, in bfloat16 and, through llama.cpp's own quantiser and by its own choice of
-types, in the formats of `FORMATS`; those with "+ imatrix" with an importance matrix of 128 x 512 tokens of training
-text (mean squares of every matrix's inputs, an expert's over its own tokens, from the PyTorch reference: the same
-numbers as llama.cpp's tool, without its text). Judged are 64 windows of 256 tokens of held-out text, as everywhere:
+Each checkpoint is converted to a GGUF in float32, in bfloat16, and with llama.cpp's quantiser and its own choice of
+types in the formats of `FORMATS`. Formats with "+ imatrix" use an importance matrix from 128 x 512 tokens of training
+text: mean squares of the inputs of every matrix, for an expert over its own tokens, from the PyTorch reference. These
+are the numbers of llama.cpp's tool, without its text. The evaluation uses 64 windows of 256 tokens of held-out text:
 
-    weights      mean KL(float || quantised) in nats a token of the PyTorch reference with the GGUF's weights, its
-                 arithmetic float32: what the format loses
-    computed     the same of llama.cpp's own logits: it rounds activations to 8 bits in blocks of 32 or 256
-    top-1        share of the tokens whose most likely next one is the float model's (with the GGUF's weights)
-    bits         bytes of all tensors x 8 / weights, the float ones too
+    weights      mean KL(float || quantised) in nats per token of the PyTorch reference (float32 arithmetic) with the
+                 GGUF's weights: the loss of the format
+    computed     the same for llama.cpp's own logits, which also quantises activations to 8 bits in blocks of 32 or 256
+    top-1        fraction of tokens with the same most likely next token as the float model (with the GGUF's weights)
+    bits         bytes of all tensors x 8 / weights, float tensors included
 
-F32 and BF16 are there to show that the conversion is right: their KL is the rounding of another engine. A K-quant
-needs rows of a multiple of 256; llama.cpp takes a larger format of blocks of 32 where they are not (Q5_0 for Q4_K, Q5_1
-for Q5_K, Q8_0 for Q6_K), so the types that the tensors got are printed. `--ours` names recipes (presets or files) and
-folders of quantised checkpoints; the latter are measured with the model whose config they have.
+F32 and BF16 show that the conversion is right: their KL is the rounding of another engine. A K-quant needs rows of a
+multiple of 256; for others llama.cpp uses a larger format with blocks of 32 (Q5_0 for Q4_K, Q5_1 for Q5_K, Q8_0 for
+Q6_K), so the types of the tensors are printed. `--ours` takes recipes (presets or files) and folders of quantised
+checkpoints; a checkpoint is measured with the model of its config.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 MODELS = ("olmoe-tiny", "fox-tiny")
 FORMATS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
 IMPORTANT = ("Q5_K_M", "Q4_K_M", "Q4_0")
-"""Those that are made with an importance matrix too."""
+"""Formats that are also made with an importance matrix."""
 WINDOWS, LENGTH = 64, 256
 CALIBRATION = (128, 512)
 
@@ -57,7 +57,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the table; KL in nats a token with the standard error of the mean over windows."""
+    """A row of the table; KL in nats per token with the standard error of the mean over windows."""
 
     name: str
     bits: float
@@ -71,7 +71,7 @@ class Line:
 
 
 class Squares(Hooks):
-    """Mean square of every input of every matrix."""
+    """Measures the mean square of every input of every matrix."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -86,12 +86,12 @@ class Squares(Hooks):
         return x
 
     def means(self) -> dict[str, Floats]:
-        """By the matrix's name, float32 [columns]."""
+        """Return the mean squares by the matrix's name, float32 [columns]."""
         return {name: (total / self.rows[name]).float().numpy() for name, total in self.sums.items()}
 
 
 class Model:
-    """A tiny checkpoint, the windows it is judged on, and its log-probabilities there."""
+    """A tiny checkpoint, the evaluation windows, and its log-probabilities there."""
 
     def __init__(self, name: str) -> None:
         self.checkpoint = Checkpoint.open(CHECKPOINTS / name)
@@ -107,14 +107,14 @@ class Model:
         return module.eval()
 
     def logits(self, read: Callable[[str], Floats]) -> Iterator[Tensor]:
-        """[LENGTH, vocabulary] of each window, by the reference with the weights that `read` gives."""
+        """Yield the logits [LENGTH, vocabulary] of each window by the reference with the weights from `read`."""
         module = self._module(read)
         for window in self.windows:
             with torch.no_grad():
                 yield module(torch.from_numpy(window)[None])[0]
 
     def squares(self) -> dict[str, Floats]:
-        """Mean squares of the inputs of every matrix over the calibration text."""
+        """Return the mean squares of the inputs of every matrix over the calibration text."""
         module, collected = self._module(self.checkpoint.read_float32), Squares()
         module.hooks = collected
         for window in windows(self.tokenizer, read_corpus("builtin").documents, *CALIBRATION):
@@ -123,7 +123,7 @@ class Model:
         return collected.means()
 
     def judge(self, logits: Iterator[Tensor]) -> tuple[float, float, float]:
-        """Mean KL, its standard error, and the share of most likely tokens kept."""
+        """Return the mean KL, its standard error, and the top-1 agreement."""
         kl, kept = [], []
         for expected, found in zip(self.reference, map(_log_probabilities, logits), strict=True):
             kl.append(float((expected.exp() * (expected - found)).sum(-1).mean()))
@@ -131,7 +131,7 @@ class Model:
         return float(np.mean(kl)), float(np.std(kl) / np.sqrt(len(kl))), float(np.mean(kept))
 
     def ours(self, candidate: str) -> Line | None:
-        """Line of a recipe or of a quantised checkpoint; None where the latter is another model's."""
+        """Return the row of a recipe or a quantised checkpoint; None for a checkpoint of another model."""
         folder = Path(candidate)
         if folder.is_dir():
             checkpoint = Checkpoint.open(folder)
@@ -155,7 +155,7 @@ class Model:
         return Line(folder.name if folder.is_dir() else candidate, stored / weights, _shares(types), *judged)
 
     def theirs(self, worker: Worker, work: Path, name: str, file_type: str | None, important: bool) -> Line:
-        """Line of a format of llama.cpp."""
+        """Return the row of a format of llama.cpp."""
         kind = "F32" if name == "F32" else "BF16"
         out = work / name.replace(" ", "")
         made = worker(
@@ -173,7 +173,7 @@ class Model:
         return Line(name, bits, _shares({t: entry["weights"] for t, entry in types.items()}), *of_weights, *of_engine)
 
     def lines(self, python: str, candidates: Sequence[str]) -> Iterator[Line]:
-        """The table, ours last."""
+        """Yield the rows of the table, ours last."""
         with tempfile.TemporaryDirectory() as folder, Worker("llamacpp_worker.py", python, Path(folder) / "log") as ask:
             work = Path(folder)
             np.save(work / "windows.npy", self.windows)

@@ -1,4 +1,4 @@
-"""llama.cpp as an engine of the benchmark, through llama-cpp-python. Runs in the peer's environment."""
+"""Benchmark engine: llama.cpp through llama-cpp-python. Runs in the environment of llama.cpp."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from worker import Engine, serve
 
 
 class LlamaCpp(Engine):
-    """One model; `flash` and `cache` ("f16" or "q8_0") are its settings."""
+    """A model of llama.cpp; `flash` and `cache` ("f16" or "q8_0") are its settings."""
 
     def __init__(self) -> None:
         self.model: Any = None
 
     def imports(self) -> dict[str, Any]:
-        """As the base class."""
+        """See `Engine`."""
         import llama_cpp
 
         return {"version": llama_cpp.__version__}
 
     def prepare(self, checkpoint: str, out: str, file_type: str) -> dict[str, Any]:
-        """Make the GGUF if there is none; return the bytes that decoding a token reads of it."""
+        """Make the GGUF if it does not exist; return the bytes of it that are read per decoded token."""
         from gguf_from_checkpoint import bytes_per_token, write_gguf
 
         if not Path(out).exists():
@@ -31,7 +31,7 @@ class LlamaCpp(Engine):
         return {"bytes": bytes_per_token(Path(out))}
 
     def load(self, *, path: str, threads: int, context: int, flash: bool, cache: str) -> dict[str, Any]:
-        """As the base class."""
+        """See `Engine`."""
         import llama_cpp
 
         kind = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}[cache]
@@ -42,7 +42,7 @@ class LlamaCpp(Engine):
         return {}
 
     def run(self, prompt: list[int], new: list[int]) -> dict[str, Any]:
-        """As the base class."""
+        """See `Engine`."""
         self.model.reset()
         clocks = [time.perf_counter()]
         for part in (prompt, *([token] for token in new)):
@@ -53,7 +53,7 @@ class LlamaCpp(Engine):
         return {"prefill": steps[0], "decode": steps[1:]}
 
     def logits(self, tokens: list[int], lengths: list[int], out: str) -> dict[str, Any]:
-        """As the base class: a prefill to the first length, further ones from there."""
+        """See `Engine`: one prefill to the first length, then further prefills from there."""
         import numpy as np
 
         self.model.reset()
@@ -67,10 +67,10 @@ class LlamaCpp(Engine):
     def quantize(
         self, checkpoint: str, whole: str, kind: str, out: str, file_type: str | None, squares: str | None
     ) -> dict[str, Any]:
-        """Make a GGUF and write what its weights are to `out` + ".npz"; return its types.
+        """Make a GGUF, write its dequantised weights to `out` + ".npz", and return its types.
 
-        `whole` is the float GGUF, made from the checkpoint in `kind` where it is missing, and is the one meant where
-        `file_type` is None. `squares`: an .npz file with the mean squares of the matrices' inputs.
+        `whole` is the float GGUF of type `kind`, which is made from the checkpoint if it does not exist, and is used
+        itself if `file_type` is None. `squares`: an .npz file with the mean squares of the matrices' inputs.
         """
         import numpy as np
         from gguf_from_checkpoint import dequantized, importance_of, quantize, stored_types, write_float
@@ -86,7 +86,7 @@ class LlamaCpp(Engine):
     def all_logits(self, path: str, windows: str, out: str) -> dict[str, Any]:
         """Write the logits [windows, tokens, vocabulary] of every window in the .npy file `windows` to `out`.
 
-        The cache is float32: what its float16 would lose is no part of a format of weights.
+        The KV cache is float32, so that its loss is not counted as a loss of the weights' format.
         """
         import llama_cpp
         import numpy as np

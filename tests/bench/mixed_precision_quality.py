@@ -1,11 +1,11 @@
-"""What are bits worth that lie where they matter? Uniform recipes against `edgelm recipe` at the same bytes.
+"""How much better is mixed precision than one scheme? Uniform recipes against `edgelm recipe` of the same size.
 
     python tests/bench/mixed_precision_quality.py [MODEL ...] [--windows N] [--tokens N]
 
-Mean KL(float || quantised), in nats a token, of the PyTorch reference with weights rounded to nearest, on held-out text
-in windows of 256 tokens; what the recipes are made from is the text that is not held out. Bytes are those of a native
-bundle. "by layer" gives all experts of a layer one scheme, "by kind" all layers too: what is left to "each" is what
-choosing for single experts is worth.
+Measures the mean KL(float || quantised) in nats per token of the PyTorch reference with weights rounded to nearest, on
+held-out text in windows of 256 tokens. The recipes are chosen on the rest of the text. Bytes are those of a native
+bundle. "by layer" gives all experts of a layer one scheme, and "by kind" all layers as well. The difference to "each"
+is the gain of choosing for single experts.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ GROUPS: Mapping[str, Callable[[Unit], Hashable]] = {
     "by kind": lambda unit: unit.kind,
 }
 
-Schemes = Sequence[AnyScheme]  # one a unit
+Schemes = Sequence[AnyScheme]  # one per unit
 
 
 class Model:
-    """A tiny checkpoint in memory, with windows that its training has not seen."""
+    """A tiny checkpoint in memory, with windows of held-out text."""
 
     def __init__(self, name: str, count: int, tokens: int) -> None:
         self.checkpoint = Checkpoint.open(CHECKPOINTS / name)
@@ -66,7 +66,7 @@ class Model:
         return torch.log_softmax(self.module(batch).double(), -1)
 
     def kl(self, units: Sequence[Sensitivity], schemes: Schemes) -> float:
-        """Mean over tokens, with every unit in its scheme."""
+        """Return the mean KL over tokens with every unit in its scheme."""
         for one, scheme in zip(units, schemes, strict=True):
             for name in one.unit.tensors:
                 weight = quantize(self.checkpoint.read_float32(name), scheme)
@@ -78,7 +78,7 @@ class Model:
 
 
 def choose(units: Sequence[Sensitivity], limit: int, key: Callable[[Unit], Hashable]) -> Schemes:
-    """The best schemes within a limit of bytes where units of the same key share one."""
+    """Return the best schemes within a limit of bytes; units with the same key share one."""
     members: dict[Hashable, list[int]] = {}
     for i, one in enumerate(units):
         members.setdefault(key(one.unit), []).append(i)

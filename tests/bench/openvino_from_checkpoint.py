@@ -1,9 +1,10 @@
-"""A checkpoint as OpenVINO reads it: optimum-intel's own conversion and NNCF's own weight compression.
+"""Convert a checkpoint for OpenVINO, with optimum-intel and NNCF's weight compression.
 
     python tests/bench/openvino_from_checkpoint.py CHECKPOINT OUT --width int4|int8 [--group 64]
 
-int4 is symmetric, every matrix of the layers in groups (ratio 1.0), table and head at int8 as is their default; int8 is
-symmetric per channel. No tokenizer is written: the benchmark feeds token ids. Runs in the peer's environment.
+int4 is symmetric, with all matrices of the layers in groups (ratio 1.0), and embedding and head in int8, the default.
+int8 is symmetric per channel. No tokenizer is written, since the benchmark uses token ids. Runs in the environment of
+OpenVINO.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ GROUP = 64
 
 
 def convert(checkpoint: Path, out: Path, width: str, group: int = GROUP) -> None:
-    """Write the stateful IR of `checkpoint` to the folder `out`, complete or not at all."""
+    """Write the stateful IR of `checkpoint` to the folder `out`; on an error nothing is written."""
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
     scheme = (

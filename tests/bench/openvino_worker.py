@@ -1,8 +1,8 @@
-"""OpenVINO GenAI as an engine of the benchmark. Runs in the peer's environment.
+"""Benchmark engine: OpenVINO GenAI. Runs in the environment of OpenVINO.
 
-Timed is its pipeline with paged attention, which generation from token ids uses by itself on this kind of processor; it
-slices the last token before the head. It has no logits to give: those come from the same files in plain OpenVINO, and
-the pipeline's own tokens are checked against them.
+It times the pipeline with paged attention, OpenVINO's default for generation from token ids on this kind of CPU, which
+computes the head for the last token only. The pipeline gives no logits. So they are computed from the same files in
+plain OpenVINO, and the pipeline's tokens are checked against them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 from worker import Engine, serve
 
 BLOCK = 32
-# Both round activations and cache to bytes, in other blocks, so two ways to the same logits are some way apart.
+# Both round activations and cache to 8 bits, in different blocks, so their logits differ somewhat.
 LOG_PROBABILITY = 0.3
 
 
 class OpenVino(Engine):
-    """One pipeline."""
+    """A pipeline of OpenVINO GenAI."""
 
     def __init__(self) -> None:
         self.pipeline: Any = None
@@ -28,19 +28,19 @@ class OpenVino(Engine):
         self.requests = 0
 
     def imports(self) -> dict[str, Any]:
-        """As the base class."""
+        """See `Engine`."""
         import openvino
         import openvino_genai
 
         return {"version": f"{openvino_genai.__version__} on {openvino.__version__}"}
 
     def load(self, *, path: str, threads: int, context: int) -> dict[str, Any]:
-        """As the base class."""
+        """See `Engine`."""
         import openvino_genai
 
         self.folder, self.properties = Path(path), {"INFERENCE_NUM_THREADS": threads}
         scheduler = openvino_genai.SchedulerConfig()
-        # A prompt in one piece, and nothing kept of a request that is done: a repetition is to do its own work.
+        # Prefill in one step, and no prefix caching, so that every repetition does the same work.
         scheduler.max_num_batched_tokens = context
         scheduler.num_kv_blocks = -(-context // BLOCK) + 2
         scheduler.enable_prefix_caching = False
@@ -48,7 +48,7 @@ class OpenVino(Engine):
         return {}
 
     def run(self, prompt: list[int], new: list[int]) -> dict[str, Any]:
-        """As the base class, but it continues with the tokens that it finds most likely: it takes no others."""
+        """See `Engine`; but it continues with its own most likely tokens, since it accepts no others."""
         handle = self._request(prompt, 1 + len(new))
         steps = []
         while self.pipeline.has_non_finished_requests():
@@ -63,7 +63,7 @@ class OpenVino(Engine):
         return {"prefill": sum(steps[:first]), "decode": steps[first:]}
 
     def logits(self, tokens: list[int], lengths: list[int], out: str) -> dict[str, Any]:
-        """As the base class."""
+        """See `Engine`."""
         import numpy as np
 
         rows = self._plain_logits(tokens)[[length - 1 for length in lengths]].astype(np.float32)
@@ -74,7 +74,7 @@ class OpenVino(Engine):
             found = handle.read_all()[0]
             token, probability = found.generated_ids[0], found.generated_log_probs[0]
             expected = float(row[token] - row.max() - np.log(np.exp(row - row.max(), dtype=np.float64).sum()))
-            # Of near ties either may win.
+            # In a near-tie either token may be chosen.
             if abs(probability - expected) > LOG_PROBABILITY or row[token] < row.max() - LOG_PROBABILITY:
                 raise RuntimeError(
                     f"the pipeline's token {token} after {length} has log probability {probability:.3f}, plain "

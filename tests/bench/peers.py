@@ -1,4 +1,4 @@
-"""The engines of the benchmark: which there are, what each needs to be there, and the process that one runs in."""
+"""Engines of the benchmark: which are available, the files that they need, and their worker processes."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ MATCHES = ("llama.cpp", "portable", "openvino")
 
 @dataclass(frozen=True, eq=False)
 class Engine:
-    """One engine with its settings: a worker's script, the interpreter for it, what `load` is told, where weights are.
+    """An engine with its settings: worker script, Python interpreter, arguments of `load`, and path of the weights.
 
-    `only_long`: it takes part in the rows of the long prompt alone.
+    `only_long`: it is measured only in the rows with the long prompt.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Engine:
 
 
 class Worker:
-    """An engine's process. What it prints goes to `log`."""
+    """The process of an engine. Its output goes to `log`."""
 
     def __init__(self, script: str, python: str, log: Path) -> None:
         package = Path(edgelm.__file__).parents[1]
         environment = {**os.environ, "PYTHONPATH": f"{package}{os.pathsep}{HERE}"}
-        # Threads are given to each engine in its own way.
+        # Each engine has its own option for threads.
         environment.pop("OMP_NUM_THREADS", None)
         self.log = log
         with log.open("ab") as errors:
@@ -58,7 +58,7 @@ class Worker:
             )  # fmt: skip
 
     def __call__(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Have a command done; its answer."""
+        """Run a command in the worker and return its answer."""
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
         self.process.stdin.flush()
@@ -85,7 +85,7 @@ class Worker:
 
 @dataclass
 class Workplace:
-    """Where bundles and the peers' files are made and kept, and which interpreters have the peers."""
+    """The folder with bundles and files of other engines, and the Python interpreters that have these engines."""
 
     work: Path
     threads: int
@@ -95,20 +95,20 @@ class Workplace:
 
     @property
     def log(self) -> Path:
-        """What the workers print."""
+        """The file for the output of the workers."""
         return self.work / "workers.log"
 
     def native(self, name: str, checkpoint: Path, recipe: str) -> list[Engine]:
-        """Ours with both caches."""
+        """Return our native bundle with both types of KV cache."""
         bundle = self._bundle(name, checkpoint, recipe, "native")
         kinds = ((figures.NATIVE, "float16"), (figures.NATIVE_INT8, "int8"))
         return [self._ours(engine, bundle, kv) for engine, kv in kinds]
 
     def peers(self, match: str, name: str, checkpoint: Path, recipe: str) -> list[Engine]:
-        """The engines of a match beside ours; none, and a note, where its packages are missing or it has no such model.
+        """Return the other engines of a match; empty, with a note, if packages are missing or the model is unsupported.
 
         Raises:
-            SystemExit: an engine's file cannot be made.
+            SystemExit: a file of an engine cannot be made.
         """
         make: Callable[[str, Path, str], list[Engine]] = {
             "llama.cpp": self._llama, "portable": self._portable, "openvino": self._openvino,
@@ -172,7 +172,7 @@ class Workplace:
             if code:
                 raise SystemExit(f"{' '.join(asked)} ended with code {code}: see the end of {self.log}")
         weights = folder / "openvino_model.bin"
-        # Dense, and the table is the head: a token reads all there is.
+        # Dense with a tied head: a token reads the whole file.
         options = {"path": str(folder)}
         return [
             Engine(
@@ -181,7 +181,7 @@ class Workplace:
         ]
 
     def _bundle(self, name: str, checkpoint: Path, recipe: str, ops: str) -> Bundle:
-        """The bundle, exported if there is none: then with the export's seconds and peak memory, and its parity."""
+        """Return the bundle; export it if it does not exist, and record the export's time, peak memory and parity."""
         path = self.work / f"{name}-{recipe}-{ops}"
         if not path.exists():
             seconds, peak = _export(checkpoint, path, recipe, ops)
@@ -194,18 +194,18 @@ class Workplace:
 
 
 def cache_bytes(manifest: Manifest, tokens: int, kv: str | None) -> int:
-    """Bytes of keys and values of so many tokens."""
+    """Return the bytes of the keys and values of `tokens` tokens."""
     return bytes_per_token(manifest, tokens, kv) - bytes_per_token(manifest, 0, kv)
 
 
 def _export(checkpoint: Path, bundle: Path, recipe: str, ops: str) -> tuple[float, int]:
-    """Seconds and peak resident bytes of `edgelm export` in its own process."""
+    """Run `edgelm export` in its own process; return the seconds and its peak resident bytes."""
     asked = [sys.executable, "-P", "-m", "edgelm", "export", str(checkpoint), "-o", str(bundle)]
     asked += ["--recipe", recipe, "--ops", ops]
     start = time.perf_counter()
     process = subprocess.Popen(asked, stderr=subprocess.DEVNULL)
     peak = 0
-    # Not wait4's figure: that counts what this process held when it forked.
+    # Not the figure of wait4, which includes memory of this process at the fork.
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()
         peak = max(peak, *(int(kib) for kib in re.findall(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)), 0)

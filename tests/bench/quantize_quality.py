@@ -1,12 +1,12 @@
-"""What does each way to quantise cost the tiny trained models? Prints the table of docs/performance/quality.md.
+"""How much does each scheme lose on the tiny trained models? Prints the table of docs/performance/quality.md.
 
     python tests/bench/quantize_quality.py [MODEL ...] [--tokens N]
 
-Measured by edgelm.evaluation: mean KL(float || quantised), in nats a token, of the PyTorch reference in float32:
-weights are quantised, activations are not, so this is what the weights lose and nothing else. The text is held out
-from training (Python's standard library), in windows of 256 tokens; the error is that of the mean over windows.
-Deterministic for one interpreter. MB are the weights that a token would read in the full-size model of the family: of
-all experts as often as the tiny one's router chooses those of their kind, and of the embedding nothing.
+Measures the mean KL(float || quantised) in nats per token of the PyTorch reference in float32 with edgelm.evaluation.
+Only weights are quantised, so this is the loss of the weights. The text is held out from training (Python's standard
+library), in windows of 256 tokens; the error is the standard error of the mean over windows. Deterministic for one
+interpreter. MB are the weights that a token reads in the full-size model of the family: experts are weighted by how
+often the tiny model's router selects them, and the embedding is not counted.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LENGTH = 256
 _MLP = ("gate_proj", "up_proj", "down_proj")
 COMMON = PRESETS["int4"].rules
 
-# Of the full-size model, by the kind of matrix: weights that a token reads, in millions, and columns.
+# For the full-size model, by kind of matrix: millions of weights read per token, and columns.
 _SQUARE = 2048 * 2048 / 1e6
 FULL_SIZE: Mapping[str, Mapping[str, tuple[float, int]]] = {
     "olmoe-tiny": {
@@ -56,12 +56,12 @@ FULL_SIZE: Mapping[str, Mapping[str, tuple[float, int]]] = {
 }
 
 Head = Callable[[Tensor], Tensor]
-"""From final states [n, D] to logits [n, V]."""
+"""Function from final states [n, D] to logits [n, V]."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of the table: a recipe, and perhaps another way to compute the head, with the bits a weight it reads."""
+    """A line of the table: a recipe, and optionally another way to compute the head with its bits per weight."""
 
     name: str
     recipe: Recipe
@@ -71,7 +71,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Line:
-    """What a variant came to: MB a token, KL and its standard error in nats a token, first choices kept, perplexity."""
+    """Result of a variant: MB per token, KL and standard error in nats per token, top-1 agreement, perplexity."""
 
     name: str
     megabytes: float
@@ -82,7 +82,7 @@ class Line:
 
 
 class Model:
-    """A tiny checkpoint with windows of text that it has not seen."""
+    """A tiny checkpoint with windows of held-out text."""
 
     def __init__(self, name: str, tokens: int) -> None:
         self.checkpoint = Checkpoint.open(CHECKPOINTS / name)
@@ -94,7 +94,7 @@ class Model:
         count = tokens // LENGTH
         self.windows = windows(tokenizer, held_out, count, LENGTH + 1)
         self.experts: int = getattr(self.config, "num_experts", 0)
-        # How often each expert is chosen: on other text than that which is judged.
+        # How often each expert is selected, measured on other text than the evaluation text.
         self.loads = self._loads(windows(tokenizer, training[::40], count, LENGTH + 1)) if self.experts else None
         self.reference = WeightModel(self.checkpoint.decoder, self.checkpoint, self.windows)
 
@@ -104,8 +104,8 @@ class Model:
         return probe.tokens / probe.tokens.sum(axis=1, keepdims=True)
 
     def measure(self, variant: Variant) -> Line:
-        """Quantise, run every window, compare."""
-        # One recipe serves both models: rules for what this one lacks are left out.
+        """Quantise, run every window, and compare with the float model."""
+        # Rules for matrices that this model lacks are omitted.
         rules = [
             rule
             for rule in variant.recipe.rules
@@ -135,7 +135,7 @@ class Model:
             kind = name.split(".")[-2]
             if kind not in self.full_size or len(shape) < 2:
                 continue
-            # What is written in the recipe, not what fits the tiny model's rows.
+            # The group of the recipe, not the one that fits the tiny model's rows.
             scheme = source.recipe.match(name)
             each = (
                 (32.0 if kind == "gate" else 16.0)
@@ -154,7 +154,7 @@ class Model:
         return sum(millions * bits[kind] / weights[kind] / 8 for kind, (millions, _) in self.full_size.items())
 
     def least_routed(self, share: float) -> list[str]:
-        """Patterns of the experts chosen least often, `share` of each layer's."""
+        """Return patterns of the least used experts, a fraction `share` of each layer's."""
         assert self.loads is not None
         count = int(self.experts * share)
         return [
@@ -164,7 +164,7 @@ class Model:
         ]
 
     def split_head(self, group: int, exact: int) -> tuple[Head, float]:
-        """The head from the high nibbles of int8 codes, the `exact` largest logits from both; and its bits a weight."""
+        """Return a head in split nibbles that rescores the `exact` largest logits, and its bits per weight."""
         tensor = quantize(self.checkpoint.read_float32(self.head_name), Scheme(8, group))
         rows, columns = tensor.shape
         codes = primitives.unpack(tensor.codes, 8).reshape(rows, tensor.scales.shape[1], -1)
@@ -189,7 +189,7 @@ def _logits(head: Head, final: NDArray[np.float32]) -> Iterator[NDArray[np.float
 
 
 def recipe(default: str, *rules: tuple[str, str]) -> Recipe:
-    """The presets' recipe with another default and other rules before theirs."""
+    """Return the presets' recipe with another default, and other rules before theirs."""
     own = tuple(Rule(pattern, _scheme(scheme)) for pattern, scheme in rules)
     return Recipe(default, _scheme(default), (*own, *COMMON))
 
@@ -199,12 +199,12 @@ def _scheme(name: str) -> AnyScheme | None:
 
 
 def tables(scheme: str) -> tuple[tuple[str, str], ...]:
-    """Rules for the embedding and the head."""
+    """Return rules for the embedding and the head."""
     return ("model.embed_tokens.weight", scheme), ("lm_head.weight", scheme)
 
 
 def variants(model: Model) -> Iterator[Variant]:
-    """The lines of the table for a model."""
+    """Yield the lines of the table for a model."""
     yield Variant("int8: int8-g32, tables int8-g128", PRESETS["int8"])
     yield Variant("int8-row, tables int8-g128", recipe("int8-row-sym"))
     yield Variant("fp8: fp8-row, tables float", PRESETS["fp8"])

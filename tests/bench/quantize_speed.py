@@ -1,9 +1,9 @@
-"""How many weights a second does the quantisation kernel take? Prints a table, and one JSON line last.
+"""How many weights per second does the quantisation kernel process? Prints a table, and one JSON line last.
 
     python tests/bench/quantize_speed.py
 
-Checks each instruction set's result against numpy's, then times it on one thread: processor time, so that other work on
-the machine counts little; median and spread of repeats over a bfloat16 matrix of one OLMoE expert's size.
+Checks the result of each instruction set against numpy, then times it on one thread. CPU time is used, so that other
+work on the machine matters little. Prints median and spread of repeats on a bfloat16 matrix of an OLMoE expert's size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REPEATS = 15
 
 
 def speed(work: Callable[[], object], repeats: int) -> tuple[float, float, float]:
-    """Return million weights a second: median, lowest, highest."""
+    """Return millions of weights per second: median, minimum, maximum."""
     found = []
     for _ in range(repeats):
         start = time.process_time()
@@ -34,7 +34,7 @@ def speed(work: Callable[[], object], repeats: int) -> tuple[float, float, float
 
 
 def main() -> None:
-    """Check and time every scheme on every instruction set there is."""
+    """Check and time every scheme on every available instruction set."""
     values = (0.02 * np.random.default_rng(0).standard_normal(SHAPE)).astype(np.float32)
     bf16 = (values.view(np.uint32) >> 16).astype(np.uint16)
     device = devices.describe()

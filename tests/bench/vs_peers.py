@@ -1,13 +1,13 @@
-"""Our bundles beside llama.cpp, OpenVINO GenAI and our own portable flavour, in turns, on this machine.
+"""How fast are our bundles on this machine compared with llama.cpp, OpenVINO GenAI and our portable operators?
 
     python tests/bench/vs_peers.py --checkpoint olmoe=DIR --checkpoint fox=DIR --work DIR \\
         [--llama-python PYTHON] [--openvino-python PYTHON] [--recipe int4 --recipe int8] [--out results.json]
     python tests/bench/vs_peers.py --quick --work DIR        # the tiny checkpoints, a smoke test
 
-For each checkpoint and recipe, what is missing in --work is made first (--prepare stops there): our bundles (their
-parity is checked), llama.cpp's GGUF (Q4_0 for int4, Q8_0 for int8, by its own quantiser) and OpenVINO's IR. Then, peer
-by peer, ours and the peer's settings are loaded side by side, each in a process of its own, their logits are compared,
-and every row is measured in turns: ours, theirs, ours, theirs. A peer whose packages are missing is named and left out.
+For each checkpoint and recipe, missing files in --work are made first (--prepare stops there): our bundles, with a
+parity check, llama.cpp's GGUF (Q4_0 for int4, Q8_0 for int8, by its own quantiser) and OpenVINO's IR. Then, for each
+peer, our engine and the peer are loaded in two processes, their logits are compared, and every row is measured in turn:
+ours, theirs, ours, theirs. A peer whose packages are missing is named and skipped.
 
 Rows (as many threads as allowed cores, batch 1, the same token ids for every engine, but OpenVINO decodes its own):
     prefill  tokens a second of a prompt of 512
@@ -50,11 +50,11 @@ ROWS = (*SHARED_ROWS, "batch", "first")
 TINY = {name: Path(__file__).parents[2] / "examples" / "checkpoints" / name for name in ("olmoe-tiny", "fox-tiny")}
 ALONE = "alone"
 LENGTHS = (16, 32, 48, 64)
-# Of the logits' spread. Two roundings of the same random weights to 4 bits are about half of it apart (a mixture's
-# choices flip too), one rounding in two implementations far less; a wrong model is 1.4 apart.
+# Relative to the logits' spread. Two roundings of the same random weights to 4 bits differ by about 0.5 (in an MoE the
+# selected experts change too), one rounding in two implementations far less; a wrong model by 1.4.
 BOUNDS = {"int4": 0.7, "int8": 0.2}
 SAME_WEIGHTS = 0.3
-# Idle engines' threads spin for a while: the next one is not to pay for it.
+# Threads of an idle engine spin for a while; wait, so that they do not slow down the next engine.
 SETTLE = 0.1
 
 
@@ -72,7 +72,7 @@ class Sizes:
     long_repetitions: int = 3
 
     def within(self, context: int) -> Sizes:
-        """The same where the context allows it, else as much as fits."""
+        """Return the sizes, reduced to the context length."""
         return replace(
             self,
             prefill=min(self.prefill, context),
@@ -85,7 +85,7 @@ QUICK = Sizes(prefill=64, new=8, long=256, long_new=8, repetitions=2, long_repet
 
 
 def say(text: str) -> None:
-    """Progress, which is no result."""
+    """Print progress to standard error."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
@@ -102,14 +102,14 @@ class Run:
         self.versions: dict[str, str] = {}
         ids = np.random.default_rng(0).integers(10, min(50000, model.vocab_size), (2 + self.sizes.batch, 4096))
         self.prompt, self.new = ids[0].tolist(), ids[1].tolist()
-        # Every sequence has tokens of its own: equal ones would choose equal experts.
+        # Each sequence has different tokens, since equal ones would select equal experts.
         self.batch_prompts, self.batch_new = np.split(
             ids[2:, : self.sizes.prompt + self.sizes.new], [self.sizes.prompt], 1
         )
 
     @property
     def context(self) -> int:
-        """Positions that the rows need."""
+        """Return the context length that the rows need."""
         sizes = self.sizes
         needed = [sizes.prompt + sizes.new, LENGTHS[-1]]
         needed += [sizes.prefill] if "prefill" in self.rows else []
@@ -117,7 +117,7 @@ class Run:
         return max(needed)
 
     def match(self, name: str, engines: list[Engine], rows: Sequence[str], log: Path) -> None:
-        """Load the engines side by side, compare them, measure them in turns."""
+        """Load the engines, compare their logits, and measure them in turn."""
         engines = [engine for engine in engines if "long" in rows or not engine.only_long]
         with ExitStack() as stack:
             workers = {}
@@ -132,7 +132,7 @@ class Run:
                 self.found.add(self.column, name, figures.BYTES, engine.name, [moved])
             self._compare(workers)
             for worker in workers.values():
-                # Not counted: kernels are made, weights repacked, pages touched.
+                # Warm-up: kernels are compiled, weights repacked, pages loaded.
                 worker("run", prompt=self.prompt[: min(self.sizes.prefill, self.context - 4)], new=self.new[:4])
             short = {engine: worker for engine, worker in workers.items() if not engine.only_long}
             if "decode" in rows:
@@ -146,7 +146,7 @@ class Run:
                 self._batch(workers)
 
     def first(self, engine: Engine, log: Path, repetitions: int) -> None:
-        """In new processes: seconds to the first token, and the memory after some more."""
+        """Measure in new processes the seconds to the first token, and the memory after some more."""
         with engine.weights.open("rb", buffering=0) as file:
             while file.read(16 << 20):
                 pass
@@ -168,7 +168,7 @@ class Run:
         resident = [answer["memory"]["file"] + answer["memory"]["anonymous"] for answer in answers]
         add(self.column, ALONE, figures.RESIDENT, engine.name, resident)
         if engine in self.ours:
-            # Other engines repack their weights or do not map them: what they touch cannot be told from what they hold.
+            # Other engines repack their weights or do not map them, so used and held memory cannot be separated.
             touched = [answer["memory"]["weights"] for answer in answers]
             cache = self._cache(self.sizes.prompt + self.sizes.new, engine.options["kv"])
             add(self.column, ALONE, figures.WEIGHTS, engine.name, touched)
@@ -177,7 +177,7 @@ class Run:
             add(self.column, ALONE, figures.MEMORY, engine.name, needed)
 
     def _cache(self, tokens: float, kv: str | None) -> int:
-        # Of the peers' caches: llama.cpp's is float16 too, and neither counts for much at this length.
+        # llama.cpp's cache is float16 too; at this length the cache matters little.
         return cache_bytes(self.bundle.manifest, round(tokens), kv or "float16")
 
     def _compare(self, workers: dict[Engine, Worker]) -> None:
@@ -189,7 +189,7 @@ class Run:
                 logits[engine] = np.load(out)
         first, *others = workers
         for engine in others:
-            # The portable flavour rounds the same weights in the same way.
+            # The portable bundle has the same quantised weights.
             own = engine.script == first.script
             bound = min(SAME_WEIGHTS, BOUNDS.get(self.recipe, SAME_WEIGHTS)) if own else BOUNDS[self.recipe]
             found = agreement(engine.name, logits[first], logits[engine])
@@ -206,7 +206,7 @@ class Run:
         once: Callable[[Engine, Worker], float],
         between: Callable[[], None] = lambda: None,
     ) -> dict[Engine, list[float]]:
-        """Values of every engine, one after the other, `repetitions` times; who begins changes."""
+        """Measure every engine in turn, `repetitions` times; which one is first alternates."""
         values: dict[Engine, list[float]] = {engine: [] for engine in workers}
         order = list(workers)
         for number in range(repetitions):
@@ -272,7 +272,7 @@ class Run:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line's options, with their defaults filled in."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", action="append", metavar="NAME=DIR", help="olmoe=DIR, fox=DIR have targets")
     parser.add_argument("--work", type=Path, required=True, help="where bundles and peers' files are made and kept")
@@ -314,7 +314,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace, place: Workplace) -> Iterator[Run]:
-    """One run per checkpoint and recipe, each when it is done."""
+    """Yield the run of each checkpoint and recipe when it is complete."""
     for name, checkpoint in options.checkpoints.items():
         for recipe in options.recipe:
             say(f"{name} {recipe}: making what is missing")
@@ -331,7 +331,7 @@ def measure(options: argparse.Namespace, place: Workplace) -> Iterator[Run]:
             shared = [row for row in rows if row in SHARED_ROWS]
             turns = {match: engines for match, engines in peers.items() if engines} or {ALONE: []}
             for match, engines in turns.items() if shared else ():
-                # Our own other flavour is no peer of the long rows, and slow in them.
+                # Our portable bundle is not measured in the long rows, where it is slow.
                 mine = [row for row in shared if row != "long" or match != "portable"]
                 if mine:
                     run.match(match, [*ours, *engines], mine, place.log)
@@ -341,7 +341,7 @@ def measure(options: argparse.Namespace, place: Workplace) -> Iterator[Run]:
 
 
 def together(runs: Sequence[Run], earlier: Sequence[Path]) -> Measurements:
-    """The measurements of this run, and of earlier ones (their JSON lines, oldest first) what this one has not."""
+    """Return the measurements of this run, completed by earlier ones (their JSON lines, oldest first)."""
     found = Measurements([item for run in runs for item in run.found.all])
     for path in reversed(earlier):
         records = json.loads(path.read_text(encoding="utf-8"))["measurements"]
@@ -350,7 +350,7 @@ def together(runs: Sequence[Run], earlier: Sequence[Path]) -> Measurements:
 
 
 def report(runs: Sequence[Run], found: Measurements, notes: Sequence[str], options: argparse.Namespace) -> str:
-    """The JSON line."""
+    """Return the JSON line."""
     return json.dumps(
         {
             "date": time.strftime("%Y-%m-%d"),
@@ -367,7 +367,7 @@ def report(runs: Sequence[Run], found: Measurements, notes: Sequence[str], optio
 
 
 def main() -> int:
-    """Parse, make what is missing, measure, print."""
+    """Parse the command line, make missing files, measure, and print."""
     options = parse()
     options.work.mkdir(parents=True, exist_ok=True)
     place = Workplace(options.work, options.threads, options.llama_python, options.openvino_python)

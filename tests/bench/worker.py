@@ -1,7 +1,7 @@
-"""An engine behind a pipe: reads one JSON command a line, answers one JSON line.
+"""Worker process of a benchmark engine: reads one JSON command per line, and answers each with one JSON line.
 
-Needs nothing but the standard library until a command does, so that what a fresh process takes to the first token can
-be told apart: the interpreter's start, the engine's imports, its loading.
+It imports only the standard library until a command needs more. So the time to the first token of a new process can be
+split into the start of the interpreter, the imports of the engine, and loading.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 
 class Engine(ABC):
-    """What the benchmark asks of an engine. Every public method is a command."""
+    """Interface of a benchmark engine. Every public method is a command."""
 
     @abstractmethod
     def imports(self) -> dict[str, Any]:
@@ -29,22 +29,22 @@ class Engine(ABC):
 
     @abstractmethod
     def run(self, prompt: list[int], new: list[int]) -> dict[str, Any]:
-        """Forget everything, take the prompt, then one token after another; find the most likely token each time.
+        """Reset, prefill the prompt, then decode the tokens `new` one by one; find the most likely token each time.
 
         Returns:
-            "prefill", the seconds of the prompt, and "decode", those of each token.
+            "prefill": the seconds of the prompt; "decode": the seconds of each token.
         """
 
     @abstractmethod
     def logits(self, tokens: list[int], lengths: list[int], out: str) -> dict[str, Any]:
-        """Write the logits [len(lengths), vocabulary] after the first so many tokens to the .npy file `out`."""
+        """Write the logits [len(lengths), vocabulary] after the first `lengths` tokens to the .npy file `out`."""
 
     def first_token(self, prompt: list[int], new: list[int], weights: str, options: dict[str, Any]) -> dict[str, Any]:
-        """In a process that did nothing yet: import, load, take the prompt; then `new`, and the memory after it.
+        """In a new process: import, load and prefill the prompt; then decode `new` and measure the memory.
 
         Returns:
-            Seconds, and "now": the monotonic clock when the first token was there, by which the caller knows when it
-            had started this process.
+            Seconds, and "now": the monotonic clock at the first token, so that the caller can add the start time of the
+            process.
         """
         began = time.perf_counter()
         self.imports()
@@ -57,7 +57,7 @@ class Engine(ABC):
         return {"now": now, "seconds": now - imported, "with_imports": now - began, "memory": memory}
 
     def memory(self, weights: str) -> dict[str, int]:
-        """Resident bytes: of files, anonymous, and of the mapped weights file alone."""
+        """Return the resident bytes: of files, anonymous, and of the mapped weights file alone."""
         status = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE))
         mapped, inside = 0, False
         for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -76,7 +76,7 @@ class Engine(ABC):
 
 def serve(engine: Engine) -> None:
     """Answer commands until the input ends."""
-    # Engines print to standard output; answers have it to themselves.
+    # Engines print to standard output, so answers use a copy of it.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     for line in sys.stdin:
