@@ -1,10 +1,10 @@
-"""How many files are touched to add a model, scheme, runtime or verb; and how many lines there are.
+"""Count the files that must change to add a model, scheme, runtime or verb, and the lines of code.
 
     python tests/touched.py [FOLDER]
 
-FOLDER is another checkout to count; without it this one. A file counts where its code (comments and docstrings aside)
-names one that exists, or asks which it is, outside the home of such things. Lines are those of the package, tests
-aside.
+FOLDER: another checkout to count; default: this one. A file counts if its code (without comments and docstrings) names
+an existing model, scheme, runtime or verb, or asks which one it is, outside the files where that is expected. Lines are
+those of the package without tests.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KINDS = {
     "model, by name": (r"olmoe|fox|llama(?!3)", _MODELS),
     "model, by its family": (r"\bfamily\b|\bfamily_of\b|\bmodel_type\b|config_class|module_class", _MODELS),
     "model, by names of weights": (r"self_attn|mlp\.|_proj\b|layernorm|\bexperts\.|embed_tokens|lm_head", _MODELS),
-    "model, by asking for experts": (r"num_experts|has_router|is_mixture", _MODELS),
+    "model, by asking for experts": (r"num_experts|has_router", _MODELS),
     "scheme, by its class": (r"\bFp8Scheme\b|\bFP8_FORMS\b|\bINTEGER_BITS\b", r"quant/(scheme|recipe|fp8)\.py"),
     "runtime, by name": (r"[\"'](onnxruntime-cpu|onnxruntime-cuda|cuda-kernels|cuda-emulated)[\"']", _RUNTIMES),
     "runtime, by its modules": (r"edgelm\.runtimes\.(cuda|tensorrt|onnxruntime|native)", _RUNTIMES),
@@ -35,7 +35,7 @@ KINDS = {
         r"(?!edgelm/cli/)|edgelm/cli/(?!main|common)",
     ),
 }
-"""By what is added: what code names it by, and the files where that is expected."""
+"""For each kind of addition: patterns of code that names it, and the files where that is expected."""
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def _sources(root: Path, suffixes: set[str]) -> Iterator[Path]:
 
 
 def _code(path: Path) -> Iterator[str]:
-    """The file's lines without comments and without strings that are statements."""
+    """Yield the file's lines without comments and docstrings."""
     line: list[str] = []
     for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
         if token.type == tokenize.NEWLINE:

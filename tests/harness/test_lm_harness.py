@@ -1,4 +1,4 @@
-"""Does lm-evaluation-harness see through a bundle what the PyTorch reference computes?"""
+"""Does lm-evaluation-harness get the same results from a bundle as from the PyTorch reference?"""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TASKS = Path(__file__).parent / "tasks"
 NAMES = ("edgelm_choices", "edgelm_letters", "edgelm_answers", "edgelm_texts")
 WINDOW = 192
 SHORT = GoldenOptions(prompts=(Prompt("short", "The quick brown fox"),), greedy_tokens=2)
-# Neither `sys.modules["torch"] = None` nor a finder that raises will do: packages ask whether it could be found.
+# Neither `sys.modules["torch"] = None` nor a finder that raises works: packages check whether it can be found.
 WITHOUT_TORCH = """
 import sys
 from edgelm.cli.main import cli
@@ -74,7 +74,7 @@ def test_without_the_harness_the_verb_says_what_to_install(monkeypatch: pytest.M
 
 
 class Reference:
-    """A tiny trained checkpoint in PyTorch, and what the harness has to get from it, worked out by hand."""
+    """A tiny trained checkpoint in PyTorch, and direct computations of the results that the harness must get."""
 
     def __init__(self, name: str) -> None:
         self.checkpoint = Checkpoint.open(CHECKPOINTS / name)
@@ -86,12 +86,12 @@ class Reference:
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """[T, V] after each of T tokens."""
+        """Return the logits [T, V] after each of T tokens."""
         found: Tensor = self.module(torch.tensor([list(ids)]))[0]
         return found
 
     def score(self, inputs: Sequence[int], targets: Sequence[int]) -> tuple[float, bool, float]:
-        """Log-likelihood of `targets` as what follows the last inputs, whether all are the most likely, tolerance."""
+        """Return the log-likelihood of `targets` after the last inputs, whether all are most likely, and tolerance."""
         logits = self.logits(inputs)[-len(targets) :]
         wanted = torch.tensor(targets)
         chosen = torch.log_softmax(logits.double(), -1).gather(1, wanted[:, None]).sum()
@@ -99,26 +99,26 @@ class Reference:
         return float(chosen), greedy, self.tolerance(logits)
 
     def tolerance(self, logits: Tensor) -> float:
-        """How far sums of log-probabilities of two float32 implementations may be apart.
+        """Return the allowed difference between the sums of log-probabilities of two float32 implementations.
 
-        A product over D values in another order errs by about sqrt(D) roundings; seven products a layer, whose errors
-        add up like random steps; twice, for the token's logit and the normaliser; for every token.
+        A dot product of D values in another order has an error of about sqrt(D) roundings. There are seven matmuls per
+        layer, whose errors add up like a random walk; twice, for the token's logit and the normaliser; for every token.
         """
-        products = 7 * self.module.decoder.num_layers + 1
-        relative = math.sqrt(self.module.decoder.hidden_size * products) * np.finfo(np.float32).eps
+        matmuls = 7 * self.module.decoder.num_layers + 1
+        relative = math.sqrt(self.module.decoder.hidden_size * matmuls) * np.finfo(np.float32).eps
         return float(2 * len(logits) * relative * logits.abs().max())
 
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Inputs and targets; spaces that end a context belong to what follows.
+        """Return inputs and targets, as the harness splits them: spaces at the end of a context go to the continuation.
 
-        The harness's own way: the context is encoded alone, even where its last token would merge with what follows.
+        The context is encoded alone, even if its last token would merge with the continuation.
         """
         before, whole = self.tokenizer.encode(context.rstrip()), self.tokenizer.encode(context + continuation)
         targets = whole[len(before) :]
         return [*before, *targets][-(WINDOW + 1) :][:-1], targets
 
     def rolling(self, text: str) -> tuple[float, float]:
-        """Log-likelihood of a text in windows, each token once and the last window as full as the others."""
+        """Return the log-likelihood of a text in windows, each token once; the last window is as long as the others."""
         ids = self.tokenizer.encode(text, add_bos=False)
         whole = [self.prefix, *ids]
         total = tolerance = 0.0
@@ -129,7 +129,7 @@ class Reference:
         return total, tolerance
 
     def greedy(self, text: str, count: int) -> str:
-        """What follows a text, each token the most likely, up to a stop string of the tasks."""
+        """Return the greedy continuation of a text, up to a stop string of the tasks."""
         ids = self.tokenizer.encode(text)
         new: list[int] = []
         for _ in range(count):
@@ -145,14 +145,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class Judged:
-    """What the harness found through a bundle, and the model that the bundle is of."""
+    """Results of the harness with a bundle, and the reference of its model."""
 
     reference: Reference
     bundle: Bundle
     results: dict[str, Any]
 
     def samples(self, task: str) -> Iterator[tuple[tuple[Any, ...], list[Any]]]:
-        """(arguments of each request, what came of it)."""
+        """Yield (arguments, results) of each request."""
         found = self.results["samples"][task]
         assert found, f"{task} has no samples"
         for sample in found:
@@ -209,7 +209,7 @@ def test_log_likelihoods_and_greedy_flags_are_the_references(judged: Judged) -> 
             assert found == pytest.approx(expected, abs=tolerance, rel=0), (task, continuation)
             assert greedy == is_greedy, (task, continuation)
             flags.append(greedy)
-    assert set(flags) == {True, False}  # else the flags would prove nothing
+    assert set(flags) == {True, False}  # otherwise the test would not check the flags
 
 
 @needs_harness
@@ -219,7 +219,7 @@ def test_rolling_log_likelihoods_are_the_references(judged: Judged) -> None:
         expected, tolerance = judged.reference.rolling(text)
         assert found == pytest.approx(expected, abs=tolerance, rel=0)
         longest = max(longest, len(judged.reference.tokenizer.encode(text)))
-    assert longest > WINDOW  # so that more than one window was needed
+    assert longest > WINDOW  # more than one window was needed
 
 
 @needs_harness
@@ -253,7 +253,7 @@ def test_the_command_scores_an_int4_bundle_offline_and_without_torch(tmp_path: P
         for request, answer in zip(sample["arguments"].values(), sample["filtered_resps"], strict=True):
             inputs, targets = reference.pair(request["arg_0"], request["arg_1"])
             differences.append((float(answer[0]) - reference.score(inputs, targets)[0]) / len(targets))
-    # Near, and not the float model again.
+    # Near the float model, but not equal to it.
     assert 1e-3 < float(np.abs(differences).mean()) < 0.5
 
 
@@ -275,7 +275,7 @@ def test_shared_prefixes_are_computed_once_and_change_nothing(model: Any, monkey
 
     monkeypatch.setattr(runtime._graph, "step", counted)
     together = model._loglikelihood_tokens(requests, disable_tqdm=True)
-    # The context once and the few tokens after it; one by one it would be six times the context.
+    # The context once, and the few tokens after it; without sharing it would be six times the context.
     assert 100 < fed < 140
     for one, other in zip(alone, together, strict=True):
         assert one[0] == pytest.approx(other[0], abs=1e-3)
@@ -319,7 +319,7 @@ def test_chats_are_written_by_the_bundles_template(model: Any) -> None:
     assert begun.endswith("<start_of_turn>model\nIt is")
     # This template refuses system messages.
     assert model.apply_chat_template([{"role": "system", "content": "Be brief."}, question]) == asked
-    # The template has written the token that begins a text.
+    # The template writes bos.
     ids = model.tok_encode(asked)
     assert ids.count(model._tokens.bos_id) == 1 and ids[0] == model._tokens.bos_id
     assert model.chat_template(False) is None

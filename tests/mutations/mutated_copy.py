@@ -1,6 +1,6 @@
-"""A copy of the tree in which mistakes are made, with a virtual environment that imports the copy.
+"""Copy of the tree to which mutations are applied, with a virtual environment that imports the copy.
 
-The working tree is never touched. The copy is kept between runs, so that what was compiled in it is not compiled again.
+The working tree is never changed. The copy is kept between runs, so that nothing is compiled twice.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ print(json.dumps(found))
 
 @dataclass(frozen=True)
 class Outcome:
-    """What tests said."""
+    """Result of some tests."""
 
     kind: Literal["passed", "failed", "error", "timeout"]
-    """`error`: no test failed, but something else went wrong, such as collection, a fixture or the compiler."""
+    """`error`: no test failed, but collection, a fixture or the compiler did."""
     detail: str
-    """The test that failed, or what went wrong."""
+    """The test that failed, or the error."""
 
 
 class MutatedCopy:
     """A copy of the tree at `folder`/tree and its Python at `folder`/venv.
 
     Args:
-        folder: made if it is missing.
+        folder: created if it does not exist.
         emulated: folder of the emulator's compiled kernels, which are named by their sources.
     """
 
@@ -71,7 +71,7 @@ class MutatedCopy:
 
     @contextlib.contextmanager
     def mistake(self, mutation: Mutation) -> Iterator[None]:
-        """Make a mistake in the copy, and undo it at the end."""
+        """Apply a mutation to the copy, and undo it at the end of the block."""
         path = self.tree / mutation.file
         before = path.read_bytes()
         try:
@@ -81,7 +81,7 @@ class MutatedCopy:
             self._write(path, before)
 
     def run(self, tests: Sequence[str], seconds: float, *, compiled: bool, stop: bool = True) -> Outcome:
-        """Run tests; with `compiled`, build what they need first. With `stop`, the first failure is enough."""
+        """Run tests; with `compiled`, build what they need first. With `stop`, end at the first failure."""
         programs = [test.removeprefix(CTEST) for test in tests if test.startswith(CTEST)]
         nodes = [test for test in tests if not test.startswith(CTEST)]
         if compiled or programs:
@@ -94,7 +94,7 @@ class MutatedCopy:
         return self._pytest(nodes, seconds, stop=stop) if nodes else Outcome("passed", "")
 
     def stop(self) -> None:
-        """End what runs in the copy, if anything does."""
+        """Stop the tests that run in the copy, if any."""
         self._warm.stop()
         if self._running is not None and self._running.poll() is None:
             with contextlib.suppress(ProcessLookupError):
@@ -121,7 +121,7 @@ class MutatedCopy:
         if code == 0:
             ran = [case for case in cases if case.find("skipped") is None]
             return Outcome("passed", "") if ran else Outcome("error", "every test was skipped")
-        if errors and stop:  # a fixture that fails is no test that fails: is there one besides?
+        if errors and stop:  # a failed fixture is not a failed test: look for one without stopping
             return self._pytest(nodes, seconds, stop=False)
         return Outcome("error", _last_line(output.read_text(encoding="utf-8", errors="replace")))
 
@@ -137,8 +137,8 @@ class MutatedCopy:
 
     def _build(self, targets: Sequence[str]) -> Outcome:
         if not self._configured:
-            # For no processor that the build knows, so with scalar kernels alone: those of the instruction sets come
-            # from the same sources and take four times as long to compile.
+            # For an unknown CPU, so that only the scalar kernels are compiled. Those of the instruction sets have the
+            # same sources and take four times as long.
             generic = [f"-DCMAKE_SYSTEM_NAME={platform.system()}", "-DCMAKE_SYSTEM_PROCESSOR=generic"]
             configure = ["cmake", "-S", "runtimes/csrc", "-B", _BUILD, "-DEDGELM_BUILD_TESTS=ON", *generic]
             code, output = self._call(configure, 600)
@@ -155,7 +155,7 @@ class MutatedCopy:
         return Outcome("passed", "")
 
     def _call(self, command: Sequence[str | Path], seconds: float) -> tuple[int | None, str]:
-        # The exit status (None: it took too long) and all output. A group of its own: tests start processes.
+        # Returns the exit status (None: timeout) and all output. In a new process group, since tests start processes.
         output = self._folder / "output.txt"
         with output.open("wb") as file:
             process = self._running = subprocess.Popen(
@@ -174,7 +174,7 @@ class MutatedCopy:
         return code, output.read_text(encoding="utf-8", errors="replace")
 
     def _write(self, path: Path, data: bytes) -> None:
-        # Python and make tell a changed file by its time in whole seconds: no two writes have the same.
+        # Python and make detect changes by the file time in whole seconds, so every write gets another one.
         path.write_bytes(data)
         self._stamp = max(self._stamp + 1, int(time.time()))
         os.utime(path, (self._stamp, self._stamp))
@@ -191,7 +191,7 @@ class MutatedCopy:
             for path in (self.tree / top).rglob("*"):
                 if path.is_file() and not path.is_symlink() and path not in wanted and "__pycache__" not in path.parts:
                     path.unlink()
-        # The whole import tree below edgelm/, so that it is the same whether the current folder is on the path or not.
+        # The whole package lies below edgelm/, so that it does not matter whether the current folder is on the path.
         for part in ("export", "quant", "runtimes"):
             if not (link := self.tree / "edgelm" / part).is_symlink():
                 link.symlink_to(f"../{part}")
@@ -201,7 +201,7 @@ class MutatedCopy:
             node.symlink_to(ROOT / "build" / "node")
 
     def _make_environment(self) -> Path:
-        # A path file in place of the installation's import hook, which would find the working tree.
+        # A path file replaces the installation's import hook, which would import the working tree.
         folder = self._folder / "venv"
         if not (folder / "bin" / "python").exists():
             venv.create(folder, with_pip=False, symlinks=True)
@@ -231,14 +231,14 @@ class MutatedCopy:
 
 
 def tracked_files() -> list[str]:
-    """Names of the working tree's files but those that git ignores, relative to it, sorted."""
+    """Return the relative paths of the working tree's files, without those that git ignores, sorted."""
     command = ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
     return sorted({name for name in names if name and (ROOT / name).is_file()})
 
 
 def _replace(source: Path, target: Path) -> None:
-    # Renamed into place: a process may have the old one loaded.
+    # Rename atomically, since a process may have loaded the old file.
     fresh = target.with_suffix(".fresh")
     shutil.copyfile(source, fresh)
     fresh.replace(target)

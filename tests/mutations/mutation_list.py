@@ -1,4 +1,4 @@
-"""The list of deliberate mistakes: one TOML file per area, read and checked here."""
+"""Read and check the list of mutations, one TOML file per area."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _KEYS = {"file", "old", "new", "tests", "why"}
 
 @dataclass(frozen=True)
 class Mutation:
-    """One mistake, and the tests of which at least one must fail when it is made."""
+    """A deliberate mistake in a source file, and the tests of which at least one must fail."""
 
     area: str
-    """The TOML file's name without its ending."""
+    """Name of the TOML file without its suffix."""
     file: str
     """The source file, relative to the repository."""
     old: str
@@ -31,16 +31,16 @@ class Mutation:
 
     @property
     def compiled(self) -> bool:
-        """Whether the operators must be compiled again. The emulator compiles the CUDA sources itself."""
+        """Whether the operators must be recompiled. The emulator compiles the CUDA sources itself."""
         return self.file.startswith("runtimes/csrc/") and not self.file.startswith("runtimes/csrc/cuda/")
 
     def line(self, root: Path = ROOT) -> int:
-        """The line of the file where the mistake is made."""
+        """Return the line of the file that is changed."""
         before, _, _ = (root / self.file).read_text(encoding="utf-8").partition(self.old)
         return before.count("\n") + 1
 
     def text(self, root: Path = ROOT) -> str:
-        """The file's text with the mistake.
+        """Return the mutated text of the file.
 
         Raises:
             ValueError: the old text does not occur exactly once.
@@ -52,10 +52,10 @@ class Mutation:
 
 
 def read_mutations(folder: Path = HERE) -> tuple[Mutation, ...]:
-    """Every mutation, area by area.
+    """Return all mutations, sorted by area.
 
     Raises:
-        ValueError: a file holds something else than [[mutation]] tables with the five keys.
+        ValueError: a file has anything but [[mutation]] tables with the five keys.
     """
     found = []
     for path in sorted(folder.glob("*.toml")):
@@ -70,7 +70,7 @@ def read_mutations(folder: Path = HERE) -> tuple[Mutation, ...]:
 
 
 def problems(mutation: Mutation, root: Path = ROOT) -> list[str]:
-    """Why a mutation cannot be tried; empty if it can."""
+    """Return the reasons why a mutation cannot be applied; empty if it can."""
     found = []
     if not (root / mutation.file).is_file():
         return [f"{mutation.file}: there is no such file"]
@@ -95,6 +95,6 @@ def _exists(test: str, root: Path) -> bool:
 
 @cache
 def _names(path: Path) -> frozenset[str]:
-    # By pattern, not parsed: this runs in every test run.
+    # By a pattern instead of a parser, since this runs in every test run.
     text = path.read_text(encoding="utf-8")
     return frozenset(re.findall(r"^\s*(?:async def|def|class) (\w+)", text, re.MULTILINE))

@@ -1,6 +1,6 @@
-"""Make each mistake of the list in a copy of the tree, and say which of them the tests notice.
+"""Apply each mutation to a copy of the tree, and report which ones the tests detect.
 
-`make mutations`, or `python tests/mutations/run.py --only files`. Exit code 1 where one goes unnoticed.
+`make mutations`, or `python tests/mutations/run.py --only files`. The exit code is 1 if one is not detected.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a mutation: one of KINDS, and the test that noticed or what went wrong."""
+    """Result of a mutation: one of KINDS, and the test that detected it or the error."""
 
     mutation: Mutation
     kind: str
@@ -41,12 +41,12 @@ class Result:
 
 
 class Runner:
-    """Copies of the tree, and what ran in them.
+    """Runs tests in copies of the tree.
 
     Args:
-        work: the folder of the copies, kept between runs.
-        jobs: how many tests run at a time, each in a copy of its own.
-        seconds: time limit of one mutation's tests.
+        work: the folder of the copies, which are kept between runs.
+        jobs: number of test runs at a time, each in its own copy.
+        seconds: time limit of the tests of one mutation.
     """
 
     def __init__(self, work: Path, jobs: int, seconds: float) -> None:
@@ -55,7 +55,7 @@ class Runner:
         self._copies = [MutatedCopy(work / f"copy-{index}", work / "emulated") for index in range(jobs)]
 
     def each(self, items: Iterable[Item], do: Callable[[MutatedCopy, Item], Value]) -> list[Value]:
-        """Call `do` with each item and a copy that is its own meanwhile."""
+        """Call `do` with each item and a copy that no other call uses at the same time."""
         free: SimpleQueue[MutatedCopy] = SimpleQueue()
         for copy in self._copies:
             free.put(copy)
@@ -70,14 +70,14 @@ class Runner:
         with ThreadPoolExecutor(len(self._copies)) as pool:
             try:
                 return list(pool.map(one, items))
-            except BaseException:  # Ctrl-C, above all
+            except BaseException:  # mainly Ctrl-C
                 pool.shutdown(wait=False, cancel_futures=True)
                 for copy in self._copies:
                     copy.stop()
                 raise
 
     def baseline(self, tests: Iterable[str]) -> dict[str, Outcome]:
-        """Run tests without a mistake, file by file; what passed is remembered while no file changes."""
+        """Run tests without a mutation, file by file. Passed tests are cached until a file changes."""
         memory = self._work / "baseline.json"
         state = _digest()
         known = json.loads(memory.read_text(encoding="utf-8")) if memory.is_file() else {}
@@ -89,7 +89,7 @@ class Runner:
         print(f"{sum(map(len, files.values()))} tests or files of tests without a mistake", flush=True)
 
         def one(copy: MutatedCopy, group: list[str]) -> Outcome:
-            # The sum of what its mutations may take.
+            # The sum of the time limits of its mutations.
             return copy.run(group, self._seconds * 4, compiled=False, stop=False)
 
         compiled = [group for group in groups if group[0].startswith(CTEST)]
@@ -106,7 +106,7 @@ class Runner:
         return told
 
     def mutations(self, mutations: Sequence[Mutation], baseline: dict[str, Outcome] | None) -> list[Result]:
-        """Try mutations; those that need a compiler come last, in one copy, file by file."""
+        """Run all mutations; those that need a compiler run last, in one copy, file by file."""
 
         def one(copy: MutatedCopy, mutation: Mutation) -> Result:
             result = self._try(copy, mutation, baseline)
@@ -195,7 +195,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that tests end with their runner
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the tests when the runner is stopped
     try:
         sys.exit(main())
     except EdgeLMError as error:

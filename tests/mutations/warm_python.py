@@ -1,6 +1,6 @@
-"""A Python that has imported what tests import of others, and forks a copy of itself for each run of pytest.
+"""Python process that has imported the third-party packages of the tests, and forks for each run of pytest.
 
-Those imports take several times as long as most tests.
+These imports take several times as long as most tests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MODULES = (
     "numpy", "onnx", "onnxruntime", "safetensors.torch", "sentencepiece", "tokenizers", "torch", "transformers",
     "transformers.models.llama", "transformers.models.olmoe",
 )  # fmt: skip
-# Requests come on standard input, one a line; each is answered with the child's process id, then with its status.
+# Reads one request per line from standard input; answers with the child's process id, and then with its status.
 _SERVER = """
 import contextlib, importlib, json, os, signal, sys
 for name in sys.argv[1:]:
@@ -48,12 +48,12 @@ for line in sys.stdin:
 
 
 class WarmPython:
-    """Runs pytest in forks of one process, which is started at the first run.
+    """Runs pytest in forks of one process, which is started by the first run.
 
     Args:
         python: the interpreter.
-        folder: where it works.
-        environment: of the process.
+        folder: the working folder.
+        environment: environment of the process.
     """
 
     def __init__(self, python: Path, folder: Path, environment: Mapping[str, str]) -> None:
@@ -62,7 +62,7 @@ class WarmPython:
         self._child = 0
 
     def pytest(self, arguments: Sequence[str], output: Path, seconds: float) -> int | None:
-        """Run pytest; returns its exit status, minus a signal's number, or None where it took too long."""
+        """Run pytest; return its exit status, a negative signal number, or None after a timeout."""
         if self._server is None:
             command, folder, environment = self._start
             self._server = subprocess.Popen(
@@ -83,7 +83,7 @@ class WarmPython:
             self._child = 0
 
     def stop(self) -> None:
-        """End what runs, if anything does."""
+        """Stop the running tests, if any."""
         if self._child:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._child, signal.SIGKILL)

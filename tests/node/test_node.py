@@ -1,6 +1,6 @@
 """Do portable bundles run in Node with npm's onnxruntime-node, an older ONNX Runtime than Python's?
 
-The code is the example that users find, examples/generate.js: prompt, then one token a step through the cache.
+The tests run examples/generate.js: prefill of the prompt, then one token per step with the KV cache.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FLOAT_EXPERTS = Recipe(
     Scheme(4, 32),
     (Rule("*.experts.*", Scheme(4, 32), activations="float"), *PRESETS["int4"].rules),
 )
-# 1.30 has float activations for experts of 8 bits, 1.31 rounds them to int8.
+# For 8-bit experts, 1.30 has float activations, and 1.31 quantises them to int8.
 CASES = [
     ("fox", PRESETS["int4"], 2e-2),
     ("fox", PRESETS["int8"], 2e-2),
@@ -96,7 +96,7 @@ def test_what_this_onnxruntime_is_too_old_for_is_refused_with_the_reason(node: s
     assert result.stdout == ""
     assert "int8 activations of 4-bit experts" in result.stderr
     assert f"which needs onnxruntime 1.31.0; here is {VERSION}" in result.stderr
-    # And rightly so.
+    # The refusal is necessary.
     manifest = json.loads(bundle.file("manifest.json").read_text())
     del manifest["requires"]
     bundle.file("manifest.json").write_text(json.dumps(manifest))
