@@ -12,13 +12,13 @@ import pytest
 from edgelm.runtimes.cuda.emulated import EmulatedDevice
 
 sys.path.insert(0, str(Path(__file__).parent))
-# Compiled kernels are kept beside other build products.
+# Keep compiled kernels in the build folder.
 os.environ.setdefault("EDGELM_EMULATOR_CACHE", str(Path(__file__).parents[2] / "build" / "emulated"))
 
 
 @pytest.fixture
 def device() -> Iterator[EmulatedDevice]:
-    """A device of compute capability 8.0; its buffers' canaries are looked at in the end."""
+    """An emulated device of compute capability 8.0; its buffers' canaries are checked at the end."""
     made = EmulatedDevice((8, 0))
     yield made
     made.close()

@@ -1,9 +1,9 @@
-// A stand-in for libcuda.so.1 where there is no GPU, so that edgelm's own calls can be followed and made to fail.
-// Memory is the host's; the only kernel it knows is `increment` of test_driver_calls.py; launches and copies happen at once,
-// or are kept while a stream is captured. What it is to be comes from the environment:
+// A fake libcuda.so.1 for machines without a GPU, which logs edgelm's calls and can make them fail.
+// Memory is host memory. Its only kernel is `increment` of test_driver_calls.py. Launches and copies run at once, or
+// are stored while a stream is captured. Environment variables configure it:
 //   FAKE_CUDA_VERSION 13000, FAKE_CUDA_SM 86, FAKE_CUDA_DEVICES 1, FAKE_CUDA_MEMORY bytes of the GPU,
 //   FAKE_CUDA_FAIL "cuStreamSynchronize=700": that function returns this error.
-// FAKE_CUDA_LOG names a file to which every call is appended. Where the toolkit's cuda.h is found, the compiler checks
+// FAKE_CUDA_LOG names a file to which every call is appended. If the toolkit's cuda.h is found, the compiler checks
 // these declarations against it.
 #include <stdarg.h>
 #include <stdio.h>
@@ -109,7 +109,7 @@ CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
 CUresult cuCtxSetCurrent(CUcontext context) { return called(__func__, "%p", (void*)context); }
 CUresult cuCtxSynchronize(void) { return called(__func__, ""); }
 
-// Allocations carry their size in front.
+// The size of an allocation is stored in front of it.
 static size_t g_used;
 CUresult cuMemGetInfo_v2(size_t* available, size_t* total) {
   *total = setting("FAKE_CUDA_MEMORY", 1L << 30);
@@ -156,11 +156,11 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute,
   return called(__func__, "%p %d %d", (void*)function, (int)attribute, value);
 }
 
-// -- work: done at once, or kept for the graph that is being captured ----------------------------------------------
+// -- work: run at once, or stored for the graph that is being captured ----------------------------------------------
 
 struct Increment { float* x; int count; float by; };
 struct Work { struct Work* next; char *to, *from; size_t bytes; int value; struct Increment increment; };
-static struct Work *g_recorded, **g_end;
+static struct Work *g_captured, **g_end;
 
 static void perform(const struct Work* work) {
   if (work->from) memcpy(work->to, work->from, work->bytes);
@@ -216,13 +216,13 @@ CUresult cuStreamCreate(CUstream* stream, unsigned int flags) {
 CUresult cuStreamDestroy_v2(CUstream stream) { return called(__func__, "%p", (void*)stream); }
 CUresult cuStreamSynchronize(CUstream stream) { return called(__func__, "%p", (void*)stream); }
 CUresult cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode mode) {
-  g_recorded = 0;
-  g_end = &g_recorded;
+  g_captured = 0;
+  g_end = &g_captured;
   return called(__func__, "%p %d", (void*)stream, (int)mode);
 }
 CUresult cuStreamEndCapture(CUstream stream, CUgraph* graph) {
   g_end = 0;
-  *graph = (CUgraph)g_recorded;
+  *graph = (CUgraph)g_captured;
   return called(__func__, "%p", (void*)stream);
 }
 CUresult cuGraphInstantiateWithFlags(CUgraphExec* exec, CUgraph graph, unsigned long long flags) {

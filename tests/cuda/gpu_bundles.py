@@ -33,6 +33,6 @@ def write_bundle(folder: Path, family: str, name: str) -> Bundle:
     """Export a tiny checkpoint, without compiled kernels: the emulator compiles its own from the sources."""
     options = ExportOptions(target="tensorrt", sms=(86,), golden=GOLDEN, engines=EngineOptions(build=False))
     with pytest.MonkeyPatch.context() as patch:
-        # Compiling takes a minute each, and tests/export/test_export_gpu.py exports with kernels.
+        # Compiling takes a minute per bundle; tests/export/test_export_gpu.py exports with kernels.
         patch.setattr(gpu_target, "compile_bundle_kernels", lambda *_: None)
         return export_bundle(CHECKPOINTS / f"{family}-tiny", folder, recipe=recipe(family, name), options=options)

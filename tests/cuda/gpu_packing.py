@@ -1,5 +1,5 @@
-"""Weights in the layout of the GPU kernels, written number by number from its description: slow, and by other means
-than the exporter's packer, which is compared with it."""
+"""Packs weights in the layout of the GPU kernels, number by number, from the layout's description. Slow and independent
+of the exporter's packer, which is compared with it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ INTEGERS = {GpuKind.INT4: 4, GpuKind.INT8: 8}
 
 @dataclass(frozen=True)
 class Numbers:
-    """One matrix before it is packed.
+    """A matrix before it is packed.
 
     Attributes:
-        codes: [N, K] uint8 codes (FP8: bit patterns), or float32 weights of kinds without scales.
-        scales, zeros: [N, groups], where the kind has them.
-        dense: [N, K] float64, what they stand for.
+        codes: [N, K] uint8 codes (FP8: bit patterns), or float32 weights for kinds without scales.
+        scales, zeros: [N, groups], if the kind has them.
+        dense: [N, K] float64, the weights.
     """
 
     codes: Array
@@ -34,17 +34,17 @@ class Numbers:
 
 
 def to_bf16(x: Array) -> NDArray[np.uint16]:
-    """Bits of the nearest bfloat16, ties to even."""
+    """Return the bits of the nearest bfloat16, ties to even."""
     return float32_to_bf16(np.asarray(x, np.float32))
 
 
 def from_bf16(bits: Array) -> NDArray[np.float32]:
-    """Values of bfloat16 bits."""
+    """Return the values of bfloat16 bits."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def random_numbers(rng: np.random.Generator, matrix: GpuMatrix) -> Numbers:
-    """A random matrix of a format, its rows in the order of the model (gate, then up)."""
+    """Return a random matrix in a format, with rows in the model's order (gate, then up)."""
     shape = (matrix.rows, matrix.columns)
     kind = matrix.kind
     if not kind.scale_bytes:
@@ -73,7 +73,7 @@ def random_numbers(rng: np.random.Generator, matrix: GpuMatrix) -> Numbers:
 
 
 def pack(matrix: GpuMatrix, matrices: list[Numbers]) -> NDArray[np.uint8]:
-    """The blob of `matrix.count` matrices."""
+    """Return the blob of `matrix.count` matrices."""
     assert len(matrices) == matrix.count
     blob = np.zeros(matrix.nbytes, np.uint8)
     for number, one in enumerate(matrices):
@@ -92,7 +92,7 @@ def pack(matrix: GpuMatrix, matrices: list[Numbers]) -> NDArray[np.uint8]:
 
 
 def _interleaved(matrix: GpuMatrix, rows: Array) -> Array:
-    """Rows in the layout's order, filled up to whole blocks of 16."""
+    """Return rows in the layout's order, padded to whole blocks of 16."""
     out = np.zeros((matrix.blocks * 16, *rows.shape[1:]), rows.dtype)
     half = matrix.rows // 2
     for row in range(matrix.rows):
@@ -119,7 +119,7 @@ def _tiles(matrix: GpuMatrix, codes: Array) -> NDArray[np.uint8]:
 
 
 def _lane(kind: GpuKind, low: Array, high: Array, q: int) -> bytes:
-    """The 16 bytes of one lane; `low` and `high` are the tile's rows g and g + 8."""
+    """Return the 16 bytes of one lane; `low` and `high` are the tile's rows g and g + 8."""
     pair = (2 * q, 2 * q + 1)
     later = (2 * q + 8, 2 * q + 9)
     if kind is GpuKind.FLOAT32:

@@ -1,4 +1,4 @@
-"""What tests of kernels run on: the emulator, or a GPU where EDGELM_TEST_GPU is 1 (tests/gpu/check.py sets it)."""
+"""The device for kernel tests: the emulator, or a GPU if EDGELM_TEST_GPU is 1 (tests/gpu/check.py sets it)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ ON_GPU = os.environ.get("EDGELM_TEST_GPU") == "1"
 
 
 def kernel_device(*parts: Sequence[str], capability: tuple[int, int] = (8, 0), seed: int = 0) -> Device:
-    """A device with kernels loaded, part after part: each part is compiled, and kept, by itself.
+    """Return a device with kernels loaded. Each part is compiled and cached separately.
 
-    `capability` and `seed` are the emulator's. A GPU is what it is, and one serves all tests; `release` it.
+    `capability` and `seed` are for the emulator. All tests share one GPU. Call `release` at the end.
     """
     device: Device = _gpu() if ON_GPU else EmulatedDevice(capability, seed)
     for names in parts:
@@ -26,13 +26,13 @@ def kernel_device(*parts: Sequence[str], capability: tuple[int, int] = (8, 0), s
 
 
 def order_threads(device: Device, seed: int) -> None:
-    """Choose the order in which the emulator runs warps; a GPU has its own."""
+    """Set the order in which the emulator runs warps. No effect on a GPU."""
     if isinstance(device, EmulatedDevice):
         device.seed = seed
 
 
 def release(device: Device) -> None:
-    """Close an emulated device, whose buffers' canaries are looked at then."""
+    """Close an emulated device, which checks its buffers' canaries."""
     if isinstance(device, EmulatedDevice):
         device.close()
 

@@ -1,6 +1,6 @@
-"""Do the GPU kernels of GroupQueryAttention compute causal attention over their cache, for every kind of cache?
+"""Do the GPU kernels of GroupQueryAttention compute causal attention, for every type of KV cache?
 
-The kernels run in emulation, from the sources that a GPU runs.
+The kernels are emulated, compiled from the same sources as for a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Generator = np.random.Generator
 U = 2.0**-24
 """Unit roundoff of float32."""
 UNIT = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": U}
-"""Half a step, as a part of the number."""
+"""Half a step, relative to the number."""
 MULTIPROCESSORS = 4
 
 
@@ -36,7 +36,7 @@ MULTIPROCESSORS = 4
 
 
 def to_bits(x: Array, kind: str) -> Array:
-    """float -> what a device stores."""
+    """Convert floats to the bits that a device stores."""
     if kind == "f32":
         return x.astype(np.float32)
     if kind == "f16":
@@ -66,13 +66,13 @@ def e4m3_values() -> Array:
 
 @dataclass(frozen=True)
 class Case:
-    """One call: what there is, and what is in the cache before it."""
+    """One call: shapes, lengths and options."""
 
     shape: AttentionShape
     past: tuple[int, ...]
     new: tuple[int, ...] | None = None
     norm: bool = False
-    per_head: tuple[bool, bool] = (False, False)  # whether the norm is of each head by itself, of queries and of keys
+    per_head: tuple[bool, bool] = (False, False)  # whether the norms of queries and of keys are per head
     clip: float = 0.0
     scale: float = 0.0
     splits: int | None = None
@@ -97,7 +97,7 @@ def rotary(shape: AttentionShape) -> tuple[Array, Array]:
 
 
 def normed(case: Case, x: Array, weight: Array) -> Array:
-    """RMSNorm over as many numbers as the weight has: all heads as one, or each by itself."""
+    """RMSNorm over as many numbers as the weight has: over all heads, or per head."""
     parts = x.reshape(*x.shape[:-1], -1, len(weight))
     return (parts / np.sqrt((parts * parts).mean(-1, keepdims=True) + case.epsilon) * weight).reshape(x.shape)
 
@@ -125,7 +125,7 @@ def prepared(case: Case, qkv: Array, weights: dict[str, Array]) -> tuple[Array, 
 
 
 def read_cache(shape: AttentionShape, cache: Array) -> Array:
-    """What a cache holds: float64 [B, G, C, S]."""
+    """Return the contents of a cache as float64 [B, G, C, S]."""
     count = shape.capacity * shape.size
     width = attention.CODE_BYTES[shape.cache]
     flat = cache.reshape(shape.batch, shape.kv_heads, -1)
@@ -140,12 +140,12 @@ def read_cache(shape: AttentionShape, cache: Array) -> Array:
 
 
 def attended(case: Case, q: Array, keys: Array, values: Array) -> tuple[Array, Array]:
-    """Attention [B, T, H, S] over what the cache holds after the call, and how far a kernel may be from it."""
+    """Return attention [B, T, H, S] over the cache after the call, and a kernel's tolerance."""
     s = case.shape
     out, tolerance = np.zeros(q.shape), np.zeros(q.shape)
     shared_by = s.heads // s.kv_heads
-    product = s.activations if attention.CODE_BYTES[s.cache] == 1 else s.cache
-    unit = UNIT[product]
+    mma_type = s.activations if attention.CODE_BYTES[s.cache] == 1 else s.cache
+    unit = UNIT[mma_type]
     for b in range(s.batch):
         for t in range(case.fresh[b]):
             seen = case.past[b] + t + 1
@@ -155,13 +155,13 @@ def attended(case: Case, q: Array, keys: Array, values: Array) -> tuple[Array, A
                 p = np.exp(score - score.max())
                 p /= p.sum()
                 out[b, t, h] = p @ v
-                # Queries and weights of the values are rounded to what is multiplied, the result to A. A query's
+                # Queries and weights of values are rounded to the type of the mma, the result to A. A query's
                 # elements are rounded independently: six standard deviations of that sum, and float32's own errors.
                 moved = case.factor * (
                     6 / math.sqrt(3) * unit * np.sqrt((k * k) @ (q[b, t, h] * q[b, t, h]))
                     + (s.size + 24) * U * np.abs(k) @ np.abs(q[b, t, h])
                 )
-                about = np.abs(v - out[b, t, h])  # a common factor of all weights changes nothing
+                about = np.abs(v - out[b, t, h])  # a common factor of all weights has no effect
                 tolerance[b, t, h] = (
                     (p * np.expm1(np.minimum(moved, 50))) @ about * 1.05
                     + (unit + (seen + 40) * U) * (p @ np.abs(v))
@@ -224,7 +224,7 @@ def compute(
     device.download(buffers.value_cache, result.value_cache)
     if case.counters:
         device.download(buffers.counters, counters)
-        assert not counters.any(), "the counters were not left as zeros"
+        assert not counters.any(), "the counters were not reset to zeros"
     for address in addresses:
         device.free(address)
     result.out = from_bits(out, s.activations)
@@ -265,7 +265,7 @@ def random_cache(case: Case, rng: Generator) -> Array:
 
 
 def check_appended(case: Case, before: Array, after: Array, x: Array) -> None:
-    """Whether x [B, T, G, S] was appended to the nearest code, and nothing else was touched."""
+    """Check that x [B, T, G, S] was appended, rounded to the nearest code, and that nothing else changed."""
     s = case.shape
     old, new = read_cache(s, before), read_cache(s, after)
     for b, past in enumerate(case.past):
@@ -281,7 +281,7 @@ def check_appended(case: Case, before: Array, after: Array, x: Array) -> None:
             step = np.maximum(np.abs(exact) * 2.0**-4, largest / 448 * 2.0**-10)
         else:
             step = np.maximum(np.abs(exact) * UNIT[s.cache], 2.0**-25 if s.cache == "f16" else 0)
-        # Before it is rounded an element has the errors of the norm's sum, its products and the rotation.
+        # Before rounding, an element has the errors of the norm's sum, its multiplications and the rotation.
         tolerance = step * (1 + 2.0**-10) + 12 * U * largest * (1.5 if s.cache == "f32" else 1)
         if not fresh:
             continue
@@ -370,7 +370,9 @@ def test_every_kind_of_cache_with_norm_clip_scale_and_padding(
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}")
-def test_a_norms_weight_of_one_head_norms_each_by_itself(combination: tuple[str, str, int, tuple[int, int]]) -> None:
+def test_a_norm_weight_of_one_head_norms_each_head_separately(
+    combination: tuple[str, str, int, tuple[int, int]],
+) -> None:
     for tokens, shared_by, kv_heads in ((1, 4, 2), (3, 2, 3), (21, 2, 2)):
         one = case(combination, tokens, shared_by, (65, 3), kv_heads, norm=True, clip=1.5, seed=tokens)
         for per_head in ((True, True), (True, False), (False, True)):
@@ -381,7 +383,7 @@ def test_a_norms_weight_of_one_head_norms_each_by_itself(combination: tuple[str,
 
 @pytest.mark.parametrize("combination", COMBINATIONS[:3], ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}")
 @pytest.mark.parametrize(("tokens", "counters"), [(2, True), (2, False), (24, True)])
-def test_splits_change_nothing_but_rounding_and_the_order_of_warps_nothing(
+def test_splits_change_only_rounding_and_the_order_of_warps_changes_nothing(
     combination: tuple[str, str, int, tuple[int, int]], tokens: int, counters: bool
 ) -> None:
     for splits in (1, 2, 5):
@@ -399,7 +401,7 @@ def test_more_splits_than_are_merged_at_a_time(combination: tuple[str, str, int,
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}")
-def test_token_by_token_is_all_at_once(combination: tuple[str, str, int, tuple[int, int]]) -> None:
+def test_token_by_token_gives_the_same_as_all_at_once(combination: tuple[str, str, int, tuple[int, int]]) -> None:
     tokens, steps = 23, (18, 1, 3, 1)
     whole = case(combination, tokens, 2, (50,), 2, norm=True)
     qkv, weights, caches = random_call(whole)
@@ -432,7 +434,7 @@ def test_keys_and_values_that_are_all_zero(combination: tuple[str, str, int, tup
 
 @pytest.mark.parametrize("combination", COMBINATIONS[:3], ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}")
 @pytest.mark.parametrize("tokens", [2, 20])
-def test_a_nan_spoils_no_other_sequence(combination: tuple[str, str, int, tuple[int, int]], tokens: int) -> None:
+def test_a_nan_does_not_affect_other_sequences(combination: tuple[str, str, int, tuple[int, int]], tokens: int) -> None:
     one = case(combination, tokens, 4, (70, 70))
     qkv, weights, caches = random_call(one)
     clean = compute(one, qkv, weights, caches, combination[3])

@@ -1,7 +1,7 @@
-"""Does what is asked of a GPU reach the driver as it must, and is every failure of a driver one clear line?
+"""Are the driver's functions called correctly, and is every failure of the driver one clear line?
 
-The driver is a stand-in (fake_driver.c) where there is no GPU: the code under test, its ctypes calls and what becomes
-of errors are the real ones. tests/gpu/test_driver.py does the same on a GPU.
+The driver is fake (fake_driver.c). The code under test, its ctypes calls and the handling of errors are real.
+tests/gpu/test_driver.py does the same on a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _STAGING = drivers._STAGING
 
 
 class OneKernel:
-    """A cubin by its first bytes; the stand-in looks no further."""
+    """The first bytes of a cubin, which are all that the fake driver reads."""
 
     def __init__(self, target: str = "sm_86", pdl: bool = False) -> None:
         self.target, self.asked = target, []
@@ -49,7 +49,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """What was called so far, as [function, arguments ...]."""
+    """Return a function that returns the calls so far, as [function, arguments ...]."""
     log = tmp_path / "calls"
     monkeypatch.setenv("FAKE_CUDA_LOG", str(log))
     monkeypatch.delenv(drivers.INDEX_VARIABLE, raising=False)
@@ -83,7 +83,7 @@ def test_data_goes_up_through_a_kernel_and_down_again(device, calls):
     np.testing.assert_array_equal(out, x + 0.5)
     (launched,) = calls("cuLaunchKernel")
     assert launched[2:9] == ["2", "3", "4", "128", "1", "1", "0"]
-    # Everything is in the order of one stream.
+    # Everything is on one stream.
     streams = {call[-1] for name in ("cuMemcpy", "cuLaunchKernel", "cuStreamSynchronize") for call in calls(name)}
     assert streams == {hex(device.stream)}
 
@@ -104,7 +104,7 @@ def test_large_uploads_pass_through_two_buffers_and_arrive_whole(device, calls, 
         assert done == ["cuEventSynchronize", "cuEventRecord"] * (len(done) // 2), order
 
 
-def test_what_is_not_contiguous_is_uploaded_as_it_reads(device):
+def test_arrays_that_are_not_contiguous_are_uploaded_in_their_order(device):
     x = np.arange(12, dtype=np.int32).reshape(3, 4).T
     address = device.allocate(x.nbytes)
     device.upload(address, x)
@@ -136,7 +136,7 @@ def test_memory_is_filled_copied_and_counted(device):
     assert device.allocated == 64
 
 
-def test_a_recorded_graph_does_its_work_each_time_it_is_called_and_not_before(device, calls):
+def test_a_captured_graph_runs_each_time_it_is_called_and_not_before(device, calls):
     device.load(["increment"])
     address = device.allocate(16)
     device.fill(address, 0, 16)
@@ -158,7 +158,7 @@ def test_a_recorded_graph_does_its_work_each_time_it_is_called_and_not_before(de
     assert len(calls("cuGraphDestroy")) == 1
 
 
-def test_an_error_while_recording_is_the_one_that_shows_and_the_device_goes_on(device, calls):
+def test_an_error_during_capture_is_raised_and_the_device_still_works(device, calls):
     address = device.allocate(16)
 
     def work():
@@ -174,7 +174,7 @@ def test_an_error_while_recording_is_the_one_that_shows_and_the_device_goes_on(d
     assert (out == 2).all()
 
 
-def test_what_would_wait_or_allocate_is_refused_while_launches_are_recorded(device):
+def test_waiting_and_allocating_are_refused_during_capture(device):
     address = device.allocate(4)
     for wrong in (
         lambda: device.allocate(4),
@@ -185,7 +185,7 @@ def test_what_would_wait_or_allocate_is_refused_while_launches_are_recorded(devi
             device.capture(wrong)
 
 
-def test_large_shared_memory_is_asked_for_once_and_too_much_is_an_error(device, calls):
+def test_large_shared_memory_is_requested_once_and_too_much_is_an_error(device, calls):
     device.load(["increment"])
     address = device.allocate(16)
     for shared in (48 << 10, 60_000, 50_000, 99 << 10):
@@ -207,7 +207,7 @@ def test_kernels_are_loaded_before_they_are_used_and_only_once(device, calls):
 
 
 @pytest.mark.parametrize(("kernel", "device_pdl"), [(True, True), (True, False), (False, True)])
-def test_only_a_kernel_that_waits_itself_is_started_early_and_only_when_asked(library, calls, kernel, device_pdl):
+def test_only_a_kernel_with_pdl_is_started_early_and_only_if_enabled(library, calls, kernel, device_pdl):
     device = CudaDevice(OneKernel(pdl=kernel), library=library, pdl=device_pdl)
     device.load(["increment"])
     address = device.allocate(16)
@@ -217,7 +217,7 @@ def test_only_a_kernel_that_waits_itself_is_started_early_and_only_when_asked(li
     out = np.empty(4, np.float32)
     device.download(address, out)
     assert (out == 1.5).all()
-    # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION; all else is as in an ordinary launch.
+    # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION; everything else is as in an ordinary launch.
     assert [call[2:] for call in calls("cuLaunchKernelEx")] == [["attribute", "6", "1", "of", "1"]] * (
         kernel and device_pdl
     )
@@ -231,7 +231,7 @@ def test_work_is_timed_between_events(device):
     done = []
     times = device.elapsed(lambda: done.append(1), repeat=3)
     assert len(done) == 3
-    assert times == pytest.approx([0.001] * 3)  # the stand-in counts a millisecond from event to event
+    assert times == pytest.approx([0.001] * 3)  # the fake driver counts a millisecond between events
 
 
 def test_close_gives_everything_back(library, calls):
@@ -251,7 +251,7 @@ def test_close_gives_everything_back(library, calls):
     assert len(calls("cuModuleUnload")) == len(calls("cuGraphExecDestroy")) == 1
 
 
-def test_close_after_a_kernel_failed_still_lets_go_of_the_gpu(library, calls, monkeypatch):
+def test_close_after_a_kernel_failed_still_releases_the_gpu(library, calls, monkeypatch):
     device = CudaDevice(OneKernel(), library=library)
     monkeypatch.setenv("FAKE_CUDA_FAIL", "cuCtxSynchronize=719")
     with pytest.raises(DeviceError, match="a kernel failed"):
@@ -331,11 +331,11 @@ def test_too_little_memory_says_how_much_there_is(library, monkeypatch, calls):
     expected = "Fake GPU 0 has 2.15 GB of 3.22 GB free, 1.07 GB are this model's, and 2.68 GB more are needed"
     assert expected in str(caught.value)
     device.free(held)
-    device.free(device.allocate(5 << 29))  # it goes on
+    device.free(device.allocate(5 << 29))  # the device still works
     device.close()
 
 
-def test_a_kernel_that_fails_is_reported_where_it_is_waited_for(device, monkeypatch):
+def test_a_kernel_that_fails_is_reported_by_the_call_that_waits_for_it(device, monkeypatch):
     device.load(["increment"])
     monkeypatch.setenv("FAKE_CUDA_FAIL", "cuStreamSynchronize=700")
     with pytest.raises(DeviceError) as caught:
@@ -345,7 +345,7 @@ def test_a_kernel_that_fails_is_reported_where_it_is_waited_for(device, monkeypa
     assert "report it" in str(caught.value)
 
 
-def test_an_unknown_error_is_told_in_the_drivers_words(device, monkeypatch):
+def test_an_unknown_error_has_the_drivers_text(device, monkeypatch):
     monkeypatch.setenv("FAKE_CUDA_FAIL", "cuCtxSynchronize=977")
     with pytest.raises(DeviceError, match=r"CUDA_ERROR_X from cuCtxSynchronize .*: as the driver says"):
         device.synchronize()

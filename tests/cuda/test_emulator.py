@@ -1,4 +1,4 @@
-"""Does the emulator compute what a GPU does, and does it find the mistakes that it is there to find?"""
+"""Does the emulator compute the same as a GPU, and does it find the mistakes that it should find?"""
 
 import struct
 from pathlib import Path
@@ -52,7 +52,7 @@ EDGELM_BODY void crooked(const Args& args) { store16(static_cast<u8*>(args.x) + 
 EDGELM_KERNEL(crooked_store, Args, 32, 1, crooked)
 
 // c [16, 8] = a [16, 16] b [16, 8] (given transposed), through ldmatrix.
-template <class A> EDGELM_BODY void product(const Args& args) {
+template <class A> EDGELM_BODY void multiplied(const Args& args) {
   u16* shared = reinterpret_cast<u16*>(shared_memory());
   const u16* from = static_cast<const u16*>(args.y);
   for (int i = thread(); i < 24 * 16; i += 32) shared[i] = from[i];
@@ -68,8 +68,8 @@ template <class A> EDGELM_BODY void product(const Args& args) {
   float* c = static_cast<float*>(args.x);
   for (int i = 0; i < 4; ++i) c[(g + 8 * (i / 2)) * 8 + 2 * q + i % 2] = d[i];
 }
-EDGELM_KERNEL(product_bf16, Args, 32, 1, product<bf16>)
-EDGELM_KERNEL(product_f16, Args, 32, 1, product<f16>)
+EDGELM_KERNEL(mma_bf16, Args, 32, 1, multiplied<bf16>)
+EDGELM_KERNEL(mma_f16, Args, 32, 1, multiplied<f16>)
 
 EDGELM_BODY void from_codes(const Args& args) {
   const u8* codes = static_cast<const u8*>(args.y);
@@ -107,7 +107,7 @@ def _device(seed: int = 0, capability: tuple[int, int] = (8, 0)) -> EmulatedDevi
 
 
 def _run(device, name, out, given=None, n=0, m=0, block=32, shared=4096):
-    """Run a kernel on copies of `out` and `given`; return what it made of `out`."""
+    """Run a kernel on copies of `out` and `given`; return the changed `out`."""
     x, y = device.allocate(out.nbytes), device.allocate(0 if given is None else given.nbytes)
     device.upload(x, out)
     if given is not None:
@@ -121,13 +121,13 @@ def _run(device, name, out, given=None, n=0, m=0, block=32, shared=4096):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
-def test_a_barrier_makes_shared_memory_common(seed):
+def test_a_barrier_makes_shared_memory_visible(seed):
     x = np.arange(128, dtype=np.float32)
     assert (_run(_device(seed), "reverse_right", x, n=128, block=128) == x[::-1]).all()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
-def test_a_missing_barrier_shows(seed):
+def test_a_missing_barrier_gives_a_wrong_result(seed):
     x = np.arange(128, dtype=np.float32)
     assert (_run(_device(seed), "reverse_wrong", x, n=128, block=128) != x[::-1]).any()
 
@@ -186,7 +186,7 @@ def _values(bits, kind):
 def test_a_tensor_core_mma_takes_its_operands_from_where_ptx_says(kind):
     values = np.random.default_rng(5).standard_normal((24, 16)).astype(np.float32)
     bits = _bits(values, kind)
-    found = _run(_device(), f"product_{kind}", np.zeros((16, 8), np.float32), bits)
+    found = _run(_device(), f"mma_{kind}", np.zeros((16, 8), np.float32), bits)
     exact = _values(bits, kind)
     np.testing.assert_allclose(found, exact[:16] @ exact[16:].T, rtol=1e-6, atol=1e-6)
 

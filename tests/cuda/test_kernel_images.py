@@ -1,4 +1,4 @@
-"""Does a bundle's folder of kernels hold what every device needs, and does each device take the right image of it?"""
+"""Does a bundle's folder of kernels contain an image for every device, and does each device get the right one?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPILLS = "{ float v[64]; for (int i = 0; i < a.n; i++) v[(i * 7) & 63] = a.x[i];
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch):
-    """Kernels of a launch module of our own; its bodies may be changed."""
+    """Kernels of a launch module for tests, whose bodies may be changed."""
     bodies = {"one_f32": BODY, "two_f32": BODY}
     start = "struct ArgsOf_{0} {{ float* x; int n; }}; EDGELM_KERNEL({0}, ArgsOf_{0}, 128, 1, [](const ArgsOf_{0}& a)"
     module = SimpleNamespace(
@@ -67,7 +67,7 @@ def test_a_folder_has_an_image_for_each_device_and_ptx_for_the_others(kernels, t
     assert not opened.resources["compute_80"]
 
 
-def test_kernels_that_wait_for_the_one_before_are_known_where_devices_can_start_them_early(kernels, tmp_path):
+def test_kernels_with_pdl_are_known_for_devices_that_support_it(kernels, tmp_path):
     kernels["two_f32"] = "{ wait_for_previous_kernel(); a.x[threadIdx.x] += 1.0f; }".replace("wait", "edgelm::wait", 1)
     compile_bundle_kernels(["one_f32", "two_f32"], [89, 90, 120], tmp_path / "kernels")
     opened = KernelFolder(tmp_path / "kernels")
@@ -122,28 +122,28 @@ ALL = (*(f"sm_{sm}" for sm in nvrtc.SMS), nvrtc.PTX_TARGET)
         (ALL, (10, 3), "sm_100"),  # B300
         (ALL, (12, 1), "sm_120"),  # GB10
         (("sm_80", "sm_86", "compute_80"), (8, 9), "sm_86"),
-        (("sm_86", "sm_90", "compute_80"), (8, 0), "compute_80"),  # nothing runs on older devices than its own
-        (("sm_80", "sm_86", "compute_80"), (8, 7), "compute_80"),  # Orin has code of its own
+        (("sm_86", "sm_90", "compute_80"), (8, 0), "compute_80"),  # an image does not run on older devices
+        (("sm_80", "sm_86", "compute_80"), (8, 7), "compute_80"),  # Orin needs its own code
         (("sm_87", "compute_80"), (8, 9), "compute_80"),
         (("sm_100", "compute_80"), (11, 0), "compute_80"),
-        (("sm_80", "compute_80"), (15, 0), "compute_80"),  # not made yet
+        (("sm_80", "compute_80"), (15, 0), "compute_80"),  # a future device
     ],
 )
-def test_each_device_takes_its_own_image_else_a_relatives_else_ptx(targets, capability, chosen):
+def test_a_device_gets_its_own_image_or_one_of_its_generation_or_ptx(targets, capability, chosen):
     assert choose(targets, capability, (13, 0), (13, 0)) == chosen
 
 
-def test_a_device_without_an_image_is_told_what_there_is():
+def test_without_an_image_for_the_device_the_error_lists_the_images():
     with pytest.raises(RuntimeUnavailableError, match=r"this GPU is SM 75, .* sm_86, compute_80: export with --sm 75"):
         choose(("sm_86", "compute_80"), (7, 5), (13, 0), (13, 0))
     with pytest.raises(RuntimeUnavailableError, match="this GPU is SM 90, and the bundle has kernels for sm_86"):
         choose(("sm_86",), (9, 0), (13, 0), (13, 0))
 
 
-def test_an_old_driver_is_told_which_it_must_be():
+def test_for_an_old_driver_the_error_says_which_version_is_needed():
     with pytest.raises(RuntimeUnavailableError, match=r"supports CUDA 12.8, .* with CUDA 13.0: update the driver"):
         choose(ALL, (9, 0), (13, 0), (12, 8))
-    # Within one major version older drivers take newer cubins, but no newer PTX.
+    # Within a major version, older drivers load newer cubins but not newer PTX.
     assert choose(ALL, (9, 0), (13, 1), (13, 0)) == "sm_90"
     with pytest.raises(RuntimeUnavailableError, match=r"PTX of CUDA 13.1 only, and its driver supports CUDA 13.0"):
         choose(("compute_80",), (9, 0), (13, 1), (13, 0))
@@ -199,7 +199,7 @@ def test_kernels_prepared_beforehand_are_used_and_nothing_is_compiled(kernels, t
         compile_bundle_kernels(["two_f32"], [90], tmp_path / "bundle", ptx=False)
     assert KernelFolder(tmp_path / "bundle").argument_bytes == {"two_f32": 16}
     assert (tmp_path / "bundle" / "sm_90.cubin").read_bytes() == image.data
-    # What is not there is compiled.
+    # Kernels that are not in the folder are compiled.
     assert KernelCompiler().image(["two_f32"], (8, 6), (13, 0)).target == "sm_86"
 
 

@@ -1,9 +1,9 @@
-"""Does every kernel compile for every device, without warnings, and does none of them spill registers?
+"""Does every kernel compile for every device, without warnings and without spilling registers?
 
-No GPU is needed. All kernels for all devices take twelve minutes of a CPU. Most of them differ from another one in a
+No GPU is needed. All kernels for all devices take twelve minutes of CPU time. Most of them differ from another one in a
 type (f16 for bf16), the head size (both published models have 128) or the number of experts (OLMoE has 64). These are
-compiled for the oldest device only, unless EDGELM_ALL_KERNELS is set. (An export compiles what it needs itself, and
-refuses a kernel that spills.)
+compiled for the oldest device only, unless EDGELM_ALL_KERNELS is set. (An export compiles its
+kernels itself and refuses one that spills.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FULL = TARGETS if os.environ.get("EDGELM_ALL_KERNELS") else ("sm_80",)
 
 
 def has_twin(name: str, names: Sequence[str]) -> bool:
-    """Whether there is the same kernel with bf16 where this one has f16, for heads of 128, or for 64 experts."""
+    """Whether the same kernel exists with bf16 in place of f16, for heads of 128, or for 64 experts."""
     twin = re.sub("(?<!b)f16", "bf16", name)
     twin = re.sub("_e(32|128|256)$", "_e64", re.sub("_s(32|64)$", "_s128", twin))
     return twin != name and twin in names
@@ -64,9 +64,9 @@ def test_no_kernel_spills(compiled, target):
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target in ("sm_90", "sm_100", "sm_120")])
-def test_every_kernel_waits_for_the_one_before_where_it_may_be_started_early(compiled, target):
+def test_every_kernel_waits_for_the_previous_one_where_pdl_is_possible(compiled, target):
     lacking = set(compiled[target].argument_bytes) - compiled[target].pdl
-    assert not lacking, "wait_for_previous_kernel() is missing: these end the overlap of launches"
+    assert not lacking, "wait_for_previous_kernel() is missing, so these do not support PDL"
 
 
 def test_arguments_have_the_same_size_on_every_device_and_shared_memory_is_dynamic(compiled):
@@ -77,7 +77,7 @@ def test_arguments_have_the_same_size_on_every_device_and_shared_memory_is_dynam
         assert not any(one.shared_bytes for one in compiled[target].resources.values())
 
 
-def test_every_kernel_has_a_name_of_its_own():
+def test_kernel_names_are_unique():
     names = sources.all_kernels()
     assert len(set(names)) == len(names) > 0
 

@@ -1,4 +1,4 @@
-"""Do the GPU kernels of products with quantised weights compute them, in every regime, format and shape?"""
+"""Do the GPU matmul kernels compute the right results, for every kernel, weight format and shape?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from edgelm.runtimes.cuda.kernels.linear import Matmul
 
 Array = NDArray[Any]
 U = 2.0**-24  # unit roundoff of float32
-# A tensor core cuts off where float32 rounds, and adds in an order of its own.
+# A tensor core truncates where float32 rounds, and has its own order of summation.
 STEP = 2 * U
 ROUNDOFF = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": U}
 KINDS = {"bf16": ("int4", "int8", "fp8", "bf16"), "f16": ("int4", "int8", "fp8", "f16"), "f32": tuple(GpuKind)}
@@ -30,7 +30,7 @@ KINDS = {"bf16": ("int4", "int8", "fp8", "bf16"), "f16": ("int4", "int8", "fp8",
 
 @pytest.fixture(scope="module", params=[(8, 0), (9, 0)], ids=["sm80", "sm90"])
 def gpu(request: pytest.FixtureRequest) -> Iterator[Device]:
-    # What an instruction of newer devices changes is FP8 alone.
+    # Newer devices differ only in FP8 instructions.
     names = linear.all_kernels()
     found = names if request.param == (8, 0) else [name for name in names if re.search("fp8|convert", name)]
     device = kernel_device(found, capability=request.param)
@@ -51,7 +51,7 @@ def rng() -> np.random.Generator:
 
 
 def stored(values: Array, kind: str) -> Array:
-    """Numbers as a device has them."""
+    """Convert numbers to the bits that a device stores."""
     if kind == "bf16":
         return to_bf16(values)
     return values.astype(np.float16 if kind == "f16" else np.float32)
@@ -91,7 +91,7 @@ def silu(x: Array) -> Array:
 
 @dataclass
 class Case:
-    """A matmul and its answer."""
+    """A matmul and its expected result."""
 
     matrix: GpuMatrix
     rows: int
@@ -107,7 +107,7 @@ class Case:
     x_rows: int = 0
 
     def run(self, device: Device, rng: np.random.Generator, force: str = "", info: DeviceInfo | None = None) -> None:
-        """Compute it on the device and compare; `force` is in the name of the kernel that must have been taken."""
+        """Compute it on the device and compare. The name of the chosen kernel must contain `force`."""
         matrix, k = self.matrix, self.matrix.columns
         numbers = [random_numbers(rng, matrix) for _ in range(matrix.count)]
         x_rows = self.x_rows or self.rows
@@ -143,9 +143,9 @@ class Case:
     def answer(
         self, numbers: list[Numbers], x: Array, norm: Array, bias: Array, residual: Array
     ) -> tuple[Array, Array]:
-        """y in float64, and what the kernels may differ from it by."""
+        """Return y in float64, and the kernels' tolerance."""
         k = self.matrix.columns
-        uncertain = 0.0  # relative, of what is multiplied
+        uncertain = 0.0  # relative error of the operands
         if self.norm:
             x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * norm
             uncertain = k * U
@@ -156,7 +156,7 @@ class Case:
             x = np.asarray(fp8.decode(fp8.encode(x.astype(np.float32) / scale)), np.float64) * scale
             uncertain *= 2.0**-4 / U if self.norm else 1
         elif self.activation != "f32":
-            # A number that lies next to the middle between two may have become the other.
+            # A number near a tie may have been rounded the other way.
             x, uncertain = rounded(x, self.activation), uncertain and ROUNDOFF[self.activation]
         rows = np.arange(self.rows) if self.row_map is None else self.row_map
         owners = np.zeros(self.rows, np.int64) if self.owners is None else self.owners
@@ -164,7 +164,7 @@ class Case:
         x = x[rows]
         plain = np.einsum("mk,mnk->mn", x, dense[owners])
         magnitude = np.einsum("mk,mnk->mn", np.abs(x), np.abs(dense)[owners])
-        # Codes and zero points are multiplied apart from scales: their sizes matter.
+        # Codes and zero points are multiplied before scales are applied, so their magnitudes matter.
         error = magnitude * (k * STEP + uncertain + 4 * U)
         if self.matrix.swiglu:
             gate, up = np.split(plain, 2, -1)
@@ -216,7 +216,7 @@ def test_every_tile_of_the_tensor_cores(
     Case(matrix_of("bf16", rows, 80), tokens, residual=True).run(sm80, rng, f"plain_{tile}", info)
     Case(matrix_of("bf16", rows, 64 * 9), tokens).run(sm80, rng, f"plain_{tile}", info)
     Case(matrix_of("bf16", rows, 96, swiglu=True), tokens).run(sm80, rng, f"plain_{tile}", info)
-    smaller = "128" if tile == "256" else tile  # what must be unpacked has no larger one
+    smaller = "128" if tile == "256" else tile  # quantised weights have no larger tile
     Case(matrix_of("fp8", rows, 128), tokens, y_float=False).run(sm80, rng, f"row_{smaller}", info)
     Case(matrix_of("int4", rows, 128), tokens, y_float=False).run(sm80, rng, f"row_{smaller}", info)
     Case(matrix_of("int8", rows, 96, swiglu=True), tokens).run(sm80, rng, f"row_{smaller}", info)
@@ -247,7 +247,9 @@ def test_every_group(sm80: Device, rng: np.random.Generator, kind: str, group: i
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
 @pytest.mark.parametrize("rows", [5, 70])
-def test_no_order_of_warps_changes_anything(sm80: Device, rng: np.random.Generator, rows: int, seed: int) -> None:
+def test_the_order_of_warps_does_not_change_results(
+    sm80: Device, rng: np.random.Generator, rows: int, seed: int
+) -> None:
     order_threads(sm80, seed)
     try:
         for kind in KINDS["bf16"]:
@@ -259,7 +261,9 @@ def test_no_order_of_warps_changes_anything(sm80: Device, rng: np.random.Generat
 
 @pytest.mark.parametrize("activation", ["bf16", "f16", "f32"])
 @pytest.mark.parametrize("rows", [1, 19, 40, 66])
-def test_what_is_done_before_and_after(sm80: Device, rng: np.random.Generator, rows: int, activation: str) -> None:
+def test_norm_residual_and_swiglu_around_the_matmul(
+    sm80: Device, rng: np.random.Generator, rows: int, activation: str
+) -> None:
     exact = activation == "f32"
     for y_float in (True,) if exact else (True, False):
         matrix = matrix_of("int8", 48, 128, 32, swiglu=True)
@@ -341,7 +345,7 @@ def test_norms_and_conversions(gpu: Device, rng: np.random.Generator) -> None:
         y = gpu.allocate(2 * x.size)
         launch = linear.convert_launch(put(gpu, x), y, 5, 96, source=target, target=target, norm=put(gpu, norm))
         gpu.launch(launch)
-        smallest = 2.0**-25 if target == "f16" else 0  # half of its last step
+        smallest = 2.0**-25 if target == "f16" else 0  # half of its smallest step
         tolerance = (ROUNDOFF[target] + 64 * U) * np.abs(expected) + smallest
         assert_close(get(gpu, y, x.shape, target), expected, tolerance)
 
@@ -419,7 +423,7 @@ def test_the_largest_and_the_first_of_equals(sm80: Device, rng: np.random.Genera
     assert found.tolist() == expected
 
 
-def test_what_cannot_be_is_said() -> None:
+def test_impossible_arguments_are_refused() -> None:
     info = DeviceInfo("test", (8, 6), 4, 1 << 30, (13, 0))
     with pytest.raises(DeviceError, match="int4 has 72 columns, expected a multiple of 64"):
         Matmul(matrix_of("int4", columns=72), 1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""Does the runtime cuda-kernels compute the model, as far as the emulator can tell?"""
+"""Does the runtime cuda-kernels compute the model correctly on the emulator?"""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Bundles = Callable[[str, str], Bundle]
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
-    """Exports each bundle once."""
+    """Return a function that exports each bundle once."""
     made: dict[tuple[str, str], Bundle] = {}
 
     def bundle(family: str, name: str) -> Bundle:
@@ -50,12 +50,12 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
 
 @pytest.fixture
 def damaged(bundles: Bundles, tmp_path: Path) -> Iterator[Path]:
-    """A copy of a bundle of OLMoE, to be changed."""
+    """A copy of a bundle of OLMoE, which a test may change."""
     yield Path(shutil.copytree(bundles("olmoe", "int4").path, tmp_path / "damaged"))
 
 
 def change_program(folder: Path, change: Callable[[dict], None]) -> Bundle:
-    """Rewrite a bundle's program; its manifest says so."""
+    """Rewrite a bundle's program and update its manifest."""
     path = folder / PROGRAM_FILE
     data = json.loads(path.read_text())
     change(data)
@@ -66,8 +66,8 @@ def change_program(folder: Path, change: Callable[[dict], None]) -> Bundle:
     return Bundle.open(folder)
 
 
-def test_does_a_bundle_of_before_still_pass_parity() -> None:
-    """tests/export/test_older_bundles.py says what it is."""
+def test_does_an_older_bundle_still_pass_parity() -> None:
+    """tests/export/test_older_bundles.py describes the bundle."""
     report = check_parity(Path(__file__).parents[1] / "export" / "older_bundles" / "fox-tensorrt", runtime=RUNTIME)
     assert report.passed, report
 
@@ -81,7 +81,7 @@ def test_does_a_bundle_pass_parity_and_is_the_debug_program_exact(bundles: Bundl
     assert report.diagnosis is not None
     # 1 is the limit; float32 rounding leaves 0.04, the lowest bit of one weight 5 and more.
     assert max(layer.worst for layer in report.diagnosis.layers) < 0.2
-    # What the activations' rounding costs: E4M3 has 4 bits, bfloat16 8.
+    # The effect of rounding activations: E4M3 has 4 bits, bfloat16 8.
     assert report.kl_mean < (1e-2 if name == "fp8-token" else 1e-3)
     assert report.logit_error < (0.05 if name == "fp8-token" else 0.01)
 
@@ -110,7 +110,7 @@ def test_are_logits_the_same_at_once_in_chunks_and_token_by_token(bundles: Bundl
             stepped = model.decode(token).copy()
         assert model.position == len(TOKENS)
     scale = np.abs(at_once).max()
-    # The kernels for few tokens and for many sum in another order.
+    # The kernels for few and for many tokens sum in different orders.
     assert np.abs(at_once[-1] - last).max() < 0.02 * scale
     assert np.abs(stepped - last).max() < 0.02 * scale
 
@@ -147,7 +147,7 @@ def test_do_sequences_of_a_batch_decode_as_they_would_alone(bundles: Bundles) ->
         for row, (_, logits) in enumerate(alone):
             assert np.abs(together[row] - logits).max() < 0.02 * np.abs(logits).max()
         expected = together.copy()
-    # The same over the weights of a runtime that has its own sequence, which goes on undisturbed.
+    # The same with a runtime's weights; the runtime's own sequence is not affected.
     with open_runtime(bundle, RUNTIME, context_length=64) as model:
         model.prefill(prompts[0])
         with model.open_batch(len(prompts), 32) as shared:  # type: ignore[union-attr]  # this runtime has batches
@@ -160,7 +160,7 @@ def test_do_sequences_of_a_batch_decode_as_they_would_alone(bundles: Bundles) ->
 
 
 @pytest.mark.parametrize(("kv", "row"), [("bfloat16", 64), ("int8", 36), ("fp8", 36)])
-def test_is_a_narrower_cache_smaller_and_close(bundles: Bundles, kv: str, row: int) -> None:
+def test_is_a_cache_of_fewer_bits_smaller_and_close(bundles: Bundles, kv: str, row: int) -> None:
     bundle = bundles("olmoe", "none")
 
     def last(kv: str) -> tuple[np.ndarray, int]:
@@ -169,11 +169,11 @@ def test_is_a_narrower_cache_smaller_and_close(bundles: Bundles, kv: str, row: i
             assert isinstance(model, CudaRuntime)
             return logits, model.cache_bytes
 
-    (wide, _), (narrow, nbytes) = last("float16"), last(kv)
+    (wide, _), (coarse, nbytes) = last("float16"), last(kv)
     model = bundle.manifest.model
     room = 2 * model.num_layers * model.num_kv_heads * 64 * row
     assert room <= nbytes < room + 4096
-    assert 0 < np.abs(wide - narrow).max() < 0.1 * np.abs(wide).max()
+    assert 0 < np.abs(wide - coarse).max() < 0.1 * np.abs(wide).max()
 
 
 def test_is_what_does_not_fit_refused_with_figures(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +189,7 @@ def test_is_what_does_not_fit_refused_with_figures(bundles: Bundles, monkeypatch
         CudaRuntime(bundles("fox", "int4"))
 
 
-def test_is_the_emulator_never_chosen_unasked(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_the_emulator_chosen_only_by_name(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGELM_CUDA_DRIVER", "/nonexistent/libcuda.so.1")
     with pytest.raises(EdgeLMError, match=r"no NVIDIA driver|no GPU kernels"):
         open_runtime(bundles("fox", "int4"))
@@ -214,8 +214,8 @@ def test_is_another_targets_bundle_refused(bundles: Bundles) -> None:
         open_runtime(bundles("fox", "int4"), "onnxruntime-cpu")
 
 
-def test_does_a_bundle_with_graphs_in_onnx_as_they_once_had_still_run(damaged: Path) -> None:
-    # Up to version 0.1 such bundles held the program a second and third time, in files that no runtime opened.
+def test_does_a_bundle_with_onnx_graphs_of_version_0_1_still_run(damaged: Path) -> None:
+    # Up to version 0.1 such bundles had the program twice more, as ONNX files that no runtime opened.
     path = damaged / "manifest.json"
     manifest = json.loads(path.read_text())
     for key, name in (("file", "model.onnx"), ("debug_file", "model.debug.onnx")):

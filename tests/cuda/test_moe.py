@@ -1,4 +1,4 @@
-"""Do the GPU kernels around the experts route as PyTorch does, sort without losing a pair, and sum in a fixed order?"""
+"""Do the GPU's MoE kernels route like PyTorch, sort all (token, expert) pairs, and sum in a fixed order?"""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def rng() -> np.random.Generator:
 
 
 def as_float(array: Array) -> Array:
-    """Float64 of what the kernels wrote; uint16 is bfloat16."""
+    """Convert the kernels' results to float64; uint16 is bfloat16."""
     if array.dtype == np.uint16:
         array = (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float64)
@@ -91,7 +91,7 @@ def check_router(device: Layer, rng: np.random.Generator, shape: MoeShape, seed:
     logits, normed = routed(device, shape, x, norm, router, seed)
     wide = x.astype(np.float64)
     expected = wide / np.sqrt((wide * wide).mean(-1, keepdims=True) + shape.epsilon) * norm
-    # The factor of a row: half of the error of a sum of D squares, and of root, division and two products.
+    # The factor of a row: half of the error of a sum of D squares, and of root, division and two multiplications.
     factor = (shape.columns / 2 + 6) * U
     check(normed, expected, (factor + ACTIVATIONS[shape.activation][1]) * np.abs(expected) + 2.0**-25)
     most = np.abs(expected) @ np.abs(router.astype(np.float64)).T
@@ -133,7 +133,7 @@ def test_many_tokens_are_routed_in_tiles(device: Layer, rng: np.random.Generator
     check_router(device, rng, shape)
 
 
-def test_a_token_of_nans_leaves_its_neighbours_alone(
+def test_a_token_of_nans_does_not_affect_its_neighbours(
     device: Layer, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = rng.standard_normal((6, 64)).astype(np.float32)
@@ -155,7 +155,7 @@ def test_a_token_of_nans_leaves_its_neighbours_alone(
 
 
 def chosen(device: Layer, shape: MoeShape, logits: Array, seed: int = 0) -> dict[str, Array]:
-    """What choosing and sorting wrote, after checking that it hangs together: experts and weights [M, k] by slot."""
+    """Run choice and sorting, check that the results are consistent; return experts and weights [M, k] by slot."""
     places = moe.workspace(shape, device.device.allocate(moe.workspace_bytes(shape)))
     device.run(moe.choose_launches(shape, device.put(logits), places), seed)
     pairs = (shape.tokens, shape.k)
@@ -171,7 +171,7 @@ def chosen(device: Layer, shape: MoeShape, logits: Array, seed: int = 0) -> dict
     expert_of = np.repeat(np.arange(shape.experts), counts)
     assert sorted(slot_of.ravel()) == list(range(shape.slots))
     assert (row_map[slot_of] == np.arange(shape.tokens)[:, None]).all()
-    assert (np.diff(expert_of * shape.tokens + row_map) > 0).all()  # by expert, then by token, and nobody twice
+    assert (np.diff(expert_of * shape.tokens + row_map) > 0).all()  # by expert, then by token, no pair twice
     assert (np.diff(slot_of, axis=1) > 0).all()
     chosen_ones = np.flatnonzero(counts)
     assert (active[0] == [len(chosen_ones), 0, 0, 0]).all()
@@ -190,7 +190,8 @@ def softmax(logits: Array) -> Array:
 
 
 def reference(logits: Array, k: int, normalize: bool) -> tuple[Array, Array]:
-    """The experts in the order of their indices, and their weights, for logits whose ties are ties in float32 too."""
+    """Return the experts in the order of their indices, and their weights. Ties of logits must be ties in float32
+    too."""
     probabilities = softmax(logits)
     order = np.argsort(-np.where(np.isnan(probabilities), -1, probabilities), axis=-1, kind="stable")[:, :k]
     order.sort(axis=-1)
@@ -202,7 +203,7 @@ def check_choice(device: Layer, shape: MoeShape, logits: Array, seed: int = 0) -
     found = chosen(device, shape, logits, seed)
     experts, weights = reference(logits, shape.k, shape.normalize)
     assert (found["experts"] == experts).all()
-    # An exponential's argument is rounded, it is exact to 2 units, and the sum has E terms of one sign.
+    # The argument of exp is rounded, exp is accurate to 2 units, and the sum has E terms of one sign.
     spread = np.ptp(logits.astype(np.float64), axis=-1, keepdims=True)
     check(found["weights"], weights, (2 * spread + 2 * shape.experts + 12) * U * weights + 2.0**-126)
 
@@ -210,7 +211,7 @@ def check_choice(device: Layer, shape: MoeShape, logits: Array, seed: int = 0) -
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_every_token_goes_to_its_most_probable_experts(device: Layer, rng: np.random.Generator, tokens: int) -> None:
     for experts, k in ((8, 1), (8, 8), (32, 3), (64, 8), (64, 2)):
-        # A hundredth between any two: no rounding changes the order.
+        # Logits differ by at least 0.01, so rounding does not change the order.
         logits = rng.permuted(np.tile(np.arange(experts) * 0.01, (tokens, 1)), axis=1)
         logits += rng.uniform(-5, 5, (tokens, 1))
         shape = MoeShape(tokens, 64, 64, experts, k, normalize=(tokens + k) % 2 == 1)
@@ -239,7 +240,7 @@ def test_of_equal_probabilities_the_lower_index_is_chosen(device: Layer, rng: np
 @pytest.mark.parametrize("tokens", [1, 17, 32, 33, 130])
 def test_all_tokens_may_go_to_one_expert(device: Layer, tokens: int) -> None:
     logits = np.zeros((tokens, 8), np.float32)
-    logits[:, 5] = 200  # e^-200 is nothing in float32
+    logits[:, 5] = 200  # e^-200 is 0 in float32
     found = chosen(device, MoeShape(tokens, 64, 64, 8, 1), logits)
     assert (found["experts"] == 5).all()
     assert (found["weights"] == 1).all()
@@ -280,7 +281,7 @@ def test_one_launch_routes_as_two_do(device: Layer, rng: np.random.Generator, to
             assert len(launches) == (1 if given else 2)
             device.run(launches, seed)
             results.append(device.get(memory, (size,), np.uint8).tobytes())
-        assert results[0] == results[1] == results[2]  # the second time the counter was a zero again
+        assert results[0] == results[1] == results[2]  # the counter was reset to 0 for the second run
 
 
 # -- the sum -----------------------------------------------------------------------------------------------------------
@@ -296,9 +297,9 @@ def test_experts_are_summed_in_the_order_of_their_indices(
     weights = rng.uniform(0, 1, shape.slots).astype(np.float32)
     slot_of = np.sort(rng.permutation(shape.slots).reshape(tokens, k).astype(np.int32), axis=1)
     expected = x.astype(np.float64)
-    for j in range(k):  # a fused product and sum: one rounding
-        product = weights[slot_of[:, j], None].astype(np.float64) * outputs[slot_of[:, j]].astype(np.float64)
-        expected = (expected + product).astype(np.float32).astype(np.float64)
+    for j in range(k):  # fused multiply-add: one rounding
+        term = weights[slot_of[:, j], None].astype(np.float64) * outputs[slot_of[:, j]].astype(np.float64)
+        expected = (expected + term).astype(np.float32).astype(np.float64)
     y = device.put(x)
     device.run([moe.combine_launch(shape, y, device.put(outputs), device.put(weights), device.put(slot_of), y)])
     assert (device.get(y, x.shape) == expected).all()

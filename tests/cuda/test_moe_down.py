@@ -1,4 +1,4 @@
-"""Is the kernel right that joins the second product and the weighted sum, whoever is chosen, in every format?"""
+"""Is the kernel that fuses the down matmul and the weighted sum right, for any choice of experts and every format?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from edgelm.runtimes.cuda.kernels.moe import MoeShape, MoeWorkspace
 
 Array = NDArray[Any]
 U = 2.0**-24  # unit roundoff of float32
-STEP = 2 * U  # a tensor core cuts off where float32 rounds
+STEP = 2 * U  # a tensor core truncates where float32 rounds
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def check(gpu: Device, rng: np.random.Generator, case: Case) -> None:
 def weighted_sum(
     gpu: Device, shape: MoeShape, places: MoeWorkspace, x: Array, hidden: Array, dense: list[Array]
 ) -> tuple[Array, Array]:
-    """The sum in float64, and what float32 may miss of it."""
+    """Return the sum in float64, and the tolerance for float32."""
     offsets, slot_of = np.empty(shape.experts + 1, np.int32), np.empty((shape.tokens, shape.k), np.int32)
     weights = np.empty(shape.slots, np.float32)
     for address, array in ((places.offsets, offsets), (places.slot_of, slot_of), (places.slot_weights, weights)):
@@ -97,7 +97,7 @@ def weighted_sum(
             expert = dense[int(np.searchsorted(offsets, slot, "right")) - 1]
             expected[token] += weights[slot] * (expert @ hidden[slot])
             most[token] += weights[slot] * (np.abs(expert) @ np.abs(hidden[slot]))
-    # A term for each column, the scales of groups, the parts of warps, the sum over experts.
+    # Terms: columns, scales of groups, parts of warps, sum over experts.
     return expected, (shape.hidden + shape.hidden / 16 + shape.k + 20) * STEP * most
 
 
@@ -130,7 +130,7 @@ def test_every_format(
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
 @pytest.mark.parametrize("tokens", [1, 8, 9, 32])
-def test_whoever_is_chosen(gpu: Device, rng: np.random.Generator, tokens: int, seed: int) -> None:
+def test_any_choice_of_experts(gpu: Device, rng: np.random.Generator, tokens: int, seed: int) -> None:
     one = np.zeros((tokens, 64))
     one[:, 37] = 9
     for k in (1, 8):
@@ -139,7 +139,7 @@ def test_whoever_is_chosen(gpu: Device, rng: np.random.Generator, tokens: int, s
             check(gpu, rng, Case(shape, GpuKind.BFLOAT16, logits, seed=seed))
 
 
-def test_a_token_of_nans_leaves_its_neighbours_alone(gpu: Device, rng: np.random.Generator) -> None:
+def test_a_token_of_nans_does_not_affect_its_neighbours(gpu: Device, rng: np.random.Generator) -> None:
     shape = MoeShape(3, 16, 64, 4, 2)
     matrix = GpuMatrix(GpuKind.INT4, 16, 64, 64, count=4)
     blob = put(gpu, pack(matrix, [random_numbers(rng, matrix) for _ in range(4)]))
@@ -163,7 +163,7 @@ def test_a_token_of_nans_leaves_its_neighbours_alone(gpu: Device, rng: np.random
     assert np.isfinite(results[0]).all()
 
 
-def test_what_it_does_not_do_is_refused() -> None:
+def test_unsupported_shapes_and_types_are_refused() -> None:
     places = moe.workspace(MoeShape(33, 64, 64, 8, 2), 0)
 
     def launch(matrix: GpuMatrix, tokens: int = 4, activation: str = "bf16") -> None:

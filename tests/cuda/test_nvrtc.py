@@ -1,4 +1,4 @@
-"""Does NVRTC compile for every device without a GPU, and do we read from a cubin what its compiler says?"""
+"""Does NVRTC compile for every device without a GPU, and does reading a cubin agree with the compiler's report?"""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from edgelm.runtimes.cuda.kernels import cubin, nvrtc
 
 TARGETS = (*(f"sm_{sm}" for sm in nvrtc.SMS), nvrtc.PTX_TARGET)
 HEADERS = {"args.h": "struct Args { const float* x; float* y; int n; };"}
-# One that needs little, one with 400 bytes of shared memory, one whose registers do not fit, one with an array that is
-# indexed at run time, one that calls a function with such an array.
+# Kernels: a simple one; one with 400 bytes of shared memory; one that spills registers; one with an array that is
+# indexed at run time; one that calls a function with such an array.
 SOURCE = """
 #include "args.h"
 #define KERNEL(name, threads) \\
@@ -96,7 +96,7 @@ def test_registers_stack_and_shared_memory_are_what_the_compiler_says(target):
     found = {name: (r.registers, r.local_bytes, r.shared_bytes) for name, r in compiled.resources.items()}
     assert found == said
     assert set(said) == set(NAMES)
-    # The three that the no-spill check is there for, and the two that it lets pass.
+    # The no-spill check must find the last three and pass the first two.
     assert [found[name][1] > 0 for name in NAMES] == [False, False, True, True, True]
     assert found["shares"][2] == 400
 
@@ -164,6 +164,6 @@ def test_damaged_cubins_are_an_error_and_never_a_wrong_answer():
         with pytest.raises(BundleError, match="cubin"):
             cubin.resources(wrong)
     elsewhere = bytearray(image)
-    struct.pack_into("<Q", elsewhere, 40, 1 << 40)  # the table of sections
+    struct.pack_into("<Q", elsewhere, 40, 1 << 40)  # offset of the section table
     with pytest.raises(BundleError, match="damaged"):
         cubin.resources(bytes(elsewhere))

@@ -1,4 +1,4 @@
-"""Does a node of a program launch what its weights' sizes and its attributes say? One node at a time, emulated."""
+"""Do a node's launches follow from its attributes and the sizes of its weights? One emulated node at a time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ATTENTION = Node(
 
 
 def program_of(node: Node, values: Mapping[str, Value], weights: Mapping[str, Array]) -> Program:
-    """A program of this node, and of one that makes each of its values out of nothing."""
+    """Return a program of this node, and of a node that produces each of its input values."""
     end, described = 0, {}
     for name, data in weights.items():
         kind = "uint8" if data.dtype == np.uint8 else "f32"
@@ -41,7 +41,7 @@ def program_of(node: Node, values: Mapping[str, Value], weights: Mapping[str, Ar
 
 
 def run(program: Program, step: Step, given: Mapping[str, Array], width: int, capacity: int = C) -> Array:
-    """The node's first result, float32 [rows, width]; `given` are its inputs, a cache among them is written."""
+    """Run the node; return its first output, float32 [rows, width]. `given` are its inputs; caches are updated."""
     (node,) = program.nodes
     operators = Operators(program, str(node.attrs.get("kv", "float32")), capacity, kernel_device().info)
     device = kernel_device(operators.kernels())
@@ -61,7 +61,7 @@ def run(program: Program, step: Step, given: Mapping[str, Array], width: int, ca
 
 
 def attention(qkv: Array, norms: Mapping[str, Array]) -> Array:
-    """What a node of attention makes of a sequence's first tokens."""
+    """Return the result of an attention node for a sequence's first tokens."""
     angles = np.arange(C)[:, None] / 10000 ** (np.arange(S // 2) / (S // 2))
     tables = {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
     node = replace(ATTENTION, inputs=(*ATTENTION.inputs[:6], *norms))
@@ -79,7 +79,7 @@ def normed(x: Array, weight: Array) -> Array:
 
 
 @pytest.mark.parametrize(("q_heads", "k_heads"), [(H, G), (1, 1), (H, 1), (1, G)])
-def test_the_size_of_a_norms_weight_says_what_it_spans(q_heads: int, k_heads: int) -> None:
+def test_the_size_of_a_norm_weight_says_whether_it_is_per_head(q_heads: int, k_heads: int) -> None:
     rng = np.random.default_rng(q_heads + 10 * k_heads)
     qkv = rng.standard_normal((5, (H + 2 * G) * S)).astype(np.float32)
     norms = {
@@ -92,14 +92,14 @@ def test_the_size_of_a_norms_weight_says_what_it_spans(q_heads: int, k_heads: in
     np.testing.assert_allclose(attention(qkv, norms), expected, rtol=2e-5, atol=2e-5)
 
 
-def test_a_norms_weight_of_another_size_is_refused() -> None:
+def test_a_norm_weight_of_another_size_is_refused() -> None:
     wrong = {"q_norm": np.ones(H * S, np.float32), "k_norm": np.ones(S + 2, np.float32)}
     with pytest.raises(BundleError, match=r'layers.0.attn needs 64 or 32 values in "k_norm", which has 34'):
         attention(np.ones((1, (H + 2 * G) * S), np.float32), wrong)
 
 
-def product(matrix: GpuMatrix, given: Mapping[str, Array], **more: Array) -> Array:
-    """What a node of QuantLinear makes of x [rows, columns] and of what is named in `more`."""
+def linear(matrix: GpuMatrix, given: Mapping[str, Array], **more: Array) -> Array:
+    """Return the result of a QuantLinear node for x [rows, columns] and the inputs in `more`."""
     names = ("x", "weights", "norm", "residual", "bias")
     names = names[: max(i + 1 for i, name in enumerate(names) if name in {**given, **more})]
     inputs = tuple(name if name in {**given, **more} else "" for name in names)
@@ -112,28 +112,28 @@ def product(matrix: GpuMatrix, given: Mapping[str, Array], **more: Array) -> Arr
     return run(program, Step(1, len(given["x"])), {**given, **more}, matrix.outputs)
 
 
-def test_a_bias_is_the_fifth_input_of_a_product() -> None:
+def test_a_bias_is_the_fifth_input_of_a_matmul() -> None:
     rng = np.random.default_rng(3)
     matrix = GpuMatrix(GpuKind("f32"), 40, 64, 64)
     numbers = random_numbers(rng, matrix)
     given = {"x": rng.standard_normal((3, 64)).astype(np.float32), "weights": pack(matrix, [numbers])}
     bias, residual = (rng.standard_normal(size).astype(np.float32) for size in (40, (3, 40)))
-    plain = product(matrix, given)
-    np.testing.assert_array_equal(product(matrix, given, bias=bias), plain + bias)
-    np.testing.assert_array_equal(product(matrix, given, bias=bias, residual=residual), plain + bias + residual)
+    plain = linear(matrix, given)
+    np.testing.assert_array_equal(linear(matrix, given, bias=bias), plain + bias)
+    np.testing.assert_array_equal(linear(matrix, given, bias=bias, residual=residual), plain + bias + residual)
 
 
 def test_a_bias_that_does_not_fit_is_refused() -> None:
     matrix = GpuMatrix(GpuKind("f32"), 40, 64, 64)
     given = {"x": np.ones((1, 64), np.float32), "weights": np.zeros(matrix.nbytes, np.uint8)}
     with pytest.raises(BundleError, match=r'layers.0.qkv needs 40 values in "bias", which has 64'):
-        product(matrix, given, bias=np.ones(64, np.float32))
+        linear(matrix, given, bias=np.ones(64, np.float32))
     with pytest.raises(BundleError, match=r"layers.0.qkv adds a bias to a SwiGLU matmul"):
-        product(replace(matrix, swiglu=True), given, bias=np.ones(20, np.float32))
+        linear(replace(matrix, swiglu=True), given, bias=np.ones(20, np.float32))
 
 
 def norm_node(x: Array, kind: str = "f32", result: str = "f32", **more: Array) -> Array:
-    """What a node of RMSNorm makes of x, whose bits are of `kind`."""
+    """Return the result of an RMSNorm node for x, whose bits are of type `kind`."""
     width = x.shape[-1]
     node = Node("RMSNorm", "layers.0.after", ("x", *more), ("logits",), {"epsilon": 0.25})
     values = {"x": Value(kind, width), "logits": Value(result, width)}

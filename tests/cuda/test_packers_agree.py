@@ -1,4 +1,4 @@
-"""Do the exporter's packer and the kernels' tests mean the same layout?"""
+"""Do the exporter's packer and that of the kernels' tests write the same layout?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do the launches of a whole SparseMoE compute it, for few tokens and many, in every format of the experts?"""
+"""Do the launches of a whole SparseMoE compute it, for few and many tokens, in every format of the experts?"""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from edgelm.runtimes.cuda.sparse_moe import SparseMoe, SparseMoeBuffers
 
 Array = NDArray[Any]
 U = 2.0**-24  # unit roundoff of float32
-STEP = 2 * U  # a tensor core cuts off where float32 rounds
+STEP = 2 * U  # a tensor core truncates where float32 rounds
 ROUNDOFF = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": U}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the launches gave: y [M, D], router logits [M, E], and the kernels that were launched."""
+    """Results of the launches: y [M, D], router logits [M, E], and the names of the kernels."""
 
     y: Array
     logits: Array
@@ -39,8 +39,8 @@ class Layer:
     """A random layer on a device.
 
     Args:
-        device: where it runs.
-        rng: what it is drawn with.
+        device: the device.
+        rng: source of the random weights.
         call: the operator's call.
     """
 
@@ -83,7 +83,7 @@ class Layer:
         return Result(*result, [launch.kernel for launch in launches])
 
     def expected(self, logits: Array) -> tuple[Array, Array]:
-        """y in float64 for the choices that float32 logits make, and by how much it may be missed."""
+        """Return y in float64 for the choices of float32 logits, and the tolerance."""
         shape, call = self.call.shape, self.call
         normed = self.normed()
         order, weights = routing(logits, shape.k, shape.normalize)
@@ -105,7 +105,7 @@ class Layer:
                 terms = shape.hidden + call.down.groups + 20
                 size = np.abs(down) @ (np.abs(hidden) + wrong)
                 y[token] += weight * (down @ hidden)
-                # The weight's own error: a softmax of E logits.
+                # The error of the weight itself: a softmax of E logits.
                 error[token] += weight * (np.abs(down) @ wrong + (terms * STEP + (shape.experts + 60) * U) * size)
         return y, error
 
@@ -124,7 +124,8 @@ def routing(logits: Array, k: int, normalize: bool) -> tuple[Array, Array]:
 
 
 def layer(device: Device, rng: np.random.Generator, shape: MoeShape, kinds: str, rounding: float = 0) -> Layer:
-    """Experts whose gate_up and down are of two kinds, as "int4/int8"; integers have groups of 32 and zero points."""
+    """Return experts whose gate_up and down have two kinds, e.g. "int4/int8"; integers have groups of 32 and zero
+    points."""
 
     def matrix(kind: GpuKind, rows: int, columns: int, swiglu: bool) -> GpuMatrix:
         integer = kind in (GpuKind.INT4, GpuKind.INT8)
@@ -140,7 +141,7 @@ def check(found: Layer, result: Result) -> None:
     logits = normed @ router.T
     most = (2 * found.call.shape.columns + 20) * U * (np.abs(normed) @ np.abs(router).T)
     assert (np.abs(result.logits - logits) <= most).all()
-    # The choices are those of the exact logits wherever these are further apart than that.
+    # The choices must be those of the exact logits wherever these differ by more than the tolerance.
     shape = found.call.shape
     order, _ = routing(logits, shape.k + 1 if shape.k < shape.experts else shape.k, False)
     sorted_logits = np.take_along_axis(logits, order, -1)
@@ -153,13 +154,13 @@ def check(found: Layer, result: Result) -> None:
     error = np.abs(result.y - y)
     worst = np.unravel_index(np.argmax(np.nan_to_num(error, nan=np.inf) - tolerance), error.shape)
     assert error[worst] <= tolerance[worst], f"{worst}: {result.y[worst]}, expected {y[worst]} +- {tolerance[worst]}"
-    # Only if the terms are larger than what may be missed does this say anything.
+    # The test is meaningful only if the terms are larger than the tolerance.
     assert (tolerance < np.abs(y - found.x)).mean() > (0.2 if shape.activation == "bf16" else 0.8)
 
 
 @pytest.fixture(scope="module")
 def device() -> Iterator[Device]:
-    """A device with all kernels, compiled in the parts that the tests of these parts compile."""
+    """A device with all kernels, compiled in the same parts as other tests compile them, to share their cache."""
     made = kernel_device(
         linear.all_kernels(),
         [name for name in moe.all_kernels() if not name.startswith("moe_down_")],
@@ -207,21 +208,21 @@ def test_activations_in_fp8(device: Device, rng: np.random.Generator, tokens: in
             for expert, weight in zip(order[token], weights[token], strict=True):
                 gate, up = np.split(found.gate_up[expert].dense @ in_fp8(x, rounds), 2)
                 out[token] += weight * (found.down[expert].dense @ in_fp8(gate / (1 + np.exp(-gate)) * up, rounds))
-    # A value near the middle of two codes may take the other one: an error much less than that of all the rounding.
+    # A value near a tie may be rounded the other way, an error much smaller than that of all the rounding.
     wrong, lost = (np.linalg.norm(result.y - found.x - part) / np.linalg.norm(part) for part in terms)
     assert wrong < 0.01
     assert lost > 3 * wrong
 
 
 def in_fp8(row: Array, rounds: bool) -> Array:
-    """A row as bfloat16, rounded to E4M3 with a scale of its own."""
+    """Return a row as bfloat16, rounded to E4M3 with its own scale."""
     row = from_bf16(to_bf16(row)).astype(np.float64)
     scale = np.abs(row).max() / 448
     return np.asarray(fp8.decode(fp8.encode((row / scale).astype(np.float32))) * scale if rounds else row)
 
 
 @pytest.mark.parametrize("tokens", [4, 50])
-def test_the_order_of_threads_and_where_y_lies_change_nothing(
+def test_results_do_not_depend_on_the_order_of_threads_or_on_in_place_output(
     device: Device, rng: np.random.Generator, tokens: int
 ) -> None:
     for activation in ("bf16", "f32"):

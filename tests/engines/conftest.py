@@ -1,4 +1,5 @@
-"""Bundles with real engines, exported once for all tests; and a driver that stands in where there is no GPU."""
+"""Fixtures: bundles with real engines, exported once for all tests, and a fake driver library for machines without a
+GPU."""
 
 from __future__ import annotations
 
@@ -30,9 +31,9 @@ def rtx() -> Library:
 
 @pytest.fixture(scope="session")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """Exports a tiny checkpoint with a recipe, once.
+    """Return a function that exports a tiny checkpoint with a recipe, once each.
 
-    Everything is real but the compiled kernels, which take a minute and have tests of their own: no engine holds any.
+    Everything is real except the compiled kernels, which take a minute and have their own tests; engines contain none.
     """
     made: dict[tuple[str, str], Bundle] = {}
     folder = tmp_path_factory.mktemp("tensorrt")
@@ -52,7 +53,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
 
 
 def index_only(names: object, sms: tuple[int, ...], folder: Path, progress: object = None) -> None:
-    """A folder of kernels that lists devices and holds nothing."""
+    """Write a folder of kernels that lists devices but contains no kernels."""
     del names, progress
     folder.mkdir()
     images = {}
@@ -65,7 +66,7 @@ def index_only(names: object, sms: tuple[int, ...], folder: Path, progress: obje
 
 @pytest.fixture
 def copied(export: Export, tmp_path: Path) -> Bundle:
-    """A bundle that a test may change."""
+    """A copy of a bundle, which a test may change."""
     source = export("fox-tiny", "none")
     return Bundle.open(shutil.copytree(source.path, tmp_path / "bundle"))
 
@@ -82,7 +83,7 @@ def driver_library(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def gpu(driver_library: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Have the stand-in for the driver show a GPU: gpu(sm=86, version=13000, memory=...)."""
+    """Return a function that configures the GPU of the fake driver: gpu(sm=86, version=13000, memory=...)."""
 
     def show(**settings: int) -> None:
         monkeypatch.setenv("EDGELM_CUDA_DRIVER", driver_library)

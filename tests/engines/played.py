@@ -1,4 +1,4 @@
-"""TensorRT's part, played on the emulator: it calls a program's plugins in order, with memory for every value."""
+"""A stand-in for TensorRT on the emulator: it calls a program's plugins in order, with memory for every value."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Place = tuple[int, tuple[int, ...]]
 
 
 def output_shapes(spec: PluginSpec, shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """Shapes of a node's results for shapes of the inputs that it has."""
+    """Return the shapes of a node's outputs, given the shapes of its inputs."""
     places = spec.spread(shapes)
 
     def value(term: Term) -> int:
@@ -55,7 +55,7 @@ class PlayedGraph:
         self._sizes = BuildHost((80,))
 
     def run(self, bound: Mapping[str, Place]) -> None:
-        """One step, with the inputs and results at the places that are bound."""
+        """Run a step with inputs and outputs at the bound addresses."""
         program, device = self.program, self.device
         at: dict[str, tuple[int, tuple[int, ...], str]] = {
             name: (self._weights.address(name), weight.dims, "f32" if weight.type == "f32" else "int8")
@@ -86,19 +86,19 @@ class PlayedGraph:
 
 
 def _loaded(rtx: Library, spec: PluginSpec) -> Any:
-    """A plugin as TensorRT makes it when it reads an engine: from its serialised field alone."""
+    """Create a plugin as TensorRT does when it loads an engine: from its serialised field alone."""
     field = SimpleNamespace(name=FIELD, data=np.frombuffer(spec.to_text().encode(), np.int8))
     return creator_class(rtx.api)(spec.op).create_plugin(f"{PREFIX}{spec.op}", [field], None)
 
 
 class PlayedDevice(EmulatedDevice):
-    """The emulator with what a session needs besides; its one stream does everything at once."""
+    """The emulator with the other functions that a session needs. Its single stream runs everything at once."""
 
     stream = 1
 
     def __init__(self) -> None:
         super().__init__((8, 6))
-        self.recorded = 0
+        self.captured = 0
 
     def pinned(self, nbytes: int) -> np.ndarray:
         return np.zeros(nbytes, np.uint8)
@@ -110,12 +110,12 @@ class PlayedDevice(EmulatedDevice):
         self.download(address, pinned)
 
     def capture(self, work: Any) -> Any:
-        self.recorded += 1
+        self.captured += 1
         return work
 
 
 class PlayedEngine:
-    """In the place of `edgelm.runtimes.tensorrt.engine.Engine`."""
+    """Stand-in for `edgelm.runtimes.tensorrt.engine.Engine`."""
 
     def __init__(self, graph: PlayedGraph, path: Any, *, capturable: bool = True) -> None:
         self.graph, self.path, self.capturable = graph, path, capturable
@@ -141,7 +141,7 @@ class PlayedEngine:
 
 
 class PlayedContext:
-    """In the place of `edgelm.runtimes.tensorrt.engine.Context`."""
+    """Stand-in for `edgelm.runtimes.tensorrt.engine.Context`."""
 
     def __init__(self, engine: PlayedEngine) -> None:
         self._engine = engine

@@ -1,4 +1,4 @@
-"""Small programs in our operators with random bytes for weights: what an engine is made of depends on no value."""
+"""Small programs of our operators with random bytes as weights: building an engine does not depend on values."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def info(layers: int, *, moe: bool = True) -> ModelInfo:
 
 
 class SmallProgram:
-    """A decoder of a few layers; `program` is what was made, its weights lie in folder/weights.bin.
+    """A decoder of a few layers as a `program`, with its weights in folder/weights.bin.
 
-    An MoE model has QK-norm over the whole width, with `per_head` any has it over each head. `biased` adds a bias to
-    queries, keys and values, `after` norms what attention adds to the residual stream.
+    An MoE model has QK-norm over all heads; with `per_head` every model has it per head. `biased` adds a bias to
+    queries, keys and values, `after` adds a norm after attention.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class SmallProgram:
         return self._add("SparseMoE", f"layers.{i}.moe", inputs, outputs, attrs)
 
     def _mlp(self, i: int, x: str, norm: str) -> str:
-        product = self._linear(f"layers.{i}.mlp.gate_up", x, 2 * F, D, norm=norm, swiglu=True)
-        return self._linear(f"hidden.{i + 1}", product, D, F, residual=x)
+        activated = self._linear(f"layers.{i}.mlp.gate_up", x, 2 * F, D, norm=norm, swiglu=True)
+        return self._linear(f"hidden.{i + 1}", activated, D, F, residual=x)
 
     def _linear(
         self, out: str, x: str, rows: int, columns: int, *, norm: str = "", residual: str = "", swiglu: bool = False,
@@ -117,7 +117,7 @@ class SmallProgram:
         place = self._place(matrix.nbytes)
         self._weights[name] = Weight("uint8", (matrix.nbytes,), place, matrix.nbytes)
         size = matrix.kind.scale_bytes
-        if size:  # TensorRT wants positive ones
+        if size:  # TensorRT needs positive scales
             ones = np.ones(count * matrix.scales_stride // size, np.float16 if size == 2 else np.float32).tobytes()
             self._data[place + matrix.scales_offset : place + matrix.scales_offset + len(ones)] = ones
         return matrix

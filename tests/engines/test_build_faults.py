@@ -1,4 +1,4 @@
-"""Does a bundle stay whole wherever `edgelm build` is killed or interrupted, and does the next build leave no rest?"""
+"""Does a bundle stay valid wherever `edgelm build` is killed or interrupted, and does the next build clean up?"""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMS = (86, 89, 120)
 
 @pytest.fixture
 def quick(copied: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    """Builds end with the engine that TensorRT made for this bundle at its export: another takes seconds."""
+    """Make builds return the engine of this bundle's export, since building another takes seconds."""
     (made,) = engines(copied)
     kept = shutil.copyfile(copied.file(made.file), tmp_path / "kept.engine")
 

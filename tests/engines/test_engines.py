@@ -1,4 +1,4 @@
-"""Do real engines come out of an export, with our plugin in every layer, and does the bundle say what they are?"""
+"""Does an export build engines with our plugin in every layer, and does the bundle describe them correctly?"""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_an_export_has_one_engine_for_all_devices_with_our_plugins_in_every_laye
         if checkpoint == "olmoe-tiny":
             assert ("SparseMoE", f"layers.{i}.moe") in names
     assert info.operators["GroupQueryAttention"] == layers
-    # Float products are the engine's, all quantised ones are ours, and so is the head.
+    # Float matmuls are the engine's; all quantised ones and the head are plugins.
     dense = 2 * layers if checkpoint == "olmoe-tiny" else 4 * layers
     assert info.operators["QuantLinear"] == 1 + (0 if recipe == "none" else dense)
     assert bundle.verify() == []
@@ -64,7 +64,7 @@ def test_weights_can_be_streamed_if_asked(copied: Bundle) -> None:
 
 
 def test_an_engine_holds_each_weight_once(export) -> None:
-    """Two profiles and three devices share them."""
+    """Two profiles and three devices share the weights."""
     bundle = export("fox-tiny", "int8")
     (info,) = engines(bundle)
     weights = bundle.manifest.files[bundle.manifest.graph.weights_file].size
@@ -97,15 +97,15 @@ def test_a_bundle_without_engines_says_how_to_get_one(copied: Bundle, tmp_path: 
 
 
 @pytest.mark.parametrize("sm", [87, 90, 110])
-def test_devices_of_full_tensorrt_are_told_so(copied: Bundle, sm: int) -> None:
+def test_for_devices_of_full_tensorrt_the_error_says_so(copied: Bundle, sm: int) -> None:
     result = run("build", copied.path, "--sm", sm)
     assert result.exit_code == 1
     assert f"not for SM {sm}: for these full TensorRT builds on the device itself" in result.output
 
 
-def test_fp8_products_are_not_built_for_devices_without(copied: Bundle) -> None:
+def test_fp8_matmuls_are_not_built_for_devices_without_them(copied: Bundle) -> None:
     path = copied.path / building.RECIPE_FILE
-    # A file of another size is refused when the bundle is opened, which a build does.
+    # The file must keep its size, which is checked when the bundle is opened.
     path.write_text(path.read_text().replace('"fp8": false', '"fp8": true '))
     with pytest.raises(ExportError, match="has FP8 matmuls, which SM 86 does not support: export the bundle again"):
         build_bundle(copied, BuildOptions((86, 89)))
@@ -147,4 +147,4 @@ def test_a_bundle_for_another_target_has_no_engines(copied: Bundle) -> None:
     (copied.path / "manifest.json").write_text(json.dumps({**manifest, "target": "cpu"}))
     result = run("build", copied.path)
     assert result.exit_code == 1
-    assert "was exported for cpu: and engines need a bundle that was exported with --target tensorrt" in result.output
+    assert "was exported for cpu, and engines need a bundle that was exported with --target tensorrt" in result.output

@@ -1,7 +1,7 @@
-"""Is everything that can be missing or unfit one clear error: GPU, driver, device, library, version, memory?
+"""Is everything that can be missing or incompatible one clear error: GPU, driver, device, library, version, memory?
 
-What needs no GPU to go wrong goes wrong for real here. A GPU of another kind, an old driver or too little memory is
-shown by a stand-in for the driver's library.
+Failures that need no GPU are real here. A GPU of another kind, an old driver or too little memory are simulated by a
+fake driver library.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def test_a_weight_memory_needs_an_engine_that_streams(copied: Bundle, rtx: Libra
         Engine(rtx, info, copied.file(info.file), BuildHost(info.sms), weight_memory=1 << 20)
 
 
-def test_every_diagnosis_of_tensorrt_rtx_has_words(rtx: Library) -> None:
+def test_every_diagnosis_of_tensorrt_rtx_has_a_message(rtx: Library) -> None:
     flags = rtx.api.EngineInvalidityDiagnostics
     names = [name for name in dir(flags) if name.isupper()]
     assert len(names) == 7
@@ -196,7 +196,7 @@ except ExportError as error:
 
 
 def test_another_import_before_ours_is_an_error_and_no_abort(copied: Bundle) -> None:
-    """The parser cannot find its library then, and would end the process."""
+    """Otherwise the parser would not find its library and would abort the process."""
     done = subprocess.run(
         [sys.executable, "-c", PARSE_AFTER_ANOTHER_IMPORT, copied.path], capture_output=True, text=True, check=False
     )

@@ -1,6 +1,6 @@
-"""Is an engine of full-size Fox-1 built in reasonable time and memory, where there is no GPU?
+"""Is an engine of full-size Fox-1 built in reasonable time and memory without a GPU?
 
-Its weights are zeros that take no disk: what TensorRT does depends on shapes and sizes alone.
+Its weights are zeros in a sparse file: TensorRT's work depends only on shapes and sizes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ print(json.dumps({"file": info.file, "operators": info.operators, "seconds": inf
 
 
 def sparse_checkpoint(folder: Path) -> Checkpoint:
-    """Fox-1's config and tensors, all zeros in a hole of the file."""
+    """Write Fox-1's config and tensors, all zeros in a sparse file."""
     config = dict(PUBLISHED["fox-1-1.6b"])
     (folder / "config.json").write_text(json.dumps(config))
     shapes = decoder_of(config).tensor_shapes
@@ -83,5 +83,5 @@ def test_full_size_fox(tmp_path: Path, recipe: str) -> None:
     layers = {spec.name for spec in plugins_in(engine) if spec.op == "GroupQueryAttention"}
     assert layers == {f"layers.{i}.attn" for i in range(decoder.num_layers)}
     assert found["operators"]["QuantLinear"] == 4 * decoder.num_layers + 1
-    assert found["anonymous"] < 1 << 20  # KiB: neither the weights nor the engine were in memory as a whole
+    assert found["anonymous"] < 1 << 20  # KiB: neither the weights nor the engine were entirely in memory
     engine.unlink()

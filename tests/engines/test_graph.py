@@ -1,4 +1,4 @@
-"""Does TensorRT take over what it is asked to, and only that? Everything here is built by TensorRT-RTX."""
+"""Does TensorRT compute exactly the parts that the options assign to it? TensorRT-RTX builds everything here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from edgelm.runtimes.tensorrt.library import Library
 
 
 def built(folder: Path, rtx: Library, graph: TensorRtGraph, sms: tuple[int, ...]) -> dict[str, int]:
-    """The plugins of an engine of the graph."""
+    """Build an engine of the graph; return its number of plugins by operator."""
     (folder / "g.onnx").write_bytes(graph.model.SerializeToString())
     rowmajor.write(graph.recipe.rows, folder / WEIGHTS, folder / ROWS_FILE)
     options = BuildOptions(sms, max_batch=4, chunk=16)
@@ -54,7 +54,7 @@ def test_dense_matmuls_are_the_engines_where_it_has_them(tmp_path, rtx, moe, kin
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8", "fp8"])
-def test_a_bias_is_added_in_float32_before_the_product_is_rounded_to_its_type(tmp_path, rtx, kind: str) -> None:
+def test_a_bias_is_added_in_float32_before_the_result_is_rounded_to_its_type(tmp_path, rtx, kind: str) -> None:
     made = with_static_scales(SmallProgram(tmp_path, layers=1, moe=False, kind=kind, biased=True))
     graph = tensorrt_graph(made.program, made.info, WEIGHTS, EngineOptions(), (89,))
     nodes = {name: node for node in graph.model.graph.node for name in node.output}
@@ -66,7 +66,7 @@ def test_a_bias_is_added_in_float32_before_the_product_is_rounded_to_its_type(tm
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
-def test_without_a_calibrated_scale_quantised_products_stay_ours(tmp_path: Path, kind: str) -> None:
+def test_without_a_calibrated_scale_plugins_compute_quantised_matmuls(tmp_path: Path, kind: str) -> None:
     made = SmallProgram(tmp_path, layers=1, moe=False, kind=kind)
     graph = tensorrt_graph(made.program, made.info, WEIGHTS, EngineOptions(), (89,))
     assert graph.recipe.rows == []
@@ -103,7 +103,7 @@ def test_the_engines_norm_spans_what_its_weight_does(tmp_path: Path, rtx: Librar
         node for node in graph.model.graph.node if node.op_type == "RMSNormalization" and "_norm." in node.input[1]
     ]
     assert [node.input[1] for node in norms] == ["q_norm.0", "k_norm.0"]
-    for node in norms:  # heads are apart before a norm of one head, and after one of all of them
+    for node in norms:  # heads are separated before a norm per head, but after a norm over all heads
         assert makers[node.input[0]].op_type == ("Transpose" if per_head else "Cast")
     assert "GroupQueryAttention" not in built(tmp_path, rtx, graph, (86,))
 
@@ -123,7 +123,7 @@ def test_every_cache_is_built_with_the_plugin(tmp_path: Path, rtx: Library, kv: 
     assert built(tmp_path, rtx, graph, (86,))["GroupQueryAttention"] == 1
 
 
-def test_who_computes_is_one_of_two() -> None:
+def test_matmul_is_engine_or_plugin() -> None:
     with pytest.raises(ExportError, match="matmul is 'x': it can be engine or plugin"):
         EngineOptions(matmul="x")
 
@@ -139,7 +139,7 @@ def test_ranges_of_shapes() -> None:
     assert prefill["past_key_values.0.key"] == ((1, 2, 64, 64), (1, 2, 4096, 64), (1, 2, 4096, 64))
 
 
-def test_a_calibrated_scale_is_the_largest_of_a_products_matrices() -> None:
+def test_the_calibrated_scale_of_stacked_matrices_is_their_largest() -> None:
     checkpoint = Checkpoint.open(Path(__file__).parents[2] / "examples" / "checkpoints" / "fox-tiny")
     text = 'name = "static"\ndefault = "int8-row-sym"\nactivations = "int8-static"\n'
     source = WeightSource(checkpoint, Recipe.from_toml(text), threads=1)

@@ -1,4 +1,4 @@
-"""Does TensorRT get what our operators are: shapes, types, places of the caches, and all that a plugin is told?"""
+"""Do our plugins describe the operators to TensorRT correctly: shapes, types, aliased caches, attributes?"""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CACHE = (3, G, C, 2 * S)
 
 
 def plugins_of(model: onnx.ModelProto) -> list[PluginSpec]:
-    """What the plugins of a graph are told, in order."""
+    """Return the specs of a graph's plugins, in order."""
     found = [{a.name: a.s for a in node.attribute} for node in model.graph.node if node.domain == NAMESPACE]
     return [PluginSpec.from_text(attributes[FIELD].decode()) for attributes in found]
 
@@ -41,7 +41,7 @@ def specs(folder: Path, *, moe: bool = True, after: bool = False) -> list[Plugin
 
 
 def shapes_of(spec: PluginSpec, batch: int, tokens: int) -> list[tuple[int, ...]]:
-    """Shapes of the inputs that a plugin of `SmallProgram` has."""
+    """Return the shapes of the inputs of a plugin of `SmallProgram`."""
     widths = {"QuantLinear": {"layers.0.attn.qkv.weight": D, "layers.0.mlp.gate_up.weight": D, "embed": D}}
     width = widths.get(spec.op, {}).get(spec.name, {"hidden.1.weight": F}.get(spec.name, H * S))
     first = (batch, 1 if spec.name == "embed" and spec.op == "QuantLinear" else tokens)
@@ -159,7 +159,7 @@ def test_what_a_plugin_raises_while_building_is_what_the_builder_raises(tmp_path
 @pytest.mark.parametrize("moe", [True, False])
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_a_plugin_launches_what_the_executor_would(tmp_path: Path, moe: bool, tokens: int) -> None:
-    """The same launch code, given TensorRT's addresses: all of them occur in what is launched, and none is invented."""
+    """The launch code is the same. All of TensorRT's addresses occur in the launches, and no others."""
     batch, device = (3, 1)[tokens > 1], _any_device(86)
     for spec in specs(tmp_path, moe=moe, after=tokens == 40):
         shapes = shapes_of(spec, batch, tokens)
@@ -175,7 +175,7 @@ def test_a_plugin_launches_what_the_executor_would(tmp_path: Path, moe: bool, to
             assert address.to_bytes(8, "little") in held, (spec.name, hex(address))
 
 
-def test_a_plugin_of_a_norm_takes_what_the_product_before_it_gives(tmp_path: Path) -> None:
+def test_a_norm_plugin_takes_the_type_of_the_matmul_before_it(tmp_path: Path) -> None:
     spec = next(spec for spec in specs(tmp_path, after=True) if spec.op == "RMSNorm")
     shapes = [(3, 5, D), (D,), (3, 5, D)]
     assert spec.present == (True, True, True)
@@ -187,8 +187,8 @@ def test_a_plugin_of_a_norm_takes_what_the_product_before_it_gives(tmp_path: Pat
         assert (launch.kernel, launch.grid) == (f"rms_norm_{kind}_f32", (15, 1, 1))
 
 
-def test_a_matmul_plugin_is_told_of_its_bias_only_where_there_is_one(tmp_path: Path, rtx: Library) -> None:
-    """So that engines without one are what they were, and old ones are read."""
+def test_a_matmul_plugin_has_a_bias_in_its_spec_only_where_there_is_one(tmp_path: Path, rtx: Library) -> None:
+    """So engines without a bias stay unchanged, and old ones can be read."""
     for biased in (False, True):
         made = SmallProgram(tmp_path, layers=1, moe=False, biased=biased)
         graph = tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS)
@@ -208,7 +208,7 @@ def test_a_matmul_plugin_is_told_of_its_bias_only_where_there_is_one(tmp_path: P
 
 
 @pytest.mark.parametrize("per_head", [True, False])
-def test_a_plugin_sees_from_a_norms_shape_what_it_spans(tmp_path: Path, per_head: bool) -> None:
+def test_a_norms_shape_says_whether_it_is_per_head(tmp_path: Path, per_head: bool) -> None:
     made = SmallProgram(tmp_path, layers=1, per_head=per_head)
     found = plugins_of(tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS).model)
     spec = next(spec for spec in found if spec.op == "GroupQueryAttention")
@@ -232,7 +232,7 @@ def test_a_cache_that_is_not_written_in_place_is_refused(tmp_path: Path, rtx: Li
     assert "did not alias" in str(host.take_failure())
 
 
-def test_a_failure_is_told_to_the_engine_whose_plugin_it_was(tmp_path: Path, rtx: Library) -> None:
+def test_a_failure_is_reported_to_the_engine_of_the_failed_plugin(tmp_path: Path, rtx: Library) -> None:
     spec = specs(tmp_path)[0]
     hosts = [BuildHost(SMS), DeviceHost(EmulatedDevice())]
     plugins = []

@@ -1,7 +1,7 @@
-"""Do plugins and the runtime around an engine compute what our own executor does?
+"""Do plugins and the runtime around an engine compute the same as our own executor?
 
-Kernels run on the emulator, and TensorRT's own part is played (`played.py`): the plugins, the launches, and the
-runtime's buffers, lengths and caches are the real ones.
+Kernels run on the emulator, and a stand-in replaces TensorRT (`played.py`). The plugins, the launches, and the
+runtime's buffers, lengths and caches are real.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CONTEXT = 40
 
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch, rtx: Library):
-    """Have sessions run on the emulator, with an engine that is played; a list of the devices made."""
+    """Make sessions run on the emulator with a stand-in engine; return the list of created devices."""
     devices: list[PlayedDevice] = []
 
     def device(kernels: object) -> PlayedDevice:
@@ -57,11 +57,13 @@ def test_a_runtime_computes_what_the_executor_does(export, played, checkpoint: s
     ):
         prompt = [3, 4, 5, 6, 7]
         model.prefill(prompt[:4])
-        want = model.prefill(prompt[4:])  # in the same pieces, since kernels differ by the number of rows
+        want = model.prefill(
+            prompt[4:]
+        )  # in the same chunks, since the choice of kernels depends on the number of rows
         np.testing.assert_array_equal(found.prefill(prompt), want)
-        for token in (6, 7, 8):  # the second is recorded, the third is the record
+        for token in (6, 7, 8):  # the second is captured, the third replays the graph
             np.testing.assert_array_equal(found.decode(token), model.decode(token))
-        assert devices[0].recorded == 1
+        assert devices[0].captured == 1
         for other in (model, found):
             other.truncate(4)
         np.testing.assert_array_equal(found.decode(9), model.decode(9))
@@ -97,19 +99,19 @@ def test_sequences_have_caches_of_their_own(export, played) -> None:
         np.testing.assert_array_equal(second, model.decode_batch([20, 21, 22]))
 
 
-def test_an_engine_that_cannot_be_recorded_runs_all_the_same(export, played) -> None:
-    """As one whose weights are streamed."""
+def test_an_engine_that_cannot_be_captured_still_runs(export, played) -> None:
+    """For example an engine whose weights are streamed."""
     bundle = export("fox-tiny", "int8")
     devices = played(bundle, capturable=False)
     with open_runtime(bundle, "tensorrt", context_length=CONTEXT) as found:
         found.prefill([1, 2])
         for token in (3, 4, 5):
             assert np.isfinite(found.decode(token)).all()
-    assert devices[0].recorded == 0
+    assert devices[0].captured == 0
 
 
 def test_two_models_in_one_process_keep_their_own_kernels_and_caches(export, played) -> None:
-    """Each engine's plugins run on the device of their own model, also after another was loaded or closed."""
+    """Each engine's plugins run on their own model's device, even after another model was loaded or closed."""
     bundles = [export("fox-tiny", "int8"), export("olmoe-tiny", "none")]
     prompts = [[3, 4, 5], [9, 8]]
     want = []

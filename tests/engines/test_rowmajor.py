@@ -1,4 +1,4 @@
-"""Do tiles turn back into the rows that they were packed from?"""
+"""Does unpacking tiles give back the rows that they were packed from?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ERRORS = ErrorFactory(BundleError, "export the bundle again")
 
 
 def packed(folder: Path, matrix: GpuMatrix, rows: list[Packed], before: int) -> Path:
-    """The weights file of one blob that begins at `before`."""
+    """Write a weights file with one blob at offset `before`."""
     path = folder / "weights.bin"
     with path.open("wb") as stream:
         stream.write(bytes(before))

@@ -158,7 +158,7 @@ def test_tokens_attend_to_themselves_and_all_before(rng: Generator, heads: Heads
 
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("heads", SHAPES, ids=str)
-def test_a_norms_weight_of_one_head_norms_each_by_itself(rng: Generator, heads: Heads, kind: str) -> None:
+def test_a_norm_weight_of_one_head_norms_each_head_separately(rng: Generator, heads: Heads, kind: str) -> None:
     for q_per_head, k_per_head in ((True, True), (True, False), (False, True)):
         check_steps(rng, heads, kind, [1, 20, 3], norms(rng, heads, q_per_head=q_per_head, k_per_head=k_per_head))
 
