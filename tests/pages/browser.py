@@ -1,6 +1,6 @@
-"""A headless Chromium that opens pages at a given width, in light or dark, and runs JavaScript in them.
+"""Control a headless Chromium: open pages at a given width, in light or dark mode, and run JavaScript in them.
 
-It is driven by the DevTools protocol through two pipes (`--remote-debugging-pipe`): JSON documents that end in NUL.
+It uses the DevTools protocol over two pipes (`--remote-debugging-pipe`): JSON documents that end in NUL.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FLAGS = (
 
 
 def find_browser() -> str | None:
-    """The path of a Chromium, or None."""
+    """Return the path of a Chromium; None where there is none."""
     return next((path for path in map(shutil.which, PROGRAMS) if path), None)
 
 
@@ -31,7 +31,7 @@ class Browser:
     def __init__(self, program: str, profile: Path) -> None:
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
-        # The browser reads from its descriptor 3 and writes to 4. The shell puts the pipes there.
+        # The browser reads from descriptor 3 and writes to 4. The shell connects the pipes.
         command = [program, *_FLAGS, f"--user-data-dir={profile}"]
         script = f'exec "$@" 3<&{to_browser} 4>&{from_browser}'
         self._process = subprocess.Popen(
@@ -51,22 +51,22 @@ class Browser:
         self.call("Page.enable")
         self.call("Network.enable")
         self.requests: list[str] = []
-        """Every URL that a page asked for, the page itself too."""
+        """Every URL that a page requested, including the page itself."""
 
     def __enter__(self) -> Browser:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._write)  # a browser without its pipe ends
+        os.close(self._write)  # ends the browser
         self._process.terminate()
         self._process.wait(10)
         os.close(self._read)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """Run one command of the protocol and return its result.
+        """Run a command of the protocol and return its result.
 
         Raises:
-            RuntimeError: the browser refused the command or has ended.
+            RuntimeError: the browser refused the command, or has ended.
         """
         self._last += 1
         message = {"id": self._last, "method": method, "params": params}
@@ -81,7 +81,7 @@ class Browser:
                 return answer["result"]
 
     def show(self, file: Path, width: int, *, dark: bool = False, media: str = "screen") -> None:
-        """Open a file in a window of `width` CSS pixels, or on paper with the `media` "print"; wait for its layout."""
+        """Open a file in a window of `width` CSS pixels, or for paper with the `media` "print", and wait for layout."""
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -91,19 +91,19 @@ class Browser:
             pass
 
     def evaluate(self, expression: str) -> Any:
-        """The JSON value of a JavaScript expression in the page."""
+        """Return the JSON value of a JavaScript expression in the page."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         if "exceptionDetails" in found:
             raise RuntimeError(found["exceptionDetails"].get("exception", {}).get("description", "JavaScript failed"))
         return found["result"].get("value")
 
     def picture(self, file: Path) -> None:
-        """Store the whole page as a PNG, for people to look at."""
+        """Save the whole page as a PNG."""
         found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         file.write_bytes(base64.b64decode(found["data"]))
 
     def _next(self) -> dict[str, Any]:
-        """The next message of the browser: an answer or an event."""
+        """Return the next message of the browser: an answer or an event."""
         while b"\0" not in self._buffer:
             received = os.read(self._read, 1 << 20)
             if not received:

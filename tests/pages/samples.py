@@ -1,4 +1,4 @@
-"""Reports made up by hand, small and extreme, so that pages can be tested without running a model."""
+"""Synthetic reports, small and extreme, to test pages without running a model."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from edgelm.parity.result import Check, Diagnosis, FloatLoss, LayerResult, Parit
 from edgelm.parity.result import Speed as CheckSpeed
 
 EVIL = "<script>alert('x')</script>\"&\u202e\x07\ud800"
-"""A name that would break out of the page, turn its text around, ring, and be no UTF-8."""
+"""A hostile name: HTML, right-to-left marks, a bell character, and invalid UTF-8."""
 LONG = "a-bundle-with-a-name-that-has-no-space-in-it-and-goes-on-for-a-hundred-characters-and-a-few-more-of-them"
 DEVICE = {"cpu": "AMD EPYC", "logical_cores": 2, "memory_total": 25_276_510_208, "instruction_sets": ["avx2", "fma"]}
 FILES = {"model.onnx.data": {"size": 2_723_840, "sha256": "0123456789abcdef" * 4}}
 
 
 def checks(layers: int, failed: set[str] = frozenset()) -> list[Check]:
-    """One of every form: without numbers, with them, not judged, and one for each layer."""
+    """Return one check of every form: without numbers, with numbers, not checked, and one for each layer."""
     found = [
         Check("integrity", "Files: hashes", True, "every file has the hash it was exported with"),
         Check("logits.kl_mean", "KL(quantised reference || device), mean, nats", True, "", 0.004, 0.006),
@@ -60,7 +60,7 @@ def layer(index: int, layers: int) -> LayerResult:
 def parity(
     *, layers: int = 4, prompts: int = 7, name: str = "olmoe-int4", failed: set[str] = frozenset(), first=None
 ) -> ParityReport:
-    """A parity report; `failed` names the checks that fail."""
+    """Return a parity report; `failed` names the checks that fail."""
     every = checks(layers, failed)
     lengths = [52, 57, 47, 40, 91, 41, 205]
     diagnosis = Diagnosis(tuple(layer(i, layers) for i in range(layers)), 0.0, first, None, 120, 128)
@@ -103,7 +103,7 @@ def parity(
 
 
 def target(name: str, kl: float, bits: float, *, layers: int = 0, experts: int = 0, scale: float = 1e-2, kv=None):
-    """One candidate; with `experts`, the first one of every layer got no token."""
+    """Return a candidate; with `experts`, the first one of every layer has no token."""
     errors = None
     if experts:
         rows = [
@@ -132,7 +132,7 @@ def target(name: str, kl: float, bits: float, *, layers: int = 0, experts: int =
 
 
 def evaluation(targets, *, layers: int = 4, experts: int = 32) -> EvaluationReport:
-    """An evaluation of these candidates."""
+    """Return an evaluation of these candidates."""
     tokens = tuple(tuple(0 if e == 0 else 100 + e for e in range(experts)) for _ in range(layers)) if experts else None
     return EvaluationReport(
         model="olmoe-tiny",
@@ -148,7 +148,7 @@ def evaluation(targets, *, layers: int = 4, experts: int = 32) -> EvaluationRepo
 
 
 def six(layers: int = 4, experts: int = 32, prefix: str = "") -> list[TargetResult]:
-    """Six candidates in three sizes, two of them in nearly the same place."""
+    """Return six candidates in three sizes, two of them at nearly the same point."""
     made = [("int4", 0.016, 5.04, 1e-2), ("bundle", 0.0161, 5.05, 1e-2), ("bundle with int8 cache", 0.0162, 5.05, 1e-2)]
     made += [("int8", 7e-4, 8.49, 3.7e-5), ("fp8", 2.7e-3, 9.4, 1e-3), ("none", 0.0, 16.0, 0.0)]
     return [
@@ -169,11 +169,11 @@ PAGES = {
         [t for i in range(4) for t in six(32, 0, f"candidate {i} ")], layers=32, experts=0
     ),
 }
-"""The pages that are looked at, by name."""
+"""The sample reports, by name."""
 
 
 def render(report: ParityReport | EvaluationReport) -> str:
-    """The page of a report of either kind."""
+    """Return the page of a report of either kind."""
     from edgelm.evaluation import report as evaluated
     from edgelm.parity import report as checked
 

@@ -1,4 +1,4 @@
-"""Do charts show what they are given: values at their places, every name, one scale, numbers as people write them?"""
+"""Do charts show values at the right places, all names, one scale, and well-formatted numbers?"""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ TIMES = " \N{MULTIPLICATION SIGN} 10"
 
 
 def layouts(html):
-    """The wide and the narrow drawing of the one figure."""
+    """Return the wide and the narrow drawing of the figure."""
     parse(html)
     _, broad, slim = re.split(r'<div class="(?:broad|slim)">', html)
     return broad, slim
 
 
 def markup(macro, *values):
-    """What a macro of the templates makes."""
+    """Return the output of a macro of the templates."""
     return str(getattr(page._templates().get_template("figure.html.j2").module, macro)(*values)).strip()
 
 
@@ -54,11 +54,11 @@ def scatter(points, frontier):
         *((3.72e-5, f"3.72{TIMES}⁻⁵"), (-1.7e-12, f"-1.7{TIMES}⁻¹²"), (None, "-"), (NAN, "-"), (float("inf"), "∞")),
     ],
 )
-def test_numbers_are_as_people_write_them(value, text):
+def test_numbers_are_formatted_for_readers(value, text):
     assert number(value) == text
 
 
-def test_few_digits_and_shares_are_not_rounded_into_something_else():
+def test_few_digits_and_shares_keep_their_meaning():
     assert number(26.0, 1) == "30"
     assert number(1234.5, 3) == "1,230"
     assert percent(0.9072) == "90.72 %"
@@ -67,7 +67,7 @@ def test_few_digits_and_shares_are_not_rounded_into_something_else():
     assert [power_label(x) for x in (10.0, 1e-3, 1e-4, 2e-4)] == ["10", "0.001", "10⁻⁴", f"2{TIMES}⁻⁴"]
 
 
-def test_a_mean_and_its_error_have_one_power_of_ten():
+def test_a_mean_and_its_error_share_a_power_of_ten():
     assert estimate(0.0162, 0.0005) == "0.0162 ± 0.0005"
     assert estimate(5.13e-5, 2e-6) == f"(5.13 ± 0.2){TIMES}⁻⁵"
     assert estimate(-1.7e-5, 8e-5, 2) == f"(-1.7 ± 8){TIMES}⁻⁵"
@@ -80,21 +80,21 @@ def test_a_logarithmic_axis_maps_decades_to_equal_steps():
     assert axis.at(1e-9) == 0.0
 
 
-def test_axes_reach_all_values_and_start_at_zero_or_a_decade():
+def test_axes_cover_all_values_and_begin_at_zero_or_a_decade():
     assert (value_axis(BROAD, [3e-3, 0.2], log=True).low, value_axis(BROAD, [3e-3, 0.2], log=True).high) == (1e-3, 1.0)
     assert value_axis(BROAD, [5.0, NAN], log=False).low == 0.0
     assert value_axis(BROAD, [-2.0, 5.0], log=False).low == -2.0
     assert nice_ticks(0, 1, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
 
 
-def test_a_gap_in_a_curve_stays_a_gap():
+def test_a_gap_in_a_curve_is_kept():
     for svg in layouts(line([Series("s", 1, [0, 1, 2, 3], [1.0, 2.0, NAN, 3.0])])):
         path = re.search(r'class="s k1[^"]*" d="([^"]*)"', svg)[1]
         assert path.count("M") == 2
         assert path.count("L") == 1
 
 
-def test_a_chart_of_nothing_is_nothing():
+def test_an_empty_chart_is_not_drawn():
     assert line([Series("s", 1, [0.0], [NAN])]) == ""
     assert scatter([Point("nothing", 4.0, NAN, "")], []) == ""
     assert heat_map("t", [], [], Scale(0.1, 1.0), row_name="layers", column_name="experts") is None
@@ -108,7 +108,7 @@ def test_each_layout_is_drawn_in_its_own_size_with_text_of_the_page():
     assert len(re.findall(r'class="middle"', broad)) > len(re.findall(r'class="middle"', slim)) > 3
 
 
-def test_axes_and_curves_are_named_in_words():
+def test_axes_and_curves_have_names():
     html = line([Series("one <b>", 1, [0, 1], [1, 2]), Series("two", 2, [0, 1], [2, 1])])
     assert "↑ y<" in html
     assert html.count("x →<") == 2  # in both layouts
@@ -116,12 +116,12 @@ def test_axes_and_curves_are_named_in_words():
     assert ">two</span>" in html
 
 
-def test_what_lies_below_a_logarithmic_axis_is_said_to():
+def test_values_below_a_logarithmic_axis_are_mentioned():
     assert "≤ 10⁻⁹" in line([Series("s", 1, [0, 1], [1e-12, 2e-9])], log=True, floor=1e-9)
     assert "≤" not in line([Series("s", 1, [0, 1], [1e-8, 2e-9])], log=True, floor=1e-9)
 
 
-def test_several_charts_can_have_one_scale():
+def test_charts_can_share_a_scale():
     alone, shared = (line([Series("s", 1, [0], [0.5])], log=True, scale=scale) for scale in ((), (1e-6,)))
     assert "10⁻⁶" not in alone
     assert "10⁻⁶" in shared
@@ -138,13 +138,13 @@ def test_sections_are_named_or_numbered_with_a_key():
         assert 'class="key"' not in svg
 
 
-def test_a_flag_stands_at_its_place_and_inside_the_frame():
+def test_a_flag_is_at_its_position_inside_the_frame():
     for place, side in ((1, "start"), (31, "end")):
         for svg in layouts(line([Series("s", 1, range(32), [0.1] * 32)], flag=Flag("first divergence", place))):
             assert re.search(rf'class="failed {side}" x="[\d.]+" y="\d+">first divergence<', svg)
 
 
-def test_names_of_points_in_one_place_do_not_cover_each_other():
+def test_names_of_close_points_do_not_overlap():
     points = [Point(f"candidate {i}", 4.5 + 0.001 * i, 1e-2, "") for i in range(8)]
     points.append(Point("far to the right", 9.0, 1e-3, ""))
     for svg in layouts(scatter(points, [0, 8])):
@@ -161,7 +161,7 @@ def test_names_of_points_in_one_place_do_not_cover_each_other():
             assert f">{point.name}</text>" in svg or f"</b> {point.name}</li>" in svg
 
 
-def test_names_that_have_no_room_become_numbers_with_a_key():
+def test_names_without_room_become_numbers_with_a_key():
     names = [f"{'long name ' * 12}{i}" for i in range(6)]
     broad, slim = layouts(scatter([Point(name, i + 4, 1e-2, "") for i, name in enumerate(names)], [0]))
     for svg in (broad, slim):
@@ -175,7 +175,7 @@ def test_points_on_the_frontier_differ_by_more_than_colour():
     assert re.findall(r'<circle class="([^"]*)"', broad) == ["m k4 full", "m k1"]
 
 
-def test_a_plot_with_a_loss_of_nothing_or_one_point_is_drawn():
+def test_a_plot_with_zero_loss_or_one_point_is_drawn():
     for svg in layouts(scatter([Point("exact", 16, 0.0, ""), Point("int4", 4, 1e-2, "")], [1, 0])):
         assert svg.count("<circle") == 2
         assert ">exact (0)</text>" in svg
@@ -191,7 +191,7 @@ def heat(rows, scale):
     return layouts(markup("figure", heat_map("t", rows, tips, scale, row_name="layers", column_name="experts")))
 
 
-def test_a_heat_map_is_darkest_at_the_largest_and_crosses_what_has_no_value():
+def test_a_heat_map_is_darkest_at_the_maximum_and_crosses_out_missing_values():
     rows = [[0.0, 0.01], [0.1, None], [1.0, NAN]]
     scale = Scale.of(value for row in rows for value in row)
     for svg in heat(rows, scale):
@@ -216,7 +216,7 @@ def test_a_scale_of_equal_values_spans_a_decade():
     assert Scale.of([0.5, 0.5, 0.0, None]) == Scale(0.05, 0.5)
 
 
-def test_a_wide_heat_map_is_turned_where_the_window_is_narrow():
+def test_a_wide_heat_map_is_rotated_in_a_narrow_window():
     broad, slim = heat([[0.1] * 64 for _ in range(16)], Scale(0.01, 1.0))
     assert "→ experts · ↓ layers" in broad
     assert "→ layers · ↓ experts" in slim

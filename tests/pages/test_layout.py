@@ -1,4 +1,4 @@
-"""In a browser, at a phone's width and a desktop's: does anything run off the page, overlap, or get too small to read?
+"""In a browser, at the width of a phone and a desktop: does anything overflow, overlap, or get too small to read?
 
 Needs a Chromium (Debian: chromium-headless-shell), which .ci/run installs.
 """
@@ -53,7 +53,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """Function from the name of a sample to the file of its page."""
+    """Function (name of a sample) that returns the file of its page."""
     folder = tmp_path_factory.mktemp("pages")
 
     def get(name):
@@ -67,22 +67,22 @@ def page(tmp_path_factory):
 
 @pytest.mark.parametrize("width", [320, 390, 801, 1280])
 @pytest.mark.parametrize("name", samples.PAGES)
-def test_nothing_runs_off_the_page_overlaps_or_is_too_small(browser, page, name, width):
+def test_nothing_overflows_overlaps_or_is_too_small(browser, page, name, width):
     browser.show(page(name), width)
     found = browser.evaluate(MEASURE)
     assert found["page"] <= found["window"] == width
     assert found["wide"] == []
     assert found["overlaps"] == []
     assert found["outside"] == []
-    assert found["charts"] == found["figures"] > 0  # one layout of each
+    assert found["charts"] == found["figures"] > 0  # one layout of each is visible
     assert found["smallest"] >= 10
     if width == 390:
-        assert found["scrolls"] > 0  # tables are wider than a phone, and scroll in their own container
+        assert found["scrolls"] > 0  # wide tables scroll in their own container
     if width == 1280 and samples.LONG not in page(name).read_text(encoding="utf-8"):
         assert found["scrolls"] == 0
 
 
-def test_the_page_is_dark_where_the_system_is_and_asks_for_nothing(browser, page):
+def test_the_page_follows_dark_mode_and_fetches_nothing(browser, page):
     colours = []
     for dark in (False, True):
         browser.requests.clear()
@@ -94,7 +94,7 @@ def test_the_page_is_dark_where_the_system_is_and_asks_for_nothing(browser, page
 
 
 @pytest.mark.parametrize("name", ["failed", "evaluated"])
-def test_paper_holds_the_page_in_black_on_white_with_all_details(browser, page, name):
+def test_the_printed_page_is_black_on_white_with_all_details(browser, page, name):
     browser.show(page(name), 718, dark=True, media="print")  # A4 without the browser's margins
     found = browser.evaluate(MEASURE)
     assert found["page"] <= 718
@@ -104,7 +104,7 @@ def test_paper_holds_the_page_in_black_on_white_with_all_details(browser, page, 
     assert browser.evaluate("[...document.querySelectorAll('details > *')].every(e => e.checkVisibility())")
 
 
-def test_names_stay_in_sight_where_a_table_is_scrolled(browser, page):
+def test_names_stay_visible_when_a_table_is_scrolled(browser, page):
     browser.show(page("evaluated"), 390)
     before, after, cell = browser.evaluate(
         """(() => { const box = document.querySelector(".wide"), name = box.querySelector("td");
@@ -115,7 +115,7 @@ def test_names_stay_in_sight_where_a_table_is_scrolled(browser, page):
     assert before == after > cell
 
 
-def test_the_answer_stands_in_the_first_window_of_a_phone(browser, page):
+def test_the_answer_is_visible_on_a_phone_without_scrolling(browser, page):
     for name in ("passed", "failed", "evaluated"):
         browser.show(page(name), 390)
         assert browser.evaluate("document.querySelector('.answer').getBoundingClientRect().bottom") < 600

@@ -1,4 +1,4 @@
-"""Do pages answer in one sentence first, mark failures without colour, and keep names from breaking out?"""
+"""Do pages begin with one sentence, mark failures without colour, and escape names?"""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ def test_the_answer_comes_first_and_failures_are_listed_with_their_limits():
     assert "FAIL" not in passed.split("<body>")[1]
 
 
-def test_a_check_whose_value_is_no_number_says_so():
+def test_a_check_without_a_numeric_value_says_so():
     report = failing(Check("logits.kl_mean", "KL", False, "", math.nan, 0.1))
     assert "KL: not a number, allowed at most 0.1" in samples.render(report)
 
 
-def test_details_have_no_numbers_in_a_programs_notation():
+def test_details_have_no_numbers_in_exponent_notation():
     report = failing(Check("layer[1]", "Layer 1", False, "added error 4.44e-05 (median)"))
     assert "added error 4.44 \N{MULTIPLICATION SIGN} 10⁻⁵ (median)" in samples.render(report)
 
@@ -102,7 +102,7 @@ def test_the_evaluation_is_answered_first():
     assert said.endswith('Equal to the float model: "none".')
 
 
-def test_one_candidate_or_no_float_model_has_an_answer_too():
+def test_one_candidate_or_no_float_model_gives_an_answer_too():
     one = samples.target("int4", 0.016, 5.0)
     assert sentence(samples.evaluation([one])).startswith('"int4" beside the float model: the same most likely token')
     both = samples.evaluation([one, samples.target("int8", 0.02, 8.0)])
@@ -131,7 +131,7 @@ def test_heat_maps_of_a_report_share_the_scale_of_the_legend():
     assert darkest["int8"] < darkest["fp8"] < darkest["int4"]
 
 
-def test_layers_of_more_candidates_than_one_chart_holds_share_an_axis():
+def test_several_charts_of_layers_share_an_axis():
     many = [samples.target(f"c{i}", 0.01, 5.0, layers=4, scale=10.0**-i) for i in range(1, 9)]
     html = samples.render(samples.evaluation(many, experts=0))
     charts = re.findall(r"<figcaption>Error of the residual stream.*?</figure>", html, re.S)
@@ -144,7 +144,7 @@ def test_layers_of_more_candidates_than_one_chart_holds_share_an_axis():
 
 
 @pytest.mark.parametrize("make", ["parity", "evaluation"])
-def test_names_cannot_break_out_of_a_page_or_garble_it(make):
+def test_names_are_escaped_in_pages(make):
     evil = samples.EVIL
     if make == "parity":
         report = samples.PAGES["evil"]()
@@ -160,7 +160,7 @@ def test_names_cannot_break_out_of_a_page_or_garble_it(make):
     html.encode("utf-8")
 
 
-def test_a_report_with_a_long_title_is_known_as_one(tmp_path):
+def test_a_report_with_a_long_title_is_recognised(tmp_path):
     file = tmp_path / "report.html"
     file.write_text(samples.render(samples.parity(name="<" * 4000)), encoding="utf-8")
     check_output(file, REPORT, overwrite=True)
@@ -173,7 +173,7 @@ def luminance(colour):
 
 
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
-def test_text_and_curves_have_contrast(theme):
+def test_text_and_curves_have_enough_contrast(theme):
     blocks = re.findall(r":root \{([^}]*)\}", STYLE.read_text(encoding="utf-8"))
     colours = dict(re.findall(r"--([\w-]+): (#\w{6})", blocks[theme]))
 

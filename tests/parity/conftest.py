@@ -1,4 +1,4 @@
-"""Bundles of the tiny trained checkpoints, exported once a session, with every operator set that can run here."""
+"""Fixtures: bundles of the tiny trained checkpoints, exported once, with every operator set that can run here."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ OPERATOR_SETS = ("native", "portable") if library_path() is not None else ("port
 
 @pytest.fixture(scope="session")
 def ops():
-    """The operators of the bundles; a module that wants more than the first overrides this."""
+    """Operator set of the bundles; a module that needs more than the first one overrides this."""
     return OPERATOR_SETS[0]
 
 
 @pytest.fixture(scope="session")
 def export(tiny_bundle):
-    """Function (model, recipe, ops) to the folder of a healthy bundle."""
+    """Function (model, recipe, ops) that returns the folder of a good bundle."""
     return tiny_bundle
 
 
 @pytest.fixture(scope="session")
 def exported(export, ops):
-    """Function (model, recipe) to the folder of a healthy bundle."""
+    """Function (model, recipe) that returns the folder of a good bundle."""
     return lambda model, recipe: export(model, recipe, ops)
 
 
 @pytest.fixture
 def copied(exported, tmp_path):
-    """Function (model, recipe) to a copy of a bundle that may be damaged."""
+    """Function (model, recipe) that returns a copy of a bundle, which may be changed."""
 
     def get(model: str, recipe: str) -> Path:
         folder = tmp_path / "bundle"

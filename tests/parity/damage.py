@@ -1,4 +1,4 @@
-"""Ways to damage a bundle, and to re-seal its manifest so that only arithmetic can notice."""
+"""Damage a bundle in various ways, and update its manifest, so that only the arithmetic can detect the damage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def manifest(folder: Path) -> dict:
 
 
 def reseal(folder: Path) -> None:
-    """Make the manifest's sizes, hashes and checksums those of the files as they are."""
+    """Update sizes, hashes and checksums in the manifest to those of the files."""
     data = manifest(folder)
     for name, info in data["files"].items():
         content = (folder / name).read_bytes()
@@ -33,7 +33,7 @@ def reseal(folder: Path) -> None:
 
 
 class Tensor:
-    """A tensor of the weights file as a writable array; leaving the block stores it."""
+    """A tensor of the weights file as a writable array, which is stored at the end of the block."""
 
     def __init__(self, folder: Path, name: str, dtype, shape=(-1,)) -> None:
         data = manifest(folder)
@@ -58,10 +58,10 @@ def tensor_names(folder: Path) -> list[str]:
 
 
 def edit_graphs(folder: Path, change, graphs=GRAPHS) -> None:
-    """Apply `change(graph)` to the graphs and store them; it returns how many nodes it changed, never none."""
+    """Apply `change(graph)` to the graphs and store them; it returns the number of nodes it changed, at least one."""
     for name in graphs:
         model = onnx.load(folder / name, load_external_data=False)
-        assert change(model.graph), f"the damage found nothing to change in {name}"
+        assert change(model.graph), f"there is nothing to damage in {name}"
         (folder / name).write_bytes(model.SerializeToString())
 
 
@@ -74,8 +74,10 @@ def is_native(folder: Path) -> bool:
 
 
 def renormalise_routing(folder: Path, layer: int, graphs=GRAPHS) -> None:
-    """Native: say that the model renormalises. Portable: drop input 14 of QMoE, so that the kernel softmaxes over the
-    chosen experts only.
+    """Renormalise the weights of the selected experts.
+
+    Native: set the operator's attribute. Portable: remove input 14 of QMoE, so that the kernel applies the softmax to
+    the selected experts only.
     """
 
     def change(graph) -> int:
@@ -99,9 +101,9 @@ def label(node) -> str:
 
 
 class Packed:
-    """The records of one packed matrix as a writable array [tiles, records, bytes]; leaving the block stores them.
+    """The records of a packed matrix as a writable array [tiles, records, bytes], stored at the end of the block.
 
-    `index` counts the matrices of a tensor: in a mixture gate+up of the first expert, its down, and so on.
+    `index` counts the matrices of a tensor: in an MoE gate+up of the first expert, its down, and so on.
     """
 
     def __init__(self, folder: Path, tensor: str, index: int = 0) -> None:
@@ -126,23 +128,23 @@ class Packed:
 
     @property
     def scales(self) -> np.ndarray:
-        """float16 [tiles, records, 32], a view."""
+        """Scales as a view, float16 [tiles, records, 32]."""
         return self.records[:, :, :64].view(np.float16)
 
     def middle_code(self) -> int:
-        """Where in its tensor a code in the middle of the matrix lies."""
+        """Return the offset in the tensor of a code in the middle of the matrix."""
         matrix = self.matrix
         return self.first + matrix.tiles // 2 * matrix.records * matrix.record_bytes + matrix.record_bytes // 2
 
 
 def expert_parts(folder: Path, layer: int, matrix: str):
-    """(tensor name, bytes of one element) of the stacked experts' tensors of a layer."""
+    """Yield (tensor name, bytes of one element) of the stacked experts' tensors of a layer."""
     stem = f"layers.{layer}.moe.{matrix}"
     return [name for name in tensor_names(folder) if name == stem or name.startswith(f"{stem}.")]
 
 
 def swap_gate_and_up(folder: Path, layer: int) -> None:
-    """Native: in alternating tiles. Portable: in alternating rows of a mixture, one after the other elsewhere."""
+    """Swap gate and up. Native: alternating tiles. Portable: alternating rows of an MoE, else one after the other."""
     experts = manifest(folder)["model"]["num_experts"]
     if is_native(folder):
         tensor = f"layers.{layer}.moe.experts" if experts else f"layers.{layer}.mlp.gate_up.weight"
@@ -214,7 +216,7 @@ def change_rope_base(folder: Path, theta: float) -> None:
 
 
 def norm_queries_per_head(folder: Path, layer: int) -> None:
-    """RMS over each head's width instead of the whole projection, the weights as before."""
+    """Apply QK-norm to each head instead of the whole projection, with the same weights."""
     model = manifest(folder)["model"]
     heads, width = model["num_heads"], model["head_dim"]
     kv_width = model["num_kv_heads"] * width
@@ -239,7 +241,7 @@ def norm_queries_per_head(folder: Path, layer: int) -> None:
         return replace_nodes(graph, index, [*new], 1)
 
     def native(graph) -> int:
-        # The operator's own norm follows: on heads that all have a mean square of 1 it only multiplies by the weights.
+        # The operator's own norm follows. If all heads have a mean square of 1, it only multiplies by the weights.
         index, node = next((i, n) for i, n in enumerate(graph.node) if label(n) == f"layers.{layer}.attn")
         eps = next(a.f for a in node.attribute if a.name == "epsilon")
         sizes = [heads * width, 2 * kv_width]
@@ -272,7 +274,7 @@ def flip_byte(folder: Path, tensor: str, position: int, mask: int = 0x80) -> Non
 
 
 def exchange_tokens(folder: Path) -> None:
-    """Give two ordinary tokens each other's id."""
+    """Swap the ids of two ordinary tokens."""
     path = folder / "tokenizer.json"
     if path.is_file():
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -287,7 +289,7 @@ def exchange_tokens(folder: Path) -> None:
 
     model = sentencepiece.SentencePieceProcessor(model_proto=data)
     pieces = [model.IdToPiece(i) for i in range(model.GetPieceSize())]
-    # Two pieces of equal length exchange their texts in place: a valid file of another vocabulary.
+    # Swap the texts of two pieces of equal length in place: a valid file of another vocabulary.
     first, second = [piece for piece in pieces if piece.isalpha() and piece.isascii() and len(piece) == 3][-2:]
     mark = "\0" * 3
     for old, new in ((first, mark), (second, first), (mark, second)):

@@ -1,4 +1,4 @@
-"""Faults of a made-up device (synthetic.py), each of which takes one check to its limit."""
+"""Faults of a synthetic device (synthetic.py). Each one brings a single check near its limit."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from edgelm.parity.logits import LIKELY
 from .synthetic import ALL, CHOSEN, COUNT, Scene, blur, disturb, diverge, flip
 
 INSIDE, OUTSIDE = 0.98, 1.02
-"""How large a check's value becomes, in terms of its limit."""
+"""Size of a check's value relative to its limit."""
 
 
 def failures(scene: Scene) -> set[str]:
-    """The checks that fail."""
+    """Return the names of the checks that fail."""
     found, _ = judge(scene.pack, scene.device.run(scene.pack), scene.limits)
     return {item.name for item in found if item.passed is False}
 
 
 def judged(scene: Scene, name: str):
-    """One check."""
+    """Return the check of that name."""
     found, _ = judge(scene.pack, scene.device.run(scene.pack), scene.limits)
     return next(item for item in found if item.name == name)
 
 
 def steps(scene: Scene) -> np.ndarray:
-    """The rows that choose greedy tokens."""
+    """Return the rows that choose greedy tokens."""
     return np.concatenate([ALL[prompt.greedy_positions] for prompt in scene.pack.prompts])
 
 
 def kl_mean(scene: Scene, size: float) -> None:
-    # A quarter of the positions, so that a median sees none.
+    # A quarter of the positions, so that the median does not change.
     rows = ALL[::4]
     diverge(scene, "at_once", rows, size * scene.limits.kl_mean * COUNT / len(rows))
 
 
 def kl_p99(scene: Scene, size: float) -> None:
-    # One in a hundred positions may be worse.
+    # The worst hundredth of the positions does not count.
     diverge(scene, "at_once", ALL[10:13], 5 * scene.limits.kl_p99)
     diverge(scene, "at_once", ALL[20:23], size * scene.limits.kl_p99)
 
@@ -50,19 +50,19 @@ def kl_max(scene: Scene, size: float) -> None:
 
 
 def error(scene: Scene, size: float) -> None:
-    # Nearly half of the positions may be worse.
+    # Nearly half of the positions may exceed the median.
     blur(scene, "at_once", ALL[: COUNT // 2 - 2], 2.5 * scene.limits.logit_error)
     blur(scene, "at_once", ALL[COUNT // 2 - 2 :], size * scene.limits.logit_error)
 
 
 def error_p90(scene: Scene, size: float) -> None:
-    # Nearly a tenth may be worse, and the median is far below.
+    # Nearly a tenth may exceed the ninth decile; the median is far below.
     blur(scene, "at_once", ALL[:38], 2 * scene.limits.logit_error_p90)
     blur(scene, "at_once", ALL[38:50], size * scene.limits.logit_error_p90)
 
 
 def top1(scene: Scene, size: float) -> None:
-    # Choices that were not clear may fall otherwise.
+    # Unclear choices may change.
     flip(scene, "at_once", ALL[~scene.clear][:1])
     allowed = math.floor((1 - scene.limits.top1_clear) * scene.clear.sum())
     flip(scene, "at_once", ALL[scene.clear][: allowed + (size > 1)])
@@ -79,7 +79,7 @@ def perplexity_below(scene: Scene, size: float) -> None:
 
 
 def greedy_tokens(scene: Scene, size: float) -> None:
-    # Also after a difference that is none: every step is fed the recorded token.
+    # Also after a difference that does not count, since every step gets the recorded token.
     rows = ALL[scene.pack.prompts[2].greedy_positions]
     clear = scene.clear[rows]
     flip(scene, "decoded", rows[~clear])
@@ -109,12 +109,12 @@ def layer(scene: Scene, size: float) -> None:
 
 
 def experts(scene: Scene, size: float) -> None:
-    """Layer 1 of one position takes the first expert that was left out for the last that was chosen."""
+    """In layer 1 of one position, replace the last selected expert by the first that was not selected."""
     want = scene.pack.target
     router = want.router[1, 50]
     order = np.argsort(-router)
     last, out = order[CHOSEN - 1], order[CHOSEN]
-    for _ in range(20):  # the spread, which is the unit, depends on the logit that is set
+    for _ in range(20):  # iterate, since the unit of the error, the spread, depends on the logit itself
         router[out] = router[last] - size * scene.limits.router_near_tie * router.std()
     scene.device.experts[1, 50, CHOSEN - 1] = out
 
@@ -124,8 +124,8 @@ def head(scene: Scene, size: float) -> None:
     blur(scene, "debug", ALL[COUNT // 2 - 2 :], size * scene.limits.head_error)
 
 
-# Check: the changes that take it to its limit, and what fails outside: the check alone, but for experts, whose clear
-# change makes the layer wrong.
+# For each check: the changes that bring it to its limit, and the checks that fail beyond it. That is the check alone,
+# except for experts, where a clear change makes the layer wrong as well.
 Fault = Callable[[Scene, float], None]
 JUDGED: dict[str, tuple[tuple[Fault, ...], frozenset[str]]] = {
     "logits.kl_mean": ((kl_mean,), frozenset({"logits.kl_mean"})),

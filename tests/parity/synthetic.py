@@ -1,7 +1,7 @@
-"""A made-up parity pack and device whose every number can be set, so that single checks fail alone.
+"""Synthetic parity pack and device in which every number can be set, so that single checks can fail.
 
-At every position two tokens share almost all probability; all others are improbable and far apart. So a small shift of
-the two makes a KL that hardly moves the error of the log-probabilities, and a shift of the others does the opposite.
+At every position two tokens have almost all probability; all others are unlikely and far apart. So a small change of
+the two changes the KL and hardly the error of the log-probabilities, and a change of the others does the opposite.
 
 Letters: N positions, V vocabulary, L layers, E experts.
 """
@@ -32,7 +32,7 @@ NEXT = -7.0  # logit of the text's next token, about one in a thousand
 
 @dataclass
 class Device:
-    """What a device computed. It begins as the pack's target, to the bit; faults change it in place."""
+    """Results of a device. Initially they equal the pack's target to the last bit; faults change them in place."""
 
     at_once: np.ndarray  # [N, V]
     decoded: np.ndarray  # [N, V]
@@ -41,7 +41,7 @@ class Device:
     experts: np.ndarray | None  # [L, N, k]
 
     def run(self, pack: ParityPack) -> DeviceRun:
-        """These numbers as `run_device` gives them."""
+        """Return the results in the form of `run_device`."""
         records = [LogitRecord(pack) for _ in range(3)]
         at_once, decoded, debug = records
         at_once.put(0, self.at_once.astype(np.float32))
@@ -56,7 +56,7 @@ class Device:
 
 @dataclass
 class Scene:
-    """A pack, the limits it is judged by, and a device; the logits [N, V] of both references in float64."""
+    """A pack, its limits, and a device; and the logits [N, V] of both references in float64."""
 
     limits: Limits
     target: np.ndarray
@@ -67,19 +67,19 @@ class Scene:
 
 
 def make_scene(limits: Limits, dense: bool) -> Scene:
-    """A scene that may be changed, see `_scene`."""
+    """Return a copy of a scene (see `_scene`), which may be changed."""
     return copy.deepcopy(_scene(limits, dense))
 
 
 @functools.cache
 def _scene(limits: Limits, dense: bool) -> Scene:
-    """A pack of `PROMPTS` prompts and a device that computes its target.
+    """Make a pack of `PROMPTS` prompts, and a device that computes its target.
 
-    The gap between the two likely tokens is, in turn, 2 % above the limit of a clear choice and 2 % below. The float
-    reference is another model: what is compared with it by mistake fails.
+    The gap between the two likely tokens is alternately 2 % above and 2 % below the limit of a clear choice. The float
+    reference is another model, so that a wrong comparison with it fails.
     """
     rng = np.random.default_rng(5)
-    logits = rng.uniform(-14, 0, (COUNT, VOCAB)) - 10.7  # a log-sum near zero: float32 rounds it to little
+    logits = rng.uniform(-14, 0, (COUNT, VOCAB)) - 10.7  # a log-sum near zero has a small rounding error in float32
     gap = limits.clear_gap * np.where(np.arange(COUNT) % 2, 1.02, 0.98)
     logits[:, FIRST], logits[:, SECOND] = gap / 2 - 0.7, -gap / 2 - 0.7
     starts = range(0, COUNT, FED)
@@ -113,7 +113,7 @@ def _scene(limits: Limits, dense: bool) -> Scene:
         quantized=record_of(pack, logits, hidden, router),
     )
     experts = pack.target.experts
-    # A constant on all logits changes no probability.
+    # A constant added to all logits changes no probability.
     device = Device(
         logits + 0.5, logits + 0.5, logits + 0.5, hidden.copy(), None if experts is None else experts.copy()
     )
@@ -121,7 +121,7 @@ def _scene(limits: Limits, dense: bool) -> Scene:
 
 
 def record_of(pack: ParityPack, logits: np.ndarray, hidden: np.ndarray, router: np.ndarray | None) -> ReferenceRecord:
-    """What a reference with these logits [N, V], sketches [L + 1, N, 64] and router logits [L, N, E] has in a pack."""
+    """Return the record in a pack of a reference with logits [N, V], sketches and router logits [L, N, E]."""
     record = LogitRecord(pack)
     record.put(0, logits.astype(np.float32))
     ordered = np.sort(logits, axis=1)
@@ -140,19 +140,19 @@ def record_of(pack: ParityPack, logits: np.ndarray, hidden: np.ndarray, router: 
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis, float64."""
+    """Return the log-softmax over the last axis in float64."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL(P || Q) of logits [..., V] over the whole vocabulary."""
+    """Return KL(P || Q) of logits [..., V] over the whole vocabulary."""
     log_p, log_q = log_softmax(p), log_softmax(q)
     return (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
 
 
 def solve(value: Callable[[np.ndarray], np.ndarray], wanted: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """The sizes between 0 and `most` at which rising `value`s are `wanted`."""
+    """Return the sizes between 0 and `most` at which the increasing function `value` is `wanted`."""
     low, high = np.zeros_like(most), most
     assert (value(high) > wanted).all()
     for _ in range(20):
@@ -163,7 +163,7 @@ def solve(value: Callable[[np.ndarray], np.ndarray], wanted: np.ndarray, most: n
 
 
 def diverge(scene: Scene, where: str, rows: np.ndarray, nats: float) -> None:
-    """Make KL(target || device) at these rows so large; the choice, the log-sum and all other tokens stay."""
+    """Set KL(target || device) at these rows; the choice, the log-sum and all other tokens stay."""
     target = scene.target[rows]
     p = np.exp(target)
 
@@ -178,15 +178,15 @@ def diverge(scene: Scene, where: str, rows: np.ndarray, nats: float) -> None:
 
 
 def recorded(scene: Scene, rows: np.ndarray) -> np.ndarray:
-    """Columns [rows, 128] that a pack records."""
+    """Return the columns [rows, 128] that a pack records."""
     probes = np.broadcast_to(scene.pack.probe_ids, (len(rows), len(scene.pack.probe_ids)))
     return np.concatenate([scene.pack.top_ids[rows], probes], axis=1)
 
 
 def blur(scene: Scene, where: str, rows: np.ndarray, error: float, likely: int | None = None) -> None:
-    """Make the relative error of the log-probabilities at these rows so large, by improbable tokens that are recorded.
+    """Set the relative error of the log-probabilities at these rows, by changing unlikely recorded tokens.
 
-    `likely`: of as many recorded tokens, the most likely ones, and by these alone.
+    `likely`: the error is that of this many most likely recorded tokens, and only these are changed.
     """
     target, columns = scene.target[rows], recorded(scene, rows)
     want = np.take_along_axis(log_softmax(target), columns, axis=1)
@@ -210,7 +210,7 @@ def blur(scene: Scene, where: str, rows: np.ndarray, error: float, likely: int |
 
 
 def flip(scene: Scene, where: str, rows: np.ndarray) -> None:
-    """Let the second token win by a hair."""
+    """Make the second token slightly more likely than the first."""
     both = np.exp(scene.target[rows][:, [FIRST, SECOND]]).sum(axis=1)
     logits = getattr(scene.device, where)
     logits[rows, FIRST] = np.log(both / 2) + 0.5
@@ -218,7 +218,7 @@ def flip(scene: Scene, where: str, rows: np.ndarray) -> None:
 
 
 def disturb(scene: Scene, layer: int, rows: np.ndarray, size: np.ndarray) -> None:
-    """Move the device's sketches from `layer` on (0: the embedding) by hidden states of the norms `size`."""
+    """Change the device's sketches from `layer` on (0: the embedding) by hidden states with the norms `size`."""
     direction = np.random.default_rng(layer).standard_normal((len(rows), 64))
     direction *= 8 / np.linalg.norm(direction, axis=1, keepdims=True)
     scene.device.sketches[layer:, rows] += (direction * size[:, None]).astype(np.float32)

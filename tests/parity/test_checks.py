@@ -1,6 +1,6 @@
 """Does every check pass just inside its limit, and fail alone just outside?
 
-Made-up packs and devices, no bundle: see synthetic.py and device_faults.py. A new check without a pair fails a test.
+The tests use synthetic packs and devices (synthetic.py, device_faults.py). A new check needs a fault, or a test fails.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MODELS = ("moe", "dense")
 
 
 def checks_in_the_code() -> set[str]:
-    """The names of all checks that edgelm/parity makes, by its syntax; `layer[i]` becomes `layer`."""
+    """Return the names of all checks in the source of edgelm/parity; `layer[i]` becomes `layer`."""
     found = set()
     for file in Path(edgelm.parity.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -45,23 +45,23 @@ def _name(argument: ast.expr, where: str) -> str | None:
         return argument.value.rstrip("[")
     if isinstance(argument, ast.Name) and argument.id == "name":
         return None  # at_most and at_least themselves
-    assert isinstance(argument, ast.Constant), f"{where}: a check whose name cannot be read from the code"
+    assert isinstance(argument, ast.Constant), f"{where}: the name of a check is not a constant"
     return argument.value
 
 
-# Checks that a run does not give: what tries them.
+# Checks that a run does not make, and the tests of them.
 OTHERS = {
     "integrity": others.test_integrity_fails_with_the_first_problem,
     "tokenizer": others.test_a_tokenizer_that_does_not_load_is_a_failed_check,
-    "tokenizer.encode": others.test_a_tokenizer_fails_in_the_check_that_noticed,
-    "tokenizer.decode": others.test_a_tokenizer_fails_in_the_check_that_noticed,
-    "tokenizer.vocabulary": others.test_a_tokenizer_fails_in_the_check_that_noticed,
+    "tokenizer.encode": others.test_a_wrong_tokenizer_fails_the_right_check,
+    "tokenizer.decode": others.test_a_wrong_tokenizer_fails_the_right_check,
+    "tokenizer.vocabulary": others.test_a_wrong_tokenizer_fails_the_right_check,
     "pack": others.test_a_stored_pack_may_differ_by_rounding_only,
-    "float_kl": others.test_the_loss_against_the_float_model_is_a_check_only_where_asked,
-    "perplexity": others.test_where_nothing_can_be_judged_no_check_passes_or_fails,
-    "greedy": others.test_where_nothing_can_be_judged_no_check_passes_or_fails,
+    "float_kl": others.test_the_loss_against_the_float_model_is_a_check_only_on_request,
+    "perplexity": others.test_without_data_no_check_passes_or_fails,
+    "greedy": others.test_without_data_no_check_passes_or_fails,
 }
-# Name, fault, kind of recipe, dense. The limits of "none" are the narrowest: float32 itself comes near them.
+# Name, fault, kind of recipe, dense. The limits of "none" are the tightest: float32 itself comes near them.
 PAIRS = [
     pytest.param(name, fault, kind, dense, id=f"{fault.__name__}-{kind}-{'dense' if dense else 'moe'}")
     for name, (faults, _) in JUDGED.items()
@@ -71,13 +71,13 @@ PAIRS = [
 ]
 
 
-def test_every_check_has_a_pair():
+def test_every_check_has_a_fault():
     assert checks_in_the_code() == {*JUDGED, *OTHERS}
 
 
 def test_every_check_is_an_item_of_the_pytest_plugin():
     items = item_names(SimpleNamespace(num_layers=2, num_experts=EXPERTS), max_kl=0.1)
-    # The stored pack is compared with a checkpoint, which the plugin is not given.
+    # The check of the stored pack needs a checkpoint, which the plugin does not have.
     for name in checks_in_the_code() - {"pack"}:
         name = f"{name}[1]" if name in ("layer", "experts") else name
         assert sum(stands_for(item, name) for item in items) == 1, name
@@ -105,16 +105,16 @@ def test_a_check_passes_just_inside_its_limit_and_fails_alone_just_outside(name,
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_device_that_gives_no_numbers_fails_every_check_of_numbers(model):
+def test_nan_results_fail_every_numeric_check(model):
     scene = make_scene(LIMITS["int4"], model == "dense")
     for array in (scene.device.at_once, scene.device.decoded, scene.device.debug, scene.device.sketches):
         array[:] = np.nan
-    # Who was chosen is judged by the choices, which are whole numbers.
+    # The check of experts uses their indices, which are integers.
     layers = {f"layer[{i}]" for i in range(LAYERS)}
     assert failures(scene) == set(JUDGED) - {"layer", "experts"} | layers
 
 
-def test_one_position_without_numbers_fails_what_looks_at_every_position():
+def test_nan_at_one_position_fails_the_checks_of_all_positions():
     scene = make_scene(LIMITS["int4"], dense=True)
     scene.device.at_once[33] = np.nan
     scene.device.decoded[steps(scene)[3]] = np.nan
@@ -122,7 +122,7 @@ def test_one_position_without_numbers_fails_what_looks_at_every_position():
     assert "1 positions have logits that are no numbers" in judged(scene, "logits.kl_max").detail
 
 
-def test_a_share_of_positions_may_be_wrong_where_the_limits_say_so():
+def test_a_share_of_positions_may_be_wrong_if_the_limits_allow_it():
     for count, expected in ((3, set()), (4, {"layer[1]"})):
         scene = make_scene(replace(LIMITS["int4"], bad_positions=3.5 / COUNT), dense=False)
         disturb(scene, 2, ALL[50 : 50 + count], np.full(count, 0.1))
@@ -133,8 +133,8 @@ def test_a_share_of_positions_may_be_wrong_where_the_limits_say_so():
     assert failures(scene) == {"experts[1]", "layer[1]"}
 
 
-def test_what_the_last_layer_brings_is_no_fault_of_the_head():
-    """The head's limit is its own plus `layer_gain` times the last layer's median error."""
+def test_an_error_of_the_last_layer_is_not_blamed_on_the_head():
+    """The limit of the head is its own plus `layer_gain` times the median error of the last layer."""
     for size, expected in ((INSIDE, set()), (OUTSIDE, {"head"})):
         scene = make_scene(LIMITS["int4"], dense=True)
         limits, want = scene.limits, scene.pack.target
@@ -144,8 +144,8 @@ def test_what_the_last_layer_brings_is_no_fault_of_the_head():
         assert failures(scene) == expected
 
 
-def test_an_error_that_came_in_raises_what_a_layer_may_add():
-    """By `layer_gain` times the relative error at the position; alone, it would be 8 times the limit."""
+def test_an_incoming_error_raises_the_limit_of_a_layer():
+    """The limit grows by `layer_gain` times the incoming error; without that, the error would be 8 times the limit."""
     for size, expected in ((INSIDE, set()), (OUTSIDE, {"layer[1]"})):
         scene = make_scene(LIMITS["int4"], dense=True)
         limits, want = scene.limits, scene.pack.target

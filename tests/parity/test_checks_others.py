@@ -1,6 +1,6 @@
-"""Are tokenizer, files, stored pack and loss judged rightly, is the cause the narrowest, and which way is every KL?
+"""Are tokenizer, files, stored pack and loss checked correctly, is the cause right, and has every KL its direction?
 
-Made-up packs and devices, no bundle: see synthetic.py and device_faults.py.
+The tests use synthetic packs and devices (synthetic.py, device_faults.py).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def test_integrity_fails_with_the_first_problem():
 
 @pytest.fixture(scope="module")
 def own_tokens():
-    """A tokenizer and a pack whose two prompts it made, the second cut short."""
+    """A tokenizer, and a pack with two prompts encoded by it, the second one truncated."""
     tokenizer = Tokenizer.from_folder(CHECKPOINTS / "olmoe-tiny")
     pack = make_scene(LIMITS["int4"], dense=True).pack
     ids, prompts = pack.ids.copy(), []
@@ -73,14 +73,14 @@ def one_text(pack):
     [
         (lambda pack: pack, set()),
         (lambda pack: replace(pack, tokenizer=None), set()),
-        (one_id, {"tokenizer.encode", "tokenizer.decode"}),  # another id reads as another text
+        (one_id, {"tokenizer.encode", "tokenizer.decode"}),  # another id decodes to another text
         (one_text, {"tokenizer.decode"}),
         (lambda pack: replace(pack, prompts=(replace(pack.prompts[0], text="def g(x):"),)), {"tokenizer.encode"}),
         (lambda pack: replace(pack, tokenizer=replace(pack.tokenizer, sha256="0" * 64)), {"tokenizer.vocabulary"}),
         (lambda pack: replace(pack, tokenizer=replace(pack.tokenizer, vocab_size=7)), {"tokenizer.vocabulary"}),
     ],
 )
-def test_a_tokenizer_fails_in_the_check_that_noticed(own_tokens, change, expected):
+def test_a_wrong_tokenizer_fails_the_right_check(own_tokens, change, expected):
     tokenizer, pack = own_tokens
     assert {item.name for item in tokenizer_checks(tokenizer, change(pack)) if not item.passed} == expected
 
@@ -93,7 +93,7 @@ def test_a_tokenizer_that_does_not_load_is_a_failed_check(own_tokens, tmp_path):
 
 
 def moved_sketches(record, share, size):
-    """A record whose hidden states differ by so much, at a share of positions of every layer."""
+    """Return a record whose hidden states differ by `size`, at a share of the positions of every layer."""
     rows = slice(0, round(share * COUNT))
     sketches = record.sketches.astype(np.float64)
     sketches[:, rows] *= 1 + size
@@ -114,13 +114,13 @@ def moved_logits(record, share, size):
 def test_a_stored_pack_may_differ_by_rounding_only(which, moved):
     stored = make_scene(LIMITS["int4"], dense=False).pack
 
-    def live(share, size):
+    def recomputed(share, size):
         return replace(stored, **{which: moved(getattr(stored, which), share, size)})
 
-    # The live pack is what the distance is relative to; one position in a hundred may be a tipped near-tie.
-    assert same_pack(live(1, INSIDE * SAME_PACK), stored).passed
-    assert same_pack(live(0.005, 1.0), stored).passed
-    failed = same_pack(live(0.02, OUTSIDE * SAME_PACK), stored)
+    # The distance is relative to the reference pack; one position in a hundred may be a changed near-tie.
+    assert same_pack(recomputed(1, INSIDE * SAME_PACK), stored).passed
+    assert same_pack(recomputed(0.005, 1.0), stored).passed
+    failed = same_pack(recomputed(0.02, OUTSIDE * SAME_PACK), stored)
     assert (failed.name, failed.passed, failed.limit) == ("pack", False, SAME_PACK)
 
 
@@ -133,7 +133,7 @@ def test_a_stored_pack_of_other_tokens_or_another_model_fails():
     assert same_pack(moe, moe).passed
 
 
-def test_the_loss_against_the_float_model_is_a_check_only_where_asked():
+def test_the_loss_against_the_float_model_is_a_check_only_on_request():
     scene = make_scene(LIMITS["int4"], dense=True)
     diverge(scene, "at_once", ALL, 0.2)
     loss = float_loss(scene.pack, scene.device.run(scene.pack).at_once, "int4")
@@ -145,7 +145,7 @@ def test_the_loss_against_the_float_model_is_a_check_only_where_asked():
     assert float_kl(replace(loss, kl=math.nan), 1e9).passed is False
 
 
-def test_a_loss_that_is_not_known_cannot_be_within_a_limit():
+def test_an_unknown_loss_is_not_within_a_limit():
     pack = replace(make_scene(LIMITS["none"], dense=True).pack, quantized=None)
     device = SimpleNamespace(**vars(pack.reference))
     unknown = float_loss(pack, device, "int4")
@@ -156,9 +156,9 @@ def test_a_loss_that_is_not_known_cannot_be_within_a_limit():
 
 @pytest.mark.parametrize("kind", LIMITS)
 @pytest.mark.parametrize(("kl_share", "perplexity_share"), [(0.98, 0.98), (1.02, 0.98), (0.98, 1.02)])
-def test_a_loss_is_called_large_from_the_kinds_own_limit_on(kind, kl_share, perplexity_share):
+def test_a_loss_is_called_large_above_the_limit_of_its_kind(kind, kl_share, perplexity_share):
     scene, large = make_scene(LIMITS["int4"], dense=True), LOSS_WARNINGS[kind]
-    scene.target, scene.device.at_once = scene.exact - 1, scene.exact - 1  # the device begins as the float model
+    scene.target, scene.device.at_once = scene.exact - 1, scene.exact - 1  # initially the device equals the float model
     diverge(scene, "at_once", ALL, kl_share * large.kl)
     rows = np.flatnonzero(scene.pack.has_next)
     scene.device.at_once[rows, scene.pack.next_ids[rows]] -= math.log1p(perplexity_share * large.perplexity)
@@ -168,7 +168,7 @@ def test_a_loss_is_called_large_from_the_kinds_own_limit_on(kind, kl_share, perp
         assert ("KL" in warning, "perplexity" in warning) == (kl_share > 1, perplexity_share > 1)
 
 
-def test_where_nothing_can_be_judged_no_check_passes_or_fails():
+def test_without_data_no_check_passes_or_fails():
     scene = make_scene(LIMITS["int4"], dense=True)
     scene.pack = replace(scene.pack, prompts=tuple(replace(prompt, greedy=()) for prompt in scene.pack.prompts))
     assert (judged(scene, "greedy").passed, failures(scene)) == (None, set())
@@ -193,7 +193,7 @@ def test_where_nothing_can_be_judged_no_check_passes_or_fails():
         ((embedding, layer), True, "embedding"),
     ],
 )
-def test_the_cause_is_the_narrowest_that_explains_what_failed(faults, traced, cause):
+def test_the_cause_is_the_most_specific_one(faults, traced, cause):
     scene = make_scene(LIMITS["int4"], dense=True)
     for fault in faults:
         fault(scene, 2)
@@ -206,7 +206,7 @@ def test_the_cause_is_the_narrowest_that_explains_what_failed(faults, traced, ca
     assert found == cause if cause is None else cause in found
 
 
-# P = (1/2, 1/2), Q = (1/4, 3/4), by hand: KL(P || Q) = ln(4/3) / 2 and KL(Q || P) = 3/4 ln(3) - ln(2).
+# P = (1/2, 1/2), Q = (1/4, 3/4): KL(P || Q) = ln(4/3) / 2 and KL(Q || P) = 3/4 ln(3) - ln(2).
 HALVES, QUARTERS = np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]])
 FORWARD, BACKWARD = math.log(4 / 3) / 2, 0.75 * math.log(3) - math.log(2)
 
@@ -224,7 +224,7 @@ def test_kl_is_from_the_expected_to_the_actual():
 
 
 def halves_and_quarters(scene, where):
-    """The target has the two likely tokens at 1/2 each, the device at 1/4 and 3/4."""
+    """Give the two likely tokens 1/2 each in the target, and 1/4 and 3/4 on the device."""
     for logits, (first, second) in ((scene.target, HALVES[0]), (scene.exact, HALVES[0]), (where, QUARTERS[0])):
         logits[:] = -60.0
         logits[:, FIRST], logits[:, SECOND] = first, second

@@ -1,6 +1,6 @@
-"""Is every known kind of damage caught, by arithmetic alone, and is the layer named?
+"""Is every known kind of damage detected by arithmetic alone, and is the layer named?
 
-Each test damages a copy of a healthy bundle of a trained checkpoint and re-seals the manifest: no hash can help.
+Each test damages a copy of a good bundle of a trained checkpoint and updates the manifest, so that hashes do not help.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def ops(request):
 def judge(folder, **options):
     damage.reseal(folder)
     report = check_parity(folder, threads=1, **options)
-    assert next(check for check in report.checks if check.name == "integrity").passed, "the damage was not re-sealed"
+    assert next(check for check in report.checks if check.name == "integrity").passed, "the manifest is outdated"
     return report
 
 
@@ -35,7 +35,7 @@ def failed(report):
     return {check.name for check in report.failures}
 
 
-# Median and ninth decile, which rounding hardly moves: what every recipe notices of damage that reaches the logits.
+# Median and ninth decile, which rounding hardly changes: they fail in every recipe if damage reaches the logits.
 LOGITS = {"logits.error", "logits.error_p90", "greedy.error"}
 MEANS = LOGITS | {"logits.kl_mean"}
 EVERY_LOGIT = MEANS | {
@@ -44,7 +44,7 @@ EVERY_LOGIT = MEANS | {
 
 
 def assert_caught(report, first, must):
-    """The damage is first seen in layer `first`, `must` are among the checks that fail, and none that it cannot reach.
+    """Check that the first wrong layer is `first`, and that the checks in `must` fail, but none before the damage.
 
     `first`: -1 for the embedding, None where no layer is wrong.
     """
@@ -60,7 +60,7 @@ def assert_caught(report, first, must):
 
 
 def used_experts(folder, layer, count):
-    """The experts of a layer that most positions chose."""
+    """Return the experts of a layer that most positions selected."""
     experts = ParityPack.load(folder / "parity").target.experts[layer]
     return [int(expert) for expert in np.argsort(-np.bincount(experts.ravel()))[:count]]
 
@@ -96,17 +96,17 @@ def test_gate_and_up_swapped(copied, model, recipe, part):
 
 
 @pytest.mark.parametrize("recipe", ["int4", "int8"])
-def test_one_experts_scales_corrupted(copied, recipe):
+def test_scales_of_one_expert_corrupted(copied, recipe):
     folder = copied("olmoe", recipe)
     expert = used_experts(folder, 2, 5)[4]
     damage.corrupt_expert_scales(folder, 2, expert)
     report = judge(folder)
-    assert_caught(report, 2, {"layer[2]"})  # one expert of 32: the logits hardly notice
+    assert_caught(report, 2, {"layer[2]"})  # one expert of 32 hardly changes the logits
     assert f"expert {expert}:" in report.cause
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_two_experts_exchanged(copied, recipe):
+def test_two_experts_swapped(copied, recipe):
     folder = copied("olmoe", recipe)
     first, second = sorted(used_experts(folder, 1, 4)[2:])
     damage.exchange_experts(folder, 1, first, second)
@@ -147,7 +147,7 @@ BLOCKS = [
 
 
 def used_byte(folder, block, layer):
-    """(tensor, place) of a code in the middle of a matrix, in a mixture of an expert that many positions chose."""
+    """Return (tensor, offset) of a code in the middle of a matrix; in an MoE, of an expert that is often selected."""
     expert = used_experts(folder, layer, 3)[2] if ".moe." in block else 0
     if damage.is_native(folder):
         tensor = f"layers.{layer}.moe.experts" if ".moe." in block else f"{block}.weight"
@@ -176,7 +176,7 @@ def test_one_flipped_weight_byte_is_found_by_arithmetic_alone(copied, model, blo
     damage.flip_byte(folder, *used_byte(folder, block, layer))
     report = judge(folder)
     assert_caught(report, layer, {f"layer[{layer}]"})
-    # One bit is nothing to the logits: the layers alone see it.
+    # One bit hardly changes the logits: only the layers show it.
     assert not any(name.startswith(("logits.", "greedy.", "perplexity")) for name in failed(report))
 
 
@@ -185,7 +185,7 @@ def test_a_wrong_tokenizer_file(copied, model):
     folder = copied(model, "int4")
     damage.exchange_tokens(folder)
     report = judge(folder)
-    # SentencePiece's pieces that were exchanged are in no prompt.
+    # The swapped SentencePiece pieces are in no prompt.
     used = {"tokenizer.encode", "tokenizer.decode"} if model == "olmoe" else set()
     assert failed(report) == used | {"tokenizer.vocabulary"}
 
@@ -207,7 +207,7 @@ def test_rows_of_the_embedding_damaged(copied):
 
 
 @pytest.mark.parametrize("recipe", ["int4", "none"])
-def test_a_wrong_final_norm_is_told_from_the_layers(copied, recipe):
+def test_a_wrong_final_norm_is_distinguished_from_layers(copied, recipe):
     folder = copied("olmoe", recipe)
     with damage.Tensor(folder, "model.norm.weight", np.float32) as weight:
         weight[::2] *= 1.3
@@ -217,7 +217,7 @@ def test_a_wrong_final_norm_is_told_from_the_layers(copied, recipe):
     assert "final norm or output head" in report.cause
 
 
-def test_damage_in_the_shipped_graph_only_is_told_from_the_weights(copied):
+def test_damage_in_the_shipped_graph_is_distinguished_from_weights(copied):
     folder = copied("olmoe", "int4")
     damage.renormalise_routing(folder, layer=0, graphs=["model.onnx"])
     report = judge(folder)
@@ -225,8 +225,8 @@ def test_damage_in_the_shipped_graph_only_is_told_from_the_weights(copied):
     assert report.cause.startswith("the shipped graph: ")
 
 
-def test_weights_that_are_no_numbers_fail(copied):
-    # In float: the int8 activations of the quantised recipes turn a single NaN into a zero.
+def test_nan_weights_fail(copied):
+    # With the float recipe, since int8 activations turn a single NaN into a zero.
     folder = copied("fox", "none")
     with damage.Tensor(folder, "model.layers.2.input_layernorm.weight", np.float32) as weight:
         weight[0] = np.nan

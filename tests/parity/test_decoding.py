@@ -1,6 +1,6 @@
-"""Is a fault that only decoding through the cache shows caught, and named as one of decoding?
+"""Is a fault that only occurs in decoding with the KV cache detected, and named as such?
 
-Real bundles with real runtimes, whose `decode` alone is disturbed: prefill and all positions at once stay right.
+The tests use real bundles and runtimes with a faulty `decode`; prefill and all positions at once stay right.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .conftest import OPERATOR_SETS
 
 
 def one_position_early(model, decode):
-    """The token takes the place of the one before it, in the cache and in its rotary angle."""
+    """The token gets the position of the one before it, in the cache and in RoPE."""
 
     def step(token):
         model.truncate(model.position - 1)
@@ -24,7 +24,7 @@ def one_position_early(model, decode):
 
 
 def row_not_written(model, decode):
-    """What later steps see of the token is what lay in the cache before."""
+    """The token's keys and values are not written, so later steps read old contents of the cache."""
 
     def step(token):
         row = model.position
@@ -38,7 +38,7 @@ def row_not_written(model, decode):
 
 
 def stale_row(model, decode):
-    """The row of the prompt's last token holds what the row before it holds."""
+    """The row of the prompt's last token has the contents of the row before it."""
     before = -1
 
     def step(token):
@@ -55,7 +55,7 @@ def stale_row(model, decode):
 
 @pytest.fixture
 def judge(monkeypatch):
-    """Function (folder, fault) to the report of a device whose decoding has the fault."""
+    """Function (folder, fault) that returns the report of a device whose decoding has the fault."""
 
     def check(folder, fault):
         opened, open_healthy = [], edgelm.runtimes.open_runtime
@@ -86,7 +86,7 @@ def judge(monkeypatch):
         ("fox", OPERATOR_SETS[0], stale_row),
     ],
 )
-def test_a_fault_of_decoding_alone_is_caught_and_named(export, judge, model, ops, fault):
+def test_a_fault_in_decoding_only_is_detected_and_named(export, judge, model, ops, fault):
     report = judge(export(model, "int4", ops), fault)
     assert {check.name for check in report.failures} == {"greedy.tokens", "greedy.error", "greedy.kl"}
     assert report.first_diverged_layer is None

@@ -1,7 +1,6 @@
-"""Do parity's limits for float16 values let a healthy bundle pass and still see damage?
+"""Do the parity limits for float16 pass a good bundle and still detect damage?
 
-A bundle for CUDA in float16, built for what the CPU provider wants of the same graph, is run there: its kernels round
-to float16 as a GPU's do.
+A CUDA bundle in float16, built for the CPU provider, is run there: its kernels round to float16 as on a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from .conftest import CHECKPOINTS
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
-    """Function (recipe) to a bundle of the tiny OLMoE whose values are float16."""
+    """Function (recipe) that returns a float16 bundle of the tiny OLMoE."""
     root = tmp_path_factory.mktemp("low_precision")
 
     def get(recipe):
@@ -43,7 +42,7 @@ def healthy(tmp_path_factory):
 
 @pytest.fixture
 def judged(monkeypatch):
-    """Function (folder) to a report with the limits that a bundle for CUDA has."""
+    """Function (folder) that returns a report with the limits of a CUDA bundle."""
     plain = check.limits_for
 
     def for_cuda(bundle):
@@ -82,4 +81,4 @@ def test_limits_only_grow_and_only_for_low_precision():
             first, second, third = (getattr(item, field.name) for item in (limits, half, brain))
             assert (first >= second >= third) if field.name == "top1_clear" else (first <= second <= third), field.name
         exact = loosened(limits, "bfloat16", "float32")
-        assert exact.layer_base == limits.layer_base, "a debug graph in float32 is judged as on a CPU"
+        assert exact.layer_base == limits.layer_base, "a debug graph in float32 has the limits of a CPU"

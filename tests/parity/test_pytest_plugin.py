@@ -1,4 +1,4 @@
-"""Does `pytest --edgelm-bundle` run the check as tests, and stay out of the way otherwise?"""
+"""Does `pytest --edgelm-bundle` run the checks as tests, and does the plugin do nothing without the option?"""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ IMPORT_ROOT = Path(edgelm.__file__).parents[1]
 
 
 def run_pytest(folder, *arguments):
-    # A process of its own, outside the repository: the plugin as a device has it, whether or not edgelm is installed.
-    # autoload off and -p: an installed edgelm would register the entry point a second time.
+    # In a new process outside the repository: the plugin as on a device, whether or not edgelm is installed.
+    # Without autoload and with -p, since an installed edgelm would register the entry point a second time.
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(IMPORT_ROOT)}
     command = [sys.executable, "-P", "-m", "pytest", "-p", "edgelm.parity.pytest_plugin", "--rootdir", str(folder)]
     return subprocess.run(
@@ -44,7 +44,7 @@ def test_every_check_of_a_healthy_bundle_is_a_passing_item(exported, tmp_path):
     assert f"experts[{layers - 1}] PASSED" in result.stdout
 
 
-def test_a_damaged_bundle_fails_in_the_items_that_noticed(copied, tmp_path):
+def test_a_damaged_bundle_fails_in_the_right_items(copied, tmp_path):
     folder = copied("olmoe", "int4")
     damage.renormalise_routing(folder, layer=2)
     damage.reseal(folder)
@@ -73,7 +73,7 @@ check.check_parity = one_fails
 def test_any_single_check_that_fails_fails_its_item_and_no_other(exported, tmp_path):
     bundle = exported("olmoe", "int4")
     names = [check.name for check in check_parity(bundle, threads=1, max_kl=1.0).checks]
-    # The bundle by as many names as it has checks; under each of them the check of that name fails.
+    # One name of the bundle per check; with each name, the check of that name fails.
     (tmp_path / "conftest.py").write_text(ONE_CHECK_FAILS)
     options = []
     for name in names:
@@ -88,7 +88,7 @@ def test_any_single_check_that_fails_fails_its_item_and_no_other(exported, tmp_p
         assert stands_for(item, name)
 
 
-def test_the_loss_against_the_float_model_is_told_and_fails_only_where_asked(exported, tmp_path):
+def test_the_loss_against_the_float_model_is_printed_and_fails_only_on_request(exported, tmp_path):
     bundle = str(exported("fox", "int4"))
     arguments = ("-q", "--edgelm-threads", "1", "--edgelm-bundle", bundle)
     told = run_pytest(tmp_path, *arguments)
@@ -112,13 +112,13 @@ def test_markers_and_names_select_items(exported, tmp_path):
     assert "1 passed" in one.stdout
 
 
-def test_a_folder_that_is_no_bundle_is_a_usage_error(tmp_path):
+def test_another_folder_is_a_usage_error(tmp_path):
     result = run_pytest(tmp_path, "--edgelm-bundle", str(tmp_path))
     assert result.returncode == pytest.ExitCode.USAGE_ERROR
     assert "is not a bundle" in result.stdout + result.stderr
 
 
-def test_without_the_option_nothing_is_collected_and_nothing_heavy_imported(tmp_path):
+def test_without_the_option_nothing_is_collected_or_imported(tmp_path):
     heavy = "{'numpy', 'onnxruntime', 'torch', 'edgelm.bundle', 'edgelm.parity.check'}"
     (tmp_path / "test_other.py").write_text(
         f"import sys\n\ndef test_other():\n    assert not {heavy} & set(sys.modules)\n"

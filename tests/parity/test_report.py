@@ -1,4 +1,4 @@
-"""Is the report one self-contained, well-formed file that says what was found, and the JSON a document?"""
+"""Is the report one self-contained, well-formed file with the results, and is the JSON valid?"""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_report_is_well_formed_and_fetches_nothing(healthy):
     assert "prefers-color-scheme: dark" in html
 
 
-def test_the_report_says_the_outcome_the_device_and_the_hashes(healthy):
+def test_the_report_has_the_result_the_device_and_the_hashes(healthy):
     html = render(healthy)
     assert "✓ PASSED" in html
     judged = sum(check.passed is not None for check in healthy.checks)
@@ -80,7 +80,7 @@ def test_a_failed_report_names_the_layer(copied, tmp_path):
     )
 
 
-def test_names_and_texts_cannot_break_out_of_the_page(healthy):
+def test_names_and_texts_are_escaped_in_the_report(healthy):
     evil = "<script>alert('x')</script>"
     prompt = dataclasses.replace(healthy.prompts[0], name=evil, text=evil, greedy_text=evil)
     report = dataclasses.replace(healthy, prompts=[prompt], bundle=f"/tmp/{evil}", notes=[evil])
@@ -88,7 +88,7 @@ def test_names_and_texts_cannot_break_out_of_the_page(healthy):
     assert "script" not in page.tags
 
 
-def test_a_device_that_gives_no_numbers_still_has_a_report(healthy):
+def test_nan_results_still_give_a_report(healthy):
     nan = float("nan")
     prompts = [dataclasses.replace(p, kl=[nan] * len(p.kl), kl_float=[nan] * len(p.kl)) for p in healthy.prompts]
     report = dataclasses.replace(healthy, prompts=prompts, kl_mean=nan, perplexity_quantized=0.0)
@@ -111,7 +111,7 @@ def test_the_json_document_has_every_number_and_no_nan(healthy):
     assert math.isclose(document["kl_mean"], healthy.kl_mean)
 
 
-def test_the_command_prints_one_json_document_and_exits_by_the_outcome(exported, copied, tmp_path, monkeypatch):
+def test_the_command_prints_json_and_its_status_is_the_result(exported, copied, tmp_path, monkeypatch):
     good = str(exported("fox", "int4"))
     result = CliRunner().invoke(parity, [good, "--json", "--threads", "1", "--report", str(tmp_path / "r.html")])
     assert result.exit_code == 0, result.output
@@ -133,7 +133,7 @@ def test_the_command_prints_one_json_document_and_exits_by_the_outcome(exported,
 
 
 def test_the_command_fails_with_any_single_check(healthy, monkeypatch):
-    """Exit code 1, and the check's line says FAIL, whichever it is; a check that judged nothing fails nothing."""
+    """For any failed check the exit code is 1 and its line says FAIL; a check without a result does not fail."""
     checks = healthy.checks
     for index, check in enumerate(checks):
         for outcome, code in ((False, 1), (None, 0)):
@@ -149,8 +149,8 @@ def test_the_command_fails_with_any_single_check(healthy, monkeypatch):
             assert any(check.title in line for line in failed) == (code == 1), check.name
 
 
-def test_the_reports_divergences_are_those_of_its_checks_and_curves(healthy):
-    """All are KL(reference || device): the same numbers must come out, to the bit or to the order of a sum."""
+def test_kl_in_the_report_equals_that_of_checks_and_curves(healthy):
+    """All are KL(reference || device), so the numbers must be equal, up to the order of a sum."""
     by_name = {check.name: check.value for check in healthy.checks}
     assert healthy.kl_mean == by_name["logits.kl_mean"]
     assert healthy.kl_p99 == by_name["logits.kl_p99"]

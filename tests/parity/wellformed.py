@@ -1,4 +1,4 @@
-"""Is a page well-formed, and what would it fetch?"""
+"""Check that an HTML page is well-formed, and collect what it would fetch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ VOID = {"meta", "br", "rect", "line", "circle", "path"}
 
 
 class WellFormed(HTMLParser):
-    """Checks that every element is closed in order, and collects what would be fetched."""
+    """Checks that every element is closed in order, and collects the URLs that would be fetched."""
 
     def __init__(self) -> None:
         super().__init__()
