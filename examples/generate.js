@@ -1,4 +1,4 @@
-// A portable bundle in Node: greedy tokens after a prompt of token ids.
+// Greedy generation with a portable bundle in Node, from a prompt of token ids.
 //
 //   npm install onnxruntime-node
 //   node generate.js BUNDLE 12,345,67 16        # prints {"tokens": [...], "logits": [[...], ...]}, logits of each step
@@ -11,7 +11,7 @@ const fs = require('node:fs');
 const path = require('node:path');
 const ort = require('onnxruntime-node');
 
-// Refuses a bundle that this ONNX Runtime loads wrongly or not at all: the manifest says what it needs, and why.
+// Throws if this ONNX Runtime is too old for the bundle. The manifest says which version it needs, and why.
 function checkVersion(manifest) {
   const numbers = (version) => version.split('.').slice(0, 3).map((part) => parseInt(part, 10) || 0);
   const older = (a, b) => {
@@ -36,7 +36,7 @@ async function load(bundle) {
     throw new Error(`${bundle} is for ${manifest.target} with ${manifest.ops} operators: export it with --ops portable`);
   }
   checkVersion(manifest);
-  // One row of logits is declared; a log level of errors keeps warnings off the terminal.
+  // The graph declares one row of logits, which causes a warning; log level 3 shows errors only.
   const session = await ort.InferenceSession.create(path.join(bundle, manifest.graph.file), { logSeverityLevel: 3 });
   return { manifest, session };
 }

@@ -1,10 +1,10 @@
-"""Single prefills and decode steps on a GPU for sanitizers and profilers, and early launches against none.
+"""Single prefills and decode steps on a GPU for sanitizers and profilers, and decoding with and without PDL.
 
     python tests/bench/gpu_steps.py tiny         # a small model: for compute-sanitizer, which makes it slow
     python tests/bench/gpu_steps.py profile      # two layers of the real widths, one decode step: for ncu
-    python tests/bench/gpu_steps.py overlap      # the same decode with early launches: are the bits the same, how fast?
+    python tests/bench/gpu_steps.py pdl          # decoding with programmatic dependent launch (PDL) and without
 
-Each takes --model and --kind, and --dry-run for a device that computes nothing.
+Each command takes --model and --kind, and --dry-run for a device that computes nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from edgelm.runtimes.cuda.executor import Executor
 from edgelm.runtimes.cuda.kernels.images import KernelCompiler
 from edgelm.synth import PUBLISHED
 
-# Heads of 128 as the published models have: their kernels are the ones to look at.
+# Heads of 128, as in the published models, so that the same attention kernels run.
 _SMALL = {
     "vocab_size": 512, "hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128,
@@ -46,7 +46,7 @@ def tiny(device: Any, name: str, kind: str) -> int:
 
 
 def profile(device: Any, name: str, kind: str) -> int:
-    """One decode step with a short cache and one with a long, between the profiler's start and stop."""
+    """Run a decode step with a short cache and one with a long cache, between the profiler's start and stop."""
     config = config_of(name) | {"num_hidden_layers": 2}
     at = positions(config)
     model = load(device, config, kind, 1)
@@ -68,7 +68,7 @@ def profile(device: Any, name: str, kind: str) -> int:
 
 
 def _trace(model: Executor, vocabulary: int, batch: int, steps: int) -> NDArray[np.float32]:
-    """Logits [steps, batch, V] of a prefill of random tokens for every sequence and greedy decoding after it."""
+    """Prefill random tokens for every sequence, decode greedily, and return the logits [steps, batch, V]."""
     ids = np.random.default_rng(4).integers(0, vocabulary, (batch, 40))
     for row in range(batch):
         model.run(ids[row : row + 1], [0], first=row)
@@ -83,8 +83,8 @@ def _trace(model: Executor, vocabulary: int, batch: int, steps: int) -> NDArray[
     return logits
 
 
-def overlap(device: Any, name: str, kind: str) -> int:
-    """Whether kernels that are started early compute the same bits, and how much time that takes."""
+def pdl(device: Any, name: str, kind: str) -> int:
+    """Decode with PDL (a kernel may start before the one before it ends) and without; compare bits and times."""
     config = config_of(name)
     at = positions(config)
     plain = load(device, config, kind, max(_BATCHES))
@@ -93,43 +93,43 @@ def overlap(device: Any, name: str, kind: str) -> int:
     rows = []
     for batch in _BATCHES:
         traces = {}
-        for early, model in models.items():
-            device.pdl = early
-            traces[early] = _trace(model, config["vocab_size"], batch, 16 if batch == 1 else 4)
+        for with_pdl, model in models.items():
+            device.pdl = with_pdl
+            traces[with_pdl] = _trace(model, config["vocab_size"], batch, 16 if batch == 1 else 4)
         device.pdl = True
         again = _trace(models[True], config["vocab_size"], batch, len(traces[True]))
         differing = [int((traces[False] != other).any(axis=2).sum()) for other in (traces[True], again)]
         equal = equal and not any(differing)
         runs = []
-        for early, model in models.items():
+        for with_pdl, model in models.items():
 
-            def timed(early: bool = early, model: Executor = model, batch: int = batch) -> float:
-                device.pdl = early
+            def timed(with_pdl: bool = with_pdl, model: Executor = model, batch: int = batch) -> float:
+                device.pdl = with_pdl
                 return float(np.median(decode(model, at.context, batch, at.steps)))
 
             runs.append(timed)
-        without, early_times = paired(runs[0], runs[1], 3)
-        medians = [float(np.median(times)) for times in (without, early_times)]
+        without, pdl_times = paired(runs[0], runs[1], 3)
+        medians = [float(np.median(times)) for times in (without, pdl_times)]
         tokens = traces[True].shape[0] * batch
         print(
             f"{name} {kind} batch {batch}: the logits of {differing[0]} and, a second time, {differing[1]} of {tokens} "
-            f"tokens differ; a step takes {medians[0] * 1e6:.1f} us without early launches, {medians[1] * 1e6:.1f} us "
+            f"tokens differ; a step takes {medians[0] * 1e6:.1f} us without PDL, {medians[1] * 1e6:.1f} us "
             f"with",
             flush=True,
         )
         for what, median in zip(("without", "with"), medians, strict=True):
-            what = f"{name} {kind} decode, batch {batch}, {what} early launches"
+            what = f"{name} {kind} decode, batch {batch}, {what} PDL"
             rows.append({"name": what, "median_s": median, "rate": batch / median})
     print(json.dumps({"rows": rows}))
-    print("early launches give the same bits" if equal else "EARLY LAUNCHES CHANGE RESULTS")
+    print("PDL gives the same bits" if equal else "PDL CHANGES RESULTS")
     return int(not equal)
 
 
 def main() -> int:
-    """Do what is asked for."""
+    """Run the command that is asked for, for every model and kind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ways = {"tiny": tiny, "profile": profile, "overlap": overlap}
-    parser.add_argument("way", choices=list(ways))
+    commands = {"tiny": tiny, "profile": profile, "pdl": pdl}
+    parser.add_argument("command", choices=list(commands))
     parser.add_argument("--model", action="append", choices=list(PUBLISHED))
     parser.add_argument("--kind", action="append", choices=list(gpu_random.RECIPES))
     parser.add_argument("--dry-run", action="store_true")
@@ -138,7 +138,7 @@ def main() -> int:
     for name in given.model or PUBLISHED:
         for kind in given.kind or gpu_random.RECIPES:
             device: Any = DryDevice() if given.dry_run else CudaDevice(KernelCompiler())
-            worst = max(worst, ways[given.way](device, name, kind))
+            worst = max(worst, commands[given.command](device, name, kind))
             device.close()
     return worst
 

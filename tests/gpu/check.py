@@ -1,15 +1,15 @@
-"""Everything that only a GPU can show, in one call: check, time, compare with PyTorch; under eight minutes.
+"""Runs all checks and measurements that need a GPU, in one call of under eight minutes.
 
-    python tests/gpu/check.py --prepare build/gpu-kernels    # beforehand, on any machine: compiles the kernels for it
-    python tests/gpu/check.py --dry-run                      # beforehand: every command up to where it needs the driver
+    python tests/gpu/check.py --prepare build/gpu-kernels    # beforehand, on any machine: compile the kernels for it
+    python tests/gpu/check.py --dry-run                      # beforehand: run every command until it needs the driver
     python tests/gpu/check.py --out FOLDER                   # on the machine with the GPU
-    python tests/gpu/check.py --out FOLDER --second          # a second call there: early launches, sanitizer, profiler
+    python tests/gpu/check.py --out FOLDER --second          # a second call there: PDL, sanitizer, profiler
 
 For a machine with an NVIDIA GPU, its driver, and the packages torch, numpy, onnx, pytest, tokenizers, sentencepiece,
-jinja2, click, rich and nvidia-cuda-nvrtc; transformers is timed where it is there. Nothing has to be installed: EdgeLM
-is taken from this checkout. Each command is a process of its own with a limit, one that fails does not end the others,
-and what is stopped is stopped with its children. FOLDER gets two files: check.log, with all that was printed, and
-summary.json. The end of what is printed has all the figures and a table of the steps; it belongs in docs/gpu/index.md.
+jinja2, click, rich and nvidia-cuda-nvrtc; transformers is timed if it is installed. EdgeLM itself is imported from this
+checkout. Each command is a process with a time limit; a failure does not stop the others, and a stopped command is
+stopped with its children. FOLDER gets two files: check.log with all output, and summary.json. The end of the output has
+all figures and a table of the steps; it belongs in docs/gpu/index.md.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ TREE = ROOT / "build" / "pyview"
 PREPARED = ROOT / "build" / "gpu-kernels"
 VARIABLE = "EDGELM_GPU_KERNELS"
 _TAIL, _TAIL_OF_FAILURE = 500, 1500
-_DRY_MINUTES = 60.0  # nothing is at stake, and the machine may be busy
+_DRY_MINUTES = 60.0  # no GPU time is at stake, and the machine may be busy
 
 
 def link_tree() -> None:
-    """The import tree of a checkout, of links: `export`, `quant` and `runtimes` are packages inside `edgelm`."""
+    """Create the import tree of a checkout from links: `export`, `quant` and `runtimes` are packages in `edgelm`."""
     package = TREE / "edgelm"
     package.mkdir(parents=True, exist_ok=True)
     wanted = {path.name: path for path in (ROOT / "edgelm").iterdir()}
@@ -55,7 +55,7 @@ def link_tree() -> None:
 
 
 def environment(work: Path, *, dry: bool) -> dict[str, str]:
-    """Of all commands: the tree to import from first, nothing that depends on who is logged in."""
+    """Return the environment of all commands: the import tree comes first, and nothing depends on the user."""
     made = dict(
         os.environ, PYTHONPATH=_path(), PYTHONUNBUFFERED="1", EDGELM_TEST_GPU="1", NO_COLOR="1", COLUMNS="110",
         TERM="dumb", HF_HUB_OFFLINE="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", TMPDIR=str(work),
@@ -66,7 +66,7 @@ def environment(work: Path, *, dry: bool) -> dict[str, str]:
 
 
 def prepare(folder: Path) -> int:
-    """Compile every kernel for SM 90 into a folder; needs NVRTC, no GPU."""
+    """Compile every kernel for SM 90 into a folder. Needs NVRTC but no GPU."""
     code = (
         "import sys; from pathlib import Path; from edgelm.runtimes.cuda.kernels import images as k, sources as s; "
         f"k.compile_bundle_kernels(sorted(s.all_kernels()), ({SM},), Path(sys.argv[1]), ptx=False)"
@@ -81,7 +81,7 @@ def prepare(folder: Path) -> int:
 
 
 def prepared(folder: Path) -> bool:
-    """Whether a folder has kernels of these very sources; says so."""
+    """Whether a folder has kernels compiled from the current sources. Prints the result."""
     if not folder.is_dir():
         print(f"{folder} is not there: kernels are compiled as they are needed (check.py --prepare makes it)")
         return False
@@ -105,7 +105,7 @@ def _python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def show(outcomes: Sequence[Outcome]) -> None:
-    """All figures and a table of the steps: the last thing printed, since only the end of it may be kept."""
+    """Print all figures and a table of the steps, at the end, since only the end of the output may be kept."""
     for outcome in outcomes:
         for name, row in outcome.rows.items():
             limit = row.get("of_bandwidth", row.get("of_matrix"))
@@ -117,7 +117,7 @@ def show(outcomes: Sequence[Outcome]) -> None:
 
 
 def run(steps: Sequence[Step], runner: Runner, summary: Path) -> list[Outcome]:
-    """Run the steps; the summary is written anew after each, so that it is there whenever this is stopped."""
+    """Run the steps. The summary is written after each, so that it exists whenever this is stopped."""
     outcomes: list[Outcome] = []
     for step in steps:
         outcome = runner.run(step)
@@ -134,15 +134,17 @@ def _interrupted(*_: object) -> NoReturn:
 
 
 def main() -> int:
-    """Run the steps; exit code 1 where one did not pass."""
+    """Run the steps; return 1 if one did not pass."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check")
-    parser.add_argument("--minutes", type=float, default=8.0, help="when all is over")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of everything (default 8)")
     parser.add_argument("--second", action="store_true", help="the steps of a second call")
     parser.add_argument("--only", action="append", metavar="STEP", help="names of steps of either call")
-    parser.add_argument("--dry-run", action="store_true", help="every kind of command, up to where it needs the driver")
+    parser.add_argument("--dry-run", action="store_true", help="run every kind of command until it needs the driver")
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="compile the kernels into a folder, run nothing")
-    parser.add_argument("--kernels", type=Path, default=PREPARED, help="what --prepare made (build/gpu-kernels)")
+    parser.add_argument(
+        "--kernels", type=Path, default=PREPARED, help="folder written by --prepare (default build/gpu-kernels)"
+    )
     given = parser.parse_args()
     link_tree()
     if given.prepare is not None:

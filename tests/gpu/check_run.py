@@ -1,4 +1,4 @@
-"""Runs steps of commands under limits, several at a time, with one log: what `check.py` does all its work with."""
+"""Runs steps of commands for `check.py`: with time limits, several at a time, and one log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 PASSED, NO_DRIVER, NOT_HERE = "passed", "as far as the driver", "not on this machine"
 FINE = (PASSED, NO_DRIVER, NOT_HERE)
-"""Results that are no failure; the second only of dry runs, which hide the driver."""
+"""Results that are not failures; the second occurs only in dry runs, which hide the driver."""
 _DRY_AT_ONCE = 2
 _TAIL = 4000
 _DRIVER_MISSING = "no NVIDIA driver"
@@ -28,14 +28,14 @@ _TOOLS = ("/usr/local/cuda*/bin", "/usr/local/cuda*/compute-sanitizer", "/opt/nv
 
 @dataclass(frozen=True)
 class Command:
-    """One command.
+    """A command.
 
     Attributes:
         words: its program and arguments.
-        tool: a program of NVIDIA's with its options, under which it is run; without it there is nothing to do.
-        environment: of this command alone.
+        tool: an NVIDIA tool with its options that runs the command; if it is missing, the command is skipped.
+        environment: variables for this command only.
         dry: arguments that a dry run adds.
-        once: a dry run leaves it out, since it differs only in numbers from one before it.
+        once: a dry run skips it, since an earlier command differs only in numbers.
     """
 
     words: Sequence[str]
@@ -47,14 +47,14 @@ class Command:
 
 @dataclass(frozen=True)
 class Step:
-    """Commands that belong together.
+    """A group of commands.
 
     Attributes:
-        name: for people, and for --only.
-        seconds: the limit of the whole step.
-        chains: each a sequence that ends with the first command that fails; chains do not depend on each other.
-        at_once: chains that run at the same time.
-        each: the limit of one command; 0: that of the step.
+        name: name for output and for --only.
+        seconds: time limit of the whole step.
+        chains: independent sequences of commands; each ends with the first command that fails.
+        at_once: number of chains that run at the same time.
+        each: time limit of one command; 0: that of the step.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Step:
 
 @dataclass
 class Outcome:
-    """What became of a step: a result for each command, the seconds, the end of the output of what failed or of all."""
+    """The outcome of a step: results of its commands, seconds, end of the output of the failed ones or of all."""
 
     name: str
     seconds: float = 0.0
@@ -76,12 +76,12 @@ class Outcome:
 
     @property
     def fine(self) -> bool:
-        """Whether nothing failed and nothing was stopped."""
+        """Whether no command failed or was stopped."""
         return all(result in FINE for result in self.results.values())
 
     @property
     def result(self) -> str:
-        """One line."""
+        """A summary in one line."""
         bad = [f"{name}: {result}" for name, result in self.results.items() if result not in FINE]
         if bad:
             return f"FAILED {len(bad)} of {len(self.results)}: {'; '.join(bad)}"
@@ -89,7 +89,7 @@ class Outcome:
 
 
 def find_tool(name: str) -> str | None:
-    """A program on PATH, or in the folders of CUDA's toolkit and profilers."""
+    """Find a program on PATH or in the folders of CUDA's toolkit and profilers."""
     found = shutil.which(name)
     for pattern in _TOOLS if found is None else ():
         for folder in sorted(Path("/").glob(pattern[1:]), reverse=True):
@@ -99,14 +99,14 @@ def find_tool(name: str) -> str | None:
 
 
 class Runner:
-    """Runs steps one after the other.
+    """Runs steps in order.
 
     Args:
-        log: gets every command and all that it printed, when it has ended.
-        work: the folder that commands run in: none whose folders could be taken for packages.
-        environment: of all commands.
-        end: when all must be over, by `time.monotonic`.
-        dry: add the commands' arguments for that, take a missing driver for success, and heed no limit but `end`.
+        log: receives every command with its output, after it has ended.
+        work: the working folder of commands; its subfolders must not look like packages.
+        environment: variables of all commands.
+        end: time at which everything must have ended, by `time.monotonic`.
+        dry: dry run: add the commands' `dry` arguments, count a missing driver as success, use no limit but `end`.
     """
 
     def __init__(self, log: TextIO, work: Path, environment: Mapping[str, str], end: float, *, dry: bool) -> None:
@@ -117,7 +117,7 @@ class Runner:
         self._count = 0
 
     def run(self, step: Step) -> Outcome:
-        """Run a step to its end or its limit; whatever it started is gone then."""
+        """Run a step until its end or limit. All its processes have ended when this returns."""
         outcome = Outcome(step.name)
         start = time.monotonic()
         end = self._end if self._dry else min(self._end, start + step.seconds)
@@ -133,7 +133,7 @@ class Runner:
         return outcome
 
     def stop(self) -> None:
-        """Kill whatever runs, with its children, and start nothing more."""
+        """Kill all running commands with their children, and start no more."""
         with self._lock:
             self._stopping = True
             running = list(self._running)
@@ -147,7 +147,7 @@ class Runner:
             result, said = self._one(command, end, step.each)
             with self._lock:
                 outcome.results[label(command)] = result
-                if not self._dry:  # where nothing is computed no figure means anything
+                if not self._dry:  # a dry run computes nothing, so its figures are meaningless
                     outcome.rows.update(rows_in(said))
                 if result not in FINE or outcome.fine:
                     outcome.tail = said[-_TAIL:]
@@ -155,7 +155,7 @@ class Runner:
                 return
 
     def _one(self, command: Command, end: float, each: int) -> tuple[str, str]:
-        """Run a command: what became of it, and what it said."""
+        """Run a command; return its result and its output."""
         words = [*command.words, *(command.dry if self._dry else ())]
         tool = find_tool(command.tool[0]) if command.tool else None
         if command.tool and tool is None and not self._dry:
@@ -188,7 +188,7 @@ class Runner:
         with file.open("wb") as stream, self._lock:
             if self._stopping:
                 return "stopped"
-            # A process group of its own, so that its children can be ended with it.
+            # In a new process group, so that its children can be ended with it.
             process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, cwd=self._work,
                 env={**self._environment, **own}, process_group=0,
@@ -206,14 +206,14 @@ class Runner:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process group: also what a process that has ended itself left behind."""
+    """End a process group, also the children of a process that has ended."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def label(command: Command) -> str:
-    """A command in a few words: its tool, and its words without the interpreter, options of no interest and paths."""
+    """Return a short label of a command: tool and words, without interpreter, paths and uninteresting options."""
     words = [Path(word).name if os.sep in word else word for word in command.words]
     skipped = {"-q", "-m", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "--runtime", "cuda-kernels"}
     kept = [word for word in words[1:] if word not in skipped] or words
@@ -222,7 +222,7 @@ def label(command: Command) -> str:
 
 
 def rows_in(said: str) -> dict[str, dict[str, Any]]:
-    """The figures in what a command printed: lines of JSON with "rows", by the rows' names."""
+    """Return the figures in a command's output: lines of JSON with "rows", by the rows' names."""
     found = {}
     for line in said.splitlines():
         if line.startswith("{") and '"rows"' in line:

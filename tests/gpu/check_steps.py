@@ -1,4 +1,4 @@
-"""What `check.py` runs: the steps of a first call and of a second, those first that tell most for their time."""
+"""The steps of `check.py` for a first and a second call, the most informative ones per second first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODELS = ("fox-1-1.6b", "olmoe-1b-7b")
 KINDS = ("bf16", "int4", "fp8", "int8")
 KERNEL_TESTS = ("linear", "attention", "sparse_moe_launches", "moe", "moe_down")
 SM = "90"
-# The recipes of the tiny models' parity: float, and every kind of weights, activations and cache.
+# Recipes for parity of the tiny models: float, and every kind of weights, activations and cache.
 RECIPES = {
     "none": "none",
     "int8": "int8",
@@ -32,12 +32,12 @@ _AT_ONCE = 5
 
 
 def bench(script: str, *words: str) -> tuple[str, ...]:
-    """A program of tests/bench."""
+    """Return the command of a program in tests/bench."""
     return (PYTHON, str(BENCH / script), *words)
 
 
 def first(work: Path) -> list[Step]:
-    """Does it work, how fast is it, does it compute what PyTorch computes; transformers last, alone."""
+    """Return the steps of a first call: correctness, speed, parity with PyTorch; transformers last, alone."""
     limits = ("--limits", str(work / "limits.json"))
     speed = [
         [Command(bench("gpu_models.py", "--model", model, "--kind", kind, "--repeat", "3", *limits),
@@ -60,7 +60,8 @@ def first(work: Path) -> list[Step]:
 
 
 def second(work: Path) -> list[Step]:
-    """For a second call on the same machine: early launches, accesses and races, counters of the decode kernels."""
+    """Return the steps of a second call on the same machine: PDL, memory accesses and races, decode kernels'
+    counters."""
     del work
     small = [
         bench("gpu_steps.py", "tiny", "--model", model, "--kind", kind)
@@ -71,7 +72,7 @@ def second(work: Path) -> list[Step]:
         for model, kind in (("fox-1-1.6b", "bf16"), ("olmoe-1b-7b", "bf16"), ("olmoe-1b-7b", "int4"))
     ]
     early = [
-        bench("gpu_steps.py", "overlap", "--model", model, "--kind", kind)
+        bench("gpu_steps.py", "pdl", "--model", model, "--kind", kind)
         for model, kind in (("fox-1-1.6b", "bf16"), ("olmoe-1b-7b", "bf16"), ("olmoe-1b-7b", "int4"))
     ]
     profiler = (
@@ -86,7 +87,7 @@ def second(work: Path) -> list[Step]:
         for words in small
     ]
     return [
-        Step("overlap", 70, [[Command(words, dry=dry, once=words is not early[1])] for words in early], each=30),
+        Step("pdl", 70, [[Command(words, dry=dry, once=words is not early[1])] for words in early], each=30),
         Step("sanitizer", 90, checks, at_once=3),
         Step("ncu", 80, [[Command(words, profiler, dry=dry, once=words is not wide[0])] for words in wide], each=40),
     ]
@@ -127,7 +128,8 @@ def _tiny_parity(work: Path) -> list[list[Command]]:
 
 
 def _full_parity(work: Path) -> list[Command]:
-    """Of Fox-1 in full size; it takes longest, so it begins first. A dry run looks at the arguments alone."""
+    """Return the parity check of full-size Fox-1. It takes longest, so it starts first; a dry run only checks
+    arguments."""
     full, bundle = str(work / "fox"), str(work / "fox-bf16")
     on = ("--runtime", "cuda-kernels")
     return [

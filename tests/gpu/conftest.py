@@ -13,10 +13,10 @@ from edgelm.runtimes.cuda.driver import find_devices
 
 @pytest.fixture(scope="session")
 def gpu() -> DeviceInfo:
-    """The first GPU; skips the test where there is none."""
+    """The first GPU; skips the test if there is none."""
     try:
         return find_devices()[0]
     except DeviceError as error:
-        if os.environ.get("EDGELM_TEST_GPU") == "1":  # tests/gpu/check.py: there, a skip would hide what was asked for
+        if os.environ.get("EDGELM_TEST_GPU") == "1":  # set by tests/gpu/check.py, where a skip would hide a failure
             raise
         pytest.skip(f"no GPU here: {error}")

@@ -1,7 +1,7 @@
-"""Does the script for a machine with a GPU run from an archive, where no EdgeLM is installed, and stop what it starts?
+"""Does the script for GPU machines run from an archive without EdgeLM installed, and stop all its processes?
 
-`check.py --dry-run` runs every kind of its commands up to where it needs the driver; measurements run to their end with
-the real models' shapes on a device that computes nothing (tests/bench/gpu_dry.py).
+`check.py --dry-run` runs every kind of command until it needs the driver. Measurements run to the end with the real
+models' shapes on a device that computes nothing (tests/bench/gpu_dry.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def bare_python(folder: Path) -> Path:
-    """A Python that has this one's packages, except EdgeLM and what would find it."""
+    """Create a Python with this one's packages, but without EdgeLM and its import hook."""
     site = folder / "site"
     site.mkdir(parents=True)
     for base in (path for path in map(Path, sys.path) if path.name == "site-packages"):
@@ -39,7 +39,7 @@ def bare_python(folder: Path) -> Path:
 
 
 def archive(folder: Path) -> Path:
-    """The files that git has or would add, as they are now."""
+    """Copy the files that git tracks or would add."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split("\0")):
@@ -50,7 +50,7 @@ def archive(folder: Path) -> Path:
 
 
 def kernels_of_nothing(folder: Path) -> None:
-    """Kernels as `--prepare` makes them but without code: compiling them has tests of its own."""
+    """Write a folder as `--prepare` does, without code in the kernels: compiling has its own tests."""
     names = sorted(sources.all_kernels())
     resources = {"registers": 8, "local_bytes": 0, "shared_bytes": 0, "argument_bytes": 8}
     images = {
@@ -73,7 +73,7 @@ def test_every_command_runs_from_an_archive_up_to_the_driver(tmp_path: Path) -> 
     assert "No module named 'edgelm'" in alone.stderr, "the Python of this test has EdgeLM"
     kernels_of_nothing(root / "build" / "gpu-kernels")
     out = tmp_path / "out"
-    # As on a machine with a GPU: in the root of the files, whose folder edgelm/ must not hide the import tree.
+    # As on a machine with a GPU: in the root folder, whose edgelm/ must not hide the import tree.
     call = [python, "tests/gpu/check.py", "--dry-run", "--out", out]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "EDGELM"))}
     done = subprocess.run(call, cwd=root, env=kept, capture_output=True, text=True, check=False)
@@ -82,7 +82,7 @@ def test_every_command_runs_from_an_archive_up_to_the_driver(tmp_path: Path) -> 
     assert {path.name for path in out.iterdir()} == {"check.log", "summary.json"}
     steps = {step["name"]: step for step in json.loads((out / "summary.json").read_text())["steps"]}
     assert list(steps) == [
-        "device", "driver", "kernels", "speed", "kernel speed", "parity", "transformers", "overlap", "sanitizer", "ncu",
+        "device", "driver", "kernels", "speed", "kernel speed", "parity", "transformers", "pdl", "sanitizer", "ncu",
     ]  # fmt: skip
     results = {label: result for step in steps.values() for label, result in step["results"].items()}
     reached = {label for label, result in results.items() if result == check_run.NO_DRIVER}
@@ -92,14 +92,14 @@ def test_every_command_runs_from_an_archive_up_to_the_driver(tmp_path: Path) -> 
     passed = [label for label, result in results.items() if result == "passed"]
     for start in (
         "gpu_models.py --model olmoe-1b-7b", "gpu_models.py --model fox-1-1.6b", "edgelm export fox-tiny",
-        "gpu_peer.py --model fox-1-1.6b", "gpu_steps.py overlap", "compute-sanitizer memcheck gpu_steps.py tiny",
+        "gpu_peer.py --model fox-1-1.6b", "gpu_steps.py pdl", "compute-sanitizer memcheck gpu_steps.py tiny",
         "ncu gpu_steps.py profile",
     ):  # fmt: skip
         assert any(label.startswith(start) for label in passed), (start, passed)
-    assert not any(path.name == "edgelm" for path in root.glob("build/*")), "nothing may be named so where commands run"
+    assert not any(path.name == "edgelm" for path in root.glob("build/*")), "build/ has a folder named edgelm"
 
 
-def test_what_is_stopped_is_stopped_with_its_children(tmp_path: Path) -> None:
+def test_a_stopped_command_is_stopped_with_its_children(tmp_path: Path) -> None:
     (tmp_path / "child.py").write_text("import time; time.sleep(1); open('late', 'w'); time.sleep(60)")
     (tmp_path / "parent.py").write_text("import subprocess, sys; subprocess.run([sys.executable, 'child.py'])")
     start = time.monotonic()
@@ -110,10 +110,10 @@ def test_what_is_stopped_is_stopped_with_its_children(tmp_path: Path) -> None:
     assert outcome.result.startswith("FAILED 1 of 2: parent.py: stopped after ")
     time.sleep(max(0.0, start + 2 - time.monotonic()))
     assert not (tmp_path / "late").exists()
-    assert (tmp_path / "log").read_text().count("well\n[passed, ") == 1, "a chain ends with what fails, others go on"
+    assert (tmp_path / "log").read_text().count("well\n[passed, ") == 1, "a chain ends at a failure"
 
 
-def test_figures_are_gathered_and_a_tool_that_is_missing_is_no_failure(tmp_path: Path) -> None:
+def test_figures_are_collected_and_a_missing_tool_is_not_a_failure(tmp_path: Path) -> None:
     rows = json.dumps({"rows": [{"name": "decode", "median_s": 0.5, "rate": 2.0}]})
     with (tmp_path / "log").open("w") as log:
         runner = Runner(log, tmp_path, dict(os.environ), time.monotonic() + 60, dry=False)
@@ -131,7 +131,7 @@ def test_figures_are_gathered_and_a_tool_that_is_missing_is_no_failure(tmp_path:
 
 
 @pytest.mark.parametrize("name", ["olmoe-1b-7b", "fox-1-1.6b"])
-def test_no_measurement_leaves_the_positions_that_a_model_has(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measurements_stay_within_the_models_positions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
     import gpu_models
 
@@ -142,6 +142,6 @@ def test_no_measurement_leaves_the_positions_that_a_model_has(name: str, monkeyp
         gpu_models.positions(config | {"max_position_embeddings": 60})
 
 
-def test_a_step_says_what_became_of_it() -> None:
+def test_a_steps_result_in_one_line() -> None:
     assert Outcome("s").result == "nothing to do"
     assert Outcome("s", results={"a": "passed", "b": "exit code 3"}).result == "FAILED 1 of 2: b: exit code 3"

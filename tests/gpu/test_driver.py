@@ -1,4 +1,4 @@
-"""Do memory, kernels, graphs, streams and errors of a real GPU behave as the executor takes for granted?"""
+"""Do memory, kernels, CUDA graphs, streams and errors of a real GPU behave as the executor expects?"""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ extern "C" __global__ void increment(const __grid_constant__ Increment a) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < a.count) a.x[i] += a.by;
 }
-// Through dynamic shared memory: a block's numbers backwards.
+// Reverse a block's numbers through dynamic shared memory.
 extern "C" __global__ void turn(const __grid_constant__ Increment a) {
   extern __shared__ float shared[];
   for (int i = threadIdx.x; i < a.count; i += blockDim.x) shared[i] = a.x[i];
   __syncthreads();
   for (int i = threadIdx.x; i < a.count; i += blockDim.x) a.x[i] = shared[a.count - 1 - i] + a.by;
 }
-// For about a millisecond.
+// Runs for about a millisecond.
 extern "C" __global__ void linger(const __grid_constant__ Increment a) {
   long long end = clock64() + 1000000;
   while (clock64() < end) {}
@@ -114,7 +114,7 @@ def test_large_shared_memory_works_up_to_what_the_device_has(device):
     np.testing.assert_array_equal(out, x[::-1] + 1)
 
 
-def test_a_graph_repeats_what_was_recorded_and_reads_pinned_memory_when_it_runs(device):
+def test_a_graph_repeats_the_captured_launches_and_reads_pinned_memory_when_it_runs(device):
     address = device.allocate(4000)
     host, back = device.pinned(4000), device.pinned(4000)
 
@@ -147,7 +147,7 @@ def test_time_is_the_devices_own(device):
     assert sum(times) < wall
 
 
-def test_too_much_memory_is_refused_with_what_there_is_and_the_device_goes_on(device):
+def test_too_much_memory_is_refused_with_the_free_size_and_the_device_still_works(device):
     with pytest.raises(DeviceMemoryError, match=r"[GM]B are this model's"):
         device.allocate(2 * device.info.memory)
     address = device.allocate(4)
@@ -158,8 +158,8 @@ def test_too_much_memory_is_refused_with_what_there_is_and_the_device_goes_on(de
     assert out[0] == 1
 
 
-def test_a_stray_access_is_reported_as_such(gpu):
-    # In a process of its own: what it does to the context cannot be mended.
+def test_an_invalid_access_is_reported_as_such(gpu):
+    # In another process, since the context is unusable afterwards.
     code = """
 import numpy as np
 import test_driver as t

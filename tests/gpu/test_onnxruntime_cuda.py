@@ -1,4 +1,4 @@
-"""On a GPU: does ONNX Runtime's CUDA provider run our bundles whole, in place, recorded, and rightly?"""
+"""On a GPU: does ONNX Runtime's CUDA provider run our bundles entirely, in place, as CUDA graphs, and correctly?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CASES = list(itertools.product(("fox", "olmoe"), ("none", "int8", "int4"), ("fp1
 
 @pytest.fixture(scope="module")
 def exported(gpu: DeviceInfo, tmp_path_factory: pytest.TempPathFactory):
-    """Function (model, recipe, dtype) to a bundle of a tiny trained checkpoint; skips without onnxruntime-gpu."""
+    """Return a function that exports a bundle of a tiny checkpoint; skips without onnxruntime-gpu."""
     try:
         require_cuda()
     except EdgeLMError as error:
@@ -43,7 +43,7 @@ def exported(gpu: DeviceInfo, tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.parametrize(("model", "recipe", "dtype"), CASES)
 def test_bundles_pass_parity(exported, model: str, recipe: str, dtype: str) -> None:
-    # Loading them checks where every node runs and how experts are weighed.
+    # Loading checks where every node runs and how experts are weighted.
     report = edgelm.check_parity(exported(model, recipe, dtype).path)
     failed = [f"{check.name}: {check.value} (limit {check.limit})" for check in report.checks if check.passed is False]
     assert report.passed, failed
@@ -51,7 +51,7 @@ def test_bundles_pass_parity(exported, model: str, recipe: str, dtype: str) -> N
 
 
 @pytest.mark.parametrize(("model", "recipe"), [("fox", "int4"), ("olmoe", "int4"), ("olmoe", "none")])
-def test_recorded_steps_compute_what_unrecorded_ones_do(
+def test_captured_steps_compute_the_same_as_launched_ones(
     exported, model: str, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = exported(model, recipe, "fp16")
@@ -61,14 +61,14 @@ def test_recorded_steps_compute_what_unrecorded_ones_do(
             runtime.prefill(IDS[:9])
             return np.stack([runtime.decode(token).copy() for token in IDS[9:30]])
 
-    recorded = steps()
+    captured = steps()
     monkeypatch.setenv(CAPTURE_VARIABLE, "0")
     launched = steps()
-    assert np.abs(recorded - launched).max() <= 2e-2 * np.abs(launched).max()
+    assert np.abs(captured - launched).max() <= 2e-2 * np.abs(launched).max()
 
 
 @pytest.mark.parametrize(("model", "recipe"), [("fox", "int4"), ("olmoe", "int8")])
-def test_a_choice_made_on_the_gpu_is_that_of_the_logits(exported, model: str, recipe: str) -> None:
+def test_the_argmax_on_the_gpu_is_that_of_the_logits(exported, model: str, recipe: str) -> None:
     with open_runtime(exported(model, recipe, "fp16"), context_length=64) as runtime:
         assert isinstance(runtime, OnnxCudaRuntime)
         token = int(runtime.prefill(IDS[:5]).argmax())
@@ -79,11 +79,11 @@ def test_a_choice_made_on_the_gpu_is_that_of_the_logits(exported, model: str, re
         runtime.truncate(5)
         for step, (fed, following) in enumerate(zip(chosen, [*chosen[1:], token], strict=True)):
             logits = runtime.decode(fed)
-            # Of equals it may be another than the first.
+            # Of equal logits it may be another than the first.
             assert logits[following] == logits.max(), f"step {step}"
 
 
-def test_the_cache_goes_back_and_on_and_chunks_do_not_matter(exported) -> None:
+def test_the_cache_can_be_truncated_and_chunks_do_not_matter(exported) -> None:
     with open_runtime(exported("fox", "int8", "fp16"), context_length=64, chunk=7) as runtime:
         runtime.prefill(IDS)
         whole = runtime.decode(11).copy()

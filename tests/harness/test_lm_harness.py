@@ -362,7 +362,7 @@ def test_generation_settings_are_understood_or_refused() -> None:
 
 
 @needs_harness
-def test_what_cannot_be_done_is_refused_in_words(model: Any) -> None:
+def test_impossible_requests_are_refused_with_a_reason(model: Any) -> None:
     from edgelm.evaluation.lm_harness import EdgeLM
 
     folder = str(model._model.bundle.path)

@@ -50,7 +50,7 @@ class MutatedCopy:
 
     Args:
         folder: created if it does not exist.
-        emulated: folder of the emulator's compiled kernels, which are named by their sources.
+        emulated: folder of the emulator's compiled kernels, whose names are hashes of their sources.
     """
 
     def __init__(self, folder: Path, emulated: Path) -> None:

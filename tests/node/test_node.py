@@ -89,7 +89,7 @@ def test_node_generates_what_python_generates(
             logits = runtime.decode(token)
 
 
-def test_what_this_onnxruntime_is_too_old_for_is_refused_with_the_reason(node: str, tmp_path: Path) -> None:
+def test_a_bundle_that_needs_a_newer_onnxruntime_is_refused_with_the_reason(node: str, tmp_path: Path) -> None:
     bundle = export(tmp_path / "b", "olmoe", PRESETS["int4"])
     result = generate(node, bundle.path, "5,6", 2)
     assert result.returncode == 1

@@ -1,4 +1,4 @@
-"""Makes the helper modules beside the tests importable, and skips the tests where there are no compiled operators."""
+"""Makes the helper modules importable, and skips the tests if there are no compiled operators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Graphs of one operator, run through ONNX Runtime."""
+"""ONNX graphs of a single operator, run with ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgelm.runtimes.onnxruntime.native_library import library_path
 
 Array = NDArray[Any]
 
-# Inputs and outputs in order.
+# Names of inputs and outputs, in order.
 INPUTS: dict[str, tuple[str, ...]] = {
     "QuantEmbedding": ("ids", "table"),
     "QuantLinear": ("x", "weights", "norm", "residual", "bias"),
@@ -36,7 +36,7 @@ OUTPUTS: dict[str, dict[str, int]] = {
         "present_value": TensorProto.UINT8,
     },
 }
-# What a model holds rather than is fed, unless a test says otherwise.
+# Inputs that are initializers of the graph, unless a test says otherwise.
 CONSTANTS = {"weights", "table", "router", "experts", "norm", "weight", "bias", "q_norm", "k_norm", "cos", "sin"}
 
 
@@ -59,9 +59,9 @@ def session(
     label: str | None = None,
     **attributes: Any,
 ) -> ort.InferenceSession:
-    """A session of one node. Inputs named in `constant` are initializers, the others are fed with any shape.
+    """Return a session of one node. Inputs named in `constant` are initializers; the others are fed, with any shape.
 
-    `node` is what the graph calls the node, `label` its attribute `name`.
+    `node` is the node's name in the graph, `label` its attribute `name`.
     """
     constants = CONSTANTS if constant is None else set(constant)
     names = [name if name in inputs else "" for name in INPUTS[op]]
@@ -96,11 +96,11 @@ def session(
 
 
 def feeds(s: ort.InferenceSession, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Those of `inputs` that the session takes."""
+    """Return those of `inputs` that the session takes."""
     return {taken.name: inputs[taken.name] for taken in s.get_inputs()}
 
 
 def run(op: str, inputs: Mapping[str, Array], **options: Any) -> list[Array]:
-    """Outputs of one node. Options: `session`'s."""
+    """Run one node and return its outputs. Options as in `session`."""
     s = session(op, inputs, **options)
     return [np.asarray(output) for output in s.run(None, feeds(s, inputs))]

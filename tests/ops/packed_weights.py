@@ -1,6 +1,6 @@
-"""Packed weights for the operators' tests, written from the layout's description, element by element.
+"""Packs weights for the operators' tests, element by element, from the layout's description.
 
-Independent of the exporter's packing, which the tests compare with it. Every matrix comes with its exact values.
+Independent of the exporter's packer, which is compared with it. Every matrix has its exact values beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BLOCK_BYTES = {"int3": 384, "int4": 512, "int5": 640, "int6": 768, "int8": 1024
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed matrix and what it holds."""
+    """A packed matrix and its exact values."""
 
     blob: NDArray[np.uint8]
     dense: NDArray[np.float64]
@@ -32,7 +32,7 @@ class Packed:
 
 
 def fp8_values() -> NDArray[np.float64]:
-    """The values of all 256 codes of E4M3 (OCP 8-bit floating point)."""
+    """Return the values of all 256 codes of E4M3 (OCP 8-bit floating point)."""
     codes = np.arange(256)
     sign, exponent, fraction = np.where(codes >> 7, -1.0, 1.0), codes >> 3 & 15, codes & 7
     values = np.where(exponent == 0, fraction * 2.0**-9, (8 + fraction) * 2.0 ** (exponent - 10.0))
@@ -50,7 +50,7 @@ def random_matrix(
     scales: str = "float16",
     swiglu: bool = False,
 ) -> Packed:
-    """A matrix whose product with standard normal activations is about standard normal."""
+    """Return a random matrix W such that x W^T is about standard normal for standard normal x."""
     group = group or columns
     groups = columns // group
     if kind in FLOAT_KINDS:
@@ -124,12 +124,12 @@ def pack(
 
 
 def _filled(rows: NDArray[np.generic]) -> NDArray[np.generic]:
-    """A tile's rows, zeros after the last."""
+    """Return a tile's rows, padded with zeros."""
     return np.concatenate([rows, np.zeros((32 - len(rows), *rows.shape[1:]), rows.dtype)])
 
 
 def _block(kind: str, codes: NDArray[np.uint8]) -> bytes:
-    """The codes [32 rows, 32 columns] of a block."""
+    """Pack the codes [32 rows, 32 columns] of a block."""
     out = np.zeros(_BLOCK_BYTES[kind], np.uint8)
     n = np.arange(32)
     for k in range(32):
@@ -149,7 +149,7 @@ def _block(kind: str, codes: NDArray[np.uint8]) -> bytes:
 
 
 def pack_experts(experts: list[tuple[Packed, Packed]]) -> NDArray[np.uint8]:
-    """(gate+up, down) of each expert as one packed layer."""
+    """Pack (gate+up, down) of each expert as one layer."""
     body, offsets = bytearray(), []
     start = 64 + 16 * len(experts)
     for expert in experts:

@@ -22,7 +22,7 @@ KINDS = ["int4", "int8", "int3", "int5", "int6", "split", "fp8", "bfloat16", "fl
 
 
 def cases() -> dict[str, tuple[str, dict[str, Array], dict[str, object]]]:
-    """One call an operator and form, large enough for several pieces."""
+    """Return a call per operator and variant, large enough for several tasks."""
     rng = np.random.default_rng(11)
     norm = rng.uniform(0.5, 2, D).astype(np.float32)
     found: dict[str, tuple[str, dict[str, Array], dict[str, object]]] = {}
@@ -75,7 +75,7 @@ def cases() -> dict[str, tuple[str, dict[str, Array], dict[str, object]]]:
 
 
 def digest(threads: int) -> dict[str, str]:
-    """A checksum of every case's results."""
+    """Return a checksum of the results of every case."""
     found = {}
     for name, (op, inputs, attributes) in cases().items():
         s = session(op, inputs, threads=threads, **attributes)
@@ -97,10 +97,10 @@ def test_threads_do_not_change_a_bit(threads: int, one_thread: dict[str, str]) -
 
 
 def in_another_process(code: str, isa: str) -> subprocess.CompletedProcess[str]:
-    """Runs `code` with an instruction set: the library chooses its kernels once."""
+    """Run `code` with an instruction set, in another process: the library chooses its kernels once."""
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
-        [sys.executable, "-P", "-c", code],  # -P: without the current folder, a checkout's edgelm/ alone
+        [sys.executable, "-P", "-c", code],  # -P: without the current folder, which in a checkout has only edgelm/
         env=os.environ | {"EDGELM_ISA": isa, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -116,7 +116,7 @@ def test_instruction_sets_do_not_change_a_bit(isa: str, one_thread: dict[str, st
     assert dict(line.split(": ") for line in done.stdout.splitlines()) == one_thread
 
 
-def test_an_instruction_set_that_there_is_not_is_refused() -> None:
+def test_an_unknown_instruction_set_is_refused() -> None:
     done = in_another_process("import operator_models as m; m.session_options()", "sse9")
     assert done.returncode != 0
     assert "EDGELM_ISA=sse9: there is no such instruction set. Set it to one of" in done.stderr
@@ -129,7 +129,7 @@ def test_one_session_may_run_on_several_threads() -> None:
         for _ in range(6)
     ]
     layer = {"router": random_matrix(rng, "float32", 6, D).blob, "experts": pack_experts(experts)}
-    # From one token to more than a megabyte of intermediate results: the pool's blocks come and go meanwhile.
+    # From one token to more than a megabyte of intermediate results, so that the pool allocates and frees blocks.
     inputs = [rng.standard_normal((1, tokens, D)).astype(np.float32) for tokens in (1, 3, 40, 900, 1, 300, 7, 1)]
     moe = session("SparseMoE", layer | {"x": inputs[0]}, k=2, threads=2)
     alone = [moe.run(["y"], {"x": x})[0].tobytes() for x in inputs]
@@ -144,7 +144,7 @@ def test_one_session_may_run_on_several_threads() -> None:
             result.result()
 
 
-def test_sessions_may_run_side_by_side() -> None:
+def test_sessions_may_run_at_the_same_time() -> None:
     rng = np.random.default_rng(4)
     x = rng.standard_normal((70, D)).astype(np.float32)
     matrices = [random_matrix(rng, kind, 300, D, group=32).blob for kind in ("int4", "int8")]

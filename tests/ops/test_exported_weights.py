@@ -1,4 +1,4 @@
-"""Does the exporter write what the operators read? Two packers, written apart from each other, and the lookup agree."""
+"""Does the exporter write what the operators read? Two independent packers and the embedding lookup must agree."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tensor(scheme: str, seed: int = 0) -> QuantTensor:
 
 
 def exported(tensors: list[QuantTensor], fmt: Format) -> Array:
-    """One matrix, or gate and up, as the exporter packs it."""
+    """Pack one matrix, or gate and up, with the exporter's packer."""
     matrix = fmt.matrix(ROWS * len(tensors), COLUMNS, swiglu=len(tensors) == 2)
     out = np.zeros((matrix.tiles, matrix.records, matrix.record_bytes), np.uint8)
     lower = np.zeros((matrix.tiles, matrix.low_bytes // matrix.tiles), np.uint8)
@@ -94,7 +94,7 @@ def test_floats(dtype: str) -> None:
 @pytest.mark.parametrize(
     "scheme", ["int3-g32-sym", "int4-g64-asym", "int5-g32-asym", "int6-g64-sym", "int8-row-sym", "fp8-b64"]
 )
-def test_the_operators_read_the_checkpoints_numbers(scheme: str) -> None:
+def test_the_operators_read_the_checkpoints_values(scheme: str) -> None:
     made, fmt = formatted(scheme)
     (y,) = run("QuantEmbedding", {"ids": np.arange(ROWS)[None], "table": exported([made], fmt)})
     assert y[0].tobytes() == dequantize(made).tobytes()

@@ -1,4 +1,4 @@
-"""Does GroupQueryAttention compute causal attention over its cache, for every kind of cache and any lengths?"""
+"""Does GroupQueryAttention compute causal attention, for every type of KV cache and any lengths?"""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Heads:
         return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
     def cache(self, kind: str, batch: int, capacity: int, rng: Generator) -> Array:
-        """A cache full of what nobody may read."""
+        """Return a cache filled with values that must not be read."""
         return rng.integers(0, 256, (batch, self.kv_heads, capacity, row_bytes(kind, self.size))).astype(np.uint8)
 
 
@@ -56,13 +56,13 @@ def norms(rng: Generator, heads: Heads, *, q_per_head: bool = False, k_per_head:
 
 
 def normed(x: Array, weight: Array) -> Array:
-    """RMSNorm over as many numbers as the weight has: all heads as one, or each by itself."""
+    """RMSNorm over as many numbers as the weight has: over all heads, or per head."""
     parts = x.reshape(len(x), -1, len(weight))
     return (parts / np.sqrt((parts * parts).mean(-1, keepdims=True) + 1e-5) * weight).reshape(x.shape)
 
 
 def as_fp8(x: Array) -> tuple[Array, Array]:
-    """x [..., size] as an fp8 cache has it, and how far elements may be off that float32 rounds to another neighbour.
+    """Return x [..., size] rounded as in an fp8 cache, and the slack of elements that float32 may round the other way.
 
     E4M3: three bits of mantissa, steps of 2^-9 below 2^-6; the scale has eight bits and is rounded up.
     """
@@ -79,7 +79,7 @@ def as_fp8(x: Array) -> tuple[Array, Array]:
 def expected(
     qkv: Array, heads: Heads, kind: str, norm: dict[str, Array] | None = None, clip: float = 0, scale: float = 0
 ) -> tuple[Array, float]:
-    """Attention of one whole sequence in float64, and how far the operator may be from it."""
+    """Return attention of one whole sequence in float64, and the operator's tolerance."""
     tokens, h, kv, size = len(qkv), heads.heads, heads.kv_heads, heads.size
     q, k, v = np.split(qkv.astype(np.float64), [h * size, (h + kv) * size], axis=-1)
     if norm is not None:
@@ -105,11 +105,11 @@ def expected(
     p /= p.sum(-1, keepdims=True)
     out = np.einsum("htu,uhd->thd", p, v).reshape(tokens, h * size)
 
-    # An element of the cache, and for int8 of the queries too, is off by at most this part of its vector's largest:
-    # half a step of 127, or of float16's 11 bits. Independently for each element, so six standard deviations bound a
-    # score's error. That changes the weights by at most twice as much; int8 weights are half a step of their largest
-    # off too.
-    # What fp8 rounds to is known, save for the few elements that have slack.
+    # The error of an element of the cache (for int8 also of the queries), relative to the largest of its vector, is
+    # at
+    # most half a step of 127, or of float16's 11 bits. Errors are independent, so six standard deviations bound a
+    # score's error. That changes the weights by at most twice as much; int8 weights add half a step of their largest.
+    # For fp8 the rounded values are known, except for the few elements with slack.
     step = {"float32": 0.0, "float16": 2.0**-11, "int8": 0.5 / 127, "fp8": 0.0}[kind]
     largest_q, largest_k, largest_v = (np.abs(x).max() for x in (q, k, v))
     norm_q, norm_k = (np.linalg.norm(x, axis=-1).max() for x in (q, k))
@@ -124,7 +124,7 @@ def expected(
 def check_steps(
     rng: Generator, heads: Heads, kind: str, steps: list[int], norm: dict[str, Array] | None = None, **attributes: Any
 ) -> None:
-    """Feeds a sequence in `steps` of tokens, each with what the one before gave as its cache."""
+    """Feed a sequence in `steps` of tokens, passing the cache from step to step, and check the results."""
     norm = norm or norms(rng, heads)
     qkv = rng.standard_normal((1, sum(steps), heads.width)).astype(np.float32)
     out, tolerance = expected(qkv[0], heads, kind, norm, **attributes)
@@ -163,9 +163,9 @@ def test_a_norm_weight_of_one_head_norms_each_head_separately(rng: Generator, he
         check_steps(rng, heads, kind, [1, 20, 3], norms(rng, heads, q_per_head=q_per_head, k_per_head=k_per_head))
 
 
-@pytest.mark.parametrize(("size", "narrower"), [(2, "fp8"), (4, "int8")])
-def test_of_two_types_whose_rows_have_one_length_the_wider_is_meant(rng: Generator, size: int, narrower: str) -> None:
-    assert row_bytes("float16", size) == row_bytes(narrower, size)
+@pytest.mark.parametrize(("size", "smaller"), [(2, "fp8"), (4, "int8")])
+def test_of_two_types_with_equal_row_sizes_the_larger_is_assumed(rng: Generator, size: int, smaller: str) -> None:
+    assert row_bytes("float16", size) == row_bytes(smaller, size)
     check_steps(rng, Heads(2, 1, size), "float16", [1, 5, 30, 1])
 
 
@@ -200,7 +200,7 @@ def test_without_norms(rng: Generator) -> None:
 
 @pytest.mark.parametrize("kind", CACHES)
 def test_a_sequence_does_not_depend_on_the_others(rng: Generator, kind: str) -> None:
-    """Sequences of different lengths, past and new, among them an empty one, give what each gives alone."""
+    """Sequences of different lengths, one of them empty, give the same results as each alone."""
     batch, tokens, capacity = 5, 20, 70
     inputs = arguments(rng, GROUPED, kind, batch, 45, capacity)
     s = session("GroupQueryAttention", inputs, threads=2, **GROUPED.attributes)
@@ -261,7 +261,7 @@ def test_tokens_may_be_dropped_from_the_end(rng: Generator, kind: str) -> None:
 
 
 def test_fp8_rounds_keys_and_values_and_nothing_else(rng: Generator) -> None:
-    """Where keys and values are numbers of E4M3 already, the result is a float32 cache's to the last bit."""
+    """If keys and values are E4M3 numbers already, the result has the same bits as with a float32 cache."""
     inputs = arguments(rng, GROUPED, "float32", 1, 40, 60)
     inputs["cos"], inputs["sin"] = np.ones_like(inputs["cos"]), np.zeros_like(inputs["sin"])  # no rotation
     heads = inputs["qkv"][0, :, 64:].reshape(40, 4, 16)

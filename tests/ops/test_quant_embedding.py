@@ -1,4 +1,4 @@
-"""Does QuantEmbedding look rows up?"""
+"""Does QuantEmbedding return rows of the table?"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_rows_are_the_tables(rng: np.random.Generator, kind: str, tokens: int) -
     ids = rng.integers(0, 70, (2, tokens))
     ids[0, 0], ids[1, -1] = 0, 69
     (y,) = run("QuantEmbedding", {"ids": ids, "table": matrix.blob}, threads=2)
-    # One product of a code and a scale: exact for float16 scales, rounded once for fp8's float32 ones.
+    # code * scale is exact for float16 scales, and rounded once for fp8's float32 scales.
     assert y.tobytes() == matrix.dense[ids].astype(np.float32).tobytes()
 
 

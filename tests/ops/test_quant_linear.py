@@ -1,4 +1,4 @@
-"""Does QuantLinear compute the product, for every kind of weights, and say what is wrong with what it is given?"""
+"""Does QuantLinear compute y = x W^T for every kind of weights, and do errors name the wrong input?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def floats(rng: Generator, *shape: int) -> NDArray[np.float32]:
 
 
 def quantised(x: NDArray[np.float32]) -> NDArray[np.float64]:
-    """What int8 activations hold of x [..., K]: round(x * 127 / max|x|) in blocks of 32."""
+    """Return x [..., K] as int8 activations represent it: round(x * 127 / max|x|) in blocks of 32."""
     blocks = x.reshape(*x.shape[:-1], -1, 32)
     largest = np.abs(blocks).max(-1, keepdims=True)
     codes = np.rint(blocks * (np.float32(127) / largest)).astype(np.float64)
@@ -33,40 +33,40 @@ def assert_close(y: Array, expected: Array, tolerance: Array) -> None:
     assert (error <= tolerance).all(), f"{worst}: {y[worst]} for {expected[worst]}, tolerance {tolerance[worst]}"
 
 
-def check_product(y: Array, x: Array, matrix: Packed, terms: int) -> None:
-    """`terms`: float32 operations that an element of the product went through."""
+def check_matmul(y: Array, x: Array, matrix: Packed, terms: int) -> None:
+    """Check y. `terms`: number of float32 roundings of an element of x W^T."""
     magnitude = np.abs(x) @ np.abs(matrix.dense.T)
     if not matrix.swiglu:
         return assert_close(y, x @ matrix.dense.T, terms * U * magnitude)
     gate, up = np.split(x @ matrix.dense.T, 2, axis=-1)
     gate_error, up_error = np.split(terms * U * magnitude, 2, axis=-1)
     silu = gate / (1 + np.exp(-gate))
-    # silu's slope is at most 1.1; the exponential is good to 2 units in the last place, and three operations follow.
+    # silu's slope is at most 1.1; exp is accurate to 2 units in the last place, and three operations follow.
     tolerance = 1.1 * gate_error * np.abs(up) + (np.abs(silu) + 1.1 * gate_error) * up_error
     return assert_close(y, silu * up, tolerance + 8 * U * np.abs(silu * up))
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_float_activations_give_the_exact_weights_product(rng: Generator, kind: str, swiglu: bool) -> None:
+def test_float_activations_are_multiplied_by_the_exact_weights(rng: Generator, kind: str, swiglu: bool) -> None:
     matrix = random_matrix(rng, kind, 2 * 45, 160, group=32, swiglu=swiglu)
     x = floats(rng, 2, 5, 160)
     (y,) = run("QuantLinear", {"x": x, "weights": matrix.blob}, activations="float32")
     assert y.shape == (2, 5, 45 if swiglu else 90)
-    check_product(y, x.astype(np.float64), matrix, 160 + 2)
+    check_matmul(y, x.astype(np.float64), matrix, 160 + 2)
 
 
 @pytest.mark.parametrize("scales", ["float16", "float32"])
 @pytest.mark.parametrize("group", [32, 64, 192])
 # The layout has no zero points for split nibbles.
 @pytest.mark.parametrize(("kind", "zeros"), [(kind, zeros) for kind in INTEGER_KINDS for zeros in (False, True)][:-1])
-def test_int8_activations_give_the_product_of_the_codes(
+def test_int8_activations_are_multiplied_as_codes(
     rng: Generator, kind: str, group: int, zeros: bool, scales: str
 ) -> None:
     matrix = random_matrix(rng, kind, 70, 192, group=group, zeros=zeros, scales=scales)
     x = floats(rng, 11, 192)
     (y,) = run("QuantLinear", {"x": x, "weights": matrix.blob})
-    check_product(y, quantised(x), matrix, 192 // 32 + 3)
+    check_matmul(y, quantised(x), matrix, 192 // 32 + 3)
 
 
 @pytest.mark.parametrize("kind", INTEGER_KINDS)
@@ -74,7 +74,7 @@ def test_swiglu_with_int8_activations(rng: Generator, kind: str) -> None:
     matrix = random_matrix(rng, kind, 2 * 50, 96, group=32, swiglu=True)
     x = floats(rng, 9, 96)
     (y,) = run("QuantLinear", {"x": x, "weights": matrix.blob})
-    check_product(y, quantised(x), matrix, 96 // 32 + 3)
+    check_matmul(y, quantised(x), matrix, 96 // 32 + 3)
 
 
 @pytest.mark.parametrize("kind", FLOAT_KINDS)
@@ -86,7 +86,7 @@ def test_float_kinds_ignore_int8(rng: Generator, kind: str) -> None:
 
 
 def normed(x: Array, norm: Array, **attributes: Any) -> Array:
-    """RMSNorm by QuantLinear with an identity matrix: exact, as all other terms of its sums are 0."""
+    """RMSNorm by QuantLinear with an identity matrix, which is exact: all other terms of its sums are 0."""
     identity = pack("float32", np.eye(x.shape[-1], dtype=np.float32), x.shape[-1])
     return run("QuantLinear", {"x": x, "weights": identity, "norm": norm}, activations="float32", **attributes)[0]
 
@@ -98,7 +98,8 @@ def test_norm_is_fused_exactly(rng: Generator, rows: int, activations: str) -> N
     matrix = random_matrix(rng, "int4", 64, 96, group=32)
     before = normed(x, norm, epsilon=0.25)
     exact = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 0.25) * norm
-    # Half a step for each of: mean's additions (6 a lane, 4 across), division, epsilon, root, inverse, two products.
+    # Half a step for each of: mean's additions (6 a lane, 4 across), division, epsilon, root, inverse, two
+    # multiplications.
     assert_close(before, exact, 12 * U * np.abs(exact))
     inputs = {"x": x, "weights": matrix.blob, "norm": norm}
     (fused,) = run("QuantLinear", inputs, activations=activations, epsilon=0.25)
@@ -110,31 +111,31 @@ def test_norm_is_fused_exactly(rng: Generator, rows: int, activations: str) -> N
 def test_residual_is_added_last(rng: Generator, activations: str) -> None:
     matrix, x = random_matrix(rng, "int8", 50, 64, group=32), floats(rng, 2, 3, 64)
     residual = floats(rng, 2, 3, 50)
-    (product,) = run("QuantLinear", {"x": x, "weights": matrix.blob}, activations=activations)
+    (plain,) = run("QuantLinear", {"x": x, "weights": matrix.blob}, activations=activations)
     (y,) = run("QuantLinear", {"x": x, "weights": matrix.blob, "residual": residual}, activations=activations)
-    assert y.tobytes() == (product + residual).tobytes()
+    assert y.tobytes() == (plain + residual).tobytes()
 
 
 @pytest.mark.parametrize("rows", [1, 6, 40])
 @pytest.mark.parametrize("activations", ["int8", "float32"])
-def test_a_bias_is_added_to_the_product_and_a_residual_to_both(rng: Generator, activations: str, rows: int) -> None:
+def test_a_bias_is_added_first_and_then_a_residual(rng: Generator, activations: str, rows: int) -> None:
     for kind in ("int4", "split", "float32"):
         matrix, x = random_matrix(rng, kind, 50, 64, group=32), floats(rng, rows, 64)
         bias, residual, norm = floats(rng, 50), floats(rng, rows, 50), rng.uniform(0.5, 2, 64).astype(np.float32)
         inputs = {"x": x, "weights": matrix.blob, "norm": norm}
-        (product,) = run("QuantLinear", inputs, activations=activations)
+        (plain,) = run("QuantLinear", inputs, activations=activations)
         (y,) = run("QuantLinear", inputs | {"bias": bias}, activations=activations)
-        assert y.tobytes() == (product + bias).tobytes()
+        assert y.tobytes() == (plain + bias).tobytes()
         (fed,) = run("QuantLinear", inputs | {"bias": bias}, constant=[], activations=activations)
         assert fed.tobytes() == y.tobytes()
         (y,) = run("QuantLinear", inputs | {"bias": bias, "residual": residual}, activations=activations)
-        assert y.tobytes() == (product + bias + residual).tobytes()
+        assert y.tobytes() == (plain + bias + residual).tobytes()
 
 
 @pytest.mark.parametrize("kind", ["int4", "split", "bfloat16"])
 def test_a_row_does_not_depend_on_the_others(rng: Generator, kind: str) -> None:
     matrix, norm = random_matrix(rng, kind, 200, 256, group=64), rng.uniform(0.5, 2, 256).astype(np.float32)
-    x = floats(rng, 1300, 256)  # more than one stretch of rows in either form of activations
+    x = floats(rng, 1300, 256)  # more than one task of rows for both types of activations
     inputs = {"x": x, "weights": matrix.blob, "norm": norm}
     s = session("QuantLinear", inputs, threads=2)
     (y,) = s.run(None, feeds(s, inputs))
@@ -143,7 +144,7 @@ def test_a_row_does_not_depend_on_the_others(rng: Generator, kind: str) -> None:
         assert some.tobytes() == y[1300 - rows :].tobytes(), rows
 
 
-def test_an_odd_row_spoils_itself_only(rng: Generator) -> None:
+def test_a_row_that_is_not_finite_affects_only_itself(rng: Generator) -> None:
     matrix, x = random_matrix(rng, "int4", 40, 64, group=32), floats(rng, 6, 64)
     (good,) = run("QuantLinear", {"x": x, "weights": matrix.blob})
     x[1, 5], x[4, 40] = np.nan, np.inf
@@ -158,7 +159,7 @@ def test_rescored_logits_are_exact_where_they_are_largest(rng: Generator, rescor
     inputs = {"x": x, "weights": matrix.blob}
     exact = run("QuantLinear", inputs)[0].ravel()
     y = run("QuantLinear", inputs, refine=rescored)[0].ravel()
-    # Leaving out the low nibbles is wrong by half their range, 8 of 256 codes.
+    # Without the low nibbles a code is wrong by at most half their range, 8 of 256.
     scale = np.abs(matrix.dense).max(1) / 127
     bound = 8.5 * scale * np.abs(quantised(x)).sum()
     assert (np.abs(y - exact) <= bound + 1e-6).all()
@@ -262,7 +263,7 @@ def test_what_does_not_fit_is_named(
     [("weights", "weights begin at an address"), ("x", "an input of shape [1, 64] begins at an address")],
 )
 def test_what_lies_at_an_odd_address_is_refused(name: str, said: str) -> None:
-    """As it does where a tensor's offset in a file is damaged: the scalar kernels read numbers in place."""
+    """This happens if a tensor's offset in a file is damaged: the scalar kernels read numbers in place."""
     given = {"x": X.reshape(-1, 64)[:1], "weights": INT4}
     room = np.empty(given[name].nbytes + 8, np.uint8)
     start = 1 + -room.ctypes.data % 4

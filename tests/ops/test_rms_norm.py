@@ -1,4 +1,4 @@
-"""Does RMSNorm norm rows, add the residual to the norm, and say what is wrong with what it is given?"""
+"""Does RMSNorm norm rows and then add the residual, and do errors name the wrong input?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def test_a_row_is_divided_by_its_root_mean_square(rng: Generator, rows: int, col
     expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 0.25) * weight
     inputs = {"x": x, "weight": weight}
     (y,) = run("RMSNorm", inputs, threads=2, epsilon=0.25)
-    # Half a step for each of: mean's additions (a lane's, 4 across), division, epsilon, root, inverse, two products.
+    # Half a step each for: mean's additions (a lane's, 4 across), division, epsilon, root, inverse, two
+    # multiplications.
     assert (np.abs(y - expected) <= (columns // 16 + 12) * U * np.abs(expected)).all()
     (added,) = run("RMSNorm", inputs | {"residual": residual}, threads=2, epsilon=0.25)
     assert added.tobytes() == (y + residual).tobytes()

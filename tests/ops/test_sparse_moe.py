@@ -1,4 +1,4 @@
-"""Does SparseMoE route as PyTorch does, and sum what the experts compute, whatever their widths, whoever is chosen?"""
+"""Does SparseMoE route like PyTorch and sum the experts' results, for any kinds of weights and choice of experts?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Experts = list[tuple[Packed, Packed]]
 
 
 def random_experts(rng: Generator, kinds: list[str], d: int = D, f: int = F) -> Experts:
-    """Experts whose groups differ as their kinds do."""
+    """Return random experts of these kinds, with different groups."""
 
     def expert(kind: str, group: int) -> tuple[Packed, Packed]:
         return (
@@ -51,7 +51,7 @@ def normed(inputs: dict[str, Array], eps: float = 1e-5) -> Array:
 
 
 def routing(logits: Array, k: int, normalize: bool) -> tuple[Array, Array]:
-    """PyTorch's weights and experts [tokens, k] for float32 logits, as transformers' OlmoeTopKRouter computes them."""
+    """Return weights and experts [tokens, k] for float32 logits, computed as transformers' OlmoeTopKRouter does."""
     weights, chosen = torch.topk(torch.softmax(torch.from_numpy(logits), -1, dtype=torch.float32), k)
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -68,7 +68,7 @@ def test_float_activations_give_the_weighted_sum(rng: Generator, batch: int, tok
     inputs, router, experts = random_layer(rng, MIXED, batch, tokens)
     y, logits, chosen = run("SparseMoE", inputs, k=3, normalize=normalize, activations="float32", epsilon=1e-5)
     x = normed(inputs)
-    # x carries 12 roundings of its norm, the sum over its columns D.
+    # x has 12 roundings of its norm, the sum over its columns D.
     assert (np.abs(logits - x @ router.dense.T) <= (D + 14) * U * (np.abs(x) @ np.abs(router.dense.T))).all()
     weights, expected_chosen = routing(logits, 3, normalize == 1)
     assert (chosen == expected_chosen).all()
@@ -104,7 +104,7 @@ def test_int8_activations_do_what_quant_linear_does(rng: Generator, kinds: list[
         (part,) = run("QuantLinear", {"x": h, "weights": down.blob})
         total[rows] += weights[rows, places][:, None] * part
         magnitude[rows] += np.abs(weights[rows, places][:, None] * part)
-    # The products are the same bits; the weights differ by two softmaxes' rounding, the sum by one a term.
+    # The experts' results have the same bits. Weights differ by the rounding of two softmaxes, the sum by one per term.
     assert (np.abs(y[0] - total) <= 32 * U * magnitude).all()
 
 
@@ -134,7 +134,7 @@ def test_all_tokens_may_go_to_one_expert(rng: Generator, tokens: int) -> None:
     assert (chosen == 2).all()
     (h,) = run("QuantLinear", {"x": x, "weights": experts[2][0].blob})
     (expected,) = run("QuantLinear", {"x": h, "weights": experts[2][1].blob})
-    assert (y == expected).all()  # its weight is 1: e^-100 is nothing beside it
+    assert (y == expected).all()  # its weight is 1: e^-100 is negligible beside it
 
 
 def test_equal_probabilities_choose_the_lower_index(rng: Generator) -> None:
@@ -155,7 +155,7 @@ def test_all_experts_may_be_chosen(rng: Generator) -> None:
 
 @pytest.mark.parametrize("activations", ["int8", "float32"])
 @pytest.mark.parametrize("tokens", [1, 6, 40])
-def test_nan_spoils_its_own_token_only(rng: Generator, tokens: int, activations: str) -> None:
+def test_nan_affects_only_its_own_token(rng: Generator, tokens: int, activations: str) -> None:
     inputs, _, _ = random_layer(rng, MIXED, 1, tokens)
     good, _, _ = run("SparseMoE", inputs, k=3, activations=activations)
     inputs["x"][0, -1, 7] = np.nan
@@ -178,7 +178,7 @@ def test_a_token_does_not_depend_on_the_others(rng: Generator, activations: str)
         assert (some_chosen == chosen[-tokens:]).all()
 
 
-def test_a_long_prompt_goes_through_in_stretches(rng: Generator) -> None:
+def test_a_long_prompt_is_processed_in_chunks(rng: Generator) -> None:
     d, tokens = 32, 240_000  # intermediate results of more than 64 MiB
     router, experts = random_matrix(rng, "float32", 2, d), random_experts(rng, ["int4", "int8"], d, 32)
     x = rng.standard_normal((1, tokens, d), np.float32)
@@ -201,7 +201,7 @@ def test_a_prompts_memory_is_given_back(rng: Generator) -> None:
     token = {name: inputs[name][:, :1] for name in ("x", "residual")}
     for _ in range(2 * 64):
         s.run(None, token)
-    # A stretch's intermediate results are 64 MiB, less what is planned and not touched.
+    # A chunk's intermediate results are 64 MiB, of which some memory is reserved but not touched.
     assert before - resident_bytes() > 32 << 20
 
 
@@ -229,7 +229,7 @@ X = np.ones((1, 2, D), np.float32)
 
 
 def replaced(expert: int, part: int, kind: str, rows: int, columns: int, **options: Any) -> Array:
-    """The experts with one matrix of another shape."""
+    """Return the experts with one matrix of another shape."""
     experts = [list(pair) for pair in EXPERTS]
     experts[expert][part] = random_matrix(SEEDED, kind, rows, columns, group=32, **options)
     return pack_experts([(gate_up, down) for gate_up, down in experts])
