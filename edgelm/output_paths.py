@@ -115,12 +115,12 @@ def _unknown_content(place: Path, kind: OutputKind) -> str | None:
     try:
         if place.is_dir():
             if not kind.is_folder:
-                return f"is a folder, {kind.name} a file"
+                return f"is a folder, but {kind.name} is a file"
             if os.path.ismount(place):
                 return "is a mount point, which cannot be replaced (a folder inside it can be made)"
             return kind.unknown_content(place) if any(place.iterdir()) else None
         if kind.is_folder:
-            return f"is a file, {kind.name} a folder"
+            return f"is a file, but {kind.name} is a folder"
         if not place.is_file():
             return "is no regular file"
         return kind.unknown_content(place) if place.stat().st_size else None

@@ -372,7 +372,8 @@ class Bundle:
         if not path.exists():
             restore(path)
         if not path.is_dir():
-            raise BundleError(f"{path} is not a folder: give the folder that `edgelm export -o` wrote")
+            what = "is not a folder" if path.exists() else "does not exist"
+            raise BundleError(f"{path} {what}: give the folder that `edgelm export -o` wrote")
         manifest_path = path / MANIFEST
         if not manifest_path.is_file():
             hint = " (this looks like a checkpoint: export it first)" if (path / "config.json").is_file() else ""

@@ -90,4 +90,6 @@ def open_weight_files(folder: Path) -> list[SafetensorsFile]:
             f"{folder}: the weights are pickle files ({pickles[0]}), which can run code when they are loaded and are "
             "not read; convert them with transformers' save_pretrained(..., safe_serialization=True)"
         )
-    raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}; is this a checkpoint folder?")
+    is_bundle = (folder / "manifest.json").is_file()
+    what = "this is a bundle, give the checkpoint it was made from" if is_bundle else "is this a checkpoint folder?"
+    raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}; {what}")

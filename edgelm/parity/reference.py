@@ -25,10 +25,11 @@ def recomputed_pack(bundle: Bundle, stored: ParityPack, checkpoint: Path | str, 
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
-        ParityError: the bundle is calibrated and the checkpoint is float.
+        ParityError: the checkpoint is another model, or it is float and the bundle is calibrated.
         RecipeError: it is quantised with another recipe than the bundle's.
     """
     opened = Checkpoint.open(checkpoint, progress=progress)
+    _check_model(bundle, opened)
     recipe = Recipe.from_toml(bundle.manifest.recipe.toml, f"the recipe of {bundle.path}")
     source = WeightSource(opened, recipe)
     if bundle.manifest.calibration is not None and not source.is_stored_quantized:
@@ -44,6 +45,20 @@ def recomputed_pack(bundle: Bundle, stored: ParityPack, checkpoint: Path | str, 
     )
     reference, quantized = references(source, bundle.manifest.dtype)
     return make_pack(reference, quantized, opened.decoder, Tokenizer.from_folder(opened.path), options, progress)
+
+
+def _check_model(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    """Check that a checkpoint has the shape of the bundle's model."""
+    model, decoder = bundle.manifest.model, checkpoint.decoder
+    facts = (
+        ("layers", model.num_layers, decoder.num_layers),
+        ("hidden size", model.hidden_size, decoder.hidden_size),
+        ("vocabulary", model.vocab_size, decoder.vocab_size),
+        ("experts", model.num_experts, decoder.num_experts),
+    )
+    different = [f"{what} {mine}, there {theirs}" for what, mine, theirs in facts if mine != theirs]
+    if different:
+        raise ParityError(f"{bundle.path} is not the model of {checkpoint.path}: {'; '.join(different)}")
 
 
 def references(

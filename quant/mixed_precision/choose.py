@@ -12,7 +12,7 @@ from edgelm.corpus import BUILTIN, Corpus, read_corpus, windows
 from edgelm.errors import RecipeError
 from edgelm.progress import Progress, Silent
 from edgelm.quant.mixed_precision.losses import Sensitivity
-from edgelm.quant.mixed_precision.recipe_toml import Choice, make_recipe, scheme_name, to_toml
+from edgelm.quant.mixed_precision.recipe_toml import Choice, make_recipe, to_toml
 from edgelm.quant.mixed_precision.sensitivity import Measured, measure
 from edgelm.quant.mixed_precision.solve import Option, solve
 from edgelm.quant.mixed_precision.units import Unit, find_units, fixed_bytes
@@ -173,9 +173,10 @@ class _Plan:
         smallest = sum(min(unit.nbytes(scheme) for scheme in candidates) for unit in units)
         if room < smallest:
             least = f"{_ceil(8 * smallest / weights)} bits" if bits is not None else f"{smallest + fixed} bytes"
+            asked = f"{bits:g} bits" if bits is not None else f"{max_size} bytes"
             raise RecipeError(
-                f"the smallest possible size with these schemes is {least}"
-                f" ({', '.join(scheme_name(scheme) for scheme in candidates)}): allow more, or give smaller schemes"
+                f"the limit of {asked} is too small: these schemes take at least {least}. Allow more, or name smaller "
+                "schemes"
             )
         return cls(units, candidates, room, fixed, decoder.context_length, decoder.first_moe is not None)
 

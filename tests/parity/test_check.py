@@ -410,3 +410,8 @@ def test_a_large_head_that_is_read_by_halves_while_decoding_passes(tmp_path):
         decoded = runtime.decode(ids[-1])
     # Without the rule of `LIKELY` the check would see this noise.
     assert np.abs(decoded - at_once).std() > 0.03 * at_once.std()
+
+
+def test_a_checkpoint_of_another_model_is_refused(exported):
+    with pytest.raises(ParityError, match="is not the model of .*: layers 6, there 4; hidden size 256, there 128"):
+        check_parity(exported("fox", "int4"), threads=1, checkpoint=CHECKPOINTS / "olmoe-tiny")

@@ -291,4 +291,4 @@ def test_a_worker_that_fails_names_its_log(bundle: Bundle, tmp_path: Path) -> No
         Worker(engine.script, engine.python, tmp_path / "log") as worker,
     ):
         worker("load", path=str(tmp_path / "none"), threads=1, context=64, kv=None)
-    assert "is not a folder" in (tmp_path / "log").read_text()
+    assert "does not exist" in (tmp_path / "log").read_text()

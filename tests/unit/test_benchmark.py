@@ -190,7 +190,7 @@ def test_the_verb_prints_a_table_or_json(bundle: Bundle) -> None:
 def test_a_missing_bundle_fails_before_measuring(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["bench", str(tmp_path / "none")])
     assert result.exit_code == 1
-    assert "is not a folder" in result.stderr
+    assert "does not exist" in result.stderr
 
 
 def test_bandwidth_of_a_mapped_file(tmp_path: Path) -> None:

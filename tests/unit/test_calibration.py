@@ -406,7 +406,7 @@ def test_an_unrelated_folder_is_not_emptied(checkpoints: dict[str, Path], text: 
     assert mine.read_text() == "mine"
     shutil.rmtree(mine.parent)
     mine.parent.write_text("a file")
-    with pytest.raises(EdgeLMError, match="is a file, the resume folder of a calibration a folder"):
+    with pytest.raises(EdgeLMError, match="is a file, but the resume folder of a calibration is a folder"):
         calibrate_checkpoint(checkpoints["fox"], tmp_path / "out", INT4, text=text, **SMALL)
 
 

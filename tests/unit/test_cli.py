@@ -122,7 +122,7 @@ def test_run_answers_a_conversation_from_a_file(bundle: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["/nowhere/at/all", "x"], 1, "edgelm: error: /nowhere/at/all is not a folder"),
+        (["/nowhere/at/all", "x"], 1, "edgelm: error: /nowhere/at/all does not exist"),
         (["{bundle}", "x", "--runtime", "npu"], 2, "there is no runtime 'npu'; there are: onnxruntime-cpu"),
         (["{bundle}", "x", "--top-p", "0.5"], 2, "top_p would do nothing with temperature 0"),
         (["{bundle}", "x" * 3000, "--context-length", "16"], 1, "do not fit: the context holds 16"),
@@ -205,7 +205,7 @@ def test_debug_shows_the_traceback() -> None:
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == result.exit_code == 1
     assert "Traceback" in stderr
-    assert "edgelm: error: /nowhere/at/all is not a folder" in stderr
+    assert "edgelm: error: /nowhere/at/all does not exist" in stderr
 
 
 def test_an_unknown_verb_is_wrong_usage() -> None:
@@ -296,7 +296,7 @@ def test_inspect_describes_the_calibration() -> None:
 def test_inspect_of_another_folder_fails(tmp_path: Path) -> None:
     result = invoke("inspect", tmp_path)
     assert result.exit_code == 1
-    assert "is not a bundle" in result.stderr
+    assert "is neither a bundle nor a checkpoint" in result.stderr
 
 
 def test_inspect_describes_a_checkpoint(tmp_path: Path) -> None:

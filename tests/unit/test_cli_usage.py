@@ -222,7 +222,7 @@ def test_the_harness_looks_at_the_bundle_before_it_imports_anything(
     monkeypatch.setitem(sys.modules, "edgelm.evaluation.lm_harness", None)  # importing it now raises ImportError
     result = invoke("harness", *arguments)
     assert result.exit_code == 1
-    assert f"{NOWHERE} is not a folder" in result.stderr
+    assert f"{NOWHERE} does not exist" in result.stderr
 
 
 def test_the_harness_asks_for_a_bundle_of_our_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:

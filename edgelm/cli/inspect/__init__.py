@@ -11,6 +11,7 @@ import click
 from edgelm.cli.common.help import option, verb
 from edgelm.cli.common.options import PATH, json_option, verbose_option
 from edgelm.cli.common.output import echo
+from edgelm.errors import EdgeLMError
 
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle, CalibrationInfo, Manifest
@@ -44,6 +45,8 @@ def inspect(path: Path | None, cpu: bool, verify: bool, verbose: bool, as_json: 
         return
     if path is None:
         raise click.UsageError("Missing argument 'PATH': give the folder of a bundle or a checkpoint, or --cpu")
+    if path.is_dir() and not (path / MANIFEST).is_file() and not (path / "config.json").is_file():
+        raise EdgeLMError(f"{path} is neither a bundle nor a checkpoint: it has no {MANIFEST} and no config.json")
     if (path / MANIFEST).is_file() or not (path / "config.json").is_file():
         bundle = Bundle.open(path)
         problems = bundle.verify(Bars()) if verify else None
