@@ -1,28 +1,27 @@
 """Are exported bundles still the ones that were recorded? `python tests/export/bundle_hashes.py --check` or `--write`.
 
-Both tiny checkpoints are exported in every preset, operator set and target, and some more in ways of their own:
-calibrated, smoothed, with attention inside TensorRT's engine, from checkpoints that are quantised already, in mixed
-precision, and generated ones with what the tiny checkpoints lack. bundle_hashes.json says of every file what it was;
-of a combination that is refused, the error. `--keep FOLDER` leaves the bundles there, to be looked at.
+Both tiny checkpoints are exported with every preset, operator set and target. Further cases are calibrated, smoothed,
+with attention inside TensorRT's engine, from quantised checkpoints, in mixed precision, and from generated checkpoints
+with features that the tiny ones do not have. bundle_hashes.json records every file, or the error of a combination that
+is refused. `--keep FOLDER` keeps the bundles.
 
-What is recorded of a file:
+Recorded for each file:
 
-- SHA-256 of all bytes, shortened to 64 bits, where neither versions nor floating-point sums get into it.
-- Graphs and program.json besides: a hash of their *structure*, which knows of no name but those of the graph's inputs
-  and outputs, nor of the order of nodes, and takes weights by their bytes wherever they lie; and the nodes by operator.
-  A graph whose names alone have changed is reported as such.
+- SHA-256 of all bytes, shortened to 64 bits, if the file depends neither on versions nor on floating-point sums.
+- For graphs and program.json also a hash of their *structure*, and the number of nodes per operator. The structure
+  ignores all names except those of the graph's inputs and outputs, and the order of nodes; weights count by their
+  bytes. A graph in which only names changed is reported as such.
 - manifest.json by its parts, without `files`, `tools` and `created`; parity/pack.json without `made_with`.
-- Kernels are not compiled: their bytes hold NVRTC's version. What is asked of the compiler is recorded instead.
-- parity/pack.npz and the router's probe hold sums of PyTorch and NumPy, whose last bits depend on the CPU's
-  instructions (by 1e-6 of the values between AVX-512, AVX2 and neither). Their integers came out the same there and are
-  exact; of every float array the root mean square and a sum with random signs are compared, with the tolerance `SUMS`.
-  What rounds activations to int8 can round another way (by 1e-2 of a sum): `ROUNDED_SUMS`.
-- Calibrated weights depend on such sums too: another code where two were equally good. Of their files the size and how
-  often each value of a half byte occurs are compared, with the tolerance `CALIBRATED`.
-- Everything else came out the same with the instructions of AVX-512, AVX2 and SSE alone (EDGELM_ISA,
-  NPY_DISABLE_CPU_FEATURES, ATEN_CPU_CAPABILITY and MKL_CBWR ask for them).
-- On a machine like the one that recorded (`machine`: CPU, PyTorch, NumPy) those files, too, must be the same bit
-  for bit.
+- Kernels are not compiled, since their bytes contain NVRTC's version. The request to the compiler is recorded instead.
+- parity/pack.npz and the router probe hold sums of PyTorch and NumPy, whose last bits depend on the CPU's instruction
+  set (by 1e-6 of the values between AVX-512, AVX2 and neither). Their integers are compared exactly. For each float
+  array the root mean square and a sum with random signs are compared, with the tolerance `SUMS`, or `ROUNDED_SUMS` if
+  activations are rounded to int8, which can differ by 1e-2 of a sum.
+- Calibrated weights depend on such sums too, when two codes are equally good. The size of the file and the frequency
+  of each half-byte value are compared, with the tolerance `CALIBRATED`.
+- Everything else is the same with AVX-512, AVX2 and SSE (tested with EDGELM_ISA, NPY_DISABLE_CPU_FEATURES,
+  ATEN_CPU_CAPABILITY and MKL_CBWR).
+- On a machine like the recording one (`machine`: CPU, PyTorch, NumPy) all files must be the same bit for bit.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ scheme = "float"
 _FP8_TOKEN = 'name = "fp8-token"\ndefault = "fp8-row"\nactivations = "fp8-token"\n' + "".join(
     f'[[rule]]\nmatch = "{pattern}"\nscheme = "float"\n' for pattern in ("*embed_tokens*", "*.mlp.gate.weight")
 )
-# What the tiny checkpoints lack: clipped and grouped attention, a normalised mixture, a table of its own.
+# Features that the tiny checkpoints do not have: clipped and grouped attention, a normalised MoE, an untied embedding.
 _UNUSUAL = {
     "olmoe": {"clip_qkv": 0.5, "num_key_value_heads": 2, "norm_topk_prob": True, "tie_word_embeddings": True},
     "fox": {"tie_word_embeddings": False, "num_key_value_heads": 4, "rope_theta": 500000.0},
@@ -108,11 +107,11 @@ class Case:
     """One export.
 
     Attributes:
-        name: in the recorded file.
-        source: the checkpoint's folder.
-        recipe: a preset or recipe; None is the checkpoint's own.
-        options: of the export.
-        calibration: how to calibrate; None does not.
+        name: Name in bundle_hashes.json.
+        source: Folder of the checkpoint.
+        recipe: Preset or recipe; None for the stored one of a quantised checkpoint.
+        options: Options of the export.
+        calibration: Options of calibration; None for no calibration.
     """
 
     name: str
@@ -123,7 +122,7 @@ class Case:
 
 
 def cases(folder: Path) -> Iterator[Case]:
-    """All exports; `folder` is for the checkpoints that they need."""
+    """Yield all exports; checkpoints that they need are written into `folder`."""
     for model in MODELS:
         tiny = CHECKPOINTS / f"{model}-tiny"
         for preset in PRESETS:
@@ -179,7 +178,7 @@ def _recipe(text: str, model: str) -> Recipe:
 
 
 def record_all(folder: Path, note: Callable[[str], None] = lambda name: None) -> dict[str, Record]:
-    """Export every case below `folder`; what is to be recorded, by "case/file", and by "case" where it is refused."""
+    """Export every case into `folder`; return the records, by "case/file", or by "case" if it is refused."""
     found: dict[str, Record] = {}
     with _no_compiler():
         for case in cases(folder):
@@ -199,7 +198,7 @@ def _record_case(case: Case, out: Path, folder: Path) -> dict[str, Record]:
 
 @contextlib.contextmanager
 def _no_compiler() -> Iterator[None]:
-    """Within it the names of kernels are written in the place of what NVRTC would make of them."""
+    """Replace NVRTC by a function that writes the names of the kernels."""
 
     def write_names(names: Iterable[object], sms: Sequence[int], folder: Path, progress: object = None) -> None:
         del progress
@@ -216,7 +215,7 @@ def _no_compiler() -> Iterator[None]:
 
 
 def record_bundle(folder: Path, *, exact: bool = True) -> dict[str, Record]:
-    """What is to be recorded of each file; `exact` where the weights are the same on every machine."""
+    """Return the record of each file; `exact` says that the weights are the same on every machine."""
     weights = Weights(folder, exact=exact)
     found: dict[str, Record] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -270,7 +269,7 @@ def _record_pack(path: Path, *, exact: bool) -> Record:
 
 
 def _record_arrays(arrays: Mapping[str, NDArray[Any]], tolerance: float, *, integers: bool = True) -> Record:
-    """Shapes, the values of integers, and of every float array what is compared with a tolerance."""
+    """Return shapes, a hash of integer values, and for each float array the numbers compared with a tolerance."""
     exact: list[Any] = []
     sums: dict[str, list[float]] = {}
     for name, values in sorted(arrays.items()):
@@ -283,20 +282,20 @@ def _record_arrays(arrays: Mapping[str, NDArray[Any]], tolerance: float, *, inte
 
 
 def _sums(values: NDArray[Any]) -> list[float]:
-    """How many, their root mean square, and their sum with random signs."""
+    """Return the number of values, their root mean square, and their sum with random signs."""
     flat = values.astype(np.float64).ravel()
     signs = np.random.default_rng(flat.size).choice([-1.0, 1.0], flat.size)
     return [flat.size, *(float(f"{value:.7g}") for value in (np.sqrt(np.mean(flat**2)), flat @ signs))]
 
 
 def _halves(path: Path) -> list[float]:
-    """The share of each of the sixteen values of a half byte, of all halves."""
+    """Return the share of each of the sixteen half-byte values."""
     counts = np.bincount(np.frombuffer(path.read_bytes(), np.uint8), minlength=256).reshape(16, 16)
     return [round(float(share), 5) for share in (counts.sum(0) + counts.sum(1)) / (2 * counts.sum())]
 
 
 class Weights:
-    """Hashes of a bundle's weights by their place; where they are not the same on every machine, of their sizes."""
+    """Hashes of a bundle's weights by their place in the file; of their sizes if the bytes depend on the machine."""
 
     def __init__(self, folder: Path, *, exact: bool) -> None:
         self.exact = exact
@@ -305,7 +304,7 @@ class Weights:
         self._known: dict[tuple[str, int, int], str] = {}
 
     def at(self, file: str, offset: int, size: int) -> str:
-        """Hash of a stretch of a file of the bundle; of its place where the file is made only on the device."""
+        """Return the hash of a range of a file, or of the range itself if the file is made only on the device."""
         key = (file, offset, size)
         if key not in self._known:
             if file not in self._bytes:
@@ -317,12 +316,12 @@ class Weights:
 
 
 def structure_of_graph(model: onnx.ModelProto, weights: Weights) -> str:
-    """Hash of a graph without regard to names and to the order of its nodes.
+    """Return a hash of a graph that does not depend on names or on the order of nodes.
 
-    Each value is named by the hash of the operator that makes it, of that one's attributes and of its inputs.
+    Each value is identified by the hash of its operator, the operator's attributes and its inputs.
     """
     versions = sorted((one.domain, one.version) for one in model.opset_import)
-    assert not model.functions, "functions are not looked into"
+    assert not model.functions, "functions are not supported here"
     return _hash([model.ir_version, versions, _graph(model.graph, {}, weights)])
 
 
@@ -371,7 +370,7 @@ def _attribute(attribute: onnx.AttributeProto, known: Mapping[str, str], weights
 
 
 def structure_of_program(program: Mapping[str, Any], weights: Weights) -> str:
-    """As `structure_of_graph`, of a program for GPUs. Its outputs are the values that no node takes."""
+    """Return the hash of `structure_of_graph` for a GPU program; its outputs are the values that no node reads."""
     known: dict[str, str] = {}
     for name, one in program["weights"].items():
         known[name] = _hash([one["type"], one["dims"], weights.at("model.onnx.data", one["offset"], one["size"])])
@@ -395,7 +394,7 @@ def _hash(value: Any) -> str:
 
 
 def differences(recorded: Mapping[str, Record], found: Mapping[str, Record], *, bits: bool) -> Iterator[str]:
-    """What differs, a line each; with `bits` also the last bits of sums, as on the machine that recorded."""
+    """Return the differences, one line each; with `bits` the last bits of sums must agree too."""
     before, after = ({key.partition("/")[0] for key in records} for records in (recorded, found))
     yield from (f"{case}: is exported no longer" for case in sorted(before - after))
     yield from (f"{case}: is new" for case in sorted(after - before))
@@ -453,7 +452,7 @@ def _array_differences(was: Record, now: Record) -> Iterator[str]:
 
 
 def machine() -> str:
-    """What the last bits of sums depend on, as a hash."""
+    """Return a hash of everything that the last bits of sums depend on."""
     lines: Iterable[str] = ()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
@@ -463,26 +462,26 @@ def machine() -> str:
 
 
 def read_recorded() -> tuple[str, dict[str, Record]]:
-    """The machine that recorded, and what."""
+    """Return the hash of the recording machine, and the records."""
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
     return recorded.pop("machine"), recorded
 
 
 def check(folder: Path, note: Callable[[str], None] = lambda name: None) -> list[str]:
-    """Export everything below `folder`; the differences."""
+    """Export everything into `folder`; return the differences."""
     where, recorded = read_recorded()
     return list(differences(recorded, record_all(folder, note), bits=where == machine()))
 
 
 def write(folder: Path, note: Callable[[str], None] = lambda name: None) -> None:
-    """Record everything."""
+    """Export everything and write the records."""
     lines = {"machine": machine(), **dict(sorted(record_all(folder, note).items()))}
     text = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, sort_keys=True)}" for key, value in lines.items())
     RECORDED.write_text("{\n" + text + "\n}\n", encoding="utf-8")
 
 
 def main() -> int:
-    """Parse the command line; 1 if something differs."""
+    """Parse the command line; return 1 if something differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with bundle_hashes.json (the default)")
     parser.add_argument("--write", action="store_true", help="record in bundle_hashes.json what is exported now")

@@ -1,7 +1,7 @@
-"""Writes checkpoints in others' formats, from the published descriptions and bit by bit, and says what they mean.
+"""Write checkpoints in the formats of other tools, bit by bit from the published descriptions, with their true values.
 
-Nothing here is shared with the readers: fields are put where they belong one bit of one code at a time, and the values
-are computed from the numbers that were drawn, not from what was stored.
+This shares no code with the readers. Fields are written one bit of one code at a time, and the values are computed from
+the drawn numbers, not from the stored ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Drawn:
 
 @dataclass
 class Style:
-    """How to draw the matrices of a checkpoint, and its `quantization_config`."""
+    """A format with its settings: how to draw matrices, and the `quantization_config`."""
 
     name: str
     config: dict[str, Any]
@@ -47,7 +47,7 @@ class Style:
 
 
 def stream(fields: Array, bits: int) -> Array:
-    """Fields [count, X], one after the other from the lowest bit up, as words int32 [count * bits / 32, X]."""
+    """Pack fields [count, X] from the lowest bit up into words, int32 [count * bits / 32, X]."""
     words = np.zeros((len(fields) * bits // 32, fields.shape[1]), np.uint64)
     for index in range(len(fields)):
         for bit in range(bits):
@@ -57,8 +57,8 @@ def stream(fields: Array, bits: int) -> Array:
     return words.astype(np.uint32).view(np.int32)
 
 
-def product(codes: Array, zeros: Array, scales: Array, group: int) -> NDArray[np.float32]:
-    """(code - zero) * scale, column by column, in float32."""
+def dequantized(codes: Array, zeros: Array, scales: Array, group: int) -> NDArray[np.float32]:
+    """Return (code - zero) * scale, column by column, in float32."""
     values = np.empty(codes.shape, np.float32)
     for k in range(codes.shape[1]):
         distance = codes[:, k].astype(np.int64) - zeros[:, k // group].astype(np.int64)
@@ -69,7 +69,7 @@ def product(codes: Array, zeros: Array, scales: Array, group: int) -> NDArray[np
 def numbers(
     rng: np.random.Generator, rows: int, columns: int, bits: int, group: int | None, symmetric: bool
 ) -> tuple[Array, Array, Array, int]:
-    """Codes [N, K], zero points [N, G], float16 scales [N, G] and the values to a group."""
+    """Draw codes [N, K], zero points [N, G] and float16 scales [N, G]; return them with the values per group."""
     width = columns if group is None else group
     groups = -(-columns // width)
     codes = rng.integers(0, 1 << bits, (rows, columns))
@@ -81,7 +81,7 @@ def numbers(
 
 
 def scheme_name(bits: int, group: int | None, columns: int, symmetric: bool) -> str:
-    """As EdgeLM calls it; a group wider than the row is as wide as the largest power of two in it."""
+    """Return EdgeLM's name of a scheme; a group that does not divide the row is reduced to a power of two that does."""
     if group is not None:
         while columns % group:
             group //= 2
@@ -92,7 +92,7 @@ def scheme_name(bits: int, group: int | None, columns: int, symmetric: bool) -> 
 def gptq(
     bits: int = 4, group: int | None = 32, symmetric: bool = True, version: int = 1, index: bool = True
 ) -> Callable[[np.random.Generator, int, int], Drawn]:
-    """AutoGPTQ's layout: codes along K, zero points along N, less one in version 1."""
+    """Write AutoGPTQ's layout: codes along K, zero points along N, decremented in version 1."""
 
     def draw(rng: np.random.Generator, rows: int, columns: int) -> Drawn:
         codes, zeros, scales, width = numbers(rng, rows, columns, bits, group, symmetric)
@@ -103,13 +103,13 @@ def gptq(
         }
         if index:
             parts["g_idx"] = ("I32", np.array([k // width for k in range(columns)], np.int32))
-        return Drawn(parts, product(codes, zeros, scales, width), scheme_name(bits, group, columns, symmetric))
+        return Drawn(parts, dequantized(codes, zeros, scales, width), scheme_name(bits, group, columns, symmetric))
 
     return draw
 
 
 def awq(group: int | None = 32) -> Callable[[np.random.Generator, int, int], Drawn]:
-    """AutoAWQ's gemm layout: eight outputs to a word, the even ones first."""
+    """Write AutoAWQ's gemm layout: eight outputs per word, the even ones first."""
 
     def interleaved(fields: Array) -> Array:
         words = np.zeros((len(fields), fields.shape[1] // 8), np.uint64)
@@ -126,7 +126,7 @@ def awq(group: int | None = 32) -> Callable[[np.random.Generator, int, int], Dra
             "qzeros": ("I32", interleaved(zeros.T)),
             "scales": ("F16", scales.T),
         }
-        return Drawn(parts, product(codes, zeros, scales, width), scheme_name(4, group, columns, False))
+        return Drawn(parts, dequantized(codes, zeros, scales, width), scheme_name(4, group, columns, False))
 
     return draw
 
@@ -134,7 +134,7 @@ def awq(group: int | None = 32) -> Callable[[np.random.Generator, int, int], Dra
 def packed(
     bits: int = 4, group: int | None = 32, symmetric: bool = True, zero_type: str = "I32", scale_type: str = "BF16"
 ) -> Callable[[np.random.Generator, int, int], Drawn]:
-    """compressed-tensors' pack-quantized: signed codes moved up by half their range, along K; zero points along N."""
+    """Write compressed-tensors' pack-quantized: signed codes plus half their range, along K; zero points along N."""
 
     def draw(rng: np.random.Generator, rows: int, columns: int) -> Drawn:
         codes, zeros, scales, width = numbers(rng, rows, columns, bits, group, symmetric)
@@ -148,7 +148,7 @@ def packed(
         if not symmetric:
             as_bytes = (zeros - half).astype(np.int8)
             parts["weight_zero_point"] = ("I32", stream(zeros, bits)) if zero_type == "I32" else ("I8", as_bytes)
-        return Drawn(parts, product(codes, zeros, exact, width), scheme_name(bits, group, columns, symmetric))
+        return Drawn(parts, dequantized(codes, zeros, exact, width), scheme_name(bits, group, columns, symmetric))
 
     return draw
 
@@ -156,7 +156,7 @@ def packed(
 def int8(
     per: str = "channel", symmetric: bool = True, input_scale: bool = False
 ) -> Callable[[np.random.Generator, int, int], Drawn]:
-    """compressed-tensors' int-quantized: signed bytes, one scale a row or in all."""
+    """Write compressed-tensors' int-quantized: signed bytes, one scale per row or per matrix."""
 
     def draw(rng: np.random.Generator, rows: int, columns: int) -> Drawn:
         codes, zeros, scales, width = numbers(rng, rows, columns, 8, None, symmetric)
@@ -172,7 +172,7 @@ def int8(
             parts["weight_zero_point"] = ("I8", signed[0] if per == "tensor" else signed)
         if input_scale:
             parts["input_scale"] = ("F32", np.array([0.03125], np.float32))
-        return Drawn(parts, product(codes, zeros, exact, width), scheme_name(8, None, columns, symmetric))
+        return Drawn(parts, dequantized(codes, zeros, exact, width), scheme_name(8, None, columns, symmetric))
 
     return draw
 
@@ -180,7 +180,7 @@ def int8(
 def fp8(
     scale: str = "weight_scale", per: str = "tensor", scale_type: str = "F32", input_scale: bool = False
 ) -> Callable[[np.random.Generator, int, int], Drawn]:
-    """FP8 codes, and scales for the tensor, for rows, for groups of 32, or for blocks of 128 x 128."""
+    """Write FP8 codes with scales per matrix, per row, per group of 32, or per block of 128 x 128."""
 
     def draw(rng: np.random.Generator, rows: int, columns: int) -> Drawn:
         codes = rng.integers(0, 256, (rows, columns)).astype(np.uint8)
@@ -206,7 +206,7 @@ def fp8(
 
 
 def scales_as(scales: Array, dtype: str) -> tuple[Array, NDArray[np.float32]]:
-    """Scales as stored in a type, and the float32 values they then have."""
+    """Return scales stored in a type, and their float32 values then."""
     wide = scales.astype(np.float32)
     if dtype == "BF16":
         bits = float32_to_bf16(wide)
@@ -329,13 +329,13 @@ STYLES = [
 
 
 def linear(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether others quantise a tensor: linear layers, but neither the router nor the tables."""
+    """Return whether other tools quantise a tensor: linear layers, but not routers, embedding and head."""
     return len(shape) == 2 and not name.endswith((".mlp.gate.weight", "embed_tokens.weight", "lm_head.weight"))
 
 
 @dataclass
 class Written:
-    """A checkpoint that was written: what each tensor stands for, and the scheme of the quantised ones."""
+    """A written checkpoint: the true values of each tensor, and the schemes of the quantised ones."""
 
     path: Path
     values: dict[str, NDArray[np.float32]]
@@ -373,7 +373,7 @@ def write_format(
     quantise: Callable[[str, tuple[int, ...]], bool] = linear,
     draw_for: Callable[[str], Callable[[np.random.Generator, int, int], Drawn] | None] = lambda name: None,
 ) -> Written:
-    """Write the checkpoint `float_folder` again with its linear layers replaced by matrices in another's format."""
+    """Write a copy of the checkpoint `float_folder` whose linear layers have the format `style`."""
     out.mkdir()
     for path in float_folder.iterdir():
         if path.suffix != ".safetensors":

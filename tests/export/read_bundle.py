@@ -1,7 +1,7 @@
 """Read every weight of a bundle with numpy and json alone, as docs/reference/bundle.md ("Reading the weights") says.
 
-It shares no code with EdgeLM, and is plain rather than quick. `read_weights` gives float32 values by the checkpoint's
-names; what the export computed comes by the bundle's own names.
+It shares no code with EdgeLM, and is simple but slow. `read_weights` returns float32 values by the checkpoint's names;
+tensors that the export computed have the bundle's own names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GPU_COLUMNS = {"int4": 64, "int8": 32, "fp8": 32, "float16": 16, "bfloat16": 16,
 
 
 def read_weights(folder: Path) -> dict[str, Array]:
-    """Every tensor of a bundle, float32."""
+    """Return every tensor of a bundle in float32."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     data = (folder / manifest["graph"]["weights_file"]).read_bytes()
     entries = {entry["name"]: entry for entry in manifest["tensors"]}
@@ -50,7 +50,7 @@ def read_weights(folder: Path) -> dict[str, Array]:
 
 
 def split(values: Array, held: dict[str, Any]) -> dict[str, Array]:
-    """The checkpoint's tensors in stacked or alternating rows [N, K], or in those of experts [E, N, K]."""
+    """Split stacked or interleaved rows [N, K], or those of experts [E, N, K], into the checkpoint's tensors."""
     names, counts = held.get("matrices", []), held.get("rows", [])
     if values.ndim == 1 or not names:
         return dict.fromkeys(names, values)
@@ -68,7 +68,7 @@ def split(values: Array, held: dict[str, Any]) -> dict[str, Array]:
 
 
 def floats(data: bytes, dtype: str) -> Array:
-    """Elements of a float type as float32."""
+    """Convert elements of a float type to float32."""
     raw = np.frombuffer(data, ELEMENTS[dtype])
     if dtype == "bfloat16":
         return (raw.astype("<u4") << 16).view("<f4")
@@ -80,20 +80,20 @@ def floats(data: bytes, dtype: str) -> Array:
 
 
 def weights(codes: Array, scales: Array, zeros: Array | None, bits: int, group: int) -> Array:
-    """(code - zero) * scale, with one scale for each `group` columns [.., N, G]."""
+    """Return (code - zero) * scale, with a scale per `group` columns, [.., N, G]."""
     which = np.arange(codes.shape[-1]) // group
     zero: Any = 1 << (bits - 1) if zeros is None else zeros[..., which].astype("f4")
     return (codes.astype("f4") - zero) * scales[..., which].astype("f4")
 
 
 def nibbles(data: bytes, shape: list[int]) -> Array:
-    """Rows of 4-bit numbers, the even column in the low nibble."""
+    """Unpack rows of 4-bit numbers, the even column in the low nibble."""
     raw = np.frombuffer(data, "u1").reshape(*shape[:-1], -1)
     return np.stack([raw & 15, raw >> 4], axis=-1).reshape(*shape[:-1], -1)[..., : shape[-1]]
 
 
 def portable(name: str, held: dict[str, Any], spans: dict[str, bytes], entries: dict[str, Any]) -> Array:
-    """Codes with the scales and zero points beside them."""
+    """Read codes with their scales and zero points."""
     stem, bits = name.removesuffix(".qweight"), BITS[held["dtype"]]
 
     def integers(name: str, shape: list[int]) -> Array:
@@ -106,7 +106,7 @@ def portable(name: str, held: dict[str, Any], spans: dict[str, bytes], entries: 
 
 
 def packed(data: bytes, shape: list[int]) -> Array:
-    """A packed matrix: rows in the order in which they are stored, with those that pad tiles of gate and up."""
+    """Read a packed matrix: rows in stored order, padding rows of gate and up included."""
     magic, version, number, scale, flags, rows, columns, group, size, low = struct.unpack_from("<4s4B5q", data)
     assert (magic, version, [rows, columns]) == (b"EDLM", 1, list(shape))
     kind, integer = KINDS[number], number < 16
@@ -122,7 +122,7 @@ def packed(data: bytes, shape: list[int]) -> Array:
     assert size == (low + tiles * records * span // 32 * 512 if low else 64 + stored.size)
 
     def of_groups(first: int, step: int, dtype: str) -> Array:
-        """[rows, groups] of what each group has 32 numbers of."""
+        """Return [rows, groups] from the 32 numbers of each group."""
         width = 32 * np.dtype(dtype).itemsize
         parts = [stored[:, :, first + i * step :][:, :, :width] for i in range(per_record)]
         found = np.stack(parts, axis=2).reshape(tiles, -1, width)
@@ -147,7 +147,7 @@ def packed(data: bytes, shape: list[int]) -> Array:
 
 
 def column(blocks: Array, kind: str, k: int) -> Array:
-    """Codes of column k of every block, one a row [.., 32]."""
+    """Return the codes of column k of every block, one per row [.., 32]."""
 
     def at(first: int, lowest: int, bits: int) -> Array:
         return blocks[:, :, first + k % 4 :: 4][:, :, :32] >> np.uint8(lowest) & np.uint8((1 << bits) - 1)
@@ -166,7 +166,7 @@ def column(blocks: Array, kind: str, k: int) -> Array:
 
 
 def experts(data: bytes, held: dict[str, Any]) -> dict[str, Array]:
-    """Gate, up and down of each expert, found through the table."""
+    """Read gate, up and down of each expert, found through the table of offsets."""
     magic, version, count, size = struct.unpack_from("<4sB3x2q", data)
     _, width, hidden = held["shape"]
     assert (magic, version, count, size) == (b"EDLX", 1, held["shape"][0], len(data))
@@ -180,7 +180,7 @@ def experts(data: bytes, held: dict[str, Any]) -> dict[str, Array]:
 
 
 def gpu(data: bytes, held: dict[str, Any]) -> Array:
-    """A blob of the GPU layout [E, rows with padding, K]."""
+    """Read a blob of the GPU layout, [E, rows with padding, K]."""
     *outer, rows, columns = held["shape"]
     count, kind, group = (outer or [1])[0], held["dtype"], held.get("group", 0)
     blocks, width = -(-rows // 16), GPU_COLUMNS[held["dtype"]]
@@ -215,7 +215,7 @@ def gpu(data: bytes, held: dict[str, Any]) -> Array:
 
 
 def gpu_place(kind: str, q: int, word: int, i: int) -> tuple[int, int]:
-    """Whether element i (nibble i of int4) of a word of lane 4 g + q is of row g or g + 8, and its column."""
+    """Return whether element i (of int4: nibble i) of a word of lane 4 g + q is in row g or g + 8, and its column."""
     if kind == "float32":
         return word % 2, q + 4 * (word // 2)
     if kind in ("float16", "bfloat16"):

@@ -43,7 +43,7 @@ def exported(path: Path, out: Path, chosen: Recipe, ops: str) -> Bundle:
 
 
 def attributes(bundle: Bundle, key: str) -> dict[str, object]:
-    """That attribute of every node which has it, by the node's result."""
+    """Return an attribute of every node that has it, by the name of the node's result."""
     graph = onnx.load(bundle.file(bundle.manifest.graph.file), load_external_data=False).graph
     return {
         node.output[0]: onnx.helper.get_attribute_value(attribute)
@@ -54,7 +54,7 @@ def attributes(bundle: Bundle, key: str) -> dict[str, object]:
 
 
 def error(bundle: Bundle, path: Path, chosen: Recipe) -> float:
-    """How far the shipped graph is from the PyTorch model of the same weights, as a part of the logits' norm."""
+    """Return the distance of the shipped graph from the PyTorch model of the same weights, relative to the logits."""
     checkpoint = Checkpoint.open(path)
     model = ReferenceModel(checkpoint.decoder)
     model.load_weights(WeightSource(checkpoint, chosen, threads=1).dequantized().read_float32)
@@ -65,7 +65,7 @@ def error(bundle: Bundle, path: Path, chosen: Recipe) -> float:
         found = np.concatenate([block.copy() for block in runtime.logits_all(IDS)])
         runtime.reset()
         decoded = [runtime.decode(token).copy() for token in IDS]
-    # One token at a time takes other kernels.
+    # Single tokens run other kernels.
     return float(max(np.linalg.norm(x - expected) for x in (found, np.stack(decoded))) / np.linalg.norm(expected))
 
 
@@ -90,12 +90,12 @@ def test_float_activations_lose_nothing(
 
 
 @needs_native
-def test_a_rule_has_its_own(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_a_rule_has_activations_of_its_own(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     rules = rule("*.down_proj.weight", "int8-g32-sym", "float") + rule("*.k_proj.weight", "int8-row-sym", "fp8-token")
     bundle = exported(checkpoint("fox"), tmp_path / "b", recipe("int4-g32-sym", "int8-token", rules), "native")
     found = attributes(bundle, "activations")
     float32 = {name for name, kind in found.items() if kind == b"float32"}
-    # Queries, keys and values are one matmul: what is asked for one of them, all get. What down returns is hidden.
+    # q, k and v are one matmul, so float activations of one apply to all. The result of down is named hidden.
     assert float32 == {"hidden.1", "hidden.2", "layers.0.attn.qkv", "layers.1.attn.qkv"}
     rows = dict(bundle_rows(bundle, None))
     assert rows["activations"] == (
@@ -105,7 +105,7 @@ def test_a_rule_has_its_own(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
 
 
 @needs_native
-def test_a_head_with_float_activations_is_not_read_by_halves(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_a_head_with_float_activations_is_not_rescored(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     for activations, rescored in (("auto", True), ("float", False)):
         chosen = recipe("int4-g32-sym", "auto", rule("lm_head.weight", "int8-row-sym", activations) + ROUTER)
         bundle = exported(checkpoint("olmoe"), tmp_path / activations, chosen, "native")
@@ -114,7 +114,9 @@ def test_a_head_with_float_activations_is_not_read_by_halves(checkpoint: MakeChe
 
 
 @pytest.mark.parametrize("ops", OPERATOR_SETS)
-def test_experts_of_a_layer_must_agree(checkpoint: MakeCheckpoint, tmp_path: Path, ops: str) -> None:
+def test_experts_of_a_layer_must_have_the_same_activations(
+    checkpoint: MakeCheckpoint, tmp_path: Path, ops: str
+) -> None:
     rules = rule("*.layers.1.mlp.experts.3.*", "int4-g32-sym", "float") + ROUTER
     with pytest.raises(
         ExportError,
@@ -123,7 +125,7 @@ def test_experts_of_a_layer_must_agree(checkpoint: MakeCheckpoint, tmp_path: Pat
     ):
         exported(checkpoint("olmoe"), tmp_path / "b", recipe("int4-g32-sym", "auto", rules), ops)
     assert not (tmp_path / "b").exists()
-    # Layer by layer they may differ.
+    # Different layers may have different activations.
     rules = rule("*.layers.1.mlp.experts.*", "int4-g32-sym", "float") + ROUTER
     bundle = exported(checkpoint("olmoe"), tmp_path / "b", recipe("int4-g32-sym", "auto", rules), ops)
     if ops == "native":
@@ -134,7 +136,7 @@ def test_experts_of_a_layer_must_agree(checkpoint: MakeCheckpoint, tmp_path: Pat
         assert "layers.1.moe" not in levels
 
 
-def test_portable_experts_of_8_bits_cannot_have_float(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_portable_8_bit_experts_cannot_have_float_activations(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     with pytest.raises(
         ExportError, match=r"experts\.0\.gate_proj\.weight has float .* ONNX Runtime's MoE operator .* --ops native"
     ):

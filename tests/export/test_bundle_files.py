@@ -1,4 +1,4 @@
-"""Does a bundle work, or say why not, where its files are links, become shorter, or are replaced while in use?"""
+"""Does a bundle work, or raise a clear error, if its files are links, are truncated, or are replaced while in use?"""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def files_of(path: Path) -> dict[str, bytes]:
 def test_a_link_to_a_bundle_and_a_folder_of_links_are_bundles(bundle: Bundle, tmp_path: Path) -> None:
     expected = logits(bundle.path)
     (tmp_path / "link").symlink_to(bundle.path)
-    # The hub's cache: every file is a link to one with another name in one folder.
+    # As in the hub's cache: every file is a link to a file with another name in another folder.
     snapshot, blobs = tmp_path / "cache" / "snapshots" / "0123", tmp_path / "cache" / "blobs"
     for name, contents in files_of(bundle.path).items():
         blob = blobs / f"{name.replace('/', '-')}.blob"
@@ -63,20 +63,20 @@ def test_a_link_to_a_bundle_and_a_folder_of_links_are_bundles(bundle: Bundle, tm
         assert Bundle.open(path).verify() == []
 
 
-def test_weights_that_are_a_link_to_elsewhere_are_refused_in_plain_words(bundle: Bundle, tmp_path: Path) -> None:
+def test_weights_linked_from_elsewhere_are_refused(bundle: Bundle, tmp_path: Path) -> None:
     elsewhere = tmp_path / "disk" / "weights"
     elsewhere.parent.mkdir()
     bundle.file(WEIGHTS).rename(elsewhere)
     bundle.file(WEIGHTS).symlink_to(elsewhere)
     with pytest.raises(BundleError, match=f"is a link to {elsewhere}: ONNX Runtime reads weights only from the folder"):
         logits(bundle.path)
-    # What the message advises works.
+    # The advice of the message works.
     bundle.file(WEIGHTS).unlink()
     shutil.copyfile(elsewhere, bundle.file(WEIGHTS))
     assert logits(bundle.path)
 
 
-def test_weights_that_become_shorter_are_an_error_and_not_the_end_of_the_process(bundle: Bundle) -> None:
+def test_weights_truncated_while_in_use_are_an_error_not_a_crash(bundle: Bundle) -> None:
     with open_runtime(bundle, threads=1) as runtime:
         runtime.prefill(IDS)
         os.truncate(bundle.file(WEIGHTS), 4096)
@@ -87,13 +87,13 @@ def test_weights_that_become_shorter_are_an_error_and_not_the_end_of_the_process
         logits(bundle.path)
 
 
-def test_a_bundle_that_is_replaced_goes_on_with_its_own_weights(bundle: Bundle, exported: Path) -> None:
+def test_an_open_bundle_keeps_its_weights_when_it_is_replaced(bundle: Bundle, exported: Path) -> None:
     expected = logits(bundle.path)
     with open_runtime(bundle, threads=1) as runtime:
         before = bundle.file(WEIGHTS).stat().st_ino
         Bundle.open(exported).install(bundle.path, overwrite=True)
         assert bundle.file(WEIGHTS).stat().st_ino != before
-        # Cutting the new file does not reach those that run the old one.
+        # Truncating the new file does not affect a runtime that uses the old one.
         os.truncate(bundle.file(WEIGHTS), 4096)
         assert runtime.prefill(IDS).tobytes() == expected
 
@@ -115,7 +115,7 @@ def test_install_copies_every_file_and_checks_it(bundle: Bundle, tmp_path: Path)
     assert sorted(path.name for path in target.parent.iterdir()) == ["model"]
 
 
-def test_install_is_a_verb_and_takes_only_what_is_the_bundles(bundle: Bundle, tmp_path: Path) -> None:
+def test_the_install_command_copies_only_the_bundles_files(bundle: Bundle, tmp_path: Path) -> None:
     bundle.file("notes.txt").write_text("mine")
     result = CliRunner().invoke(cli, ["install", str(bundle.path), str(tmp_path / "app")])
     assert result.exit_code == 0, result.output

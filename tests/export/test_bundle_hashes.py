@@ -1,4 +1,4 @@
-"""Are exported bundles still the ones that were recorded, and would the check notice if they were not?"""
+"""Are exported bundles the same as the recorded ones, and does the check find differences?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GRAPH, WEIGHTS, PACK = "model.onnx", "model.onnx.data", "parity/pack.npz"
 
 def test_every_bundle_is_the_one_that_was_recorded(tmp_path: Path) -> None:
     found = check(tmp_path)
-    # What was meant is recorded with `python tests/export/bundle_hashes.py --write`.
+    # Record intended changes with `python tests/export/bundle_hashes.py --write`.
     assert not found, "\n".join(found)
 
 
@@ -38,7 +38,7 @@ def recorded(bundle: Path) -> dict[str, Record]:
 
 
 def changed(bundle: Path, recorded: dict[str, Record], name: str, data: bytes, *, bits: bool = True) -> list[str]:
-    """What is reported when a file of the bundle has other bytes."""
+    """Return the report for a bundle in which one file has other bytes."""
     path = bundle / name
     before = path.read_bytes()
     path.write_bytes(data)
@@ -49,7 +49,9 @@ def changed(bundle: Path, recorded: dict[str, Record], name: str, data: bytes, *
     return list(differences(recorded, found, bits=bits))
 
 
-def test_is_a_graph_of_other_names_told_from_another_graph(bundle: Path, recorded: dict[str, Record]) -> None:
+def test_is_a_graph_with_other_names_distinguished_from_another_graph(
+    bundle: Path, recorded: dict[str, Record]
+) -> None:
     model = onnx.load(str(bundle / GRAPH), load_external_data=False)
     renamed = copy.deepcopy(model)
     public = {one.name for one in [*model.graph.input, *model.graph.output]}
@@ -73,7 +75,7 @@ def test_is_a_graph_of_other_names_told_from_another_graph(bundle: Path, recorde
     assert line.endswith("the same nodes, but other attributes, weights or edges")
 
 
-def test_is_one_other_byte_of_the_weights_found(bundle: Path, recorded: dict[str, Record]) -> None:
+def test_is_one_changed_byte_of_the_weights_found(bundle: Path, recorded: dict[str, Record]) -> None:
     data = bytearray((bundle / WEIGHTS).read_bytes())
     data[len(data) // 2] ^= 1
     lines = changed(bundle, recorded, WEIGHTS, bytes(data), bits=False)
@@ -108,7 +110,7 @@ def test_is_a_part_of_the_manifest_named_and_are_versions_left_out(bundle: Path,
     ]
 
 
-def test_are_files_bundles_and_refusals_that_come_or_go_told(recorded: dict[str, Record]) -> None:
+def test_are_added_and_removed_files_bundles_and_refusals_reported(recorded: dict[str, Record]) -> None:
     def told(found: dict[str, Record]) -> list[str]:
         return list(differences({**recorded, "r": {"refused": "no"}}, found, bits=False))
 

@@ -1,7 +1,7 @@
-"""Does the runtime for CUDA keep its cache, its token and its length right, and choose tokens where they are?
+"""Does the runtime for CUDA keep cache, token and length correctly, and choose tokens on the device?
 
-ONNX Runtime's CPU provider stands in for the CUDA one: it runs the same graphs, over the same buffers that stay where
-they are. It captures no CUDA graph. What only a GPU can show is in tests/gpu.
+ONNX Runtime's CPU provider replaces the CUDA one here. It runs the same graphs with the same fixed buffers, but
+captures no CUDA graph. Tests that need a GPU are in tests/gpu.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IDS = np.random.default_rng(5).integers(4, 600, 24).tolist()
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory, checkpoint: MakeCheckpoint) -> dict[str, Bundle]:
-    """One of each family; the MoE takes its routing weights as an input, which the CPU provider needs."""
+    """Return a bundle per family; the MoE has its routing weights as an input, which the CPU provider needs."""
     root = tmp_path_factory.mktemp("cuda")
     options = ExportOptions(target="cuda", dtype="fp16", golden=SHORT)
     made = {"fox": export_bundle(checkpoint("fox"), root / "fox", recipe="int4", options=options)}
@@ -78,7 +78,7 @@ def test_prompts_and_steps_give_what_the_portable_runtime_gives(bundle: Bundle, 
         np.testing.assert_array_equal(found, expected)
 
 
-def test_tokens_chosen_in_place_are_those_with_the_highest_logits(runtime: OnnxCudaRuntime) -> None:
+def test_tokens_chosen_on_the_device_have_the_highest_logits(runtime: OnnxCudaRuntime) -> None:
     token = first = int(runtime.prefill(IDS[:5]).argmax())
     chosen = [token := runtime.decode_greedy(token) for _ in range(12)]
     runtime.truncate(5)
@@ -98,7 +98,7 @@ def test_another_token_than_the_chosen_one_can_follow(runtime: OnnxCudaRuntime) 
     np.testing.assert_allclose(runtime.decode(other), found, atol=2e-2 * np.abs(found).max())
 
 
-def test_the_cache_goes_back_and_chunks_do_not_matter(bundle: Bundle) -> None:
+def test_the_cache_can_be_rewound_and_chunks_do_not_matter(bundle: Bundle) -> None:
     with OnnxCudaRuntime(bundle, threads=1, context_length=64, chunk=7) as runtime:
         runtime.prefill(IDS)
         whole = runtime.decode(11).copy()
@@ -128,7 +128,7 @@ def test_the_debug_graph_gives_every_layer_as_the_portable_runtime_does(bundle: 
 
 
 def test_a_provider_that_renormalises_the_router_is_refused_at_load(bundles: dict[str, Bundle]) -> None:
-    # Without the routing weights as an input, the CPU provider does.
+    # Without the routing weights as an input, the CPU provider renormalises.
     with pytest.raises(RuntimeUnavailableError, match=r"CPUExecutionProvider does not .*: it ignores whether"):
         OnnxCudaRuntime(bundles["plain"], threads=1)
 
@@ -138,7 +138,7 @@ def changed(bundle: Bundle, **graph: Any) -> Bundle:
     return Bundle(bundle.path, dataclasses.replace(manifest, graph=dataclasses.replace(manifest.graph, **graph)))
 
 
-def test_what_the_bundle_lacks_is_named(bundles: dict[str, Bundle]) -> None:
+def test_a_cache_type_or_file_that_the_bundle_lacks_is_named(bundles: dict[str, Bundle]) -> None:
     with pytest.raises(EdgeLMError, match=r"kv is 'int8', but the cache of .* is float16"):
         OnnxCudaRuntime(bundles["fox"], threads=1, kv="int8")
     with pytest.raises(BundleError, match="int8 cache; bundles for CUDA have float16, bfloat16"):

@@ -53,7 +53,7 @@ def portable(checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def native(checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundles:
-    # Needs no compiled operators: they run a bundle, writing one is Python's.
+    # This needs no compiled operators: only running a bundle does, not writing it.
     folder = tmp_path_factory.mktemp("native")
     return {
         (name, "int4"): export_bundle(checkpoint(name), folder / name, recipe="int4", options=NATIVE)
@@ -92,7 +92,7 @@ def test_genai_generates_the_same_greedy_tokens(portable: Bundles, name: str, re
 
 
 def _best(logits: np.ndarray, never: tuple[int, ...]) -> int:
-    """GenAI's greedy choice under min_length: the end tokens do not take part."""
+    """Return the greedy choice as GenAI makes it under min_length, without the end tokens."""
     masked = logits.copy()
     masked[list(never)] = -np.inf
     return int(masked.argmax())
@@ -202,11 +202,11 @@ def test_a_native_decode_reads_half_of_the_head_and_the_debug_graph_all(native: 
         assert (attributes["refine"], attributes["activations"]) == expected
 
 
-def test_a_native_layer_is_a_handful_of_nodes(native: Bundles) -> None:
+def test_a_native_layer_has_few_nodes(native: Bundles) -> None:
     for name, per_layer in (("fox", 5), ("olmoe", 4)):
         model = onnx.load(native[name, "int4"].file("model.onnx"), load_external_data=False)
         operators = [node.op_type for node in model.graph.node]
-        # Besides them the lookup, the slice of the last position and the head.
+        # The other nodes are the lookup, the slice of the last position and the head.
         assert len(operators) == 2 * per_layer + 3, operators
         assert {op.domain for op in model.opset_import} == {"", "edgelm"}
 
@@ -238,11 +238,11 @@ def test_with_compiled_operators_the_export_is_native(checkpoint: MakeCheckpoint
     assert export_bundle(checkpoint("fox"), tmp_path / "b", options=OPTIONS).manifest.ops == "native"
 
 
-def test_router_decides_in_float_and_unrenormalised(portable: Bundles) -> None:
+def test_the_router_is_float32_and_does_not_renormalise(portable: Bundles) -> None:
     model = onnx.load(portable["olmoe", "int4"].file("model.onnx"), load_external_data=False)
-    mixtures = [node for node in model.graph.node if node.op_type == "QMoE"]
-    assert len(mixtures) == portable["olmoe", "int4"].manifest.model.num_layers
-    for node in mixtures:
+    moes = [node for node in model.graph.node if node.op_type == "QMoE"]
+    assert len(moes) == portable["olmoe", "int4"].manifest.model.num_layers
+    for node in moes:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert attributes["normalize_routing_weights"] == 0
         producer = next(n for n in model.graph.node if node.input[14] in n.output)
@@ -269,7 +269,7 @@ def test_two_exports_write_the_same_bytes(bundles: Bundles, checkpoint: MakeChec
 
 
 class _Interrupting(Progress):
-    """Ctrl-C in the middle of a task."""
+    """Raises KeyboardInterrupt in the middle of a task, like Ctrl-C."""
 
     def __init__(self, label: str, error: BaseException) -> None:
         self.label = label
@@ -285,7 +285,7 @@ class _Interrupting(Progress):
 
 
 @pytest.mark.parametrize("label", ["quantising", "reference", "hashing"])
-def test_an_interrupted_export_leaves_nothing_and_spares_the_old(
+def test_an_interrupted_export_leaves_nothing_and_keeps_the_old_bundle(
     checkpoint: MakeCheckpoint, tmp_path: Path, label: str
 ) -> None:
     out = tmp_path / "bundle"
@@ -307,7 +307,7 @@ def test_an_interruption_does_not_wait_for_the_checkpoints_hashes(
     ended = threading.Event()
 
     def endless(self: Checkpoint, progress: Progress) -> None:
-        # Stands for a checkpoint too large to wait for: it reports, as the real one does, and never ends by itself.
+        # Like hashing a very large checkpoint: it reports progress and does not end by itself.
         try:
             with progress.task("hash checkpoint", 1) as advance:
                 deadline = time.monotonic() + 30

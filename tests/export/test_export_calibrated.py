@@ -1,4 +1,4 @@
-"""Does a calibrated bundle say how it was calibrated, hold the codes that were found, and pass parity?"""
+"""Does a calibrated bundle record its calibration, hold the calibrated values, and pass parity?"""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_manifest_says_how_it_was_calibrated(bundle: Bundle, quantised: Path
     report = json.loads((quantised / "calibration.json").read_text())
     assert [dataclasses.asdict(one) for one in found.fallbacks] == report["fallbacks"]
     assert len(found.sha256) == 64
-    # Two layers of four projections and six experts, and the head; the embedding is a lookup.
+    # Two layers with four projections and six experts each, and the head; the embedding is not calibrated.
     assert sum(found.methods.values()) == 2 * (4 + 3 * 6) + 1
     assert found.methods.get("gptq", 0) > 20
 
@@ -93,7 +93,7 @@ def test_its_codes_are_those_of_the_calibrated_checkpoint(
     weights = bundle.manifest.graph.weights_file
     assert same.manifest.files[weights] == bundle.manifest.files[weights]
     assert plain.manifest.files[weights] != bundle.manifest.files[weights]
-    # The quantised checkpoint brings its report along; what was not calibrated says nothing.
+    # An export of the quantised checkpoint has its calibration report; one without calibration has none.
     assert same.manifest.calibration == bundle.manifest.calibration
     assert "calibration" not in json.loads((plain.path / "manifest.json").read_text())
 
@@ -137,7 +137,7 @@ def test_parity_against_the_float_checkpoint_alone_is_refused(
     assert edgelm.check_parity(of_quantised.path, checkpoint=quantised).passed
 
 
-def test_an_interrupted_export_goes_on(
+def test_an_interrupted_export_resumes(
     bundle: Bundle,
     float_checkpoint: Path,
     calibration: CalibrationOptions,
@@ -188,7 +188,9 @@ def test_what_cannot_be_exported_is_refused_before_the_calibration(
         export_bundle(float_checkpoint, tmp_path / "there", options=OPTIONS, calibration=calibration)
 
 
-def test_the_command_line_goes_the_same_way(bundle: Bundle, float_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+def test_the_command_line_writes_the_same_weights(
+    bundle: Bundle, float_checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
     base = [str(float_checkpoint), "-o", str(tmp_path / "b"), "--ops", OPERATOR_SETS[0], "--threads", "1", "--json"]
     given = [*base, "--greedy-tokens", "2", "--calibration", str(text), "--samples", "48", "--sample-length", "24"]
     done = CliRunner().invoke(export_command, given)
@@ -218,7 +220,7 @@ def test_experts_that_fell_back_are_in_the_manifest(float_checkpoint: Path, text
     assert all(entry.tokens < 100_000 for entry in fallen)
 
 
-def test_quantize_without_a_text_is_as_it_was(float_checkpoint: Path, tmp_path: Path) -> None:
+def test_quantize_without_calibration_rounds_to_nearest(float_checkpoint: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(quantize_command, [str(float_checkpoint), "-o", str(tmp_path / "q"), "--json"])
     assert done.exit_code == 0, done.output
     assert "calibration" not in json.loads(done.stdout)

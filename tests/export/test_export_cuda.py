@@ -1,8 +1,8 @@
-"""Are bundles for ONNX Runtime's CUDA provider what it wants, and do their graphs compute the reference?
+"""Do bundles meet the requirements of ONNX Runtime's CUDA provider, and do their graphs compute the reference?
 
-There is no such provider on most machines, so the very same graphs are built for the CPU provider, which has the
-operators too: in float32 with routing weights fed, which the CPU needs, and in float16 as they are. What only a GPU can
-show is in tests/gpu.
+Most machines do not have that provider, so the same graphs run on the CPU provider, which has the operators too: in
+float32 with routing weights as an input, which the CPU needs, and in float16 unchanged. Tests that need a GPU are in
+tests/gpu.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def export(path: Path, out: Path, chosen: str | Recipe = "none", dtype: str = "a
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Have the target build for a provider with other needs: what the CPU needs of the same graph."""
+    """Make the target build its graph with the requirements of the CPU provider."""
 
     def change(**fields: Any) -> None:
         wanted = dataclasses.replace(CUDA, router_weights=True, **fields)
@@ -94,11 +94,11 @@ def test_the_graph_computes_the_reference_in_float32(
     if name == "fox" or "int8" not in scheme:
         assert relative(found, logits) < 2e-5
         return
-    # On the CPU the inputs of 8-bit experts are always rounded to int8: a step of 1/127 of a row's largest
-    # value, 2.6 times its root mean square over 64 or 128, over sqrt(12): 0.6 % a matmul, of which a layer's experts
-    # have two. Where it tips a near-tie of the router a whole position moves: the median is what to hold.
+    # The CPU provider always rounds the inputs of 8-bit experts to int8. A step is 1/127 of a row's largest value,
+    # which is 2.6 times the root mean square of 64 or 128 values; over sqrt(12) that is 0.6 % per matmul, and an
+    # expert has two. If it changes a near-tie of the router, a whole position moves, so the median is tested.
     error = np.linalg.norm(found - logits, axis=1) / np.linalg.norm(logits, axis=1)
-    # Measured: 0.0032, and 0.011 where the experts' weights are renormalised, to three times as much here.
+    # Measured: 0.0032, and 0.011 with renormalised weights of experts, which are three times as large here.
     assert np.median(error) < (0.015 if changes else 0.005)
 
 
@@ -116,7 +116,7 @@ def test_float16_graphs_compute_the_reference_up_to_their_rounding(
         model.reset()
         model.prefill(IDS[:20].tolist())
         steps = np.stack([model.decode(int(token)).copy() for token in IDS[20:]])
-    # A choice of experts tips at a near-tie: the median position is what to hold.
+    # The choice of experts can change at a near-tie, so the median position is tested.
     error = np.linalg.norm(found - logits, axis=1) / np.linalg.norm(logits, axis=1)
     assert np.median(error) < 4e-3
     assert relative(steps[np.argsort(error[20:])[:2]], logits[20:][np.argsort(error[20:])[:2]]) < 1e-2
@@ -130,7 +130,7 @@ def test_float16_graphs_compute_the_reference_up_to_their_rounding(
 def test_a_mask_as_long_as_the_cache_whose_first_element_is_the_length_gives_the_same(
     tmp_path: Path, checkpoint: MakeCheckpoint
 ) -> None:
-    # What is recorded on a GPU and replayed: the dense graph needs no change to run here.
+    # The graph that a GPU captures and replays; the dense one runs here unchanged.
     bundle = export(checkpoint("fox"), tmp_path / "b", "int4")
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -163,7 +163,7 @@ def test_a_mask_as_long_as_the_cache_whose_first_element_is_the_length_gives_the
 
 
 @pytest.mark.parametrize("vocab", [640, 997, 50304, 256000])
-def test_the_greedy_graph_finds_the_first_of_the_highest_logits_and_moves_on(vocab: int) -> None:
+def test_the_greedy_graph_finds_the_first_of_the_highest_logits_and_advances(vocab: int) -> None:
     session = ort.InferenceSession(greedy_graph(vocab).SerializeToString(), providers=["CPUExecutionProvider"])
     random = np.random.default_rng(vocab)
     for case in range(5):
@@ -181,7 +181,7 @@ def test_the_greedy_graph_finds_the_first_of_the_highest_logits_and_moves_on(voc
 
 @pytest.mark.parametrize("renormalises", [False, True])
 @pytest.mark.parametrize("chosen", ["none", "int4", "int8"])
-def test_the_probe_tells_a_provider_that_routes_as_asked_from_one_that_does_not(
+def test_the_probe_finds_a_provider_that_routes_differently(
     tmp_path: Path, checkpoint: MakeCheckpoint, on_cpu: Any, chosen: str, renormalises: bool
 ) -> None:
     path = checkpoint("olmoe", norm_topk_prob=renormalises)
@@ -195,18 +195,18 @@ def test_the_probe_tells_a_provider_that_routes_as_asked_from_one_that_does_not(
     ask(fed.read_bytes())
     if chosen == "none" or renormalises:
         ask(plain.read_bytes())
-    else:  # without the weights, the CPU's quantised mixture always renormalises
+    else:  # without the weights, the CPU's QMoE always renormalises
         with pytest.raises(RuntimeUnavailableError, match=r"this provider does not .*: it ignores whether the weights"):
             ask(plain.read_bytes())
     damaged = onnx.load(fed)
-    mixture = next(item for item in damaged.graph.node if item.op_type.endswith("MoE"))
-    next(item for item in mixture.attribute if item.name == "k").i -= 1
+    moe = next(item for item in damaged.graph.node if item.op_type.endswith("MoE"))
+    next(item for item in moe.attribute if item.name == "k").i -= 1
     with pytest.raises(RuntimeUnavailableError, match=r"a known MoE is \d+% off"):
         ask(damaged.SerializeToString())
-    if chosen == "none":  # the one mixture that obeys the attribute on a CPU
+    if chosen == "none":  # the only MoE operator that obeys the attribute on a CPU
         other = onnx.load(fed)
-        mixture = next(item for item in other.graph.node if item.op_type == "MoE")
-        next(item for item in mixture.attribute if item.name == "normalize_routing_weights").i ^= 1
+        moe = next(item for item in other.graph.node if item.op_type == "MoE")
+        next(item for item in moe.attribute if item.name == "normalize_routing_weights").i ^= 1
         with pytest.raises(RuntimeUnavailableError, match="it ignores whether"):
             ask(other.SerializeToString())
 
@@ -241,7 +241,7 @@ def test_values_have_the_16_bit_type_and_the_router_float32(
 
 
 def check_types(path: Path) -> None:
-    """ONNX Runtime infers every type and shape before it asks for kernels; the CPU has none for some in bfloat16."""
+    """Let ONNX Runtime infer all types and shapes. It does so before it looks for kernels, which may be missing."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     try:
@@ -304,12 +304,12 @@ def test_experts_with_fewer_columns_than_the_kernels_tiles_are_refused(
 def test_a_quantised_table_whose_zero_points_do_not_fill_bytes_is_refused(
     tmp_path: Path, checkpoint: MakeCheckpoint
 ) -> None:
-    # A row of 128 weights in one group: half a byte of zero points.
+    # A row of 128 weights in one group has half a byte of zero points.
     with pytest.raises(ExportError, match=r"embed_tokens\.weight has 1 groups a row with zero points of 4 bits"):
         export(checkpoint("fox"), tmp_path / "b", recipe("int4-g128-asym", "fox"))
 
 
-def test_activations_of_a_recipe_are_said_to_have_no_use(tmp_path: Path, checkpoint: MakeCheckpoint) -> None:
+def test_a_note_says_that_static_activations_are_not_used(tmp_path: Path, checkpoint: MakeCheckpoint) -> None:
     source = WeightSource(Checkpoint.open(checkpoint("fox")), recipe("int8-g32-sym", "fox"), threads=1)
     assert targets.CudaTarget().notes(source) == []
     bundle = export(checkpoint("fox"), tmp_path / "b", recipe("int8-g32-sym", "fox", 'activations = "int8-token"\n'))

@@ -1,4 +1,4 @@
-"""Does `edgelm export --target tensorrt` write the checkpoint's very weights, a program, and kernels that compile?"""
+"""Does `edgelm export --target tensorrt` write the weights exactly, a program, and kernels that compile?"""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def planned(path: Path, recipe: Recipe, dtype: str = "auto") -> tuple[WeightSour
 
 
 class Written:
-    """A checkpoint's weights as a bundle for GPUs has them, read back."""
+    """A checkpoint's weights, read back from a bundle for GPUs."""
 
     def __init__(self, folder: Path, path: Path, recipe: Recipe, dtype: str = "auto") -> None:
         self.source, plan = planned(path, recipe, dtype)
@@ -78,7 +78,7 @@ class Written:
 @pytest.mark.parametrize(
     "scheme", ["int4-g32-sym", "int3-g64-asym", "int6-row-sym", "int8-g32-sym", "fp8-row", "float"]
 )
-def test_are_the_weights_of_a_mixture_the_checkpoints_very_numbers(
+def test_are_the_weights_of_a_moe_exactly_the_checkpoints(
     checkpoint: MakeCheckpoint, tmp_path: Path, scheme: str
 ) -> None:
     recipe = Recipe.from_toml(f'name = "test"\ndefault = "{scheme}"\n{ROUTER}')
@@ -107,7 +107,7 @@ def test_is_a_tied_table_stored_once_and_are_gate_and_up_one_matrix(checkpoint: 
     assert np.array_equal(found, written.want(f"{stem}.gate_proj.weight", f"{stem}.up_proj.weight"))
 
 
-def test_do_integers_of_fewer_bits_join_those_of_more_and_floats_not(
+def test_are_integers_stacked_with_those_of_more_bits_but_not_with_floats(
     checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     def recipe(scheme: str) -> Recipe:
@@ -123,7 +123,7 @@ def test_do_integers_of_fewer_bits_join_those_of_more_and_floats_not(
         planned(checkpoint("olmoe"), recipe("float"))
 
 
-def test_does_the_debug_program_differ_in_types_alone(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_does_the_debug_program_differ_only_in_types(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     main = Written(tmp_path, checkpoint("olmoe"), Recipe.load("int8")).program
     debug = main.debug()
     assert {"hidden.0", "hidden.1", "hidden.2", "router_logits.0", "router_logits.1"} <= set(debug.values)
@@ -156,7 +156,7 @@ def test_are_values_and_float_matrices_of_the_type_that_was_asked_for(
 def test_has_a_bundle_kernels_for_the_devices_asked_and_does_inspect_say_so(
     checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    """Compiled in earnest, of the bundle with the fewest kernels; tests/cuda/test_kernels_compile.py compiles all."""
+    """The bundle with the fewest kernels is compiled here; tests/cuda/test_kernels_compile.py compiles all."""
     out = tmp_path / "bundle"
     line = [str(checkpoint("fox")), "-o", str(out), "--target", "tensorrt", "--sm", "86", "--no-engines"]
     done = CliRunner().invoke(export_command, [*line, "--recipe", "none", "--greedy-tokens", "0"])
@@ -172,7 +172,7 @@ def test_has_a_bundle_kernels_for_the_devices_asked_and_does_inspect_say_so(
     assert set(document["kernels"]["targets"]) == {"sm_86", "compute_80"}
 
 
-def test_are_the_kernels_of_a_mixture_among_those_that_compile_and_does_inspect_group_its_weights(
+def test_do_the_kernels_of_a_moe_compile_and_does_inspect_group_its_weights(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: set[str] = set()
@@ -211,7 +211,7 @@ def test_are_the_kernels_of_a_mixture_among_those_that_compile_and_does_inspect_
         ({"target": "cpu", "sms": (86,)}, "--sm is for --target tensorrt"),
     ],
 )
-def test_is_what_cannot_be_had_refused_before_anything_is_written(
+def test_are_impossible_options_refused_before_anything_is_written(
     checkpoint: MakeCheckpoint, tmp_path: Path, options: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(EdgeLMError, match=said):
@@ -223,7 +223,7 @@ def test_is_what_cannot_be_had_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_is_a_missing_nvrtc_said_before_hours_of_quantising(
+def test_is_a_missing_nvrtc_reported_before_hours_of_quantising(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EDGELM_NVRTC", str(tmp_path / "libnvrtc.so"))
@@ -238,7 +238,7 @@ def test_is_a_missing_nvrtc_said_before_hours_of_quantising(
         ('default = "int4-g32-sym"\nkv = "float32"', 'kv = "float32", which is not supported on GPUs'),
     ],
 )
-def test_is_a_recipe_that_the_kernels_lack_named(checkpoint: MakeCheckpoint, toml: str, said: str) -> None:
+def test_is_a_recipe_that_the_kernels_do_not_support_named(checkpoint: MakeCheckpoint, toml: str, said: str) -> None:
     with pytest.raises(ExportError, match=said):
         planned(checkpoint("olmoe"), Recipe.from_toml(f'name = "test"\n{toml}\n{ROUTER}'))
 
@@ -249,7 +249,7 @@ def test_are_rows_that_tiles_do_not_divide_refused_by_name(checkpoint: MakeCheck
         planned(path, Recipe.load("int4"))
 
 
-def test_has_every_target_that_is_offered_an_exporter() -> None:
+def test_does_every_target_have_an_exporter() -> None:
     assert set(NAMES) == set(TARGETS)
 
 

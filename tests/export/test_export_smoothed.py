@@ -1,4 +1,4 @@
-"""Does a bundle of smoothed, calibrated weights pass parity against the float checkpoint that was given?"""
+"""Does a bundle of smoothed, calibrated weights pass parity against the original float checkpoint?"""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def test_a_smoothed_bundle_passes_parity_against_the_float_checkpoint(
     assert edgelm.check_parity(made.path).passed
     assert made.manifest.calibration is not None
     assert made.manifest.calibration.smoothing == "activations"
-    # The float reference is what was given, not what the scales made of it: to the bit that of a plain export.
+    # The float reference is the original checkpoint, not the smoothed one: bit for bit that of a plain export.
     plain = plain_bundle(source, tmp_path / "plain")
     packs = [ParityPack.load(bundle.path / "parity") for bundle in (made, plain)]
     assert np.array_equal(packs[0].reference.top_logits, packs[1].reference.top_logits)
     assert packs[0].quantized is not None
     assert packs[1].quantized is not None
     assert not np.array_equal(packs[0].quantized.top_logits, packs[1].quantized.top_logits)
-    # So are the hashes of what the bundle was made from, and what of it stands beside the weights.
+    # The hashes of the source and the copied files are those of a plain export, too.
     assert made.manifest.source == plain.manifest.source
     assert made.manifest.files["config.json"] == plain.manifest.files["config.json"]
     assert "smoothing" not in json.loads((plain.path / "manifest.json").read_text()).get("calibration", {})
@@ -80,7 +80,7 @@ def test_a_smoothed_bundle_passes_parity_against_the_float_checkpoint(
 def test_the_quantised_checkpoint_makes_the_same_bundle(
     checkpoint: MakeCheckpoint, text: Path, tmp_path: Path, family: str
 ) -> None:
-    """Norms and routers that smoothing changed reach the bundle by way of the checkpoint as they do without it."""
+    """Smoothed norms and routers are the same whether the bundle is made from the checkpoint or directly."""
     source = checkpoint(family, **SMALL[family])
     given: dict[str, Any] = {"text": text, "samples": 24, "length": 24, "smoothing": "weights"}
     direct = export_bundle(
@@ -105,7 +105,7 @@ def test_the_quantised_checkpoint_makes_the_same_bundle(
 def test_floats_that_smoothing_changed_are_rounded_as_the_bundle_stores_them(
     checkpoint: MakeCheckpoint, text: Path, tmp_path: Path
 ) -> None:
-    """A matrix that stays float beside quantised ones is scaled with them, and no longer a bfloat16."""
+    """A float matrix beside quantised ones is scaled with them, and is then no longer exact in bfloat16."""
     source = checkpoint("fox")
     recipe = Recipe.from_toml(
         'name = "q float"\ndefault = "int8-g32-sym"\n[[rule]]\nmatch = "*.q_proj.*"\nscheme = "float"'

@@ -1,4 +1,4 @@
-"""Does every form of a checkpoint export to the same bytes? Are weights that are no numbers refused on every path?"""
+"""Does every form of a checkpoint export to the same bytes? Are NaN weights refused on every path?"""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def stacked(arrays: Arrays) -> Arrays:
 
 
 def odd_form(family: str, arrays: Arrays) -> Arrays:
-    """Stacked or with a second head, without the model's prefix, and with rotary frequencies."""
+    """Write a form with stacked experts or a second head, without the prefix "model.", and with RoPE frequencies."""
     found = stacked(arrays)
     if family == "fox":
         found["lm_head.weight"] = found["model.embed_tokens.weight"]
@@ -141,7 +141,7 @@ DAMAGED = (
 def test_a_nan_is_refused_with_tensor_and_element_on_every_path(
     checkpoint: MakeCheckpoint, tmp_path: Path, path: str
 ) -> None:
-    # A calibration comes upon the others after it has done a part of its work.
+    # Calibration finds the other cases only after part of its work.
     for number, (family, tensor, index) in enumerate(DAMAGED[2:] if path == "calibrated" else DAMAGED):
         folder = damaged(checkpoint(family), tmp_path / f"{number}", tensor)
         with pytest.raises(CheckpointError) as caught:
@@ -150,7 +150,7 @@ def test_a_nan_is_refused_with_tensor_and_element_on_every_path(
         assert not (tmp_path / "out").exists()
 
 
-def test_tables_of_positions_that_no_device_holds_are_refused(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_rope_tables_that_are_too_large_are_refused(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint("fox"), tmp_path / "c")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1 << 24}))

@@ -1,4 +1,4 @@
-"""Is there always a whole output, old or new, wherever a run is killed or interrupted, and nothing left by the next?"""
+"""Is there always a complete output, old or new, wherever a run is killed, and does the next run clean up?"""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EXCHANGES = (True, False)
 
 @pytest.fixture(autouse=True)
 def forked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Children have one thread: a forked pool of OpenMP waits for ever. And the disk need not keep up."""
+    """Use one thread, since a forked OpenMP pool hangs, and no fsync, for speed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
@@ -70,9 +70,9 @@ def strike(
     exchange: bool,
     modes: tuple[str, ...] = MODES,
 ) -> int:
-    """Meet every fault on the way from an old output to a new one; returns how many.
+    """Interrupt the replacement of an old output at every chosen operation; return the number of interruptions.
 
-    `check` says which of the two stands there, and fails where it is not whole.
+    `check` returns "old" or "new", and fails if the output is not complete.
     """
     old()
     assert check() == "old"
@@ -89,7 +89,7 @@ def strike(
             except EdgeLMError as error:
                 pytest.fail(f"operation {at} ({log[at]}), {mode}: {error}")
             assert found in ("old", "new")
-            # Ctrl-C leaves nothing, but where it hit the very making or removing of the lock file.
+            # Ctrl-C leaves nothing, except the lock file if it was being made or removed.
             left = sorted(path.name for path in out.parent.iterdir())
             if mode != KILL:
                 assert set(left) <= {out.name, f".{out.name}.edgelm-lock"}, f"operation {at} ({log[at]}), {mode}"
@@ -101,7 +101,7 @@ def strike(
 
 
 def sampled(of: int) -> Callable[[list[str]], list[int]]:
-    """Every operation that publishes or cleans up, and some of those inside the unfinished output."""
+    """Return every operation that publishes or cleans up, and some of those inside the unfinished output."""
 
     def points(log: list[str]) -> list[int]:
         bulk = [at for at, what in enumerate(log) if what.startswith(("create", "write", "pwrite", "fsync", "open"))]
@@ -122,10 +122,10 @@ def bundle_at(out: Path, old: str) -> Callable[[], str]:
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-def test_a_bundle_is_published_whole_wherever_it_ends(
+def test_a_bundle_is_complete_wherever_a_run_ends(
     bundles: tuple[Bundle, Bundle], tmp_path: Path, exchange: bool
 ) -> None:
-    """The operations of `Bundle.install`, which publishes as an export does, of real bundles."""
+    """Tests the operations of `Bundle.install`, which publishes like an export, with real bundles."""
     out = tmp_path / "place" / "b"
     assert can_exchange(tmp_path) or not exchange, "this file system cannot exchange names"
     count = strike(
@@ -141,8 +141,10 @@ def test_a_bundle_is_published_whole_wherever_it_ends(
     assert count > 60
 
 
-def test_an_export_ends_whole(small: Path, bundles: tuple[Bundle, Bundle], tmp_path: Path) -> None:
-    """Some operations of all of it; those of the publishing are as in `Bundle.install`."""
+def test_an_export_leaves_a_complete_bundle_wherever_it_ends(
+    small: Path, bundles: tuple[Bundle, Bundle], tmp_path: Path
+) -> None:
+    """Tests a sample of all operations; those of publishing are as in `Bundle.install`."""
     out = tmp_path / "place" / "b"
     count = strike(
         out,
@@ -158,7 +160,7 @@ def test_an_export_ends_whole(small: Path, bundles: tuple[Bundle, Bundle], tmp_p
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-def test_a_quantised_checkpoint_ends_whole(small: Path, tmp_path: Path, exchange: bool) -> None:
+def test_a_quantised_checkpoint_is_complete_wherever_a_run_ends(small: Path, tmp_path: Path, exchange: bool) -> None:
     out = tmp_path / "place" / "q"
 
     def quantise(recipe: str) -> None:

@@ -1,4 +1,4 @@
-"""Are checkpoints that others quantised read as the very numbers they stand for, and is what cannot be, refused?"""
+"""Are checkpoints that other tools quantised read exactly, and is everything else refused?"""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Write = Callable[..., Written]
 
 @pytest.fixture
 def write(checkpoint: MakeCheckpoint, tmp_path: Path) -> Write:
-    """Writes the tiny mixture in a style, or with changed writers of some tensors."""
+    """Write the tiny MoE in a style, or with other writers for some tensors."""
     base = checkpoint("olmoe", num_experts=4, num_experts_per_tok=2, num_hidden_layers=2)
 
     def make(style: str | Style, **more: Any) -> Written:
@@ -75,7 +75,7 @@ def test_every_value_is_what_the_format_says(write: Write, style: Style) -> None
 
 
 @pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
-def test_the_derived_recipe_is_short_and_survives_its_text(write: Write, style: Style) -> None:
+def test_the_derived_recipe_is_short_and_round_trips_through_toml(write: Write, style: Style) -> None:
     written = write(style)
     with Checkpoint.open(written.path) as opened:
         recipe = WeightSource(opened).recipe
@@ -110,12 +110,12 @@ def test_static_scales_of_inputs_are_kept(write: Write) -> None:
             WeightSource(opened).input_scale(f"{Q_PROJ}.weight")
 
 
-def test_what_a_matrix_multiplies_is_in_the_recipe(write: Write) -> None:
+def test_activation_types_are_in_the_recipe(write: Write) -> None:
     for style, kind in (("int8-token", "int8-token"), ("int8", "auto"), ("fp8-block", "auto")):
         with Checkpoint.open(write(style).path) as opened:
             recipe = WeightSource(opened).recipe
         assert recipe.rule(f"{Q_PROJ}.weight").activations == kind
-        # A router of int8 activations would choose others: what stays float multiplies floats.
+        # Matrices that stay float have float activations: a router with int8 activations would choose other experts.
         assert recipe.rule("model.layers.0.mlp.gate.weight").activations == ("auto" if kind == "auto" else "float")
     written = write("int8-static")
     written.change(f"{Q_PROJ}.input_scale", None)
@@ -123,7 +123,7 @@ def test_what_a_matrix_multiplies_is_in_the_recipe(write: Write) -> None:
 
 
 def test_exceptions_become_rules(write: Write) -> None:
-    """Wider layers by `dynamic`, one float expert, and a quantised head."""
+    """Layers with more bits by `dynamic`, one float expert, and a quantised head."""
     style = Style(
         "dynamic",
         gptq_config(lm_head=True, dynamic={"+:.*v_proj": {"bits": 8, "group_size": 64}, "-:.*experts[.]3[.].*": {}}),
@@ -146,7 +146,7 @@ def test_exceptions_become_rules(write: Write) -> None:
         assert source.scheme("model.layers.1.self_attn.v_proj.weight") == parse_scheme("int8-g64-sym")
 
 
-def test_groups_of_config_groups_are_told_apart(write: Write) -> None:
+def test_groups_of_config_groups_are_distinguished(write: Write) -> None:
     attention = {**group_of(num_bits=8, strategy="channel", group_size=None), "targets": ["re:.*self_attn.*"]}
     attention["format"] = "int-quantized"
     experts = {**group_of(), "format": "pack-quantized"}
@@ -159,7 +159,7 @@ def test_groups_of_config_groups_are_told_apart(write: Write) -> None:
             assert source.recipe.scheme_for(name, values.shape) == source.scheme(name)
 
 
-def test_biases_of_zeros_are_passed_over_and_others_refused(write: Write) -> None:
+def test_zero_biases_are_ignored_and_others_refused(write: Write) -> None:
     written = write("gptq")
     written.change(f"{Q_PROJ}.bias", np.zeros(128, np.float16), "F16")
     with Checkpoint.open(written.path) as opened:
@@ -168,7 +168,7 @@ def test_biases_of_zeros_are_passed_over_and_others_refused(write: Write) -> Non
     refused(written, rf"{Q_PROJ}\.bias is not zero")
 
 
-def test_a_tensor_is_turned_once_for_all_its_rows(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_is_repacked_once_for_all_its_rows(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     written = write("awq")
     with Checkpoint.open(written.path) as opened:
         source = WeightSource(opened)
@@ -208,7 +208,7 @@ def test_quantising_it_again_is_refused(write: Write, tmp_path: Path) -> None:
 
 
 def refused(written: Written, said: str, read: str | None = None) -> None:
-    """Opening it says so, or with `read` reading that tensor."""
+    """Check that opening the checkpoint raises an error that matches `said`, or, with `read`, reading that tensor."""
     with Checkpoint.open(written.path) as opened:
         if read is None:
             with pytest.raises(EdgeLMError, match=said):
@@ -300,7 +300,7 @@ def test_a_config_that_is_not_read_is_refused(write: Write, style: str, change: 
 
 
 @pytest.mark.parametrize("style", ["gptq", "packed", "int8", "fp8-block"])
-def test_a_config_that_does_not_say_so_is_refused(write: Write, style: str) -> None:
+def test_quantised_weights_without_a_quantization_config_are_refused(write: Write, style: str) -> None:
     written = write(style)
     path = written.path / "config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "quantization_config"}))
@@ -354,7 +354,7 @@ def test_the_types_of_the_tensors_decide_not_the_status(write: Write, style: str
             np.testing.assert_array_equal(source.dequantized_float32(name), values)
 
 
-def test_floats_that_are_yet_to_be_rounded_are_refused(write: Write) -> None:
+def test_float_weights_with_scales_are_refused(write: Write) -> None:
     written = write("int8")
     written.configure({"quantization_status": "frozen"})
     written.change(f"{Q_PROJ}.weight", np.zeros((128, 128), np.float32), "F32")
@@ -368,7 +368,7 @@ def test_a_checkpoint_with_nothing_quantised_is_refused(write: Write) -> None:
     refused(write("gptq", quantise=lambda name, shape: False), "no tensor is stored that way")
 
 
-def test_the_order_of_activations_is_refused(write: Write) -> None:
+def test_activation_order_is_refused(write: Write) -> None:
     for style, key in (("gptq", f"{Q_PROJ}.g_idx"), ("packed", f"{Q_PROJ}.weight_g_idx")):
         written = write(style)
         order = np.arange(128, dtype=np.int32) // 32
@@ -401,7 +401,7 @@ def test_a_zero_point_of_all_ones_in_version_1_is_refused(write: Write) -> None:
 
 
 @pytest.mark.parametrize("style", ["gptq", "packed"])
-def test_zero_points_of_what_calls_itself_symmetric_are_checked(write: Write, style: str) -> None:
+def test_zero_points_of_a_symmetric_config_are_checked(write: Write, style: str) -> None:
     written = write(style)
     if style == "gptq":
         zeros = written.arrays[f"{DOWN}.qzeros"][1].copy()
@@ -426,7 +426,7 @@ def test_zero_points_out_of_range_are_refused(write: Write) -> None:
 @pytest.mark.parametrize(
     ("value", "said"), [(1 / 3, "not exact in float16"), (1e6, "not exact in float16"), (np.inf, "finite")]
 )
-def test_scales_that_float16_does_not_hold_are_refused(write: Write, value: float, said: str) -> None:
+def test_scales_that_are_not_exact_in_float16_are_refused(write: Write, value: float, said: str) -> None:
     written = write("packed")
     scales = np.full((128, 4), 0.25, np.float32)
     written.change(f"{Q_PROJ}.weight_scale", scales, "F32")
@@ -498,7 +498,7 @@ def test_shapes_that_do_not_fit_are_named(write: Write) -> None:
 
 
 def test_a_head_of_another_size_is_named(write: Write, checkpoint: MakeCheckpoint) -> None:
-    """Padded for some kernel: the vocabulary does not say how."""
+    """A head that was padded for some kernel has more rows than the vocabulary."""
     del checkpoint
     style = Style("head", gptq_config(lm_head=True), gptq(), "gptq-int4-g32")
     written = write(style, quantise=lambda name, shape: linear(name, shape) or name == "lm_head.weight")
@@ -511,8 +511,8 @@ def test_a_head_of_another_size_is_named(write: Write, checkpoint: MakeCheckpoin
             WeightSource(opened).check_tensors(shapes)
 
 
-def test_rows_that_no_group_divides(write: Write) -> None:
-    """A last group that is cut off becomes smaller equal ones, or stays where these would be below 16."""
+def test_rows_that_no_group_divides_are_read(write: Write) -> None:
+    """A last group that is not complete becomes smaller equal ones, or stays if these would be below 16."""
     drawn = packed(4, 32, False)(np.random.default_rng(2), 16, 48)
     written = write("packed-asym")
     for part, (_, array) in drawn.parts.items():
@@ -531,8 +531,8 @@ def test_rows_that_no_group_divides(write: Write) -> None:
         assert np.array_equal(source.dequantized().read_float32(f"{DOWN}.weight"), drawn.values)
 
 
-def test_fp8_scales_may_be_one_a_row(write: Write) -> None:
-    """Of `quant_method: fp8` too, in either shape."""
+def test_fp8_scales_may_be_per_row(write: Write) -> None:
+    """Also with `quant_method: fp8`, in both shapes."""
     written = write("fp8-static", draw_for=lambda name: fp8(per="row", input_scale=True) if "q_proj" in name else None)
     scale = written.arrays[f"{Q_PROJ}.weight_scale"][1]
     for shape in ((128, 1), (128,)):

@@ -1,4 +1,4 @@
-"""Do bundles of checkpoints that others quantised compute with the very weights that those stand for?"""
+"""Do bundles of checkpoints that other tools quantised compute with exactly their weights?"""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def exported(source: Path, out: Path, ops: str) -> Bundle:
 
 
 def computes(bundle: Bundle, made: Written, tolerance: float = 2e-5) -> None:
-    """The debug graph against the PyTorch model of the values that were drawn."""
+    """Compare the debug graph with the PyTorch model of the true values."""
     with Checkpoint.open(made.path) as opened:
         model = ReferenceModel(opened.decoder)
     model.load_weights(lambda name: made.values[name])
@@ -93,7 +93,7 @@ def test_what_portable_operators_lack_is_refused(checkpoint: MakeCheckpoint, tmp
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 def test_what_stays_float_keeps_its_type(checkpoint: MakeCheckpoint, tmp_path: Path, dtype: str) -> None:
-    """Though float16 scales come first in the file."""
+    """Even if float16 scales come first in the file."""
     made = written(checkpoint, tmp_path, "fox", "gptq")
     floats = {key: array for key, (kind, array) in made.arrays.items() if kind == "BF16"}
     for key, bits in floats.items():

@@ -1,4 +1,4 @@
-"""Is a disk that is too small found out before the export begins?"""
+"""Is a disk that is too small found before the export begins?"""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ OPTIONS = ExportOptions(golden=GoldenOptions(prompts=(Prompt("short", "The"),), 
 
 
 class BeganError(Exception):
-    """The export got as far as writing weights."""
+    """Raised when the export starts to write weights."""
 
 
 def set_free(monkeypatch: pytest.MonkeyPatch, free: int, asked: list[Path] | None = None) -> None:
-    """Let disks have `free` bytes left, and `asked` be told of which folder's disk."""
+    """Make disks report `free` bytes; append the folders that were asked for to `asked`."""
 
     def usage(path: Path) -> SimpleNamespace:
         if asked is not None:
@@ -76,7 +76,7 @@ def test_a_bundle_that_does_not_fit_is_not_installed(
         assert Bundle.install(bundle, tmp_path / "device").path == tmp_path / "device"
 
 
-def test_as_much_as_is_free_may_be_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_may_need_all_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_free(monkeypatch, 1000)
     require_disk_space(tmp_path / "x", 1000)
     with pytest.raises(EdgeLMError, match=re.escape(f"needs {format_size(1001)} but")):

@@ -1,4 +1,4 @@
-"""Does each of many prompts that decode together get what it gets alone, and end when it should?"""
+"""Does each of many prompts that decode together get the same tokens as alone, and end when it should?"""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_the_context_ends_a_sequence_and_not_its_neighbours(bundles: dict[str, B
 
 
 class Watched(NativeBatch):
-    """Counts what was asked of it."""
+    """Counts its steps."""
 
     made: list[Watched]
     steps = 0
@@ -149,7 +149,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
 
 
 @native
-def test_output_paths_are_filled_again_and_memory_is_what_is_needed(
+def test_finished_sequences_are_replaced_and_memory_is_what_is_needed(
     batching: edgelm.LanguageModel, watched: list[Watched]
 ) -> None:
     lengths = [30, 2, 2, 2, 2, 2, 2]
@@ -159,7 +159,7 @@ def test_output_paths_are_filled_again_and_memory_is_what_is_needed(
     found = batching.generate_many([[5 + i] * 10 for i in range(len(lengths))], batch=2, each=each)
     assert [len(one.tokens) for one in found] == lengths
     (batch,) = watched
-    # The short ones take turns beside the long one: no step is for them alone.
+    # The short prompts run one after another beside the long one, without steps of their own.
     assert batch.steps == 29
     assert (batch.batch, batch.context_length) == (2, 40)
     assert batch._caches == []

@@ -1,4 +1,4 @@
-"""Is the GPU layout the same numbers, whatever the scheme, the shape and the format it is stored in?"""
+"""Does the GPU layout hold the same values, whatever the scheme, the shape and the stored format?"""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def blob_of(matrix: GpuMatrix, blocks: list[Rows]) -> bytes:
     ["int3-g32-sym", "int4-g32-sym", "int4-g16-asym", "int4-row-asym", "int5-g64-sym", "int6-g32-asym",
      "int8-g32-sym", "int8-row-asym", "fp8-row", "fp8-b32"],
 )  # fmt: skip
-def test_does_every_scheme_come_back_exactly(scheme: str, rows: int) -> None:
+def test_does_every_scheme_round_trip_exactly(scheme: str, rows: int) -> None:
     tensor = quantised(scheme, rows)
     fmt = gpu_format([tensor.scheme], "bfloat16", COLUMNS, "w")
     assert fmt is not None
@@ -59,7 +59,7 @@ def test_does_every_scheme_come_back_exactly(scheme: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_do_floats_come_back_exactly(dtype: str) -> None:
+def test_do_floats_round_trip_exactly(dtype: str) -> None:
     values = stored_as(weight(24), dtype, "w")
     fmt = gpu_format([None], dtype, COLUMNS, "w")
     assert fmt is not None
@@ -77,7 +77,7 @@ def test_do_floats_come_back_exactly(dtype: str) -> None:
         (("fp8-row", "fp8-b32"), GpuKind.FP8),
     ],
 )
-def test_do_matrices_that_are_stacked_share_the_widest_and_finest_format(
+def test_do_stacked_matrices_share_the_most_bits_and_the_smallest_group(
     schemes: tuple[str, ...], kind: GpuKind
 ) -> None:
     tensors = [quantised(scheme, 16, seed=i) for i, scheme in enumerate(schemes)]
@@ -126,7 +126,7 @@ def test_is_there_no_format_for_floats_beside_integers_or_fp8_beside_integers() 
         ("fp8e5m2-row", 128, "E4M3"),
     ],
 )
-def test_is_what_the_layout_cannot_hold_named(scheme: str | None, columns: int, said: str) -> None:
+def test_is_what_the_layout_does_not_support_named(scheme: str | None, columns: int, said: str) -> None:
     parsed = None if scheme is None else parse_scheme(scheme).effective(columns)
     with pytest.raises(ExportError, match=f"layers.0.attn.q_proj.*{said}"):
         gpu_format([parsed], "bfloat16", columns, "layers.0.attn.q_proj")

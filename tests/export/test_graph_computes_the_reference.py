@@ -1,7 +1,7 @@
 """Does the ONNX graph compute what the PyTorch model computes, for every variant of both families?
 
-Unquantised graphs are held to float32 rounding. Quantised ones are compared with the PyTorch model of the dequantised
-weights, with float32 activations, so that a wrong layout cannot hide behind int8 noise.
+Unquantised graphs must agree up to float32 rounding. Quantised ones are compared with the PyTorch model of the
+dequantised weights, with float32 activations, so that int8 noise cannot hide a wrong layout.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ def write_graph(
     as_deployed: bool = False,
     as_rounded: bool = False,
 ) -> tuple[WeightSource, Any]:
-    """Write a graph, and give the PyTorch model of the same weights.
+    """Write a graph; return it with the PyTorch model of the same weights.
 
-    `as_deployed`: the debug graph's outputs with the main graph's arithmetic. `as_rounded`: the PyTorch model rounds
-    activations as the main graph does.
+    `as_deployed`: the graph has the debug graph's outputs and the main graph's arithmetic. `as_rounded`: the PyTorch
+    model rounds activations like the main graph.
     """
     checkpoint = Checkpoint.open(path)
     source = WeightSource(checkpoint, chosen, threads=1)
@@ -96,7 +96,7 @@ def relative(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float
 
 
 def run_both(folder: Path, model: Any, split: int) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.float32], Trace]:
-    """The graph on two chunks (the second after a cache), PyTorch on the whole."""
+    """Run the graph on two chunks (the second with a cache), and PyTorch on the whole prompt."""
     ids = np.random.default_rng(5).integers(4, 600, (1, 24))
     trace = Trace()
     with torch.no_grad():
@@ -109,7 +109,7 @@ def run_both(folder: Path, model: Any, split: int) -> tuple[dict[str, NDArray[np
     session = ort.InferenceSession(str(folder / "graph.onnx"), options, providers=["CPUExecutionProvider"])
     native = any(item.name == "past_lengths" for item in session.get_inputs())
     width = model.decoder.attention[0].head_dim
-    # A native cache is bytes of the whole capacity, a row of float32 here.
+    # A native cache is bytes for the whole capacity; here its rows are float32.
     past = {
         i.name: np.zeros((1, i.shape[1], 24, 4 * width), np.uint8)
         if native
@@ -144,10 +144,10 @@ def check(folder: Path, model: Any, tolerance: float) -> None:
 
 
 def check_rounded(folder: Path, model: Any) -> None:
-    """As `check`, of a graph that rounds activations and a model that does so too.
+    """Check a graph and a model that both round activations; see `check`.
 
-    Where a value lies at the middle between two steps, float32 in another order rounds it the other way: one step of
-    one value, which attention brings to later positions. Measured: 3e-7 where none does, up to 0.0084 where one does.
+    If a value is midway between two steps, float32 sums in another order round it the other way. Attention carries this
+    one step of one value to later positions. Measured: 3e-7 without such a value, up to 0.0084 with one.
     """
     found, logits, trace = run_both(folder, model, split=17)
     last = len(trace.hidden) - 1
@@ -205,14 +205,14 @@ def test_types_that_only_native_operators_have(
     check(tmp_path, model, 2e-5)
 
 
-MIXTURES = [
-    # Every expert of its own: widths, groups, zero points, floats.
+MIXED_TYPES = [
+    # Each expert has its own bits, groups, zero points, or is float.
     ("olmoe", "*.experts.3.*", "int4-g32-asym"),
     ("olmoe", "*.experts.0.*", "float"),
     ("olmoe", "*.experts.5.*", "fp8-row"),
     ("olmoe", "*.experts.*.up_proj.weight", "int4-g32-asym"),
     ("olmoe", "*.experts.*.down_proj.weight", "int3-g32-sym"),
-    # One matmul elsewhere. Here: upcast where a larger type holds both, otherwise matmuls of their own.
+    # Matrices that are one matmul: they are upcast if a larger type holds both, and separate matmuls otherwise.
     ("fox", "*.k_proj.weight", "int4-g32-asym"),
     ("fox", "*.v_proj.weight", "float"),
     ("fox", "*.q_proj.weight", "fp8-row"),
@@ -223,7 +223,7 @@ MIXTURES = [
 
 
 @NATIVE
-@pytest.mark.parametrize(("name", "pattern", "scheme"), MIXTURES)
+@pytest.mark.parametrize(("name", "pattern", "scheme"), MIXED_TYPES)
 def test_tensors_of_different_types_in_one_layer(
     tmp_path: Path, checkpoint: MakeCheckpoint, name: str, pattern: str, scheme: str
 ) -> None:
@@ -243,8 +243,8 @@ def test_presets_as_deployed_stay_within_int8_activation_noise(
     if native:
         check_rounded(tmp_path, model)
         return
-    # ONNX Runtime's kernels round in their own blocks. With this noise one choice of experts flips at a near-tie and
-    # moves a whole position: the median is what to hold. Measured: 0.010 to 0.013.
+    # ONNX Runtime's kernels round in their own blocks. This noise changes one choice of experts at a near-tie, which
+    # moves a whole position, so the median is tested. Measured: 0.010 to 0.013.
     found, _, trace = run_both(tmp_path, model, split=17)
     last = len(trace.hidden) - 1
     expected = trace.hidden[last].numpy()[0]

@@ -1,4 +1,4 @@
-"""Is the operators' layout the same numbers, whatever the scheme and the format it is stored in?"""
+"""Does the layout of portable operators hold the same values, whatever the scheme and the stored format?"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS, COLUMNS = 6, 256
 def as_operator_computes(
     codes: NDArray[np.uint8], scales: NDArray[np.float32], zeros: NDArray[np.uint8] | None, fmt: BlockFormat
 ) -> NDArray[np.float32]:
-    """MatMulNBits' documented formula, written without any of the package's layout code."""
+    """Compute MatMulNBits' documented formula, without any of the package's layout code."""
     values = unpack(codes, fmt.bits).astype(np.float32)
     blocks = scales.shape[1]
     if zeros is None:

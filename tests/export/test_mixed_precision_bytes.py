@@ -1,4 +1,4 @@
-"""Are the bytes that mixed precision counts those of the weights file that is written?"""
+"""Does mixed precision predict the bytes of the weights file?"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEAD = parse_scheme("int8-g128-sym")
     ("family", "changes"),
     [
         ("olmoe", {}),
-        # Tables of positions as large as everything else, and rows that no tile and no group divides.
+        # RoPE tables as large as everything else, and rows that no tile and no group divides.
         ("olmoe", {"max_position_embeddings": 8192, "tie_word_embeddings": True}),
         ("fox", {"hidden_size": 100, "intermediate_size": 130, "vocab_size": 643, "head_dim": 24}),
         ("fox", {"max_position_embeddings": 8192, "tie_word_embeddings": False}),
@@ -35,12 +35,12 @@ HEAD = parse_scheme("int8-g128-sym")
 def test_a_weights_file_has_the_bytes_that_mixed_precision_counted(
     checkpoint: MakeCheckpoint, tmp_path: Path, family: str, changes: dict[str, Any]
 ) -> None:
-    """To the byte, but for the padding to pages: a page is counted for each tensor, and for a tied table one more."""
+    """Exact except for padding: one page is counted for each tensor, and one more for a tied embedding."""
     path = checkpoint(family, **changes)
     with Checkpoint.open(path) as opened:
         decoder = opened.decoder
     pick = random.Random(1)
-    # A head of int8 is two tensors, which is what is counted.
+    # An int8 head is two tensors, as is counted.
     schemes = [(u, HEAD if u.kind == "head" else pick.choice(SCHEMES)) for u in find_units(decoder)]
     choices = [Choice(unit, scheme, 0.0, unit.nbytes(scheme), 0) for unit, scheme in schemes]
     recipe, _ = make_recipe("mixed", choices, family == "olmoe")

@@ -1,7 +1,7 @@
-"""Do bundles of the models that came after the first two compute what the reference computes?
+"""Do bundles of the models after OLMoE and Fox compute the reference?
 
-tests/unit/test_models.py compares the reference with transformers. Here the graphs are compared with the reference: in
-native and in portable operators, float and quantised, and a bundle for GPUs on the emulator.
+tests/unit/test_models.py compares the reference with transformers. Here graphs are compared with the reference: of
+native and portable operators, float and quantised, and a bundle for GPUs on the emulator.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def test_a_window_is_computed_by_portable_operators(tmp_path: Path, checkpoint: 
 
 
 @pytest.mark.parametrize(("target", "ops"), [("cpu", "native"), ("tensorrt", "auto")])
-def test_a_window_is_refused_by_ours_with_what_to_do(
+def test_a_window_is_refused_by_native_operators_with_advice(
     tmp_path: Path, checkpoint: MakeCheckpoint, target: str, ops: str
 ) -> None:
     options = ExportOptions(target=target, ops=ops, golden=GOLDEN)
@@ -79,7 +79,7 @@ def test_an_int4_bundle_passes_parity_on_the_cpu(tmp_path: Path, checkpoint: Mak
 def test_a_bundle_for_gpus_passes_parity_on_the_emulator(
     tmp_path: Path, checkpoint: MakeCheckpoint, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Compiling takes a minute each; the emulator compiles its own from the sources.
+    # Compiling takes a minute per model, and the emulator compiles its own kernels from the sources.
     monkeypatch.setattr(gpu_target, "compile_bundle_kernels", lambda *_: None)
     options = ExportOptions(target="tensorrt", sms=(86,), golden=GOLDEN, engines=EngineOptions(build=False))
     bundle = export_bundle(checkpoint(name), tmp_path / "b", recipe="int8", options=options)

@@ -1,4 +1,4 @@
-"""Does the native runtime compute the same however a text is cut, cached and batched, and refuse what it cannot do?"""
+"""Does the native runtime compute the same however a prompt is split, cached and batched? What does it refuse?"""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def assert_close(found: NDArray[np.float32], expected: NDArray[np.float32], tole
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 59, 512])
-def test_a_text_may_be_cut_anywhere(exact: Bundle, chunk: int) -> None:
+def test_a_prompt_may_be_split_into_any_chunks(exact: Bundle, chunk: int) -> None:
     with opened(exact) as whole, opened(exact, chunk=chunk) as cut:
         expected = all_logits(whole, IDS)
         assert expected.shape == (len(IDS), whole.vocab_size)
@@ -91,7 +91,7 @@ def test_a_text_may_be_cut_anywhere(exact: Bundle, chunk: int) -> None:
 def test_results_do_not_depend_on_the_number_of_threads(
     bundles: dict[tuple[str, str], Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Three that take turns will do; a user is told that there are too few CPUs.
+    # Three threads that share a CPU are enough here; a user would be told that there are too few CPUs.
     monkeypatch.setattr("edgelm.devices.max_threads", lambda: 3)
     for bundle in bundles.values():
         with opened(bundle) as one, opened(bundle, threads=3) as three:
@@ -99,20 +99,20 @@ def test_results_do_not_depend_on_the_number_of_threads(
             np.testing.assert_array_equal(one.decode(5), three.decode(5))
 
 
-# What the cache rounds a value by, root mean square over that of the values. Of floats with m bits: a step of 2^-m over
-# sqrt(12), and values are 1.44 powers of two in the mean. Of int8: a 127th of a row's largest value, which is 2.3 times
-# the root mean square of 32 normal ones, over sqrt(12).
+# Rounding error of a cached value, relative root mean square. Floats with m bits: a step of 2^-m over sqrt(12), where
+# values are 1.44 powers of two in the mean. int8: 1/127 of a row's largest value, which is 2.3 times the root mean
+# square of 32 normal values, over sqrt(12).
 CACHES = [("float32", 128, 0.0), ("float16", 64, 2.0e-4), ("int8", 36, 5.2e-3), ("fp8", 34, 2.5e-2)]
 
 
 @pytest.mark.parametrize(("kv", "row", "rounding"), CACHES)
 def test_the_caches_type_is_chosen_at_load(exact: Bundle, kv: str, row: int, rounding: float) -> None:
-    # Keys and values of two layers: four roundings, whose errors are independent. Measured: 0.7 to 1.1 times that.
+    # Keys and values of two layers are four independent roundings. Measured: 0.7 to 1.1 times that.
     expected = 2 * rounding
     with opened(exact) as default, opened(exact, kv=kv, context_length=100) as chosen:
         heads = exact.manifest.model.num_kv_heads
         assert chosen.cache_bytes == 2 * exact.manifest.model.num_layers * heads * 100 * row
-        # Nothing else rounds in an unquantised bundle, so its default cache does not either.
+        # An unquantised bundle rounds nothing else, so its default cache does not round either.
         found, wide = all_logits(chosen, IDS), all_logits(default, IDS)
         assert_close(found, wide, 1.5 * expected)
         assert np.linalg.norm(found - wide) >= 0.4 * expected * np.linalg.norm(wide), "the cache rounds too little"
@@ -141,7 +141,7 @@ def test_the_recipes_cache_is_the_bundles(checkpoint: MakeCheckpoint, tmp_path: 
     assert not (tmp_path / "p").exists()
 
 
-def test_a_quantised_checkpoint_still_has_a_choice_of_cache_and_activations(
+def test_cache_and_activations_can_be_chosen_for_a_quantised_checkpoint(
     checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     schemes = 'default = "int4-g32-sym"\n'
@@ -187,11 +187,11 @@ def test_a_batch_gives_each_sequence_what_it_gets_alone(
             alone.reset()
             np.testing.assert_array_equal(first[row], alone.prefill(prompt))
             for logits, step in zip(together, steps, strict=True):
-                # A step of one row takes the head's other halves only where they matter.
+                # A step of one row reads the head's low nibbles only for the best candidates.
                 single = alone.decode(step[row])
                 assert_close(logits[row], single, 1e-6 if recipe == "none" else 0.1)
                 assert logits[row].argmax() == single.argmax()
-        # One of them goes back and on alone, the others stay where they were.
+        # One sequence is rewound and continues alone; the others stay where they were.
         batch.truncate(2, 33)
         again = batch.prefill(2, [step[2] for step in steps])
         assert_close(again, together[-1][2], 1e-6 if recipe == "none" else 0.1)
@@ -231,7 +231,7 @@ def test_options_that_do_not_exist_are_refused(bundles: dict[tuple[str, str], Bu
         assert runtime.prefill([1, 2]).shape == (640,)
 
 
-def test_without_compiled_operators_the_way_out_is_named(
+def test_without_compiled_operators_the_error_names_alternatives(
     bundles: dict[tuple[str, str], Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EDGELM_OPS_LIBRARY", "")
@@ -263,7 +263,7 @@ def test_every_instruction_set_gives_the_same_bits(
         np.testing.assert_array_equal(found[0], other)
 
 
-def test_texts_traced_together_give_the_same_as_alone(exact: Bundle) -> None:
+def test_prompts_traced_together_give_the_same_as_alone(exact: Bundle) -> None:
     texts = [IDS[:9], IDS[:4], IDS[2:37]]
     runtime = open_tracing(exact, "onnxruntime-cpu", threads=1)
     assert runtime is not None
@@ -279,7 +279,7 @@ def test_texts_traced_together_give_the_same_as_alone(exact: Bundle) -> None:
             assert_close(a, b, 1e-6)
 
 
-def test_the_verbs_take_the_cache_and_the_batch(bundles: dict[tuple[str, str], Bundle]) -> None:
+def test_commands_have_options_for_cache_and_batch(bundles: dict[tuple[str, str], Bundle]) -> None:
     path = str(bundles["olmoe", "int4"].path)
     run = CliRunner().invoke(cli, ["run", path, "hello", "--kv", "int8", "--max-tokens", "4", "--json"])
     assert run.exit_code == 0, run.output

@@ -1,7 +1,7 @@
 """Do rows of any width work: hidden sizes, experts, heads and vocabularies that no block of 32 divides?
 
 The graphs of tiny random checkpoints are compared with the PyTorch model of the dequantised weights, as in
-test_graph_computes_the_reference. What an operator set cannot do is refused, and the advice of the refusal is followed.
+test_graph_computes_the_reference. An unsupported width is refused, and the advice of the error works.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from edgelm.quant.scheme import parse_scheme
 
 NATIVE = pytest.mark.skipif("native" not in OPERATOR_SETS, reason="needs the compiled operators")
 
-# hidden size, width of the (experts') feed-forward, heads, key and value heads, vocabulary; of OLMoE a head's size
-# follows. Of Fox it is its own, and the hidden size may be odd.
+# Hidden size, feed-forward width (of an expert), heads, key/value heads, vocabulary. OLMoE's head size follows from
+# these. Fox's is independent, and its hidden size may be odd.
 WIDTHS = {
     "multiples of 20": (100, 60, 2, 1, 700),
     "odd": (90, 37, 5, 5, 643),
@@ -90,7 +90,7 @@ def test_portable_operators_refuse_by_name_width_and_field_and_the_advice_works(
         (tmp_path / "native").mkdir()
         _, model = write_graph(tmp_path / "native", path, replace(chosen, activations="float"), "float32", "native")
         check(tmp_path / "native", model, 2e-5)
-    # Of widths 100, 60 and 32 the last alone is a multiple of 16.
+    # Of the widths 100, 60 and 32 only the last is a multiple of 16.
     kept = Recipe("kept", None, (Rule("*.o_proj.weight", chosen.default),), activations="float")
     _, model = write_graph(tmp_path, path, kept, "float32", "portable")
     check(tmp_path, model, 2e-5)
@@ -100,7 +100,7 @@ def test_portable_operators_refuse_by_name_width_and_field_and_the_advice_works(
     ("width", "dtype", "advice"),
     [(96, "int8", "int8 or fp8 or float16 or bfloat16 or float32"), (48, "float16", "float16 or bfloat16 or float32")],
 )
-def test_gpu_kernels_say_what_they_take_rows_of_a_width_as(width: int, dtype: str, advice: str) -> None:
+def test_gpu_kernels_name_the_types_that_support_a_width(width: int, dtype: str, advice: str) -> None:
     with pytest.raises(ExportError, match=rf"lm_head.weight is int4-.* with rows of {width} \(hidden_size.* {advice}"):
         gpu_format([parse_scheme("int4-g16-sym")], dtype, width, "lm_head.weight")
     chosen = parse_scheme("int8-g32-sym").effective(width) if dtype == "int8" else None

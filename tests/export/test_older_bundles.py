@@ -1,8 +1,8 @@
-"""Do bundles that were exported before still load, and compute what they did?
+"""Do bundles from earlier versions still load and compute the same?
 
-The two in older_bundles are of commit e96bece: generated models of one layer, one calibrated for the CPU, the other
-smoothed for GPUs (without compiled kernels, since the emulator makes its own), which tests/cuda/test_model.py runs.
-They are never exported again: a bundle on a device stays what it was.
+The two in older_bundles were exported at commit e96bece from generated models with one layer. One is calibrated, for
+the CPU. The other is smoothed, for GPUs, without compiled kernels, since the emulator makes its own;
+tests/cuda/test_model.py runs it. They must not be exported again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Is the native layout the same numbers, whatever the scheme, the shape and the format it is stored in?"""
+"""Does the native layout hold the same values, whatever the scheme, the shape and the stored format?"""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def weight(rows: int, columns: int = COLUMNS, seed: int = 0) -> NDArray[np.float
 
 
 def packed(tensors: list[QuantTensor], fmt: Format, *, swiglu: bool = False) -> tuple[PackedMatrix, bytes]:
-    """One matrix of tensors stacked, or of gate and up."""
+    """Pack one matrix of stacked tensors, or of gate and up."""
     matrix = fmt.matrix(sum(t.shape[0] for t in tensors), tensors[0].shape[1], swiglu=swiglu)
     out = np.zeros((matrix.tiles, matrix.records, matrix.record_bytes), np.uint8)
     lower = np.zeros((matrix.tiles, matrix.low_bytes // matrix.tiles), np.uint8)
@@ -60,7 +60,7 @@ def packed(tensors: list[QuantTensor], fmt: Format, *, swiglu: bool = False) -> 
 
 
 def assert_same(tensor: QuantTensor, found: tuple[NDArray[np.generic], ...], bits: int) -> None:
-    """Codes at their new width, scales and zero points repeated."""
+    """Check codes with their new bits, and repeated scales and zero points."""
     codes, scales, zeros = found
     old, groups = tensor.scheme.bits, scales.shape[1]
     np.testing.assert_array_equal(codes, upcast(unpack(tensor.codes, old, tensor.shape[1]), old, bits))
@@ -75,7 +75,7 @@ def assert_same(tensor: QuantTensor, found: tuple[NDArray[np.generic], ...], bit
 @pytest.mark.parametrize("group", ["g32", "g64", "row"])
 @pytest.mark.parametrize("symmetry", ["sym", "asym"])
 @pytest.mark.parametrize("bits", [3, 4, 5, 6, 8])
-def test_every_integer_scheme_comes_back(bits: int, symmetry: str, group: str, rows: int) -> None:
+def test_every_integer_scheme_round_trips(bits: int, symmetry: str, group: str, rows: int) -> None:
     tensor = quantize(weight(rows), parse_scheme(f"int{bits}-{group}-{symmetry}"))
     fmt = common_format([tensor.scheme], COLUMNS, "x")
     assert fmt is not None
@@ -147,7 +147,7 @@ def test_stacked_matrices_of_different_schemes_are_upcast_exactly(
 
 
 @pytest.mark.parametrize("name", ["fp8-row", "fp8-b64"])
-def test_fp8_comes_back(name: str) -> None:
+def test_fp8_round_trips(name: str) -> None:
     tensor = quantize(weight(45), parse_scheme(name))
     fmt = common_format([tensor.scheme], COLUMNS, "x")
     assert fmt == Format(Kind.FP8, Scales.FLOAT32, False, tensor.scheme.group_size(COLUMNS))
@@ -170,7 +170,7 @@ def test_fp8_of_different_blocks_is_stacked_exactly() -> None:
     ("dtype", "stored"), [("float16", np.float16), ("bfloat16", np.uint16), ("float32", np.float32)]
 )
 @pytest.mark.parametrize("columns", [256, 50])
-def test_float_matrices_come_back(dtype: str, stored: type[np.generic], columns: int) -> None:
+def test_float_matrices_round_trip(dtype: str, stored: type[np.generic], columns: int) -> None:
     values = (weight(45, columns) * 100).astype(stored)
     fmt = float_format(dtype, columns)
     matrix = fmt.matrix(45, columns)
@@ -183,7 +183,7 @@ def test_float_matrices_come_back(dtype: str, stored: type[np.generic], columns:
 
 @pytest.mark.parametrize("columns", [1, 12, 16, 33, 48, 100, 129])
 @pytest.mark.parametrize("group", ["g16", "g32", "g64", "row"])
-def test_rows_of_any_width_come_back(group: str, columns: int) -> None:
+def test_rows_of_any_width_round_trip(group: str, columns: int) -> None:
     for bits, symmetry in ((3, "sym"), (4, "asym"), (4, "sym"), (5, "asym"), (6, "sym"), (8, "asym"), (8, "sym")):
         tensor = quantize(weight(37, columns), parse_scheme(f"int{bits}-{group}-{symmetry}"))
         fmt = common_format([tensor.scheme], columns, "x")
@@ -212,7 +212,7 @@ def test_rows_of_any_width_come_back(group: str, columns: int) -> None:
         ["int4-row-sym", "int5-row-sym"],
     ],
 )
-def test_stacked_rows_of_any_width_come_back(names: list[str], columns: int) -> None:
+def test_stacked_rows_of_any_width_round_trip(names: list[str], columns: int) -> None:
     tensors = [quantize(weight(17 + i, columns, seed=i), parse_scheme(name)) for i, name in enumerate(names)]
     fmt = common_format([t.scheme for t in tensors], columns, "x")
     assert fmt is not None
@@ -253,7 +253,7 @@ def test_experts_are_found_through_their_table() -> None:
             read_matrices(BytesIO(data[:cut]), 0, "moe")
 
 
-def test_a_damaged_header_is_said_to_be_one() -> None:
+def test_a_damaged_header_is_reported() -> None:
     matrix = Format(Kind.INT4, Scales.FLOAT16, False, 32).matrix(64, 64)
     header = matrix.header()
     for broken, message in (

@@ -1,7 +1,7 @@
-"""Is what ONNX Runtime's operators cannot do refused before the first byte, and what they can do right?
+"""Are features that ONNX Runtime's operators lack refused before the first byte, and supported ones computed correctly?
 
-And does a bundle say the least ONNX Runtime that has it right? The versions here were measured with the wheels of 1.17
-to 1.32 (docs/reference/bundle.md).
+Does a bundle state the oldest usable ONNX Runtime? The versions here were measured with the wheels of 1.17 to 1.32
+(docs/reference/bundle.md).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GOLDEN = GoldenOptions(greedy_tokens=0, max_prompt_tokens=4)
 def exported(
     folder: Path, config: dict[str, Any], chosen: Recipe, ops: str = "portable", target: str = "cpu"
 ) -> Bundle:
-    """The checkpoint is at folder / "c"; the bundle would be at folder / "b"."""
+    """Export the checkpoint folder / "c" to the bundle folder / "b"."""
     write_random_checkpoint({**config, "num_hidden_layers": 1}, folder / "c", seed=1)
     return export_bundle(
         folder / "c", folder / "b", recipe=chosen, options=ExportOptions(target=target, ops=ops, golden=GOLDEN)
@@ -43,7 +43,7 @@ def exported(
 
 
 def error(bundle: Bundle, folder: Path, chosen: Recipe) -> float:
-    """Of the logits of a prompt in two chunks and one more token, relative to the PyTorch model of the same weights."""
+    """Return the relative error of logits (a prompt in two chunks, one more token) against the PyTorch model."""
     checkpoint = Checkpoint.open(folder / "c")
     model = ReferenceModel(checkpoint.decoder)
     model.load_weights(WeightSource(checkpoint, chosen, threads=1).dequantized().read_float32)
@@ -60,7 +60,7 @@ def heads_of(size: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize("size", [2, 8, 24, 40, 72])
-def test_a_head_size_that_attention_refuses_is_refused_first(tmp_path: Path, size: int, target: str) -> None:
+def test_a_head_size_that_attention_does_not_support_is_refused_first(tmp_path: Path, size: int, target: str) -> None:
     with pytest.raises(ExportError, match=rf"config\.json has heads of {size} \(head_dim, .* multiples of 16.*native"):
         exported(
             tmp_path, heads_of(size), PRESETS["none"], target=target, ops="auto" if target == "cuda" else "portable"
@@ -91,7 +91,7 @@ def test_other_head_sizes_compute_the_reference(tmp_path: Path, size: int, ops: 
 def test_groups_of_every_size_compute_the_reference(
     tmp_path: Path, bits: int, symmetric: bool, group: int, hidden: int, width: int
 ) -> None:
-    # 512 is no group of MatMulNBits: it is stored as two of 256.
+    # MatMulNBits has no groups of 512, so each is stored as two of 256.
     chosen = Recipe("g", Scheme(bits, group, symmetric), activations="float")
     config = {**FOX, "vocab_size": 640, "hidden_size": hidden, "intermediate_size": width, "head_dim": 16}
     assert error(exported(tmp_path, config, chosen), tmp_path, chosen) < 2e-5
@@ -102,7 +102,7 @@ def test_groups_of_every_size_compute_the_reference(
 def test_experts_with_few_groups_compute_the_reference(
     tmp_path: Path, symmetric: bool, hidden: int, width: int
 ) -> None:
-    # Rows of experts that are one group of 64: older versions refuse them or read their zero points wrongly.
+    # Rows of experts with one group of 64, which older versions refuse or read with wrong zero points.
     chosen = Recipe("g", Scheme(4, 64, symmetric), (ROUTER,), activations="float")
     config = {**OLMOE, "hidden_size": hidden, "intermediate_size": width, "head_dim": None, "num_experts": 4}
     config |= {"num_attention_heads": 4, "num_experts_per_tok": 2}
@@ -112,7 +112,7 @@ def test_experts_with_few_groups_compute_the_reference(
     assert least == ("1.31.0" if 64 in (hidden, width) else "1.27.0" if hidden == 192 and not symmetric else "1.25.0")
 
 
-def test_all_reasons_are_told_at_once(tmp_path: Path) -> None:
+def test_all_reasons_are_reported_at_once(tmp_path: Path) -> None:
     chosen = Recipe(
         "wrong", Scheme(8, 32), (ROUTER, Rule("*.q_proj.weight", Scheme(5, 32))), activations="float", kv="int8"
     )
@@ -150,7 +150,7 @@ FLOAT_EXPERTS = Rule("*.experts.*", Scheme(4, 32), activations="float")
         (OLMOE, Recipe("4", Scheme(4, 32), (FLOAT_EXPERTS, *PRESETS["int4"].rules)), "1.25.0"),
     ],
 )
-def test_a_bundle_says_the_least_onnxruntime(
+def test_a_bundle_states_the_oldest_usable_onnxruntime(
     tmp_path: Path, config: dict[str, Any], chosen: Recipe, least: str
 ) -> None:
     bundle = exported(tmp_path, config, chosen)

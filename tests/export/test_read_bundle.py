@@ -44,7 +44,7 @@ ODD = {
 
 
 def recipe(default: str, *rules: tuple[str, str], router: bool = True) -> Recipe:
-    """Rules for the router (of OLMoE) and then these patterns and schemes."""
+    """Return a recipe with a rule for the router (of OLMoE) and then these patterns and schemes."""
     text = "".join(f'[[rule]]\nmatch = "{match}"\nscheme = "{scheme}"\n' for match, scheme in rules)
     return Recipe.from_toml(f'name = "test"\ndefault = "{default}"\n{FLOAT_ROUTER if router else ""}{text}', "test")
 
@@ -75,7 +75,7 @@ GPU_MIX = (
 
 @dataclass(frozen=True)
 class Case:
-    """What is exported: a family with changes of its config, a recipe, and options."""
+    """An export: a family with changes of its config, a recipe, and options."""
 
     family: str
     recipe: Recipe
@@ -130,7 +130,7 @@ def planned(folder: Path, path: Path, chosen: Recipe, options: ExportOptions) ->
 
 
 def assert_exact(folder: Path, source: WeightSource, dtype: str, compute: str) -> None:
-    """Every tensor of the checkpoint is there with the values that a device computes with, and nothing else is."""
+    """Check that the bundle has exactly the checkpoint's tensors, with the values that a device computes with."""
     found = read_weights(folder)
     assert set(found) - {"rope.cos", "rope.sin"} == set(source.shapes)
     for name in source.shapes:
@@ -197,7 +197,7 @@ def test_the_page_names_every_layout_and_field() -> None:
 
 
 def test_the_manifest_says_what_the_headers_say(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    """Type, shape, group and zero points stand in the packed headers too, and the reader does not need both."""
+    """Type, shape, group and zero points are in the packed headers too, and a reader needs only one of the two."""
     planned(tmp_path, checkpoint("olmoe"), recipe("int6-g64-asym", *MIXED), ExportOptions(ops="native"))
     entries = json.loads((tmp_path / "manifest.json").read_text())["tensors"]
     found = {entry["name"]: entry for entry in entries if entry["contents"]["layout"].startswith("packed")}

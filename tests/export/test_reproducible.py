@@ -45,9 +45,9 @@ CASES = (f"olmoe-tiny int4 cpu {OPERATOR_SETS[0]}", "fox-tiny int8 cpu portable"
 
 
 def export_elsewhere(folder: Path, threads: int, **environment: str) -> dict[str, bytes]:
-    """In a process of its own, from copies of the checkpoints that lie in `folder`."""
+    """Export in another process, from copies of the checkpoints in `folder`."""
     shutil.copytree(CHECKPOINTS, folder / "checkpoints")
-    # Not the package's own tests folder: -P, and the import tree that this process uses.
+    # -P keeps the tests folder out of the path; the import tree is that of this process.
     done = subprocess.run(
         [sys.executable, "-P", "-c", SCRIPT, str(folder), str(threads), *CASES],
         env={**os.environ, "PYTHONPATH": str(IMPORT_ROOT), **environment},

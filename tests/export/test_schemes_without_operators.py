@@ -28,7 +28,7 @@ def one_expert(bits: int) -> Recipe:
     ],
 )
 @pytest.mark.parametrize("stored", [False, True], ids=["quantised on the way", "quantised checkpoint"])
-def test_the_tensor_and_the_way_out_are_named(
+def test_the_tensor_and_an_alternative_are_named(
     checkpoint: MakeCheckpoint, tmp_path: Path, family: str, recipe: Recipe, tensor: str, stored: bool
 ) -> None:
     source = checkpoint(family)

@@ -1,4 +1,4 @@
-"""Does the weights file hold what was planned, where it was planned, or nothing at all?"""
+"""Does the weights file hold every tensor at its planned place, and does an error leave no file?"""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ def test_every_tensor_lies_at_its_page_with_its_checksum(tmp_path: Path, threads
         assert entry.crc32 == zlib.crc32(stored)
 
 
-def test_are_tensors_whole_where_the_system_writes_less_than_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_are_tensors_complete_after_short_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, data[:300], at))
     plan, values = planned(2)
@@ -60,7 +58,7 @@ def test_are_tensors_whole_where_the_system_writes_less_than_asked(
         assert data[entry.offset : entry.offset + entry.size] == value.tobytes()
 
 
-def test_a_failing_job_ends_the_others_and_is_what_is_raised(tmp_path: Path) -> None:
+def test_a_failing_job_stops_the_others_and_its_error_is_raised(tmp_path: Path) -> None:
     plan, _ = planned(2)
     started = threading.Event()
 
@@ -80,7 +78,7 @@ def test_a_failing_job_ends_the_others_and_is_what_is_raised(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("rows", "message"), [(2, "of 12 bytes written"), (4, "larger than planned")])
-def test_a_tensor_of_another_size_than_planned_is_a_bug_that_shows(tmp_path: Path, rows: int, message: str) -> None:
+def test_a_tensor_of_another_size_than_planned_fails_an_assertion(tmp_path: Path, rows: int, message: str) -> None:
     plan = WeightsPlan()
     slot = plan.slot("x", (3, 4), np.uint8, None)
     plan.job([slot], lambda source, writers, advance: writers[0].append(np.zeros((rows, 4), np.uint8)))

@@ -1,4 +1,4 @@
-"""Configurations of every model, small enough to export in a moment."""
+"""Configurations of every model, small enough to export quickly."""
 
 from __future__ import annotations
 

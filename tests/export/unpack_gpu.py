@@ -1,4 +1,4 @@
-"""Reads the GPU layout back, lane by lane, as bundle/gpu_layout.py describes it: code apart from the packer's."""
+"""Read the GPU layout back, lane by lane, as bundle/gpu_layout.py describes it; shares no code with the packer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FLOATS = {GpuKind.FLOAT16: np.float16, GpuKind.BFLOAT16: np.uint16, GpuKind.FLOA
 
 
 def _places(kind: GpuKind) -> list[tuple[int, int, int, int]]:
-    """(byte, nibble or -1, row, column) of every weight in a tile."""
+    """Yield (byte, nibble or -1, row, column) of every weight in a tile."""
     found = []
     for lane in range(32):
         g, q = divmod(lane, 4)
@@ -36,7 +36,7 @@ def _places(kind: GpuKind) -> list[tuple[int, int, int, int]]:
 
 
 def unpack_codes(blob: bytes, matrix: GpuMatrix, index: int = 0) -> NDArray[Any]:
-    """Codes (or floats) [16 blocks, K] of one matrix of a blob, in the order in which rows are stored."""
+    """Return the codes (or floats) [16 blocks, K] of one matrix of a blob, rows in stored order."""
     dtype = np.dtype(FLOATS.get(matrix.kind, np.uint8))
     codes = np.zeros((matrix.blocks * ROWS, matrix.columns), dtype)
     width = matrix.kind.columns
@@ -53,7 +53,7 @@ def unpack_codes(blob: bytes, matrix: GpuMatrix, index: int = 0) -> NDArray[Any]
 
 
 def unpack_matrix(blob: bytes, matrix: GpuMatrix, index: int = 0) -> NDArray[np.float32]:
-    """Weights float32 [rows, K] of one matrix of a blob; of SwiGLU gate's rows, then up's."""
+    """Return the weights float32 [rows, K] of one matrix of a blob; with SwiGLU the rows of gate, then those of up."""
     assert len(blob) == matrix.nbytes
     codes = unpack_codes(blob, matrix, index)
     if matrix.kind is GpuKind.BFLOAT16:
@@ -88,7 +88,7 @@ def _dequantised(blob: bytes, matrix: GpuMatrix, index: int, codes: NDArray[Any]
 
 
 def e4m3(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Values of E4M3 codes."""
+    """Return the values of E4M3 codes."""
     sign = np.where(codes & 0x80, -1.0, 1.0)
     exponent, fraction = (codes >> 3 & 15).astype(int), (codes & 7) / 8
     value = np.where(exponent == 0, fraction * 2.0**-6, (1 + fraction) * 2.0 ** (exponent - 7.0))

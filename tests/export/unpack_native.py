@@ -1,4 +1,4 @@
-"""The slow, obvious inverse of packing, written from the table in layout.h; it shares no code with the packer."""
+"""Unpack the native layout slowly and simply, from the table in layout.h; shares no code with the packer."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ SCALE_TYPES = {Scales.FLOAT16: np.float16, Scales.FLOAT32: np.float32}
 
 
 def unpack_matrix(matrix: PackedMatrix, data: bytes | Bytes) -> tuple[NDArray[Any], ...]:
-    """Take a packed matrix apart again.
+    """Unpack a matrix.
 
     Args:
-        matrix: its header, parsed.
-        data: all its bytes, from the header on.
+        matrix: The parsed header.
+        data: All bytes, from the header on.
 
     Returns:
-        Codes uint8 [N, K], scales [N, groups] and zero points uint8 [N, groups] (all the middle where none are stored);
-        of a float matrix its values [N, K] alone, of fp8 codes and scales.
+        Codes uint8 [N, K], scales [N, groups] and zero points uint8 [N, groups] (the midpoint if none are stored). For
+        a float matrix only its values [N, K]; for fp8 only codes and scales.
     """
     raw = np.frombuffer(data, np.uint8)
     tiles, records, of_record = matrix.tiles, matrix.records, matrix.span // matrix.group
@@ -56,7 +56,7 @@ def unpack_matrix(matrix: PackedMatrix, data: bytes | Bytes) -> tuple[NDArray[An
 
 
 def _column(blocks: Bytes, lower: Bytes | None, k: int, kind: Kind) -> Bytes:
-    """Column k of every block [tiles, blocks, bytes]: codes [tiles, blocks, 32], as layout.h writes it down."""
+    """Return column k of every block [tiles, blocks, bytes]: codes [tiles, blocks, 32], as in layout.h."""
 
     def taken(data: Bytes, at: int) -> Bytes:
         return data[:, :, [at + 4 * n + k % 4 for n in range(TILE)]]
@@ -77,12 +77,12 @@ def _column(blocks: Bytes, lower: Bytes | None, k: int, kind: Kind) -> Bytes:
 
 
 def _per_row(values: NDArray[Any], matrix: PackedMatrix) -> NDArray[Any]:
-    """[tiles, groups, 32] to [N, groups], without those beyond the last column."""
+    """Reorder [tiles, groups, 32] to [N, groups], without groups beyond the last column."""
     return _rows(values.transpose(0, 2, 1).reshape(matrix.tiles * TILE, -1), matrix)[:, : matrix.groups]
 
 
 def _rows(values: NDArray[Any], matrix: PackedMatrix) -> NDArray[Any]:
-    """Rows in the checkpoint's order, without those that pad a tile."""
+    """Return the rows in the checkpoint's order, without padding rows."""
     if not matrix.swiglu:
         return values[: matrix.rows]
     parts = values.reshape(matrix.tiles // 2, 2, TILE, -1)

@@ -323,7 +323,7 @@ def test_a_failure_while_running_is_explained(tmp_path: Path) -> None:
             runtime.prefill([1] * 16)
 
 
-def test_texts_traced_together_give_the_same_as_alone(bundle):
+def test_prompts_traced_together_give_the_same_as_alone(bundle):
     texts = [IDS[:9], IDS[:4], IDS[2:7]]
     with PortableTracing(bundle, threads=1) as runtime:
         together = runtime.trace_all(texts)
