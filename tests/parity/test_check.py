@@ -205,7 +205,7 @@ WILD = {
 
 @pytest.fixture(scope="module")
 def wild(tmp_path_factory):
-    """A random mixture that amplifies rounding: weights twice as large as usual, and channels that stand out."""
+    """A random MoE that amplifies rounding: weights twice as large as usual, and outlier channels."""
     from edgelm.checkpoint import Checkpoint
     from edgelm.checkpoint.writer import ShardedWriter, TensorSpec
     from edgelm.export import ExportOptions, export_bundle
