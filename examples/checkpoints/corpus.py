@@ -1,4 +1,4 @@
-"""The training text: Python's own standard library, read from the interpreter that runs this."""
+"""Read the training text: the sources of Python's standard library, from the running interpreter."""
 
 from __future__ import annotations
 

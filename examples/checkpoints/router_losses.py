@@ -1,4 +1,4 @@
-"""The losses with which a router is trained, beside the loss of the next token."""
+"""Router losses, which are added to the next-token loss in training."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 
 def load_balancing_loss(router_logits: Sequence[Tensor], active: int, *, pooled: bool = False) -> Tensor:
-    """E * sum over experts of (share of tokens that chose it) * (mean probability of it): A when balanced, more if not.
+    """Return E * sum over experts of (share of tokens that chose it) * (its mean probability).
 
-    That is transformers' scale. A form that is 1 when balanced divides by A, and a coefficient for it is A times the
-    one for this.
+    It is A for balanced routing and larger otherwise. This is the scale of transformers. Where the loss is scaled to 1
+    for balanced routing, the coefficient is A times the one for this scale.
 
     Args:
-        router_logits: one [..., E] a layer.
-        active: A, experts chosen per token.
-        pooled: average both factors over all layers before multiplying, as transformers does. The default multiplies
-            layer by layer and averages then (equations 4-6 of arXiv 2101.03961, as OLMoE was trained): pooled, a layer
-            may collapse as long as another one makes up for it.
+        router_logits: Router logits of each layer, [..., E].
+        active: A, the number of experts chosen per token.
+        pooled: Average both factors over all layers before they are multiplied, as transformers does. Then one layer
+            may collapse if another compensates. By default they are multiplied per layer and averaged afterwards
+            (equations 4-6 of arXiv 2101.03961, as in OLMoE's training).
     """
     shares, means = [], []
     for logits in router_logits:
@@ -35,5 +35,5 @@ def load_balancing_loss(router_logits: Sequence[Tensor], active: int, *, pooled:
 
 
 def router_z_loss(router_logits: Sequence[Tensor]) -> Tensor:
-    """Mean over tokens and layers of logsumexp(router logits)^2 (equation 5 of arXiv 2202.08906): keeps them small."""
+    """Return the mean of logsumexp(router logits)^2 (equation 5 of arXiv 2202.08906), which keeps logits small."""
     return torch.stack([logits.logsumexp(-1).square().mean() for logits in router_logits]).mean()

@@ -1,9 +1,10 @@
-"""Trains the two tiny checkpoints of this folder from nothing but Python's standard library.
+"""Train the two tiny checkpoints of this folder on the sources of Python's standard library.
 
     python examples/checkpoints/train.py olmoe-tiny
     python examples/checkpoints/train.py fox-tiny
 
-Needs the extra `export`; one core and about an hour each (README.md of each folder: the exact commands).
+This needs the extra `export`, and about an hour on one core for each. The README.md of each folder has the exact
+commands.
 """
 
 from __future__ import annotations
@@ -99,17 +100,17 @@ Z_LOSS = 0.001  # coefficient of the router z-loss, as OLMoE was trained
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token streams; every document ends with the end-of-text token."""
+    """Token streams, in which every document ends with the end-of-text token."""
 
     training: Tensor  # int64 [tokens]
     held_out: Tensor
     held_out_bytes: int
-    bos: int | None  # put before every sequence where the model is used that way
+    bos: int | None  # put before every sequence, if the model expects it
 
 
 @dataclass
 class Phase:
-    """One run of this script; the next one starts from its weights with a fresh optimiser and schedule."""
+    """One run of this script. The next one starts from its weights with a new optimiser and schedule."""
 
     steps: int
     lr: float
@@ -119,7 +120,7 @@ class Phase:
 
 @dataclass
 class Result:
-    """What the README of a checkpoint states."""
+    """The measurements in the README of a checkpoint."""
 
     nats: float
     unigram_nats: float
@@ -135,7 +136,7 @@ def build_corpus(encode: Encode, training: list[str], held_out: list[str], bos: 
 
 
 def batch(corpus: Corpus, length: int, generator: torch.Generator) -> Tensor:
-    """Random crops [B, length + 1] of the training stream, B * length = TOKENS_PER_STEP."""
+    """Return random crops [B, length + 1] of the training stream, with B * length = TOKENS_PER_STEP."""
     starts = torch.randint(len(corpus.training) - length, (TOKENS_PER_STEP // length,), generator=generator)
     ids = torch.stack([corpus.training[s : s + length + 1] for s in starts.tolist()])
     if corpus.bos is not None:
@@ -144,7 +145,10 @@ def batch(corpus: Corpus, length: int, generator: torch.Generator) -> Tensor:
 
 
 def init_weights(model: ReferenceModel, generator: torch.Generator) -> None:
-    """Normal, 1/sqrt(inputs) wide; what writes into the residual stream is scaled by 1/sqrt(2 L); norms stay one."""
+    """Draw normal weights with a standard deviation of 1/sqrt(inputs), or 0.02 for embedding and routers.
+
+    Matrices that write to the residual stream are scaled by 1/sqrt(2 L) for L layers. Norms stay one.
+    """
     for matrix in model.decoder.matrices.values():
         std = 0.02 if matrix.role in ("embedding", "router") else matrix.columns**-0.5
         if matrix.role in ("o", "down"):
@@ -153,7 +157,7 @@ def init_weights(model: ReferenceModel, generator: torch.Generator) -> None:
 
 
 def learning_rate(progress: float, peak: float) -> float:
-    """Linear warm-up over 2 %, then a cosine to a hundredth of the peak."""
+    """Return the learning rate: linear warm-up over 2 % of the steps, then a cosine to a hundredth of the peak."""
     warm = 0.02
     if progress < warm:
         return peak * (progress + 1e-4) / warm
@@ -162,10 +166,10 @@ def learning_rate(progress: float, peak: float) -> float:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, corpus: Corpus, active: int, windows: int | None = None) -> Result:
-    """Held-out loss over windows of LENGTH tokens side by side, and how the tokens were routed."""
+    """Return the held-out loss over adjacent windows of LENGTH tokens, and statistics of the routing."""
     usable = corpus.held_out[: (len(corpus.held_out) - 1) // LENGTH * LENGTH + 1]
     inputs, targets = usable[:-1].view(-1, LENGTH).clone(), usable[1:].view(-1, LENGTH)
-    if corpus.bos is not None:  # the first target then follows the begin token alone
+    if corpus.bos is not None:  # the first target then follows only the bos token
         inputs[:, 0] = corpus.bos
     step = 1 if windows is None else max(1, len(inputs) // windows)
     inputs, targets = inputs[::step], targets[::step]
@@ -201,7 +205,7 @@ def evaluate(model: nn.Module, corpus: Corpus, active: int, windows: int | None 
 
 
 def train(model: nn.Module, corpus: Corpus, options: argparse.Namespace, save: Any, active: int, seed: int) -> int:
-    """AdamW on random crops; the last fifth of the steps uses longer ones. Returns the number of steps done."""
+    """Train with AdamW on random crops, longer ones in the last fifth of the steps; return the number of steps."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -218,9 +222,9 @@ def train(model: nn.Module, corpus: Corpus, options: argparse.Namespace, save: A
             group["lr"] = learning_rate(progress, options.lr)
         ids = batch(corpus, LENGTH if progress < 0.8 else LONG_LENGTH, generator)
         trace = Trace()
-        # A dense model tolerates bfloat16 products; the router's choices do not, and its products are small anyway.
-        narrow = contextlib.nullcontext() if active else torch.autocast("cpu", torch.bfloat16)
-        with narrow:
+        # A dense model can be trained with bfloat16 matmuls. A MoE cannot, because of its router's choices.
+        precision = contextlib.nullcontext() if active else torch.autocast("cpu", torch.bfloat16)
+        with precision:
             logits = model(ids[:, :-1], trace=trace)
         loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
         average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
@@ -242,7 +246,7 @@ def train(model: nn.Module, corpus: Corpus, options: argparse.Namespace, save: A
 
 
 def save_checkpoint(out: Path, model: nn.Module, config: Mapping[str, Any], tokenizer_files: Sequence[Path]) -> None:
-    """Write the checkpoint folder, all but its README."""
+    """Write the files of the checkpoint folder except its README."""
     for path in tokenizer_files:
         (out / path.name).write_bytes(path.read_bytes())
     write_json(out / "config.json", config)
@@ -250,17 +254,17 @@ def save_checkpoint(out: Path, model: nn.Module, config: Mapping[str, Any], toke
     write_json(out / "generation_config.json", {"_from_model_config": True, **token_ids})
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.tensors()}  # type: ignore[operator]
     save_file(tensors, str(out / "model.safetensors"), metadata={"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)  # save_file makes it readable by its owner only
+    (out / "model.safetensors").chmod(0o644)  # save_file makes it readable for the owner only
 
 
 def restore(model: nn.Module, folder: Path) -> None:
-    """Fill the model from a checkpoint folder."""
+    """Load the model's weights from a checkpoint folder."""
     stored = load_file(str(folder / "model.safetensors"))
     model.load_weights(lambda name: stored[name].float().numpy())  # type: ignore[operator]
 
 
 def readme(name: str, result: Result, phases: Sequence[Phase], corpus: Corpus) -> str:
-    """The model card, with every number measured on the file as written."""
+    """Return the model card; every number was measured on the written file."""
     size = {"olmoe-tiny": "4 layers, hidden 128, 4 heads, 32 experts of width 64, top-4, QK-norm, untied head"}
     size["fox-tiny"] = "6 layers, hidden 256, 8 query and 2 key/value heads of 32, width 512, tied head"
     steps = sum(phase.steps for phase in phases)
@@ -268,8 +272,8 @@ def readme(name: str, result: Result, phases: Sequence[Phase], corpus: Corpus) -
         f"# {name}",
         "",
         f"{size[name]}: {result.parameters:,} parameters in bfloat16.",
-        "Made to judge quantisation and parity on: it has learned Python's standard library as far as its size and an",
-        "hour of one core allow, and nothing else.",
+        "A model for testing quantisation and parity. It was trained for an hour on one core, on the sources of",
+        "Python's standard library only.",
         "",
         "| held out | |",
         "|---|---|",
@@ -293,8 +297,9 @@ def readme(name: str, result: Result, phases: Sequence[Phase], corpus: Corpus) -
             "",
             "## Routing on the held-out text",
             "",
-            "Load entropy is 1 for uniform routing and 0 for a collapsed one; loads are multiples of a uniform share;",
-            "the weights of the four chosen experts are used as they are, so their sum is below one.",
+            "Load entropy is 1 if all experts are chosen equally often, and 0 if always the same ones are. Loads are",
+            "multiples of an equal share. The weights of the four chosen experts are not renormalised, so their sum is",
+            "below one.",
             "",
             "| layer | load entropy | most loaded | least loaded | sum of the weights |",
             "|---|---|---|---|---|",
@@ -306,9 +311,9 @@ def readme(name: str, result: Result, phases: Sequence[Phase], corpus: Corpus) -
             )
     lines += [
         "",
-        "## Again",
+        "## Reproduce",
         "",
-        "The runs here were ended by `--minutes`; by steps the schedule is the same but for the pace.",
+        "The original runs were limited by `--minutes`. Limited by `--steps`, the schedule is the same up to its pace.",
         "",
     ]
     for i, phase in enumerate(phases):
@@ -320,15 +325,15 @@ def readme(name: str, result: Result, phases: Sequence[Phase], corpus: Corpus) -
     lines.append("")
     if name == "fox-tiny":
         lines += [
-            "config.json and generation_config.json say bos 1, eos 2 while the tokenizer has eos 1, bos 2. That is on",
-            "purpose: the published Fox-1 says so too, and a loader has to resolve it.",
+            "config.json and generation_config.json have bos 1 and eos 2, but the tokenizer has eos 1 and bos 2. This",
+            "is intended: the published Fox-1 has the same contradiction, which a loader has to resolve.",
             "",
         ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Train one checkpoint and write its folder beside this script."""
+    """Train one checkpoint and write its folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("name", choices=("olmoe-tiny", "fox-tiny"))
     parser.add_argument("-o", "--out", type=Path, help="default: a folder of that name beside this script")
@@ -339,8 +344,8 @@ def main() -> None:
         "--balance",
         type=float,
         default=0.01,
-        help="coefficient of the load-balancing loss in transformers' scale, where balanced routing costs the number "
-        "of chosen experts",
+        help="coefficient of the load-balancing loss, in transformers' scale (balanced routing has a loss of A, the "
+        "number of chosen experts)",
     )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="take every Nth file only, for a quick trial")
     parser.add_argument("--resume", action="store_true", help="start from the checkpoint that is there")
@@ -376,7 +381,7 @@ def main() -> None:
         with atomic_directory(out, CHECKPOINT, overwrite=True) as folder:
             save_checkpoint(folder, model, config_json, files)
             write_json(folder / "training.json", [vars(phase) for phase in phases])
-            restore(model, folder)  # what is measured is the file, in bfloat16
+            restore(model, folder)  # measure the written file, which is bfloat16
             result = evaluate(model, corpus, active)
             (folder / "README.md").write_text(readme(options.name, result, phases, corpus), encoding="utf-8")
         print(result, flush=True)

@@ -1,4 +1,4 @@
-"""Trains the two tokenizers and writes their files in the form of the published checkpoints, their traps included."""
+"""Train both tokenizers and write their files like those of the published checkpoints, inconsistencies included."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 Encode = Callable[[str], list[int]]
 
-OLMOE_TOKENS = 2024  # the model's table has 2048 rows: padded, as the published one is
+OLMOE_TOKENS = 2024  # the embedding has 2048 rows: padded, like the published one
 FOX_TOKENS = 3072
 
-# What the published chat models render: role markers are plain text, turns end with the end-of-text token.
+# The chat templates of the published models: role markers are plain text, and turns end with the end-of-text token.
 OLMOE_CHAT = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{ '<|assistant|>\n' + message['content'] + eos_token }}{% if not loop.last %}{{ '\n' }}{% endif %}"
@@ -34,7 +34,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def olmoe_tokenizer(texts: list[str], out: Path) -> Encode:
-    """Byte-level BPE like GPT-NeoX's: id 0 a masking token, 1 padding, the last one end of text (bos and eos)."""
+    """Train byte-level BPE like GPT-NeoX's: id 0 is a masking token, 1 is padding, the last id is bos and eos."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -79,7 +79,7 @@ def olmoe_tokenizer(texts: list[str], out: Path) -> Encode:
 
 
 def fox_tokenizer(texts: list[str], out: Path) -> Encode:
-    """SentencePiece BPE with byte fallback and Gemma's ids: pad 0, eos 1, bos 2, unk 3."""
+    """Train SentencePiece BPE with byte fallback and Gemma's ids: pad 0, eos 1, bos 2, unk 3."""
     import sentencepiece
 
     lines = [line for text in texts for line in text.splitlines() if line.strip()]
@@ -97,7 +97,7 @@ def fox_tokenizer(texts: list[str], out: Path) -> Encode:
         eos_piece="<eos>",
         bos_piece="<bos>",
         unk_piece="<unk>",
-        # Lines are trained one at a time, so no piece for a newline would be found.
+        # Training sees single lines, so it would not find a piece for newlines.
         user_defined_symbols=["<start_of_turn>", "<end_of_turn>", *("\n" * n for n in range(1, 4))],
         byte_fallback=True,
         split_digits=True,
