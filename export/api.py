@@ -269,10 +269,10 @@ def _write_manifest(job: ExportJob, folder: Path, tensors: tuple[TensorEntry, ..
 
 
 def _created() -> str | None:
-    """The time of SOURCE_DATE_EPOCH, None without it: two exports of one checkpoint are to be equal byte for byte.
+    """Return the time of SOURCE_DATE_EPOCH; None if it is not set, so that two exports are equal byte for byte.
 
     Raises:
-        ExportError: it is no number of seconds.
+        ExportError: It is not a number of seconds.
     """
     given = os.environ.get("SOURCE_DATE_EPOCH")
     if not given:

@@ -90,7 +90,7 @@ def sqnr(reference: NDArray[np.float32], found: NDArray[np.float32]) -> float:
 
 
 def measure(scheme: AnyScheme, seed: int = 0) -> Quality:
-    """Measure one row of the table."""
+    """Measure a scheme: one row of the table."""
     rng = np.random.default_rng(seed)
     normal = (0.02 * rng.standard_normal((ROWS, COLUMNS))).astype(np.float32)
     heavy = (0.02 * rng.standard_t(5, (ROWS, COLUMNS))).astype(np.float32)

@@ -90,7 +90,7 @@ class PortableOps(LayerOps):
         self._refused: dict[str, list[str]] = {}
         self._float: dict[str, Slot] = {}
 
-    # -- what these operators cannot do ------------------------------------------------------------------------------
+    # -- refusals ----------------------------------------------------------------------------------------------------
 
     def refuse(self, name: str, reason: str) -> None:
         """Record why `name` cannot be exported; `check` raises with all reasons at once."""

@@ -1,1 +1,1 @@
-"""Bundles for ONNX Runtime: its targets, and the small files that go beside its graph."""
+"""Export for ONNX Runtime: the targets `cpu` and `cuda`, and the small files beside the graph."""

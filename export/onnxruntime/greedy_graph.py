@@ -15,7 +15,7 @@ from edgelm.export.graph.onnx_builder import GraphBuilder, int64
 from edgelm.runtimes.onnxruntime.cuda import ANSWER, LENGTH, NEXT_IDS, NEXT_LENGTH
 
 _ROW = 1024
-_EXACT = 1 << 24  # up to here float32 has every integer
+_EXACT = 1 << 24  # float32 is exact for all integers up to this
 
 
 def greedy_graph(vocab_size: int) -> onnx.ModelProto:

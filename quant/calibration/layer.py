@@ -308,7 +308,7 @@ class LayerStream:
         """Add the output of a float expert for its tokens [n], weighted with `weights` [n]."""
         if not len(tokens):
             return
-        once = Interpreter(self.decoder, functools.cache(self.run_exact.read))  # an expert is kept by nobody else
+        once = Interpreter(self.decoder, functools.cache(self.run_exact.read))  # caches this expert's weights only
         for part in slices(len(tokens), SLICE_TOKENS):
             out = once.dense(expert, normed[tokens[part]])
             stream.index_add_(0, tokens[part], out.mul_(weights[part, None]))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 METHODS = ("absmax", "mse")
 
 _SHIFT = 18
-_BINS = 255 << 23 - _SHIFT  # up to infinity
+_BINS = 255 << 23 - _SHIFT  # all finite float32 magnitudes
 _POINTS = 4  # values that represent a bin
 _RATIOS = np.linspace(0.2, 1.0, 65)
 _NO_EXPERT = "no expert"

@@ -46,7 +46,7 @@ _PARTS = ("qweight", "qzeros", "scales", "bias")
 
 
 class Awq(Format):
-    """`quant_method: awq`, `version: gemm`."""
+    """Reads checkpoints with `quant_method: awq` and `version: gemm`."""
 
     reads_whole = True
 
@@ -54,7 +54,7 @@ class Awq(Format):
         """Read the config.
 
         Raises:
-            UnsupportedConfigError: a field is set to what is not read.
+            UnsupportedConfigError: A field has an unsupported value.
         """
         version = reading.first_of(settings, ("version", "checkpoint_format", "format"), "gemm")
         if not isinstance(version, str) or version.lower() != "gemm":

@@ -77,7 +77,7 @@ class _Group:
 
 
 class CompressedTensors(Format):
-    """`quant_method: compressed-tensors`."""
+    """Reads checkpoints with `quant_method: compressed-tensors`."""
 
     def __init__(self, settings: Settings) -> None:
         """Read the config.

@@ -30,7 +30,7 @@ _SKIPS = ("modules_to_not_convert", "ignored_layers")
 
 
 class Fp8(Format):
-    """`quant_method: fp8`."""
+    """Reads checkpoints with `quant_method: fp8`."""
 
     def __init__(self, settings: Settings) -> None:
         """Read the config.

@@ -65,7 +65,7 @@ class _Layer:
 
 
 class Gptq(Format):
-    """`quant_method: gptq`."""
+    """Reads checkpoints with `quant_method: gptq`."""
 
     reads_whole = True
 

@@ -67,7 +67,7 @@ def calibrate(
     Args:
         weight: float32 [N, K].
         scheme: The scheme; the result has `scheme.effective(K)`.
-        moments: Moments of the inputs [*, K]. None, or moments of no tokens, means rounding to nearest.
+        moments: Moments of the inputs [tokens, K]. None, or moments of no tokens, means rounding to nearest.
         method: One of `recipe.METHODS`; "auto" tries all and keeps the best.
         name: Name of the matrix in errors.
 

@@ -103,7 +103,7 @@ class _Sweep:
         self.ids = torch.from_numpy(np.stack(windows))  # [B, T]
         batch, length = self.ids.shape
         self.losses = Losses(self.units, schemes, batch * length)
-        # Group of each token [N]: neighbouring sequences share one.
+        # The group of each token, [N]. Neighbouring sequences share a group.
         self.groups = (torch.arange(batch) * min(GROUPS, batch) // batch).repeat_interleave(length)
         self.random = torch.Generator().manual_seed(seed)
         self.nominal = nominal
@@ -204,7 +204,7 @@ class _Sweep:
             best = torch.maximum(value, best)
         return total, drawn
 
-    # -- back ----------------------------------------------------------------------------------------------------------
+    # -- backward ------------------------------------------------------------------------------------------------------
 
     def _layer(self, index: int, stream: Tensor, gradient: Tensor) -> Tensor:
         """Measure a layer's matrices; return the gradient by its input."""
