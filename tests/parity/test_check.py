@@ -413,5 +413,5 @@ def test_a_large_head_that_is_read_by_halves_while_decoding_passes(tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused(exported):
-    with pytest.raises(ParityError, match="is not the model of .*: layers 6, there 4; hidden size 256, there 128"):
+    with pytest.raises(ParityError, match=r"is not the model of .*: layers 6, there 4; hidden size 256, there 128"):
         check_parity(exported("fox", "int4"), threads=1, checkpoint=CHECKPOINTS / "olmoe-tiny")
