@@ -35,7 +35,7 @@ CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 MODELS = ("olmoe-tiny", "fox-tiny")
 LENGTH = 256
 NEAR_FLOAT = "int5-g32,int6-g32,int8-g32,float"
-"""Candidates at 8 bits. Float is worth its bytes where an error changes an MoE's routing most."""
+"""Candidates at 8 bits. Float is one of them, for matrices whose errors change the routing of an MoE."""
 
 
 @dataclass(frozen=True)

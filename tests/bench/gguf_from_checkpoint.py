@@ -158,7 +158,7 @@ def importance_of(folder: Path, squares: Mapping[str, np.ndarray]) -> dict[str, 
 
 
 def dequantized(folder: Path, path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield every tensor of a GGUF made from the checkpoint `folder` in float32, with its name and order there."""
+    """Yield every tensor of a GGUF made from the checkpoint `folder` in float32, with the GGUF's names and order."""
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     with Checkpoint.open(folder) as checkpoint:
         for name, shape, names in _tensors(checkpoint):
@@ -180,7 +180,7 @@ def stored_types(path: Path) -> dict[str, dict[str, int]]:
 
 
 def bytes_per_token(path: Path) -> int:
-    """Return the bytes of weights read per decoded token: of an MoE the active experts, and of the tables the head."""
+    """Return the bytes of weights read per decoded token. They exclude inactive experts and the embedding."""
     reader = gguf.GGUFReader(path)
     fields = {field.split(".", 1)[1]: int(reader.fields[field].contents())
               for field in reader.fields if field.endswith(("expert_count", "expert_used_count"))}  # fmt: skip

@@ -2,10 +2,11 @@
 
     python tests/bench/gpu_kernels.py [--repeat 20]
 
-Products of the published shapes with few rows (bytes of weights against a copy's bandwidth) and with many (operations
-against PyTorch's largest matmul), and attention over long caches. Inputs are random, and larger than the second cache
-where bytes are counted: several matrices are read in turn. Every matmul's result is compared with PyTorch's in float32
-before it is timed; one that differs is timed all the same, named again at the end, and makes the exit code 1.
+Times matmuls of the published shapes with few rows (bytes of weights, compared with a copy's bandwidth) and with many
+(operations, compared with PyTorch's largest matmul), and attention over long caches. Inputs are random. Where bytes are
+counted, several matrices are read in turn, which together are larger than the L2 cache. Every matmul's result is
+compared with PyTorch's in float32 before it is timed; one that differs is still timed, named again at the end, and
+makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _SHAPES = {
     "down Fox": (2048, 4096), "head OLMoE": (50304, 2048), "head Fox": (256000, 2048),
 }  # fmt: skip
 _CACHE = 192 << 20
-"""More bytes than the L2 cache of any of these GPUs."""
+"""Bytes; more than the L2 cache of any supported GPU."""
 
 
 def _unpacked(matrix: GpuMatrix, codes: np.ndarray, scale: float) -> torch.Tensor:
@@ -149,7 +150,7 @@ def matmuls(
 
 
 def _torch_graph(work: Callable[[], Any]) -> Callable[[], float]:
-    """Seconds of a recorded run of PyTorch's kernels."""
+    """Return a function that runs PyTorch's kernels as a CUDA graph and returns the seconds."""
     work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

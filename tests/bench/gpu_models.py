@@ -64,12 +64,12 @@ def positions(config: Mapping[str, Any]) -> Positions:
     most = int(config["max_position_embeddings"])
     found = Positions(512, min(4096, most), 32) if most >= 1024 else Positions(64, min(96, most), 2)
     if found.long - found.steps < max(found.context, _PROMPT):
-        raise ValueError(f"max_position_embeddings is {most}: too few to time")
+        raise ValueError(f"max_position_embeddings is {most}: too few tokens to time")
     return found
 
 
 def weight_bytes(program: Program, rows: int) -> int:
-    """Return the least bytes of weights that a step of `rows` tokens reads; of experts, those of uniform routing."""
+    """Return the least bytes of weights that a step of `rows` tokens reads, with uniform routing to the experts."""
     total = 0
     for node in program.nodes:
         if node.op == "QuantLinear":
@@ -172,7 +172,7 @@ def config_of(name: str, *, tiny: bool = False) -> dict[str, Any]:
 
 
 def load(device: Any, config: Mapping[str, Any], kind: str, batch: int) -> Executor:
-    """Return a model with random weights for `measure`."""
+    """Return a model with random weights of a kind, for up to `batch` sequences."""
     at = positions(config)
     program = gpu_random.random_program(config, gpu_random.RECIPES[kind])
     sizes = Sizes(batch, at.long, tokens=at.long, logits=max(batch, _PROMPT), kv="float16")

@@ -1,7 +1,7 @@
 """How fast is transformers on this GPU with models of the published shapes (bf16, random weights)?
 
     python tests/bench/gpu_peer.py [--model olmoe-1b-7b] [--repeat 3]
-    python tests/bench/gpu_peer.py --tiny          # a small model on the CPU: does this run?
+    python tests/bench/gpu_peer.py --tiny          # a small model on the CPU, to test this script
 
 The figures are compared with those of `gpu_models.py`, which runs in another process, so that a failure of one does not
 affect the other. Decoding is captured as a CUDA graph where transformers allows it.
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers  # type: ignore[import-untyped]  # it has no type information here
+import transformers  # type: ignore[import-untyped]  # has no type information here
 from gpu_models import TINY, positions
 
 from edgelm.synth import PUBLISHED

@@ -78,7 +78,7 @@ class Squares(Hooks):
         self.rows: dict[str, int] = {}
 
     def inputs(self, matrix: Matrix, x: Tensor) -> Tensor:
-        """As the base class."""
+        """Add the squares of the inputs of a matrix, and return the inputs unchanged."""
         flat = x.reshape(-1, x.shape[-1]).double()
         name = matrix.name
         self.sums[name] = self.sums.get(name, 0) + flat.square().sum(0)
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=MODELS, help=f"of {', '.join(MODELS)}")
     parser.add_argument("--llama-python", default=sys.executable, help="an interpreter with llama_cpp and gguf")
     parser.add_argument("--ours", nargs="+", action="extend", default=[], help="recipes and quantised checkpoints")
-    parser.add_argument("--out", type=Path, help="write the JSON there too")
+    parser.add_argument("--out", type=Path, help="write the JSON line to this file too")
     options = parser.parse_args()
     torch.set_num_threads(1)
     records = {}

@@ -36,7 +36,7 @@ def convert(checkpoint: Path, out: Path, width: str, group: int = GROUP) -> None
 
 
 def main() -> int:
-    """Parse, convert."""
+    """Parse the command line and convert."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)

@@ -10,15 +10,15 @@ peer, our engine and the peer are loaded in two processes, their logits are comp
 ours, theirs, ours, theirs. A peer whose packages are missing is named and skipped.
 
 Rows (as many threads as allowed cores, batch 1, the same token ids for every engine, but OpenVINO decodes its own):
-    prefill  tokens a second of a prompt of 512
-    decode   64 tokens after a prompt of 16, by the median token
+    prefill  tokens per second of a prompt of 512
+    decode   64 tokens after a prompt of 16; the time of a token is the median
     long     a prompt of 4,000 and 32 tokens after it (int4 only)
-    batch    8 sequences decoded together, against one (ours)
-    first    a new process: seconds from loading, from the first import and from its start to the first token of a
-             prompt of 16, the file in the page cache; and what memory it then takes beside what it needs
+    batch    8 sequences decoded together, compared with one (ours only)
+    first    a new process: seconds from loading, from the first import and from its start to the first token after
+             a prompt of 16, with the file in the page cache; and the memory it uses compared with what it needs
 
-Printed are medians, spread, ratios (medians of the ratios of one repetition) and the targets; one JSON line last. The
-bandwidth of the memory is measured between the repetitions. Nothing else may run: llama.cpp and OpenVINO lose half of
+Prints medians, spread, ratios (the median over repetitions) and the targets, and one JSON line last. The bandwidth of
+the memory is measured between the repetitions. Nothing else may run: llama.cpp and OpenVINO lose half of
 their speed when another process takes a core. README.md beside this file says how to install the peers.
 """
 
@@ -50,8 +50,9 @@ ROWS = (*SHARED_ROWS, "batch", "first")
 TINY = {name: Path(__file__).parents[2] / "examples" / "checkpoints" / name for name in ("olmoe-tiny", "fox-tiny")}
 ALONE = "alone"
 LENGTHS = (16, 32, 48, 64)
-# Relative to the logits' spread. Two roundings of the same random weights to 4 bits differ by about 0.5 (in an MoE the
-# selected experts change too), one rounding in two implementations far less; a wrong model by 1.4.
+# Largest error of the logits, relative to their spread. Two roundings of the same random weights to 4 bits differ by
+# about 0.5 (in an MoE the selected experts change too), two implementations of one rounding by far less, and a wrong
+# model by 1.4.
 BOUNDS = {"int4": 0.7, "int8": 0.2}
 SAME_WEIGHTS = 0.3
 # Threads of an idle engine spin for a while; wait, so that they do not slow down the next engine.
@@ -60,7 +61,7 @@ SETTLE = 0.1
 
 @dataclass(frozen=True)
 class Sizes:
-    """Tokens and repetitions."""
+    """Numbers of tokens and of repetitions."""
 
     prefill: int = 512
     prompt: int = 16
@@ -277,7 +278,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", action="append", metavar="NAME=DIR", help="olmoe=DIR, fox=DIR have targets")
     parser.add_argument("--work", type=Path, required=True, help="where bundles and peers' files are made and kept")
     parser.add_argument("--recipe", action="append", help=f"default: {' and '.join(FILE_TYPES)}")
-    parser.add_argument("--peer", action="append", choices=[*MATCHES, "none"], help="default: all there are")
+    parser.add_argument("--peer", action="append", choices=[*MATCHES, "none"], help="default: all")
     parser.add_argument("--row", action="append", choices=ROWS, help="default: all")
     parser.add_argument("--llama-python", default=sys.executable, help="has llama-cpp-python and gguf")
     parser.add_argument("--openvino-python", default=sys.executable, help="has openvino-genai and optimum-intel")
@@ -288,7 +289,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prepare", action="store_true", help="make what is missing in --work, measure nothing")
     parser.add_argument("--out", type=Path, help="write the JSON line to this file too, after every recipe")
     parser.add_argument(
-        "--add", type=Path, action="append", default=[], help="what an earlier run wrote with --out, for the same table"
+        "--add",
+        type=Path,
+        action="append",
+        default=[],
+        help="file that an earlier run wrote with --out, to print in the same table",
     )
     options = parser.parse_args(arguments)
     if not (options.checkpoint or options.quick or options.add):
@@ -314,7 +319,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace, place: Workplace) -> Iterator[Run]:
-    """Yield the run of each checkpoint and recipe when it is complete."""
+    """Measure each checkpoint and recipe, and yield its run when it is complete."""
     for name, checkpoint in options.checkpoints.items():
         for recipe in options.recipe:
             say(f"{name} {recipe}: making what is missing")
