@@ -114,7 +114,7 @@ def head_folds(decoder: Decoder) -> list[Fold]:
     return [] if decoder.tied else [Fold(decoder.norm.name, (decoder.head.name,))]
 
 
-class Seen:
+class InputSample:
     """Statistics of a matrix's input: magnitudes of the first half of the rows, and random rows of the second half.
 
     Scales are computed from the magnitudes and their error is measured on the rows. With the same rows for both, every
@@ -160,17 +160,17 @@ class _Watcher(Hooks):
     """Hooks that collect statistics of each matrix's input in a layer and run the search after the layer."""
 
     def __init__(self, search: _Search, decoder: Decoder) -> None:
-        self.seen: dict[str, Seen] = {}
+        self.seen: dict[str, InputSample] = {}
         self._search = search
         self._decoder = decoder
-        self._last: tuple[Tensor, Seen] | None = None
+        self._last: tuple[Tensor, InputSample] | None = None
 
     def inputs(self, matrix: Matrix, x: Tensor) -> Tensor:
         if self._last is not None and x is self._last[0]:
             self.seen.setdefault(matrix.name, self._last[1])
             return x
         limit = ROWS if matrix.expert is None else ROWS_OF_EXPERT
-        found = self.seen.setdefault(matrix.name, Seen(x.shape[-1], limit))
+        found = self.seen.setdefault(matrix.name, InputSample(x.shape[-1], limit))
         found.add(x)
         self._last = (x, found)
         return x
@@ -180,7 +180,9 @@ class _Watcher(Hooks):
         self.seen, self._last = {}, None
 
 
-def _candidates(fold: Fold, target: str, seen: Sequence[Seen], weights: Sequence[Tensor]) -> Iterator[tuple[Any, Any]]:
+def _candidates(
+    fold: Fold, target: str, seen: Sequence[InputSample], weights: Sequence[Tensor]
+) -> Iterator[tuple[Any, Any]]:
     """Yield (alpha, scales [C]) for each alpha; magnitudes are maxima over consumers and over heads that share."""
     if target == "activations":
         x = fold.gathered(torch.stack([s.absmax for s in seen]).amax(0))
@@ -210,7 +212,7 @@ class _Search:
         self.scaling: dict[str, Scaling] = {}
         self.choices: list[SmoothingChoice] = []
 
-    def run(self, folds: Sequence[Fold], seen: Mapping[str, Seen]) -> None:
+    def run(self, folds: Sequence[Fold], seen: Mapping[str, InputSample]) -> None:
         """Choose the scales of each fold from the inputs of its consumers."""
         for fold in folds:
             quantised = [name for name in fold.consumers if name in seen and self._scheme(name) is not None]
@@ -249,7 +251,12 @@ class _Search:
         return kind
 
     def _error(
-        self, fold: Fold, names: Sequence[str], inputs: Sequence[Seen], weights: Sequence[Tensor], s: Tensor | None
+        self,
+        fold: Fold,
+        names: Sequence[str],
+        inputs: Sequence[InputSample],
+        weights: Sequence[Tensor],
+        s: Tensor | None,
     ) -> float:
         """Return the squared error of the outputs relative to their square, averaged over roles (q, k, v, ...)."""
         spread = None if s is None else fold.spread(s)

@@ -92,7 +92,7 @@ def _open_stored(checkpoint: Checkpoint) -> Stored | None:
     return OwnWeights(checkpoint, recipe) if entry["quant_method"] == METHOD else FormatWeights(checkpoint, entry)
 
 
-def _refuse_unannounced(checkpoint: Checkpoint) -> None:
+def _refuse_without_config(checkpoint: Checkpoint) -> None:
     """Refuse quantised weights without a `quantization_config`. AutoGPTQ and AutoAWQ used to write it to another file.
 
     Raises:
@@ -134,7 +134,7 @@ class WeightSource:
         self.recipe = (recipe or stored or Recipe.load("none")).for_model(checkpoint.decoder)
         self.is_stored_quantized = stored is not None
         if stored is None:
-            _refuse_unannounced(checkpoint)
+            _refuse_without_config(checkpoint)
         # Called once, because it reads a dozen files of the system and there are thousands of tensors.
         self._threads = allowed_cores() if threads is None else threads
         self.shapes: Mapping[str, tuple[int, ...]] = (
@@ -170,13 +170,17 @@ class WeightSource:
         """
         missing, extra = sorted(set(expected) - set(self.shapes)), sorted(set(self.shapes) - set(expected))
         wrong = [name for name in sorted(expected) if name in self.shapes and self.shapes[name] != expected[name]]
-        for what, names in (("lacks", missing), ("has unknown", extra)):
+        for what, names in ((f"lacks {len(missing)}", missing), (f"has {len(extra)} unknown", extra)):
             if names:
-                raise CheckpointError(f"{self.checkpoint.path} {what} {len(names)} tensor(s): {', '.join(names[:5])}")
+                raise CheckpointError(
+                    f"{self.checkpoint.path} {what} tensor(s): {', '.join(names[:5])}. Fetch the checkpoint again; if "
+                    "that does not help, config.json describes another model"
+                )
         if wrong:
             name = wrong[0]
             raise CheckpointError(
-                f"{self.checkpoint.path}: {name} has shape {self.shapes[name]}, but config.json needs {expected[name]}"
+                f"{self.checkpoint.path}: {name} has shape {self.shapes[name]}, but {expected[name]} is expected: "
+                "config.json describes another model"
             )
 
     def quantized(self, name: str, rows: slice | None = None) -> QuantTensor:

@@ -63,7 +63,7 @@ class LayerOps:
         """Return the number of rows of each matrix, for the manifest."""
         return {name: self.source.shape(name)[0] for name in names}
 
-    def pieces(self, names: Sequence[str], rows: slice) -> Iterator[tuple[str, slice]]:
+    def row_ranges(self, names: Sequence[str], rows: slice) -> Iterator[tuple[str, slice]]:
         """Yield, for a range of rows of stacked matrices, each matrix in it and the range of that matrix's own rows."""
         first = 0
         for name in names:

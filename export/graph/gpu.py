@@ -243,9 +243,9 @@ class GpuDecoder(OperatorDecoder):
 
     def _stacked(self, source: WeightSource, names: Sequence[str], rows: slice, fmt: GpuFormat) -> Rows:
         found = []
-        for name, piece in self.pieces(names, rows):
+        for name, part in self.row_ranges(names, rows):
             if source.scheme(name) is None:
-                found.append(Rows(stored_as(source.float32(name, piece), self.dtype, name)))
+                found.append(Rows(stored_as(source.float32(name, part), self.dtype, name)))
             else:
-                found.append(quantized_rows(source.quantized(name, piece), fmt))
+                found.append(quantized_rows(source.quantized(name, part), fmt))
         return stacked(found)

@@ -343,9 +343,9 @@ class NativeDecoder(OperatorDecoder):
         upper: NDArray[np.uint8],
         lower: NDArray[np.uint8] | None,
     ) -> None:
-        pieces = list(self.pieces(names, rows))
+        ranges = list(self.row_ranges(names, rows))
         if fmt.scales is Scales.NONE:
-            values = [stored_as(source.float32(name, piece), dtype, name) for name, piece in pieces]
+            values = [stored_as(source.float32(name, part), dtype, name) for name, part in ranges]
             pack_floats(np.concatenate(values), upper)
         else:
-            pack_codes(stacked([source.quantized(name, piece) for name, piece in pieces], fmt), fmt, upper, lower)
+            pack_codes(stacked([source.quantized(name, part) for name, part in ranges], fmt), fmt, upper, lower)

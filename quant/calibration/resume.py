@@ -287,4 +287,4 @@ class CalibratedSource(WeightSource):
         try:
             return read_stored(file, name, rows, scheme, self.shape(name)[1])
         except CheckpointError as error:
-            raise CheckpointError(f"{error}; remove the folder") from error
+            raise CheckpointError(f"{error}: remove the folder {file.path.parent} and calibrate again") from error

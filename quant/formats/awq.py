@@ -32,7 +32,7 @@ from edgelm.quant.formats.base import (
     require,
     stored_groups,
 )
-from edgelm.quant.formats.config import WAY_OUT, Settings
+from edgelm.quant.formats.config import ADVICE, Settings
 from edgelm.quant.scheme import Scheme
 from edgelm.quant.tensor import QuantTensor
 
@@ -76,7 +76,7 @@ class Awq(Format):
                 raise reading.contradiction(module, "modules_to_not_convert")
             if len(info.shape) != 2:
                 raise CheckpointError(
-                    f"{checkpoint.path}: {key} has the shape {info.shape}, but must be a matrix: {WAY_OUT}"
+                    f"{checkpoint.path}: {key} has the shape {info.shape}, but must be a matrix: {ADVICE}"
                 )
             columns, rows = info.shape[0], info.shape[1] * 8
             name = f"{module}.weight"

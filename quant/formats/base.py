@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgelm.checkpoint.safetensors import as_float32
 from edgelm.errors import CheckpointError
-from edgelm.quant.formats.config import WAY_OUT, Settings
+from edgelm.quant.formats.config import ADVICE, Settings
 from edgelm.quant.scheme import AnyScheme, Scheme
 from edgelm.quant.tensor import QuantTensor
 
@@ -118,7 +118,7 @@ def require(
         wanted = " or ".join(map(str, shapes))
         raise CheckpointError(
             f"{checkpoint.path}: {key} is {info.dtype} {info.shape}; {matrix.written.name} of {matrix.name} "
-            f"{matrix.shape} needs {' or '.join(dtypes)} {wanted}: fetch the checkpoint again, or {WAY_OUT}"
+            f"{matrix.shape} needs {' or '.join(dtypes)} {wanted}: fetch the checkpoint again, or {ADVICE}"
         )
 
 
@@ -135,7 +135,7 @@ def refuse_orphans(checkpoint: Checkpoint, stems: Mapping[str, Matrix], parts: t
             if weight is not None and weight.dtype in FLOATS:
                 raise CheckpointError(
                     f"{checkpoint.path} has {key}, but {stem}.weight is {weight.dtype} and not quantised: save the "
-                    f"checkpoint again, compressed (llm-compressor: save_compressed=True), or {WAY_OUT}"
+                    f"checkpoint again, compressed (llm-compressor: save_compressed=True), or {ADVICE}"
                 )
             raise CheckpointError(f"{checkpoint.path} has {key} but not {stem}.{main}: fetch the checkpoint again")
 
@@ -170,7 +170,7 @@ def refuse_extras(checkpoint: Checkpoint, matrices: Mapping[str, Matrix]) -> Non
         if "bias" in matrix.parts and checkpoint.read_raw(matrix.parts["bias"]).astype(np.bool_).any():
             raise CheckpointError(
                 f"{checkpoint.path}: {matrix.parts['bias']} is not zero, but biases of quantised matrices are not "
-                f"supported: {WAY_OUT}"
+                f"supported: {ADVICE}"
             )
 
 
@@ -205,13 +205,13 @@ def integer_tensor(
     if lost.any():
         raise CheckpointError(
             f"{matrix.name}: {int(lost.sum())} of {scales.size} scales in these rows are not exact in float16 (such as "
-            f"{scales[lost][0]:.9g}), the type in which EdgeLM stores them, so the weights would change: {WAY_OUT}"
+            f"{scales[lost][0]:.9g}), the type in which EdgeLM stores them, so the weights would change: {ADVICE}"
         )
     points: Bytes | None = None
     if zeros is not None and scheme.symmetric and (zeros != scheme.symmetric_zero).any():
         raise CheckpointError(
             f"{matrix.name} has the zero point {zeros[zeros != scheme.symmetric_zero][0]}, but config.json says "
-            f"symmetric, which means {scheme.symmetric_zero}: the config or the file is wrong, so {WAY_OUT}"
+            f"symmetric, which means {scheme.symmetric_zero}: the config or the file is wrong, so {ADVICE}"
         )
     if not scheme.symmetric:
         assert zeros is not None
@@ -219,7 +219,7 @@ def integer_tensor(
         if outside.any():
             raise CheckpointError(
                 f"{matrix.name} has the zero point {zeros[outside][0]}, outside of 0 .. {scheme.levels - 1}, the range "
-                f"of {scheme.name}: {WAY_OUT}"
+                f"of {scheme.name}: {ADVICE}"
             )
         points = in_groups(zeros.astype(np.uint8), matrix)
     return QuantTensor(codes, in_groups(half, matrix), points, scheme, (codes.shape[0], matrix.shape[1]))

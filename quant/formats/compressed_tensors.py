@@ -44,7 +44,7 @@ from edgelm.quant.formats.base import (
     require,
     stored_groups,
 )
-from edgelm.quant.formats.config import WAY_OUT, Settings
+from edgelm.quant.formats.config import ADVICE, Settings
 from edgelm.quant.formats.floats import E4M3, check_scales, read_fp8, scale_rows
 from edgelm.quant.primitives import unpack
 from edgelm.quant.scheme import AnyScheme, Fp8Scheme, Scheme
@@ -105,19 +105,17 @@ class CompressedTensors(Format):
             group = self._group_of(checkpoint, module)
             if packed != group.packed or (not packed and (info.dtype == E4M3) != isinstance(group.scheme, Fp8Scheme)):
                 raise CheckpointError(
-                    f"{checkpoint.path}: {key} is {info.dtype}, but config.json says that {module} is "
-                    f"{group.scheme.name} in another form: the config or the file is wrong, so {WAY_OUT}"
+                    f"{checkpoint.path}: {key} is {info.dtype}, which does not agree with {group.scheme.name} in "
+                    f"config.json: the config or the file is wrong, so {ADVICE}"
                 )
             parts = parts_of(checkpoint, module, _PARTS)
             if packed and "weight" in parts:
                 raise CheckpointError(
-                    f"{checkpoint.path} has both {key} and {module}.weight: fetch the checkpoint again, or {WAY_OUT}"
+                    f"{checkpoint.path} has both {key} and {module}.weight: fetch the checkpoint again, or {ADVICE}"
                 )
             shape = _unpacked_shape(checkpoint, module, parts, group) if packed else info.shape
             if len(shape) != 2:
-                raise CheckpointError(
-                    f"{checkpoint.path}: {key} has the shape {shape}, but must be a matrix: {WAY_OUT}"
-                )
+                raise CheckpointError(f"{checkpoint.path}: {key} has the shape {shape}, but must be a matrix: {ADVICE}")
             name = f"{module}.weight"
             found[name] = Matrix(name, (shape[0], shape[1]), group.scheme, parts, group.activations)
             _check_parts(checkpoint, found[name], group)
@@ -154,7 +152,7 @@ class CompressedTensors(Format):
                 return group
         raise CheckpointError(
             f"{checkpoint.path} holds {module} quantised, but no group in quantization_config.config_groups of "
-            f"config.json names it: fetch the checkpoint again, or {WAY_OUT}"
+            f"config.json names it: fetch the checkpoint again, or {ADVICE}"
         )
 
 
@@ -244,7 +242,7 @@ def _unpacked_shape(checkpoint: Checkpoint, module: str, parts: dict[str, str], 
     if len(shape) == 2 and shape[1] % per_word:
         raise CheckpointError(
             f"{checkpoint.path}: {module} has rows of {shape[1]} values, not a multiple of {per_word}, and padded rows "
-            f"are not supported: {WAY_OUT}"
+            f"are not supported: {ADVICE}"
         )
     return shape
 
@@ -268,7 +266,7 @@ def _check_parts(checkpoint: Checkpoint, matrix: Matrix, group: _Group) -> None:
     if "input_zero_point" in matrix.parts and checkpoint.read_raw(matrix.parts["input_zero_point"]).astype(bool).any():
         raise CheckpointError(
             f"{checkpoint.path}: {matrix.parts['input_zero_point']} is not zero, but only symmetric static activations "
-            f"are supported: {WAY_OUT}"
+            f"are supported: {ADVICE}"
         )
 
 
@@ -307,5 +305,5 @@ def _check_order(checkpoint: Checkpoint, matrix: Matrix) -> None:
         raise CheckpointError(
             f"{matrix.name} was quantised in activation order ({matrix.parts['weight_g_idx']}), so its groups are not "
             f'neighbouring columns, which EdgeLM needs: use a checkpoint made with actorder "weight" or none, or '
-            f"{WAY_OUT}"
+            f"{ADVICE}"
         )

@@ -10,14 +10,14 @@ from edgelm.quant.scheme import MIN_GROUP, AnyScheme, Scheme
 
 Settings = Mapping[str, object]
 
-WAY_OUT = "start from the float checkpoint"
+ADVICE = "start from the float checkpoint"
 """Advice in errors about a checkpoint that cannot be read exactly."""
 
 
 def unsupported(key: str, value: object, accepted: str) -> UnsupportedConfigError:
     """Return the error for an unsupported value in `quantization_config`."""
     return UnsupportedConfigError(
-        f"config.json: quantization_config.{key} is {value!r}, but EdgeLM reads {accepted}: {WAY_OUT}"
+        f"config.json: quantization_config.{key} is {value!r}, but EdgeLM reads {accepted}: {ADVICE}"
     )
 
 
@@ -114,5 +114,5 @@ def contradiction(module: str, key: str) -> CheckpointError:
     """Return the error for a module that is stored quantised although the config says that it is float."""
     return CheckpointError(
         f"{module} is stored quantised, but quantization_config.{key} in config.json says that it is not: fetch the "
-        f"checkpoint again, or {WAY_OUT}"
+        f"checkpoint again, or {ADVICE}"
     )

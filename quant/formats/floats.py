@@ -8,7 +8,7 @@ import numpy as np
 
 from edgelm.errors import CheckpointError
 from edgelm.quant.formats.base import FLOATS, Matrix, float32_of, in_groups, require, stored_groups
-from edgelm.quant.formats.config import WAY_OUT
+from edgelm.quant.formats.config import ADVICE
 from edgelm.quant.tensor import QuantTensor
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def read_fp8(checkpoint: Checkpoint, matrix: Matrix, part: str, rows: slice, blo
         row, column = (int(i) for i in np.argwhere(nan)[0])
         raise CheckpointError(
             f"{matrix.name}[{rows.start + row}, {column}] is NaN, but weights must be finite: the checkpoint is "
-            f"damaged, so fetch it again, or {WAY_OUT}"
+            f"damaged, so fetch it again, or {ADVICE}"
         )
     key = matrix.parts[part]
     served = scale_rows(checkpoint, key, rows, block_rows)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from edgelm.errors import CheckpointError
 from edgelm.quant.formats import config as reading
 from edgelm.quant.formats.base import FLOATS, Format, Matrix, parts_of, refuse_extras, refuse_orphans, require
-from edgelm.quant.formats.config import WAY_OUT, Settings
+from edgelm.quant.formats.config import ADVICE, Settings
 from edgelm.quant.formats.floats import E4M3, check_scales, read_fp8
 from edgelm.quant.scheme import Fp8Scheme
 from edgelm.quant.tensor import QuantTensor
@@ -59,7 +59,7 @@ class Fp8(Format):
             module = key.removesuffix(".weight")
             if len(info.shape) != 2 or module == key:
                 raise CheckpointError(
-                    f"{checkpoint.path}: {key} is {E4M3} of shape {info.shape}, but not a weight matrix: {WAY_OUT}"
+                    f"{checkpoint.path}: {key} is {E4M3} of shape {info.shape}, but not a weight matrix: {ADVICE}"
                 )
             # vLLM and transformers compare these lists with full names and with names of parent modules.
             if any(skip == module or f".{skip}." in f".{module}." for skip in self._skipped):

@@ -43,7 +43,7 @@ from edgelm.quant.formats.base import (
     require,
     stored_groups,
 )
-from edgelm.quant.formats.config import WAY_OUT, Settings
+from edgelm.quant.formats.config import ADVICE, Settings
 from edgelm.quant.primitives import unpack
 from edgelm.quant.scheme import Scheme
 from edgelm.quant.tensor import QuantTensor
@@ -104,7 +104,7 @@ class Gptq(Format):
             if len(info.shape) != 2 or info.shape[0] * 32 % bits:
                 raise CheckpointError(
                     f"{checkpoint.path}: {key} has the shape {info.shape}, which is impossible for {bits}-bit codes: "
-                    f"the config or the file is wrong, so {WAY_OUT}"
+                    f"the config or the file is wrong, so {ADVICE}"
                 )
             shape = (info.shape[1], info.shape[0] * 32 // bits)
             matrix = Matrix(name, shape, layer.scheme, parts_of(checkpoint, module, _PARTS))
@@ -137,7 +137,7 @@ class Gptq(Format):
             raise CheckpointError(
                 f"{matrix.name}: the stored zero point of row {row}, group {group} is {(1 << bits) - 1}, which means "
                 f'{1 << bits} or 0 in the format "gptq", depending on the tool. Save the checkpoint again with '
-                f'checkpoint_format "gptq_v2", or {WAY_OUT}'
+                f'checkpoint_format "gptq_v2", or {ADVICE}'
             )
         return stored + np.int16(1)
 
@@ -173,7 +173,7 @@ def _check_parts(checkpoint: Checkpoint, matrix: Matrix) -> None:
     if rows * bits % 32:
         raise CheckpointError(
             f"{checkpoint.path}: {matrix.name} has {rows} rows, whose {bits}-bit zero points do not fill whole words: "
-            f"the file is damaged or padded, so {WAY_OUT}"
+            f"the file is damaged or padded, so {ADVICE}"
         )
     require(checkpoint, matrix, "qweight", ((columns * bits // 32, rows),), ("I32",))
     require(checkpoint, matrix, "qzeros", ((groups, rows * bits // 32),), ("I32",))
@@ -194,5 +194,5 @@ def _check_order(checkpoint: Checkpoint, matrix: Matrix) -> None:
         raise CheckpointError(
             f"{matrix.name} was quantised in activation order: {matrix.parts['g_idx']}[{first}] is {found[first]}, but "
             f"EdgeLM needs groups of neighbouring columns ({plain[first]}). Use a checkpoint made with desc_act false "
-            f"or with static groups, or {WAY_OUT}"
+            f"or with static groups, or {ADVICE}"
         )

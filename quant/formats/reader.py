@@ -14,7 +14,7 @@ from edgelm.models.spec import EMBEDDING, HEAD
 from edgelm.quant.formats.awq import Awq
 from edgelm.quant.formats.base import Format, Matrix, float32_of
 from edgelm.quant.formats.compressed_tensors import CompressedTensors
-from edgelm.quant.formats.config import WAY_OUT, Settings, unsupported
+from edgelm.quant.formats.config import ADVICE, Settings, unsupported
 from edgelm.quant.formats.fp8 import Fp8
 from edgelm.quant.formats.gptq import Gptq
 from edgelm.quant.recipe import AUTO, FLOAT, Recipe, Rule, of_role
@@ -49,7 +49,7 @@ def format_of(settings: Settings) -> Format:
     if not isinstance(method, str) or method not in FORMATS:
         raise UnsupportedConfigError(
             f"config.json says that the weights are quantised by {method!r}, but only edgelm, {', '.join(FORMATS)} are "
-            f"supported: {WAY_OUT}"
+            f"supported: {ADVICE}"
         )
     if method != "compressed-tensors":
         for key in _ADDITIONS:
@@ -98,7 +98,7 @@ class FormatWeights:
             if info.dtype.startswith("F8") or key in self._matrices:
                 raise CheckpointError(
                     f"{checkpoint.path}: {key} of type {info.dtype} does not agree with the quantization_config in "
-                    f"config.json: fetch the checkpoint again, or {WAY_OUT}"
+                    f"config.json: fetch the checkpoint again, or {ADVICE}"
                 )
         self.shapes: dict[str, tuple[int, ...]] = {key: info.shape for key, info in rest.items()}
         self.shapes |= {name: matrix.shape for name, matrix in self._matrices.items()}

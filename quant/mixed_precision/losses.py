@@ -17,7 +17,7 @@ from edgelm.quant.mixed_precision.units import Unit
 from edgelm.quant.scheme import AnyScheme
 from edgelm.slices import slices
 
-BELIEF = 4.0
+PRIOR_TOKENS = 4.0
 """Average tokens of the layer's experts that are added to each expert's own, as a prior."""
 
 _WEIGHTS = 1 << 22  # weights quantised at once: 16 MB in float32
@@ -90,7 +90,7 @@ class Losses:
             names = list(unit.tensors)
             losses = {scheme: sum(self._found[name][scheme] for name in names) for scheme in self._found[names[0]]}
             found.append(Sensitivity(unit, losses, self._seen[names[0]]))
-        return _with_belief(found)
+        return _with_prior(found)
 
 
 def runs(groups: Tensor) -> list[slice]:
@@ -100,8 +100,8 @@ def runs(groups: Tensor) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _with_belief(found: Sequence[Sensitivity]) -> list[Sensitivity]:
-    """Add the loss of `BELIEF` average tokens to each expert, since other text may choose other experts."""
+def _with_prior(found: Sequence[Sensitivity]) -> list[Sensitivity]:
+    """Add the loss of `PRIOR_TOKENS` average tokens to each expert, since other text may choose other experts."""
     layers: dict[tuple[str, int | None], list[Sensitivity]] = {}
     for one in found:
         if one.unit.expert is not None:
@@ -114,6 +114,6 @@ def _with_belief(found: Sequence[Sensitivity]) -> list[Sensitivity]:
     for one in found:
         extra = average.get((one.unit.kind, one.unit.layer))
         if one.unit.expert is not None and extra is not None:
-            one = replace(one, losses={s: loss + BELIEF * extra[s] for s, loss in one.losses.items()})
+            one = replace(one, losses={s: loss + PRIOR_TOKENS * extra[s] for s, loss in one.losses.items()})
         result.append(one)
     return result

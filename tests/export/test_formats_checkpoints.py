@@ -268,8 +268,8 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("packed", {"config_groups": {"a": group_of(dynamic=True)}}, "dynamic is True"),
     ("packed", {"config_groups": {"a": F8}}, "what the format pack-quantized stores"),
     ("int8", {"config_groups": {"a": group_of(strategy="channel")}}, "8 with the format int-quantized"),
-    ("int8", {"format": "naive-quantized", "config_groups": {"a": F8}}, "but config.json says .* in another form"),
-    ("int8", {"format": "pack-quantized"}, "but config.json says .* in another form"),
+    ("int8", {"format": "naive-quantized", "config_groups": {"a": F8}}, "which does not agree with .* in config.json"),
+    ("int8", {"format": "pack-quantized"}, "which does not agree with .* in config.json"),
     ("int8", {"config_groups": {"a": {**W8, "input_activations": {"dynamic": False, "strategy": "group"}}}}, "static"),
     (
         "int8",

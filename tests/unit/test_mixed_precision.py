@@ -20,7 +20,7 @@ from edgelm.errors import RecipeError
 from edgelm.export.packing.cpu import common_format, float_format
 from edgelm.quant import Recipe, Scheme, WeightSource, dequantize, parse_scheme, quantize
 from edgelm.quant.mixed_precision import mixed_precision_recipe, parse_candidates
-from edgelm.quant.mixed_precision.losses import BELIEF, Losses
+from edgelm.quant.mixed_precision.losses import PRIOR_TOKENS, Losses
 from edgelm.quant.mixed_precision.recipe_toml import Choice, make_recipe, to_toml
 from edgelm.quant.mixed_precision.sensitivity import measure
 from edgelm.quant.mixed_precision.units import KINDS, Unit, find_units
@@ -160,7 +160,7 @@ def test_an_expert_without_tokens_gets_a_small_sensitivity():
     for name, tokens in (("e0", 30), ("e1", 10)):
         losses.add(name, weight, np.full((32, 32), tokens, np.float32), tokens)
     seen, _, unseen = (one.losses[INT4.name] for one in losses.of_units(units))
-    assert unseen == pytest.approx(seen * BELIEF / (30 + BELIEF), rel=1e-5)
+    assert unseen == pytest.approx(seen * PRIOR_TOKENS / (30 + PRIOR_TOKENS), rel=1e-5)
 
 
 def test_the_recipe_read_back_gives_every_matrix_its_scheme(checkpoint):

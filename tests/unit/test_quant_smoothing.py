@@ -14,7 +14,7 @@ from edgelm.quant.calibration.ranges import record_ranges
 from edgelm.quant.checkpoint import quantize_checkpoint
 from edgelm.quant.reference import activation_kinds, reference_module
 from edgelm.quant.scaled_checkpoint import Scaling, SmoothedCheckpoint
-from edgelm.quant.smoothing import Seen, head_folds, layer_folds, smooth
+from edgelm.quant.smoothing import InputSample, head_folds, layer_folds, smooth
 from edgelm.reference.kv_cache import Trace
 
 FAMILIES = pytest.mark.parametrize("family", CONFIGS)
@@ -150,7 +150,7 @@ def test_unsupported_smoothing_is_refused(tmp_path):
 
 def test_half_of_the_rows_is_measured_and_the_other_half_kept():
     x = torch.arange(40.0)[:, None].expand(-1, 3)
-    seen = Seen(3, limit=6)
+    seen = InputSample(3, limit=6)
     for part in x.split(10):
         seen.add(part)
     assert seen.tokens == 40
