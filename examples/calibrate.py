@@ -1,9 +1,9 @@
-"""From a float checkpoint to a bundle whose bits lie where they matter, and what that kept of the model.
+"""Quantise with mixed precision and calibration, export, and measure the loss.
 
     python examples/calibrate.py examples/checkpoints/olmoe-tiny out/ --bits 4.5 --text my_corpus/
 
-The steps of `edgelm export --bits --calibration` and `edgelm eval`, one by one: measure what each matrix loses, choose
-a recipe, calibrate its codes, export, and compare the bundle, as it runs here, with the float model.
+The steps of `edgelm export --bits --calibration` and `edgelm eval`, one by one: measure the loss of each matrix, choose
+a recipe, calibrate the quantised values, export, and compare the bundle on this device with the float model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edgelm.quant.mixed_precision import mixed_precision_recipe
 
 
 def main() -> None:
-    """Read the arguments and go through the steps."""
+    """Read the arguments and run the steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="float checkpoint, a folder or a hub id")
     parser.add_argument("out", type=Path, help="folder for the recipe and the bundle")
@@ -36,7 +36,7 @@ def main() -> None:
     chosen = mixed_precision_recipe(
         options.checkpoint, bits=options.bits, text=options.text, tokens=tokens, progress=progress
     )
-    # The recipe is a text to read and edit; here it goes on as it is.
+    # The recipe is a TOML file that can be edited; here it is used unchanged.
     (options.out / "recipe.toml").write_text(chosen.toml, encoding="utf-8")
     print(f"{chosen.bits:.2f} bits a weight, expected KL {chosen.predicted:.1e} nats a token before calibration")
 
@@ -53,7 +53,7 @@ def main() -> None:
     report = evaluate([bundle.path], options.checkpoint, EvalOptions(tokens=2048, speed=False), progress)
     (found,) = report.targets
     assert found.kl is not None
-    print(f"KL {found.kl.mean:.2e} +- {found.kl.standard_error:.0e}, first choice kept {found.kl.top1:.1%}")
+    print(f"KL {found.kl.mean:.2e} +- {found.kl.standard_error:.0e}, same most probable token {found.kl.top1:.1%}")
 
 
 if __name__ == "__main__":

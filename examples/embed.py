@@ -1,12 +1,11 @@
-"""An app with a model inside: a small HTTP service that keeps conversations, on the Python standard library.
+"""A small HTTP service with a model, on the Python standard library alone.
 
     python examples/embed.py bundles/demo/olmoe-tiny-int4
     curl -N localhost:8080/complete -d '{"prompt": "import os", "max_tokens": 40}'
 
-It shows what any app has to decide: the model is loaded once, and the requests of all threads have it in turn; text is
-passed on as it is generated; a client that goes away stops its generation; an unusable request is answered with the
-error's own words. An app on asyncio uses `async for` on the same streams, and `model.generate_many` answers many
-prompts at once.
+The model is loaded once, and the requests of all threads use it in turn. Text is sent as it is generated. A client that
+disconnects stops its generation. A bad request is answered with the error's message. An asyncio app uses `async for`
+on the same streams, and `model.generate_many` answers many prompts at once.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ OPTIONS = edgelm.GenerateOptions.__annotations__
 
 
 class App(ThreadingHTTPServer):
-    """Holds the model, for which requests wait in a queue of its own."""
+    """Server that holds the model. Requests wait for it in the model's own queue."""
 
     daemon_threads = True
 
@@ -32,12 +31,12 @@ class App(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers `POST /complete` with the text as it comes."""
+    """Answer `POST /complete` with the text as it is generated."""
 
     server: App
 
     def do_POST(self) -> None:
-        """{"prompt": text} or {"messages": [...]}, with any of OPTIONS."""
+        """Handle a request: {"prompt": text} or {"messages": [...]}, with any of OPTIONS."""
         try:
             request = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
             options = {name: request[name] for name in OPTIONS if name in request}
@@ -49,16 +48,16 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(200)
             self.send_header("Content-Type", "text/plain; charset=utf-8")
             self.end_headers()
-            # From the first piece on the model is this request's, until the loop or the stream ends.
+            # The first piece reserves the model for this request, until the loop or the stream ends.
             with contextlib.closing(stream):
                 for piece in stream:
                     self.wfile.write(piece.encode())
                     self.wfile.flush()
         except (edgelm.EdgeLMError, ValueError, KeyError, TypeError) as error:
-            # Before anything was streamed: options, prompt and length are checked when a stream is made.
+            # Nothing was streamed yet: options, prompt and length are checked when a stream is made.
             self.send_error(400, "bad request", str(error))
         except ConnectionError:
-            # The client has gone. Leaving the loop stopped the generation, and the cache stays valid for the next one.
+            # The client disconnected. Leaving the loop stopped the generation; the model is free for the next request.
             self.close_connection = True
 
 

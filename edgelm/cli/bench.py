@@ -1,4 +1,4 @@
-"""`edgelm bench`: load time, speed, memory."""
+"""`edgelm bench`: measure load time, speed and memory."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def bench(
 
 
 def table(result: BenchResult) -> str:
-    """The result for people: a sentence, then the figures."""
+    """Format the result for people: a sentence, then the figures."""
     from edgelm.cli.common.output import pairs
     from edgelm.sizes import format_number, format_size
 
@@ -112,7 +112,7 @@ def table(result: BenchResult) -> str:
 
 
 def _bandwidth(result: BenchResult) -> list[tuple[str, str]]:
-    """What decoding reads, and where that comes from memory, how much of the memory's bandwidth it is."""
+    """Return rows about the bytes that decoding reads and, for a large model, the share of the memory's bandwidth."""
     from edgelm.sizes import format_size
 
     reads = f"{format_size(result.bytes_per_token)} a token"

@@ -1,4 +1,4 @@
-"""`edgelm build`: an engine for a bundle, on the device that is to run it or for it."""
+"""`edgelm build`: build a TensorRT engine for a bundle."""
 
 from __future__ import annotations
 

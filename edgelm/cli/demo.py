@@ -1,4 +1,4 @@
-"""`edgelm demo`: the whole chain on the two tiny trained checkpoints."""
+"""`edgelm demo`: export, run and check the two tiny trained checkpoints."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 NAMES = ("olmoe-tiny", "fox-tiny")
 RECIPES = ("int4", "int8")
-# They were trained on the Python standard library's sources.
+# The models were trained on the sources of Python's standard library.
 PROMPT = 'def read(self, path):\n    """Return'
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one checkpoint under one recipe."""
+    """Results of one checkpoint with one recipe."""
 
     bundle: Path
     checkpoint_bytes: int
@@ -85,10 +85,10 @@ def demo(out: Path, checkpoints: Path | None, max_tokens: int) -> None:
 
 
 def find_checkpoints(given: Path | None) -> Path:
-    """The folder that holds the tiny checkpoints.
+    """Return the folder that holds the tiny checkpoints.
 
     Raises:
-        EdgeLMError: it lacks one of them, or there is no checkout to find them in.
+        EdgeLMError: a checkpoint is missing in it, or there is no checkout to find them in.
     """
     from edgelm.errors import EdgeLMError
 
@@ -131,7 +131,7 @@ def take(checkpoint: Path, out: Path, recipe: str, max_tokens: int, progress: Pr
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """All outcomes side by side."""
+    """Format all outcomes as one table."""
     from edgelm.cli.common.output import grid
     from edgelm.sizes import format_number, format_size
 
@@ -152,5 +152,5 @@ def table(outcomes: list[Outcome]) -> str:
                 "passed" if report.passed else "FAILED",
             )
         )
-    note = "KL in nats: lost against the float model in all, added by this device to what quantisation cost"
+    note = "KL in nats a token. Lost: to the float model. Added: by this device, to the quantised reference"
     return f"{grid(header, rows)}\n{note}"

@@ -1,4 +1,4 @@
-"""`edgelm doctor`: what this machine has and what is missing."""
+"""`edgelm doctor`: what EdgeLM can do on this machine, and what is missing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def doctor(verbose: bool, as_json: bool) -> None:
 
 
 def version_of(package: str) -> str | None:
-    """The installed version, None where there is none."""
+    """Return the installed version of a package, None if it is not installed."""
     if importlib.util.find_spec(package) is None:
         return None
     try:
@@ -48,7 +48,7 @@ def version_of(package: str) -> str | None:
 
 
 def examine() -> dict[str, Any]:
-    """Everything doctor reports."""
+    """Return everything that doctor reports, as a JSON document."""
     import edgelm
     from edgelm import devices
     from edgelm.runtimes import runtimes
@@ -65,7 +65,7 @@ def examine() -> dict[str, Any]:
             and (bool(gpu["devices"]) or not _needs_gpu(entry)),
             "problem": problems[entry.name],
             "needs_gpu": _needs_gpu(entry),
-            # What comes with EdgeLM itself is no version of a runtime: our own kernels need numpy alone.
+            # EdgeLM's own kernels need numpy alone, whose version says nothing about them.
             "version": None if entry.requires in CORE else version_of(entry.package or entry.requires),
             "targets": list(entry.targets),
             "install": entry.install,
@@ -89,7 +89,7 @@ def examine() -> dict[str, Any]:
 
 
 def disk() -> dict[str, Any]:
-    """The folder that the command runs in and the bytes of its disk, None where the system does not say."""
+    """Return the current folder and the size of its disk in bytes, None where the system does not say."""
     import shutil
     from pathlib import Path
 
@@ -106,7 +106,7 @@ def _needs_gpu(entry: RuntimeEntry) -> bool:
 
 
 def providers() -> list[str]:
-    """ONNX Runtime's execution providers."""
+    """Return the names of ONNX Runtime's execution providers."""
     if importlib.util.find_spec("onnxruntime") is None:
         return []
     module = importlib.import_module("onnxruntime")
@@ -114,26 +114,26 @@ def providers() -> list[str]:
 
 
 def native_quantizer() -> bool:
-    """Whether the compiled kernel is here; without it quantising takes NumPy, which is far slower."""
+    """Return whether the compiled quantisation kernel is installed; without it NumPy is used, which is far slower."""
     from edgelm.quant import native
 
     return native.library() is not None
 
 
 def native_operators() -> dict[str, Any]:
-    """The compiled operators and the instruction set they use; without a library, what that costs."""
+    """Return the library of native operators and the instruction set it uses; or why there is none."""
     from edgelm.errors import RuntimeUnavailableError
     from edgelm.runtimes.onnxruntime.native_library import describe_cpu
 
     try:
         found = describe_cpu()
-    except RuntimeUnavailableError as error:  # one damaged part: the report goes on
+    except RuntimeUnavailableError as error:  # report one damaged part and go on
         return {"library": None, "instruction_set": None, "why": str(error)}
     return {"library": found.library, "instruction_set": found.chosen, "why": found.why}
 
 
 def gpus() -> dict[str, Any]:
-    """The NVIDIA GPUs that can be used and the CUDA version that their driver speaks; else why there are none."""
+    """Return the usable NVIDIA GPUs and the CUDA version of their driver; or why there are none."""
     from edgelm.errors import DeviceError
     from edgelm.runtimes.cuda.driver import find_devices
 
@@ -154,7 +154,7 @@ def gpus() -> dict[str, Any]:
 
 
 def gpu_compiler() -> dict[str, Any]:
-    """NVRTC, which an export for GPUs needs: its version and the SMs that it compiles for; else why it is not here."""
+    """Return the version of NVRTC, which exports for GPUs need, and its SMs; or why it cannot be loaded."""
     from edgelm.errors import DeviceError
     from edgelm.runtimes.cuda.kernels import nvrtc
 
@@ -166,7 +166,7 @@ def gpu_compiler() -> dict[str, Any]:
 
 
 def tensorrt_editions() -> list[dict[str, Any]]:
-    """The TensorRT editions that are installed, and the SMs that each builds engines for on any machine."""
+    """Return the installed TensorRT editions, and the SMs that each builds engines for on any machine."""
     from edgelm.errors import RuntimeUnavailableError
     from edgelm.runtimes.tensorrt import library
 
@@ -182,7 +182,7 @@ def tensorrt_editions() -> list[dict[str, Any]]:
 
 
 def sections(document: dict[str, Any], *, verbose: bool) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The document for people: what EdgeLM can do here, what the machine is, its runtimes, and packages on request."""
+    """Return the rows for people under their headings; packages only with `verbose` or where one is missing."""
     runtimes = [(name, runtime_line(entry, document["gpu"])) for name, entry in document["runtimes"].items()]
     packages = [("Packages", package_rows(document))] if verbose or _missing_core(document) else []
     return [
@@ -194,7 +194,7 @@ def sections(document: dict[str, Any], *, verbose: bool) -> list[tuple[str, list
 
 
 def sentence(document: dict[str, Any]) -> str:
-    """What EdgeLM can do here, in one sentence."""
+    """Return what EdgeLM can do here in one sentence."""
     targets = list(dict.fromkeys(t for e in document["runtimes"].values() if e["usable"] for t in e["targets"]))
     if not targets:
         return "EdgeLM cannot run any bundle here: no runtime can be used."
@@ -208,7 +208,7 @@ def _missing_core(document: dict[str, Any]) -> list[str]:
 
 
 def machine_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
-    """System, CPU, memory, disk and GPUs."""
+    """Return rows about system, CPU, memory, disk and GPUs."""
     from edgelm.sizes import format_size
 
     device, disk, gpu = document["device"], document["disk"], document["gpu"]
@@ -232,7 +232,7 @@ def machine_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def ability_rows(document: dict[str, Any], *, verbose: bool) -> list[tuple[str, str]]:
-    """What works here, and how to install the rest; GPU parts of a machine without GPU on request."""
+    """Return rows about what works here and how to install the rest; GPU parts only with a GPU or `verbose`."""
     missing = [name for name in EXPORT_PACKAGES if document["packages"][name] is None]
     export = "yes"
     if missing:
@@ -261,7 +261,7 @@ def ability_rows(document: dict[str, Any], *, verbose: bool) -> list[tuple[str, 
 
 
 def _runs(document: dict[str, Any]) -> str:
-    """For which targets bundles run, each with the runtime that is chosen."""
+    """Return the targets whose bundles run here, each with the runtime that is chosen."""
     chosen: dict[str, str] = {}
     for name, entry in document["runtimes"].items():
         for target in entry["targets"] if entry["usable"] else ():
@@ -272,7 +272,7 @@ def _runs(document: dict[str, Any]) -> str:
 
 
 def runtime_line(entry: dict[str, Any], gpu: dict[str, Any]) -> str:
-    """The state of a runtime, and what it is."""
+    """Return the state of a runtime, and what it is."""
     state = f"missing: {entry['install']}"
     if entry["available"]:
         without = ", but there is no GPU" if entry["needs_gpu"] and not gpu["devices"] else ""
@@ -282,7 +282,7 @@ def runtime_line(entry: dict[str, Any], gpu: dict[str, Any]) -> str:
 
 
 def package_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
-    """Versions."""
+    """Return rows about versions of packages."""
     packages = document["packages"]
     found = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
     lines = [("edgelm", f"{document['edgelm']}, Python {document['python']}"), ("with", found)]
@@ -292,7 +292,7 @@ def package_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def tensorrt_line(entry: dict[str, Any]) -> str:
-    """What an installed TensorRT can do."""
+    """Return which engines an installed TensorRT builds."""
     if entry["why"]:
         return str(entry["why"])
     sms = ", ".join(map(str, entry["sms"]))
@@ -301,7 +301,7 @@ def tensorrt_line(entry: dict[str, Any]) -> str:
 
 
 def text(document: dict[str, Any], *, verbose: bool = False) -> str:
-    """A sentence and the sections, their rows aligned with one another."""
+    """Format the document for people: a sentence, then the sections with aligned rows."""
     from edgelm.cli.common.output import pairs
 
     found = sections(document, verbose=verbose)

@@ -1,4 +1,4 @@
-"""`edgelm eval`: how much of the float model quantised ones keep."""
+"""`edgelm eval`: measure how close quantised models are to the float model."""
 
 from __future__ import annotations
 
@@ -92,10 +92,10 @@ def eval(  # noqa: A001 - the verb's name
 
 
 def _check_names(targets: tuple[str, ...], checkpoint: str | None) -> None:
-    """Refuse names that no recipe has, and recipes without weights.
+    """Refuse unknown recipes, and recipes without a float model.
 
     Raises:
-        click.UsageError: saying which.
+        click.UsageError: a target is one of these.
     """
     from edgelm.quant.recipe import PRESETS
 
@@ -112,7 +112,7 @@ def _check_names(targets: tuple[str, ...], checkpoint: str | None) -> None:
 
 
 def summary(report: EvaluationReport) -> str:
-    """The report for a terminal: a sentence, a table, and what the options asked for besides."""
+    """Format the report for a terminal: a sentence, a table, then lines about caches and layers."""
     from edgelm.cli.common.output import grid
     from edgelm.evaluation.report import sentence
 
@@ -196,7 +196,7 @@ def _cache_lines(report: EvaluationReport) -> list[str]:
 
 def _layer_lines(report: EvaluationReport) -> list[str]:
     lines: list[str] = []
-    # The layers are measured once for all caches of a bundle.
+    # Layers are measured once for all KV cache types of a bundle.
     for target in _once(report):
         if target.layers:
             worst = max(target.layers, key=lambda layer: layer.error)

@@ -1,4 +1,4 @@
-"""`edgelm export`: a checkpoint to a bundle."""
+"""`edgelm export`: export a checkpoint to a bundle."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def _refuse_portable(ops: str) -> None:
 
     Raises:
         click.UsageError: portable operators were asked for.
-        ExportError: this installation has no others.
+        ExportError: this installation has only portable operators.
     """
     from edgelm.errors import ExportError
     from edgelm.runtimes.onnxruntime.native_library import library_path

@@ -1,4 +1,4 @@
-"""`edgelm harness`: lm-evaluation-harness with bundles among its models."""
+"""`edgelm harness`: run lm-evaluation-harness on bundles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 from edgelm.cli.common.help import verb
 
 
-# Only a first --help is this command's own: `edgelm harness run --help` is the harness's.
+# `edgelm harness --help` is this help; `edgelm harness run --help` is the harness's.
 @verb(
     example="edgelm harness --model edgelm --model_args bundle=olmoe --tasks arc_easy",
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
@@ -32,11 +32,11 @@ def harness(arguments: tuple[str, ...]) -> None:
 
 
 def check_bundle(arguments: Sequence[str]) -> None:
-    """Open the bundle that the harness's arguments name: it does so itself, but after a minute of loading tasks.
+    """Check the bundle in the harness's arguments now: the harness itself opens it after a minute of loading tasks.
 
     Raises:
         click.UsageError: the model is "edgelm" and no bundle is named.
-        BundleError: it is none.
+        BundleError: it is not a bundle.
     """
     from edgelm.bundle import Bundle
 
@@ -51,7 +51,7 @@ def check_bundle(arguments: Sequence[str]) -> None:
 
 
 def _values(arguments: Sequence[str], *names: str) -> list[str]:
-    """What follows an option of one of these names, up to the next option."""
+    """Return the values of the options with these names."""
     found: list[str] = []
     taking = False
     for argument in arguments:

@@ -1,4 +1,4 @@
-"""`edgelm install`: a bundle to the place where an app finds it."""
+"""`edgelm install`: copy a bundle to where an app loads it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The `edgelm` command: finds the verb, and turns what goes wrong into one line and an exit code.
+"""The `edgelm` command: find the verb, and turn errors into one line and an exit code.
 
-0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C or SIGTERM). What nobody expected is one line too, which asks
-for a report: a bug must not look like the user's mistake, nor fill the screen.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C or SIGTERM). An unexpected error is a bug: it
+prints one line as well, which asks for a report.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ ALIASES = {"quantise": "quantize"}
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came. Unlike Ctrl-C it ends an interactive command too."""
+    """SIGTERM was received. Unlike Ctrl-C it also ends an interactive command."""
 
 
 class Failure(click.ClickException):
-    """An error of the user's input or machine, shown in one line."""
+    """An error of the user's input or machine, printed as one line."""
 
     def format_message(self) -> str:
-        """The message in one line, without what a terminal would act on: names and values come from anywhere."""
+        """Return the message in one line, with control characters escaped: it may hold names from untrusted files."""
         lines = (line.strip() for line in self.message.splitlines())
         return "".join(
             letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode()
@@ -75,14 +75,14 @@ class Failure(click.ClickException):
 
 
 class VerbGroup(click.Group):
-    """Imports a verb's module when the verb is used."""
+    """A group that imports a verb's module only when the verb is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The verbs, in the order of a first use."""
+        """Return the verbs in the order of the help."""
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command object named like the verb in `edgelm.cli.<verb>`."""
+        """Return the verb's command, which has the verb's name in the module `edgelm.cli.<verb>`."""
         verb = ALIASES.get(cmd_name, cmd_name)
         if verb not in VERBS:
             return None
@@ -93,7 +93,7 @@ class VerbGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click does, but of a verb that there is not say which was meant."""
+        """Resolve the verb as click does; for an unknown verb suggest the closest one."""
         if args[0] not in VERBS and args[0] not in ALIASES and not args[0].startswith("-"):
             near = difflib.get_close_matches(args[0].lower(), [*VERBS, *ALIASES], n=1)
             what = f"did you mean {near[0]!r}?" if near else "`edgelm --help` lists them"
@@ -117,13 +117,13 @@ class VerbGroup(click.Group):
         )
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the verb; see the module's docstring for what becomes of errors."""
+        """Run the verb; the module's docstring says what happens to errors."""
         debug = bool(ctx.params.get("debug"))
         try:
             with Raised():
                 return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
-            # click's own; where the reader of a pipe has gone, it ends quietly.
+            # click handles these itself; after a broken pipe it exits quietly.
             raise
         except BaseException as error:
             stopped = _interruption(error)
@@ -137,12 +137,12 @@ class VerbGroup(click.Group):
             ctx.exit(INTERRUPTED)
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
-        """Run the command line as click does, and answer what escapes it; `standalone_mode=False` raises it."""
+        """Run the command line as click does, and report unexpected errors; `standalone_mode=False` raises them."""
         try:
             return super().main(args, *more, **extra)
         except (SystemExit, KeyboardInterrupt, click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        except BaseException as error:  # Rust's panics are no Exceptions
+        except BaseException as error:  # a panic in Rust code is not an Exception
             if not extra.get("standalone_mode", True):
                 raise
             given = sys.argv[1:] if args is None else args
@@ -153,7 +153,7 @@ class VerbGroup(click.Group):
 
 
 def _interruption(error: BaseException) -> KeyboardInterrupt | None:
-    """The Ctrl-C or SIGTERM that led to this error, if one did: packages may catch it while they are imported."""
+    """Return the KeyboardInterrupt that led to this error, None if none did: packages may catch it on import."""
     found: BaseException | None = error
     seen: set[int] = set()  # an error may be its own cause's context
     while found is not None and id(found) not in seen:
@@ -165,13 +165,13 @@ def _interruption(error: BaseException) -> KeyboardInterrupt | None:
 
 
 def _before_verb(arguments: Sequence[str]) -> Sequence[str]:
-    """The group's own arguments."""
+    """Return the arguments before the verb."""
     verb = next((place for place, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
     return arguments[:verb]
 
 
 def _unexpected(error: BaseException) -> str:
-    """What to say of an error that nobody expected."""
+    """Return the message for an unexpected error."""
     said = str(error)
     what = f"{type(error).__name__}: {said[:300]}" if said else type(error).__name__
     if isinstance(error, ImportError) and not (error.name or "").startswith("edgelm"):

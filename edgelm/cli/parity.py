@@ -1,4 +1,4 @@
-"""`edgelm parity`: does this bundle compute on this device what the reference computed?"""
+"""`edgelm parity`: check that this device computes the same model as the reference."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def parity(
 
 
 def summary(report: ParityReport, *, verbose: bool = False) -> str:
-    """The result for a terminal: a sentence, a line for each group of checks, and with `verbose` every check."""
+    """Format the result for a terminal: a sentence, a line for each group of checks; with `verbose` every check."""
     from edgelm.parity.result import counted, summary_lines
 
     marks = {True: "ok", False: "FAIL", None: ""}
@@ -118,7 +118,7 @@ def summary(report: ParityReport, *, verbose: bool = False) -> str:
 
 
 def _row(check: Check) -> str:
-    """A check with its value, its limit and its detail."""
+    """Format a check with its value, its limit and its detail."""
     word = {True: "pass", False: "FAIL", None: "-"}[check.passed]
     text = check.title
     if check.value is not None and check.limit is not None:

@@ -1,4 +1,4 @@
-"""`edgelm quantize`: a float checkpoint to a quantised one."""
+"""`edgelm quantize`: quantise a checkpoint."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def quantize(
         overwrite=overwrite,
         progress=progress,
     )
-    # No checkpoint's companion ends in .toml: nothing of that name is there.
+    # A checkpoint has no .toml files, so this name is free.
     writing: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "progress": progress}
     writing["extra_files"] = None if result is None else {RECIPE_FILE: result.toml}
     plan = chosen(recipe, result, "int4")

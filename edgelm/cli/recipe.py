@@ -1,4 +1,4 @@
-"""`edgelm recipe`: bits where they matter, as a recipe to read, edit, and quantise with."""
+"""`edgelm recipe`: choose the bits of each matrix, and write them as a recipe."""
 
 from __future__ import annotations
 

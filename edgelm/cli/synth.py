@@ -1,4 +1,4 @@
-"""`edgelm synth`: full-size random checkpoints."""
+"""`edgelm synth`: write a checkpoint with random weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 from edgelm.cli.common.help import option, verb
 from edgelm.cli.common.options import json_option, need_export_extra, output_option, overwrite_option
 
-# Named here too, so that `edgelm synth --help` needs no torch.
+# Listed here too, so that `edgelm synth --help` needs no torch.
 NAMES = ("olmoe-1b-7b", "fox-1-1.6b", "llama-3.2-1b", "qwen3-0.6b", "qwen2.5-1.5b", "olmo-2-1b", "mistral-7b")
 
 

@@ -1,4 +1,4 @@
-"""What the HTML reports share: one self-contained page in light and dark, tables, charts as inline SVG.
+"""Parts of the HTML reports: a self-contained page (light and dark), tables, charts as inline SVG.
 
-Python computes what is shown and where; the markup is in `templates`.
+Python computes values and positions; the markup is in `templates`.
 """

@@ -26,7 +26,7 @@ from edgelm.pages.frame import (
 from edgelm.pages.numbers import number
 
 STYLES = 6
-"""Curves that a chart can tell apart, by colour, dashes and shape of the marks."""
+"""Number of curve styles: each has its own colour, dashes and marks."""
 
 _MARKS = (  # around (0, 0)
     "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0z",
@@ -36,13 +36,13 @@ _MARKS = (  # around (0, 0)
     "M0 4.2l4.2 -7.2h-8.4z",
     "M-3.4 -3.4l6.8 6.8M-3.4 3.4l6.8 -6.8",
 )
-_ROOM = 10  # pixels from one mark to the next, at least
-_DENSE = 3  # pixels between two points of a curve, below which it is drawn fine
+_ROOM = 10  # least distance of two marks, in pixels
+_DENSE = 3  # curves whose points are closer than this, in pixels, get a thin line
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. `style`: from 1 to STYLES, its colour, dashes and marks; `marks`: whether points are marked."""
+    """A curve. `style`, from 1 to STYLES, selects colour, dashes and marks; `marks` is whether points are marked."""
 
     label: str
     style: int
@@ -62,7 +62,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Flag:
-    """A vertical line at a value of the x axis that says what is wrong there."""
+    """A labelled vertical line at a value of the x axis, where something is wrong."""
 
     label: str
     x: float
@@ -82,20 +82,20 @@ def line_chart(
     scale: Sequence[float] = (),
     floor: float = 1e-12,
 ) -> Figure | None:
-    """A figure of curves; None where there is no finite value. Points that are not finite leave a gap.
+    """Return a figure of curves, None if no value is finite. Points that are not finite leave a gap.
 
     Args:
         title: the caption.
         series: the curves.
-        x_label: what the horizontal axis is, whole numbers.
-        y_label: what the vertical axis is.
+        x_label: title of the horizontal axis, which has whole numbers.
+        y_label: title of the vertical axis.
         log: logarithmic vertical axis.
         share: the values are shares: an axis from 0 to 100 %.
-        spans: labelled sections in place of numbers at the horizontal axis.
-        flag: where something is wrong.
-        x_names: names in place of numbers.
-        scale: more values that the vertical axis reaches, so that several charts have one scale.
-        floor: values that are not above it have no place of their own on a logarithmic axis.
+        spans: labelled sections of the horizontal axis, in place of numbers.
+        flag: a marked place.
+        x_names: names of values of the horizontal axis, in place of numbers.
+        scale: further values that the vertical axis covers, so that several charts have one scale.
+        floor: smaller values are drawn at the end of a logarithmic axis.
     """
     values = [y for item in series for y in item.y if math.isfinite(y)]
     positions = [x for item in series for x in item.x]
@@ -117,7 +117,7 @@ def line_chart(
 
 def _x_ticks(frame: Frame, axis: Axis, names: Mapping[float, str]) -> list[Shape]:
     low, high = math.ceil(axis.low), math.floor(axis.high)
-    # As many numbers as there is room for.
+    # As many numbers as fit.
     room = (axis.last - axis.first) / (text_width(f"{high:,}") + 2 * GAP)
     ticks = nice_ticks(low, high, max(1, int(room))) if high > low else [low]
     places = sorted({*names, *(tick for tick in ticks if tick == int(tick))})
@@ -125,7 +125,7 @@ def _x_ticks(frame: Frame, axis: Axis, names: Mapping[float, str]) -> list[Shape
 
 
 def _spans(frame: Frame, spans: Sequence[Span], axis: Axis) -> tuple[list[Shape], list[tuple[str, str]]]:
-    """Bands with their names, or with numbers and a key to them where the names are longer than the bands."""
+    """Return bands with names, or, if a name is wider than its band, with numbers and a key."""
     bottom, top = frame.y_range
     ends = [(axis.at(span.start), axis.at(span.stop)) for span in spans]
     roomy = all(text_width(span.label) + GAP <= b - a for span, (a, b) in zip(spans, ends, strict=True))

@@ -1,7 +1,7 @@
-"""What all charts share: two layouts, axes, room for labels.
+"""Parts of all charts: two layouts, axes, labels.
 
-Every chart is drawn twice, for wide windows and for narrow ones, and the style sheet shows one of them: text that is
-scaled down with a wide drawing cannot be read on a phone. Titles of axes are HTML, so that they wrap.
+Every chart is drawn twice, for wide windows and for narrow windows, and the style sheet shows one of them: the text of
+a wide drawing, scaled down, could not be read on a phone. Titles of axes are HTML, so that they wrap.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from edgelm.pages.numbers import percent, power_label
 
-FONT = 13  # pixels, as in the style sheet
-LINE = 16  # pixels from one line of text to the next
-GAP = 8  # pixels that labels beside each other stay apart, at least
+FONT = 13  # font size in pixels, as in the style sheet
+LINE = 16  # line height in pixels
+GAP = 8  # least distance of two labels, in pixels
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Frame:
 
     @property
     def x_range(self) -> tuple[int, int]:
-        """The plot from left to right."""
+        """Left and right end of the plot, in pixels."""
         return self.left, self.width - self.right
 
     @property
     def y_range(self) -> tuple[int, int]:
-        """The plot from bottom to top."""
+        """Bottom and top of the plot, in pixels."""
         return self.height - self.bottom, self.top
 
 
@@ -47,7 +47,7 @@ LAYOUTS = (BROAD, SLIM)
 
 @dataclass(frozen=True)
 class Shape:
-    """An element of SVG. `title` is shown when it is pointed at, `text` is its content."""
+    """An SVG element. `title` is its tooltip, `text` its content."""
 
     tag: str
     attributes: Mapping[str, str]
@@ -56,13 +56,13 @@ class Shape:
 
 
 def shape(tag: str, css: str, *, title: str = "", text: str = "", **attributes: float | str) -> Shape:
-    """A shape of a class of the style sheet; numbers are pixels, and `_` in a name stands for `-`."""
+    """Return a shape with a CSS class. Numbers are pixels; `_` in an attribute's name becomes `-`."""
     given = {key.replace("_", "-"): value if isinstance(value, str) else px(value) for key, value in attributes.items()}
     return Shape(tag, {"class": css, **given}, title, text)
 
 
 def px(value: float) -> str:
-    """Pixels to a tenth."""
+    """Format pixels, rounded to a tenth."""
     return f"{round(value, 1):g}"
 
 
@@ -70,7 +70,7 @@ def px(value: float) -> str:
 class Drawing:
     """One layout of a figure, `height` pixels high.
 
-    `above` names its axes; `key` says what labels in it stand for, (label, name).
+    `above` is a line of text above it, `key` lists its labels as (label, name).
     """
 
     frame: Frame
@@ -84,7 +84,7 @@ class Drawing:
 class Figure:
     """A figure in both layouts: caption, legend, titles of the axes above and below the drawing.
 
-    `legend` has the shapes of a sample, 34 pixels wide and 14 high, and what they stand for.
+    `legend` lists (shapes of a sample, 34 pixels wide and 14 high; label).
     """
 
     title: str
@@ -96,7 +96,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps values to pixels; `log` for a logarithmic scale. Values beyond the ends are drawn at the ends."""
+    """Map from values to pixels, logarithmic with `log`. Values beyond the ends are drawn at the ends."""
 
     low: float
     high: float
@@ -105,7 +105,7 @@ class Axis:
     log: bool = False
 
     def at(self, value: float) -> float:
-        """The pixel of a value."""
+        """Return the pixel of a value."""
         low, high, value = self.low, self.high, min(max(value, self.low), self.high)
         if self.log:
             low, high, value = math.log10(low), math.log10(high), math.log10(value)
@@ -114,7 +114,7 @@ class Axis:
 
 
 def text_width(text: str) -> float:
-    """Pixels that a text takes at most, about: common fonts for screens are not wider than DejaVu Sans."""
+    """Return the approximate width of a text in pixels, at most: common screen fonts are not wider than DejaVu Sans."""
     return FONT * sum(map(_letter_width, text))
 
 
@@ -131,9 +131,9 @@ def _letter_width(letter: str) -> float:
 def value_axis(
     frame: Frame, values: Iterable[float], *, log: bool, floor: float = 1e-12, given: tuple[float, float] | None = None
 ) -> Axis:
-    """The vertical axis for these values: whole decades where it is logarithmic, else from zero (or below).
+    """Return the vertical axis for these values: whole decades if logarithmic, else from zero (or below).
 
-    Values that are not above `floor` have no place of their own on a logarithmic axis.
+    Values up to `floor` are drawn at the end of a logarithmic axis.
     """
     values = [value for value in values if math.isfinite(value)]
     if given:
@@ -149,13 +149,13 @@ def value_axis(
 
 
 def value_grid(frame: Frame, axis: Axis, *, share: bool = False, below: bool = False) -> list[Shape]:
-    """Lines and numbers of the vertical axis.
+    """Return the lines and numbers of the vertical axis.
 
     Args:
         frame: the layout.
         axis: the vertical axis.
         share: write values in percent.
-        below: smaller values are drawn at the lowest line, and its number says so.
+        below: whether smaller values are drawn at the lowest line, which is then marked.
     """
     shapes = []
     left, right = frame.x_range
@@ -178,7 +178,7 @@ def _log_ticks(axis: Axis) -> list[float]:
 
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers from `low` to `high`: steps of 1, 2 or 5 times a power of ten."""
+    """Return about `count` round numbers from `low` to `high`, in steps of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough * (1 - 1e-9))
@@ -186,7 +186,7 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def ticks_below(frame: Frame, labels: Iterable[tuple[float, str]]) -> list[Shape]:
-    """Labels (pixel, text) under the plot, from left to right; those that would touch the last one are left out."""
+    """Return labels (pixel, text) under the plot, from left to right, without those that would touch the last one."""
     end = -math.inf
     shapes = []
     for x, text in labels:

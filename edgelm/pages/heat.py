@@ -10,8 +10,8 @@ from edgelm.pages.frame import BROAD, GAP, LAYOUTS, LINE, Drawing, Figure, Frame
 from edgelm.pages.numbers import number
 
 _LABELS, _TOP, _CELL, _LOWEST = 30, 20, 24, 0.08
-_NARROWEST = 9  # pixels of a square
-_SHADES = 40  # steps
+_SMALLEST_CELL = 9  # pixels
+_SHADES = 40  # number of shades
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Scale:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Scale:
-        """The scale of these values: from the least above zero to the largest, at least a decade."""
+        """Return the scale from the least positive value to the largest, at least a factor of ten."""
         found = [value for value in values if value is not None and math.isfinite(value) and value > 0]
         high = max(found, default=1.0)
         return cls(min([*found, high / 10]), high)
 
     def shade(self, value: float) -> float:
-        """From 0 for zero, through `_LOWEST` for `low`, to 1 for `high`, and for what is no number."""
+        """Return the shade: 0 for zero, `_LOWEST` for `low`, 1 for `high` and for values that are not finite."""
         if not math.isfinite(value):
             return 1.0
         if value <= 0:
@@ -38,7 +38,7 @@ class Scale:
         return _LOWEST + (1 - _LOWEST) * min(max(share, 0.0), 1.0)
 
     def legend(self, zero: str) -> list[tuple[str, str]]:
-        """Shades as opacities and what they stand for, from `zero` to the largest value."""
+        """Return (opacity, label) for shades from zero, whose label is `zero`, to the largest value."""
         values = [self.low * (self.high / self.low) ** (part / 4) for part in range(5)]
         return [("0", zero), *((f"{self.shade(value):.2f}", number(value, 2)) for value in values)]
 
@@ -52,23 +52,23 @@ def heat_map(
     row_name: str,
     column_name: str,
 ) -> Figure | None:
-    """A figure of one square a value, darker for larger; None is a crossed square. None where there is none.
+    """Return a figure with a square for each value, darker for larger ones; None without values.
 
     Args:
         title: the caption.
-        rows: the values; all rows are equally long.
-        tips: what is shown when a square is pointed at.
-        scale: of all maps that are to be compared.
-        row_name: what a row is, in the plural.
-        column_name: what a column is, in the plural.
+        rows: the values, in rows of equal length; None is drawn as a crossed square.
+        tips: tooltips of the squares.
+        scale: the scale of all maps that are compared.
+        row_name: name of the rows, in the plural.
+        column_name: name of the columns, in the plural.
     """
     if not rows or not rows[0]:
         return None
 
     def draw(frame: Frame) -> Drawing:
-        if (frame.width - _LABELS - 2) / len(rows[0]) >= _NARROWEST or len(rows) >= len(rows[0]):
+        if (frame.width - _LABELS - 2) / len(rows[0]) >= _SMALLEST_CELL or len(rows) >= len(rows[0]):
             return _grid(frame, rows, tips, scale, row_name, column_name)
-        # Where squares would be too small the longer side goes down.
+        # If squares would be too small, swap rows and columns.
         turned = [list(column) for column in zip(*rows, strict=True)]
         turned_tips = [list(column) for column in zip(*tips, strict=True)]
         return _grid(frame, turned, turned_tips, scale, column_name, row_name)
@@ -101,7 +101,7 @@ def _grid(
             shapes.append(shape("text", "end", x=_LABELS - 6, y=y + height / 2 + 4.5, text=str(index)))
         for column, (value, tip) in enumerate(zip(row, row_tips, strict=True)):
             place = (_LABELS + column * width + inset, y + inset, width - 2 * inset, height - 2 * inset)
-            # Narrow windows belong to devices that have no pointer to show tips.
+            # Devices with narrow windows have no pointer for tooltips.
             shapes += _cell(*place, value, scale, tip if frame is BROAD else "")
     return Drawing(frame, math.ceil(_TOP + len(rows) * height + 2), shapes, f"→ {column_name} · ↓ {row_name}")
 
@@ -118,6 +118,6 @@ def _cell(
 
 
 def _step(least: float) -> int:
-    """A round number of squares from one label to the next."""
+    """Return a round number of squares from one label to the next."""
     steps = (1, 2, 4, 5, 8, 10, 16, 20, 32, 64, 128)
     return next((step for step in steps if step >= least), math.ceil(least))

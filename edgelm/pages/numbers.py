@@ -1,4 +1,4 @@
-"""Numbers as people write them: 61,160 and 0.0162, with powers of ten for the smallest and largest."""
+"""Format numbers for people: 61,160 and 0.0162, with powers of ten for the smallest and largest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """`digits` digits, thousands with separators, powers of ten below 10⁻⁴ and from 10⁹ on; "-" for None and NaN."""
+    """Format with `digits` digits, thousands separators, powers of ten below 10⁻⁴ and from 10⁹; "-" for None, NaN."""
     if value is None or math.isnan(value):
         return "-"
     if math.isinf(value):
@@ -21,7 +21,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def estimate(mean: float, error: float, digits: int = 3) -> str:
-    """A mean and its standard error with one power of ten: "0.0162 ± 0.0005"; the mean alone where it is exact."""
+    """Format a mean and its standard error with one power of ten: "0.0162 ± 0.0005"; without error the mean alone."""
     if error == 0 or not math.isfinite(mean) or not math.isfinite(error):
         return number(mean, digits)
     if mean == 0 or abs(mean) >= 1e-4:
@@ -32,14 +32,14 @@ def estimate(mean: float, error: float, digits: int = 3) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share in percent; "-" for None and NaN. Less than all is never written as 100 %."""
+    """Format a share in percent; "-" for None and NaN. A share below 1 is never written as 100 %."""
     if share is None or math.isnan(share):
         return "-"
     return "> 99.99 %" if 0.9999 < share < 1 else f"{number(100 * share)} %"
 
 
 def power_label(value: float) -> str:
-    """A number for the scale of a chart: "0.01", "10⁻⁴"."""
+    """Format a number for the axis of a chart: "0.01", "10⁻⁴"."""
     text = _power(value, 3) if 0 < abs(value) < 1e-3 else number(value, 3)
     return text.removeprefix(f"1{_TIMES[:-2]}")
 

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: no script, no font, no picture from anywhere."""
+"""Render and write a report as one self-contained HTML file, without scripts, fonts or pictures from elsewhere."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from edgelm.sizes import format_size
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-# What templates/page.html.j2 begins with; earlier reports are known by it, so it stays as it is.
+# The beginning of templates/page.html.j2. Reports of earlier versions are recognised by it, so it must not change.
 _START = (b'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">', b"<style>\n:root { --page: #ffffff; --")
-# Control characters, halves of surrogate pairs, and marks that turn the direction of whatever follows.
+# Control characters, halves of surrogate pairs, and marks that change the direction of text.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 
 
@@ -30,19 +30,19 @@ def _unknown_content(path: Path) -> str | None:
 
 
 REPORT = OutputKind("a report", _unknown_content, is_folder=False)
-"""What `write_page` writes."""
+"""The kind of output that `write_page` writes."""
 
 
 def render(template: str, **values: object) -> str:
-    """A page of `templates`, or a part of one; characters that would garble it are replaced."""
+    """Render a page of `templates`, or a part of one. Unprintable characters are replaced."""
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", _templates().get_template(template).render(values))
 
 
 def write_page(page: str, path: Path) -> None:
-    """Write a page to `path`, whole or not at all; an earlier report there is replaced.
+    """Write a page to `path` atomically; an earlier report there is replaced.
 
     Raises:
-        EdgeLMError: something else is there, or there is no such folder.
+        EdgeLMError: `path` is something other than a report, or its folder does not exist.
     """
     with atomic_file(path, REPORT, overwrite=True) as partial:
         partial.write_text(page, encoding="utf-8")
@@ -50,7 +50,7 @@ def write_page(page: str, path: Path) -> None:
 
 @cache
 def _templates() -> Environment:
-    # Here, since verbs import this module whether or not they are to make a page.
+    # Imported here: verbs import this module even if they write no page.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     found = Environment(
@@ -70,12 +70,12 @@ def _measured(value: float) -> str:
 
 
 def _readable(text: str) -> str:
-    """A text for terminals with its powers of ten as pages write them."""
+    """Rewrite numbers such as 4e-05 in a text as pages write them."""
     return re.sub(r"(?<![\w.])-?\d+(\.\d+)?e[+-]\d+", lambda found: number(float(found[0])), text)
 
 
 def _facts(facts: Mapping[str, object]) -> dict[str, str]:
-    """Names, in which underscores become spaces, and values in words."""
+    """Format names (underscores become spaces) and values."""
     return {key.replace("_", " "): _fact(key, value) for key, value in facts.items()}
 
 

@@ -1,4 +1,4 @@
-"""Named points with a frontier, as inline SVG like `charts`."""
+"""Scatter charts with a Pareto frontier, as inline SVG like `charts`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RADIUS = 5
 
 @dataclass(frozen=True)
 class Point:
-    """One named point; `tip` is shown when pointed at."""
+    """A named point with a tooltip."""
 
     name: str
     x: float
@@ -63,12 +63,10 @@ def scatter_chart(
     other: str,
     floor: float = 1e-12,
 ) -> Figure | None:
-    """A figure of points, y logarithmic, with a line through the points `frontier`; None where there is none.
+    """Return a figure of points, y logarithmic, with a line through the points `frontier`; None without points.
 
-    `best` and `other` say what the points on the line and off it are.
-
-    Points whose y is not above `floor` are drawn at the bottom. A point is named beside it, or, where not all names
-    have room, by a number with a key below.
+    `best` and `other` are the legend's labels of points on and off the line. Points whose y is at most `floor` are
+    drawn at the bottom. Names stand beside their points; if not all fit, numbers do, with a key below.
     """
     shown = [point for point in points if math.isfinite(point.x) and math.isfinite(point.y)]
     if not shown:
@@ -111,7 +109,7 @@ def _dot(x: float, y: float, full: bool, tip: str = "") -> Shape:
 def _name(place: tuple[float, float], box: _Box, label: str) -> list[Shape]:
     x, y = place
     name = shape("text", "name", x=box.left, y=box.bottom - 4, text=label)
-    # To the nearest place of the label, where that is not beside the point.
+    # A line to the nearest place of the label, unless that is beside the point.
     to_x, to_y = min(max(x, box.left), box.right), min(max(y, box.top), box.bottom)
     if math.hypot(to_x - x, to_y - y) <= 2 * _RADIUS + 4:
         return [name]
@@ -127,9 +125,9 @@ def _x_axis(frame: Frame, values: Sequence[float]) -> Axis:
 def _name_boxes(
     frame: Frame, points: Sequence[tuple[float, float]], names: Sequence[str], *, all_of_them: bool = True
 ) -> list[_Box | None] | None:
-    """Where names stand: near their points, inside the frame, over no other name and no point.
+    """Return boxes for names: near their points, inside the frame, over no other name and no point.
 
-    A name without such a place is None; where `all_of_them` have to have one, the answer is None then.
+    A name without such a place gets None; with `all_of_them` the whole result is then None.
     """
     bottom, top = frame.y_range
     taken = [_Box(x - _RADIUS - 1, y - _RADIUS - 1, x + _RADIUS + 1, y + _RADIUS + 1) for x, y in points]
@@ -156,7 +154,7 @@ def _name_boxes(
 
 
 def _around(x: float, y: float, width: float) -> list[_Box]:
-    """Places for a label of a point, the nearest first."""
+    """Return candidate boxes for a point's label, the nearest first."""
     boxes = []
     for far in (_RADIUS + 4, 18, 32, 46, 62, 80, 100, 120):
         for dx, dy in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)):

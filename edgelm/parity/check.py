@@ -1,6 +1,6 @@
-"""`check_parity`: does this bundle, on this device, compute what the reference computed?
+"""`check_parity`: check that this device computes the same model as the reference.
 
-Needs only what running a bundle needs. With a checkpoint the reference is computed anew, which needs torch.
+It needs only what running a bundle needs. With a checkpoint the reference is computed anew, which needs torch.
 """
 
 from __future__ import annotations
@@ -128,17 +128,17 @@ def check_parity(
 
 
 def limits_for(bundle: Bundle) -> tuple[Limits, str]:
-    """The limits that a bundle is judged by, and the kind of recipe they are for."""
+    """Return the limits for a bundle, and the kind of recipe that they are for."""
     manifest = bundle.manifest
     kind = kind_of(manifest.recipe.toml)
-    # What the graphs compute in, the shipped one and the debug graph: on a GPU not float32, except where it is our own.
+    # Data types in which the shipped graph and the debug graph compute: on a GPU float32 only in our own debug graph.
     shipped = manifest.dtype if manifest.target != "cpu" and manifest.dtype != "float32" else "float32"
     debug = shipped if manifest.target == "cuda" else "float32"
     return loosened(LIMITS[kind], shipped, debug), kind
 
 
 def judge(pack: ParityPack, run: DeviceRun, limits: Limits) -> tuple[list[Check], Diagnosis | None]:
-    """Every check of what a device computed; and where it left the reference, None where it was not traced."""
+    """Return every check of what a device computed, and the diagnosis by layers (None if it was not traced)."""
     checks = logit_checks(pack, run.at_once, limits) + greedy_checks(pack, run.decoded, limits)
     if run.trace is None:
         return checks, None
@@ -147,7 +147,7 @@ def judge(pack: ParityPack, run: DeviceRun, limits: Limits) -> tuple[list[Check]
 
 
 def _limits(bundle: Bundle, pack: ParityPack, fixed: Limits, kv: str | None) -> tuple[Limits, list[str]]:
-    """The limits as the pack's rounded record has them, where it says how this device rounds; and what to tell."""
+    """Return the limits derived from the pack's simulated rounding, if it has one, and notes for the report."""
     rounded = pack.rounded
     if rounded is None or bundle.manifest.target != "cpu":
         return fixed, []
@@ -157,17 +157,17 @@ def _limits(bundle: Bundle, pack: ParityPack, fixed: Limits, kv: str | None) -> 
         # A coarser cache than the one that was simulated: no limit may be tighter than the fixed ones.
         wider = {item.name: max(getattr(derived, item.name), getattr(fixed, item.name)) for item in fields(Limits)}
         derived = replace(derived, **{**wider, "top1_clear": min(derived.top1_clear, fixed.top1_clear)})
-        notes.append(f"limits are wide: the cache is {kv}, coarser than the {rounded.kv} that they were made for")
+        notes.append(f"limits are wide: the KV cache is {kv}, coarser than the {rounded.kv} that they were made for")
     if derived.logit_error > fixed.logit_error:
         notes.append(
-            "this model amplifies rounding: that of activations and cache alone moves the log-probabilities so far "
-            "that the shipped graph can be held to little; the layers, in float32, are held as closely as ever"
+            "this model amplifies rounding: rounding activations and KV cache alone changes the log-probabilities so "
+            "much that the limits of the logits are wide; those of the layers, in float32, are as tight as usual"
         )
     return derived, notes
 
 
 def _incompatible(bundle: Bundle, pack: ParityPack) -> str:
-    """What contradicts between the manifest and the pack, empty when nothing does."""
+    """Return what the manifest and the pack disagree about; empty if nothing."""
     model = bundle.manifest.model
     if pack.num_layers != model.num_layers:
         return f"{pack.num_layers} layers, the manifest says {model.num_layers}"
@@ -180,13 +180,13 @@ def _incompatible(bundle: Bundle, pack: ParityPack) -> str:
 
 
 def integrity_check(problems: Sequence[str]) -> Check:
-    """Every file as it was exported."""
+    """Return the check of the files' hashes."""
     detail = "; ".join(problems[:8]) or "every file has the hash it was exported with"
     return Check("integrity", "Files: hashes", not problems, detail)
 
 
 def tokenizer_checks(tokenizer: Tokenizer, pack: ParityPack) -> list[Check]:
-    """The bundle's tokenizer gives the pack's ids, reads them back, and has its vocabulary."""
+    """Return the checks that the tokenizer encodes and decodes the prompts as at export, and has the same tokens."""
     wrong, unread = [], []
     for prompt in pack.prompts:
         ids = pack.ids[prompt.start : prompt.start + prompt.length].tolist()
@@ -216,20 +216,20 @@ def tokenizer_checks(tokenizer: Tokenizer, pack: ParityPack) -> list[Check]:
         if size != known.vocab_size:
             detail = f"{size:,} tokens, the checkpoint's tokenizer had {known.vocab_size:,}"
         elif not same:
-            detail = "some ids stand for other texts, some texts have other ids, or special ids differ"
+            detail = "some ids decode to other texts, some texts have other ids, or special ids differ"
         checks.append(Check("tokenizer.vocabulary", "Tokenizer: same vocabulary", same, detail))
     return checks
 
 
 def same_pack(stored: ParityPack, recomputed: ParityPack) -> Check:
-    """The pack in the bundle is what the checkpoint gives now, up to rounding of another machine's matmuls."""
+    """Return the check that the stored pack equals the recomputed one, up to the rounding of another machine."""
     title = "Parity pack: as recomputed from the checkpoint"
     if stored.ids.shape != recomputed.ids.shape or not np.array_equal(stored.ids, recomputed.ids):
         return Check("pack", title, False, "the tokens differ: other prompts, tokenizer or greedy continuation")
     worst = 0.0
     for a, b in ((stored.reference, recomputed.reference), (stored.target, recomputed.target)):
         if a.sketches.shape != b.sketches.shape:
-            return Check("pack", title, False, "the pack is of another model")
+            return Check("pack", title, False, "the pack belongs to another model")
         errors = relative_error(b.sketches, a.sketches, b.norms)
         worst = max(worst, quantile(errors, 0.99), quantile(logit_errors(b, a), 0.99))
     detail = "99th percentile over positions and layers of the relative difference"

@@ -1,16 +1,16 @@
-"""Where a device leaves the reference: the first diverged layer, and which part of it.
+"""Find the first layer in which a device differs from the reference, and the part of it that is wrong.
 
-Layer i takes `hidden.i` through attention, router and experts to `hidden.{i+1}`. Errors that come in are carried on by
-any layer, healthy or not; what is judged is therefore the error a layer **adds**. With S the reference's sketches, D
+Layer i takes `hidden.i` through attention, router and experts to `hidden.{i+1}`. Every layer passes on the error
+of its input; therefore the error that a layer **adds** is compared. With S the reference's sketches, D
 the device's and delta_i = D_i - S_i:
 
     added(i, p)    = |delta_{i+1} - delta_i| / max(|S_{i+1} - S_i|, FLOOR |S_i|)     error of the layer's own update
     incoming(i, p) = max(|delta_i| / |S_i| at p, its mean over the prompt's positions up to p, 1/8 of its largest there)
     excess(i, p)   = added / (base + gain * incoming)
 
-The incoming error counts the earlier positions too because attention mixes them in, and may look at a single one. A
-layer has diverged when more positions than the limit allows have excess above 1. A position whose chosen experts differ
-by a near-tie does not count in that layer: such a flip changes the output without anything being wrong.
+The incoming error includes earlier positions, because attention mixes them in and may look at a single one. A layer has
+diverged if more positions than the limit allows have an excess above 1. A position whose chosen experts differ by a
+near-tie does not count in that layer: such a flip changes the output although nothing is wrong.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from edgelm.sizes import format_number
 # Updates below a hundredth of the residual stream are measured against the stream: where one position carries a huge
 # activation, the stream's own rounding would otherwise look like an error of the update.
 FLOOR = 1e-2
-# How much of one earlier position's error counts. Times a gain of 8 it is all of it.
+# Share of one earlier position's error that counts. With a gain of 8 that is all of it.
 SINGLE = 1 / 8
 # Float32 rounding moves router logits by about 1e-6.
 ROUTER_ROUNDING = 1e-5
@@ -39,7 +39,7 @@ ROUTER_ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class DeviceTrace:
-    """What the device's debug graph computed at the pack's N positions."""
+    """Results of the device's debug graph at the pack's N positions."""
 
     norms: FloatArray  # [L + 1, N]
     sketches: FloatArray  # [L + 1, N, 64]
@@ -48,17 +48,18 @@ class DeviceTrace:
 
 
 def choose(router: ArrayLike, k: int) -> NDArray[np.int32]:
-    """The k largest of router logits [..., E], largest first, the lower index first among equals.
+    """Return the indices of the k largest router logits [..., E], largest first; of equals the lower index first.
 
-    Softmax is monotone, so the choice by logits is the choice by weight.
+    Softmax is monotone, so this is also the choice by weight.
     """
     return np.argsort(-np.asarray(router, np.float64), axis=-1, kind="stable")[..., :k].astype(np.int32)
 
 
 def router_margin(router: ArrayLike, k: int) -> Floats:
-    """Gap between the k-th and the (k+1)-th router logit, [..., E] -> [...], in standard deviations of the position's.
+    """Return the gap of the k-th and the (k+1)-th router logit, [..., E] -> [...], in standard deviations.
 
-    Infinite where every expert is chosen. The unit makes one limit serve routers of any temperature.
+    The standard deviation is that of the position's logits, so that one limit serves routers of any temperature. The
+    gap is infinite where every expert is chosen.
     """
     logits = np.asarray(router, np.float64)
     if k >= logits.shape[-1]:
@@ -70,10 +71,10 @@ def router_margin(router: ArrayLike, k: int) -> Floats:
 
 @dataclass(frozen=True)
 class Flips:
-    """Per position: whether the sets of chosen experts differ, and how clear the reference was about it.
+    """Per position: whether the sets of chosen experts differ, and by how much.
 
-    `severity` is the reference logit of the best expert that was dropped minus that of the worst that came instead, in
-    standard deviations: a rounding flip has a severity near zero. Zero where nothing differs.
+    `severity` is the reference logit of the best dropped expert minus that of the worst added expert, in standard
+    deviations. It is near zero for a flip by rounding, and zero where nothing differs.
     """
 
     changed: Mask
@@ -104,7 +105,7 @@ def _as_sets(chosen: ArrayLike, count: int) -> Mask:
 
 @dataclass(frozen=True)
 class _Suspects:
-    """Per position of one layer: bad; counted (no other experts); how far its update moved; the error that came in."""
+    """Per position of one layer: whether it is bad, whether it counts, error of the update, error of the input."""
 
     bad: Mask
     counted: Mask
@@ -168,10 +169,10 @@ def _layer(
     if want.router is not None and want.experts is not None and trace.experts is not None:
         flips = expert_flips(want.router[index], want.experts[index], trace.experts[index])
         margin = router_margin(want.router[index], want.experts.shape[-1])
-    # An error that came in may tip a choice that would be clear otherwise: the tolerance grows with it.
+    # An error of the input may flip a choice that is otherwise clear: the tolerance grows with it.
     tolerance = limits.router_near_tie + limits.layer_gain * incoming
     severe = flips.changed & ~(flips.severity < tolerance)
-    # Where the choice was open, an MoE operator whose logits are of lower precision may have made another.
+    # At near-ties an MoE operator with logits of lower precision may choose other experts.
     clear = margin >= limits.router_near_tie
     counted = ~flips.changed & (clear | ~np.isfinite(excess))
     bad = (counted & ~(excess <= 1)) | severe
@@ -204,7 +205,7 @@ def _same_as_float(pack: ParityPack, trace: DeviceTrace, index: int) -> float:
 
 
 def _mixed_in(pack: ParityPack, error: Floats) -> Floats:
-    """What attention can bring from a prompt's positions so far: their mean, or much of one that it looks at."""
+    """Return the error that attention can bring from earlier positions: their mean, or a share of the largest."""
     result = np.empty_like(error)
     for prompt in pack.prompts:
         rows = error[prompt.positions]
@@ -225,7 +226,7 @@ def _cause(
     firsts = np.zeros(len(bad), dtype=bool)
     firsts[[prompt.start for prompt in pack.prompts]] = True
     later = bad[~firsts]
-    # A first token attends to itself alone: whatever turns or scales queries and keys cannot change it.
+    # A first token attends to itself alone, so errors of queries and keys cannot change it.
     scores = not bad[firsts].any() and later.mean() > 0.5
     attention = "attention scores (rotary embedding, query or key projection or norm, mask)"
     if want.router is None or want.experts is None or trace.router is None:
@@ -249,10 +250,10 @@ def _before_router(
     index: int,
     suspects: _Suspects,
 ) -> bool:
-    """Whether the router already saw the disturbance that the layer's output shows.
+    """Return whether the router's logits already show the error of the layer's output.
 
-    The router reads the normalised residual stream after attention: a disturbance there changes its logits by about
-    the same relative amount. What happens in the experts leaves them untouched.
+    The router reads the normalised residual stream after attention: an error there changes its logits by about the
+    same relative amount. An error of the experts does not change them.
     """
     assert want.router is not None
     assert trace.router is not None
@@ -264,17 +265,17 @@ def _before_router(
     ratio = (seen - 2 * suspects.incoming)[bad] / disturbance[bad]
     if np.isnan(seen[bad]).mean() > 0.5:
         return True
-    # Routers are less sensitive in some directions than in others, so a hundredth counts, if it is above rounding.
+    # Routers are less sensitive in some directions, so a hundredth counts if it is above rounding.
     return bool(np.median(ratio) > 0.3) or bool(np.median(ratio) > 0.01 and np.median(seen[bad]) > ROUTER_ROUNDING)
 
 
 def guilty_experts(experts: ArrayLike, bad: Mask, good: Mask) -> list[int] | None:
-    """The few experts that explain the bad positions and not the good ones, None when there is no such set.
+    """Return the few experts that explain the bad positions and not the good ones; None if there is no such set.
 
-    `experts` [N, k] are the experts both sides chose. An expert is suspect when at least 70 % of the positions that
-    used it are bad (not all: one that got almost no weight somewhere leaves that position good). Of the suspects the
-    one that explains most of what is unexplained is taken until nothing is (greedy set cover). None when no position
-    is good, or when it would take more than an eighth of the experts in use: then it is not single experts.
+    `experts` [N, k] are the experts that both sides chose. An expert is suspect if at least 70 % of the positions that
+    used it are bad; not all, since a position that gave it almost no weight stays good. Suspects are taken by greedy
+    set cover, the one that explains most unexplained positions first. None if no position is good, or if more than an
+    eighth of the experts in use would be needed.
     """
     chosen = np.asarray(experts, dtype=np.int64)
     if not bad.any() or not good.any():
@@ -296,7 +297,7 @@ def guilty_experts(experts: ArrayLike, bad: Mask, good: Mask) -> list[int] | Non
 
 
 def layer_checks(pack: ParityPack, debug: LogitRecord, diagnosis: Diagnosis, limits: Limits) -> list[Check]:
-    """The debug graph, layer by layer, and its logits."""
+    """Return the checks of the debug graph: embedding, layers, experts, logits."""
     count = len(pack.ids)
     allowed = limits.bad_positions * count
     checks = [

@@ -19,10 +19,10 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Check:
-    """One quantity that the parity check judges.
+    """One check of the parity check.
 
-    `passed` is None where there was nothing to judge, which `detail` explains. `value` and `limit` are numbers to read
-    side by side; `better` says which way: "lower" passes at or below the limit, "higher" at or above.
+    `passed` is None where nothing could be checked; `detail` says why. `value` passes at or below `limit` if `better`
+    is "lower", at or above it if `better` is "higher".
     """
 
     name: str
@@ -36,46 +36,47 @@ class Check:
 
 
 def mean(values: ArrayLike) -> float:
-    """The mean, NaN for an empty array."""
+    """Return the mean, NaN for an empty array."""
     array = np.asarray(values, np.float64)
     return float(array.mean()) if array.size else float("nan")
 
 
 def quantile(values: ArrayLike, q: float) -> float:
-    """A quantile, NaN for an empty array."""
+    """Return a quantile, NaN for an empty array."""
     array = np.asarray(values, np.float64)
     return float(np.quantile(array, q)) if array.size else float("nan")
 
 
 def largest(values: ArrayLike) -> float:
-    """The maximum, NaN for an empty array (and NaN where any value is NaN, so that a broken device cannot pass)."""
+    """Return the maximum, NaN for an empty array or if any value is NaN, so that a broken device cannot pass."""
     array = np.asarray(values, np.float64)
     return float(array.max()) if array.size else float("nan")
 
 
 def at_most(name: str, title: str, value: float, limit: float, detail: str = "", layer: int | None = None) -> Check:
-    """A check that passes at or below its limit. NaN fails: it means that the device computed no number."""
+    """Return a check that passes at or below its limit. NaN fails: the device computed no number."""
     return Check(name, title, value <= limit, detail, value, limit, "lower", layer)
 
 
 def at_least(name: str, title: str, value: float, limit: float, detail: str = "", layer: int | None = None) -> Check:
-    """A check that passes at or above its limit; NaN fails."""
+    """Return a check that passes at or above its limit; NaN fails."""
     return Check(name, title, value >= limit, detail, value, limit, "higher", layer)
 
 
 def passed(checks: Sequence[Check]) -> bool:
-    """Whether none failed; one that had nothing to judge fails nothing."""
+    """Return whether no check failed; a check without a result does not fail."""
     return all(check.passed is not False for check in checks)
 
 
 @dataclass(frozen=True)
 class FloatLoss:
-    """What the bundle lost on this device against the float model. No check counts it, unless `max_kl` asks for one.
+    """Loss of the bundle on this device against the float model; a check only with `max_kl`.
 
-    `kl` is the mean KL(float reference || device) in nats, `kl_reference` the same of the quantised reference: what the
-    recipe costs by itself. `perplexity` and `perplexity_reference` are perplexities over the float reference's, minus
-    1; NaN where every prompt is a single token. `known` is false where the checkpoint was quantised already and the
-    float model was not given at export: all are NaN then. `warning` says that the loss is large for the recipe's kind.
+    `kl` is the mean KL(float reference || device) in nats, `kl_reference` the same for the quantised reference: the
+    cost of the recipe alone. `perplexity` and `perplexity_reference` are ratios to the float reference's perplexity,
+    minus 1; NaN if every prompt is a single token. `known` is false, and all numbers are NaN, if the checkpoint was
+    quantised already and the float model was not given at export. `warning` is set if the loss is large for the kind of
+    recipe.
     """
 
     known: bool
@@ -87,7 +88,7 @@ class FloatLoss:
 
     @property
     def text(self) -> str:
-        """One line for people."""
+        """The loss in one line for people."""
         if not self.known:
             return "not known: the checkpoint was quantised already and the export had no --reference"
         line = f"mean KL {self.kl:.3g} nats (recipe alone {self.kl_reference:.3g})"
@@ -99,13 +100,13 @@ class FloatLoss:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One layer's numbers; arrays over positions are summarised, NaN where there is nothing to summarise.
+    """Results of one layer, summarised over positions; NaN where there is nothing to summarise.
 
     `error` and `error_float` are the relative error of the layer's output against the quantised and the float
     reference (median over positions), `added` the median error of its update, `worst` the largest excess. `clear` and
     `near` are the share of positions with the reference's very experts, where its margin was clear and where it was a
     near-tie; `clear_count` the number of clear positions. `same_float` is the share of positions with the float
-    reference's experts: what quantisation changed in the routing. NaN for a dense model.
+    reference's experts: the effect of quantisation on the routing. NaN for a dense model.
     """
 
     layer: int
@@ -125,9 +126,9 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The layers in order, the embedding's error, and the first place that is wrong.
+    """Results of the layers in order, the error of the embedding, and the first place that differs.
 
-    `first`: layer index, -1 for the embedding, None when no layer has diverged.
+    `first` is a layer's index, -1 for the embedding, None if no layer differs. `cause` is "PLACE: EVIDENCE".
     """
 
     layers: tuple[LayerResult, ...]
@@ -140,7 +141,7 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class PromptResult:
-    """One golden prompt on the device; the lists have one number per fed position."""
+    """Results of one parity prompt on the device; the lists have one number per position."""
 
     name: str
     text: str
@@ -156,7 +157,7 @@ class PromptResult:
 
 @dataclass(frozen=True)
 class Speed:
-    """Times of this check's own runs; `edgelm bench` measures properly."""
+    """Speed of the short runs of this check; `edgelm bench` measures properly."""
 
     load_s: float
     prefill_tokens_per_s: float
@@ -165,7 +166,7 @@ class Speed:
 
 @dataclass
 class ParityReport:
-    """The outcome and everything behind it. `kl_*` compare the device with the quantised reference, in nats."""
+    """The result of a parity check. `kl_*` compare the device with the quantised reference, in nats."""
 
     bundle: str
     passed: bool
@@ -242,12 +243,12 @@ class ParityReport:
         return f"This device does NOT compute the same model as the reference: {where}."
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; numbers that are not finite become null, which JSON has no other word for."""
+        """Return a JSON document; numbers that are not finite become null."""
         return {"format": "edgelm-parity", "format_version": 1, **json_ready(asdict(self))}
 
 
 def json_ready(value: Any) -> Any:
-    """Plain lists and dicts; numbers that are not finite become null, which JSON has no other word for."""
+    """Return plain lists and dicts; numbers that are not finite become null."""
     if isinstance(value, dict):
         return {str(key): json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

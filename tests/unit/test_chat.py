@@ -189,7 +189,7 @@ def test_only_the_line_with_invalid_bytes_is_skipped(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/exti", "not sent: there is no command /exti, perhaps /exit; /help tells how to send it"),
+        ("/exti", "not sent: there is no command /exti, perhaps /exit; /help says how to send such a message"),
         ("/Exitnow", "not sent: there is no command /exitnow"),
         ("/", "not sent: there is no command /; /help"),
         ("/exit now", "/exit takes nothing after it"),

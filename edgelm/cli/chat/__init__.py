@@ -1,4 +1,4 @@
-"""`edgelm chat`: talk with a model in a terminal."""
+"""`edgelm chat`: chat with a model in a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the messages of `edgelm chat` come from: a terminal, with line editing and history, or a pipe."""
+"""Input of `edgelm chat`: a terminal with line editing and history, or a pipe."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from edgelm.cli.main import Terminated
 BLOCK = '"""'
 PROMPT, MORE = "> ", "... "
 HISTORY_BYTES = 1 << 20
-"""The history file is cut to half of this when it has grown past it."""
+"""Limit of the history file, in bytes; beyond it, the file is cut to half of this."""
 LONGEST_KEPT = 10_000
-"""Characters of a message that is kept in the history file."""
+"""Characters of the longest message that the history file keeps."""
 
 _OPENING = re.compile(r'\s*(/\w+\s+)?"""')
 _UNUSABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-class Cleared(Exception):  # noqa: N818 - no error: Ctrl-C at the prompt
-    """Ctrl-C at the prompt. `empty`: nothing had been typed."""
+class Cleared(Exception):  # noqa: N818 - not an error
+    """Ctrl-C was pressed at the prompt. `empty`: nothing had been typed."""
 
     def __init__(self, *, empty: bool) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Cleared(Exception):  # noqa: N818 - no error: Ctrl-C at the prompt
 class Entry:
     """A message or a command.
 
-    `literal`: it stood between triple quotes, so it is no command.
+    `literal`: it was in triple quotes, so it is not a command.
     `problem`: why it cannot be used; empty if it can.
     """
 
@@ -80,7 +80,7 @@ def _closed(text: str) -> bool:
 
 
 def unusable(text: str) -> str:
-    """What a message cannot hold, "" where it is fine: bytes that are no UTF-8, control characters."""
+    """Return what is wrong with a message (bytes that are not UTF-8, control characters); "" if nothing is."""
     found = _UNUSABLE.search(text)
     if found is None:
         return ""
@@ -92,7 +92,7 @@ def unusable(text: str) -> str:
 
 
 def piped_entries(stream: BinaryIO) -> Callable[[], Entry]:
-    """Function that reads the next entry of a pipe or file. Nothing is shown. Raises EOFError at the end."""
+    """Return a function that reads the next entry of a pipe or file, without a prompt; EOFError at the end."""
 
     def line(prompt: str) -> str:
         del prompt
@@ -106,13 +106,13 @@ def piped_entries(stream: BinaryIO) -> Callable[[], Entry]:
 
 
 def typed_entries(history: History | None, prompt_style: Callable[[str], str]) -> Callable[[], Entry]:
-    """Function that reads the next entry from a terminal, with readline's editing and history where Python has it.
+    """Return a function that reads the next entry from a terminal, with readline's editing where Python has it.
 
     Raises as `read_entry`.
 
     Args:
-        history: the file that keeps what is typed, if any.
-        prompt_style: gives a prompt its colour.
+        history: the history file, if any.
+        prompt_style: adds colour to a prompt.
     """
     readline: Any = None
     if sys.stdout.isatty():  # input() does not use readline otherwise
@@ -131,7 +131,7 @@ def typed_entries(history: History | None, prompt_style: Callable[[str], str]) -
             if readline is None:
                 click.echo(prompt_style(prompt), nl=False, err=True)  # standard output is for answers
                 return input()
-            # Between \x01 and \x02 stands what takes no room.
+            # \x01 and \x02 enclose characters without width.
             text = input(re.sub("(\x1b\\[[0-9;]*m)", "\x01\\1\x02", prompt_style(prompt)))
             return text.replace("\r\n", "\n").replace("\r", "\n")
         except EOFError:
@@ -146,7 +146,7 @@ def typed_entries(history: History | None, prompt_style: Callable[[str], str]) -
         entry = read_entry(line)
         text = entry.text.rstrip()
         if entry.literal and text.startswith("/"):
-            text = " " + text  # so that it is no command when it comes back
+            text = " " + text  # so that it is not a command when it is recalled
         last = 0 if readline is None else readline.get_current_history_length()
         new = not last or readline.get_history_item(last) != text
         if readline is not None and text.strip() and new and not entry.problem:
@@ -159,9 +159,9 @@ def typed_entries(history: History | None, prompt_style: Callable[[str], str]) -
 
 
 class History:
-    """A file of what was typed, the oldest first: a JSON string a line, since a message may have several lines.
+    """The history file: one JSON string a line, the oldest first.
 
-    A file that cannot be read or written is no error: the history then ends with the session.
+    Errors of reading and writing are ignored: the history then ends with the session.
     """
 
     def __init__(self, path: Path) -> None:
@@ -169,17 +169,17 @@ class History:
 
     @classmethod
     def default(cls) -> History | None:
-        """The user's, under XDG_STATE_HOME; None where there is no home."""
+        """Return the user's history file, under XDG_STATE_HOME; None where there is no home."""
         state = Path(os.environ.get("XDG_STATE_HOME", ""))
         try:
-            # A relative one is to be ignored, its specification says.
+            # The XDG specification says to ignore a relative path.
             folder = state if state.is_absolute() else Path.home() / ".local" / "state"
         except RuntimeError:
             return None
         return cls(folder / "edgelm" / "chat_history")
 
     def read(self) -> list[str]:
-        """What is there; a file that has grown too large is cut first."""
+        """Return the entries. A file that is too large is cut first."""
         try:
             if not self.path.is_file():
                 return []
@@ -192,7 +192,7 @@ class History:
             return []
         found = []
         for line in lines:
-            with contextlib.suppress(ValueError):  # a line that was cut, or is not ours
+            with contextlib.suppress(ValueError):  # a line that was cut, or is not JSON
                 text = json.loads(line)
                 if isinstance(text, str) and not unusable(text):
                     found.append(text)
@@ -211,7 +211,7 @@ class History:
         return lines
 
     def add(self, text: str) -> None:
-        """Append what was typed. Only its user may read the file."""
+        """Append an entry. Only the user may read the file."""
         if len(text) > LONGEST_KEPT:
             return
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The conversation of `edgelm chat`: what each message and command does to it."""
+"""The conversation of `edgelm chat`: its messages and commands."""
 
 from __future__ import annotations
 
@@ -41,33 +41,33 @@ MORE_HELP = (
     '  """ begins a message of several lines, """ at the end of a line ends it; a paste is one message.',
     "  To send a message that begins with /, put a space before it.",
 )
-# Pictures of C0's characters; C1 has none.
+# Control characters are shown as the symbols that Unicode has for C0; C1 has none.
 _CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
 _CONTROL |= dict.fromkeys(range(127, 160), "\N{REPLACEMENT CHARACTER}")
 
 
 class Screen:
-    """Answers go to standard output and all else to standard error, with colours where that is a terminal."""
+    """Output of a session: answers on standard output, all else on standard error, coloured on a terminal."""
 
     def __init__(self) -> None:
         self._colour = wants_colour()
         self._tame = sys.stdout.isatty()
 
     def style(self, text: str, **style: Any) -> str:
-        """`text` in a style, if colours are wanted."""
+        """Return `text` in a style, if colours are wanted."""
         return click.style(text, **style) if self._colour else text
 
     def info(self, text: str) -> None:
-        """Say a line about the session."""
+        """Print a line about the session."""
         click.echo(self.style(text.translate(_CONTROL), dim=True), err=True)
 
     def problem(self, text: str) -> None:
-        """Say what did not work, in one line."""
+        """Print an error in one line."""
         click.echo(self.style(Failure(text).format_message(), fg="red"), err=True)
 
     def answer(self, piece: str, *, end: bool = False) -> None:
-        """Show a piece of an answer. A model could write what a terminal acts on: there such characters are shown."""
-        # Not by click.echo, which takes escape sequences out where there is no terminal.
+        """Print a piece of an answer. On a terminal, control characters that the model wrote are shown as symbols."""
+        # Not with click.echo, which removes escape sequences where output is not a terminal.
         sys.stdout.write((piece.translate(_CONTROL) if self._tame else piece) + "\n" * end)
         sys.stdout.flush()
 
@@ -76,8 +76,8 @@ class Session:
     """A conversation with a model.
 
     Attributes:
-        messages: what was said, system messages first.
-        failed: something that was asked for could not be done.
+        messages: the conversation, system messages first.
+        failed: whether a message or a command failed.
     """
 
     def __init__(
@@ -93,15 +93,15 @@ class Session:
         """Begin with an empty conversation.
 
         Args:
-            model: whom to talk with.
-            screen: where to show it.
-            options: of `LanguageModel.stream`.
+            model: the model.
+            screen: the output.
+            options: options of `LanguageModel.stream`.
             system: the system message.
-            trim: whether to drop the oldest turns when the context is full, or to refuse the message.
-            quiet: no lines about speed.
+            trim: drop the oldest turns when the context is full; otherwise refuse the message.
+            quiet: print no lines about speed.
 
         Raises:
-            EdgeLMError: options that cannot be used; the model has no template, or one that takes no system message.
+            EdgeLMError: an option is wrong, or the model has no chat template, or one without system messages.
         """
         from edgelm.generation.options import Options
 
@@ -116,7 +116,7 @@ class Session:
         self._set_system(system)
 
     def run(self, read: Callable[[], Entry], *, terminal: bool) -> None:
-        """Serve messages and commands until the input ends or one of them says so."""
+        """Handle messages and commands until the input ends or /exit."""
         going = True
         while going:
             try:
@@ -124,13 +124,13 @@ class Session:
             except Terminated:
                 raise
             except KeyboardInterrupt:
-                # Nothing more is done here, where another Ctrl-C would end the chat.
+                # Do nothing more here: another Ctrl-C at this place would end the chat.
                 self._cancelled = True
                 if not terminal:
                     raise
 
     def _serve(self, read: Callable[[], Entry]) -> bool:
-        """Serve one message or command; returns whether to go on."""
+        """Handle one message or command; return whether to go on."""
         if self._cancelled:
             self._cancelled = False
             self._screen.info("\n[cancelled: the conversation is as it was before]")
@@ -146,7 +146,7 @@ class Session:
         return self.handle(entry)
 
     def handle(self, entry: Entry) -> bool:
-        """Do what a command says or answer a message; returns whether to go on."""
+        """Run a command or answer a message; return whether to go on."""
         text = entry.text if entry.literal else entry.text.rstrip().lstrip("\n")
         command = re.match(r"/(\S*)\s*(.*)\Z", text, re.DOTALL) if not entry.literal else None
         word = command[1].lower() if command is not None else ""
@@ -157,7 +157,7 @@ class Session:
         elif command is not None and ("\n" not in text or word == "system"):
             return self._command(word, command[2])
         else:
-            # Of code that is pasted the first line's indentation matters; before one line spaces are to send a slash.
+            # Keep the indentation of pasted code; before a single line, spaces only protect a leading slash.
             text = text if entry.literal or "\n" in text else text.lstrip()
             self._respond([*self.messages, {"role": "user", "content": text}])
         return True
@@ -169,7 +169,9 @@ class Session:
     def _command(self, word: str, argument: str) -> bool:
         name = ALIASES.get(word, word)
         if name not in COMMANDS:
-            self._problem(f"not sent: there is no command /{word}{_suggestion(word)}; /help tells how to send it")
+            self._problem(
+                f"not sent: there is no command /{word}{_suggestion(word)}; /help says how to send such a message"
+            )
             return True
         wanted = COMMANDS[name][0]
         if argument and not wanted:
@@ -202,7 +204,7 @@ class Session:
         from edgelm.runtimes.base import context_full
 
         start = [] if text is None else [{"role": "system", "content": text}]
-        # A model without a template, or one that takes no system message, says so now, not at the next message.
+        # Render once now, so that a template that is missing or takes no system message fails at once.
         tokens = self._model.chat_tokens([*start, {"role": "user", "content": "?"}])
         runtime = self._model.runtime
         if len(tokens) >= runtime.context_length:
@@ -238,9 +240,9 @@ class Session:
             self._respond(messages)
 
     def _respond(self, messages: list[Message], again: int = 0) -> None:
-        """Answer `messages` and make them and the answer the conversation.
+        """Answer `messages`, which become the conversation with the answer.
 
-        It stays what it was where that fails or is interrupted before anything was said. `again`: how often this
+        The conversation is unchanged if that fails or is interrupted before the first text. `again` is how often this
         message was answered already.
         """
         started = time.perf_counter()
@@ -266,7 +268,7 @@ class Session:
             self._screen.info(timings_line(_from_the_key(generation, rendering)))
 
     def _fitted(self, messages: list[Message]) -> tuple[list[Message], list[int]]:
-        """The messages without the turns that have to go, and their tokens."""
+        """Return the messages without the turns that do not fit into the context, and their tokens."""
         context = self._model.runtime.context_length
         answer = min(self._max_tokens or context, context // 2)
         kept = trim_messages(self._model, messages, answer)
@@ -281,7 +283,7 @@ class Session:
         return kept.messages, kept.tokens
 
     def _show(self, stream: TextStream) -> None:
-        """Show the answer as it comes. Ctrl-C ends it, and what was said stays said."""
+        """Print the answer as it is generated. Ctrl-C ends it and keeps the text so far."""
         try:
             for piece in stream:
                 self._screen.answer(piece)
@@ -305,14 +307,14 @@ def _suggestion(word: str) -> str:
 
 
 def _path(argument: str) -> Path:
-    """A file's name as people type it: perhaps quoted, ~ for the home folder."""
+    """Return the path that a user typed: quotes are removed, ~ is the home folder."""
     quoted = len(argument) > 1 and argument[0] == argument[-1] and argument[0] in "'\""
-    # Path.expanduser fails where there is no such user.
+    # Path.expanduser raises for an unknown user.
     return Path(os.path.expanduser(argument[1:-1] if quoted else argument))  # noqa: PTH111
 
 
 def _from_the_key(generation: Generation, seconds: float) -> Generation:
-    """The generation with its first token timed from when the message was sent, `seconds` before the call."""
+    """Return the generation with `seconds` more to its first token: the time between sending and generating."""
     timings = generation.timings
     first = timings.time_to_first_token + seconds
     return dataclasses.replace(generation, timings=dataclasses.replace(timings, time_to_first_token=first))

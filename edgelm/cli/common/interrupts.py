@@ -1,9 +1,9 @@
 """Ctrl-C from a command's first instruction to its last.
 
-Importing takes a quarter of a second, and exiting a while: a KeyboardInterrupt there shows a traceback, or is taken for
-another error. So Ctrl-C ends the process at once, but where a verb runs, which may have something to clean up.
+A KeyboardInterrupt during imports (a quarter of a second) or at exit shows a traceback, or looks like another error. So
+Ctrl-C ends the process at once, except while a verb runs, which may have to clean up.
 
-Until `leave_at_once` is called Ctrl-C is Python's own. So that this is soon, neither this module nor `edgelm` itself
+Until `leave_at_once` is called, Python handles Ctrl-C. To call it early, neither this module nor `edgelm` itself
 imports `typing`, which alone takes as long as the rest of Python's start.
 """
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 
 def leave_at_once() -> None:
-    """From now on Ctrl-C ends the process, unless whoever started it ignores Ctrl-C."""
+    """Let Ctrl-C end the process from now on, unless the parent process ignores it."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
 
 
 class Raised:
-    """Inside, Ctrl-C is a KeyboardInterrupt, if `leave_at_once` was called before."""
+    """Context in which Ctrl-C raises KeyboardInterrupt again, if `leave_at_once` was called before."""
 
     def __enter__(self) -> None:
         self._ours = signal.getsignal(signal.SIGINT) is _leave

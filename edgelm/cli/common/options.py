@@ -1,7 +1,7 @@
-"""Options that several verbs share, each defined once, and what makes them wrong usage.
+"""Options that several verbs share, and the checks of their values.
 
-Wrong usage, exit code 2, is what the command line alone shows to be wrong. What only a file, a model or the machine
-shows is a failure, exit code 1.
+Exit code 2 (wrong usage) is for errors that the command line alone shows; exit code 1 (failure) for errors that only a
+file, a model or the machine shows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REPORT_FILE = click.Path(path_type=Path, dir_okay=False)
 
 @contextlib.contextmanager
 def as_usage() -> Iterator[None]:
-    """Around a check that sees nothing but options: what it refuses is wrong usage.
+    """Turn an EdgeLMError of the block into wrong usage: for checks that depend on options alone.
 
     Raises:
         click.UsageError: in place of an EdgeLMError.
@@ -44,7 +44,7 @@ def as_usage() -> Iterator[None]:
 
 
 def was_given(*names: str) -> list[str]:
-    """Those of the running verb's options, by the names of their parameters, that the command line holds."""
+    """Return those of the running verb's options that the command line has; `names` are names of parameters."""
     context = click.get_current_context()
     default = (click.core.ParameterSource.DEFAULT, click.core.ParameterSource.DEFAULT_MAP)
     given_names = {name for name in names if context.get_parameter_source(name) not in (None, *default)}
@@ -52,7 +52,7 @@ def was_given(*names: str) -> list[str]:
 
 
 EXPORT_PACKAGES = ("torch", "onnx", "huggingface_hub")
-"""Files of safetensors we read and write ourselves."""
+"""Packages of the extra `export`. There is no safetensors: EdgeLM reads and writes these files itself."""
 
 
 def need_export_extra() -> None:
@@ -81,10 +81,10 @@ def need_eval_extra() -> None:
 
 
 class Number(click.FloatRange):
-    """A number in a range; "nan" and "inf", which Python takes for numbers, are none."""
+    """A number in a range; "nan" and "inf" are refused."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number."""
+        """Return the number."""
         found = super().convert(value, param, ctx)
         if not math.isfinite(found):
             self.fail(f"{value!r} is not a number.", param, ctx)
@@ -92,13 +92,13 @@ class Number(click.FloatRange):
 
 
 class Threads(click.IntRange):
-    """A number of threads, at most the CPUs that this process may use: more would only wait for each other."""
+    """A number of threads, at most the CPUs that this process may use."""
 
     def __init__(self) -> None:
         super().__init__(min=1)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number."""
+        """Return the number."""
         from edgelm.devices import thread_problem
 
         found = super().convert(value, param, ctx)
@@ -114,7 +114,7 @@ class Size(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number of bytes."""
+        """Return the number of bytes."""
         from edgelm.sizes import parse_size
 
         try:
@@ -124,12 +124,12 @@ class Size(click.ParamType[int]):
 
 
 class RuntimeName(click.ParamType[str]):
-    """The name of a runtime that there is, whether or not it is installed here."""
+    """The name of a known runtime, installed or not."""
 
     name = "runtime"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The name as it is."""
+        """Return the name unchanged."""
         from edgelm.runtimes import runtimes
 
         names = [entry.name for entry in runtimes()]
@@ -139,12 +139,12 @@ class RuntimeName(click.ParamType[str]):
 
 
 class RecipeName(click.ParamType[str]):
-    """The name of a preset, or an existing file."""
+    """The name of a preset recipe, or an existing file."""
 
     name = "recipe"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The name as it is."""
+        """Return the name unchanged."""
         from edgelm.quant.recipe import PRESETS
 
         if value not in PRESETS and not Path(value).is_file():
@@ -206,7 +206,7 @@ def threads_option(what: str = "CPU threads.", group: Group = Group.RUNTIME) -> 
 
 
 def together(name: str, *options: Any, make: Callable[..., Any] = dict) -> Callable[[Command], Command]:
-    """Options that a verb takes as one parameter, `name`: what `make` makes of their values."""
+    """Add options that the verb receives as one parameter `name`: the result of `make`, called with their values."""
 
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
@@ -225,7 +225,7 @@ def together(name: str, *options: Any, make: Callable[..., Any] = dict) -> Calla
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """Drop the options that were left out, so that the library's defaults hold."""
+    """Return the options that are not None; the library's defaults stand for the others."""
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -289,10 +289,10 @@ def sampling_options(temperature: float) -> Callable[[Command], Command]:
 
 
 def _checked_sampling(**options: Any) -> dict[str, Any]:
-    """The options that were given; none that would do nothing together, no stop strings that cannot be found.
+    """Check the sampling options and return those that were given.
 
     Raises:
-        click.UsageError: saying which.
+        click.UsageError: options contradict each other, or a stop string is empty.
     """
     filters = {name: options[name] for name in ("top_k", "top_p", "min_p") if options[name] is not None}
     with as_usage():
@@ -315,10 +315,10 @@ def _chosen_calibration(
     require_coverage: bool,
     smooth: str | None,
 ) -> CalibrationOptions | None:
-    """What `calibration_options` came to; None without --calibration.
+    """Return the calibration options; None without --calibration.
 
     Raises:
-        click.UsageError: another of them was given without it.
+        click.UsageError: another calibration option was given without it.
     """
     if calibration is None:
         others = was_given("samples", "sample_length", "smooth", "min_expert_tokens", "require_coverage")
@@ -379,11 +379,11 @@ calibration_options = together(
 
 
 ENGINE_PARAMETERS = ("sms", "build", "matmul", "attention", "max_batch", "chunk", "weight_streaming")
-"""The parameters that are about `--target tensorrt` alone."""
+"""Parameters of options that only `--target tensorrt` has."""
 
 
 def chosen_sms(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
-    """The numbers of --sm."""
+    """Parse --sm: return the compute capabilities, None where the option was not given."""
     del context, parameter
     if text is None:
         return None

@@ -1,4 +1,4 @@
-"""What verbs print: tables, lines about a generation, and failures that stand out on a terminal."""
+"""Output of the verbs: tables, lines about a generation, coloured failures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-# Lines of results that begin with a bad word, and the outcomes.
+# Lines that report a failure.
 _BAD = re.compile(
     r"^(?:FAIL|DAMAGED|REFUSED|missing|This device does NOT|The bundle's)\b.*$|^\d+ of \d+ checks FAILED|\bFAILED$",
     re.MULTILINE,
@@ -19,29 +19,29 @@ _GOOD = re.compile(r"^This device computes the same model as the reference(?=[:.
 
 
 def wants_colour() -> bool:
-    """Whether colours are wanted, where output is a terminal."""
+    """Return whether to use colours on a terminal (NO_COLOR and TERM=dumb turn them off)."""
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def echo(text: str) -> None:
-    """Print a verb's result on standard output, failures bold and red, a passed check green.
+    """Print a verb's result on standard output, with failures in bold red and a passed result in green.
 
     Pipes, NO_COLOR and TERM=dumb get plain text.
     """
     if wants_colour():
         text = _BAD.sub(lambda match: click.style(match[0], fg="red", bold=True), text)
         text = _GOOD.sub(lambda match: click.style(match[0], fg="green", bold=True), text)
-    click.echo(text)  # takes the colours out where standard output is no terminal
+    click.echo(text)  # removes colours where standard output is not a terminal
 
 
 def pairs(rows: Sequence[tuple[str, str]]) -> str:
-    """Two columns, the first padded."""
+    """Format rows as two columns."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
 
 
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with a header; the first column to the left, the others to the right."""
+    """Format a table with a header: the first column left-aligned, the others right-aligned."""
     table = [list(header), *(list(row) for row in rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
 
@@ -53,7 +53,7 @@ def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def timings_line(generation: Any) -> str:
-    """One line about what a generation took."""
+    """Return one line about the speed of a generation."""
     from edgelm.sizes import format_number
 
     timings = generation.timings
@@ -71,7 +71,7 @@ def timings_line(generation: Any) -> str:
 
 
 def generation_json(generation: Any) -> dict[str, Any]:
-    """A generation as a JSON document."""
+    """Return a generation as a JSON document."""
     timings = generation.timings
     return {
         "text": generation.text,

@@ -1,4 +1,4 @@
-"""Which recipe a verb quantises with: one that the user has, or one that is chosen for a number of bits or bytes."""
+"""The recipe of a verb: one that the user names, or a mixed-precision recipe for --bits or --max-size."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def mixed_precision_options(group: Group) -> Callable[[Command], Command]:
 
 
 def refuse_two(recipe: str | None, bits: float | None, max_size: int | None) -> None:
-    """Check that at most one of them was given.
+    """Check that at most one of --recipe, --bits and --max-size was given.
 
     Raises:
-        click.UsageError: two were.
+        click.UsageError: more than one was given.
     """
     if sum(value is not None for value in (recipe, bits, max_size)) > 1:
         raise click.UsageError("give only one of --recipe, --bits and --max-size")
@@ -70,7 +70,7 @@ def choose_mixed_precision(
         None where neither option was given.
 
     Raises:
-        EdgeLMError: `out` is no place for an output of this kind, or no recipe is that small.
+        EdgeLMError: the output cannot be written to `out`, or no recipe is that small.
     """
     if bits is None and max_size is None:
         return None
@@ -80,9 +80,9 @@ def choose_mixed_precision(
     from edgelm.quant.mixed_precision import TOKENS, mixed_precision_recipe
     from edgelm.sizes import format_size
 
-    # Measuring takes a while; what writes the output would say so afterwards.
+    # Check the output first: measuring takes minutes.
     check_output(out, kind, sources=[checkpoint, reference], overwrite=overwrite)
-    # What suffices for the calibration is enough here.
+    # Use no more tokens than the calibration does.
     tokens = TOKENS if calibration is None else min(TOKENS, calibration.samples * calibration.length)
     result = mixed_precision_recipe(
         checkpoint,
@@ -98,10 +98,10 @@ def choose_mixed_precision(
 
 
 def chosen(recipe: str | None, result: MixedPrecision | None, default: str) -> Recipe:
-    """The recipe that `choose_mixed_precision` came to, or the one named, or the default.
+    """Return the mixed-precision recipe if there is one, else the named recipe, else the default.
 
     Raises:
-        RecipeError: there is none of that name.
+        RecipeError: there is no recipe of that name.
     """
     from edgelm.quant.recipe import Recipe
 
@@ -109,7 +109,7 @@ def chosen(recipe: str | None, result: MixedPrecision | None, default: str) -> R
 
 
 def in_words(result: MixedPrecision) -> str:
-    """What a mixed-precision recipe comes to, in one line."""
+    """Return the size and the expected loss of a mixed-precision recipe in one line."""
     from edgelm.sizes import format_size
 
     return (
@@ -119,7 +119,7 @@ def in_words(result: MixedPrecision) -> str:
 
 
 def in_json(result: MixedPrecision) -> dict[str, Any]:
-    """What a mixed-precision recipe comes to, for a JSON document."""
+    """Return the same for a JSON document."""
     return {
         "bits": round(result.bits, 4),
         "bytes": result.nbytes,

@@ -1,4 +1,4 @@
-"""`edgelm inspect`: what a folder is."""
+"""`edgelm inspect`: describe a bundle, a checkpoint, or the kernels of this CPU."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def inspect(path: Path | None, cpu: bool, verify: bool, verbose: bool, as_json: 
 
 
 def inspect_cpu(as_json: bool) -> None:
-    """Print which kernels this CPU runs; exit with 1 where it was told to run ones that it cannot."""
+    """Print which kernels this CPU runs; exit with 1 if EDGELM_ISA names kernels that it cannot run."""
     import json
 
     from edgelm import devices
@@ -118,7 +118,7 @@ def bundle_document(bundle: Bundle, problems: list[str] | None) -> dict[str, Any
 
 @dataclass(frozen=True)
 class PackedGroup:
-    """Packed matrices of one kind and shape, of all layers (and experts): `count` of them, of `bytes` together."""
+    """Packed matrices of one kind and shape in all layers and experts: their `count`, and `bytes` of all together."""
 
     name: str
     matrix: PackedMatrix
@@ -126,12 +126,12 @@ class PackedGroup:
     bytes: int
 
     def line(self) -> str:
-        """For people."""
+        """Format the group for people."""
         times = f"{self.count} x " if self.count > 1 else ""
         return f"{self.name}: {times}{self.matrix.describe()}, {self.matrix.bits_per_weight:.2f} bits a weight"
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the group for a JSON document."""
         matrix = self.matrix
         return {
             "name": self.name,
@@ -148,7 +148,7 @@ class PackedGroup:
 
 
 def packed_groups(bundle: Bundle) -> list[PackedGroup]:
-    """What the headers of a native bundle's weights say; empty for a portable one.
+    """Read the headers of a native bundle's packed matrices, grouped; empty for other bundles.
 
     Raises:
         BundleError: a header is damaged.
@@ -192,7 +192,7 @@ def activations_line(manifest: Manifest) -> str:
     try:
         recipe = Recipe.from_toml(manifest.recipe.toml)
     except RecipeError as error:
-        return f"unknown: {error}"  # another version's recipe: what it says of the bundle besides is still of use
+        return f"unknown: {error}"  # a recipe of another version: go on with the other rows
     if recipe.default is None and all(rule.scheme is None for rule in recipe.rules):
         return "float32"
     blocks = "int8 in blocks of 32" if manifest.ops == "native" else "int8 in blocks of the weights' groups"
@@ -254,14 +254,14 @@ def bundle_rows(bundle: Bundle, problems: list[str] | None, *, verbose: bool = F
 
 
 def _shape(bundle: Bundle) -> str:
-    """The model's size in a few words."""
+    """Return the model's size in a few words."""
     model = bundle.manifest.model
     experts = f", {model.num_experts} experts of which {model.experts_per_token} act" if model.num_experts else ""
     return f"{model.num_layers} layers of {model.hidden_size}{experts}, vocabulary of {model.vocab_size:,}"
 
 
 def _sizes(bundle: Bundle) -> str:
-    """What the bundle's bytes are for."""
+    """Return the bytes of weights, parity pack and other files."""
     from edgelm.sizes import format_size
 
     files = bundle.manifest.files
@@ -272,7 +272,7 @@ def _sizes(bundle: Bundle) -> str:
 
 
 def _runtimes(bundle: Bundle) -> list[str]:
-    """Names of the runtimes that run such a bundle, whether or not they are installed."""
+    """Return the names of the runtimes that run such a bundle, installed or not."""
     from edgelm.runtimes import runtimes
 
     manifest = bundle.manifest
@@ -284,7 +284,7 @@ def _runtimes(bundle: Bundle) -> list[str]:
 
 
 def engine_rows(bundle: Bundle) -> list[tuple[str, str]]:
-    """The TensorRT engines of a bundle for GPUs, and what each needs."""
+    """Return rows about the TensorRT engines of a bundle, and what each needs."""
     if bundle.manifest.target != "tensorrt":
         return []
     from edgelm.runtimes.tensorrt.engine_info import engine_lines, engines

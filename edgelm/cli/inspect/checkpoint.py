@@ -1,4 +1,4 @@
-"""What `edgelm inspect` says of a checkpoint of any architecture, and whether `edgelm export` takes it."""
+"""Describe a checkpoint of any architecture, and say whether `edgelm export` takes it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ _SHOWN = {
 
 
 def checkpoint_document(path: Path) -> dict[str, Any]:
-    """Config, sizes and types of the checkpoint in the folder `path`, and why `export` would refuse it.
+    """Return config, sizes and data types of the checkpoint at `path`, and why `export` would refuse it.
 
-    Of weights only headers are read, but for what must be compared: what values refuse, an export finds.
+    Only the headers of weights are read, except for tensors that must be compared. Values such as NaN are found by an
+    export.
 
     Raises:
-        CheckpointError: config.json or the weight files cannot be read at all.
+        CheckpointError: config.json or the weight files cannot be read.
     """
     from edgelm.checkpoint import CheckpointFiles
 
@@ -62,7 +63,7 @@ def _input_scales(source: WeightSource) -> int:
 
 
 def _survey(files: CheckpointFiles) -> tuple[str | None, WeightSource | None, list[str]]:
-    """The family, the tensors where they can be opened, and every reason against an export."""
+    """Return the family, the tensors if they can be opened, and every reason against an export."""
     from edgelm.checkpoint import Checkpoint, family_of
     from edgelm.quant.source import WeightSource
 
@@ -73,7 +74,7 @@ def _survey(files: CheckpointFiles) -> tuple[str | None, WeightSource | None, li
     config, refused = _config(found, files)
     source = None
     try:
-        # Stays open: it is read from until this command ends.
+        # Not closed: the command reads from it until it ends.
         source = WeightSource(Checkpoint(files.path))
         if config is not None:
             source.check_tensors(config.tensor_shapes)
@@ -84,7 +85,7 @@ def _survey(files: CheckpointFiles) -> tuple[str | None, WeightSource | None, li
 
 
 def _config(family: Family, files: CheckpointFiles) -> tuple[Decoder | None, list[str]]:
-    """The decoder without the fields that are not implemented, None where it is impossible; and what is against it."""
+    """Return the decoder without the fields that are not implemented (None if impossible), and reasons against it."""
     from edgelm.models.unsupported_fields import not_implemented
 
     offending = not_implemented(files.config, family.keys)
@@ -97,7 +98,7 @@ def _config(family: Family, files: CheckpointFiles) -> tuple[Decoder | None, lis
 
 
 def _tokenizer(files: CheckpointFiles, rows: int | None) -> list[str]:
-    """What is against the checkpoint's tokenizer."""
+    """Return the reasons against the checkpoint's tokenizer."""
     from edgelm.tokenization.tokenizer import Tokenizer
 
     try:
@@ -110,7 +111,7 @@ def _tokenizer(files: CheckpointFiles, rows: int | None) -> list[str]:
 
 
 def _said(error: EdgeLMError, files: CheckpointFiles) -> str:
-    """The message without the folder, which stands above it."""
+    """Return the message without the folder, which is printed once above."""
     folder = str(files.path)
     return str(error).removeprefix(folder).lstrip(":/ ")
 

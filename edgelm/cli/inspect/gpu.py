@@ -1,4 +1,4 @@
-"""What `edgelm inspect` says of a bundle for GPUs: its weights, its kernels, and the activations of its matmuls."""
+"""Describe a bundle for GPUs: its weights, its kernels, and the activations of its matmuls."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class GpuGroup:
 
     @property
     def bits_per_weight(self) -> float:
-        """Storage for each weight, scales, zero points and filling included."""
+        """Bits stored for each weight, with scales, zero points and padding."""
         matrix = self.matrix
         return 8 * matrix.nbytes / (matrix.count * matrix.rows * matrix.columns)
 
     def line(self) -> str:
-        """For people."""
+        """Format the group for people."""
         matrix = self.matrix
         times = f"{self.count} x " if self.count > 1 else ""
         experts = f"{matrix.count} of " if matrix.count > 1 else ""
@@ -40,7 +40,7 @@ class GpuGroup:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the group for a JSON document."""
         matrix = self.matrix
         return {
             "name": self.name,
@@ -58,7 +58,7 @@ class GpuGroup:
 
 
 def gpu_groups(bundle: Bundle) -> list[GpuGroup]:
-    """The blobs of a bundle for GPUs; none of any other.
+    """Return the weight blobs of a bundle for GPUs, grouped; empty for other bundles.
 
     Raises:
         BundleError: its program is damaged.
@@ -84,7 +84,7 @@ def gpu_groups(bundle: Bundle) -> list[GpuGroup]:
 
 
 def kernels_document(bundle: Bundle) -> dict[str, Any] | None:
-    """Which devices a bundle has kernels for, and what compiled them; None of one without any.
+    """Return which devices a bundle has kernels for, and what compiled them; None for other bundles.
 
     Raises:
         BundleError: the list of kernels is missing or damaged.
@@ -102,7 +102,7 @@ def kernels_document(bundle: Bundle) -> dict[str, Any] | None:
 
 
 def kernels_rows(bundle: Bundle) -> list[tuple[str, str]]:
-    """The same for people."""
+    """Return the same as rows for people."""
     from edgelm.sizes import format_size
 
     document = kernels_document(bundle)
@@ -114,7 +114,7 @@ def kernels_rows(bundle: Bundle) -> list[tuple[str, str]]:
 
 
 def multiplied(bundle: Bundle) -> str:
-    """The activations of the matmuls of a bundle for GPUs."""
+    """Return the data type of the activations of a GPU bundle's matmuls."""
     from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
 
     program = Program.read(bundle.file(PROGRAM_FILE))
