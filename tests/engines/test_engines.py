@@ -80,6 +80,10 @@ def test_the_command_builds_and_inspect_says_what_is_needed(copied: Bundle) -> N
     assert built.exit_code == 0, built.output
     document = json.loads(built.stdout)
     assert document["sms"] == [89]
+    plain = run("build", copied.path, "--sm", "120")
+    assert plain.exit_code == 0, plain.output
+    assert "built in " in plain.stderr
+    assert "engines/rtx-1.7.1-sm120.engine: SM 120" in plain.stderr
     said = run("inspect", copied.path).stdout
     assert "engines/rtx-1.7.1-sm89.engine: SM 89" in said
     assert "needs TensorRT-RTX 1.7.1.116 and this package's runtime, which registers the plugins in Python" in said
