@@ -27,8 +27,8 @@ class ExportOptions:
         dtype: Type of the matrices that the recipe does not quantise: "float32", "float16" or "bfloat16" (also "fp32",
             "fp16", "bf16"). "auto" keeps the checkpoint's type. Routers and norms are float32 in any case. On a GPU,
             activations have this type too.
-        sms: TensorRT only: compute capabilities to compile kernels for, such as (80, 86). None takes the GPU of this
-            machine; without a GPU, every capability that EdgeLM supports.
+        sms: TensorRT only: compute capabilities to compile kernels for, such as (80, 86). None takes those of this
+            machine's GPUs; without a GPU, every capability that EdgeLM supports.
         engines: TensorRT only: how to build engines.
         max_ram: Limit of resident memory in bytes; None for no limit.
         threads: Worker threads; None for one per core that this process may use.

@@ -1,8 +1,8 @@
 """Build the graph that chooses the next token greedily on a GPU, so that the logits need not be copied to the host.
 
-It also writes the token and the new length where the model's graph reads them. It takes the argmax of each row of 1024
-logits, then the argmax of the rows' maxima. Many small TopK run in parallel; one over 256,000 logits would run in a
-single block.
+It also writes the token and the new length where the model's graph reads them. It takes the argmax of each row of up to
+1024 logits, then the argmax of the rows' maxima. Many small TopK run in parallel; one over 256,000 logits would run in
+a single block.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class CoverageOptions:
             raise EdgeLMError(f"reach is {self.reach}: give 1 or more")
 
     def needed(self, moe: MoE) -> int:
-        """Return the tokens that an expert needs: `min_tokens`, by default the number of its matrices' columns.
+        """Return the tokens that an expert needs: `min_tokens`, by default the columns of its widest matrix.
 
         Error on other tokens compared with rounding to nearest (docs/log.md): a third more with half as many tokens as
         columns, a tenth less with as many, four tenths less with twice as many.

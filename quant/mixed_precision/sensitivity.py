@@ -42,7 +42,7 @@ from edgelm.reference.layerwise import HEAD_BLOCK_BYTES, LayerWeights, embedding
 Ints = NDArray[np.int64]
 
 GROUPS = 16
-"""Number of groups of sequences, whose gradients are squared separately."""
+"""Largest number of groups of sequences, whose gradients are squared separately."""
 
 _NOISY_SHARE = 4  # one in this many sequences measures the noise of the routers' inputs
 
