@@ -1,8 +1,8 @@
-"""Runs the golden prompts on the device and keeps what the pack can be compared with.
+"""Run the golden prompts on the device and keep what is compared with the pack.
 
-Three passes: the shipped graph over all positions at once, the shipped graph as it is used (prefill, then one token at
-a time through the cache), and the debug graph with its hidden states. Logits are reduced block by block: a whole
-[N, 256000] never exists.
+Three passes: the shipped graph over all positions at once; the shipped graph as it is used (prefill, then one token at
+a time through the KV cache); the debug graph with its hidden states. Logits are reduced block by block, so that an
+array [N, 256000] is never in memory.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from edgelm.runtimes import Runtime
     from edgelm.runtimes.tracing import TracingModel
 
-# Logits of the debug graph come in one piece a pass; a prompt whose logits are larger alone is traced without.
+# The debug graph returns all logits of a pass at once; a prompt whose logits are larger than this is traced without.
 _DEBUG_LOGITS_BYTES = 512 << 20
 
 
 @dataclass
 class DeviceRun:
-    """Everything measured on the device. `decoded` covers the positions that choose greedy tokens."""
+    """All results of the device. `decoded` covers the positions that choose greedy tokens."""
 
     at_once: LogitRecord
     decoded: LogitRecord
@@ -57,7 +57,7 @@ def run_device(
 ) -> DeviceRun:
     """Run both graphs over the pack's prompts, one graph after the other so that only one is in memory.
 
-    `kv` is the type of the cache that the shipped graph is run with; None is the runtime's own choice.
+    `kv` is the data type of the shipped graph's KV cache; None is the runtime's default.
     """
     from edgelm.runtimes import open_runtime, open_tracing
 
@@ -86,7 +86,7 @@ def run_device(
 
 
 def _decode(model: Runtime, run: DeviceRun, ids: list[int], first: int, length: int) -> None:
-    """Prefill the prompt, then feed the reference's continuation token by token, whatever the device would choose."""
+    """Prefill the prompt, then feed the reference's continuation token by token, whatever the device chooses."""
     model.reset()
     start = time.perf_counter()
     logits = model.prefill(ids[:length])
@@ -105,9 +105,9 @@ def _decode(model: Runtime, run: DeviceRun, ids: list[int], first: int, length: 
 
 
 def _batches(pack: ParityPack, vocab_size: int) -> Iterator[tuple[list[GoldenPrompt], bool]]:
-    """Prompts that are traced in one pass, of similar length, and whether their logits fit into memory too.
+    """Yield the prompts of each pass, of similar length, and whether their logits fit into memory.
 
-    Few passes, because in float32 every pass dequantises all weights anew.
+    There are few passes, because every pass in float32 dequantises all weights again.
     """
     batch: list[GoldenPrompt] = []
     # The longest first: it sets the size that the others are padded to.

@@ -1,8 +1,8 @@
-"""Makes a parity pack: runs the PyTorch reference over the golden prompts, layer by layer from disk.
+"""Make a parity pack: run the PyTorch reference over the golden prompts, layer by layer from disk.
 
-The float reference is run first: one sweep over all prompts, then one sweep per greedy token. The quantised reference
-needs a single sweep, over the prompts and the float reference's continuation together, so that both references and the
-device are compared on the same tokens even where they would choose different ones.
+The golden prompts are those whose results the pack stores. The float reference runs first: one sweep over all prompts,
+then one sweep per greedy token. The quantised reference needs a single sweep over the prompts and the float
+reference's continuation, so that both references and the device are compared on the same tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from edgelm.reference.layerwise import LayerwiseReference, LayerwiseResult, SequenceState
     from edgelm.tokenization.tokenizer import Tokenizer
 
-# From this many weights on, a sweep over the model takes seconds and prompts and continuations are kept short.
+# With at least this many weights a sweep takes seconds, so prompts and continuations are kept short.
 BIG = 300_000_000
 GREEDY_TOKENS, GREEDY_TOKENS_BIG, GREEDY_PROMPTS_BIG = 16, 8, 2
 MAX_PROMPT_TOKENS, MAX_PROMPT_TOKENS_BIG, MAX_PROMPT_TOKENS_OWN = 512, 96, 2048
@@ -47,13 +47,13 @@ MAX_PROMPT_TOKENS, MAX_PROMPT_TOKENS_BIG, MAX_PROMPT_TOKENS_OWN = 512, 96, 2048
 
 @dataclass(frozen=True)
 class GoldenOptions:
-    """What goes into a pack.
+    """Contents of a pack.
 
     Attributes:
         prompts: the golden prompts.
-        greedy_tokens: length of each greedy continuation; None: 16, and 8 for a big model.
-        greedy_prompts: how many prompts, from the first, are continued; None: all, and 2 for a big model.
-        max_prompt_tokens: longer prompts are cut there (and at the model's context); None: 512, and 96 for a big model.
+        greedy_tokens: length of each greedy continuation; None: 16, or 8 for a big model.
+        greedy_prompts: number of prompts, from the first, that are continued; None: all, or 2 for a big model.
+        max_prompt_tokens: longer prompts are cut to this, and to the model's context; None: 512, or 96 if big.
     """
 
     prompts: tuple[Prompt, ...] = BUILT_IN
@@ -63,7 +63,7 @@ class GoldenOptions:
 
     @classmethod
     def from_arguments(cls, prompts_file: Path | None, greedy_tokens: int | None) -> GoldenOptions:
-        """The options of the command line; None keeps a default.
+        """Return the options of the command line; None keeps a default.
 
         Raises:
             ParityError: the file holds no prompts.
@@ -73,7 +73,7 @@ class GoldenOptions:
         return cls(load_prompts(prompts_file), greedy_tokens, max_prompt_tokens=MAX_PROMPT_TOKENS_OWN)
 
     def resolved(self, decoder: Decoder) -> GoldenOptions:
-        """These options with every None replaced by what suits the model's size."""
+        """Return these options with every None replaced by the default for the model's size."""
         big = weight_count(decoder) >= BIG
         tokens, prompts, length = self.greedy_tokens, self.greedy_prompts, self.max_prompt_tokens
         if tokens is None:
@@ -85,19 +85,20 @@ class GoldenOptions:
         return replace(self, greedy_tokens=tokens, greedy_prompts=prompts, max_prompt_tokens=length)
 
     def rounded_prompts(self, decoder: Decoder) -> int:
-        """How many prompts, from the first, are also run with activations rounded: of a big model the continued ones,
-        which are a tenth of the arithmetic, or one.
+        """Return how many prompts, from the first, are also run with rounded activations.
+
+        For a big model these are the continued ones (a tenth of the arithmetic), at least one.
         """
         return max(1, self.resolved(decoder).greedy_prompts or 0) if weight_count(decoder) >= BIG else len(self.prompts)
 
 
 @dataclass(frozen=True)
 class DeviceRounding:
-    """What a device rounds beside the weights.
+    """Rounding of a device besides that of the weights.
 
     Attributes:
-        blocks: matrices whose inputs become int8, and in blocks of how many columns.
-        kv: type of the cache of keys and values, as `round_cache` names it.
+        blocks: matrices whose inputs are quantised to int8, with the columns of a block.
+        kv: data type of the KV cache, as `round_cache` names it.
     """
 
     blocks: Mapping[str, int]
@@ -105,11 +106,11 @@ class DeviceRounding:
 
     @property
     def is_exact(self) -> bool:
-        """Whether nothing is rounded."""
+        """Return whether nothing is rounded."""
         return not self.blocks and self.kv == "float32"
 
     def hooks(self) -> Hooks:
-        """What makes a reference round likewise; needs torch."""
+        """Return hooks that make a reference round likewise; needs torch."""
         from edgelm.quant.activations import int8_blocks, round_cache
         from edgelm.reference.hooks import Hooks
 
@@ -126,13 +127,13 @@ class DeviceRounding:
 
 
 def weight_count(decoder: Decoder) -> int:
-    """Weights of a model, roughly: tables, attention as four square matrices, and the feed-forward blocks."""
+    """Return roughly the weights of a model: tables, attention as four square matrices, feed-forward blocks."""
     blocks = 3 * decoder.feed_forward_width * max(decoder.num_experts, 1) + 4 * decoder.hidden_size
     return decoder.hidden_size * (2 * decoder.vocab_size + decoder.num_layers * blocks)
 
 
 def golden_tokens(options: GoldenOptions, tokenizer: Tokenizer, decoder: Decoder) -> int:
-    """An upper bound of the positions a sweep holds, which decides how much memory making a pack takes."""
+    """Return an upper bound of the positions in a sweep, which determine the memory that making a pack takes."""
     continued = GREEDY_TOKENS if options.greedy_tokens is None else options.greedy_tokens
     longest = MAX_PROMPT_TOKENS if options.max_prompt_tokens is None else options.max_prompt_tokens
     lengths = [min(len(tokenizer.encode(prompt.text)), longest) + continued for prompt in options.prompts]
@@ -157,9 +158,9 @@ def make_pack(
         decoder: the checkpoint's model.
         tokenizer: the checkpoint's tokenizer.
         options: prompts and sizes.
-        progress: where to report sweeps.
-        rounding: how the device rounds activations and cache; None where that is not known.
-        threads: to compute with, None is one per core allowed to this process. The pack is the same for any number.
+        progress: receiver of progress reports.
+        rounding: how the device rounds activations and KV cache; None if that is not known.
+        threads: CPU threads; None is one per core allowed to this process. The pack is the same for any number.
 
     Raises:
         ParityError: a prompt has no tokens.
@@ -244,7 +245,7 @@ def _float_run(
     vocab = model.decoder.vocab_size
     probes = probe_ids(vocab, PROBES)
     top = min(TOP, vocab)
-    # The token after each position; 0 where the text does not say (only positions of the text use it).
+    # The token after each position; 0 after the text's end, where it is not used.
     next_ids = [np.append(tokens[1:], 0) for tokens in ids]
     result = model.step(ids, None, trace=True, progress=progress)
     first = _chunks(result, top, probes, next_ids)
@@ -285,10 +286,10 @@ def _quantized_run(
     count: int,
     progress: Progress,
 ) -> tuple[ReferenceRecord | None, RoundedRecord | None]:
-    """The quantised reference over all prompts and, in the same sweep, the first `count` rounded as the device rounds.
+    """Run the quantised reference over all prompts and, in the same sweep, the first `count` with device rounding.
 
-    One sweep for both: reading and dequantising the weights is most of its time. Without quantised weights the float
-    reference is known already, and only the rounded prompts are run.
+    One sweep serves both, because reading and dequantising the weights takes most of its time. Without quantised
+    weights only the rounded prompts are run.
     """
     from edgelm.reference.hooks import LaterRows
     from edgelm.reference.layerwise import LayerwiseReference
@@ -335,21 +336,21 @@ def _routed(arrays: Sequence[NDArray[Any]]) -> NDArray[Any] | None:
 
 
 class _Share(Progress):
-    """Counts each task given to it as one step of an outer task: one bar for all sweeps, which moves at every layer."""
+    """Progress that counts each task as one step of an outer task: one bar for all sweeps, moving at every layer."""
 
     def __init__(self, advance: Advance) -> None:
         self._advance = advance
 
     @contextlib.contextmanager
     def task(self, label: str, total: float, *, unit: str = "bytes") -> Iterator[Advance]:
-        """Yield what advances the outer task by the same part of one step."""
+        """Yield a function that advances the outer task by the same part of one step."""
         del label, unit
         yield lambda amount: self._advance(amount / total)
 
 
 @dataclass
 class _Chunk:
-    """One sequence's new positions of one sweep, reduced to what a pack keeps. T positions, L layers."""
+    """Results of one sequence's new positions in one sweep, reduced to what a pack keeps. T positions, L layers."""
 
     values: NDArray[np.float32]  # [T, k], falling
     indices: NDArray[np.int64]  # [T, k]

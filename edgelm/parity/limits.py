@@ -1,4 +1,4 @@
-"""The one table of limits, by kind of recipe. The check and the tests read it, and docs/reference/parity.md shows it.
+"""The table of limits by kind of recipe. The check and the tests read it, and docs/reference/parity.md shows it.
 
 How the values were chosen, with the measurements, is in docs/reference/parity.md.
 """
@@ -13,17 +13,17 @@ from edgelm.errors import ParityError
 
 @dataclass(frozen=True)
 class Limits:
-    """What a healthy bundle stays within. Logits are in nats; errors are relative; shares are of positions.
+    """Limits of a healthy bundle. Logits are in nats; errors are relative; shares are of positions.
 
-    Against the quantised reference (what the implementation and the device add): `kl_mean`, `kl_p99`, `kl_max`;
-    `logit_error`, the median over positions, and `logit_error_p90`, its ninth decile; `decode_error`, the median over
-    the steps of decoding, at likely tokens; `clear_gap`, the top-1 minus top-2 logit from which a choice counts as
-    clear; `top1_clear`, the least agreement over clear positions; `greedy_clear`, how many clear choices of decoding
-    may be others; `perplexity`, the most by which the ratio of the perplexities may differ from 1.
+    Against the quantised reference (the error of implementation and device): `kl_mean`, `kl_p99`, `kl_max`;
+    `logit_error`, the median over positions, and `logit_error_p90`, the 90th percentile; `decode_error`, the median
+    over decoding steps, at likely tokens; `clear_gap`, the top-1 minus top-2 logit from which a choice counts as clear;
+    `top1_clear`, the least agreement over clear positions; `greedy_clear`, the clear choices of decoding that may
+    differ; `perplexity`, the largest difference of the ratio of perplexities from 1.
 
     In the debug graph: `embedding_error`; `layer_base` and `layer_gain` as in diagnose.py; `bad_positions`, the share
-    of positions that may exceed them; `router_near_tie`, the margin below which a router was undecided, in standard
-    deviations of its logits; `head_error`, of the debug graph's log-probabilities beyond what the layers bring.
+    of positions that may exceed them; `router_near_tie`, the margin below which a choice of experts is a near-tie, in
+    standard deviations of the router's logits; `head_error`, of the log-probabilities beyond the error of the layers.
     """
 
     kl_mean: float
@@ -44,8 +44,8 @@ class Limits:
     head_error: float
 
 
-# Relative difference up to which a stored pack and one recomputed on another machine count as the same: float32
-# matmuls in another order give about 1e-6, a near-tie flip of an expert more, at single positions.
+# Largest relative difference of a stored pack and one recomputed on another machine: float32 matmuls in another order
+# give about 1e-6, a near-tie flip of an expert more at single positions.
 SAME_PACK = 1e-3
 
 
@@ -68,7 +68,7 @@ LIMITS: dict[str, Limits] = {
 
 @dataclass(frozen=True)
 class LossWarning:
-    """From where on the loss against the float model is large for a kind of recipe: information, no check.
+    """Limits above which the loss against the float model is large for a kind of recipe: a warning, not a check.
 
     `kl` is the mean KL(float reference || device) in nats, `perplexity` the perplexity over the float reference's,
     minus 1.
@@ -119,7 +119,7 @@ def loosened(limits: Limits, shipped: str, debug: str) -> Limits:
 
 
 def kind_of(recipe_toml: str) -> str:
-    """The kind of a recipe: the coarsest type that its default or one of its rules names, "none" if all is float.
+    """Return the kind of a recipe: the coarsest type of its default and its rules, "none" if all is float.
 
     Raises:
         ParityError: it uses a type there are no limits for.

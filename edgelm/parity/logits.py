@@ -17,7 +17,7 @@ from edgelm.parity.pack import ParityPack, ReferenceRecord
 from edgelm.parity.result import Check, FloatLoss, Floats, Mask, at_least, at_most, largest, mean, quantile
 
 LIKELY = 16
-"""How many of the recorded tokens the error of a decoding step is taken over.
+"""Number of recorded tokens, the most probable ones, over which the error of a decoding step is taken.
 
 For one token the native operators compute the logits of improbable ones with the high nibbles of the head alone
 (docs/performance/quality.md, "The head by its high nibbles"). Beyond the first few, tokens that the float reference
@@ -40,7 +40,7 @@ class Sampled(Protocol):
 
 
 class LogitRecord:
-    """The device's logits at the recorded tokens of each position; NaN where it was not run."""
+    """The device's logits at the recorded tokens of each position; NaN for positions that were not run."""
 
     def __init__(self, pack: ParityPack) -> None:
         count, top = pack.top_ids.shape
@@ -54,7 +54,7 @@ class LogitRecord:
         self.seen = np.zeros(count, dtype=bool)
 
     def put(self, first: int, logits: NDArray[np.float32]) -> int:
-        """Take logits [rows, V] of positions from `first` on; return the position after them."""
+        """Store logits [rows, V] of the positions from `first` on; return the next position."""
         rows = slice(first, first + len(logits))
         self.top_logits[rows] = np.take_along_axis(logits, self._pack.top_ids[rows], axis=1)
         self.probe_logits[rows] = logits[:, self._pack.probe_ids]
@@ -66,20 +66,20 @@ class LogitRecord:
 
 
 def logsumexp(logits: ArrayLike) -> Floats:
-    """log sum exp over the last axis, [..., V] -> [...]."""
+    """Return log sum exp over the last axis, [..., V] -> [...]."""
     values = np.asarray(logits)
     peak = values.max(axis=-1, keepdims=True)
-    # Exponentials in the input's own precision: a float64 copy of [N, 256000] logits would cost more than it tells.
+    # Exponentials in the input's precision: a float64 copy of [N, 256000] logits costs much and adds little.
     total = np.exp(values - peak).sum(axis=-1, dtype=np.float64)
     return np.asarray(np.log(total) + peak[..., 0].astype(np.float64), dtype=np.float64)
 
 
 def bucketed_kl(p_logits: ArrayLike, p_lse: ArrayLike, q_logits: ArrayLike, q_lse: ArrayLike) -> Floats:
-    """KL(P || Q) in nats per position, over the recorded tokens and one bucket for all others.
+    """Return KL(P || Q) in nats per position, over the recorded tokens and one bucket for all others.
 
     `p_logits`, `q_logits` [N, M] are the logits of the same M tokens, `*_lse` [N] the log-sum over the whole
-    vocabulary. Merging outcomes into one bucket can only lose information, so this is a **lower bound** of the true KL
-    (the data processing inequality); it equals it when the others keep their proportions.
+    vocabulary. Merging outcomes can only lose information, so this is a **lower bound** of the true KL (data processing
+    inequality); both are equal if the other tokens keep their proportions.
     """
     log_p = np.asarray(p_logits, np.float64) - np.asarray(p_lse, np.float64)[:, None]
     log_q = np.asarray(q_logits, np.float64) - np.asarray(q_lse, np.float64)[:, None]
@@ -99,13 +99,13 @@ def logit_error(
     *,
     likely: int | None = None,
 ) -> Floats:
-    """Root mean square difference of logits [N, M] relative to the spread of the expected ones, per position.
+    """Return the RMS difference of logits [N, M] per position, relative to the standard deviation of the expected ones.
 
-    `likely`: the difference at so many of the columns only, those with the largest expected logits; the spread is that
-    of all.
+    `likely` takes the difference at that many columns only, those with the largest expected logits; the standard
+    deviation is that of all.
 
-    With the log-sums given, log-probabilities are compared, so that a constant added to every logit, which changes
-    nothing, costs nothing. Unlike KL it also sees errors where the distribution is flat or the token improbable.
+    With the log-sums, log-probabilities are compared, so that a constant added to every logit does not count. Unlike
+    KL, this also shows errors where the distribution is flat or the token improbable.
     """
     a, b = np.asarray(expected, np.float64), np.asarray(actual, np.float64)
     if expected_lse is not None and actual_lse is not None:
@@ -119,7 +119,7 @@ def logit_error(
 
 
 def divergence(expected: Sampled, actual: Sampled, rows: np.ndarray | None = None) -> Floats:
-    """Bucketed KL(expected || actual) at every position (of `rows`), in nats."""
+    """Return the bucketed KL(expected || actual) at every position (of `rows`), in nats."""
     chosen = slice(None) if rows is None else rows
     return bucketed_kl(
         expected.top_logits[chosen], expected.logsumexp[chosen], actual.top_logits[chosen], actual.logsumexp[chosen]
@@ -129,9 +129,9 @@ def divergence(expected: Sampled, actual: Sampled, rows: np.ndarray | None = Non
 def logit_errors(
     expected: Sampled, actual: Sampled, rows: np.ndarray | None = None, *, likely: int | None = None
 ) -> Floats:
-    """Relative error of the log-probabilities at the recorded tokens and the probes, per position (of `rows`).
+    """Return the relative error of log-probabilities at the recorded tokens and probes, per position (of `rows`).
 
-    `likely`: at so many of them only, those that are most likely as expected.
+    `likely` takes that many of them only, those with the largest expected logits.
     """
     chosen = slice(None) if rows is None else rows
     want, got = (
@@ -142,7 +142,7 @@ def logit_errors(
 
 
 def agreement(expected: ArrayLike, actual: ArrayLike, where: Mask | None = None) -> float:
-    """Share of equal entries (under `where`), NaN when there is none to compare."""
+    """Return the share of equal entries (under `where`), NaN without entries."""
     same = np.asarray(expected) == np.asarray(actual)
     if where is not None:
         same = same[where]
@@ -150,7 +150,7 @@ def agreement(expected: ArrayLike, actual: ArrayLike, where: Mask | None = None)
 
 
 def perplexity(next_logits: ArrayLike, lse: ArrayLike, where: Mask) -> float:
-    """exp of the mean of -log p(next token) over the positions `where`; NaN when there is none."""
+    """Return exp of the mean of -log p(next token) over the positions `where`; NaN without positions."""
     if not where.any():
         return float("nan")
     loss = np.asarray(lse, np.float64)[where] - np.asarray(next_logits, np.float64)[where]
@@ -161,9 +161,9 @@ def perplexity(next_logits: ArrayLike, lse: ArrayLike, where: Mask) -> float:
 class GreedyResult:
     """How far a device follows a greedy continuation.
 
-    `prefix`: tokens equal from the start. `clear_differences`: steps of another choice at which the reference was not
-    undecided, so that rounding does not explain it. They count after a difference too: every step is fed the recorded
-    token, whatever the device would have chosen.
+    `prefix` is the number of equal tokens from the start. `clear_differences` is the number of steps with another
+    choice although the reference's choice was clear, so that rounding does not explain it. Steps after a difference
+    count too: every step is fed the recorded token, whatever the device chose.
     """
 
     total: int
@@ -172,14 +172,14 @@ class GreedyResult:
 
 
 def greedy_prefix(expected: ArrayLike, actual: ArrayLike, gap: ArrayLike, near_tie: float) -> GreedyResult:
-    """Compare token choices step by step; `gap` is the reference's top-1 minus top-2 logit at each step, in nats."""
+    """Compare token choices step by step; `gap` is the reference's top-1 minus top-2 logit at each step."""
     different = np.asarray(expected) != np.asarray(actual)
     prefix = int(different.argmax()) if different.any() else len(different)
     return GreedyResult(len(different), prefix, int((different & (np.asarray(gap, np.float64) >= near_tie)).sum()))
 
 
 def logit_checks(pack: ParityPack, device: LogitRecord, limits: Limits) -> list[Check]:
-    """The shipped graph at all positions at once: KL, log-probabilities, most likely token, perplexity."""
+    """Return the checks of the shipped graph at all positions at once: KL, log-probabilities, top-1, perplexity."""
     want = pack.target
     kl, error = divergence(want, device), logit_errors(want, device)
     clear = want.gap >= limits.clear_gap
@@ -233,14 +233,14 @@ def _top1(want: ReferenceRecord, device: LogitRecord, clear: np.ndarray, limits:
 
 def _where(pack: ParityPack, values: Floats) -> str:
     if np.isnan(values).any():
-        return f"{int(np.isnan(values).sum())} positions have logits that are no numbers"
+        return f"{int(np.isnan(values).sum())} positions have logits that are NaN"
     worst = int(values.argmax())
     prompt = next(p for p in pack.prompts if p.start <= worst < p.start + p.fed)
     return f"at token {worst - prompt.start} of the prompt {prompt.name!r}"
 
 
 def greedy_checks(pack: ParityPack, device: LogitRecord, limits: Limits) -> list[Check]:
-    """The graph as it is used: prefill, then token by token through the cache."""
+    """Return the checks of decoding: prefill, then token by token through the KV cache."""
     continued = [prompt for prompt in pack.prompts if prompt.greedy]
     if not continued:
         return [Check("greedy", "Greedy continuation", None, "the pack has no greedy continuations")]
@@ -289,7 +289,7 @@ def greedy_checks(pack: ParityPack, device: LogitRecord, limits: Limits) -> list
 
 
 def greedy_results(pack: ParityPack, device: LogitRecord, limits: Limits) -> list[GreedyResult]:
-    """For each prompt, how far the device chooses as the quantised reference along the recorded continuation."""
+    """Return for each prompt how far the device's choices are the quantised reference's along the continuation."""
     want = pack.target
     return [
         greedy_prefix(want.best[steps], device.best[steps], want.gap[steps], limits.clear_gap)
@@ -298,7 +298,7 @@ def greedy_results(pack: ParityPack, device: LogitRecord, limits: Limits) -> lis
 
 
 def float_loss(pack: ParityPack, device: LogitRecord, kind: str) -> FloatLoss:
-    """What the device lost against the float model; `kind` is the recipe's."""
+    """Return the loss of the device against the float model; `kind` is the kind of recipe."""
     if pack.quantized is None and kind != "none":
         nan = float("nan")
         return FloatLoss(False, nan, nan, nan, nan, None)
@@ -320,7 +320,7 @@ def float_loss(pack: ParityPack, device: LogitRecord, kind: str) -> FloatLoss:
 
 
 def float_kl(loss: FloatLoss, max_kl: float) -> Check:
-    """The check that `max_kl` asks for."""
+    """Return the check of `max_kl`."""
     title = "KL(float reference || device), mean, nats, as --max-kl asks"
     if not loss.known:
         return Check("float_kl", title, False, f"{loss.text}, which --max-kl needs", None, max_kl)

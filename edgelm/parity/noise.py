@@ -1,9 +1,9 @@
-"""Limits for the shipped graph that follow from how its device rounds activations and cache.
+"""Limits of the shipped graph, derived from the device's rounding of activations and KV cache.
 
-The pack holds what the target reference computes with that rounding simulated (`RoundedRecord`). A device that computes
-rightly is another draw from the same distribution: the same rounding of values that differ in their last bits, or
-kernels that round a little differently. So each of its statistics is held to what the simulation shows, plus what two
-finite samples of one distribution differ by, times a margin for kernels that round more coarsely:
+The pack holds the results of the reference with that rounding simulated (`RoundedRecord`). A correct device is another
+sample of the same distribution: its values differ in their last bits before they are rounded, or its kernels round a
+little differently. So the limit of each statistic is the simulation's value, plus the difference of two finite samples,
+times a margin for kernels that round more coarsely:
 
     quantiles   the simulation's quantile at q + Z sqrt(q (1 - q) (1/N + 1/M)): a count above a level is binomial
     means       mean + Z std sqrt(1/N + 1/M)
@@ -11,12 +11,11 @@ finite samples of one distribution differ by, times a margin for kernels that ro
     margin      FACTOR in the errors' size, its square in KL, which is quadratic in small errors
     floor       what float32 arithmetic is allowed, added
 
-with N positions of the device and M of the simulation. In an MoE model rounding also tips near-ties of the router: one
-tipped choice may cost more than all other rounding together. Coarser rounding tips more of them, in proportion, but
-does not make one cost more: positions where the simulation's experts differ ("flipped") have the margin in their
-number, all others in their size. The median and the ninth decile hardly feel flips, so they are what damage stands out
-against. For means and largest values the simulation's flips say what one costs; where it has few of them (fewer than
-`FLIPS`), one that costs `FLIP_KL` is allowed for.
+with N positions of the device and M of the simulation. In an MoE model rounding also flips near-ties of the router, and
+one flip may cost more than all other rounding together. Coarser rounding causes more flips, but each costs the same:
+for positions where the simulation's experts differ ("flipped") the margin applies to their number, for all others to
+their size. Flips hardly change the median and the 90th percentile, so damage shows there. For means and largest values
+the simulation's flips give the cost of one; if it has fewer than `FLIPS`, one flip of `FLIP_KL` is allowed.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ from edgelm.parity.result import Floats, largest, quantile
 
 FACTOR = 2.0
 Z = 3.0
-# Of a few hundred draws of small noise the largest; a second sample's is rarely twice as large, so four times in KL. Of
-# flips, whose costs have a long tail, sixteen times.
+# The largest of a few hundred draws of small noise: a second sample's is rarely twice as large, so four times in KL.
+# The costs of flips have a long tail: sixteen times.
 LARGEST, LARGEST_FLIP = 4.0, 16.0
 FLIPS = 10
 FLIP_KL = 1.0
-# A choice is clear where its gap is so many standard deviations of the rounding's error.
+# A choice is clear if its gap is this many standard deviations of the rounding error.
 CLEAR = 4.0
 
 
 def rounding_limits(pack: ParityPack, limits: Limits) -> Limits:
-    """`limits` with those of the shipped graph derived from the pack's rounded record, if it has one."""
+    """Return `limits`, with those of the shipped graph derived from the pack's rounded record, if it has one."""
     rounded, want = pack.rounded, pack.target
     if rounded is None:
         return limits
@@ -55,7 +54,7 @@ def rounding_limits(pack: ParityPack, limits: Limits) -> Limits:
     error = logit_error(logits, moved, *sums)
     likely = logit_error(logits, moved, *sums, likely=LIKELY)
     count, flipped = len(pack.ids), rounded.flipped != 0
-    # All positions where every one flips: nothing else is known then.
+    # If every position flips, use all: there is nothing else.
     calm = ~flipped if not flipped.all() else np.ones_like(flipped)
     unseen = max(FLIP_KL, float(kl.max())) if pack.num_experts and flipped.sum() < FLIPS else 0.0
     steps = sum(len(prompt.greedy) for prompt in pack.prompts)
@@ -84,28 +83,28 @@ def rounding_limits(pack: ParityPack, limits: Limits) -> Limits:
 
 
 def _spread(count: int, simulated: int) -> float:
-    """Standard deviation of the difference of two means, of `count` and `simulated` draws, in that of one draw."""
+    """Return the standard deviation of the difference of two means of `count` and `simulated` draws, per draw."""
     return math.sqrt(1 / count + 1 / simulated)
 
 
 def _quantile(values: Floats, q: float, count: int) -> float:
-    """What the q-quantile of `count` further draws stays below."""
+    """Return an upper bound of the q-quantile of `count` further draws."""
     return quantile(values, min(1.0, q + Z * math.sqrt(q * (1 - q)) * _spread(count, len(values))))
 
 
 def _quantile_of_more(values: Floats, q: float, count: int) -> float:
-    """The same where `FACTOR` times as many exceed any level, and what exceeds is not larger."""
+    """Return the same if `FACTOR` times as many draws exceed any level, without being larger."""
     tail = 1 - q - Z * math.sqrt(q * (1 - q)) * _spread(count, len(values))
     return quantile(values, 1 - tail / FACTOR) if tail > 0 else LARGEST * largest(values)
 
 
 def _mean(values: Floats, count: int) -> float:
-    """What the mean of `count` further draws stays below."""
+    """Return an upper bound of the mean of `count` further draws."""
     return float(values.mean() + Z * values.std() * _spread(count, len(values)))
 
 
 def _share_that_may_differ(pack: ParityPack, clear_gap: float, count: int | None = None) -> float:
-    """The share of `count` clear choices that may be others: none in a dense model whose simulation has none.
+    """Return the share of `count` clear choices that may differ: none in a dense model whose simulation has none.
 
     Such choices are few, so their number is Poisson, whose square root has a standard deviation of 1/2.
     """
@@ -124,7 +123,7 @@ def _share_that_may_differ(pack: ParityPack, clear_gap: float, count: int | None
 
 
 def _perplexity(pack: ParityPack, unseen: float) -> float:
-    """What the ratio of the perplexities may differ from 1 by."""
+    """Return the largest allowed difference of the ratio of perplexities from 1."""
     rounded, want = pack.rounded, pack.target
     assert rounded is not None
     rows = rounded.rows[pack.has_next[rounded.rows]]

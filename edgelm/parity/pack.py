@@ -93,10 +93,10 @@ class ReferenceRecord:
 
 @dataclass(frozen=True)
 class RoundedRecord:
-    """What the target reference computes with activations and cache rounded as the device rounds them.
+    """Results of the target reference with activations and KV cache rounded as on the device.
 
-    `rows` are the M positions it was run at: those of whole prompts, from their first token on. `kv` is the type of the
-    cache. The logits are at the same tokens as the target's. `flipped` says where some layer chose other experts.
+    `rows` are the M positions: those of whole prompts, from the first token on. `kv` is the data type of the KV cache.
+    The logits are at the same tokens as the target's. `flipped` is 1 where some layer chose other experts.
     """
 
     rows: IntArray  # [M]
@@ -115,7 +115,7 @@ R = TypeVar("R", ReferenceRecord, RoundedRecord)
 
 @dataclass(frozen=True)
 class TokenizerPrint:
-    """What identifies a tokenizer: its size and `Tokenizer.fingerprint()`, a hash over what every id stands for."""
+    """Identity of a tokenizer: its size and `Tokenizer.fingerprint()`, a hash over the text of every id."""
 
     vocab_size: Count
     sha256: str
@@ -153,10 +153,10 @@ class _Index:
 
 @dataclass(frozen=True)
 class ParityPack:
-    """A whole pack in memory.
+    """A parity pack in memory.
 
-    `quantized` is None where nothing was quantised: one reference then serves as both. `rounded` is None where the
-    device rounds nothing but weights, or more than can be said here, and in packs of older versions.
+    `quantized` is None if nothing was quantised: one reference then serves as both. `rounded` is None if the device
+    rounds only weights, or rounds in a way that is not simulated, and in packs of older versions.
     """
 
     prompts: tuple[GoldenPrompt, ...]
@@ -172,7 +172,7 @@ class ParityPack:
 
     @property
     def target(self) -> ReferenceRecord:
-        """The reference whose weights are the bundle's: what the device must reproduce."""
+        """The reference with the bundle's weights, which the device must reproduce."""
         return self.reference if self.quantized is None else self.quantized
 
     @property
@@ -187,7 +187,7 @@ class ParityPack:
 
     @property
     def has_next(self) -> NDArray[np.bool_]:
-        """[N]: whether the next token is text of the prompt (the perplexity is taken over these positions)."""
+        """Mask [N]: whether the next token belongs to the prompt. The perplexity is taken over these positions."""
         mask = np.zeros(len(self.ids), dtype=bool)
         for prompt in self.prompts:
             mask[prompt.start : prompt.start + prompt.length - 1] = True
@@ -195,7 +195,7 @@ class ParityPack:
 
     @property
     def next_ids(self) -> IntArray:
-        """[N]: the token fed after each position, 0 where none is."""
+        """The token [N] that is fed after each position, 0 if none is."""
         following = np.zeros_like(self.ids)
         for prompt in self.prompts:
             rows = self.ids[prompt.positions]
@@ -203,7 +203,7 @@ class ParityPack:
         return following
 
     def save(self, folder: Path) -> None:
-        """Write pack.npz and pack.json into `folder`, which is made when absent."""
+        """Write pack.npz and pack.json into `folder`, which is created if needed."""
         folder.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, NDArray[Any]] = {"ids": self.ids, "top_ids": self.top_ids, "probe_ids": self.probe_ids}
         records = (("reference", self.reference), ("quantized", self.quantized), ("rounded", self.rounded))
@@ -217,7 +217,7 @@ class ParityPack:
                         arrays[f"{prefix}.{item.name}"] = value
         with zipfile.ZipFile(folder / ARRAYS_FILE, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
             for name, array in arrays.items():
-                # A fixed date: the same checkpoint must give the same bytes.
+                # A fixed date, so that the same checkpoint gives the same bytes.
                 entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
                 entry.compress_type = zipfile.ZIP_DEFLATED
                 with archive.open(entry, "w", force_zip64=True) as file:
@@ -276,7 +276,7 @@ class ParityPack:
             raise _ERRORS.at(where, problem)
 
     def _problems(self) -> Iterator[str]:
-        """What does not fit: a line for each, of which only the first is sure to be true."""
+        """Yield each inconsistency; after the first, the others may be consequences of it."""
         if (self.ids.ndim, self.top_ids.ndim, self.probe_ids.ndim, self.reference.norms.ndim) != (1, 2, 1, 2):
             yield "ids, top_ids, probe_ids or reference.norms have another number of dimensions than 1, 2, 1 and 2"
         count, layers = len(self.ids), self.num_layers
@@ -328,7 +328,7 @@ class ParityPack:
 def _array_problems(
     name: str, record: Record, sizes: tuple[int, int, int], more: Mapping[str, tuple[int, ...]]
 ) -> Iterator[str]:
-    """What is wrong with a record's arrays, of so many positions, recorded tokens and probes; and `more` of it."""
+    """Yield what is wrong with a record's arrays. `sizes`: positions, recorded tokens, probes; `more`: other shapes."""
     count, top, probes = sizes
     common: dict[str, tuple[int, ...]] = {"top_logits": (count, top), "probe_logits": (count, probes)}
     common |= dict.fromkeys(("logsumexp", "next_logit", "best"), (count,))
@@ -337,11 +337,11 @@ def _array_problems(
         if array.shape != shape:
             yield f"{name}.{item} has shape {array.shape}, expected {shape}"
         if array.dtype == np.float32 and not np.isfinite(array).all():
-            yield f"{name}.{item} holds what is no finite number"
+            yield f"{name}.{item} has values that are not finite"
 
 
 def _read_arrays(path: Path, wanted: Mapping[str, _Array]) -> dict[str, NDArray[Any]]:
-    """The arrays that the index lists. Nothing is allocated before sizes, shapes and types are known to agree."""
+    """Read the arrays that the index lists. Sizes, shapes and types are checked before memory is allocated."""
     sizes = {name: math.prod(info.shape) * _dtype(name).itemsize for name, info in wanted.items()}
     try:
         with zipfile.ZipFile(path) as archive:
@@ -350,7 +350,7 @@ def _read_arrays(path: Path, wanted: Mapping[str, _Array]) -> dict[str, NDArray[
             return {name: _read_array(archive, path, name, info) for name, info in wanted.items()}
     except KeyError as error:
         raise _ERRORS.at(path, f"has no array {error}") from error
-    # The last two: compression or encryption of a kind that nobody wrote.
+    # zipfile raises the last two for unknown compression or encryption.
     except (
         OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, NotImplementedError
     ) as error:  # fmt: skip
@@ -374,13 +374,13 @@ def _read_array(archive: zipfile.ZipFile, path: Path, name: str, wanted: _Array)
             if not piece:
                 raise EOFError(f"array {name!r} ends early")
             data += piece
-        if stream.read(1):  # at the end the checksum is compared, too
-            raise EOFError(f"array {name!r} goes on behind its end")
+        if stream.read(1):  # reading to the end also checks the checksum
+            raise EOFError(f"array {name!r} is longer than its header says")
     return np.frombuffer(data, dtype).reshape(shape)
 
 
 def _dtype(name: str) -> np.dtype[Any]:
-    """The type of an array of the archive."""
+    """Return the data type of an array of the archive."""
     return np.dtype(np.int32 if name.rpartition(".")[2] in _IDS else np.float32)
 
 
@@ -390,7 +390,7 @@ _IDS = {"ids", "top_ids", "probe_ids"} | {
 
 
 def _record(cls: type[R], arrays: Mapping[str, NDArray[Any]], prefix: str, where: Path, kv: str | None = None) -> R:
-    """A record of the arrays under a prefix; `kv` is what no array holds."""
+    """Return the record of the arrays with a prefix; `kv` is its one field that is not an array."""
     values: dict[str, Any] = {} if kv is None else {"kv": kv}
     for item in fields(cls):
         if item.name not in values:

@@ -1,4 +1,4 @@
-"""The golden prompts: what the reference and the device are both asked.
+"""The golden prompts, which both the reference and the device run.
 
 Chosen to reach different parts of a tokenizer and of a router: prose, code, a table of numbers, a list, other scripts,
 a conversation, and one longer text so that attention has something to look back on.
@@ -18,7 +18,7 @@ _MAX_BYTES = 2 << 20
 
 @dataclass(frozen=True)
 class Prompt:
-    """One golden prompt; `name` is how reports call it."""
+    """A golden prompt with its name in reports."""
 
     name: str
     text: str
@@ -52,7 +52,7 @@ BUILT_IN: tuple[Prompt, ...] = (
 
 
 def load_prompts(path: Path) -> tuple[Prompt, ...]:
-    """Prompts from a file: a JSON list of strings, or one prompt per line (blank lines skipped).
+    """Read prompts from a file: a JSON list of strings, or one prompt per line (blank lines are skipped).
 
     Raises:
         ParityError: the file cannot be read, holds no prompt, or is a JSON document of another kind.

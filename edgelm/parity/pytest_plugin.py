@@ -1,7 +1,7 @@
-"""`pytest --edgelm-bundle DIR`: the parity check as test items, one per check, for a device's own test run.
+"""`pytest --edgelm-bundle DIR`: run the parity check as tests, one per check.
 
-Without the option nothing is added and nothing is imported beyond this file. The items come after the tests that
-pytest collects and carry the marker `edgelm_bundle`, so `-m edgelm_bundle` runs them alone.
+Without the option nothing else is imported. The tests come after those that pytest collects and have the marker
+`edgelm_bundle`, so that `-m edgelm_bundle` runs them alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="DIR",
-        help="check that this bundle computes here what its reference computed; may be repeated",
+        help="check that this device computes the same model as this bundle's reference; may be repeated",
     )
     group.addoption("--edgelm-threads", type=int, default=None, metavar="N", help="threads for --edgelm-bundle")
     group.addoption(
@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=float,
         default=None,
         metavar="NATS",
-        help="fail if the mean KL of a bundle to its float model is larger; without, the loss is only told",
+        help="fail if the mean KL of a bundle to its float model is larger; otherwise the loss is only printed",
     )
 
 
@@ -48,13 +48,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Append the items of every bundle. First of its kind, so that -k and -m apply to them too."""
+    """Append the tests of every bundle. This hook runs first, so that -k and -m apply to them too."""
     for folder in config.getoption("--edgelm-bundle"):
         items.extend(BundleCollector.from_parent(session, name=f"parity:{folder}", folder=Path(folder)).collect())
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Tell what each bundle lost against its float model, which is no test."""
+    """Print the loss of each bundle against its float model, which is not a test."""
     for folder, loss in config.stash[_LOSSES]:
         terminalreporter.write_line(f"{folder}: lost against the float model: {loss.text}")
         if loss.warning:
@@ -62,7 +62,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def item_names(model: ModelInfo, max_kl: float | None) -> list[str]:
-    """The items of a bundle of this model: together they stand for every check that it gets."""
+    """Return the names of the tests of a bundle; together they cover every check."""
     names = ["integrity", "tokenizer", "logits", "perplexity", "greedy", "embedding"]
     for layer in range(model.num_layers):
         names.append(f"layer[{layer}]")
@@ -72,12 +72,12 @@ def item_names(model: ModelInfo, max_kl: float | None) -> list[str]:
 
 
 def stands_for(item: str, check: str) -> bool:
-    """Whether an item fails with a check: "logits" with logits.kl_mean, logits.top1 ..."""
+    """Return whether a test covers a check: "logits" covers logits.kl_mean, logits.top1 ..."""
     return check == item or check.startswith(f"{item}.")
 
 
 class BundleCollector(pytest.Collector):
-    """One bundle; runs the check when the first of its items runs."""
+    """Collector of one bundle. The check runs when the first of its tests runs."""
 
     def __init__(self, *, folder: Path, **options: Any) -> None:
         super().__init__(**options)
@@ -86,7 +86,7 @@ class BundleCollector(pytest.Collector):
         self.add_marker(MARKER)
 
     def collect(self) -> Iterator[pytest.Item]:
-        """One item per check that the bundle will get; the manifest alone is read."""
+        """Yield one test per check of the bundle; only the manifest is read."""
         from edgelm.bundle import Bundle
         from edgelm.errors import EdgeLMError
 
@@ -98,7 +98,7 @@ class BundleCollector(pytest.Collector):
             yield CheckItem.from_parent(self, name=name)
 
     def report(self) -> ParityReport:
-        """The bundle's report, made once."""
+        """Return the bundle's report, which is made once."""
         if self._report is None:
             from edgelm.parity.check import check_parity
 
@@ -109,7 +109,7 @@ class BundleCollector(pytest.Collector):
 
 
 class CheckFailedError(Exception):
-    """Some checks of an item failed; carries them for the failure's text."""
+    """Some checks of a test failed; holds them for the failure's text."""
 
     def __init__(self, report: ParityReport, checks: list[Check]) -> None:
         super().__init__(", ".join(check.name for check in checks))
@@ -118,10 +118,10 @@ class CheckFailedError(Exception):
 
 
 class CheckItem(pytest.Item):
-    """The checks of one name, see `stands_for`."""
+    """The test of some checks, see `stands_for`."""
 
     def runtest(self) -> None:
-        """Fail if one of the checks failed, skip if none could be judged."""
+        """Fail if one of the checks failed; skip if none could be made."""
         assert isinstance(self.parent, BundleCollector)
         report = self.parent.report()
         checks = [check for check in report.checks if stands_for(self.name, check.name)]
@@ -132,7 +132,7 @@ class CheckItem(pytest.Item):
             pytest.skip("; ".join(check.detail for check in checks) or f"{self.name} could not be checked here")
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """The failed checks with their numbers instead of a traceback."""
+        """Return the failed checks with their numbers in place of a traceback."""
         if not isinstance(excinfo.value, CheckFailedError):
             return super().repr_failure(excinfo, style)
         lines = []
@@ -144,6 +144,6 @@ class CheckItem(pytest.Item):
         return "\n".join(lines)
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
-        """Where the item comes from and what it is called."""
+        """Return the location and the name of the test."""
         assert isinstance(self.parent, BundleCollector)
         return self.parent.folder, None, f"parity of {self.parent.folder}: {self.name}"

@@ -1,4 +1,4 @@
-"""The reference computed anew from the checkpoint, for `edgelm parity --checkpoint`. Needs the extra `export`."""
+"""Compute the reference anew from a checkpoint, for `edgelm parity --checkpoint`. Needs the extra `export`."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def _check_model(bundle: Bundle, checkpoint: Checkpoint) -> None:
 def references(
     source: WeightSource, dtype: str, original: WeightReader | None = None
 ) -> tuple[WeightReader, WeightReader | None]:
-    """The float reference's weights and the quantised reference's (None where they are the same).
+    """Return the weights of the float reference and of the quantised reference (None if they are the same).
 
-    `dtype` is how the bundle stores matrices that the recipe keeps in float: where that rounds them, the rounded ones
-    are what the device computes with. `original` is the float checkpoint that a quantised or smoothed `source` was
+    `dtype` is the data type of the matrices that the recipe keeps in float. If it rounds them, the device computes with
+    the rounded values. `original` is the float checkpoint that a quantised or smoothed `source` was
     made from.
     """
     quantises = any(source.scheme(name) is not None for name in source.shapes)
@@ -78,14 +78,14 @@ def references(
     if source.is_stored_quantized and original is not None:
         return original, computed
     if source.is_stored_quantized:
-        # The float weights are gone: the reference is the PyTorch model of what the checkpoint holds.
+        # There are no float weights: the reference is the PyTorch model with the dequantised weights.
         return source.dequantized(), computed if rounded else None
     exact = source.checkpoint if original is None else original
     return exact, computed if rounded or quantises else None
 
 
 def _is_rounded(source: WeightSource, name: str, dtype: str) -> bool:
-    # Vectors and the router are stored in float32 whatever is asked for.
+    # Vectors and the router are always stored in float32.
     if dtype == "float32" or source.scheme(name) is not None:
         return False
     matrix = source.checkpoint.decoder.matrices.get(name)
@@ -95,7 +95,7 @@ def _is_rounded(source: WeightSource, name: str, dtype: str) -> bool:
 
 
 class AsStored:
-    """Weights of which some are rounded to float16 or bfloat16, as a bundle stores them."""
+    """Reader of weights, of which some are rounded to float16 or bfloat16 as the bundle stores them."""
 
     def __init__(self, reader: WeightReader, rounded: Collection[str], dtype: str) -> None:
         self._reader = reader
@@ -103,11 +103,11 @@ class AsStored:
         self._dtype = dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
+        """Return the shape of a tensor."""
         return self._reader.shape(name)
 
     def read_float32(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
-        """A tensor, or some rows of its first axis, rounded if it is one of those."""
+        """Read a tensor, or some rows of its first axis, rounded as the bundle stores it."""
         values = self._reader.read_float32(name, rows)
         if name not in self._rounded:
             return values

@@ -1,4 +1,4 @@
-"""The parity report as one HTML page, see `templates/parity.html.j2` of `edgelm.pages`."""
+"""Render a parity report as one HTML page, with the template `parity.html.j2` of `edgelm.pages`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgelm.pages.page import render as render_page
 from edgelm.pages.page import write_page
 from edgelm.parity.result import Diagnosis, ParityReport, counted, summary_lines
 
-_FLOOR = 1e-9  # nats: KL below it is drawn at it
+_FLOOR = 1e-9  # nats; smaller KL is drawn at this value
 
 
 def write_report(report: ParityReport, path: Path) -> None:
@@ -20,7 +20,7 @@ def write_report(report: ParityReport, path: Path) -> None:
 
 
 def render(report: ParityReport) -> str:
-    """The report as an HTML document."""
+    """Return the report as an HTML document."""
     run: dict[str, object] = {"runtime": report.runtime, "threads": report.threads}
     if report.speed is not None:
         run["loading, seconds"] = number(report.speed.load_s, 3)

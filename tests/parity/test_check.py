@@ -267,7 +267,7 @@ def test_a_coarser_cache_than_the_simulated_one_has_limits_no_tighter_than_the_f
     assert report.passed, [(check.name, check.value, check.limit) for check in report.failures]
     found = {check.name: check.limit for check in report.checks}
     assert found["logits.error"] >= LIMITS["int4"].logit_error
-    assert any("the cache is int8, coarser than the float16" in note for note in report.notes)
+    assert any("the KV cache is int8, coarser than the float16" in note for note in report.notes)
 
 
 def test_another_checkpoint_is_noticed(exported, tmp_path):

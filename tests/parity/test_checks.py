@@ -119,7 +119,7 @@ def test_nan_at_one_position_fails_the_checks_of_all_positions():
     scene.device.at_once[33] = np.nan
     scene.device.decoded[steps(scene)[3]] = np.nan
     assert {"logits.kl_mean", "logits.kl_p99", "logits.kl_max", "greedy.kl", "perplexity.device"} <= failures(scene)
-    assert "1 positions have logits that are no numbers" in judged(scene, "logits.kl_max").detail
+    assert "1 positions have logits that are NaN" in judged(scene, "logits.kl_max").detail
 
 
 def test_a_share_of_positions_may_be_wrong_if_the_limits_allow_it():

@@ -94,7 +94,7 @@ def test_a_rounded_record_reads_back_equal_and_is_optional(tmp_path):
     [
         ({"rows": np.arange(4, 10, dtype=np.int32)}, "not positions of the pack"),
         ({"best": np.zeros(5, np.int32)}, r"rounded\.best has shape"),
-        ({"logsumexp": np.full(6, np.nan, np.float32)}, r"rounded\.logsumexp holds what is no finite number"),
+        ({"logsumexp": np.full(6, np.nan, np.float32)}, r"rounded\.logsumexp has values that are not finite"),
         ({"kv": "int2"}, r"rounded\.kv.*int2"),
     ],
 )
@@ -294,7 +294,10 @@ def rewrite(folder, **changed):
         (lambda a: {"ids": a["ids"].astype(np.int64)}, "array 'ids' is not what"),
         (lambda a: {"top_ids": a["top_ids"][:, :0]}, "top_ids has shape"),
         (lambda a: {"reference.best": -1 - a["reference.best"]}, "reference.best holds the token id"),
-        (lambda a: {"reference.gap": a["reference.gap"] * np.float32(np.nan)}, "reference.gap holds what is no finite"),
+        (
+            lambda a: {"reference.gap": a["reference.gap"] * np.float32(np.nan)},
+            "reference.gap has values that are not finite",
+        ),
         (lambda a: {"reference.norms": a["reference.norms"][:, :-1]}, "reference.norms has shape"),
         (
             lambda a: {"reference.experts": a["reference.experts"] + 100},
