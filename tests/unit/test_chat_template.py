@@ -252,6 +252,18 @@ def test_a_missing_template_says_what_to_do(tmp_path: Path) -> None:
         ChatTemplate.from_folder(folder)
 
 
+def test_a_template_that_is_no_text_or_too_long_is_refused(tmp_path: Path) -> None:
+    folder = gemma(tmp_path / "g")
+    (folder / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(TokenizerError, match=r"chat_template.jinja: cannot be read .*utf-8"):
+        ChatTemplate.from_folder(folder)
+    (folder / "chat_template.jinja").unlink()
+    named = [{"name": "default", "template": "D"}, {"name": "rag", "template": "x" * ((1 << 20) + 1)}]
+    put(folder, "tokenizer_config.json", {"chat_template": named})
+    with pytest.raises(TokenizerError, match="chat template 'rag' has 1048577 characters"):
+        ChatTemplate.from_folder(folder)
+
+
 @pytest.mark.parametrize("value", [3, ["x"], [{"name": "a"}], {"default": "x"}])
 def test_a_template_of_another_kind_is_refused(tmp_path: Path, value: object) -> None:
     folder = gemma(tmp_path / "g")

@@ -211,11 +211,12 @@ def test_prompts_from_a_file_one_per_line_or_as_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("\n \n", "no prompt"), ("[1, 2]", "list of strings"), ("[", "not valid JSON")]
+    ("content", "message"),
+    [("\n \n", "no prompt"), ("[1, 2]", "list of strings"), ("[", "not valid JSON"), ("caf\xe9", "cannot be read")],
 )
 def test_useless_prompt_files_are_refused(tmp_path, content, message):
     file = tmp_path / "prompts"
-    file.write_text(content)
+    file.write_text(content, encoding="latin-1")
     with pytest.raises(ParityError, match=message):
         load_prompts(file)
 
