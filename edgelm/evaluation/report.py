@@ -102,7 +102,7 @@ def _size_and_loss(report: EvaluationReport) -> Figure | None:
         x_label="bits per weight, as stored; further left is smaller",
         y_label="KL divergence, nats per token; lower is better",
         best="no other candidate is both smaller and closer to the float model",
-        other="another one is both",
+        other="another candidate is both",
         floor=1e-9,
     )
 

@@ -321,7 +321,7 @@ class _Evaluation:
         notes = target.notes(self._reference_files)
         if self._probe is not None and isinstance(target, BundleTarget):
             notes.append(
-                "errors of experts are told for weights: evaluate the checkpoint or recipe it was exported from"
+                "errors of experts are measured for checkpoints and recipes: evaluate what the bundle was exported from"
             )
         kl = None
         predictions = measured
