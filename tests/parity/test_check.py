@@ -75,7 +75,7 @@ def test_the_reference_computed_anew_agrees_with_the_pack(exported, model, recip
 
 
 @pytest.mark.parametrize("scheme", ["int4-g64-asym", "int8-row-sym", *NATIVE_SCHEMES])
-def test_recipes_of_ones_own_pass_by_the_limits_of_their_kind(tmp_path, scheme):
+def test_custom_recipes_pass_with_the_limits_of_their_kind(tmp_path, scheme):
     from edgelm.export import export_bundle
     from edgelm.quant.recipe import Recipe, Rule
     from edgelm.quant.scheme import parse_scheme
@@ -87,7 +87,7 @@ def test_recipes_of_ones_own_pass_by_the_limits_of_their_kind(tmp_path, scheme):
 
 
 @pytest.mark.skipif("native" not in OPERATOR_SETS, reason="portable operators have one type for the experts of a layer")
-def test_experts_of_every_width_side_by_side_pass(tmp_path):
+def test_experts_of_several_bit_widths_in_one_layer_pass(tmp_path):
     from edgelm.bundle import Bundle
     from edgelm.cli.inspect import packed_groups
     from edgelm.export import export_bundle
@@ -123,7 +123,7 @@ def test_a_bundle_of_a_quantised_checkpoint_passes(tmp_path):
 
 
 @pytest.mark.parametrize(("model", "dtype"), [("olmoe", "fp16"), ("fox", "bf16")])
-def test_weights_rounded_for_storage_are_what_the_device_is_compared_with(tmp_path, model, dtype):
+def test_the_device_is_compared_with_weights_as_they_are_stored(tmp_path, model, dtype):
     from edgelm.export import ExportOptions, export_bundle
     from edgelm.synth import write_random_checkpoint
 
@@ -153,7 +153,7 @@ def far_from_float(tmp_path_factory):
     return export_bundle(root / "q", root / "b", options=ExportOptions(reference=root / "float")).path
 
 
-def test_what_the_recipe_lost_is_told_and_is_no_check(far_from_float):
+def test_the_loss_of_the_recipe_is_reported_without_a_check(far_from_float):
     report = check_parity(far_from_float, threads=1)
     assert report.passed, [(check.name, check.value, check.limit) for check in report.failures]
     loss = report.float_loss
@@ -190,7 +190,7 @@ def test_max_kl_makes_the_loss_a_check(far_from_float, max_kl, code):
 
 
 @pytest.mark.parametrize("max_kl", [float("nan"), float("inf"), -0.1])
-def test_a_max_kl_that_is_no_number_of_nats_is_refused(exported, max_kl):
+def test_an_invalid_max_kl_is_refused(exported, max_kl):
     with pytest.raises(ParityError, match=r"max_kl is .*: give a number of nats"):
         check_parity(exported("fox", "int4"), threads=1, max_kl=max_kl)
 
@@ -224,7 +224,7 @@ def wild(tmp_path_factory):
     return export_bundle(folder, root / "b", recipe="int4", options=options).path
 
 
-def test_a_model_that_amplifies_rounding_passes_where_it_is_computed_rightly(wild):
+def test_a_correct_device_passes_with_a_model_that_amplifies_rounding(wild):
     report = check_parity(wild, threads=1)
     assert report.passed, [(check.name, check.value, check.limit) for check in report.failures]
     assert report.kl_mean > 5 * LIMITS["int4"].kl_mean
@@ -249,7 +249,7 @@ def test_the_limits_of_calm_models_are_far_below_the_fixed_ones(exported, model)
     assert limits.kl_mean < fixed.kl_mean * (1 if model == "olmoe" else 0.1)
 
 
-def test_a_bundle_whose_pack_has_no_rounded_record_is_judged_by_the_fixed_limits(copied):
+def test_a_pack_without_rounded_record_uses_the_fixed_limits(copied):
     folder = copied("olmoe", "int4")
     pack = ParityPack.load(folder / "parity")
     assert pack.rounded is not None
@@ -270,7 +270,7 @@ def test_a_coarser_cache_than_the_simulated_one_has_limits_no_tighter_than_the_f
     assert any("the KV cache is int8, coarser than the float16" in note for note in report.notes)
 
 
-def test_another_checkpoint_is_noticed(exported, tmp_path):
+def test_another_checkpoint_is_detected(exported, tmp_path):
     from edgelm.synth import write_random_checkpoint
 
     config = json.loads((CHECKPOINTS / "fox-tiny" / "config.json").read_text())
@@ -315,7 +315,7 @@ def tiny():
 OPTIONS = GoldenOptions(prompts=(Prompt("a", "def f(x):\n    return"), Prompt("b", "import os")), greedy_tokens=5)
 
 
-def test_a_pack_holds_what_the_whole_model_in_memory_computes(tiny):
+def test_a_pack_equals_the_results_of_the_whole_model_in_memory(tiny):
     import torch
 
     from edgelm.reference.kv_cache import Trace
@@ -358,7 +358,7 @@ def test_both_references_are_over_the_same_tokens(tiny):
     assert not np.allclose(pack.quantized.sketches[2], pack.reference.sketches[2], rtol=1e-2)
 
 
-def test_a_pack_does_not_depend_on_how_often_it_is_made(tiny, tmp_path):
+def test_making_a_pack_twice_gives_the_same_pack(tiny, tmp_path):
     checkpoint, tokenizer = tiny
     for name in ("one", "two"):
         make_pack(checkpoint, checkpoint, checkpoint.decoder, tokenizer, OPTIONS).save(tmp_path / name)
@@ -381,7 +381,7 @@ def test_a_prompt_without_tokens_is_refused(tiny):
         make_pack(checkpoint, None, checkpoint.decoder, tokenizer, GoldenOptions(prompts=(Prompt("nothing", ""),)))
 
 
-def test_a_checkpoint_quantised_otherwise_is_refused(exported, tmp_path):
+def test_a_checkpoint_quantised_with_another_recipe_is_refused(exported, tmp_path):
     from edgelm.quant.checkpoint import quantize_checkpoint
     from edgelm.quant.recipe import Recipe
 
@@ -391,7 +391,7 @@ def test_a_checkpoint_quantised_otherwise_is_refused(exported, tmp_path):
 
 
 @pytest.mark.skipif(OPERATOR_SETS[0] != "native", reason="needs the compiled operators")
-def test_a_large_head_that_is_read_by_halves_while_decoding_passes(tmp_path):
+def test_a_large_head_read_by_high_nibbles_in_decoding_passes(tmp_path):
     """With more than 128 tiles of 32 tokens improbable ones get noise in decoding, which is no fault of the device."""
     from edgelm.export import ExportOptions, export_bundle
     from edgelm.synth import write_random_checkpoint

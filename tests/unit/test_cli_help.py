@@ -59,7 +59,7 @@ def test_the_summary_of_a_verb_is_one_sentence_on_one_line(verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_the_example_of_a_verb_is_a_command_line_that_it_takes(verb: str) -> None:
+def test_the_example_of_a_verb_can_be_parsed(verb: str) -> None:
     lines = sections(help_of(verb))["Example"]
     assert [line.strip() for line in lines] == command_of(verb).example.splitlines()
     assert [parse(line) for line in lines] == [verb]
@@ -99,7 +99,7 @@ def test_the_help_of_the_program_lists_each_verb_once_under_a_heading() -> None:
     assert not set(ALIASES) & set(listed)
 
 
-def test_a_required_option_and_a_default_are_said() -> None:
+def test_help_shows_required_options_and_defaults() -> None:
     text = " ".join(help_of("export").split())
     assert "Bundle folder to write. [required]" in text
     assert "[default: int4]" in text

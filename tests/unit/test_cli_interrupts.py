@@ -69,7 +69,7 @@ def test_ctrl_c_ends_with_130_in_one_line(tmp_path: Path, how: str, where: str) 
     assert (process.returncode, stderr) == (130, "interrupted\n")
 
 
-def test_ctrl_c_stays_ignored_where_whoever_started_the_command_ignores_it(tmp_path: Path) -> None:
+def test_ctrl_c_stays_ignored_if_the_parent_ignores_it(tmp_path: Path) -> None:
     stand_in(tmp_path, "click", WAIT + "raise SystemExit(7)\n")
     process = start(tmp_path, "module", ["--version"], ignored=True)
     read_until_it_waits(process)
@@ -78,7 +78,7 @@ def test_ctrl_c_stays_ignored_where_whoever_started_the_command_ignores_it(tmp_p
     assert process.returncode == 7
 
 
-def test_little_is_imported_before_ctrl_c_is_looked_after() -> None:
+def test_few_modules_are_imported_before_ctrl_c_is_handled() -> None:
     # -S: what Python itself and the import hook of an editable installation import is not ours.
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import edgelm.cli.common.interrupts; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-P", "-S", "-c", code], capture_output=True, text=True, check=True)
@@ -87,7 +87,7 @@ def test_little_is_imported_before_ctrl_c_is_looked_after() -> None:
     assert not {"typing", "re", "contextlib", "click", "dataclasses"} & set(imported)
 
 
-def test_an_error_in_a_circle_of_causes_ends_the_command() -> None:
+def test_an_error_that_is_its_own_cause_ends_the_command() -> None:
     first, second = EdgeLMError("what was wrong"), EdgeLMError("what came before")
     first.__cause__, second.__cause__ = second, first
     assert _interruption(first) is None

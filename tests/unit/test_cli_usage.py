@@ -1,4 +1,4 @@
-"""Does every wrong use of every verb end with code 2 and say what is wrong, before anything is done?"""
+"""Does wrong usage of every verb exit with 2 and say what is wrong, before anything is written?"""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from edgelm import devices
 from edgelm.cli.common.output import echo
 from edgelm.cli.main import ALIASES, VERBS, cli
 
-# Options whose value is free text: what is wrong with it only a file, a model or the hub can tell.
+# Options whose value is free text: only a file, a model or the hub shows what is wrong with it.
 FREE = {
     *("calibration", "checkpoint", "checkpoints", "messages", "out", "parity_prompts", "reference", "report_path"),
     *("stop", "system", "text"),
 }
-# Checked by a rule of their own, which the table below tries.
+# Options with a check of their own, tested by the table below.
 OWN = {"schemes"}
 NO_VALUE = ("nonsense", "-7", "")
 
@@ -94,7 +94,7 @@ def test_every_flag_refuses_a_value(verb: str, option: click.Option) -> None:
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "harness"])
-def test_every_verb_refuses_what_it_does_not_have(verb: str) -> None:
+def test_every_verb_refuses_unknown_options_and_extra_arguments(verb: str) -> None:
     assert invoke(verb, *least_arguments(verb), "--bogus").exit_code == 2
     many = command_of(verb).params[0].nargs == -1
     assert many or invoke(verb, *least_arguments(verb), "one", "two", "three").exit_code == 2
@@ -162,7 +162,7 @@ EXPORT = ("export", "nowhere", "-o", "out")
         (("--bogus", "run"), "No such option"),
     ],
 )
-def test_what_the_command_line_alone_shows_to_be_wrong(arguments: tuple[str, ...], said: str) -> None:
+def test_wrong_usage_exits_with_2_and_says_what_is_wrong(arguments: tuple[str, ...], said: str) -> None:
     result = invoke(*arguments)
     assert result.exit_code == 2, result.output
     assert said in " ".join(result.stderr.split())
@@ -179,14 +179,14 @@ def test_what_the_command_line_alone_shows_to_be_wrong(arguments: tuple[str, ...
         (*EXPORT, "--parity-prompts", "nothing"), ("recipe", "./nowhere", "--bits", "4"),
     ],
 )  # fmt: skip
-def test_what_is_not_there_is_a_failure_in_one_line(arguments: tuple[str, ...]) -> None:
+def test_a_missing_input_is_a_failure_in_one_line(arguments: tuple[str, ...]) -> None:
     result = invoke(*arguments)
     assert result.exit_code == 1, result.output
     assert result.stderr.startswith("edgelm: error: ")
     assert result.stderr.count("\n") == 1
 
 
-def test_threads_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_limited_to_the_cpus_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "max_threads", lambda: 3)
     assert devices.thread_problem(3) is None
     for verb in ("bench", "parity", "quantize", "export", "eval", "chat"):
@@ -215,7 +215,7 @@ NOWHERE = "/nowhere/at/all"
         ("--model", "edgelm", "--model_args", f'{{"threads": 1, "bundle": "{NOWHERE}"}}'),
     ],
 )
-def test_the_harness_looks_at_the_bundle_before_it_imports_anything(
+def test_the_harness_checks_the_bundle_before_importing_lm_eval(
     arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edgelm.cli.common.options.need_eval_extra", lambda: None)
@@ -225,7 +225,7 @@ def test_the_harness_looks_at_the_bundle_before_it_imports_anything(
     assert f"{NOWHERE} does not exist" in result.stderr
 
 
-def test_the_harness_asks_for_a_bundle_of_our_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_harness_requires_a_bundle_only_for_our_model(monkeypatch: pytest.MonkeyPatch) -> None:
     from edgelm.cli.harness import check_bundle
 
     monkeypatch.setattr("edgelm.cli.common.options.need_eval_extra", lambda: None)
@@ -252,7 +252,7 @@ def shown(text: str) -> None:
     echo(text)
 
 
-def test_failures_stand_out_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_coloured_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     assert CliRunner().invoke(shown, [BAD], color=True).stdout == (
@@ -270,7 +270,7 @@ def test_failures_stand_out_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(("verb", "old", "new"), [("build", "--flavour", "--edition"), ("demo", "--out", "--output")])
-def test_old_names_of_options_work_and_no_help_shows_them(verb: str, old: str, new: str) -> None:
+def test_old_option_names_work_and_are_hidden_in_help(verb: str, old: str, new: str) -> None:
     shown = invoke(verb, "--help").output
     assert new in shown
     assert old not in shown.replace(new, "")
