@@ -95,7 +95,7 @@ def pack(
     tiles = []  # the rows of each tile
     for first in range(0, len(parts[0]), 32):
         tiles += [part[first : first + 32] for part in parts]
-    records, lower = bytearray(), bytearray()
+    records, low = bytearray(), bytearray()
     for tile in tiles:
         for g in range(columns // group):
             if scales is not None:
@@ -108,19 +108,19 @@ def pack(
                     records += _filled(codes[:, k]).tobytes()
                 continue
             for block in range(0, group, 32):
-                upper = _filled(codes[:, block : block + 32])
+                high = _filled(codes[:, block : block + 32])
                 if kind == "split":
-                    lower += _block("int4", upper & 15)
-                    upper = upper >> 4
-                records += _block("int4" if kind == "split" else kind, upper)
+                    low += _block("int4", high & 15)
+                    high = high >> 4
+                records += _block("int4" if kind == "split" else kind, high)
     low_offset = 64 + len(records) if kind == "split" else 0
     scale_kind = 0 if scales is None else {np.dtype(np.float16): 1, np.dtype(np.float32): 2}[scales.dtype]
     flags = (zeros is not None) + 2 * swiglu
-    size = 64 + len(records) + len(lower)
+    size = 64 + len(records) + len(low)
     header = struct.pack(
         "<4sBBBB5q16x", b"EDLM", 1, KINDS[kind], scale_kind, flags, rows, columns, group, size, low_offset
     )
-    return np.frombuffer(header + bytes(records) + bytes(lower), np.uint8)
+    return np.frombuffer(header + bytes(records) + bytes(low), np.uint8)
 
 
 def _filled(rows: NDArray[np.generic]) -> NDArray[np.generic]:

@@ -27,12 +27,12 @@ def exported(tensors: list[QuantTensor], fmt: Format) -> Array:
     """Pack one matrix, or gate and up, with the exporter's packer."""
     matrix = fmt.matrix(ROWS * len(tensors), COLUMNS, swiglu=len(tensors) == 2)
     out = np.zeros((matrix.tiles, matrix.records, matrix.record_bytes), np.uint8)
-    lower = np.zeros((matrix.tiles, matrix.low_bytes // matrix.tiles), np.uint8)
+    low = np.zeros((matrix.tiles, matrix.low_bytes // matrix.tiles), np.uint8)
     for i, part in enumerate(tensors):
-        pack_codes(part, fmt, out[i :: len(tensors)], lower[i :: len(tensors)])
+        pack_codes(part, fmt, out[i :: len(tensors)], low[i :: len(tensors)])
     if fmt.kind is Kind.INT8_SPLIT:
         matrix = matrix.with_low_offset(matrix.first_bytes)
-    return np.frombuffer(matrix.header() + out.tobytes() + lower.tobytes(), np.uint8)
+    return np.frombuffer(matrix.header() + out.tobytes() + low.tobytes(), np.uint8)
 
 
 def formatted(scheme: str) -> tuple[QuantTensor, Format]:

@@ -94,7 +94,7 @@ int main(int count, char** args) {
     const char* name;
     Kind kind;
     int64_t group;
-    bool upper;
+    bool high_only;
   };
   const Case cases[] = {{"int3 g32", Kind::kInt3, 32, false},
                         {"int4 g16", Kind::kInt4, 16, false},
@@ -142,7 +142,7 @@ int main(int count, char** args) {
           for (const Matrix& m : matrices) {
             const int64_t begin = m.units() * t / threads, end = m.units() * (t + 1) / threads;
             if (!integer) kernels->linear.linear_float(m, begin, end, x.data(), k, rows, out);
-            else if (c.upper) kernels->linear.linear_high(m, begin, end, quantised, rows, out);
+            else if (c.high_only) kernels->linear.linear_high(m, begin, end, quantised, rows, out);
             else kernels->linear.linear_int8(m, begin, end, quantised, rows, out);
           }
         });
@@ -151,7 +151,7 @@ int main(int count, char** args) {
     }
     const Matrix& m = matrices[0];
     const double read = static_cast<double>(m.tiles) * static_cast<double>(m.tile_bytes) *
-                        (c.kind == Kind::kInt8Split && !c.upper ? 2.0 : 1.0);
+                        (c.kind == Kind::kInt8Split && !c.high_only ? 2.0 : 1.0);
     std::printf("  %-17s %8.3f ms %7.0f GOPS %6.1f GB/s %6.2f G weights/s\n", c.name, best * 1e3,
                 2.0 * static_cast<double>(rows * n * k) / best / 1e9, read / best / 1e9,
                 static_cast<double>(n * k) / best / 1e9);

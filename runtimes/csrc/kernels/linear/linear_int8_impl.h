@@ -129,7 +129,7 @@ inline void IntTile(const Matrix& m, int64_t tile, int half, const QuantRows& x,
 #pragma GCC unroll 2
         for (int v = 0; v < kVec; ++v) {
           I32 total = kRows == 1 ? AddI(c[r][v], more[r][v]) : c[r][v];
-          if constexpr (kKind == kHighNibbles) {  // 16 * upper + 8 - 128 = 16 * upper - 15 * 8
+          if constexpr (kKind == kHighNibbles) {  // 16 * high + 8 - 128 = 16 * high - 15 * 8
             total = AddI(ShiftLeftI<4>(total), SplatI(15 * x.offsets[r * all + block]));
           }
           f[r][v] = Fma(ToFloat(total), Mul(s[v], xs), f[r][v]);

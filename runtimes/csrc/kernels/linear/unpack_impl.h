@@ -53,8 +53,8 @@ inline __attribute__((always_inline)) B8 FourColumns(const uint8_t* codes, const
   } else {
     const B8 bytes = LoadB(codes + nibble), four = kQ % 2 ? HighNibbles(bytes) : LowNibbles(bytes);
     if constexpr (kKind != Kind::kInt8Split) return four;
-    const B8 lower = LoadB(low + nibble);
-    return JoinNibbles(four, kQ % 2 ? HighNibbles(lower) : LowNibbles(lower));
+    const B8 low_codes = LoadB(low + nibble);
+    return JoinNibbles(four, kQ % 2 ? HighNibbles(low_codes) : LowNibbles(low_codes));
   }
 }
 

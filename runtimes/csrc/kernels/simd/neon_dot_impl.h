@@ -133,11 +133,11 @@ EDGELM_FLATTEN Sixteen SixteenColumns(const uint8_t* codes, const uint8_t* low, 
     }
     return {Front(four[0], four[2]), Back(four[0], four[2]), Front(four[1], four[3]), Back(four[1], four[3])};
   } else {
-    const Sixteen upper = SplitNibbles(codes, at, kHalf);
-    if constexpr (kKind != Kind::kInt8Split) return upper;
-    const Sixteen lower = SplitNibbles(low, at, kHalf);
-    return {JoinNibblesOf(upper.even_front, lower.even_front), JoinNibblesOf(upper.even_back, lower.even_back),
-            JoinNibblesOf(upper.odd_front, lower.odd_front), JoinNibblesOf(upper.odd_back, lower.odd_back)};
+    const Sixteen high_nibbles = SplitNibbles(codes, at, kHalf);
+    if constexpr (kKind != Kind::kInt8Split) return high_nibbles;
+    const Sixteen low_nibbles = SplitNibbles(low, at, kHalf);
+    return {JoinNibblesOf(high_nibbles.even_front, low_nibbles.even_front), JoinNibblesOf(high_nibbles.even_back, low_nibbles.even_back),
+            JoinNibblesOf(high_nibbles.odd_front, low_nibbles.odd_front), JoinNibblesOf(high_nibbles.odd_back, low_nibbles.odd_back)};
   }
 }
 

@@ -145,9 +145,9 @@ inline B8 LowNibbles(B8 x) {
   return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
 }
 inline B8 HighNibbles(B8 x) { return LowNibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
-inline B8 JoinNibbles(B8 upper, B8 lower) {
-  return {_mm256_or_si256(_mm256_slli_epi16(upper.a, 4), lower.a),
-          _mm256_or_si256(_mm256_slli_epi16(upper.b, 4), lower.b)};
+inline B8 JoinNibbles(B8 high, B8 low) {
+  return {_mm256_or_si256(_mm256_slli_epi16(high.a, 4), low.a),
+          _mm256_or_si256(_mm256_slli_epi16(high.b, 4), low.b)};
 }
 // Shift each byte right by kBits (left if negative). Bits of the neighbouring byte may come in.
 template <int kBits> inline __m256i ShiftBytes(__m256i x) {

@@ -86,7 +86,7 @@ inline I32 LoadBytes(const uint8_t* p) {
 inline B8 LoadB(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline B8 LowNibbles(B8 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 inline B8 HighNibbles(B8 a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
-inline B8 JoinNibbles(B8 upper, B8 lower) { return {_mm512_or_si512(_mm512_slli_epi16(upper.v, 4), lower.v)}; }
+inline B8 JoinNibbles(B8 high, B8 low) { return {_mm512_or_si512(_mm512_slli_epi16(high.v, 4), low.v)}; }
 // Shift each byte right by kBits (left if negative). Bits of the neighbouring byte may come in.
 template <int kBits> inline __m512i ShiftBytes(__m512i x) {
   if constexpr (kBits > 0) {

@@ -145,10 +145,10 @@ inline I32 LoadBytes(const uint8_t* p) {
 inline B8 LoadB(const uint8_t* p) { return {vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}; }
 inline uint8x16_t LowNibblesOf(uint8x16_t x) { return vandq_u8(x, vdupq_n_u8(15)); }
 inline uint8x16_t HighNibblesOf(uint8x16_t x) { return vshrq_n_u8(x, 4); }
-inline uint8x16_t JoinNibblesOf(uint8x16_t upper, uint8x16_t lower) { return vsliq_n_u8(lower, upper, 4); }
+inline uint8x16_t JoinNibblesOf(uint8x16_t high, uint8x16_t low) { return vsliq_n_u8(low, high, 4); }
 inline B8 LowNibbles(B8 x) { return EDGELM_EACH(LowNibblesOf, x); }
 inline B8 HighNibbles(B8 x) { return EDGELM_EACH(HighNibblesOf, x); }
-inline B8 JoinNibbles(B8 upper, B8 lower) { return EDGELM_PAIRS(JoinNibblesOf, upper, lower); }
+inline B8 JoinNibbles(B8 high, B8 low) { return EDGELM_PAIRS(JoinNibblesOf, high, low); }
 // Shift each byte right by kBits (left if not positive); NEON's right shift does not allow 0.
 template <int kBits> inline uint8x16_t ShiftBytes(uint8x16_t x) {
   if constexpr (kBits > 0) {

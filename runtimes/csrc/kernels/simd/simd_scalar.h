@@ -143,8 +143,8 @@ EDGELM_CALLED I32 LoadBytes(const uint8_t* p) { I32 r; EDGELM_LANES r.v[l] = p[l
 inline B8 LoadB(const uint8_t* p) { B8 r; std::memcpy(r.v, p, 64); return r; }
 EDGELM_CALLED B8 LowNibbles(B8 a) { for (auto& x : a.v) x &= 15; return a; }
 EDGELM_CALLED B8 HighNibbles(B8 a) { for (auto& x : a.v) x >>= 4; return a; }
-// upper * 16 + lower, both below 16.
-EDGELM_CALLED B8 JoinNibbles(B8 upper, B8 lower) { for (int i = 0; i < 64; ++i) upper.v[i] = static_cast<uint8_t>(upper.v[i] << 4 | lower.v[i]); return upper; }
+// high * 16 + low, both below 16.
+EDGELM_CALLED B8 JoinNibbles(B8 high, B8 low) { for (int i = 0; i < 64; ++i) high.v[i] = static_cast<uint8_t>(high.v[i] << 4 | low.v[i]); return high; }
 // kLowBits bits of each byte of `low` from bit kLowAt on, and above them kHighBits of `high` from kHighAt on.
 template <int kLowAt, int kLowBits, int kHighAt, int kHighBits> EDGELM_CALLED B8 JoinBits(B8 low, B8 high) {
   constexpr int kLowMask = (1 << kLowBits) - 1, kHighMask = (1 << kHighBits) - 1;
