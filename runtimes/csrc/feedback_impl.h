@@ -26,8 +26,8 @@ struct NearestFp8 {
     uint32_t magnitude = bits & 0x7fffffffu;
     magnitude = magnitude > kLargest ? kLargest : magnitude;  // bits of floats of one sign compare as the floats do
     constexpr int kShift = 23 - kMantissa;
-    const uint32_t normal =
-        (magnitude + ((1u << (kShift - 1)) - 1) + ((magnitude >> kShift) & 1u)) & ~((1u << kShift) - 1);
+    const uint32_t normal = (magnitude + ((1u << (kShift - 1)) - 1) + ((magnitude >> kShift) & 1u)) &
+                            ~((1u << kShift) - 1);
     // Adding a number whose unit in the last place is kStep rounds to multiples of kStep.
     const float base = FromBits(kStep + (23u << 23)) * 1.5f;
     const uint32_t subnormal = Bits((FromBits(magnitude) + base) - base);
@@ -149,12 +149,9 @@ void FitRows(const edgelm_fit_arguments& a, int64_t first, int64_t last) {
 // Fit rows [first, last).
 void Fit(const edgelm_fit_arguments& a, int64_t first, int64_t last) {
   switch (a.numbers) {
-    case EDGELM_INTEGERS:
-      return FitRows<NearestInteger>(a, first, last);
-    case EDGELM_E4M3:
-      return FitRows<NearestE4m3>(a, first, last);
-    default:
-      return FitRows<NearestE5m2>(a, first, last);
+    case EDGELM_INTEGERS: return FitRows<NearestInteger>(a, first, last);
+    case EDGELM_E4M3: return FitRows<NearestE4m3>(a, first, last);
+    default: return FitRows<NearestE5m2>(a, first, last);
   }
 }
 
@@ -173,12 +170,9 @@ void FeedbackRows(const edgelm_feedback_arguments& a, int64_t first, int64_t las
 // Round rows [first, last) of the block.
 void Feedback(const edgelm_feedback_arguments& a, int64_t first, int64_t last) {
   switch (a.numbers) {
-    case EDGELM_INTEGERS:
-      return FeedbackRows<NearestInteger>(a, first, last);
-    case EDGELM_E4M3:
-      return FeedbackRows<NearestE4m3>(a, first, last);
-    default:
-      return FeedbackRows<NearestE5m2>(a, first, last);
+    case EDGELM_INTEGERS: return FeedbackRows<NearestInteger>(a, first, last);
+    case EDGELM_E4M3: return FeedbackRows<NearestE4m3>(a, first, last);
+    default: return FeedbackRows<NearestE5m2>(a, first, last);
   }
 }
 

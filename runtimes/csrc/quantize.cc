@@ -17,13 +17,10 @@ namespace {
 
 const QuantizeKernel* FindKernel(int32_t isa) {
   switch (isa) {
-    case EDGELM_ISA_SCALAR:
-      return &kScalarKernel;
-    case EDGELM_ISA_BASELINE:
-      return &kBaselineKernel;
+    case EDGELM_ISA_SCALAR: return &kScalarKernel;
+    case EDGELM_ISA_BASELINE: return &kBaselineKernel;
 #if defined(EDGELM_X86)
-    case EDGELM_ISA_AVX2:
-      return __builtin_cpu_supports("avx2") ? &kAvx2Kernel : nullptr;
+    case EDGELM_ISA_AVX2: return __builtin_cpu_supports("avx2") ? &kAvx2Kernel : nullptr;
     case EDGELM_ISA_AVX512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
@@ -35,8 +32,7 @@ const QuantizeKernel* FindKernel(int32_t isa) {
         if (const QuantizeKernel* kernel = FindKernel(wide)) return kernel;
       }
       return &kBaselineKernel;
-    default:
-      return nullptr;
+    default: return nullptr;
   }
 }
 

@@ -59,9 +59,7 @@ inline Vec ToHalf(Vec scale) {
   return scale + 0.0f;  // -0 becomes +0
 }
 
-struct Final {
-  Vec scale, zero, error;
-};
+struct Final { Vec scale, zero, error; };
 
 inline Final Finish(const Vec* x, int64_t group, Vec scale, Vec zero, Vec levels) {
   const Vec inverse = Reciprocal(scale), low = -zero, high = levels - zero;
@@ -73,9 +71,7 @@ inline Final Finish(const Vec* x, int64_t group, Vec scale, Vec zero, Vec levels
   return {scale, zero, error};
 }
 
-struct Best {
-  Vec score, scale;
-};
+struct Best { Vec score, scale; };
 
 template <int kCount>
 inline void Try(const Vec* x, int64_t group, const float* targets, Vec base, Vec low, Vec high, Best* best) {
@@ -102,9 +98,7 @@ inline void Try(const Vec* x, int64_t group, const float* targets, Vec base, Vec
 }
 
 // Result of one pass over the values: the value of largest magnitude (the first of equals), minimum and maximum with 0.
-struct Extremes {
-  Vec largest, bottom, top;
-};
+struct Extremes { Vec largest, bottom, top; };
 
 inline Extremes Scan(const Vec* x, int64_t group) {
   Extremes e = {};

@@ -4,9 +4,7 @@
 namespace edgelm {
 namespace {
 
-struct Final {
-  float scale, zero, error;
-};
+struct Final { float scale, zero, error; };
 
 float Round(float value) { return (value + 12582912.0f) - 12582912.0f; }  // 1.5 * 2^23; |value| < 2^22
 
@@ -93,9 +91,9 @@ int64_t Quantize(const edgelm_quantize_arguments& arguments, int64_t first, int6
     for (int64_t k = 0; k < m.group; ++k) {
       x[k] = LoadWeight(arguments, row, start + k);
       const uint32_t magnitude = Bits(x[k]) & 0x7fffffffu;
-      *status = magnitude >= 0x7f800000u                   ? EDGELM_QUANT_NOT_FINITE
+      *status = magnitude >= 0x7f800000u                      ? EDGELM_QUANT_NOT_FINITE
                 : FromBits(magnitude) > LargestWeight(m.bits) ? EDGELM_QUANT_TOO_LARGE
-                                                           : EDGELM_QUANT_OK;
+                                                              : EDGELM_QUANT_OK;
       if (*status != EDGELM_QUANT_OK) return row * m.columns + start + k;
     }
     const Final found = Search(arguments, x);

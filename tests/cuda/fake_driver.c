@@ -18,7 +18,10 @@ typedef unsigned long long CUdeviceptr;
 typedef struct {
   int id;
   char pad[8 - sizeof(int)];
-  union { char pad[64]; int programmaticStreamSerializationAllowed; } value;
+  union {
+    char pad[64];
+    int programmaticStreamSerializationAllowed;
+  } value;
 } CUlaunchAttribute;
 typedef struct {
   unsigned int gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ, sharedMemBytes;
@@ -47,10 +50,10 @@ static CUresult called(const char* function, const char* format, ...) {
   int fails = fail && !strncmp(fail, function, length) && fail[length] == '=';
   return (CUresult)(fails ? atoi(fail + length + 1) : 0);
 }
-#define CALLED(...)                                    \
-  do {                                                 \
-    CUresult status = called(__func__, __VA_ARGS__);   \
-    if (status) return status;                         \
+#define CALLED(...)                                                                                                    \
+  do {                                                                                                                 \
+    CUresult status = called(__func__, __VA_ARGS__);                                                                   \
+    if (status) return status;                                                                                         \
   } while (0)
 
 CUresult cuDriverGetVersion(int* version) {
@@ -135,7 +138,10 @@ CUresult cuMemHostAlloc(void** address, size_t bytes, unsigned int flags) {
   *address = malloc(bytes);
   return called(__func__, "%zu %u", bytes, flags);
 }
-CUresult cuMemFreeHost(void* address) { free(address); return called(__func__, ""); }
+CUresult cuMemFreeHost(void* address) {
+  free(address);
+  return called(__func__, "");
+}
 
 CUresult cuModuleLoadDataEx(CUmodule* module, const void* image, unsigned int count, CUjit_option* options,
                             void** values) {
@@ -158,14 +164,25 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute,
 
 // -- work: run at once, or stored for the graph that is being captured ----------------------------------------------
 
-struct Increment { float* x; int count; float by; };
-struct Work { struct Work* next; char *to, *from; size_t bytes; int value; struct Increment increment; };
+struct Increment {
+  float* x;
+  int count;
+  float by;
+};
+struct Work {
+  struct Work* next;
+  char *to, *from;
+  size_t bytes;
+  int value;
+  struct Increment increment;
+};
 static struct Work *g_captured, **g_end;
 
 static void perform(const struct Work* work) {
   if (work->from) memcpy(work->to, work->from, work->bytes);
   else if (work->to) memset(work->to, work->value, work->bytes);
-  else for (int i = 0; i < work->increment.count; i++) work->increment.x[i] += work->increment.by;
+  else
+    for (int i = 0; i < work->increment.count; i++) work->increment.x[i] += work->increment.by;
 }
 static CUresult start(struct Work work) {
   if (!g_end) return perform(&work), (CUresult)0;
@@ -238,8 +255,14 @@ CUresult cuGraphLaunch(CUgraphExec exec, CUstream stream) {
   for (const struct Work* work = (const struct Work*)exec; work; work = work->next) perform(work);
   return (CUresult)0;
 }
-CUresult cuGraphDestroy(CUgraph graph) { (void)graph; return called(__func__, ""); }
-CUresult cuGraphExecDestroy(CUgraphExec exec) { (void)exec; return called(__func__, ""); }
+CUresult cuGraphDestroy(CUgraph graph) {
+  (void)graph;
+  return called(__func__, "");
+}
+CUresult cuGraphExecDestroy(CUgraphExec exec) {
+  (void)exec;
+  return called(__func__, "");
+}
 CUresult cuEventCreate(CUevent* event, unsigned int flags) {
   static size_t made;
   *event = (CUevent)(0x7000000000001000 + ++made);

@@ -20,9 +20,7 @@ namespace {
 using edgelm::Kind;
 using edgelm::Matrix;
 
-double Now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double Now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 std::vector<uint8_t> RandomMatrix(Kind kind, int64_t rows, int64_t columns, int64_t group, Matrix* matrix) {
   edgelm::MatrixHeader header = {};
@@ -33,7 +31,7 @@ std::vector<uint8_t> RandomMatrix(Kind kind, int64_t rows, int64_t columns, int6
   const int64_t head = integer ? 64 * in_record : kind == Kind::kFp8E4M3 ? 128 : 0;
   header.version = edgelm::kLayoutVersion;
   header.kind = kind;
-  header.scale = integer ? edgelm::ScaleKind::kFloat16
+  header.scale = integer     ? edgelm::ScaleKind::kFloat16
                  : head != 0 ? edgelm::ScaleKind::kFloat32
                              : edgelm::ScaleKind::kNone;
   header.rows = rows;
@@ -73,9 +71,12 @@ int main(int count, char** args) {
   const edgelm::Kernels* tables[] = {
       &edgelm::kScalarKernels,
 #if defined(EDGELM_X86)
-      &edgelm::kAvx2Kernels, &edgelm::kAvx2VnniKernels, &edgelm::kAvx512VnniKernels,
+      &edgelm::kAvx2Kernels,
+      &edgelm::kAvx2VnniKernels,
+      &edgelm::kAvx512VnniKernels,
 #elif defined(EDGELM_ARM64)
-      &edgelm::kNeonDotKernels, &edgelm::kNeonI8mmKernels,
+      &edgelm::kNeonDotKernels,
+      &edgelm::kNeonI8mmKernels,
 #endif
   };
   const edgelm::Kernels* kernels = nullptr;

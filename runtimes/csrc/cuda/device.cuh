@@ -57,9 +57,15 @@ EDGELM_DEVICE float to_float(bf16 x) { return bits_to_float(u32(x.bits) << 16); 
 EDGELM_DEVICE float to_float(f16 x) { return f16_to_float(x.bits); }
 
 template <class T> struct From;
-template <> struct From<float> { static EDGELM_INLINE float of(float x) { return x; } };
-template <> struct From<bf16> { static EDGELM_INLINE bf16 of(float x) { return {u16(float_to_bf16x2(x, 0.f))}; } };
-template <> struct From<f16> { static EDGELM_INLINE f16 of(float x) { return {u16(float_to_f16x2(x, 0.f))}; } };
+template <> struct From<float> {
+  static EDGELM_INLINE float of(float x) { return x; }
+};
+template <> struct From<bf16> {
+  static EDGELM_INLINE bf16 of(float x) { return {u16(float_to_bf16x2(x, 0.f))}; }
+};
+template <> struct From<f16> {
+  static EDGELM_INLINE f16 of(float x) { return {u16(float_to_f16x2(x, 0.f))}; }
+};
 
 // Round to nearest, ties to even. float16 becomes infinite beyond 65504.
 template <class T> EDGELM_DEVICE T from_float(float x) { return From<T>::of(x); }
@@ -84,9 +90,7 @@ template <class A> EDGELM_DEVICE void unpack2(u32 pair, float& low, float& high)
 // E4M3 to float, exact for every finite code: its exponent is 8 less than float16's for the same bits and its
 // subnormals are float16's, so shift into place and multiply by 2^8. (The two NaN codes give 480; weights and caches
 // have none.)
-EDGELM_DEVICE float to_float(e4m3 x) {
-  return f16_to_float(u16((x.bits & 0x80) << 8 | (x.bits & 0x7f) << 7)) * 256.f;
-}
+EDGELM_DEVICE float to_float(e4m3 x) { return f16_to_float(u16((x.bits & 0x80) << 8 | (x.bits & 0x7f) << 7)) * 256.f; }
 
 // Round to nearest, ties to even, saturating at 448, as cvt.rn.satfinite does. In integers, for devices without it.
 EDGELM_DEVICE u8 float_to_e4m3_bits(float x) {

@@ -96,12 +96,16 @@ EDGELM_DEVICE u32 shared_address(const void* shared) { return u32(__cvta_generic
 // aligned). Lane 4 g + q gets numbers 2 q, 2 q + 1 of row g of matrix m in r[m].
 EDGELM_DEVICE void ldmatrix_x4(u32 (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
 }
 // The same with each matrix transposed: lane 4 g + q gets rows 2 q, 2 q + 1 of column g.
 EDGELM_DEVICE void ldmatrix_x4_transposed(u32 (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
 }
 
 // -- copies to shared memory in the background -------------------------------------------------------------------------
@@ -109,11 +113,14 @@ EDGELM_DEVICE void ldmatrix_x4_transposed(u32 (&r)[4], const void* row) {
 // Copy 16 aligned bytes; if not `valid`, write zeros and do not read `global`.
 EDGELM_DEVICE void cp_async16(void* shared, const void* global, bool valid = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(valid ? 16 : 0) : "memory");
+               "r"(valid ? 16 : 0)
+               : "memory");
 }
 EDGELM_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Wait until all but the newest `pending` groups of this thread have arrived. Other threads see them after a barrier.
-template <int pending> EDGELM_DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory"); }
+template <int pending> EDGELM_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
 
 // -- memory ------------------------------------------------------------------------------------------------------------
 
@@ -128,7 +135,8 @@ EDGELM_DEVICE void store4(void* p, u32 x) { *static_cast<u32*>(p) = x; }
 EDGELM_DEVICE Words4 load16_stream(const void* p) {
   Words4 x;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(p));
   return x;
 }
 
@@ -150,13 +158,21 @@ EDGELM_DEVICE float fma_(float a, float b, float c) { return fmaf(a, b, c); }
 EDGELM_DEVICE float round_(float a) { return rintf(a); }  // ties to even
 EDGELM_DEVICE float exp_(float a) { return expf(a); }
 EDGELM_DEVICE float exp_fast(float a) { return __expf(a); }  // 2 ulp and a little more for large |a|
-EDGELM_DEVICE float exp2_fast(float a) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a)); return r; }
+EDGELM_DEVICE float exp2_fast(float a) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a));
+  return r;
+}
 EDGELM_DEVICE float rsqrt_(float a) { return 1.f / sqrtf(a); }
 EDGELM_DEVICE bool is_nan(float a) { return a != a; }
 EDGELM_DEVICE int count_bits(u32 x) { return __popc(x); }
 EDGELM_DEVICE int lowest_bit(u32 x) { return __ffs(int(x)) - 1; }  // index of the lowest set bit; x must not be 0
 
-EDGELM_DEVICE float f16_to_float(u16 x) { float r; asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x)); return r; }
+EDGELM_DEVICE float f16_to_float(u16 x) {
+  float r;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x));
+  return r;
+}
 EDGELM_DEVICE u32 float_to_bf16x2(float low, float high) {
   u32 r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -174,7 +190,11 @@ EDGELM_DEVICE u32 f16x2_fma(u32 a, u32 b, u32 c) {
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
   return r;
 }
-EDGELM_DEVICE u32 f16x2_multiply(u32 a, u32 b) { u32 r; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
+EDGELM_DEVICE u32 f16x2_multiply(u32 a, u32 b) {
+  u32 r;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
 EDGELM_DEVICE u32 bf16x2_fma(u32 a, u32 b, u32 c) {
   u32 r;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));

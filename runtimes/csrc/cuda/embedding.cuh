@@ -8,13 +8,13 @@ namespace edgelm {
 constexpr int kEndThreads = 256;
 
 struct EmbeddingArgs {
-  const i32* ids;     // [rows]
-  const u8* codes;    // the table [n, k], packed as a weight matrix; a tied head reads the same one
+  const i32* ids;   // [rows]
+  const u8* codes;  // the table [n, k], packed as a weight matrix; a tied head reads the same one
   const u8* scales;
   const u8* zeros;
-  float* y;           // [rows, k]
+  float* y;  // [rows, k]
   i32 rows;
-  i32 n;              // ids outside 0 .. n - 1 read row 0
+  i32 n;  // ids outside 0 .. n - 1 read row 0
   i32 k;
   i32 group;
 };
@@ -70,7 +70,7 @@ struct TopArgs {
   i32* out_ids;    // [rows]
   i32 n;
   i32 parts;
-  i32 part;        // columns of a part
+  i32 part;  // columns of a part
 };
 
 EDGELM_DEVICE bool is_better(float a, int a_id, float b, int b_id) {

@@ -59,7 +59,12 @@ struct Register {
 
 enum class Waits : int { kNothing, kShuffle, kBallot, kMma, kMmaFp8, kLdmatrix, kWarp, kBlock, kDone };
 
-struct Copy { u8* to; const u8* from; bool valid, read; u8 data[16]; };
+struct Copy {
+  u8* to;
+  const u8* from;
+  bool valid, read;
+  u8 data[16];
+};
 
 constexpr size_t kStack = 256 << 10;
 
@@ -173,10 +178,26 @@ inline void wait(Waits what, void* slot = nullptr) {
 
 // -- what a warp does together -----------------------------------------------------------------------------------------
 
-struct Shuffle { u32 value; int source; u32 result; };
-struct Ballot { bool value; u32 result; };
-struct Mma { float* d; const u32* a; const u32* b; float (*element)(u16); };
-struct Ldmatrix { u32* r; const u8* row; bool transposed; };
+struct Shuffle {
+  u32 value;
+  int source;
+  u32 result;
+};
+struct Ballot {
+  bool value;
+  u32 result;
+};
+struct Mma {
+  float* d;
+  const u32* a;
+  const u32* b;
+  float (*element)(u16);
+};
+struct Ldmatrix {
+  u32* r;
+  const u8* row;
+  bool transposed;
+};
 
 inline float f16_value(u16 x) {
   const u32 sign = u32(x & 0x8000) << 16, exponent = x >> 10 & 31, mantissa = x & 1023;
@@ -194,7 +215,9 @@ inline float bf16_value(u16 x) {
 }
 inline float e4m3_value(u8 x) { return f16_value(u16((x & 0x80) << 8 | (x & 0x7f) << 7)) * 256.f; }
 
-inline u16 half_of(const u32 (&words)[32][4], int lane, int word, int half) { return u16(words[lane][word] >> (16 * half)); }
+inline u16 half_of(const u32 (&words)[32][4], int lane, int word, int half) {
+  return u16(words[lane][word] >> (16 * half));
+}
 
 // The whole sum is rounded once. Hardware rounds more often; the tests' tolerances allow for that.
 inline void mma(Fiber* lanes) {
@@ -337,7 +360,8 @@ inline void launch(const Kernel& kernel, const int* grid, int threads, size_t sh
   State& s = state();
   if (threads % 32 || threads < 32 || threads > 1024) throw Failure("blocks must have 32, 64, ... or 1024 threads");
   if (threads > kernel.threads) {
-    throw Failure("launched with " + std::to_string(threads) + " threads, compiled for " + std::to_string(kernel.threads));
+    throw Failure("launched with " + std::to_string(threads) + " threads, compiled for " +
+                  std::to_string(kernel.threads));
   }
   if (shared > (227 << 10)) throw Failure("the launch asks for more than 227 KB of shared memory");
   s.copies = seed > 1 ? seed : 0;
@@ -401,7 +425,8 @@ template <class T> inline T shuffled(T x, int source) {
   return x;
 }
 inline void aligned(const void* p, int bytes, const char* what) {
-  if (reinterpret_cast<uintptr_t>(p) % bytes) fail(std::string(what) + " at an address that is no multiple of " + std::to_string(bytes));
+  if (reinterpret_cast<uintptr_t>(p) % bytes)
+    fail(std::string(what) + " at an address that is no multiple of " + std::to_string(bytes));
 }
 template <class T> inline T loaded(const void* p, const char* what) {
   aligned(p, sizeof(T), what);
@@ -413,8 +438,16 @@ template <class T> inline void stored(void* p, T x, const char* what) {
   aligned(p, sizeof(T), what);
   std::memcpy(p, &x, sizeof(T));
 }
-inline u32 bits_of(float x) { u32 bits; std::memcpy(&bits, &x, 4); return bits; }
-inline float float_of(u32 bits) { float x; std::memcpy(&x, &bits, 4); return x; }
+inline u32 bits_of(float x) {
+  u32 bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float float_of(u32 bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
 
 inline u16 bf16_bits(float x) {
   const u32 bits = bits_of(x);
@@ -509,7 +542,11 @@ EDGELM_DEVICE u32 load4(const void* p) { return emulator::loaded<u32>(p, "load4"
 EDGELM_DEVICE void store16(void* p, Words4 x) { emulator::stored(p, x, "store16"); }
 EDGELM_DEVICE void store8(void* p, Words2 x) { emulator::stored(p, x, "store8"); }
 EDGELM_DEVICE void store4(void* p, u32 x) { emulator::stored(p, x, "store4"); }
-EDGELM_DEVICE int atomic_add(int* p, int x) { const int before = *p; *p += x; return before; }
+EDGELM_DEVICE int atomic_add(int* p, int x) {
+  const int before = *p;
+  *p += x;
+  return before;
+}
 EDGELM_DEVICE void fence_device() {}
 
 EDGELM_DEVICE u32 float_to_bits(float x) { return emulator::bits_of(x); }
@@ -575,16 +612,18 @@ EDGELM_DEVICE u32 e4m3x2_to_f16x2(u32 pair) {
 }  // namespace edgelm
 
 // Launch a kernel. Return null, or an error message that is valid until the next call.
-extern "C" __attribute__((visibility("default"))) const char* edgelm_emulated_launch(
-    const char* name, const int* grid, int threads, size_t shared, const void* args, size_t args_bytes, unsigned seed) {
+extern "C" __attribute__((visibility("default"))) const char* edgelm_emulated_launch(const char* name, const int* grid,
+                                                                                     int threads, size_t shared,
+                                                                                     const void* args,
+                                                                                     size_t args_bytes, unsigned seed) {
   static std::string message;
   const auto& kernels = edgelm::emulator::kernels();
   const auto found = kernels.find(name);
   try {
     if (found == kernels.end()) throw edgelm::emulator::Failure("no kernel has this name");
     if (found->second.args != args_bytes) {
-      throw edgelm::emulator::Failure("its arguments are " + std::to_string(found->second.args) + " bytes, given were " +
-                                      std::to_string(args_bytes));
+      throw edgelm::emulator::Failure("its arguments are " + std::to_string(found->second.args) +
+                                      " bytes, given were " + std::to_string(args_bytes));
     }
     edgelm::emulator::launch(found->second, grid, threads, shared, args, seed);
     return nullptr;

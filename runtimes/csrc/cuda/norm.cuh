@@ -13,7 +13,7 @@ struct RowsArgs {
   void* y;            // [rows, k]: float32, A or E4M3
   float* scales;      // [rows]; null unless rounded to E4M3
   i32 rows;
-  i32 k;              // even
+  i32 k;  // even
   i32 x_float;
   float epsilon;
   float round_scale;  // as in LinearArgs

@@ -31,9 +31,7 @@ std::string Missing(const std::vector<Feature>& needed) {
 
 #if defined(EDGELM_X86)
 
-struct Registers {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-};
+struct Registers { unsigned a = 0, b = 0, c = 0, d = 0; };
 
 Registers Cpuid(unsigned leaf, unsigned subleaf) {
   Registers r;
@@ -55,9 +53,8 @@ std::vector<InstructionSet> Detect() {
   const Registers one = Cpuid(1, 0), seven = Cpuid(7, 0), more = seven.a >= 1 ? Cpuid(7, 1) : Registers{};
   const uint64_t saved = SavedState();
   const bool ymm = (saved & 0x6) == 0x6, zmm = (saved & 0xE6) == 0xE6;
-  const std::vector<Feature> avx2 = {{"avx2", Bit(one.c, 28) && Bit(seven.b, 5)},
-                                     {"fma", Bit(one.c, 12)},
-                                     {"f16c", Bit(one.c, 29)}};
+  const std::vector<Feature> avx2 = {
+      {"avx2", Bit(one.c, 28) && Bit(seven.b, 5)}, {"fma", Bit(one.c, 12)}, {"f16c", Bit(one.c, 29)}};
   std::vector<Feature> avx2_vnni = avx2, avx512 = avx2;
   avx2_vnni.push_back({"avx_vnni", Bit(more.a, 4)});
   avx512.insert(avx512.end(), {{"avx512f", Bit(seven.b, 16)},
@@ -125,7 +122,8 @@ const Kernels* ChooseKernels(std::string* why) {
     }
     if (set.available()) valid += (valid.empty() ? "" : ", ") + std::string(set.kernels->name);
   }
-  *why = "EDGELM_ISA=" + std::string(named) + ": " + problem + ". Set it to one of " + valid + ", or unset it for the best";
+  *why = "EDGELM_ISA=" + std::string(named) + ": " + problem + ". Set it to one of " + valid +
+         ", or unset it for the best";
   return nullptr;
 }
 

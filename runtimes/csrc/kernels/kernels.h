@@ -73,7 +73,7 @@ struct LinearKernels {
                       const Output& out);
   // For kInt8Split: the same from the high nibbles alone; the unread low nibbles count as 8, their middle.
   void (*linear_high)(const Matrix& matrix, int64_t begin, int64_t end, const QuantRows& x, int64_t rows,
-                       const Output& out);
+                      const Output& out);
   // Units [begin, end) of any matrix times rows of float32 activations [rows, columns].
   void (*linear_float)(const Matrix& matrix, int64_t begin, int64_t end, const float* x, int64_t ldx, int64_t rows,
                        const Output& out);

@@ -12,9 +12,16 @@ int64_t RoundUp(int64_t value, int64_t multiple) { return (value + multiple - 1)
 
 bool Known(Kind kind) {
   switch (kind) {
-    case Kind::kInt3: case Kind::kInt4: case Kind::kInt5: case Kind::kInt6: case Kind::kInt8: case Kind::kInt8Split:
-    case Kind::kFp8E4M3: case Kind::kFloat16: case Kind::kBFloat16: case Kind::kFloat32:
-      return true;
+    case Kind::kInt3:
+    case Kind::kInt4:
+    case Kind::kInt5:
+    case Kind::kInt6:
+    case Kind::kInt8:
+    case Kind::kInt8Split:
+    case Kind::kFp8E4M3:
+    case Kind::kFloat16:
+    case Kind::kBFloat16:
+    case Kind::kFloat32: return true;
   }
   return false;
 }
@@ -63,11 +70,14 @@ int32_t SymmetricZero(Kind kind) {
 int64_t CodeBytes(Kind kind, int64_t columns) {
   switch (kind) {
     case Kind::kInt3: return columns / kBlock * 384;
-    case Kind::kInt4: case Kind::kInt8Split: return columns / kBlock * 512;
+    case Kind::kInt4:
+    case Kind::kInt8Split: return columns / kBlock * 512;
     case Kind::kInt5: return columns / kBlock * 640;
     case Kind::kInt6: return columns / kBlock * 768;
-    case Kind::kInt8: case Kind::kFp8E4M3: return columns * kTile;
-    case Kind::kFloat16: case Kind::kBFloat16: return columns * kTile * 2;
+    case Kind::kInt8:
+    case Kind::kFp8E4M3: return columns * kTile;
+    case Kind::kFloat16:
+    case Kind::kBFloat16: return columns * kTile * 2;
     case Kind::kFloat32: return columns * kTile * 4;
   }
   return 0;
@@ -168,7 +178,8 @@ void DequantizeRow(const Matrix& m, int64_t row, float* out) {
 }
 
 float HalfToFloat32(uint16_t bits) {
-  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16, exponent = bits >> 10 & 31u, fraction = bits & 1023u;
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16, exponent = bits >> 10 & 31u,
+                 fraction = bits & 1023u;
   if (exponent == 31) return FromBits(sign | 0x7F800000u | fraction << 13);
   if (exponent != 0) return FromBits(sign | (exponent + 112u) << 23 | fraction << 13);
   const float magnitude = static_cast<float>(fraction) * 0x1p-24f;

@@ -69,8 +69,8 @@ struct MatrixHeader {
   uint8_t flags;  // kHasZeros | kSwiglu
   int64_t rows;
   int64_t columns;
-  int64_t group;      // columns per scale; for one scale per row: `columns`, rounded up to 32 for integers
-  int64_t bytes;      // of the whole packed matrix, header included
+  int64_t group;       // columns per scale; for one scale per row: `columns`, rounded up to 32 for integers
+  int64_t bytes;       // of the whole packed matrix, header included
   int64_t low_offset;  // kInt8Split: offset of the low nibbles from the header's start; otherwise 0
   int64_t reserved[2];
 };

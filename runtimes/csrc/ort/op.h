@@ -18,9 +18,7 @@
 
 namespace edgelm::ort {
 
-struct Failure {
-  std::string message;
-};
+struct Failure { std::string message; };
 
 inline std::string Text(std::string text) { return text; }
 inline std::string Text(const char* text) { return text; }
@@ -118,9 +116,7 @@ class Run {
   void ParallelFor(int64_t tasks, const Task& task) const {
     if (tasks <= 0) return;
     if (tasks == 1) return task(int64_t{0});
-    const auto work = [](void* user, size_t i) noexcept {
-      (*static_cast<const Task*>(user))(static_cast<int64_t>(i));
-    };
+    const auto work = [](void* user, size_t i) noexcept { (*static_cast<const Task*>(user))(static_cast<int64_t>(i)); };
     const size_t total = static_cast<size_t>(tasks);
     Check(api_, KernelParallelFor(api_, context_, work, total, total, const_cast<Task*>(&task)));
   }

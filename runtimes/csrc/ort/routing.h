@@ -13,9 +13,9 @@ void ChooseExperts(const float* probabilities, int64_t experts, int64_t k, bool 
 
 // (token, expert) pairs ordered by expert, and by token within an expert.
 struct Pairs {
-  int64_t* start;     // [experts + 1]: the pairs of expert e are start[e] .. start[e + 1] - 1
-  int32_t* token;     // [tokens * k]
-  float* weight;      // [tokens * k]
+  int64_t* start;  // [experts + 1]: the pairs of expert e are start[e] .. start[e + 1] - 1
+  int32_t* token;  // [tokens * k]
+  float* weight;   // [tokens * k]
 };
 void SortByExpert(const int32_t* chosen, const float* weights, int64_t tokens, int64_t k, int64_t experts,
                   const Pairs& pairs);

@@ -31,8 +31,8 @@ inline int64_t UnitBytes(const Matrix& m) {
 
 // A matmul as a grid of tasks, [units] x [rows], row tasks varying fastest.
 struct Grid {
-  int64_t units, rows;            // of the whole matmul
-  int64_t unit_step, row_step;    // of a task
+  int64_t units, rows;          // of the whole matmul
+  int64_t unit_step, row_step;  // of a task
   int64_t row_tasks, tasks;
 
   Grid(const Matrix& m, int64_t all_rows, bool int8) : units(m.units()), rows(all_rows) {

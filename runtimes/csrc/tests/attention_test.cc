@@ -231,8 +231,8 @@ class Reference {
     const Shape& s = sequence_.shape;
     const int64_t kv = head / (s.heads / s.kv_heads);
     const bool norm = s.norm != Norm::kNone;
-    const Stored q =
-        Store(s.cache, Head(sequence_, token, 0, s.heads * s.dim, head, sequence_.q_norm, norm, true), true);
+    const Stored q = Store(s.cache, Head(sequence_, token, 0, s.heads * s.dim, head, sequence_.q_norm, norm, true),
+                           true);
     const size_t count = static_cast<size_t>(token) + 1, dim = static_cast<size_t>(s.dim);
     const double scale = 1 / std::sqrt(static_cast<double>(s.dim));
     std::vector<double> p(count), error(count), fine(count), coarse(count);
@@ -294,8 +294,8 @@ std::string Describe(const Shape& s, int64_t past, int64_t rows) {
   char text[160];
   std::snprintf(text, sizeof(text), "%s cache, %d/%d heads of %d, capacity %d, norm %d, clip %g, %d new after %d",
                 Name(s.cache), static_cast<int>(s.heads), static_cast<int>(s.kv_heads), static_cast<int>(s.dim),
-                static_cast<int>(s.capacity), static_cast<int>(s.norm), static_cast<double>(s.clip), static_cast<int>(rows),
-                static_cast<int>(past));
+                static_cast<int>(s.capacity), static_cast<int>(s.norm), static_cast<double>(s.clip),
+                static_cast<int>(rows), static_cast<int>(past));
   return text;
 }
 

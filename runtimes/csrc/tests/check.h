@@ -9,13 +9,13 @@ namespace edgelm_test {
 inline int failures = 0;
 
 // `...` is a printf format with its arguments: the case that was being tried.
-#define EXPECT(condition, ...)                                                     \
-  do {                                                                             \
-    if (!(condition) && ++::edgelm_test::failures <= 20) {                         \
-      std::fprintf(stderr, "%s:%d: failed: %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                           \
-      std::fputc('\n', stderr);                                                    \
-    }                                                                              \
+#define EXPECT(condition, ...)                                                                                         \
+  do {                                                                                                                 \
+    if (!(condition) && ++::edgelm_test::failures <= 20) {                                                             \
+      std::fprintf(stderr, "%s:%d: failed: %s: ", __FILE__, __LINE__, #condition);                                     \
+      std::fprintf(stderr, __VA_ARGS__);                                                                               \
+      std::fputc('\n', stderr);                                                                                        \
+    }                                                                                                                  \
   } while (0)
 
 // The exit status of a test program.

@@ -73,7 +73,8 @@ void TestMatmulWithTheIdentityGivesTheDequantizedRows() {
     if (shape.swiglu) continue;
     const Packed packed(shape, seed++);
     const int64_t columns = shape.columns, rows = shape.rows;
-    std::vector<float> identity(static_cast<size_t>(columns * columns)), y(identity.size() / columns * rows), row(columns);
+    std::vector<float> identity(static_cast<size_t>(columns * columns)), y(identity.size() / columns * rows),
+        row(columns);
     for (int64_t k = 0; k < columns; ++k) identity[static_cast<size_t>(k * columns + k)] = 1.0f;
     edgelm::Output out;
     out.y = y.data();
@@ -122,7 +123,8 @@ void TestScalarConversionsAreExact() {
 void TestMatricesMayBeginAtAnyMultipleOfFour() {
   for (const Shape& shape : Shapes()) {
     const Packed packed(shape, 21);
-    const int64_t size = static_cast<int64_t>(packed.blob.size()), columns = shape.columns, width = packed.matrix.outputs();
+    const int64_t size = static_cast<int64_t>(packed.blob.size()), columns = shape.columns,
+                  width = packed.matrix.outputs();
     std::vector<float> wanted(static_cast<size_t>(width)), y(wanted.size());
     const std::vector<float> x = RandomRows(columns, 22);
     QuantBuffer q(1, columns);
@@ -250,7 +252,10 @@ void TestEachFieldIsChecked() {
   refuses("multiple of 32", [](edgelm::MatrixHeader* h) { h->group = 48; });
   refuses("multiple of 32", [](edgelm::MatrixHeader* h) { h->group = 8; });
   refuses("multiple of 32", [](edgelm::MatrixHeader* h) { h->kind = Kind::kFp8E4M3, h->group = 24; });
-  refuses("size", [](edgelm::MatrixHeader* h) { h->columns = 60; h->bytes -= 64; });
+  refuses("size", [](edgelm::MatrixHeader* h) {
+    h->columns = 60;
+    h->bytes -= 64;
+  });
   refuses("no scales", [](edgelm::MatrixHeader* h) { h->scale = ScaleKind::kNone; });
   refuses("kind of scales", [](edgelm::MatrixHeader* h) { h->scale = static_cast<ScaleKind>(3); });
   refuses("zero points", [](edgelm::MatrixHeader* h) { h->kind = Kind::kFloat16, h->flags = edgelm::kHasZeros; });

@@ -125,8 +125,8 @@ struct Exact {
   // float matmuls once per weight and once per addition. Underflow: 2^-149 per term, times a block's sum below 2^21.
   double Tolerance(Matmul matmul, const Shape& shape) const {
     const int64_t step = shape.halves() ? 16 : 32;
-    const double terms =
-        static_cast<double>(matmul == Matmul::kFloat ? shape.columns : (shape.columns + step - 1) / step);
+    const double terms = static_cast<double>(matmul == Matmul::kFloat ? shape.columns
+                                                                      : (shape.columns + step - 1) / step);
     return (terms + 2) * kUnit * norm + terms * 0x1p-128;
   }
 };
@@ -226,8 +226,8 @@ void CheckRowAlone(Matmul matmul, const Packed& packed, Rows& x, int64_t row) {
   Result alone(packed, finish, 1, false, false);
   RunAll(kScalarKernels, matmul, packed, one, &alone);
   const float* wanted = all.y.data() + row * all.ldy;
-  ExpectSame(alone.y, std::vector<float>(wanted, wanted + all.ldy), "row " + std::to_string(row) + " alone, " +
-                                                                        Name(packed, matmul, x.rows));
+  ExpectSame(alone.y, std::vector<float>(wanted, wanted + all.ldy),
+             "row " + std::to_string(row) + " alone, " + Name(packed, matmul, x.rows));
 }
 
 constexpr Kind kIntegerKinds[] = {Kind::kInt3, Kind::kInt4, Kind::kInt5, Kind::kInt6, Kind::kInt8, Kind::kInt8Split};
@@ -433,14 +433,14 @@ void TestNaNAndInfinityStayInTheirRow() {
   std::vector<const Kernels*> tables = FastTables();
   tables.push_back(&kScalarKernels);
   uint32_t seed = 5000;
-  for (const Shape& shape : {Shape{Kind::kInt4, 66, 96, 32, ScaleKind::kFloat16, false, true},
-                             Shape{Kind::kInt3, 33, 64, 64, ScaleKind::kFloat16},
-                             Shape{Kind::kInt5, 34, 96, 32, ScaleKind::kFloat16, true},
-                             Shape{Kind::kInt6, 66, 64, 32, ScaleKind::kFloat32, false, true},
-                             Shape{Kind::kInt8, 33, 96, 96, ScaleKind::kFloat32, true},
-                             Shape{Kind::kInt8Split, 34, 64, 32, ScaleKind::kFloat16},
-                             Shape{Kind::kFp8E4M3, 40, 70, 70, ScaleKind::kFloat32},
-                             Shape{Kind::kBFloat16, 66, 33, 33, ScaleKind::kNone, false, true}}) {
+  for (const Shape& shape :
+       {Shape{Kind::kInt4, 66, 96, 32, ScaleKind::kFloat16, false, true},
+        Shape{Kind::kInt3, 33, 64, 64, ScaleKind::kFloat16}, Shape{Kind::kInt5, 34, 96, 32, ScaleKind::kFloat16, true},
+        Shape{Kind::kInt6, 66, 64, 32, ScaleKind::kFloat32, false, true},
+        Shape{Kind::kInt8, 33, 96, 96, ScaleKind::kFloat32, true},
+        Shape{Kind::kInt8Split, 34, 64, 32, ScaleKind::kFloat16},
+        Shape{Kind::kFp8E4M3, 40, 70, 70, ScaleKind::kFloat32},
+        Shape{Kind::kBFloat16, 66, 33, 33, ScaleKind::kNone, false, true}}) {
     const Packed packed(shape, ++seed);
     const Finish finish = shape.swiglu ? Finish::kSwiglu : Finish::kStore;
     for (const Matmul matmul : {Matmul::kInt8, Matmul::kFloat}) {
@@ -460,7 +460,8 @@ void TestNaNAndInfinityStayInTheirRow() {
             for (int64_t i = 0; i < static_cast<int64_t>(result.y.size()); ++i) {
               const float got = result.y[static_cast<size_t>(i)], expected = wanted.y[static_cast<size_t>(i)];
               if (i / result.ldy != row) {
-                EXPECT(SameFloat(got, expected), "%s: a neighbour of %g in row %d", what.c_str(), double(bad), int(row));
+                EXPECT(SameFloat(got, expected), "%s: a neighbour of %g in row %d", what.c_str(), double(bad),
+                       int(row));
               } else if (std::isnan(bad) || matmul == Matmul::kInt8) {
                 EXPECT(std::isnan(got), "%s: %g of a row with %g", what.c_str(), double(got), double(bad));
               }

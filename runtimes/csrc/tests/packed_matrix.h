@@ -99,11 +99,14 @@ struct Packed {
   int64_t CodeBytes(int64_t columns) const {
     switch (shape.kind) {
       case Kind::kInt3: return columns * 12;
-      case Kind::kInt4: case Kind::kInt8Split: return columns * 16;
+      case Kind::kInt4:
+      case Kind::kInt8Split: return columns * 16;
       case Kind::kInt5: return columns * 20;
       case Kind::kInt6: return columns * 24;
-      case Kind::kInt8: case Kind::kFp8E4M3: return columns * 32;
-      case Kind::kFloat16: case Kind::kBFloat16: return columns * 64;
+      case Kind::kInt8:
+      case Kind::kFp8E4M3: return columns * 32;
+      case Kind::kFloat16:
+      case Kind::kBFloat16: return columns * 64;
       case Kind::kFloat32: return columns * 128;
     }
     return 0;

@@ -30,7 +30,8 @@ std::vector<float> Targets(const Case& c) {
   const float low = c.symmetric ? half - 1.1f : levels - 0.8f;
   const float step = (c.symmetric ? half * 1.3f : levels * 1.3f) / (c.bits == 8 ? 256.0f : 32.0f);
   std::vector<float> targets;
-  for (int i = 0; i < 11; ++i) targets.push_back(low + step * static_cast<float>(i));  // 11: a remainder of every unroll
+  for (int i = 0; i < 11; ++i)
+    targets.push_back(low + step * static_cast<float>(i));  // 11: a remainder of every unroll
   return targets;
 }
 
@@ -45,8 +46,9 @@ struct Result {
     codes.resize(static_cast<size_t>(c.rows * c.columns * c.bits / 8), 0xAB);
     scales.resize(groups, 0xABAB);
     zeros.resize(groups, 0xAB);
-    return {c.rows, c.columns,     c.group,       c.bits,                               c.symmetric,
-            codes.data(), scales.data(), c.symmetric ? nullptr : zeros.data(), threads, isa};
+    return {c.rows,      c.columns,    c.group,       c.bits,
+            c.symmetric, codes.data(), scales.data(), c.symmetric ? nullptr : zeros.data(),
+            threads,     isa};
   }
 
   bool operator==(const Result& other) const {
@@ -85,8 +87,8 @@ std::vector<float> Weights(const Case& c, int64_t stride, uint32_t seed) {
   std::vector<float> w(static_cast<size_t>(c.rows * stride));
   for (size_t i = 0; i < w.size(); ++i) {
     w[i] = 0.02f * (seed % 2 ? normal(engine) : heavy(engine));
-    if (seed % 3 == 0) w[i] = std::fabs(w[i]);                    // one-sided: the zero point goes to an end
-    if (seed % 5 == 0 && i / 64 % 2) w[i] = 0.0f;                 // all-zero groups among others
+    if (seed % 3 == 0) w[i] = std::fabs(w[i]);     // one-sided: the zero point goes to an end
+    if (seed % 5 == 0 && i / 64 % 2) w[i] = 0.0f;  // all-zero groups among others
     if (seed % 7 == 0) w[i] *= std::exp2(-0.3f * static_cast<float>(i % 100));  // scales down to float16's subnormals
   }
   return w;
@@ -233,10 +235,10 @@ void TestZeroGroupsAreExactlyZero() {
 void TestWrongArgumentsAreRefused() {
   const Case good = {2, 64, 32, 4, true};
   const std::vector<float> w = Weights(good, 64, 1);
-  for (const Case& c : {Case{2, 64, 48, 4, true}, Case{2, 64, 0, 4, true}, Case{2, 64, 32, 7, true},
-                        Case{2, 64, 32, 2, true}, Case{2, 0, 32, 4, true}, Case{-1, 64, 32, 4, true},
-                        Case{2, 64, 4, 3, true}, Case{2, 64, 4, 5, true}, Case{2, 64, 2, 6, true},
-                        Case{2, 64, 1, 4, true}}) {
+  for (const Case& c :
+       {Case{2, 64, 48, 4, true}, Case{2, 64, 0, 4, true}, Case{2, 64, 32, 7, true}, Case{2, 64, 32, 2, true},
+        Case{2, 0, 32, 4, true}, Case{-1, 64, 32, 4, true}, Case{2, 64, 4, 3, true}, Case{2, 64, 4, 5, true},
+        Case{2, 64, 2, 6, true}, Case{2, 64, 1, 4, true}}) {
     Result r;
     const std::vector<float> targets = Targets(good);
     edgelm_quantize_arguments arguments = {};
@@ -251,9 +253,11 @@ void TestWrongArgumentsAreRefused() {
     arguments.target_count = 11;
     EXPECT(edgelm_quantize(&arguments) == EDGELM_QUANT_BAD_ARGUMENT, "%s", Name(c).c_str());
   }
-  EXPECT(Quantize(good, w.data(), EDGELM_FLOAT32, 63, EDGELM_ISA_AUTO, 1).status == EDGELM_QUANT_BAD_ARGUMENT, "stride");
+  EXPECT(Quantize(good, w.data(), EDGELM_FLOAT32, 63, EDGELM_ISA_AUTO, 1).status == EDGELM_QUANT_BAD_ARGUMENT,
+         "stride");
   EXPECT(Quantize(good, w.data(), 7, 64, EDGELM_ISA_AUTO, 1).status == EDGELM_QUANT_BAD_ARGUMENT, "type");
-  EXPECT(Quantize(good, w.data(), EDGELM_FLOAT32, 64, EDGELM_ISA_AUTO, 0).status == EDGELM_QUANT_BAD_ARGUMENT, "threads");
+  EXPECT(Quantize(good, w.data(), EDGELM_FLOAT32, 64, EDGELM_ISA_AUTO, 0).status == EDGELM_QUANT_BAD_ARGUMENT,
+         "threads");
   EXPECT(Quantize(good, w.data(), EDGELM_FLOAT32, 64, 99, 1).status == EDGELM_QUANT_NO_SUCH_ISA, "isa");
 }
 

@@ -139,7 +139,8 @@ void TestRmsNorm() {
         const double roundings = static_cast<double>(columns) / 16 + 12;
         for (int64_t i = 0; i < ldy; ++i) {
           const bool inside = i < columns;
-          const double wanted = inside ? x[static_cast<size_t>(r * ldx + i)] * factor * weight[static_cast<size_t>(i)] : -7;
+          const double wanted = inside ? x[static_cast<size_t>(r * ldx + i)] * factor * weight[static_cast<size_t>(i)]
+                                       : -7;
           worst.Add(r * ldy + i, reference[static_cast<size_t>(r * ldy + i)], wanted,
                     inside ? roundings * kUnit * std::fabs(wanted) + 1e-44 : 0);
         }

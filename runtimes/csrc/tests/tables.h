@@ -43,9 +43,7 @@ inline const std::vector<const edgelm::Kernels*>& FastTables() {
 }
 
 // Whether the bits are equal. All NaN count as equal, since sign and payload depend on the order of operands.
-inline bool SameFloat(float a, float b) {
-  return std::memcmp(&a, &b, 4) == 0 || (std::isnan(a) && std::isnan(b));
-}
+inline bool SameFloat(float a, float b) { return std::memcmp(&a, &b, 4) == 0 || (std::isnan(a) && std::isnan(b)); }
 
 // The first index at which two arrays differ, or -1.
 inline int64_t Differs(const std::vector<float>& a, const std::vector<float>& b) {

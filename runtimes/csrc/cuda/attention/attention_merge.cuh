@@ -115,8 +115,9 @@ template <int S> struct MergedRows {
   template <class A> EDGELM_INLINE void write(const AttentionArgs& args, const BlockOfRows& block) const {
     for (int i = thread(); i < block.rows * (S / 4); i += block_threads()) {
       const int row = i / (S / 4), column = i % (S / 4) * 4;
-      merge(row, column).template write<A>(static_cast<A*>(args.out) + block.out_offset(args, row, S) + column,
-                                           row < block.fresh_rows);
+      merge(row, column)
+          .template write<A>(static_cast<A*>(args.out) + block.out_offset(args, row, S) + column,
+                             row < block.fresh_rows);
     }
   }
 

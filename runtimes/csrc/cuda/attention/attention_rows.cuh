@@ -12,8 +12,8 @@ struct BlockOfRows {
   int first;             // its first row
   int rows, fresh_rows;  // of this (b, g): all, and those that are not padding
   int past;
-  int end;               // keys that at least one row of the block sees
-  int tiles, active;     // tiles of keys, and splits with at least one tile. 0 tiles: all rows are padding
+  int end;            // keys that at least one row of the block sees
+  int tiles, active;  // tiles of keys, and splits with at least one tile. 0 tiles: all rows are padding
 
   // The number of keys that row r sees; padding rows see none.
   EDGELM_INLINE int limit(int r) const { return r < fresh_rows ? past + r / shared_by + 1 : 0; }

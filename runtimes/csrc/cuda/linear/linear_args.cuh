@@ -21,25 +21,25 @@ struct LinearArgs {
   void* y;                // [rows, outputs]: float32 where y_float, else A
   const i32* row_map;     // [rows]; the row of x of each slot; null: row s
   union {
-    const i32* offsets;   // with experts: [experts + 1]
-    const float* bias;    // for one matrix without SwiGLU: [n]; null: none
+    const i32* offsets;  // with experts: [experts + 1]
+    const float* bias;   // for one matrix without SwiGLU: [n]; null: none
   };
-  i64 codes_stride;       // bytes from one expert's codes to the next's
+  i64 codes_stride;  // bytes from one expert's codes to the next's
   i64 scales_stride;
   i64 zeros_stride;
-  i32 rows;               // slots
-  i32 n;                  // rows of a matrix; with swiglu those of gate and up together
-  i32 k;                  // columns
-  i32 group;              // columns to a scale
+  i32 rows;   // slots
+  i32 n;      // rows of a matrix; with swiglu those of gate and up together
+  i32 k;      // columns
+  i32 group;  // columns to a scale
   i32 experts;
-  i32 swiglu;             // 1: of each 16 rows, 0 .. 7 are the gate of 8 .. 15
+  i32 swiglu;  // 1: of each 16 rows, 0 .. 7 are the gate of 8 .. 15
   i32 x_float;
   i32 y_float;
-  float epsilon;          // of the norm
-  float round_scale;      // rounding of x to E4M3: > 0: with this scale; < 0: with absmax / 448 of its row; 0: none
-  i32 split;              // skinny: warps that share the columns of 16 rows
-  i32 chunk;              // skinny: columns of x in shared memory at a time, a multiple of 64 or all
-  i32 x_tile;             // skinny: rows of it, 1 to the kernel's 8, 16 or 32
+  float epsilon;      // of the norm
+  float round_scale;  // rounding of x to E4M3: > 0: with this scale; < 0: with absmax / 448 of its row; 0: none
+  i32 split;          // skinny: warps that share the columns of 16 rows
+  i32 chunk;          // skinny: columns of x in shared memory at a time, a multiple of 64 or all
+  i32 x_tile;         // skinny: rows of it, 1 to the kernel's 8, 16 or 32
 };
 
 EDGELM_DEVICE int outputs_of(const LinearArgs& args) { return args.swiglu ? args.n / 2 : args.n; }
@@ -69,7 +69,8 @@ template <class A> EDGELM_DEVICE void put(const LinearArgs& args, int slot, int 
 }
 
 // Write the results of rows g and g + 8 of a block of 16.
-template <class A> EDGELM_DEVICE void put_pair(const LinearArgs& args, int slot, int block, int g, float low, float high) {
+template <class A> EDGELM_DEVICE void put_pair(const LinearArgs& args, int slot, int block, int g, float low,
+                                               float high) {
   if (args.swiglu) {
     put<A>(args, slot, block * 8 + g, silu(low) * high);
   } else {

@@ -22,8 +22,8 @@ constexpr int kGemmThreads = 256;
 constexpr int kGemmRowBytes = 128;  // of a row of x in a stage
 
 template <class W, bool XF8, int TM, int TN> struct GemmShape {
-  static constexpr int step_columns = XF8 ? 32 : 16;         // of one mma
-  static constexpr int columns = 4 * step_columns;           // of a stage
+  static constexpr int step_columns = XF8 ? 32 : 16;          // of one mma
+  static constexpr int columns = 4 * step_columns;            // of a stage
   static constexpr int tiles = columns / Format<W>::columns;  // of 16 rows in a stage
   static constexpr int steps_per_tile = 4 / tiles;
   static constexpr int weight_bytes = TM / kTileRows * tiles * kTileBytes;
@@ -101,7 +101,7 @@ template <class A, class W, bool XF8, bool GROUPED, int TM, int TN, int WARPS_M>
   u32 x_valid;
   const u8* weights_from;  // of this thread's first copy of the first stage
   int weights_block, weights_tile;
-  i64 weights_stride;      // bytes of 16 rows
+  i64 weights_stride;  // bytes of 16 rows
 
   EDGELM_INLINE explicit Gemm(const LinearArgs& a)
       : args(a),
@@ -143,7 +143,8 @@ template <class A, class W, bool XF8, bool GROUPED, int TM, int TN, int WARPS_M>
     for (int i = 0; i < kWeightCopies; ++i) {
       const bool valid = inside && weights_block + i * kBlocksAtOnce < blocks;
       if (Shape::weight_bytes % kAtOnce == 0 || thread() * 16 < Shape::weight_bytes) {
-        cp_async16(to + thread() * 16 + i * kAtOnce, valid ? from + i * kBlocksAtOnce * weights_stride : args.codes, valid);
+        cp_async16(to + thread() * 16 + i * kAtOnce, valid ? from + i * kBlocksAtOnce * weights_stride : args.codes,
+                   valid);
       }
     }
   }
@@ -155,8 +156,8 @@ template <class A, class W, bool XF8, bool GROUPED, int TM, int TN, int WARPS_M>
     EDGELM_UNROLL
     for (int i = 0; i < kXCopies; ++i) {
       const bool valid = inside && (x_valid >> i & 1);
-      cp_async16(to_row + i * (kGemmThreads / 8 * kGemmRowBytes), valid ? x_from[i] + at : static_cast<const u8*>(args.x),
-                 valid);
+      cp_async16(to_row + i * (kGemmThreads / 8 * kGemmRowBytes),
+                 valid ? x_from[i] + at : static_cast<const u8*>(args.x), valid);
     }
   }
 
@@ -286,7 +287,7 @@ EDGELM_BODY void linear_gemm(const LinearArgs& args) {
         b[n + 1][0] = four[2];
         b[n + 1][1] = four[3];
       }
-      float(&to)[kStrips][kParts][4] = sums_of<GROUPED>(sums, group_sums);
+      float (&to)[kStrips][kParts][4] = sums_of<GROUPED>(sums, group_sums);
       if constexpr (XF8) {
         multiply_fp8(to, raw, b);
       } else {
@@ -389,8 +390,8 @@ EDGELM_BODY void linear_gemm(const LinearArgs& args) {
       values[3] += bits_to_float(four.w);
     }
     if (args.y_float) {
-      store16(static_cast<float*>(args.y) + at, {float_to_bits(values[0]), float_to_bits(values[1]),
-                                                 float_to_bits(values[2]), float_to_bits(values[3])});
+      store16(static_cast<float*>(args.y) + at,
+              {float_to_bits(values[0]), float_to_bits(values[1]), float_to_bits(values[2]), float_to_bits(values[3])});
     } else {
       store8(static_cast<A*>(args.y) + at, {pack2<A>(values[0], values[1]), pack2<A>(values[2], values[3])});
     }

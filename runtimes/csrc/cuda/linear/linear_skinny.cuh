@@ -319,7 +319,10 @@ template <class A, class W, int NB> struct Skinny {
   // ----------------------------------------------------------------------------------------------------------------
 
   // Scales and zero points of rows g and g + 8 in one group.
-  struct Group { float low, high; u32 zero_low, zero_high; };
+  struct Group {
+    float low, high;
+    u32 zero_low, zero_high;
+  };
 
   EDGELM_INLINE Group group_of(int step, int buffer) const {
     Group found;
@@ -338,8 +341,8 @@ template <class A, class W, int NB> struct Skinny {
   }
 
   // Multiply a unit. `at`: its number in the matrix; `x`: this lane's rows for ldmatrix.
-  EDGELM_INLINE void consume(const Words4 (&unit)[Unit::loads], int at, const u8* const (&x)[kRows], int offset, int buffer,
-                             float (&sums)[NB][4]) const {
+  EDGELM_INLINE void consume(const Words4 (&unit)[Unit::loads], int at, const u8* const (&x)[kRows], int offset,
+                             int buffer, float (&sums)[NB][4]) const {
     if constexpr (!Is<W>::scaled) {
       multiply<0, Unit::columns / 16>(unit, x, offset, {1.f, 1.f, 0, 0}, sums);
     } else if (fine) {
@@ -351,15 +354,16 @@ template <class A, class W, int NB> struct Skinny {
 
   // Multiply step by step where each step has its own group.
   template <int STEP>
-  EDGELM_INLINE void multiply_steps(const Words4 (&unit)[Unit::loads], int at, const u8* const (&x)[kRows], int offset, int buffer,
-                                    float (&sums)[NB][4]) const {
+  EDGELM_INLINE void multiply_steps(const Words4 (&unit)[Unit::loads], int at, const u8* const (&x)[kRows], int offset,
+                                    int buffer, float (&sums)[NB][4]) const {
     constexpr int kSteps = Unit::columns / 16;
     scaled<STEP, STEP + 1>(unit, x, offset, group_of(at * kSteps + STEP, buffer), sums);
     if constexpr (STEP + 1 < kSteps) multiply_steps<STEP + 1>(unit, at, x, offset, buffer, sums);
   }
 
   template <int FROM, int TO>
-  EDGELM_INLINE void scaled(const Words4 (&unit)[Unit::loads], const u8* const (&x)[kRows], int offset, Group group, float (&sums)[NB][4]) const {
+  EDGELM_INLINE void scaled(const Words4 (&unit)[Unit::loads], const u8* const (&x)[kRows], int offset, Group group,
+                            float (&sums)[NB][4]) const {
     float part_sums[NB][4] = {};
     multiply<FROM, TO>(unit, x, offset, group, part_sums);
     EDGELM_UNROLL
@@ -381,7 +385,8 @@ template <class A, class W, int NB> struct Skinny {
 
   // Multiply steps FROM .. TO - 1 of a unit.
   template <int FROM, int TO>
-  EDGELM_INLINE void multiply(const Words4 (&unit)[Unit::loads], const u8* const (&x)[kRows], int offset, Group group, float (&sums)[NB][4]) const {
+  EDGELM_INLINE void multiply(const Words4 (&unit)[Unit::loads], const u8* const (&x)[kRows], int offset, Group group,
+                              float (&sums)[NB][4]) const {
     u32 b[kRows][4];
     EDGELM_UNROLL
     for (int step = FROM; step < TO; ++step) {

@@ -10,19 +10,19 @@
 namespace edgelm {
 
 struct MoeDownArgs {
-  const void* hidden;         // [slots, hidden_columns] of A
-  const u8* codes;            // the experts' matrices [columns, hidden_columns] in tiles
+  const void* hidden;  // [slots, hidden_columns] of A
+  const u8* codes;     // the experts' matrices [columns, hidden_columns] in tiles
   const u8* scales;
-  const u8* zeros;            // null: symmetric
-  const int* active;          // this and the next as in MoeChooseArgs
+  const u8* zeros;    // null: symmetric
+  const int* active;  // this and the next as in MoeChooseArgs
   const float* slot_weights;
   const int* slot_of;
-  const float* x;             // [tokens, columns]
-  float* y;                   // [tokens, columns]; may be x
+  const float* x;  // [tokens, columns]
+  float* y;        // [tokens, columns]; may be x
   i64 codes_stride, scales_stride, zeros_stride;
   int tokens, columns, hidden_columns, group, k;
-  int most_active;            // min(experts, slots)
-  int split;                  // warps that share an expert's rows; each takes a part of the columns of hidden
+  int most_active;  // min(experts, slots)
+  int split;        // warps that share an expert's rows; each takes a part of the columns of hidden
 };
 
 constexpr int kDownThreads = 512, kDownWarps = kDownThreads / kWarp;
@@ -49,8 +49,8 @@ template <class W> EDGELM_DEVICE DownPart down_part(const MoeDownArgs& args, int
 template <class W, int ring_size> struct DownStream {
   const MoeDownArgs& args;
   u8* const ring;  // this lane's bytes of the first tile
-  int index;     // of the expert whose tiles are being fetched
-  int left = 0;  // of its tiles
+  int index;       // of the expert whose tiles are being fetched
+  int left = 0;    // of its tiles
   const u8* from = nullptr;
   int fetched = 0, taken = 0;
 
@@ -114,11 +114,10 @@ template <class W> struct DownScales {
 
 // total[n] = 16 rows of the expert times 8 of its slots, from slot 8 n on.
 template <class A, class W, int N>
-EDGELM_DEVICE void down_matmul(const MoeDownArgs& args, const DownPart& part,
-                                DownStream<W, DownRing<N>::tiles>& stream, float (&total)[N][4]) {
+EDGELM_DEVICE void down_matmul(const MoeDownArgs& args, const DownPart& part, DownStream<W, DownRing<N>::tiles>& stream,
+                               float (&total)[N][4]) {
   const int g = thread() % kWarp / 4, q = thread() % 4;
-  const A* const hidden =
-      static_cast<const A*>(args.hidden) + i64(part.first_slot + g) * args.hidden_columns + 2 * q;
+  const A* const hidden = static_cast<const A*>(args.hidden) + i64(part.first_slot + g) * args.hidden_columns + 2 * q;
   int column = part.first_tile * Format<W>::columns;
   int group = Is<W>::scaled ? column / args.group : 0, left = (group + 1) * args.group - column;
   DownScales<W> scales, next_scales;

@@ -65,11 +65,11 @@ struct Attention {
   bool k_norm_per_head = false;     // false: [heads * head_dim], [kv_heads * head_dim], one norm over all heads
   const float* cos = nullptr;       // [past + rows at least, head_dim / 2], row = position
   const float* sin = nullptr;
-  const float* qkv = nullptr;       // [rows, (heads + 2 kv_heads) * head_dim]
-  uint8_t* key = nullptr;           // [kv_heads, capacity, AttentionRowBytes]
+  const float* qkv = nullptr;  // [rows, (heads + 2 kv_heads) * head_dim]
+  uint8_t* key = nullptr;      // [kv_heads, capacity, AttentionRowBytes]
   uint8_t* value = nullptr;
-  float* out = nullptr;             // [rows, heads * head_dim]
-  uint8_t* scratch = nullptr;       // AttentionScratchBytes, aligned to 64; must be kept from `prepare` to `combine`
+  float* out = nullptr;        // [rows, heads * head_dim]
+  uint8_t* scratch = nullptr;  // AttentionScratchBytes, aligned to 64; must be kept from `prepare` to `combine`
 
   EDGELM_INLINE int64_t group() const { return heads / kv_heads; }
   EDGELM_INLINE int64_t total() const { return past + rows; }
@@ -95,11 +95,11 @@ EDGELM_INLINE int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) /
 // Offsets in `scratch` and in a workspace, in bytes from its start. A query row is (KV head, token, head of the group),
 // in this order.
 struct AttentionLayout {
-  int64_t width;                                              // head_dim rounded up to whole vectors
-  int64_t most;                                               // query rows of a unit
-  int64_t queries, query_scales, query_sums;                  // scratch: float32 or int8 [query rows, width]
-  int64_t tops, sums, partials, scratch_bytes;                // scratch: [query rows, splits] and [.., width]
-  int64_t scores, accumulators, state, codes, keys, values;   // workspace
+  int64_t width;                                             // head_dim rounded up to whole vectors
+  int64_t most;                                              // query rows of a unit
+  int64_t queries, query_scales, query_sums;                 // scratch: float32 or int8 [query rows, width]
+  int64_t tops, sums, partials, scratch_bytes;               // scratch: [query rows, splits] and [.., width]
+  int64_t scores, accumulators, state, codes, keys, values;  // workspace
   int64_t workspace_bytes;
 
   EDGELM_INLINE explicit AttentionLayout(const Attention& call) {

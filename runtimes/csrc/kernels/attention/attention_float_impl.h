@@ -99,7 +99,7 @@ inline void FloatRows(const Unit& u, int64_t from, int64_t begin, int64_t count,
       float* s = u.scores + (from + r) * kKeyBlock + 16 * tile;
       EachTile<kFew ? 1 : kVectors>(some, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
         FloatScores<T, kFew, decltype(rows)::kValue, decltype(vecs)::kValue>(view.keys + tile + v, ahead, q, width, dim,
-                                                                            s + 16 * v);
+                                                                             s + 16 * v);
       });
     });
   }

@@ -61,7 +61,7 @@ void AttendFp8(const Unit& u, int64_t from, int64_t begin, int64_t count) {
     view.keys[i] = reinterpret_cast<const uint8_t*>(wide_keys + 16 * width * i);
   }
   call.split_kv() ? FloatRows<float, true>(u, from, begin, count, view)
-               : FloatRows<float, false>(u, from, begin, count, view);
+                  : FloatRows<float, false>(u, from, begin, count, view);
 }
 
 }  // namespace

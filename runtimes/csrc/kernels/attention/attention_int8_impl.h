@@ -237,8 +237,8 @@ void AttendInt8(const Unit& u, int64_t from, int64_t begin, int64_t count) {
       const int64_t row = from + r;
       EachTile<kFew ? 1 : kVectors>(some, [&](auto vecs, int64_t v) __attribute__((always_inline)) {
         Int8Scores<kFew, kRows, decltype(vecs)::kValue>(
-            view.keys + tile + v, view.values_ahead + (tile + v) * 16 * (dim + 4), (dim + 3) / 4,
-            queries + row * width, width, steps + row, sums + row, u.scores + row * kKeyBlock + 16 * (tile + v));
+            view.keys + tile + v, view.values_ahead + (tile + v) * 16 * (dim + 4), (dim + 3) / 4, queries + row * width,
+            width, steps + row, sums + row, u.scores + row * kKeyBlock + 16 * (tile + v));
       });
     });
   }

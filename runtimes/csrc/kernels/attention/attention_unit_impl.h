@@ -40,12 +40,12 @@ struct Unit {
   float* tops;          // [rows] running maximum; then running sum; then the factor that rescales earlier sums
   float* sums;
   float* factors;
-  float* weights;       // int8: running sum of weights
-  int8_t* codes;        // int8: [rows of codes, kKeyBlock], at most two per row: second level, first level
-  float* steps;         // of rows of codes
-  int32_t* starts;      // of rows of codes: start value of their sums
-  int32_t* targets;     // of rows of codes: the row that they belong to
-  uint8_t* keys;        // packed
+  float* weights;    // int8: running sum of weights
+  int8_t* codes;     // int8: [rows of codes, kKeyBlock], at most two per row: second level, first level
+  float* steps;      // of rows of codes
+  int32_t* starts;   // of rows of codes: start value of their sums
+  int32_t* targets;  // of rows of codes: the row that they belong to
+  uint8_t* keys;     // packed
   uint8_t* values;
 
   // Number of tokens of the block at `begin` that row r sees.
@@ -58,11 +58,25 @@ struct Unit {
 inline Unit MakeUnit(const Attention& call, int64_t head, int64_t first, int64_t tokens, uint8_t* workspace) {
   const AttentionLayout at(call);
   float* state = reinterpret_cast<float*>(workspace + at.state);
-  return {&call, at, head, first, tokens, tokens * call.group(), (head * call.rows + first) * call.group(),
-          reinterpret_cast<float*>(workspace + at.scores), reinterpret_cast<float*>(workspace + at.accumulators), state,
-          state + at.most, state + 2 * at.most, state + 3 * at.most, reinterpret_cast<int8_t*>(workspace + at.codes),
-          state + 4 * at.most, reinterpret_cast<int32_t*>(state + 6 * at.most),
-          reinterpret_cast<int32_t*>(state + 8 * at.most), workspace + at.keys, workspace + at.values};
+  return {&call,
+          at,
+          head,
+          first,
+          tokens,
+          tokens * call.group(),
+          (head * call.rows + first) * call.group(),
+          reinterpret_cast<float*>(workspace + at.scores),
+          reinterpret_cast<float*>(workspace + at.accumulators),
+          state,
+          state + at.most,
+          state + 2 * at.most,
+          state + 3 * at.most,
+          reinterpret_cast<int8_t*>(workspace + at.codes),
+          state + 4 * at.most,
+          reinterpret_cast<int32_t*>(state + 6 * at.most),
+          reinterpret_cast<int32_t*>(state + 8 * at.most),
+          workspace + at.keys,
+          workspace + at.values};
 }
 
 // Turn a row's scores of a block into probabilities relative to its new maximum. With the values' `scales`, multiply by

@@ -219,13 +219,13 @@ TileFunction TileFor(const Matrix& m, int64_t rows) {
   static_assert(kIntRows <= 8);
   switch (rows) {
     case 1: return IntTileRows<kKind, kZeros, 1>;
-    case 2: return IntTileRows<kKind, kZeros, kIntRows >= 2 ? 2 : 1>;
-    case 3: return IntTileRows<kKind, kZeros, kIntRows >= 3 ? 3 : 1>;
-    case 4: return IntTileRows<kKind, kZeros, kIntRows >= 4 ? 4 : 1>;
-    case 5: return IntTileRows<kKind, kZeros, kIntRows >= 5 ? 5 : 1>;
-    case 6: return IntTileRows<kKind, kZeros, kIntRows >= 6 ? 6 : 1>;
-    case 7: return IntTileRows<kKind, kZeros, kIntRows >= 7 ? 7 : 1>;
-    default: return IntTileRows<kKind, kZeros, kIntRows >= 8 ? 8 : 1>;
+    case 2: return IntTileRows<kKind, kZeros, (kIntRows >= 2 ? 2 : 1)>;
+    case 3: return IntTileRows<kKind, kZeros, (kIntRows >= 3 ? 3 : 1)>;
+    case 4: return IntTileRows<kKind, kZeros, (kIntRows >= 4 ? 4 : 1)>;
+    case 5: return IntTileRows<kKind, kZeros, (kIntRows >= 5 ? 5 : 1)>;
+    case 6: return IntTileRows<kKind, kZeros, (kIntRows >= 6 ? 6 : 1)>;
+    case 7: return IntTileRows<kKind, kZeros, (kIntRows >= 7 ? 7 : 1)>;
+    default: return IntTileRows<kKind, kZeros, (kIntRows >= 8 ? 8 : 1)>;
   }
 }
 

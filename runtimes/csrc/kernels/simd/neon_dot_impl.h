@@ -136,8 +136,10 @@ EDGELM_FLATTEN Sixteen SixteenColumns(const uint8_t* codes, const uint8_t* low, 
     const Sixteen high_nibbles = SplitNibbles(codes, at, kHalf);
     if constexpr (kKind != Kind::kInt8Split) return high_nibbles;
     const Sixteen low_nibbles = SplitNibbles(low, at, kHalf);
-    return {JoinNibblesOf(high_nibbles.even_front, low_nibbles.even_front), JoinNibblesOf(high_nibbles.even_back, low_nibbles.even_back),
-            JoinNibblesOf(high_nibbles.odd_front, low_nibbles.odd_front), JoinNibblesOf(high_nibbles.odd_back, low_nibbles.odd_back)};
+    return {JoinNibblesOf(high_nibbles.even_front, low_nibbles.even_front),
+            JoinNibblesOf(high_nibbles.even_back, low_nibbles.even_back),
+            JoinNibblesOf(high_nibbles.odd_front, low_nibbles.odd_front),
+            JoinNibblesOf(high_nibbles.odd_back, low_nibbles.odd_back)};
   }
 }
 

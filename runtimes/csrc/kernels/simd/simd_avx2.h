@@ -22,7 +22,7 @@ constexpr bool kDotFullSigned = false;
 constexpr bool kDotFullSigned = true;
 #endif
 
-struct F32 { __m256 a, b; };   // lanes 0..7 and 8..15
+struct F32 { __m256 a, b; };  // lanes 0..7 and 8..15
 struct I32 { __m256i a, b; };
 struct B8 { __m256i a, b; };
 
@@ -146,8 +146,7 @@ inline B8 LowNibbles(B8 x) {
 }
 inline B8 HighNibbles(B8 x) { return LowNibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
 inline B8 JoinNibbles(B8 high, B8 low) {
-  return {_mm256_or_si256(_mm256_slli_epi16(high.a, 4), low.a),
-          _mm256_or_si256(_mm256_slli_epi16(high.b, 4), low.b)};
+  return {_mm256_or_si256(_mm256_slli_epi16(high.a, 4), low.a), _mm256_or_si256(_mm256_slli_epi16(high.b, 4), low.b)};
 }
 // Shift each byte right by kBits (left if negative). Bits of the neighbouring byte may come in.
 template <int kBits> inline __m256i ShiftBytes(__m256i x) {

@@ -66,19 +66,17 @@ inline F32 LoadFp8(const uint8_t* p) {
   // Convert to float16 with the exponent 8 too small; the multiplication by 256 corrects it exactly. NaN is set
   // separately. The sign is extended: one shift brings it to the top bit, and its copy in the bit below is cleared.
   const __m256i bytes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __mmask16 number = _mm256_test_epi16_mask(_mm256_xor_si256(bytes, _mm256_set1_epi16(0x7F)), _mm256_set1_epi16(0x7F));
+  const __mmask16 number = _mm256_test_epi16_mask(_mm256_xor_si256(bytes, _mm256_set1_epi16(0x7F)),
+                                                  _mm256_set1_epi16(0x7F));
   const __m256i half = _mm256_and_si256(_mm256_slli_epi16(bytes, 7), _mm256_set1_epi16(static_cast<short>(0xBF80)));
   const __m256i nan = _mm256_or_si256(_mm256_and_si256(half, _mm256_set1_epi16(static_cast<short>(0x8000))),
                                       _mm256_set1_epi16(0x7E00));
   return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_mask_mov_epi16(nan, number, half)), _mm512_set1_ps(256.0f));
 }
 inline void StoreHalf(uint16_t* p, F32 a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-inline void StoreBytes(int8_t* p, I32 a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
-}
+inline void StoreBytes(int8_t* p, I32 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
 inline I32 LoadBytes(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }

@@ -38,7 +38,7 @@ struct I32 { int32x4_t a, b, c, d; };
 struct B8 { uint8x16_t a, b, c, d; };
 
 #define EDGELM_EACH(function, x) {function((x).a), function((x).b), function((x).c), function((x).d)}
-#define EDGELM_PAIRS(function, x, y) \
+#define EDGELM_PAIRS(function, x, y)                                                                                   \
   {function((x).a, (y).a), function((x).b, (y).b), function((x).c, (y).c), function((x).d, (y).d)}
 
 inline F32 Load(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}; }
@@ -200,8 +200,8 @@ inline I32 DotFull(I32 acc, B8 codes, const int8_t* x) {
           vusdotq_s32(acc.d, codes.d, four)};
 #else
   const uint8x16_t flip = vdupq_n_u8(0x80);
-  return DotSmall(acc, {veorq_u8(codes.a, flip), veorq_u8(codes.b, flip), veorq_u8(codes.c, flip),
-                          veorq_u8(codes.d, flip)}, x);
+  return DotSmall(
+      acc, {veorq_u8(codes.a, flip), veorq_u8(codes.b, flip), veorq_u8(codes.c, flip), veorq_u8(codes.d, flip)}, x);
 #endif
 }
 

@@ -30,38 +30,106 @@ struct B8 { uint8_t v[64]; };  // lane l holds bytes 4 l .. 4 l + 3
 // GCC took two minutes.
 #define EDGELM_CALLED inline __attribute__((noinline))
 
-inline F32 Load(const float* p) { F32 r; std::memcpy(r.v, p, 64); return r; }
+inline F32 Load(const float* p) {
+  F32 r;
+  std::memcpy(r.v, p, 64);
+  return r;
+}
 inline void Store(float* p, F32 a) { std::memcpy(p, a.v, 64); }
 // Load or store the first n (0..16) lanes; the others are 0, or are not written.
-inline F32 LoadPart(const float* p, int64_t n) { F32 r = {}; std::memcpy(r.v, p, 4 * n); return r; }
+inline F32 LoadPart(const float* p, int64_t n) {
+  F32 r = {};
+  std::memcpy(r.v, p, 4 * n);
+  return r;
+}
 inline void StorePart(float* p, F32 a, int64_t n) { std::memcpy(p, a.v, 4 * n); }
-inline F32 Splat(float x) { F32 r; EDGELM_LANES r.v[l] = x; return r; }
-EDGELM_CALLED F32 Add(F32 a, F32 b) { EDGELM_LANES a.v[l] += b.v[l]; return a; }
-EDGELM_CALLED F32 Sub(F32 a, F32 b) { EDGELM_LANES a.v[l] -= b.v[l]; return a; }
-EDGELM_CALLED F32 Mul(F32 a, F32 b) { EDGELM_LANES a.v[l] *= b.v[l]; return a; }
-EDGELM_CALLED F32 Div(F32 a, F32 b) { EDGELM_LANES a.v[l] /= b.v[l]; return a; }
+inline F32 Splat(float x) {
+  F32 r;
+  EDGELM_LANES r.v[l] = x;
+  return r;
+}
+EDGELM_CALLED F32 Add(F32 a, F32 b) {
+  EDGELM_LANES a.v[l] += b.v[l];
+  return a;
+}
+EDGELM_CALLED F32 Sub(F32 a, F32 b) {
+  EDGELM_LANES a.v[l] -= b.v[l];
+  return a;
+}
+EDGELM_CALLED F32 Mul(F32 a, F32 b) {
+  EDGELM_LANES a.v[l] *= b.v[l];
+  return a;
+}
+EDGELM_CALLED F32 Div(F32 a, F32 b) {
+  EDGELM_LANES a.v[l] /= b.v[l];
+  return a;
+}
 // a * b + c, rounded once.
-EDGELM_CALLED F32 Fma(F32 a, F32 b, F32 c) { EDGELM_LANES c.v[l] = std::fma(a.v[l], b.v[l], c.v[l]); return c; }
-EDGELM_CALLED F32 Abs(F32 a) { EDGELM_LANES a.v[l] = std::fabs(a.v[l]); return a; }
+EDGELM_CALLED F32 Fma(F32 a, F32 b, F32 c) {
+  EDGELM_LANES c.v[l] = std::fma(a.v[l], b.v[l], c.v[l]);
+  return c;
+}
+EDGELM_CALLED F32 Abs(F32 a) {
+  EDGELM_LANES a.v[l] = std::fabs(a.v[l]);
+  return a;
+}
 // The larger / smaller; b if one is NaN. (This is x86's rule; the Arm version emulates it.)
-EDGELM_CALLED F32 Max(F32 a, F32 b) { EDGELM_LANES a.v[l] = a.v[l] > b.v[l] ? a.v[l] : b.v[l]; return a; }
-EDGELM_CALLED F32 Min(F32 a, F32 b) { EDGELM_LANES a.v[l] = a.v[l] < b.v[l] ? a.v[l] : b.v[l]; return a; }
+EDGELM_CALLED F32 Max(F32 a, F32 b) {
+  EDGELM_LANES a.v[l] = a.v[l] > b.v[l] ? a.v[l] : b.v[l];
+  return a;
+}
+EDGELM_CALLED F32 Min(F32 a, F32 b) {
+  EDGELM_LANES a.v[l] = a.v[l] < b.v[l] ? a.v[l] : b.v[l];
+  return a;
+}
 
-inline I32 SplatI(int32_t x) { I32 r; EDGELM_LANES r.v[l] = x; return r; }
-inline I32 LoadI(const int32_t* p) { I32 r; std::memcpy(r.v, p, 64); return r; }
-EDGELM_CALLED I32 AddI(I32 a, I32 b) { EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) + static_cast<uint32_t>(b.v[l])); return a; }
-EDGELM_CALLED I32 SubI(I32 a, I32 b) { EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) - static_cast<uint32_t>(b.v[l])); return a; }
-EDGELM_CALLED I32 MulI(I32 a, I32 b) { EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) * static_cast<uint32_t>(b.v[l])); return a; }
-template <int kBits> EDGELM_CALLED I32 ShiftLeftI(I32 a) { EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) << kBits); return a; }
-EDGELM_CALLED F32 ToFloat(I32 a) { F32 r; EDGELM_LANES r.v[l] = static_cast<float>(a.v[l]); return r; }
+inline I32 SplatI(int32_t x) {
+  I32 r;
+  EDGELM_LANES r.v[l] = x;
+  return r;
+}
+inline I32 LoadI(const int32_t* p) {
+  I32 r;
+  std::memcpy(r.v, p, 64);
+  return r;
+}
+EDGELM_CALLED I32 AddI(I32 a, I32 b) {
+  EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) + static_cast<uint32_t>(b.v[l]));
+  return a;
+}
+EDGELM_CALLED I32 SubI(I32 a, I32 b) {
+  EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) - static_cast<uint32_t>(b.v[l]));
+  return a;
+}
+EDGELM_CALLED I32 MulI(I32 a, I32 b) {
+  EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) * static_cast<uint32_t>(b.v[l]));
+  return a;
+}
+template <int kBits> EDGELM_CALLED I32 ShiftLeftI(I32 a) {
+  EDGELM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) << kBits);
+  return a;
+}
+EDGELM_CALLED F32 ToFloat(I32 a) {
+  F32 r;
+  EDGELM_LANES r.v[l] = static_cast<float>(a.v[l]);
+  return r;
+}
 // To nearest, ties to even; |a| < 2^31 (the result is unspecified for anything else, NaN included).
 EDGELM_CALLED I32 Round(F32 a) {
   I32 r;
   EDGELM_LANES r.v[l] = std::fabs(a.v[l]) < 2147483648.0f ? static_cast<int32_t>(std::nearbyint(a.v[l])) : INT32_MIN;
   return r;
 }
-inline F32 AsFloat(I32 a) { F32 r; std::memcpy(r.v, a.v, 64); return r; }
-inline I32 AsInt(F32 a) { I32 r; std::memcpy(r.v, a.v, 64); return r; }
+inline F32 AsFloat(I32 a) {
+  F32 r;
+  std::memcpy(r.v, a.v, 64);
+  return r;
+}
+inline I32 AsInt(F32 a) {
+  I32 r;
+  std::memcpy(r.v, a.v, 64);
+  return r;
+}
 
 // Sum of the lanes in a fixed order: lane l + lane l + 8, then lanes 4, 2, 1 apart.
 EDGELM_CALLED float Sum(F32 a) {
@@ -74,13 +142,18 @@ EDGELM_CALLED float Largest(F32 a) {  // no lane is NaN
   EDGELM_LANES m = a.v[l] > m ? a.v[l] : m;
   return m;
 }
-EDGELM_CALLED int32_t SumI(I32 a) { uint32_t s = 0; EDGELM_LANES s += static_cast<uint32_t>(a.v[l]); return static_cast<int32_t>(s); }
+EDGELM_CALLED int32_t SumI(I32 a) {
+  uint32_t s = 0;
+  EDGELM_LANES s += static_cast<uint32_t>(a.v[l]);
+  return static_cast<int32_t>(s);
+}
 
 // Convert 16 elements of a storage type to float32, exactly.
 EDGELM_CALLED F32 LoadHalf(const uint16_t* p) {
   F32 r;
   EDGELM_LANES {
-    const uint32_t sign = static_cast<uint32_t>(p[l] & 0x8000u) << 16, exponent = (p[l] >> 10) & 31u, fraction = p[l] & 1023u;
+    const uint32_t sign = static_cast<uint32_t>(p[l] & 0x8000u) << 16, exponent = (p[l] >> 10) & 31u,
+                   fraction = p[l] & 1023u;
     if (exponent == 0) {
       const float magnitude = static_cast<float>(fraction) * 0x1p-24f;
       r.v[l] = sign != 0 ? -magnitude : magnitude;
@@ -93,7 +166,10 @@ EDGELM_CALLED F32 LoadHalf(const uint16_t* p) {
 }
 EDGELM_CALLED F32 LoadBFloat16(const uint16_t* p) {
   F32 r;
-  EDGELM_LANES { const uint32_t bits = static_cast<uint32_t>(p[l]) << 16; std::memcpy(&r.v[l], &bits, 4); }
+  EDGELM_LANES {
+    const uint32_t bits = static_cast<uint32_t>(p[l]) << 16;
+    std::memcpy(&r.v[l], &bits, 4);
+  }
   return r;
 }
 EDGELM_CALLED F32 LoadFp8(const uint8_t* p) {
@@ -138,13 +214,30 @@ EDGELM_CALLED void StoreHalf(uint16_t* p, F32 a) {
 // Store the lanes, which are within -128 .. 127, as bytes.
 EDGELM_CALLED void StoreBytes(int8_t* p, I32 a) { EDGELM_LANES p[l] = static_cast<int8_t>(a.v[l]); }
 // Load 16 unsigned bytes as lanes.
-EDGELM_CALLED I32 LoadBytes(const uint8_t* p) { I32 r; EDGELM_LANES r.v[l] = p[l]; return r; }
+EDGELM_CALLED I32 LoadBytes(const uint8_t* p) {
+  I32 r;
+  EDGELM_LANES r.v[l] = p[l];
+  return r;
+}
 
-inline B8 LoadB(const uint8_t* p) { B8 r; std::memcpy(r.v, p, 64); return r; }
-EDGELM_CALLED B8 LowNibbles(B8 a) { for (auto& x : a.v) x &= 15; return a; }
-EDGELM_CALLED B8 HighNibbles(B8 a) { for (auto& x : a.v) x >>= 4; return a; }
+inline B8 LoadB(const uint8_t* p) {
+  B8 r;
+  std::memcpy(r.v, p, 64);
+  return r;
+}
+EDGELM_CALLED B8 LowNibbles(B8 a) {
+  for (auto& x : a.v) x &= 15;
+  return a;
+}
+EDGELM_CALLED B8 HighNibbles(B8 a) {
+  for (auto& x : a.v) x >>= 4;
+  return a;
+}
 // high * 16 + low, both below 16.
-EDGELM_CALLED B8 JoinNibbles(B8 high, B8 low) { for (int i = 0; i < 64; ++i) high.v[i] = static_cast<uint8_t>(high.v[i] << 4 | low.v[i]); return high; }
+EDGELM_CALLED B8 JoinNibbles(B8 high, B8 low) {
+  for (int i = 0; i < 64; ++i) high.v[i] = static_cast<uint8_t>(high.v[i] << 4 | low.v[i]);
+  return high;
+}
 // kLowBits bits of each byte of `low` from bit kLowAt on, and above them kHighBits of `high` from kHighAt on.
 template <int kLowAt, int kLowBits, int kHighAt, int kHighBits> EDGELM_CALLED B8 JoinBits(B8 low, B8 high) {
   constexpr int kLowMask = (1 << kLowBits) - 1, kHighMask = (1 << kHighBits) - 1;
@@ -154,7 +247,11 @@ template <int kLowAt, int kLowBits, int kHighAt, int kHighBits> EDGELM_CALLED B8
   return low;
 }
 // Byte kIndex of each lane as a number.
-template <int kIndex> EDGELM_CALLED I32 ByteOfLane(B8 a) { I32 r; EDGELM_LANES r.v[l] = a.v[4 * l + kIndex]; return r; }
+template <int kIndex> EDGELM_CALLED I32 ByteOfLane(B8 a) {
+  I32 r;
+  EDGELM_LANES r.v[l] = a.v[4 * l + kIndex];
+  return r;
+}
 
 // acc + the dot product of each lane's four codes with the four int8 of `x`. Codes below 128.
 EDGELM_CALLED I32 DotSmall(I32 acc, B8 codes, const int8_t* x) {

@@ -27,9 +27,9 @@ int64_t Workers() {
 class GroupQueryAttention {
  public:
   static constexpr const char* kName = "GroupQueryAttention";
-  static constexpr Declared kInputs[] = {{kFloat},           {kUint8},           {kUint8},
-                                         {kInt64},           {kFloat},           {kFloat},
-                                         {kFloat, kOptional}, {kFloat, kOptional}, {kInt64, kOptional}};
+  static constexpr Declared kInputs[] = {
+      {kFloat},           {kUint8}, {kUint8}, {kInt64}, {kFloat}, {kFloat}, {kFloat, kOptional}, {kFloat, kOptional},
+      {kInt64, kOptional}};
   static constexpr Declared kOutputs[] = {{kFloat}, {kUint8}, {kUint8}};
 
   explicit GroupQueryAttention(const Node& node)

@@ -50,9 +50,9 @@ class SparseMoe {
     Matrix router;
     const std::vector<Expert>* experts = nullptr;
     const float* norm = nullptr;
-    int64_t d = 0, f = 0;                    // hidden width, expert width
-    bool int8_x = false, float_x = false;    // types of activations that some expert's gate+up takes
-    bool int8_h = false, float_h = false;    // types that some expert's down takes
+    int64_t d = 0, f = 0;                  // hidden width, expert width
+    bool int8_x = false, float_x = false;  // types of activations that some expert's gate+up takes
+    bool int8_h = false, float_h = false;  // types that some expert's down takes
 
     int64_t count() const { return static_cast<int64_t>(experts->size()); }
   };
@@ -161,11 +161,11 @@ void SparseMoe::Compute(const Run& run) const {
   const int64_t token_bytes = static_cast<int64_t>(of_two.bytes() - of_one.bytes()) / 2;
   const int64_t step = std::max(kFewestTokens, kScratchBytes / token_bytes);
   for (int64_t first = 0; first < tokens; first += step) {
-    ComputeChunk(run, layer,
-                   {std::min(step, tokens - first), x.As<float>() + first * layer.d,
-                    residual == nullptr ? nullptr : residual + first * layer.d, y + first * layer.d,
-                    logits == nullptr ? nullptr : logits + first * experts,
-                    chosen == nullptr ? nullptr : chosen + first * k_});
+    ComputeChunk(
+        run, layer,
+        {std::min(step, tokens - first), x.As<float>() + first * layer.d,
+         residual == nullptr ? nullptr : residual + first * layer.d, y + first * layer.d,
+         logits == nullptr ? nullptr : logits + first * experts, chosen == nullptr ? nullptr : chosen + first * k_});
   }
 }
 
