@@ -141,7 +141,7 @@ def changed(bundle: Bundle, **graph: Any) -> Bundle:
 def test_a_cache_type_or_file_that_the_bundle_lacks_is_named(bundles: dict[str, Bundle]) -> None:
     with pytest.raises(EdgeLMError, match=r"kv is 'int8', but the cache of .* is float16"):
         OnnxCudaRuntime(bundles["fox"], threads=1, kv="int8")
-    with pytest.raises(BundleError, match="int8 cache; bundles for CUDA have float16, bfloat16"):
+    with pytest.raises(BundleError, match="has a int8 cache, and bundles for CUDA support float16, bfloat16"):
         OnnxCudaRuntime(changed(bundles["fox"], kv_dtype="int8"), threads=1)
     manifest = bundles["olmoe"].manifest
     files = {name: file for name, file in manifest.files.items() if name != PROBE_FILE}
@@ -154,5 +154,5 @@ def test_an_error_of_onnx_runtime_says_what_was_done_and_how_to_go_without_captu
 ) -> None:
     with OnnxCudaRuntime(bundles["fox"], threads=1, context_length=64) as runtime:
         runtime._step.bind_ortvalue_input("input_ids", runtime._last)  # of another shape than the graph's
-        with pytest.raises(EdgeLMError, match=r"failed when decoding: .*EDGELM_CUDA_GRAPHS=0 decodes without"):
+        with pytest.raises(EdgeLMError, match=r"failed when decoding: .*try EDGELM_CUDA_GRAPHS=0"):
             runtime.decode(5)

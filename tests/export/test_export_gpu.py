@@ -193,7 +193,7 @@ def test_do_the_kernels_of_a_moe_compile_and_does_inspect_group_its_weights(
     assert (bundle.manifest.graph.file, bundle.manifest.graph.debug_file) == ("program.json", "program.json")
     assert [path.name for path in bundle.path.glob("*.onnx")] == ["model.tensorrt.onnx"]
     assert asked == set(bundle_kernels(program)) <= set(sources.all_kernels())
-    said = CliRunner().invoke(inspect_command, [str(bundle.path)])
+    said = CliRunner().invoke(inspect_command, [str(bundle.path), "--verbose"])
     assert said.exit_code == 0, said.output
     assert "16 of 128 x 128 int4-g32, gate and up, 4.50 bits a weight" in said.output
     document = json.loads(CliRunner().invoke(inspect_command, [str(bundle.path), "--json"]).stdout)
