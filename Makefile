@@ -24,6 +24,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 HARNESS := $(VENV)/.harness
 NODE := build/node/.installed
+CPP := $(shell find runtimes/csrc tests -name '*.cc' -o -name '*.h' -o -name '*.cuh' -o -name '*.c')
 GPU_TESTS := tests/cuda tests/engines tests/gpu
 KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
     $(foreach folder,. kernels kernels/* ort ort/*,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
@@ -41,6 +42,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 types: $(INSTALLED) pyview
 	cd build/pyview && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p edgelm
