@@ -3,8 +3,7 @@
 //
 // Each lane holds one group, so that sums over a group do not cross lanes: only the transposition of the weights
 // depends on the vector width, and every width gives the same bits. Do not include headers with inline functions of
-// external
-// linkage here: the linker would keep one copy of those, compiled for any one of the instruction sets.
+// external linkage here: the linker would keep one copy of those, compiled for any one of the instruction sets.
 #include "quantize_kernel.h"
 
 #if defined(__SSE2__)
@@ -140,8 +139,8 @@ inline Final Search(const edgelm_quantize_arguments& arguments, const Vec* x) {
 }
 
 // Copy up to kLanes groups so that lane l of x[k] is value k of group first + l; lanes without a group are zero.
-// Returns
-// the largest magnitude as bits: magnitudes of floats compare as integers, with infinities and NaN above all others.
+// Returns the largest magnitude as bits: magnitudes of floats compare as integers, with infinities and NaN above all
+// others.
 uint32_t Transpose(const edgelm_quantize_arguments& arguments, int64_t first, int count, float* x) {
   const edgelm_quant_matrix& m = arguments.matrix;
   const int64_t group = m.group, per_row = m.columns / group;

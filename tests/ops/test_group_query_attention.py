@@ -105,8 +105,7 @@ def expected(
     p /= p.sum(-1, keepdims=True)
     out = np.einsum("htu,uhd->thd", p, v).reshape(tokens, h * size)
 
-    # The error of an element of the cache (for int8 also of the queries), relative to the largest of its vector, is
-    # at
+    # The error of an element of the cache (for int8 also of the queries), relative to the largest of its vector, is at
     # most half a step of 127, or of float16's 11 bits. Errors are independent, so six standard deviations bound a
     # score's error. That changes the weights by at most twice as much; int8 weights add half a step of their largest.
     # For fp8 the rounded values are known, except for the few elements with slack.

@@ -1,8 +1,7 @@
 // Interface of the CPU kernels: raw pointers in and out, no allocation, no threads, independent of ONNX Runtime.
 //
 // There is one table of functions per instruction set, compiled from the same templates over `simd_*.h`. All tables
-// give
-// the same bits: sums are taken in one fixed order (16 lanes, then halves added to halves), every a * b + c is one
+// give the same bits: sums are taken in one fixed order (16 lanes, then halves added to halves), every a * b + c is one
 // fused operation, and exponentials are one polynomial. So a bundle's results do not depend on the machine that runs
 // it, and each table is tested against the scalar one without a tolerance.
 //

@@ -28,8 +28,7 @@
 //
 // w = (code - zero) * scale, zero = 4, 8, 16, 32 or 128 (the middle code) if no zero points are stored. Rows that pad
 // the last tile have scales (or values) of 0. A SwiGLU matrix holds gate and up in alternating tiles: tile 2 i is rows
-// 32 i of gate.
-// All numbers are little-endian. Nothing here allocates or throws.
+// 32 i of gate. All numbers are little-endian. Nothing here allocates or throws.
 #ifndef EDGELM_KERNELS_LAYOUT_H_
 #define EDGELM_KERNELS_LAYOUT_H_
 

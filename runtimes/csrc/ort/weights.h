@@ -1,7 +1,8 @@
-// Inputs that hold weights: packed matrices, a layer's packed experts, vectors. They are usually constants of the
-// model.
-// Then their headers are read and checked once, when the kernel is created, and the views are kept: the runtime maps
-// the file into memory and keeps it in place. An input that is not constant is read at each call.
+// Inputs that hold weights: packed matrices, a layer's packed experts, vectors.
+//
+// They are usually constants of the model. Then their headers are read and checked once, when the kernel is created, and
+// the views are kept: the runtime maps the file into memory and keeps it in place. An input that is not constant is read
+// at each call.
 #ifndef EDGELM_ORT_WEIGHTS_H_
 #define EDGELM_ORT_WEIGHTS_H_
 

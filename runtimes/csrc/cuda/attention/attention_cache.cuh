@@ -107,8 +107,7 @@ template <class E, int S> struct Stage {
 };
 
 // Copy `count` keys and values of a tile, from `from` on, with cp.async; zeros beyond `end`. Keys from `skip` to `end`
-// are
-// left out: another thread stores them. Keys are consecutive positions; `loader` is the number of this thread.
+// are left out: another thread stores them. Keys are consecutive positions; `loader` is the number of this thread.
 template <class E, int S, int count, int loaders>
 EDGELM_DEVICE void load_keys(u8* stage, const u8* keys, const u8* values, int capacity, int tile, int from, int loader,
                              int end, int skip) {

@@ -6,8 +6,7 @@
 //   choose    softmax over all experts, top k, and a *slot* for each (token, expert) pair. Slots are ordered by expert,
 //             and by token within an expert
 //   combine   y = x + weighted sum of the experts' results, in the order of the experts' indices. Up to 32 tokens,
-//   `down`
-//             does the experts' down matmul too, so that its results need not go through memory
+//             `down` does the experts' down matmul too, so that its results need not go through memory
 //
 // Up to 32 tokens one block chooses and sorts: the block of the router that ends last (`route`), or that of a separate
 // kernel (`choose`). With more tokens, blocks of 32 choose (`choose_many`) and `place` computes the slots.

@@ -2,8 +2,7 @@
 // consists of units that may run at the same time, in any order and on any threads:
 //
 //   prepare   queries, keys and values of the new tokens: QK-norm, clip, rotary embedding; appends keys and values to
-//   the
-//             cache
+//               the cache
 //   attend    scores, online softmax and weighted sum (Milakov & Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022,
 //             arXiv 2205.14135). With few new tokens the units are splits of the cache, otherwise blocks of new tokens
 //   combine   merges the results of the splits; no units where nothing was split
@@ -11,8 +10,7 @@
 // Units depend on the call alone, not on threads, so results are the same on any number of threads.
 //
 // The cache of one sequence has [kv_heads] x capacity x AttentionRowBytes() bytes for keys, and the same for values.
-// The
-// layout within a head: tiles of 16 tokens; each tile holds all tokens' elements and then, for int8 and fp8, their
+// The layout within a head: tiles of 16 tokens; each tile holds all tokens' elements and then, for int8 and fp8, their
 // scales. Keys are stored dimension by dimension (int8: four by four), so that vector lanes are tokens. Values are
 // stored token by token (int8: four tokens by four), so that lanes are dimensions. No byte is shared by two tokens:
 // tokens may be dropped from the end and written again, and bytes beyond the valid tokens are never used.
