@@ -187,7 +187,7 @@ def export(
         if result is not None:
             asked = f"--bits {bits:g}" if max_size is None else f"--max-size {max_size}"
             progress.note(
-                "the recipe stands in its manifest.json; as a file to edit, with what each matrix costs: "
+                "the recipe is in manifest.json; to get it as a file with the cost of each matrix: "
                 f"edgelm recipe {checkpoint} {asked} -o FILE"
             )
         progress.note(f"try: edgelm run {bundle.path} 'Once upon a time'   and   edgelm parity {bundle.path}")

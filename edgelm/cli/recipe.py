@@ -83,8 +83,7 @@ def recipe(
     if as_json:
         click.echo(json.dumps(_document(result, out, seconds)))
         return
-    click.echo(_summary(result))
-    progress.note(f"{out}: {in_words(result)}, in {seconds:.0f} s")
+    click.echo(f"{out}: {in_words(result)}, in {seconds:.0f} s\n\n{_summary(result)}")
     progress.note(f"try: edgelm export {checkpoint} -o BUNDLE --recipe {out}")
 
 
@@ -102,4 +101,4 @@ def _summary(result: Any) -> str:
     for row in table(result.choices):
         schemes = ", ".join(f"{count} x {scheme}" for scheme, count in list(row["schemes"].items())[:4])  # type: ignore[attr-defined]
         rows.append([str(row["kind"]), f"{row['weights']:,}", f"{row['bits']:.2f}", f"{row['loss']:.1e}", schemes])
-    return grid(["", "weights", "bits", "nats a token", "schemes"], rows)
+    return grid(["matrix", "weights", "bits", "KL, nats/token", "schemes"], rows)

@@ -177,8 +177,9 @@ def test_recipe_prints_a_table_of_what_it_chose_and_the_next_command(
     common = ("recipe", checkpoint, "--bits", "5", "--calibration", text, "--tokens", "256", "-o")
     done = run(*common, tmp_path / "r.toml")
     assert done.exit_code == 0, done.output
-    head, _, *rows = done.stdout.splitlines()
-    assert head.split() == ["weights", "bits", "nats", "a", "token", "schemes"]
+    sentence, _, head, _, *rows = done.stdout.splitlines()
+    assert re.match(r".*r\.toml: [\d.]+ bits a weight, a weights file of .*, expected KL \S+ nats a token", sentence)
+    assert head.split() == ["matrix", "weights", "bits", "KL,", "nats/token", "schemes"]
     assert rows
     assert all(re.search(r" [\d,]+ +[\d.]+ +\S+e[-+]\d+ +\d+ x \S+", row) for row in rows)
     assert f"edgelm export {checkpoint} -o BUNDLE --recipe {tmp_path / 'r.toml'}" in " ".join(done.stderr.split())

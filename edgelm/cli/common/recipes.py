@@ -114,7 +114,7 @@ def in_words(result: MixedPrecision) -> str:
 
     return (
         f"{result.bits:.2f} bits a weight, a weights file of {format_size(result.file_bytes)}, expected KL "
-        f"{result.predicted:.1e} nats a token (bound {result.bound:.1e})"
+        f"{result.predicted:.1e} nats a token (lowest possible with these schemes: {result.bound:.1e})"
     )
 
 
