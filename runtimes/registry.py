@@ -28,9 +28,8 @@ class RuntimeEntry:
     Attributes:
         name: the name for users.
         classes: for each operator set that it supports, the subclass of `Runtime` as "module:class". It is imported
-        when
-            needed, and called with the bundle and the options that were given. Its `batch_class` and `tracing_class`,
-            if any, are called in the same way (the former also with the number of sequences).
+            when needed, and called with the bundle and the options that were given. Its `batch_class` and
+            `tracing_class`, if any, are called in the same way (the former also with the number of sequences).
         targets: targets of the bundles that it runs.
         requires: the Python package that it needs.
         options: names of its options.

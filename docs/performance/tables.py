@@ -200,7 +200,7 @@ def headline(peers: Peers) -> list[str]:
 
 def schemes(document: dict[str, Any], model: str) -> list[str]:
     """What each way to quantise loses."""
-    lines = [_row(model, "MB a token", "KL", "top-1"), "|---|---|---|---|"]
+    lines = [_row(model, "MB per token", "KL", "top-1"), "|---|---|---|---|"]
     lines += [
         _row(line["name"], f"{line['megabytes']:.0f}", kl(line["kl"]), f"{100 * line['top1']:.1f} %")
         for line in document[model]

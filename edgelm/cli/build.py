@@ -19,7 +19,7 @@ from edgelm.cli.common.options import BUNDLE, build_options, chosen_sms, json_op
     type=click.Choice(["tensorrt", "tensorrt-rtx"]),
     default_text="tensorrt where it is installed",
     help="TensorRT edition to build with. `tensorrt` builds for the GPU of this machine only; `tensorrt-rtx` builds on "
-    "any machine, one engine for SM 75, 80, 86, 89, 120 and 121.",
+    "any machine, one engine for SM 80, 86, 89, 120 and 121.",
 )
 @option(
     "--sm",

@@ -77,7 +77,7 @@ if TYPE_CHECKING:
     type=Size(),
     metavar="SIZE",
     default_text="no limit",
-    help="Resident memory not to exceed, for example 3GB.",
+    help="Limit on resident memory, for example 3GB.",
 )
 @option(
     "--ops",

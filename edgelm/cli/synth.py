@@ -22,7 +22,7 @@ NAMES = ("olmoe-1b-7b", "fox-1-1.6b", "llama-3.2-1b", "qwen3-0.6b", "qwen2.5-1.5
 def synth(name: str, out: Path, seed: int, overwrite: bool, as_json: bool) -> None:
     """Write a checkpoint with a published model's shapes and random weights.
 
-    It serves to measure export, speed and memory without a download; the text that it generates is noise. NAME, with
+    For benchmarking export, speed and memory without a download; the text that it generates is noise. NAME, with
     the size in GB: olmoe-1b-7b (13.8), fox-1-1.6b (3.3), llama-3.2-1b (2.5), qwen3-0.6b (1.2), qwen2.5-1.5b (3.1),
     olmo-2-1b (3.0), mistral-7b (14.5).
     """

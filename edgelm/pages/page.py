@@ -75,7 +75,7 @@ def _readable(text: str) -> str:
 
 
 def _facts(facts: Mapping[str, object]) -> dict[str, str]:
-    """Format names (underscores become spaces) and values."""
+    """Format keys and values for display."""
     return {key.replace("_", " "): _fact(key, value) for key, value in facts.items()}
 
 

@@ -328,7 +328,7 @@ class ParityPack:
 def _array_problems(
     name: str, record: Record, sizes: tuple[int, int, int], more: Mapping[str, tuple[int, ...]]
 ) -> Iterator[str]:
-    """Yield what is wrong with a record's arrays. `sizes`: positions, recorded tokens, probes; `more`: other shapes."""
+    """Yield the problems of a record's arrays; `sizes` is (positions, tokens, probes), `more` has further shapes."""
     count, top, probes = sizes
     common: dict[str, tuple[int, ...]] = {"top_logits": (count, top), "probe_logits": (count, probes)}
     common |= dict.fromkeys(("logsumexp", "next_logit", "best"), (count,))

@@ -234,6 +234,11 @@ class ParityReport:
         if kinds <= {"integrity", "tokenizer"}:
             return "The bundle's tokenizer is not the one that was exported."
         if kinds == {"float_kl"}:
+            if not self.float_loss.known:
+                return (
+                    "This device computes the same model as the reference, but the loss of quantisation is unknown, so "
+                    "--max-kl cannot be checked."
+                )
             return (
                 "This device computes the same model as the reference, but quantisation lost more than --max-kl allows."
             )

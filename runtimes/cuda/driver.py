@@ -81,8 +81,7 @@ class CudaDevice(Device):
         index: number of the GPU among those that CUDA_VISIBLE_DEVICES shows; default EDGELM_GPU, otherwise 0.
         library: path of the driver library, if not the system's.
         pdl: use programmatic dependent launch for kernels that support it: they start before the previous kernel has
-        ended
-            and wait for its results themselves; default EDGELM_GPU_PDL, otherwise off.
+            ended and wait for its results themselves; default EDGELM_GPU_PDL, otherwise off.
 
     Attributes:
         pdl: as above; applies to all later launches and captures.

@@ -50,8 +50,7 @@ class DeviceHost(Host):
 
     Attributes:
         counters: address of zeros, for counters that kernels reset to zeros; see `counter_bytes`. Set after the engine
-        is
-            loaded, since the size is known only then.
+            is loaded, since the size is known only then.
     """
 
     def __init__(self, device: Device) -> None:

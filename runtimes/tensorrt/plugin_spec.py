@@ -60,8 +60,7 @@ class PluginSpec:
         present: for each input in the operator's list, whether the node has it. TensorRT allows no empty inputs, so a
             plugin gets those that are present, in order. Inputs beyond the end of `present` are absent.
         results: element type ("f32", "f16", "bf16") and width (last dimension) of the outputs that are used, without
-        the
-            caches, which alias their inputs.
+            the caches, which alias their inputs.
     """
 
     name: str

@@ -131,7 +131,7 @@ def variants() -> Iterator[Variant]:
         for method in ("absmax", "mse"):
             yield f"{weights}, int8-static by {method}", rounded(recipe(weights, "int8-static"), method)
     for tables in ("float", "int8-g128-sym"):
-        yield f"fp8-row, tables {tables}, activations float", rounded(recipe("fp8-row", tables=tables))
+        yield f"fp8-row, embedding + head {tables}, activations float", rounded(recipe("fp8-row", tables=tables))
     yield "fp8-row, fp8-token", rounded(recipe("fp8-row", "fp8-token", tables="float"))
     for method in ("absmax", "mse"):
         yield f"fp8-row, fp8-static by {method}", rounded(recipe("fp8-row", "fp8-static", tables="float"), method)

@@ -112,7 +112,7 @@ def report(model: Model) -> list[dict[str, float | str]]:
         ]
         limit = sum(one.unit.nbytes(scheme) for one, scheme in zip(units, same, strict=True))
         base = model.kl(units, same)
-        name = layers + (f", tables {tables}" if tables else "")
+        name = layers + (f", embedding + head {tables}" if tables else "")
         line: dict[str, float | str] = {"uniform": name, "bits": 8 * limit / weights, "kl": base}
         groups = {label: key for label, key in GROUPS.items() if label == "each" or measured.swaps}
         for label, key in groups.items():

@@ -205,18 +205,18 @@ def tables(scheme: str) -> tuple[tuple[str, str], ...]:
 
 def variants(model: Model) -> Iterator[Variant]:
     """Yield the lines of the table for a model."""
-    yield Variant("int8: int8-g32, tables int8-g128", PRESETS["int8"])
-    yield Variant("int8-row, tables int8-g128", recipe("int8-row-sym"))
-    yield Variant("fp8: fp8-row, tables float", PRESETS["fp8"])
-    yield Variant("fp8-row, tables int8-g128", recipe("fp8-row"))
-    yield Variant("fp8-row, tables fp8-row", recipe("fp8-row", *tables("fp8-row")))
-    yield Variant("fp8-b128, tables float", recipe("fp8-b128", *tables("float")))
-    yield Variant("fp8-b32, tables float", recipe("fp8-b32", *tables("float")))
-    yield Variant("int4: int4-g32, tables int8-g128", PRESETS["int4"])
-    yield Variant("int4-g64, tables int8-g128", recipe("int4-g64-sym"))
-    yield Variant("int4-g128, tables int8-g128", recipe("int4-g128-sym"))
-    yield Variant("int4-g32, tables int4-g32", recipe("int4-g32-sym", *tables("int4-g32-sym")))
-    yield Variant("int4-g32, tables float", recipe("int4-g32-sym", *tables("float")))
+    yield Variant("int8: int8-g32, embedding + head int8-g128", PRESETS["int8"])
+    yield Variant("int8-row, embedding + head int8-g128", recipe("int8-row-sym"))
+    yield Variant("fp8: fp8-row, embedding + head float", PRESETS["fp8"])
+    yield Variant("fp8-row, embedding + head int8-g128", recipe("fp8-row"))
+    yield Variant("fp8-row, embedding + head fp8-row", recipe("fp8-row", *tables("fp8-row")))
+    yield Variant("fp8-b128, embedding + head float", recipe("fp8-b128", *tables("float")))
+    yield Variant("fp8-b32, embedding + head float", recipe("fp8-b32", *tables("float")))
+    yield Variant("int4: int4-g32, embedding + head int8-g128", PRESETS["int4"])
+    yield Variant("int4-g64, embedding + head int8-g128", recipe("int4-g64-sym"))
+    yield Variant("int4-g128, embedding + head int8-g128", recipe("int4-g128-sym"))
+    yield Variant("int4-g32, embedding + head int4-g32", recipe("int4-g32-sym", *tables("int4-g32-sym")))
+    yield Variant("int4-g32, embedding + head float", recipe("int4-g32-sym", *tables("float")))
     for group, exact in ((128, 0), (128, 16), (128, 64), (128, 256), (32, 0), (32, 64)):
         head, bits = model.split_head(group, exact)
         name = f"int4-g32, head int8-g{group} by its high nibbles, {exact} largest exact"
@@ -226,7 +226,7 @@ def variants(model: Model) -> Iterator[Variant]:
         name = f"int4-g{group}, head int8-g128 by its high nibbles, 64 largest exact"
         yield Variant(name, recipe(f"int4-g{group}-sym"), head, bits)
     if not model.experts:
-        yield Variant("int3-g32, tables int8-g128", recipe("int3-g32-sym"))
+        yield Variant("int3-g32, embedding + head int8-g128", recipe("int3-g32-sym"))
         for part in ("gate_proj", "up_proj", "down_proj"):
             yield Variant(f"int4-g32, {part} int3-g32", recipe("int4-g32-sym", (f"*.{part}.weight", "int3-g32-sym")))
         return

@@ -14,11 +14,12 @@ from edgelm.evaluation.report import sentence
 from edgelm.output_paths import check_output
 from edgelm.pages import page
 from edgelm.pages.page import REPORT
-from edgelm.parity.result import Check
+from edgelm.parity.result import Check, FloatLoss
 
 from . import samples
 
 NOT = "This device does NOT compute the same model as the reference:"
+UNKNOWN_LOSS = FloatLoss(False, *[math.nan] * 4, None)
 STYLE = Path(page.__file__).parent / "templates/style.css"
 
 
@@ -61,6 +62,11 @@ def failing(*checks, **fields):
         (
             failing(Check("float_kl", "KL", False, "")),
             "This device computes the same model as the reference, but quantisation lost more than --max-kl allows.",
+        ),
+        (
+            failing(Check("float_kl", "KL", False, ""), float_loss=UNKNOWN_LOSS),
+            "This device computes the same model as the reference, but the loss of quantisation is unknown, so "
+            "--max-kl cannot be checked.",
         ),
         (
             failing(Check("float_kl", "KL", False, ""), Check("greedy.tokens", "G", False, "")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def document(folder: Path) -> dict[str, Any]:
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(result.stdout)
     rows = CliRunner().invoke(inspect, [str(folder)], catch_exceptions=False).output
-    assert ("takes it" in rows) == found["exportable"] == (not found["refused"])
+    assert bool(re.search(r"^export +supported$", rows, re.MULTILINE)) == found["exportable"] == (not found["refused"])
     assert rows.count("REFUSED") == len(found["refused"])
     return found
 

@@ -159,7 +159,7 @@ kv_option = option(
     "--kv",
     group=Group.RUNTIME,
     type=click.Choice(KV_TYPES),
-    default_text="as exported: float16, or float32 for portable bundles",
+    default_text="as exported: float16; float32 for recipe `none` and for portable bundles",
     help="Data type of the KV cache. int8 and fp8 take about half the memory of float16.",
 )
 report_option = option(
@@ -371,7 +371,7 @@ calibration_options = together(
     ),
     option(
         "--require-coverage", group=Group.CALIBRATION, is_flag=True,
-        help="Fail where an expert sees fewer tokens than that.",
+        help="Fail where an expert sees fewer tokens than --min-expert-tokens.",
     ),
     make=_chosen_calibration,
 )  # fmt: skip

@@ -109,7 +109,7 @@ def chosen(recipe: str | None, result: MixedPrecision | None, default: str) -> R
 
 
 def in_words(result: MixedPrecision) -> str:
-    """Return the size and the expected loss of a mixed-precision recipe in one line."""
+    """Return a one-line summary of the recipe: bits, size, expected loss."""
     from edgelm.sizes import format_size
 
     return (

@@ -142,5 +142,5 @@ def checkpoint_rows(document: Mapping[str, Any], *, verbose: bool = False) -> li
     if verbose:
         rows += [(name, str(value)) for name, value in sorted(config.items())]
     if document["exportable"]:
-        return [*rows, ("export", "takes it")]
-    return [*rows, ("export", "refuses it"), *(("REFUSED", reason) for reason in document["refused"])]
+        return [*rows, ("export", "supported")]
+    return [*rows, ("export", "not supported"), *(("REFUSED", reason) for reason in document["refused"])]

@@ -45,8 +45,7 @@ class Compiled:
         image: the bytes that the driver loads.
         argument_bytes: bytes of each kernel's parameters, by name of the kernel.
         pdl: the kernels that support programmatic dependent launch (from SM 90 on): they execute griddepcontrol.wait,
-        so
-            they may start before the previous kernel has ended.
+            so they may start before the previous kernel has ended.
         resources: resources of each kernel; empty for PTX, whose registers are not assigned yet.
         log: the compiler's warnings.
     """
