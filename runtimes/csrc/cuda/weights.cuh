@@ -119,7 +119,7 @@ template <class W> EDGELM_DEVICE float number_of(const Words4& tile, int high, i
   }
 }
 
-// Scale number `index` of an array.
+// Return scale `index`.
 template <class W> EDGELM_DEVICE float scale_at(const u8* scales, i64 index) {
   if constexpr (Format<W>::scale_bytes == 2) return to_float(reinterpret_cast<const f16*>(scales)[index]);
   else if constexpr (Format<W>::scale_bytes == 4) return reinterpret_cast<const float*>(scales)[index];

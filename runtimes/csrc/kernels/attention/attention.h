@@ -2,7 +2,7 @@
 // consists of units that may run at the same time, in any order and on any threads:
 //
 //   prepare   queries, keys and values of the new tokens: QK-norm, clip, rotary embedding; appends keys and values to
-//               the cache
+//             the cache
 //   attend    scores, online softmax and weighted sum (Milakov & Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022,
 //             arXiv 2205.14135). With few new tokens the units are splits of the cache, otherwise blocks of new tokens
 //   combine   merges the results of the splits; no units where nothing was split
