@@ -11,9 +11,9 @@
     match = "model.layers.0.*"
     scheme = "int8-g32-sym"
 
-A rule applies to the matrices of a role (`edgelm.models.spec.ROLES`), or to the tensors whose full name matches a shell
-pattern, in which `*` also matches dots. The first rule that matches decides; without a match `default` does. "float"
-means not quantised. Tensors that are not matrices are never quantised.
+A rule applies to the matrices of a role (`edgelm.models.spec.ROLES`) or a list of them, or to the tensors whose full
+name matches a shell pattern, in which `*` also matches dots. The first rule that matches decides; without a match
+`default` does. "float" means not quantised. Tensors that are not matrices are never quantised.
 
 Three more keys are possible at the top, and the first two also in a rule:
 
@@ -231,10 +231,11 @@ class Recipe:
             chosen = {key: _choice(rule, key, place) for key in _OF_RULES if key in rule}
             if "role" in rule and "match" in rule:
                 raise RecipeError(f'{place}: give "match" or "role", not both')
+            scheme = _scheme(rule, "scheme", place)
             if "role" in rule:
-                chosen["role"] = _role(rule, place)
-            pattern = None if "role" in rule else _text(rule, "match", place)
-            found.append(Rule(pattern, _scheme(rule, "scheme", place), **chosen))
+                found += [Rule(None, scheme, **chosen, role=role) for role in _roles(rule, place)]
+            else:
+                found.append(Rule(_text(rule, "match", place), scheme, **chosen))
         if name is None or "name" in table:
             name = _text(table, "name", where)
         chosen = {key: _choice(table, key, where) for key in _CHOICES if key in table}
@@ -295,11 +296,16 @@ def _text(table: Mapping[str, object], key: str, where: str) -> str:
     return value
 
 
-def _role(table: Mapping[str, object], where: str) -> str:
-    role = _text(table, "role", where)
-    if role not in ROLES:
-        raise RecipeError(f"{where}: role = {quoted(role)} is not one of {', '.join(ROLES)}")
-    return role
+def _roles(table: Mapping[str, object], where: str) -> list[str]:
+    """Return the roles of a rule, which names one or a list."""
+    value = table["role"]
+    roles = value if isinstance(value, list) else [_text(table, "role", where)]
+    if not roles:
+        raise RecipeError(f'{where}: "role" is an empty list: name at least one of {", ".join(ROLES)}')
+    for role in roles:
+        if role not in ROLES:
+            raise RecipeError(f"{where}: role = {quoted(str(role))} is not one of {', '.join(ROLES)}")
+    return roles
 
 
 def _choice(table: Mapping[str, object], key: str, where: str) -> str:

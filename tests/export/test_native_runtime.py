@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +293,12 @@ def test_commands_have_options_for_cache_and_batch(bundles: dict[tuple[str, str]
     assert "native operators, int8 cache" in bench.stdout
     document = json.loads(CliRunner().invoke(cli, ["bench", path, *sizes, "--json"]).stdout)
     assert (document["ops"], document["kv"], document["batch"]) == ("native", "float16", 1)
+
+
+def test_inspect_says_which_schemes_the_recipe_chose(bundles: dict[tuple[str, str], Bundle]) -> None:
+    line = dict(bundle_rows(bundles["olmoe", "int4"], None))["schemes"]
+    assert line.startswith("embedding, head int8-g")
+    assert re.search(r"; router float; the rest int4-g\d+-sym; \d\.\d bits per weight$", line)
 
 
 def test_inspect_says_how_weights_are_packed(bundles: dict[tuple[str, str], Bundle]) -> None:

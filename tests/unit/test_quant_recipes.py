@@ -163,3 +163,13 @@ def test_a_pattern_that_matches_nothing_is_refused_except_in_presets():
     same_name = Recipe("int4", None, (*PRESETS["int4"].rules, Rule("*.gate_porj.weight", None)))
     with pytest.raises(RecipeError, match="matches none"):
         same_name.check(names)
+
+
+def test_a_rule_may_name_several_roles() -> None:
+    text = 'name = "mine"\ndefault = "int4-g32-sym"\n[[rule]]\nrole = ["q", "o"]\nscheme = "int8-g32-sym"\n'
+    recipe = Recipe.from_toml(text)
+    assert recipe.rules == (of_role("q", Scheme(8, 32)), of_role("o", Scheme(8, 32)))
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+    for roles, message in (("[]", "empty list"), ('["q", "x"]', 'role = "x" is not one of'), ("[1]", 'role = "1"')):
+        with pytest.raises(RecipeError, match=message):
+            Recipe.from_toml(text.replace('["q", "o"]', roles))

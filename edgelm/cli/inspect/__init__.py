@@ -212,6 +212,7 @@ def bundle_rows(bundle: Bundle, problems: list[str] | None, *, verbose: bool = F
     """Describe a bundle for people, with `verbose` down to files and matrices; `problems` as `Bundle.verify` says."""
     from edgelm.bundle.kv_cache import row_bytes
     from edgelm.cli.inspect.gpu import gpu_groups, kernels_rows, multiplied
+    from edgelm.cli.inspect.schemes import schemes_line
     from edgelm.sizes import format_size
 
     manifest, model = bundle.manifest, bundle.manifest.model
@@ -219,10 +220,12 @@ def bundle_rows(bundle: Bundle, problems: list[str] | None, *, verbose: bool = F
     cached = 2 * model.num_layers * model.num_kv_heads * row_bytes(kv, model.head_dim, manifest.ops)
     weights: list[PackedGroup | GpuGroup] = [*packed_groups(bundle), *gpu_groups(bundle)]
     made = f", made {manifest.created}" if manifest.created else ""
+    schemes = schemes_line(bundle)
     rows = [
         ("bundle", f"{bundle.path}, {format_size(bundle.size)}{made}"),
         ("model", f"{model.name} ({model.family}): {_shape(bundle)}"),
         ("recipe", f"{manifest.recipe.name}, floats as {manifest.dtype}"),
+        *([] if schemes is None else [("schemes", schemes)]),
         ("calibrated", calibration_line(manifest.calibration)),
         ("activations", multiplied(bundle) if manifest.ops == "gpu" else activations_line(manifest)),
         ("size", _sizes(bundle)),
