@@ -139,7 +139,7 @@ def _prepare(
             f"{decoder.vocab_size} rows: this is another model's tokenizer. Copy the model's own files into the folder"
         )
     for note in [*target.notes(source), *tokenizer.notes, *template_notes(checkpoint.path)]:
-        progress.note(note)
+        progress.note(f"note: {note}")
     golden = options.golden or GoldenOptions().resolved(decoder)
     plan = make_plan(source, tokenizer, options, target, progress)
     job = ExportJob(source, original, out, options, progress, tokenizer, golden, plan)

@@ -397,7 +397,7 @@ def context_full(asked: int, position: int, context_length: int, model_context_l
     larger = (
         f" or load with a larger context_length (the model's limit is {model_context_length})"
         if context_length < model_context_length
-        else ""
+        else f": {model_context_length} is the model's own limit"
     )
     return ContextLengthError(
         f"{asked} tokens do not fit: the context holds {context_length}{used}, so {context_length - position} fit. "

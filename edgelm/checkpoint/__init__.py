@@ -47,6 +47,7 @@ __all__ = [
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 HASH_BLOCK = 4 << 20
 MAX_CONFIG_BYTES = 8 << 20
+NO_GGUF = "GGUF files are not read: give the original Hugging Face folder"
 
 
 class WeightReader(Protocol):
@@ -88,7 +89,8 @@ class CheckpointFiles:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not (path / "config.json").exists():
-            raise CheckpointError(f"{path}: no config.json; is this a checkpoint folder?")
+            what = NO_GGUF if any(path.glob("*.gguf")) else "is this a checkpoint folder?"
+            raise CheckpointError(f"{path}: no config.json; {what}")
         self.config: dict[str, Any] = read_json_object(path / "config.json", MAX_CONFIG_BYTES)
         self._files = {file.path: file for file in open_weight_files(path)}
         found = (info for file in self._files.values() for info in file.tensors.values())
@@ -173,6 +175,8 @@ class Checkpoint(CheckpointFiles):
             UnsupportedConfigError: the architecture is unknown.
         """
         path = Path(path_or_hub_id)
+        if path.suffix.lower() == ".gguf" and not path.is_dir():
+            raise CheckpointError(f"{path}: {NO_GGUF}")
         if not path.exists():
             restore(path)
         if path.is_dir():

@@ -190,7 +190,21 @@ def export(
                 "the recipe is in manifest.json; to get it as a file with the cost of each matrix: "
                 f"edgelm recipe {checkpoint} {asked} -o FILE"
             )
-        progress.note(f"try: edgelm run {bundle.path} 'Once upon a time'   and   edgelm parity {bundle.path}")
+        if target == "tensorrt" and not _has_gpu():
+            progress.note(f"copy it to a machine with the GPU, then: edgelm parity {bundle.path.name}")
+        else:
+            progress.note(f"try: edgelm run {bundle.path} 'Once upon a time'   and   edgelm parity {bundle.path}")
+
+
+def _has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU and a driver for it."""
+    from edgelm.errors import DeviceError
+    from edgelm.runtimes.cuda.driver import find_devices
+
+    try:
+        return bool(find_devices())
+    except DeviceError:
+        return False
 
 
 def _refuse_portable(ops: str) -> None:

@@ -10,8 +10,13 @@ import click
 from edgelm.cli.common.help import option, verb
 from edgelm.cli.common.options import BUNDLE, PATH, loading_options, sampling_options
 
+_HINT = 'the prompt is the second argument: edgelm run BUNDLE "PROMPT"'
 
-@verb(example='edgelm run olmoe "Once upon a time" --max-tokens 64')
+
+@verb(
+    example='edgelm run olmoe "Once upon a time" --max-tokens 64',
+    hints={"-p": _HINT, "--prompt": _HINT},
+)
 @click.argument("bundle", type=BUNDLE)
 @click.argument("prompt", required=False)
 @option("--chat", "as_chat", is_flag=True, help="Take PROMPT as a message and apply the model's chat template.")
@@ -44,7 +49,7 @@ def run(
     import json
     import sys
 
-    from edgelm.cli.common.output import generation_json, timings_line
+    from edgelm.cli.common.output import generation_json, timings_line, write_answer
     from edgelm.tokenization.chat_template import read_messages
     from edgelm.tokenization.template_sandbox import start_for
 
@@ -71,7 +76,7 @@ def run(
         try:
             for piece in stream:
                 if not as_json:
-                    click.echo(piece, nl=False)
+                    write_answer(piece)
         finally:
             generation = stream.generation
             if as_json:

@@ -145,20 +145,20 @@ class _Resolver:
         file, ids = next(iter(given.items()))
         for other, other_ids in given.items():
             if set(other_ids) != set(ids):
-                self.notes.append(f"{file} says {role}_token_id {ids}, {other} says {other_ids}: {file} counts")
+                self.notes.append(f"{file} says {role}_token_id {ids}, {other} says {other_ids}: {file} is used")
         result: list[int] = []
         for i in ids:
             # A pad id that is also the end token is usual and harmless.
             if role != "pad" and declared is not None and self._overruled(role, i, declared):
                 self.notes.append(
-                    f"{' and '.join(given)} say {role}_token_id {i}, but that token is {self.vocabulary.token(i)!r}: "
-                    f"{self._name(declared)} is used, as the tokenizer says"
+                    f"{role}_token_id is {i} in {' and '.join(given)}, but that token is {self.vocabulary.token(i)!r}; "
+                    f"the tokenizer's {self._name(declared)} is used"
                 )
                 i = declared
             elif len(ids) == 1 and declared is not None and declared != i:
                 self.notes.append(
                     f"the tokenizer's {role} would be {self._name(declared)}, but {file} says {self._name(i)}: "
-                    "the id counts"
+                    "the id is used"
                 )
             if i not in result:
                 result.append(i)

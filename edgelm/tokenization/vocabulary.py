@@ -151,7 +151,9 @@ class JsonVocabulary(Vocabulary):
         self._add(own, declared, rebuilt is None)
         # No note for LlamaTokenizer, whose published files differ from the class in how they prepend a space.
         if rebuilt is not None and declared.kind != "LlamaTokenizer" and not tokenizer_json.same_steps(data, rebuilt):
-            self.notes.append(f"{path.name} has other steps than {declared.kind}, whose count, as in transformers")
+            self.notes.append(
+                f"{path.name} differs from {declared.kind}'s steps; the class's steps are used, as in transformers"
+            )
         added: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
         self.special = frozenset(index for index, token in added.items() if token.special)
         vocab = data["model"]["vocab"]

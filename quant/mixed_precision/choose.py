@@ -174,9 +174,9 @@ class _Plan:
         if room < smallest:
             least = f"{_ceil(8 * smallest / weights)} bits" if bits is not None else f"{smallest + fixed} bytes"
             asked = f"{bits:g} bits" if bits is not None else f"{max_size} bytes"
+            smaller = "" if schemes is None else ", or name smaller schemes"
             raise RecipeError(
-                f"the limit of {asked} is too small: these schemes take at least {least}. Allow more, or name smaller "
-                "schemes"
+                f"the limit of {asked} is too small: these schemes take at least {least}. Allow more{smaller}"
             )
         return cls(units, candidates, room, fixed, decoder.context_length, decoder.first_moe is not None)
 

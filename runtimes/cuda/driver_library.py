@@ -139,9 +139,10 @@ class Driver:
         try:
             self._library = ctypes.CDLL(self.path)
         except OSError as error:
+            why = str(error).removeprefix(f"{self.path}: ")
             raise DeviceError(
-                f"no NVIDIA driver: {self.path} cannot be loaded ({error}); install the driver, and start a container "
-                "with its GPUs (--gpus all)"
+                f"no NVIDIA driver: {self.path} cannot be loaded ({why}); install the driver, and start a container "
+                "with its GPUs (--gpus all). Without a GPU, export with --target cpu"
             ) from error
         self._functions: dict[str, Callable[..., int]] = {}
         version = ctypes.c_int()

@@ -187,7 +187,8 @@ def build_into(
     (folder / FOLDER).mkdir(exist_ok=True)
     stem = _free_name(folder, engine_name(library.edition, sms, library.version))
     target = folder / FOLDER / f"{stem}.engine"
-    with _workplace(folder) as work, disk_full_explained(target), progress.task("building an engine", 1, unit="steps"):
+    task = progress.task("building an engine", 1, unit="steps")
+    with _workplace(folder) as work, disk_full_explained(target), task as advance:
         # The parser reads weights only from the graph's folder.
         (work / GRAPH_FILE).symlink_to((folder / GRAPH_FILE).absolute())
         (work / weights_file).symlink_to(weights.absolute())
@@ -200,6 +201,7 @@ def build_into(
             sync(work / name)
             (work / name).rename(place)
         sync_folder(target.parent)
+        advance(1)
     return made
 
 

@@ -210,6 +210,12 @@ def test_architectures_of_a_wrong_type_are_refused(sharded: Path, architectures:
 
 def test_a_path_that_is_not_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="GGUF files are not read: give the original Hugging Face folder"):
+        Checkpoint.open(tmp_path / "model.gguf")
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "model.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"no config\.json; GGUF files are not read"):
+        Checkpoint.open(tmp_path / "only")
     with pytest.raises(CheckpointError, match="is a file; give the folder"):
         Checkpoint.open(tmp_path / "file")
     with pytest.raises(CheckpointError, match="no such folder"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -126,6 +127,7 @@ def test_run_answers_a_conversation_from_a_file(bundle: Path, tmp_path: Path) ->
         (["{bundle}", "x", "--runtime", "npu"], 2, "there is no runtime 'npu'; there are: onnxruntime-cpu"),
         (["{bundle}", "x", "--top-p", "0.5"], 2, "top_p would do nothing with temperature 0"),
         (["{bundle}", "x" * 3000, "--context-length", "16"], 1, "do not fit: the context holds 16"),
+        (["{bundle}", "x" * 3000, "--context-length", "256"], 1, "Shorten the text: 256 is the model's own limit"),
         (["{bundle}", ""], 1, "the prompt is empty"),
         (["{bundle}"], 2, "Missing argument 'PROMPT'"),
         (["{bundle}", "x", "--top-p", "2"], 2, "2.0 is not in the range"),
@@ -133,6 +135,7 @@ def test_run_answers_a_conversation_from_a_file(bundle: Path, tmp_path: Path) ->
         (["{bundle}", "x", "--messages", "y"], 2, "--messages is the whole conversation"),
         (["{bundle}", "--messages", "/nowhere/at/all"], 1, "/nowhere/at/all: is missing"),
         (["{bundle}", "x", "--bogus"], 2, "No such option"),
+        (["{bundle}", "-p", "x"], 2, "No such option '-p': the prompt is the second argument"),
     ],
 )
 def test_errors_are_one_line_with_an_exit_code(bundle: Path, arguments: list[str], code: int, message: str) -> None:
@@ -504,3 +507,32 @@ for arguments in (["export", "x", "-o", {str(tmp_path / "out")!r}], ["demo"]):
     assert "needs torch" in result.stderr and {install_hint("export")!r} in result.stderr, result.stderr
 """
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, "a\u241b[31mb\n"), (False, "a\x1b[31mb\n")])
+def test_control_characters_of_an_answer_reach_files_but_no_terminal(
+    terminal: bool, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgelm.cli.common.output import write_answer
+
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    monkeypatch.setattr("sys.stdout", stream)
+    write_answer("a\x1b[31mb\n")
+    assert stream.getvalue() == shown
+
+
+def test_a_wrong_recipe_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('default = "int4-g32-sym"\n[[rule]]\nrole = "routr"\nscheme = "float"\n')
+    code = f"""
+import sys
+from edgelm.cli.main import cli
+try:
+    cli(["export", "x", "-o", "y", "--recipe", {str(recipe)!r}])
+except SystemExit:
+    print("torch" in sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "is not one of" in result.stderr
+    assert result.stdout == "False\n"

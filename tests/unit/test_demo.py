@@ -66,6 +66,7 @@ def test_the_demo_runs_all_steps_and_compares(checkpoints: Path, tmp_path: Path)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.output
     results = [line.split()[-1] for line in result.stdout.splitlines() if line.startswith(NAMES)]
     assert len(results) == len(NAMES) * len(RECIPES)
+    assert "KL added: quantised reference -> this device" in result.stdout
     # The limits are for trained weights, so random ones may fail; the exit code must agree with the table.
     assert set(results) <= {"passed", "FAILED"}
     assert result.exit_code == int("FAILED" in results)

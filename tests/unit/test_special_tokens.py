@@ -93,8 +93,8 @@ def test_special_ids_of_fox_are_found_by_name(tmp_path: Path) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (2, (1,), 0)
     assert tokenizer.token(2) == "<bos>"
     assert tokenizer.token(1) == "<eos>"
-    assert any("bos_token_id 1" in note and "2 ('<bos>') is used" in note for note in tokenizer.notes)
-    assert any("eos_token_id 2" in note and "1 ('<eos>') is used" in note for note in tokenizer.notes)
+    assert any("bos_token_id is 1" in note and "2 ('<bos>') is used" in note for note in tokenizer.notes)
+    assert any("eos_token_id is 2" in note and "1 ('<eos>') is used" in note for note in tokenizer.notes)
 
 
 def test_special_ids_of_fox_are_found_in_tokenizer_json(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_generation_config_has_priority_over_config(tmp_path: Path) -> None:
     folder = olmoe(tmp_path / "o")
     tokenizer = with_files(folder, generation_config={"eos_token_id": [2999, 300, 2999]}, config={"eos_token_id": 5})
     assert tokenizer.eos_ids == (2999, 300)
-    assert any("generation_config.json counts" in note for note in tokenizer.notes)
+    assert any("generation_config.json is used" in note for note in tokenizer.notes)
 
 
 def test_an_end_token_missing_from_the_vocabulary_is_refused(tmp_path: Path) -> None:

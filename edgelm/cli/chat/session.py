@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgelm.cli.chat.input import Cleared, Entry
-from edgelm.cli.common.output import timings_line, wants_colour
+from edgelm.cli.common.output import CONTROL, timings_line, wants_colour, write_answer
 from edgelm.cli.main import Failure, Terminated
 from edgelm.errors import ContextLengthError, EdgeLMError
 from edgelm.generation.trimming import trim_messages
@@ -41,9 +40,6 @@ MORE_HELP = (
     '  """ begins a message of several lines, """ at the end of a line ends it; a paste is one message.',
     "  To send a message that begins with /, put a space before it.",
 )
-# Control characters are shown as the symbols that Unicode has for C0; C1 has none.
-_CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
-_CONTROL |= dict.fromkeys(range(127, 160), "\N{REPLACEMENT CHARACTER}")
 
 
 class Screen:
@@ -51,7 +47,6 @@ class Screen:
 
     def __init__(self) -> None:
         self._colour = wants_colour()
-        self._tame = sys.stdout.isatty()
 
     def style(self, text: str, **style: Any) -> str:
         """Return `text` in a style, if colours are wanted."""
@@ -59,17 +54,15 @@ class Screen:
 
     def info(self, text: str) -> None:
         """Print a line about the session."""
-        click.echo(self.style(text.translate(_CONTROL), dim=True), err=True)
+        click.echo(self.style(text.translate(CONTROL), dim=True), err=True)
 
     def problem(self, text: str) -> None:
         """Print an error in one line."""
         click.echo(self.style(Failure(text).format_message(), fg="red"), err=True)
 
     def answer(self, piece: str, *, end: bool = False) -> None:
-        """Print a piece of an answer. On a terminal, control characters that the model wrote are shown as symbols."""
-        # Not with click.echo, which removes escape sequences where output is not a terminal.
-        sys.stdout.write((piece.translate(_CONTROL) if self._tame else piece) + "\n" * end)
-        sys.stdout.flush()
+        """Print a piece of an answer, as `write_answer` does."""
+        write_answer(piece + "\n" * end)
 
 
 class Session:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -86,11 +86,24 @@ class Verb(click.Command):
 
     Args:
         example: a command line that works, beginning with `edgelm`; it may take several lines.
+        hints: what to do in place of options that do not exist, by the option's name.
     """
 
-    def __init__(self, *args: Any, example: str, **settings: Any) -> None:
+    def __init__(self, *args: Any, example: str, hints: Mapping[str, str] | None = None, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.example = example
+        self.hints = hints or {}
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments. Raises `click.UsageError`, with the hint for an option that does not exist."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if error.option_name not in self.hints:
+                raise
+            raise click.UsageError(
+                f"No such option {error.option_name!r}: {self.hints[error.option_name]}", ctx
+            ) from None
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write what the verb does, and the example."""

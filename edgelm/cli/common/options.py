@@ -144,13 +144,18 @@ class RecipeName(click.ParamType[str]):
     name = "recipe"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the name unchanged."""
-        from edgelm.quant.recipe import PRESETS
+        """Return the name unchanged.
+
+        Raises:
+            RecipeError: the file is no recipe. Found here, before the slow import of torch.
+        """
+        from edgelm.quant.recipe import PRESETS, Recipe
 
         if value not in PRESETS and not Path(value).is_file():
             self.fail(
                 f"there is no recipe {value!r}: give {', '.join(PRESETS)}, or the path of a .toml file", param, ctx
             )
+        Recipe.load(value)
         return str(value)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,17 @@ _BAD = re.compile(
     re.MULTILINE,
 )
 _GOOD = re.compile(r"^This device computes the same model as the reference(?=[:.])", re.MULTILINE)
+
+# Control characters are shown as the symbols that Unicode has for C0; C1 has none.
+CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
+CONTROL |= dict.fromkeys(range(127, 160), "\N{REPLACEMENT CHARACTER}")
+
+
+def write_answer(text: str) -> None:
+    """Write the model's text to standard output. A terminal gets symbols for its control characters."""
+    # Not with click.echo, which removes escape sequences where output is not a terminal.
+    sys.stdout.write(text.translate(CONTROL) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 def wants_colour() -> bool:
