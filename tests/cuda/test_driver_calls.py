@@ -281,7 +281,11 @@ def failure(library: str | None, kind: type[EdgeLMError] = DeviceError) -> str:
 
 
 def test_no_driver_is_one_clear_line(tmp_path, monkeypatch):
-    assert "no NVIDIA driver" in failure(str(tmp_path / "libcuda.so.1"))
+    path = str(tmp_path / "libcuda.so.1")
+    said = failure(path)
+    assert said.startswith(f"no NVIDIA driver: {path} cannot be loaded (cannot open shared object file")
+    assert said.endswith("Without a GPU, export with --target cpu")
+    assert said.count(path) == 1
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setenv("EDGELM_CUDA_DRIVER", str(broken))

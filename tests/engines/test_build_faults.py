@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import shutil
 import sys
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from edgelm.bundle import MANIFEST, Bundle
 from edgelm.errors import EdgeLMError
 from edgelm.files import lock_folder
+from edgelm.progress import Bars
 from edgelm.runtimes.tensorrt import build as building
 from edgelm.runtimes.tensorrt.build import build_bundle
 from edgelm.runtimes.tensorrt.builder import BuildOptions
@@ -79,6 +82,12 @@ def test_two_builds_into_one_bundle_exclude_each_other(quick: Bundle) -> None:
     ):
         build_bundle(quick, BuildOptions(SMS))
     assert files(quick.path) == before
+
+
+def test_a_build_reports_its_one_step(quick: Bundle) -> None:
+    stream = io.StringIO()
+    build_bundle(quick, BuildOptions(SMS), progress=Bars(Console(file=stream)))
+    assert "building an engine: 1 of 1 in" in stream.getvalue()
 
 
 def test_a_build_keeps_what_another_added_since_the_bundle_was_opened(quick: Bundle) -> None:

@@ -536,3 +536,10 @@ except SystemExit:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "is not one of" in result.stderr
     assert result.stdout == "False\n"
+
+
+def test_without_a_driver_export_says_that_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgelm.cli.export import _has_gpu
+
+    monkeypatch.setenv("EDGELM_CUDA_DRIVER", str(tmp_path / "libcuda.so.1"))
+    assert not _has_gpu()

@@ -227,6 +227,8 @@ def test_a_limit_of_bits_is_kept_and_bits_go_where_they_matter(checkpoint):
 def test_limits_that_cannot_be_met_are_refused_with_what_can(checkpoint):
     with pytest.raises(RecipeError, match=r"these schemes take at least 3\.5\d* bits"):
         mixed_precision_recipe(checkpoint, bits=3.0, tokens=256, schemes=SCHEMES, text=text())
+    with pytest.raises(RecipeError, match=r"Allow more$"):
+        mixed_precision_recipe(checkpoint, bits=2.0, tokens=256, text=text())
     with pytest.raises(RecipeError, match=r"limit of 1000 bytes is too small: .* at least \d+ bytes"):
         mixed_precision_recipe(checkpoint, max_size=1000, tokens=256, schemes=SCHEMES, text=text())
     with pytest.raises(RecipeError, match="either"):
