@@ -1,6 +1,6 @@
 """Description of a tensor in the weights file: the part of the manifest with which other tools can read the weights.
 
-docs/reference/bundle.md defines the values. EdgeLM itself does not need them: graphs and packed headers hold the same.
+docs/reference/weights.md defines the values. EdgeLM itself does not need them: graphs and packed headers hold the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Read every weight of a bundle with numpy and json alone, as docs/reference/bundle.md ("Reading the weights") says.
+"""Read every weight of a bundle with numpy and json alone, as docs/reference/weights.md says.
 
 It shares no code with EdgeLM, and is simple but slow. `read_weights` returns float32 values by the checkpoint's names;
 tensors that the export computed have the bundle's own names.

@@ -1,4 +1,4 @@
-"""Can others read every weight of a bundle from docs/reference/bundle.md alone? `read_bundle.py` follows that page."""
+"""Can others read every weight of a bundle from docs/reference/weights.md alone? `read_bundle.py` follows that page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
 from edgelm.tokenization.tokenizer import Tokenizer
 
-PAGE = Path(__file__).parents[2] / "docs" / "reference" / "bundle.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "weights.md"
 EXAMPLES = Path(__file__).parents[2] / "examples" / "checkpoints"
 SHORT = GoldenOptions(prompts=(Prompt("short", "The quick brown fox"),), greedy_tokens=2)
 FLOAT_ROUTER = '[[rule]]\nmatch = "*.mlp.gate.weight"\nscheme = "float"\n'

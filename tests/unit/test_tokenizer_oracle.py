@@ -1,6 +1,6 @@
 """Do texts and ids agree with transformers in both directions, also with the added tokens of fine-tunes?
 
-What differs on purpose, and is therefore not compared, is listed in docs/reference/bundle.md.
+What differs on purpose, and is therefore not compared, is listed in docs/reference/tokenizer.md.
 """
 
 from __future__ import annotations
