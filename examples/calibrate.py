@@ -38,7 +38,7 @@ def main() -> None:
     )
     # The recipe is a TOML file that can be edited; here it is used unchanged.
     (options.out / "recipe.toml").write_text(chosen.toml, encoding="utf-8")
-    print(f"{chosen.bits:.2f} bits a weight, expected KL {chosen.predicted:.1e} nats a token before calibration")
+    print(f"{chosen.bits:.2f} bits per weight, expected KL {chosen.predicted:.1e} nats per token before calibration")
 
     calibration = CalibrationOptions(text=options.text, samples=options.samples, length=options.length)
     bundle = export_bundle(

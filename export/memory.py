@@ -39,7 +39,7 @@ def fitting_threads(info: ModelInfo, expert_width: int, golden_tokens: int, thre
     per_token = 4 * info.hidden_size * (3 * (info.num_layers + 1) + 16) + 8 * info.num_layers * (
         info.num_kv_heads * info.head_dim
     )
-    # Six bytes a weight: bfloat16 as read, float32 as computed. Head and embedding are read in blocks.
+    # Six bytes per weight: bfloat16 as read, float32 as computed. Head and embedding are read in blocks.
     reference = 6 * (dense + mlp) + 6 * 2 * BLOCK_WEIGHTS + golden_tokens * (per_token + 64 * info.num_experts)
     for count in range(threads, 0, -1):
         # A thread holds one block as read, as float32 and as quantised values, plus scratch memory.

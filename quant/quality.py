@@ -124,7 +124,7 @@ def plain_rounding(weight: NDArray[np.float32], scheme: Scheme) -> NDArray[np.fl
 
 def markdown() -> Iterator[str]:
     """Yield the lines of the table in docs/performance/quality.md."""
-    yield "| scheme | bits a weight | normal, dB | plain rounding, dB | Student-t, dB |"
+    yield "| scheme | bits per weight | normal, dB | plain rounding, dB | Student-t, dB |"
     yield "|---|---|---|---|---|"
     for row in QUALITY:
         bits = parse_scheme(row.scheme).bits_per_weight(COLUMNS)

@@ -97,7 +97,7 @@ class LoadedModel(Closable):
         self.chunk = min(chunk, context_length)
 
     def device_bandwidth(self) -> float | None:
-        """Measure the bandwidth of the device's memory in bytes a second; None if it cannot be measured."""
+        """Measure the bandwidth of the device's memory in bytes per second; None if it cannot be measured."""
         return None
 
     def _fitting(self, tokens: Sequence[int] | NDArray[np.int64], length: int) -> NDArray[np.int64]:

@@ -186,7 +186,7 @@ def measured_with(peers: Peers) -> str:
 
 
 def headline(peers: Peers) -> list[str]:
-    """Both models in int4 beside llama.cpp, one figure a row."""
+    """Both models in int4 beside llama.cpp, one figure per row."""
     lines = [_row("", "EdgeLM", "llama.cpp", "ratio"), "|---|---:|---:|---:|"]
     for column in ("olmoe int4", "fox int4"):
         for row, label in ((figures.DECODE, "decode"), (figures.PREFILL, "prefill of 512")):
@@ -348,8 +348,8 @@ TABLES = {
     "bandwidth": Table(
         "",
         [
-            ("bytes a token, EdgeLM, GB", measured(figures.BYTES, NATIVE)),
-            ("bytes a token, llama.cpp, GB", measured(figures.BYTES, *LLAMAS)),
+            ("bytes per token, EdgeLM, GB", measured(figures.BYTES, NATIVE)),
+            ("bytes per token, llama.cpp, GB", measured(figures.BYTES, *LLAMAS)),
             ("bandwidth of a mapped file, GB/s", measured(figures.MAPPED, MACHINE)),
             ("EdgeLM's share of it", percent(figures.MAPPED)),
             ("bandwidth of anonymous memory, GB/s", measured(figures.ANONYMOUS, MACHINE)),

@@ -37,7 +37,7 @@ def check_counts(config: Mapping[str, Any], names: Mapping[str, object], path: P
         if isinstance(asked, int) and asked > max(count, 1):
             raise CheckpointError(
                 f"{path / 'config.json'}: {field} is {shortened(asked)}, but the weight files hold "
-                f"{count} {'layers' if field == 'num_hidden_layers' else 'experts a layer'}: config.json describes "
+                f"{count} {'layers' if field == 'num_hidden_layers' else 'experts per layer'}: config.json describes "
                 "another model, or files are missing"
             )
     asked = [config.get("num_hidden_layers"), config.get(field_of_experts) or 1]

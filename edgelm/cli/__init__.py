@@ -1,1 +1,1 @@
-"""The command line: one file a verb, each imported only when its verb is used."""
+"""The command line: one file per verb, each imported only when its verb is used."""

@@ -51,7 +51,7 @@ def bench(
 ) -> None:
     """Measure load time, speed and memory of BUNDLE on this machine.
 
-    The speeds are those of prefill (tokens of the prompt a second) and of decode (new tokens a second).
+    The speeds are those of prefill (tokens of the prompt per second) and of decode (new tokens per second).
     """
     import json
 
@@ -115,7 +115,7 @@ def _bandwidth(result: BenchResult) -> list[tuple[str, str]]:
     """Return rows about the bytes that decoding reads and, for a large model, the share of the memory's bandwidth."""
     from edgelm.sizes import format_size
 
-    reads = f"{format_size(result.bytes_per_token)} a token"
+    reads = f"{format_size(result.bytes_per_token)} per token"
     if result.decode_bandwidth is None:
         return [] if result.batch > 1 else [("reads", f"{reads}, so little that the CPU's caches may hold it")]
     said = f"{format_size(result.decode_bandwidth)}/s: {reads}"

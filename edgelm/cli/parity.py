@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     metavar="NATS",
     type=Number(min=0),
     default_text="no limit",
-    help="Also fail if quantisation lost more than this: the mean KL divergence to the float model, in nats a token.",
+    help="Also fail if quantisation lost more than this: the mean KL divergence to the float model, in nats per token.",
 )
 @option("--no-integrity", is_flag=True, help="Do not check the hashes of the bundle's files first.")
 @option(

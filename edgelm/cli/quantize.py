@@ -107,7 +107,7 @@ def quantize(
         progress.note(
             f"{made.path}: {made.quantized_tensors:,} tensors quantised, {made.float_tensors:,} kept, "
             f"{format_size(made.source_bytes)} -> {format_size(made.stored_bytes)} "
-            f"({made.bits_per_weight:.2f} bits a weight), {plan.name}, in {seconds:.0f} s"
+            f"({made.bits_per_weight:.2f} bits per weight), {plan.name}, in {seconds:.0f} s"
         )
         if result is not None:
             progress.note(f"its recipe, to read and edit: {made.path / RECIPE_FILE}")

@@ -24,8 +24,8 @@ def render(report: ParityReport) -> str:
     run: dict[str, object] = {"runtime": report.runtime, "threads": report.threads}
     if report.speed is not None:
         run["loading, seconds"] = number(report.speed.load_s, 3)
-        run["prefill, tokens a second (this check)"] = number(report.speed.prefill_tokens_per_s)
-        run["decode, tokens a second (this check)"] = number(report.speed.decode_tokens_per_s)
+        run["prefill, tokens per second (this check)"] = number(report.speed.prefill_tokens_per_s)
+        run["decode, tokens per second (this check)"] = number(report.speed.decode_tokens_per_s)
     if report.diagnosis is not None and report.diagnosis.experts_total:
         seen, total = report.diagnosis.experts_seen, report.diagnosis.experts_total
         run["experts that the prompts exercise"] = f"{seen:,} of {total:,}"

@@ -3,7 +3,7 @@
 Activations have the type that the execution provider computes in (ort_providers.py), float32 on the CPU.
 Two facts behind the design, checked on the CPU with ONNX Runtime 1.31 (for CUDA see ort_providers.py):
 
-- `MatMulNBits` takes scales in the activations' type. With float32 scales, int4 in groups of 32 takes 5 bits a weight.
+- `MatMulNBits` takes scales in the activations' type. With float32 scales, int4 in groups of 32 has 5 bits per weight.
 - `FusedMatMul` with `transB` reads a weight in the checkpoint's own layout [out, in]. So no weight is transposed, and a
   tied embedding and head share their bytes.
 """
@@ -284,7 +284,7 @@ class PortableOps(LayerOps):
         if table.zeros and self.provider.whole_zero_rows and table.fmt.blocks(table.columns) * table.fmt.bits % 8:
             self.refuse(
                 name,
-                f"has {table.fmt.blocks(table.columns)} groups a row with zero points of {table.fmt.bits} bits, "
+                f"has {table.fmt.blocks(table.columns)} groups per row with zero points of {table.fmt.bits} bits, "
                 f"which {self.provider.title} computes wrongly: give it a symmetric scheme in the recipe",
             )
         inputs = [

@@ -227,7 +227,7 @@ def _activations(where: str, inputs: Settings) -> str | None:
         plain = inputs.get("strategy") == "token" and inputs.get("num_bits") == 8 and inputs.get("symmetric", True)
         return f"{kind}-token" if plain else None
     if inputs.get("num_bits", 8) != 8 or inputs.get("strategy") not in (None, "tensor"):
-        raise reading.unsupported(f"{where}.input_activations", dict(inputs), "static scales for 8 bits, one a tensor")
+        raise reading.unsupported(f"{where}.input_activations", dict(inputs), "static scales of 8 bits per tensor")
     if not reading.flag(inputs, "symmetric", True):
         raise reading.unsupported(f"{where}.input_activations.symmetric", False, "true where the scale is static")
     return f"{kind}-static"

@@ -215,9 +215,9 @@ class _Plan:
         predicted = solution.loss + measured.swaps
         recipe, comments = make_recipe(name, choices, self.has_router)
         head = [
-            f"{bits:.3f} bits a weight, {solution.nbytes} bytes; with norms, routers and padding at most "
+            f"{bits:.3f} bits per weight, {solution.nbytes} bytes; with norms, routers and padding at most "
             f"{solution.nbytes + self.fixed}.",
-            f"Expected KL to the float model {predicted:.2e} nats a token (weights rounded to nearest; at least "
+            f"Expected KL to the float model {predicted:.2e} nats per token (weights rounded to nearest; at least "
             f"{solution.bound + measured.swaps:.2e} with these schemes),",
             f"measured with {tokens} tokens of {text}. The first rule that matches decides: edit freely.",
             *notes,

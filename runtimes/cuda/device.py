@@ -108,7 +108,7 @@ class Device(ABC):
         arguments."""
 
     def copy_bandwidth(self) -> float | None:
-        """Measure the bytes a second that a large copy within the device reads and writes; None if not supported."""
+        """Measure the bytes per second that a large copy within the device reads and writes; None if not supported."""
         return None
 
     @abstractmethod

@@ -335,7 +335,7 @@ class CudaDevice(Device):
         return times
 
     def copy_bandwidth(self) -> float | None:
-        """Measure the bytes a second that a copy of 256 MiB reads and writes (median of ten); None if memory is too
+        """Measure the bytes per second that a copy of 256 MiB reads and writes (median of ten); None if memory is too
         small."""
         nbytes = 256 << 20
         try:

@@ -62,7 +62,7 @@ class CudaBatch(SequenceBatch):
         return self._executor.layout.plan.caches
 
     def device_bandwidth(self) -> float | None:
-        """Measure the bytes a second that a copy within the device reads and writes."""
+        """Measure the bytes per second that a copy within the device reads and writes."""
         self._require_open()
         return self._loaded.device.copy_bandwidth()
 
@@ -179,7 +179,7 @@ class CudaRuntime(Runtime):
         )
 
     def device_bandwidth(self) -> float | None:
-        """Measure the bytes a second that a copy within the device reads and writes."""
+        """Measure the bytes per second that a copy within the device reads and writes."""
         self._require_open()
         return self._loaded.device.copy_bandwidth()
 

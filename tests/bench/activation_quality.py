@@ -208,7 +208,7 @@ def main() -> None:
         start = time.monotonic()
         model = Model(name, options.windows)
         print(f"\n{name}, {model.held_out.size} tokens held out\n")
-        print("| | KL, nats a token | first choice kept |\n|---|---|---|")
+        print("| | KL, nats per token | first choice kept |\n|---|---|---|")
         records[name] = []
         for title, make in variants():
             if options.only not in title:

@@ -182,7 +182,7 @@ def main() -> None:
             maker = Maker(model, folder, options.samples)
             rows(maker, options.peer_bits[i : i + 1])
             lines = measure(maker)
-        print(f"\n{model}\n\n| | bits | KL, nats a token | first choice kept |\n|---|---|---|---|")
+        print(f"\n{model}\n\n| | bits | KL, nats per token | first choice kept |\n|---|---|---|---|")
         for line in lines:
             print(f"| {line.name} | {line.bits:.2f} | {line.kl:.2e} +- {line.error:.0e} | {line.top1:.2%} |")
         print(f"\nin {time.monotonic() - start:.0f} s", flush=True)

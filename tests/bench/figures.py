@@ -30,7 +30,7 @@ BATCH, BATCH_ONE = "batch 8", "batch 1"
 FIRST, FIRST_IMPORTED, FIRST_SPAWNED = "first token", "first token, imports too", "first token, from a new process"
 RESIDENT, WEIGHTS, CACHE, MEMORY = "resident", "weights touched", "cache", "resident over needed"
 ANONYMOUS, MAPPED = "bandwidth, anonymous", "bandwidth, mapped file"
-BYTES = "bytes a token"
+BYTES = "bytes per token"
 UNITS = {
     **dict.fromkeys((PREFILL, LONG_PREFILL, DECODE, LONG_DECODE, BATCH, BATCH_ONE), "tokens/s"),
     **dict.fromkeys((FIRST, FIRST_IMPORTED, FIRST_SPAWNED), "s"),
@@ -191,7 +191,7 @@ TARGETS = (
     Target("prefill vs OpenVINO, x", _against(PREFILL, NATIVE, OPENVINO), _per_column(None, 1.1, None, 1.1)),
     Target("long prefill vs the best peer, x", _against(LONG_PREFILL, NATIVE, *PEERS), _per_column(4, 1.2, None, None)),
     Target("decode vs the best peer, x", _against(DECODE, NATIVE, *PEERS), _per_column(1.05, 1.15, 1.1, 1.0)),
-    Target("bytes a token vs llama.cpp, x", _against(BYTES, NATIVE, *LLAMAS), _per_column(1, 1, 1, 1), at_most=True),
+    Target("bytes per token vs llama.cpp, x", _against(BYTES, NATIVE, *LLAMAS), _per_column(1, 1, 1, 1), at_most=True),
     Target(
         "decode, share of the bandwidth",
         lambda found, column: share(found, column, NATIVE),

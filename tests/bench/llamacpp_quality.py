@@ -225,7 +225,7 @@ def main() -> None:
     records = {}
     for name in options.models:
         print(f"\n{name}, {WINDOWS} windows of {LENGTH} tokens held out\n")
-        print("| | bits | weights: KL, nats a token | top-1 | computed: KL | top-1 | share of the weights by type |")
+        print("| | bits | weights: KL, nats per token | top-1 | computed: KL | top-1 | share of the weights by type |")
         print("|---|---|---|---|---|---|---|")
         records[name] = []
         for line in Model(name).lines(options.llama_python, options.ours):

@@ -262,7 +262,7 @@ def main() -> None:
         start = time.monotonic()
         model = Model(name, options.tokens)
         print(f"\n{name}, {len(model.windows) * LENGTH} tokens held out\n")
-        print("| | MB a token | KL, nats a token | first choice kept | perplexity |")
+        print("| | MB per token | KL, nats per token | first choice kept | perplexity |")
         print("|---|---|---|---|---|")
         lines = []
         for variant in variants(model):

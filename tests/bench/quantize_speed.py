@@ -38,7 +38,7 @@ def main() -> None:
     values = (0.02 * np.random.default_rng(0).standard_normal(SHAPE)).astype(np.float32)
     bf16 = (values.view(np.uint32) >> 16).astype(np.uint16)
     device = devices.describe()
-    print(f"{device.cpu}, one thread, million weights a second: median (lowest .. highest) of {REPEATS}")
+    print(f"{device.cpu}, one thread, million weights per second: median (lowest .. highest) of {REPEATS}")
     records = []
     for name in SCHEMES:
         scheme = parse_scheme(name)

@@ -305,7 +305,7 @@ def test_a_quantised_table_whose_zero_points_do_not_fill_bytes_is_refused(
     tmp_path: Path, checkpoint: MakeCheckpoint
 ) -> None:
     # A row of 128 weights in one group has half a byte of zero points.
-    with pytest.raises(ExportError, match=r"embed_tokens\.weight has 1 groups a row with zero points of 4 bits"):
+    with pytest.raises(ExportError, match=r"embed_tokens\.weight has 1 groups per row with zero points of 4 bits"):
         export(checkpoint("fox"), tmp_path / "b", recipe("int4-g128-asym", "fox"))
 
 

@@ -195,7 +195,7 @@ def test_do_the_kernels_of_a_moe_compile_and_does_inspect_group_its_weights(
     assert asked == set(bundle_kernels(program)) <= set(sources.all_kernels())
     said = CliRunner().invoke(inspect_command, [str(bundle.path), "--verbose"])
     assert said.exit_code == 0, said.output
-    assert "16 of 128 x 128 int4-g32, gate and up, 4.50 bits a weight" in said.output
+    assert "16 of 128 x 128 int4-g32, gate and up, 4.50 bits per weight" in said.output
     document = json.loads(CliRunner().invoke(inspect_command, [str(bundle.path), "--json"]).stdout)
     assert sum(group["count"] for group in document["weights"]) == 2 + 2 * 4
 

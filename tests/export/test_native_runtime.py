@@ -306,7 +306,7 @@ def test_inspect_says_how_weights_are_packed(bundles: dict[tuple[str, str], Bund
     shown = CliRunner().invoke(cli, ["inspect", path, "--verbose"]).stdout
     assert "layers.*" not in CliRunner().invoke(cli, ["inspect", path]).stdout
     for text in (
-        "layers.*.attn.qkv.weight: 2 x int4, groups of 32 [384, 128], 4.51 bits a weight",
+        "layers.*.attn.qkv.weight: 2 x int4, groups of 32 [384, 128], 4.51 bits per weight",
         "layers.*.moe.experts: 32 x int4, groups of 32, SwiGLU [128, 128]",
         "lm_head.weight: int8 in split nibbles, a scale per row [640, 128]",
         "model.layers.*.mlp.gate.weight: 2 x float32 [16, 128]",

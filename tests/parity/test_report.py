@@ -46,7 +46,7 @@ def test_the_report_has_the_result_the_device_and_the_hashes(healthy):
     for check in healthy.checks:
         assert escape(check.title) in html
     assert healthy.files["model.onnx.data"]["sha256"] in html
-    assert "tokens a second" in html
+    assert "tokens per second" in html
     assert "instruction sets" in html
     for prompt in healthy.prompts:
         assert f'<td class="long">{prompt.name}</td>' in html

@@ -73,8 +73,8 @@ def test_too_large_counts_are_refused_with_the_actual_counts(tmp_path: Path) -> 
     for field, value, said in (
         ("num_hidden_layers", 10**12, r"num_hidden_layers is 1000000000000, but the weight files hold 2 layers"),
         ("num_hidden_layers", 3, r"num_hidden_layers is 3, but the weight files hold 2 layers"),
-        ("num_experts", 5, r"num_experts is 5, but the weight files hold 4 experts a layer"),
-        ("num_experts", 10**9, r"num_experts is 1000000000, but the weight files hold 4 experts a layer"),
+        ("num_experts", 5, r"num_experts is 5, but the weight files hold 4 experts per layer"),
+        ("num_experts", 10**9, r"num_experts is 1000000000, but the weight files hold 4 experts per layer"),
         ("max_position_embeddings", 10**12, r"max_position_embeddings is 1000000000000; at most 16777216 is possible"),
         (
             "vocab_size",

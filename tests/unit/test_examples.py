@@ -88,7 +88,7 @@ def test_the_calibration_example_runs_completely(tmp_path: Path) -> None:
         "1",
     ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert "bits a weight, expected KL" in done.stdout
+    assert "bits per weight, expected KL" in done.stdout
     kl = float(done.stdout.rpartition("KL ")[2].split()[0])
     assert 0 < kl < 0.02  # for comparison: int4 rounded to nearest has 0.0155, at half a bit more
     assert Recipe.load(tmp_path / "out" / "recipe.toml").rules

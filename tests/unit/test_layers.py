@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = {"edgelm": "edgelm", "quant": "edgelm.quant", "export": "edgelm.export", "runtimes": "edgelm.runtimes"}
 MOST_FILES = 15
-OPEN_ENDED = {"edgelm/models": "one file a model"}
+OPEN_ENDED = {"edgelm/models": "one file per model"}
 """Folders that may hold more files, with the reason."""
 
 LAYERS = {

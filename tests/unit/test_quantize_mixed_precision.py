@@ -80,7 +80,7 @@ def test_quantize_uses_the_chosen_recipe_and_writes_it(checkpoint: Path, builtin
     assert said["recipe"] == "bits-5"
     assert 4.5 < said["budget"]["bits"] <= 5
     assert said["budget"]["predicted_kl"] >= said["budget"]["bound_kl"] > 0
-    assert f"chosen: {said['budget']['bits']:.2f} bits a weight" in done.stderr
+    assert f"chosen: {said['budget']['bits']:.2f} bits per weight" in done.stderr
     assert "expected KL" in done.stderr
     recipe = Recipe.load(out / "recipe.toml")
     assert "# " in (out / "recipe.toml").read_text()
@@ -178,7 +178,8 @@ def test_recipe_prints_a_table_of_what_it_chose_and_the_next_command(
     done = run(*common, tmp_path / "r.toml")
     assert done.exit_code == 0, done.output
     sentence, _, head, _, *rows = done.stdout.splitlines()
-    assert re.match(r".*r\.toml: [\d.]+ bits a weight, a weights file of .*, expected KL \S+ nats a token", sentence)
+    expected = r".*r\.toml: [\d.]+ bits per weight, a weights file of .*, expected KL \S+ nats per token"
+    assert re.match(expected, sentence)
     assert head.split() == ["matrix", "weights", "bits", "KL,", "nats/token", "schemes"]
     assert rows
     assert all(re.search(r" [\d,]+ +[\d.]+ +\S+e[-+]\d+ +\d+ x \S+", row) for row in rows)

@@ -113,8 +113,8 @@ def in_words(result: MixedPrecision) -> str:
     from edgelm.sizes import format_size
 
     return (
-        f"{result.bits:.2f} bits a weight, a weights file of {format_size(result.file_bytes)}, expected KL "
-        f"{result.predicted:.1e} nats a token (lowest possible with these schemes: {result.bound:.1e})"
+        f"{result.bits:.2f} bits per weight, a weights file of {format_size(result.file_bytes)}, expected KL "
+        f"{result.predicted:.1e} nats per token (lowest possible with these schemes: {result.bound:.1e})"
     )
 
 

@@ -128,7 +128,7 @@ class PackedGroup:
     def line(self) -> str:
         """Format the group for people."""
         times = f"{self.count} x " if self.count > 1 else ""
-        return f"{self.name}: {times}{self.matrix.describe()}, {self.matrix.bits_per_weight:.2f} bits a weight"
+        return f"{self.name}: {times}{self.matrix.describe()}, {self.matrix.bits_per_weight:.2f} bits per weight"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the group for a JSON document."""

@@ -31,12 +31,13 @@ class GpuGroup:
         matrix = self.matrix
         times = f"{self.count} x " if self.count > 1 else ""
         experts = f"{matrix.count} of " if matrix.count > 1 else ""
-        scales = "" if not matrix.kind.scale_bytes else ", a scale a row" if matrix.groups == 1 else f"-g{matrix.group}"
+        shared = ", a scale per row" if matrix.groups == 1 else f"-g{matrix.group}"
+        scales = shared if matrix.kind.scale_bytes else ""
         zeros = " with zero points" if matrix.zeros else ""
         gated = ", gate and up" if matrix.swiglu else ""
         return (
             f"{self.name}: {times}{experts}{matrix.rows} x {matrix.columns} {matrix.kind}{scales}{zeros}{gated}, "
-            f"{self.bits_per_weight:.2f} bits a weight"
+            f"{self.bits_per_weight:.2f} bits per weight"
         )
 
     def as_dict(self) -> dict[str, Any]:

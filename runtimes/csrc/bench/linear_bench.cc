@@ -2,7 +2,7 @@
 //
 //   linear_bench [table] [threads] [rows] [N] [K]
 //
-// Prints, per kind of weights: billions of operations a second (two per multiply-add), the bandwidth at which packed
+// Prints, per kind of weights: billions of operations per second (two per multiply-add), the bandwidth at which packed
 // weights are read, and weights read a second. There are enough matrices that weights come from memory, not from a
 // cache, as in decoding.
 #include <algorithm>
