@@ -202,7 +202,7 @@ def test_rows_of_any_width_gain_equally(scheme):
 
 
 def test_wrong_use_is_refused(weight):
-    with pytest.raises(ValueError, match="none of auto, gptq, search, rtn"):
+    with pytest.raises(ValueError, match="is not one of auto, gptq, search, rtn"):
         calibrate(weight, parse_scheme("int4-g32-sym"), None, method="best")
     with pytest.raises(ValueError, match="rows of 128, its inputs have 64"):
         calibrate(weight, parse_scheme("int4-g32-sym"), Moments(torch.eye(64), 1))
