@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+FIRST_VERSION = "e40b653"
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SPANS = re.findall(r"`([^`\n]+)`", PAGE)
 MAPPED = ("edgelm", "quant", "export", "runtimes/csrc", "runtimes")
@@ -16,7 +17,7 @@ MAPPED = ("edgelm", "quant", "export", "runtimes/csrc", "runtimes")
 
 
 def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def test_the_files_that_it_names_exist() -> None:
@@ -35,8 +36,8 @@ def test_the_make_targets_that_it_names_exist() -> None:
 
 
 def test_the_commits_that_it_names_exist() -> None:
-    if not (ROOT / ".git").exists() or git("rev-parse", "--is-shallow-repository") == "true":
-        pytest.skip("this copy has no history")
+    if not (ROOT / ".git").exists() or git("cat-file", "-t", FIRST_VERSION) != "commit":
+        pytest.skip("this copy does not have the whole history")
     commits = re.findall(r"\b[0-9a-f]{7}\b", PAGE)
     assert len(commits) >= 10
     for commit in commits:
