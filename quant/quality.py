@@ -1,4 +1,4 @@
-"""Signal to noise ratio of each scheme: a table that tests measure again and docs/performance/quality.md shows."""
+"""Signal to noise ratio of each scheme: a table that tests measure again and docs/performance/schemes.md shows."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def plain_rounding(weight: NDArray[np.float32], scheme: Scheme) -> NDArray[np.fl
 
 
 def markdown() -> Iterator[str]:
-    """Yield the lines of the table in docs/performance/quality.md."""
+    """Yield the lines of the table in docs/performance/schemes.md."""
     yield "| scheme | bits per weight | normal, dB | plain rounding, dB | Student-t, dB |"
     yield "|---|---|---|---|---|"
     for row in QUALITY:

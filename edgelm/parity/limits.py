@@ -1,6 +1,6 @@
-"""The table of limits by kind of recipe. The check and the tests read it, and docs/reference/parity.md shows it.
+"""The table of limits by kind of recipe. The check and the tests read it, and docs/reference/parity-limits.md shows it.
 
-How the values were chosen, with the measurements, is in docs/reference/parity.md.
+How the values were chosen, with the measurements, is in docs/reference/parity-limits.md.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ LIKELY = 16
 """Number of recorded tokens, the most probable ones, over which the error of a decoding step is taken.
 
 For one token the native operators compute the logits of improbable ones with the high nibbles of the head alone
-(docs/performance/quality.md, "The head by its high nibbles"). Beyond the first few, tokens that the float reference
+(docs/performance/schemes.md, "The head by its high nibbles"). Beyond the first few, tokens that the float reference
 finds likely may be improbable to the quantised one.
 """
 

@@ -1,4 +1,4 @@
-"""How much does each scheme lose on the tiny trained models? Prints the table of docs/performance/quality.md.
+"""How much does each scheme lose on the tiny trained models? Prints the table of docs/performance/schemes.md.
 
     python tests/bench/quantize_quality.py [MODEL ...] [--tokens N]
 

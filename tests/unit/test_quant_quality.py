@@ -10,7 +10,7 @@ import pytest
 from edgelm.quant import parse_scheme
 from edgelm.quant.quality import QUALITY, markdown, measure, sqnr
 
-PAGE = Path(__file__).parents[2] / "docs" / "performance" / "quality.md"
+PAGE = Path(__file__).parents[2] / "docs" / "performance" / "schemes.md"
 
 
 @pytest.mark.parametrize("row", QUALITY, ids=lambda row: row.scheme)
