@@ -68,6 +68,12 @@ def test_the_picture_is_what_its_script_draws() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_has_a_table_of_contents_of_its_own(page: Path) -> None:
+    # The theme shows one beside the page, and an error in place of another.
+    assert "```{contents}" not in page.read_text(encoding="utf-8")
+
+
 def test_an_example_that_prints_something_else_is_noticed() -> None:
     assert prints(["KL 0.0014", "...", "passed"], "KL  0.25\nmore\n\npassed\n") is None
     assert prints(["passed"], "KL 1\npassed") == "passed"
