@@ -22,7 +22,8 @@ extensions = [
 smartquotes = False
 html_theme = "furo"
 html_title = f"EdgeLM {release}"
-html_static_path = ["figures"]
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 # GitHub's anchors of headings, so that a link works in both places; tables of definitions.
 myst_enable_extensions = ["colon_fence", "deflist", "attrs_inline"]
