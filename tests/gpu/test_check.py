@@ -138,7 +138,7 @@ def test_measurements_stay_within_the_models_positions(name: str, monkeypatch: p
     config = gpu_models.config_of(name)
     at = gpu_models.positions(config)
     assert at.context + at.steps <= at.long <= config["max_position_embeddings"]
-    with pytest.raises(ValueError, match="max_position_embeddings is 60: too few to time"):
+    with pytest.raises(ValueError, match="max_position_embeddings is 60: too few tokens to time"):
         gpu_models.positions(config | {"max_position_embeddings": 60})
 
 

@@ -104,7 +104,7 @@ def test_a_model_larger_than_the_caches_has_its_share_of_the_bandwidth(
     assert result.decode_bandwidth == result.bytes_per_token * result.decode_tokens_per_second.median
     assert result.machine_bandwidth is not None
     assert result.bandwidth_share == result.decode_bandwidth / result.machine_bandwidth
-    said = r"^bandwidth +[\d.]+ [kMG]B/s: .* a token; \d+% of the [\d.]+ [MG]B/s that 1 thread reads here$"
+    said = r"^bandwidth +[\d.]+ [kMG]B/s: .* per token; \d+% of the [\d.]+ [MG]B/s that 1 thread reads here$"
     assert re.search(said, table(result), re.MULTILINE)
     scarce = dataclasses.replace(result, machine_bandwidth=None)
     assert "the memory's own was not measured: too little of it is free" in table(scarce)
