@@ -190,6 +190,7 @@ def run_page(page: Path, folder: Path) -> int:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("EDGELM", "PYTEST"))}
     environment = kept | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "NO_COLOR": "1", "COLUMNS": "120",
+        "OMP_WAIT_POLICY": "passive",  # threads that spin take the CPU from the tests beside
     }  # fmt: skip
     ran, program = 0, ""
     for block in blocks(page):
