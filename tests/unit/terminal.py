@@ -45,6 +45,14 @@ class Terminal:
         """Press keys."""
         os.write(self._fd, text if isinstance(text, bytes) else text.encode())
 
+    def interrupt(self) -> None:
+        """Press Ctrl-C while the command waits for keys.
+
+        Python's readline looks for signals and then waits for keys. It notices a signal in between only at the next key.
+        """
+        self.wait_until_idle()
+        self.send(CTRL_C)
+
     def paste(self, text: str) -> None:
         """Paste text. A terminal marks it as a paste if the program has enabled that, and else types it."""
         asked = self.raw.rfind("\x1b[?2004h") > self.raw.rfind("\x1b[?2004l")
