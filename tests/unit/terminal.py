@@ -48,7 +48,7 @@ class Terminal:
     def interrupt(self) -> None:
         """Press Ctrl-C while the command waits for keys.
 
-        Python's readline looks for signals and then waits for keys. It notices a signal in between only at the next key.
+        Python's readline looks for signals, then waits for keys. A signal in between is noticed only at the next key.
         """
         self.wait_until_idle()
         self.send(CTRL_C)
