@@ -1,23 +1,12 @@
 // Kernels for the first and last steps of a model: embedding lookup, the last token's row, argmax of the logits.
 #pragma once
 
-#include "linear/linear_args.cuh"
+#include "linear/linear_output.cuh"
+#include "rows_args.cuh"
 
 namespace edgelm {
 
 constexpr int kEndThreads = 256;
-
-struct EmbeddingArgs {
-  const i32* ids;   // [rows]
-  const u8* codes;  // the table [n, k], packed as a weight matrix; a tied head reads the same one
-  const u8* scales;
-  const u8* zeros;
-  float* y;  // [rows, k]
-  i32 rows;
-  i32 n;  // ids outside 0 .. n - 1 read row 0
-  i32 k;
-  i32 group;
-};
 
 // Grid: (rows, parts of the columns).
 template <class W> EDGELM_BODY void quant_embedding(const EmbeddingArgs& args) {
@@ -46,13 +35,6 @@ template <class W> EDGELM_BODY void quant_embedding(const EmbeddingArgs& args) {
   }
 }
 
-struct LastTokenArgs {
-  const float* x;  // [batch, tokens, k]
-  float* y;        // [batch, k]
-  i32 tokens;
-  i32 k;
-};
-
 template <class A> EDGELM_BODY void last_token(const LastTokenArgs& args) {
   static_assert(Same<A, float>::value, "the residual stream is float32");
   let_next_kernel_start();
@@ -63,16 +45,6 @@ template <class A> EDGELM_BODY void last_token(const LastTokenArgs& args) {
 
 // Argmax of each row; the first of equal values. NaN is never chosen; a row of NaN gives id -1.
 // Two kernels: top_parts finds the best of each part of a row, top_all the best of the parts.
-struct TopArgs {
-  const float* x;  // [rows, n] input of the first kernel
-  float* values;   // [rows, parts] passed from the first kernel to the second
-  i32* ids;        // likewise
-  i32* out_ids;    // [rows]
-  i32 n;
-  i32 parts;
-  i32 part;  // columns of a part
-};
-
 EDGELM_DEVICE bool is_better(float a, int a_id, float b, int b_id) {
   if (a_id < 0 || b_id < 0) return b_id < 0 && a_id >= 0;
   return a > b || (a == b && a_id < b_id);

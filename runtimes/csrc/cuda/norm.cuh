@@ -1,23 +1,12 @@
 // Kernels over rows of activations: RMSNorm, type conversion, rounding to E4M3.
 #pragma once
 
-#include "linear/linear_args.cuh"
+#include "linear/linear_output.cuh"
+#include "rows_args.cuh"
 
 namespace edgelm {
 
 constexpr int kRowThreads = 256;
-
-struct RowsArgs {
-  const void* x;      // [rows, k]: float32 if x_float, otherwise A
-  const float* norm;  // [k]; null: no norm
-  void* y;            // [rows, k]: float32, A or E4M3
-  float* scales;      // [rows]; null unless rounded to E4M3
-  i32 rows;
-  i32 k;  // even
-  i32 x_float;
-  float epsilon;
-  float round_scale;  // as in LinearArgs
-};
 
 // Load two neighbouring numbers of a row of float, bfloat16 or float16.
 template <class A> EDGELM_DEVICE void load_pair(const A* from, float& low, float& high) {
@@ -98,15 +87,6 @@ template <class A, class Y> EDGELM_BODY void convert_rows(const RowsArgs& args) 
     }
   }
 }
-
-struct RmsNormArgs {
-  const void* x;          // A [rows, k]
-  const float* weight;    // [k]
-  const float* residual;  // [rows, k]; null: none
-  float* y;               // [rows, k]; may be x or residual
-  i32 k;                  // even
-  float epsilon;
-};
 
 // y = residual + x * rsqrt(mean(x^2) + epsilon) * weight, one block per row.
 template <class A> EDGELM_BODY void rms_norm(const RmsNormArgs& args) {

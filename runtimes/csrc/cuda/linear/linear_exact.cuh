@@ -5,7 +5,7 @@
 // tensor-core kernels.
 #pragma once
 
-#include "linear/linear_args.cuh"
+#include "linear/linear_output.cuh"
 
 namespace edgelm {
 

@@ -8,7 +8,7 @@
 // XF8: x is E4M3 (from convert_rows) and so are the weights; A is then only a type of y.
 #pragma once
 
-#include "linear/linear_args.cuh"
+#include "linear/linear_output.cuh"
 
 // Devices whose mma.sync multiplies E4M3 directly: Ada and consumer Blackwell (SM 89, 120). On Hopper and data-centre
 // Blackwell the compiler would convert every operand to float16 for each mma; this kernel converts it once.

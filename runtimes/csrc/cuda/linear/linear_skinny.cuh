@@ -9,7 +9,7 @@
 // bytes, so that the eight rows that ldmatrix reads are on different banks.
 #pragma once
 
-#include "linear/linear_args.cuh"
+#include "linear/linear_output.cuh"
 
 namespace edgelm {
 

@@ -14,51 +14,13 @@
 #pragma once
 
 #include "device.cuh"
+#include "moe/moe_args.cuh"
 
 namespace edgelm {
 
 constexpr int kChooseTokens = 32;  // per block: the tokens of an expert are bits of one word
 constexpr int kMaxChosen = 16;
 constexpr int kMaxExperts = 256;
-
-struct MoeRouterArgs {
-  const float* x;       // [tokens, columns]
-  const float* norm;    // [columns]
-  const float* router;  // [experts, columns]
-  float* logits;        // [tokens, experts]
-  void* normed;         // [tokens, columns] of A: RMSNorm(x)
-  int tokens, columns, experts;
-  float epsilon;
-};
-
-struct MoeChooseArgs {
-  const float* logits;    // [tokens, experts]
-  int* chosen;            // [tokens, k], from choose_many to place: expert * 32 + rank among its tokens in the block
-  float* chosen_weights;  // [tokens, k], written by choose_many, read by place
-  int* counts;            // [blocks of 32 tokens, experts], the same
-  int* offsets;           // [experts + 1]: the first slot of each expert
-  int* row_map;           // [slots]: the slot's token
-  float* slot_weights;    // [slots]
-  int* slot_of;           // [tokens, k]: a token's slots, ascending
-  int* active;            // [1 + min(experts, slots), 4]: {number of experts that have tokens}, then for each of these
-                          // in order {index, first slot, slots}, then zeros
-  int tokens, experts, k, normalize;
-};
-
-struct MoeRouteArgs {
-  MoeRouterArgs router;
-  MoeChooseArgs choose;
-  int* counter;  // must be 0; is 0 again at the end
-};
-
-struct MoeCombineArgs {
-  const float* x;             // [tokens, columns]
-  const float* outputs;       // [slots, columns]
-  const float* slot_weights;  // [slots]
-  const int* slot_of;         // [tokens, k], ascending
-  float* y;                   // [tokens, columns]; may be x
-  int tokens, columns, k;
-};
 
 // -- router: few tokens -----------------------------------------------------------------------------------------------
 

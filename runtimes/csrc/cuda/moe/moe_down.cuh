@@ -5,25 +5,10 @@
 // do the same amount of work whichever experts were chosen. The down results are not written to memory.
 #pragma once
 
+#include "moe/moe_args.cuh"
 #include "weights.cuh"
 
 namespace edgelm {
-
-struct MoeDownArgs {
-  const void* hidden;  // [slots, hidden_columns] of A
-  const u8* codes;     // the experts' matrices [columns, hidden_columns] in tiles
-  const u8* scales;
-  const u8* zeros;    // null: symmetric
-  const int* active;  // this and the next as in MoeChooseArgs
-  const float* slot_weights;
-  const int* slot_of;
-  const float* x;  // [tokens, columns]
-  float* y;        // [tokens, columns]; may be x
-  i64 codes_stride, scales_stride, zeros_stride;
-  int tokens, columns, hidden_columns, group, k;
-  int most_active;  // min(experts, slots)
-  int split;        // warps that share an expert's rows; each takes a part of the columns of hidden
-};
 
 constexpr int kDownThreads = 512, kDownWarps = kDownThreads / kWarp;
 // Tiles of a warp in shared memory, loaded or in flight. The results of 32 tokens leave room for fewer.
