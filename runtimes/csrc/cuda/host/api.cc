@@ -1,0 +1,64 @@
+// What Python calls: functions from named fields (fields.h) to bytes. runtimes/cuda/planning.py is the other side.
+#include <exception>
+#include <functional>
+#include <map>
+#include <string>
+
+#include "cuda/host/fields.h"
+#include "cuda/host/planners.h"
+
+namespace edgelm::gpu {
+
+namespace {
+
+void append(std::string& to, const void* bytes, std::size_t size) { to.append(static_cast<const char*>(bytes), size); }
+
+const std::map<std::string, Function>& functions() {
+  static const std::map<std::string, Function> all = [] {
+    std::map<std::string, Function> found;
+    for (const auto& table : {linear_functions(), moe_functions(), attention_functions(), node_functions()}) {
+      found.insert(table.begin(), table.end());
+    }
+    return found;
+  }();
+  return all;
+}
+
+}  // namespace
+
+std::string serialised(const Launches& launches) {
+  std::string out;
+  for (const Launch& one : launches) {
+    const u32 head[7] = {u32(one.kernel.size()), one.grid[0], one.grid[1], one.grid[2], one.block, one.shared,
+                         u32(one.args.size())};
+    append(out, head, sizeof head);
+    append(out, one.kernel.data(), one.kernel.size());
+    append(out, one.args.data(), one.args.size());
+  }
+  return out;
+}
+
+}  // namespace edgelm::gpu
+
+// Call a function by name. `answer` and `size` are its result, or the message of an error; they stay valid until the
+// next call of the same thread. Returns 0, or the Error::Kind.
+extern "C" __attribute__((visibility("default"))) int edgelm_gpu_call(const char* function, const char* fields,
+                                                                      const char** answer, std::size_t* size) {
+  using namespace edgelm::gpu;
+  static thread_local std::string last;
+  int status = 0;
+  try {
+    const auto found = functions().find(function);
+    if (found == functions().end()) throw Error(std::string("there is no function ") + function, Error::Kind::kOther);
+    last = found->second(Fields(fields));
+  } catch (const Error& error) {
+    last = error.what();
+    status = int(error.kind);
+  } catch (const std::exception& error) {
+    last = error.what();
+    status = int(Error::Kind::kOther);
+  }
+  *answer = last.data();
+  *size = last.size();
+  return status;
+}
