@@ -2,6 +2,8 @@
 
 #include <cerrno>
 #include <cstdlib>
+#include <locale>
+#include <sstream>
 
 namespace edgelm::gpu {
 
@@ -51,10 +53,11 @@ u64 Fields::address(const std::string& name) const {
 }
 
 double Fields::number(const std::string& name) const {
-  const std::string& value = text(name);
-  char* end = nullptr;
-  const double number = std::strtod(value.c_str(), &end);
-  if (value.empty() || *end) throw wrong(name, value, "a number");
+  // Not strtod, which reads the decimal separator of the application's locale.
+  std::istringstream stream(text(name));
+  stream.imbue(std::locale::classic());
+  double number = 0;
+  if (!(stream >> std::noskipws >> number) || stream.peek() != EOF) throw wrong(name, text(name), "a number");
   return number;
 }
 
