@@ -16,7 +16,8 @@ void append(std::string& to, const void* bytes, std::size_t size) { to.append(st
 const std::map<std::string, Function>& functions() {
   static const std::map<std::string, Function> all = [] {
     std::map<std::string, Function> found;
-    for (const auto& table : {linear_functions(), moe_functions(), attention_functions(), node_functions()}) {
+    for (const auto& table : {kernel_functions(), linear_functions(), rows_functions(), moe_functions(),
+                              sparse_moe_functions(), attention_functions(), node_functions()}) {
       found.insert(table.begin(), table.end());
     }
     return found;
@@ -25,6 +26,12 @@ const std::map<std::string, Function>& functions() {
 }
 
 }  // namespace
+
+DeviceInfo device_of(const Fields& fields) {
+  const DeviceInfo device{i32(fields.size("sm")), i32(fields.size("multiprocessors"))};
+  if (device.multiprocessors < 1) throw Error("multiprocessors is 0, expected 1 or more");
+  return device;
+}
 
 std::string serialised(const Launches& launches) {
   std::string out;

@@ -42,13 +42,19 @@ i64 Fields::integer(const std::string& name) const {
   return number;
 }
 
+i64 Fields::size(const std::string& name) const {
+  const i64 number = integer(name);
+  if (number < 0 || number > kMostSize) throw wrong(name, text(name), "0 to 2147483647");
+  return number;
+}
+
 u64 Fields::address(const std::string& name) const {
   if (!has(name)) return 0;
   const std::string& value = text(name);
   char* end = nullptr;
   errno = 0;
   const u64 number = std::strtoull(value.c_str(), &end, 10);
-  if (value.empty() || *end || errno) throw wrong(name, value, "an address");
+  if (value.empty() || value[0] == '-' || *end || errno) throw wrong(name, value, "an address");
   return number;
 }
 

@@ -19,6 +19,7 @@ class Fields {
   // The value; throws Error if it is missing, or is not a number of the range.
   const std::string& text(const std::string& name) const;
   i64 integer(const std::string& name) const;
+  i64 size(const std::string& name) const;     // 0 to 2^31 - 1: fits the i32 of a kernel's arguments
   u64 address(const std::string& name) const;  // 0 if missing
   double number(const std::string& name) const;
   // The same with a value for a missing one.

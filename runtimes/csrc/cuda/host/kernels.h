@@ -26,6 +26,9 @@ const KernelSources& linear_kernels();
 const KernelSources& moe_kernels();
 const KernelSources& attention_kernels();
 
+// The C++ name of the element type: of activations, or of weights (int4 and int8 included).
+const char* cuda_type(const std::string& type);
+
 // A name to a line, for Python.
 std::string lines_of(const KernelNames& names);
 

@@ -55,6 +55,7 @@ Launch make_launch(std::string kernel, i64 x, i64 y, i64 z, i64 threads, i64 sha
 // An address on the device as a pointer of the type that a struct has; 0 is null.
 template <class T> void point(T*& to, u64 address) { to = reinterpret_cast<T*>(address); }
 
+constexpr i64 kMostSize = (i64(1) << 31) - 1;  // of a dimension: an i32 of the arguments
 constexpr i64 kAlignment = 256;
 constexpr i64 divide_up(i64 x, i64 by) { return (x + by - 1) / by; }
 constexpr i64 round_up(i64 x, i64 multiple = kAlignment) { return divide_up(x, multiple) * multiple; }

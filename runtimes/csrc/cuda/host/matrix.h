@@ -21,6 +21,8 @@ struct Matrix {
   // Read the fields PREFIXkind, PREFIXrows, ... Throws Error (kBundle) if they contradict each other.
   static Matrix of(const Fields& fields, const std::string& prefix = "");
 
+  std::string text() const;  // for messages
+
   i64 tile_columns() const;
   i64 scale_bytes() const;  // of one scale; 0: the kind has none
   i64 blocks() const { return divide_up(rows, kRows); }
@@ -31,6 +33,9 @@ struct Matrix {
   i64 zeros_stride() const { return zeros ? blocks() * groups() * kRows : 0; }
   i64 scales_offset() const { return round_up(count * codes_stride()); }
   i64 zeros_offset() const { return scales_offset() + round_up(count * scales_stride()); }
+  // Addresses of the parts of a blob; 0: it has none.
+  u64 scales_at(u64 blob) const { return scale_bytes() ? blob + u64(scales_offset()) : 0; }
+  u64 zeros_at(u64 blob) const { return zeros ? blob + u64(zeros_offset()) : 0; }
 };
 
 }  // namespace edgelm::gpu

@@ -1,14 +1,15 @@
-// Launches of the kernels in moe.cuh: router, choice of experts, sorting by expert, weighted sum; and of SparseMoE,
-// which puts them around the grouped matmuls of linear.cuh.
+// Launches of the kernels in moe.cuh: router, choice of experts, sorting by expert, weighted sum. sparse_moe.h puts
+// them together.
 #pragma once
 
 #include <string>
 
 #include "cuda/host/kernels.h"
-#include "cuda/host/linear.h"
 #include "cuda/host/matrix.h"
 
 namespace edgelm::gpu {
+
+class Fields;
 
 // The shape of an MoE layer, with the letters of moe.cuh.
 struct MoeShape {
@@ -21,6 +22,8 @@ struct MoeShape {
   std::string activation = "bf16";  // type of the experts' activations: bf16, f16, or f32 for the exact kernels
   float epsilon = 1e-5f;            // of the norm
 
+  // Read the fields tokens, columns, ..., and check them.
+  static MoeShape of(const Fields& fields);
   // Throw Error if the kernels cannot compute this.
   void check() const;
 
@@ -49,34 +52,25 @@ struct MoeWorkspace {
   static u64 bytes(const MoeShape& shape);
 };
 
-// A call of the operator: shape, the formats of the experts' two blobs, and `rounding` of their matmuls (Matmul).
-struct SparseMoe {
-  MoeShape shape;
-  Matrix gate_up, down;
-  float rounding = 0;
+// The kernels' launches one by one. Addresses are those of SparseMoeBuffers and MoeWorkspace.
+//
+// Logits and normed rows.
+Launch moe_router_launch(const MoeShape& shape, u64 x, u64 norm, u64 router, u64 logits, u64 normed);
+// Choice of experts and sorting: one launch up to 32 tokens, two for more. offsets, row_map, slot_weights, slot_of and
+// active of `places` are written.
+Launches moe_choose_launches(const MoeShape& shape, u64 logits, const MoeWorkspace& places);
+// Both. Up to 32 tokens it is one launch, with `counter`: an int32 that is 0, and is 0 again when the launch has ended.
+Launches moe_route_launches(const MoeShape& shape, u64 x, u64 norm, u64 router, u64 logits, const MoeWorkspace& places,
+                            u64 counter);
+// y = x + weighted sum of the experts' outputs.
+Launch moe_combine_launch(const MoeShape& shape, u64 x, u64 outputs, u64 slot_weights, u64 slot_of, u64 y);
+// y = x + weighted sum of the experts' down matmuls, for up to 32 tokens and 16-bit activations. `matrix`: the experts'
+// matrices [D, F], `weights` their blob. Throws Error if there is no kernel for it, or the matrix does not fit.
+Launch moe_down_launch(const MoeShape& shape, const Matrix& matrix, u64 weights, u64 x, u64 hidden,
+                       const MoeWorkspace& places, u64 y);
+constexpr i64 kDownTokens = 32;  // for up to so many tokens there is moe_down
 
-  // Throw Error if the kernels cannot compute this.
-  void check() const;
-  // Whether the down matmul and the weighted sum are one launch.
-  bool fuses_down() const;
-};
-
-// Addresses on the device.
-struct SparseMoeBuffers {
-  u64 x;              // float32 [M, D]
-  u64 norm;           // float32 [D]
-  u64 router;         // float32 [E, D]
-  u64 gate_up, down;  // the experts' weights
-  u64 y;              // float32 [M, D], written; may be x
-  u64 workspace;      // `sparse_moe_workspace_bytes` of scratch memory
-  u64 logits = 0;     // float32 [M, E], receives the router's logits; 0: not needed
-  u64 counters = 0;   // kMoeCounterBytes of zeros, or 0. The launches reset them. They save a launch for few tokens
-};
-constexpr i64 kMoeCounterBytes = 4;
-
-u64 sparse_moe_workspace_bytes(const SparseMoe& call);
-Launches sparse_moe_launches(const SparseMoe& call, const SparseMoeBuffers& buffers, const DeviceInfo& device);
-// Every kernel that such a call may launch, for any number of tokens.
-KernelNames sparse_moe_kernels(const SparseMoe& call);
+// The kernel names that choose experts contain it: the experts that there are at most, 32, 64, 128 or 256.
+i64 moe_expert_limit(i64 experts);
 
 }  // namespace edgelm::gpu

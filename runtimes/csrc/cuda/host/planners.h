@@ -12,10 +12,16 @@ namespace edgelm::gpu {
 using Function = std::function<std::string(const Fields&)>;
 using Functions = std::map<std::string, Function>;
 
+Functions kernel_functions();
 Functions linear_functions();
+Functions rows_functions();
 Functions moe_functions();
+Functions sparse_moe_functions();
 Functions attention_functions();
 Functions node_functions();
+
+// The device that the fields `sm` and `multiprocessors` describe.
+DeviceInfo device_of(const Fields& fields);
 
 // The bytes that planning.py reads: for each launch seven u32 (bytes of the name, grid x y z, threads, shared bytes,
 // bytes of the arguments), the name, the arguments.
