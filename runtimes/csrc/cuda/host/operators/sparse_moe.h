@@ -1,8 +1,8 @@
 // Launches of SparseMoE: the kernels of moe.cuh around the grouped matmuls of linear.cuh.
 #pragma once
 
-#include "cuda/host/linear.h"
-#include "cuda/host/moe.h"
+#include "cuda/host/operators/linear.h"
+#include "cuda/host/operators/moe.h"
 
 namespace edgelm::gpu {
 

@@ -1,4 +1,4 @@
-#include "cuda/host/sparse_moe.h"
+#include "cuda/host/operators/sparse_moe.h"
 
 #include <algorithm>
 

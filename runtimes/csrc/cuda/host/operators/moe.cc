@@ -1,4 +1,4 @@
-#include "cuda/host/moe.h"
+#include "cuda/host/operators/moe.h"
 
 #include <algorithm>
 #include <array>

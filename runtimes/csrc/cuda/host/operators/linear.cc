@@ -1,4 +1,4 @@
-#include "cuda/host/linear.h"
+#include "cuda/host/operators/linear.h"
 
 #include <algorithm>
 #include <cmath>

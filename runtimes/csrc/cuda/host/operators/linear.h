@@ -8,7 +8,7 @@
 
 #include "cuda/host/kernels.h"
 #include "cuda/host/matrix.h"
-#include "cuda/host/rows.h"
+#include "cuda/host/operators/rows.h"
 
 namespace edgelm::gpu {
 

@@ -1,4 +1,4 @@
-#include "cuda/host/rows.h"
+#include "cuda/host/operators/rows.h"
 
 #include "cuda/host/planners.h"
 #include "cuda/rows_args.cuh"
