@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from edgelm.bundle.kv_cache import row_bytes
 from edgelm.errors import BundleError, EdgeLMError
 from edgelm.runtimes.cuda import sparse_moe
 from edgelm.runtimes.cuda.device import DeviceInfo, Launch
@@ -12,6 +13,7 @@ from edgelm.runtimes.cuda.kernels import attention, linear
 from edgelm.runtimes.cuda.kernels.attention import AttentionBuffers, AttentionShape
 from edgelm.runtimes.cuda.kernels.linear import Matmul
 from edgelm.runtimes.cuda.kernels.moe import MoeShape
+from edgelm.runtimes.cuda.planning import Field
 from edgelm.runtimes.cuda.program import PROGRAM_FILE, Node, Program, matrix_of
 from edgelm.runtimes.cuda.sparse_moe import SparseMoe, SparseMoeBuffers
 
@@ -67,12 +69,38 @@ class Operators:
                 )
         self.program = program
         self._kv = KV_CODES[kv]
+        self._kv_name = kv
         self._capacity = capacity
         self._info = info
 
     def launches(self, node: Node, step: Step, addresses: Mapping[str, int], scratch: Scratch) -> list[Launch]:
         """Return the launches of a node, given the addresses of its inputs and outputs (0 for an absent one)."""
         return _LAUNCHES[node.op](self, node, step, addresses, scratch)
+
+    def fields(self, node: Node, step: Step, addresses: Mapping[str, int]) -> dict[str, Field]:
+        """Return the description of a node that the planning in C++ reads (csrc/cuda/host/node.h)."""
+        found: dict[str, Field] = dict(node.attrs)
+        if node.op == "GroupQueryAttention":
+            found["kv"] = self._kv_name
+        for prefix, names in (("input", node.inputs), ("output", node.outputs)):
+            for index, name in enumerate(names):
+                if name:
+                    found[f"{prefix}.{index}"] = tensor_field(addresses[name], *self._tensor(node, name, step))
+        return {**found, "op": node.op, "name": node.name}
+
+    def _tensor(self, node: Node, name: str, step: Step) -> tuple[str, Sequence[int]]:
+        """Return type and dimensions of an input or output."""
+        program = self.program
+        if name in program.weights:
+            return program.weights[name].type, program.weights[name].dims
+        if name in program.values:
+            return program.values[name].type, (step.batch, step.tokens, program.values[name].width)
+        if name == "past_lengths":
+            return "int32", (step.batch,)
+        if name == "input_ids":
+            return "int32", (step.batch, step.tokens)
+        row = row_bytes(self._kv_name, node.integer("head_size"), "gpu")
+        return "uint8", (step.batch, node.integer("kv_num_heads"), self._capacity, row)
 
     def kernels(self) -> tuple[str, ...]:
         """Return all kernels that steps of this program may launch."""
@@ -174,6 +202,11 @@ class Operators:
         del scratch
         width = self.program.values[node.outputs[0]].width
         return [linear.last_token_launch(at[node.inputs[0]], at[node.outputs[0]], step.batch, step.tokens, width)]
+
+
+def tensor_field(address: int, kind: str, dims: Iterable[int]) -> str:
+    """Return the text of a tensor in `Operators.fields`."""
+    return f"{address}:{kind}:{','.join(map(str, dims))}"
 
 
 def bundle_kernels(program: Program) -> tuple[str, ...]:
