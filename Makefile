@@ -7,14 +7,16 @@
 # make mutations  do the tests notice the deliberate mistakes of tests/mutations? Long, and no part of `make test`;
 #             ONLY=files tries one area, or the files whose path has the word
 # make coverage  which lines of Python the tests run, by package, and the files with most lines left; takes an hour
+# make python310  what runs on a device with Python 3.10 (JetPack 6), on a real one: PYTHON310=python3.10
 # make release VERSION=0.3.0  check that everything is ready for this version, then tag it; nothing is pushed
 #
-# Needs Python 3.11 or newer, a C++17 compiler (GCC or Clang) and CMake. The first run makes .venv; after that it is
+# Building and testing need Python 3.11 or newer, a C++17 compiler (GCC or Clang) and CMake. The first run makes .venv; after that it is
 # made again only when the build files change. New Python files need no new install, new folders beside edgelm/ do.
 # pip's own variables work (PIP_INDEX_URL, PIP_FIND_LINKS, ...); where PyTorch's CPU index is among them, its small CPU
 # build is taken in place of the CUDA one.
 
 PYTHON ?= python3
+PYTHON310 ?= python3.10
 VENV ?= .venv
 # pip and `make kernel` share the build folder build/csrc: each kernel is compiled once. By itself pip would take Ninja,
 # and empty the folder for each isolated environment: scikit-build-core is installed first.
@@ -29,7 +31,7 @@ GPU_TESTS := tests/cuda tests/engines tests/gpu
 KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
     $(foreach folder,. kernels kernels/* ort ort/* cuda/host cuda/host/*,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))
 
-.PHONY: demo test lint types docs test-cpp test-arm test-python test-unit test-export test-gpu install pyview kernel node mutations coverage release clean
+.PHONY: demo test lint types docs test-cpp test-arm test-python test-unit test-export test-gpu install pyview kernel node mutations coverage python310 release clean
 
 demo: $(INSTALLED)
 	$(BIN)/edgelm demo
@@ -91,7 +93,7 @@ $(NODE): tests/node/package.json tests/node/package-lock.json
 	touch $@
 
 $(INSTALLED): pyproject.toml constraints.txt $(KERNEL_SOURCES)
-	@$(PYTHON) -c 'import sys; sys.exit("EdgeLM needs Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("building and testing EdgeLM need Python 3.11 or newer: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# Without isolation packages that come as sources need a setuptools that builds wheels by itself.
 	$(BIN)/python -m pip install --constraint constraints.txt scikit-build-core 'setuptools>=70.1'
@@ -124,6 +126,14 @@ coverage: $(INSTALLED) $(HARNESS) node kernel
 	$(BIN)/coverage combine --quiet
 	for package in edgelm quant export runtimes; do $(BIN)/coverage report --include "$$package/*" | tail -1; done
 	$(BIN)/coverage report --sort=cover
+
+# Without torch and ONNX Runtime, as on a board. The kernels are emulated, which needs a C++ compiler.
+python310:
+	$(PYTHON310) -m venv build/python310
+	EDGELM_PURE=1 build/python310/bin/python -m pip install --quiet . 'nvidia-cuda-nvrtc-cu12==12.6.*' 'nvidia-cuda-nvrtc==13.0.*' 'pytest>=8.4'
+	build/python310/bin/pytest -q tests/cuda/test_driver_calls.py tests/cuda/test_kernel_images.py tests/cuda/test_nvrtc.py tests/cuda/test_moe.py
+	cd build/python310 && bin/edgelm parity ../../tests/export/older_bundles/fox-tensorrt --runtime cuda-emulated
+	cd build/python310 && bin/edgelm doctor | grep -F 'this is Python 3.10; with Python 3.11 or newer'
 
 release:
 	.github/release.sh $(VERSION)

@@ -8,14 +8,29 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 NAME = "edgelm"
+# Extras whose packages have no wheels for Python 3.10; their markers in pyproject.toml say the same.
+_NEWER_PYTHON = {"cpu": (3, 11), "cuda": (3, 11), "dev": (3, 11)}
 
 
 def install_hint(*extras: str) -> str:
-    """Return the pip command that adds these extras to this installation; without any, one that reinstalls EdgeLM."""
+    """Return the pip command that adds these extras to this installation; without any, one that reinstalls EdgeLM.
+
+    If this Python is too old for an extra, the hint asks for a newer one first.
+    """
+    least = max((_NEWER_PYTHON.get(extra, (3, 0)) for extra in extras), default=(3, 0))
+    command = _command(extras)
+    if sys.version_info >= least:
+        return command
+    here, newer = ("{}.{}".format(*version[:2]) for version in (sys.version_info, least))
+    return f"this is Python {here}; with Python {newer} or newer: {command}"
+
+
+def _command(extras: tuple[str, ...]) -> str:
     wanted = f"[{','.join(extras)}]" if extras else ""
     again = "" if extras else "--force-reinstall --no-deps "
     origin, editable = _origin()

@@ -14,11 +14,11 @@ from __future__ import annotations
 import json
 import math
 import stat
-import tomllib
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from enum import StrEnum
+from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -30,6 +30,7 @@ __all__ = [
     "ErrorFactory",
     "OneOf",
     "Range",
+    "StrEnum",
     "from_data",
     "parse",
     "parse_toml",
@@ -47,6 +48,12 @@ _SHOWN = 60
 
 T = TypeVar("T")
 _Reader = Callable[[Any], Any]
+
+
+class StrEnum(str, Enum):
+    """Strings of a fixed set, as `enum.StrEnum`, which Python 3.10 lacks."""
+
+    __str__ = str.__str__
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,11 @@ def parse(text: bytes | str, where: Path | str, errors: ErrorFactory, *, finite:
 
 def parse_toml(text: bytes | str, where: Path | str, errors: ErrorFactory) -> dict[str, Any]:
     """Parse TOML. Raises as `parse`; errors name the line."""
+    if sys.version_info >= (3, 11):
+        import tomllib  # novm: vermin looks at conditions outside functions only
+    else:
+        import tomli as tomllib  # the same library
+
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8")
         value = tomllib.loads(decoded)

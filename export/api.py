@@ -278,7 +278,7 @@ def _created() -> str | None:
     if not given:
         return None
     try:
-        return datetime.datetime.fromtimestamp(int(given), datetime.UTC).isoformat(timespec="seconds")
+        return datetime.datetime.fromtimestamp(int(given), datetime.timezone.utc).isoformat(timespec="seconds")
     except (ValueError, OverflowError, OSError) as error:
         raise ExportError(
             f"SOURCE_DATE_EPOCH is {given!r}: give the seconds since 1970 as a whole number, or unset it"

@@ -6,11 +6,14 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from math import gcd
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from edgelm.errors import RecipeError
+
+if TYPE_CHECKING:
+    from typing import Self
 
 MIN_GROUP = 16
 """Smallest group. ONNX Runtime's block-quantised operators need a power of two of at least 16."""

@@ -6,10 +6,9 @@ docs/reference/weights.md defines the values. EdgeLM itself does not need them: 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from enum import StrEnum
 from typing import Annotated, Any
 
-from edgelm.json_dataclass import Count, Range
+from edgelm.json_dataclass import Count, Range, StrEnum
 
 _Size = Annotated[int, Range(1, 2**63 - 1)]
 

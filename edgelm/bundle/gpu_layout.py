@@ -22,10 +22,9 @@ bytes; in it, matrix e begins at e times the part's stride.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Annotated
 
-from edgelm.json_dataclass import Range
+from edgelm.json_dataclass import Range, StrEnum
 
 ROWS = 16
 TILE_BYTES = 512

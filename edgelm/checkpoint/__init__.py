@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ from edgelm.files import restore
 from edgelm.models import Family, family
 from edgelm.models.spec import Decoder
 from edgelm.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from typing import Self
 
 __all__ = [
     "Checkpoint",

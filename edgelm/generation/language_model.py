@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 from edgelm.bundle import Bundle
 from edgelm.errors import (
@@ -26,6 +26,8 @@ from edgelm.runtimes import Runtime, open_runtime
 from edgelm.runtimes.base import checked_tokens, context_full, whole_numbers
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from edgelm.tokenization.chat_template import ChatTemplate
     from edgelm.tokenization.tokenizer import Tokenizer
 

@@ -4,14 +4,24 @@ import json
 import os
 import time
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import pytest
 
 from edgelm.errors import BundleError
-from edgelm.json_dataclass import Count, ErrorFactory, OneOf, Range, from_data, parse, read_bytes, require_format, shown
+from edgelm.json_dataclass import (
+    Count,
+    ErrorFactory,
+    OneOf,
+    Range,
+    StrEnum,
+    from_data,
+    parse,
+    read_bytes,
+    require_format,
+    shown,
+)
 
 ERRORS = ErrorFactory(BundleError, "make it again")
 

@@ -86,6 +86,7 @@ PACKAGES = {
     "sentencepiece": "tokenization",
     "jinja2": "tokenization pages",
     "rich": "base",
+    "tomli": "base",
     "click": "cli",
     "huggingface_hub": "base checkpoint",
     "lm_eval": "evaluation",
