@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gpu_figures
@@ -24,10 +25,13 @@ from gpu_figures import Figure
 
 from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.runtimes.cuda.driver import CudaDevice
-from edgelm.runtimes.cuda.kernels import attention, linear
+from edgelm.runtimes.cuda.kernels import attention
 from edgelm.runtimes.cuda.kernels.attention import AttentionBuffers, AttentionShape
 from edgelm.runtimes.cuda.kernels.images import KernelCompiler
-from edgelm.runtimes.cuda.kernels.linear import Matmul
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cuda"))
+import linear_calls as linear
+from linear_calls import Matmul
 
 _SHAPES = {
     "qkv OLMoE": (6144, 2048), "qkv Fox": (3072, 2048), "o": (2048, 2048), "gate, up Fox": (8192, 2048),

@@ -12,6 +12,7 @@ from typing import Any
 from edgelm.bundle.gpu_layout import GpuMatrix
 from edgelm.runtimes.cuda import planning
 from edgelm.runtimes.cuda.device import DeviceInfo, Launch
+from edgelm.runtimes.cuda.kernels import sources
 
 SKINNY_ROWS = 32
 """The largest number of rows for which a single matrix uses the skinny kernel."""
@@ -70,8 +71,7 @@ def all_kernels() -> tuple[str, ...]:
 
 def kernels_in(header: str) -> tuple[str, ...]:
     """Return the name of every kernel of a header."""
-    lines = [line.split("\t") for line in planning.call("kernels", {}).decode().splitlines()]
-    return tuple(name for where, name, _ in lines if where == header)
+    return tuple(name for name, kernel in sources.kernels().items() if kernel.header == header)
 
 
 def kernels_of(matrix: GpuMatrix, activation: str, rounding: float = 0.0) -> tuple[str, ...]:

@@ -104,9 +104,9 @@ def _workspace(shape: MoeShape, address: int) -> list[int]:
     return [int(part) for part in planning.call("moe_workspace", request_of(shape, workspace=address)).split()]
 
 
-def router_launch(shape: MoeShape, x: int, norm: int, router: int, logits: int, normed: int) -> Launch:
+def router_launch(shape: MoeShape, x: int, norm: int, router: int, logits: int, normed: int, tile: int = 0) -> Launch:
     """Return the launch that computes logits and normed rows."""
-    fields = request_of(shape, x=x, norm=norm, router=router, logits=logits, normed=normed)
+    fields = request_of(shape, x=x, norm=norm, router=router, logits=logits, normed=normed, tile=tile)
     (launch,) = planning.launches("moe_router", fields)
     return launch
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
@@ -24,15 +23,14 @@ SPILLS = "{ float v[64]; for (int i = 0; i < a.n; i++) v[(i * 7) & 63] = a.x[i];
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch):
-    """Kernels of a launch module for tests, whose bodies may be changed."""
+    """Kernels for tests, whose bodies may be changed."""
     bodies = {"one_f32": BODY, "two_f32": BODY}
     start = "struct ArgsOf_{0} {{ float* x; int n; }}; EDGELM_KERNEL({0}, ArgsOf_{0}, 128, 1, [](const ArgsOf_{0}& a)"
-    module = SimpleNamespace(
-        HEADER="device.cuh",
-        all_kernels=lambda: tuple(bodies),
-        instantiation=lambda name: f"{start.format(name)} {bodies[name]})",
-    )
-    monkeypatch.setattr(sources, "MODULES", (module,))
+
+    def all_of_them() -> dict[str, sources.Kernel]:
+        return {name: sources.Kernel("device.cuh", f"{start.format(name)} {body})") for name, body in bodies.items()}
+
+    monkeypatch.setattr(sources, "kernels", all_of_them)
     return bodies
 
 

@@ -31,10 +31,13 @@ def has_twin(name: str, names: Sequence[str]) -> bool:
     return twin != name and twin in names
 
 
-@pytest.fixture(scope="module", params=sources.MODULES, ids=lambda module: module.__name__.rpartition(".")[2])
+HEADERS = sorted({kernel.header for kernel in sources.kernels().values()})
+
+
+@pytest.fixture(scope="module", params=HEADERS, ids=lambda header: Path(header).stem)
 def compiled(request: pytest.FixtureRequest) -> dict[str, nvrtc.Compiled]:
-    """One module's kernels for every target."""
-    every = request.param.all_kernels()
+    """One header's kernels for every target."""
+    every = [name for name, kernel in sources.kernels().items() if kernel.header == request.param]
     seconds = {}
 
     def one(target: str) -> nvrtc.Compiled:
@@ -46,7 +49,7 @@ def compiled(request: pytest.FixtureRequest) -> dict[str, nvrtc.Compiled]:
 
     with ThreadPoolExecutor(allowed_cores()) as pool:  # NVRTC's threads do not wait for each other
         done = dict(zip(TARGETS, pool.map(one, TARGETS), strict=True))
-    print(f"\n{request.param.HEADER}:", ", ".join(seconds[target] for target in TARGETS))  # pytest -s shows it
+    print(f"\n{request.param}:", ", ".join(seconds[target] for target in TARGETS))  # pytest -s shows it
     return done
 
 
@@ -77,13 +80,8 @@ def test_arguments_have_the_same_size_on_every_device_and_shared_memory_is_dynam
         assert not any(one.shared_bytes for one in compiled[target].resources.values())
 
 
-def test_kernel_names_are_unique():
-    names = sources.all_kernels()
-    assert len(set(names)) == len(names) > 0
-
-
 def test_every_header_of_the_sources_is_one_that_some_kernel_needs():
-    source, headers = sources.translation_unit(sources.all_kernels())
+    source, headers = sources.translation_unit(list(sources.kernels()))
     reached, left = set(), [line.split('"')[1] for line in source.splitlines() if line.startswith("#include")]
     while left:
         name = left.pop()

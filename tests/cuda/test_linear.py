@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import linear_calls as linear
 import numpy as np
 import pytest
 from gpu_packing import Numbers, from_bf16, pack, random_numbers, to_bf16
 from kernel_device import kernel_device, order_threads, release
+from linear_calls import Matmul
 from numpy.typing import NDArray
 
 from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
-from edgelm.errors import DeviceError
+from edgelm.errors import BundleError, DeviceError
 from edgelm.quant import fp8
 from edgelm.runtimes.cuda.device import Device, DeviceInfo
-from edgelm.runtimes.cuda.kernels import linear
-from edgelm.runtimes.cuda.kernels.linear import Matmul
 
 Array = NDArray[Any]
 U = 2.0**-24  # unit roundoff of float32
@@ -198,7 +198,7 @@ def test_any_number_of_rows(sm80: Device, rng: np.random.Generator, rows: int) -
 def test_every_kind_of_weights(sm80: Device, rng: np.random.Generator, kind: str, activation: str) -> None:
     if kind not in KINDS[activation]:
         with pytest.raises(DeviceError, match=r"need .* activations, found"):
-            Matmul(matrix_of(kind), 1, 1, 1, 1, activation)
+            linear.matmul_launches(Matmul(matrix_of(kind), 1, 1, 1, 1, activation), sm80.info)
         return
     for rows in (3, 20, 70):
         for group in (0, 64) if matrix_of(kind).kind.scale_bytes else (0,):
@@ -425,21 +425,34 @@ def test_the_largest_and_the_first_of_equals(sm80: Device, rng: np.random.Genera
 
 def test_impossible_arguments_are_refused() -> None:
     info = DeviceInfo("test", (8, 6), 4, 1 << 30, (13, 0))
-    with pytest.raises(DeviceError, match="int4 has 72 columns, expected a multiple of 64"):
-        Matmul(matrix_of("int4", columns=72), 1, 1, 1, 1)
-    with pytest.raises(DeviceError, match="groups of 48 do not divide 128 columns"):
-        Matmul(matrix_of("int8", columns=128, group=48), 1, 1, 1, 1)
-    with pytest.raises(DeviceError, match="a norm needs float32 x, and x is bf16"):
-        Matmul(matrix_of("int8"), 1, 1, 1, 1, norm=1)
-    with pytest.raises(DeviceError, match="a blob of 4 matrices needs offsets"):
-        Matmul(matrix_of("int8", count=4), 1, 1, 1, 1)
-    for wrong in ({"offsets": 1}, {"matrix": matrix_of("int8", swiglu=True)}):
-        with pytest.raises(DeviceError, match="a bias needs a single matrix without SwiGLU"):
-            replace(Matmul(matrix_of("int8"), 1, 1, 1, 1, bias=1), **wrong)
-    with pytest.raises(DeviceError, match="a row_map needs x_rows"):
-        Matmul(matrix_of("int8"), 1, 1, 1, 1, row_map=1)
-    with pytest.raises(DeviceError, match="expected bf16, f16 or f32"):
-        Matmul(matrix_of("int8"), 1, 1, 1, 1, "f64")
+    for wrong, message in (
+        ({"norm": 1}, "a norm needs float32 x, and x is bf16"),
+        ({"matrix": matrix_of("int8", count=4)}, "a blob of 4 matrices needs offsets"),
+        ({"bias": 1, "offsets": 1}, "a bias needs a single matrix without SwiGLU"),
+        ({"bias": 1, "matrix": matrix_of("int8", swiglu=True)}, "a bias needs a single matrix without SwiGLU"),
+        ({"row_map": 1}, "a row_map needs x_rows"),
+        ({"activation": "f64"}, "activation is 'f64', expected bf16, f16 or f32"),
+        ({"rows": -1}, "rows is -1, expected 0 or more"),
+        ({"rows": 1 << 31}, "2147483648 rows of 192 are too many for one launch"),
+        ({"rounding": -1.0}, "x is rounded to FP8, which needs fp8 weights, found int8"),
+        ({"matrix": matrix_of("int8", columns=128, group=8)}, "groups of 8 do not divide 128 columns into multiples"),
+        (
+            {"matrix": matrix_of("f32", columns=24), "activation": "f32"},
+            "24 columns, expected a multiple of 16",
+        ),
+    ):
+        request = replace(Matmul(matrix_of("int8"), 1, 1, 1, 1), **wrong)
+        for plan in (lambda one: linear.matmul_launches(one, info, 1), linear.workspace_bytes):
+            with pytest.raises(DeviceError, match=message):
+                plan(request)
+    for matrix, message in (
+        (matrix_of("int4", columns=72), "of 72 columns in groups of 72, which no int4 matrix has"),
+        (matrix_of("int8", columns=128, group=48), "of 128 columns in groups of 48, which no int8 matrix has"),
+        (replace(matrix_of("int8"), count=1 << 31), "a matrix has a size of 2147483648"),
+        (replace(matrix_of("int8"), count=(1 << 31) - 1, rows=1 << 30), "too large"),
+    ):
+        with pytest.raises(BundleError, match=message):
+            linear.matmul_launches(Matmul(matrix, 1, 1, 1, 1), info)
     with pytest.raises(DeviceError, match="needs a workspace: pass the address of 18432 bytes"):
         linear.matmul_launches(Matmul(matrix_of("int8"), 1, 1, 1, 48, x_float=True), info)
     with pytest.raises(DeviceError, match=r"an embedding's table is .*, expected one matrix"):

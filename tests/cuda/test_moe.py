@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import moe_calls as moe
 import numpy as np
 import pytest
 from kernel_device import kernel_device, order_threads, release
+from moe_calls import MoeShape
 from numpy.typing import NDArray
 
 from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda.device import Launch
-from edgelm.runtimes.cuda.kernels import moe
-from edgelm.runtimes.cuda.kernels.moe import MoeShape
 
 Array = NDArray[Any]
 U = 2.0**-24  # unit roundoff of float32
@@ -73,22 +73,25 @@ def check(actual: Array, expected: Array, tolerance: Array) -> None:
 # -- router ------------------------------------------------------------------------------------------------------------
 
 
-def routed(device: Layer, shape: MoeShape, x: Array, norm: Array, router: Array, seed: int = 0) -> tuple[Array, Array]:
+def routed(
+    device: Layer, shape: MoeShape, x: Array, norm: Array, router: Array, seed: int = 0, tile: int = 0
+) -> tuple[Array, Array]:
     dtype = ACTIVATIONS[shape.activation][0]
     logits = device.put(np.full((shape.tokens, shape.experts), np.nan, np.float32))
     normed = device.put(np.full((shape.tokens, shape.columns), 0xFF, np.uint8).repeat(np.dtype(dtype).itemsize, 1))
-    device.run([moe.router_launch(shape, device.put(x), device.put(norm), device.put(router), logits, normed)], seed)
+    addresses = device.put(x), device.put(norm), device.put(router), logits, normed
+    device.run([moe.router_launch(shape, *addresses, tile)], seed)
     return (
         device.get(logits, (shape.tokens, shape.experts)),
         as_float(device.get(normed, (shape.tokens, shape.columns), dtype)),
     )
 
 
-def check_router(device: Layer, rng: np.random.Generator, shape: MoeShape, seed: int = 0) -> None:
+def check_router(device: Layer, rng: np.random.Generator, shape: MoeShape, seed: int = 0, tile: int = 0) -> None:
     x = (rng.standard_normal((shape.tokens, shape.columns)) * rng.uniform(0.1, 30, (shape.tokens, 1))).astype("f4")
     norm = rng.uniform(0.5, 2, shape.columns).astype(np.float32)
     router = rng.standard_normal((shape.experts, shape.columns)).astype(np.float32)
-    logits, normed = routed(device, shape, x, norm, router, seed)
+    logits, normed = routed(device, shape, x, norm, router, seed, tile)
     wide = x.astype(np.float64)
     expected = wide / np.sqrt((wide * wide).mean(-1, keepdims=True) + shape.epsilon) * norm
     # The factor of a row: half of the error of a sum of D squares, and of root, division and two multiplications.
@@ -115,15 +118,13 @@ def test_router_takes_any_number_of_experts_and_wide_rows(
 
 @pytest.mark.parametrize(("experts", "columns", "seed"), [(8, 40, 0), (64, 128, 1), (65, 136, 7)])
 def test_router_in_tiles_gives_the_same(
-    device: Layer, rng: np.random.Generator, experts: int, columns: int, seed: int, monkeypatch: pytest.MonkeyPatch
+    device: Layer, rng: np.random.Generator, experts: int, columns: int, seed: int
 ) -> None:
-    monkeypatch.setattr(moe, "TILED_TOKENS", 1)
-    for tile in moe._TILES:
-        monkeypatch.setattr(moe, "_TILES", (tile,))
+    for tile in (32, 16, 8):
         for tokens, activation in ((1, "f32"), (31, "f16"), (45, "bf16")):
             shape = MoeShape(tokens, columns, 64, experts, 1, activation=activation)
-            assert moe.router_launch(shape, 0, 0, 0, 0, 0).kernel == f"moe_router_{activation}_t{tile}"
-            check_router(device, rng, shape, seed)
+            assert moe.router_launch(shape, 0, 0, 0, 0, 0, tile).kernel == f"moe_router_{activation}_t{tile}"
+            check_router(device, rng, shape, seed, tile)
 
 
 def test_many_tokens_are_routed_in_tiles(device: Layer, rng: np.random.Generator) -> None:
@@ -133,18 +134,15 @@ def test_many_tokens_are_routed_in_tiles(device: Layer, rng: np.random.Generator
     check_router(device, rng, shape)
 
 
-def test_a_token_of_nans_does_not_affect_its_neighbours(
-    device: Layer, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_token_of_nans_does_not_affect_its_neighbours(device: Layer, rng: np.random.Generator) -> None:
     x = rng.standard_normal((6, 64)).astype(np.float32)
     norm, router = np.ones(64, np.float32), rng.standard_normal((8, 64)).astype(np.float32)
     damaged = x.copy()
     damaged[2, 5] = np.nan
     damaged[4] = 0
     shape = MoeShape(6, 64, 64, 8, 2, activation="f32")
-    for tiled_tokens in (257, 1):
-        monkeypatch.setattr(moe, "TILED_TOKENS", tiled_tokens)
-        whole, broken = (routed(device, shape, rows, norm, router) for rows in (x, damaged))
+    for tile in (0, 8):
+        whole, broken = (routed(device, shape, rows, norm, router, tile=tile) for rows in (x, damaged))
         for before, after in zip(whole, broken, strict=True):
             assert (before[[0, 1, 3, 5]] == after[[0, 1, 3, 5]]).all()
             assert np.isnan(after[2]).all()
@@ -318,7 +316,7 @@ def test_shapes_that_no_kernel_takes_are_refused() -> None:
         ({"tokens": 1 << 29}, "divide the prompt"),
     ):
         with pytest.raises(DeviceError, match=message):
-            replace(good, **change)
+            moe.workspace_bytes(replace(good, **change))
 
 
 def test_a_workspace_has_room_for_fewer_tokens() -> None:

@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import moe_calls as moe
 import numpy as np
 import pytest
 from gpu_packing import from_bf16, pack, random_numbers, to_bf16
 from kernel_device import kernel_device, order_threads, release
+from moe_calls import MoeShape, MoeWorkspace
 from numpy.typing import NDArray
 
 from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda.device import Device
-from edgelm.runtimes.cuda.kernels import moe
-from edgelm.runtimes.cuda.kernels.moe import MoeShape, MoeWorkspace
 
 Array = NDArray[Any]
 U = 2.0**-24  # unit roundoff of float32

@@ -6,19 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import linear_calls as linear
+import moe_calls as moe
 import numpy as np
 import pytest
 from gpu_packing import from_bf16, pack, random_numbers, to_bf16
 from kernel_device import kernel_device, order_threads
+from moe_calls import MoeShape, SparseMoe, SparseMoeBuffers
 from numpy.typing import NDArray
 
 from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.quant import fp8
-from edgelm.runtimes.cuda import sparse_moe
 from edgelm.runtimes.cuda.device import Device
-from edgelm.runtimes.cuda.kernels import linear, moe
-from edgelm.runtimes.cuda.kernels.moe import MoeShape
-from edgelm.runtimes.cuda.sparse_moe import SparseMoe, SparseMoeBuffers
 
 Array = NDArray[Any]
 U = 2.0**-24  # unit roundoff of float32
@@ -69,12 +68,12 @@ class Layer:
         x = self.put(self.x)
         y = x if in_place else self.device.allocate(self.x.nbytes)
         logits = self.device.allocate(result[1].nbytes)
-        workspace = self.device.allocate(sparse_moe.workspace_bytes(call))
+        workspace = self.device.allocate(moe.sparse_moe_workspace_bytes(call))
         norm, router, gate_up, down = self._weights
         counters = self.put(np.zeros(1, np.int32)) if self.counted else 0
         buffers = SparseMoeBuffers(x, norm, router, gate_up, down, y, workspace, logits, counters)
-        launches = sparse_moe.moe_launches(call, buffers, self.device.info)
-        assert {launch.kernel for launch in launches} <= set(sparse_moe.kernels_of(call))
+        launches = moe.sparse_moe_launches(call, buffers, self.device.info)
+        assert {launch.kernel for launch in launches} <= set(moe.sparse_moe_kernels(call))
         for launch in launches:
             self.device.launch(launch)
         self.device.synchronize()

@@ -192,7 +192,7 @@ def test_do_the_kernels_of_a_moe_compile_and_does_inspect_group_its_weights(
     program = Program.read(bundle.file("program.json"))
     assert (bundle.manifest.graph.file, bundle.manifest.graph.debug_file) == ("program.json", "program.json")
     assert [path.name for path in bundle.path.glob("*.onnx")] == ["model.tensorrt.onnx"]
-    assert asked == set(bundle_kernels(program)) <= set(sources.all_kernels())
+    assert asked == set(bundle_kernels(program)) <= set(sources.kernels())
     said = CliRunner().invoke(inspect_command, [str(bundle.path), "--verbose"])
     assert said.exit_code == 0, said.output
     assert "16 of 128 x 128 int4-g32, gate and up, 4.50 bits per weight" in said.output

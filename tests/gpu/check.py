@@ -7,9 +7,10 @@
 
 For a machine with an NVIDIA GPU, its driver, and the packages torch, numpy, onnx, pytest, tokenizers, sentencepiece,
 jinja2, click, rich and nvidia-cuda-nvrtc; transformers is timed if it is installed. EdgeLM itself is imported from this
-checkout. Each command is a process with a time limit; a failure does not stop the others, and a stopped command is
-stopped with its children. FOLDER gets two files: check.log with all output, and summary.json. The end of the output has
-all figures and a table of the steps; it belongs in docs/gpu/index.md.
+checkout; the compiled library that plans launches comes with the kernels. Each command is a process with a time limit;
+a failure does not stop the others, and a stopped command is stopped with its children. FOLDER gets two files: check.log
+with all output, and summary.json. The end of the output has all figures and a table of the steps; it belongs in
+docs/gpu/index.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +36,7 @@ from check_steps import PYTHON, ROOT, SM
 TREE = ROOT / "build" / "pyview"
 PREPARED = ROOT / "build" / "gpu-kernels"
 VARIABLE = "EDGELM_GPU_KERNELS"
+LIBRARY, LIBRARY_VARIABLE = "libedgelm_plugins.so", "EDGELM_PLUGINS_LIBRARY"
 _TAIL, _TAIL_OF_FAILURE = 500, 1500
 _DRY_MINUTES = 60.0  # no GPU time is at stake, and the machine may be busy
 
@@ -66,39 +69,51 @@ def environment(work: Path, *, dry: bool) -> dict[str, str]:
 
 
 def prepare(folder: Path) -> int:
-    """Compile every kernel for SM 90 into a folder. Needs NVRTC but no GPU."""
+    """Compile every kernel for SM 90 into a folder, and copy the library that plans launches. Needs NVRTC and an
+    installed EdgeLM, but no GPU."""
+    # Without the import tree, which has no compiled parts.
+    code = "from edgelm.runtimes.cuda.planning import library_path; print(library_path())"
+    found = subprocess.run([PYTHON, "-P", "-c", code], capture_output=True, text=True, check=False)
+    if found.returncode:
+        print(f"{LIBRARY} is missing: make install\n{found.stderr}", file=sys.stderr)
+        return 1
+    library = found.stdout.strip()
     code = (
         "import sys; from pathlib import Path; from edgelm.runtimes.cuda.kernels import images as k, sources as s; "
-        f"k.compile_bundle_kernels(sorted(s.all_kernels()), ({SM},), Path(sys.argv[1]), ptx=False)"
+        f"k.compile_bundle_kernels(sorted(s.kernels()), ({SM},), Path(sys.argv[1]), ptx=False)"
     )
-    done = _python(code, str(folder.absolute()))
+    done = _python(code, str(folder.absolute()), **{LIBRARY_VARIABLE: library})
     if done.returncode == 0:
+        shutil.copyfile(library, folder / LIBRARY)
         size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-        print(f"{folder}: every kernel for SM {SM}, {size:.1f} MB")
+        print(f"{folder}: every kernel for SM {SM} and {LIBRARY}, {size:.1f} MB")
     else:
         print(done.stderr, file=sys.stderr)
     return int(done.returncode != 0)
 
 
-def prepared(folder: Path) -> bool:
-    """Whether a folder has kernels compiled from the current sources. Prints the result."""
-    if not folder.is_dir():
-        print(f"{folder} is not there: kernels are compiled as they are needed (check.py --prepare makes it)")
-        return False
-    done = _python(f"import os; os.environ['{VARIABLE}'] = r'{folder}'; "
-                   "from edgelm.runtimes.cuda.kernels import images; images.prepared_kernels()")  # fmt: skip
+def prepared(folder: Path) -> dict[str, str]:
+    """Return the variables by which EdgeLM uses a folder that `prepare` wrote. Prints what is used."""
+    library = folder / LIBRARY
+    if not library.is_file():
+        print(f"{library} is not there, and all launches are planned by it: check.py --prepare makes it")
+        return {}
+    made = {LIBRARY_VARIABLE: str(library)}
+    with_kernels = {**made, VARIABLE: str(folder)}
+    done = _python("from edgelm.runtimes.cuda.kernels import images; images.prepared_kernels()", **with_kernels)
     said = done.stderr.strip().splitlines()[-1:]
-    print(f"{folder}: {'used' if done.returncode == 0 else f'not used ({said})'}", flush=True)
-    return done.returncode == 0
+    print(f"{folder}: {'used' if done.returncode == 0 else f'kernels not used ({said})'}", flush=True)
+    return with_kernels if done.returncode == 0 else made
 
 
 def _path() -> str:
     return os.pathsep.join(filter(None, (str(TREE), os.environ.get("PYTHONPATH"))))
 
 
-def _python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _python(code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     made = dict(os.environ, PYTHONPATH=_path())
     made.pop(VARIABLE, None)
+    made.update(variables)
     return subprocess.run(
         [PYTHON, "-P", "-c", code, *arguments], env=made, capture_output=True, text=True, check=False
     )  # fmt: skip
@@ -162,9 +177,7 @@ def main() -> int:
         chosen = [every[name] for name in given.only] if given.only else calls[given.second]
         if given.dry_run and not given.only:
             chosen = list(every.values())
-        made = environment(work, dry=given.dry_run)
-        if prepared(given.kernels.absolute()):
-            made[VARIABLE] = str(given.kernels.absolute())
+        made = environment(work, dry=given.dry_run) | prepared(given.kernels.absolute())
         runner = Runner(log, work, made, end, dry=given.dry_run)
         outcomes = run(chosen, runner, given.out / "summary.json")
     show(outcomes)

@@ -19,6 +19,7 @@ import check_steps
 import pytest
 from check_run import Command, Outcome, Runner, Step
 
+from edgelm.runtimes.cuda import planning
 from edgelm.runtimes.cuda.kernels import nvrtc, sources
 
 ROOT = Path(__file__).parents[2]
@@ -51,13 +52,14 @@ def archive(folder: Path) -> Path:
 
 def kernels_of_nothing(folder: Path) -> None:
     """Write a folder as `--prepare` does, without code in the kernels: compiling has its own tests."""
-    names = sorted(sources.all_kernels())
+    folder.mkdir(parents=True)
+    shutil.copyfile(planning.library_path(), folder / planning.LIBRARY)
+    names = sorted(sources.kernels())
     resources = {"registers": 8, "local_bytes": 0, "shared_bytes": 0, "argument_bytes": 8}
     images = {
         "sm_90": {"file": "sm_90.cubin", "waits": names, "resources": dict.fromkeys(names, resources)},
         nvrtc.PTX_TARGET: {"file": "compute_80.ptx", "waits": [], "resources": {}},
     }
-    folder.mkdir(parents=True)
     for image in images.values():
         (folder / str(image["file"])).write_bytes(b"\x7fELF")
     index = {

@@ -1,26 +1,44 @@
-"""The kernels' CUDA sources, and the translation unit that instantiates kernels by name."""
+"""The kernels' CUDA sources, and the translation unit that instantiates kernels by name.
+
+The planning in C++ (csrc/cuda/host) names the kernels; this asks it.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgelm.errors import DeviceError
-from edgelm.runtimes.cuda.kernels import attention, linear, moe
+from edgelm.runtimes.cuda import planning
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 """Folder of the headers, in a checkout or an installed package. They include each other by paths relative to it."""
 
-# Each has HEADER, the file of its kernels, all_kernels(), and instantiation(name), the C++ line of a kernel.
-MODULES = (linear, moe, attention)
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel: the header that has its code, and the line of C++ that instantiates it."""
+
+    header: str
+    line: str
 
 
-def all_kernels() -> tuple[str, ...]:
-    """Return the names of all kernels, by module; each occurs once."""
-    names = [str(name) for module in MODULES for name in module.all_kernels()]
-    assert len(set(names)) == len(names), sorted(name for name in names if names.count(name) > 1)
-    return tuple(names)
+@functools.lru_cache(maxsize=1)
+def kernels() -> Mapping[str, Kernel]:
+    """Return all kernels by name, by header.
+
+    Raises:
+        DeviceError: this installation has no compiled parts.
+    """
+    found: dict[str, Kernel] = {}
+    for text in planning.call("kernels", {}).decode().splitlines():
+        header, name, line = text.split("\t")
+        assert name not in found, f"two kernels have the name {name}"
+        found[name] = Kernel(header, line)
+    return found
 
 
 def translation_unit(names: Sequence[str]) -> tuple[str, Mapping[str, str]]:
@@ -29,26 +47,22 @@ def translation_unit(names: Sequence[str]) -> tuple[str, Mapping[str, str]]:
     Raises:
         DeviceError: a kernel does not exist, or this installation lacks the sources.
     """
-    lines: list[str] = []
-    left = dict.fromkeys(names)
-    for module in MODULES:
-        own = set(module.all_kernels())
-        mine = [name for name in left if name in own]
-        if mine:
-            lines.insert(0, f'#include "{module.HEADER}"')
-            lines.append("\n".join(module.instantiation(name) for name in mine))
-            left = {name: None for name in left if name not in own}
-    if left:
-        raise DeviceError(f"there is no kernel {next(iter(left))}")
+    known = kernels()
+    if unknown := [name for name in names if name not in known]:
+        raise DeviceError(f"there is no kernel {unknown[0]}")
+    wanted = [known[name] for name in dict.fromkeys(names)]
+    used = {kernel.header for kernel in wanted}
+    # In the order of `kernels`, whatever the order of `names`.
+    order = [header for header in dict.fromkeys(kernel.header for kernel in known.values()) if header in used]
     headers = {
         path.relative_to(SOURCES).as_posix(): path.read_text(encoding="utf-8")
         for path in sorted(SOURCES.rglob("*.cuh"))
     }
     if not headers:
         raise DeviceError(f"the sources of the GPU kernels are missing ({SOURCES}): install edgelm again")
-    includes = [line for line in lines if line.startswith("#include")]
-    rest = [line for line in lines if not line.startswith("#include")]
-    return "\n".join([*includes, "using namespace edgelm;", *rest, ""]), headers
+    includes = [f'#include "{header}"' for header in reversed(order)]
+    lines = [kernel.line for header in order for kernel in wanted if kernel.header == header]
+    return "\n".join([*includes, "using namespace edgelm;", *lines, ""]), headers
 
 
 def fingerprint(source: str, headers: Mapping[str, str]) -> str:

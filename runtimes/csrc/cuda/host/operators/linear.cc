@@ -211,6 +211,9 @@ void Matmul::check() const {
     throw Error("a blob of " + std::to_string(matrix.count) + " matrices needs offsets: pass them");
   }
   if (bias && (offsets || matrix.swiglu)) throw Error("a bias needs a single matrix without SwiGLU: pass bias=0");
+  if (rounding != 0 && activation != "f32" && matrix.kind != "fp8") {
+    throw Error("x is rounded to FP8, which needs fp8 weights, found " + matrix.kind);
+  }
   if (row_map && !x_rows) throw Error("a row_map needs x_rows: pass the number of rows of x");
   for (i64 count : {rows, x_rows, most_rows}) {
     if (count < 0) throw Error("rows is " + std::to_string(count) + ", expected 0 or more");

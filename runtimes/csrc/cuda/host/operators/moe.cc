@@ -166,12 +166,17 @@ i64 moe_expert_limit(i64 experts) {
 
 // -- launches ---------------------------------------------------------------------------------------------------------
 
-Launch moe_router_launch(const MoeShape& shape, u64 x, u64 norm, u64 router, u64 logits, u64 normed) {
+Launch moe_router_launch(const MoeShape& shape, u64 x, u64 norm, u64 router, u64 logits, u64 normed, i64 tile) {
   const MoeRouterArgs args = router_args(shape, x, norm, router, logits, normed);
-  if (shape.tokens >= kTiledTokens) {
+  if (!tile && shape.tokens >= kTiledTokens) {
     // The largest tile that still uses most multiprocessors of a large GPU.
-    const i64 tile = *std::find_if(std::begin(kTiles), std::end(kTiles) - 1,
-                                   [&](i64 tokens) { return shape.tokens > 96 * tokens; });
+    tile = *std::find_if(std::begin(kTiles), std::end(kTiles) - 1,
+                         [&](i64 tokens) { return shape.tokens > 96 * tokens; });
+  }
+  if (tile) {
+    if (std::find(std::begin(kTiles), std::end(kTiles), tile) == std::end(kTiles)) {
+      throw Error("there is no router in tiles of " + std::to_string(tile) + " tokens, expected 8, 16 or 32");
+    }
     return make_launch("moe_router_" + shape.activation + "_t" + std::to_string(tile), divide_up(shape.tokens, tile), 1,
                        1, kTileThreads, 64 * (tile + 64) * 4, args);
   }
@@ -349,7 +354,7 @@ Functions moe_functions() {
       {"moe_router",
        [](const Fields& f) {
          return serialised({moe_router_launch(MoeShape::of(f), f.address("x"), f.address("norm"), f.address("router"),
-                                              f.address("logits"), f.address("normed"))});
+                                              f.address("logits"), f.address("normed"), f.integer("tile"))});
        }},
       {"moe_route",
        [](const Fields& f) {

@@ -54,8 +54,8 @@ struct MoeWorkspace {
 
 // The kernels' launches one by one. Addresses are those of SparseMoeBuffers and MoeWorkspace.
 //
-// Logits and normed rows.
-Launch moe_router_launch(const MoeShape& shape, u64 x, u64 norm, u64 router, u64 logits, u64 normed);
+// Logits and normed rows. `tile`: 8, 16 or 32 tokens of a block of the tiled kernel; 0: the kernel is chosen by tokens.
+Launch moe_router_launch(const MoeShape& shape, u64 x, u64 norm, u64 router, u64 logits, u64 normed, i64 tile = 0);
 // Choice of experts and sorting: one launch up to 32 tokens, two for more. offsets, row_map, slot_weights, slot_of and
 // active of `places` are written.
 Launches moe_choose_launches(const MoeShape& shape, u64 logits, const MoeWorkspace& places);
