@@ -23,6 +23,8 @@ _ROWS: dict[str, Callable[[int], int]] = {
 
 KV_TYPES = tuple(_ROWS)
 """Cache types of the native operators. Portable ones have float32, and float16 or bfloat16 on a GPU."""
+GPU_KV_TYPES = ("float16", "bfloat16", "float32", "int8", "fp8")
+"""Cache types of our operators on GPUs; float32 with float32 activations only."""
 
 
 def require_type(kv: str) -> str:
@@ -40,7 +42,7 @@ def row_bytes(kv: str, head_dim: int, ops: str = "native") -> int:
     """Return the bytes of the keys of one head and token; its values take as many again.
 
     Args:
-        kv: the cache's type, one of `KV_TYPES` or "bfloat16" (GPUs only).
+        kv: the cache's type, one of `KV_TYPES` or of `GPU_KV_TYPES`.
         head_dim: values of a head.
         ops: the bundle's operator set. The scale of fp8 is float32 for "gpu", as that of int8 is.
 

@@ -17,10 +17,9 @@ import onnx
 from onnx import TensorProto, helper
 
 from edgelm.bundle import ModelInfo
+from edgelm.bundle.kv_cache import GPU_KV_TYPES, row_bytes
 from edgelm.errors import ExportError
 from edgelm.export.graph.onnx_builder import Dims, GraphBuilder
-from edgelm.runtimes.cuda.kernels.attention import row_bytes
-from edgelm.runtimes.cuda.operators import KV_CODES
 from edgelm.runtimes.cuda.program import Node, Program, Value
 from edgelm.runtimes.tensorrt.plugin_spec import NAMESPACE, OPERATORS, PREFIX, PluginSpec
 from edgelm.runtimes.tensorrt.plugins import FIELD
@@ -115,7 +114,7 @@ def cache_row_bytes(program: Program) -> int:
         ExportError: The GPU kernels do not support this cache type.
     """
     kind = cache_kind(program)
-    if kind not in KV_CODES:
-        raise ExportError(f"the cache type is {kind!r}: on a GPU it can be {', '.join(KV_CODES)}")
+    if kind not in GPU_KV_TYPES:
+        raise ExportError(f"the cache type is {kind!r}: on a GPU it can be {', '.join(GPU_KV_TYPES)}")
     width = next(node.integer("head_size") for node in program.nodes if node.op == "GroupQueryAttention")
-    return row_bytes(KV_CODES[kind], width)
+    return row_bytes(kind, width, "gpu")

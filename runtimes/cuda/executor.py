@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from edgelm.bundle.gpu_layout import aligned
 from edgelm.errors import BundleError
 from edgelm.runtimes.cuda.device import Device, DeviceInfo, Launch
-from edgelm.runtimes.cuda.kernels.linear import argmax_launches
-from edgelm.runtimes.cuda.operators import Operators, Scratch, Step
+from edgelm.runtimes.cuda.operators import Operators, Scratch, Step, argmax_launches
 from edgelm.runtimes.cuda.program import Node, Program
 from edgelm.runtimes.cuda.weights import DeviceWeights
 

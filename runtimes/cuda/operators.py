@@ -1,26 +1,16 @@
-"""Plans the kernel launches of a program's nodes from their attributes and shapes."""
+"""Describes a program's nodes to the launch planning in C++ (csrc/cuda/host/node.h), which returns their launches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from edgelm.bundle.kv_cache import row_bytes
+from edgelm.bundle.kv_cache import GPU_KV_TYPES, row_bytes
 from edgelm.errors import BundleError, EdgeLMError
-from edgelm.runtimes.cuda import sparse_moe
+from edgelm.runtimes.cuda import planning
 from edgelm.runtimes.cuda.device import DeviceInfo, Launch
-from edgelm.runtimes.cuda.kernels import attention, linear
-from edgelm.runtimes.cuda.kernels.attention import AttentionBuffers, AttentionShape
-from edgelm.runtimes.cuda.kernels.linear import Matmul
-from edgelm.runtimes.cuda.kernels.moe import MoeShape
 from edgelm.runtimes.cuda.planning import Field
-from edgelm.runtimes.cuda.program import PROGRAM_FILE, Node, Program, matrix_of
-from edgelm.runtimes.cuda.sparse_moe import SparseMoe, SparseMoeBuffers
-
-KV_CODES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "int8": "int8", "fp8": "fp8"}
-"""Types of KV caches, and their names in the kernels."""
-_ROUNDINGS = {"float": 0.0, "fp8-token": -1.0}
-"""The node's `activations`, as `rounding` of `linear.Matmul`."""
+from edgelm.runtimes.cuda.program import PROGRAM_FILE, Node, Program
 
 
 @dataclass(frozen=True)
@@ -49,43 +39,80 @@ class Operators:
 
     Args:
         program: the program.
-        kv: type of the caches, one of `KV_CODES`.
+        kv: type of the caches, one of `GPU_KV_TYPES`.
         capacity: tokens of each cache.
         info: the device.
 
     Raises:
-        BundleError: the program has an unknown operator.
         EdgeLMError: `kv` is not a type of cache.
     """
 
     def __init__(self, program: Program, kv: str, capacity: int, info: DeviceInfo) -> None:
-        if kv not in KV_CODES:
-            raise EdgeLMError(f"kv is {kv!r}: the KV cache can be {', '.join(KV_CODES)}")
-        for node in program.nodes:
-            if node.op not in _LAUNCHES:
-                raise BundleError(
-                    f"{PROGRAM_FILE}: {node.name} has the operator {node.op!r}, supported are {', '.join(_LAUNCHES)}: "
-                    "upgrade edgelm"
-                )
+        if kv not in GPU_KV_TYPES:
+            raise EdgeLMError(f"kv is {kv!r}: the KV cache can be {', '.join(GPU_KV_TYPES)}")
         self.program = program
-        self._kv = KV_CODES[kv]
-        self._kv_name = kv
+        self._kv = kv
         self._capacity = capacity
-        self._info = info
+        self._device: dict[str, Field] = device_fields(info)
 
     def launches(self, node: Node, step: Step, addresses: Mapping[str, int], scratch: Scratch) -> list[Launch]:
-        """Return the launches of a node, given the addresses of its inputs and outputs (0 for an absent one)."""
-        return _LAUNCHES[node.op](self, node, step, addresses, scratch)
+        """Return the launches of a node, given the addresses of its inputs and outputs.
 
-    def fields(self, node: Node, step: Step, addresses: Mapping[str, int]) -> dict[str, Field]:
-        """Return the description of a node that the planning in C++ reads (csrc/cuda/host/node.h)."""
+        Raises:
+            BundleError: the program is damaged or of a later version of EdgeLM.
+            DeviceError: the kernels cannot compute the node.
+        """
+        fields = self._fields(node, step, addresses)
+        fields |= {"workspace": scratch.workspace, "counters": scratch.counters}
+        try:
+            return planning.launches("node_launches", {**fields, **self._device})
+        except BundleError as error:
+            raise _damaged(error) from error
+
+    def kernels(self) -> tuple[str, ...]:
+        """Return all kernels that steps of this program may launch. Raises as `launches`."""
+        return tuple(dict.fromkeys(self._kernels()))
+
+    def cache_bytes(self, node: Node, batch: int) -> int:
+        """Return the bytes of an attention node's key cache for `batch` sequences. The value cache has the same
+        size."""
+        return batch * node.integer("kv_num_heads") * self._capacity * self._row_bytes(node)
+
+    def scratch_bytes(self, batch: int, tokens: int) -> tuple[int, int]:
+        """Return the bytes of workspace and of counters for steps of up to `tokens` tokens of up to `batch`
+        sequences. Raises as `launches`."""
+        width = self.program.values["logits"].width
+        sizes = [(argmax_workspace_bytes(max(batch, 1), width), 0)]
+        for node in self._kinds():
+            fields = {**self._fields(node, Step(1, 1)), **self._device, "batch": batch, "tokens": tokens}
+            workspace, counters = _answer("node_scratch", fields).split()
+            sizes.append((int(workspace), int(counters)))
+        return max(size for size, _ in sizes), max(size for _, size in sizes)
+
+    def _kernels(self) -> Iterator[str]:
+        yield from (launch.kernel for launch in argmax_launches(0, 0, 1, 1, 0))
+        for node in self._kinds():
+            yield from _answer("node_kernels", self._fields(node, Step(1, 1))).splitlines()
+
+    def _kinds(self) -> Iterable[Node]:
+        """Return one node of those that differ only in names."""
+        found: dict[object, Node] = {}
+        for node in self.program.nodes:
+            fields = self._fields(node, Step(1, 1))
+            found.setdefault(tuple((name, fields[name]) for name in fields if name != "name"), node)
+        return found.values()
+
+    def _fields(self, node: Node, step: Step, addresses: Mapping[str, int] | None = None) -> dict[str, Field]:
+        """Return the description of a node; its addresses are 0 if sizes suffice."""
         found: dict[str, Field] = dict(node.attrs)
         if node.op == "GroupQueryAttention":
-            found["kv"] = self._kv_name
-        for prefix, names in (("input", node.inputs), ("output", node.outputs)):
+            found["kv"] = self._kv
+        results = [name for name in node.outputs if name in self.program.values]  # without the caches
+        for prefix, names in (("input", node.inputs), ("output", results)):
             for index, name in enumerate(names):
                 if name:
-                    found[f"{prefix}.{index}"] = tensor_field(addresses[name], *self._tensor(node, name, step))
+                    address = 0 if addresses is None else addresses[name]
+                    found[f"{prefix}.{index}"] = tensor_field(address, *self._tensor(node, name, step))
         return {**found, "op": node.op, "name": node.name}
 
     def _tensor(self, node: Node, name: str, step: Step) -> tuple[str, Sequence[int]]:
@@ -99,164 +126,56 @@ class Operators:
             return "int32", (step.batch,)
         if name == "input_ids":
             return "int32", (step.batch, step.tokens)
-        row = row_bytes(self._kv_name, node.integer("head_size"), "gpu")
-        return "uint8", (step.batch, node.integer("kv_num_heads"), self._capacity, row)
+        return "uint8", (step.batch, node.integer("kv_num_heads"), self._capacity, self._row_bytes(node))
 
-    def kernels(self) -> tuple[str, ...]:
-        """Return all kernels that steps of this program may launch."""
-        return tuple(dict.fromkeys(_kernels(self.program, (self._kv,))))
+    def _row_bytes(self, node: Node) -> int:
+        return row_bytes(self._kv, node.integer("head_size"), "gpu")
 
-    def cache_bytes(self, node: Node, batch: int) -> int:
-        """Return the bytes of an attention node's key cache for `batch` sequences. The value cache has the same
-        size."""
-        row = attention.row_bytes(self._kv, node.integer("head_size"))
-        return batch * node.integer("kv_num_heads") * self._capacity * row
 
-    def scratch_bytes(self, batch: int, tokens: int) -> tuple[int, int]:
-        """Return the bytes of workspace and of counters for steps of up to `tokens` tokens of up to `batch`
-        sequences."""
-        steps = [Step(1, count) for count in range(1, tokens + 1)]
-        steps += [Step(batch, count) for count in range(1, max(1, tokens // batch) + 1)]
-        # Attention's workspace does not grow with tokens monotonically; other operators' depends on rows only.
-        kinds = {tuple(sorted(node.attrs.items())): node for node in self.program.nodes if node.op in _SCRATCH}
-        workspace = linear.argmax_workspace_bytes(max(batch, 1), self.program.values["logits"].width)
-        counters = 0
-        most = max(steps, key=lambda step: step.rows)
-        for node in kinds.values():
-            if node.op == "GroupQueryAttention":
-                shapes = [self._attention_shape(node, step) for step in steps if step.tokens <= self._capacity]
-                sizes = [attention.workspace_bytes(shape, self._info.multiprocessors) for shape in shapes]
-                workspace = max(workspace, *sizes)
-                counters = max(counters, *(shape.counter_bytes() for shape in shapes if shape.few), 0)
-            elif node.op == "SparseMoE":
-                workspace = max(
-                    workspace, *(sparse_moe.workspace_bytes(_sparse_moe(node, step.rows)) for step in steps)
-                )
-                counters = max(counters, sparse_moe.COUNTER_BYTES)
-            else:
-                matmul = self._matmul(node, most.rows, dict.fromkeys((*node.inputs, *node.outputs, ""), 0))
-                workspace = max(workspace, linear.workspace_bytes(matmul))
-        return workspace, counters
-
-    # -- operators -------------------------------------------------------------------------------------------------
-
-    def _embedding(self, node: Node, step: Step, at: Mapping[str, int], scratch: Scratch) -> list[Launch]:
-        del scratch
-        ids, table = (at[name] for name in node.inputs)
-        return [linear.embedding_launch(ids, matrix_of(node), table, at[node.outputs[0]], step.rows)]
-
-    def _linear(self, node: Node, step: Step, at: Mapping[str, int], scratch: Scratch) -> list[Launch]:
-        return linear.matmul_launches(self._matmul(node, step.rows, at), self._info, scratch.workspace)
-
-    def _matmul(self, node: Node, rows: int, at: Mapping[str, int]) -> Matmul:
-        return Matmul(
-            matrix_of(node), at[node.inputs[1]], at[node.inputs[0]], at[node.outputs[0]], rows,
-            activation=node.text("activation"), x_float=self.program.values[node.inputs[0]].type == "f32",
-            y_float=node.text("output") == "f32", norm=at[node.input(2)], residual=at[node.input(3)],
-            bias=at[node.input(4)], rounding=_rounding(node), epsilon=node.number("epsilon"),
-        )  # fmt: skip
-
-    def _attention_shape(self, node: Node, step: Step) -> AttentionShape:
-        return AttentionShape(
-            step.batch, step.tokens, node.integer("num_heads"), node.integer("kv_num_heads"), node.integer("head_size"),
-            self._capacity, self.program.weights[node.inputs[4]].dims[0], node.text("activation"), self._kv,
-        )  # fmt: skip
-
-    def _attention(self, node: Node, step: Step, at: Mapping[str, int], scratch: Scratch) -> list[Launch]:
-        qkv, keys, values, lengths, cos, sin = (at[name] for name in node.inputs[:6])
-        buffers = AttentionBuffers(
-            qkv, keys, values, lengths, cos, sin, at[node.outputs[0]], scratch.workspace,
-            q_norm=at[node.input(6)], k_norm=at[node.input(7)], counters=scratch.counters,
-            q_norm_per_head=self._per_head(node, 6, "num_heads"),
-            k_norm_per_head=self._per_head(node, 7, "kv_num_heads"),
-        )  # fmt: skip
-        launches = attention.attention_launches(
-            self._attention_shape(node, step), buffers, self._info.multiprocessors,
-            epsilon=node.number("epsilon"), clip=node.number("clip"),
-        )  # fmt: skip
-        return list(launches)
-
-    def _per_head(self, node: Node, index: int, heads: str) -> bool:
-        """Whether a QK-norm weight has the size of one head."""
-        weight = self.program.weights.get(node.input(index))
-        return weight is not None and weight.elements == node.integer("head_size") and node.integer(heads) > 1
-
-    def _moe(self, node: Node, step: Step, at: Mapping[str, int], scratch: Scratch) -> list[Launch]:
-        x, router, gate_up, down, norm = (at[name] for name in node.inputs)
-        logits = at[node.outputs[1]] if len(node.outputs) > 1 else 0
-        y = at[node.outputs[0]]
-        buffers = SparseMoeBuffers(x, norm, router, gate_up, down, y, scratch.workspace, logits, scratch.counters)
-        return sparse_moe.moe_launches(_sparse_moe(node, step.rows), buffers, self._info)
-
-    def _rms_norm(self, node: Node, step: Step, at: Mapping[str, int], scratch: Scratch) -> list[Launch]:
-        del scratch
-        x = self.program.values[node.inputs[0]]
-        return [
-            linear.rms_norm_launch(
-                at[node.inputs[0]], at[node.inputs[1]], at[node.outputs[0]], step.rows, x.width, source=x.type,
-                residual=at[node.input(2)], epsilon=node.number("epsilon"),
-            )
-        ]  # fmt: skip
-
-    def _last_token(self, node: Node, step: Step, at: Mapping[str, int], scratch: Scratch) -> list[Launch]:
-        del scratch
-        width = self.program.values[node.outputs[0]].width
-        return [linear.last_token_launch(at[node.inputs[0]], at[node.outputs[0]], step.batch, step.tokens, width)]
+def device_fields(info: DeviceInfo) -> dict[str, Field]:
+    """Return the fields that describe a device."""
+    return {"sm": info.sm, "multiprocessors": info.multiprocessors}
 
 
 def tensor_field(address: int, kind: str, dims: Iterable[int]) -> str:
-    """Return the text of a tensor in `Operators.fields`."""
+    """Return the text of a node's tensor: address on the device, element type and dimensions."""
     return f"{address}:{kind}:{','.join(map(str, dims))}"
+
+
+def argmax_launches(x: int, ids: int, rows: int, columns: int, workspace: int) -> list[Launch]:
+    """Return the launches of a row-wise argmax. Of equal values the first is chosen; NaN never is.
+
+    Args:
+        x: address of float32 [rows, columns].
+        ids: of int32 [rows], which receives the indices; -1 if all values are NaN.
+        rows: number of rows.
+        columns: number of columns.
+        workspace: of `argmax_workspace_bytes`, aligned to 256.
+    """
+    return planning.launches("argmax", {"x": x, "ids": ids, "rows": rows, "columns": columns, "workspace": workspace})
+
+
+def argmax_workspace_bytes(rows: int, columns: int) -> int:
+    """Return the bytes of scratch memory that `argmax_launches` needs."""
+    return int(planning.call("argmax_workspace", {"rows": rows, "columns": columns}))
 
 
 def bundle_kernels(program: Program) -> tuple[str, ...]:
     """Return all kernels of a bundle: of its program and its debug program, for any cache and number of tokens."""
-    low_precision = tuple(code for code in KV_CODES.values() if code != "f32")
-    return tuple(dict.fromkeys([*_kernels(program, low_precision), *_kernels(program.debug(), ("f32",))]))
+    any_device = DeviceInfo("", (8, 0), 1, 0, (0, 0))  # kernels do not depend on it
+    found: list[str] = []
+    for kv in GPU_KV_TYPES:
+        run = program.debug() if kv == "float32" else program
+        found += Operators(run, kv, 0, any_device).kernels()
+    return tuple(dict.fromkeys(found))
 
 
-def _kernels(program: Program, caches: tuple[str, ...]) -> Iterator[str]:
-    yield from ("last_token_f32", "top_parts_f32", "top_all_f32")
-    for node in program.nodes:
-        if node.op == "QuantEmbedding":
-            yield f"quant_embedding_{node.text('kind')}_f32"
-        elif node.op == "QuantLinear":
-            yield from linear.kernels_of(matrix_of(node), node.text("activation"), _rounding(node))
-        elif node.op == "SparseMoE":
-            yield from sparse_moe.kernels_of(_sparse_moe(node, 1))
-        elif node.op == "RMSNorm":
-            yield linear.rms_norm_kernel(program.values[node.inputs[0]].type)
-        elif node.op == "GroupQueryAttention":
-            for cache in caches:
-                yield from attention.kernels_for(node.text("activation"), cache, node.integer("head_size"))
+def _answer(function: str, fields: Mapping[str, Field]) -> str:
+    try:
+        return planning.call(function, fields).decode()
+    except BundleError as error:
+        raise _damaged(error) from error
 
 
-def _sparse_moe(node: Node, rows: int) -> SparseMoe:
-    gate_up, down = matrix_of(node, "gate_up_"), matrix_of(node, "down_")
-    shape = MoeShape(
-        rows, gate_up.columns, down.columns, gate_up.count, node.integer("k"), bool(node.integer("normalize")),
-        node.text("activation"), node.number("epsilon"),
-    )  # fmt: skip
-    return SparseMoe(shape, gate_up, down, _rounding(node))
-
-
-def _rounding(node: Node) -> float:
-    kind = node.text("activations")
-    if kind not in _ROUNDINGS:
-        raise BundleError(
-            f"{PROGRAM_FILE}: {node.name} has activations {kind!r}, expected one of {', '.join(_ROUNDINGS)}: "
-            "upgrade edgelm"
-        )
-    return _ROUNDINGS[kind]
-
-
-_Plan = Callable[[Operators, Node, Step, Mapping[str, int], Scratch], list[Launch]]
-_LAUNCHES: Mapping[str, _Plan] = {
-    "QuantEmbedding": Operators._embedding,
-    "QuantLinear": Operators._linear,
-    "GroupQueryAttention": Operators._attention,
-    "SparseMoE": Operators._moe,
-    "RMSNorm": Operators._rms_norm,
-    "LastToken": Operators._last_token,
-}
-_SCRATCH = ("QuantLinear", "GroupQueryAttention", "SparseMoE")
+def _damaged(error: BundleError) -> BundleError:
+    return BundleError(f"{PROGRAM_FILE}: {error}")

@@ -55,6 +55,8 @@ def call(function: str, fields: Mapping[str, Field]) -> bytes:
         BundleError: the fields come from a bundle that is damaged.
     """
     text = "".join(f"{name}={int(value) if isinstance(value, bool) else value}\n" for name, value in fields.items())
+    if text.count("\n") != len(fields) or "\0" in text:
+        raise BundleError("a name or value has a line end or a NUL character: copy or export the bundle again")
     answer, size = ctypes.c_void_p(), ctypes.c_size_t()
     status = _function()(function.encode(), text.encode(), ctypes.byref(answer), ctypes.byref(size))
     found = ctypes.string_at(answer, size.value) if answer.value else b""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import asdict
 
 from edgelm.errors import DeviceError
-from edgelm.runtimes.cuda import sparse_moe
+from edgelm.runtimes.cuda import planning
 from edgelm.runtimes.cuda.device import Device, DeviceInfo, Launch
-from edgelm.runtimes.cuda.operators import Operators, Scratch, Step
-from edgelm.runtimes.cuda.program import Node, Program, Value, Weight
-from edgelm.runtimes.tensorrt.plugin_spec import OPERATORS, PluginSpec
+from edgelm.runtimes.cuda.operators import Scratch, device_fields, tensor_field
+from edgelm.runtimes.tensorrt.plugin_spec import PluginSpec
 from edgelm.runtimes.tensorrt.plugins import Host
 
 _MULTIPROCESSORS = 256
@@ -98,71 +97,50 @@ def plan(
     scratch: Scratch,
 ) -> list[Launch]:
     """Return a node's launches for the shapes, types and addresses of its inputs."""
-    node = node_of(spec)
-    addresses = {"": 0}
-    addresses |= dict(zip((name for name in node.inputs if name), inputs, strict=True))
-    addresses |= dict(zip(node.outputs, outputs, strict=True))
-    return operators_of(device, spec, shapes, types).launches(node, step_of(shapes), addresses, scratch)
+    fields = {**_fields(spec, shapes, types, inputs, outputs), **device_fields(device)}
+    return planning.launches("node_launches", {**fields, **asdict(scratch)})
 
 
 def scratch_bytes(
     device: DeviceInfo, spec: PluginSpec, shapes: Sequence[Sequence[int]], types: Sequence[str]
 ) -> tuple[int, int]:
     """Return a node's bytes of workspace and of counters for inputs of at most these shapes."""
-    step = step_of(shapes)
-    return operators_of(device, spec, shapes, types).scratch_bytes(step.batch, step.rows)
+    batch, tokens = int(shapes[0][0]), int(shapes[0][1])
+    fields = _fields(spec, shapes, types, [0] * len(shapes), ())
+    sizes = {"batch": batch, "tokens": batch * tokens}
+    workspace, counters = planning.call("node_scratch", {**fields, **device_fields(device), **sizes}).split()
+    return int(workspace), int(counters)
 
 
 def counter_bytes(device: DeviceInfo, specs: Sequence[PluginSpec], batch: int, tokens: int, capacity: int) -> int:
     """Return the largest bytes of counters of these nodes, for prefill of one sequence and decoding of all."""
     most = 0
-    for spec in specs:
-        if spec.op == "GroupQueryAttention":
-            # Only these dimensions of the shapes matter.
-            cache = (batch, 1, capacity, 1)
-            behind = (cache, cache, (batch,), (capacity, 1), (capacity, 1))
-            for sequences, new in ((batch, 1), (1, tokens)):
-                found = ((sequences, new, 1), *behind)
-                shapes = (*found, *((1,),) * (sum(spec.present) - len(found)))
-                most = max(most, scratch_bytes(device, spec, shapes, ["f32"] * len(shapes))[1])
-        elif spec.op == "SparseMoE":
-            most = max(most, sparse_moe.COUNTER_BYTES)
+    # Only these dimensions of attention's inputs matter.
+    cache = (batch, 1, capacity, 1)
+    behind = (cache, cache, (batch,), (capacity, 1), (capacity, 1))
+    for spec in (spec for spec in specs if spec.op in ("GroupQueryAttention", "SparseMoE")):
+        for sequences, new in ((batch, 1), (1, tokens)):
+            found = ((sequences, new, 1), *behind)
+            shapes = (*found, *((1,),) * sum(spec.present))[: sum(spec.present)]
+            most = max(most, scratch_bytes(device, spec, shapes, ["f32"] * len(shapes))[1])
     return most
 
 
-@lru_cache(maxsize=8192)
-def _node(text: str) -> Node:
-    spec = PluginSpec.from_text(text)
-    operator = OPERATORS[spec.op]
-    inputs = tuple(name if there else "" for name, there in zip(operator.inputs, spec.present, strict=False))
-    outputs = (*(f"result.{i}" for i in range(len(spec.results))), *(f"present.{i}" for i in operator.aliases))
-    return Node(spec.op, spec.name, inputs, outputs, spec.attrs)
-
-
-def node_of(spec: PluginSpec) -> Node:
-    """Return a plugin's node as in a program; its values have the names in the operator's description."""
-    return _node(spec.to_text())
-
-
-def step_of(shapes: Sequence[Sequence[int]]) -> Step:
-    """Return the number of sequences and of new tokens per sequence, from the shapes of a node's inputs."""
-    return Step(int(shapes[0][0]), int(shapes[0][1]))
-
-
-def operators_of(
-    device: DeviceInfo, spec: PluginSpec, shapes: Sequence[Sequence[int]], types: Sequence[str]
-) -> Operators:
-    """Return the launch code for a program of this single node."""
-    node = node_of(spec)
-    names = [name for name in node.inputs if name]
-    weights = {name: Weight("f32", tuple(map(int, shape)), 0, 1) for name, shape in zip(names, shapes, strict=True)}
-    values = {name: Value(kind, int(shape[-1])) for name, shape, kind in zip(names, shapes, types, strict=True)}
-    results = [Value(kind, width) for kind, width in spec.results]
-    values |= dict(zip(node.outputs, results, strict=False))
-    # `Operators` expects a value "logits"; here it is the node's own result.
-    values["logits"] = results[0]
-    capacity = weights["key_cache"].dims[2] if spec.op == "GroupQueryAttention" else 0
-    return Operators(Program((node,), values, weights), str(spec.attrs.get("kv", "float16")), capacity, device)
+def _fields(
+    spec: PluginSpec,
+    shapes: Sequence[Sequence[int]],
+    types: Sequence[str],
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+) -> dict[str, planning.Field]:
+    """Return the description of a node that the planning in C++ reads; see `Operators`."""
+    found: dict[str, planning.Field] = {**spec.attrs, "op": spec.op, "name": spec.name}
+    places = (i for i, there in enumerate(spec.present) if there)
+    for index, shape, kind, address in zip(places, shapes, types, inputs, strict=True):
+        found[f"input.{index}"] = tensor_field(address, kind, shape)
+    for index, address in enumerate(outputs):
+        found[f"output.{index}"] = tensor_field(address, "f32", ())  # only its address counts
+    return found
 
 
 def _any_device(sm: int) -> DeviceInfo:

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from edgelm.bundle import Bundle
+from edgelm.bundle.kv_cache import row_bytes
 from edgelm.export.tensorrt.graph import plugin_spec
 from edgelm.runtimes.cuda.emulated import EmulatedDevice
-from edgelm.runtimes.cuda.kernels.attention import row_bytes
-from edgelm.runtimes.cuda.operators import KV_CODES
 from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
 from edgelm.runtimes.cuda.weights import DeviceWeights
 from edgelm.runtimes.tensorrt.engine import Tensor
@@ -45,7 +44,7 @@ class PlayedGraph:
     def __init__(self, bundle: Bundle, device: EmulatedDevice, rtx: Library, host: Host) -> None:
         self.program = Program.read(bundle.file(PROGRAM_FILE))
         self.model = bundle.manifest.model
-        self.row = row_bytes(KV_CODES[bundle.manifest.graph.kv_dtype], self.model.head_dim)
+        self.row = row_bytes(bundle.manifest.graph.kv_dtype, self.model.head_dim, "gpu")
         self.device = device
         self.specs = [plugin_spec(node, self.program.values) for node in self.program.nodes]
         self._weights = DeviceWeights(device, self.program, bundle.file(bundle.manifest.graph.weights_file))

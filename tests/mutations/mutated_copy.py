@@ -25,11 +25,14 @@ from mutation_list import CTEST, ROOT, Mutation
 from warm_python import WarmPython
 
 _BUILD = "build/csrc-scalar"
-_LIBRARIES = {"_edgelm_ops": "runtimes", "_edgelm_quant": "quant"}
+_LIBRARIES = {"_edgelm_ops": "runtimes", "_edgelm_quant": "quant", "libedgelm_plugins": "runtimes"}
+_TARGETS = [name.removeprefix("lib") for name in _LIBRARIES]
 _WHERE = """
 import json, edgelm, edgelm.quant, edgelm.runtimes, edgelm.export
 found = {"package": [edgelm.__file__, edgelm.export.__file__]}
-for name, module in (("_edgelm_ops", edgelm.runtimes), ("_edgelm_quant", edgelm.quant)):
+for name, module in (
+    ("_edgelm_ops", edgelm.runtimes), ("_edgelm_quant", edgelm.quant), ("libedgelm_plugins", edgelm.runtimes)
+):
     found[name] = [f"{place}/{name}.so" for place in module.__path__]
 print(json.dumps(found))
 """
@@ -85,7 +88,7 @@ class MutatedCopy:
         programs = [test.removeprefix(CTEST) for test in tests if test.startswith(CTEST)]
         nodes = [test for test in tests if not test.startswith(CTEST)]
         if compiled or programs:
-            built = self._build([f"{name}_test" for name in programs] + (list(_LIBRARIES) if nodes else []))
+            built = self._build([f"{name}_test" for name in programs] + (_TARGETS if nodes else []))
             if built.kind != "passed":
                 return built
         for outcome in (self._ctest(name, seconds) for name in programs):
@@ -150,8 +153,9 @@ class MutatedCopy:
         if code != 0:
             lines = [line for line in output.splitlines() if "error" in line]
             return Outcome("error", f"does not compile: {(lines or [_last_line(output)])[0]}")
-        for name in sorted(_LIBRARIES.keys() & set(targets)):
-            _replace(self.tree / _BUILD / f"{name}.so", self.tree / _LIBRARIES[name] / f"{name}.so")
+        for name, part in _LIBRARIES.items():
+            if name.removeprefix("lib") in targets:
+                _replace(self.tree / _BUILD / f"{name}.so", self.tree / part / f"{name}.so")
         return Outcome("passed", "")
 
     def _call(self, command: Sequence[str | Path], seconds: float) -> tuple[int | None, str]:

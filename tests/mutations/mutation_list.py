@@ -31,8 +31,8 @@ class Mutation:
 
     @property
     def compiled(self) -> bool:
-        """Whether the operators must be recompiled. The emulator compiles the CUDA sources itself."""
-        return self.file.startswith("runtimes/csrc/") and not self.file.startswith("runtimes/csrc/cuda/")
+        """Whether the libraries must be recompiled. The emulator compiles the CUDA sources itself."""
+        return self.file.startswith("runtimes/csrc/") and not self.file.endswith((".cuh", "/emulator.h"))
 
     def line(self, root: Path = ROOT) -> int:
         """Return the line of the file that is changed."""

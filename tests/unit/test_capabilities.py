@@ -10,6 +10,7 @@ from edgelm.errors import ExportError
 from edgelm.export.capabilities import GPU, NATIVE, PORTABLE, check, missing
 from edgelm.models import decoder as decoder_of
 from edgelm.models.spec import Attention, Decoder, MoE
+from edgelm.runtimes.cuda.kernels.sources import kernels
 
 CONFIG = {
     "architectures": ["OlmoeForCausalLM"],
@@ -51,6 +52,11 @@ def test_heads_of_another_size_are_taken_or_refused_with_the_sizes_there_are(olm
     assert said.endswith("export with --target cpu")
     (said,) = missing(with_attention(olmoe, head_dim=8), PORTABLE)
     assert "takes multiples of 16: export with --target cpu --ops native" in said
+
+
+def test_the_head_sizes_of_a_gpu_are_those_of_the_kernels() -> None:
+    names = [name for name in kernels() if name.startswith("attention_")]
+    assert GPU.head_sizes == tuple(dict.fromkeys(int(name.rpartition("_s")[2]) for name in names))
 
 
 def test_layers_with_different_heads_are_refused(olmoe: Decoder) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from edgelm.bundle.kv_cache import KV_TYPES, require_type, row_bytes
+from edgelm.bundle.kv_cache import GPU_KV_TYPES, KV_TYPES, require_type, row_bytes
 from edgelm.errors import EdgeLMError
+from edgelm.runtimes.cuda import planning
 
 
 @pytest.mark.parametrize(
@@ -30,3 +31,14 @@ def test_other_types_are_refused_with_the_valid_ones() -> None:
     for refuse in (require_type, lambda kv: row_bytes(kv, 64)):
         with pytest.raises(EdgeLMError, match="kv is 'int4': the KV cache can be float32, float16, int8, fp8"):
             refuse("int4")
+
+
+@pytest.mark.parametrize("kv", GPU_KV_TYPES)
+def test_the_planning_in_cpp_counts_the_same_bytes(kv: str) -> None:
+    found = planning.call("node_cache_row", {"kv": kv, "head_size": 96})
+    assert int(found) == row_bytes(kv, 96, "gpu")
+
+
+def test_the_planning_in_cpp_has_the_same_types() -> None:
+    with pytest.raises(EdgeLMError, match=f"kv is 'int4': the KV cache can be {', '.join(GPU_KV_TYPES)}$"):
+        planning.call("node_cache_row", {"kv": "int4", "head_size": 96})

@@ -106,8 +106,8 @@ Launches linear(const Node& node, const Step& step, const DeviceInfo& device, co
   return matmul_launches(matmul_of(node, step.rows()), device, scratch.workspace);
 }
 
-const char* cache_type(const Node& node) {
-  const std::string kind = node.attributes.text("kv", "float16");
+const char* cache_type(const Fields& attributes) {
+  const std::string kind = attributes.text("kv", "float16");
   std::vector<std::string> known;
   for (const auto& [name, type] : kCacheTypes) {
     if (kind == name) return type;
@@ -125,7 +125,7 @@ AttentionShape attention_shape(const Node& node, const Step& step) {
           dim(node, 1, 2),
           dim(node, 4, 0),
           node.text("activation"),
-          cache_type(node)};
+          cache_type(node.attributes)};
 }
 
 // Whether a QK-norm weight has the size of one head.
@@ -215,7 +215,7 @@ KernelNames linear_needs(const Node& node) {
   return matmul_kernels(matrix_of(node), node.text("activation"), rounding_of(node));
 }
 KernelNames attention_needs(const Node& node) {
-  return attention_kernels_of(node.text("activation"), cache_type(node), node.integer("head_size"));
+  return attention_kernels_of(node.text("activation"), cache_type(node.attributes), node.integer("head_size"));
 }
 KernelNames moe_needs(const Node& node) { return sparse_moe_kernels(sparse_moe_of(node, 1)); }
 KernelNames rms_norm_needs(const Node& node) { return {rms_norm_kernel(node.input(0).type)}; }
@@ -276,6 +276,10 @@ std::vector<Tensor> tensors_of(const Fields& fields, const std::string& prefix) 
 std::string planned(const Fields& fields) {
   return serialised(
       launches(Node::of(fields), device_of(fields), fields.address("workspace"), fields.address("counters")));
+}
+
+std::string cache_row(const Fields& fields) {
+  return std::to_string(attention_row_bytes(cache_type(fields), fields.integer("head_size")));
 }
 
 std::string scratch(const Fields& fields) {
@@ -359,9 +363,10 @@ u64 counter_bytes(const Node& node, i64 batch, i64 tokens) {
 KernelNames kernels(const Node& node) { return operator_of(node).kernels(node); }
 
 Functions node_functions() {
-  return {{"node_launches", planned}, {"node_scratch", scratch}, {"node_kernels", [](const Fields& fields) {
-                                                                    return lines_of(kernels(Node::of(fields)));
-                                                                  }}};
+  return {{"node_launches", planned},
+          {"node_scratch", scratch},
+          {"node_cache_row", cache_row},
+          {"node_kernels", [](const Fields& fields) { return lines_of(kernels(Node::of(fields))); }}};
 }
 
 }  // namespace edgelm::gpu
