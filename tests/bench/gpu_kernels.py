@@ -25,12 +25,12 @@ from gpu_figures import Figure
 
 from edgelm.bundle.gpu_layout import GpuKind, GpuMatrix
 from edgelm.runtimes.cuda.driver import CudaDevice
-from edgelm.runtimes.cuda.kernels import attention
-from edgelm.runtimes.cuda.kernels.attention import AttentionBuffers, AttentionShape
 from edgelm.runtimes.cuda.kernels.images import KernelCompiler
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cuda"))
+import attention_calls as attention
 import linear_calls as linear
+from attention_calls import AttentionBuffers, AttentionShape
 from linear_calls import Matmul
 
 _SHAPES = {

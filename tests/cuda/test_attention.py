@@ -6,21 +6,23 @@ The kernels are emulated, compiled from the same sources as for a GPU.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+import attention_calls as attention
 import numpy as np
 import pytest
+from attention_calls import AttentionBuffers, AttentionShape
 from kernel_device import kernel_device
 from numpy.typing import NDArray
 
 from edgelm.checkpoint.writer import float32_to_bf16
 from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda.device import Device
-from edgelm.runtimes.cuda.kernels import attention
-from edgelm.runtimes.cuda.kernels.attention import AttentionBuffers, AttentionShape
+from edgelm.runtimes.cuda.kernels.sources import kernels
 
 Array = NDArray[Any]
 Generator = np.random.Generator
@@ -445,19 +447,22 @@ def test_a_nan_does_not_affect_other_sequences(combination: tuple[str, str, int,
 
 
 def test_room_for_two_stages_on_the_smallest_multiprocessors() -> None:
-    assert attention.all_kernels()
-    for name in attention.all_kernels():
-        _, step, _, cache, size = name.split("_")
-        assert attention.shared_bytes(step, cache, int(size[1:])) <= 99 << 10, name
+    launched = set()
+    types = [("f32", "f32"), *((a, e) for a in ("bf16", "f16") for e in ("bf16", "f16", "int8", "fp8"))]
+    for (activations, cache), size, tokens, counters, multiprocessors in itertools.product(
+        types, (32, 64, 128), (1, 100), (0, 1), (1, 1000)
+    ):
+        one = AttentionShape(1, tokens, 4, 4, size, 4096, 4096, activations, cache)
+        buffers = AttentionBuffers(*range(1, 9), counters=counters)
+        for launch in attention.attention_launches(one, buffers, multiprocessors):
+            assert launch.shared <= 99 << 10, launch.kernel
+            launched.add(launch.kernel)
+    assert launched == {name for name in kernels() if name.startswith("attention_")}
 
 
 def test_a_model_asks_for_kernels_that_exist() -> None:
     for activations, cache in (("bf16", "f16"), ("f16", "fp8"), ("f32", "f32")):
-        names = attention.kernels_for(activations, cache, 64)
-        assert set(names) <= set(attention.all_kernels())
-        assert all(name in attention.instantiation(name) for name in names)
-    with pytest.raises(KeyError, match="attention_decode_bf16_f32_s64"):
-        attention.instantiation("attention_decode_bf16_f32_s64")
+        assert set(attention.kernels_for(activations, cache, 64)) <= set(kernels())
 
 
 @pytest.mark.parametrize(
@@ -476,7 +481,7 @@ def test_a_model_asks_for_kernels_that_exist() -> None:
 )
 def test_a_shape_without_kernels_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(DeviceError, match=re.escape(f"GroupQueryAttention: {message}")):
-        replace(shape(1, 1, 8, 4, 64, 100), **change)
+        attention.workspace_bytes(replace(shape(1, 1, 8, 4, 64, 100), **change), 4)
 
 
 def test_missing_buffers_are_named() -> None:

@@ -191,6 +191,10 @@ std::string workspace(const Fields& f) {
   return std::to_string(attention_workspace_bytes(shape, f.integer("multiprocessors"), f.integer("splits", 0)));
 }
 
+std::string needed(const Fields& f) {
+  return lines_of(attention_kernels_of(f.text("activations"), f.text("cache"), f.integer("size")));
+}
+
 std::string row(const Fields& f) { return std::to_string(attention_row_bytes(f.text("cache"), f.integer("size"))); }
 
 }  // namespace
@@ -286,7 +290,10 @@ const KernelSources& attention_kernels() {
 }
 
 Functions attention_functions() {
-  return {{"attention_launches", launches}, {"attention_workspace", workspace}, {"attention_row", row}};
+  return {{"attention_launches", launches},
+          {"attention_workspace", workspace},
+          {"attention_row", row},
+          {"attention_kernels", needed}};
 }
 
 }  // namespace edgelm::gpu
