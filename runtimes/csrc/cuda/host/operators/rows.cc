@@ -1,5 +1,7 @@
 #include "cuda/host/operators/rows.h"
 
+#include <initializer_list>
+
 #include "cuda/host/planners.h"
 #include "cuda/rows_args.cuh"
 
@@ -11,6 +13,15 @@ constexpr i64 kTopPart = 4096;  // columns of which a block of the first argmax 
 constexpr i64 kWarpSums = 4 * kRowThreads / 32;
 
 bool is_low_precision(const std::string& type) { return type == "bf16" || type == "f16"; }
+
+// Of rows or columns: the arguments are i32.
+void require_sizes(std::initializer_list<i64> sizes) {
+  for (i64 size : sizes) {
+    if (size < 0 || size > kMostSize) {
+      throw Error("a size of " + std::to_string(size) + ", expected 0 to " + std::to_string(kMostSize));
+    }
+  }
+}
 
 void require_even(i64 columns, const char* what) {
   if (columns % 2) throw Error(what + std::to_string(columns) + " columns, expected an even number");
@@ -52,6 +63,7 @@ Launch convert_launch(const Conversion& c) {
     throw Error("there is no conversion from " + c.source + " to " + c.target +
                 ": use bf16 or f16, to itself or to fp8");
   }
+  require_sizes({c.rows, c.columns});
   require_even(c.columns, "rows have ");
   auto args = zeroed<RowsArgs>();
   point(args.x, c.x);
@@ -75,6 +87,7 @@ std::string rms_norm_kernel(const std::string& source) {
 
 Launch rms_norm_launch(const RmsNorm& n) {
   std::string kernel = rms_norm_kernel(n.source);
+  require_sizes({n.rows, n.columns});
   require_even(n.columns, "a norm of ");
   auto args = zeroed<RmsNormArgs>();
   point(args.x, n.x);
@@ -92,6 +105,7 @@ Launch embedding_launch(u64 ids, const Matrix& matrix, u64 blob, u64 y, i64 rows
   if (matrix.swiglu || matrix.count != 1) {
     throw Error("an embedding's table is " + matrix.text() + ", expected one matrix without SwiGLU");
   }
+  require_sizes({rows});
   auto args = zeroed<EmbeddingArgs>();
   point(args.ids, ids);
   point(args.codes, blob);
@@ -107,6 +121,7 @@ Launch embedding_launch(u64 ids, const Matrix& matrix, u64 blob, u64 y, i64 rows
 }
 
 Launch last_token_launch(u64 x, u64 y, i64 batch, i64 tokens, i64 columns) {
+  require_sizes({batch, tokens, columns});
   auto args = zeroed<LastTokenArgs>();
   point(args.x, x);
   point(args.y, y);
@@ -118,6 +133,7 @@ Launch last_token_launch(u64 x, u64 y, i64 batch, i64 tokens, i64 columns) {
 u64 argmax_workspace_bytes(i64 rows, i64 columns) { return 2 * round_up(4 * rows * divide_up(columns, kTopPart)); }
 
 Launches argmax_launches(u64 x, u64 ids, i64 rows, i64 columns, u64 workspace) {
+  require_sizes({rows, columns});
   const i64 parts = divide_up(columns, kTopPart);
   auto args = zeroed<TopArgs>();
   point(args.x, x);
