@@ -1,1 +1,1 @@
-"""The CUDA kernels: sources, compilation, and the arguments of each launch."""
+"""The CUDA kernels: sources, compilation, and compiled images."""

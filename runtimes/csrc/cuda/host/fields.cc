@@ -54,7 +54,7 @@ u64 Fields::address(const std::string& name) const {
   char* end = nullptr;
   errno = 0;
   const u64 number = std::strtoull(value.c_str(), &end, 10);
-  if (value.empty() || value[0] == '-' || *end || errno) throw wrong(name, value, "an address");
+  if (value.empty() || value[0] < '0' || value[0] > '9' || *end || errno) throw wrong(name, value, "an address");
   return number;
 }
 

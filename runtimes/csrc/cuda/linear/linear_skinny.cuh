@@ -27,7 +27,7 @@ struct SkinnyPlace {
   int chunk;   // of columns
 };
 
-// The layout of shared memory. linear.py computes the same size.
+// The layout of shared memory. host/operators/linear.cc computes the same size.
 template <class W, int NB> struct SkinnyShared {
   u8* x;            // [x_tile] rows of A
   float* sums;      // [2][warps][NB * 4][32]
