@@ -44,7 +44,7 @@ class EmulatedDevice(Device):
     ) -> None:
         self.info = DeviceInfo("emulated", capability, 4, 1 << 34, (13, 0))
         self.seed = seed
-        self._cache = cache or Path(os.environ.get("EDGELM_EMULATOR_CACHE") or Path.home() / ".cache/edgelm/emulator")
+        self._cache = cache or _default_cache()
         self._buffers: dict[int, NDArray[np.uint8]] = {}
         self._launchers: dict[str, Callable[..., bytes | None]] = {}
         self._lazy = lazy
@@ -93,8 +93,8 @@ class EmulatedDevice(Device):
 
     def load_source(self, names: Sequence[str], source: str) -> None:
         """Compile `source`, which instantiates the kernels `names` of headers in `SOURCES`. Raises as `load`."""
-        launcher = _compiled(source, self.info.capability, self._cache)
-        self._launchers |= dict.fromkeys(names, launcher)
+        run = launcher(_library(source, self.info.capability, self._cache))
+        self._launchers |= dict.fromkeys(names, run)
 
     def launch(self, launch: Launch, stream: int = 0) -> None:
         """Run a kernel to its end.
@@ -166,7 +166,36 @@ def _included(source: str) -> list[str]:
     return list(found.values())
 
 
-def _compiled(source: str, capability: tuple[int, int], cache: Path) -> Callable[..., bytes | None]:
+def compiled_library(names: Sequence[str], capability: tuple[int, int], cache: Path | None = None) -> Path:
+    """Return a shared library of emulated kernels, compiled or from the cache.
+
+    Args:
+        names: of the kernels.
+        capability, cache: as in `EmulatedDevice`.
+
+    Raises:
+        DeviceError: there is no C++ compiler, or it rejects the sources.
+    """
+    source, _ = translation_unit(sorted(names))
+    return _library(source, capability, cache or _default_cache())
+
+
+def launcher(library: Path) -> Callable[..., bytes | None]:
+    """Return the function of a library that launches its kernels; it returns None, or an error's text."""
+    function: Callable[..., bytes | None] = ctypes.CDLL(str(library)).edgelm_emulated_launch
+    function.argtypes = [  # type: ignore[attr-defined]  # a C function
+        ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t,
+        ctypes.c_uint,
+    ]  # fmt: skip
+    function.restype = ctypes.c_char_p  # type: ignore[attr-defined]  # a C function
+    return function
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("EDGELM_EMULATOR_CACHE") or Path.home() / ".cache/edgelm/emulator")
+
+
+def _library(source: str, capability: tuple[int, int], cache: Path) -> Path:
     fp8 = ["-DEDGELM_HAS_FP8=1"] if capability >= (8, 9) else []
     # -ffp-contract=off: only explicit fma() is fused. -fvisibility=hidden: a static variable of an inline function
     # would otherwise be one object in the process, shared by all such libraries, even of different sources.
@@ -199,10 +228,4 @@ def _compiled(source: str, capability: tuple[int, int], cache: Path) -> Callable
                 first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:500])
                 raise DeviceError(f"{compiler} cannot compile the emulated kernels: {first}")
             output.replace(library)
-    function: Callable[..., bytes | None] = ctypes.CDLL(str(library)).edgelm_emulated_launch
-    function.argtypes = [  # type: ignore[attr-defined]  # a C function
-        ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t,
-        ctypes.c_uint,
-    ]  # fmt: skip
-    function.restype = ctypes.c_char_p  # type: ignore[attr-defined]  # a C function
-    return function
+    return library

@@ -1,19 +1,31 @@
 // A fake libcuda.so.1 for machines without a GPU, which logs edgelm's calls and can make them fail.
-// Memory is host memory. Its only kernel is `increment` of test_driver_calls.py. Launches and copies run at once, or
-// are stored while a stream is captured. Environment variables configure it:
+// Memory is host memory, which begins as NaNs, with canaries before and behind each buffer. Launches and copies run at
+// once, or are stored while a stream is captured. An image is one of two:
+//   - a library of emulated kernels (emulated_images.py), which are run by the emulator (csrc/cuda/emulator.h);
+//   - anything else: its only kernel is `increment` of test_driver_calls.py.
+// Environment variables configure it:
 //   FAKE_CUDA_VERSION 13000, FAKE_CUDA_SM 86, FAKE_CUDA_DEVICES 1, FAKE_CUDA_MEMORY bytes of the GPU,
+//   FAKE_CUDA_MULTIPROCESSORS 14, FAKE_CUDA_SEED 0: the emulator's order of warps,
 //   FAKE_CUDA_FAIL "cuStreamSynchronize=700": that function returns this error.
+// An error that the emulator finds, or a canary that was overwritten, is error 999, whose text says what is wrong.
 // FAKE_CUDA_LOG names a file to which every call is appended. If the toolkit's cuda.h is found, the compiler checks
 // these declarations against it.
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <elf.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #if __has_include(<cuda.h>)
 #include <cuda.h>
 #else
-typedef int CUresult, CUdevice, CUdevice_attribute, CUfunction_attribute, CUjit_option, CUstreamCaptureMode;
+typedef int CUresult, CUdevice, CUdevice_attribute, CUfunction_attribute, CUjit_option, CUstreamCaptureMode,
+    CUstreamCaptureStatus;
 typedef unsigned long long CUdeviceptr;
 typedef struct {
   int id;
@@ -68,9 +80,16 @@ CUresult cuGetErrorName(CUresult error, const char** text) {
   *text = error == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : "CUDA_ERROR_X";
   return (CUresult)0;
 }
+static char g_wrong[1024];  // the text of error 999
+static CUresult wrong(const char* format, ...) {
+  va_list values;
+  va_start(values, format);
+  vsnprintf(g_wrong, sizeof g_wrong, format, values);
+  va_end(values);
+  return (CUresult)999;
+}
 CUresult cuGetErrorString(CUresult error, const char** text) {
-  (void)error;
-  *text = "as the driver says";
+  *text = error == 999 && g_wrong[0] ? g_wrong : "as the driver says";
   return (CUresult)0;
 }
 
@@ -94,14 +113,17 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice
   CALLED("%d %d", (int)attribute, device);
   int sm = setting("FAKE_CUDA_SM", 86);
   *value = attribute == 75 ? sm / 10 : attribute == 76 ? sm % 10 : -1;
-  if (attribute == 16) *value = 14;
+  if (attribute == 16) *value = setting("FAKE_CUDA_MULTIPROCESSORS", 14);
   if (attribute == 97) *value = 99 << 10;
   return (CUresult)0;
 }
 
 static int g_contexts;
+static CUdevice g_device;  // of the context
+static __thread CUcontext t_current;
 CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   g_contexts++;
+  g_device = device;
   *context = (CUcontext)0x7000000000000010;
   return called(__func__, "%d", device);
 }
@@ -109,11 +131,49 @@ CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
   g_contexts--;
   return called(__func__, "%d left %d", device, g_contexts);
 }
-CUresult cuCtxSetCurrent(CUcontext context) { return called(__func__, "%p", (void*)context); }
-CUresult cuCtxSynchronize(void) { return called(__func__, ""); }
+CUresult cuCtxSetCurrent(CUcontext context) {
+  t_current = context;
+  return called(__func__, "%p", (void*)context);
+}
+CUresult cuCtxGetCurrent(CUcontext* context) {
+  *context = t_current;
+  return called(__func__, "");
+}
+CUresult cuCtxGetDevice(CUdevice* device) {
+  *device = g_device;
+  return (CUresult)(t_current ? called(__func__, "") : 201);
+}
 
-// The size of an allocation is stored in front of it.
+// Before the bytes of an allocation is this head, padded with a canary; behind them is another canary.
+enum { kCanary = 256, kCanaryByte = 0xa5 };
+struct Buffer {
+  struct Buffer *next, **link;
+  size_t bytes;
+};
+static struct Buffer* g_buffers;
 static size_t g_used;
+
+static CUresult check(const struct Buffer* buffer) {
+  const unsigned char* data = (const unsigned char*)buffer + kCanary;
+  for (size_t i = 0; i < kCanary; i++) {
+    int before = i >= sizeof *buffer && ((const unsigned char*)buffer)[i] != kCanaryByte;
+    if (before || data[buffer->bytes + i] != kCanaryByte) {
+      return wrong("a kernel wrote %s the buffer of %zu bytes at %p", before ? "before" : "behind", buffer->bytes,
+                   data);
+    }
+  }
+  return (CUresult)0;
+}
+static CUresult check_all(void) {
+  CUresult status = (CUresult)0;
+  for (struct Buffer* one = g_buffers; one && !status; one = one->next) status = check(one);
+  return status;
+}
+
+CUresult cuCtxSynchronize(void) {
+  CALLED("");
+  return check_all();
+}
 CUresult cuMemGetInfo_v2(size_t* available, size_t* total) {
   *total = setting("FAKE_CUDA_MEMORY", 1L << 30);
   *available = *total - g_used;
@@ -122,17 +182,27 @@ CUresult cuMemGetInfo_v2(size_t* available, size_t* total) {
 CUresult cuMemAlloc_v2(CUdeviceptr* address, size_t bytes) {
   CALLED("%zu", bytes);
   if (bytes > (size_t)setting("FAKE_CUDA_MEMORY", 1L << 30) - g_used) return (CUresult)2;
-  char* block = aligned_alloc(256, (bytes + 511) / 256 * 256);
-  *(size_t*)block = bytes;
+  struct Buffer* made = aligned_alloc(256, (bytes + 2 * kCanary + 255) / 256 * 256);
+  memset(made, kCanaryByte, kCanary);
+  *made = (struct Buffer){.next = g_buffers, .link = &g_buffers, .bytes = bytes};
+  if (g_buffers) g_buffers->link = &made->next;
+  g_buffers = made;
+  char* data = (char*)made + kCanary;
+  memset(data, 0xff, bytes);
+  memset(data + bytes, kCanaryByte, kCanary);
   g_used += bytes;
-  *address = (CUdeviceptr)(block + 256);
+  *address = (CUdeviceptr)data;
   return (CUresult)0;
 }
 CUresult cuMemFree_v2(CUdeviceptr address) {
-  char* block = (char*)address - 256;
-  g_used -= *(size_t*)block;
-  free(block);
-  return called(__func__, "left %zu", g_used);
+  struct Buffer* buffer = (struct Buffer*)((char*)address - kCanary);
+  CUresult status = check(buffer);
+  *buffer->link = buffer->next;
+  if (buffer->next) buffer->next->link = buffer->link;
+  g_used -= buffer->bytes;
+  free(buffer);
+  CUresult failed = called(__func__, "left %zu", g_used);
+  return failed ? failed : status;
 }
 CUresult cuMemHostAlloc(void** address, size_t bytes, unsigned int flags) {
   *address = malloc(bytes);
@@ -143,49 +213,128 @@ CUresult cuMemFreeHost(void* address) {
   return called(__func__, "");
 }
 
-CUresult cuModuleLoadDataEx(CUmodule* module, const void* image, unsigned int count, CUjit_option* options,
-                            void** values) {
-  if (count != 2 || options[0] != 5 || options[1] != 6) return (CUresult)1;
-  CUresult status = called(__func__, "%.8s", ((const char*)image)[0] == 0x7f ? "cubin" : "text");
-  if (status) snprintf((char*)values[0], (size_t)values[1], "ptxas fatal : as the compiler says\nmore");
-  *module = (CUmodule)0x7000000000000020;
-  return status;
-}
-CUresult cuModuleUnload(CUmodule module) { return called(__func__, "%p", (void*)module); }
-CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
-  CALLED("%p %s", (void*)module, name);
-  *function = (CUfunction)0x7000000000000030;
-  return (CUresult)(strcmp(name, "increment") ? 500 : 0);
-}
-CUresult cuFuncLoad(CUfunction function) { return called(__func__, "%p", (void*)function); }
-CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
-  return called(__func__, "%p %d %d", (void*)function, (int)attribute, value);
-}
-
-// -- work: run at once, or stored for the graph that is being captured ----------------------------------------------
+// -- modules: `increment`, or a library of emulated kernels ---------------------------------------------------------
 
 struct Increment {
   float* x;
   int count;
   float by;
 };
+typedef const char* Emulated(const char* name, const int* grid, int threads, size_t shared, const void* args,
+                             size_t args_bytes, unsigned seed);
+struct Kernel {
+  struct Kernel* next;
+  Emulated* run;  // null: increment
+  char name[128];
+  size_t args_bytes;
+  int shared;  // dynamic shared memory that it may use
+};
+struct Module {
+  void* library;
+  Emulated* run;
+};
+static struct Module g_increments = {0, 0};
+static struct Kernel* g_kernels;
+
+// The bytes of an image that is a shared library of this machine, or 0. Its section headers are at its end.
+static size_t library_bytes(const void* image) {
+  const Elf64_Ehdr* head = image;
+  if (memcmp(image, ELFMAG, SELFMAG) || head->e_ident[EI_CLASS] != ELFCLASS64 || head->e_type != ET_DYN) return 0;
+  return head->e_shoff + (size_t)head->e_shnum * head->e_shentsize;
+}
+
+static CUresult load_library(struct Module* module, const void* image, size_t bytes) {
+  // The file stays open: the loader recognises libraries by this name, so that no other may get its number.
+  int file = memfd_create("kernels", MFD_CLOEXEC);
+  char path[64];
+  snprintf(path, sizeof path, "/proc/self/fd/%d", file);
+  if (file < 0 || write(file, image, bytes) != (ssize_t)bytes) return wrong("no memory for an image");
+  module->library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  if (module->library) module->run = (Emulated*)dlsym(module->library, "edgelm_emulated_launch");
+  return module->run ? (CUresult)0 : wrong("not a library of emulated kernels: %s", dlerror());
+}
+
+CUresult cuModuleLoadDataEx(CUmodule* module, const void* image, unsigned int count, CUjit_option* options,
+                            void** values) {
+  if (count != 2 || options[0] != 5 || options[1] != 6) return (CUresult)1;
+  CUresult status = called(__func__, "%.8s", ((const char*)image)[0] == 0x7f ? "cubin" : "text");
+  if (status) snprintf((char*)values[0], (size_t)values[1], "ptxas fatal : as the compiler says\nmore");
+  struct Module* made = &g_increments;
+  size_t bytes = library_bytes(image);
+  if (!status && bytes) {
+    made = calloc(1, sizeof *made);
+    status = load_library(made, image, bytes);
+  }
+  *module = (CUmodule)made;
+  return status;
+}
+CUresult cuModuleUnload(CUmodule module) { return called(__func__, "%p", (void*)module); }
+
+CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
+  CALLED("%p %s", (void*)module, name);
+  Emulated* run = ((struct Module*)module)->run;
+  size_t args_bytes = sizeof(struct Increment);
+  if (run) {
+    // The emulator refuses a launch without arguments and says how many bytes the kernel takes.
+    int grid[3] = {1, 1, 1};
+    const char* said = strstr(run(name, grid, 32, 0, 0, (size_t)-1, 0), "its arguments are ");
+    if (!said || sscanf(said, "its arguments are %zu", &args_bytes) != 1) return (CUresult)500;
+  } else if (strcmp(name, "increment")) {
+    return (CUresult)500;
+  }
+  struct Kernel* made = calloc(1, sizeof *made);
+  snprintf(made->name, sizeof made->name, "%s", name);
+  made->run = run;
+  made->args_bytes = args_bytes;
+  made->shared = 48 << 10;
+  made->next = g_kernels;  // kept as long as the process, as are the libraries
+  g_kernels = made;
+  *function = (CUfunction)made;
+  return (CUresult)0;
+}
+CUresult cuFuncLoad(CUfunction function) { return called(__func__, "%p", (void*)function); }
+CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
+  if (attribute == 8) ((struct Kernel*)function)->shared = value;
+  return called(__func__, "%p %d %d", (void*)function, (int)attribute, value);
+}
+
+// -- work: run at once, or stored for the graph that is being captured ----------------------------------------------
+
 struct Work {
   struct Work* next;
   char *to, *from;
   size_t bytes;
   int value;
-  struct Increment increment;
+  const struct Kernel* kernel;
+  int grid[3], threads;
+  size_t shared;
+  unsigned char args[1024];
 };
 static struct Work *g_captured, **g_end;
 
-static void perform(const struct Work* work) {
+static CUresult launch(const struct Work* work) {
+  const struct Kernel* kernel = work->kernel;
+  if (!kernel->run) {
+    const struct Increment* args = (const struct Increment*)work->args;
+    for (int i = 0; i < args->count; i++) args->x[i] += args->by;
+    return (CUresult)0;
+  }
+  static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;  // the emulator's state is one per library
+  pthread_mutex_lock(&mutex);
+  const char* said = kernel->run(kernel->name, work->grid, work->threads, work->shared, work->args, kernel->args_bytes,
+                                 (unsigned)setting("FAKE_CUDA_SEED", 0));
+  CUresult status = said ? wrong("emulated kernel %s", said) : (CUresult)0;
+  pthread_mutex_unlock(&mutex);
+  return status;
+}
+static CUresult perform(const struct Work* work) {
+  if (work->kernel) return launch(work);
   if (work->from) memcpy(work->to, work->from, work->bytes);
-  else if (work->to) memset(work->to, work->value, work->bytes);
-  else
-    for (int i = 0; i < work->increment.count; i++) work->increment.x[i] += work->increment.by;
+  else memset(work->to, work->value, work->bytes);
+  return (CUresult)0;
 }
 static CUresult start(struct Work work) {
-  if (!g_end) return perform(&work), (CUresult)0;
+  if (!g_end) return perform(&work);
   *g_end = malloc(sizeof work);
   **g_end = work;
   g_end = &(*g_end)->next;
@@ -212,9 +361,11 @@ CUresult cuLaunchKernel(CUfunction function, unsigned int gx, unsigned int gy, u
                         unsigned int by, unsigned int bz, unsigned int shared, CUstream stream, void** parameters,
                         void** extra) {
   CALLED("%p %u %u %u %u %u %u %u %p", (void*)function, gx, gy, gz, bx, by, bz, shared, (void*)stream);
-  if (extra) return (CUresult)1;
-  struct Work work = {0};
-  memcpy(&work.increment, parameters[0], sizeof work.increment);
+  const struct Kernel* kernel = (const struct Kernel*)function;
+  struct Work work = {.kernel = kernel, .grid = {gx, gy, gz}, .threads = bx, .shared = shared};
+  if (extra || by != 1 || bz != 1 || kernel->args_bytes > sizeof work.args) return (CUresult)1;
+  if (kernel->run && shared > (unsigned)kernel->shared) return (CUresult)1;
+  memcpy(work.args, parameters[0], kernel->args_bytes);
   return start(work);
 }
 
@@ -231,7 +382,14 @@ CUresult cuStreamCreate(CUstream* stream, unsigned int flags) {
   return called(__func__, "%u", flags);
 }
 CUresult cuStreamDestroy_v2(CUstream stream) { return called(__func__, "%p", (void*)stream); }
-CUresult cuStreamSynchronize(CUstream stream) { return called(__func__, "%p", (void*)stream); }
+CUresult cuStreamSynchronize(CUstream stream) {
+  CALLED("%p", (void*)stream);
+  return check_all();
+}
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
+  *status = (CUstreamCaptureStatus)(g_end != 0);
+  return called(__func__, "%p", (void*)stream);
+}
 CUresult cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode mode) {
   g_captured = 0;
   g_end = &g_captured;
@@ -252,8 +410,9 @@ CUresult cuGraphUpload(CUgraphExec exec, CUstream stream) {
 }
 CUresult cuGraphLaunch(CUgraphExec exec, CUstream stream) {
   CALLED("%p", (void*)stream);
-  for (const struct Work* work = (const struct Work*)exec; work; work = work->next) perform(work);
-  return (CUresult)0;
+  CUresult status = (CUresult)0;
+  for (const struct Work* work = (const struct Work*)exec; work && !status; work = work->next) status = perform(work);
+  return status;
 }
 CUresult cuGraphDestroy(CUgraph graph) {
   (void)graph;

@@ -6,14 +6,13 @@ tests/gpu/test_driver.py does the same on a GPU.
 
 from __future__ import annotations
 
-import os
-import shutil
 import struct
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from emulated_images import driver_library
 
 from edgelm.errors import DeviceError, DeviceMemoryError, EdgeLMError, RuntimeUnavailableError
 from edgelm.runtimes.cuda import driver as drivers
@@ -39,12 +38,7 @@ class OneKernel:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> str:
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
-    assert compiler is not None, "these tests need a C compiler"
-    path = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
-    source = Path(__file__).with_name("fake_driver.c")
-    subprocess.run([compiler, "-std=gnu11", "-Wall", "-O1", "-shared", "-fPIC", source, "-o", path], check=True)
-    return str(path)
+    return str(driver_library(tmp_path_factory.mktemp("driver")))
 
 
 @pytest.fixture
