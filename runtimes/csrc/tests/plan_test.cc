@@ -29,6 +29,15 @@ using Lines = std::vector<std::string>;
 #define BUFFERS                                                                                                        \
   "at_x=256", "at_norm=256", "at_router=256", "at_gate_up=256", "at_down=256", "at_y=256", "at_workspace=256",         \
       "at_logits=256", "at_counters=256"
+#define ATTENTION                                                                                                      \
+  "batch=2", "tokens=9", "heads=4", "kv_heads=2", "size=64", "capacity=128", "positions=128", "activations=bf16",      \
+      "cache=int8", "multiprocessors=132"
+#define ATTENTION_NODE                                                                                                 \
+  "op=GroupQueryAttention", "name=a", "num_heads=4", "kv_num_heads=2", "head_size=64", "activation=bf16", "kv=int8",   \
+      "epsilon=1e-5", "clip=0", "input.0=256:bf16:2,9,512", "input.1=256:uint8:2,2,128,68",                            \
+      "input.2=256:uint8:2,2,128,68", "input.3=256:int32:2", "input.4=256:f32:128,32", "input.5=256:f32:128,32",       \
+      "input.6=256:f32:64", "input.7=256:f32:128", "output.0=256:bf16:2,9,256"
+
 struct Request {
   const char* function;
   Lines fields;
@@ -69,6 +78,20 @@ const Request kRequests[] = {
     {"sparse_moe", {SHAPE, EXPERTS, "rounding=0", BUFFERS, DEVICE}, {"gate_up_kind", "down_rows", "tokens", "sm"}},
     {"sparse_moe_workspace", {SHAPE, EXPERTS, "rounding=0"}, {"gate_up_columns", "tokens"}},
     {"sparse_moe_kernels", {SHAPE, EXPERTS, "rounding=0"}, {"gate_up_kind", "experts"}},
+    {"attention_launches",
+     {ATTENTION, "qkv=256", "key_cache=256", "value_cache=256", "past_lengths=256", "cos=256", "sin=256", "out=256",
+      "workspace=256", "q_norm=256", "k_norm=256", "counters=256", "q_norm_per_head=1", "epsilon=1e-5", "clip=8",
+      "scale=0", "splits=0"},
+     {"batch", "tokens", "heads", "kv_heads", "size", "capacity", "positions", "activations", "cache", "qkv"}},
+    {"attention_workspace", {ATTENTION, "splits=3"}, {"batch", "tokens", "multiprocessors"}},
+    {"attention_row", {"cache=int8", "size=64"}, {"cache", "size"}},
+    {"attention_kernels", {"activations=bf16", "cache=int8", "size=64"}, {"activations", "cache", "size"}},
+    {"node_launches",
+     {ATTENTION_NODE, DEVICE, "workspace=256", "counters=256"},
+     {"num_heads", "kv_num_heads", "head_size", "activation", "clip", "input.0", "input.1", "input.4"}},
+    {"node_scratch", {ATTENTION_NODE, DEVICE, "batch=2", "tokens=100"}, {"batch", "tokens", "sm", "input.1"}},
+    {"node_kernels", {ATTENTION_NODE}, {"head_size", "activation"}},
+    {"node_cache_row", {"kv=fp8", "head_size=64"}, {"head_size"}},
     {"node_launches",
      {"op=QuantLinear", "name=q", MATRIX("", "int4", "192", "128", "32", "0", "1"), "activation=bf16",
       "activations=float", "output=f32", "epsilon=1e-5", "input.0=256:f32:2,3,128", "input.1=256:uint8:4096",

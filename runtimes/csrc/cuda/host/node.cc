@@ -14,8 +14,6 @@ namespace edgelm::gpu {
 
 namespace {
 
-constexpr i64 kMostTokens = i64(1) << 31;
-
 constexpr std::pair<const char*, const char*> kCacheTypes[] = {
     {"float16", "f16"}, {"bfloat16", "bf16"}, {"float32", "f32"}, {"int8", "int8"}, {"fp8", "fp8"}};
 
@@ -53,10 +51,14 @@ i64 width(const Node& node) {
   return node.input(0).dims.back();
 }
 
-Step step_of(const Node& node) { return {dim(node, 0, 0), dim(node, 0, 1)}; }
+Step step_of(const Node& node) {
+  const Step step{dim(node, 0, 0), dim(node, 0, 1)};
+  if (step.rows() > kMostSize) throw Error(node.name + ": " + std::to_string(step.rows()) + " tokens are too many");
+  return step;
+}
 
 void check_sizes(const Node& node, i64 batch, i64 tokens) {
-  if (batch < 1 || tokens < 1 || batch > kMostTokens || tokens > kMostTokens) {
+  if (batch < 1 || tokens < 1 || batch > kMostSize || tokens > kMostSize) {
     throw Error(node.name + ": steps of " + std::to_string(tokens) + " tokens of " + std::to_string(batch) +
                 " sequences, expected at least 1 of each");
   }
@@ -254,8 +256,8 @@ Tensor tensor_of(const std::string& field, const std::string& text) {
   tensor.address = numbers.address("address");
   for (std::size_t at = second + 1; at < text.size();) {
     const std::size_t comma = std::min(text.find(',', at), text.size());
-    tensor.dims.push_back(Fields("a dimension of " + field + "=" + text.substr(at, comma - at) + "\n")
-                              .integer("a dimension of " + field));
+    const std::string what = "a dimension of " + field;
+    tensor.dims.push_back(Fields(what + "=" + text.substr(at, comma - at) + "\n").size(what));
     at = comma + 1;
   }
   return tensor;
@@ -279,7 +281,7 @@ std::string planned(const Fields& fields) {
 }
 
 std::string cache_row(const Fields& fields) {
-  return std::to_string(attention_row_bytes(cache_type(fields), fields.integer("head_size")));
+  return std::to_string(attention_row_bytes(cache_type(fields), fields.size("head_size")));
 }
 
 std::string scratch(const Fields& fields) {
@@ -293,7 +295,10 @@ std::string scratch(const Fields& fields) {
 
 i64 Tensor::elements() const {
   i64 count = 1;
-  for (i64 size : dims) count *= size;
+  for (i64 size : dims) {
+    count *= size;
+    if (count > kMostSize) return count;  // more than any input that is counted has; it could overflow
+  }
   return count;
 }
 

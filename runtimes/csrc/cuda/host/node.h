@@ -16,7 +16,7 @@ struct Tensor {
   std::vector<i64> dims;
 
   bool present() const { return !type.empty(); }
-  i64 elements() const;
+  i64 elements() const;  // exact up to 2^31 - 1, otherwise some larger number
 };
 
 // An operator of docs/reference/operators.md with the attributes that a bundle's program gives it.

@@ -14,6 +14,7 @@ constexpr i64 kHeadSizes[] = {32, 64, 128};
 constexpr i64 kFewRows = 16;  // the largest number of rows for which the warps of a block divide the cache
 constexpr i64 kThreads = 128;
 constexpr i64 kTileKeys = 64;
+constexpr i64 kMostSplits = 1024;  // that a caller may ask for
 
 struct Step {
   const char* name;
@@ -136,6 +137,14 @@ void check_buffers(const AttentionBuffers& b) {
   }
 }
 
+void check_splits(i64 multiprocessors, i64 splits) {
+  if (multiprocessors < 1 || multiprocessors > kMostSize) {
+    refuse("the number of multiprocessors", std::to_string(multiprocessors), "at least 1");
+  }
+  if (splits < 0 || splits > kMostSplits)
+    refuse("splits", std::to_string(splits), "0 to " + std::to_string(kMostSplits));
+}
+
 AttentionArgs args_of(const AttentionShape& shape, const AttentionBuffers& b, const Division& d, u64 counters,
                       const AttentionOptions& options) {
   const double scale = options.scale ? options.scale : 1 / std::sqrt(double(shape.size));
@@ -170,9 +179,8 @@ AttentionArgs args_of(const AttentionShape& shape, const AttentionBuffers& b, co
 }
 
 AttentionShape shape_of(const Fields& f) {
-  return {f.integer("batch"),     f.integer("tokens"),   f.integer("heads"),
-          f.integer("kv_heads"),  f.integer("size"),     f.integer("capacity"),
-          f.integer("positions"), f.text("activations"), f.text("cache")};
+  return {f.integer("batch"),    f.integer("tokens"),    f.integer("heads"),    f.integer("kv_heads"), f.size("size"),
+          f.integer("capacity"), f.integer("positions"), f.text("activations"), f.text("cache")};
 }
 
 std::string launches(const Fields& f) {
@@ -187,15 +195,17 @@ std::string launches(const Fields& f) {
 
 std::string workspace(const Fields& f) {
   const AttentionShape shape = shape_of(f);
+  const i64 multiprocessors = f.integer("multiprocessors"), splits = f.integer("splits", 0);
   shape.check();
-  return std::to_string(attention_workspace_bytes(shape, f.integer("multiprocessors"), f.integer("splits", 0)));
+  check_splits(multiprocessors, splits);
+  return std::to_string(attention_workspace_bytes(shape, multiprocessors, splits));
 }
 
 std::string needed(const Fields& f) {
-  return lines_of(attention_kernels_of(f.text("activations"), f.text("cache"), f.integer("size")));
+  return lines_of(attention_kernels_of(f.text("activations"), f.text("cache"), f.size("size")));
 }
 
-std::string row(const Fields& f) { return std::to_string(attention_row_bytes(f.text("cache"), f.integer("size"))); }
+std::string row(const Fields& f) { return std::to_string(attention_row_bytes(f.text("cache"), f.size("size"))); }
 
 }  // namespace
 
@@ -211,6 +221,7 @@ void AttentionShape::check() const {
       {"batch", batch}, {"tokens", tokens}, {"heads", heads}, {"kv_heads", kv_heads}, {"capacity", capacity}};
   for (const auto& [name, count] : counts) {
     if (count < 1) refuse(name, std::to_string(count), "at least 1");
+    if (count > kMostSize) refuse(name, std::to_string(count), "at most " + std::to_string(kMostSize));
   }
   if (heads % kv_heads) {
     refuse("heads", std::to_string(heads), "a multiple of the " + std::to_string(kv_heads) + " key/value heads");
@@ -232,6 +243,9 @@ void AttentionShape::check() const {
     refuse("batch and key/value heads", "(" + std::to_string(batch) + ", " + std::to_string(kv_heads) + ")",
            "at most 65535 each");
   }
+  if (positions > kMostSize || double(batch) * double(tokens) * double(heads) > 1e12) {  // sizes then fit 64 bits
+    refuse("the size of the call", std::to_string(batch) + " x " + std::to_string(tokens) + " tokens", "less");
+  }
 }
 
 bool AttentionShape::few() const { return rows() <= kFewRows; }
@@ -240,6 +254,7 @@ Launches attention_launches(const AttentionShape& shape, const AttentionBuffers&
                             const AttentionOptions& options) {
   shape.check();
   check_buffers(buffers);
+  check_splits(multiprocessors, options.splits);
   const Division d = divide(shape, multiprocessors, options.splits);
   const bool exact = shape.activations == "f32";
   const bool one_launch = shape.few() && buffers.counters != 0 && !exact;
