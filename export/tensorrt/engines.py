@@ -48,7 +48,8 @@ def tensorrt_graph(
     """Build TensorRT's graph of a program, for devices of these compute capabilities.
 
     Raises:
-        ExportError: A node is not one of our operators, or an engine cannot have caches of this type.
+        BundleError: A node is not one of our operators.
+        ExportError: An engine cannot have caches of this type.
     """
     graph = ParserGraph(program, weights_file)
     matmuls = EngineMatmuls(graph, fp8=all(sm >= FP8_SM for sm in sms))
@@ -79,7 +80,7 @@ def check_engines(options: EngineOptions) -> None:
             imported.
         ExportError: An option has an impossible value.
     """
-    BuildOptions((), options.max_batch, options.chunk, options.weight_streaming)
+    _build_options(options)
     if options.build or (options.build is None and installed()):
         load()
 
@@ -113,7 +114,7 @@ def add_engines(
     if options.build is False:
         return
     versions = installed()
-    build = BuildOptions((), options.max_batch, options.chunk, options.weight_streaming)
+    build = _build_options(options)
     built: set[int] = set()
     for edition in versions:
         library = load(edition)
@@ -128,6 +129,10 @@ def add_engines(
             f"no engine for {', '.join(f'SM {sm}' for sm in left)}: run `edgelm build BUNDLE` on such a device. "
             "Without an engine the bundle runs with the runtime cuda-kernels"
         )
+
+
+def _build_options(options: EngineOptions) -> BuildOptions:
+    return BuildOptions((), options.max_batch, options.chunk, options.weight_streaming, options.embed_plugins)
 
 
 def _devices() -> set[int]:

@@ -2,7 +2,7 @@
 
 - Every node is a plugin. Its name is the operator's with a prefix, because the parser reserves names such as
   GroupQueryAttention. Absent inputs are dropped, because the parser does not take empty ones. Its one attribute is the
-  text of a `PluginSpec`.
+  text that `plugin_text` returns.
 - Weights and caches are declared as int8, because TensorRT upcasts uint8 constants but not int8 ones.
 - Batch, tokens and the positions of a cache are dynamic. The bytes per position are fixed, as the cache's type is.
 
@@ -21,8 +21,7 @@ from edgelm.bundle.kv_cache import GPU_KV_TYPES, row_bytes
 from edgelm.errors import ExportError
 from edgelm.export.graph.onnx_builder import Dims, GraphBuilder
 from edgelm.runtimes.cuda.program import Node, Program, Value
-from edgelm.runtimes.tensorrt.plugin_spec import NAMESPACE, OPERATORS, PREFIX, PluginSpec
-from edgelm.runtimes.tensorrt.plugins import FIELD
+from edgelm.runtimes.tensorrt.plugin_spec import FIELD, NAMESPACE, PREFIX, plugin_text
 
 OPSET = 24
 IR_VERSION = 11
@@ -64,35 +63,33 @@ class ParserGraph(GraphBuilder):
 
 
 def plugin_node(node: Node, values: Mapping[str, Value]) -> onnx.NodeProto:
-    """Return the plugin node of a program's node. Raises as `plugin_spec`."""
+    """Return the plugin node of a program's node.
+
+    Raises:
+        BundleError: the node is not one of our operators, or lacks an input.
+    """
     return helper.make_node(
         f"{PREFIX}{node.op}",
         [name for name in node.inputs if name],
         list(node.outputs),
         name=node.name,
         domain=NAMESPACE,
-        **{FIELD: plugin_spec(node, values).to_text()},
+        **{FIELD: plugin_field(node, values)},
     )
 
 
-def plugin_spec(node: Node, values: Mapping[str, Value]) -> PluginSpec:
-    """Return the parameters of a node's plugin.
-
-    Raises:
-        ExportError: The node is not one of our operators, or has the wrong number of inputs.
-    """
-    operator = OPERATORS.get(node.op)
-    if operator is None:
-        raise ExportError(f"{node.name}: there is no TensorRT plugin for {node.op}, only for {', '.join(OPERATORS)}")
-    present = operator.present(node.inputs)
-    if len(node.inputs) > len(operator.inputs) or not all(present[: operator.required]):
-        raise ExportError(
-            f"{node.name}: {node.op} takes {', '.join(operator.inputs)}, and needs the first {operator.required}. The "
-            f"node has {list(node.inputs)}"
-        )
-    own = len(node.outputs) - len(operator.aliases)
-    results = tuple((values[name].type, values[name].width) for name in node.outputs[:own])
-    return PluginSpec(node.name, node.op, node.attrs, present, results)
+def plugin_field(node: Node, values: Mapping[str, Value]) -> str:
+    """Return the field of a node's plugin. Raises as `plugin_node`."""
+    results = [values[name] for name in node.outputs if name in values]
+    return plugin_text(
+        {
+            **node.attrs,
+            "op": node.op,
+            "name": node.name,
+            "present": "".join("1" if name else "0" for name in node.inputs),
+            "results": ",".join(f"{result.type}:{result.width}" for result in results),
+        }
+    )
 
 
 def cache_kind(program: Program) -> str:

@@ -23,6 +23,7 @@ class EngineOptions:
         max_batch: Largest number of sequences that decode together.
         chunk: Largest number of tokens in a prefill step.
         weight_streaming: Build engines that can keep weights in host memory.
+        embed_plugins: Store the library of plugins in engines too.
 
     Raises:
         ExportError: `matmul` or `attention` is not one of those values.
@@ -34,6 +35,7 @@ class EngineOptions:
     max_batch: int = 32
     chunk: int = 512
     weight_streaming: bool = False
+    embed_plugins: bool = False
 
     def __post_init__(self) -> None:
         for name in ("matmul", "attention"):

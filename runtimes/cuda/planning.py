@@ -47,8 +47,8 @@ def library_path() -> Path:
     raise DeviceError(f"{LIBRARY} is missing: install edgelm from a wheel of this platform, or with a C++ compiler")
 
 
-def call(function: str, fields: Mapping[str, Field]) -> bytes:
-    """Call a function of the library.
+def call(function: str, fields: Mapping[str, Field], library: Path | None = None) -> bytes:
+    """Call a function of the installed library, or of the one in the file `library`.
 
     Raises:
         DeviceError: the kernels cannot compute this.
@@ -58,7 +58,9 @@ def call(function: str, fields: Mapping[str, Field]) -> bytes:
     if text.count("\n") != len(fields) or "\0" in text:
         raise BundleError("a name or value has a line end or a NUL character: copy or export the bundle again")
     answer, size = ctypes.c_void_p(), ctypes.c_size_t()
-    status = _function()(function.encode(), text.encode(), ctypes.byref(answer), ctypes.byref(size))
+    status = _function(library or library_path())(
+        function.encode(), text.encode(), ctypes.byref(answer), ctypes.byref(size)
+    )
     found = ctypes.string_at(answer, size.value) if answer.value else b""
     if status:
         raise _ERRORS.get(status, EdgeLMError)(found.decode(errors="replace"))
@@ -80,9 +82,9 @@ def _launches(data: bytes) -> Iterator[Launch]:
         at += name + args
 
 
-@functools.lru_cache(maxsize=1)
-def _function() -> ctypes._NamedFuncPointer:
-    function = ctypes.CDLL(str(library_path())).edgelm_gpu_call
+@functools.lru_cache(maxsize=64)
+def _function(library: Path) -> ctypes._NamedFuncPointer:
+    function = ctypes.CDLL(str(library)).edgelm_gpu_call
     function.argtypes = [
         ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_size_t),
     ]  # fmt: skip

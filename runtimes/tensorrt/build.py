@@ -27,8 +27,8 @@ from edgelm.runtimes.cuda.kernels.images import KernelFolder
 from edgelm.runtimes.tensorrt import rowmajor
 from edgelm.runtimes.tensorrt.builder import BuildOptions, GraphShape, build_engine, check_sms
 from edgelm.runtimes.tensorrt.engine_info import FOLDER, EngineInfo, engine_name, engines, sm_names
-from edgelm.runtimes.tensorrt.host import BuildHost
 from edgelm.runtimes.tensorrt.library import FULL, Library, load
+from edgelm.runtimes.tensorrt.plugins import PluginLibrary, library_name, write_library
 from edgelm.runtimes.tensorrt.rowmajor import Rows
 
 GRAPH_FILE = "model.tensorrt.onnx"
@@ -123,8 +123,9 @@ def _add(
     made = build_into(bundle.path, manifest.graph.weights_file, library, options, sms, progress)
     old = [info for info in engines(bundle) if (info.edition, info.sms) == (made.edition, made.sms)]
     gone = {name for info in old for name in (info.file, _description(info.file))} - {made.file}
+    gone |= {info.library for info in old} - {info.library for info in engines(bundle) if info not in old}
     files = {name: info for name, info in manifest.files.items() if name not in gone}
-    for name in (made.file, _description(made.file)):
+    for name in (made.file, _description(made.file), made.library):
         path = bundle.file(name)
         files[name] = FileInfo(path.stat().st_size, sha256_of(path))
     with atomic_file(bundle.file(MANIFEST)) as path:
@@ -194,10 +195,15 @@ def build_into(
         (work / weights_file).symlink_to(weights.absolute())
         rowmajor.write(recipe.rows, weights, work / ROWS_FILE)
         asked = dataclasses.replace(options, sms=sms)
-        made = build_engine(library, work / GRAPH_FILE, work / "engine", recipe.shape, asked, BuildHost(sms), sms)
-        made = dataclasses.replace(made, file=f"{FOLDER}/{target.name}")
+        write_library(KernelFolder(folder / KERNELS), work / "library")
+        plugins = PluginLibrary(work / "library")
+        made = build_engine(library, work / GRAPH_FILE, work / "engine", recipe.shape, asked, plugins, sms)
+        made = dataclasses.replace(
+            made, file=f"{FOLDER}/{target.name}", library=f"{FOLDER}/{library_name(plugins.path)}"
+        )
         (work / "description").write_text(made.to_json(), encoding="utf-8")
-        for name, place in (("description", folder / _description(made.file)), ("engine", target)):
+        places = (("library", folder / made.library), ("description", folder / _description(made.file)))
+        for name, place in (*places, ("engine", target)):
             sync(work / name)
             (work / name).rename(place)
         sync_folder(target.parent)

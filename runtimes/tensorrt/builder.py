@@ -14,9 +14,9 @@ from typing import Annotated, Any
 from edgelm.bundle.kv_cache import KV_TYPES
 from edgelm.errors import EdgeLMError, ExportError
 from edgelm.json_dataclass import OneOf, Range
-from edgelm.runtimes.tensorrt.engine_info import PYTHON, EngineInfo, count_operators, plugins_in, sm_names
+from edgelm.runtimes.tensorrt.engine_info import EMBEDDED, LIBRARY, EngineInfo, count_operators, plugins_in, sm_names
 from edgelm.runtimes.tensorrt.library import RTX, TITLES, Library, messages
-from edgelm.runtimes.tensorrt.plugins import Host, serving
+from edgelm.runtimes.tensorrt.plugins import PluginLibrary
 
 Shape = tuple[int, ...]
 
@@ -31,12 +31,14 @@ class BuildOptions:
         max_batch: the largest number of sequences that decode together.
         chunk: the largest number of tokens per prefill step.
         weight_streaming: allow weights to stay in host memory at run time.
+        embed_plugins: store the library of plugins in the engine too.
     """
 
     sms: tuple[int, ...] = ()
     max_batch: int = 32
     chunk: int = 512
     weight_streaming: bool = False
+    embed_plugins: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "chunk"):
@@ -71,13 +73,18 @@ def check_sms(library: Library, sms: Sequence[int]) -> None:
 
 
 def build_engine(
-    library: Library, graph: Path, out: Path, shape: GraphShape, options: BuildOptions, host: Host, sms: tuple[int, ...]
+    library: Library,
+    graph: Path,
+    out: Path,
+    shape: GraphShape,
+    options: BuildOptions,
+    plugins: PluginLibrary,
+    sms: tuple[int, ...],
 ) -> EngineInfo:
     """Build the engine of `graph` into the file `out`.
 
-    `graph` is a file that `edgelm.export.tensorrt.graph.parser_graph` wrote, with its weights in the same folder. `sms`
-    goes
-    into the description: the options' own for TensorRT-RTX, the local device for full TensorRT.
+    `graph` is a file that `edgelm.export.tensorrt.graph.ParserGraph` wrote, with its weights in the same folder. `sms`
+    goes into the description: the options' own for TensorRT-RTX, the local device for full TensorRT.
 
     Raises:
         ExportError: the parser or the builder fails; the message has its reasons.
@@ -89,16 +96,15 @@ def build_engine(
         )
     start = time.monotonic()
     messages(library).take()
-    host.take_failure()
-    with serving(library, host):
-        _build(library, graph, out, shape, options, host, sms)
+    plugins.take_failure()
+    _build(library, graph, out, shape, options, plugins, sms)
     specs = plugins_in(out)
     return EngineInfo(
         file=out.name,
         flavour=library.edition,
         version=library.version,
         sms=sms,
-        plugins=PYTHON,
+        plugins=EMBEDDED if options.embed_plugins else LIBRARY,
         max_batch=options.max_batch,
         chunk=options.chunk,
         context_length=shape.context_length,
@@ -112,17 +118,24 @@ def build_engine(
 
 
 def _build(
-    library: Library, graph: Path, out: Path, shape: GraphShape, options: BuildOptions, host: Host, sms: tuple[int, ...]
+    library: Library,
+    graph: Path,
+    out: Path,
+    shape: GraphShape,
+    options: BuildOptions,
+    plugins: PluginLibrary,
+    sms: tuple[int, ...],
 ) -> None:
     """Build and write the engine's file; see `build_engine`."""
     api = library.api
     log = messages(library)
     builder = api.Builder(log.logger)
+    plugins.load_into(builder.get_plugin_registry(), f"{TITLES[library.edition]} {library.version}")
     network = builder.create_network(_strongly_typed(api))
     parser = api.OnnxParser(network, log.logger)
     if not parser.parse_from_file(str(graph)):
         reasons = [_reason(parser.get_error(i)) for i in range(parser.num_errors)]
-        raise _refused(library, host, f"cannot read {graph.name}", "; ".join(reasons) or log.take())
+        raise _refused(library, plugins, f"cannot read {graph.name}", "; ".join(reasons) or log.take())
     config = builder.create_builder_config()
     config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
     if library.edition == RTX:
@@ -134,18 +147,22 @@ def _build(
     config.set_preview_feature(api.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if options.weight_streaming:
         config.set_flag(api.BuilderFlag.WEIGHT_STREAMING)
+    if options.embed_plugins:
+        config.plugins_to_serialize = [str(plugins.path)]
     inputs = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
     for ranges in profiles(inputs, shape, options):
         profile = builder.create_optimization_profile()
         for name, (low, best, high) in ranges.items():
             profile.set_shape(name, low, best, high)
         config.add_optimization_profile(profile)
+    writing: list[OSError] = []
     with out.open("wb") as stream:
-        done = builder.build_serialized_network_to_stream(network, config, _writer(api, stream.write, host))
-    # An exception in a callback does not always stop TensorRT.
-    if not done or host.failed:
+        done = builder.build_serialized_network_to_stream(network, config, _writer(api, stream.write, writing))
+    if not done or writing:
         out.unlink()
-        raise _refused(library, host, f"cannot build {graph.name} for {sm_names(sms) or 'this device'}", log.take())
+        if writing:
+            raise writing[0]
+        raise _refused(library, plugins, f"cannot build {graph.name} for {sm_names(sms) or 'this device'}", log.take())
 
 
 def profiles(
@@ -178,7 +195,7 @@ def _strongly_typed(api: Any) -> int:
     return 1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
-def _writer(api: Any, write: Callable[[bytes], int], host: Host) -> Any:
+def _writer(api: Any, write: Callable[[bytes], int], errors: list[OSError]) -> Any:
     class Writer(api.IStreamWriter):  # type: ignore[misc]  # the module has no types
         def __init__(self) -> None:
             api.IStreamWriter.__init__(self)
@@ -187,7 +204,7 @@ def _writer(api: Any, write: Callable[[bytes], int], host: Host) -> Any:
             try:
                 return int(write(data))
             except OSError as error:  # e.g. the disk is full: raised after the build has failed
-                host.note(error)
+                errors.append(error)
                 return 0
 
     return Writer()
@@ -198,11 +215,7 @@ def _reason(error: Any) -> str:
     return f"{node}: {error.desc()}" if node else str(error.desc())
 
 
-def _refused(library: Library, host: Host, what: str, reasons: str) -> EdgeLMError | OSError:
-    """Return the error to raise: that of a failed callback, which says more than TensorRT's message, or a new one."""
-    failure = host.take_failure()
-    if isinstance(failure, EdgeLMError | OSError):
-        return failure
-    if failure is not None:
-        raise failure  # a bug of ours, with its traceback
-    return ExportError(f"{TITLES[library.edition]} {library.version} {what}: {reasons}")
+def _refused(library: Library, plugins: PluginLibrary, what: str, reasons: str) -> EdgeLMError:
+    """Return the error to raise: that of a plugin, which says more than TensorRT's message, or a new one."""
+    failure = plugins.take_failure()
+    return failure or ExportError(f"{TITLES[library.edition]} {library.version} {what}: {reasons}")

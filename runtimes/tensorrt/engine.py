@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from edgelm.errors import BundleError, DeviceError, DeviceMemoryError, EdgeLMError, RuntimeUnavailableError
 from edgelm.runtimes.cuda.device import DeviceInfo
 from edgelm.runtimes.cuda.driver import find_devices
-from edgelm.runtimes.tensorrt.engine_info import PTX, EngineInfo, engines
-from edgelm.runtimes.tensorrt.library import FULL, RTX, Library, installed, messages
-from edgelm.runtimes.tensorrt.plugins import Host, serving
+from edgelm.runtimes.tensorrt.engine_info import EMBEDDED, PYTHON, EngineInfo, engines
+from edgelm.runtimes.tensorrt.library import FULL, RTX, TITLES, Library, installed, messages
+from edgelm.runtimes.tensorrt.plugins import PluginLibrary
 
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
@@ -35,6 +35,8 @@ _INVALID = {
 
 def incompatible(info: EngineInfo, device: DeviceInfo, versions: dict[str, str]) -> str | None:
     """Return why an engine cannot run on a device with these installed editions of TensorRT; None if it can."""
+    if info.plugins == PYTHON:
+        return "was built by an older EdgeLM, whose plugins were written in Python"
     have = versions.get(info.edition)
     if have is None:
         return f"needs {info.edition} {info.version}, which is not installed"
@@ -73,7 +75,7 @@ def choose(found: Sequence[EngineInfo], device: DeviceInfo, versions: dict[str, 
     reasons = {info.file: incompatible(info, device, versions) for info in found}
     fitting = [info for info in found if reasons[info.file] is None]
     if fitting:
-        return min(fitting, key=lambda info: (info.edition != FULL, info.plugins != PTX, info.file))
+        return min(fitting, key=lambda info: (info.edition != FULL, info.file))
     how = f"run `edgelm build {where}` on this device, or use the runtime cuda-kernels, which needs no engine"
     if not found:
         raise RuntimeUnavailableError(f"{where} has no engine: {how}")
@@ -103,7 +105,7 @@ class Engine:
         library: the TensorRT to run it with.
         info: its description.
         path: its file.
-        host: runs the nodes of its plugins.
+        plugins: the library that it was built with.
         weight_memory: bytes of weights that may be in the GPU's memory; None: all.
 
     Raises:
@@ -113,7 +115,12 @@ class Engine:
     """
 
     def __init__(
-        self, library: Library, info: EngineInfo, path: Path, host: Host, weight_memory: int | None = None
+        self,
+        library: Library,
+        info: EngineInfo,
+        path: Path,
+        plugins: PluginLibrary,
+        weight_memory: int | None = None,
     ) -> None:
         if weight_memory is not None and not info.weight_streaming:
             raise EdgeLMError(
@@ -123,9 +130,13 @@ class Engine:
         self.library = library
         self.info = info
         self.path = path
-        self._host = host
+        self._plugins = plugins
         self._log = messages(library)
         self._runtime = library.api.Runtime(self._log.logger)
+        if info.plugins == EMBEDDED:
+            self._runtime.engine_host_code_allowed = True
+        else:
+            plugins.load_into(self._runtime.get_plugin_registry(), f"{TITLES[library.edition]} {library.version}")
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if library.edition == RTX:
                 self._check(data)
@@ -146,20 +157,15 @@ class Engine:
 
     def _taking(self, doing: str, call: Any, *args: Any) -> Any:
         self._log.take()
-        self._host.take_failure()
-        with serving(self.library, self._host):
-            result = call(*args)
+        self._plugins.take_failure()
+        result = call(*args)
         if result is None:
             raise self._failed(doing)
         return result
 
     def _failed(self, doing: str) -> EdgeLMError:
-        failure, said = self._host.take_failure(), self._log.take()
-        if isinstance(failure, EdgeLMError):
-            return failure
-        error = failed(f"{self.library.edition} {self.library.version}: {doing} ({self.path}) failed", said)
-        error.__cause__ = failure
-        return error
+        failure, said = self._plugins.take_failure(), self._log.take()
+        return failure or failed(f"{self.library.edition} {self.library.version}: {doing} ({self.path}) failed", said)
 
     def _tensor(self, name: str) -> Tensor:
         engine = self._engine
@@ -222,9 +228,9 @@ class Context:
         """Launch the engine.
 
         Raises:
-            DeviceError: the launch failed. An exception of a plugin is raised as it is.
+            DeviceError: the launch failed. An error of a plugin is raised as it is.
         """
-        self._engine._host.take_failure()
+        self._engine._plugins.take_failure()
         if not self._made.execute_async_v3(stream):
             raise self._engine._failed("running it")
 

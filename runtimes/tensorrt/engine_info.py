@@ -29,14 +29,14 @@ from edgelm.json_dataclass import (
     require_format,
 )
 from edgelm.runtimes.tensorrt.library import FULL, RTX, TITLES
-from edgelm.runtimes.tensorrt.plugin_spec import MARK, PREFIX, PluginSpec
+from edgelm.runtimes.tensorrt.plugin_spec import END, MARK, PREFIX, PluginSpec
 from edgelm.sizes import format_size
 
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
 
 FOLDER = ENGINES
-PYTHON, PTX = "python", "ptx"
+LIBRARY, EMBEDDED, PYTHON = "library", "embedded", "python"
 _FORMAT = 1
 _SPEC_LIMIT = 1 << 16
 _ERRORS = ErrorFactory(BundleError, "run `edgelm build` again")
@@ -52,7 +52,9 @@ class EngineInfo:
         flavour: the edition of TensorRT, `library.FULL` or `library.RTX`; see `edition`.
         version: version of the TensorRT that built it; the same must run it.
         sms: compute capabilities that it was built for, e.g. (86, 89).
-        plugins: how plugins run: "python": registered by our runtime; "ptx": contained in the engine.
+        plugins: where the library of plugins is: "library": in the file `library`; "embedded": in the engine too.
+            "python": the engine is of EdgeLM 0.2 or older, whose plugins were written in Python.
+        library: path within the bundle of the library that the engine was built with.
         max_batch: sequences that can decode together.
         chunk: the largest number of tokens per prefill step.
         context_length: the largest number of positions of a cache.
@@ -68,7 +70,7 @@ class EngineInfo:
     flavour: Annotated[str, OneOf((FULL, RTX))]
     version: str
     sms: tuple[Annotated[int, Range(10, 999)], ...]
-    plugins: Annotated[str, OneOf((PYTHON, PTX))]
+    plugins: Annotated[str, OneOf((LIBRARY, EMBEDDED, PYTHON))]
     max_batch: _Size
     chunk: _Size
     context_length: _Size
@@ -77,6 +79,7 @@ class EngineInfo:
     operators: dict[str, Count]
     linears: str = "plugin"
     attention: str = "plugin"
+    library: str = ""
     seconds: Annotated[float, Range(0)] = dataclasses.field(default=0.0, compare=False)
 
     def to_json(self) -> str:
@@ -103,12 +106,12 @@ class EngineInfo:
     @property
     def needs(self) -> str:
         """The requirements of the device, in words."""
-        how = (
-            "no Python: its plugins' PTX is in the engine"
-            if self.plugins == PTX
-            else "this package's runtime, which registers the plugins in Python"
-        )
-        return f"{TITLES[self.edition]} {self.version} and {how}"
+        how = {
+            LIBRARY: f"its plugins, {self.library}",
+            EMBEDDED: "permission to run the plugins inside it",
+            PYTHON: "a build by this version of EdgeLM",
+        }
+        return f"{TITLES[self.edition]} {self.version} and {how[self.plugins]}"
 
     @property
     def devices(self) -> str:
@@ -158,22 +161,14 @@ def plugins_in(engine: Path) -> list[PluginSpec]:
         mark = MARK.encode()
         place = data.find(mark)
         while place >= 0:
-            text = _json_at(data, place)
-            if text is not None:
+            end = data.find(END.encode(), place, place + _SPEC_LIMIT)
+            text = data[place:end].decode("utf-8", "replace")
+            # The library inside an engine has the mark too, among its other strings.
+            if end >= 0 and "\0" not in text:
                 spec = PluginSpec.from_text(text)
                 found.setdefault((spec.op, spec.name), spec)
             place = data.find(mark, place + len(mark))
     return list(found.values())
-
-
-def _json_at(data: mmap.mmap, place: int) -> str | None:
-    raw = data[place : place + _SPEC_LIMIT]
-    text = raw.split(b"\n", 1)[0].decode("utf-8", "replace")
-    try:
-        _, end = json.JSONDecoder().raw_decode(text)
-    except (ValueError, RecursionError):
-        return None
-    return text[:end]
 
 
 def count_operators(specs: list[PluginSpec]) -> dict[str, int]:

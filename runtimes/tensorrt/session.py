@@ -22,12 +22,10 @@ from edgelm.runtimes.base import choose_context_length
 from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.executor import CAPACITY_MULTIPLE
 from edgelm.runtimes.cuda.kernels.images import FOLDER, KernelFolder
-from edgelm.runtimes.cuda.operators import Operators
-from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
 from edgelm.runtimes.tensorrt.engine import DECODE, PREFILL, Context, Engine, Tensor, choose
-from edgelm.runtimes.tensorrt.engine_info import EngineInfo, engines, plugins_in
-from edgelm.runtimes.tensorrt.host import DeviceHost, counter_bytes
+from edgelm.runtimes.tensorrt.engine_info import EngineInfo, engines
 from edgelm.runtimes.tensorrt.library import installed, load
+from edgelm.runtimes.tensorrt.plugins import PluginLibrary
 
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
@@ -66,7 +64,6 @@ class Session:
     ) -> None:
         model = bundle.manifest.model
         found = engines(bundle)
-        program = Program.read(bundle.file(PROGRAM_FILE))
         self.device = CudaDevice(KernelFolder(bundle.file(FOLDER)))
         try:
             info = choose(found, self.device.info, installed(), bundle.path)
@@ -84,15 +81,9 @@ class Session:
             """Arguments of `edgelm.runtimes.base.LoadedModel`."""
             self.chunk = min(chunk or info.chunk, info.chunk, self.context_length)
             library = load(info.edition)
-            self.device.load(Operators(program, info.kv, 0, self.device.info).kernels())
-            self._host = DeviceHost(self.device)
-            self._engine = Engine(library, info, bundle.file(info.file), self._host, weight_memory)
+            plugins = PluginLibrary(bundle.file(info.library))
+            self._engine = Engine(library, info, bundle.file(info.file), plugins, weight_memory)
             self.capacity = self._capacity()
-            specs = plugins_in(bundle.file(info.file))
-            counters = counter_bytes(self.device.info, specs, batch, self.chunk, self.capacity)
-            place = self.device.allocate(counters)
-            self.device.fill(place, 0, counters)
-            self._host.counters = place
             self._caches = self._allocate(model.num_kv_heads)
             self._contexts = self._make_contexts()
         except BaseException:
@@ -230,7 +221,6 @@ class Session:
         for context in self._contexts:
             context.close()
         self._engine.close()
-        self._host.close()
         self.device.close()
 
 

@@ -1,9 +1,9 @@
-"""Fixtures: bundles with real engines, exported once for all tests, and a fake driver library for machines without a
-GPU."""
+"""Fixtures: bundles with real engines, exported once for all tests, a stand-in for TensorRT's calls of plugins, and two
+driver libraries for machines without a GPU: a fake one, and one that emulates kernels."""
 
 from __future__ import annotations
 
-import json
+import ctypes
 import os
 import shutil
 import subprocess
@@ -11,12 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from harness import EmulatedDriver, open_harness
+from kernel_folders import argument_bytes, compiled, index_only
 
 from edgelm.bundle import Bundle
 from edgelm.export import ExportOptions, export_bundle
 from edgelm.export.tensorrt import target as gpu_target
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import BUILT_IN
+from edgelm.runtimes.cuda.kernels.sources import SOURCES
 from edgelm.runtimes.tensorrt.library import Library, load
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
@@ -33,7 +36,7 @@ def rtx() -> Library:
 def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
     """Return a function that exports a tiny checkpoint with a recipe, once each.
 
-    Everything is real except the compiled kernels, which take a minute and have their own tests; engines contain none.
+    Everything is real except the compiled kernels, which take a minute and have their own tests.
     """
     made: dict[tuple[str, str], Bundle] = {}
     folder = tmp_path_factory.mktemp("tensorrt")
@@ -52,16 +55,25 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
     return one
 
 
-def index_only(names: object, sms: tuple[int, ...], folder: Path, progress: object = None) -> None:
-    """Write a folder of kernels that lists devices but contains no kernels."""
-    del names, progress
-    folder.mkdir()
-    images = {}
-    for sm in sms:
-        images[f"sm_{sm}"] = {"file": f"sm_{sm}.cubin", "resources": {}}
-        (folder / f"sm_{sm}.cubin").write_bytes(b"\x7fELF")
-    index = {"format": 1, "nvrtc": [13, 0], "source": "", "argument_bytes": {}, "images": images}
-    (folder / "kernels.json").write_text(json.dumps(index))
+@pytest.fixture(scope="session")
+def harness(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """A stand-in for TensorRT that calls plugins; see harness.py."""
+    here = Path(__file__).parent
+    options = ["-shared", "-fPIC", "-fvisibility=hidden", "-I", SOURCES.parent, here / "harness.cc", "-ldl"]
+    return open_harness(compiled("c++", options, tmp_path_factory.mktemp("harness") / "harness.so"))
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = Path(__file__).with_name("emulated_driver.c")
+    return compiled("c", ["-shared", "-fPIC", source], tmp_path_factory.mktemp("emulated") / "libcuda.so.1")
+
+
+@pytest.fixture
+def emulated_driver(emulated_library: Path, monkeypatch: pytest.MonkeyPatch) -> EmulatedDriver:
+    """The driver library that libedgelm_plugins.so opens: kernels run on the emulator."""
+    monkeypatch.setenv("EDGELM_CUDA_DRIVER", str(emulated_library))
+    return EmulatedDriver(emulated_library, argument_bytes())
 
 
 @pytest.fixture

@@ -1,57 +1,39 @@
-"""A stand-in for TensorRT on the emulator: it calls a program's plugins in order, with memory for every value."""
+"""A stand-in for an engine on the emulator: it calls a program's plugins in order, with memory for every value.
+
+The plugins are those of the bundle's library, called through harness.cc; their driver is emulated_driver.c.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from harness import Plugins
 
 from edgelm.bundle import Bundle
-from edgelm.bundle.kv_cache import row_bytes
-from edgelm.export.tensorrt.graph import plugin_spec
+from edgelm.export.tensorrt.graph import cache_row_bytes, plugin_field
 from edgelm.runtimes.cuda.emulated import EmulatedDevice
 from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
 from edgelm.runtimes.cuda.weights import DeviceWeights
 from edgelm.runtimes.tensorrt.engine import Tensor
-from edgelm.runtimes.tensorrt.host import BuildHost
-from edgelm.runtimes.tensorrt.library import Library
-from edgelm.runtimes.tensorrt.plugin_spec import Dim, PluginSpec, Term, output_types, result_terms
-from edgelm.runtimes.tensorrt.plugins import FIELD, PREFIX, Host, creator_class, element_types, serving
 
 WIDTHS = {"f32": 4, "bf16": 2, "f16": 2, "int32": 4, "int8": 1}
 Place = tuple[int, tuple[int, ...]]
 
 
-def output_shapes(spec: PluginSpec, shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """Return the shapes of a node's outputs, given the shapes of its inputs."""
-    places = spec.spread(shapes)
-
-    def value(term: Term) -> int:
-        if isinstance(term, int):
-            return term
-        dims = (term,) if isinstance(term, Dim) else term
-        return math.prod(int(places[dim.input][dim.axis]) for dim in dims)
-
-    return [tuple(map(value, terms)) for terms in result_terms(spec)]
-
-
 class PlayedGraph:
     """A bundle's program as plugins, its weights on an emulated device."""
 
-    def __init__(self, bundle: Bundle, device: EmulatedDevice, rtx: Library, host: Host) -> None:
+    def __init__(self, bundle: Bundle, device: EmulatedDevice, plugins: Plugins) -> None:
         self.program = Program.read(bundle.file(PROGRAM_FILE))
         self.model = bundle.manifest.model
-        self.row = row_bytes(bundle.manifest.graph.kv_dtype, self.model.head_dim, "gpu")
+        self.row = cache_row_bytes(self.program)
         self.device = device
-        self.specs = [plugin_spec(node, self.program.values) for node in self.program.nodes]
         self._weights = DeviceWeights(device, self.program, bundle.file(bundle.manifest.graph.weights_file))
-        with serving(rtx, host):
-            self._plugins = [_loaded(rtx, spec).attach_to_context(None) for spec in self.specs]
-        self._types = {ours: theirs for theirs, ours in element_types(rtx.api).items()}
-        self._sizes = BuildHost((80,))
+        values = self.program.values
+        self.plugins = [plugins.loaded(node.op, plugin_field(node, values)) for node in self.program.nodes]
+        self._log = plugins
 
     def run(self, bound: Mapping[str, Place]) -> None:
         """Run a step with inputs and outputs at the bound addresses."""
@@ -63,31 +45,33 @@ class PlayedGraph:
         for name, (address, shape) in bound.items():
             at[name] = (address, shape, "int8" if name.startswith("past_key_values") else "int32")
         mine = []
-        for node, spec, plugin in zip(program.nodes, self.specs, self._plugins, strict=True):
+        for node, plugin in zip(program.nodes, self.plugins, strict=True):
             given = [at[name] for name in node.inputs if name]
-            shapes, kinds = [shape for _, shape, _ in given], [kind for _, _, kind in given]
-            results = list(zip(output_shapes(spec, shapes), output_types(spec, kinds), strict=True))
-            for i, (name, (shape, kind)) in enumerate(zip(node.outputs, results, strict=True)):
+            described = [(kind, shape) for _, shape, kind in given]
+            results, aliases = plugin.outputs(described), plugin.aliases()
+            assert results is not None, self._log.log
+            for name, (kind, shape), alias in zip(node.outputs, results, aliases, strict=True):
                 if name in bound:
                     place = bound[name][0]
+                elif alias >= 0:
+                    place = given[alias][0]
                 else:
-                    aliased = plugin.get_aliased_input(i)
-                    place = given[aliased][0] if aliased >= 0 else device.allocate(int(np.prod(shape)) * WIDTHS[kind])
-                    mine += [place] if aliased < 0 else []
+                    place = device.allocate(int(np.prod(shape)) * WIDTHS[kind])
+                    mine.append(place)
                 at[name] = (place, shape, kind)
-            workspace = device.allocate(self._sizes.workspace(spec, shapes, kinds))
-            described = [SimpleNamespace(dims=shape, type=self._types[kind]) for _, shape, kind in given]
-            plugin.enqueue(
-                described, [], [a for a, _, _ in given], [at[name][0] for name in node.outputs], workspace, 1
+            workspace = device.allocate(plugin.workspace(described))
+            places = [at[name][0] for name in node.outputs]
+            assert plugin.enqueue(described, [address for address, _, _ in given], places, workspace) == 0, (
+                self._log.log
             )
-            for place in (workspace, *(mine if node is program.nodes[-1] else ())):
-                device.free(place)
+            device.free(workspace)
+        for place in mine:
+            device.free(place)
 
-
-def _loaded(rtx: Library, spec: PluginSpec) -> Any:
-    """Create a plugin as TensorRT does when it loads an engine: from its serialised field alone."""
-    field = SimpleNamespace(name=FIELD, data=np.frombuffer(spec.to_text().encode(), np.int8))
-    return creator_class(rtx.api)(spec.op).create_plugin(f"{PREFIX}{spec.op}", [field], None)
+    def close(self) -> None:
+        """Delete the plugins."""
+        for plugin in self.plugins:
+            plugin.delete()
 
 
 class PlayedDevice(EmulatedDevice):
@@ -136,7 +120,7 @@ class PlayedEngine:
         return PlayedContext(self)
 
     def close(self) -> None:
-        pass
+        self.graph.close()
 
 
 class PlayedContext:

@@ -12,14 +12,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from harness import Plugins
 
 from edgelm.errors import BundleError, DeviceError, DeviceMemoryError, RuntimeUnavailableError
+from edgelm.runtimes.cuda.planning import library_path
 from edgelm.runtimes.tensorrt.engine import DECODE, PREFILL, Context, Engine
 from edgelm.runtimes.tensorrt.engine_info import EngineInfo
-from edgelm.runtimes.tensorrt.host import BuildHost
 from edgelm.runtimes.tensorrt.library import Library
+from edgelm.runtimes.tensorrt.plugins import PluginLibrary
 
-INFO = EngineInfo("engines/e.engine", "tensorrt-rtx", "1.7.1.116", (86,), "python", 32, 512, 512, "float16", False, {})
+INFO = EngineInfo("engines/e.engine", "tensorrt-rtx", "1.7.1.116", (86,), "library", 32, 512, 512, "float16", False, {})
 STREAMS = replace(INFO, weight_streaming=True)
 SCRATCH = {DECODE: 1000, PREFILL: 5000}
 
@@ -50,6 +52,12 @@ class Played:
             return answer
         self.logger.log(self.api.ILogger.ERROR, self.refuses[name])
         return refusal
+
+    def get_plugin_registry(self) -> Any:
+        return self
+
+    def load_library(self, path: str) -> Any:
+        return self._answer("load_library", path, answer=self, refusal=None)
 
     def get_engine_validity(self, header: bytes) -> tuple[Any, int]:
         self.asked["get_engine_validity"] = (len(header),)
@@ -128,7 +136,7 @@ def load(rtx: Library, played: Played, tmp_path: Path) -> Callable[..., Engine]:
     path.write_bytes(bytes(100))
 
     def one(info: EngineInfo = INFO, **options: Any) -> Engine:
-        return Engine(rtx, info, path, BuildHost(info.sms), **options)
+        return Engine(rtx, info, path, PluginLibrary(library_path()), **options)
 
     return one
 
@@ -139,6 +147,7 @@ def context(engine: Engine, cache: Path | None = None) -> Context:
 
 def test_an_engine_is_checked_and_described(load: Callable[..., Engine], played: Played) -> None:
     engine = load()
+    assert played.asked["load_library"] == (str(library_path()),)
     assert played.asked["get_engine_validity"] == (64,)
     assert played.asked["deserialize_cuda_engine"] == (100,)
     assert [(t.name, t.is_input, t.element_bytes) for t in engine.tensors] == [
@@ -210,17 +219,26 @@ def test_a_refused_call_is_named_with_tensorrts_reason(
         made.run(7)
 
 
-def test_an_error_of_a_plugin_is_raised_as_it_is(load: Callable[..., Engine], played: Played) -> None:
+def test_an_error_of_a_plugin_is_raised_as_it_is(load: Callable[..., Engine], played: Played, harness) -> None:
     engine = load()
     made = context(engine)
+    plugins = Plugins(harness, library_path())
 
     def run(stream: int) -> bool:
-        engine._host.note(DeviceMemoryError("the plugin's own"))
+        assert plugins.create("LastToken", "nonsense") is None
         return False
 
     played.execute_async_v3 = run  # type: ignore[method-assign]
-    with pytest.raises(DeviceMemoryError, match="the plugin's own"):
+    with pytest.raises(BundleError, match=r"^a plugin has the field nonsense"):
         made.run(7)
+
+
+def test_a_library_of_plugins_inside_the_engine_is_allowed_and_no_other_is_loaded(
+    load: Callable[..., Engine], played: Played
+) -> None:
+    load(replace(INFO, plugins="embedded"))
+    assert played.engine_host_code_allowed  # type: ignore[attr-defined]
+    assert "load_library" not in played.asked
 
 
 def test_compiled_kernels_are_kept_for_the_next_start(

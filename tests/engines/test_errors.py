@@ -31,12 +31,16 @@ from edgelm.runtimes.tensorrt.build import build_bundle
 from edgelm.runtimes.tensorrt.builder import BuildOptions
 from edgelm.runtimes.tensorrt.engine import Engine, choose, compatible, diagnosis, failed, incompatible
 from edgelm.runtimes.tensorrt.engine_info import EngineInfo, engines
-from edgelm.runtimes.tensorrt.host import BuildHost
 from edgelm.runtimes.tensorrt.library import Library
+from edgelm.runtimes.tensorrt.plugins import PluginLibrary
 
 A10 = DeviceInfo("A10", (8, 6), 72, 24 << 30, (13, 0))
-INFO = EngineInfo("engines/e.engine", "tensorrt-rtx", "1.7.1.116", (86,), "python", 32, 512, 512, "float16", False, {})
+INFO = EngineInfo("engines/e.engine", "tensorrt-rtx", "1.7.1.116", (86,), "library", 32, 512, 512, "float16", False, {})
 HAVE = {"tensorrt-rtx": "1.7.1.116"}
+
+
+def plugins_of(bundle: Bundle, info: EngineInfo) -> PluginLibrary:
+    return PluginLibrary(bundle.file(info.library))
 
 
 def test_without_a_driver_loading_says_so(copied: Bundle, monkeypatch) -> None:
@@ -91,6 +95,8 @@ def test_an_edition_or_version_that_is_not_here_is_named(tmp_path) -> None:
     assert (
         incompatible(INFO, A10, {"tensorrt-rtx": "1.8"}) == "was built by tensorrt-rtx 1.7.1.116, and 1.8 is installed"
     )
+    older = replace(INFO, plugins="python")
+    assert incompatible(older, A10, HAVE) == "was built by an older EdgeLM, whose plugins were written in Python"
     with pytest.raises(RuntimeUnavailableError, match="has no engine: run `edgelm build"):
         choose([], A10, HAVE, tmp_path)
     full = replace(INFO, file="engines/f.engine", flavour="tensorrt", version="11.4")
@@ -102,7 +108,7 @@ def test_an_edition_or_version_that_is_not_here_is_named(tmp_path) -> None:
 def test_tensorrt_rtx_without_a_gpu_gives_our_error(copied: Bundle, rtx: Library) -> None:
     (info,) = engines(copied)
     with pytest.raises(RuntimeUnavailableError, match="does not run here: TensorRT-RTX finds no GPU that it can use"):
-        Engine(rtx, info, copied.file(info.file), BuildHost(info.sms))
+        Engine(rtx, info, copied.file(info.file), plugins_of(copied, info))
 
 
 def test_a_damaged_engine_is_found(copied: Bundle, rtx: Library) -> None:
@@ -110,7 +116,7 @@ def test_a_damaged_engine_is_found(copied: Bundle, rtx: Library) -> None:
     path = copied.file(info.file)
     path.write_bytes(b"\1" * 64 + path.read_bytes()[64:])
     with pytest.raises(RuntimeUnavailableError, match="the file is damaged: copy the bundle again"):
-        Engine(rtx, info, path, BuildHost(info.sms))
+        Engine(rtx, info, path, plugins_of(copied, info))
     path.write_bytes(b"")
     with pytest.raises(BundleError, match="is empty"):
         engine_info.plugins_in(path)
@@ -122,7 +128,7 @@ def test_a_damaged_engine_is_found(copied: Bundle, rtx: Library) -> None:
 def test_a_weight_memory_needs_an_engine_that_streams(copied: Bundle, rtx: Library) -> None:
     (info,) = engines(copied)
     with pytest.raises(EdgeLMError, match=r"built without weight streaming.*--weight-streaming"):
-        Engine(rtx, info, copied.file(info.file), BuildHost(info.sms), weight_memory=1 << 20)
+        Engine(rtx, info, copied.file(info.file), plugins_of(copied, info), weight_memory=1 << 20)
 
 
 def test_every_diagnosis_of_tensorrt_rtx_has_a_message(rtx: Library) -> None:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from kernel_folders import index_only
 
 from edgelm.checkpoint import Checkpoint
 from edgelm.export.plan import WEIGHTS_FILE, GraphRequest, model_info
@@ -22,6 +23,7 @@ from edgelm.export.tensorrt.target import TensorrtTarget
 from edgelm.models import decoder as decoder_of
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
+from edgelm.runtimes.cuda.kernels.images import FOLDER
 from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
 from edgelm.runtimes.tensorrt.build import GRAPH_FILE, RECIPE_FILE
 from edgelm.runtimes.tensorrt.engine_info import plugins_in
@@ -32,6 +34,7 @@ BUILD = """
 import json, resource, sys
 from pathlib import Path
 from edgelm.progress import Silent
+from edgelm.runtimes.cuda.kernels.images import FOLDER
 from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
 from edgelm.runtimes.tensorrt.build import build_into
 from edgelm.runtimes.tensorrt.builder import BuildOptions
@@ -73,6 +76,7 @@ def test_full_size_fox(tmp_path: Path, recipe: str) -> None:
     made = tensorrt_graph(program, info, WEIGHTS_FILE, EngineOptions(matmul="plugin"), SMS)
     (tmp_path / GRAPH_FILE).write_bytes(made.model.SerializeToString())
     (tmp_path / RECIPE_FILE).write_text(made.recipe.to_json())
+    index_only([], SMS, tmp_path / FOLDER)
     with (tmp_path / WEIGHTS_FILE).open("wb") as stream:
         stream.truncate(graphs.weights.size)
     command = [sys.executable, "-c", BUILD, tmp_path, WEIGHTS_FILE, *map(str, SMS)]

@@ -15,20 +15,21 @@ from edgelm.export.tensorrt.engines import TensorRtGraph, tensorrt_graph
 from edgelm.export.tensorrt.options import EngineOptions
 from edgelm.quant.recipe import Recipe
 from edgelm.quant.source import WeightSource
+from edgelm.runtimes.cuda.planning import library_path
 from edgelm.runtimes.tensorrt import rowmajor
 from edgelm.runtimes.tensorrt.build import ROWS_FILE
 from edgelm.runtimes.tensorrt.builder import BuildOptions, GraphShape, build_engine, profiles
-from edgelm.runtimes.tensorrt.host import BuildHost
 from edgelm.runtimes.tensorrt.library import Library
+from edgelm.runtimes.tensorrt.plugins import PluginLibrary
 
 
 def built(folder: Path, rtx: Library, graph: TensorRtGraph, sms: tuple[int, ...]) -> dict[str, int]:
     """Build an engine of the graph; return its number of plugins by operator."""
     (folder / "g.onnx").write_bytes(graph.model.SerializeToString())
     rowmajor.write(graph.recipe.rows, folder / WEIGHTS, folder / ROWS_FILE)
-    options = BuildOptions(sms, max_batch=4, chunk=16)
+    options, plugins = BuildOptions(sms, max_batch=4, chunk=16), PluginLibrary(library_path())
     return build_engine(
-        rtx, folder / "g.onnx", folder / "e", graph.recipe.shape, options, BuildHost(sms), sms
+        rtx, folder / "g.onnx", folder / "e", graph.recipe.shape, options, plugins, sms
     ).operators  # fmt: skip
 
 

@@ -1,68 +1,102 @@
-"""Do our plugins describe the operators to TensorRT correctly: shapes, types, aliased caches, attributes?"""
+"""Do our plugins describe the operators to TensorRT correctly, launch what the executor does, and report their errors?
+
+`harness.cc` calls them as TensorRT does; TensorRT-RTX itself parses and builds with them too.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import onnx
 import pytest
-from played import output_shapes
+from harness import BUILD, RUNTIME, Described, EmulatedDriver, Plugin, Plugins
+from kernel_folders import argument_bytes, index_only
 from programs import WEIGHTS, C, D, E, F, G, H, S, SmallProgram, V
 
-from edgelm.errors import DeviceError, EdgeLMError, ExportError
+from edgelm.errors import BundleError, DeviceError, EdgeLMError, RuntimeUnavailableError
 from edgelm.export.tensorrt.engines import tensorrt_graph
 from edgelm.export.tensorrt.graph import plugin_node
 from edgelm.export.tensorrt.options import EngineOptions
-from edgelm.runtimes.cuda.emulated import EmulatedDevice
-from edgelm.runtimes.cuda.operators import Scratch
+from edgelm.runtimes.cuda import planning
+from edgelm.runtimes.cuda.device import Launch
+from edgelm.runtimes.cuda.kernels.images import KernelFolder
 from edgelm.runtimes.cuda.program import Node, Value
 from edgelm.runtimes.tensorrt.builder import BuildOptions, build_engine
-from edgelm.runtimes.tensorrt.engine_info import plugins_in
-from edgelm.runtimes.tensorrt.host import BuildHost, DeviceHost, _any_device, plan
+from edgelm.runtimes.tensorrt.engine_info import EMBEDDED, LIBRARY, plugins_in
 from edgelm.runtimes.tensorrt.library import Library, messages
-from edgelm.runtimes.tensorrt.plugin_spec import NAMESPACE, OPERATORS, PluginSpec, output_types
-from edgelm.runtimes.tensorrt.plugins import FIELD, plugin_class, serving
+from edgelm.runtimes.tensorrt.plugin_spec import FIELD, NAMESPACE, PluginSpec, plugin_text
+from edgelm.runtimes.tensorrt.plugins import PluginLibrary, library_name, write_library
 
 SMS = (86,)
 PLUGINS = EngineOptions(matmul="plugin")
 CACHE = (3, G, C, 2 * S)
+COUNTERS = 0x123456789ABCDE00
+INPUTS = {
+    "QuantEmbedding": ("ids", "table"), "QuantLinear": ("x", "weights", "norm", "residual", "bias"),
+    "SparseMoE": ("x", "router", "gate_up", "down", "norm"), "RMSNorm": ("x", "weight", "residual"),
+    "GroupQueryAttention": ("qkv", "key_cache", "value_cache", "past_lengths", "cos", "sin", "q_norm", "k_norm"),
+    "LastToken": ("x",),
+}  # fmt: skip
 
 
-def plugins_of(model: onnx.ModelProto) -> list[PluginSpec]:
-    """Return the specs of a graph's plugins, in order."""
+def fields_of(model: onnx.ModelProto) -> list[str]:
+    """Return the fields of a graph's plugins, in order."""
     found = [{a.name: a.s for a in node.attribute} for node in model.graph.node if node.domain == NAMESPACE]
-    return [PluginSpec.from_text(attributes[FIELD].decode()) for attributes in found]
+    return [attributes[FIELD].decode() for attributes in found]
 
 
-def specs(folder: Path, *, moe: bool = True, after: bool = False) -> list[PluginSpec]:
+def fields(folder: Path, *, moe: bool = True, after: bool = False) -> list[str]:
     made = SmallProgram(folder, layers=1, moe=moe, after=after)
-    return plugins_of(tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS).model)
+    return fields_of(tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS).model)
 
 
-def shapes_of(spec: PluginSpec, batch: int, tokens: int) -> list[tuple[int, ...]]:
-    """Return the shapes of the inputs of a plugin of `SmallProgram`."""
-    widths = {"QuantLinear": {"layers.0.attn.qkv.weight": D, "layers.0.mlp.gate_up.weight": D, "embed": D}}
-    width = widths.get(spec.op, {}).get(spec.name, {"hidden.1.weight": F}.get(spec.name, H * S))
+def inputs_of(field: str, batch: int, tokens: int) -> dict[str, Described]:
+    """Return type and shape of the inputs of a plugin of `SmallProgram`, by the operator's name for each."""
+    spec = PluginSpec.from_text(field)
+    widths = {"layers.0.attn.qkv.weight": D, "layers.0.mlp.gate_up.weight": D, "embed": D, "hidden.1.weight": F}
+    width = widths.get(spec.name, H * S)
     first = (batch, 1 if spec.name == "embed" and spec.op == "QuantLinear" else tokens)
     known = {
-        "ids": first, "table": (1,), "x": (*first, D if spec.op != "QuantLinear" else width), "weights": (1,),
-        "norm": (width,), "residual": (*first, D), "router": (E, D), "gate_up": (1,), "down": (1,),
-        "qkv": (*first, (H + 2 * G) * S), "key_cache": (batch, *CACHE[1:]), "value_cache": (batch, *CACHE[1:]),
-        "past_lengths": (batch,), "cos": (C, S // 2), "sin": (C, S // 2), "q_norm": (H * S,), "k_norm": (G * S,),
-        "bias": ((H + 2 * G) * S,), "weight": (D,),
+        "ids": ("int32", first), "table": ("int8", (1,)), "weights": ("int8", (1,)), "norm": ("f32", (width,)),
+        "x": ("f32", (*first, D if spec.op != "QuantLinear" else width)), "residual": ("f32", (*first, D)),
+        "router": ("f32", (E, D)), "gate_up": ("int8", (1,)), "down": ("int8", (1,)),
+        "qkv": ("bf16", (*first, (H + 2 * G) * S)), "key_cache": ("int8", (batch, *CACHE[1:])),
+        "value_cache": ("int8", (batch, *CACHE[1:])), "past_lengths": ("int32", (batch,)),
+        "cos": ("f32", (C, S // 2)), "sin": ("f32", (C, S // 2)), "q_norm": ("f32", (H * S,)),
+        "k_norm": ("f32", (G * S,)), "bias": ("f32", ((H + 2 * G) * S,)), "weight": ("f32", (D,)),
     }  # fmt: skip
-    names = (name for name, there in zip(OPERATORS[spec.op].inputs, spec.present, strict=False) if there)
-    return [known[name] for name in names]
+    present = spec.fields["present"]
+    return {name: known[name] for name, there in zip(INPUTS[spec.op], present, strict=False) if there == "1"}
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> PluginLibrary:
+    """A library with the kernels of a bundle."""
+    index_only([], SMS, tmp_path / "kernels")
+    write_library(KernelFolder(tmp_path / "kernels"), tmp_path / "plugins.so")
+    return PluginLibrary(tmp_path / "plugins.so")
+
+
+@pytest.fixture
+def plugins(harness: ctypes.CDLL, library: PluginLibrary) -> Plugins:
+    return Plugins(harness, library.path)
+
+
+def created(plugins: Plugins, field: str) -> Plugin:
+    return plugins.loaded(PluginSpec.from_text(field).op, field)
+
+
+# -- what TensorRT asks when it builds ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("moe", [True, False])
-def test_shapes_and_types_of_results(tmp_path: Path, moe: bool) -> None:
+def test_shapes_and_types_of_results(tmp_path: Path, plugins: Plugins, moe: bool) -> None:
     found = {}
-    for spec in specs(tmp_path, moe=moe):
-        shapes = shapes_of(spec, 3, 5)
-        types = ["bf16" if spec.op == "GroupQueryAttention" and i == 0 else "int8" for i in range(len(shapes))]
-        found[spec.op, spec.name] = list(zip(output_types(spec, types), output_shapes(spec, shapes), strict=True))
+    for field in fields(tmp_path, moe=moe):
+        spec = PluginSpec.from_text(field)
+        found[spec.op, spec.name] = created(plugins, field).outputs(list(inputs_of(field, 3, 5).values()))
     assert found["QuantEmbedding", "embed"] == [("f32", (3, 5, D))]
     assert found["QuantLinear", "layers.0.attn.qkv.weight"] == [("bf16", (3, 5, (H + 2 * G) * S))]
     assert found["QuantLinear", "layers.0.attn_sum.weight"] == [("f32", (3, 5, D))]
@@ -75,21 +109,56 @@ def test_shapes_and_types_of_results(tmp_path: Path, moe: bool) -> None:
         assert found["QuantLinear", "layers.0.mlp.gate_up.weight"] == [("bf16", (3, 5, F))]
 
 
+def test_caches_are_written_in_place_and_tensors_are_row_major(tmp_path: Path, plugins: Plugins) -> None:
+    for field in fields(tmp_path):
+        plugin, spec = created(plugins, field), PluginSpec.from_text(field)
+        inputs = list(inputs_of(field, 3, 5).values())
+        results = plugin.outputs(inputs)
+        assert plugin.aliases() == ([-1, 1, 2] if spec.op == "GroupQueryAttention" else [-1] * len(results))
+        tensors = [*inputs, *results]
+        for at, (kind, dims) in enumerate(tensors):
+            assert plugin.supports(tensors, len(inputs), at)
+            assert not plugin.supports(tensors, len(inputs), at, layout=1)
+            if at >= len(inputs):
+                other = [*tensors[:at], ("f16" if kind == "f32" else "f32", dims), *tensors[at + 1 :]]
+                assert not plugin.supports(other, len(inputs), at), (spec.name, at)
+
+
+def test_scratch_memory_is_that_of_the_planning(tmp_path: Path, plugins: Plugins) -> None:
+    """It is sized for the largest device, since the engine's is not known."""
+    for field in fields(tmp_path):
+        spec, inputs = PluginSpec.from_text(field), inputs_of(field, 4, 24)
+        request = {**spec.fields, **numbered(spec, inputs), "sm": 90, "multiprocessors": 256}
+        first = next(iter(inputs.values()))[1]
+        request |= {"batch": first[0], "tokens": first[0] * first[1]}
+        expected, _ = planning.call("node_scratch", request).split()
+        assert created(plugins, field).workspace(list(inputs.values())) == int(expected), spec.name
+
+
+def numbered(spec: PluginSpec, inputs: dict[str, Described], addresses: dict[str, int] | None = None) -> dict[str, str]:
+    """Return the inputs as the planning's fields (csrc/cuda/host/node.h)."""
+    places = {name: i for i, name in enumerate(INPUTS[spec.op])}
+    return {
+        f"input.{places[name]}": f"{(addresses or {}).get(name, 0)}:{kind}:{','.join(map(str, dims))}"
+        for name, (kind, dims) in inputs.items()
+    }
+
+
 @pytest.mark.parametrize("after", [True, False])
-def test_tensorrt_infers_the_same(tmp_path: Path, rtx: Library, after: bool) -> None:
+def test_tensorrt_infers_the_same(tmp_path: Path, rtx: Library, library: PluginLibrary, after: bool) -> None:
     made = SmallProgram(tmp_path, after=after)
     graph = tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS)
     (tmp_path / "g.onnx").write_bytes(graph.model.SerializeToString())
     log = messages(rtx).logger
     builder = rtx.api.Builder(log)
+    library.load_into(builder.get_plugin_registry(), "this TensorRT")
     network = builder.create_network(1 << int(rtx.api.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = rtx.api.OnnxParser(network, log)
-    with serving(rtx, BuildHost(SMS)):
-        assert parser.parse_from_file(str(tmp_path / "g.onnx"))
+    assert parser.parse_from_file(str(tmp_path / "g.onnx"))
     types = {"f32": rtx.api.float32, "bf16": rtx.api.bfloat16}
-    plugins = [layer for layer in map(network.get_layer, range(network.num_layers)) if "PLUGIN" in str(layer.type)]
-    assert len(plugins) == len(made.program.nodes)
-    for layer, node in zip(plugins, made.program.nodes, strict=True):
+    layers = [layer for layer in map(network.get_layer, range(network.num_layers)) if "PLUGIN" in str(layer.type)]
+    assert len(layers) == len(made.program.nodes)
+    for layer, node in zip(layers, made.program.nodes, strict=True):
         for i, name in enumerate(node.outputs):
             tensor = layer.get_output(i)
             if name in made.program.values:
@@ -100,151 +169,348 @@ def test_tensorrt_infers_the_same(tmp_path: Path, rtx: Library, after: bool) -> 
                 assert (tuple(tensor.shape), tensor.dtype) == ((-1, G, -1, 2 * S), rtx.api.int8), name
 
 
-@pytest.mark.parametrize("moe", [True, False])
-def test_plugins_come_back_from_an_engine_as_they_went_in(tmp_path: Path, rtx: Library, moe: bool) -> None:
+@pytest.mark.parametrize(("moe", "embed"), [(True, False), (False, False), (True, True)])
+def test_plugins_come_back_from_an_engine_as_they_went_in(
+    tmp_path: Path, rtx: Library, library: PluginLibrary, harness: ctypes.CDLL, moe: bool, embed: bool
+) -> None:
     made = SmallProgram(tmp_path, moe=moe)
     graph = tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS)
     (tmp_path / "g.onnx").write_bytes(graph.model.SerializeToString())
-    options = BuildOptions(SMS, max_batch=4, chunk=16)
-    info = build_engine(rtx, tmp_path / "g.onnx", tmp_path / "e", graph.recipe.shape, options, BuildHost(SMS), SMS)
+    options = BuildOptions(SMS, max_batch=4, chunk=16, embed_plugins=embed)
+    info = build_engine(rtx, tmp_path / "g.onnx", tmp_path / "e", graph.recipe.shape, options, library, SMS)
+    found = plugins_in(tmp_path / "e")
+    (built_by,) = {spec.fields["library"] for spec in found}
+    assert len(built_by) == 12
+    went_in = [PluginSpec.from_text(f"{field.rstrip()}\nlibrary={built_by}\n\n") for field in fields_of(graph.model)]
     by_name = lambda spec: (spec.op, spec.name)  # noqa: E731
-    assert sorted(plugins_in(tmp_path / "e"), key=by_name) == sorted(plugins_of(graph.model), key=by_name)
+    assert sorted(found, key=by_name) == sorted(went_in, key=by_name)
     assert sum(info.operators.values()) == len(made.program.nodes)
+    assert info.plugins == (EMBEDDED if embed else LIBRARY)
+    # An embedded library is in the engine as it is in its file, kernels included, and works from there.
+    data, whole = (tmp_path / "e").read_bytes(), library.path.read_bytes()
+    place = data.find(whole)
+    assert (place >= 0) == embed
+    if embed:
+        (tmp_path / "extracted.so").write_bytes(data[place : place + len(whole)])
+        again = Plugins(harness, tmp_path / "extracted.so").create(found[0].op, (field_in(data)), RUNTIME)
+        assert again is not None
 
 
-def test_a_spec_survives_as_text_and_others_are_refused() -> None:
-    spec = PluginSpec("layers.3.attn", "LastToken", {"a": 1, "b": 0.1, "c": 'x"\u00e9'}, (True, False), (("f32", 8),))
-    assert PluginSpec.from_text(spec.to_text()) == spec
-    with pytest.raises(
-        EdgeLMError, match=r"the engine has the operator Other, this EdgeLM supports .*: upgrade edgelm"
-    ):
-        PluginSpec.from_text(spec.to_text().replace("LastToken", "Other"))
-    for text in (
-        "{}",
-        "no",
-        spec.to_text().replace('plugin": 1', 'plugin": 2'),
-        '{"edgelm_plugin": 1}',
-        spec.to_text()[:-1] + ', "deep": ' + "[" * 9999,
-    ):
-        with pytest.raises(EdgeLMError, match=r"build the engine again|upgrade edgelm"):
-            PluginSpec.from_text(text)
+def field_in(engine: bytes) -> bytes:
+    """Return the bytes of the first serialised field in an engine."""
+    spec = next(part for part in engine.split(b"edgelm_plugin=2\n")[1:] if b"\0" not in part.split(b"\n\n")[0])
+    return b"edgelm_plugin=2\n" + spec.split(b"\n\n")[0] + b"\n\n"
 
 
-def test_a_node_that_is_none_of_ours_is_refused() -> None:
-    values = {"x": Value("f32", 8), "y": Value("f32", 8)}
-    with pytest.raises(ExportError, match="n: there is no TensorRT plugin for Softmax"):
-        plugin_node(Node("Softmax", "n", ("x",), ("y",), {}), values)
-    with pytest.raises(ExportError, match=r"n: QuantEmbedding takes ids, table, and needs the first 2"):
-        plugin_node(Node("QuantEmbedding", "n", ("x", ""), ("y",), {}), values)
-    with pytest.raises(ExportError, match="LastToken takes x"):
-        plugin_node(Node("LastToken", "n", ("x", "x", "x"), ("y",), {}), values)
-
-
-class Failing(BuildHost):
-    def workspace(self, spec, shapes, types) -> int:
-        raise EdgeLMError(f"{spec.name} cannot be sized")
-
-
-def test_what_a_plugin_raises_while_building_is_what_the_builder_raises(tmp_path: Path, rtx: Library) -> None:
-    made = SmallProgram(tmp_path, layers=1)
-    graph = tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS)
+def test_a_matmul_plugin_has_a_bias_only_where_there_is_one(tmp_path: Path, rtx: Library, library, plugins) -> None:
+    for biased in (False, True):
+        made = SmallProgram(tmp_path, layers=1, moe=False, biased=biased)
+        graph = tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS)
+        field = next(one for one in fields_of(graph.model) if "\nname=layers.0.attn.qkv.weight\n" in one)
+        assert PluginSpec.from_text(field).fields["present"] == ("11101" if biased else "111")
+        assert list(inputs_of(field, 1, 40)) == ["x", "weights", "norm", *(["bias"] if biased else [])]
     (tmp_path / "g.onnx").write_bytes(graph.model.SerializeToString())
-    host = Failing(SMS)
-    with pytest.raises(EdgeLMError, match=r"^\S+ cannot be sized$"):
-        build_engine(rtx, tmp_path / "g.onnx", tmp_path / "e", graph.recipe.shape, BuildOptions(SMS), host, SMS)
-    assert not (tmp_path / "e").exists()
-    assert not host.failed
+    info = build_engine(rtx, tmp_path / "g.onnx", tmp_path / "e", graph.recipe.shape, BuildOptions(SMS), library, SMS)
+    assert info.operators["QuantLinear"] == 5
+
+
+# -- what it launches --------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """A device that only notes launches."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+
+    def load(self, names: object) -> None:
+        pass
+
+    def launch(self, launch: Launch) -> None:
+        self.launches.append(launch)
+
+
+@pytest.fixture
+def recorder(emulated_driver: EmulatedDriver) -> Recorder:
+    device = Recorder()
+    emulated_driver.show(device)  # type: ignore[arg-type]  # it is not run
+    return device
+
+
+def enqueued(plugin: Plugin, field: str, inputs: dict[str, Described], workspace: int = 0x7000000000) -> int:
+    """Run a plugin with made-up addresses; return its status."""
+    addresses = [0x10000 * (i + 1) for i in range(len(inputs))]
+    results = [0x1000000 * (i + 1) for i in range(len(plugin.aliases()))]
+    for i, alias in enumerate(plugin.aliases()):
+        if alias >= 0:
+            results[i] = addresses[alias]
+    return plugin.enqueue(list(inputs.values()), addresses, results, workspace)
 
 
 @pytest.mark.parametrize("moe", [True, False])
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_a_plugin_launches_what_the_executor_would(tmp_path: Path, moe: bool, tokens: int) -> None:
-    """The launch code is the same. All of TensorRT's addresses occur in the launches, and no others."""
-    batch, device = (3, 1)[tokens > 1], _any_device(86)
-    for spec in specs(tmp_path, moe=moe, after=tokens == 40):
-        shapes = shapes_of(spec, batch, tokens)
-        types = ["bf16" if spec.op == "GroupQueryAttention" and not i else "f32" for i in range(len(shapes))]
-        inputs = [0x10000 * (i + 1) for i in range(len(shapes))]
-        outputs = [0x1000000 * (i + 1) for i in range(spec.outputs)]
-        if spec.op == "GroupQueryAttention":
-            outputs[1:] = inputs[1:3]
-        launches = plan(device, spec, shapes, types, inputs, outputs, Scratch(0x7000000000, 0x7F00000000))
-        assert launches
-        held = b"".join(launch.args for launch in launches)
-        for address in (*inputs, outputs[0]):
+def test_a_plugin_launches_what_the_planning_says(
+    tmp_path: Path, plugins: Plugins, recorder: Recorder, moe: bool, tokens: int
+) -> None:
+    """The counters are the plugin's own; all other addresses are TensorRT's."""
+    batch = (3, 1)[tokens > 1]
+    for field in fields(tmp_path, moe=moe, after=tokens == 40):
+        spec, inputs = PluginSpec.from_text(field), inputs_of(field, batch, tokens)
+        plugin = created(plugins, field)
+        recorder.launches.clear()
+        assert enqueued(plugin, field, inputs) == 0, plugins.log
+        addresses = {name: 0x10000 * (i + 1) for i, name in enumerate(inputs)}
+        held = b"".join(launch.args for launch in recorder.launches)
+        for address in addresses.values():
             assert address.to_bytes(8, "little") in held, (spec.name, hex(address))
+        outputs = {f"output.{i}": f"{0x1000000 * (i + 1)}:f32:1" for i in range(len(plugin.aliases()))}
+        request = {**spec.fields, **numbered(spec, inputs, addresses), **outputs, "sm": 86, "multiprocessors": 4}
+        expected = planning.launches("node_launches", {**request, "workspace": 0x7000000000, "counters": COUNTERS})
+        assert [(one.kernel, one.grid, one.block, one.shared) for one in recorder.launches] == [
+            (one.kernel, one.grid, one.block, one.shared) for one in expected
+        ]
+        counters = COUNTERS.to_bytes(8, "little")
+        for one, other in zip(recorder.launches, expected, strict=True):
+            place = other.args.find(counters)
+            mine = one.args[:place] + counters + one.args[place + 8 :] if place >= 0 else one.args
+            assert mine == other.args, spec.name
+        plugin.delete()
 
 
-def test_a_norm_plugin_takes_the_type_of_the_matmul_before_it(tmp_path: Path) -> None:
-    spec = next(spec for spec in specs(tmp_path, after=True) if spec.op == "RMSNorm")
-    shapes = [(3, 5, D), (D,), (3, 5, D)]
-    assert spec.present == (True, True, True)
-    assert list(zip(output_types(spec, ["bf16", "f32", "f32"]), output_shapes(spec, shapes), strict=True)) == [
-        ("f32", (3, 5, D))
-    ]
-    for kind in ("bf16", "f32"):
-        (launch,) = plan(_any_device(86), spec, shapes, [kind, "f32", "f32"], [1, 2, 3], [4], Scratch(5, 0))
-        assert (launch.kernel, launch.grid) == (f"rms_norm_{kind}_f32", (15, 1, 1))
+def test_counters_are_zeros_of_each_context_and_freed_with_it(
+    tmp_path: Path, plugins: Plugins, recorder: Recorder, emulated_driver: EmulatedDriver
+) -> None:
+    field = next(one for one in fields(tmp_path) if "op=SparseMoE" in one)
+    inputs = inputs_of(field, 1, 1)
+    before = emulated_driver.allocated
+    contexts = [created(plugins, field), created(plugins, field)]
+    contexts.append(contexts[0].cloned())
+    for plugin in contexts:
+        for _ in range(2):
+            assert enqueued(plugin, field, inputs) == 0
+    assert emulated_driver.allocated == before + 3
+    routed = {launch.args for launch in recorder.launches if launch.kernel.startswith("moe_route")}
+    assert len(routed) == 3  # each has its own
+    for plugin in contexts:
+        plugin.delete()
+    assert emulated_driver.allocated == before
 
 
-def test_a_matmul_plugin_has_a_bias_in_its_spec_only_where_there_is_one(tmp_path: Path, rtx: Library) -> None:
-    """So engines without a bias stay unchanged, and old ones can be read."""
-    for biased in (False, True):
-        made = SmallProgram(tmp_path, layers=1, moe=False, biased=biased)
-        graph = tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS)
-        spec = next(spec for spec in plugins_of(graph.model) if spec.name == "layers.0.attn.qkv.weight")
-        assert spec.present == ((True, True, True, False, True) if biased else (True, True, True, False))
-        shapes, types = shapes_of(spec, 1, 40), ["f32", "uint8", "f32", "f32"][: sum(spec.present)]
-        inputs = [0x10000 * (i + 1) for i in range(len(shapes))]
-        launches = plan(_any_device(86), spec, shapes, types, inputs, [1], Scratch(0x7000000000, 0))
-        assert (0x40000).to_bytes(8, "little") in launches[-1].args or not biased
-    (tmp_path / "g.onnx").write_bytes(graph.model.SerializeToString())
-    info = build_engine(
-        rtx, tmp_path / "g.onnx", tmp_path / "e", graph.recipe.shape, BuildOptions(SMS), BuildHost(SMS), SMS
-    )
-    assert info.operators["QuantLinear"] == 5
-    assert spec in plugins_in(tmp_path / "e")
+def test_a_first_call_in_a_capture_does_without_counters(
+    tmp_path: Path, plugins: Plugins, recorder: Recorder, emulated_driver: EmulatedDriver
+) -> None:
+    field = next(one for one in fields(tmp_path) if "op=GroupQueryAttention" in one)
+    inputs, plugin = inputs_of(field, 3, 1), created(plugins, field)
+    counts = []
+    for capturing in (True, False, True):
+        emulated_driver.capture(capturing)
+        recorder.launches.clear()
+        assert enqueued(plugin, field, inputs) == 0, plugins.log
+        counts.append(len(recorder.launches))
+    assert counts == [2, 1, 1]
+    plugin.delete()
 
 
-@pytest.mark.parametrize("per_head", [True, False])
-def test_a_norms_shape_says_whether_it_is_per_head(tmp_path: Path, per_head: bool) -> None:
-    made = SmallProgram(tmp_path, layers=1, per_head=per_head)
-    found = plugins_of(tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS).model)
-    spec = next(spec for spec in found if spec.op == "GroupQueryAttention")
-    shapes = shapes_of(spec, 1, 40)
-    if per_head:
-        shapes[6:] = [(S,), (S,)]
-    (last,) = {
-        launch.args[-4:]
-        for launch in plan(_any_device(86), spec, shapes, ["bf16"] * 8, [*range(1, 9)], [9, 2, 3], Scratch(1, 0))
-    }
-    assert int.from_bytes(last, "little") == (3 if per_head else 0)  # AttentionArgs.per_head_norms
+def test_other_shapes_or_addresses_are_planned_anew(tmp_path: Path, plugins: Plugins, recorder: Recorder) -> None:
+    field = next(one for one in fields(tmp_path) if "op=QuantEmbedding" in one)
+    plugin = created(plugins, field)
+    for batch, workspace in ((1, 1), (1, 1), (2, 1), (2, 2), (1, 1)):
+        assert enqueued(plugin, field, inputs_of(field, batch, 1), workspace) == 0
+    assert [launch.grid[0] for launch in recorder.launches] == [1, 1, 2, 2, 1]
 
 
-def test_a_cache_that_is_not_written_in_place_is_refused(tmp_path: Path, rtx: Library) -> None:
-    spec = next(spec for spec in specs(tmp_path) if spec.op == "GroupQueryAttention")
-    host = DeviceHost(EmulatedDevice())
-    plugin = plugin_class(rtx.api)(spec, host)
-    assert [plugin.get_aliased_input(i) for i in range(3)] == [-1, 1, 2]
-    with pytest.raises(DeviceError, match="did not alias the cache's output"):
-        plugin.enqueue([], [], list(range(8)), [100, 1, 77], 0, 0)
-    assert "did not alias" in str(host.take_failure())
+@pytest.mark.parametrize("asked", ["1", "0"])
+def test_kernels_that_wait_themselves_are_launched_early_where_asked(
+    tmp_path: Path, harness: ctypes.CDLL, recorder: Recorder, emulated_driver: EmulatedDriver, monkeypatch, asked: str
+) -> None:
+    monkeypatch.setenv("EDGELM_GPU_PDL", asked)
+    field = next(one for one in fields(tmp_path) if "op=SparseMoE" in one)
+    index_only([], SMS, tmp_path / "kernels")
+    index = tmp_path / "kernels" / "kernels.json"
+    waits = [name for name in argument_bytes() if name.startswith("moe_route")]
+    index.write_text(index.read_text().replace('"resources": {}', f'"waits": {json.dumps(waits)}, "resources": {{}}'))
+    write_library(KernelFolder(tmp_path / "kernels"), tmp_path / "early.so")
+    before = emulated_driver.early
+    assert run_one(Plugins(harness, tmp_path / "early.so"), field) == 0
+    routes = [launch for launch in recorder.launches if launch.kernel in waits]
+    assert len(recorder.launches) > len(routes) > 0
+    assert emulated_driver.early - before == (len(routes) if asked == "1" else 0)
 
 
-def test_a_failure_is_reported_to_the_engine_of_the_failed_plugin(tmp_path: Path, rtx: Library) -> None:
-    spec = specs(tmp_path)[0]
-    hosts = [BuildHost(SMS), DeviceHost(EmulatedDevice())]
-    plugins = []
-    for host in hosts:
-        with serving(rtx, host):
-            plugins.append(plugin_class(rtx.api)(spec, host))
-    with serving(rtx, BuildHost(SMS)):  # a third model is loaded meanwhile
-        plugins = [plugin.clone().attach_to_context(None) for plugin in plugins]
-    hosts[1].close()
-    described = [SimpleNamespace(dims=(1, 1), type=rtx.api.int32)] * 2
-    for plugin, said in zip(plugins, ("cannot run one", "was closed"), strict=True):
-        with pytest.raises(DeviceError, match=said):
-            plugin.enqueue(described, [], [1, 2], [3], 0, 0)
-    for host, said in zip(hosts, ("cannot run one", "was closed"), strict=True):
-        assert said in str(host.take_failure())
-        assert host.take_failure() is None
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+def failure(library: PluginLibrary) -> EdgeLMError:
+    """Return the error that the library has kept for Python."""
+    found = library.take_failure()
+    assert found is not None
+    assert library.take_failure() is None
+    return found
+
+
+def test_a_field_is_checked_when_a_graph_is_exported() -> None:
+    values = {"x": Value("f32", 8), "y": Value("f32", 8)}
+    with pytest.raises(BundleError, match="there is no TensorRT plugin for Softmax, only for QuantEmbedding, QuantL"):
+        plugin_node(Node("Softmax", "n", ("x",), ("y",), {}), values)
+    with pytest.raises(BundleError, match=r"n: QuantEmbedding takes ids, table, and needs the first 2; the node has 1"):
+        plugin_node(Node("QuantEmbedding", "n", ("x", ""), ("y",), {}), values)
+    with pytest.raises(BundleError, match="LastToken takes x"):
+        plugin_node(Node("LastToken", "n", ("x", "x", "x"), ("y",), {}), values)
+
+
+def test_a_field_survives_as_text_and_others_are_refused(plugins: Plugins, library: PluginLibrary) -> None:
+    lines = {"op": "LastToken", "name": 'x"\u00e9=', "present": "10", "results": "f32:8", "a": 1, "b": 0.1}
+    text = plugin_text(lines)
+    spec = PluginSpec.from_text(text)
+    assert spec.fields == {name: str(value) for name, value in lines.items()}
+    for damaged, said in (
+        (text.replace("plugin=2", "plugin=1"), "has the field edgelm_plugin=1, not that of this version"),
+        ("", "has the field , not that of this version of EdgeLM: build the engine again"),
+        ("edgelm_plugin=2\n\n", "name is missing"),
+        (text.replace("LastToken", "Other"), "there is no TensorRT plugin for Other"),
+        (text.replace("f32:8", "f64:8"), "has the result f64:8"),
+        (text.replace("f32:8", "f32:0"), "has the result f32:0"),
+        (text.replace("f32:8", "f32:8,f32:8"), "has 2 results"),
+        (text.replace("present=10", "present=1x"), "the node has 1x"),
+        (text.replace("LastToken", "RMSNorm").replace("=10", "=11"), "EdgeLMLastToken has the field of a RMSNorm"),
+    ):
+        assert plugins.create("LastToken", damaged) is None
+        assert said in str(failure(library)), damaged
+    with pytest.raises(EdgeLMError, match="build the engine again"):
+        PluginSpec.from_text(text.replace("op=", "po="))
+
+
+def test_an_engine_of_another_library_is_refused(plugins: Plugins, library: PluginLibrary) -> None:
+    text = plugin_text({"op": "LastToken", "name": "n", "present": "1", "results": "f32:8"})
+    built = plugins.create("LastToken", text)
+    assert built is not None
+    again = plugins.create("LastToken", built.serialized, RUNTIME)
+    assert again is not None
+    assert again.serialized == built.serialized
+    other = text.rstrip() + "\nlibrary=0123456789ab\n\n"
+    for phase in (BUILD, RUNTIME):
+        assert plugins.create("LastToken", other, phase) is None
+        assert "n: the engine was built with another libedgelm_plugins.so (0123456789ab, this one is " in str(
+            failure(library)
+        )
+    assert plugins.create("LastToken", text, RUNTIME) is None
+    assert "(none, this one is" in str(failure(library))
+
+
+@pytest.mark.parametrize("major", [10, 11])
+def test_errors_are_in_tensorrts_log(harness: ctypes.CDLL, library: PluginLibrary, major: int) -> None:
+    """TensorRT 11 has another interface of its log than 10."""
+    plugins = Plugins(harness, library.path, major)
+    assert plugins.create("LastToken", "nonsense") is None
+    (line,) = plugins.log
+    assert line.startswith(f"{major}: edgelm: a plugin has the field nonsense")
+    failure(library)
+
+
+def test_without_a_log_errors_are_on_standard_error(harness: ctypes.CDLL, library: PluginLibrary, capfd) -> None:
+    """A TensorRT of unknown version may have any interface."""
+    plugins = Plugins(harness, library.path, 9)
+    assert plugins.create("LastToken", "nonsense") is None
+    assert plugins.log == []
+    assert "edgelm: a plugin has the field nonsense" in capfd.readouterr().err
+    failure(library)
+
+
+def test_a_plugin_that_fails_while_building_is_what_the_builder_raises(tmp_path: Path, rtx: Library, library) -> None:
+    made = SmallProgram(tmp_path, layers=1)
+    graph = tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS)
+    options = BuildOptions(SMS)
+    data = graph.model.SerializeToString()
+    last = data.rindex(b"kind=bf16")
+    # One is refused when the graph is parsed, one when its scratch memory is sized.
+    for damaged, said in (
+        (data.replace(b"present=11", b"present=x1", 1), "the node has x1"),
+        (data[:last] + b"kind=xx16" + data[last + 9 :], "weights of the kind xx16"),
+    ):
+        (tmp_path / "g.onnx").write_bytes(damaged)
+        with pytest.raises(BundleError, match=said):
+            build_engine(rtx, tmp_path / "g.onnx", tmp_path / "e", graph.recipe.shape, options, library, SMS)
+        assert not (tmp_path / "e").exists()
+        assert library.take_failure() is None
+
+
+def test_a_library_that_tensorrt_cannot_load_is_named(tmp_path: Path, rtx: Library) -> None:
+    (tmp_path / "x.so").write_bytes(b"nothing")
+    registry = rtx.api.Builder(messages(rtx).logger).get_plugin_registry()
+    with pytest.raises(RuntimeUnavailableError, match=r"this TensorRT does not load .*x\.so: .*`edgelm build`"):
+        PluginLibrary(tmp_path / "x.so").load_into(registry, "this TensorRT")
+
+
+def test_a_cache_that_is_not_written_in_place_is_refused(tmp_path: Path, plugins: Plugins, library, recorder) -> None:
+    field = next(one for one in fields(tmp_path) if "op=GroupQueryAttention" in one)
+    plugin, inputs = created(plugins, field), list(inputs_of(field, 3, 1).values())
+    assert plugin.enqueue(inputs, list(range(8)), [100, 1, 77], 0) == 1
+    assert "layers.0.attn: TensorRT did not alias the cache's output with its input" in str(failure(library))
+    assert recorder.launches == []
+
+
+def run_one(plugins: Plugins, field: str) -> int:
+    return enqueued(created(plugins, field), field, inputs_of(field, 1, 1))
+
+
+def test_what_a_device_lacks_is_said(
+    tmp_path: Path, harness: ctypes.CDLL, library, recorder, emulated_driver: EmulatedDriver
+) -> None:
+    field = next(one for one in fields(tmp_path) if "op=QuantEmbedding" in one)
+    plugins = Plugins(harness, library.path)
+    emulated_driver.show(recorder, sm=90)
+    assert run_one(plugins, field) == 1
+    error = failure(library)
+    assert isinstance(error, DeviceError)
+    assert "this GPU is SM 90, and the bundle has kernels for sm_86: export with --sm 90" in str(error)
+    assert plugins.log[-1].endswith(str(error))
+
+
+def test_a_kernel_of_another_version_is_refused(tmp_path: Path, harness, recorder) -> None:
+    field = next(one for one in fields(tmp_path) if "op=QuantEmbedding" in one)
+    index_only([], SMS, tmp_path / "kernels")
+    index = tmp_path / "kernels" / "kernels.json"
+    whole = index.read_text()
+    kernel = "quant_embedding_bf16_f32"
+    size = argument_bytes()[kernel]
+    for name, changed, said in (
+        ("a.so", whole.replace(f'"{kernel}": {size}', f'"{kernel}": 8'), f"{kernel} takes 8 bytes of arguments, and"),
+        ("b.so", whole.replace(f'"{kernel}"', '"other"'), f"the bundle lacks the kernel {kernel}"),
+    ):
+        assert changed != whole
+        index.write_text(changed)
+        write_library(KernelFolder(tmp_path / "kernels"), tmp_path / name)
+        other = PluginLibrary(tmp_path / name)
+        assert run_one(Plugins(harness, other.path), field) == 1
+        assert said in str(failure(other))
+    assert recorder.launches == []
+
+
+def test_the_installed_library_has_no_kernels(tmp_path: Path, harness, recorder) -> None:
+    field = next(one for one in fields(tmp_path) if "op=QuantEmbedding" in one)
+    installed = PluginLibrary(planning.library_path())
+    assert run_one(Plugins(harness, installed.path), field) == 1
+    assert "has no kernels: load the one in the bundle's folder engines" in str(failure(installed))
+
+
+def test_damaged_kernels_are_an_error(tmp_path: Path, harness, library: PluginLibrary, recorder) -> None:
+    field = next(one for one in fields(tmp_path) if "op=QuantEmbedding" in one)
+    whole = library.path.read_bytes()
+    place = int.from_bytes(whole[-24:-16], "little")
+    footer = place.to_bytes(8, "little") + (len(whole)).to_bytes(8, "little") + whole[-8:]
+    for name, data, said in (
+        ("a.so", whole[:-24] + footer, "its index lies outside the file"),
+        ("b.so", whole.replace(b"sm_86.offset=", b"sm_86.offset=9"), "its kernels are damaged (sm_86)"),
+        ("c.so", whole.replace(b"compiler=13.0", b"compiler=13-0"), "its kernels are damaged (compiler 13-0)"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        other = PluginLibrary(tmp_path / name)
+        assert run_one(Plugins(harness, other.path), field) == 1
+        assert said in str(failure(other))
+
+
+def test_a_library_is_named_by_its_contents(library: PluginLibrary, tmp_path: Path) -> None:
+    name = library_name(library.path)
+    assert name == library_name(library.path)
+    (tmp_path / "other").write_bytes(library.path.read_bytes() + b"x")
+    assert library_name(tmp_path / "other") != name

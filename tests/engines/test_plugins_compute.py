@@ -1,30 +1,32 @@
 """Do plugins and the runtime around an engine compute the same as our own executor?
 
-Kernels run on the emulator, and a stand-in replaces TensorRT (`played.py`). The plugins, the launches, and the
-runtime's buffers, lengths and caches are real.
+Kernels run on the emulator: the driver's library is emulated_driver.c. A stand-in replaces TensorRT (`played.py`). The
+bundle's library of plugins, its launches, and the runtime's buffers, lengths and caches are real.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from harness import EmulatedDriver, Plugins
 from played import PlayedDevice, PlayedEngine, PlayedGraph
 
 from edgelm.bundle import Bundle
 from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError
 from edgelm.runtimes import open_batch, open_runtime
 from edgelm.runtimes.tensorrt import session
-from edgelm.runtimes.tensorrt.library import Library
+from edgelm.runtimes.tensorrt.plugins import PluginLibrary
 
 os.environ.setdefault("EDGELM_EMULATOR_CACHE", str(Path(__file__).parents[2] / "build" / "emulated"))
 CONTEXT = 40
 
 
 @pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch, rtx: Library):
+def played(monkeypatch: pytest.MonkeyPatch, harness: ctypes.CDLL, emulated_driver: EmulatedDriver):
     """Make sessions run on the emulator with a stand-in engine; return the list of created devices."""
     devices: list[PlayedDevice] = []
 
@@ -34,17 +36,16 @@ def played(monkeypatch: pytest.MonkeyPatch, rtx: Library):
         return devices[-1]
 
     def arrange(bundle: Bundle, *, capturable: bool = True) -> list[PlayedDevice]:
+        def engine(library: object, info: object, path: Path, plugins: PluginLibrary, memory: object) -> PlayedEngine:
+            graph = PlayedGraph(bundle, devices[-1], Plugins(harness, plugins.path))
+            return PlayedEngine(graph, path, capturable=capturable)
+
         monkeypatch.setattr(session, "CudaDevice", device)
-        monkeypatch.setattr(
-            session,
-            "Engine",
-            lambda library, info, path, host, weight_memory: PlayedEngine(
-                PlayedGraph(bundle, devices[-1], rtx, host), path, capturable=capturable
-            ),
-        )
+        monkeypatch.setattr(session, "Engine", engine)
         return devices
 
-    return arrange
+    yield arrange
+    assert emulated_driver.launches
 
 
 @pytest.mark.parametrize(("checkpoint", "recipe"), [("fox-tiny", "int8"), ("olmoe-tiny", "none")])

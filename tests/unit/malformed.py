@@ -250,8 +250,9 @@ CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 RECIPE = 'name = "mine"\ndefault = "int4-g32-sym"\n\n[[rule]]\nmatch = "*.mlp.gate.weight"\nscheme = "float"\n'
 ENGINE = {
     "format": 1, "file": "engines/x.engine", "flavour": "tensorrt-rtx", "version": "1.7.1", "sms": [86],
-    "plugins": "ptx", "max_batch": 1, "chunk": 512, "context_length": 512, "kv": "float16", "weight_streaming": False,
+    "plugins": "library", "max_batch": 1, "chunk": 512, "context_length": 512, "kv": "float16",
     "operators": {"QuantLinear": 3}, "seconds": 1.5, "linears": "plugin", "attention": "plugin",
+    "library": "engines/x.so", "weight_streaming": False,
 }  # fmt: skip
 KERNELS = {
     "format": 1, "nvrtc": [13, 0], "source": "ab", "argument_bytes": {"last_token_f32": 16},

@@ -383,7 +383,8 @@ calibration_options = together(
 """Calibration text, its size, and how many tokens an expert needs: the parameter `calibration`."""
 
 
-ENGINE_PARAMETERS = ("sms", "build", "matmul", "attention", "max_batch", "chunk", "weight_streaming")
+ENGINE_PARAMETERS = ("sms", "build", "matmul", "attention", "max_batch", "chunk", "weight_streaming",
+                     "embed_plugins")  # fmt: skip
 """Parameters of options that only `--target tensorrt` has."""
 
 
@@ -411,6 +412,10 @@ def _building(group: Group) -> tuple[Callable[[Command], Command], ...]:
         option(
             "--weight-streaming", group=group, is_flag=True,
             help="Build engines whose weights can stay in host memory (see --weight-memory of `edgelm run`).",
+        ),
+        option(
+            "--embed-plugins", group=group, is_flag=True,
+            help="Store the library of our plugins in the engine too, so that the engine is complete by itself.",
         ),
     )  # fmt: skip
 

@@ -198,7 +198,10 @@ class KernelFolder:
                 f"{self.folder} lacks the kernel {missing[0]} (of {len(missing)}): it was exported by another version "
                 "of edgelm; export it again"
             )
-        target = choose(tuple(self.files), capability, self.compiler, driver)
+        return self.read(choose(tuple(self.files), capability, self.compiler, driver))
+
+    def read(self, target: str) -> Image:
+        """Return the image of a target. Raises BundleError if it cannot be read."""
         path = self.folder / self.files[target]
         try:
             return Image(target, path.read_bytes(), self.argument_bytes, self.compiler, self.pdl[target])

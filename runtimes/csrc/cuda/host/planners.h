@@ -19,6 +19,8 @@ Functions moe_functions();
 Functions sparse_moe_functions();
 Functions attention_functions();
 Functions node_functions();
+Functions plugin_functions();  // of TensorRT plugins: tensorrt/plugin_spec.cc
+Functions log_functions();     // tensorrt/log.cc
 
 // The device that the fields `sm` and `multiprocessors` describe.
 DeviceInfo device_of(const Fields& fields);

@@ -1,0 +1,200 @@
+#include "cuda/driver/driver.h"
+
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <vector>
+
+namespace edgelm::trt {
+
+namespace {
+
+using gpu::Error;
+
+constexpr int kMultiprocessors = 16, kMajor = 75, kMinor = 76, kMostShared = 97;  // attributes of devices
+constexpr int kDynamicShared = 8;                                                 // attribute of functions
+constexpr int kJitErrorLog = 5, kJitErrorLogSize = 6;
+constexpr u32 kShared = 48 << 10;  // bytes that a kernel may use without setting an attribute
+constexpr int kOutOfMemory = 2, kInvalidImage = 200, kNoBinary = 209, kIllegalAddress = 700, kLaunchFailed = 719;
+
+// CUlaunchConfig with one attribute, for programmatic dependent launch.
+struct LaunchAttribute {
+  int id, padding;
+  int value;
+  char rest[60];
+};
+struct LaunchConfig {
+  u32 grid[3], block[3], shared;
+  void* stream;
+  LaunchAttribute* attributes;
+  u32 count;
+};
+constexpr int kProgrammaticSerialization = 6;
+
+std::string help(int status) {
+  switch (status) {
+    case kOutOfMemory:
+      return "end what else uses the GPU (nvidia-smi shows it), or use a shorter context or a smaller batch";
+    case kInvalidImage:
+    case kNoBinary:
+      return "the kernels are damaged, or are not for this GPU: copy the bundle again, or run `edgelm build`";
+    case kIllegalAddress:
+    case kLaunchFailed:
+      return "a kernel failed, a bug in EdgeLM or a fault of the GPU: report it; restart this process";
+  }
+  return "";
+}
+
+}  // namespace
+
+const Driver& Driver::get() {
+  static const Driver driver;
+  return driver;
+}
+
+Driver::Driver() {
+  const char* named = std::getenv("EDGELM_CUDA_DRIVER");
+  path_ = named && *named ? named : "libcuda.so.1";
+  library_ = dlopen(path_.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!library_) {
+    const char* why = dlerror();
+    throw Error("no NVIDIA driver: " + path_ + " cannot be loaded (" + (why ? why : "no reason given") +
+                "); install the driver, and start a container with its GPUs (--gpus all)");
+  }
+  int version = 0;
+  call("cuDriverGetVersion", "asking for its version", &version);
+  version_ = {version / 1000, version % 1000 / 10};
+  call("cuInit", "starting", 0u);
+}
+
+bool Driver::has(const char* function) const { return dlsym(library_, function) != nullptr; }
+
+void* Driver::find(const char* function) const {
+  void* found = dlsym(library_, function);
+  if (!found) throw Error("the NVIDIA driver (" + path_ + ") is too old: it lacks " + function + "; update it");
+  return found;
+}
+
+void Driver::fail(const char* function, int status, const char* doing) const {
+  const auto words = [&](const char* which, const std::string& otherwise) {
+    const char* text = nullptr;
+    const auto ask = reinterpret_cast<int (*)(int, const char**)>(find(which));
+    return ask(status, &text) == 0 && text ? std::string(text) : otherwise;
+  };
+  const std::string helps = help(status);
+  throw Error("the GPU or its driver failed, " + words("cuGetErrorName", "error " + std::to_string(status)) + " from " +
+              function + " while " + doing + ": " +
+              (helps.empty() ? words("cuGetErrorString", "the driver does not say why") : helps));
+}
+
+DeviceContext& DeviceContext::current() {
+  static std::mutex mutex;
+  static std::map<void*, std::unique_ptr<DeviceContext>> all;
+  const Driver& driver = Driver::get();
+  void* context = nullptr;
+  driver.call("cuCtxGetCurrent", "asking for the context", &context);
+  if (!context) throw Error("a plugin runs in a thread without a CUDA context: report this bug");
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto& found = all[context];
+  if (!found) found = std::make_unique<DeviceContext>(driver);
+  return *found;
+}
+
+DeviceContext::DeviceContext(const Driver& driver) : driver_(driver) {
+  const auto attribute = [&](int which) {
+    int value = 0;
+    driver.call("cuDeviceGetAttribute", "describing the GPU", &value, which, device_);
+    return value;
+  };
+  driver.call("cuCtxGetDevice", "describing the GPU", &device_);
+  char name[256] = "";
+  driver.call("cuDeviceGetName", "describing the GPU", name, int(sizeof name), device_);
+  name_ = name;
+  info_ = {10 * attribute(kMajor) + attribute(kMinor), attribute(kMultiprocessors)};
+  most_shared_ = u32(attribute(kMostShared));
+  const char* pdl = std::getenv("EDGELM_GPU_PDL");
+  pdl_ = pdl && std::string(pdl) == "1";
+}
+
+void DeviceContext::load(const gpu::Launches& launches) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const gpu::Launch& launch : launches) {
+    if (!functions_.count(launch.kernel)) load(launch.kernel);
+    Function& function = functions_.at(launch.kernel);
+    if (launch.args.size() != function.argument_bytes) {
+      throw Error("the kernel " + launch.kernel + " takes " + std::to_string(function.argument_bytes) +
+                      " bytes of arguments, and this library has " + std::to_string(launch.args.size()) +
+                      ": another version of EdgeLM compiled it; export the bundle again",
+                  Error::Kind::kBundle);
+    }
+    if (launch.shared <= function.shared) continue;
+    if (launch.shared > most_shared_) {
+      throw Error(launch.kernel + " needs " + std::to_string(launch.shared) +
+                  " bytes of shared memory, and a block on " + name_ + " has " + std::to_string(most_shared_) +
+                  ": a bug in EdgeLM, report it");
+    }
+    driver_.call("cuFuncSetAttribute", "asking for shared memory", function.handle, kDynamicShared, int(launch.shared));
+    function.shared = launch.shared;
+  }
+}
+
+void DeviceContext::load_module() {
+  const gpu::KernelArchive& archive = gpu::KernelArchive::get();
+  if (archive.targets().empty()) {
+    throw Error("this libedgelm_plugins.so has no kernels: load the one in the bundle's folder engines",
+                Error::Kind::kBundle);
+  }
+  target_ = gpu::choose(archive.targets(), info_.sm, driver_.version()).name;
+  const std::string image = archive.image(target_);
+  char log[4096] = "";
+  int keys[] = {kJitErrorLog, kJitErrorLogSize};
+  void* values[] = {log, reinterpret_cast<void*>(sizeof log)};
+  try {
+    driver_.call("cuModuleLoadDataEx", ("loading " + target_).c_str(), &module_, image.data(), 2u,
+                 static_cast<int*>(keys), static_cast<void**>(values));
+  } catch (const Error& error) {
+    const std::string said(log);
+    throw said.empty() ? error : Error(std::string(error.what()) + " (" + said.substr(0, said.find('\n')) + ")");
+  }
+}
+
+void DeviceContext::load(const std::string& kernel) {
+  if (!module_) load_module();
+  const gpu::KernelArchive& archive = gpu::KernelArchive::get();
+  const auto bytes = archive.argument_bytes().find(kernel);
+  if (bytes == archive.argument_bytes().end()) {
+    throw Error(
+        "the bundle lacks the kernel " + kernel + ": it was exported by another version of edgelm; export it again",
+        Error::Kind::kBundle);
+  }
+  void* handle = nullptr;
+  driver_.call("cuModuleGetFunction", ("looking for " + kernel).c_str(), &handle, module_, kernel.c_str());
+  // Drivers load a kernel when it is first used and wait then, which is not allowed while a stream is captured.
+  if (driver_.has("cuFuncLoad")) driver_.call("cuFuncLoad", ("loading " + kernel).c_str(), handle);
+  functions_[kernel] = {handle, bytes->second, archive.pdl(target_).count(kernel) != 0, kShared};
+}
+
+void DeviceContext::launch(const gpu::Launches& launches, void* stream) {
+  for (const gpu::Launch& launch : launches) {
+    Function function;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      function = functions_.at(launch.kernel);
+    }
+    // The driver copies the arguments before it returns.
+    void* parameters[] = {const_cast<u8*>(launch.args.data())};
+    void** extra = nullptr;
+    const u32* grid = launch.grid;
+    const std::string doing = "launching " + launch.kernel;
+    if (function.pdl && pdl_) {
+      LaunchAttribute attribute{kProgrammaticSerialization, 0, 1, {}};
+      LaunchConfig config{{grid[0], grid[1], grid[2]}, {launch.block, 1, 1}, launch.shared, stream, &attribute, 1};
+      driver_.call("cuLaunchKernelEx", doing.c_str(), &config, function.handle, static_cast<void**>(parameters), extra);
+    } else {
+      driver_.call("cuLaunchKernel", doing.c_str(), function.handle, grid[0], grid[1], grid[2], launch.block, 1u, 1u,
+                   launch.shared, stream, static_cast<void**>(parameters), extra);
+    }
+  }
+}
+
+}  // namespace edgelm::trt
