@@ -112,10 +112,9 @@ def compiled(kernel: str, sm: int, lines: bool = False) -> Code:
     return sass.disassemble(image, sm)[kernel]
 
 
-def launched(launch: Launch, sm: int) -> sass.Launched:
+def launched(launch: Launch) -> sass.Launched:
     """Return a launch as `sass.execute` takes it."""
-    offset = 0x160 if sm < 90 else 0x210 if sm < 100 else 0x380
-    return sass.Launched(launch.grid, launch.block, launch.shared, launch.args, offset)
+    return sass.Launched(launch.grid, launch.block, launch.shared, launch.args)
 
 
 @dataclass(frozen=True)
@@ -219,7 +218,7 @@ def counts_of(plan: Plan, sm: int, *, kernel: str = "", blocks: int = 3, lines: 
         code = compiled(launch.kernel, sm, lines)
         traces: list[Trace] = []
         for block in _sampled(launch, blocks):
-            traces += sass.execute(code, launched(launch, sm), block, memory)
+            traces += sass.execute(code, launched(launch), block, memory)
         if wanted:
             yield count(launch, code, traces, weights)
 

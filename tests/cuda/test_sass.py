@@ -16,7 +16,7 @@ from sass import Launched, Memory
 from edgelm.runtimes.cuda.kernels import nvrtc
 
 pytestmark = pytest.mark.skipif(sass.nvdisasm() is None, reason="nvdisasm is missing: pip install '.[dev]'")
-SMS = (80, 90)
+SMS = (87, 90, 120)
 OUT = 1 << 32
 
 
@@ -30,7 +30,7 @@ def ran(body: str, sm: int, *values: int, threads: int = 32, grid: int = 1, help
     image = nvrtc.compile_kernels(source, {}, f"sm_{sm}", ["kernel"]).image
     code = sass.disassemble(image, sm)["kernel"]
     args = struct.pack("<Q8i", OUT, *values, *[0] * (8 - len(values)))
-    launch = Launched((grid, 1, 1), threads, 4096, args, 0x160 if sm < 90 else 0x210)
+    launch = Launched((grid, 1, 1), threads, 4096, args)
     memory = Memory()
     traces = [
         trace for block in sass.iterate_blocks(launch.grid) for trace in sass.execute(code, launch, block, memory)
