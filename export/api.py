@@ -260,7 +260,7 @@ def _write_manifest(job: ExportJob, folder: Path, tensors: tuple[TensorEntry, ..
         source=SourceInfo(job.source.checkpoint.source_id, {name: FileInfo(**info) for name, info in hashes.items()}),
         files=files,
         tensors=tensors,
-        tools={**_tool_versions(), **target.tools()},
+        tools={**_tool_versions(), **target.tools(job.options)},
         calibration=job.calibration,
         requires=plan.graphs.requires,
         created=_created(),

@@ -114,8 +114,9 @@ class Target(ABC):
         """
         del options
 
-    def tools(self) -> Mapping[str, str]:
+    def tools(self, options: ExportOptions) -> Mapping[str, str]:
         """Return the versions of this target's tools, for the manifest."""
+        del options
         return {}
 
 

@@ -154,15 +154,24 @@ def gpus() -> dict[str, Any]:
 
 
 def gpu_compiler() -> dict[str, Any]:
-    """Return the version of NVRTC, which exports for GPUs need, and its SMs; or why it cannot be loaded."""
-    from edgelm.errors import DeviceError
+    """Return the versions of NVRTC, which exports for GPUs need, with the targets that each compiles; or why none can
+    be loaded."""
+    from edgelm.errors import DeviceError, ExportError
     from edgelm.runtimes.cuda.kernels import nvrtc
 
     try:
-        library = nvrtc.load()
+        libraries = nvrtc.installed()
     except DeviceError as error:
-        return {"library": None, "version": None, "sms": [], "why": str(error)}
-    return {"library": library.path, "version": library.version_text, "sms": list(library.sms), "why": None}
+        return {"libraries": {}, "lacking": [], "why": str(error)}
+    targets: dict[str, list[str]] = {library.path: [] for library in libraries}
+    lacking = []
+    for target in (*(f"sm_{sm}" for sm in nvrtc.SMS), nvrtc.PTX_TARGET):
+        try:
+            targets[nvrtc.load(target).path].append(target)
+        except ExportError:
+            lacking.append(target)
+    found = {one.path: {"version": one.version_text, "targets": targets[one.path]} for one in libraries}
+    return {"libraries": found, "lacking": lacking, "why": None}
 
 
 def tensorrt_editions() -> list[dict[str, Any]]:
@@ -239,7 +248,6 @@ def ability_rows(document: dict[str, Any], *, verbose: bool) -> list[tuple[str, 
         export = f"no: missing {', '.join(missing)} (only needed to export): {install_hint('export')}"
     operators, compiler = document["native_operators"], document["gpu_compiler"]
     kernels = operators["instruction_set"]
-    made_for = f"NVRTC {compiler['version']}, for SM {', '.join(map(str, compiler['sms']))}"
     rows = [
         ("run", _runs(document)),
         ("operators", f"compiled, {kernels}: {operators['why']}" if kernels else operators["why"]),
@@ -255,9 +263,21 @@ def ability_rows(document: dict[str, Any], *, verbose: bool) -> list[tuple[str, 
         return rows
     return [
         *rows,
-        ("GPU kernels", f"compiled by {made_for}" if compiler["version"] else f"cannot be exported: {compiler['why']}"),
+        ("GPU kernels", compiler_line(compiler)),
         *((f"{entry['flavour']} engines", tensorrt_line(entry)) for entry in document["tensorrt"]),
     ]
+
+
+def compiler_line(compiler: dict[str, Any]) -> str:
+    """Return which version of NVRTC compiles the kernels for which devices."""
+    if compiler["why"]:
+        return f"cannot be exported: {compiler['why']}"
+    used = [one for one in compiler["libraries"].values() if one["targets"]]
+    made = "; ".join(f"NVRTC {one['version']} for {', '.join(one['targets'])}" for one in used)
+    lacking = (
+        f"; none for {', '.join(compiler['lacking'])}: {install_hint('gpu-export')}" if compiler["lacking"] else ""
+    )
+    return f"compiled by {made}{lacking}"
 
 
 def _runs(document: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from edgelm.progress import Progress
 from edgelm.quant.source import WeightSource
 from edgelm.runtimes.cuda.driver import find_devices
 from edgelm.runtimes.cuda.kernels import nvrtc
-from edgelm.runtimes.cuda.kernels.images import FOLDER, compile_bundle_kernels
+from edgelm.runtimes.cuda.kernels.images import FOLDER, bundle_targets, compile_bundle_kernels
 from edgelm.runtimes.cuda.operators import bundle_kernels
 from edgelm.runtimes.cuda.program import PROGRAM_FILE
 
@@ -61,14 +61,14 @@ class TensorrtTarget(Target):
 
     def check(self, options: ExportOptions) -> None:
         """Check, before hours of quantising, that NVRTC is installed and compiles for the devices."""
-        library = nvrtc.load()
-        for sm in chosen_sms(options):
-            library.check_target(f"sm_{sm}")
+        for target in bundle_targets(chosen_sms(options)):
+            nvrtc.load(target)
         check_engines(options.engines)
 
-    def tools(self) -> Mapping[str, str]:
-        """Return the version of the kernels' compiler, NVRTC."""
-        return {"nvrtc": nvrtc.load().version_text}
+    def tools(self, options: ExportOptions) -> Mapping[str, str]:
+        """Return the versions of the kernels' compiler, NVRTC."""
+        libraries = (nvrtc.load(target) for target in bundle_targets(chosen_sms(options)))
+        return {"nvrtc": ", ".join(sorted({library.version_text for library in libraries}))}
 
     def build(self, request: GraphRequest) -> BuiltGraphs:
         """Build the program and plan its weights."""

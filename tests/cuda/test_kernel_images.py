@@ -91,8 +91,8 @@ def test_a_kernel_that_spills_is_not_exported(kernels, tmp_path):
 
 def test_an_unknown_device_is_refused_before_anything_is_compiled(kernels, tmp_path):
     kernels["one_f32"] = "not C++"
-    with pytest.raises(ExportError, match="does not compile for sm_70"):
-        compile_bundle_kernels(["one_f32"], [80, 70], tmp_path / "kernels")
+    with pytest.raises(ExportError, match="no NVRTC here compiles for sm_91"):
+        compile_bundle_kernels(["one_f32"], [80, 91], tmp_path / "kernels")
 
 
 def test_an_unknown_kernel_is_named(kernels, tmp_path):
@@ -128,23 +128,57 @@ ALL = (*(f"sm_{sm}" for sm in nvrtc.SMS), nvrtc.PTX_TARGET)
     ],
 )
 def test_a_device_gets_its_own_image_or_one_of_its_generation_or_ptx(targets, capability, chosen):
-    assert choose(targets, capability, (13, 0), (13, 0)) == chosen
+    assert choose(dict.fromkeys(targets, (13, 0)), capability, (13, 0)) == chosen
+
+
+# As the pinned wheels compile them.
+PINNED = {target: nvrtc.load(target).version for target in ALL}
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "chosen"),
+    [
+        *(((8, 6), driver, "sm_86") for driver in ((12, 0), (12, 4), (13, 0), (14, 2))),
+        ((8, 7), (12, 6), "sm_87"),  # JetPack 6
+        ((9, 0), (12, 2), "sm_90"),
+        ((11, 0), (13, 0), "sm_110"),  # JetPack 7
+        ((12, 0), (12, 8), "compute_80"),  # the cubin is of CUDA 13
+        ((10, 0), (12, 9), "compute_80"),
+        ((12, 0), (13, 0), "sm_120"),
+        ((12, 1), (13, 0), "sm_120"),
+    ],
+)
+def test_each_image_asks_for_the_driver_of_its_own_compiler(capability, driver, chosen):
+    assert choose(PINNED, capability, driver) == chosen
+
+
+def test_an_image_of_the_generation_is_used_where_the_devices_own_is_too_new():
+    images = {"sm_89": (13, 0), "sm_86": (12, 6), "compute_80": (12, 6)}
+    assert choose(images, (8, 9), (12, 6)) == "sm_86"
+    assert choose(images, (8, 9), (13, 0)) == "sm_89"
 
 
 def test_without_an_image_for_the_device_the_error_lists_the_images():
     with pytest.raises(RuntimeUnavailableError, match=r"this GPU is SM 75, .* sm_86, compute_80: export with --sm 75"):
-        choose(("sm_86", "compute_80"), (7, 5), (13, 0), (13, 0))
+        choose(dict.fromkeys(("sm_86", "compute_80"), (12, 6)), (7, 5), (13, 0))
     with pytest.raises(RuntimeUnavailableError, match="this GPU is SM 90, and the bundle has kernels for sm_86"):
-        choose(("sm_86",), (9, 0), (13, 0), (13, 0))
+        choose({"sm_86": (12, 6)}, (9, 0), (13, 0))
 
 
 def test_for_an_old_driver_the_error_says_which_version_is_needed():
-    with pytest.raises(RuntimeUnavailableError, match=r"supports CUDA 12.8, .* with CUDA 13.0: update the driver"):
-        choose(ALL, (9, 0), (13, 0), (12, 8))
+    said = (
+        r"supports CUDA 12.8, .* \(sm_90 for CUDA 13.0, compute_80 for CUDA 13.1\): update the driver, or export with"
+    )
+    with pytest.raises(RuntimeUnavailableError, match=said):
+        choose(dict.fromkeys(ALL, (13, 1)), (9, 0), (12, 8))
     # Within a major version, older drivers load newer cubins but not newer PTX.
-    assert choose(ALL, (9, 0), (13, 1), (13, 0)) == "sm_90"
-    with pytest.raises(RuntimeUnavailableError, match=r"PTX of CUDA 13.1 only, and its driver supports CUDA 13.0"):
-        choose(("compute_80",), (9, 0), (13, 1), (13, 0))
+    assert choose(dict.fromkeys(ALL, (13, 1)), (9, 0), (13, 0)) == "sm_90"
+    with pytest.raises(
+        RuntimeUnavailableError, match=r"\(compute_80 for CUDA 13.1\): update .*, or export with --sm 90"
+    ):
+        choose({"compute_80": (13, 1)}, (9, 0), (13, 0))
+    with pytest.raises(RuntimeUnavailableError, match=r"supports CUDA 11.8, .* \(sm_87 for CUDA 12.0, compute_80 for"):
+        choose(PINNED, (8, 7), (11, 8))
 
 
 def test_a_folder_that_is_missing_damaged_or_too_new_is_an_error(kernels, tmp_path):
@@ -159,8 +193,8 @@ def test_a_folder_that_is_missing_damaged_or_too_new_is_an_error(kernels, tmp_pa
         KernelFolder(folder).image(["one_f32"], (8, 0), (13, 0))
     index = folder / "kernels.json"
     document = json.loads(index.read_text())
-    index.write_text(json.dumps({**document, "format": 2}))
-    with pytest.raises(BundleError, match="format is 2, this EdgeLM reads 1: upgrade edgelm"):
+    index.write_text(json.dumps({**document, "format": 3}))
+    with pytest.raises(BundleError, match="format is 3, this EdgeLM reads 2: upgrade edgelm"):
         KernelFolder(folder)
     image = document["images"]["sm_80"]
     for damaged, said in (
@@ -172,12 +206,30 @@ def test_a_folder_that_is_missing_damaged_or_too_new_is_an_error(kernels, tmp_pa
             json.dumps({**document, "images": {"sm_80": {**image, "file": "../x"}}}),
             'file is "../x", expected a file beside it',
         ),
-        (json.dumps({**document, "nvrtc": [13]}), "nvrtc is a list, expected a list of 2 entries"),
+        (
+            json.dumps({**document, "images": {"sm_80": {**image, "nvrtc": [13]}}}),
+            "images.sm_80.nvrtc is a list, expected a list of 2 entries",
+        ),
+        (json.dumps({"format": 2, "argument_bytes": {}}), "images is missing"),
         (json.dumps({"format": 1}), "nvrtc is missing"),
+        (json.dumps({"format": 1, "nvrtc": [13, 0], "images": []}), "images is missing"),
+        (json.dumps({"format": True}), "format is true, this EdgeLM reads 2"),
     ):
         index.write_text(damaged)
         with pytest.raises(BundleError, match=rf"kernels.json: .*{said}.*: copy the bundle again"):
             KernelFolder(folder)
+
+
+def test_a_folder_of_the_first_format_has_one_compiler_for_all_images(kernels, tmp_path):
+    folder = tmp_path / "kernels"
+    compile_bundle_kernels(["one_f32"], [80, 90], folder)
+    index = folder / "kernels.json"
+    document = json.loads(index.read_text())
+    assert [image.pop("nvrtc") for image in document["images"].values()] == [[12, 6]] * 3
+    index.write_text(json.dumps({**document, "format": 1, "nvrtc": [13, 0]}))
+    opened = KernelFolder(folder)
+    assert opened.compilers == dict.fromkeys(("sm_80", "sm_90", "compute_80"), (13, 0))
+    assert opened.image(["one_f32"], (9, 0), (13, 0)).compiler == (13, 0)
 
 
 def test_without_a_bundle_kernels_are_compiled_for_the_device_itself(kernels):

@@ -202,9 +202,7 @@ def test_does_cuda_kernels_say_what_it_lacks_without_a_driver(
     monkeypatch.setenv("EDGELM_CUDA_DRIVER", "/nonexistent/libcuda.so.1")
     bundle = bundles("fox", "int4")
     (bundle.path / "kernels").mkdir(exist_ok=True)
-    (bundle.path / "kernels" / "kernels.json").write_text(
-        json.dumps({"format": 1, "nvrtc": [13, 0], "argument_bytes": {}, "images": {}})
-    )
+    (bundle.path / "kernels" / "kernels.json").write_text(json.dumps({"format": 2, "argument_bytes": {}, "images": {}}))
     with pytest.raises(DeviceError, match=r"no NVIDIA driver: /nonexistent/libcuda\.so\.1 cannot be loaded"):
         open_runtime(bundle, "cuda-kernels")
 

@@ -61,10 +61,36 @@ KERNEL(calls, 128) { a.y[threadIdx.x] = helper(a.x + threadIdx.x, a.n); }
 NAMES = ("plain", "shares", "spills", "indexes", "calls")
 
 
-def test_the_installed_nvrtc_knows_every_device_and_is_the_pinned_one():
-    library = nvrtc.load()
-    assert library.version == (13, 0), "PTX of a newer NVRTC is too new for the drivers of CUDA 13.0"
-    assert set(nvrtc.SMS) <= set(library.sms)
+def test_the_pinned_versions_are_installed_and_each_device_gets_the_oldest_that_knows_it():
+    assert {target: nvrtc.load(target).version for target in TARGETS} == {
+        **dict.fromkeys(("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", nvrtc.PTX_TARGET), (12, 6)),
+        **dict.fromkeys(("sm_100", "sm_110", "sm_120"), (13, 0)),
+    }
+
+
+def test_a_named_library_compiles_for_every_target_that_it_knows(monkeypatch):
+    path = nvrtc.load("sm_120").path
+    monkeypatch.setenv(nvrtc.LIBRARY_VARIABLE, path)
+    assert {nvrtc.load(target).path for target in TARGETS} == {path}
+    assert nvrtc.compile_kernels(SOURCE, HEADERS, "sm_86", NAMES).compiler == (13, 0)
+    monkeypatch.delenv(nvrtc.LIBRARY_VARIABLE)
+    monkeypatch.setenv(nvrtc.LIBRARY_VARIABLE, nvrtc.load("sm_80").path)
+    with pytest.raises(
+        ExportError, match=r"no NVRTC here compiles for sm_110: 12\.6 does for SM 50, .*; .*pip install"
+    ):
+        nvrtc.compile_kernels(SOURCE, HEADERS, "sm_110", NAMES)
+
+
+def test_libraries_that_are_too_old_are_no_choice(monkeypatch):
+    monkeypatch.delenv(nvrtc.LIBRARY_VARIABLE, raising=False)
+    monkeypatch.setattr(nvrtc, "OLDEST", (13, 0))
+    nvrtc._installed.cache_clear()
+    assert [library.version for library in nvrtc.installed()] == [(13, 0)]
+    monkeypatch.setattr(nvrtc, "OLDEST", (14, 0))
+    nvrtc._installed.cache_clear()
+    with pytest.raises(DeviceError, match=r"libnvrtc\.so\.1\d is of version 1\d\.\d, and 14\.0 or newer is needed"):
+        nvrtc.installed()
+    nvrtc._installed.cache_clear()
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -74,7 +100,7 @@ def test_every_kernel_is_in_the_image_with_the_size_of_its_arguments(target):
     assert compiled.log == ""
     if target == nvrtc.PTX_TARGET:
         assert b".target sm_80" in compiled.image
-        assert b".version 9.0" in compiled.image
+        assert b".version 8.5" in compiled.image
         assert not compiled.resources
     else:
         assert cubin.architecture(compiled.image) == int(target.removeprefix("sm_"))
@@ -123,13 +149,13 @@ def test_an_error_in_the_source_shows_its_first_line_and_the_kernels():
         nvrtc.compile_kernels(SOURCE, headers, "sm_90", NAMES)
     said = str(caught.value)
     assert said.startswith("args.h(2): error:")
-    assert "kernels plain, shares, spills, indexes and 1 more for sm_90, by NVRTC 13.0" in said
+    assert "kernels plain, shares, spills, indexes and 1 more for sm_90, by NVRTC 12.6" in said
     assert "\n" not in said
 
 
 def test_an_instruction_that_the_device_lacks_is_an_error_too():
     source = 'extern "C" __global__ void f() { asm volatile("griddepcontrol.wait;"); }'
-    with pytest.raises(ExportError, match=r"requires .target sm_90 or higher \(kernel f for sm_80, by NVRTC 13.0\)"):
+    with pytest.raises(ExportError, match=r"requires .target sm_90 or higher \(kernel f for sm_80, by NVRTC 12.6\)"):
         nvrtc.compile_kernels(source, {}, "sm_80", ["f"])
 
 
@@ -138,24 +164,26 @@ def test_a_kernel_that_the_source_lacks_is_named():
         nvrtc.compile_kernels(SOURCE, HEADERS, "sm_80", [*NAMES, "absent"])
 
 
-@pytest.mark.parametrize("target", ["sm_70", "sm_91", "compute_75x", "nonsense"])
+@pytest.mark.parametrize("target", ["sm_91", "sm_101", "compute_75x", "nonsense"])
 def test_an_unknown_device_is_refused_with_the_known_ones(target):
-    with pytest.raises(ExportError, match=rf"NVRTC 13.0 does not compile for {target}, only for SM 75, 80, 86, 87"):
+    known = r"12\.6 does for SM 50, .*, 90 \(.*\), 13\.0 does for SM 75, .* \(.*libnvrtc\.so\.13\)"
+    said = rf"no NVRTC here compiles for {target}: {known}$"
+    with pytest.raises(ExportError, match=said):
         nvrtc.compile_kernels(SOURCE, HEADERS, target, NAMES)
 
 
 def test_without_nvrtc_the_message_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.delenv(nvrtc.LIBRARY_VARIABLE, raising=False)
-    monkeypatch.setattr(nvrtc, "candidates", lambda: [str(tmp_path / "libnvrtc.so.13")])
-    nvrtc._load.cache_clear()
+    monkeypatch.setattr(nvrtc, "candidates", lambda: ([str(tmp_path / "libnvrtc.so.13")], []))
+    nvrtc._installed.cache_clear()
     with pytest.raises(DeviceError, match=f"was not found .*: {re.escape(install_hint('gpu-export'))}"):
-        nvrtc.load()
+        nvrtc.load("sm_80")
 
 
 def test_a_library_that_is_no_nvrtc_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv(nvrtc.LIBRARY_VARIABLE, str(tmp_path / "nothing.so"))
     with pytest.raises(DeviceError, match=r"EDGELM_NVRTC=.*nothing.so: not an NVRTC library"):
-        nvrtc.load()
+        nvrtc.load("sm_80")
 
 
 def test_damaged_cubins_are_an_error_and_never_a_wrong_answer():

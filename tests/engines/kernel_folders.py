@@ -21,9 +21,9 @@ def index_only(names: object, sms: Sequence[int], folder: Path, progress: object
     folder.mkdir()
     images = {}
     for sm in sms:
-        images[f"sm_{sm}"] = {"file": f"sm_{sm}.cubin", "resources": {}}
+        images[f"sm_{sm}"] = {"file": f"sm_{sm}.cubin", "nvrtc": [12, 6], "resources": {}}
         (folder / f"sm_{sm}.cubin").write_bytes(f"\x7fELF for SM {sm}".encode())
-    index = {"format": 1, "nvrtc": [13, 0], "source": "", "argument_bytes": argument_bytes(), "images": images}
+    index = {"format": 2, "source": "", "argument_bytes": argument_bytes(), "images": images}
     (folder / "kernels.json").write_text(json.dumps(index))
 
 

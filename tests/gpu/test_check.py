@@ -57,13 +57,18 @@ def kernels_of_nothing(folder: Path) -> None:
     names = sorted(sources.kernels())
     resources = {"registers": 8, "local_bytes": 0, "shared_bytes": 0, "argument_bytes": 8}
     images = {
-        "sm_90": {"file": "sm_90.cubin", "waits": names, "resources": dict.fromkeys(names, resources)},
-        nvrtc.PTX_TARGET: {"file": "compute_80.ptx", "waits": [], "resources": {}},
+        "sm_90": {
+            "file": "sm_90.cubin",
+            "nvrtc": [12, 6],
+            "waits": names,
+            "resources": dict.fromkeys(names, resources),
+        },
+        nvrtc.PTX_TARGET: {"file": "compute_80.ptx", "nvrtc": [12, 6], "waits": [], "resources": {}},
     }
     for image in images.values():
         (folder / str(image["file"])).write_bytes(b"\x7fELF")
     index = {
-        "format": 1, "nvrtc": list(nvrtc.load().version), "argument_bytes": dict.fromkeys(names, 8), "images": images,
+        "format": 2, "argument_bytes": dict.fromkeys(names, 8), "images": images,
         "source": sources.fingerprint(*sources.translation_unit(names)),
     }  # fmt: skip
     (folder / "kernels.json").write_text(json.dumps(index))

@@ -15,7 +15,7 @@ from edgelm.errors import DeviceMemoryError
 from edgelm.runtimes.cuda.device import Launch
 from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.kernels import nvrtc
-from edgelm.runtimes.cuda.kernels.images import Image, choose
+from edgelm.runtimes.cuda.kernels.images import Image, choose, compilable
 
 SOURCE = """
 struct Increment { float* x; int count; float by; };
@@ -47,11 +47,9 @@ class Source:
         self.ptx = ptx
 
     def image(self, names, capability, driver):
-        library = nvrtc.load()
-        known = [] if self.ptx else [f"sm_{sm}" for sm in library.sms]
-        target = choose([*known, nvrtc.PTX_TARGET], capability, library.version, driver)
-        made = nvrtc.compile_kernels(SOURCE, {}, target, NAMES)
-        return Image(target, made.image, made.argument_bytes, library.version)
+        images = {name: version for name, version in compilable().items() if not self.ptx or name == nvrtc.PTX_TARGET}
+        made = nvrtc.compile_kernels(SOURCE, {}, choose(images, capability, driver), NAMES)
+        return Image(made.target, made.image, made.argument_bytes, made.compiler)
 
 
 @pytest.fixture(params=["cubin", "ptx"])

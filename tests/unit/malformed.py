@@ -255,9 +255,9 @@ ENGINE = {
     "library": "engines/x.so", "weight_streaming": False,
 }  # fmt: skip
 KERNELS = {
-    "format": 1, "nvrtc": [13, 0], "source": "ab", "argument_bytes": {"last_token_f32": 16},
-    "images": {"sm_86": {"file": "sm_86.cubin", "waits": ["last_token_f32"], "resources": {"last_token_f32": {
-        "registers": 8, "local_bytes": 0, "shared_bytes": 0, "argument_bytes": 16}}}},
+    "format": 2, "source": "ab", "argument_bytes": {"last_token_f32": 16},
+    "images": {"sm_86": {"file": "sm_86.cubin", "nvrtc": [12, 6], "waits": ["last_token_f32"], "resources": {
+        "last_token_f32": {"registers": 8, "local_bytes": 0, "shared_bytes": 0, "argument_bytes": 16}}}},
 }  # fmt: skip
 
 

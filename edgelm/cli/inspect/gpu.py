@@ -96,7 +96,7 @@ def kernels_document(bundle: Bundle) -> dict[str, Any] | None:
 
     folder = KernelFolder(bundle.file(FOLDER))
     return {
-        "nvrtc": "{}.{}".format(*folder.compiler),
+        "nvrtc": {target: "{}.{}".format(*version) for target, version in folder.compilers.items()},
         "kernels": len(folder.argument_bytes),
         "targets": {target: bundle.file(f"{FOLDER}/{file}").stat().st_size for target, file in folder.files.items()},
     }
@@ -109,9 +109,17 @@ def kernels_rows(bundle: Bundle) -> list[tuple[str, str]]:
     document = kernels_document(bundle)
     if document is None:
         return []
-    targets = ", ".join(f"{target} ({format_size(nbytes)})" for target, nbytes in document["targets"].items())
-    needs = f"by NVRTC {document['nvrtc']}, for drivers of CUDA {document['nvrtc'].split('.')[0]} or newer"
-    return [("kernels", f"{document['kernels']}, {needs}: {targets}")]
+    # By compiler and by the driver that an image needs: cubins the compiler's major version, PTX its own.
+    groups: dict[tuple[str, str], list[str]] = {}
+    for target, nbytes in document["targets"].items():
+        version = document["nvrtc"][target]
+        needs = version.split(".")[0] if target.startswith("sm_") else version
+        groups.setdefault((version, needs), []).append(f"{target} ({format_size(nbytes)})")
+    images = "; ".join(
+        f"by NVRTC {version}, for drivers of CUDA {needs} or newer: {', '.join(targets)}"
+        for (version, needs), targets in groups.items()
+    )
+    return [("kernels", f"{document['kernels']}, {images}")]
 
 
 def multiplied(bundle: Bundle) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from edgelm.devices import allowed_cores
 from edgelm.errors import BundleError, ExportError, RuntimeUnavailableError
@@ -29,7 +29,9 @@ __all__ = [
     "Image",
     "KernelCompiler",
     "KernelFolder",
+    "bundle_targets",
     "choose",
+    "compilable",
     "compile_bundle_kernels",
     "compile_images",
     "prepared_kernels",
@@ -40,7 +42,7 @@ PREPARED_VARIABLE = "EDGELM_GPU_KERNELS"
 """Environment variable: a folder of kernels that were compiled beforehand from the same sources, for machines that have
 a GPU for minutes only (tests/gpu/check.py --prepare writes one)."""
 INDEX = "kernels.json"
-FORMAT = 1
+FORMAT = 2
 # A cubin runs on later devices of its generation, except on boards (Orin, Thor), which need their own.
 _BOARDS = (87, 88, 110)
 _TARGET = re.compile(r"(sm|compute)_[1-9][0-9]{1,2}")
@@ -50,19 +52,19 @@ _Version = Annotated[int, Range(0, 10_000)]
 
 @dataclass(frozen=True, kw_only=True)
 class _ImageInfo:
-    """One image in `kernels.json`. `waits` are the kernels of `Image.pdl`."""
+    """One image in `kernels.json`. `nvrtc` is the version that compiled it, `waits` are the kernels of `Image.pdl`."""
 
     file: str
+    nvrtc: tuple[_Version, _Version]
     waits: tuple[str, ...] = ()
     resources: dict[str, Resources]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Index:
-    """The contents of `kernels.json`."""
+    """The contents of `kernels.json`. In format 1 one version of NVRTC stood here, for all images."""
 
     format: int
-    nvrtc: tuple[_Version, _Version]
     source: str = ""
     argument_bytes: dict[str, Count]
     images: dict[str, _ImageInfo]
@@ -93,18 +95,19 @@ def compile_images(
     """Compile kernels for several targets in parallel, or use prepared ones.
 
     Raises:
-        ExportError: a kernel does not compile, or NVRTC does not support a target.
-        DeviceError: NVRTC is not installed.
+        ExportError: a kernel does not compile, or no installed NVRTC supports a target.
+        DeviceError: NVRTC is not installed, and a kernel is not a prepared one.
     """
-    library = nvrtc.load()
+    folder = prepared_kernels()
+    ready = {target for target in targets if folder is not None and folder.has(names, target)}
     for target in targets:
-        library.check_target(target)
+        if target not in ready:
+            nvrtc.load(target)
     source, headers = sources.translation_unit(names)
     done: dict[str, nvrtc.Compiled] = {}
-    folder = prepared_kernels()
 
     def one(target: str) -> nvrtc.Compiled:
-        if folder is not None and folder.compiler == library.version and folder.has(names, target):
+        if folder is not None and target in ready:
             return folder.compiled(names, target)
         return nvrtc.compile_kernels(source, headers, target, names)
 
@@ -122,16 +125,21 @@ def compile_images(
     return done
 
 
+def bundle_targets(sms: Sequence[int], *, ptx: bool = True) -> list[str]:
+    """Return the targets to compile for these SMs, and with `ptx` for later ones."""
+    return [*dict.fromkeys(f"sm_{sm}" for sm in sms), *([nvrtc.PTX_TARGET] if ptx else [])]
+
+
 def compile_bundle_kernels(
     names: Sequence[str], sms: Sequence[int], folder: Path, progress: Progress | None = None, *, ptx: bool = True
 ) -> None:
     """Compile kernels for these SMs, and with `ptx` as PTX for later ones, into `folder`, which is created if absent.
 
     Raises:
-        ExportError: a kernel does not compile, spills registers, or NVRTC does not support an SM.
+        ExportError: a kernel does not compile, spills registers, or no installed NVRTC supports an SM.
         DeviceError: NVRTC is not installed.
     """
-    targets = [*dict.fromkeys(f"sm_{sm}" for sm in sms), *([nvrtc.PTX_TARGET] if ptx else [])]
+    targets = bundle_targets(sms, ptx=ptx)
     compiled = compile_images(names, targets, progress)
     for target, one in compiled.items():
         for name, used in one.resources.items():
@@ -142,15 +150,26 @@ def compile_bundle_kernels(
     for target, one in compiled.items():
         file = f"{target}.{'ptx' if target == nvrtc.PTX_TARGET else 'cubin'}"
         (folder / file).write_bytes(one.image)
-        images[target] = _ImageInfo(file=file, waits=tuple(sorted(one.pdl)), resources=one.resources)
+        images[target] = _ImageInfo(
+            file=file, nvrtc=one.compiler, waits=tuple(sorted(one.pdl)), resources=one.resources
+        )
     index = _Index(
         format=FORMAT,
-        nvrtc=nvrtc.load().version,
         source=sources.fingerprint(*sources.translation_unit(names)),
         argument_bytes=dict(sorted(compiled[targets[0]].argument_bytes.items())),
         images=images,
     )
     (folder / INDEX).write_text(json.dumps(asdict(index), indent=1) + "\n", encoding="utf-8")
+
+
+def compilable() -> dict[str, tuple[int, int]]:
+    """Return the targets that this machine compiles for, PTX last, with the version of NVRTC for each.
+
+    Raises:
+        DeviceError: NVRTC is not installed.
+    """
+    sms = sorted({sm for library in nvrtc.installed() for sm in library.sms})
+    return {target: nvrtc.load(target).version for target in bundle_targets(sms)}
 
 
 class KernelFolder:
@@ -166,15 +185,13 @@ class KernelFolder:
         path = folder / INDEX
         if not path.exists():
             raise BundleError(f"{path} is missing: the bundle holds no GPU kernels; export it again")
-        index = from_data(
-            _Index, require_format(read_json(path, _ERRORS), "format", FORMAT, path, _ERRORS), path, _ERRORS
-        )
+        index = from_data(_Index, _current(read_json(path, _ERRORS), path), path, _ERRORS)
         for target, image in index.images.items():
             if not _TARGET.fullmatch(target):
                 raise _ERRORS.at(path, f"images has {quoted(target)}, expected a name like sm_86 or compute_80")
             if not re.fullmatch(r"\w[\w.-]*", image.file, re.ASCII):
                 raise _ERRORS.at(path, f"images.{target}.file is {quoted(image.file)}, expected a file beside it")
-        self.compiler = index.nvrtc
+        self.compilers = {target: image.nvrtc for target, image in index.images.items()}
         self.source = index.source
         self.argument_bytes = index.argument_bytes
         self.files = {target: image.file for target, image in index.images.items()}
@@ -198,13 +215,13 @@ class KernelFolder:
                 f"{self.folder} lacks the kernel {missing[0]} (of {len(missing)}): it was exported by another version "
                 "of edgelm; export it again"
             )
-        return self.read(choose(tuple(self.files), capability, self.compiler, driver))
+        return self.read(choose(self.compilers, capability, driver))
 
     def read(self, target: str) -> Image:
         """Return the image of a target. Raises BundleError if it cannot be read."""
         path = self.folder / self.files[target]
         try:
-            return Image(target, path.read_bytes(), self.argument_bytes, self.compiler, self.pdl[target])
+            return Image(target, path.read_bytes(), self.argument_bytes, self.compilers[target], self.pdl[target])
         except OSError as error:
             raise BundleError(f"{path} cannot be read ({error.strerror}): copy the bundle again") from error
 
@@ -221,7 +238,20 @@ class KernelFolder:
             self.pdl[target] & set(names),
             {name: used for name, used in self.resources[target].items() if name in names},
             "",
+            self.compilers[target],
         )
+
+
+def _current(data: Any, path: Path) -> dict[str, Any]:
+    """Return a document in the current format. Format 1 has one version of NVRTC for all images."""
+    if not (isinstance(data, dict) and type(data.get("format")) is int and data["format"] == 1):
+        return require_format(data, "format", FORMAT, path, _ERRORS)
+    images = data.get("images")
+    if "nvrtc" not in data or not isinstance(images, dict):
+        raise _ERRORS.at(path, f"{'images' if 'nvrtc' in data else 'nvrtc'} is missing")
+    version = data["nvrtc"]
+    added = {key: {**image, "nvrtc": version} if isinstance(image, dict) else image for key, image in images.items()}
+    return {key: value for key, value in data.items() if key != "nvrtc"} | {"format": FORMAT, "images": added}
 
 
 def prepared_kernels() -> KernelFolder | None:
@@ -253,43 +283,44 @@ class KernelCompiler:
         folder = prepared_kernels()
         if folder is not None and folder.has(names, "sm_{}{}".format(*capability)):
             return folder.image(names, capability, driver)
-        library = nvrtc.load()
-        known = tuple(f"sm_{sm}" for sm in library.sms)
-        target = choose((*known, nvrtc.PTX_TARGET), capability, library.version, driver)
-        (compiled,) = compile_images(names, [target]).values()
-        return Image(target, compiled.image, compiled.argument_bytes, library.version, compiled.pdl)
+        (compiled,) = compile_images(names, [choose(compilable(), capability, driver)]).values()
+        return Image(compiled.target, compiled.image, compiled.argument_bytes, compiled.compiler, compiled.pdl)
 
 
-def choose(
-    targets: Sequence[str], capability: tuple[int, int], compiler: tuple[int, int], driver: tuple[int, int]
-) -> str:
-    """Return the best target for a device: its own SM, an earlier SM of its generation, or PTX.
+def choose(images: Mapping[str, tuple[int, int]], capability: tuple[int, int], driver: tuple[int, int]) -> str:
+    """Return the best image for a device: of its own SM, of an earlier SM of its generation, or PTX.
+
+    A driver loads cubins of its own major version of CUDA and of older ones, and PTX of its own version and older ones.
+    (https://docs.nvidia.com/deploy/cuda-compatibility, "Minor Version Compatibility")
+
+    Args:
+        images: the version of the NVRTC that compiled each image, by target.
+        capability: of the device, e.g. (8, 6).
+        driver: the CUDA version that its driver supports.
 
     Raises:
-        RuntimeUnavailableError: the device runs none of them.
+        RuntimeUnavailableError: the device runs none of them, or its driver is too old for those that it runs.
     """
-    version, spoken = ("{}.{}".format(*pair) for pair in (compiler, driver))
-    if driver[0] < compiler[0]:
-        raise RuntimeUnavailableError(
-            f"this GPU's driver supports CUDA {spoken}, and the kernels were compiled with CUDA {version}: update the "
-            f"driver to one for CUDA {compiler[0]}.0 or newer, or export the bundle where EDGELM_NVRTC names the NVRTC "
-            f"of CUDA {driver[0]}"
-        )
     sm = capability[0] * 10 + capability[1]
-    cubins = sorted(int(target[3:]) for target in targets if target.startswith("sm_"))
-    texts = sorted(int(target[8:]) for target in targets if target.startswith("compute_"))
-    if sm in cubins:
-        return f"sm_{sm}"
+    cubins = sorted((int(target[3:]) for target in images if target.startswith("sm_")), reverse=True)
+    texts = sorted((int(target[8:]) for target in images if target.startswith("compute_")), reverse=True)
     kin = [other for other in cubins if other // 10 == sm // 10 and other < sm and not {sm, other} & set(_BOARDS)]
-    if kin:
-        return f"sm_{kin[-1]}"
-    older = [other for other in texts if other <= sm]
-    if older and driver >= compiler:
-        return f"compute_{older[-1]}"
-    has = ", ".join(targets) or "nothing"
-    if older:
+    runs = [
+        *(f"sm_{other}" for other in ([sm] if sm in cubins else []) + kin),
+        *(f"compute_{other}" for other in texts if other <= sm),
+    ]
+    needs = {target: (images[target][0], 0) if target.startswith("sm_") else images[target] for target in runs}
+    for target in runs:
+        if driver >= needs[target]:
+            return target
+    if not runs:
+        has = ", ".join(images) or "nothing"
         raise RuntimeUnavailableError(
-            f"this GPU is SM {sm}, for which the bundle has PTX of CUDA {version} only, and its driver supports CUDA "
-            f"{spoken}: update the driver, or export with --sm {sm}"
+            f"this GPU is SM {sm}, and the bundle has kernels for {has}: export with --sm {sm}"
         )
-    raise RuntimeUnavailableError(f"this GPU is SM {sm}, and the bundle has kernels for {has}: export with --sm {sm}")
+    needed = ", ".join("{} for CUDA {}.{}".format(target, *version) for target, version in needs.items())
+    own = "" if sm in cubins else f", or export with --sm {sm}"
+    raise RuntimeUnavailableError(
+        f"this GPU is SM {sm}, its driver supports CUDA {driver[0]}.{driver[1]}, and the bundle's kernels need a newer "
+        f"one ({needed}): update the driver{own}, or export with an older NVRTC ({nvrtc.LIBRARY_VARIABLE})"
+    )

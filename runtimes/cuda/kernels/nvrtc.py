@@ -1,7 +1,14 @@
 """Compiles CUDA C++ with NVRTC, NVIDIA's compiler library. Neither nvcc nor a GPU nor a driver is needed.
 
-The library comes from the wheel `nvidia-cuda-nvrtc`. Its version matters: a driver rejects PTX and cubins of a newer
-CUDA than its own, so EdgeLM pins the oldest version that supports every target device (13.0).
+Its version matters: a driver loads the cubins of its own major version of CUDA and of older ones, and the PTX of its
+own version and of older ones. So each target is compiled by the oldest installed version that supports it. EdgeLM pins
+two wheels, which one process can use side by side:
+
+- `nvidia-cuda-nvrtc-cu12` 12.6 for SM 80 to 90 and for PTX: the version of JetPack 6. Its cubins load on every driver
+  of CUDA 12 and later (525, of 2022, and newer). Its PTX loads from 12.6 on, so on every driver that knows a device
+  without a cubin: those of SM 100 and 120 begin with 12.8. A later 12.x would add SM 100 and 120, but NVIDIA promises
+  cubins of a newer minor version for desktop drivers only, and JetPack 6 is a main target.
+- `nvidia-cuda-nvrtc` 13.0 for SM 100, 110 and 120: the first version that knows SM 110 (Thor).
 """
 
 from __future__ import annotations
@@ -20,14 +27,16 @@ from edgelm.errors import DeviceError, ExportError
 from edgelm.installing import install_hint
 from edgelm.runtimes.cuda.kernels.cubin import Resources, resources
 
-__all__ = ["LIBRARY_VARIABLE", "PTX_TARGET", "SMS", "Compiled", "Nvrtc", "compile_kernels", "load"]
+__all__ = ["LIBRARY_VARIABLE", "PTX_TARGET", "SMS", "Compiled", "Nvrtc", "compile_kernels", "installed", "load"]
 
 SMS = (80, 86, 87, 89, 90, 100, 110, 120)
 """Devices that cubins are compiled for: A100; RTX 30; Orin; RTX 40, L4, L40; H100, H200; B200; Thor; RTX 50."""
 PTX_TARGET = "compute_80"
 """PTX for all other devices; their drivers compile it when a bundle is loaded."""
 LIBRARY_VARIABLE = "EDGELM_NVRTC"
-"""Environment variable: path of the NVRTC library to use in place of the installed one."""
+"""Environment variable: path of the NVRTC library that compiles for every target, in place of the installed ones."""
+OLDEST = (12, 4)
+"""The first version whose PTX has matmuls of FP8 for SM 89. Older libraries are ignored."""
 
 _SUCCESS, _COMPILATION = 0, 6
 # The PTX declaration of a kernel whose only parameter is a struct.
@@ -48,6 +57,7 @@ class Compiled:
             so they may start before the previous kernel has ended.
         resources: resources of each kernel; empty for PTX, whose registers are not assigned yet.
         log: the compiler's warnings.
+        compiler: version of the NVRTC that compiled it.
     """
 
     target: str
@@ -56,6 +66,7 @@ class Compiled:
     pdl: frozenset[str]
     resources: dict[str, Resources]
     log: str
+    compiler: tuple[int, int]
 
 
 def compile_kernels(
@@ -71,11 +82,10 @@ def compile_kernels(
         options: more options of NVRTC.
 
     Raises:
-        ExportError: the source has an error, lacks a kernel, or this NVRTC does not support the target.
+        ExportError: the source has an error, lacks a kernel, or no installed NVRTC supports the target.
         DeviceError: NVRTC is not installed.
     """
-    nvrtc = load()
-    nvrtc.check_target(target)
+    nvrtc = load(target)
     flags = [*_OPTIONS, f"--gpu-architecture={target}", *options]
     with nvrtc.program(source, headers) as program:
         status = nvrtc.call("nvrtcCompileProgram", program, len(flags), _strings(flags), allowed=(_COMPILATION,))
@@ -93,7 +103,7 @@ def compile_kernels(
     missing = [name for name in names if name not in arguments]
     if missing:
         raise ExportError(f"the source compiled for {target} but has no {_naming(missing)}")
-    return Compiled(target, image, arguments, _pdl_kernels(ptx.decode(errors="replace")), used, log)
+    return Compiled(target, image, arguments, _pdl_kernels(ptx.decode(errors="replace")), used, log, nvrtc.version)
 
 
 class Nvrtc:
@@ -124,17 +134,13 @@ class Nvrtc:
 
     @property
     def version_text(self) -> str:
-        """The version, e.g. 13.0: the CUDA version that a driver must support to load the images."""
+        """The version, e.g. 13.0."""
         return "{}.{}".format(*self.version)
 
-    def check_target(self, target: str) -> None:
-        """Raise ExportError, with the supported SMs, if `target` is not one of them."""
+    def supports(self, target: str) -> bool:
+        """Whether it compiles for `target`, such as `sm_86` or `compute_80`."""
         match = re.fullmatch(r"(?:sm|compute)_(\d+)", target)
-        if match is None or int(match[1]) not in self.sms:
-            known = ", ".join(map(str, self.sms))
-            raise ExportError(
-                f"NVRTC {self.version_text} does not compile for {target}, only for SM {known} ({self.path})"
-            )
+        return match is not None and int(match[1]) in self.sms
 
     def call(self, function: str, *args: object, allowed: tuple[int, ...] = ()) -> int:
         """Call a function of the library.
@@ -173,47 +179,72 @@ class Nvrtc:
         return buffer.raw if function == "nvrtcGetCUBIN" else buffer.raw.rstrip(b"\0")
 
 
-def load() -> Nvrtc:
-    """Load the library of this installation.
+def load(target: str) -> Nvrtc:
+    """Load the library that compiles for a target; see the module's docstring.
 
     Raises:
-        DeviceError: it is missing or cannot be loaded; the message says how to install it.
+        DeviceError: there is none or it cannot be loaded; the message says how to install it.
+        ExportError: none supports the target; the message has the SMs that are supported.
     """
-    return _load(os.environ.get(LIBRARY_VARIABLE))
+    found = installed()
+    for library in found:
+        if library.supports(target):
+            return library
+    known = ", ".join(f"{one.version_text} does for SM {', '.join(map(str, one.sms))} ({one.path})" for one in found)
+    missing = f"; {install_hint('gpu-export')}" if target in (*(f"sm_{sm}" for sm in SMS), PTX_TARGET) else ""
+    raise ExportError(f"no NVRTC here compiles for {target}: {known}{missing}")
+
+
+def installed() -> tuple[Nvrtc, ...]:
+    """Return the libraries of this installation, best first: of wheels before those of the system, then older ones.
+
+    If `LIBRARY_VARIABLE` is set, this is the library that it names.
+
+    Raises:
+        DeviceError: there is none or it cannot be loaded; the message says how to install it.
+    """
+    return _installed(os.environ.get(LIBRARY_VARIABLE))
 
 
 @functools.lru_cache(maxsize=4)
-def _load(named: str | None) -> Nvrtc:
+def _installed(named: str | None) -> tuple[Nvrtc, ...]:
     if named:
         try:
-            return Nvrtc(str(Path(named).absolute()))
+            return (Nvrtc(str(Path(named).absolute())),)
         except (OSError, AttributeError) as error:
             raise DeviceError(
                 f"{LIBRARY_VARIABLE}={named}: not an NVRTC library that this machine can load ({error})"
             ) from error
+    found: dict[tuple[int, int], Nvrtc] = {}
     why = []
-    for place in candidates():
-        try:
-            return Nvrtc(place)
-        except (OSError, AttributeError) as error:
-            why.append(str(error))
+    for places in candidates():
+        mine = []
+        for place in places:
+            try:
+                mine.append(Nvrtc(place))
+            except (OSError, AttributeError) as error:
+                why.append(str(error))
+        for library in sorted(mine, key=lambda one: one.version):
+            if library.version >= OLDEST:
+                found.setdefault(library.version, library)
+            else:
+                least = "{}.{}".format(*OLDEST)
+                why.insert(0, f"{library.path} is of version {library.version_text}, and {least} or newer is needed")
+    if found:
+        return tuple(found.values())
     raise DeviceError(
         f"NVRTC, which compiles the GPU kernels, was not found ({why[0] if why else 'no wheel'}): "
         f"{install_hint('gpu-export')}"
     )
 
 
-def candidates() -> list[str]:
-    """Return possible paths of NVRTC, best first: in wheels, known to the system's loader, in the toolkit's folder."""
+def candidates() -> tuple[list[str], list[str]]:
+    """Return possible paths of NVRTC: in wheels, then known to the system's loader or in the toolkit's folder."""
     spec = importlib.util.find_spec("nvidia")  # a namespace package of many wheels; nothing is imported
     places = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
     wheels = [str(path) for place in places for path in sorted(place.glob("*/lib/libnvrtc.so.[0-9]*"))]
-    versions = ("13", "12")
-    return [
-        *sorted(wheels, key=lambda path: versions.index(v) if (v := path.rpartition(".")[2]) in versions else 9),
-        *(f"libnvrtc.so.{version}" for version in versions),
-        *(f"/usr/local/cuda/lib64/libnvrtc.so.{version}" for version in versions),
-    ]
+    system = [f"{folder}libnvrtc.so.{major}" for folder in ("", "/usr/local/cuda/lib64/") for major in (12, 13)]
+    return wheels, system
 
 
 def _strings(texts: Sequence[str]) -> ctypes.Array[ctypes.c_char_p]:
