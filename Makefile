@@ -127,10 +127,10 @@ coverage: $(INSTALLED) $(HARNESS) node kernel
 	for package in edgelm quant export runtimes; do $(BIN)/coverage report --include "$$package/*" | tail -1; done
 	$(BIN)/coverage report --sort=cover
 
-# Without torch and ONNX Runtime, as on a board. The kernels are emulated, which needs a C++ compiler.
+# Without torch and ONNX Runtime, as on a board. Needs a C++ compiler, also to emulate the kernels.
 python310:
 	$(PYTHON310) -m venv build/python310
-	EDGELM_PURE=1 build/python310/bin/python -m pip install --quiet . 'nvidia-cuda-nvrtc-cu12==12.6.*' 'nvidia-cuda-nvrtc==13.0.*' 'pytest>=8.4'
+	build/python310/bin/python -m pip install --quiet . 'nvidia-cuda-nvrtc-cu12==12.6.*' 'nvidia-cuda-nvrtc==13.0.*' 'pytest>=8.4'
 	build/python310/bin/pytest -q tests/cuda/test_driver_calls.py tests/cuda/test_kernel_images.py tests/cuda/test_nvrtc.py tests/cuda/test_moe.py
 	cd build/python310 && bin/edgelm parity ../../tests/export/older_bundles/fox-tensorrt --runtime cuda-emulated
 	cd build/python310 && bin/edgelm doctor | grep -F 'this is Python 3.10; with Python 3.11 or newer'
