@@ -135,10 +135,11 @@ def native_operators() -> dict[str, Any]:
 def gpus() -> dict[str, Any]:
     """Return the usable NVIDIA GPUs and the CUDA version of their driver; or why there are none."""
     from edgelm.errors import DeviceError
-    from edgelm.runtimes.cuda.driver import find_devices
+    from edgelm.runtimes.cuda.driver import chosen_index, find_devices
 
     try:
         devices = find_devices()
+        chosen_index(len(devices))
     except DeviceError as error:
         return {"devices": [], "driver": None, "why": str(error)}
     found = [

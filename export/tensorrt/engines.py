@@ -24,7 +24,7 @@ from edgelm.export.tensorrt.linear import EngineMatmuls
 from edgelm.export.tensorrt.options import ENGINE, EngineOptions
 from edgelm.progress import Progress
 from edgelm.runtimes.base import DEFAULT_CONTEXT_LENGTH
-from edgelm.runtimes.cuda.driver import find_devices
+from edgelm.runtimes.cuda.driver import chosen_device
 from edgelm.runtimes.cuda.program import Program
 from edgelm.runtimes.tensorrt.build import GRAPH_FILE, RECIPE_FILE, GraphRecipe, build_into
 from edgelm.runtimes.tensorrt.builder import BuildOptions, GraphShape
@@ -118,7 +118,7 @@ def add_engines(
     built: set[int] = set()
     for edition in versions:
         library = load(edition)
-        here = set(library.sms) if edition == RTX else _devices()
+        here = set(library.sms) if edition == RTX else _device()
         mine = tuple(sorted((set(sms) & here) - built))
         if mine:
             build_into(folder, weights_file, library, build, mine, progress)
@@ -135,9 +135,9 @@ def _build_options(options: EngineOptions) -> BuildOptions:
     return BuildOptions((), options.max_batch, options.chunk, options.weight_streaming, options.embed_plugins)
 
 
-def _devices() -> set[int]:
-    """Return the compute capabilities of this machine's GPUs."""
+def _device() -> set[int]:
+    """Return the compute capability of the GPU that full TensorRT builds for, if there is one."""
     try:
-        return {device.sm for device in find_devices()}
+        return {chosen_device().sm}
     except DeviceError:
         return set()

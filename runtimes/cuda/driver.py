@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import os
 import statistics
 import threading
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,14 +17,24 @@ from numpy.typing import NDArray
 
 from edgelm.errors import DeviceError, DeviceMemoryError
 from edgelm.runtimes.cuda.device import Device, DeviceInfo, Launch
-from edgelm.runtimes.cuda.driver_library import OUT_OF_MEMORY, Driver, LaunchConfig
+from edgelm.runtimes.cuda.driver_library import OUT_OF_MEMORY, VISIBLE_VARIABLE, Driver, LaunchConfig
 from edgelm.runtimes.cuda.kernels.images import Image
 from edgelm.sizes import format_size
 
-__all__ = ["INDEX_VARIABLE", "CudaDevice", "Graph", "KernelSource", "find_devices"]
+__all__ = [
+    "INDEX_VARIABLE",
+    "CudaDevice",
+    "Graph",
+    "KernelSource",
+    "chosen_device",
+    "chosen_index",
+    "current_gpu",
+    "find_devices",
+]
 
 INDEX_VARIABLE = "EDGELM_GPU"
-"""Environment variable: the number of the GPU to use, counted from 0 among those that CUDA_VISIBLE_DEVICES shows."""
+"""Environment variable: the number of the GPU to use, counted from 0 among those that CUDA_VISIBLE_DEVICES shows. Empty
+is the same as unset; the driver takes an empty CUDA_VISIBLE_DEVICES for no GPU."""
 PDL_VARIABLE = "EDGELM_GPU_PDL"
 """Environment variable: 1 enables programmatic dependent launch (PDL) from SM 90 on: a kernel may start before the
 previous one has ended. Not yet tested on a GPU."""
@@ -391,6 +402,35 @@ def find_devices(library: str | None = None) -> tuple[DeviceInfo, ...]:
     return tuple(_describe(driver, _integer(driver, "cuDeviceGet", index)) for index in range(_count(driver)))
 
 
+def chosen_device(library: str | None = None) -> DeviceInfo:
+    """Describe the GPU that every runtime uses. Creates no context.
+
+    Raises:
+        DeviceError: there is no driver, no GPU, or not the one that EDGELM_GPU names.
+    """
+    found = find_devices(library)
+    return found[chosen_index(len(found))]
+
+
+@contextlib.contextmanager
+def current_gpu(library: str | None = None) -> Iterator[None]:
+    """Make the chosen GPU's context current in this thread, for libraries that use the current one, as TensorRT does.
+
+    Raises:
+        DeviceError: as `chosen_device`.
+    """
+    driver = Driver(library)
+    ordinal = _integer(driver, "cuDeviceGet", chosen_index(_count(driver)))
+    context = ctypes.c_void_p()
+    driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), ordinal, doing="making a context")
+    try:
+        driver.call("cuCtxSetCurrent", context)
+        yield
+        driver.call("cuCtxSetCurrent", None)
+    finally:
+        driver.call("cuDevicePrimaryCtxRelease", ordinal)
+
+
 def _count(driver: Driver) -> int:
     count = _integer(driver, "cuDeviceGetCount")
     if not count:
@@ -406,13 +446,18 @@ def chosen_index(count: int, index: int | None = None) -> int:
     """
     named = os.environ.get(INDEX_VARIABLE)
     if index is None and named:
-        if not named.isdigit():
-            raise DeviceError(f"{INDEX_VARIABLE}={named} is not the number of a GPU: set it to 0 to {count - 1}")
+        if not (named.isascii() and named.isdigit()):
+            raise DeviceError(
+                f"{INDEX_VARIABLE}={named} is not the number of a GPU: set it to 0 to {count - 1}; UUIDs and MIG "
+                f"devices go into {VISIBLE_VARIABLE}"
+            )
         index = int(named)
     index = index or 0
     if not 0 <= index < count:
+        visible = os.environ.get(VISIBLE_VARIABLE)
+        shows = "this machine shows" if visible is None else f"{VISIBLE_VARIABLE}={visible} shows"
         raise DeviceError(
-            f"there is no GPU {index}: this machine shows {count}, numbered from 0; choose one with {INDEX_VARIABLE}"
+            f"there is no GPU {index}: {shows} {count}, numbered from 0; choose one with {INDEX_VARIABLE}"
         )
     return index
 

@@ -18,11 +18,13 @@ LIBRARY = "libcuda.so.1"
 LIBRARY_VARIABLE = "EDGELM_CUDA_DRIVER"
 """Environment variable: path of the driver library to use in place of the system's."""
 
+VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
+"""Environment variable of the driver: the GPUs to show, as numbers, UUIDs or MIG UUIDs, up to the first that does not
+exist. Empty: none."""
+
 OUT_OF_MEMORY = 2
-_NO_DEVICE_HELP = (
-    "check that nvidia-smi lists a GPU, that CUDA_VISIBLE_DEVICES does not hide it, and that a container was started "
-    "with its GPUs (--gpus all)"
-)
+_NO_DEVICE = 100
+_NO_DEVICE_HELP = "check that nvidia-smi lists a GPU, and that a container was started with its GPUs (--gpus all)"
 # What to do, by the driver's error number. For other errors the message has the driver's own text.
 _HELP = {
     2: "end what else uses the GPU (nvidia-smi shows it), or use a shorter context, a smaller batch or int4 weights",
@@ -186,6 +188,12 @@ class Driver:
 
     def fail(self, function: str, status: int, doing: str = "") -> NoReturn:
         """Raise the error of a status, with what to do."""
+        visible = os.environ.get(VISIBLE_VARIABLE)
+        if status == _NO_DEVICE and visible is not None:
+            raise DeviceError(
+                f"{VISIBLE_VARIABLE}={visible} shows no GPU: unset it, or name GPUs of `nvidia-smi -L` by numbers from "
+                "0, by UUID, or by the UUID of a MIG device"
+            )
         said = f"{self._name(status)} from {function}{f' while {doing}' if doing else ''}"
         kind = DeviceMemoryError if status == OUT_OF_MEMORY else DeviceError
         raise kind(f"the GPU or its driver failed, {said}: {_HELP.get(status, self._words(status))}")

@@ -21,7 +21,7 @@ from edgelm.errors import BundleError, ExportError
 from edgelm.files import atomic_file, disk_full_explained, lock_folder, require_disk_space, sync, sync_folder
 from edgelm.json_dataclass import ErrorFactory, from_data, read_json, require_format
 from edgelm.progress import Progress, Silent
-from edgelm.runtimes.cuda.driver import find_devices
+from edgelm.runtimes.cuda.driver import chosen_device, current_gpu
 from edgelm.runtimes.cuda.kernels.images import FOLDER as KERNELS
 from edgelm.runtimes.cuda.kernels.images import KernelFolder
 from edgelm.runtimes.tensorrt import rowmajor
@@ -144,7 +144,7 @@ def _remove_left(folder: Path) -> None:
 def chosen_sms(library: Library, asked: Sequence[int], folder: Path) -> tuple[int, ...]:
     """Return the devices to build for; see `build_bundle`, also for errors."""
     if library.edition == FULL:
-        here = find_devices()[0].sm
+        here = chosen_device().sm
         if asked and tuple(asked) != (here,):
             raise ExportError(
                 f"full TensorRT builds only for the GPU of this machine, SM {here}, not for "
@@ -197,7 +197,9 @@ def build_into(
         asked = dataclasses.replace(options, sms=sms)
         write_library(KernelFolder(folder / KERNELS), work / "library")
         plugins = PluginLibrary(work / "library")
-        made = build_engine(library, work / GRAPH_FILE, work / "engine", recipe.shape, asked, plugins, sms)
+        # Full TensorRT builds for the current GPU, by measuring on it.
+        with current_gpu() if library.edition == FULL else contextlib.nullcontext():
+            made = build_engine(library, work / GRAPH_FILE, work / "engine", recipe.shape, asked, plugins, sms)
         made = dataclasses.replace(
             made, file=f"{FOLDER}/{target.name}", library=f"{FOLDER}/{library_name(plugins.path)}"
         )

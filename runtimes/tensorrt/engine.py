@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgelm.errors import BundleError, DeviceError, DeviceMemoryError, EdgeLMError, RuntimeUnavailableError
 from edgelm.runtimes.cuda.device import DeviceInfo
-from edgelm.runtimes.cuda.driver import find_devices
+from edgelm.runtimes.cuda.driver import chosen_device
 from edgelm.runtimes.tensorrt.engine_info import EMBEDDED, PYTHON, EngineInfo, engines
 from edgelm.runtimes.tensorrt.library import FULL, RTX, TITLES, Library, installed, messages
 from edgelm.runtimes.tensorrt.plugins import PluginLibrary
@@ -59,7 +59,7 @@ def compatible(bundle: Bundle) -> bool:
     if not found:
         return False
     try:
-        device = find_devices()[0]
+        device = chosen_device()
     except DeviceError:
         return False
     versions = installed()

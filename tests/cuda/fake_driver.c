@@ -5,6 +5,7 @@
 //   - anything else: its only kernel is `increment` of test_driver_calls.py.
 // Environment variables configure it:
 //   FAKE_CUDA_VERSION 13000, FAKE_CUDA_SM 86, FAKE_CUDA_DEVICES 1, FAKE_CUDA_MEMORY bytes of the GPU,
+//   CUDA_VISIBLE_DEVICES, as the driver reads it: "2,0", "GPU-1" (a UUID or its start), "MIG-1", up to the first wrong one,
 //   FAKE_CUDA_MULTIPROCESSORS 14, FAKE_CUDA_SEED 0: the emulator's order of warps,
 //   FAKE_CUDA_FAIL "cuStreamSynchronize=700": that function returns this error.
 // An error that the emulator finds, or a canary that was overwritten, is error 999, whose text says what is wrong.
@@ -72,9 +73,26 @@ CUresult cuDriverGetVersion(int* version) {
   *version = setting("FAKE_CUDA_VERSION", 13000);
   return called(__func__, "");
 }
+// The numbers of the GPUs that CUDA_VISIBLE_DEVICES shows, all without it; returns how many.
+static int visible(int numbers[16]) {
+  const char* text = getenv("CUDA_VISIBLE_DEVICES");
+  long all = setting("FAKE_CUDA_DEVICES", 1);
+  int count = 0;
+  for (; !text && count < all && count < 16; count++) numbers[count] = count;
+  while (text && *text && count < 16) {
+    char* end;
+    text += strncmp(text, "GPU-", 4) && strncmp(text, "MIG-", 4) ? 0 : 4;
+    long number = strtol(text, &end, 10);
+    if (end == text || (*end && *end != ',') || number < 0 || number >= all) break;
+    numbers[count++] = (int)number;
+    text = *end ? end + 1 : end;
+  }
+  return count;
+}
 CUresult cuInit(unsigned int flags) {
+  int numbers[16];
   CALLED("%u", flags);
-  return (CUresult)(setting("FAKE_CUDA_DEVICES", 1) ? 0 : 100);
+  return (CUresult)(visible(numbers) ? 0 : 100);
 }
 CUresult cuGetErrorName(CUresult error, const char** text) {
   *text = error == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : "CUDA_ERROR_X";
@@ -94,11 +112,14 @@ CUresult cuGetErrorString(CUresult error, const char** text) {
 }
 
 CUresult cuDeviceGetCount(int* count) {
-  *count = setting("FAKE_CUDA_DEVICES", 1);
+  int numbers[16];
+  *count = visible(numbers);
   return called(__func__, "");
 }
 CUresult cuDeviceGet(CUdevice* device, int ordinal) {
-  *device = 40 + ordinal;
+  int numbers[16];
+  if (ordinal < 0 || ordinal >= visible(numbers)) return (CUresult)101;
+  *device = 40 + numbers[ordinal];
   return called(__func__, "%d", ordinal);
 }
 CUresult cuDeviceGetName(char* name, int size, CUdevice device) {

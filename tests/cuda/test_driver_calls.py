@@ -17,7 +17,7 @@ from emulated_images import driver_library
 from edgelm.errors import DeviceError, DeviceMemoryError, EdgeLMError, RuntimeUnavailableError
 from edgelm.runtimes.cuda import driver as drivers
 from edgelm.runtimes.cuda.device import Launch
-from edgelm.runtimes.cuda.driver import CudaDevice, find_devices
+from edgelm.runtimes.cuda.driver import CudaDevice, chosen_device, current_gpu, find_devices
 from edgelm.runtimes.cuda.kernels.images import Image
 
 _STAGING = drivers._STAGING
@@ -47,6 +47,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     log = tmp_path / "calls"
     monkeypatch.setenv("FAKE_CUDA_LOG", str(log))
     monkeypatch.delenv(drivers.INDEX_VARIABLE, raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return lambda name="": [line.split() for line in log.read_text().splitlines() if line.startswith(name)]
 
 
@@ -274,6 +275,11 @@ def failure(library: str | None, kind: type[EdgeLMError] = DeviceError) -> str:
     return str(caught.value)
 
 
+def current(library: str | None) -> str:
+    with current_gpu(library):
+        return "there is a GPU"
+
+
 def test_no_driver_is_one_clear_line(tmp_path, monkeypatch):
     path = str(tmp_path / "libcuda.so.1")
     said = failure(path)
@@ -295,9 +301,50 @@ def test_a_library_that_is_no_driver_is_named(tmp_path):
 
 def test_no_gpu_is_one_clear_line(library, monkeypatch):
     monkeypatch.setenv("FAKE_CUDA_DEVICES", "0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     said = failure(library)
-    assert "nvidia-smi" in said
-    assert "CUDA_VISIBLE_DEVICES" in said
+    assert "check that nvidia-smi lists a GPU" in said
+
+
+@pytest.mark.parametrize("visible", ["", "3", "-1", "x", "GPU-7", "MIG-9", "3,0"])
+@pytest.mark.parametrize("use", [failure, find_devices, chosen_device, current])
+def test_an_empty_or_wrong_list_of_visible_gpus_is_one_clear_line_for_every_use(library, monkeypatch, visible, use):
+    monkeypatch.setenv("FAKE_CUDA_DEVICES", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    try:
+        said = use(library)
+    except DeviceError as error:
+        said = str(error)
+    assert said == (
+        f"CUDA_VISIBLE_DEVICES={visible} shows no GPU: unset it, or name GPUs of `nvidia-smi -L` by numbers from 0, by "
+        "UUID, or by the UUID of a MIG device"
+    )
+
+
+@pytest.mark.parametrize(
+    ("visible", "chosen", "name"),
+    [
+        ("2", "", "Fake GPU 2"),
+        ("2,0", "1", "Fake GPU 0"),
+        ("GPU-1", "0", "Fake GPU 1"),
+        ("MIG-2,MIG-1", "", "Fake GPU 2"),
+        ("1,9,0", "", "Fake GPU 1"),
+    ],
+)
+def test_gpus_are_numbered_among_the_visible_ones_for_every_use(library, monkeypatch, calls, visible, chosen, name):
+    monkeypatch.setenv("FAKE_CUDA_DEVICES", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("EDGELM_GPU", chosen)
+    device = CudaDevice(OneKernel(), library=library)
+    assert device.info.name == chosen_device(library).name == name
+    device.close()
+    with current_gpu(library):
+        pass
+    ordinal = str(40 + int(name[-1]))
+    assert [one[-1] for one in calls("cuDevicePrimaryCtxRetain")] == [ordinal] * 2
+    assert [one[1] for one in calls("cuDevicePrimaryCtxRelease")] == [ordinal] * 2
+    monkeypatch.setenv("EDGELM_GPU", "2")
+    assert failure(library).startswith(f"there is no GPU 2: CUDA_VISIBLE_DEVICES={visible} shows ")
 
 
 def test_the_gpu_can_be_chosen_and_a_wrong_choice_is_named(library, monkeypatch, calls):
@@ -312,7 +359,12 @@ def test_the_gpu_can_be_chosen_and_a_wrong_choice_is_named(library, monkeypatch,
     monkeypatch.setenv("EDGELM_GPU", "3")
     assert "there is no GPU 3: this machine shows 3" in failure(library)
     monkeypatch.setenv("EDGELM_GPU", "first")
-    assert "EDGELM_GPU=first is not the number of a GPU: set it to 0 to 2" in failure(library)
+    for wrong in ("first", "GPU-1", "-1", "1.0", " ", "\u00b2"):
+        monkeypatch.setenv("EDGELM_GPU", wrong)
+        said = "is not the number of a GPU: set it to 0 to 2; UUIDs and MIG devices go into CUDA_VISIBLE_DEVICES"
+        assert failure(library) == f"EDGELM_GPU={wrong} {said}"
+        with pytest.raises(DeviceError, match="is not the number of a GPU"):
+            chosen_device(library)
 
 
 def test_a_gpu_that_is_too_old_is_named(library, monkeypatch):
