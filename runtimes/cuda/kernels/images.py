@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from edgelm.devices import allowed_cores
-from edgelm.errors import BundleError, ExportError, RuntimeUnavailableError
+from edgelm.errors import BundleError, DeviceError, ExportError, RuntimeUnavailableError
 from edgelm.json_dataclass import Count, ErrorFactory, Range, from_data, quoted, read_json, require_format
 from edgelm.progress import Progress, Silent
+from edgelm.runtimes.cuda import planning
 from edgelm.runtimes.cuda.kernels import nvrtc, sources
 from edgelm.runtimes.cuda.kernels.cubin import Resources
 
@@ -43,8 +44,6 @@ PREPARED_VARIABLE = "EDGELM_GPU_KERNELS"
 a GPU for minutes only (tests/gpu/check.py --prepare writes one)."""
 INDEX = "kernels.json"
 FORMAT = 2
-# A cubin runs on later devices of its generation, except on boards (Orin, Thor), which need their own.
-_BOARDS = (87, 88, 110)
 _TARGET = re.compile(r"(sm|compute)_[1-9][0-9]{1,2}")
 _ERRORS = ErrorFactory(BundleError, "copy the bundle again")
 _Version = Annotated[int, Range(0, 10_000)]
@@ -290,8 +289,7 @@ class KernelCompiler:
 def choose(images: Mapping[str, tuple[int, int]], capability: tuple[int, int], driver: tuple[int, int]) -> str:
     """Return the best image for a device: of its own SM, of an earlier SM of its generation, or PTX.
 
-    A driver loads cubins of its own major version of CUDA and of older ones, and PTX of its own version and older ones.
-    (https://docs.nvidia.com/deploy/cuda-compatibility, "Minor Version Compatibility")
+    The rules are in C++ (csrc/cuda/driver/kernel_images.h), since plugins choose too.
 
     Args:
         images: the version of the NVRTC that compiled each image, by target.
@@ -301,26 +299,13 @@ def choose(images: Mapping[str, tuple[int, int]], capability: tuple[int, int], d
     Raises:
         RuntimeUnavailableError: the device runs none of them, or its driver is too old for those that it runs.
     """
-    sm = capability[0] * 10 + capability[1]
-    cubins = sorted((int(target[3:]) for target in images if target.startswith("sm_")), reverse=True)
-    texts = sorted((int(target[8:]) for target in images if target.startswith("compute_")), reverse=True)
-    kin = [other for other in cubins if other // 10 == sm // 10 and other < sm and not {sm, other} & set(_BOARDS)]
-    runs = [
-        *(f"sm_{other}" for other in ([sm] if sm in cubins else []) + kin),
-        *(f"compute_{other}" for other in texts if other <= sm),
-    ]
-    needs = {target: (images[target][0], 0) if target.startswith("sm_") else images[target] for target in runs}
-    for target in runs:
-        if driver >= needs[target]:
-            return target
-    if not runs:
-        has = ", ".join(images) or "nothing"
-        raise RuntimeUnavailableError(
-            f"this GPU is SM {sm}, and the bundle has kernels for {has}: export with --sm {sm}"
-        )
-    needed = ", ".join("{} for CUDA {}.{}".format(target, *version) for target, version in needs.items())
-    own = "" if sm in cubins else f", or export with --sm {sm}"
-    raise RuntimeUnavailableError(
-        f"this GPU is SM {sm}, its driver supports CUDA {driver[0]}.{driver[1]}, and the bundle's kernels need a newer "
-        f"one ({needed}): update the driver{own}, or export with an older NVRTC ({nvrtc.LIBRARY_VARIABLE})"
-    )
+    text = "{}.{}".format
+    fields: dict[str, planning.Field] = {
+        "images": " ".join(f"{target}:{text(*version)}" for target, version in images.items()),
+        "sm": capability[0] * 10 + capability[1],
+        "driver": text(*driver),
+    }
+    try:
+        return planning.call("choose_image", fields).decode()
+    except DeviceError as error:
+        raise RuntimeUnavailableError(str(error)) from error

@@ -4,7 +4,6 @@
 #include <fcntl.h>
 #include <unistd.h>
 
-#include <cstdio>
 #include <memory>
 #include <sstream>
 
@@ -30,19 +29,10 @@ Error damaged(const std::string& what) {
       Error::Kind::kBundle);
 }
 
-CudaVersion version_of(const std::string& text) {
-  CudaVersion version;
-  char rest;
-  if (std::sscanf(text.c_str(), "%d.%d%c", &version.major, &version.minor, &rest) != 2) {
-    throw damaged("compiler " + text.substr(0, 20));
-  }
-  return version;
-}
-
 // The library's file: its path is that which TensorRT gave to the loader, which may be a temporary one.
 int g_file = [] {
   Dl_info info;
-  if (!dladdr(reinterpret_cast<const void*>(&version_of), &info) || !info.dli_fname) return -1;
+  if (!dladdr(reinterpret_cast<const void*>(&words_of), &info) || !info.dli_fname) return -1;
   return open(info.dli_fname, O_RDONLY | O_CLOEXEC);
 }();
 
@@ -75,7 +65,7 @@ KernelArchive::KernelArchive(int file) : file_(file) {
     }();
     const Entry entry{index.address(target + ".offset"), index.address(target + ".bytes"), pdl};
     if (entry.offset > u64(size) || entry.bytes > u64(size) - entry.offset) throw damaged(target);
-    targets_.push_back({target, version_of(index.text(target + ".compiler"))});
+    targets_.push_back({target, CudaVersion::of(index.text(target + ".compiler"))});
     entries_.emplace(target, entry);
   }
   const std::string prefix = "arguments.";

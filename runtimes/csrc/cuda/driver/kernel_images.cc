@@ -1,9 +1,23 @@
 #include "cuda/driver/kernel_images.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
+#include <sstream>
+#include <utility>
+
+#include "cuda/host/planners.h"
 
 namespace edgelm::gpu {
+
+CudaVersion CudaVersion::of(const std::string& text) {
+  CudaVersion version;
+  char rest;
+  if (std::sscanf(text.c_str(), "%d.%d%c", &version.major, &version.minor, &rest) != 2) {
+    throw Error("a version of CUDA is " + text.substr(0, 20) + ", expected one like 13.0", Error::Kind::kBundle);
+  }
+  return version;
+}
 
 namespace {
 
@@ -15,46 +29,53 @@ int number(const KernelTarget& target, const std::string& kind) {
   return target.name.compare(0, kind.size(), kind) ? 0 : std::atoi(target.name.c_str() + kind.size());
 }
 
-// How well a target serves a device, by its name alone; 0: not at all. Its own SM, an earlier SM of its generation (the
-// latest), PTX (the latest).
-int rank(const KernelTarget& target, int sm) {
-  const int cubin = number(target, "sm_"), ptx = number(target, "compute_");
-  if (cubin == sm) return 3000;
-  if (cubin && cubin / 10 == sm / 10 && cubin < sm && !board(sm) && !board(cubin)) return 2000 + cubin;
-  return ptx && ptx <= sm ? 1000 + ptx : 0;
-}
-
-// Whether a driver runs an image. A cubin runs on all drivers of its major version; PTX needs a driver as new.
-bool runs(const KernelTarget& target, CudaVersion driver) {
-  if (number(target, "sm_")) return driver.major >= target.compiler.major;
-  return !(driver < target.compiler);
+// The least version of CUDA that a driver must support: a cubin's major version; PTX's own.
+CudaVersion needed(const KernelTarget& target) {
+  return number(target, "sm_") ? CudaVersion{target.compiler.major, 0} : target.compiler;
 }
 
 }  // namespace
 
 const KernelTarget& choose(const std::vector<KernelTarget>& targets, int sm, CudaVersion driver) {
-  const KernelTarget *best = nullptr, *too_new = nullptr;
   std::string names;
+  std::vector<std::pair<int, const KernelTarget*>> runs;  // with a rank: best first
+  bool own = false;
   for (const KernelTarget& target : targets) {
     names += (names.empty() ? "" : ", ") + target.name;
-    const KernelTarget*& place = runs(target, driver) ? best : too_new;
-    if (rank(target, sm) && (!place || rank(target, sm) > rank(*place, sm))) place = &target;
+    const int cubin = number(target, "sm_"), ptx = number(target, "compute_");
+    own = own || cubin == sm;
+    const bool kin = cubin && cubin / 10 == sm / 10 && cubin < sm && !board(sm) && !board(cubin);
+    if (cubin == sm || kin) runs.emplace_back(1000 + cubin, &target);
+    if (ptx && ptx <= sm) runs.emplace_back(ptx, &target);
   }
-  if (best) return *best;
-  const std::string number = "SM " + std::to_string(sm), export_again = "export with --sm " + std::to_string(sm);
-  if (!too_new) {
-    throw Error("this GPU is " + number + ", and the bundle has kernels for " + (names.empty() ? "nothing" : names) +
-                ": " + export_again);
+  std::sort(runs.begin(), runs.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+  std::string needs;
+  for (const auto& [rank, target] : runs) {
+    if (!(driver < needed(*target))) return *target;
+    needs += (needs.empty() ? "" : ", ") + target->name + " for CUDA " + needed(*target).text();
   }
-  const std::string compiler = too_new->compiler.text();
-  if (driver.major < too_new->compiler.major) {
-    throw Error("this GPU's driver supports CUDA " + driver.text() + ", and the kernels were compiled with CUDA " +
-                compiler + ": update the driver to one for CUDA " + std::to_string(too_new->compiler.major) +
-                ".0 or newer, or export the bundle where EDGELM_NVRTC names the NVRTC of CUDA " +
-                std::to_string(driver.major));
+  const std::string device = "this GPU is SM " + std::to_string(sm),
+                    export_again = "export with --sm " + std::to_string(sm);
+  if (runs.empty()) {
+    throw Error(device + ", and the bundle has kernels for " + (names.empty() ? "nothing" : names) + ": " +
+                export_again);
   }
-  throw Error("this GPU is " + number + ", for which the bundle has PTX of CUDA " + compiler +
-              " only, and its driver supports CUDA " + driver.text() + ": update the driver, or " + export_again);
+  throw Error(device + ", its driver supports CUDA " + driver.text() + ", and the bundle's kernels need a newer one (" +
+              needs + "): update the driver" + (own ? "" : ", or " + export_again) +
+              ", or export with an older NVRTC (EDGELM_NVRTC)");
+}
+
+// For Python: `images` is a list of TARGET:COMPILER.
+Functions image_functions() {
+  return {{"choose_image", [](const Fields& fields) {
+             std::vector<KernelTarget> targets;
+             std::istringstream words(fields.text("images"));
+             for (std::string word; words >> word;) {
+               const std::size_t colon = word.find(':');
+               targets.push_back({word.substr(0, colon), CudaVersion::of(word.substr(colon + 1))});
+             }
+             return choose(targets, int(fields.size("sm")), CudaVersion::of(fields.text("driver"))).name;
+           }}};
 }
 
 }  // namespace edgelm::gpu

@@ -14,6 +14,8 @@ namespace edgelm::gpu {
 // A version of CUDA: of a compiler, or the one that a driver supports.
 struct CudaVersion {
   int major, minor;
+
+  static CudaVersion of(const std::string& text);  // such as 13.0; throws Error (kBundle)
   bool operator<(const CudaVersion& other) const { return std::tie(major, minor) < std::tie(other.major, other.minor); }
   std::string text() const { return std::to_string(major) + "." + std::to_string(minor); }
 };
@@ -23,8 +25,10 @@ struct KernelTarget {
   CudaVersion compiler;  // the version of NVRTC that compiled it
 };
 
-// Return the best target for a device: its own SM, an earlier SM of its generation, or PTX. Throws Error if the device
-// runs none of them; the message says what to do.
+// Return the best target for a device: of its own SM, of an earlier SM of its generation, or PTX. A driver loads cubins
+// of its own major version of CUDA and of older ones, and PTX of its own version and older ones
+// (https://docs.nvidia.com/deploy/cuda-compatibility, "Minor Version Compatibility"). Throws Error if the device runs
+// none of them, or its driver is too old for those that it runs; the message says what to do.
 const KernelTarget& choose(const std::vector<KernelTarget>& targets, int sm, CudaVersion driver);
 
 }  // namespace edgelm::gpu

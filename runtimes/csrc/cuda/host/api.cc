@@ -18,7 +18,7 @@ const std::map<std::string, Function>& functions() {
     std::map<std::string, Function> found;
     for (const auto& table :
          {kernel_functions(), linear_functions(), rows_functions(), moe_functions(), sparse_moe_functions(),
-          attention_functions(), node_functions(), plugin_functions(), log_functions()}) {
+          attention_functions(), node_functions(), plugin_functions(), log_functions(), image_functions()}) {
       found.insert(table.begin(), table.end());
     }
     return found;

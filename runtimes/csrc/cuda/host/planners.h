@@ -21,6 +21,7 @@ Functions attention_functions();
 Functions node_functions();
 Functions plugin_functions();  // of TensorRT plugins: tensorrt/plugin_spec.cc
 Functions log_functions();     // tensorrt/log.cc
+Functions image_functions();   // driver/kernel_images.cc
 
 // The device that the fields `sm` and `multiprocessors` describe.
 DeviceInfo device_of(const Fields& fields);
