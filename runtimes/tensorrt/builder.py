@@ -20,6 +20,9 @@ from edgelm.runtimes.tensorrt.plugins import PluginLibrary
 
 Shape = tuple[int, ...]
 
+_OWN_ATTENTION = (10, 15)
+"""The first full TensorRT that updates a cache in place by itself (IKVCacheUpdateLayer)."""
+
 
 @dataclass(frozen=True)
 class BuildOptions:
@@ -89,6 +92,11 @@ def build_engine(
     Raises:
         ExportError: the parser or the builder fails; the message has its reasons.
     """
+    if shape.attention == "engine" and library.older_than(*_OWN_ATTENTION):
+        raise ExportError(
+            f"{graph.name} has TensorRT's own attention, whose cache needs TensorRT {'{}.{}'.format(*_OWN_ATTENTION)}, "
+            f"and {library.version} is installed: export the bundle again without --attention engine"
+        )
     if not library.can_parse:
         raise ExportError(
             "tensorrt_rtx was imported before EdgeLM could load its library under the name that its parser opens: "
@@ -155,14 +163,35 @@ def _build(
         for name, (low, best, high) in ranges.items():
             profile.set_shape(name, low, best, high)
         config.add_optimization_profile(profile)
-    writing: list[OSError] = []
-    with out.open("wb") as stream:
-        done = builder.build_serialized_network_to_stream(network, config, _writer(api, stream.write, writing))
-    if not done or writing:
+    if not _write(api, builder, network, config, out):
         out.unlink()
-        if writing:
-            raise writing[0]
         raise _refused(library, plugins, f"cannot build {graph.name} for {sm_names(sms) or 'this device'}", log.take())
+
+
+def _write(api: Any, builder: Any, network: Any, config: Any, out: Path) -> bool:
+    """Build the engine and write it into a file; return whether TensorRT built it.
+
+    Raises:
+        OSError: the file cannot be written; it is removed.
+    """
+    errors: list[OSError] = []
+    try:
+        with out.open("wb") as stream:
+            # TensorRT writes by itself from 10.13 on. Older versions return the engine, which takes its size in memory.
+            if hasattr(builder, "build_serialized_network_to_stream"):
+                writer = _writer(api, stream.write, errors)
+                done = builder.build_serialized_network_to_stream(network, config, writer)
+            else:
+                plan = builder.build_serialized_network(network, config)
+                done = plan is not None
+                if done:
+                    stream.write(plan)
+    except OSError as error:
+        errors.append(error)
+    if errors:
+        out.unlink()
+        raise errors[0]
+    return bool(done)
 
 
 def profiles(

@@ -1,5 +1,9 @@
 """Loads the installed TensorRT: full `tensorrt` or `tensorrt_rtx`, whose Python interfaces are nearly the same.
 
+**Versions.** Full TensorRT from 10.3 on, which JetPack 6 has: the first whose plugins may write into an input, as the
+caches need, with the memory functions of `engine.py`. Python names that came later are asked for where they are used
+(`builder.py`).
+
 **The link.** TensorRT-RTX's ONNX parser opens `libtensorrt_rtx.so` to get the plugin registry, but its wheel has only
 `libtensorrt_rtx.so.1`. Without a file of the former name the process aborts, and setting a library path inside the
 process is too late. The parser searches its own folder first (its RPATH is `$ORIGIN`), which the loader takes from the
@@ -30,6 +34,8 @@ FULL, RTX = "tensorrt", "tensorrt-rtx"
 TITLES = {FULL: "TensorRT", RTX: "TensorRT-RTX"}
 _MODULES = {FULL: "tensorrt", RTX: "tensorrt_rtx"}
 _RTX_LIBRARY = "libtensorrt_rtx.so"
+OLDEST = (10, 3)
+"""The oldest version of full TensorRT that can be used."""
 
 
 def how_to_install(edition: str) -> str:
@@ -54,6 +60,10 @@ class Library:
     version: str
     api: ModuleType
     can_parse: bool = True
+
+    def older_than(self, *version: int) -> bool:
+        """Whether this is full TensorRT of a version before e.g. 10, 15."""
+        return self.edition == FULL and _numbers(self.version) < version
 
     @property
     def sms(self) -> tuple[int, ...]:
@@ -115,7 +125,8 @@ def load(edition: str | None = None) -> Library:
     """Import an edition. None: full TensorRT if it is installed, otherwise TensorRT-RTX.
 
     Raises:
-        RuntimeUnavailableError: it is not installed or cannot be imported; the message has the loader's error.
+        RuntimeUnavailableError: it is not installed, too old, or cannot be imported; then the message has the loader's
+            error.
     """
     if edition is None:
         edition = next(iter(installed()), None)
@@ -142,7 +153,22 @@ def _load(edition: str) -> Library:
         raise RuntimeUnavailableError(
             f"{edition} is installed but cannot be imported: {error}; reinstall it: {how_to_install(edition)}"
         ) from error
-    return Library(edition, _version(edition), api, can_parse)
+    library = Library(edition, _version(edition), api, can_parse)
+    if library.older_than(*OLDEST):
+        least = "{}.{}".format(*OLDEST)
+        raise RuntimeUnavailableError(
+            f"TensorRT {library.version} is installed, and {least} or newer is needed: caches are updated in place, "
+            f"which plugins may do from {least} on; on a Jetson install JetPack 6.1 or newer, elsewhere: "
+            f"{how_to_install(FULL)}"
+        )
+    return library
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return the numbers at the start of a version, such as (10, 13, 3) of "10.13.3.post1"."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    # A module without a version is none that we know; what it lacks shows where it is used.
+    return tuple(map(int, match[0].split("."))) if match else OLDEST
 
 
 def _version(edition: str) -> str:
