@@ -26,7 +26,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 HARNESS := $(VENV)/.harness
 NODE := build/node/.installed
-CPP := $(shell find runtimes/csrc tests -name '*.cc' -o -name '*.h' -o -name '*.cuh' -o -name '*.c')
+CPP := $(shell find runtimes/csrc tests examples -name '*.cc' -o -name '*.h' -o -name '*.cuh' -o -name '*.c')
 GPU_TESTS := tests/cuda tests/engines tests/gpu
 KERNEL_SOURCES := runtimes/csrc/CMakeLists.txt \
     $(foreach folder,. kernels kernels/* ort ort/* cuda/host cuda/host/* cuda/driver cuda/tensorrt,$(wildcard runtimes/csrc/$(folder)/*.h runtimes/csrc/$(folder)/*.cc))

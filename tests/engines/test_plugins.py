@@ -202,6 +202,34 @@ def field_in(engine: bytes) -> bytes:
     return b"edgelm_plugin=2\n" + spec.split(b"\n\n")[0] + b"\n\n"
 
 
+def test_tensorrt_loads_a_library_from_inside_an_engine(
+    tmp_path: Path, rtx: Library, library: PluginLibrary, harness: ctypes.CDLL, recorder: Recorder
+) -> None:
+    """Without a GPU the engine itself is refused after that. The kernels are in the file that TensorRT extracts."""
+    made = SmallProgram(tmp_path, layers=1)
+    graph = tensorrt_graph(made.program, made.info, WEIGHTS, PLUGINS, SMS)
+    (tmp_path / "g.onnx").write_bytes(graph.model.SerializeToString())
+    options = BuildOptions(SMS, max_batch=4, chunk=16, embed_plugins=True)
+    build_engine(rtx, tmp_path / "g.onnx", tmp_path / "e", graph.recipe.shape, options, library, SMS)
+    runtime = rtx.api.Runtime(messages(rtx).logger)
+    runtime.temporary_directory = str(tmp_path)
+    runtime.tempfile_control_flags = 1 << int(rtx.api.TempfileControlFlag.ALLOW_TEMPORARY_FILES)
+    runtime.deserialize_cuda_engine((tmp_path / "e").read_bytes())
+    messages(rtx).take()
+    names = {creator.name for creator in runtime.get_plugin_registry().all_creators}
+    assert names >= {f"EdgeLM{op}" for op in INPUTS}
+    extracted = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line}
+    (path,) = extracted - {str(library.path)}
+    field = next(one for one in fields(tmp_path) if "op=QuantEmbedding" in one)
+    assert run_one(Plugins(harness, Path(path)), field) == 0
+    assert len(recorder.launches) == 1
+    # A library that is there already is refused.
+    loaded = rtx.api.Runtime(messages(rtx).logger)
+    library.load_into(loaded.get_plugin_registry(), "this TensorRT")
+    assert loaded.deserialize_cuda_engine((tmp_path / "e").read_bytes()) is None
+    assert "EdgeLMQuantEmbedding exists already" in messages(rtx).take()
+
+
 def test_a_matmul_plugin_has_a_bias_only_where_there_is_one(tmp_path: Path, rtx: Library, library, plugins) -> None:
     for biased in (False, True):
         made = SmallProgram(tmp_path, layers=1, moe=False, biased=biased)
