@@ -57,7 +57,7 @@ def compile_images(
         library = compiled_library(names, divmod(int(target.rpartition("_")[2]), 10))
         sizes = argument_bytes(library, names)
         used = {name: Resources(0, 0, 0, size) for name, size in sizes.items()}
-        found[target] = Compiled(target, library.read_bytes(), sizes, frozenset(), used, "")
+        found[target] = Compiled(target, library.read_bytes(), sizes, frozenset(), used, "", VERSION)
     return found
 
 

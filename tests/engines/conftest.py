@@ -1,17 +1,17 @@
 """Fixtures: bundles with real engines, exported once for all tests, a stand-in for TensorRT's calls of plugins, and two
-driver libraries for machines without a GPU: a fake one, and one that emulates kernels."""
+driver libraries for machines without a GPU: a fake one that runs emulated kernels, and one that notes
+launches."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 import shutil
-import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import EmulatedDriver, open_harness
+from harness import RecordingDriver, open_harness
 from kernel_folders import argument_bytes, compiled, index_only
 
 from edgelm.bundle import Bundle
@@ -21,6 +21,9 @@ from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import BUILT_IN
 from edgelm.runtimes.cuda.kernels.sources import SOURCES
 from edgelm.runtimes.tensorrt.library import Library, load
+
+sys.path.append(str(Path(__file__).parents[1] / "cuda"))
+import emulated_images
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 SMS = (86, 89, 120)
@@ -64,16 +67,16 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.fixture(scope="session")
-def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = Path(__file__).with_name("emulated_driver.c")
-    return compiled("c", ["-shared", "-fPIC", source], tmp_path_factory.mktemp("emulated") / "libcuda.so.1")
+def recording_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = Path(__file__).with_name("recording_driver.c")
+    return compiled("c", ["-shared", "-fPIC", source], tmp_path_factory.mktemp("recording") / "libcuda.so.1")
 
 
 @pytest.fixture
-def emulated_driver(emulated_library: Path, monkeypatch: pytest.MonkeyPatch) -> EmulatedDriver:
-    """The driver library that libedgelm_plugins.so opens: kernels run on the emulator."""
-    monkeypatch.setenv("EDGELM_CUDA_DRIVER", str(emulated_library))
-    return EmulatedDriver(emulated_library, argument_bytes())
+def recorder(recording_library: Path, monkeypatch: pytest.MonkeyPatch) -> RecordingDriver:
+    """The driver library that libedgelm_plugins.so opens: it notes launches."""
+    monkeypatch.setenv("EDGELM_CUDA_DRIVER", str(recording_library))
+    return RecordingDriver(recording_library, argument_bytes())
 
 
 @pytest.fixture
@@ -85,12 +88,7 @@ def copied(export: Export, tmp_path: Path) -> Bundle:
 
 @pytest.fixture(scope="session")
 def driver_library(tmp_path_factory: pytest.TempPathFactory) -> str:
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
-    assert compiler is not None, "these tests need a C compiler"
-    path = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
-    source = Path(__file__).parents[1] / "cuda" / "fake_driver.c"
-    subprocess.run([compiler, "-std=gnu11", "-O1", "-shared", "-fPIC", source, "-o", path], check=True)
-    return str(path)
+    return str(emulated_images.driver_library(tmp_path_factory.mktemp("driver")))
 
 
 @pytest.fixture

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgelm.runtimes.cuda.device import Launch
-from edgelm.runtimes.cuda.emulated import EmulatedDevice
 from edgelm.runtimes.tensorrt.plugin_spec import PREFIX
 
 TYPES = {"f32": 0, "f16": 1, "int8": 2, "int32": 3, "uint8": 5, "bf16": 7}
@@ -119,14 +118,19 @@ class Plugin:
         return int(self.harness.harness_workspace(self.address, descs(inputs), len(inputs)))
 
     def enqueue(
-        self, inputs: Sequence[Described], addresses: Sequence[int], results: Sequence[int], workspace: int
+        self,
+        inputs: Sequence[Described],
+        addresses: Sequence[int],
+        results: Sequence[int],
+        workspace: int,
+        stream: int = STREAM,
     ) -> int:
         """Run the plugin; return its status."""
         given = (ctypes.c_void_p * len(addresses))(*addresses)
         outputs = (ctypes.c_void_p * len(results))(*results)
         return int(
             self.harness.harness_enqueue(
-                self.address, descs(inputs), len(inputs), None, given, outputs, workspace, STREAM
+                self.address, descs(inputs), len(inputs), None, given, outputs, workspace, stream
             )
         )
 
@@ -161,8 +165,8 @@ _LAUNCH = ctypes.CFUNCTYPE(
 )
 
 
-class EmulatedDriver:
-    """The driver of emulated_driver.c: its launches run on the emulator of kernels.
+class RecordingDriver:
+    """The driver of recording_driver.c, which notes launches and runs none.
 
     Args:
         path: its library.
@@ -173,42 +177,30 @@ class EmulatedDriver:
     """
 
     def __init__(self, path: Path, argument_bytes: dict[str, int]) -> None:
-        self.path = path
         self.launches: list[Launch] = []
         self._argument_bytes = argument_bytes
-        self._library = ctypes.CDLL(str(path))
-        self._library.emulated_driver.argtypes = [_LAUNCH, *[ctypes.c_int] * 4]
-        self._library.emulated_driver_allocated.restype = ctypes.c_long
-        self._library.emulated_driver_early.restype = ctypes.c_long
-        self._contexts = 0
-        self._callback: Callable[..., None] | None = None
-        self.show(EmulatedDevice((8, 6), lazy=True))
-
-    def show(self, device: EmulatedDevice, *, sm: int = 86, version: int = 13000, capturing: bool = False) -> None:
-        """Run on `device`, in a new context, with these properties."""
-        self._contexts += 1
-        self.device = device
         self._callback = _LAUNCH(self._launch)
-        self._library.emulated_driver(self._callback, sm, version, capturing, self._contexts)
+        self._library = ctypes.CDLL(str(path))
+        self._library.recording_driver.argtypes = [_LAUNCH, *[ctypes.c_int] * 3]
+        for name in ("allocated", "early"):
+            getattr(self._library, f"recording_driver_{name}").restype = ctypes.c_long
+        self.show()
 
-    def capture(self, capturing: bool) -> None:
-        """Say whether streams are captured."""
-        self._library.emulated_driver(self._callback, 86, 13000, capturing, self._contexts)
+    def show(self, *, sm: int = 86, version: int = 13000, capturing: bool = False) -> None:
+        """Have a device of this SM, a driver of this version of CUDA, and streams that are captured or not."""
+        self._library.recording_driver(self._callback, sm, version, capturing)
 
     @property
     def allocated(self) -> int:
         """The number of buffers that were not freed."""
-        return int(self._library.emulated_driver_allocated())
+        return int(self._library.recording_driver_allocated())
 
     @property
     def early(self) -> int:
         """The number of launches that may start before the previous kernel has ended."""
-        return int(self._library.emulated_driver_early())
+        return int(self._library.recording_driver_early())
 
     def _launch(self, kernel: bytes, grid: ctypes.Array[ctypes.c_uint], block: int, shared: int, args: int) -> None:
         name = kernel.decode()
         data = ctypes.string_at(args, self._argument_bytes[name])
-        launch = Launch(name, (grid[0], grid[1], grid[2]), block, shared, data)
-        self.launches.append(launch)
-        self.device.load([name])
-        self.device.launch(launch)
+        self.launches.append(Launch(name, (grid[0], grid[1], grid[2]), block, shared, data))

@@ -1,6 +1,6 @@
-"""A stand-in for an engine on the emulator: it calls a program's plugins in order, with memory for every value.
+"""A stand-in for an engine: it calls a program's plugins in order, with memory for every value.
 
-The plugins are those of the bundle's library, called through harness.cc; their driver is emulated_driver.c.
+The plugins are called through harness.cc; their driver is tests/cuda/fake_driver.c, which runs emulated kernels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from harness import Plugins
 
 from edgelm.bundle import Bundle
 from edgelm.export.tensorrt.graph import cache_row_bytes, plugin_field
-from edgelm.runtimes.cuda.emulated import EmulatedDevice
+from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
 from edgelm.runtimes.cuda.weights import DeviceWeights
 from edgelm.runtimes.tensorrt.engine import Tensor
@@ -23,9 +23,9 @@ Place = tuple[int, tuple[int, ...]]
 
 
 class PlayedGraph:
-    """A bundle's program as plugins, its weights on an emulated device."""
+    """A bundle's program as plugins, its weights on a device."""
 
-    def __init__(self, bundle: Bundle, device: EmulatedDevice, plugins: Plugins) -> None:
+    def __init__(self, bundle: Bundle, device: CudaDevice, plugins: Plugins) -> None:
         self.program = Program.read(bundle.file(PROGRAM_FILE))
         self.model = bundle.manifest.model
         self.row = cache_row_bytes(self.program)
@@ -34,17 +34,17 @@ class PlayedGraph:
         values = self.program.values
         self.plugins = [plugins.loaded(node.op, plugin_field(node, values)) for node in self.program.nodes]
         self._log = plugins
+        self._memory: dict[object, int] = {}
 
-    def run(self, bound: Mapping[str, Place]) -> None:
+    def run(self, bound: Mapping[str, Place], stream: int) -> None:
         """Run a step with inputs and outputs at the bound addresses."""
-        program, device = self.program, self.device
+        program = self.program
         at: dict[str, tuple[int, tuple[int, ...], str]] = {
             name: (self._weights.address(name), weight.dims, "f32" if weight.type == "f32" else "int8")
             for name, weight in program.weights.items()
         }
         for name, (address, shape) in bound.items():
             at[name] = (address, shape, "int8" if name.startswith("past_key_values") else "int32")
-        mine = []
         for node, plugin in zip(program.nodes, self.plugins, strict=True):
             given = [at[name] for name in node.inputs if name]
             described = [(kind, shape) for _, shape, kind in given]
@@ -56,45 +56,24 @@ class PlayedGraph:
                 elif alias >= 0:
                     place = given[alias][0]
                 else:
-                    place = device.allocate(int(np.prod(shape)) * WIDTHS[kind])
-                    mine.append(place)
+                    place = self._place((name, shape), int(np.prod(shape)) * WIDTHS[kind])
                 at[name] = (place, shape, kind)
-            workspace = device.allocate(plugin.workspace(described))
+            workspace = self._place(tuple(described), plugin.workspace(described))
             places = [at[name][0] for name in node.outputs]
             assert plugin.enqueue(described, [address for address, _, _ in given], places, workspace) == 0, (
                 self._log.log
             )
-            device.free(workspace)
-        for place in mine:
-            device.free(place)
+
+    def _place(self, key: object, nbytes: int) -> int:
+        """Return memory, the same for the same key: a captured graph keeps its address."""
+        if key not in self._memory:
+            self._memory[key] = self.device.allocate(nbytes)
+        return self._memory[key]
 
     def close(self) -> None:
         """Delete the plugins."""
         for plugin in self.plugins:
             plugin.delete()
-
-
-class PlayedDevice(EmulatedDevice):
-    """The emulator with the other functions that a session needs. Its single stream runs everything at once."""
-
-    stream = 1
-
-    def __init__(self) -> None:
-        super().__init__((8, 6))
-        self.captured = 0
-
-    def pinned(self, nbytes: int) -> np.ndarray:
-        return np.zeros(nbytes, np.uint8)
-
-    def start_upload(self, address: int, pinned: np.ndarray, stream: int = 0) -> None:
-        self.upload(address, pinned)
-
-    def start_download(self, pinned: np.ndarray, address: int, stream: int = 0) -> None:
-        self.download(address, pinned)
-
-    def capture(self, work: Any) -> Any:
-        self.captured += 1
-        return work
 
 
 class PlayedEngine:
@@ -139,7 +118,7 @@ class PlayedContext:
         for name, place in self._bound.items():
             if name.startswith("present."):
                 assert place[0] == self._bound[name.replace("present", "past_key_values")][0]
-        self._engine.graph.run(self._bound)
+        self._engine.graph.run(self._bound, stream)
 
     def capturable(self, stream: int) -> bool:
         return self._engine.capturable

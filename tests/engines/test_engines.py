@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from edgelm.bundle import Bundle
 from edgelm.cli.main import cli
 from edgelm.errors import BundleError, EdgeLMError, ExportError
+from edgelm.runtimes.cuda import planning
 from edgelm.runtimes.tensorrt import build as building
 from edgelm.runtimes.tensorrt.build import build_bundle
 from edgelm.runtimes.tensorrt.builder import BuildOptions
@@ -92,6 +93,31 @@ def test_the_command_builds_and_inspect_says_what_is_needed(copied: Bundle) -> N
     listed = json.loads(run("inspect", copied.path, "--json").stdout)["engines"]
     assert [entry["file"] for entry in listed] == [info.file for info in engines(Bundle.open(copied.path))]
     assert all(entry["bytes"] > 0 and entry["library"] == f"engines/{built}" for entry in listed)
+
+
+def test_the_library_of_plugins_can_be_in_the_engine_too(copied: Bundle) -> None:
+    built = run("build", copied.path, "--sm", "89", "--embed-plugins")
+    assert built.exit_code == 0, built.output
+    assert "and permission to run the plugins inside it" in " ".join(built.stderr.split())
+    bundle = Bundle.open(copied.path)
+    (info,) = [info for info in engines(bundle) if info.sms == (89,)]
+    assert info.plugins == "embedded"
+    assert bundle.file(info.library).read_bytes() in bundle.file(info.file).read_bytes()
+
+
+def test_a_library_stays_while_an_engine_needs_it(copied: Bundle, monkeypatch, tmp_path: Path) -> None:
+    (first,) = engines(copied)
+    other = tmp_path / "other.so"  # as that of another version of EdgeLM
+    other.write_bytes(planning.library_path().read_bytes() + bytes(1000))
+    monkeypatch.setenv(planning.LIBRARY_VARIABLE, str(other))
+    second = build_bundle(copied, BuildOptions((86,)))
+    assert second.library != first.library
+    assert {path.name for path in (copied.path / "engines").glob("*.so")} == {
+        Path(info.library).name for info in (first, second)
+    }
+    build_bundle(Bundle.open(copied.path), BuildOptions((86, 89, 120)))
+    assert [path.name for path in (copied.path / "engines").glob("*.so")] == [Path(second.library).name]
+    assert Bundle.open(copied.path).verify() == []
 
 
 def test_a_bundle_without_engines_says_how_to_get_one(copied: Bundle, tmp_path: Path) -> None:

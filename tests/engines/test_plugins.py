@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from harness import BUILD, RUNTIME, Described, EmulatedDriver, Plugin, Plugins
+from harness import BUILD, RUNTIME, Described, Plugin, Plugins, RecordingDriver
 from kernel_folders import argument_bytes, index_only
 from programs import WEIGHTS, C, D, E, F, G, H, S, SmallProgram, V
 
@@ -20,7 +20,6 @@ from edgelm.export.tensorrt.engines import tensorrt_graph
 from edgelm.export.tensorrt.graph import plugin_node
 from edgelm.export.tensorrt.options import EngineOptions
 from edgelm.runtimes.cuda import planning
-from edgelm.runtimes.cuda.device import Launch
 from edgelm.runtimes.cuda.kernels.images import KernelFolder
 from edgelm.runtimes.cuda.program import Node, Value
 from edgelm.runtimes.tensorrt.builder import BuildOptions, build_engine
@@ -203,7 +202,7 @@ def field_in(engine: bytes) -> bytes:
 
 
 def test_tensorrt_loads_a_library_from_inside_an_engine(
-    tmp_path: Path, rtx: Library, library: PluginLibrary, harness: ctypes.CDLL, recorder: Recorder
+    tmp_path: Path, rtx: Library, library: PluginLibrary, harness: ctypes.CDLL, recorder: RecordingDriver
 ) -> None:
     """Without a GPU the engine itself is refused after that. The kernels are in the file that TensorRT extracts."""
     made = SmallProgram(tmp_path, layers=1)
@@ -245,26 +244,6 @@ def test_a_matmul_plugin_has_a_bias_only_where_there_is_one(tmp_path: Path, rtx:
 # -- what it launches --------------------------------------------------------------------------------------------------
 
 
-class Recorder:
-    """A device that only notes launches."""
-
-    def __init__(self) -> None:
-        self.launches: list[Launch] = []
-
-    def load(self, names: object) -> None:
-        pass
-
-    def launch(self, launch: Launch) -> None:
-        self.launches.append(launch)
-
-
-@pytest.fixture
-def recorder(emulated_driver: EmulatedDriver) -> Recorder:
-    device = Recorder()
-    emulated_driver.show(device)  # type: ignore[arg-type]  # it is not run
-    return device
-
-
 def enqueued(plugin: Plugin, field: str, inputs: dict[str, Described], workspace: int = 0x7000000000) -> int:
     """Run a plugin with made-up addresses; return its status."""
     addresses = [0x10000 * (i + 1) for i in range(len(inputs))]
@@ -278,7 +257,7 @@ def enqueued(plugin: Plugin, field: str, inputs: dict[str, Described], workspace
 @pytest.mark.parametrize("moe", [True, False])
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_a_plugin_launches_what_the_planning_says(
-    tmp_path: Path, plugins: Plugins, recorder: Recorder, moe: bool, tokens: int
+    tmp_path: Path, plugins: Plugins, recorder: RecordingDriver, moe: bool, tokens: int
 ) -> None:
     """The counters are the plugin's own; all other addresses are TensorRT's."""
     batch = (3, 1)[tokens > 1]
@@ -306,32 +285,32 @@ def test_a_plugin_launches_what_the_planning_says(
 
 
 def test_counters_are_zeros_of_each_context_and_freed_with_it(
-    tmp_path: Path, plugins: Plugins, recorder: Recorder, emulated_driver: EmulatedDriver
+    tmp_path: Path, plugins: Plugins, recorder: RecordingDriver
 ) -> None:
     field = next(one for one in fields(tmp_path) if "op=SparseMoE" in one)
     inputs = inputs_of(field, 1, 1)
-    before = emulated_driver.allocated
+    before = recorder.allocated
     contexts = [created(plugins, field), created(plugins, field)]
     contexts.append(contexts[0].cloned())
     for plugin in contexts:
         for _ in range(2):
             assert enqueued(plugin, field, inputs) == 0
-    assert emulated_driver.allocated == before + 3
+    assert recorder.allocated == before + 3
     routed = {launch.args for launch in recorder.launches if launch.kernel.startswith("moe_route")}
     assert len(routed) == 3  # each has its own
     for plugin in contexts:
         plugin.delete()
-    assert emulated_driver.allocated == before
+    assert recorder.allocated == before
 
 
 def test_a_first_call_in_a_capture_does_without_counters(
-    tmp_path: Path, plugins: Plugins, recorder: Recorder, emulated_driver: EmulatedDriver
+    tmp_path: Path, plugins: Plugins, recorder: RecordingDriver
 ) -> None:
     field = next(one for one in fields(tmp_path) if "op=GroupQueryAttention" in one)
     inputs, plugin = inputs_of(field, 3, 1), created(plugins, field)
     counts = []
     for capturing in (True, False, True):
-        emulated_driver.capture(capturing)
+        recorder.show(capturing=capturing)
         recorder.launches.clear()
         assert enqueued(plugin, field, inputs) == 0, plugins.log
         counts.append(len(recorder.launches))
@@ -339,7 +318,9 @@ def test_a_first_call_in_a_capture_does_without_counters(
     plugin.delete()
 
 
-def test_other_shapes_or_addresses_are_planned_anew(tmp_path: Path, plugins: Plugins, recorder: Recorder) -> None:
+def test_other_shapes_or_addresses_are_planned_anew(
+    tmp_path: Path, plugins: Plugins, recorder: RecordingDriver
+) -> None:
     field = next(one for one in fields(tmp_path) if "op=QuantEmbedding" in one)
     plugin = created(plugins, field)
     for batch, workspace in ((1, 1), (1, 1), (2, 1), (2, 2), (1, 1)):
@@ -349,7 +330,7 @@ def test_other_shapes_or_addresses_are_planned_anew(tmp_path: Path, plugins: Plu
 
 @pytest.mark.parametrize("asked", ["1", "0"])
 def test_kernels_that_wait_themselves_are_launched_early_where_asked(
-    tmp_path: Path, harness: ctypes.CDLL, recorder: Recorder, emulated_driver: EmulatedDriver, monkeypatch, asked: str
+    tmp_path: Path, harness: ctypes.CDLL, recorder: RecordingDriver, monkeypatch, asked: str
 ) -> None:
     monkeypatch.setenv("EDGELM_GPU_PDL", asked)
     field = next(one for one in fields(tmp_path) if "op=SparseMoE" in one)
@@ -358,11 +339,11 @@ def test_kernels_that_wait_themselves_are_launched_early_where_asked(
     waits = [name for name in argument_bytes() if name.startswith("moe_route")]
     index.write_text(index.read_text().replace('"resources": {}', f'"waits": {json.dumps(waits)}, "resources": {{}}'))
     write_library(KernelFolder(tmp_path / "kernels"), tmp_path / "early.so")
-    before = emulated_driver.early
+    before = recorder.early
     assert run_one(Plugins(harness, tmp_path / "early.so"), field) == 0
     routes = [launch for launch in recorder.launches if launch.kernel in waits]
     assert len(recorder.launches) > len(routes) > 0
-    assert emulated_driver.early - before == (len(routes) if asked == "1" else 0)
+    assert recorder.early - before == (len(routes) if asked == "1" else 0)
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
@@ -481,12 +462,10 @@ def run_one(plugins: Plugins, field: str) -> int:
     return enqueued(created(plugins, field), field, inputs_of(field, 1, 1))
 
 
-def test_what_a_device_lacks_is_said(
-    tmp_path: Path, harness: ctypes.CDLL, library, recorder, emulated_driver: EmulatedDriver
-) -> None:
+def test_what_a_device_lacks_is_said(tmp_path: Path, harness: ctypes.CDLL, library, recorder) -> None:
     field = next(one for one in fields(tmp_path) if "op=QuantEmbedding" in one)
     plugins = Plugins(harness, library.path)
-    emulated_driver.show(recorder, sm=90)
+    recorder.show(sm=90)
     assert run_one(plugins, field) == 1
     error = failure(library)
     assert isinstance(error, DeviceError)

@@ -1,54 +1,92 @@
 """Do plugins and the runtime around an engine compute the same as our own executor?
 
-Kernels run on the emulator: the driver's library is emulated_driver.c. A stand-in replaces TensorRT (`played.py`). The
-bundle's library of plugins, its launches, and the runtime's buffers, lengths and caches are real.
+The driver's library is tests/cuda/fake_driver.c, whose kernels are emulated, and a stand-in replaces TensorRT
+(`played.py`). The library of plugins and all of the runtime around it are real: modules, launches, graphs, memory.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import EmulatedDriver, Plugins
-from played import PlayedDevice, PlayedEngine, PlayedGraph
+from emulated_images import compile_images
+from harness import Plugins
+from played import PlayedEngine, PlayedGraph
 
 from edgelm.bundle import Bundle
 from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError
 from edgelm.runtimes import open_batch, open_runtime
+from edgelm.runtimes.cuda.device import DeviceInfo
+from edgelm.runtimes.cuda.driver import CudaDevice, Graph, KernelSource
+from edgelm.runtimes.cuda.kernels import images
+from edgelm.runtimes.cuda.operators import Operators
+from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
 from edgelm.runtimes.tensorrt import session
-from edgelm.runtimes.tensorrt.plugins import PluginLibrary
+from edgelm.runtimes.tensorrt.plugins import write_library
 
 os.environ.setdefault("EDGELM_EMULATOR_CACHE", str(Path(__file__).parents[2] / "build" / "emulated"))
 CONTEXT = 40
+SM = (8, 6)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Bundle], Path]:
+    """Return a function that writes the library of plugins of a bundle with emulated kernels, once each."""
+    made: dict[Path, Path] = {}
+    folder = tmp_path_factory.mktemp("libraries")
+
+    def library(bundle: Bundle) -> Path:
+        if bundle.path not in made:
+            program = Program.read(bundle.file(PROGRAM_FILE))
+            info = DeviceInfo("emulated", SM, 4, 0, (13, 0))
+            names = Operators(program, bundle.manifest.graph.kv_dtype, 0, info).kernels()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(images, "compile_images", compile_images)
+                images.compile_bundle_kernels(names, [86], folder / bundle.path.name, ptx=False)
+            made[bundle.path] = folder / f"{bundle.path.name}.so"
+            write_library(images.KernelFolder(folder / bundle.path.name), made[bundle.path])
+        return made[bundle.path]
+
+    return library
 
 
 @pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch, harness: ctypes.CDLL, emulated_driver: EmulatedDriver):
-    """Make sessions run on the emulator with a stand-in engine; return the list of created devices."""
-    devices: list[PlayedDevice] = []
+def played(monkeypatch: pytest.MonkeyPatch, harness: ctypes.CDLL, gpu: Callable[..., None], emulated):
+    """Let sessions run with a stand-in engine; return the list of their devices."""
+    devices: list[CudaDevice] = []
+    gpu(sm=86, multiprocessors=4)
 
-    def device(kernels: object) -> PlayedDevice:
-        del kernels
-        devices.append(PlayedDevice())
-        return devices[-1]
+    class Device(CudaDevice):
+        """The driver's device; it counts captures."""
 
-    def arrange(bundle: Bundle, *, capturable: bool = True) -> list[PlayedDevice]:
-        def engine(library: object, info: object, path: Path, plugins: PluginLibrary, memory: object) -> PlayedEngine:
-            graph = PlayedGraph(bundle, devices[-1], Plugins(harness, plugins.path))
+        def __init__(self, kernels: KernelSource) -> None:
+            super().__init__(kernels)
+            self.captured = 0
+            devices.append(self)
+
+        def capture(self, work: Callable[[], None]) -> Graph:
+            self.captured += 1
+            return super().capture(work)
+
+    def arrange(bundle: Bundle, *, capturable: bool = True) -> list[Device]:
+        def engine(library: object, info: object, path: Path, plugins: object, memory: object) -> PlayedEngine:
+            graph = PlayedGraph(bundle, devices[-1], Plugins(harness, emulated(bundle)))
             return PlayedEngine(graph, path, capturable=capturable)
 
-        monkeypatch.setattr(session, "CudaDevice", device)
+        monkeypatch.setattr(session, "CudaDevice", Device)
         monkeypatch.setattr(session, "Engine", engine)
         return devices
 
-    yield arrange
-    assert emulated_driver.launches
+    return arrange
 
 
-@pytest.mark.parametrize(("checkpoint", "recipe"), [("fox-tiny", "int8"), ("olmoe-tiny", "none")])
+@pytest.mark.parametrize(
+    ("checkpoint", "recipe"), [("fox-tiny", "int8"), ("olmoe-tiny", "none"), ("olmoe-tiny", "int4")]
+)
 def test_a_runtime_computes_what_the_executor_does(export, played, checkpoint: str, recipe: str) -> None:
     bundle = export(checkpoint, recipe)
     devices = played(bundle)

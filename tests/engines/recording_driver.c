@@ -1,5 +1,5 @@
-// A libcuda.so.1 whose kernels are emulated: launches call back into Python, which runs them at once on the emulator
-// (runtimes/cuda/emulated.py). It has what libedgelm_plugins.so calls. Memory is host memory.
+// A libcuda.so.1 that hands launches to Python and runs none. It has what libedgelm_plugins.so calls. Memory is host
+// memory. (tests/cuda/fake_driver.c is the one that runs emulated kernels.)
 #include <stdlib.h>
 #include <string.h>
 
@@ -10,25 +10,25 @@ static Launch g_launch;
 static int g_sm = 86, g_version = 13000, g_capturing, g_context = 1;
 static long g_allocated, g_early;
 
-void emulated_driver(Launch launch, int sm, int version, int capturing, int context) {
+// Another device or test has another context: kernels are loaded anew in each.
+void recording_driver(Launch launch, int sm, int version, int capturing) {
+  g_context += launch != g_launch || sm != g_sm || version != g_version;
   g_launch = launch;
   g_sm = sm;
   g_version = version;
   g_capturing = capturing;
-  g_context = context;
 }
-long emulated_driver_allocated(void) { return g_allocated; }
-long emulated_driver_early(void) { return g_early; }
+long recording_driver_allocated(void) { return g_allocated; }
+long recording_driver_early(void) { return g_early; }
 
 Result cuInit(unsigned flags) { return (int)flags; }
 Result cuDriverGetVersion(int* version) { return *version = g_version, 0; }
 Result cuGetErrorName(Result error, const char** text) { return *text = "CUDA_ERROR_X", error < 0; }
 Result cuGetErrorString(Result error, const char** text) { return *text = "as the driver says", error < 0; }
-// One context for each number, so that kernels are loaded anew in each.
 Result cuCtxGetCurrent(void** context) { return *context = (void*)(size_t)g_context, 0; }
 Result cuCtxGetDevice(int* device) { return *device = 40, 0; }
 Result cuDeviceGetName(char* name, int size, int device) {
-  return strncpy(name, device == 40 ? "Emulated" : "?", (size_t)size), 0;
+  return strncpy(name, device == 40 ? "Recorder" : "?", (size_t)size), 0;
 }
 Result cuDeviceGetAttribute(int* value, int attribute, int device) {
   *value = attribute == 75 ? g_sm / 10 : attribute == 76 ? g_sm % 10 : attribute == 16 ? 4 : 99 << 10;
