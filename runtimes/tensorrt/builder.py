@@ -143,7 +143,7 @@ def _build(
     parser = api.OnnxParser(network, log.logger)
     if not parser.parse_from_file(str(graph)):
         reasons = [_reason(parser.get_error(i)) for i in range(parser.num_errors)]
-        raise _refused(library, plugins, f"cannot read {graph.name}", "; ".join(reasons) or log.take())
+        raise _refused(library, plugins, f"cannot read {graph.name}", _unread(library, reasons) or log.take())
     config = builder.create_builder_config()
     config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
     if library.edition == RTX:
@@ -242,6 +242,13 @@ def _writer(api: Any, write: Callable[[bytes], int], errors: list[OSError]) -> A
 def _reason(error: Any) -> str:
     node = error.node_name()
     return f"{node}: {error.desc()}" if node else str(error.desc())
+
+
+def _unread(library: Library, reasons: Sequence[str]) -> str:
+    """Return the parser's reasons; for an older TensorRT also how to export a graph without ONNX's newer operators."""
+    if reasons and library.older_than(11):
+        reasons = [*reasons, "an older TensorRT reads bundles that were exported with --matmul plugin"]
+    return "; ".join(reasons)
 
 
 def _refused(library: Library, plugins: PluginLibrary, what: str, reasons: str) -> EdgeLMError:

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "docs" / "performance"))
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
 
 import figures  # noqa: E402  found by the lines above
+import gpu_memory  # noqa: E402
 import tables  # noqa: E402
 from figures import DECODE, LLAMA, LLAMA_PLAIN, NATIVE  # noqa: E402
 
@@ -21,6 +22,14 @@ from figures import DECODE, LLAMA, LLAMA_PLAIN, NATIVE  # noqa: E402
 def test_a_page_has_the_figures_of_the_json(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert tables.rewrite(text, ROOT / "docs" / "performance") == text, "run python docs/performance/tables.py --write"
+
+
+def test_the_memory_of_models_on_a_jetson_is_what_their_programs_need() -> None:
+    lines = (ROOT / "docs" / "gpu" / "jetson.md").read_text(encoding="utf-8").splitlines()
+    cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines if " | " in line}
+    for name, numbers in gpu_memory.rows(4096).items():
+        # Scratch memory changes with the kernels, by some MiB.
+        assert [int(cell.replace(",", "")) for cell in cells[name]] == pytest.approx(numbers, rel=0.02), name
 
 
 def run(folder: Path, **more: object) -> tables.Peers:

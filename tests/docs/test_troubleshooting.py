@@ -36,7 +36,8 @@ CHECKPOINT = ROOT / "examples" / "checkpoints" / "olmoe-tiny"
 
 @cache
 def strings() -> tuple[str, ...]:
-    """Every string of the Python sources but docstrings, with a newline for each value that an f-string inserts."""
+    """Every string of the sources, with a newline for each value that is inserted: of Python but docstrings, and the
+    statements of C++ that runtimes for GPUs call."""
     found = []
     for folder in SOURCES:
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -47,6 +48,9 @@ def strings() -> tuple[str, ...]:
                     found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "\n" for v in node.values))
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
                     found.append(node.value)
+    for path in sorted((ROOT / "runtimes" / "csrc" / "cuda").rglob("*.cc")):
+        statements = re.sub(r'"\s*\n\s*"', "", path.read_text(encoding="utf-8")).split(";\n")
+        found += ["\n".join(re.findall(r'"((?:[^"\\\n]|\\.)*)"', statement)) for statement in statements]
     return tuple(found)
 
 

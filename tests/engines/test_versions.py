@@ -128,6 +128,13 @@ def test_tensorrts_own_attention_needs_a_newer_one(tmp_path: Path) -> None:
         build_engine(jetpack, tmp_path / "g", tmp_path / "e", shape, BuildOptions(), PluginLibrary(tmp_path), (87,))
 
 
+def test_what_an_older_parser_cannot_read_can_be_exported_without_it(rtx: Library) -> None:
+    reasons = ["UNSUPPORTED_NODE: RMSNormalization"]
+    advice = "an older TensorRT reads bundles that were exported with --matmul plugin"
+    assert builder._unread(Library(FULL, "10.3.0", rtx.api), reasons) == f"{reasons[0]}; {advice}"
+    assert builder._unread(Library(FULL, "11.4.0.106", rtx.api), reasons) == builder._unread(rtx, reasons) == reasons[0]
+
+
 def small_network(rtx: Library) -> tuple[Any, Any, Any]:
     """A network that adds two vectors; its builder and configuration."""
     api = rtx.api
