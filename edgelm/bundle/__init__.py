@@ -45,9 +45,11 @@ ENGINES = "engines"
 ENGINE_TEMP_PREFIX = ".engine.partial-"
 """Prefix of the temporary folders in which engines are built."""
 _HASH_CHUNK = 8 << 20
-# What a killed engine build may leave: its temporary folder, an engine that is not in the manifest, a new manifest.
+# What a killed engine build may leave: its temporary folder, an engine or a library of plugins that is not in the
+# manifest, a new manifest.
 _BUILD_LEFTOVERS = re.compile(
     rf"{re.escape(ENGINE_TEMP_PREFIX)}[^/]+(/[^/]+)?|{ENGINES}/(rtx|trt)-[\d.]+(-sm\d+)*(-\d+)?\.(engine|json)"
+    rf"|{ENGINES}/libedgelm_plugins-[0-9a-f]+\.so"
     rf"|\.{re.escape(MANIFEST)}\.partial-[0-9a-f]+"
 )
 _ERRORS = ErrorFactory(BundleError, "export the bundle again")
