@@ -19,8 +19,13 @@ from edgelm.export import ExportOptions, export_bundle
 from edgelm.export.tensorrt import target as gpu_target
 from edgelm.parity.golden import GoldenOptions
 from edgelm.parity.prompts import BUILT_IN
+from edgelm.runtimes.cuda.device import DeviceInfo
+from edgelm.runtimes.cuda.kernels import images
 from edgelm.runtimes.cuda.kernels.sources import SOURCES
+from edgelm.runtimes.cuda.operators import Operators
+from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
 from edgelm.runtimes.tensorrt.library import Library, load
+from edgelm.runtimes.tensorrt.plugins import write_library
 
 sys.path.append(str(Path(__file__).parents[1] / "cuda"))
 import emulated_images
@@ -101,3 +106,24 @@ def gpu(driver_library: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
             monkeypatch.setenv(f"FAKE_CUDA_{name.upper()}", str(value))
 
     return show
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Bundle], Path]:
+    """Return a function that writes the library of plugins of a bundle with emulated kernels for SM 86, once each."""
+    made: dict[Path, Path] = {}
+    folder = tmp_path_factory.mktemp("libraries")
+
+    def library(bundle: Bundle) -> Path:
+        if bundle.path not in made:
+            program = Program.read(bundle.file(PROGRAM_FILE))
+            info = DeviceInfo("emulated", (8, 6), 4, 0, (13, 0))
+            names = Operators(program, bundle.manifest.graph.kv_dtype, 0, info).kernels()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(images, "compile_images", emulated_images.compile_images)
+                images.compile_bundle_kernels(names, [86], folder / bundle.path.name, ptx=False)
+            made[bundle.path] = folder / f"{bundle.path.name}.so"
+            write_library(images.KernelFolder(folder / bundle.path.name), made[bundle.path])
+        return made[bundle.path]
+
+    return library

@@ -13,45 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulated_images import compile_images
 from harness import Plugins
 from played import PlayedEngine, PlayedGraph
 
 from edgelm.bundle import Bundle
 from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError
 from edgelm.runtimes import open_batch, open_runtime
-from edgelm.runtimes.cuda.device import DeviceInfo
 from edgelm.runtimes.cuda.driver import CudaDevice, Graph, KernelSource
-from edgelm.runtimes.cuda.kernels import images
-from edgelm.runtimes.cuda.operators import Operators
-from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
 from edgelm.runtimes.tensorrt import session
-from edgelm.runtimes.tensorrt.plugins import write_library
 
 os.environ.setdefault("EDGELM_EMULATOR_CACHE", str(Path(__file__).parents[2] / "build" / "emulated"))
 CONTEXT = 40
-SM = (8, 6)
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Bundle], Path]:
-    """Return a function that writes the library of plugins of a bundle with emulated kernels, once each."""
-    made: dict[Path, Path] = {}
-    folder = tmp_path_factory.mktemp("libraries")
-
-    def library(bundle: Bundle) -> Path:
-        if bundle.path not in made:
-            program = Program.read(bundle.file(PROGRAM_FILE))
-            info = DeviceInfo("emulated", SM, 4, 0, (13, 0))
-            names = Operators(program, bundle.manifest.graph.kv_dtype, 0, info).kernels()
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(images, "compile_images", compile_images)
-                images.compile_bundle_kernels(names, [86], folder / bundle.path.name, ptx=False)
-            made[bundle.path] = folder / f"{bundle.path.name}.so"
-            write_library(images.KernelFolder(folder / bundle.path.name), made[bundle.path])
-        return made[bundle.path]
-
-    return library
 
 
 @pytest.fixture
