@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -80,24 +80,24 @@ def _program(code: Code) -> tuple[Executable, ...]:
 
 
 def execute(
-    code: Code, launch: Launched, block: tuple[int, int, int], memory: Memory, warps: Sequence[int] | None = None
+    code: Code, launch: Launched, block: tuple[int, int, int], memory: Memory, most: int = 1_000_000
 ) -> list[Trace]:
-    """Execute a block, or some of its warps; return a trace of each warp.
+    """Execute a block; return a trace of each warp.
 
     Args:
         code: the kernel.
         launch: the launch.
         block: the block's index.
         memory: global memory, which is changed.
-        warps: the warps to execute; all by default. Shared memory that others would have written is undefined.
+        most: instructions after which a warp is stopped; its trace says that it was cut.
 
     Raises:
         SassError: the code does what this module does not know.
     """
     state = Block(code, launch, block, memory)
     count = -(-launch.threads // LANES)
-    made = [Warp(state, number, _program(code)) for number in (range(count) if warps is None else warps)]
-    running = [(warp, warp.run()) for warp in made]
+    made = [Warp(state, number, _program(code)) for number in range(count)]
+    running = [(warp, warp.run(most)) for warp in made]
     with np.errstate(all="ignore"):
         while running:
             running = [(warp, steps) for warp, steps in running if next(steps, BLOCK_BARRIER) is None]

@@ -11,8 +11,6 @@ import numpy as np
 from sass.code import LANES, Code, SassError
 from sass.memory import Memory
 
-_STEPS = 4_000_000
-
 
 @dataclass
 class Access:
@@ -41,6 +39,8 @@ class Trace:
         counts: how often it issued each instruction of the code.
         loads: its loads and asynchronous copies from global memory, in order.
         marks: how many instructions had been issued before each execution of an instruction of `MARKED`, and its index.
+        products: the part of `marks` that are products of tensor cores, without their indices; filled in by the caller.
+        cut: it issued as many instructions as it was allowed to, and has not ended.
     """
 
     block: tuple[int, int, int]
@@ -50,6 +50,8 @@ class Trace:
     marks: list[tuple[int, int]] = field(default_factory=list)
     issued: int = 0
     stored: int = 0
+    cut: bool = False
+    products: list[int] = field(default_factory=list)
 
 
 MARKED = ("HMMA", "QMMA", "BAR", "ACQBULK", "PREEXIT", "I2F")
@@ -113,14 +115,15 @@ class Warp:
 
     # -- control -------------------------------------------------------------------------------------------------------
 
-    def run(self) -> Generator[None, None, None]:
-        """Execute until all lanes have exited; stop at each barrier of the block."""
+    def run(self, most: int) -> Generator[None, None, None]:
+        """Execute until all lanes have exited or `most` instructions; stop at each barrier of the block."""
         trace, counts = self.trace, self.trace.counts
         while self.ready:
             index, mask = self._take()
             while True:
-                if trace.issued > _STEPS:
-                    raise SassError(f"{self.block.code.kernel}: {_STEPS} instructions and no end")
+                if trace.issued >= most:
+                    trace.cut = True
+                    return
                 executable = self.executable[index]
                 counts[index] += 1
                 self.current = index
