@@ -24,6 +24,7 @@ from edgelm.bundle import Bundle, Manifest
 from edgelm.bundle.cpu_layout import RESCORE, TILE
 from edgelm.bundle.kv_cache import row_bytes
 from edgelm.errors import ContextLengthError, EdgeLMError
+from edgelm.generation.sampling import Sampler, Sampling
 from edgelm.progress import Progress, Silent
 from edgelm.runtimes import Runtime, SequenceBatch, open_batch, open_runtime
 
@@ -322,7 +323,8 @@ def _run_batch(batch: SequenceBatch, prompts: list[list[int]], new_tokens: int) 
     started = time.perf_counter()
     tokens = [int(batch.prefill(row, prompt).argmax()) for row, prompt in enumerate(prompts)]
     prefilled = time.perf_counter()
+    greedy: list[Sampler | None] = [Sampler(Sampling())] * len(prompts)
     for _ in range(new_tokens):
-        tokens = batch.decode_batch(tokens).argmax(axis=1).tolist()
+        tokens = batch.decode_sampled(tokens, greedy)
     decoded = time.perf_counter() - prefilled
     return _Run(prefilled - started, prefilled - started, len(prompts) * new_tokens / decoded)

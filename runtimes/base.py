@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgelm.devices import allowed_cores
 from edgelm.errors import ContextLengthError, EdgeLMError, GenerationError, GenerationTypeError
-from edgelm.generation.sampling import argmax, is_integer
+from edgelm.generation.sampling import Sampler, argmax, is_integer
 
 if TYPE_CHECKING:
     from edgelm.bundle import Bundle
@@ -165,14 +165,20 @@ class SequenceBatch(LoadedModel):
             GenerationError: the number of tokens is not `batch`, or an id is outside the vocabulary; nothing was
             appended.
         """
-        self._require_open()
-        ids = checked_tokens(tokens, self.vocab_size)
-        if ids.size != self.batch:
-            raise GenerationError(f"{ids.size} tokens for {self.batch} sequences: give one to each")
-        self._require_room(1, int(self._lengths.max()))
-        logits = self._decode(ids)
+        logits = self._decode(self._one_each(tokens))
         self._lengths += 1
         return logits
+
+    def decode_sampled(
+        self, tokens: Sequence[int] | NDArray[np.int64], samplers: Sequence[Sampler | None]
+    ) -> list[int]:
+        """Append one token to every sequence, in one pass over the weights; return the next tokens [batch].
+
+        Each is what `Sampler.sample` chooses by the logits. A GPU runtime copies what is needed for that, not the
+        logits. Without a sampler a sequence's next token is 0. Raises as `decode_batch` and `Sampler.sample` do.
+        """
+        logits = self.decode_batch(tokens)
+        return [0 if one is None else one.sample(row) for one, row in zip(samplers, logits, strict=True)]
 
     def truncate(self, row: int, length: int) -> None:
         """Keep the first `length` cached tokens of sequence `row`.
@@ -194,6 +200,15 @@ class SequenceBatch(LoadedModel):
     @abstractmethod
     def _decode(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Run ids [batch], one per sequence; return logits [batch, vocab_size]. The caller updates the lengths."""
+
+    def _one_each(self, tokens: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return `tokens` as int64 [batch], checked as `decode_batch` documents."""
+        self._require_open()
+        ids = checked_tokens(tokens, self.vocab_size)
+        if ids.size != self.batch:
+            raise GenerationError(f"{ids.size} tokens for {self.batch} sequences: give one to each")
+        self._require_room(1, int(self._lengths.max()))
+        return ids
 
     def _require_row(self, row: int) -> None:
         self._require_open()
@@ -249,6 +264,14 @@ class Runtime(LoadedModel):
         first. Raises as `decode` and `argmax` do.
         """
         return argmax(self.decode(token))
+
+    def decode_sampled(self, token: int, sampler: Sampler) -> int:
+        """Append one token; return the next one, which `sampler` chooses.
+
+        It is what `Sampler.sample` chooses by the logits. A GPU runtime copies what is needed for that, not the logits.
+        If nothing changes the logits of greedy decoding, `decode_greedy` chooses. Raises as these do.
+        """
+        return self.decode_greedy(token) if sampler.options.plain else sampler.sample(self.decode(token))
 
     def open_batch(self, batch: int, context_length: int) -> SequenceBatch | None:
         """Return a `SequenceBatch` of `batch` sequences of `context_length` positions that shares this runtime's

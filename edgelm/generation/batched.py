@@ -85,11 +85,12 @@ def decode_together(
         for place, row in enumerate(rows):
             if row is None:
                 batch.truncate(place, 0)  # an unused row gets a token as well: keep its cache from growing
-        logits = batch.decode_batch([0 if row is None else row.token for row in rows])
+        fed = [0 if row is None else row.token for row in rows]
+        tokens = batch.decode_sampled(fed, [None if row is None else row.answer.sampler for row in rows])
         lengths = batch.lengths
         for place, row in enumerate(rows):
             if row is not None:
-                row.token = row.answer.choose(logits[place])
+                row.token = tokens[place]
                 row.decoded += 1
                 row.answer.take(row.token, full=bool(lengths[place] >= context_length))
                 rows[place] = unfinished(row)
@@ -106,7 +107,7 @@ def _begin(
         turn.check()
         logits = batch.prefill(place, answer.prompt[begin : begin + chunk])
     assert logits is not None
-    token = answer.choose(logits)
+    token = answer.sampler.sample(logits)
     row = _Row(index, answer, token, time.perf_counter() - began, time.perf_counter())
     answer.take(token, full=len(answer.prompt) >= context_length)
     return row

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelm.generation.sampling import Sampler
 from edgelm.runtimes import Runtime
 
 
@@ -84,16 +85,8 @@ class PrefixCache:
         pairs = enumerate(zip(cached, tokens, strict=False))
         return next((i for i, (a, b) in pairs if a != b), min(len(cached), len(tokens)))
 
-    def decode(self, token: int) -> NDArray[np.float32]:
-        """Append a token and return the logits [V] after it."""
-        self._append(token)
-        return self.runtime.decode(token)
-
-    def decode_greedy(self, token: int) -> int:
-        """Append a token and return the most likely next one. The logits stay on the device."""
-        self._append(token)
-        return self.runtime.decode_greedy(token)
-
-    def _append(self, token: int) -> None:
+    def decode_sampled(self, token: int, sampler: Sampler) -> int:
+        """Append a token and return the next one, which `sampler` chooses."""
         del self._cached[self.runtime.position :]
         self._cached.append(token)
+        return self.runtime.decode_sampled(token, sampler)

@@ -14,7 +14,7 @@ import math
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from edgelm.errors import GenerationError, GenerationTypeError, GenerationValueE
 _FIRST_GUESS = 1024
 _BLOCK = 32
 _LEAST, _MOST = 1e-30, 1e30
+# How many ends of a nucleus are tried where its total is not exactly known.
+_MOST_ENDS = 8
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _require(
         raise kind_of_error(f"{name} is {value!r:.100}: it has to be {wanted}")
 
 
-def _clamped(value: float) -> float:
+def clamped(value: float) -> float:
     """Clamp a temperature or penalty so that no logit overflows float32. Beyond the limits nothing would change."""
     return min(max(value, _LEAST), _MOST)
 
@@ -124,7 +126,7 @@ def penalise(logits: NDArray[np.float32], tokens: NDArray[np.int64], penalty: fl
     Negative logits are multiplied instead. Keskar et al. 2019 (CTRL), with the sign rule of transformers.
     """
     result = logits.copy()
-    chosen, factor = result[tokens], np.float32(_clamped(penalty))
+    chosen, factor = result[tokens], np.float32(clamped(penalty))
     result[tokens] = np.where(chosen < 0, chosen * factor, chosen / factor)
     return result
 
@@ -141,46 +143,78 @@ def candidates(logits: NDArray[np.float32], options: Sampling) -> tuple[NDArray[
     Returns:
         ids [C], and probabilities [C] that sum to 1, in no particular order.
     """
-    highest = logits.max()
-    temperature = _clamped(options.temperature)
-    total = None
     if 0 < options.top_k < logits.size:
-        ids = _top_k(logits, options.top_k)
-    elif options.top_p < 1:
-        with np.errstate(over="ignore"):
-            total = float(np.exp((logits - highest) / np.float32(temperature)).sum(dtype=np.float64))
-        ids = _at_least_best(logits, _FIRST_GUESS)
-    elif options.min_p > 0:
-        ids = np.arange(logits.size)
-    else:
-        with np.errstate(over="ignore"):
-            weights = np.exp((logits - highest) / np.float32(temperature)).astype(np.float64)
+        ids = top_k(logits, options.top_k)
+        ((ids, probabilities),) = filtered(ids, logits[ids], options)
+        return ids, probabilities
+    if options.top_p == 1 and options.min_p == 0:
+        weights = weights_of(logits, logits.max(), options)
         return np.arange(logits.size), weights / weights.sum()
-    if options.min_p > 0 and options.top_p == 1:
+    if options.top_p == 1:
+        ((ids, probabilities),) = filtered(np.arange(logits.size), logits, options)
+        return ids, probabilities
+    total: float | None = float(weights_of(logits, logits.max(), options).sum())
+    guess, found = _FIRST_GUESS, []
+    ids = _at_least_best(logits, guess)
+    while not (found := filtered(ids, logits[ids], options, None if total is None else (total, total))):
+        guess *= 16
+        ids = _at_least_best(logits, guess)
+        total = total if ids.size < logits.size else None
+    return found[0]
+
+
+def weights_of(logits: NDArray[np.float32], highest: np.float32, options: Sampling) -> NDArray[np.float64]:
+    """Return the exponentials of (logits - highest) / temperature, computed in float32."""
+    with np.errstate(over="ignore"):
+        weights: NDArray[np.float32] = np.exp((logits - highest) / np.float32(clamped(options.temperature)))
+    return weights.astype(np.float64)
+
+
+def filtered(
+    ids: NDArray[np.int64],
+    logits: NDArray[np.float32],
+    options: Sampling,
+    total: tuple[float, float] | None = None,
+    bound: float | None = None,
+) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+    """Apply top-p and min-p to tokens; return those left and their probabilities, as `candidates` does.
+
+    Args:
+        ids: [C], tokens, among them the most likely one.
+        logits: [C], their logits after the repetition penalty.
+        options: temperature, top_p and min_p; top_k is not applied.
+        total: limits of the sum of exp((logit - highest) / temperature) over the vocabulary, for top_p; None: these
+            tokens are all.
+        bound: no other token has a higher logit; None: not known, or there are no others.
+
+    Returns:
+        The result for every `total` within the limits: one if they are equal. Empty if other tokens may be left as
+        well, or if there are too many results.
+    """
+    highest, temperature = logits.max(), clamped(options.temperature)
+    threshold = math.log(options.min_p) if options.min_p > 0 else -math.inf
+    alone = bound is not None and score(np.array([bound], np.float32), highest, temperature)[0] < threshold
+    if options.top_p == 1 and bound is not None and not alone:
+        return []
+    if options.top_p == 1 and options.min_p > 0:
         # A cheap first filter with a small margin; the exact test follows below.
-        floor = float(highest) + temperature * math.log(options.min_p)
-        ids = ids[logits[ids] >= np.float32(floor - 1e-3 * (1 + abs(floor)))]
-    scores = _scores(logits, ids, temperature)
-    if options.top_p < 1:
-        kept = _nucleus(scores, options.top_p, total)
-        guess = _FIRST_GUESS
-        while kept is None:
-            guess *= 16
-            ids = _at_least_best(logits, guess)
-            scores = _scores(logits, ids, temperature)
-            kept = _nucleus(scores, options.top_p, total if ids.size < logits.size else None)
-        ids, scores = ids[kept], scores[kept]
-    if options.min_p > 0:
-        near = scores >= math.log(options.min_p)
-        ids, scores = ids[near], scores[near]
-    weights = np.exp(scores)
-    return ids, weights / weights.sum()
+        floor = float(highest) + temperature * threshold
+        near = logits >= np.float32(floor - 1e-3 * (1 + abs(floor)))
+        ids, logits = ids[near], logits[near]
+    scores = score(logits, highest, temperature)
+    results = []
+    for kept in _nuclei(scores, options.top_p, total, alone) if options.top_p < 1 else [np.arange(ids.size)]:
+        if options.min_p > 0:
+            kept = kept[scores[kept] >= threshold]
+        weights = np.exp(scores[kept])
+        results.append((ids[kept], weights / weights.sum()))
+    return results
 
 
-def _scores(logits: NDArray[np.float32], ids: NDArray[np.int64], temperature: float) -> NDArray[np.float64]:
-    """Return (logit - highest logit) / temperature of `ids`, so that the best score is 0."""
-    scores: NDArray[np.float64] = logits[ids].astype(np.float64)
-    scores -= scores.max()
+def score(logits: NDArray[np.float32], highest: np.float32, temperature: float) -> NDArray[np.float64]:
+    """Return (logit - highest) / temperature in float64. It never falls as the logit rises."""
+    scores: NDArray[np.float64] = logits.astype(np.float64)
+    scores -= float(highest)
     scores /= temperature
     return scores
 
@@ -201,7 +235,7 @@ def _at_least_best(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]
     return np.flatnonzero(logits >= bound)
 
 
-def _top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+def top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     """Return the ids of the k highest logits and of all ties with the k-th, as in transformers."""
     ids = _at_least_best(logits, k)
     chosen = logits[ids]
@@ -209,18 +243,30 @@ def _top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     return kept
 
 
-def _nucleus(scores: NDArray[np.float64], top_p: float, total: float | None) -> NDArray[np.int64] | None:
-    """Return the indices of the fewest highest scores whose exponentials sum to `top_p` of `total`.
+def _nuclei(
+    scores: NDArray[np.float64], top_p: float, total: tuple[float, float] | None, alone: bool
+) -> list[NDArray[np.int64]]:
+    """Return the indices of the fewest highest scores whose exponentials sum to `top_p` of the total.
 
-    Without `total`, the scores are those of the whole vocabulary. None where all scores together do not reach it.
+    With limits of the total, return the result for each total within them; none if the limits are far apart. If all
+    scores together do not reach it, return all of them if they matter `alone`, otherwise nothing.
     """
     order = np.argsort(-scores, kind="stable")
     reached = np.cumsum(np.exp(scores[order]))
-    if total is not None and reached[-1] < top_p * total:
-        return None
+    low, high = (reached[-1], reached[-1]) if total is None else total
+    if total is not None and not alone and reached[-1] < top_p * high:
+        return []
     # A token is kept while the tokens above it do not reach top_p; the first is always kept.
-    wanted = top_p * (reached[-1] if total is None else total)
-    return order[: int(np.searchsorted(reached, wanted, side="left")) + 1]
+    first, last = (int(np.searchsorted(reached, top_p * limit, side="left")) + 1 for limit in (low, high))
+    last = min(last, order.size)
+    return [order[:count] for count in range(min(first, last), last + 1)] if last - first < _MOST_ENDS else []
+
+
+def draw(ids: NDArray[np.int64], probabilities: NDArray[np.float64], uniform: float) -> int:
+    """Return the token where the cumulative distribution passes `uniform`, a number in [0, 1)."""
+    cumulative = np.cumsum(probabilities)
+    place = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+    return int(ids[min(place, ids.size - 1)])
 
 
 def argmax(logits: NDArray[np.float32]) -> int:
@@ -247,40 +293,70 @@ def require_finite(highest: float) -> None:
         )
 
 
+class ListedLogits(Protocol):
+    """A row of V logits on a device, and what the host has of them. See `edgelm.generation.shortlist`."""
+
+    @property
+    def highest(self) -> float:
+        """The highest logit before the repetition penalty; NaN if any logit is."""
+
+    def token(self, options: Sampling, seen: Iterable[int], uniform: float) -> int | None:
+        """Return the token that `choose` returns for all logits; None if what is listed does not determine it."""
+
+    def full(self) -> NDArray[np.float32]:
+        """Copy all logits [V], before the repetition penalty, from the device."""
+
+
+def choose(logits: NDArray[np.float32], options: Sampling, seen: Iterable[int], uniform: float) -> int:
+    """Return the next token.
+
+    Args:
+        logits: [V]; not changed.
+        options: how to choose.
+        seen: the tokens that the repetition penalty applies to.
+        uniform: a random number in [0, 1); not used if greedy.
+    """
+    tokens = np.fromiter(seen, np.int64)
+    if tokens.size:
+        logits = penalise(logits, tokens, options.repetition_penalty)
+    return int(logits.argmax()) if options.greedy else draw(*candidates(logits, options), uniform)
+
+
 class Sampler:
     """Chooses the tokens of one sequence. Holds the random number generator and the tokens that occurred.
 
     Args:
         options: how to choose.
         seen: the prompt's ids, for the repetition penalty.
+
+    Attributes:
+        seen: the distinct tokens that occurred, in order; none where the penalty is 1.
     """
 
     def __init__(self, options: Sampling, seen: Iterable[int] = ()) -> None:
         self.options = options
         seed = secrets.randbits(64) if options.seed is None else int(options.seed)
         self._bits = np.random.PCG64(seed)
-        self._seen = dict.fromkeys(seen) if options.repetition_penalty != 1 else {}
+        self.seen = dict.fromkeys(seen) if options.repetition_penalty != 1 else {}
 
-    def sample(self, logits: NDArray[np.float32]) -> int:
+    def sample(self, logits: NDArray[np.float32] | ListedLogits) -> int:
         """Choose a token by the logits [V], which are not changed, and count it for the repetition penalty.
+
+        The token is the same for an array and for the same logits on a device.
 
         Raises:
             GenerationError: the highest logit is not finite.
         """
-        options = self.options
-        highest = float(logits.max())
-        require_finite(highest)
-        if self._seen:
-            logits = penalise(logits, np.fromiter(self._seen, np.int64, len(self._seen)), options.repetition_penalty)
-        if options.greedy:
-            token = int(logits.argmax())
+        options, uniform = self.options, self._uniform()
+        if isinstance(logits, np.ndarray):
+            require_finite(float(logits.max()))
+            token = choose(logits, options, self.seen, uniform)
         else:
-            ids, probabilities = candidates(logits, options)
-            cumulative = np.cumsum(probabilities)
-            draw = self._uniform() * cumulative[-1]
-            token = int(ids[min(int(np.searchsorted(cumulative, draw, side="right")), ids.size - 1)])
+            require_finite(logits.highest)
+            listed = logits.token(options, self.seen, uniform)
+            token = choose(logits.full(), options, self.seen, uniform) if listed is None else listed
         if options.repetition_penalty != 1:
-            self._seen[token] = None
+            self.seen[token] = None
         return token
 
     def _uniform(self) -> float:

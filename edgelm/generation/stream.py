@@ -17,9 +17,6 @@ from edgelm.generation.turns import Turn, TurnLeft
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
-    import numpy as np
-    from numpy.typing import NDArray
-
     from edgelm.tokenization.tokenizer import Tokenizer
 
 StopReason = Literal["eos", "stop", "length", "interrupted"]
@@ -87,11 +84,12 @@ def _shown(text: str) -> str:
 
 
 class Continuation:
-    """The continuation of one prompt: chooses tokens, converts them to text, and decides when it ends.
+    """The continuation of one prompt: converts tokens to text, and decides when it ends.
 
     Attributes:
         prompt: the prompt's ids.
         options: options of sampling and of the end.
+        sampler: chooses the tokens.
         tokens: the ids generated so far, without the end token.
         reason: why it ended; None while it has not.
     """
@@ -102,17 +100,13 @@ class Continuation:
         self.reason: StopReason | None = None
         self._text: list[str] = []
         self._end_ids = end_ids
-        self._sampler = Sampler(options.sampling, prompt)
+        self.sampler = Sampler(options.sampling, prompt)
         self._pieces, self._stops = tokenizer.detokenizer(), StopStrings(options.stop)
 
     @property
     def text(self) -> str:
         """The text generated so far."""
         return "".join(self._text)
-
-    def choose(self, logits: NDArray[np.float32]) -> int:
-        """Choose the next token by the logits [V]. Raises `GenerationError` where they are not finite."""
-        return self._sampler.sample(logits)
 
     def take(self, token: int, *, full: bool) -> str:
         """Append a token; return the text that may be shown now.
@@ -294,11 +288,9 @@ class TextStream(Iterator[str]):
             exact = answer.options.sampling.seed is not None and not answer.options.reuse
             logits, self._reused = cache.prefill(answer.prompt, exact=exact, check=self._turn.check)
             self._prefill_seconds = time.perf_counter() - started
-            self._token = answer.choose(logits)
+            self._token = answer.sampler.sample(logits)
             self._first_seconds = self._tick()
         else:
-            # In plain greedy decoding the logits are not needed and stay on the device.
-            plain = answer.options.sampling.plain
-            self._token = cache.decode_greedy(self._token) if plain else answer.choose(cache.decode(self._token))
+            self._token = cache.decode_sampled(self._token, answer.sampler)
             self._decoded += 1
         return answer.take(self._token, full=cache.runtime.position >= cache.runtime.context_length)

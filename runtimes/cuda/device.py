@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 
@@ -83,6 +84,26 @@ class Device(ABC):
         """Copy `out.nbytes` bytes from the device into `out`; return when the copy is done."""
 
     @abstractmethod
+    def pinned(self, nbytes: int) -> NDArray[np.uint8]:
+        """Return pinned host memory, zeros, for `start_upload` and `start_download`, until `unpin` or `close`."""
+
+    @abstractmethod
+    def unpin(self, pinned: NDArray[np.uint8]) -> None:
+        """Free memory that `pinned` returned; its array must not be used any more."""
+
+    @abstractmethod
+    def start_upload(self, address: int, pinned: NDArray[Any]) -> None:
+        """Start a copy from pinned memory, which must not change until the copy is done. Can be captured."""
+
+    @abstractmethod
+    def start_download(self, pinned: NDArray[Any], address: int) -> None:
+        """Start a copy into pinned memory. Can be captured."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Wait for the copies and launches on the device's own stream."""
+
+    @abstractmethod
     def fill(self, address: int, value: int, nbytes: int) -> None:
         """Set `nbytes` bytes to `value`."""
 
@@ -104,8 +125,8 @@ class Device(ABC):
 
     @abstractmethod
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Capture the launches of `work` as a CUDA graph. Calling the result launches them all with the same
-        arguments."""
+        """Capture the launches and started copies of `work` as a CUDA graph. Calling the result starts them all, with
+        the same arguments."""
 
     def copy_bandwidth(self) -> float | None:
         """Measure the bytes per second that a large copy within the device reads and writes; None if not supported."""

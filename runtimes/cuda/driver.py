@@ -48,7 +48,7 @@ _NON_BLOCKING, _NO_TIMING, _CAPTURE_THIS_THREAD = 1, 2, 1
 _JIT_ERROR_LOG, _JIT_ERROR_LOG_SIZE = 5, 6
 # Bytes of shared memory that a kernel may use without setting an attribute.
 _SHARED = 48 << 10
-# Uploads use two pinned buffers of this size: while one is copied to the GPU, the other is filled.
+# Copies pass through two pinned buffers of this size: while one is copied to the GPU, the other is filled.
 _STAGING = 8 << 20
 
 
@@ -178,11 +178,9 @@ class CudaDevice(Device):
         if 0 < left <= _STAGING // 64:  # small enough for the driver's own buffer
             self.call("cuMemcpyHtoDAsync", address, start, left, self.stream)
             return
-        if left and not self._staging:
-            self._staging = [(self.pinned(_STAGING), self._event(_NO_TIMING)) for _ in range(2)]
         turn = 0
         while left > 0:
-            buffer, copied = self._staging[turn]
+            buffer, copied = self._staged()[turn]
             self.call("cuEventSynchronize", copied)
             part = min(left, _STAGING)
             ctypes.memmove(buffer.ctypes.data, start, part)
@@ -190,13 +188,30 @@ class CudaDevice(Device):
             self.call("cuEventRecord", copied, self.stream)
             start, address, left, turn = start + part, address + part, left - part, 1 - turn
 
+    def _staged(self) -> list[tuple[NDArray[np.uint8], int]]:
+        """Return two pinned buffers, each with an event that is recorded after its last upload."""
+        if not self._staging:
+            self._staging = [(self.pinned(_STAGING), self._event(_NO_TIMING)) for _ in range(2)]
+        return self._staging
+
     def download(self, address: int, out: NDArray[Any]) -> None:
         """Copy from the device into `out`, which must be contiguous; return when the copy is done."""
         assert not self._capturing, "a capture cannot wait: use start_download"
         assert out.flags.c_contiguous
-        if out.nbytes:
-            self.call("cuMemcpyDtoHAsync", out.ctypes.data, address, out.nbytes, self.stream)
-            self.call("cuStreamSynchronize", self.stream, doing="waiting for a copy and the kernels before it")
+        parts = [(begin, min(_STAGING, out.nbytes - begin)) for begin in range(0, out.nbytes, _STAGING)]
+
+        def start(number: int) -> None:
+            begin, size = parts[number]
+            # In stream order: after any upload from this buffer.
+            self.start_download(self._staged()[number % 2][0][:size], address + begin)
+
+        if parts:
+            start(0)
+        for number, (begin, size) in enumerate(parts):
+            self.wait()
+            if number + 1 < len(parts):
+                start(number + 1)
+            ctypes.memmove(out.ctypes.data + begin, self._staged()[number % 2][0].ctypes.data, size)
 
     def fill(self, address: int, value: int, nbytes: int) -> None:
         """Set `nbytes` bytes to `value`."""
@@ -209,20 +224,27 @@ class CudaDevice(Device):
             self.call("cuMemcpyDtoDAsync", destination, source, nbytes, self.stream)
 
     def pinned(self, nbytes: int) -> NDArray[np.uint8]:
-        """Return pinned host memory for asynchronous copies; it stays valid until `close`."""
+        """See `Device.pinned`."""
         address = ctypes.c_void_p()
         self.call("cuMemHostAlloc", ctypes.byref(address), max(nbytes, 1), 0, doing="pinning host memory")
         assert address.value is not None
         array = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address.value))
+        array.fill(0)
         self._pinned[address.value] = array
         return array
 
+    def unpin(self, pinned: NDArray[np.uint8]) -> None:
+        """See `Device.unpin`."""
+        address = pinned.ctypes.data
+        del self._pinned[address]
+        self.call("cuMemFreeHost", address)
+
     def start_upload(self, address: int, pinned: NDArray[Any]) -> None:
-        """Start a copy from pinned memory, which must not change until the copy is done. Can be captured."""
+        """See `Device.start_upload`."""
         self.call("cuMemcpyHtoDAsync", address, pinned.ctypes.data, pinned.nbytes, self.stream)
 
     def start_download(self, pinned: NDArray[Any], address: int) -> None:
-        """Start a copy into pinned memory. Can be captured."""
+        """See `Device.start_download`."""
         self.call("cuMemcpyDtoHAsync", pinned.ctypes.data, address, pinned.nbytes, self.stream)
 
     # -- kernels -------------------------------------------------------------------------------------------------------
@@ -302,12 +324,16 @@ class CudaDevice(Device):
 
     # -- order and time ------------------------------------------------------------------------------------------------
 
+    def wait(self) -> None:
+        """See `Device.wait`."""
+        self.call("cuStreamSynchronize", self.stream, doing="waiting for a copy and the kernels before it")
+
     def synchronize(self) -> None:
         """Wait for all work. An error of an earlier kernel is raised here."""
         self.call("cuCtxSynchronize", doing="waiting for kernels")
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """Capture the launches of `work`, which must neither wait nor allocate."""
+        """Capture the launches and started copies of `work`, which must neither wait nor allocate."""
         self.call("cuStreamBeginCapture", self.stream, _CAPTURE_THIS_THREAD)
         self._capturing = True
         graph, done = ctypes.c_void_p(), False

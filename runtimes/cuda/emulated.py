@@ -49,6 +49,7 @@ class EmulatedDevice(Device):
         self._launchers: dict[str, Callable[..., bytes | None]] = {}
         self._lazy = lazy
         self._awaited: set[str] = set()
+        self._captured: list[Callable[[], object]] | None = None
 
     def allocate(self, nbytes: int) -> int:
         """Allocate memory filled with NaNs."""
@@ -72,6 +73,30 @@ class EmulatedDevice(Device):
     def download(self, address: int, out: NDArray[Any]) -> None:
         """Copy from the buffer into `out`, which must be contiguous."""
         ctypes.memmove(out.ctypes.data, address, out.nbytes)
+
+    def pinned(self, nbytes: int) -> NDArray[np.uint8]:
+        """Return ordinary memory."""
+        return np.zeros(nbytes, np.uint8)
+
+    def unpin(self, pinned: NDArray[np.uint8]) -> None:
+        """Do nothing."""
+
+    def start_upload(self, address: int, pinned: NDArray[Any]) -> None:
+        """Copy to the buffer, or capture the copy."""
+        self._start(lambda: ctypes.memmove(address, pinned.ctypes.data, pinned.nbytes))
+
+    def start_download(self, pinned: NDArray[Any], address: int) -> None:
+        """Copy from the buffer, or capture the copy."""
+        self._start(lambda: ctypes.memmove(pinned.ctypes.data, address, pinned.nbytes))
+
+    def _start(self, work: Callable[[], object]) -> None:
+        if self._captured is None:
+            work()
+        else:
+            self._captured.append(work)
+
+    def wait(self) -> None:
+        """Do nothing: every operation ends before it returns."""
 
     def fill(self, address: int, value: int, nbytes: int) -> None:
         """Set `nbytes` bytes to `value`."""
@@ -103,6 +128,9 @@ class EmulatedDevice(Device):
             DeviceError: the kernel was not loaded, or the emulator found an error in it.
         """
         del stream
+        if self._captured is not None:
+            self._captured.append(lambda: self.launch(launch))
+            return
         if launch.kernel not in self._launchers and launch.kernel in self._awaited:
             source, _ = translation_unit([launch.kernel])
             self.load_source([launch.kernel], source)
@@ -127,18 +155,17 @@ class EmulatedDevice(Device):
             self._check(address, buffer)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Capture the launches of `work`."""
-        captured: list[Launch] = []
-        run = self.launch
-        self.launch = lambda launch, stream=0: captured.append(launch)  # type: ignore[method-assign]  # while capturing
+        """Capture the launches and started copies of `work`."""
+        captured: list[Callable[[], object]] = []
+        self._captured = captured
         try:
             work()
         finally:
-            self.launch = run  # type: ignore[method-assign]  # restore it
+            self._captured = None
 
         def replay() -> None:
-            for launch in captured:
-                self.launch(launch)
+            for one in captured:
+                one()
 
         return replay
 

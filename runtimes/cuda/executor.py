@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from edgelm.bundle.gpu_layout import aligned
 from edgelm.errors import BundleError
 from edgelm.runtimes.cuda.device import Device, DeviceInfo, Launch
+from edgelm.runtimes.cuda.kernels import sampling
 from edgelm.runtimes.cuda.operators import Operators, Scratch, Step, argmax_launches
 from edgelm.runtimes.cuda.program import Node, Program
 from edgelm.runtimes.cuda.weights import DeviceWeights
 
+_Key = tuple[int, int, int, bool, str]  # batch, tokens, first, all_positions, choice: "", "greedy" or "sampled"
 CAPACITY_MULTIPLE = 64
 """The capacity of caches is a multiple of this, which aligns the part of every head."""
 
@@ -35,6 +37,7 @@ class Sizes:
         tokens: the largest number of new tokens per step, over all sequences.
         logits: the largest number of positions per step whose logits are computed.
         kv: type of the caches, see `edgelm.bundle.kv_cache`.
+        samples: reserve memory for sampling on the device, see `edgelm.runtimes.cuda.sampling`.
     """
 
     batch: int
@@ -42,6 +45,7 @@ class Sizes:
     tokens: int
     logits: int
     kv: str
+    samples: bool = False
 
     @property
     def rounded(self) -> int:
@@ -79,15 +83,21 @@ class Layout:
         self.sizes = sizes
         self.offsets: dict[str, int] = {}
         self._end = 0
-        self.ids = self._take(4 * sizes.tokens)
+        self.sampling = sampling.sizes(program.values["logits"].width) if sizes.samples else None
+        """What sampling needs for each sequence; None if tokens are not sampled on the device."""
+        # The inputs of a step, in one piece, ids last: a decode step has few of them, and one copy takes all.
         self.lengths = self._take(4 * sizes.batch)
+        self.how = self._take(sampling.ROW.itemsize * sizes.batch) if self.sampling else 0
+        self.ids = self._take(4 * sizes.tokens)
         self.next_ids = self._take(4 * sizes.logits)
         self._caches()
         caches = self._end
         self._values(set(kept) | {"logits"})
+        self.results = self._take(self.sampling.result * sizes.batch) if self.sampling else 0
+        self.seen = self._take(self.sampling.seen * sizes.batch) if self.sampling else 0
         values = self._end
         workspace, counters = self.operators.scratch_bytes(sizes.batch, sizes.tokens)
-        self.workspace = self._take(workspace)
+        self.workspace = self._take(max(workspace, self.sampling.workspace * sizes.batch if self.sampling else 0))
         self.counters = self._take(counters)
         self.zeroed = ((0, caches), (self.counters, counters))
         self.plan = MemoryPlan(caches, values - caches, self._end - values)
@@ -141,7 +151,8 @@ class Executor:
     """Runs a program; owns its memory on a device.
 
     Args:
-        device: the device, with the kernels of `kernels_of(program, kv)` loaded.
+        device: the device, with the kernels of `kernels_of(program, kv)` loaded, and those of sampling if the layout
+            has memory for it.
         weights: the program's weights on that device.
         layout: the layout of all other memory.
 
@@ -158,13 +169,25 @@ class Executor:
         # Caches must not hold NaN, and counters must be 0; kernels reset the counters.
         for start, nbytes in layout.zeroed:
             device.fill(self._base + start, 0, nbytes)
-        self._planned: dict[tuple[Any, ...], list[Launch]] = {}
-        self._graphs: dict[tuple[Any, ...], Callable[[], None]] = {}
+        self._planned: dict[_Key, list[Launch]] = {}
+        self._graphs: dict[_Key, Callable[[], None]] = {}
+        batch, start = layout.sizes.batch, layout.lengths
+        self._inputs = device.pinned(layout.ids - start + 4 * layout.sizes.tokens)
+        self._lengths = self._inputs[: 4 * batch].view(np.int32)
+        how = self._inputs[layout.how - start :][: sampling.ROW.itemsize * batch if layout.sampling else 0]
+        self._how = how.view(sampling.ROW)
+        self._ids = self._inputs[layout.ids - start :].view(np.int32)
+        self._chosen = device.pinned(4 * layout.sizes.logits)
+        self._results = device.pinned(layout.sampling.result * batch if layout.sampling else 0)
+        self._pending = False
 
     def free(self) -> None:
         """Free the memory."""
+        self._wait()
         self._graphs.clear()
         self.device.free(self._base)
+        for pinned in (self._inputs, self._chosen, self._results):
+            self.device.unpin(pinned)
 
     def run(
         self,
@@ -174,6 +197,7 @@ class Executor:
         first: int = 0,
         all_positions: bool = False,
         greedy: bool = False,
+        sampled: NDArray[Any] | None = None,
         graph: bool = False,
     ) -> None:
         """Run ids [B, T] on sequences first .. first + B - 1, which have `lengths` [B] cached tokens.
@@ -184,21 +208,35 @@ class Executor:
             first: number of the first sequence.
             all_positions: compute the logits of all positions, not only of the last.
             greedy: compute the argmax of the logits on the device.
-            graph: capture the launches at the second call, and launch the CUDA graph from then on.
+            sampled: what to find out of the logits, `sampling.ROW` [B], for sequences from the first on, T = 1.
+            graph: capture the step at the second call, and launch the CUDA graph from then on.
         """
         batch, tokens = ids.shape
-        self.device.upload(self._base + self.layout.ids, np.ascontiguousarray(ids, np.int32))
-        place = self._base + self.layout.lengths + 4 * first
-        self.device.upload(place, np.ascontiguousarray(lengths, np.int32))
-        key = (batch, tokens, first, all_positions, greedy)
-        if not graph or key not in self._planned:
-            # Also the first time before a capture, so that the driver can finish loading the kernels.
-            self._start(self._launches(*key))
+        assert sampled is None or (self.layout.sampling is not None and first == 0 and tokens == 1 and graph)
+        key = (batch, tokens, first, all_positions, "greedy" if greedy else "sampled" if sampled is not None else "")
+        if not graph:
+            self.device.upload(self._base + self.layout.ids, np.ascontiguousarray(ids, np.int32))
+            place = self._base + self.layout.lengths + 4 * first
+            self.device.upload(place, np.ascontiguousarray(lengths, np.int32))
+            self._start(key)
+            return
+        self._wait()  # the last step may still read the inputs
+        self._ids[: ids.size] = ids.reshape(-1)
+        self._lengths[first : first + batch] = lengths
+        if sampled is not None:
+            self._how[:batch] = sampled
+        self._pending = True
+        if key not in self._planned:
+            # The first time without a capture, so that the driver can finish loading the kernels.
+            self._step(key)
             return
         if key not in self._graphs:
-            launches = self._launches(*key)
-            self._graphs[key] = self.device.capture(lambda: self._start(launches))
+            self._graphs[key] = self.device.capture(lambda: self._step(key))
         self._graphs[key]()
+
+    def decode_launches(self, batch: int, choice: str = "greedy") -> list[Launch]:
+        """Return the launches of a step of `batch` sequences that choose "greedy" or "sampled" tokens, or "" none."""
+        return self._launches((batch, 1, 0, False, choice))
 
     def value(self, name: str, rows: int) -> NDArray[np.float32]:
         """Return a float32 value of the last step, [rows, width]."""
@@ -206,31 +244,67 @@ class Executor:
         assert value.type == "f32", name
         out = np.empty((rows, value.width), np.float32)
         self.device.download(self._base + self.layout.offsets[name], out)
+        self._pending = False
         return out
 
-    def logits(self, out: NDArray[np.float32]) -> None:
-        """Copy the last step's logits into `out` [rows, V]."""
-        self.device.download(self._base + self.layout.offsets["logits"], out)
+    def logits(self, out: NDArray[np.float32], first: int = 0) -> None:
+        """Copy the last step's logits into `out`, from the logit number `first` of [rows, V] on."""
+        self.device.download(self._base + self.layout.offsets["logits"] + 4 * first, out)
+        self._pending = False
 
     def chosen(self, out: NDArray[np.int32]) -> None:
-        """Copy the argmax tokens of a greedy step into `out` [rows]."""
-        self.device.download(self._base + self.layout.next_ids, out)
+        """Copy the argmax tokens of the last step, which was greedy, into `out` [rows]."""
+        self._wait()
+        out[:] = self._chosen.view(np.int32)[: out.size]
 
-    def _start(self, launches: Sequence[Launch]) -> None:
-        for launch in launches:
+    def results(self, rows: int) -> NDArray[np.uint8]:
+        """Return the results of the last step, which had `sampled`: a buffer [rows, result], until the next step."""
+        self._wait()
+        return self._results.reshape(self.layout.sizes.batch, -1)[:rows]
+
+    def set_seen(self, row: int, words: NDArray[np.uint32]) -> None:
+        """Set the bits of the tokens of sequence `row` that are penalised in sampling."""
+        assert self.layout.sampling is not None
+        assert words.nbytes == self.layout.sampling.seen
+        self.device.upload(self._base + self.layout.seen + row * words.nbytes, words)
+
+    def _wait(self) -> None:
+        """Wait for the copies of the last step."""
+        if self._pending:
+            self._pending = False
+            self.device.wait()
+
+    def _step(self, key: _Key) -> None:
+        """Start a step whose inputs are in pinned memory."""
+        batch, tokens, *_ = key
+        used = self.layout.ids - self.layout.lengths + 4 * batch * tokens
+        self.device.start_upload(self._base + self.layout.lengths, self._inputs[:used])
+        self._start(key)
+
+    def _start(self, key: _Key) -> None:
+        """Start a step's launches, and the copies of what it chooses."""
+        for launch in self._launches(key):
             self.device.launch(launch)
+        batch, tokens, _, all_positions, choice = key
+        if choice == "greedy":
+            rows = batch * tokens if all_positions else batch
+            self.device.start_download(self._chosen[: 4 * rows], self._base + self.layout.next_ids)
+            self._pending = True
+        elif choice == "sampled":
+            assert self.layout.sampling is not None
+            used = batch * self.layout.sampling.result
+            self.device.start_download(self._results[:used], self._base + self.layout.results)
 
-    def _launches(self, batch: int, tokens: int, first: int, all_positions: bool, greedy: bool) -> list[Launch]:
-        key = (batch, tokens, first, all_positions, greedy)
+    def _launches(self, key: _Key) -> list[Launch]:
         if key not in self._planned:
             # Otherwise plans for the many lengths of prompts' last chunks would accumulate.
             ends = [old for old in self._planned if old[1] > 1]
             if len(ends) >= 16:
                 del self._planned[ends[0]]
-            self._planned[key] = self._plan(batch, tokens, first, all_positions, greedy)
+            self._planned[key] = self._plan(*key)
         return self._planned[key]
 
-    def _plan(self, batch: int, tokens: int, first: int, all_positions: bool, greedy: bool) -> list[Launch]:
+    def _plan(self, batch: int, tokens: int, first: int, all_positions: bool, choice: str) -> list[Launch]:
         step = last = Step(batch, tokens)
         renamed: dict[str, str] = {}
         launches: list[Launch] = []
@@ -243,10 +317,13 @@ class Executor:
                     continue
                 now, last = step, Step(batch, 1)
             launches += self.layout.operators.launches(node, now, self._addresses(node, first, renamed), scratch)
-        if greedy:
-            width = self._program.values["logits"].width
-            logits = self._base + self.layout.offsets["logits"]
-            launches += argmax_launches(logits, self._base + self.layout.next_ids, last.rows, width, scratch.workspace)
+        width, at = self._program.values["logits"].width, self.layout
+        logits = self._base + at.offsets["logits"]
+        if choice == "greedy":
+            launches += argmax_launches(logits, self._base + at.next_ids, last.rows, width, scratch.workspace)
+        elif choice == "sampled":
+            how, seen, results = (self._base + offset for offset in (at.how, at.seen, at.results))
+            launches += sampling.sampling_launches(logits, how, seen, results, batch, width, scratch.workspace)
         return launches
 
     def _addresses(self, node: Node, first: int, renamed: Mapping[str, str]) -> dict[str, int]:

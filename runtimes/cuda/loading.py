@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgelm.errors import DeviceMemoryError
+from edgelm.errors import DeviceMemoryError, RuntimeUnavailableError
 from edgelm.runtimes.cuda.device import Device
 from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.emulated import EmulatedDevice
 from edgelm.runtimes.cuda.executor import Executor, Layout, Sizes
+from edgelm.runtimes.cuda.kernels import sampling
 from edgelm.runtimes.cuda.kernels.images import FOLDER, KernelFolder
 from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
 from edgelm.runtimes.cuda.weights import DeviceWeights, check_weights_file
@@ -59,7 +61,7 @@ class LoadedProgram:
         check_weights_file(program, file)
         self.device = open_device(bundle.file(FOLDER))
         try:
-            layout = None if sizes is None else Layout(self.program, sizes, self.device.info)
+            layout = None if sizes is None else Layout(self.program, self._possible(sizes), self.device.info)
             self._require_memory(program.weight_bytes, layout)
             self.weights = DeviceWeights(self.device, program, file)
             self._executor = None if layout is None else self._execute(layout)
@@ -76,13 +78,22 @@ class LoadedProgram:
     def new_executor(self, sizes: Sizes, kept: Iterable[str]) -> Executor:
         """Return another executor over the same weights, which keeps the values `kept`. Call its `free`. Raises
         DeviceMemoryError."""
-        layout = Layout(self.program, sizes, self.device.info, kept)
+        layout = Layout(self.program, self._possible(sizes), self.device.info, kept)
         self._require_memory(0, layout)
         return self._execute(layout)
 
     def close(self) -> None:
         """Free all memory on the device."""
         self.device.close()
+
+    def _possible(self, sizes: Sizes) -> Sizes:
+        """Return the sizes, without memory for sampling if the bundle is from before its kernels."""
+        if sizes.samples:
+            try:
+                self.device.load(sampling.kernels())
+            except RuntimeUnavailableError:  # one of any other reason is raised for the kernels of the program as well
+                return replace(sizes, samples=False)
+        return sizes
 
     def _execute(self, layout: Layout) -> Executor:
         self.device.load(layout.operators.kernels())

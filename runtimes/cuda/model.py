@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import GenerationError
+from edgelm.generation.sampling import Sampler
 from edgelm.runtimes.base import Runtime, SequenceBatch, model_sizes
 from edgelm.runtimes.cuda.executor import Executor, Sizes
 from edgelm.runtimes.cuda.loading import LoadedProgram, open_emulator, open_gpu
+from edgelm.runtimes.cuda.sampling import SampledDecoding
 from edgelm.runtimes.tracing import TracingModel
 
 if TYPE_CHECKING:
@@ -50,10 +52,12 @@ class CudaBatch(SequenceBatch):
         del threads
         super().__init__(batch, threads=1, chunk=chunk, **model_sizes(bundle, context_length))
         self.kv = kv or bundle.manifest.graph.kv_dtype
-        sizes = Sizes(batch, self.context_length, tokens=max(self.chunk, batch), logits=batch, kv=self.kv)
+        tokens = max(self.chunk, batch)
+        sizes = Sizes(batch, self.context_length, tokens=tokens, logits=batch, kv=self.kv, samples=True)
         self._shares = loaded is not None
         self._loaded = loaded or LoadedProgram(bundle, self.open_device, sizes)
         self._executor = self._loaded.executor if loaded is None else loaded.new_executor(sizes, ())
+        self._sampled = _sampled(self._executor)
         self._logits: NDArray[np.float32] = np.empty((batch, self.vocab_size), np.float32)
 
     @property
@@ -65,6 +69,16 @@ class CudaBatch(SequenceBatch):
         """Measure the bytes per second that a copy within the device reads and writes."""
         self._require_open()
         return self._loaded.device.copy_bandwidth()
+
+    def decode_sampled(
+        self, tokens: Sequence[int] | NDArray[np.int64], samplers: Sequence[Sampler | None]
+    ) -> list[int]:
+        """Append one token to every sequence; return the next ones. The logits stay on the device."""
+        if self._sampled is None:
+            return super().decode_sampled(tokens, samplers)
+        self._sampled.run(self._one_each(tokens), self._lengths, samplers)
+        self._lengths += 1
+        return self._sampled.choose(samplers)
 
     def _prefill(self, row: int, ids: NDArray[np.int64], *, last: bool) -> NDArray[np.float32]:
         self._executor.run(ids[None, :], self._lengths[row : row + 1], first=row)
@@ -83,6 +97,10 @@ class CudaBatch(SequenceBatch):
             self._executor.free()
         else:
             self._loaded.close()
+
+
+def _sampled(executor: Executor) -> SampledDecoding | None:
+    return SampledDecoding(executor) if executor.layout.sampling is not None else None
 
 
 class CudaTracing(TracingModel):
@@ -144,9 +162,10 @@ class CudaRuntime(Runtime):
         self._bundle = bundle
         self.kv = kv or bundle.manifest.graph.kv_dtype
         # Memory for the logits of all positions of a step, for `logits_all`.
-        sizes = Sizes(batch=1, capacity=self.context_length, tokens=self.chunk, logits=self._block, kv=self.kv)
+        sizes = Sizes(1, self.context_length, tokens=self.chunk, logits=self._block, kv=self.kv, samples=True)
         self._loaded = LoadedProgram(bundle, self.open_device, sizes)
         self._executor: Executor = self._loaded.executor
+        self._sampled = _sampled(self._executor)
         self._logits: NDArray[np.float32] = np.empty((1, self.vocab_size), np.float32)
         self._token = np.empty(1, np.int32)
 
@@ -169,6 +188,15 @@ class CudaRuntime(Runtime):
         found = int(self._token[0])
         if found < 0:
             raise GenerationError("every logit is NaN, as of damaged weights or values too large: run edgelm parity")
+        return found
+
+    def decode_sampled(self, token: int, sampler: Sampler) -> int:
+        """Append one token; return the next one. The logits stay on the device."""
+        if self._sampled is None or sampler.options.plain:
+            return super().decode_sampled(token, sampler)
+        self._sampled.run(self._checked([token]), [self._position], [sampler])
+        self._position += 1
+        (found,) = self._sampled.choose([sampler])
         return found
 
     def open_batch(self, batch: int, context_length: int) -> SequenceBatch:

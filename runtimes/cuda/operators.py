@@ -9,6 +9,7 @@ from edgelm.bundle.kv_cache import GPU_KV_TYPES, row_bytes
 from edgelm.errors import BundleError, EdgeLMError
 from edgelm.runtimes.cuda import planning
 from edgelm.runtimes.cuda.device import DeviceInfo, Launch
+from edgelm.runtimes.cuda.kernels import sampling
 from edgelm.runtimes.cuda.planning import Field
 from edgelm.runtimes.cuda.program import PROGRAM_FILE, Node, Program
 
@@ -167,7 +168,7 @@ def bundle_kernels(program: Program) -> tuple[str, ...]:
     for kv in GPU_KV_TYPES:
         run = program.debug() if kv == "float32" else program
         found += Operators(run, kv, 0, any_device).kernels()
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys([*found, *sampling.kernels()]))
 
 
 def _answer(function: str, fields: Mapping[str, Field]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from edgelm.errors import DeviceError, DeviceMemoryError
@@ -56,6 +57,23 @@ class DryDevice(Device):
     def download(self, address: int, out: NDArray[Any]) -> None:
         """Fill `out` with ones."""
         out.fill(1)
+
+    def pinned(self, nbytes: int) -> NDArray[np.uint8]:
+        """Return ordinary memory."""
+        return np.zeros(nbytes, np.uint8)
+
+    def unpin(self, pinned: NDArray[np.uint8]) -> None:
+        """Do nothing."""
+
+    def start_upload(self, address: int, pinned: NDArray[Any]) -> None:
+        """Check that the data fits into a buffer."""
+        self.upload(address, pinned)
+
+    def start_download(self, pinned: NDArray[Any], address: int) -> None:
+        """Leave zeros."""
+
+    def wait(self) -> None:
+        """Do nothing."""
 
     def fill(self, address: int, value: int, nbytes: int) -> None:
         """Do nothing."""

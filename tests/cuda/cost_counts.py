@@ -135,7 +135,7 @@ def plan(model: str, kind: str, *, sm: int = 90, multiprocessors: int = 132) -> 
     layout = Layout(program, Sizes(1, CAPACITY, tokens=1, logits=1, kv="float16"), device.info)
     weights: Any = _Addresses(program)
     executor = Executor(device, weights, layout)
-    return Plan(program, layout, executor._base, list(executor._launches(1, 1, 0, False, True)))
+    return Plan(program, layout, executor._base, executor.decode_launches(1))
 
 
 def memory(model: str, kind: str) -> dict[str, int]:

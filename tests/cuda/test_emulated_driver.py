@@ -12,12 +12,15 @@ from gpu_bundles import write_bundle
 
 from edgelm.bundle import Bundle
 from edgelm.errors import DeviceError
+from edgelm.generation.sampling import Sampler, Sampling
 from edgelm.runtimes.cuda.device import Device, Launch
 from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.emulated import EmulatedDevice
 from edgelm.runtimes.cuda.executor import Executor, Layout, Sizes
+from edgelm.runtimes.cuda.kernels import sampling
 from edgelm.runtimes.cuda.operators import argmax_launches, argmax_workspace_bytes
 from edgelm.runtimes.cuda.program import PROGRAM_FILE, Program
+from edgelm.runtimes.cuda.sampling import SampledDecoding
 from edgelm.runtimes.cuda.weights import DeviceWeights
 
 SM = (8, 6)
@@ -63,6 +66,45 @@ def test_a_model_computes_the_same_bits(device: CudaDevice, bundle: Bundle) -> N
     expected = logits_of(emulated, bundle)
     np.testing.assert_array_equal(logits_of(device, bundle), expected)
     emulated.close()
+    device.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [Sampling(), Sampling(0.9, top_k=30, repetition_penalty=1.2, seed=1), Sampling(0.6, top_p=0.8, seed=2)],
+    ids=str,
+)
+def test_a_decode_step_is_one_graph_and_one_wait(
+    device: CudaDevice, bundle: Bundle, options: Sampling, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    log = tmp_path / "calls"
+    monkeypatch.setenv("FAKE_CUDA_LOG", str(log))
+    program = Program.read(bundle.file(PROGRAM_FILE))
+    layout = Layout(program, Sizes(1, 64, tokens=8, logits=1, kv="int8", samples=True), device.info)
+    device.load([*layout.operators.kernels(), *sampling.kernels()])
+    weights = DeviceWeights(device, program, bundle.file(bundle.manifest.graph.weights_file))
+    executor = Executor(device, weights, layout)
+    decoding, sampler, host = SampledDecoding(executor), Sampler(options, [3]), Sampler(options, [3])
+    logits, chosen = np.empty((1, program.values["logits"].width), np.float32), np.empty(1, np.int32)
+    token = 3
+    for past in range(5):
+        log.write_text("")
+        if options.plain:
+            executor.run(np.array([[token]]), [past], graph=True, greedy=True)
+            executor.chosen(chosen)
+            found = int(chosen[0])
+        else:
+            decoding.run(np.array([token]), [past], [sampler])
+            (found,) = decoding.choose([sampler])
+        if past > 1:  # the first step is not a graph, the second captures it
+            assert [call.split()[0] for call in log.read_text().splitlines()] == [
+                "cuGraphLaunch",
+                "cuStreamSynchronize",
+            ]
+        executor.logits(logits)
+        token = host.sample(logits[0])
+        assert found == token
+    executor.free()
     device.close()
 
 

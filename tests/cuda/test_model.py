@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from edgelm.errors import (
     GenerationError,
     RuntimeUnavailableError,
 )
+from edgelm.generation.sampling import Sampler, Sampling
 from edgelm.parity.check import check_parity
 from edgelm.runtimes import open_batch, open_runtime, runtimes
 from edgelm.runtimes.cuda.device import Device
@@ -116,15 +117,129 @@ def test_are_logits_the_same_at_once_in_chunks_and_token_by_token(bundles: Bundl
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_is_the_greedy_token_the_largest_logit(bundles: Bundles, family: str) -> None:
+def test_is_the_greedy_token_the_largest_logit(bundles: Bundles, family: str, copies: list[int]) -> None:
     with open_runtime(bundles(family, "int8"), RUNTIME, context_length=64) as model:
         token = int(model.prefill(TOKENS).argmax())
         for _ in range(3):
             position = model.position
+            copies.clear()
             chosen = model.decode_greedy(token)
+            assert copies == []
             model.truncate(position)
             assert chosen == int(model.decode(token).argmax())
             token = chosen
+
+
+SAMPLING = (
+    Sampling(0.8, top_k=20, repetition_penalty=1.3, seed=1),
+    Sampling(0.7, top_p=0.9, seed=2),
+    Sampling(1.0, min_p=0.02, seed=3),
+    Sampling(1.5, seed=4),
+    Sampling(repetition_penalty=1.5),
+)
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Record the bytes of each copy that is not part of a CUDA graph."""
+    done: list[int] = []
+
+    def counted(name: str) -> None:
+        original = getattr(EmulatedDevice, name)
+
+        def copy(self: EmulatedDevice, address: int, data: np.ndarray) -> None:
+            done.append(data.nbytes)
+            original(self, address, data)
+
+        monkeypatch.setattr(EmulatedDevice, name, copy)
+
+    for name in ("upload", "download"):
+        counted(name)
+    return done
+
+
+@pytest.mark.parametrize("options", SAMPLING, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_is_a_sampled_token_that_of_the_logits(
+    bundles: Bundles, family: str, options: Sampling, copies: list[int]
+) -> None:
+    here, host = Sampler(options, TOKENS), Sampler(options, TOKENS)
+    with open_runtime(bundles(family, "int8"), RUNTIME, context_length=64) as model:
+        here.sample(first := model.prefill(TOKENS).copy())
+        token = host.sample(first)
+        for step in range(8):
+            position = model.position
+            copies.clear()
+            found = model.decode_sampled(token, here)
+            # The bits of the prompt's tokens, a segment of the logits for a draw from all of them; else nothing.
+            seen, part = model.vocab_size // 8, 4 * 1024
+            expected = [seen] * (options.repetition_penalty != 1 and step == 0) + [part] * (options == SAMPLING[3])
+            assert copies == expected
+            model.truncate(position)
+            token = host.sample(model.decode(token))
+            assert found == token
+
+
+def test_are_sampled_tokens_of_a_batch_those_of_its_logits(bundles: Bundles, copies: list[int]) -> None:
+    prompts = [TOKENS[:3], TOKENS, TOKENS[4:9], TOKENS[2:], TOKENS]
+    here = [Sampler(options, prompt) for options, prompt in zip(SAMPLING, prompts, strict=True)]
+    host = [Sampler(options, prompt) for options, prompt in zip(SAMPLING, prompts, strict=True)]
+    with open_batch(bundles("olmoe", "int4"), 6, RUNTIME, context_length=32) as batch:
+        logits = [batch.prefill(row, prompt).copy() for row, prompt in enumerate(prompts)]
+        batch.prefill(5, [1])
+        for sampler, row in zip(here, logits, strict=True):
+            sampler.sample(row)
+        tokens = [*(sampler.sample(row) for sampler, row in zip(host, logits, strict=True)), 0]
+        for _ in range(5):
+            lengths = batch.lengths
+            copies.clear()
+            found = batch.decode_sampled(tokens, [*here, None])
+            assert sum(copies) <= 2 * batch.vocab_size // 8 + 4 * 1024
+            assert (batch.lengths == lengths + 1).all()
+            for row, length in enumerate(lengths):
+                batch.truncate(row, int(length))
+            rows = batch.decode_batch(tokens)
+            assert found == [*(sampler.sample(row) for sampler, row in zip(host, rows[:5], strict=True)), 0]
+            tokens = found
+        with pytest.raises(GenerationError, match="5 tokens for 6 sequences"):
+            batch.decode_sampled(tokens[:5], [*here, None])
+
+
+def test_does_a_bundle_without_the_kernels_of_sampling_copy_its_logits(
+    bundles: Bundles, monkeypatch: pytest.MonkeyPatch, copies: list[int]
+) -> None:
+    load = EmulatedDevice.load
+
+    def older(self: EmulatedDevice, names: Sequence[str]) -> None:
+        if any(name.startswith("sample_") for name in names):
+            raise RuntimeUnavailableError("kernels lacks the kernel sample_parts_f32")
+        load(self, names)
+
+    options = SAMPLING[0]
+
+    def sampled() -> list[int]:
+        sampler = Sampler(options, TOKENS)
+        with open_runtime(bundles("fox", "int8"), RUNTIME, context_length=64) as model:
+            tokens = [sampler.sample(model.prefill(TOKENS))]
+            for _ in range(4):
+                copies.clear()
+                tokens.append(model.decode_sampled(tokens[-1], sampler))
+                whole.append(4 * model.vocab_size in copies)
+            model.decode_greedy(tokens[-1])
+            shared = model.open_batch(1, 32)
+            assert shared is not None
+            with shared as batch:
+                tokens.append(sampler.sample(batch.prefill(0, TOKENS)))
+                tokens += batch.decode_sampled(tokens[-1:], [sampler])
+        return tokens
+
+    whole: list[bool] = []
+    expected = sampled()
+    assert whole == [False] * 4
+    with monkeypatch.context() as patch:
+        patch.setattr(EmulatedDevice, "load", older)
+        assert sampled() == expected
+    assert whole[4:] == [True] * 4
 
 
 def test_do_sequences_of_a_batch_decode_as_they_would_alone(bundles: Bundles) -> None:

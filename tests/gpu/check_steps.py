@@ -16,7 +16,7 @@ BENCH = ROOT / "tests" / "bench"
 TINY = ROOT / "examples" / "checkpoints"
 MODELS = ("fox-1-1.6b", "olmoe-1b-7b")
 KINDS = ("bf16", "int4", "fp8", "int8")
-KERNEL_TESTS = ("linear", "attention", "sparse_moe_launches", "moe", "moe_down")
+KERNEL_TESTS = ("linear", "attention", "sparse_moe_launches", "moe", "moe_down", "device_sampling")
 SM = "90"
 # Recipes for parity of the tiny models: float, and every kind of weights, activations and cache.
 RECIPES = {

@@ -31,7 +31,7 @@ LAYERS = {
     "checkpoint": "checkpoint",
     "tokenization": "tokenization",
     "bundle": "bundle",
-    "sampling": "generation.sampling",
+    "sampling": "generation.sampling generation.shortlist",
     "runtimes": "runtimes",
     "generation": "generation",
     "reference": "reference",
@@ -68,7 +68,7 @@ ALLOWED = {
     "weights rounding pages parity",
     "synth": "base models checkpoint",
     "export": "base models primitives checkpoint tokenization bundle runtimes reference weights methods parity",
-    "benchmark": "base bundle runtimes",
+    "benchmark": "base bundle sampling runtimes",
     "edgelm": "base bundle generation parity",
     "cli": "base primitives models checkpoint tokenization bundle sampling runtimes generation weights methods pages "
     "parity evaluation synth export benchmark edgelm",

@@ -63,6 +63,7 @@ EDGELM_DEVICE u32 shuffle(u32 x, int lane) { return __shfl_sync(0xffffffffu, x, 
 EDGELM_DEVICE int shuffle_up(int x, int delta) { return __shfl_up_sync(0xffffffffu, x, delta); }
 EDGELM_DEVICE u32 ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 EDGELM_DEVICE int warp_max(int x) { return __reduce_max_sync(0xffffffffu, x); }
+EDGELM_DEVICE int warp_sum(int x) { return __reduce_add_sync(0xffffffffu, x); }
 
 // -- tensor cores ------------------------------------------------------------------------------------------------------
 
@@ -155,7 +156,8 @@ EDGELM_DEVICE int max_(int a, int b) { return a > b ? a : b; }
 EDGELM_DEVICE int min_(int a, int b) { return a < b ? a : b; }
 EDGELM_DEVICE float abs_(float a) { return fabsf(a); }
 EDGELM_DEVICE float fma_(float a, float b, float c) { return fmaf(a, b, c); }
-EDGELM_DEVICE float round_(float a) { return rintf(a); }  // ties to even
+EDGELM_DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }  // never fused with an addition
+EDGELM_DEVICE float round_(float a) { return rintf(a); }                            // ties to even
 EDGELM_DEVICE float exp_(float a) { return expf(a); }
 EDGELM_DEVICE float exp_fast(float a) { return __expf(a); }  // 2 ulp and a little more for large |a|
 EDGELM_DEVICE float exp2_fast(float a) {

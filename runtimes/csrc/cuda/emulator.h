@@ -484,6 +484,10 @@ EDGELM_DEVICE int warp_max(int x) {
   }
   return x;
 }
+EDGELM_DEVICE int warp_sum(int x) {
+  for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  return x;
+}
 
 template <class A> EDGELM_DEVICE void mma_16x8x16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
   emulator::Mma slot{d, a, b, Same<A, bf16>::value ? emulator::bf16_value : emulator::f16_value};
@@ -557,6 +561,7 @@ EDGELM_DEVICE int max_(int a, int b) { return a > b ? a : b; }
 EDGELM_DEVICE int min_(int a, int b) { return a < b ? a : b; }
 EDGELM_DEVICE float abs_(float a) { return std::fabs(a); }
 EDGELM_DEVICE float fma_(float a, float b, float c) { return std::fma(a, b, c); }
+EDGELM_DEVICE float multiply_rounded(float a, float b) { return a * b; }
 EDGELM_DEVICE float round_(float a) { return std::nearbyint(a); }
 EDGELM_DEVICE float exp_(float a) { return std::exp(a); }
 EDGELM_DEVICE float exp_fast(float a) { return std::exp(a); }

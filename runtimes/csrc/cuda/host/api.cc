@@ -16,9 +16,9 @@ void append(std::string& to, const void* bytes, std::size_t size) { to.append(st
 const std::map<std::string, Function>& functions() {
   static const std::map<std::string, Function> all = [] {
     std::map<std::string, Function> found;
-    for (const auto& table :
-         {kernel_functions(), linear_functions(), rows_functions(), moe_functions(), sparse_moe_functions(),
-          attention_functions(), node_functions(), plugin_functions(), log_functions(), image_functions()}) {
+    for (const auto& table : {kernel_functions(), linear_functions(), rows_functions(), moe_functions(),
+                              sparse_moe_functions(), attention_functions(), node_functions(), sampling_functions(),
+                              plugin_functions(), log_functions(), image_functions()}) {
       found.insert(table.begin(), table.end());
     }
     return found;

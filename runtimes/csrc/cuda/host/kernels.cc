@@ -25,7 +25,8 @@ std::string lines_of(const KernelNames& names) {
 Functions kernel_functions() {
   return {{"kernels", [](const Fields&) {
              std::string lines;
-             for (const KernelSources* kernels : {&linear_kernels(), &moe_kernels(), &attention_kernels()}) {
+             for (const KernelSources* kernels :
+                  {&linear_kernels(), &moe_kernels(), &attention_kernels(), &sampling_kernels()}) {
                for (const KernelSource& one : *kernels) {
                  lines += one.header + "\t" + one.name + "\t" + one.instantiation() + "\n";
                }

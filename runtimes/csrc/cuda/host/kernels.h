@@ -25,6 +25,7 @@ using KernelNames = std::vector<std::string>;
 const KernelSources& linear_kernels();
 const KernelSources& moe_kernels();
 const KernelSources& attention_kernels();
+const KernelSources& sampling_kernels();
 
 // The C++ name of the element type: of activations, or of weights (int4 and int8 included).
 const char* cuda_type(const std::string& type);

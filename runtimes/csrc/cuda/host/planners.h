@@ -19,6 +19,7 @@ Functions moe_functions();
 Functions sparse_moe_functions();
 Functions attention_functions();
 Functions node_functions();
+Functions sampling_functions();
 Functions plugin_functions();  // of TensorRT plugins: tensorrt/plugin_spec.cc
 Functions log_functions();     // tensorrt/log.cc
 Functions image_functions();   // driver/kernel_images.cc
