@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,10 @@ from typing import Any
 
 import pytest
 
+from edgelm.bundle import Bundle
 from edgelm.errors import ExportError, RuntimeUnavailableError
-from edgelm.runtimes.tensorrt import builder, engine, library
+from edgelm.progress import Silent
+from edgelm.runtimes.tensorrt import build, builder, engine, library
 from edgelm.runtimes.tensorrt.builder import BuildOptions, GraphShape, build_engine
 from edgelm.runtimes.tensorrt.library import FULL, RTX, Library
 from edgelm.runtimes.tensorrt.plugins import PluginLibrary
@@ -173,3 +176,26 @@ def test_a_full_disk_is_an_error_of_the_system(rtx: Library, tmp_path: Path, old
     with pytest.raises(OSError, match="No space left"):
         builder._write(rtx.api, Older(made) if older else made, network, config, out)
     assert not out.is_symlink()
+
+
+def test_full_tensorrt_builds_for_the_chosen_gpu(
+    copied: Bundle, gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu(devices=2)
+    calls = tmp_path / "calls"
+    monkeypatch.setenv("FAKE_CUDA_LOG", str(calls))
+    monkeypatch.setenv("EDGELM_GPU", "1")
+
+    def stops(*_: object) -> None:
+        (tmp_path / "calls_before").write_text(calls.read_text())
+        raise ExportError("enough")
+
+    monkeypatch.setattr(build, "build_engine", stops)
+    full = Library(FULL, "10.3.0", SimpleNamespace())  # type: ignore[arg-type]
+    assert build.chosen_sms(full, (), copied.path) == (86,)
+    with pytest.raises(ExportError, match="enough"):
+        build.build_into(copied.path, copied.manifest.graph.weights_file, full, BuildOptions(), (86,), Silent())
+    made, after = ((tmp_path / name).read_text() for name in ("calls_before", "calls"))
+    assert "cuDevicePrimaryCtxRetain 41\ncuCtxSetCurrent" in made
+    assert "cuDevicePrimaryCtxRelease" not in made
+    assert "cuDevicePrimaryCtxRelease_v2 41 left 0" in after
