@@ -75,7 +75,7 @@ void* Driver::find(const char* function) const {
   return found;
 }
 
-void Driver::fail(const char* function, int status, const char* doing) const {
+void Driver::fail(const char* function, int status, const std::string& doing) const {
   const auto words = [&](const char* which, const std::string& otherwise) {
     const char* text = nullptr;
     const auto ask = reinterpret_cast<int (*)(int, const char**)>(find(which));
@@ -114,28 +114,33 @@ DeviceContext::DeviceContext(const Driver& driver) : driver_(driver) {
   most_shared_ = u32(attribute(kMostShared));
   const char* pdl = std::getenv("EDGELM_GPU_PDL");
   pdl_ = pdl && std::string(pdl) == "1";
+  launch_kernel_ = driver.find("cuLaunchKernel");
+  if (pdl_) launch_kernel_early_ = driver.find("cuLaunchKernelEx");
 }
 
-void DeviceContext::load(const gpu::Launches& launches) {
+std::vector<LoadedKernel> DeviceContext::load(const gpu::Launches& launches) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<LoadedKernel> kernels;
   for (const gpu::Launch& launch : launches) {
-    if (!functions_.count(launch.kernel)) load(launch.kernel);
-    Function& function = functions_.at(launch.kernel);
-    if (launch.args.size() != function.argument_bytes) {
-      throw Error("the kernel " + launch.kernel + " takes " + std::to_string(function.argument_bytes) +
+    Function& found = function(launch.kernel);
+    if (launch.args.size() != found.argument_bytes) {
+      throw Error("the kernel " + launch.kernel + " takes " + std::to_string(found.argument_bytes) +
                       " bytes of arguments, and this library has " + std::to_string(launch.args.size()) +
                       ": another version of EdgeLM compiled it; export the bundle again",
                   Error::Kind::kBundle);
     }
-    if (launch.shared <= function.shared) continue;
-    if (launch.shared > most_shared_) {
-      throw Error(launch.kernel + " needs " + std::to_string(launch.shared) +
-                  " bytes of shared memory, and a block on " + name_ + " has " + std::to_string(most_shared_) +
-                  ": a bug in EdgeLM, report it");
+    if (launch.shared > found.shared) {
+      if (launch.shared > most_shared_) {
+        throw Error(launch.kernel + " needs " + std::to_string(launch.shared) +
+                    " bytes of shared memory, and a block on " + name_ + " has " + std::to_string(most_shared_) +
+                    ": a bug in EdgeLM, report it");
+      }
+      driver_.call("cuFuncSetAttribute", "asking for shared memory", found.handle, kDynamicShared, int(launch.shared));
+      found.shared = launch.shared;
     }
-    driver_.call("cuFuncSetAttribute", "asking for shared memory", function.handle, kDynamicShared, int(launch.shared));
-    function.shared = launch.shared;
+    kernels.push_back({found.handle, found.pdl && pdl_});
   }
+  return kernels;
 }
 
 void DeviceContext::load_module() {
@@ -150,15 +155,17 @@ void DeviceContext::load_module() {
   int keys[] = {kJitErrorLog, kJitErrorLogSize};
   void* values[] = {log, reinterpret_cast<void*>(sizeof log)};
   try {
-    driver_.call("cuModuleLoadDataEx", ("loading " + target_).c_str(), &module_, image.data(), 2u,
-                 static_cast<int*>(keys), static_cast<void**>(values));
+    driver_.call("cuModuleLoadDataEx", "loading " + target_, &module_, image.data(), 2u, static_cast<int*>(keys),
+                 static_cast<void**>(values));
   } catch (const Error& error) {
     const std::string said(log);
     throw said.empty() ? error : Error(std::string(error.what()) + " (" + said.substr(0, said.find('\n')) + ")");
   }
 }
 
-void DeviceContext::load(const std::string& kernel) {
+DeviceContext::Function& DeviceContext::function(const std::string& kernel) {
+  const auto known = functions_.find(kernel);
+  if (known != functions_.end()) return known->second;
   if (!module_) load_module();
   const gpu::KernelArchive& archive = gpu::KernelArchive::get();
   const auto bytes = archive.argument_bytes().find(kernel);
@@ -168,31 +175,33 @@ void DeviceContext::load(const std::string& kernel) {
         Error::Kind::kBundle);
   }
   void* handle = nullptr;
-  driver_.call("cuModuleGetFunction", ("looking for " + kernel).c_str(), &handle, module_, kernel.c_str());
+  driver_.call("cuModuleGetFunction", "looking for " + kernel, &handle, module_, kernel.c_str());
   // Drivers load a kernel when it is first used and wait then, which is not allowed while a stream is captured.
-  if (driver_.has("cuFuncLoad")) driver_.call("cuFuncLoad", ("loading " + kernel).c_str(), handle);
-  functions_[kernel] = {handle, bytes->second, archive.pdl(target_).count(kernel) != 0, kShared};
+  if (driver_.has("cuFuncLoad")) driver_.call("cuFuncLoad", "loading " + kernel, handle);
+  const Function found{handle, bytes->second, archive.pdl(target_).count(kernel) != 0, kShared};
+  return functions_.emplace(kernel, found).first->second;
 }
 
-void DeviceContext::launch(const gpu::Launches& launches, void* stream) {
-  for (const gpu::Launch& launch : launches) {
-    Function function;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      function = functions_.at(launch.kernel);
-    }
+void DeviceContext::launch(const gpu::Launches& launches, const std::vector<LoadedKernel>& kernels,
+                           void* stream) const {
+  using Launch = int (*)(void*, u32, u32, u32, u32, u32, u32, u32, void*, void**, void**);
+  using LaunchEarly = int (*)(const LaunchConfig*, void*, void**, void**);
+  for (std::size_t i = 0; i < launches.size(); ++i) {
+    const gpu::Launch& launch = launches[i];
+    const u32* grid = launch.grid;
     // The driver copies the arguments before it returns.
     void* parameters[] = {const_cast<u8*>(launch.args.data())};
-    void** extra = nullptr;
-    const u32* grid = launch.grid;
-    const std::string doing = "launching " + launch.kernel;
-    if (function.pdl && pdl_) {
+    if (kernels[i].early) {
       LaunchAttribute attribute{kProgrammaticSerialization, 0, 1, {}};
-      LaunchConfig config{{grid[0], grid[1], grid[2]}, {launch.block, 1, 1}, launch.shared, stream, &attribute, 1};
-      driver_.call("cuLaunchKernelEx", doing.c_str(), &config, function.handle, static_cast<void**>(parameters), extra);
+      const LaunchConfig config{
+          {grid[0], grid[1], grid[2]}, {launch.block, 1, 1}, launch.shared, stream, &attribute, 1};
+      const int status = reinterpret_cast<LaunchEarly>(launch_kernel_early_)(&config, kernels[i].handle, parameters,
+                                                                             nullptr);
+      if (status) driver_.fail("cuLaunchKernelEx", status, "launching " + launch.kernel);
     } else {
-      driver_.call("cuLaunchKernel", doing.c_str(), function.handle, grid[0], grid[1], grid[2], launch.block, 1u, 1u,
-                   launch.shared, stream, static_cast<void**>(parameters), extra);
+      const int status = reinterpret_cast<Launch>(launch_kernel_)(
+          kernels[i].handle, grid[0], grid[1], grid[2], launch.block, 1, 1, launch.shared, stream, parameters, nullptr);
+      if (status) driver_.fail("cuLaunchKernel", status, "launching " + launch.kernel);
     }
   }
 }

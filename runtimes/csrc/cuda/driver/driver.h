@@ -6,6 +6,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "cuda/host/launch.h"
 #include "cuda/driver/kernel_archive.h"
@@ -19,22 +20,29 @@ class Driver {
   static const Driver& get();
 
   // Call a function; the status is 0 or Error is thrown, with what to do about it.
-  template <class... Args> void call(const char* function, const char* doing, Args... args) const {
+  template <class... Args> void call(const char* function, const std::string& doing, Args... args) const {
     const int status = reinterpret_cast<int (*)(Args...)>(find(function))(args...);
     if (status) fail(function, status, doing);
   }
   bool has(const char* function) const;
+  // The address of a function. Throws Error if this driver lacks it.
+  void* find(const char* function) const;
+  [[noreturn]] void fail(const char* function, int status, const std::string& doing) const;
 
   gpu::CudaVersion version() const { return version_; }
 
  private:
   Driver();
-  void* find(const char* function) const;
-  [[noreturn]] void fail(const char* function, int status, const char* doing) const;
 
   std::string path_;
   void* library_;
   gpu::CudaVersion version_;
+};
+
+// A kernel that is loaded in a context.
+struct LoadedKernel {
+  void* handle;
+  bool early;  // launched with programmatic dependent launch
 };
 
 // A device with its kernels, which are loaded once for each context of the driver.
@@ -46,10 +54,10 @@ class DeviceContext {
   explicit DeviceContext(const Driver& driver);
 
   const gpu::DeviceInfo& info() const { return info_; }
-  // Load the kernels of launches that are not loaded yet, which may wait for the device.
-  void load(const gpu::Launches& launches);
+  // Return the kernels of launches, and load those that are not loaded yet, which may wait for the device.
+  std::vector<LoadedKernel> load(const gpu::Launches& launches);
   // Launch loaded kernels, in order.
-  void launch(const gpu::Launches& launches, void* stream);
+  void launch(const gpu::Launches& launches, const std::vector<LoadedKernel>& kernels, void* stream) const;
 
  private:
   struct Function {
@@ -58,7 +66,7 @@ class DeviceContext {
     bool pdl;
     u32 shared;
   };
-  void load(const std::string& kernel);
+  Function& function(const std::string& kernel);
   void load_module();
 
   const Driver& driver_;
@@ -71,6 +79,7 @@ class DeviceContext {
   std::string target_;  // of the loaded image
   void* module_ = nullptr;
   std::map<std::string, Function> functions_;
+  void *launch_kernel_, *launch_kernel_early_ = nullptr;  // of the driver: looked up once
 };
 
 }  // namespace edgelm::trt

@@ -175,6 +175,7 @@ int32_t NodePlugin::enqueue(const TensorDesc* input_descs, const TensorDesc*, co
       key.push_back(reinterpret_cast<u64>(outputs[i]));
     }
     DeviceContext& device = DeviceContext::current();
+    key.push_back(reinterpret_cast<u64>(&device));
     if (key != planned_for_) {
       planned_for_.clear();
       for (std::size_t i = 0; i < input_count; ++i) {
@@ -189,10 +190,10 @@ int32_t NodePlugin::enqueue(const TensorDesc* input_descs, const TensorDesc*, co
       const u64 counter_bytes = gpu::counter_bytes(node_, step.at(0), step.at(0) * step.at(1));
       const u64 counters = counters_.at_least(counter_bytes, stream);
       launches_ = gpu::launches(node_, device.info(), key.front(), counters);
-      device.load(launches_);
+      kernels_ = device.load(launches_);
       if (counters || !counter_bytes) planned_for_ = std::move(key);
     }
-    device.launch(launches_, stream);
+    device.launch(launches_, kernels_, stream);
   });
 }
 

@@ -8,6 +8,7 @@
 #include "cuda/host/node.h"
 #include "cuda/tensorrt/abi.h"
 #include "cuda/driver/counters.h"
+#include "cuda/driver/driver.h"
 #include "cuda/tensorrt/plugin_spec.h"
 
 namespace edgelm::trt {
@@ -65,6 +66,7 @@ class NodePlugin final : public Plugin, public Core, public BuildV2, public Runt
   // The launches of the last call, and the shapes and addresses that they are for: in decoding they rarely change.
   std::vector<u64> planned_for_;
   gpu::Launches launches_;
+  std::vector<LoadedKernel> kernels_;
 };
 
 class NodeCreator final : public Creator {
