@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,13 @@ from gpu_dry import DryDevice
 from gpu_figures import Figure, Limits
 
 from edgelm.bundle.kv_cache import row_bytes
+from edgelm.generation.sampling import Sampler, Sampling
 from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.emulated import EmulatedDevice
 from edgelm.runtimes.cuda.executor import Executor, Sizes
 from edgelm.runtimes.cuda.kernels.images import KernelCompiler
 from edgelm.runtimes.cuda.program import Program, matrix_of
+from edgelm.runtimes.cuda.sampling import SampledDecoding
 from edgelm.synth import PUBLISHED
 
 TINY = {
@@ -42,6 +44,8 @@ TINY = {
 # The check: tokens of the prompt, how many of them are decoded, and the largest error of logits from rounding.
 _PROMPT, _DECODED = 48, 8
 _ROUNDING = 0.05
+SAMPLED = Sampling(0.8, top_k=50, top_p=0.95, repetition_penalty=1.1, seed=1)
+"""How tokens are sampled where that is timed. With top-k the shortlist always suffices."""
 
 
 @dataclass(frozen=True)
@@ -151,9 +155,14 @@ def agreement(model: Executor, vocabulary: int, batch: int) -> Agreement:
     return Agreement(every.size, int((every > _ROUNDING).sum()), choosing, float(every.max()))
 
 
-def decode(model: Executor, context: int, batch: int, steps: int) -> list[float]:
-    """Return the wall seconds of each of `steps` greedily decoded tokens; the host reads each before the next one."""
+def decode(model: Executor, context: int, batch: int, steps: int, options: Sampling | None = None) -> list[float]:
+    """Return the wall seconds of each of `steps` decoded tokens; the host reads each before the next one.
+
+    `options`: how tokens are sampled; None: greedily, without a sampler.
+    """
     assert context + steps <= model.layout.sizes.capacity, (context, steps, model.layout.sizes)
+    if options is not None:
+        return _decode_sampled(model, context, steps, [Sampler(options) for _ in range(batch)])
     tokens = np.zeros((batch, 1), np.int32)
     chosen = np.empty(batch, np.int32)
     times = []
@@ -166,6 +175,19 @@ def decode(model: Executor, context: int, batch: int, steps: int) -> list[float]
     return times
 
 
+def _decode_sampled(model: Executor, context: int, steps: int, samplers: Sequence[Sampler]) -> list[float]:
+    decoding = SampledDecoding(model)
+    tokens = np.zeros(len(samplers), np.int64)
+    times = []
+    for at in range(context, context + steps):
+        start = time.perf_counter()
+        decoding.run(tokens, [at] * len(samplers), samplers)
+        chosen = decoding.choose(samplers)
+        times.append(time.perf_counter() - start)
+        tokens[:] = chosen
+    return times
+
+
 def config_of(name: str, *, tiny: bool = False) -> dict[str, Any]:
     """Return the config.json of a published model, or of a small one of its family."""
     return dict(PUBLISHED[name]) | (TINY if tiny else {})
@@ -175,7 +197,7 @@ def load(device: Any, config: Mapping[str, Any], kind: str, batch: int) -> Execu
     """Return a model with random weights of a kind, for up to `batch` sequences."""
     at = positions(config)
     program = gpu_random.random_program(config, gpu_random.RECIPES[kind])
-    sizes = Sizes(batch, at.long, tokens=at.long, logits=max(batch, _PROMPT), kv="float16")
+    sizes = Sizes(batch, at.long, tokens=at.long, logits=max(batch, _PROMPT), kv="float16", samples=True)
     return gpu_random.loaded(device, program, sizes)
 
 
@@ -200,6 +222,9 @@ def measure(
     decode(model, at.context, 1, 3)
     ours = [median(at.context, 1, at.steps) for _ in range(repeat)]
     figures = [Figure(f"{name} {kind} decode", ours, nbytes + cache)]
+    decode(model, at.context, 1, 3, SAMPLED)
+    times = [float(np.median(decode(model, at.context, 1, at.steps, SAMPLED))) for _ in range(repeat)]
+    figures.append(Figure(f"{name} {kind} decode, sampled", times, nbytes + cache))
     launches = model.decode_launches(1)
 
     def launch() -> None:

@@ -23,6 +23,7 @@ from edgelm.quant.recipe import Recipe
 from edgelm.quant.scheme import Fp8Scheme, Scheme
 from edgelm.runtimes.cuda.device import Device
 from edgelm.runtimes.cuda.executor import Executor, Layout, Sizes
+from edgelm.runtimes.cuda.kernels import sampling
 from edgelm.runtimes.cuda.program import PROGRAM_FILE, Node, Program, matrix_of
 from edgelm.synth import PUBLISHED
 
@@ -137,7 +138,7 @@ def random_model(device: Device, name: str, kind: str, sizes: Sizes) -> Executor
 def loaded(device: Device, program: Program, sizes: Sizes) -> Executor:
     """Return an executor of a program with random weights on a device."""
     layout = Layout(program, sizes, device.info)
-    device.load(layout.operators.kernels())
+    device.load([*layout.operators.kernels(), *(sampling.kernels() if layout.sampling else ())])
     weights: Any = RandomWeights(device, program)
     return Executor(device, weights, layout)
 

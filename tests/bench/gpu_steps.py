@@ -23,6 +23,7 @@ from gpu_figures import paired
 from gpu_models import agreement, config_of, decode, load, positions
 from numpy.typing import NDArray
 
+from edgelm.generation.sampling import Sampling
 from edgelm.runtimes.cuda.driver import CudaDevice
 from edgelm.runtimes.cuda.driver_library import LIBRARY, LIBRARY_VARIABLE
 from edgelm.runtimes.cuda.executor import Executor
@@ -38,9 +39,11 @@ _BATCHES = (1, 32)
 
 
 def tiny(device: Any, name: str, kind: str) -> int:
-    """Prefill and decode a small model, alone and in a batch."""
+    """Prefill, decode and sample with a small model, alone and in a batch."""
     config = dict(PUBLISHED[name]) | _SMALL
-    print(f"{name} {kind}, small: {agreement(load(device, config, kind, 3), config['vocab_size'], 3)}")
+    model = load(device, config, kind, 3)
+    print(f"{name} {kind}, small: {agreement(model, config['vocab_size'], 3)}")
+    decode(model, 3, 3, 3, Sampling(0.8, top_p=0.9, repetition_penalty=1.1, seed=1))
     device.synchronize()
     return 0
 
