@@ -115,7 +115,8 @@ def test_few_tokens(gpu: Device, rng: np.random.Generator, tokens: int) -> None:
     ("kind", "group", "zeros"),
     [
         ("int4", 0, False), ("int4", 16, True), ("int4", 64, True), ("int4", 32, False), ("int4", 320, False),
-        ("int8", 0, True), ("int8", 16, False), ("int8", 64, True), ("fp8", 0, False), ("fp8", 320, False),
+        ("int4", 128, True), ("int8", 0, True), ("int8", 16, False), ("int8", 64, True), ("int8", 32, False),
+        ("int8", 128, True), ("fp8", 0, False), ("fp8", 320, False),
         ("16", 0, False),
     ],
 )  # fmt: skip
@@ -137,6 +138,40 @@ def test_any_choice_of_experts(gpu: Device, rng: np.random.Generator, tokens: in
         shape = MoeShape(tokens, 16, 32, 64, k)
         for logits in (one, rng.standard_normal((tokens, 64)) * 3):
             check(gpu, rng, Case(shape, GpuKind.BFLOAT16, logits, seed=seed))
+
+
+@pytest.mark.parametrize(("kind", "group"), [("int4", 32), ("int4", 128), ("int8", 64), ("fp8", 0), ("bf16", 0)])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 8, 11, 32])
+def test_an_expert_of_several_rounds_has_any_number_of_slots(
+    gpu: Device, rng: np.random.Generator, tokens: int, kind: str, group: int
+) -> None:
+    shape = MoeShape(tokens, 16, 1664, 3, 2)  # four warps share an expert, and none has whole rounds
+    logits = rng.standard_normal((tokens, 3))
+    logits[:, 0] += 9  # all tokens choose expert 0
+    check(gpu, rng, Case(shape, GpuKind(kind), logits, group, zeros=kind[:3] == "int", seed=(0, 1, 7)[tokens % 3]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "hidden", "group", "experts", "kernel"),
+    [
+        ("int4", 1024, 32, 64, "int4_g32"), ("int4", 1024, 64, 64, "int4_g64"), ("int4", 1024, 128, 64, "int4_g128"),
+        ("int8", 1024, 128, 64, "int8_g128"), ("int4", 1024, 256, 64, "int4"), ("int8", 1024, 1024, 64, "int8"),
+        ("fp8", 1024, 128, 64, "fp8"), ("bf16", 1024, 1024, 64, "bf16"),
+        # Two warps share an expert's 10 tiles, and the second begins in the middle of a group.
+        ("int4", 640, 128, 64, "int4"), ("int4", 640, 64, 64, "int4_g64"),
+    ],
+)  # fmt: skip
+def test_common_groups_are_constants_of_the_kernel(
+    kind: str, hidden: int, group: int, experts: int, kernel: str
+) -> None:
+    shape = MoeShape(1, 64, hidden, experts, 8)
+    matrix = GpuMatrix(GpuKind(kind), 64, hidden, group, count=experts)
+    launch = moe.down_launch(shape, matrix, 0, 0, 0, moe.workspace(shape, 0), 0)
+    assert launch.kernel == f"moe_down_bf16_{kernel}_f32_n8"
+    assert launch.kernel in moe.sparse_moe_kernels(
+        moe.SparseMoe(shape, GpuMatrix(GpuKind(kind), 2 * hidden, 64, 64, swiglu=True, count=experts), matrix)
+    )
+    assert launch.shared <= 99 << 10
 
 
 def test_a_token_of_nans_does_not_affect_its_neighbours(gpu: Device, rng: np.random.Generator) -> None:

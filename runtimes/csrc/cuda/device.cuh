@@ -38,6 +38,8 @@ constexpr int kWarp = 32;
 
 namespace edgelm {
 
+EDGELM_DEVICE int divide(int x, Divisor by) { return int(u64(u32(x)) * by.factor >> by.shift); }
+
 // -- conversions -------------------------------------------------------------------------------------------------------
 
 EDGELM_DEVICE float to_float(float x) { return x; }

@@ -22,7 +22,11 @@ namespace edgelm {
 
 // -- where a thread is -------------------------------------------------------------------------------------------------
 
-EDGELM_DEVICE int thread() { return threadIdx.x; }
+EDGELM_DEVICE int thread() {
+  const int found = threadIdx.x;
+  __builtin_assume(found >= 0 && found < 1024);  // else a division of it needs a correction for negative numbers
+  return found;
+}
 EDGELM_DEVICE int block_threads() { return blockDim.x; }
 EDGELM_DEVICE int block_x() { return blockIdx.x; }
 EDGELM_DEVICE int block_y() { return blockIdx.y; }
@@ -140,6 +144,9 @@ EDGELM_DEVICE Words4 load16_stream(const void* p) {
                : "l"(p));
   return x;
 }
+
+// Request a line of global memory for the L2 cache, and do not wait for it.
+EDGELM_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 EDGELM_DEVICE int atomic_add(int* p, int x) { return atomicAdd(p, x); }
 // Memory fence for the device: writes of this thread before it are visible to whoever sees a write or atomic of this

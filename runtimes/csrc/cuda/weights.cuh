@@ -25,6 +25,8 @@ constexpr int kTileBytes = 512;
 
 // The zero point of symmetric integers.
 template <class W> EDGELM_DEVICE int middle() { return Same<W, Int4>::value ? 8 : 128; }
+// Four of them.
+template <class W> EDGELM_DEVICE u32 middles() { return u32(middle<W>()) * 0x01010101u; }
 
 // -- mma operands: code - zero point, exact ------------- ------------------------------------------------------
 
@@ -37,8 +39,8 @@ template <class A> EDGELM_DEVICE u32 pair_fma(u32 a, u32 b, u32 c) {
 template <class A, class W> EDGELM_DEVICE u32 zero_pair(int zero) {
   // Codes are the last mantissa bits of 128 .. 255 (bfloat16) or 1024 .. 2047 (float16), where the step is 1.
   if constexpr (!Is<W>::integer) return 0;
-  else if constexpr (!Same<A, bf16>::value) return (0xe400u | u32(zero)) * 0x10001u;  // -1024 - zero
-  else if constexpr (Same<W, Int4>::value) return (0xc300u | u32(zero)) * 0x10001u;   // -128 - zero
+  else if constexpr (!Same<A, bf16>::value) return permute_bytes(u32(zero), 0xe4, 0x4040);  // -1024 - zero
+  else if constexpr (Same<W, Int4>::value) return permute_bytes(u32(zero), 0xc3, 0x4040);   // -128 - zero
   else return float_to_bf16x2(float(128 - zero), float(128 - zero));
 }
 

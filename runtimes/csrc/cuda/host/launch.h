@@ -36,6 +36,8 @@ struct DeviceInfo {
 
   // Bytes of shared memory of a multiprocessor. A block may use 1 KiB less.
   i64 shared_bytes() const;
+  // Bytes of the next launch's weights that may be requested for the L2 cache while memory is idle; 0: none.
+  i64 prefetch_bytes() const;
 };
 
 // A struct of arguments with all bytes zero, padding included: equal plans have equal bytes.
@@ -51,6 +53,9 @@ Launch make_launch(std::string kernel, i64 x, i64 y, i64 z, i64 threads, i64 sha
   const u8* bytes = reinterpret_cast<const u8*>(&args);
   return {std::move(kernel), {u32(x), u32(y), u32(z)}, u32(threads), u32(shared), {bytes, bytes + sizeof args}};
 }
+
+// For kernels that divide by d, 1 to 2^31.
+Divisor divisor(i64 d);
 
 // An address on the device as a pointer of the type that a struct has; 0 is null.
 template <class T> void point(T*& to, u64 address) { to = reinterpret_cast<T*>(address); }

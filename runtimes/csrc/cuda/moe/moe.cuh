@@ -121,9 +121,8 @@ EDGELM_DEVICE bool router_block(const MoeRouterArgs& args, float* scratch, int* 
     }
   }
   // Each block of a token writes its share of the normed columns.
-  const int share = (columns / 4 + grid_x() - 1) / grid_x() * 4;
-  const int end = min_(columns, (block_x() + 1) * share);
-  for (int c = block_x() * share + 4 * thread(); c < end; c += 4 * block_threads()) {
+  const int end = min_(columns, (block_x() + 1) * args.share);
+  for (int c = block_x() * args.share + 4 * thread(); c < end; c += 4 * block_threads()) {
     const Float4 norm = load_floats(args.norm + c);
     EDGELM_UNROLL
     for (int t = 0; t < T; ++t) {

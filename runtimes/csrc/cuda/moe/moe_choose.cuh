@@ -148,7 +148,7 @@ template <int P> EDGELM_DEVICE void choose_all(const MoeChooseArgs& args, void* 
   if (warp == 0) scan_counts<P>(args, counts, starts, true);
   sync_block();
   for (int i = thread(); i < pairs; i += block_threads()) {
-    const int token = i / args.k, expert = chosen[i] / kMaxChosen;
+    const int token = divide(i, args.k_divisor), expert = chosen[i] / kMaxChosen;
     const int before = count_bits(u32(bits[expert]) & ((1u << token) - 1));
     place_pair(args, token, chosen[i] % kMaxChosen, starts[expert] + before, weights[i]);
   }
@@ -226,7 +226,8 @@ template <int P> EDGELM_BODY void moe_place(const MoeChooseArgs& args) {
     const i64 at = i64(block_x()) * kChooseTokens * args.k + i;
     const int chosen = args.chosen[at], expert = chosen / kChooseTokens;
     const int slot = starts[expert] + before[expert] + chosen % kChooseTokens;
-    place_pair(args, block_x() * kChooseTokens + i / args.k, i % args.k, slot, args.chosen_weights[at]);
+    const int token = divide(i, args.k_divisor);
+    place_pair(args, block_x() * kChooseTokens + token, i - token * args.k, slot, args.chosen_weights[at]);
   }
 }
 

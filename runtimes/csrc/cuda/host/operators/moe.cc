@@ -17,8 +17,9 @@ constexpr i64 kChooseTokens = 32;
 // faster.
 constexpr i64 kTiledTokens = 257;
 constexpr i64 kTiles[] = {32, 16, 8};  // tokens of a block of the router in tiles
-constexpr i64 kTileThreads = 256, kPlaceThreads = 256, kCombineThreads = 128, kDownThreads = 512;
-constexpr i64 kDownRings[][2] = {{1, 8}, {2, 8}, {4, 6}};  // {tiles of 8 tokens, tiles of a warp in shared memory}
+constexpr i64 kTileThreads = 256, kPlaceThreads = 256, kCombineThreads = 128;
+constexpr i64 kDownWidths[] = {1, 2, 4};      // tiles of 8 tokens
+constexpr i64 kDownGroups[] = {32, 64, 128};  // columns per scale that have kernels of their own
 constexpr i64 kExpertLimits[] = {32, 64, 128, 256};
 
 // The router for few tokens.
@@ -41,8 +42,26 @@ std::vector<std::array<std::string, 2>> downs() {
   return all;
 }
 
-std::string down_name(const std::string& activation, const std::string& kind, i64 tiles) {
-  return "moe_down_" + activation + "_" + kind + "_f32_n" + std::to_string(8 * tiles);
+// Groups that have kernels of their own for weights of this kind, and 0: the kernel for all others.
+std::vector<i64> down_groups(const std::string& kind) {
+  std::vector<i64> groups{0};
+  if (kind == "int4" || kind == "int8") groups.insert(groups.end(), std::begin(kDownGroups), std::end(kDownGroups));
+  return groups;
+}
+
+std::string down_name(const std::string& activation, const std::string& kind, i64 group, i64 width) {
+  return "moe_down_" + activation + "_" + kind + (group ? "_g" + std::to_string(group) : "") + "_f32_n" +
+         std::to_string(8 * width);
+}
+
+// The group that is a constant of the kernel: it needs each warp's part of the columns to begin with a group.
+i64 down_group(const Matrix& matrix, i64 tiles, i64 split_bits) {
+  const auto groups = down_groups(matrix.kind);
+  if (std::find(groups.begin(), groups.end(), matrix.group) == groups.end()) return 0;
+  for (i64 part = 0; part < i64(1) << split_bits; ++part) {
+    if ((tiles * part >> split_bits) * matrix.tile_columns() % matrix.group) return 0;
+  }
+  return matrix.group;
 }
 
 std::string experts_suffix(i64 experts) { return "_e" + std::to_string(moe_expert_limit(experts)); }
@@ -67,6 +86,7 @@ MoeRouterArgs router_args(const MoeShape& shape, u64 x, u64 norm, u64 router, u6
   args.tokens = i32(shape.tokens);
   args.columns = i32(shape.columns);
   args.experts = i32(shape.experts);
+  args.share = i32(divide_up(shape.columns / 4, router_blocks(shape).x) * 4);
   args.epsilon = shape.epsilon;
   return args;
 }
@@ -86,6 +106,7 @@ MoeChooseArgs choose_args(const MoeShape& shape, u64 logits, const MoeWorkspace&
   args.experts = i32(shape.experts);
   args.k = i32(shape.k);
   args.normalize = shape.normalize;
+  args.k_divisor = divisor(shape.k);
   return args;
 }
 
@@ -241,14 +262,12 @@ Launch moe_down_launch(const MoeShape& shape, const Matrix& matrix, u64 weights,
     throw Error("moe_down has no kernel for " + std::to_string(shape.tokens) + " tokens of " + shape.activation +
                 " with " + matrix.kind + " weights");
   }
-  const auto& [tiles, ring] = kDownRings[shape.tokens <= 8 ? 0 : shape.tokens <= 16 ? 1 : 2];
-  const i64 warps = kDownThreads / 32;
+  const i64 width = kDownWidths[shape.tokens <= 8 ? 0 : shape.tokens <= 16 ? 1 : 2];
+  const i64 tiles = shape.hidden / matrix.tile_columns();
   // With few experts, several warps divide an expert's columns, as long as each has some tiles.
-  i64 split = 1;
-  while (split * 2 * std::min<i64>(shape.most_active(), 8) <= warps &&
-         split * 8 <= shape.hidden / matrix.tile_columns()) {
-    split *= 2;
-  }
+  i64 bits = 0;
+  while (2 * std::min<i64>(shape.most_active(), 8) << bits <= kDownWarps && i64(8) << bits <= tiles) ++bits;
+  const i64 group = down_group(matrix, tiles, bits);
   auto args = zeroed<MoeDownArgs>();
   point(args.hidden, hidden);
   point(args.codes, weights);
@@ -265,13 +284,29 @@ Launch moe_down_launch(const MoeShape& shape, const Matrix& matrix, u64 weights,
   args.tokens = i32(shape.tokens);
   args.columns = i32(shape.columns);
   args.hidden_columns = i32(shape.hidden);
-  args.group = i32(matrix.group);
   args.k = i32(shape.k);
+  args.pairs = i32(shape.slots());
   args.most_active = i32(shape.most_active());
-  args.split = i32(split);
-  const i64 shared = ring * kDownThreads * 16 + warps * (tiles * 8 * 20 + 2) * 4;
-  return make_launch(down_name(shape.activation, matrix.kind, tiles), matrix.blocks(), 1, 1, kDownThreads, shared,
-                     args);
+  args.split_bits = i32(bits);
+  args.tiles = i32(tiles);
+  args.group = i32(matrix.group);
+  args.groups = i32(matrix.groups());
+  args.group_divisor = divisor(matrix.group);
+  const DownSizes sizes = down_sizes(int(matrix.tile_columns()), int(matrix.scale_bytes()), int(width), int(group));
+  return make_launch(down_name(shape.activation, matrix.kind, group, width), matrix.blocks(), 1, 1, kDownThreads,
+                     sizes.pairs + 8 * shape.slots(), args);
+}
+
+KernelNames moe_down_kernels(const std::string& activation, const Matrix& matrix) {
+  KernelNames names;
+  for (const auto& [a, kind] : downs()) {
+    if (a != activation || kind != matrix.kind) continue;
+    for (i64 group : down_groups(kind)) {
+      if (group && group != matrix.group) continue;
+      for (i64 width : kDownWidths) names.push_back(down_name(a, kind, group, width));
+    }
+  }
+  return names;
 }
 
 // -- list of all kernels ----------------------------------------------------------------------------------------------
@@ -280,9 +315,8 @@ namespace {
 
 KernelSources all_moe_kernels() {
   KernelSources all;
-  const auto add = [&](const std::string& name, const char* args, i64 threads, const std::string& body) {
-    all.push_back({name, "moe/moe.cuh", args, threads, 1, body});
-  };
+  const auto add = [&](const std::string& name, const char* args, i64 threads, const std::string& body,
+                       i64 min_blocks = 1) { all.push_back({name, "moe/moe.cuh", args, threads, min_blocks, body}); };
   const auto activations = {"bf16", "f16", "f32"};
   const auto router_body = [](const std::string& what, const char* activation, const Router& one) {
     return what + "<" + cuda_type(activation) + ", " + std::to_string(one.tokens) + ", " + std::to_string(one.experts);
@@ -313,9 +347,13 @@ KernelSources all_moe_kernels() {
     }
   }
   for (const auto& [a, kind] : downs()) {
-    for (const auto& ring : kDownRings) {
-      add(down_name(a, kind, ring[0]), "MoeDownArgs", kDownThreads,
-          std::string("moe_down<") + cuda_type(a) + ", " + cuda_type(kind) + ", " + std::to_string(ring[0]) + ">");
+    for (i64 group : down_groups(kind)) {
+      for (i64 width : kDownWidths) {
+        add(down_name(a, kind, group, width), "MoeDownArgs", kDownThreads,
+            std::string("moe_down<") + cuda_type(a) + ", " + cuda_type(kind) + ", " + std::to_string(width) + ", " +
+                std::to_string(group) + ">",
+            kind == "int4" && width == 1 ? 2 : 1);  // room for the successor of an early launch, where nothing spills
+      }
     }
   }
   add("moe_combine_f32", "MoeCombineArgs", kCombineThreads, "moe_combine");

@@ -69,6 +69,8 @@ Launch moe_combine_launch(const MoeShape& shape, u64 x, u64 outputs, u64 slot_we
 Launch moe_down_launch(const MoeShape& shape, const Matrix& matrix, u64 weights, u64 x, u64 hidden,
                        const MoeWorkspace& places, u64 y);
 constexpr i64 kDownTokens = 32;  // for up to so many tokens there is moe_down
+// The kernels that it may launch, for any number of tokens.
+KernelNames moe_down_kernels(const std::string& activation, const Matrix& matrix);
 
 // The kernel names that choose experts contain it: the experts that there are at most, 32, 64, 128 or 256.
 i64 moe_expert_limit(i64 experts);

@@ -92,14 +92,14 @@ KernelNames sparse_moe_kernels(const SparseMoe& call) {
   KernelNames names, by_experts;
   for (const KernelSource& kernel : moe_kernels()) {
     const std::string& name = kernel.name;
-    if (starts(name, "moe_router_" + activation + "_") || starts(name, "moe_combine_") ||
-        starts(name, "moe_down_" + activation + "_" + call.down.kind + "_")) {
+    if (starts(name, "moe_router_" + activation + "_") || starts(name, "moe_combine_")) {
       names.push_back(name);
     } else if (ends(name, experts) && (starts(name, "moe_choose_") || starts(name, "moe_place_") ||
                                        starts(name, "moe_route_" + activation + "_"))) {
       by_experts.push_back(name);
     }
   }
+  for (std::string& name : moe_down_kernels(activation, call.down)) names.push_back(std::move(name));
   names.insert(names.end(), by_experts.begin(), by_experts.end());
   for (const Matrix* matrix : {&call.gate_up, &call.down}) {
     for (std::string& name : matmul_kernels(*matrix, activation, call.rounding)) names.push_back(std::move(name));
