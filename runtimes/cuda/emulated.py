@@ -46,7 +46,9 @@ class EmulatedDevice(Device):
         self.seed = seed
         self._cache = cache or _default_cache()
         self._buffers: dict[int, NDArray[np.uint8]] = {}
-        self._launchers: dict[str, Callable[..., bytes | None]] = {}
+        self._launchers: dict[str, tuple[Callable[..., bytes | None], Callable[[], Any]]] = {}
+        self.prefetched: tuple[int, int] | None = None
+        """The lowest and the highest address that the last launch requested for the L2 cache."""
         self._lazy = lazy
         self._awaited: set[str] = set()
         self._captured: list[Callable[[], object]] | None = None
@@ -118,8 +120,8 @@ class EmulatedDevice(Device):
 
     def load_source(self, names: Sequence[str], source: str) -> None:
         """Compile `source`, which instantiates the kernels `names` of headers in `SOURCES`. Raises as `load`."""
-        run = launcher(_library(source, self.info.capability, self._cache))
-        self._launchers |= dict.fromkeys(names, run)
+        library = _library(source, self.info.capability, self._cache)
+        self._launchers |= dict.fromkeys(names, (launcher(library), _prefetches(library)))
 
     def launch(self, launch: Launch, stream: int = 0) -> None:
         """Run a kernel to its end.
@@ -138,12 +140,19 @@ class EmulatedDevice(Device):
             raise DeviceError(f"the kernel {launch.kernel} was not loaded: call load() first")
         grid = (ctypes.c_int * 3)(*launch.grid)
         args = ctypes.create_string_buffer(launch.args, len(launch.args))
-        problem = self._launchers[launch.kernel](
+        run, prefetches = self._launchers[launch.kernel]
+        problem = run(
             launch.kernel.encode(), grid, launch.block, launch.shared, ctypes.addressof(args), len(launch.args),
             self.seed,
         )  # fmt: skip
         if problem is not None:
             raise DeviceError(f"emulated kernel {problem.decode()}")
+        lowest, highest = prefetches()[:2]
+        self.prefetched = (lowest, highest) if lowest else None
+        if self.prefetched and not any(
+            start <= lowest and highest < start + buffer.size - 2 * _CANARY for start, buffer in self._buffers.items()
+        ):
+            raise DeviceError(f"{launch.kernel} prefetched {lowest:#x} to {highest:#x}, which is in no buffer")
 
     def synchronize(self) -> None:
         """Check the canaries of all buffers.
@@ -215,6 +224,13 @@ def launcher(library: Path) -> Callable[..., bytes | None]:
         ctypes.c_uint,
     ]  # fmt: skip
     function.restype = ctypes.c_char_p  # type: ignore[attr-defined]  # a C function
+    return function
+
+
+def _prefetches(library: Path) -> Callable[[], Any]:
+    """Return the function of a library that returns the addresses which the last launch prefetched."""
+    function: Callable[[], Any] = ctypes.CDLL(str(library)).edgelm_emulated_prefetches
+    function.restype = ctypes.POINTER(ctypes.c_void_p)  # type: ignore[attr-defined]  # a C function
     return function
 
 

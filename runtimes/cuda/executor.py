@@ -309,14 +309,15 @@ class Executor:
         renamed: dict[str, str] = {}
         launches: list[Launch] = []
         scratch = Scratch(self._base + self.layout.workspace, self._base + self.layout.counters)
-        for node in self._program.nodes:
+        for index, node in enumerate(self._program.nodes):
             now = last if _after_head(node.outputs[0]) else step
             if node.op == "LastToken":
                 if all_positions or tokens == 1:
                     renamed[node.outputs[0]] = node.inputs[0]
                     continue
                 now, last = step, Step(batch, 1)
-            launches += self.layout.operators.launches(node, now, self._addresses(node, first, renamed), scratch)
+            addresses = self._addresses(node, first, renamed)
+            launches += self.layout.operators.launches(node, now, addresses, scratch, self._next_weights(index))
         width, at = self._program.values["logits"].width, self.layout
         logits = self._base + at.offsets["logits"]
         if choice == "greedy":
@@ -325,6 +326,16 @@ class Executor:
             how, seen, results = (self._base + offset for offset in (at.how, at.seen, at.results))
             launches += sampling.sampling_launches(logits, how, seen, results, batch, width, scratch.workspace)
         return launches
+
+    def _next_weights(self, index: int) -> tuple[int, int]:
+        """Return address and bytes of the matrix that a node's output is multiplied with by the next node, or zeros."""
+        nodes = self._program.nodes
+        if index + 1 == len(nodes) or nodes[index + 1].op != "QuantLinear":
+            return 0, 0
+        x, weights = nodes[index + 1].inputs[:2]
+        if x not in nodes[index].outputs:
+            return 0, 0
+        return self._weights.address(weights), self._program.weights[weights].size
 
     def _addresses(self, node: Node, first: int, renamed: Mapping[str, str]) -> dict[str, int]:
         """Return the addresses of a node's inputs and outputs."""

@@ -56,8 +56,11 @@ class Operators:
         self._capacity = capacity
         self._device: dict[str, Field] = device_fields(info)
 
-    def launches(self, node: Node, step: Step, addresses: Mapping[str, int], scratch: Scratch) -> list[Launch]:
-        """Return the launches of a node, given the addresses of its inputs and outputs.
+    def launches(
+        self, node: Node, step: Step, addresses: Mapping[str, int], scratch: Scratch, prefetch: tuple[int, int] = (0, 0)
+    ) -> list[Launch]:
+        """Return the launches of a node, given the addresses of its inputs and outputs. `prefetch`: address and bytes
+        of the weights that the next node reads, of which attention may request a part for the L2 cache.
 
         Raises:
             BundleError: the program is damaged or of a later version of EdgeLM.
@@ -65,6 +68,8 @@ class Operators:
         """
         fields = self._fields(node, step, addresses)
         fields |= {"workspace": scratch.workspace, "counters": scratch.counters}
+        if node.op == "GroupQueryAttention":
+            fields |= {"prefetch": prefetch[0], "prefetch_bytes": prefetch[1]}
         try:
             return planning.launches("node_launches", {**fields, **self._device})
         except BundleError as error:

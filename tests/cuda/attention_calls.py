@@ -60,6 +60,8 @@ class AttentionBuffers:
     counters: int = 0
     q_norm_per_head: bool = False
     k_norm_per_head: bool = False
+    prefetch: int = 0
+    prefetch_bytes: int = 0
 
 
 def attention_launches(

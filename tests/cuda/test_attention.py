@@ -16,12 +16,13 @@ import attention_calls as attention
 import numpy as np
 import pytest
 from attention_calls import AttentionBuffers, AttentionShape
-from kernel_device import kernel_device
+from kernel_device import ON_GPU, kernel_device
 from numpy.typing import NDArray
 
 from edgelm.checkpoint.writer import float32_to_bf16
 from edgelm.errors import DeviceError
 from edgelm.runtimes.cuda.device import Device
+from edgelm.runtimes.cuda.emulated import EmulatedDevice
 from edgelm.runtimes.cuda.kernels.sources import kernels
 
 Array = NDArray[Any]
@@ -79,6 +80,7 @@ class Case:
     scale: float = 0.0
     splits: int | None = None
     counters: bool = True
+    prefetch: int = 0  # bytes of the next weights
     multiprocessors: int = MULTIPROCESSORS
     seed: int = 0
     epsilon: float = 1e-5
@@ -186,6 +188,7 @@ class Result:
     key_cache: Array
     value_cache: Array
     launches: int
+    prefetched: tuple[int, int] | None  # the first and the last line requested, as offsets in the next weights
 
 
 def compute(
@@ -213,6 +216,7 @@ def compute(
         uploaded(weights["q_norm"]) if case.norm else 0, uploaded(weights["k_norm"]) if case.norm else 0,
         uploaded(np.array(case.new, np.int32)) if case.new is not None else 0,
         uploaded(counters) if case.counters else 0, *case.per_head,
+        uploaded(np.zeros(case.prefetch, np.uint8)) if case.prefetch else 0, case.prefetch,
     )  # fmt: skip
     launches = attention.attention_launches(
         s, buffers, case.multiprocessors, epsilon=case.epsilon, clip=case.clip, scale=case.scale, splits=case.splits
@@ -220,7 +224,9 @@ def compute(
     for launch in launches:
         device.launch(launch)
     device.synchronize()
-    result = Result(out, np.empty_like(caches[0]), np.empty_like(caches[1]), len(launches))
+    requested = device.prefetched if isinstance(device, EmulatedDevice) else None
+    prefetched = (requested[0] - buffers.prefetch, requested[1] - buffers.prefetch) if requested else None
+    result = Result(out, np.empty_like(caches[0]), np.empty_like(caches[1]), len(launches), prefetched)
     device.download(buffers.out, out)
     device.download(buffers.key_cache, result.key_cache)
     device.download(buffers.value_cache, result.value_cache)
@@ -394,6 +400,19 @@ def test_splits_change_only_rounding_and_the_order_of_warps_changes_nothing(
         for other in results[1:]:
             assert np.array_equal(results[0].out, other.out)
         assert results[0].launches == (1 if counters and tokens == 2 else 2)
+
+
+@pytest.mark.skipif(ON_GPU, reason="a GPU does not say what it prefetched")
+def test_blocks_without_keys_prefetch_all_of_the_next_weights_and_change_nothing() -> None:
+    few = case(COMBINATIONS[0], 1, 4, (70, 1, 130), kv_heads=2, splits=5)  # 2, 1 and 3 of 5 splits have keys
+    plain = check(few)
+    assert plain.prefetched is None
+    for nbytes in (1, 128, 129, 200_000):  # fewer lines than idle threads, and several for each
+        result = check(replace(few, prefetch=nbytes))
+        assert np.array_equal(result.out, plain.out)
+        assert result.prefetched == (0, (nbytes - 1) // 128 * 128)
+    full = case(COMBINATIONS[0], 1, 4, (300,), splits=5, prefetch=4096)
+    assert check(full).prefetched is None
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS[:3], ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -386,3 +388,22 @@ def test_are_wrong_options_and_uses_refused(bundles: Bundles) -> None:
     model.close()
     with pytest.raises(EdgeLMError, match="closed"):
         model.decode(1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_is_the_matmul_behind_attention_what_attention_prefetches(bundles: Bundles, family: str) -> None:
+    with open_runtime(bundles(family, "int4"), RUNTIME, context_length=64) as model:
+        executor: Any = model._executor  # type: ignore[attr-defined]  # of this runtime
+        program = executor._program
+        decode = [one for one in executor._launches((1, 1, 0, False, "")) if one.kernel.startswith("attention_decode")]
+    ranges = [struct.unpack_from("<Qq", one.args, len(one.args) - 16) for one in decode]
+    matrices = [
+        program.nodes[index + 1].inputs[1]
+        for index, node in enumerate(program.nodes)
+        if node.op == "GroupQueryAttention"
+    ]
+    base = executor._weights.address(matrices[0]) - program.weights[matrices[0]].offset
+    assert [(start - base, size) for start, size in ranges] == [
+        (program.weights[name].offset, program.weights[name].size) for name in matrices
+    ]
+    assert all("o_proj" in name for name in matrices), matrices

@@ -92,7 +92,8 @@ struct State {
   const Kernel* kernel = nullptr;
   const void* args = nullptr;
   std::vector<Fiber> fibers;
-  std::string failure;  // the message, since an exception cannot leave a fiber
+  const u8* prefetched[2] = {};  // the lowest and the highest address that the launch requested for the L2 cache
+  std::string failure;           // the message, since an exception cannot leave a fiber
 #if defined(__x86_64__)
   void* scheduler = nullptr;
 #else
@@ -369,6 +370,7 @@ inline void launch(const Kernel& kernel, const int* grid, int threads, size_t sh
   s.kernel = &kernel;
   s.args = args;
   s.failure.clear();
+  s.prefetched[0] = s.prefetched[1] = nullptr;
   if (int(s.fibers.size()) < threads) s.fibers.resize(threads);
   static std::vector<u8> memory;
   memory.resize(shared + kCanary + 128);
@@ -437,6 +439,13 @@ template <class T> inline T loaded(const void* p, const char* what) {
 template <class T> inline void stored(void* p, T x, const char* what) {
   aligned(p, sizeof(T), what);
   std::memcpy(p, &x, sizeof(T));
+}
+// A prefetch changes nothing. The caller of a launch may ask for its range, to check it.
+inline void prefetched(const void* p) {
+  const u8* at = static_cast<const u8*>(p);
+  const u8*(&range)[2] = state().prefetched;
+  if (range[0] == nullptr || at < range[0]) range[0] = at;
+  if (at > range[1]) range[1] = at;
 }
 inline u32 bits_of(float x) {
   u32 bits;
@@ -546,6 +555,7 @@ EDGELM_DEVICE u32 load4(const void* p) { return emulator::loaded<u32>(p, "load4"
 EDGELM_DEVICE void store16(void* p, Words4 x) { emulator::stored(p, x, "store16"); }
 EDGELM_DEVICE void store8(void* p, Words2 x) { emulator::stored(p, x, "store8"); }
 EDGELM_DEVICE void store4(void* p, u32 x) { emulator::stored(p, x, "store4"); }
+EDGELM_DEVICE void prefetch_l2(const void* p) { emulator::prefetched(p); }
 EDGELM_DEVICE int atomic_add(int* p, int x) {
   const int before = *p;
   *p += x;
@@ -636,4 +646,9 @@ extern "C" __attribute__((visibility("default"))) const char* edgelm_emulated_la
     message = std::string(name) + ": " + error.what();
     return message.c_str();
   }
+}
+
+// The lowest and the highest address that the last launch requested for the L2 cache; null: none.
+extern "C" __attribute__((visibility("default"))) const void* const* edgelm_emulated_prefetches() {
+  return reinterpret_cast<const void* const*>(edgelm::emulator::state().prefetched);
 }

@@ -24,6 +24,11 @@ struct AttentionArgs {
   float epsilon, clip, scale;
   float scale_base2;   // scale / ln 2: weights are powers of 2
   i32 per_head_norms;  // bits kQueries, kKeys: their norm weight is [S] and each head is normed by itself
+  i32 shared_by;       // query heads of a KV head, H / G
+  Divisor shared_by_divisor, splits_divisor;
+  // Weights that the next launch certainly reads, of which blocks without keys request as much for L2; 0 bytes: none.
+  const u8* prefetch;
+  i64 prefetch_bytes;
 };
 
 constexpr i32 kQueries = 1, kKeys = 2;

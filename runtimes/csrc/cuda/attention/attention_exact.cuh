@@ -10,10 +10,10 @@ template <int S> EDGELM_BODY void attention_exact(const AttentionArgs& args) {
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int lane = thread() % kWarp, g = block_y(), b = block_z();
-  const int shared_by = args.heads / args.kv_heads;
+  const int shared_by = args.shared_by;
   const int r = block_x() * kAttentionWarps + thread() / kWarp;
   if (r >= args.tokens * shared_by) return;  // the whole warp; there are no barriers
-  const int t = r / shared_by;
+  const int t = divide(r, args.shared_by_divisor);
   const Lengths lengths = lengths_of(args, b);
   const int limit = t < lengths.fresh ? lengths.past + t + 1 : 0;
   const float* q = static_cast<const float*>(args.queries) +
@@ -46,7 +46,7 @@ template <int S> EDGELM_BODY void attention_exact(const AttentionArgs& args) {
     }
   }
   float* out = static_cast<float*>(args.out) +
-               ((i64(b) * args.tokens + t) * args.heads + g * shared_by + r % shared_by) * S;
+               ((i64(b) * args.tokens + t) * args.heads + g * shared_by + r - t * shared_by) * S;
   EDGELM_UNROLL
   for (int i = 0; i < S / kWarp; ++i) out[lane + kWarp * i] = limit > 0 ? sums[i] / total : 0.f;
 }

@@ -185,7 +185,7 @@ template <class A, class E, int S> EDGELM_BODY void attention_prepare(const Atte
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int t = block_x(), b = block_y();
-  const int heads = args.heads, kv_heads = args.kv_heads, shared_by = heads / kv_heads;
+  const int heads = args.heads, kv_heads = args.kv_heads, shared_by = args.shared_by;
   if (t == 0 && b == 0) {
     for (int i = thread(); i < grid_y() * kv_heads * args.row_blocks; i += block_threads()) args.counters[i] = 0;
   }
@@ -208,11 +208,11 @@ template <class A, class E, int S> EDGELM_BODY void attention_prepare(const Atte
     HeadPart<S> part = load_head<A, S>(row + head * S, norm, args.epsilon, args.clip);
     if (is_query || is_key) rotate<S>(part, args, position);
     if (is_query) {
-      const int g = head / shared_by;
-      const i64 r = ((i64(b) * kv_heads + g) * args.tokens + t) * shared_by + head % shared_by;
+      const int g = divide(head, args.shared_by_divisor);
+      const i64 r = ((i64(b) * kv_heads + g) * args.tokens + t) * shared_by + head - g * shared_by;
       store_query<M, E, S>(queries + r * S, part);
     } else {
-      const int g = (head - heads) % kv_heads;
+      const int g = head - heads - (is_key ? 0 : kv_heads);
       u8* cache = (is_key ? args.key_cache : args.value_cache) + cache_offset<E, S>(args, b, g);
       append<E, S>(cache, args.capacity, position, encode_head<E, S>(part));
     }
@@ -235,7 +235,7 @@ EDGELM_DEVICE void prepare_rows(const AttentionArgs& args, const BlockOfRows& bl
   for (int i = block.fresh_rows * chunks + thread(); i < 16 * chunks; i += block_threads()) {
     store16(scratch + 64 + 16 * i, {0, 0, 0, 0});
   }
-  const int heads = args.heads, kv_heads = args.kv_heads, fresh = block.fresh_rows / block.shared_by;
+  const int heads = args.heads, kv_heads = args.kv_heads, fresh = divide(block.fresh_rows, block.by_shared);
   for (int t = 0; t < fresh; ++t) {
     const A* row = static_cast<const A*>(args.qkv) + (i64(block.b) * args.tokens + t) * (heads + 2 * kv_heads) * S;
     const int position = block.past + t, tile = position / kTileKeys;

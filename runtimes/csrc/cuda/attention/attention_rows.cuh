@@ -7,8 +7,9 @@ namespace edgelm {
 
 struct BlockOfRows {
   int b, g, split;
-  int block;             // number of the block of rows
-  int shared_by;         // H / G
+  int block;      // number of the block of rows
+  int shared_by;  // query heads of a KV head
+  Divisor by_shared;
   int first;             // its first row
   int rows, fresh_rows;  // of this (b, g): all, and those that are not padding
   int past;
@@ -16,11 +17,12 @@ struct BlockOfRows {
   int tiles, active;  // tiles of keys, and splits with at least one tile. 0 tiles: all rows are padding
 
   // The number of keys that row r sees; padding rows see none.
-  EDGELM_INLINE int limit(int r) const { return r < fresh_rows ? past + r / shared_by + 1 : 0; }
+  EDGELM_INLINE int limit(int r) const { return r < fresh_rows ? past + divide(r, by_shared) + 1 : 0; }
 
   // Offset of row r in the result.
   EDGELM_INLINE i64 out_offset(const AttentionArgs& args, int r, int size) const {
-    return ((i64(b) * args.tokens + r / shared_by) * args.heads + g * shared_by + r % shared_by) * size;
+    const int token = divide(r, by_shared);
+    return ((i64(b) * args.tokens + token) * args.heads + g * shared_by + r - token * shared_by) * size;
   }
 
   EDGELM_INLINE i64 number(const AttentionArgs& args) const {
@@ -49,9 +51,12 @@ template <int block_rows> EDGELM_DEVICE BlockOfRows block_of_rows(const Attentio
   BlockOfRows block;
   block.b = block_z();
   block.g = block_y();
-  block.split = block_x() % args.splits;
-  block.block = args.row_blocks - 1 - block_x() / args.splits;
-  block.shared_by = args.heads / args.kv_heads;
+  // There is one block of rows where they are few.
+  const int quotient = block_rows == 16 ? 0 : divide(block_x(), args.splits_divisor);
+  block.split = block_x() - quotient * args.splits;
+  block.block = block_rows == 16 ? 0 : args.row_blocks - 1 - quotient;
+  block.shared_by = args.shared_by;
+  block.by_shared = args.shared_by_divisor;
   block.first = block.block * block_rows;
   const Lengths lengths = lengths_of(args, block.b);
   block.rows = args.tokens * block.shared_by;

@@ -40,14 +40,19 @@ struct LoopState {
 constexpr int kLoopStateBytes = 128;
 static_assert(sizeof(LoopState) <= kLoopStateBytes, "LoopState does not fit into kLoopStateBytes");
 
+// Split * tiles / active splits: with fewer tiles than splits each has one.
+EDGELM_DEVICE int first_tile_of(const AttentionArgs& args, const BlockOfRows& block, int split) {
+  return block.active < args.splits ? split : divide(split * block.tiles, args.splits_divisor);
+}
+
 template <class E, int S, int warp_rows>
 EDGELM_DEVICE LoopState loop_state(const AttentionArgs& args, const BlockOfRows& block, bool few) {
   LoopState state;
   state.block = block;
   state.keys = args.key_cache + cache_offset<E, S>(args, block.b, block.g);
   state.values = args.value_cache + cache_offset<E, S>(args, block.b, block.g);
-  state.first_tile = block.split * block.tiles / block.active;
-  state.end_tile = (block.split + 1) * block.tiles / block.active;
+  state.first_tile = first_tile_of(args, block, block.split);
+  state.end_tile = first_tile_of(args, block, block.split + 1);
   EDGELM_UNROLL
   for (int w = 0; w < kAttentionWarps; ++w) {
     const int row = block.first + (few ? 0 : w * warp_rows);
@@ -55,6 +60,17 @@ EDGELM_DEVICE LoopState loop_state(const AttentionArgs& args, const BlockOfRows&
     state.seen[w] = block.limit(min_(row + warp_rows, block.fresh_rows) - 1);
   }
   return state;
+}
+
+// Blocks that have no keys request the next matmul's weights for L2. Such blocks exist where the cached tokens are few:
+// then the launch waits for latencies and memory is idle. (Blocks beyond the grid would be there for long caches too,
+// but then memory is busy.) Nothing waits for the weights.
+EDGELM_DEVICE void prefetch_weights(const AttentionArgs& args, const BlockOfRows& block) {
+  constexpr i64 kLine = 128;
+  const i64 idle = args.splits - block.active, group = i64(block.b) * args.kv_heads + block.g;
+  const i64 stride = idle * args.kv_heads * grid_z() * kAttentionThreads * kLine;
+  const i64 first = ((group * idle + block.split - block.active) * kAttentionThreads + thread()) * kLine;
+  for (i64 at = first; at < args.prefetch_bytes; at += stride) prefetch_l2(args.prefetch + at);
 }
 
 // Grid: (row blocks * splits, G, B) blocks of 4 warps. `block_rows`: 16 (few), 64 or 128. `prepares`: each block
@@ -80,7 +96,10 @@ EDGELM_BODY void attention_tiles(const AttentionArgs& args) {
     if (block.split == 0) clear_rows<A, S, block_rows>(args, block);
     return;
   }
-  if (block.split >= block.active) return;
+  if (block.split >= block.active) {
+    if constexpr (prepares) prefetch_weights(args, block);
+    return;
+  }
 
   u8* shared = shared_memory();
   LoopState state = loop_state<E, S, Rows::kRows>(args, block, few);

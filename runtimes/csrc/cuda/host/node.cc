@@ -160,6 +160,8 @@ Launches attention(const Node& node, const Step& step, const DeviceInfo& device,
   buffers.out = node.output(0).address;
   buffers.workspace = scratch.workspace;
   buffers.counters = scratch.counters;
+  buffers.prefetch = node.attributes.address("prefetch");
+  buffers.prefetch_bytes = std::min(node.attributes.address("prefetch_bytes"), u64(device.prefetch_bytes()));
   buffers.q_norm_per_head = is_per_head(node, 6, "num_heads");
   buffers.k_norm_per_head = is_per_head(node, 7, "kv_num_heads");
   AttentionOptions options;

@@ -53,6 +53,9 @@ struct Node {
   double number(const std::string& key) const;
 };
 
+// GroupQueryAttention has optional attributes `prefetch` and `prefetch_bytes`: address and size of the weights that the
+// next node reads. Its launches may request a part of them for the L2 cache.
+//
 // Return the launches of a node; batch and tokens are the first dimensions of its first input.
 //
 // `workspace`: address of `scratch_bytes`, undefined between nodes. `counters`: of `counter_bytes` zeros, which the

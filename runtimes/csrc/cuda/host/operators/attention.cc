@@ -174,6 +174,11 @@ AttentionArgs args_of(const AttentionShape& shape, const AttentionBuffers& b, co
   args.clip = float(options.clip);
   args.scale = float(scale);
   args.scale_base2 = float(scale / std::log(2.0));
+  args.shared_by = i32(shape.heads / shape.kv_heads);
+  args.shared_by_divisor = divisor(args.shared_by);
+  args.splits_divisor = divisor(d.splits);
+  point(args.prefetch, b.prefetch);
+  args.prefetch_bytes = i64(b.prefetch_bytes);
   args.per_head_norms = (b.q_norm_per_head ? kQueries : 0) | (b.k_norm_per_head ? kKeys : 0);
   return args;
 }
@@ -184,10 +189,13 @@ AttentionShape shape_of(const Fields& f) {
 }
 
 std::string launches(const Fields& f) {
-  const AttentionBuffers buffers{f.address("qkv"),          f.address("key_cache"),   f.address("value_cache"),
-                                 f.address("past_lengths"), f.address("cos"),         f.address("sin"),
-                                 f.address("out"),          f.address("workspace"),   f.address("q_norm"),
-                                 f.address("k_norm"),       f.address("new_lengths"), f.address("counters"),
+  const AttentionBuffers buffers{f.address("qkv"),          f.address("key_cache"),
+                                 f.address("value_cache"),  f.address("past_lengths"),
+                                 f.address("cos"),          f.address("sin"),
+                                 f.address("out"),          f.address("workspace"),
+                                 f.address("q_norm"),       f.address("k_norm"),
+                                 f.address("new_lengths"),  f.address("counters"),
+                                 f.address("prefetch"),     f.address("prefetch_bytes"),
                                  f.flag("q_norm_per_head"), f.flag("k_norm_per_head")};
   const AttentionOptions options{f.number("epsilon"), f.number("clip"), f.number("scale"), f.integer("splits", 0)};
   return serialised(attention_launches(shape_of(f), buffers, f.integer("multiprocessors"), options));

@@ -39,16 +39,17 @@ struct AttentionShape {
 
 // Addresses on the device; 0 for an absent buffer.
 struct AttentionBuffers {
-  u64 qkv;                     // A [B, T, (H + 2 G) S]
-  u64 key_cache, value_cache;  // bytes [B, G, C, R], updated in place
-  u64 past_lengths;            // int32 [B]; past + new tokens must not exceed C; tokens beyond are dropped
-  u64 cos, sin;                // float32 [positions, S / 2]
-  u64 out;                     // A [B, T, H S]
-  u64 workspace;               // attention_workspace_bytes of scratch memory
-  u64 q_norm, k_norm;          // float32 [H S] and [G S], or [S] where per head; or 0: both or none
-  u64 new_lengths;             // int32 [B], or 0: all T are new
-  u64 counters;                // counter_bytes of zeros, which the kernels leave as zeros, or 0. Only calls on one
-                               // stream may share them. They save a launch for few rows.
+  u64 qkv;                       // A [B, T, (H + 2 G) S]
+  u64 key_cache, value_cache;    // bytes [B, G, C, R], updated in place
+  u64 past_lengths;              // int32 [B]; past + new tokens must not exceed C; tokens beyond are dropped
+  u64 cos, sin;                  // float32 [positions, S / 2]
+  u64 out;                       // A [B, T, H S]
+  u64 workspace;                 // attention_workspace_bytes of scratch memory
+  u64 q_norm, k_norm;            // float32 [H S] and [G S], or [S] where per head; or 0: both or none
+  u64 new_lengths;               // int32 [B], or 0: all T are new
+  u64 counters;                  // counter_bytes of zeros, which the kernels leave as zeros, or 0. Only calls on one
+                                 // stream may share them. They save a launch for few rows.
+  u64 prefetch, prefetch_bytes;  // weights that the next launch reads, to be requested for L2; 0: none
   bool q_norm_per_head, k_norm_per_head;  // the norm weight is that of one head; each head is normed separately
 };
 
