@@ -157,7 +157,9 @@ def _devices(document: Any) -> list[str]:
             time = step_time(new, gpu)
             cells.append(f"{_speed(time.total)} / {_speed(time.limit)}")
         else:
-            lines.append(f"| {gpu.name} | " + " | ".join(cells) + " |")
+            known = document["sources"]
+            same = known.get(device_key(gpu.sm, gpu.multiprocessors)) == known.get(device_key(90, 132))
+            lines.append(f"| {gpu.name}{'' if same else ' (older kernels)'} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -223,13 +225,22 @@ def nvrtc_version() -> str:
     return nvrtc.load("sm_90").version_text
 
 
+def fingerprint() -> str:
+    """Return the SHA-256 of the sources of kernels for decoding."""
+    source, headers = sources.translation_unit([])
+    others = ("gemm", "exact", "sampling")
+    return sources.fingerprint(source, {n: t for n, t in headers.items() if not any(part in n for part in others)})
+
+
 def write(keys: Sequence[str], part: str = "now") -> None:
     """Count and write the JSON and the page."""
     document = json.loads(JSON.read_text(encoding="utf-8")) if JSON.exists() else {"before": {}, "now": {}}
     document["nvrtc"] = nvrtc_version()
     document["context"] = cost_counts.CONTEXT
     document["memory"] = {m: {k: cost_counts.memory(m, k) for k in KINDS} for m in MODELS}
-    document[part] |= written(keys)
+    found = written(keys)
+    document[part] |= found
+    document.setdefault("sources", {}).update(dict.fromkeys(found, fingerprint()) if part == "now" else {})
     save(document)
 
 

@@ -37,6 +37,24 @@ def test_launches_and_instructions_are_those_of_the_table(model: str, kind: str)
     assert found == held, "run python tests/cuda/cost_model.py --write --device H200, and look at the difference"
 
 
+@needs_nvdisasm
+@pytest.mark.parametrize(("model", "part"), [("fox-1-1.6b", "o"), ("olmoe-1b-7b", "down")])
+def test_executed_blocks_read_each_of_their_tiles_once(model: str, part: str) -> None:
+    """The experts' down matmul reads the matrices that the executed routing chose."""
+    step = cost_counts.plan(model, "int4")
+    kernel = "moe_down" if part == "down" else "linear_skinny"
+    found = cost_counts.counts_of(step, SM, kernel=kernel, blocks=1)
+    one = next(each for each in found if each.counts.part == part)
+    stream = next(each for each in step.streams if each.name == part)
+    tiles = [
+        load.first
+        for trace in one.traces
+        for load in trace.loads
+        if stream.start <= load.first < stream.end and load.nbytes == 512
+    ]
+    assert len(tiles) == len(set(tiles)) == stream.nbytes_of_codes // 512 // one.counts.blocks
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_memory_is_that_of_the_table(model: str) -> None:
     assert {kind: cost_counts.memory(model, kind) for kind in KINDS} == DOCUMENT["memory"][model]
