@@ -14,12 +14,15 @@ from edgelm.runtimes.cuda.kernels.images import KernelCompiler
 ON_GPU = os.environ.get("EDGELM_TEST_GPU") == "1"
 
 
-def kernel_device(*parts: Sequence[str], capability: tuple[int, int] = (8, 0), seed: int = 0) -> Device:
+def kernel_device(
+    *parts: Sequence[str], capability: tuple[int, int] = (8, 0), seed: int = 0, lazy: bool = False
+) -> Device:
     """Return a device with kernels loaded. Each part is compiled and cached separately.
 
-    `capability` and `seed` are for the emulator. All tests share one GPU. Call `release` at the end.
+    `capability`, `seed` and `lazy` are for the emulator; with `lazy` each kernel is compiled when it is first launched.
+    All tests share one GPU. Call `release` at the end.
     """
-    device: Device = _gpu() if ON_GPU else EmulatedDevice(capability, seed)
+    device: Device = _gpu() if ON_GPU else EmulatedDevice(capability, seed, lazy=lazy)
     for names in parts:
         device.load(names)
     return device

@@ -6,6 +6,8 @@ The comments of linear.h and rows.h describe the fields. Addresses are integers;
 from __future__ import annotations
 
 import dataclasses
+import re
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +90,14 @@ def workspace_bytes(matmul: Matmul) -> int:
 def matmul_launches(matmul: Matmul, info: DeviceInfo, workspace: int = 0) -> list[Launch]:
     """Return the launches of a matmul."""
     return planning.launches("matmul", request_of(matmul, workspace=workspace, **device_fields(info)))
+
+
+def skinny_plan(launch: Launch) -> dict[str, int]:
+    """Return the SkinnyPlan of a launch of linear_skinny, by field."""
+    text = (sources.SOURCES / "linear" / "linear_args.cuh").read_text(encoding="utf-8")
+    body = text[text.index("struct SkinnyPlan {") :]
+    names = re.findall(r"^  [iu]32 (\w+);", body[: body.index("};")], re.MULTILINE)
+    return dict(zip(names, struct.unpack_from(f"<{len(names)}I", launch.args, 144), strict=True))
 
 
 def convert_launch(

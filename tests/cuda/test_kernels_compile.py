@@ -1,9 +1,9 @@
 """Does every kernel compile for every device, without warnings and without spilling registers?
 
 No GPU is needed. All kernels for all devices take twelve minutes of CPU time. Most of them differ from another one in a
-type (f16 for bf16), the head size (both published models have 128) or the number of experts (OLMoE has 64). These are
-compiled for the oldest device only, unless EDGELM_ALL_KERNELS is set. (An export compiles its
-kernels itself and refuses one that spills.)
+type (f16 for bf16), the group of the weights (32 by default), the head size (both published models have 128) or the
+number of experts (OLMoE has 64). These are compiled for the oldest device only, unless EDGELM_ALL_KERNELS is set. (An
+export compiles its kernels itself and refuses one that spills.)
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ FULL = TARGETS if os.environ.get("EDGELM_ALL_KERNELS") else ("sm_80",)
 
 
 def has_twin(name: str, names: Sequence[str]) -> bool:
-    """Whether the same kernel exists with bf16 in place of f16, for heads of 128, or for 64 experts."""
-    twin = re.sub("(?<!b)f16", "bf16", name)
+    """Whether the same kernel exists with bf16 in place of f16, for groups of 32, heads of 128, or 64 experts."""
+    twin = re.sub("_g(64|128)_", "_g32_", re.sub("(?<!b)f16", "bf16", name))
     twin = re.sub("_e(32|128|256)$", "_e64", re.sub("_s(32|64)$", "_s128", twin))
     return twin != name and twin in names
 

@@ -33,14 +33,14 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[Device]:
     # Newer devices differ only in FP8 instructions.
     names = linear.all_kernels()
     found = names if request.param == (8, 0) else [name for name in names if re.search("fp8|convert", name)]
-    device = kernel_device(found, capability=request.param)
+    device = kernel_device(found, capability=request.param, lazy=True)
     yield device
     release(device)
 
 
 @pytest.fixture(scope="module")
 def sm80() -> Iterator[Device]:
-    device = kernel_device(linear.all_kernels())
+    device = kernel_device(linear.all_kernels(), lazy=True)
     yield device
     release(device)
 
@@ -328,12 +328,60 @@ def test_rows_of_several_experts(
 
 
 def test_columns_that_do_not_fit_into_shared_memory(rng: np.random.Generator) -> None:
-    device = kernel_device(linear.all_kernels(), capability=(8, 6))
+    device = kernel_device(linear.all_kernels(), capability=(8, 6), lazy=True)
     for kind in ("bf16", "int4"):
         Case(matrix_of(kind, 40, 2560 + 64), 20, x_float=True, norm=True).run(device, rng, "skinny")
     Case(matrix_of("bf16", 40, 2560 + 16), 20).run(device, rng, "skinny")
     Case(matrix_of("bf16", 20, 6720 + 16), 8, x_float=True, norm=True).run(device, rng, "skinny")
     release(device)
+
+
+SKINNY_KERNELS = {
+    ("int4", 16): "any", ("int4", 32): "g32", ("int4", 64): "g64", ("int4", 128): "g128", ("int4", 0): "any",
+    ("int8", 32): "g32", ("int8", 48): "any", ("int8", 128): "g128", ("fp8", 32): "any", ("fp8", 128): "g128",
+}  # fmt: skip
+
+
+def test_common_groups_have_kernels_of_their_own() -> None:
+    info = DeviceInfo("test", (9, 0), 132, 1 << 30, (13, 0))
+    for (kind, group), expected in SKINNY_KERNELS.items():
+        for rows, experts, end in ((1, 1, "n8"), (8, 4, "experts_n8"), (20, 1, "n32"), (20, 2, "n32")):
+            matrix = matrix_of(kind, 48, 384, group, count=experts)
+            matmul = Matmul(matrix, 1, 1, 1, rows, offsets=experts > 1)
+            (launch,) = linear.matmul_launches(matmul, info)
+            assert launch.kernel == f"linear_skinny_bf16_{kind}_{expected}_{end}"
+            assert launch.kernel in linear.kernels_of(matrix, "bf16")
+            assert len([name for name in linear.kernels_of(matrix, "bf16") if "skinny" in name]) == 3
+
+
+@pytest.mark.parametrize(("kind", "group"), [("int4", 128), ("int4", 32), ("int8", 64), ("fp8", 128), ("bf16", 0)])
+def test_every_length_of_the_ring_and_any_part_of_the_columns(rng: np.random.Generator, kind: str, group: int) -> None:
+    device = kernel_device(linear.all_kernels(), capability=(8, 6), lazy=True)
+    lengths = set()
+    # Three tiles of int4 for each of 16 warps: those of a slot are of two groups. Then fewer tiles than warps.
+    for columns, rows in ((3072, 1), (3072, 2), (3072, 8), (5632, 4), (384, 3), (3200, 1)):
+        case = Case(matrix_of(kind, 24, columns, group), rows)
+        case.run(device, rng, "skinny")
+        matmul = Matmul(case.matrix, 1, 1, 1, rows)
+        lengths.add(linear.skinny_plan(linear.matmul_launches(matmul, device.info)[0])["ahead"])
+    assert lengths >= ({4, 2} if kind == "bf16" else {4, 2, 1})
+    release(device)
+
+
+@pytest.mark.parametrize("experts", [1, 16])
+def test_blocks_of_threads_have_the_same_number_of_items_or_one_more(experts: int) -> None:
+    info = DeviceInfo("test", (9, 0), 132, 1 << 30, (13, 0))
+    for rows in (2048, 3072, 11264, 256_000):
+        matrix = matrix_of("int4", rows, 2048, 32, count=experts)
+        (launch,) = linear.matmul_launches(Matmul(matrix, 1, 1, 1, experts, offsets=experts > 1), info)
+        plan = linear.skinny_plan(launch)
+        items, grid = experts * plan["strips"], launch.grid[0]
+        assert plan["strips"] * plan["at_a_time"] >= matrix.blocks > (plan["strips"] - 1) * plan["at_a_time"]
+        assert plan["items_each"] * grid + plan["items_left"] == items and plan["items_left"] < grid
+        # What the device computes with experts: exact for every number of items.
+        for n in {*range(0, items, 97), items}:
+            assert n * plan["grid_factor"] >> 31 == n // grid
+            assert n * plan["strips_factor"] >> 31 == n // plan["strips"]
 
 
 def test_norms_and_conversions(gpu: Device, rng: np.random.Generator) -> None:

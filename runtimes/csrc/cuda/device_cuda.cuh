@@ -27,6 +27,12 @@ EDGELM_DEVICE int thread() {
   __builtin_assume(found >= 0 && found < 1024);  // else a division of it needs a correction for negative numbers
   return found;
 }
+// The thread within its warp. Read once: the compiler keeps it, and does not compute it again from the thread.
+EDGELM_DEVICE int own_lane() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
 EDGELM_DEVICE int block_threads() { return blockDim.x; }
 EDGELM_DEVICE int block_x() { return blockIdx.x; }
 EDGELM_DEVICE int block_y() { return blockIdx.y; }
@@ -95,31 +101,39 @@ EDGELM_DEVICE void mma_16x8x32_fp8(float (&d)[4], const u32 (&a)[4], const u32 (
 }
 #endif
 
-EDGELM_DEVICE u32 shared_address(const void* shared) { return u32(__cvta_generic_to_shared(shared)); }
+// An address in shared memory. Where one is kept in a variable this has one register, and a pointer two.
+using Shared = u32;
+EDGELM_DEVICE Shared shared_address(const void* shared) { return u32(__cvta_generic_to_shared(shared)); }
 
 // Load four 8 x 8 matrices of 16-bit numbers. Lane i passes the address of row i % 8 of matrix i / 8 (16 bytes,
 // aligned). Lane 4 g + q gets numbers 2 q, 2 q + 1 of row g of matrix m in r[m].
-EDGELM_DEVICE void ldmatrix_x4(u32 (&r)[4], const void* row) {
+EDGELM_DEVICE void ldmatrix_x4(u32 (&r)[4], Shared row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
+EDGELM_DEVICE void ldmatrix_x4(u32 (&r)[4], const void* row) { ldmatrix_x4(r, shared_address(row)); }
 // The same with each matrix transposed: lane 4 g + q gets rows 2 q, 2 q + 1 of column g.
-EDGELM_DEVICE void ldmatrix_x4_transposed(u32 (&r)[4], const void* row) {
+EDGELM_DEVICE void ldmatrix_x4_transposed(u32 (&r)[4], Shared row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
+}
+EDGELM_DEVICE void ldmatrix_x4_transposed(u32 (&r)[4], const void* row) {
+  ldmatrix_x4_transposed(r, shared_address(row));
 }
 
 // -- copies to shared memory in the background -------------------------------------------------------------------------
 
 // Copy 16 aligned bytes; if not `valid`, write zeros and do not read `global`.
-EDGELM_DEVICE void cp_async16(void* shared, const void* global, bool valid = true) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(valid ? 16 : 0)
+EDGELM_DEVICE void cp_async16(Shared shared, const void* global, bool valid = true) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
+}
+EDGELM_DEVICE void cp_async16(void* shared, const void* global, bool valid = true) {
+  cp_async16(shared_address(shared), global, valid);
 }
 EDGELM_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Wait until all but the newest `pending` groups of this thread have arrived. Other threads see them after a barrier.
@@ -135,6 +149,27 @@ EDGELM_DEVICE u32 load4(const void* p) { return *static_cast<const u32*>(p); }
 EDGELM_DEVICE void store16(void* p, Words4 x) { *static_cast<Words4*>(p) = x; }
 EDGELM_DEVICE void store8(void* p, Words2 x) { *static_cast<Words2*>(p) = x; }
 EDGELM_DEVICE void store4(void* p, u32 x) { *static_cast<u32*>(p) = x; }
+
+EDGELM_DEVICE Words4 load16_shared(Shared from) {
+  Words4 x;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from));
+  return x;
+}
+EDGELM_DEVICE u32 load4_shared(Shared from) {
+  u32 x;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(from));
+  return x;
+}
+EDGELM_DEVICE u32 load2_shared(Shared from) {
+  u16 x;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(from));
+  return x;
+}
+EDGELM_DEVICE u32 load1_shared(Shared from) {
+  u32 x;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(x) : "r"(from));
+  return x;
+}
 
 // Load weights, which are read once, bypassing L1: global memory that no kernel writes.
 EDGELM_DEVICE Words4 load16_stream(const void* p) {

@@ -519,6 +519,8 @@ EDGELM_DEVICE void ldmatrix_x4_transposed(u32 (&r)[4], const void* row) {
   emulator::wait(emulator::Waits::kLdmatrix, &slot);
 }
 
+using Shared = u8*;
+EDGELM_DEVICE Shared shared_address(u8* shared) { return shared; }
 EDGELM_DEVICE void cp_async16(void* shared, const void* global, bool valid = true) {
   emulator::aligned(shared, 16, "cp_async16 to shared memory");
   if (valid) emulator::aligned(global, 16, "cp_async16 from global memory");
@@ -552,6 +554,10 @@ EDGELM_DEVICE Words4 load16(const void* p) { return emulator::loaded<Words4>(p, 
 EDGELM_DEVICE Words4 load16_stream(const void* p) { return emulator::loaded<Words4>(p, "load16_stream"); }
 EDGELM_DEVICE Words2 load8(const void* p) { return emulator::loaded<Words2>(p, "load8"); }
 EDGELM_DEVICE u32 load4(const void* p) { return emulator::loaded<u32>(p, "load4"); }
+EDGELM_DEVICE Words4 load16_shared(Shared p) { return emulator::loaded<Words4>(p, "load16_shared"); }
+EDGELM_DEVICE u32 load4_shared(Shared p) { return emulator::loaded<u32>(p, "load4_shared"); }
+EDGELM_DEVICE u32 load2_shared(Shared p) { return emulator::loaded<u16>(p, "load2_shared"); }
+EDGELM_DEVICE u32 load1_shared(Shared p) { return *p; }
 EDGELM_DEVICE void store16(void* p, Words4 x) { emulator::stored(p, x, "store16"); }
 EDGELM_DEVICE void store8(void* p, Words2 x) { emulator::stored(p, x, "store8"); }
 EDGELM_DEVICE void store4(void* p, u32 x) { emulator::stored(p, x, "store4"); }

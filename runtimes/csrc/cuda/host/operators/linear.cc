@@ -4,23 +4,19 @@
 #include <cmath>
 #include <optional>
 
+#include "cuda/host/operators/skinny.h"
 #include "cuda/host/planners.h"
-#include "cuda/linear/linear_args.cuh"
 
 namespace edgelm::gpu {
 
 namespace {
 
-constexpr i64 kSkinnyWidths[] = {8, 16, 32};
 constexpr i64 kSkinnyRows = 32;  // up to so many rows a single matrix uses the skinny kernel
 constexpr i64 kFusedRows = 8;    // up to so many rows of x the skinny kernel norms and rounds them, in each block
 constexpr i64 kGemmThreads = 256;
 constexpr i64 kExactTokens = 4, kExactWarps = 8;
 constexpr i64 kReservedShared = 1024;  // bytes of a multiprocessor's shared memory that the device keeps for each block
 constexpr i64 kMostCells = i64(1) << 48;
-
-constexpr i64 skinny_threads(i64 width) { return width < 32 ? 512 : 256; }
-i64 skinny_width(i64 rows) { return rows <= 8 ? 8 : rows <= 16 ? 16 : 32; }
 
 struct GemmTile {
   i64 rows, tokens;  // of the matrix, of x
@@ -45,10 +41,6 @@ std::string gemm_name(const Matrix& matrix, const std::string& activation, const
   return "linear_gemm_" + activation + "_" + matrix.kind + "_" + scales + size;
 }
 
-std::string skinny_name(const std::string& activation, const std::string& kind, i64 width) {
-  return "linear_skinny_" + activation + "_" + kind + "_n" + std::to_string(width);
-}
-
 void check_matrix(const Matrix& matrix, const std::string& activation) {
   if (activation != "f32" && activation != "bf16" && activation != "f16") {
     throw Error("activation is '" + activation + "', expected bf16, f16 or f32");
@@ -70,8 +62,6 @@ void check_matrix(const Matrix& matrix, const std::string& activation) {
     throw Error("gate and up have " + std::to_string(matrix.rows) + " rows together, expected an even number");
   }
 }
-
-i64 most_rows_of(const Matmul& m) { return std::min(m.most_rows ? m.most_rows : m.rows, m.rows); }
 
 LinearArgs args_of(const Matmul& m, u64 scales) {
   auto args = zeroed<LinearArgs>();
@@ -102,7 +92,6 @@ LinearArgs args_of(const Matmul& m, u64 scales) {
   args.y_float = m.y_float;
   args.epsilon = m.epsilon;
   args.round_scale = m.rounding;
-  args.split = 1;
   return args;
 }
 
@@ -113,61 +102,6 @@ Launch exact_launch(Matmul m) {
   const i64 depth = std::min<i64>(divide_up(most_rows_of(m), kExactTokens), 64);
   return make_launch("linear_exact_f32_" + m.matrix.kind, divide_up(m.matrix.blocks(), kExactWarps),
                      m.offsets ? m.matrix.count : 1, depth, 32 * kExactWarps, 8 * kExactTokens, args_of(m, 0));
-}
-
-// The number of warps that divide the columns of 16 rows: as few as possible, for few sums to add, such that a warp's
-// columns fit into its loads in flight; but enough that every warp has some.
-i64 skinny_split(const Matrix& matrix, i64 warps, i64 work, i64 warps_in_all) {
-  const i64 units = divide_up(matrix.columns, std::max<i64>(32, matrix.tile_columns()));
-  const i64 ahead = matrix.tile_columns() >= 32 ? 8 : 4;
-  i64 split = warps;
-  while (split > 1 && divide_up(units, split) < ahead && work * (split / 2) >= warps_in_all) split /= 2;
-  return split;
-}
-
-// Bytes of shared memory, as SkinnyShared computes them.
-i64 skinny_shared(const Matmul& m, i64 warps, i64 split, i64 x_tile, i64 chunk) {
-  const i64 width = skinny_width(x_tile);
-  const i64 groups = m.matrix.scale_bytes() ? m.matrix.groups() : 0;
-  const i64 block = groups * kRows * (m.matrix.scale_bytes() + m.matrix.zeros);
-  const i64 x = x_tile * (divide_up(chunk, 32) * 64 + 16);
-  const i64 sums = 2 * warps * width * 64;
-  const i64 experts = m.offsets ? 4 + 12 * m.matrix.count : 0;
-  return x + sums + 2 * (warps / split) * block + width * 8 + width * 8 * warps + round_up(experts, 16);
-}
-
-Launch skinny_launch(const Matmul& m, const DeviceInfo& device, u64 scales) {
-  const Matrix& matrix = m.matrix;
-  i64 most = most_rows_of(m);
-  // Sized for an expert's usual share; an expert with more rows takes several turns.
-  if (m.offsets && most > 8) most = std::min(most, 4 * divide_up(m.rows, matrix.count));
-  const i64 width = skinny_width(most), x_tile = std::min(most, width);
-  const i64 work = m.active() * matrix.blocks();
-  // Two blocks of 8 warps per multiprocessor; one of 16 if loading x takes long or there is too little work.
-  const bool two = x_tile <= 2 && work >= 2 * device.multiprocessors;
-  const i64 warps = two ? 8 : skinny_threads(width) / 32;
-  i64 on_one = two ? 2 : 1;
-  const i64 split = skinny_split(matrix, warps, work, warps * on_one * device.multiprocessors);
-  const i64 whole = device.shared_bytes();
-  i64 chunk = matrix.columns;
-  i64 shared = skinny_shared(m, warps, split, x_tile, chunk);
-  if (shared > whole - kReservedShared) {
-    const i64 left = whole - kReservedShared - skinny_shared(m, warps, split, x_tile, 0);
-    chunk = left < 0 ? 0 : left / (64 * x_tile) * 32 / 64 * 64;
-    if (chunk < 64) {
-      throw Error(std::to_string(matrix.columns) + " columns with groups of " + std::to_string(matrix.group) +
-                  " need more shared memory than this device's " + std::to_string(whole / 1024) + " KiB");
-    }
-    shared = skinny_shared(m, warps, split, x_tile, chunk);
-  }
-  on_one = std::min(on_one, whole / (shared + kReservedShared));
-  const i64 items = m.active() * divide_up(matrix.blocks(), warps / split);
-  LinearArgs args = args_of(m, scales);
-  args.split = i32(split);
-  args.chunk = i32(chunk);
-  args.x_tile = i32(x_tile);
-  return make_launch(skinny_name(m.activation, matrix.kind, width), std::min(items, on_one * device.multiprocessors), 1,
-                     1, 32 * warps, shared, args);
 }
 
 Launch gemm_launch(const Matmul& m, const DeviceInfo& device, u64 scales) {
@@ -239,8 +173,7 @@ bool Matmul::prepares_x() const {
 KernelNames matmul_kernels(const Matrix& matrix, const std::string& activation, float rounding) {
   check_matrix(matrix, activation);
   if (activation == "f32") return {"linear_exact_f32_" + matrix.kind};
-  KernelNames names;
-  for (i64 width : kSkinnyWidths) names.push_back(skinny_name(activation, matrix.kind, width));
+  KernelNames names = skinny_kernels(matrix, activation);
   for (const GemmTile& tile : kGemmTiles) {
     if (has_tile(gemm_scales(matrix), tile)) names.push_back(gemm_name(matrix, activation, tile, rounding != 0));
   }
@@ -280,7 +213,7 @@ Launches matmul_launches(const Matmul& matmul, const DeviceInfo& device, u64 wor
     m.norm = 0;
     m.rounding = 0;
   }
-  launches.push_back(m.is_skinny() ? skinny_launch(m, device, scales) : gemm_launch(m, device, scales));
+  launches.push_back(m.is_skinny() ? skinny_launch(m, device, args_of(m, scales)) : gemm_launch(m, device, scales));
   return launches;
 }
 
@@ -312,10 +245,7 @@ KernelSources all_linear_kernels() {
   KernelSources all;
   for (const std::string a : {"bf16", "f16"}) {
     for (const std::string& w : {std::string("int4"), std::string("int8"), std::string("fp8"), a}) {
-      for (i64 width : kSkinnyWidths) {
-        const std::string body = "linear_skinny<" + a + ", " + cuda_type(w) + ", " + std::to_string(width / 8) + ">";
-        all.push_back({skinny_name(a, w, width), kHeader, "LinearArgs", skinny_threads(width), 1, body});
-      }
+      add_skinny_kernels(all, kHeader, a, w);
       if (w == a) {
         add_gemms(all, a, w, "plain", false);
       } else {
