@@ -96,17 +96,6 @@ def device_key(sm: int, multiprocessors: int) -> str:
     return f"SM {sm}, {multiprocessors} multiprocessors"
 
 
-def written(keys: Sequence[str]) -> dict[str, Any]:
-    """Count for devices; return the JSON's part "now"."""
-    found: dict[str, Any] = {}
-    for gpu in GPUS:
-        key = device_key(gpu.sm, gpu.multiprocessors)
-        if key in keys and key not in found:
-            found[key] = {m: {k: counted(m, k, gpu.sm, gpu.multiprocessors) for k in KINDS} for m in MODELS}
-            print(f"counted: {key}", flush=True)
-    return found
-
-
 def _steps(document: Any, part: str, gpu: cost_time.GpuModel, model: str, kind: str) -> list[Counts] | None:
     devices = document[part].get(device_key(gpu.sm, gpu.multiprocessors))
     return None if devices is None else [Counts(**one) for one in devices[model][kind]]
@@ -232,16 +221,21 @@ def fingerprint() -> str:
     return sources.fingerprint(source, {n: t for n, t in headers.items() if not any(part in n for part in others)})
 
 
-def write(keys: Sequence[str], part: str = "now") -> None:
-    """Count and write the JSON and the page."""
-    document = json.loads(JSON.read_text(encoding="utf-8")) if JSON.exists() else {"before": {}, "now": {}}
-    document["nvrtc"] = nvrtc_version()
-    document["context"] = cost_counts.CONTEXT
-    document["memory"] = {m: {k: cost_counts.memory(m, k) for k in KINDS} for m in MODELS}
-    found = written(keys)
-    document[part] |= found
-    document.setdefault("sources", {}).update(dict.fromkeys(found, fingerprint()) if part == "now" else {})
-    save(document)
+def write(gpus: Sequence[cost_time.GpuModel], part: str = "now") -> None:
+    """Count for devices; write the JSON and the page after each."""
+    keys = dict.fromkeys(device_key(gpu.sm, gpu.multiprocessors) for gpu in gpus)
+    for key in keys:
+        gpu = next(gpu for gpu in gpus if device_key(gpu.sm, gpu.multiprocessors) == key)
+        found = {m: {k: counted(m, k, gpu.sm, gpu.multiprocessors) for k in KINDS} for m in MODELS}
+        document = json.loads(JSON.read_text(encoding="utf-8"))
+        document["nvrtc"] = nvrtc_version()
+        document["context"] = cost_counts.CONTEXT
+        document["memory"] = {m: {k: cost_counts.memory(m, k) for k in KINDS} for m in MODELS}
+        document[part][key] = found
+        if part == "now":
+            document["sources"][key] = fingerprint()
+        save(document)
+        print(f"counted: {key}", flush=True)
 
 
 def save(document: Any) -> None:
@@ -275,8 +269,8 @@ def main() -> int:
         print("the page is what the JSON says" if same else "the page differs: run with --write")
         return int(not same)
     if given.write:
-        names = [gpu for gpu in GPUS if not given.device or any(part in gpu.name for part in given.device)]
-        write([device_key(gpu.sm, gpu.multiprocessors) for gpu in names], "before" if given.before else "now")
+        gpus = [gpu for gpu in GPUS if not given.device or any(part in gpu.name for part in given.device)]
+        write(gpus, "before" if given.before else "now")
         return 0
     for model in given.model or MODELS:
         for kind in given.kind or KINDS:
